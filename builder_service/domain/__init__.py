@@ -1,0 +1,1 @@
+"""The rules: what an adapter may be. No I/O."""

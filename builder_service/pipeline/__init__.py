@@ -1,0 +1,1 @@
+"""A build: fetch, validate, convert, publish."""

@@ -1,0 +1,1 @@
+"""The inference service: one base, many adapters, one batch."""

@@ -1,0 +1,1 @@
+"""Plain nouns without torch."""

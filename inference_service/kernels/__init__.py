@@ -1,0 +1,1 @@
+"""Kernels: each with a reference, a Triton kernel, a launcher and a tuning table."""

@@ -1,0 +1,1 @@
+"""Decoders, built from checkpoints."""

@@ -1,0 +1,1 @@
+"""The engine's asynchronous face: text in, events out."""

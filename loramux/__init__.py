@@ -1,0 +1,1 @@
+"""loramux: one base model, hundreds of LoRA adapters, one server."""

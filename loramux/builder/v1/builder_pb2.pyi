@@ -1,0 +1,224 @@
+import datetime
+
+from google.protobuf import timestamp_pb2 as _timestamp_pb2
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class SourceKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    SOURCE_KIND_UNSPECIFIED: _ClassVar[SourceKind]
+    SOURCE_KIND_HF: _ClassVar[SourceKind]
+    SOURCE_KIND_S3: _ClassVar[SourceKind]
+    SOURCE_KIND_GCS: _ClassVar[SourceKind]
+    SOURCE_KIND_AZURE: _ClassVar[SourceKind]
+    SOURCE_KIND_REMOTE_URL: _ClassVar[SourceKind]
+    SOURCE_KIND_LOCAL: _ClassVar[SourceKind]
+SOURCE_KIND_UNSPECIFIED: SourceKind
+SOURCE_KIND_HF: SourceKind
+SOURCE_KIND_S3: SourceKind
+SOURCE_KIND_GCS: SourceKind
+SOURCE_KIND_AZURE: SourceKind
+SOURCE_KIND_REMOTE_URL: SourceKind
+SOURCE_KIND_LOCAL: SourceKind
+
+class Repository(_message.Message):
+    __slots__ = ("source", "repo", "revision", "subfolder", "runtime_secret_name")
+    SOURCE_FIELD_NUMBER: _ClassVar[int]
+    REPO_FIELD_NUMBER: _ClassVar[int]
+    REVISION_FIELD_NUMBER: _ClassVar[int]
+    SUBFOLDER_FIELD_NUMBER: _ClassVar[int]
+    RUNTIME_SECRET_NAME_FIELD_NUMBER: _ClassVar[int]
+    source: SourceKind
+    repo: str
+    revision: str
+    subfolder: str
+    runtime_secret_name: str
+    def __init__(self, source: _Optional[_Union[SourceKind, str]] = ..., repo: _Optional[str] = ..., revision: _Optional[str] = ..., subfolder: _Optional[str] = ..., runtime_secret_name: _Optional[str] = ...) -> None: ...
+
+class Adapter(_message.Message):
+    __slots__ = ("name", "repository")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    REPOSITORY_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    repository: Repository
+    def __init__(self, name: _Optional[str] = ..., repository: _Optional[_Union[Repository, _Mapping]] = ...) -> None: ...
+
+class DeploymentSpec(_message.Message):
+    __slots__ = ("model_name", "base", "adapters", "max_seq_len", "max_lora_rank", "lora_target_modules", "served_model_name", "request_default_max_tokens")
+    MODEL_NAME_FIELD_NUMBER: _ClassVar[int]
+    BASE_FIELD_NUMBER: _ClassVar[int]
+    ADAPTERS_FIELD_NUMBER: _ClassVar[int]
+    MAX_SEQ_LEN_FIELD_NUMBER: _ClassVar[int]
+    MAX_LORA_RANK_FIELD_NUMBER: _ClassVar[int]
+    LORA_TARGET_MODULES_FIELD_NUMBER: _ClassVar[int]
+    SERVED_MODEL_NAME_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_DEFAULT_MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    model_name: str
+    base: Repository
+    adapters: _containers.RepeatedCompositeFieldContainer[Adapter]
+    max_seq_len: int
+    max_lora_rank: int
+    lora_target_modules: _containers.RepeatedScalarFieldContainer[str]
+    served_model_name: str
+    request_default_max_tokens: int
+    def __init__(self, model_name: _Optional[str] = ..., base: _Optional[_Union[Repository, _Mapping]] = ..., adapters: _Optional[_Iterable[_Union[Adapter, _Mapping]]] = ..., max_seq_len: _Optional[int] = ..., max_lora_rank: _Optional[int] = ..., lora_target_modules: _Optional[_Iterable[str]] = ..., served_model_name: _Optional[str] = ..., request_default_max_tokens: _Optional[int] = ...) -> None: ...
+
+class BuildDeploymentRequest(_message.Message):
+    __slots__ = ("deployment", "request_id")
+    DEPLOYMENT_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    deployment: DeploymentSpec
+    request_id: str
+    def __init__(self, deployment: _Optional[_Union[DeploymentSpec, _Mapping]] = ..., request_id: _Optional[str] = ...) -> None: ...
+
+class BuildDeploymentResponse(_message.Message):
+    __slots__ = ("deployment",)
+    DEPLOYMENT_FIELD_NUMBER: _ClassVar[int]
+    deployment: Deployment
+    def __init__(self, deployment: _Optional[_Union[Deployment, _Mapping]] = ...) -> None: ...
+
+class GetDeploymentRequest(_message.Message):
+    __slots__ = ("name",)
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    def __init__(self, name: _Optional[str] = ...) -> None: ...
+
+class GetDeploymentResponse(_message.Message):
+    __slots__ = ("deployment",)
+    DEPLOYMENT_FIELD_NUMBER: _ClassVar[int]
+    deployment: Deployment
+    def __init__(self, deployment: _Optional[_Union[Deployment, _Mapping]] = ...) -> None: ...
+
+class ListDeploymentsRequest(_message.Message):
+    __slots__ = ("page_size", "page_token")
+    PAGE_SIZE_FIELD_NUMBER: _ClassVar[int]
+    PAGE_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    page_size: int
+    page_token: str
+    def __init__(self, page_size: _Optional[int] = ..., page_token: _Optional[str] = ...) -> None: ...
+
+class ListDeploymentsResponse(_message.Message):
+    __slots__ = ("deployments", "next_page_token")
+    DEPLOYMENTS_FIELD_NUMBER: _ClassVar[int]
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    deployments: _containers.RepeatedCompositeFieldContainer[Deployment]
+    next_page_token: str
+    def __init__(self, deployments: _Optional[_Iterable[_Union[Deployment, _Mapping]]] = ..., next_page_token: _Optional[str] = ...) -> None: ...
+
+class WatchDeploymentRequest(_message.Message):
+    __slots__ = ("name",)
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    def __init__(self, name: _Optional[str] = ...) -> None: ...
+
+class WatchDeploymentResponse(_message.Message):
+    __slots__ = ("deployment",)
+    DEPLOYMENT_FIELD_NUMBER: _ClassVar[int]
+    deployment: Deployment
+    def __init__(self, deployment: _Optional[_Union[Deployment, _Mapping]] = ...) -> None: ...
+
+class Deployment(_message.Message):
+    __slots__ = ("name", "state", "generation", "create_time", "update_time", "adapters", "failure", "unchanged")
+    class State(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+        __slots__ = ()
+        STATE_UNSPECIFIED: _ClassVar[Deployment.State]
+        STATE_BUILDING: _ClassVar[Deployment.State]
+        STATE_ACTIVE: _ClassVar[Deployment.State]
+        STATE_FAILED: _ClassVar[Deployment.State]
+    STATE_UNSPECIFIED: Deployment.State
+    STATE_BUILDING: Deployment.State
+    STATE_ACTIVE: Deployment.State
+    STATE_FAILED: Deployment.State
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
+    CREATE_TIME_FIELD_NUMBER: _ClassVar[int]
+    UPDATE_TIME_FIELD_NUMBER: _ClassVar[int]
+    ADAPTERS_FIELD_NUMBER: _ClassVar[int]
+    FAILURE_FIELD_NUMBER: _ClassVar[int]
+    UNCHANGED_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    state: Deployment.State
+    generation: int
+    create_time: _timestamp_pb2.Timestamp
+    update_time: _timestamp_pb2.Timestamp
+    adapters: _containers.RepeatedCompositeFieldContainer[AdapterBuild]
+    failure: Failure
+    unchanged: bool
+    def __init__(self, name: _Optional[str] = ..., state: _Optional[_Union[Deployment.State, str]] = ..., generation: _Optional[int] = ..., create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., update_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., adapters: _Optional[_Iterable[_Union[AdapterBuild, _Mapping]]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ..., unchanged: _Optional[bool] = ...) -> None: ...
+
+class AdapterBuild(_message.Message):
+    __slots__ = ("name", "stage", "bytes_done", "bytes_total", "digest", "ranks", "modules", "tensors_used", "bundle_bytes", "warnings", "reused")
+    class Stage(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+        __slots__ = ()
+        STAGE_UNSPECIFIED: _ClassVar[AdapterBuild.Stage]
+        STAGE_WAITING: _ClassVar[AdapterBuild.Stage]
+        STAGE_FETCHING: _ClassVar[AdapterBuild.Stage]
+        STAGE_VALIDATING: _ClassVar[AdapterBuild.Stage]
+        STAGE_CONVERTING: _ClassVar[AdapterBuild.Stage]
+        STAGE_PUBLISHING: _ClassVar[AdapterBuild.Stage]
+        STAGE_DONE: _ClassVar[AdapterBuild.Stage]
+        STAGE_REFUSED: _ClassVar[AdapterBuild.Stage]
+    STAGE_UNSPECIFIED: AdapterBuild.Stage
+    STAGE_WAITING: AdapterBuild.Stage
+    STAGE_FETCHING: AdapterBuild.Stage
+    STAGE_VALIDATING: AdapterBuild.Stage
+    STAGE_CONVERTING: AdapterBuild.Stage
+    STAGE_PUBLISHING: AdapterBuild.Stage
+    STAGE_DONE: AdapterBuild.Stage
+    STAGE_REFUSED: AdapterBuild.Stage
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    STAGE_FIELD_NUMBER: _ClassVar[int]
+    BYTES_DONE_FIELD_NUMBER: _ClassVar[int]
+    BYTES_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    RANKS_FIELD_NUMBER: _ClassVar[int]
+    MODULES_FIELD_NUMBER: _ClassVar[int]
+    TENSORS_USED_FIELD_NUMBER: _ClassVar[int]
+    BUNDLE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    WARNINGS_FIELD_NUMBER: _ClassVar[int]
+    REUSED_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    stage: AdapterBuild.Stage
+    bytes_done: int
+    bytes_total: int
+    digest: str
+    ranks: _containers.RepeatedScalarFieldContainer[int]
+    modules: _containers.RepeatedScalarFieldContainer[str]
+    tensors_used: int
+    bundle_bytes: int
+    warnings: _containers.RepeatedCompositeFieldContainer[Finding]
+    reused: bool
+    def __init__(self, name: _Optional[str] = ..., stage: _Optional[_Union[AdapterBuild.Stage, str]] = ..., bytes_done: _Optional[int] = ..., bytes_total: _Optional[int] = ..., digest: _Optional[str] = ..., ranks: _Optional[_Iterable[int]] = ..., modules: _Optional[_Iterable[str]] = ..., tensors_used: _Optional[int] = ..., bundle_bytes: _Optional[int] = ..., warnings: _Optional[_Iterable[_Union[Finding, _Mapping]]] = ..., reused: _Optional[bool] = ...) -> None: ...
+
+class Finding(_message.Message):
+    __slots__ = ("code", "adapter", "where", "expected", "found", "fix")
+    CODE_FIELD_NUMBER: _ClassVar[int]
+    ADAPTER_FIELD_NUMBER: _ClassVar[int]
+    WHERE_FIELD_NUMBER: _ClassVar[int]
+    EXPECTED_FIELD_NUMBER: _ClassVar[int]
+    FOUND_FIELD_NUMBER: _ClassVar[int]
+    FIX_FIELD_NUMBER: _ClassVar[int]
+    code: str
+    adapter: str
+    where: str
+    expected: str
+    found: str
+    fix: str
+    def __init__(self, code: _Optional[str] = ..., adapter: _Optional[str] = ..., where: _Optional[str] = ..., expected: _Optional[str] = ..., found: _Optional[str] = ..., fix: _Optional[str] = ...) -> None: ...
+
+class Failure(_message.Message):
+    __slots__ = ("reason", "message", "findings")
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    FINDINGS_FIELD_NUMBER: _ClassVar[int]
+    reason: str
+    message: str
+    findings: _containers.RepeatedCompositeFieldContainer[Finding]
+    def __init__(self, reason: _Optional[str] = ..., message: _Optional[str] = ..., findings: _Optional[_Iterable[_Union[Finding, _Mapping]]] = ...) -> None: ...

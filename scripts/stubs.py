@@ -1,0 +1,45 @@
+"""Generate the gRPC stubs under loramux/ from protos/; with --check, say whether that changes anything."""
+
+from __future__ import annotations
+
+import importlib.resources
+import sys
+import tempfile
+from pathlib import Path
+
+from grpc_tools import protoc
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def generate(target: Path) -> list[Path]:
+    """Write the stubs below target and return their paths relative to it."""
+    protos = sorted((ROOT / "protos").rglob("*.proto"))
+    include = importlib.resources.files("grpc_tools") / "_proto"
+    args = [f"-I{ROOT / 'protos'}", f"-I{include}"]
+    args += [f"--{kind}_out={target}" for kind in ("python", "pyi", "grpc_python")]
+    if protoc.main(["protoc", *args, *map(str, protos)]):
+        raise SystemExit("protoc failed")
+    for pyi in target.rglob("*_pb2.pyi"):  # grpcio-tools leaves trailing blanks in some releases
+        pyi.write_text("\n".join(line.rstrip() for line in pyi.read_text().splitlines()) + "\n")
+    return sorted(path.relative_to(target) for path in target.rglob("*_pb2*.py*"))
+
+
+def main() -> None:
+    """Regenerate, or compare."""
+    if "--check" not in sys.argv:
+        generate(ROOT)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        fresh = Path(folder)
+        stale = [str(p) for p in generate(fresh) if not _same(fresh / p, ROOT / p)]
+    if stale:
+        raise SystemExit(f"generated stubs are out of date: {', '.join(stale)}. Run `make stubs`.")
+
+
+def _same(fresh: Path, committed: Path) -> bool:
+    return committed.exists() and fresh.read_bytes() == committed.read_bytes()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""What both services stand on: faults, settings, deployments, bundles, stores, sources, the RPC shell."""

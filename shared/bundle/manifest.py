@@ -1,0 +1,193 @@
+"""The records that are kept in a store, and their canonical bytes.
+
+::
+
+    bundles/sha256/<digest>/manifest.json              digest = sha256 of this file's bytes; written last
+    bundles/sha256/<digest>/model.lora_weights.npy
+    bundles/sha256/<digest>/model.lora_config.npy
+    deployments/<name>/generations/<n>.json            immutable
+    deployments/<name>/current.json                    which generation is served, with its digest
+
+A manifest holds nothing but what follows from the adapter's bytes and the build's settings, so the same
+adapter has the same digest wherever it comes from; where it came from stands in the generation.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from datetime import datetime
+from enum import StrEnum
+from typing import Final, Literal, Self
+
+from pydantic import Field, ValidationError
+
+from shared.deployment import Model, Name, Repository
+from shared.faults import BundleCorrupt, Finding
+
+FORMAT_VERSION: Final = 1
+WEIGHTS_FILE = "model.lora_weights.npy"
+CONFIG_FILE = "model.lora_config.npy"
+MANIFEST_FILE = "manifest.json"
+
+Sha256 = Field(pattern=r"^[0-9a-f]{64}$")
+
+
+class Dtype(StrEnum):
+    """Storage types of a bundle's weights."""
+
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+    FLOAT32 = "float32"
+
+
+class Record(Model):
+    """A frozen record with canonical JSON bytes: sorted keys, no spaces, UTF-8, one final newline."""
+
+    def to_bytes(self) -> bytes:
+        """Return the canonical bytes."""
+        data = self.model_dump(mode="json")
+        return (json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=False) + "\n").encode()
+
+    @classmethod
+    def from_bytes(cls, data: bytes, *, sha256: str | None = None, what: str = "") -> Self:
+        """Parse a record, against its digest where one is known.
+
+        Raises:
+            BundleCorrupt: the digest differs, or the bytes are no such record.
+        """
+        what = what or cls.__name__.lower()
+        if sha256 is not None:
+            verify(data, sha256, what)
+        try:
+            return cls.model_validate_json(data)
+        except ValidationError as error:
+            raise BundleCorrupt(
+                f"{what} is not a {cls.__name__} of format version {FORMAT_VERSION}: "
+                f"{error.error_count()} fields are missing or wrong. Rebuild the deployment."
+            ) from error
+
+
+class FileDigest(Model):
+    """Size in bytes and sha256 of a file."""
+
+    size: int = Field(ge=0)
+    sha256: str = Sha256
+
+
+class Row(Model):
+    """One row of a bundle: a module of a layer."""
+
+    layer: int = Field(ge=0)
+    module_id: int = Field(ge=0)
+    module: str
+    """TensorRT-LLM's name, for example ``attn_q``."""
+    rank: int = Field(ge=1)
+    in_features: int = Field(ge=1)
+    out_features: int = Field(ge=1)
+    scale: float
+    """alpha/r or alpha/sqrt(r); folded into B already."""
+
+
+class Manifest(Record):
+    """What a bundle holds; rows are in the order of the npy files, sorted by (layer, module_id)."""
+
+    format_version: Literal[1] = FORMAT_VERSION
+    dtype: Dtype
+    rows: tuple[Row, ...]
+    row_width: int = Field(ge=1)
+    """Elements per row of the weights, padding included."""
+    config_columns: Literal[3, 4] = 4
+    files: dict[str, FileDigest]
+    """The two npy files."""
+    inputs: dict[str, FileDigest]
+    """The adapter's files that the bundle was made from."""
+    tensors_used: int
+    base_model_name: str = ""
+    """What the adapter says that it was trained on."""
+    warnings: tuple[Finding, ...] = ()
+    """Without the adapter's name, which is the deployment's choice."""
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """The distinct ranks, ascending."""
+        return tuple(sorted({row.rank for row in self.rows}))
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """The distinct modules, by module id."""
+        return tuple(name for _, name in sorted({(row.module_id, row.module) for row in self.rows}))
+
+
+class AdapterRecord(Model):
+    """An adapter of a generation."""
+
+    digest: str = Sha256
+    source: Repository
+    """With the resolved revision."""
+
+
+class BaseRecord(Model):
+    """The base checkpoint of a generation."""
+
+    source: Repository
+    """With the resolved revision."""
+    files: dict[str, FileDigest]
+    """Every file that serving needs, by its path in the repository's subfolder."""
+
+
+class Generation(Record):
+    """What a deployment serves; immutable."""
+
+    format_version: Literal[1] = FORMAT_VERSION
+    deployment: Name
+    number: int = Field(ge=1)
+    create_time: datetime
+    served_model_name: Name
+    base: BaseRecord
+    adapters: dict[Name, AdapterRecord]
+    max_seq_len: int | None = None
+    max_lora_rank: int
+    lora_target_modules: tuple[str, ...] = ()
+    request_default_max_tokens: int | None = None
+
+    def same_content(self, other: Generation) -> bool:
+        """True when only number and time differ."""
+        return self == other.model_copy(update={"number": self.number, "create_time": self.create_time})
+
+
+class Current(Record):
+    """The one mutable object of a deployment: which generation is served."""
+
+    generation: int = Field(ge=1)
+    sha256: str = Sha256
+    """Of the generation's bytes."""
+
+
+def sha256_hex(data: bytes) -> str:
+    """Return the sha256 of data in hex."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def verify(data: bytes, sha256: str, what: str) -> None:
+    """Raise `BundleCorrupt` unless data has this digest."""
+    actual = sha256_hex(data)
+    if actual != sha256:
+        raise BundleCorrupt(
+            f"{what}: expected sha256 {sha256}, found {actual} ({len(data)} bytes). Rebuild the deployment."
+        )
+
+
+def bundle_key(digest: str, file: str) -> str:
+    """Return the key of a file of a bundle."""
+    return f"bundles/sha256/{digest}/{file}"
+
+
+def generation_key(deployment: str, number: int) -> str:
+    """Return the key of a generation; numbers are padded, so that listings are in order."""
+    return f"deployments/{deployment}/generations/{number:08d}.json"
+
+
+def current_key(deployment: str) -> str:
+    """Return the key of the pointer to the served generation."""
+    return f"deployments/{deployment}/current.json"

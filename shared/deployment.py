@@ -1,0 +1,305 @@
+"""The deployment file: one base checkpoint, named adapters, a few settings.
+
+The file that users of hosted engine builders have is accepted as it is: the ``trt_llm:`` wrapper is
+optional, and keys that such files carry and that mean nothing here are reported as ignored. Any other
+unknown key is a `DeploymentInvalid` that names the key and the nearest known one.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from shared.faults import DeploymentInvalid, Finding
+
+DEFAULT_MAX_LORA_RANK = 64
+
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+# Keys of hosted engine builders that have no meaning here, by the block they stand in.
+IGNORED_KEYS: dict[str, frozenset[str]] = {
+    "": _words("""
+        apply_library_patches base_image build_commands cache_internal data_dir description docker_server
+        environment_variables examples_filename external_data external_package_dirs input_type live_reload
+        model_cache model_class_filename model_class_name model_framework model_metadata model_module_dir
+        model_type packages_dir python_version requirements requirements_file resources runtime secrets
+        spec_version system_packages training_checkpoints use_local_chain_src weights
+    """),
+    "trt_llm": _words("inference_stack root version version_overrides"),
+    "build": _words("""
+        gather_all_token_logits kv_cache_type max_batch_size max_beam_width max_num_tokens
+        max_prompt_embedding_table_size num_builder_gpus paged_kv_cache pipeline_parallel_count
+        plugin_configuration quantization_config quantization_type skip_build_result speculator
+        strongly_typed tensor_parallel_count use_fused_mlp
+    """),
+    "runtime": _words("""
+        batch_scheduler_policy config_kwargs enable_chunked_context enable_chunked_prefill
+        kv_cache_free_gpu_mem_fraction kv_cache_host_memory_bytes max_batch_size max_num_tokens patch_kwargs
+        tensor_parallel_size total_token_limit webserver_default_route
+    """),
+}
+
+Name = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_\-\.:]+$", max_length=128)]
+"""A name that can be an OpenAI ``model``."""
+
+
+class SourceKind(StrEnum):
+    """Where a repository is fetched from."""
+
+    HF = "HF"
+    S3 = "S3"
+    GCS = "GCS"
+    AZURE = "AZURE"
+    REMOTE_URL = "REMOTE_URL"
+    LOCAL = "LOCAL"
+
+
+class Model(BaseModel):
+    """Frozen, and strict about unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Repository(Model):
+    """A repository at a revision."""
+
+    source: SourceKind
+    repo: str = Field(min_length=1, max_length=4096)
+    """``namespace/name`` for HF, an absolute directory for LOCAL, else an address."""
+    revision: str = ""
+    """Branch, tag or commit; after resolving always a commit (HF) or a content digest (LOCAL)."""
+    subfolder: str = ""
+    """A folder inside the repository that holds the files."""
+    runtime_secret_name: str = ""
+    """The name of the secret that opens the repository; never the secret."""
+
+    @field_validator("subfolder")
+    @classmethod
+    def _stays_inside(cls, value: str) -> str:
+        if value.startswith("/") or ".." in value.split("/"):
+            raise ValueError("must be a relative path inside the repository")
+        return value.strip("/")
+
+
+class LoraConfiguration(Model):
+    """Ceilings for all adapters of the deployment."""
+
+    max_lora_rank: int = Field(default=DEFAULT_MAX_LORA_RANK, ge=1, le=4096)
+    """An adapter above it is refused, never truncated."""
+    lora_target_modules: tuple[str, ...] = ()
+    """When given, an adapter that targets more is refused. Empty: taken from the adapters."""
+
+
+class Build(Model):
+    """What is built."""
+
+    base_model: str = "decoder"
+    """Kept for compatibility; only ``decoder`` is served."""
+    checkpoint_repository: Repository
+    """The base checkpoint."""
+    max_seq_len: int | None = Field(default=None, ge=2)
+    """Tokens of prompt and answer together; the model's own maximum when not given."""
+    lora_adapters: dict[Name, Repository] = Field(default_factory=dict)
+    """Adapters by the name under which they are served."""
+    lora_configuration: LoraConfiguration = LoraConfiguration()
+    """Ceilings for all adapters."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _older_spelling(cls, data: Any) -> Any:
+        """Accept ``max_lora_rank`` directly under ``build``."""
+        if isinstance(data, dict) and "max_lora_rank" in data:
+            data = dict(data)
+            rank = data.pop("max_lora_rank")
+            block = dict(data.get("lora_configuration") or {})
+            if block.setdefault("max_lora_rank", rank) != rank:
+                raise ValueError("max_lora_rank is given twice with different values")
+            data["lora_configuration"] = block
+        return data
+
+    @field_validator("base_model")
+    @classmethod
+    def _only_decoders(cls, value: str) -> str:
+        # Hosted builders name model families here; all of them are decoders to us. Encoders are not.
+        if value in {"encoder", "encoder_bert", "whisper"}:
+            raise ValueError(f"{value!r} cannot generate text; only decoder models are served")
+        return value
+
+
+class Runtime(Model):
+    """How it is served."""
+
+    served_model_name: Name | None = None
+    """The base's name; ``model_name`` when not given."""
+    request_default_max_tokens: int | None = Field(default=None, ge=1)
+    """New tokens of a request that sets no limit; as many as fit when not given."""
+
+
+class Deployment(Model):
+    """A deployment: what the file says, with every default filled in."""
+
+    model_name: Name
+    build: Build
+    runtime: Runtime = Runtime()
+
+    @property
+    def served_model_name(self) -> str:
+        """The name under which the base is served."""
+        return self.runtime.served_model_name or self.model_name
+
+    @model_validator(mode="after")
+    def _names_are_distinct(self) -> Deployment:
+        if self.served_model_name in self.build.lora_adapters:
+            raise ValueError(f"adapter {self.served_model_name!r} has the name of the base")
+        return self
+
+
+class DeploymentFile(Model):
+    """A parsed file, and the keys in it that mean nothing here."""
+
+    deployment: Deployment
+    ignored: tuple[str, ...] = ()
+
+
+def load_deployment(path: Path) -> DeploymentFile:
+    """Read a deployment file; LOCAL repositories are resolved against its folder, ``~`` included.
+
+    Raises:
+        DeploymentInvalid: the file cannot be read, is no YAML, or breaks a rule; all violations at once.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise DeploymentInvalid(f"cannot read the deployment file {path}: {reason}") from error
+    try:
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" at line {mark.line + 1}" if mark else ""
+        raise DeploymentInvalid(
+            f"{path} is not valid YAML{line}: {getattr(error, 'problem', '') or 'cannot be parsed'}"
+        ) from error
+    file = parse_deployment(data, default_name=_name_of(path))
+    return file.model_copy(update={"deployment": _resolve_local(file.deployment, path.resolve().parent)})
+
+
+def parse_deployment(data: Any, *, default_name: str = "") -> DeploymentFile:
+    """Turn parsed YAML into a deployment.
+
+    Raises:
+        DeploymentInvalid: with one finding per unknown key, missing key or bad value.
+    """
+    if not isinstance(data, dict):
+        raise DeploymentInvalid(f"a deployment file is a mapping; found {type(data).__name__}")
+    data, ignored = _unwrap(data)
+    if default_name:
+        data.setdefault("model_name", default_name)
+    try:
+        deployment = Deployment.model_validate(data)
+    except ValidationError as error:
+        findings = findings_of(error, Deployment)
+        raise DeploymentInvalid(
+            f"the deployment breaks {len(findings)} rule{'s'[: len(findings) > 1]}", findings
+        ) from error
+    return DeploymentFile(deployment=deployment, ignored=tuple(ignored))
+
+
+def findings_of(error: ValidationError, model: type[BaseModel]) -> list[Finding]:
+    """One finding per violation, with the nearest known key beside an unknown one."""
+    return [_finding(item, model) for item in error.errors(include_url=False)]
+
+
+def _finding(item: Any, model: type[BaseModel]) -> Finding:
+    loc = [part for part in item["loc"] if part != "[key]"]
+    where = ".".join(map(str, loc)) or "deployment"
+    if item["type"] == "extra_forbidden":
+        known = _known_keys(model, loc[:-1])
+        near = difflib.get_close_matches(str(loc[-1]), known, n=1)
+        return Finding(
+            code="E_UNKNOWN_FIELD",
+            where=where,
+            expected=f"one of {', '.join(known)}",
+            found=str(loc[-1]),
+            fix=f"Did you mean {near[0]}?" if near else "Remove it.",
+        )
+    if item["type"] == "missing":
+        return Finding(
+            code="E_MISSING_FIELD", where=where, expected="a value", found="nothing", fix="Set it."
+        )
+    found = repr(item["input"])
+    return Finding(
+        code="E_BAD_FIELD",
+        where=where,
+        expected=item["msg"].removeprefix("Value error, ").removeprefix("Input should be "),
+        found=found if len(found) <= 80 else found[:77] + "...",
+    )
+
+
+def _known_keys(model: type[BaseModel], loc: list[Any]) -> list[str]:
+    """The keys of the model that stands at loc, through dicts of models."""
+    current: Any = model
+    for part in loc:
+        field = current.model_fields.get(part) if hasattr(current, "model_fields") else None
+        if field is not None:
+            inner = [a for a in (field.annotation, *_args(field.annotation)) if hasattr(a, "model_fields")]
+            current = inner[0] if inner else current
+    return list(current.model_fields)
+
+
+def _args(annotation: Any) -> tuple[Any, ...]:
+    return getattr(annotation, "__args__", ())
+
+
+def _unwrap(data: dict[Any, Any]) -> tuple[dict[Any, Any], list[str]]:
+    """Lift the ``trt_llm`` block to the top and drop the keys that mean nothing here."""
+    ignored: list[str] = []
+    top = dict(data)
+    if "trt_llm" in top:
+        inner = top.pop("trt_llm")
+        if not isinstance(inner, dict):
+            raise DeploymentInvalid(f"trt_llm must be a mapping; found {type(inner).__name__}")
+        block = _drop(inner, "trt_llm", "trt_llm", ignored)
+        top = _drop(top, "", "", ignored) | block
+    else:
+        runtime = top.pop("runtime", None)
+        top = _drop(top, "", "", ignored)
+        top = _drop(top, "trt_llm", "", ignored)
+        if runtime is not None:
+            top["runtime"] = runtime
+    for name in ("build", "runtime"):
+        if isinstance(top.get(name), dict):
+            top[name] = _drop(top[name], name, name, ignored)
+    return top, sorted(ignored)
+
+
+def _drop(block: dict[Any, Any], table: str, prefix: str, ignored: list[str]) -> dict[Any, Any]:
+    known = IGNORED_KEYS[table]
+    ignored += [f"{prefix}.{key}".lstrip(".") for key in block if key in known]
+    return {key: value for key, value in block.items() if key not in known}
+
+
+def _name_of(path: Path) -> str:
+    return re.sub(r"[^a-zA-Z0-9_\-.:]", "-", path.resolve().stem)[:128]
+
+
+def _resolve_local(deployment: Deployment, folder: Path) -> Deployment:
+    def resolved(repository: Repository) -> Repository:
+        if repository.source is not SourceKind.LOCAL:
+            return repository
+        path = Path(repository.repo).expanduser()
+        return repository.model_copy(update={"repo": str((folder / path).resolve())})
+
+    build = deployment.build
+    adapters = {name: resolved(repository) for name, repository in build.lora_adapters.items()}
+    update = {"checkpoint_repository": resolved(build.checkpoint_repository), "lora_adapters": adapters}
+    return deployment.model_copy(update={"build": build.model_copy(update=update)})

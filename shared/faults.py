@@ -1,0 +1,267 @@
+"""Every failure that a person can cause or meet, as a tree of classes.
+
+::
+
+    Fault
+    ├── AdapterInvalid       ADAPTER_INVALID         INVALID_ARGUMENT     an adapter breaks a rule
+    ├── DeploymentInvalid    DEPLOYMENT_INVALID      INVALID_ARGUMENT     a file or message breaks a rule
+    ├── RequestInvalid       REQUEST_INVALID         INVALID_ARGUMENT     a field is out of bounds
+    ├── PromptTooLong        PROMPT_TOO_LONG         INVALID_ARGUMENT
+    ├── PageTokenInvalid     PAGE_TOKEN_INVALID      INVALID_ARGUMENT
+    ├── RepoNotFound         REPO_NOT_FOUND          NOT_FOUND
+    ├── RevisionNotFound     REVISION_NOT_FOUND      NOT_FOUND
+    ├── RepoGated            REPO_GATED              PERMISSION_DENIED
+    ├── SourceRefused        SOURCE_REFUSED          PERMISSION_DENIED    not allowed by the operator
+    ├── SourceUnavailable    SOURCE_UNAVAILABLE      UNAVAILABLE
+    ├── StoreUnavailable     STORE_UNAVAILABLE       UNAVAILABLE
+    ├── ShuttingDown         SHUTTING_DOWN           UNAVAILABLE
+    ├── DeploymentNotFound   DEPLOYMENT_NOT_FOUND    NOT_FOUND
+    ├── ModelNotFound        MODEL_NOT_FOUND         NOT_FOUND
+    ├── RequestIdReused      REQUEST_ID_REUSED       ALREADY_EXISTS
+    ├── BuildInProgress      BUILD_IN_PROGRESS       ABORTED
+    ├── BuildInterrupted     BUILD_INTERRUPTED       ABORTED
+    ├── QueueFull            QUEUE_FULL              RESOURCE_EXHAUSTED
+    ├── BundleCorrupt        BUNDLE_CORRUPT          DATA_LOSS
+    ├── CheckpointInvalid    CHECKPOINT_INVALID      FAILED_PRECONDITION  a base that cannot be served
+    ├── ResourcesExhausted   RESOURCES_EXHAUSTED     FAILED_PRECONDITION  it does not fit this machine
+    ├── SettingsInvalid      SETTINGS_INVALID        FAILED_PRECONDITION
+    └── InternalFault        INTERNAL                INTERNAL
+
+A message says what was expected, what was found and what to do, in one line. It never holds a
+secret, a prompt or a stack trace.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import Enum
+from typing import ClassVar
+
+from pydantic import BaseModel, ConfigDict
+
+
+class Status(Enum):
+    """The canonical status of a fault; names and numbers are those of google.rpc.Code."""
+
+    INVALID_ARGUMENT = 3
+    DEADLINE_EXCEEDED = 4
+    NOT_FOUND = 5
+    ALREADY_EXISTS = 6
+    PERMISSION_DENIED = 7
+    RESOURCE_EXHAUSTED = 8
+    FAILED_PRECONDITION = 9
+    ABORTED = 10
+    INTERNAL = 13
+    UNAVAILABLE = 14
+    DATA_LOSS = 15
+
+
+class Finding(BaseModel):
+    """One thing found in an adapter, a deployment or a request; codes beginning with ``W_`` are warnings."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    code: str
+    adapter: str = ""
+    where: str = ""
+    expected: str = ""
+    found: str = ""
+    fix: str = ""
+
+    def __str__(self) -> str:
+        place = ": ".join(part for part in (self.adapter, self.where) if part)
+        said = ", ".join(
+            part
+            for part in (
+                self.expected and f"expected {self.expected}",
+                self.found and f"found {self.found}",
+            )
+            if part
+        )
+        text = " ".join(part for part in (self.code, place and f"{place}:", said) if part)
+        return f"{text}. {self.fix}" if self.fix else text
+
+
+class Fault(Exception):
+    """Base of all named failures; ``reason`` and ``status`` are fixed per class."""
+
+    reason: ClassVar[str]
+    status: ClassVar[Status]
+    retry_after_s: ClassVar[float | None] = None
+
+    def __init__(self, message: str, findings: Sequence[Finding] = ()) -> None:
+        super().__init__(message)
+        self.message = message
+        self.findings = tuple(findings)
+
+    def __str__(self) -> str:
+        return "\n  ".join([self.message, *map(str, self.findings)])
+
+
+class AdapterInvalid(Fault):
+    """One or more adapters break a rule; every violation of every adapter is listed."""
+
+    reason = "ADAPTER_INVALID"
+    status = Status.INVALID_ARGUMENT
+
+
+class DeploymentInvalid(Fault):
+    """A deployment file or message breaks a rule; the findings name the fields."""
+
+    reason = "DEPLOYMENT_INVALID"
+    status = Status.INVALID_ARGUMENT
+
+
+class RequestInvalid(Fault):
+    """A field of a request is missing or out of bounds; the findings name the fields."""
+
+    reason = "REQUEST_INVALID"
+    status = Status.INVALID_ARGUMENT
+
+
+class PromptTooLong(Fault):
+    """Prompt and new tokens do not fit the longest sequence that is served."""
+
+    reason = "PROMPT_TOO_LONG"
+    status = Status.INVALID_ARGUMENT
+
+
+class PageTokenInvalid(Fault):
+    """A page token that no answer gave."""
+
+    reason = "PAGE_TOKEN_INVALID"
+    status = Status.INVALID_ARGUMENT
+
+
+class RepoNotFound(Fault):
+    """A repository or a file of it does not exist, or is private for this token."""
+
+    reason = "REPO_NOT_FOUND"
+    status = Status.NOT_FOUND
+
+
+class RevisionNotFound(Fault):
+    """The repository exists, the revision does not."""
+
+    reason = "REVISION_NOT_FOUND"
+    status = Status.NOT_FOUND
+
+
+class RepoGated(Fault):
+    """The repository's licence was not accepted with this token, or the token lacks access."""
+
+    reason = "REPO_GATED"
+    status = Status.PERMISSION_DENIED
+
+
+class SourceRefused(Fault):
+    """A source or path that the operator did not allow."""
+
+    reason = "SOURCE_REFUSED"
+    status = Status.PERMISSION_DENIED
+
+
+class SourceUnavailable(Fault):
+    """A source does not answer; a later try may succeed."""
+
+    reason = "SOURCE_UNAVAILABLE"
+    status = Status.UNAVAILABLE
+    retry_after_s = 5.0
+
+
+class StoreUnavailable(Fault):
+    """The object store does not answer or refuses; a later try may succeed."""
+
+    reason = "STORE_UNAVAILABLE"
+    status = Status.UNAVAILABLE
+    retry_after_s = 2.0
+
+
+class ShuttingDown(Fault):
+    """The server drains and takes no new work."""
+
+    reason = "SHUTTING_DOWN"
+    status = Status.UNAVAILABLE
+    retry_after_s = 1.0
+
+
+class DeploymentNotFound(Fault):
+    """No deployment of that name; the message lists those that exist."""
+
+    reason = "DEPLOYMENT_NOT_FOUND"
+    status = Status.NOT_FOUND
+
+
+class ModelNotFound(Fault):
+    """No base or adapter of that name; the message lists those that are served."""
+
+    reason = "MODEL_NOT_FOUND"
+    status = Status.NOT_FOUND
+
+
+class RequestIdReused(Fault):
+    """A request id that was used for another deployment."""
+
+    reason = "REQUEST_ID_REUSED"
+    status = Status.ALREADY_EXISTS
+
+
+class BuildInProgress(Fault):
+    """Another build of the same deployment runs."""
+
+    reason = "BUILD_IN_PROGRESS"
+    status = Status.ABORTED
+
+
+class BuildInterrupted(Fault):
+    """A build that the builder could not finish before it stopped."""
+
+    reason = "BUILD_INTERRUPTED"
+    status = Status.ABORTED
+
+
+class QueueFull(Fault):
+    """Too many requests wait."""
+
+    reason = "QUEUE_FULL"
+    status = Status.RESOURCE_EXHAUSTED
+    retry_after_s = 1.0
+
+
+class BundleCorrupt(Fault):
+    """Bytes of a store or a source whose digest is not the recorded one."""
+
+    reason = "BUNDLE_CORRUPT"
+    status = Status.DATA_LOSS
+
+
+class CheckpointInvalid(Fault):
+    """A base checkpoint that cannot be served."""
+
+    reason = "CHECKPOINT_INVALID"
+    status = Status.FAILED_PRECONDITION
+
+
+class ResourcesExhausted(Fault):
+    """The deployment does not fit this machine; the message gives the numbers."""
+
+    reason = "RESOURCES_EXHAUSTED"
+    status = Status.FAILED_PRECONDITION
+
+
+class SettingsInvalid(Fault):
+    """A setting with a bad name or value; the message says what is allowed."""
+
+    reason = "SETTINGS_INVALID"
+    status = Status.FAILED_PRECONDITION
+
+
+class InternalFault(Fault):
+    """A failure of loramux itself; the server's log has the details under the request id."""
+
+    reason = "INTERNAL"
+    status = Status.INTERNAL
+
+
+FAULTS: dict[str, type[Fault]] = {kind.reason: kind for kind in Fault.__subclasses__()}
+"""Fault classes by reason."""

@@ -1,0 +1,1 @@
+"""Object stores, reached by URI: ``s3://bucket/prefix``, ``file:///dir`` and, in tests, memory."""

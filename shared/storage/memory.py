@@ -1,0 +1,41 @@
+"""A store in memory: the fake beside the real ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from shared.storage.base import ObjectMissing
+
+
+class MemoryStore:
+    """Objects in a dict; puts are atomic because assignments are."""
+
+    uri = "memory://"
+
+    def __init__(self) -> None:
+        self.objects: dict[str, bytes] = {}
+
+    def get(self, key: str) -> bytes:
+        """Return an object's bytes, or raise `ObjectMissing`."""
+        try:
+            return self.objects[key]
+        except KeyError:
+            raise ObjectMissing(f"{self.uri}: no object {key!r}") from None
+
+    def put(self, key: str, data: bytes | Path) -> None:
+        """Store bytes, or a file's content, under a key."""
+        self.objects[key] = data.read_bytes() if isinstance(data, Path) else bytes(data)
+
+    def size(self, key: str) -> int | None:
+        """Return an object's size in bytes, or None when there is none."""
+        data = self.objects.get(key)
+        return None if data is None else len(data)
+
+    def list(self, prefix: str) -> Iterator[str]:
+        """Yield the keys that begin with prefix, in lexicographic order."""
+        yield from sorted(key for key in tuple(self.objects) if key.startswith(prefix))
+
+    def delete(self, key: str) -> None:
+        """Remove an object; no error when there is none."""
+        self.objects.pop(key, None)
