@@ -1,1 +1,66 @@
-"""loramux: one base model, hundreds of LoRA adapters, one server."""
+"""loramux: one base model, hundreds of LoRA adapters, one server.
+
+What a program imports stands here: the clients, the records that they hand out, `load_deployment`, and the
+named failures as ``loramux.faults``. Names are loaded when they are first used: the services import the
+generated stubs from this package without the client.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from loramux.client import AsyncClient, Client
+    from loramux.records import (
+        AdapterInfo,
+        Completion,
+        Delta,
+        DeploymentInfo,
+        DeploymentState,
+        Event,
+        Finished,
+        FinishReason,
+        GenerateOptions,
+        Message,
+        ModelInfo,
+        Prompt,
+        Stage,
+        Started,
+        TokenLogprobs,
+        Usage,
+    )
+    from shared.deployment import Deployment, load_deployment
+
+_HOMES = {
+    "loramux.client": ("AsyncClient", "Client"),
+    "shared.deployment": ("Deployment", "load_deployment"),
+}
+
+__all__ = [
+    "AdapterInfo",
+    "AsyncClient",
+    "Client",
+    "Completion",
+    "Delta",
+    "Deployment",
+    "DeploymentInfo",
+    "DeploymentState",
+    "Event",
+    "FinishReason",
+    "Finished",
+    "GenerateOptions",
+    "Message",
+    "ModelInfo",
+    "Prompt",
+    "Stage",
+    "Started",
+    "TokenLogprobs",
+    "Usage",
+    "load_deployment",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'loramux' has no attribute {name!r}")
+    home = next((home for home, names in _HOMES.items() if name in names), "loramux.records")
+    return getattr(import_module(home), name)

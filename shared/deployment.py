@@ -9,12 +9,22 @@ from __future__ import annotations
 
 import difflib
 import re
+import reprlib
+from collections.abc import Hashable
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from shared.faults import DeploymentInvalid, Finding
 
@@ -48,8 +58,15 @@ IGNORED_KEYS: dict[str, frozenset[str]] = {
     """),
 }
 
-Name = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_\-\.:]+$", max_length=128)]
-"""A name that can be an OpenAI ``model``."""
+
+def _no_path(name: str) -> str:
+    if name in {".", ".."}:
+        raise ValueError("a name that is no step of a path")
+    return name
+
+
+Name = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_\-\.:]+$", max_length=128), AfterValidator(_no_path)]
+"""A name that can be an OpenAI ``model`` and a part of an object's key."""
 
 
 class SourceKind(StrEnum):
@@ -61,6 +78,14 @@ class SourceKind(StrEnum):
     AZURE = "AZURE"
     REMOTE_URL = "REMOTE_URL"
     LOCAL = "LOCAL"
+
+
+class Dtype(StrEnum):
+    """Storage types of a bundle's weights."""
+
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+    FLOAT32 = "float32"
 
 
 class Model(BaseModel):
@@ -97,6 +122,8 @@ class LoraConfiguration(Model):
     """An adapter above it is refused, never truncated."""
     lora_target_modules: tuple[str, ...] = ()
     """When given, an adapter that targets more is refused. Empty: taken from the adapters."""
+    dtype: Dtype | None = None
+    """Storage type of the bundles; the base checkpoint's when not given."""
 
 
 class Build(Model):
@@ -120,10 +147,13 @@ class Build(Model):
         if isinstance(data, dict) and "max_lora_rank" in data:
             data = dict(data)
             rank = data.pop("max_lora_rank")
-            block = dict(data.get("lora_configuration") or {})
-            if block.setdefault("max_lora_rank", rank) != rank:
-                raise ValueError("max_lora_rank is given twice with different values")
-            data["lora_configuration"] = block
+            block = data.get("lora_configuration", {})
+            if isinstance(block, dict):
+                block = {"max_lora_rank": rank} | block
+                if block["max_lora_rank"] != rank:
+                    # Not a ValueError, which would hide what else is wrong with the build.
+                    block["max_lora_rank"] = f"{block['max_lora_rank']} here and {rank} under build"
+                data["lora_configuration"] = block
         return data
 
     @field_validator("base_model")
@@ -159,8 +189,11 @@ class Deployment(Model):
     @model_validator(mode="after")
     def _names_are_distinct(self) -> Deployment:
         if self.served_model_name in self.build.lora_adapters:
-            raise ValueError(f"adapter {self.served_model_name!r} has the name of the base")
+            raise ValueError(_NAME_TAKEN)
         return self
+
+
+_NAME_TAKEN = "another name than the base's"
 
 
 class DeploymentFile(Model):
@@ -181,15 +214,7 @@ def load_deployment(path: Path) -> DeploymentFile:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise DeploymentInvalid(f"cannot read the deployment file {path}: {reason}") from error
-    try:
-        data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f" at line {mark.line + 1}" if mark else ""
-        raise DeploymentInvalid(
-            f"{path} is not valid YAML{line}: {getattr(error, 'problem', '') or 'cannot be parsed'}"
-        ) from error
-    file = parse_deployment(data, default_name=_name_of(path))
+    file = parse_deployment(_parse_yaml(text, path), default_name=_name_of(path))
     return file.model_copy(update={"deployment": _resolve_local(file.deployment, path.resolve().parent)})
 
 
@@ -200,14 +225,16 @@ def parse_deployment(data: Any, *, default_name: str = "") -> DeploymentFile:
         DeploymentInvalid: with one finding per unknown key, missing key or bad value.
     """
     if not isinstance(data, dict):
-        raise DeploymentInvalid(f"a deployment file is a mapping; found {type(data).__name__}")
+        found = "nothing" if data is None else type(data).__name__
+        raise DeploymentInvalid(f"a deployment file is a mapping with model_name and build; found {found}")
     data, ignored = _unwrap(data)
-    if default_name:
-        data.setdefault("model_name", default_name)
+    if default_name and data.get("model_name") is None:
+        data["model_name"] = default_name
     try:
         deployment = Deployment.model_validate(data)
     except ValidationError as error:
-        findings = findings_of(error, Deployment)
+        findings = [item for item in findings_of(error, Deployment) if item.expected != _NAME_TAKEN]
+        findings += _taken_names(data)
         raise DeploymentInvalid(
             f"the deployment breaks {len(findings)} rule{'s'[: len(findings) > 1]}", findings
         ) from error
@@ -233,16 +260,42 @@ def _finding(item: Any, model: type[BaseModel]) -> Finding:
             fix=f"Did you mean {near[0]}?" if near else "Remove it.",
         )
     if item["type"] == "missing":
-        return Finding(
-            code="E_MISSING_FIELD", where=where, expected="a value", found="nothing", fix="Set it."
-        )
-    found = repr(item["input"])
+        return Finding(code="E_MISSING_FIELD", where=where, expected="a value", found="nothing", fix="Set it.")
+    value = item["input"]
+    said = item["msg"].removeprefix("Value error, ").removeprefix("Input should ")
+    # YAML reads 1234567 and 2024-01-31 as a number and a date.
+    unquoted = item["type"] == "string_type" and isinstance(value, Hashable) and value is not None
     return Finding(
         code="E_BAD_FIELD",
         where=where,
-        expected=item["msg"].removeprefix("Value error, ").removeprefix("Input should be "),
-        found=found if len(found) <= 80 else found[:77] + "...",
+        expected=said.removeprefix("be ").removeprefix("String should "),
+        found=_shown.repr(value) if loc else "",
+        fix="Quote it." if unquoted else "",
     )
+
+
+_shown = reprlib.Repr()
+_shown.maxlevel = 2  # a few lines of YAML can unfold to millions of values
+_shown.maxstring = _shown.maxother = 80
+
+
+def _taken_names(data: dict[Any, Any]) -> list[Finding]:
+    """What `Deployment` itself says only when nothing else is wrong."""
+    runtime, build = data.get("runtime"), data.get("build")
+    adapters = build.get("lora_adapters") if isinstance(build, dict) else None
+    served = runtime.get("served_model_name") if isinstance(runtime, dict) else None
+    served = data.get("model_name") if served is None else served
+    if not isinstance(adapters, dict) or not isinstance(served, str) or served not in adapters:
+        return []
+    return [
+        Finding(
+            code="E_BAD_FIELD",
+            where=f"build.lora_adapters.{served}",
+            expected=_NAME_TAKEN,
+            found=repr(served),
+            fix="Rename the adapter, or set runtime.served_model_name.",
+        )
+    ]
 
 
 def _known_keys(model: type[BaseModel], loc: list[Any]) -> list[str]:
@@ -269,7 +322,10 @@ def _unwrap(data: dict[Any, Any]) -> tuple[dict[Any, Any], list[str]]:
         if not isinstance(inner, dict):
             raise DeploymentInvalid(f"trt_llm must be a mapping; found {type(inner).__name__}")
         block = _drop(inner, "trt_llm", "trt_llm", ignored)
-        top = _drop(top, "", "", ignored) | block
+        top = _drop(top, "", "", ignored)
+        if twice := sorted(map(str, top.keys() & block.keys())):
+            raise DeploymentInvalid(f"{', '.join(twice)}: given inside and beside trt_llm. Remove one.")
+        top |= block
     else:
         runtime = top.pop("runtime", None)
         top = _drop(top, "", "", ignored)
@@ -278,14 +334,48 @@ def _unwrap(data: dict[Any, Any]) -> tuple[dict[Any, Any], list[str]]:
             top["runtime"] = runtime
     for name in ("build", "runtime"):
         if isinstance(top.get(name), dict):
-            top[name] = _drop(top[name], name, name, ignored)
-    return top, sorted(ignored)
+            top[name] = _drop(_without_empty(top[name]), name, name, ignored)
+    return _without_empty(top), sorted(ignored)
+
+
+def _without_empty(block: dict[Any, Any]) -> dict[Any, Any]:
+    """Without the optional blocks that have a key and nothing else."""
+    optional = {"runtime", "lora_adapters", "lora_configuration"}
+    return {key: value for key, value in block.items() if key not in optional or value is not None}
 
 
 def _drop(block: dict[Any, Any], table: str, prefix: str, ignored: list[str]) -> dict[Any, Any]:
     known = IGNORED_KEYS[table]
     ignored += [f"{prefix}.{key}".lstrip(".") for key in block if key in known]
     return {key: value for key, value in block.items() if key not in known}
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without duplicate keys, of which PyYAML silently keeps the last."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise yaml.composer.ComposerError(
+                        None, None, f"{key.value!r} is given twice", key.start_mark
+                    )
+                seen.add(key.value)
+        return node
+
+
+def _parse_yaml(text: str, path: Path) -> Any:
+    try:
+        return yaml.load(text, _Loader)  # noqa: S506 - a safe loader
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" at line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", "") or getattr(error, "reason", "") or "cannot be parsed"
+        raise DeploymentInvalid(f"{path} is not valid YAML{line}: {problem}") from error
+    except (ValueError, RecursionError) as error:  # 2024-99-99; thousands of brackets
+        raise DeploymentInvalid(f"{path} is not valid YAML: {error}") from error
 
 
 def _name_of(path: Path) -> str:
@@ -296,8 +386,11 @@ def _resolve_local(deployment: Deployment, folder: Path) -> Deployment:
     def resolved(repository: Repository) -> Repository:
         if repository.source is not SourceKind.LOCAL:
             return repository
-        path = Path(repository.repo).expanduser()
-        return repository.model_copy(update={"repo": str((folder / path).resolve())})
+        try:
+            path = (folder / Path(repository.repo).expanduser()).resolve()
+        except (OSError, RuntimeError, ValueError) as error:  # no such user, a loop of links, a NUL
+            raise DeploymentInvalid(f"LOCAL repository {repository.repo!r} is no path: {error}") from error
+        return repository.model_copy(update={"repo": str(path)})
 
     build = deployment.build
     adapters = {name: resolved(repository) for name, repository in build.lora_adapters.items()}

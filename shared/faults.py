@@ -72,14 +72,12 @@ class Finding(BaseModel):
         place = ": ".join(part for part in (self.adapter, self.where) if part)
         said = ", ".join(
             part
-            for part in (
-                self.expected and f"expected {self.expected}",
-                self.found and f"found {self.found}",
-            )
+            for part in (self.expected and f"expected {self.expected}", self.found and f"found {self.found}")
             if part
         )
-        text = " ".join(part for part in (self.code, place and f"{place}:", said) if part)
-        return f"{text}. {self.fix}" if self.fix else text
+        head = " ".join(part for part in (self.code, place) if part)
+        body = ". ".join(part for part in (said, self.fix) if part)
+        return ": ".join(part for part in (head, body) if part)
 
 
 class Fault(Exception):

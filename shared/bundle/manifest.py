@@ -17,12 +17,11 @@ from __future__ import annotations
 import hashlib
 import json
 from datetime import datetime
-from enum import StrEnum
 from typing import Final, Literal, Self
 
 from pydantic import Field, ValidationError
 
-from shared.deployment import Model, Name, Repository
+from shared.deployment import Dtype, Model, Name, Repository
 from shared.faults import BundleCorrupt, Finding
 
 FORMAT_VERSION: Final = 1
@@ -31,14 +30,6 @@ CONFIG_FILE = "model.lora_config.npy"
 MANIFEST_FILE = "manifest.json"
 
 Sha256 = Field(pattern=r"^[0-9a-f]{64}$")
-
-
-class Dtype(StrEnum):
-    """Storage types of a bundle's weights."""
-
-    BFLOAT16 = "bfloat16"
-    FLOAT16 = "float16"
-    FLOAT32 = "float32"
 
 
 class Record(Model):
@@ -149,6 +140,7 @@ class Generation(Record):
     max_seq_len: int | None = None
     max_lora_rank: int
     lora_target_modules: tuple[str, ...] = ()
+    lora_dtype: Dtype
     request_default_max_tokens: int | None = None
 
     def same_content(self, other: Generation) -> bool:

@@ -25,49 +25,51 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n loramux/builder/v1/builder.proto\x12\x12loramux.builder.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\x8c\x01\n\nRepository\x12.\n\x06source\x18\x01 \x01(\x0e\x32\x1e.loramux.builder.v1.SourceKind\x12\x0c\n\x04repo\x18\x02 \x01(\t\x12\x10\n\x08revision\x18\x03 \x01(\t\x12\x11\n\tsubfolder\x18\x04 \x01(\t\x12\x1b\n\x13runtime_secret_name\x18\x05 \x01(\t\"K\n\x07\x41\x64\x61pter\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x32\n\nrepository\x18\x02 \x01(\x0b\x32\x1e.loramux.builder.v1.Repository\"\x89\x02\n\x0e\x44\x65ploymentSpec\x12\x12\n\nmodel_name\x18\x01 \x01(\t\x12,\n\x04\x62\x61se\x18\x02 \x01(\x0b\x32\x1e.loramux.builder.v1.Repository\x12-\n\x08\x61\x64\x61pters\x18\x03 \x03(\x0b\x32\x1b.loramux.builder.v1.Adapter\x12\x13\n\x0bmax_seq_len\x18\x04 \x01(\r\x12\x15\n\rmax_lora_rank\x18\x05 \x01(\r\x12\x1b\n\x13lora_target_modules\x18\x06 \x03(\t\x12\x19\n\x11served_model_name\x18\x07 \x01(\t\x12\"\n\x1arequest_default_max_tokens\x18\x08 \x01(\r\"d\n\x16\x42uildDeploymentRequest\x12\x36\n\ndeployment\x18\x01 \x01(\x0b\x32\".loramux.builder.v1.DeploymentSpec\x12\x12\n\nrequest_id\x18\x02 \x01(\t\"M\n\x17\x42uildDeploymentResponse\x12\x32\n\ndeployment\x18\x01 \x01(\x0b\x32\x1e.loramux.builder.v1.Deployment\"$\n\x14GetDeploymentRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"K\n\x15GetDeploymentResponse\x12\x32\n\ndeployment\x18\x01 \x01(\x0b\x32\x1e.loramux.builder.v1.Deployment\"?\n\x16ListDeploymentsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\r\x12\x12\n\npage_token\x18\x02 \x01(\t\"g\n\x17ListDeploymentsResponse\x12\x33\n\x0b\x64\x65ployments\x18\x01 \x03(\x0b\x32\x1e.loramux.builder.v1.Deployment\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"&\n\x16WatchDeploymentRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"M\n\x17WatchDeploymentResponse\x12\x32\n\ndeployment\x18\x01 \x01(\x0b\x32\x1e.loramux.builder.v1.Deployment\"\x92\x03\n\nDeployment\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x33\n\x05state\x18\x02 \x01(\x0e\x32$.loramux.builder.v1.Deployment.State\x12\x12\n\ngeneration\x18\x03 \x01(\x04\x12/\n\x0b\x63reate_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0bupdate_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x32\n\x08\x61\x64\x61pters\x18\x06 \x03(\x0b\x32 .loramux.builder.v1.AdapterBuild\x12,\n\x07\x66\x61ilure\x18\x07 \x01(\x0b\x32\x1b.loramux.builder.v1.Failure\x12\x11\n\tunchanged\x18\x08 \x01(\x08\"V\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\x12\n\x0eSTATE_BUILDING\x10\x01\x12\x10\n\x0cSTATE_ACTIVE\x10\x02\x12\x10\n\x0cSTATE_FAILED\x10\x03\"\xc4\x03\n\x0c\x41\x64\x61pterBuild\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x35\n\x05stage\x18\x02 \x01(\x0e\x32&.loramux.builder.v1.AdapterBuild.Stage\x12\x12\n\nbytes_done\x18\x03 \x01(\x04\x12\x13\n\x0b\x62ytes_total\x18\x04 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x05 \x01(\t\x12\r\n\x05ranks\x18\x06 \x03(\r\x12\x0f\n\x07modules\x18\x07 \x03(\t\x12\x14\n\x0ctensors_used\x18\x08 \x01(\r\x12\x14\n\x0c\x62undle_bytes\x18\t \x01(\x04\x12-\n\x08warnings\x18\n \x03(\x0b\x32\x1b.loramux.builder.v1.Finding\x12\x0e\n\x06reused\x18\x0b \x01(\x08\"\xaa\x01\n\x05Stage\x12\x15\n\x11STAGE_UNSPECIFIED\x10\x00\x12\x11\n\rSTAGE_WAITING\x10\x01\x12\x12\n\x0eSTAGE_FETCHING\x10\x02\x12\x14\n\x10STAGE_VALIDATING\x10\x03\x12\x14\n\x10STAGE_CONVERTING\x10\x04\x12\x14\n\x10STAGE_PUBLISHING\x10\x05\x12\x0e\n\nSTAGE_DONE\x10\x06\x12\x11\n\rSTAGE_REFUSED\x10\x07\"e\n\x07\x46inding\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x61pter\x18\x02 \x01(\t\x12\r\n\x05where\x18\x03 \x01(\t\x12\x10\n\x08\x65xpected\x18\x04 \x01(\t\x12\r\n\x05\x66ound\x18\x05 \x01(\t\x12\x0b\n\x03\x66ix\x18\x06 \x01(\t\"Y\n\x07\x46\x61ilure\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12-\n\x08\x66indings\x18\x03 \x03(\x0b\x32\x1b.loramux.builder.v1.Finding*\xb0\x01\n\nSourceKind\x12\x1b\n\x17SOURCE_KIND_UNSPECIFIED\x10\x00\x12\x12\n\x0eSOURCE_KIND_HF\x10\x01\x12\x12\n\x0eSOURCE_KIND_S3\x10\x02\x12\x13\n\x0fSOURCE_KIND_GCS\x10\x03\x12\x15\n\x11SOURCE_KIND_AZURE\x10\x04\x12\x1a\n\x16SOURCE_KIND_REMOTE_URL\x10\x05\x12\x15\n\x11SOURCE_KIND_LOCAL\x10\x06\x32\xbc\x03\n\x0e\x42uilderService\x12j\n\x0f\x42uildDeployment\x12*.loramux.builder.v1.BuildDeploymentRequest\x1a+.loramux.builder.v1.BuildDeploymentResponse\x12\x64\n\rGetDeployment\x12(.loramux.builder.v1.GetDeploymentRequest\x1a).loramux.builder.v1.GetDeploymentResponse\x12j\n\x0fListDeployments\x12*.loramux.builder.v1.ListDeploymentsRequest\x1a+.loramux.builder.v1.ListDeploymentsResponse\x12l\n\x0fWatchDeployment\x12*.loramux.builder.v1.WatchDeploymentRequest\x1a+.loramux.builder.v1.WatchDeploymentResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n loramux/builder/v1/builder.proto\x12\x12loramux.builder.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\x8c\x01\n\nRepository\x12.\n\x06source\x18\x01 \x01(\x0e\x32\x1e.loramux.builder.v1.SourceKind\x12\x0c\n\x04repo\x18\x02 \x01(\t\x12\x10\n\x08revision\x18\x03 \x01(\t\x12\x11\n\tsubfolder\x18\x04 \x01(\t\x12\x1b\n\x13runtime_secret_name\x18\x05 \x01(\t\"K\n\x07\x41\x64\x61pter\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x32\n\nrepository\x18\x02 \x01(\x0b\x32\x1e.loramux.builder.v1.Repository\"\xb8\x02\n\x0e\x44\x65ploymentSpec\x12\x12\n\nmodel_name\x18\x01 \x01(\t\x12,\n\x04\x62\x61se\x18\x02 \x01(\x0b\x32\x1e.loramux.builder.v1.Repository\x12-\n\x08\x61\x64\x61pters\x18\x03 \x03(\x0b\x32\x1b.loramux.builder.v1.Adapter\x12\x13\n\x0bmax_seq_len\x18\x04 \x01(\r\x12\x15\n\rmax_lora_rank\x18\x05 \x01(\r\x12\x1b\n\x13lora_target_modules\x18\x06 \x03(\t\x12\x19\n\x11served_model_name\x18\x07 \x01(\t\x12\"\n\x1arequest_default_max_tokens\x18\x08 \x01(\r\x12-\n\nlora_dtype\x18\t \x01(\x0e\x32\x19.loramux.builder.v1.Dtype\"d\n\x16\x42uildDeploymentRequest\x12\x36\n\ndeployment\x18\x01 \x01(\x0b\x32\".loramux.builder.v1.DeploymentSpec\x12\x12\n\nrequest_id\x18\x02 \x01(\t\"M\n\x17\x42uildDeploymentResponse\x12\x32\n\ndeployment\x18\x01 \x01(\x0b\x32\x1e.loramux.builder.v1.Deployment\"$\n\x14GetDeploymentRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"K\n\x15GetDeploymentResponse\x12\x32\n\ndeployment\x18\x01 \x01(\x0b\x32\x1e.loramux.builder.v1.Deployment\"?\n\x16ListDeploymentsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\r\x12\x12\n\npage_token\x18\x02 \x01(\t\"g\n\x17ListDeploymentsResponse\x12\x33\n\x0b\x64\x65ployments\x18\x01 \x03(\x0b\x32\x1e.loramux.builder.v1.Deployment\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"&\n\x16WatchDeploymentRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"M\n\x17WatchDeploymentResponse\x12\x32\n\ndeployment\x18\x01 \x01(\x0b\x32\x1e.loramux.builder.v1.Deployment\"\x92\x03\n\nDeployment\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x33\n\x05state\x18\x02 \x01(\x0e\x32$.loramux.builder.v1.Deployment.State\x12\x12\n\ngeneration\x18\x03 \x01(\x04\x12/\n\x0b\x63reate_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0bupdate_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x32\n\x08\x61\x64\x61pters\x18\x06 \x03(\x0b\x32 .loramux.builder.v1.AdapterBuild\x12,\n\x07\x66\x61ilure\x18\x07 \x01(\x0b\x32\x1b.loramux.builder.v1.Failure\x12\x11\n\tunchanged\x18\x08 \x01(\x08\"V\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\x12\n\x0eSTATE_BUILDING\x10\x01\x12\x10\n\x0cSTATE_ACTIVE\x10\x02\x12\x10\n\x0cSTATE_FAILED\x10\x03\"\xc4\x03\n\x0c\x41\x64\x61pterBuild\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x35\n\x05stage\x18\x02 \x01(\x0e\x32&.loramux.builder.v1.AdapterBuild.Stage\x12\x12\n\nbytes_done\x18\x03 \x01(\x04\x12\x13\n\x0b\x62ytes_total\x18\x04 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x05 \x01(\t\x12\r\n\x05ranks\x18\x06 \x03(\r\x12\x0f\n\x07modules\x18\x07 \x03(\t\x12\x14\n\x0ctensors_used\x18\x08 \x01(\r\x12\x14\n\x0c\x62undle_bytes\x18\t \x01(\x04\x12-\n\x08warnings\x18\n \x03(\x0b\x32\x1b.loramux.builder.v1.Finding\x12\x0e\n\x06reused\x18\x0b \x01(\x08\"\xaa\x01\n\x05Stage\x12\x15\n\x11STAGE_UNSPECIFIED\x10\x00\x12\x11\n\rSTAGE_WAITING\x10\x01\x12\x12\n\x0eSTAGE_FETCHING\x10\x02\x12\x14\n\x10STAGE_VALIDATING\x10\x03\x12\x14\n\x10STAGE_CONVERTING\x10\x04\x12\x14\n\x10STAGE_PUBLISHING\x10\x05\x12\x0e\n\nSTAGE_DONE\x10\x06\x12\x11\n\rSTAGE_REFUSED\x10\x07\"e\n\x07\x46inding\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x61pter\x18\x02 \x01(\t\x12\r\n\x05where\x18\x03 \x01(\t\x12\x10\n\x08\x65xpected\x18\x04 \x01(\t\x12\r\n\x05\x66ound\x18\x05 \x01(\t\x12\x0b\n\x03\x66ix\x18\x06 \x01(\t\"Y\n\x07\x46\x61ilure\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12-\n\x08\x66indings\x18\x03 \x03(\x0b\x32\x1b.loramux.builder.v1.Finding*\xb0\x01\n\nSourceKind\x12\x1b\n\x17SOURCE_KIND_UNSPECIFIED\x10\x00\x12\x12\n\x0eSOURCE_KIND_HF\x10\x01\x12\x12\n\x0eSOURCE_KIND_S3\x10\x02\x12\x13\n\x0fSOURCE_KIND_GCS\x10\x03\x12\x15\n\x11SOURCE_KIND_AZURE\x10\x04\x12\x1a\n\x16SOURCE_KIND_REMOTE_URL\x10\x05\x12\x15\n\x11SOURCE_KIND_LOCAL\x10\x06*X\n\x05\x44type\x12\x15\n\x11\x44TYPE_UNSPECIFIED\x10\x00\x12\x12\n\x0e\x44TYPE_BFLOAT16\x10\x01\x12\x11\n\rDTYPE_FLOAT16\x10\x02\x12\x11\n\rDTYPE_FLOAT32\x10\x03\x32\xbc\x03\n\x0e\x42uilderService\x12j\n\x0f\x42uildDeployment\x12*.loramux.builder.v1.BuildDeploymentRequest\x1a+.loramux.builder.v1.BuildDeploymentResponse\x12\x64\n\rGetDeployment\x12(.loramux.builder.v1.GetDeploymentRequest\x1a).loramux.builder.v1.GetDeploymentResponse\x12j\n\x0fListDeployments\x12*.loramux.builder.v1.ListDeploymentsRequest\x1a+.loramux.builder.v1.ListDeploymentsResponse\x12l\n\x0fWatchDeployment\x12*.loramux.builder.v1.WatchDeploymentRequest\x1a+.loramux.builder.v1.WatchDeploymentResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'loramux.builder.v1.builder_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_SOURCEKIND']._serialized_start=2217
-  _globals['_SOURCEKIND']._serialized_end=2393
+  _globals['_SOURCEKIND']._serialized_start=2264
+  _globals['_SOURCEKIND']._serialized_end=2440
+  _globals['_DTYPE']._serialized_start=2442
+  _globals['_DTYPE']._serialized_end=2530
   _globals['_REPOSITORY']._serialized_start=90
   _globals['_REPOSITORY']._serialized_end=230
   _globals['_ADAPTER']._serialized_start=232
   _globals['_ADAPTER']._serialized_end=307
   _globals['_DEPLOYMENTSPEC']._serialized_start=310
-  _globals['_DEPLOYMENTSPEC']._serialized_end=575
-  _globals['_BUILDDEPLOYMENTREQUEST']._serialized_start=577
-  _globals['_BUILDDEPLOYMENTREQUEST']._serialized_end=677
-  _globals['_BUILDDEPLOYMENTRESPONSE']._serialized_start=679
-  _globals['_BUILDDEPLOYMENTRESPONSE']._serialized_end=756
-  _globals['_GETDEPLOYMENTREQUEST']._serialized_start=758
-  _globals['_GETDEPLOYMENTREQUEST']._serialized_end=794
-  _globals['_GETDEPLOYMENTRESPONSE']._serialized_start=796
-  _globals['_GETDEPLOYMENTRESPONSE']._serialized_end=871
-  _globals['_LISTDEPLOYMENTSREQUEST']._serialized_start=873
-  _globals['_LISTDEPLOYMENTSREQUEST']._serialized_end=936
-  _globals['_LISTDEPLOYMENTSRESPONSE']._serialized_start=938
-  _globals['_LISTDEPLOYMENTSRESPONSE']._serialized_end=1041
-  _globals['_WATCHDEPLOYMENTREQUEST']._serialized_start=1043
-  _globals['_WATCHDEPLOYMENTREQUEST']._serialized_end=1081
-  _globals['_WATCHDEPLOYMENTRESPONSE']._serialized_start=1083
-  _globals['_WATCHDEPLOYMENTRESPONSE']._serialized_end=1160
-  _globals['_DEPLOYMENT']._serialized_start=1163
-  _globals['_DEPLOYMENT']._serialized_end=1565
-  _globals['_DEPLOYMENT_STATE']._serialized_start=1479
-  _globals['_DEPLOYMENT_STATE']._serialized_end=1565
-  _globals['_ADAPTERBUILD']._serialized_start=1568
-  _globals['_ADAPTERBUILD']._serialized_end=2020
-  _globals['_ADAPTERBUILD_STAGE']._serialized_start=1850
-  _globals['_ADAPTERBUILD_STAGE']._serialized_end=2020
-  _globals['_FINDING']._serialized_start=2022
-  _globals['_FINDING']._serialized_end=2123
-  _globals['_FAILURE']._serialized_start=2125
-  _globals['_FAILURE']._serialized_end=2214
-  _globals['_BUILDERSERVICE']._serialized_start=2396
-  _globals['_BUILDERSERVICE']._serialized_end=2840
+  _globals['_DEPLOYMENTSPEC']._serialized_end=622
+  _globals['_BUILDDEPLOYMENTREQUEST']._serialized_start=624
+  _globals['_BUILDDEPLOYMENTREQUEST']._serialized_end=724
+  _globals['_BUILDDEPLOYMENTRESPONSE']._serialized_start=726
+  _globals['_BUILDDEPLOYMENTRESPONSE']._serialized_end=803
+  _globals['_GETDEPLOYMENTREQUEST']._serialized_start=805
+  _globals['_GETDEPLOYMENTREQUEST']._serialized_end=841
+  _globals['_GETDEPLOYMENTRESPONSE']._serialized_start=843
+  _globals['_GETDEPLOYMENTRESPONSE']._serialized_end=918
+  _globals['_LISTDEPLOYMENTSREQUEST']._serialized_start=920
+  _globals['_LISTDEPLOYMENTSREQUEST']._serialized_end=983
+  _globals['_LISTDEPLOYMENTSRESPONSE']._serialized_start=985
+  _globals['_LISTDEPLOYMENTSRESPONSE']._serialized_end=1088
+  _globals['_WATCHDEPLOYMENTREQUEST']._serialized_start=1090
+  _globals['_WATCHDEPLOYMENTREQUEST']._serialized_end=1128
+  _globals['_WATCHDEPLOYMENTRESPONSE']._serialized_start=1130
+  _globals['_WATCHDEPLOYMENTRESPONSE']._serialized_end=1207
+  _globals['_DEPLOYMENT']._serialized_start=1210
+  _globals['_DEPLOYMENT']._serialized_end=1612
+  _globals['_DEPLOYMENT_STATE']._serialized_start=1526
+  _globals['_DEPLOYMENT_STATE']._serialized_end=1612
+  _globals['_ADAPTERBUILD']._serialized_start=1615
+  _globals['_ADAPTERBUILD']._serialized_end=2067
+  _globals['_ADAPTERBUILD_STAGE']._serialized_start=1897
+  _globals['_ADAPTERBUILD_STAGE']._serialized_end=2067
+  _globals['_FINDING']._serialized_start=2069
+  _globals['_FINDING']._serialized_end=2170
+  _globals['_FAILURE']._serialized_start=2172
+  _globals['_FAILURE']._serialized_end=2261
+  _globals['_BUILDERSERVICE']._serialized_start=2533
+  _globals['_BUILDERSERVICE']._serialized_end=2977
 # @@protoc_insertion_point(module_scope)

@@ -19,6 +19,13 @@ class SourceKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     SOURCE_KIND_AZURE: _ClassVar[SourceKind]
     SOURCE_KIND_REMOTE_URL: _ClassVar[SourceKind]
     SOURCE_KIND_LOCAL: _ClassVar[SourceKind]
+
+class Dtype(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    DTYPE_UNSPECIFIED: _ClassVar[Dtype]
+    DTYPE_BFLOAT16: _ClassVar[Dtype]
+    DTYPE_FLOAT16: _ClassVar[Dtype]
+    DTYPE_FLOAT32: _ClassVar[Dtype]
 SOURCE_KIND_UNSPECIFIED: SourceKind
 SOURCE_KIND_HF: SourceKind
 SOURCE_KIND_S3: SourceKind
@@ -26,6 +33,10 @@ SOURCE_KIND_GCS: SourceKind
 SOURCE_KIND_AZURE: SourceKind
 SOURCE_KIND_REMOTE_URL: SourceKind
 SOURCE_KIND_LOCAL: SourceKind
+DTYPE_UNSPECIFIED: Dtype
+DTYPE_BFLOAT16: Dtype
+DTYPE_FLOAT16: Dtype
+DTYPE_FLOAT32: Dtype
 
 class Repository(_message.Message):
     __slots__ = ("source", "repo", "revision", "subfolder", "runtime_secret_name")
@@ -50,7 +61,7 @@ class Adapter(_message.Message):
     def __init__(self, name: _Optional[str] = ..., repository: _Optional[_Union[Repository, _Mapping]] = ...) -> None: ...
 
 class DeploymentSpec(_message.Message):
-    __slots__ = ("model_name", "base", "adapters", "max_seq_len", "max_lora_rank", "lora_target_modules", "served_model_name", "request_default_max_tokens")
+    __slots__ = ("model_name", "base", "adapters", "max_seq_len", "max_lora_rank", "lora_target_modules", "served_model_name", "request_default_max_tokens", "lora_dtype")
     MODEL_NAME_FIELD_NUMBER: _ClassVar[int]
     BASE_FIELD_NUMBER: _ClassVar[int]
     ADAPTERS_FIELD_NUMBER: _ClassVar[int]
@@ -59,6 +70,7 @@ class DeploymentSpec(_message.Message):
     LORA_TARGET_MODULES_FIELD_NUMBER: _ClassVar[int]
     SERVED_MODEL_NAME_FIELD_NUMBER: _ClassVar[int]
     REQUEST_DEFAULT_MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    LORA_DTYPE_FIELD_NUMBER: _ClassVar[int]
     model_name: str
     base: Repository
     adapters: _containers.RepeatedCompositeFieldContainer[Adapter]
@@ -67,7 +79,8 @@ class DeploymentSpec(_message.Message):
     lora_target_modules: _containers.RepeatedScalarFieldContainer[str]
     served_model_name: str
     request_default_max_tokens: int
-    def __init__(self, model_name: _Optional[str] = ..., base: _Optional[_Union[Repository, _Mapping]] = ..., adapters: _Optional[_Iterable[_Union[Adapter, _Mapping]]] = ..., max_seq_len: _Optional[int] = ..., max_lora_rank: _Optional[int] = ..., lora_target_modules: _Optional[_Iterable[str]] = ..., served_model_name: _Optional[str] = ..., request_default_max_tokens: _Optional[int] = ...) -> None: ...
+    lora_dtype: Dtype
+    def __init__(self, model_name: _Optional[str] = ..., base: _Optional[_Union[Repository, _Mapping]] = ..., adapters: _Optional[_Iterable[_Union[Adapter, _Mapping]]] = ..., max_seq_len: _Optional[int] = ..., max_lora_rank: _Optional[int] = ..., lora_target_modules: _Optional[_Iterable[str]] = ..., served_model_name: _Optional[str] = ..., request_default_max_tokens: _Optional[int] = ..., lora_dtype: _Optional[_Union[Dtype, str]] = ...) -> None: ...
 
 class BuildDeploymentRequest(_message.Message):
     __slots__ = ("deployment", "request_id")

@@ -1,0 +1,101 @@
+"""The builder service as a process: settings, store, server, drain."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import sys
+from collections.abc import Sequence
+
+import structlog
+
+from builder_service.pipeline.builds import Builds
+from builder_service.pipeline.workshop import Workshop
+from builder_service.rpc.servicer import SERVICE_NAME, BuilderServicer
+from shared.faults import Fault, SettingsInvalid
+from shared.rpc.server import RpcServer, until_signal
+from shared.settings import BuilderSettings, load_settings
+from shared.sources.open import open_sources
+from shared.storage.open import open_store
+
+log = structlog.get_logger()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the service until SIGTERM or SIGINT; returns the exit status."""
+    _log_to_stderr()
+    try:
+        asyncio.run(serve(_settings(arguments)))
+    except SettingsInvalid as fault:
+        _say(fault)
+        return 2
+    except Fault as fault:
+        _say(fault)
+        return 1
+    return 0
+
+
+async def serve(settings: BuilderSettings) -> None:
+    """Serve until a signal, then drain."""
+    shop = Workshop(
+        store=open_store(settings.store),
+        sources=open_sources(local_roots=settings.local_roots, secrets_dir=settings.secrets_dir),
+        work_dir=settings.work_dir,
+    )
+    await asyncio.to_thread(shop.sweep)
+    builds = Builds(shop, max_concurrent=settings.max_concurrent_builds)
+    server = RpcServer(settings.grpc, {SERVICE_NAME: BuilderServicer(builds).register})
+    address = await server.start()
+    recovered = await builds.recover()
+    await server.set_serving(True)
+    log.info("builder service ready", grpc=address, store=shop.store.uri, builds_taken_up=recovered)
+    number = await until_signal()
+    log.info("draining", signal=number.name, timeout_s=settings.drain_timeout_s)
+    # The watchers' streams end with the builds, so the builds must end first.
+    draining = asyncio.create_task(builds.drain(settings.drain_timeout_s))
+    await server.drain(settings.drain_timeout_s + 1)
+    await draining
+    log.info("builder service stopped")
+
+
+def _settings(arguments: Sequence[str] | None) -> BuilderSettings:
+    parser = argparse.ArgumentParser(
+        prog="python -m builder_service",
+        description="Turns adapter repositories into bundles in an object store. "
+        "Every setting is also a variable LORAMUX_<NAME>; a flag comes first.",
+    )
+    fields = BuilderSettings.model_fields
+    for name in ("store", "grpc", "work_dir", "secrets_dir", "drain_timeout_s", "max_concurrent_builds"):
+        flag = f"--{name.replace('_', '-')}"
+        parser.add_argument(flag, dest=name, help=(fields[name].description or "").replace("%", "%%"))
+    parser.add_argument(
+        "--local-root",
+        dest="local_roots",
+        action="append",
+        help="A folder from which LOCAL repositories may be read; may be repeated.",
+    )
+    given = vars(parser.parse_args(arguments))
+    if given["local_roots"] is not None:
+        given["local_roots"] = tuple(given["local_roots"])
+    return load_settings(BuilderSettings, **given)
+
+
+def _log_to_stderr() -> None:
+    lines = structlog.dev.ConsoleRenderer() if sys.stderr.isatty() else structlog.processors.JSONRenderer()
+    structlog.configure(
+        processors=[
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            structlog.processors.format_exc_info,
+            lines,
+        ],
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+    )
+
+
+def _say(fault: Fault) -> None:
+    sys.stderr.write(f"builder_service: {fault.message}\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,99 @@
+"""What a config can ask for that cannot be served as LoRA beside a shared base; each by name."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Final
+
+from shared.faults import Finding
+
+_MERGE: Final = "Merge it into the base (merge_and_unload) and serve a full model."
+_CONVERTED: Final = (
+    "Its initialisation changed the base: save it again with path_initial_model_for_weight_conversion."
+)
+_ON_BASE_OK: Final = frozenset({"gaussian", "orthogonal", "eva", "mica", "true", "false"})
+_TASKS: Final = frozenset({"CAUSAL_LM", ""})
+# Variants whose factors are not plain A and B. VeLoRA and runtime_config change training only.
+_VARIANTS: Final = (
+    "arrow_config",
+    "bdlora_config",
+    "kasa_config",
+    "monteclora_config",
+    "qalora_config",
+    "use_bdlora",
+    "use_qalora",
+)
+_MLX_KEYS: Final = ("fine_tune_type", "lora_parameters")
+
+
+def refusals(fields: dict[str, Any]) -> list[Finding]:
+    """Return one finding for each thing that a config asks for and that is refused."""
+    if found := [key for key in _MLX_KEYS if key in fields]:
+        return [_refused("E_MLX", found[0], "a PEFT adapter", "an MLX adapter", MLX_FIX)]
+    kind = fields.get("peft_type")
+    if kind != "LORA":
+        fix = "Only LoRA can be served beside a base. " + _MERGE
+        return [_refused("E_NOT_LORA", "peft_type", "LORA", _text(kind), fix)]
+    return [finding for rule in (_methods, _embeddings, _initialisation, _task) for finding in rule(fields)]
+
+
+MLX_FIX: Final = (
+    "MLX stores lora_a as (in, r) and lora_b as (r, out) with an absolute scale: transpose both, "
+    "name them lora_A and lora_B, and set lora_alpha = scale * rank."
+)
+
+
+def _methods(fields: dict[str, Any]) -> list[Finding]:
+    found = []
+    if fields.get("use_dora"):
+        found.append(_refused("E_DORA", "use_dora", "false", "true", _MERGE))
+    if (bias := fields.get("bias") or "none") != "none":
+        found.append(_refused("E_BIAS", "bias", "none", _text(bias), _MERGE))
+    if fields.get("lora_bias"):
+        found.append(_refused("E_BIAS", "lora_bias", "false", "true", _MERGE))
+    found += [
+        _refused("E_VARIANT", key, "unset", _text(fields[key]), _MERGE) for key in _VARIANTS if fields.get(key)
+    ]
+    for code, key, fix in (
+        ("E_ALORA", "alora_invocation_tokens", "It is active after some tokens only; train plain LoRA."),
+        ("E_REPLICATION", "layer_replication", "Its layers do not exist in the base. " + _MERGE),
+        ("E_TARGET_PARAMS", "target_parameters", "Parameters of experts are not served. " + _MERGE),
+    ):
+        if fields.get(key):
+            found.append(_refused(code, key, "unset", _text(fields[key]), fix))
+    return found
+
+
+def _embeddings(fields: dict[str, Any]) -> list[Finding]:
+    fix = "Adapters share the base's embeddings and head: merge it, or train without these and added tokens."
+    return [
+        _refused("E_EMBED", key, "unset", _text(fields[key]), fix)
+        for key in ("modules_to_save", "trainable_token_indices")
+        if fields.get(key)
+    ]
+
+
+def _initialisation(fields: dict[str, Any]) -> list[Finding]:
+    value = fields.get("init_lora_weights", True)
+    name = ("true" if value else "false") if isinstance(value, bool) or value is None else str(value).lower()
+    if name in _ON_BASE_OK:
+        return []
+    expected = f"one of {', '.join(sorted(_ON_BASE_OK))}"
+    return [_refused("E_INIT", "init_lora_weights", expected, _text(value), _CONVERTED)]
+
+
+def _task(fields: dict[str, Any]) -> list[Finding]:
+    value = fields.get("task_type")
+    if (value or "") in _TASKS:
+        return []
+    fix = "It was trained for another task and cannot generate text."
+    return [_refused("E_TASK", "task_type", "CAUSAL_LM", _text(value), fix)]
+
+
+def _refused(code: str, key: str, expected: str, found: str, fix: str) -> Finding:
+    return Finding(code=code, where=f"adapter_config.json: {key}", expected=expected, found=found, fix=fix)
+
+
+def _text(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= 80 else text[:77] + "..."

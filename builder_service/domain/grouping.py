@@ -1,0 +1,60 @@
+"""One finding per code and cause, however many tensors it is about."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+
+from shared.faults import Finding
+
+SHOWN: int = 3
+"""Places that a finding names before it counts the others."""
+
+
+@dataclass
+class _Group:
+    expected: str
+    found: str
+    fix: str
+    shown: int
+    places: list[str] = field(default_factory=list)
+
+
+class Grouping:
+    """Collects findings in the order in which their causes were met."""
+
+    def __init__(self) -> None:
+        self._groups: dict[tuple[str, Hashable], _Group] = {}
+
+    def add(
+        self,
+        code: str,
+        place: str,
+        *,
+        cause: Hashable = "",
+        expected: str = "",
+        found: str = "",
+        fix: str = "",
+        shown: int = SHOWN,
+    ) -> None:
+        """Add a place; the words of the first place of a cause are kept."""
+        group = self._groups.setdefault((code, cause), _Group(expected, found, fix, shown))
+        group.places.append(place)
+
+    def findings(self) -> list[Finding]:
+        """Return one finding per code and cause."""
+        return [
+            Finding(
+                code=code,
+                where=_some(group.places, group.shown),
+                expected=group.expected,
+                found=group.found,
+                fix=group.fix,
+            )
+            for (code, _), group in self._groups.items()
+        ]
+
+
+def _some(places: list[str], shown: int) -> str:
+    more = len(places) - shown
+    return ", ".join(places[:shown]) + (f" and {more} more" if more > 0 else "")

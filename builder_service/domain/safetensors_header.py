@@ -1,0 +1,141 @@
+"""The header of a safetensors file, read without trusting a byte of it.
+
+Format: 8 bytes, little endian, length of the header; a JSON object of name -> dtype, shape, offsets into the
+data that follows; the data, without gaps.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import ml_dtypes
+import numpy as np
+
+from shared.bundle.npy import Array
+
+MAX_HEADER: Final = 16 << 20
+"""Bytes; an adapter of a hundred thousand tensors has about half of it."""
+MAX_DIMS: Final = 8
+DTYPE_SIZES: Final = {
+    "BOOL": 1,
+    "U8": 1,
+    "I8": 1,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+    "F8_E8M0": 1,
+    "I16": 2,
+    "U16": 2,
+    "F16": 2,
+    "BF16": 2,
+    "I32": 4,
+    "U32": 4,
+    "F32": 4,
+    "I64": 8,
+    "U64": 8,
+    "F64": 8,
+}
+READABLE: Final = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(ml_dtypes.bfloat16)}
+"""The types that adapters may have."""
+
+
+class HeaderInvalid(Exception):
+    """A file that is no safetensors file; the text says what is wrong."""
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor of a file."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    """Bytes from the beginning of the file."""
+    size: int
+    """Bytes."""
+
+
+@dataclass(frozen=True)
+class TensorFile:
+    """A safetensors file whose header was read."""
+
+    path: Path
+    tensors: dict[str, Tensor]
+
+    def read(self, name: str) -> Array:
+        """Return a tensor of a readable type."""
+        tensor = self.tensors[name]
+        raw = np.fromfile(self.path, np.uint8, tensor.size, offset=tensor.offset)
+        if raw.size != tensor.size:
+            raise HeaderInvalid(f"{name}: the file became shorter while it was read")
+        values: Array = raw.view(READABLE[tensor.dtype]).reshape(tensor.shape)
+        return values
+
+
+def read_header(path: Path) -> TensorFile:
+    """Read the header of a file.
+
+    Raises:
+        HeaderInvalid: the header is cut off, too long or no such JSON; or sizes, offsets and shapes differ.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(8)
+        length = int.from_bytes(head, "little")
+        if len(head) < 8 or not 2 <= length <= min(MAX_HEADER, size - 8):
+            raise HeaderInvalid(f"header of {length} bytes in a file of {size} (at most {MAX_HEADER})")
+        text = file.read(length)
+    try:
+        entries = json.loads(text.decode("utf-8"), object_pairs_hook=_once)
+    except (ValueError, RecursionError) as error:
+        raise HeaderInvalid(f"the header is no JSON: {error}") from error
+    if not isinstance(entries, dict):
+        raise HeaderInvalid("the header is no JSON object")
+    entries.pop("__metadata__", None)
+    tensors = [_tensor(name, entry, 8 + length) for name, entry in entries.items()]
+    _without_gaps(tensors, 8 + length, size)
+    return TensorFile(path, {tensor.name: tensor for tensor in tensors})
+
+
+def _tensor(name: str, entry: Any, start: int) -> Tensor:
+    match entry:
+        case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [begin, end]} if len(entry) == 3:
+            pass
+        case _:
+            raise HeaderInvalid(f"{name}: expected dtype, shape and data_offsets, and nothing else")
+    if len(shape) > MAX_DIMS or not all(type(value) is int and value >= 0 for value in (*shape, begin, end)):
+        raise HeaderInvalid(f"{name}: expected sizes and offsets, found {shape} and {[begin, end]}"[:200])
+    if dtype not in DTYPE_SIZES:
+        raise HeaderInvalid(f"{name}: unknown dtype {dtype[:20]!r}")
+    expected = math.prod(shape) * DTYPE_SIZES[dtype]
+    if end - begin != expected:
+        raise HeaderInvalid(f"{name}: expected {expected} bytes for {dtype} {shape}, found {end - begin}")
+    return Tensor(name, dtype, tuple(shape), start + begin, expected)
+
+
+def _without_gaps(tensors: list[Tensor], start: int, size: int) -> None:
+    for tensor in sorted(tensors, key=lambda tensor: (tensor.offset, tensor.size)):
+        if tensor.offset != start:
+            raise HeaderInvalid(f"{tensor.name}: expected to begin at byte {start}, found {tensor.offset}")
+        start += tensor.size
+    if start != size:
+        raise HeaderInvalid(f"expected a file of {start} bytes, found {size}")
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if twice := next(_repeated(pairs), None):
+        raise ValueError(f"{twice!r} is given twice")
+    return dict(pairs)
+
+
+def _repeated(pairs: list[tuple[str, Any]]) -> Iterator[str]:
+    seen = set()
+    for name, _ in pairs:
+        if name in seen:
+            yield name[:100]
+        seen.add(name)

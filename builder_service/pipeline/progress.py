@@ -1,0 +1,117 @@
+"""How far a build is, adapter by adapter; also how a running build is told to stop."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from typing import Any
+
+from shared.bundle.manifest import Manifest
+from shared.faults import BuildInterrupted, Finding
+
+
+class Stage(StrEnum):
+    """Where the build of an adapter stands."""
+
+    WAITING = "WAITING"
+    FETCHING = "FETCHING"
+    VALIDATING = "VALIDATING"
+    CONVERTING = "CONVERTING"
+    PUBLISHING = "PUBLISHING"
+    DONE = "DONE"
+    REFUSED = "REFUSED"
+
+
+@dataclass(frozen=True)
+class AdapterProgress:
+    """The build of one adapter."""
+
+    name: str
+    stage: Stage = Stage.WAITING
+    bytes_done: int = 0
+    """Of the present stage."""
+    bytes_total: int = 0
+    """Of the present stage; 0: not known yet."""
+    digest: str = ""
+    ranks: tuple[int, ...] = ()
+    modules: tuple[str, ...] = ()
+    tensors_used: int = 0
+    bundle_bytes: int = 0
+    warnings: tuple[Finding, ...] = ()
+    reused: bool = False
+
+    def described(self, digest: str, manifest: Manifest, extra: Iterable[Finding] = ()) -> AdapterProgress:
+        """Return it with what a manifest says."""
+        return replace(
+            self,
+            digest=digest,
+            ranks=manifest.ranks,
+            modules=manifest.modules,
+            tensors_used=manifest.tensors_used,
+            bundle_bytes=sum(file.size for file in manifest.files.values()),
+            warnings=(*manifest.warnings, *extra),
+        )
+
+
+class Progress:
+    """The progress of a build. Written by the build's threads, read by anyone.
+
+    changed is called after every change, from the thread that made it. After `stop`, the next change that
+    the build makes raises `BuildInterrupted` in its thread.
+    """
+
+    def __init__(self, names: Iterable[str], changed: Callable[[], None] = lambda: None) -> None:
+        self._adapters = {name: AdapterProgress(name) for name in sorted(names)}
+        self._changed = changed
+        self._lock = threading.Lock()
+        self._stopped = threading.Event()
+
+    @property
+    def adapters(self) -> tuple[AdapterProgress, ...]:
+        """The adapters by name."""
+        with self._lock:
+            return tuple(self._adapters.values())
+
+    def stop(self) -> None:
+        """Ask the build to end."""
+        self._stopped.set()
+
+    def check(self) -> None:
+        """Raise `BuildInterrupted` when the build was asked to end."""
+        if self._stopped.is_set():
+            raise BuildInterrupted("the builder stopped before the build ended; it goes on at the next start")
+
+    def enter(self, name: str, stage: Stage, total: int = 0) -> None:
+        """Begin a stage of so many bytes."""
+        self.update(name, stage=stage, bytes_done=0, bytes_total=total)
+
+    def advance(self, name: str, count: int) -> None:
+        """Count bytes of the present stage."""
+        self.check()
+        with self._lock:
+            adapter = self._adapters[name]
+            done = adapter.bytes_done + count
+            if adapter.bytes_total:  # a transfer that was begun again counts twice
+                done = min(done, adapter.bytes_total)
+            self._adapters[name] = replace(adapter, bytes_done=done)
+        self._changed()
+
+    def counter(self, name: str) -> Callable[[int], None]:
+        """Return `advance` for one adapter."""
+        return lambda count: self.advance(name, count)
+
+    def update(self, name: str, **changes: Any) -> None:
+        """Set fields of an adapter."""
+        self.check()
+        with self._lock:
+            self._adapters[name] = replace(self._adapters[name], **changes)
+        self._changed()
+
+    def describe(self, name: str, digest: str, manifest: Manifest, extra: Iterable[Finding] = ()) -> None:
+        """Set what a manifest says."""
+        self.check()
+        with self._lock:
+            self._adapters[name] = self._adapters[name].described(digest, manifest, extra)
+        self._changed()

@@ -1,0 +1,124 @@
+"""One accepted build: its state, and the watchers of it. Lives on the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime
+from typing import Final
+
+from builder_service.pipeline.build import BuildResult
+from builder_service.pipeline.journal import JournalEntry
+from builder_service.pipeline.progress import Progress
+from builder_service.pipeline.views import DeploymentView, State
+from shared.deployment import Deployment
+from shared.faults import Fault, ShuttingDown
+
+WATCH_INTERVAL_S: Final = 0.05
+"""Between two states that a watcher gets; changes in between are merged."""
+
+
+class RunningBuild:
+    """A build from the moment it is accepted; it keeps its end."""
+
+    def __init__(self, entry: JournalEntry) -> None:
+        self.entry = entry
+        self.state = State.BUILDING
+        self.generation = 0
+        self.failure: Fault | None = None
+        self.unchanged = False
+        self.interrupted = False
+        self.accepted = asyncio.Event()
+        """Set once the build is in the journal, or could not be put there."""
+        self.refusal: Fault | None = None
+        """Why it could not be put there."""
+        self.progress = Progress(entry.deployment.build.lora_adapters, self._changed_in_thread)
+        self._loop = asyncio.get_running_loop()
+        self._update_time = datetime.now(UTC)
+        self._notified = True
+        self._watchers: set[asyncio.Event] = set()
+
+    @property
+    def deployment(self) -> Deployment:
+        """What is built."""
+        return self.entry.deployment
+
+    @property
+    def name(self) -> str:
+        """The deployment's name."""
+        return self.entry.deployment.model_name
+
+    def accept(self, generation: int) -> None:
+        """Go on as a recorded build, while this generation is served."""
+        self.generation = generation
+        self.accepted.set()
+
+    def refuse(self, fault: Fault) -> None:
+        """End without having been recorded."""
+        self.refusal = fault
+        self.fail(fault)
+        self.accepted.set()
+
+    def succeed(self, result: BuildResult) -> None:
+        """End as ACTIVE."""
+        self.state, self.generation = State.ACTIVE, result.generation.number
+        self.unchanged = result.unchanged
+        self._changed()
+
+    def fail(self, fault: Fault) -> None:
+        """End as FAILED."""
+        self.state, self.failure = State.FAILED, fault
+        self._changed()
+
+    def interrupt(self) -> None:
+        """Stay unfinished; the next start of the builder takes it up."""
+        self.interrupted = True
+        self._changed()
+
+    def view(self) -> DeploymentView:
+        """Return the present state."""
+        return DeploymentView(
+            self.name,
+            self.state,
+            self.generation,
+            self.entry.create_time,
+            self._update_time,
+            self.progress.adapters,
+            self.failure,
+            self.unchanged,
+        )
+
+    async def views(self) -> AsyncIterator[DeploymentView]:
+        """Yield the present state, then each change, until the build ends.
+
+        Raises:
+            ShuttingDown: the builder stops before the build ends.
+        """
+        changed = asyncio.Event()
+        self._watchers.add(changed)
+        try:
+            while True:
+                changed.clear()
+                view = self.view()
+                yield view
+                if view.state is not State.BUILDING:
+                    return
+                if self.interrupted:
+                    raise ShuttingDown(
+                        "the builder stops; the build goes on when it is started again. Watch again."
+                    )
+                await changed.wait()
+                await asyncio.sleep(WATCH_INTERVAL_S)
+        finally:
+            self._watchers.discard(changed)
+
+    def _changed_in_thread(self) -> None:
+        if self._notified:  # one wake-up for all the changes until the loop gets to it
+            self._notified = False
+            self._loop.call_soon_threadsafe(self._changed)
+
+    def _changed(self) -> None:
+        self._notified = True
+        self._update_time = datetime.now(UTC)
+        for watcher in self._watchers:
+            watcher.set()

@@ -1,0 +1,61 @@
+"""BuilderService over gRPC: each method is a call of `Builds` and a translation."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+import grpc
+
+from builder_service.pipeline.builds import Builds
+from builder_service.rpc.mapping import deployment_message
+from loramux.builder.v1 import builder_pb2 as pb
+from loramux.builder.v1 import builder_pb2_grpc
+from shared.rpc.messages import deployment_from_message
+
+SERVICE_NAME = pb.DESCRIPTOR.services_by_name["BuilderService"].full_name
+
+
+class BuilderServicer(builder_pb2_grpc.BuilderServiceServicer):
+    """What a fault becomes is the server's business; see shared.rpc.server."""
+
+    def __init__(self, builds: Builds) -> None:
+        self._builds = builds
+
+    def register(self, server: grpc.aio.Server) -> None:
+        """Add the service to a server."""
+        builder_pb2_grpc.add_BuilderServiceServicer_to_server(self, server)  # type: ignore[no-untyped-call]
+
+    async def BuildDeployment(  # noqa: N802 - the rpc's name
+        self, request: pb.BuildDeploymentRequest, context: grpc.aio.ServicerContext
+    ) -> pb.BuildDeploymentResponse:
+        """Accept a build."""
+        del context
+        deployment = deployment_from_message(request.deployment)
+        view = await self._builds.build(deployment, request.request_id)
+        return pb.BuildDeploymentResponse(deployment=deployment_message(view))
+
+    async def GetDeployment(  # noqa: N802 - the rpc's name
+        self, request: pb.GetDeploymentRequest, context: grpc.aio.ServicerContext
+    ) -> pb.GetDeploymentResponse:
+        """Return a deployment."""
+        del context
+        view = await self._builds.get(request.name)
+        return pb.GetDeploymentResponse(deployment=deployment_message(view))
+
+    async def ListDeployments(  # noqa: N802 - the rpc's name
+        self, request: pb.ListDeploymentsRequest, context: grpc.aio.ServicerContext
+    ) -> pb.ListDeploymentsResponse:
+        """Return a page of deployments."""
+        del context
+        page = await self._builds.list(request.page_size, request.page_token)
+        return pb.ListDeploymentsResponse(
+            deployments=map(deployment_message, page.views), next_page_token=page.next_token
+        )
+
+    async def WatchDeployment(  # noqa: N802 - the rpc's name
+        self, request: pb.WatchDeploymentRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[pb.WatchDeploymentResponse]:
+        """Stream a deployment's states."""
+        del context
+        async for view in self._builds.watch(request.name):
+            yield pb.WatchDeploymentResponse(deployment=deployment_message(view))

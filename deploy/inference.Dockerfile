@@ -1,0 +1,26 @@
+# The inference service. By default with the CUDA build of torch; for a machine without a GPU, the CPU build
+# is a tenth of the size:
+#   docker build -f deploy/inference.Dockerfile \
+#     --build-arg PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu .
+FROM python:3.11-slim-bookworm AS install
+WORKDIR /source
+COPY pyproject.toml README.md LICENSE ./
+COPY builder_service builder_service
+COPY examples examples
+COPY inference_service inference_service
+COPY loramux loramux
+COPY shared shared
+ARG PIP_EXTRA_INDEX_URL
+RUN python -m venv /opt/loramux && /opt/loramux/bin/pip install --no-cache-dir '.[inference]'
+
+FROM python:3.11-slim-bookworm
+# Triton compiles its launchers on the machine that runs them.
+RUN apt-get update && apt-get install --yes --no-install-recommends gcc libc6-dev \
+    && rm -rf /var/lib/apt/lists/*
+COPY --from=install /opt/loramux /opt/loramux
+# Volumes mounted here take over the owner.
+RUN useradd --uid 10001 --create-home loramux && install --directory --owner=loramux /var/cache/loramux
+ENV PATH=/opt/loramux/bin:$PATH PYTHONUNBUFFERED=1 TRITON_CACHE_DIR=/var/cache/loramux/triton
+USER 10001
+EXPOSE 50052
+CMD ["python", "-m", "inference_service"]

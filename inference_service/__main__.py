@@ -1,0 +1,64 @@
+"""``python -m inference_service``: serve a deployment until SIGTERM."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import sys
+from functools import partial
+
+from inference_service.rpc.servicer import SERVICE_NAME, InferenceServicer, register
+from inference_service.serving.startup import load
+from shared.faults import Fault, SettingsInvalid
+from shared.rpc.server import RpcServer, until_signal
+from shared.settings import InferenceSettings, load_settings
+from shared.storage.open import open_store
+
+
+def main() -> int:
+    """Run the service; the exit status is 0 after a drain, 1 when it cannot serve, 2 for bad settings."""
+    parser = argparse.ArgumentParser(prog="inference_service", description=__doc__)
+    for name, text in FLAGS.items():
+        parser.add_argument(f"--{name}", help=text)
+    parser.add_argument(
+        "--local-root", action="append", dest="local_roots", help="a folder that LOCAL may read"
+    )
+    flags = vars(parser.parse_args())
+    if flags["local_roots"]:
+        flags["local_roots"] = tuple(flags["local_roots"])
+    try:
+        settings = load_settings(InferenceSettings, **flags)
+        return asyncio.run(serve(settings))
+    except Fault as fault:
+        print(f"error: {fault.reason}: {fault}", file=sys.stderr)  # noqa: T201 - a person reads it
+        return 2 if isinstance(fault, SettingsInvalid) else 1
+
+
+FLAGS = {
+    "store": "URI of the object store",
+    "grpc": "HOST:PORT to listen on",
+    "deployment": "the deployment to serve",
+    "backend": "auto, torch or triton",
+    "device": "auto, cpu or cuda",
+    "dtype": "auto, float32, bfloat16 or float16",
+    "threads": "threads that compute on the CPU",
+}
+
+
+async def serve(settings: InferenceSettings) -> int:
+    """Load, listen, and drain at SIGTERM or SIGINT."""
+    ready = await asyncio.to_thread(load, settings, open_store(settings.store))
+    servicer = InferenceServicer(ready.service)
+    server = RpcServer(settings.grpc, {SERVICE_NAME: partial(register, servicer)})
+    address = await server.start()
+    ready.engine.start()
+    await server.set_serving(True)
+    print(f"inference: serving {settings.deployment} on {address}", flush=True)  # noqa: T201 - the start line
+    await until_signal()
+    finished = await server.drain(settings.drain_timeout_s)
+    await ready.engine.stop()
+    return 0 if finished else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

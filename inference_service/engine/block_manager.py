@@ -1,0 +1,125 @@
+"""Cache blocks: who holds which, and which hold a known prefix.
+
+A full block is known by ``hash(parent hash, its tokens, adapter uid)``. Blocks that nobody holds any more keep
+their content until they are needed for something else, least recently used first.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+from hashlib import blake2b
+
+from inference_service.core.sequence import Sequence
+
+
+@dataclass
+class CacheStats:
+    """Counters of the prefix cache, in tokens."""
+
+    queried: int = 0
+    hit: int = 0
+
+
+class BlockManager:
+    """Hands out the blocks of the key-value cache.
+
+    Invariant: every block is held (reference count > 0), or free; a free block that holds a known prefix stays
+    findable until it is handed out again.
+    """
+
+    def __init__(self, num_blocks: int, block_size: int, *, prefix_cache: bool = True) -> None:
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self.stats = CacheStats()
+        self._prefix_cache = prefix_cache
+        self._refs = [0] * num_blocks
+        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
+        self._by_hash: dict[int, int] = {}
+        self._hash_of: dict[int, int] = {}
+
+    @property
+    def num_free(self) -> int:
+        """Blocks that nobody holds."""
+        return len(self._free)
+
+    def blocks_for(self, num_tokens: int) -> int:
+        """Blocks that num_tokens fill."""
+        return -(-num_tokens // self.block_size)
+
+    def admit(self, seq: Sequence) -> None:
+        """Give a sequence without blocks those that hold its prefix, and set ``num_computed``.
+
+        The last token is always left to compute, since its row gives the next one.
+        """
+        parent = self._seed(seq)
+        usable = (len(seq.tokens) - 1) // self.block_size if self._prefix_cache else 0
+        for index in range(usable):
+            parent = self._hash(parent, seq, index)
+            block = self._by_hash.get(parent)
+            if block is None:
+                break
+            self._hold(block)
+            seq.blocks.append(block)
+            seq.num_hashed, seq.last_hash = index + 1, parent
+        seq.num_computed = seq.num_hashed * self.block_size
+
+    def count(self, seq: Sequence) -> None:
+        """Count an admission in the statistics."""
+        self.stats.queried += len(seq.tokens)
+        self.stats.hit += seq.num_computed
+
+    def grow(self, seq: Sequence, num_tokens: int) -> bool:
+        """Make room for the first num_tokens of a sequence; False, with nothing changed, when there is none."""
+        missing = self.blocks_for(num_tokens) - len(seq.blocks)
+        if missing > len(self._free):
+            return False
+        for _ in range(missing):
+            block, _ = self._free.popitem(last=False)
+            self._forget(block)
+            self._refs[block] = 1
+            seq.blocks.append(block)
+        return True
+
+    def register(self, seq: Sequence) -> None:
+        """Make the full, computed blocks of a sequence findable."""
+        if not self._prefix_cache:
+            return
+        while (seq.num_hashed + 1) * self.block_size <= seq.num_computed:
+            parent = seq.last_hash if seq.num_hashed else self._seed(seq)
+            key = self._hash(parent, seq, seq.num_hashed)
+            block = seq.blocks[seq.num_hashed]
+            if key not in self._by_hash:
+                self._by_hash[key] = block
+                self._hash_of[block] = key
+            seq.num_hashed, seq.last_hash = seq.num_hashed + 1, key
+
+    def release(self, seq: Sequence) -> None:
+        """Take all blocks of a sequence back; its tail is reused first, its prefix last."""
+        for block in reversed(seq.blocks):
+            self._refs[block] -= 1
+            if not self._refs[block]:
+                self._free[block] = None
+                if block not in self._hash_of:
+                    self._free.move_to_end(block, last=False)
+        seq.blocks.clear()
+        seq.num_computed = seq.num_hashed = seq.last_hash = 0
+
+    def _hold(self, block: int) -> None:
+        if not self._refs[block]:
+            del self._free[block]
+        self._refs[block] += 1
+
+    def _forget(self, block: int) -> None:
+        key = self._hash_of.pop(block, None)
+        if key is not None:
+            del self._by_hash[key]
+
+    @staticmethod
+    def _seed(seq: Sequence) -> int:
+        return seq.adapter_uid
+
+    def _hash(self, parent: int, seq: Sequence, index: int) -> int:
+        tokens = seq.tokens[index * self.block_size : (index + 1) * self.block_size]
+        data = b",".join(str(number).encode() for number in (parent, *tokens))
+        return int.from_bytes(blake2b(data, digest_size=16).digest())

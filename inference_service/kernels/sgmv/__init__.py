@@ -1,0 +1,44 @@
+"""SGMV: many adapters' low-rank updates of one fused linear, in two launches.
+
+::
+
+    y   = shrink(x, a, table, segments)      x [T, K]   -> y [planes, P, rows]   fp32
+    out = expand(y, b, table, segments)      y          -> out [T, N]            added in place
+
+A *group* is one fused linear of 1-3 slices that share ``x`` (q, k, v | o | gate, up | down). An adapter in a
+*slot* has its own rank in every slice, 0 where it does not adapt it; ranks are packed, never padded. The
+tokens of a step are grouped into *segments*, runs of one slot's tokens, once per step for all layers. Both
+launches are deterministic: no atomics, and a fixed order of summation. Rows of base tokens are never touched.
+
+This package needs torch alone; Triton is imported at the first launch.
+"""
+
+from inference_service.kernels.sgmv.launch import Launch, expand, lora_apply, plan, shrink, workspace_numel
+from inference_service.kernels.sgmv.layout import (
+    Group,
+    Phase,
+    SegmentCapacity,
+    Segments,
+    Slices,
+    pack_segments,
+    pack_table,
+)
+from inference_service.kernels.sgmv.tuning import DECODE_TILE, PREFILL_TILE
+
+__all__ = [
+    "DECODE_TILE",
+    "PREFILL_TILE",
+    "Group",
+    "Launch",
+    "Phase",
+    "SegmentCapacity",
+    "Segments",
+    "Slices",
+    "expand",
+    "lora_apply",
+    "pack_segments",
+    "pack_table",
+    "plan",
+    "shrink",
+    "workspace_numel",
+]

@@ -1,0 +1,235 @@
+"""From tensors to launches: checks, tiles, grids. The only door to the kernels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from inference_service.kernels.sgmv.layout import Group, Segments, Slices
+from inference_service.kernels.sgmv.tuning import (
+    architecture_of,
+    expand_config,
+    phase_of,
+    shrink_config,
+)
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel with its grid and arguments: what a CUDA graph freezes at capture."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+
+    def __call__(self) -> None:
+        """Enqueue it on the current stream."""
+        self.kernel[self.grid](**self.arguments)
+
+
+def lora_apply(x: Tensor, out: Tensor, group: Group, segments: Segments, workspace: Tensor) -> None:
+    """Add the adapters' updates of one fused linear to ``out`` in place.
+
+    Args:
+        x: [T, K], rows contiguous.
+        out: [T, N], rows contiguous, of x's dtype; rows without an entry are not touched.
+        group: the packed adapters.
+        segments: the step's segments.
+        workspace: fp32, at least ``workspace_numel`` elements; its content is of no interest before or after,
+            so all layers share one.
+
+    Raises:
+        ValueError: when shapes, dtypes, strides or devices do not fit.
+    """
+    for launch in plan(x, out, group, segments, workspace):
+        launch()
+
+
+def plan(x: Tensor, out: Tensor, group: Group, segments: Segments, workspace: Tensor) -> list[Launch]:
+    """The launches of ``lora_apply``: one shrink, then one expand per pass.
+
+    They depend on capacities and addresses alone, so that they stay right for whatever the segments, the
+    table and the weights hold when they run.
+    """
+    if x.shape[0] != out.shape[0]:
+        raise ValueError(f"x and out must have the same rows, got {x.shape[0]} and {out.shape[0]}")
+    planes = _planes(x.shape[-1], group, segments, x.device)
+    shape = (planes, segments.capacity.entries, group.max_rows)
+    numel = planes * shape[1] * shape[2]
+    _require(workspace, "workspace", dims=1, dtype=torch.float32, device=x.device)
+    if workspace.numel() < numel:
+        raise ValueError(f"workspace must hold {numel} elements, got {workspace.numel()}")
+    y = workspace[:numel].view(shape)
+    first = _plan_shrink(x, group.a, group.table, segments, y)
+    return [first, *_plan_expand(y, group.b, group.table, segments, out, group.slices, group.max_rank)]
+
+
+def workspace_numel(group: Group, segments: Segments) -> int:
+    """fp32 elements that ``lora_apply`` needs for this group."""
+    planes = _planes(group.a.shape[1], group, segments, group.a.device)
+    return planes * segments.capacity.entries * group.max_rows
+
+
+def shrink(x: Tensor, a: Tensor, table: Tensor, segments: Segments, *, max_rows: int) -> Tensor:
+    """x A^T per entry: fp32 planes [planes, entries, max_rows], to be summed.
+
+    Of each entry's row, the first elements are written, one per row of its slot; the others are undefined.
+    """
+    config = shrink_config(architecture_of(x.device), phase_of(segments.capacity.tile), x.dtype, max_rows)
+    planes, _ = config.planes(x.shape[-1])
+    y = torch.empty(planes, segments.capacity.entries, max_rows, dtype=torch.float32, device=x.device)
+    _plan_shrink(x, a, table, segments, y)()
+    return y
+
+
+def expand(
+    y: Tensor, b: Tensor, table: Tensor, segments: Segments, out: Tensor, *, slices: Slices, max_rank: int
+) -> None:
+    """Sum the planes of ``y`` and add (y B^T) to ``out`` in place, with one rounding per pass.
+
+    A token's entries are in different passes, each its own launch: no two programs add to the same element.
+    """
+    for launch in _plan_expand(y, b, table, segments, out, slices, max_rank):
+        launch()
+
+
+def _planes(in_features: int, group: Group, segments: Segments, device: torch.device) -> int:
+    phase = phase_of(segments.capacity.tile)
+    return shrink_config(architecture_of(device), phase, group.a.dtype, group.max_rows).planes(in_features)[0]
+
+
+def _plan_shrink(x: Tensor, a: Tensor, table: Tensor, segments: Segments, y: Tensor) -> Launch:
+    kernels = _kernels(x)
+    slices = _check_table(table, segments, x.device)
+    _require(x, "x", dims=2)
+    _require(a, "a", dims=2, dtype=x.dtype, device=x.device)
+    _check_segments(segments, x.device)
+    if a.shape[1] != x.shape[1]:
+        raise ValueError(f"a and x must have the same K, got {a.shape[1]} and {x.shape[1]}")
+    config = shrink_config(architecture_of(x.device), phase_of(segments.capacity.tile), x.dtype, y.shape[-1])
+    planes, blocks_k = config.planes(x.shape[1])
+    return Launch(
+        kernels.shrink_kernel,
+        (planes, -(-y.shape[-1] // config.block_r), segments.capacity.segments),
+        {
+            "p_x": x,
+            "p_a": a,
+            "p_y": y,
+            "p_table": table,
+            "p_token_ids": segments.token_ids,
+            "p_seg_start": segments.seg_start,
+            "p_seg_slot": segments.seg_slot,
+            "p_scales": segments.scales,
+            "K": x.shape[1],
+            "blocks_k": blocks_k,
+            "stride_x": x.stride(0),
+            "stride_a": a.stride(0),
+            "stride_y_plane": y.stride(0),
+            "stride_y": y.stride(1),
+            "N_SLICES": slices,
+            "BLOCK_T": config.block_t,
+            "BLOCK_R": config.block_r,
+            "BLOCK_K": config.block_k,
+            "UPCAST": kernels.INTERPRETED,
+            "num_warps": config.num_warps,
+            "num_stages": config.num_stages,
+        },
+    )
+
+
+def _plan_expand(
+    y: Tensor, b: Tensor, table: Tensor, segments: Segments, out: Tensor, slices: Slices, max_rank: int
+) -> list[Launch]:
+    kernels = _kernels(out)
+    if _check_table(table, segments, out.device) != len(slices.sizes):
+        raise ValueError(f"table must be [slots, {len(slices.sizes)}, 3], got {tuple(table.shape)}")
+    _require(out, "out", dims=2)
+    _require(b, "b", dims=1, dtype=out.dtype, device=out.device)
+    _require(y, "y", dims=3, dtype=torch.float32, device=out.device)
+    _check_segments(segments, out.device)
+    if y.shape[1] != segments.capacity.entries:
+        raise ValueError(f"y must have {segments.capacity.entries} entries, got {y.shape[1]}")
+    if out.shape[1] < slices.out_features:
+        raise ValueError(f"out must have {slices.out_features} columns, got {out.shape[1]}")
+    config = expand_config(architecture_of(out.device), phase_of(segments.capacity.tile), out.dtype, max_rank)
+    tiles = sum(-(-size // config.block_n) for size in slices.sizes)
+    arguments = {
+        "p_y": y,
+        "p_b": b,
+        "p_out": out,
+        "p_table": table,
+        "p_token_ids": segments.token_ids,
+        "stride_y_plane": y.stride(0),
+        "stride_y": y.stride(1),
+        "stride_out": out.stride(0),
+        "OFFSETS": slices.offsets,
+        "SIZES": slices.sizes,
+        "ALIGNMENT": slices.alignment,
+        "N_SLICES": len(slices.sizes),
+        "PLANES": y.shape[0],
+        "BLOCK_T": config.block_t,
+        "BLOCK_R": config.block_r,
+        "BLOCK_N": config.block_n,
+        "UPCAST": kernels.INTERPRETED,
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+    }
+    launches = []
+    for index in range(segments.capacity.passes):
+        seg_start, seg_slot = segments.of_pass(index)
+        views = {"p_seg_start": seg_start, "p_seg_slot": seg_slot}
+        launches.append(Launch(kernels.expand_kernel, (tiles, seg_slot.numel()), arguments | views))
+    return launches
+
+
+def _kernels(tensor: Tensor) -> Any:
+    """The module of kernels: imported here, for machines without a GPU need no Triton."""
+    from inference_service.kernels.sgmv import triton_kernels
+
+    if tensor.device.type != "cuda" and not triton_kernels.INTERPRETED:
+        raise ValueError(f"SGMV kernels run on CUDA, got a tensor on {tensor.device}")
+    if tensor.dtype not in DTYPES:
+        raise ValueError(f"SGMV kernels compute in {DTYPES}, got {tensor.dtype}")
+    return triton_kernels
+
+
+def _require(
+    tensor: Tensor,
+    name: str,
+    *,
+    dims: int,
+    dtype: torch.dtype | None = None,
+    device: torch.device | None = None,
+) -> None:
+    if tensor.dim() != dims:
+        raise ValueError(f"{name} must have {dims} dimensions, got shape {tuple(tensor.shape)}")
+    if tensor.stride(-1) != 1:
+        raise ValueError(f"{name} must be contiguous in its last dimension, got strides {tensor.stride()}")
+    if dtype is not None and tensor.dtype != dtype:
+        raise ValueError(f"{name} must be {dtype}, got {tensor.dtype}")
+    if device is not None and tensor.device != device:
+        raise ValueError(f"{name} must be on {device}, got {tensor.device}")
+
+
+def _check_table(table: Tensor, segments: Segments, device: torch.device) -> int:
+    """Return the number of slices."""
+    _require(table, "table", dims=3, device=device)
+    if table.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"table must be int32 or int64, got {table.dtype}")
+    if table.shape[2] != 3 or not table.is_contiguous():
+        raise ValueError(f"table must be a contiguous [slots, slices, 3], got {tuple(table.shape)}")
+    if table.shape[0] < segments.capacity.slots:
+        raise ValueError(f"segments have {segments.capacity.slots} slots, table only {table.shape[0]}")
+    return table.shape[1]
+
+
+def _check_segments(segments: Segments, device: torch.device) -> None:
+    if segments.packed.device != device:
+        raise ValueError(f"segments must be on {device}, got {segments.packed.device}")
+    if segments.capacity.segments > 65535:
+        raise ValueError(f"a grid holds 65535 segments, got room for {segments.capacity.segments}")

@@ -1,0 +1,291 @@
+"""What the kernels read: the packed weights of a group, and the segments of a step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+PADDING_SLOT = -1
+"""In device memory: the slot of a segment that no kernel may look at."""
+MAX_SLICES = 3
+_ALIGN = 4  # int32 elements: every array of a step begins at a multiple of 16 bytes
+
+
+class Phase(Enum):
+    """What the segments of a step look like; it chooses the tiles."""
+
+    DECODE = "decode"
+    """Short segments: bandwidth and latency count, so the reduction over K is split."""
+    PREFILL = "prefill"
+    """Long segments: tall tiles, one plane."""
+
+
+@dataclass(frozen=True)
+class Slices:
+    """Which columns of a group's fused output belong to which slice."""
+
+    offsets: tuple[int, ...]
+    """The first column of each slice."""
+    sizes: tuple[int, ...]
+    """The number of columns of each slice."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= len(self.sizes) <= MAX_SLICES or len(self.offsets) != len(self.sizes):
+            raise ValueError(f"1 to {MAX_SLICES} slices, got offsets {self.offsets} and sizes {self.sizes}")
+        spans = sorted(zip(self.offsets, self.sizes, strict=True))
+        ends = [0, *(offset + size for offset, size in spans)]
+        if min(self.sizes) < 1 or any(offset < end for (offset, _), end in zip(spans, ends, strict=False)):
+            raise ValueError(f"slices must not overlap, got offsets {self.offsets} and sizes {self.sizes}")
+
+    @classmethod
+    def consecutive(cls, *sizes: int) -> Slices:
+        """Slices that follow one another from column 0, as in a fused qkv."""
+        return cls(tuple(sum(sizes[:i]) for i in range(len(sizes))), sizes)
+
+    @property
+    def out_features(self) -> int:
+        """Columns that the fused output has at least."""
+        return max(offset + size for offset, size in zip(self.offsets, self.sizes, strict=True))
+
+    @property
+    def alignment(self) -> int:
+        """Elements, at most 16: every block of B begins at a multiple, and so may be read in vectors."""
+        return math.gcd(16, *self.sizes)
+
+
+@dataclass(frozen=True)
+class Group:
+    """The adapters of one fused linear, packed; the ceilings are fixed for the life of a captured launch."""
+
+    a: Tensor
+    """[rows, K]: the rows of A, slot by slot, slice by slice."""
+    b: Tensor
+    """Flat: per slot and slice a block [rank, size], row-major, that is B^T with the scale folded in."""
+    table: Tensor
+    """int32 or int64 [slots, slices, 3]: rank, first row in ``a``, first element in ``b``."""
+    slices: Slices
+    max_rank: int
+    """No slot has a larger rank in any slice."""
+    max_rows: int
+    """No slot has more rows over all its slices."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.max_rank <= self.max_rows:
+            raise ValueError(f"1 <= max_rank <= max_rows, got {self.max_rank} and {self.max_rows}")
+
+    def check_table(self, table: npt.NDArray[np.int64]) -> None:
+        """Refuse a host copy of the table that would make a kernel read or drop what it must not.
+
+        Raises:
+            ValueError: naming the slot and what is wrong with it.
+        """
+        sizes = np.array(self.slices.sizes)
+        if table.shape != tuple(self.table.shape):
+            raise ValueError(f"table must be {tuple(self.table.shape)}, got {table.shape}")
+        rank, row, element = table[..., 0], table[..., 1], table[..., 2]
+        used = rank > 0
+        complaints = {
+            f"a rank outside 0..{self.max_rank}": (rank < 0) | (rank > self.max_rank),
+            f"more than {self.max_rows} rows": rank.sum(1, keepdims=True) > self.max_rows,
+            f"rows outside A's {self.a.shape[0]}": used & ((row < 0) | (row + rank > self.a.shape[0])),
+            f"a block outside B's {self.b.shape[0]} elements": used
+            & ((element < 0) | (element + rank * sizes > self.b.shape[0])),
+            f"a block not at a multiple of {self.slices.alignment}": used
+            & (element % self.slices.alignment != 0),
+        }
+        for complaint, where in complaints.items():
+            if where.any():
+                raise ValueError(f"slot {int(np.nonzero(where)[0][0])} has {complaint}")
+
+
+def pack_table(ranks: Sequence[Sequence[int]], slices: Slices) -> npt.NDArray[np.int64]:
+    """The table of adapters packed without gaps; ``ranks`` is per slot, per slice."""
+    rank = np.asarray(ranks, dtype=np.int64).reshape(-1, len(slices.sizes))
+    elements = rank * np.array(slices.sizes)
+    first = [np.cumsum(size.ravel()).reshape(rank.shape) - size for size in (rank, elements)]
+    return np.stack([rank, *first], axis=-1)
+
+
+@dataclass(frozen=True)
+class SegmentCapacity:
+    """How large the segments of a step may become; grids depend on this and on nothing of the step."""
+
+    entries: int
+    """Pairs of a token and a slot. Without composition: tokens."""
+    slots: int
+    tile: int
+    """Entries that a segment holds at most; longer runs of a slot become several segments."""
+    passes: int = 1
+    """Entries that one token may have. Each pass is one expand, because two entries add to the same row."""
+    scaled: bool = False
+    """Whether entries carry a scale."""
+
+    def __post_init__(self) -> None:
+        if min(self.entries, self.slots, self.tile, self.passes) < 1:
+            raise ValueError(f"capacities must be positive, got {self}")
+
+    @property
+    def segments_per_pass(self) -> int:
+        """Enough for any step: a run of n entries takes ceil(n / tile) segments, at most n."""
+        return min(self.entries, self.slots + self.entries // self.tile)
+
+    @property
+    def segments(self) -> int:
+        """Segments over all passes."""
+        return self.passes * self.segments_per_pass
+
+    @property
+    def sections(self) -> dict[str, slice]:
+        """Where each array lies in the one int32 buffer that a step copies to the device."""
+        lengths = {
+            "token_ids": self.entries,
+            "seg_start": self.segments + 1,
+            "seg_slot": self.segments,
+            "scales": self.entries if self.scaled else 0,
+        }
+        sections, first = {}, 0
+        for name, length in lengths.items():
+            sections[name] = slice(first, first + length)
+            first += -(-length // _ALIGN) * _ALIGN
+        return sections
+
+    @property
+    def packed_size(self) -> int:
+        """int32 elements of that buffer."""
+        last: int = self.sections["scales"].stop
+        return -(-last // _ALIGN) * _ALIGN
+
+
+def pack_segments(
+    capacity: SegmentCapacity,
+    slots: npt.ArrayLike,
+    *,
+    token_ids: npt.ArrayLike | None = None,
+    scales: npt.ArrayLike | None = None,
+    out: npt.NDArray[np.int32] | None = None,
+) -> npt.NDArray[np.int32]:
+    """Group entries by slot into segments of at most ``capacity.tile``, as one int32 array ready to copy.
+
+    Args:
+        capacity: what the device buffers were made for.
+        slots: [n], the slot of each entry; negative for base tokens, which are left out.
+        token_ids: [n], each entry's row in x and out; by default entry i is token i.
+        scales: [n], factors of the entries' updates; 1 by default.
+        out: filled instead of a new array, for instance the view of a pinned buffer.
+
+    Raises:
+        ValueError: when a slot, a token's entries or the number of entries exceed the capacity.
+    """
+    slots = np.asarray(slots, dtype=np.int64)
+    tokens = np.arange(slots.size) if token_ids is None else np.asarray(token_ids, dtype=np.int64)
+    kept = np.nonzero(slots >= 0)[0]
+    turns = _turns(tokens[kept])
+    _check_fits(capacity, slots[kept], turns, scaled=scales is not None)
+
+    order = np.lexsort((tokens[kept], slots[kept], turns))
+    turns, kept = turns[order], kept[order]
+    first = _segment_starts(turns, slots[kept], capacity.tile)
+
+    packed = np.empty(capacity.packed_size, dtype=np.int32) if out is None else out
+    packed.fill(0)
+    section = {name: packed[where] for name, where in capacity.sections.items()}
+    section["token_ids"][: kept.size] = tokens[kept]
+    section["seg_slot"].fill(PADDING_SLOT)
+    section["seg_start"][-1] = kept.size
+    for index in range(capacity.passes):
+        # Padding segments are empty: they start where the pass ends.
+        mine = first[turns[first] == index]
+        begin = index * capacity.segments_per_pass
+        section["seg_start"][begin : begin + capacity.segments_per_pass] = np.searchsorted(
+            turns, index, "right"
+        )
+        section["seg_start"][begin : begin + mine.size] = mine
+        section["seg_slot"][begin : begin + mine.size] = slots[kept[mine]]
+    if capacity.scaled:
+        factors = np.ones(slots.size) if scales is None else np.asarray(scales)
+        section["scales"][: kept.size] = factors[kept].astype(np.float32).view(np.int32)
+    return packed
+
+
+def _turns(tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """For each entry, how many earlier entries have the same token: the pass that it belongs to."""
+    order = np.argsort(tokens, kind="stable")
+    new = np.ones(tokens.size, dtype=bool)
+    new[1:] = np.diff(tokens[order]) != 0
+    turns = np.empty_like(tokens)
+    turns[order] = _since_true(new)
+    return turns
+
+
+def _segment_starts(
+    turns: npt.NDArray[np.int64], slots: npt.NDArray[np.int64], tile: int
+) -> npt.NDArray[np.intp]:
+    new = np.ones(slots.size, dtype=bool)
+    new[1:] = (np.diff(slots) != 0) | (np.diff(turns) != 0)
+    return np.nonzero(_since_true(new) % tile == 0)[0]
+
+
+def _since_true(new: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
+    """The distance of each position from the last true one."""
+    index = np.arange(new.size)
+    return index - np.maximum.accumulate(np.where(new, index, 0))
+
+
+def _check_fits(
+    capacity: SegmentCapacity, slots: npt.NDArray[np.int64], turns: npt.NDArray[np.int64], *, scaled: bool
+) -> None:
+    if slots.size > capacity.entries:
+        raise ValueError(f"{slots.size} entries, but room for {capacity.entries}")
+    if slots.size and slots.max() >= capacity.slots:
+        raise ValueError(f"slot {slots.max()}, but only {capacity.slots} slots")
+    if slots.size and turns.max() >= capacity.passes:
+        raise ValueError(f"a token has {turns.max() + 1} entries, but only {capacity.passes} passes")
+    if scaled and not capacity.scaled:
+        raise ValueError("scales were given, but the capacity has no room for them")
+
+
+@dataclass(frozen=True)
+class Segments:
+    """The segments of a step on the device: static buffers, refilled before every step, shared by all layers.
+
+    ``pack_segments`` is what fills them: it promises that no token has two entries in one pass.
+    """
+
+    capacity: SegmentCapacity
+    packed: Tensor = field(repr=False)
+    """int32: the arrays below, in one buffer."""
+    token_ids: Tensor
+    """int32 [entries]: the row of x and of out."""
+    seg_start: Tensor
+    """int32 [segments + 1]: segment i holds the entries from seg_start[i] to seg_start[i + 1]."""
+    seg_slot: Tensor
+    """int32 [segments]: the slot, or PADDING_SLOT."""
+    scales: Tensor | None
+    """fp32 [entries]"""
+
+    @classmethod
+    def allocate(cls, capacity: SegmentCapacity, device: torch.device | str) -> Segments:
+        """Buffers that hold no entry yet."""
+        packed = torch.empty(capacity.packed_size, dtype=torch.int32, device=device)
+        views = {name: packed[where] for name, where in capacity.sections.items()}
+        scales = views.pop("scales").view(torch.float32) if capacity.scaled else None
+        segments = cls(capacity, packed, scales=scales, **{k: v for k, v in views.items() if k != "scales"})
+        segments.load(torch.from_numpy(pack_segments(capacity, [])))
+        return segments
+
+    def load(self, packed: Tensor) -> None:
+        """Take over what ``pack_segments`` made: one copy, asynchronous when ``packed`` is pinned."""
+        self.packed.copy_(packed, non_blocking=True)
+
+    def of_pass(self, index: int) -> tuple[Tensor, Tensor]:
+        """(seg_start, seg_slot) of one pass."""
+        first = index * self.capacity.segments_per_pass
+        last = first + self.capacity.segments_per_pass
+        return self.seg_start[first : last + 1], self.seg_slot[first:last]

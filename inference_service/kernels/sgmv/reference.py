@@ -1,0 +1,58 @@
+"""What the kernels compute, in plain torch: one segment after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from inference_service.kernels.sgmv.layout import PADDING_SLOT, Group, Segments, Slices
+
+
+def lora_apply(x: Tensor, out: Tensor, group: Group, segments: Segments, dtype: torch.dtype) -> Tensor:
+    """Return ``out`` plus the adapters' updates, computed and returned in ``dtype``."""
+    y = shrink(x, group.a, group.table, segments, max_rows=group.max_rows, dtype=dtype)
+    return expand(y, group.b, group.table, segments, out, group.slices)
+
+
+def shrink(
+    x: Tensor, a: Tensor, table: Tensor, segments: Segments, *, max_rows: int, dtype: torch.dtype
+) -> Tensor:
+    """x A^T per entry: [1, entries, max_rows] in ``dtype``; the slices' ranks side by side, then zeros."""
+    y = x.new_zeros(1, segments.capacity.entries, max_rows, dtype=dtype)
+    for slot, entries in _runs(segments):
+        column = 0
+        for rank, row, _ in table[slot].tolist():
+            rows = x[segments.token_ids[entries].long()].to(dtype) @ a[row : row + rank].to(dtype).T
+            y[0, entries, column : column + rank] = rows * _scale(segments, entries, dtype)
+            column += rank
+    return y
+
+
+def expand(y: Tensor, b: Tensor, table: Tensor, segments: Segments, out: Tensor, slices: Slices) -> Tensor:
+    """``out`` plus y B^T per entry, in y's dtype; the planes of y are summed first."""
+    result = out.to(y.dtype)
+    for slot, entries in _runs(segments):
+        tokens, column = segments.token_ids[entries].long(), 0
+        for (rank, _, element), first, size in zip(
+            table[slot].tolist(), slices.offsets, slices.sizes, strict=True
+        ):
+            if rank == 0:  # what lies in y there may be anything
+                continue
+            block = b[element : element + rank * size].view(rank, size).to(y.dtype)
+            update = y[:, entries, column : column + rank].sum(0) @ block
+            result[:, first : first + size].index_add_(0, tokens, update)
+            column += rank
+    return result
+
+
+def _runs(segments: Segments) -> Iterator[tuple[int, slice]]:
+    starts = segments.seg_start.tolist()
+    for i, slot in enumerate(segments.seg_slot.tolist()):
+        if slot != PADDING_SLOT:
+            yield slot, slice(starts[i], starts[i + 1])
+
+
+def _scale(segments: Segments, entries: slice, dtype: torch.dtype) -> Tensor | float:
+    return 1.0 if segments.scales is None else segments.scales[entries, None].to(dtype)

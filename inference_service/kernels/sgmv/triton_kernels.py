@@ -1,0 +1,165 @@
+"""The two kernels. T tokens, P entries, S segments, K in, N out, R rows of A of one slot over all slices."""
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
+# The bodies are Triton, not Python: only the compiler knows their types.
+
+import triton
+import triton.language as tl
+
+INTERPRETED: bool = triton.knobs.runtime.interpret
+"""Whether the kernels below were made for the interpreter, which computes bf16 wrongly without UPCAST."""
+
+# These change from pass to pass; their alignment is not worth a variant, for they are read as scalars.
+_SEGMENT_POINTERS = ["p_table", "p_seg_start", "p_seg_slot"]
+
+
+@triton.jit(do_not_specialize=["blocks_k"], do_not_specialize_on_alignment=_SEGMENT_POINTERS)
+def shrink_kernel(
+    p_x,  # [T, K]
+    p_a,  # [rows, K]
+    p_y,  # fp32 [planes, P, R]
+    p_table,  # [slots, N_SLICES, 3]
+    p_token_ids,  # int32 [P]
+    p_seg_start,  # int32 [S + 1]
+    p_seg_slot,  # int32 [S]
+    p_scales,  # fp32 [P], or None
+    K,
+    blocks_k,  # blocks of K that one plane reduces
+    stride_x,
+    stride_a,
+    stride_y_plane,
+    stride_y,
+    N_SLICES: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """y[plane, p, r] = scale[p] * sum over the plane's part of K of x[token(p), k] * a[row(r), k].
+
+    One program per (plane, tile of rows, segment). Every plane of every row that the slot has is written,
+    also where the plane's part of K is empty: nothing needs to be zeroed.
+    """
+    i_plane, i_r, i_s = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    slot = tl.load(p_seg_slot + i_s).to(tl.int64)
+    if slot < 0:
+        return
+    start, end = tl.load(p_seg_start + i_s), tl.load(p_seg_start + i_s + 1)
+
+    # The slot's rows over all slices are one axis: a tile may hold rows of q, k and v, and reads x once.
+    p_slot = p_table + slot * (3 * N_SLICES)
+    o_r = i_r * BLOCK_R + tl.arange(0, BLOCK_R)  # [BLOCK_R]
+    o_row = tl.zeros([BLOCK_R], tl.int64)  # [BLOCK_R] row in a
+    rows = 0
+    for i in tl.static_range(N_SLICES):
+        rank = tl.load(p_slot + 3 * i).to(tl.int32)
+        row = tl.load(p_slot + 3 * i + 1).to(tl.int64)
+        o_row = tl.where(o_r >= rows, row + o_r - rows, o_row)
+        rows += rank
+    if i_r * BLOCK_R >= rows:
+        return
+    m_r = o_r < rows  # [BLOCK_R]
+
+    first_k = i_plane * blocks_k * BLOCK_K  # known to be a multiple of BLOCK_K: loads along K are vectors
+    last_k = tl.minimum(first_k + blocks_k * BLOCK_K, K)
+    for i_t in range(start, end, BLOCK_T):
+        o_p = i_t + tl.arange(0, BLOCK_T)  # [BLOCK_T]
+        m_p = o_p < end  # [BLOCK_T]
+        o_t = tl.load(p_token_ids + o_p, mask=m_p, other=0).to(tl.int64)  # [BLOCK_T]
+        b_y = tl.zeros([BLOCK_T, BLOCK_R], tl.float32)
+        for i_k in range(first_k, last_k, BLOCK_K):
+            o_k = i_k + tl.arange(0, BLOCK_K)  # [BLOCK_K]
+            m_k = o_k < K
+            b_x = tl.load(
+                p_x + o_t[:, None] * stride_x + o_k[None, :], mask=m_p[:, None] & m_k[None, :], other=0.0
+            )  # [BLOCK_T, BLOCK_K]
+            b_a = tl.load(
+                p_a + o_row[None, :] * stride_a + o_k[:, None], mask=m_r[None, :] & m_k[:, None], other=0.0
+            )  # [BLOCK_K, BLOCK_R]
+            if UPCAST:
+                b_x, b_a = b_x.to(tl.float32), b_a.to(tl.float32)
+            b_y = tl.dot(b_x, b_a, b_y, input_precision="ieee")
+        if p_scales is not None:
+            b_y *= tl.load(p_scales + o_p, mask=m_p, other=0.0)[:, None]
+        o_y = i_plane.to(tl.int64) * stride_y_plane + o_p[:, None].to(tl.int64) * stride_y + o_r[None, :]
+        tl.store(p_y + o_y, b_y, mask=m_p[:, None] & m_r[None, :])
+
+
+@triton.jit(do_not_specialize_on_alignment=_SEGMENT_POINTERS)
+def expand_kernel(
+    p_y,  # fp32 [PLANES, P, R]
+    p_b,  # flat
+    p_out,  # [T, N]
+    p_table,  # [slots, N_SLICES, 3]
+    p_token_ids,  # int32 [P]
+    p_seg_start,  # int32 [S + 1]
+    p_seg_slot,  # int32 [S]
+    stride_y_plane,
+    stride_y,
+    stride_out,
+    OFFSETS: tl.constexpr,  # first column of each slice
+    SIZES: tl.constexpr,  # columns of each slice
+    ALIGNMENT: tl.constexpr,  # of the blocks of B, in elements
+    N_SLICES: tl.constexpr,
+    PLANES: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """out[token(p), offset + n] += sum over r of (sum over planes of y[plane, p, column + r]) * b[r, n].
+
+    One program per (tile of columns, segment). A tile lies in one slice, and all slices are in one launch.
+    """
+    i_n, i_s = tl.program_id(0), tl.program_id(1)
+    slot = tl.load(p_seg_slot + i_s).to(tl.int64)
+    if slot < 0:
+        return
+    start, end = tl.load(p_seg_start + i_s), tl.load(p_seg_start + i_s + 1)
+
+    # The tile's slice is the last one whose tiles begin at or before it.
+    p_slot = p_table + slot * (3 * N_SLICES)
+    rank = tl.load(p_slot).to(tl.int32)
+    element = tl.load(p_slot + 2).to(tl.int64)
+    size, offset = SIZES[0], OFFSETS[0]
+    column, rows, i_tile, tiles = 0, rank, i_n, tl.cdiv(SIZES[0], BLOCK_N)
+    for i in tl.static_range(1, N_SLICES):
+        here = i_n >= tiles
+        slice_rank = tl.load(p_slot + 3 * i).to(tl.int32)
+        rank = tl.where(here, slice_rank, rank)
+        element = tl.where(here, tl.load(p_slot + 3 * i + 2).to(tl.int64), element)
+        size, offset = tl.where(here, SIZES[i], size), tl.where(here, OFFSETS[i], offset)
+        column, i_tile = tl.where(here, rows, column), tl.where(here, i_n - tiles, i_tile)
+        rows += slice_rank
+        tiles += tl.cdiv(SIZES[i], BLOCK_N)
+    if rank == 0:
+        return
+    element = tl.multiple_of(element, ALIGNMENT)
+
+    o_n = i_tile * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N] column in the slice
+    m_n = o_n < size
+    for i_t in range(start, end, BLOCK_T):
+        o_p = i_t + tl.arange(0, BLOCK_T)  # [BLOCK_T]
+        m_p = o_p < end
+        o_t = tl.load(p_token_ids + o_p, mask=m_p, other=0).to(tl.int64)  # [BLOCK_T]
+        b_sum = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
+        for i_r in range(0, rank, BLOCK_R):
+            o_r = i_r + tl.arange(0, BLOCK_R)  # [BLOCK_R] rank in the slice
+            m_r = o_r < rank
+            b_b = tl.load(
+                p_b + element + o_r[:, None] * size + o_n[None, :],
+                mask=m_r[:, None] & m_n[None, :],
+                other=0.0,
+            )  # [BLOCK_R, BLOCK_N]
+            p_plane = p_y + o_p[:, None].to(tl.int64) * stride_y + column + o_r[None, :]
+            b_y = tl.zeros([BLOCK_T, BLOCK_R], tl.float32)
+            for _ in tl.static_range(PLANES):
+                b_y += tl.load(p_plane, mask=m_p[:, None] & m_r[None, :], other=0.0)
+                p_plane += stride_y_plane
+            b_y = b_y.to(p_b.dtype.element_ty)
+            if UPCAST:
+                b_y, b_b = b_y.to(tl.float32), b_b.to(tl.float32)
+            b_sum = tl.dot(b_y, b_b, b_sum, input_precision="ieee")
+        p_tile = p_out + o_t[:, None] * stride_out + offset + o_n[None, :]
+        m_tile = m_p[:, None] & m_n[None, :]
+        b_sum += tl.load(p_tile, mask=m_tile, other=0.0).to(tl.float32)
+        tl.store(p_tile, b_sum.to(p_out.dtype.element_ty), mask=m_tile)

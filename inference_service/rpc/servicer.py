@@ -1,0 +1,46 @@
+"""The gRPC door."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+
+import grpc
+
+from inference_service.rpc.mapping import event_to_message, model_to_message, request_from_message
+from inference_service.serving.service import GenerationService
+from loramux.inference.v1 import inference_pb2 as pb
+from loramux.inference.v1 import inference_pb2_grpc
+
+SERVICE_NAME = pb.DESCRIPTOR.services_by_name["InferenceService"].full_name
+
+
+class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
+    """Translates messages and nothing else; faults become statuses in the server's interceptor."""
+
+    def __init__(self, service: GenerationService) -> None:
+        self._service = service
+
+    async def Generate(  # noqa: N802 - grpc's name
+        self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[pb.GenerateResponse]:
+        """Stream the events of an answer."""
+        events = self._service.generate(request_from_message(request, context))
+        async with aclosing(events):
+            async for event in events:
+                yield event_to_message(event)
+
+    async def ListModels(  # noqa: N802 - grpc's name
+        self,
+        request: pb.ListModelsRequest,  # noqa: ARG002 - it has no fields
+        context: grpc.aio.ServicerContext,  # noqa: ARG002 - grpc passes it
+    ) -> pb.ListModelsResponse:
+        """List what is served."""
+        catalog, limits = self._service.catalog, self._service.limits
+        models = [model_to_message(model, catalog, limits.max_seq_len) for model in catalog]
+        return pb.ListModelsResponse(models=models)
+
+
+def register(servicer: InferenceServicer, server: grpc.aio.Server) -> None:
+    """Add the service to a server."""
+    inference_pb2_grpc.add_InferenceServiceServicer_to_server(servicer, server)  # type: ignore[no-untyped-call]

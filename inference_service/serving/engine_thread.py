@@ -1,0 +1,127 @@
+"""The engine's thread, and the only bridge between it and the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+from collections.abc import Callable
+
+import structlog
+
+from inference_service.core.sequence import Sequence, StepOutput
+from inference_service.engine.engine import Engine, EngineStats
+from shared.faults import QueueFull, ShuttingDown
+
+log = structlog.get_logger()
+
+
+class Outputs:
+    """The outputs of one sequence, as they come; used on the event loop only."""
+
+    def __init__(self, seq_id: str, on_close: Callable[[str, bool], None]) -> None:
+        self._seq_id = seq_id
+        self._on_close = on_close
+        self._queue: asyncio.Queue[StepOutput] = asyncio.Queue()
+        self._finished = False
+
+    def put(self, output: StepOutput) -> None:
+        """Hand over an output."""
+        self._queue.put_nowait(output)
+
+    async def get(self) -> StepOutput:
+        """Wait for the next output; there is none behind one with a finish reason."""
+        output = await self._queue.get()
+        self._finished = output.finish is not None
+        return output
+
+    def close(self) -> None:
+        """Let the sequence go; when it has not ended yet, it is freed at the next step."""
+        self._on_close(self._seq_id, self._finished)
+
+
+class EngineThread:
+    """Runs steps while there is work; hands every output to the stream of its sequence.
+
+    Every sequence that was submitted ends once: with an output that has a finish reason, or by `Outputs.close`.
+    """
+
+    def __init__(self, engine: Engine, max_queue: int) -> None:
+        self._engine = engine
+        self._max_queue = max_queue
+        self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._streams: dict[str, Outputs] = {}
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._stopped = False
+
+    @property
+    def stats(self) -> EngineStats:
+        """A snapshot; numbers may be one step old."""
+        return self._engine.stats
+
+    def start(self) -> None:
+        """Start the thread; must be called on the event loop."""
+        self._loop = asyncio.get_running_loop()
+        self._thread.start()
+
+    async def stop(self) -> None:
+        """End the thread after the step in progress; open streams end as FAILED."""
+        self._stopped = True
+        self._inbox.put(None)
+        await asyncio.to_thread(self._thread.join)
+
+    def submit(self, seq: Sequence) -> Outputs:
+        """Put a sequence in the queue; the caller must close what it gets.
+
+        Raises:
+            QueueFull: too many sequences wait.
+            ShuttingDown: the engine was stopped.
+        """
+        if self._stopped:
+            raise ShuttingDown("the engine has stopped. Retry with another replica.")
+        if len(self._streams) - self._engine.stats.running >= self._max_queue:
+            raise QueueFull(f"{self._max_queue} requests wait already. Retry in a moment, or add a replica.")
+        outputs = Outputs(seq.id, self._close)
+        self._streams[seq.id] = outputs
+        self._inbox.put(lambda: self._engine.add(seq))
+        return outputs
+
+    def _close(self, seq_id: str, finished: bool) -> None:
+        del self._streams[seq_id]
+        if not finished:
+            self._inbox.put(lambda: self._engine.abort(seq_id))
+
+    def _run(self) -> None:
+        while True:
+            stop = self._receive(wait=self._engine.idle)
+            if stop:
+                self._send(self._engine.fail_all())
+                return
+            try:
+                outputs = self._engine.step()
+            except Exception:  # every request must end, whatever a step raised
+                log.exception("step failed", running=self._engine.stats.running)
+                outputs = self._engine.fail_all()
+            self._send(outputs)
+
+    def _receive(self, *, wait: bool) -> bool:
+        """Take what arrived; True when the thread is to end."""
+        try:
+            command = self._inbox.get(block=wait)
+            while command is not None:
+                command()
+                command = self._inbox.get_nowait()
+        except queue.Empty:
+            return False
+        return True
+
+    def _send(self, outputs: list[StepOutput]) -> None:
+        if outputs and self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._deliver, outputs)
+
+    def _deliver(self, outputs: list[StepOutput]) -> None:
+        for output in outputs:
+            stream = self._streams.get(output.seq_id)
+            if stream is not None:
+                stream.put(output)

@@ -1,0 +1,164 @@
+"""Between text and tokens: tokenizer, chat template, incremental detokenizing, stop texts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from jinja2.ext import loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
+
+from shared.faults import CheckpointInvalid, Finding, RequestInvalid
+
+
+class ChatTemplate:
+    """Renders messages as Hugging Face does: a sandbox without access to anything but the messages."""
+
+    def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
+        env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+        env.filters["tojson"] = lambda value, **kwargs: json.dumps(value, ensure_ascii=False, **kwargs)
+        env.globals["raise_exception"] = _raise
+        env.globals["strftime_now"] = lambda form: datetime.now().astimezone().strftime(form)
+        try:
+            self._template = env.from_string(source)
+        except jinja2.TemplateError as error:
+            raise CheckpointInvalid(f"the chat template cannot be parsed: {error}") from error
+        self._special = dict(special_tokens)
+
+    def render(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """Return the prompt that asks for the assistant's turn.
+
+        Raises:
+            RequestInvalid: the template refuses the messages.
+        """
+        try:
+            return self._template.render(messages=list(messages), add_generation_prompt=True, **self._special)
+        except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError) as error:
+            finding = Finding(code="E_MESSAGES", where="messages", found=str(error)[:200])
+            raise RequestInvalid("the chat template refuses the messages.", [finding]) from error
+
+
+def _raise(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+class Text:
+    """The text side of a base checkpoint."""
+
+    def __init__(self, tokenizer: Tokenizer, template: ChatTemplate | None, vocab: int) -> None:
+        self._tokenizer = tokenizer
+        self._template = template
+        self.vocab = vocab
+
+    @classmethod
+    def load(cls, folder: Path, vocab: int) -> Text:
+        """Read tokenizer.json, tokenizer_config.json and chat_template.jinja.
+
+        Raises:
+            CheckpointInvalid: there is no tokenizer.json, or a file cannot be read.
+        """
+        path = folder / "tokenizer.json"
+        if not path.exists():
+            raise CheckpointInvalid("the base checkpoint has no tokenizer.json; save it with a fast tokenizer.")
+        try:
+            tokenizer = Tokenizer.from_file(str(path))
+            config = _read_json(folder / "tokenizer_config.json")
+        except Exception as error:  # tokenizers raises plain Exception
+            raise CheckpointInvalid(f"the tokenizer's files cannot be read: {error}") from error
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        jinja = folder / "chat_template.jinja"
+        source = jinja.read_text(encoding="utf-8") if jinja.exists() else _template_in(config)
+        special = {
+            key: value if isinstance(value, str) else str(value.get("content", ""))
+            for key, value in config.items()
+            if key.endswith("_token") and isinstance(value, str | dict)
+        }
+        return cls(tokenizer, ChatTemplate(source, special) if source else None, vocab)
+
+    def encode(self, text: str) -> list[int]:
+        """Tokenize a text, with the special tokens that the tokenizer adds itself."""
+        ids: list[int] = self._tokenizer.encode(text).ids
+        return ids
+
+    def encode_messages(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Render messages and tokenize them.
+
+        Raises:
+            RequestInvalid: there is no chat template, or it refuses the messages.
+        """
+        if self._template is None:
+            finding = Finding(code="E_NO_TEMPLATE", where="messages", fix="Send text or token_ids.")
+            raise RequestInvalid("the base has no chat template.", [finding])
+        ids: list[int] = self._tokenizer.encode(self._template.render(messages), add_special_tokens=False).ids
+        return ids
+
+    def detokenizer(self, prompt: Sequence[int]) -> Detokenizer:
+        """Return a detokenizer for the answer to a prompt."""
+        return Detokenizer(self._tokenizer, prompt)
+
+
+class Detokenizer:
+    """Tokens in, text out, never half a character."""
+
+    # Tokens of the prompt that decide how the first token of the answer is spaced.
+    CONTEXT = 6
+
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int]) -> None:
+        self._tokenizer = tokenizer
+        self._stream = DecodeStream(ids=list(prompt[-self.CONTEXT :]), skip_special_tokens=True)
+
+    def push(self, token: int) -> str:
+        """Return the text that became certain with this token; often, but not always, the token's own."""
+        return self._stream.step(self._tokenizer, token) or ""
+
+
+class StopTexts:
+    """Finds the first stop text, and holds back what may become one."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = tuple(stops)
+        self._held = ""
+        self.found: str | None = None
+
+    def push(self, text: str) -> str:
+        """Return the text that is safe to show; after a stop text was found, nothing more."""
+        if self.found is not None:
+            return ""
+        self._held += text
+        hits = [(self._held.find(stop), stop) for stop in self._stops if stop in self._held]
+        if hits:
+            at, self.found = min(hits)
+            text, self._held = self._held[:at], ""
+            return text
+        keep = max((self._overlap(stop) for stop in self._stops), default=0)
+        text, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
+        return text
+
+    def flush(self) -> str:
+        """Return what is still held, at the end of the answer."""
+        text, self._held = self._held, ""
+        return text
+
+    def _overlap(self, stop: str) -> int:
+        """Characters at the end of the held text that begin the stop text."""
+        longest = min(len(stop) - 1, len(self._held))
+        return next((size for size in range(longest, 0, -1) if self._held.endswith(stop[:size])), 0)
+
+
+def _template_in(config: Mapping[str, Any]) -> str:
+    template = config.get("chat_template") or ""
+    if isinstance(template, list):  # named templates
+        named = {item["name"]: item["template"] for item in template}
+        template = named.get("default", "")
+    return str(template)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return dict(json.loads(path.read_bytes())) if path.exists() else {}

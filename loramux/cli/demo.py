@@ -1,0 +1,94 @@
+"""``loramux demo``: everything once, on this machine, with small adapters that come along."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from loramux.cli import shell
+from loramux.cli.build import build_and_show, read_deployment
+from loramux.cli.race import race, show_summary
+from loramux.cli.services import engine_flags
+from loramux.cli.tree import ProcessTree, free_address, run_tree
+from loramux.cli.up import Plan, keep, show_lines_to_try, show_ready, start_builder, start_inference
+from loramux.client import BUILDER, INFERENCE, AsyncClient
+from shared.deployment import SourceKind
+from shared.faults import SettingsInvalid
+
+DEMO_STORE = "file://~/.cache/loramux/demo-store"
+PROMPT = "Tell me about the sea."
+MAX_TOKENS = 64
+
+
+@shell.command
+def demo(
+    prompt: Annotated[
+        str, typer.Option("--prompt", metavar="TEXT", help="What every model is asked.")
+    ] = PROMPT,
+    stay: Annotated[bool, typer.Option("--keep", help="Go on serving until Ctrl-C.")] = False,
+    max_tokens: Annotated[
+        int, typer.Option("--max-tokens", metavar="N", min=1, help="Length of an answer.")
+    ] = MAX_TOKENS,
+    store: shell.Store = DEMO_STORE,
+    threads: shell.Threads = None,
+    folder: Annotated[Path | None, typer.Option("--examples", hidden=True)] = None,
+) -> None:
+    """Build small adapters, serve them, ask all of them at once.
+
+    Needs no GPU and no account. The second run finds everything built.
+
+    Example: loramux demo --prompt "Tell me about the moon." --keep
+    """
+    examples = folder or find_examples()
+    plan = Plan(
+        deployment=read_deployment(examples / "deployment.yaml").deployment,
+        store=store,
+        builder=free_address(BUILDER),
+        inference=free_address(INFERENCE),
+        engine=engine_flags(None, None, threads),
+    )
+    run_tree(
+        functools.partial(_demo, plan=plan, examples=examples, prompt=prompt, max_tokens=max_tokens, stay=stay)
+    )
+
+
+async def _demo(
+    tree: ProcessTree, plan: Plan, examples: Path, prompt: str, max_tokens: int, stay: bool
+) -> None:
+    await _prepare_base(tree, plan, examples)
+    await start_builder(tree, plan)
+    async with AsyncClient(inference=plan.inference, builder=plan.builder) as client:
+        await build_and_show(client, plan.deployment)
+        await start_inference(tree, plan)
+        models = await client.models()
+        shell.show()
+        shell.show(f"{prompt}   ({len(models)} models at the same time)", "bold")
+        show_summary(await race(client, models, prompt, max_tokens))
+    if stay:
+        show_ready(plan, models, tree.folder)
+        await keep(tree)
+    else:
+        shell.show()
+        shell.show("loramux demo --keep goes on serving; then, in another terminal,")
+        show_lines_to_try(INFERENCE, models)
+
+
+async def _prepare_base(tree: ProcessTree, plan: Plan, examples: Path) -> None:
+    base = plan.deployment.build.checkpoint_repository
+    if base.source is not SourceKind.LOCAL:
+        return
+    with shell.step(f"base model in {base.repo}"):
+        await tree.run("base", [sys.executable, str(examples / "prepare_base.py"), base.repo])
+
+
+def find_examples() -> Path:
+    """Return the folder of examples: inside an installed package, beside it in a checkout."""
+    package = Path(__file__).resolve().parents[1]
+    for folder in (package / "examples", package.parent / "examples"):
+        if (folder / "deployment.yaml").is_file():
+            return folder
+    raise SettingsInvalid(f"the examples are missing: no deployment.yaml in {package.parent / 'examples'}")

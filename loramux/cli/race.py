@@ -1,0 +1,165 @@
+"""One prompt through several models at the same time, side by side."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rich.live import Live
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from loramux.cli import shell
+from loramux.client import AsyncClient
+from loramux.records import Delta, Finished, FinishReason, Message, ModelInfo
+
+MIN_COLUMN = 38
+MIN_ROWS = 5
+MAX_ROWS = 12
+FRAME_S = 1 / 12
+
+
+@dataclass
+class Lane:
+    """One model's answer as it grows; times are of the monotonic clock."""
+
+    model: ModelInfo
+    begin: float = 0.0
+    first: float | None = None
+    last: float = 0.0
+    text: str = ""
+    tokens: int = 0
+    reason: FinishReason | None = None
+
+    @property
+    def title(self) -> str:
+        """The model and its rank."""
+        kind = "base" if self.model.is_base else f"rank {shell.numbers(self.model.ranks)}"
+        return f"{shell.printable(self.model.name)} · {kind}"
+
+    @property
+    def first_token_s(self) -> float | None:
+        """Seconds from the request to the first token."""
+        return None if self.first is None else self.first - self.begin
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """Tokens per second after the first."""
+        if self.first is None or self.last <= self.first:
+            return None
+        return (self.tokens - 1) / (self.last - self.first)
+
+
+async def race(
+    client: AsyncClient, models: Sequence[ModelInfo], prompt: str, max_tokens: int
+) -> Sequence[Lane]:
+    """Stream the prompt through all models at once, show it, and return the lanes at their ends."""
+    lanes = [Lane(model) for model in models]
+    shape = grid_shape(len(lanes))
+    running = asyncio.gather(*(_run(client, lane, prompt, max_tokens) for lane in lanes))
+    if shape is None:
+        await running
+        for lane in lanes:
+            shell.show(f"\n{lane.title}:")
+            shell.show(lane.text.strip())
+        return lanes
+    with Live(console=shell.out, auto_refresh=False, vertical_overflow="crop") as live:
+        while not running.done():
+            await asyncio.wait({running}, timeout=FRAME_S)
+            live.update(_grid(lanes, *shape), refresh=True)
+        await running
+        # What stays on the screen takes no more lines than the answers need.
+        needed = max(len(_wrapped(lane, _inner_width(shape[0]))) for lane in lanes) + 2
+        live.update(_grid(lanes, shape[0], min(shape[1], needed)), refresh=True)
+    return lanes
+
+
+async def _run(client: AsyncClient, lane: Lane, prompt: str, max_tokens: int) -> None:
+    messages: list[Message] = [{"role": "user", "content": prompt}]
+    lane.begin = time.monotonic()
+    async for event in client.generate(lane.model.name, messages, max_tokens=max_tokens):
+        if isinstance(event, Delta):
+            lane.last = time.monotonic()
+            lane.first = lane.first or lane.last
+            lane.text += event.text
+            lane.tokens += len(event.token_ids)
+        elif isinstance(event, Finished):
+            lane.reason = event.reason
+
+
+def grid_shape(lanes: int) -> tuple[int, int] | None:
+    """Return (columns, lines of a panel) that fit the terminal; None when it cannot show them all."""
+    columns = min(lanes, shell.out.width // MIN_COLUMN)
+    if not shell.out.is_terminal or columns < min(lanes, 2):
+        return None
+    rows = -(-lanes // columns)
+    columns = -(-lanes // rows)  # as even as it gets
+    lines = min((shell.out.height - 1) // rows, MAX_ROWS)
+    return (columns, lines) if lines >= MIN_ROWS else None
+
+
+def _grid(lanes: Sequence[Lane], columns: int, lines: int) -> Table:
+    grid = Table.grid(expand=True)
+    for _ in range(columns):
+        grid.add_column(ratio=1)
+    panels = [_panel(lane, _inner_width(columns), lines) for lane in lanes]
+    for begin in range(0, len(panels), columns):
+        grid.add_row(*panels[begin : begin + columns])
+    return grid
+
+
+def _inner_width(columns: int) -> int:
+    return shell.out.width // columns - 4  # a border and a blank on each side
+
+
+def _wrapped(lane: Lane, width: int) -> list[Text]:
+    return list(Text(shell.printable(lane.text.strip())).wrap(shell.out, width))
+
+
+def _panel(lane: Lane, width: int, lines: int) -> Panel:
+    return Panel(
+        Text("\n").join(_wrapped(lane, width)[-(lines - 2) :]),
+        title=Text(lane.title, "bold"),
+        title_align="left",
+        subtitle=Text(_pace(lane), "dim"),
+        subtitle_align="right",
+        height=lines,
+        border_style="green" if lane.reason else "cyan",
+    )
+
+
+def _pace(lane: Lane) -> str:
+    if lane.first_token_s is None:
+        return "waiting"
+    return f"{_number(lane.tokens_per_s, 1)} tokens/s · first {lane.first_token_s:.2f} s"
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def show_summary(lanes: Sequence[Lane]) -> None:
+    """Print the table of a race."""
+    shell.show()
+    headers = ("model", "rank", "tokens", "first token", "tokens/s", "end")
+    rows = [
+        (
+            lane.model.name,
+            shell.numbers(lane.model.ranks),
+            str(lane.tokens),
+            f"{_number(lane.first_token_s, 2)} s",
+            _number(lane.tokens_per_s, 1),
+            str(lane.reason),
+        )
+        for lane in lanes
+    ]
+    shell.table(headers, rows, frozenset({"tokens", "first token", "tokens/s"}))
+    tokens = sum(lane.tokens for lane in lanes)
+    took = max(lane.last for lane in lanes) - min(lane.begin for lane in lanes)
+    if took > 0:
+        shell.show(
+            f"{len(lanes)} streams in one batch: {tokens} tokens in {took:.1f} s, {tokens / took:.1f} tokens/s"
+        )

@@ -1,0 +1,118 @@
+"""``loramux builder`` and ``loramux serve``: become the service's process."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from loramux.cli import shell
+from shared.faults import SettingsInvalid
+
+# A package of each extra that the service cannot do without.
+NEEDS = {
+    "builder": ("numpy", "safetensors", "ml_dtypes", "huggingface_hub"),
+    "inference": ("torch", "tokenizers", "jinja2", "numpy"),
+}
+Listen = Annotated[
+    str | None, typer.Option("--grpc", metavar="HOST:PORT", help="Listen here; port 0 draws a free one.")
+]
+StoreFlag = Annotated[
+    str | None, typer.Option("--store", metavar="URI", help="s3://bucket/prefix or file:///dir.")
+]
+
+
+@shell.command
+def builder(store: StoreFlag = None, grpc: Listen = None, local_root: shell.LocalRoots = None) -> None:
+    """Run the builder service until SIGTERM; needs no torch.
+
+    Flags that are not given come from the environment, then from the defaults.
+
+    Example: loramux builder --store s3://models/loramux --grpc 0.0.0.0:50051
+    """
+    become(builder_command(store, grpc, local_root or ()))
+
+
+@shell.command
+def serve(
+    deployment: Annotated[
+        str | None, typer.Option("--deployment", metavar="NAME", help="The deployment to serve.")
+    ] = None,
+    store: StoreFlag = None,
+    grpc: Listen = None,
+    local_root: shell.LocalRoots = None,
+    backend: shell.Backend = None,
+    dtype: shell.Dtype = None,
+    threads: shell.Threads = None,
+) -> None:
+    """Run the inference service of a deployment until SIGTERM.
+
+    Flags that are not given come from the environment, then from the defaults.
+
+    Example: loramux serve --deployment my-model --store s3://models/loramux
+    """
+    flags = engine_flags(backend, dtype, threads)
+    become(inference_command(deployment, store, grpc, local_root or (), flags))
+
+
+def builder_command(store: str | None, grpc: str | None, local_roots: Sequence[Path]) -> list[str]:
+    """Return the command line of a builder service.
+
+    Raises:
+        SettingsInvalid: its packages are not installed.
+    """
+    _require("builder")
+    return [*_python("builder_service"), *_flags(store=store, grpc=grpc), *_roots(local_roots)]
+
+
+def inference_command(
+    deployment: str | None,
+    store: str | None,
+    grpc: str | None,
+    local_roots: Sequence[Path],
+    engine: Sequence[str],
+) -> list[str]:
+    """Return the command line of an inference service.
+
+    Raises:
+        SettingsInvalid: its packages are not installed.
+    """
+    _require("inference")
+    flags = _flags(deployment=deployment, store=store, grpc=grpc)
+    return [*_python("inference_service"), *flags, *_roots(local_roots), *engine]
+
+
+def engine_flags(backend: str | None, dtype: str | None, threads: int | None) -> list[str]:
+    """Return the flags of an inference service that are about speed."""
+    return _flags(backend=backend, dtype=dtype, threads=threads)
+
+
+def become(argv: Sequence[str]) -> None:
+    """Replace this process, so that signals reach the service itself."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execv(argv[0], list(argv))  # noqa: S606 - no shell is wanted
+
+
+def _python(module: str) -> list[str]:
+    return [sys.executable, "-m", module]
+
+
+def _flags(**values: str | int | None) -> list[str]:
+    return [text for name, value in values.items() if value is not None for text in (f"--{name}", str(value))]
+
+
+def _roots(folders: Sequence[Path]) -> list[str]:
+    return [text for folder in folders for text in ("--local-root", str(folder.expanduser().resolve()))]
+
+
+def _require(extra: str) -> None:
+    missing = [name for name in NEEDS[extra] if importlib.util.find_spec(name) is None]
+    if missing:
+        needs = f"the {extra} service needs {', '.join(missing)}, not installed here"
+        raise SettingsInvalid(f"{needs}: pip install 'loramux[{extra}]'")

@@ -1,0 +1,133 @@
+"""What all commands share: the two consoles, common flags, tables, and how a failure is told."""
+
+from __future__ import annotations
+
+import functools
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, ParamSpec, TypeVar
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from shared.faults import Fault, SettingsInvalid
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+# Results go to out, everything about the way to them to err.
+out = Console(highlight=False, emoji=False)
+err = Console(stderr=True, highlight=False, emoji=False)
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+Grpc = Annotated[str, typer.Option("--grpc", metavar="HOST:PORT", help="The inference service.")]
+Builder = Annotated[str, typer.Option("--builder", metavar="HOST:PORT", help="The builder service.")]
+Store = Annotated[str, typer.Option("--store", metavar="URI", help="s3://bucket/prefix or file:///dir.")]
+LocalRoots = Annotated[
+    list[Path] | None,
+    typer.Option("--local-root", metavar="DIR", help="LOCAL repositories may lie below it; repeatable."),
+]
+Backend = Annotated[str | None, typer.Option("--backend", metavar="NAME", help="auto, torch or triton.")]
+Dtype = Annotated[
+    str | None, typer.Option("--dtype", metavar="NAME", help="auto, float32, bfloat16 or float16.")
+]
+Threads = Annotated[int | None, typer.Option("--threads", min=1, metavar="N", help="CPU threads.")]
+File = Annotated[Path, typer.Argument(metavar="FILE", help="A deployment file (YAML).", show_default=False)]
+
+
+def command(function: Callable[P, R]) -> Callable[P, R]:
+    """Turn a command's failures into lines on stderr and an exit code; never a traceback."""
+
+    @functools.wraps(function)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return function(*args, **kwargs)
+        except Fault as fault:
+            complain(fault)
+            raise typer.Exit(2 if isinstance(fault, SettingsInvalid) else 1) from None
+        except KeyboardInterrupt:
+            raise typer.Exit(130) from None
+
+    return wrapper
+
+
+def complain(fault: Fault) -> None:
+    """Print a failure with all its findings."""
+    line = Text.assemble(("error: ", "bold red"), (fault.reason, "bold"), f": {printable(str(fault))}")
+    err.print(line, soft_wrap=not err.is_terminal)
+
+
+def say(text: str = "", style: str = "") -> None:
+    """Print a line on stderr; a terminal breaks it between words."""
+    err.print(Text(printable(text), style), soft_wrap=not err.is_terminal)
+
+
+def show(text: str = "", style: str = "") -> None:
+    """Print a line on stdout, in one piece: it may be copied."""
+    out.print(Text(printable(text), style), soft_wrap=True)
+
+
+def printable(text: str) -> str:
+    """Return text without characters that steer a terminal; what models and servers say is not trusted."""
+    return _CONTROL.sub("", text)
+
+
+@contextmanager
+def step(doing: str) -> Iterator[None]:
+    """Show a spinner while something runs, and a line with its time when it is done."""
+    begin = time.monotonic()
+    if err.is_terminal:
+        with err.status(Text(f"{doing} …")):
+            yield
+    else:
+        say(f"{doing} ...")
+        yield
+    if err.is_terminal:
+        took = f"  {time.monotonic() - begin:.1f} s"
+        err.print(Text.assemble(("✓ ", "green"), doing, (took, "dim")), soft_wrap=True)
+
+
+def table(headers: Sequence[str], rows: Sequence[Sequence[str]], right: frozenset[str] = frozenset()) -> None:
+    """Print a table on stdout: with rules and folded cells on a terminal, else aligned and one line a row."""
+    rows = [[printable(cell) for cell in row] for row in rows]
+    if not out.is_terminal:
+        widths = [max(map(len, column)) for column in zip(headers, *rows, strict=True)]
+        for row in (headers, *rows):
+            cells = [
+                cell.rjust(width) if header in right else cell.ljust(width)
+                for header, cell, width in zip(headers, row, widths, strict=True)
+            ]
+            show("  ".join(cells).rstrip())
+        return
+    grid = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for header in headers:
+        grid.add_column(header, justify="right" if header in right else "left", overflow="fold")
+    for row in rows:
+        grid.add_row(*map(Text, row))
+    out.print(grid)
+
+
+def numbers(values: Sequence[int]) -> str:
+    """Return ranks for a cell."""
+    return ", ".join(map(str, values)) or "-"
+
+
+def modules(names: Sequence[str]) -> str:
+    """Return module names for a cell, each block's name once: ``attn q k v, mlp gate``."""
+    blocks: dict[str, list[str]] = {}
+    for name in names:
+        block, _, leaf = name.partition("_")
+        blocks.setdefault(block, []).append(leaf)
+    return ", ".join(" ".join([block, *leaves]).strip() for block, leaves in blocks.items()) or "-"
+
+
+def digest(hexadecimal: str) -> str:
+    """Return enough of a digest to tell it from others."""
+    return hexadecimal[:12] or "-"

@@ -1,0 +1,199 @@
+"""A tree of processes: children with logs, none of which outlives the parent."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from loramux.cli import shell
+from loramux.cli.logs import follow, tail
+from shared.faults import Fault, SourceUnavailable, Status
+from shared.rpc.status import CallFailed
+
+DRAIN_S = 120.0  # longer than a service takes to drain; then it is killed
+DEATH_NOTICE_S = 0.5  # a broken connection is often seen before the death that broke it
+LOOPBACK = "127.0.0.1"
+
+
+class ServiceDied(Fault):
+    """A child that ended though nobody asked it to."""
+
+    reason = "SERVICE_DIED"
+    status = Status.INTERNAL
+
+    def __init__(self, child: Child) -> None:
+        code = child.process.returncode or 0
+        how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
+        super().__init__(f"{child.name} ended with {how}; its log is {child.log}")
+        self.last_lines = tail(child.log)
+
+    def __str__(self) -> str:
+        return "\n  | ".join([self.message, *self.last_lines])
+
+
+@dataclass(frozen=True)
+class Child:
+    """A running process."""
+
+    name: str
+    process: asyncio.subprocess.Process
+    log: Path
+
+
+class ProcessTree:
+    """Children of this process; leaving the context stops them all."""
+
+    def __init__(self) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="loramux-"))
+        self.ready = False
+        """Set once all is up: from then on a signal is the expected end."""
+        self.death: asyncio.Future[ServiceDied] = asyncio.get_running_loop().create_future()
+        self._children: list[Child] = []
+        self._tasks: list[asyncio.Task[None]] = []
+        self._stopping = False
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.stop()
+        if isinstance(error, Fault) and error.status in (Status.INTERNAL, Status.UNAVAILABLE):
+            shell.say(f"logs are kept in {self.folder}", "dim")
+        else:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    async def start(self, name: str, argv: Sequence[str]) -> Child:
+        """Start a service that is meant to run until it is stopped."""
+        child = await self._spawn(name, argv)
+        self._tasks.append(asyncio.create_task(follow(child.log, name)))
+        self._tasks.append(asyncio.create_task(self._watch(child)))
+        return child
+
+    async def run(self, name: str, argv: Sequence[str]) -> None:
+        """Run a command to its end; raises `ServiceDied` when it fails."""
+        child = await self._spawn(name, argv)
+        if await child.process.wait():
+            raise ServiceDied(child)
+
+    async def stop(self) -> None:
+        """Ask all children to end, and wait: open streams finish first."""
+        self._stopping = True
+        running = [child for child in self._children if child.process.returncode is None]
+        if running:
+            shell.say(f"stopping {' and '.join(child.name for child in running)}", "dim")
+        for child in running:
+            with contextlib.suppress(ProcessLookupError):
+                child.process.terminate()
+        waits = [asyncio.create_task(child.process.wait()) for child in running]
+        if waits:
+            _, late = await asyncio.wait(waits, timeout=DRAIN_S)
+            if late:
+                self.kill()
+                await asyncio.wait(late)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def kill(self) -> None:
+        """End all children at once."""
+        for child in self._children:
+            if child.process.returncode is None:
+                with contextlib.suppress(ProcessLookupError):
+                    child.process.kill()
+
+    async def _spawn(self, name: str, argv: Sequence[str]) -> Child:
+        log = self.folder / f"{name}.log"
+        wrapped = (sys.executable, "-m", "loramux.cli.child", str(os.getpid()), *argv)
+        with log.open("ab") as file:
+            # A group of its own: the terminal's Ctrl-C reaches the parent alone, which then drains.
+            process = await asyncio.create_subprocess_exec(
+                *wrapped, stdin=asyncio.subprocess.DEVNULL, stdout=file, stderr=file, process_group=0
+            )
+        child = Child(name, process, log)
+        self._children.append(child)
+        return child
+
+    async def _watch(self, child: Child) -> None:
+        await child.process.wait()
+        if not self._stopping and not self.death.done():
+            self.death.set_result(ServiceDied(child))
+
+
+def run_tree(work: Callable[[ProcessTree], Awaitable[None]]) -> None:
+    """Run work beside its child processes; none is left when this returns or raises.
+
+    A signal before the tree is ready raises KeyboardInterrupt, and after that it is the normal end. A second
+    signal kills the children.
+
+    Raises:
+        ServiceDied: a child ended unasked.
+    """
+    asyncio.run(_run(work))
+
+
+async def _run(work: Callable[[ProcessTree], Awaitable[None]]) -> None:
+    async with ProcessTree() as tree:
+        with _signals(tree) as stop:
+            task = asyncio.ensure_future(work(tree))
+            ends: set[asyncio.Future[Any]] = {task, tree.death, stop}
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+            if task.done() and isinstance(task.exception(), SourceUnavailable | CallFailed):
+                await asyncio.wait({tree.death}, timeout=DEATH_NOTICE_S)
+            task.cancel()
+            await asyncio.wait({task})
+            await tree.stop()
+            if tree.death.done():
+                raise tree.death.result()
+            if not task.cancelled():
+                task.result()
+            elif not tree.ready:
+                raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def _signals(tree: ProcessTree) -> Iterator[asyncio.Future[None]]:
+    """Give a future that the first signal sets; the next one kills the children."""
+    loop = asyncio.get_running_loop()
+    stop: asyncio.Future[None] = loop.create_future()
+
+    def on_signal() -> None:
+        if stop.done():
+            tree.kill()
+        else:
+            stop.set_result(None)
+
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    for number in numbers:
+        loop.add_signal_handler(number, on_signal)
+    try:
+        yield stop
+    finally:
+        for number in numbers:
+            loop.remove_signal_handler(number)
+
+
+def free_address(preferred: str) -> str:
+    """Return the preferred address if nothing listens there, else one with a free port."""
+    port = int(preferred.rpartition(":")[2])
+    for candidate in (port, 0):
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((LOOPBACK, candidate))
+            except OSError:
+                continue
+            return f"{LOOPBACK}:{probe.getsockname()[1]}"
+    raise SourceUnavailable("this machine has no free port left")

@@ -1,0 +1,275 @@
+"""The typed client, for asyncio and for threads.
+
+::
+
+    with Client() as client:
+        print(client.complete("lora1", "def fib(n):", max_tokens=64).text)
+        for event in client.generate("lora1", [{"role": "user", "content": "Hello"}]):
+            if isinstance(event, Delta):
+                print(event.text, end="", flush=True)
+
+Every failure is a class of `loramux.faults`. A stream that is left early (``break``, ``close``, a cancelled
+task) is cancelled on the server, which frees its sequence.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Generator, Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from types import TracebackType
+from typing import Any, Self, TypeVar, Unpack
+
+import grpc
+
+from loramux.builder.v1 import builder_pb2
+from loramux.builder.v1.builder_pb2_grpc import BuilderServiceStub
+from loramux.inference.v1 import inference_pb2
+from loramux.inference.v1.inference_pb2_grpc import InferenceServiceStub
+from loramux.mapping import completion_of, deployment_of, event_of, generate_request, model_of
+from loramux.records import Completion, DeploymentInfo, Event, GenerateOptions, ModelInfo, Prompt
+from shared.deployment import Deployment
+from shared.rpc.messages import deployment_to_message
+from shared.rpc.status import CallFailed, fault_of
+
+INFERENCE = "127.0.0.1:50052"
+BUILDER = "127.0.0.1:50051"
+OPTIONS = (
+    ("grpc.enable_http_proxy", 0),  # an http_proxy of the environment is for the web, not for these services
+    ("grpc.max_receive_message_length", 16 * 1024 * 1024),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 2000),
+)
+
+# The generated stubs have no types; what they answer is typed by the mapping.
+_inference_stub: Callable[[Any], Any] = InferenceServiceStub
+_builder_stub: Callable[[Any], Any] = BuilderServiceStub
+_T = TypeVar("_T")
+
+
+@contextmanager
+def _named(target: str) -> Iterator[None]:
+    """Turn what grpc raises into a named fault."""
+    try:
+        yield
+    except grpc.RpcError as error:
+        raise fault_of(error, target) from error
+
+
+def _build_request(deployment: Deployment, request_id: str | None) -> builder_pb2.BuildDeploymentRequest:
+    spec = deployment_to_message(deployment)
+    return builder_pb2.BuildDeploymentRequest(deployment=spec, request_id=request_id or "")
+
+
+def _watched(message: builder_pb2.WatchDeploymentResponse) -> DeploymentInfo:
+    return deployment_of(message.deployment)
+
+
+class _Addresses:
+    """Where the services are; timeout_s is the deadline of every call that is no stream."""
+
+    def __init__(
+        self, inference: str = INFERENCE, builder: str = BUILDER, *, timeout_s: float | None = 30.0
+    ) -> None:
+        self.inference = inference
+        self.builder = builder
+        self.timeout_s = timeout_s
+        self._channels: list[Any] = []
+
+    def _connect(self, channel: Any) -> Any:
+        self._channels.append(channel)
+        return channel
+
+
+class Client(_Addresses):
+    """The client for threads; one may be shared by many."""
+
+    @cached_property
+    def _inference(self) -> Any:
+        return _inference_stub(self._connect(grpc.insecure_channel(self.inference, OPTIONS)))
+
+    @cached_property
+    def _builder(self) -> Any:
+        return _builder_stub(self._connect(grpc.insecure_channel(self.builder, OPTIONS)))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connections; open streams end with `CallFailed`."""
+        for channel in self._channels:
+            channel.close()
+
+    def models(self) -> list[ModelInfo]:
+        """Return the base, then the adapters by name."""
+        with _named(self.inference):
+            answer = self._inference.ListModels(inference_pb2.ListModelsRequest(), timeout=self.timeout_s)
+        return [model_of(model) for model in answer.models]
+
+    def generate(
+        self, model: str, prompt: Prompt, *, timeout_s: float | None = None, **options: Unpack[GenerateOptions]
+    ) -> Generator[Event, None, None]:
+        """Stream one Started, any number of Delta, and one Finished; timeout_s bounds the whole answer."""
+        request = generate_request(model, prompt, options)
+        return self._stream(
+            lambda: self._inference.Generate(request, timeout=timeout_s), self.inference, event_of
+        )
+
+    def complete(
+        self, model: str, prompt: Prompt, *, timeout_s: float | None = None, **options: Unpack[GenerateOptions]
+    ) -> Completion:
+        """Return the whole answer."""
+        return completion_of(list(self.generate(model, prompt, timeout_s=timeout_s, **options)))
+
+    def build(self, deployment: Deployment, request_id: str | None = None) -> DeploymentInfo:
+        """Start a build; returns at once. Repeating it is safe."""
+        request = _build_request(deployment, request_id)
+        with _named(self.builder):
+            answer = self._builder.BuildDeployment(request, timeout=self.timeout_s)
+        return deployment_of(answer.deployment)
+
+    def watch(self, name: str, *, timeout_s: float | None = None) -> Generator[DeploymentInfo, None, None]:
+        """Stream a deployment's state: as it is, then every change, until ACTIVE or FAILED."""
+        request = builder_pb2.WatchDeploymentRequest(name=name)
+        return self._stream(
+            lambda: self._builder.WatchDeployment(request, timeout=timeout_s), self.builder, _watched
+        )
+
+    def deployment(self, name: str) -> DeploymentInfo:
+        """Return a deployment and its newest build."""
+        request = builder_pb2.GetDeploymentRequest(name=name)
+        with _named(self.builder):
+            answer = self._builder.GetDeployment(request, timeout=self.timeout_s)
+        return deployment_of(answer.deployment)
+
+    def deployments(self) -> list[DeploymentInfo]:
+        """Return all deployments, by name."""
+        found: list[DeploymentInfo] = []
+        request = builder_pb2.ListDeploymentsRequest()
+        while True:
+            with _named(self.builder):
+                answer = self._builder.ListDeployments(request, timeout=self.timeout_s)
+            found += map(deployment_of, answer.deployments)
+            if not answer.next_page_token:
+                return found
+            request = builder_pb2.ListDeploymentsRequest(page_token=answer.next_page_token)
+
+    @staticmethod
+    def _stream(
+        start: Callable[[], Any], target: str, decode: Callable[[Any], _T | None]
+    ) -> Generator[_T, None, None]:
+        call = start()
+        try:
+            with _named(target):
+                for message in call:
+                    if (record := decode(message)) is not None:
+                        yield record
+        finally:
+            call.cancel()
+
+
+class AsyncClient(_Addresses):
+    """The client for asyncio, with the methods of `Client`."""
+
+    # A channel belongs to the loop that runs when it is made, so it is made at the first call.
+    @cached_property
+    def _inference(self) -> Any:
+        return _inference_stub(self._connect(grpc.aio.insecure_channel(self.inference, OPTIONS)))
+
+    @cached_property
+    def _builder(self) -> Any:
+        return _builder_stub(self._connect(grpc.aio.insecure_channel(self.builder, OPTIONS)))
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Close the connections; open streams end with `CallFailed`."""
+        for channel in self._channels:
+            await channel.close()
+
+    async def models(self) -> list[ModelInfo]:
+        """Return the base, then the adapters by name."""
+        request = inference_pb2.ListModelsRequest()
+        with _named(self.inference):
+            answer = await self._inference.ListModels(request, timeout=self.timeout_s)
+        return [model_of(model) for model in answer.models]
+
+    def generate(
+        self, model: str, prompt: Prompt, *, timeout_s: float | None = None, **options: Unpack[GenerateOptions]
+    ) -> AsyncGenerator[Event, None]:
+        """Stream one Started, any number of Delta, and one Finished; timeout_s bounds the whole answer."""
+        request = generate_request(model, prompt, options)
+        return self._stream(
+            lambda: self._inference.Generate(request, timeout=timeout_s), self.inference, event_of
+        )
+
+    async def complete(
+        self, model: str, prompt: Prompt, *, timeout_s: float | None = None, **options: Unpack[GenerateOptions]
+    ) -> Completion:
+        """Return the whole answer."""
+        events = self.generate(model, prompt, timeout_s=timeout_s, **options)
+        return completion_of([event async for event in events])
+
+    async def build(self, deployment: Deployment, request_id: str | None = None) -> DeploymentInfo:
+        """Start a build; returns at once. Repeating it is safe."""
+        request = _build_request(deployment, request_id)
+        with _named(self.builder):
+            answer = await self._builder.BuildDeployment(request, timeout=self.timeout_s)
+        return deployment_of(answer.deployment)
+
+    def watch(self, name: str, *, timeout_s: float | None = None) -> AsyncGenerator[DeploymentInfo, None]:
+        """Stream a deployment's state: as it is, then every change, until ACTIVE or FAILED."""
+        request = builder_pb2.WatchDeploymentRequest(name=name)
+        return self._stream(
+            lambda: self._builder.WatchDeployment(request, timeout=timeout_s), self.builder, _watched
+        )
+
+    async def deployment(self, name: str) -> DeploymentInfo:
+        """Return a deployment and its newest build."""
+        request = builder_pb2.GetDeploymentRequest(name=name)
+        with _named(self.builder):
+            answer = await self._builder.GetDeployment(request, timeout=self.timeout_s)
+        return deployment_of(answer.deployment)
+
+    async def deployments(self) -> list[DeploymentInfo]:
+        """Return all deployments, by name."""
+        found: list[DeploymentInfo] = []
+        request = builder_pb2.ListDeploymentsRequest()
+        while True:
+            with _named(self.builder):
+                answer = await self._builder.ListDeployments(request, timeout=self.timeout_s)
+            found += map(deployment_of, answer.deployments)
+            if not answer.next_page_token:
+                return found
+            request = builder_pb2.ListDeploymentsRequest(page_token=answer.next_page_token)
+
+    @staticmethod
+    async def _stream(
+        start: Callable[[], Any], target: str, decode: Callable[[Any], _T | None]
+    ) -> AsyncGenerator[_T, None]:
+        call = start()
+        try:
+            with _named(target):
+                async for message in call:
+                    if (record := decode(message)) is not None:
+                        yield record
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
+            # Nobody cancelled this task: the connection was closed under the stream.
+            raise CallFailed("CANCELLED: the client was closed", grpc.StatusCode.CANCELLED) from None
+        finally:
+            call.cancel()

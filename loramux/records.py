@@ -1,0 +1,204 @@
+"""What the client hands out: events of an answer, models, deployments. Plain and frozen, no protobuf."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from enum import StrEnum
+from typing import TypeAlias, TypedDict
+
+from shared.faults import Fault, Finding
+
+
+class Message(TypedDict):
+    """One turn of a chat."""
+
+    role: str
+    content: str
+
+
+Prompt: TypeAlias = str | Sequence[int] | Sequence[Message] | Sequence[Mapping[str, str]]
+"""Text, token ids that are taken as they are, or messages for the chat template."""
+
+
+class GenerateOptions(TypedDict, total=False):
+    """Options of an answer; one that is absent or None is left to the server."""
+
+    max_tokens: int | None
+    """New tokens at most; the deployment's default, else what fits."""
+    temperature: float | None
+    """0, the default, is greedy."""
+    top_p: float | None
+    top_k: int | None
+    seed: int | None
+    """Makes a sampled answer repeatable."""
+    stop: str | Sequence[str] | None
+    """The answer ends before the first of these texts."""
+    stop_token_ids: Sequence[int] | None
+    ignore_eos: bool | None
+    """Go on past the end-of-sequence token."""
+    logprobs: int | None
+    """Log probability of each token, and of this many of the most likely ones beside it."""
+    priority: int | None
+    """Requests of a higher priority are scheduled first; 0 is the default."""
+
+
+# The members of the enums below stand in the order of the numbers in the proto files, beginning with 0.
+
+
+class FinishReason(StrEnum):
+    """Why an answer ended."""
+
+    UNSPECIFIED = "unspecified"
+    STOP = "stop"
+    LENGTH = "length"
+
+
+class DeploymentState(StrEnum):
+    """Where the newest build of a deployment stands."""
+
+    UNSPECIFIED = "unspecified"
+    BUILDING = "building"
+    ACTIVE = "active"
+    FAILED = "failed"
+
+
+class Stage(StrEnum):
+    """Where the build of an adapter stands."""
+
+    UNSPECIFIED = "unspecified"
+    WAITING = "waiting"
+    FETCHING = "fetching"
+    VALIDATING = "validating"
+    CONVERTING = "converting"
+    PUBLISHING = "publishing"
+    DONE = "done"
+    REFUSED = "refused"
+
+
+@dataclass(frozen=True)
+class Started:
+    """The request was accepted; says what answers it."""
+
+    request_id: str
+    model: str
+    adapter_digest: str
+    """sha256 of the bundle's manifest, in hex; empty for the base."""
+    generation: int
+    prompt_tokens: int
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """Log probabilities at one token."""
+
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+    """The most likely tokens, as pairs of token id and log probability."""
+
+
+@dataclass(frozen=True)
+class Delta:
+    """New text, and the tokens decoded so far; text can lag behind tokens."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...] = ()
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Tokens of a request."""
+
+    prompt_tokens: int
+    cached_tokens: int
+    """Of the prompt, those whose keys and values were cached."""
+    completion_tokens: int
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The answer is complete."""
+
+    reason: FinishReason
+    usage: Usage
+    stop_text: str = ""
+    """The stop text that ended the answer, if one did."""
+
+
+Event: TypeAlias = Started | Delta | Finished
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A whole answer."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    reason: FinishReason
+    usage: Usage
+    started: Started
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    stop_text: str = ""
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """A model that is served: the base or an adapter."""
+
+    name: str
+    parent: str
+    """The base's name for an adapter; empty for the base."""
+    digest: str
+    """sha256 of the bundle's manifest, in hex; empty for the base."""
+    ranks: tuple[int, ...]
+    modules: tuple[str, ...]
+    warnings: tuple[str, ...]
+    load_time: datetime | None
+    generation: int
+    max_seq_len: int
+    """Tokens of prompt and answer together."""
+
+    @property
+    def is_base(self) -> bool:
+        """Whether this is the base."""
+        return not self.parent
+
+
+@dataclass(frozen=True)
+class AdapterInfo:
+    """The build of one adapter."""
+
+    name: str
+    stage: Stage
+    bytes_done: int
+    """Of the present stage."""
+    bytes_total: int | None
+    """Of the present stage; None while it is not known."""
+    digest: str
+    """sha256 of the bundle's manifest, in hex, once it is known."""
+    ranks: tuple[int, ...]
+    modules: tuple[str, ...]
+    tensors_used: int
+    bundle_bytes: int
+    warnings: tuple[Finding, ...]
+    reused: bool
+    """Whether the store held the bundle already."""
+
+
+@dataclass(frozen=True)
+class DeploymentInfo:
+    """A deployment as the builder sees it."""
+
+    name: str
+    state: DeploymentState
+    generation: int | None
+    """The generation that is served; None before the first."""
+    create_time: datetime | None
+    update_time: datetime | None
+    adapters: tuple[AdapterInfo, ...]
+    failure: Fault | None
+    """Why the newest build failed: ready to be raised."""
+    unchanged: bool
+    """Whether the newest build found everything published already."""

@@ -1,0 +1,75 @@
+"""What every source of repositories promises."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, TypeAlias
+
+from shared.bundle.manifest import FileDigest
+from shared.deployment import Repository
+
+Progress: TypeAlias = Callable[[int], None]
+"""Told the bytes that came in since the last call, from any thread; what it raises ends the transfer."""
+
+
+def unwatched(_: int) -> None:
+    """The progress that nobody looks at."""
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """A file of a repository, before it is fetched."""
+
+    size: int
+    sha256: str | None = None
+    """Where the source knows it without reading the file."""
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A repository whose content cannot change under us any more, or whose change will be noticed."""
+
+    repository: Repository
+    """With the commit (HF). LOCAL keeps what was asked for, until the files were read."""
+    files: Mapping[str, SourceFile]
+    """By path inside the subfolder."""
+
+    def size(self, names: Iterable[str]) -> int:
+        """Return the bytes of these files together."""
+        return sum(self.files[name].size for name in names)
+
+
+class Source(Protocol):
+    """A kind of place where repositories are.
+
+    Every method may block, and may be called from several threads at once. All raise `RepoNotFound`,
+    `RepoGated`, `RevisionNotFound`, `SourceRefused` or `SourceUnavailable`.
+    """
+
+    def resolve(self, repository: Repository) -> Resolved:
+        """List a repository at its revision; nothing is fetched."""
+        ...
+
+    def fetch(
+        self, resolved: Resolved, names: Iterable[str], into: Path, progress: Progress = unwatched
+    ) -> dict[str, FileDigest]:
+        """Write files of the listing to ``into/<name>``, and return what they are."""
+        ...
+
+    def digests(
+        self, resolved: Resolved, names: Iterable[str], progress: Progress = unwatched
+    ) -> dict[str, FileDigest]:
+        """Return what files of the listing are, and transfer only those of unknown digest."""
+        ...
+
+    def pin(self, resolved: Resolved, files: Mapping[str, FileDigest]) -> Repository:
+        """Return the repository with its final revision, from the files that are used of it."""
+        ...
+
+    def place(
+        self, repository: Repository, files: Mapping[str, FileDigest], cache: Path, progress: Progress
+    ) -> Path:
+        """Return a folder that holds these files, fetched below cache where it must be; not yet verified."""
+        ...

@@ -1,0 +1,132 @@
+"""Base checkpoints: which files serving needs, what they are, and how a replica gets them."""
+
+from __future__ import annotations
+
+import json
+import re
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, Final
+
+from shared.bundle.manifest import BaseRecord
+from shared.deployment import Repository
+from shared.faults import BundleCorrupt, CheckpointInvalid
+from shared.sources.base import Progress, Resolved, Source, unwatched
+from shared.sources.files import hash_file
+from shared.sources.open import Sources
+
+CONFIG: Final = "config.json"
+WEIGHTS: Final = "model.safetensors"
+INDEX: Final = "model.safetensors.index.json"
+SMALL_FILES: Final = (
+    CONFIG,
+    INDEX,
+    "chat_template.jinja",
+    "generation_config.json",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+)
+_SHARD: Final = re.compile(r"[\w.\-]+\.safetensors")
+MAX_JSON: Final = 64 << 20
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base checkpoint as the builder sees it."""
+
+    record: BaseRecord
+    config: dict[str, Any]
+    """``config.json``, parsed."""
+
+
+def describe_base(sources: Sources, repository: Repository, progress: Progress = unwatched) -> Base:
+    """Resolve a base checkpoint and record every file that serving needs; weights stay where they are.
+
+    Raises:
+        CheckpointInvalid: ``config.json`` or the weights are missing or cannot be read.
+        Fault: what the source raises.
+    """
+    source = sources.of(repository)
+    resolved = source.resolve(repository)
+    if CONFIG not in resolved.files:
+        raise CheckpointInvalid(
+            f"{_name(repository)}: expected {CONFIG}, found {_some(resolved)}. "
+            "The base must be a decoder checkpoint in Hugging Face format."
+        )
+    config = _read_json(source, resolved, CONFIG)
+    names = [name for name in SMALL_FILES if name in resolved.files]
+    files = source.digests(resolved, [*names, *_weights(source, resolved)], progress)
+    return Base(BaseRecord(source=source.pin(resolved, files), files=files), config)
+
+
+def fetch_base(base: BaseRecord, into: Path, sources: Sources, progress: Progress = unwatched) -> Path:
+    """Return a folder with the base's files, each verified against its recorded digest.
+
+    LOCAL is verified where it is; other sources are downloaded below into, and what is there already is
+    not downloaded again.
+
+    Raises:
+        BundleCorrupt: a file is missing or differs; a downloaded one is removed, so that a retry fetches it.
+        Fault: what the source raises.
+    """
+    for name in base.files:
+        if name.startswith("/") or ".." in PurePosixPath(name).parts:
+            raise BundleCorrupt(f"base {_name(base.source)}: {name!r} is no path inside the repository")
+    folder = sources.of(base.source).place(base.source, base.files, into, progress)
+    for name, expected in base.files.items():
+        path = folder / name
+        found = hash_file(path) if path.is_file() else None
+        if found != expected:
+            if path.is_file() and path.resolve().is_relative_to(into.resolve()):
+                path.unlink()
+            raise BundleCorrupt(
+                f"base {_name(base.source)}: {name}: expected sha256 {expected.sha256} "
+                f"({expected.size} bytes), found {found.sha256 if found else 'no file'}. "
+                "Restore the file, or build the deployment again."
+            )
+    return folder
+
+
+def _weights(source: Source, resolved: Resolved) -> list[str]:
+    """Return the names of the weight files: what the index names, else the one file."""
+    if INDEX in resolved.files:
+        table = _read_json(source, resolved, INDEX).get("weight_map")
+        shards = sorted(set(table.values())) if isinstance(table, dict) else []
+        missing = [name for name in shards if name not in resolved.files]
+        if shards and not missing and all(map(_SHARD.fullmatch, shards)):
+            return shards
+        raise CheckpointInvalid(
+            f"{_name(resolved.repository)}: {INDEX} names files that are not there: {missing[:3]}"
+        )
+    if WEIGHTS in resolved.files:
+        return [WEIGHTS]
+    raise CheckpointInvalid(
+        f"{_name(resolved.repository)}: expected {WEIGHTS} or {INDEX}, found {_some(resolved)}. "
+        "Convert the base to safetensors; pickled weights are refused."
+    )
+
+
+def _read_json(source: Source, resolved: Resolved, name: str) -> dict[str, Any]:
+    what = f"{_name(resolved.repository)}: {name}"
+    if resolved.files[name].size > MAX_JSON:
+        raise CheckpointInvalid(f"{what}: expected at most {MAX_JSON} bytes")
+    with tempfile.TemporaryDirectory(prefix="loramux-") as folder:
+        source.fetch(resolved, [name], Path(folder))
+        try:
+            data = json.loads(Path(folder, name).read_bytes())
+        except (ValueError, RecursionError) as error:
+            raise CheckpointInvalid(f"{what}: not valid JSON") from error
+    if not isinstance(data, dict):
+        raise CheckpointInvalid(f"{what}: expected an object, found {type(data).__name__}")
+    return data
+
+
+def _name(repository: Repository) -> str:
+    return "/".join(part for part in (repository.repo, repository.subfolder) if part)
+
+
+def _some(resolved: Resolved) -> str:
+    names = sorted(resolved.files)
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "") or "no files"

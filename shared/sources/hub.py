@@ -1,0 +1,222 @@
+"""HF: repositories of a Hugging Face hub, at a commit."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+import structlog
+from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub.errors import (
+    DisabledRepoError,
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential
+from tqdm import tqdm  # type: ignore[import-untyped,unused-ignore]
+
+from shared.bundle.manifest import FileDigest
+from shared.deployment import Repository
+from shared.faults import RepoGated, RepoNotFound, RevisionNotFound, SourceRefused, SourceUnavailable
+from shared.sources.base import Progress, Resolved, SourceFile, unwatched
+from shared.sources.files import hash_file
+from shared.sources.secrets import Secrets
+
+log = structlog.get_logger()
+
+TOKEN_VARIABLE: Final = "HF_TOKEN"  # noqa: S105 - the variable's name
+MAX_BYTES: Final = 2 << 40
+"""Of one transfer: beyond it the listing is not believed."""
+TIMEOUT_S: Final = 20.0
+# The class of every failure of the hub's HTTP client, which is httpx or httpx2 by its version.
+_HTTP_ERROR: Final[type[BaseException]] = HfHubHTTPError.__mro__[1]
+
+_T = TypeVar("_T")
+
+
+class HubSource:
+    """Resolves a repository to a commit first, and fetches files by their literal names at that commit."""
+
+    def __init__(
+        self, secrets: Secrets, *, endpoint: str | None = None, attempts: int = 4, wait_s: float = 0.5
+    ) -> None:
+        self._secrets = secrets
+        self._endpoint = endpoint
+        self._attempts = attempts
+        self._wait_s = wait_s
+
+    def resolve(self, repository: Repository) -> Resolved:
+        """List a repository's files with their sizes at the commit that its revision names."""
+        api = HfApi(endpoint=self._endpoint, token=self._token(repository))
+        info = self._call(
+            repository,
+            lambda: api.model_info(
+                repository.repo,
+                revision=repository.revision or None,
+                files_metadata=True,
+                timeout=TIMEOUT_S,
+            ),
+        )
+        if not info.sha:
+            raise SourceUnavailable(f"HF {repository.repo}: the hub names no commit")
+        prefix = f"{repository.subfolder}/" if repository.subfolder else ""
+        files = {
+            item.rfilename.removeprefix(prefix): SourceFile(
+                item.size or 0, item.lfs.sha256 if item.lfs else None
+            )
+            for item in info.siblings or ()
+            if item.rfilename.startswith(prefix)
+        }
+        if prefix and not files:
+            raise RepoNotFound(f"HF {repository.repo}: no folder {repository.subfolder!r} at {info.sha}")
+        return Resolved(repository.model_copy(update={"revision": info.sha}), files)
+
+    def fetch(
+        self, resolved: Resolved, names: Iterable[str], into: Path, progress: Progress = unwatched
+    ) -> dict[str, FileDigest]:
+        """Download files, and hash what arrived."""
+        names = sorted(names)
+        if resolved.size(names) > MAX_BYTES:
+            raise SourceRefused(
+                f"HF {resolved.repository.repo}: {resolved.size(names)} bytes, at most {MAX_BYTES}"
+            )
+        fetched = {}
+        for name in names:
+            path = self._download(resolved.repository, name, into, progress)
+            (into / name).parent.mkdir(parents=True, exist_ok=True)
+            fetched[name] = hash_file(path.replace(into / name))
+            if fetched[name].size != resolved.files[name].size:
+                raise SourceUnavailable(
+                    f"HF {resolved.repository.repo}: {name}: expected {resolved.files[name].size} bytes, "
+                    f"found {fetched[name].size}. Retry."
+                )
+        return fetched
+
+    def digests(
+        self, resolved: Resolved, names: Iterable[str], progress: Progress = unwatched
+    ) -> dict[str, FileDigest]:
+        """Take the digests that the hub knows, and download the other files to hash them."""
+        known, unknown = {}, []
+        for name in names:
+            file = resolved.files[name]
+            if file.sha256:
+                known[name] = FileDigest(size=file.size, sha256=file.sha256)
+            else:
+                unknown.append(name)
+        with tempfile.TemporaryDirectory(prefix="loramux-") as folder:
+            return known | self.fetch(resolved, unknown, Path(folder), progress)
+
+    def pin(self, resolved: Resolved, files: Mapping[str, FileDigest]) -> Repository:
+        """Return the repository at its commit."""
+        del files
+        return resolved.repository
+
+    def place(
+        self, repository: Repository, files: Mapping[str, FileDigest], cache: Path, progress: Progress
+    ) -> Path:
+        """Download what the cache lacks, at the recorded commit."""
+        folder = cache / "hub" / repository.repo.replace("/", "--") / repository.revision
+        for name, file in files.items():
+            path = folder / repository.subfolder / name
+            if not (path.is_file() and path.stat().st_size == file.size):
+                self._download(repository, name, folder, progress)
+        return folder / repository.subfolder
+
+    def _download(self, repository: Repository, name: str, into: Path, progress: Progress) -> Path:
+        """Write one file to ``into/<subfolder>/<name>``."""
+        path = self._call(
+            repository,
+            lambda: hf_hub_download(
+                repository.repo,
+                name,
+                subfolder=repository.subfolder or None,
+                revision=repository.revision,
+                local_dir=into,
+                token=self._token(repository),
+                endpoint=self._endpoint,
+                tqdm_class=_meter(progress),
+            ),
+        )
+        return Path(path)
+
+    def _token(self, repository: Repository) -> str | bool:
+        name = repository.runtime_secret_name
+        token = self._secrets.get(name, default_variable=TOKEN_VARIABLE)
+        if name and token is None:
+            log.warning("secret not set, going on without", secret=name, repo=repository.repo)
+        return token or False  # False: not the token of whoever logged in on this machine
+
+    def _call(self, repository: Repository, call: Callable[[], _T]) -> _T:
+        retrying = Retrying(
+            stop=stop_after_attempt(self._attempts),
+            wait=wait_exponential(self._wait_s, max=8),
+            retry=retry_if_exception_type(SourceUnavailable),
+            reraise=True,
+        )
+        hint = self._secrets.hint(repository.runtime_secret_name, default_variable=TOKEN_VARIABLE)
+        for attempt in retrying:
+            with attempt, _translated(repository, hint):
+                result = call()
+        return result
+
+
+@contextmanager
+def _translated(repository: Repository, hint: str) -> Iterator[None]:
+    """Turn the failures of the hub's client into ours; their texts hold addresses, and are not repeated."""
+    repo, revision = f"HF {repository.repo}", repository.revision or "main"
+    try:
+        yield
+    except GatedRepoError as error:  # before the class that it is a subclass of
+        raise RepoGated(
+            f"{repo}: gated; the licence was not accepted, or the token lacks access. {hint}"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise RepoNotFound(f"{repo}: does not exist, or is private for this token. {hint}") from error
+    except RevisionNotFoundError as error:
+        raise RevisionNotFound(f"{repo}: no revision {revision!r}") from error
+    except DisabledRepoError as error:
+        raise RepoGated(f"{repo}: disabled by the hub") from error
+    except HFValidationError as error:
+        raise RepoNotFound(f"{repo}: no valid repository id; expected 'namespace/name'") from error
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+        raise SourceUnavailable(f"{repo}: the hub cannot be reached ({type(error).__name__})") from error
+    except EntryNotFoundError as error:
+        raise RepoNotFound(f"{repo}: a file is gone at revision {revision!r}") from error
+    except HfHubHTTPError as error:
+        raise _by_status(repo, error.response.status_code, hint) from error
+    except _HTTP_ERROR as error:
+        raise SourceUnavailable(f"{repo}: the hub does not answer ({type(error).__name__})") from error
+    except OSError as error:  # a short answer, an answer without a commit, a full disk
+        raise SourceUnavailable(f"{repo}: {error.strerror or 'the transfer was not complete'}") from error
+
+
+def _by_status(repo: str, status: int, hint: str) -> RepoNotFound | RepoGated | SourceUnavailable:
+    if status in {401, 403}:
+        return RepoGated(f"{repo}: the hub refuses this token ({status}). {hint}")
+    if status == 404:
+        return RepoNotFound(f"{repo}: does not exist, or is private for this token. {hint}")
+    return SourceUnavailable(f"{repo}: the hub answers with status {status}")
+
+
+def _meter(progress: Progress) -> type[Any]:
+    """Return a progress bar that shows nothing and tells the bytes."""
+
+    class Meter(tqdm):  # type: ignore[misc,type-arg,unused-ignore]  # tqdm has no types
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            kwargs.pop("name", None)
+            super().__init__(*args, **(kwargs | {"disable": True}))
+
+        def update(self, n: float | None = 1) -> bool | None:
+            progress(int(n or 0))
+            return None
+
+    return Meter

@@ -1,0 +1,139 @@
+"""A store in a bucket of Amazon S3 or of anything that speaks its protocol."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import boto3
+from boto3.s3.transfer import TransferConfig
+from botocore.config import Config
+from botocore.exceptions import (
+    BotoCoreError,
+    ClientError,
+    IncompleteReadError,
+    ReadTimeoutError,
+    ResponseStreamingError,
+)
+from tenacity import retry, retry_if_exception_type, stop_after_attempt
+
+from shared.faults import SettingsInvalid
+from shared.storage.base import ObjectMissing
+from shared.storage.keys import checked_key, checked_prefix
+from shared.storage.s3_faults import store_fault
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
+
+PART_BYTES = 16 << 20
+"""A larger object is uploaded in parts of this size, several at once; no reader sees a part."""
+
+
+class S3Store:
+    """Objects below a prefix of a bucket.
+
+    Credentials, region and endpoint are those of the standard ``AWS_*`` variables and files, unless given
+    here. With an endpoint, botocore addresses the bucket by path, as MinIO and others want it.
+
+    Raises:
+        SettingsInvalid: the endpoint is no http address.
+        StoreUnavailable: the configured AWS profile does not exist.
+    """
+
+    def __init__(
+        self,
+        bucket: str,
+        prefix: str = "",
+        *,
+        endpoint_url: str | None = None,
+        region: str | None = None,
+        client: S3Client | None = None,
+    ) -> None:
+        self._bucket = bucket
+        self._prefix = f"{checked_key(prefix.strip('/'))}/" if prefix.strip("/") else ""
+        self.uri = f"s3://{bucket}/{self._prefix}".rstrip("/")
+        self._client = client or _new_client(self.uri, endpoint_url, region)
+
+    def get(self, key: str) -> bytes:
+        """Return an object's bytes, or raise `ObjectMissing`."""
+        with self._translated():
+            try:
+                return self._read(self._prefix + checked_key(key))
+            except self._client.exceptions.NoSuchKey:
+                raise ObjectMissing(f"{self.uri}: no object {key!r}") from None
+
+    def put(self, key: str, data: bytes | Path) -> None:
+        """Store bytes, or a file's content, under a key."""
+        full_key = self._prefix + checked_key(key)
+        config = TransferConfig(multipart_threshold=PART_BYTES, multipart_chunksize=PART_BYTES)
+        with data.open("rb") if isinstance(data, Path) else io.BytesIO(data) as source, self._translated():
+            self._client.upload_fileobj(source, self._bucket, full_key, Config=config)
+
+    def size(self, key: str) -> int | None:
+        """Return an object's size in bytes, or None when there is none."""
+        full_key = self._prefix + checked_key(key)
+        # Not HEAD: its errors have no body, so that a missing bucket looks like a missing object. Of the
+        # keys that begin with this one, it is itself the first.
+        with self._translated():
+            answer = self._client.list_objects_v2(Bucket=self._bucket, Prefix=full_key, MaxKeys=1)
+        found = [item["Size"] for item in answer.get("Contents", ()) if item["Key"] == full_key]
+        return found[0] if found else None
+
+    def list(self, prefix: str) -> Iterator[str]:
+        """Yield the keys that begin with prefix, in lexicographic order."""
+        pages = self._client.get_paginator("list_objects_v2").paginate(
+            Bucket=self._bucket, Prefix=self._prefix + checked_prefix(prefix)
+        )
+        with self._translated():
+            for page in pages:
+                for item in page.get("Contents", ()):
+                    if not item["Key"].endswith("/"):  # consoles mark folders so
+                        yield item["Key"].removeprefix(self._prefix)
+
+    def delete(self, key: str) -> None:
+        """Remove an object; no error when there is none."""
+        with self._translated():
+            self._client.delete_object(Bucket=self._bucket, Key=self._prefix + checked_key(key))
+
+    # botocore retries requests, but not an answer whose body breaks off.
+    @retry(
+        retry=retry_if_exception_type((IncompleteReadError, ReadTimeoutError, ResponseStreamingError)),
+        stop=stop_after_attempt(3),
+        reraise=True,
+    )
+    def _read(self, full_key: str) -> bytes:
+        return self._client.get_object(Bucket=self._bucket, Key=full_key)["Body"].read()
+
+    @contextmanager
+    def _translated(self) -> Iterator[None]:
+        try:
+            yield
+        except (BotoCoreError, ClientError) as error:
+            raise store_fault(error, self.uri, self._bucket, self._client.meta.endpoint_url) from error
+
+
+def _new_client(uri: str, endpoint_url: str | None, region: str | None) -> S3Client:
+    config = Config(
+        connect_timeout=5,
+        read_timeout=60,
+        tcp_keepalive=True,
+        max_pool_connections=32,
+        retries={"mode": "standard", "max_attempts": 3},
+        # Many stores other than Amazon's refuse the checksums that boto3 adds by itself.
+        request_checksum_calculation="when_required",
+        response_checksum_validation="when_required",
+    )
+    try:
+        # A session of its own: the default one must not be used by several threads.
+        return boto3.session.Session().client(
+            "s3", endpoint_url=endpoint_url, region_name=region, config=config
+        )
+    except ValueError as error:
+        raise SettingsInvalid(
+            f"{uri}: the S3 endpoint is no address. Set AWS_ENDPOINT_URL_S3 to http(s)://HOST:PORT."
+        ) from error
+    except BotoCoreError as error:
+        raise store_fault(error, uri, "", "") from error

@@ -1,0 +1,29 @@
+"""What all tests share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.s3_gateway import S3Server, s3_gateway
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add --sweep."""
+    parser.addoption("--sweep", action="store_true", help="run the long sweeps too")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip the tests marked `sweep` unless they are asked for."""
+    if not config.getoption("--sweep"):
+        for item in items:
+            if item.get_closest_marker("sweep"):
+                item.add_marker(pytest.mark.skip(reason="a long sweep: run it with --sweep"))
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[S3Server]:
+    """A real S3 server, started at its first use."""
+    with s3_gateway() as server:
+        yield server

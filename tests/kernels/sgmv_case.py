@@ -1,0 +1,113 @@
+"""Fresh random inputs for SGMV, in memory that is NaN wherever no kernel may look."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from inference_service.kernels.sgmv import (
+    Group,
+    SegmentCapacity,
+    Segments,
+    Slices,
+    lora_apply,
+    pack_segments,
+    pack_table,
+    reference,
+    workspace_numel,
+)
+
+GUARD = 16  # NaN rows and elements around A and B, columns beside out
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+"""Largest relative error of one token's update of one slice, beyond the rounding of out."""
+
+
+@dataclass
+class Case:
+    """Arguments of ``lora_apply``."""
+
+    x: Tensor
+    out: Tensor
+    group: Group
+    segments: Segments
+    workspace: Tensor
+
+    def run(self) -> None:
+        """Launch both kernels."""
+        lora_apply(self.x, self.out, self.group, self.segments, self.workspace)
+
+
+def make_group(
+    ranks: Sequence[Sequence[int]], K: int, slices: Slices, dtype: torch.dtype, device: str
+) -> Group:
+    """Random adapters between guards."""
+    table = pack_table(ranks, slices)
+    rank = np.array(ranks).reshape(table.shape[:2])
+    rows, elements = int(rank.sum()), int((rank * slices.sizes).sum())
+    a = torch.full((rows + 2 * GUARD, K), torch.nan)
+    b = torch.full((elements + 2 * GUARD,), torch.nan)
+    a[GUARD : GUARD + rows] = torch.randn(rows, K) / K**0.5
+    b[GUARD : GUARD + elements] = torch.randn(elements) / max(1, rank.max()) ** 0.5
+    table[..., 1:] += GUARD
+    group = Group(
+        a.to(device, dtype),
+        b.to(device, dtype),
+        torch.from_numpy(table).to(device),
+        slices,
+        max_rank=int(rank.max()),
+        max_rows=max(1, int(rank.sum(1).max())),
+    )
+    group.check_table(table)
+    return group
+
+
+def make_case(
+    *,
+    slots: Sequence[int],
+    ranks: Sequence[Sequence[int]],
+    K: int,
+    sizes: Sequence[int],
+    dtype: torch.dtype,
+    device: str,
+    tile: int = 16,
+    spare: int = 5,
+    passes: int = 1,
+    token_ids: Sequence[int] | None = None,
+    scales: Sequence[float] | None = None,
+) -> Case:
+    """``slots`` is per entry; ``spare`` is the room for further entries."""
+    torch.manual_seed(len(slots) * 1000 + K)
+    slices = Slices.consecutive(*sizes)
+    group = make_group(ranks, K, slices, dtype, device)
+    tokens = np.arange(len(slots)) if token_ids is None else np.array(token_ids)
+    capacity = SegmentCapacity(len(slots) + spare, len(ranks), tile, passes, scaled=scales is not None)
+    segments = Segments.allocate(capacity, device)
+    segments.load(torch.from_numpy(pack_segments(capacity, slots, token_ids=tokens, scales=scales)))
+
+    x = torch.randn(int(tokens.max()) + 2, K)
+    base = np.setdiff1d(np.arange(x.shape[0]), tokens[np.array(slots) >= 0])
+    x[base] = torch.nan
+    out = torch.randn(x.shape[0], slices.out_features + GUARD)
+    workspace = torch.full((workspace_numel(group, segments),), torch.nan)
+    return Case(x.to(device, dtype), out.to(device, dtype), group, segments, workspace.to(device))
+
+
+def relative_errors(got: Tensor, before: Tensor, case: Case) -> Tensor:
+    """[tokens, slices]: the error of each update against fp64, relative to the update.
+
+    One ulp per pass is out's own rounding (the interpreter truncates to bf16) and does not count.
+    """
+    expected = reference.lora_apply(case.x, before, case.group, case.segments, torch.float64)
+    ulp = torch.finfo(got.dtype).eps * case.segments.capacity.passes
+    error = (got.double() - expected).abs() - ulp * torch.maximum(expected.abs(), before.double().abs())
+    slices, errors = case.group.slices, []
+    for first, size in zip(slices.offsets, slices.sizes, strict=True):
+        columns = slice(first, first + size)
+        update = (expected - before.double())[:, columns].norm(dim=1)
+        beyond = error[:, columns].clamp(min=0).norm(dim=1)
+        errors.append(torch.where(beyond == 0, beyond, beyond / update))
+    return torch.stack(errors, 1)

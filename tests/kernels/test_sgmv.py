@@ -1,0 +1,122 @@
+"""SGMV's kernels against fp64: odd shapes, mixed ranks, poisoned memory."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from sgmv_case import GUARD, TOLERANCE, make_case, relative_errors
+
+from inference_service.kernels.sgmv import PREFILL_TILE, shrink
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+MIXED = [(4, 8, 0), (12, 12, 12), (0, 0, 64), (0, 0, 0), (16, 5, 1)]
+
+CASES: dict[str, dict[str, Any]] = {
+    "mixed ranks and base": {
+        "slots": [4, 0, -1, 2, 1, 0, 3, -1, 2, 1, 1, 4],
+        "ranks": MIXED,
+        "K": 576,
+        "sizes": (192, 64, 64),
+    },
+    "odd sizes": {
+        "slots": [1, 1, 0, -1, 2, 0, 1],
+        "ranks": [(5, 12), (64, 4), (8, 0)],
+        "K": 63,
+        "sizes": (33, 17),
+    },
+    "one slice": {"slots": [0, 2, -1, 2, 1], "ranks": [(16,), (8,), (4,)], "K": 100, "sizes": (576,)},
+    "one token each": {
+        "slots": [3, 1, 0, 2, 4],
+        "ranks": MIXED,
+        "K": 100,
+        "sizes": (64, 64, 17),
+    },
+    "all base": {"slots": [-1] * 6, "ranks": MIXED, "K": 100, "sizes": (192, 64, 64)},
+    "rank 256": {"slots": [1, 0, -1, 1], "ranks": [(256,), (4,)], "K": 100, "sizes": (100,)},
+    "a run longer than a tile": {"slots": [0] * 20 + [1] * 2, "ranks": [(8,), (12,)], "K": 63, "sizes": (64,)},
+    "prefill of one adapter": {
+        "slots": [0] * 70,
+        "ranks": [(16, 0, 4)],
+        "K": 100,
+        "sizes": (192, 64, 64),
+        "tile": PREFILL_TILE,
+    },
+    "prefill beside decode": {
+        "slots": [1] * 40 + [0, -1, 2] + [1] * 30,
+        "ranks": [(4, 4), (64, 16), (8, 0)],
+        "K": 63,
+        "sizes": (100, 33),
+        "tile": PREFILL_TILE,
+    },
+    "composition": {
+        "slots": [0, 1, 2, 1, 0, -1, 1, 0, 2],
+        "token_ids": [4, 4, 4, 0, 2, 3, 2, 1, 0],
+        "scales": [0.5, 2, -1, 1, 0.25, 9, 3, 0, 1],
+        "ranks": [(8, 4), (0, 12), (16, 16)],
+        "K": 63,
+        "sizes": (64, 33),
+        "passes": 3,
+    },
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_updates_match_fp64_and_nothing_else_changes(name: str, dtype: torch.dtype, device: str) -> None:
+    """Every update is as exact as its dtype allows; base rows and foreign columns keep their bits."""
+    case = make_case(**CASES[name], dtype=dtype, device=device)
+    before = case.out.clone()
+    case.run()
+
+    assert relative_errors(case.out, before, case).max() <= TOLERANCE[dtype]
+    kwargs = CASES[name]
+    tokens = np.array(kwargs.get("token_ids", range(len(kwargs["slots"]))))
+    adapted = np.unique(tokens[np.array(kwargs["slots"]) >= 0])
+    base = np.setdiff1d(np.arange(case.out.shape[0]), adapted)
+    assert torch.equal(case.out[base], before[base])
+    assert torch.equal(case.out[:, -GUARD:], before[:, -GUARD:])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_tolerance_notices_one_missing_row_of_64(dtype: torch.dtype, device: str) -> None:
+    """The bound is one that a real mistake breaks."""
+    case = make_case(slots=[0, 0], ranks=[(64,)], K=100, sizes=(64,), dtype=dtype, device=device)
+    before = case.out.clone()
+    case.group.table[0, 0, 0] = 63
+    case.run()
+    case.group.table[0, 0, 0] = 64
+    assert relative_errors(case.out, before, case).max() > TOLERANCE[dtype]
+
+
+def test_a_slice_of_rank_zero_keeps_its_bits(device: str) -> None:
+    """What an adapter does not adapt is not even rewritten."""
+    case = make_case(
+        slots=[0, 0], ranks=[(4, 0, 8)], K=63, sizes=(32, 32, 32), dtype=torch.bfloat16, device=device
+    )
+    case.out[:, 32:64] = -0.0  # even adding nothing would make it +0.0
+    before = case.out.clone()
+    case.run()
+    assert torch.equal(case.out[:, 32:64].view(torch.int16), before[:, 32:64].view(torch.int16))
+    assert not torch.equal(case.out[:2, :32], before[:2, :32])
+
+
+def test_idle_planes_do_not_exist_and_unused_rows_are_not_written(device: str) -> None:
+    """Shrink writes exactly the rows of an entry's slot, in as many planes as K has work for."""
+    case = make_case(
+        slots=[0, 1], ranks=[(4,), (12,)], K=576, sizes=(16,), dtype=torch.float32, device=device, spare=1
+    )
+    y = shrink(case.x, case.group.a, case.group.table, case.segments, max_rows=12)
+    assert y.shape == (5, 3, 12)  # 9 blocks of 64: four planes of two, one of one
+    expected = case.x[0].double() @ case.group.a[GUARD : GUARD + 4].double().T
+    torch.testing.assert_close(y[:, 0, :4].sum(0).double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_segment_longer_than_the_tile_loses_no_token(device: str) -> None:
+    """The kernels walk a segment to its end, whatever the packing promised."""
+    case = make_case(slots=[0] * 20, ranks=[(8,)], K=63, sizes=(64,), dtype=torch.float32, device=device)
+    case.segments.seg_start[1:] = 20
+    case.segments.seg_slot[1:] = -1
+    before = case.out.clone()
+    case.run()
+    assert relative_errors(case.out, before, case).max() <= TOLERANCE[torch.float32]

@@ -1,0 +1,125 @@
+"""SGMV's launcher: what a captured launch survives, and what is refused."""
+
+import dataclasses
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from sgmv_case import TOLERANCE, Case, make_case, make_group, relative_errors
+
+from inference_service.kernels.sgmv import DECODE_TILE, Slices, expand, lora_apply, pack_segments, plan
+
+RANKS = [(4, 8), (12, 0), (16, 16), (8, 5), (4, 4)]
+
+
+def small_case(device: str, slots: Sequence[int] = (0,) * 20) -> Case:
+    """Five adapters of two slices, room for 25 entries."""
+    return make_case(slots=slots, ranks=RANKS, K=100, sizes=(64, 33), dtype=torch.float32, device=device)
+
+
+@pytest.mark.parametrize("captured", [[-1] * 20, [0] * 20], ids=["base only", "one adapter"])
+def test_a_captured_launch_serves_more_adapters_at_replay(captured: list[int], device: str) -> None:
+    """A grid frozen at capture covers every later step: it depends on capacities, not on the step."""
+    case = small_case(device, slots=captured)
+    case.x.copy_(torch.randn_like(case.x))
+    graph = plan(case.x, case.out, case.group, case.segments, case.workspace)
+
+    later = [i % 5 for i in range(20)]
+    case.segments.load(torch.from_numpy(pack_segments(case.segments.capacity, later)))
+    case.workspace.fill_(torch.nan)
+    before = case.out.clone()
+    for launch in graph:
+        launch()
+    replayed = case.out.clone()
+
+    case.out.copy_(before)
+    case.run()
+    assert torch.equal(replayed, case.out)
+    assert relative_errors(replayed, before, case).max() <= TOLERANCE[torch.float32]
+
+
+def test_a_captured_launch_serves_adapters_that_were_loaded_later(device: str) -> None:
+    """Ranks and offsets are read on the device, so a slot may change its adapter between replays."""
+    case = small_case(device, slots=[0, 1, 2, 3])
+    graph = plan(case.x, case.out, case.group, case.segments, case.workspace)
+
+    loaded = make_group(RANKS[::-1], 100, case.group.slices, torch.float32, device)
+    for ours, theirs in ((case.group.a, loaded.a), (case.group.b, loaded.b), (case.group.table, loaded.table)):
+        ours.copy_(theirs)
+    before = case.out.clone()
+    for launch in graph:
+        launch()
+    assert relative_errors(case.out, before, case).max() <= TOLERANCE[torch.float32]
+
+
+def test_a_table_may_be_32_bit(device: str) -> None:
+    """Where the sizes allow it, the table's type makes no difference."""
+    case = small_case(device, slots=[0, 1, 2, 3])
+    before = case.out.clone()
+    case.run()
+    wide = case.out.clone()
+    case.out.copy_(before)
+    narrow = dataclasses.replace(case.group, table=case.group.table.int())
+    lora_apply(case.x, case.out, narrow, case.segments, case.workspace)
+    assert torch.equal(case.out, wide)
+
+
+def test_grids_have_no_idle_programs_by_design(device: str) -> None:
+    """Planes follow K, tiles follow the slices, and segments their capacity."""
+    case = small_case(device)
+    first, second = plan(case.x, case.out, case.group, case.segments, case.workspace)
+    assert case.segments.capacity.segments == len(RANKS) + 25 // DECODE_TILE
+    assert first.grid == (2, 2, 6)  # 100 = 64 + 36; 32 rows; segments
+    assert second.grid == (2, 6)  # 64, 33
+
+
+REFUSALS: dict[str, Callable[[Case], Case]] = {
+    "the same rows": lambda case: dataclasses.replace(case, out=case.out[1:]),
+    "the same K": lambda case: dataclasses.replace(case, x=case.x[:, 1:]),
+    "x must be contiguous in its last": lambda case: dataclasses.replace(case, x=case.x.T.contiguous().T),
+    "x must have 2 dimensions": lambda case: dataclasses.replace(case, x=case.x[:, None]),
+    "b must be torch.float16": lambda case: dataclasses.replace(case, out=case.out.half()),
+    "compute in": lambda case: dataclasses.replace(case, out=case.out.double()),
+    "out must have 97 columns": lambda case: dataclasses.replace(case, out=case.out[:, :96]),
+    "workspace must hold": lambda case: dataclasses.replace(case, workspace=case.workspace[1:]),
+    "workspace must be torch.float32": lambda case: dataclasses.replace(case, workspace=case.workspace.half()),
+    "segments have 5 slots, table only 4": lambda case: dataclasses.replace(
+        case, group=dataclasses.replace(case.group, table=case.group.table[:4])
+    ),
+    "table must be int32 or int64": lambda case: dataclasses.replace(
+        case, group=dataclasses.replace(case.group, table=case.group.table.float())
+    ),
+    "must be on meta": lambda case: dataclasses.replace(case, x=case.x.to("meta")),
+}
+
+
+@pytest.mark.parametrize("message", REFUSALS)
+def test_what_does_not_fit_is_refused(message: str, device: str) -> None:
+    """A ValueError names the tensor, what it must be and what it is."""
+    case = REFUSALS[message](small_case(device))
+    with pytest.raises(ValueError, match=message):
+        lora_apply(case.x, case.out, case.group, case.segments, case.workspace)
+
+
+def test_planes_of_another_step_are_refused(device: str) -> None:
+    """Expand takes only planes with a row for every entry."""
+    case = small_case(device)
+    group, slices = case.group, case.group.slices
+    y = torch.zeros(1, 3, 32, device=device)
+    with pytest.raises(ValueError, match="y must have 25 entries, got 3"):
+        expand(y, group.b, group.table, case.segments, case.out, slices=slices, max_rank=16)
+
+
+def test_slices_must_not_overlap() -> None:
+    """Two slices that share a column would race."""
+    assert Slices.consecutive(192, 64, 64) == Slices((0, 192, 256), (192, 64, 64))
+    with pytest.raises(ValueError, match="must not overlap"):
+        Slices((0, 8), (16, 16))
+
+
+def test_the_package_needs_no_triton() -> None:
+    """CPU machines import the package and use the reference without Triton."""
+    code = "import sys; sys.modules['triton'] = None; from inference_service.kernels.sgmv import reference"
+    subprocess.run([sys.executable, "-c", code], check=True)

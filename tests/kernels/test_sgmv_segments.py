@@ -1,0 +1,96 @@
+"""The packing of segments and of tables: pure numpy."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from inference_service.kernels.sgmv import Group, SegmentCapacity, Segments, Slices, pack_segments, pack_table
+
+
+@given(
+    entries=st.lists(
+        st.tuples(st.integers(0, 9), st.integers(-1, 4)), max_size=40, unique_by=lambda entry: entry
+    ),
+    tile=st.integers(1, 8),
+)
+def test_every_entry_is_in_one_segment_of_its_slot(entries: list[tuple[int, int]], tile: int) -> None:
+    """Packing keeps every entry and its scale, cuts at the tile, and never puts a token twice in a pass."""
+    tokens, slots = [token for token, _ in entries], [slot for _, slot in entries]
+    capacity = SegmentCapacity(entries=40, slots=5, tile=tile, passes=5, scaled=True)
+    segments = Segments.allocate(capacity, "cpu")
+    scales = np.arange(len(entries)) + 0.5
+    segments.load(torch.from_numpy(pack_segments(capacity, slots, token_ids=tokens, scales=scales)))
+
+    found = []
+    for index in range(capacity.passes):
+        starts, owners = (array.tolist() for array in segments.of_pass(index))
+        in_pass: list[int] = []
+        for i, slot in enumerate(owners):
+            members = range(starts[i], starts[i + 1])
+            assert len(members) == 0 if slot == -1 else 1 <= len(members) <= tile
+            in_pass += segments.token_ids[list(members)].tolist()
+            assert segments.scales is not None
+            found += [(int(segments.token_ids[p]), slot, float(segments.scales[p])) for p in members]
+        assert len(set(in_pass)) == len(in_pass)
+    assert sorted(found) == sorted(
+        (token, slot, float(scale)) for (token, slot), scale in zip(entries, scales, strict=True) if slot >= 0
+    )
+
+
+def test_arrays_begin_at_multiples_of_16_bytes() -> None:
+    """The one buffer of a step holds its arrays aligned, as the kernels were specialised."""
+    capacity = SegmentCapacity(entries=7, slots=3, tile=16, scaled=True)
+    assert [where.start % 4 for where in capacity.sections.values()] == [0, 0, 0, 0]
+    assert capacity.sections["scales"].stop <= capacity.packed_size
+
+
+@pytest.mark.parametrize(
+    ("slots", "tokens", "message"),
+    [
+        ([0] * 9, None, "9 entries, but room for 8"),
+        ([0, 3], None, "slot 3, but only 3 slots"),
+        ([0, 1], [5, 5], "a token has 2 entries, but only 1 passes"),
+    ],
+)
+def test_a_step_beyond_the_capacity_is_refused(slots: list[int], tokens: list[int], message: str) -> None:
+    """Nothing is dropped silently: not entries, not slots, not a second adapter of a token."""
+    with pytest.raises(ValueError, match=message):
+        pack_segments(SegmentCapacity(entries=8, slots=3, tile=16), slots, token_ids=tokens)
+
+
+def test_scales_need_room() -> None:
+    """Scales that the device buffers cannot hold are refused, not ignored."""
+    with pytest.raises(ValueError, match="no room"):
+        pack_segments(SegmentCapacity(entries=8, slots=3, tile=16), [0], scales=[2.0])
+
+
+def test_a_table_is_packed_without_gaps() -> None:
+    """Rows and elements follow slot by slot, slice by slice."""
+    table = pack_table([(4, 0), (8, 2)], Slices.consecutive(32, 16))
+    assert table.tolist() == [[[4, 0, 0], [0, 4, 128]], [[8, 4, 128], [2, 12, 384]]]
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ((1, 0, [17, 4, 128]), "slot 1 has a rank outside 0..16"),
+        ((0, 1, [16, 4, 0]), "slot 0 has more than 16 rows"),
+        ((1, 0, [8, 7, 128]), "slot 1 has rows outside A's 14"),
+        ((1, 1, [2, 12, 400]), "slot 1 has a block outside B's 416 elements"),
+        ((1, 1, [2, 12, 376]), "slot 1 has a block not at a multiple of 16"),
+    ],
+)
+def test_a_table_that_would_mislead_a_kernel_is_refused(
+    entry: tuple[int, int, list[int]], message: str
+) -> None:
+    """Kernels trust the table; the bank checks it once per load."""
+    slices = Slices.consecutive(32, 16)
+    table = pack_table([(4, 0), (8, 2)], slices)
+    group = Group(torch.empty(14, 8), torch.empty(416), torch.from_numpy(table.copy()), slices, 16, 16)
+    group.check_table(table)
+    slot, index, values = entry
+    table[slot, index] = values
+    with pytest.raises(ValueError, match=message):
+        group.check_table(table)

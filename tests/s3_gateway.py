@@ -1,0 +1,139 @@
+"""A real S3 server for tests: the JuiceFS gateway over a folder, with signatures and multipart."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import boto3
+from botocore.config import Config
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
+
+START_TIMEOUT_S = 30.0
+REGION = "us-east-1"
+_PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True)
+class S3Server:
+    """Where the server listens, and who may enter."""
+
+    endpoint: str
+    access_key: str
+    secret_key: str
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """The variables with which any AWS client of any process finds the server and nothing else."""
+        return {
+            "AWS_ENDPOINT_URL_S3": self.endpoint,
+            "AWS_ACCESS_KEY_ID": self.access_key,
+            "AWS_SECRET_ACCESS_KEY": self.secret_key,
+            "AWS_DEFAULT_REGION": REGION,
+            "AWS_CONFIG_FILE": os.devnull,
+            "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+            "AWS_EC2_METADATA_DISABLED": "true",
+        }
+
+    def client(self) -> S3Client:
+        """A client that is independent of the product's settings."""
+        return boto3.session.Session().client(
+            "s3",
+            endpoint_url=self.endpoint,
+            region_name=REGION,
+            aws_access_key_id=self.access_key,
+            aws_secret_access_key=self.secret_key,
+            config=Config(request_checksum_calculation="when_required"),
+        )
+
+    def new_bucket(self) -> str:
+        """Make an empty bucket and return its name."""
+        name = f"test-{uuid.uuid4().hex[:16]}"
+        self.client().create_bucket(Bucket=name)
+        return name
+
+
+@contextmanager
+def s3_gateway() -> Iterator[S3Server]:
+    """Run a gateway on a free port; it writes below one temporary folder, and dies with this process."""
+    folder = Path(tempfile.mkdtemp(prefix="loramux-s3-"))
+    try:
+        server = S3Server(f"http://127.0.0.1:{free_port()}", "loramux-tests", uuid.uuid4().hex)
+        process = _start(folder, server)
+        try:
+            _wait_until_it_answers(server, process, folder / "output")
+            yield server
+        finally:
+            _stop(process)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def free_port() -> int:
+    """Return a port of the loopback address on which nothing listens."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def _start(folder: Path, server: S3Server) -> subprocess.Popen[bytes]:
+    juicefs = str(Path(sys.executable).with_name("juicefs"))
+    meta = f"sqlite3://{folder}/meta.db"
+    environment = {
+        "PATH": os.environ["PATH"],
+        "HOME": str(folder),
+        "MINIO_ROOT_USER": server.access_key,
+        "MINIO_ROOT_PASSWORD": server.secret_key,
+    }
+    options = ["--storage", "file", "--bucket", f"{folder}/data/", "--no-update"]
+    subprocess.run([juicefs, "format", *options, meta, "jfs"], env=environment, check=True, capture_output=True)
+    options = ["--multi-buckets", "--keep-etag", "--object-meta", "--no-banner", "--no-usage-report"]
+    options += ["--no-bgjob", "--backup-meta", "0", "--metrics", "127.0.0.1:0"]
+    options += ["--cache-dir", f"{folder}/cache", "--log", f"{folder}/gateway.log"]
+    prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
+    with (folder / "output").open("wb") as output:
+        return subprocess.Popen(
+            [juicefs, "gateway", *options, meta, server.endpoint.removeprefix("http://")],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+            preexec_fn=prctl and (lambda: prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)),
+        )
+
+
+def _wait_until_it_answers(server: S3Server, process: subprocess.Popen[bytes], output: Path) -> None:
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while process.poll() is None and time.monotonic() < deadline:
+        with suppress(urllib.error.URLError, ConnectionError, TimeoutError):
+            urllib.request.urlopen(f"{server.endpoint}/minio/health/ready", timeout=1).close()  # noqa: S310 - http
+            return
+        time.sleep(0.02)
+    raise RuntimeError(f"the S3 gateway did not start:\n{output.read_text(errors='replace')[-2000:]}")
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(5)
+            return

@@ -1,0 +1,160 @@
+"""A tiny random Llama with adapters saved by the real PEFT, built by the real builder, run by the real engine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from builder_service.pipeline.build import build
+from builder_service.pipeline.progress import Progress
+from builder_service.pipeline.workshop import Workshop
+from inference_service.core.sampling import SamplingParams
+from inference_service.core.sequence import FinishReason, Sequence as EngineSequence
+from inference_service.serving.startup import Ready, load
+from shared.deployment import Deployment, parse_deployment
+from shared.settings import InferenceSettings
+from shared.sources.open import open_sources
+from shared.storage.base import Store
+
+VOCAB = 199
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "wide": {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]},
+    "all": {
+        "r": 4,
+        "lora_alpha": 10,
+        "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+        "rank_pattern": {"q_proj": 12, r"layers\.0\.mlp\.up_proj": 2},
+        "alpha_pattern": {"down_proj": 3},
+    },
+    "rs": {"r": 5, "lora_alpha": 7, "use_rslora": True, "target_modules": ["o_proj", "down_proj"]},
+}
+
+
+def make_checkpoint(folder: Path, **config: Any) -> None:
+    """Save a random Llama of two layers in float32, with a tokenizer of one token per byte-like piece."""
+    torch.manual_seed(0)
+    sizes = {
+        "vocab_size": VOCAB,
+        "hidden_size": 48,
+        "intermediate_size": 80,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "initializer_range": 0.3,  # large enough for the model to have opinions
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "tie_word_embeddings": False,
+    }
+    model = LlamaForCausalLM(LlamaConfig(**(sizes | config))).eval()
+    model.save_pretrained(folder)
+    vocab = {f"<{index}>": index for index in range(3)} | {chr(32 + i): 3 + i for i in range(VOCAB - 3)}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<0>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.save(str(folder / "tokenizer.json"))
+
+
+def make_adapter(base: Path, folder: Path, seed: int, **config: Any) -> None:
+    """Save an adapter with random A and B."""
+    model = get_peft_model(
+        LlamaForCausalLM.from_pretrained(base, dtype=torch.float32), LoraConfig(task_type="CAUSAL_LM", **config)
+    )
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    model.save_pretrained(folder)
+
+
+def oracle(base: Path, adapter: Path | None) -> Any:
+    """The model as transformers and PEFT run it, in float32."""
+    model = LlamaForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    return model if adapter is None else PeftModel.from_pretrained(model, adapter).eval()
+
+
+def oracle_tokens(model: Any, prompt: Sequence[int], new: int) -> list[int]:
+    """Greedy tokens of transformers."""
+    ids = torch.tensor([list(prompt)])
+    out = model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=new,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    return [int(token) for token in out[0, len(prompt) :]]
+
+
+@dataclass(frozen=True)
+class World:
+    """A checkpoint, its adapters, and the deployment that names them."""
+
+    base: Path
+    adapters: Mapping[str, Path]
+    root: Path
+
+    def deployment(self, **lora: Any) -> Deployment:
+        """The deployment, in float32 unless said otherwise."""
+        data = {
+            "model_name": "tiny",
+            "build": {
+                "checkpoint_repository": {"source": "LOCAL", "repo": str(self.base)},
+                "lora_adapters": {
+                    name: {"source": "LOCAL", "repo": str(path)} for name, path in self.adapters.items()
+                },
+                "lora_configuration": {"dtype": "float32"} | lora,
+            },
+            "runtime": {"served_model_name": "base"},
+        }
+        return parse_deployment(data).deployment
+
+    def build(self, store: Store, **lora: Any) -> None:
+        """Build it into a store."""
+        deployment = self.deployment(**lora)
+        sources = open_sources(local_roots=[self.root])
+        build(deployment, Workshop(store, sources), Progress(deployment.build.lora_adapters))
+
+    def load(self, store: Store, **settings: Any) -> Ready:
+        """Load the built deployment."""
+        values = {"deployment": "tiny", "dtype": "float32", "local_roots": (self.root,), "kv_memory_gb": 0.01}
+        return load(InferenceSettings(**(values | settings)), store)
+
+
+def make_world(root: Path, **config: Any) -> World:
+    """Make the checkpoint and the adapters below a folder."""
+    base = root / "base"
+    make_checkpoint(base, **config)
+    adapters = {}
+    for seed, (name, settings) in enumerate(ADAPTERS.items()):
+        adapters[name] = root / name
+        make_adapter(base, adapters[name], seed, **settings)
+    return World(base, adapters, root)
+
+
+def run_engine(
+    ready: Ready, requests: Sequence[tuple[str, Sequence[int]]], new: int, **sampling: Any
+) -> list[list[int]]:
+    """Run (model, prompt) pairs together through the engine, without threads; return the new tokens of each."""
+    engine = ready.engine._engine
+    params = SamplingParams(max_tokens=new, **sampling)
+    answers: dict[str, list[int]] = {}
+    for number, (model, prompt) in enumerate(requests):
+        adapter = ready.service.catalog.get(model).adapter
+        engine.add(EngineSequence(str(number), list(prompt), params, adapter))
+        answers[str(number)] = []
+    while not engine.idle:
+        for output in engine.step():
+            assert output.finish in (None, FinishReason.LENGTH, FinishReason.STOP)
+            assert output.token is not None
+            answers[output.seq_id].append(output.token.id)
+    return list(answers.values())

@@ -1,0 +1,214 @@
+"""Both services, scripted: real gRPC servers on loopback that compute nothing."""
+
+# ruff: noqa: ARG002, N802 - the signatures and names of servicers are fixed
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import sys
+import threading
+from collections.abc import AsyncIterator
+from typing import Any
+
+from loramux.builder.v1 import builder_pb2 as builder_pb
+from loramux.builder.v1 import builder_pb2_grpc as builder_grpc
+from loramux.inference.v1 import inference_pb2 as pb
+from loramux.inference.v1 import inference_pb2_grpc as inference_grpc
+from shared.faults import DeploymentNotFound, ModelNotFound, RequestIdReused, RequestInvalid
+from shared.rpc.messages import deployment_from_message
+from shared.rpc.server import RpcServer, until_signal
+
+WORDS = ("the ", "grey ", "sea ", "sings")
+STAGES = ("WAITING", "FETCHING", "VALIDATING", "CONVERTING", "PUBLISHING", "DONE")
+PAUSES_S = {"wait": 60.0, "slow": 0.2}
+DIGEST = "0123456789abcdef" * 4
+
+
+def deployment_text(name: str, *adapters: str) -> str:
+    """Return a deployment file."""
+    lines = "".join(f"    {each}: {{source: HF, repo: org/{each}}}\n" for each in adapters)
+    base = "checkpoint_repository: {source: HF, repo: org/base}"
+    return f"model_name: {name}\nbuild:\n  {base}\n  lora_adapters:\n{lines}"
+
+
+class FakeBuilder(builder_grpc.BuilderServiceServicer):
+    """Builds nothing, stage by stage; an adapter named ``bad`` is refused with two findings."""
+
+    def __init__(self) -> None:
+        self.specs: dict[str, builder_pb.DeploymentSpec] = {}
+        self.pages: list[str] = []
+        self.closed_watches = 0
+
+    async def BuildDeployment(self, request: Any, context: Any) -> Any:
+        """Take any valid deployment."""
+        deployment_from_message(request.deployment)
+        if request.request_id == "used":
+            raise RequestIdReused("used before")
+        self.specs[request.deployment.model_name] = request.deployment
+        return builder_pb.BuildDeploymentResponse(deployment=self._at(request.deployment, 0))
+
+    async def GetDeployment(self, request: Any, context: Any) -> Any:
+        """Answer with a deployment that is done."""
+        return builder_pb.GetDeploymentResponse(deployment=self._at(self._spec(request.name), 5))
+
+    async def ListDeployments(self, request: Any, context: Any) -> Any:
+        """Answer with one deployment a page."""
+        self.pages.append(request.page_token)
+        names = sorted(self.specs)
+        index = int(request.page_token or 0)
+        more = str(index + 1) if index + 1 < len(names) else ""
+        found = [self._at(self.specs[name], 5) for name in names[index : index + 1]]
+        return builder_pb.ListDeploymentsResponse(deployments=found, next_page_token=more)
+
+    async def WatchDeployment(self, request: Any, context: Any) -> AsyncIterator[Any]:
+        """Go through all stages; ``endless`` stays in the first."""
+        spec = self._spec(request.name)
+        try:
+            for stage in range(len(STAGES)):
+                yield builder_pb.WatchDeploymentResponse(deployment=self._at(spec, stage))
+                await asyncio.sleep(60 if request.name == "endless" else 0.02)
+        except (asyncio.CancelledError, GeneratorExit):
+            self.closed_watches += 1
+            raise
+
+    def _spec(self, name: str) -> builder_pb.DeploymentSpec:
+        if name not in self.specs:
+            raise DeploymentNotFound(f"no deployment {name!r}; there are: {', '.join(self.specs) or 'none'}")
+        return self.specs[name]
+
+    def _at(self, spec: builder_pb.DeploymentSpec, stage: int) -> builder_pb.Deployment:
+        failed = stage == 5 and any(adapter.name == "bad" for adapter in spec.adapters)
+        state = "STATE_FAILED" if failed else "STATE_ACTIVE" if stage == 5 else "STATE_BUILDING"
+        answer = builder_pb.Deployment(name=spec.model_name, state=state, generation=3 if stage == 5 else 0)
+        answer.create_time.FromSeconds(1_700_000_000)
+        for adapter in spec.adapters:
+            answer.adapters.append(_adapter(adapter.name, "REFUSED" if failed else STAGES[stage]))
+        if failed:
+            findings = [
+                builder_pb.Finding(code="E_RANK_MAX", adapter="bad", where="r", expected="<= 64", found="128"),
+                builder_pb.Finding(code="E_SHAPE", adapter="bad", where="q_proj.lora_A", found="[8, 3]"),
+            ]
+            failure = builder_pb.Failure(
+                reason="ADAPTER_INVALID", message="1 adapter refused", findings=findings
+            )
+            answer.failure.CopyFrom(failure)
+        return answer
+
+
+def _adapter(name: str, stage: str) -> builder_pb.AdapterBuild:
+    adapter = builder_pb.AdapterBuild(name=name, stage=f"STAGE_{stage}", bytes_done=1_500, bytes_total=3_000)
+    if stage == "DONE":
+        adapter.MergeFrom(
+            builder_pb.AdapterBuild(
+                digest=DIGEST,
+                ranks=[8, 16],
+                modules=["attn_q", "attn_v", "mlp_gate"],
+                tensors_used=120,
+                bundle_bytes=5_200_000,
+                warnings=[builder_pb.Finding(code="W_FP32", where="weights", found="float32")],
+            )
+        )
+    return adapter
+
+
+class FakeInference(inference_grpc.InferenceServiceServicer):
+    """Serves ``base``, ``lora1`` and ``lora2``; the answer to ``wait`` never ends."""
+
+    def __init__(self) -> None:
+        self.requests: list[pb.GenerateRequest] = []
+        self.cancelled = threading.Event()
+
+    async def ListModels(self, request: Any, context: Any) -> Any:
+        """Answer with the base and two adapters."""
+        models = [pb.Model(name="base", generation=3, max_seq_len=2048)]
+        for name, rank in (("lora1", 8), ("lora2", 16)):
+            adapter = pb.Model(name=name, parent="base", digest=DIGEST, ranks=[rank], modules=["attn_q"])
+            models.append(adapter)
+        return pb.ListModelsResponse(models=models)
+
+    async def Generate(self, request: Any, context: Any) -> AsyncIterator[Any]:
+        """Say the same words to everyone, and the prompt's length."""
+        self.requests.append(request)
+        if request.model not in ("base", "lora1", "lora2"):
+            raise ModelNotFound(f"no model {request.model!r}; served are base, lora1, lora2")
+        if request.sampling.temperature > 2:
+            raise RequestInvalid("temperature is out of bounds")
+        turns = request.messages.messages
+        said = turns[-1].content if turns else request.text
+        try:
+            yield pb.GenerateResponse(started=pb.Started(request_id="r1", model=request.model, prompt_tokens=7))
+            for index, word in enumerate((*WORDS, f" ({len(turns)})")):
+                yield pb.GenerateResponse(delta=pb.Delta(text=word, token_ids=[index]))
+                await asyncio.sleep(PAUSES_S.get(said, 0.005))
+        except (asyncio.CancelledError, GeneratorExit):
+            self.cancelled.set()
+            raise
+        usage = pb.Usage(prompt_tokens=7, cached_tokens=3, completion_tokens=5)
+        yield pb.GenerateResponse(finished=pb.Finished(reason="FINISH_REASON_STOP", usage=usage))
+
+
+def builder_server(address: str, servicer: FakeBuilder) -> RpcServer:
+    """Return a server of a fake builder."""
+    add: Any = builder_grpc.add_BuilderServiceServicer_to_server
+    return RpcServer(address, {"loramux.builder.v1.BuilderService": lambda server: add(servicer, server)})
+
+
+def inference_server(address: str, servicer: FakeInference) -> RpcServer:
+    """Return a server of a fake inference service."""
+    add: Any = inference_grpc.add_InferenceServiceServicer_to_server
+    return RpcServer(address, {"loramux.inference.v1.InferenceService": lambda server: add(servicer, server)})
+
+
+class Fakes:
+    """Both services in a thread of their own."""
+
+    def __init__(self) -> None:
+        self.builder, self.inference = FakeBuilder(), FakeInference()
+        self.builder_address = self.inference_address = ""
+        self._loop = asyncio.new_event_loop()
+        self._up = threading.Event()
+        self._stop = asyncio.Event()
+        self._thread = threading.Thread(
+            target=lambda: self._loop.run_until_complete(self._serve()), daemon=True
+        )
+        self._thread.start()
+        assert self._up.wait(10)
+
+    async def _serve(self) -> None:
+        servers = builder_server("127.0.0.1:0", self.builder), inference_server("127.0.0.1:0", self.inference)
+        self.builder_address, self.inference_address = [await server.start() for server in servers]
+        for server in servers:
+            await server.set_serving(True)
+        self._up.set()
+        await self._stop.wait()
+        for server in servers:
+            await server.drain(0.1)
+
+    def close(self) -> None:
+        """Stop both."""
+        self._loop.call_soon_threadsafe(self._stop.set)
+        self._thread.join(10)
+
+
+async def _main(kind: str) -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--grpc", required=True)
+    flags, rest = parser.parse_known_args()
+    print(kind, *rest, file=sys.stderr)  # noqa: T201 - the log of a child
+    if "crash" in rest:
+        sys.exit("error: SETTINGS_INVALID: this machine is too small")
+    server = {
+        "builder": lambda: builder_server(flags.grpc, FakeBuilder()),
+        "inference": lambda: inference_server(flags.grpc, FakeInference()),
+    }[kind]()
+    await server.start()
+    await server.set_serving("hang" not in rest)
+    await until_signal()
+    await server.drain(5)
+    print("drained", file=sys.stderr)  # noqa: T201
+
+
+def main(kind: str) -> None:
+    """Run one of them as a process, as ``python -m builder_service`` would."""
+    asyncio.run(_main(kind))

@@ -1,0 +1,116 @@
+"""Cache blocks: held, free, and found again by their content."""
+
+from __future__ import annotations
+
+import itertools
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from inference_service.core.sampling import SamplingParams
+from inference_service.core.sequence import Adapter, Sequence
+from inference_service.engine.block_manager import BlockManager
+
+_ids = itertools.count()
+
+
+def _seq(tokens: list[int], uid: int = 0) -> Sequence:
+    adapter = Adapter(f"a{uid}", uid, uid - 1) if uid else None
+    return Sequence(str(next(_ids)), list(tokens), SamplingParams(), adapter)
+
+
+def _compute(blocks: BlockManager, seq: Sequence) -> None:
+    """Admit a sequence and pretend that a step computed all of it."""
+    blocks.admit(seq)
+    assert blocks.grow(seq, len(seq.tokens))
+    seq.num_computed = len(seq.tokens)
+    blocks.register(seq)
+
+
+def test_a_known_prefix_is_shared_and_its_last_token_is_left_to_compute() -> None:
+    """A second sequence takes over full blocks, but never all of its own tokens."""
+    blocks = BlockManager(8, 4)
+    first = _seq([1, 2, 3, 4, 5, 6, 7, 8])
+    _compute(blocks, first)
+    second = _seq([1, 2, 3, 4, 5, 6, 7, 8])
+    blocks.admit(second)
+    assert second.num_computed == 4
+    assert second.blocks == first.blocks[:1]
+    longer = _seq([1, 2, 3, 4, 5, 6, 7, 8, 9])
+    blocks.admit(longer)
+    assert longer.num_computed == 8
+
+
+def test_a_prefix_of_another_adapter_is_never_met() -> None:
+    """The same tokens under another adapter's uid, or the base's, find nothing."""
+    blocks = BlockManager(16, 4)
+    _compute(blocks, _seq(list(range(9)), uid=1))
+    for uid in (0, 2):
+        other = _seq(list(range(9)), uid)
+        blocks.admit(other)
+        assert other.num_computed == 0
+
+
+def test_released_blocks_are_found_until_they_are_needed() -> None:
+    """A prefix outlives its sequence, and goes when its block is handed out again."""
+    blocks = BlockManager(4, 4)
+    first = _seq(list(range(9)))
+    _compute(blocks, first)
+    blocks.release(first)
+    assert blocks.num_free == 4
+    again = _seq(list(range(9)))
+    blocks.admit(again)
+    assert again.num_computed == 8
+    blocks.release(again)
+    other = _seq(list(range(100, 116)))
+    _compute(blocks, other)
+    blocks.release(other)
+    once_more = _seq(list(range(9)))
+    blocks.admit(once_more)
+    assert once_more.num_computed == 0
+
+
+def test_growing_beyond_what_is_free_changes_nothing() -> None:
+    """A refused growth leaves the sequence and the free list as they were."""
+    blocks = BlockManager(2, 4)
+    seq = _seq(list(range(12)))
+    blocks.admit(seq)
+    assert not blocks.grow(seq, 12)
+    assert seq.blocks == []
+    assert blocks.num_free == 2
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 3), st.lists(st.integers(0, 2), min_size=1, max_size=14), st.integers(0, 2)),
+        max_size=40,
+    )
+)
+def test_blocks_balance_and_contents_are_never_mixed(actions: list[tuple[int, list[int], int]]) -> None:
+    """After any mix of admissions, growths and releases, every block is free or held, and a shared block holds
+    the very tokens, under the very adapter, of all that share it."""
+    blocks = BlockManager(10, 4)
+    held: list[Sequence] = []
+    content: dict[int, tuple[int, tuple[int, ...]]] = {}
+    for action, tokens, uid in actions:
+        if action == 0 and held:
+            blocks.release(held.pop(0))
+            continue
+        seq = _seq(tokens, uid)
+        blocks.admit(seq)
+        for index in range(seq.num_computed // 4):
+            assert content[seq.blocks[index]] == (uid, tuple(tokens[: index * 4 + 4]))
+        if not blocks.grow(seq, len(tokens)):
+            blocks.release(seq)
+            continue
+        for index in range(seq.num_computed // 4, len(tokens) // 4):
+            content[seq.blocks[index]] = (uid, tuple(tokens[: index * 4 + 4]))
+        seq.num_computed = len(tokens)
+        blocks.register(seq)
+        held.append(seq)
+        in_use = {block for other in held for block in other.blocks}
+        assert blocks.num_free == blocks.num_blocks - len(in_use)
+    for seq in held:
+        blocks.release(seq)
+    assert blocks.num_free == blocks.num_blocks

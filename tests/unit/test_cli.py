@@ -1,0 +1,186 @@
+"""The command line against scripted services: what it prints and how it ends."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from loramux.cli import services
+from loramux.cli.build_view import fraction_done
+from loramux.cli.logs import important
+from loramux.cli.main import app
+from loramux.cli.shell import modules, printable
+from loramux.records import AdapterInfo, Stage
+from tests.unit.fake_services import Fakes, deployment_text
+
+COMMANDS = ("demo", "up", "build", "models", "chat", "serve", "builder", "health")
+
+
+def run(*args: str, said: str | None = None) -> tuple[int, str, str]:
+    """Run a command in this process; returns its exit code, stdout and stderr."""
+    result = CliRunner().invoke(app, args, input=said)
+    return result.exit_code, result.stdout, result.stderr
+
+
+@pytest.mark.parametrize("name", ["", *COMMANDS])
+def test_help_fits_a_screen(name: str) -> None:
+    """The help of every command fits 24 lines of 80 columns and has an example."""
+    code, text, _ = run(*filter(None, [name]), "--help")
+    assert code == 0
+    assert "Example: loramux" in text
+    assert len(text.splitlines()) <= 24
+    assert max(map(len, text.splitlines())) <= 80
+    assert "..." not in text.replace("[ARGS]...", "")
+
+
+def test_version() -> None:
+    """``--version`` prints one line."""
+    code, text, _ = run("--version")
+    assert code == 0
+    assert re.fullmatch(r"loramux \d+\.\d+\.\d+\n", text)
+
+
+def test_bad_usage_is_exit_2() -> None:
+    """A missing argument and an unknown flag are bad usage."""
+    assert run("build")[0] == 2
+    assert run("models", "--nothing")[0] == 2
+
+
+def test_a_misspelt_key_is_named(tmp_path: Path) -> None:
+    """A deployment file with a wrong key fails with its name and the nearest known one, without a traceback."""
+    path = tmp_path / "d.yaml"
+    path.write_text(deployment_text("m", "a").replace("checkpoint_repository", "chekpoint_repository"))
+    code, _, errors = run("build", str(path))
+    assert code == 1
+    assert errors.startswith("error: DEPLOYMENT_INVALID: ")
+    assert "Did you mean checkpoint_repository?" in errors
+    assert "Traceback" not in errors
+
+
+def test_no_server_is_one_line() -> None:
+    """A service that is not there is said in one line."""
+    code, _, errors = run("models", "--grpc", "127.0.0.1:1")
+    assert code == 1
+    assert re.fullmatch(r"error: SOURCE_UNAVAILABLE: no answer from 127\.0\.0\.1:1: .*\n", errors)
+
+
+def test_build_tells_stages_and_shows_a_table(fakes: Fakes, deployment: Callable[..., str]) -> None:
+    """Elsewhere than on a terminal a build is plain lines: stages on stderr, the table on stdout."""
+    path = Path(deployment("plain", "lora1", "lora2"))
+    path.write_text("resources: {}\n" + path.read_text())
+    code, text, errors = run("build", str(path), "--builder", fakes.builder_address)
+    assert code == 0
+    assert errors.count("resources") == 1
+    assert "lora1: fetching\n" in errors
+    assert "lora2: done\n" in errors
+    assert "warning: W_FP32 lora1: weights: found float32" in errors
+    header, first, *_, last = text.splitlines()
+    assert header.split() == ["adapter", "rank", "modules", "tensors", "bytes", "digest", "warnings"]
+    assert re.split(r"\s{2,}", first) == [
+        *("lora1", "8, 16", "attn q v, mlp gate", "120", "5.2 MB", "0123456789ab", "W_FP32")
+    ]
+    assert last == "deployment plain: generation 3 is published"
+
+
+def test_a_refused_build_lists_every_finding(fakes: Fakes, deployment: Callable[..., str]) -> None:
+    """A failed build prints all findings and exits 1."""
+    code, _, errors = run("build", deployment("mixed", "good", "bad"), "--builder", fakes.builder_address)
+    assert code == 1
+    assert "error: ADAPTER_INVALID: 1 adapter refused\n" in errors
+    assert "  E_RANK_MAX bad: r: expected <= 64, found 128\n" in errors
+    assert "  E_SHAPE bad: q_proj.lora_A" in errors
+
+
+def test_models_are_a_table(fakes: Fakes) -> None:
+    """``models`` lists the base, then the adapters."""
+    code, text, _ = run("models", "--grpc", fakes.inference_address)
+    assert code == 0
+    assert [line.split()[:3] for line in text.splitlines()[1:]] == [
+        ["base", "-", "-"],
+        ["lora1", "base", "8"],
+        ["lora2", "base", "16"],
+    ]
+
+
+def test_chat_answers_each_line_of_a_pipe(fakes: Fakes) -> None:
+    """With piped input each line is a conversation of its own."""
+    code, text, _ = run("chat", "lora1", "--grpc", fakes.inference_address, said="hello\n\nagain\n")
+    assert code == 0
+    assert text == "the grey sea sings (1)\n" * 2
+
+
+def test_chat_with_nobody(fakes: Fakes) -> None:
+    """An unknown model is an error that lists what is served."""
+    code, _, errors = run("chat", "nobody", "--grpc", fakes.inference_address, said="hello\n")
+    assert code == 1
+    assert errors == "error: MODEL_NOT_FOUND: no model 'nobody'; served are base, lora1, lora2\n"
+
+
+def test_health(fakes: Fakes) -> None:
+    """``health`` says SERVING with exit 0, and fails for a server that is not there."""
+    assert run("health", fakes.builder_address) == (0, "SERVING\n", "")
+    service = "loramux.inference.v1.InferenceService"
+    assert run("health", fakes.inference_address, "--service", service)[0] == 0
+    assert run("health", "127.0.0.1:1", "--wait", "0.3")[0] == 1
+
+
+def test_a_missing_extra_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A service whose packages are missing names the pip install that brings them."""
+    monkeypatch.setitem(services.NEEDS, "inference", ("numpy", "no_such_package"))
+    code, _, errors = run("serve", "--deployment", "m")
+    assert code == 2
+    assert "needs no_such_package, not installed here: pip install 'loramux[inference]'" in errors
+
+
+def test_service_commands() -> None:
+    """Only flags that were given reach the service, folders as absolute ones."""
+    assert services.builder_command(None, None, [])[1:] == ["-m", "builder_service"]
+    engine = services.engine_flags("torch", None, 2)
+    command = services.inference_command("m", "s3://b/p", "127.0.0.1:0", [Path("/a/../b")], engine)
+    assert command[3:] == [
+        *("--deployment", "m", "--store", "s3://b/p", "--grpc", "127.0.0.1:0"),
+        *("--local-root", "/b", "--backend", "torch", "--threads", "2"),
+    ]
+
+
+def test_progress_never_falls() -> None:
+    """The bar of an adapter only grows, from stage to stage and within one."""
+
+    def at(stage: Stage, done: int = 0) -> float:
+        return fraction_done(AdapterInfo("a", stage, done, 10, "", (), (), 0, 0, (), False))
+
+    order = [stage for stage in Stage if stage not in (Stage.UNSPECIFIED, Stage.REFUSED)]
+    values = [at(stage, done) for stage in order for done in (0, 5, 10)]
+    assert values == sorted(values)
+    assert (values[0], values[-1]) == (0.0, 1.0)
+
+
+def test_module_names_are_folded() -> None:
+    """A block's name stands once before its modules."""
+    assert modules(("attn_q", "attn_v", "mlp_h_to_4h")) == "attn q v, mlp h_to_4h"
+    assert modules(()) == "-"
+
+
+def test_control_characters_do_not_reach_the_terminal() -> None:
+    """Text of a model cannot move the cursor or change the title."""
+    assert printable("a\x1b]0;title\x07b\r\n\tc\x9b2J") == "a]0;titleb\n\tc2J"
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ('{"level": "info", "event": "loaded"}', ""),
+        ('{"level": "warning", "event": "slow", "ms": 3, "timestamp": "x"}', "slow ms=3"),
+        ("2026-01-01 [\x1b[33mwarning  \x1b[0m] slow", "2026-01-01 [warning  ] slow"),
+        ("error: SETTINGS_INVALID: no", "error: SETTINGS_INVALID: no"),
+        ("{half a json", ""),
+        ("plain words", ""),
+    ],
+)
+def test_log_lines_that_matter(line: str, told: str) -> None:
+    """Warnings and errors of a child are shown, in JSON or text; the rest stays in its log."""
+    assert important(line) == told

@@ -1,0 +1,252 @@
+"""The command line as processes: what runs, on what terminal, and that nothing is left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import psutil
+import pytest
+from typer.testing import CliRunner
+
+from loramux import Client, Delta
+from loramux.cli.main import app
+from loramux.cli.tree import ProcessTree, ServiceDied, free_address, run_tree
+from loramux.faults import SettingsInvalid
+from tests.unit.fake_services import Fakes
+
+ROOT = Path(__file__).resolve().parents[2]
+PROGRAM = [sys.executable, "-c", "from loramux.cli.main import main; main()"]
+DEADLINE_S = 20.0
+Launch = Callable[..., "subprocess.Popen[str]"]
+
+
+@pytest.fixture
+def environment(tmp_path: Path) -> dict[str, str]:
+    """An environment in which ``python -m builder_service`` and its peer are the scripted ones."""
+    for kind in ("builder", "inference"):
+        package = tmp_path / "fakes" / f"{kind}_service"
+        package.mkdir(parents=True)
+        (package / "__init__.py").touch()
+        (package / "__main__.py").write_text(f"from tests.unit.fake_services import main; main({kind!r})\n")
+    path = os.pathsep.join([str(tmp_path / "fakes"), str(ROOT)])
+    return {**os.environ, "PYTHONPATH": path, "TMPDIR": str(tmp_path), "COLUMNS": "80"}
+
+
+@pytest.fixture
+def launch(tmp_path: Path, environment: dict[str, str]) -> Iterator[Launch]:
+    """Starts ``loramux`` as a process, and kills what a failed test leaves of it."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(*args: str) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            [*PROGRAM, *args],
+            cwd=tmp_path,
+            env=environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+
+
+def read_until(process: subprocess.Popen[str], wanted: str) -> str:
+    """Read stdout up to the line that holds the wanted text."""
+    assert process.stdout
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if wanted in line:
+            return "".join(lines)
+    raise AssertionError(f"{wanted!r} never came; stderr: {process.stderr and process.stderr.read()}")
+
+
+def family(process: subprocess.Popen[str], size: int = 2) -> list[psutil.Process]:
+    """Return the children of a running tree."""
+    children = psutil.Process(process.pid).children(recursive=True)
+    assert len(children) == size
+    return children
+
+
+def assert_gone(processes: Sequence[psutil.Process]) -> None:
+    """Wait until none of the processes runs."""
+    _, alive = psutil.wait_procs(processes, timeout=5)
+    assert not [each for each in alive if each.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_a_taken_port_is_replaced() -> None:
+    """An address is kept while it is free."""
+    first = free_address("127.0.0.1:0")
+    assert free_address(first) == first
+
+
+def test_a_child_that_dies_ends_the_tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A child that ends unasked stops the others, and its last lines are in the fault."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # the log outlives the failure
+    others: list[int] = []
+
+    async def work(tree: ProcessTree) -> None:
+        other = await tree.start("other", [sys.executable, "-c", "import time; time.sleep(60)"])
+        others.append(other.process.pid)
+        await tree.start("weak", [sys.executable, "-c", "print('out of memory'); raise SystemExit(3)"])
+        await asyncio.Event().wait()
+
+    with pytest.raises(ServiceDied, match="weak ended with exit status 3") as caught:
+        run_tree(work)
+    assert str(caught.value).endswith("| out of memory")
+    assert not psutil.pid_exists(others[0])
+
+
+def test_a_failure_beside_children_stops_them() -> None:
+    """When the work itself fails, its fault comes out and no child is left."""
+    pids: list[int] = []
+
+    async def work(tree: ProcessTree) -> None:
+        child = await tree.start("other", [sys.executable, "-c", "import time; time.sleep(60)"])
+        pids.append(child.process.pid)
+        raise SettingsInvalid("wrong")
+
+    with pytest.raises(SettingsInvalid, match="wrong"):
+        run_tree(work)
+    assert not psutil.pid_exists(pids[0])
+
+
+def test_up_serves_until_sigterm(launch: Launch, deployment: Callable[..., str]) -> None:
+    """``up`` builds, serves, says what to try; SIGTERM lets an open stream finish and leaves nothing behind."""
+    process = launch("up", deployment("tiny", "lora1", "lora2"))
+    text = read_until(process, "InferenceService/Generate")
+    assert "lora1    8, 16" in text
+    assert "models     base, lora1, lora2" in text
+    assert "loramux chat lora2" in text
+    found = re.search(r"inference +(\S+)", text)
+    assert found
+    children = family(process)
+    with Client(found[1]) as client:
+        events = client.generate("lora1", "slow")
+        next(events)
+        process.send_signal(signal.SIGTERM)
+        assert len([event for event in events if isinstance(event, Delta)]) == 5
+    assert process.wait(DEADLINE_S) == 0
+    assert_gone(children)
+
+
+def test_up_killed_kills_its_children(launch: Launch, deployment: Callable[..., str]) -> None:
+    """``kill -9`` of the parent ends both services."""
+    process = launch("up", deployment("tiny"))
+    read_until(process, "InferenceService/Generate")
+    children = family(process)
+    process.kill()
+    assert_gone(children)
+
+
+def test_up_with_a_service_that_cannot_start(launch: Launch, deployment: Callable[..., str]) -> None:
+    """A service that dies at the start ends ``up`` with its last lines and exit 1."""
+    process = launch("up", deployment("crash"))
+    _, errors = process.communicate(timeout=DEADLINE_S)
+    assert process.returncode == 1
+    assert "error: SERVICE_DIED: inference ended with exit status 1" in errors
+    assert "| error: SETTINGS_INVALID: this machine is too small" in errors
+
+
+def test_interrupted_before_it_is_ready(launch: Launch, deployment: Callable[..., str]) -> None:
+    """Ctrl-C while a service still loads ends everything with exit 130."""
+    process = launch("up", deployment("hang", "lora1"))
+    read_until(process, "is published")
+    time.sleep(0.5)
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(DEADLINE_S) == 130
+    assert_gone(children)
+
+
+def test_become_runs_the_service(launch: Launch, environment: dict[str, str]) -> None:
+    """``loramux builder`` becomes the service: the same process, so that signals reach it."""
+    address = free_address("127.0.0.1:0")
+    process = launch("builder", "--grpc", address)
+    assert CliRunner().invoke(app, ["health", address, "--wait", "10"]).exit_code == 0
+    assert psutil.Process(process.pid).cmdline()[1:3] == ["-m", "builder_service"]
+    process.terminate()
+    assert process.wait(DEADLINE_S) == 0
+
+
+def on_a_terminal(
+    args: Sequence[str], environment: dict[str, str], dialogue: Sequence[tuple[str, bytes]]
+) -> str:
+    """Run ``loramux`` on a terminal of 80x24; when a text of the dialogue stands there, type its keys."""
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.chdir(environment["TMPDIR"])
+        size = {"COLUMNS": "80", "LINES": "24", "TERM": "xterm"}
+        os.execve(PROGRAM[0], [*PROGRAM, *args], {**environment, **size})  # noqa: S606
+    written, read, left = b"", 0, list(dialogue)
+    end = time.monotonic() + DEADLINE_S
+    while time.monotonic() < end:
+        if left and left[0][0].encode() in written[read:]:
+            read = len(written)
+            os.write(terminal, left.pop(0)[1])
+        if not select.select([terminal], [], [], 0.1)[0]:
+            continue
+        try:
+            written += os.read(terminal, 65536)
+        except OSError:  # what Linux calls the end of a terminal
+            break
+    else:
+        os.kill(pid, signal.SIGKILL)
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0, written.decode()
+    return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", written.decode())
+
+
+def test_the_demo_on_a_terminal(
+    tmp_path: Path, environment: dict[str, str], deployment: Callable[..., str]
+) -> None:
+    """The demo shows bars, the table, panels side by side and lines to try, within the terminal's width."""
+    deployment("demo", "lora1", "lora2")
+    text = on_a_terminal(["demo", "--examples", str(tmp_path), "--prompt", "hello"], environment, [])
+    assert "✓ builder service on 127.0.0.1" in text
+    assert re.search(r"lora2 +done +━+ +5\.2 MB", text)
+    assert re.search(r"╭─ base · base ─+╮╭─ lora1 · rank 8 ─+╮", text)
+    assert "│ the grey sea sings (1)" in text
+    assert "3 streams in one batch: 15 tokens" in text
+    assert "loramux demo --keep" in text
+    panels = [line.strip() for line in text.splitlines() if line.startswith(("│", "╭", "╰"))]
+    assert max(map(len, panels)) <= 80
+
+
+def test_a_conversation(fakes: Fakes, environment: dict[str, str]) -> None:
+    """A chat keeps its history, forgets it, changes the model, survives a wrong one, and leaves at Ctrl-D."""
+    lines = (b"one", b"two", b"/reset", b"three", b"/model lora2", b"/model nobody", b"/help")
+    dialogue = [("> ", line + b"\n") for line in lines]
+    args = ["chat", "lora1", "--grpc", fakes.inference_address]
+    text = on_a_terminal(args, environment, [*dialogue, ("> ", b"\x04")])
+    assert re.findall(r"sings \((\d)\)", text) == ["1", "3", "1"]
+    assert "lora2> " in text
+    assert "error: MODEL_NOT_FOUND: no model 'nobody'" in text
+
+
+def test_stopping_an_answer(fakes: Fakes, environment: dict[str, str]) -> None:
+    """Ctrl-C stops an answer, which frees it on the server, and the conversation goes on."""
+    fakes.inference.cancelled.clear()
+    dialogue = [("> ", b"wait\n"), ("the ", b"\x03"), ("> ", b"hello\n"), ("> ", b"/quit\n")]
+    args = ["chat", "lora1", "--grpc", fakes.inference_address]
+    text = on_a_terminal(args, environment, dialogue)
+    assert "stopped" in text
+    assert "sings (3)" in text
+    assert fakes.inference.cancelled.is_set()

@@ -1,0 +1,298 @@
+"""The typed client against scripted services on loopback."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import aclosing
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+import loramux
+from loramux import (
+    AsyncClient,
+    Client,
+    Delta,
+    DeploymentState,
+    Finished,
+    FinishReason,
+    Stage,
+    Started,
+    faults,
+    load_deployment,
+)
+from loramux.builder.v1 import builder_pb2
+from loramux.inference.v1 import inference_pb2
+from loramux.mapping import completion_of, deployment_of, event_of, generate_request
+from shared.deployment import Deployment
+from tests.unit.fake_services import DIGEST, WORDS, Fakes
+
+TEXT = "".join(WORDS)
+
+
+@pytest.fixture
+def client(fakes: Fakes) -> Iterator[Client]:
+    """A client for threads."""
+    with Client(fakes.inference_address, fakes.builder_address, timeout_s=5) as made:
+        yield made
+
+
+@pytest.fixture
+async def aio(fakes: Fakes) -> AsyncIterator[AsyncClient]:
+    """A client for asyncio."""
+    async with AsyncClient(fakes.inference_address, fakes.builder_address, timeout_s=5) as made:
+        yield made
+
+
+@pytest.fixture
+def deploy(deployment: Callable[..., str]) -> Callable[..., Deployment]:
+    """Makes deployments of a name and adapters."""
+    return lambda *names: load_deployment(Path(deployment(*names))).deployment
+
+
+def test_models_are_records(client: Client) -> None:
+    """ListModels comes back as frozen records, the base first."""
+    base, lora1, _ = client.models()
+    assert base.is_base
+    assert base.max_seq_len == 2048
+    assert (lora1.parent, lora1.digest, lora1.ranks, lora1.modules) == ("base", DIGEST, (8,), ("attn_q",))
+    assert lora1.load_time is None
+
+
+async def test_async_models(aio: AsyncClient) -> None:
+    """The asyncio client lists the same models."""
+    assert [model.name for model in await aio.models()] == ["base", "lora1", "lora2"]
+
+
+def test_a_stream_is_started_deltas_finished(client: Client) -> None:
+    """An answer is one Started, deltas, and one Finished, all typed."""
+    first, *deltas, last = client.generate("lora1", "hello")
+    assert isinstance(first, Started)
+    assert first.model == "lora1"
+    assert all(isinstance(delta, Delta) for delta in deltas)
+    assert isinstance(last, Finished)
+    assert last.reason is FinishReason.STOP
+    assert last.usage.cached_tokens == 3
+
+
+async def test_async_stream(aio: AsyncClient) -> None:
+    """The asyncio client streams the same events."""
+    events = [event async for event in aio.generate("base", [1, 2, 3])]
+    assert "".join(event.text for event in events if isinstance(event, Delta)).startswith(TEXT)
+
+
+def test_complete_joins_the_stream(client: Client) -> None:
+    """A completion has the text, the tokens and what answered."""
+    answer = client.complete("lora2", [{"role": "user", "content": "hello"}])
+    assert answer.text == TEXT + " (1)"
+    assert answer.token_ids == (0, 1, 2, 3, 4)
+    assert answer.started.model == "lora2"
+    assert answer.usage.completion_tokens == 5
+
+
+async def test_async_complete(aio: AsyncClient) -> None:
+    """Completions of one asyncio client run side by side."""
+    answers = await asyncio.gather(*(aio.complete(name, "hi") for name in ("base", "lora1", "lora2")))
+    assert [answer.started.model for answer in answers] == ["base", "lora1", "lora2"]
+
+
+def test_options_reach_the_request(client: Client, fakes: Fakes) -> None:
+    """Options that are given are set, those that are not stay unset, and a lone stop text is one stop text."""
+    client.complete(
+        "base", "hi", max_tokens=9, temperature=0.0, stop="END", stop_token_ids=[2], logprobs=0, priority=-1
+    )
+    request = fakes.inference.requests[-1]
+    assert request.sampling.HasField("temperature")
+    assert not request.sampling.HasField("top_p")
+    assert request.sampling.HasField("logprobs")
+    assert (list(request.sampling.stop), request.priority, request.sampling.max_tokens) == (["END"], -1, 9)
+
+
+def test_values_that_fit_no_field_are_all_named() -> None:
+    """A request with values out of range is refused before it is sent, each value with its name."""
+    with pytest.raises(faults.RequestInvalid) as caught:
+        generate_request("m", [1, -5], {"max_tokens": -1, "seed": "x", "priority": 2**40})  # type: ignore[typeddict-item]
+    assert {item.where for item in caught.value.findings} == {"priority", "max_tokens", "seed", "prompt"}
+
+
+def test_unknown_options_are_a_type_error(client: Client) -> None:
+    """A misspelt option fails as a misspelt argument does."""
+    with pytest.raises(TypeError, match="max_token"):
+        client.generate("base", "hi", max_token=3)  # type: ignore[call-arg]
+
+
+def test_an_unknown_model_is_model_not_found(client: Client) -> None:
+    """A status with our reason becomes the class of that reason."""
+    with pytest.raises(faults.ModelNotFound, match="served are base"):
+        client.complete("nobody", "hi")
+
+
+async def test_async_unknown_model(aio: AsyncClient) -> None:
+    """The asyncio client raises the same classes."""
+    with pytest.raises(faults.ModelNotFound, match="served are base"):
+        await aio.complete("nobody", "hi")
+
+
+def test_a_deadline_is_named(client: Client) -> None:
+    """timeout_s bounds the whole answer, and its end is a CallFailed with grpc's code."""
+    with pytest.raises(faults.CallFailed) as caught:
+        client.complete("base", "wait", timeout_s=0.2)
+    assert caught.value.code is grpc.StatusCode.DEADLINE_EXCEEDED
+
+
+async def test_async_deadline(aio: AsyncClient) -> None:
+    """The asyncio client names a deadline alike."""
+    with pytest.raises(faults.CallFailed) as caught:
+        await aio.complete("base", "wait", timeout_s=0.2)
+    assert caught.value.code is grpc.StatusCode.DEADLINE_EXCEEDED
+
+
+def test_an_abandoned_stream_is_cancelled(client: Client, fakes: Fakes) -> None:
+    """Leaving the loop frees the sequence on the server."""
+    fakes.inference.cancelled.clear()
+    for event in client.generate("base", "wait"):
+        if isinstance(event, Delta):
+            break
+    assert fakes.inference.cancelled.wait(5)
+
+
+async def test_an_abandoned_async_stream_is_cancelled(aio: AsyncClient, fakes: Fakes) -> None:
+    """Leaving the loop of an asyncio stream frees the sequence as well."""
+    fakes.inference.cancelled.clear()
+    async with aclosing(aio.generate("base", "wait")) as events:
+        async for event in events:
+            if isinstance(event, Delta):
+                break
+    assert await asyncio.to_thread(fakes.inference.cancelled.wait, 5)
+
+
+async def test_a_cancelled_task_cancels_its_stream(aio: AsyncClient, fakes: Fakes) -> None:
+    """Cancelling the task that reads raises CancelledError there and frees the sequence."""
+    fakes.inference.cancelled.clear()
+    task = asyncio.create_task(aio.complete("base", "wait"))
+    await asyncio.sleep(0.2)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert await asyncio.to_thread(fakes.inference.cancelled.wait, 5)
+
+
+async def test_closing_ends_open_async_streams(fakes: Fakes) -> None:
+    """A stream whose client is closed fails with a name instead of a cancellation that nobody asked for."""
+    client = AsyncClient(fakes.inference_address)
+    task = asyncio.create_task(client.complete("base", "wait"))
+    await asyncio.sleep(0.2)
+    await client.close()
+    with pytest.raises(faults.CallFailed, match="closed"):
+        await task
+
+
+def test_closing_ends_open_streams(fakes: Fakes) -> None:
+    """The same for threads."""
+    client = Client(fakes.inference_address)
+    events = client.generate("base", "wait")
+    next(events)
+    client.close()
+    with pytest.raises(faults.CallFailed, match="CANCELLED"):
+        list(events)
+
+
+def test_no_server_is_source_unavailable() -> None:
+    """A port where nobody listens is named with the address, and at once."""
+    begin = time.monotonic()
+    with Client("127.0.0.1:1") as client, pytest.raises(faults.SourceUnavailable, match=r"127\.0\.0\.1:1"):
+        client.models()
+    assert time.monotonic() - begin < 5
+
+
+def test_build_and_watch(client: Client, deploy: Any) -> None:
+    """A build answers at once, and watching it goes through the stages to ACTIVE."""
+    assert client.build(deploy("sync", "lora1")).state is DeploymentState.BUILDING
+    states = list(client.watch("sync"))
+    assert [state.adapters[0].stage for state in states][-2:] == [Stage.PUBLISHING, Stage.DONE]
+    last = states[-1]
+    assert (last.state, last.generation, last.failure) == (DeploymentState.ACTIVE, 3, None)
+    assert last.create_time == datetime.fromtimestamp(1_700_000_000, UTC)
+    assert last.adapters[0].ranks == (8, 16)
+    assert last.adapters[0].warnings[0].code == "W_FP32"
+
+
+async def test_async_build_that_fails(aio: AsyncClient, deploy: Any) -> None:
+    """A failed build carries a fault that can be raised, with every finding."""
+    await aio.build(deploy("failing", "bad"))
+    last = [state async for state in aio.watch("failing")][-1]
+    assert last.state is DeploymentState.FAILED
+    assert isinstance(last.failure, faults.AdapterInvalid)
+    assert [item.code for item in last.failure.findings] == ["E_RANK_MAX", "E_SHAPE"]
+
+
+async def test_an_abandoned_watch_is_cancelled(aio: AsyncClient, fakes: Fakes, deploy: Any) -> None:
+    """A watch that is left early ends on the server."""
+    await aio.build(deploy("endless", "lora1"))
+    before = fakes.builder.closed_watches
+    async for _ in aio.watch("endless"):
+        break
+    async with asyncio.timeout(5):
+        while fakes.builder.closed_watches == before:
+            await asyncio.sleep(0.02)
+
+
+def test_builder_faults(client: Client, deploy: Any) -> None:
+    """The builder's statuses become their classes."""
+    with pytest.raises(faults.RequestIdReused):
+        client.build(deploy("reused"), request_id="used")
+    with pytest.raises(faults.DeploymentNotFound, match="there are"):
+        client.deployment("nothing")
+    with pytest.raises(faults.DeploymentNotFound):
+        list(client.watch("nothing"))
+
+
+async def test_listing_turns_the_pages(client: Client, aio: AsyncClient, fakes: Fakes, deploy: Any) -> None:
+    """Both clients read all pages."""
+    for name in ("page-a", "page-b"):
+        await aio.build(deploy(name))
+    fakes.builder.pages.clear()
+    names = [info.name for info in await aio.deployments()]
+    assert {"page-a", "page-b"} <= set(names)
+    assert len(fakes.builder.pages) == len(names)
+    assert [info.name for info in await asyncio.to_thread(client.deployments)] == names
+    assert (await aio.deployment("page-a")).name == "page-a"
+
+
+@pytest.mark.parametrize(
+    ("records", "numbers", "prefix"),
+    [
+        (FinishReason, inference_pb2.FinishReason, "FINISH_REASON_"),
+        (DeploymentState, builder_pb2.Deployment.State, "STATE_"),
+        (Stage, builder_pb2.AdapterBuild.Stage, "STAGE_"),
+    ],
+)
+def test_enums_follow_the_proto(records: Any, numbers: Any, prefix: str) -> None:
+    """The members of our enums stand in the order of the proto's numbers."""
+    assert [prefix + member.name for member in records] == numbers.keys()
+    assert list(numbers.values()) == list(range(len(records)))
+
+
+def test_newer_servers_are_understood() -> None:
+    """Events and enum numbers that this client does not know are no failure."""
+    assert event_of(inference_pb2.GenerateResponse()) is None
+    assert deployment_of(builder_pb2.Deployment(state=99)).state is DeploymentState.UNSPECIFIED  # type: ignore[arg-type]
+
+
+def test_a_stream_without_an_end_is_a_fault() -> None:
+    """An answer that lacks its Finished is not passed off as complete."""
+    with pytest.raises(faults.InternalFault):
+        completion_of([Delta("half", (1,))])
+
+
+def test_the_package_exports_what_it_lists() -> None:
+    """Every name of ``loramux`` can be imported, and others are an AttributeError."""
+    for name in loramux.__all__:
+        assert getattr(loramux, name)
+    with pytest.raises(AttributeError):
+        loramux.nothing  # noqa: B018

@@ -1,0 +1,229 @@
+"""The deployment artefacts against the code: settings, commands, images and packaging agree."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from shared.settings import PREFIX, BuilderSettings, InferenceSettings, Settings, load_settings
+from shared.storage.open import open_store
+
+ROOT = Path(__file__).parents[2]
+COMPOSE_TEXT = (ROOT / "docker-compose.yml").read_text(encoding="utf-8")
+RAW: dict[str, dict[str, Any]] = yaml.safe_load(COMPOSE_TEXT)["services"]
+PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+DOCKERFILES = sorted((ROOT / "deploy").glob("*.Dockerfile"))
+SERVICES: dict[str, type[Settings]] = {"builder": BuilderSettings, "inference": InferenceSettings}
+_VARIABLE = re.compile(r"\$\{(\w+)(?::[-?]([^}]*))?\}")
+
+
+def _env_example() -> dict[str, str]:
+    lines = (ROOT / ".env.example").read_text(encoding="utf-8").splitlines()
+    return dict(line.split("=", 1) for line in lines if line and not line.startswith("#"))
+
+
+def _environment(service: str) -> dict[str, str]:
+    """A service's variables as compose fills them in when a person set every variable of .env."""
+    values = {name: value or "set-by-a-person" for name, value in _env_example().items()}
+    given = RAW[service].get("environment", {})
+    return {name: _VARIABLE.sub(lambda match: values[match[1]], text) for name, text in given.items()}
+
+
+def _dockerfile(service: str) -> str:
+    return (ROOT / str(RAW[service]["build"]["dockerfile"])).read_text(encoding="utf-8")
+
+
+def _one_shot(service: str) -> bool:
+    return bool(RAW[service]["restart"] == "no")
+
+
+@pytest.mark.parametrize("service", SERVICES)
+def test_the_services_start_with_these_settings(service: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every LORAMUX_* variable of compose is a setting of its service, with a value that is allowed."""
+    for name in [name for name in os.environ if name.startswith(PREFIX)]:
+        monkeypatch.delenv(name)
+    environment = _environment(service)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    own = {name.removeprefix(PREFIX).lower() for name in environment if name.startswith(PREFIX)}
+    settings = load_settings(SERVICES[service])
+    assert own <= settings.model_fields_set
+    assert open_store(settings.store).uri == settings.store
+
+
+def test_both_services_use_one_store() -> None:
+    """Builder and inference name the same store, and the bucket is made before they start."""
+    builder, inference = _environment("builder"), _environment("inference")
+    store = {name: value for name, value in builder.items() if name.startswith(("AWS_", "LORAMUX_STORE"))}
+    assert store.items() <= inference.items()
+    assert store["LORAMUX_STORE"].replace("s3://", "store/") in RAW["bucket"]["command"][0]
+
+
+@pytest.mark.parametrize("service", SERVICES)
+def test_ports_agree(service: str) -> None:
+    """Where a service listens is what its health check asks, its image exposes and clients are told."""
+    host, port = _environment(service)["LORAMUX_GRPC"].split(":")
+    assert host == "0.0.0.0"  # noqa: S104 - inside a container
+    assert RAW[service]["healthcheck"]["test"][-1] == f"127.0.0.1:{port}"
+    assert f"EXPOSE {port}\n" in _dockerfile(service)
+    assert RAW["build"]["command"][-1] == f"builder:{_environment('builder')['LORAMUX_GRPC'].split(':')[1]}"
+
+
+def test_published_ports_are_local() -> None:
+    """Nothing without authentication is published beyond this machine."""
+    ports = [port for service in RAW.values() for port in service.get("ports", ())]
+    assert ports
+    assert all(port.startswith("127.0.0.1:") for port in ports)
+
+
+def test_images_are_pinned() -> None:
+    """Every image has a tag that names a version; ours is the project's."""
+    images = {service: RAW[service]["image"] for service in RAW}
+    for service, image in images.items():
+        name, _, tag = image.rpartition(":")
+        assert re.search(r"\d+\.\d+|RELEASE\.\d{4}-\d\d-\d\d", tag), image
+        if name.startswith("loramux-"):
+            assert tag == PROJECT["version"], service
+    bases = [base for path in DOCKERFILES for base in re.findall(r"^FROM (\S+)", path.read_text(), re.M)]
+    assert len(bases) == 2 * len(DOCKERFILES)
+    assert all(re.fullmatch(r"python:3\.\d+-slim-\w+", base) for base in bases)
+
+
+def test_the_images_python_is_supported() -> None:
+    """The images run the oldest Python that the project promises, which is the one tested."""
+    oldest = PROJECT["requires-python"].removeprefix(">=")
+    assert all(f"FROM python:{oldest}-slim" in path.read_text() for path in DOCKERFILES)
+
+
+def test_long_running_services_have_health_checks() -> None:
+    """Whatever is restarted has a health check, and whatever ends has none."""
+    assert {service for service in RAW if not _one_shot(service)} == {
+        service for service in RAW if "healthcheck" in RAW[service]
+    }
+
+
+def test_waiting_can_end() -> None:
+    """A service waits for another's health only where that is checked, and for its end only where it ends."""
+    conditions = [
+        (other, wait["condition"])
+        for service in RAW.values()
+        for other, wait in service.get("depends_on", {}).items()
+    ]
+    assert conditions
+    for other, condition in conditions:
+        assert condition == ("service_completed_successfully" if _one_shot(other) else "service_healthy")
+
+
+def test_inference_waits_for_everything() -> None:
+    """Inference starts when the deployment is built: the chain reaches back to the store."""
+    chain, service = [], "inference"
+    while "depends_on" in RAW[service]:
+        [service] = RAW[service]["depends_on"]
+        chain.append(service)
+    assert chain == ["build", "builder", "bucket", "minio"]
+
+
+@pytest.mark.parametrize("service", SERVICES)
+def test_stopping_leaves_time_to_drain(service: str) -> None:
+    """Compose kills a service only after it had its time to drain."""
+    grace_s = int(RAW[service]["stop_grace_period"].removesuffix("s"))
+    assert grace_s > SERVICES[service].model_fields["drain_timeout_s"].default
+
+
+def test_credentials_come_from_the_environment() -> None:
+    """No credential is written down, and compose refuses to start without one."""
+    secret = re.compile(r"KEY|PASSWORD|SECRET|_USER")
+    texts = {
+        f"{service}.{name}": text
+        for service in RAW
+        for name, text in RAW[service].get("environment", {}).items()
+        if secret.search(name)
+    }
+    assert texts
+    assert all(re.fullmatch(r"\$\{\w+:\?[^}]+\}", text) for text in texts.values()), texts
+    assert _env_example()["MINIO_ROOT_PASSWORD"] == ""
+
+
+def test_every_variable_is_documented() -> None:
+    """The variables of compose are those of .env.example."""
+    assert {match[1] for match in _VARIABLE.finditer(COMPOSE_TEXT)} == set(_env_example())
+
+
+@pytest.mark.parametrize("service", SERVICES)
+def test_volumes_can_be_written(service: str) -> None:
+    """A named volume is mounted where the image has a folder of the user that it runs as."""
+    named = [volume.split(":")[1] for volume in RAW[service]["volumes"] if isinstance(volume, str)]
+    text = _dockerfile(service)
+    assert named
+    assert all(f"install --directory --owner=loramux {folder}\n" in text for folder in named)
+    assert text.index("useradd --uid 10001") < text.index("\nUSER 10001\n") < text.index("\nCMD ")
+
+
+@pytest.mark.parametrize("service", SERVICES)
+def test_images_run_modules_that_exist(service: str) -> None:
+    """The command of an image is a module of this project that can be run."""
+    [command] = re.findall(r"^CMD \[(.*)\]$", _dockerfile(service), re.M)
+    python, flag, module = [part.strip(' "') for part in command.split(",")]
+    assert (python, flag) == ("python", "-m")
+    assert importlib.util.find_spec(f"{module}.__main__") is not None
+
+
+def test_commands_exist() -> None:
+    """The `loramux` commands that compose runs exist, with the flags that it gives."""
+    commands = [RAW["build"]["command"], *(RAW[name]["healthcheck"]["test"][1:] for name in SERVICES)]
+    assert {command[0] for command in commands} <= set(PROJECT["scripts"])
+    for _, name, *arguments in commands:
+        said = subprocess.run(
+            [Path(sys.executable).with_name("loramux"), name, "--help"],
+            capture_output=True,
+            text=True,
+            env=os.environ | {"COLUMNS": "200", "NO_COLOR": "1"},
+        )
+        assert said.returncode == 0, said.stderr
+        assert all(flag in said.stdout for flag in arguments if flag.startswith("--"))
+
+
+def _requirements(extra: str) -> set[str]:
+    """The names of everything that an extra asks for, through the extras that it names."""
+    names: set[str] = set()
+    for requirement in PROJECT["optional-dependencies"][extra]:
+        name, inner = re.match(r"([\w.-]+)(?:\[([\w,-]+)\])?", requirement).groups()  # type: ignore[union-attr]
+        if name == PROJECT["name"]:
+            names = names.union(*map(_requirements, inner.split(",")))
+        else:
+            names.add(name)
+    return names
+
+
+def test_the_builder_image_has_no_torch() -> None:
+    """What the builder's image installs asks for no torch, and the inference image's does."""
+    [builder] = re.findall(r"'\.\[(\w+)\]'", _dockerfile("builder"))
+    [inference] = re.findall(r"'\.\[(\w+)\]'", _dockerfile("inference"))
+    assert not {"torch", "triton", "transformers", "peft"} & _requirements(builder)
+    assert "boto3" in _requirements(builder)
+    assert "torch" in _requirements(inference)
+
+
+@pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.name)
+def test_images_get_all_that_the_package_is_made_of(path: Path) -> None:
+    """What pyproject.toml packs is copied into the image's build, and reaches it past .dockerignore."""
+    wheel = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
+    needed = {"pyproject.toml", PROJECT["readme"], *PROJECT["license-files"], *wheel["packages"]}
+    needed |= set(wheel["force-include"])
+    copied = {
+        source
+        for line in re.findall(r"^COPY (?!--from)(.+)$", path.read_text(), re.M)
+        for source in line.split()[:-1]
+    }
+    sent = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
+    assert copied == sent == needed
+    assert all((ROOT / source).exists() for source in copied)

@@ -1,0 +1,366 @@
+"""The deployment file: hosted builders' files work as they are, and a mistake is named."""
+
+from __future__ import annotations
+
+import textwrap
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from shared.deployment import (
+    Build,
+    Deployment,
+    DeploymentFile,
+    Repository,
+    Runtime,
+    SourceKind,
+    load_deployment,
+    parse_deployment,
+)
+from shared.faults import DeploymentInvalid, Finding
+
+HOSTED = """
+model_name: Qwen2.5-Coder-LoRA
+model_metadata: {example_model_input: {}}
+resources: {accelerator: L4, use_gpu: true}
+secrets: {hf_access_token: null}
+runtime: {predict_concurrency: 256}
+trt_llm:
+  inference_stack: v1
+  build:
+    base_model: decoder
+    checkpoint_repository: {source: HF, repo: Qwen/Qwen2.5-Coder-1.5B-Instruct, revision: abc123}
+    max_seq_len: 8192
+    plugin_configuration: {paged_kv_cache: true}
+    quantization_type: no_quant
+    lora_adapters:
+      lora1: {source: HF, repo: org/adapter, revision: def456, runtime_secret_name: hf_access_token}
+    lora_configuration: {max_lora_rank: 64, lora_target_modules: []}
+  runtime:
+    served_model_name: Qwen2.5-Coder-base
+    request_default_max_tokens: 512
+    kv_cache_free_gpu_mem_fraction: 0.9
+"""
+
+EXPECTED = Deployment(
+    model_name="Qwen2.5-Coder-LoRA",
+    build=Build(
+        checkpoint_repository=Repository(
+            source=SourceKind.HF, repo="Qwen/Qwen2.5-Coder-1.5B-Instruct", revision="abc123"
+        ),
+        max_seq_len=8192,
+        lora_adapters={
+            "lora1": Repository(
+                source=SourceKind.HF,
+                repo="org/adapter",
+                revision="def456",
+                runtime_secret_name="hf_access_token",  # noqa: S106 - a name
+            )
+        },
+    ),
+    runtime=Runtime(served_model_name="Qwen2.5-Coder-base", request_default_max_tokens=512),
+)
+
+
+def _load(tmp_path: Path, text: str, name: str = "deployment.yaml") -> DeploymentFile:
+    path = tmp_path / name
+    path.write_text(textwrap.dedent(text), encoding="utf-8")
+    return load_deployment(path)
+
+
+def _refusal(tmp_path: Path, text: str) -> DeploymentInvalid:
+    with pytest.raises(DeploymentInvalid) as caught:
+        _load(tmp_path, text)
+    return caught.value
+
+
+def _findings(tmp_path: Path, text: str) -> dict[str, Finding]:
+    findings = _refusal(tmp_path, text).findings
+    assert len({finding.where for finding in findings}) == len(findings)
+    return {finding.where: finding for finding in findings}
+
+
+def test_a_hosted_builders_file_is_accepted(tmp_path: Path) -> None:
+    """The file of a hosted engine builder gives the deployment that it describes."""
+    assert _load(tmp_path, HOSTED).deployment == EXPECTED
+
+
+def test_ignored_keys_are_listed_once(tmp_path: Path) -> None:
+    """Keys without a meaning here are listed with their place, each once, in order."""
+    assert _load(tmp_path, HOSTED).ignored == (
+        "build.plugin_configuration",
+        "build.quantization_type",
+        "model_metadata",
+        "resources",
+        "runtime",
+        "runtime.kv_cache_free_gpu_mem_fraction",
+        "secrets",
+        "trt_llm.inference_stack",
+    )
+
+
+def test_the_wrapper_is_optional(tmp_path: Path) -> None:
+    """The same content without trt_llm is the same deployment."""
+    top, _, inner = HOSTED.partition("trt_llm:\n")
+    unwrapped = top.replace("runtime: {predict_concurrency: 256}\n", "") + textwrap.dedent(inner)
+    assert _load(tmp_path, unwrapped).deployment == EXPECTED
+
+
+MINIMAL = """
+build:
+  checkpoint_repository: {source: HF, repo: org/base}
+"""
+
+
+def test_defaults(tmp_path: Path) -> None:
+    """A checkpoint is enough: the name is the file's, the rank ceiling 64, the rest is the model's."""
+    deployment = _load(tmp_path, MINIMAL, "my model.yaml").deployment
+    assert deployment.model_name == deployment.served_model_name == "my-model"
+    assert deployment.build.lora_configuration.max_lora_rank == 64
+    assert (deployment.build.max_seq_len, deployment.build.lora_adapters) == (None, {})
+
+
+def test_empty_blocks_are_as_good_as_none(tmp_path: Path) -> None:
+    """A block whose entries are all commented out means its defaults."""
+    text = "model_name:\nruntime:\n" + MINIMAL + "  lora_adapters:\n  lora_configuration:\n"
+    assert _load(tmp_path, text).deployment == _load(tmp_path, MINIMAL).deployment
+
+
+@pytest.mark.parametrize("block", ["", "  lora_configuration:\n", "  lora_configuration: {max_lora_rank: 8}\n"])
+def test_the_older_spelling_of_the_rank(tmp_path: Path, block: str) -> None:
+    """max_lora_rank directly under build is the ceiling, alone and beside the same newer one."""
+    deployment = _load(tmp_path, MINIMAL + "  max_lora_rank: 8\n" + block).deployment
+    assert deployment.build.lora_configuration.max_lora_rank == 8
+
+
+def test_two_ranks_are_refused(tmp_path: Path) -> None:
+    """Two different ceilings are one finding, which shows both, beside whatever else is wrong."""
+    text = MINIMAL + "  max_lora_rank: 8\n  lora_configuration: {max_lora_rank: 16}\n  max_seq_len: 0\n"
+    findings = _findings(tmp_path, text)
+    assert set(findings) == {"build.lora_configuration.max_lora_rank", "build.max_seq_len"}
+    assert "16 here and 8 under build" in findings["build.lora_configuration.max_lora_rank"].found
+
+
+@pytest.mark.parametrize("block", ["[1]", "text", "5"])
+def test_an_older_rank_beside_no_mapping(tmp_path: Path, block: str) -> None:
+    """An older rank beside a lora_configuration that is no mapping is refused for the latter."""
+    text = MINIMAL + f"  max_lora_rank: 8\n  lora_configuration: {block}\n"
+    assert set(_findings(tmp_path, text)) == {"build.lora_configuration"}
+
+
+@pytest.mark.parametrize(
+    ("text", "where", "near"),
+    [
+        ("modelname: x\n" + MINIMAL, "modelname", "model_name"),
+        (MINIMAL + "  lora_adaptors: {}\n", "build.lora_adaptors", "lora_adapters"),
+        (
+            MINIMAL + "  lora_configuration: {max_rank: 8}\n",
+            "build.lora_configuration.max_rank",
+            "max_lora_rank",
+        ),
+        (
+            MINIMAL + "  lora_adapters: {repo: {source: HF, repo: a/b, revison: x}}\n",
+            "build.lora_adapters.repo.revison",
+            "revision",
+        ),
+        ("runtime: {serve_model_name: x}\n" + MINIMAL, "runtime.serve_model_name", "served_model_name"),
+        ("trt_llm:\n  biuld: {}\n", "biuld", "build"),
+    ],
+)
+def test_a_misspelt_key(tmp_path: Path, text: str, where: str, near: str) -> None:
+    """A misspelt key is named with its place and the nearest known key."""
+    finding = _findings(tmp_path, text)[where]
+    assert finding.code == "E_UNKNOWN_FIELD"
+    assert finding.fix == f"Did you mean {near}?"
+
+
+def test_a_key_like_no_other(tmp_path: Path) -> None:
+    """An unknown key that is near to none is answered with those that exist."""
+    finding = _findings(tmp_path, MINIMAL + "  zzz: 1\n")["build.zzz"]
+    assert "checkpoint_repository" in finding.expected
+    assert finding.fix == "Remove it."
+
+
+def test_local_repositories_start_at_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """LOCAL paths are relative to the file's folder, wherever the process runs; ~ is the home."""
+    monkeypatch.setenv("HOME", "/home/someone")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    build = _load(
+        tmp_path,
+        """
+        build:
+          checkpoint_repository: {source: LOCAL, repo: /models/base}
+          lora_adapters:
+            relative: {source: LOCAL, repo: ./adapters/one}
+            above: {source: LOCAL, repo: ../two}
+            home: {source: LOCAL, repo: ~/three}
+            hub: {source: HF, repo: org/four}
+        """,
+    ).deployment.build
+    assert build.checkpoint_repository.repo == "/models/base"
+    assert {name: repository.repo for name, repository in build.lora_adapters.items()} == {
+        "relative": str(tmp_path / "adapters/one"),
+        "above": str(tmp_path.parent / "two"),
+        "home": "/home/someone/three",
+        "hub": "org/four",
+    }
+
+
+@pytest.mark.parametrize("repo", ["~nobody-has-this-name/x", r'"a\0b"'])
+def test_a_local_path_that_is_none(tmp_path: Path, repo: str) -> None:
+    """A LOCAL path that no machine can have is refused, not a crash."""
+    text = f"build:\n  checkpoint_repository: {{source: LOCAL, repo: {repo}}}\n"
+    assert "LOCAL repository" in str(_refusal(tmp_path, text))
+
+
+@pytest.mark.parametrize("name", ["a b", "a/b", "", "ä", ".", "..", "x" * 129])
+def test_a_bad_adapter_name(tmp_path: Path, name: str) -> None:
+    """A name that cannot be an OpenAI model and a part of a key is refused where it stands."""
+    text = MINIMAL + f'  lora_adapters: {{"{name}": {{source: HF, repo: a/b}}}}\n'
+    assert _findings(tmp_path, text)[f"build.lora_adapters.{name}"].code == "E_BAD_FIELD"
+    assert "model_name" in _findings(tmp_path, f'model_name: "{name}"\n' + MINIMAL)
+
+
+@pytest.mark.parametrize("name", ["a", "org.name-v1:2_b", "...", "x" * 128])
+def test_a_good_adapter_name(tmp_path: Path, name: str) -> None:
+    """Letters, digits, _, -, . and : make a name."""
+    text = MINIMAL + f'  lora_adapters: {{"{name}": {{source: HF, repo: a/b}}}}\n'
+    assert list(_load(tmp_path, text).deployment.build.lora_adapters) == [name]
+
+
+@pytest.mark.parametrize("broken", ["", "  max_seq_len: 0\n"])
+@pytest.mark.parametrize("head", ["model_name: same\n", "model_name: x\nruntime: {served_model_name: same}\n"])
+def test_an_adapter_with_the_bases_name(tmp_path: Path, head: str, broken: str) -> None:
+    """An adapter named as the base is refused, also when other things are wrong."""
+    text = head + MINIMAL + "  lora_adapters: {same: {source: HF, repo: a/b}}\n" + broken
+    findings = _findings(tmp_path, text)
+    assert findings["build.lora_adapters.same"].expected == "another name than the base's"
+    assert len(findings) == (2 if broken else 1)
+
+
+def test_an_adapter_may_have_the_deployments_name(tmp_path: Path) -> None:
+    """Only the name under which the base is served is taken."""
+    text = "model_name: same\nruntime: {served_model_name: base}\n" + MINIMAL
+    deployment = _load(tmp_path, text + "  lora_adapters: {same: {source: HF, repo: a/b}}\n").deployment
+    assert "same" in deployment.build.lora_adapters
+
+
+def test_a_deployment_made_in_code_obeys_too() -> None:
+    """The rule about names belongs to the deployment, not to the file."""
+    repository = Repository(source=SourceKind.HF, repo="a/b")
+    build = Build(checkpoint_repository=repository, lora_adapters={"m": repository})
+    with pytest.raises(ValidationError, match="another name than the base's"):
+        Deployment(model_name="m", build=build)
+
+
+def test_duplicate_keys(tmp_path: Path) -> None:
+    """Two adapters under one name are refused with the line, though YAML parsers keep the last."""
+    said = str(_refusal(tmp_path, "build:\n  lora_adapters:\n    a: {repo: x}\n    a: {repo: y}\n"))
+    assert "line 4: 'a' is given twice" in said
+
+
+def test_merged_keys_are_no_duplicates(tmp_path: Path) -> None:
+    """YAML's merge key still overrides, through two levels."""
+    text = """
+        build:
+          checkpoint_repository: &base {source: HF, repo: org/base, revision: one}
+          lora_adapters:
+            a: &a {<<: *base, repo: org/a}
+            b: {<<: *a, repo: org/b, revision: two}
+        """
+    adapters = _load(tmp_path, text).deployment.build.lora_adapters
+    assert (adapters["a"].repo, adapters["a"].revision) == ("org/a", "one")
+    assert (adapters["b"].repo, adapters["b"].revision) == ("org/b", "two")
+
+
+def test_all_violations_at_once(tmp_path: Path) -> None:
+    """One refusal lists every violation, each with its code and place."""
+    refusal = _refusal(
+        tmp_path,
+        """
+        model_name: a b
+        build:
+          base_model: encoder_bert
+          checkpoint_repository: {source: hf, repo: org/base, subfolder: ../x}
+          max_seq_len: 1
+          lora_adapters:
+            bad/name: {source: HF, repo: a/b}
+            no-repo: {source: HF}
+          lora_configuration: {max_lora_rank: 0}
+        runtime: {request_default_max_tokens: 0, nonsense: 1}
+        """,
+    )
+    assert {(finding.code, finding.where) for finding in refusal.findings} == {
+        ("E_BAD_FIELD", "model_name"),
+        ("E_BAD_FIELD", "build.base_model"),
+        ("E_BAD_FIELD", "build.checkpoint_repository.source"),
+        ("E_BAD_FIELD", "build.checkpoint_repository.subfolder"),
+        ("E_BAD_FIELD", "build.max_seq_len"),
+        ("E_BAD_FIELD", "build.lora_adapters.bad/name"),
+        ("E_MISSING_FIELD", "build.lora_adapters.no-repo.repo"),
+        ("E_BAD_FIELD", "build.lora_configuration.max_lora_rank"),
+        ("E_BAD_FIELD", "runtime.request_default_max_tokens"),
+        ("E_UNKNOWN_FIELD", "runtime.nonsense"),
+    }
+    assert refusal.message == "the deployment breaks 10 rules"
+
+
+@pytest.mark.parametrize("revision", ["1234567", "2024-01-31"])
+def test_a_revision_that_yaml_reads_as_a_number_or_date(tmp_path: Path, revision: str) -> None:
+    """A commit of digits only, unquoted, is refused with the cure."""
+    text = f"build:\n  checkpoint_repository: {{source: HF, repo: a/b, revision: {revision}}}\n"
+    finding = _findings(tmp_path, text)["build.checkpoint_repository.revision"]
+    assert finding.fix == "Quote it."
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "found nothing"),
+        ("- a\n", "found list"),
+        ("trt_llm: 5\n", "trt_llm must be a mapping; found int"),
+        ("build: {a: b\n", "is not valid YAML at line 2"),
+        ("a: 2024-99-99\n", "is not valid YAML"),
+        ("a: !!python/object/apply:os.system [x]\n", "is not valid YAML at line 1"),
+        ("a: \x01\n", "is not valid YAML"),
+        ("[" * 100_000, "is not valid YAML"),
+        ("build: {}\ntrt_llm: {build: {}}\n", "build: given inside and beside trt_llm"),
+    ],
+)
+def test_what_is_no_deployment_file(tmp_path: Path, text: str, said: str) -> None:
+    """Text that is no mapping, or no YAML, is refused with what was found and where."""
+    assert said in str(_refusal(tmp_path, text))
+
+
+def test_a_small_file_that_unfolds_to_a_large_one(tmp_path: Path) -> None:
+    """Nested aliases of YAML do not fill the memory on their way into the refusal."""
+    levels = ["x0: &x0 [a]"] + [f"x{n}: &x{n} [{','.join([f'*x{n - 1}'] * 9)}]" for n in range(1, 12)]
+    text = "model_name: *x11\n" + MINIMAL
+    findings = _refusal(tmp_path, "description:\n  " + "\n  ".join(levels) + "\n" + text).findings
+    assert [finding.where for finding in findings] == ["model_name"]
+    assert len(findings[0].found) < 2000
+
+
+def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
+    """A missing file, a folder and binary data are refused with the path and the reason."""
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
+    for name, reason in [
+        ("missing", "No such file or directory"),
+        (".", "Is a directory"),
+        ("binary", "not UTF-8 text"),
+    ]:
+        with pytest.raises(DeploymentInvalid, match=f"cannot read the deployment file .*: {reason}"):
+            load_deployment(tmp_path / name)
+
+
+def test_parsed_data_is_not_changed() -> None:
+    """Parsing leaves its input as it was."""
+    data = {
+        "model_name": "m",
+        "build": {"max_lora_rank": 8, "checkpoint_repository": {"source": "HF", "repo": "a/b"}},
+    }
+    before = repr(data)
+    parse_deployment(data)
+    assert repr(data) == before

@@ -1,0 +1,149 @@
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from shared.bundle.npy import (
+    cast,
+    header_bytes,
+    parse_header,
+    read_config,
+    read_weights,
+    write_config,
+    write_weights,
+)
+from shared.deployment import Dtype
+from shared.faults import BundleCorrupt
+
+Q_A = np.array([[1, 2, 3, 4], [5, 6, 7, 8]], np.float32)
+Q_B = np.array([[1, 0], [0, 1], [1, 1], [2, -1]], np.float32)
+V_A = np.array([[1, -1, 0.5, 0]], np.float32)
+V_B = np.array([[0.25], [-0.5]], np.float32)
+CONFIG = np.array([[1, 0, 2, 0], [3, 0, 1, 0]], np.int32)
+
+
+def saved(array: np.ndarray) -> bytes:
+    """What np.save writes."""
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    return buffer.getvalue()
+
+
+def write(path: Path, dtype: Dtype, q_scale: float) -> bytes:
+    """The worked example as a file."""
+    rows = [(cast(Q_A, dtype), cast(Q_B, dtype, q_scale)), (cast(V_A, dtype), cast(V_B, dtype, 4.0))]
+    write_weights(path, dtype, count=2, width=16, rows=rows)
+    return path.read_bytes()
+
+
+def test_worked_example_in_float16_is_what_np_save_writes(tmp_path):
+    """The example of the format's description gives its numbers, byte for byte as np.save stores them."""
+    expected = np.zeros((1, 2, 16), "<f2")
+    expected[0, 0] = [1, 2, 3, 4, 5, 6, 7, 8, 2, 0, 0, 2, 2, 2, 4, -2]
+    expected[0, 1, :6] = [1, -1, 0.5, 0, 1, -2]
+    assert write(tmp_path / "w.npy", Dtype.FLOAT16, 2.0) == saved(expected)
+
+
+def test_worked_example_in_bfloat16_holds_raw_bits(tmp_path):
+    """bfloat16 is stored as 2-byte voids whose bits are the upper half of the float32."""
+    data = write(tmp_path / "w.npy", Dtype.BFLOAT16, 2.0)
+    expected = np.zeros((1, 2, 16), np.float32)
+    expected[0, 0] = [1, 2, 3, 4, 5, 6, 7, 8, 2, 0, 0, 2, 2, 2, 4, -2]
+    expected[0, 1, :6] = [1, -1, 0.5, 0, 1, -2]
+    bits = (expected.view(np.uint32) >> 16).astype("<u2")
+    assert data == header_bytes("|V2", (1, 2, 16)) + bits.tobytes()
+    assert len(data) == 128 + 64
+    loaded = np.load(io.BytesIO(data), allow_pickle=False)
+    assert loaded.dtype == np.dtype("V2")
+    assert np.array_equal(loaded.view("<u2"), bits)
+
+
+def test_worked_example_with_rslora(tmp_path):
+    """With rsLoRA B is scaled by alpha over the square root of the rank."""
+    write(tmp_path / "w.npy", Dtype.FLOAT32, 4 / 2**0.5)
+    row = read_weights(tmp_path / "w.npy", Dtype.FLOAT32, "weights")[0, 8:]
+    s = np.float32(2.8284271)
+    assert row.tolist() == [s, 0, 0, s, s, s, 2 * s, -s]
+
+
+def test_config_is_int32_with_a_batch_dim(tmp_path):
+    """The config file is what np.save writes for (1, R, 4) int32."""
+    digest = write_config(tmp_path / "c.npy", CONFIG)
+    data = (tmp_path / "c.npy").read_bytes()
+    assert data == saved(CONFIG[None])
+    assert digest.size == len(data)
+    assert read_config(data, "config").tolist() == CONFIG.tolist()
+
+
+@pytest.mark.parametrize(
+    ("value", "bits"),
+    [
+        (0x3F800000, 0x3F80),
+        (0x3F808000, 0x3F80),  # half way, to the even one below
+        (0x3F818000, 0x3F82),  # half way, to the even one above
+        (0x3F808001, 0x3F81),
+        (0x7F7FFFFF, 0x7F80),  # beyond the largest: infinite
+        (0x00000001, 0x0000),
+    ],
+)
+def test_bfloat16_rounds_to_nearest_even(value, bits):
+    """float32 becomes the nearest bfloat16; of two equally near ones the even one."""
+    source = np.array([value], np.uint32).view(np.float32)
+    assert cast(source, Dtype.BFLOAT16).view(np.uint16).tolist() == [bits]
+
+
+def test_scale_is_folded_in_float32():
+    """scale * B is computed in float32 and rounded once to the storage type."""
+    source = np.array([1.0078125, 3.140625], ml_dtypes.bfloat16)
+    expected = (source.astype(np.float32) * np.float32(1 / 3)).astype(ml_dtypes.bfloat16)
+    assert np.array_equal(cast(source, Dtype.BFLOAT16, 1 / 3), expected)
+
+
+def test_rows_that_do_not_fit_are_an_error(tmp_path):
+    """A row of another type or width, or a missing one, is an error of the writer."""
+    row = (cast(Q_A, Dtype.FLOAT16), cast(Q_B, Dtype.FLOAT16))
+    with pytest.raises(ValueError, match="16 elements"):
+        write_weights(tmp_path / "w", Dtype.FLOAT16, count=1, width=15, rows=[row])
+    with pytest.raises(ValueError, match="1 rows"):
+        write_weights(tmp_path / "w", Dtype.FLOAT16, count=2, width=16, rows=[row])
+
+
+HOSTILE = [
+    b"",
+    b"PK\x03\x04",
+    saved(CONFIG[None])[:100],
+    saved(CONFIG[None]) + b"\0",
+    saved(CONFIG[None])[:-1],
+    saved(CONFIG),
+    saved(CONFIG[None].astype(">i4")),
+    saved(np.asfortranarray(CONFIG[None])),
+    saved(CONFIG[None].astype("<i8")),
+    saved(np.zeros((1, 0, 4), np.int32)),
+    b"\x93NUMPY\x03\x00" + saved(CONFIG[None])[8:],
+]
+
+
+@pytest.mark.parametrize("data", HOSTILE, ids=range(len(HOSTILE)))
+def test_other_files_are_refused(data):
+    """What is not exactly such an npy file is named corrupt, and nothing of it is used."""
+    with pytest.raises(BundleCorrupt, match="expected"):
+        read_config(data, "config")
+
+
+def test_pickled_objects_are_refused(tmp_path):
+    """An npy file of Python objects is refused by its type, before anything could be unpickled."""
+    np.save(tmp_path / "o.npy", np.array([[["x"]]], dtype=object), allow_pickle=True)
+    with pytest.raises(BundleCorrupt, match="expected a header"):
+        read_config(tmp_path / "o.npy", "config")
+
+
+def test_header_of_version_2_is_read():
+    """Version 2 differs in the width of the length alone."""
+    head = saved(CONFIG[None])[:128]
+    second = b"\x93NUMPY\x02\x00" + (118).to_bytes(4, "little") + head[10:]
+    assert parse_header(second, "config").shape == (1, 2, 4)
+    assert parse_header(second, "config").offset == 130

@@ -1,0 +1,158 @@
+from __future__ import annotations
+
+from datetime import UTC, datetime
+
+import numpy as np
+import pytest
+
+from builder_service.pipeline.build import build
+from builder_service.pipeline.progress import Progress
+from builder_service.pipeline.workshop import Workshop
+from shared.bundle.deployments import (
+    current_generation,
+    generation_numbers,
+    list_deployments,
+    publish_generation,
+)
+from shared.bundle.manifest import Manifest, bundle_key, current_key, generation_key, sha256_hex
+from shared.bundle.reader import read_bundle
+from shared.deployment import parse_deployment
+from shared.faults import BundleCorrupt
+from shared.sources.open import open_sources
+from shared.storage.memory import MemoryStore
+from tests.adapters import write_adapter, write_base
+
+FILES = ("model.lora_weights.npy", "model.lora_config.npy", "manifest.json")
+
+
+@pytest.fixture
+def store(tmp_path):
+    """A store with one deployment of one adapter."""
+    store = MemoryStore()
+    base, adapter = write_base(tmp_path / "base"), write_adapter(tmp_path / "adapter")
+    data = {
+        "model_name": "tiny",
+        "build": {
+            "checkpoint_repository": {"source": "LOCAL", "repo": str(base)},
+            "lora_adapters": {"one": {"source": "LOCAL", "repo": str(adapter)}},
+        },
+    }
+    shop = Workshop(store, open_sources(local_roots=[tmp_path]), tmp_path / "work")
+    build(parse_deployment(data).deployment, shop, Progress(["one"]))
+    return store
+
+
+def digest_of(store):
+    """The digest of the one bundle."""
+    return current_generation(store, "tiny").adapters["one"].digest
+
+
+def test_a_bundle_is_read_with_views_of_its_rows(store):
+    """Rows come with A and B in their shapes, in the storage type, over one buffer."""
+    bundle = read_bundle(store, digest_of(store))
+    assert [row.row.module for row in bundle.rows] == ["attn_q", "attn_v"] * 2
+    first = bundle.rows[0]
+    assert (first.a.shape, first.b.shape, first.a.dtype.name) == ((4, 16), (16, 4), "bfloat16")
+    assert first.a.base is not None
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_flipped_bit_is_found(store, name):
+    """Any changed byte of any file is BUNDLE_CORRUPT, with the digests that were expected and found."""
+    key = bundle_key(digest_of(store), name)
+    data = bytearray(store.objects[key])
+    data[-2] ^= 1
+    store.objects[key] = bytes(data)
+    with pytest.raises(BundleCorrupt, match=r"expected sha256 [0-9a-f]{64}, found [0-9a-f]{64}"):
+        read_bundle(store, digest_of(store))
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_missing_or_short_file_is_found(store, name):
+    """A missing file and a short one are BUNDLE_CORRUPT."""
+    key = bundle_key(digest_of(store), name)
+    data = store.objects.pop(key)
+    with pytest.raises(BundleCorrupt, match="found none"):
+        read_bundle(store, digest_of(store))
+    store.objects[key] = data[:-1]
+    with pytest.raises(BundleCorrupt, match="expected"):
+        read_bundle(store, digest_of(store))
+
+
+def resigned(store, name, change):
+    """Change a file and let the manifest vouch for it: what a wrong converter would write."""
+    digest = digest_of(store)
+    manifest = Manifest.from_bytes(store.objects[bundle_key(digest, "manifest.json")])
+    data = change(bytearray(store.objects[bundle_key(digest, name)]))
+    files = {
+        **manifest.files,
+        name: manifest.files[name].model_copy(update={"size": len(data), "sha256": sha256_hex(data)}),
+    }
+    signed = manifest.model_copy(update={"files": files}).to_bytes()
+    for file in FILES[:2]:
+        store.objects[bundle_key(sha256_hex(signed), file)] = store.objects[bundle_key(digest, file)]
+    store.objects[bundle_key(sha256_hex(signed), name)] = bytes(data)
+    store.objects[bundle_key(sha256_hex(signed), "manifest.json")] = signed
+    return sha256_hex(signed)
+
+
+def test_rows_are_checked_against_the_manifest(store):
+    """A config row or padding that differs from the manifest is refused though every digest is right."""
+
+    def other_rank(data):
+        data[128 + 8] ^= 1
+        return data
+
+    def padded(data):
+        data[-1] = 1
+        return data
+
+    with pytest.raises(BundleCorrupt, match=r"row 0: config: expected \[1, 0, 4, 0\]"):
+        read_bundle(store, resigned(store, FILES[1], other_rank))
+    with pytest.raises(BundleCorrupt, match="expected zeros after element"):
+        read_bundle(store, resigned(store, FILES[0], padded))
+
+
+def test_generations_are_numbered_and_pointed_to(store):
+    """A new content gets the next number, the same content nothing new."""
+    first = current_generation(store, "tiny")
+    assert list_deployments(store) == ["tiny"]
+    later = first.model_copy(update={"create_time": datetime.now(UTC)})
+    assert publish_generation(store, later) == first
+    second = publish_generation(store, first.model_copy(update={"max_seq_len": 64}))
+    assert (second.number, current_generation(store, "tiny")) == (2, second)
+    assert generation_numbers(store, "tiny") == [1, 2]
+
+
+def test_a_generation_without_a_pointer_is_taken_up(store):
+    """What a builder killed between its last two writes left is used by the same build, skipped by another."""
+    first = current_generation(store, "tiny")
+    pointer = store.objects[current_key("tiny")]
+    left = publish_generation(store, first.model_copy(update={"max_seq_len": 64}))
+    store.objects[current_key("tiny")] = pointer
+    assert publish_generation(store, first.model_copy(update={"max_seq_len": 64})) == left
+    store.objects[current_key("tiny")] = pointer
+    assert publish_generation(store, first.model_copy(update={"max_seq_len": 128})).number == 3
+
+
+def test_a_damaged_generation_is_named_and_replaced(store):
+    """A damaged generation is BUNDLE_CORRUPT for readers; building again repairs the deployment."""
+    first = current_generation(store, "tiny")
+    store.objects[generation_key("tiny", 1)] += b" "
+    with pytest.raises(BundleCorrupt, match="generation 1: expected sha256"):
+        current_generation(store, "tiny")
+    assert publish_generation(store, first).number == 2
+    assert current_generation(store, "tiny").number == 2
+
+
+@pytest.mark.parametrize("name", ["", "..", "a/b", "x" * 129, "a\n"])
+def test_names_that_are_no_names_have_no_generation(store, name):
+    """A name that cannot be a deployment's never becomes a key."""
+    assert current_generation(store, name) is None
+
+
+def test_row_values_are_the_scaled_source(store):
+    """A is stored as it is and B with the scale, in the storage type."""
+    row = read_bundle(store, digest_of(store)).rows[0]
+    assert row.row.scale == 2.0
+    assert np.isfinite(row.a.astype(np.float32)).all()

@@ -1,0 +1,194 @@
+"""Settings: read from LORAMUX_* variables, refused by name, value and what is allowed."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from shared.faults import SettingsInvalid
+from shared.settings import BuilderSettings, InferenceSettings, Settings, load_settings, variable
+from shared.storage.open import open_store
+
+
+@pytest.fixture(autouse=True)
+def _clean(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in [name for name in os.environ if name.upper().startswith("LORAMUX_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+
+def _refusal(cls: type[Settings], **overrides: object) -> str:
+    with pytest.raises(SettingsInvalid) as caught:
+        load_settings(cls, **overrides)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_defaults(tmp_path: Path) -> None:
+    """Without a variable the builder listens on this machine only and keeps its store below the home."""
+    settings = load_settings(BuilderSettings)
+    assert settings.grpc == "127.0.0.1:50051"
+    assert open_store(settings.store).uri == f"file://{tmp_path}/.local/share/loramux/store"
+    assert (settings.local_roots, settings.work_dir) == ((), None)
+    assert settings.secrets_dir == Path("/secrets")
+    assert (settings.drain_timeout_s, settings.max_concurrent_builds) == (30, 2)
+
+
+def test_services_do_not_share_a_port() -> None:
+    """Both services run on one machine with their defaults."""
+    builder = load_settings(BuilderSettings)
+    assert load_settings(InferenceSettings, deployment="d").grpc != builder.grpc
+
+
+def test_variables_are_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Variables set values of the type that the setting has."""
+    monkeypatch.setenv("LORAMUX_DEPLOYMENT", "demo")
+    monkeypatch.setenv("LORAMUX_MAX_BATCH_SEQS", "8")
+    monkeypatch.setenv("LORAMUX_PREFIX_CACHE", "false")
+    monkeypatch.setenv("LORAMUX_KV_MEMORY_GB", "1.5")
+    monkeypatch.setenv("LORAMUX_CACHE_DIR", "~/cache")
+    settings = load_settings(InferenceSettings)
+    assert settings.deployment == "demo"
+    assert (settings.max_batch_seqs, settings.prefix_cache, settings.kv_memory_gb) == (8, False, 1.5)
+    assert settings.cache_dir == tmp_path / "cache"
+
+
+def test_overrides_come_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A flag beats its variable, and a flag that was not given (None) does not."""
+    monkeypatch.setenv("LORAMUX_STORE", "file:///variable")
+    monkeypatch.setenv("LORAMUX_GRPC", "0.0.0.0:1")
+    settings = load_settings(BuilderSettings, store="file:///flag", grpc=None)
+    assert (settings.store, settings.grpc) == ("file:///flag", "0.0.0.0:1")
+
+
+def test_an_empty_variable_is_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty variable, as container tools pass it on, means the default."""
+    monkeypatch.setenv("LORAMUX_GRPC", "")
+    monkeypatch.setenv("LORAMUX_LOCAL_ROOTS", "")
+    assert load_settings(BuilderSettings) == load_settings(BuilderSettings, grpc="127.0.0.1:50051")
+
+
+def test_local_roots(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Local roots are absolute folders separated as in PATH; one that begins with ~ is below the home."""
+    monkeypatch.setenv("LORAMUX_LOCAL_ROOTS", os.pathsep.join(["/srv/a b", "~/adapters"]))
+    assert load_settings(BuilderSettings).local_roots == (Path("/srv/a b"), tmp_path / "adapters")
+    monkeypatch.setenv("LORAMUX_LOCAL_ROOTS", os.pathsep.join(["/srv", "adapters"]))
+    said = _refusal(BuilderSettings)
+    assert said == "LORAMUX_LOCAL_ROOTS=adapters: expected absolute folders, separated by ':'"
+
+
+def test_settings_are_frozen() -> None:
+    """A setting does not change after the start."""
+    settings = load_settings(BuilderSettings)
+    with pytest.raises(ValidationError, match="frozen"):
+        settings.store = "file:///other"  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "allowed"),
+    [
+        ("BACKEND", "cuda", "'auto', 'torch' or 'triton'"),
+        ("DEVICE", "gpu", "'auto', 'cpu' or 'cuda'"),
+        ("DTYPE", "fp16", "'auto', 'float32', 'bfloat16' or 'float16'"),
+        ("THREADS", "0", "greater than or equal to 1"),
+        ("MAX_BATCH_TOKENS", "many", "a valid integer"),
+        ("BLOCK_SIZE", "24", "a power of two"),
+        ("KV_MEMORY_GB", "0", "greater than 0"),
+        ("KV_MEMORY_GB", "inf", "a finite number"),
+        ("DRAIN_TIMEOUT_S", "-1", "greater than or equal to 0"),
+        ("PREFIX_CACHE", "maybe", "a valid boolean"),
+        ("GRPC", "50052", "HOST:PORT, for example"),
+        ("GRPC", "127.0.0.1:65536", "HOST:PORT, for example"),
+        ("GRPC", "http://127.0.0.1:1", "HOST:PORT, for example"),
+    ],
+)
+def test_a_bad_value(name: str, value: str, allowed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bad value is refused with the variable, the value and what is allowed."""
+    monkeypatch.setenv("LORAMUX_DEPLOYMENT", "demo")
+    monkeypatch.setenv(f"LORAMUX_{name}", value)
+    assert _refusal(InferenceSettings).startswith(f"LORAMUX_{name}={value}: expected {allowed}")
+
+
+@pytest.mark.parametrize("address", ["[::]:50051", "0.0.0.0:0", "builder:50051", "unix:/run/l.sock"])
+def test_addresses(address: str) -> None:
+    """A server listens on a name, an IPv4 or a bracketed IPv6 address, or a Unix socket."""
+    assert load_settings(BuilderSettings, grpc=address).grpc == address
+
+
+def test_a_bad_flag_is_named_as_a_flag() -> None:
+    """What came from a flag is refused under the flag's name."""
+    said = _refusal(InferenceSettings, deployment="demo", max_batch_seqs=0)
+    assert said == "--max-batch-seqs=0: expected greater than or equal to 1"
+
+
+def test_a_missing_value() -> None:
+    """The one setting without a default is asked for by name."""
+    assert _refusal(InferenceSettings).startswith("LORAMUX_DEPLOYMENT is not set")
+
+
+def test_an_unknown_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A misspelt variable stops the start and is answered with the nearest name."""
+    monkeypatch.setenv("LORAMUX_STOER", "file:///x")
+    assert _refusal(BuilderSettings) == "LORAMUX_STOER: unknown setting, did you mean LORAMUX_STORE?"
+
+
+def test_a_variable_like_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An unknown variable that is near to none is answered with all that exist."""
+    monkeypatch.setenv("LORAMUX_ZZZZ", "1")
+    said = _refusal(BuilderSettings)
+    assert all(variable(name) in said for name in InferenceSettings.model_fields)
+
+
+def test_the_other_service_may_share_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A variable of the other service is no mistake: both may read one file of variables."""
+    monkeypatch.setenv("LORAMUX_DEPLOYMENT", "demo")
+    monkeypatch.setenv("LORAMUX_MAX_CONCURRENT_BUILDS", "3")
+    assert load_settings(BuilderSettings).max_concurrent_builds == 3
+    assert load_settings(InferenceSettings).deployment == "demo"
+
+
+def test_secrets_are_no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A secret in the environment is none of the settings' business."""
+    monkeypatch.setenv("LORAMUX_SECRET_hf_access_token", "x")
+    assert load_settings(BuilderSettings).max_concurrent_builds == 2
+
+
+def test_an_address_with_credentials_is_masked() -> None:
+    """Credentials in a refused address are not repeated."""
+    said = _refusal(BuilderSettings, grpc="http://user:s3cret@host:1")
+    assert "s3cret" not in said
+    assert said.startswith("--grpc=http://***@host:1: expected HOST:PORT")
+
+
+def test_kubernetes_service_links_are_no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What Kubernetes sets for services named loramux and loramux-builder does not stop the start."""
+    for name, value in {
+        "LORAMUX_PORT": "tcp://10.0.0.1:50052",
+        "LORAMUX_SERVICE_HOST": "10.0.0.1",
+        "LORAMUX_SERVICE_PORT": "50052",
+        "LORAMUX_BUILDER_SERVICE_PORT_GRPC": "50051",
+        "LORAMUX_BUILDER_PORT_50051_TCP": "tcp://10.0.0.2:50051",
+        "LORAMUX_BUILDER_PORT_50051_TCP_PROTO": "tcp",
+    }.items():
+        monkeypatch.setenv(name, value)
+    assert load_settings(BuilderSettings).max_concurrent_builds == 2
+    monkeypatch.setenv("LORAMUX_PORT", "50052")
+    assert "LORAMUX_PORT: unknown setting" in _refusal(BuilderSettings)
+
+
+def test_all_mistakes_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every mistake is said in one refusal."""
+    monkeypatch.setenv("LORAMUX_STOER", "x")
+    monkeypatch.setenv("LORAMUX_DEVICE", "gpu")
+    said = _refusal(InferenceSettings, threads=0)
+    assert all(part in said for part in ("LORAMUX_STOER", "LORAMUX_DEVICE=gpu", "--threads=0"))
+    assert "LORAMUX_DEPLOYMENT is not set" in said
+
+
+def test_every_setting_is_documented() -> None:
+    """Every setting of both services has a docstring."""
+    for cls in (BuilderSettings, InferenceSettings):
+        assert [name for name, field in cls.model_fields.items() if not field.description] == []
