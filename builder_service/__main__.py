@@ -17,13 +17,14 @@ from shared.rpc.server import RpcServer, until_signal
 from shared.settings import BuilderSettings, load_settings
 from shared.sources.open import open_sources
 from shared.storage.open import open_store
+from shared.telemetry import log_to_stderr
 
 log = structlog.get_logger()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the service until SIGTERM or SIGINT; returns the exit status."""
-    _log_to_stderr()
+    log_to_stderr()
     try:
         asyncio.run(serve(_settings(arguments)))
     except SettingsInvalid as fault:
@@ -78,19 +79,6 @@ def _settings(arguments: Sequence[str] | None) -> BuilderSettings:
     if given["local_roots"] is not None:
         given["local_roots"] = tuple(given["local_roots"])
     return load_settings(BuilderSettings, **given)
-
-
-def _log_to_stderr() -> None:
-    lines = structlog.dev.ConsoleRenderer() if sys.stderr.isatty() else structlog.processors.JSONRenderer()
-    structlog.configure(
-        processors=[
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso", utc=True),
-            structlog.processors.format_exc_info,
-            lines,
-        ],
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
-    )
 
 
 def _say(fault: Fault) -> None:

@@ -7,12 +7,27 @@ import asyncio
 import sys
 from functools import partial
 
+import structlog
+
 from inference_service.rpc.servicer import SERVICE_NAME, InferenceServicer, register
 from inference_service.serving.startup import load
 from shared.faults import Fault, SettingsInvalid
 from shared.rpc.server import RpcServer, until_signal
 from shared.settings import InferenceSettings, load_settings
 from shared.storage.open import open_store
+from shared.telemetry import log_to_stderr
+
+log = structlog.get_logger()
+
+FLAGS = {
+    "store": "URI of the object store",
+    "grpc": "HOST:PORT to listen on",
+    "deployment": "the deployment to serve",
+    "backend": "auto, torch or triton",
+    "device": "auto, cpu or cuda",
+    "dtype": "auto, float32, bfloat16 or float16",
+    "threads": "threads that compute on the CPU",
+}
 
 
 def main() -> int:
@@ -26,23 +41,13 @@ def main() -> int:
     flags = vars(parser.parse_args())
     if flags["local_roots"]:
         flags["local_roots"] = tuple(flags["local_roots"])
+    log_to_stderr()
     try:
         settings = load_settings(InferenceSettings, **flags)
         return asyncio.run(serve(settings))
     except Fault as fault:
-        print(f"error: {fault.reason}: {fault}", file=sys.stderr)  # noqa: T201 - a person reads it
+        sys.stderr.write(f"inference_service: {fault.reason}: {fault}\n")
         return 2 if isinstance(fault, SettingsInvalid) else 1
-
-
-FLAGS = {
-    "store": "URI of the object store",
-    "grpc": "HOST:PORT to listen on",
-    "deployment": "the deployment to serve",
-    "backend": "auto, torch or triton",
-    "device": "auto, cpu or cuda",
-    "dtype": "auto, float32, bfloat16 or float16",
-    "threads": "threads that compute on the CPU",
-}
 
 
 async def serve(settings: InferenceSettings) -> int:
@@ -53,8 +58,9 @@ async def serve(settings: InferenceSettings) -> int:
     address = await server.start()
     ready.engine.start()
     await server.set_serving(True)
-    print(f"inference: serving {settings.deployment} on {address}", flush=True)  # noqa: T201 - the start line
-    await until_signal()
+    log.info("inference service ready", grpc=address, deployment=settings.deployment)
+    number = await until_signal()
+    log.info("draining", signal=number.name, timeout_s=settings.drain_timeout_s)
     finished = await server.drain(settings.drain_timeout_s)
     await ready.engine.stop()
     return 0 if finished else 1

@@ -14,6 +14,7 @@
     ├── SourceRefused        SOURCE_REFUSED          PERMISSION_DENIED    not allowed by the operator
     ├── SourceUnavailable    SOURCE_UNAVAILABLE      UNAVAILABLE
     ├── StoreUnavailable     STORE_UNAVAILABLE       UNAVAILABLE
+    ├── ServerUnavailable    SERVER_UNAVAILABLE      UNAVAILABLE          seen by a client: no answer
     ├── ShuttingDown         SHUTTING_DOWN           UNAVAILABLE
     ├── DeploymentNotFound   DEPLOYMENT_NOT_FOUND    NOT_FOUND
     ├── ModelNotFound        MODEL_NOT_FOUND         NOT_FOUND
@@ -173,6 +174,14 @@ class StoreUnavailable(Fault):
     reason = "STORE_UNAVAILABLE"
     status = Status.UNAVAILABLE
     retry_after_s = 2.0
+
+
+class ServerUnavailable(Fault):
+    """A service of ours does not answer; raised by clients."""
+
+    reason = "SERVER_UNAVAILABLE"
+    status = Status.UNAVAILABLE
+    retry_after_s = 1.0
 
 
 class ShuttingDown(Fault):

@@ -1,4 +1,4 @@
-"""A tiny random Llama with adapters saved by the real PEFT, built by the real builder, run by the real engine."""
+"""A tiny random Llama, its adapters saved by the real PEFT, built by the real builder, run by the real engine."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from builder_service.pipeline.build import build
 from builder_service.pipeline.progress import Progress
 from builder_service.pipeline.workshop import Workshop
 from inference_service.core.sampling import SamplingParams
-from inference_service.core.sequence import FinishReason, Sequence as EngineSequence
+from inference_service.core.sequence import FinishReason
+from inference_service.core.sequence import Sequence as EngineSequence
 from inference_service.serving.startup import Ready, load
 from shared.deployment import Deployment, parse_deployment
 from shared.settings import InferenceSettings
@@ -56,7 +57,7 @@ def make_checkpoint(folder: Path, **config: Any) -> None:
     model = LlamaForCausalLM(LlamaConfig(**(sizes | config))).eval()
     model.save_pretrained(folder)
     vocab = {f"<{index}>": index for index in range(3)} | {chr(32 + i): 3 + i for i in range(VOCAB - 3)}
-    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<0>"))
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<0>"))  # noqa: S106 - a token of text
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     tokenizer.decoder = decoders.Fuse()
     tokenizer.save(str(folder / "tokenizer.json"))

@@ -174,9 +174,9 @@ def _memory(
     capacity = num_blocks * settings.block_size
     if capacity < min(wanted, 2 * settings.block_size) or (generation.max_seq_len and capacity < wanted):
         raise ResourcesExhausted(
-            f"the key-value cache holds {capacity} tokens ({budget / 1e9:.2f} GB at {token_bytes} bytes a token), "
-            f"and one sequence of max_seq_len={wanted} does not fit. Raise LORAMUX_KV_MEMORY_GB or lower "
-            "max_seq_len."
+            f"the key-value cache holds {capacity} tokens ({budget / 1e9:.2f} GB at {token_bytes} bytes a "
+            f"token), and one sequence of max_seq_len={wanted} does not fit. "
+            "Raise LORAMUX_KV_MEMORY_GB or lower max_seq_len."
         )
     blocks = BlockManager(num_blocks, settings.block_size, prefix_cache=settings.prefix_cache)
     limits = Limits(

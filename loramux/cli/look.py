@@ -12,7 +12,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from loramux.cli import shell
 from loramux.client import INFERENCE, OPTIONS, Client
-from shared.faults import SourceUnavailable
+from shared.faults import ServerUnavailable
 from shared.rpc.status import CallFailed, fault_of
 
 CHECK_S = 5.0
@@ -69,7 +69,7 @@ async def _health(address: str, service: str, wait_s: float) -> str:
         late = time.monotonic() >= deadline
         try:
             status = await check(address, service)
-        except SourceUnavailable:
+        except ServerUnavailable:
             if late:
                 raise
             status = ""
@@ -79,19 +79,19 @@ async def _health(address: str, service: str, wait_s: float) -> str:
 
 
 async def until_serving(address: str, timeout_s: float | None = None) -> None:
-    """Wait until a server is SERVING; raises `SourceUnavailable` when the time is over."""
+    """Wait until a server is SERVING; raises `ServerUnavailable` when the time is over."""
     try:
         async with asyncio.timeout(timeout_s):
             while await _status(address) != SERVING:
                 await asyncio.sleep(POLL_S)
     except TimeoutError:
-        raise SourceUnavailable(f"{address} is not SERVING after {timeout_s} s") from None
+        raise ServerUnavailable(f"{address} is not SERVING after {timeout_s} s") from None
 
 
 async def _status(address: str) -> str:
     try:
         return await check(address)
-    except (SourceUnavailable, CallFailed):  # not up yet, or too busy to answer in time
+    except (ServerUnavailable, CallFailed):  # not up yet, or too busy to answer in time
         return ""
 
 

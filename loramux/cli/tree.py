@@ -18,7 +18,7 @@ from typing import Any, Self
 
 from loramux.cli import shell
 from loramux.cli.logs import follow, tail
-from shared.faults import Fault, SourceUnavailable, Status
+from shared.faults import Fault, ServerUnavailable, Status
 from shared.rpc.status import CallFailed
 
 DRAIN_S = 120.0  # longer than a service takes to drain; then it is killed
@@ -150,7 +150,7 @@ async def _run(work: Callable[[ProcessTree], Awaitable[None]]) -> None:
             task = asyncio.ensure_future(work(tree))
             ends: set[asyncio.Future[Any]] = {task, tree.death, stop}
             await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
-            if task.done() and isinstance(task.exception(), SourceUnavailable | CallFailed):
+            if task.done() and isinstance(task.exception(), ServerUnavailable | CallFailed):
                 await asyncio.wait({tree.death}, timeout=DEATH_NOTICE_S)
             task.cancel()
             await asyncio.wait({task})
@@ -196,4 +196,4 @@ def free_address(preferred: str) -> str:
             except OSError:
                 continue
             return f"{LOOPBACK}:{probe.getsockname()[1]}"
-    raise SourceUnavailable("this machine has no free port left")
+    raise ServerUnavailable("this machine has no free port left")

@@ -91,13 +91,19 @@ def publish_generation(store: Store, generation: Generation) -> Generation:
     numbers = generation_numbers(store, name)
     served = current.number if current else 0
     if numbers and numbers[-1] > served:
-        left = _unless_damaged(lambda: read_generation(store, name, numbers[-1]))
+        left = _unless_damaged(lambda: _canonical(store, name, numbers[-1]))
         if left is not None and left.same_content(generation):
             return _point(store, left)
     number = max([served, *numbers]) + 1
     published = generation.model_copy(update={"number": number})
     store.put(generation_key(name, number), published.to_bytes())
     return _point(store, published)
+
+
+def _canonical(store: Store, name: str, number: int) -> Generation:
+    """Read a generation that no pointer vouches for: its bytes must be those that we would write."""
+    found = read_generation(store, name, number)
+    return read_generation(store, name, number, sha256=sha256_hex(found.to_bytes()))
 
 
 def _unless_damaged(read: Callable[[], Generation | None]) -> Generation | None:

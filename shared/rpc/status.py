@@ -12,7 +12,7 @@ from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
-from shared.faults import FAULTS, Fault, Finding, InternalFault, SourceUnavailable
+from shared.faults import FAULTS, Fault, Finding, InternalFault, ServerUnavailable
 
 DOMAIN = "loramux"
 # A status travels in a trailer, and clients refuse trailers above 8 KiB.
@@ -81,7 +81,7 @@ def fault_of(error: grpc.RpcError, target: str = "") -> Fault:
     """Return the fault that a failed call stands for.
 
     A status with our ErrorInfo becomes the class of its reason; a server that cannot be reached becomes
-    `SourceUnavailable`; anything else `CallFailed` with grpc's code.
+    `ServerUnavailable`; anything else `CallFailed` with grpc's code.
     """
     status = rpc_status.from_call(error)
     reason, findings = "", []
@@ -99,5 +99,5 @@ def fault_of(error: grpc.RpcError, target: str = "") -> Fault:
         return FAULTS[reason](message, findings)
     code = error.code()
     if code is grpc.StatusCode.UNAVAILABLE:
-        return SourceUnavailable(f"no answer from {target or 'the server'}: {message}. Is it running?")
+        return ServerUnavailable(f"no answer from {target or 'the server'}: {message}. Is it running?")
     return CallFailed(f"{code.name}: {message}", code)

@@ -171,7 +171,7 @@ def test_local_folders_need_a_root(tmp_path, shop):
     """A folder outside the operator's roots is refused, also behind a link."""
     outside = write_adapter(tmp_path.parent / f"{tmp_path.name}-outside")
     (tmp_path / "link").symlink_to(outside)
-    with pytest.raises(SourceRefused, match="adapter 'link': LOCAL .* not below a folder"):
+    with pytest.raises(SourceRefused, match=r"adapter 'link': LOCAL .* not below a folder"):
         run(deployment(tmp_path, "link"), shop)
     write_adapter(tmp_path / "one")
     (tmp_path / "one" / "adapter_model.safetensors").unlink()
@@ -256,7 +256,7 @@ def test_fetch_base_verifies_a_local_base_in_place(tmp_path, shop):
     base = run(deployment(tmp_path), shop).generation.base
     assert fetch_base(base, tmp_path / "cache", shop.sources) == tmp_path / "base"
     (tmp_path / "base" / "tokenizer.json").write_text("{ }")
-    with pytest.raises(BundleCorrupt, match="tokenizer.json: expected sha256"):
+    with pytest.raises(BundleCorrupt, match=r"tokenizer\.json: expected sha256"):
         fetch_base(base, tmp_path / "cache", shop.sources)
     assert (tmp_path / "base" / "tokenizer.json").exists()
 

@@ -1,0 +1,202 @@
+from __future__ import annotations
+
+import hashlib
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from structlog.testing import capture_logs
+
+from shared.deployment import Repository, SourceKind
+from shared.faults import (
+    BundleCorrupt,
+    RepoGated,
+    RepoNotFound,
+    RevisionNotFound,
+    SourceRefused,
+    SourceUnavailable,
+)
+from shared.sources.checkpoint import describe_base, fetch_base
+from shared.sources.hub import HubSource
+from shared.sources.open import Sources
+from shared.sources.secrets import Secrets
+from tests.adapters import write_adapter, write_base
+from tests.hub import Hub, HubRepo, serve_hub
+
+COMMIT, OLD = "c" * 40, "0" * 40
+FILES = ("adapter_config.json", "adapter_model.safetensors")
+TOKEN = "hf_not_a_real_one"  # noqa: S105 - of the small hub
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """The files of a folder."""
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture
+def hub(tmp_path) -> Iterator[Hub]:
+    """A hub with an adapter, a base, a gated and a private repository."""
+    adapter = content(write_adapter(tmp_path / "adapter"))
+    below = {f"checkpoint-5/{name}": data for name, data in adapter.items()}
+    revisions = {"main": COMMIT, "v1": OLD}
+    with serve_hub() as hub:
+        hub.repos["org/adapter"] = HubRepo(revisions, {**adapter, **below, "optimizer.pt": bytes(9)})
+        base = content(write_base(tmp_path / "base"))
+        hub.repos["org/base"] = HubRepo(revisions, base, lfs=("model.safetensors",))
+        hub.repos["org/gated"] = HubRepo(revisions, adapter, token=TOKEN, gated=True)
+        hub.repos["org/private"] = HubRepo(revisions, adapter, token=TOKEN)
+        yield hub
+
+
+def source(hub: Hub, **environment: str) -> HubSource:
+    """The real client against the small hub, with these variables set."""
+    return HubSource(Secrets(None, environment), endpoint=hub.endpoint, attempts=2, wait_s=0.01)
+
+
+def repo(name: str, **fields: str) -> Repository:
+    """A repository of the hub."""
+    return Repository(source=SourceKind.HF, repo=name, **fields)
+
+
+def test_a_branch_is_resolved_to_its_commit(hub):
+    """A revision becomes a commit before anything is fetched, and sizes are known."""
+    resolved = source(hub).resolve(repo("org/adapter", revision="v1"))
+    assert resolved.repository.revision == OLD
+    assert source(hub).resolve(repo("org/adapter")).repository.revision == COMMIT
+    assert resolved.files["optimizer.pt"].size == 9
+    assert hub.downloaded() == []
+
+
+def test_only_the_named_files_are_fetched(hub, tmp_path):
+    """Files come by their literal names at the commit, are hashed, and their bytes are counted."""
+    counted: list[int] = []
+    hf = source(hub)
+    resolved = hf.resolve(repo("org/adapter"))
+    fetched = hf.fetch(resolved, FILES, tmp_path / "into", counted.append)
+    data = (tmp_path / "into" / FILES[1]).read_bytes()
+    assert fetched[FILES[1]].sha256 == hashlib.sha256(data).hexdigest()
+    assert sum(counted) == sum(file.size for file in fetched.values())
+    assert sorted(hub.downloaded()) == sorted(FILES)
+    assert all(f"/resolve/{COMMIT}/" in path for _, path in hub.requests if "/resolve/" in path)
+    assert hf.pin(resolved, fetched).revision == COMMIT
+
+
+def test_a_subfolder_is_a_root_of_its_own(hub, tmp_path):
+    """With a subfolder, names and files are those inside it."""
+    hf = source(hub)
+    resolved = hf.resolve(repo("org/adapter", subfolder="checkpoint-5"))
+    assert sorted(resolved.files) == sorted(FILES)
+    hf.fetch(resolved, FILES, tmp_path / "into")
+    assert (tmp_path / "into" / FILES[0]).is_file()
+    assert sorted(hub.downloaded()) == sorted(f"checkpoint-5/{name}" for name in FILES)
+    with pytest.raises(RepoNotFound, match="no folder 'nowhere'"):
+        hf.resolve(repo("org/adapter", subfolder="nowhere"))
+
+
+@pytest.mark.parametrize(
+    ("wanted", "fault", "text"),
+    [
+        (repo("org/nowhere"), RepoNotFound, "does not exist, or is private for this token. Set HF_TOKEN"),
+        (repo("org/private"), RepoNotFound, "does not exist, or is private for this token"),
+        (repo("org/gated"), RepoGated, "gated; the licence was not accepted"),
+        (repo("org/adapter", revision="v9"), RevisionNotFound, "no revision 'v9'"),
+        (repo("not--a/valid..id"), RepoNotFound, "no valid repository id"),
+    ],
+)
+def test_answers_have_their_reasons(hub, wanted, fault, text):
+    """What the hub refuses becomes the failure of that name, with what to do."""
+    with pytest.raises(fault, match=text.replace(".", r"\.")):
+        source(hub).resolve(wanted)
+
+
+def test_a_file_that_is_gone(hub, tmp_path):
+    """A file that vanished between listing and download is REPO_NOT_FOUND."""
+    hf = source(hub)
+    resolved = hf.resolve(repo("org/adapter"))
+    del hub.repos["org/adapter"].files[FILES[1]]
+    with pytest.raises(RepoNotFound, match="a file is gone"):
+        hf.fetch(resolved, FILES, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "environment"),
+    [("", {"HF_TOKEN": TOKEN}), ("hf_access_token", {"LORAMUX_SECRET_hf_access_token": TOKEN})],
+)
+def test_the_token_opens_what_it_may(hub, name, environment):
+    """The token is HF_TOKEN, or the secret that the repository names."""
+    wanted = repo("org/gated", runtime_secret_name=name)
+    assert source(hub, **environment).resolve(wanted).repository.revision == COMMIT
+
+
+def test_a_secret_of_a_file_comes_first(hub, tmp_path):
+    """A file of the secrets folder is read before the variable, and its name must be a plain one."""
+    (tmp_path / "token").write_text(f"{TOKEN}\n")
+    secrets = Secrets(tmp_path, {"LORAMUX_SECRET_token": "other"})
+    assert secrets.get("token") == TOKEN
+    assert secrets.get("absent") is None
+    for name in ("../token", ".token", "a/b", "a\n"):
+        with pytest.raises(SourceRefused, match="plain name"):
+            secrets.get(name)
+
+
+def test_a_secret_that_is_not_set_is_said(hub):
+    """Without the named secret public repositories open, and a refusal says where it was looked for."""
+    with capture_logs() as logs:
+        source(hub).resolve(repo("org/adapter", runtime_secret_name="absent"))  # noqa: S106 - a name
+    assert logs[0]["event"] == "secret not set, going on without"
+    with pytest.raises(RepoGated, match="LORAMUX_SECRET_absent"):
+        source(hub).resolve(repo("org/gated", runtime_secret_name="absent"))  # noqa: S106 - a name
+
+
+def test_the_token_is_never_shown(hub):
+    """Neither failures nor logs nor representations hold the token."""
+    hub.repos["org/gated"].token = "another"  # noqa: S105 - of the small hub
+    hf = source(hub, HF_TOKEN=TOKEN)
+    with capture_logs() as logs, pytest.raises(RepoGated) as refusal:
+        hf.resolve(repo("org/gated"))
+    assert TOKEN not in f"{refusal.value} {refusal.value!r} {logs} {Secrets(None, {'HF_TOKEN': TOKEN})!r}"
+
+
+def test_a_busy_hub_is_asked_again(hub):
+    """A status of 503 is tried again; one that stays is SOURCE_UNAVAILABLE."""
+    hub.failures[:] = [503]
+    assert source(hub).resolve(repo("org/adapter")).repository.revision == COMMIT
+    hub.failures[:] = [503, 503]
+    with pytest.raises(SourceUnavailable, match="status 503"):
+        source(hub).resolve(repo("org/adapter"))
+
+
+def test_a_hub_that_is_down():
+    """A hub that cannot be reached is SOURCE_UNAVAILABLE."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        nowhere = Hub(f"http://127.0.0.1:{free.getsockname()[1]}")
+        with pytest.raises(SourceUnavailable, match="org/adapter"):
+            source(nowhere).resolve(repo("org/adapter"))
+
+
+def test_digests_of_large_files_are_taken_from_the_hub(hub, tmp_path):
+    """A base is recorded without its weights being downloaded; a replica downloads and verifies them."""
+    sources = Sources({SourceKind.HF: source(hub)})
+    base = describe_base(sources, repo("org/base"))
+    assert "model.safetensors" not in hub.downloaded()
+    weights = hub.repos["org/base"].files["model.safetensors"]
+    assert base.record.files["model.safetensors"].sha256 == hashlib.sha256(weights).hexdigest()
+    assert base.record.source.revision == COMMIT
+    folder = fetch_base(base.record, tmp_path / "cache", sources)
+    assert (folder / "model.safetensors").read_bytes() == weights
+    hub.requests.clear()
+    assert fetch_base(base.record, tmp_path / "cache", sources) == folder
+    assert hub.requests == []
+
+
+def test_a_changed_download_is_refused_and_fetched_again(hub, tmp_path):
+    """A cached file that differs from the record is BUNDLE_CORRUPT once, and removed for the next try."""
+    sources = Sources({SourceKind.HF: source(hub)})
+    base = describe_base(sources, repo("org/base"))
+    folder = fetch_base(base.record, tmp_path / "cache", sources)
+    (folder / "tokenizer.json").write_bytes(b"[]")
+    with pytest.raises(BundleCorrupt, match=r"tokenizer\.json: expected sha256"):
+        fetch_base(base.record, tmp_path / "cache", sources)
+    assert fetch_base(base.record, tmp_path / "cache", sources) == folder

@@ -1,0 +1,177 @@
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import grpc
+import pytest
+
+from loramux.builder.v1 import builder_pb2 as pb
+from loramux.builder.v1 import builder_pb2_grpc
+from shared.bundle.deployments import current_generation
+from shared.bundle.reader import read_bundle
+from shared.deployment import Deployment, parse_deployment
+from shared.rpc.messages import deployment_to_message
+from shared.rpc.status import fault_of
+from shared.storage.local import LocalStore
+from tests.adapters import tensors, write_adapter, write_base
+
+ADAPTERS = 80
+State = pb.Deployment
+
+
+def environment() -> dict[str, str]:
+    """This environment without settings of ours."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("LORAMUX_")}
+
+
+@contextmanager
+def builder(folder: Path, port: int) -> Iterator[subprocess.Popen[str]]:
+    """The real process on a file store."""
+    flags = {
+        "--store": f"file://{folder}/store",
+        "--grpc": f"127.0.0.1:{port}",
+        "--local-root": str(folder),
+        "--work-dir": str(folder / "work"),
+    }
+    command = [sys.executable, "-m", "builder_service", *(part for pair in flags.items() for part in pair)]
+    log = (folder / "builder.log").open("a")
+    process = subprocess.Popen(command, stderr=log, text=True, env=environment())
+    try:
+        yield process
+    finally:
+        log.close()
+        if process.poll() is None:
+            process.kill()
+        process.wait(10)
+
+
+def free_port() -> int:
+    """A port that is free now."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def stub(port: int) -> builder_pb2_grpc.BuilderServiceStub:
+    """A client of the process, once it serves."""
+    channel = grpc.insecure_channel(f"127.0.0.1:{port}")
+    grpc.channel_ready_future(channel).result(timeout=20)
+    return builder_pb2_grpc.BuilderServiceStub(channel)
+
+
+def make(folder: Path) -> Deployment:
+    """A deployment whose bundles take a while to publish, one after the other."""
+    write_base(folder / "base")
+    local = {}
+    for i in range(ADAPTERS):
+        write_adapter(folder / f"a{i}", tensors(seed=i))
+        local[f"a{i}"] = {"source": "LOCAL", "repo": str(folder / f"a{i}")}
+    base = {"source": "LOCAL", "repo": str(folder / "base")}
+    data = {"model_name": "tiny", "build": {"checkpoint_repository": base, "lora_adapters": local}}
+    return parse_deployment(data).deployment
+
+
+def wait_for(found, what: str) -> None:
+    """Poll without a pause until a condition holds."""
+    end = time.monotonic() + 20
+    while not found():
+        assert time.monotonic() < end, what
+
+
+def test_a_killed_builder_leaves_nothing_half_visible_and_goes_on(tmp_path):
+    """kill -9 in the middle of a publish: no deployment, only whole bundles; the next start ends the build."""
+    wanted, port = make(tmp_path), free_port()
+    bundles = tmp_path / "store" / "bundles"
+    with builder(tmp_path, port) as process:
+        client = stub(port)
+        answer = client.BuildDeployment(pb.BuildDeploymentRequest(deployment=deployment_to_message(wanted)))
+        assert answer.deployment.state == State.STATE_BUILDING
+        wait_for(lambda: len(list(bundles.glob("sha256/*"))) >= 3, "no bundle appeared")
+        process.kill()
+        process.wait(10)
+    store = LocalStore(tmp_path / "store")
+    assert current_generation(store, "tiny") is None
+    assert list(store.list("deployments/")) == []
+    manifests = [key for key in store.list("bundles/") if key.endswith("/manifest.json")]
+    assert len(manifests) < ADAPTERS
+    for key in manifests:
+        read_bundle(store, key.split("/")[2])
+    assert list(store.list("builds/")) == ["builds/tiny.json"]
+
+    port = free_port()
+    with builder(tmp_path, port) as process:
+        client = stub(port)
+        states = [item.deployment for item in client.WatchDeployment(pb.WatchDeploymentRequest(name="tiny"))]
+        assert states[-1].state == State.STATE_ACTIVE
+        assert [adapter.stage for adapter in states[-1].adapters] == [pb.AdapterBuild.STAGE_DONE] * ADAPTERS
+        assert "running it again" in (tmp_path / "builder.log").read_text()
+        client.BuildDeployment(pb.BuildDeploymentRequest(deployment=deployment_to_message(wanted)))
+        again = [item.deployment for item in client.WatchDeployment(pb.WatchDeploymentRequest(name="tiny"))][-1]
+        assert (again.state, again.generation, again.unchanged) == (State.STATE_ACTIVE, 1, True)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
+    assert list(store.list("builds/")) == []
+    generation = current_generation(store, "tiny")
+    assert generation is not None
+    for record in generation.adapters.values():
+        read_bundle(store, record.digest)
+
+
+def test_a_killed_build_that_was_never_taken_up_is_not_found(tmp_path):
+    """Without its journal a killed build is as if it had never been: Get says so, and building works."""
+    wanted, port = make(tmp_path), free_port()
+    with builder(tmp_path, port) as process:
+        stub(port).BuildDeployment(pb.BuildDeploymentRequest(deployment=deployment_to_message(wanted)))
+        wait_for(lambda: list((tmp_path / "store" / "bundles").glob("sha256/*/*")), "no object appeared")
+        process.kill()
+        process.wait(10)
+    LocalStore(tmp_path / "store").delete("builds/tiny.json")
+    port = free_port()
+    with builder(tmp_path, port):
+        client = stub(port)
+        with pytest.raises(grpc.RpcError) as error:
+            client.GetDeployment(pb.GetDeploymentRequest(name="tiny"))
+        assert fault_of(error.value).reason == "DEPLOYMENT_NOT_FOUND"
+        client.BuildDeployment(pb.BuildDeploymentRequest(deployment=deployment_to_message(wanted)))
+        states = [item.deployment for item in client.WatchDeployment(pb.WatchDeploymentRequest(name="tiny"))]
+        assert states[-1].state == State.STATE_ACTIVE
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--store", "ftp://x"], "store 'ftp://x': expected s3://BUCKET/PREFIX, file:///DIR"),
+        (["--grpc", "nonsense"], "--grpc=nonsense: expected HOST:PORT"),
+        (["--max-concurrent-builds", "0"], "--max-concurrent-builds=0"),
+    ],
+)
+def test_bad_settings_end_the_start(tmp_path, flags, said):
+    """A bad setting is one line that names it, the value and what is allowed; the status is 2."""
+    store = [] if "--store" in flags else ["--store", f"file://{tmp_path}"]
+    command = [sys.executable, "-m", "builder_service", *store, *flags]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=30, env=environment(), check=False)
+    assert ended.returncode == 2
+    (line,) = ended.stderr.splitlines()
+    assert said in line
+
+
+def test_a_taken_port_ends_the_start(tmp_path):
+    """A port that another process has is named, and nothing is shared with it."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        command = [sys.executable, "-m", "builder_service", "--store", f"file://{tmp_path}", "--grpc", address]
+        ended = subprocess.run(
+            command, capture_output=True, text=True, timeout=30, env=environment(), check=False
+        )
+    assert ended.returncode == 2
+    assert f"cannot listen on '{address}'" in ended.stderr

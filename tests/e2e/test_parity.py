@@ -1,0 +1,82 @@
+"""The demo's model and adapters through builder, store and engine, against transformers and PEFT in float32."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from builder_service.pipeline.build import build
+from builder_service.pipeline.progress import Progress
+from builder_service.pipeline.workshop import Workshop
+from inference_service.serving.startup import Ready, load
+from shared.settings import InferenceSettings
+from shared.sources.open import open_sources
+from shared.storage.base import Store
+from shared.storage.local import LocalStore
+from shared.storage.open import open_store
+from tests.e2e.real import EXAMPLES, NEW_TOKENS, deployment, in_float32, oracle_answers, prompts
+from tests.s3_gateway import S3Server
+from tests.tiny import run_engine
+
+pytestmark = pytest.mark.timeout(400)
+MIXED = 8
+
+
+def _ready(store: Store) -> tuple[Ready, list[list[int]], tuple[Path, ...]]:
+    """Build the demo's deployment in float32 into a store, and load it from there."""
+    wanted = in_float32(deployment())
+    base = Path(wanted.build.checkpoint_repository.repo)
+    roots = (EXAMPLES, base)
+    build(wanted, Workshop(store, open_sources(local_roots=roots)), Progress(wanted.build.lora_adapters))
+    settings = InferenceSettings(
+        deployment=wanted.model_name, dtype="float32", local_roots=roots, kv_memory_gb=0.2, prefix_cache=False
+    )
+    return load(settings, store), prompts(base), roots
+
+
+def _expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[list[int]]]:
+    shared = tmp_path_factory.getbasetemp()
+    folder = shared.parent if shared.name.startswith("popen-") else shared
+    return oracle_answers(deployment(), folder / "oracle.json")
+
+
+def _mixed_batches(ready: Ready, asked: Sequence[Sequence[int]], expected: dict[str, list[list[int]]]) -> None:
+    """Every model meets every prompt, eight at a time, base and adapters side by side."""
+    models = list(expected)
+    pairs = [
+        (models[(place + turn) % len(models)], place)
+        for turn in range(len(models))
+        for place in range(len(asked))
+    ]
+    for start in range(0, len(pairs), MIXED):
+        batch = pairs[start : start + MIXED]
+        assert len({model for model, _ in batch}) == len(models)
+        answers = run_engine(ready, [(model, asked[place]) for model, place in batch], NEW_TOKENS)
+        for (model, place), answer in zip(batch, answers, strict=True):
+            assert answer == expected[model][place], (model, place)
+
+
+def test_mixed_batches_equal_peft(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """In batches of eight that mix base and adapters, every token is PEFT's."""
+    ready, asked, _ = _ready(LocalStore(tmp_path))
+    _mixed_batches(ready, asked, _expected(tmp_path_factory))
+
+
+def test_each_alone_equals_peft(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """One request at a time, every token is PEFT's."""
+    ready, asked, _ = _ready(LocalStore(tmp_path))
+    for model, answers in _expected(tmp_path_factory).items():
+        for place, prompt in enumerate(asked):
+            assert run_engine(ready, [(model, prompt)], NEW_TOKENS)[0] == answers[place], (model, place)
+
+
+def test_bundles_from_an_s3_server_give_the_same_tokens(
+    s3_server: S3Server, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Built into and read from a real S3 server, every token of the mixed batches is PEFT's."""
+    for name, value in s3_server.environment.items():
+        monkeypatch.setenv(name, value)
+    ready, asked, _ = _ready(open_store(f"s3://{s3_server.new_bucket()}/loramux"))
+    _mixed_batches(ready, asked, _expected(tmp_path_factory))

@@ -1,0 +1,141 @@
+"""A small Hugging Face hub in a thread: what the real client asks, answered from memory."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+from urllib.parse import urlsplit
+
+_INFO = re.compile(r"/api/models/(?P<repo>[^/]+/[^/]+)(?:/revision/(?P<revision>[^/?]+))?")
+_FILE = re.compile(r"/(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<path>.+)")
+
+
+@dataclass
+class HubRepo:
+    """A repository with one commit per revision name."""
+
+    revisions: dict[str, str]
+    """Commit by branch or tag."""
+    files: dict[str, bytes]
+    token: str = ""
+    """The token that opens it; none is needed when empty."""
+    gated: bool = False
+    lfs: tuple[str, ...] = ()
+    """Files that the hub keeps as LFS objects."""
+
+
+@dataclass
+class Hub:
+    """The hub's content, and what was asked."""
+
+    endpoint: str = ""
+    repos: dict[str, HubRepo] = field(default_factory=dict)
+    requests: list[tuple[str, str]] = field(default_factory=list)
+    """(method, path), in order."""
+    failures: list[int] = field(default_factory=list)
+    """Statuses to answer the next requests with."""
+
+    def downloaded(self) -> list[str]:
+        """The paths of files whose content was sent."""
+        return [
+            match["path"]
+            for method, path in self.requests
+            if method == "GET" and (match := _FILE.fullmatch(path))
+        ]
+
+
+@contextmanager
+def serve_hub() -> Iterator[Hub]:
+    """Run a hub on a free port."""
+    hub = Hub()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": hub}))
+    hub.endpoint = f"http://127.0.0.1:{server.server_port}"
+    thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
+    thread.start()
+    try:
+        yield hub
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    hub: Hub
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        self._serve(send_body=True)
+
+    def do_HEAD(self) -> None:
+        self._serve(send_body=False)
+
+    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the base class's name
+        pass
+
+    def _serve(self, *, send_body: bool) -> None:
+        path = urlsplit(self.path).path
+        self.hub.requests.append((self.command, path))
+        if self.hub.failures:
+            self._answer(self.hub.failures.pop(0), b"", send_body)
+            return
+        match = _INFO.fullmatch(path) or _FILE.fullmatch(path)
+        repo = self.hub.repos.get(match["repo"]) if match else None
+        opened = repo and (not repo.token or self.headers.get("Authorization") == f"Bearer {repo.token}")
+        if match is None or repo is None or not (opened or repo.gated):
+            self._error(401, "RepoNotFound", send_body)
+        elif not opened:
+            self._error(403, "GatedRepo", send_body)
+        else:
+            self._content(repo, match, send_body)
+
+    def _content(self, repo: HubRepo, match: re.Match[str], send_body: bool) -> None:
+        name = match["revision"] or "main"
+        commit = name if name in repo.revisions.values() else repo.revisions.get(name)
+        path = match.groupdict().get("path")
+        if commit is None:
+            self._error(404, "RevisionNotFound", send_body)
+        elif path is None:
+            body = {
+                "id": match["repo"],
+                "sha": commit,
+                "siblings": [_sibling(repo, file) for file in repo.files],
+            }
+            self._answer(200, json.dumps(body).encode(), send_body, **{"Content-Type": "application/json"})
+        elif path not in repo.files:
+            self._error(404, "EntryNotFound", send_body)
+        else:
+            data = repo.files[path]
+            headers = {"ETag": f'"{_sha(data)}"', "X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
+            self._answer(200, data, send_body, **headers)
+
+    def _error(self, status: int, code: str, send_body: bool) -> None:
+        self._answer(status, b"{}", send_body, **{"X-Error-Code": code})
+
+    def _answer(self, status: int, body: bytes, send_body: bool, **headers: str) -> None:
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if send_body:
+            self.wfile.write(body)
+
+
+def _sibling(repo: HubRepo, name: str) -> dict[str, Any]:
+    data = repo.files[name]
+    sibling: dict[str, Any] = {"rfilename": name, "size": len(data), "blobId": hashlib.sha1(data).hexdigest()}  # noqa: S324 - git's
+    if name in repo.lfs:
+        sibling["lfs"] = {"size": len(data), "sha256": _sha(data), "pointerSize": 134}
+    return sibling
+
+
+def _sha(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

@@ -1,0 +1,97 @@
+"""Stop texts, incremental detokenizing, chat templates."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from inference_service.serving.text import ChatTemplate, StopTexts, Text
+from shared.faults import CheckpointInvalid, RequestInvalid
+
+
+@given(
+    st.lists(st.text("ab", max_size=4), max_size=12),
+    st.lists(st.text("ab", min_size=1, max_size=4), max_size=3),
+)
+def test_stop_texts_cut_at_the_first_one_however_the_text_is_split(pieces: list[str], stops: list[str]) -> None:
+    """Whatever the pieces, what was shown is the text before the earliest stop text that was complete first."""
+    finder = StopTexts(stops)
+    shown = ""
+    whole = ""
+    for piece in pieces:
+        shown += finder.push(piece)
+        whole += piece
+        hits = [whole.find(stop) for stop in stops if stop in whole]
+        assert (finder.found is not None) == bool(hits)
+        if hits:
+            assert shown == whole[: min(hits)]
+            return
+        assert whole.startswith(shown)
+    assert shown + finder.flush() == whole
+
+
+def test_nothing_is_shown_behind_a_stop_text() -> None:
+    """Text that comes after a stop text is dropped, and the stop text itself too."""
+    finder = StopTexts(["END"])
+    assert finder.push("one E") == "one "
+    assert finder.push("ND two") == ""
+    assert finder.found == "END"
+    assert finder.push("three") == ""
+
+
+def _byte_text() -> Text:
+    """A tokenizer of single bytes: characters of several bytes come in pieces."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({char: index for index, char in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return Text(tokenizer, None, 256)
+
+
+@given(st.text(max_size=30), st.text(max_size=30))
+def test_pieces_of_characters_are_held_back_and_nothing_is_lost(prompt: str, answer: str) -> None:
+    """The pieces join to the answer, and none holds half a character."""
+    text = _byte_text()
+    detokenizer = text.detokenizer(text.encode(prompt))
+    pieces = [detokenizer.push(token) for token in text.encode(answer)]
+    assert "".join(pieces) == answer
+    assert all("\N{REPLACEMENT CHARACTER}" not in piece for piece in pieces if "\ufffd" not in answer)
+
+
+def test_a_template_renders_as_hugging_face_does() -> None:
+    """Blocks are trimmed, special tokens are known, and the assistant's turn is asked for."""
+    template = ChatTemplate(
+        "{{ bos_token }}{% for m in messages %}\n[{{ m.role }}] {{ m.content }}\n{% endfor %}\n"
+        "{% if add_generation_prompt %}[assistant]{% endif %}",
+        {"bos_token": "<s>"},
+    )
+    assert template.render([{"role": "user", "content": "hi"}]) == "<s>[user] hi\n[assistant]"
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ raise_exception('no system turns') }}",
+        "{{ messages.__class__.__mro__ }}",
+        "{{ messages + 1 }}",
+        "{{ 1 // 0 }}",
+    ],
+)
+def test_a_template_that_refuses_or_reaches_out_is_an_error_of_the_request(source: str) -> None:
+    """What goes wrong inside a template is named, and a template reaches nothing but the messages."""
+    with pytest.raises(RequestInvalid):
+        ChatTemplate(source, {}).render([{"role": "user", "content": "hi"}])
+
+
+def test_a_template_that_cannot_be_parsed_is_refused_at_load() -> None:
+    """A broken template stops the start."""
+    with pytest.raises(CheckpointInvalid):
+        ChatTemplate("{% for %}", {})
+
+
+def test_messages_without_a_template_are_refused() -> None:
+    """A base model without a chat template says so."""
+    with pytest.raises(RequestInvalid):
+        _byte_text().encode_messages([{"role": "user", "content": "hi"}])
