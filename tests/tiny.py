@@ -1,4 +1,4 @@
-"""A tiny random Llama, its adapters saved by the real PEFT, built by the real builder, run by the real engine."""
+"""A tiny random Llama and adapters saved by the real PEFT, through the real builder and engine."""
 
 from __future__ import annotations
 

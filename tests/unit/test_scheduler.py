@@ -151,7 +151,7 @@ REQUEST = st.tuples(
     st.lists(st.one_of(REQUEST, st.just("step"), st.just("abort")), min_size=1, max_size=40), st.integers(8, 30)
 )
 def test_budgets_hold_and_every_request_ends_once(actions: list[object], num_blocks: int) -> None:
-    """Whatever comes, goes, expires or is preempted: no bound is exceeded, each request that is not aborted ends
+    """Whatever comes, goes, expires or is preempted: no bound is exceeded, a request that is not aborted ends
     exactly once, and all blocks come back."""
     engine, runner, blocks = _engine(blocks=num_blocks, max_tokens=16, max_seqs=4, max_adapters=2)
     added: dict[str, Sequence] = {}

@@ -1,0 +1,137 @@
+"""What a person can get wrong in a build: each has its name, and leaves nothing in the store."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from tests.adapters import tensors, write_adapter, write_base
+from tests.e2e.test_builder_kill import builder, free_port
+
+LORAMUX = Path(sys.executable).parent / "loramux"
+
+
+class Bench:
+    """A running builder, and a folder with a base and one good adapter."""
+
+    def __init__(self, folder: Path, address: str) -> None:
+        self.folder = folder
+        self.address = address
+
+    def file(self, **lora: object) -> Path:
+        """A deployment file over everything in the folder's adapters."""
+        data = {
+            "model_name": "wrong",
+            "trt_llm": {
+                "build": {
+                    "checkpoint_repository": {"source": "LOCAL", "repo": "base"},
+                    "lora_adapters": {
+                        name: {"source": "LOCAL", "repo": f"adapters/{name}"}
+                        for name in sorted(path.name for path in (self.folder / "adapters").iterdir())
+                    },
+                    **lora,
+                }
+            },
+        }
+        path = self.folder / "deployment.yaml"
+        path.write_text(yaml.safe_dump(data))
+        return path
+
+    def build(self, path: Path) -> tuple[int, str]:
+        """Run `loramux build`; exit status and all that it printed."""
+        command = [LORAMUX, "build", path, "--builder", self.address]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+        return done.returncode, done.stdout + done.stderr
+
+    def stored(self) -> list[Path]:
+        """Every file in the store."""
+        return [path for path in (self.folder / "store").rglob("*") if path.is_file()]
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Iterator[Bench]:
+    write_base(tmp_path / "base")
+    write_adapter(tmp_path / "adapters" / "good", tensors())
+    port = free_port()
+    with builder(tmp_path, port):
+        address = f"127.0.0.1:{port}"
+        subprocess.run([LORAMUX, "health", address, "--wait", "20"], check=True, capture_output=True)
+        yield Bench(tmp_path, address)
+
+
+def _rank(folder: Path) -> None:
+    write_adapter(folder, tensors(rank=12), r=12)
+
+
+def _nan(folder: Path) -> None:
+    wrong = tensors()
+    first = next(iter(wrong))
+    wrong[first] = wrong[first].copy()
+    wrong[first].flat[3] = np.nan
+    write_adapter(folder, wrong)
+
+
+def _other_base(folder: Path) -> None:
+    wrong = {name: np.concatenate([value, value], axis=1) if "lora_A" in name else value
+             for name, value in tensors().items()}  # fmt: skip
+    write_adapter(folder, wrong)
+
+
+def _no_weights(folder: Path) -> None:
+    write_adapter(folder, tensors())
+    (folder / "adapter_model.safetensors").unlink()
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (_rank, ["E_RANK_MAX", "12", "8"]),
+        (_nan, ["E_NAN"]),
+        (_other_base, ["E_DIMS", "32", "16"]),
+        (_no_weights, ["E_NO_WEIGHTS", "adapter_model.safetensors"]),
+    ],
+    ids=["rank", "nan", "other base", "missing file"],
+)
+def test_a_wrong_adapter_is_refused_by_name(
+    bench: Bench, make: Callable[[Path], None], said: list[str]
+) -> None:
+    """The whole build is refused, with what was expected and found, and the store is as it was."""
+    make(bench.folder / "adapters" / "bad")
+    status, text = bench.build(bench.file(max_lora_rank=8))
+    assert status == 1
+    for part in ("ADAPTER_INVALID", "bad", *said):
+        assert part in text
+    assert "Traceback" not in text
+    assert bench.stored() == []
+
+
+def test_a_misspelt_key_is_named_with_the_nearest_one(bench: Bench) -> None:
+    """A typing error in the file never reaches the builder."""
+    status, text = bench.build(bench.file(max_seq_length=8))
+    assert status == 1
+    for part in ("DEPLOYMENT_INVALID", "max_seq_length", "max_seq_len"):
+        assert part in text
+    assert bench.stored() == []
+
+
+def test_the_good_adapter_alone_is_built(bench: Bench) -> None:
+    """What was refused beside a bad adapter is fine without it."""
+    status, text = bench.build(bench.file(max_lora_rank=8))
+    assert status == 0, text
+    assert any(path.name == "current.json" for path in bench.stored())
+
+
+def test_an_unknown_deployment_stops_the_inference_service_with_its_name(bench: Bench) -> None:
+    """Serving what was never built says what there is, in one line and with exit status 1."""
+    command = [LORAMUX, "serve", "--deployment", "nowhere", "--store", f"file://{bench.folder}/store"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 1
+    assert "DEPLOYMENT_NOT_FOUND" in done.stderr
+    assert "'nowhere'" in done.stderr
+    assert "Traceback" not in done.stderr
