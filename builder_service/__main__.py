@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import structlog
 
 from builder_service.pipeline.builds import Builds
+from builder_service.pipeline.check import Checks
 from builder_service.pipeline.workshop import Workshop
 from builder_service.rpc.servicer import SERVICE_NAME, BuilderServicer
 from shared.faults import Fault, SettingsInvalid
@@ -40,18 +41,25 @@ async def serve(settings: BuilderSettings) -> None:
     """Serve until a signal, then drain."""
     shop = Workshop(
         store=open_store(settings.store),
-        sources=open_sources(local_roots=settings.local_roots, secrets_dir=settings.secrets_dir),
+        sources=open_sources(
+            local_roots=settings.local_roots,
+            allowed_hosts=settings.allowed_hosts,
+            secrets_dir=settings.secrets_dir,
+            work_dir=settings.work_dir,
+        ),
         work_dir=settings.work_dir,
     )
     await asyncio.to_thread(shop.sweep)
     builds = Builds(shop, max_concurrent=settings.max_concurrent_builds)
-    server = RpcServer(settings.grpc, {SERVICE_NAME: BuilderServicer(builds).register})
+    checks = Checks(shop)
+    server = RpcServer(settings.grpc, {SERVICE_NAME: BuilderServicer(builds, checks).register})
     address = await server.start()
     recovered = await builds.recover()
     await server.set_serving(True)
     log.info("builder service ready", grpc=address, store=shop.store.uri, builds_taken_up=recovered)
     number = await until_signal()
     log.info("draining", signal=number.name, timeout_s=settings.drain_timeout_s)
+    checks.stop()
     # The watchers' streams end with the builds, so the builds must end first.
     draining = asyncio.create_task(builds.drain(settings.drain_timeout_s))
     await server.drain(settings.drain_timeout_s + 1)
@@ -75,9 +83,16 @@ def _settings(arguments: Sequence[str] | None) -> BuilderSettings:
         action="append",
         help="A folder from which LOCAL repositories may be read; may be repeated.",
     )
+    parser.add_argument(
+        "--allow-host",
+        dest="allowed_hosts",
+        action="append",
+        help="A host that REMOTE_URL may reach though its address is not public; may be repeated.",
+    )
     given = vars(parser.parse_args(arguments))
-    if given["local_roots"] is not None:
-        given["local_roots"] = tuple(given["local_roots"])
+    for name in ("local_roots", "allowed_hosts"):
+        if given[name] is not None:
+            given[name] = tuple(given[name])
     return load_settings(BuilderSettings, **given)
 
 

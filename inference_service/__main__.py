@@ -38,9 +38,16 @@ def main() -> int:
     parser.add_argument(
         "--local-root", action="append", dest="local_roots", help="a folder that LOCAL may read"
     )
+    parser.add_argument(
+        "--allow-host",
+        action="append",
+        dest="allowed_hosts",
+        help="a host that REMOTE_URL may reach though its address is not public",
+    )
     flags = vars(parser.parse_args())
-    if flags["local_roots"]:
-        flags["local_roots"] = tuple(flags["local_roots"])
+    for name in ("local_roots", "allowed_hosts"):
+        if flags[name]:
+            flags[name] = tuple(flags[name])
     log_to_stderr()
     try:
         settings = load_settings(InferenceSettings, **flags)

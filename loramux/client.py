@@ -27,14 +27,18 @@ from loramux.builder.v1 import builder_pb2
 from loramux.builder.v1.builder_pb2_grpc import BuilderServiceStub
 from loramux.inference.v1 import inference_pb2
 from loramux.inference.v1.inference_pb2_grpc import InferenceServiceStub
-from loramux.mapping import completion_of, deployment_of, event_of, generate_request, model_of
-from loramux.records import Completion, DeploymentInfo, Event, GenerateOptions, ModelInfo, Prompt
-from shared.deployment import Deployment
-from shared.rpc.messages import deployment_to_message
+from loramux.mapping import completion_of, deployment_of, event_of, generate_request, model_of, report_of
+from loramux.records import AdapterReport, Completion, DeploymentInfo, Event, GenerateOptions, ModelInfo, Prompt
+from shared.deployment import Deployment, LoraConfiguration, Repository
+from shared.rpc.messages import check_request, deployment_to_message
 from shared.rpc.status import CallFailed, fault_of
+from shared.spelling import parse_repository
 
 INFERENCE = "127.0.0.1:50052"
 BUILDER = "127.0.0.1:50051"
+CHECK_TIMEOUT_S = 600.0
+"""A check fetches the adapter."""
+DEFAULT_LORA = LoraConfiguration()
 OPTIONS = (
     ("grpc.enable_http_proxy", 0),  # an http_proxy of the environment is for the web, not for these services
     ("grpc.max_receive_message_length", 16 * 1024 * 1024),
@@ -60,6 +64,13 @@ def _named(target: str) -> Iterator[None]:
 def _build_request(deployment: Deployment, request_id: str | None) -> builder_pb2.BuildDeploymentRequest:
     spec = deployment_to_message(deployment)
     return builder_pb2.BuildDeploymentRequest(deployment=spec, request_id=request_id or "")
+
+
+def _check_request(
+    adapter: Repository | str, base: Repository | str, lora: LoraConfiguration
+) -> builder_pb2.CheckAdapterRequest:
+    named = [parse_repository(each) if isinstance(each, str) else each for each in (adapter, base)]
+    return check_request(named[0], named[1], lora)
 
 
 def _watched(message: builder_pb2.WatchDeploymentResponse) -> DeploymentInfo:
@@ -160,6 +171,22 @@ class Client(_Addresses):
                 return found
             request = builder_pb2.ListDeploymentsRequest(page_token=answer.next_page_token)
 
+    def check(
+        self,
+        adapter: Repository | str,
+        base: Repository | str,
+        lora: LoraConfiguration = DEFAULT_LORA,
+        *,
+        timeout_s: float | None = CHECK_TIMEOUT_S,
+    ) -> AdapterReport:
+        """Check an adapter against a base as a build would; nothing is written.
+
+        Both may be words, see `shared.spelling`: ``"org/name@main"``, ``"./folder"``, ``"s3://bucket/prefix"``.
+        """
+        with _named(self.builder):
+            answer = self._builder.CheckAdapter(_check_request(adapter, base, lora), timeout=timeout_s)
+        return report_of(answer.report)
+
     @staticmethod
     def _stream(
         start: Callable[[], Any], target: str, decode: Callable[[Any], _T | None]
@@ -254,6 +281,19 @@ class AsyncClient(_Addresses):
             if not answer.next_page_token:
                 return found
             request = builder_pb2.ListDeploymentsRequest(page_token=answer.next_page_token)
+
+    async def check(
+        self,
+        adapter: Repository | str,
+        base: Repository | str,
+        lora: LoraConfiguration = DEFAULT_LORA,
+        *,
+        timeout_s: float | None = CHECK_TIMEOUT_S,
+    ) -> AdapterReport:
+        """Check an adapter against a base as a build would; nothing is written."""
+        with _named(self.builder):
+            answer = await self._builder.CheckAdapter(_check_request(adapter, base, lora), timeout=timeout_s)
+        return report_of(answer.report)
 
     @staticmethod
     async def _stream(

@@ -13,6 +13,7 @@ from loramux.builder.v1 import builder_pb2
 from loramux.inference.v1 import inference_pb2 as pb
 from loramux.records import (
     AdapterInfo,
+    AdapterReport,
     Completion,
     Delta,
     DeploymentInfo,
@@ -23,13 +24,16 @@ from loramux.records import (
     GenerateOptions,
     ModelInfo,
     Prompt,
+    RowReport,
     Stage,
     Started,
     TokenLogprobs,
     Usage,
 )
+from shared.bundle.manifest import FileDigest
+from shared.deployment import Dtype
 from shared.faults import FAULTS, Fault, Finding, InternalFault, RequestInvalid
-from shared.rpc.messages import finding_from_message
+from shared.rpc.messages import DTYPE_NAMES, finding_from_message, repository_from_message
 
 _E = TypeVar("_E", bound=StrEnum)
 
@@ -177,6 +181,26 @@ def _adapter(message: builder_pb2.AdapterBuild) -> AdapterInfo:
         warnings=_findings(message.warnings),
         reused=message.reused,
     )
+
+
+def report_of(message: builder_pb2.AdapterReport) -> AdapterReport:
+    """Return the report of a check."""
+    return AdapterReport(
+        accepted=message.accepted,
+        adapter=repository_from_message(message.adapter),
+        base=repository_from_message(message.base),
+        files={file.name: FileDigest(size=file.size, sha256=file.sha256) for file in message.files},
+        findings=_findings(message.findings),
+        rows=tuple(map(_row, message.rows)),
+        dtype=DTYPE_NAMES.get(message.dtype) or Dtype.BFLOAT16,
+        bundle_bytes=message.bundle_bytes,
+        base_model_name=message.base_model_name,
+    )
+
+
+def _row(message: builder_pb2.AdapterRow) -> RowReport:
+    fields = {name: getattr(message, name) for name in RowReport.__dataclass_fields__}
+    return RowReport(**fields | {"truncated_from": message.truncated_from or None})
 
 
 def _fault(message: builder_pb2.Failure) -> Fault:

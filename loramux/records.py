@@ -8,6 +8,8 @@ from datetime import datetime
 from enum import StrEnum
 from typing import TypeAlias, TypedDict
 
+from shared.bundle.manifest import FileDigest
+from shared.deployment import Dtype, Repository
 from shared.faults import Fault, Finding
 
 
@@ -75,6 +77,7 @@ class Stage(StrEnum):
     PUBLISHING = "publishing"
     DONE = "done"
     REFUSED = "refused"
+    PROVING = "proving"
 
 
 @dataclass(frozen=True)
@@ -202,3 +205,49 @@ class DeploymentInfo:
     """Why the newest build failed: ready to be raised."""
     unchanged: bool
     """Whether the newest build found everything published already."""
+
+
+@dataclass(frozen=True)
+class RowReport:
+    """A module of a layer that an adapter changes."""
+
+    layer: int
+    module_id: int
+    module: str
+    """TensorRT-LLM's name, for example ``attn_q``."""
+    rank: int
+    in_features: int
+    out_features: int
+    scale: float
+    """alpha/r or alpha/sqrt(r)."""
+    norm_a: float
+    norm_b: float
+    """With the scale."""
+    norm_ba: float
+    """Of the product: how much the adapter changes this module."""
+    truncated_from: int | None
+    """The adapter's own rank, where it was truncated."""
+    truncation_error: float
+    """Of the product, relative."""
+
+
+@dataclass(frozen=True)
+class AdapterReport:
+    """Everything that is known about an adapter after its check."""
+
+    accepted: bool
+    """Whether a build would take it."""
+    adapter: Repository
+    """With the resolved revision, where the files were fetched."""
+    base: Repository
+    files: Mapping[str, FileDigest]
+    """What a bundle is made from, by name; empty where the adapter was refused for its files."""
+    findings: tuple[Finding, ...]
+    """Errors first."""
+    rows: tuple[RowReport, ...]
+    """By (layer, module id); empty where the adapter was refused."""
+    dtype: Dtype
+    """Storage type of the bundle."""
+    bundle_bytes: int
+    base_model_name: str
+    """What the adapter says that it was trained on."""

@@ -101,7 +101,7 @@ class Repository(Model):
     repo: str = Field(min_length=1, max_length=4096)
     """``namespace/name`` for HF, an absolute directory for LOCAL, else an address."""
     revision: str = ""
-    """Branch, tag or commit; after resolving always a commit (HF) or a content digest (LOCAL)."""
+    """Branch, tag or commit (HF); else a digest: of the archive (REMOTE_URL), or of the files that are used."""
     subfolder: str = ""
     """A folder inside the repository that holds the files."""
     runtime_secret_name: str = ""
@@ -114,12 +114,26 @@ class Repository(Model):
             raise ValueError("must be a relative path inside the repository")
         return value.strip("/")
 
+    @property
+    def shown(self) -> str:
+        """``repo`` for messages, logs and records: without what in an address may be secret."""
+        if self.source in {SourceKind.HF, SourceKind.LOCAL}:
+            return self.repo
+        address = re.split(r"[?#]", self.repo, maxsplit=1)[0]
+        return re.sub(r"//[^/]*@", "//", address)
+
+    def __repr_args__(self) -> Any:
+        for name, value in super().__repr_args__():
+            yield name, self.shown if name == "repo" else value
+
 
 class LoraConfiguration(Model):
     """Ceilings for all adapters of the deployment."""
 
     max_lora_rank: int = Field(default=DEFAULT_MAX_LORA_RANK, ge=1, le=4096)
-    """An adapter above it is refused, never truncated."""
+    """An adapter above it is refused, never truncated, unless truncate_to_rank asks for it."""
+    truncate_to_rank: int | None = Field(default=None, ge=1, le=4096)
+    """An explicit wish: rows of a higher rank are replaced by their best approximation of this rank."""
     lora_target_modules: tuple[str, ...] = ()
     """When given, an adapter that targets more is refused. Empty: taken from the adapters."""
     dtype: Dtype | None = None
@@ -139,6 +153,8 @@ class Build(Model):
     """Adapters by the name under which they are served."""
     lora_configuration: LoraConfiguration = LoraConfiguration()
     """Ceilings for all adapters."""
+    prove: bool = False
+    """Record in every bundle what it should answer; replicas replay it before they serve. Needs torch."""
 
     @model_validator(mode="before")
     @classmethod
@@ -241,6 +257,18 @@ def parse_deployment(data: Any, *, default_name: str = "") -> DeploymentFile:
     return DeploymentFile(deployment=deployment, ignored=tuple(ignored))
 
 
+def parse_lora_configuration(**fields: Any) -> LoraConfiguration:
+    """Return ceilings from values that are not checked yet.
+
+    Raises:
+        DeploymentInvalid: with one finding per bad value.
+    """
+    try:
+        return LoraConfiguration.model_validate(fields)
+    except ValidationError as error:
+        raise DeploymentInvalid("bad ceilings", findings_of(error, LoraConfiguration)) from error
+
+
 def findings_of(error: ValidationError, model: type[BaseModel]) -> list[Finding]:
     """One finding per violation, with the nearest known key beside an unknown one."""
     return [_finding(item, model) for item in error.errors(include_url=False)]
@@ -269,7 +297,7 @@ def _finding(item: Any, model: type[BaseModel]) -> Finding:
         code="E_BAD_FIELD",
         where=where,
         expected=said.removeprefix("be ").removeprefix("String should "),
-        found=_shown.repr(value) if loc else "",
+        found=re.sub(r"\?.*", "?***", _shown.repr(value)) if loc else "",  # an address with a signature
         fix="Quote it." if unquoted else "",
     )
 

@@ -12,6 +12,7 @@
     ├── RevisionNotFound     REVISION_NOT_FOUND      NOT_FOUND
     ├── RepoGated            REPO_GATED              PERMISSION_DENIED
     ├── SourceRefused        SOURCE_REFUSED          PERMISSION_DENIED    not allowed by the operator
+    ├── SourceChanged        SOURCE_CHANGED          ABORTED              it changed while it was read
     ├── SourceUnavailable    SOURCE_UNAVAILABLE      UNAVAILABLE
     ├── StoreUnavailable     STORE_UNAVAILABLE       UNAVAILABLE
     ├── ServerUnavailable    SERVER_UNAVAILABLE      UNAVAILABLE          seen by a client: no answer
@@ -23,6 +24,7 @@
     ├── BuildInterrupted     BUILD_INTERRUPTED       ABORTED
     ├── QueueFull            QUEUE_FULL              RESOURCE_EXHAUSTED
     ├── BundleCorrupt        BUNDLE_CORRUPT          DATA_LOSS
+    ├── ProofFailed          PROOF_FAILED            DATA_LOSS            a bundle that answers otherwise
     ├── CheckpointInvalid    CHECKPOINT_INVALID      FAILED_PRECONDITION  a base that cannot be served
     ├── ResourcesExhausted   RESOURCES_EXHAUSTED     FAILED_PRECONDITION  it does not fit this machine
     ├── SettingsInvalid      SETTINGS_INVALID        FAILED_PRECONDITION
@@ -160,6 +162,14 @@ class SourceRefused(Fault):
     status = Status.PERMISSION_DENIED
 
 
+class SourceChanged(Fault):
+    """A repository changed between its listing and its reading; what was read is thrown away."""
+
+    reason = "SOURCE_CHANGED"
+    status = Status.ABORTED
+    retry_after_s = 5.0
+
+
 class SourceUnavailable(Fault):
     """A source does not answer; a later try may succeed."""
 
@@ -239,6 +249,13 @@ class BundleCorrupt(Fault):
     """Bytes of a store or a source whose digest is not the recorded one."""
 
     reason = "BUNDLE_CORRUPT"
+    status = Status.DATA_LOSS
+
+
+class ProofFailed(Fault):
+    """A bundle whose adapter does not answer as its proof says; the message names adapter and error."""
+
+    reason = "PROOF_FAILED"
     status = Status.DATA_LOSS
 
 

@@ -44,6 +44,16 @@ def _split(value: Any) -> Any:
     return tuple(filter(None, value.split(os.pathsep))) if isinstance(value, str) else value
 
 
+def _split_hosts(value: Any) -> Any:
+    return tuple(filter(None, map(str.strip, value.split(",")))) if isinstance(value, str) else value
+
+
+def _host(value: str) -> str:
+    if not re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9_.\-]+)(:\d{1,5})?", value):
+        raise ValueError("HOST or HOST:PORT, for example models.example.com, separated by commas")
+    return value.lower()
+
+
 def _power_of_two(value: int) -> int:
     if value & (value - 1):
         raise ValueError("a power of two")
@@ -60,6 +70,9 @@ Folders = Annotated[
     tuple[Annotated[HomePath, AfterValidator(_absolute)], ...], NoDecode, BeforeValidator(_split)
 ]
 """Absolute folders; in a variable separated by ``:`` (``;`` on Windows)."""
+
+Hosts = Annotated[tuple[Annotated[str, AfterValidator(_host)], ...], NoDecode, BeforeValidator(_split_hosts)]
+"""Hosts; in a variable separated by commas."""
 
 Count = Annotated[int, Field(ge=1)]
 
@@ -80,6 +93,8 @@ class Settings(BaseSettings):
     """The object store: s3://BUCKET/PREFIX, file:///DIR or file://~/DIR."""
     local_roots: Folders = ()
     """The folders from which LOCAL repositories may be read, with everything below; none by default."""
+    allowed_hosts: Hosts = ()
+    """Hosts that REMOTE_URL may reach though their addresses are not public: HOST or HOST:PORT, by commas."""
     secrets_dir: HomePath = Path("/secrets")
     """Holds one file per secret; a repository's runtime_secret_name is the file's name."""
     drain_timeout_s: float = Field(default=30, ge=0, allow_inf_nan=False)

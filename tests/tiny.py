@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig
 
 from builder_service.pipeline.build import build
 from builder_service.pipeline.progress import Progress
@@ -38,24 +38,34 @@ ADAPTERS: dict[str, dict[str, Any]] = {
 }
 
 
-def make_checkpoint(folder: Path, **config: Any) -> None:
-    """Save a random Llama of two layers in float32, with a tokenizer of one token per byte-like piece."""
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.3,  # large enough for the model to have opinions
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "tie_word_embeddings": False,
+}
+
+
+def make_checkpoint(
+    folder: Path, config: PreTrainedConfig, dtype: torch.dtype = torch.float32, max_shard_size: str = "1GB"
+) -> None:
+    """Save a random model, with a tokenizer of one token per byte-like piece."""
     torch.manual_seed(0)
-    sizes = {
-        "vocab_size": VOCAB,
-        "hidden_size": 48,
-        "intermediate_size": 80,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 6,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 256,
-        "initializer_range": 0.3,  # large enough for the model to have opinions
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "tie_word_embeddings": False,
-    }
-    model = LlamaForCausalLM(LlamaConfig(**(sizes | config))).eval()
-    model.save_pretrained(folder)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:  # norms and biases begin as ones and zeros, which say nothing
+                parameter.add_(torch.randn(parameter.shape) * 0.2)
+        table = model.get_input_embeddings()
+        table.weight.div_(getattr(table, "scalar_embed_scale", 1.0))  # else Gemma repeats the last token
+    model.to(dtype).save_pretrained(folder, max_shard_size=max_shard_size)
     vocab = {f"<{index}>": index for index in range(3)} | {chr(32 + i): 3 + i for i in range(VOCAB - 3)}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<0>"))  # noqa: S106 - a token of text
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
@@ -66,7 +76,8 @@ def make_checkpoint(folder: Path, **config: Any) -> None:
 def make_adapter(base: Path, folder: Path, seed: int, **config: Any) -> None:
     """Save an adapter with random A and B."""
     model = get_peft_model(
-        LlamaForCausalLM.from_pretrained(base, dtype=torch.float32), LoraConfig(task_type="CAUSAL_LM", **config)
+        AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32),
+        LoraConfig(task_type="CAUSAL_LM", **config),
     )
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -78,7 +89,7 @@ def make_adapter(base: Path, folder: Path, seed: int, **config: Any) -> None:
 
 def oracle(base: Path, adapter: Path | None) -> Any:
     """The model as transformers and PEFT run it, in float32."""
-    model = LlamaForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
     return model if adapter is None else PeftModel.from_pretrained(model, adapter).eval()
 
 
@@ -103,12 +114,14 @@ class World:
     base: Path
     adapters: Mapping[str, Path]
     root: Path
+    max_seq_len: int | None = None
 
     def deployment(self, **lora: Any) -> Deployment:
         """The deployment, in float32 unless said otherwise."""
         data = {
             "model_name": "tiny",
             "build": {
+                "max_seq_len": self.max_seq_len,
                 "checkpoint_repository": {"source": "LOCAL", "repo": str(self.base)},
                 "lora_adapters": {
                     name: {"source": "LOCAL", "repo": str(path)} for name, path in self.adapters.items()
@@ -132,14 +145,24 @@ class World:
 
 
 def make_world(root: Path, **config: Any) -> World:
-    """Make the checkpoint and the adapters below a folder."""
+    """Make a Llama and the adapters below a folder."""
+    return make_world_of(root, LlamaConfig(**(SIZES | config)), ADAPTERS)
+
+
+def make_world_of(
+    root: Path,
+    config: PreTrainedConfig,
+    adapters: Mapping[str, Mapping[str, Any]],
+    max_seq_len: int | None = None,
+) -> World:
+    """Make the checkpoint of a config and adapters below a folder."""
     base = root / "base"
-    make_checkpoint(base, **config)
-    adapters = {}
-    for seed, (name, settings) in enumerate(ADAPTERS.items()):
-        adapters[name] = root / name
-        make_adapter(base, adapters[name], seed, **settings)
-    return World(base, adapters, root)
+    make_checkpoint(base, config)
+    folders = {}
+    for seed, (name, settings) in enumerate(adapters.items()):
+        folders[name] = root / name
+        make_adapter(base, folders[name], seed, **settings)
+    return World(base, folders, root, max_seq_len)
 
 
 def run_engine(

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import math
-import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Final
 
+from builder_service.domain.config_fields import ALL_LINEAR, bad_config, bad_fields, unknown_fields
 from builder_service.domain.config_rules import refusals
+from builder_service.domain.patterns import TIME_LIMIT_S, Matcher, PatternsTooSlow
+from builder_service.domain.strict_json import JsonInvalid, parse, shown
 from shared.faults import Finding
 
-FILE: Final = "adapter_config.json"
 DEFAULT_ALPHA: Final = 8.0
 """PEFT's own."""
-MAX_PATTERN: Final = 4096
-"""Characters of one pattern."""
 
 
 @dataclass(frozen=True)
@@ -31,18 +30,63 @@ class AdapterConfig:
     use_rslora: bool = False
     target_modules: tuple[str, ...] | None = None
     """Empty where it is not given, None where it is a pattern or ``all-linear``."""
+    target_pattern: str = ""
+    """Empty where it is no pattern."""
+    modules_to_save: tuple[str, ...] = ()
     base_model_name: str = ""
+    base_model_revision: str = ""
     base_model_class: str = ""
 
     def rank_of(self, module: str) -> int | None:
         """Return the rank that a module of the base should have, or None where the config does not say."""
-        rank: int | None = _match(self.rank_pattern, module, self.rank)
-        return rank
+        found = self._ranks.find(module)
+        return self.rank if found is None else found
 
     def scale_of(self, module: str, rank: int) -> float:
         """Return alpha/r, or alpha/sqrt(r) with rsLoRA, with the module's own alpha and its own rank."""
-        alpha: float = _match(self.alpha_pattern, module, self.alpha)
+        found = self._alphas.find(module)
+        alpha = self.alpha if found is None else found
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
+
+    def targets(self, module: str) -> bool:
+        """True when ``target_modules`` names a module of the base, as PEFT means it."""
+        if self.target_pattern:
+            return self._targets.find(module) is not None
+        if self.target_modules is None:
+            return True
+        return any(module == name or module.endswith(f".{name}") for name in self.target_modules)
+
+    def match_all(self, modules: Iterable[str]) -> tuple[AdapterConfig, list[Finding]]:
+        """Match every pattern with every module, so that the other methods answer at once.
+
+        Patterns that take too long are reported, and the config is returned without them.
+        """
+        names, kept, found = list(modules), self, []
+        limit = f"patterns that match {len(names)} names within {TIME_LIMIT_S:g} s"
+        matchers: tuple[tuple[str, Matcher[Any]], ...] = (
+            ("rank_pattern", self._ranks),
+            ("alpha_pattern", self._alphas),
+            ("target_modules", self._targets),
+        )
+        for key, matcher in matchers:
+            try:
+                matcher.find_all(names)
+            except PatternsTooSlow:
+                found.append(bad_config(key, limit, "patterns that take longer"))
+                kept = replace(kept, rank=None, rank_pattern={}, alpha_pattern={}, target_pattern="")
+        return kept, found
+
+    @cached_property
+    def _ranks(self) -> Matcher[int]:
+        return Matcher(self.rank_pattern)
+
+    @cached_property
+    def _alphas(self) -> Matcher[float]:
+        return Matcher(self.alpha_pattern)
+
+    @cached_property
+    def _targets(self) -> Matcher[bool]:
+        return Matcher({self.target_pattern: True} if self.target_pattern else {}, whole=True)
 
 
 @dataclass(frozen=True)
@@ -56,18 +100,18 @@ class ParsedConfig:
 def parse_config(data: bytes) -> ParsedConfig:
     """Read a config; every violation is found, not only the first."""
     try:
-        fields = json.loads(data, parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:
-        return ParsedConfig(None, (_bad("", "a JSON object", f"no valid JSON ({type(error).__name__})"),))
+        fields = parse(data)
+    except JsonInvalid as error:
+        return ParsedConfig(None, (bad_config("", "a JSON object", f"no valid JSON ({error})"),))
     if not isinstance(fields, dict):
-        return ParsedConfig(None, (_bad("", "a JSON object", type(fields).__name__),))
+        return ParsedConfig(None, (bad_config("", "a JSON object", shown(fields)),))
     findings = refusals(fields)
     if any(finding.code in {"E_MLX", "E_NOT_LORA"} for finding in findings):
         return ParsedConfig(None, tuple(findings))
-    findings += _bad_fields(fields)
+    findings += bad_fields(fields)
     if any(finding.code == "E_BAD_CONFIG" for finding in findings):
         return ParsedConfig(None, tuple(findings))
-    return ParsedConfig(_config(fields), tuple(findings))
+    return ParsedConfig(_config(fields), (*findings, *unknown_fields(fields)))
 
 
 def _config(fields: dict[str, Any]) -> AdapterConfig:
@@ -80,82 +124,13 @@ def _config(fields: dict[str, Any]) -> AdapterConfig:
         alpha_pattern=fields.get("alpha_pattern") or {},
         use_rslora=bool(fields.get("use_rslora")),
         target_modules=None if isinstance(targets, str) else tuple(targets or ()),
+        target_pattern=targets if isinstance(targets, str) and targets.lower() != ALL_LINEAR else "",
+        modules_to_save=tuple(fields.get("modules_to_save") or ()),
         base_model_name=fields.get("base_model_name_or_path") or "",
+        base_model_revision=fields.get("revision") or "",
         base_model_class=str(mapping.get("base_model_class") or "") if isinstance(mapping, dict) else "",
     )
 
 
-def _bad_fields(fields: dict[str, Any]) -> list[Finding]:
-    found = []
-    for key, check, expected in (
-        ("r", _is_rank, "a positive integer"),
-        ("lora_alpha", _is_alpha, "a positive number"),
-        ("use_rslora", lambda value: isinstance(value, bool), "true or false"),
-        ("target_modules", _is_targets, "a list of names or a pattern"),
-        ("base_model_name_or_path", lambda value: isinstance(value, str), "a name"),
-    ):
-        value = fields.get(key)
-        if value is not None and not check(value):
-            found.append(_bad(key, expected, _short(value)))
-    for key, check, expected in (
-        ("rank_pattern", _is_rank, "a positive integer"),
-        ("alpha_pattern", _is_alpha, "a positive number"),
-    ):
-        patterns = fields.get(key) or {}
-        if not isinstance(patterns, dict):
-            found.append(_bad(key, "an object", _short(patterns)))
-            continue
-        for pattern, value in patterns.items():
-            if not check(value):
-                found.append(_bad(f"{key}.{pattern}", expected, _short(value)))
-            if problem := _pattern_problem(pattern):
-                found.append(_bad(key, "a regular expression", f"{_short(pattern)} ({problem})"))
-    return found
-
-
-def _match(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
-    """PEFT's ``get_pattern_key``: the first pattern, in the file's order, that matches the end of a name."""
-    for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return value
-    return default
-
-
-def _pattern_problem(pattern: str) -> str:
-    if len(pattern) > MAX_PATTERN:
-        return f"longer than {MAX_PATTERN} characters"
-    try:
-        re.compile(rf"(.*\.)?({pattern})$")
-    except (re.error, RecursionError, OverflowError) as error:
-        return str(error)
-    return ""
-
-
-def _is_rank(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
-
-
-def _is_alpha(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1e30
-
-
-def _is_targets(value: Any) -> bool:
-    return isinstance(value, str) or (isinstance(value, list) and all(isinstance(item, str) for item in value))
-
-
-def _no_constant(name: str) -> float:
-    raise ValueError(f"{name} is no JSON")
-
-
 def _or(value: Any, default: Any) -> Any:
     return default if value is None else value
-
-
-def _bad(where: str, expected: str, found: str) -> Finding:
-    place = ": ".join(part for part in (FILE, where) if part)
-    return Finding(code="E_BAD_CONFIG", where=place, expected=expected, found=found, fix="Correct the file.")
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 80 else text[:77] + "..."

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any, Final
 
+from builder_service.domain.strict_json import shown
 from shared.faults import Finding
 
 _MERGE: Final = "Merge it into the base (merge_and_unload) and serve a full model."
@@ -33,7 +33,7 @@ def refusals(fields: dict[str, Any]) -> list[Finding]:
     kind = fields.get("peft_type")
     if kind != "LORA":
         fix = "Only LoRA can be served beside a base. " + _MERGE
-        return [_refused("E_NOT_LORA", "peft_type", "LORA", _text(kind), fix)]
+        return [_refused("E_NOT_LORA", "peft_type", "LORA", shown(kind), fix)]
     return [finding for rule in (_methods, _embeddings, _initialisation, _task) for finding in rule(fields)]
 
 
@@ -48,11 +48,11 @@ def _methods(fields: dict[str, Any]) -> list[Finding]:
     if fields.get("use_dora"):
         found.append(_refused("E_DORA", "use_dora", "false", "true", _MERGE))
     if (bias := fields.get("bias") or "none") != "none":
-        found.append(_refused("E_BIAS", "bias", "none", _text(bias), _MERGE))
+        found.append(_refused("E_BIAS", "bias", "none", shown(bias), _MERGE))
     if fields.get("lora_bias"):
         found.append(_refused("E_BIAS", "lora_bias", "false", "true", _MERGE))
     found += [
-        _refused("E_VARIANT", key, "unset", _text(fields[key]), _MERGE) for key in _VARIANTS if fields.get(key)
+        _refused("E_VARIANT", key, "unset", shown(fields[key]), _MERGE) for key in _VARIANTS if fields.get(key)
     ]
     for code, key, fix in (
         ("E_ALORA", "alora_invocation_tokens", "It is active after some tokens only; train plain LoRA."),
@@ -60,17 +60,15 @@ def _methods(fields: dict[str, Any]) -> list[Finding]:
         ("E_TARGET_PARAMS", "target_parameters", "Parameters of experts are not served. " + _MERGE),
     ):
         if fields.get(key):
-            found.append(_refused(code, key, "unset", _text(fields[key]), fix))
+            found.append(_refused(code, key, "unset", shown(fields[key]), fix))
     return found
 
 
 def _embeddings(fields: dict[str, Any]) -> list[Finding]:
-    fix = "Adapters share the base's embeddings and head: merge it, or train without these and added tokens."
-    return [
-        _refused("E_EMBED", key, "unset", _text(fields[key]), fix)
-        for key in ("modules_to_save", "trainable_token_indices")
-        if fields.get(key)
-    ]
+    """``modules_to_save`` is judged by its tensors: copies of the base's own do no harm."""
+    value = fields.get("trainable_token_indices")
+    fix = "Adapters share the base's embeddings: merge it, or train without tokens of its own."
+    return [_refused("E_EMBED", "trainable_token_indices", "unset", shown(value), fix)] if value else []
 
 
 def _initialisation(fields: dict[str, Any]) -> list[Finding]:
@@ -79,21 +77,16 @@ def _initialisation(fields: dict[str, Any]) -> list[Finding]:
     if name in _ON_BASE_OK:
         return []
     expected = f"one of {', '.join(sorted(_ON_BASE_OK))}"
-    return [_refused("E_INIT", "init_lora_weights", expected, _text(value), _CONVERTED)]
+    return [_refused("E_INIT", "init_lora_weights", expected, shown(value), _CONVERTED)]
 
 
 def _task(fields: dict[str, Any]) -> list[Finding]:
     value = fields.get("task_type")
-    if (value or "") in _TASKS:
+    if value is None or (isinstance(value, str) and value in _TASKS):
         return []
     fix = "It was trained for another task and cannot generate text."
-    return [_refused("E_TASK", "task_type", "CAUSAL_LM", _text(value), fix)]
+    return [_refused("E_TASK", "task_type", "CAUSAL_LM", shown(value), fix)]
 
 
 def _refused(code: str, key: str, expected: str, found: str, fix: str) -> Finding:
     return Finding(code=code, where=f"adapter_config.json: {key}", expected=expected, found=found, fix=fix)
-
-
-def _text(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value)
-    return text if len(text) <= 80 else text[:77] + "..."

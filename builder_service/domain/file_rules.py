@@ -7,21 +7,58 @@ from collections.abc import Collection
 from typing import Final
 
 from builder_service.domain.config_rules import MLX_FIX
+from shared.bundle.manifest import CONFIG_FILE, TEXT_FILES, WEIGHTS_FILE
 from shared.faults import Finding
 
 CONFIG: Final = "adapter_config.json"
 WEIGHTS: Final = "adapter_model.safetensors"
 INPUTS: Final = (CONFIG, WEIGHTS)
 """The files that a bundle is made from."""
+KEYS_FILE: Final = "model.lora_keys.npy"
+"""What TensorRT-LLM's converters called the config of their weights before."""
+ADDED_TOKENS: Final = "added_tokens.json"
+"""Looked at where it is there: tokens that the base does not have cannot be served."""
 
 _MLX: Final = "adapters.safetensors"
 _PICKLES: Final = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
 _SHARD: Final = re.compile(r"adapter_model-\d+-of-\d+\.safetensors|adapter_model\.safetensors\.index\.json")
 _FULL: Final = re.compile(r"model(-\d+-of-\d+)?\.safetensors|pytorch_model.*\.bin")
+# Files that only another program's container has, in the folder itself or one below.
+_CONTAINERS: Final = tuple(
+    (name, re.compile(pattern))
+    for name, pattern in (
+        ("mistral-finetune", r"(lora|consolidated.*)\.safetensors|(.*/)?consolidated\..*"),
+        ("NeMo", r".*\.nemo|(.*/)?model_weights\.ckpt|.*\.distcp|model_config\.yaml"),
+        ("torchtune", r"adapter_\d+\.pt|hf_model_\d+_\d+\.pt|recipe_state\.pt"),
+        ("Orbax (Gemma, JAX)", r"(.*/)?(manifest\.ocdbt|_CHECKPOINT_METADATA|_METADATA|checkpoint)"),
+        ("diffusers", r"pytorch_lora_weights\.(safetensors|bin)"),
+        ("llama.cpp", r".*\.gguf"),
+    )
+)
+# What trainers leave beside an adapter, and what could be taken for its weights.
+_EXTRA: Final = re.compile(
+    r"checkpoint-\d+/.*|global_step\d+/.*|(optimizer|scheduler|scaler|rng_state.*|trainer_state|training_args)"
+    r"\.(pt|pth|bin|json)|.*\.(bin|pt|pth|ckpt|gguf|safetensors)"
+)
+
+
+def weight_files(names: Collection[str]) -> tuple[str, ...]:
+    """Return the files that a bundle's rows are made from: PEFT's two, or two of a TensorRT-LLM converter."""
+    config = next((name for name in (CONFIG_FILE, KEYS_FILE) if name in names), None)
+    if CONFIG in names or config is None or WEIGHTS_FILE not in names:
+        return INPUTS
+    return (WEIGHTS_FILE, config)
+
+
+def wanted_files(names: Collection[str]) -> list[str]:
+    """Return the files that are fetched of an adapter without findings; nothing else is looked at."""
+    return [*weight_files(names), *(name for name in (ADDED_TOKENS, *TEXT_FILES) if name in names)]
 
 
 def file_findings(names: Collection[str]) -> list[Finding]:
     """Return what is wrong with a folder's files; names are paths inside the adapter's folder."""
+    if weight_files(names) != INPUTS:
+        return []
     top = sorted(name for name in names if "/" not in name)
     if _MLX in top and WEIGHTS not in top:
         return [Finding(code="E_MLX", where=_MLX, expected=WEIGHTS, found="an MLX adapter", fix=MLX_FIX)]
@@ -48,12 +85,35 @@ def file_findings(names: Collection[str]) -> list[Finding]:
         found.append(
             Finding(code="E_BIN_ONLY", where=pickles[0], expected=WEIGHTS, found=_listed(pickles), fix=fix)
         )
+    elif container := _container(names):
+        name, file = container
+        fix = "Convert it to PEFT's form: adapter_config.json and adapter_model.safetensors."
+        found = [
+            Finding(code="E_CONTAINER", where=file, expected=WEIGHTS, found=f"a {name} container", fix=fix)
+        ]
     elif CONFIG in top:
         fix = "The folder has a config and no weights: save or upload the adapter again."
         found.append(
             Finding(code="E_NO_WEIGHTS", where=WEIGHTS, expected="the file", found=_listed(top), fix=fix)
         )
     return found
+
+
+def extra_files(names: Collection[str]) -> list[Finding]:
+    """Return a warning about files that are not used, where one could think that they are."""
+    extra = sorted(name for name in names if name not in INPUTS and _EXTRA.fullmatch(name))
+    if not extra:
+        return []
+    return [Finding(code="W_EXTRA_FILES", where=_listed(extra), found="ignored", expected=", ".join(INPUTS))]
+
+
+def _container(names: Collection[str]) -> tuple[str, str] | None:
+    if any(name.endswith(f"/{CONFIG}") or _FULL.fullmatch(name) for name in names):
+        return None
+    for name, pattern in _CONTAINERS:
+        if found := sorted(file for file in names if pattern.fullmatch(file)):
+            return name, found[0]
+    return None
 
 
 def _advice(names: Collection[str], top: list[str]) -> str:

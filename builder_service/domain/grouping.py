@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass, field
+from typing import Final
 
 from shared.faults import Finding
 
-SHOWN: int = 3
+SHOWN: Final = 3
 """Places that a finding names before it counts the others."""
+LONGEST: Final = 200
+"""Characters of a place that are shown; hostile files have keys of megabytes."""
 
 
 @dataclass
@@ -26,6 +29,9 @@ class Grouping:
     def __init__(self) -> None:
         self._groups: dict[tuple[str, Hashable], _Group] = {}
 
+    def __bool__(self) -> bool:
+        return bool(self._groups)
+
     def add(
         self,
         code: str,
@@ -39,7 +45,7 @@ class Grouping:
     ) -> None:
         """Add a place; the words of the first place of a cause are kept."""
         group = self._groups.setdefault((code, cause), _Group(expected, found, fix, shown))
-        group.places.append(place)
+        group.places.append(place if len(place) <= LONGEST else place[: LONGEST - 3] + "...")
 
     def findings(self) -> list[Finding]:
         """Return one finding per code and cause."""

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
 
 from builder_service.domain.adapter_config import AdapterConfig, parse_config
-from builder_service.domain.file_rules import CONFIG, WEIGHTS
+from builder_service.domain.config_fields import bad_config
+from builder_service.domain.file_rules import ADDED_TOKENS, CONFIG, WEIGHTS
+from builder_service.domain.full_tensors import BaseTensors, check_full_tensors, redundant_warning
 from builder_service.domain.grouping import Grouping
+from builder_service.domain.legal_rules import added_token_findings, legal_findings
 from builder_service.domain.safetensors_header import HeaderInvalid, TensorFile, read_header
-from builder_service.domain.tensor_rules import EMPTY_FIX, Limits, Pair, check_pairs, pair_up, plan
-from builder_service.domain.value_rules import check_values
-from shared.bundle.manifest import Row
-from shared.bundle.modules import BY_NAME
+from builder_service.domain.tensor_rules import EMPTY_FIX, Limits, check_pairs, sort_tensors
+from builder_service.domain.value_rules import Part, check_values
+from shared.bundle.manifest import Coverage, Row
 from shared.deployment import Dtype
 from shared.faults import Finding
 
-MAX_CONFIG: Final = 4 << 20
+MAX_CONFIG = 4 << 20
 """Bytes of a config."""
 
 
@@ -30,6 +31,8 @@ class PlannedRow:
     row: Row
     a: str
     b: str
+    b_rows: tuple[int, int]
+    """The rows of b that are this module's, from the first up to the second: all, unless it is fused."""
 
 
 @dataclass(frozen=True)
@@ -40,11 +43,13 @@ class CheckedAdapter:
     file: TensorFile | None = None
     rows: tuple[PlannedRow, ...] = ()
     base_model_name: str = ""
+    base_model_revision: str = ""
+    coverage: Coverage = field(default_factory=Coverage)
 
     @property
     def errors(self) -> tuple[Finding, ...]:
         """The findings for which the adapter is refused."""
-        return tuple(item for item in self.findings if not item.code.startswith("W_"))
+        return tuple(finding for finding in self.findings if _is_error(finding))
 
 
 @dataclass(frozen=True)
@@ -56,39 +61,88 @@ class Rulebook:
     """Of the base, for example ``LlamaForCausalLM``."""
     dtype: Dtype
     """The storage type of the bundles."""
+    base: BaseTensors | None = None
+    """For adapters that carry copies of them; None: such adapters are refused."""
+    truncate_to_rank: int | None = None
+    """The rank that rows above it are cut to; None: rows above `limits` are refused."""
 
 
 def check_adapter(
     folder: Path, book: Rulebook, progress: Callable[[int], None] = lambda _: None
 ) -> CheckedAdapter:
     """Check a folder that holds a config and weights."""
-    data = (folder / CONFIG).read_bytes()
-    if len(data) > MAX_CONFIG:
-        return CheckedAdapter((_oversized(len(data)),))
-    parsed = parse_config(data)
+    size = (folder / CONFIG).stat().st_size
+    if size > MAX_CONFIG:
+        return CheckedAdapter((bad_config("", f"at most {MAX_CONFIG} bytes", f"{size} bytes"),))
+    parsed = parse_config((folder / CONFIG).read_bytes())
     if any(finding.code in {"E_MLX", "E_NOT_LORA"} for finding in parsed.findings):
         return CheckedAdapter(parsed.findings)
+    found = [*parsed.findings, *added_token_findings(folder / ADDED_TOKENS, book.limits.dims.vocab)]
     try:
         file = read_header(folder / WEIGHTS)
     except HeaderInvalid as error:
-        return CheckedAdapter((*parsed.findings, _no_header(folder / WEIGHTS, str(error))))
+        return CheckedAdapter((*found, _no_header(str(error))))
     # A config that says nothing lets every rule about the tensors alone speak too.
     config = parsed.config or AdapterConfig(rank=None, alpha=1.0, target_modules=None)
-    found = [*parsed.findings, *_base_findings(config, book)]
+    found += _base_findings(config, book)
     if not file.tensors:
         return CheckedAdapter((*found, _nothing(config)))
-    report = Grouping()
-    pairs = pair_up(file, report)
+    return check_tensors(file, config, book, found, progress)
+
+
+def check_tensors(
+    file: TensorFile,
+    config: AdapterConfig,
+    book: Rulebook,
+    found: list[Finding],
+    progress: Callable[[int], None],
+) -> CheckedAdapter:
+    """Check tensors under a config, beside what was found already."""
+    dims, report = book.limits.dims, Grouping()
+    tensors = sort_tensors(file, dims, report)
+    pairs = tensors.pairs
+    config, slow = config.match_all(pair.key.name for pair in pairs)
     check_pairs(pairs, config, book.limits, report)
-    warnings = check_values(file, pairs, config, book.dtype, report, progress)
-    found += report.findings()
-    if found:
+    redundant = check_full_tensors(file, tensors.fulls, config.modules_to_save, book.base, report)
+    values = check_values(file, pairs, config, dims, book.dtype, report, progress)
+    found += [*slow, *report.findings()]
+    if not pairs and not any(_is_error(finding) for finding in found):
+        found.append(_nothing(config))
+    if any(_is_error(finding) for finding in found):
         return CheckedAdapter(tuple(found), file)
-    warnings += _shape_warnings(pairs, config, book)
-    rows = [
-        PlannedRow(row, pair.a.name, pair.b.name) for row, pair in zip(plan(pairs, config), pairs, strict=True)
-    ]
-    return CheckedAdapter(tuple(warnings), file, tuple(rows), config.base_model_name)
+    found += [*values.warnings, *redundant_warning(redundant), *legal_findings(pairs, config, dims)]
+    return CheckedAdapter(
+        tuple(found),
+        file,
+        tuple(map(_planned, values.parts)),
+        config.base_model_name,
+        config.base_model_revision,
+        Coverage(
+            used=tuple(sorted(tensor.name for pair in pairs for tensor in (pair.a, pair.b))),
+            redundant=redundant,
+        ),
+    )
+
+
+def _planned(part: Part) -> PlannedRow:
+    a, b = part.pair.a, part.pair.b
+    row = Row(
+        layer=part.pair.key.layer,
+        module_id=part.module.id,
+        module=part.module.name,
+        rank=a.shape[0],
+        in_features=a.shape[1],
+        out_features=part.b_rows[1] - part.b_rows[0],
+        scale=part.scale,
+        norm_a=part.norms.a,
+        norm_b=part.norms.b,
+        norm_ba=part.norms.ba,
+    )
+    return PlannedRow(row, a.name, b.name, part.b_rows)
+
+
+def _is_error(finding: Finding) -> bool:
+    return not finding.code.startswith("W_")
 
 
 def base_warning(adapter_says: str, base: str) -> Finding | None:
@@ -128,38 +182,6 @@ def _family(architecture: str) -> str:
     return re.sub(r"(For[A-Z]\w*|LMHeadModel|Model)$", "", architecture)
 
 
-def _shape_warnings(pairs: list[Pair], config: AdapterConfig, book: Rulebook) -> list[Finding]:
-    dims, found = book.limits.dims, []
-    heads = dims.num_heads * dims.head_dim
-    modules = {pair.key.module.hf for pair in pairs}
-    if "o_proj" in modules and heads != dims.hidden:
-        found.append(
-            Finding(
-                code="W_ODENSE",
-                where=BY_NAME["attn_dense"].hf,
-                expected=f"heads * head_dim = hidden {dims.hidden}",
-                found=str(heads),
-                fix="loramux serves it; TensorRT-LLM could not read these rows.",
-            )
-        )
-    if config.rank is None:
-        ranks = ", ".join(sorted({str(pair.a.shape[0]) for pair in pairs}))
-        found.append(
-            Finding(code="W_RANK", where=f"{CONFIG}: r", expected="a rank", found=f"none; tensors: {ranks}")
-        )
-    missing = [name for name in config.target_modules or () if name.rpartition(".")[2] not in modules]
-    if missing:
-        found.append(
-            Finding(
-                code="W_TARGETS",
-                where=f"{CONFIG}: target_modules",
-                expected="tensors of each",
-                found=f"none of {', '.join(missing[:5])}",
-            )
-        )
-    return found
-
-
 def _nothing(config: AdapterConfig) -> Finding:
     if config.target_modules == ():
         fix = "The adapter targets no modules: train it again with target_modules."
@@ -169,14 +191,8 @@ def _nothing(config: AdapterConfig) -> Finding:
     return Finding(code="E_EMPTY_WEIGHTS", where=WEIGHTS, expected="tensors", found="none", fix=EMPTY_FIX)
 
 
-def _no_header(path: Path, problem: str) -> Finding:
+def _no_header(problem: str) -> Finding:
     fix = "The file is cut off or no safetensors file: download or save it again."
     return Finding(
-        code="E_BAD_WEIGHTS", where=path.name, expected="a safetensors file", found=problem[:300], fix=fix
-    )
-
-
-def _oversized(size: int) -> Finding:
-    return Finding(
-        code="E_BAD_CONFIG", where=CONFIG, expected=f"at most {MAX_CONFIG} bytes", found=f"{size} bytes"
+        code="E_BAD_WEIGHTS", where=WEIGHTS, expected="a safetensors file", found=problem[:300], fix=fix
     )

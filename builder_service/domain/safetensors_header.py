@@ -6,7 +6,6 @@ data that follows; the data, without gaps.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,11 +15,14 @@ from typing import Any, Final
 import ml_dtypes
 import numpy as np
 
+from builder_service.domain.strict_json import JsonInvalid, parse
 from shared.bundle.npy import Array
 
 MAX_HEADER: Final = 16 << 20
 """Bytes; an adapter of a hundred thousand tensors has about half of it."""
 MAX_DIMS: Final = 8
+MAX_SIZE: Final = 1 << 48
+"""Of a dimension and of an offset."""
 DTYPE_SIZES: Final = {
     "BOOL": 1,
     "U8": 1,
@@ -67,13 +69,31 @@ class TensorFile:
     path: Path
     tensors: dict[str, Tensor]
 
-    def read(self, name: str) -> Array:
-        """Return a tensor of a readable type."""
+    def read(self, name: str, rows: tuple[int, int] | None = None) -> Array:
+        """Return a tensor of a readable type, or some of its rows: from the first, up to the second."""
         tensor = self.tensors[name]
-        raw = np.fromfile(self.path, np.uint8, tensor.size, offset=tensor.offset)
-        if raw.size != tensor.size:
-            raise HeaderInvalid(f"{name}: the file became shorter while it was read")
-        values: Array = raw.view(READABLE[tensor.dtype]).reshape(tensor.shape)
+        shape = tensor.shape
+        start, count = 0, math.prod(shape)
+        if rows is not None:
+            width = math.prod(shape[1:])
+            start, count, shape = rows[0] * width, (rows[1] - rows[0]) * width, (rows[1] - rows[0], *shape[1:])
+        return self._elements(tensor, start, count).reshape(shape)
+
+    def pieces(self, name: str, elements: int) -> Iterator[Array]:
+        """Yield a tensor of a readable type as flat pieces of at most so many elements."""
+        tensor = self.tensors[name]
+        total = math.prod(tensor.shape)
+        for start in range(0, total, elements):
+            yield self._elements(tensor, start, min(elements, total - start))
+
+    def _elements(self, tensor: Tensor, start: int, count: int) -> Array:
+        kind = READABLE[tensor.dtype]
+        raw = np.fromfile(
+            self.path, np.uint8, count * kind.itemsize, offset=tensor.offset + start * kind.itemsize
+        )
+        if raw.size != count * kind.itemsize:
+            raise HeaderInvalid(f"{tensor.name}: the file became shorter while it was read")
+        values: Array = raw.view(kind)
         return values
 
 
@@ -91,8 +111,8 @@ def read_header(path: Path) -> TensorFile:
             raise HeaderInvalid(f"header of {length} bytes in a file of {size} (at most {MAX_HEADER})")
         text = file.read(length)
     try:
-        entries = json.loads(text.decode("utf-8"), object_pairs_hook=_once)
-    except (ValueError, RecursionError) as error:
+        entries = parse(text)
+    except JsonInvalid as error:
         raise HeaderInvalid(f"the header is no JSON: {error}") from error
     if not isinstance(entries, dict):
         raise HeaderInvalid("the header is no JSON object")
@@ -108,8 +128,9 @@ def _tensor(name: str, entry: Any, start: int) -> Tensor:
             pass
         case _:
             raise HeaderInvalid(f"{name}: expected dtype, shape and data_offsets, and nothing else")
-    if len(shape) > MAX_DIMS or not all(type(value) is int and value >= 0 for value in (*shape, begin, end)):
-        raise HeaderInvalid(f"{name}: expected sizes and offsets, found {shape} and {[begin, end]}"[:200])
+    sizes = (*shape, begin, end)
+    if len(shape) > MAX_DIMS or not all(type(value) is int and 0 <= value <= MAX_SIZE for value in sizes):
+        raise HeaderInvalid(f"{name}: expected sizes and offsets, found something else")
     if dtype not in DTYPE_SIZES:
         raise HeaderInvalid(f"{name}: unknown dtype {dtype[:20]!r}")
     expected = math.prod(shape) * DTYPE_SIZES[dtype]
@@ -125,17 +146,3 @@ def _without_gaps(tensors: list[Tensor], start: int, size: int) -> None:
         start += tensor.size
     if start != size:
         raise HeaderInvalid(f"expected a file of {start} bytes, found {size}")
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if twice := next(_repeated(pairs), None):
-        raise ValueError(f"{twice!r} is given twice")
-    return dict(pairs)
-
-
-def _repeated(pairs: list[tuple[str, Any]]) -> Iterator[str]:
-    seen = set()
-    for name, _ in pairs:
-        if name in seen:
-            yield name[:100]
-        seen.add(name)

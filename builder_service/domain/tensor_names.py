@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Set
 from dataclasses import dataclass
 from typing import Final, Literal, TypeAlias
 
-from shared.bundle.modules import BY_HF, Module
+from shared.bundle.modules import BY_HF, FUSED, Module
 
 # Names that wrappers of the trained model leave in the keys, wherever they stand.
 _WRAPPERS: Final = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
@@ -21,26 +22,40 @@ _DECODERS: Final = (
     "",
 )
 _GROUPS: Final = {
-    "self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"),
-    "mlp": ("gate_proj", "up_proj", "down_proj"),
+    "self_attn": ("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj"),
+    "mlp": ("gate_proj", "up_proj", "down_proj", "gate_up_proj"),
 }
+MAX_KEY: Final = 512
+"""Characters; what is longer is no name of a module."""
 _LORA: Final = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(?:\.(?P<infix>[^.]+))?\.weight")
 _PLACE: Final = re.compile(
     r"(?P<decoder>(?:[^.]+\.)*?)layers\.(?P<layer>[0-9]{1,6})\.(?P<path>[^.]+(?:\.[^.]+)*)"
 )
+# A whole matrix of the base, as PEFT saves it or as a raw state dict names it.
+_FULL: Final = re.compile(
+    r"(?P<name>.+?)(?:\.modules_to_save(?:\.[^.]+)?|\.original_module|\.base_layer)?\.weight"
+)
+_EMBEDDING: Final = re.compile(r"(^|\.)(embed_tokens|lm_head|wte|embed_out|word_embeddings)(\.|$)")
 
 # Kinds of keys that are refused with a reason of their own, in the order in which they are tried.
-_KNOWN_REFUSALS: Final = (
-    ("E_MLX", re.compile(r"\.lora_[ab](\.|$)")),
-    ("E_EMBED", re.compile(r"lora_embedding_|trainable_tokens|modules_to_save|original_module")),
-    ("E_EMBED", re.compile(r"(^|\.)(embed_tokens|lm_head|wte|embed_out)\.")),
-    ("E_DORA", re.compile(r"lora_magnitude_vector|weight_m_wdecomp")),
-    ("E_BIAS", re.compile(r"\.bias$")),
-    ("E_VARIANT", re.compile(r"lora_diag")),
-    (
-        "E_MOE",
-        re.compile(r"\.experts?\.|\.shared_experts?\.|block_sparse_moe|\.mlp\.(gate|router)\.|\.router\."),
-    ),
+_KNOWN_REFUSALS: Final = tuple(
+    (code, cause, re.compile(pattern))
+    for code, cause, pattern in (
+        ("E_MLX", "", r"\.lora_[ab]$"),
+        ("E_CONTAINER", "torchtune", r"\.lora_[ab]\.weight$"),
+        ("E_CONTAINER", "mistral-finetune", r"\.(attention\.w[qkvo]|feed_forward\.w[123])\."),
+        ("E_CONTAINER", "NeMo", r"\.(adapter_layer\.|lora_\w+_adapter\.|linear_(in|out)\.weight$)"),
+        ("E_CONTAINER", "diffusers or kohya", r"\.lora(\.|_)(up|down)\.weight$|^lora_(unet|te\d?)_"),
+        ("E_EMBED", "", r"lora_embedding_|trainable_tokens"),
+        ("E_DORA", "", r"lora_magnitude_vector|weight_m_wdecomp"),
+        ("E_BIAS", "", r"\.bias$"),
+        ("E_VARIANT", "", r"lora_diag"),
+        (
+            "E_MOE",
+            "",
+            r"\.experts?\.|\.shared_experts?\.|block_sparse_moe|\.mlp\.(gate|router)\.|\.router\.",
+        ),
+    )
 )
 
 
@@ -49,12 +64,33 @@ class LoraKey:
     """The A or the B of a module of a layer."""
 
     layer: int
-    module: Module
+    leaf: str
+    """The last part of the module's name: ``q_proj``, or ``qkv_proj`` where the base has that."""
     side: Literal["A", "B"]
     name: str
     """The module's name in the base: what PEFT's patterns are matched against."""
     infix: str
     """The adapter's name that raw state dicts have in their keys; else empty."""
+
+    @property
+    def modules(self) -> tuple[Module, ...]:
+        """The modules that it adapts, in the order of its output rows: several of a fused projection."""
+        return FUSED.get(self.leaf) or (BY_HF[self.leaf],)
+
+    @property
+    def place(self) -> str:
+        """The module in words."""
+        return f"layer {self.layer} {self.leaf}"
+
+
+@dataclass(frozen=True)
+class FullKey:
+    """A whole matrix; it is redundant where it equals the base's, and refused where it does not."""
+
+    name: str
+    """The base's tensor."""
+    code: str
+    """What it is refused with."""
 
 
 @dataclass(frozen=True)
@@ -67,25 +103,51 @@ class RefusedKey:
     """What keys of the same cause have in common, for one finding about all of them."""
 
 
-ParsedKey: TypeAlias = LoraKey | RefusedKey
+ParsedKey: TypeAlias = LoraKey | FullKey | RefusedKey
 
 
-def parse_key(key: str) -> ParsedKey:
-    """Return what a key stands for."""
-    for code, pattern in _KNOWN_REFUSALS:
-        if pattern.search(key):
-            return RefusedKey(code, "")
-    plain = ".".join(part for part in key.split(".") if part not in _WRAPPERS).removeprefix("module.")
-    if not plain.startswith(_ROOT):
+def parse_key(key: str, fused: Set[str] = frozenset()) -> ParsedKey:
+    """Return what a key stands for, in a base with these fused projections."""
+    if len(key) > MAX_KEY:
         return RefusedKey("E_UNKNOWN_KEY", "")
-    match = _LORA.fullmatch(plain.removeprefix(_ROOT))
-    place = _PLACE.fullmatch(match["module"]) if match else None
-    if match is None or place is None:
+    for code, cause, pattern in _KNOWN_REFUSALS:
+        if pattern.search(key):
+            return RefusedKey(code, cause)
+    plain = ".".join(part for part in key.split(".") if part not in _WRAPPERS).removeprefix("module.")
+    name = plain.removeprefix(_ROOT)
+    if match := _LORA.fullmatch(name):
+        if _EMBEDDING.search(match["module"]):
+            return RefusedKey("E_EMBED", "")
+        if plain != name:
+            return _lora_key(match, fused)
+    elif full := _FULL.fullmatch(name):
+        saved = "modules_to_save" in name or _EMBEDDING.search(name) is not None
+        code = "E_EMBED" if saved else "E_UNKNOWN_KEY"
+        return FullKey(full["name"], code) if plain != name else RefusedKey(code, "")
+    return RefusedKey("E_UNKNOWN_KEY", "")
+
+
+def nearest_key(key: str, fused: Set[str] = frozenset()) -> str:
+    """Return a key like this one that would be understood, or nothing."""
+    if len(key) > MAX_KEY:
+        return ""
+    guess = key.replace(".attention.", ".self_attn.")
+    if guess.endswith(("lora_A", "lora_B")):
+        guess += ".weight"
+    for prefix in ("", _ROOT, f"{_ROOT}model."):
+        if isinstance(parse_key(prefix + guess, fused), LoraKey):
+            return prefix + guess
+    return ""
+
+
+def _lora_key(match: re.Match[str], fused: Set[str]) -> LoraKey | RefusedKey:
+    place = _PLACE.fullmatch(match["module"])
+    if place is None:
         return RefusedKey("E_UNKNOWN_KEY", "")
     if place["decoder"] not in _DECODERS:
         return RefusedKey("E_PREFIX", place["decoder"].rstrip("."))
     group, _, leaf = place["path"].rpartition(".")
-    if leaf not in _GROUPS.get(group, ()):
+    if leaf not in _GROUPS.get(group, ()) or (leaf in FUSED and leaf not in fused):
         return RefusedKey("E_MODULE", place["path"])
     side: Literal["A", "B"] = "A" if match["side"] == "A" else "B"
-    return LoraKey(int(place["layer"]), BY_HF[leaf], side, match["module"], match["infix"] or "")
+    return LoraKey(int(place["layer"]), leaf, side, match["module"], match["infix"] or "")

@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final, Literal
 
-import numpy as np
-
 from builder_service.domain.adapter_config import AdapterConfig
+from builder_service.domain.full_tensors import EMBED_FIX, FullTensor
 from builder_service.domain.grouping import Grouping
 from builder_service.domain.safetensors_header import READABLE, Tensor, TensorFile
-from builder_service.domain.tensor_names import LoraKey, parse_key
-from shared.bundle.manifest import Row
+from builder_service.domain.tensor_names import FullKey, LoraKey, RefusedKey, nearest_key, parse_key
 from shared.bundle.modules import BY_HF, BaseDims, Module
 
 _MERGE: Final = "Merge it into the base (merge_and_unload) and serve a full model."
 _KEY_FIXES: Final = {
-    "E_UNKNOWN_KEY": "Expected keys like base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight.",
+    "E_CONTAINER": "Convert it to PEFT's form: adapter_config.json and lora_A, lora_B by the base's own names.",
     "E_PREFIX": "Only layers of the text decoder are served: train with exclude_modules for the others.",
-    "E_MODULE": f"Served are {', '.join(BY_HF)}.",
-    "E_EMBED": "Adapters share the base's embeddings and head: merge it, or train without them.",
+    "E_MODULE": f"Served are {', '.join(BY_HF)}, and fused projections where the base has them.",
+    "E_EMBED": EMBED_FIX,
     "E_MLX": "MLX stores A and B transposed, with an absolute scale: convert it to PEFT's form.",
 }
+EMPTY_FIX: Final = (
+    "This is what DeepSpeed ZeRO-3 saves without gathering: save again with "
+    "stage3_gather_16bit_weights_on_model_save, or from the consolidated state dict."
+)
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Pair:
-    """A and B of one module of a layer."""
+    """A and B of one module of a layer, or of several that are fused."""
 
     key: LoraKey
     a: Tensor
@@ -46,29 +49,42 @@ class Pair:
     @property
     def place(self) -> str:
         """The pair in words."""
-        return f"layer {self.key.layer} {self.key.module.hf}"
+        return self.key.place
+
+    def parts(self, dims: BaseDims) -> Iterator[tuple[Module, tuple[int, int]]]:
+        """Yield each module with the rows of B that are its own."""
+        start = 0
+        for module in self.key.modules:
+            end = start + dims.features(module)[1]
+            yield module, (start, end)
+            start = end
 
 
-def pair_up(file: TensorFile, report: Grouping) -> list[Pair]:
-    """Return the pairs of a file, by (layer, module id); every other tensor is reported."""
-    sides: dict[tuple[int, int], list[tuple[LoraKey, Tensor]]] = defaultdict(list)
+@dataclass(frozen=True)
+class Sorted:
+    """The tensors of a file by what they are; every other one was reported."""
+
+    pairs: list[Pair]
+    """By (layer, module id)."""
+    fulls: list[FullTensor]
+
+
+def sort_tensors(file: TensorFile, dims: BaseDims, report: Grouping) -> Sorted:
+    """Tell what each tensor of a file is; report what cannot be used."""
+    sides: dict[tuple[int, str], list[tuple[LoraKey, Tensor]]] = defaultdict(list)
     infixes: dict[str, str] = {}
+    fulls = []
     for name, tensor in file.tensors.items():
-        parsed = parse_key(name)
-        if not isinstance(parsed, LoraKey):
-            fix = _KEY_FIXES.get(parsed.code, _MERGE)
-            shown = 10 if parsed.code == "E_UNKNOWN_KEY" else 3
-            report.add(parsed.code, name, cause=parsed.cause, found=parsed.cause, fix=fix, shown=shown)
-            continue
-        if 0 in tensor.shape:
-            report.add("E_EMPTY_WEIGHTS", name, expected="elements", found="none", fix=EMPTY_FIX)
-        if tensor.dtype not in READABLE:
-            fix = "Save the adapter in float32, float16 or bfloat16."
-            report.add(
-                "E_DTYPE", name, cause=tensor.dtype, expected="F32, F16 or BF16", found=tensor.dtype, fix=fix
-            )
-        infixes.setdefault(parsed.infix, name)
-        sides[parsed.layer, parsed.module.id].append((parsed, tensor))
+        parsed = parse_key(name, dims.fused)
+        match parsed:
+            case RefusedKey():
+                _refuse(parsed, name, dims, report)
+            case FullKey():
+                fulls.append(FullTensor(parsed, tensor))
+            case LoraKey():
+                _check_storage(tensor, report)
+                infixes.setdefault(parsed.infix, name)
+                sides[parsed.layer, parsed.leaf].append((parsed, tensor))
     if len(infixes) > 1:
         report.add(
             "E_ADAPTER_INFIX",
@@ -77,14 +93,10 @@ def pair_up(file: TensorFile, report: Grouping) -> list[Pair]:
             found=", ".join(sorted(name or "(no name)" for name in infixes)),
             fix="Save one adapter: save_pretrained(selected_adapters=[...]).",
         )
-    pairs = [_pair(sides[place], report) for place in sorted(sides)]
-    return [pair for pair in pairs if pair is not None]
-
-
-EMPTY_FIX: Final = (
-    "This is what DeepSpeed ZeRO-3 saves without gathering: save again with "
-    "stage3_gather_16bit_weights_on_model_save, or from the consolidated state dict."
-)
+    pairs = [pair for entries in sides.values() if (pair := _pair(entries, report)) is not None]
+    pairs.sort(key=lambda pair: (pair.key.layer, pair.key.modules[0].id))
+    _once_each(pairs, report)
+    return Sorted(pairs, fulls)
 
 
 def check_pairs(pairs: list[Pair], config: AdapterConfig, limits: Limits, report: Grouping) -> None:
@@ -96,7 +108,7 @@ def check_pairs(pairs: list[Pair], config: AdapterConfig, limits: Limits, report
             report.add(
                 "E_RANK_SHAPE",
                 pair.place,
-                cause=(pair.key.module.hf, pair.a.shape, pair.b.shape),
+                cause=(pair.key.leaf, pair.a.shape, pair.b.shape),
                 expected="lora_A (rank, in) and lora_B (out, rank)",
                 found=f"lora_A {pair.a.shape} and lora_B {pair.b.shape}",
                 fix="A and B are of different adapters: save the adapter again.",
@@ -106,23 +118,27 @@ def check_pairs(pairs: list[Pair], config: AdapterConfig, limits: Limits, report
         _check_place(pair, limits, report)
 
 
-def plan(pairs: list[Pair], config: AdapterConfig) -> list[Row]:
-    """Return the rows of pairs without findings, in their order."""
-    rows = []
-    for pair in pairs:
-        rank, features = pair.a.shape
-        rows.append(
-            Row(
-                layer=pair.key.layer,
-                module_id=pair.key.module.id,
-                module=pair.key.module.name,
-                rank=rank,
-                in_features=features,
-                out_features=pair.b.shape[0],
-                scale=float(np.float32(config.scale_of(pair.key.name, rank))),
-            )
-        )
-    return rows
+def _refuse(key: RefusedKey, name: str, dims: BaseDims, report: Grouping) -> None:
+    if key.code != "E_UNKNOWN_KEY":
+        fix = _KEY_FIXES.get(key.code, _MERGE)
+        report.add(key.code, name, cause=key.cause, found=key.cause, fix=fix)
+        return
+    near = nearest_key(name, dims.fused)
+    fix = (
+        f"Rename the keys: this one to {near}."
+        if near
+        else "Expected keys like base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight."
+    )
+    report.add("E_UNKNOWN_KEY", name, cause=bool(near), fix=fix, shown=10)
+
+
+def _check_storage(tensor: Tensor, report: Grouping) -> None:
+    if 0 in tensor.shape:
+        report.add("E_EMPTY_WEIGHTS", tensor.name, expected="elements", found="none", fix=EMPTY_FIX)
+    if tensor.dtype not in READABLE:
+        fix = "Save the adapter in float32, float16 or bfloat16."
+        found = tensor.dtype
+        report.add("E_DTYPE", tensor.name, cause=found, expected="F32, F16 or BF16", found=found, fix=fix)
 
 
 def _pair(entries: list[tuple[LoraKey, Tensor]], report: Grouping) -> Pair | None:
@@ -130,13 +146,12 @@ def _pair(entries: list[tuple[LoraKey, Tensor]], report: Grouping) -> Pair | Non
     for key, tensor in entries:
         by_side[key.side].append((key, tensor))
     first = entries[0][0]
-    place = f"layer {first.layer} {first.module.hf}"
     for side, found in by_side.items():
         if len(found) != 1:
             report.add(
                 "E_PAIR",
-                place,
-                cause=(first.module.hf, side, len(found)),
+                first.place,
+                cause=(first.leaf, side, len(found)),
                 expected=f"one lora_{side}",
                 found=str(len(found)),
                 fix="The file was cut or merged: save the adapter again.",
@@ -144,6 +159,23 @@ def _pair(entries: list[tuple[LoraKey, Tensor]], report: Grouping) -> Pair | Non
     if any(len(found) != 1 for found in by_side.values()):
         return None
     return Pair(first, by_side["A"][0][1], by_side["B"][0][1])
+
+
+def _once_each(pairs: list[Pair], report: Grouping) -> None:
+    """A fused projection and a part of it in one layer would adapt that part twice."""
+    seen: dict[tuple[int, int], Pair] = {}
+    for pair in pairs:
+        for module in pair.key.modules:
+            other = seen.setdefault((pair.key.layer, module.id), pair)
+            if other is not pair:
+                report.add(
+                    "E_PAIR",
+                    pair.place,
+                    cause=(other.key.leaf, pair.key.leaf),
+                    expected=f"{module.hf} once",
+                    found=f"in {other.key.leaf} and in {pair.key.leaf}",
+                    fix="Files of two adapters were merged: save one adapter.",
+                )
 
 
 def _check_rank(pair: Pair, config: AdapterConfig, limits: Limits, report: Grouping) -> None:
@@ -170,32 +202,33 @@ def _check_rank(pair: Pair, config: AdapterConfig, limits: Limits, report: Group
 
 
 def _check_place(pair: Pair, limits: Limits, report: Grouping) -> None:
-    module: Module = pair.key.module
-    if pair.key.layer >= limits.dims.num_layers:
+    dims, modules = limits.dims, pair.key.modules
+    if pair.key.layer >= dims.num_layers:
         report.add(
             "E_LAYER",
             pair.place,
-            expected=f"layers 0 to {limits.dims.num_layers - 1}",
+            expected=f"layers 0 to {dims.num_layers - 1}",
             found=f"layer {pair.key.layer}",
             fix="The adapter is for a deeper base.",
         )
-    if limits.target_modules and module.name not in limits.target_modules:
+    beyond = [module.name for module in modules if module.name not in limits.target_modules]
+    if limits.target_modules and beyond:
         report.add(
             "E_MODULE",
             pair.place,
-            cause=("ceiling", module.name),
+            cause=("ceiling", *beyond),
             expected=f"lora_target_modules {', '.join(sorted(limits.target_modules))}",
-            found=module.name,
-            fix=f"Add {module.name} to lora_target_modules.",
+            found=", ".join(beyond),
+            fix=f"Add {', '.join(beyond)} to lora_target_modules.",
         )
     found = (pair.a.shape[1], pair.b.shape[0])
-    expected = limits.dims.features(module)
+    expected = (dims.features(modules[0])[0], sum(dims.features(module)[1] for module in modules))
     if found != expected:
         report.add(
             "E_DIMS",
             pair.place,
-            cause=(module.hf, found),
-            expected=f"{module.hf} in={expected[0]} out={expected[1]}",
+            cause=(pair.key.leaf, found),
+            expected=f"{pair.key.leaf} in={expected[0]} out={expected[1]}",
             found=f"in={found[0]} out={found[1]}",
             fix="The adapter was trained on another base.",
         )

@@ -1,4 +1,4 @@
-"""The numbers of an adapter: what cannot be stored, and what is worth a warning."""
+"""The numbers of an adapter: what cannot be stored, what is worth a warning, and how big each row is."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ import numpy as np
 
 from builder_service.domain.adapter_config import AdapterConfig
 from builder_service.domain.grouping import Grouping
-from builder_service.domain.safetensors_header import READABLE, TensorFile
+from builder_service.domain.safetensors_header import READABLE, Tensor, TensorFile
 from builder_service.domain.tensor_rules import Pair
+from shared.bundle.modules import BaseDims, Module
+from shared.bundle.norms import Norms, row_norms
 from shared.bundle.npy import NUMPY_TYPES, Array, cast
 from shared.deployment import Dtype
 from shared.faults import Finding
@@ -19,11 +21,23 @@ from shared.faults import Finding
 UNDERFLOW_SHARE: Final = 0.01
 SCALES: Final = (1e-3, 64.0)
 """Scales outside are legal and rare."""
+PIECE: Final = 1 << 20
+"""Elements that are looked at at once."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a pair gives one module: all of A, and the module's own rows of B."""
+
+    pair: Pair
+    module: Module
+    b_rows: tuple[int, int]
+    scale: float
+    norms: Norms
 
 
 @dataclass
 class _Sums:
-    b_zero: bool = True
     float32: int = 0
     nonzero: int = 0
     flushed: int = 0
@@ -31,63 +45,97 @@ class _Sums:
     odd_scales: set[float] = field(default_factory=set)
 
 
+@dataclass
+class Values:
+    """What reading all the numbers showed."""
+
+    parts: list[Part]
+    """By (layer, module id); complete where nothing was reported."""
+    warnings: list[Finding]
+
+
 def check_values(
     file: TensorFile,
     pairs: list[Pair],
     config: AdapterConfig,
+    dims: BaseDims,
     dtype: Dtype,
     report: Grouping,
     progress: Callable[[int], None],
-) -> list[Finding]:
-    """Read every A and B once; report what cannot be stored, return the warnings."""
-    sums = _Sums()
+) -> Values:
+    """Read every A and B once; report what cannot be stored."""
+    sums, parts = _Sums(), []
     for pair in pairs:
         scale = _scale(pair, config)
         if not SCALES[0] <= scale <= SCALES[1]:
             sums.odd_scales.add(scale)
-        for tensor, factor in ((pair.a, 1.0), (pair.b, scale)):
-            if tensor.dtype in READABLE and tensor.size:
-                values = file.read(tensor.name)
-                _check_tensor(tensor.name, values, factor, dtype, sums, report)
-                sums.b_zero &= tensor is pair.a or not np.any(values)
-            progress(tensor.size)
-    return _warnings(sums, dtype) if pairs else []
+        a = _stored(file, pair.a, 1.0, dtype, sums, report)
+        progress(pair.a.size)
+        b = _stored(file, pair.b, scale, dtype, sums, report)
+        progress(pair.b.size)
+        if a is not None and b is not None and not report and _fits(pair, dims):
+            parts += [
+                Part(pair, module, rows, scale, row_norms(a, b[slice(*rows)]))
+                for module, rows in pair.parts(dims)
+            ]
+    parts.sort(key=lambda part: (part.pair.key.layer, part.module.id))
+    return Values(parts, _warnings(sums, parts, dtype) if pairs else [])
 
 
 def _scale(pair: Pair, config: AdapterConfig) -> float:
     rank = pair.a.shape[0] if pair.a.shape else 0
-    return config.scale_of(pair.key.name, rank) if rank else 1.0
+    return float(np.float32(config.scale_of(pair.key.name, rank))) if rank else 1.0
 
 
-def _check_tensor(name: str, values: Array, factor: float, dtype: Dtype, sums: _Sums, report: Grouping) -> None:
-    wide = values.astype(np.float32)
-    bad = wide.size - int(np.count_nonzero(np.isfinite(wide)))
+def _fits(pair: Pair, dims: BaseDims) -> bool:
+    a, b = pair.a.shape, pair.b.shape
+    rows = sum(dims.features(module)[1] for module in pair.key.modules)
+    return len(a) == len(b) == 2 and a[0] == b[1] and b[0] == rows
+
+
+def _stored(
+    file: TensorFile, tensor: Tensor, scale: float, dtype: Dtype, sums: _Sums, report: Grouping
+) -> Array | None:
+    """Return a tensor as the bundle will hold it; None where it cannot be read or stored."""
+    if tensor.dtype not in READABLE or not tensor.size:
+        return None
+    stored = np.empty(tensor.shape, NUMPY_TYPES[dtype])
+    flat, done, bad, biggest, overflow = stored.reshape(-1), 0, 0, 0.0, False
+    for values in file.pieces(tensor.name, PIECE):
+        wide = values.astype(np.float32)
+        bad += wide.size - int(np.count_nonzero(np.isfinite(wide)))
+        piece = cast(values, dtype, scale)
+        flat[done : done + piece.size] = piece
+        done += piece.size
+        if not bad:
+            biggest = max(biggest, float(np.abs(wide).max()))
+            overflow |= not np.isfinite(piece.astype(np.float32)).all()
+        if not bad and not overflow:
+            _count(wide, piece.astype(np.float32), scale, dtype, tensor.dtype, sums)
     if bad:
-        report.add(
-            "E_NAN",
-            name,
-            expected="finite values",
-            found=f"{bad} of {wide.size} NaN or infinite in the first of them",
-            fix="Training diverged: use an earlier checkpoint.",
-        )
-        return
-    stored = cast(values, dtype, factor).astype(np.float32)
-    if not np.isfinite(stored).all():
-        biggest = float(np.abs(wide).max()) * factor
+        found = f"{bad} of {done} NaN or infinite in the first of them"
+        fix = "Training diverged: use an earlier checkpoint."
+        report.add("E_NAN", tensor.name, expected="finite values", found=found, fix=fix)
+        return None
+    if overflow:
         report.add(
             "E_OVERFLOW",
-            name,
+            tensor.name,
             expected=f"at most {_largest(dtype):.3e} in {dtype}",
-            found=f"{biggest:.3e}, scale included",
+            found=f"{biggest * scale:.3e}, scale included",
             fix="Build with lora dtype bfloat16." if dtype is Dtype.FLOAT16 else "Training diverged.",
         )
-        return
-    scaled = wide * np.float32(factor)
+        return None
+    sums.float32 += tensor.dtype == "F32"
+    return stored
+
+
+def _count(wide: Array, stored: Array, scale: float, dtype: Dtype, source: str, sums: _Sums) -> None:
+    scaled = wide * np.float32(scale)
     nonzero = scaled != 0
     sums.nonzero += int(np.count_nonzero(nonzero))
     sums.flushed += int(np.count_nonzero(nonzero & (stored == 0)))
-    if values.dtype == np.float32 and dtype is not Dtype.FLOAT32:
-        sums.float32 += 1
+    if source == "F32" and dtype is not Dtype.FLOAT32:
         kept = nonzero & (stored != 0)
         error = np.abs(stored[kept] - scaled[kept]) / np.abs(scaled[kept])
         sums.worst = max(sums.worst, float(error.max(initial=0.0)))
@@ -98,20 +146,21 @@ def _largest(dtype: Dtype) -> float:
     return 3.3895e38 if dtype is Dtype.BFLOAT16 else float(np.finfo(NUMPY_TYPES[dtype]).max)
 
 
-def _warnings(sums: _Sums, dtype: Dtype) -> list[Finding]:
+def _warnings(sums: _Sums, parts: list[Part], dtype: Dtype) -> list[Finding]:
     found = []
-    if sums.float32:
+    if sums.float32 and dtype is not Dtype.FLOAT32:
         error = f"largest relative error {sums.worst:.1e}"
         found.append(
             Finding(
                 code="W_FP32", where=f"{sums.float32} tensors", found=f"float32, stored as {dtype}, {error}"
             )
         )
-    if sums.b_zero:
+    if parts and not any(part.norms.ba for part in parts):
+        zero = (
+            "every lora_B" if not any(part.norms.b for part in parts) else "every product of lora_B and lora_A"
+        )
         found.append(
-            Finding(
-                code="W_ZERO_B", found="every lora_B is zero", fix="The adapter changes nothing: untrained?"
-            )
+            Finding(code="W_ZERO_B", found=f"{zero} is zero", fix="The adapter changes nothing: untrained?")
         )
     if sums.flushed > UNDERFLOW_SHARE * sums.nonzero:
         share = f"{100 * sums.flushed / sums.nonzero:.1f} % of the values become zero in {dtype}"

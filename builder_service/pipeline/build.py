@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from builder_service.domain.rules import Rulebook, base_warning
+from builder_service.pipeline.base_weights import BaseWeights
 from builder_service.pipeline.convert import BuiltBundle, convert_adapter
 from builder_service.pipeline.fetch import FetchedAdapter, fetch_adapters
 from builder_service.pipeline.progress import Progress
@@ -38,7 +39,8 @@ def build(deployment: Deployment, shop: Workshop, progress: Progress) -> BuildRe
     """
     with shop.folder() as work:
         base = _describe_base(deployment, shop, progress)
-        book = rulebook(base.config, deployment.build.lora_configuration)
+        weights = BaseWeights(base.record, shop.sources, work / "base", lambda _: progress.check())
+        book = rulebook(base.config, deployment.build.lora_configuration, weights)
         fetched = fetch_adapters(deployment.build.lora_adapters, shop.sources, work, progress)
         valid = validate_adapters(fetched, book, progress)
         bundles = [_convert(adapter, base, book, progress) for adapter in valid]
@@ -54,8 +56,9 @@ def _describe_base(deployment: Deployment, shop: Workshop, progress: Progress) -
 
 def _convert(adapter: ValidAdapter, base: Base, book: Rulebook, progress: Progress) -> BuiltBundle:
     bundle = convert_adapter(adapter, book.dtype, progress)
-    warning = base_warning(bundle.manifest.base_model_name, base.record.source.repo)
-    progress.describe(bundle.name, bundle.digest, bundle.manifest, [warning] if warning else [])
+    warning = base_warning(bundle.manifest.base_model_name, base.record.source.shown)
+    extra = [*([warning] if warning else []), *adapter.fetched.warnings]
+    progress.describe(bundle.name, bundle.digest, bundle.manifest, extra)
     return bundle
 
 

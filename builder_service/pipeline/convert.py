@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
 import numpy as np
 
+from builder_service.domain.file_rules import weight_files
 from builder_service.domain.rules import CheckedAdapter, PlannedRow
 from builder_service.pipeline.progress import Progress, Stage
 from builder_service.pipeline.validate import ValidAdapter
-from shared.bundle.manifest import CONFIG_FILE, WEIGHTS_FILE, Manifest, sha256_hex
+from shared.bundle.manifest import CONFIG_FILE, TEXT_FILES, WEIGHTS_FILE, Manifest, sha256_hex
 from shared.bundle.npy import Array, cast, write_config, write_weights
+from shared.bundle.proof import Proof
 from shared.bundle.reader import decode
 from shared.deployment import Dtype
 from shared.faults import InternalFault
 from shared.sources.files import hash_file
 
 CONFIG_COLUMNS: Final = 4
+FOLDER: Final = "bundle"
+"""Of the files that are written: an adapter's own can have the same names."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,13 @@ class BuiltBundle:
     manifest: Manifest
     weights: Path
     config: Path
+    texts: Mapping[str, Path] = field(default_factory=dict)
+    """By name; the adapter's own."""
+
+    @property
+    def paths(self) -> dict[str, Path]:
+        """The files by their names in the store, in the order in which they are put there."""
+        return {WEIGHTS_FILE: self.weights, CONFIG_FILE: self.config, **self.texts}
 
     @property
     def digest(self) -> str:
@@ -37,12 +48,16 @@ class BuiltBundle:
         return sha256_hex(self.manifest.to_bytes())
 
 
-def convert_adapter(adapter: ValidAdapter, dtype: Dtype, progress: Progress) -> BuiltBundle:
-    """Write a bundle; the adapter's own files are removed after it."""
+def convert_adapter(
+    adapter: ValidAdapter, dtype: Dtype, progress: Progress, proof: Proof | None = None
+) -> BuiltBundle:
+    """Write a bundle; those of the adapter's own files that are not part of it are removed after it."""
     fetched, checked = adapter.fetched, adapter.checked
     rows = [planned.row for planned in checked.rows]
     width = max(row.rank * (row.in_features + row.out_features) for row in rows)
-    weights, config = fetched.folder / WEIGHTS_FILE, fetched.folder / CONFIG_FILE
+    (fetched.folder / FOLDER).mkdir()
+    weights, config = fetched.folder / FOLDER / WEIGHTS_FILE, fetched.folder / FOLDER / CONFIG_FILE
+    texts = [name for name in TEXT_FILES if name in fetched.files]
     progress.enter(fetched.name, Stage.CONVERTING, 2 * sum(file.size for file in fetched.files.values()))
     files = {
         WEIGHTS_FILE: write_weights(
@@ -61,16 +76,21 @@ def convert_adapter(adapter: ValidAdapter, dtype: Dtype, progress: Progress) -> 
         rows=tuple(rows),
         row_width=width,
         config_columns=CONFIG_COLUMNS,
-        files=files,
-        inputs=dict(fetched.files),
-        tensors_used=2 * len(rows),
+        files=files | {name: fetched.files[name] for name in texts},
+        inputs={name: fetched.files[name] for name in weight_files(fetched.files)},
+        coverage=checked.coverage,
         base_model_name=checked.base_model_name,
+        base_model_revision=checked.base_model_revision,
         warnings=checked.findings,
+        proof=proof,
     )
-    bundle = BuiltBundle(fetched.name, manifest, weights, config)
+    bundle = BuiltBundle(
+        fetched.name, manifest, weights, config, {name: fetched.folder / name for name in texts}
+    )
     _check(bundle, checked, progress)
-    for name in fetched.files:
-        (fetched.folder / name).unlink()
+    for path in fetched.folder.iterdir():
+        if path.is_file() and path.name not in texts:
+            path.unlink()
     return bundle
 
 
@@ -79,7 +99,7 @@ def _matrices(planned: PlannedRow, checked: CheckedAdapter, dtype: Dtype) -> tup
     if checked.file is None:
         raise InternalFault(f"{planned.a}: no file to read it from")
     a = cast(checked.file.read(planned.a), dtype)
-    return a, cast(checked.file.read(planned.b), dtype, planned.row.scale)
+    return a, cast(checked.file.read(planned.b, planned.b_rows), dtype, planned.row.scale)
 
 
 def _counted(

@@ -6,13 +6,13 @@ from pathlib import Path
 
 from builder_service.pipeline.convert import BuiltBundle
 from builder_service.pipeline.progress import Progress, Stage
-from shared.bundle.manifest import CONFIG_FILE, MANIFEST_FILE, WEIGHTS_FILE, bundle_key
+from shared.bundle.manifest import MANIFEST_FILE, bundle_key
 from shared.storage.base import ObjectMissing, Store
 
 
 def publish_bundle(store: Store, bundle: BuiltBundle, progress: Progress) -> None:
     """Put a bundle into the store, unless it is there."""
-    files = {WEIGHTS_FILE: bundle.weights, CONFIG_FILE: bundle.config}
+    files = bundle.paths
     progress.enter(bundle.name, Stage.PUBLISHING, sum(file.size for file in bundle.manifest.files.values()))
     reused = _is_there(store, bundle)
     if not reused:

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Final
 
-from builder_service.domain.rules import CheckedAdapter, Rulebook, check_adapter
+from builder_service.domain.file_rules import ADDED_TOKENS, INPUTS, weight_files
+from builder_service.domain.full_tensors import BaseTensors
+from builder_service.domain.legal_rules import added_token_findings
+from builder_service.domain.npy_rules import FOLDED, read_npy_adapter
+from builder_service.domain.rules import CheckedAdapter, Rulebook, check_adapter, check_tensors
 from builder_service.domain.tensor_rules import Limits
+from builder_service.domain.text_rules import check_texts
 from builder_service.pipeline.fetch import FetchedAdapter
 from builder_service.pipeline.progress import Progress, Stage
+from builder_service.pipeline.truncate import truncate_adapter
+from shared.bundle.manifest import TEXT_FILES
 from shared.bundle.modules import BY_HF, BY_NAME, BaseDims
 from shared.deployment import Deployment, Dtype, LoraConfiguration
 from shared.faults import AdapterInvalid, DeploymentInvalid, Finding
@@ -21,6 +29,15 @@ OTHER_MODULES: Final = frozenset({
 })  # fmt: skip
 
 
+UNLIMITED: Final = 1 << 30
+"""No rank is too high where it is truncated."""
+# As a ceiling, a fused module allows its parts.
+FUSED_NAMES: Final = {
+    "attn_qkv": ("attn_q", "attn_k", "attn_v"),
+    "mlp_gate_up": ("mlp_h_to_4h", "mlp_gate"),
+}
+
+
 @dataclass(frozen=True)
 class ValidAdapter:
     """An adapter that can be converted."""
@@ -29,16 +46,19 @@ class ValidAdapter:
     checked: CheckedAdapter
 
 
-def rulebook(config: dict[str, Any], lora: LoraConfiguration) -> Rulebook:
+def rulebook(config: dict[str, Any], lora: LoraConfiguration, base: BaseTensors | None = None) -> Rulebook:
     """Return the rules of a deployment, from the base's ``config.json`` and the deployment's ceilings.
 
     Raises:
         CheckpointInvalid: the base's sizes are missing.
     """
-    limits = Limits(BaseDims.from_config(config), lora.max_lora_rank, frozenset(lora.lora_target_modules))
+    targets = {part for name in lora.lora_target_modules for part in FUSED_NAMES.get(name, (name,))}
+    max_rank = UNLIMITED if lora.truncate_to_rank else lora.max_lora_rank
+    limits = Limits(BaseDims.from_config(config), max_rank, frozenset(targets))
     architectures = config.get("architectures")
     names = tuple(map(str, architectures)) if isinstance(architectures, list) else ()
-    return Rulebook(limits, names, lora.dtype or storage_dtype(config))
+    dtype = lora.dtype or storage_dtype(config)
+    return Rulebook(limits, names, dtype, base, lora.truncate_to_rank)
 
 
 def storage_dtype(config: dict[str, Any]) -> Dtype:
@@ -68,6 +88,16 @@ def check_deployment(deployment: Deployment) -> None:
     ]
     if findings:
         raise DeploymentInvalid("lora_target_modules names modules that do not exist", findings)
+    lora = deployment.build.lora_configuration
+    if lora.truncate_to_rank and lora.truncate_to_rank > lora.max_lora_rank:
+        finding = Finding(
+            code="E_BAD_FIELD",
+            where="build.lora_configuration.truncate_to_rank",
+            expected=f"at most max_lora_rank {lora.max_lora_rank}",
+            found=str(lora.truncate_to_rank),
+            fix="Lower it, or raise max_lora_rank.",
+        )
+        raise DeploymentInvalid("truncate_to_rank is above the ceiling", [finding])
 
 
 def validate_adapters(
@@ -80,7 +110,7 @@ def validate_adapters(
     """
     valid, violations, refused = [], [], []
     for adapter in fetched:
-        checked = _check(adapter, book, progress)
+        checked = check_fetched(adapter, book, progress)
         if checked.errors:
             refused.append(adapter.name)
             violations += [_named(item, adapter.name) for item in checked.errors]
@@ -93,11 +123,30 @@ def validate_adapters(
     return valid
 
 
-def _check(adapter: FetchedAdapter, book: Rulebook, progress: Progress) -> CheckedAdapter:
+def check_fetched(adapter: FetchedAdapter, book: Rulebook, progress: Progress) -> CheckedAdapter:
+    """Check one adapter against every rule; truncate it where the deployment wishes."""
     if adapter.findings:
         return CheckedAdapter(adapter.findings)
     progress.enter(adapter.name, Stage.VALIDATING, sum(file.size for file in adapter.files.values()))
-    return check_adapter(adapter.folder, book, progress.counter(adapter.name))
+    count, folder = progress.counter(adapter.name), adapter.folder
+    if weight_files(adapter.files) == INPUTS:
+        checked = check_adapter(folder, book, count)
+    else:
+        checked = _check_npy(folder, book, count)
+    texts = {name: (folder / name).read_bytes() for name in TEXT_FILES if name in adapter.files}
+    found = check_texts(texts, book.limits.dims.vocab)
+    checked = replace(checked, findings=(*checked.findings, *found))
+    if checked.errors or book.truncate_to_rank is None:
+        return checked
+    return truncate_adapter(checked, book.truncate_to_rank, book.dtype, folder, count)
+
+
+def _check_npy(folder: Path, book: Rulebook, progress: Callable[[int], None]) -> CheckedAdapter:
+    npy = read_npy_adapter(folder, book.limits.dims)
+    found = [*npy.findings, *added_token_findings(folder / ADDED_TOKENS, book.limits.dims.vocab)]
+    if npy.file is None:
+        return CheckedAdapter(tuple(found))
+    return check_tensors(npy.file, FOLDED, book, found, progress)
 
 
 def _named(finding: Finding, adapter: str) -> Finding:

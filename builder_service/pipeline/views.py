@@ -58,7 +58,7 @@ def _view(store: Store, generation: Generation) -> DeploymentView:
         except BundleCorrupt as found:
             damage = found
         else:
-            warning = base_warning(manifest.base_model_name, generation.base.source.repo)
+            warning = base_warning(manifest.base_model_name, generation.base.source.shown)
             adapter = adapter.described(record.digest, manifest, [warning] if warning else [])
         adapters.append(adapter)
     return DeploymentView(

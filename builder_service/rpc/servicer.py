@@ -1,4 +1,4 @@
-"""BuilderService over gRPC: each method is a call of `Builds` and a translation."""
+"""BuilderService over gRPC: each method is a call of `Builds` or `Checks`, and a translation."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from collections.abc import AsyncIterator
 import grpc
 
 from builder_service.pipeline.builds import Builds
-from builder_service.rpc.mapping import deployment_message
+from builder_service.pipeline.check import Checks
+from builder_service.rpc.mapping import checked_deployment, deployment_message, report_message
 from loramux.builder.v1 import builder_pb2 as pb
 from loramux.builder.v1 import builder_pb2_grpc
 from shared.rpc.messages import deployment_from_message
@@ -18,8 +19,9 @@ SERVICE_NAME = pb.DESCRIPTOR.services_by_name["BuilderService"].full_name
 class BuilderServicer(builder_pb2_grpc.BuilderServiceServicer):
     """What a fault becomes is the server's business; see shared.rpc.server."""
 
-    def __init__(self, builds: Builds) -> None:
+    def __init__(self, builds: Builds, checks: Checks) -> None:
         self._builds = builds
+        self._checks = checks
 
     def register(self, server: grpc.aio.Server) -> None:
         """Add the service to a server."""
@@ -59,3 +61,11 @@ class BuilderServicer(builder_pb2_grpc.BuilderServiceServicer):
         del context
         async for view in self._builds.watch(request.name):
             yield pb.WatchDeploymentResponse(deployment=deployment_message(view))
+
+    async def CheckAdapter(  # noqa: N802 - the rpc's name
+        self, request: pb.CheckAdapterRequest, context: grpc.aio.ServicerContext
+    ) -> pb.CheckAdapterResponse:
+        """Check an adapter."""
+        del context
+        report = await self._checks.check(checked_deployment(request))
+        return pb.CheckAdapterResponse(report=report_message(report))

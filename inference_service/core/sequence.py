@@ -29,7 +29,7 @@ class Adapter:
     uid: int
     """New at every load; part of every prefix-cache key, so that old keys and values are never met again."""
     slot: int
-    """Its place in the bank."""
+    """Its place in the LoRA backend."""
 
 
 @dataclass(eq=False)

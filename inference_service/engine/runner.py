@@ -2,31 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import torch
-from torch import Tensor
 
 from inference_service.core.batch import Batch
 from inference_service.core.sequence import Sequence, Token
 from inference_service.engine.sampler import sample
 from inference_service.kernels.attention import Context, PagedAttention
-from inference_service.lora.segments import Arrangement, arrange
+from inference_service.lora.backend import LoraBackend
+from inference_service.lora.segments import arrange
 from inference_service.models.decoder import Decoder
-
-
-class LoraBackend(Protocol):
-    """How the adapters' products are computed."""
-
-    name: str
-
-    def begin(self, arrangement: Arrangement) -> None:
-        """Prepare for the rows of a step."""
-        ...
-
-    def apply(self, x: Tensor, out: Tensor, layer: int, group: str) -> None:
-        """Add the adapters' part to the output of a fused linear."""
-        ...
 
 
 class Runner:
@@ -57,7 +41,9 @@ class Runner:
                 sampled.append(chunk.seq)
                 last_rows.append(len(tokens) - 1)
         model, device = self._model, self._model.device
-        attention = PagedAttention(contexts, self._block_size, self._groups, model.dtype, device)
+        attention = PagedAttention(
+            contexts, self._block_size, self._groups, model.dtype, device, model.config.windows
+        )
         lora = self._lora if arrangement.segments else None
         if lora:
             lora.begin(arrangement)

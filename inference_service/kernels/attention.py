@@ -15,6 +15,18 @@ from torch.nn.functional import scaled_dot_product_attention
 
 
 @dataclass(frozen=True)
+class AttentionSpec:
+    """How a layer attends."""
+
+    scale: float
+    """Of the products of queries and keys."""
+    window: int | None = None
+    """Positions that a row sees, its own included; None: all."""
+    softcap: float | None = None
+    """Bound that the scaled products approach, by tanh."""
+
+
+@dataclass(frozen=True)
 class Context:
     """The rows of one chunk: consecutive in the batch, and consecutive positions of a sequence."""
 
@@ -32,9 +44,20 @@ class Context:
 class _Prefill:
     rows: slice
     index: Tensor
-    """[end]: cache rows of the context."""
+    """[seen]: cache rows of the context that the chunk sees."""
     mask: Tensor | None
-    """[length, end]; None where the chunk is the whole context."""
+    """[length, seen]; None where the chunk sees itself and nothing before."""
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What the rows of a step see, for layers of one window."""
+
+    table: Tensor | None
+    """[D, longest]: cache rows that each decoding row sees."""
+    mask: Tensor | None
+    """[D, longest]: 0, and -inf for padding."""
+    prefills: tuple[_Prefill, ...]
 
 
 class PagedAttention:
@@ -47,49 +70,39 @@ class PagedAttention:
         groups: int,
         dtype: torch.dtype,
         device: torch.device,
+        windows: Sequence[int | None] = (None,),
     ) -> None:
-        """Plan a step; groups is the number of query heads per kv head."""
+        """Plan a step; groups is the number of query heads per kv head, windows are those of the layers."""
         self._groups = groups
         rows = [_cache_rows(context, block_size) for context in contexts]
         self.write_rows = torch.cat([r[c.end - c.length :] for r, c in zip(rows, contexts, strict=True)]).to(
             device
         )
-        decodes = [index for index, context in enumerate(contexts) if context.length == 1]
-        self._decode_rows: Tensor | None = None
-        if decodes:
-            self._decode_rows = torch.tensor([contexts[index].row for index in decodes], device=device)
-            lengths = [contexts[index].end for index in decodes]
-            longest = max(lengths)
-            table = torch.zeros(len(decodes), longest, dtype=torch.int64)
-            mask = torch.full((len(decodes), longest), float("-inf"), dtype=dtype)
-            for place, index in enumerate(decodes):
-                table[place, : lengths[place]] = rows[index]
-                mask[place, : lengths[place]] = 0
-            self._decode_table = table.to(device)
-            self._decode_mask = mask.to(device)
-        self._prefills = [
-            _Prefill(
-                rows=slice(context.row, context.row + context.length),
-                index=index.to(device),
-                mask=_causal_mask(context, device) if context.end != context.length else None,
-            )
-            for context, index in zip(contexts, rows, strict=True)
-            if context.length > 1
-        ]
-        self._all_decode = not self._prefills and self._decode_rows is not None
+        decodes = [context.row for context in contexts if context.length == 1]
+        self._decode_rows = torch.tensor(decodes, device=device) if decodes else None
+        self._all_decode = len(decodes) == len(contexts)
+        longest = max(context.end for context in contexts)
+        plans: dict[int | None, _Plan] = {}
+        self._plans: dict[int | None, _Plan] = {}
+        for window in windows:
+            outgrown = window if window is not None and window < longest else None
+            if outgrown not in plans:
+                plans[outgrown] = _plan(contexts, rows, outgrown, dtype, device)
+            self._plans[window] = plans[outgrown]
 
     def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, scale: float
+        self, q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, spec: AttentionSpec
     ) -> Tensor:
         """Write k and v [T, kv, d] to the cache [kv, rows, d], and return what q [T, heads, d] attends to."""
         k_cache.index_copy_(1, self.write_rows, k.transpose(0, 1))
         v_cache.index_copy_(1, self.write_rows, v.transpose(0, 1))
-        out = torch.empty_like(q) if self._prefills else q
-        for prefill in self._prefills:
-            out[prefill.rows] = self._prefill(q, k_cache, v_cache, scale, prefill)
+        plan = self._plans[spec.window]
+        out = torch.empty_like(q) if plan.prefills else q
+        for prefill in plan.prefills:
+            out[prefill.rows] = self._prefill(q, k_cache, v_cache, spec, prefill)
         if self._decode_rows is not None:
             order = self._decode_rows
-            decoded = self._decode(q if self._in_order(order, q) else q[order], k_cache, v_cache, scale)
+            decoded = self._decode(q if self._in_order(order, q) else q[order], k_cache, v_cache, spec, plan)
             if self._in_order(order, q):
                 return decoded
             out[order] = decoded
@@ -98,29 +111,77 @@ class PagedAttention:
     def _in_order(self, order: Tensor, q: Tensor) -> bool:
         return self._all_decode and order.shape[0] == q.shape[0]
 
-    def _decode(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, scale: float) -> Tensor:
+    def _decode(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, spec: AttentionSpec, plan: _Plan) -> Tensor:
         """One query row per sequence: [D, heads, d]."""
+        assert plan.table is not None  # noqa: S101 - there are decoding rows
+        assert plan.mask is not None  # noqa: S101
         num, heads, dim = q.shape
         kv = heads // self._groups
-        length = self._decode_table.shape[1]
-        flat = self._decode_table.view(-1)
+        length = plan.table.shape[1]
+        flat = plan.table.view(-1)
         keys = k_cache.index_select(1, flat).view(kv * num, length, dim)
         values = v_cache.index_select(1, flat).view(kv * num, length, dim)
         query = q.view(num, kv, self._groups, dim).transpose(0, 1).reshape(kv * num, self._groups, dim)
-        mask = self._decode_mask.repeat(kv, 1).unsqueeze(1)
-        scores = torch.baddbmm(mask, query, keys.transpose(1, 2), alpha=scale)
+        mask = plan.mask.repeat(kv, 1).unsqueeze(1)
+        if spec.softcap is None:
+            scores = torch.baddbmm(mask, query, keys.transpose(1, 2), alpha=spec.scale)
+        else:
+            scores = _capped(torch.bmm(query, keys.transpose(1, 2)), spec.scale, spec.softcap) + mask
         out = torch.bmm(torch.softmax(scores, dim=-1), values)
         return out.view(kv, num, self._groups, dim).transpose(0, 1).reshape(num, heads, dim)
 
-    def _prefill(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, scale: float, plan: _Prefill) -> Tensor:
+    def _prefill(
+        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, spec: AttentionSpec, plan: _Prefill
+    ) -> Tensor:
         """A chunk of one sequence: [length, heads, d]."""
         query = q[plan.rows].transpose(0, 1)[None]
         keys = k_cache.index_select(1, plan.index).repeat_interleave(self._groups, dim=0)[None]
         values = v_cache.index_select(1, plan.index).repeat_interleave(self._groups, dim=0)[None]
-        out = scaled_dot_product_attention(
-            query, keys, values, attn_mask=plan.mask, is_causal=plan.mask is None, scale=scale
+        if spec.softcap is None:
+            out = scaled_dot_product_attention(
+                query, keys, values, attn_mask=plan.mask, is_causal=plan.mask is None, scale=spec.scale
+            )
+            return out[0].transpose(0, 1)
+        scores = _capped(query @ keys.transpose(-1, -2), spec.scale, spec.softcap)
+        mask = torch.ones_like(scores, dtype=torch.bool).tril() if plan.mask is None else plan.mask
+        scores = scores.masked_fill(~mask, float("-inf"))
+        return (torch.softmax(scores, dim=-1) @ values)[0].transpose(0, 1)
+
+
+def _plan(
+    contexts: Sequence[Context],
+    rows: Sequence[Tensor],
+    window: int | None,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> _Plan:
+    """Plan for one window; rows are the cache rows of every context."""
+    seen = [index[_first_seen(context, window) :] for context, index in zip(contexts, rows, strict=True)]
+    decodes = [index for context, index in zip(contexts, seen, strict=True) if context.length == 1]
+    table = mask = None
+    if decodes:
+        longest = max(map(len, decodes))
+        table = torch.zeros(len(decodes), longest, dtype=torch.int64)
+        mask = torch.full((len(decodes), longest), float("-inf"), dtype=dtype)
+        for place, index in enumerate(decodes):
+            table[place, : len(index)] = index
+            mask[place, : len(index)] = 0
+        table, mask = table.to(device), mask.to(device)
+    prefills = tuple(
+        _Prefill(
+            rows=slice(context.row, context.row + context.length),
+            index=index.to(device),
+            mask=_mask(context, window, device),
         )
-        return out[0].transpose(0, 1)
+        for context, index in zip(contexts, seen, strict=True)
+        if context.length > 1
+    )
+    return _Plan(table, mask, prefills)
+
+
+def _first_seen(context: Context, window: int | None) -> int:
+    """The first position that the chunk's first row sees."""
+    return 0 if window is None else max(0, context.end - context.length - window + 1)
 
 
 def _cache_rows(context: Context, block_size: int) -> Tensor:
@@ -129,7 +190,16 @@ def _cache_rows(context: Context, block_size: int) -> Tensor:
     return (blocks[:, None] * block_size + torch.arange(block_size)).view(-1)[: context.end]
 
 
-def _causal_mask(context: Context, device: torch.device) -> Tensor:
-    """[length, end]: True where a row may look."""
-    rows = torch.arange(context.end - context.length, context.end, device=device)
-    return rows[:, None] >= torch.arange(context.end, device=device)
+def _mask(context: Context, window: int | None, device: torch.device) -> Tensor | None:
+    """[length, seen]: True where a row may look; None where that is plain causality within the chunk."""
+    whole = context.end == context.length
+    if whole and (window is None or window >= context.length):
+        return None
+    rows = torch.arange(context.end - context.length, context.end, device=device)[:, None]
+    columns = torch.arange(_first_seen(context, window), context.end, device=device)
+    causal = rows >= columns
+    return causal if window is None else causal & (columns > rows - window)
+
+
+def _capped(products: Tensor, scale: float, softcap: float) -> Tensor:
+    return torch.tanh(products * (scale / softcap)) * softcap

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from inference_service.core.groups import GroupShape
-from inference_service.lora.bank import AdapterBank
 from inference_service.lora.segments import Arrangement, Segment
-from inference_service.lora.weights import GroupWeights
+from inference_service.lora.weights import AdapterWeights, GroupWeights
 
 
 @dataclass(frozen=True)
@@ -34,14 +33,20 @@ class TorchLora:
 
     name = "torch"
 
-    def __init__(self, bank: AdapterBank, groups: tuple[GroupShape, ...]) -> None:
-        self._bank = bank
+    def __init__(self, groups: tuple[GroupShape, ...], device: torch.device) -> None:
+        self.home = device
+        self._adapters: list[AdapterWeights] = []
         self._groups = {group.name: group for group in groups}
         self._slots: tuple[int, ...] = ()
         self._packs: dict[tuple[int, str], _Pack | None] = {}
         self._short: tuple[Segment, ...] = ()
         self._long: tuple[Segment, ...] = ()
         self._masks: dict[tuple[tuple[int, ...], ...], Tensor] = {}
+
+    def load(self, weights: AdapterWeights) -> int:
+        """Take an adapter in as it is."""
+        self._adapters.append(weights)
+        return len(self._adapters) - 1
 
     def begin(self, arrangement: Arrangement) -> None:
         """Prepare for the rows of a step."""
@@ -58,7 +63,7 @@ class TorchLora:
         if self._short:
             self._apply_short(x, out, layer, shape)
         for segment in self._long:
-            weights = self._bank.weights[segment.slot].layers[layer].get(group)
+            weights = self._adapters[segment.slot].layers[layer].get(group)
             if weights is not None:
                 rows = slice(segment.start, segment.end)
                 _add(x[rows], out[rows], weights.a, weights.b, weights.ranks, None, shape)
@@ -76,7 +81,7 @@ class TorchLora:
         _add(x[rows], out[rows], pack.a, pack.b, widths, mask, shape)
 
     def _pack(self, layer: int, shape: GroupShape) -> _Pack | None:
-        found = [self._bank.weights[slot].layers[layer].get(shape.name) for slot in self._slots]
+        found = [self._adapters[slot].layers[layer].get(shape.name) for slot in self._slots]
         a: list[Tensor] = []
         b: list[Tensor | None] = []
         ranks = []

@@ -19,8 +19,8 @@ from inference_service.kernels.sgmv import (
     pack_table,
     workspace_numel,
 )
-from inference_service.lora.bank import AdapterBank
 from inference_service.lora.segments import LONG_SEGMENT, Arrangement
+from inference_service.lora.weights import AdapterWeights
 
 MIN_ENTRIES = 16
 
@@ -28,29 +28,34 @@ MIN_ENTRIES = 16
 class TritonLora:
     """Adds the adapters' part to the output of a fused linear, on the device.
 
-    All adapters of the bank are packed at construction; the bank itself stays where it was loaded.
+    Adapters stay in the host's memory as they were loaded, and are packed together on the device before the
+    next step.
     """
 
     name = "triton"
+    home = torch.device("cpu")
 
-    def __init__(
-        self, bank: AdapterBank, groups: tuple[GroupShape, ...], dtype: torch.dtype, device: torch.device
-    ) -> None:
-        self._num_slots = max(1, len(bank.weights))
+    def __init__(self, groups: tuple[GroupShape, ...], dtype: torch.dtype, device: torch.device) -> None:
+        self._shapes = groups
+        self._dtype = dtype
         self._device = device
-        num_layers = len(bank.weights[0].layers) if bank.weights else 0
-        self._groups = {
-            (layer, shape.name): group
-            for layer in range(num_layers)
-            for shape in groups
-            if (group := _pack(bank, layer, shape, dtype, device)) is not None
-        }
+        self._adapters: list[AdapterWeights] = []
+        self._groups: dict[tuple[int, str], Group] = {}
         self._segments: dict[tuple[int, int], Segments] = {}
         self._workspace = torch.empty(0, dtype=torch.float32, device=device)
         self._step: Segments | None = None
 
+    def load(self, weights: AdapterWeights) -> int:
+        """Take an adapter in; the packed copy on the device is made anew before the next step."""
+        self._adapters.append(weights)
+        self._groups.clear()
+        self._segments.clear()
+        return len(self._adapters) - 1
+
     def begin(self, arrangement: Arrangement) -> None:
         """Prepare for the rows of a step: one copy to the device."""
+        if not self._groups:
+            self._pack_all()
         segments = arrangement.segments
         rows = np.arange(segments[0].start, segments[-1].end)
         slots = np.repeat([seg.slot for seg in segments], [seg.length for seg in segments])
@@ -65,11 +70,18 @@ class TritonLora:
         if packed is not None and self._step is not None:
             lora_apply(x, out, packed, self._step, self._workspace)
 
+    def _pack_all(self) -> None:
+        for layer in range(len(self._adapters[0].layers)):
+            for shape in self._shapes:
+                group = _pack(self._adapters, layer, shape, self._dtype, self._device)
+                if group is not None:
+                    self._groups[layer, shape.name] = group
+
     def _buffers(self, entries: int, tile: int) -> Segments:
         """Static buffers per size class, so that a launch's grid depends on the class alone."""
         key = entries, tile
         if key not in self._segments:
-            segments = Segments.allocate(SegmentCapacity(entries, self._num_slots, tile), self._device)
+            segments = Segments.allocate(SegmentCapacity(entries, len(self._adapters), tile), self._device)
             needed = max(workspace_numel(group, segments) for group in self._groups.values())
             if needed > self._workspace.numel():
                 self._workspace = torch.empty(needed, dtype=torch.float32, device=self._device)
@@ -78,10 +90,10 @@ class TritonLora:
 
 
 def _pack(
-    bank: AdapterBank, layer: int, shape: GroupShape, dtype: torch.dtype, device: torch.device
+    adapters: list[AdapterWeights], layer: int, shape: GroupShape, dtype: torch.dtype, device: torch.device
 ) -> Group | None:
     """Pack one fused linear of all adapters; None when no adapter touches it."""
-    found = [weights.layers[layer].get(shape.name) for weights in bank.weights]
+    found = [weights.layers[layer].get(shape.name) for weights in adapters]
     none = (0,) * len(shape.modules)
     ranks = [none if weights is None else weights.ranks for weights in found]
     present = [weights for weights in found if weights is not None]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from shared.faults import CheckpointInvalid
 
 INDEX = "model.safetensors.index.json"
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 class Checkpoint:
@@ -28,14 +30,15 @@ class Checkpoint:
             except (SafetensorError, OSError) as error:
                 raise CheckpointInvalid(f"{path.name} is not a readable safetensors file: {error}") from error
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._where
+    def first(self, names: Sequence[str]) -> str:
+        """Return the first name that is there; the first at all when none is, for the message of `get`."""
+        return next((name for name in names if name in self._where), names[0])
 
     def get(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """Return a tensor in the serving dtype.
 
         Raises:
-            CheckpointInvalid: it is not there, or has another shape.
+            CheckpointInvalid: it is not there, or has another shape, or is quantised.
         """
         if name not in self._where:
             raise CheckpointInvalid(f"the base checkpoint lacks the tensor {name}. Is the download complete?")
@@ -43,6 +46,9 @@ class Checkpoint:
             tensor: Tensor = file.get_tensor(name)
         if tuple(tensor.shape) != shape:
             raise CheckpointInvalid(f"{name}: config.json implies shape {shape}, found {tuple(tensor.shape)}.")
+        if tensor.dtype not in DTYPES:
+            found = str(tensor.dtype).removeprefix("torch.")
+            raise CheckpointInvalid(f"{name}: {found} is not supported; supported: bfloat16, float16, float32.")
         return tensor.to(self._device, self._dtype)
 
 

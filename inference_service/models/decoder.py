@@ -1,4 +1,4 @@
-"""A Llama-like decoder over flat rows: no padding, no batch axis.
+"""A decoder over flat rows: no padding, no batch axis.
 
 Rows of all sequences stand one after the other ([T, hidden]); attention knows from its plan which belong
 together, and the adapters from theirs.
@@ -6,19 +6,27 @@ together, and the adapters from theirs.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding, rms_norm, silu
+from torch.nn.functional import embedding, gelu, silu
 
 from inference_service.kernels.attention import PagedAttention
 from inference_service.layers.linear import Linear
-from inference_service.layers.rope import Rope, inverse_frequencies, rotate
+from inference_service.layers.rope import Rope, rotate
 from inference_service.models.checkpoint import Checkpoint
 from inference_service.models.config import ModelConfig
+from inference_service.models.weights import Layer, Weights
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": silu,
+    "gelu_tanh": partial(gelu, approximate="tanh"),
+}
 
 
 class Lora(Protocol):
@@ -37,18 +45,6 @@ class KVCache:
     values: tuple[Tensor, ...]
 
 
-@dataclass(frozen=True)
-class Layer:
-    """One layer's weights."""
-
-    input_norm: Tensor
-    qkv: Linear
-    o: Linear
-    post_norm: Tensor
-    gate_up: Linear
-    down: Linear
-
-
 class Decoder:
     """Turns token ids into logits."""
 
@@ -61,16 +57,15 @@ class Decoder:
         self.config = config
         self.dtype = dtype
         self.device = device
-        dims = config.dims
-        checkpoint = Checkpoint(folder, dtype, device)
-        self._embedding = checkpoint.get("model.embed_tokens.weight", (dims.vocab, dims.hidden))
-        self._layers = tuple(_load_layer(checkpoint, config, index) for index in range(dims.num_layers))
-        self._norm = checkpoint.get("model.norm.weight", (dims.hidden,))
-        tied = config.tied_embeddings or "lm_head.weight" not in checkpoint
-        head = self._embedding if tied else checkpoint.get("lm_head.weight", (dims.vocab, dims.hidden))
-        self._head = Linear(head)
-        freqs = inverse_frequencies(dims.head_dim, config.rope_theta, config.rope_scaling)
-        self._rope = Rope(freqs, config.max_positions, dtype, device)
+        weights = Weights(Checkpoint(folder, dtype, device), config)
+        self._embedding = weights.embedding()
+        self._layers = tuple(weights.layer(index) for index in range(config.dims.num_layers))
+        self._norm = weights.final_norm()
+        self._head = Linear(self._embedding if config.tied_embeddings else weights.head())
+        self._ropes = tuple(Rope(spec, dtype, device) for spec in config.ropes)
+        self._activation = ACTIVATIONS[config.activation]
+        # Rounded as the weights are: Gemma was trained with a scale in bfloat16.
+        self._scale = float(torch.tensor(config.embedding_scale, dtype=dtype))
 
     def new_cache(self, num_rows: int) -> KVCache:
         """Return an empty cache of num_rows tokens."""
@@ -93,26 +88,34 @@ class Decoder:
         lora: Lora | None,
     ) -> Tensor:
         """Run tokens [T] at positions [T]; return the logits [len(last_rows), vocab] of those rows."""
-        dims, eps = self.config.dims, self.config.norm_eps
-        q_size, kv_size = dims.num_heads * dims.head_dim, dims.num_kv_heads * dims.head_dim
-        cos, sin = self._rope.at(positions)
-        scale = dims.head_dim**-0.5
+        turns = [rope.at(positions) for rope in self._ropes]
         hidden = embedding(tokens, self._embedding)
+        if self._scale != 1.0:
+            hidden = hidden * self._scale
         for index, layer in enumerate(self._layers):
-            x = rms_norm(hidden, (dims.hidden,), layer.input_norm, eps)
-            qkv = _linear(layer.qkv, x, lora, index, "qkv")
-            q, k, v = (
-                part.view(len(tokens), -1, dims.head_dim)
-                for part in torch.split(qkv, [q_size, kv_size, kv_size], dim=-1)
-            )
-            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-            attended = attention(q, k, v, cache.keys[index], cache.values[index], scale)
-            hidden = hidden + _linear(layer.o, attended.reshape(len(tokens), q_size), lora, index, "o")
-            x = rms_norm(hidden, (dims.hidden,), layer.post_norm, eps)
-            gate, up = _linear(layer.gate_up, x, lora, index, "gate_up").chunk(2, dim=-1)
-            hidden = hidden + _linear(layer.down, silu(gate) * up, lora, index, "down")
-        last = rms_norm(hidden[last_rows], (dims.hidden,), self._norm, eps)
-        return self._head(last)
+            q, k, v = self._project(layer.input_norm(hidden), layer, index, turns[layer.rope], lora)
+            attended = attention(q, k, v, cache.keys[index], cache.values[index], layer.attention)
+            out = _linear(layer.o, attended.reshape(len(tokens), -1), lora, index, "o")
+            hidden = hidden + (layer.attention_out_norm(out) if layer.attention_out_norm else out)
+            gate, up = _linear(layer.gate_up, layer.mlp_norm(hidden), lora, index, "gate_up").chunk(2, dim=-1)
+            out = _linear(layer.down, self._activation(gate) * up, lora, index, "down")
+            hidden = hidden + (layer.mlp_out_norm(out) if layer.mlp_out_norm else out)
+        logits = self._head(self._norm(hidden[last_rows]))
+        cap = self.config.logit_softcap
+        return logits if cap is None else torch.tanh(logits / cap) * cap
+
+    def _project(
+        self, x: Tensor, layer: Layer, index: int, turn: tuple[Tensor, Tensor], lora: Lora | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries [T, heads, d] and keys, both rotated, and values [T, kv heads, d]."""
+        dims = self.config.dims
+        heads = _linear(layer.qkv, x, lora, index, "qkv").view(len(x), -1, dims.head_dim)
+        rotated = dims.num_heads + dims.num_kv_heads
+        qk, v = heads[:, :rotated], heads[:, rotated:]
+        if layer.qk_norm is not None:
+            qk = layer.qk_norm(qk)
+        qk = rotate(qk, *turn)
+        return qk[:, : dims.num_heads], qk[:, dims.num_heads :], v
 
 
 def _linear(layer: Linear, x: Tensor, lora: Lora | None, index: int, group: str) -> Tensor:
@@ -120,28 +123,3 @@ def _linear(layer: Linear, x: Tensor, lora: Lora | None, index: int, group: str)
     if lora is not None:
         lora.apply(x, out, index, group)
     return out
-
-
-def _load_layer(checkpoint: Checkpoint, config: ModelConfig, index: int) -> Layer:
-    dims = config.dims
-    prefix = f"model.layers.{index}"
-    q, kv = dims.num_heads * dims.head_dim, dims.num_kv_heads * dims.head_dim
-
-    def get(name: str, shape: tuple[int, ...]) -> Tensor:
-        return checkpoint.get(f"{prefix}.{name}", shape)
-
-    def fused(block: str, outs: dict[str, int], in_features: int, bias: bool) -> Linear:
-        weights = [get(f"{block}.{name}.weight", (out, in_features)) for name, out in outs.items()]
-        biases = [get(f"{block}.{name}.bias", (out,)) for name, out in outs.items()] if bias else []
-        return Linear(torch.cat(weights), torch.cat(biases) if biases else None)
-
-    return Layer(
-        input_norm=get("input_layernorm.weight", (dims.hidden,)),
-        qkv=fused("self_attn", {"q_proj": q, "k_proj": kv, "v_proj": kv}, dims.hidden, config.attention_bias),
-        o=fused("self_attn", {"o_proj": dims.hidden}, q, config.attention_bias),
-        post_norm=get("post_attention_layernorm.weight", (dims.hidden,)),
-        gate_up=fused(
-            "mlp", {"gate_proj": dims.intermediate, "up_proj": dims.intermediate}, dims.hidden, config.mlp_bias
-        ),
-        down=fused("mlp", {"down_proj": dims.hidden}, dims.intermediate, config.mlp_bias),
-    )

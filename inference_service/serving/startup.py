@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import os
 import time
 from dataclasses import dataclass
@@ -11,17 +12,19 @@ import psutil
 import structlog
 import torch
 
+from inference_service.core.sequence import Adapter
 from inference_service.engine.block_manager import BlockManager
 from inference_service.engine.engine import Engine
-from inference_service.engine.runner import LoraBackend, Runner
+from inference_service.engine.runner import Runner
 from inference_service.engine.scheduler import Limits
-from inference_service.lora.bank import AdapterBank
+from inference_service.lora.backend import LoraBackend
 from inference_service.lora.loader import matrices
 from inference_service.lora.torch_backend import TorchLora
 from inference_service.lora.triton_backend import TritonLora
 from inference_service.lora.weights import pack_adapter
-from inference_service.models.config import ModelConfig, read_config
+from inference_service.models.config import ModelConfig
 from inference_service.models.decoder import Decoder
+from inference_service.models.read import read_config
 from inference_service.serving.catalog import Catalog, ServedModel
 from inference_service.serving.engine_thread import EngineThread
 from inference_service.serving.service import GenerationService, ServingLimits
@@ -36,6 +39,9 @@ from shared.sources.open import open_sources
 from shared.storage.base import Store
 
 log = structlog.get_logger()
+
+# A uid is never used twice in a process; 0 is the base.
+_uids = itertools.count(1)
 
 # Without kv_memory_gb, the cache takes this part of what is free, and on a CPU no more than that many bytes.
 KV_SHARE = {"cpu": 0.25, "cuda": 0.85}
@@ -62,21 +68,22 @@ def load(settings: InferenceSettings, store: Store) -> Ready:
     """
     started = time.monotonic()
     generation = _generation(settings.deployment, store)
-    sources = open_sources(local_roots=settings.local_roots, secrets_dir=settings.secrets_dir)
+    sources = open_sources(
+        local_roots=settings.local_roots,
+        allowed_hosts=settings.allowed_hosts,
+        secrets_dir=settings.secrets_dir,
+        work_dir=settings.cache_dir,
+    )
     folder = fetch_base(generation.base, settings.cache_dir / "checkpoints" / _cache_name(generation), sources)
-    config = read_config(folder)
+    config = read_config(folder, generation.max_seq_len)
     device = _device(settings)
     dtype = _dtype(settings, config, device)
     if settings.threads:
         torch.set_num_threads(settings.threads)
     model = Decoder(config, folder, dtype, device)
-    bank = AdapterBank()
-    bank_device = torch.device("cpu") if _uses_triton(settings, device) else device
-    adapters = [
-        _load_adapter(name, generation, store, bank, model, bank_device) for name in generation.adapters
-    ]
+    lora = _backend(settings, model)
+    adapters = [_load_adapter(name, generation, store, lora, model) for name in generation.adapters]
     blocks, limits = _memory(settings, generation, config, model)
-    lora = _backend(settings, bank, model)
     engine = Engine(Runner(model, lora, blocks.num_blocks, blocks.block_size), limits, blocks)
     log.info(
         "loaded",
@@ -87,7 +94,6 @@ def load(settings: InferenceSettings, store: Store) -> Ready:
         dtype=str(dtype).removeprefix("torch."),
         threads=torch.get_num_threads(),
         adapters=len(adapters),
-        adapter_mb=round(bank.num_bytes / 1e6, 1),
         kv_tokens=blocks.num_blocks * blocks.block_size,
         max_seq_len=limits.max_seq_len,
         seconds=round(time.monotonic() - started, 2),
@@ -112,7 +118,7 @@ def _generation(name: str, store: Store) -> Generation:
 def _cache_name(generation: Generation) -> str:
     """A folder per set of files: another revision never meets files of this one."""
     source = generation.base.source
-    safe = "".join(char if char.isalnum() or char in "-_." else "_" for char in source.repo)[-80:]
+    safe = "".join(char if char.isalnum() or char in "-_." else "_" for char in source.shown)[-80:]
     return f"{safe}@{source.revision[:16] or 'none'}"
 
 
@@ -138,17 +144,16 @@ def _load_adapter(
     name: str,
     generation: Generation,
     store: Store,
-    bank: AdapterBank,
+    lora: LoraBackend,
     model: Decoder,
-    device: torch.device,
 ) -> ServedModel:
     bundle = read_bundle(store, generation.adapters[name].digest)
     config = model.config
-    weights = pack_adapter(matrices(bundle), config.groups, config.dims.num_layers, model.dtype, device)
+    weights = pack_adapter(matrices(bundle), config.groups, config.dims.num_layers, model.dtype, lora.home)
     manifest = bundle.manifest
     return ServedModel(
         name,
-        bank.load(name, weights),
+        Adapter(name, next(_uids), lora.load(weights)),
         digest=bundle.digest,
         ranks=manifest.ranks,
         modules=manifest.modules,
@@ -188,10 +193,10 @@ def _memory(
     return blocks, limits
 
 
-def _backend(settings: InferenceSettings, bank: AdapterBank, model: Decoder) -> LoraBackend:
+def _backend(settings: InferenceSettings, model: Decoder) -> LoraBackend:
     if _uses_triton(settings, model.device):
-        return TritonLora(bank, model.config.groups, model.dtype, model.device)
-    return TorchLora(bank, model.config.groups)
+        return TritonLora(model.config.groups, model.dtype, model.device)
+    return TorchLora(model.config.groups, model.device)
 
 
 def _uses_triton(settings: InferenceSettings, device: torch.device) -> bool:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Annotated
+
+import typer
 
 from loramux.cli import shell
 from loramux.cli.build_view import BuildView, show_built
@@ -13,16 +16,49 @@ from shared.faults import InternalFault
 
 
 @shell.command
-def build(file: shell.File, builder: shell.Builder = BUILDER) -> None:
+def build(
+    file: shell.File,
+    builder: shell.Builder = BUILDER,
+    truncate_to: shell.TruncateTo = None,
+    prove: Annotated[
+        bool, typer.Option("--prove", help="Also record what each adapter should answer.")
+    ] = False,
+) -> None:
     """Fetch, check, convert and publish a file's adapters.
 
     Repeating it is safe: what is published already is not built again.
 
     Example: loramux build deployment.yaml
     """
-    read = read_deployment(file)
+    run_build(builder, wished(read_deployment(file).deployment, truncate_to, prove))
+
+
+@shell.command
+def prove(file: shell.File, builder: shell.Builder = BUILDER) -> None:
+    """Build a file, and record what each adapter should answer.
+
+    A reference computes it from the adapter's own files; the builder needs torch
+    for it. A replica serves only what answers so. The file may say it itself:
+    prove: true, under build.
+
+    Example: loramux prove deployment.yaml
+    """
+    run_build(builder, wished(read_deployment(file).deployment, None, True))
+
+
+def wished(deployment: Deployment, truncate_to: int | None, prove: bool) -> Deployment:
+    """Return a deployment with what the command line asks for beside its file."""
+    lora = deployment.build.lora_configuration
+    if truncate_to is not None:
+        lora = lora.model_copy(update={"truncate_to_rank": truncate_to})
+    update = {"lora_configuration": lora, "prove": prove or deployment.build.prove}
+    return deployment.model_copy(update={"build": deployment.build.model_copy(update=update)})
+
+
+def run_build(builder: str, deployment: Deployment) -> None:
+    """Build, and show it."""
     try:
-        asyncio.run(_build(builder, read.deployment))
+        asyncio.run(_build(builder, deployment))
     except KeyboardInterrupt:
         shell.say("the builder goes on; the same command shows it again")
         raise

@@ -13,7 +13,7 @@ from loramux.cli import shell
 from loramux.records import AdapterInfo, DeploymentInfo, Stage
 from shared.faults import Finding
 
-WORK = (Stage.FETCHING, Stage.VALIDATING, Stage.CONVERTING, Stage.PUBLISHING)
+WORK = (Stage.FETCHING, Stage.VALIDATING, Stage.PROVING, Stage.CONVERTING, Stage.PUBLISHING)
 STYLES = {Stage.WAITING: "dim", Stage.DONE: "green", Stage.REFUSED: "bold red"}
 RIGHT = frozenset({"tensors", "bytes"})
 

@@ -8,9 +8,11 @@ from typing import Annotated
 import typer
 
 from loramux.cli import shell
-from loramux.cli.build import build
+from loramux.cli.build import build, prove
 from loramux.cli.chat import chat
+from loramux.cli.check import check
 from loramux.cli.demo import demo
+from loramux.cli.import_bundle import import_bundle
 from loramux.cli.look import health, models
 from loramux.cli.services import builder, serve
 from loramux.cli.up import up
@@ -23,7 +25,7 @@ app = typer.Typer(
     rich_markup_mode=None,  # plain help: half the lines, the same words
     context_settings={"help_option_names": ["--help", "-h"]},
 )
-for function in (demo, up, build, models, chat, serve, builder, health):
+for function in (demo, up, build, check, prove, import_bundle, models, chat, serve, builder, health):
     app.command()(function)
 
 

@@ -39,6 +39,9 @@ Dtype = Annotated[
     str | None, typer.Option("--dtype", metavar="NAME", help="auto, float32, bfloat16 or float16.")
 ]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, metavar="N", help="CPU threads.")]
+TruncateTo = Annotated[
+    int | None, typer.Option("--truncate-to", metavar="R", min=1, help="Cut higher ranks to this one.")
+]
 File = Annotated[Path, typer.Argument(metavar="FILE", help="A deployment file (YAML).", show_default=False)]
 
 

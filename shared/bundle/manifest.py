@@ -6,6 +6,7 @@
     bundles/sha256/<digest>/model.lora_weights.npy
     bundles/sha256/<digest>/model.lora_config.npy
     deployments/<name>/generations/<n>.json            immutable
+    deployments/<name>/claims/<n>-<token>              empty; a builder is about to write generation n
     deployments/<name>/current.json                    which generation is served, with its digest
 
 A manifest holds nothing but what follows from the adapter's bytes and the build's settings, so the same
@@ -21,6 +22,7 @@ from typing import Final, Literal, Self
 
 from pydantic import Field, ValidationError
 
+from shared.bundle.proof import Proof
 from shared.deployment import Dtype, Model, Name, Repository
 from shared.faults import BundleCorrupt, Finding
 
@@ -28,6 +30,8 @@ FORMAT_VERSION: Final = 1
 WEIGHTS_FILE = "model.lora_weights.npy"
 CONFIG_FILE = "model.lora_config.npy"
 MANIFEST_FILE = "manifest.json"
+TEXT_FILES: Final = ("chat_template.jinja", "generation_config.json", "tokenizer_config.json")
+"""What an adapter may bring beside its weights: template, sampling defaults, stop tokens."""
 
 Sha256 = Field(pattern=r"^[0-9a-f]{64}$")
 
@@ -66,6 +70,15 @@ class FileDigest(Model):
     sha256: str = Sha256
 
 
+class Truncation(Model):
+    """What a row lost."""
+
+    rank: int = Field(ge=1)
+    """The adapter's own."""
+    error: float = Field(ge=0, allow_inf_nan=False)
+    """Of the product BA: Frobenius norm of the difference over that of the original."""
+
+
 class Row(Model):
     """One row of a bundle: a module of a layer."""
 
@@ -78,6 +91,23 @@ class Row(Model):
     out_features: int = Field(ge=1)
     scale: float
     """alpha/r or alpha/sqrt(r); folded into B already."""
+    norm_a: float = Field(ge=0, allow_inf_nan=False)
+    """Frobenius norm of A as stored; like the other two, see `shared.bundle.norms`."""
+    norm_b: float = Field(ge=0, allow_inf_nan=False)
+    """Of the scaled B as stored."""
+    norm_ba: float = Field(ge=0, allow_inf_nan=False)
+    """Of their product: how much the adapter changes this module."""
+    truncation: Truncation | None = None
+    """Set where the row approximates one of a higher rank, which the deployment asked for."""
+
+
+class Coverage(Model):
+    """Every tensor of the adapter's file by its key: there is no third kind, the rest was refused."""
+
+    used: tuple[str, ...] = ()
+    """The rows were made from these; sorted."""
+    redundant: tuple[str, ...] = ()
+    """Copies of the base's own tensors, proved equal to them; sorted."""
 
 
 class Manifest(Record):
@@ -90,14 +120,24 @@ class Manifest(Record):
     """Elements per row of the weights, padding included."""
     config_columns: Literal[3, 4] = 4
     files: dict[str, FileDigest]
-    """The two npy files."""
+    """The two npy files, and those of `TEXT_FILES` that the adapter brings."""
     inputs: dict[str, FileDigest]
     """The adapter's files that the bundle was made from."""
-    tensors_used: int
+    coverage: Coverage = Coverage()
+    """Empty where the bundle was not made from a safetensors file."""
     base_model_name: str = ""
     """What the adapter says that it was trained on."""
+    base_model_revision: str = ""
+    """The revision of it, where the adapter says one."""
     warnings: tuple[Finding, ...] = ()
     """Without the adapter's name, which is the deployment's choice."""
+    proof: Proof | None = None
+    """None where the deployment did not ask for one."""
+
+    @property
+    def tensors_used(self) -> int:
+        """Tensors of the adapter that rows were made from."""
+        return len(self.coverage.used)
 
     @property
     def ranks(self) -> tuple[int, ...]:
@@ -178,6 +218,11 @@ def bundle_key(digest: str, file: str) -> str:
 def generation_key(deployment: str, number: int) -> str:
     """Return the key of a generation; numbers are padded, so that listings are in order."""
     return f"deployments/{deployment}/generations/{number:08d}.json"
+
+
+def claim_key(deployment: str, number: int, token: str) -> str:
+    """Return the key of a builder's claim to a number that it will publish a generation under."""
+    return f"deployments/{deployment}/claims/{number:08d}-{token}"
 
 
 def current_key(deployment: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +11,7 @@ import numpy as np
 from shared.bundle.manifest import (
     CONFIG_FILE,
     MANIFEST_FILE,
+    TEXT_FILES,
     WEIGHTS_FILE,
     FileDigest,
     Manifest,
@@ -41,6 +42,8 @@ class Bundle:
     digest: str
     manifest: Manifest
     rows: tuple[BundleRow, ...]
+    texts: Mapping[str, bytes] = field(default_factory=dict)
+    """What the adapter brings beside its weights, by the names of `TEXT_FILES`."""
 
 
 def read_manifest(store: Store, digest: str) -> Manifest:
@@ -62,13 +65,15 @@ def read_bundle(store: Store, digest: str) -> Bundle:
         StoreUnavailable: the store does not answer.
     """
     manifest = read_manifest(store, digest)
+    if unknown := sorted(manifest.files.keys() - {WEIGHTS_FILE, CONFIG_FILE, *TEXT_FILES}):
+        raise BundleCorrupt(f"{_what(digest, MANIFEST_FILE)}: expected no file {unknown[0]!r}")
     files = {}
-    for name in (WEIGHTS_FILE, CONFIG_FILE):
+    for name in (WEIGHTS_FILE, CONFIG_FILE, *(name for name in TEXT_FILES if name in manifest.files)):
         data = _get(store, digest, name)
         verify_file(data, manifest.files, name, digest)
         files[name] = data
-    rows = decode(manifest, files[WEIGHTS_FILE], files[CONFIG_FILE], _what(digest))
-    return Bundle(digest, manifest, rows)
+    rows = decode(manifest, files.pop(WEIGHTS_FILE), files.pop(CONFIG_FILE), _what(digest))
+    return Bundle(digest, manifest, rows, files)
 
 
 def verify_file(data: bytes, files: Mapping[str, FileDigest], name: str, digest: str) -> None:

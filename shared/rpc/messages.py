@@ -5,17 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 from loramux.builder.v1 import builder_pb2 as pb
-from shared.deployment import Deployment, Dtype, Repository, parse_deployment
+from shared.deployment import Deployment, Dtype, LoraConfiguration, Repository, parse_deployment
 from shared.faults import DeploymentInvalid, Finding
 
 _PREFIX = "SOURCE_KIND_"
-_DTYPES = {
+DTYPES = {
     None: pb.DTYPE_UNSPECIFIED,
     Dtype.BFLOAT16: pb.DTYPE_BFLOAT16,
     Dtype.FLOAT16: pb.DTYPE_FLOAT16,
     Dtype.FLOAT32: pb.DTYPE_FLOAT32,
 }
-_DTYPE_NAMES = {value: name for name, value in _DTYPES.items()}
+DTYPE_NAMES = {value: name for name, value in DTYPES.items()}
 
 
 def deployment_to_message(deployment: Deployment) -> pb.DeploymentSpec:
@@ -23,9 +23,9 @@ def deployment_to_message(deployment: Deployment) -> pb.DeploymentSpec:
     build, runtime = deployment.build, deployment.runtime
     return pb.DeploymentSpec(
         model_name=deployment.model_name,
-        base=_repository_to_message(build.checkpoint_repository),
+        base=repository_to_message(build.checkpoint_repository),
         adapters=[
-            pb.Adapter(name=name, repository=_repository_to_message(repository))
+            pb.Adapter(name=name, repository=repository_to_message(repository))
             for name, repository in build.lora_adapters.items()
         ],
         max_seq_len=build.max_seq_len or 0,
@@ -33,7 +33,9 @@ def deployment_to_message(deployment: Deployment) -> pb.DeploymentSpec:
         lora_target_modules=build.lora_configuration.lora_target_modules,
         served_model_name=runtime.served_model_name or "",
         request_default_max_tokens=runtime.request_default_max_tokens or 0,
-        lora_dtype=_DTYPES[build.lora_configuration.dtype],
+        lora_dtype=DTYPES[build.lora_configuration.dtype],
+        truncate_to_rank=build.lora_configuration.truncate_to_rank or 0,
+        prove=build.prove,
     )
 
 
@@ -48,15 +50,17 @@ def deployment_from_message(message: pb.DeploymentSpec) -> Deployment:
         raise DeploymentInvalid(f"adapter names must be distinct; given twice: {', '.join(twice)}")
     lora: dict[str, Any] = {"lora_target_modules": tuple(message.lora_target_modules)}
     if message.lora_dtype:
-        lora["dtype"] = _DTYPE_NAMES.get(message.lora_dtype, "unknown")
+        lora["dtype"] = DTYPE_NAMES.get(message.lora_dtype, "unknown")
     build: dict[str, Any] = {
-        "checkpoint_repository": _repository_from_message(message.base),
-        "lora_adapters": {item.name: _repository_from_message(item.repository) for item in message.adapters},
+        "checkpoint_repository": _repository_fields(message.base),
+        "lora_adapters": {item.name: _repository_fields(item.repository) for item in message.adapters},
         "lora_configuration": lora,
+        "prove": message.prove,
     }
     runtime: dict[str, Any] = {}
     for block, field in (
         (lora, "max_lora_rank"),
+        (lora, "truncate_to_rank"),
         (build, "max_seq_len"),
         (runtime, "served_model_name"),
         (runtime, "request_default_max_tokens"),
@@ -65,6 +69,18 @@ def deployment_from_message(message: pb.DeploymentSpec) -> Deployment:
             block[field] = value
     data = {"model_name": message.model_name, "build": build, "runtime": runtime}
     return parse_deployment(data).deployment
+
+
+def check_request(adapter: Repository, base: Repository, lora: LoraConfiguration) -> pb.CheckAdapterRequest:
+    """Return the request for the check of an adapter."""
+    return pb.CheckAdapterRequest(
+        adapter=repository_to_message(adapter),
+        base=repository_to_message(base),
+        max_lora_rank=lora.max_lora_rank,
+        lora_target_modules=lora.lora_target_modules,
+        lora_dtype=DTYPES[lora.dtype],
+        truncate_to_rank=lora.truncate_to_rank or 0,
+    )
 
 
 def finding_to_message(finding: Finding) -> pb.Finding:
@@ -77,7 +93,8 @@ def finding_from_message(message: pb.Finding) -> Finding:
     return Finding(**{name: getattr(message, name) for name in Finding.model_fields})
 
 
-def _repository_to_message(repository: Repository) -> pb.Repository:
+def repository_to_message(repository: Repository) -> pb.Repository:
+    """Return a repository as a message."""
     return pb.Repository(
         source=_PREFIX + repository.source.value,
         repo=repository.repo,
@@ -87,7 +104,12 @@ def _repository_to_message(repository: Repository) -> pb.Repository:
     )
 
 
-def _repository_from_message(message: pb.Repository) -> dict[str, Any]:
+def repository_from_message(message: pb.Repository) -> Repository:
+    """Return the repository of a service's answer."""
+    return Repository(**_repository_fields(message))
+
+
+def _repository_fields(message: pb.Repository) -> dict[str, Any]:
     kind = pb.SourceKind.Name(message.source) if message.source in pb.SourceKind.values() else "unknown"
     return {
         "source": kind.removeprefix(_PREFIX),

@@ -5,13 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, TypeAlias
+from typing import Final, Protocol, TypeAlias
 
 from shared.bundle.manifest import FileDigest
 from shared.deployment import Repository
 
 Progress: TypeAlias = Callable[[int], None]
 """Told the bytes that came in since the last call, from any thread; what it raises ends the transfer."""
+
+MAX_BYTES: Final = 2 << 40
+"""Of one repository: beyond it a listing is not believed; the largest open checkpoints have about 2e12."""
+MAX_FILES: Final = 10_000
+"""Of one repository: beyond it the address is that of something larger than a model."""
 
 
 def unwatched(_: int) -> None:
@@ -25,6 +30,8 @@ class SourceFile:
     size: int
     sha256: str | None = None
     """Where the source knows it without reading the file."""
+    version: str = ""
+    """What the source calls this state of the file (ETag, generation); no other state is fetched."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +39,7 @@ class Resolved:
     """A repository whose content cannot change under us any more, or whose change will be noticed."""
 
     repository: Repository
-    """With the commit (HF). LOCAL keeps what was asked for, until the files were read."""
+    """With the commit (HF) or the archive's digest (REMOTE_URL). Others keep what was asked for."""
     files: Mapping[str, SourceFile]
     """By path inside the subfolder."""
 
@@ -45,11 +52,17 @@ class Source(Protocol):
     """A kind of place where repositories are.
 
     Every method may block, and may be called from several threads at once. All raise `RepoNotFound`,
-    `RepoGated`, `RevisionNotFound`, `SourceRefused` or `SourceUnavailable`.
+    `RepoGated`, `RevisionNotFound`, `SourceRefused`, `SourceChanged`, `SourceUnavailable`, or
+    `ResourcesExhausted` where the disk is full.
     """
 
-    def resolve(self, repository: Repository) -> Resolved:
-        """List a repository at its revision; nothing is fetched."""
+    def resolve(
+        self, repository: Repository, progress: Progress = unwatched, *, max_bytes: int = MAX_BYTES
+    ) -> Resolved:
+        """List a repository at its revision.
+
+        Nothing is fetched, except an archive, whose listing is in it: at most max_bytes.
+        """
         ...
 
     def fetch(

@@ -49,7 +49,7 @@ def describe_base(sources: Sources, repository: Repository, progress: Progress =
         Fault: what the source raises.
     """
     source = sources.of(repository)
-    resolved = source.resolve(repository)
+    resolved = source.resolve(repository, progress)
     if CONFIG not in resolved.files:
         raise CheckpointInvalid(
             f"{_name(repository)}: expected {CONFIG}, found {_some(resolved)}. "
@@ -124,7 +124,7 @@ def _read_json(source: Source, resolved: Resolved, name: str) -> dict[str, Any]:
 
 
 def _name(repository: Repository) -> str:
-    return "/".join(part for part in (repository.repo, repository.subfolder) if part)
+    return "/".join(part for part in (repository.shown, repository.subfolder) if part)
 
 
 def _some(resolved: Resolved) -> str:

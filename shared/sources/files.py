@@ -1,13 +1,19 @@
-"""Copying and hashing of files, in pieces."""
+"""Writing, copying and hashing of files, in pieces."""
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path, PurePosixPath
+from typing import IO
 
 from shared.bundle.manifest import FileDigest, sha256_hex
+from shared.faults import ResourcesExhausted, SourceRefused, SourceUnavailable
 from shared.sources.base import Progress, unwatched
 
 PIECE = 1 << 20
@@ -15,23 +21,84 @@ PIECE = 1 << 20
 
 def hash_file(path: Path, progress: Progress = unwatched) -> FileDigest:
     """Return what a file is."""
+    return hash_pieces(pieces_of(path), progress)
+
+
+def hash_pieces(pieces: Iterable[bytes], progress: Progress, sink: IO[bytes] | None = None) -> FileDigest:
+    """Return what pieces together are, and write them where a sink is given."""
     digest, size = hashlib.sha256(), 0
-    for piece in _pieces(path, progress):
+    for piece in pieces:
+        progress(len(piece))
         digest.update(piece)
         size += len(piece)
+        if sink is not None:
+            with disk_errors():
+                sink.write(piece)
     return FileDigest(size=size, sha256=digest.hexdigest())
 
 
-def copy_file(path: Path, target: Path, progress: Progress = unwatched) -> FileDigest:
-    """Copy a file, and return what the copy is."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    digest, size = hashlib.sha256(), 0
-    with target.open("wb") as sink:
-        for piece in _pieces(path, progress):
-            digest.update(piece)
-            sink.write(piece)
-            size += len(piece)
-    return FileDigest(size=size, sha256=digest.hexdigest())
+def exactly(pieces: Iterable[bytes], size: int, name: str) -> Iterator[bytes]:
+    """Yield pieces of that many bytes together; raise `SourceUnavailable` before the first byte too much."""
+    left = size
+    for piece in pieces:
+        left -= len(piece)
+        if left < 0:
+            raise SourceUnavailable(f"{name}: expected {size} bytes, found more. Retry.")
+        yield piece
+    if left:
+        raise SourceUnavailable(f"{name}: expected {size} bytes, found {size - left}. Retry.")
+
+
+def inside(folder: Path, name: str) -> Path:
+    """Return the path of a file by its name in a listing, or raise `SourceRefused` where it leads outside."""
+    parts = PurePosixPath(name).parts
+    if not parts or name.startswith("/") or ".." in parts or "\\" in name or "\0" in name:
+        raise SourceRefused(f"{name!r}: no path inside the repository")
+    return folder.joinpath(*parts)
+
+
+def missing_files(folder: Path, files: Mapping[str, FileDigest]) -> list[str]:
+    """Return the files that a folder of the cache lacks, or has with another size."""
+    paths = {name: inside(folder, name) for name in files}
+    return [
+        name for name, path in paths.items() if not (path.is_file() and path.stat().st_size == files[name].size)
+    ]
+
+
+@contextmanager
+def whole(target: Path) -> Iterator[IO[bytes]]:
+    """Open a file for writing that appears under its name when it is whole, and not at all otherwise."""
+    with disk_errors():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=".part-")
+    try:
+        with os.fdopen(descriptor, "wb") as sink:
+            yield sink
+            with disk_errors():
+                sink.flush()
+        Path(name).replace(target)
+    except BaseException:
+        with suppress(FileNotFoundError):
+            Path(name).unlink()
+        raise
+
+
+@contextmanager
+def disk_errors() -> Iterator[None]:
+    """Turn what the disk refuses into `ResourcesExhausted`."""
+    try:
+        yield
+    except OSError as error:
+        raise disk_fault(error) from error
+
+
+def disk_fault(error: OSError) -> ResourcesExhausted:
+    """Return the fault for a file that cannot be written."""
+    full = error.errno in {errno.ENOSPC, errno.EDQUOT}
+    cure = "Free or add space." if full else "Let the server write to its work folder."
+    return ResourcesExhausted(
+        f"a fetched file cannot be written: {error.strerror or type(error).__name__}. {cure}"
+    )
 
 
 def content_digest(files: Mapping[str, FileDigest]) -> str:
@@ -40,8 +107,8 @@ def content_digest(files: Mapping[str, FileDigest]) -> str:
     return sha256_hex(json.dumps(listing, sort_keys=True, separators=(",", ":")).encode())
 
 
-def _pieces(path: Path, progress: Progress) -> Iterator[bytes]:
+def pieces_of(path: Path) -> Iterator[bytes]:
+    """Yield a file's content."""
     with path.open("rb") as source:
         while piece := source.read(PIECE):
             yield piece
-            progress(len(piece))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
-import structlog
 from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import (
     DisabledRepoError,
@@ -21,22 +21,20 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential
 from tqdm import tqdm  # type: ignore[import-untyped,unused-ignore]
 
 from shared.bundle.manifest import FileDigest
 from shared.deployment import Repository
 from shared.faults import RepoGated, RepoNotFound, RevisionNotFound, SourceRefused, SourceUnavailable
-from shared.sources.base import Progress, Resolved, SourceFile, unwatched
-from shared.sources.files import hash_file
-from shared.sources.secrets import Secrets
-
-log = structlog.get_logger()
+from shared.sources.base import MAX_BYTES, Progress, Resolved, SourceFile, unwatched
+from shared.sources.files import disk_errors, disk_fault, hash_file, inside, missing_files
+from shared.sources.retry import Busy, Pace, Patience
+from shared.sources.secrets import Secrets, warn_unset
 
 TOKEN_VARIABLE: Final = "HF_TOKEN"  # noqa: S105 - the variable's name
-MAX_BYTES: Final = 2 << 40
-"""Of one transfer: beyond it the listing is not believed."""
 TIMEOUT_S: Final = 20.0
+SLACK: Final = 16 << 20
+"""Bytes that a client may count beyond a file's; it reads in pieces, and goes on where it broke off."""
 # The class of every failure of the hub's HTTP client, which is httpx or httpx2 by its version.
 _HTTP_ERROR: Final[type[BaseException]] = HfHubHTTPError.__mro__[1]
 
@@ -47,24 +45,27 @@ class HubSource:
     """Resolves a repository to a commit first, and fetches files by their literal names at that commit."""
 
     def __init__(
-        self, secrets: Secrets, *, endpoint: str | None = None, attempts: int = 4, wait_s: float = 0.5
+        self, secrets: Secrets, *, endpoint: str | None = None, patience: Patience | None = None
     ) -> None:
         self._secrets = secrets
         self._endpoint = endpoint
-        self._attempts = attempts
-        self._wait_s = wait_s
+        self._patience = patience or Patience()
 
-    def resolve(self, repository: Repository) -> Resolved:
+    def resolve(
+        self, repository: Repository, progress: Progress = unwatched, *, max_bytes: int = MAX_BYTES
+    ) -> Resolved:
         """List a repository's files with their sizes at the commit that its revision names."""
+        del max_bytes
         api = HfApi(endpoint=self._endpoint, token=self._token(repository))
         info = self._call(
             repository,
-            lambda: api.model_info(
+            lambda _: api.model_info(
                 repository.repo,
                 revision=repository.revision or None,
                 files_metadata=True,
                 timeout=TIMEOUT_S,
             ),
+            progress,
         )
         if not info.sha:
             raise SourceUnavailable(f"HF {repository.repo}: the hub names no commit")
@@ -91,12 +92,14 @@ class HubSource:
             )
         fetched = {}
         for name in names:
-            path = self._download(resolved.repository, name, into, progress)
-            (into / name).parent.mkdir(parents=True, exist_ok=True)
-            fetched[name] = hash_file(path.replace(into / name))
-            if fetched[name].size != resolved.files[name].size:
+            target, size = inside(into, name), resolved.files[name].size
+            path = self._download(resolved.repository, name, size, into, progress)
+            with disk_errors():
+                target.parent.mkdir(parents=True, exist_ok=True)
+                fetched[name] = hash_file(path.replace(target))
+            if fetched[name].size != size:
                 raise SourceUnavailable(
-                    f"HF {resolved.repository.repo}: {name}: expected {resolved.files[name].size} bytes, "
+                    f"HF {resolved.repository.repo}: {name}: expected {size} bytes, "
                     f"found {fetched[name].size}. Retry."
                 )
         return fetched
@@ -125,17 +128,15 @@ class HubSource:
     ) -> Path:
         """Download what the cache lacks, at the recorded commit."""
         folder = cache / "hub" / repository.repo.replace("/", "--") / repository.revision
-        for name, file in files.items():
-            path = folder / repository.subfolder / name
-            if not (path.is_file() and path.stat().st_size == file.size):
-                self._download(repository, name, folder, progress)
+        for name in missing_files(folder / repository.subfolder, files):
+            self._download(repository, name, files[name].size, folder, progress)
         return folder / repository.subfolder
 
-    def _download(self, repository: Repository, name: str, into: Path, progress: Progress) -> Path:
+    def _download(self, repository: Repository, name: str, size: int, into: Path, progress: Progress) -> Path:
         """Write one file to ``into/<subfolder>/<name>``."""
         path = self._call(
             repository,
-            lambda: hf_hub_download(
+            lambda watch: hf_hub_download(
                 repository.repo,
                 name,
                 subfolder=repository.subfolder or None,
@@ -143,8 +144,9 @@ class HubSource:
                 local_dir=into,
                 token=self._token(repository),
                 endpoint=self._endpoint,
-                tqdm_class=_meter(progress),
+                tqdm_class=_meter(_at_most(size, f"HF {repository.repo}: {name}", watch)),
             ),
+            progress,
         )
         return Path(path)
 
@@ -152,21 +154,18 @@ class HubSource:
         name = repository.runtime_secret_name
         token = self._secrets.get(name, default_variable=TOKEN_VARIABLE)
         if name and token is None:
-            log.warning("secret not set, going on without", secret=name, repo=repository.repo)
+            warn_unset(repository)
         return token or False  # False: not the token of whoever logged in on this machine
 
-    def _call(self, repository: Repository, call: Callable[[], _T]) -> _T:
-        retrying = Retrying(
-            stop=stop_after_attempt(self._attempts),
-            wait=wait_exponential(self._wait_s, max=8),
-            retry=retry_if_exception_type(SourceUnavailable),
-            reraise=True,
-        )
+    def _call(self, repository: Repository, call: Callable[[Progress], _T], progress: Progress) -> _T:
         hint = self._secrets.hint(repository.runtime_secret_name, default_variable=TOKEN_VARIABLE)
-        for attempt in retrying:
-            with attempt, _translated(repository, hint):
-                result = call()
-        return result
+
+        def attempt(pace: Pace) -> _T:
+            watch = pace.watch(f"HF {repository.repo}", progress)
+            with _translated(repository, hint):
+                return call(watch)
+
+        return self._patience.call(attempt)
 
 
 @contextmanager
@@ -192,19 +191,36 @@ def _translated(repository: Repository, hint: str) -> Iterator[None]:
     except EntryNotFoundError as error:
         raise RepoNotFound(f"{repo}: a file is gone at revision {revision!r}") from error
     except HfHubHTTPError as error:
-        raise _by_status(repo, error.response.status_code, hint) from error
+        raise _by_status(repo, error.response, hint) from error
     except _HTTP_ERROR as error:
         raise SourceUnavailable(f"{repo}: the hub does not answer ({type(error).__name__})") from error
-    except OSError as error:  # a short answer, an answer without a commit, a full disk
+    except OSError as error:  # a full disk, a short answer, an answer without a commit
+        if error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS}:
+            raise disk_fault(error) from error
         raise SourceUnavailable(f"{repo}: {error.strerror or 'the transfer was not complete'}") from error
 
 
-def _by_status(repo: str, status: int, hint: str) -> RepoNotFound | RepoGated | SourceUnavailable:
+def _by_status(repo: str, response: Any, hint: str) -> RepoNotFound | RepoGated | SourceUnavailable:
+    status = response.status_code
     if status in {401, 403}:
         return RepoGated(f"{repo}: the hub refuses this token ({status}). {hint}")
     if status == 404:
         return RepoNotFound(f"{repo}: does not exist, or is private for this token. {hint}")
-    return SourceUnavailable(f"{repo}: the hub answers with status {status}")
+    return Busy.until(f"{repo}: the hub answers with status {status}", response.headers.get("Retry-After"))
+
+
+def _at_most(size: int, name: str, progress: Progress) -> Progress:
+    """Return a progress that ends a transfer of much more than was listed; begun again, it counts twice."""
+    left = 2 * size + SLACK
+
+    def counted(count: int) -> None:
+        nonlocal left
+        left -= count
+        if left < 0:
+            raise SourceRefused(f"{name}: expected {size} bytes, found far more")
+        progress(count)
+
+    return counted
 
 
 def _meter(progress: Progress) -> type[Any]:

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from shared.bundle.manifest import FileDigest
 from shared.deployment import Repository
-from shared.faults import RepoNotFound, RevisionNotFound, SourceRefused, SourceUnavailable
-from shared.sources.base import Progress, Resolved, SourceFile, unwatched
-from shared.sources.files import content_digest, copy_file, hash_file
+from shared.faults import RepoNotFound, RevisionNotFound, SourceChanged, SourceRefused, SourceUnavailable
+from shared.sources.base import MAX_BYTES, MAX_FILES, Progress, Resolved, SourceFile, unwatched
+from shared.sources.files import content_digest, exactly, hash_pieces, inside, pieces_of, whole
 
 MAX_DEPTH = 2
 """Folders below the repository's that are listed: enough to see where an adapter is."""
-MAX_FILES = 10_000
 
 
 class LocalSource:
@@ -23,13 +23,16 @@ class LocalSource:
     def __init__(self, roots: Sequence[Path]) -> None:
         self._roots = tuple(root.expanduser().resolve() for root in roots)
 
-    def resolve(self, repository: Repository) -> Resolved:
+    def resolve(
+        self, repository: Repository, progress: Progress = unwatched, *, max_bytes: int = MAX_BYTES
+    ) -> Resolved:
         """List a folder; the revision follows from the content, and is known once the files were read."""
+        del progress, max_bytes
         folder = self._folder(repository)
         files = {}
         with _translated():
             for path in self._walk(folder, MAX_DEPTH):
-                files[path.relative_to(folder).as_posix()] = SourceFile(path.stat().st_size)
+                files[path.relative_to(folder).as_posix()] = _listed(path)
                 if len(files) > MAX_FILES:
                     raise SourceRefused(f"LOCAL {folder}: more than {MAX_FILES} files; name a folder in it")
         return Resolved(repository, files)
@@ -38,19 +41,17 @@ class LocalSource:
         self, resolved: Resolved, names: Iterable[str], into: Path, progress: Progress = unwatched
     ) -> dict[str, FileDigest]:
         """Copy files, so that nothing can change them while they are used."""
-        folder = self._folder(resolved.repository)
-        with _translated():
-            return {
-                name: copy_file(self._allowed(folder / name), into / name, progress) for name in sorted(names)
-            }
+        copied = {}
+        for name in sorted(names):
+            with whole(inside(into, name)) as sink:
+                copied[name] = self._read(resolved, name, progress, sink)
+        return copied
 
     def digests(
         self, resolved: Resolved, names: Iterable[str], progress: Progress = unwatched
     ) -> dict[str, FileDigest]:
         """Hash files where they are."""
-        folder = self._folder(resolved.repository)
-        with _translated():
-            return {name: hash_file(self._allowed(folder / name), progress) for name in sorted(names)}
+        return {name: self._read(resolved, name, progress) for name in sorted(names)}
 
     def pin(self, resolved: Resolved, files: Mapping[str, FileDigest]) -> Repository:
         """Return the repository with the digest of its files as revision."""
@@ -71,6 +72,17 @@ class LocalSource:
         for name in files:
             self._allowed(folder / name)
         return folder
+
+    def _read(
+        self, resolved: Resolved, name: str, progress: Progress, sink: IO[bytes] | None = None
+    ) -> FileDigest:
+        path, file = self._allowed(self._folder(resolved.repository) / name), resolved.files[name]
+        with _translated():
+            pieces = exactly(pieces_of(path), file.size, f"LOCAL {path}")
+            digest = hash_pieces(pieces, progress, sink)
+            if _listed(path) != file:
+                raise SourceChanged(f"LOCAL {path}: changed since it was listed. Build again.")
+        return digest
 
     def _folder(self, repository: Repository) -> Path:
         path = Path(repository.repo)
@@ -99,6 +111,11 @@ class LocalSource:
                 yield child
             elif depth and child.is_dir() and not child.is_symlink():
                 yield from self._walk(child, depth - 1)
+
+
+def _listed(path: Path) -> SourceFile:
+    status = path.stat()
+    return SourceFile(status.st_size, version=str(status.st_mtime_ns))
 
 
 @contextmanager

@@ -1,16 +1,21 @@
-"""The sources that this version knows, by kind."""
+"""The sources of this version, by kind."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from shared.deployment import Repository, SourceKind
 from shared.faults import SourceRefused
+from shared.sources.addresses import Guard
 from shared.sources.base import Source
+from shared.sources.bucket import Bucket, BucketSource
+from shared.sources.https import Https
 from shared.sources.hub import HubSource
 from shared.sources.local import LocalSource
 from shared.sources.secrets import Secrets
+from shared.sources.url import UrlSource
 
 
 class Sources:
@@ -23,29 +28,66 @@ class Sources:
         """Return the source of a repository, or raise `SourceRefused`."""
         source = self._sources.get(repository.source)
         if source is None:
-            raise SourceRefused(
-                f"source {repository.source} is not supported by this version; "
-                f"supported: {', '.join(sorted(self._sources))}"
-            )
+            known = ", ".join(sorted(self._sources))
+            raise SourceRefused(f"source {repository.source} is not supported here; supported: {known}")
         return source
 
 
 def open_sources(
     *,
     local_roots: Sequence[Path] = (),
+    allowed_hosts: Collection[str] = (),
     secrets_dir: Path | None = None,
     environment: Mapping[str, str] | None = None,
     hub_endpoint: str | None = None,
+    work_dir: Path | None = None,
 ) -> Sources:
     """Return the sources of this version.
 
-    local_roots are the folders that LOCAL may read; hub_endpoint is for mirrors, and HF_ENDPOINT's value
-    where it is not given.
+    local_roots are the folders that LOCAL may read, allowed_hosts what REMOTE_URL may reach beside public
+    addresses; hub_endpoint is for mirrors, and HF_ENDPOINT's value where it is not given. work_dir holds
+    archives while they are read; the system's temporary folder when not given.
     """
     secrets = Secrets(secrets_dir, environment)
     return Sources(
         {
             SourceKind.HF: HubSource(secrets, endpoint=hub_endpoint),
+            SourceKind.S3: BucketSource(open_s3, secrets),
+            SourceKind.GCS: BucketSource(open_gcs, secrets),
+            SourceKind.AZURE: BucketSource(open_azure, secrets),
+            SourceKind.REMOTE_URL: UrlSource(Https(Guard(allowed_hosts)), secrets, work_dir),
             SourceKind.LOCAL: LocalSource(local_roots),
         }
     )
+
+
+def open_s3(repository: Repository, secrets: Secrets) -> tuple[Bucket, str]:
+    """Return the bucket of an S3 repository; boto3 takes half a second to import."""
+    with needs_extra(SourceKind.S3, "store"):
+        from shared.sources.s3 import open_bucket
+    return open_bucket(repository, secrets)
+
+
+def open_gcs(repository: Repository, secrets: Secrets) -> tuple[Bucket, str]:
+    """Return the bucket of a GCS repository."""
+    with needs_extra(SourceKind.GCS, "gcs"):
+        from shared.sources.gcs import open_bucket
+    return open_bucket(repository, secrets)
+
+
+def open_azure(repository: Repository, secrets: Secrets) -> tuple[Bucket, str]:
+    """Return the container of an AZURE repository."""
+    with needs_extra(SourceKind.AZURE, "azure"):
+        from shared.sources.azure import open_bucket
+    return open_bucket(repository, secrets)
+
+
+@contextmanager
+def needs_extra(kind: SourceKind, extra: str) -> Iterator[None]:
+    """Turn an import that fails into `SourceRefused`."""
+    try:
+        yield
+    except ImportError as error:
+        raise SourceRefused(
+            f"source {kind} needs packages that the server lacks ({error.name}): pip install 'loramux[{extra}]'"
+        ) from None

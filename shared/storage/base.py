@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Protocol
 
@@ -14,6 +16,17 @@ class ObjectMissing(Fault):
 
     reason = "OBJECT_MISSING"
     status = Status.NOT_FOUND
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An object as a listing shows it."""
+
+    key: str
+    size: int
+    """Bytes."""
+    modified: datetime
+    """When it was put, by the store's own clock; with a time zone."""
 
 
 class Store(Protocol):
@@ -35,12 +48,20 @@ class Store(Protocol):
         """Store bytes, or a file's content, under a key; an older object is replaced."""
         ...
 
+    def take(self, key: str, file: Path) -> None:
+        """Store a file's content under a key, and remove the file; a store in a folder moves it."""
+        ...
+
     def size(self, key: str) -> int | None:
         """Return an object's size in bytes, or None when there is none."""
         ...
 
     def list(self, prefix: str) -> Iterator[str]:
         """Yield the keys that begin with prefix, in lexicographic order."""
+        ...
+
+    def entries(self, prefix: str) -> Iterator[Entry]:
+        """Yield what `list` yields, with size and age."""
         ...
 
     def delete(self, key: str) -> None:

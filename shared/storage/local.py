@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import shutil
@@ -10,16 +11,20 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import BinaryIO
 
 from shared.faults import StoreUnavailable
-from shared.storage.base import ObjectMissing
+from shared.storage.base import Entry, ObjectMissing
 from shared.storage.keys import checked_key, checked_prefix
 
 TEMPORARY = ".tmp"
 TEMPORARY_LIFE_S = 24 * 3600
 """A temporary file that was not written for so long belongs to a process that was killed."""
+
+MODE = 0o644
+"""Other users of this machine may serve what is stored."""
 
 # Nothing there, a folder there, or a file where a folder would have to be.
 _NO_OBJECT = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
@@ -61,12 +66,37 @@ class LocalStore:
                     shutil.copyfileobj(source, file, 1 << 20)
                     file.flush()
                     os.fsync(file.fileno())
-                    Path(file.name).chmod(0o644)  # other users of this machine may serve it
+                    Path(file.name).chmod(MODE)
                     Path(file.name).replace(path)
                 except BaseException:
                     Path(file.name).unlink(missing_ok=True)
                     raise
             _sync_folder(path.parent)
+
+    def take(self, key: str, file: Path) -> None:
+        """Store a file's content under a key, and remove the file: by a rename where the disk is the same."""
+        with file.open("rb") as source:
+            if not self._moved(key, file, source):
+                self._put(key, source)
+                file.unlink()
+
+    def _moved(self, key: str, file: Path, source: BinaryIO) -> bool:
+        with self._translated("write", key):
+            path = self._path(key)
+            self._make_folder(path.parent)
+            if path.parent.stat().st_dev != os.fstat(source.fileno()).st_dev:
+                return False
+            os.fchmod(source.fileno(), MODE)
+            os.utime(source.fileno())  # the age of an object counts from its put
+            os.fsync(source.fileno())
+            try:
+                file.replace(path)
+            except OSError as error:
+                if error.errno == errno.EXDEV:  # one device, several mounts
+                    return False
+                raise
+            _sync_folder(path.parent)
+        return True
 
     def size(self, key: str) -> int | None:
         """Return an object's size in bytes, or None when there is none."""
@@ -84,6 +114,16 @@ class LocalStore:
             top = self._path(folder) if folder else self._root
             keys = sorted(key for key in self._keys_below(top) if key.startswith(prefix))
         yield from keys
+
+    def entries(self, prefix: str) -> Iterator[Entry]:
+        """Yield what `list` yields, with size and age."""
+        for key in self.list(prefix):
+            with self._translated("read", key):
+                try:
+                    status = self._path(key).stat()
+                except _NO_OBJECT:  # deleted meanwhile
+                    continue
+            yield Entry(key, status.st_size, datetime.fromtimestamp(status.st_mtime, UTC))
 
     def delete(self, key: str) -> None:
         """Remove an object; no error when there is none."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 
-from shared.storage.base import ObjectMissing
+from shared.storage.base import Entry, ObjectMissing
 
 
 class MemoryStore:
@@ -15,6 +16,8 @@ class MemoryStore:
 
     def __init__(self) -> None:
         self.objects: dict[str, bytes] = {}
+        self.modified: dict[str, datetime] = {}
+        """When the objects were put; one that is not here was put into ``objects`` long ago."""
 
     def get(self, key: str) -> bytes:
         """Return an object's bytes, or raise `ObjectMissing`."""
@@ -26,6 +29,12 @@ class MemoryStore:
     def put(self, key: str, data: bytes | Path) -> None:
         """Store bytes, or a file's content, under a key."""
         self.objects[key] = data.read_bytes() if isinstance(data, Path) else bytes(data)
+        self.modified[key] = datetime.now(UTC)
+
+    def take(self, key: str, file: Path) -> None:
+        """Store a file's content under a key, and remove the file."""
+        self.put(key, file)
+        file.unlink()
 
     def size(self, key: str) -> int | None:
         """Return an object's size in bytes, or None when there is none."""
@@ -36,6 +45,14 @@ class MemoryStore:
         """Yield the keys that begin with prefix, in lexicographic order."""
         yield from sorted(key for key in tuple(self.objects) if key.startswith(prefix))
 
+    def entries(self, prefix: str) -> Iterator[Entry]:
+        """Yield what `list` yields, with size and age."""
+        for key in self.list(prefix):
+            size = self.size(key)
+            if size is not None:
+                yield Entry(key, size, self.modified.get(key, datetime.fromtimestamp(0, UTC)))
+
     def delete(self, key: str) -> None:
         """Remove an object; no error when there is none."""
         self.objects.pop(key, None)
+        self.modified.pop(key, None)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import boto3
-from boto3.s3.transfer import TransferConfig
+from boto3.s3.transfer import TransferConfig, create_transfer_manager
 from botocore.config import Config
 from botocore.exceptions import (
     BotoCoreError,
@@ -21,7 +21,7 @@ from botocore.exceptions import (
 from tenacity import retry, retry_if_exception_type, stop_after_attempt
 
 from shared.faults import SettingsInvalid
-from shared.storage.base import ObjectMissing
+from shared.storage.base import Entry, ObjectMissing
 from shared.storage.keys import checked_key, checked_prefix
 from shared.storage.s3_faults import store_fault
 
@@ -30,6 +30,11 @@ if TYPE_CHECKING:
 
 PART_BYTES = 16 << 20
 """A larger object is uploaded in parts of this size, several at once; no reader sees a part."""
+PARTS_AT_ONCE = 4
+
+_TRANSFER = TransferConfig(
+    multipart_threshold=PART_BYTES, multipart_chunksize=PART_BYTES, max_concurrency=PARTS_AT_ONCE
+)
 
 
 class S3Store:
@@ -68,9 +73,17 @@ class S3Store:
     def put(self, key: str, data: bytes | Path) -> None:
         """Store bytes, or a file's content, under a key."""
         full_key = self._prefix + checked_key(key)
-        config = TransferConfig(multipart_threshold=PART_BYTES, multipart_chunksize=PART_BYTES)
-        with data.open("rb") if isinstance(data, Path) else io.BytesIO(data) as source, self._translated():
-            self._client.upload_fileobj(source, self._bucket, full_key, Config=config)
+        if isinstance(data, Path):
+            data.open("rb").close()  # a source that cannot be opened is no fault of the store
+        # Of a file that is named, parts are read as they are sent; of one that is open, they are held.
+        source = str(data) if isinstance(data, Path) else io.BytesIO(data)
+        with self._translated(), create_transfer_manager(self._client, _TRANSFER) as transfers:
+            transfers.upload(source, self._bucket, full_key).result()
+
+    def take(self, key: str, file: Path) -> None:
+        """Store a file's content under a key, and remove the file."""
+        self.put(key, file)
+        file.unlink()
 
     def size(self, key: str) -> int | None:
         """Return an object's size in bytes, or None when there is none."""
@@ -84,6 +97,11 @@ class S3Store:
 
     def list(self, prefix: str) -> Iterator[str]:
         """Yield the keys that begin with prefix, in lexicographic order."""
+        for entry in self.entries(prefix):
+            yield entry.key
+
+    def entries(self, prefix: str) -> Iterator[Entry]:
+        """Yield what `list` yields, with size and age."""
         pages = self._client.get_paginator("list_objects_v2").paginate(
             Bucket=self._bucket, Prefix=self._prefix + checked_prefix(prefix)
         )
@@ -91,7 +109,8 @@ class S3Store:
             for page in pages:
                 for item in page.get("Contents", ()):
                     if not item["Key"].endswith("/"):  # consoles mark folders so
-                        yield item["Key"].removeprefix(self._prefix)
+                        key = item["Key"].removeprefix(self._prefix)
+                        yield Entry(key, item["Size"], item["LastModified"])
 
     def delete(self, key: str) -> None:
         """Remove an object; no error when there is none."""

@@ -12,6 +12,7 @@ import grpc
 import pytest
 
 from builder_service.pipeline.builds import MAX_ATTEMPTS, Builds
+from builder_service.pipeline.check import Checks
 from builder_service.pipeline.journal import Journal, JournalEntry
 from builder_service.pipeline.workshop import Workshop
 from builder_service.rpc.servicer import SERVICE_NAME, BuilderServicer
@@ -88,7 +89,7 @@ async def running(tmp_path) -> AsyncIterator[Running]:
     write_adapter(tmp_path / "one")
     write_adapter(tmp_path / "two", tensors(("o_proj",), rank=8), r=8, target_modules=["o_proj"])
     made = Running(tmp_path)
-    server = RpcServer("127.0.0.1:0", {SERVICE_NAME: BuilderServicer(made.builds).register})
+    server = RpcServer("127.0.0.1:0", {SERVICE_NAME: BuilderServicer(made.builds, Checks(made.shop)).register})
     address = await server.start()
     async with grpc.aio.insecure_channel(address) as channel:
         made.stub = builder_pb2_grpc.BuilderServiceStub(channel)

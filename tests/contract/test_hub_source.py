@@ -20,6 +20,7 @@ from shared.faults import (
 from shared.sources.checkpoint import describe_base, fetch_base
 from shared.sources.hub import HubSource
 from shared.sources.open import Sources
+from shared.sources.retry import Patience
 from shared.sources.secrets import Secrets
 from tests.adapters import write_adapter, write_base
 from tests.hub import Hub, HubRepo, serve_hub
@@ -51,7 +52,7 @@ def hub(tmp_path) -> Iterator[Hub]:
 
 def source(hub: Hub, **environment: str) -> HubSource:
     """The real client against the small hub, with these variables set."""
-    return HubSource(Secrets(None, environment), endpoint=hub.endpoint, attempts=2, wait_s=0.01)
+    return HubSource(Secrets(None, environment), endpoint=hub.endpoint, patience=Patience(attempts=2, wait_s=0.01))
 
 
 def repo(name: str, **fields: str) -> Repository:

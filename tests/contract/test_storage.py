@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -138,6 +139,31 @@ def test_concurrent_puts_do_not_mix(store: Store) -> None:
             writer.result()
         assert all(reader.result() in objects for reader in readers)
     assert list(store.list("")) == ["k"]
+
+
+def test_a_taken_file_is_gone_and_stored(store: Store, tmp_path: Path) -> None:
+    """Take stores a file's content under a key, replaces what was there, and leaves no file."""
+    for content in (b"first", b"the second one"):
+        file = tmp_path / "file"
+        file.write_bytes(content)
+        store.take("a/file", file)
+        assert store.get("a/file") == content
+        assert not file.exists()
+    with pytest.raises(OSError, match="No such file"):
+        store.take("a/file", tmp_path / "file")
+    assert store.get("a/file") == b"the second one"
+
+
+def test_entries_have_size_and_age(store: Store) -> None:
+    """Entries are the listing with sizes and times, which are those of the last put."""
+    begin = datetime.now(UTC) - timedelta(seconds=2)  # S3 tells whole seconds
+    store.put("a/b", b"12345")
+    store.put("a/c", b"")
+    store.put("b", b"1")
+    found = list(store.entries("a/"))
+    assert [(entry.key, entry.size) for entry in found] == [("a/b", 5), ("a/c", 0)]
+    assert all(begin <= entry.modified <= datetime.now(UTC) + timedelta(seconds=2) for entry in found)
+    assert list(store.entries("nothing/")) == []
 
 
 @pytest.mark.parametrize("key", ["", "/a", "a/", "a//b", "../a", "a/../b", "a/./b", ".", "a\n", "a\0"])

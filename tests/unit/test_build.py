@@ -199,14 +199,6 @@ def test_a_pinned_local_adapter_may_not_change(tmp_path, shop):
         run(wanted, shop)
 
 
-def test_other_sources_are_named(tmp_path, shop):
-    """A source of a later version is refused with those that there are."""
-    data = deployment(tmp_path).model_dump(mode="json")
-    data["build"]["lora_adapters"]["one"] = {"source": "S3", "repo": "s3://bucket/x"}
-    with pytest.raises(SourceRefused, match="source S3 is not supported by this version; supported: HF, LOCAL"):
-        run(parse_deployment(data).deployment, shop)
-
-
 @pytest.mark.parametrize("missing", ["config.json", "model.safetensors"])
 def test_a_base_that_is_none(tmp_path, shop, missing):
     """A base without config or weights is named before any adapter is fetched."""

@@ -10,14 +10,16 @@ import pytest
 from typer.testing import CliRunner
 
 from loramux.cli import services
-from loramux.cli.build_view import fraction_done
+from loramux.cli.build_view import WORK, fraction_done
 from loramux.cli.logs import important
 from loramux.cli.main import app
 from loramux.cli.shell import modules, printable
 from loramux.records import AdapterInfo, Stage
 from tests.unit.fake_services import Fakes, deployment_text
 
-COMMANDS = ("demo", "up", "build", "models", "chat", "serve", "builder", "health")
+COMMANDS = (
+    "demo", "up", "build", "check", "prove", "import-bundle", "models", "chat", "serve", "builder", "health",
+)  # fmt: skip
 
 
 def run(*args: str, said: str | None = None) -> tuple[int, str, str]:
@@ -65,7 +67,7 @@ def test_no_server_is_one_line() -> None:
     """A service that is not there is said in one line."""
     code, _, errors = run("models", "--grpc", "127.0.0.1:1")
     assert code == 1
-    assert re.fullmatch(r"error: SOURCE_UNAVAILABLE: no answer from 127\.0\.0\.1:1: .*\n", errors)
+    assert re.fullmatch(r"error: SERVER_UNAVAILABLE: no answer from 127\.0\.0\.1:1: .*\n", errors)
 
 
 def test_build_tells_stages_and_shows_a_table(fakes: Fakes, deployment: Callable[..., str]) -> None:
@@ -153,7 +155,7 @@ def test_progress_never_falls() -> None:
     def at(stage: Stage, done: int = 0) -> float:
         return fraction_done(AdapterInfo("a", stage, done, 10, "", (), (), 0, 0, (), False))
 
-    order = [stage for stage in Stage if stage not in (Stage.UNSPECIFIED, Stage.REFUSED)]
+    order = [Stage.WAITING, *WORK, Stage.DONE]
     values = [at(stage, done) for stage in order for done in (0, 5, 10)]
     assert values == sorted(values)
     assert (values[0], values[-1]) == (0.0, 1.0)

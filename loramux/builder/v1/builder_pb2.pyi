@@ -61,7 +61,7 @@ class Adapter(_message.Message):
     def __init__(self, name: _Optional[str] = ..., repository: _Optional[_Union[Repository, _Mapping]] = ...) -> None: ...
 
 class DeploymentSpec(_message.Message):
-    __slots__ = ("model_name", "base", "adapters", "max_seq_len", "max_lora_rank", "lora_target_modules", "served_model_name", "request_default_max_tokens", "lora_dtype")
+    __slots__ = ("model_name", "base", "adapters", "max_seq_len", "max_lora_rank", "lora_target_modules", "served_model_name", "request_default_max_tokens", "lora_dtype", "truncate_to_rank", "prove")
     MODEL_NAME_FIELD_NUMBER: _ClassVar[int]
     BASE_FIELD_NUMBER: _ClassVar[int]
     ADAPTERS_FIELD_NUMBER: _ClassVar[int]
@@ -71,6 +71,8 @@ class DeploymentSpec(_message.Message):
     SERVED_MODEL_NAME_FIELD_NUMBER: _ClassVar[int]
     REQUEST_DEFAULT_MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
     LORA_DTYPE_FIELD_NUMBER: _ClassVar[int]
+    TRUNCATE_TO_RANK_FIELD_NUMBER: _ClassVar[int]
+    PROVE_FIELD_NUMBER: _ClassVar[int]
     model_name: str
     base: Repository
     adapters: _containers.RepeatedCompositeFieldContainer[Adapter]
@@ -80,7 +82,9 @@ class DeploymentSpec(_message.Message):
     served_model_name: str
     request_default_max_tokens: int
     lora_dtype: Dtype
-    def __init__(self, model_name: _Optional[str] = ..., base: _Optional[_Union[Repository, _Mapping]] = ..., adapters: _Optional[_Iterable[_Union[Adapter, _Mapping]]] = ..., max_seq_len: _Optional[int] = ..., max_lora_rank: _Optional[int] = ..., lora_target_modules: _Optional[_Iterable[str]] = ..., served_model_name: _Optional[str] = ..., request_default_max_tokens: _Optional[int] = ..., lora_dtype: _Optional[_Union[Dtype, str]] = ...) -> None: ...
+    truncate_to_rank: int
+    prove: bool
+    def __init__(self, model_name: _Optional[str] = ..., base: _Optional[_Union[Repository, _Mapping]] = ..., adapters: _Optional[_Iterable[_Union[Adapter, _Mapping]]] = ..., max_seq_len: _Optional[int] = ..., max_lora_rank: _Optional[int] = ..., lora_target_modules: _Optional[_Iterable[str]] = ..., served_model_name: _Optional[str] = ..., request_default_max_tokens: _Optional[int] = ..., lora_dtype: _Optional[_Union[Dtype, str]] = ..., truncate_to_rank: _Optional[int] = ..., prove: _Optional[bool] = ...) -> None: ...
 
 class BuildDeploymentRequest(_message.Message):
     __slots__ = ("deployment", "request_id")
@@ -178,6 +182,7 @@ class AdapterBuild(_message.Message):
         STAGE_PUBLISHING: _ClassVar[AdapterBuild.Stage]
         STAGE_DONE: _ClassVar[AdapterBuild.Stage]
         STAGE_REFUSED: _ClassVar[AdapterBuild.Stage]
+        STAGE_PROVING: _ClassVar[AdapterBuild.Stage]
     STAGE_UNSPECIFIED: AdapterBuild.Stage
     STAGE_WAITING: AdapterBuild.Stage
     STAGE_FETCHING: AdapterBuild.Stage
@@ -186,6 +191,7 @@ class AdapterBuild(_message.Message):
     STAGE_PUBLISHING: AdapterBuild.Stage
     STAGE_DONE: AdapterBuild.Stage
     STAGE_REFUSED: AdapterBuild.Stage
+    STAGE_PROVING: AdapterBuild.Stage
     NAME_FIELD_NUMBER: _ClassVar[int]
     STAGE_FIELD_NUMBER: _ClassVar[int]
     BYTES_DONE_FIELD_NUMBER: _ClassVar[int]
@@ -235,3 +241,85 @@ class Failure(_message.Message):
     message: str
     findings: _containers.RepeatedCompositeFieldContainer[Finding]
     def __init__(self, reason: _Optional[str] = ..., message: _Optional[str] = ..., findings: _Optional[_Iterable[_Union[Finding, _Mapping]]] = ...) -> None: ...
+
+class CheckAdapterRequest(_message.Message):
+    __slots__ = ("adapter", "base", "max_lora_rank", "lora_target_modules", "lora_dtype", "truncate_to_rank")
+    ADAPTER_FIELD_NUMBER: _ClassVar[int]
+    BASE_FIELD_NUMBER: _ClassVar[int]
+    MAX_LORA_RANK_FIELD_NUMBER: _ClassVar[int]
+    LORA_TARGET_MODULES_FIELD_NUMBER: _ClassVar[int]
+    LORA_DTYPE_FIELD_NUMBER: _ClassVar[int]
+    TRUNCATE_TO_RANK_FIELD_NUMBER: _ClassVar[int]
+    adapter: Repository
+    base: Repository
+    max_lora_rank: int
+    lora_target_modules: _containers.RepeatedScalarFieldContainer[str]
+    lora_dtype: Dtype
+    truncate_to_rank: int
+    def __init__(self, adapter: _Optional[_Union[Repository, _Mapping]] = ..., base: _Optional[_Union[Repository, _Mapping]] = ..., max_lora_rank: _Optional[int] = ..., lora_target_modules: _Optional[_Iterable[str]] = ..., lora_dtype: _Optional[_Union[Dtype, str]] = ..., truncate_to_rank: _Optional[int] = ...) -> None: ...
+
+class CheckAdapterResponse(_message.Message):
+    __slots__ = ("report",)
+    REPORT_FIELD_NUMBER: _ClassVar[int]
+    report: AdapterReport
+    def __init__(self, report: _Optional[_Union[AdapterReport, _Mapping]] = ...) -> None: ...
+
+class AdapterReport(_message.Message):
+    __slots__ = ("accepted", "adapter", "base", "files", "findings", "rows", "dtype", "bundle_bytes", "base_model_name")
+    ACCEPTED_FIELD_NUMBER: _ClassVar[int]
+    ADAPTER_FIELD_NUMBER: _ClassVar[int]
+    BASE_FIELD_NUMBER: _ClassVar[int]
+    FILES_FIELD_NUMBER: _ClassVar[int]
+    FINDINGS_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    BUNDLE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    BASE_MODEL_NAME_FIELD_NUMBER: _ClassVar[int]
+    accepted: bool
+    adapter: Repository
+    base: Repository
+    files: _containers.RepeatedCompositeFieldContainer[AdapterFile]
+    findings: _containers.RepeatedCompositeFieldContainer[Finding]
+    rows: _containers.RepeatedCompositeFieldContainer[AdapterRow]
+    dtype: Dtype
+    bundle_bytes: int
+    base_model_name: str
+    def __init__(self, accepted: _Optional[bool] = ..., adapter: _Optional[_Union[Repository, _Mapping]] = ..., base: _Optional[_Union[Repository, _Mapping]] = ..., files: _Optional[_Iterable[_Union[AdapterFile, _Mapping]]] = ..., findings: _Optional[_Iterable[_Union[Finding, _Mapping]]] = ..., rows: _Optional[_Iterable[_Union[AdapterRow, _Mapping]]] = ..., dtype: _Optional[_Union[Dtype, str]] = ..., bundle_bytes: _Optional[int] = ..., base_model_name: _Optional[str] = ...) -> None: ...
+
+class AdapterFile(_message.Message):
+    __slots__ = ("name", "size", "sha256")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    SIZE_FIELD_NUMBER: _ClassVar[int]
+    SHA256_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    size: int
+    sha256: str
+    def __init__(self, name: _Optional[str] = ..., size: _Optional[int] = ..., sha256: _Optional[str] = ...) -> None: ...
+
+class AdapterRow(_message.Message):
+    __slots__ = ("layer", "module_id", "module", "rank", "in_features", "out_features", "scale", "norm_a", "norm_b", "norm_ba", "truncated_from", "truncation_error")
+    LAYER_FIELD_NUMBER: _ClassVar[int]
+    MODULE_ID_FIELD_NUMBER: _ClassVar[int]
+    MODULE_FIELD_NUMBER: _ClassVar[int]
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    IN_FEATURES_FIELD_NUMBER: _ClassVar[int]
+    OUT_FEATURES_FIELD_NUMBER: _ClassVar[int]
+    SCALE_FIELD_NUMBER: _ClassVar[int]
+    NORM_A_FIELD_NUMBER: _ClassVar[int]
+    NORM_B_FIELD_NUMBER: _ClassVar[int]
+    NORM_BA_FIELD_NUMBER: _ClassVar[int]
+    TRUNCATED_FROM_FIELD_NUMBER: _ClassVar[int]
+    TRUNCATION_ERROR_FIELD_NUMBER: _ClassVar[int]
+    layer: int
+    module_id: int
+    module: str
+    rank: int
+    in_features: int
+    out_features: int
+    scale: float
+    norm_a: float
+    norm_b: float
+    norm_ba: float
+    truncated_from: int
+    truncation_error: float
+    def __init__(self, layer: _Optional[int] = ..., module_id: _Optional[int] = ..., module: _Optional[str] = ..., rank: _Optional[int] = ..., in_features: _Optional[int] = ..., out_features: _Optional[int] = ..., scale: _Optional[float] = ..., norm_a: _Optional[float] = ..., norm_b: _Optional[float] = ..., norm_ba: _Optional[float] = ..., truncated_from: _Optional[int] = ..., truncation_error: _Optional[float] = ...) -> None: ...

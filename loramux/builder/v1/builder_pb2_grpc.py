@@ -60,6 +60,11 @@ class BuilderServiceStub:
                 request_serializer=loramux_dot_builder_dot_v1_dot_builder__pb2.WatchDeploymentRequest.SerializeToString,
                 response_deserializer=loramux_dot_builder_dot_v1_dot_builder__pb2.WatchDeploymentResponse.FromString,
                 _registered_method=True)
+        self.CheckAdapter = channel.unary_unary(
+                '/loramux.builder.v1.BuilderService/CheckAdapter',
+                request_serializer=loramux_dot_builder_dot_v1_dot_builder__pb2.CheckAdapterRequest.SerializeToString,
+                response_deserializer=loramux_dot_builder_dot_v1_dot_builder__pb2.CheckAdapterResponse.FromString,
+                _registered_method=True)
 
 
 class BuilderServiceServicer:
@@ -120,6 +125,21 @@ class BuilderServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def CheckAdapter(self, request, context):
+        """Checks an adapter against a base, as a build would, and returns everything that was found. Nothing is
+        written to the object store. An adapter that breaks a rule is an answer, with accepted = false, and no
+        error. Bound the call with a deadline; a cancelled one stops its downloads.
+
+        INVALID_ARGUMENT     DEPLOYMENT_INVALID: a field of the request breaks a rule; the violations name it.
+        NOT_FOUND            REPO_NOT_FOUND, REVISION_NOT_FOUND: correct the name or the revision.
+        PERMISSION_DENIED    REPO_GATED, SOURCE_REFUSED: use another secret, or ask the operator.
+        FAILED_PRECONDITION  CHECKPOINT_INVALID: the base cannot be served. RESOURCES_EXHAUSTED: the disk is full.
+        UNAVAILABLE          SOURCE_UNAVAILABLE: retry.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_BuilderServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -142,6 +162,11 @@ def add_BuilderServiceServicer_to_server(servicer, server):
                     servicer.WatchDeployment,
                     request_deserializer=loramux_dot_builder_dot_v1_dot_builder__pb2.WatchDeploymentRequest.FromString,
                     response_serializer=loramux_dot_builder_dot_v1_dot_builder__pb2.WatchDeploymentResponse.SerializeToString,
+            ),
+            'CheckAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.CheckAdapter,
+                    request_deserializer=loramux_dot_builder_dot_v1_dot_builder__pb2.CheckAdapterRequest.FromString,
+                    response_serializer=loramux_dot_builder_dot_v1_dot_builder__pb2.CheckAdapterResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -258,6 +283,33 @@ class BuilderService:
             '/loramux.builder.v1.BuilderService/WatchDeployment',
             loramux_dot_builder_dot_v1_dot_builder__pb2.WatchDeploymentRequest.SerializeToString,
             loramux_dot_builder_dot_v1_dot_builder__pb2.WatchDeploymentResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CheckAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/loramux.builder.v1.BuilderService/CheckAdapter',
+            loramux_dot_builder_dot_v1_dot_builder__pb2.CheckAdapterRequest.SerializeToString,
+            loramux_dot_builder_dot_v1_dot_builder__pb2.CheckAdapterResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -1,0 +1,112 @@
+"""The fields of a config that must have a certain form, and those that are known at all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Final
+
+from builder_service.domain.patterns import MAX_PATTERNS, PatternInvalid, compile_pattern
+from builder_service.domain.strict_json import shown
+from shared.faults import Finding
+
+FILE: Final = "adapter_config.json"
+MAX_RANK: Final = 1 << 16
+ALL_LINEAR: Final = "all-linear"
+_IGNORED: Final = frozenset({
+    "auto_mapping", "corda_config", "ensure_weight_tying", "eva_config", "exclude_modules", "fan_in_fan_out",
+    "inference_mode", "layers_pattern", "layers_to_transform", "loftq_config", "lora_dropout",
+    "lora_ga_config", "megatron_config", "megatron_core", "peft_version", "qalora_group_size",
+    "runtime_config", "velora_config",
+    "enable_lora", "merge_weights",  # of older releases
+})  # fmt: skip
+"""They say how it was trained, or which modules have tensors; the tensors say the latter better."""
+_USED: Final = frozenset({
+    "alora_invocation_tokens", "alpha_pattern", "arrow_config", "base_model_name_or_path", "bdlora_config",
+    "bias", "init_lora_weights", "kasa_config", "layer_replication", "lora_alpha", "lora_bias",
+    "modules_to_save", "monteclora_config", "peft_type", "qalora_config", "r", "rank_pattern", "revision",
+    "target_modules", "target_parameters", "task_type", "trainable_token_indices", "use_bdlora", "use_dora",
+    "use_qalora", "use_rslora",
+})  # fmt: skip
+KNOWN: Final = _IGNORED | _USED
+
+
+def bad_fields(fields: dict[str, Any]) -> list[Finding]:
+    """Return one finding for each value that cannot be meant."""
+    found = []
+    for key, check, expected in (
+        ("r", is_rank, "a positive integer"),
+        ("lora_alpha", is_alpha, "a positive number"),
+        ("use_rslora", lambda value: isinstance(value, bool), "true or false"),
+        ("use_dora", lambda value: isinstance(value, bool), "true or false"),
+        ("target_modules", _is_targets, "a list of names or a pattern"),
+        ("modules_to_save", _is_names, "a list of names"),
+        ("base_model_name_or_path", lambda value: isinstance(value, str), "a name"),
+        ("revision", lambda value: isinstance(value, str), "a name"),
+    ):
+        value = fields.get(key)
+        if value is not None and not check(value):
+            found.append(bad_config(key, expected, shown(value)))
+    targets = fields.get("target_modules")
+    if isinstance(targets, str) and targets.lower() != ALL_LINEAR:
+        found += _pattern_findings("target_modules", targets, whole=True)
+    found += _bad_patterns(fields, "rank_pattern", is_rank, "a positive integer")
+    found += _bad_patterns(fields, "alpha_pattern", is_alpha, "a positive number")
+    return found
+
+
+def unknown_fields(fields: dict[str, Any]) -> list[Finding]:
+    """Return a warning about fields that this version does not know and that are set to something."""
+    unknown = sorted(key for key, value in fields.items() if key not in KNOWN and value not in (None, False))
+    if not unknown:
+        return []
+    fix = "PEFT drops what it does not know. Make sure that they do not change what the adapter computes."
+    listed = shown(", ".join(unknown[:5])) + (f" and {len(unknown) - 5} more" if len(unknown) > 5 else "")
+    return [Finding(code="W_UNKNOWN_FIELD", where=FILE, expected="fields of PEFT", found=listed, fix=fix)]
+
+
+def bad_config(where: str, expected: str, found: str) -> Finding:
+    """Return the finding about a value of the config."""
+    place = ": ".join(part for part in (FILE, where) if part)
+    return Finding(code="E_BAD_CONFIG", where=place, expected=expected, found=found, fix="Correct the file.")
+
+
+def is_rank(value: Any) -> bool:
+    """True for what a rank can be."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= MAX_RANK
+
+
+def is_alpha(value: Any) -> bool:
+    """True for what an alpha can be; PEFT itself writes fractions."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1e30
+
+
+def _bad_patterns(
+    fields: dict[str, Any], key: str, check: Callable[[Any], bool], expected: str
+) -> list[Finding]:
+    patterns = fields.get(key) or {}
+    if not isinstance(patterns, dict):
+        return [bad_config(key, "an object", shown(patterns))]
+    if len(patterns) > MAX_PATTERNS:
+        return [bad_config(key, f"at most {MAX_PATTERNS} patterns", str(len(patterns)))]
+    found = []
+    for pattern, value in patterns.items():
+        if not check(value):
+            found.append(bad_config(f"{key}.{shown(pattern)}", expected, shown(value)))
+        found += _pattern_findings(key, pattern)
+    return found
+
+
+def _pattern_findings(key: str, pattern: str, *, whole: bool = False) -> list[Finding]:
+    try:
+        compile_pattern(pattern, whole=whole)
+    except PatternInvalid as problem:
+        return [bad_config(key, "a regular expression", f"{shown(pattern)} ({problem})")]
+    return []
+
+
+def _is_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
+def _is_targets(value: Any) -> bool:
+    return isinstance(value, str) or _is_names(value)

@@ -1,0 +1,82 @@
+"""What is legal and worth a word, and the tokens that an adapter's tokenizer adds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Final
+
+from builder_service.domain.adapter_config import AdapterConfig
+from builder_service.domain.config_fields import FILE
+from builder_service.domain.full_tensors import EMBED_FIX
+from builder_service.domain.strict_json import JsonInvalid, parse
+from builder_service.domain.tensor_rules import Pair
+from shared.bundle.modules import BaseDims
+from shared.faults import Finding
+
+MAX_ADDED_TOKENS: Final = 4 << 20
+"""Bytes of the file."""
+
+
+def legal_findings(pairs: list[Pair], config: AdapterConfig, dims: BaseDims) -> list[Finding]:
+    """Return the warnings about an adapter that can be served."""
+    leaves = {pair.key.leaf for pair in pairs}
+    return [*_narrow_heads(leaves, dims), *_no_rank(pairs, config), *_targets(pairs, leaves, config)]
+
+
+def added_token_findings(path: Path, vocab: int) -> list[Finding]:
+    """Return what is wrong with ``added_tokens.json``, where the adapter has one: ids that the base lacks."""
+    if not path.exists():
+        return []
+    size = path.stat().st_size
+    try:
+        tokens = parse(path.read_bytes()) if size <= MAX_ADDED_TOKENS else None
+    except JsonInvalid:
+        tokens = None
+    if not isinstance(tokens, dict) or not all(type(number) is int for number in tokens.values()):
+        found = f"{size} bytes of something else"
+        return [_added("an object of tokens and ids", found, "Save the tokenizer again, or remove the file.")]
+    beyond = sorted(token for token, number in tokens.items() if number >= vocab)
+    if not beyond:
+        return []
+    named = ", ".join(token[:40] for token in beyond[:5])
+    return [_added(f"ids below {vocab}, the base's vocabulary", f"{len(beyond)} more: {named}", EMBED_FIX)]
+
+
+def _added(expected: str, found: str, fix: str) -> Finding:
+    return Finding(code="E_EMBED", where="added_tokens.json", expected=expected, found=found, fix=fix)
+
+
+def _narrow_heads(leaves: set[str], dims: BaseDims) -> list[Finding]:
+    heads = dims.num_heads * dims.head_dim
+    if "o_proj" not in leaves or heads == dims.hidden:
+        return []
+    expected = f"heads * head_dim = hidden {dims.hidden}"
+    fix = "loramux serves it; TensorRT-LLM could not read these rows."
+    return [Finding(code="W_ODENSE", where="o_proj", expected=expected, found=str(heads), fix=fix)]
+
+
+def _no_rank(pairs: list[Pair], config: AdapterConfig) -> list[Finding]:
+    if config.rank is not None:
+        return []
+    ranks = ", ".join(map(str, sorted({pair.a.shape[0] for pair in pairs})))
+    return [Finding(code="W_RANK", where=f"{FILE}: r", expected="a rank", found=f"none; tensors: {ranks}")]
+
+
+def _targets(pairs: list[Pair], leaves: set[str], config: AdapterConfig) -> list[Finding]:
+    """PEFT does not mind a target that matches no module; people do."""
+    where, found = f"{FILE}: target_modules", []
+    missing = [name for name in config.target_modules or () if name.rpartition(".")[2] not in leaves]
+    if missing:
+        listed = ", ".join(name[:80] for name in missing[:5])
+        found.append(
+            Finding(code="W_TARGETS", where=where, expected="tensors of each", found=f"none of {listed}")
+        )
+    beyond = sorted({pair.key.leaf for pair in pairs if not config.targets(pair.key.name)})
+    if beyond and config.target_modules != ():
+        listed = ", ".join(beyond)
+        found.append(
+            Finding(
+                code="W_TARGETS", where=where, expected="every module that has tensors", found=f"not {listed}"
+            )
+        )
+    return found

@@ -1,0 +1,249 @@
+"""Adapters that another TensorRT-LLM converter has turned into npy files: the same rules, other containers.
+
+Rows become tensors in PEFT's names that lie where they are in the weights file, so nothing is copied. Scales
+are in B already.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+
+from builder_service.domain.adapter_config import AdapterConfig
+from builder_service.domain.file_rules import KEYS_FILE
+from builder_service.domain.grouping import Grouping
+from builder_service.domain.safetensors_header import READABLE, Tensor, TensorFile
+from shared.bundle.manifest import CONFIG_FILE, WEIGHTS_FILE
+from shared.bundle.modules import BY_ID, FUSED, BaseDims, Module
+from shared.bundle.npy import Array, Header, parse_header
+from shared.faults import BundleCorrupt, Finding
+
+CONFIG_FILES: Final = (CONFIG_FILE, KEYS_FILE)
+MAX_HEADER: Final = 4096
+MAX_ROWS: Final = 100_000
+PIECE: Final = 1 << 20
+"""Bytes of padding that are looked at at once."""
+# numpy writes bfloat16 as 2-byte voids, from a void type as "|V2" and from ml_dtypes as "<V2".
+_DTYPES: Final = {"<f2": "F16", "<f4": "F32", "|V2": "BF16", "<V2": "BF16"}
+_UNSERVED: Final = {
+    8: "cross_attn_qkv", 9: "cross_attn_q", 10: "cross_attn_k", 11: "cross_attn_v", 12: "cross_attn_dense",
+    13: "moe_h_to_4h", 14: "moe_4h_to_h", 15: "moe_gate", 16: "moe_router", 17: "mlp_router",
+    19: "shared_expert_h_to_4h", 20: "shared_expert_4h_to_h", 21: "shared_expert_gate",
+}  # fmt: skip
+# The modules of a row in the order of B's rows. attn_qkv is [q; k; v]; mlp_gate_up is [up; gate], for
+# TensorRT-LLM's converters swap the halves of gate_up_proj.
+_FUSED_ROWS: Final = {0: FUSED["qkv_proj"], 18: tuple(reversed(FUSED["gate_up_proj"]))}
+_GATE_UP: Final = 18
+_AGAIN: Final = "Convert the adapter again, or name the PEFT repository that it was made from."
+
+
+class FoldedConfig(AdapterConfig):
+    """Of an adapter whose B is scaled already, and whose ranks only its rows know."""
+
+    def rank_of(self, module: str) -> int | None:
+        """Unknown."""
+        del module
+        return None
+
+    def scale_of(self, module: str, rank: int) -> float:
+        """Nothing is left to do."""
+        del module, rank
+        return 1.0
+
+
+FOLDED: Final = FoldedConfig(rank=0, alpha=1.0, target_modules=None)
+
+
+@dataclass(frozen=True)
+class NpyAdapter:
+    """The rows of two npy files as tensors in PEFT's names, or what is wrong with them."""
+
+    file: TensorFile | None
+    findings: tuple[Finding, ...]
+
+
+@dataclass(frozen=True)
+class _Row:
+    index: int
+    module_id: int
+    layer: int
+    rank: int
+
+    @property
+    def modules(self) -> tuple[Module, ...]:
+        return _FUSED_ROWS.get(self.module_id) or (BY_ID[self.module_id],)
+
+
+@dataclass(frozen=True)
+class _Table:
+    """Where the rows of the weights file are."""
+
+    path: Path
+    dtype: str
+    rows: int
+    width: int
+    offset: int
+
+    @property
+    def itemsize(self) -> int:
+        return int(READABLE[self.dtype].itemsize)
+
+    def at(self, row: int, element: int) -> int:
+        return self.offset + (row * self.width + element) * self.itemsize
+
+
+def read_npy_adapter(folder: Path, dims: BaseDims) -> NpyAdapter:
+    """Read a folder with the two files; sizes, dims and values are for the rules of all adapters to check."""
+    config_path = next(folder / name for name in CONFIG_FILES if (folder / name).exists())
+    try:
+        table = _table(folder / WEIGHTS_FILE)
+        config = _config(config_path, table.rows)
+    except BundleCorrupt as error:
+        where, _, problem = error.message.partition(": ")
+        return NpyAdapter(None, (_bad_npy(where, problem),))
+    report = Grouping()
+    rows = [row for row in _rows(config, report) if _is_sound(row, table, dims, report)]
+    found = report.findings()
+    if any(not finding.code.startswith("W_") for finding in found):
+        return NpyAdapter(None, tuple(found))
+    tensors = [tensor for row in rows for tensor in _tensors(row, table, dims)]
+    return NpyAdapter(TensorFile(table.path, {tensor.name: tensor for tensor in tensors}), tuple(found))
+
+
+def _table(path: Path) -> _Table:
+    header, shape = _header(path)
+    if header.descr not in _DTYPES:
+        raise BundleCorrupt(f"{path.name}: expected float16, float32 or bfloat16 bits, found {header.descr}")
+    dtype = _DTYPES[header.descr]
+    _expect_size(path, header, READABLE[dtype].itemsize)
+    return _Table(path, dtype, *shape, header.offset)
+
+
+def _config(path: Path, rows: int) -> Array:
+    header, shape = _header(path)
+    if header.descr != "<i4" or shape[0] != rows or shape[1] not in (3, 4):
+        raise BundleCorrupt(
+            f"{path.name}: expected int32 of shape ({rows}, 3 or 4), found {header.descr} of shape {shape}"
+        )
+    _expect_size(path, header, 4)
+    values: Array = np.fromfile(path, np.dtype("<i4"), offset=header.offset).reshape(shape)
+    return values if shape[1] == 4 else np.pad(values, ((0, 0), (0, 1)))
+
+
+def _header(path: Path) -> tuple[Header, tuple[int, int]]:
+    """Return a header and the shape without the batch dimension, which some converters leave out."""
+    with path.open("rb") as file:
+        header = parse_header(file.read(MAX_HEADER), path.name)
+    shape = header.shape[1:] if len(header.shape) == 3 and header.shape[0] == 1 else header.shape
+    if len(shape) != 2 or 0 in shape or shape[0] > MAX_ROWS:
+        raise BundleCorrupt(f"{path.name}: expected shape (1, rows, columns), found {header.shape}")
+    return header, (shape[0], shape[1])
+
+
+def _expect_size(path: Path, header: Header, itemsize: int) -> None:
+    expected, found = header.offset + int(np.prod(header.shape, dtype=object)) * itemsize, path.stat().st_size
+    if found != expected:
+        raise BundleCorrupt(f"{path.name}: expected {expected} bytes for shape {header.shape}, found {found}")
+
+
+def _rows(config: Array, report: Grouping) -> Iterator[_Row]:
+    """Yield the rows of modules that are served; report the others."""
+    seen: Counter[tuple[int, int]] = Counter()
+    for index, values in enumerate(config.tolist()):
+        module_id, layer, rank, is_dora = values
+        place = f"row {index}"
+        if is_dora:
+            fix = "Merge it into the base and serve a full model."
+            report.add("E_DORA", place, cause=is_dora, expected="is_dora 0", found=str(is_dora), fix=fix)
+        if module_id not in BY_ID and module_id not in _FUSED_ROWS:
+            name = _UNSERVED.get(module_id, "no module of TensorRT-LLM")
+            code = "E_MOE" if "moe" in name or "expert" in name or "router" in name else "E_MODULE"
+            found, served = f"{module_id} ({name})", ", ".join(map(str, sorted({*BY_ID, *_FUSED_ROWS})))
+            report.add(code, place, cause=module_id, expected=f"module ids {served}", found=found)
+            continue
+        if rank < 1 or layer < 0:
+            report.add("E_BAD_NPY", place, expected="a layer and a rank", found=f"{layer}, {rank}", fix=_AGAIN)
+            continue
+        row = _Row(index, module_id, layer, rank)
+        places = [(layer, module.id) for module in row.modules]
+        if any(seen[item] for item in places):
+            fix = "Files of two adapters were merged, or a fused row stands beside its parts."
+            expected, found = f"layer {layer} {row.modules[0].name} once", "twice"
+            report.add("E_PAIR", place, cause=module_id, expected=expected, found=found, fix=fix)
+        seen.update(places)
+        yield row
+
+
+def _is_sound(row: _Row, table: _Table, dims: BaseDims, report: Grouping) -> bool:
+    """Check that a row holds what its dims say and zeros behind it."""
+    length = row.rank * (dims.features(row.modules[0])[0] + _out(row, dims))
+    name = "+".join(module.name for module in row.modules)
+    if length > table.width:
+        report.add(
+            "E_DIMS",
+            f"row {row.index}",
+            cause=row.module_id,
+            expected=f"{length} elements for {name} of rank {row.rank} in this base",
+            found=f"rows of {table.width}",
+            fix="The adapter was converted for another base.",
+        )
+        return False
+    if not _is_zero(table, row.index, length):
+        report.add(
+            "E_DIMS",
+            f"row {row.index}",
+            cause=row.module_id,
+            expected=f"zeros behind element {length} of {name} of rank {row.rank}",
+            found="other values",
+            fix="The adapter was converted for another base, or the row holds more than A and B.",
+        )
+        return False
+    if row.module_id == _GATE_UP:
+        report.add("W_GATE_UP", f"row {row.index}", expected="[up; gate]", found=_ORDER_IS_NOT_RECORDED)
+    return True
+
+
+_ORDER_IS_NOT_RECORDED: Final = (
+    "the order of the halves is not recorded; taken as TensorRT-LLM's converters write"
+)
+
+
+def _out(row: _Row, dims: BaseDims) -> int:
+    return sum(dims.features(module)[1] for module in row.modules)
+
+
+def _is_zero(table: _Table, row: int, start: int) -> bool:
+    offset, left = table.at(row, start), (table.width - start) * table.itemsize
+    while left:
+        count = min(left, PIECE)
+        if np.fromfile(table.path, np.uint8, count, offset=offset).any():
+            return False
+        offset, left = offset + count, left - count
+    return True
+
+
+def _tensors(row: _Row, table: _Table, dims: BaseDims) -> Iterator[Tensor]:
+    """Yield A and B of each module of a row; those of a fused row share A, and have B's rows in turn."""
+    features_in, first = dims.features(row.modules[0])[0], row.rank * dims.features(row.modules[0])[0]
+    for module in row.modules:
+        out = dims.features(module)[1]
+        group = "self_attn" if module.name.startswith("attn") else "mlp"
+        name = f"base_model.model.model.layers.{row.layer}.{group}.{module.hf}.lora_"
+        yield _tensor(f"{name}A.weight", table, row.index, 0, (row.rank, features_in))
+        yield _tensor(f"{name}B.weight", table, row.index, first, (out, row.rank))
+        first += out * row.rank
+
+
+def _tensor(name: str, table: _Table, row: int, element: int, shape: tuple[int, int]) -> Tensor:
+    size = shape[0] * shape[1] * table.itemsize
+    return Tensor(name, table.dtype, shape, table.at(row, element), size)
+
+
+def _bad_npy(where: str, problem: str) -> Finding:
+    expected, _, found = problem.removeprefix("expected ").partition(", found ")
+    return Finding(code="E_BAD_NPY", where=where, expected=expected, found=found[:200], fix=_AGAIN)

@@ -1,0 +1,62 @@
+"""JSON from strangers: what two readers could understand differently is refused, and nothing can break us."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Final
+
+MAX_DEPTH: Final = 64
+"""Brackets inside brackets; configs and headers have about four."""
+
+
+class JsonInvalid(Exception):
+    """Bytes that are no JSON, or JSON that says something twice; the text says what is wrong."""
+
+
+def parse(data: bytes) -> Any:
+    """Parse UTF-8 JSON without duplicate keys, NaN, infinities and deep nesting.
+
+    Raises:
+        JsonInvalid: it is something else.
+    """
+    try:
+        value = json.loads(data.decode(), parse_constant=_no_constant, object_pairs_hook=_once)
+    except RecursionError as error:
+        raise JsonInvalid("nested too deeply") from error
+    except ValueError as error:
+        raise JsonInvalid(str(error)[:200]) from error
+    if _deeper_than(value, MAX_DEPTH):
+        raise JsonInvalid(f"nested more than {MAX_DEPTH} deep")
+    return value
+
+
+def shown(value: Any, limit: int = 80) -> str:
+    """Return a value as text for a finding."""
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def _no_constant(name: str) -> float:
+    raise ValueError(f"{name} is no JSON")
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in made:
+            raise ValueError(f"{name[:100]!r} is given twice")
+        made[name] = value
+    return made
+
+
+def _deeper_than(value: Any, depth: int) -> bool:
+    level = [value]
+    while level and depth >= 0:
+        level = [
+            item
+            for outer in level
+            if isinstance(outer, dict | list)
+            for item in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+        depth -= 1
+    return any(isinstance(item, dict | list) for item in level)

@@ -1,0 +1,81 @@
+"""The base's own tensors, for adapters that carry copies of them; their shards are fetched when asked for."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Final
+
+from builder_service.domain.safetensors_header import HeaderInvalid, TensorFile, read_header
+from builder_service.domain.strict_json import JsonInvalid, parse
+from shared.bundle.manifest import BaseRecord
+from shared.faults import BundleCorrupt, CheckpointInvalid
+from shared.sources.base import Progress
+from shared.sources.checkpoint import INDEX, WEIGHTS
+from shared.sources.files import hash_file
+from shared.sources.open import Sources
+
+MAX_INDEX: Final = 64 << 20
+
+
+class BaseWeights:
+    """Finds tensors of a recorded base; safe for several threads."""
+
+    def __init__(self, base: BaseRecord, sources: Sources, cache: Path, progress: Progress) -> None:
+        self._base = base
+        self._sources = sources
+        self._cache = cache
+        self._progress = progress
+        self._lock = threading.Lock()
+        self._shards: dict[str, str] | None = None
+        self._open: dict[str, TensorFile] = {}
+
+    def find(self, name: str) -> TensorFile | None:
+        """Return the verified file that holds a tensor, or None where the base has no such tensor.
+
+        Raises:
+            BundleCorrupt: a file of the base differs from what was recorded when the build began.
+            CheckpointInvalid: a file of the base is no safetensors file or no index.
+            Fault: what the source raises.
+        """
+        with self._lock:
+            shard = self._shard_of(name)
+            if shard is None or shard not in self._base.files:
+                return None
+            file = self._open.get(shard) or self._read(shard)
+            return file if name in file.tensors else None
+
+    def _shard_of(self, name: str) -> str | None:
+        if INDEX not in self._base.files:
+            return WEIGHTS
+        if self._shards is None:
+            path = self._fetch(INDEX)
+            try:
+                table = parse(path.read_bytes()) if path.stat().st_size <= MAX_INDEX else None
+            except JsonInvalid as error:
+                raise CheckpointInvalid(f"base: {INDEX}: {error}") from error
+            shards = table.get("weight_map") if isinstance(table, dict) else None
+            if not isinstance(shards, dict):
+                raise CheckpointInvalid(f"base: {INDEX}: expected an object with a weight_map")
+            self._shards = {str(tensor): str(shard) for tensor, shard in shards.items()}
+        return self._shards.get(name)
+
+    def _read(self, shard: str) -> TensorFile:
+        path = self._fetch(shard)
+        try:
+            file = read_header(path)
+        except HeaderInvalid as error:
+            raise CheckpointInvalid(f"base: {shard}: {error}") from error
+        self._open[shard] = file
+        return file
+
+    def _fetch(self, name: str) -> Path:
+        expected = self._base.files[name]
+        source = self._sources.of(self._base.source)
+        folder = source.place(self._base.source, {name: expected}, self._cache, self._progress)
+        path = folder / name
+        if not path.is_file() or hash_file(path, lambda _: self._progress(0)) != expected:
+            raise BundleCorrupt(
+                f"base: {name} changed while the build ran: expected sha256 {expected.sha256}. Build again."
+            )
+        return path

@@ -1,0 +1,126 @@
+"""Check: everything that a build would find in one adapter; nothing is written to the store."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Final
+
+from builder_service.domain.rules import base_warning
+from builder_service.pipeline.base_weights import BaseWeights
+from builder_service.pipeline.fetch import fetch_adapters
+from builder_service.pipeline.progress import Progress
+from builder_service.pipeline.validate import check_deployment, check_fetched, rulebook
+from builder_service.pipeline.workshop import Workshop
+from shared.bundle.manifest import FileDigest, Row
+from shared.bundle.npy import CONFIG_DESCR, DESCR, NUMPY_TYPES, header_bytes
+from shared.deployment import Deployment, Dtype, Repository
+from shared.faults import BuildInterrupted, Fault, Finding, ResourcesExhausted, ShuttingDown
+from shared.sources.checkpoint import describe_base
+
+ADAPTER: Final = "adapter"
+"""The name of the one adapter of a check."""
+_PREFIX: Final = f"adapter {ADAPTER!r}: "
+MAX_CONCURRENT: Final = 2
+"""Checks that run at once; others wait."""
+
+
+@dataclass(frozen=True)
+class AdapterReport:
+    """Everything that is known about an adapter after its check."""
+
+    adapter: Repository
+    """With the resolved revision, where the files were fetched."""
+    base: Repository
+    dtype: Dtype
+    findings: tuple[Finding, ...]
+    """Errors first."""
+    files: Mapping[str, FileDigest]
+    rows: tuple[Row, ...] = ()
+    bundle_bytes: int = 0
+    base_model_name: str = ""
+
+    @property
+    def accepted(self) -> bool:
+        """Whether a build would take it."""
+        return all(finding.code.startswith("W_") for finding in self.findings)
+
+
+def check_one(deployment: Deployment, shop: Workshop, progress: Progress) -> AdapterReport:
+    """Check the adapter of a deployment that has one. Blocks.
+
+    Raises:
+        Fault: what the base or a source raises; rules that are broken are findings.
+    """
+    with shop.folder() as work:
+        base = describe_base(shop.sources, deployment.build.checkpoint_repository, lambda _: progress.check())
+        weights = BaseWeights(base.record, shop.sources, work / "base", lambda _: progress.check())
+        book = rulebook(base.config, deployment.build.lora_configuration, weights)
+        [fetched] = fetch_adapters(deployment.build.lora_adapters, shop.sources, work, progress)
+        checked = check_fetched(fetched, book, progress)
+        rows = tuple(planned.row for planned in checked.rows)
+        named = base_warning(checked.base_model_name, base.record.source.shown) if rows else None
+        found = [*checked.findings, *([named] if named else []), *fetched.warnings]
+        found.sort(key=lambda finding: finding.code.startswith("W_"))
+        return AdapterReport(
+            fetched.source,
+            base.record.source,
+            book.dtype,
+            tuple(found),
+            fetched.files,
+            rows,
+            _bundle_bytes(rows, book.dtype),
+            checked.base_model_name,
+        )
+
+
+def _bundle_bytes(rows: tuple[Row, ...], dtype: Dtype) -> int:
+    if not rows:
+        return 0
+    width = max(row.rank * (row.in_features + row.out_features) for row in rows)
+    heads = header_bytes(DESCR[dtype], (1, len(rows), width)) + header_bytes(CONFIG_DESCR, (1, len(rows), 4))
+    return len(heads) + len(rows) * (width * NUMPY_TYPES[dtype].itemsize + 4 * 4)
+
+
+class Checks:
+    """Checks as a service: in threads, so many at once, stopped when nobody waits for them any more."""
+
+    def __init__(self, shop: Workshop) -> None:
+        self._shop = shop
+        self._pool = ThreadPoolExecutor(MAX_CONCURRENT, "check")
+        self._running: set[Progress] = set()
+        self._stopped = False
+
+    async def check(self, deployment: Deployment) -> AdapterReport:
+        """Check the adapter of a deployment that has one.
+
+        Raises:
+            DeploymentInvalid, ResourcesExhausted, ShuttingDown, or what the base or a source raises.
+        """
+        check_deployment(deployment)
+        if self._stopped:
+            raise ShuttingDown("the builder is shutting down. Retry with its successor.")
+        progress = Progress(deployment.build.lora_adapters)
+        self._running.add(progress)
+        loop = asyncio.get_running_loop()
+        try:
+            return await loop.run_in_executor(self._pool, check_one, deployment, self._shop, progress)
+        except BuildInterrupted as fault:
+            raise ShuttingDown("the builder stopped during the check. Retry with its successor.") from fault
+        except Fault as fault:
+            raise type(fault)(fault.message.removeprefix(_PREFIX), fault.findings) from fault
+        except OSError as error:
+            problem = error.strerror or type(error).__name__
+            raise ResourcesExhausted(f"the builder's work folder: {problem}. Free some space.") from error
+        finally:
+            progress.stop()
+            self._running.discard(progress)
+
+    def stop(self) -> None:
+        """Take no new checks, and end those that run."""
+        self._stopped = True
+        for progress in self._running:
+            progress.stop()
+        self._pool.shutdown(wait=False, cancel_futures=True)

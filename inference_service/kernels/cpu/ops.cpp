@@ -1,0 +1,529 @@
+// The parts of a decoder step that are not plain matrix products, for CPUs: LoRA with exact ranks, paged
+// attention in place, and the element-wise steps between. float32 and bfloat16; sums are float32.
+//
+// A "unit" is 4 bytes: one float, or two bfloat16 that are multiplied together (vdpbf16ps where there is one).
+// A "lane vector" is 16 units. Layouts, with P = 1 (float32) or 2 (bfloat16) values per unit:
+//   K cache block of 16 positions:  [head_dim / P][16 positions][P]
+//   V cache block of 16 positions:  [16 / P][head_dim padded to 16][P]
+//   LoRA A:                         [rows][K padded to 16 P]
+//   LoRA B of a slice:              [columns / 16, rounded up][ceil(rank / P)][16 columns][P]
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+#include <omp.h>
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
+
+typedef float vf __attribute__((vector_size(64)));
+typedef int32_t vi __attribute__((vector_size(64)));
+typedef uint32_t vu __attribute__((vector_size(64)));
+typedef uint16_t vh __attribute__((vector_size(32)));
+
+namespace {
+
+constexpr int LANES = 16;
+constexpr int BLOCK = 16;  // positions of a cache block
+constexpr int TILE = 8;    // query rows that are computed together
+constexpr int SPAN = 64;   // positions between two rescalings of the softmax
+
+template <class V> inline V load(const void* p) { V v; std::memcpy(&v, p, sizeof v); return v; }
+template <class V> inline void store(void* p, V v) { std::memcpy(p, &v, sizeof v); }
+inline vf splat(float x) { return vf{} + x; }
+inline vf floats(vu u) { vf f; std::memcpy(&f, &u, sizeof f); return f; }
+inline vu bits(vf f) { vu u; std::memcpy(&u, &f, sizeof u); return u; }
+
+struct bf16 { uint16_t raw; };
+
+inline float widen(float x) { return x; }
+inline float widen(bf16 x) { uint32_t u = uint32_t(x.raw) << 16; float f; std::memcpy(&f, &u, 4); return f; }
+inline void narrow(float& to, float x) { to = x; }
+inline void narrow(bf16& to, float x) {
+  uint32_t u; std::memcpy(&u, &x, 4);
+  to.raw = x != x ? 0x7fc0 : uint16_t((u + 0x7fff + ((u >> 16) & 1)) >> 16);
+}
+inline vf load16(const float* p) { return load<vf>(p); }
+inline vf load16(const bf16* p) { return floats(__builtin_convertvector(load<vh>(p), vu) << 16); }
+inline void store16(float* p, vf x) { store(p, x); }
+inline void store16(bf16* p, vf x) {
+  vu u = bits(x);
+  vu rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+  vi nan = x != x;
+  vu result = (vu(nan) & 0x7fc0) | (~vu(nan) & rounded);
+  store(p, __builtin_convertvector(result, vh));
+}
+
+template <class T> struct Unit;
+template <> struct Unit<float> {
+  static constexpr int P = 1;
+  static inline vf fma(vf acc, vu a, vu b) { return acc + floats(a) * floats(b); }
+};
+template <> struct Unit<bf16> {
+  static constexpr int P = 2;
+  static inline vf fma(vf acc, vu a, vu b) {
+#ifdef __AVX512BF16__
+    __m512 r; std::memcpy(&r, &acc, 64);
+    __m512bh x, y; std::memcpy(&x, &a, 64); std::memcpy(&y, &b, 64);
+    r = _mm512_dpbf16_ps(r, x, y);
+    std::memcpy(&acc, &r, 64);
+    return acc;
+#else
+    acc += floats(a << 16) * floats(b << 16);
+    return acc + floats(a & 0xffff0000u) * floats(b & 0xffff0000u);
+#endif
+  }
+};
+inline vu broadcast(const void* unit) { uint32_t u; std::memcpy(&u, unit, 4); return vu{} + u; }
+inline float sum(vf v) {
+  float s[LANES]; store(s, v);
+  for (int w = LANES / 2; w; w /= 2)
+    for (int i = 0; i < w; ++i) s[i] += s[i + w];
+  return s[0];
+}
+inline int round_up(int x, int to) { return (x + to - 1) / to * to; }
+
+// e^x for x <= 0, relative error below 2e-7: 2^n times a polynomial on [-ln2/2, ln2/2].
+inline vf exp16(vf x) {
+  vf low = splat(-87.0f);
+  x = x < low ? low : x;
+  vf t = x * 1.44269504088896341f;
+  vf magic = splat(12582912.0f);
+  vf n = (t + magic) - magic;
+  vf r = x - n * 0.693359375f;
+  r = r + n * 2.12194440e-4f;
+  vf p = splat(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  vi e = (__builtin_convertvector(n, vi) + 127) << 23;
+  vf scale; std::memcpy(&scale, &e, 64);
+  return p * scale;
+}
+
+struct Slice { int64_t rank; const void* b; int64_t column; int64_t columns; };
+struct Adapter { const void* a; int64_t rows; int64_t slices; Slice slice[3]; };
+struct Segment { int64_t adapter; int64_t first; int64_t length; };
+
+// y[t][row] = x[t] . a[row] for TOKENS tokens and ROWS rows; units is K / P, a multiple of 16 in a.
+template <class T, int TOKENS, int ROWS>
+inline void shrink_tile(const T* const* x, const T* a, int64_t stride, int full, const T (*tail)[32], bool has_tail,
+                        float* y, int64_t ldy) {
+  constexpr int STEP = LANES * Unit<T>::P;
+  vf acc[TOKENS][ROWS] = {};
+  for (int i = 0; i < full; ++i) {
+    vu w[ROWS];
+    for (int r = 0; r < ROWS; ++r) w[r] = load<vu>(a + r * stride + i * STEP);
+    for (int t = 0; t < TOKENS; ++t) {
+      vu v = load<vu>(x[t] + i * STEP);
+      for (int r = 0; r < ROWS; ++r) acc[t][r] = Unit<T>::fma(acc[t][r], v, w[r]);
+    }
+  }
+  if (has_tail)
+    for (int t = 0; t < TOKENS; ++t)
+      for (int r = 0; r < ROWS; ++r)
+        acc[t][r] = Unit<T>::fma(acc[t][r], load<vu>(tail[t]), load<vu>(a + r * stride + full * STEP));
+  for (int t = 0; t < TOKENS; ++t)
+    for (int r = 0; r < ROWS; ++r) y[t * ldy + r] = sum(acc[t][r]);
+}
+
+template <class T, int TOKENS>
+void shrink_tokens(const T* x, int64_t ldx, int64_t K, const T* a, int rows, float* y, int64_t ldy) {
+  constexpr int STEP = LANES * Unit<T>::P;
+  const int full = int(K / STEP), rest = int(K % STEP);
+  const int64_t stride = round_up(int(K), STEP);
+  const T* from[TOKENS];
+  T tail[TOKENS][32] = {};
+  for (int t = 0; t < TOKENS; ++t) {
+    from[t] = x + t * ldx;
+    std::memcpy(tail[t], from[t] + int64_t(full) * STEP, rest * sizeof(T));
+  }
+  int r = 0;
+  for (; r + 4 <= rows; r += 4)
+    shrink_tile<T, TOKENS, 4>(from, a + r * stride, stride, full, tail, rest > 0, y + r, ldy);
+  for (; r < rows; ++r)
+    shrink_tile<T, TOKENS, 1>(from, a + r * stride, stride, full, tail, rest > 0, y + r, ldy);
+}
+
+// out[t][c .. c + 16 * WIDE) += sum over units of y[t] * b.
+template <class T, int TOKENS, int WIDE>
+inline void expand_tile(const uint32_t* y, int64_t ldy, int units, const T* b, T* out, int64_t ldo, int valid) {
+  constexpr int P = Unit<T>::P;
+  vf acc[TOKENS][WIDE] = {};
+  for (int u = 0; u < units; ++u) {
+    vu w[WIDE];
+    for (int c = 0; c < WIDE; ++c) w[c] = load<vu>(b + (c * units + u) * LANES * P);
+    for (int t = 0; t < TOKENS; ++t) {
+      vu v = vu{} + y[t * ldy + u];
+      for (int c = 0; c < WIDE; ++c) acc[t][c] = Unit<T>::fma(acc[t][c], v, w[c]);
+    }
+  }
+  for (int t = 0; t < TOKENS; ++t)
+    for (int c = 0; c < WIDE; ++c) {
+      T* to = out + t * ldo + c * LANES;
+      const int here = std::min(LANES, valid - c * LANES);
+      if (here == LANES) {
+        store16(to, load16(to) + acc[t][c]);
+      } else if (here > 0) {
+        T edge[LANES] = {};
+        std::memcpy(edge, to, here * sizeof(T));
+        store16(edge, load16(edge) + acc[t][c]);
+        std::memcpy(to, edge, here * sizeof(T));
+      }
+    }
+}
+
+template <class T, int WIDE>
+void expand_columns(const uint32_t* y, int64_t ldy, int units, const T* b, T* out, int64_t ldo, int tokens, int valid) {
+  int t = 0;
+  for (; t + 4 <= tokens; t += 4)
+    expand_tile<T, 4, WIDE>(y + t * ldy, ldy, units, b, out + t * ldo, ldo, valid);
+  for (; t < tokens; ++t)
+    expand_tile<T, 1, WIDE>(y + t * ldy, ldy, units, b, out + t * ldo, ldo, valid);
+}
+
+// Units of y for a slice: float as it is, bfloat16 rounded in pairs; an odd rank gets a zero.
+inline void to_units(const float* y, int rank, uint32_t* to, float*) { std::memcpy(to, y, rank * 4); }
+inline void to_units(const float* y, int rank, uint32_t* to, bf16*) {
+  for (int u = 0; u < (rank + 1) / 2; ++u) {
+    bf16 pair[2] = {};
+    narrow(pair[0], y[2 * u]);
+    if (2 * u + 1 < rank) narrow(pair[1], y[2 * u + 1]);
+    std::memcpy(to + u, pair, 4);
+  }
+}
+
+constexpr int TOKENS_PER_TASK = 32;
+constexpr int COLUMNS_PER_TASK = 256;
+constexpr double WORK_OF_ONE_THREAD = 60000;  // products; less is done before a second thread has woken up
+
+// Runs task(i) for i in [0, count) on up to threads threads.
+template <class F> inline void each(int64_t count, int threads, F task) {
+  if (threads < 2 || count < 2) {
+    for (int64_t i = 0; i < count; ++i) task(i);
+    return;
+  }
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
+  for (int64_t i = 0; i < count; ++i) task(i);
+}
+
+struct LoraTask { int64_t segment, first, tokens, slice, begin, size; };
+
+template <class T>
+void shrink_task(const LoraTask& task, const Segment& seg, const Adapter& adapter, const T* x, int64_t ldx, int64_t K,
+                 float* y, int64_t ldy) {
+  const int64_t row = seg.first + task.first;
+  const T* a = static_cast<const T*>(adapter.a) + task.begin * round_up(int(K), LANES * Unit<T>::P);
+  x += row * ldx;
+  y += row * ldy + task.begin;
+  int64_t t = 0;
+  for (; t + 4 <= task.tokens; t += 4) shrink_tokens<T, 4>(x + t * ldx, ldx, K, a, int(task.size), y + t * ldy, ldy);
+  for (; t < task.tokens; ++t) shrink_tokens<T, 1>(x + t * ldx, ldx, K, a, int(task.size), y + t * ldy, ldy);
+}
+
+template <class T>
+void expand_task(const LoraTask& task, const Segment& seg, const Adapter& adapter, const float* y, int64_t ldy, T* out,
+                 int64_t ldo) {
+  constexpr int P = Unit<T>::P;
+  const Slice& slice = adapter.slice[task.slice];
+  int64_t first = 0;
+  for (int64_t s = 0; s < task.slice; ++s) first += adapter.slice[s].rank;
+  const int units = int((slice.rank + P - 1) / P), tokens = int(task.tokens);
+  const int64_t row = seg.first + task.first;
+  static thread_local std::vector<uint32_t> scratch;
+  scratch.resize(size_t(tokens) * units);
+  uint32_t* scaled = scratch.data();
+  for (int t = 0; t < tokens; ++t)
+    to_units(y + (row + t) * ldy + first, int(slice.rank), scaled + t * units, static_cast<T*>(nullptr));
+  const T* b = static_cast<const T*>(slice.b);
+  for (int64_t at = task.begin; at < task.begin + task.size; at += 2 * LANES) {
+    const int valid = int(slice.columns - at);
+    T* to = out + row * ldo + slice.column + at;
+    if (valid > LANES) expand_columns<T, 2>(scaled, units, units, b + at * units * P, to, ldo, tokens, valid);
+    else expand_columns<T, 1>(scaled, units, units, b + at * units * P, to, ldo, tokens, valid);
+  }
+}
+
+template <class T>
+void lora(const T* x, int64_t ldx, int64_t K, T* out, int64_t ldo, const Adapter* adapters, const Segment* segments,
+          int64_t count, float* y, int64_t ldy, int64_t threads) {
+  static thread_local std::vector<LoraTask> shrinks, expands;
+  shrinks.clear();
+  expands.clear();
+  double work = 0;
+  for (int64_t s = 0; s < count; ++s) {
+    const Segment& seg = segments[s];
+    const Adapter& adapter = adapters[seg.adapter];
+    if (!adapter.rows) continue;
+    work += double(seg.length) * adapter.rows * K;
+    // Few tokens: the rows of A are what two threads can share.
+    const int64_t parts = seg.length <= TOKENS_PER_TASK && count == 1 ? threads : 1;
+    const int64_t rows = round_up(int((adapter.rows + parts - 1) / parts), 4);
+    for (int64_t f = 0; f < seg.length; f += TOKENS_PER_TASK) {
+      const int64_t n = std::min<int64_t>(TOKENS_PER_TASK, seg.length - f);
+      for (int64_t r = 0; r < adapter.rows; r += rows) shrinks.push_back({s, f, n, 0, r, std::min(rows, adapter.rows - r)});
+      for (int64_t i = 0; i < adapter.slices; ++i)
+        for (int64_t c = 0; c < adapter.slice[i].columns && adapter.slice[i].rank; c += COLUMNS_PER_TASK)
+          expands.push_back({s, f, n, i, c, std::min<int64_t>(COLUMNS_PER_TASK, adapter.slice[i].columns - c)});
+    }
+  }
+  const LoraTask *first = shrinks.data(), *second = expands.data();
+  const int64_t firsts = shrinks.size(), seconds = expands.size();
+  auto shrink = [=](int64_t i) {
+    const Segment& seg = segments[first[i].segment];
+    shrink_task<T>(first[i], seg, adapters[seg.adapter], x, ldx, K, y, ldy);
+  };
+  auto expand = [=](int64_t i) {
+    const Segment& seg = segments[second[i].segment];
+    expand_task<T>(second[i], seg, adapters[seg.adapter], y, ldy, out, ldo);
+  };
+  if (work < WORK_OF_ONE_THREAD || threads < 2) {
+    for (int64_t i = 0; i < firsts; ++i) shrink(i);
+    for (int64_t i = 0; i < seconds; ++i) expand(i);
+    return;
+  }
+#pragma omp parallel num_threads(int(threads))
+  {
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t i = 0; i < firsts; ++i) shrink(i);
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t i = 0; i < seconds; ++i) expand(i);
+  }
+}
+
+struct Chunk { int64_t row, length, end; const int32_t* blocks; };
+
+// One kv head, up to TILE query rows that share it; row i of the tile may see positions [from[i], to[i]).
+template <class T, int TALL>
+void attend(const T* const* q, int rows, const int64_t* from, const int64_t* to, const T* keys, const T* values,
+            const int32_t* blocks, int dim, float scale, float softcap, T* const* out) {
+  constexpr int P = Unit<T>::P;
+  const int padded = round_up(dim, LANES);
+  const int64_t k_block = int64_t(dim) * BLOCK, v_block = int64_t(padded) * BLOCK;
+  float acc[TALL][512];
+  float best[TALL], total[TALL];
+  int64_t first = to[0], last = 0;
+  for (int i = 0; i < rows; ++i) {
+    best[i] = -INFINITY; total[i] = 0;
+    std::memset(acc[i], 0, padded * sizeof(float));
+    first = std::min(first, from[i]); last = std::max(last, to[i]);
+  }
+  for (int64_t start = first / BLOCK * BLOCK; start < last; start += SPAN) {
+    const int spans = int(std::min<int64_t>(SPAN, round_up(int(last - start), BLOCK))) / BLOCK;
+    float s[TALL][SPAN];
+    for (int b = 0; b < spans; ++b) {
+      const T* k = keys + blocks[start / BLOCK + b] * k_block;
+      vf sums[TALL] = {};
+      for (int d = 0; d < dim / P; ++d) {
+        vu w = load<vu>(k + d * LANES * P);
+        for (int i = 0; i < TALL; ++i)
+          sums[i] = Unit<T>::fma(sums[i], broadcast(q[i < rows ? i : 0] + d * P), w);
+      }
+      for (int i = 0; i < rows; ++i) store(s[i] + b * BLOCK, sums[i]);
+    }
+    uint32_t p[TALL][SPAN];
+    for (int i = 0; i < rows; ++i) {
+      float top = best[i];
+      const int low = int(std::max<int64_t>(0, from[i] - start)), high = int(std::min<int64_t>(spans * BLOCK, to[i] - start));
+      for (int j = 0; j < spans * BLOCK; ++j) s[i][j] *= scale;
+      if (softcap > 0)
+        for (int j = low; j < high; ++j) s[i][j] = softcap * std::tanh(s[i][j] / softcap);
+      for (int j = 0; j < std::min(low, spans * BLOCK); ++j) s[i][j] = -INFINITY;
+      for (int j = std::max(high, 0); j < spans * BLOCK; ++j) s[i][j] = -INFINITY;
+      for (int j = 0; j < spans * BLOCK; ++j) top = std::max(top, s[i][j]);
+      if (top == -INFINITY) { std::memset(p[i], 0, sizeof p[i]); continue; }
+      const float shrink = best[i] == -INFINITY ? 0.0f : std::exp(best[i] - top);
+      best[i] = top;
+      vf added = {};
+      float e[SPAN];
+      for (int j = 0; j < spans * BLOCK; j += LANES) {
+        vf raw = load<vf>(s[i] + j);
+        vf value = exp16(raw - splat(top));
+        vi seen = raw != splat(-INFINITY);
+        value = floats(bits(value) & vu(seen));
+        added += value;
+        store(e + j, value);
+      }
+      total[i] = total[i] * shrink + sum(added);
+      if (shrink != 1.0f)
+        for (int d = 0; d < padded; d += LANES) store(acc[i] + d, load<vf>(acc[i] + d) * shrink);
+      to_units(e, spans * BLOCK, p[i], static_cast<T*>(nullptr));
+    }
+    for (int b = 0; b < spans; ++b) {
+      const T* v = values + blocks[start / BLOCK + b] * v_block;
+      for (int i = 0; i < rows; i += 4)
+        for (int d = 0; d < padded; d += 2 * LANES) {
+          const int wide = std::min(2, (padded - d) / LANES), tall = std::min(4, rows - i);
+          vf part[4][2] = {};
+          for (int t = 0; t < tall; ++t)
+            for (int c = 0; c < wide; ++c) part[t][c] = load<vf>(acc[i + t] + d + c * LANES);
+          for (int u = 0; u < BLOCK / P; ++u) {
+            const T* w = v + (int64_t(u) * padded + d) * P;
+            vu w0 = load<vu>(w), w1 = wide > 1 ? load<vu>(w + LANES * P) : vu{};
+            for (int t = 0; t < 4; ++t) {
+              vu weight = vu{} + p[t < tall ? i + t : i][b * (BLOCK / P) + u];
+              part[t][0] = Unit<T>::fma(part[t][0], weight, w0);
+              part[t][1] = Unit<T>::fma(part[t][1], weight, w1);
+            }
+          }
+          for (int t = 0; t < tall; ++t)
+            for (int c = 0; c < wide; ++c) store(acc[i + t] + d + c * LANES, part[t][c]);
+        }
+    }
+  }
+  for (int i = 0; i < rows; ++i)
+    for (int d = 0; d < dim; ++d) narrow(out[i][d], acc[i][d] / total[i]);
+}
+
+template <class T>
+void attention(const T* q, int64_t ldq, T* out, const Chunk* chunks, int64_t count, const T* keys, const T* values,
+               int64_t num_blocks, int64_t kv_heads, int64_t group, int64_t dim, float scale, float softcap,
+               int64_t window, int64_t threads) {
+  struct Task { int32_t chunk, head, first; };
+  const int64_t padded = round_up(int(dim), LANES);
+  const int64_t k_head = num_blocks * BLOCK * dim, v_head = num_blocks * BLOCK * padded;
+  int64_t tasks = 0;
+  for (int64_t c = 0; c < count; ++c) tasks += kv_heads * ((chunks[c].length * group + TILE - 1) / TILE);
+  Task* list = new Task[tasks];
+  int64_t made = 0;
+  for (int64_t c = 0; c < count; ++c)
+    for (int64_t h = 0; h < kv_heads; ++h)
+      for (int64_t first = 0; first < chunks[c].length * group; first += TILE)
+        list[made++] = {int32_t(c), int32_t(h), int32_t(first)};
+  const int64_t heads = kv_heads * group;
+  each(tasks, int(threads), [=](int64_t index) {
+    const Task& task = list[index];
+    const Chunk& chunk = chunks[task.chunk];
+    const int rows = int(std::min<int64_t>(TILE, chunk.length * group - task.first));
+    const T* from_q[TILE]; T* to_out[TILE];
+    int64_t from[TILE], to[TILE];
+    for (int i = 0; i < rows; ++i) {  // neighbours in a tile are the heads of one token: they see the same keys
+      const int64_t token = (task.first + i) / group, head = task.head * group + (task.first + i) % group;
+      from_q[i] = q + (chunk.row + token) * ldq + head * dim;
+      to_out[i] = out + ((chunk.row + token) * heads + head) * dim;
+      to[i] = chunk.end - chunk.length + token + 1;
+      from[i] = window > 0 ? std::max<int64_t>(0, to[i] - window) : 0;
+    }
+    const T *k = keys + task.head * k_head, *v = values + task.head * v_head;
+    if (rows > 4) attend<T, 8>(from_q, rows, from, to, k, v, chunk.blocks, int(dim), scale, softcap, to_out);
+    else attend<T, 4>(from_q, rows, from, to, k, v, chunk.blocks, int(dim), scale, softcap, to_out);
+  });
+  delete[] list;
+}
+
+// Rotates q in place and writes rotated k, and v, to the cache rows; cos and sin are [rows][rotary].
+template <class T>
+void rope_write(T* q, T* k, const T* v, int64_t ld, int64_t rows, int64_t heads, int64_t kv_heads, int64_t dim,
+                int64_t rotary, const float* cos, const float* sin, const int64_t* cache_rows, T* keys, T* values,
+                int64_t num_blocks, int64_t threads) {
+  constexpr int P = Unit<T>::P;
+  const int64_t padded = round_up(int(dim), LANES), half = rotary / 2;
+  auto rotate = [=](T* x, int64_t row) {
+    const float *c = cos + row * rotary, *s = sin + row * rotary;
+    for (int64_t i = 0; i < half; ++i) {
+      const float low = widen(x[i]), high = widen(x[i + half]);
+      narrow(x[i], low * c[i] - high * s[i]);
+      narrow(x[i + half], high * c[i + half] + low * s[i + half]);
+    }
+  };
+  each(rows, rows < 8 ? 1 : int(threads), [=](int64_t row) {
+    for (int64_t h = 0; h < heads; ++h) rotate(q + row * ld + h * dim, row);
+    const int64_t block = cache_rows[row] / BLOCK, at = cache_rows[row] % BLOCK;
+    for (int64_t h = 0; h < kv_heads; ++h) {
+      T* key = k + row * ld + h * dim;
+      rotate(key, row);
+      T* to = keys + (h * num_blocks + block) * BLOCK * dim;
+      for (int64_t d = 0; d < dim; ++d) to[(d / P * LANES + at) * P + d % P] = key[d];
+      to = values + (h * num_blocks + block) * BLOCK * padded;
+      const T* value = v + row * ld + h * dim;
+      for (int64_t d = 0; d < dim; ++d) to[(at / P * padded + d) * P + at % P] = value[d];
+    }
+  });
+}
+
+// hidden += delta where there is one; out = hidden / rms(hidden) * (offset + weight).
+template <class T>
+void rms_norm(T* hidden, const T* delta, const T* weight, T* out, int64_t rows, int64_t width, float eps,
+              float offset, int64_t threads) {
+  each(rows, rows < 16 ? 1 : int(threads), [=](int64_t row) {
+    T* h = hidden + row * width;
+    T* to = out + row * width;
+    vf squares = {};
+    float rest = 0;
+    int64_t i = 0;
+    for (; i + LANES <= width; i += LANES) {
+      vf x = load16(h + i);
+      if (delta) { store16(h + i, x + load16(delta + row * width + i)); x = load16(h + i); }
+      squares += x * x;
+    }
+    for (; i < width; ++i) {
+      if (delta) narrow(h[i], widen(h[i]) + widen(delta[row * width + i]));
+      rest += widen(h[i]) * widen(h[i]);
+    }
+    const float scale = 1.0f / std::sqrt((sum(squares) + rest) / width + eps);
+    for (i = 0; i + LANES <= width; i += LANES)
+      store16(to + i, load16(h + i) * scale * (load16(weight + i) + offset));
+    for (; i < width; ++i) narrow(to[i], widen(h[i]) * scale * (widen(weight[i]) + offset));
+  });
+}
+
+// out[row] = silu(gate) * up for in[row] = gate then up, each of width columns.
+template <class T> void silu_mul(const T* in, T* out, int64_t rows, int64_t width, int64_t threads) {
+  each(rows, rows < 8 ? 1 : int(threads), [=](int64_t row) {
+    const T *gate = in + row * 2 * width, *up = gate + width;
+    T* to = out + row * width;
+    int64_t i = 0;
+    for (; i + LANES <= width; i += LANES) {
+      vf g = load16(gate + i);
+      vf magnitude = g < 0 ? g : -g;
+      vf e = exp16(magnitude);                               // e^-|g|
+      vf sigmoid = (g < 0 ? e : splat(1.0f)) / (e + 1.0f);
+      T rounded[LANES];
+      store16(rounded, g * sigmoid);
+      store16(to + i, load16(rounded) * load16(up + i));
+    }
+    for (; i < width; ++i) {
+      T rounded;
+      const float g = widen(gate[i]);
+      narrow(rounded, g / (1.0f + std::exp(-g)));
+      narrow(to[i], widen(rounded) * widen(up[i]));
+    }
+  });
+}
+
+}  // namespace
+
+#define EXPORT(T, SUFFIX)                                                                                             \
+  extern "C" void lora_##SUFFIX(const void* x, int64_t ldx, int64_t K, void* out, int64_t ldo, const void* adapters,  \
+                                const void* segments, int64_t count, void* y, int64_t ldy, int64_t threads) {         \
+    lora<T>((const T*)x, ldx, K, (T*)out, ldo, (const Adapter*)adapters, (const Segment*)segments, count, (float*)y,  \
+            ldy, threads);                                                                                            \
+  }                                                                                                                   \
+  extern "C" void attention_##SUFFIX(const void* q, int64_t ldq, void* out, const void* chunks, int64_t count,        \
+                                     const void* keys, const void* values, int64_t num_blocks, int64_t kv_heads,      \
+                                     int64_t group, int64_t dim, float scale, float softcap, int64_t window,          \
+                                     int64_t threads) {                                                               \
+    attention<T>((const T*)q, ldq, (T*)out, (const Chunk*)chunks, count, (const T*)keys, (const T*)values,            \
+                 num_blocks, kv_heads, group, dim, scale, softcap, window, threads);                                  \
+  }                                                                                                                   \
+  extern "C" void rope_write_##SUFFIX(void* q, void* k, const void* v, int64_t ld, int64_t rows, int64_t heads,       \
+                                      int64_t kv_heads, int64_t dim, int64_t rotary, const void* cos,                 \
+                                      const void* sin, const void* cache_rows, void* keys, void* values,              \
+                                      int64_t num_blocks, int64_t threads) {                                          \
+    rope_write<T>((T*)q, (T*)k, (const T*)v, ld, rows, heads, kv_heads, dim, rotary, (const float*)cos,               \
+                  (const float*)sin, (const int64_t*)cache_rows, (T*)keys, (T*)values, num_blocks, threads);          \
+  }                                                                                                                   \
+  extern "C" void rms_norm_##SUFFIX(void* hidden, const void* delta, const void* weight, void* out, int64_t rows,     \
+                                    int64_t width, float eps, float offset, int64_t threads) {                        \
+    rms_norm<T>((T*)hidden, (const T*)delta, (const T*)weight, (T*)out, rows, width, eps, offset, threads);           \
+  }                                                                                                                   \
+  extern "C" void silu_mul_##SUFFIX(const void* in, void* out, int64_t rows, int64_t width, int64_t threads) {        \
+    silu_mul<T>((const T*)in, (T*)out, rows, width, threads);                                                         \
+  }
+
+EXPORT(float, float32)
+EXPORT(bf16, bfloat16)

@@ -1,0 +1,173 @@
+"""The compiled operations with tensors as arguments; shapes and strides are the caller's promise.
+
+Every operation is in place or writes its whole output, takes contiguous rows, and runs in float32 or bfloat16.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+BLOCK = 16
+"""Positions of a cache block in the compiled attention; the engine's blocks are multiples of it."""
+MAX_HEAD_DIM = 512
+DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+_TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float}
+_SIGNATURES = {
+    "lora": "piipippipii",
+    "attention": "pippippiiiiffii",
+    "rope_write": "pppiiiiiipppppii",
+    "rms_norm": "ppppiiffi",
+    "silu_mul": "ppiii",
+}
+"""Argument types of each operation: pointer, int64, float."""
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """The attention plan of a step: int64 [chunks, 4] of first row, rows, context length, address of the blocks."""
+
+    table: npt.NDArray[np.int64]
+    blocks: npt.NDArray[np.int32]
+    """All block lists, one after the other; the table points into it."""
+
+    @classmethod
+    def make(cls, contexts: Sequence[tuple[int, int, int, Sequence[int]]]) -> Chunks:
+        """Plan contexts of (first row, rows, context length, cache blocks of BLOCK positions)."""
+        blocks = np.fromiter((block for context in contexts for block in context[3]), dtype=np.int32)
+        table = np.empty((len(contexts), 4), dtype=np.int64)
+        address = blocks.ctypes.data
+        for index, (row, length, end, own) in enumerate(contexts):
+            table[index] = row, length, end, address
+            address += blocks.itemsize * len(own)
+        return cls(table, blocks)
+
+
+class CpuOps:
+    """The operations for one dtype."""
+
+    def __init__(self, library: ctypes.CDLL, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self.units = 2 if dtype is torch.bfloat16 else 1
+        """Values per 4-byte unit."""
+        self.threads = torch.get_num_threads()
+        functions = {name: getattr(library, f"{name}_{DTYPES[dtype]}") for name in _SIGNATURES}
+        for name, function in functions.items():
+            function.argtypes, function.restype = [_TYPES[letter] for letter in _SIGNATURES[name]], None
+        self._lora, self._attention = functions["lora"], functions["attention"]
+        self._rope_write, self._rms_norm = functions["rope_write"], functions["rms_norm"]
+        self._silu_mul = functions["silu_mul"]
+
+    def lora(
+        self,
+        x: Tensor,
+        out: Tensor,
+        adapters: npt.NDArray[np.int64],
+        segments: npt.NDArray[np.int64],
+        workspace: Tensor,
+    ) -> None:
+        """Add to out [T, N] what adapters make of x [T, K].
+
+        adapters is the table of `pack_lora`, segments int64 [S, 3] of slot, first row and rows, workspace float32
+        [T, largest sum of ranks].
+        """
+        self._lora(
+            x.data_ptr(), x.stride(0), x.shape[1], out.data_ptr(), out.stride(0), adapters.ctypes.data,
+            segments.ctypes.data, len(segments), workspace.data_ptr(), workspace.stride(0), self.threads,
+        )  # fmt: skip
+
+    def attention(
+        self,
+        q: Tensor,
+        chunks: Chunks,
+        keys: Tensor,
+        values: Tensor,
+        group: int,
+        scale: float,
+        softcap: float,
+        window: int,
+    ) -> Tensor:
+        """Return what q [T, heads, d] attends to, [T, heads * d]; window 0 is all, softcap 0 is none."""
+        kv_heads, num_blocks = keys.shape[:2]
+        rows, heads, dim = q.shape
+        out = torch.empty(rows, heads * dim, dtype=q.dtype)
+        self._attention(
+            q.data_ptr(), q.stride(0), out.data_ptr(), chunks.table.ctypes.data, len(chunks.table), keys.data_ptr(),
+            values.data_ptr(), num_blocks, kv_heads, group, dim, scale, softcap, window, self.threads,
+        )  # fmt: skip
+        return out
+
+    def rope_write(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        cache_rows: Tensor,
+        keys: Tensor,
+        values: Tensor,
+    ) -> None:
+        """Rotate q and k [T, heads, d] in place, and write k and v to the rows of the cache.
+
+        q, k and v have one row stride; cos and sin are float32 [T, rotary].
+        """
+        rows, heads, dim = q.shape
+        self._rope_write(
+            q.data_ptr(), k.data_ptr(), v.data_ptr(), q.stride(0), rows, heads, k.shape[1], dim, cos.shape[1],
+            cos.data_ptr(), sin.data_ptr(), cache_rows.data_ptr(), keys.data_ptr(), values.data_ptr(), keys.shape[1],
+            self.threads,
+        )  # fmt: skip
+
+    def rms_norm(
+        self, hidden: Tensor, delta: Tensor | None, weight: Tensor, eps: float, offset: float = 0.0
+    ) -> Tensor:
+        """Add delta to hidden [T, width] in place, and return the normalised rows times (offset + weight)."""
+        out = torch.empty_like(hidden)
+        self._rms_norm(
+            hidden.data_ptr(), None if delta is None else delta.data_ptr(), weight.data_ptr(), out.data_ptr(),
+            hidden.shape[0], hidden.shape[1], eps, offset, self.threads,
+        )  # fmt: skip
+        return out
+
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        """Return silu(gate) * up [T, width] of gate_up [T, 2 * width]."""
+        rows, both = gate_up.shape
+        out = torch.empty(rows, both // 2, dtype=gate_up.dtype)
+        self._silu_mul(gate_up.data_ptr(), out.data_ptr(), rows, both // 2, self.threads)
+        return out
+
+    def new_cache(self, kv_heads: int, num_rows: int, dim: int) -> tuple[Tensor, Tensor]:
+        """Return keys [kv, blocks, d * BLOCK] and values alike, with d padded; memory is taken when it is used."""
+        blocks = num_rows // BLOCK
+        padded = -(-dim // BLOCK) * BLOCK
+        return self._zeros((kv_heads, blocks, dim * BLOCK)), self._zeros((kv_heads, blocks, padded * BLOCK))
+
+    def _zeros(self, shape: tuple[int, ...]) -> Tensor:
+        bits = np.zeros(shape, dtype=np.int16 if self.dtype is torch.bfloat16 else np.float32)
+        return torch.from_numpy(bits).view(self.dtype)
+
+
+def pack_a(a: Tensor, units: int) -> Tensor:
+    """Return A [rows, K] with rows padded to whole lane vectors."""
+    lane = 16 * units
+    width = -(-a.shape[1] // lane) * lane
+    return torch.nn.functional.pad(a, (0, width - a.shape[1])).contiguous()
+
+
+def pack_b(b: Tensor, units: int) -> Tensor:
+    """Return B transposed [rank, out] as [out / 16, rank / units, 16, units], padded with zeros."""
+    rank, out = b.shape
+    padded = torch.nn.functional.pad(b, (0, -out % 16, 0, -rank % units))
+    tiles = padded.view(padded.shape[0] // units, units, padded.shape[1] // 16, 16)
+    return tiles.permute(2, 0, 3, 1).contiguous()
+
+
+ADAPTER_FIELDS = 15
+"""int64 values of an adapter in a group's table: A, rows, slices, and three times rank, B, column, columns."""

@@ -1,0 +1,15 @@
+"""The families that are served: every module here holds one ``FAMILY``, and is found by being here."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+
+from inference_service.models.family import Family
+
+
+def load_families() -> dict[str, Family]:
+    """Return the family of every architecture."""
+    names = [module.name for module in pkgutil.iter_modules(__path__)]
+    families: list[Family] = [importlib.import_module(f"{__name__}.{name}").FAMILY for name in names]
+    return {architecture: family for family in families for architecture in family.architectures}

@@ -1,0 +1,20 @@
+"""Mistral: every layer slides, where the config has a window."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from inference_service.models.config import ModelConfig
+from inference_service.models.family import Family, llama_like, windowed
+from inference_service.models.hf_config import HfConfig
+
+
+def _read(config: HfConfig) -> ModelConfig:
+    config.require("hidden_act", "silu")
+    config.require("layer_types", None)  # transformers reads them with another class, as Ministral
+    model = llama_like(config, max_positions=131072)
+    window = config.integer_or_none("sliding_window", 4096)
+    return replace(model, layers=windowed(model.layers, config, window, lambda _: True))
+
+
+FAMILY = Family(("MistralForCausalLM",), _read)

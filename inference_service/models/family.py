@@ -1,0 +1,83 @@
+"""What a model family is, and what its file starts from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from inference_service.kernels.attention import AttentionSpec
+from inference_service.models.config import LayerSpec, ModelConfig
+from inference_service.models.hf_config import HfConfig
+from inference_service.models.rope_config import read_rope
+from shared.bundle.modules import BaseDims
+from shared.faults import CheckpointInvalid
+
+LAYER_TYPES = ("full_attention", "sliding_attention")
+
+
+@dataclass(frozen=True)
+class Family:
+    """Checkpoints that are read in the same way."""
+
+    architectures: tuple[str, ...]
+    """Values of ``architectures`` in ``config.json``."""
+    read: Callable[[HfConfig], ModelConfig]
+    """Raises CheckpointInvalid for what the family does not serve."""
+
+
+def llama_like(
+    config: HfConfig, *, max_positions: int = 2048, tied: bool = False, partial_rotary: bool = False
+) -> ModelConfig:
+    """Return a decoder with nothing special; a family replaces what it does otherwise.
+
+    max_positions and tied are what transformers means where the config does not say.
+    """
+    dims = BaseDims.from_config(dict(config.fields))
+    positions = config.integer("max_position_embeddings", max_positions)
+    rope, longest = read_rope(config, dims.head_dim, positions, partial=partial_rotary)
+    return ModelConfig(
+        architecture=config.architecture,
+        dims=dims,
+        layers=(LayerSpec(AttentionSpec(dims.head_dim**-0.5), rope),) * dims.num_layers,
+        max_positions=longest,
+        norm_eps=config.number("rms_norm_eps", 1e-6),
+        dtype=config.text("dtype", config.text("torch_dtype", "float32")).removeprefix("torch."),
+        eos_token_ids=token_ids(config.fields.get("eos_token_id")),
+        tied_embeddings=config.flag("tie_word_embeddings", default=tied),
+    )
+
+
+def windowed(
+    layers: tuple[LayerSpec, ...], config: HfConfig, window: int | None, slides: Callable[[int], bool]
+) -> tuple[LayerSpec, ...]:
+    """Give a window to the layers that slide: as ``layer_types`` says, else those that slides(index) names."""
+    types = layer_types(config, len(layers), slides)
+    return tuple(
+        replace(layer, attention=replace(layer.attention, window=window))
+        if kind == "sliding_attention"
+        else layer
+        for layer, kind in zip(layers, types, strict=True)
+    )
+
+
+def layer_types(config: HfConfig, num_layers: int, slides: Callable[[int], bool]) -> list[str]:
+    """Return the type of each layer."""
+    types = config.array("layer_types")
+    if types is None:
+        return [LAYER_TYPES[slides(index)] for index in range(num_layers)]
+    if len(types) != num_layers:
+        raise CheckpointInvalid(f"config.json: layer_types: expected {num_layers}, found {len(types)}.")
+    for kind in types:
+        if kind not in LAYER_TYPES:
+            raise CheckpointInvalid(
+                f"config.json: layer type {kind!r} is not supported; supported: {', '.join(LAYER_TYPES)}."
+            )
+    return types
+
+
+def token_ids(value: Any) -> frozenset[int]:
+    """Return the ids of ``eos_token_id``: none, one, or a list."""
+    if value is None:
+        return frozenset()
+    return frozenset(value) if isinstance(value, list) else frozenset([value])

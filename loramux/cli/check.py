@@ -1,0 +1,156 @@
+"""``loramux check``: everything that a build would say about an adapter, and nothing written."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import json
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from loramux.cli import shell
+from loramux.cli.look import until_serving
+from loramux.cli.report_view import show_report
+from loramux.cli.services import builder_command
+from loramux.cli.tree import ProcessTree, free_address, run_tree
+from loramux.cli.up import BUILDER_START_S
+from loramux.client import BUILDER, AsyncClient
+from loramux.records import AdapterReport
+from shared.deployment import LoraConfiguration, Repository, SourceKind, parse_lora_configuration
+from shared.spelling import parse_repository
+
+SCHEMA = 1
+"""Of ``--json``; raised when a field changes its meaning or goes away."""
+
+Base = Annotated[str, typer.Option("--base", metavar="BASE", help="The base: as ADAPTER.", show_default=False)]
+Adapter = Annotated[
+    str,
+    typer.Argument(metavar="ADAPTER", help="org/name[@rev], a path, s3:// gs:// azure:// https://"),
+]
+MaxRank = Annotated[int, typer.Option("--max-rank", metavar="R", min=1, help="max_lora_rank.")]
+StorageDtype = Annotated[
+    str | None,
+    typer.Option("--dtype", metavar="NAME", help="bfloat16, float16 or float32; else the base's."),
+]
+Secret = Annotated[str, typer.Option("--secret", metavar="NAME", help="The secret that opens both.")]
+SomeBuilder = Annotated[
+    str, typer.Option("--builder", metavar="HOST:PORT", help="Ask this one; default: a private one, here.")
+]
+Json = Annotated[bool, typer.Option("--json", help="For machines; see docs/adapters.md.")]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is to be checked."""
+
+    adapter: Repository
+    base: Repository
+    lora: LoraConfiguration
+
+    @property
+    def local_roots(self) -> list[Path]:
+        """The folders that a builder must be allowed to read."""
+        folders = [each.repo for each in (self.adapter, self.base) if each.source is SourceKind.LOCAL]
+        return [Path(folder) for folder in dict.fromkeys(folders)]
+
+
+@shell.command
+def check(
+    adapter: Adapter,
+    base: Base,
+    max_rank: MaxRank = 64,
+    truncate_to: shell.TruncateTo = None,
+    dtype: StorageDtype = None,
+    secret: Secret = "",
+    builder: SomeBuilder = "",
+    as_json: Json = False,
+) -> None:
+    """Check an adapter against a base; exit 1 if it is refused.
+
+    Example: loramux check ./my-adapter --base org/base@main
+    """
+    wanted = Wanted(
+        named(adapter, secret),
+        named(base, secret),
+        parse_lora_configuration(max_lora_rank=max_rank, truncate_to_rank=truncate_to, dtype=dtype),
+    )
+    report = check_with(builder, wanted)
+    if as_json:
+        print(json.dumps(report_fields(report), indent=2))  # noqa: T201 - bare, whatever the terminal
+    else:
+        show_report(report)
+    if not report.accepted:
+        raise typer.Exit(1)
+
+
+def named(word: str, secret: str) -> Repository:
+    """Return the repository that a word names, with the name of its secret."""
+    repository = parse_repository(word)
+    return repository.model_copy(update={"runtime_secret_name": secret}) if secret else repository
+
+
+def check_with(builder: str, wanted: Wanted) -> AdapterReport:
+    """Check with a running builder, or with one of our own."""
+    found: list[AdapterReport] = []
+
+    async def ask(client: AsyncClient) -> None:
+        with shell.step(f"checking {wanted.adapter.shown}"):
+            found.append(await client.check(wanted.adapter, wanted.base, wanted.lora))
+
+    with_builder(builder, wanted.local_roots, ask)
+    return found[0]
+
+
+def with_builder(
+    address: str, local_roots: Sequence[Path], work: Callable[[AsyncClient], Awaitable[None]]
+) -> None:
+    """Call a running builder, or a private one whose store is thrown away; none is left afterwards."""
+    if address:
+        asyncio.run(_call(address, work))
+    else:
+        run_tree(functools.partial(_private, local_roots=local_roots, work=work))
+
+
+async def _private(
+    tree: ProcessTree, local_roots: Sequence[Path], work: Callable[[AsyncClient], Awaitable[None]]
+) -> None:
+    address = free_address(BUILDER)
+    argv = builder_command(f"file://{tree.folder / 'store'}", address, local_roots)
+    with shell.step("starting a private builder"):
+        await tree.start("builder", argv)
+        await until_serving(address, BUILDER_START_S)
+    await _call(address, work)
+
+
+async def _call(address: str, work: Callable[[AsyncClient], Awaitable[None]]) -> None:
+    async with AsyncClient(builder=address) as client:
+        await work(client)
+
+
+def report_fields(report: AdapterReport) -> dict[str, Any]:
+    """Return a report for JSON; every field is always there."""
+    return {
+        "schema": SCHEMA,
+        "accepted": report.accepted,
+        "adapter": _repository_fields(report.adapter),
+        "base": _repository_fields(report.base),
+        "base_model_name": report.base_model_name,
+        "dtype": report.dtype.value,
+        "bundle_bytes": report.bundle_bytes,
+        "files": {name: file.model_dump() for name, file in report.files.items()},
+        "findings": [finding.model_dump(exclude={"adapter"}) for finding in report.findings],
+        "rows": [asdict(row) for row in report.rows],
+    }
+
+
+def _repository_fields(repository: Repository) -> dict[str, str]:
+    return {
+        "source": repository.source.value,
+        "repo": repository.shown,
+        "revision": repository.revision,
+        "subfolder": repository.subfolder,
+    }

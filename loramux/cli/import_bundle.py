@@ -1,0 +1,86 @@
+"""``loramux import-bundle``: the npy files of another TensorRT-LLM converter, checked and published."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from loramux.cli import shell
+from loramux.cli.build import run_build
+from loramux.cli.check import Base, MaxRank, Secret, SomeBuilder, StorageDtype, Wanted, check_with, named
+from loramux.cli.report_view import show_report
+from loramux.client import BUILDER
+from shared.deployment import Deployment, Repository, SourceKind, parse_deployment, parse_lora_configuration
+from shared.faults import DeploymentInvalid
+
+FILES = ("model.lora_weights.npy", "model.lora_config.npy or model.lora_keys.npy")
+
+Folder = Annotated[Path, typer.Argument(metavar="DIR", help="Holds the two npy files.", show_default=False)]
+Name = Annotated[
+    str, typer.Option("--name", metavar="NAME", help="The adapter's; clients ask for it.", show_default=False)
+]
+DeploymentName = Annotated[
+    str, typer.Option("--deployment", metavar="NAME", help="Publish it as this one; default: only check it.")
+]
+
+
+@shell.command
+def import_bundle(
+    folder: Folder,
+    base: Base,
+    name: Name,
+    deployment: DeploymentName = "",
+    max_rank: MaxRank = 64,
+    dtype: StorageDtype = None,
+    secret: Secret = "",
+    builder: SomeBuilder = "",
+) -> None:
+    """Check and publish npy files of another converter.
+
+    A deployment file may name such a folder or repository as any other adapter;
+    this is the short way for one.
+
+    Example: loramux import-bundle DIR --base org/base --name lora1
+    """
+    adapter = npy_folder(folder)
+    lora = parse_lora_configuration(max_lora_rank=max_rank, dtype=dtype)
+    wanted = Wanted(adapter, named(base, secret), lora)
+    if deployment:
+        run_build(builder or BUILDER, deployment_of_one(deployment, name, wanted))
+        return
+    report = check_with(builder, wanted)
+    show_report(report)
+    if not report.accepted:
+        raise typer.Exit(1)
+    shell.say("only checked; --deployment NAME publishes it", "dim")
+
+
+def npy_folder(folder: Path) -> Repository:
+    """Return a folder with npy files as a repository.
+
+    Raises:
+        DeploymentInvalid: they are not there, or a PEFT adapter is.
+    """
+    path = folder.expanduser().resolve()
+    configs = [path / word for word in FILES[1].split(" or ")]
+    if not (path / FILES[0]).is_file() or not any(config.is_file() for config in configs):
+        raise DeploymentInvalid(f"{path}: expected {FILES[0]} and {FILES[1]}")
+    if (path / "adapter_config.json").exists():
+        raise DeploymentInvalid(f"{path}: there is an adapter_config.json, so a build takes the PEFT adapter")
+    return Repository(source=SourceKind.LOCAL, repo=str(path))
+
+
+def deployment_of_one(deployment: str, name: str, wanted: Wanted) -> Deployment:
+    """Return a deployment with one adapter.
+
+    Raises:
+        DeploymentInvalid: a name that is none.
+    """
+    build = {
+        "checkpoint_repository": wanted.base.model_dump(),
+        "lora_adapters": {name: wanted.adapter.model_dump()},
+        "lora_configuration": wanted.lora.model_dump(),
+    }
+    return parse_deployment({"model_name": deployment, "build": build}).deployment

@@ -1,0 +1,152 @@
+"""Every code of a finding, and what to do about every reason of a fault: docs/errors.md is made of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Final
+
+
+class Subject(StrEnum):
+    """What a finding is about."""
+
+    DEPLOYMENT = "a deployment or a request"
+    REFUSED = "an adapter that is refused"
+    WARNED = "an adapter that is accepted"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A code."""
+
+    code: str
+    subject: Subject
+    meaning: str
+    cure: str
+
+
+_MERGE: Final = "Merge it into the base (`merge_and_unload`) and serve a full model."
+_TRAIN: Final = "Train again without it, or merge it into the base and serve a full model."
+
+_DEPLOYMENT: Final = (
+    ("E_UNKNOWN_FIELD", "a key that is not known", "Use the nearest known one, which is named, or remove it."),
+    ("E_MISSING_FIELD", "a key that must be given", "Set it."),
+    ("E_BAD_FIELD", "a value that is not allowed", "The finding says what is allowed."),
+    ("E_MESSAGES", "the chat template refuses the messages", "The finding says why; often two roles in a row."),
+    ("E_NO_TEMPLATE", "messages for a model without a chat template", "Send text or token_ids."),
+)
+_REFUSED: Final = (
+    ("E_NO_CONFIG", "there is no `adapter_config.json`",
+     "Name the repository, or set the subfolder that is named."),
+    ("E_NO_WEIGHTS", "there is a config and there are no weights", "Save or upload the adapter again."),
+    ("E_BIN_ONLY", "the weights are pickled, which can run code", "Save with `safe_serialization=True`."),
+    ("E_SHARDED", "the weights are in several files", "Save the adapter as one file, as PEFT does."),
+    ("E_CONTAINER", "files or keys of another program: mistral-finetune, torchtune, NeMo, Orbax, diffusers, "
+     "llama.cpp", "Convert it to PEFT's form."),
+    ("E_BAD_WEIGHTS", "`adapter_model.safetensors` is cut off, lies about itself, or is no safetensors file",
+     "Download or save it again."),
+    ("E_BAD_NPY", "TensorRT-LLM's npy files are damaged or do not belong together",
+     "Convert the adapter again."),
+    ("E_BAD_TEXT", "a chat template, tokenizer or generation config that cannot be read", "Correct the file."),
+    ("E_EMPTY_WEIGHTS", "no tensors, or tensors without elements, as ZeRO-3 saves without gathering",
+     "Save with `stage3_gather_16bit_weights_on_model_save`, or from the consolidated state dict."),
+    ("E_EMPTY_TARGETS", "no target modules and no tensors", "Train again with `target_modules`."),
+    ("E_BAD_CONFIG", "the config is no JSON object, says something twice, or a field has a value that cannot "
+     "be meant or a pattern that cannot be matched in time", "Correct the file."),
+    ("E_NOT_LORA", "`peft_type` is not LORA", _MERGE),
+    ("E_MLX", "an MLX adapter: transposed, with an absolute scale",
+     "Transpose both matrices, rename them, and set `lora_alpha = scale * rank`."),
+    ("E_DORA", "DoRA: magnitudes beside A and B", _MERGE),
+    ("E_BIAS", "biases were trained", _TRAIN),
+    ("E_VARIANT", "a variant whose factors are not plain A and B: Arrow, BD-LoRA, KaSA, MonteCLoRA, QALoRA",
+     _MERGE),
+    ("E_ALORA", "it is active after its invocation tokens only", "Train plain LoRA."),
+    ("E_REPLICATION", "`layer_replication`: layers that the base does not have", _MERGE),
+    ("E_TARGET_PARAMS", "`target_parameters`: parameters of experts", _MERGE),
+    ("E_MOE", "tensors of experts or routers", _MERGE),
+    ("E_INIT", "PiSSA, OLoRA, CorDA, LoRA-GA, LoftQ: the initialisation changed the base",
+     "Save again with `path_initial_model_for_weight_conversion`; a LoftQ adapter needs its own base."),
+    ("E_TASK", "trained for another task than generating text", "Use an adapter with `task_type` CAUSAL_LM."),
+    ("E_EMBED", "embeddings, head, added tokens or `modules_to_save` that differ from the base's", _TRAIN),
+    ("E_BASE", "the config names another family of base", "Use the base that it was trained on."),
+    ("E_UNKNOWN_KEY", "tensors whose keys are not known; nothing is dropped silently",
+     "Rename them to the form that the finding names."),
+    ("E_ADAPTER_INFIX", "keys of several adapters", "`save_pretrained(selected_adapters=[...])`."),
+    ("E_PREFIX", "layers of a vision, audio or encoder tower", "Train with `exclude_modules` for them."),
+    ("E_MODULE", "a module that is not served, that the base does not have, or that `lora_target_modules` does "
+     "not allow", "Train without it, or extend `lora_target_modules`."),
+    ("E_PAIR", "A without B, B without A, or a module twice", "Save the adapter again."),
+    ("E_RANK_SHAPE", "A, B and the config disagree about the rank", "Correct `r` or `rank_pattern`."),
+    ("E_DIMS", "the shapes are those of another base", "Use the base that it was trained on."),
+    ("E_LAYER", "a layer that the base does not have", "Use the base that it was trained on."),
+    ("E_RANK_MAX", "a rank above `max_lora_rank`", "Set `max_lora_rank` to the number that is named."),
+    ("E_NAN", "NaN or infinite values", "Use an earlier checkpoint: training diverged."),
+    ("E_OVERFLOW", "a value, scale included, beyond the storage type", "Build with bfloat16 or float32."),
+    ("E_DTYPE", "tensors that are not F32, F16 or BF16", "Save the adapter in one of them."),
+)  # fmt: skip
+_WARNED: Final = (
+    ("W_FP32", "float32 is stored in a narrower type; the largest relative error is given",
+     "Nothing, or build with float32."),
+    ("W_ZERO_B", "B, or BA, is zero in every row: the adapter changes nothing, and answers are the base's",
+     "Look at the training; an untrained adapter is like this."),
+    ("W_UNDERFLOW", "more than 1 % of the values become zero in the storage type", "Build with bfloat16."),
+    ("W_ALPHA", "alpha/r below 0.001 or above 64", "Look at `lora_alpha`."),
+    ("W_RANK", "the config gives no rank; the tensors' is taken", "Nothing."),
+    ("W_TARGETS", "`target_modules` and the tensors name different modules; the tensors count",
+     "See that the file is the one that you mean."),
+    ("W_UNKNOWN_FIELD", "fields of the config that this version does not know",
+     "See that they do not change what the adapter computes."),
+    ("W_ODENSE", "o_proj where heads x head_dim differs from hidden: TensorRT-LLM could not read these rows",
+     "Nothing; loramux serves them."),
+    ("W_BASE", "the adapter names another base than the deployment; its shapes fit",
+     "See that it was trained on this base."),
+    ("W_REDUNDANT_EMBED", "whole matrices that are equal to the base's own, value by value, are left out",
+     "Nothing."),
+    ("W_EXTRA_FILES", "checkpoints, optimizer states and other weights beside the adapter are not used",
+     "See that the folder is the one that you mean."),
+    ("W_GATE_UP", "imported rows of a fused gate and up projection, whose halves converters order differently",
+     "See that the import says the right order."),
+    ("W_GENERATION", "fields of `generation_config.json` or `tokenizer_config.json` that are not used",
+     "Send them with each request, where a request has them."),
+)  # fmt: skip
+
+CODES: Final = {
+    code: Entry(code, subject, meaning, cure)
+    for subject, entries in (
+        (Subject.DEPLOYMENT, _DEPLOYMENT),
+        (Subject.REFUSED, _REFUSED),
+        (Subject.WARNED, _WARNED),
+    )
+    for code, meaning, cure in entries
+}
+"""By code."""
+
+CURES: Final = {
+    "ADAPTER_INVALID": "each finding says it",
+    "DEPLOYMENT_INVALID": "correct the named fields",
+    "REQUEST_INVALID": "correct the named fields",
+    "PROMPT_TOO_LONG": "shorten the prompt or ask for fewer tokens; both numbers are given",
+    "PAGE_TOKEN_INVALID": "use `next_page_token` of the last answer",
+    "REPO_NOT_FOUND": "correct the name, or name a secret",
+    "REVISION_NOT_FOUND": "correct or drop the revision; of LOCAL it is the content's digest",
+    "REPO_GATED": "accept the licence, or use another token",
+    "SOURCE_REFUSED": "the message says what is allowed",
+    "SOURCE_CHANGED": "retry when nobody writes to it",
+    "SOURCE_UNAVAILABLE": "retry",
+    "STORE_UNAVAILABLE": "retry; then look at the store",
+    "SERVER_UNAVAILABLE": "start it, or retry",
+    "SHUTTING_DOWN": "retry with its successor",
+    "DEPLOYMENT_NOT_FOUND": "use one of the names that are listed",
+    "MODEL_NOT_FOUND": "use one of the names that are listed",
+    "REQUEST_ID_REUSED": "draw a new one",
+    "BUILD_IN_PROGRESS": "watch it, then call again",
+    "BUILD_INTERRUPTED": "wait: it goes on when the builder starts again",
+    "QUEUE_FULL": "retry",
+    "BUNDLE_CORRUPT": "restore the file, or build the deployment again",
+    "PROOF_FAILED": "build the deployment again; then look at the named rows",
+    "CHECKPOINT_INVALID": "the message says why; choose another base",
+    "RESOURCES_EXHAUSTED": "free or add memory or disk; the numbers are given",
+    "SETTINGS_INVALID": "the message says what is allowed",
+    "INTERNAL": "report it; the server's log has the details",
+}
+"""What to do, by the reason of a fault."""

@@ -1,0 +1,147 @@
+"""S3, GCS and AZURE: folders of object stores, which differ in their clients and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import IO, Final, Protocol, TypeAlias
+
+from shared.bundle.manifest import FileDigest
+from shared.deployment import Repository
+from shared.faults import RepoNotFound, RevisionNotFound, SourceRefused
+from shared.sources.base import MAX_BYTES, MAX_FILES, Progress, Resolved, SourceFile, unwatched
+from shared.sources.files import content_digest, exactly, hash_pieces, inside, missing_files, whole
+from shared.sources.retry import Pace, Patience
+from shared.sources.secrets import Secrets
+
+TIMEOUT_S: Final = 20.0
+"""Of a connection, and between two pieces."""
+
+
+class Bucket(Protocol):
+    """A client of one bucket or container; raises the failures of `Source`, and does not try again."""
+
+    def list(self, prefix: str) -> Iterator[tuple[str, SourceFile]]:
+        """Yield the objects whose names begin with prefix, with the versions that they have now."""
+        ...
+
+    def read(self, key: str, version: str) -> Iterator[bytes]:
+        """Yield an object's bytes as they are stored, or raise `SourceChanged` where it has another version."""
+        ...
+
+
+Opener: TypeAlias = Callable[[Repository, Secrets], tuple[Bucket, str]]
+"""Returns the client of a repository's bucket, and the repository's folder in it."""
+
+
+class BucketSource:
+    """Lists a folder with the version of every object, and reads no other version of them."""
+
+    def __init__(self, opener: Opener, secrets: Secrets, patience: Patience | None = None) -> None:
+        self._opener = opener
+        self._secrets = secrets
+        self._patience = patience or Patience()
+
+    def resolve(
+        self, repository: Repository, progress: Progress = unwatched, *, max_bytes: int = MAX_BYTES
+    ) -> Resolved:
+        """List a folder; the revision follows from the content, and is known once the files were read."""
+        del max_bytes
+        bucket, prefix = self._open(repository)
+        name = _name(repository)
+
+        def attempt(pace: Pace) -> dict[str, SourceFile]:
+            watch = pace.watch(name, progress)
+            files: dict[str, SourceFile] = {}
+            for key, file in bucket.list(prefix):
+                watch(0)
+                if len(files) == MAX_FILES:
+                    raise SourceRefused(f"{name}: more than {MAX_FILES} files; name a folder in it")
+                if not key.endswith("/"):  # consoles mark folders so
+                    files[key.removeprefix(prefix)] = file
+            return files
+
+        files = self._patience.call(attempt)
+        if not files:
+            raise RepoNotFound(f"{name}: nothing is there. {_hint(repository, self._secrets)}")
+        return Resolved(repository, files)
+
+    def fetch(
+        self, resolved: Resolved, names: Iterable[str], into: Path, progress: Progress = unwatched
+    ) -> dict[str, FileDigest]:
+        """Download the listed versions of files, and hash what arrived."""
+        names = sorted(names)
+        if resolved.size(names) > MAX_BYTES:
+            raise SourceRefused(
+                f"{_name(resolved.repository)}: {resolved.size(names)} bytes, at most {MAX_BYTES}"
+            )
+        bucket, prefix = self._open(resolved.repository)
+        fetched = {}
+        for name in names:
+            with whole(inside(into, name)) as sink:
+                fetched[name] = self._read(bucket, prefix + name, resolved, name, progress, sink)
+        return fetched
+
+    def digests(
+        self, resolved: Resolved, names: Iterable[str], progress: Progress = unwatched
+    ) -> dict[str, FileDigest]:
+        """Read the listed versions of files, and keep only their digests."""
+        bucket, prefix = self._open(resolved.repository)
+        return {name: self._read(bucket, prefix + name, resolved, name, progress) for name in sorted(names)}
+
+    def pin(self, resolved: Resolved, files: Mapping[str, FileDigest]) -> Repository:
+        """Return the repository with the digest of its files as revision."""
+        repository, revision = resolved.repository, content_digest(files)
+        if repository.revision and repository.revision != revision:
+            raise RevisionNotFound(
+                f"{_name(repository)}: expected content {repository.revision}, found {revision}. "
+                "Leave revision out to take the folder as it is."
+            )
+        return repository.model_copy(update={"revision": revision})
+
+    def place(
+        self, repository: Repository, files: Mapping[str, FileDigest], cache: Path, progress: Progress
+    ) -> Path:
+        """Download what the cache lacks, as it is now; whoever verifies it sees whether it is the same."""
+        folder = cache / repository.source.lower() / repository.revision
+        if missing := missing_files(folder, files):
+            resolved = self.resolve(repository, progress)
+            if gone := sorted(name for name in missing if name not in resolved.files):
+                raise RepoNotFound(f"{_name(repository)}: {', '.join(gone[:3])} is gone. Restore it.")
+            self.fetch(resolved, missing, folder, progress)
+        return folder
+
+    def _open(self, repository: Repository) -> tuple[Bucket, str]:
+        bucket, folder = self._opener(repository, self._secrets)
+        path = "/".join(part for part in (folder.strip("/"), repository.subfolder) if part)
+        return bucket, f"{path}/" if path else ""
+
+    def _read(
+        self,
+        bucket: Bucket,
+        key: str,
+        resolved: Resolved,
+        name: str,
+        progress: Progress,
+        sink: IO[bytes] | None = None,
+    ) -> FileDigest:
+        file, shown = resolved.files[name], f"{_name(resolved.repository)}: {name}"
+
+        def attempt(pace: Pace) -> FileDigest:
+            watch = pace.watch(shown, progress)
+            if sink is not None:
+                sink.seek(0)
+                sink.truncate()
+            return hash_pieces(exactly(bucket.read(key, file.version), file.size, shown), watch, sink)
+
+        return self._patience.call(attempt)
+
+
+def _name(repository: Repository) -> str:
+    return f"{repository.source} {repository.shown}"
+
+
+def _hint(repository: Repository, secrets: Secrets) -> str:
+    if repository.subfolder:
+        return f"Correct the address or subfolder {repository.subfolder!r}."
+    return f"Correct the address. {secrets.hint(repository.runtime_secret_name)}"

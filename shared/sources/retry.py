@@ -1,0 +1,94 @@
+"""Trying again: how often, how long, and what is worth it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+from tenacity import (
+    RetryCallState,
+    Retrying,
+    retry_if_exception_type,
+    wait_exponential,
+    wait_random,
+)
+
+from shared.faults import SourceUnavailable
+from shared.sources.base import Progress
+
+_T = TypeVar("_T")
+
+
+class Busy(SourceUnavailable):
+    """A source that says when to come back."""
+
+    wait_s = 0.0
+
+    @classmethod
+    def until(cls, message: str, retry_after: str | None) -> SourceUnavailable:
+        """Return the fault for an answer with this ``Retry-After``; dates are not read, only seconds."""
+        fault = cls(message)
+        fault.wait_s = float(retry_after) if retry_after and retry_after.isdecimal() else 0.0
+        return fault
+
+
+@dataclass(frozen=True)
+class Patience:
+    """Attempts, pauses and deadlines. Only `SourceUnavailable` is tried again."""
+
+    attempts: int = 5
+    wait_s: float = 0.5
+    """Before the second attempt; doubled before each further one."""
+    max_wait_s: float = 30.0
+    """Of one pause, also where the source wishes a longer one."""
+    answer_s: float = 120.0
+    """For all attempts together, pauses included, beside the time that min_bytes_s gives."""
+    min_bytes_s: int = 256 << 10
+    """Of a transfer, on average: one that is slower is given up."""
+
+    def call(self, attempt: Callable[[Pace], _T]) -> _T:
+        """Return what an attempt returns; all attempts share one pace."""
+        pace = Pace(self)
+        retrying = Retrying(
+            stop=lambda state: state.attempt_number >= self.attempts or pace.left_s <= state.upcoming_sleep,
+            wait=self._pause,
+            retry=retry_if_exception_type(SourceUnavailable),
+            reraise=True,
+        )
+        return retrying(attempt, pace)
+
+    def _pause(self, state: RetryCallState) -> float:
+        error = state.outcome.exception() if state.outcome else None
+        wished = error.wait_s if isinstance(error, Busy) else 0.0
+        growing = wait_exponential(self.wait_s, self.max_wait_s)(state)
+        pause = growing + wait_random(0, self.wait_s)(state)
+        return min(max(wished, pause), self.max_wait_s)
+
+
+class Pace:
+    """The time that is left: every byte that comes in adds to it."""
+
+    def __init__(self, patience: Patience) -> None:
+        self._patience = patience
+        self._started = time.monotonic()
+        self._received = 0
+
+    @property
+    def left_s(self) -> float:
+        """Seconds until it is given up."""
+        given = self._patience.answer_s + self._received / self._patience.min_bytes_s
+        return given - (time.monotonic() - self._started)
+
+    def watch(self, name: str, progress: Progress) -> Progress:
+        """Return a progress that also raises `SourceUnavailable` when no time is left."""
+
+        def watched(count: int) -> None:
+            progress(count)
+            self._received += count
+            if self.left_s < 0:
+                raise SourceUnavailable(f"{name}: slower than is waited for. Try again, or use a nearer copy.")
+
+        watched(0)
+        return watched

@@ -1,0 +1,150 @@
+"""REMOTE_URL: archives (tar.gz) behind an https address."""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Final
+
+from shared.bundle.manifest import FileDigest
+from shared.deployment import Repository
+from shared.faults import RepoNotFound, RevisionNotFound, SourceRefused
+from shared.sources.archive import Archive, inner_files
+from shared.sources.base import MAX_BYTES, Progress, Resolved, unwatched
+from shared.sources.files import disk_errors, hash_pieces, inside, missing_files, whole
+from shared.sources.https import Https
+from shared.sources.retry import Pace, Patience
+from shared.sources.secrets import Secrets, warn_unset
+
+MAX_ARCHIVE: Final = 64 << 30
+"""Of one download, which is kept on the disk: larger bases belong in a bucket or on a hub."""
+
+
+@dataclass(frozen=True)
+class ResolvedArchive(Resolved):
+    """A downloaded archive; its file has no name, and is gone when nothing refers to it."""
+
+    archive: Archive
+    inner: Mapping[str, str]
+    """Names in the archive by names in the subfolder."""
+
+
+class UrlSource:
+    """Downloads an archive once, into a file without a name, and reads everything from that."""
+
+    def __init__(
+        self, https: Https, secrets: Secrets, work_dir: Path | None = None, patience: Patience | None = None
+    ) -> None:
+        self._https = https
+        self._secrets = secrets
+        self._work_dir = work_dir
+        self._patience = patience or Patience()
+
+    def resolve(
+        self, repository: Repository, progress: Progress = unwatched, *, max_bytes: int = MAX_BYTES
+    ) -> ResolvedArchive:
+        """Download the archive, and list it; the revision is its sha256."""
+        name = f"REMOTE_URL {repository.shown}"
+        with disk_errors():
+            if self._work_dir:
+                self._work_dir.mkdir(parents=True, exist_ok=True)
+            file = tempfile.TemporaryFile(dir=self._work_dir)  # noqa: SIM115 - lives as long as the listing
+        digest = self._download(repository, file, progress, min(max_bytes, MAX_ARCHIVE))
+        if repository.revision and repository.revision != digest.sha256:
+            raise RevisionNotFound(
+                f"{name}: expected an archive of sha256 {repository.revision}, found {digest.sha256}. "
+                "Leave revision out to take what is there."
+            )
+        archive = Archive(file, name, digest.size)
+        files = archive.listing(progress)
+        inner = inner_files(files, repository.subfolder)
+        if not inner:
+            where = f"no folder {repository.subfolder!r}" if repository.subfolder else "no file"
+            raise RepoNotFound(f"{name}: {where} in the archive")
+        return ResolvedArchive(
+            repository.model_copy(update={"revision": digest.sha256}),
+            {short: files[long] for short, long in inner.items()},
+            archive,
+            inner,
+        )
+
+    def fetch(
+        self, resolved: Resolved, names: Iterable[str], into: Path, progress: Progress = unwatched
+    ) -> dict[str, FileDigest]:
+        """Write files of the archive."""
+        archive = _archive(resolved)
+        wanted = {archive.inner[name]: name for name in names}
+        fetched = {}
+        for name, pieces in archive.archive.read(wanted, progress):
+            with whole(inside(into, name)) as sink:
+                fetched[name] = hash_pieces(pieces, progress, sink)
+        return fetched
+
+    def digests(
+        self, resolved: Resolved, names: Iterable[str], progress: Progress = unwatched
+    ) -> dict[str, FileDigest]:
+        """Return what the listing found."""
+        progress(0)
+        files = {name: resolved.files[name] for name in names}
+        return {name: FileDigest(size=file.size, sha256=file.sha256 or "") for name, file in files.items()}
+
+    def pin(self, resolved: Resolved, files: Mapping[str, FileDigest]) -> Repository:
+        """Return the repository at its archive's digest."""
+        del files
+        return resolved.repository
+
+    def place(
+        self, repository: Repository, files: Mapping[str, FileDigest], cache: Path, progress: Progress
+    ) -> Path:
+        """Download the archive where the cache lacks a file of it."""
+        place = [part for part in (repository.revision, repository.subfolder) if part]
+        folder = cache.joinpath("archive", *place)
+        if missing := missing_files(folder, files):
+            resolved = self.resolve(repository, progress)
+            if gone := sorted(name for name in missing if name not in resolved.files):
+                raise RepoNotFound(f"REMOTE_URL {repository.shown}: {', '.join(gone[:3])} is not in it")
+            self.fetch(resolved, missing, folder, progress)
+        return folder
+
+    def _download(self, repository: Repository, file: IO[bytes], progress: Progress, most: int) -> FileDigest:
+        name = f"REMOTE_URL {repository.shown}"
+        authorization = self._authorization(repository)
+
+        def attempt(pace: Pace) -> FileDigest:
+            watch = pace.watch(name, progress)
+            file.seek(0)
+            file.truncate()
+            digest, size = hashlib.sha256(), 0
+            with self._https.get(repository.repo, pace, authorization) as download:
+                if (download.size or 0) > most:
+                    raise SourceRefused(f"{name}: {download.size} bytes, at most {most}")
+                for piece in download.pieces():
+                    size += len(piece)
+                    if size > most:
+                        raise SourceRefused(f"{name}: more than {most} bytes")
+                    watch(len(piece))
+                    digest.update(piece)
+                    with disk_errors():
+                        file.write(piece)
+            with disk_errors():
+                file.flush()
+            return FileDigest(size=size, sha256=digest.hexdigest())
+
+        return self._patience.call(attempt)
+
+    def _authorization(self, repository: Repository) -> tuple[str, str] | None:
+        """Return a host and what is sent to it alone: whoever writes a deployment chooses the address."""
+        name = repository.runtime_secret_name
+        given = self._secrets.fields(name, ("host", "authorization"))
+        if name and not given:
+            warn_unset(repository)
+        return (given["host"].lower(), given["authorization"]) if given else None
+
+
+def _archive(resolved: Resolved) -> ResolvedArchive:
+    if not isinstance(resolved, ResolvedArchive):
+        raise TypeError(f"expected what resolve returned, found {type(resolved).__name__}")
+    return resolved

@@ -1,0 +1,243 @@
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+from structlog.testing import capture_logs
+
+from shared.deployment import Repository, SourceKind
+from shared.faults import (
+    BundleCorrupt,
+    RepoGated,
+    RepoNotFound,
+    RevisionNotFound,
+    SourceChanged,
+    SourceRefused,
+)
+from shared.sources.bucket import BucketSource
+from shared.sources.checkpoint import describe_base, fetch_base
+from shared.sources.files import content_digest
+from shared.sources.open import Sources, open_azure, open_gcs, open_s3
+from shared.sources.retry import Patience
+from shared.sources.secrets import Secrets
+from tests.adapters import write_base
+from tests.azurite import ACCOUNT, azurite
+from tests.gcs_emulator import serve_gcs
+from tests.s3_gateway import S3Server
+
+FILES = {
+    "adapter_config.json": b"{}",
+    "adapter_model.safetensors": bytes(range(256)) * 999,
+    "optimizer.pt": bytes(99),
+    "checkpoint-5/adapter_config.json": b'{"r": 5}',
+}
+OPENERS = {SourceKind.S3: open_s3, SourceKind.GCS: open_gcs, SourceKind.AZURE: open_azure}
+
+
+@dataclass
+class Cloud:
+    """A store that speaks one cloud's protocol."""
+
+    kind: SourceKind
+    root: str
+    """The address of an empty folder."""
+    absent: str
+    """The address of a bucket that does not exist."""
+    put: Callable[[str, bytes], Any]
+    secret: dict[str, str]
+    wrong: dict[str, str]
+    """A secret that does not open it."""
+
+    def fill(self, files: dict[str, bytes]) -> None:
+        """Store files below the folder."""
+        for name, data in files.items():
+            self.put(f"one/{name}", data)
+
+    def repo(self, address: str = "", **fields: str) -> Repository:
+        """A repository of this kind, opened by the secret `key`."""
+        secret = {"runtime_secret_name": "key"}
+        return Repository(source=self.kind, repo=address or self.root, **(secret | fields))
+
+    def source(self, secret: dict[str, str] | str | None = None) -> BucketSource:
+        """The source as a service opens it, with its secret in a variable."""
+        text = secret if isinstance(secret, str) else json.dumps(secret or self.secret)
+        secrets = Secrets(None, {"LORAMUX_SECRET_key": text} if text else {})
+        return BucketSource(OPENERS[self.kind], secrets, Patience(attempts=2, wait_s=0.01))
+
+
+@pytest.fixture(scope="module")
+def azure() -> Iterator[Any]:
+    """Azurite, started at its first use."""
+    with azurite() as server:
+        yield server
+
+
+@pytest.fixture
+def s3(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Cloud:
+    """A folder of a bucket of the S3 gateway, which is also the one that the variables name."""
+    for name, value in s3_server.environment.items():
+        monkeypatch.setenv(name, value)
+    bucket, client = s3_server.new_bucket(), s3_server.client()
+    secret = {
+        "access_key_id": s3_server.access_key,
+        "secret_access_key": s3_server.secret_key,
+        "region": "us-east-1",
+        "endpoint_url": s3_server.endpoint,
+    }
+    return Cloud(
+        SourceKind.S3,
+        f"s3://{bucket}/models/one",
+        "s3://no-such-bucket/x",
+        lambda name, data: client.put_object(Bucket=bucket, Key=f"models/{name}", Body=data),
+        secret,
+        secret | {"secret_access_key": "canary-of-a-wrong-key"},
+    )
+
+
+@pytest.fixture
+def gcs(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cloud]:
+    """A folder of a bucket of the GCS emulator."""
+    with serve_gcs("models-bucket") as server:
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", server.endpoint)
+        yield Cloud(
+            SourceKind.GCS,
+            "gs://models-bucket/models/one",
+            "gs://no-such-bucket/x",
+            lambda name, data: server.put("models-bucket", f"models/{name}", data),
+            server.account,
+            server.account | {"private_key_id": "another"},
+        )
+
+
+@pytest.fixture
+def az(azure: Any) -> Cloud:
+    """A folder of a container of Azurite."""
+    name = f"c{uuid.uuid4().hex[:12]}"
+    container = azure.client().create_container(name)
+    secret = {"account_key": azure.account_key, "endpoint_url": azure.endpoint_url}
+    return Cloud(
+        SourceKind.AZURE,
+        f"azure://{ACCOUNT}/{name}/models/one",
+        f"azure://{ACCOUNT}/nowhere/x",
+        lambda name, data: container.upload_blob(f"models/{name}", data, overwrite=True),
+        secret,
+        secret | {"account_key": "Y2FuYXJ5LW9mLWEtd3Jvbmcta2V5"},
+    )
+
+
+@pytest.fixture(params=["s3", "gcs", "az"])
+def cloud(request: pytest.FixtureRequest) -> Cloud:
+    """Each of them in turn."""
+    made: Cloud = request.getfixturevalue(request.param)
+    return made
+
+
+def test_only_the_named_files_are_fetched(cloud, tmp_path):
+    """A folder is listed with sizes, named files arrive byte for byte, and their digest is the revision."""
+    cloud.fill(FILES)
+    cloud.put("one-more/file", b"of a neighbour")
+    counted: list[int] = []
+    source = cloud.source()
+    resolved = source.resolve(cloud.repo())
+    assert {name: file.size for name, file in resolved.files.items()} == {k: len(v) for k, v in FILES.items()}
+    names = ["adapter_config.json", "adapter_model.safetensors"]
+    fetched = source.fetch(resolved, names, tmp_path / "into", counted.append)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "into").iterdir()} == {
+        k: FILES[k] for k in names
+    }
+    assert sum(counted) == sum(len(FILES[name]) for name in names)
+    pinned = source.pin(resolved, fetched)
+    assert pinned.revision == content_digest(fetched)
+    assert source.pin(source.resolve(pinned), fetched) == pinned
+    other = source.resolve(cloud.repo(revision="0" * 64))
+    with pytest.raises(RevisionNotFound, match="expected content 0000"):
+        source.pin(other, fetched)
+
+
+def test_a_subfolder_is_a_root_of_its_own(cloud, tmp_path):
+    """With a subfolder, names and files are those inside it."""
+    cloud.fill(FILES)
+    source = cloud.source()
+    resolved = source.resolve(cloud.repo(subfolder="checkpoint-5"))
+    assert list(resolved.files) == ["adapter_config.json"]
+    source.fetch(resolved, ["adapter_config.json"], tmp_path)
+    assert (tmp_path / "adapter_config.json").read_bytes() == b'{"r": 5}'
+    with pytest.raises(RepoNotFound, match="nothing is there"):
+        source.resolve(cloud.repo(subfolder="check"))
+
+
+def test_an_object_that_changes_is_no_mix(cloud, tmp_path):
+    """An object that was replaced after the listing is SOURCE_CHANGED, though its size is the same."""
+    cloud.fill(FILES)
+    source = cloud.source()
+    resolved = source.resolve(cloud.repo())
+    cloud.put("one/adapter_config.json", b"[]")
+    with pytest.raises(SourceChanged, match=r"adapter_config\.json: changed since it was listed"):
+        source.fetch(resolved, ["adapter_config.json", "adapter_model.safetensors"], tmp_path / "into")
+    with pytest.raises(SourceChanged):
+        source.digests(resolved, ["adapter_config.json"])
+    assert not list(tmp_path.rglob("*.json"))
+
+
+def test_answers_have_their_reasons(cloud):
+    """A bucket that is not there, a key that does not open it and an address of another kind are told apart."""
+    cloud.fill(FILES)
+    with pytest.raises(RepoNotFound, match=r"no such (bucket|container)"):
+        cloud.source().resolve(cloud.repo(cloud.absent))
+    with pytest.raises(RepoGated, match="Secret 'key' is read from LORAMUX_SECRET_key"):
+        cloud.source(cloud.wrong).resolve(cloud.repo())
+    for address in ("https://host/x", "s3://", "gs://-", "azure://Account/x", f"{cloud.root}?signature=canary"):
+        with pytest.raises(SourceRefused, match=r"expected .*://") as refusal:
+            cloud.source().resolve(cloud.repo(address))
+        assert "canary" not in str(refusal.value)
+
+
+def test_secrets_have_a_form(cloud):
+    """A secret that is no JSON of the right fields is refused by its name, and its text is not repeated."""
+    texts = [
+        "canary",
+        '["canary"]',
+        '{"canary": 1}',
+        json.dumps(cloud.secret | {"account_key": 7, "private_key": 7}),
+    ]
+    for text in texts[: 4 if cloud.kind is not SourceKind.S3 else 3]:
+        with pytest.raises(SourceRefused, match="secret 'key': expected") as refusal:
+            cloud.source(text).resolve(cloud.repo())
+        assert "canary" not in f"{refusal.value!r}"
+
+
+@pytest.mark.parametrize("cloud", ["s3", "gcs"], indirect=True)
+def test_a_secret_that_is_not_set_is_said(cloud):
+    """Without the named secret nothing is signed: the server's own credentials are not for that repository."""
+    cloud.fill(FILES)
+    with capture_logs() as logs, pytest.raises(RepoGated, match="LORAMUX_SECRET_key"):
+        cloud.source(" ").resolve(cloud.repo())
+    assert logs[0]["event"] == "secret not set, going on without"
+
+
+def test_a_base_is_recorded_and_fetched(cloud, tmp_path):
+    """A base is described without being kept; a replica fetches and verifies it, once."""
+    base = write_base(tmp_path / "base")
+    cloud.fill({path.name: path.read_bytes() for path in base.iterdir()})
+    sources = Sources({cloud.kind: cloud.source()})
+    record = describe_base(sources, cloud.repo()).record
+    folder = fetch_base(record, tmp_path / "cache", sources)
+    assert (folder / "model.safetensors").read_bytes() == (base / "model.safetensors").read_bytes()
+    cloud.put("one/tokenizer.json", b"[]")
+    assert fetch_base(record, tmp_path / "cache", sources) == folder
+    with pytest.raises(BundleCorrupt, match=r"tokenizer\.json"):
+        fetch_base(record, tmp_path / "other", sources)
+
+
+def test_without_a_secret_the_usual_variables_count(s3, monkeypatch):
+    """S3 without a secret uses the AWS_* variables; without those nothing is signed."""
+    s3.fill(FILES)
+    assert len(s3.source().resolve(s3.repo(runtime_secret_name="")).files) == len(FILES)
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    with pytest.raises(RepoGated, match="Set AWS_ACCESS_KEY_ID"):
+        s3.source().resolve(s3.repo(runtime_secret_name=""))

@@ -1,0 +1,279 @@
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from shared.deployment import Repository, SourceKind
+from shared.faults import (
+    RepoGated,
+    RepoNotFound,
+    ResourcesExhausted,
+    RevisionNotFound,
+    SourceRefused,
+    SourceUnavailable,
+)
+from shared.sources.addresses import Guard
+from shared.sources.checkpoint import describe_base, fetch_base
+from shared.sources.https import Https
+from shared.sources.open import Sources
+from shared.sources.retry import Patience
+from shared.sources.secrets import Secrets
+from shared.sources.url import UrlSource
+from tests.adapters import write_base
+from tests.archives import pack
+from tests.https_server import Site, redirect, said, serve_https
+
+ADAPTER = {"adapter_config.json": b"{}", "adapter_model.safetensors": bytes(range(256)) * 999, "x/y": b"1"}
+QUERY = "?sig=canary-of-a-query"
+
+
+@pytest.fixture
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
+    """A server for files.test and inner.test whose authority SSL_CERT_FILE names."""
+    with serve_https(tmp_path, "files.test", "inner.test", "127.0.0.1") as site:
+        monkeypatch.setenv("SSL_CERT_FILE", str(site.ca_file))
+        site.routes["/a.tar.gz"] = pack(ADAPTER)
+        yield site
+
+
+class Names:
+    """A name service that has every name at 127.0.0.1, and counts the questions."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+
+    def __call__(self, host: str, _port: int) -> list[str]:
+        """Return the address."""
+        self.asked.append(host)
+        return ["127.0.0.1"]
+
+
+def source(
+    allowed: tuple[str, ...] = ("files.test",),
+    names: Names | None = None,
+    patience: Patience | None = None,
+    **secrets,
+) -> UrlSource:
+    """The source as a service opens it, with a name service of the test."""
+    environment = {f"LORAMUX_SECRET_{name}": json.dumps(value) for name, value in secrets.items()}
+    https = Https(Guard(allowed, names or Names()))
+    return UrlSource(https, Secrets(None, environment), patience=patience or Patience(attempts=2, wait_s=0.01))
+
+
+def repo(site: Site, path: str = "/a.tar.gz", host: str = "files.test", **fields: str) -> Repository:
+    """An archive of the server."""
+    return Repository(source=SourceKind.REMOTE_URL, repo=f"https://{host}:{site.port}{path}{QUERY}", **fields)
+
+
+def test_an_archive_is_fetched_once(site, tmp_path):
+    """One download gives the listing, the revision and every file; the query travels and is not shown."""
+    url, counted = source(), []
+    resolved = url.resolve(repo(site), counted.append)
+    data = site.routes["/a.tar.gz"]
+    assert resolved.repository.revision == hashlib.sha256(data).hexdigest()
+    assert sum(counted) == len(data)
+    assert {name: file.size for name, file in resolved.files.items()} == {k: len(v) for k, v in ADAPTER.items()}
+    names = ["adapter_config.json", "adapter_model.safetensors"]
+    fetched = url.fetch(resolved, names, tmp_path / "into")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "into").iterdir()} == {
+        k: ADAPTER[k] for k in names
+    }
+    assert url.digests(resolved, names) == fetched
+    assert url.pin(resolved, fetched) == resolved.repository
+    assert site.requests == [(f"files.test:{site.port}", f"/a.tar.gz{QUERY}")]
+    assert "canary" not in repr(resolved)
+
+
+def test_a_revision_pins_the_archive(site):
+    """A revision is the archive's sha256; another archive is REVISION_NOT_FOUND."""
+    pinned = source().resolve(repo(site)).repository
+    assert source().resolve(pinned).repository == pinned
+    site.routes["/a.tar.gz"] = pack({"other": b""})
+    with pytest.raises(RevisionNotFound, match=f"expected an archive of sha256 {pinned.revision}"):
+        source().resolve(pinned)
+
+
+def test_a_subfolder_is_a_root_of_its_own(site):
+    """With a subfolder, names are those inside it; one that is not there is REPO_NOT_FOUND."""
+    assert list(source().resolve(repo(site, subfolder="x")).files) == ["y"]
+    with pytest.raises(RepoNotFound, match="no folder 'z' in the archive"):
+        source().resolve(repo(site, subfolder="z"))
+
+
+def test_the_checked_address_is_the_one_that_is_used(site):
+    """A name is looked up once for a request; handshake and Host header are those of the name."""
+    names = Names()
+    source(names=names).resolve(repo(site))
+    assert names.asked == ["files.test"]
+    assert site.names == ["files.test"]
+
+
+@pytest.mark.parametrize("host", ["files.test", "127.0.0.1", "[::ffff:127.0.0.1]"])
+def test_private_addresses_are_not_reached(site, host):
+    """A name or number that leads to this machine is refused before a connection is made."""
+    with pytest.raises(SourceRefused, match="not a public address"):
+        source(allowed=()).resolve(repo(site, host=host))
+    assert site.names == []
+    assert site.requests == []
+
+
+@pytest.mark.parametrize(
+    "to",
+    ["https://inner.test:{port}/a.tar.gz", "https://127.0.0.1:{port}/a.tar.gz", "//[::1]:{port}/a.tar.gz"],
+)
+def test_redirects_are_checked(site, to):
+    """A redirect of an allowed host to one that is not is refused, and not followed."""
+    site.routes["/r"] = redirect(to.format(port=site.port))
+    with pytest.raises(SourceRefused, match="not a public address"):
+        source().resolve(repo(site, "/r"))
+    assert len(site.requests) == 1
+
+
+@pytest.mark.parametrize(
+    ("to", "text"),
+    [
+        ("http://files.test/a.tar.gz", "expected https://HOST/PATH"),
+        ("file:///etc/passwd", "expected https://HOST/PATH"),
+        ("https://user:canary@files.test/x", "a name or password in an address"),
+        ("https://files.test/a b", "percent-encoded"),
+        ("https://[::1/x", "not a valid address"),
+        ("/r", "more than 5 redirects"),
+    ],
+)
+def test_redirects_to_nowhere(site, to, text):
+    """Redirects lead to https addresses, and end."""
+    site.routes["/r"] = redirect(to, 307)
+    with pytest.raises(SourceRefused, match=text) as refusal:
+        source().resolve(repo(site, "/r"))
+    assert "canary" not in str(refusal.value)
+
+
+def test_redirects_are_followed(site):
+    """A redirect to an allowed host, also a relative one, gives the archive."""
+    site.routes["/r"] = redirect("/s")
+    site.routes["/s"] = redirect(f"https://inner.test:{site.port}/a.tar.gz")
+    names = Names()
+    source(("files.test", f"inner.test:{site.port}"), names).resolve(repo(site, "/r"))
+    assert names.asked == ["files.test", "files.test", "inner.test"]
+
+
+def test_a_secret_goes_to_its_host_alone(site):
+    """The authorization of a secret is sent to the host that the secret names, and not behind a redirect."""
+    seen: list[tuple[str, str | None]] = []
+
+    def asked(handler) -> None:
+        seen.append((handler.headers["Host"].partition(":")[0], handler.headers["Authorization"]))
+        redirect(f"https://inner.test:{site.port}/a.tar.gz" if len(seen) == 1 else "/a.tar.gz")(handler)
+
+    site.routes["/private"] = asked
+    secret = {"host": "files.test", "authorization": "Bearer canary"}
+    url = source(("files.test", "inner.test"), key=secret)
+    wanted = {"runtime_secret_name": "key"}
+    url.resolve(repo(site, "/private", **wanted))
+    url.resolve(repo(site, "/private", host="inner.test", **wanted))
+    assert seen == [("files.test", "Bearer canary"), ("inner.test", None)]
+    with pytest.raises(SourceRefused, match="secret 'key': expected a JSON object with host, authorization"):
+        source(key="canary").resolve(repo(site, **wanted))
+
+
+@pytest.mark.parametrize(
+    ("status", "fault"),
+    [(404, RepoNotFound), (410, RepoNotFound), (401, RepoGated), (403, RepoGated), (418, SourceRefused)],
+)
+def test_answers_have_their_reasons(site, status, fault):
+    """What will not become better is said at once."""
+    site.failures[:] = [status, status]
+    with pytest.raises(fault, match=f"{status}"):
+        source().resolve(repo(site))
+    assert len(site.requests) == 1
+
+
+def test_a_busy_server_is_asked_again(site):
+    """A status of 429 or 5xx is tried again; one that stays is SOURCE_UNAVAILABLE."""
+    site.failures[:] = [429]
+    source().resolve(repo(site))
+    site.failures[:] = [503, 500]
+    with pytest.raises(SourceUnavailable, match="status 500"):
+        source().resolve(repo(site))
+
+
+def test_an_archive_that_breaks_off_is_asked_for_again(site):
+    """A body shorter than announced is tried again from its beginning."""
+    whole = pack(ADAPTER)
+    broken = [said(len(whole), whole[:999])]
+    site.routes["/b"] = lambda handler: (broken.pop() if broken else said(len(whole), whole))(handler)
+    assert source().resolve(repo(site, "/b")).repository.revision == hashlib.sha256(whole).hexdigest()
+    site.routes["/b"] = said(len(whole), whole[:999])
+    with pytest.raises(SourceUnavailable, match="found 999"):
+        source().resolve(repo(site, "/b"))
+
+
+def test_sizes_are_checked_before_and_while_reading(site):
+    """An archive above the limit is refused by its header, and where it has none, by its bytes."""
+    site.routes["/huge"] = said(1 << 50, b"")
+    site.routes["/lying"] = lambda handler: handler.wfile.write(b"HTTP/1.0 200 OK\r\n\r\n" + bytes(99999))
+    for path in ("/huge", "/lying"):
+        with pytest.raises(SourceRefused, match=r"at most 5000|more than 5000"):
+            source().resolve(repo(site, path), max_bytes=5000)
+
+
+def test_a_server_that_drips_is_given_up(site):
+    """Neither headers nor a body that come byte by byte hold a build for ever."""
+
+    def drip(handler, first: bytes) -> None:
+        handler.wfile.write(first)
+        for _ in range(100):
+            handler.wfile.write(b"x")
+            time.sleep(0.05)
+
+    site.routes["/head"] = lambda handler: drip(handler, b"HTTP/1.1 200 OK\r\nX-Slow: ")
+    site.routes["/body"] = lambda handler: drip(handler, b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n")
+    patience = Patience(attempts=2, wait_s=0.01, answer_s=0.3)
+    for path in ("/head", "/body"):
+        began = time.monotonic()
+        with pytest.raises(SourceUnavailable):
+            source(patience=patience).resolve(repo(site, path))
+        assert time.monotonic() - began < 2
+
+
+def test_a_certificate_must_be_trusted(site, monkeypatch):
+    """A certificate of another authority or for another name is refused with what to do."""
+    with pytest.raises(SourceRefused, match=r"certificate is not trusted.*SSL_CERT_FILE"):
+        source(("other.test",)).resolve(repo(site, host="other.test"))
+    monkeypatch.delenv("SSL_CERT_FILE")
+    with pytest.raises(SourceRefused, match="certificate is not trusted"):
+        source().resolve(repo(site))
+
+
+def test_a_hostile_archive_is_refused(site, tmp_path):
+    """An archive with a member outside it is refused whole, and nothing is written."""
+    site.routes["/evil"] = pack({**ADAPTER, "../../evil": b"x"})
+    with pytest.raises(SourceRefused, match="leads out of the archive"):
+        source().resolve(repo(site, "/evil"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ca.pem"]
+
+
+def test_a_work_folder_that_cannot_be_written(site, tmp_path):
+    """A work folder that is no folder is RESOURCES_EXHAUSTED, without a download."""
+    (tmp_path / "file").write_text("")
+    url = UrlSource(Https(Guard(("files.test",), Names())), Secrets(None, {}), tmp_path / "file")
+    with pytest.raises(ResourcesExhausted, match="cannot be written"):
+        url.resolve(repo(site))
+    assert site.requests == []
+
+
+def test_a_base_is_recorded_and_fetched(site, tmp_path):
+    """A base in an archive is described and fetched, and what the cache has is not downloaded again."""
+    base = write_base(tmp_path / "base")
+    site.routes["/base"] = pack({f"top/{path.name}": path.read_bytes() for path in base.iterdir()})
+    sources = Sources({SourceKind.REMOTE_URL: source()})
+    record = describe_base(sources, repo(site, "/base")).record
+    folder = fetch_base(record, tmp_path / "cache", sources)
+    assert (folder / "model.safetensors").read_bytes() == (base / "model.safetensors").read_bytes()
+    assert fetch_base(record, tmp_path / "cache", sources) == folder
+    assert len(site.requests) == 2

@@ -1,0 +1,104 @@
+"""Folders: what is missing, what is of another program, what must not run."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tests.adapters import HIDDEN
+from tests.golden.hostile.exhibit import CONFIG, WEIGHTS, adapter, exhibit, of_files
+
+CANARY = "canary-ran"
+"""A file that is there once the canary's pickle was loaded."""
+
+
+class _Canary:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __reduce__(self) -> Any:
+        return (Path.write_text, (self._path, "it ran"))
+
+
+def _canary(*names: str) -> Any:
+    def make(folder: Path) -> None:
+        adapter(folder)
+        (folder / WEIGHTS).unlink()
+        for name in names:
+            (folder / name).write_bytes(pickle.dumps(_Canary(folder / CANARY)))
+
+    return make
+
+
+def _npy(columns: list[list[int]], width: int, *, wrong: bytes = b"") -> Any:
+    def make(folder: Path) -> None:
+        folder.mkdir()
+        weights = np.ones((1, len(columns), width), np.float16)
+        np.save(folder / "model.lora_weights.npy", weights)
+        np.save(folder / "model.lora_config.npy", np.array([columns], np.int32))
+        if wrong:
+            (folder / "model.lora_weights.npy").write_bytes(wrong)
+
+    return make
+
+
+def _text(name: str, text: str) -> Any:
+    def make(folder: Path) -> None:
+        adapter(folder)
+        (folder / name).write_text(text)
+
+    return make
+
+
+def _beside(*names: str) -> Any:
+    def make(folder: Path) -> None:
+        adapter(folder)
+        for name in names:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(b"x")
+
+    return make
+
+
+REFUSED = (
+    of_files("nothing at all", "E_NO_CONFIG", "README.md"),
+    of_files("a full model", "E_NO_CONFIG", "config.json", "model-00001-of-00002.safetensors"),
+    of_files("a checkpoint below", "E_NO_CONFIG", "checkpoint-500/adapter_config.json", "README.md"),
+    of_files("weights alone", "E_NO_CONFIG", WEIGHTS),
+    of_files("config alone", "E_NO_WEIGHTS", CONFIG),
+    exhibit("a pickle with a canary", "E_BIN_ONLY", _canary("adapter_model.bin")),
+    exhibit("pickles of all names", "E_BIN_ONLY", _canary("adapter_model.pt", "adapter_model.pth", "opt.pt")),
+    of_files("shards", "E_SHARDED", CONFIG, "adapter_model-00001-of-00002.safetensors",
+             "adapter_model-00002-of-00002.safetensors", "adapter_model.safetensors.index.json"),
+    of_files("MLX files", "E_MLX", CONFIG, "adapters.safetensors"),
+    of_files("mistral-finetune", "E_CONTAINER", "lora.safetensors", "params.json", "tekken.json"),
+    of_files("consolidated", "E_CONTAINER", "consolidated/lora.safetensors", "consolidated.00.pth"),
+    of_files("torchtune", "E_CONTAINER", CONFIG, "adapter_0.pt", "recipe_state.pt"),
+    of_files("NeMo", "E_CONTAINER", "adapter.nemo"),
+    of_files("NeMo unpacked", "E_CONTAINER", "model_config.yaml", "weights/__0_0.distcp"),
+    of_files("Orbax", "E_CONTAINER", "_METADATA", "d/abc", "manifest.ocdbt"),
+    of_files("diffusers", "E_CONTAINER", "pytorch_lora_weights.safetensors"),
+    of_files("llama.cpp", "E_CONTAINER", "lora-f16.gguf"),
+    exhibit("npy of another base", "E_DIMS", _npy([[1, 0, 4, 0]], 4 * HIDDEN)),
+    exhibit("npy that is cut off", "E_BAD_NPY", _npy([[1, 0, 4, 0]], 8 * HIDDEN, wrong=b"\x93NUMPY\x01\x00")),
+    exhibit("npy that is a pickle", "E_BAD_NPY", _npy([[1, 0, 4, 0]], 8, wrong=pickle.dumps([1]))),
+    exhibit("template that is no text", "E_BAD_TEXT", lambda folder: (
+        adapter(folder) / "chat_template.jinja").write_bytes(b"\xff\xfe")),
+    exhibit("temperature as text", "E_BAD_TEXT", _text("generation_config.json", '{"temperature": "warm"}')),
+)  # fmt: skip
+
+ACCEPTED = (
+    exhibit("a trainer's leftovers", "W_EXTRA_FILES",
+            _beside("optimizer.pt", "trainer_state.json", "rng_state_0.pth", "checkpoint-1/adapter_model.bin")),
+    exhibit("weights of another kind beside", "W_EXTRA_FILES", _beside("adapter_model.bin")),
+    exhibit("a tokenizer beside", "", _beside("README.md", "tokenizer.json", "vocab.json")),
+    exhibit("added tokens of the base", "", _text("added_tokens.json", json.dumps({"<a>": 3, "<b>": 31}))),
+    exhibit("beams", "W_GENERATION", _text("generation_config.json", '{"num_beams": 4}')),
+    exhibit("npy with both halves", "W_GATE_UP W_BASE", _npy([[18, 0, 4, 0]], 4 * (HIDDEN + 2 * 24))),
+)  # fmt: skip

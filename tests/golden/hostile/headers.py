@@ -1,0 +1,89 @@
+"""Safetensors files that lie about themselves."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+
+import numpy as np
+
+from tests.adapters import key, tensors
+from tests.golden.hostile.exhibit import WEIGHTS, Exhibit, adapter, entry, exhibit, header, of_bytes
+
+_PAIR = 2 * 4 * 16
+"""Bytes of A, and of B, of q_proj in float16 with rank 4."""
+
+
+def _bad(name: str, entries: object, size: int = 0) -> Exhibit:
+    return of_bytes(name, "E_BAD_WEIGHTS", lambda: header(entries, bytes(size)))
+
+
+def _backwards() -> bytes:
+    """A file whose tensors lie in another order than its header names them."""
+    names = list(tensors())
+    random = np.random.default_rng(0)
+    data, entries, offset = [], {}, 0
+    for name in reversed(names):
+        values = tensors()[name].astype(np.float16)
+        entries[name] = entry(*values.shape, begin=offset)
+        data.append(values.tobytes())
+        offset += values.nbytes
+    random.shuffle(names)
+    return header({name: entries[name] for name in names}, b"".join(data))
+
+
+def many_tensors() -> bytes:
+    """A file of 100,000 tensors of rank 4: q_proj in 50,000 layers."""
+    entries, offset = {"__metadata__": {"format": "pt"}}, 0
+    for layer in range(50_000):
+        for side, shape in (("A", (4, 16)), ("B", (16, 4))):
+            entries[key(layer, "q_proj", side)] = entry(*shape, begin=offset)
+            offset += _PAIR
+    return header(entries, bytes(offset))
+
+
+def _write_many(folder: Path) -> None:
+    adapter(folder, {}, target_modules=["q_proj"])
+    (folder / WEIGHTS).write_bytes(many_tensors())
+
+
+_A = key(0, "q_proj", "A")
+_B = key(0, "q_proj", "B")
+_TENSOR = json.dumps(entry(4, 16, begin=0))
+
+REFUSED = (
+    of_bytes("empty", "E_BAD_WEIGHTS", bytes),
+    of_bytes("one byte", "E_BAD_WEIGHTS", lambda: b"\x01"),
+    of_bytes("a web page", "E_BAD_WEIGHTS", lambda: b"<!DOCTYPE html><html><head><title>404</title>" * 9),
+    of_bytes("a Git LFS pointer", "E_BAD_WEIGHTS", lambda: b"version https://git-lfs.github.com/spec/v1\n"),
+    of_bytes("header longer than the file", "E_BAD_WEIGHTS", lambda: struct.pack("<Q", 100) + b"{}"),
+    of_bytes("header of 2**63 bytes", "E_BAD_WEIGHTS", lambda: struct.pack("<Q", 2**63) + b"{}"),
+    of_bytes("header of 17 MiB", "E_BAD_WEIGHTS", lambda: header(b"{" + b" " * (17 << 20) + b"}")),
+    _bad("header that is a list", b"[]"),
+    _bad("header that is no text", b"\xff\xfe"),
+    _bad("header of deep brackets", b"[" * 100_000),
+    _bad("header of deep objects", b'{"a":' * 5000 + b"1" + b"}" * 5000),
+    _bad("header with NaN", b'{"a": NaN}'),
+    _bad("a key twice", f'{{"{_A}": {_TENSOR}, "{_A}": {_TENSOR}}}'.encode(), _PAIR),
+    _bad("overlapping tensors", {_A: entry(4, 16, begin=0), _B: entry(16, 4, begin=64)}, 64 + _PAIR),
+    _bad("the same bytes twice", {_A: entry(4, 16, begin=0), _B: entry(16, 4, begin=0)}, _PAIR),
+    _bad("a gap", {_A: entry(4, 16, begin=0), _B: entry(16, 4, begin=_PAIR + 2)}, 2 * _PAIR + 2),
+    _bad("bytes before the first tensor", {_A: entry(4, 16, begin=8)}, 8 + _PAIR),
+    _bad("bytes after the last tensor", {_A: entry(4, 16, begin=0)}, _PAIR + 1),
+    _bad("cut off", {_A: entry(4, 16, begin=0)}, _PAIR - 1),
+    _bad("negative shape", {_A: entry(-4, -16, begin=0)}, _PAIR),
+    _bad("negative offset", {_A: entry(4, 16, begin=-_PAIR)}, 0),
+    _bad("shape of true", {_A: {"dtype": "F16", "shape": [True], "data_offsets": [0, 2]}}, 2),
+    _bad("shape of a fraction", {_A: {"dtype": "F16", "shape": [4.0, 16], "data_offsets": [0, _PAIR]}}, _PAIR),
+    _bad("shape that overflows", {_A: entry(2**33, 2**33, begin=0, size=_PAIR)}, _PAIR),
+    _bad("shape of huge numbers", {_A: entry(*[10**4000] * 8, begin=0, size=_PAIR)}, _PAIR),
+    _bad("nine dimensions", {_A: entry(4, 16, *[1] * 7, begin=0)}, _PAIR),
+    _bad("size of another shape", {_A: entry(4, 17, begin=0, size=_PAIR)}, _PAIR),
+    _bad("unknown type", {_A: entry(4, 16, begin=0, dtype="F17")}, _PAIR),
+    _bad("one thing more", {_A: {**entry(4, 16, begin=0), "x": 1}}, _PAIR),
+    _bad("no offsets", {_A: {"dtype": "F16", "shape": [4, 16]}}, _PAIR),
+    exhibit("100,000 tensors", "E_LAYER", _write_many),
+)  # fmt: skip
+
+ACCEPTED = (of_bytes("tensors in another order", "", _backwards),)

@@ -1,0 +1,12 @@
+"""All exhibits."""
+
+from __future__ import annotations
+
+from tests.golden.hostile import configs, files, headers, keys
+
+EXHIBITS = tuple(
+    exhibit
+    for hall in (configs, files, headers, keys)
+    for exhibits in (hall.REFUSED, hall.ACCEPTED)
+    for exhibit in exhibits
+)

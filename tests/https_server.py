@@ -1,0 +1,105 @@
+"""An https server with an authority of its own, in a thread: what an address may meet."""
+
+from __future__ import annotations
+
+import ssl
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import trustme
+
+Route: TypeAlias = Callable[[BaseHTTPRequestHandler], None]
+
+
+@dataclass
+class Site:
+    """What the server answers, and what it was asked."""
+
+    port: int
+    ca_file: Path
+    routes: dict[str, bytes | Route] = field(default_factory=dict)
+    """By path: a body, or a function that answers."""
+    requests: list[tuple[str, str]] = field(default_factory=list)
+    """(Host header, path with query), in order."""
+    names: list[str | None] = field(default_factory=list)
+    """The names of the TLS handshakes."""
+    failures: list[int] = field(default_factory=list)
+    """Statuses to answer the next requests with."""
+
+
+@contextmanager
+def serve_https(folder: Path, *hosts: str) -> Iterator[Site]:
+    """Run a server on a free port of 127.0.0.1 with a certificate for these names."""
+    authority = trustme.CA()
+    ca_file = folder / "ca.pem"
+    authority.cert_pem.write_to_path(str(ca_file))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert(*hosts).configure_cert(context)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
+    server.handle_error = lambda *_: None  # type: ignore[method-assign]  # clients go away in the middle
+    site = Site(server.server_port, ca_file)
+    _Handler.site = site
+    context.sni_callback = lambda _socket, name, _context: site.names.append(name)
+    server.socket = context.wrap_socket(server.socket, server_side=True, do_handshake_on_connect=False)
+    thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
+    thread.start()
+    try:
+        yield site
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+def redirect(to: str, status: int = 302) -> Route:
+    """A route that leads elsewhere."""
+
+    def answer(handler: BaseHTTPRequestHandler) -> None:
+        handler.send_response(status)
+        handler.send_header("Location", to)
+        handler.send_header("Content-Length", "0")
+        handler.end_headers()
+
+    return answer
+
+
+def said(length: int, body: bytes) -> Route:
+    """A route whose Content-Length is not that of its body."""
+
+    def answer(handler: BaseHTTPRequestHandler) -> None:
+        handler.send_response(200)
+        handler.send_header("Content-Length", str(length))
+        handler.end_headers()
+        handler.wfile.write(body)
+
+    return answer
+
+
+class _Handler(BaseHTTPRequestHandler):
+    site: Site
+
+    def do_GET(self) -> None:
+        self.site.requests.append((self.headers["Host"], self.path))
+        route = self.site.routes.get(self.path.partition("?")[0])
+        if self.site.failures:
+            self._answer(self.site.failures.pop(0), b"")
+        elif route is None:
+            self._answer(404, b"")
+        elif isinstance(route, bytes):
+            self._answer(200, route)
+        else:
+            route(self)
+
+    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the base class's name
+        pass
+
+    def _answer(self, status: int, body: bytes) -> None:
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)

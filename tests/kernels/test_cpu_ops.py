@@ -1,0 +1,181 @@
+"""The compiled CPU operations against float64, over odd shapes, with outputs and unread memory poisoned."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from inference_service.kernels.cpu.build import load
+from inference_service.kernels.cpu.ops import ADAPTER_FIELDS, BLOCK, Chunks, CpuOps, pack_a, pack_b
+
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1.2e-2}
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> object:
+    built = load(tmp_path_factory.mktemp("native"))
+    if built.library is None:
+        pytest.skip(built.how)
+    return built.library
+
+
+def _error(found: Tensor, expected: Tensor) -> float:
+    return float((found.double() - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(
+    ("K", "outs"), [(63, (48,)), (576, (576, 192, 192)), (100, (33, 1)), (1000, (512, 40))]
+)
+def test_lora_adds_each_adapter_to_its_own_rows(
+    library: object, dtype: torch.dtype, threads: int, K: int, outs: tuple[int, ...]
+) -> None:
+    """Mixed ranks, slices that are not adapted, segments of 1 to 70 rows; base rows keep every bit."""
+    torch.manual_seed(K)
+    ops = CpuOps(library, dtype)  # type: ignore[arg-type]
+    ops.threads = threads
+    ranks = [[(8, 16, 5)[i % 3] for i in range(len(outs))], [64, 0, 3][: len(outs)], [1] * len(outs)]
+    lengths = [(0, 3), (1, 70), (2, 1), (0, 33), (1, 4)]
+    rows = 5 + sum(length for _, length in lengths)
+    x, out = torch.randn(rows, K).to(dtype), torch.randn(rows, sum(outs)).to(dtype)
+    before, expected = out.clone(), out.double()
+    table = np.zeros((len(ranks), ADAPTER_FIELDS), dtype=np.int64)
+    alive, matrices = [], []
+    for slot, own in enumerate(ranks):
+        a = [torch.randn(rank, K).to(dtype) / K**0.5 for rank in own]
+        b = [torch.randn(rank, out_s).to(dtype) for rank, out_s in zip(own, outs, strict=True)]
+        packed = [pack_a(torch.cat(a), ops.units), *(pack_b(part, ops.units) for part in b)]
+        alive += packed
+        matrices.append((a, b))
+        fields = [packed[0].data_ptr(), sum(own), len(own)]
+        for index, rank in enumerate(own):
+            fields += [rank, packed[1 + index].data_ptr(), sum(outs[:index]), outs[index]]
+        table[slot, : len(fields)] = fields
+    segments, start = [], 5
+    for slot, length in lengths:
+        segments.append((slot, start, length))
+        a, b = matrices[slot]
+        for index, out_s in enumerate(outs):
+            column = sum(outs[:index])
+            update = x[start : start + length].double() @ a[index].double().t() @ b[index].double()
+            expected[start : start + length, column : column + out_s] += update
+        start += length
+    workspace = torch.full((rows, max(map(sum, ranks))), torch.nan)
+    ops.lora(x, out, table, np.array(segments, dtype=np.int64), workspace)
+    assert torch.equal(out[:5].view(torch.uint8), before[:5].view(torch.uint8))
+    assert _error(out[5:] - before[5:], expected[5:] - before[5:].double()) < 3 * TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("heads", "kv", "dim"), [(9, 3, 64), (6, 2, 8), (4, 4, 80), (8, 1, 256)])
+@pytest.mark.parametrize(("window", "softcap"), [(0, 0.0), (24, 0.0), (0, 5.0)])
+def test_attention_over_a_paged_cache(
+    library: object, dtype: torch.dtype, heads: int, kv: int, dim: int, window: int, softcap: float
+) -> None:
+    """Decode rows and chunks of prompts in one call, written through rope, over scattered blocks."""
+    torch.manual_seed(dim)
+    ops = CpuOps(library, dtype)  # type: ignore[arg-type]
+    shapes = [(1, 1), (1, 37), (20, 20), (7, 90), (1, 160)]  # rows of the chunk, context length
+    keys, values = ops.new_cache(kv, 64 * BLOCK, dim)
+    keys.fill_(3.0)
+    values.fill_(3.0)
+    order = torch.randperm(64).tolist()
+    contexts, queries, expected, row = [], [], [], 0
+    for length, end in shapes:
+        blocks = [order.pop() for _ in range(-(-end // BLOCK))]
+        q, k, v = (torch.randn(end, n, dim).to(dtype) for n in (heads, kv, kv))
+        cos, sin = torch.ones(end, dim), torch.zeros(end, dim)
+        cache_rows = torch.tensor([blocks[at // BLOCK] * BLOCK + at % BLOCK for at in range(end)])
+        fused = torch.cat([part.reshape(end, -1) for part in (q, k, v)], dim=1)
+        parts = [
+            part.view(end, -1, dim) for part in torch.split(fused, [heads * dim, kv * dim, kv * dim], dim=1)
+        ]
+        ops.rope_write(*parts, cos, sin, cache_rows, keys, values)
+        contexts.append((row, length, end, blocks))
+        queries.append(q[end - length :])
+        expected.append(_attend(q[end - length :], k, v, window, softcap))
+        row += length
+    query = torch.cat(queries)
+    found = ops.attention(query, Chunks.make(contexts), keys, values, heads // kv, dim**-0.5, softcap, window)
+    assert _error(found, torch.cat(expected)) < TOLERANCE[dtype]
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, window: int, softcap: float) -> Tensor:
+    group = q.shape[1] // k.shape[1]
+    keys, values = (part.double().repeat_interleave(group, dim=1) for part in (k, v))
+    scores = torch.einsum("qhd,khd->hqk", q.double(), keys) * q.shape[2] ** -0.5
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    at = torch.arange(len(k) - len(q), len(k))[:, None]
+    seen = torch.arange(len(k))[None, :]
+    hidden = (seen > at) | ((seen <= at - window) if window else torch.zeros(1, 1, dtype=torch.bool))
+    weights = scores.masked_fill(hidden, -torch.inf).softmax(dim=-1)
+    return torch.einsum("hqk,khd->qhd", weights, values).reshape(len(q), -1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("dim", "rotary"), [(64, 64), (80, 32)])
+def test_rope_turns_the_halves_against_each_other(
+    library: object, dtype: torch.dtype, dim: int, rotary: int
+) -> None:
+    """Pairs are (i, i + rotary / 2); what lies behind rotary is left as it is."""
+    torch.manual_seed(1)
+    ops = CpuOps(library, dtype)  # type: ignore[arg-type]
+    rows, heads, kv = 11, 4, 2
+    fused = torch.randn(rows, (heads + 2 * kv) * dim).to(dtype)
+    q, k, v = (
+        part.view(rows, -1, dim) for part in torch.split(fused, [heads * dim, kv * dim, kv * dim], dim=1)
+    )
+    angles = torch.rand(rows, rotary // 2) * 6
+    cos, sin = (torch.cat([f(angles)] * 2, dim=1) for f in (torch.cos, torch.sin))
+    whole = fused.clone().double()[:, : heads * dim].view(rows, heads, dim)
+    low, high = whole[..., : rotary // 2], whole[..., rotary // 2 : rotary]
+    c, s = cos[:, None, : rotary // 2].double(), sin[:, None, : rotary // 2].double()
+    expected = torch.cat([low * c - high * s, high * c + low * s, whole[..., rotary:]], dim=-1)
+    keys, values = ops.new_cache(kv, 2 * BLOCK, dim)
+    ops.rope_write(q, k, v, cos, sin, torch.arange(rows), keys, values)
+    assert _error(q, expected) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [576, 100, 7])
+@pytest.mark.parametrize("rows", [1, 33])
+def test_norm_adds_and_normalises(library: object, dtype: torch.dtype, width: int, rows: int) -> None:
+    """The sum is left in hidden, rounded to its type, and the norm is of that sum."""
+    torch.manual_seed(width)
+    ops = CpuOps(library, dtype)  # type: ignore[arg-type]
+    hidden, delta = (torch.randn(rows, width).to(dtype) for _ in range(2))
+    weight = torch.randn(width).to(dtype)
+    total = hidden + delta
+    expected = total.double() * torch.rsqrt(total.double().pow(2).mean(-1, keepdim=True) + 1e-5)
+    out = ops.rms_norm(hidden, delta, weight, 1e-5, offset=1.0)
+    assert torch.equal(hidden, total)
+    assert _error(out, expected * (1 + weight.double())) < TOLERANCE[dtype]
+    again = ops.rms_norm(hidden, None, weight, 1e-5)
+    assert torch.equal(hidden, total)
+    assert _error(again, expected * weight.double()) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [1536, 50])
+def test_silu_mul(library: object, dtype: torch.dtype, width: int) -> None:
+    """Also where the gate is far out on either side."""
+    torch.manual_seed(width)
+    ops = CpuOps(library, dtype)  # type: ignore[arg-type]
+    gate_up = torch.randn(9, 2 * width).to(dtype) * 3
+    gate_up[0, :4] = torch.tensor([200.0, -200.0, 0.0, 88.0])
+    gate, up = gate_up.double().chunk(2, dim=1)
+    assert _error(ops.silu_mul(gate_up), torch.nn.functional.silu(gate) * up) < TOLERANCE[dtype]
+
+
+def test_without_a_compiler_it_says_so(tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No compiler on the path is no error, and the start line says which way was taken."""
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    built = load(tmp_path)  # type: ignore[arg-type]
+    assert built.library is None
+    assert "no C++ compiler" in built.how

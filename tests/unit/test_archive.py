@@ -1,0 +1,150 @@
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import tarfile
+import tempfile
+import tracemalloc
+
+import pytest
+
+from shared.faults import SourceRefused
+from shared.sources.archive import MAX_UNPACKED, Archive, inner_files
+from shared.sources.base import MAX_FILES, SourceFile
+from tests.archives import member, pack, pack_members, zeros
+
+FILES = {"adapter_config.json": b"{}", "adapter_model.safetensors": bytes(range(256)) * 9000}
+
+
+def opened(data: bytes, max_unpacked: int = MAX_UNPACKED) -> Archive:
+    """An archive with this content."""
+    file = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the archive
+    file.write(data)
+    file.flush()
+    return Archive(file, "an archive", len(data), max_unpacked)
+
+
+def test_an_archive_is_listed_and_read():
+    """Every file is listed with its digest, and single files are read byte for byte."""
+    archive = opened(pack({"a/b.txt": b"x", **FILES}))
+    listing = archive.listing()
+    assert (
+        listing["adapter_model.safetensors"].sha256
+        == hashlib.sha256(FILES["adapter_model.safetensors"]).hexdigest()
+    )
+    assert {name: file.size for name, file in listing.items()} == {"a/b.txt": 1} | {
+        k: len(v) for k, v in FILES.items()
+    }
+    read = {
+        name: b"".join(pieces) for name, pieces in archive.read({"adapter_config.json": "c", "a/b.txt": "b"})
+    }
+    assert read == {"b": b"x", "c": b"{}"}
+
+
+def test_names_are_made_plain():
+    """``./`` before names, and folders as members, change nothing."""
+    folder, file = member("./", kind=tarfile.DIRTYPE), member("./x/./y", 1)
+    assert list(opened(pack_members([(folder, b""), (file, b"1")])).listing()) == ["x/y"]
+
+
+LINKS = [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE]
+
+
+@pytest.mark.parametrize(
+    ("data", "text"),
+    [
+        (pack({"/etc/cron.d/x": b"x"}), "leads out of the archive"),
+        (pack({"a/../../x": b"x"}), "leads out of the archive"),
+        (pack({"..\\x": b"x"}), "leads out of the archive"),
+        *((pack_members([(member("x", 0, kind, "/etc/passwd"), b"")]), "links and devices") for kind in LINKS),
+        (pack_members([(member("x", 0, tarfile.GNUTYPE_SPARSE), b"")]), "neither a file nor a folder"),
+        (pack_members([(member("x", 1), b"1"), (member("./x", 1), b"2")]), "is in it twice"),
+        (pack({str(i): b"" for i in range(MAX_FILES + 1)}), f"more than {MAX_FILES}"),
+        (b"PK\3\4 a zip", "no tar.gz"),
+        (gzip.compress(b"<html>not found</html>"), "no tar.gz"),
+        (pack(FILES)[:-20], "no tar.gz, or a damaged one"),
+        (pack(FILES)[:-8] + bytes(8), "no tar.gz, or a damaged one"),
+        (b"", "no tar.gz"),
+    ],
+)
+def test_hostile_archives_are_refused(data, text):
+    """Whatever is not a plain file inside, is damaged or is no archive refuses the whole archive."""
+    with pytest.raises(SourceRefused, match=text):
+        opened(data).listing()
+
+
+def test_a_file_that_is_cut_off_is_refused():
+    """A header that promises more than the archive has is a damaged archive."""
+    whole = gzip.decompress(pack(FILES))
+    for length in (700, 512 * 4 + 100):
+        with pytest.raises(SourceRefused, match="damaged"):
+            opened(gzip.compress(whole[:length])).listing()
+
+
+def test_a_bomb_is_refused_before_it_goes_off():
+    """A small archive that unpacks to far more than it has is refused at the limit."""
+    size = 96 << 20
+    header = member("adapter_model.safetensors", size).tobuf()
+    bomb = gzip.compress(header, 1) + zeros(size)
+    assert len(bomb) < 1 << 20
+    with pytest.raises(SourceRefused, match="as bombs do"):
+        opened(bomb, 64 << 20).listing()
+
+
+def test_a_long_name_is_not_read_into_memory():
+    """A header that says that its name has 100 MB is refused without reading it."""
+    data = gzip.compress(member("././@LongLink", 100 << 20, tarfile.GNUTYPE_LONGNAME).tobuf()) + zeros(
+        100 << 20
+    )
+    archive = opened(data)
+    tracemalloc.start()
+    with pytest.raises(SourceRefused, match="a header of more than"):
+        archive.listing()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 8 << 20
+
+
+def test_headers_that_nest_are_refused():
+    """A thousand long names in a row end neither the process nor the check."""
+    name = member("././@LongLink", 4, tarfile.GNUTYPE_LONGNAME).tobuf() + b"abc\0".ljust(512, b"\0")
+    with pytest.raises(SourceRefused, match="or a damaged one"):
+        opened(gzip.compress(name * 3000)).listing()
+
+
+def test_a_negative_size_is_refused():
+    """A size below zero, which would lead back to the same header for ever, is refused."""
+    buffer = bytearray(member("x", 0).tobuf())
+    buffer[124:136] = b"\xff" * 10 + b"\xfc\x00"
+    buffer[148:156] = b" " * 8
+    buffer[148:156] = b"%06o\0 " % sum(buffer)
+    with pytest.raises(SourceRefused, match="an archive: "):
+        opened(gzip.compress(bytes(buffer) + bytes(1024))).listing()
+
+
+@pytest.mark.parametrize(
+    ("names", "subfolder", "found"),
+    [
+        (["a.json", "b/c"], "", ["a.json", "b/c"]),
+        (["top/a.json", "top/b/c"], "", ["a.json", "b/c"]),
+        (["top/a.json", "._top", "top/.hidden"], "", ["a.json"]),
+        (["top/b/c", "top/a"], "b", ["c"]),
+        (["b/c", "a"], "b", ["c"]),
+        (["b/c"], "b", ["c"]),
+        (["b/c"], "x", []),
+        (["one/a", "two/a"], "", ["one/a", "two/a"]),
+    ],
+)
+def test_one_top_level_folder_is_the_root(names, subfolder, found):
+    """An archive of one folder is that folder; a subfolder is looked for inside it, then beside it."""
+    listing = {name: SourceFile(0) for name in names}
+    assert list(inner_files(listing, subfolder)) == found
+
+
+def test_a_damaged_stream_says_no_more_than_that():
+    """Garbage inside the compressed stream is refused without a word of zlib's."""
+    data = bytearray(pack(FILES))
+    data[60:70] = io.BytesIO(b"\xff" * 10).read()
+    with pytest.raises(SourceRefused, match="damaged"):
+        opened(bytes(data)).listing()

@@ -1,0 +1,434 @@
+"""Every family of decoders against transformers and PEFT, token for token in float32, on tiny random models."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoConfig,
+    Gemma2Config,
+    Gemma3Config,
+    Gemma3TextConfig,
+    LlamaConfig,
+    MistralConfig,
+    Phi3Config,
+    PreTrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from inference_service.core.sampling import SamplingParams
+from inference_service.core.sequence import Sequence
+from inference_service.models.decoder import Decoder
+from inference_service.models.read import read_config
+from inference_service.serving.startup import Ready
+from shared.faults import CheckpointInvalid
+from shared.storage.memory import MemoryStore
+from tests.tiny import (
+    ADAPTERS,
+    SIZES,
+    VOCAB,
+    World,
+    make_checkpoint,
+    make_world_of,
+    oracle,
+    oracle_tokens,
+    run_engine,
+)
+
+NEW = 16
+WINDOW = 24
+PHI_ADAPTERS: dict[str, dict[str, Any]] = {
+    "wide": {"r": 8, "lora_alpha": 16, "target_modules": ["qkv_proj"]},
+    "all": {
+        "r": 4,
+        "lora_alpha": 10,
+        "target_modules": ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"],
+        "rank_pattern": {"qkv_proj": 12, r"layers\.0\.mlp\.gate_up_proj": 2},
+        "alpha_pattern": {"down_proj": 3},
+    },
+    "rs": ADAPTERS["rs"],
+}
+GEMMA = {"head_dim": 16, "num_hidden_layers": 3, "tie_word_embeddings": True, "sliding_window": WINDOW}
+VISION = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+FACTORS = [1.0 + 0.1 * index for index in range(4)]
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": FACTORS[:3],
+    "long_factor": [4 * factor for factor in FACTORS[:3]],
+    "partial_rotary_factor": 0.75,
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A checkpoint of a family."""
+
+    config: PreTrainedConfig
+    adapters: Mapping[str, Mapping[str, Any]]
+    max_seq_len: int | None = None
+    shortest: int = 1
+    """Tokens of the shortest prompt."""
+
+
+def _llama(**rope: Any) -> Case:
+    rope = {"rope_theta": 10000.0, "original_max_position_embeddings": 32} | rope
+    return Case(LlamaConfig(**SIZES, rope_parameters=rope), ADAPTERS)
+
+
+CASES = {
+    "llama-dynamic": _llama(rope_type="dynamic", factor=2.0),
+    "llama-yarn": _llama(rope_type="yarn", factor=8.0),
+    "llama-yarn-mscale": _llama(
+        rope_type="yarn", factor=4.0, mscale=0.8, mscale_all_dim=0.4, beta_fast=16, truncate=False
+    ),
+    "mistral": Case(MistralConfig(**SIZES, sliding_window=WINDOW), ADAPTERS),
+    "mistral-full": Case(MistralConfig(**SIZES, sliding_window=None, head_dim=16), ADAPTERS),
+    "qwen2": Case(Qwen2Config(**SIZES), ADAPTERS),
+    "qwen2-windows": Case(
+        Qwen2Config(
+            **SIZES | {"num_hidden_layers": 3, "tie_word_embeddings": True},
+            use_sliding_window=True,
+            sliding_window=WINDOW,
+            max_window_layers=1,
+        ),
+        ADAPTERS,
+    ),
+    "qwen3": Case(Qwen3Config(**SIZES, head_dim=16, attention_bias=True), ADAPTERS),
+    "gemma2": Case(
+        Gemma2Config(
+            **SIZES | GEMMA, query_pre_attn_scalar=20, attn_logit_softcapping=2.0, final_logit_softcapping=1.0
+        ),
+        ADAPTERS,
+    ),
+    "gemma3": Case(
+        Gemma3TextConfig(
+            **SIZES | GEMMA,
+            query_pre_attn_scalar=20,
+            layer_types=["sliding_attention", "sliding_attention", "full_attention"],
+            rope_parameters={
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            },
+        ),
+        ADAPTERS,
+    ),
+    "gemma3-images": Case(
+        Gemma3Config(
+            text_config=SIZES | GEMMA | {"layer_types": ["full_attention", *["sliding_attention"] * 2]},
+            vision_config=VISION,
+            mm_tokens_per_image=4,
+            image_token_index=VOCAB - 1,
+            eos_token_id=2,
+        ),
+        {"all": ADAPTERS["all"] | {"target_modules": r".*language_model.*\.(q_proj|o_proj|down_proj)"}},
+    ),
+    "phi3": Case(Phi3Config(**SIZES, sliding_window=WINDOW, pad_token_id=0), PHI_ADAPTERS),
+    "phi4-mini": Case(
+        Phi3Config(
+            **SIZES | {"tie_word_embeddings": True},
+            original_max_position_embeddings=96,
+            rope_parameters=LONGROPE,
+            pad_token_id=0,
+        ),
+        PHI_ADAPTERS,
+    ),
+    "phi3-long": Case(
+        Phi3Config(**SIZES, original_max_position_embeddings=20, rope_parameters=LONGROPE, pad_token_id=0),
+        PHI_ADAPTERS,
+        max_seq_len=128,
+        shortest=21,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Answers:
+    """A world, and what transformers and PEFT answer in it."""
+
+    world: World
+    store: MemoryStore
+    requests: list[tuple[str, list[int]]]
+    expected: list[list[int]]
+    logprobs: list[float]
+    """Of the tokens of the base's first answer."""
+
+
+@pytest.fixture(scope="module", params=CASES)
+def answers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Answers:
+    case = CASES[request.param]
+    world = make_world_of(
+        tmp_path_factory.mktemp("family"), case.config, case.adapters, max_seq_len=case.max_seq_len
+    )
+    store = MemoryStore()
+    world.build(store)
+    draw = random.Random(7)
+    lengths = [max(case.shortest, length) for length in (57, 40, 33, 1, 17, 16, 64, 26)]
+    models = ("base", *case.adapters)
+    requests = [
+        (models[index % len(models)], [draw.randrange(3, VOCAB) for _ in range(length)])
+        for index, length in enumerate(lengths)
+    ]
+    oracles = {name: oracle(world.base, world.adapters.get(name)) for name in models}
+    expected = [oracle_tokens(oracles[name], prompt, NEW) for name, prompt in requests]
+    return Answers(world, store, requests, expected, _logprobs(oracles["base"], requests[0][1], expected[0]))
+
+
+@pytest.mark.parametrize("max_batch_tokens", [1024, 16])
+def test_a_mixed_batch_equals_transformers(answers: Answers, max_batch_tokens: int) -> None:
+    """Base and adapters in one batch, prompts whole or in chunks, past blocks and windows."""
+    ready = answers.world.load(answers.store, max_batch_tokens=max_batch_tokens)
+    assert run_engine(ready, answers.requests, NEW) == answers.expected
+
+
+def test_preemption_and_prefix_hits_change_no_token(answers: Answers) -> None:
+    """With a cache too small for all, and again with what is left of the prefixes in it."""
+    config = read_config(answers.world.base)
+    token_bytes = 2 * config.dims.num_layers * config.dims.num_kv_heads * config.dims.head_dim * 4
+    ready = answers.world.load(answers.store, kv_memory_gb=168 * token_bytes / 1e9, block_size=8)
+    assert run_engine(ready, answers.requests, NEW) == answers.expected
+    assert run_engine(ready, answers.requests, NEW) == answers.expected
+    assert ready.engine.stats.preemptions > 0
+    assert ready.engine.stats.prefix_tokens_hit > 0
+
+
+def test_log_probabilities_equal_those_of_transformers(answers: Answers) -> None:
+    """Which sees what greedy tokens cannot, a cap on the logits for one."""
+    ready = answers.world.load(answers.store)
+    found = _engine_logprobs(ready, answers.requests[0][1])
+    assert found == pytest.approx(answers.logprobs, abs=2e-4)
+
+
+def test_bfloat16_stays_close(answers: Answers) -> None:
+    """In the type that most checkpoints are served in, norms with an offset and caps included."""
+    ready = answers.world.load(answers.store, dtype="bfloat16")
+    found = _engine_logprobs(ready, answers.requests[0][1], new=1)
+    assert found == pytest.approx(answers.logprobs[:1], abs=0.5)
+
+
+@pytest.mark.parametrize(("dtype", "max_shard_size"), [("bfloat16", "40KB"), ("float16", "1GB")])
+def test_other_types_and_shards_give_the_same_tokens(tmp_path: Path, dtype: str, max_shard_size: str) -> None:
+    """Weights in half precision are widened without loss, and found in whichever file they are."""
+    case = CASES["qwen2"]
+    make_checkpoint(tmp_path / "base", case.config, getattr(torch, dtype), max_shard_size)
+    assert (tmp_path / "base" / "model.safetensors").exists() == (max_shard_size == "1GB")
+    world, store = World(tmp_path / "base", {}, tmp_path), MemoryStore()
+    world.build(store)
+    prompt = list(range(3, 40))
+    expected = oracle_tokens(oracle(world.base, None), prompt, NEW)
+    assert run_engine(world.load(store), [("base", prompt)], NEW) == [expected]
+
+
+# As the hub has them: written by transformers 4, and by people.
+HUB_CONFIGS: dict[str, dict[str, Any]] = {
+    "Llama-3.1": {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "max_position_embeddings": 131072,
+        "num_attention_heads": 32,
+        "num_hidden_layers": 32,
+        "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-05,
+        "rope_scaling": {
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+            "rope_type": "llama3",
+        },
+        "rope_theta": 500000.0,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "vocab_size": 128256,
+        "eos_token_id": [128001, 128008, 128009],
+    },
+    "Mistral-v0.1": {
+        "architectures": ["MistralForCausalLM"],
+        "model_type": "mistral",
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "max_position_embeddings": 32768,
+        "num_attention_heads": 32,
+        "num_hidden_layers": 32,
+        "rms_norm_eps": 1e-05,
+        "rope_theta": 10000.0,
+        "eos_token_id": 2,
+        "sliding_window": 4096,
+        "torch_dtype": "bfloat16",
+        "vocab_size": 32000,
+    },
+    "Qwen2.5-yarn": {
+        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "max_position_embeddings": 32768,
+        "max_window_layers": 28,
+        "num_attention_heads": 28,
+        "num_hidden_layers": 28,
+        "num_key_value_heads": 4,
+        "rms_norm_eps": 1e-06,
+        "rope_theta": 1000000.0,
+        "rope_scaling": {"factor": 4.0, "original_max_position_embeddings": 32768, "type": "yarn"},
+        "sliding_window": 131072,
+        "torch_dtype": "bfloat16",
+        "use_sliding_window": False,
+        "vocab_size": 152064,
+    },
+    "gemma-2": {
+        "architectures": ["Gemma2ForCausalLM"],
+        "model_type": "gemma2",
+        "eos_token_id": 1,
+        "hidden_act": "gelu_pytorch_tanh",
+        "hidden_activation": "gelu_pytorch_tanh",
+        "query_pre_attn_scalar": 256,
+        "rope_theta": 10000.0,
+        "torch_dtype": "float32",
+    },
+    "gemma-3-4b": {
+        "architectures": ["Gemma3ForConditionalGeneration"],
+        "model_type": "gemma3",
+        "eos_token_id": [1, 106],
+        "text_config": {
+            "hidden_size": 2560,
+            "intermediate_size": 10240,
+            "model_type": "gemma3_text",
+            "num_hidden_layers": 34,
+            "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+            "sliding_window": 1024,
+        },
+        "torch_dtype": "bfloat16",
+        "vision_config": VISION | {"model_type": "siglip_vision_model"},
+    },
+    "gemma-3-1b": {
+        "architectures": ["Gemma3ForCausalLM"],
+        "model_type": "gemma3_text",
+        "head_dim": 256,
+        "hidden_size": 1152,
+        "intermediate_size": 6912,
+        "max_position_embeddings": 32768,
+        "num_attention_heads": 4,
+        "num_hidden_layers": 26,
+        "num_key_value_heads": 1,
+        "eos_token_id": [1, 106],
+        "rope_local_base_freq": 10000,
+        "rope_theta": 1000000,
+        "sliding_window": 512,
+        "sliding_window_pattern": 6,
+        "torch_dtype": "bfloat16",
+        "vocab_size": 262144,
+    },
+    "Phi-4-mini": {
+        "architectures": ["Phi3ForCausalLM"],
+        "model_type": "phi3",
+        "hidden_size": 3072,
+        "intermediate_size": 8192,
+        "max_position_embeddings": 131072,
+        "num_attention_heads": 24,
+        "num_hidden_layers": 32,
+        "num_key_value_heads": 8,
+        "original_max_position_embeddings": 4096,
+        "eos_token_id": 199999,
+        "partial_rotary_factor": 0.75,
+        "rms_norm_eps": 1e-05,
+        "rope_scaling": {
+            "long_factor": [1 + index for index in range(48)],
+            "short_factor": [1.0] * 48,
+            "type": "longrope",
+        },
+        "rope_theta": 10000.0,
+        "sliding_window": 262144,
+        "tie_word_embeddings": True,
+        "torch_dtype": "bfloat16",
+        "vocab_size": 200064,
+    },
+}
+
+
+@pytest.mark.parametrize("name", HUB_CONFIGS)
+def test_older_configs_mean_what_transformers_takes_them_for(tmp_path: Path, name: str) -> None:
+    """A config without what is default, and the same as transformers writes it out, are the same model."""
+    _write_config(tmp_path, **HUB_CONFIGS[name])
+    AutoConfig.from_pretrained(tmp_path).save_pretrained(tmp_path / "full")
+    for max_seq_len in (None, 8192):
+        assert read_config(tmp_path, max_seq_len) == read_config(tmp_path / "full", max_seq_len)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"architectures": ["MixtralForCausalLM"]}, r"MixtralForCausalLM is not supported; supported: .*Qwen3"),
+        ({"architectures": None}, "architecture unknown"),
+        ({"hidden_act": "relu"}, 'hidden_act "relu" is not supported for LlamaForCausalLM; supported: "silu"'),
+        ({"rope_scaling": {"rope_type": "axial"}}, "'axial' is not supported; supported: default, linear"),
+        ({"rope_scaling": {"rope_type": "linear"}}, "factor: expected a number, found None"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
+        ({"quantization_config": {"quant_method": "awq"}}, "quantization_config"),
+        ({"rms_norm_eps": "small"}, "rms_norm_eps: expected a number, found 'small'"),
+        ({"architectures": ["MistralForCausalLM"], "layer_types": ["full_attention"]}, "layer_types"),
+        ({"architectures": ["Phi3ForCausalLM"], "attention_bias": True}, "attention_bias true"),
+        (
+            {"architectures": ["Phi3ForCausalLM"], "rope_scaling": {"type": "longrope", "short_factor": [1]}},
+            "short_factor: expected 64 positive numbers",
+        ),
+        ({"architectures": ["Gemma2ForCausalLM"], "use_bidirectional_attention": True}, "bidirectional"),
+        ({"architectures": ["Gemma3ForCausalLM"], "attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),
+    ],
+)
+def test_what_is_not_served_is_refused_by_name(tmp_path: Path, change: dict[str, Any], told: str) -> None:
+    """With the value that was found, and what would be served."""
+    _write_config(tmp_path, **HUB_CONFIGS["Llama-3.1"] | {"rope_scaling": None} | change)
+    with pytest.raises(CheckpointInvalid, match=told):
+        read_config(tmp_path)
+
+
+def test_quantised_and_missing_tensors_are_refused_by_name(tmp_path: Path) -> None:
+    """Bytes without their scales would be served as nonsense, and an untied head is not to be guessed."""
+    make_checkpoint(tmp_path, CASES["qwen2"].config)
+    device = torch.device("cpu")
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    save_file(tensors | {"model.norm.weight": tensors["model.norm.weight"].to(torch.float8_e4m3fn)}, file)
+    with pytest.raises(CheckpointInvalid, match=r"model\.norm\.weight: float8_e4m3fn is not supported"):
+        Decoder(read_config(tmp_path), tmp_path, torch.float32, device)
+    save_file({name: tensor for name, tensor in tensors.items() if name != "lm_head.weight"}, file)
+    with pytest.raises(CheckpointInvalid, match=r"lacks the tensor lm_head\.weight"):
+        Decoder(read_config(tmp_path), tmp_path, torch.float32, device)
+
+
+def _write_config(folder: Path, **fields: Any) -> None:
+    (folder / "config.json").write_text(json.dumps(fields))
+
+
+def _logprobs(model: Any, prompt: list[int], answer: list[int]) -> list[float]:
+    with torch.inference_mode():
+        logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
+    rows = torch.log_softmax(logits, dim=-1)
+    return [float(row[token]) for row, token in zip(rows, answer, strict=True)]
+
+
+def _engine_logprobs(ready: Ready, prompt: list[int], new: int = NEW) -> list[float]:
+    engine = ready.engine._engine
+    engine.add(Sequence("0", list(prompt), SamplingParams(max_tokens=new, logprobs=1)))
+    found: list[float] = []
+    while not engine.idle:
+        found += [output.token.logprob for output in engine.step() if output.token is not None]
+    return found
