@@ -2,8 +2,10 @@
 
 from shared.faults import (
     AdapterInvalid,
+    BuildCancelled,
     BuildInProgress,
     BuildInterrupted,
+    BuildTimedOut,
     BundleCorrupt,
     CheckpointInvalid,
     DeploymentInvalid,
@@ -34,8 +36,10 @@ from shared.rpc.status import CallFailed
 
 __all__ = [
     "AdapterInvalid",
+    "BuildCancelled",
     "BuildInProgress",
     "BuildInterrupted",
+    "BuildTimedOut",
     "BundleCorrupt",
     "CallFailed",
     "CheckpointInvalid",

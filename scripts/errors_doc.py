@@ -21,7 +21,8 @@ reasons below, and, where they apply, a `google.rpc.BadRequest` with one violati
 A finding has a code, the adapter, the place, what was expected, what was found and what to do. There is one
 per code and cause, not one per layer. Codes that begin with `E_` refuse an adapter, and with it the build.
 Codes that begin with `W_` are kept as warnings: in the bundle's manifest where they follow from its bytes, and
-the serving side repeats those.
+the serving side repeats those. Where the sources of several adapters fail, there is one finding per adapter,
+whose code is that adapter's reason.
 """
 
 

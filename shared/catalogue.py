@@ -94,6 +94,9 @@ _WARNED: Final = (
     ("W_RANK", "the config gives no rank; the tensors' is taken", "Nothing."),
     ("W_TARGETS", "`target_modules` and the tensors name different modules; the tensors count",
      "See that the file is the one that you mean."),
+    ("W_PATTERN_ORDER", "several patterns of `alpha_pattern` match a module and say different things; the first "
+     "in the file is taken, as PEFT does when it loads it, but PEFT sorts them when it saves",
+     "See that it is the alpha of the training, or write patterns that exclude each other."),
     ("W_UNKNOWN_FIELD", "fields of the config that this version does not know",
      "See that they do not change what the adapter computes."),
     ("W_ODENSE", "o_proj where heads x head_dim differs from hidden: TensorRT-LLM could not read these rows",
@@ -141,6 +144,8 @@ CURES: Final = {
     "REQUEST_ID_REUSED": "draw a new one",
     "BUILD_IN_PROGRESS": "watch it, then call again",
     "BUILD_INTERRUPTED": "wait: it goes on when the builder starts again",
+    "BUILD_CANCELLED": "build again, if it was not meant",
+    "BUILD_TIMED_OUT": "see which adapter was slow; raise LORAMUX_BUILD_TIMEOUT_S if that is its size",
     "QUEUE_FULL": "retry",
     "BUNDLE_CORRUPT": "restore the file, or build the deployment again",
     "PROOF_FAILED": "build the deployment again; then look at the named rows",

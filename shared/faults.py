@@ -22,6 +22,8 @@
     ├── RequestIdReused      REQUEST_ID_REUSED       ALREADY_EXISTS
     ├── BuildInProgress      BUILD_IN_PROGRESS       ABORTED
     ├── BuildInterrupted     BUILD_INTERRUPTED       ABORTED
+    ├── BuildCancelled       BUILD_CANCELLED         ABORTED
+    ├── BuildTimedOut        BUILD_TIMED_OUT         DEADLINE_EXCEEDED
     ├── QueueFull            QUEUE_FULL              RESOURCE_EXHAUSTED
     ├── BundleCorrupt        BUNDLE_CORRUPT          DATA_LOSS
     ├── ProofFailed          PROOF_FAILED            DATA_LOSS            a bundle that answers otherwise
@@ -235,6 +237,20 @@ class BuildInterrupted(Fault):
 
     reason = "BUILD_INTERRUPTED"
     status = Status.ABORTED
+
+
+class BuildCancelled(Fault):
+    """A build that a client cancelled; nothing of it is served."""
+
+    reason = "BUILD_CANCELLED"
+    status = Status.ABORTED
+
+
+class BuildTimedOut(Fault):
+    """A build that took longer than the operator allows; nothing of it is served."""
+
+    reason = "BUILD_TIMED_OUT"
+    status = Status.DEADLINE_EXCEEDED
 
 
 class QueueFull(Fault):

@@ -27,6 +27,8 @@ class HubRepo:
     token: str = ""
     """The token that opens it; none is needed when empty."""
     gated: bool = False
+    truncated: int = 0
+    """Downloads whose body breaks off in the middle."""
     lfs: tuple[str, ...] = ()
     """Files that the hub keeps as LFS objects."""
 
@@ -40,7 +42,7 @@ class Hub:
     requests: list[tuple[str, str]] = field(default_factory=list)
     """(method, path), in order."""
     failures: list[int] = field(default_factory=list)
-    """Statuses to answer the next requests with."""
+    """Statuses to answer the next requests with, and to retry after a second."""
 
     def downloaded(self) -> list[str]:
         """The paths of files whose content was sent."""
@@ -84,7 +86,7 @@ class _Handler(BaseHTTPRequestHandler):
         path = urlsplit(self.path).path
         self.hub.requests.append((self.command, path))
         if self.hub.failures:
-            self._answer(self.hub.failures.pop(0), b"", send_body)
+            self._answer(self.hub.failures.pop(0), b"", send_body, **{"Retry-After": "1"})
             return
         match = _INFO.fullmatch(path) or _FILE.fullmatch(path)
         repo = self.hub.repos.get(match["repo"]) if match else None
@@ -113,7 +115,11 @@ class _Handler(BaseHTTPRequestHandler):
             self._error(404, "EntryNotFound", send_body)
         else:
             data = repo.files[path]
-            headers = {"ETag": f'"{_sha(data)}"', "X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
+            headers = {"ETag": f'"{_sha(data)}"', "X-Repo-Commit": commit}
+            if send_body and repo.truncated:
+                repo.truncated -= 1
+                headers["Content-Length"] = str(len(data))
+                data, self.close_connection = data[: len(data) // 2], True
             self._answer(200, data, send_body, **headers)
 
     def _error(self, status: int, code: str, send_body: bool) -> None:
@@ -123,7 +129,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name, value)
-        self.send_header("Content-Length", str(len(body)))
+        if "Content-Length" not in headers:
+            self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         if send_body:
             self.wfile.write(body)

@@ -56,7 +56,7 @@ SIZES: dict[str, Any] = {
 def make_checkpoint(
     folder: Path, config: PreTrainedConfig, dtype: torch.dtype = torch.float32, max_shard_size: str = "1GB"
 ) -> None:
-    """Save a random model, with a tokenizer of one token per byte-like piece."""
+    """Save a random model, with a tokenizer."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
@@ -66,6 +66,11 @@ def make_checkpoint(
         table = model.get_input_embeddings()
         table.weight.div_(getattr(table, "scalar_embed_scale", 1.0))  # else Gemma repeats the last token
     model.to(dtype).save_pretrained(folder, max_shard_size=max_shard_size)
+    write_tokenizer(folder)
+
+
+def write_tokenizer(folder: Path) -> None:
+    """Save a tokenizer of one token per byte-like piece."""
     vocab = {f"<{index}>": index for index in range(3)} | {chr(32 + i): 3 + i for i in range(VOCAB - 3)}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<0>"))  # noqa: S106 - a token of text
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")

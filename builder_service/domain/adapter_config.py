@@ -37,21 +37,26 @@ class AdapterConfig:
     base_model_revision: str = ""
     base_model_class: str = ""
 
-    def rank_of(self, module: str) -> int | None:
-        """Return the rank that a module of the base should have, or None where the config does not say."""
-        found = self._ranks.find(module)
-        return self.rank if found is None else found
+    def ranks_of(self, module: str) -> tuple[int, ...]:
+        """Return the ranks that a module of the base may have; none where the config does not say.
+
+        They are several where several patterns match: PEFT takes the first, but sorts the patterns when it
+        saves them, so the file does not tell which was the first when the adapter was trained.
+        """
+        return self._ranks.find(module) or (() if self.rank is None else (self.rank,))
+
+    def alphas_of(self, module: str) -> tuple[float, ...]:
+        """Return the alphas that a module of the base may have, for the same reason; PEFT loads the first."""
+        return self._alphas.find(module) or (self.alpha,)
 
     def scale_of(self, module: str, rank: int) -> float:
         """Return alpha/r, or alpha/sqrt(r) with rsLoRA, with the module's own alpha and its own rank."""
-        found = self._alphas.find(module)
-        alpha = self.alpha if found is None else found
-        return alpha / (math.sqrt(rank) if self.use_rslora else rank)
+        return self.alphas_of(module)[0] / (math.sqrt(rank) if self.use_rslora else rank)
 
     def targets(self, module: str) -> bool:
         """True when ``target_modules`` names a module of the base, as PEFT means it."""
         if self.target_pattern:
-            return self._targets.find(module) is not None
+            return bool(self._targets.find(module))
         if self.target_modules is None:
             return True
         return any(module == name or module.endswith(f".{name}") for name in self.target_modules)
@@ -70,7 +75,8 @@ class AdapterConfig:
         )
         for key, matcher in matchers:
             try:
-                matcher.find_all(names)
+                for name in names:
+                    matcher.find(name)
             except PatternsTooSlow:
                 found.append(bad_config(key, limit, "patterns that take longer"))
                 kept = replace(kept, rank=None, rank_pattern={}, alpha_pattern={}, target_pattern="")

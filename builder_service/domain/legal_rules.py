@@ -8,6 +8,7 @@ from typing import Final
 from builder_service.domain.adapter_config import AdapterConfig
 from builder_service.domain.config_fields import FILE
 from builder_service.domain.full_tensors import EMBED_FIX
+from builder_service.domain.grouping import Grouping
 from builder_service.domain.strict_json import JsonInvalid, parse
 from builder_service.domain.tensor_rules import Pair
 from shared.bundle.modules import BaseDims
@@ -20,7 +21,12 @@ MAX_ADDED_TOKENS: Final = 4 << 20
 def legal_findings(pairs: list[Pair], config: AdapterConfig, dims: BaseDims) -> list[Finding]:
     """Return the warnings about an adapter that can be served."""
     leaves = {pair.key.leaf for pair in pairs}
-    return [*_narrow_heads(leaves, dims), *_no_rank(pairs, config), *_targets(pairs, leaves, config)]
+    return [
+        *_narrow_heads(leaves, dims),
+        *_no_rank(pairs, config),
+        *_alpha_order(pairs, config),
+        *_targets(pairs, leaves, config),
+    ]
 
 
 def added_token_findings(path: Path, vocab: int) -> list[Finding]:
@@ -60,6 +66,21 @@ def _no_rank(pairs: list[Pair], config: AdapterConfig) -> list[Finding]:
         return []
     ranks = ", ".join(map(str, sorted({pair.a.shape[0] for pair in pairs})))
     return [Finding(code="W_RANK", where=f"{FILE}: r", expected="a rank", found=f"none; tensors: {ranks}")]
+
+
+def _alpha_order(pairs: list[Pair], config: AdapterConfig) -> list[Finding]:
+    report = Grouping()
+    for pair in pairs:
+        alphas = config.alphas_of(pair.key.name)
+        if len(set(alphas)) > 1:
+            report.add(
+                "W_PATTERN_ORDER",
+                pair.place,
+                expected=f"{FILE}: one alpha_pattern that matches",
+                found=f"alphas {', '.join(f'{alpha:g}' for alpha in alphas[:5])}; the first is taken",
+                fix="PEFT sorts patterns when it saves: make sure that the first is what it was trained with.",
+            )
+    return report.findings()
 
 
 def _targets(pairs: list[Pair], leaves: set[str], config: AdapterConfig) -> list[Finding]:

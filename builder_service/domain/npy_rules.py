@@ -45,10 +45,10 @@ _AGAIN: Final = "Convert the adapter again, or name the PEFT repository that it 
 class FoldedConfig(AdapterConfig):
     """Of an adapter whose B is scaled already, and whose ranks only its rows know."""
 
-    def rank_of(self, module: str) -> int | None:
+    def ranks_of(self, module: str) -> tuple[int, ...]:
         """Unknown."""
         del module
-        return None
+        return ()
 
     def scale_of(self, module: str, rank: int) -> float:
         """Nothing is left to do."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, Final, Generic, TypeAlias, TypeVar
 
 import regex
@@ -56,37 +56,30 @@ def compile_pattern(pattern: str, *, whole: bool = False) -> Compiled:
 
 
 class Matcher(Generic[Value]):
-    """Values by pattern: the first pattern, in the file's order, that matches a name decides."""
+    """Values by pattern; of several that match a name, PEFT takes the first in the file's order."""
 
     def __init__(self, values: Mapping[str, Value], *, whole: bool = False) -> None:
         compiled = [(compile_pattern(pattern, whole=whole), value) for pattern, value in values.items()]
         self._tests = [(item.fullmatch if whole else item.match, value) for item, value in compiled]
-        self._found: dict[str, Value | None] = {}
+        self._found: dict[str, tuple[Value, ...]] = {}
         self._left_s = TIME_LIMIT_S
 
-    def find(self, name: str) -> Value | None:
-        """Return the value for a name, or None.
+    def find(self, name: str) -> tuple[Value, ...]:
+        """Return the values of all patterns that match a name, in the file's order; found once, it is kept.
 
         Raises:
             PatternsTooSlow: the time for all names is used up.
         """
         if name not in self._found:
             begin = time.monotonic()
-            self._found[name] = self._first(name)
+            self._found[name] = tuple(value for test, value in self._tests if self._matches(test, name))
             self._left_s -= time.monotonic() - begin
         return self._found[name]
 
-    def find_all(self, names: Iterable[str]) -> list[Value | None]:
-        """Return the values for names; what was found once costs nothing again."""
-        return [self.find(name) for name in names]
-
-    def _first(self, name: str) -> Value | None:
-        for test, value in self._tests:
-            if self._left_s <= 0:
-                raise PatternsTooSlow
-            try:
-                if test(name, timeout=self._left_s):
-                    return value
-            except TimeoutError as late:
-                raise PatternsTooSlow from late
-        return None
+    def _matches(self, test: Compiled, name: str) -> bool:
+        if self._left_s <= 0:
+            raise PatternsTooSlow
+        try:
+            return test(name, timeout=self._left_s) is not None
+        except TimeoutError as late:
+            raise PatternsTooSlow from late

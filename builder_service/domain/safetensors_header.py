@@ -72,19 +72,16 @@ class TensorFile:
     def read(self, name: str, rows: tuple[int, int] | None = None) -> Array:
         """Return a tensor of a readable type, or some of its rows: from the first, up to the second."""
         tensor = self.tensors[name]
-        shape = tensor.shape
-        start, count = 0, math.prod(shape)
-        if rows is not None:
-            width = math.prod(shape[1:])
-            start, count, shape = rows[0] * width, (rows[1] - rows[0]) * width, (rows[1] - rows[0], *shape[1:])
-        return self._elements(tensor, start, count).reshape(shape)
+        start, stop = _span(tensor, rows)
+        shape = tensor.shape if rows is None else (rows[1] - rows[0], *tensor.shape[1:])
+        return self._elements(tensor, start, stop - start).reshape(shape)
 
-    def pieces(self, name: str, elements: int) -> Iterator[Array]:
-        """Yield a tensor of a readable type as flat pieces of at most so many elements."""
+    def pieces(self, name: str, elements: int, rows: tuple[int, int] | None = None) -> Iterator[Array]:
+        """Yield what `read` returns as flat pieces of at most so many elements."""
         tensor = self.tensors[name]
-        total = math.prod(tensor.shape)
-        for start in range(0, total, elements):
-            yield self._elements(tensor, start, min(elements, total - start))
+        begin, stop = _span(tensor, rows)
+        for start in range(begin, stop, elements):
+            yield self._elements(tensor, start, min(elements, stop - start))
 
     def _elements(self, tensor: Tensor, start: int, count: int) -> Array:
         kind = READABLE[tensor.dtype]
@@ -95,6 +92,14 @@ class TensorFile:
             raise HeaderInvalid(f"{tensor.name}: the file became shorter while it was read")
         values: Array = raw.view(kind)
         return values
+
+
+def _span(tensor: Tensor, rows: tuple[int, int] | None) -> tuple[int, int]:
+    """Return the first element of some rows, and the one after the last."""
+    if rows is None:
+        return 0, math.prod(tensor.shape)
+    width = math.prod(tensor.shape[1:])
+    return rows[0] * width, rows[1] * width
 
 
 def read_header(path: Path) -> TensorFile:

@@ -180,13 +180,13 @@ def _once_each(pairs: list[Pair], report: Grouping) -> None:
 
 def _check_rank(pair: Pair, config: AdapterConfig, limits: Limits, report: Grouping) -> None:
     rank = pair.a.shape[0]
-    said = config.rank_of(pair.key.name)
-    if said is not None and said != rank:
+    said = config.ranks_of(pair.key.name)
+    if said and rank not in said:
         report.add(
             "E_RANK_SHAPE",
             pair.place,
             cause=("config", said, rank),
-            expected=f"rank {said}, as adapter_config.json says",
+            expected=f"rank {said[0]}, as adapter_config.json says",
             found=f"rank {rank} in the tensors",
             fix="Correct r or rank_pattern in adapter_config.json.",
         )

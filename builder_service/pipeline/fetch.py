@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 
 from builder_service.domain.file_rules import extra_files, file_findings, wanted_files
 from builder_service.domain.text_rules import too_large
-from builder_service.pipeline.progress import Progress, Stage
+from builder_service.pipeline.progress import STOPS, Progress, Stage
 from shared.bundle.manifest import FileDigest
 from shared.deployment import Repository
-from shared.faults import BuildInterrupted, Fault, Finding, SourceRefused
+from shared.faults import Fault, Finding, SourceRefused
+from shared.sources.base import Resolved, Source
 from shared.sources.open import Sources
+
+T = TypeVar("T")
 
 PARALLEL: Final = 4
 """Adapters that are fetched at once."""
@@ -36,31 +39,79 @@ class FetchedAdapter:
     """About files that are there and not used."""
 
 
-def fetch_adapters(
-    adapters: Mapping[str, Repository], sources: Sources, work: Path, progress: Progress
-) -> list[FetchedAdapter]:
-    """Fetch every adapter, several at once; in the order of their names.
+@dataclass(frozen=True)
+class ListedAdapter:
+    """An adapter's repository at its revision; nothing was fetched, unless its source can list nothing else."""
+
+    name: str
+    source: Source
+    resolved: Resolved
+    wanted: tuple[str, ...]
+    """The files that will be fetched."""
+    findings: tuple[Finding, ...] = ()
+    """Why there are none."""
+
+    @property
+    def size(self) -> int:
+        """Bytes that will be fetched."""
+        return self.resolved.size(self.wanted)
+
+
+def list_adapters(
+    adapters: Mapping[str, Repository], sources: Sources, progress: Progress
+) -> list[ListedAdapter]:
+    """List every adapter's repository, several at once; in the order of their names.
 
     Raises:
         Fault: what sources raise, of all adapters: see `joined`.
     """
-    names = sorted(adapters)
+    with ThreadPoolExecutor(PARALLEL, "list") as pool:
+        return gathered(
+            {
+                name: pool.submit(_list, name, repository, sources, progress)
+                for name, repository in sorted(adapters.items())
+            },
+            progress,
+        )
+
+
+def fetch_adapters(
+    adapters: Mapping[str, Repository], sources: Sources, work: Path, progress: Progress
+) -> list[FetchedAdapter]:
+    """List and fetch every adapter, several at once; in the order of their names.
+
+    Raises:
+        Fault: what sources raise, of all adapters: see `joined`.
+    """
+    listed = list_adapters(adapters, sources, progress)
     with ThreadPoolExecutor(PARALLEL, "fetch") as pool:
-        futures = [
-            pool.submit(_fetch, name, adapters[name], sources, work / f"adapter-{i}", progress)
-            for i, name in enumerate(names)
-        ]
+        return gathered(
+            {
+                adapter.name: pool.submit(fetch_adapter, adapter, work / f"adapter-{i}", progress)
+                for i, adapter in enumerate(listed)
+            },
+            progress,
+        )
+
+
+def gathered(futures: Mapping[str, Future[T]], progress: Progress) -> list[T]:
+    """Wait for what is done for each adapter, and return the results in their order.
+
+    Raises:
+        Fault: those of all adapters, see `joined`; that the build was stopped comes before them.
+    """
     faults = {}
-    for name, future in zip(names, futures, strict=True):
+    for name, future in futures.items():
         error = future.exception()
-        if isinstance(error, Fault) and not isinstance(error, BuildInterrupted):
+        if isinstance(error, Fault) and not isinstance(error, STOPS):
             faults[name] = error
-            progress.update(name, stage=Stage.REFUSED)
         elif error is not None:
             raise error
+    for name in faults:
+        progress.update(name, stage=Stage.REFUSED)
     if faults:
         raise joined(faults)
-    return [future.result() for future in futures]
+    return [future.result() for future in futures.values()]
 
 
 def joined(faults: Mapping[str, Fault]) -> Fault:
@@ -78,22 +129,30 @@ def joined(faults: Mapping[str, Fault]) -> Fault:
     return type(first)(f"the sources of {len(faults)} adapters failed: {', '.join(faults)}", findings)
 
 
-def _fetch(
-    name: str, repository: Repository, sources: Sources, folder: Path, progress: Progress
-) -> FetchedAdapter:
+def _list(name: str, repository: Repository, sources: Sources, progress: Progress) -> ListedAdapter:
     progress.enter(name, Stage.FETCHING)
     source = sources.of(repository)
     resolved = source.resolve(repository, progress.counter(name), max_bytes=MAX_BYTES)
     sizes = {path: file.size for path, file in resolved.files.items()}
-    findings = [*file_findings(sizes), *too_large(sizes)]
-    if findings:
-        return FetchedAdapter(name, folder, _recorded(resolved.repository), {}, tuple(findings))
-    names = wanted_files(sizes)
-    total = resolved.size(names)
-    if total > MAX_BYTES:
-        raise SourceRefused(f"{repository.shown}: {total} bytes; an adapter has at most {MAX_BYTES}")
-    progress.enter(name, Stage.FETCHING, total)
-    files = source.fetch(resolved, names, folder, progress.counter(name))
+    if findings := [*file_findings(sizes), *too_large(sizes)]:
+        return ListedAdapter(name, source, resolved, (), tuple(findings))
+    listed = ListedAdapter(name, source, resolved, tuple(wanted_files(sizes)))
+    if listed.size > MAX_BYTES:
+        raise SourceRefused(f"{repository.shown}: {listed.size} bytes; an adapter has at most {MAX_BYTES}")
+    return listed
+
+
+def fetch_adapter(listed: ListedAdapter, folder: Path, progress: Progress) -> FetchedAdapter:
+    """Fetch the files of a listed adapter into a folder.
+
+    Raises:
+        Fault: what its source raises.
+    """
+    name, source, resolved = listed.name, listed.source, listed.resolved
+    if listed.findings:
+        return FetchedAdapter(name, folder, _recorded(resolved.repository), {}, listed.findings)
+    progress.enter(name, Stage.FETCHING, listed.size)
+    files = source.fetch(resolved, listed.wanted, folder, progress.counter(name))
     warnings = tuple(extra_files(resolved.files))
     return FetchedAdapter(name, folder, _recorded(source.pin(resolved, files)), files, warnings=warnings)
 

@@ -6,10 +6,16 @@ import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from typing import Any
+from typing import Any, Final
 
 from shared.bundle.manifest import Manifest
-from shared.faults import BuildInterrupted, Finding
+from shared.faults import BuildCancelled, BuildInterrupted, BuildTimedOut, Fault, Finding
+
+STOPS: Final = (BuildInterrupted, BuildCancelled, BuildTimedOut)
+"""What a build ends with that was asked to end."""
+
+
+INTERRUPTED: Final = "the builder stopped before the build ended; it goes on at the next start"
 
 
 class Stage(StrEnum):
@@ -60,14 +66,14 @@ class Progress:
     """The progress of a build. Written by the build's threads, read by anyone.
 
     changed is called after every change, from the thread that made it. After `stop`, the next change that
-    the build makes raises `BuildInterrupted` in its thread.
+    the build makes raises one of `STOPS` in its thread.
     """
 
     def __init__(self, names: Iterable[str], changed: Callable[[], None] = lambda: None) -> None:
         self._adapters = {name: AdapterProgress(name) for name in sorted(names)}
         self._changed = changed
         self._lock = threading.Lock()
-        self._stopped = threading.Event()
+        self._stopped: Fault | None = None
 
     @property
     def adapters(self) -> tuple[AdapterProgress, ...]:
@@ -75,14 +81,15 @@ class Progress:
         with self._lock:
             return tuple(self._adapters.values())
 
-    def stop(self) -> None:
-        """Ask the build to end."""
-        self._stopped.set()
+    def stop(self, why: Fault | None = None) -> None:
+        """Ask the build to end, with one of `STOPS`; without one, it is interrupted. The first call counts."""
+        self._stopped = self._stopped or why or BuildInterrupted(INTERRUPTED)
 
     def check(self) -> None:
-        """Raise `BuildInterrupted` when the build was asked to end."""
-        if self._stopped.is_set():
-            raise BuildInterrupted("the builder stopped before the build ended; it goes on at the next start")
+        """Raise what the build was asked to end with."""
+        why = self._stopped
+        if why is not None:
+            raise type(why)(why.message)
 
     def enter(self, name: str, stage: Stage, total: int = 0) -> None:
         """Begin a stage of so many bytes."""

@@ -50,13 +50,18 @@ class _Prefill:
 
 
 @dataclass(frozen=True)
+class _Decode:
+    table: Tensor
+    """[D, longest]: cache rows that each decoding row sees."""
+    mask: Tensor
+    """[D, longest]: 0, and -inf for padding."""
+
+
+@dataclass(frozen=True)
 class _Plan:
     """What the rows of a step see, for layers of one window."""
 
-    table: Tensor | None
-    """[D, longest]: cache rows that each decoding row sees."""
-    mask: Tensor | None
-    """[D, longest]: 0, and -inf for padding."""
+    decode: _Decode | None
     prefills: tuple[_Prefill, ...]
 
 
@@ -79,7 +84,7 @@ class PagedAttention:
             device
         )
         decodes = [context.row for context in contexts if context.length == 1]
-        self._decode_rows = torch.tensor(decodes, device=device) if decodes else None
+        self._decode_rows = torch.tensor(decodes, dtype=torch.int64, device=device)
         self._all_decode = len(decodes) == len(contexts)
         longest = max(context.end for context in contexts)
         plans: dict[int | None, _Plan] = {}
@@ -100,21 +105,19 @@ class PagedAttention:
         out = torch.empty_like(q) if plan.prefills else q
         for prefill in plan.prefills:
             out[prefill.rows] = self._prefill(q, k_cache, v_cache, spec, prefill)
-        if self._decode_rows is not None:
+        if plan.decode is not None:
             order = self._decode_rows
-            decoded = self._decode(q if self._in_order(order, q) else q[order], k_cache, v_cache, spec, plan)
-            if self._in_order(order, q):
+            in_order = self._all_decode and len(order) == len(q)
+            decoded = self._decode(q if in_order else q[order], k_cache, v_cache, spec, plan.decode)
+            if in_order:
                 return decoded
             out[order] = decoded
         return out
 
-    def _in_order(self, order: Tensor, q: Tensor) -> bool:
-        return self._all_decode and order.shape[0] == q.shape[0]
-
-    def _decode(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, spec: AttentionSpec, plan: _Plan) -> Tensor:
+    def _decode(
+        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, spec: AttentionSpec, plan: _Decode
+    ) -> Tensor:
         """One query row per sequence: [D, heads, d]."""
-        assert plan.table is not None  # noqa: S101 - there are decoding rows
-        assert plan.mask is not None  # noqa: S101
         num, heads, dim = q.shape
         kv = heads // self._groups
         length = plan.table.shape[1]
@@ -158,15 +161,6 @@ def _plan(
     """Plan for one window; rows are the cache rows of every context."""
     seen = [index[_first_seen(context, window) :] for context, index in zip(contexts, rows, strict=True)]
     decodes = [index for context, index in zip(contexts, seen, strict=True) if context.length == 1]
-    table = mask = None
-    if decodes:
-        longest = max(map(len, decodes))
-        table = torch.zeros(len(decodes), longest, dtype=torch.int64)
-        mask = torch.full((len(decodes), longest), float("-inf"), dtype=dtype)
-        for place, index in enumerate(decodes):
-            table[place, : len(index)] = index
-            mask[place, : len(index)] = 0
-        table, mask = table.to(device), mask.to(device)
     prefills = tuple(
         _Prefill(
             rows=slice(context.row, context.row + context.length),
@@ -176,7 +170,17 @@ def _plan(
         for context, index in zip(contexts, seen, strict=True)
         if context.length > 1
     )
-    return _Plan(table, mask, prefills)
+    return _Plan(_decode(decodes, dtype, device) if decodes else None, prefills)
+
+
+def _decode(seen: Sequence[Tensor], dtype: torch.dtype, device: torch.device) -> _Decode:
+    longest = max(map(len, seen))
+    table = torch.zeros(len(seen), longest, dtype=torch.int64)
+    mask = torch.full((len(seen), longest), float("-inf"), dtype=dtype)
+    for place, index in enumerate(seen):
+        table[place, : len(index)] = index
+        mask[place, : len(index)] = 0
+    return _Decode(table.to(device), mask.to(device))
 
 
 def _first_seen(context: Context, window: int | None) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeAlias
@@ -37,6 +37,7 @@ _HEADER = re.compile(
     rb"\{'descr': '([|<][Vfi][0-9]+)', 'fortran_order': False, 'shape': \(([0-9]+(?:, [0-9]+)*),?\), \} *\n"
 )
 _MAX_HEADER = 4096
+_ZEROS: Final = bytes(1 << 18)
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,11 @@ def header_bytes(descr: str, shape: tuple[int, ...]) -> bytes:
 def cast(values: Array, dtype: Dtype, scale: float = 1.0) -> Array:
     """Return ``scale * values`` in a storage type: the product in float32, one rounding to nearest even.
 
-    Values beyond the type's range become infinite, without a warning.
+    Values beyond the type's range become infinite, without a warning. What has the type already, and no
+    scale, is returned as it is.
     """
+    if scale == 1.0 and values.dtype == NUMPY_TYPES[dtype]:
+        return values
     with np.errstate(over="ignore", invalid="ignore", under="ignore"):
         wide = values.astype(np.float32)
         if scale != 1.0:
@@ -68,39 +72,92 @@ def cast(values: Array, dtype: Dtype, scale: float = 1.0) -> Array:
         return wide.astype(NUMPY_TYPES[dtype])
 
 
-def write_weights(
-    path: Path, dtype: Dtype, *, count: int, width: int, rows: Iterable[tuple[Array, Array]]
-) -> FileDigest:
-    """Write the weights file from (A, scaled B) pairs in the storage type; one row is held at a time.
+def weights_pieces(
+    dtype: Dtype, *, count: int, width: int, rows: Iterable[Iterable[Array]]
+) -> Iterator[bytes | int]:
+    """Yield the weights file from rows: A and scaled B in the storage type, in pieces of any size.
+
+    Bytes are content, a number is so many zeros.
 
     Raises:
         ValueError: a row is wider than width, has another type, or there are not ``count`` of them.
     """
     kind = NUMPY_TYPES[dtype]
-    written = 0
+    yield header_bytes(DESCR[dtype], (1, count, width))
+    done = 0
+    for row in rows:
+        length = 0
+        for piece in row:
+            length += piece.size
+            if length > width or piece.dtype != kind:
+                raise ValueError(f"row {done}: {length} elements of {piece.dtype} for {width} of {kind}")
+            yield piece.tobytes()
+        yield (width - length) * kind.itemsize
+        done += 1
+    if done != count:
+        raise ValueError(f"{done} rows for a header that says {count}")
+
+
+def config_pieces(rows: Array) -> Iterator[bytes | int]:
+    """Yield the config file from ``(R, 4)`` integers: module id, layer, rank, is_dora."""
+    yield header_bytes(CONFIG_DESCR, (1, *rows.shape))
+    yield rows.astype(CONFIG_DESCR).tobytes()
+
+
+def write_pieces(path: Path, pieces: Iterable[bytes | int]) -> None:
+    """Write a file; zeros take no space where the file system has sparse files."""
     with path.open("wb") as file:
-        sink = _Sink(file)
-        sink.write(header_bytes(DESCR[dtype], (1, count, width)))
-        for a, b in rows:
-            length = a.size + b.size
-            if length > width or a.dtype != kind or b.dtype != kind:
-                raise ValueError(f"row {written}: {length} elements of {a.dtype} for {width} of {kind}")
-            sink.write(a.tobytes())
-            sink.write(b.tobytes())
-            sink.write(bytes((width - length) * kind.itemsize))
-            written += 1
-    if written != count:
-        raise ValueError(f"{written} rows for a header that says {count}")
-    return sink.digest()
+        for piece in pieces:
+            if isinstance(piece, int):
+                file.seek(piece, io.SEEK_CUR)
+            else:
+                file.write(piece)
+        file.truncate()
+
+
+def check_pieces(path: Path, pieces: Iterable[bytes | int]) -> FileDigest | None:
+    """Read a file back; return what it is when it consists of these pieces, else None."""
+    digest, size = hashlib.sha256(), 0
+    with path.open("rb") as file:
+        for expected in _bounded(pieces):
+            found = file.read(len(expected))
+            if found != expected:
+                return None
+            digest.update(found)
+            size += len(found)
+        rest = file.read(1)
+    return None if rest else FileDigest(size=size, sha256=digest.hexdigest())
+
+
+def _bounded(pieces: Iterable[bytes | int]) -> Iterator[bytes]:
+    for piece in pieces:
+        if isinstance(piece, int):
+            for start in range(0, piece, len(_ZEROS)):
+                yield _ZEROS[: piece - start]
+        else:
+            yield piece
+
+
+def write_weights(
+    path: Path, dtype: Dtype, *, count: int, width: int, rows: Iterable[Iterable[Array]]
+) -> FileDigest:
+    """Write the weights file of `weights_pieces`, and return what it is."""
+    return _write_hashed(path, weights_pieces(dtype, count=count, width=width, rows=rows))
 
 
 def write_config(path: Path, rows: Array) -> FileDigest:
-    """Write the config file from ``(R, 4)`` integers: module id, layer, rank, is_dora."""
+    """Write the config file of `config_pieces`, and return what it is."""
+    return _write_hashed(path, config_pieces(rows))
+
+
+def _write_hashed(path: Path, pieces: Iterable[bytes | int]) -> FileDigest:
+    digest, size = hashlib.sha256(), 0
     with path.open("wb") as file:
-        sink = _Sink(file)
-        sink.write(header_bytes(CONFIG_DESCR, (1, *rows.shape)))
-        sink.write(rows.astype(CONFIG_DESCR).tobytes())
-    return sink.digest()
+        for piece in _bounded(pieces):
+            file.write(piece)
+            digest.update(piece)
+            size += len(piece)
+    return FileDigest(size=size, sha256=digest.hexdigest())
 
 
 def read_weights(data: bytes | Path, dtype: Dtype, what: str) -> Array:
@@ -120,23 +177,6 @@ def read_config(data: bytes | Path, what: str) -> Array:
         BundleCorrupt: the header or the size is not that of such a file.
     """
     return _read(data, CONFIG_DESCR, what)
-
-
-class _Sink:
-    """A file that is hashed while it is written."""
-
-    def __init__(self, file: io.BufferedWriter) -> None:
-        self._file = file
-        self._hash = hashlib.sha256()
-        self._size = 0
-
-    def write(self, data: bytes) -> None:
-        self._file.write(data)
-        self._hash.update(data)
-        self._size += len(data)
-
-    def digest(self) -> FileDigest:
-        return FileDigest(size=self._size, sha256=self._hash.hexdigest())
 
 
 def _read(data: bytes | Path, descr: str, what: str) -> Array:

@@ -19,6 +19,7 @@ from shared.bundle.manifest import (
     bundle_key,
     verify,
 )
+from shared.bundle.modules import BY_ID
 from shared.bundle.npy import Array, read_config, read_weights
 from shared.faults import BundleCorrupt
 from shared.storage.base import ObjectMissing, Store
@@ -98,12 +99,25 @@ def decode(manifest: Manifest, weights: bytes | Path, config: bytes | Path, what
     columns = read_config(config, f"{what}: {CONFIG_FILE}")
     _expect(table.shape, (len(manifest.rows), manifest.row_width), f"{what}: shape of {WEIGHTS_FILE}")
     _expect(columns.shape, (len(manifest.rows), manifest.config_columns), f"{what}: shape of {CONFIG_FILE}")
-    places = [(row.layer, row.module_id) for row in manifest.rows]
-    if places != sorted(set(places)):
-        raise BundleCorrupt(f"{what}: expected rows sorted by (layer, module), each once")
+    _check_manifest(manifest, what)
     return tuple(
         _decode_row(row, table[i], columns[i], f"{what}: row {i}") for i, row in enumerate(manifest.rows)
     )
+
+
+def _check_manifest(manifest: Manifest, what: str) -> None:
+    """Check what a manifest says against itself."""
+    places = [(row.layer, row.module_id) for row in manifest.rows]
+    if places != sorted(set(places)):
+        raise BundleCorrupt(f"{what}: expected rows sorted by (layer, module), each once")
+    for i, row in enumerate(manifest.rows):
+        module = BY_ID.get(row.module_id)
+        _expect(row.module, module.name if module else "a module that is served", f"{what}: row {i}: module")
+    used, redundant = manifest.coverage.used, manifest.coverage.redundant
+    if list(used + redundant) != [*sorted(set(used) - set(redundant)), *sorted(set(redundant))]:
+        raise BundleCorrupt(f"{what}: expected tensors by their keys, each once, sorted")
+    says = any(warning.code == "W_ZERO_B" for warning in manifest.warnings)
+    _expect(says, not any(row.norm_ba for row in manifest.rows), f"{what}: warning W_ZERO_B")
 
 
 def _decode_row(row: Row, values: Array, config: Array, what: str) -> BundleRow:

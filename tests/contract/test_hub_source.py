@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -52,7 +53,9 @@ def hub(tmp_path) -> Iterator[Hub]:
 
 def source(hub: Hub, **environment: str) -> HubSource:
     """The real client against the small hub, with these variables set."""
-    return HubSource(Secrets(None, environment), endpoint=hub.endpoint, patience=Patience(attempts=2, wait_s=0.01))
+    return HubSource(
+        Secrets(None, environment), endpoint=hub.endpoint, patience=Patience(attempts=2, wait_s=0.01)
+    )
 
 
 def repo(name: str, **fields: str) -> Repository:
@@ -166,6 +169,46 @@ def test_a_busy_hub_is_asked_again(hub):
     hub.failures[:] = [503, 503]
     with pytest.raises(SourceUnavailable, match="status 503"):
         source(hub).resolve(repo("org/adapter"))
+
+
+def test_a_rate_limit_is_waited_for(hub):
+    """A status of 429 is tried again when the hub says, and not before."""
+    hub.failures[:] = [429]
+    began = time.monotonic()
+    assert source(hub).resolve(repo("org/adapter")).repository.revision == COMMIT
+    assert time.monotonic() - began >= 1
+
+
+def test_a_download_that_breaks_off_is_asked_for_again(hub, tmp_path):
+    """A body that is cut off is fetched again, and its bytes are right in the end."""
+    hf = source(hub)
+    hub.repos["org/adapter"].truncated = 1
+    resolved = hf.resolve(repo("org/adapter"))
+    fetched = hf.fetch(resolved, FILES, tmp_path)
+    data = hub.repos["org/adapter"].files[FILES[1]]
+    assert fetched[FILES[1]].sha256 == hashlib.sha256(data).hexdigest()
+
+
+def test_a_branch_that_moves_during_a_build(hub, tmp_path):
+    """What was resolved stays: files come from the commit of the listing, wherever the branch is by then."""
+    hf = source(hub)
+    resolved = hf.resolve(repo("org/adapter"))
+    moved = hub.repos["org/adapter"]
+    moved.revisions |= {"main": OLD, "before": COMMIT}
+    hf.fetch(resolved, FILES, tmp_path)
+    assert [path for _, path in hub.requests if "/resolve/" in path and COMMIT not in path] == []
+    del moved.revisions["before"]
+    with pytest.raises(RevisionNotFound, match=f"no revision '{COMMIT}'"):
+        hf.fetch(resolved, FILES, tmp_path / "again")
+
+
+def test_a_file_that_grew_is_refused(hub, tmp_path):
+    """A download of far more than the listing said is ended."""
+    hf = source(hub)
+    resolved = hf.resolve(repo("org/adapter"))
+    hub.repos["org/adapter"].files[FILES[1]] = bytes(40 << 20)
+    with pytest.raises(SourceRefused, match="found far more"):
+        hf.fetch(resolved, FILES, tmp_path)
 
 
 def test_a_hub_that_is_down():

@@ -267,7 +267,7 @@ def test_subfolder_is_suggested():
 )
 def test_patterns_match_as_in_peft(patterns, name, expected):
     """The first pattern in the file's order that matches the end of the name decides."""
-    assert AdapterConfig(8, 16.0, rank_pattern=patterns).rank_of(name) == expected
+    assert AdapterConfig(8, 16.0, rank_pattern=patterns).ranks_of(name)[0] == expected
 
 
 def test_rank_and_alpha_are_matched_independently():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,7 +12,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
-    AutoConfig,
     Gemma2Config,
     Gemma3Config,
     Gemma3TextConfig,
@@ -235,171 +233,6 @@ def test_other_types_and_shards_give_the_same_tokens(tmp_path: Path, dtype: str,
     assert run_engine(world.load(store), [("base", prompt)], NEW) == [expected]
 
 
-# As the hub has them: written by transformers 4, and by people.
-HUB_CONFIGS: dict[str, dict[str, Any]] = {
-    "Llama-3.1": {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "max_position_embeddings": 131072,
-        "num_attention_heads": 32,
-        "num_hidden_layers": 32,
-        "num_key_value_heads": 8,
-        "rms_norm_eps": 1e-05,
-        "rope_scaling": {
-            "factor": 8.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 8192,
-            "rope_type": "llama3",
-        },
-        "rope_theta": 500000.0,
-        "tie_word_embeddings": False,
-        "torch_dtype": "bfloat16",
-        "vocab_size": 128256,
-        "eos_token_id": [128001, 128008, 128009],
-    },
-    "Mistral-v0.1": {
-        "architectures": ["MistralForCausalLM"],
-        "model_type": "mistral",
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "max_position_embeddings": 32768,
-        "num_attention_heads": 32,
-        "num_hidden_layers": 32,
-        "rms_norm_eps": 1e-05,
-        "rope_theta": 10000.0,
-        "eos_token_id": 2,
-        "sliding_window": 4096,
-        "torch_dtype": "bfloat16",
-        "vocab_size": 32000,
-    },
-    "Qwen2.5-yarn": {
-        "architectures": ["Qwen2ForCausalLM"],
-        "model_type": "qwen2",
-        "hidden_size": 3584,
-        "intermediate_size": 18944,
-        "max_position_embeddings": 32768,
-        "max_window_layers": 28,
-        "num_attention_heads": 28,
-        "num_hidden_layers": 28,
-        "num_key_value_heads": 4,
-        "rms_norm_eps": 1e-06,
-        "rope_theta": 1000000.0,
-        "rope_scaling": {"factor": 4.0, "original_max_position_embeddings": 32768, "type": "yarn"},
-        "sliding_window": 131072,
-        "torch_dtype": "bfloat16",
-        "use_sliding_window": False,
-        "vocab_size": 152064,
-    },
-    "gemma-2": {
-        "architectures": ["Gemma2ForCausalLM"],
-        "model_type": "gemma2",
-        "eos_token_id": 1,
-        "hidden_act": "gelu_pytorch_tanh",
-        "hidden_activation": "gelu_pytorch_tanh",
-        "query_pre_attn_scalar": 256,
-        "rope_theta": 10000.0,
-        "torch_dtype": "float32",
-    },
-    "gemma-3-4b": {
-        "architectures": ["Gemma3ForConditionalGeneration"],
-        "model_type": "gemma3",
-        "eos_token_id": [1, 106],
-        "text_config": {
-            "hidden_size": 2560,
-            "intermediate_size": 10240,
-            "model_type": "gemma3_text",
-            "num_hidden_layers": 34,
-            "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
-            "sliding_window": 1024,
-        },
-        "torch_dtype": "bfloat16",
-        "vision_config": VISION | {"model_type": "siglip_vision_model"},
-    },
-    "gemma-3-1b": {
-        "architectures": ["Gemma3ForCausalLM"],
-        "model_type": "gemma3_text",
-        "head_dim": 256,
-        "hidden_size": 1152,
-        "intermediate_size": 6912,
-        "max_position_embeddings": 32768,
-        "num_attention_heads": 4,
-        "num_hidden_layers": 26,
-        "num_key_value_heads": 1,
-        "eos_token_id": [1, 106],
-        "rope_local_base_freq": 10000,
-        "rope_theta": 1000000,
-        "sliding_window": 512,
-        "sliding_window_pattern": 6,
-        "torch_dtype": "bfloat16",
-        "vocab_size": 262144,
-    },
-    "Phi-4-mini": {
-        "architectures": ["Phi3ForCausalLM"],
-        "model_type": "phi3",
-        "hidden_size": 3072,
-        "intermediate_size": 8192,
-        "max_position_embeddings": 131072,
-        "num_attention_heads": 24,
-        "num_hidden_layers": 32,
-        "num_key_value_heads": 8,
-        "original_max_position_embeddings": 4096,
-        "eos_token_id": 199999,
-        "partial_rotary_factor": 0.75,
-        "rms_norm_eps": 1e-05,
-        "rope_scaling": {
-            "long_factor": [1 + index for index in range(48)],
-            "short_factor": [1.0] * 48,
-            "type": "longrope",
-        },
-        "rope_theta": 10000.0,
-        "sliding_window": 262144,
-        "tie_word_embeddings": True,
-        "torch_dtype": "bfloat16",
-        "vocab_size": 200064,
-    },
-}
-
-
-@pytest.mark.parametrize("name", HUB_CONFIGS)
-def test_older_configs_mean_what_transformers_takes_them_for(tmp_path: Path, name: str) -> None:
-    """A config without what is default, and the same as transformers writes it out, are the same model."""
-    _write_config(tmp_path, **HUB_CONFIGS[name])
-    AutoConfig.from_pretrained(tmp_path).save_pretrained(tmp_path / "full")
-    for max_seq_len in (None, 8192):
-        assert read_config(tmp_path, max_seq_len) == read_config(tmp_path / "full", max_seq_len)
-
-
-@pytest.mark.parametrize(
-    ("change", "told"),
-    [
-        ({"architectures": ["MixtralForCausalLM"]}, r"MixtralForCausalLM is not supported; supported: .*Qwen3"),
-        ({"architectures": None}, "architecture unknown"),
-        ({"hidden_act": "relu"}, 'hidden_act "relu" is not supported for LlamaForCausalLM; supported: "silu"'),
-        ({"rope_scaling": {"rope_type": "axial"}}, "'axial' is not supported; supported: default, linear"),
-        ({"rope_scaling": {"rope_type": "linear"}}, "factor: expected a number, found None"),
-        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
-        ({"quantization_config": {"quant_method": "awq"}}, "quantization_config"),
-        ({"rms_norm_eps": "small"}, "rms_norm_eps: expected a number, found 'small'"),
-        ({"architectures": ["MistralForCausalLM"], "layer_types": ["full_attention"]}, "layer_types"),
-        ({"architectures": ["Phi3ForCausalLM"], "attention_bias": True}, "attention_bias true"),
-        (
-            {"architectures": ["Phi3ForCausalLM"], "rope_scaling": {"type": "longrope", "short_factor": [1]}},
-            "short_factor: expected 64 positive numbers",
-        ),
-        ({"architectures": ["Gemma2ForCausalLM"], "use_bidirectional_attention": True}, "bidirectional"),
-        ({"architectures": ["Gemma3ForCausalLM"], "attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),
-    ],
-)
-def test_what_is_not_served_is_refused_by_name(tmp_path: Path, change: dict[str, Any], told: str) -> None:
-    """With the value that was found, and what would be served."""
-    _write_config(tmp_path, **HUB_CONFIGS["Llama-3.1"] | {"rope_scaling": None} | change)
-    with pytest.raises(CheckpointInvalid, match=told):
-        read_config(tmp_path)
-
-
 def test_quantised_and_missing_tensors_are_refused_by_name(tmp_path: Path) -> None:
     """Bytes without their scales would be served as nonsense, and an untied head is not to be guessed."""
     make_checkpoint(tmp_path, CASES["qwen2"].config)
@@ -412,10 +245,6 @@ def test_quantised_and_missing_tensors_are_refused_by_name(tmp_path: Path) -> No
     save_file({name: tensor for name, tensor in tensors.items() if name != "lm_head.weight"}, file)
     with pytest.raises(CheckpointInvalid, match=r"lacks the tensor lm_head\.weight"):
         Decoder(read_config(tmp_path), tmp_path, torch.float32, device)
-
-
-def _write_config(folder: Path, **fields: Any) -> None:
-    (folder / "config.json").write_text(json.dumps(fields))
 
 
 def _logprobs(model: Any, prompt: list[int], answer: list[int]) -> list[float]:

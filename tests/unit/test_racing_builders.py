@@ -147,7 +147,7 @@ class Race:
         assert current_generation(self.store, "tiny") is not None
 
     def check_end(self) -> None:
-        """Every generation is there under a number of its own, and the highest is served."""
+        """Every generation is there under a number of its own; the served one is none that was superseded."""
         published = [found for result in self.results if (found := result.result()) is not None]
         numbers = [found.number for found in published]
         assert len(set(numbers)) == len(numbers)
@@ -155,7 +155,7 @@ class Race:
             assert self.store.get(generation_key("tiny", found.number)) == found.to_bytes()
         served = current_generation(self.store, "tiny")
         assert served is not None
-        assert served.number == max(generation_numbers(self.store, "tiny"))
+        assert served.number >= max(numbers)
         if all(result.result() for result in self.results):
             assert sorted(numbers) == generation_numbers(self.store, "tiny")[1:]
             assert claimed_numbers(self.store, "tiny") == {}

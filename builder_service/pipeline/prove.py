@@ -1,0 +1,139 @@
+"""Prove: what the adapters of a build should answer, computed in a process of its own where torch is.
+
+The builder itself never imports torch. The reference reads the adapters' own files, not what was converted.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from pydantic import ValidationError
+
+from builder_service.domain.rules import CheckedAdapter
+from builder_service.pipeline.progress import Progress, Stage
+from builder_service.pipeline.validate import ValidAdapter
+from shared.bundle.manifest import BaseRecord
+from shared.bundle.proof import Effect, Proof
+from shared.faults import FAULTS, InternalFault, ResourcesExhausted, SettingsInvalid
+from shared.sources.checkpoint import fetch_base
+from shared.sources.open import Sources
+
+MODULE: Final = "inference_service.prove"
+LIMIT_S: Final = 3600.0
+"""A base of 70e9 parameters is read and computed in about half of it on a machine of 32 cores."""
+POLL_S: Final = 0.05
+LAST_LINES: Final = 3
+
+
+def require_prover() -> None:
+    """Raise `SettingsInvalid` unless the reference can run here."""
+    missing = [name for name in ("torch", "inference_service") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise SettingsInvalid(
+            f"prove needs {' and '.join(missing)} beside the builder: pip install 'loramux[inference]' there, "
+            "or build without prove."
+        )
+
+
+def prove_adapters(
+    adapters: Sequence[ValidAdapter],
+    base: BaseRecord,
+    sources: Sources,
+    work: Path,
+    progress: Progress,
+    *,
+    truncate_to: int | None,
+    max_seq_len: int | None,
+) -> list[Proof]:
+    """Return the proofs of adapters, in their order.
+
+    Raises:
+        SettingsInvalid: torch is not installed here.
+        CheckpointInvalid: the base cannot be served.
+        BuildInterrupted: the build was asked to end.
+        InternalFault: the reference failed, or disagrees about which rows there are.
+    """
+    if not adapters:
+        return []
+    require_prover()
+    for adapter in adapters:
+        progress.enter(adapter.fetched.name, Stage.PROVING)
+    folder = fetch_base(base, work / "base", sources, lambda _: progress.check())
+    request = {
+        "base": str(folder),
+        "max_seq_len": max_seq_len,
+        "adapters": {
+            adapter.fetched.name: {"folder": str(adapter.fetched.folder), "truncate_to": truncate_to}
+            for adapter in adapters
+        },
+    }
+    answer = _run(request, progress)
+    if fault := answer.get("fault"):
+        raise FAULTS.get(fault["reason"], InternalFault)(f"prove: {fault['message']}")
+    return [_proof(answer["proofs"][adapter.fetched.name], adapter) for adapter in adapters]
+
+
+def _run(request: dict[str, Any], progress: Progress) -> dict[str, Any]:
+    with tempfile.TemporaryFile() as errors, tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as given:
+        given.write(json.dumps(request).encode())
+        given.seek(0)
+        process = subprocess.Popen(  # noqa: S603 - this interpreter, and a module of ours
+            [sys.executable, "-m", MODULE], stdin=given, stdout=out, stderr=errors
+        )
+        try:
+            _wait(process, progress)
+        finally:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+        out.seek(0)
+        errors.seek(0)
+        if process.returncode:
+            lines = errors.read()[-4096:].decode(errors="replace").strip().splitlines()
+            last = " / ".join(lines[-LAST_LINES:])
+            if process.returncode < 0:
+                raise ResourcesExhausted(f"prove: the reference was killed by signal {-process.returncode}: {last}")
+            raise InternalFault(f"prove: the reference failed: {last}. Please report it.")
+        answer: dict[str, Any] = json.load(out)
+        return answer
+
+
+def _wait(process: subprocess.Popen[bytes], progress: Progress) -> None:
+    begin = time.monotonic()
+    while process.poll() is None:
+        progress.check()
+        if time.monotonic() - begin > LIMIT_S:
+            raise ResourcesExhausted(f"prove: the reference needs more than {LIMIT_S:g} s here")
+        time.sleep(POLL_S)
+
+
+def _proof(answer: dict[str, Any], adapter: ValidAdapter) -> Proof:
+    effects = {(layer, module): Effect(**effect) for layer, module, effect in answer["effects"]}
+    if effects.keys() != _places(adapter.checked):
+        raise InternalFault(
+            f"adapter {adapter.fetched.name!r}: builder and reference disagree about its rows. Please report it."
+        )
+    try:
+        return Proof(
+            probes=answer["probes"],
+            effects=tuple(
+                effects[planned.row.layer, planned.row.module] for planned in adapter.checked.rows
+            ),
+        )
+    except ValidationError as error:  # NaN: the adapter's numbers overflow in the model
+        raise InternalFault(
+            f"adapter {adapter.fetched.name!r}: what the reference computed is no proof: "
+            f"{error.error_count()} values are not finite. Please report it."
+        ) from error
+
+
+def _places(checked: CheckedAdapter) -> set[tuple[int, str]]:
+    return {(planned.row.layer, planned.row.module) for planned in checked.rows}

@@ -1,0 +1,48 @@
+"""A long vector in five numbers: its norm, and its products with four fixed vectors of signs.
+
+An error e in the vector moves a product by about the norm of e, whatever its direction, so a vector that is
+zeroed, scaled or another one is told from the right one by far more than rounding can do.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from shared.bundle.proof import Effect
+
+MULTIPLIERS: Final = (0x9E3779B1, 0x85EBCA6B, 0xC2B2AE35, 0x27D4EB2F)
+"""Odd constants of well-known hashes; one per vector of signs."""
+DIGITS: Final = 6
+"""Significant digits that are kept."""
+
+
+@lru_cache(maxsize=64)
+def signs(count: int, which: int) -> Tensor:
+    """Return a vector of signs [count] in float64: element j is the low bit of a hash of j + 1."""
+    hashed = (torch.arange(1, count + 1, dtype=torch.int64) * MULTIPLIERS[which]) & 0xFFFFFFFF
+    hashed = hashed ^ (hashed >> 15)
+    return 1.0 - 2.0 * (hashed & 1).double()
+
+
+def effect_of(outputs: Tensor) -> Effect:
+    """Return the effect of a row from what it adds to its module's output, any shape, in row-major order."""
+    flat = outputs.detach().to("cpu", torch.float64).reshape(-1)
+    dots = [_rounded(float(flat @ signs(len(flat), which))) for which in range(len(MULTIPLIERS))]
+    return Effect(norm=_rounded(float(flat.norm())), dots=(dots[0], dots[1], dots[2], dots[3]))
+
+
+def difference(found: Effect, expected: Effect) -> float:
+    """Return how far an effect is from another, relative to that one's norm; infinite where that is zero."""
+    pairs = zip((found.norm, *found.dots), (expected.norm, *expected.dots), strict=True)
+    worst = max(abs(a - b) for a, b in pairs)
+    if worst == 0.0:
+        return 0.0
+    return worst / expected.norm if expected.norm else float("inf")
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.{DIGITS - 1}e}")

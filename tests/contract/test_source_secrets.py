@@ -1,0 +1,244 @@
+from __future__ import annotations
+
+import json
+import logging
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+from structlog.testing import capture_logs
+
+from builder_service.pipeline.build import build
+from builder_service.pipeline.progress import Progress
+from builder_service.pipeline.workshop import Workshop
+from shared.deployment import Repository, SourceKind, parse_deployment
+from shared.faults import DeploymentInvalid, Fault, SourceUnavailable
+from shared.sources.addresses import Guard
+from shared.sources.bucket import BucketSource
+from shared.sources.https import Https
+from shared.sources.hub import HubSource
+from shared.sources.local import LocalSource
+from shared.sources.open import Sources, open_azure, open_gcs, open_s3
+from shared.sources.retry import Patience
+from shared.sources.secrets import Secrets
+from shared.sources.url import UrlSource
+from shared.storage.memory import MemoryStore
+from tests.adapters import write_adapter, write_base
+from tests.archives import pack
+from tests.azurite import ACCOUNT, azurite
+from tests.gcs_emulator import TOKEN, Gcs, serve_gcs
+from tests.https_server import Site, redirect, said, serve_https
+from tests.hub import HubRepo, serve_hub
+from tests.s3_gateway import S3Server
+
+CANARY = "canary7d1f"
+PATIENCE = Patience(attempts=2, wait_s=0.01)
+
+
+@contextmanager
+def silence(caplog: pytest.LogCaptureFixture, *secrets: str) -> Iterator[None]:
+    """Fail if a secret is in a fault of the block, in its traceback, or in any log down to INFO."""
+    caplog.set_level(logging.INFO)
+    said: list[Any] = []
+    with capture_logs() as logs, pytest.raises(Fault) as failure:
+        yield
+    fault = failure.value
+    said += [str(fault), repr(fault), *fault.findings, logs, caplog.text]
+    said += traceback.format_exception(fault)
+    text = "\n".join(map(str, said))
+    assert [secret for secret in (CANARY, *secrets) if secret in text] == []
+
+
+def secrets_of(value: dict[str, str] | str) -> Secrets:
+    """The secret `key`."""
+    return Secrets(None, {"LORAMUX_SECRET_key": value if isinstance(value, str) else json.dumps(value)})
+
+
+def repo(kind: str, address: str, **fields: str) -> Repository:
+    """A repository that is opened by the secret `key`."""
+    return Repository(source=SourceKind(kind), repo=address, **({"runtime_secret_name": "key"} | fields))
+
+
+def test_hf(caplog):
+    """The hub's token is in no failure: gated, absent, private, busy, or no repository id."""
+    with serve_hub() as hub:
+        hub.repos["org/gated"] = HubRepo({"main": "c" * 40}, {}, token="another", gated=True)  # noqa: S106 - small hub
+        source = HubSource(secrets_of(CANARY), endpoint=hub.endpoint, patience=PATIENCE)
+        for name in ("org/gated", "org/absent", "a//b"):
+            with silence(caplog):
+                source.resolve(repo("HF", name))
+        hub.failures[:] = [500, 500]
+        with silence(caplog):
+            source.resolve(repo("HF", "org/gated"))
+
+
+def test_s3(caplog, s3_server: S3Server):
+    """Keys and session tokens are in no failure: refused, absent, unreachable, or a secret of another form."""
+    good = {"access_key_id": s3_server.access_key, "secret_access_key": s3_server.secret_key}
+    good["endpoint_url"] = s3_server.endpoint
+    bad: list[dict[str, str] | str] = [
+        good | {"secret_access_key": CANARY},
+        good | {"access_key_id": CANARY, "session_token": CANARY},
+        good | {"secret_access_key": CANARY, "endpoint_url": "http://127.0.0.1:9"},
+        good | {"endpoint_url": CANARY},
+        CANARY,
+        json.dumps([CANARY]),
+    ]
+    for secret in bad:
+        with silence(caplog, s3_server.secret_key):
+            BucketSource(open_s3, secrets_of(secret), PATIENCE).resolve(repo("S3", "s3://bucket/x"))
+    for address in (
+        "s3://no-such-bucket/x",
+        f"s3://bucket/x?X-Amz-Signature={CANARY}",
+        f"s3://{CANARY}@bucket/x",
+    ):
+        with silence(caplog, s3_server.secret_key):
+            BucketSource(open_s3, secrets_of(good), PATIENCE).resolve(repo("S3", address))
+
+
+def test_gcs(caplog, monkeypatch):
+    """Private keys and tokens are in no failure: no grant, absent, busy, or a secret of another form."""
+
+    def fails(server: Gcs, secret: dict[str, str] | str, address: str = "gs://bucket/x") -> None:
+        private = server.account["private_key"].splitlines()[3]
+        with silence(caplog, TOKEN, private):
+            BucketSource(open_gcs, secrets_of(secret), PATIENCE).resolve(repo("GCS", address))
+
+    with serve_gcs("bucket") as server:
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", server.endpoint)
+        fails(server, server.account | {"private_key_id": CANARY})
+        fails(server, server.account | {"private_key": CANARY})
+        fails(server, server.account | {"token_uri": "http://127.0.0.1:9/token"})
+        fails(server, CANARY)
+        fails(server, server.account, "gs://no-such-bucket/x")
+        fails(server, server.account, f"gs://bucket/x?sig={CANARY}")
+        server.failures[:] = [503, 503]
+        fails(server, server.account)
+
+
+def test_azure(caplog):
+    """Account keys are in no failure: refused, absent, unreachable, or a secret of another form."""
+    with azurite() as server:
+        good = {"account_key": server.account_key, "endpoint_url": server.endpoint_url}
+        bad: list[dict[str, str] | str] = [
+            good | {"account_key": "Y2FuYXJ5"},
+            good | {"account_key": CANARY},
+            good | {"endpoint_url": f"http://127.0.0.1:9/{ACCOUNT}"},
+            good | {"endpoint_url": CANARY},
+            CANARY,
+        ]
+        for secret in bad:
+            with silence(caplog, server.account_key, "Y2FuYXJ5"):
+                BucketSource(open_azure, secrets_of(secret), PATIENCE).resolve(
+                    repo("AZURE", f"azure://{ACCOUNT}/c/x")
+                )
+        for address in (f"azure://{ACCOUNT}/absent/x", f"azure://{ACCOUNT}/c/x?sig={CANARY}"):
+            with silence(caplog, server.account_key):
+                BucketSource(open_azure, secrets_of(good), PATIENCE).resolve(repo("AZURE", address))
+
+
+@pytest.fixture
+def site(tmp_path, monkeypatch) -> Iterator[Site]:
+    """A server for files.test."""
+    with serve_https(tmp_path, "files.test") as site:
+        monkeypatch.setenv("SSL_CERT_FILE", str(site.ca_file))
+        yield site
+
+
+def url_source(secret: dict[str, str] | str = "", allowed: tuple[str, ...] = ("files.test",)) -> UrlSource:
+    """The source, with every name at this machine."""
+    return UrlSource(
+        Https(Guard(allowed, lambda _host, _port: ["127.0.0.1"])), secrets_of(secret), patience=PATIENCE
+    )
+
+
+def test_remote_url(caplog, site):
+    """Queries, passwords and authorizations are in no failure of an address, its redirects or its archive."""
+    bomb = pack({"/x": b""})
+    routes: dict[str, bytes | Callable[[Any], None]] = {
+        "/gone": redirect(f"https://files.test:{site.port}/absent?sig={CANARY}"),
+        "/plain": redirect(f"http://files.test/x?sig={CANARY}"),
+        "/user": redirect(f"https://u:{CANARY}@files.test/x"),
+        "/away": redirect(f"https://files.test:9/x?sig={CANARY}"),
+        "/inner": redirect(f"https://inner.test/x?sig={CANARY}"),
+        "/short": said(99, b"x"),
+        "/huge": said(1 << 60, b""),
+        "/html": b"<html>",
+        "/evil": bomb,
+    }
+    site.routes.update(routes)
+    secret = {"host": "files.test", "authorization": f"Bearer {CANARY}"}
+    for path in [*routes, "/absent", "/bad path", "/#"]:
+        with silence(caplog):
+            url_source(secret).resolve(repo("REMOTE_URL", f"https://files.test:{site.port}{path}?sig={CANARY}"))
+    for address in (f"https://u:{CANARY}@files.test/x", f"http://files.test/x?{CANARY}", f"ftp://{CANARY}@x/y"):
+        with silence(caplog):
+            url_source(secret).resolve(repo("REMOTE_URL", address))
+    for form in (CANARY, {"host": "files.test", "token": CANARY}):
+        with silence(caplog):
+            url_source(form).resolve(repo("REMOTE_URL", f"https://files.test:{site.port}/html"))
+    with silence(caplog):
+        url_source("", ()).resolve(
+            repo("REMOTE_URL", f"https://files.test:{site.port}/html?{CANARY}", runtime_secret_name="")
+        )
+
+
+def test_a_build(caplog, site, tmp_path):
+    """Neither a build that fails nor the generation of one that succeeds shows an adapter's signature."""
+    write_base(tmp_path / "base")
+    adapter = write_adapter(tmp_path / "one")
+    site.routes["/one"] = pack({path.name: path.read_bytes() for path in adapter.iterdir()})
+    local, url = LocalSource([tmp_path]), url_source()
+    store = MemoryStore()
+    shop = Workshop(store, Sources({SourceKind.LOCAL: local, SourceKind.REMOTE_URL: url}), tmp_path / "work")
+
+    def run(*paths: str) -> None:
+        adapters = {
+            path: {"source": "REMOTE_URL", "repo": f"https://files.test:{site.port}/{path}?sig={CANARY}"}
+            for path in paths
+        }
+        base = {"source": "LOCAL", "repo": str(tmp_path / "base")}
+        data = {"model_name": "d", "build": {"checkpoint_repository": base, "lora_adapters": adapters}}
+        build(parse_deployment(data).deployment, shop, Progress(paths))
+
+    run("one")
+    kept = "".join(store.get(key).decode() for key in store.list("deployments/"))
+    assert f"https://files.test:{site.port}/one" in kept
+    assert CANARY not in kept
+    with silence(caplog):
+        run("one", "absent", "gone")
+    site.failures[:] = [500] * 9
+    with silence(caplog):
+        run("one")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"subfolder": "../x"},
+        {"repo": ["https://h/x?sig=" + CANARY]},
+        {"repo": "https://h/x?sig=" + CANARY * 1000},
+        {"revison": "x"},
+    ],
+)
+def test_a_deployment_that_is_refused(caplog, fields):
+    """Findings about a deployment do not repeat the query of an address in it."""
+    adapter = {"source": "REMOTE_URL", "repo": f"https://h/x?sig={CANARY}"} | fields
+    base = {"source": "HF", "repo": "org/base"}
+    for adapters in ({"a": adapter}, {"a": f"https://h/x?sig={CANARY}"}, [f"https://h/x?sig={CANARY}"]):
+        with pytest.raises(DeploymentInvalid) as refusal:
+            parse_deployment(
+                {"model_name": "d", "build": {"checkpoint_repository": base, "lora_adapters": adapters}}
+            )
+        assert CANARY not in str(refusal.value)
+
+
+def test_representations():
+    """A repository and the secrets hide what is secret in them."""
+    secrets = secrets_of(CANARY)
+    for address in (f"https://h/x?sig={CANARY}", f"https://u:{CANARY}@h/x", f"https://h/x#{CANARY}"):
+        wanted = repo("REMOTE_URL", address)
+        assert CANARY not in f"{wanted!r} {wanted} {[wanted]} {wanted.shown} {secrets!r} {secrets}"
+    assert CANARY not in repr(SourceUnavailable(wanted.shown))

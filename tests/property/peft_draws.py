@@ -1,0 +1,130 @@
+"""Random PEFT configurations, saved by PEFT itself: the oracle of what an adapter means."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from hypothesis import strategies as st
+
+LAYERS = 3
+LEAVES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+PATTERNS = (
+    *LEAVES,
+    "proj",  # matches nothing: it is no whole part of a name
+    "self_attn.q_proj",
+    "mlp.down_proj",
+    "model.layers.1.self_attn.v_proj",
+    "layers.2.mlp.up_proj",
+    r"^model\.layers\.0\..*",
+    r".*\.self_attn\.(q|k)_proj",
+    r"layers\.[12]\.mlp\.\w+",
+    r"(?:gate|up)_proj",
+    r"layers\.\d+\.self_attn\.[^.]+",
+)
+TARGETS = (
+    "all-linear",
+    r".*\.self_attn\.[qv]_proj",
+    r".*layers\.[02]\..*(down|up)_proj",
+    r"model\.layers\.(0|1)\.(self_attn\.o_proj|mlp\.gate_proj)",
+)
+
+
+@dataclass(frozen=True)
+class Draw:
+    """An adapter to be."""
+
+    config: dict[str, Any]
+    file_dtype: str
+    storage: str
+    seed: int
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What PEFT says about one module of an adapter that it saved."""
+
+    a: torch.Tensor
+    b: torch.Tensor
+    scaling: float
+    delta: torch.Tensor
+
+
+def _patterns(values: st.SearchStrategy[Any]) -> st.SearchStrategy[dict[str, Any]]:
+    # PEFT sorts patterns when it saves them, so that only sorted ones mean the same before and after.
+    return st.dictionaries(st.sampled_from(PATTERNS), values, max_size=4).map(
+        lambda made: dict(sorted(made.items()))
+    )
+
+
+RANKS = st.integers(1, 12)
+ALPHAS = st.one_of(st.integers(1, 64), st.sampled_from((0.5, 5.5, 8 * 2**0.5, 31.7)))
+SUBSETS = st.lists(st.sampled_from(LEAVES), min_size=1, unique=True)
+LAYER_SUBSETS = st.one_of(
+    st.none(),
+    st.integers(0, LAYERS - 1),
+    st.lists(st.integers(0, LAYERS - 1), min_size=1, unique=True),
+)
+
+
+@st.composite
+def draws(draw: st.DrawFn) -> Draw:
+    """Configurations that PEFT accepts."""
+    config: dict[str, Any] = {
+        "r": draw(RANKS),
+        "lora_alpha": draw(ALPHAS),
+        "use_rslora": draw(st.booleans()),
+        "rank_pattern": draw(_patterns(RANKS)),
+        "alpha_pattern": draw(_patterns(ALPHAS)),
+    }
+    if draw(st.integers(0, 3)) == 0:
+        config["target_modules"] = draw(st.sampled_from(TARGETS))
+    else:
+        config["target_modules"] = draw(SUBSETS)
+        config["layers_to_transform"] = draw(LAYER_SUBSETS)
+        if config["layers_to_transform"] is not None and draw(st.booleans()):
+            config["layers_pattern"] = "layers"
+        config["exclude_modules"] = draw(st.sampled_from((None, r".*\.layers\.1\.mlp\.down_proj", ["lm_head"])))
+        if config["target_modules"] == ["down_proj"] and config["layers_to_transform"] in (1, [1]):
+            config["exclude_modules"] = None  # nothing would be left
+    return Draw(
+        config,
+        draw(st.sampled_from(tuple(DTYPES))),
+        draw(st.sampled_from(tuple(DTYPES))),
+        draw(st.integers(0, 2**31)),
+    )
+
+
+def save(base: torch.nn.Module, draw: Draw, folder: Path) -> dict[str, Saved]:
+    """Save a random adapter with PEFT and return its modules by name; the base is left as it was."""
+    generator = torch.Generator().manual_seed(draw.seed)
+    model = peft.get_peft_model(base, peft.LoraConfig(task_type="CAUSAL_LM", **draw.config))
+    adapted = {
+        name.removeprefix("base_model.model."): module
+        for name, module in model.named_modules()
+        if isinstance(module, peft.tuners.lora.Linear)
+    }
+    matrices = [
+        side["default"].weight for module in adapted.values() for side in (module.lora_A, module.lora_B)
+    ]
+    for matrix in matrices:
+        values = torch.randn(matrix.shape, generator=generator)
+        matrix.data = values.to(DTYPES[draw.file_dtype])
+    model.save_pretrained(folder)
+    for matrix in matrices:  # PEFT rounds the delta to the type of its matrices: look at it unrounded
+        matrix.data = matrix.data.float()
+    saved = {
+        name: Saved(
+            module.lora_A["default"].weight.data,
+            module.lora_B["default"].weight.data,
+            module.scaling["default"],
+            module.get_delta_weight("default").data,
+        )
+        for name, module in adapted.items()
+    }
+    model.unload()
+    return saved

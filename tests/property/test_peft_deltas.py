@@ -1,0 +1,119 @@
+from __future__ import annotations
+
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from hypothesis import HealthCheck, given, settings
+
+from builder_service.pipeline.build import build
+from builder_service.pipeline.progress import Progress
+from builder_service.pipeline.workshop import Workshop
+from shared.bundle.reader import Bundle, BundleRow, read_bundle
+from shared.deployment import parse_deployment
+from shared.sources.open import open_sources
+from shared.storage.memory import MemoryStore
+from tests.adapters import BASE_CONFIG, write_base
+from tests.property.peft_draws import DTYPES, LAYERS, Draw, Saved, draws, save
+
+CONFIG = BASE_CONFIG | {"num_hidden_layers": LAYERS}
+GROUPS = {
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_dense": "self_attn.o_proj",
+    "mlp_h_to_4h": "mlp.gate_proj",
+    "mlp_4h_to_h": "mlp.down_proj",
+    "mlp_gate": "mlp.up_proj",
+}
+# Half the distance of two neighbours: relative for normal numbers, absolute below the smallest of them.
+UNIT = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
+TINY = {"float32": 2.0**-150, "float16": 2.0**-25, "bfloat16": 2.0**-134}
+
+
+@pytest.fixture(scope="module")
+def room(tmp_path_factory) -> tuple[Path, torch.nn.Module]:
+    """A folder with the base, and the base as a model."""
+    folder = tmp_path_factory.mktemp("property")
+    write_base(folder / "base", num_hidden_layers=LAYERS)
+    torch.set_num_threads(1)
+    return folder, transformers.LlamaForCausalLM(transformers.LlamaConfig(**CONFIG))
+
+
+def built(folder: Path, storage: str) -> Bundle:
+    """Build the adapter of a folder through the whole pipeline, and read its bundle."""
+    data: dict[str, Any] = {
+        "model_name": "property",
+        "build": {
+            "checkpoint_repository": {"source": "LOCAL", "repo": str(folder / "base")},
+            "lora_adapters": {"one": {"source": "LOCAL", "repo": str(folder / "adapter")}},
+            "lora_configuration": {"dtype": storage},
+        },
+    }
+    store = MemoryStore()
+    shop = Workshop(store, open_sources(local_roots=[folder]), folder / "work")
+    generation = build(parse_deployment(data).deployment, shop, Progress(["one"])).generation
+    return read_bundle(store, generation.adapters["one"].digest)
+
+
+def check_row(row: BundleRow, saved: Saved, storage: str) -> None:
+    """A and sB are PEFT's, each rounded once; so their product is PEFT's delta within what that can do."""
+    kind = DTYPES[storage]
+    a, b = (np.asarray(side, np.float32) for side in (row.a, row.b))
+    scaled = saved.b * torch.tensor(saved.scaling, dtype=torch.float32)
+    np.testing.assert_array_equal(a, saved.a.to(kind).float().numpy())
+    np.testing.assert_array_equal(b, scaled.to(kind).float().numpy())
+
+    exact_a, exact_b = (side.double().abs().numpy() for side in (saved.a, scaled))
+    unit, tiny, rank = UNIT[storage], TINY[storage], row.row.rank
+    # (B + dB)(A + dA) - BA, with |dX| <= unit |X| + tiny; then PEFT's own sums and scaling in float32.
+    rounding = (2 * unit + unit**2) * (exact_b @ exact_a)
+    rounding += tiny * (1 + unit) * (exact_a.sum(0)[None, :] + exact_b.sum(1)[:, None]) + rank * tiny**2
+    rounding += (rank + 4) * 2.0**-24 * (exact_b @ exact_a)
+    product = b.astype(np.float64) @ a.astype(np.float64)
+    error = np.abs(product - saved.delta.double().numpy())
+    assert (error <= rounding).all()
+    assert row.row.norm_ba == pytest.approx(np.linalg.norm(product), rel=1e-4)
+
+
+def check(draw: Draw, room: tuple[Path, torch.nn.Module]) -> None:
+    """Save with PEFT, build, and compare every module."""
+    folder, base = room
+    shutil.rmtree(folder / "adapter", ignore_errors=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        saved = save(base, draw, folder / "adapter")
+    bundle = built(folder, draw.storage)
+    names = {f"model.layers.{row.row.layer}.{GROUPS[row.row.module]}": row for row in bundle.rows}
+    assert sorted(names) == sorted(saved)
+    assert len(bundle.manifest.coverage.used) == 2 * len(saved)
+    for name, row in names.items():
+        check_row(row, saved[name], draw.storage)
+
+
+COMMON: dict[str, Any] = {
+    "deadline": None,
+    "database": None,
+    "suppress_health_check": [HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+}
+
+
+@given(draw=draws())
+@settings(max_examples=200, derandomize=True, **COMMON)
+def test_every_delta_is_peft_s_own(room, draw):
+    """Whatever PEFT saves, the bundle holds its delta of every module, to one rounding of the storage type."""
+    check(draw, room)
+
+
+@pytest.mark.sweep
+@pytest.mark.timeout(3600)
+@given(draw=draws())
+@settings(max_examples=5000, print_blob=True, **COMMON)
+def test_every_delta_is_peft_s_own_in_a_long_sweep(room, draw):
+    """The same of thousands of configurations, other ones each time."""
+    check(draw, room)

@@ -1,0 +1,182 @@
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from shared.deployment import Repository, SourceKind
+from shared.faults import BuildInterrupted, RepoNotFound, SourceChanged, SourceRefused, SourceUnavailable
+from shared.sources.base import MAX_BYTES, MAX_FILES, Resolved, SourceFile
+from shared.sources.bucket import BucketSource
+from shared.sources.local import LocalSource
+from shared.sources.open import Sources, needs_extra
+from shared.sources.retry import Busy, Patience
+from shared.sources.secrets import Secrets
+
+REPO = Repository(source=SourceKind.S3, repo="s3://bucket/one")
+QUICK = Patience(attempts=3, wait_s=0.01)
+
+
+class FakeBucket:
+    """A bucket in memory whose reads fail as often as wanted."""
+
+    def __init__(self, files: dict[str, bytes]) -> None:
+        self.files = files
+        self.reads = 0
+        self.failures: list[SourceUnavailable] = []
+
+    def list(self, prefix: str) -> Iterator[tuple[str, SourceFile]]:
+        """Yield the files."""
+        if self.failures:
+            raise self.failures.pop()
+        for name, data in self.files.items():
+            yield prefix + name, SourceFile(len(data), version="1")
+
+    def read(self, key: str, version: str) -> Iterator[bytes]:
+        """Yield a file in two pieces, the second of which may fail."""
+        assert version == "1"
+        self.reads += 1
+        data = self.files[key.rpartition("one/")[2]]
+        yield data[:2]
+        if self.failures:
+            raise self.failures.pop()
+        yield data[2:]
+
+
+def source(bucket: FakeBucket, patience: Patience = QUICK) -> BucketSource:
+    """A source of one bucket."""
+    return BucketSource(lambda _repository, _secrets: (bucket, "/one/"), Secrets(None, {}), patience)
+
+
+def listed(**sizes: int) -> Resolved:
+    """A listing that may not be true."""
+    return Resolved(REPO, {name: SourceFile(size, version="1") for name, size in sizes.items()})
+
+
+def test_a_broken_transfer_begins_again(tmp_path):
+    """What arrived before a transfer broke off is not kept, and its bytes are right in the end."""
+    bucket = FakeBucket({"a": b"abcdef"})
+    bucket.failures = [SourceUnavailable("x"), SourceUnavailable("y")]
+    assert source(bucket).fetch(listed(a=6), ["a"], tmp_path)["a"].size == 6
+    assert (tmp_path / "a").read_bytes() == b"abcdef"
+    assert bucket.reads == 3
+
+
+def test_attempts_end(tmp_path):
+    """A transfer that always breaks off is given up, and leaves no file."""
+    bucket = FakeBucket({"a": b"abcdef"})
+    bucket.failures = [SourceUnavailable("x")] * 9
+    with pytest.raises(SourceUnavailable):
+        source(bucket).fetch(listed(a=6), ["a"], tmp_path)
+    assert bucket.reads == 3
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("size", [5, 7])
+def test_files_have_their_size(size, tmp_path):
+    """A file that has more or fewer bytes than its listing is not kept."""
+    with pytest.raises(SourceUnavailable, match=rf"expected {size} bytes, found (more|6)"):
+        source(FakeBucket({"a": b"abcdef"})).fetch(listed(a=size), ["a"], tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_sizes_are_checked_first(tmp_path):
+    """A listing of more than any model has is not believed, and nothing is read."""
+    bucket = FakeBucket({"a": b"abcdef"})
+    with pytest.raises(SourceRefused, match=f"at most {MAX_BYTES}"):
+        source(bucket).fetch(listed(a=MAX_BYTES + 1), ["a"], tmp_path)
+    assert bucket.reads == 0
+    many = FakeBucket({str(i): b"" for i in range(MAX_FILES + 1)})
+    with pytest.raises(SourceRefused, match=f"more than {MAX_FILES} files"):
+        source(many).resolve(REPO)
+
+
+@pytest.mark.parametrize("name", ["../a", "/etc/a", "x/../../a", "", "a\\b", "a\0"])
+def test_names_stay_inside(name, tmp_path):
+    """A name of a listing that leads outside the folder is refused before anything is read."""
+    bucket = FakeBucket({name: b"abc"})
+    with pytest.raises(SourceRefused, match="no path inside the repository"):
+        source(bucket).fetch(listed(**{name: 3}), [name], tmp_path / "into")
+    assert bucket.reads == 0
+
+
+def test_a_source_says_when_to_come_back():
+    """``Retry-After`` is waited for; a wish that is longer than the patience is not."""
+    bucket = FakeBucket({"a": b""})
+    bucket.failures = [Busy.until("x", "0"), Busy.until("x", "nonsense")]
+    assert source(bucket).resolve(REPO).files
+    bucket.failures = [Busy.until("x", "3600")]
+    began = time.monotonic()
+    with pytest.raises(SourceUnavailable):
+        source(bucket, Patience(answer_s=20)).resolve(REPO)
+    assert time.monotonic() - began < 1
+
+
+def test_a_slow_transfer_is_given_up(tmp_path):
+    """A transfer below the least rate ends at its deadline, whatever the attempts."""
+
+    class Slow(FakeBucket):
+        def read(self, key: str, version: str) -> Iterator[bytes]:  # noqa: ARG002 - the port's
+            for byte in self.files["a"]:
+                time.sleep(0.02)
+                yield bytes([byte])
+
+    bucket = Slow({"a": bytes(1000)})
+    with pytest.raises(SourceUnavailable, match="slower than is waited for"):
+        source(bucket, Patience(answer_s=0.1)).fetch(listed(a=1000), ["a"], tmp_path)
+
+
+def test_a_build_that_ends_stops_its_transfers(tmp_path):
+    """What the progress raises ends a transfer at once, and is not tried again."""
+    bucket = FakeBucket({"a": b"abcdef"})
+
+    def stopped(count: int) -> None:
+        if count:
+            raise BuildInterrupted("stop")
+
+    with pytest.raises(BuildInterrupted):
+        source(bucket).fetch(listed(a=6), ["a"], tmp_path, stopped)
+    assert bucket.reads == 1
+
+
+def test_the_cache_is_filled_with_what_it_lacks(tmp_path):
+    """A file that the cache has with its size is not read again; one that is gone is said."""
+    bucket = FakeBucket({"a": b"abcdef", "b": b"xy"})
+    one = source(bucket)
+    files = one.digests(one.resolve(REPO), ["a", "b"])
+    pinned = one.pin(one.resolve(REPO), files)
+    folder = one.place(pinned, files, tmp_path, lambda _: None)
+    (folder / "b").unlink()
+    bucket.reads = 0
+    assert one.place(pinned, files, tmp_path, lambda _: None) == folder
+    assert bucket.reads == 1
+    (folder / "b").unlink()
+    del bucket.files["b"]
+    with pytest.raises(RepoNotFound, match="b is gone"):
+        one.place(pinned, files, tmp_path, lambda _: None)
+
+
+def test_what_is_missing_is_said_in_one_line():
+    """A kind that is not opened, and one whose packages are missing, are refused with the cure."""
+    with pytest.raises(SourceRefused, match="source S3 is not supported here; supported: HF"):
+        Sources({SourceKind.HF: source(FakeBucket({}))}).of(REPO)
+    with pytest.raises(SourceRefused) as refusal, needs_extra(SourceKind.GCS, "gcs"):
+        import no_such_package_of_google  # noqa: F401 - it is missing
+    said = "source GCS needs packages that the server lacks (no_such_package_of_google): "
+    assert str(refusal.value) == said + "pip install 'loramux[gcs]'"
+
+
+def test_a_local_file_that_changes_is_said(tmp_path):
+    """A LOCAL file that was written after the listing is SOURCE_CHANGED."""
+    file = Path(tmp_path / "a")
+    file.write_bytes(b"one")
+    local = LocalSource([tmp_path])
+    resolved = local.resolve(Repository(source=SourceKind.LOCAL, repo=str(tmp_path)))
+    file.write_bytes(b"two")
+    os.utime(file, ns=(1, 1))
+    with pytest.raises(SourceChanged, match="changed since it was listed"):
+        local.fetch(resolved, ["a"], tmp_path / "into")
+    assert not (tmp_path / "into" / "a").exists()

@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import pytest
+
+from builder_service.pipeline.fetch import fetch_adapters
+from builder_service.pipeline.progress import Progress, Stage
+from shared.bundle.manifest import FileDigest
+from shared.deployment import Repository, SourceKind
+from shared.faults import (
+    BuildInterrupted,
+    Fault,
+    RepoGated,
+    RepoNotFound,
+    SourceChanged,
+    SourceRefused,
+    SourceUnavailable,
+)
+from shared.sources.base import MAX_BYTES, Resolved, SourceFile, unwatched
+from shared.sources.base import Progress as Counter
+from shared.sources.files import content_digest
+from shared.sources.open import Sources
+
+FILES = {"adapter_config.json": b"{}", "adapter_model.safetensors": b"x" * 8}
+
+
+class FakeSource:
+    """Repositories in memory; one whose address is a reason fails with it."""
+
+    def __init__(self, faults: Mapping[str, Fault], sizes: Mapping[str, int] | None = None) -> None:
+        self._faults = faults
+        self._sizes = sizes or {name: len(data) for name, data in FILES.items()}
+
+    def resolve(
+        self, repository: Repository, progress: Counter = unwatched, *, max_bytes: int = MAX_BYTES
+    ) -> Resolved:
+        """List the same files for everyone."""
+        assert max_bytes < MAX_BYTES
+        progress(0)
+        if repository.shown in self._faults:
+            raise self._faults[repository.shown]
+        return Resolved(repository, {name: SourceFile(size) for name, size in self._sizes.items()})
+
+    def fetch(
+        self, resolved: Resolved, names: Iterable[str], into: Path, progress: Counter = unwatched
+    ) -> dict[str, FileDigest]:
+        """Write nothing."""
+        del into, progress
+        return {name: FileDigest(size=resolved.files[name].size, sha256="0" * 64) for name in names}
+
+    digests = place = None
+
+    def pin(self, resolved: Resolved, files: Mapping[str, FileDigest]) -> Repository:
+        """Return it with a digest."""
+        return resolved.repository.model_copy(update={"revision": content_digest(files)})
+
+
+def fetch(folder: Path, source: FakeSource, *names: str) -> tuple[Progress, list]:
+    """Fetch adapters whose addresses are their names."""
+    adapters = {
+        name: Repository(source=SourceKind.REMOTE_URL, repo=f"https://h/{name}?sig=canary") for name in names
+    }
+    progress = Progress(adapters)
+    sources = Sources({SourceKind.REMOTE_URL: source})
+    try:
+        return progress, fetch_adapters(adapters, sources, folder, progress)
+    except Fault as fault:
+        fault.add_note(",".join(f"{item.name}={item.stage.value}" for item in progress.adapters))
+        raise
+
+
+def test_the_record_has_no_query(tmp_path):
+    """What the generation will say about an adapter's origin has a revision, and no signature."""
+    _, [fetched] = fetch(tmp_path, FakeSource({}), "one")
+    assert fetched.source.repo == "https://h/one"
+    assert len(fetched.source.revision) == 64
+
+
+def test_one_fault_is_said_with_its_adapter(tmp_path):
+    """The fault of one adapter keeps its reason, and its adapter is marked."""
+    source = FakeSource({"https://h/two": RepoNotFound("nothing")})
+    with pytest.raises(RepoNotFound, match="adapter 'two': nothing") as failure:
+        fetch(tmp_path, source, "one", "two")
+    assert failure.value.__notes__ == [f"one=FETCHING,two={Stage.REFUSED.value}"]
+
+
+def test_every_fault_is_said(tmp_path):
+    """Of several faults each is a finding, and the whole is the first that trying again does not cure."""
+    faults = {
+        "https://h/a": SourceUnavailable("away"),
+        "https://h/b": RepoGated("gated"),
+        "https://h/c": SourceChanged("changed"),
+    }
+    with pytest.raises(RepoGated, match="the sources of 3 adapters failed: a, b, c") as failure:
+        fetch(tmp_path, FakeSource(faults), "a", "b", "c", "d")
+    said = [(item.code, item.adapter, item.fix) for item in failure.value.findings]
+    assert said == [
+        ("SOURCE_UNAVAILABLE", "a", "away"),
+        ("REPO_GATED", "b", "gated"),
+        ("SOURCE_CHANGED", "c", "changed"),
+    ]
+    assert failure.value.retry_after_s is None
+    del faults["https://h/b"]
+    with pytest.raises(SourceUnavailable):
+        fetch(tmp_path, FakeSource(faults), "a", "c")
+
+
+def test_a_build_that_ends_is_no_fault_of_an_adapter(tmp_path):
+    """A build that was asked to end says so, whatever else went wrong."""
+    faults = {"https://h/a": RepoNotFound("nothing"), "https://h/b": BuildInterrupted("stop")}
+    with pytest.raises(BuildInterrupted, match="stop"):
+        fetch(tmp_path, FakeSource(faults), "a", "b")
+
+
+def test_an_adapter_has_a_size(tmp_path):
+    """A listing of more than an adapter can have is refused before anything is fetched."""
+    source = FakeSource({}, {**dict.fromkeys(FILES, 1), "adapter_model.safetensors": 9 << 30})
+    with pytest.raises(SourceRefused, match=r"https://h/one: 9663676417 bytes; an adapter has at most"):
+        fetch(tmp_path, source, "one")

@@ -1,0 +1,190 @@
+"""How a checkpoint's ``config.json`` is read: as transformers takes it, or not at all."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoConfig
+
+from inference_service.models.families import load_families
+from inference_service.models.read import read_config
+from shared.faults import CheckpointInvalid
+
+# As the hub has them: written by transformers 4, and by people.
+HUB_CONFIGS: dict[str, dict[str, Any]] = {
+    "Llama-3.1": {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "max_position_embeddings": 131072,
+        "num_attention_heads": 32,
+        "num_hidden_layers": 32,
+        "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-05,
+        "rope_scaling": {
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+            "rope_type": "llama3",
+        },
+        "rope_theta": 500000.0,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "vocab_size": 128256,
+        "eos_token_id": [128001, 128008, 128009],
+    },
+    "Mistral-v0.1": {
+        "architectures": ["MistralForCausalLM"],
+        "model_type": "mistral",
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "max_position_embeddings": 32768,
+        "num_attention_heads": 32,
+        "num_hidden_layers": 32,
+        "rms_norm_eps": 1e-05,
+        "rope_theta": 10000.0,
+        "eos_token_id": 2,
+        "sliding_window": 4096,
+        "torch_dtype": "bfloat16",
+        "vocab_size": 32000,
+    },
+    "Qwen2.5-yarn": {
+        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "max_position_embeddings": 32768,
+        "max_window_layers": 28,
+        "num_attention_heads": 28,
+        "num_hidden_layers": 28,
+        "num_key_value_heads": 4,
+        "rms_norm_eps": 1e-06,
+        "rope_theta": 1000000.0,
+        "rope_scaling": {"factor": 4.0, "original_max_position_embeddings": 32768, "type": "yarn"},
+        "sliding_window": 131072,
+        "torch_dtype": "bfloat16",
+        "use_sliding_window": False,
+        "vocab_size": 152064,
+    },
+    "gemma-2": {
+        "architectures": ["Gemma2ForCausalLM"],
+        "model_type": "gemma2",
+        "eos_token_id": 1,
+        "hidden_act": "gelu_pytorch_tanh",
+        "hidden_activation": "gelu_pytorch_tanh",
+        "query_pre_attn_scalar": 256,
+        "rope_theta": 10000.0,
+        "torch_dtype": "float32",
+    },
+    "gemma-3-4b": {
+        "architectures": ["Gemma3ForConditionalGeneration"],
+        "model_type": "gemma3",
+        "eos_token_id": [1, 106],
+        "text_config": {
+            "hidden_size": 2560,
+            "intermediate_size": 10240,
+            "model_type": "gemma3_text",
+            "num_hidden_layers": 34,
+            "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+            "sliding_window": 1024,
+        },
+        "torch_dtype": "bfloat16",
+        "vision_config": {"model_type": "siglip_vision_model"},
+    },
+    "gemma-3-1b": {
+        "architectures": ["Gemma3ForCausalLM"],
+        "model_type": "gemma3_text",
+        "head_dim": 256,
+        "hidden_size": 1152,
+        "intermediate_size": 6912,
+        "max_position_embeddings": 32768,
+        "num_attention_heads": 4,
+        "num_hidden_layers": 26,
+        "num_key_value_heads": 1,
+        "eos_token_id": [1, 106],
+        "rope_local_base_freq": 10000,
+        "rope_theta": 1000000,
+        "sliding_window": 512,
+        "sliding_window_pattern": 6,
+        "torch_dtype": "bfloat16",
+        "vocab_size": 262144,
+    },
+    "Phi-4-mini": {
+        "architectures": ["Phi3ForCausalLM"],
+        "model_type": "phi3",
+        "hidden_size": 3072,
+        "intermediate_size": 8192,
+        "max_position_embeddings": 131072,
+        "num_attention_heads": 24,
+        "num_hidden_layers": 32,
+        "num_key_value_heads": 8,
+        "original_max_position_embeddings": 4096,
+        "eos_token_id": 199999,
+        "partial_rotary_factor": 0.75,
+        "rms_norm_eps": 1e-05,
+        "rope_scaling": {
+            "long_factor": [1 + index for index in range(48)],
+            "short_factor": [1.0] * 48,
+            "type": "longrope",
+        },
+        "rope_theta": 10000.0,
+        "sliding_window": 262144,
+        "tie_word_embeddings": True,
+        "torch_dtype": "bfloat16",
+        "vocab_size": 200064,
+    },
+}
+
+
+@pytest.mark.parametrize("name", HUB_CONFIGS)
+def test_older_configs_mean_what_transformers_takes_them_for(tmp_path: Path, name: str) -> None:
+    """A config without what is default, and the same as transformers writes it out, are the same model."""
+    _write_config(tmp_path, **HUB_CONFIGS[name])
+    AutoConfig.from_pretrained(tmp_path).save_pretrained(tmp_path / "full")
+    for max_seq_len in (None, 8192):
+        assert read_config(tmp_path, max_seq_len) == read_config(tmp_path / "full", max_seq_len)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"architectures": ["MixtralForCausalLM"]}, r"MixtralForCausalLM is not supported; supported: .*Qwen3"),
+        ({"architectures": None}, "architecture unknown"),
+        ({"hidden_act": "relu"}, 'hidden_act "relu" is not supported for LlamaForCausalLM; supported: "silu"'),
+        ({"rope_scaling": {"rope_type": "axial"}}, "'axial' is not supported; supported: default, linear"),
+        ({"rope_scaling": {"rope_type": "linear"}}, "factor: expected a number, found None"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
+        ({"quantization_config": {"quant_method": "awq"}}, "quantization_config"),
+        ({"rms_norm_eps": "small"}, "rms_norm_eps: expected a number, found 'small'"),
+        ({"architectures": ["MistralForCausalLM"], "layer_types": ["full_attention"]}, "layer_types"),
+        ({"architectures": ["Phi3ForCausalLM"], "attention_bias": True}, "attention_bias true"),
+        (
+            {"architectures": ["Phi3ForCausalLM"], "rope_scaling": {"type": "longrope", "short_factor": [1]}},
+            "short_factor: expected 64 positive numbers",
+        ),
+        ({"architectures": ["Gemma2ForCausalLM"], "use_bidirectional_attention": True}, "bidirectional"),
+        ({"architectures": ["Gemma3ForCausalLM"], "attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),
+    ],
+)
+def test_what_is_not_served_is_refused_by_name(tmp_path: Path, change: dict[str, Any], told: str) -> None:
+    """With the value that was found, and what would be served."""
+    _write_config(tmp_path, **HUB_CONFIGS["Llama-3.1"] | {"rope_scaling": None} | change)
+    with pytest.raises(CheckpointInvalid, match=told):
+        read_config(tmp_path)
+
+
+def test_the_page_about_models_names_every_architecture() -> None:
+    """What is served and what is documented are the same list."""
+    page = (Path(__file__).parents[2] / "docs" / "adding-a-model.md").read_text()
+    rows = "".join(line.split("|")[1] for line in page.splitlines() if line.startswith("| `"))
+    assert set(re.findall(r"`(\w+)`", rows)) == set(load_families())
+
+
+def _write_config(folder: Path, **fields: Any) -> None:
+    (folder / "config.json").write_text(json.dumps(fields))
