@@ -24,6 +24,10 @@ check: $(VENV)/.test
 stubs: $(VENV)/.test
 	$(BIN)/python scripts/stubs.py
 
+# Read the diff before you commit it.
+golden: $(VENV)/.test
+	$(BIN)/python -m tests.golden.manifests.write
+
 errors: $(VENV)/.test
 	$(BIN)/python scripts/errors_doc.py
 

@@ -1,7 +1,7 @@
 """The peer of serving.py: transformers + PEFT, one static batch that mixes adapters, no server.
 
-Reads a JSON object from stdin (names of adapters, loads as [batch size, prompts], new tokens), prints tokens per
-second of each load, best of three.
+Reads a JSON object from stdin (names of adapters, loads as [batch size, prompts], new tokens), prints tokens
+per second of each load, best of three.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Tokens per second and time to first token through the gRPC door, with adapters and without, beside a peer.
 
-Random adapters (rank 16 on all seven projections unless said otherwise) on the demo's base; prompts of 64 random
-words, 64 new tokens each, greedy, end-of-sequence ignored; 16, 16 and 48 requests at concurrency 1, 8 and 32. The
-peer in the same run is transformers + PEFT with a static mixed batch and no server; any OpenAI-compatible URL can
-be another. Figures are medians over rounds; a table is printed last.
+Random adapters (rank 16 on all seven projections unless said otherwise) on the demo's base; prompts of 64
+random words, 64 new tokens each, greedy, end-of-sequence ignored; 16, 16 and 48 requests at concurrency 1, 8
+and 32. The peer in the same run is transformers + PEFT with a static mixed batch and no server; any
+OpenAI-compatible URL can be another. Figures are medians over rounds; a table is printed last.
 
     python benchmarks/serving.py
     python benchmarks/serving.py --peer-url http://127.0.0.1:8000/v1 --peer-models base,lora1,lora2

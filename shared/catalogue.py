@@ -94,8 +94,8 @@ _WARNED: Final = (
     ("W_RANK", "the config gives no rank; the tensors' is taken", "Nothing."),
     ("W_TARGETS", "`target_modules` and the tensors name different modules; the tensors count",
      "See that the file is the one that you mean."),
-    ("W_PATTERN_ORDER", "several patterns of `alpha_pattern` match a module and say different things; the first "
-     "in the file is taken, as PEFT does when it loads it, but PEFT sorts them when it saves",
+    ("W_PATTERN_ORDER", "several patterns of `alpha_pattern` match a module and say different things; the "
+     "first in the file is taken, as PEFT does when it loads it, but PEFT sorts them when it saves",
      "See that it is the alpha of the training, or write patterns that exclude each other."),
     ("W_UNKNOWN_FIELD", "fields of the config that this version does not know",
      "See that they do not change what the adapter computes."),
@@ -109,6 +109,8 @@ _WARNED: Final = (
      "See that the folder is the one that you mean."),
     ("W_GATE_UP", "imported rows of a fused gate and up projection, whose halves converters order differently",
      "See that the import says the right order."),
+    ("W_TRUNCATED", "rows above `truncate_to_rank` are approximated, as the deployment asked; the relative "
+     "error is given", "Drop `truncate_to_rank`, or raise it, if the error is too large."),
     ("W_GENERATION", "fields of `generation_config.json` or `tokenizer_config.json` that are not used",
      "Send them with each request, where a request has them."),
 )  # fmt: skip

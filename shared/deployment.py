@@ -88,6 +88,14 @@ class Dtype(StrEnum):
     FLOAT32 = "float32"
 
 
+class Merge(StrEnum):
+    """When an adapter is merged into the weights."""
+
+    AUTO = "auto"
+    NEVER = "never"
+    ALWAYS = "always"
+
+
 class Model(BaseModel):
     """Frozen, and strict about unknown keys."""
 
@@ -188,6 +196,11 @@ class Runtime(Model):
     """The base's name; ``model_name`` when not given."""
     request_default_max_tokens: int | None = Field(default=None, ge=1)
     """New tokens of a request that sets no limit; as many as fit when not given."""
+    serve_base: bool = True
+    """False: the adapters only; the base's name is then unknown to clients."""
+    merge: Merge = Merge.AUTO
+    """Whether the one adapter of a deployment that hides its base is merged into the weights at load, and then
+    runs at the speed of the base. ``always`` refuses a deployment for which that is impossible."""
 
 
 class Deployment(Model):
@@ -206,6 +219,15 @@ class Deployment(Model):
     def _names_are_distinct(self) -> Deployment:
         if self.served_model_name in self.build.lora_adapters:
             raise ValueError(_NAME_TAKEN)
+        return self
+
+    @model_validator(mode="after")
+    def _something_is_served(self) -> Deployment:
+        adapters, runtime = len(self.build.lora_adapters), self.runtime
+        if not runtime.serve_base and not adapters:
+            raise ValueError("at least one adapter where runtime.serve_base is false")
+        if runtime.merge is Merge.ALWAYS and (adapters != 1 or runtime.serve_base):
+            raise ValueError("exactly one adapter, and runtime.serve_base: false, where runtime.merge is always")
         return self
 
 

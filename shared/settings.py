@@ -125,6 +125,8 @@ class InferenceSettings(Settings):
     """Where the model runs; auto: CUDA when there is a device."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """The type of weights and activations; auto: the checkpoint's where the device computes well in it."""
+    native: bool = True
+    """Use compiled operations on a CPU; they are compiled at the first start where a C++ compiler is found."""
     threads: Count | None = None
     """Threads that compute on the CPU; as many as cores when not given."""
     max_batch_tokens: Count = 1024

@@ -187,3 +187,18 @@ def run_engine(
             assert output.token is not None
             answers[output.seq_id].append(output.token.id)
     return list(answers.values())
+
+
+def next_logprobs(ready: Ready, requests: Sequence[tuple[str, Sequence[int]]]) -> list[dict[int, float]]:
+    """The log probability of every token behind each of (model, prompt) pairs, computed together."""
+    engine = ready.engine._engine
+    params = SamplingParams(max_tokens=1, logprobs=VOCAB)
+    for number, (model, prompt) in enumerate(requests):
+        adapter = ready.service.catalog.get(model).adapter
+        engine.add(EngineSequence(str(number), list(prompt), params, adapter))
+    found: dict[str, dict[int, float]] = {}
+    while not engine.idle:
+        for output in engine.step():
+            assert output.token is not None
+            found[output.seq_id] = dict(output.token.top)
+    return [found[str(number)] for number in range(len(requests))]

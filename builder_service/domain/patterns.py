@@ -72,8 +72,10 @@ class Matcher(Generic[Value]):
         """
         if name not in self._found:
             begin = time.monotonic()
-            self._found[name] = tuple(value for test, value in self._tests if self._matches(test, name))
-            self._left_s -= time.monotonic() - begin
+            try:
+                self._found[name] = tuple(value for test, value in self._tests if self._matches(test, name))
+            finally:
+                self._left_s -= time.monotonic() - begin
         return self._found[name]
 
     def _matches(self, test: Compiled, name: str) -> bool:

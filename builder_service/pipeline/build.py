@@ -1,24 +1,27 @@
-"""A build: fetch, validate, convert, publish."""
+"""A build: fetch, validate, prove where it is wished, convert, publish."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from builder_service.domain.rules import Rulebook, base_warning
+from builder_service.domain.rules import Rulebook
 from builder_service.pipeline.base_weights import BaseWeights
-from builder_service.pipeline.convert import BuiltBundle, convert_adapter
-from builder_service.pipeline.fetch import FetchedAdapter, fetch_adapters
+from builder_service.pipeline.intake import Intake
+from builder_service.pipeline.output import Output, batches
 from builder_service.pipeline.progress import Progress
-from builder_service.pipeline.publish import publish_bundle
-from builder_service.pipeline.validate import ValidAdapter, rulebook, validate_adapters
+from builder_service.pipeline.prove import prove_adapters, require_prover
+from builder_service.pipeline.validate import ValidAdapter, rulebook
 from builder_service.pipeline.workshop import Workshop
 from shared.bundle.deployments import current_generation, publish_generation
 from shared.bundle.manifest import AdapterRecord, BaseRecord, Generation
+from shared.bundle.proof import Proof
 from shared.deployment import Deployment
 from shared.faults import BundleCorrupt, Fault
 from shared.sources.checkpoint import Base, describe_base
 from shared.storage.base import Store
+from shared.storage.patient import PatientStore
 
 
 @dataclass(frozen=True)
@@ -37,14 +40,29 @@ def build(deployment: Deployment, shop: Workshop, progress: Progress) -> BuildRe
         AdapterInvalid: with every violation of every adapter.
         Fault: what the base, a source or the store raises.
     """
+    if deployment.build.prove:
+        require_prover()
+    store = PatientStore(shop.store, progress.check)
     with shop.folder() as work:
+        space = shop.space(work)
         base = _describe_base(deployment, shop, progress)
         weights = BaseWeights(base.record, shop.sources, work / "base", lambda _: progress.check())
         book = rulebook(base.config, deployment.build.lora_configuration, weights)
-        fetched = fetch_adapters(deployment.build.lora_adapters, shop.sources, work, progress)
-        valid = validate_adapters(fetched, book, progress)
-        bundles = [_convert(adapter, base, book, progress) for adapter in valid]
-        return _publish(deployment, base.record, book, fetched, bundles, shop, progress)
+        adapters = Intake(book, shop, space, work, progress).take_in(deployment.build.lora_adapters)
+        groups = batches(adapters)
+        proofs: Sequence[Proof | None] = [None] * len(groups)
+        if deployment.build.prove:
+            firsts = [group.first for group in groups]
+            proofs = prove_adapters(firsts, deployment.build, base.record, shop.sources, work, progress)
+        before = _served(store, deployment.model_name)
+        served = frozenset(record.digest for record in before.adapters.values()) if before else frozenset()
+        output = Output(
+            book.dtype, base.record.source.shown, store, served, space, progress, shop.parallel_adapters
+        )
+        digests = output.put_out(groups, proofs)
+        progress.check()
+        published = publish_generation(store, _generation(deployment, base.record, book, adapters, digests))
+        return BuildResult(published, unchanged=before is not None and published.number == before.number)
 
 
 def _describe_base(deployment: Deployment, shop: Workshop, progress: Progress) -> Base:
@@ -54,50 +72,38 @@ def _describe_base(deployment: Deployment, shop: Workshop, progress: Progress) -
         raise type(fault)(f"base checkpoint: {fault.message}", fault.findings) from fault
 
 
-def _convert(adapter: ValidAdapter, base: Base, book: Rulebook, progress: Progress) -> BuiltBundle:
-    bundle = convert_adapter(adapter, book.dtype, progress)
-    warning = base_warning(bundle.manifest.base_model_name, base.record.source.shown)
-    extra = [*([warning] if warning else []), *adapter.fetched.warnings]
-    progress.describe(bundle.name, bundle.digest, bundle.manifest, extra)
-    return bundle
-
-
-def _publish(
+def _generation(
     deployment: Deployment,
     base: BaseRecord,
     book: Rulebook,
-    fetched: list[FetchedAdapter],
-    bundles: list[BuiltBundle],
-    shop: Workshop,
-    progress: Progress,
-) -> BuildResult:
-    for bundle in bundles:
-        publish_bundle(shop.store, bundle, progress)
-    sources = {adapter.name: adapter.source for adapter in fetched}
+    adapters: Sequence[ValidAdapter],
+    digests: Mapping[str, str],
+) -> Generation:
     lora, runtime = deployment.build.lora_configuration, deployment.runtime
-    proposed = Generation(
+    return Generation(
         deployment=deployment.model_name,
         number=1,
         create_time=datetime.now(UTC),
         served_model_name=deployment.served_model_name,
         base=base,
         adapters={
-            bundle.name: AdapterRecord(digest=bundle.digest, source=sources[bundle.name]) for bundle in bundles
+            adapter.fetched.name: AdapterRecord(
+                digest=digests[adapter.fetched.name], source=adapter.fetched.source
+            )
+            for adapter in adapters
         },
         max_seq_len=deployment.build.max_seq_len,
         max_lora_rank=lora.max_lora_rank,
         lora_target_modules=lora.lora_target_modules,
         lora_dtype=book.dtype,
         request_default_max_tokens=runtime.request_default_max_tokens,
+        serve_base=runtime.serve_base,
+        merge=runtime.merge,
     )
-    before = _number(shop.store, deployment.model_name)
-    published = publish_generation(shop.store, proposed)
-    return BuildResult(published, unchanged=published.number == before)
 
 
-def _number(store: Store, name: str) -> int:
+def _served(store: Store, name: str) -> Generation | None:
     try:
-        generation = current_generation(store, name)
+        return current_generation(store, name)
     except BundleCorrupt:  # replaced by publish_generation
-        return 0
-    return generation.number if generation else 0
+        return None

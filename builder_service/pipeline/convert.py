@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -13,15 +13,23 @@ from builder_service.domain.file_rules import weight_files
 from builder_service.domain.rules import CheckedAdapter, PlannedRow
 from builder_service.pipeline.progress import Progress, Stage
 from builder_service.pipeline.validate import ValidAdapter
-from shared.bundle.manifest import CONFIG_FILE, TEXT_FILES, WEIGHTS_FILE, Manifest, sha256_hex
-from shared.bundle.npy import Array, cast, write_config, write_weights
+from shared.bundle.manifest import CONFIG_FILE, TEXT_FILES, WEIGHTS_FILE, FileDigest, Manifest, sha256_hex
+from shared.bundle.npy import (
+    NUMPY_TYPES,
+    Array,
+    cast,
+    check_pieces,
+    config_pieces,
+    weights_pieces,
+    write_pieces,
+)
 from shared.bundle.proof import Proof
-from shared.bundle.reader import decode
 from shared.deployment import Dtype
 from shared.faults import InternalFault
-from shared.sources.files import hash_file
 
 CONFIG_COLUMNS: Final = 4
+PIECE: Final = 1 << 18
+"""Elements that are converted at once; what fits a core's cache."""
 FOLDER: Final = "bundle"
 """Of the files that are written: an adapter's own can have the same names."""
 
@@ -59,17 +67,15 @@ def convert_adapter(
     weights, config = fetched.folder / FOLDER / WEIGHTS_FILE, fetched.folder / FOLDER / CONFIG_FILE
     texts = [name for name in TEXT_FILES if name in fetched.files]
     progress.enter(fetched.name, Stage.CONVERTING, 2 * sum(file.size for file in fetched.files.values()))
+    table = np.array([[row.module_id, row.layer, row.rank, 0] for row in rows], np.int32)
+
+    def weights_file() -> Iterator[bytes | int]:
+        counted = _rows(checked, dtype, progress.counter(fetched.name))
+        return weights_pieces(dtype, count=len(rows), width=width, rows=counted)
+
     files = {
-        WEIGHTS_FILE: write_weights(
-            weights,
-            dtype,
-            count=len(rows),
-            width=width,
-            rows=_counted(checked, dtype, progress, fetched.name),
-        ),
-        CONFIG_FILE: write_config(
-            config, np.array([[row.module_id, row.layer, row.rank, 0] for row in rows], np.int32)
-        ),
+        WEIGHTS_FILE: _written(weights, weights_file, fetched.name),
+        CONFIG_FILE: _written(config, lambda: config_pieces(table), fetched.name),
     }
     manifest = Manifest(
         dtype=dtype,
@@ -87,43 +93,46 @@ def convert_adapter(
     bundle = BuiltBundle(
         fetched.name, manifest, weights, config, {name: fetched.folder / name for name in texts}
     )
-    _check(bundle, checked, progress)
     for path in fetched.folder.iterdir():
         if path.is_file() and path.name not in texts:
             path.unlink()
     return bundle
 
 
-def _matrices(planned: PlannedRow, checked: CheckedAdapter, dtype: Dtype) -> tuple[Array, Array]:
-    """Return A and scaled B in the storage type."""
+def bundle_bytes(checked: CheckedAdapter, dtype: Dtype) -> int:
+    """Return the size of a bundle's npy files, headers aside."""
+    rows = [planned.row for planned in checked.rows]
+    width = max((row.rank * (row.in_features + row.out_features) for row in rows), default=0)
+    return len(rows) * (width * NUMPY_TYPES[dtype].itemsize + 4 * CONFIG_COLUMNS)
+
+
+def _rows(checked: CheckedAdapter, dtype: Dtype, count: Callable[[int], None]) -> Iterator[Iterator[Array]]:
+    for planned in checked.rows:
+        yield _row(planned, checked, dtype, count)
+
+
+def _row(
+    planned: PlannedRow, checked: CheckedAdapter, dtype: Dtype, count: Callable[[int], None]
+) -> Iterator[Array]:
+    """Yield A, then scaled B, in the storage type; never the whole of either is in memory."""
     if checked.file is None:
         raise InternalFault(f"{planned.a}: no file to read it from")
-    a = cast(checked.file.read(planned.a), dtype)
-    return a, cast(checked.file.read(planned.b, planned.b_rows), dtype, planned.row.scale)
+    for values in checked.file.pieces(planned.a, PIECE):
+        yield cast(values, dtype)
+        count(values.nbytes)
+    for values in checked.file.pieces(planned.b, PIECE, planned.b_rows):
+        yield cast(values, dtype, planned.row.scale)
+        count(values.nbytes)
 
 
-def _counted(
-    checked: CheckedAdapter, dtype: Dtype, progress: Progress, name: str
-) -> Iterator[tuple[Array, Array]]:
-    for planned in checked.rows:
-        a, b = _matrices(planned, checked, dtype)
-        yield a, b
-        progress.advance(name, a.nbytes + b.nbytes)
-
-
-def _check(bundle: BuiltBundle, checked: CheckedAdapter, progress: Progress) -> None:
-    """Read the files back as a replica will, and compare every row with its source.
+def _written(path: Path, pieces: Callable[[], Iterator[bytes | int]], name: str) -> FileDigest:
+    """Write a file, read it back, compare it with its source once more, and return what it is.
 
     Raises:
         InternalFault: they differ; a disk or this program is broken.
     """
-    manifest = bundle.manifest
-    for path in (bundle.weights, bundle.config):
-        if hash_file(path) != manifest.files[path.name]:
-            raise InternalFault(f"adapter {bundle.name!r}: {path.name} was not written as it was meant")
-    decoded = decode(manifest, bundle.weights, bundle.config, f"adapter {bundle.name!r}")
-    for row, planned in zip(decoded, checked.rows, strict=True):
-        a, b = _matrices(planned, checked, manifest.dtype)
-        if row.a.tobytes() != a.tobytes() or row.b.tobytes() != b.tobytes():
-            raise InternalFault(f"adapter {bundle.name!r}: {planned.a} was not written as it was meant")
-        progress.advance(bundle.name, a.nbytes + b.nbytes)
+    write_pieces(path, pieces())
+    digest = check_pieces(path, pieces())
+    if digest is None:
+        raise InternalFault(f"adapter {name!r}: {path.name} was not written as it was meant")
+    return digest

@@ -17,15 +17,16 @@ from typing import Any, Final
 
 from pydantic import ValidationError
 
-from builder_service.domain.rules import CheckedAdapter
 from builder_service.pipeline.progress import Progress, Stage
 from builder_service.pipeline.validate import ValidAdapter
 from shared.bundle.manifest import BaseRecord
-from shared.bundle.proof import Effect, Proof
-from shared.faults import FAULTS, InternalFault, ResourcesExhausted, SettingsInvalid
+from shared.bundle.proof import Proof
+from shared.deployment import Build
+from shared.faults import FAULTS, AdapterInvalid, InternalFault, ResourcesExhausted, SettingsInvalid
 from shared.sources.checkpoint import fetch_base
 from shared.sources.open import Sources
 
+NEEDS: Final = ("torch", "inference_service")
 MODULE: Final = "inference_service.prove"
 LIMIT_S: Final = 3600.0
 """A base of 70e9 parameters is read and computed in about half of it on a machine of 32 cores."""
@@ -35,7 +36,7 @@ LAST_LINES: Final = 3
 
 def require_prover() -> None:
     """Raise `SettingsInvalid` unless the reference can run here."""
-    missing = [name for name in ("torch", "inference_service") if importlib.util.find_spec(name) is None]
+    missing = [name for name in NEEDS if importlib.util.find_spec(name) is None]
     if missing:
         raise SettingsInvalid(
             f"prove needs {' and '.join(missing)} beside the builder: pip install 'loramux[inference]' there, "
@@ -45,31 +46,31 @@ def require_prover() -> None:
 
 def prove_adapters(
     adapters: Sequence[ValidAdapter],
+    settings: Build,
     base: BaseRecord,
     sources: Sources,
     work: Path,
     progress: Progress,
-    *,
-    truncate_to: int | None,
-    max_seq_len: int | None,
 ) -> list[Proof]:
     """Return the proofs of adapters, in their order.
 
     Raises:
         SettingsInvalid: torch is not installed here.
+        AdapterInvalid: under an adapter the model computes no numbers.
         CheckpointInvalid: the base cannot be served.
         BuildInterrupted: the build was asked to end.
         InternalFault: the reference failed, or disagrees about which rows there are.
     """
+    require_prover()
     if not adapters:
         return []
-    require_prover()
     for adapter in adapters:
         progress.enter(adapter.fetched.name, Stage.PROVING)
     folder = fetch_base(base, work / "base", sources, lambda _: progress.check())
+    truncate_to = settings.lora_configuration.truncate_to_rank
     request = {
         "base": str(folder),
-        "max_seq_len": max_seq_len,
+        "max_seq_len": settings.max_seq_len,
         "adapters": {
             adapter.fetched.name: {"folder": str(adapter.fetched.folder), "truncate_to": truncate_to}
             for adapter in adapters
@@ -78,7 +79,7 @@ def prove_adapters(
     answer = _run(request, progress)
     if fault := answer.get("fault"):
         raise FAULTS.get(fault["reason"], InternalFault)(f"prove: {fault['message']}")
-    return [_proof(answer["proofs"][adapter.fetched.name], adapter) for adapter in adapters]
+    return [_proof(adapter, answer["proofs"][adapter.fetched.name]) for adapter in adapters]
 
 
 def _run(request: dict[str, Any], progress: Progress) -> dict[str, Any]:
@@ -100,7 +101,9 @@ def _run(request: dict[str, Any], progress: Progress) -> dict[str, Any]:
             lines = errors.read()[-4096:].decode(errors="replace").strip().splitlines()
             last = " / ".join(lines[-LAST_LINES:])
             if process.returncode < 0:
-                raise ResourcesExhausted(f"prove: the reference was killed by signal {-process.returncode}: {last}")
+                raise ResourcesExhausted(
+                    f"prove: the reference was killed by signal {-process.returncode}: {last}"
+                )
             raise InternalFault(f"prove: the reference failed: {last}. Please report it.")
         answer: dict[str, Any] = json.load(out)
         return answer
@@ -115,25 +118,18 @@ def _wait(process: subprocess.Popen[bytes], progress: Progress) -> None:
         time.sleep(POLL_S)
 
 
-def _proof(answer: dict[str, Any], adapter: ValidAdapter) -> Proof:
-    effects = {(layer, module): Effect(**effect) for layer, module, effect in answer["effects"]}
-    if effects.keys() != _places(adapter.checked):
+def _proof(adapter: ValidAdapter, answer: dict[str, Any]) -> Proof:
+    name = adapter.fetched.name
+    effects = {(layer, module): effect for layer, module, effect in answer["effects"]}
+    rows = [(planned.row.layer, planned.row.module) for planned in adapter.checked.rows]
+    if effects.keys() != set(rows):
         raise InternalFault(
-            f"adapter {adapter.fetched.name!r}: builder and reference disagree about its rows. Please report it."
+            f"adapter {name!r}: builder and reference disagree about its rows. Please report it."
         )
     try:
-        return Proof(
-            probes=answer["probes"],
-            effects=tuple(
-                effects[planned.row.layer, planned.row.module] for planned in adapter.checked.rows
-            ),
-        )
-    except ValidationError as error:  # NaN: the adapter's numbers overflow in the model
-        raise InternalFault(
-            f"adapter {adapter.fetched.name!r}: what the reference computed is no proof: "
-            f"{error.error_count()} values are not finite. Please report it."
+        return Proof.model_validate({"probes": answer["probes"], "effects": [effects[row] for row in rows]})
+    except ValidationError as error:
+        raise AdapterInvalid(
+            f"adapter {name!r}: under it the model computes {error.error_count()} values that are not finite, "
+            "so it cannot be proved."
         ) from error
-
-
-def _places(checked: CheckedAdapter) -> set[tuple[int, str]]:
-    return {(planned.row.layer, planned.row.module) for planned in checked.rows}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -17,7 +17,7 @@ from builder_service.domain.text_rules import check_texts
 from builder_service.pipeline.fetch import FetchedAdapter
 from builder_service.pipeline.progress import Progress, Stage
 from builder_service.pipeline.truncate import truncate_adapter
-from shared.bundle.manifest import TEXT_FILES
+from shared.bundle.manifest import TEXT_FILES, Coverage
 from shared.bundle.modules import BY_HF, BY_NAME, BaseDims
 from shared.deployment import Deployment, Dtype, LoraConfiguration
 from shared.faults import AdapterInvalid, DeploymentInvalid, Finding
@@ -100,27 +100,13 @@ def check_deployment(deployment: Deployment) -> None:
         raise DeploymentInvalid("truncate_to_rank is above the ceiling", [finding])
 
 
-def validate_adapters(
-    fetched: Iterable[FetchedAdapter], book: Rulebook, progress: Progress
-) -> list[ValidAdapter]:
-    """Check all adapters.
-
-    Raises:
-        AdapterInvalid: with every violation of every adapter.
-    """
-    valid, violations, refused = [], [], []
-    for adapter in fetched:
-        checked = check_fetched(adapter, book, progress)
-        if checked.errors:
-            refused.append(adapter.name)
-            violations += [_named(item, adapter.name) for item in checked.errors]
-            progress.update(adapter.name, stage=Stage.REFUSED)
-        else:
-            valid.append(ValidAdapter(adapter, checked))
-    if violations:
-        rules = f"{len(violations)} rule{'s'[: len(violations) > 1]}"
-        raise AdapterInvalid(f"{', '.join(refused)}: {rules} broken; nothing was published", violations)
-    return valid
+def refuse_any(checked: Mapping[str, CheckedAdapter]) -> None:
+    """Raise `AdapterInvalid`, with every violation of every adapter, unless there is none."""
+    violations = {name: adapter.errors for name, adapter in checked.items() if adapter.errors}
+    findings = [_named(finding, name) for name, errors in violations.items() for finding in errors]
+    if findings:
+        rules = f"{len(findings)} rule{'s'[: len(findings) > 1]}"
+        raise AdapterInvalid(f"{', '.join(violations)}: {rules} broken; nothing was published", findings)
 
 
 def check_fetched(adapter: FetchedAdapter, book: Rulebook, progress: Progress) -> CheckedAdapter:
@@ -146,7 +132,8 @@ def _check_npy(folder: Path, book: Rulebook, progress: Callable[[int], None]) ->
     found = [*npy.findings, *added_token_findings(folder / ADDED_TOKENS, book.limits.dims.vocab)]
     if npy.file is None:
         return CheckedAdapter(tuple(found))
-    return check_tensors(npy.file, FOLDED, book, found, progress)
+    checked = check_tensors(npy.file, FOLDED, book, found, progress)
+    return replace(checked, coverage=Coverage())  # the tensors' names are ours, not the adapter's
 
 
 def _named(finding: Finding, adapter: str) -> Finding:

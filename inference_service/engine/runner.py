@@ -7,7 +7,7 @@ import torch
 from inference_service.core.batch import Batch
 from inference_service.core.sequence import Sequence, Token
 from inference_service.engine.sampler import sample
-from inference_service.kernels.attention import Context, PagedAttention
+from inference_service.kernels.attention import Context
 from inference_service.lora.backend import LoraBackend
 from inference_service.lora.segments import arrange
 from inference_service.models.decoder import Decoder
@@ -21,8 +21,6 @@ class Runner:
         self._lora = lora
         self._block_size = block_size
         self._cache = model.new_cache(num_blocks * block_size)
-        dims = model.config.dims
-        self._groups = dims.num_heads // dims.num_kv_heads
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> list[tuple[Sequence, Token]]:
@@ -41,9 +39,7 @@ class Runner:
                 sampled.append(chunk.seq)
                 last_rows.append(len(tokens) - 1)
         model, device = self._model, self._model.device
-        attention = PagedAttention(
-            contexts, self._block_size, self._groups, model.dtype, device, model.config.windows
-        )
+        attention = model.attention(contexts, self._block_size)
         lora = self._lora if arrangement.segments else None
         if lora:
             lora.begin(arrangement)

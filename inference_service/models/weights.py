@@ -7,9 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from inference_service.core.groups import GroupShape
 from inference_service.kernels.attention import AttentionSpec
+from inference_service.kernels.cpu.ops import CpuOps
 from inference_service.layers.linear import Linear
 from inference_service.layers.norm import RMSNorm
+from inference_service.lora.weights import AdapterWeights, GroupWeights
 from inference_service.models.checkpoint import Checkpoint
 from inference_service.models.config import ModelConfig
 
@@ -36,9 +39,23 @@ class Layer:
 class Weights:
     """Reads the parts of a decoder."""
 
-    def __init__(self, checkpoint: Checkpoint, config: ModelConfig) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        config: ModelConfig,
+        dtype: torch.dtype,
+        ops: CpuOps | None = None,
+        merged: AdapterWeights | None = None,
+    ) -> None:
+        """Read from a checkpoint, which may be in a wider type than dtype; merged is added to the linears.
+
+        The sum is made in the checkpoint's type, and rounded once.
+        """
         self._checkpoint = checkpoint
         self._config = config
+        self._dtype = dtype
+        self._ops = ops
+        self._merged = merged
         names = config.names
         found = checkpoint.first([f"{prefix}{names.embedding}.weight" for prefix in names.prefixes])
         self._prefix = found.removesuffix(f"{names.embedding}.weight")
@@ -46,13 +63,13 @@ class Weights:
     def embedding(self) -> Tensor:
         """[vocab, hidden]"""
         dims = self._config.dims
-        return self._get(f"{self._config.names.embedding}.weight", (dims.vocab, dims.hidden))
+        return self._get(f"{self._config.names.embedding}.weight", (dims.vocab, dims.hidden)).to(self._dtype)
 
     def head(self) -> Tensor:
         """[vocab, hidden], of an untied head."""
         dims = self._config.dims
         name = self._checkpoint.first([f"{name}.weight" for name in self._config.names.heads])
-        return self._checkpoint.get(name, (dims.vocab, dims.hidden))
+        return self._checkpoint.get(name, (dims.vocab, dims.hidden)).to(self._dtype)
 
     def final_norm(self) -> RMSNorm:
         """The norm before the head."""
@@ -60,34 +77,41 @@ class Weights:
 
     def layer(self, index: int) -> Layer:
         """One layer."""
-        config, names, dims = self._config, self._config.names, self._config.dims
+        config, names = self._config, self._config.names
         at = names.layer.format(index=index)
         spec = config.layers[index]
-        q, kv = dims.num_heads * dims.head_dim, dims.num_kv_heads * dims.head_dim
+        qkv, o, gate_up, down = config.groups
+        merged = self._merged.layers[index] if self._merged else {}
+
+        def fused(shape: GroupShape, parts: tuple[str, ...], bias: bool) -> Linear:
+            return self._fused(at, parts, shape, bias, merged.get(shape.name))
+
         return Layer(
             attention=spec.attention,
             rope=config.ropes.index(spec.rope),
             input_norm=self._norm(at + names.input_norm),
-            qkv=self._fused(at, names.qkv, (q, kv, kv), dims.hidden, config.qkv_bias),
+            qkv=fused(qkv, names.qkv, config.qkv_bias),
             qk_norm=self._qk_norm(at),
-            o=self._fused(at, (names.o,), (dims.hidden,), q, config.o_bias),
+            o=fused(o, (names.o,), config.o_bias),
             attention_out_norm=self._optional_norm(at, names.attention_out_norm),
             mlp_norm=self._norm(at + names.mlp_norm),
-            gate_up=self._fused(at, names.gate_up, (dims.intermediate,) * 2, dims.hidden, config.mlp_bias),
-            down=self._fused(at, (names.down,), (dims.hidden,), dims.intermediate, config.mlp_bias),
+            gate_up=fused(gate_up, names.gate_up, config.mlp_bias),
+            down=fused(down, (names.down,), config.mlp_bias),
             mlp_out_norm=self._optional_norm(at, names.mlp_out_norm),
         )
 
     def _fused(
-        self, at: str, names: tuple[str, ...], outs: tuple[int, ...], in_features: int, bias: bool
+        self, at: str, names: tuple[str, ...], shape: GroupShape, bias: bool, merged: GroupWeights | None
     ) -> Linear:
         """The rows of several linears as one, as which the checkpoint may have them already."""
+        outs = shape.out_features
         sizes = outs if len(names) == len(outs) else (sum(outs),)
         parts = list(zip(names, sizes, strict=True))
-        weight = _cat([self._get(f"{at}{name}.weight", (out, in_features)) for name, out in parts])
-        if not bias:
-            return Linear(weight)
-        return Linear(weight, _cat([self._get(f"{at}{name}.bias", (out,)) for name, out in parts]))
+        weight = _cat([self._get(f"{at}{name}.weight", (out, shape.in_features)) for name, out in parts])
+        if merged is not None:
+            weight = _merge(weight, merged, shape)
+        biases = [self._get(f"{at}{name}.bias", (out,)) for name, out in parts] if bias else []
+        return Linear(weight.to(self._dtype), _cat(biases).to(self._dtype) if biases else None)
 
     def _qk_norm(self, at: str) -> RMSNorm | None:
         names, dims = self._config.names, self._config.dims
@@ -95,17 +119,29 @@ class Weights:
             return None
         q, k = (self._get(f"{at}{name}.weight", (dims.head_dim,)) for name in (names.q_norm, names.k_norm))
         weight = torch.cat([q.expand(dims.num_heads, -1), k.expand(dims.num_kv_heads, -1)])
-        return RMSNorm(weight, self._config.norm_eps, self._config.norm_offset)
+        return RMSNorm(weight.to(self._dtype), self._config.norm_eps, self._config.norm_offset)
 
     def _optional_norm(self, at: str, name: str | None) -> RMSNorm | None:
         return None if name is None else self._norm(at + name)
 
     def _norm(self, name: str) -> RMSNorm:
         weight = self._get(f"{name}.weight", (self._config.dims.hidden,))
-        return RMSNorm(weight, self._config.norm_eps, self._config.norm_offset)
+        return RMSNorm(weight.to(self._dtype), self._config.norm_eps, self._config.norm_offset, self._ops)
 
     def _get(self, name: str, shape: tuple[int, ...]) -> Tensor:
         return self._checkpoint.get(self._prefix + name, shape)
+
+
+def _merge(weight: Tensor, adapter: GroupWeights, shape: GroupShape) -> Tensor:
+    """Return weight [out, in] with the products of the adapter's slices added."""
+    merged = weight.clone()
+    first = 0
+    for b, offset, size in zip(adapter.b, shape.out_offsets, shape.out_features, strict=True):
+        if b is not None:
+            a = adapter.a[first : first + b.shape[0]].to(weight)
+            merged[offset : offset + size].addmm_(b.t().to(weight), a)
+            first += b.shape[0]
+    return merged
 
 
 def _cat(parts: list[Tensor]) -> Tensor:

@@ -110,7 +110,7 @@ def model_to_message(model: ServedModel, catalog: Catalog, max_seq_len: int) -> 
     """Return a served model as a message."""
     message = pb.Model(
         name=model.name,
-        parent=catalog.base.name if model.adapter else "",
+        parent="" if model.name == catalog.base_name else catalog.base_name,
         digest=model.digest,
         ranks=model.ranks,
         modules=model.modules,

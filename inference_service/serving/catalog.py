@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 from inference_service.core.sequence import Adapter
+from inference_service.serving.brought import NOTHING, Brought
 from shared.faults import ModelNotFound
 
 
@@ -16,21 +17,23 @@ class ServedModel:
 
     name: str
     adapter: Adapter | None = None
+    """None for the base, and for an adapter that is merged into the weights."""
     digest: str = ""
     """The bundle's; empty for the base."""
     ranks: tuple[int, ...] = ()
     modules: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    brought: Brought = NOTHING
     load_time: datetime = field(default_factory=lambda: datetime.now(UTC))
 
 
 class Catalog:
-    """The base first, then the adapters by name."""
+    """The base first, where it is served, then the adapters by name."""
 
-    def __init__(self, generation: int, base: ServedModel, adapters: Iterable[ServedModel]) -> None:
+    def __init__(self, generation: int, base_name: str, models: Iterable[ServedModel]) -> None:
         self.generation = generation
-        self.base = base
-        ordered = (base, *sorted(adapters, key=lambda model: model.name))
+        self.base_name = base_name
+        ordered = sorted(models, key=lambda model: (model.name != base_name, model.name))
         self._models = {model.name: model for model in ordered}
 
     def __iter__(self) -> Iterator[ServedModel]:

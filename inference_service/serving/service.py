@@ -6,14 +6,17 @@ import secrets
 import uuid
 from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import FinishReason, Sequence, StepOutput, Token
+from inference_service.serving.brought import Brought
 from inference_service.serving.catalog import Catalog, ServedModel
 from inference_service.serving.engine_thread import EngineThread
 from inference_service.serving.text import Detokenizer, StopTexts, Text
 from shared.faults import Fault, Finding, InternalFault, PromptTooLong, RequestInvalid, Status
 
+N = TypeVar("N", int, float)
 MAX_STOPS = 16
 MAX_STOP_CHARS = 256
 MAX_LOGPROBS = 20
@@ -114,8 +117,8 @@ class GenerationService:
         """
         model = self.catalog.get(request.model)
         _check(request, self._text.vocab)
-        tokens = self._tokens(request.prompt)
-        sampling = self._sampling(request, len(tokens))
+        tokens = self._tokens(request.prompt, model.brought)
+        sampling = self._sampling(request, len(tokens), model.brought)
         seq = Sequence(
             request.id,
             tokens,
@@ -141,18 +144,19 @@ class GenerationService:
         finally:
             outputs.close()
 
-    def _tokens(self, prompt: Prompt) -> list[int]:
+    def _tokens(self, prompt: Prompt, brought: Brought) -> list[int]:
         if isinstance(prompt, str):
             tokens = self._text.encode(prompt)
         elif prompt and isinstance(prompt[0], Mapping):
-            tokens = self._text.encode_messages([item for item in prompt if isinstance(item, Mapping)])
+            messages = [item for item in prompt if isinstance(item, Mapping)]
+            tokens = self._text.encode_messages(messages, brought.template)
         else:
             tokens = [item for item in prompt if isinstance(item, int)]
         if not tokens:
             raise RequestInvalid("the prompt is empty; expected at least one token.")
         return tokens
 
-    def _sampling(self, request: Request, prompt_tokens: int) -> SamplingParams:
+    def _sampling(self, request: Request, prompt_tokens: int, brought: Brought) -> SamplingParams:
         room = self.limits.max_seq_len - prompt_tokens
         if room < 1:
             raise PromptTooLong(
@@ -164,16 +168,23 @@ class GenerationService:
                 f"{prompt_tokens} tokens of prompt and {request.max_tokens} of answer exceed the longest "
                 f"sequence of {self.limits.max_seq_len}. Shorten the prompt, or ask for at most {room} tokens."
             )
-        eos = frozenset[int]() if request.ignore_eos else self.limits.eos_token_ids
+        eos = self.limits.eos_token_ids | brought.stop_token_ids
+        temperature = _first(request.temperature, brought.temperature, 0.0)
         return SamplingParams(
             max_tokens=request.max_tokens or min(self.limits.default_max_tokens or room, room),
-            temperature=request.temperature or 0.0,
-            top_p=1.0 if request.top_p is None else request.top_p,
-            top_k=request.top_k or 0,
+            temperature=temperature,
+            top_p=_first(request.top_p, brought.top_p, 1.0),
+            top_k=_first(request.top_k, brought.top_k, 0),
             seed=secrets.randbits(63) if request.seed is None else request.seed,
-            stop_token_ids=eos | frozenset(request.stop_token_ids),
+            stop_token_ids=(frozenset() if request.ignore_eos else eos) | frozenset(request.stop_token_ids),
             logprobs=request.logprobs,
         )
+
+
+def _first(said: N | None, brought: N | None, default: N) -> N:
+    """Return what the request says, else what the adapter brings."""
+    given = brought if said is None else said
+    return default if given is None else given
 
 
 def _advance(

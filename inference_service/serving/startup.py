@@ -6,7 +6,8 @@ import importlib.util
 import itertools
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import psutil
 import structlog
@@ -17,16 +18,21 @@ from inference_service.engine.block_manager import BlockManager
 from inference_service.engine.engine import Engine
 from inference_service.engine.runner import Runner
 from inference_service.engine.scheduler import Limits
+from inference_service.kernels.cpu import build
+from inference_service.kernels.cpu.ops import BLOCK, DTYPES, MAX_HEAD_DIM, CpuOps
 from inference_service.lora.backend import LoraBackend
 from inference_service.lora.loader import matrices
+from inference_service.lora.native_backend import NativeLora
 from inference_service.lora.torch_backend import TorchLora
 from inference_service.lora.triton_backend import TritonLora
 from inference_service.lora.weights import pack_adapter
 from inference_service.models.config import ModelConfig
 from inference_service.models.decoder import Decoder
 from inference_service.models.read import read_config
+from inference_service.serving.brought import read_brought
 from inference_service.serving.catalog import Catalog, ServedModel
 from inference_service.serving.engine_thread import EngineThread
+from inference_service.serving.proof import replay
 from inference_service.serving.service import GenerationService, ServingLimits
 from inference_service.serving.text import Text
 from shared.bundle.deployments import current_generation, list_deployments
@@ -62,6 +68,8 @@ def load(settings: InferenceSettings, store: Store) -> Ready:
     Raises:
         DeploymentNotFound: the store has no such deployment.
         BundleCorrupt: a digest differs.
+        ProofFailed: an adapter answers otherwise than its proof says.
+        AdapterInvalid: an adapter brings a chat template that cannot be parsed.
         CheckpointInvalid: the base cannot be served.
         ResourcesExhausted: it does not fit this machine.
         Fault: what the store or the base's source raise.
@@ -80,9 +88,17 @@ def load(settings: InferenceSettings, store: Store) -> Ready:
     dtype = _dtype(settings, config, device)
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    model = Decoder(config, folder, dtype, device)
-    lora = _backend(settings, model)
-    adapters = [_load_adapter(name, generation, store, lora, model) for name in generation.adapters]
+    ops, how = _native(settings, config, dtype) if device.type == "cpu" else (None, "torch operations")
+    model = Decoder(config, folder, dtype, device, ops)
+    lora = _backend(settings, model, ops)
+    text = Text.load(folder, config.dims.vocab)
+    adapters = [
+        _load_adapter(name, generation, store, lora, model, text, settings.block_size)
+        for name in generation.adapters
+    ]
+    if generation.merged is not None:
+        lora = _backend(settings, model, ops)
+        adapters = [_merge(served, folder, store, model) for served in adapters]
     blocks, limits = _memory(settings, generation, config, model)
     engine = Engine(Runner(model, lora, blocks.num_blocks, blocks.block_size), limits, blocks)
     log.info(
@@ -90,18 +106,20 @@ def load(settings: InferenceSettings, store: Store) -> Ready:
         deployment=generation.deployment,
         generation=generation.number,
         backend=lora.name,
+        operations=how,
         device=str(device),
         dtype=str(dtype).removeprefix("torch."),
         threads=torch.get_num_threads(),
         adapters=len(adapters),
+        merged=generation.merged or "none",
         kv_tokens=blocks.num_blocks * blocks.block_size,
         max_seq_len=limits.max_seq_len,
         seconds=round(time.monotonic() - started, 2),
     )
-    catalog = Catalog(generation.number, ServedModel(generation.served_model_name), adapters)
+    base = [ServedModel(generation.served_model_name)] if generation.serve_base else []
+    catalog = Catalog(generation.number, generation.served_model_name, [*base, *adapters])
     thread = EngineThread(engine, settings.max_queue)
     serving = ServingLimits(limits.max_seq_len, generation.request_default_max_tokens, config.eos_token_ids)
-    text = Text.load(folder, config.dims.vocab)
     return Ready(GenerationService(catalog, text, thread, serving), thread)
 
 
@@ -146,19 +164,33 @@ def _load_adapter(
     store: Store,
     lora: LoraBackend,
     model: Decoder,
+    text: Text,
+    block_size: int,
 ) -> ServedModel:
     bundle = read_bundle(store, generation.adapters[name].digest)
     config = model.config
     weights = pack_adapter(matrices(bundle), config.groups, config.dims.num_layers, model.dtype, lora.home)
     manifest = bundle.manifest
+    adapter = Adapter(name, next(_uids), lora.load(weights))
+    if manifest.proof is not None:
+        replayed = replay(name, manifest.proof, manifest, adapter, lora, model, block_size)
+        log.info("proof holds", adapter=name, effect=replayed.effect, logprob=replayed.logprob)
     return ServedModel(
         name,
-        Adapter(name, next(_uids), lora.load(weights)),
+        adapter,
         digest=bundle.digest,
         ranks=manifest.ranks,
         modules=manifest.modules,
         warnings=tuple(finding.code for finding in manifest.warnings),
+        brought=read_brought(name, bundle.texts, text),
     )
+
+
+def _merge(served: ServedModel, folder: Path, store: Store, model: Decoder) -> ServedModel:
+    """Merge an adapter, which was loaded and proved before, into the weights: it is now what the base was."""
+    rows, config = matrices(read_bundle(store, served.digest)), model.config
+    model.merge(folder, pack_adapter(rows, config.groups, config.dims.num_layers, torch.float32, model.device))
+    return replace(served, adapter=None)
 
 
 def _memory(
@@ -193,10 +225,23 @@ def _memory(
     return blocks, limits
 
 
-def _backend(settings: InferenceSettings, model: Decoder) -> LoraBackend:
+def _native(settings: InferenceSettings, config: ModelConfig, dtype: torch.dtype) -> tuple[CpuOps | None, str]:
+    """Return the compiled operations, or None, and for the start line how that came."""
+    if not settings.native or settings.backend != "auto":
+        return None, "torch operations"
+    if dtype not in DTYPES or settings.block_size % BLOCK or not 0 < config.dims.head_dim <= MAX_HEAD_DIM:
+        return None, f"torch operations (compiled ones take {BLOCK} | block_size, float32 and bfloat16)"
+    built = build.load(settings.cache_dir / "native")
+    return (CpuOps(built.library, dtype) if built.library else None), built.how
+
+
+def _backend(settings: InferenceSettings, model: Decoder, ops: CpuOps | None) -> LoraBackend:
+    groups = model.config.groups
     if _uses_triton(settings, model.device):
-        return TritonLora(model.config.groups, model.dtype, model.device)
-    return TorchLora(model.config.groups, model.device)
+        return TritonLora(groups, model.dtype, model.device)
+    if ops is not None:
+        return NativeLora(ops, groups, model.config.dims.num_layers)
+    return TorchLora(groups, model.device)
 
 
 def _uses_triton(settings: InferenceSettings, device: torch.device) -> bool:

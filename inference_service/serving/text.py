@@ -51,10 +51,18 @@ def _raise(message: str) -> None:
 class Text:
     """The text side of a base checkpoint."""
 
-    def __init__(self, tokenizer: Tokenizer, template: ChatTemplate | None, vocab: int) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        template: ChatTemplate | None,
+        vocab: int,
+        special_tokens: Mapping[str, str] | None = None,
+    ) -> None:
         self._tokenizer = tokenizer
         self._template = template
         self.vocab = vocab
+        self.special_tokens = dict(special_tokens or {})
+        """By what they are for: ``bos_token`` and the like."""
 
     @classmethod
     def load(cls, folder: Path, vocab: int) -> Text:
@@ -74,29 +82,33 @@ class Text:
         tokenizer.no_truncation()
         tokenizer.no_padding()
         jinja = folder / "chat_template.jinja"
-        source = jinja.read_text(encoding="utf-8") if jinja.exists() else _template_in(config)
-        special = {
-            key: value if isinstance(value, str) else str(value.get("content", ""))
-            for key, value in config.items()
-            if key.endswith("_token") and isinstance(value, str | dict)
-        }
-        return cls(tokenizer, ChatTemplate(source, special) if source else None, vocab)
+        source = jinja.read_text(encoding="utf-8") if jinja.exists() else template_in(config)
+        special = special_tokens(config)
+        return cls(tokenizer, ChatTemplate(source, special) if source else None, vocab, special)
 
     def encode(self, text: str) -> list[int]:
         """Tokenize a text, with the special tokens that the tokenizer adds itself."""
         ids: list[int] = self._tokenizer.encode(text).ids
         return ids
 
-    def encode_messages(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """Render messages and tokenize them.
+    def token_id(self, token: str) -> int | None:
+        """Return the id of a token by its own name, or None where there is none."""
+        found: int | None = self._tokenizer.token_to_id(token)
+        return found
+
+    def encode_messages(
+        self, messages: Sequence[Mapping[str, str]], template: ChatTemplate | None = None
+    ) -> list[int]:
+        """Render messages, with the base's template where none is given, and tokenize them.
 
         Raises:
             RequestInvalid: there is no chat template, or it refuses the messages.
         """
-        if self._template is None:
+        template = template or self._template
+        if template is None:
             finding = Finding(code="E_NO_TEMPLATE", where="messages", fix="Send text or token_ids.")
             raise RequestInvalid("the base has no chat template.", [finding])
-        ids: list[int] = self._tokenizer.encode(self._template.render(messages), add_special_tokens=False).ids
+        ids: list[int] = self._tokenizer.encode(template.render(messages), add_special_tokens=False).ids
         return ids
 
     def detokenizer(self, prompt: Sequence[int]) -> Detokenizer:
@@ -152,7 +164,17 @@ class StopTexts:
         return next((size for size in range(longest, 0, -1) if self._held.endswith(stop[:size])), 0)
 
 
-def _template_in(config: Mapping[str, Any]) -> str:
+def special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
+    """Return the special tokens of a ``tokenizer_config.json`` by what they are for."""
+    return {
+        key: value if isinstance(value, str) else str(value.get("content", ""))
+        for key, value in config.items()
+        if key.endswith("_token") and isinstance(value, str | dict)
+    }
+
+
+def template_in(config: Mapping[str, Any]) -> str:
+    """Return the chat template of a ``tokenizer_config.json``; empty where it has none."""
     template = config.get("chat_template") or ""
     if isinstance(template, list):  # named templates
         named = {item["name"]: item["template"] for item in template}

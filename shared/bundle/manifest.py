@@ -23,7 +23,7 @@ from typing import Final, Literal, Self
 from pydantic import Field, ValidationError
 
 from shared.bundle.proof import Proof
-from shared.deployment import Dtype, Model, Name, Repository
+from shared.deployment import Dtype, Merge, Model, Name, Repository
 from shared.faults import BundleCorrupt, Finding
 
 FORMAT_VERSION: Final = 1
@@ -136,8 +136,8 @@ class Manifest(Record):
 
     @property
     def tensors_used(self) -> int:
-        """Tensors of the adapter that rows were made from."""
-        return len(self.coverage.used)
+        """Tensors of the adapter that rows were made from; of npy files, A and B of every row."""
+        return len(self.coverage.used) or 2 * len(self.rows)
 
     @property
     def ranks(self) -> tuple[int, ...]:
@@ -182,6 +182,14 @@ class Generation(Record):
     lora_target_modules: tuple[str, ...] = ()
     lora_dtype: Dtype
     request_default_max_tokens: int | None = None
+    serve_base: bool = True
+    merge: Merge = Merge.AUTO
+
+    @property
+    def merged(self) -> str | None:
+        """The adapter that is merged into the weights at load, if one is."""
+        one = len(self.adapters) == 1 and not self.serve_base and self.merge is not Merge.NEVER
+        return next(iter(self.adapters)) if one else None
 
     def same_content(self, other: Generation) -> bool:
         """True when only number and time differ."""

@@ -29,12 +29,12 @@ class Probe(Model):
 class Effect(Model):
     """What a row of the bundle adds to its module's output, at the last tokens of the probes.
 
-    The outputs of all probes are one vector, probe after probe; dots are its products with four fixed sign
+    The outputs of all probes are one vector, probe after probe; dots are its products with eight fixed sign
     vectors, see docs/bundle-format.md.
     """
 
     norm: Finite = Field(ge=0)
-    dots: tuple[Finite, Finite, Finite, Finite]
+    dots: tuple[Finite, ...] = Field(min_length=8, max_length=8)
 
 
 class Proof(Model):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from loramux.builder.v1 import builder_pb2 as pb
-from shared.deployment import Deployment, Dtype, LoraConfiguration, Repository, parse_deployment
+from shared.deployment import Deployment, Dtype, LoraConfiguration, Merge, Repository, parse_deployment
 from shared.faults import DeploymentInvalid, Finding
 
 _PREFIX = "SOURCE_KIND_"
@@ -14,6 +14,11 @@ DTYPES = {
     Dtype.BFLOAT16: pb.DTYPE_BFLOAT16,
     Dtype.FLOAT16: pb.DTYPE_FLOAT16,
     Dtype.FLOAT32: pb.DTYPE_FLOAT32,
+}
+_MERGES = {
+    Merge.AUTO: pb.MERGE_UNSPECIFIED,
+    Merge.NEVER: pb.MERGE_NEVER,
+    Merge.ALWAYS: pb.MERGE_ALWAYS,
 }
 DTYPE_NAMES = {value: name for name, value in DTYPES.items()}
 
@@ -36,6 +41,8 @@ def deployment_to_message(deployment: Deployment) -> pb.DeploymentSpec:
         lora_dtype=DTYPES[build.lora_configuration.dtype],
         truncate_to_rank=build.lora_configuration.truncate_to_rank or 0,
         prove=build.prove,
+        hide_base=not runtime.serve_base,
+        merge=_MERGES[runtime.merge],
     )
 
 
@@ -57,7 +64,8 @@ def deployment_from_message(message: pb.DeploymentSpec) -> Deployment:
         "lora_configuration": lora,
         "prove": message.prove,
     }
-    runtime: dict[str, Any] = {}
+    merge = next((name for name, value in _MERGES.items() if value == message.merge), "unknown")
+    runtime: dict[str, Any] = {"serve_base": not message.hide_base, "merge": merge}
     for block, field in (
         (lora, "max_lora_rank"),
         (lora, "truncate_to_rank"),

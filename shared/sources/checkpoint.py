@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
@@ -13,7 +12,7 @@ from shared.bundle.manifest import BaseRecord
 from shared.deployment import Repository
 from shared.faults import BundleCorrupt, CheckpointInvalid
 from shared.sources.base import Progress, Resolved, Source, unwatched
-from shared.sources.files import hash_file
+from shared.sources.files import hash_file, scratch
 from shared.sources.open import Sources
 
 CONFIG: Final = "config.json"
@@ -55,9 +54,9 @@ def describe_base(sources: Sources, repository: Repository, progress: Progress =
             f"{_name(repository)}: expected {CONFIG}, found {_some(resolved)}. "
             "The base must be a decoder checkpoint in Hugging Face format."
         )
-    config = _read_json(source, resolved, CONFIG)
+    config = _read_json(source, resolved, CONFIG, sources.work_dir)
     names = [name for name in SMALL_FILES if name in resolved.files]
-    files = source.digests(resolved, [*names, *_weights(source, resolved)], progress)
+    files = source.digests(resolved, [*names, *_weights(source, resolved, sources.work_dir)], progress)
     return Base(BaseRecord(source=source.pin(resolved, files), files=files), config)
 
 
@@ -89,10 +88,10 @@ def fetch_base(base: BaseRecord, into: Path, sources: Sources, progress: Progres
     return folder
 
 
-def _weights(source: Source, resolved: Resolved) -> list[str]:
+def _weights(source: Source, resolved: Resolved, work_dir: Path | None) -> list[str]:
     """Return the names of the weight files: what the index names, else the one file."""
     if INDEX in resolved.files:
-        table = _read_json(source, resolved, INDEX).get("weight_map")
+        table = _read_json(source, resolved, INDEX, work_dir).get("weight_map")
         shards = sorted(set(table.values())) if isinstance(table, dict) else []
         missing = [name for name in shards if name not in resolved.files]
         if shards and not missing and all(map(_SHARD.fullmatch, shards)):
@@ -108,14 +107,14 @@ def _weights(source: Source, resolved: Resolved) -> list[str]:
     )
 
 
-def _read_json(source: Source, resolved: Resolved, name: str) -> dict[str, Any]:
+def _read_json(source: Source, resolved: Resolved, name: str, work_dir: Path | None) -> dict[str, Any]:
     what = f"{_name(resolved.repository)}: {name}"
     if resolved.files[name].size > MAX_JSON:
         raise CheckpointInvalid(f"{what}: expected at most {MAX_JSON} bytes")
-    with tempfile.TemporaryDirectory(prefix="loramux-") as folder:
-        source.fetch(resolved, [name], Path(folder))
+    with scratch(work_dir) as folder:
+        source.fetch(resolved, [name], folder)
         try:
-            data = json.loads(Path(folder, name).read_bytes())
+            data = json.loads((folder / name).read_bytes())
         except (ValueError, RecursionError) as error:
             raise CheckpointInvalid(f"{what}: not valid JSON") from error
     if not isinstance(data, dict):

@@ -6,17 +6,20 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
-from typing import IO
+from typing import IO, Final
 
 from shared.bundle.manifest import FileDigest, sha256_hex
 from shared.faults import ResourcesExhausted, SourceRefused, SourceUnavailable
 from shared.sources.base import Progress, unwatched
 
-PIECE = 1 << 20
+PIECE: Final = 1 << 20
+SCRATCH: Final = "loramux-build-scratch-"
+"""Begins as the builder's work folders do, which are swept at its start."""
 
 
 def hash_file(path: Path, progress: Progress = unwatched) -> FileDigest:
@@ -81,6 +84,19 @@ def whole(target: Path) -> Iterator[IO[bytes]]:
         with suppress(FileNotFoundError):
             Path(name).unlink()
         raise
+
+
+@contextmanager
+def scratch(place: Path | None) -> Iterator[Path]:
+    """Yield a folder below a place (the system's when not given) that is removed at the end."""
+    with disk_errors():
+        if place is not None:
+            place.mkdir(parents=True, exist_ok=True)
+        folder = tempfile.mkdtemp(prefix=SCRATCH, dir=place)
+    try:
+        yield Path(folder)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-import tempfile
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,7 +27,7 @@ from shared.bundle.manifest import FileDigest
 from shared.deployment import Repository
 from shared.faults import RepoGated, RepoNotFound, RevisionNotFound, SourceRefused, SourceUnavailable
 from shared.sources.base import MAX_BYTES, Progress, Resolved, SourceFile, unwatched
-from shared.sources.files import disk_errors, disk_fault, hash_file, inside, missing_files
+from shared.sources.files import disk_errors, disk_fault, hash_file, inside, missing_files, scratch
 from shared.sources.retry import Busy, Pace, Patience
 from shared.sources.secrets import Secrets, warn_unset
 
@@ -38,6 +38,10 @@ SLACK: Final = 16 << 20
 # The class of every failure of the hub's HTTP client, which is httpx or httpx2 by its version.
 _HTTP_ERROR: Final[type[BaseException]] = HfHubHTTPError.__mro__[1]
 
+# Both log whole addresses, with the signatures of the storage that the hub leads to.
+logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+logging.getLogger(_HTTP_ERROR.__module__.partition(".")[0]).setLevel(logging.WARNING)
+
 _T = TypeVar("_T")
 
 
@@ -45,9 +49,15 @@ class HubSource:
     """Resolves a repository to a commit first, and fetches files by their literal names at that commit."""
 
     def __init__(
-        self, secrets: Secrets, *, endpoint: str | None = None, patience: Patience | None = None
+        self,
+        secrets: Secrets,
+        *,
+        endpoint: str | None = None,
+        work_dir: Path | None = None,
+        patience: Patience | None = None,
     ) -> None:
         self._secrets = secrets
+        self._work_dir = work_dir
         self._endpoint = endpoint
         self._patience = patience or Patience()
 
@@ -115,8 +125,8 @@ class HubSource:
                 known[name] = FileDigest(size=file.size, sha256=file.sha256)
             else:
                 unknown.append(name)
-        with tempfile.TemporaryDirectory(prefix="loramux-") as folder:
-            return known | self.fetch(resolved, unknown, Path(folder), progress)
+        with scratch(self._work_dir) as folder:
+            return known | self.fetch(resolved, unknown, folder, progress)
 
     def pin(self, resolved: Resolved, files: Mapping[str, FileDigest]) -> Repository:
         """Return the repository at its commit."""
@@ -174,30 +184,30 @@ def _translated(repository: Repository, hint: str) -> Iterator[None]:
     repo, revision = f"HF {repository.repo}", repository.revision or "main"
     try:
         yield
-    except GatedRepoError as error:  # before the class that it is a subclass of
+    except GatedRepoError:  # before the class that it is a subclass of
         raise RepoGated(
             f"{repo}: gated; the licence was not accepted, or the token lacks access. {hint}"
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise RepoNotFound(f"{repo}: does not exist, or is private for this token. {hint}") from error
-    except RevisionNotFoundError as error:
-        raise RevisionNotFound(f"{repo}: no revision {revision!r}") from error
-    except DisabledRepoError as error:
-        raise RepoGated(f"{repo}: disabled by the hub") from error
-    except HFValidationError as error:
-        raise RepoNotFound(f"{repo}: no valid repository id; expected 'namespace/name'") from error
+        ) from None
+    except RepositoryNotFoundError:
+        raise RepoNotFound(f"{repo}: does not exist, or is private for this token. {hint}") from None
+    except RevisionNotFoundError:
+        raise RevisionNotFound(f"{repo}: no revision {revision!r}") from None
+    except DisabledRepoError:
+        raise RepoGated(f"{repo}: disabled by the hub") from None
+    except HFValidationError:
+        raise RepoNotFound(f"{repo}: no valid repository id; expected 'namespace/name'") from None
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
-        raise SourceUnavailable(f"{repo}: the hub cannot be reached ({type(error).__name__})") from error
-    except EntryNotFoundError as error:
-        raise RepoNotFound(f"{repo}: a file is gone at revision {revision!r}") from error
+        raise SourceUnavailable(f"{repo}: the hub cannot be reached ({type(error).__name__})") from None
+    except EntryNotFoundError:
+        raise RepoNotFound(f"{repo}: a file is gone at revision {revision!r}") from None
     except HfHubHTTPError as error:
-        raise _by_status(repo, error.response, hint) from error
+        raise _by_status(repo, error.response, hint) from None
     except _HTTP_ERROR as error:
-        raise SourceUnavailable(f"{repo}: the hub does not answer ({type(error).__name__})") from error
+        raise SourceUnavailable(f"{repo}: the hub does not answer ({type(error).__name__})") from None
     except OSError as error:  # a full disk, a short answer, an answer without a commit
         if error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS}:
-            raise disk_fault(error) from error
-        raise SourceUnavailable(f"{repo}: {error.strerror or 'the transfer was not complete'}") from error
+            raise disk_fault(error) from None
+        raise SourceUnavailable(f"{repo}: {error.strerror or 'the transfer was not complete'}") from None
 
 
 def _by_status(repo: str, response: Any, hint: str) -> RepoNotFound | RepoGated | SourceUnavailable:

@@ -21,8 +21,10 @@ from shared.sources.url import UrlSource
 class Sources:
     """Sources by the kind of a repository."""
 
-    def __init__(self, sources: Mapping[SourceKind, Source]) -> None:
+    def __init__(self, sources: Mapping[SourceKind, Source], work_dir: Path | None = None) -> None:
         self._sources = dict(sources)
+        self.work_dir = work_dir
+        """Holds what is fetched only to be looked at; the system's temporary folder when not given."""
 
     def of(self, repository: Repository) -> Source:
         """Return the source of a repository, or raise `SourceRefused`."""
@@ -46,18 +48,19 @@ def open_sources(
 
     local_roots are the folders that LOCAL may read, allowed_hosts what REMOTE_URL may reach beside public
     addresses; hub_endpoint is for mirrors, and HF_ENDPOINT's value where it is not given. work_dir holds
-    archives while they are read; the system's temporary folder when not given.
+    what is not kept; the system's temporary folder when not given.
     """
     secrets = Secrets(secrets_dir, environment)
     return Sources(
         {
-            SourceKind.HF: HubSource(secrets, endpoint=hub_endpoint),
+            SourceKind.HF: HubSource(secrets, endpoint=hub_endpoint, work_dir=work_dir),
             SourceKind.S3: BucketSource(open_s3, secrets),
             SourceKind.GCS: BucketSource(open_gcs, secrets),
             SourceKind.AZURE: BucketSource(open_azure, secrets),
             SourceKind.REMOTE_URL: UrlSource(Https(Guard(allowed_hosts)), secrets, work_dir),
             SourceKind.LOCAL: LocalSource(local_roots),
-        }
+        },
+        work_dir,
     )
 
 

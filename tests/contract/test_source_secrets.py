@@ -74,6 +74,21 @@ def test_hf(caplog):
             source.resolve(repo("HF", "org/gated"))
 
 
+def test_hf_storage(caplog, tmp_path, monkeypatch):
+    """The signed addresses that a hub leads to are neither in failures nor in what its client logs."""
+    logger = logging.getLogger("huggingface_hub")
+    monkeypatch.setattr(logger, "propagate", True)
+    with serve_hub() as hub:
+        hub.repos["org/a"] = HubRepo({"main": "c" * 40}, {"a": b"x"}, signature=CANARY)
+        patience = Patience(attempts=1, answer_s=0.1)
+        source = HubSource(secrets_of(CANARY), endpoint=hub.endpoint, patience=patience)
+        resolved = source.resolve(repo("HF", "org/a"))
+        monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _: None)
+        with silence(caplog):
+            source.fetch(resolved, ["a"], tmp_path)
+    assert any(path.startswith("/storage/") for _, path in hub.requests)
+
+
 def test_s3(caplog, s3_server: S3Server):
     """Keys and session tokens are in no failure: refused, absent, unreachable, or a secret of another form."""
     good = {"access_key_id": s3_server.access_key, "secret_access_key": s3_server.secret_key}

@@ -17,7 +17,7 @@ from tests.golden.hostile.exhibit import BASE, Exhibit, base
 from tests.golden.hostile.files import CANARY
 from tests.golden.hostile.museum import EXHIBITS
 
-LONGEST_S = 30
+LONGEST_S = 60
 """For one exhibit on a slow machine; nearly all take a few milliseconds."""
 LONGEST_FINDING = 2000
 """Characters: what a hostile file says is never repeated at length."""
@@ -50,7 +50,7 @@ def test_every_exhibit_gets_its_codes_and_no_others(tmp_path, exhibit):
     """A hostile, broken or odd adapter is refused or warned about by name, in time and in few words."""
     begin = time.monotonic()
     findings, store = judge(exhibit, tmp_path)
-    assert {finding.code for finding in findings} == exhibit.codes
+    assert sorted(finding.code for finding in findings) == sorted(exhibit.codes)
     assert bool(store.objects) != exhibit.refused
     assert max((len(str(finding)) for finding in findings), default=0) < LONGEST_FINDING
     assert time.monotonic() - begin < LONGEST_S

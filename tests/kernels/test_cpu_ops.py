@@ -132,9 +132,10 @@ def test_rope_turns_the_halves_against_each_other(
     )
     angles = torch.rand(rows, rotary // 2) * 6
     cos, sin = (torch.cat([f(angles)] * 2, dim=1) for f in (torch.cos, torch.sin))
+    sin[:, : rotary // 2] *= -1
     whole = fused.clone().double()[:, : heads * dim].view(rows, heads, dim)
     low, high = whole[..., : rotary // 2], whole[..., rotary // 2 : rotary]
-    c, s = cos[:, None, : rotary // 2].double(), sin[:, None, : rotary // 2].double()
+    c, s = cos[:, None, : rotary // 2].double(), -sin[:, None, : rotary // 2].double()
     expected = torch.cat([low * c - high * s, high * c + low * s, whole[..., rotary:]], dim=-1)
     keys, values = ops.new_cache(kv, 2 * BLOCK, dim)
     ops.rope_write(q, k, v, cos, sin, torch.arange(rows), keys, values)

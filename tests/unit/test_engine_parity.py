@@ -8,7 +8,16 @@ from pathlib import Path
 import pytest
 
 from shared.storage.memory import MemoryStore
-from tests.tiny import ADAPTERS, VOCAB, World, make_world, oracle, oracle_tokens, run_engine
+from tests.tiny import (
+    ADAPTERS,
+    VOCAB,
+    World,
+    make_world,
+    next_logprobs,
+    oracle,
+    oracle_tokens,
+    run_engine,
+)
 
 NEW = 24
 MODELS = ("base", *ADAPTERS)
@@ -51,6 +60,7 @@ def test_the_adapters_are_told_apart(world: World) -> None:
     assert len(set(answers)) == 4
 
 
+@pytest.mark.parametrize("native", [True, False], ids=["compiled", "torch"])
 @pytest.mark.parametrize("max_batch_tokens", [1024, 16])
 def test_a_mixed_batch_equals_peft(
     world: World,
@@ -58,9 +68,10 @@ def test_a_mixed_batch_equals_peft(
     requests: list[tuple[str, list[int]]],
     expected: list[list[int]],
     max_batch_tokens: int,
+    native: bool,
 ) -> None:
     """Base and three adapters in one batch, prompts whole or in chunks beside those that decode."""
-    ready = world.load(store, max_batch_tokens=max_batch_tokens)
+    ready = world.load(store, max_batch_tokens=max_batch_tokens, native=native)
     assert run_engine(ready, requests, NEW) == expected
 
 
@@ -70,6 +81,29 @@ def test_each_alone_equals_peft(
     """A request alone gives the tokens that it gives in company."""
     ready = world.load(store)
     assert [run_engine(ready, [request], NEW)[0] for request in requests] == expected
+
+
+def test_thirty_one_others_change_no_token(world: World, store: MemoryStore) -> None:
+    """The widest company that the table of speeds knows: 32 requests of all models, against each alone."""
+    ready = world.load(store, prefix_cache=False)
+    crowd = [(MODELS[index % 4], prompt) for index, prompt in enumerate(_prompts(32, 40))]
+    together = run_engine(ready, crowd, NEW)
+    assert [run_engine(ready, [request], NEW)[0] for request in crowd[::5]] == together[::5]
+
+
+@pytest.mark.parametrize("native", [True, False], ids=["compiled", "torch"])
+def test_in_bfloat16_company_moves_log_probabilities_by_rounding_only(
+    world: World, store: MemoryStore, native: bool
+) -> None:
+    """The next token's log probabilities, alone and beside 31 others, differ by what bfloat16 rounds."""
+    ready = world.load(store, dtype="bfloat16", native=native, prefix_cache=False)
+    crowd = [(MODELS[index % 4], prompt) for index, prompt in enumerate(_prompts(32, 40))]
+    together = next_logprobs(ready, crowd)
+    worst = 0.0
+    for place in range(0, 32, 5):
+        (alone,) = next_logprobs(ready, [crowd[place]])
+        worst = max(worst, *(abs(alone[token] - together[place][token]) for token in alone))
+    assert worst < 0.15
 
 
 def test_preemption_changes_no_token(

@@ -415,7 +415,8 @@ void attention(const T* q, int64_t ldq, T* out, const Chunk* chunks, int64_t cou
   delete[] list;
 }
 
-// Rotates q in place and writes rotated k, and v, to the cache rows; cos and sin are [rows][rotary].
+// Rotates q in place and writes rotated k, and v, to the cache rows; cos and sin are [rows][rotary], the first half
+// of sin negated.
 template <class T>
 void rope_write(T* q, T* k, const T* v, int64_t ld, int64_t rows, int64_t heads, int64_t kv_heads, int64_t dim,
                 int64_t rotary, const float* cos, const float* sin, const int64_t* cache_rows, T* keys, T* values,
@@ -426,7 +427,7 @@ void rope_write(T* q, T* k, const T* v, int64_t ld, int64_t rows, int64_t heads,
     const float *c = cos + row * rotary, *s = sin + row * rotary;
     for (int64_t i = 0; i < half; ++i) {
       const float low = widen(x[i]), high = widen(x[i + half]);
-      narrow(x[i], low * c[i] - high * s[i]);
+      narrow(x[i], low * c[i] + high * s[i]);
       narrow(x[i + half], high * c[i + half] + low * s[i + half]);
     }
   };

@@ -31,7 +31,7 @@ _SIGNATURES = {
 
 @dataclass(frozen=True)
 class Chunks:
-    """The attention plan of a step: int64 [chunks, 4] of first row, rows, context length, address of the blocks."""
+    """The attention plan of a step: int64 [chunks, 4] of first row, rows, context length, address of blocks."""
 
     table: npt.NDArray[np.int64]
     blocks: npt.NDArray[np.int32]
@@ -74,8 +74,8 @@ class CpuOps:
     ) -> None:
         """Add to out [T, N] what adapters make of x [T, K].
 
-        adapters is the table of `pack_lora`, segments int64 [S, 3] of slot, first row and rows, workspace float32
-        [T, largest sum of ranks].
+        adapters is int64 [slots, ADAPTER_FIELDS], segments int64 [S, 3] of slot, first row and rows, workspace
+        float32 [T, largest sum of ranks].
         """
         self._lora(
             x.data_ptr(), x.stride(0), x.shape[1], out.data_ptr(), out.stride(0), adapters.ctypes.data,
@@ -98,8 +98,9 @@ class CpuOps:
         rows, heads, dim = q.shape
         out = torch.empty(rows, heads * dim, dtype=q.dtype)
         self._attention(
-            q.data_ptr(), q.stride(0), out.data_ptr(), chunks.table.ctypes.data, len(chunks.table), keys.data_ptr(),
-            values.data_ptr(), num_blocks, kv_heads, group, dim, scale, softcap, window, self.threads,
+            q.data_ptr(), q.stride(0), out.data_ptr(), chunks.table.ctypes.data, len(chunks.table),
+            keys.data_ptr(), values.data_ptr(), num_blocks, kv_heads, group, dim, scale, softcap, window,
+            self.threads,
         )  # fmt: skip
         return out
 
@@ -116,13 +117,13 @@ class CpuOps:
     ) -> None:
         """Rotate q and k [T, heads, d] in place, and write k and v to the rows of the cache.
 
-        q, k and v have one row stride; cos and sin are float32 [T, rotary].
+        q, k and v have one row stride; cos and sin are float32 [T, rotary], the first half of sin negated.
         """
         rows, heads, dim = q.shape
         self._rope_write(
             q.data_ptr(), k.data_ptr(), v.data_ptr(), q.stride(0), rows, heads, k.shape[1], dim, cos.shape[1],
-            cos.data_ptr(), sin.data_ptr(), cache_rows.data_ptr(), keys.data_ptr(), values.data_ptr(), keys.shape[1],
-            self.threads,
+            cos.data_ptr(), sin.data_ptr(), cache_rows.data_ptr(), keys.data_ptr(), values.data_ptr(),
+            keys.shape[1], self.threads,
         )  # fmt: skip
 
     def rms_norm(
@@ -144,7 +145,7 @@ class CpuOps:
         return out
 
     def new_cache(self, kv_heads: int, num_rows: int, dim: int) -> tuple[Tensor, Tensor]:
-        """Return keys [kv, blocks, d * BLOCK] and values alike, with d padded; memory is taken when it is used."""
+        """Return keys [kv, blocks, d * BLOCK], and values with d padded; memory is taken when it is used."""
         blocks = num_rows // BLOCK
         padded = -(-dim // BLOCK) * BLOCK
         return self._zeros((kv_heads, blocks, dim * BLOCK)), self._zeros((kv_heads, blocks, padded * BLOCK))

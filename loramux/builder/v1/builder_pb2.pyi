@@ -26,6 +26,12 @@ class Dtype(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     DTYPE_BFLOAT16: _ClassVar[Dtype]
     DTYPE_FLOAT16: _ClassVar[Dtype]
     DTYPE_FLOAT32: _ClassVar[Dtype]
+
+class Merge(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    MERGE_UNSPECIFIED: _ClassVar[Merge]
+    MERGE_NEVER: _ClassVar[Merge]
+    MERGE_ALWAYS: _ClassVar[Merge]
 SOURCE_KIND_UNSPECIFIED: SourceKind
 SOURCE_KIND_HF: SourceKind
 SOURCE_KIND_S3: SourceKind
@@ -37,6 +43,9 @@ DTYPE_UNSPECIFIED: Dtype
 DTYPE_BFLOAT16: Dtype
 DTYPE_FLOAT16: Dtype
 DTYPE_FLOAT32: Dtype
+MERGE_UNSPECIFIED: Merge
+MERGE_NEVER: Merge
+MERGE_ALWAYS: Merge
 
 class Repository(_message.Message):
     __slots__ = ("source", "repo", "revision", "subfolder", "runtime_secret_name")
@@ -61,7 +70,7 @@ class Adapter(_message.Message):
     def __init__(self, name: _Optional[str] = ..., repository: _Optional[_Union[Repository, _Mapping]] = ...) -> None: ...
 
 class DeploymentSpec(_message.Message):
-    __slots__ = ("model_name", "base", "adapters", "max_seq_len", "max_lora_rank", "lora_target_modules", "served_model_name", "request_default_max_tokens", "lora_dtype", "truncate_to_rank", "prove")
+    __slots__ = ("model_name", "base", "adapters", "max_seq_len", "max_lora_rank", "lora_target_modules", "served_model_name", "request_default_max_tokens", "lora_dtype", "truncate_to_rank", "prove", "hide_base", "merge")
     MODEL_NAME_FIELD_NUMBER: _ClassVar[int]
     BASE_FIELD_NUMBER: _ClassVar[int]
     ADAPTERS_FIELD_NUMBER: _ClassVar[int]
@@ -73,6 +82,8 @@ class DeploymentSpec(_message.Message):
     LORA_DTYPE_FIELD_NUMBER: _ClassVar[int]
     TRUNCATE_TO_RANK_FIELD_NUMBER: _ClassVar[int]
     PROVE_FIELD_NUMBER: _ClassVar[int]
+    HIDE_BASE_FIELD_NUMBER: _ClassVar[int]
+    MERGE_FIELD_NUMBER: _ClassVar[int]
     model_name: str
     base: Repository
     adapters: _containers.RepeatedCompositeFieldContainer[Adapter]
@@ -84,7 +95,9 @@ class DeploymentSpec(_message.Message):
     lora_dtype: Dtype
     truncate_to_rank: int
     prove: bool
-    def __init__(self, model_name: _Optional[str] = ..., base: _Optional[_Union[Repository, _Mapping]] = ..., adapters: _Optional[_Iterable[_Union[Adapter, _Mapping]]] = ..., max_seq_len: _Optional[int] = ..., max_lora_rank: _Optional[int] = ..., lora_target_modules: _Optional[_Iterable[str]] = ..., served_model_name: _Optional[str] = ..., request_default_max_tokens: _Optional[int] = ..., lora_dtype: _Optional[_Union[Dtype, str]] = ..., truncate_to_rank: _Optional[int] = ..., prove: _Optional[bool] = ...) -> None: ...
+    hide_base: bool
+    merge: Merge
+    def __init__(self, model_name: _Optional[str] = ..., base: _Optional[_Union[Repository, _Mapping]] = ..., adapters: _Optional[_Iterable[_Union[Adapter, _Mapping]]] = ..., max_seq_len: _Optional[int] = ..., max_lora_rank: _Optional[int] = ..., lora_target_modules: _Optional[_Iterable[str]] = ..., served_model_name: _Optional[str] = ..., request_default_max_tokens: _Optional[int] = ..., lora_dtype: _Optional[_Union[Dtype, str]] = ..., truncate_to_rank: _Optional[int] = ..., prove: _Optional[bool] = ..., hide_base: _Optional[bool] = ..., merge: _Optional[_Union[Merge, str]] = ...) -> None: ...
 
 class BuildDeploymentRequest(_message.Message):
     __slots__ = ("deployment", "request_id")

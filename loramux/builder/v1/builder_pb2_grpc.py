@@ -134,6 +134,7 @@ class BuilderServiceServicer:
         NOT_FOUND            REPO_NOT_FOUND, REVISION_NOT_FOUND: correct the name or the revision.
         PERMISSION_DENIED    REPO_GATED, SOURCE_REFUSED: use another secret, or ask the operator.
         FAILED_PRECONDITION  CHECKPOINT_INVALID: the base cannot be served. RESOURCES_EXHAUSTED: the disk is full.
+        ABORTED              SOURCE_CHANGED: the repository changed while it was read. Retry.
         UNAVAILABLE          SOURCE_UNAVAILABLE: retry.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

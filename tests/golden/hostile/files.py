@@ -72,6 +72,7 @@ REFUSED = (
     of_files("a checkpoint below", "E_NO_CONFIG", "checkpoint-500/adapter_config.json", "README.md"),
     of_files("weights alone", "E_NO_CONFIG", WEIGHTS),
     of_files("config alone", "E_NO_WEIGHTS", CONFIG),
+    of_files("a pickle alone", "E_NO_CONFIG E_BIN_ONLY", "adapter_model.bin"),
     exhibit("a pickle with a canary", "E_BIN_ONLY", _canary("adapter_model.bin")),
     exhibit("pickles of all names", "E_BIN_ONLY", _canary("adapter_model.pt", "adapter_model.pth", "opt.pt")),
     of_files("shards", "E_SHARDED", CONFIG, "adapter_model-00001-of-00002.safetensors",

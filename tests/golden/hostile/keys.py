@@ -134,6 +134,8 @@ REFUSED = (
     _one("kohya keys", "E_CONTAINER", "lora_te_text_model_encoder_layers_0_mlp_fc1.lora_down.weight"),
     _changed("NaN", "E_NAN", _set(np.nan)),
     _changed("infinite", "E_NAN", _set(np.inf)),
+    of_tensors("beyond bfloat16", "E_OVERFLOW", lambda: tensors() | {
+        key(0, "q_proj", "A"): np.full((4, 16), 3.4e38, "f4")}),
     _changed("beyond float16", "E_OVERFLOW", _set(9.1e4), lora={"dtype": "float16"}),
     *(_changed(f"{kind} values", "E_DTYPE", lambda _, kind=kind: np.ones((4, 16), kind))
       for kind in ("i1", "f8", ml_dtypes.float8_e4m3fn)),
@@ -147,6 +149,7 @@ REFUSED = (
 ACCEPTED = (
     of_tensors("B is zero", "W_ZERO_B", lambda: _zero("B")),
     of_tensors("A is zero", "W_ZERO_B", lambda: _zero("A")),
+    of_tensors("cut to rank 2", "W_TRUNCATED", tensors, lora={"truncate_to_rank": 2}),
     exhibit("o_proj of narrow heads", "W_ODENSE",
             lambda folder: adapter(folder, _wide_o_proj(), target_modules=["o_proj"]),
             base={"hidden_size": 2 * HIDDEN, "head_dim": 4}),

@@ -1,0 +1,106 @@
+"""Intake: the adapters of a build fetched and validated, several at once; nothing leaves the work folder."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final, TypeAlias
+
+from builder_service.domain.file_rules import WEIGHTS
+from builder_service.domain.rules import CheckedAdapter, Rulebook
+from builder_service.domain.safetensors_header import HeaderInvalid, read_header
+from builder_service.pipeline.fetch import FetchedAdapter, ListedAdapter, fetch_adapter, gathered, list_adapters
+from builder_service.pipeline.progress import Progress, Stage
+from builder_service.pipeline.space import Space
+from builder_service.pipeline.validate import ValidAdapter, check_fetched, refuse_any
+from builder_service.pipeline.workshop import Workshop
+from shared.deployment import Repository
+
+HEAVY_BYTES: Final = 8 << 20
+"""The rules hold A and B of one row; rows of larger tensors are looked at one after the other."""
+
+Identity: TypeAlias = tuple[tuple[str, str], ...]
+"""Names and sha256 of an adapter's files: what, beside the deployment, its bundle follows from."""
+
+
+@dataclass
+class Intake:
+    """The incoming adapters of one build."""
+
+    book: Rulebook
+    shop: Workshop
+    space: Space
+    work: Path
+    progress: Progress
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _checks: dict[Identity, Future[CheckedAdapter]] = field(default_factory=dict)
+
+    def take_in(self, adapters: Mapping[str, Repository]) -> list[ValidAdapter]:
+        """Fetch and validate adapters; by name.
+
+        Raises:
+            AdapterInvalid: with every violation of every adapter.
+            ResourcesExhausted: the disk has no room for them.
+            Fault: what sources raise, of all adapters.
+        """
+        listed = list_adapters(adapters, self.shop.sources, self.progress)
+        self.space.check(sum(adapter.size for adapter in listed), "the adapters")
+        with ThreadPoolExecutor(self.shop.parallel_adapters, "intake") as pool:
+            futures = {
+                adapter.name: pool.submit(self._take_in, adapter, self.work / f"adapter-{i}")
+                for i, adapter in enumerate(listed)
+            }
+        taken = gathered(futures, self.progress)
+        refuse_any({adapter.fetched.name: adapter.checked for adapter in taken})
+        return taken
+
+    def _take_in(self, listed: ListedAdapter, folder: Path) -> ValidAdapter:
+        with self.space.writing(listed.size, f"adapter {listed.name!r}"):
+            fetched = fetch_adapter(listed, folder, self.progress)
+        checked = self._check_once(fetched)
+        if checked.errors:
+            self.progress.update(listed.name, stage=Stage.REFUSED)
+        return ValidAdapter(fetched, checked)
+
+    def _check_once(self, fetched: FetchedAdapter) -> CheckedAdapter:
+        """Check an adapter, unless one with the very same files was checked, or is being."""
+        if not fetched.files:
+            return self._check(fetched)
+        with self._lock:
+            found = self._checks.get(identity(fetched))
+            future = self._checks.setdefault(identity(fetched), Future())
+        if found is not None:  # whose thread runs already: this one only waits
+            self.progress.enter(fetched.name, Stage.VALIDATING)
+            return found.result()
+        try:
+            checked = self._check(fetched)
+        except BaseException as error:
+            future.set_exception(error)
+            raise
+        future.set_result(checked)
+        return checked
+
+    def _check(self, fetched: FetchedAdapter) -> CheckedAdapter:
+        with self.shop.heavy if _largest_tensor(fetched) > HEAVY_BYTES else nullcontext():
+            return check_fetched(fetched, self.book, self.progress)
+
+
+def identity(fetched: FetchedAdapter) -> Identity:
+    """Return what two adapters have in common whose bundles are one."""
+    return tuple(sorted((name, file.sha256) for name, file in fetched.files.items()))
+
+
+def _largest_tensor(fetched: FetchedAdapter) -> int:
+    """Return the bytes of the largest tensor, or of the largest file where that is not known."""
+    size = max((file.size for file in fetched.files.values()), default=0)
+    if size <= HEAVY_BYTES or WEIGHTS not in fetched.files:
+        return size
+    try:
+        tensors = read_header(fetched.folder / WEIGHTS).tensors
+    except HeaderInvalid:  # which the rules will say
+        return 0
+    return max((tensor.size for tensor in tensors.values()), default=0)

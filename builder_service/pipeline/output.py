@@ -1,0 +1,91 @@
+"""Output: the bundles of a build converted and published, several at once, each only once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from builder_service.domain.rules import base_warning
+from builder_service.pipeline.convert import BuiltBundle, bundle_bytes, convert_adapter
+from builder_service.pipeline.fetch import gathered
+from builder_service.pipeline.intake import Identity, identity
+from builder_service.pipeline.progress import Progress, Stage
+from builder_service.pipeline.publish import publish_bundle
+from builder_service.pipeline.space import Space
+from builder_service.pipeline.validate import ValidAdapter
+from shared.bundle.proof import Proof
+from shared.deployment import Dtype
+from shared.storage.base import Store
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Adapters with the very same files, which have one bundle."""
+
+    adapters: tuple[ValidAdapter, ...]
+
+    @property
+    def first(self) -> ValidAdapter:
+        """The one that is converted."""
+        return self.adapters[0]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """By which the deployment calls them."""
+        return tuple(adapter.fetched.name for adapter in self.adapters)
+
+
+def batches(adapters: Sequence[ValidAdapter]) -> list[Batch]:
+    """Return adapters with those together that are the same."""
+    found: dict[Identity, list[ValidAdapter]] = {}
+    for adapter in adapters:
+        found.setdefault(identity(adapter.fetched), []).append(adapter)
+    return [Batch(tuple(group)) for group in found.values()]
+
+
+@dataclass(frozen=True)
+class Output:
+    """The outgoing bundles of one build, all of whose adapters are valid."""
+
+    dtype: Dtype
+    base: str
+    """The base's repository, as it is shown."""
+    store: Store
+    served: frozenset[str]
+    """Digests that the served generation refers to."""
+    space: Space
+    progress: Progress
+    parallel: int
+
+    def put_out(self, groups: Sequence[Batch], proofs: Sequence[Proof | None]) -> dict[str, str]:
+        """Convert and publish; returns the digests by the adapters' names.
+
+        Raises:
+            ResourcesExhausted: the disk has no room for a bundle.
+            StoreUnavailable: the store does not answer.
+            InternalFault: a bundle was not written as it was meant.
+        """
+        with ThreadPoolExecutor(self.parallel, "output") as pool:
+            futures = {
+                group.names[0]: pool.submit(self._put_out, group, proof)
+                for group, proof in zip(groups, proofs, strict=True)
+            }
+        digests = gathered(futures, self.progress)
+        return {name: digest for group, digest in zip(groups, digests, strict=True) for name in group.names}
+
+    def _put_out(self, group: Batch, proof: Proof | None) -> str:
+        for name in group.names:
+            self.progress.enter(name, Stage.CONVERTING)
+        size = bundle_bytes(group.first.checked, self.dtype)
+        with self.space.writing(size, f"the bundle of adapter {group.names[0]!r}"):
+            bundle = convert_adapter(group.first, self.dtype, self.progress, proof)
+        self._describe(group, bundle)
+        publish_bundle(self.store, bundle, group.names, self.served, self.progress)
+        return bundle.digest
+
+    def _describe(self, group: Batch, bundle: BuiltBundle) -> None:
+        warning = base_warning(bundle.manifest.base_model_name, self.base)
+        for adapter in group.adapters:
+            extra = [*([warning] if warning else []), *adapter.fetched.warnings]
+            self.progress.describe(adapter.fetched.name, bundle.digest, bundle.manifest, extra)

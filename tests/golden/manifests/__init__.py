@@ -1,0 +1,1 @@
+"""Manifests that the builder wrote; ``make golden`` writes them again, and the diff is read."""

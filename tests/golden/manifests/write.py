@@ -1,0 +1,104 @@
+"""Build a few adapters whose bytes never change, and keep their manifests."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from builder_service.pipeline.build import build
+from builder_service.pipeline.progress import Progress
+from builder_service.pipeline.workshop import Workshop
+from shared.bundle.reader import read_manifest
+from shared.deployment import parse_deployment
+from shared.sources.open import open_sources
+from shared.storage.memory import MemoryStore
+from tests.adapters import ADAPTER_CONFIG, FEATURES, HIDDEN, INTERMEDIATE, LAYERS, key, write_base
+from tests.golden.hostile.exhibit import ROOT, entry, header
+
+FOLDER = Path(__file__).parent
+Shapes = dict[str, tuple[int, int]]
+
+
+def _plain() -> Shapes:
+    return _pairs({"q_proj": 4, "v_proj": 4})
+
+
+def _ragged() -> Shapes:
+    return _pairs({"q_proj": 3, "o_proj": 1, "down_proj": 7})
+
+
+def _fused() -> Shapes:
+    name = f"{ROOT}layers.1.mlp.gate_up_proj.lora_"
+    return {f"{name}A.weight": (2, HIDDEN), f"{name}B.weight": (2 * INTERMEDIATE, 2)}
+
+
+def _pairs(ranks: dict[str, int]) -> Shapes:
+    made: Shapes = {}
+    for layer in range(LAYERS):
+        for module, rank in ranks.items():
+            features_in, features_out = FEATURES[module]
+            made[key(layer, module, "A")] = (rank, features_in)
+            made[key(layer, module, "B")] = (features_out, rank)
+    return made
+
+
+ADAPTERS: dict[str, tuple[Shapes, dict[str, Any], dict[str, Any], str]] = {
+    "plain": (_plain(), {}, {}, "bfloat16"),
+    "ragged": (
+        _ragged(),
+        {
+            "use_rslora": True,
+            "rank_pattern": {"o_proj": 1, "down_proj": 7},
+            "alpha_pattern": {r"layers\.1\..*": 2.5},
+            "target_modules": "all-linear",
+            "r": 3,
+        },
+        {},
+        "float32",
+    ),
+    "fused": (_fused(), {"target_modules": ["gate_up_proj"], "r": 2}, {"model_type": "phi3"}, "float16"),
+}
+"""By name: shapes, changes to the adapter's config and to the base's, storage type."""
+
+
+def manifest(name: str) -> bytes:
+    """Build an adapter and return its manifest, with a line for every value so that a diff can be read."""
+    shapes, config, base, dtype = ADAPTERS[name]
+    with tempfile.TemporaryDirectory() as made:
+        folder = Path(made)
+        write_base(folder / "base", **base)
+        (folder / name).mkdir()
+        (folder / name / "adapter_config.json").write_text(json.dumps(ADAPTER_CONFIG | config, sort_keys=True))
+        (folder / name / "adapter_model.safetensors").write_bytes(_tensors(shapes))
+        data = {
+            "model_name": "golden",
+            "build": {
+                "checkpoint_repository": {"source": "LOCAL", "repo": str(folder / "base")},
+                "lora_adapters": {name: {"source": "LOCAL", "repo": str(folder / name)}},
+                "lora_configuration": {"dtype": dtype},
+            },
+        }
+        store = MemoryStore()
+        shop = Workshop(store, open_sources(local_roots=[folder]), folder / "work")
+        generation = build(parse_deployment(data).deployment, shop, Progress([name])).generation
+        found = json.loads(read_manifest(store, generation.adapters[name].digest).to_bytes())
+    return (json.dumps(found, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
+
+
+def _tensors(shapes: Shapes) -> bytes:
+    """A safetensors file in float16 whose values are eighths, so that every machine has the same."""
+    entries, data = {}, b""
+    for name, shape in shapes.items():
+        entries[name] = entry(*shape, begin=len(data))
+        values = (np.arange(shape[0] * shape[1]) * 7 % 31 - 15) / 8
+        data += values.astype("<f2").tobytes()
+    return header(entries, data)
+
+
+if __name__ == "__main__":
+    for name in ADAPTERS:
+        (FOLDER / f"{name}.json").write_bytes(manifest(name))

@@ -1,0 +1,163 @@
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from builder_service.pipeline.build import build
+from builder_service.pipeline.progress import Progress
+from builder_service.pipeline.workshop import Workshop
+from shared.bundle.norms import row_norms
+from shared.deployment import parse_deployment
+from shared.sources.open import open_sources
+from shared.storage.local import LocalStore
+from tests.adapters import key, tensors, write_adapter, write_base
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "bundle-format.md"
+NAMES = {
+    1: "attn_q",
+    2: "attn_k",
+    3: "attn_v",
+    4: "attn_dense",
+    5: "mlp_h_to_4h",
+    6: "mlp_4h_to_h",
+    7: "mlp_gate",
+}
+
+
+def read_deployment(store: Path, name: str) -> dict[str, list[dict[str, Any]]]:
+    """A reader after docs/bundle-format.md: nothing but numpy, json and sha256. Adapter name to its rows."""
+    current = json.loads((store / "deployments" / name / "current.json").read_bytes())
+    path = store / "deployments" / name / "generations" / f"{current['generation']:08d}.json"
+    generation = json.loads(checked(path, current["sha256"]))
+    assert generation["format_version"] == 1
+    return {
+        adapter: read_bundle(store / "bundles" / "sha256" / record["digest"], record["digest"])
+        for adapter, record in generation["adapters"].items()
+    }
+
+
+def checked(path: Path, sha256: str) -> bytes:
+    """The bytes of a file that are what was promised."""
+    data = path.read_bytes()
+    assert hashlib.sha256(data).hexdigest() == sha256
+    return data
+
+
+def read_bundle(folder: Path, digest: str) -> list[dict[str, Any]]:
+    """The rows of a bundle with A and sB in float32."""
+    data = checked(folder / "manifest.json", digest)
+    manifest = json.loads(data)
+    canonical = json.dumps(manifest, sort_keys=True, separators=(",", ":"), ensure_ascii=False) + "\n"
+    assert data == canonical.encode()
+    assert manifest["format_version"] == 1
+    for file, record in manifest["files"].items():
+        assert len(checked(folder / file, record["sha256"])) == record["size"]
+    weights, config = (np.load(folder / f"model.lora_{kind}.npy") for kind in ("weights", "config"))
+    descr = {"float16": "<f2", "float32": "<f4", "bfloat16": "|V2"}[manifest["dtype"]]
+    assert weights.dtype == np.dtype(descr)
+    assert weights.shape == (1, len(manifest["rows"]), manifest["row_width"])
+    assert config.dtype == np.dtype("<i4")
+    if manifest["dtype"] == "bfloat16":
+        weights = (weights.view("<u2").astype("<u4") << 16).view("<f4")
+    rows = []
+    for row, values, columns in zip(manifest["rows"], weights[0], config[0], strict=True):
+        assert (
+            columns.tolist() == [row["module_id"], row["layer"], row["rank"], 0][: manifest["config_columns"]]
+        )
+        assert NAMES[row["module_id"]] == row["module"]
+        split = row["rank"] * row["in_features"]
+        end = split + row["rank"] * row["out_features"]
+        assert not values[end:].any()
+        a = values[:split].reshape(row["rank"], row["in_features"]).astype(np.float32)
+        b = values[split:end].reshape(row["out_features"], row["rank"]).astype(np.float32)
+        gram_a, gram_b = (wide.T @ wide for wide in (a.T.astype(np.float64), b.astype(np.float64)))
+        norms = [np.trace(gram_a) ** 0.5, np.trace(gram_b) ** 0.5, (gram_a * gram_b).sum() ** 0.5]
+        np.testing.assert_allclose([row["norm_a"], row["norm_b"], row["norm_ba"]], norms, rtol=1e-4)
+        rows.append({**row, "a": a, "b": b})
+    return rows
+
+
+def published(folder: Path, dtype: str, **config: Any) -> Path:
+    """Build the adapter of a folder into a store of files; returns the store's folder."""
+    write_base(folder / "base", **config)
+    data = {
+        "model_name": "page",
+        "build": {
+            "checkpoint_repository": {"source": "LOCAL", "repo": str(folder / "base")},
+            "lora_adapters": {"one": {"source": "LOCAL", "repo": str(folder / "one")}},
+            "lora_configuration": {"dtype": dtype},
+        },
+    }
+    shop = Workshop(LocalStore(folder / "store"), open_sources(local_roots=[folder]), folder / "work")
+    build(parse_deployment(data).deployment, shop, Progress(["one"]))
+    return folder / "store"
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_a_stranger_reads_a_bundle_from_the_page_alone(tmp_path, dtype):
+    """Forty lines of numpy and json find the adapter's A and scaled B, whatever the storage type."""
+    values = {
+        name: np.round(np.asarray(value, np.float32), 1).astype(np.float16).astype(value.dtype)
+        for name, value in tensors(("q_proj", "up_proj", "down_proj")).items()
+    }
+    write_adapter(tmp_path / "one", values, target_modules="all-linear")
+    rows = read_deployment(published(tmp_path, dtype), "page")["one"]
+    assert [(row["layer"], row["module_id"]) for row in rows] == [
+        (0, 1),
+        (0, 6),
+        (0, 7),
+        (1, 1),
+        (1, 6),
+        (1, 7),
+    ]
+    leaves = {1: "q_proj", 6: "down_proj", 7: "up_proj"}
+    for row in rows:
+        sides = {
+            side: values[key(row["layer"], leaves[row["module_id"]], side)].astype(np.float32) for side in "AB"
+        }
+        np.testing.assert_array_equal(row["a"], sides["A"])
+        np.testing.assert_array_equal(row["b"], 2 * sides["B"])
+
+
+def test_the_test_vector_of_the_page(tmp_path):
+    """The page's test vector is what the builder writes, number by number."""
+    vector = {
+        ("q_proj", "A"): [[1, 2, 3, 4], [5, 6, 7, 8]],
+        ("q_proj", "B"): [[1, 0], [0, 1], [1, 1], [2, -1]],
+        ("v_proj", "A"): [[1, -1, 0.5, 0]],
+        ("v_proj", "B"): [[0.25], [-0.5]],
+    }
+    write_adapter(tmp_path / "one", r=2, lora_alpha=4, rank_pattern={"v_proj": 1})
+    save_file(
+        {key(0, module, side): np.array(value, np.float16) for (module, side), value in vector.items()},
+        tmp_path / "one" / "adapter_model.safetensors",
+    )
+    sizes = {"hidden_size": 4, "num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 1}
+    store = published(tmp_path, "float16", **sizes)
+    rows = read_deployment(store, "page")["one"]
+    folder = next((store / "bundles" / "sha256").iterdir())
+    written = [np.load(folder / f"model.lora_{kind}.npy")[0].tolist() for kind in ("weights", "config")]
+    block = PAGE.read_text().split("## Test vector")[1]
+    said = [json.loads(text) for text in re.findall(r"^[^=\[\n]*(\[.*\])$", block, re.MULTILINE)]
+    assert [said[:2], said[2]] == written
+    norms = re.findall(r"_proj +([\d.]+), ([\d.]+), ([\d.]+)$", block, re.MULTILINE)
+    assert [[row["norm_a"], row["norm_b"], row["norm_ba"]] for row in rows] == [[*map(float, n)] for n in norms]
+
+
+def test_norms_of_narrow_and_wide_matrices():
+    """The norms are those of numpy, also where a matrix is wider than what is summed at once."""
+    random = np.random.default_rng(0)
+    for rank, features_in, features_out in ((1, 3, 2), (64, 9000, 5), (3, 2, 300_000)):
+        a, b = random.normal(size=(rank, features_in)), random.normal(size=(features_out, rank))
+        norms = row_norms(a.astype(np.float32), b.astype(np.float32))
+        assert norms.a == pytest.approx(np.linalg.norm(a), rel=1e-4)
+        assert norms.b == pytest.approx(np.linalg.norm(b), rel=1e-4)
+        if features_in * features_out < 10**6:
+            assert norms.ba == pytest.approx(np.linalg.norm(b @ a), rel=1e-4)

@@ -1,0 +1,133 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from builder_service.domain.tensor_names import LoraKey, nearest_key, parse_key
+from builder_service.pipeline.base_weights import BaseWeights
+from builder_service.pipeline.build import build
+from builder_service.pipeline.progress import Progress
+from builder_service.pipeline.workshop import Workshop
+from shared.bundle.manifest import Coverage, Manifest
+from shared.bundle.reader import read_manifest
+from shared.deployment import Repository, parse_deployment
+from shared.faults import AdapterInvalid, BundleCorrupt, CheckpointInvalid
+from shared.sources.checkpoint import describe_base
+from shared.sources.open import open_sources
+from shared.storage.memory import MemoryStore
+from tests.adapters import HIDDEN, VOCAB, tensors, write_adapter, write_base
+
+EMBED = "base_model.model.model.embed_tokens.weight"
+HEAD = "base_model.model.lm_head.weight"
+INDEX = "model.safetensors.index.json"
+
+
+def matrix(seed: int) -> Any:
+    """Embeddings or a head."""
+    return np.random.default_rng(seed).normal(size=(VOCAB, HIDDEN)).astype(ml_dtypes.bfloat16)
+
+
+def sharded_base(folder: Path) -> None:
+    """A base in two shards: embeddings in the first, the head in the second."""
+    write_base(folder / "base")
+    (folder / "base" / "model.safetensors").unlink()
+    shards = {"model.embed_tokens.weight": matrix(1), "lm_head.weight": matrix(2)}
+    for number, (name, value) in enumerate(shards.items(), 1):
+        save_file({name: value}, folder / "base" / f"model-{number:05d}-of-00002.safetensors")
+    table = {name: f"model-{number:05d}-of-00002.safetensors" for number, name in enumerate(shards, 1)}
+    (folder / "base" / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": table}))
+
+
+def built(folder: Path, **config: Any) -> Manifest:
+    """Build the adapter of a folder and return its manifest."""
+    data = {
+        "model_name": "tiny",
+        "build": {
+            "checkpoint_repository": {"source": "LOCAL", "repo": str(folder / "base")},
+            "lora_adapters": {"one": {"source": "LOCAL", "repo": str(folder / "one")}},
+        },
+    }
+    store = MemoryStore()
+    shop = Workshop(store, open_sources(local_roots=[folder]), folder / "work")
+    generation = build(parse_deployment(data).deployment, shop, Progress(["one"])).generation
+    return read_manifest(store, generation.adapters["one"].digest)
+
+
+def test_every_key_is_used_or_redundant(tmp_path):
+    """Copies of the base's embeddings and head are proved equal, left out, and named; the rest is used."""
+    sharded_base(tmp_path)
+    values = {**tensors(), EMBED: matrix(1).astype(np.float32), HEAD: matrix(2)}
+    write_adapter(tmp_path / "one", values, modules_to_save=["embed_tokens", "lm_head"], revision="v2")
+    manifest = built(tmp_path)
+    assert manifest.coverage == Coverage(used=tuple(sorted(tensors())), redundant=(HEAD, EMBED))
+    assert manifest.base_model_revision == "v2"
+    (warning,) = manifest.warnings
+    assert (warning.code, warning.where) == ("W_REDUNDANT_EMBED", f"{HEAD}, {EMBED}")
+
+
+def test_one_other_value_is_no_copy(tmp_path):
+    """A head that differs from the base's in one value is refused, though the embeddings are a copy."""
+    sharded_base(tmp_path)
+    head = matrix(2)
+    head[-1, -1] += 1
+    write_adapter(tmp_path / "one", {**tensors(), EMBED: matrix(1), HEAD: head}, modules_to_save=["lm_head"])
+    with pytest.raises(AdapterInvalid) as refusal:
+        built(tmp_path)
+    (finding,) = refusal.value.findings
+    assert (finding.code, finding.where) == ("E_EMBED", HEAD)
+    assert finding.found == "a whole matrix that differs from the base's"
+
+
+def test_the_vocabulary_is_named_with_both_sizes(tmp_path):
+    """Embeddings of a resized vocabulary are refused with the size that they have and the base's."""
+    sharded_base(tmp_path)
+    write_adapter(tmp_path / "one", {**tensors(), EMBED: np.zeros((VOCAB + 2, HIDDEN), np.float16)})
+    with pytest.raises(AdapterInvalid, match=r"found shape \[34, 16\], the base has \[32, 16\]"):
+        built(tmp_path)
+
+
+def test_nothing_is_compared_with_a_base_that_changed(tmp_path):
+    """A shard that is not the recorded one any more proves nothing."""
+    sharded_base(tmp_path)
+    sources = open_sources(local_roots=[tmp_path])
+    base = describe_base(sources, Repository(source="LOCAL", repo=str(tmp_path / "base"))).record
+    weights = BaseWeights(base, sources, tmp_path / "cache", lambda _: None)
+    assert weights.find("lm_head.weight") is not None
+    assert weights.find("model.norm.weight") is None
+    save_file({"model.embed_tokens.weight": matrix(3)}, tmp_path / "base" / "model-00001-of-00002.safetensors")
+    with pytest.raises(BundleCorrupt, match=r"model-00001-of-00002\.safetensors changed while the build ran"):
+        weights.find("model.embed_tokens.weight")
+
+
+def test_a_base_shard_that_is_no_safetensors_file(tmp_path):
+    """A base that cannot be read is named as such, not the adapter."""
+    sharded_base(tmp_path)
+    (tmp_path / "base" / "model-00002-of-00002.safetensors").write_bytes(b"x" * 100)
+    sources = open_sources(local_roots=[tmp_path])
+    base = describe_base(sources, Repository(source="LOCAL", repo=str(tmp_path / "base"))).record
+    with pytest.raises(CheckpointInvalid, match=r"base: model-00002-of-00002\.safetensors: header of"):
+        BaseWeights(base, sources, tmp_path / "cache", lambda _: None).find("lm_head.weight")
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "model.layers.3.self_attn.q_proj.lora_A.weight",
+        "layers.3.mlp.up_proj.lora_B.weight",
+        "base_model.model.model.layers.3.self_attn.q_proj.lora_A",
+        "base_model.model.model.layers.3.attention.q_proj.lora_A.weight",
+    ],
+)
+def test_the_nearest_known_form_of_a_key(key):
+    """A key that lacks its root or its end is refused with the key that it should be."""
+    near = nearest_key(key)
+    assert not isinstance(parse_key(key), LoraKey)
+    assert isinstance(parse_key(near), LoraKey)
+    assert ".3." in near
+    assert nearest_key("something.else") == ""

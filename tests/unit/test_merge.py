@@ -1,0 +1,78 @@
+"""A deployment of one adapter that hides its base: merged into the weights, and the same to a client."""
+
+from __future__ import annotations
+
+import pytest
+
+from builder_service.pipeline.build import build
+from builder_service.pipeline.progress import Progress
+from builder_service.pipeline.workshop import Workshop
+from inference_service.serving.startup import Ready
+from shared.bundle.deployments import current_generation
+from shared.deployment import Deployment, parse_deployment
+from shared.faults import DeploymentInvalid, ModelNotFound
+from shared.sources.open import open_sources
+from shared.storage.memory import MemoryStore
+from tests.tiny import World, make_world, run_engine
+
+PROMPTS = [[5 + 7 * turn + place for place in range(3 + 11 * turn)] for turn in range(5)]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return make_world(tmp_path_factory.mktemp("tiny"))
+
+
+def _ready(world: World, name: str, runtime: dict[str, object], **settings: object) -> Ready:
+    data = world.deployment().model_dump(mode="json")
+    data["build"]["lora_adapters"] = {name: data["build"]["lora_adapters"][name]}
+    data["runtime"] |= runtime
+    deployment = Deployment.model_validate(data)
+    store = MemoryStore()
+    shop = Workshop(store, open_sources(local_roots=[world.root]))
+    build(deployment, shop, Progress(deployment.build.lora_adapters))
+    generation = current_generation(store, "tiny")
+    assert generation is not None
+    assert generation.merged == (
+        name if "merge" not in runtime and not runtime.get("serve_base", True) else None
+    )
+    return world.load(store, **settings)
+
+
+@pytest.mark.parametrize("name", ["wide", "all", "rs"])
+@pytest.mark.parametrize("native", [True, False])
+def test_merged_and_unmerged_agree(world: World, name: str, native: bool) -> None:
+    """In float32 the merged weights give the tokens that the adapter gives beside them."""
+    requests = [(name, prompt) for prompt in PROMPTS]
+    merged = _ready(world, name, {"serve_base": False}, native=native)
+    beside = _ready(world, name, {"serve_base": False, "merge": "never"}, native=native)
+    assert merged.service.catalog.get(name).adapter is None
+    assert beside.service.catalog.get(name).adapter is not None
+    assert run_engine(merged, requests, 20) == run_engine(beside, requests, 20)
+
+
+def test_a_merged_adapter_differs_from_the_base(world: World) -> None:
+    """The test above would see weights that nothing was added to."""
+    merged = _ready(world, "all", {"serve_base": False})
+    base = _ready(world, "all", {})
+    assert run_engine(merged, [("all", PROMPTS[2])], 20) != run_engine(base, [("base", PROMPTS[2])], 20)
+
+
+def test_a_hidden_base_is_unknown_to_clients(world: World) -> None:
+    """Its name is neither listed nor served, and the adapter keeps digest and parent."""
+    catalog = _ready(world, "rs", {"serve_base": False}).service.catalog
+    assert [model.name for model in catalog] == ["rs"]
+    assert catalog.get("rs").digest
+    with pytest.raises(ModelNotFound, match="Served: rs"):
+        catalog.get("base")
+
+
+@pytest.mark.parametrize(
+    "runtime", [{"serve_base": True, "merge": "always"}, {"serve_base": False, "merge": "sometimes"}]
+)
+def test_a_merge_that_cannot_be_is_refused(world: World, runtime: dict[str, object]) -> None:
+    """merge: always beside a served base, and values that do not exist, are errors of the deployment file."""
+    data = world.deployment().model_dump(mode="json")
+    data["runtime"] |= runtime
+    with pytest.raises(DeploymentInvalid, match=r"merge"):
+        parse_deployment(data)

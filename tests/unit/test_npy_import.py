@@ -1,0 +1,262 @@
+"""npy files of another TensorRT-LLM converter: the same rules as for any adapter, and exact rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from builder_service.pipeline.build import build
+from builder_service.pipeline.check import AdapterReport, check_one
+from builder_service.pipeline.progress import Progress
+from builder_service.pipeline.workshop import Workshop
+from shared.bundle.deployments import current_generation
+from shared.bundle.reader import Bundle, read_bundle
+from shared.deployment import Deployment, parse_deployment
+from shared.sources.open import open_sources
+from shared.storage.memory import MemoryStore
+from tests.adapters import HIDDEN, INTERMEDIATE, write_adapter, write_base
+
+Q, KV = HIDDEN, HIDDEN // 2
+SIZES = {
+    0: (HIDDEN, Q + 2 * KV),
+    1: (HIDDEN, Q),
+    2: (HIDDEN, KV),
+    3: (HIDDEN, KV),
+    4: (Q, HIDDEN),
+    5: (HIDDEN, INTERMEDIATE),
+    6: (INTERMEDIATE, HIDDEN),
+    7: (HIDDEN, INTERMEDIATE),
+    18: (HIDDEN, 2 * INTERMEDIATE),
+}
+Rows = list[tuple[int, int, int]]
+"""(module id, layer, rank)"""
+BF16 = np.dtype(ml_dtypes.bfloat16)
+
+
+def matrices(module: int, layer: int, rank: int) -> tuple[Any, Any]:
+    """A and B of a row, exact in every storage type."""
+    random = np.random.default_rng([module, layer, rank])
+    features, out = SIZES[module]
+    a = random.integers(-64, 64, (rank, features)) / 32
+    return a.astype(np.float32), (random.integers(1, 64, (out, rank)) / 32).astype(np.float32)
+
+
+def write(
+    folder: Path,
+    rows: Rows,
+    *,
+    dtype: Any = np.float16,
+    columns: int = 4,
+    batch: bool = True,
+    config_name: str = "model.lora_config.npy",
+    extra: int = 3,
+    change: Callable[[Any, Any], None] | None = None,
+) -> Path:
+    """Write the files of a converter: rows in their order, padded a little more than they must be."""
+    folder.mkdir(parents=True, exist_ok=True)
+    flat = [np.concatenate([part.ravel() for part in matrices(*row)]) for row in rows]
+    width = max(map(len, flat)) + extra
+    weights = np.stack([np.pad(row, (0, width - len(row))) for row in flat])
+    config = np.array([[*row, 0][:columns] for row in rows], np.int32)
+    if change is not None:
+        change(weights, config)
+    stored = weights.astype(dtype)
+    np.save(folder / "model.lora_weights.npy", stored[None] if batch else stored)
+    np.save(folder / config_name, config[None] if batch else config)
+    return folder
+
+
+class Bench:
+    """A base, a folder for npy files, a store."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        write_base(root / "base")
+        self.shop = Workshop(MemoryStore(), open_sources(local_roots=[root]), root / "work")
+
+    @property
+    def npy(self) -> Path:
+        """The adapter's folder."""
+        return self.root / "npy"
+
+    def deployment(self, **lora: Any) -> Deployment:
+        """A deployment of the one adapter."""
+        block = {
+            "checkpoint_repository": {"source": "LOCAL", "repo": str(self.root / "base")},
+            "lora_adapters": {"other": {"source": "LOCAL", "repo": str(self.npy)}},
+            "lora_configuration": lora,
+        }
+        return parse_deployment({"model_name": "tiny", "build": block}).deployment
+
+    def check(self, **lora: Any) -> AdapterReport:
+        """Check it."""
+        wanted = self.deployment(**lora)
+        return check_one(wanted, self.shop, Progress(wanted.build.lora_adapters))
+
+    def build(self, **lora: Any) -> Bundle:
+        """Build it, and read it as a replica does."""
+        wanted = self.deployment(**lora)
+        build(wanted, self.shop, Progress(wanted.build.lora_adapters))
+        generation = current_generation(self.shop.store, "tiny")
+        assert generation is not None
+        return read_bundle(self.shop.store, generation.adapters["other"].digest)
+
+    def errors(self, **lora: Any) -> list[tuple[str, str]]:
+        """Codes and places of the errors of a check."""
+        return [(item.code, item.where) for item in self.check(**lora).findings if item.code[:2] == "E_"]
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Bench:
+    return Bench(tmp_path)
+
+
+EVERY: Rows = [(6, 1, 3), (1, 0, 4), (3, 0, 2), (2, 1, 4), (4, 1, 1), (7, 0, 8), (5, 0, 8)]
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, BF16, "V2"])
+@pytest.mark.parametrize("columns", [3, 4])
+@pytest.mark.parametrize("batch", [True, False])
+def test_files_of_every_kind_become_the_same_rows(bench: Bench, dtype: Any, columns: int, batch: bool) -> None:
+    """Any type, three or four columns, with or without the batch dimension: sorted rows of the same values."""
+    raw = dtype == "V2"
+    write(bench.npy, EVERY, dtype=BF16 if raw else dtype, columns=columns, batch=batch)
+    if raw:  # as TensorRT-LLM saves bfloat16
+        values = np.load(bench.npy / "model.lora_weights.npy")
+        np.save(bench.npy / "model.lora_weights.npy", values.view("V2"))
+    bundle = bench.build(dtype="float32")
+    assert [(row.row.module_id, row.row.layer, row.row.rank) for row in bundle.rows] == sorted(
+        EVERY, key=lambda row: (row[1], row[0])
+    )
+    for row in bundle.rows:
+        a, b = matrices(row.row.module_id, row.row.layer, row.row.rank)
+        np.testing.assert_array_equal(row.a, a)
+        np.testing.assert_array_equal(row.b, b)
+    assert {row.row.scale for row in bundle.rows} == {1.0}
+    assert sorted(bundle.manifest.inputs) == ["model.lora_config.npy", "model.lora_weights.npy"]
+
+
+def test_the_older_name_of_the_config_is_known(bench: Bench) -> None:
+    """``model.lora_keys.npy`` is the config's name of older converters."""
+    write(bench.npy, EVERY, config_name="model.lora_keys.npy")
+    assert bench.check().accepted
+    assert "model.lora_keys.npy" in bench.build().manifest.inputs
+
+
+def test_fused_rows_are_split_exactly(bench: Bench) -> None:
+    """attn_qkv is [q; k; v] and mlp_gate_up is [up; gate]: A is shared, and B's rows go where they belong."""
+    write(bench.npy, [(0, 0, 4), (18, 1, 2)])
+    bundle = bench.build(dtype="float32")
+    a, b = matrices(0, 0, 4)
+    assert [(row.row.layer, row.row.module) for row in bundle.rows] == [
+        (0, "attn_q"), (0, "attn_k"), (0, "attn_v"), (1, "mlp_h_to_4h"), (1, "mlp_gate"),
+    ]  # fmt: skip
+    for row, part in zip(bundle.rows[:3], (b[:Q], b[Q : Q + KV], b[Q + KV :]), strict=True):
+        np.testing.assert_array_equal(row.a, a)
+        np.testing.assert_array_equal(row.b, part)
+    a, b = matrices(18, 1, 2)
+    gate, up = bundle.rows[3:]
+    np.testing.assert_array_equal(gate.b, b[INTERMEDIATE:])
+    np.testing.assert_array_equal(up.b, b[:INTERMEDIATE])
+    assert "W_GATE_UP" in [finding.code for finding in bundle.manifest.warnings]
+
+
+def test_a_peft_adapter_and_its_conversion_are_the_same_rows(bench: Bench) -> None:
+    """What we convert from PEFT and import from our own npy files differs in nothing but its origin."""
+    write_adapter(bench.npy)
+    first = bench.build()
+    store, digest = bench.shop.store, first.digest
+    for path in bench.npy.iterdir():
+        path.unlink()
+    for name in ("model.lora_weights.npy", "model.lora_config.npy"):
+        (bench.npy / name).write_bytes(store.get(f"bundles/sha256/{digest}/{name}"))
+    again = bench.build()
+    assert again.manifest.files == first.manifest.files
+
+
+def poke(row: int, column: int, value: int) -> Callable[[Any, Any], None]:
+    """Change one number of the config."""
+
+    def change(weights: Any, config: Any) -> None:
+        config[row, column] = value
+
+    return change
+
+
+def set_value(row: int, column: int, value: float) -> Callable[[Any, Any], None]:
+    """Change one number of the weights."""
+
+    def change(weights: Any, config: Any) -> None:
+        weights[row, column] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "code"),
+    [
+        (poke(0, 0, 9), "E_MODULE"),
+        (poke(0, 0, 77), "E_MODULE"),
+        (poke(0, 0, 13), "E_MOE"),
+        (poke(0, 1, 2), "E_LAYER"),
+        (poke(0, 1, -1), "E_BAD_NPY"),
+        (poke(0, 2, 0), "E_BAD_NPY"),
+        (poke(0, 2, 3), "E_DIMS"),
+        (poke(0, 2, 5), "E_DIMS"),
+        (poke(0, 3, 1), "E_DORA"),
+        (poke(1, 0, 1), "E_PAIR"),
+        (set_value(0, 4, float("nan")), "E_NAN"),
+        (set_value(1, -1, 0.5), "E_DIMS"),
+    ],
+)
+def test_rows_that_do_not_fit_are_refused(bench: Bench, change: Callable[[Any, Any], None], code: str) -> None:
+    """Foreign modules, layers, ranks, dims, DoRA, duplicates, NaN, values in the padding: by their codes."""
+    write(bench.npy, [(1, 0, 4), (4, 0, 4)], change=change)
+    assert code in [found for found, _ in bench.errors()]
+
+
+def test_a_fused_row_beside_a_part_of_it_is_refused(bench: Bench) -> None:
+    """attn_qkv and attn_k in one layer would adapt k twice."""
+    write(bench.npy, [(0, 0, 4), (2, 0, 4)])
+    assert bench.errors() == [("E_PAIR", "row 1")]
+
+
+def test_the_ceilings_of_the_deployment_hold(bench: Bench) -> None:
+    """Rank and modules above the deployment's are refused as for any adapter."""
+    write(bench.npy, [(1, 0, 8), (4, 0, 4)])
+    codes = [code for code, _ in bench.errors(max_lora_rank=4, lora_target_modules=["attn_q"])]
+    assert sorted(codes) == ["E_MODULE", "E_RANK_MAX"]
+
+
+@pytest.mark.parametrize("name", ["model.lora_weights.npy", "model.lora_config.npy"])
+@pytest.mark.parametrize(
+    "value",
+    [
+        np.zeros((2, 40), np.float64),
+        np.zeros((2, 4), ">i4"),
+        np.zeros((2, 2, 4), np.int32),
+        np.zeros((0, 4), np.int32),
+        np.zeros((3, 4), np.int32),
+        np.asfortranarray(np.zeros((2, 40), np.float16)),
+        np.array([{"a": 1}], dtype=object),
+    ],
+    ids=["float64", "big-endian", "batch-2", "empty", "rows", "fortran", "pickle"],
+)
+def test_files_that_are_no_such_arrays_are_refused(bench: Bench, name: str, value: Any) -> None:
+    """Types, shapes and orders that TensorRT-LLM does not have, and pickles, which are never loaded."""
+    write(bench.npy, [(1, 0, 4), (4, 0, 4)])
+    np.save(bench.npy / name, value, allow_pickle=True)
+    assert [code for code, _ in bench.errors()] == ["E_BAD_NPY"]
+
+
+def test_a_file_that_was_cut_off_is_refused(bench: Bench) -> None:
+    """The size must be what the header says."""
+    write(bench.npy, EVERY)
+    path = bench.npy / "model.lora_weights.npy"
+    path.write_bytes(path.read_bytes()[:-2])
+    assert bench.errors() == [("E_BAD_NPY", "model.lora_weights.npy")]

@@ -1,0 +1,349 @@
+"""Proofs: an adapter answers as its own files say, or the replica does not become ready."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from builder_service.pipeline import prove as builder_prove
+from builder_service.pipeline.build import build
+from builder_service.pipeline.progress import Progress
+from builder_service.pipeline.workshop import Workshop
+from inference_service.models.adapter_source import read_adapter
+from inference_service.models.fingerprint import difference, effect_of
+from inference_service.models.read import read_config
+from inference_service.models.reference import Reference
+from inference_service.prove import prove
+from shared.bundle.deployments import current_generation, publish_generation
+from shared.bundle.manifest import (
+    MANIFEST_FILE,
+    WEIGHTS_FILE,
+    FileDigest,
+    Manifest,
+    bundle_key,
+    sha256_hex,
+)
+from shared.bundle.npy import NUMPY_TYPES
+from shared.bundle.proof import Effect
+from shared.bundle.reader import read_bundle, read_manifest
+from shared.deployment import Deployment
+from shared.faults import BuildInterrupted, CheckpointInvalid, ProofFailed, SettingsInvalid
+from shared.sources.open import open_sources
+from shared.storage.memory import MemoryStore
+from tests.tiny import ADAPTERS, World, make_world, oracle
+
+Change = Callable[[Any, Manifest], None]
+"""Changes the rows [R, C] of a bundle in place."""
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return make_world(tmp_path_factory.mktemp("tiny"))
+
+
+def proved(deployment: Deployment) -> Deployment:
+    """The deployment, with proofs."""
+    return deployment.model_copy(update={"build": deployment.build.model_copy(update={"prove": True})})
+
+
+def build_into(store: MemoryStore, world: World, **lora: Any) -> None:
+    """Build with proofs, as the builder does: the reference runs in a process of its own."""
+    deployment = proved(world.deployment(**lora))
+    shop = Workshop(store, open_sources(local_roots=[world.root]))
+    build(deployment, shop, Progress(deployment.build.lora_adapters))
+
+
+@pytest.fixture(scope="module")
+def float32(world: World) -> MemoryStore:
+    """A store with bundles in float32."""
+    store = MemoryStore()
+    build_into(store, world)
+    return store
+
+
+@pytest.fixture(scope="module")
+def bfloat16(world: World) -> MemoryStore:
+    """A store with bundles in bfloat16."""
+    store = MemoryStore()
+    build_into(store, world, dtype="bfloat16")
+    return store
+
+
+def manifest_of(store: MemoryStore, name: str) -> Manifest:
+    """The manifest of an adapter of the current generation."""
+    generation = current_generation(store, "tiny")
+    assert generation is not None
+    return read_manifest(store, generation.adapters[name].digest)
+
+
+def tampered(store: MemoryStore, name: str, change: Change) -> MemoryStore:
+    """A store in which a bundle was changed and every digest made right again; its proof is the old one."""
+    other = MemoryStore()
+    for key in store.list(""):
+        other.put(key, store.get(key))
+    generation = current_generation(other, "tiny")
+    assert generation is not None
+    old = generation.adapters[name].digest
+    bundle = read_bundle(other, old)
+    data = bytearray(other.get(bundle_key(old, WEIGHTS_FILE)))
+    manifest, kind = bundle.manifest, NUMPY_TYPES[bundle.manifest.dtype]
+    size = len(manifest.rows) * manifest.row_width * kind.itemsize
+    rows = np.frombuffer(data, kind, offset=len(data) - size).reshape(len(manifest.rows), -1)
+    change(rows, manifest)
+    digest = FileDigest(size=len(data), sha256=hashlib.sha256(data).hexdigest())
+    manifest = manifest.model_copy(update={"files": manifest.files | {WEIGHTS_FILE: digest}})
+    new = sha256_hex(manifest.to_bytes())
+    for file in manifest.files:
+        other.put(bundle_key(new, file), other.get(bundle_key(old, file)))
+    other.put(bundle_key(new, WEIGHTS_FILE), bytes(data))
+    other.put(bundle_key(new, MANIFEST_FILE), manifest.to_bytes())
+    record = generation.adapters[name].model_copy(update={"digest": new})
+    adapters = generation.adapters | {name: record}
+    publish_generation(other, generation.model_copy(update={"adapters": adapters}))
+    assert read_bundle(other, new).manifest == manifest
+    return other
+
+
+def b_of(rows: Any, manifest: Manifest, index: int) -> Any:
+    """B of a row, as a view."""
+    row = manifest.rows[index]
+    return rows[index, row.rank * row.in_features : row.rank * (row.in_features + row.out_features)]
+
+
+def scale(index: int, factor: float) -> Change:
+    """Multiply B of a row."""
+
+    def change(rows: Any, manifest: Manifest) -> None:
+        b_of(rows, manifest, index)[:] = (b_of(rows, manifest, index).astype(np.float32) * factor).astype(
+            rows.dtype
+        )
+
+    return change
+
+
+def swap(first: int, second: int) -> Change:
+    """Exchange two rows of the same shape."""
+
+    def change(rows: Any, manifest: Manifest) -> None:
+        one, other = manifest.rows[first], manifest.rows[second]
+        assert (one.rank, one.in_features, one.out_features) == (
+            other.rank,
+            other.in_features,
+            other.out_features,
+        )
+        rows[[first, second]] = rows[[second, first]]
+
+    return change
+
+
+@pytest.mark.parametrize("name", [None, *ADAPTERS])
+def test_the_reference_is_transformers_and_peft(world: World, name: str | None) -> None:
+    """Its logits are those of transformers with PEFT, in float32, so a proof is about what was trained."""
+    config = read_config(world.base)
+    tokens = [[5, 9, 60, 7, 33, 120, 4], [8, 3]]
+    adapter = read_adapter(world.adapters[name], config.dims) if name else {}
+    runs = Reference(config, world.base).run(tokens, {"it": adapter})["it"]
+    model = oracle(world.base, world.adapters[name] if name else None)
+    for sequence, run in zip(tokens, runs, strict=True):
+        with torch.no_grad():
+            expected = model(torch.tensor([sequence])).logits[0, -1]
+        torch.testing.assert_close(run.logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_an_honest_bundle_is_served_in_every_type(
+    world: World, float32: MemoryStore, bfloat16: MemoryStore, dtype: str
+) -> None:
+    """Rounding of storage and of the replica stays within what is allowed."""
+    assert len(list(world.load(float32, dtype=dtype).service.catalog)) == 4
+    assert len(list(world.load(bfloat16, dtype=dtype).service.catalog)) == 4
+
+
+def every_row() -> list[tuple[str, int]]:
+    """All rows of the adapters: modules are in the order of their ids, layer by layer."""
+    counts = {"wide": 4, "all": 14, "rs": 4}
+    return [(name, index) for name, count in counts.items() for index in range(count)]
+
+
+@pytest.mark.parametrize(("name", "index"), every_row())
+@pytest.mark.parametrize("factor", [0.0, 2.0])
+def test_a_single_row_that_is_zeroed_or_doubled_is_caught_in_bfloat16(
+    world: World, bfloat16: MemoryStore, name: str, index: int, factor: float
+) -> None:
+    """Any one row, in the coarsest type: the replica does not become ready, and names adapter and row."""
+    row = manifest_of(bfloat16, name).rows[index]
+    with pytest.raises(ProofFailed, match=f"'{name}': layer {row.layer} {row.module} adds something else"):
+        world.load(tampered(bfloat16, name, scale(index, factor)), dtype="bfloat16")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("wide", swap(0, 2)),  # q of the two layers
+        ("wide", swap(1, 3)),  # v of the two layers
+        ("all", swap(1, 2)),  # k and v of one layer
+        ("all", swap(8, 9)),
+        ("rs", swap(0, 2)),
+        ("all", scale(3, -1.0)),
+        ("wide", scale(0, 0.4)),
+    ],
+)
+def test_rows_that_are_exchanged_or_turned_are_caught(
+    world: World, bfloat16: MemoryStore, name: str, change: Change, dtype: str
+) -> None:
+    """Rows in each other's place, a sign, a wrong scale: digests are right, answers are not."""
+    with pytest.raises(ProofFailed, match=name):
+        world.load(tampered(bfloat16, name, change), dtype=dtype)
+
+
+def test_float32_sees_a_percent(world: World, float32: MemoryStore) -> None:
+    """Where both sides are in float32, a scale that is off by one percent is caught."""
+    world.load(tampered(float32, "rs", scale(1, 1.0)))
+    with pytest.raises(ProofFailed, match="rs"):
+        world.load(tampered(float32, "rs", scale(1, 1.01)))
+
+
+def test_another_base_under_the_same_adapter_is_caught(
+    world: World, float32: MemoryStore, tmp_path: Path
+) -> None:
+    """The log probabilities are about base and adapter together."""
+    other = World(tmp_path / "base", world.adapters, tmp_path)
+    other.base.mkdir()
+    for path in world.base.iterdir():
+        (other.base / path.name).write_bytes(path.read_bytes())
+    tensors = load_file(world.base / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["lm_head.weight"].flip(0)
+    save_file(tensors, other.base / "model.safetensors")
+    store = MemoryStore()
+    shop = Workshop(store, open_sources(local_roots=[world.root, tmp_path]))
+    deployment = proved(other.deployment())
+    build(deployment, shop, Progress(deployment.build.lora_adapters))
+    digests = {name: manifest_of(store, name).proof for name in ADAPTERS}
+    for name in ADAPTERS:
+        generation = current_generation(store, "tiny")
+        assert generation is not None
+        manifest = manifest_of(float32, name)
+        assert manifest.proof != digests[name]
+        for file in manifest.files:
+            old = sha256_hex(manifest.to_bytes())
+            store.put(bundle_key(old, file), float32.get(bundle_key(old, file)))
+        store.put(bundle_key(old, MANIFEST_FILE), manifest.to_bytes())
+        record = generation.adapters[name].model_copy(update={"digest": old})
+        publish_generation(
+            store, generation.model_copy(update={"adapters": generation.adapters | {name: record}})
+        )
+    with pytest.raises(ProofFailed, match="log probabilities differ"):
+        other.load(store, local_roots=(world.root, tmp_path))
+
+
+def test_a_truncated_adapter_is_proved_as_truncated(world: World) -> None:
+    """The reference truncates too, by its own means, so the proof is about what is served."""
+    store = MemoryStore()
+    build_into(store, world, truncate_to_rank=3)
+    assert manifest_of(store, "wide").ranks == (3,)
+    world.load(store)
+
+
+def test_a_proof_is_part_of_the_digest_and_repeatable(world: World, float32: MemoryStore) -> None:
+    """The same build on the same machine has the same bundles; without proofs it has others."""
+    again, without = MemoryStore(), MemoryStore()
+    build_into(again, world)
+    world.build(without)
+    for name in ADAPTERS:
+        assert manifest_of(again, name) == manifest_of(float32, name)
+        assert manifest_of(without, name).proof is None
+
+
+def test_an_imported_adapter_is_proved_from_its_npy_files(
+    world: World, float32: MemoryStore, tmp_path: Path
+) -> None:
+    """The reference reads the files of another converter itself, and finds the same effects."""
+    manifest = manifest_of(float32, "all")
+    digest = sha256_hex(manifest.to_bytes())
+    for name in manifest.files:
+        (tmp_path / name).write_bytes(float32.get(bundle_key(digest, name)))
+    again = prove(world.base, {"all": {"folder": str(tmp_path)}})["all"]
+    assert manifest.proof is not None
+    found = {(layer, module): Effect(**effect) for layer, module, effect in again["effects"]}
+    for row, expected in zip(manifest.rows, manifest.proof.effects, strict=True):
+        assert difference(found[row.layer, row.module], expected) < 1e-5
+
+
+def test_a_manifest_whose_proof_is_about_other_rows_is_refused(world: World, float32: MemoryStore) -> None:
+    """A proof with too few effects is no proof of this bundle."""
+    store = tampered(float32, "wide", scale(0, 1.0))
+    generation = current_generation(store, "tiny")
+    assert generation is not None
+    manifest = manifest_of(store, "wide")
+    assert manifest.proof is not None
+    short = manifest.proof.model_copy(update={"effects": manifest.proof.effects[:-1]})
+    old, changed = sha256_hex(manifest.to_bytes()), manifest.model_copy(update={"proof": short})
+    new = sha256_hex(changed.to_bytes())
+    for file in manifest.files:
+        store.put(bundle_key(new, file), store.get(bundle_key(old, file)))
+    store.put(bundle_key(new, MANIFEST_FILE), changed.to_bytes())
+    record = generation.adapters["wide"].model_copy(update={"digest": new})
+    publish_generation(
+        store, generation.model_copy(update={"adapters": generation.adapters | {"wide": record}})
+    )
+    with pytest.raises(ProofFailed, match="another bundle"):
+        world.load(store)
+
+
+def test_a_fingerprint_tells_vectors_apart() -> None:
+    """Scaled, zeroed and other vectors are far from the right one; rounding is not."""
+    values = torch.randn(500, generator=torch.Generator().manual_seed(1))
+    other = torch.randn(500, generator=torch.Generator().manual_seed(2))
+    exact = effect_of(values)
+    assert difference(effect_of(values.bfloat16()), exact) < 0.01
+    assert difference(effect_of(values * 2), exact) == pytest.approx(1.0, abs=0.6)
+    assert difference(effect_of(values * 0), exact) >= 1.0
+    assert difference(effect_of(other), exact) > 0.5
+    assert difference(exact, effect_of(values * 0)) == float("inf")
+    assert difference(effect_of(values * 0), effect_of(values * 0)) == 0.0
+
+
+def test_the_prover_is_a_process_that_speaks_json(world: World) -> None:
+    """A base that cannot be served is an answer with a reason, not a crash."""
+    request = {"base": str(world.root), "adapters": {}}
+    done = subprocess.run(
+        [sys.executable, "-m", "inference_service.prove"],
+        input=json.dumps(request),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert json.loads(done.stdout)["fault"]["reason"] == CheckpointInvalid.reason
+
+
+def test_a_builder_without_torch_says_what_is_missing(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A build with proofs fails before anything is fetched, and names the extra."""
+    monkeypatch.setattr(builder_prove, "NEEDS", ("no_such_torch",))
+    with pytest.raises(SettingsInvalid, match=r"pip install 'loramux\[inference\]'"):
+        build_into(MemoryStore(), world)
+
+
+def test_a_build_that_is_stopped_stops_the_reference(world: World) -> None:
+    """The process does not outlive the build that asked for it."""
+    deployment = proved(world.deployment())
+    progress: Progress
+
+    def changed() -> None:
+        if any(adapter.stage == "PROVING" for adapter in progress.adapters):
+            progress.stop()
+
+    progress = Progress(deployment.build.lora_adapters, changed)
+    shop = Workshop(MemoryStore(), open_sources(local_roots=[world.root]))
+    with pytest.raises(BuildInterrupted):
+        build(deployment, shop, progress)

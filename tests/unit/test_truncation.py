@@ -1,0 +1,145 @@
+"""Truncation to a lower rank: the best one, said aloud, and only where it is wished."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from builder_service.domain.truncation import best_approximation
+from builder_service.pipeline.build import build
+from builder_service.pipeline.check import check_one
+from builder_service.pipeline.progress import Progress
+from builder_service.pipeline.validate import check_deployment
+from builder_service.pipeline.workshop import Workshop
+from shared.bundle.deployments import current_generation
+from shared.bundle.reader import read_bundle
+from shared.deployment import Deployment, parse_deployment
+from shared.faults import AdapterInvalid, DeploymentInvalid
+from shared.rpc.messages import deployment_from_message, deployment_to_message
+from shared.sources.open import open_sources
+from shared.storage.memory import MemoryStore
+from tests.adapters import tensors, write_adapter, write_base
+
+RANDOM = np.random.default_rng(3)
+
+
+def pair(rank: int, features: int = 40, out: int = 24) -> tuple[Any, Any]:
+    """A and B with values of all sizes."""
+    a = RANDOM.normal(size=(rank, features)) * np.logspace(0, -3, rank)[:, None]
+    return a.astype(np.float32), RANDOM.normal(size=(out, rank)).astype(np.float32)
+
+
+@pytest.mark.parametrize(("rank", "to"), [(16, 4), (16, 1), (32, 16), (30, 28), (24, 24)])
+def test_it_is_the_best_of_its_rank(rank: int, to: int) -> None:
+    """The product is that of numpy's SVD of the whole matrix, cut; so is the error, which no rank can beat."""
+    a, b = pair(rank)
+    low = best_approximation(a, b, 1.7, to)
+    whole = 1.7 * b.astype(np.float64) @ a
+    u, values, vt = np.linalg.svd(whole, full_matrices=False)
+    best = (u[:, :to] * values[:to]) @ vt[:to]
+    np.testing.assert_allclose(low.b.astype(np.float64) @ low.a, best, atol=1e-5 * values[0])
+    expected = np.linalg.norm(whole - best) / np.linalg.norm(whole)
+    assert low.error == pytest.approx(expected, rel=1e-6, abs=1e-12)
+    assert (low.a.shape, low.b.shape) == ((min(to, 24), 40), (24, min(to, 24)))
+
+
+def test_it_is_the_same_bytes_every_time_and_signs_are_fixed() -> None:
+    """The largest element of every row of A is positive, whatever LAPACK returned, and nothing is drawn."""
+    a, b = pair(12)
+    first, again = best_approximation(a, b, 0.5, 5), best_approximation(a.copy(), b.copy(), 0.5, 5)
+    assert (first.a.tobytes(), first.b.tobytes()) == (again.a.tobytes(), again.b.tobytes())
+    assert (first.a[np.arange(5), np.abs(first.a).argmax(1)] > 0).all()
+    turned = best_approximation(-a, -b, 0.5, 5)
+    np.testing.assert_allclose(turned.a, first.a, atol=1e-6)
+
+
+def test_nothing_stays_nothing() -> None:
+    """A product of zero has an approximation of zero and no error, and no division by zero."""
+    a, b = pair(8)
+    low = best_approximation(a, b * 0, 1.0, 2)
+    assert not low.b.any()
+    assert low.error == 0.0
+
+
+@pytest.fixture
+def shop(tmp_path: Path) -> Workshop:
+    """A workshop over an empty store, a base, and an adapter of rank 8 and 4."""
+    write_base(tmp_path / "base")
+    values = tensors(("q_proj",), rank=8) | tensors(("v_proj",), rank=4)
+    write_adapter(tmp_path / "wide", values, r=8, rank_pattern={"v_proj": 4})
+    return Workshop(MemoryStore(), open_sources(local_roots=[tmp_path]), tmp_path / "work")
+
+
+def deployment(folder: Path, **lora: Any) -> Deployment:
+    """A deployment of that adapter, in float32."""
+    build = {
+        "checkpoint_repository": {"source": "LOCAL", "repo": str(folder / "base")},
+        "lora_adapters": {"wide": {"source": "LOCAL", "repo": str(folder / "wide")}},
+        "lora_configuration": {"dtype": "float32"} | lora,
+    }
+    return parse_deployment({"model_name": "tiny", "build": build}).deployment
+
+
+def built(wanted: Deployment, shop: Workshop) -> Any:
+    """Build, and read the bundle as a replica does."""
+    build(wanted, shop, Progress(wanted.build.lora_adapters))
+    generation = current_generation(shop.store, "tiny")
+    assert generation is not None
+    return read_bundle(shop.store, generation.adapters["wide"].digest)
+
+
+def test_a_rank_above_the_ceiling_is_refused_unless_truncation_is_wished(
+    tmp_path: Path, shop: Workshop
+) -> None:
+    """max_lora_rank alone never changes an adapter; truncate_to_rank does, and records what was lost."""
+    with pytest.raises(AdapterInvalid, match="E_RANK_MAX"):
+        built(deployment(tmp_path, max_lora_rank=4), shop)
+    whole = built(deployment(tmp_path), shop)
+    cut = built(deployment(tmp_path, max_lora_rank=4, truncate_to_rank=4), shop)
+    assert cut.manifest.ranks == (4,)
+    for row, full in zip(cut.rows, whole.rows, strict=True):
+        product, original = row.b.astype(np.float64) @ row.a, full.b.astype(np.float64) @ full.a
+        error = np.linalg.norm(original - product) / np.linalg.norm(original)
+        if full.row.rank == 8:
+            assert row.row.truncation.rank == 8
+            assert row.row.truncation.error == pytest.approx(error, rel=1e-3)
+            assert row.row.norm_ba == pytest.approx(np.linalg.norm(product), rel=1e-4)
+        else:
+            assert row.row.truncation is None
+            assert error == 0
+    [warning] = [item for item in cut.manifest.warnings if item.code == "W_TRUNCATED"]
+    worst = max(row.row.truncation.error for row in cut.rows if row.row.truncation)
+    assert (warning.where, f"{worst:.2e}" in warning.found) == ("2 of 4 rows", True)
+
+
+def test_a_truncated_bundle_is_reproducible(tmp_path: Path, shop: Workshop) -> None:
+    """The same build again has the same digest, so nothing is uploaded again."""
+    wanted = deployment(tmp_path, truncate_to_rank=3)
+    assert built(wanted, shop).digest == built(wanted, shop).digest
+
+
+def test_the_report_of_a_check_says_what_would_be_lost(tmp_path: Path, shop: Workshop) -> None:
+    """A dry run with truncation lists each row's own rank and error, and is accepted with a warning."""
+    wanted = deployment(tmp_path, truncate_to_rank=2)
+    report = check_one(wanted, shop, Progress(wanted.build.lora_adapters))
+    assert report.accepted
+    assert [(row.rank, row.truncation.rank) for row in report.rows if row.truncation] == [(2, 8), (2, 4)] * 2
+    assert "W_TRUNCATED" in [finding.code for finding in report.findings]
+    assert list(shop.store.list("")) == []
+
+
+def test_it_cannot_be_above_the_ceiling(tmp_path: Path, shop: Workshop) -> None:
+    """truncate_to_rank above max_lora_rank is a mistake of the file, found before anything is fetched."""
+    with pytest.raises(DeploymentInvalid) as error:
+        check_deployment(deployment(tmp_path, max_lora_rank=8, truncate_to_rank=9))
+    assert error.value.findings[0].where == "build.lora_configuration.truncate_to_rank"
+
+
+def test_the_wish_travels_to_the_builder(tmp_path: Path) -> None:
+    """Truncation and proof are part of the message, and so of a build's identity."""
+    wanted = deployment(tmp_path, truncate_to_rank=3)
+    wanted = wanted.model_copy(update={"build": wanted.build.model_copy(update={"prove": True})})
+    assert deployment_from_message(deployment_to_message(wanted)) == wanted
