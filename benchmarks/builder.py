@@ -215,9 +215,8 @@ def main() -> None:
 
 def show(measured: dict[tuple[str, str], list[dict[str, Any]]]) -> None:
     """Print medians, and each against the copy in the same store."""
-    print(
-        f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, numpy {np.__version__}"
-    )
+    versions = f"Python {platform.python_version()}, numpy {np.__version__}"
+    print(f"{platform.machine()}, {os.cpu_count()} cores, {versions}")
     print(f"{'store':6} {'run':14} {'median s':>9} {'min':>6} {'max':>6} {'MB':>6} {'x copy':>7} {'RSS MB':>7}")
     for (kind, what), runs in measured.items():
         seconds = [run["seconds"] for run in runs]

@@ -25,6 +25,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import httpx
 import ml_dtypes
 import numpy as np
 import torch
@@ -56,8 +57,8 @@ class Figures:
     """One load on one server."""
 
     tokens_per_s: float
-    first_token_s: float
-    """Median."""
+    first_token_s: float | None
+    """Median; None where it is not measured."""
 
 
 Ask = Callable[[str, str], Awaitable[tuple[int, float]]]
@@ -99,7 +100,7 @@ def make_adapters(folder: Path, count: int, rank: int) -> list[str]:
 def prompts(count: int, seed: int) -> list[str]:
     """Distinct prompts, so that no prefix is met twice."""
     draw = random.Random(seed)
-    syllables = "ba ke li mo nu pa re si to vu wa ye zi do fe gu ha jo ka le".split()
+    syllables = ("ba", "ke", "li", "mo", "nu", "pa", "re", "si", "to", "vu", "wa", "ye", "zi", "do", "fe", "gu")
     return [
         " ".join(draw.choice(syllables) + draw.choice(syllables) for _ in range(WORDS)) for _ in range(count)
     ]
@@ -132,27 +133,25 @@ class Server:
         build_deployment(work, names, store)
         command = [sys.executable, "-m", "inference_service", "--store", store, "--deployment", "bench"]
         command += ["--grpc", self.address, "--local-root", str(BASE), *flags]
-        log = (work / f"server-{len(names)}.log").open("w")
+        self._log = work / f"server-{len(names)}.log"
         started = time.perf_counter()
-        self._process = subprocess.Popen(command, stderr=log, cwd=ROOT)  # noqa: S603 - our own command
+        with self._log.open("w") as log:
+            self._process = subprocess.Popen(command, stderr=log, cwd=ROOT)  # noqa: S603 - our own command
         health = [str(Path(sys.executable).parent / "loramux"), "health", self.address, "--wait", "120"]
         subprocess.run(health, check=True, capture_output=True)  # noqa: S603 - our own command
         self.start_s = time.perf_counter() - started
 
-    async def ask(self, client: AsyncClient, model: str, prompt: str) -> tuple[int, float]:
-        """One request."""
-        started, first, tokens = time.perf_counter(), 0.0, 0
-        async for event in client.generate(model, prompt, max_tokens=NEW_TOKENS, ignore_eos=True):
-            if isinstance(event, Delta):
-                first = first or time.perf_counter() - started
-                tokens += len(event.token_ids)
-        return tokens, first
+    @property
+    def loaded(self) -> dict[str, object]:
+        """What the service said when it had loaded."""
+        lines = [json.loads(line) for line in self._log.read_text().splitlines()]
+        return next(line for line in lines if line["event"] == "loaded")
 
     @property
     def rss_mb(self) -> float:
-        """Resident memory."""
+        """Resident memory that is not a file's."""
         status = Path(f"/proc/{self._process.pid}/status").read_text()
-        return int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmRSS"))) / 1e3
+        return int(next(line.split()[1] for line in status.splitlines() if line.startswith("RssAnon"))) / 1e3
 
     def stop(self) -> None:
         """End it as an operator does."""
@@ -182,50 +181,73 @@ def build_deployment(work: Path, names: Sequence[str], store: str) -> None:
     build(parse_deployment(data).deployment, shop, Progress(adapters))
 
 
-async def measure(server: Server, models: Sequence[str], rounds: int) -> list[Figures]:
-    """Every load, several rounds, medians."""
-    async with AsyncClient(inference=server.address) as client:
+@dataclass(frozen=True)
+class Contender:
+    """A server and the models that it is asked for."""
 
-        async def ask(model: str, prompt: str) -> tuple[int, float]:
-            return await server.ask(client, model, prompt)
-
-        await load(ask, models, 8, 16, seed=999)  # warm up
-        return [await _median(ask, models, *each, rounds) for each in LOADS]
+    label: str
+    ask: Ask
+    models: Sequence[str]
 
 
-async def _median(ask: Ask, models: Sequence[str], concurrency: int, requests: int, rounds: int) -> Figures:
-    runs = [await load(ask, models, concurrency, requests, seed) for seed in range(rounds)]
-    return Figures(*(statistics.median(getattr(run, name) for run in runs) for name in Figures.__annotations__))
+async def measure(contenders: Sequence[Contender], rounds: int) -> list[list[Figures]]:
+    """Every load on every contender in turn, round by round, so that all meet the same machine; medians."""
+    for each in contenders:
+        await load(each.ask, each.models, 8, 16, seed=999)  # warm up
+    table: list[list[Figures]] = [[] for _ in contenders]
+    for concurrency, requests in LOADS:
+        runs: list[list[Figures]] = [[] for _ in contenders]
+        for seed in range(rounds):
+            for own, each in zip(runs, contenders, strict=True):
+                own.append(await load(each.ask, each.models, concurrency, requests, seed))
+        for row, own in zip(table, runs, strict=True):
+            row.append(
+                Figures(
+                    statistics.median(run.tokens_per_s for run in own),
+                    statistics.median(run.first_token_s for run in own),
+                )
+            )
+    return table
 
 
-async def measure_url(url: str, models: Sequence[str], rounds: int) -> list[Figures]:
-    """Any OpenAI-compatible server: streaming completions, one event a token."""
-    import httpx
+def ask_loramux(client: AsyncClient) -> Ask:
+    """Requests through the gRPC door."""
 
-    async with httpx.AsyncClient(timeout=600, limits=httpx.Limits(max_connections=64)) as client:
+    async def ask(model: str, prompt: str) -> tuple[int, float]:
+        started, first, tokens = time.perf_counter(), 0.0, 0
+        async for event in client.generate(model, prompt, max_tokens=NEW_TOKENS, ignore_eos=True):
+            if isinstance(event, Delta):
+                first = first or time.perf_counter() - started
+                tokens += len(event.token_ids)
+        return tokens, first
 
-        async def ask(model: str, prompt: str) -> tuple[int, float]:
-            body = {"model": model, "prompt": prompt, "max_tokens": NEW_TOKENS, "temperature": 0}
-            body |= {"ignore_eos": True, "stream": True, "stream_options": {"include_usage": True}}
-            started, first, tokens = time.perf_counter(), 0.0, 0
-            async with client.stream("POST", f"{url.rstrip('/')}/completions", json=body) as response:
-                response.raise_for_status()
-                async for line in response.aiter_lines():
-                    if line.startswith("data: {"):
-                        first = first or time.perf_counter() - started
-                        usage = json.loads(line[6:]).get("usage") or {}
-                        tokens = usage.get("completion_tokens", tokens)
-            return tokens, first
-
-        await load(ask, models, 8, 16, seed=999)
-        return [await _median(ask, models, *each, rounds) for each in LOADS]
+    return ask
 
 
-def measure_peft(work: Path, names: Sequence[str], *, adapters: bool) -> list[float]:
+def ask_url(client: httpx.AsyncClient, url: str) -> Ask:
+    """Streaming completions of any OpenAI-compatible server."""
+
+    async def ask(model: str, prompt: str) -> tuple[int, float]:
+        body = {"model": model, "prompt": prompt, "max_tokens": NEW_TOKENS, "temperature": 0}
+        body |= {"ignore_eos": True, "stream": True, "stream_options": {"include_usage": True}}
+        started, first, tokens = time.perf_counter(), 0.0, 0
+        async with client.stream("POST", f"{url.rstrip('/')}/completions", json=body) as response:
+            response.raise_for_status()
+            async for line in response.aiter_lines():
+                if line.startswith("data: {"):
+                    first = first or time.perf_counter() - started
+                    usage = json.loads(line[6:]).get("usage") or {}
+                    tokens = usage.get("completion_tokens", tokens)
+        return tokens, first
+
+    return ask
+
+
+def measure_peft(work: Path, names: Sequence[str]) -> list[float]:
     """Tokens per second of transformers + PEFT, in a process of its own."""
     command = [sys.executable, str(ROOT / "benchmarks/peer_peft.py"), str(BASE), str(work / "adapters")]
     asked = [[concurrency, prompts(concurrency, seed=0)] for concurrency, _ in LOADS]
-    given = json.dumps({"names": list(names) if adapters else [], "loads": asked, "new": NEW_TOKENS})
+    given = json.dumps({"names": list(names), "loads": asked, "new": NEW_TOKENS})
     done = subprocess.run(command, input=given, capture_output=True, text=True, check=True)  # noqa: S603
     return [float(value) for value in json.loads(done.stdout.splitlines()[-1])]
 
@@ -263,79 +285,78 @@ def report(options: argparse.Namespace, work: Path) -> str:
     subprocess.run(prepare, check=True, capture_output=True)  # noqa: S603 - our own script
     names = make_adapters(work / "adapters", options.loaded or options.adapters, options.rank)
     used = names[: options.adapters]
-    rows: list[tuple[str, list[Figures]]] = []
-    server = Server(work, names, options.flags.split())
+    server, bare = (Server(work, some, options.flags.split()) for some in (names, []))
     try:
-        rows.append((f"loramux, {len(used)} adapters", asyncio.run(measure(server, used, options.rounds))))
-        rows.append(("loramux, base requests", asyncio.run(measure(server, ["base"], options.rounds))))
-        rss = server.rss_mb
+        labels, table = asyncio.run(_measure_all(options, server, bare, used))
+        notes = _notes(table, server, bare)
     finally:
         server.stop()
-    bare = Server(work, [], options.flags.split())
-    try:
-        alone = asyncio.run(measure(bare, ["base"], options.rounds))
-        rows.append(("loramux, no adapters loaded", alone))
-        bare_rss = bare.rss_mb
-    finally:
         bare.stop()
-    if options.peer_url:
-        models = options.peer_models.split(",")
-        rows.append((options.peer_url, asyncio.run(measure_url(options.peer_url, models, options.rounds))))
     if not options.no_peft:
-        for adapters in (True, False):
-            label = f"transformers + PEFT, {len(used) if adapters else 'no'} adapters"
-            speeds = measure_peft(work, used, adapters=adapters)
-            rows.append((label, [Figures(speed, float("nan")) for speed in speeds]))
-    return "\n".join([*_machine(), "", *_table(rows), "", *_notes(rows, server, rss, bare_rss, len(names))])
+        for some in (used, []):
+            labels.append(f"transformers + PEFT, {len(some) or 'no'} adapters")
+            table.append([Figures(speed, None) for speed in measure_peft(work, some)])
+        notes.insert(0, f"with adapters / transformers + PEFT:         {_ratio(table, 0, -2)}")
+    return "\n".join([*_machine(), "", *_table(labels, table), "", *notes])
+
+
+async def _measure_all(
+    options: argparse.Namespace, server: Server, bare: Server, used: Sequence[str]
+) -> tuple[list[str], list[list[Figures]]]:
+    async with (
+        AsyncClient(inference=server.address) as full,
+        AsyncClient(inference=bare.address) as empty,
+        httpx.AsyncClient(timeout=600, limits=httpx.Limits(max_connections=64)) as web,
+    ):
+        contenders = [
+            Contender(f"loramux, {len(used)} adapters", ask_loramux(full), used),
+            Contender("loramux, base requests", ask_loramux(full), ["base"]),
+            Contender("loramux, no adapters loaded", ask_loramux(empty), ["base"]),
+        ]
+        if options.peer_url:
+            models = options.peer_models.split(",")
+            contenders.append(Contender(options.peer_url, ask_url(web, options.peer_url), models))
+        return [each.label for each in contenders], await measure(contenders, options.rounds)
 
 
 def _machine() -> list[str]:
-    model = next(
-        (
-            line.split(":")[1].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if "model name" in line
-        ),
-        "unknown",
-    )
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    model = next((line.split(":")[1].strip() for line in lines if "model name" in line), "unknown")
     versions = f"torch {torch.__version__.split('+')[0]}, Python {sys.version.split()[0]}"
     return [f"{model}, {os.cpu_count()} cores; {versions}; load average {os.getloadavg()[0]:.1f}"]
 
 
-def _table(rows: Sequence[tuple[str, list[Figures]]]) -> list[str]:
-    head = "".join(f" {f'tok/s @{c}':>11} {f'ttft @{c}':>10}" for c, _ in LOADS)
-    lines = [f"{'':<34}{head}"]
-    for label, figures in rows:
-        cells = "".join(
-            f" {f.tokens_per_s:>11.0f} {'-' if f.first_token_s != f.first_token_s else f'{f.first_token_s * 1e3:.0f} ms':>10}"
-            for f in figures
-        )
-        lines.append(f"{label:<34}{cells}")
+def _table(labels: Sequence[str], table: Sequence[Sequence[Figures]]) -> list[str]:
+    lines = [f"{'':<34}" + "".join(f" {f'tok/s @{c}':>11} {f'ttft @{c}':>10}" for c, _ in LOADS)]
+    for label, row in zip(labels, table, strict=True):
+        cells = [
+            f" {each.tokens_per_s:>11.0f}"
+            f" {'-' if each.first_token_s is None else f'{each.first_token_s * 1e3:.0f} ms':>10}"
+            for each in row
+        ]
+        lines.append(f"{label:<34}{''.join(cells)}")
     return lines
 
 
-def _notes(
-    rows: Sequence[tuple[str, list[Figures]]], server: Server, rss: float, bare_rss: float, loaded: int
-) -> list[str]:
-    def ratio(over: int, under: int) -> str:
-        pairs = zip(rows[over][1], rows[under][1], strict=True)
-        return " / ".join(f"{a.tokens_per_s / b.tokens_per_s:.2f}" for a, b in pairs)
+def _ratio(table: Sequence[Sequence[Figures]], over: int, under: int) -> str:
+    pairs = zip(table[over], table[under], strict=True)
+    return " / ".join(f"{a.tokens_per_s / b.tokens_per_s:.2f}" for a, b in pairs)
 
+
+def _notes(table: Sequence[Sequence[Figures]], server: Server, bare: Server) -> list[str]:
     weights = sum(path.stat().st_size for path in BASE.glob("*.safetensors"))
     roof = bandwidth_gb_s()
-    lines = [
-        f"with adapters / base requests, same server:  {ratio(0, 1)}",
-        f"base requests / no adapters loaded:          {ratio(1, 2)}",
+    loaded = server.loaded
+    return [
+        f"with adapters / base requests, same server:  {_ratio(table, 0, 1)}",
+        f"base requests / no adapters loaded:          {_ratio(table, 1, 2)}",
+        f"{loaded['adapters']} adapters loaded, {loaded['operations']}; start to SERVING "
+        f"{server.start_s:.1f} s, of which {loaded['seconds']} s after imports",
+        f"anonymous memory: {server.rss_mb:.0f} MB, {bare.rss_mb:.0f} MB without adapters; "
+        f"weights on disk {weights / 1e6:.0f} MB",
+        f"roof of a step: {weights / 1e6:.0f} MB of weights at {roof:.1f} GB/s = "
+        f"{weights / roof / 1e6:.1f} ms, {1e9 * roof / weights:.0f} tokens/s per sequence",
     ]
-    if rows[-1][0].startswith("transformers"):
-        lines.append(f"with adapters / transformers + PEFT:         {ratio(0, len(rows) - 2)}")
-    lines += [
-        f"start to SERVING with {loaded} adapters: {server.start_s:.1f} s, imports included",
-        f"resident memory: {rss:.0f} MB with {loaded} adapters, {bare_rss:.0f} MB without",
-        f"roof of a step: {weights / 1e6:.0f} MB of weights at {roof:.1f} GB/s = {weights / roof / 1e6:.1f} ms, "
-        f"{1e9 * roof / weights:.0f} tokens/s per sequence",
-    ]
-    return lines
 
 
 if __name__ == "__main__":

@@ -227,7 +227,7 @@ class Deployment(Model):
         if not runtime.serve_base and not adapters:
             raise ValueError("at least one adapter where runtime.serve_base is false")
         if runtime.merge is Merge.ALWAYS and (adapters != 1 or runtime.serve_base):
-            raise ValueError("exactly one adapter, and runtime.serve_base: false, where runtime.merge is always")
+            raise ValueError("one adapter and runtime.serve_base: false where runtime.merge is always")
         return self
 
 

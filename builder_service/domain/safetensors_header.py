@@ -7,8 +7,11 @@ data that follows; the data, without gaps.
 from __future__ import annotations
 
 import math
+import os
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
@@ -85,13 +88,22 @@ class TensorFile:
 
     def _elements(self, tensor: Tensor, start: int, count: int) -> Array:
         kind = READABLE[tensor.dtype]
-        raw = np.fromfile(
-            self.path, np.uint8, count * kind.itemsize, offset=tensor.offset + start * kind.itemsize
-        )
-        if raw.size != count * kind.itemsize:
-            raise HeaderInvalid(f"{tensor.name}: the file became shorter while it was read")
-        values: Array = raw.view(kind)
+        values: Array = np.empty(count, kind)
+        rest = memoryview(values.view(np.uint8).data)
+        offset = tensor.offset + start * kind.itemsize
+        while rest:
+            size = os.preadv(self._descriptor, [rest], offset)
+            if not size:
+                raise HeaderInvalid(f"{tensor.name}: the file became shorter while it was read")
+            rest, offset = rest[size:], offset + size
         return values
+
+    @cached_property
+    def _descriptor(self) -> int:
+        """Of the open file; opening it for every tensor would take longer than reading small ones."""
+        descriptor = os.open(self.path, os.O_RDONLY)
+        weakref.finalize(self, os.close, descriptor)
+        return descriptor
 
 
 def _span(tensor: Tensor, rows: tuple[int, int] | None) -> tuple[int, int]:

@@ -71,6 +71,8 @@ class Progress:
 
     def __init__(self, names: Iterable[str], changed: Callable[[], None] = lambda: None) -> None:
         self._adapters = {name: AdapterProgress(name) for name in sorted(names)}
+        self._done = dict.fromkeys(self._adapters, 0)
+        """Bytes of the present stage; they change too often for a new record each time."""
         self._changed = changed
         self._lock = threading.Lock()
         self._stopped: Fault | None = None
@@ -79,7 +81,12 @@ class Progress:
     def adapters(self) -> tuple[AdapterProgress, ...]:
         """The adapters by name."""
         with self._lock:
-            return tuple(self._adapters.values())
+            return tuple(map(self._counted, self._adapters.values()))
+
+    def _counted(self, adapter: AdapterProgress) -> AdapterProgress:
+        done, total = self._done[adapter.name], adapter.bytes_total
+        # A transfer that was begun again counts twice.
+        return replace(adapter, bytes_done=min(done, total) if total else done)
 
     def stop(self, why: Fault | None = None) -> None:
         """Ask the build to end, with one of `STOPS`; without one, it is interrupted. The first call counts."""
@@ -99,11 +106,7 @@ class Progress:
         """Count bytes of the present stage."""
         self.check()
         with self._lock:
-            adapter = self._adapters[name]
-            done = adapter.bytes_done + count
-            if adapter.bytes_total:  # a transfer that was begun again counts twice
-                done = min(done, adapter.bytes_total)
-            self._adapters[name] = replace(adapter, bytes_done=done)
+            self._done[name] += count
         self._changed()
 
     def counter(self, name: str) -> Callable[[int], None]:
@@ -114,6 +117,7 @@ class Progress:
         """Set fields of an adapter."""
         self.check()
         with self._lock:
+            self._done[name] = changes.pop("bytes_done", self._done[name])
             self._adapters[name] = replace(self._adapters[name], **changes)
         self._changed()
 

@@ -1,0 +1,27 @@
+"""The reference of proofs and the engine are two programs that agree about every family of decoders."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from inference_service.models.adapter_source import read_adapter
+from inference_service.models.read import read_config
+from inference_service.models.reference import Reference
+from tests.tiny import make_world_of, oracle
+from tests.unit.test_families import CASES
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_the_reference_is_transformers_and_peft(case, tmp_path: Path) -> None:
+    """Logits behind a probe longer than any window are those of transformers with PEFT, fused or not."""
+    world = make_world_of(tmp_path, case.config, {"all": case.adapters["all"]}, case.max_seq_len)
+    config = read_config(world.base, case.max_seq_len)
+    tokens = [5 + (index * 37) % 180 for index in range(60)]
+    adapter = read_adapter(world.adapters["all"], config.dims)
+    [run] = Reference(config, world.base).run([tokens], {"all": adapter})["all"]
+    with torch.no_grad():
+        expected = oracle(world.base, world.adapters["all"])(torch.tensor([tokens])).logits[0, -1]
+    torch.testing.assert_close(run.logits, expected, rtol=1e-3, atol=1e-3)
