@@ -16,6 +16,7 @@ import asyncio
 import json
 import os
 import random
+import re
 import statistics
 import subprocess
 import sys
@@ -98,12 +99,11 @@ def make_adapters(folder: Path, count: int, rank: int) -> list[str]:
 
 
 def prompts(count: int, seed: int) -> list[str]:
-    """Distinct prompts, so that no prefix is met twice."""
+    """Distinct prompts of ordinary words, so that no prefix is met twice."""
     draw = random.Random(seed)
-    syllables = ("ba", "ke", "li", "mo", "nu", "pa", "re", "si", "to", "vu", "wa", "ye", "zi", "do", "fe", "gu")
-    return [
-        " ".join(draw.choice(syllables) + draw.choice(syllables) for _ in range(WORDS)) for _ in range(count)
-    ]
+    text = " ".join(path.read_text() for path in sorted((ROOT / "examples/data").glob("*.jsonl")))
+    words = sorted({word for word in re.findall(r"[a-z]+", text) if len(word) > 2})
+    return [" ".join(draw.choice(words) for _ in range(WORDS)) for _ in range(count)]
 
 
 async def load(ask: Ask, models: Sequence[str], concurrency: int, requests: int, seed: int) -> Figures:

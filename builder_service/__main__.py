@@ -6,11 +6,15 @@ import argparse
 import asyncio
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Final
 
 import structlog
 
 from builder_service.pipeline.builds import Builds
 from builder_service.pipeline.check import Checks
+from builder_service.pipeline.identity import claim_identity
+from builder_service.pipeline.limits import Limits
 from builder_service.pipeline.workshop import Workshop
 from builder_service.rpc.servicer import SERVICE_NAME, BuilderServicer
 from shared.faults import Fault, SettingsInvalid
@@ -21,6 +25,12 @@ from shared.storage.open import open_store
 from shared.telemetry import log_to_stderr
 
 log = structlog.get_logger()
+
+FLAGS: Final = (
+    *("store", "grpc", "work_dir", "secrets_dir", "drain_timeout_s", "max_concurrent_builds"),
+    *("parallel_adapters", "build_timeout_s", "max_build_gb"),
+)
+"""Settings that a flag of the same name sets."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -48,15 +58,25 @@ async def serve(settings: BuilderSettings) -> None:
             work_dir=settings.work_dir,
         ),
         work_dir=settings.work_dir,
+        parallel_adapters=settings.parallel_adapters,
+        max_build_bytes=int(settings.max_build_gb * 1e9) if settings.max_build_gb else None,
     )
+    identity = claim_identity(shop.place())
+    shop = replace(shop, owner=identity.name)
     await asyncio.to_thread(shop.sweep)
-    builds = Builds(shop, max_concurrent=settings.max_concurrent_builds)
+    builds = Builds(shop, Limits(running=settings.max_concurrent_builds, timeout_s=settings.build_timeout_s))
     checks = Checks(shop)
     server = RpcServer(settings.grpc, {SERVICE_NAME: BuilderServicer(builds, checks).register})
     address = await server.start()
     recovered = await builds.recover()
     await server.set_serving(True)
-    log.info("builder service ready", grpc=address, store=shop.store.uri, builds_taken_up=recovered)
+    log.info(
+        "builder service ready",
+        builder=identity.name,
+        grpc=address,
+        store=shop.store.uri,
+        builds_taken_up=recovered,
+    )
     number = await until_signal()
     log.info("draining", signal=number.name, timeout_s=settings.drain_timeout_s)
     checks.stop()
@@ -74,7 +94,7 @@ def _settings(arguments: Sequence[str] | None) -> BuilderSettings:
         "Every setting is also a variable LORAMUX_<NAME>; a flag comes first.",
     )
     fields = BuilderSettings.model_fields
-    for name in ("store", "grpc", "work_dir", "secrets_dir", "drain_timeout_s", "max_concurrent_builds"):
+    for name in FLAGS:
         flag = f"--{name.replace('_', '-')}"
         parser.add_argument(flag, dest=name, help=(fields[name].description or "").replace("%", "%%"))
     parser.add_argument(

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from loramux.client import AsyncClient, Client
     from loramux.records import (
         AdapterInfo,
+        AdapterReport,
         Completion,
         Delta,
         DeploymentInfo,
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
         Message,
         ModelInfo,
         Prompt,
+        RowReport,
         Stage,
         Started,
         TokenLogprobs,
@@ -37,6 +39,7 @@ _HOMES = {
 
 __all__ = [
     "AdapterInfo",
+    "AdapterReport",
     "AsyncClient",
     "Client",
     "Completion",
@@ -51,6 +54,7 @@ __all__ = [
     "Message",
     "ModelInfo",
     "Prompt",
+    "RowReport",
     "Stage",
     "Started",
     "TokenLogprobs",

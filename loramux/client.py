@@ -152,6 +152,13 @@ class Client(_Addresses):
             lambda: self._builder.WatchDeployment(request, timeout=timeout_s), self.builder, _watched
         )
 
+    def cancel(self, name: str) -> DeploymentInfo:
+        """Ask the running build of a deployment to end; returns at once. Watch it to know how it ended."""
+        request = builder_pb2.CancelBuildRequest(name=name)
+        with _named(self.builder):
+            answer = self._builder.CancelBuild(request, timeout=self.timeout_s)
+        return deployment_of(answer.deployment)
+
     def deployment(self, name: str) -> DeploymentInfo:
         """Return a deployment and its newest build."""
         request = builder_pb2.GetDeploymentRequest(name=name)
@@ -262,6 +269,13 @@ class AsyncClient(_Addresses):
         return self._stream(
             lambda: self._builder.WatchDeployment(request, timeout=timeout_s), self.builder, _watched
         )
+
+    async def cancel(self, name: str) -> DeploymentInfo:
+        """Ask the running build of a deployment to end; returns at once. Watch it to know how it ended."""
+        request = builder_pb2.CancelBuildRequest(name=name)
+        with _named(self.builder):
+            answer = await self._builder.CancelBuild(request, timeout=self.timeout_s)
+        return deployment_of(answer.deployment)
 
     async def deployment(self, name: str) -> DeploymentInfo:
         """Return a deployment and its newest build."""

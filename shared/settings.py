@@ -110,6 +110,12 @@ class BuilderSettings(Settings):
     """Holds what is fetched while it is built; a temporary folder when not given."""
     max_concurrent_builds: Count = 2
     """Builds that run at once; others wait."""
+    parallel_adapters: Count = 4
+    """Adapters of one build that are worked on at once."""
+    build_timeout_s: float = Field(default=6 * 3600, gt=0, allow_inf_nan=False)
+    """Seconds that one build may run; then it fails. Keep it below the grace period of `loramux gc`."""
+    max_build_gb: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """GB (10^9 bytes) that one build may write into its work folder; what the disk has when not given."""
 
 
 class InferenceSettings(Settings):

@@ -11,6 +11,11 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 from collections.abc import Iterator
 
 import pytest
+import torch
+
+if not torch.cuda.is_available():
+    # Without a GPU, kernels run in Triton's interpreter, which must be chosen before anything imports Triton.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from tests.s3_gateway import S3Server, s3_gateway
 

@@ -56,9 +56,7 @@ def build(deployment: Deployment, shop: Workshop, progress: Progress) -> BuildRe
             proofs = prove_adapters(firsts, deployment.build, base.record, shop.sources, work, progress)
         before = _served(store, deployment.model_name)
         served = frozenset(record.digest for record in before.adapters.values()) if before else frozenset()
-        output = Output(
-            book.dtype, base.record.source.shown, store, served, space, progress, shop.parallel_adapters
-        )
+        output = Output(book.dtype, base.record.source.shown, store, served, space, progress, shop)
         digests = output.put_out(groups, proofs)
         progress.check()
         published = publish_generation(store, _generation(deployment, base.record, book, adapters, digests))

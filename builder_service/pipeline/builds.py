@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-import base64
-import binascii
 import builtins
-from collections import OrderedDict
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Final
 
 import structlog
 
 from builder_service.pipeline.build import BuildResult, build
+from builder_service.pipeline.failures import Failures
 from builder_service.pipeline.journal import Journal, JournalEntry
+from builder_service.pipeline.keeper import Keeper
+from builder_service.pipeline.limits import Limits
+from builder_service.pipeline.pages import Page, names_of_page
+from builder_service.pipeline.request_ids import RequestIds
 from builder_service.pipeline.running import RunningBuild
 from builder_service.pipeline.validate import check_deployment
 from builder_service.pipeline.views import DeploymentView, State, stored_view
@@ -24,13 +26,14 @@ from builder_service.pipeline.workshop import Workshop
 from shared.bundle.deployments import is_deployment_name, list_deployments
 from shared.deployment import Deployment
 from shared.faults import (
+    BuildCancelled,
     BuildInProgress,
     BuildInterrupted,
+    BuildTimedOut,
     DeploymentNotFound,
     Fault,
     InternalFault,
-    PageTokenInvalid,
-    RequestIdReused,
+    QueueFull,
     ResourcesExhausted,
     ShuttingDown,
     StoreUnavailable,
@@ -40,51 +43,51 @@ log = structlog.get_logger()
 
 MAX_ATTEMPTS: Final = 3
 """Starts of the builder that one build may outlive; then it is given up, for it may be what kills it."""
-MAX_REQUEST_IDS: Final = 10_000
-MAX_PAGE: Final = 1000
 STOP_GRACE_S: Final = 15.0
 """For a build that was asked to stop, and waits for a network."""
-
-
-@dataclass(frozen=True)
-class Page:
-    """A part of the list of deployments."""
-
-    views: tuple[DeploymentView, ...]
-    next_token: str
-    """Empty on the last page."""
+CANCELLED: Final = "a client cancelled the build; what was served before is served still"
 
 
 class Builds:
     """All builds of this process. Lives on the event loop; everything that blocks runs in threads."""
 
-    def __init__(self, shop: Workshop, *, max_concurrent: int) -> None:
+    def __init__(self, shop: Workshop, limits: Limits | None = None) -> None:
         self._shop = shop
-        self._journal = Journal(shop.store)
-        self._pool = ThreadPoolExecutor(max_concurrent, "build")
+        self._limits = limits or Limits()
+        self._journal = Journal(shop.store, shop.owner or "builder")
+        self._failures = Failures(shop.place() / f"loramux-failed-{shop.owner}" if shop.owner else None)
+        self._pool = ThreadPoolExecutor(self._limits.running, "build")
+        self._slots = asyncio.Semaphore(self._limits.running)
         self._builds: dict[str, RunningBuild] = {}
-        self._requests: OrderedDict[str, RunningBuild] = OrderedDict()
+        self._requests = RequestIds()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._keeping: asyncio.Task[None] | None = None
         self._draining = False
 
     async def recover(self) -> int:
         """Take up the builds that the last run of the builder did not end; returns how many.
 
+        From now on this builder gives signs of life, and takes over the builds of those that do not.
+
         Raises:
             StoreUnavailable: the store does not answer.
         """
-        entries = await asyncio.to_thread(lambda: list(self._journal.entries()))
+        for kept in await asyncio.to_thread(lambda: list(self._failures.all())):
+            failed = RunningBuild.failed(kept)
+            self._builds[failed.name] = failed
+            self._requests.remember(failed.entry.request_id, failed)
+        entries = await asyncio.to_thread(self._journal.mine)
         for entry in entries:
-            name, attempt = entry.deployment.model_name, entry.attempt + 1
-            log.warning("build was interrupted, running it again", deployment=name, attempt=attempt)
-            self._start(entry.model_copy(update={"attempt": attempt}))
+            self._take_up(entry)
+        keeper = Keeper(self._journal, self._limits, self._take_over)
+        self._keeping = asyncio.create_task(keeper.run(), name="journal")
         return len(entries)
 
     async def build(self, deployment: Deployment, request_id: str = "") -> DeploymentView:
         """Accept a build, or find the one that was asked for already; answers before it runs.
 
         Raises:
-            DeploymentInvalid, RequestIdReused, BuildInProgress, StoreUnavailable, ShuttingDown
+            DeploymentInvalid, RequestIdReused, BuildInProgress, QueueFull, StoreUnavailable, ShuttingDown
         """
         check_deployment(deployment)
         if self._draining:
@@ -93,14 +96,33 @@ class Builds:
             )
         found = self._find(deployment, request_id)
         if found is None:
+            waiting = sum(running.state is State.BUILDING for running in self._builds.values())
+            if waiting >= self._limits.running + self._limits.waiting:
+                raise QueueFull(f"{waiting} builds run or wait, which is the limit. Call again later.")
             found = self._start(
                 JournalEntry(deployment=deployment, request_id=request_id, create_time=datetime.now(UTC))
             )
-        self._remember(request_id, found)
+        self._requests.remember(request_id, found)
         await found.accepted.wait()
         if found.refusal is not None:
             raise found.refusal
         return found.view()
+
+    async def cancel(self, name: str) -> DeploymentView:
+        """Ask the running build of a deployment to end as FAILED; without one, nothing changes.
+
+        Raises:
+            DeploymentNotFound, StoreUnavailable
+        """
+        running = self._builds.get(name)
+        if running is None or running.state is not State.BUILDING:
+            return await self.get(name)
+        await running.accepted.wait()
+        if running.state is State.BUILDING:
+            running.entry = running.entry.model_copy(update={"cancelled": True})
+            await asyncio.to_thread(self._journal.update, running.entry)
+            running.stop(BuildCancelled(CANCELLED))
+        return running.view()
 
     async def get(self, name: str) -> DeploymentView:
         """Return a deployment.
@@ -122,12 +144,9 @@ class Builds:
         Raises:
             PageTokenInvalid, StoreUnavailable
         """
-        after = _name_in(page_token)
-        names = [name for name in await self._names() if name > after]
-        size = min(page_size or 100, MAX_PAGE)
-        views = [await self._view(name) for name in names[:size]]
-        token = _token(names[size - 1]) if len(names) > size else ""
-        return Page(tuple(view for view in views if view is not None), token)
+        page = names_of_page(await self._names(), page_size, page_token)
+        views = [await self._view(name) for name in page.names]
+        return Page(tuple(view for view in views if view is not None), page.next_token)
 
     async def watch(self, name: str) -> AsyncIterator[DeploymentView]:
         """Yield a deployment's state, then each change, until it is ACTIVE or FAILED.
@@ -149,18 +168,16 @@ class Builds:
             await asyncio.wait(self._tasks, timeout=timeout_s)
         for running in self._builds.values():
             if running.state is State.BUILDING:
-                running.progress.stop()
+                running.stop()
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=STOP_GRACE_S)
+        if self._keeping is not None:
+            self._keeping.cancel()
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _find(self, deployment: Deployment, request_id: str) -> RunningBuild | None:
-        known = self._requests.get(request_id) if request_id else None
+        known = self._requests.find(request_id, deployment)
         if known is not None:
-            if known.deployment != deployment:
-                raise RequestIdReused(
-                    f"request_id {request_id!r} was used for another deployment or content. Draw a new one."
-                )
             return known
         running = self._builds.get(deployment.model_name)
         if running is None or running.state is not State.BUILDING:
@@ -175,11 +192,16 @@ class Builds:
         running = RunningBuild(entry)
         before = self._builds.get(running.name)
         self._builds[running.name] = running
-        self._remember(entry.request_id, running)
+        self._requests.remember(entry.request_id, running)
         task = asyncio.create_task(self._run(running, before), name=f"build {running.name}")
         self._tasks.add(task)
         task.add_done_callback(lambda task: self._ended(task, running))
         return running
+
+    def _take_up(self, entry: JournalEntry) -> RunningBuild:
+        name, attempt = entry.deployment.model_name, entry.attempt + 1
+        log.warning("build was interrupted, running it again", deployment=name, attempt=attempt)
+        return self._start(entry.model_copy(update={"attempt": attempt}))
 
     async def _run(self, running: RunningBuild, before: RunningBuild | None) -> None:
         """Run a build to its end, which is told after the journal forgot it."""
@@ -193,13 +215,16 @@ class Builds:
             result = await self._work(running)
         except BuildInterrupted:
             log.warning("build interrupted, it goes on at the next start", deployment=running.name)
+            self._journal.leave(running.name)
             running.interrupt()
         except Fault as fault:
             log.warning("build failed", deployment=running.name, reason=fault.reason, problem=str(fault))
+            await asyncio.to_thread(self._failures.write, running.record(fault))
             await self._forget(running.name)
             running.fail(fault)
         else:
             log.info("build ended", deployment=running.name, generation=result.generation.number)
+            await asyncio.to_thread(self._failures.remove, running.name)
             await self._forget(running.name)
             running.succeed(result)
 
@@ -209,12 +234,17 @@ class Builds:
         running.accept(stored.generation if stored else 0)
 
     async def _work(self, running: RunningBuild) -> BuildResult:
+        if running.entry.cancelled:
+            raise BuildCancelled(CANCELLED)
         if running.entry.attempt > MAX_ATTEMPTS:
             raise InternalFault(
                 f"the builder stopped {MAX_ATTEMPTS} times during this build, which was given up. "
                 "Look into the builder's log, then build again."
             )
-        loop = asyncio.get_running_loop()
+        await running.wait_for(self._slots)
+        loop, timeout_s = asyncio.get_running_loop(), self._limits.timeout_s
+        late = BuildTimedOut(f"the build took longer than {timeout_s:g} s, which is the limit of this builder")
+        timer = loop.call_later(timeout_s, running.stop, late)
         try:
             return await loop.run_in_executor(
                 self._pool, build, running.deployment, self._shop, running.progress
@@ -224,10 +254,24 @@ class Builds:
                 f"the builder's work folder: {error.strerror or type(error).__name__}. "
                 "Free some space, or set --work-dir."
             ) from error
+        finally:
+            timer.cancel()
+            self._slots.release()
+
+    async def _take_over(self, entry: JournalEntry) -> bool:
+        """Run the build of another builder; True when its entry is not needed any more."""
+        before = self._builds.get(entry.deployment.model_name)
+        if before is not None and before.state is State.BUILDING:
+            return before.deployment == entry.deployment
+        if self._draining:
+            return False
+        running = self._take_up(entry)
+        await running.accepted.wait()
+        return running.refusal is None
 
     def _retract(self, running: RunningBuild, before: RunningBuild | None) -> None:
         """Forget a build that was not accepted; the call may be repeated."""
-        self._requests.pop(running.entry.request_id, None)
+        self._requests.forget(running.entry.request_id)
         if before is not None:
             self._builds[running.name] = before
         else:
@@ -250,13 +294,6 @@ class Builds:
             self._tasks.add(forgetting)
             forgetting.add_done_callback(self._tasks.discard)
 
-    def _remember(self, request_id: str, running: RunningBuild) -> None:
-        if request_id:
-            self._requests[request_id] = running
-            self._requests.move_to_end(request_id)
-            while len(self._requests) > MAX_REQUEST_IDS:
-                self._requests.popitem(last=False)
-
     async def _view(self, name: str) -> DeploymentView | None:
         """Return the newest build of this process while it says more than the store does."""
         running = self._builds.get(name)
@@ -273,19 +310,3 @@ class Builds:
     async def _names(self) -> builtins.list[str]:
         stored = await asyncio.to_thread(list_deployments, self._shop.store)
         return sorted({*stored, *self._builds})
-
-
-def _token(name: str) -> str:
-    return base64.urlsafe_b64encode(name.encode()).decode()
-
-
-def _name_in(token: str) -> str:
-    if not token:
-        return ""
-    try:
-        name = base64.b64decode(token, altchars=b"-_", validate=True).decode()
-    except (binascii.Error, ValueError) as error:
-        raise PageTokenInvalid("page_token: use the next_page_token of the last answer") from error
-    if not is_deployment_name(name):
-        raise PageTokenInvalid("page_token: use the next_page_token of the last answer")
-    return name

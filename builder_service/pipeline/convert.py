@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Final
 
@@ -50,10 +51,15 @@ class BuiltBundle:
         """The files by their names in the store, in the order in which they are put there."""
         return {WEIGHTS_FILE: self.weights, CONFIG_FILE: self.config, **self.texts}
 
-    @property
+    @cached_property
+    def manifest_bytes(self) -> bytes:
+        """The manifest as it is stored."""
+        return self.manifest.to_bytes()
+
+    @cached_property
     def digest(self) -> str:
         """The bundle's name in the store."""
-        return sha256_hex(self.manifest.to_bytes())
+        return sha256_hex(self.manifest_bytes)
 
 
 def convert_adapter(

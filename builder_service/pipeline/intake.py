@@ -85,7 +85,8 @@ class Intake:
         return checked
 
     def _check(self, fetched: FetchedAdapter) -> CheckedAdapter:
-        with self.shop.heavy if _largest_tensor(fetched) > HEAVY_BYTES else nullcontext():
+        heavy = self.shop.heavy if _largest_tensor(fetched) > HEAVY_BYTES else nullcontext()
+        with heavy, self.shop.compute:
             return check_fetched(fetched, self.book, self.progress)
 
 

@@ -14,6 +14,7 @@ from builder_service.pipeline.progress import Progress, Stage
 from builder_service.pipeline.publish import publish_bundle
 from builder_service.pipeline.space import Space
 from builder_service.pipeline.validate import ValidAdapter
+from builder_service.pipeline.workshop import Workshop
 from shared.bundle.proof import Proof
 from shared.deployment import Dtype
 from shared.storage.base import Store
@@ -56,7 +57,7 @@ class Output:
     """Digests that the served generation refers to."""
     space: Space
     progress: Progress
-    parallel: int
+    shop: Workshop
 
     def put_out(self, groups: Sequence[Batch], proofs: Sequence[Proof | None]) -> dict[str, str]:
         """Convert and publish; returns the digests by the adapters' names.
@@ -66,7 +67,7 @@ class Output:
             StoreUnavailable: the store does not answer.
             InternalFault: a bundle was not written as it was meant.
         """
-        with ThreadPoolExecutor(self.parallel, "output") as pool:
+        with ThreadPoolExecutor(self.shop.parallel_adapters, "output") as pool:
             futures = {
                 group.names[0]: pool.submit(self._put_out, group, proof)
                 for group, proof in zip(groups, proofs, strict=True)
@@ -78,7 +79,7 @@ class Output:
         for name in group.names:
             self.progress.enter(name, Stage.CONVERTING)
         size = bundle_bytes(group.first.checked, self.dtype)
-        with self.space.writing(size, f"the bundle of adapter {group.names[0]!r}"):
+        with self.space.writing(size, f"the bundle of adapter {group.names[0]!r}"), self.shop.compute:
             bundle = convert_adapter(group.first, self.dtype, self.progress, proof)
         self._describe(group, bundle)
         publish_bundle(self.store, bundle, group.names, self.served, self.progress)

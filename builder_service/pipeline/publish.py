@@ -31,7 +31,7 @@ def publish_bundle(
         for name in () if reused else names:
             progress.advance(name, size)
     if not reused or bundle.digest not in served:
-        store.put(bundle_key(bundle.digest, MANIFEST_FILE), bundle.manifest.to_bytes())
+        store.put(bundle_key(bundle.digest, MANIFEST_FILE), bundle.manifest_bytes)
     for name in names:
         progress.update(name, stage=Stage.DONE, bytes_done=total, reused=reused)
 
@@ -42,6 +42,6 @@ def _is_there(store: Store, bundle: BuiltBundle) -> bool:
         found = store.get(bundle_key(bundle.digest, MANIFEST_FILE))
     except ObjectMissing:
         return False
-    return found == bundle.manifest.to_bytes() and all(
+    return found == bundle.manifest_bytes and all(
         store.size(bundle_key(bundle.digest, name)) == file.size for name, file in bundle.manifest.files.items()
     )

@@ -8,8 +8,9 @@ from datetime import UTC, datetime
 from typing import Final
 
 from builder_service.pipeline.build import BuildResult
+from builder_service.pipeline.failures import FailedBuild
 from builder_service.pipeline.journal import JournalEntry
-from builder_service.pipeline.progress import Progress
+from builder_service.pipeline.progress import Progress, Stage
 from builder_service.pipeline.views import DeploymentView, State
 from shared.deployment import Deployment
 from shared.faults import Fault, ShuttingDown
@@ -28,6 +29,8 @@ class RunningBuild:
         self.failure: Fault | None = None
         self.unchanged = False
         self.interrupted = False
+        self.stopping = asyncio.Event()
+        """Set once it was asked to end."""
         self.accepted = asyncio.Event()
         """Set once the build is in the journal, or could not be put there."""
         self.refusal: Fault | None = None
@@ -47,6 +50,24 @@ class RunningBuild:
     def name(self) -> str:
         """The deployment's name."""
         return self.entry.deployment.model_name
+
+    def stop(self, why: Fault | None = None) -> None:
+        """Ask it to end, with one of `progress.STOPS`; without one, it is interrupted."""
+        self.progress.stop(why)
+        self.stopping.set()
+
+    async def wait_for(self, slots: asyncio.Semaphore) -> None:
+        """Take one of the slots, which the caller releases.
+
+        Raises:
+            Fault: it was asked to end meanwhile.
+        """
+        waiting, stopping = asyncio.create_task(slots.acquire()), asyncio.create_task(self.stopping.wait())
+        await asyncio.wait({waiting, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        stopping.cancel()
+        if not waiting.done():
+            waiting.cancel()
+            self.progress.check()
 
     def accept(self, generation: int) -> None:
         """Go on as a recorded build, while this generation is served."""
@@ -69,6 +90,28 @@ class RunningBuild:
         """End as FAILED."""
         self.state, self.failure = State.FAILED, fault
         self._changed()
+
+    def record(self, fault: Fault) -> FailedBuild:
+        """Return what can be kept of a build that is about to fail."""
+        return FailedBuild(
+            entry=self.entry,
+            update_time=datetime.now(UTC),
+            reason=fault.reason,
+            message=fault.message,
+            findings=fault.findings,
+        )
+
+    @classmethod
+    def failed(cls, kept: FailedBuild) -> RunningBuild:
+        """Return a build that failed in an earlier run of the builder."""
+        running = cls(kept.entry)
+        for name in {finding.adapter for finding in kept.findings} & set(
+            kept.entry.deployment.build.lora_adapters
+        ):
+            running.progress.update(name, stage=Stage.REFUSED)
+        running.accepted.set()
+        running.state, running.failure, running._update_time = State.FAILED, kept.fault, kept.update_time
+        return running
 
     def interrupt(self) -> None:
         """Stay unfinished; the next start of the builder takes it up."""

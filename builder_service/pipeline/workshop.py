@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 import threading
@@ -35,6 +36,8 @@ class Workshop:
     """That one build may write into its folder."""
     owner: str = ""
     """Whose folders these are: those of an owner that starts again are left by its killed predecessor."""
+    compute: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(os.cpu_count() or 1))
+    """Held by whoever computes, of all builds: more than there are cores would hinder each other."""
     heavy: threading.Lock = field(default_factory=threading.Lock)
     """Held by whoever needs memory for large tensors."""
     _ledger: Ledger = field(default_factory=Ledger)

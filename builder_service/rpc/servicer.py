@@ -62,6 +62,14 @@ class BuilderServicer(builder_pb2_grpc.BuilderServiceServicer):
         async for view in self._builds.watch(request.name):
             yield pb.WatchDeploymentResponse(deployment=deployment_message(view))
 
+    async def CancelBuild(  # noqa: N802 - the rpc's name
+        self, request: pb.CancelBuildRequest, context: grpc.aio.ServicerContext
+    ) -> pb.CancelBuildResponse:
+        """Ask a build to end."""
+        del context
+        view = await self._builds.cancel(request.name)
+        return pb.CancelBuildResponse(deployment=deployment_message(view))
+
     async def CheckAdapter(  # noqa: N802 - the rpc's name
         self, request: pb.CheckAdapterRequest, context: grpc.aio.ServicerContext
     ) -> pb.CheckAdapterResponse:

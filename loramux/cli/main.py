@@ -9,9 +9,11 @@ import typer
 
 from loramux.cli import shell
 from loramux.cli.build import build, prove
+from loramux.cli.cancel import cancel
 from loramux.cli.chat import chat
 from loramux.cli.check import check
 from loramux.cli.demo import demo
+from loramux.cli.gc import gc
 from loramux.cli.import_bundle import import_bundle
 from loramux.cli.look import health, models
 from loramux.cli.services import builder, serve
@@ -25,7 +27,10 @@ app = typer.Typer(
     rich_markup_mode=None,  # plain help: half the lines, the same words
     context_settings={"help_option_names": ["--help", "-h"]},
 )
-for function in (demo, up, build, check, prove, import_bundle, models, chat, serve, builder, health):
+for function in (
+    *(demo, up, build, cancel, check, prove, import_bundle, gc),
+    *(models, chat, serve, builder, health),
+):
     app.command()(function)
 
 

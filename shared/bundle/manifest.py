@@ -8,6 +8,7 @@
     deployments/<name>/generations/<n>.json            immutable
     deployments/<name>/claims/<n>-<token>              empty; a builder is about to write generation n
     deployments/<name>/current.json                    which generation is served, with its digest
+    builds/<name>/<builder>.json                       while a build runs, and until a killed one is taken up
 
 A manifest holds nothing but what follows from the adapter's bytes and the build's settings, so the same
 adapter has the same digest wherever it comes from; where it came from stands in the generation.
@@ -30,6 +31,7 @@ FORMAT_VERSION: Final = 1
 WEIGHTS_FILE = "model.lora_weights.npy"
 CONFIG_FILE = "model.lora_config.npy"
 MANIFEST_FILE = "manifest.json"
+BUILDS_PREFIX: Final = "builds/"
 TEXT_FILES: Final = ("chat_template.jinja", "generation_config.json", "tokenizer_config.json")
 """What an adapter may bring beside its weights: template, sampling defaults, stop tokens."""
 

@@ -14,6 +14,7 @@ import pytest
 from builder_service.pipeline.builds import MAX_ATTEMPTS, Builds
 from builder_service.pipeline.check import Checks
 from builder_service.pipeline.journal import Journal, JournalEntry
+from builder_service.pipeline.limits import Limits
 from builder_service.pipeline.workshop import Workshop
 from builder_service.rpc.servicer import SERVICE_NAME, BuilderServicer
 from loramux.builder.v1 import builder_pb2 as pb
@@ -56,7 +57,7 @@ class Running:
         self.folder = folder
         self.store = GatedStore()
         self.shop = Workshop(self.store, open_sources(local_roots=[folder]), folder / "work")
-        self.builds = Builds(self.shop, max_concurrent=2)
+        self.builds = Builds(self.shop, Limits(running=2))
         self.stub: Any = None
 
     def deployment(self, *adapters: str, name: str = "tiny", **lora: Any) -> Deployment:
@@ -233,7 +234,7 @@ async def test_a_restarted_builder_knows_the_store(running):
     """State of an earlier process is read from the store; damage shows as FAILED and not as an error."""
     await running.build(running.deployment("one"))
     before = (await running.watch())[-1]
-    successor = Builds(running.shop, max_concurrent=1)
+    successor = Builds(running.shop, Limits(running=1))
     view = await successor.get("tiny")
     assert (view.state, view.generation, view.adapters[0].digest) == ("ACTIVE", 1, before.adapters[0].digest)
     assert [finding.code for finding in view.adapters[0].warnings] == ["W_BASE"]
@@ -254,12 +255,12 @@ async def test_drain_interrupts_and_the_successor_goes_on(running):
     await draining
     assert (await watching).reason == "SHUTTING_DOWN"
     assert (await failure(running.build(running.deployment("one")))).reason == "SHUTTING_DOWN"
-    assert "builds/tiny.json" in running.store.objects
-    successor = Builds(running.shop, max_concurrent=1)
+    assert "builds/tiny/builder.json" in running.store.objects
+    successor = Builds(running.shop, Limits(running=1))
     assert await successor.recover() == 1
     states = [view.state async for view in successor.watch("tiny")]
     assert states[-1] == "ACTIVE"
-    assert "builds/tiny.json" not in running.store.objects
+    assert "builds/tiny/builder.json" not in running.store.objects
 
 
 async def test_a_build_that_kills_the_builder_is_given_up(running):
@@ -267,8 +268,8 @@ async def test_a_build_that_kills_the_builder_is_given_up(running):
     entry = JournalEntry(
         deployment=running.deployment("one"), create_time=datetime.now(UTC), attempt=MAX_ATTEMPTS
     )
-    Journal(running.store).write(entry)
-    running.store.objects["builds/broken.json"] = b"?"
+    Journal(running.store, "builder").write(entry)
+    running.store.objects["builds/broken/builder.json"] = b"?"
     assert await running.builds.recover() == 1
     last = (await running.watch())[-1]
     assert (last.state, last.failure.reason) == (State.STATE_FAILED, "INTERNAL")

@@ -13,6 +13,7 @@ import pytest
 
 from builder_service.pipeline.builds import Builds
 from builder_service.pipeline.check import Checks
+from builder_service.pipeline.limits import Limits
 from builder_service.pipeline.workshop import Workshop
 from builder_service.rpc.servicer import SERVICE_NAME, BuilderServicer
 from loramux.client import AsyncClient, Client
@@ -49,7 +50,7 @@ async def running(tmp_path: Path) -> AsyncIterator[Running]:
     write_base(tmp_path / "base")
     write_adapter(tmp_path / "one")
     made = Running(tmp_path)
-    builds = Builds(made.shop, max_concurrent=1)
+    builds = Builds(made.shop, Limits(running=1))
     server = RpcServer("127.0.0.1:0", {SERVICE_NAME: BuilderServicer(builds, made.checks).register})
     made.address = await server.start()
     yield made
@@ -162,7 +163,7 @@ def running_in_thread(tmp_path: Path) -> AsyncIterator[str]:
 
     async def serve() -> None:
         made = Running(tmp_path)
-        builds = Builds(made.shop, max_concurrent=1)
+        builds = Builds(made.shop, Limits(running=1))
         server = RpcServer("127.0.0.1:0", {SERVICE_NAME: BuilderServicer(builds, made.checks).register})
         address.append(await server.start())
         up.set()

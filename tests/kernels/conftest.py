@@ -1,12 +1,7 @@
-"""Without a GPU, kernels run in Triton's interpreter, which must be chosen before they are imported."""
-
-import os
+"""Where kernels are tested."""
 
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(scope="session")

@@ -202,10 +202,10 @@ def test_closing_ends_open_streams(fakes: Fakes) -> None:
         list(events)
 
 
-def test_no_server_is_source_unavailable() -> None:
+def test_no_server_is_server_unavailable() -> None:
     """A port where nobody listens is named with the address, and at once."""
     begin = time.monotonic()
-    with Client("127.0.0.1:1") as client, pytest.raises(faults.SourceUnavailable, match=r"127\.0\.0\.1:1"):
+    with Client("127.0.0.1:1") as client, pytest.raises(faults.ServerUnavailable, match=r"127\.0\.0\.1:1"):
         client.models()
     assert time.monotonic() - begin < 5
 

@@ -153,6 +153,18 @@ class WatchDeploymentResponse(_message.Message):
     deployment: Deployment
     def __init__(self, deployment: _Optional[_Union[Deployment, _Mapping]] = ...) -> None: ...
 
+class CancelBuildRequest(_message.Message):
+    __slots__ = ("name",)
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    def __init__(self, name: _Optional[str] = ...) -> None: ...
+
+class CancelBuildResponse(_message.Message):
+    __slots__ = ("deployment",)
+    DEPLOYMENT_FIELD_NUMBER: _ClassVar[int]
+    deployment: Deployment
+    def __init__(self, deployment: _Optional[_Union[Deployment, _Mapping]] = ...) -> None: ...
+
 class Deployment(_message.Message):
     __slots__ = ("name", "state", "generation", "create_time", "update_time", "adapters", "failure", "unchanged")
     class State(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):

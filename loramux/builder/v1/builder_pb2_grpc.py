@@ -60,6 +60,11 @@ class BuilderServiceStub:
                 request_serializer=loramux_dot_builder_dot_v1_dot_builder__pb2.WatchDeploymentRequest.SerializeToString,
                 response_deserializer=loramux_dot_builder_dot_v1_dot_builder__pb2.WatchDeploymentResponse.FromString,
                 _registered_method=True)
+        self.CancelBuild = channel.unary_unary(
+                '/loramux.builder.v1.BuilderService/CancelBuild',
+                request_serializer=loramux_dot_builder_dot_v1_dot_builder__pb2.CancelBuildRequest.SerializeToString,
+                response_deserializer=loramux_dot_builder_dot_v1_dot_builder__pb2.CancelBuildResponse.FromString,
+                _registered_method=True)
         self.CheckAdapter = channel.unary_unary(
                 '/loramux.builder.v1.BuilderService/CheckAdapter',
                 request_serializer=loramux_dot_builder_dot_v1_dot_builder__pb2.CheckAdapterRequest.SerializeToString,
@@ -88,6 +93,7 @@ class BuilderServiceServicer:
         Draw a new one.
         ABORTED           BUILD_IN_PROGRESS: another build of this deployment runs. Watch it,
         then call again.
+        RESOURCE_EXHAUSTED  QUEUE_FULL: too many builds wait. Retry.
         UNAVAILABLE       STORE_UNAVAILABLE: the object store does not answer. Retry.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -117,6 +123,19 @@ class BuilderServiceServicer:
     def WatchDeployment(self, request, context):
         """Streams the state of a deployment: the current state at once, then every change,
         until it is ACTIVE or FAILED. After a broken stream the same call goes on.
+
+        NOT_FOUND    DEPLOYMENT_NOT_FOUND: the message lists those that exist.
+        UNAVAILABLE  STORE_UNAVAILABLE: retry.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CancelBuild(self, request, context):
+        """Asks the running build of a deployment to end, and answers at once with the present state. It ends at
+        its next step as FAILED with BUILD_CANCELLED, and what was served before is served still; a build that
+        was about to end may be ACTIVE instead. Watch it to know. Without a running build nothing changes, so
+        repeating the call is safe. Only the builder that runs a build can cancel it.
 
         NOT_FOUND    DEPLOYMENT_NOT_FOUND: the message lists those that exist.
         UNAVAILABLE  STORE_UNAVAILABLE: retry.
@@ -163,6 +182,11 @@ def add_BuilderServiceServicer_to_server(servicer, server):
                     servicer.WatchDeployment,
                     request_deserializer=loramux_dot_builder_dot_v1_dot_builder__pb2.WatchDeploymentRequest.FromString,
                     response_serializer=loramux_dot_builder_dot_v1_dot_builder__pb2.WatchDeploymentResponse.SerializeToString,
+            ),
+            'CancelBuild': grpc.unary_unary_rpc_method_handler(
+                    servicer.CancelBuild,
+                    request_deserializer=loramux_dot_builder_dot_v1_dot_builder__pb2.CancelBuildRequest.FromString,
+                    response_serializer=loramux_dot_builder_dot_v1_dot_builder__pb2.CancelBuildResponse.SerializeToString,
             ),
             'CheckAdapter': grpc.unary_unary_rpc_method_handler(
                     servicer.CheckAdapter,
@@ -284,6 +308,33 @@ class BuilderService:
             '/loramux.builder.v1.BuilderService/WatchDeployment',
             loramux_dot_builder_dot_v1_dot_builder__pb2.WatchDeploymentRequest.SerializeToString,
             loramux_dot_builder_dot_v1_dot_builder__pb2.WatchDeploymentResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CancelBuild(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/loramux.builder.v1.BuilderService/CancelBuild',
+            loramux_dot_builder_dot_v1_dot_builder__pb2.CancelBuildRequest.SerializeToString,
+            loramux_dot_builder_dot_v1_dot_builder__pb2.CancelBuildResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -1,0 +1,92 @@
+"""``loramux gc``: what in a store nothing refers to, listed or removed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
+from typing import Annotated, Final
+
+import typer
+from rich.filesize import decimal
+
+from loramux.cli import shell
+from loramux.cli.services import StoreFlag
+from shared.bundle.gc import Orphan, check_grace, find_orphans, remove
+from shared.faults import SettingsInvalid
+from shared.settings import BuilderSettings, load_settings
+from shared.storage.open import open_store
+
+_UNITS: Final = {"d": "days", "h": "hours", "m": "minutes", "s": "seconds"}
+
+
+@shell.command
+def gc(
+    store: StoreFlag = None,
+    delete: Annotated[bool, typer.Option("--delete", help="Remove what is listed.")] = False,
+    grace: Annotated[
+        str, typer.Option("--grace", metavar="TIME", help="Spare what is younger: 24h, 7d, 30m.")
+    ] = "24h",
+    keep: Annotated[
+        int | None,
+        typer.Option("--keep", min=0, metavar="N", help="Keep N generations before the served one; else all."),
+    ] = None,
+) -> None:
+    """List what nothing in a store refers to; with --delete, remove it.
+
+    Builds that were killed, failed at the end or were cancelled leave bundles that
+    no generation refers to. What a generation refers to is never removed.
+
+    Example: loramux gc --store s3://models/loramux --delete
+    """
+    spared = _duration(grace)
+    opened = open_store(load_settings(BuilderSettings, store=store).store)
+    if delete:
+        check_grace(opened, spared)
+    found = find_orphans(opened, grace=spared, now=datetime.now(UTC), keep=keep)
+    if found.old:
+        _show(found.old)
+    gone = [orphan for orphan in found.old if delete and remove(opened, orphan)]
+    _sum(opened.uri, found.old, gone if delete else None)
+    if found.young:
+        shell.show(f"{_counted(found.young)} younger than {grace}: spared")
+
+
+def _show(orphans: Sequence[Orphan]) -> None:
+    now = datetime.now(UTC)
+    rows = [
+        [
+            orphan.kind.value,
+            shell.digest(orphan.name) if len(orphan.name) == 64 else orphan.name,
+            decimal(orphan.size),
+            f"{(now - orphan.modified) / timedelta(hours=1):.1f} h",
+            orphan.why,
+        ]
+        for orphan in orphans
+    ]
+    shell.table(("kind", "name", "size", "age", "why"), rows, right=frozenset({"size", "age"}))
+
+
+def _sum(uri: str, old: Sequence[Orphan], gone: Sequence[Orphan] | None) -> None:
+    if not old:
+        shell.show(f"nothing to remove in {uri}")
+    elif gone is None:
+        shell.show(f"{_counted(old)} would be removed from {uri}: repeat with --delete")
+    else:
+        shell.show(f"{_counted(gone)} removed from {uri}")
+        if len(gone) < len(old):
+            shell.show(f"{len(old) - len(gone)} needed again meanwhile, spared")
+
+
+def _counted(orphans: Sequence[Orphan]) -> str:
+    size = decimal(sum(orphan.size for orphan in orphans))
+    return f"{len(orphans)} orphan{'s'[: len(orphans) != 1]}, {size},"
+
+
+def _duration(text: str) -> timedelta:
+    match = re.fullmatch(r"(\d{1,6}(?:\.\d+)?)([dhms])", text)
+    if match:
+        return timedelta(**{_UNITS[match[2]]: float(match[1])})
+    if text == "0":
+        return timedelta()
+    raise SettingsInvalid(f"--grace={text}: expected a number and d, h, m or s, for example 24h")
