@@ -149,6 +149,8 @@ class InferenceSettings(Settings):
     """Requests that wait; one more is answered QUEUE_FULL."""
     prefix_cache: bool = True
     """Keep the blocks of earlier prompts, for prompts that begin alike."""
+    stream_interval_ms: Annotated[int, Field(ge=0)] = 40
+    """Tokens of running answers are sent together at this interval, first and last ones at once; 0: each."""
     cache_dir: HomePath = Path("~/.cache/loramux")
     """Holds checkpoints and bundles that were fetched."""
 

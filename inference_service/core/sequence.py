@@ -110,3 +110,5 @@ class StepOutput:
     token: Token | None
     finish: FinishReason | None = None
     num_cached: int = 0
+    first: bool = False
+    """True for the first token of an answer."""

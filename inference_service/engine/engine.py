@@ -96,7 +96,7 @@ class Engine:
         finish = self._finish_reason(seq, token)
         if finish:
             self.abort(seq.id)
-        return StepOutput(seq.id, token, finish, seq.num_cached)
+        return StepOutput(seq.id, token, finish, seq.num_cached, first=seq.num_generated == 1)
 
     def _finish_reason(self, seq: Sequence, token: Token) -> FinishReason | None:
         if token.id in seq.sampling.stop_token_ids:

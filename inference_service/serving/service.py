@@ -135,12 +135,12 @@ class GenerationService:
         try:
             yield Started(request.id, model, self.catalog.generation, prompt_tokens)
             while finish is None:
-                output = await outputs.get()
-                delta, finish = _advance(output, detokenizer, stops, sampling)
+                arrived = await outputs.get()
+                delta, finish = _advance(arrived, detokenizer, stops, sampling)
                 completion_tokens += len(delta.tokens)
                 yield delta
             stop_text = stops.found or ""
-            yield Finished(finish, stop_text, prompt_tokens, output.num_cached, completion_tokens)
+            yield Finished(finish, stop_text, prompt_tokens, arrived[-1].num_cached, completion_tokens)
         finally:
             outputs.close()
 
@@ -188,19 +188,23 @@ def _first(said: N | None, brought: N | None, default: N) -> N:
 
 
 def _advance(
-    output: StepOutput, detokenizer: Detokenizer, stops: StopTexts, sampling: SamplingParams
+    outputs: list[StepOutput], detokenizer: Detokenizer, stops: StopTexts, sampling: SamplingParams
 ) -> tuple[Delta, FinishReason | None]:
-    """Turn one output of the engine into text; a stop token has no text."""
-    if output.finish is FinishReason.DEADLINE:
-        raise DeadlineExceeded("the deadline passed before the answer was complete; its sequence was freed.")
-    if output.token is None or output.finish is FinishReason.FAILED:
-        raise InternalFault("the engine failed; the server's log has the details. Please report it.")
-    silent = output.token.id in sampling.stop_token_ids
-    text = stops.push("" if silent else detokenizer.push(output.token.id))
-    finish = FinishReason.STOP if stops.found is not None else output.finish
-    if finish is not None and stops.found is None:
-        text += stops.flush()
-    return Delta(text, (output.token,)), finish
+    """Turn outputs of the engine into text, up to a stop text; a stop token has no text."""
+    text = ""
+    tokens: list[Token] = []
+    for output in outputs:
+        if output.finish is FinishReason.DEADLINE:
+            raise DeadlineExceeded("the deadline passed before the answer was complete; it was ended.")
+        if output.token is None or output.finish is FinishReason.FAILED:
+            raise InternalFault("the engine failed; the server's log has the details. Please report it.")
+        tokens.append(output.token)
+        silent = output.token.id in sampling.stop_token_ids
+        text += stops.push("" if silent else detokenizer.push(output.token.id))
+        if stops.found is not None:
+            return Delta(text, tuple(tokens)), FinishReason.STOP
+    finish = outputs[-1].finish
+    return Delta(text + (stops.flush() if finish else ""), tuple(tokens)), finish
 
 
 def _check(request: Request, vocab: int) -> None:

@@ -6,6 +6,7 @@ import importlib.util
 import itertools
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,7 +14,9 @@ import psutil
 import structlog
 import torch
 
+from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import Adapter
+from inference_service.core.sequence import Sequence as EngineSequence
 from inference_service.engine.block_manager import BlockManager
 from inference_service.engine.engine import Engine
 from inference_service.engine.runner import Runner
@@ -101,6 +104,7 @@ def load(settings: InferenceSettings, store: Store) -> Ready:
         adapters = [_merge(served, folder, store, model) for served in adapters]
     blocks, limits = _memory(settings, generation, config, model)
     engine = Engine(Runner(model, lora, blocks.num_blocks, blocks.block_size), limits, blocks)
+    _warm_up(engine, adapters)
     log.info(
         "loaded",
         deployment=generation.deployment,
@@ -118,9 +122,17 @@ def load(settings: InferenceSettings, store: Store) -> Ready:
     )
     base = [ServedModel(generation.served_model_name)] if generation.serve_base else []
     catalog = Catalog(generation.number, generation.served_model_name, [*base, *adapters])
-    thread = EngineThread(engine, settings.max_queue)
+    thread = EngineThread(engine, settings.max_queue, settings.stream_interval_ms / 1e3)
     serving = ServingLimits(limits.max_seq_len, generation.request_default_max_tokens, config.eos_token_ids)
     return Ready(GenerationService(catalog, text, thread, serving), thread)
+
+
+def _warm_up(engine: Engine, adapters: Sequence[ServedModel]) -> None:
+    """Run a few tokens, so that the first request does not wait for what is made at first use."""
+    for adapter in [None, *(served.adapter for served in adapters[:1])]:
+        engine.add(EngineSequence("warm-up", [0, 0], SamplingParams(max_tokens=2), adapter))
+        while not engine.idle:
+            engine.step()
 
 
 def _generation(name: str, store: Store) -> Generation:

@@ -71,7 +71,7 @@ class Door:
 
 
 async def _open(world: tuple[World, MemoryStore], **settings: object) -> Door:
-    ready = world[0].load(world[1], **settings)
+    ready = world[0].load(world[1], **({"stream_interval_ms": 0} | settings))
     server = RpcServer("127.0.0.1:0", {SERVICE_NAME: partial(register, InferenceServicer(ready.service))})
     address = await server.start()
     ready.engine.start()
@@ -103,6 +103,19 @@ async def test_a_stream_is_started_deltas_finished(door: Door) -> None:
     assert (started.generation, started.prompt_tokens) == (1, 4)
     assert finished.reason == pb.FINISH_REASON_LENGTH
     assert (finished.usage.prompt_tokens, finished.usage.completion_tokens) == (4, 5)
+
+
+async def test_tokens_between_first_and_last_come_together(world: tuple[World, MemoryStore]) -> None:
+    """With an interval there are fewer messages, the first token comes alone, and no token is lost."""
+    door = await _open(world, stream_interval_ms=1000)
+    deltas = [
+        event.delta for event in await door.events(sampling=pb.SamplingParams(max_tokens=40, ignore_eos=True))
+    ]
+    counts = [len(delta.token_ids) for delta in deltas[1:-1]]
+    assert counts[0] == 1
+    assert sum(counts) == 40
+    assert len(counts) <= 4
+    await _close(door)
 
 
 async def test_models_are_listed_base_first(door: Door) -> None:

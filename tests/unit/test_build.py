@@ -75,13 +75,14 @@ def test_a_build_publishes_bundles_then_the_generation_then_the_pointer(tmp_path
     write_adapter(tmp_path / "two", tensors(("o_proj", "up_proj"), rank=8), r=8, target_modules="all-linear")
     result = run(deployment(tmp_path, "one", "two"), shop)
     assert not result.unchanged
-    names = [key.rpartition("/")[2] for key in shop.store.puts]
-    assert names == ["model.lora_weights.npy", "model.lora_config.npy", "manifest.json"] * 2 + [
-        "00000001.json",
-        "current.json",
-    ]
-    generation = current_generation(shop.store, "tiny")
-    assert generation == result.generation
+    puts, generation = shop.store.puts, result.generation
+    for record in generation.adapters.values():
+        names = [key.rpartition("/")[2] for key in puts if record.digest in key]
+        assert names == ["model.lora_weights.npy", "model.lora_config.npy", "manifest.json"]
+    assert all(key.startswith("bundles/") for key in puts[:6])
+    assert puts[6].startswith("deployments/tiny/claims/00000001-")
+    assert puts[7:] == ["deployments/tiny/generations/00000001.json", "deployments/tiny/current.json"]
+    assert current_generation(shop.store, "tiny") == generation
     assert sorted(generation.base.files) == ["config.json", "model.safetensors", "tokenizer.json"]
     manifest = read_manifest(shop.store, generation.adapters["two"].digest)
     assert (manifest.ranks, manifest.modules, manifest.tensors_used) == ((8,), ("attn_dense", "mlp_gate"), 8)

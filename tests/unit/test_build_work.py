@@ -1,0 +1,196 @@
+"""How a build does its work: side by side, each thing once, within the disk, patient with its store."""
+
+from __future__ import annotations
+
+import os
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from builder_service.pipeline.build import build
+from builder_service.pipeline.identity import claim_identity
+from builder_service.pipeline.progress import Progress, Stage
+from builder_service.pipeline.space import Ledger, Space
+from builder_service.pipeline.workshop import Workshop
+from shared.bundle.reader import read_bundle
+from shared.deployment import Deployment, parse_deployment
+from shared.faults import AdapterInvalid, BuildCancelled, ResourcesExhausted, StoreUnavailable
+from shared.sources.open import open_sources
+from shared.storage.memory import MemoryStore
+from shared.storage.patient import PatientStore
+from tests.adapters import tensors, write_adapter, write_base
+
+
+class Counting(MemoryStore):
+    """Remembers what was put, and by which thread."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.puts: list[str] = []
+        self.threads: set[int] = set()
+        self.together = threading.Barrier(2)
+
+    def put(self, key: str, data: bytes | Path) -> None:
+        """Store, and remember."""
+        self.puts.append(key)
+        self.threads.add(threading.get_ident())
+        super().put(key, data)
+
+
+@pytest.fixture
+def shop(tmp_path):
+    """A workshop over an empty store."""
+    write_base(tmp_path / "base")
+    return Workshop(Counting(), open_sources(local_roots=[tmp_path]), tmp_path / "work")
+
+
+def deployment(folder: Path, *names: str, **lora: int) -> Deployment:
+    """A deployment of adapters below a folder."""
+    local = {name: {"source": "LOCAL", "repo": str(folder / name)} for name in names}
+    base = {"source": "LOCAL", "repo": str(folder / "base")}
+    made = {"checkpoint_repository": base, "lora_adapters": local, "lora_configuration": lora}
+    return parse_deployment({"model_name": "tiny", "build": made}).deployment
+
+
+def test_identical_adapters_are_converted_once(tmp_path, shop):
+    """Three names of the same files have one bundle, one upload and one conversion; all are DONE."""
+    for name in ("a", "b", "c"):
+        write_adapter(tmp_path / name)
+    write_adapter(tmp_path / "d", tensors(seed=1))
+    seen = []
+    progress = Progress("abcd", lambda: seen.append(progress.adapters))
+    records = build(deployment(tmp_path, *"abcd"), shop, progress).generation.adapters
+    assert len({record.digest for record in records.values()}) == 2
+    assert sum(key.endswith("weights.npy") for key in shop.store.puts) == 2
+    assert [adapter.stage for adapter in progress.adapters] == [Stage.DONE] * 4
+    converted = {
+        adapter.name
+        for adapters in seen
+        for adapter in adapters
+        if adapter.stage is Stage.CONVERTING and adapter.bytes_done
+    }
+    assert len(converted) == 2
+    for record in records.values():
+        read_bundle(shop.store, record.digest)
+
+
+def test_identical_adapters_are_refused_under_each_name(tmp_path, shop):
+    """What is wrong with files that two names share is said about both."""
+    for name in ("a", "b"):
+        write_adapter(tmp_path / name, use_dora=True)
+    with pytest.raises(AdapterInvalid) as refusal:
+        build(deployment(tmp_path, "a", "b"), shop, Progress("ab"))
+    assert [(item.adapter, item.code) for item in refusal.value.findings] == [("a", "E_DORA"), ("b", "E_DORA")]
+
+
+class Meeting(Counting):
+    """Weights are only put when those of another adapter are put at the same time."""
+
+    def put(self, key: str, data: bytes | Path) -> None:
+        """Store, in company."""
+        if key.endswith("weights.npy"):
+            self.together.wait(20)
+        super().put(key, data)
+
+
+def test_adapters_are_published_side_by_side(tmp_path, shop):
+    """Two adapters of one build are put at once; with one at a time this would never end."""
+    for i, name in enumerate("abcd"):
+        write_adapter(tmp_path / name, tensors(seed=i))
+    shop = replace(shop, store=Meeting(), parallel_adapters=2)
+    build(deployment(tmp_path, *"abcd"), shop, Progress("abcd"))
+    assert len(shop.store.threads) >= 2
+
+
+def test_nothing_is_published_before_everything_is_valid(tmp_path, shop):
+    """The last adapter of many is bad: not one byte was written to the store."""
+    for i in range(12):
+        write_adapter(tmp_path / f"a{i:02}", tensors(seed=i))
+    write_adapter(tmp_path / "z", bias="all")
+    names = [*(f"a{i:02}" for i in range(12)), "z"]
+    with pytest.raises(AdapterInvalid):
+        build(deployment(tmp_path, *names), shop, Progress(names))
+    assert shop.store.puts == []
+
+
+def test_a_build_stays_within_its_room(tmp_path, shop):
+    """A build that may write less than its adapters have is refused with both numbers, before it fetches."""
+    write_adapter(tmp_path / "a")
+    size = sum(path.stat().st_size for path in (tmp_path / "a").iterdir())
+    seen = []
+    progress = Progress("a", lambda: seen.append(progress.adapters[0].bytes_done))
+    with pytest.raises(ResourcesExhausted, match=f"{size} bytes.* may write 1000"):
+        build(deployment(tmp_path, "a"), replace(shop, max_build_bytes=1000), progress)
+    assert set(seen) == {0}
+    with pytest.raises(ResourcesExhausted, match="the bundle of adapter 'a'"):
+        build(deployment(tmp_path, "a"), replace(shop, max_build_bytes=size + 10), Progress("a"))
+    assert shop.store.puts == []
+    build(deployment(tmp_path, "a"), replace(shop, max_build_bytes=3 * size), Progress("a"))
+
+
+def test_builds_share_the_disk(tmp_path):
+    """What one build has announced and not written yet is not free for another."""
+    ledger = Ledger()
+    free = os.statvfs(tmp_path).f_bavail * os.statvfs(tmp_path).f_frsize
+    one, two = Space(tmp_path, ledger, None), Space(tmp_path, ledger, None)
+    with (
+        one.writing(free * 2 // 3, "one"),
+        pytest.raises(ResourcesExhausted, match="two: .* bytes, and .* free"),
+    ):
+        two.check(free * 2 // 3, "two")
+    two.check(free // 3, "two")
+
+
+class Flaky(Counting):
+    """Does not answer for a while."""
+
+    def __init__(self, times: int) -> None:
+        super().__init__()
+        self.times = times
+
+    def put(self, key: str, data: bytes | Path) -> None:
+        """Store, at last."""
+        if self.times:
+            self.times -= 1
+            raise StoreUnavailable("the store is away")
+        super().put(key, data)
+
+
+def test_a_store_that_comes_back_is_waited_for():
+    """An operation is tried again with growing pauses, and fails with the store's own words after the last."""
+    store = PatientStore(Flaky(2), pauses_s=(0.01, 0.01))
+    store.put("k", b"x")
+    assert list(store.list("")) == ["k"]
+    with pytest.raises(StoreUnavailable, match="the store is away"):
+        PatientStore(Flaky(3), pauses_s=(0.01, 0.01)).put("k", b"x")
+
+
+def test_waiting_for_a_store_can_be_stopped():
+    """A build that is cancelled does not wait for its store any longer."""
+    progress = Progress(())
+    store = PatientStore(Flaky(10), progress.check, pauses_s=(30.0,))
+    threading.Timer(0.2, progress.stop, [BuildCancelled("enough")]).start()
+    with pytest.raises(BuildCancelled, match="enough"):
+        store.put("k", b"x")
+
+
+def test_identities_are_kept_and_not_shared(tmp_path):
+    """Living builders of one work folder differ; the next start of one has its identity again."""
+    one, two = claim_identity(tmp_path), claim_identity(tmp_path)
+    assert one.name != two.name
+    one._file.close()
+    again = claim_identity(tmp_path)
+    assert again.name == one.name
+    (tmp_path / "loramux-builder-2.id").write_text("cut of")
+    assert len(claim_identity(tmp_path).name) == 16
+
+
+def test_an_owners_folders_are_swept_at_its_start(tmp_path, shop):
+    """What an owner left when it was killed goes at its next start; the folders of others stay."""
+    shop = replace(shop, owner="0" * 16)
+    for name in (f"loramux-build-{'0' * 16}-x", f"loramux-build-{'1' * 16}-x"):
+        (tmp_path / "work" / name).mkdir(parents=True)
+    shop.sweep()
+    assert [path.name for path in (tmp_path / "work").iterdir()] == [f"loramux-build-{'1' * 16}-x"]

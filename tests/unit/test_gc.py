@@ -1,0 +1,175 @@
+"""What nothing refers to: found, spared while it is young, removed when it is asked for."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from builder_service.pipeline.build import build
+from builder_service.pipeline.progress import Progress
+from builder_service.pipeline.workshop import Workshop
+from loramux.cli.main import app
+from shared.bundle.deployments import current_generation, generation_numbers
+from shared.bundle.gc import Kind, check_grace, find_orphans, remove
+from shared.bundle.manifest import MANIFEST_FILE, bundle_key, claim_key, generation_key
+from shared.bundle.reader import read_bundle
+from shared.deployment import parse_deployment
+from shared.faults import BuildInProgress, BundleCorrupt
+from shared.sources.open import open_sources
+from shared.storage.base import Store
+from shared.storage.local import LocalStore
+from shared.storage.memory import MemoryStore
+from tests.adapters import tensors, write_adapter, write_base
+
+DAY = timedelta(days=1)
+LATER = datetime.now(UTC) + timedelta(days=2)
+
+
+def publish(folder: Path, store: Store, *names: str, deployment: str = "tiny") -> None:
+    """Build a deployment of adapters that differ by their names."""
+    write_base(folder / "base")
+    for name in names:
+        write_adapter(folder / name, tensors(seed=sum(name.encode())))
+    local = {name: {"source": "LOCAL", "repo": str(folder / name)} for name in names}
+    base = {"source": "LOCAL", "repo": str(folder / "base")}
+    data = {"model_name": deployment, "build": {"checkpoint_repository": base, "lora_adapters": local}}
+    shop = Workshop(store, open_sources(local_roots=[folder]), folder / "work")
+    build(parse_deployment(data).deployment, shop, Progress(names))
+
+
+def digest(store: Store, name: str) -> str:
+    """The digest of an adapter that is served."""
+    generation = current_generation(store, "tiny")
+    assert generation is not None
+    return generation.adapters[name].digest
+
+
+def lose_generation(store: MemoryStore, number: int) -> None:
+    """Remove a generation behind everyone's back, so that its bundles are orphans."""
+    del store.objects[generation_key("tiny", number)]
+
+
+def test_a_store_in_order_has_no_orphans(tmp_path):
+    """All generations are kept by default, and with them all that they refer to."""
+    store = MemoryStore()
+    publish(tmp_path, store, "one")
+    publish(tmp_path, store, "two")
+    found = find_orphans(store, grace=timedelta(), now=LATER)
+    assert (found.old, found.young) == ((), ())
+
+
+def test_what_a_killed_build_left_is_found(tmp_path):
+    """Bundles without a generation or without a manifest, and claims below a generation, are orphans."""
+    store = MemoryStore()
+    publish(tmp_path, store, "one", "two", "three")
+    lost = digest(store, "two"), digest(store, "three")
+    publish(tmp_path, store, "one")
+    lose_generation(store, 1)
+    del store.objects[bundle_key(lost[1], MANIFEST_FILE)]
+    store.put(claim_key("tiny", 1, "0" * 16), b"")
+    store.put(claim_key("tiny", 3, "0" * 16), b"")  # whose builder may live
+    found = {orphan.name: orphan for orphan in find_orphans(store, grace=DAY, now=LATER).old}
+    assert set(found) == {*lost, claim_key("tiny", 1, "0" * 16)}
+    assert found[lost[0]].why == "no generation refers to it"
+    assert found[lost[1]].why == "without its manifest: a build did not end"
+    assert found[lost[0]].entries[0].key.endswith(MANIFEST_FILE)
+    assert found[lost[0]].size == sum(len(store.get(entry.key)) for entry in found[lost[0]].entries)
+
+
+def test_removal_leaves_what_is_referred_to(tmp_path):
+    """After a removal every generation can be read whole, and nothing else is left."""
+    store = MemoryStore()
+    publish(tmp_path, store, "one", "two")
+    publish(tmp_path, store, "one")
+    lose_generation(store, 1)
+    for orphan in find_orphans(store, grace=DAY, now=LATER).old:
+        assert remove(store, orphan)
+    read_bundle(store, digest(store, "one"))
+    assert len({key.split("/")[2] for key in store.list("bundles/")}) == 1
+
+
+def test_the_young_are_spared(tmp_path):
+    """What was put within the grace period is listed apart."""
+    store = MemoryStore()
+    publish(tmp_path, store, "one", "two")
+    publish(tmp_path, store, "one")
+    lose_generation(store, 1)
+    found = find_orphans(store, grace=DAY, now=datetime.now(UTC) + timedelta(hours=23))
+    assert (found.old, len(found.young)) == ((), 1)
+
+
+def test_a_bundle_that_a_build_found_again_is_spared(tmp_path):
+    """A build that reuses an orphan puts its manifest again; a removal that was about to begin lets it be."""
+    store = MemoryStore()
+    publish(tmp_path, store, "one", "two")
+    publish(tmp_path, store, "one")
+    lose_generation(store, 1)
+    [orphan] = find_orphans(store, grace=DAY, now=LATER).old
+    publish(tmp_path, store, "two")
+    assert not remove(store, orphan)
+    assert find_orphans(store, grace=DAY, now=LATER).old == ()
+    read_bundle(store, orphan.name)
+
+
+def test_generations_beyond_those_that_are_kept(tmp_path):
+    """With keep, older generations and what only they refer to go; the served one and newer ones never."""
+    store = MemoryStore()
+    for names in (["one"], ["two"], ["three"], ["two", "three"]):
+        publish(tmp_path, store, *names)
+    found = find_orphans(store, grace=DAY, now=LATER, keep=1)
+    assert [orphan.kind for orphan in found.old] == [Kind.GENERATION, Kind.GENERATION, Kind.BUNDLE]
+    for orphan in found.old:
+        assert remove(store, orphan)
+    assert generation_numbers(store, "tiny") == [3, 4]
+    assert find_orphans(store, grace=DAY, now=LATER, keep=0).old[0].name == generation_key("tiny", 3)
+    assert find_orphans(store, grace=DAY, now=LATER, keep=9).old == ()
+
+
+def test_a_damaged_generation_stops_everything(tmp_path):
+    """Where nobody knows to what a generation refers, nothing is an orphan and the damage is named."""
+    store = MemoryStore()
+    publish(tmp_path, store, "one")
+    publish(tmp_path, store, "two")
+    store.put(generation_key("tiny", 1), b"{}")
+    with pytest.raises(BundleCorrupt, match="deployment tiny: generation 1"):
+        find_orphans(store, grace=DAY, now=LATER)
+    assert {orphan.kind for orphan in find_orphans(store, grace=DAY, now=LATER, keep=0).old} == {
+        Kind.GENERATION,
+        Kind.BUNDLE,
+    }
+
+
+def test_a_short_grace_waits_for_builds():
+    """While a build runs, a grace period below an hour is refused."""
+    store = MemoryStore()
+    check_grace(store, timedelta())
+    store.put("builds/tiny/builder.json", b"{}")
+    check_grace(store, timedelta(hours=1))
+    with pytest.raises(BuildInProgress, match="builds/tiny/builder.json"):
+        check_grace(store, timedelta(minutes=59))
+
+
+def test_the_command(tmp_path):
+    """`loramux gc` lists, says what it would do, and removes only with --delete."""
+    store, address = LocalStore(tmp_path / "store"), f"file://{tmp_path}/store"
+    publish(tmp_path, store, "one", "two")
+    lost = digest(store, "two")
+    publish(tmp_path, store, "one")
+    store.delete(generation_key("tiny", 1))
+    run = CliRunner().invoke
+    said = run(app, ["gc", "--store", address]).stdout
+    assert "nothing to remove" in said
+    assert "younger than 24h: spared" in said
+    listed = run(app, ["gc", "--store", address, "--grace", "0"])
+    assert lost[:12] in listed.stdout
+    assert "1 orphan, " in listed.stdout
+    assert "repeat with --delete" in listed.stdout
+    read_bundle(store, lost)
+    removed = run(app, ["gc", "--store", address, "--grace", "0s", "--delete"])
+    assert (removed.exit_code, "1 orphan, " in removed.stdout) == (0, True)
+    assert not list(store.list(f"bundles/sha256/{lost}"))
+    read_bundle(store, digest(store, "one"))
+    assert run(app, ["gc", "--store", address, "--grace", "soon"]).exit_code == 2
