@@ -58,6 +58,7 @@ FEATURES = {
     "mlp.down_proj": (8960, 1536),
 }
 RANK, ALPHA = 8, 12
+BLAS = {"OPENBLAS_NUM_THREADS": "1"}  # as the service has it
 
 
 def make_inputs(folder: Path, count: int) -> None:
@@ -164,7 +165,7 @@ def measure(what: str, folder: Path, uri: str, work: Path, environment: dict[str
         str(work),
     ]
     done = subprocess.run(  # noqa: S603 - this file
-        command, env=os.environ | environment, check=True, stdout=subprocess.PIPE, text=True
+        command, env=os.environ | BLAS | environment, check=True, stdout=subprocess.PIPE, text=True
     )
     shutil.rmtree(work)
     measured: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])

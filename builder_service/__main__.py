@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+
+# Adapters are computed side by side, one core each; BLAS threads beside them would only wait for each other.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 import argparse
 import asyncio
 import sys

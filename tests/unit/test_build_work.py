@@ -137,7 +137,7 @@ def test_builds_share_the_disk(tmp_path):
     one, two = Space(tmp_path, ledger, None), Space(tmp_path, ledger, None)
     with (
         one.writing(free * 2 // 3, "one"),
-        pytest.raises(ResourcesExhausted, match="two: .* bytes, and .* free"),
+        pytest.raises(ResourcesExhausted, match=r"two: .* bytes, and .* free"),
     ):
         two.check(free * 2 // 3, "two")
     two.check(free // 3, "two")

@@ -148,7 +148,7 @@ def test_a_short_grace_waits_for_builds():
     check_grace(store, timedelta())
     store.put("builds/tiny/builder.json", b"{}")
     check_grace(store, timedelta(hours=1))
-    with pytest.raises(BuildInProgress, match="builds/tiny/builder.json"):
+    with pytest.raises(BuildInProgress, match=r"builds/tiny/builder\.json"):
         check_grace(store, timedelta(minutes=59))
 
 

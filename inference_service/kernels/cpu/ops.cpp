@@ -117,7 +117,10 @@ inline void shrink_tile(const T* const* x, const T* a, int64_t stride, int full,
   vf acc[TOKENS][ROWS] = {};
   for (int i = 0; i < full; ++i) {
     vu w[ROWS];
-    for (int r = 0; r < ROWS; ++r) w[r] = load<vu>(a + r * stride + i * STEP);
+    for (int r = 0; r < ROWS; ++r) {
+      w[r] = load<vu>(a + r * stride + i * STEP);
+      __builtin_prefetch(a + (r + ROWS) * stride + i * STEP);  // the next rows: adapters come from memory, not from a cache
+    }
     for (int t = 0; t < TOKENS; ++t) {
       vu v = load<vu>(x[t] + i * STEP);
       for (int r = 0; r < ROWS; ++r) acc[t][r] = Unit<T>::fma(acc[t][r], v, w[r]);
@@ -156,7 +159,10 @@ inline void expand_tile(const uint32_t* y, int64_t ldy, int units, const T* b, T
   vf acc[TOKENS][WIDE] = {};
   for (int u = 0; u < units; ++u) {
     vu w[WIDE];
-    for (int c = 0; c < WIDE; ++c) w[c] = load<vu>(b + (c * units + u) * LANES * P);
+    for (int c = 0; c < WIDE; ++c) {
+      w[c] = load<vu>(b + (c * units + u) * LANES * P);
+      __builtin_prefetch(b + ((c + 2 * WIDE) * units + u) * LANES * P);
+    }
     for (int t = 0; t < TOKENS; ++t) {
       vu v = vu{} + y[t * ldy + u];
       for (int c = 0; c < WIDE; ++c) acc[t][c] = Unit<T>::fma(acc[t][c], v, w[c]);
@@ -197,7 +203,7 @@ inline void to_units(const float* y, int rank, uint32_t* to, bf16*) {
   }
 }
 
-constexpr int TOKENS_PER_TASK = 32;
+constexpr int TOKENS_PER_TASK = 16;
 constexpr int COLUMNS_PER_TASK = 256;
 constexpr double WORK_OF_ONE_THREAD = 60000;  // products; less is done before a second thread has woken up
 
@@ -251,47 +257,60 @@ void expand_task(const LoraTask& task, const Segment& seg, const Adapter& adapte
 template <class T>
 void lora(const T* x, int64_t ldx, int64_t K, T* out, int64_t ldo, const Adapter* adapters, const Segment* segments,
           int64_t count, float* y, int64_t ldy, int64_t threads) {
-  static thread_local std::vector<LoraTask> shrinks, expands;
-  shrinks.clear();
-  expands.clear();
+  auto shrink = [=](const LoraTask& task) {
+    const Segment& seg = segments[task.segment];
+    shrink_task<T>(task, seg, adapters[seg.adapter], x, ldx, K, y, ldy);
+  };
+  auto expand = [=](const LoraTask& task) {
+    const Segment& seg = segments[task.segment];
+    expand_task<T>(task, seg, adapters[seg.adapter], y, ldy, out, ldo);
+  };
+  static thread_local std::vector<LoraTask> tasks, shrinks, expands;
+  tasks.clear();
   double work = 0;
   for (int64_t s = 0; s < count; ++s) {
     const Segment& seg = segments[s];
-    const Adapter& adapter = adapters[seg.adapter];
-    if (!adapter.rows) continue;
-    work += double(seg.length) * adapter.rows * K;
-    // Few tokens: the rows of A are what two threads can share.
-    const int64_t parts = seg.length <= TOKENS_PER_TASK && count == 1 ? threads : 1;
-    const int64_t rows = round_up(int((adapter.rows + parts - 1) / parts), 4);
-    for (int64_t f = 0; f < seg.length; f += TOKENS_PER_TASK) {
-      const int64_t n = std::min<int64_t>(TOKENS_PER_TASK, seg.length - f);
-      for (int64_t r = 0; r < adapter.rows; r += rows) shrinks.push_back({s, f, n, 0, r, std::min(rows, adapter.rows - r)});
-      for (int64_t i = 0; i < adapter.slices; ++i)
-        for (int64_t c = 0; c < adapter.slice[i].columns && adapter.slice[i].rank; c += COLUMNS_PER_TASK)
-          expands.push_back({s, f, n, i, c, std::min<int64_t>(COLUMNS_PER_TASK, adapter.slice[i].columns - c)});
-    }
+    if (!adapters[seg.adapter].rows) continue;
+    work += double(seg.length) * adapters[seg.adapter].rows * K;
+    for (int64_t f = 0; f < seg.length; f += TOKENS_PER_TASK)
+      tasks.push_back({s, f, std::min<int64_t>(TOKENS_PER_TASK, seg.length - f), 0, 0, 0});
+  }
+  const int64_t wholes = tasks.size();
+  if (work < WORK_OF_ONE_THREAD) threads = 1;
+  if (threads == 1 || wholes >= threads) {  // a run of tokens at a time, both products, without a barrier between
+    const LoraTask* list = tasks.data();
+    each(wholes, int(threads), [=](int64_t i) {
+      LoraTask task = list[i];
+      const Adapter& adapter = adapters[segments[task.segment].adapter];
+      task.size = adapter.rows;
+      shrink(task);
+      for (task.slice = 0; task.slice < adapter.slices; ++task.slice) {
+        task.size = adapter.slice[task.slice].columns;
+        if (adapter.slice[task.slice].rank) expand(task);
+      }
+    });
+    return;
+  }
+  shrinks.clear();
+  expands.clear();
+  for (const LoraTask& whole : tasks) {  // fewer runs than threads: share the rows of A, then the columns of B
+    const Adapter& adapter = adapters[segments[whole.segment].adapter];
+    const int64_t rows = round_up(int((adapter.rows + threads - 1) / threads), 4);
+    for (int64_t r = 0; r < adapter.rows; r += rows)
+      shrinks.push_back({whole.segment, whole.first, whole.tokens, 0, r, std::min(rows, adapter.rows - r)});
+    for (int64_t i = 0; i < adapter.slices; ++i)
+      for (int64_t c = 0; c < adapter.slice[i].columns && adapter.slice[i].rank; c += COLUMNS_PER_TASK)
+        expands.push_back({whole.segment, whole.first, whole.tokens, i, c,
+                           std::min<int64_t>(COLUMNS_PER_TASK, adapter.slice[i].columns - c)});
   }
   const LoraTask *first = shrinks.data(), *second = expands.data();
   const int64_t firsts = shrinks.size(), seconds = expands.size();
-  auto shrink = [=](int64_t i) {
-    const Segment& seg = segments[first[i].segment];
-    shrink_task<T>(first[i], seg, adapters[seg.adapter], x, ldx, K, y, ldy);
-  };
-  auto expand = [=](int64_t i) {
-    const Segment& seg = segments[second[i].segment];
-    expand_task<T>(second[i], seg, adapters[seg.adapter], y, ldy, out, ldo);
-  };
-  if (work < WORK_OF_ONE_THREAD || threads < 2) {
-    for (int64_t i = 0; i < firsts; ++i) shrink(i);
-    for (int64_t i = 0; i < seconds; ++i) expand(i);
-    return;
-  }
 #pragma omp parallel num_threads(int(threads))
   {
 #pragma omp for schedule(dynamic, 1)
-    for (int64_t i = 0; i < firsts; ++i) shrink(i);
+    for (int64_t i = 0; i < firsts; ++i) shrink(first[i]);
 #pragma omp for schedule(dynamic, 1)
-    for (int64_t i = 0; i < seconds; ++i) expand(i);
+    for (int64_t i = 0; i < seconds; ++i) expand(second[i]);
   }
 }
 
