@@ -140,6 +140,7 @@ class Server:
         health = [str(Path(sys.executable).parent / "loramux"), "health", self.address, "--wait", "120"]
         subprocess.run(health, check=True, capture_output=True)  # noqa: S603 - our own command
         self.start_s = time.perf_counter() - started
+        self.start_mb = self.anonymous_mb
 
     @property
     def loaded(self) -> dict[str, object]:
@@ -148,7 +149,7 @@ class Server:
         return next(line for line in lines if line["event"] == "loaded")
 
     @property
-    def rss_mb(self) -> float:
+    def anonymous_mb(self) -> float:
         """Resident memory that is not a file's."""
         status = Path(f"/proc/{self._process.pid}/status").read_text()
         return int(next(line.split()[1] for line in status.splitlines() if line.startswith("RssAnon"))) / 1e3
@@ -352,7 +353,7 @@ def _notes(table: Sequence[Sequence[Figures]], server: Server, bare: Server) -> 
         f"base requests / no adapters loaded:          {_ratio(table, 1, 2)}",
         f"{loaded['adapters']} adapters loaded, {loaded['operations']}; start to SERVING "
         f"{server.start_s:.1f} s, of which {loaded['seconds']} s after imports",
-        f"anonymous memory: {server.rss_mb:.0f} MB, {bare.rss_mb:.0f} MB without adapters; "
+        f"anonymous memory at the start: {server.start_mb:.0f} MB, {bare.start_mb:.0f} MB without adapters; "
         f"weights on disk {weights / 1e6:.0f} MB",
         f"roof of a step: {weights / 1e6:.0f} MB of weights at {roof:.1f} GB/s = "
         f"{weights / roof / 1e6:.1f} ms, {1e9 * roof / weights:.0f} tokens/s per sequence",

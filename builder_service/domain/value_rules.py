@@ -21,8 +21,8 @@ from shared.faults import Finding
 UNDERFLOW_SHARE: Final = 0.01
 SCALES: Final = (1e-3, 64.0)
 """Scales outside are legal and rare."""
-PIECE: Final = 1 << 20
-"""Elements that are looked at at once."""
+PIECE: Final = 1 << 18
+"""Elements that are looked at at once; what fits a core's cache."""
 
 
 @dataclass(frozen=True)
@@ -105,16 +105,22 @@ def _stored(
     stored = np.empty(tensor.shape, NUMPY_TYPES[dtype])
     flat, done, bad, biggest, overflow = stored.reshape(-1), 0, 0, 0.0, False
     for values in file.pieces(tensor.name, PIECE):
-        wide = values.astype(np.float32)
-        bad += wide.size - int(np.count_nonzero(np.isfinite(wide)))
-        piece = cast(values, dtype, scale)
+        wide, piece = values.astype(np.float32), cast(values, dtype, scale)
         flat[done : done + piece.size] = piece
         done += piece.size
-        if not bad:
-            biggest = max(biggest, float(np.abs(wide).max()))
-            overflow |= not np.isfinite(piece.astype(np.float32)).all()
-        if not bad and not overflow:
-            _count(wide, piece.astype(np.float32), scale, dtype, tensor.dtype, sums)
+        largest = float(np.abs(wide).max())
+        if not np.isfinite(largest):
+            bad += wide.size - int(np.count_nonzero(np.isfinite(wide)))
+        if bad:
+            continue
+        biggest = max(biggest, largest)
+        if piece is values:  # stored as it is
+            sums.nonzero += int(np.count_nonzero(wide))
+            continue
+        narrow = piece.astype(np.float32)
+        overflow |= not np.isfinite(narrow).all()
+        if not overflow:
+            _count(wide, narrow, scale, dtype, tensor.dtype, sums)
     if bad:
         found = f"{bad} of {done} NaN or infinite in the first of them"
         fix = "Training diverged: use an earlier checkpoint."
@@ -135,11 +141,11 @@ def _stored(
 
 def _count(wide: Array, stored: Array, scale: float, dtype: Dtype, source: str, sums: _Sums) -> None:
     scaled = wide * np.float32(scale)
-    nonzero = scaled != 0
-    sums.nonzero += int(np.count_nonzero(nonzero))
-    sums.flushed += int(np.count_nonzero(nonzero & (stored == 0)))
+    nonzero, kept_nonzero = np.count_nonzero(scaled), np.count_nonzero(stored)
+    sums.nonzero += int(nonzero)
+    sums.flushed += int(nonzero - kept_nonzero)
     if source == "F32" and dtype is not Dtype.FLOAT32:
-        kept = nonzero & (stored != 0)
+        kept = (scaled != 0) & (stored != 0)
         error = np.abs(stored[kept] - scaled[kept]) / np.abs(scaled[kept])
         sums.worst = max(sums.worst, float(error.max(initial=0.0)))
 

@@ -19,10 +19,9 @@ from shared.bundle.npy import (
     NUMPY_TYPES,
     Array,
     cast,
-    check_pieces,
     config_pieces,
     weights_pieces,
-    write_pieces,
+    write_checked,
 )
 from shared.bundle.proof import Proof
 from shared.deployment import Dtype
@@ -72,16 +71,14 @@ def convert_adapter(
     (fetched.folder / FOLDER).mkdir()
     weights, config = fetched.folder / FOLDER / WEIGHTS_FILE, fetched.folder / FOLDER / CONFIG_FILE
     texts = [name for name in TEXT_FILES if name in fetched.files]
-    progress.enter(fetched.name, Stage.CONVERTING, 2 * sum(file.size for file in fetched.files.values()))
+    progress.enter(fetched.name, Stage.CONVERTING, sum(file.size for file in fetched.files.values()))
     table = np.array([[row.module_id, row.layer, row.rank, 0] for row in rows], np.int32)
 
-    def weights_file() -> Iterator[bytes | int]:
-        counted = _rows(checked, dtype, progress.counter(fetched.name))
-        return weights_pieces(dtype, count=len(rows), width=width, rows=counted)
-
+    counted = _rows(checked, dtype, progress.counter(fetched.name))
+    content = weights_pieces(dtype, count=len(rows), width=width, rows=counted)
     files = {
-        WEIGHTS_FILE: _written(weights, weights_file, fetched.name),
-        CONFIG_FILE: _written(config, lambda: config_pieces(table), fetched.name),
+        WEIGHTS_FILE: _written(weights, content, fetched.name),
+        CONFIG_FILE: _written(config, config_pieces(table), fetched.name),
     }
     manifest = Manifest(
         dtype=dtype,
@@ -131,14 +128,13 @@ def _row(
         count(values.nbytes)
 
 
-def _written(path: Path, pieces: Callable[[], Iterator[bytes | int]], name: str) -> FileDigest:
-    """Write a file, read it back, compare it with its source once more, and return what it is.
+def _written(path: Path, pieces: Iterator[bytes | int], name: str) -> FileDigest:
+    """Write a file, read it back, compare, and return what it is.
 
     Raises:
         InternalFault: they differ; a disk or this program is broken.
     """
-    write_pieces(path, pieces())
-    digest = check_pieces(path, pieces())
+    digest = write_checked(path, pieces)
     if digest is None:
         raise InternalFault(f"adapter {name!r}: {path.name} was not written as it was meant")
     return digest

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from inference_service.core.groups import GroupShape
-from inference_service.kernels.cpu.ops import ADAPTER_FIELDS, CpuOps, pack_a, pack_b
+from inference_service.kernels.cpu.ops import ADAPTER_FIELDS, CpuOps, Table, pack_a, pack_b
 from inference_service.lora.segments import Arrangement
 from inference_service.lora.weights import AdapterWeights, GroupWeights
 
@@ -24,7 +24,7 @@ class NativeLora:
         self._ops = ops
         self._groups = {group.name: group for group in groups}
         self._tables = {
-            (layer, group.name): np.zeros((0, ADAPTER_FIELDS), dtype=np.int64)
+            (layer, group.name): Table(np.zeros((0, ADAPTER_FIELDS), dtype=np.int64))
             for layer in range(num_layers)
             for group in groups
         }
@@ -32,7 +32,7 @@ class NativeLora:
         """What the tables point into."""
         self._num_slots = 0
         self._most_ranks = 1
-        self._segments = np.zeros((0, 3), dtype=np.int64)
+        self._segments = Table(np.zeros((0, 3), dtype=np.int64))
         self._workspace = torch.empty(0, 1)
 
     def load(self, weights: AdapterWeights) -> int:
@@ -44,14 +44,15 @@ class NativeLora:
                 fields = self._pack(group, self._groups[name])
                 row[0, : len(fields)] = fields
                 self._most_ranks = max(self._most_ranks, sum(group.ranks))
-            self._tables[layer, name] = np.concatenate([table, row])
+            self._tables[layer, name] = Table(np.concatenate([table.values, row]))
         self._num_slots += 1
         return self._num_slots - 1
 
     def begin(self, arrangement: Arrangement) -> None:
         """Prepare for the rows of a step."""
         segments = arrangement.segments
-        self._segments = np.array([(seg.slot, seg.start, seg.length) for seg in segments], dtype=np.int64)
+        rows_of = [(segment.slot, segment.start, segment.length) for segment in segments]
+        self._segments = Table(np.array(rows_of, dtype=np.int64))
         rows = segments[-1].end
         if self._workspace.shape[0] < rows or self._workspace.shape[1] < self._most_ranks:
             self._workspace = torch.empty(rows, self._most_ranks)

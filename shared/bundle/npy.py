@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -104,29 +105,32 @@ def config_pieces(rows: Array) -> Iterator[bytes | int]:
     yield rows.astype(CONFIG_DESCR).tobytes()
 
 
-def write_pieces(path: Path, pieces: Iterable[bytes | int]) -> None:
-    """Write a file; zeros take no space where the file system has sparse files."""
-    with path.open("wb") as file:
+def write_checked(path: Path, pieces: Iterable[bytes | int]) -> FileDigest | None:
+    """Write a file, read each piece back, and return what the file is; None when it is not what was meant.
+
+    Zeros take no space where the file system has sparse files. The digest is that of what was read.
+    """
+    digest, size, right = hashlib.sha256(), 0, True
+    with path.open("w+b", buffering=0) as file:
         for piece in pieces:
             if isinstance(piece, int):
-                file.seek(piece, io.SEEK_CUR)
+                file.truncate(size + piece)
             else:
-                file.write(piece)
-        file.truncate()
+                _write_at(file.fileno(), piece, size)
+            for expected in _bounded([piece]):
+                found = os.pread(file.fileno(), len(expected), size)
+                right &= found == expected
+                digest.update(found)
+                size += len(found)
+        right &= os.fstat(file.fileno()).st_size == size
+    return FileDigest(size=size, sha256=digest.hexdigest()) if right else None
 
 
-def check_pieces(path: Path, pieces: Iterable[bytes | int]) -> FileDigest | None:
-    """Read a file back; return what it is when it consists of these pieces, else None."""
-    digest, size = hashlib.sha256(), 0
-    with path.open("rb") as file:
-        for expected in _bounded(pieces):
-            found = file.read(len(expected))
-            if found != expected:
-                return None
-            digest.update(found)
-            size += len(found)
-        rest = file.read(1)
-    return None if rest else FileDigest(size=size, sha256=digest.hexdigest())
+def _write_at(descriptor: int, data: bytes, offset: int) -> None:
+    rest = memoryview(data)
+    while rest:
+        written = os.pwrite(descriptor, rest, offset)
+        rest, offset = rest[written:], offset + written
 
 
 def _bounded(pieces: Iterable[bytes | int]) -> Iterator[bytes]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from inference_service.kernels.cpu.build import load
-from inference_service.kernels.cpu.ops import ADAPTER_FIELDS, BLOCK, Chunks, CpuOps, pack_a, pack_b
+from inference_service.kernels.cpu.ops import ADAPTER_FIELDS, BLOCK, Chunks, CpuOps, Table, pack_a, pack_b
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1.2e-2}
 DTYPES = [torch.float32, torch.bfloat16]
@@ -65,7 +65,7 @@ def test_lora_adds_each_adapter_to_its_own_rows(
             expected[start : start + length, column : column + out_s] += update
         start += length
     workspace = torch.full((rows, max(map(sum, ranks))), torch.nan)
-    ops.lora(x, out, table, np.array(segments, dtype=np.int64), workspace)
+    ops.lora(x, out, Table(table), Table(np.array(segments, dtype=np.int64)), workspace)
     assert torch.equal(out[:5].view(torch.uint8), before[:5].view(torch.uint8))
     assert _error(out[5:] - before[5:], expected[5:] - before[5:].double()) < 3 * TOLERANCE[dtype]
 

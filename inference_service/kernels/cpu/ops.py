@@ -29,11 +29,19 @@ _SIGNATURES = {
 """Argument types of each operation: pointer, int64, float."""
 
 
+class Table:
+    """An int64 array and where it lies; asked for once, since numpy takes a microsecond to tell."""
+
+    def __init__(self, values: npt.NDArray[np.int64]) -> None:
+        self.values = np.ascontiguousarray(values)
+        self.address: int = self.values.ctypes.data
+
+
 @dataclass(frozen=True)
 class Chunks:
     """The attention plan of a step: int64 [chunks, 4] of first row, rows, context length, address of blocks."""
 
-    table: npt.NDArray[np.int64]
+    table: Table
     blocks: npt.NDArray[np.int32]
     """All block lists, one after the other; the table points into it."""
 
@@ -46,7 +54,7 @@ class Chunks:
         for index, (row, length, end, own) in enumerate(contexts):
             table[index] = row, length, end, address
             address += blocks.itemsize * len(own)
-        return cls(table, blocks)
+        return cls(Table(table), blocks)
 
 
 class CpuOps:
@@ -68,18 +76,18 @@ class CpuOps:
         self,
         x: Tensor,
         out: Tensor,
-        adapters: npt.NDArray[np.int64],
-        segments: npt.NDArray[np.int64],
+        adapters: Table,
+        segments: Table,
         workspace: Tensor,
     ) -> None:
         """Add to out [T, N] what adapters make of x [T, K].
 
-        adapters is int64 [slots, ADAPTER_FIELDS], segments int64 [S, 3] of slot, first row and rows, workspace
+        adapters is a table [slots, ADAPTER_FIELDS], segments one [S, 3] of slot, first row and rows, workspace
         float32 [T, largest sum of ranks].
         """
         self._lora(
-            x.data_ptr(), x.stride(0), x.shape[1], out.data_ptr(), out.stride(0), adapters.ctypes.data,
-            segments.ctypes.data, len(segments), workspace.data_ptr(), workspace.stride(0), self.threads,
+            x.data_ptr(), x.stride(0), x.shape[1], out.data_ptr(), out.stride(0), adapters.address,
+            segments.address, len(segments.values), workspace.data_ptr(), workspace.stride(0), self.threads,
         )  # fmt: skip
 
     def attention(
@@ -98,7 +106,7 @@ class CpuOps:
         rows, heads, dim = q.shape
         out = torch.empty(rows, heads * dim, dtype=q.dtype)
         self._attention(
-            q.data_ptr(), q.stride(0), out.data_ptr(), chunks.table.ctypes.data, len(chunks.table),
+            q.data_ptr(), q.stride(0), out.data_ptr(), chunks.table.address, len(chunks.table.values),
             keys.data_ptr(), values.data_ptr(), num_blocks, kv_heads, group, dim, scale, softcap, window,
             self.threads,
         )  # fmt: skip
