@@ -12,7 +12,6 @@ import argparse
 import json
 import os
 import platform
-import resource
 import shutil
 import statistics
 import subprocess
@@ -145,7 +144,9 @@ def child(what: str, folder: Path, uri: str, work: Path) -> None:
     begin = time.perf_counter()
     size = RUNS[what](folder, uri, work)
     took = getattr(RUNS[what], "took", time.perf_counter() - begin)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    # ru_maxrss would be that of the process that started this one.
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    peak = int(status["VmHWM"].split()[0]) * 1024
     print(json.dumps({"seconds": took, "bytes": size, "peak_rss": peak}))
 
 

@@ -115,7 +115,7 @@ def _stored(
             continue
         biggest = max(biggest, largest)
         if piece is values:  # stored as it is
-            sums.nonzero += int(np.count_nonzero(wide))
+            sums.nonzero += int(np.count_nonzero(wide != 0))
             continue
         narrow = piece.astype(np.float32)
         overflow |= not np.isfinite(narrow).all()
@@ -141,9 +141,9 @@ def _stored(
 
 def _count(wide: Array, stored: Array, scale: float, dtype: Dtype, source: str, sums: _Sums) -> None:
     scaled = wide * np.float32(scale)
-    nonzero, kept_nonzero = np.count_nonzero(scaled), np.count_nonzero(stored)
-    sums.nonzero += int(nonzero)
-    sums.flushed += int(nonzero - kept_nonzero)
+    nonzero = int(np.count_nonzero(scaled != 0))
+    sums.nonzero += nonzero
+    sums.flushed += nonzero - int(np.count_nonzero(stored != 0))
     if source == "F32" and dtype is not Dtype.FLOAT32:
         kept = (scaled != 0) & (stored != 0)
         error = np.abs(stored[kept] - scaled[kept]) / np.abs(scaled[kept])

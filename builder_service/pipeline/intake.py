@@ -20,8 +20,9 @@ from builder_service.pipeline.validate import ValidAdapter, check_fetched, refus
 from builder_service.pipeline.workshop import Workshop
 from shared.deployment import Repository
 
+HEAVY_FILE: Final = 32 << 20
 HEAVY_BYTES: Final = 8 << 20
-"""The rules hold A and B of one row; rows of larger tensors are looked at one after the other."""
+"""The rules hold A and B of one row; rows of larger tensors, in larger files, are looked at one by one."""
 
 Identity: TypeAlias = tuple[tuple[str, str], ...]
 """Names and sha256 of an adapter's files: what, beside the deployment, its bundle follows from."""
@@ -96,9 +97,11 @@ def identity(fetched: FetchedAdapter) -> Identity:
 
 
 def _largest_tensor(fetched: FetchedAdapter) -> int:
-    """Return the bytes of the largest tensor, or of the largest file where that is not known."""
+    """Return the bytes of the largest tensor of a large file; of the file where that is not known."""
     size = max((file.size for file in fetched.files.values()), default=0)
-    if size <= HEAVY_BYTES or WEIGHTS not in fetched.files:
+    if size <= HEAVY_FILE:
+        return 0
+    if WEIGHTS not in fetched.files:
         return size
     try:
         tensors = read_header(fetched.folder / WEIGHTS).tensors
