@@ -32,7 +32,7 @@ def gc(
         typer.Option("--keep", min=0, metavar="N", help="Keep N generations before the served one; else all."),
     ] = None,
 ) -> None:
-    """List what a store holds and nothing refers to; or remove it.
+    """List what nothing in a store refers to, or remove it.
 
     Builds that were killed, failed at the end or were cancelled leave bundles that
     no generation refers to. What a generation refers to is never removed.
