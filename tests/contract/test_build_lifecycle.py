@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from builder_service.pipeline.builds import Builds
 from builder_service.pipeline.check import Checks
@@ -19,6 +20,7 @@ from builder_service.pipeline.limits import Limits
 from builder_service.pipeline.views import DeploymentView, State
 from builder_service.pipeline.workshop import Workshop
 from builder_service.rpc.servicer import SERVICE_NAME, BuilderServicer
+from loramux.cli.main import app
 from loramux.client import AsyncClient
 from loramux.records import DeploymentState
 from shared.bundle.deployments import current_generation
@@ -113,6 +115,24 @@ async def test_a_cancelled_build_fails_and_leaves_what_is_served(world):
         assert (last.state, last.generation) == (DeploymentState.ACTIVE, 1)
         with pytest.raises(DeploymentNotFound):
             await client.cancel("other")
+    await server.drain(5)
+
+
+async def test_the_cancel_command(world):
+    """`loramux cancel` waits for the end of the build and says it; without one it says what there is."""
+    builds = world.builder()
+    server = RpcServer("127.0.0.1:0", {SERVICE_NAME: BuilderServicer(builds, Checks(builds._shop)).register})
+    address = await server.start()
+    await builds.build(world.deployment("one"))
+    call = asyncio.create_task(
+        asyncio.to_thread(CliRunner().invoke, app, ["cancel", "tiny", "--builder", address])
+    )
+    await asyncio.wait_for(builds._builds["tiny"].stopping.wait(), 20)
+    world.store.gate.set()
+    said = await call
+    assert (said.exit_code, said.stdout.splitlines()[-1]) == (0, "tiny: failed, BUILD_CANCELLED")
+    again = await asyncio.to_thread(CliRunner().invoke, app, ["cancel", "tiny", "--builder", address])
+    assert (again.exit_code, again.stdout) == (0, "tiny: no build runs; it is failed\n")
     await server.drain(5)
 
 
