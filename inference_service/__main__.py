@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import sys
+from dataclasses import asdict
 from functools import partial
 
 import structlog
@@ -69,7 +70,9 @@ async def serve(settings: InferenceSettings) -> int:
     number = await until_signal()
     log.info("draining", signal=number.name, timeout_s=settings.drain_timeout_s)
     finished = await server.drain(settings.drain_timeout_s)
+    stats = ready.engine.stats
     await ready.engine.stop()
+    log.info("inference service stopped", hit_rate=round(stats.prefix_hit_rate, 3), **asdict(stats))
     return 0 if finished else 1
 
 

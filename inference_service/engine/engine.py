@@ -22,7 +22,14 @@ class EngineStats:
     blocks_total: int
     preemptions: int
     prefix_tokens_queried: int
+    """Tokens of admitted sequences."""
     prefix_tokens_hit: int
+    """Of those, tokens whose keys and values were cached."""
+
+    @property
+    def prefix_hit_rate(self) -> float:
+        """Part of the queried tokens that were cached."""
+        return self.prefix_tokens_hit / max(1, self.prefix_tokens_queried)
 
 
 class Engine:
