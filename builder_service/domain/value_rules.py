@@ -24,6 +24,9 @@ SCALES: Final = (1e-3, 64.0)
 PIECE: Final = 1 << 18
 """Elements that are looked at at once; what fits a core's cache."""
 
+INFINITY: Final = {kind: np.array(np.inf, kind).view(f"u{kind.itemsize}")[()] for kind in READABLE.values()}
+"""By type: what `magnitudes` of infinity is; those of NaN are above it."""
+
 
 @dataclass(frozen=True)
 class Part:
@@ -105,22 +108,22 @@ def _stored(
     stored = np.empty(tensor.shape, NUMPY_TYPES[dtype])
     flat, done, bad, biggest, overflow = stored.reshape(-1), 0, 0, 0.0, False
     for values in file.pieces(tensor.name, PIECE):
-        wide, piece = values.astype(np.float32), cast(values, dtype, scale)
+        piece, bits = cast(values, dtype, scale), magnitudes(values)
         flat[done : done + piece.size] = piece
         done += piece.size
-        largest = float(np.abs(wide).max())
-        if not np.isfinite(largest):
-            bad += wide.size - int(np.count_nonzero(np.isfinite(wide)))
+        if (largest := bits.max()) >= INFINITY[values.dtype]:
+            bad += int(np.count_nonzero(bits >= INFINITY[values.dtype]))
         if bad:
             continue
-        biggest = max(biggest, largest)
-        if piece is values:  # stored as it is
-            sums.nonzero += int(np.count_nonzero(wide != 0))
-            continue
-        narrow = piece.astype(np.float32)
-        overflow |= not np.isfinite(narrow).all()
+        biggest = max(biggest, float(largest.view(values.dtype)))
+        stored_bits = bits if piece is values else magnitudes(piece)
+        overflow |= bool(stored_bits.max() >= INFINITY[piece.dtype])
         if not overflow:
-            _count(wide, narrow, scale, dtype, tensor.dtype, sums)
+            nonzero = int(np.count_nonzero(bits))
+            sums.nonzero += nonzero
+            sums.flushed += nonzero - int(np.count_nonzero(stored_bits))
+            if values.dtype == np.float32 and dtype is not Dtype.FLOAT32:
+                sums.worst = max(sums.worst, _worst(values * np.float32(scale), piece.astype(np.float32)))
     if bad:
         found = f"{bad} of {done} NaN or infinite in the first of them"
         fix = "Training diverged: use an earlier checkpoint."
@@ -139,15 +142,19 @@ def _stored(
     return stored
 
 
-def _count(wide: Array, stored: Array, scale: float, dtype: Dtype, source: str, sums: _Sums) -> None:
-    scaled = wide * np.float32(scale)
-    nonzero = int(np.count_nonzero(scaled != 0))
-    sums.nonzero += nonzero
-    sums.flushed += nonzero - int(np.count_nonzero(stored != 0))
-    if source == "F32" and dtype is not Dtype.FLOAT32:
-        kept = (scaled != 0) & (stored != 0)
-        error = np.abs(stored[kept] - scaled[kept]) / np.abs(scaled[kept])
-        sums.worst = max(sums.worst, float(error.max(initial=0.0)))
+def magnitudes(values: Array) -> Array:
+    """Return the bits of absolute values: integers that are ordered as the values are, and quick to look at."""
+    unsigned = np.dtype(f"u{values.dtype.itemsize}")
+    sign = unsigned.type(1 << (8 * unsigned.itemsize - 1))
+    bits: Array = values.view(unsigned) & ~sign
+    return bits
+
+
+def _worst(scaled: Array, stored: Array) -> float:
+    """Return the largest relative error of what did not become zero."""
+    kept = (scaled != 0) & (stored != 0)
+    error = np.abs(stored[kept] - scaled[kept]) / np.abs(scaled[kept])
+    return float(error.max(initial=0.0))
 
 
 def _largest(dtype: Dtype) -> float:

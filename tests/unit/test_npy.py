@@ -13,11 +13,14 @@ from shared.bundle.npy import (
     parse_header,
     read_config,
     read_weights,
+    weights_pieces,
+    write_checked,
     write_config,
     write_weights,
 )
 from shared.deployment import Dtype
 from shared.faults import BundleCorrupt
+from shared.sources.files import hash_file
 
 Q_A = np.array([[1, 2, 3, 4], [5, 6, 7, 8]], np.float32)
 Q_B = np.array([[1, 0], [0, 1], [1, 1], [2, -1]], np.float32)
@@ -68,6 +71,30 @@ def test_worked_example_with_rslora(tmp_path):
     row = read_weights(tmp_path / "w.npy", Dtype.FLOAT32, "weights")[0, 8:]
     s = np.float32(2.8284271)
     assert row.tolist() == [s, 0, 0, s, s, s, 2 * s, -s]
+
+
+def test_a_file_that_is_read_back_is_the_same(tmp_path):
+    """Written in pieces with gaps for zeros, and read back, it is the file that is written at once."""
+    dtype, half = Dtype.FLOAT16, 5
+    whole = [cast(Q_A, dtype).ravel(), cast(Q_B, dtype, 2.0).ravel()]
+    pieces = [part for values in whole for part in (values[:half], values[half:])]
+    rows = [pieces, [cast(V_A, dtype), cast(V_B, dtype, 4.0)]]
+    at_once = write(tmp_path / "w.npy", dtype, 2.0)
+    digest = write_checked(tmp_path / "p.npy", weights_pieces(dtype, count=2, width=16, rows=rows))
+    assert (tmp_path / "p.npy").read_bytes() == at_once
+    assert digest == hash_file(tmp_path / "w.npy")
+
+
+def test_a_file_that_someone_else_writes_to_is_found(tmp_path):
+    """A file that does not have the size that was written is not what was meant: None."""
+
+    def pieces():
+        yield b"content"
+        yield 5
+        with (tmp_path / "f").open("ab") as file:
+            file.write(b"more")
+
+    assert write_checked(tmp_path / "f", pieces()) is None
 
 
 def test_config_is_int32_with_a_batch_dim(tmp_path):
