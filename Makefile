@@ -2,7 +2,6 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-STUBS := loramux/builder/v1 loramux/inference/v1
 
 .PHONY: azurite demo test check stubs errors golden clean
 

@@ -35,11 +35,6 @@ class Arrangement:
     segments: tuple[Segment, ...]
 
     @property
-    def slots(self) -> tuple[int, ...]:
-        """The adapters of the step, in the order of their rows."""
-        return tuple(segment.slot for segment in self.segments)
-
-    @property
     def short(self) -> tuple[Segment, ...]:
         """Segments that are computed together."""
         return tuple(segment for segment in self.segments if segment.length < LONG_SEGMENT)

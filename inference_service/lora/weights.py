@@ -33,17 +33,6 @@ class AdapterWeights:
 
     layers: tuple[dict[str, GroupWeights], ...]
 
-    @property
-    def num_bytes(self) -> int:
-        """Memory of all matrices."""
-        return sum(
-            tensor.nbytes
-            for layer in self.layers
-            for group in layer.values()
-            for tensor in (group.a, *group.b)
-            if tensor is not None
-        )
-
 
 @dataclass(frozen=True)
 class Matrices:

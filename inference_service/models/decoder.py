@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -22,6 +21,7 @@ from inference_service.layers.attention import Attention, NativeAttention, Torch
 from inference_service.layers.linear import Linear
 from inference_service.layers.norm import RMSNorm
 from inference_service.layers.rope import Rope
+from inference_service.lora.backend import LoraBackend
 from inference_service.lora.weights import AdapterWeights
 from inference_service.models.checkpoint import Checkpoint
 from inference_service.models.config import ModelConfig
@@ -31,14 +31,6 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": silu,
     "gelu_tanh": partial(gelu, approximate="tanh"),
 }
-
-
-class Lora(Protocol):
-    """What a layer asks of the adapters."""
-
-    def apply(self, x: Tensor, out: Tensor, layer: int, group: str) -> None:
-        """Add to out what the step's adapters make of x."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -111,7 +103,7 @@ class Decoder:
         last_rows: Tensor,
         attention: Attention,
         cache: KVCache,
-        lora: Lora | None,
+        lora: LoraBackend | None,
     ) -> Tensor:
         """Run tokens [T] at positions [T]; return the logits [len(last_rows), vocab] of those rows."""
         turns = [attention.turn(*rope.at(positions)) for rope in self._ropes]
@@ -161,7 +153,7 @@ class Decoder:
         return keys, values
 
 
-def _linear(layer: Linear, x: Tensor, lora: Lora | None, index: int, group: str) -> Tensor:
+def _linear(layer: Linear, x: Tensor, lora: LoraBackend | None, index: int, group: str) -> Tensor:
     out = layer(x)
     if lora is not None:
         lora.apply(x, out, index, group)

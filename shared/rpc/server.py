@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
 from typing import Any
 
 import grpc
@@ -57,18 +58,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc
 
     def _unary(self, call: Callable[..., Awaitable[Any]], method: str) -> Callable[..., Awaitable[Any]]:
         async def handler(request: Any, context: grpc.aio.ServicerContext) -> Any:
-            self._enter()
-            try:
-                self._refuse_when_draining()
+            async with self._guard(context, method):
                 return await call(request, context)
-            except Fault as fault:
-                await abort(context, fault)
-            except grpc.aio.AbortError:
-                raise
-            except Exception:  # noqa: BLE001 - the last line: logged here, named INTERNAL to the caller
-                await abort(context, _internal(method))
-            finally:
-                self._leave()
 
         return handler
 
@@ -76,21 +67,27 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc
         self, call: Callable[..., AsyncIterator[Any]], method: str
     ) -> Callable[..., AsyncIterator[Any]]:
         async def handler(request: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
-            self._enter()
-            try:
-                self._refuse_when_draining()
+            async with self._guard(context, method):
                 async for response in call(request, context):
                     yield response
-            except Fault as fault:
-                await abort(context, fault)
-            except grpc.aio.AbortError:
-                raise
-            except Exception:  # noqa: BLE001 - the last line: logged here, named INTERNAL to the caller
-                await abort(context, _internal(method))
-            finally:
-                self._leave()
 
         return handler
+
+    @asynccontextmanager
+    async def _guard(self, context: grpc.aio.ServicerContext, method: str) -> AsyncIterator[None]:
+        """Count a call as open, and end it with a status where it raises."""
+        self._enter()
+        try:
+            self._refuse_when_draining()
+            yield
+        except Fault as fault:
+            await abort(context, fault)
+        except grpc.aio.AbortError:
+            raise
+        except Exception:  # noqa: BLE001 - the last line: logged here, named INTERNAL to the caller
+            await abort(context, _internal(method))
+        finally:
+            self._leave()
 
     def _refuse_when_draining(self) -> None:
         if self.draining:

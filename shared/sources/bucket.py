@@ -8,9 +8,9 @@ from typing import IO, Final, Protocol, TypeAlias
 
 from shared.bundle.manifest import FileDigest
 from shared.deployment import Repository
-from shared.faults import RepoNotFound, RevisionNotFound, SourceRefused
+from shared.faults import RepoNotFound, SourceRefused
 from shared.sources.base import MAX_BYTES, MAX_FILES, Progress, Resolved, SourceFile, unwatched
-from shared.sources.files import content_digest, exactly, hash_pieces, inside, missing_files, whole
+from shared.sources.files import exactly, hash_pieces, inside, missing_files, pin_content, whole
 from shared.sources.retry import Pace, Patience
 from shared.sources.secrets import Secrets
 
@@ -91,13 +91,7 @@ class BucketSource:
 
     def pin(self, resolved: Resolved, files: Mapping[str, FileDigest]) -> Repository:
         """Return the repository with the digest of its files as revision."""
-        repository, revision = resolved.repository, content_digest(files)
-        if repository.revision and repository.revision != revision:
-            raise RevisionNotFound(
-                f"{_name(repository)}: expected content {repository.revision}, found {revision}. "
-                "Leave revision out to take the folder as it is."
-            )
-        return repository.model_copy(update={"revision": revision})
+        return pin_content(resolved.repository, files)
 
     def place(
         self, repository: Repository, files: Mapping[str, FileDigest], cache: Path, progress: Progress

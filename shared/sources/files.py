@@ -14,7 +14,8 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Final
 
 from shared.bundle.manifest import FileDigest, sha256_hex
-from shared.faults import ResourcesExhausted, SourceRefused, SourceUnavailable
+from shared.deployment import Repository
+from shared.faults import ResourcesExhausted, RevisionNotFound, SourceRefused, SourceUnavailable
 from shared.sources.base import Progress, unwatched
 
 PIECE: Final = 1 << 20
@@ -121,6 +122,21 @@ def content_digest(files: Mapping[str, FileDigest]) -> str:
     """Return one digest of files by name: the revision of a repository that has no commits."""
     listing = {name: file.sha256 for name, file in files.items()}
     return sha256_hex(json.dumps(listing, sort_keys=True, separators=(",", ":")).encode())
+
+
+def pin_content(repository: Repository, files: Mapping[str, FileDigest]) -> Repository:
+    """Return a repository that has no commits with the digest of its files as revision.
+
+    Raises:
+        RevisionNotFound: it names another one.
+    """
+    wanted, revision = repository.revision, content_digest(files)
+    if wanted and wanted != revision:
+        raise RevisionNotFound(
+            f"{repository.source} {repository.shown}: expected content {wanted}, found {revision}. "
+            "Leave revision out to take the folder as it is."
+        )
+    return repository.model_copy(update={"revision": revision})
 
 
 def pieces_of(path: Path) -> Iterator[bytes]:

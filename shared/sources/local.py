@@ -9,9 +9,9 @@ from typing import IO
 
 from shared.bundle.manifest import FileDigest
 from shared.deployment import Repository
-from shared.faults import RepoNotFound, RevisionNotFound, SourceChanged, SourceRefused, SourceUnavailable
+from shared.faults import RepoNotFound, SourceChanged, SourceRefused, SourceUnavailable
 from shared.sources.base import MAX_BYTES, MAX_FILES, Progress, Resolved, SourceFile, unwatched
-from shared.sources.files import content_digest, exactly, hash_pieces, inside, pieces_of, whole
+from shared.sources.files import exactly, hash_pieces, inside, pieces_of, pin_content, whole
 
 MAX_DEPTH = 2
 """Folders below the repository's that are listed: enough to see where an adapter is."""
@@ -55,13 +55,7 @@ class LocalSource:
 
     def pin(self, resolved: Resolved, files: Mapping[str, FileDigest]) -> Repository:
         """Return the repository with the digest of its files as revision."""
-        repository, revision = resolved.repository, content_digest(files)
-        if repository.revision and repository.revision != revision:
-            raise RevisionNotFound(
-                f"LOCAL {repository.repo}: expected content {repository.revision}, found {revision}. "
-                "Leave revision out to take the folder as it is."
-            )
-        return repository.model_copy(update={"revision": revision})
+        return pin_content(resolved.repository, files)
 
     def place(
         self, repository: Repository, files: Mapping[str, FileDigest], cache: Path, progress: Progress
