@@ -5,9 +5,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from sgmv_case import GUARD, TOLERANCE, make_case, relative_errors
 
 from inference_service.kernels.sgmv import PREFILL_TILE, shrink
+from tests.kernels.sgmv_case import GUARD, TOLERANCE, make_case, relative_errors
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 MIXED = [(4, 8, 0), (12, 12, 12), (0, 0, 64), (0, 0, 0), (16, 5, 1)]

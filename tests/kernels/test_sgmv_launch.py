@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
-from sgmv_case import TOLERANCE, Case, make_case, make_group, relative_errors
 
 from inference_service.kernels.sgmv import DECODE_TILE, Slices, expand, lora_apply, pack_segments, plan
+from tests.kernels.sgmv_case import TOLERANCE, Case, make_case, make_group, relative_errors
 
 RANKS = [(4, 8), (12, 0), (16, 16), (8, 5), (4, 4)]
 

@@ -13,7 +13,7 @@ launches are deterministic: no atomics, and a fixed order of summation. Rows of 
 This package needs torch alone; Triton is imported at the first launch.
 """
 
-from inference_service.kernels.sgmv.launch import Launch, expand, lora_apply, plan, shrink, workspace_numel
+from inference_service.kernels.sgmv.launch import expand, lora_apply, plan, shrink, workspace_numel
 from inference_service.kernels.sgmv.layout import (
     Group,
     Phase,
@@ -29,7 +29,6 @@ __all__ = [
     "DECODE_TILE",
     "PREFILL_TILE",
     "Group",
-    "Launch",
     "Phase",
     "SegmentCapacity",
     "Segments",

@@ -2,34 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from inference_service.kernels.launch import Launch, architecture_of, require, require_device
 from inference_service.kernels.sgmv.layout import Group, Segments, Slices
-from inference_service.kernels.sgmv.tuning import (
-    architecture_of,
-    expand_config,
-    phase_of,
-    shrink_config,
-)
-
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-
-
-@dataclass(frozen=True)
-class Launch:
-    """A kernel with its grid and arguments: what a CUDA graph freezes at capture."""
-
-    kernel: Any
-    grid: tuple[int, ...]
-    arguments: dict[str, Any]
-
-    def __call__(self) -> None:
-        """Enqueue it on the current stream."""
-        self.kernel[self.grid](**self.arguments)
+from inference_service.kernels.sgmv.tuning import expand_config, phase_of, shrink_config
 
 
 def lora_apply(x: Tensor, out: Tensor, group: Group, segments: Segments, workspace: Tensor) -> None:
@@ -61,7 +41,7 @@ def plan(x: Tensor, out: Tensor, group: Group, segments: Segments, workspace: Te
     planes = _planes(x.shape[-1], group, segments, x.device)
     shape = (planes, segments.capacity.entries, group.max_rows)
     numel = planes * shape[1] * shape[2]
-    _require(workspace, "workspace", dims=1, dtype=torch.float32, device=x.device)
+    require(workspace, "workspace", dims=1, dtype=torch.float32, device=x.device)
     if workspace.numel() < numel:
         raise ValueError(f"workspace must hold {numel} elements, got {workspace.numel()}")
     y = workspace[:numel].view(shape)
@@ -106,8 +86,8 @@ def _planes(in_features: int, group: Group, segments: Segments, device: torch.de
 def _plan_shrink(x: Tensor, a: Tensor, table: Tensor, segments: Segments, y: Tensor) -> Launch:
     kernels = _kernels(x)
     slices = _check_table(table, segments, x.device)
-    _require(x, "x", dims=2)
-    _require(a, "a", dims=2, dtype=x.dtype, device=x.device)
+    require(x, "x", dims=2)
+    require(a, "a", dims=2, dtype=x.dtype, device=x.device)
     _check_segments(segments, x.device)
     if a.shape[1] != x.shape[1]:
         raise ValueError(f"a and x must have the same K, got {a.shape[1]} and {x.shape[1]}")
@@ -148,9 +128,9 @@ def _plan_expand(
     kernels = _kernels(out)
     if _check_table(table, segments, out.device) != len(slices.sizes):
         raise ValueError(f"table must be [slots, {len(slices.sizes)}, 3], got {tuple(table.shape)}")
-    _require(out, "out", dims=2)
-    _require(b, "b", dims=1, dtype=out.dtype, device=out.device)
-    _require(y, "y", dims=3, dtype=torch.float32, device=out.device)
+    require(out, "out", dims=2)
+    require(b, "b", dims=1, dtype=out.dtype, device=out.device)
+    require(y, "y", dims=3, dtype=torch.float32, device=out.device)
     _check_segments(segments, out.device)
     if y.shape[1] != segments.capacity.entries:
         raise ValueError(f"y must have {segments.capacity.entries} entries, got {y.shape[1]}")
@@ -191,34 +171,13 @@ def _kernels(tensor: Tensor) -> Any:
     """The module of kernels: imported here, for machines without a GPU need no Triton."""
     from inference_service.kernels.sgmv import triton_kernels
 
-    if tensor.device.type != "cuda" and not triton_kernels.INTERPRETED:
-        raise ValueError(f"SGMV kernels run on CUDA, got a tensor on {tensor.device}")
-    if tensor.dtype not in DTYPES:
-        raise ValueError(f"SGMV kernels compute in {DTYPES}, got {tensor.dtype}")
+    require_device(tensor, interpreted=triton_kernels.INTERPRETED)
     return triton_kernels
-
-
-def _require(
-    tensor: Tensor,
-    name: str,
-    *,
-    dims: int,
-    dtype: torch.dtype | None = None,
-    device: torch.device | None = None,
-) -> None:
-    if tensor.dim() != dims:
-        raise ValueError(f"{name} must have {dims} dimensions, got shape {tuple(tensor.shape)}")
-    if tensor.stride(-1) != 1:
-        raise ValueError(f"{name} must be contiguous in its last dimension, got strides {tensor.stride()}")
-    if dtype is not None and tensor.dtype != dtype:
-        raise ValueError(f"{name} must be {dtype}, got {tensor.dtype}")
-    if device is not None and tensor.device != device:
-        raise ValueError(f"{name} must be on {device}, got {tensor.device}")
 
 
 def _check_table(table: Tensor, segments: Segments, device: torch.device) -> int:
     """Return the number of slices."""
-    _require(table, "table", dims=3, device=device)
+    require(table, "table", dims=3, device=device)
     if table.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"table must be int32 or int64, got {table.dtype}")
     if table.shape[2] != 3 or not table.is_contiguous():

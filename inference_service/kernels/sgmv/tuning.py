@@ -16,11 +16,11 @@ from typing import TypeVar
 
 import torch
 
+from inference_service.kernels.launch import ARCHITECTURES
 from inference_service.kernels.sgmv.layout import Phase
 
 DECODE_TILE = 16
 PREFILL_TILE = 64
-ARCHITECTURES = (80, 90)
 
 
 @dataclass(frozen=True)
@@ -105,21 +105,6 @@ def expand_config(architecture: int, phase: Phase, dtype: torch.dtype, max_rank:
 def phase_of(tile: int) -> Phase:
     """The phase of segments of at most ``tile`` entries."""
     return Phase.DECODE if tile <= DECODE_TILE else Phase.PREFILL
-
-
-def architecture_of(device: torch.device) -> int:
-    """The newest architecture with a table that the device can run; for the interpreter the oldest.
-
-    Raises:
-        ValueError: when the device is older than all of them.
-    """
-    if device.type != "cuda":
-        return ARCHITECTURES[0]
-    major, minor = torch.cuda.get_device_capability(device)
-    older = [architecture for architecture in ARCHITECTURES if architecture <= 10 * major + minor]
-    if not older:
-        raise ValueError(f"SGMV needs sm_{ARCHITECTURES[0]} or newer, {device} is sm_{major}{minor}")
-    return older[-1]
 
 
 def _bucket(buckets: Buckets[Config], ceiling: int) -> Config:

@@ -1,0 +1,93 @@
+"""A kernel launch as a value, and what the launchers of all kernels check.
+
+Triton is imported by the modules of kernels alone, for machines without a GPU need none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+ARCHITECTURES: Final = (80, 90, 100)
+"""The architectures that every configuration of every tuning table is compiled for in the tests."""
+DTYPES: Final = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel with its grid and arguments: what a CUDA graph freezes at capture."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+
+    def __call__(self) -> None:
+        """Enqueue it on the current stream, or give it to who intercepts launches."""
+        if _interceptors:
+            _interceptors[-1](self)
+        else:
+            self.enqueue()
+
+    def enqueue(self) -> None:
+        """Enqueue it on the current stream."""
+        self.kernel[self.grid](**self.arguments)
+
+
+_interceptors: list[Callable[[Launch], None]] = []
+
+
+@contextmanager
+def intercepted(take: Callable[[Launch], None]) -> Iterator[None]:
+    """Hand every launch to a function, which enqueues it or does not; launches come from one thread."""
+    _interceptors.append(take)
+    try:
+        yield
+    finally:
+        _interceptors.pop()
+
+
+def architecture_of(device: torch.device) -> int:
+    """The newest architecture with a tuning table that the device can run; for the interpreter the oldest.
+
+    Raises:
+        ValueError: the device is older than all of them.
+    """
+    if device.type != "cuda":
+        return ARCHITECTURES[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    older = [architecture for architecture in ARCHITECTURES if architecture <= 10 * major + minor]
+    if not older:
+        raise ValueError(f"kernels need sm_{ARCHITECTURES[0]} or newer, {device} is sm_{major}{minor}")
+    return older[-1]
+
+
+def require_device(tensor: Tensor, *, interpreted: bool) -> None:
+    """Raise `ValueError` where kernels cannot compute: interpreted ones take tensors of the CPU as well."""
+    if tensor.device.type != "cuda" and not interpreted:
+        raise ValueError(f"kernels run on CUDA, got a tensor on {tensor.device}")
+    if tensor.dtype not in DTYPES:
+        raise ValueError(f"kernels compute in {DTYPES}, got {tensor.dtype}")
+
+
+def require(
+    tensor: Tensor,
+    name: str,
+    *,
+    dims: int,
+    dtype: torch.dtype | None = None,
+    device: torch.device | None = None,
+) -> None:
+    """Raise `ValueError` unless a tensor has so many dimensions, the last contiguous, and is what is said."""
+    if tensor.dim() != dims:
+        raise ValueError(f"{name} must have {dims} dimensions, got shape {tuple(tensor.shape)}")
+    if tensor.stride(-1) != 1:
+        raise ValueError(f"{name} must be contiguous in its last dimension, got strides {tensor.stride()}")
+    if dtype is not None and tensor.dtype != dtype:
+        raise ValueError(f"{name} must be {dtype}, got {tensor.dtype}")
+    if device is not None and tensor.device != device:
+        raise ValueError(f"{name} must be on {device}, got {tensor.device}")
