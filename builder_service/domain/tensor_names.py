@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Set
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Final, Literal, TypeAlias
 
 from shared.bundle.modules import BY_HF, FUSED, Module
@@ -27,6 +28,8 @@ _GROUPS: Final = {
 }
 MAX_KEY: Final = 512
 """Characters; what is longer is no name of a module."""
+_KEPT: Final = 8192
+"""Keys that are parsed once for all adapters, which mostly have the same; 80 layers have 1120."""
 _LORA: Final = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(?:\.(?P<infix>[^.]+))?\.weight")
 _PLACE: Final = re.compile(
     r"(?P<decoder>(?:[^.]+\.)*?)layers\.(?P<layer>[0-9]{1,6})\.(?P<path>[^.]+(?:\.[^.]+)*)"
@@ -108,8 +111,11 @@ ParsedKey: TypeAlias = LoraKey | FullKey | RefusedKey
 
 def parse_key(key: str, fused: Set[str] = frozenset()) -> ParsedKey:
     """Return what a key stands for, in a base with these fused projections."""
-    if len(key) > MAX_KEY:
-        return RefusedKey("E_UNKNOWN_KEY", "")
+    return RefusedKey("E_UNKNOWN_KEY", "") if len(key) > MAX_KEY else _parse(key, frozenset(fused))
+
+
+@lru_cache(maxsize=_KEPT)
+def _parse(key: str, fused: frozenset[str]) -> ParsedKey:
     for code, cause, pattern in _KNOWN_REFUSALS:
         if pattern.search(key):
             return RefusedKey(code, cause)

@@ -58,7 +58,9 @@ def check_one(deployment: Deployment, shop: Workshop, progress: Progress) -> Ada
         base = describe_base(shop.sources, deployment.build.checkpoint_repository, lambda _: progress.check())
         weights = BaseWeights(base.record, shop.sources, work / "base", lambda _: progress.check())
         book = rulebook(base.config, deployment.build.lora_configuration, weights)
-        [fetched] = fetch_adapters(deployment.build.lora_adapters, shop.sources, work, progress)
+        [fetched] = fetch_adapters(
+            deployment.build.lora_adapters, shop.sources, shop.space(work), work, progress
+        )
         checked = check_fetched(fetched, book, progress)
         rows = tuple(planned.row for planned in checked.rows)
         named = base_warning(checked.base_model_name, base.record.source.shown) if rows else None

@@ -11,6 +11,7 @@ from typing import Final, TypeVar
 from builder_service.domain.file_rules import extra_files, file_findings, wanted_files
 from builder_service.domain.text_rules import too_large
 from builder_service.pipeline.progress import STOPS, Progress, Stage
+from builder_service.pipeline.space import Space
 from shared.bundle.manifest import FileDigest
 from shared.deployment import Repository
 from shared.faults import Fault, Finding, SourceRefused
@@ -58,17 +59,18 @@ class ListedAdapter:
 
 
 def list_adapters(
-    adapters: Mapping[str, Repository], sources: Sources, progress: Progress
+    adapters: Mapping[str, Repository], sources: Sources, space: Space, progress: Progress
 ) -> list[ListedAdapter]:
     """List every adapter's repository, several at once; in the order of their names.
 
     Raises:
+        ResourcesExhausted: the disk has no room for the archives whose listings are in them.
         Fault: what sources raise, of all adapters: see `joined`.
     """
     with ThreadPoolExecutor(PARALLEL, "list") as pool:
         return gathered(
             {
-                name: pool.submit(_list, name, repository, sources, progress)
+                name: pool.submit(_list, name, repository, sources, space, progress)
                 for name, repository in sorted(adapters.items())
             },
             progress,
@@ -76,14 +78,14 @@ def list_adapters(
 
 
 def fetch_adapters(
-    adapters: Mapping[str, Repository], sources: Sources, work: Path, progress: Progress
+    adapters: Mapping[str, Repository], sources: Sources, space: Space, work: Path, progress: Progress
 ) -> list[FetchedAdapter]:
     """List and fetch every adapter, several at once; in the order of their names.
 
     Raises:
         Fault: what sources raise, of all adapters: see `joined`.
     """
-    listed = list_adapters(adapters, sources, progress)
+    listed = list_adapters(adapters, sources, space, progress)
     with ThreadPoolExecutor(PARALLEL, "fetch") as pool:
         return gathered(
             {
@@ -129,10 +131,18 @@ def joined(faults: Mapping[str, Fault]) -> Fault:
     return type(first)(f"the sources of {len(faults)} adapters failed: {', '.join(faults)}", findings)
 
 
-def _list(name: str, repository: Repository, sources: Sources, progress: Progress) -> ListedAdapter:
+def _list(
+    name: str, repository: Repository, sources: Sources, space: Space, progress: Progress
+) -> ListedAdapter:
     progress.enter(name, Stage.FETCHING)
-    source = sources.of(repository)
-    resolved = source.resolve(repository, progress.counter(name), max_bytes=MAX_BYTES)
+    source, what = sources.of(repository), f"the archive of adapter {name!r}"
+
+    def watch(count: int) -> None:
+        space.check(count, what)
+        progress.advance(name, count)
+
+    resolved = source.resolve(repository, watch, max_bytes=MAX_BYTES)
+    space.spend(resolved.held, what)
     sizes = {path: file.size for path, file in resolved.files.items()}
     if findings := [*file_findings(sizes), *too_large(sizes)]:
         return ListedAdapter(name, source, resolved, (), tuple(findings))

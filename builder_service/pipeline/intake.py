@@ -48,7 +48,7 @@ class Intake:
             ResourcesExhausted: the disk has no room for them.
             Fault: what sources raise, of all adapters.
         """
-        listed = list_adapters(adapters, self.shop.sources, self.progress)
+        listed = list_adapters(adapters, self.shop.sources, self.space, self.progress)
         self.space.check(sum(adapter.size for adapter in listed), "the adapters")
         with ThreadPoolExecutor(self.shop.parallel_adapters, "intake") as pool:
             futures = {

@@ -38,6 +38,16 @@ class Space:
         with self._ledger.lock:
             self._check(size, what)
 
+    def spend(self, size: int, what: str) -> None:
+        """Count bytes that were written already.
+
+        Raises:
+            ResourcesExhausted: they are more than the build may write.
+        """
+        with self._ledger.lock:
+            self._written += size
+            self._check(0, what)
+
     @contextmanager
     def writing(self, size: int, what: str) -> Iterator[None]:
         """Keep so many bytes free for what is written inside.

@@ -43,6 +43,11 @@ class Resolved:
     files: Mapping[str, SourceFile]
     """By path inside the subfolder."""
 
+    @property
+    def held(self) -> int:
+        """Bytes that the listing itself keeps on the disk."""
+        return 0
+
     def size(self, names: Iterable[str]) -> int:
         """Return the bytes of these files together."""
         return sum(self.files[name].size for name in names)

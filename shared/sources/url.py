@@ -31,6 +31,11 @@ class ResolvedArchive(Resolved):
     inner: Mapping[str, str]
     """Names in the archive by names in the subfolder."""
 
+    @property
+    def held(self) -> int:
+        """The archive."""
+        return self.archive.size
+
 
 class UrlSource:
     """Downloads an archive once, into a file without a name, and reads everything from that."""

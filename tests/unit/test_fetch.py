@@ -7,6 +7,7 @@ import pytest
 
 from builder_service.pipeline.fetch import fetch_adapters
 from builder_service.pipeline.progress import Progress, Stage
+from builder_service.pipeline.space import Ledger, Space
 from shared.bundle.manifest import FileDigest
 from shared.deployment import Repository, SourceKind
 from shared.faults import (
@@ -14,6 +15,7 @@ from shared.faults import (
     Fault,
     RepoGated,
     RepoNotFound,
+    ResourcesExhausted,
     SourceChanged,
     SourceRefused,
     SourceUnavailable,
@@ -24,6 +26,12 @@ from shared.sources.files import content_digest
 from shared.sources.open import Sources
 
 FILES = {"adapter_config.json": b"{}", "adapter_model.safetensors": b"x" * 8}
+
+
+class Archived(Resolved):
+    """A listing that is in an archive of a thousand bytes."""
+
+    held = 1000
 
 
 class FakeSource:
@@ -41,7 +49,7 @@ class FakeSource:
         progress(0)
         if repository.shown in self._faults:
             raise self._faults[repository.shown]
-        return Resolved(repository, {name: SourceFile(size) for name, size in self._sizes.items()})
+        return Archived(repository, {name: SourceFile(size) for name, size in self._sizes.items()})
 
     def fetch(
         self, resolved: Resolved, names: Iterable[str], into: Path, progress: Counter = unwatched
@@ -57,7 +65,9 @@ class FakeSource:
         return resolved.repository.model_copy(update={"revision": content_digest(files)})
 
 
-def fetch(folder: Path, source: FakeSource, *names: str) -> tuple[Progress, list]:
+def fetch(
+    folder: Path, source: FakeSource, *names: str, max_bytes: int | None = None
+) -> tuple[Progress, list]:
     """Fetch adapters whose addresses are their names."""
     adapters = {
         name: Repository(source=SourceKind.REMOTE_URL, repo=f"https://h/{name}?sig=canary") for name in names
@@ -65,10 +75,18 @@ def fetch(folder: Path, source: FakeSource, *names: str) -> tuple[Progress, list
     progress = Progress(adapters)
     sources = Sources({SourceKind.REMOTE_URL: source})
     try:
-        return progress, fetch_adapters(adapters, sources, folder, progress)
+        space = Space(folder, Ledger(), max_bytes)
+        return progress, fetch_adapters(adapters, sources, space, folder, progress)
     except Fault as fault:
         fault.add_note(",".join(f"{item.name}={item.stage.value}" for item in progress.adapters))
         raise
+
+
+def test_archives_count_before_anything_is_taken_out_of_them(tmp_path):
+    """Three archives of a thousand bytes are too much for a build that may write 2500, and two are not."""
+    fetch(tmp_path, FakeSource({}), "one", "two", max_bytes=2500)
+    with pytest.raises(ResourcesExhausted, match=r"the archive of adapter .* 3000 were written; .* write 2500"):
+        fetch(tmp_path, FakeSource({}), "one", "two", "three", max_bytes=2500)
 
 
 def test_the_record_has_no_query(tmp_path):
