@@ -30,7 +30,8 @@ from safetensors.numpy import save_file
 from builder_service.pipeline.build import build
 from builder_service.pipeline.progress import Progress
 from builder_service.pipeline.workshop import Workshop
-from shared.deployment import Deployment, parse_deployment
+from shared.deployment import Deployment
+from shared.deployment_file import parse_deployment
 from shared.sources.open import open_sources
 from shared.storage.open import open_store
 from tests.s3_gateway import s3_gateway

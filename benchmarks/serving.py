@@ -165,7 +165,7 @@ def build_deployment(work: Path, names: Sequence[str], store: str) -> None:
     from builder_service.pipeline.build import build
     from builder_service.pipeline.progress import Progress
     from builder_service.pipeline.workshop import Workshop
-    from shared.deployment import parse_deployment
+    from shared.deployment_file import parse_deployment
     from shared.sources.open import open_sources
     from shared.storage.open import open_store
 

@@ -30,7 +30,8 @@ if TYPE_CHECKING:
         TokenLogprobs,
         Usage,
     )
-    from shared.deployment import Deployment, load_deployment
+    from shared.deployment import Deployment
+    from shared.deployment_file import load_deployment
 
 _HOMES = {
     "loramux.client": ("AsyncClient", "Client"),

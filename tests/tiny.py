@@ -19,7 +19,8 @@ from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import FinishReason
 from inference_service.core.sequence import Sequence as EngineSequence
 from inference_service.serving.startup import Ready, load
-from shared.deployment import Deployment, parse_deployment
+from shared.deployment import Deployment
+from shared.deployment_file import parse_deployment
 from shared.settings import InferenceSettings
 from shared.sources.open import open_sources
 from shared.storage.base import Store

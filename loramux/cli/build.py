@@ -11,7 +11,8 @@ from loramux.cli import shell
 from loramux.cli.build_view import BuildView, show_built
 from loramux.client import BUILDER, AsyncClient
 from loramux.records import DeploymentInfo, DeploymentState
-from shared.deployment import Deployment, DeploymentFile, load_deployment
+from shared.deployment import Deployment
+from shared.deployment_file import DeploymentFile, load_deployment
 from shared.faults import InternalFault
 
 

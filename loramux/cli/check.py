@@ -20,7 +20,8 @@ from loramux.cli.tree import ProcessTree, free_address, run_tree
 from loramux.cli.up import BUILDER_START_S
 from loramux.client import BUILDER, AsyncClient
 from loramux.records import AdapterReport
-from shared.deployment import LoraConfiguration, Repository, SourceKind, parse_lora_configuration
+from shared.deployment import LoraConfiguration, Repository, SourceKind
+from shared.deployment_file import parse_lora_configuration
 from shared.spelling import parse_repository
 
 SCHEMA = 1

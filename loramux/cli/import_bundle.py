@@ -12,7 +12,8 @@ from loramux.cli.build import run_build
 from loramux.cli.check import Base, MaxRank, Secret, SomeBuilder, StorageDtype, Wanted, check_with, named
 from loramux.cli.report_view import show_report
 from loramux.client import BUILDER
-from shared.deployment import Deployment, Repository, SourceKind, parse_deployment, parse_lora_configuration
+from shared.deployment import Deployment, Repository, SourceKind
+from shared.deployment_file import parse_deployment, parse_lora_configuration
 from shared.faults import DeploymentInvalid
 
 FILES = ("model.lora_weights.npy", "model.lora_config.npy or model.lora_keys.npy")

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from loramux.builder.v1 import builder_pb2 as pb
-from shared.deployment import Deployment, Dtype, LoraConfiguration, Merge, Repository, parse_deployment
+from shared.deployment import Deployment, Dtype, LoraConfiguration, Merge, Repository
+from shared.deployment_file import parse_deployment
 from shared.faults import DeploymentInvalid, Finding
 
 _PREFIX = "SOURCE_KIND_"

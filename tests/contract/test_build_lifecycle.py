@@ -24,7 +24,8 @@ from loramux.cli.main import app
 from loramux.client import AsyncClient
 from loramux.records import DeploymentState
 from shared.bundle.deployments import current_generation
-from shared.deployment import Deployment, parse_deployment
+from shared.deployment import Deployment
+from shared.deployment_file import parse_deployment
 from shared.faults import DeploymentNotFound, QueueFull, RequestIdReused
 from shared.rpc.server import RpcServer
 from shared.sources.open import open_sources

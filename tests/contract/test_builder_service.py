@@ -20,7 +20,8 @@ from builder_service.rpc.servicer import SERVICE_NAME, BuilderServicer
 from loramux.builder.v1 import builder_pb2 as pb
 from loramux.builder.v1 import builder_pb2_grpc
 from shared.bundle.manifest import current_key
-from shared.deployment import Deployment, parse_deployment
+from shared.deployment import Deployment
+from shared.deployment_file import parse_deployment
 from shared.faults import Fault, StoreUnavailable
 from shared.rpc.messages import deployment_to_message
 from shared.rpc.server import RpcServer

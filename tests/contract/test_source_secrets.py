@@ -13,7 +13,8 @@ from structlog.testing import capture_logs
 from builder_service.pipeline.build import build
 from builder_service.pipeline.progress import Progress
 from builder_service.pipeline.workshop import Workshop
-from shared.deployment import Repository, SourceKind, parse_deployment
+from shared.deployment import Repository, SourceKind
+from shared.deployment_file import parse_deployment
 from shared.faults import DeploymentInvalid, Fault, SourceUnavailable
 from shared.sources.addresses import Guard
 from shared.sources.bucket import BucketSource

@@ -17,7 +17,8 @@ from loramux.builder.v1 import builder_pb2 as pb
 from loramux.builder.v1 import builder_pb2_grpc
 from shared.bundle.deployments import current_generation
 from shared.bundle.reader import read_bundle
-from shared.deployment import Deployment, parse_deployment
+from shared.deployment import Deployment
+from shared.deployment_file import parse_deployment
 from shared.rpc.messages import deployment_to_message
 from shared.rpc.status import fault_of
 from shared.storage.local import LocalStore

@@ -30,7 +30,7 @@ from pathlib import Path
 from builder_service.pipeline.build import build
 from builder_service.pipeline.progress import Progress
 from builder_service.pipeline.workshop import Workshop
-from shared.deployment import parse_deployment
+from shared.deployment_file import parse_deployment
 from shared.sources.open import open_sources
 from shared.storage.open import open_store
 folder, names = Path(sys.argv[1]), sys.argv[3:]

@@ -9,7 +9,7 @@ from builder_service.pipeline.build import build
 from builder_service.pipeline.progress import Progress
 from builder_service.pipeline.workshop import Workshop
 from shared.catalogue import CODES, Subject
-from shared.deployment import parse_deployment
+from shared.deployment_file import parse_deployment
 from shared.faults import AdapterInvalid, Finding
 from shared.sources.open import open_sources
 from shared.storage.memory import MemoryStore

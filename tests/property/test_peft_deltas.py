@@ -15,7 +15,7 @@ from builder_service.pipeline.build import build
 from builder_service.pipeline.progress import Progress
 from builder_service.pipeline.workshop import Workshop
 from shared.bundle.reader import Bundle, BundleRow, read_bundle
-from shared.deployment import parse_deployment
+from shared.deployment_file import parse_deployment
 from shared.sources.open import open_sources
 from shared.storage.memory import MemoryStore
 from tests.adapters import BASE_CONFIG, write_base

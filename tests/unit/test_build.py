@@ -14,7 +14,8 @@ from builder_service.pipeline.workshop import LEFTOVER_S, Workshop
 from shared.bundle.deployments import current_generation
 from shared.bundle.manifest import MANIFEST_FILE, bundle_key
 from shared.bundle.reader import read_bundle, read_manifest
-from shared.deployment import Deployment, parse_deployment
+from shared.deployment import Deployment
+from shared.deployment_file import parse_deployment
 from shared.faults import (
     AdapterInvalid,
     BuildInterrupted,

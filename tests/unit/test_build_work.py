@@ -15,7 +15,8 @@ from builder_service.pipeline.progress import Progress, Stage
 from builder_service.pipeline.space import Ledger, Space
 from builder_service.pipeline.workshop import Workshop
 from shared.bundle.reader import read_bundle
-from shared.deployment import Deployment, parse_deployment
+from shared.deployment import Deployment
+from shared.deployment_file import parse_deployment
 from shared.faults import AdapterInvalid, BuildCancelled, ResourcesExhausted, StoreUnavailable
 from shared.sources.open import open_sources
 from shared.storage.memory import MemoryStore

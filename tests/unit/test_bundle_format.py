@@ -14,7 +14,7 @@ from builder_service.pipeline.build import build
 from builder_service.pipeline.progress import Progress
 from builder_service.pipeline.workshop import Workshop
 from shared.bundle.norms import row_norms
-from shared.deployment import parse_deployment
+from shared.deployment_file import parse_deployment
 from shared.sources.open import open_sources
 from shared.storage.local import LocalStore
 from tests.adapters import key, tensors, write_adapter, write_base

@@ -16,7 +16,8 @@ from builder_service.pipeline.progress import Progress
 from builder_service.pipeline.workshop import Workshop
 from shared.bundle.manifest import Coverage, Manifest
 from shared.bundle.reader import read_manifest
-from shared.deployment import Repository, parse_deployment
+from shared.deployment import Repository
+from shared.deployment_file import parse_deployment
 from shared.faults import AdapterInvalid, BundleCorrupt, CheckpointInvalid
 from shared.sources.checkpoint import describe_base
 from shared.sources.open import open_sources

@@ -8,16 +8,8 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from shared.deployment import (
-    Build,
-    Deployment,
-    DeploymentFile,
-    Repository,
-    Runtime,
-    SourceKind,
-    load_deployment,
-    parse_deployment,
-)
+from shared.deployment import Build, Deployment, Repository, Runtime, SourceKind
+from shared.deployment_file import DeploymentFile, load_deployment, parse_deployment
 from shared.faults import DeploymentInvalid, Finding
 
 HOSTED = """

@@ -65,9 +65,7 @@ class FakeSource:
         return resolved.repository.model_copy(update={"revision": content_digest(files)})
 
 
-def fetch(
-    folder: Path, source: FakeSource, *names: str, max_bytes: int | None = None
-) -> tuple[Progress, list]:
+def fetch(folder: Path, source: FakeSource, *names: str, max_bytes: int | None = None) -> tuple[Progress, list]:
     """Fetch adapters whose addresses are their names."""
     adapters = {
         name: Repository(source=SourceKind.REMOTE_URL, repo=f"https://h/{name}?sig=canary") for name in names

@@ -13,7 +13,7 @@ from builder_service.pipeline.build import build
 from builder_service.pipeline.progress import Progress
 from builder_service.pipeline.workshop import Workshop
 from shared.bundle.reader import Bundle, read_bundle
-from shared.deployment import parse_deployment
+from shared.deployment_file import parse_deployment
 from shared.faults import AdapterInvalid
 from shared.sources.open import open_sources
 from shared.storage.memory import MemoryStore

@@ -16,7 +16,7 @@ from shared.bundle.deployments import current_generation, generation_numbers
 from shared.bundle.gc import Kind, check_grace, find_orphans, remove
 from shared.bundle.manifest import MANIFEST_FILE, bundle_key, claim_key, generation_key
 from shared.bundle.reader import read_bundle
-from shared.deployment import parse_deployment
+from shared.deployment_file import parse_deployment
 from shared.faults import BuildInProgress, BundleCorrupt
 from shared.sources.open import open_sources
 from shared.storage.base import Store

@@ -21,7 +21,8 @@ from builder_service.pipeline.workshop import Workshop
 from shared.bundle.deployments import current_generation, generation_numbers, read_generation
 from shared.bundle.manifest import Generation
 from shared.bundle.reader import read_bundle
-from shared.deployment import Deployment, parse_deployment
+from shared.deployment import Deployment
+from shared.deployment_file import parse_deployment
 from shared.faults import Fault
 from shared.sources.open import open_sources
 from shared.storage.base import Entry

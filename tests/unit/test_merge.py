@@ -9,7 +9,8 @@ from builder_service.pipeline.progress import Progress
 from builder_service.pipeline.workshop import Workshop
 from inference_service.serving.startup import Ready
 from shared.bundle.deployments import current_generation
-from shared.deployment import Deployment, parse_deployment
+from shared.deployment import Deployment
+from shared.deployment_file import parse_deployment
 from shared.faults import DeploymentInvalid, ModelNotFound
 from shared.sources.open import open_sources
 from shared.storage.memory import MemoryStore

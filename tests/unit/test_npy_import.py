@@ -16,7 +16,8 @@ from builder_service.pipeline.progress import Progress
 from builder_service.pipeline.workshop import Workshop
 from shared.bundle.deployments import current_generation
 from shared.bundle.reader import Bundle, read_bundle
-from shared.deployment import Deployment, parse_deployment
+from shared.deployment import Deployment
+from shared.deployment_file import parse_deployment
 from shared.sources.open import open_sources
 from shared.storage.memory import MemoryStore
 from tests.adapters import HIDDEN, INTERMEDIATE, write_adapter, write_base

@@ -16,7 +16,7 @@ from shared.bundle.deployments import (
 )
 from shared.bundle.manifest import Manifest, bundle_key, current_key, generation_key, sha256_hex
 from shared.bundle.reader import read_bundle
-from shared.deployment import parse_deployment
+from shared.deployment_file import parse_deployment
 from shared.faults import BundleCorrupt
 from shared.sources.open import open_sources
 from shared.storage.memory import MemoryStore

@@ -16,7 +16,8 @@ from builder_service.pipeline.validate import check_deployment
 from builder_service.pipeline.workshop import Workshop
 from shared.bundle.deployments import current_generation
 from shared.bundle.reader import read_bundle
-from shared.deployment import Deployment, parse_deployment
+from shared.deployment import Deployment
+from shared.deployment_file import parse_deployment
 from shared.faults import AdapterInvalid, DeploymentInvalid
 from shared.rpc.messages import deployment_from_message, deployment_to_message
 from shared.sources.open import open_sources

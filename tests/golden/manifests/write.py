@@ -13,7 +13,7 @@ from builder_service.pipeline.build import build
 from builder_service.pipeline.progress import Progress
 from builder_service.pipeline.workshop import Workshop
 from shared.bundle.reader import read_manifest
-from shared.deployment import parse_deployment
+from shared.deployment_file import parse_deployment
 from shared.sources.open import open_sources
 from shared.storage.memory import MemoryStore
 from tests.adapters import ADAPTER_CONFIG, FEATURES, HIDDEN, INTERMEDIATE, LAYERS, key, write_base
