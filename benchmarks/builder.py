@@ -217,20 +217,26 @@ def main() -> None:
 
 
 def show(measured: dict[tuple[str, str], list[dict[str, Any]]]) -> None:
-    """Print medians, and each against the copy in the same store."""
+    """Print medians, and each against both copies in the same store."""
     versions = f"Python {platform.python_version()}, numpy {np.__version__}"
     print(f"{platform.machine()}, {os.cpu_count()} cores, {versions}")
-    print(f"{'store':6} {'run':14} {'median s':>9} {'min':>6} {'max':>6} {'MB':>6} {'x copy':>7} {'RSS MB':>7}")
+    print(
+        f"{'store':6} {'run':14} {'median s':>9} {'min':>6} {'max':>6} {'MB':>6} "
+        f"{'x copy':>7} {'x bundles':>9} {'RSS MB':>7}"
+    )
     for (kind, what), runs in measured.items():
         seconds = [run["seconds"] for run in runs]
-        ratio = statistics.median(
-            run["seconds"] / copy["seconds"] for run, copy in zip(runs, measured[kind, "copy"], strict=True)
-        )
         peak = max(run["peak_rss"] for run in runs) / 1e6
+        copy, bundles = (_times(runs, measured[kind, name]) for name in ("copy", "copy bundles"))
         print(
             f"{kind:6} {what:14} {statistics.median(seconds):9.2f} {min(seconds):6.2f} {max(seconds):6.2f} "
-            f"{runs[0]['bytes'] / 1e6:6.0f} {ratio:7.2f} {peak:7.0f}"
+            f"{runs[0]['bytes'] / 1e6:6.0f} {copy:7.2f} {bundles:9.2f} {peak:7.0f}"
         )
+
+
+def _times(runs: list[dict[str, Any]], others: list[dict[str, Any]]) -> float:
+    """Return the median of how many times as long as others runs took, pair by pair."""
+    return statistics.median(a["seconds"] / b["seconds"] for a, b in zip(runs, others, strict=True))
 
 
 if __name__ == "__main__":
