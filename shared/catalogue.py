@@ -32,6 +32,8 @@ _DEPLOYMENT: Final = (
     ("E_UNKNOWN_FIELD", "a key that is not known", "Use the nearest known one, which is named, or remove it."),
     ("E_MISSING_FIELD", "a key that must be given", "Set it."),
     ("E_BAD_FIELD", "a value that is not allowed", "The finding says what is allowed."),
+    ("E_UNSUPPORTED", "something of OpenAI's API that this server does not do", "Leave it out."),
+    ("E_CONSTRAINT", "a response format that cannot be used", "The finding says why; correct or simplify it."),
     ("E_MESSAGES", "the chat template refuses the messages", "The finding says why; often two roles in a row."),
     ("E_NO_TEMPLATE", "messages for a model without a chat template", "Send text or token_ids."),
 )
@@ -132,6 +134,8 @@ CURES: Final = {
     "REQUEST_INVALID": "correct the named fields",
     "PROMPT_TOO_LONG": "shorten the prompt or ask for fewer tokens; both numbers are given",
     "PAGE_TOKEN_INVALID": "use `next_page_token` of the last answer",
+    "UNAUTHENTICATED": "send a key: docs/access.md",
+    "PERMISSION_DENIED": "use a key with the scope that is named",
     "REPO_NOT_FOUND": "correct the name, or name a secret",
     "REVISION_NOT_FOUND": "correct or drop the revision; of LOCAL it is the content's digest",
     "REPO_GATED": "accept the licence, or use another token",

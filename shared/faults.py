@@ -8,6 +8,8 @@
     ├── RequestInvalid       REQUEST_INVALID         INVALID_ARGUMENT     a field is out of bounds
     ├── PromptTooLong        PROMPT_TOO_LONG         INVALID_ARGUMENT
     ├── PageTokenInvalid     PAGE_TOKEN_INVALID      INVALID_ARGUMENT
+    ├── Unauthenticated      UNAUTHENTICATED         UNAUTHENTICATED      no API key, or an unknown one
+    ├── PermissionDenied     PERMISSION_DENIED       PERMISSION_DENIED    a key of another scope
     ├── RepoNotFound         REPO_NOT_FOUND          NOT_FOUND
     ├── RevisionNotFound     REVISION_NOT_FOUND      NOT_FOUND
     ├── RepoGated            REPO_GATED              PERMISSION_DENIED
@@ -59,6 +61,7 @@ class Status(Enum):
     INTERNAL = 13
     UNAVAILABLE = 14
     DATA_LOSS = 15
+    UNAUTHENTICATED = 16
 
 
 class Finding(BaseModel):
@@ -134,6 +137,20 @@ class PageTokenInvalid(Fault):
 
     reason = "PAGE_TOKEN_INVALID"
     status = Status.INVALID_ARGUMENT
+
+
+class Unauthenticated(Fault):
+    """The call shows no API key, or one that this server does not know."""
+
+    reason = "UNAUTHENTICATED"
+    status = Status.UNAUTHENTICATED
+
+
+class PermissionDenied(Fault):
+    """The API key lacks the scope that the call needs."""
+
+    reason = "PERMISSION_DENIED"
+    status = Status.PERMISSION_DENIED
 
 
 class RepoNotFound(Fault):

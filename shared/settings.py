@@ -11,13 +11,15 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from shared.faults import SettingsInvalid
 from shared.sources.secrets import ENVIRONMENT_PREFIX as SECRET_PREFIX
 
 PREFIX = "LORAMUX_"
+CLIENT_VARIABLES = ("API_KEY", "TLS_CA", "CLIENT_CERT", "CLIENT_KEY")
+"""What `loramux.Client` reads; a service may share its environment."""
 
 
 def _address(value: str) -> str:
@@ -97,6 +99,18 @@ class Settings(BaseSettings):
     """Hosts that REMOTE_URL may reach though their addresses are not public: HOST or HOST:PORT, by commas."""
     secrets_dir: HomePath = Path("/secrets")
     """Holds one file per secret; a repository's runtime_secret_name is the file's name."""
+    keys_file: HomePath | None = None
+    """Holds the API keys, as `loramux keys new` writes them; read again when it changes."""
+    api_keys: SecretStr = SecretStr("")
+    """More such lines. Without any key, everybody who reaches the port may enter."""
+    insecure: bool = False
+    """Listen beyond this machine though nobody has to show a key or a certificate."""
+    tls_cert: HomePath | None = None
+    """The certificate chain (PEM) of all doors, read again when it changes; without it nothing is encrypted."""
+    tls_key: HomePath | None = None
+    """The private key (PEM) of tls_cert."""
+    tls_client_ca: HomePath | None = None
+    """Clients must show a certificate that one of these authorities (PEM) signed."""
     drain_timeout_s: float = Field(default=30, ge=0, allow_inf_nan=False)
     """Seconds that running work may take to end after SIGTERM before it is cut off."""
 
@@ -125,6 +139,8 @@ class InferenceSettings(Settings):
     """The name of the deployment to serve: the model_name of its file."""
     grpc: Address = "127.0.0.1:50052"
     """Where the service listens."""
+    http: Address | None = None
+    """Where the OpenAI HTTP door listens; it is closed when not given."""
     backend: Literal["auto", "torch", "triton"] = "auto"
     """The kernels; auto: triton on CUDA, else torch."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -187,7 +203,7 @@ def _unknown_variables() -> list[str]:
         if not name.upper().startswith(PREFIX) or name.startswith(SECRET_PREFIX):
             continue
         bare = name.upper().removeprefix(PREFIX)
-        if bare in known or _is_service_link(bare, value):
+        if bare in (*known, *CLIENT_VARIABLES) or _is_service_link(bare, value):
             continue
         near = difflib.get_close_matches(bare, known, n=1)
         cure = f"did you mean {PREFIX}{near[0]}?" if near else f"known are {', '.join(map(variable, known))}"

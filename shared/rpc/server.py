@@ -1,4 +1,4 @@
-"""The gRPC server of both services: faults as statuses, health, reflection, draining."""
+"""The gRPC server of both services: keys, faults as statuses, health, reflection, draining."""
 
 from __future__ import annotations
 
@@ -13,15 +13,12 @@ import structlog
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from shared.access.guard import NOBODY_GUARDS, Guard
 from shared.faults import Fault, InternalFault, SettingsInvalid, ShuttingDown
+from shared.rpc.admission import AdmissionInterceptor
+from shared.rpc.options import SERVER_OPTIONS
 from shared.rpc.status import abort
-
-MAX_MESSAGE_BYTES = 16 * 1024 * 1024
-OPTIONS = (
-    ("grpc.so_reuseport", 0),  # a second server on the same port must fail, not share it
-    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-)
+from shared.rpc.tls import server_credentials
 
 log = structlog.get_logger()
 
@@ -117,11 +114,19 @@ class RpcServer:
     Health is NOT_SERVING for each of them, and for the server as a whole (``""``), until `set_serving`.
     """
 
-    def __init__(self, address: str, services: Mapping[str, Callable[[grpc.aio.Server], None]]) -> None:
+    def __init__(
+        self,
+        address: str,
+        services: Mapping[str, Callable[[grpc.aio.Server], None]],
+        guard: Guard = NOBODY_GUARDS,
+    ) -> None:
         self.address = address
+        self._tls = guard.tls
         self._interceptor = CallInterceptor()
         self._names = ("", *services)
-        self._server = grpc.aio.server(interceptors=[self._interceptor], options=OPTIONS)
+        admission = [AdmissionInterceptor(guard.keyring)] if guard.keyring is not None else []
+        interceptors = [*admission, self._interceptor]
+        self._server = grpc.aio.server(interceptors=interceptors, options=SERVER_OPTIONS)
         self._health = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         for register in services.values():
@@ -133,22 +138,29 @@ class RpcServer:
         """Listen, and return the bound address (port 0 draws a free one).
 
         Raises:
-            SettingsInvalid: the address is taken or no ``HOST:PORT``.
+            SettingsInvalid: the address is taken or no ``HOST:PORT``, or the files of TLS are no good.
         """
         await self.set_serving(False)
         host, _, port = self.address.rpartition(":")
+        unix = host == "unix"
         try:
-            bound = self._server.add_insecure_port(self.address)
+            bound = self._bind()
         except RuntimeError:
             bound = 0
-        if not (bound and host and port.isdecimal()):
+        if not (bound and host and (unix or port.isdecimal())):
             raise SettingsInvalid(
                 f"cannot listen on {self.address!r}: expected a free HOST:PORT of this machine. "
                 "Stop what listens there, or choose another with --grpc."
             )
         await self._server.start()
-        self.address = f"{host}:{bound}"
+        if not unix:
+            self.address = f"{host}:{bound}"
         return self.address
+
+    def _bind(self) -> int:
+        if self._tls is None:
+            return int(self._server.add_insecure_port(self.address))
+        return int(self._server.add_secure_port(self.address, server_credentials(self._tls)))
 
     async def set_serving(self, ready: bool) -> None:
         """Set the health of every service."""

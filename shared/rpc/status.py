@@ -13,6 +13,7 @@ from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
 from shared.faults import FAULTS, Fault, Finding, InternalFault, ServerUnavailable
+from shared.rpc.unreachable import unreachable
 
 DOMAIN = "loramux"
 # A status travels in a trailer, and clients refuse trailers above 8 KiB.
@@ -99,5 +100,5 @@ def fault_of(error: grpc.RpcError, target: str = "") -> Fault:
         return FAULTS[reason](message, findings)
     code = error.code()
     if code is grpc.StatusCode.UNAVAILABLE:
-        return ServerUnavailable(f"no answer from {target or 'the server'}: {message}. Is it running?")
+        return ServerUnavailable(f"no answer from {target or 'the server'}: {unreachable(target, message)}")
     return CallFailed(f"{code.name}: {message}", code)

@@ -1,0 +1,117 @@
+"""``loramux keys``: who may enter."""
+
+from __future__ import annotations
+
+import secrets
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from pydantic import ValidationError
+
+from loramux.cli import shell
+from loramux.cli.documents import emit
+from shared.access.keyfile import append_entry, remove_entry
+from shared.access.keyring import read_keys_file
+from shared.access.keys import KeyEntry, digest, explain, new_key, parse_keys
+from shared.access.rights import Scope
+from shared.faults import SettingsInvalid
+
+app = typer.Typer(
+    help="Make, list and remove API keys.\n\nExample: loramux keys new --scope infer --file keys.jsonl",
+    no_args_is_help=True,
+)
+
+VARIABLE = "LORAMUX_KEYS_FILE"
+File = Annotated[
+    Path, typer.Option("--file", envvar=VARIABLE, show_envvar=False, metavar="FILE", help=f"Else {VARIABLE}.")
+]
+
+
+@app.command()
+@shell.command
+def new(
+    scope: Annotated[
+        list[Scope], typer.Option("--scope", metavar="SCOPE", help="infer, build or admin; repeatable.")
+    ],
+    model: Annotated[
+        list[str] | None,
+        typer.Option("--model", metavar="NAME", help="Only this base or adapter; repeatable."),
+    ] = None,
+    key_id: Annotated[str, typer.Option("--id", metavar="ID", help="Names it in lists; else drawn.")] = "",
+    comment: Annotated[str, typer.Option("--comment", metavar="TEXT", help="Whose it is.")] = "",
+    file: Annotated[
+        Path | None, typer.Option("--file", metavar="FILE", help="Append it here; else it is printed.")
+    ] = None,
+    as_json: shell.Json = False,
+) -> None:
+    """Print a new key, once; what is kept of it is a digest.
+
+    Services that run take it as soon as it is in their file.
+
+    Example: loramux keys new --scope infer --model my-adapter --file keys.jsonl
+    """
+    key = new_key()
+    entry = _entry(key, key_id or f"k{secrets.token_hex(4)}", scope, model, comment)
+    if file is not None:
+        append_entry(file.expanduser(), entry)
+        shell.say(f"{entry.id} is in {file}; the key is not shown again", "dim")
+    if as_json:
+        emit({"key": key, "entry": entry})
+        return
+    shell.show(key)
+    if file is None:
+        shell.say("the key is not shown again; the line for the keys file or LORAMUX_API_KEYS:", "dim")
+        shell.show(entry.line())
+
+
+@app.command("list")
+@shell.command
+def list_keys(file: File, as_json: shell.Json = False) -> None:
+    """List the keys of a file.
+
+    Example: loramux keys list --file keys.jsonl
+    """
+    entries = parse_keys(read_keys_file(file), str(file))
+    if as_json:
+        emit({"keys": entries})
+        return
+    rows = [
+        (
+            entry.id,
+            ", ".join(entry.scopes),
+            ", ".join(entry.models or ("all",)),
+            f"{entry.created:%Y-%m-%d}" if entry.created else "-",
+            entry.comment or "-",
+        )
+        for entry in entries
+    ]
+    shell.table(("id", "scopes", "models", "created", "comment"), rows)
+
+
+@app.command()
+@shell.command
+def remove(
+    key_id: Annotated[str, typer.Argument(metavar="ID", help="As listed.", show_default=False)],
+    file: File,
+    as_json: shell.Json = False,
+) -> None:
+    """Remove a key; services that run refuse it at once.
+
+    Example: loramux keys remove ci --file keys.jsonl
+    """
+    remove_entry(file, key_id)
+    if as_json:
+        emit({"removed": key_id})
+    else:
+        shell.show(f"{key_id} is removed from {file}")
+
+
+def _entry(key: str, key_id: str, scope: list[Scope], model: list[str] | None, comment: str) -> KeyEntry:
+    created = datetime.now(UTC).replace(microsecond=0)
+    fields = {"id": key_id, "scopes": scope, "models": model, "comment": comment, "created": created}
+    try:
+        return KeyEntry.model_validate(fields | {"sha256": digest(key).hex()})
+    except ValidationError as error:
+        raise SettingsInvalid("; ".join(explain(error))) from error

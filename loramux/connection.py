@@ -1,0 +1,106 @@
+"""How the clients reach a service: addresses, keys, TLS.
+
+``HOST:PORT`` is a connection in the clear and ``grpcs://HOST:PORT`` one with TLS. What is not given comes from
+the environment: ``LORAMUX_API_KEY``, ``LORAMUX_TLS_CA``, ``LORAMUX_CLIENT_CERT`` and ``LORAMUX_CLIENT_KEY``.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, TypedDict
+
+import grpc
+
+from shared.faults import RequestInvalid, SettingsInvalid
+from shared.rpc.options import CLIENT_OPTIONS, MAX_MESSAGE_BYTES
+
+API_KEY: Final = "LORAMUX_API_KEY"
+TLS_SCHEME: Final = "grpcs://"
+
+
+class CredentialOptions(TypedDict, total=False):
+    """The fields of `Credentials`, as keywords of a client; None: nothing, whatever the environment says."""
+
+    api_key: str | None
+    tls_ca: str | Path | None
+    client_cert: str | Path | None
+    client_key: str | Path | None
+
+
+def _variable(name: str) -> Callable[[], str | None]:
+    return lambda: os.environ.get(name, "").strip() or None
+
+
+@dataclass(frozen=True)
+class Credentials:
+    """What a client shows, and whom it trusts."""
+
+    api_key: str | None = field(default_factory=_variable(API_KEY), repr=False)
+    tls_ca: str | Path | None = field(default_factory=_variable("LORAMUX_TLS_CA"))
+    """A file of authorities (PEM); None: those that gRPC brings."""
+    client_cert: str | Path | None = field(default_factory=_variable("LORAMUX_CLIENT_CERT"))
+    """A certificate chain (PEM), where the server asks clients for one."""
+    client_key: str | Path | None = field(default_factory=_variable("LORAMUX_CLIENT_KEY"))
+
+    @property
+    def metadata(self) -> tuple[tuple[str, str], ...]:
+        """What every call carries.
+
+        Raises:
+            SettingsInvalid: the key has characters that no key has.
+        """
+        if self.api_key is None:
+            return ()
+        if not self.api_key.isascii() or not self.api_key.isprintable():
+            raise SettingsInvalid("the API key has characters that no key has; copy it again.")
+        return (("authorization", f"Bearer {self.api_key}"),)
+
+    def channel(self, address: str, kind: Any = grpc) -> Any:
+        """Return a channel; kind is ``grpc`` or ``grpc.aio``.
+
+        Raises:
+            SettingsInvalid: a file of TLS cannot be read.
+        """
+        target = address.removeprefix(TLS_SCHEME)
+        if target == address:
+            return kind.insecure_channel(address, CLIENT_OPTIONS)
+        return kind.secure_channel(target, self._tls(), CLIENT_OPTIONS)
+
+    def _tls(self) -> Any:
+        if (self.client_cert is None) != (self.client_key is None):
+            raise SettingsInvalid("a client's certificate needs its key: LORAMUX_CLIENT_CERT and _KEY.")
+        ca, key, cert = (
+            None if path is None else _read(Path(path))
+            for path in (self.tls_ca, self.client_key, self.client_cert)
+        )
+        return grpc.ssl_channel_credentials(ca, key, cert)
+
+
+class Calls:
+    """The methods of a stub: each call carries the key, and a request is no larger than a server takes."""
+
+    def __init__(self, stub: Any, credentials: Credentials) -> None:
+        self._stub = stub
+        self._metadata = credentials.metadata
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        method = getattr(self._stub, name)
+
+        def call(request: Any, timeout: float | None = None) -> Any:
+            if (size := request.ByteSize()) > MAX_MESSAGE_BYTES:
+                raise RequestInvalid(
+                    f"the request has {size} bytes; a server takes at most {MAX_MESSAGE_BYTES}. Send less."
+                )
+            return method(request, timeout=timeout, metadata=self._metadata)
+
+        return call
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.expanduser().read_bytes()
+    except OSError as error:
+        raise SettingsInvalid(f"TLS: {path}: {error.strerror}.") from error

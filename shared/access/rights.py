@@ -1,0 +1,43 @@
+"""What a caller may do."""
+
+from __future__ import annotations
+
+from contextvars import ContextVar
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Scope(StrEnum):
+    """What a key is good for."""
+
+    INFER = "infer"
+    """Generate, and list the models."""
+    BUILD = "build"
+    """Everything that the builder does, reads included: they name what others train."""
+    ADMIN = "admin"
+    """Everything."""
+
+
+@dataclass(frozen=True)
+class Access:
+    """The rights of one call."""
+
+    key_id: str
+    scopes: frozenset[Scope]
+    models: frozenset[str] | None = None
+    """The served names that inference is limited to; None: all."""
+
+    def may(self, scope: Scope) -> bool:
+        """True where this scope is among the rights."""
+        return scope in self.scopes or Scope.ADMIN in self.scopes
+
+    def may_use(self, model: str) -> bool:
+        """True where this model is not hidden."""
+        return self.models is None or model in self.models
+
+
+EVERYTHING = Access("", frozenset({Scope.ADMIN}))
+"""What everybody may do where keys are off."""
+
+ACCESS: ContextVar[Access] = ContextVar("access", default=EVERYTHING)
+"""The rights of the call that runs. A door sets them, and the catalog hides models by them."""

@@ -1,0 +1,34 @@
+"""What gRPC is told about connections, by servers and by clients."""
+
+from __future__ import annotations
+
+MAX_MESSAGE_BYTES = 16 * 1024 * 1024
+"""Of one message, unpacked, in either direction."""
+
+PING_S = 30
+"""A connection with open calls that is silent so long is asked whether the other side is there ..."""
+PING_TIMEOUT_S = 10
+"""... and closed without an answer in this time: what it had open is freed."""
+LEAST_PING_S = 1
+"""Clients that ask more often are sent away. gRPC's default of 300 s is too long for common proxies."""
+
+SERVER_OPTIONS = (
+    ("grpc.so_reuseport", 0),  # a second server on the same port must fail, not share it
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.keepalive_time_ms", PING_S * 1000),
+    ("grpc.keepalive_timeout_ms", PING_TIMEOUT_S * 1000),
+    ("grpc.http2.ping_timeout_ms", PING_TIMEOUT_S * 1000),  # else a minute, whatever the line above says
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.min_ping_interval_without_data_ms", LEAST_PING_S * 1000),
+)
+CLIENT_OPTIONS = (
+    ("grpc.enable_http_proxy", 0),  # an http_proxy of the environment is for the web, not for these services
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.keepalive_time_ms", PING_S * 1000),
+    ("grpc.keepalive_timeout_ms", PING_TIMEOUT_S * 1000),
+    ("grpc.http2.ping_timeout_ms", PING_TIMEOUT_S * 1000),  # else a minute, whatever the line above says
+    ("grpc.http2.max_pings_without_data", 0),  # a long queue is silent
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 2000),
+)

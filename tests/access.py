@@ -1,0 +1,77 @@
+"""Keys and certificates for tests."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import trustme
+
+from loramux.connection import Credentials
+from shared.access.keyring import Keyring
+from shared.access.keys import KeyEntry, digest, new_key
+from shared.access.tls import TlsFiles
+
+NOBODY: dict[str, Any] = {"api_key": None, "tls_ca": None, "client_cert": None, "client_key": None}
+"""Whatever the environment says."""
+
+
+def new_entry(key_id: str, *scopes: str, models: tuple[str, ...] | None = None) -> tuple[str, KeyEntry]:
+    """A random key and what is kept of it."""
+    key = new_key()
+    fields = {"id": key_id, "sha256": digest(key).hex(), "scopes": scopes, "models": models}
+    return key, KeyEntry.model_validate(fields)
+
+
+def lines(*entries: KeyEntry) -> str:
+    """The text of a keys file."""
+    return "".join(f"{entry.line()}\n" for entry in entries)
+
+
+def keyring(*scopes: str) -> tuple[dict[str, str], Keyring]:
+    """One key for each of the scopes, by scope, and the keyring that takes them."""
+    made = {scope: new_entry(f"for-{scope}", scope) for scope in scopes}
+    ring = Keyring(text=lines(*(entry for _, entry in made.values())))
+    return {scope: key for scope, (key, _) in made.items()}, ring
+
+
+@dataclass
+class Certificates:
+    """Two authorities, and the files of a server and of a client."""
+
+    folder: Path
+    ours: trustme.CA = field(default_factory=trustme.CA)
+    other: trustme.CA = field(default_factory=trustme.CA)
+
+    def __post_init__(self) -> None:
+        for name, authority in (("ours", self.ours), ("other", self.other)):
+            authority.cert_pem.write_to_path(str(self.folder / f"{name}.pem"))
+        self.issue("server", self.ours)
+
+    def issue(self, stem: str, authority: trustme.CA, *names: str, **validity: Any) -> TlsFiles:
+        """Write a certificate for names (default: loopback) and its key over what was there."""
+        leaf = authority.issue_cert(*(names or ("127.0.0.1", "localhost")), **validity)
+        files = TlsFiles(self.folder / f"{stem}.pem", self.folder / f"{stem}.key")
+        files.key.write_bytes(leaf.private_key_pem.bytes())
+        files.cert.write_bytes(b"".join(blob.bytes() for blob in leaf.cert_chain_pems))
+        return files
+
+    @property
+    def server(self) -> TlsFiles:
+        """The server's files."""
+        return TlsFiles(self.folder / "server.pem", self.folder / "server.key")
+
+    @property
+    def mutual(self) -> TlsFiles:
+        """The same, with clients that must show a certificate of the other authority."""
+        return TlsFiles(self.server.cert, self.server.key, self.folder / "other.pem")
+
+    def client(self, authority: trustme.CA) -> dict[str, Path]:
+        """The credentials of a client with a certificate of an authority."""
+        files = self.issue("client", authority, "client")
+        return {"client_cert": files.cert, "client_key": files.key}
+
+    def credentials(self, **fields: Any) -> Credentials:
+        """A client that trusts our authority."""
+        return Credentials(**(NOBODY | {"tls_ca": self.folder / "ours.pem"} | fields))

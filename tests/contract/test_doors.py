@@ -1,0 +1,245 @@
+"""Both doors of both services, with keys: every rpc and every route, and what a key may see."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import grpc
+import httpx
+import pytest
+from google.protobuf.descriptor_pb2 import FileDescriptorProto
+from grpc_health.v1 import health_pb2
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
+from builder_service.pipeline.builds import Builds
+from builder_service.pipeline.check import Checks
+from builder_service.pipeline.limits import Limits
+from builder_service.pipeline.workshop import Workshop
+from builder_service.rpc.servicer import SERVICE_NAME as BUILDER
+from builder_service.rpc.servicer import BuilderServicer
+from inference_service.openai_api.app import ENDPOINTS, create_app
+from inference_service.openai_api.errors import error_body
+from inference_service.rpc.servicer import SERVICE_NAME as INFERENCE
+from inference_service.rpc.servicer import InferenceServicer, register
+from inference_service.serving.service import GenerationService
+from loramux import AsyncClient
+from loramux.builder.v1 import builder_pb2
+from loramux.inference.v1 import inference_pb2
+from shared.access.guard import Guard
+from shared.access.keyring import Keyring
+from shared.faults import ModelNotFound, PermissionDenied, Unauthenticated
+from shared.rpc.server import RpcServer
+from shared.rpc.status import fault_of
+from shared.settings import PREFIX
+from shared.sources.open import open_sources
+from shared.storage.memory import MemoryStore
+from tests.access import keyring, lines, new_entry
+from tests.silent import MODELS, silent_server, silent_service
+
+HEALTH = "grpc.health.v1.Health"
+REFLECTION = "grpc.reflection.v1alpha.ServerReflection"
+REFUSALS = (Unauthenticated, PermissionDenied)
+REFUSED = tuple(kind.reason for kind in REFUSALS)
+KEYS, RING = keyring("infer", "build", "admin")
+RESTRICTED, ENTRY = new_entry("ann", "infer", models=("wide",))
+OTHER, OTHER_ENTRY = new_entry("bob", "infer", models=("rs", "base"))
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> GenerationService:
+    """A base and three adapters; no request of these tests gets to the engine."""
+    return silent_service(tmp_path_factory.mktemp("text"))
+
+
+def builder_servicer(folder: Path) -> BuilderServicer:
+    """A builder that has nothing."""
+    shop = Workshop(MemoryStore(), open_sources(local_roots=[]), folder)
+    return BuilderServicer(Builds(shop, Limits(running=1)), Checks(shop))
+
+
+@pytest.fixture(params=[BUILDER, INFERENCE])
+async def guarded(
+    request: pytest.FixtureRequest, tmp_path: Path, service: GenerationService
+) -> AsyncIterator[Any]:
+    """(the service's name, a channel to a real server that asks for keys)."""
+    add = {
+        BUILDER: builder_servicer(tmp_path).register,
+        INFERENCE: partial(register, InferenceServicer(service)),
+    }[request.param]
+    server = RpcServer("127.0.0.1:0", {request.param: add}, Guard(RING))
+    async with grpc.aio.insecure_channel(await server.start()) as channel:
+        await server.set_serving(True)
+        yield request.param, channel
+    await server.drain(1)
+
+
+def bearer(key: str | None) -> list[tuple[str, str]]:
+    """The metadata of a call."""
+    return [] if key is None else [("authorization", f"Bearer {key}")]
+
+
+async def methods_of(channel: grpc.aio.Channel, key: str) -> dict[str, list[str]]:
+    """Every method of every service, as the server's reflection tells."""
+    stub = reflection_pb2_grpc.ServerReflectionStub(channel)
+
+    async def ask(**fields: str) -> Any:
+        question = reflection_pb2.ServerReflectionRequest(**fields)
+        [answer] = [each async for each in stub.ServerReflectionInfo(iter([question]), metadata=bearer(key))]
+        return answer
+
+    found: dict[str, list[str]] = {}
+    for service in (await ask(list_services="")).list_services_response.service:
+        answer = await ask(file_containing_symbol=service.name)
+        for blob in answer.file_descriptor_response.file_descriptor_proto:
+            file = FileDescriptorProto.FromString(blob)
+            for each in file.service:
+                if f"{file.package}.{each.name}" == service.name:
+                    found[service.name] = [method.name for method in each.method]
+    return found
+
+
+async def outcome(channel: grpc.aio.Channel, path: str, key: str | None) -> str:
+    """Call a method with an empty request; returns OK after a first message, else the status."""
+    call = channel.stream_stream(path)(iter([b""]), metadata=bearer(key), timeout=20)
+    try:
+        async for _ in call:
+            break
+    except grpc.aio.AioRpcError as error:
+        fault = fault_of(error)
+        return fault.reason if isinstance(fault, REFUSALS) else str(error.code().name)
+    finally:
+        call.cancel()
+    return "OK"
+
+
+async def test_every_rpc_asks_for_a_key_of_its_scope(guarded: Any) -> None:
+    """No key or a wrong one is UNAUTHENTICATED, another scope PERMISSION_DENIED, and admin opens everything."""
+    service, channel = guarded
+    own, foreign = ("build", "infer") if service == BUILDER else ("infer", "build")
+    methods = await methods_of(channel, KEYS[own])
+    assert set(methods) == {service, HEALTH, REFLECTION}
+    declared = builder_pb2 if service == BUILDER else inference_pb2
+    [descriptor] = declared.DESCRIPTOR.services_by_name.values()
+    assert sorted(methods[service]) == sorted(method.name for method in descriptor.methods)
+    for name, expected in (
+        (service, ["UNAUTHENTICATED", "UNAUTHENTICATED", "PERMISSION_DENIED", "in", "in"]),
+        (REFLECTION, ["UNAUTHENTICATED", "UNAUTHENTICATED", "in", "in", "in"]),
+        (HEALTH, ["in"] * 5),
+    ):
+        for method in methods[name]:
+            keys = (None, "lmx_wrong", KEYS[foreign], KEYS[own], KEYS["admin"])
+            said = [await outcome(channel, f"/{name}/{method}", key) for key in keys]
+            assert [each if each in REFUSED else "in" for each in said] == expected, method
+
+
+async def test_what_does_not_exist_asks_for_a_key_too(guarded: Any) -> None:
+    """Without a key nobody learns which methods there are; another service than ours needs admin."""
+    service, channel = guarded
+    assert await outcome(channel, f"/{service}/Nope", None) == "UNAUTHENTICATED"
+    assert await outcome(channel, "/no.such.Service/Nope", KEYS["infer"]) == "PERMISSION_DENIED"
+    assert await outcome(channel, "/no.such.Service/Nope", KEYS["admin"]) == "UNIMPLEMENTED"
+
+
+async def test_health_is_told_without_a_key(guarded: Any) -> None:
+    """Orchestrators learn the health of the server and of each service without a key."""
+    service, channel = guarded
+    check = channel.unary_unary(
+        f"/{HEALTH}/Check",
+        request_serializer=health_pb2.HealthCheckRequest.SerializeToString,
+        response_deserializer=health_pb2.HealthCheckResponse.FromString,
+    )
+    for name in ("", service):
+        answer = await check(health_pb2.HealthCheckRequest(service=name))
+        assert answer.status == health_pb2.HealthCheckResponse.SERVING
+
+
+@pytest.mark.parametrize("endpoint", ENDPOINTS, ids=lambda each: f"{each.method} {each.path}")
+async def test_every_route_asks_for_a_key(endpoint: Any, service: GenerationService) -> None:
+    """Every route but /health asks for a key of the scope infer, and is there for one that has it."""
+    transport = httpx.ASGITransport(app=create_app(service, RING))
+    path = endpoint.path.replace("{model:path}", "base")
+    async with httpx.AsyncClient(transport=transport, base_url="http://door") as web:
+        answers = [
+            await web.request(endpoint.method, path, headers=bearer(key))
+            for key in (None, "lmx_wrong", KEYS["build"], KEYS["infer"], KEYS["admin"])
+        ]
+    statuses = [answer.status_code for answer in answers]
+    if path == "/health":
+        assert statuses == [200] * 5
+        return
+    assert statuses[:3] == [401, 401, 403]
+    assert not {401, 403, 404, 405} & set(statuses[3:])
+    assert [answer.headers.get("www-authenticate") for answer in answers[:3]] == ["Bearer", "Bearer", None]
+    for answer, kind in zip(answers[:3], (Unauthenticated, Unauthenticated, PermissionDenied), strict=True):
+        error = answer.json()["error"]
+        assert {"error": error} == error_body(kind(error["message"]))
+
+
+@pytest.fixture
+async def address(service: GenerationService) -> AsyncIterator[str]:
+    """A running inference service whose keys are limited to models."""
+    ring = Keyring(text=lines(ENTRY, OTHER_ENTRY))
+    server = silent_server(service, Guard(ring))
+    yield await server.start()
+    await server.drain(1)
+
+
+async def test_a_key_sees_its_models_only(address: str) -> None:
+    """A model that a key may not use is not listed, not found, and not named."""
+    async with AsyncClient(address, api_key=RESTRICTED) as client:
+        assert [model.name for model in await client.models()] == ["wide"]
+        with pytest.raises(ModelNotFound) as caught:
+            await client.complete("rs", "x", max_tokens=1)
+    assert str(caught.value) == "no model 'rs' is served here. Served: wide."
+
+
+async def test_calls_at_the_same_time_keep_their_rights(address: str) -> None:
+    """The rights of a call are its own, however many others run in between."""
+    async with (
+        AsyncClient(address, api_key=RESTRICTED) as ann,
+        AsyncClient(address, api_key=OTHER) as bob,
+    ):
+        answers = await asyncio.gather(*(client.models() for _ in range(50) for client in (ann, bob)))
+    assert {tuple(model.name for model in answer) for answer in answers[::2]} == {("wide",)}
+    assert {tuple(model.name for model in answer) for answer in answers[1::2]} == {("base", "rs")}
+
+
+async def test_a_key_sees_its_models_only_over_http(service: GenerationService) -> None:
+    """The HTTP door hides the same models."""
+    app = create_app(service, Keyring(text=lines(ENTRY, OTHER_ENTRY)))
+    transport = httpx.ASGITransport(app=app)
+    headers = bearer(RESTRICTED)
+    async with httpx.AsyncClient(transport=transport, base_url="http://door", headers=headers) as web:
+        listed = (await web.get("/v1/models")).json()["data"]
+        hidden = await web.get("/v1/models/rs")
+        asked = await web.post("/v1/completions", json={"model": "base", "prompt": "x", "max_tokens": 1})
+    assert [model["id"] for model in listed] == ["wide"]
+    for answer in (hidden, asked):
+        assert answer.status_code == 404
+        named = answer.json()["error"]["message"].partition(".")[2]
+        assert not any(f" {name}" in named for name in ("all", "base", "rs"))
+
+
+async def test_a_key_that_nobody_asks_for(service: GenerationService) -> None:
+    """A client with a key is served by a server without keys, and sees everything."""
+    server = silent_server(service)
+    async with AsyncClient(await server.start(), api_key="lmx_whatever") as client:
+        assert [model.name for model in await client.models()] == list(MODELS)
+    await server.drain(1)
+
+
+def test_a_builder_is_not_opened_to_others_by_accident(tmp_path: Path) -> None:
+    """The process ends with status 2 and one line before it listens beyond this machine without keys."""
+    command = [sys.executable, "-m", "builder_service", "--grpc", "0.0.0.0:0", "--store", f"file://{tmp_path}"]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(PREFIX)}
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 2
+    assert ended.stderr.startswith("builder_service: 0.0.0.0:0 can be reached from other machines")
+    assert ended.stderr.count("\n") == 1

@@ -1,0 +1,299 @@
+"""TLS of both doors: real handshakes, certificates that change, and refusals that say what to do."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import ssl
+import sys
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import structlog
+
+from inference_service.openai_api.server import HttpServer
+from loramux import AsyncClient, Client
+from loramux.cli.exits import Exit
+from shared.access.guard import Guard
+from shared.access.tls import TlsFiles
+from shared.faults import ServerUnavailable, SettingsInvalid, Unauthenticated
+from shared.rpc.server import RpcServer
+from tests.access import NOBODY, Certificates, keyring
+from tests.silent import MODELS, silent_server, silent_service
+
+KEYS, RING = keyring("infer")
+
+
+@pytest.fixture
+def certificates(tmp_path: Path) -> Certificates:
+    """Authorities, and a server's certificate of ours."""
+    return Certificates(tmp_path)
+
+
+class Doors:
+    """Both doors of one service, with the files of a guard."""
+
+    def __init__(self, folder: Path, guard: Guard, certificates: Certificates) -> None:
+        self.certificates = certificates
+        service = silent_service(folder)
+        self.grpc: RpcServer = silent_server(service, guard)
+        self.http = HttpServer("127.0.0.1:0", service, guard)
+
+    async def ask(self, **fields: Any) -> list[str]:
+        """The models, asked over gRPC by a client that trusts our authority unless the fields say otherwise."""
+        options = NOBODY | {"tls_ca": self.certificates.folder / "ours.pem"} | fields
+        async with AsyncClient(f"grpcs://{self.grpc.address}", timeout_s=10, **options) as client:
+            return [model.name for model in await client.models()]
+
+    async def browse(self, key: str | None = None, **fields: Path) -> list[str]:
+        """The same over HTTP."""
+        context = ssl.create_default_context(cafile=fields.get("tls_ca", self.certificates.folder / "ours.pem"))
+        if "client_cert" in fields:
+            context.load_cert_chain(fields["client_cert"], fields["client_key"])
+        headers = {"authorization": f"Bearer {key}"} if key else {}
+        async with httpx.AsyncClient(verify=context, headers=headers, trust_env=False) as web:
+            answer = await web.get(f"https://{self.http.address}/v1/models")
+        return [model["id"] for model in answer.json()["data"]]
+
+
+@pytest.fixture
+async def open_doors(tmp_path: Path, certificates: Certificates) -> AsyncIterator[Any]:
+    """Opens both doors with a guard."""
+    opened: list[Doors] = []
+
+    async def open_them(guard: Guard) -> Doors:
+        doors = Doors(tmp_path, guard, certificates)
+        opened.append(doors)
+        await doors.grpc.start()
+        await doors.grpc.set_serving(True)
+        await doors.http.start()
+        return doors
+
+    yield open_them
+    for doors in opened:
+        await doors.http.drain(1)
+        await doors.grpc.drain(1)
+
+
+async def test_both_doors_speak_tls(open_doors: Any, certificates: Certificates) -> None:
+    """With a certificate both doors are encrypted, and keys are asked for as without."""
+    doors = await open_doors(Guard(RING, certificates.server))
+    assert await doors.ask(api_key=KEYS["infer"]) == list(MODELS)
+    assert await doors.browse(KEYS["infer"]) == list(MODELS)
+    with pytest.raises(Unauthenticated):
+        await doors.ask()
+
+
+async def refusal(doors: Doors, **fields: Any) -> str:
+    """What a client says that cannot get in: one line."""
+    with pytest.raises(ServerUnavailable) as caught:
+        await doors.ask(**fields)
+    assert "\n" not in str(caught.value)
+    assert str(caught.value).startswith(f"no answer from grpcs://{doors.grpc.address}: ")
+    return str(caught.value)
+
+
+async def test_a_certificate_of_another_authority(open_doors: Any, certificates: Certificates) -> None:
+    """A server whose authority is not trusted is not talked to; the line says which file to name."""
+    doors = await open_doors(Guard(None, certificates.server))
+    for ca in (certificates.folder / "other.pem", None):
+        said = await refusal(doors, tls_ca=ca)
+        assert said.endswith(
+            "its certificate is not signed by an authority that is trusted here. Name the file of the right "
+            "one: LORAMUX_TLS_CA=ca.pem."
+        )
+    with pytest.raises(httpx.ConnectError):
+        await doors.browse(tls_ca=certificates.folder / "other.pem")
+
+
+async def test_a_certificate_that_expired_or_is_for_another_name(
+    open_doors: Any, certificates: Certificates
+) -> None:
+    """An old certificate and one for another host are refused by their causes."""
+    doors = await open_doors(Guard(None, certificates.server))
+    yesterday = datetime.now(UTC) - timedelta(days=1)
+    certificates.issue(
+        "server", certificates.ours, not_before=yesterday - timedelta(days=1), not_after=yesterday
+    )
+    assert "its certificate has expired. Renew it there" in await refusal(doors)
+    certificates.issue("server", certificates.ours, "models.example.com")
+    assert "its certificate is for other names." in await refusal(doors)
+
+
+async def test_a_client_in_the_clear_and_a_server_in_the_clear(
+    open_doors: Any, certificates: Certificates
+) -> None:
+    """Who speaks TLS to one that does not, or the other way round, is told so."""
+    doors = await open_doors(Guard(None, certificates.server))
+    async with AsyncClient(doors.grpc.address, timeout_s=10, **NOBODY) as client:
+        with pytest.raises(ServerUnavailable, match=f"its address is grpcs://{doors.grpc.address}"):
+            await client.models()
+    plain = await open_doors(Guard())
+    assert "it does not speak TLS. Leave grpcs:// out" in await refusal(plain)
+
+
+async def test_certificates_are_renewed_while_it_runs(open_doors: Any, certificates: Certificates) -> None:
+    """The next connection after a change gets the new certificate, over both doors; no restart."""
+    doors = await open_doors(Guard(None, certificates.server))
+    assert await doors.ask() == await doors.browse() == list(MODELS)
+    certificates.issue("server", certificates.other)
+    other = certificates.folder / "other.pem"
+    assert await doors.ask(tls_ca=other) == await doors.browse(tls_ca=other) == list(MODELS)
+    await refusal(doors)
+
+
+async def test_a_broken_certificate_is_not_taken(open_doors: Any, certificates: Certificates) -> None:
+    """A key that does not fit the certificate, as in the middle of a renewal, leaves the old pair in use."""
+    doors = await open_doors(Guard(None, certificates.server))
+    certificates.server.key.write_bytes(certificates.issue("client", certificates.other).key.read_bytes())
+    with structlog.testing.capture_logs() as logs:
+        for _ in range(2):
+            assert await doors.ask() == await doors.browse() == list(MODELS)
+    assert [each["log_level"] for each in logs] == ["warning"] * 2  # each door looks for itself
+    assert all(str(certificates.server.key) in each["why"] for each in logs)
+    certificates.issue("server", certificates.other)
+    assert await doors.ask(tls_ca=certificates.folder / "other.pem") == list(MODELS)
+
+
+async def test_clients_show_certificates(open_doors: Any, certificates: Certificates) -> None:
+    """With a client CA, only who has a certificate of it gets in, over both doors."""
+    doors = await open_doors(Guard(None, certificates.mutual))
+    good = certificates.client(certificates.other)
+    assert await doors.ask(**good) == await doors.browse(**good) == list(MODELS)
+    assert "set LORAMUX_CLIENT_CERT and LORAMUX_CLIENT_KEY" in await refusal(doors)
+    with pytest.raises(httpx.TransportError):
+        await doors.browse()
+    wrong = certificates.client(certificates.ours)
+    assert "set LORAMUX_CLIENT_CERT and LORAMUX_CLIENT_KEY" in await refusal(doors, **wrong)
+    with pytest.raises(httpx.TransportError):
+        await doors.browse(**wrong)
+
+
+async def test_the_client_authority_is_renewed_too(open_doors: Any, certificates: Certificates) -> None:
+    """After a change of the client CA its certificates get in and those of the old one do not."""
+    doors = await open_doors(Guard(None, certificates.mutual))
+    ours = certificates.client(certificates.ours)
+    (certificates.folder / "other.pem").write_bytes(certificates.ours.cert_pem.bytes())
+    assert await doors.ask(**ours) == await doors.browse(**ours) == list(MODELS)
+    old = certificates.client(certificates.other)
+    await refusal(doors, **old)
+    with pytest.raises(httpx.TransportError):
+        await doors.browse(**old)
+
+
+def _get(address: str, context: ssl.SSLContext, session: ssl.SSLSession | None) -> ssl.SSLSession | None:
+    host, port = address.split(":")
+    with (
+        socket.create_connection((host, int(port)), 10) as raw,
+        context.wrap_socket(raw, server_hostname=host, session=session) as tls,
+    ):
+        tls.sendall(b"GET /health HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
+        assert tls.recv(12) == b"HTTP/1.1 200"
+        return tls.session
+
+
+@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+async def test_a_session_does_not_outlive_its_authority(
+    version: ssl.TLSVersion, open_doors: Any, certificates: Certificates
+) -> None:
+    """A client whose authority is no longer trusted cannot resume the session that it had before."""
+    doors = await open_doors(Guard(None, certificates.mutual))
+    context = ssl.create_default_context(cafile=certificates.folder / "ours.pem")
+    context.maximum_version = version
+    files = certificates.client(certificates.other)
+    context.load_cert_chain(files["client_cert"], files["client_key"])
+    try:
+        session = await asyncio.to_thread(_get, doors.http.address, context, None)
+    except ssl.SSLError:
+        assert version is ssl.TLSVersion.TLSv1_2
+        return
+    (certificates.folder / "other.pem").write_bytes(certificates.ours.cert_pem.bytes())
+    with pytest.raises((OSError, AssertionError)):
+        await asyncio.to_thread(_get, doors.http.address, context, session)
+
+
+def _encrypt(files: TlsFiles) -> None:
+    from cryptography.hazmat.primitives import serialization as form
+
+    key = form.load_pem_private_key(files.key.read_bytes(), None)
+    secret = form.BestAvailableEncryption(b"passphrase")
+    files.key.write_bytes(key.private_bytes(form.Encoding.PEM, form.PrivateFormat.PKCS8, secret))
+
+
+@pytest.mark.parametrize(
+    "damage", ["no cert", "no key", "junk", "another key", "passphrase", "no ca", "bad ca"]
+)
+def test_bad_files_stop_the_start(damage: str, certificates: Certificates) -> None:
+    """A server does not start with files that cannot work; the refusal names them and asks nothing."""
+    files = certificates.mutual
+    {
+        "no cert": lambda: files.cert.unlink(),
+        "no key": lambda: files.key.unlink(),
+        "junk": lambda: files.key.write_text("junk"),
+        "another key": lambda: certificates.issue("client", certificates.ours).key.replace(files.key),
+        "passphrase": lambda: _encrypt(files),
+        "no ca": lambda: (certificates.folder / "other.pem").unlink(),
+        "bad ca": lambda: (certificates.folder / "other.pem").write_text("junk"),
+    }[damage]()
+    for read in (files.pem, files.context):
+        with pytest.raises(SettingsInvalid, match=str(certificates.folder)) as caught:
+            read()
+        assert "\n" not in str(caught.value)
+
+
+async def test_a_client_reads_its_environment(
+    open_doors: Any, certificates: Certificates, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A client without arguments takes key and files from LORAMUX_* variables; None turns one off."""
+    doors = await open_doors(Guard(RING, certificates.mutual))
+    files = certificates.client(certificates.other)
+    monkeypatch.setenv("LORAMUX_API_KEY", KEYS["infer"])
+    monkeypatch.setenv("LORAMUX_TLS_CA", str(certificates.folder / "ours.pem"))
+    monkeypatch.setenv("LORAMUX_CLIENT_CERT", str(files["client_cert"]))
+    monkeypatch.setenv("LORAMUX_CLIENT_KEY", str(files["client_key"]))
+    address = f"grpcs://{doors.grpc.address}"
+    async with AsyncClient(address) as client:
+        assert [model.name for model in await client.models()] == list(MODELS)
+    async with AsyncClient(address, api_key=None) as client:
+        with pytest.raises(Unauthenticated):
+            await client.models()
+
+
+async def test_the_command_line_says_it_in_one_line(open_doors: Any, certificates: Certificates) -> None:
+    """A command that meets the wrong certificate prints one line, of ours, and nothing of gRPC's core."""
+    doors = await open_doors(Guard(None, certificates.server))
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", "from loramux.cli.main import main; main()"),
+        *("models", "--grpc", f"grpcs://{doors.grpc.address}"),
+        env=os.environ | {"LORAMUX_TLS_CA": str(certificates.folder / "other.pem")},
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    said, errors = (stream.decode() for stream in await process.communicate())
+    assert (said, errors.count("\n")) == ("", 1)
+    assert errors.startswith("error: SERVER_UNAVAILABLE: no answer from grpcs://127.0.0.1:")
+    assert process.returncode == Exit.UNAVAILABLE
+
+
+def test_what_a_client_cannot_use(certificates: Certificates) -> None:
+    """A missing file, half a pair and a key with a line break are refused before anything is sent."""
+    for fields, said in (
+        ({"tls_ca": certificates.folder / "none"}, "none: No such file"),
+        ({"client_cert": certificates.server.cert}, "LORAMUX_CLIENT_CERT and _KEY"),
+        ({"api_key": "lmx_a\nb"}, "characters that no key has"),
+    ):
+        with (
+            Client("grpcs://127.0.0.1:1", **(NOBODY | fields)) as client,
+            pytest.raises(SettingsInvalid, match=said),
+        ):
+            client.models()
+
+
+def test_a_key_is_not_shown(certificates: Certificates) -> None:
+    """A client's credentials do not show the key."""
+    assert "lmx_" not in repr(certificates.credentials(api_key="lmx_secret"))

@@ -1,0 +1,33 @@
+"""A generation service for tests of what lies before the engine: a catalog and a tokenizer, but no model."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
+
+from inference_service.rpc.servicer import SERVICE_NAME, InferenceServicer, register
+from inference_service.serving.catalog import Catalog, ServedModel
+from inference_service.serving.engine_thread import EngineThread
+from inference_service.serving.service import GenerationService, ServingLimits
+from inference_service.serving.text import Text
+from shared.access.guard import NOBODY_GUARDS, Guard
+from shared.rpc.server import RpcServer
+from tests.tiny import VOCAB, write_tokenizer
+
+MODELS = ("base", "all", "rs", "wide")
+
+
+def silent_service(folder: Path) -> GenerationService:
+    """A service that lists a base and three adapters, and cannot generate; its tokenizer lies in a folder."""
+    write_tokenizer(folder)
+    catalog = Catalog(1, MODELS[0], map(ServedModel, MODELS))
+    engine = cast(EngineThread, SimpleNamespace(max_queue=8))
+    return GenerationService(catalog, Text.load(folder, VOCAB), engine, ServingLimits(64, None, frozenset({2})))
+
+
+def silent_server(service: GenerationService, guard: Guard = NOBODY_GUARDS) -> RpcServer:
+    """Its gRPC door on a free port."""
+    servicer = InferenceServicer(service)
+    return RpcServer("127.0.0.1:0", {SERVICE_NAME: partial(register, servicer)}, guard)

@@ -1,0 +1,315 @@
+"""Keys: what is kept of them, who has which rights, and what happens when their file changes."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import structlog
+
+from inference_service.serving.catalog import Catalog, ServedModel
+from shared.access.asgi import AccessMiddleware
+from shared.access.guard import is_local, open_guard
+from shared.access.keyring import Keyring, bearer
+from shared.access.keys import digest, new_key, parse_keys
+from shared.access.rights import ACCESS, EVERYTHING, Access, Scope
+from shared.faults import ModelNotFound, PermissionDenied, SettingsInvalid, Unauthenticated
+from shared.settings import BuilderSettings
+from tests.access import lines, new_entry
+
+
+def test_keys_are_long_and_distinct() -> None:
+    """A key is 256 random bits behind a prefix that scanners know."""
+    keys = {new_key() for _ in range(50)}
+    assert len(keys) == 50
+    assert all(key.startswith("lmx_") and len(key) == 4 + 43 for key in keys)
+
+
+def test_an_entry_survives_its_line() -> None:
+    """A line of the file says everything about a key but the key."""
+    key, entry = new_entry("ci", "infer", models=("a", "b"))
+    text = f"# ours\n\n{lines(entry)}"
+    assert parse_keys(text, "f") == [entry]
+    assert key not in text
+    assert json.loads(entry.line())["sha256"] == digest(key).hex()
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("lmx_pasted-key", "line 2: expected a JSON object with id, sha256 and scopes"),
+        ('["lmx_pasted-key"]', "line 2: expected a JSON object with id, sha256 and scopes"),
+        ('{"id": "a", "sha256": "lmx_pasted-key", "scopes": ["infer"]}', "line 2: sha256: "),
+        ('{"id": "a b", "sha256": "%s", "scopes": ["infer"]}', "line 2: id: "),
+        ('{"id": "a", "sha256": "%s", "scopes": []}', "line 2: scopes: "),
+        ('{"id": "a", "sha256": "%s", "scopes": ["root"]}', "expected 'infer', 'build' or 'admin'"),
+        ('{"id": "a", "sha256": "%s", "scopes": ["infer"], "models": []}', "line 2: models: "),
+        ('{"id": "a", "sha256": "%s", "scopes": ["build"], "models": ["m"]}', "models limit the scope infer"),
+        ('{"id": "a", "sha256": "%s", "scopes": ["admin"], "models": ["m"]}', "admin has no limits"),
+        ('{"id": "a", "sha256": "%s", "scopes": ["infer"], "model": ["m"]}', "line 2: model: Extra inputs"),
+        ('{"id": "first", "sha256": "%s", "scopes": ["infer"]}', "two entries have the same id"),
+    ],
+)
+def test_a_bad_line(line: str, said: str) -> None:
+    """A bad line is named by its number and field, and nothing of it is repeated: it may hold a key."""
+    good = lines(new_entry("first", "infer")[1])
+    with pytest.raises(SettingsInvalid) as caught:
+        parse_keys(good + line.replace("%s", "0" * 64), "keys.jsonl")
+    assert str(caught.value).startswith("keys.jsonl: ")
+    assert said in str(caught.value)
+    assert "pasted" not in str(caught.value)
+
+
+def test_one_key_twice() -> None:
+    """A key under two ids is a mistake: removing one of them would change nothing."""
+    _, entry = new_entry("a", "infer")
+    with pytest.raises(SettingsInvalid, match="same sha256"):
+        parse_keys(lines(entry, entry.model_copy(update={"id": "b"})), "f")
+
+
+def test_a_key_opens_what_its_scopes_say() -> None:
+    """A key has the rights of its entry, admin has all, and any key will do where no scope is asked."""
+    (key, entry), (admin, boss) = new_entry("ci", "infer"), new_entry("boss", "admin")
+    ring = Keyring(text=lines(entry, boss))
+    assert ring.authorize(key, Scope.INFER) == entry.access
+    assert ring.authorize(key, None).key_id == "ci"
+    assert all(ring.authorize(admin, scope).key_id == "boss" for scope in Scope)
+    for scope in (Scope.BUILD, Scope.ADMIN):
+        with pytest.raises(PermissionDenied, match=f"'ci' has the scopes infer, and this needs {scope}"):
+            ring.authorize(key, scope)
+
+
+@pytest.mark.parametrize("wrong", [None, "", "lmx_", "x" * 100_000, "ключ", "\udcff"])
+def test_what_is_no_key_of_ours(wrong: str | None) -> None:
+    """Nothing, and anything else than a key, is refused without being repeated."""
+    key, entry = new_entry("ci", "infer")
+    ring = Keyring(text=lines(entry))
+    with pytest.raises(Unauthenticated) as caught:
+        ring.authorize(wrong, None)
+    assert key not in str(caught.value)
+    assert not wrong or wrong not in str(caught.value)
+
+
+def test_the_digest_of_a_key_is_no_key() -> None:
+    """Who reads the file cannot enter with what stands in it."""
+    _, entry = new_entry("ci", "infer")
+    with pytest.raises(Unauthenticated):
+        Keyring(text=lines(entry)).authorize(entry.sha256, None)
+
+
+def test_keys_come_and_go_with_the_file(tmp_path: Path) -> None:
+    """A key works at the first use after it is in the file, and not after it is out of it."""
+    (old, first), (new, second) = new_entry("old", "infer"), new_entry("new", "infer")
+    path = tmp_path / "keys.jsonl"
+    path.write_text(lines(first))
+    ring = Keyring(path)
+    assert ring.authorize(old, None).key_id == "old"
+    path.write_text(lines(first, second))
+    assert ring.authorize(new, None).key_id == "new"
+    path.write_text(lines(second))
+    with pytest.raises(Unauthenticated):
+        ring.authorize(old, None)
+    path.write_text("")
+    with pytest.raises(Unauthenticated):
+        ring.authorize(new, None)
+
+
+@pytest.mark.parametrize("damage", ["broken", "gone"])
+def test_a_broken_file_changes_nothing(damage: str, tmp_path: Path) -> None:
+    """A file that cannot be taken leaves the keys as they were, and is named in the log, once."""
+    key, entry = new_entry("ci", "infer")
+    path = tmp_path / "keys.jsonl"
+    path.write_text(lines(entry))
+    ring = Keyring(path)
+    path.unlink() if damage == "gone" else path.write_text(f"{lines(entry)}lmx_pasted-key")
+    with structlog.testing.capture_logs() as logs:
+        assert [ring.authorize(key, None).key_id for _ in range(3)] == ["ci"] * 3
+    assert [(each["log_level"], each["file"]) for each in logs] == [("warning", str(path))]
+    assert "pasted" not in str(logs)
+
+
+def test_a_file_replaced_by_one_of_the_same_size_and_time(tmp_path: Path) -> None:
+    """A file that another takes the place of is read, though neither size nor time tells them apart."""
+    (old, first), (new, second) = new_entry("k", "infer"), new_entry("k", "infer")
+    path, other = tmp_path / "keys.jsonl", tmp_path / "other"
+    path.write_text(lines(first))
+    ring = Keyring(path)
+    other.write_text(lines(second))
+    status = path.stat()
+    os.utime(other, ns=(status.st_atime_ns, status.st_mtime_ns))
+    other.replace(path)
+    assert ring.authorize(new, None).key_id == "k"
+    with pytest.raises(Unauthenticated):
+        ring.authorize(old, None)
+
+
+def test_a_broken_file_stops_the_start(tmp_path: Path) -> None:
+    """A service does not start with a keys file that it cannot read."""
+    with pytest.raises(SettingsInvalid, match=r"No such file .*loramux keys new"):
+        Keyring(tmp_path / "none")
+    (tmp_path / "binary").write_bytes(b"\xff\xfe")
+    with pytest.raises(SettingsInvalid, match="it is no text"):
+        Keyring(tmp_path / "binary")
+
+
+def test_file_and_variable_add_up(tmp_path: Path) -> None:
+    """Keys of the file and of the variable are one keyring, which does not show them."""
+    (one, first), (two, second) = new_entry("one", "infer"), new_entry("two", "build")
+    (tmp_path / "k").write_text(lines(first))
+    ring = Keyring(tmp_path / "k", lines(second))
+    assert (ring.authorize(one, None).key_id, ring.authorize(two, None).key_id) == ("one", "two")
+    assert repr(ring) == f"Keyring(2 keys, file={tmp_path / 'k'})"
+
+
+@pytest.mark.parametrize(
+    ("headers", "key"),
+    [
+        (["Bearer abc"], "abc"),
+        (["bearer  abc "], "abc"),
+        ([], None),
+        (["abc"], None),
+        (["Bearer "], None),
+        (["Basic YTpi"], None),
+        (["Bearer abc", "Bearer def"], None),
+    ],
+)
+def test_bearer(headers: list[str], key: str | None) -> None:
+    """A key is what follows Bearer in the one header there is."""
+    assert bearer(headers) == key
+
+
+@pytest.mark.parametrize(
+    ("address", "local"),
+    [
+        ("127.0.0.1:1", True),
+        ("127.8.8.8:1", True),
+        ("[::1]:1", True),
+        ("localhost:1", True),
+        ("unix:/run/l.sock", True),
+        ("0.0.0.0:1", False),
+        ("[::]:1", False),
+        ("192.168.1.2:1", False),
+        ("builder:1", False),
+        ("localhost.example.com:1", False),
+    ],
+)
+def test_what_is_this_machine(address: str, local: bool) -> None:
+    """Only loopback and Unix sockets cannot be reached from elsewhere."""
+    assert is_local(address) is local
+
+
+def test_no_door_is_open_by_accident() -> None:
+    """Beyond this machine keys, a client CA or --insecure is required; the refusal names them all."""
+    with pytest.raises(SettingsInvalid) as caught:
+        open_guard(BuilderSettings(), "127.0.0.1:1", "0.0.0.0:2")
+    said = str(caught.value)
+    assert said.startswith("0.0.0.0:2 can be reached")
+    assert all(cure in said for cure in ("--keys-file", "LORAMUX_TLS_CLIENT_CA", "127.0.0.1", "--insecure"))
+    assert open_guard(BuilderSettings(), "127.0.0.1:1").keyring is None
+    assert open_guard(BuilderSettings(insecure=True), "0.0.0.0:2").shown == "nobody"
+
+
+def test_keys_open_doors_beyond_this_machine() -> None:
+    """With keys a service may listen anywhere, and says that without TLS they can be overheard."""
+    line = lines(new_entry("ci", "infer")[1])
+    with structlog.testing.capture_logs() as logs:
+        guard = open_guard(BuilderSettings(api_keys=line), "0.0.0.0:2")  # type: ignore[arg-type]
+    assert guard.shown == "API keys"
+    assert [each["addresses"] for each in logs] == [["0.0.0.0:2"]]
+
+
+def test_keys_are_asked_for_on_loopback_too() -> None:
+    """Keys that are set are asked for wherever the service listens, --insecure or not."""
+    line = lines(new_entry("ci", "infer")[1])
+    settings = BuilderSettings(api_keys=line, insecure=True)  # type: ignore[arg-type]
+    assert len(open_guard(settings, "127.0.0.1:1").keyring or ()) == 1
+    assert "sha256" not in repr(settings)
+
+
+def test_half_of_tls_is_refused(tmp_path: Path) -> None:
+    """A certificate without its key, and a client CA without a certificate, are refused."""
+    for fields in ({"tls_cert": tmp_path}, {"tls_key": tmp_path}, {"tls_client_ca": tmp_path}):
+        with pytest.raises(SettingsInvalid, match="both LORAMUX_TLS_CERT and LORAMUX_TLS_KEY"):
+            open_guard(BuilderSettings(**fields), "127.0.0.1:1")  # type: ignore[arg-type]
+
+
+def _hides(models: frozenset[str] | None) -> Any:
+    return ACCESS.set(Access("k", frozenset({Scope.INFER}), models))
+
+
+def test_a_model_that_a_key_may_not_use_is_invisible() -> None:
+    """The catalog neither lists, nor finds, nor names in its refusals what the caller may not use."""
+    catalog = Catalog(1, "base", [ServedModel(name) for name in ("base", "ann", "bob")])
+    assert [model.name for model in catalog] == ["base", "ann", "bob"]
+    token = _hides(frozenset({"ann", "absent"}))
+    try:
+        assert [model.name for model in catalog] == ["ann"]
+        assert catalog.get("ann").name == "ann"
+        refusals = []
+        for name in ("bob", "base", "absent", "none"):
+            with pytest.raises(ModelNotFound) as caught:
+                catalog.get(name)
+            refusals.append(str(caught.value).replace(name, "X", 1))
+        assert set(refusals) == {"no model 'X' is served here. Served: ann."}
+    finally:
+        ACCESS.reset(token)
+    assert ACCESS.get() is EVERYTHING
+
+
+class Http:
+    """An application that says with which rights it was called, and a way to call it."""
+
+    def __init__(self, ring: Keyring) -> None:
+        self.rights: list[Access] = []
+        self.app = AccessMiddleware(self._app, ring, {"/admin": Scope.ADMIN})
+
+    async def _app(self, _scope: Any, _receive: Any, send: Any) -> None:
+        self.rights.append(ACCESS.get())
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    async def get(self, path: str, *keys: str, kind: str = "http") -> Any:
+        """The first message of the answer, with the body where it was refused."""
+        sent: list[Any] = []
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        headers = [(b"authorization", f"Bearer {key}".encode()) for key in keys]
+        await self.app({"type": kind, "path": path, "headers": headers}, None, send)  # type: ignore[arg-type]
+        return sent[0] | {"body": sent[-1].get("body")}
+
+
+async def test_http_asks_for_a_key() -> None:
+    """A request comes in with the rights of its key, and /health without any."""
+    key, entry = new_entry("ci", "infer")
+    http = Http(Keyring(text=lines(entry)))
+    assert (await http.get("/v1/models", key))["status"] == 200
+    assert (await http.get("/health"))["status"] == 200
+    assert http.rights == [entry.access, EVERYTHING]
+    assert ACCESS.get() is EVERYTHING
+
+
+@pytest.mark.parametrize(
+    ("path", "keys", "status", "code"),
+    [
+        ("/v1/models", [], 401, "invalid_api_key"),
+        ("/v1/models", ["lmx_wrong"], 401, "invalid_api_key"),
+        ("/no/such/route", [], 401, "invalid_api_key"),
+        ("/health/", [], 401, "invalid_api_key"),
+        ("/admin", ["KEY"], 403, "permission_denied"),
+    ],
+)
+async def test_http_refuses(path: str, keys: list[str], status: int, code: str) -> None:
+    """A refusal has OpenAI's shape, asks for Bearer where a key would help, and calls nothing behind it."""
+    key, entry = new_entry("ci", "infer")
+    http = Http(Keyring(text=lines(entry)))
+    answer = await http.get(path, *(key if each == "KEY" else each for each in keys))
+    assert answer["status"] == status
+    error = json.loads(answer["body"])["error"]
+    assert (set(error), error["code"]) == ({"message", "type", "param", "code"}, code)
+    assert ((b"www-authenticate", b"Bearer") in answer["headers"]) is (status == 401)
+    assert http.rights == []
+    assert (await http.get("/v1/models", kind="websocket"))["type"] == "websocket.close"

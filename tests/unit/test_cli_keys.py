@@ -1,0 +1,150 @@
+"""``loramux keys``, and how the command line shows a key."""
+
+from __future__ import annotations
+
+import stat
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from loramux.cli import services
+from loramux.cli.exits import Exit
+from loramux.cli.main import app
+from loramux.cli.tree import ProcessTree
+from loramux.connection import API_KEY
+from shared.access.guard import Guard
+from shared.access.keyring import Keyring
+from shared.access.keys import parse_keys
+from shared.access.rights import Scope
+from tests.access import keyring
+from tests.unit.fake_services import Fakes
+
+
+def run(*args: str) -> tuple[int, str, str]:
+    """Run a command in this process; returns its exit code, stdout and stderr."""
+    result = CliRunner().invoke(app, args)
+    return result.exit_code, result.stdout, result.stderr
+
+
+@pytest.fixture(autouse=True)
+def _no_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(API_KEY, "")
+
+
+@pytest.mark.parametrize("name", ["", "new", "list", "remove"])
+def test_help_fits_a_screen(name: str) -> None:
+    """The help of every command fits 24 lines of 80 columns and has an example."""
+    code, text, _ = run("keys", *filter(None, [name]), "--help")
+    assert code == 0
+    assert "Example: loramux keys" in text
+    assert len(text.splitlines()) <= 24
+    assert max(map(len, text.splitlines())) <= 80
+
+
+def test_a_new_key_is_printed_once(tmp_path: Path) -> None:
+    """``keys new --file`` prints the key alone; the file is its owner's alone, and the key opens by it."""
+    path = tmp_path / "keys.jsonl"
+    code, key, errors = run(
+        "keys", "new", "--scope", "infer", "--model", "a", "--id", "ci", "--file", str(path)
+    )
+    assert (code, key.count("\n")) == (0, 1)
+    assert key.strip() not in path.read_text() + errors
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    access = Keyring(path).authorize(key.strip(), Scope.INFER)
+    assert (access.key_id, access.models) == ("ci", {"a"})
+
+
+def test_without_a_file_the_line_is_printed_too() -> None:
+    """Without --file the key comes first and then the line that keeps it."""
+    code, text, _ = run("keys", "new", "--scope", "build", "--scope", "infer", "--comment", "Ann's")
+    key, line = text.splitlines()
+    [entry] = parse_keys(line, "stdout")
+    assert code == 0
+    assert Keyring(text=line).authorize(key, Scope.BUILD).scopes == {Scope.BUILD, Scope.INFER}
+    assert (entry.comment, entry.created is not None) == ("Ann's", True)
+
+
+def test_keys_are_listed_and_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A removed key is out of the file; comments and the other keys stay as they were written."""
+    path = tmp_path / "keys.jsonl"
+    path.write_text("# who may enter")
+    for key_id in ("ann", "bob"):
+        assert run("keys", "new", "--scope", "infer", "--id", key_id, "--file", str(path))[0] == 0
+    before = path.read_text().splitlines()
+    monkeypatch.setenv("LORAMUX_KEYS_FILE", str(path))
+    assert run("keys", "remove", "ann") == (0, f"ann is removed from {path}\n", "")
+    assert path.read_text().splitlines() == [before[0], before[2]]
+    assert stat.S_IMODE(path.stat().st_mode) == stat.S_IMODE(0o644)
+    code, text, _ = run("keys", "list")
+    assert code == 0
+    assert [line.split()[:3] for line in text.splitlines()] == [
+        ["id", "scopes", "models"],
+        ["bob", "infer", "all"],
+    ]
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_keys_refuses(tmp_path: Path) -> None:
+    """An id twice, an unknown one, a limit on admin and a folder that is not there end in a line and exit 2."""
+    path = str(tmp_path / "keys.jsonl")
+    assert run("keys", "new", "--scope", "infer", "--id", "ci", "--file", path)[0] == 0
+    for args, said in (
+        (("new", "--scope", "infer", "--id", "ci", "--file", path), "has a key 'ci' already"),
+        (("remove", "nobody", "--file", path), "has no key 'nobody'. There: ci."),
+        (("new", "--scope", "admin", "--model", "a"), "admin has no limits"),
+        (("new", "--scope", "infer", "--file", f"{tmp_path}/none/keys"), "cannot be written: No such file"),
+        (("list", "--file", f"{tmp_path}/none"), "No such file or directory"),
+    ):
+        code, _, errors = run("keys", *args)
+        assert code == 2
+        assert said in errors
+        assert errors.count("\n") == 1
+    assert run("keys", "new", "--scope", "root")[0] == 2
+
+
+@pytest.fixture(scope="module")
+def guarded() -> Iterator[tuple[Fakes, dict[str, str]]]:
+    """Scripted services that ask for keys, and a key for each scope."""
+    keys, ring = keyring("infer", "build")
+    running = Fakes(Guard(ring))
+    yield running, keys
+    running.close()
+
+
+def test_the_command_line_shows_a_key(
+    guarded: tuple[Fakes, dict[str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A key comes from --api-key before the command, else from LORAMUX_API_KEY; health needs none."""
+    fakes, keys = guarded
+    asked = ("models", "--grpc", fakes.inference_address)
+    code, _, errors = run(*asked)
+    assert code == Exit.DENIED
+    assert errors.startswith("error: UNAUTHENTICATED: this server asks for an API key")
+    assert "LORAMUX_API_KEY" in errors
+    assert run("health", fakes.inference_address)[0] == 0
+    assert "PERMISSION_DENIED" in run("--api-key", keys["build"], *asked)[2]
+    assert run("--api-key", keys["infer"], *asked)[0] == 0
+    monkeypatch.setenv(API_KEY, keys["infer"])
+    assert run(*asked)[0] == 0
+    monkeypatch.setenv(API_KEY, "")
+
+
+def test_service_flags() -> None:
+    """Who may enter is told to the service that is started."""
+    assert services.door_flags(None, False) == []
+    assert services.door_flags(Path("/a/../k"), True) == ["--keys-file", "/k", "--insecure"]
+
+
+async def test_children_on_this_machine_have_no_tls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `up` starts inherits keys but not TLS, whose certificate would not name the loopback."""
+    monkeypatch.setenv("LORAMUX_TLS_CERT", "/server.pem")
+    monkeypatch.setenv("LORAMUX_KEYS_FILE", "/keys.jsonl")
+    said = (
+        "import os; print(sorted(name for name in os.environ if name.startswith(('LORAMUX_T', 'LORAMUX_K'))))"
+    )
+    async with ProcessTree() as tree:
+        await tree.run("child", [sys.executable, "-c", said])
+        assert (tree.folder / "child.log").read_text() == "['LORAMUX_KEYS_FILE']\n"
