@@ -1,0 +1,11 @@
+"""What a step does to single rows, each in one launch: norms, activations, the embedding, the cap of logits.
+
+Between two linears of a layer lies one launch: ``rms_norm`` adds what the last one gave to the residual stream
+and norms the sum, ``gated`` makes one row of the two that gate and up gave.
+
+This package needs torch alone; Triton is imported at the first launch.
+"""
+
+from inference_service.kernels.rows.launch import Activation, embed, gated, rms_norm, softcap
+
+__all__ = ["Activation", "embed", "gated", "rms_norm", "softcap"]

@@ -1,0 +1,181 @@
+"""From tensors to launches: checks, tiles, grids. The only door to the kernels.
+
+Rows of tensors are contiguous, with any stride between them. Padding rows are harmless: no row reads another.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from inference_service.kernels.launch import Launch, require, require_device
+from inference_service.kernels.rows.tuning import TILE, norm_config
+
+Activation = Literal["silu", "gelu_tanh"]
+
+
+def rms_norm(
+    hidden: Tensor,
+    weight: Tensor,
+    *,
+    eps: float,
+    offset: float = 0.0,
+    delta: Tensor | None = None,
+    delta_weight: Tensor | None = None,
+    rows: Tensor | None = None,
+) -> Tensor:
+    """Add ``delta`` to ``hidden`` in place, and return its rows, normed and times (offset + weight).
+
+    Sums are in float32, and rounded where torch would round: hidden after the addition, the result once.
+
+    Args:
+        hidden: [T, dim]: the residual stream.
+        weight: [dim]; the offset is added to it in float32.
+        eps: added to the mean square, also for ``delta_weight``.
+        offset: 1 for Gemma.
+        delta: [T, dim], added to hidden.
+        delta_weight: [dim]: delta is normed with it (and the offset) before it is added.
+        rows: int32 or int64 [N]: these rows of hidden are wanted, and hidden keeps what it holds.
+
+    Returns:
+        [T, dim], or [N, dim] for N rows.
+
+    Raises:
+        ValueError: when shapes, dtypes, strides or devices do not fit.
+    """
+    kernels = _kernels(hidden)
+    _check_norm(hidden, weight, delta, delta_weight, rows)
+    dim = hidden.shape[1]
+    config = norm_config(dim)
+    out = hidden.new_empty(len(hidden) if rows is None else len(rows), dim)
+    arguments = {
+        "p_hidden": hidden,
+        "p_delta": delta,
+        "p_delta_weight": delta_weight,
+        "p_weight": weight,
+        "p_rows": rows,
+        "p_out": out,
+        "dim": dim,
+        "stride_hidden": hidden.stride(0),
+        "stride_delta": 0 if delta is None else delta.stride(0),
+        "stride_out": out.stride(0),
+        "eps": eps,
+        "offset": offset,
+        "BLOCK": config.block,
+        "num_warps": config.num_warps,
+    }
+    Launch(kernels.rms_norm_kernel, (len(out),), arguments)()
+    return out
+
+
+def gated(gate_up: Tensor, activation: Activation) -> Tensor:
+    """Return activation(gate) * up [T, I] of gate and up side by side [T, 2 * I].
+
+    The activation is rounded before the product, as torch does it in two launches.
+
+    Raises:
+        ValueError: an odd number of columns, or a tensor that kernels do not take.
+    """
+    kernels = _kernels(gate_up)
+    require(gate_up, "gate_up", dims=2)
+    if gate_up.shape[1] % 2:
+        raise ValueError(f"gate_up must have an even number of columns, got {gate_up.shape[1]}")
+    out = gate_up.new_empty(len(gate_up), gate_up.shape[1] // 2)
+    arguments = {
+        "p_gate_up": gate_up,
+        "p_out": out,
+        "I": out.shape[1],
+        "stride_gate_up": gate_up.stride(0),
+        "stride_out": out.stride(0),
+        "GELU": activation == "gelu_tanh",
+    }
+    _tiled(kernels.gated_kernel, out, arguments)
+    return out
+
+
+def embed(tokens: Tensor, table: Tensor, scale: float = 1.0) -> Tensor:
+    """Return rows [T, dim] of a table [V, dim], by tokens int32 or int64 [T], times a scale.
+
+    The scale is rounded to the table's dtype first: Gemma was trained with one in bfloat16.
+
+    Raises:
+        ValueError: when shapes, dtypes, strides or devices do not fit.
+    """
+    kernels = _kernels(table)
+    require(table, "table", dims=2)
+    _require_indices(tokens, "tokens", table.device)
+    out = table.new_empty(len(tokens), table.shape[1])
+    arguments = {
+        "p_tokens": tokens,
+        "p_table": table,
+        "p_out": out,
+        "dim": table.shape[1],
+        "stride_table": table.stride(0),
+        "stride_out": out.stride(0),
+        "scale": _rounded(scale, table.dtype),
+    }
+    _tiled(kernels.embed_kernel, out, arguments)
+    return out
+
+
+@cache
+def _rounded(scale: float, dtype: torch.dtype) -> float:
+    return float(torch.tensor(scale, dtype=dtype))
+
+
+def softcap(logits: Tensor, cap: float) -> None:
+    """Replace logits [N, V] by tanh(logits / cap) * cap, in float32 and with one rounding.
+
+    Raises:
+        ValueError: a cap that is not positive, or a tensor that kernels do not take.
+    """
+    kernels = _kernels(logits)
+    require(logits, "logits", dims=2)
+    if cap <= 0:
+        raise ValueError(f"cap must be positive, got {cap}")
+    arguments = {"p_logits": logits, "V": logits.shape[1], "stride_logits": logits.stride(0), "cap": cap}
+    _tiled(kernels.softcap_kernel, logits, arguments)
+
+
+def _check_norm(
+    hidden: Tensor, weight: Tensor, delta: Tensor | None, delta_weight: Tensor | None, rows: Tensor | None
+) -> None:
+    require(hidden, "hidden", dims=2)
+    _require_like(weight, "weight", hidden, (hidden.shape[1],))
+    if delta is not None:
+        _require_like(delta, "delta", hidden, tuple(hidden.shape))
+    if delta_weight is not None:
+        if delta is None:
+            raise ValueError("delta_weight needs a delta")
+        _require_like(delta_weight, "delta_weight", hidden, (hidden.shape[1],))
+    if rows is not None:
+        _require_indices(rows, "rows", hidden.device)
+
+
+def _tiled(kernel: Any, out: Tensor, arguments: dict[str, Any]) -> None:
+    config = TILE[out.dtype.itemsize]
+    grid = len(out), -(-out.shape[1] // config.block)
+    Launch(kernel, grid, arguments | {"BLOCK": config.block, "num_warps": config.num_warps})()
+
+
+def _kernels(tensor: Tensor) -> Any:
+    """The module of kernels: imported here, for machines without a GPU need no Triton."""
+    from inference_service.kernels.rows import triton_kernels
+
+    require_device(tensor, interpreted=triton_kernels.INTERPRETED)
+    return triton_kernels
+
+
+def _require_like(tensor: Tensor, name: str, other: Tensor, shape: tuple[int, ...]) -> None:
+    require(tensor, name, dims=len(shape), dtype=other.dtype, device=other.device)
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name} must be {shape}, got {tuple(tensor.shape)}")
+
+
+def _require_indices(tensor: Tensor, name: str, device: torch.device) -> None:
+    require(tensor, name, dims=1, device=device)
+    if tensor.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"{name} must be int32 or int64, got {tensor.dtype}")

@@ -1,0 +1,44 @@
+"""Which tiles each kernel uses; what is not in these tables is not shipped.
+
+Every entry is compiled ahead of time for every architecture in the tests: no spills. The numbers are reasoned,
+not yet timed: a norm holds its row in registers, at most 32 elements per thread, and everything else works in
+tiles of 16 bytes per thread. Nothing yet speaks for different tiles on different architectures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final
+
+
+@dataclass(frozen=True)
+class RowConfig:
+    """A tile of one row."""
+
+    block: int
+    num_warps: int
+
+
+NORM: Final[Mapping[int, RowConfig]] = {
+    1024: RowConfig(1024, num_warps=4),
+    2048: RowConfig(2048, num_warps=8),
+    4096: RowConfig(4096, num_warps=8),
+    8192: RowConfig(8192, num_warps=16),
+    16384: RowConfig(16384, num_warps=16),
+}
+"""By the largest row that it holds."""
+TILE: Final[Mapping[int, RowConfig]] = {2: RowConfig(1024, num_warps=4), 4: RowConfig(512, num_warps=4)}
+"""Of everything but norms, by the bytes of an element."""
+MAX_NORM_DIM: Final = max(NORM)
+
+
+def norm_config(dim: int) -> RowConfig:
+    """The tile that holds a row of ``dim`` elements.
+
+    Raises:
+        ValueError: no tile is so large.
+    """
+    if dim > MAX_NORM_DIM:
+        raise ValueError(f"norms have at most {MAX_NORM_DIM} elements, got {dim}")
+    return NORM[next(key for key in NORM if dim <= key)]

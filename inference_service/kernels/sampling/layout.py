@@ -1,0 +1,136 @@
+"""What the sampler reads: the parameters of the rows of a step."""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from inference_service.kernels.sampling.tuning import RACE
+
+FIELDS = 8
+"""int32 per row: kind, 1 / temperature, top-k, top-p, span of min-p, seed (low, high), number of tokens."""
+_ROW = struct.Struct("=ififfQi")
+MAX_SHARPNESS = 2.0**64
+"""Of 1 / temperature: the scores of finite logits stay finite."""
+ALL = 2**31 - 1
+"""Top-k of a row that keeps everything."""
+
+
+class Kind(IntEnum):
+    """What is to be done for a row, as the device reads it."""
+
+    PADDING = 0
+    """Nothing: its id is not touched."""
+    GREEDY = 1
+    RACE = 2
+    """All tokens take part."""
+    FILTERED = 3
+    """Some take part."""
+
+
+@dataclass(frozen=True)
+class RowParams:
+    """How the next token of one row is drawn."""
+
+    temperature: float = 0.0
+    """0 is greedy, and the rest is of no interest."""
+    top_k: int = 0
+    """So many of the most likely tokens take part, the lower first of equals; 0 is all."""
+    top_p: float = 1.0
+    """A token takes part while those before it, most likely first, have less than this part of the mass."""
+    min_p: float = 0.0
+    """Tokens less likely than this part of the most likely one do not take part, before all else."""
+    seed: int = 0
+    """Its lower 64 bits count."""
+    num_generated: int = 0
+    """Tokens that the request was given before this one."""
+
+    @property
+    def kind(self) -> Kind:
+        """What the device has to do."""
+        if self.temperature == 0.0:
+            return Kind.GREEDY
+        return Kind.FILTERED if self.top_k or self.top_p < 1.0 or self.min_p else Kind.RACE
+
+
+def pack_rows(
+    capacity: int, rows: Sequence[RowParams], *, out: npt.NDArray[np.int32] | None = None
+) -> npt.NDArray[np.int32]:
+    """The parameters of a step as one int32 array [capacity, FIELDS] ready to copy; the rest is padding.
+
+    Args:
+        capacity: what the device buffers were made for.
+        rows: parameters of row 0, 1, ... of the logits.
+        out: filled instead of a new array, contiguous, for instance the view of a pinned buffer.
+
+    Raises:
+        ValueError: more rows than the capacity.
+    """
+    if len(rows) > capacity:
+        raise ValueError(f"{len(rows)} rows, but room for {capacity}")
+    packed = np.empty((capacity, FIELDS), dtype=np.int32) if out is None else out
+    packed.fill(Kind.PADDING)
+    memory = packed.data.cast("B")
+    for index, row in enumerate(rows):
+        _ROW.pack_into(memory, index * _ROW.size, *_fields(row))
+    return packed
+
+
+def _fields(row: RowParams) -> tuple[int, float, int, float, float, int, int]:
+    return (
+        row.kind,
+        _sharpness(row.temperature),
+        min(row.top_k, ALL) or ALL,
+        row.top_p,
+        _span(row),
+        row.seed % 2**64,
+        row.num_generated,
+    )
+
+
+def _sharpness(temperature: float) -> float:
+    return min(1.0 / temperature, MAX_SHARPNESS) if temperature else 0.0
+
+
+def _span(row: RowParams) -> float:
+    """How far below the largest logit the smallest may be that min-p lets pass."""
+    return -row.temperature * math.log(row.min_p) if row.min_p else math.inf
+
+
+@dataclass(frozen=True)
+class SamplingTables:
+    """The parameters of a step on the device, and the sampler's memory: static buffers.
+
+    Launches made for them stay right for whatever ``load`` puts there.
+    """
+
+    vocab: int
+    rows: Tensor = field(repr=False)
+    """int32 [capacity, FIELDS]"""
+    scores: Tensor = field(repr=False)
+    """fp32 [capacity, tiles]: the best score of each tile of a row."""
+    ids: Tensor = field(repr=False)
+    """int32 [capacity, tiles]: whose it is."""
+
+    @classmethod
+    def allocate(cls, capacity: int, vocab: int, device: torch.device | str) -> SamplingTables:
+        """Buffers for at most ``capacity`` rows of ``vocab`` logits, that hold no row yet."""
+        shape = capacity, -(-vocab // RACE.block)
+        return cls(
+            vocab,
+            torch.full((capacity, FIELDS), Kind.PADDING, dtype=torch.int32, device=device),
+            torch.empty(shape, dtype=torch.float32, device=device),
+            torch.empty(shape, dtype=torch.int32, device=device),
+        )
+
+    def load(self, packed: Tensor) -> None:
+        """Take over what ``pack_rows`` made: one copy, asynchronous when ``packed`` is pinned."""
+        self.rows.copy_(packed, non_blocking=True)

@@ -1,0 +1,44 @@
+"""Which tiles the sampler uses; what is not in these tables is not shipped.
+
+Every entry is compiled ahead of time for every architecture in the tests: no spills. The numbers are reasoned,
+not yet timed.
+
+A row of logits is large (128k in float32 are 512 KB), and one program reads about 0.1 MB per microsecond from
+L2. So the race, which every row runs, is split over the vocabulary: a batch of one is 32 programs at 128k, and
+the combination costs nothing, because the largest of maxima is exact. In the search for a threshold each pass
+needs the one before, so it is one program per row. A pass cuts the interval in four, and the search stops when
+one token or one value is left in it: after at most 16 passes for float32 and 8 for bfloat16; counted on random
+rows of 32k to 262k logits, 5 to 13 and 5 to 8. Top-k with top-p are two searches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final
+
+
+@dataclass(frozen=True)
+class RaceConfig:
+    """A tile of one row."""
+
+    block: int
+    num_warps: int
+
+
+@dataclass(frozen=True)
+class PickConfig:
+    """Tiles of one row: ``lines`` of ``block`` for the search, one for the race."""
+
+    lines: int
+    """A thread has so many loads of 16 bytes in flight, and sums them up before anything else."""
+    block: int
+    num_warps: int
+
+
+RACE: Final = RaceConfig(4096, num_warps=8)
+PICK: Final[Mapping[int, PickConfig]] = {
+    2: PickConfig(2, 4096, num_warps=16),
+    4: PickConfig(8, 1024, num_warps=8),
+}
+"""By the bytes of a logit."""

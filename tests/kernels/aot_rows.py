@@ -1,0 +1,47 @@
+"""What the tuning tables of the row-wise kernels ship."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from inference_service.kernels.rows import triton_kernels, tuning
+from tests.kernels.aot import Variant
+
+DTYPES = {2: "bf16", 4: "fp32"}
+TYPES = {"p_rows": "*i64", "p_tokens": "*i64", "eps": "fp32", "offset": "fp32", "scale": "fp32", "cap": "fp32"}
+# Every tile in the form that holds most; the others, which leave something out, in the middle one.
+POST, OTHER_TILE = "post", 4096
+NORMS: dict[str, dict[str, Any]] = {
+    POST: {"p_rows": None},
+    "add": {"p_rows": None, "p_delta_weight": None},
+    "plain": {"p_rows": None, "p_delta_weight": None, "p_delta": None},
+    "rows": {"p_delta_weight": None},
+}
+
+
+def variants(architecture: int) -> Iterator[Variant]:
+    """Yield every entry of both tables; they are the same for all architectures."""
+    for itemsize, dtype in DTYPES.items():
+        for bucket, config in tuning.NORM.items():
+            for form, absent in NORMS.items():
+                if form == POST or bucket == OTHER_TILE:
+                    name = f"rows.rms_norm {form} {bucket}"
+                    yield _variant(name, triton_kernels.rms_norm_kernel, dtype, config, absent)
+        tile = tuning.TILE[itemsize]
+        for gelu in (False, True):
+            name = f"rows.gated {'gelu_tanh' if gelu else 'silu'}"
+            yield _variant(name, triton_kernels.gated_kernel, dtype, tile, {"GELU": gelu})
+        yield _variant("rows.embed", triton_kernels.embed_kernel, dtype, tile)
+        yield _variant("rows.softcap", triton_kernels.softcap_kernel, dtype, tile)
+
+
+def _variant(
+    name: str, kernel: Any, dtype: str, config: tuning.RowConfig, constants: dict[str, Any] | None = None
+) -> Variant:
+    return Variant(
+        name=name,
+        kernel=kernel,
+        dtype=dtype,
+        constants={"BLOCK": config.block, **(constants or {})},
+        options={"num_warps": config.num_warps},
+        types=TYPES,
+    )

@@ -1,0 +1,213 @@
+"""The row-wise kernels against fp64: odd shapes, poisoned outputs, guarded inputs."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from inference_service.kernels.launch import Launch, intercepted
+from inference_service.kernels.rows import Activation, embed, gated, reference, rms_norm, softcap
+from inference_service.layers.norm import RMSNorm
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+ACTIVATIONS: list[Activation] = ["silu", "gelu_tanh"]
+TOLERANCE = {dtype: max(1e-5, 2 * torch.finfo(dtype).eps) for dtype in DTYPES}
+"""Relative, of every element: two roundings, which are truncations in the interpreter."""
+GUARD = 16
+EPS = 1e-5
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+def guarded(*shape: int, dtype: torch.dtype, device: str, scale: float = 1.0) -> Tensor:
+    """Fresh random rows with NaN columns beside them."""
+    wide = torch.full((shape[0], shape[1] + GUARD), torch.nan)
+    wide[:, : shape[1]] = torch.randn(shape) * scale
+    return wide.to(device, dtype)[:, : shape[1]]
+
+
+def poisoned(launch: Launch) -> None:
+    """Enqueue a launch whose output is NaN before."""
+    launch.arguments["p_out"].fill_(torch.nan)
+    launch.enqueue()
+
+
+def assert_close(got: Tensor, expected: Tensor, scale: Tensor | None = None) -> None:
+    """Every element is as exact as its dtype allows, relative to ``scale`` or else to itself."""
+    bound = TOLERANCE[got.dtype] * (expected if scale is None else scale).abs() + 1e-30
+    worst = ((got.double() - expected).abs() / bound).max()
+    assert worst <= 1, f"{worst:.1f} times the bound"
+
+
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dim", [48, 63, 80, 96, 100, 1000, 5000])
+def test_a_norm_adds_to_the_stream_and_norms_the_sum(
+    dim: int, dtype: torch.dtype, offset: float, device: str
+) -> None:
+    """The stream is the rounded sum in place, and what comes out is the norm of just that."""
+    hidden, delta = (guarded(3, dim, dtype=dtype, device=device, scale=4) for _ in range(2))
+    weight = torch.randn(dim).to(device, dtype)
+    total = hidden.double() + delta.double()
+    with intercepted(poisoned):
+        out = rms_norm(hidden, weight, eps=EPS, offset=offset, delta=delta)
+    assert_close(hidden, total, scale=total.abs().clamp(min=1e-2))
+    expected = reference.rms_norm(hidden, weight, eps=EPS, offset=offset, dtype=torch.float64)
+    assert_close(out, expected, scale=expected.abs().clamp(min=1e-2))
+    assert out.dtype == dtype
+
+
+def test_a_norm_is_of_the_sum_as_it_is_stored(device: str) -> None:
+    """What the sum loses by rounding, the norm does not see: in bfloat16, 256.99 is 256."""
+    hidden = torch.full((1, 64), 256.0, dtype=torch.bfloat16, device=device)
+    delta = torch.full_like(hidden, 0.99)
+    delta[0, 0] = 0.0
+    out = rms_norm(hidden, torch.ones_like(hidden[0]), eps=0.0, delta=delta)
+    assert hidden.unique().tolist() == [256.0]
+    assert len(out.unique()) == 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_delta_may_be_normed_first(dtype: torch.dtype, device: str) -> None:
+    """Gemma's post-norm, the addition and the next norm are one launch."""
+    hidden, delta = (guarded(4, 80, dtype=dtype, device=device) for _ in range(2))
+    first, second = (torch.randn(80).to(device, dtype) for _ in range(2))
+    before, launches = hidden.double(), []
+    with intercepted(lambda launch: (launches.append(launch), poisoned(launch))[1]):
+        out = rms_norm(hidden, second, eps=EPS, offset=1.0, delta=delta, delta_weight=first)
+    normed = reference.rms_norm(delta, first, eps=EPS, offset=1.0, dtype=torch.float64)
+    assert len(launches) == 1
+    assert_close(hidden, before + normed, scale=before.abs() + normed.abs())
+    expected = reference.rms_norm(hidden, second, eps=EPS, offset=1.0, dtype=torch.float64)
+    assert_close(out, expected, scale=expected.abs().clamp(min=1e-2))
+
+
+@pytest.mark.parametrize("index", [torch.int32, torch.int64])
+def test_chosen_rows_leave_the_stream_as_it_is(index: torch.dtype, device: str) -> None:
+    """The last norm before the head is made of some rows, in any order, even twice the same."""
+    hidden, delta = (guarded(5, 96, dtype=torch.float32, device=device) for _ in range(2))
+    before, weight = hidden.clone(), torch.randn(96, device=device)
+    rows = torch.tensor([4, 0, 4], dtype=index, device=device)
+    with intercepted(poisoned):
+        out = rms_norm(hidden, weight, eps=EPS, delta=delta, rows=rows)
+    assert torch.equal(hidden, before)
+    chosen = (before + delta)[rows.long()]
+    assert_close(out, reference.rms_norm(chosen, weight, eps=EPS, offset=0.0, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+def test_a_norm_is_that_of_the_torch_path(offset: float, device: str) -> None:
+    """In float32, both backends agree to the last digits."""
+    hidden, delta = (torch.randn(3, 100, device=device) for _ in range(2))
+    weight = torch.randn(100, device=device)
+    stream = hidden + delta
+    out = rms_norm(hidden, weight, eps=EPS, offset=offset, delta=delta)
+    assert torch.equal(hidden, stream)
+    torch.testing.assert_close(out, RMSNorm(weight, EPS, offset)(stream), rtol=2e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", [63, 96, 1100])
+def test_gate_and_up_become_one_row(
+    width: int, dtype: torch.dtype, activation: Activation, device: str
+) -> None:
+    """Whole tiles and the end of a row are as exact as the dtype allows."""
+    both = guarded(2, 2 * width, dtype=dtype, device=device, scale=2)
+    with intercepted(poisoned):
+        out = gated(both, activation)
+    expected = reference.gated(both, activation, torch.float64)
+    assert_close(out, expected, scale=expected.abs().clamp(min=1e-3))  # fp16 has subnormals below 6e-5
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # numpy's, on purpose
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations_survive_large_arguments(activation: Activation, device: str) -> None:
+    """Where exp overflows, the answer is the gate or zero, never NaN."""
+    gate = torch.tensor([[-1e30, -3e4, -90.0, 0.0, 90.0, 3e4, 1e30]], device=device)
+    out = gated(torch.cat([gate, torch.ones_like(gate)], dim=1), activation)
+    torch.testing.assert_close(out, gate.clamp(min=0.0), rtol=1e-6, atol=1e-30)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("index", [torch.int32, torch.int64])
+@pytest.mark.parametrize("dim", [48, 1100])
+def test_rows_of_the_embedding_are_scaled(
+    dim: int, index: torch.dtype, dtype: torch.dtype, device: str
+) -> None:
+    """The scale is rounded to the dtype first: Gemma's 25.298 is 25.25 in bfloat16."""
+    table = guarded(7, dim, dtype=dtype, device=device)
+    tokens = torch.tensor([6, 0, 3, 0], dtype=index, device=device)
+    with intercepted(poisoned):
+        out = embed(tokens, table, 640**0.5)
+        plain = embed(tokens, table)
+    rounded = float(torch.tensor(640**0.5, dtype=dtype))
+    assert_close(out, table[tokens.long()].double() * rounded)
+    assert torch.equal(out.isnan(), torch.zeros_like(out, dtype=torch.bool))
+    assert torch.equal(plain, table[tokens.long()])
+    torch.testing.assert_close(
+        reference.embed(tokens, table, 640**0.5, torch.float64), table[tokens.long()].double() * rounded
+    )
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # numpy's, on purpose
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_logits_approach_the_cap(dtype: torch.dtype, device: str) -> None:
+    """Small logits keep all their digits, large ones become the cap, and nothing beside them is touched."""
+    logits = guarded(2, 1100, dtype=dtype, device=device, scale=40)
+    logits[0, :100] *= 1e-3
+    logits[0, 100:104] = torch.tensor([0.0, 6e4, -6e4, -torch.inf])
+    before = logits.clone()
+    softcap(logits, 30.0)
+    assert_close(logits, reference.softcap(before, 30.0, torch.float64))
+    assert logits[0, 101:104].tolist() == [30.0, -30.0, -30.0]
+    assert logits.as_strided((2, 1100 + GUARD), (1100 + GUARD, 1))[:, 1100:].isnan().all()
+
+
+def test_no_rows_are_no_work(device: str) -> None:
+    """A step without a row that samples is legal."""
+    empty = torch.empty(0, 64, device=device)
+    assert rms_norm(empty, torch.ones(64, device=device), eps=EPS).shape == (0, 64)
+    assert gated(empty, "silu").shape == (0, 32)
+    softcap(empty, 30.0)
+
+
+X, W = torch.zeros(2, 64), torch.zeros(64)
+REFUSALS: dict[str, Callable[[], object]] = {
+    r"weight must be \(64,\), got \(63,\)": lambda: rms_norm(X, W[1:], eps=EPS),
+    "weight must be torch.float32, got torch.float16": lambda: rms_norm(X, W.half(), eps=EPS),
+    r"delta must be \(2, 64\)": lambda: rms_norm(X, W, eps=EPS, delta=X[:1]),
+    "delta_weight needs a delta": lambda: rms_norm(X, W, eps=EPS, delta_weight=W),
+    "rows must be int32 or int64": lambda: rms_norm(X, W, eps=EPS, rows=W),
+    "hidden must be contiguous in its last": lambda: rms_norm(X.T.contiguous().T, W, eps=EPS),
+    "at most 16384 elements, got 20000": lambda: rms_norm(torch.zeros(1, 20000), torch.zeros(20000), eps=EPS),
+    "an even number of columns, got 63": lambda: gated(X[:, 1:], "silu"),
+    "compute in": lambda: gated(X.double(), "silu"),
+    "tokens must have 1 dimensions": lambda: embed(X.long(), X),
+    "cap must be positive, got 0": lambda: softcap(X, 0),
+}
+
+
+@pytest.mark.parametrize("message", REFUSALS)
+def test_what_does_not_fit_is_refused(message: str) -> None:
+    """A ValueError names the tensor, what it must be and what it is."""
+    if torch.cuda.is_available():
+        pytest.skip("the tensors are on the CPU")
+    with pytest.raises(ValueError, match=message):
+        REFUSALS[message]()
+
+
+def test_the_packages_need_no_triton() -> None:
+    """CPU machines import the packages and use the references without Triton."""
+    code = (
+        "import sys; sys.modules['triton'] = None; "
+        "from inference_service.kernels.rows import reference as rows; "
+        "from inference_service.kernels.sampling import reference as sampling"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,320 @@
+"""The sampler's kernels: exact supports, exact draws, and none that depends on its company."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from inference_service.kernels.sampling import RowParams, SamplingTables, pack_rows, plan, reference, sample
+from inference_service.kernels.sampling.launch import SHIFTS
+from inference_service.kernels.sampling.triton_kernels import _noise, _threshold
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+UNTOUCHED = -7
+GUARD = 16
+FILTERED = [
+    RowParams(0.7, top_k=5, seed=9, num_generated=3),
+    RowParams(1.5, top_p=0.6, seed=-1),
+    RowParams(1.0, min_p=0.1, seed=2**63 + 5),
+    RowParams(2.0, top_k=20, top_p=0.5, min_p=0.01, seed=7, num_generated=2**20),
+]
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+def guarded(rows: int, vocab: int, dtype: torch.dtype, device: str) -> Tensor:
+    """Fresh random logits between columns that would win every race."""
+    wide = torch.full((rows, vocab + GUARD), torch.inf)
+    wide[:, :vocab] = torch.randn(rows, vocab) * 2
+    return wide.to(device, dtype)[:, :vocab]
+
+
+def tables_of(
+    rows: Sequence[RowParams], vocab: int, device: str, capacity: int | None = None
+) -> SamplingTables:
+    """Tables that hold the rows."""
+    tables = SamplingTables.allocate(capacity or len(rows), vocab, device)
+    tables.load(torch.from_numpy(pack_rows(len(tables.rows), rows)))
+    return tables
+
+
+def drawn(logits: Tensor, rows: Sequence[RowParams], index: torch.dtype = torch.int64) -> list[int]:
+    """Sample with as many padding rows as there are more logits than parameters."""
+    ids = torch.full((len(logits),), UNTOUCHED, dtype=index, device=logits.device)
+    sample(logits, tables_of(rows, logits.shape[1], str(logits.device), len(logits)), ids)
+    return ids.tolist()
+
+
+@pytest.mark.parametrize("index", [torch.int32, torch.int64])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("vocab", [1, 63, 5000])
+def test_greedy_takes_the_lowest_of_the_best(
+    vocab: int, dtype: torch.dtype, index: torch.dtype, device: str
+) -> None:
+    """As torch.argmax, over several tiles and with ties; padding rows keep what is there."""
+    logits = guarded(4, vocab, dtype, device)
+    logits[1] = 3.0
+    logits[2, [vocab // 2, vocab - 1]] = 1000.0
+    expected = [int(row.argmax()) for row in logits[:3].cpu()]
+    assert expected[1:] == [0, vocab // 2]
+    assert drawn(logits, [RowParams()] * 3, index) == [*expected, UNTOUCHED]
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # numpy's, on purpose
+def test_what_is_no_number_never_wins(device: str) -> None:
+    """NaN is as good as masked, and a row without anything else still gives a token."""
+    logits = guarded(4, 63, torch.float32, device)
+    logits[:2, ::2] = torch.nan
+    logits[:2, 1::2] = -torch.inf
+    logits[2:] = logits[:2]
+    logits[:2, 41] = -50.0
+    rows = [RowParams(), RowParams(1.0, top_k=3, top_p=0.9, min_p=0.1)]
+    assert drawn(logits, rows * 2) == [41, 41, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("vocab", "dtype"), [(63, torch.float32), *((5000, dtype) for dtype in DTYPES)], ids=str
+)
+def test_draws_are_those_of_the_reference(vocab: int, dtype: torch.dtype, device: str) -> None:
+    """The same noise, the same support, the same winner, whatever a request asks for."""
+    rows = [RowParams(), RowParams(1.0, seed=5), RowParams(0.3, seed=5, num_generated=1), *FILTERED]
+    logits = guarded(len(rows) + 1, vocab, dtype, device)
+    assert drawn(logits, rows) == [*reference.sample(logits.cpu(), rows).tolist(), UNTOUCHED]
+
+
+@triton.jit
+def threshold_kernel(
+    p_logits, p_rows, p_best, p_out, V, stride, SHIFT: tl.constexpr, LINES: tl.constexpr, BLOCK: tl.constexpr
+):  # type: ignore[no-untyped-def]
+    """Store (low, high, taken) of each row."""
+    i_n = tl.program_id(0)
+    p_params = p_rows + i_n * 8
+    best = tl.load(p_best + i_n)
+    sharpness = tl.load(p_params + 1).to(tl.float32, bitcast=True)
+    floor = best - tl.load(p_params + 4).to(tl.float32, bitcast=True)
+    low, high, taken = _threshold(
+        p_logits + i_n * stride, p_params, V, best, floor, sharpness, SHIFT, LINES, BLOCK
+    )
+    tl.store(p_out + 3 * i_n, low)
+    tl.store(p_out + 3 * i_n + 1, high)
+    tl.store(p_out + 3 * i_n + 2, taken)
+
+
+def supports(logits: Tensor, rows: Sequence[RowParams]) -> list[list[int]]:
+    """The tokens of each row that the kernel's threshold lets pass."""
+    best = logits.float().amax(dim=1)
+    found = torch.full((len(rows), 3), UNTOUCHED, dtype=torch.int32, device=logits.device)
+    packed = torch.from_numpy(pack_rows(len(rows), rows)).to(logits.device)
+    shift, vocab = SHIFTS[logits.dtype], logits.shape[1]
+    threshold_kernel[(len(rows),)](logits, packed, best, found, vocab, logits.stride(0), shift, 2, 1024)
+    span = packed.view(torch.float32)[:, 4]
+    kept = []
+    for row, top, width, (low, high, taken) in zip(
+        logits.float().cpu(), best, span, found.tolist(), strict=True
+    ):
+        bits = row.where(row != 0, 0.0).view(torch.int32)
+        key = (bits ^ ((bits >> 31) & 0x7FFFFFFF)) >> shift
+        valid = (row > -torch.inf) & (row >= (top - width).cpu())
+        last = valid & (key > low) & (key <= high)
+        kept.append(((valid & (key > high)) | (last & (last.cumsum(0) <= taken))).nonzero()[:, 0].tolist())
+    return kept
+
+
+@pytest.mark.parametrize(
+    ("vocab", "dtype", "grain"),
+    [
+        (63, torch.float32, 1.0),
+        (63, torch.bfloat16, 0.0),
+        (3000, torch.float32, 0.0),
+        (3000, torch.float32, 1.0),
+        (3000, torch.float16, 0.0),
+        (3000, torch.bfloat16, 0.0),
+    ],
+    ids=str,
+)
+def test_supports_are_those_of_sorting(vocab: int, dtype: torch.dtype, grain: float, device: str) -> None:
+    """min-p, then top-k, then top-p of what is left, the lower token first of equals: not one more or less."""
+    rows = [
+        *FILTERED,
+        RowParams(1.0, top_k=1, top_p=0.0),
+        RowParams(1.0, top_p=1e-9),
+        RowParams(0.8, top_k=vocab - 1, top_p=0.95),
+        RowParams(1.0, top_k=40, min_p=0.3),
+        RowParams(1.0, top_k=vocab + 5),
+        RowParams(3.0, top_p=0.99),
+    ]
+    logits = guarded(len(rows), vocab, dtype, device)
+    if grain:  # ties within and around every threshold
+        logits.div_(grain).round_().mul_(grain)
+    logits[-1, ::3] = -torch.inf
+    expected = [
+        reference.distribution(row, params).nonzero()[:, 0].tolist()
+        for row, params in zip(logits.cpu(), rows, strict=True)
+    ]
+    expected[4] = [int(logits[4].cpu().argmax())]  # top-p 0 leaves nothing to sort; a draw needs something
+    assert supports(logits, rows) == expected
+    assert len({len(support) for support in expected}) > 4
+
+
+def test_equal_logits_are_taken_from_the_lowest_token(device: str) -> None:
+    """A row of one value has as many tokens as top-k or top-p ask for, both zeros being equal."""
+    logits = torch.zeros(3, 1000, device=device)
+    logits[:, ::2] = -0.0
+    rows = [RowParams(1.0, top_k=7), RowParams(1.0, top_p=0.5), RowParams(1.0, top_k=100, top_p=0.255)]
+    assert supports(logits, rows) == [[*range(7)], [*range(500)], [*range(26)]]
+
+
+def test_equal_logits_are_counted_over_tiles(device: str) -> None:
+    """The last race lets pass just as many of equal tokens as there is room for, wherever a tile ends."""
+    rows = [RowParams(1.0, top_k=top_k, seed=seed) for top_k in (2, 1030) for seed in range(4)]
+    logits = torch.zeros(len(rows), 3000, device=device)
+    assert drawn(logits, rows) == reference.sample(logits.cpu(), rows).tolist()
+
+
+def test_the_reference_counts_as_philox_does() -> None:
+    """Random123's known answers for Philox-4x32-10, of all zeros and of all ones."""
+    for word, answer in {
+        0: (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8),
+        2**32 - 1: (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD),
+    }.items():
+        words = reference.philox([np.array([word], dtype=np.uint64)] * 4, (word, word))
+        assert tuple(int(found[0]) for found in words) == answer
+
+
+@triton.jit
+def noise_kernel(p_rows, p_out, first, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Store the noise of a tile of tokens, by row."""
+    i_n = tl.program_id(0)
+    tl.store(p_out + i_n * BLOCK + tl.arange(0, BLOCK), _noise(p_rows + i_n * 8, first, BLOCK))
+
+
+def noises(rows: Sequence[RowParams], first: int, block: int, device: str) -> Tensor:
+    """[rows, block]: the kernel's noise."""
+    out = torch.full((len(rows), block), torch.nan, device=device)
+    noise_kernel[(len(rows),)](torch.from_numpy(pack_rows(len(rows), rows)).to(device), out, first, block)
+    return out.cpu()
+
+
+def test_noise_is_that_of_the_reference(device: str) -> None:
+    """A function of the seed, the number of tokens and the token: all digits, also in the tails."""
+    rows = [RowParams(1.0, seed=seed, num_generated=n) for seed in (0, -5, 2**40) for n in (0, 77)]
+    found = noises(rows, 4096, 4096, device)
+    expected = np.stack([reference.noise(row, 8192)[4096:] for row in rows])
+    torch.testing.assert_close(found.double(), torch.from_numpy(expected), rtol=1e-5, atol=1e-5)
+    assert len(found.unique()) > 0.9 * found.numel()
+
+
+def chi_square(counts: Tensor, probs: Tensor) -> float:
+    """The statistic of counts against probabilities."""
+    expected = probs / probs.sum() * counts.sum()
+    return float(((counts - expected) ** 2 / expected).sum())
+
+
+CHI_SQUARE = {4: 23.5, 7: 29.9}
+"""By degrees of freedom: exceeded once in 10000 honest experiments."""
+
+
+@pytest.mark.parametrize("varied", ["seed", "num_generated"])
+def test_noise_draws_from_the_distribution(varied: str, device: str) -> None:
+    """12288 races of 8 tokens by the kernel's noise, over tokens and requests or steps."""
+    rows = [replace(RowParams(1.0, seed=1), **{varied: value}) for value in range(24)]
+    logits = torch.tensor([0.0, 1.0, -1.0, 2.0, 0.5, -2.0, 1.5, 0.0])
+    winners = (noises(rows, 0, 4096, device).view(-1, 8) + logits).argmax(dim=1)
+    counts = winners.bincount(minlength=8).double()
+    assert chi_square(counts, logits.softmax(0).double()) < CHI_SQUARE[7]
+    assert chi_square(counts, (logits * 1.1).softmax(0).double()) > CHI_SQUARE[7]
+
+
+def test_draws_follow_the_distribution_that_is_left(device: str) -> None:
+    """Step after step of one request with temperature and top-k: chi-square over its five tokens."""
+    logits = torch.tensor([[0.0, 1.0, -1.0, 2.0, 0.5, -2.0, 1.5, 0.1]])
+    rows = [RowParams(1.3, top_k=5, seed=11, num_generated=step) for step in range(3000)]
+    ids = reference.sample(logits.expand(len(rows), -1), rows)
+    some = [0, 500, 2999]
+    here = logits.expand(len(some), -1).contiguous().to(device)
+    assert drawn(here, [rows[step] for step in some]) == ids[some].tolist()
+    probs = reference.distribution(logits[0], rows[0])
+    counts = ids.bincount(minlength=8).double()
+    assert counts[probs == 0].sum() == 0
+    assert chi_square(counts[probs > 0], probs[probs > 0]) < CHI_SQUARE[4]
+
+
+def test_company_makes_no_difference(device: str) -> None:
+    """A row alone, first or last of a batch, or with other capacity gives the same token."""
+    rows = [RowParams(1.0, seed=3, num_generated=8), *FILTERED[:2], RowParams()]
+    logits = guarded(len(rows), 1000, torch.bfloat16, device)
+    together = drawn(logits, rows)
+    assert drawn(logits.flip(0), rows[::-1]) == together[::-1]
+    assert [drawn(logits[i : i + 1], [row])[0] for i, row in enumerate(rows)] == together
+
+
+def test_filters_that_drop_nothing_change_nothing(device: str) -> None:
+    """All tokens race in the first launch or in the second: the winner is the same."""
+    logits = guarded(3, 5000, torch.float32, device)
+    free = RowParams(1.0, seed=12)
+    rows = [free, replace(free, top_k=5000), replace(free, min_p=1e-30)]
+    assert len(set(drawn(logits[:1].expand(3, -1), rows))) == 1
+
+
+def test_a_captured_launch_serves_later_batches(device: str) -> None:
+    """Made with empty tables, launches draw for whatever rows are loaded later, and only for those."""
+    logits = guarded(3, 1000, torch.bfloat16, device)
+    tables = SamplingTables.allocate(4, 1000, device)
+    ids = torch.full((3,), UNTOUCHED, device=device)
+    graph = plan(logits, tables, ids)
+    seen = []
+    for rows in ([], [RowParams(), FILTERED[0]], [FILTERED[1], RowParams(), RowParams(1.0)]):
+        logits.copy_(torch.randn(3, 1000))
+        ids.fill_(UNTOUCHED)
+        tables.load(torch.from_numpy(pack_rows(4, rows)))
+        tables.scores.fill_(torch.nan)
+        for launch in graph:
+            launch()
+        seen.append(ids.tolist() == [*reference.sample(logits.cpu(), rows), *[UNTOUCHED] * (3 - len(rows))])
+    assert seen == [True] * 3
+
+
+def test_parameters_are_packed_for_the_device() -> None:
+    """Kinds, floats and both halves of a seed lie where the kernels read them; padding is zero."""
+    packed = pack_rows(
+        3, [RowParams(0.5, 10, 0.9, 0.25, -1, 4), RowParams(1e-30)], out=np.ones((3, 8), np.int32)
+    )
+    assert packed[0, [0, 2, 5, 6, 7]].tolist() == [3, 10, -1, -1, 4]
+    floats = packed.view(np.float32)
+    np.testing.assert_allclose(floats[0, [1, 3, 4]], [2.0, 0.9, 0.5 * np.log(4)], rtol=1e-6)
+    assert packed[1, 0] == 2
+    assert floats[1, 1] == 2.0**64
+    assert packed[1, 2] == 2**31 - 1
+    assert packed[2].tolist() == [0] * 8
+    with pytest.raises(ValueError, match="2 rows, but room for 1"):
+        pack_rows(1, [RowParams()] * 2)
+
+
+LOGITS, IDS = torch.zeros(2, 64), torch.zeros(2, dtype=torch.int64)
+REFUSALS: dict[str, Callable[[SamplingTables], object]] = {
+    "logits must have 64 columns, got 63": lambda tables: plan(LOGITS[:, 1:], tables, IDS),
+    "logits must be contiguous in its last": lambda tables: plan(LOGITS.T.contiguous().T, tables, IDS),
+    "the same rows, got 2 and 1": lambda tables: plan(LOGITS, tables, IDS[1:]),
+    "3 rows, but tables for 2": lambda tables: plan(
+        torch.zeros(3, 64), tables, torch.zeros(3, dtype=torch.int64)
+    ),
+    "ids must be int32 or int64": lambda tables: plan(LOGITS, tables, IDS.float()),
+    "compute in": lambda tables: plan(LOGITS.double(), tables, IDS),
+}
+
+
+@pytest.mark.parametrize("message", REFUSALS)
+def test_what_does_not_fit_is_refused(message: str) -> None:
+    """A ValueError names the tensor, what it must be and what it is."""
+    if torch.cuda.is_available():
+        pytest.skip("the tensors are on the CPU")
+    with pytest.raises(ValueError, match=message):
+        REFUSALS[message](SamplingTables.allocate(2, 64, "cpu"))
