@@ -8,8 +8,16 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from inference_service.kernels.attention import AttentionSpec, Context, PagedAttention
+from inference_service.kernels.attention import (
+    AttentionSpec,
+    AttentionTables,
+    Context,
+    Inputs,
+    PagedAttention,
+    attend,
+)
 from inference_service.kernels.cpu.ops import BLOCK, Chunks, CpuOps
+from inference_service.layers.norm import RMSNorm
 from inference_service.layers.rope import rotate
 
 Turn = tuple[Tensor, Tensor]
@@ -23,8 +31,19 @@ class Attention(Protocol):
         """Prepare cos and sin [T, 1, rotary] of `Rope.at`, once per step."""
         ...
 
-    def __call__(self, heads: Tensor, turn: Turn, keys: Tensor, values: Tensor, spec: AttentionSpec) -> Tensor:
-        """Return [T, heads * d] of the heads of queries, keys and values, side by side [T, all heads, d]."""
+    def __call__(
+        self,
+        heads: Tensor,
+        turn: Turn,
+        keys: Tensor,
+        values: Tensor,
+        spec: AttentionSpec,
+        norm: RMSNorm | None = None,
+    ) -> Tensor:
+        """Return [T, heads * d] of the heads of queries, keys and values, side by side [T, all heads, d].
+
+        Queries and keys are normed first, where the layer has a norm for them.
+        """
         ...
 
 
@@ -40,8 +59,17 @@ class TorchAttention:
         """As they are."""
         return cos, sin
 
-    def __call__(self, heads: Tensor, turn: Turn, keys: Tensor, values: Tensor, spec: AttentionSpec) -> Tensor:
+    def __call__(
+        self,
+        heads: Tensor,
+        turn: Turn,
+        keys: Tensor,
+        values: Tensor,
+        spec: AttentionSpec,
+        norm: RMSNorm | None = None,
+    ) -> Tensor:
         """Rotate queries and keys together, then gather and attend."""
+        heads = _normed(heads, self._rotated, norm)
         qk = rotate(heads[:, : self._rotated], *turn)
         q, k = qk[:, : self._num_heads], qk[:, self._num_heads :]
         out = self._plan(q, k, heads[:, self._rotated :], keys, values, spec)
@@ -76,11 +104,50 @@ class NativeAttention:
         """float32 [T, rotary]."""
         return cos.squeeze(1).float().contiguous(), sin.squeeze(1).float().contiguous()
 
-    def __call__(self, heads: Tensor, turn: Turn, keys: Tensor, values: Tensor, spec: AttentionSpec) -> Tensor:
+    def __call__(
+        self,
+        heads: Tensor,
+        turn: Turn,
+        keys: Tensor,
+        values: Tensor,
+        spec: AttentionSpec,
+        norm: RMSNorm | None = None,
+    ) -> Tensor:
         """Rotate in place, write the cache, attend over it where it lies."""
+        heads = _normed(heads, self._rotated, norm)
         q = heads[:, : self._num_heads]
         k, v = heads[:, self._num_heads : self._rotated], heads[:, self._rotated :]
         self._ops.rope_write(q, k, v, *turn, self._cache_rows, keys, values)
         return self._ops.attention(
             q, self._chunks, keys, values, self._group, spec.scale, spec.softcap or 0.0, spec.window or 0
         )
+
+
+class TritonAttention:
+    """With the kernels for GPUs: norm, rotation and write in one launch, then one to three that attend."""
+
+    def __init__(self, tables: AttentionTables) -> None:
+        """Take the tables, which hold the step by the time that the launches run."""
+        self._tables = tables
+
+    def turn(self, cos: Tensor, sin: Tensor) -> Turn:
+        """[T, rotary]."""
+        return cos.squeeze(1), sin.squeeze(1)
+
+    def __call__(
+        self,
+        heads: Tensor,
+        turn: Turn,
+        keys: Tensor,
+        values: Tensor,
+        spec: AttentionSpec,
+        norm: RMSNorm | None = None,
+    ) -> Tensor:
+        """Rows that belong to no chunk are 0."""
+        inputs = Inputs(heads, *turn, keys, values)
+        return attend(inputs, self._tables, spec, None if norm is None else norm.of_heads).flatten(1)
+
+
+def _normed(heads: Tensor, rotated: int, norm: RMSNorm | None) -> Tensor:
+    """Norm the heads of queries and keys [T, all heads, d], not those of values."""
+    return heads if norm is None else torch.cat([norm(heads[:, :rotated]), heads[:, rotated:]], dim=1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -16,12 +17,31 @@ INDEX = "model.safetensors.index.json"
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
+class Tensors(Protocol):
+    """Where a decoder's weights come from."""
+
+    dtype: torch.dtype
+    device: torch.device
+
+    def first(self, names: Sequence[str]) -> str:
+        """Return the first name that is there; the first at all when none is, for the message of `get`."""
+        ...
+
+    def get(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """Return a tensor of that shape, of the dtype and on the device.
+
+        Raises:
+            CheckpointInvalid: there is none.
+        """
+        ...
+
+
 class Checkpoint:
     """Reads tensors by name; each is read from disk when it is asked for."""
 
     def __init__(self, folder: Path, dtype: torch.dtype, device: torch.device) -> None:
-        self._dtype = dtype
-        self._device = device
+        self.dtype = dtype
+        self.device = device
         self._where: dict[str, Path] = {}
         for path in _files(folder):
             try:
@@ -49,7 +69,7 @@ class Checkpoint:
         if tensor.dtype not in DTYPES:
             found = str(tensor.dtype).removeprefix("torch.")
             raise CheckpointInvalid(f"{name}: {found} is not supported; supported: bfloat16, float16, float32.")
-        return tensor.to(self._device, self._dtype)
+        return tensor.to(self.device, self.dtype)
 
 
 def _files(folder: Path) -> list[Path]:

@@ -6,31 +6,23 @@ together, and the adapters from theirs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding, gelu, silu
 
-from inference_service.kernels.attention import Context, PagedAttention
-from inference_service.kernels.cpu.ops import CpuOps
-from inference_service.layers.attention import Attention, NativeAttention, TorchAttention
+from inference_service.kernels.attention import Context
+from inference_service.layers.attention import Attention
 from inference_service.layers.linear import Linear
 from inference_service.layers.norm import RMSNorm
+from inference_service.layers.operations import Operations, TorchOperations
 from inference_service.layers.rope import Rope
 from inference_service.lora.backend import LoraBackend
 from inference_service.lora.weights import AdapterWeights
-from inference_service.models.checkpoint import Checkpoint
+from inference_service.models.checkpoint import Tensors
 from inference_service.models.config import ModelConfig
 from inference_service.models.weights import Weights
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": silu,
-    "gelu_tanh": partial(gelu, approximate="tanh"),
-}
 
 
 @dataclass(frozen=True)
@@ -44,56 +36,40 @@ class KVCache:
 class Decoder:
     """Turns token ids into logits."""
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        folder: Path,
-        dtype: torch.dtype,
-        device: torch.device,
-        ops: CpuOps | None = None,
-    ) -> None:
-        """Load the weights of a checkpoint; ops are the compiled operations to run it with, if any.
+    def __init__(self, config: ModelConfig, checkpoint: Tensors, operations: Operations | None = None) -> None:
+        """Load the weights of a checkpoint, to be run with the operations of the device, or else with torch's.
 
         Raises:
             CheckpointInvalid: a tensor is missing or has another shape than config.json implies.
         """
         self.config = config
-        self.dtype = dtype
-        self.device = device
-        self._ops = ops
-        weights = Weights(Checkpoint(folder, dtype, device), config, dtype, ops)
+        self.dtype, self.device = checkpoint.dtype, checkpoint.device
+        self._operations = operations or TorchOperations(config.dims, self.dtype, self.device, config.windows)
+        weights = Weights(checkpoint, config, self.dtype)
         self._embedding = weights.embedding()
         self._layers = tuple(weights.layer(index) for index in range(config.dims.num_layers))
         self._norm = weights.final_norm()
         self._head = Linear(self._embedding if config.tied_embeddings else weights.head())
-        self._ropes = tuple(Rope(spec, dtype, device) for spec in config.ropes)
+        self._ropes = tuple(Rope(spec, self.dtype, self.device) for spec in config.ropes)
         # Rounded as the weights are: Gemma was trained with a scale in bfloat16.
-        self._scale = float(torch.tensor(config.embedding_scale, dtype=dtype))
+        self._scale = float(torch.tensor(config.embedding_scale, dtype=self.dtype))
 
-    def merge(self, folder: Path, adapter: AdapterWeights) -> None:
-        """Add an adapter to the weights for good; folder is the checkpoint that they came from.
+    def merge(self, checkpoint: Tensors, adapter: AdapterWeights) -> None:
+        """Add an adapter to the weights for good; the checkpoint, in float32, is the one that they came from.
 
         W + BA is summed in float32 and rounded once.
         """
-        checkpoint = Checkpoint(folder, torch.float32, self.device)
-        weights = Weights(checkpoint, self.config, self.dtype, self._ops, adapter)
+        weights = Weights(checkpoint, self.config, self.dtype, adapter)
         self._layers = tuple(weights.layer(index) for index in range(self.config.dims.num_layers))
 
     def new_cache(self, num_rows: int) -> KVCache:
         """Return an empty cache of num_rows tokens, a multiple of the block size."""
-        dims = self.config.dims
-        pairs = [self._layer_cache(dims.num_kv_heads, num_rows, dims.head_dim) for _ in self._layers]
+        pairs = [self._operations.new_cache(num_rows) for _ in self._layers]
         return KVCache(tuple(keys for keys, _ in pairs), tuple(values for _, values in pairs))
 
     def attention(self, contexts: Sequence[Context], block_size: int) -> Attention:
         """Plan the attention of a step."""
-        heads, kv_heads = self.config.dims.num_heads, self.config.dims.num_kv_heads
-        if self._ops is not None:
-            return NativeAttention(self._ops, contexts, block_size, heads, kv_heads)
-        plan = PagedAttention(
-            contexts, block_size, heads // kv_heads, self.dtype, self.device, self.config.windows
-        )
-        return TorchAttention(plan, heads, kv_heads)
+        return self._operations.attention(contexts, block_size)
 
     @torch.inference_mode()
     def forward(
@@ -106,51 +82,42 @@ class Decoder:
         lora: LoraBackend | None,
     ) -> Tensor:
         """Run tokens [T] at positions [T]; return the logits [len(last_rows), vocab] of those rows."""
+        return self.logits(self.hidden(tokens, positions, last_rows, attention, cache, lora))
+
+    @torch.inference_mode()
+    def hidden(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        last_rows: Tensor,
+        attention: Attention,
+        cache: KVCache,
+        lora: LoraBackend | None,
+    ) -> Tensor:
+        """Run tokens [T] at positions [T]; return what the head reads of some rows [N, hidden]."""
+        ops, config = self._operations, self.config
         turns = [attention.turn(*rope.at(positions)) for rope in self._ropes]
-        hidden = embedding(tokens, self._embedding)
-        if self._scale != 1.0:
-            hidden = hidden * self._scale
+        hidden = ops.embed(tokens, self._embedding, self._scale)
         delta: Tensor | None = None
+        delta_norm: RMSNorm | None = None
         for index, layer in enumerate(self._layers):
-            hidden, x = layer.input_norm.add(hidden, delta)
-            heads = _linear(layer.qkv, x, lora, index, "qkv").view(len(x), -1, self.config.dims.head_dim)
-            if layer.qk_norm is not None:
-                heads = self._norm_heads(heads, layer.qk_norm)
-            attended = attention(
-                heads, turns[layer.rope], cache.keys[index], cache.values[index], layer.attention
-            )
+            x = ops.norm(hidden, layer.input_norm, delta, delta_norm)
+            heads = _linear(layer.qkv, x, lora, index, "qkv").view(len(x), -1, config.dims.head_dim)
+            turn, keys, values = turns[layer.rope], cache.keys[index], cache.values[index]
+            attended = attention(heads, turn, keys, values, layer.attention, layer.qk_norm)
             delta = _linear(layer.o, attended, lora, index, "o")
-            if layer.attention_out_norm is not None:
-                delta = layer.attention_out_norm(delta)
-            hidden, x = layer.mlp_norm.add(hidden, delta)
-            gated = self._activate(_linear(layer.gate_up, x, lora, index, "gate_up"))
-            delta = _linear(layer.down, gated, lora, index, "down")
-            if layer.mlp_out_norm is not None:
-                delta = layer.mlp_out_norm(delta)
-        last = hidden[last_rows] if delta is None else hidden[last_rows] + delta[last_rows]
-        logits = self._head(self._norm(last))
+            x = ops.norm(hidden, layer.mlp_norm, delta, layer.attention_out_norm)
+            gated = ops.gated(_linear(layer.gate_up, x, lora, index, "gate_up"), config.activation)
+            delta, delta_norm = _linear(layer.down, gated, lora, index, "down"), layer.mlp_out_norm
+        last = None if delta is None else delta[last_rows]
+        return ops.norm(hidden[last_rows], self._norm, last, delta_norm)
+
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return the logits [N, vocab] of rows [N, hidden]."""
+        logits = self._head(hidden)
         cap = self.config.logit_softcap
-        return logits if cap is None else torch.tanh(logits / cap) * cap
-
-    def _norm_heads(self, heads: Tensor, norm: RMSNorm) -> Tensor:
-        """Norm the heads of queries and keys [T, all heads, d], not those of values."""
-        rotated = self.config.dims.num_heads + self.config.dims.num_kv_heads
-        return torch.cat([norm(heads[:, :rotated]), heads[:, rotated:]], dim=1)
-
-    def _activate(self, gate_up: Tensor) -> Tensor:
-        """Return activation(gate) * up [T, intermediate] of both side by side."""
-        if self._ops is not None and self.config.activation == "silu":
-            return self._ops.silu_mul(gate_up)
-        gate, up = gate_up.chunk(2, dim=-1)
-        return ACTIVATIONS[self.config.activation](gate) * up
-
-    def _layer_cache(self, kv_heads: int, num_rows: int, dim: int) -> tuple[Tensor, Tensor]:
-        if self._ops is not None:
-            return self._ops.new_cache(kv_heads, num_rows, dim)
-        keys, values = (
-            torch.zeros(kv_heads, num_rows, dim, dtype=self.dtype, device=self.device) for _ in range(2)
-        )
-        return keys, values
+        return logits if cap is None else self._operations.softcap(logits, cap)
 
 
 def _linear(layer: Linear, x: Tensor, lora: LoraBackend | None, index: int, group: str) -> Tensor:

@@ -9,11 +9,10 @@ from torch import Tensor
 
 from inference_service.core.groups import GroupShape
 from inference_service.kernels.attention import AttentionSpec
-from inference_service.kernels.cpu.ops import CpuOps
 from inference_service.layers.linear import Linear
 from inference_service.layers.norm import RMSNorm
 from inference_service.lora.weights import AdapterWeights, GroupWeights
-from inference_service.models.checkpoint import Checkpoint
+from inference_service.models.checkpoint import Tensors
 from inference_service.models.config import ModelConfig
 
 
@@ -41,10 +40,9 @@ class Weights:
 
     def __init__(
         self,
-        checkpoint: Checkpoint,
+        checkpoint: Tensors,
         config: ModelConfig,
         dtype: torch.dtype,
-        ops: CpuOps | None = None,
         merged: AdapterWeights | None = None,
     ) -> None:
         """Read from a checkpoint, which may be in a wider type than dtype; merged is added to the linears.
@@ -54,7 +52,6 @@ class Weights:
         self._checkpoint = checkpoint
         self._config = config
         self._dtype = dtype
-        self._ops = ops
         self._merged = merged
         names = config.names
         found = checkpoint.first([f"{prefix}{names.embedding}.weight" for prefix in names.prefixes])
@@ -126,7 +123,7 @@ class Weights:
 
     def _norm(self, name: str) -> RMSNorm:
         weight = self._get(f"{name}.weight", (self._config.dims.hidden,))
-        return RMSNorm(weight.to(self._dtype), self._config.norm_eps, self._config.norm_offset, self._ops)
+        return RMSNorm(weight.to(self._dtype), self._config.norm_eps, self._config.norm_offset)
 
     def _get(self, name: str, shape: tuple[int, ...]) -> Tensor:
         return self._checkpoint.get(self._prefix + name, shape)

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import psutil
 import structlog
 import torch
 
@@ -19,29 +16,30 @@ from inference_service.core.sequence import Adapter
 from inference_service.core.sequence import Sequence as EngineSequence
 from inference_service.engine.block_manager import BlockManager
 from inference_service.engine.engine import Engine
+from inference_service.engine.graph_runner import GraphRunner
+from inference_service.engine.graphs import CudaRecorder
 from inference_service.engine.runner import Runner
 from inference_service.engine.scheduler import Limits
-from inference_service.kernels.cpu import build
-from inference_service.kernels.cpu.ops import BLOCK, DTYPES, MAX_HEAD_DIM, CpuOps
 from inference_service.lora.backend import LoraBackend
 from inference_service.lora.loader import matrices
-from inference_service.lora.native_backend import NativeLora
-from inference_service.lora.torch_backend import TorchLora
 from inference_service.lora.triton_backend import TritonLora
 from inference_service.lora.weights import pack_adapter
-from inference_service.models.config import ModelConfig
+from inference_service.models.checkpoint import Checkpoint
 from inference_service.models.decoder import Decoder
 from inference_service.models.read import read_config
+from inference_service.serving.backend import choose_backend
 from inference_service.serving.brought import read_brought
 from inference_service.serving.catalog import Catalog, ServedModel
 from inference_service.serving.engine_thread import EngineThread
+from inference_service.serving.memory import divide_memory
 from inference_service.serving.proof import replay
 from inference_service.serving.service import GenerationService, ServingLimits
 from inference_service.serving.text import Text
 from shared.bundle.deployments import current_generation, list_deployments
 from shared.bundle.manifest import Generation
-from shared.bundle.reader import read_bundle
-from shared.faults import DeploymentNotFound, ResourcesExhausted, SettingsInvalid
+from shared.bundle.reader import Bundle, read_bundle
+from shared.deployment import Repository, SourceKind
+from shared.faults import DeploymentNotFound
 from shared.settings import InferenceSettings
 from shared.sources.checkpoint import fetch_base
 from shared.sources.open import open_sources
@@ -51,10 +49,6 @@ log = structlog.get_logger()
 
 # A uid is never used twice in a process; 0 is the base.
 _uids = itertools.count(1)
-
-# Without kv_memory_gb, the cache takes this part of what is free, and on a CPU no more than that many bytes.
-KV_SHARE = {"cpu": 0.25, "cuda": 0.85}
-MAX_CPU_KV_BYTES = 4 * 10**9
 
 
 @dataclass(frozen=True)
@@ -87,32 +81,32 @@ def load(settings: InferenceSettings, store: Store) -> Ready:
     )
     folder = fetch_base(generation.base, settings.cache_dir / "checkpoints" / _cache_name(generation), sources)
     config = read_config(folder, generation.max_seq_len)
-    device = _device(settings)
-    dtype = _dtype(settings, config, device)
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    ops, how = _native(settings, config, dtype) if device.type == "cpu" else (None, "torch operations")
-    model = Decoder(config, folder, dtype, device, ops)
-    lora = _backend(settings, model, ops)
+    backend = choose_backend(settings, config)
+    checkpoint = Checkpoint(folder, backend.dtype, backend.device)
+    model = Decoder(config, checkpoint, backend.operations)
+    lora = backend.new_lora()
     text = Text.load(folder, config.dims.vocab)
-    adapters = [
-        _load_adapter(name, generation, store, lora, model, text, settings.block_size)
-        for name in generation.adapters
-    ]
-    if generation.merged is not None:
-        lora = _backend(settings, model, ops)
-        adapters = [_merge(served, folder, store, model) for served in adapters]
-    blocks, limits = _memory(settings, generation, config, model)
-    engine = Engine(Runner(model, lora, blocks.num_blocks, blocks.block_size), limits, blocks)
+    adapters = []
+    for name, record in generation.adapters.items():
+        bundle = read_bundle(store, record.digest)
+        served = _load_adapter(name, bundle, lora, model, text, settings.block_size)
+        adapters.append(replace(served, source=_source(record.source)))
+    if generation.merged is not None:  # the only adapter, which was loaded and proved like any other
+        lora = backend.new_lora()
+        adapters = [_merge(adapters[0], bundle, folder, model)]
+    blocks, limits = _memory(settings, generation, model, lora)
+    engine = Engine(_runner(model, lora, blocks, limits), limits, blocks)
     _warm_up(engine, adapters)
     log.info(
         "loaded",
         deployment=generation.deployment,
         generation=generation.number,
         backend=lora.name,
-        operations=how,
-        device=str(device),
-        dtype=str(dtype).removeprefix("torch."),
+        operations=backend.how,
+        device=str(backend.device),
+        dtype=str(backend.dtype).removeprefix("torch."),
         threads=torch.get_num_threads(),
         adapters=len(adapters),
         merged=generation.merged or "none",
@@ -120,7 +114,8 @@ def load(settings: InferenceSettings, store: Store) -> Ready:
         max_seq_len=limits.max_seq_len,
         seconds=round(time.monotonic() - started, 2),
     )
-    base = [ServedModel(generation.served_model_name)] if generation.serve_base else []
+    described = ServedModel(generation.served_model_name, source=_source(generation.base.source))
+    base = [described] if generation.serve_base else []
     catalog = Catalog(generation.number, generation.served_model_name, [*base, *adapters])
     thread = EngineThread(engine, settings.max_queue, settings.stream_interval_ms / 1e3)
     serving = ServingLimits(limits.max_seq_len, generation.request_default_max_tokens, config.eos_token_ids)
@@ -145,6 +140,13 @@ def _generation(name: str, store: Store) -> Generation:
     return generation
 
 
+def _source(repository: Repository) -> str:
+    """Say where a model came from, to everybody who may ask; a folder's path is nobody's business."""
+    place = repository.shown
+    place = Path(place).name if repository.source is SourceKind.LOCAL else place
+    return f"{place}@{repository.revision}" if repository.revision else place
+
+
 def _cache_name(generation: Generation) -> str:
     """A folder per set of files: another revision never meets files of this one."""
     source = generation.base.source
@@ -152,34 +154,9 @@ def _cache_name(generation: Generation) -> str:
     return f"{safe}@{source.revision[:16] or 'none'}"
 
 
-def _device(settings: InferenceSettings) -> torch.device:
-    if settings.device == "cuda" and not torch.cuda.is_available():
-        raise SettingsInvalid("LORAMUX_DEVICE=cuda, but torch finds no CUDA device. Set auto or cpu.")
-    cuda = settings.device == "cuda" or (settings.device == "auto" and torch.cuda.is_available())
-    return torch.device("cuda" if cuda else "cpu")
-
-
-def _dtype(settings: InferenceSettings, config: ModelConfig, device: torch.device) -> torch.dtype:
-    if settings.dtype != "auto":
-        dtype = getattr(torch, settings.dtype)
-        assert isinstance(dtype, torch.dtype)  # noqa: S101 - the setting is one of four literals
-        return dtype
-    if device.type == "cpu":
-        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-        return torch.bfloat16 if fast and config.dtype == "bfloat16" else torch.float32
-    return {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(config.dtype, torch.float32)
-
-
 def _load_adapter(
-    name: str,
-    generation: Generation,
-    store: Store,
-    lora: LoraBackend,
-    model: Decoder,
-    text: Text,
-    block_size: int,
+    name: str, bundle: Bundle, lora: LoraBackend, model: Decoder, text: Text, block_size: int
 ) -> ServedModel:
-    bundle = read_bundle(store, generation.adapters[name].digest)
     config = model.config
     weights = pack_adapter(matrices(bundle), config.groups, config.dims.num_layers, model.dtype, lora.home)
     manifest = bundle.manifest
@@ -198,70 +175,42 @@ def _load_adapter(
     )
 
 
-def _merge(served: ServedModel, folder: Path, store: Store, model: Decoder) -> ServedModel:
-    """Merge an adapter, which was loaded and proved before, into the weights: it is now what the base was."""
-    rows, config = matrices(read_bundle(store, served.digest)), model.config
-    model.merge(folder, pack_adapter(rows, config.groups, config.dims.num_layers, torch.float32, model.device))
+def _merge(served: ServedModel, bundle: Bundle, folder: Path, model: Decoder) -> ServedModel:
+    """Merge an adapter into the weights: it is now what the base was."""
+    rows, config = matrices(bundle), model.config
+    checkpoint = Checkpoint(folder, torch.float32, model.device)
+    model.merge(
+        checkpoint, pack_adapter(rows, config.groups, config.dims.num_layers, torch.float32, model.device)
+    )
     return replace(served, adapter=None)
 
 
 def _memory(
-    settings: InferenceSettings, generation: Generation, config: ModelConfig, model: Decoder
+    settings: InferenceSettings, generation: Generation, model: Decoder, lora: LoraBackend
 ) -> tuple[BlockManager, Limits]:
     """Size the cache from what is free, and the longest sequence from the cache."""
-    dims = config.dims
-    token_bytes = 2 * dims.num_layers * dims.num_kv_heads * dims.head_dim * model.dtype.itemsize
-    wanted = min(generation.max_seq_len or config.max_positions, config.max_positions)
-    if settings.kv_memory_gb:
-        budget = settings.kv_memory_gb * 1e9
-    elif model.device.type == "cuda":
-        budget = KV_SHARE["cuda"] * torch.cuda.mem_get_info()[0]
-    else:
-        budget = min(KV_SHARE["cpu"] * psutil.virtual_memory().available, MAX_CPU_KV_BYTES)
-    enough = settings.max_batch_seqs * wanted
-    num_blocks = int(min(budget / token_bytes, enough)) // settings.block_size
-    capacity = num_blocks * settings.block_size
-    if capacity < min(wanted, 2 * settings.block_size) or (generation.max_seq_len and capacity < wanted):
-        raise ResourcesExhausted(
-            f"the key-value cache holds {capacity} tokens ({budget / 1e9:.2f} GB at {token_bytes} bytes a "
-            f"token), and one sequence of max_seq_len={wanted} does not fit. "
-            "Raise LORAMUX_KV_MEMORY_GB or lower max_seq_len."
-        )
-    blocks = BlockManager(num_blocks, settings.block_size, prefix_cache=settings.prefix_cache)
+    graphs = _for_graphs(model, lora) is not None
+    plan = divide_memory(settings, generation.max_seq_len, model, lora.num_bytes, graphs=graphs)
+    blocks = BlockManager(plan.num_blocks, settings.block_size, prefix_cache=settings.prefix_cache)
     limits = Limits(
         max_tokens=settings.max_batch_tokens,
         max_seqs=settings.max_batch_seqs,
         max_adapters=settings.max_batch_adapters,
-        max_seq_len=min(wanted, capacity),
+        max_seq_len=plan.max_seq_len,
     )
     return blocks, limits
 
 
-def _native(settings: InferenceSettings, config: ModelConfig, dtype: torch.dtype) -> tuple[CpuOps | None, str]:
-    """Return the compiled operations, or None, and for the start line how that came."""
-    if not settings.native or settings.backend != "auto":
-        return None, "torch operations"
-    if dtype not in DTYPES or settings.block_size % BLOCK or not 0 < config.dims.head_dim <= MAX_HEAD_DIM:
-        return None, f"torch operations (compiled ones take {BLOCK} | block_size, float32 and bfloat16)"
-    built = build.load(settings.cache_dir / "native")
-    return (CpuOps(built.library, dtype) if built.library else None), built.how
+def _runner(model: Decoder, lora: LoraBackend, blocks: BlockManager, limits: Limits) -> Runner:
+    segmented = _for_graphs(model, lora)
+    if segmented is None:
+        return Runner(model, lora, blocks.num_blocks, blocks.block_size)
+    recorder = CudaRecorder(model.device)
+    runner = GraphRunner(model, segmented, blocks.num_blocks, blocks.block_size, limits, recorder)
+    runner.capture()
+    return runner
 
 
-def _backend(settings: InferenceSettings, model: Decoder, ops: CpuOps | None) -> LoraBackend:
-    groups = model.config.groups
-    if _uses_triton(settings, model.device):
-        return TritonLora(groups, model.dtype, model.device)
-    if ops is not None:
-        return NativeLora(ops, groups, model.config.dims.num_layers)
-    return TorchLora(groups, model.device)
-
-
-def _uses_triton(settings: InferenceSettings, device: torch.device) -> bool:
-    wanted = settings.backend == "triton" or (settings.backend == "auto" and device.type == "cuda")
-    if wanted and importlib.util.find_spec("triton") is None:
-        raise SettingsInvalid(
-            "the triton backend needs Triton: pip install 'loramux[gpu]', or set LORAMUX_BACKEND=torch."
-        )
-    if wanted and device.type != "cuda" and not os.environ.get("TRITON_INTERPRET"):
-        raise SettingsInvalid("LORAMUX_BACKEND=triton needs a CUDA device. Set auto or torch.")
-    return wanted
+def _for_graphs(model: Decoder, lora: LoraBackend) -> TritonLora | None:
+    """Return the backend where steps can be recorded; None elsewhere."""
+    return lora if model.device.type == "cuda" and isinstance(lora, TritonLora) else None

@@ -25,6 +25,7 @@ from transformers import (
 
 from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import Sequence
+from inference_service.models.checkpoint import Checkpoint
 from inference_service.models.decoder import Decoder
 from inference_service.models.read import read_config
 from inference_service.serving.startup import Ready
@@ -195,6 +196,14 @@ def test_a_mixed_batch_equals_transformers(answers: Answers, max_batch_tokens: i
     assert run_engine(ready, answers.requests, NEW) == answers.expected
 
 
+def test_the_kernels_for_gpus_answer_the_same(answers: Answers) -> None:
+    """In the interpreter: base and adapters, prompts in chunks beside decoding, past blocks and windows."""
+    ready = answers.world.load(answers.store, backend="triton", max_batch_tokens=32)
+    picked = [(answers.requests[index], answers.expected[index]) for index in (2, 3, 4, 7)]
+    found = run_engine(ready, [request for request, _ in picked], 3)
+    assert found == [expected[:3] for _, expected in picked]
+
+
 def test_preemption_and_prefix_hits_change_no_token(answers: Answers) -> None:
     """With a cache too small for all, and again with what is left of the prefixes in it."""
     config = read_config(answers.world.base)
@@ -241,10 +250,10 @@ def test_quantised_and_missing_tensors_are_refused_by_name(tmp_path: Path) -> No
     tensors = load_file(file)
     save_file(tensors | {"model.norm.weight": tensors["model.norm.weight"].to(torch.float8_e4m3fn)}, file)
     with pytest.raises(CheckpointInvalid, match=r"model\.norm\.weight: float8_e4m3fn is not supported"):
-        Decoder(read_config(tmp_path), tmp_path, torch.float32, device)
+        Decoder(read_config(tmp_path), Checkpoint(tmp_path, torch.float32, device))
     save_file({name: tensor for name, tensor in tensors.items() if name != "lm_head.weight"}, file)
     with pytest.raises(CheckpointInvalid, match=r"lacks the tensor lm_head\.weight"):
-        Decoder(read_config(tmp_path), tmp_path, torch.float32, device)
+        Decoder(read_config(tmp_path), Checkpoint(tmp_path, torch.float32, device))
 
 
 def _logprobs(model: Any, prompt: list[int], answer: list[int]) -> list[float]:

@@ -1,0 +1,41 @@
+"""Attention over a paged cache: in plain torch, and in three to four launches of Triton kernels.
+
+::
+
+    rope_write   heads [T, H + 2 KV, d]   -> q [T, H, d]; keys and values of the step to the cache
+    decode       q, the cache             -> out of the chunks of one row, or splits of it
+    merge        splits                   -> out; where contexts may be too long for one split
+    prefill      q, the cache             -> out of longer chunks; where the capacity has any
+
+A *chunk* is a run of rows of one sequence; it sees the sequence's cache up to itself. Which rows belong to
+which chunk, and where its cache blocks are, is in tables that are filled once per step for all layers. All
+launches are deterministic: no atomics, and a fixed order of summation.
+
+This package needs torch alone; Triton is imported at the first launch.
+"""
+
+from inference_service.kernels.attention.inputs import HeadNorm, Inputs
+from inference_service.kernels.attention.launch import attend, plan
+from inference_service.kernels.attention.layout import (
+    MIN_BLOCK_SIZE,
+    AttentionCapacity,
+    AttentionTables,
+    pack_tables,
+)
+from inference_service.kernels.attention.paged import AttentionSpec, Context, PagedAttention
+from inference_service.kernels.attention.tuning import prefill_tile
+
+__all__ = [
+    "MIN_BLOCK_SIZE",
+    "AttentionCapacity",
+    "AttentionSpec",
+    "AttentionTables",
+    "Context",
+    "HeadNorm",
+    "Inputs",
+    "PagedAttention",
+    "attend",
+    "pack_tables",
+    "plan",
+    "prefill_tile",
+]

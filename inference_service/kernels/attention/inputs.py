@@ -1,0 +1,76 @@
+"""What a layer gives to attention."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from inference_service.kernels.launch import require
+
+
+@dataclass(frozen=True)
+class HeadNorm:
+    """x / rms(x) * (offset + weight) of every head of queries and keys."""
+
+    weight: Tensor
+    """[d], or [query heads + kv heads, d], where what is normed is rounded first unless there is an offset."""
+    eps: float
+    offset: float = 0.0
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The tensors of one layer in one inputs."""
+
+    heads: Tensor
+    """[T, query heads + 2 kv heads, d]: queries, keys and values; only read."""
+    cos: Tensor
+    """[T, rotary] of `Rope.at`"""
+    sin: Tensor
+    """[T, rotary] of `Rope.at`: the first half is negated."""
+    keys: Tensor
+    """[kv heads, cache rows, d]"""
+    values: Tensor
+    """As keys."""
+
+    def __post_init__(self) -> None:
+        dtype, device = self.heads.dtype, self.heads.device
+        require(self.heads, "heads", dims=3)
+        for name in ("keys", "values"):
+            require(getattr(self, name), name, dims=3, dtype=dtype, device=device)
+        for name in ("cos", "sin"):
+            require(getattr(self, name), name, dims=2, device=device)
+        if self.heads.stride(1) != self.head_dim:
+            raise ValueError(f"the heads of a row must be contiguous, got strides {self.heads.stride()}")
+        if self.keys.stride() != self.values.stride() or self.keys.shape != self.values.shape:
+            raise ValueError("keys and values must have the same shape and strides")
+        if self.keys.shape[2] != self.head_dim:
+            raise ValueError(f"keys must have {self.head_dim} dimensions, got {self.keys.shape[2]}")
+        if self.num_heads < 1 or self.num_heads % self.kv_heads:
+            raise ValueError(f"{self.num_heads} query heads cannot share {self.kv_heads} heads of keys")
+        shape = self.heads.shape[0], self.rotary
+        if self.cos.shape != shape or self.sin.shape != shape or self.cos.stride() != self.sin.stride():
+            raise ValueError(f"cos and sin must be {shape}, got {self.cos.shape} and {self.sin.shape}")
+        if self.rotary > self.head_dim or self.rotary % 2:
+            raise ValueError(f"an even part of {self.head_dim} dimensions is rotated, got {self.rotary}")
+
+    @property
+    def kv_heads(self) -> int:
+        """Heads of keys, and of values."""
+        return self.keys.shape[0]
+
+    @property
+    def num_heads(self) -> int:
+        """Heads of queries."""
+        return self.heads.shape[1] - 2 * self.kv_heads
+
+    @property
+    def head_dim(self) -> int:
+        """Dimensions of a head."""
+        return self.heads.shape[2]
+
+    @property
+    def rotary(self) -> int:
+        """Dimensions that are rotated."""
+        return self.cos.shape[1]

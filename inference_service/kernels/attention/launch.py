@@ -1,0 +1,215 @@
+"""From tensors to launches: checks, tiles, grids. The only door to the kernels."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from inference_service.kernels.attention import tuning
+from inference_service.kernels.attention.inputs import HeadNorm, Inputs
+from inference_service.kernels.attention.layout import AttentionTables
+from inference_service.kernels.attention.paged import AttentionSpec
+from inference_service.kernels.launch import Launch, require, require_device
+
+LOG2_E = math.log2(math.e)
+MAX_GRID = 65535
+"""Programs along the second and third axis of a grid."""
+
+
+def attend(
+    inputs: Inputs, tables: AttentionTables, spec: AttentionSpec, norm: HeadNorm | None = None
+) -> Tensor:
+    """Norm and rotate queries and keys, write keys and values to the cache, attend: [T, query heads, d].
+
+    Rows that belong to no chunk are 0, and write nothing.
+
+    Args:
+        inputs: the layer's tensors.
+        tables: which rows see what; all chunks lie within its rows.
+        spec: how the layer attends.
+        norm: of queries and keys, if the layer has one.
+
+    Raises:
+        ValueError: when shapes, dtypes, strides or devices do not fit.
+    """
+    out, launches = plan(inputs, tables, spec, norm)
+    for launch in launches:
+        launch()
+    return out
+
+
+def plan(
+    inputs: Inputs, tables: AttentionTables, spec: AttentionSpec, norm: HeadNorm | None = None
+) -> tuple[Tensor, list[Launch]]:
+    """The launches of ``attend``, and where they leave the result.
+
+    They depend on capacities and addresses alone, so that they stay right for whatever the tables hold when
+    they run.
+    """
+    from inference_service.kernels.attention import triton_kernels  # machines without a GPU need no Triton
+
+    require_device(inputs.heads, interpreted=triton_kernels.INTERPRETED)
+    _check_tables(inputs, tables)
+    q, out = (inputs.heads.new_empty(len(inputs.heads), inputs.num_heads, inputs.head_dim) for _ in range(2))
+    planner = _Planner(triton_kernels, inputs, tables, q, out, _weights(spec, tables.capacity.context))
+    launches = [planner.rope(norm), *planner.decode()]
+    if tables.capacity.tiles:
+        launches.append(planner.prefill())
+    return out, launches
+
+
+@dataclass(frozen=True)
+class _Planner:
+    """Plans the launches of one layer."""
+
+    kernels: Any
+    """The module of kernels."""
+    inputs: Inputs
+    tables: AttentionTables
+    q: Tensor
+    out: Tensor
+    weights: dict[str, Any]
+    """What makes weights of products: scale, softcap, window."""
+
+    def rope(self, norm: HeadNorm | None) -> Launch:
+        """Norm, rotate, write."""
+        at, config = self.inputs, self._config(tuning.ROPE)
+        heads = at.num_heads + at.kv_heads
+        per_head = norm is not None and norm.weight.dim() == 2
+        if norm is not None:
+            require(norm.weight, "norm", dims=2 if per_head else 1, device=self.q.device)
+            if norm.weight.shape != ((heads, at.head_dim) if per_head else (at.head_dim,)):
+                raise ValueError(
+                    f"norm does not fit {heads} heads of {at.head_dim}, got {tuple(norm.weight.shape)}"
+                )
+        arguments = {
+            "p_heads": at.heads,
+            "p_q": self.q,
+            "p_out": self.out,
+            "p_keys": at.keys,
+            "p_values": at.values,
+            "p_cos": at.cos,
+            "p_sin": at.sin,
+            "p_norm": None if norm is None else norm.weight,
+            "p_cache_rows": self.tables.cache_rows,
+            "eps": 0.0 if norm is None else norm.eps,
+            "offset": 0.0 if norm is None else norm.offset,
+            "stride_heads": at.heads.stride(0),
+            "stride_turn": at.cos.stride(0),
+            "stride_norm": norm.weight.stride(0) if norm is not None and per_head else 0,
+            "stride_kv": at.keys.stride(0),
+            "stride_cache": at.keys.stride(1),
+            "H": at.num_heads,
+            "KV": at.kv_heads,
+            "D": at.head_dim,
+            "ROTARY": at.rotary,
+            "ROUND_NORM": norm is not None and per_head and not norm.offset,
+            "BLOCK_H": config.block,
+            "BLOCK_D": _block_d(at.head_dim),
+            "num_warps": config.num_warps,
+        }
+        grid = len(at.heads), -(-at.heads.shape[1] // config.block)
+        return Launch(self.kernels.rope_write_kernel, grid, arguments)
+
+    def prefill(self) -> Launch:
+        """Attend for chunks of more than one row."""
+        config, arguments = self._config(tuning.PREFILL), self._arguments()
+        tile = self.tables.capacity.tile or 0
+        if tile * arguments["GROUP"] > config.block_m:
+            raise ValueError(f"a tile has at most {config.block_m // arguments['GROUP']} rows, got {tile}")
+        arguments |= {
+            "p_tiles": self.tables.tiles,
+            "TILE": tile,
+            "BLOCK_M": config.block_m,
+            "BLOCK_N": config.block_n,
+            "num_warps": config.num_warps,
+            "num_stages": config.num_stages,
+        }
+        grid = self.inputs.kv_heads, self.tables.capacity.tiles
+        return Launch(self.kernels.prefill_kernel, grid, arguments)
+
+    def decode(self) -> list[Launch]:
+        """Attend for chunks of one row, and merge the splits where there may be several."""
+        at, config, arguments = self.inputs, self._config(tuning.DECODE), self._arguments()
+        chunks, window = self.tables.capacity.chunks, self.weights["window"]
+        splits = tuning.splits_of(self.tables.capacity, at.kv_heads, window)
+        partial = lse = None
+        if splits > 1:
+            partial = self.q.new_empty(chunks, at.num_heads, splits, at.head_dim, dtype=torch.float32)
+            lse = self.q.new_empty(chunks, at.num_heads, splits, dtype=torch.float32)
+        split = {"p_partial": partial, "p_lse": lse, "SPLITS": splits, "MIN_SPAN": tuning.MIN_SPAN}
+        tiles = {
+            "BLOCK_M": max(config.block_m, _power_of_two(arguments["GROUP"])),
+            "BLOCK_N": config.block_n,
+            "num_warps": config.num_warps,
+            "num_stages": config.num_stages,
+        }
+        grid = splits, at.kv_heads, chunks
+        decode = Launch(self.kernels.decode_kernel, grid, arguments | split | tiles)
+        if splits == 1:
+            return [decode]
+        small = self._config(tuning.MERGE)
+        shared = {name: arguments[name] for name in ("p_out", "p_chunks", "window", "D", "BLOCK_D")}
+        merge = {"H": at.num_heads, "BLOCK_S": min(small.block, splits), "num_warps": small.num_warps}
+        return [
+            decode,
+            Launch(self.kernels.merge_kernel, (at.num_heads, chunks), shared | split | merge),
+        ]
+
+    def _arguments(self) -> dict[str, Any]:
+        """What decode and prefill share."""
+        at = self.inputs
+        return self.weights | {
+            "p_q": self.q,
+            "p_out": self.out,
+            "p_keys": at.keys,
+            "p_values": at.values,
+            "p_chunks": self.tables.chunks,
+            "p_blocks": self.tables.blocks,
+            "stride_kv": at.keys.stride(0),
+            "stride_cache": at.keys.stride(1),
+            "GROUP": at.num_heads // at.kv_heads,
+            "KV": at.kv_heads,
+            "D": at.head_dim,
+            "BLOCK_SIZE": self.tables.capacity.block_size,
+            "BLOCK_D": _block_d(at.head_dim),
+            "UPCAST": self.kernels.INTERPRETED,
+        }
+
+    def _config(self, table: tuning.Tables[tuning.Config]) -> tuning.Config:
+        return tuning.config_of(table, self.q.device, self.q.dtype, self.inputs.head_dim)
+
+
+def _weights(spec: AttentionSpec, longest: int) -> dict[str, Any]:
+    """What the kernels are told of a layer, for weights that are powers of two."""
+    window = spec.window if spec.window is not None and spec.window < longest else None
+    if spec.softcap is None:
+        return {"scale": spec.scale * LOG2_E, "softcap": None, "window": window}
+    # tanh(x) = 1 - 2 / (2 ** (2 log2(e) x) + 1)
+    return {
+        "scale": 2 * LOG2_E * spec.scale / spec.softcap,
+        "softcap": spec.softcap * LOG2_E,
+        "window": window,
+    }
+
+
+def _check_tables(inputs: Inputs, tables: AttentionTables) -> None:
+    capacity = tables.capacity
+    if tables.packed.device != inputs.heads.device:
+        raise ValueError(f"tables must be on {inputs.heads.device}, got {tables.packed.device}")
+    if len(inputs.heads) > capacity.rows:
+        raise ValueError(f"{len(inputs.heads)} rows, but tables for {capacity.rows}")
+    if max(capacity.chunks, capacity.tiles) > MAX_GRID:
+        raise ValueError(f"a grid holds {MAX_GRID} chunks or tiles, got room for {capacity}")
+
+
+def _block_d(head_dim: int) -> int:
+    return max(16, _power_of_two(head_dim))
+
+
+def _power_of_two(number: int) -> int:
+    return 1 << (number - 1).bit_length()

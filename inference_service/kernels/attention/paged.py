@@ -1,0 +1,209 @@
+"""Attention over a paged cache, in plain torch: gather the context, then two batched products.
+
+The cache of a layer is [kv heads, cache rows, head_dim], so that a gathered context is ready for a batched
+product, and the queries of a group (GQA) are folded into the query axis.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+
+@dataclass(frozen=True)
+class AttentionSpec:
+    """How a layer attends."""
+
+    scale: float
+    """Of the products of queries and keys."""
+    window: int | None = None
+    """Positions that a row sees, its own included; None: all."""
+    softcap: float | None = None
+    """Bound that the scaled products approach, by tanh."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """The rows of one chunk: consecutive in the batch, and consecutive positions of a sequence."""
+
+    row: int
+    """The chunk's first row in the batch."""
+    length: int
+    """Its rows."""
+    blocks: Sequence[int]
+    """The sequence's cache blocks."""
+    end: int
+    """Tokens of context, the chunk included."""
+
+
+@dataclass(frozen=True)
+class _Prefill:
+    rows: slice
+    index: Tensor
+    """[seen]: cache rows of the context that the chunk sees."""
+    mask: Tensor | None
+    """[length, seen]; None where the chunk sees itself and nothing before."""
+
+
+@dataclass(frozen=True)
+class _Decode:
+    table: Tensor
+    """[D, longest]: cache rows that each decoding row sees."""
+    mask: Tensor
+    """[D, longest]: 0, and -inf for padding."""
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What the rows of a step see, for layers of one window."""
+
+    decode: _Decode | None
+    prefills: tuple[_Prefill, ...]
+
+
+class PagedAttention:
+    """The plan of one step, shared by all layers."""
+
+    def __init__(
+        self,
+        contexts: Sequence[Context],
+        block_size: int,
+        groups: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        windows: Sequence[int | None] = (None,),
+    ) -> None:
+        """Plan a step; groups is the number of query heads per kv head, windows are those of the layers."""
+        self._groups = groups
+        rows = [_cache_rows(context, block_size) for context in contexts]
+        self.write_rows = torch.cat([r[c.end - c.length :] for r, c in zip(rows, contexts, strict=True)]).to(
+            device
+        )
+        decodes = [context.row for context in contexts if context.length == 1]
+        self._decode_rows = torch.tensor(decodes, dtype=torch.int64, device=device)
+        self._all_decode = len(decodes) == len(contexts)
+        longest = max(context.end for context in contexts)
+        plans: dict[int | None, _Plan] = {}
+        self._plans: dict[int | None, _Plan] = {}
+        for window in windows:
+            outgrown = window if window is not None and window < longest else None
+            if outgrown not in plans:
+                plans[outgrown] = _plan(contexts, rows, outgrown, dtype, device)
+            self._plans[window] = plans[outgrown]
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, spec: AttentionSpec
+    ) -> Tensor:
+        """Write k and v [T, kv, d] to the cache [kv, rows, d], and return what q [T, heads, d] attends to."""
+        k_cache.index_copy_(1, self.write_rows, k.transpose(0, 1))
+        v_cache.index_copy_(1, self.write_rows, v.transpose(0, 1))
+        plan = self._plans[spec.window]
+        out = torch.empty_like(q) if plan.prefills else q
+        for prefill in plan.prefills:
+            out[prefill.rows] = self._prefill(q, k_cache, v_cache, spec, prefill)
+        if plan.decode is not None:
+            order = self._decode_rows
+            in_order = self._all_decode and len(order) == len(q)
+            decoded = self._decode(q if in_order else q[order], k_cache, v_cache, spec, plan.decode)
+            if in_order:
+                return decoded
+            out[order] = decoded
+        return out
+
+    def _decode(
+        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, spec: AttentionSpec, plan: _Decode
+    ) -> Tensor:
+        """One query row per sequence: [D, heads, d]."""
+        num, heads, dim = q.shape
+        kv = heads // self._groups
+        length = plan.table.shape[1]
+        flat = plan.table.view(-1)
+        keys = k_cache.index_select(1, flat).view(kv * num, length, dim)
+        values = v_cache.index_select(1, flat).view(kv * num, length, dim)
+        query = q.view(num, kv, self._groups, dim).transpose(0, 1).reshape(kv * num, self._groups, dim)
+        mask = plan.mask.repeat(kv, 1).unsqueeze(1)
+        if spec.softcap is None:
+            scores = torch.baddbmm(mask, query, keys.transpose(1, 2), alpha=spec.scale)
+        else:
+            scores = _capped(torch.bmm(query, keys.transpose(1, 2)), spec.scale, spec.softcap) + mask
+        out = torch.bmm(torch.softmax(scores, dim=-1), values)
+        return out.view(kv, num, self._groups, dim).transpose(0, 1).reshape(num, heads, dim)
+
+    def _prefill(
+        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, spec: AttentionSpec, plan: _Prefill
+    ) -> Tensor:
+        """A chunk of one sequence: [length, heads, d]."""
+        query = q[plan.rows].transpose(0, 1)[None]
+        keys = k_cache.index_select(1, plan.index).repeat_interleave(self._groups, dim=0)[None]
+        values = v_cache.index_select(1, plan.index).repeat_interleave(self._groups, dim=0)[None]
+        if spec.softcap is None:
+            out = scaled_dot_product_attention(
+                query, keys, values, attn_mask=plan.mask, is_causal=plan.mask is None, scale=spec.scale
+            )
+            return out[0].transpose(0, 1)
+        scores = _capped(query @ keys.transpose(-1, -2), spec.scale, spec.softcap)
+        mask = torch.ones_like(scores, dtype=torch.bool).tril() if plan.mask is None else plan.mask
+        scores = scores.masked_fill(~mask, float("-inf"))
+        return (torch.softmax(scores, dim=-1) @ values)[0].transpose(0, 1)
+
+
+def _plan(
+    contexts: Sequence[Context],
+    rows: Sequence[Tensor],
+    window: int | None,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> _Plan:
+    """Plan for one window; rows are the cache rows of every context."""
+    seen = [index[_first_seen(context, window) :] for context, index in zip(contexts, rows, strict=True)]
+    decodes = [index for context, index in zip(contexts, seen, strict=True) if context.length == 1]
+    prefills = tuple(
+        _Prefill(
+            rows=slice(context.row, context.row + context.length),
+            index=index.to(device),
+            mask=_mask(context, window, device),
+        )
+        for context, index in zip(contexts, seen, strict=True)
+        if context.length > 1
+    )
+    return _Plan(_decode(decodes, dtype, device) if decodes else None, prefills)
+
+
+def _decode(seen: Sequence[Tensor], dtype: torch.dtype, device: torch.device) -> _Decode:
+    longest = max(map(len, seen))
+    table = torch.zeros(len(seen), longest, dtype=torch.int64)
+    mask = torch.full((len(seen), longest), float("-inf"), dtype=dtype)
+    for place, index in enumerate(seen):
+        table[place, : len(index)] = index
+        mask[place, : len(index)] = 0
+    return _Decode(table.to(device), mask.to(device))
+
+
+def _first_seen(context: Context, window: int | None) -> int:
+    """The first position that the chunk's first row sees."""
+    return 0 if window is None else max(0, context.end - context.length - window + 1)
+
+
+def _cache_rows(context: Context, block_size: int) -> Tensor:
+    """[end]: the cache row of every position of the context."""
+    blocks = torch.tensor(context.blocks, dtype=torch.int64)
+    return (blocks[:, None] * block_size + torch.arange(block_size)).view(-1)[: context.end]
+
+
+def _mask(context: Context, window: int | None, device: torch.device) -> Tensor | None:
+    """[length, seen]: True where a row may look; None where that is plain causality within the chunk."""
+    whole = context.end == context.length
+    if whole and (window is None or window >= context.length):
+        return None
+    rows = torch.arange(context.end - context.length, context.end, device=device)[:, None]
+    columns = torch.arange(_first_seen(context, window), context.end, device=device)
+    causal = rows >= columns
+    return causal if window is None else causal & (columns > rows - window)
+
+
+def _capped(products: Tensor, scale: float, softcap: float) -> Tensor:
+    return torch.tanh(products * (scale / softcap)) * softcap

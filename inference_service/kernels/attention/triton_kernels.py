@@ -1,0 +1,351 @@
+"""The four kernels. T rows, C chunks, H query heads, KV heads of keys and values, D of a head, S splits.
+
+GROUP = H / KV query heads share one head of keys and values, and are folded into the axis of rows: a program
+reads keys and values once for all of them. Weights are powers of two: log2(e) is in what products are
+scaled with.
+"""
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
+# The bodies are Triton, not Python: only the compiler knows their types.
+
+import triton
+import triton.language as tl
+
+INTERPRETED: bool = triton.knobs.runtime.interpret
+"""Whether the kernels below were made for the interpreter, which computes bf16 wrongly without UPCAST."""
+
+
+@triton.jit
+def rope_write_kernel(
+    p_heads,  # [T, H + 2 KV, D]
+    p_q,  # [T, H, D], written
+    p_out,  # [T, H, D], written where a row is padding
+    p_keys,  # [KV, cache rows, D], written
+    p_values,  # as p_keys
+    p_cos,  # [T, ROTARY]
+    p_sin,  # [T, ROTARY], the first half negated
+    p_norm,  # [H + KV, D] or [D], or None
+    p_cache_rows,  # int32 [T]
+    eps,
+    offset,  # added to the weights of the norm
+    stride_heads,
+    stride_turn,
+    stride_norm,  # of heads; 0: they share one weight
+    stride_kv,
+    stride_cache,
+    H: tl.constexpr,
+    KV: tl.constexpr,
+    D: tl.constexpr,
+    ROTARY: tl.constexpr,
+    ROUND_NORM: tl.constexpr,  # whether what is normed is rounded before it is multiplied with the weight
+    BLOCK_H: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """q = turn(norm(q)); keys[cache row] = turn(norm(k)); values[cache row] = v.
+
+    One program per (row, tile of heads). Every rounding is one of the torch path's. Padding rows write no key
+    and no value, and their output, which no other kernel writes, is 0.
+    """
+    i_t, i_h = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    cache_row = tl.load(p_cache_rows + i_t).to(tl.int64)
+    dtype = p_heads.dtype.element_ty
+    HALF: tl.constexpr = ROTARY // 2
+    o_h = i_h * BLOCK_H + tl.arange(0, BLOCK_H)  # [BLOCK_H]
+    o_d = tl.arange(0, BLOCK_D)  # [BLOCK_D]
+    o_pair = tl.where(o_d < HALF, o_d + HALF, o_d - HALF)  # [BLOCK_D] what o_d is turned with
+    m_turned = (o_h < H + KV)[:, None]  # [BLOCK_H, 1]
+    m_heads = (o_h < H + 2 * KV)[:, None] & (o_d < D)[None, :]  # [BLOCK_H, BLOCK_D]
+    m_pair = m_turned & (o_d < ROTARY)[None, :]
+
+    p_row = p_heads + i_t * stride_heads + o_h[:, None] * D
+    b_x = tl.load(p_row + o_d[None, :], mask=m_heads, other=0.0).to(tl.float32)
+    b_pair = tl.load(p_row + o_pair[None, :], mask=m_pair, other=0.0).to(tl.float32)
+    if p_norm is not None:
+        b_rms = tl.rsqrt(tl.sum(b_x * b_x, axis=1) / D + eps)[:, None]
+        p_weight = p_norm + o_h[:, None] * stride_norm
+        b_weight = tl.load(p_weight + o_d[None, :], mask=m_heads & m_turned, other=0.0).to(tl.float32)
+        b_pair_weight = tl.load(p_weight + o_pair[None, :], mask=m_pair, other=0.0).to(tl.float32)
+        b_normed, b_pair = b_x * b_rms, b_pair * b_rms
+        if ROUND_NORM:
+            b_normed, b_pair = b_normed.to(dtype).to(tl.float32), b_pair.to(dtype).to(tl.float32)
+        b_normed = (b_normed * (b_weight + offset)).to(dtype).to(tl.float32)
+        b_pair = (b_pair * (b_pair_weight + offset)).to(dtype).to(tl.float32)
+        b_x = tl.where(m_turned, b_normed, b_x)
+
+    o_turn = i_t * stride_turn + o_d
+    b_cos = tl.load(p_cos + o_turn, mask=o_d < ROTARY, other=1.0).to(tl.float32)[None, :]
+    b_sin = tl.load(p_sin + o_turn, mask=o_d < ROTARY, other=0.0).to(tl.float32)[None, :]
+    b_turned = (b_x * b_cos).to(dtype).to(tl.float32) + b_pair * b_sin
+    b_x = tl.where(m_pair, b_turned, b_x).to(dtype)
+
+    o_q = (i_t * H + o_h[:, None]) * D + o_d[None, :]
+    m_q = m_heads & (o_h < H)[:, None]
+    tl.store(p_q + o_q, b_x, mask=m_q)
+    if cache_row < 0:
+        tl.store(p_out + o_q, tl.zeros([BLOCK_H, BLOCK_D], dtype), mask=m_q)
+    else:
+        o_cache = cache_row * stride_cache + o_d[None, :]
+        o_k, o_v = (o_h - H).to(tl.int64)[:, None], (o_h - H - KV).to(tl.int64)[:, None]
+        tl.store(p_keys + o_k * stride_kv + o_cache, b_x, mask=m_heads & (o_k >= 0) & (o_k < KV))
+        tl.store(p_values + o_v * stride_kv + o_cache, b_x, mask=m_heads & (o_v >= 0))
+
+
+@triton.jit
+def _attend(
+    b_q,  # [BLOCK_M, BLOCK_D]
+    b_acc,  # fp32 [BLOCK_M, BLOCK_D]
+    b_max,  # fp32 [BLOCK_M]
+    b_sum,  # fp32 [BLOCK_M]
+    o_at,  # [BLOCK_M] position of each row
+    first,
+    last,
+    p_keys,  # of one head [cache rows, D]
+    p_values,
+    p_blocks,  # of one chunk
+    stride_cache,
+    scale,
+    softcap,
+    window,
+    D: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    MASKED: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """Take in the keys and values of the positions from first to last: (b_acc, b_max, b_sum).
+
+    Unless MASKED, all rows see all of them, and they are a multiple of BLOCK_N.
+    """
+    o_d = tl.arange(0, BLOCK_D)
+    m_d = o_d < D
+    for i_n in range(first, last, BLOCK_N):
+        o_n = i_n + tl.arange(0, BLOCK_N)  # [BLOCK_N] position
+        m_n = o_n < last
+        if MASKED:
+            b_block = tl.load(p_blocks + o_n // BLOCK_SIZE, mask=m_n, other=0)
+            m_k, m_v = m_n[None, :] & m_d[:, None], m_n[:, None] & m_d[None, :]
+        else:
+            b_block = tl.load(p_blocks + o_n // BLOCK_SIZE)
+            m_k, m_v = m_d[:, None], m_d[None, :]
+        o_row = (b_block.to(tl.int64) * BLOCK_SIZE + o_n % BLOCK_SIZE) * stride_cache  # [BLOCK_N]
+        b_k = tl.load(p_keys + o_row[None, :] + o_d[:, None], mask=m_k, other=0.0)  # [BLOCK_D, BLOCK_N]
+        b_v = tl.load(p_values + o_row[:, None] + o_d[None, :], mask=m_v, other=0.0)  # [BLOCK_N, BLOCK_D]
+        if UPCAST:
+            b_k = b_k.to(tl.float32)
+        b_s = tl.dot(b_q, b_k, input_precision="ieee") * scale  # [BLOCK_M, BLOCK_N]
+        if softcap is not None:
+            b_s = softcap - 2 * softcap / (tl.exp2(b_s) + 1)  # tanh, for b_s is 2 log2(e) x
+        if MASKED:
+            m_seen = (o_n[None, :] <= o_at[:, None]) & m_n[None, :]
+            if window is not None:
+                m_seen = m_seen & (o_n[None, :] > o_at[:, None] - window)
+            b_s = tl.where(m_seen, b_s, float("-inf"))
+        b_new = tl.maximum(b_max, tl.max(b_s, axis=1))
+        b_zero = b_new
+        if MASKED:  # a row that has seen nothing yet
+            b_zero = tl.where(b_new == float("-inf"), 0.0, b_new)
+        b_p = tl.exp2(b_s - b_zero[:, None])
+        b_shrink = tl.exp2(b_max - b_zero)
+        b_sum = b_sum * b_shrink + tl.sum(b_p, axis=1)
+        b_p = b_p.to(p_values.dtype.element_ty)
+        if UPCAST:
+            b_p, b_v = b_p.to(tl.float32), b_v.to(tl.float32)
+        b_acc = tl.dot(b_p, b_v, b_acc * b_shrink[:, None], input_precision="ieee")
+        b_max = b_new
+    return b_acc, b_max, b_sum
+
+
+@triton.jit
+def prefill_kernel(
+    p_q,  # [T, H, D]
+    p_out,  # [T, H, D], written
+    p_keys,  # [KV, cache rows, D]
+    p_values,  # as p_keys
+    p_chunks,  # int32 [C, 4]
+    p_tiles,  # int32 [tiles, 2]
+    p_blocks,  # int32
+    scale,
+    softcap,  # or None
+    window,  # or None
+    stride_kv,
+    stride_cache,
+    TILE: tl.constexpr,  # rows of a tile
+    GROUP: tl.constexpr,
+    KV: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_M: tl.constexpr,  # at least TILE * GROUP
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """What the rows of a tile attend to: they see what was before them, themselves included.
+
+    One program per (head of keys, tile).
+    """
+    i_h, i_tile = tl.program_id(0), tl.program_id(1)
+    i_c = tl.load(p_tiles + 2 * i_tile)
+    if i_c < 0:
+        return
+    first_row = tl.load(p_tiles + 2 * i_tile + 1)
+    row, length = tl.load(p_chunks + 4 * i_c), tl.load(p_chunks + 4 * i_c + 1)
+    end, first_block = tl.load(p_chunks + 4 * i_c + 2), tl.load(p_chunks + 4 * i_c + 3)
+
+    o_m = tl.arange(0, BLOCK_M)
+    o_r = first_row + o_m // GROUP  # [BLOCK_M] row in the chunk
+    o_d = tl.arange(0, BLOCK_D)
+    m_m = (o_m < TILE * GROUP) & (o_r < length)
+    m_q = m_m[:, None] & (o_d < D)[None, :]
+    o_head = (row + o_r).to(tl.int64) * (KV * GROUP) + i_h * GROUP + o_m % GROUP  # [BLOCK_M]
+    o_q = o_head[:, None] * D + o_d[None, :]
+    b_q = tl.load(p_q + o_q, mask=m_q, other=0.0)
+    if UPCAST:
+        b_q = b_q.to(tl.float32)
+
+    o_at = end - length + o_r  # [BLOCK_M] position
+    first_at = end - length + first_row
+    last = tl.minimum(first_at + TILE, end)
+    b_acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    b_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    b_sum = tl.zeros([BLOCK_M], tl.float32)
+    p_keys += i_h.to(tl.int64) * stride_kv
+    p_values += i_h.to(tl.int64) * stride_kv
+    p_blocks += first_block
+    if window is None:
+        # What lies before the tile, and is seen by all of its rows; the rest is masked.
+        masked = (first_at + 1) // BLOCK_N * BLOCK_N
+        b_acc, b_max, b_sum = _attend(
+            b_q, b_acc, b_max, b_sum, o_at, 0, masked, p_keys, p_values, p_blocks, stride_cache,
+            scale, softcap, window, D, BLOCK_SIZE, BLOCK_N, BLOCK_D, False, UPCAST,
+        )  # fmt: skip
+    else:
+        masked = tl.maximum(first_at + 1 - window, 0)
+    b_acc, b_max, b_sum = _attend(
+        b_q, b_acc, b_max, b_sum, o_at, masked, last, p_keys, p_values, p_blocks, stride_cache,
+        scale, softcap, window, D, BLOCK_SIZE, BLOCK_N, BLOCK_D, True, UPCAST,
+    )  # fmt: skip
+    b_acc /= tl.where(m_m, b_sum, 1.0)[:, None]
+    tl.store(p_out + o_q, b_acc.to(p_out.dtype.element_ty), mask=m_q)
+
+
+@triton.jit
+def _first_seen(end, window):
+    """The first position that the last row of a context sees."""
+    first = 0
+    if window is not None:
+        first = tl.maximum(end - window, 0)
+    return first
+
+
+@triton.jit
+def _span(seen, SPLITS: tl.constexpr, MIN_SPAN: tl.constexpr):
+    """Positions that one split takes: a multiple of MIN_SPAN, so that short contexts have few splits."""
+    return tl.cdiv(tl.cdiv(seen, SPLITS), MIN_SPAN) * MIN_SPAN
+
+
+@triton.jit
+def decode_kernel(
+    p_q,  # [T, H, D]
+    p_out,  # [T, H, D], written if SPLITS == 1
+    p_partial,  # fp32 [C, H, SPLITS, D], written if not; else None
+    p_lse,  # fp32 [C, H, SPLITS], likewise: log2 of the sum of the weights
+    p_keys,  # [KV, cache rows, D]
+    p_values,  # as p_keys
+    p_chunks,  # int32 [C, 4]
+    p_blocks,  # int32
+    scale,
+    softcap,  # or None
+    window,  # or None
+    stride_kv,
+    stride_cache,
+    SPLITS: tl.constexpr,
+    MIN_SPAN: tl.constexpr,
+    GROUP: tl.constexpr,
+    KV: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_M: tl.constexpr,  # at least GROUP
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """What the one row of a chunk attends to, or the part of it in one split of the context.
+
+    One program per (split, head of keys, chunk).
+    """
+    i_split, i_h, i_c = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    row, length = tl.load(p_chunks + 4 * i_c), tl.load(p_chunks + 4 * i_c + 1)
+    end, first_block = tl.load(p_chunks + 4 * i_c + 2), tl.load(p_chunks + 4 * i_c + 3)
+    if length != 1:
+        return
+    first = _first_seen(end, window)
+    span = _span(end - first, SPLITS, MIN_SPAN)
+    first += i_split * span
+    if first >= end:
+        return
+
+    o_m = tl.arange(0, BLOCK_M)
+    o_d = tl.arange(0, BLOCK_D)
+    m_q = (o_m < GROUP)[:, None] & (o_d < D)[None, :]
+    o_head = i_h * GROUP + o_m  # [BLOCK_M]
+    o_q = row.to(tl.int64) * (KV * GROUP * D) + o_head[:, None] * D + o_d[None, :]
+    b_q = tl.load(p_q + o_q, mask=m_q, other=0.0)
+    if UPCAST:
+        b_q = b_q.to(tl.float32)
+    b_acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    b_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    b_sum = tl.zeros([BLOCK_M], tl.float32)
+    b_acc, b_max, b_sum = _attend(
+        b_q, b_acc, b_max, b_sum, tl.zeros([BLOCK_M], tl.int32) + end, first, tl.minimum(first + span, end),
+        p_keys + i_h.to(tl.int64) * stride_kv, p_values + i_h.to(tl.int64) * stride_kv, p_blocks + first_block,
+        stride_cache, scale, softcap, None, D, BLOCK_SIZE, BLOCK_N, BLOCK_D, True, UPCAST,
+    )  # fmt: skip
+    b_acc /= b_sum[:, None]
+    if SPLITS == 1:
+        tl.store(p_out + o_q, b_acc.to(p_out.dtype.element_ty), mask=m_q)
+    else:
+        o_part = (i_c.to(tl.int64) * (KV * GROUP) + o_head) * SPLITS + i_split  # [BLOCK_M]
+        tl.store(p_partial + o_part[:, None] * D + o_d[None, :], b_acc, mask=m_q)
+        tl.store(p_lse + o_part, b_max + tl.log2(b_sum), mask=o_m < GROUP)
+
+
+@triton.jit
+def merge_kernel(
+    p_partial,  # fp32 [C, H, SPLITS, D]
+    p_lse,  # fp32 [C, H, SPLITS]
+    p_out,  # [T, H, D], written
+    p_chunks,  # int32 [C, 4]
+    window,  # or None
+    SPLITS: tl.constexpr,
+    MIN_SPAN: tl.constexpr,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Sum the splits of a decoded row in a fixed order. One program per (head, chunk)."""
+    i_h, i_c = tl.program_id(0), tl.program_id(1)
+    row, length = tl.load(p_chunks + 4 * i_c), tl.load(p_chunks + 4 * i_c + 1)
+    end = tl.load(p_chunks + 4 * i_c + 2)
+    if length != 1:
+        return
+    seen = end - _first_seen(end, window)
+    splits = tl.cdiv(seen, _span(seen, SPLITS, MIN_SPAN))  # those that were written
+
+    o_d = tl.arange(0, BLOCK_D)
+    m_d = o_d < D
+    first = (i_c.to(tl.int64) * H + i_h) * SPLITS
+    o_all = tl.arange(0, SPLITS)
+    b_lse = tl.load(p_lse + first + o_all, mask=o_all < splits, other=float("-inf"))  # [SPLITS]
+    most = tl.max(b_lse, axis=0)
+    total = tl.sum(tl.exp2(b_lse - most), axis=0)
+    b_acc = tl.zeros([BLOCK_D], tl.float32)
+    for i_s in range(0, splits, BLOCK_S):
+        o_s = i_s + tl.arange(0, BLOCK_S)  # [BLOCK_S]
+        m_s = o_s < splits
+        b_weight = tl.exp2(tl.load(p_lse + first + o_s, mask=m_s, other=float("-inf")) - most)
+        p_tile = p_partial + (first + o_s)[:, None] * D + o_d[None, :]
+        b_tile = tl.load(p_tile, mask=m_s[:, None] & m_d[None, :], other=0.0)  # [BLOCK_S, BLOCK_D]
+        b_acc += tl.sum(b_tile * b_weight[:, None], axis=0)
+    o_out = (row.to(tl.int64) * H + i_h) * D + o_d
+    tl.store(p_out + o_out, (b_acc / total).to(p_out.dtype.element_ty), mask=m_d)

@@ -1,0 +1,130 @@
+"""Which tiles each kernel uses; what is not in these tables is not shipped.
+
+Every entry is compiled ahead of time for every architecture in the tests: no spills, and shared memory within
+the 99 KB that all of them have. That holds for heads that are multiples of 16; others are computed rightly,
+but without vector loads. The numbers are reasoned, not yet timed.
+
+A bucket is the smallest key that holds the head's dimensions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final, TypeVar
+
+import torch
+
+from inference_service.kernels.attention.layout import AttentionCapacity
+from inference_service.kernels.launch import ARCHITECTURES, architecture_of
+
+MAX_HEAD_DIM: Final = 256
+MIN_SPAN: Final = 128
+"""Tokens: below, a split costs more than it saves. A multiple of every block_n of decode."""
+MAX_SPAN: Final = 8192
+"""Tokens of a split: beyond, one long context would keep a step waiting for one program."""
+MAX_SPLITS: Final = 64
+PROGRAMS: Final = 256
+"""What keeps a GPU busy in decode: about two per multiprocessor."""
+
+
+@dataclass(frozen=True)
+class TileConfig:
+    """Tiles of decode and prefill: rows and heads of a group x tokens of context."""
+
+    block_m: int
+    """In decode at least: a larger group takes more."""
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class SmallConfig:
+    """Tiles of the kernels that only move data: heads (rope) or splits (merge)."""
+
+    block: int
+    num_warps: int
+
+
+Config = TypeVar("Config", TileConfig, SmallConfig)
+Table = Mapping[int, Mapping[int, Config]]
+"""By the bytes of an element, then by the bucket of the head's dimensions."""
+Tables = Mapping[int, Table[Config]]
+"""By architecture."""
+
+# Keys and values hang on blocks, which are loaded before them: a buffer takes two stages. Two buffers (5) keep
+# 64 KB per program on their way from memory, which fills the bandwidth of an H100 with one program per
+# multiprocessor. fp32 uses no tensor cores: small tiles.
+_DECODE: Table[TileConfig] = {
+    2: {
+        64: TileConfig(16, 128, num_warps=4, num_stages=5),
+        128: TileConfig(16, 64, num_warps=4, num_stages=5),
+        256: TileConfig(16, 32, num_warps=4, num_stages=5),
+    },
+    4: {
+        64: TileConfig(16, 32, num_warps=4, num_stages=2),
+        128: TileConfig(16, 16, num_warps=4, num_stages=2),
+        256: TileConfig(16, 16, num_warps=4, num_stages=2),
+    },
+}
+_PREFILL: Table[TileConfig] = {
+    2: {
+        64: TileConfig(128, 64, num_warps=8, num_stages=3),
+        128: TileConfig(128, 64, num_warps=8, num_stages=3),
+        256: TileConfig(64, 32, num_warps=8, num_stages=3),
+    },
+    4: {
+        64: TileConfig(32, 32, num_warps=8, num_stages=2),
+        128: TileConfig(32, 16, num_warps=8, num_stages=2),
+        256: TileConfig(16, 16, num_warps=4, num_stages=2),
+    },
+}
+_ROPE = {
+    64: SmallConfig(16, num_warps=4),
+    128: SmallConfig(8, num_warps=4),
+    256: SmallConfig(4, num_warps=4),
+}
+_MERGE = {128: SmallConfig(16, num_warps=4), 256: SmallConfig(8, num_warps=4)}
+# mma of sm_80 has the queries in registers, and would spill with more tokens at a time.
+_PREFILL_80: Table[TileConfig] = {
+    **_PREFILL,
+    2: {**_PREFILL[2], 128: TileConfig(128, 32, num_warps=8, num_stages=5)},
+}
+# Nothing timed yet speaks for other differences between architectures.
+DECODE: Tables[TileConfig] = dict.fromkeys(ARCHITECTURES, _DECODE)
+PREFILL: Tables[TileConfig] = dict.fromkeys(ARCHITECTURES, _PREFILL) | {80: _PREFILL_80}
+ROPE: Tables[SmallConfig] = {key: {2: _ROPE, 4: _ROPE} for key in ARCHITECTURES}
+MERGE: Tables[SmallConfig] = {key: {2: _MERGE, 4: _MERGE} for key in ARCHITECTURES}
+
+
+def config_of(tables: Tables[Config], device: torch.device, dtype: torch.dtype, head_dim: int) -> Config:
+    """The tiles of one kernel.
+
+    Raises:
+        ValueError: the head has more than MAX_HEAD_DIM dimensions, or the device is too old.
+    """
+    if head_dim > MAX_HEAD_DIM:
+        raise ValueError(f"heads have at most {MAX_HEAD_DIM} dimensions, got {head_dim}")
+    buckets = tables[architecture_of(device)][dtype.itemsize]
+    return buckets[next(key for key in buckets if head_dim <= key)]
+
+
+def prefill_tile(device: torch.device, dtype: torch.dtype, head_dim: int, group: int) -> int:
+    """Rows of a chunk that one program of prefill takes, where group query heads share a head of keys.
+
+    Raises:
+        ValueError: the group or the head is too large.
+    """
+    block_m = config_of(PREFILL, device, dtype, head_dim).block_m
+    if group > block_m:
+        raise ValueError(f"at most {block_m} query heads share a head of keys, got {group}")
+    return block_m // group
+
+
+def splits_of(capacity: AttentionCapacity, kv_heads: int, window: int | None) -> int:
+    """Splits of every context in decode, a power of two: they depend on the capacity alone."""
+    seen = capacity.context if window is None else min(capacity.context, window)
+    wanted = max(-(-PROGRAMS // (capacity.chunks * kv_heads)), -(-seen // MAX_SPAN))
+    splits = min(wanted, -(-seen // MIN_SPAN), MAX_SPLITS)
+    return 1 << (splits - 1).bit_length()

@@ -1,0 +1,237 @@
+"""Fresh random inputs for attention, in a cache that is NaN wherever no kernel may look."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from inference_service.kernels.attention import (
+    AttentionCapacity,
+    AttentionSpec,
+    AttentionTables,
+    Context,
+    HeadNorm,
+    Inputs,
+    pack_tables,
+    plan,
+    prefill_tile,
+)
+from inference_service.kernels.launch import Launch
+
+TOLERANCE = {torch.float32: 3e-6, torch.float16: 6e-3, torch.bfloat16: 5e-2}
+"""Largest relative error of one head of one row; the interpreter truncates to bf16."""
+WRITTEN = ("p_q", "p_out", "p_partial", "p_lse")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The chunks of a step: (rows, context) of each, and what the tables have room for."""
+
+    chunks: Sequence[tuple[int, int]]
+    block_size: int = 16
+    padding: int = 0
+    """Rows of the step that belong to no chunk, one behind each chunk and the rest behind all."""
+    spare: int = 0
+    """Chunks that the tables have room for beyond those, and blocks per chunk."""
+    decode_only: bool = False
+
+    def contexts(self, blocks: int) -> list[Context]:
+        """The chunks, with their blocks scattered over the cache's."""
+        order, row, contexts = iter(torch.randperm(blocks).tolist()), 0, []
+        for index, (length, end) in enumerate(self.chunks):
+            contexts.append(Context(row, length, [next(order) for _ in range(self.needed(end))], end))
+            row += length + (index < self.padding)
+        return contexts
+
+    def needed(self, end: int) -> int:
+        """Blocks of a context."""
+        return -(-end // self.block_size)
+
+
+@dataclass(frozen=True)
+class Heads:
+    """A layer's heads."""
+
+    queries: int = 6
+    kv: int = 2
+    dim: int = 16
+    rotary: int | None = None
+    """All dimensions by default."""
+    norm: str | None = None
+    """`shared` or `own`: one weight, or one per head."""
+    offset: float = 0.0
+
+
+@dataclass
+class Case:
+    """Arguments of ``attend``, and what is right."""
+
+    inputs: Inputs
+    tables: AttentionTables
+    contexts: list[Context]
+    spec: AttentionSpec
+    norm: HeadNorm | None
+    layout: Layout
+
+    def planned(self) -> tuple[Tensor, list[Launch]]:
+        """The launches, with NaN in everything that they write but the cache."""
+        out, launches = plan(self.inputs, self.tables, self.spec, self.norm)
+        poison(launches)
+        return out, launches
+
+    def run(self) -> Tensor:
+        """Launch all kernels: [T, query heads, d]."""
+        out, launches = self.planned()
+        for launch in launches:
+            launch()
+        return out
+
+    @cached_property
+    def expected_qk(self) -> Tensor:
+        """fp64 [T, heads of queries and keys, d]: normed and rotated."""
+        at = self.inputs
+        x = at.heads[:, : at.num_heads + at.kv_heads].double()
+        if self.norm is not None:
+            x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.norm.eps)
+            x = x * (self.norm.weight.double() + self.norm.offset)
+        half = at.rotary // 2
+        low, high = x[..., :half], x[..., half : at.rotary]
+        turned = torch.cat([high, low], dim=-1) * at.sin[:, None].double()
+        return torch.cat([x[..., : at.rotary] * at.cos[:, None].double() + turned, x[..., at.rotary :]], dim=-1)
+
+    def cache_rows(self, context: Context) -> Tensor:
+        """[end]: where the positions of a context are."""
+        blocks = torch.tensor(list(context.blocks))
+        rows = blocks[:, None] * self.layout.block_size + torch.arange(self.layout.block_size)
+        return rows.flatten()[: context.end]
+
+    def first_seen(self, context: Context) -> int:
+        """The first position that any row of a chunk sees."""
+        window = self.spec.window
+        return 0 if window is None else max(0, context.end - context.length + 1 - window)
+
+    def expected(self, keys: Tensor, values: Tensor) -> Tensor:
+        """fp64 [T, query heads, d] over the cache as it was before; 0 where a row is padding."""
+        at, group = self.inputs, self.inputs.num_heads // self.inputs.kv_heads
+        out = torch.zeros(len(at.heads), at.num_heads, at.head_dim, dtype=torch.float64, device=keys.device)
+        for context in self.contexts:
+            mine = slice(context.row, context.row + context.length)
+            rows = self.cache_rows(context)[: context.end - context.length]
+            own = at.heads[mine, at.num_heads + at.kv_heads :].double().transpose(0, 1)
+            k = torch.cat([keys[:, rows].double(), self.expected_qk[mine, at.num_heads :].transpose(0, 1)], 1)
+            v = torch.cat([values[:, rows].double(), own], 1)
+            positions = torch.arange(context.end, device=keys.device)
+            own_at = positions[context.end - context.length :, None]
+            seen = positions <= own_at
+            if self.spec.window is not None:
+                seen &= positions > own_at - self.spec.window
+            q = self.expected_qk[mine, : at.num_heads].transpose(0, 1)
+            s = q @ k.repeat_interleave(group, 0).transpose(1, 2) * self.spec.scale
+            if self.spec.softcap is not None:
+                s = self.spec.softcap * torch.tanh(s / self.spec.softcap)
+            weights = s.masked_fill(~seen, -torch.inf).softmax(-1)
+            # What no row sees is NaN in the cache, and 0 * NaN is NaN here too.
+            out[mine] = (weights @ v.repeat_interleave(group, 0).nan_to_num()).transpose(0, 1)
+        return out
+
+
+def make_case(
+    layout: Layout,
+    heads: Heads = Heads(),
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Case:
+    """Random heads and histories; everything else of the cache is NaN, and so are padding rows."""
+    torch.manual_seed(sum(end for _, end in layout.chunks) * 100 + heads.dim)
+    group = heads.queries // heads.kv
+    capacity = AttentionCapacity(
+        rows=sum(length for length, _ in layout.chunks) + layout.padding,
+        chunks=len(layout.chunks) + layout.spare,
+        blocks_per_chunk=max(layout.needed(end) for _, end in layout.chunks) + layout.spare,
+        block_size=layout.block_size,
+        tile=None if layout.decode_only else prefill_tile(torch.device(device), dtype, heads.dim, group),
+    )
+    blocks = capacity.chunks * capacity.blocks_per_chunk + 1
+    contexts = layout.contexts(blocks)
+    tables = AttentionTables.allocate(capacity, device)
+    tables.load(torch.from_numpy(pack_tables(capacity, contexts)))
+    spec = AttentionSpec(heads.dim**-0.5, window, softcap)
+    inputs = _inputs(capacity.rows, blocks * layout.block_size, heads, dtype, device)
+    case = Case(inputs, tables, contexts, spec, _norm(heads, dtype, device), layout)
+    fill(case)
+    return case
+
+
+def fill(case: Case) -> None:
+    """Make rows of chunks, and what they see of the past, random; everything else NaN."""
+    at = case.inputs
+    for poisoned in (at.heads, at.keys, at.values):
+        poisoned.fill_(torch.nan)
+    for context in case.contexts:
+        mine = at.heads[context.row : context.row + context.length]
+        mine.copy_(torch.randn(mine.shape))
+        past = case.cache_rows(context)[case.first_seen(context) : context.end - context.length]
+        for cache in (at.keys, at.values):
+            cache[:, past] = torch.randn(len(cache), len(past), at.head_dim).to(cache)
+
+
+def poison(launches: Sequence[Launch]) -> None:
+    """Fill everything that launches write, but for the cache, with NaN."""
+    for launch in launches:
+        for name in WRITTEN:
+            if launch.arguments.get(name) is not None:
+                launch.arguments[name].fill_(torch.nan)
+
+
+def reloaded(case: Case, layout: Layout) -> Case:
+    """The same tensors with another content, as before the next step."""
+    contexts = layout.contexts(case.inputs.keys.shape[1] // layout.block_size)
+    case.tables.load(torch.from_numpy(pack_tables(case.tables.capacity, contexts)))
+    other = Case(case.inputs, case.tables, contexts, case.spec, case.norm, layout)
+    fill(other)
+    return other
+
+
+def check(case: Case, got: Tensor, keys: Tensor, values: Tensor) -> None:
+    """Compare what a run left with fp64; keys and values are those before it."""
+    at, tolerance = case.inputs, TOLERANCE[case.inputs.heads.dtype]
+    assert errors(got, case.expected(keys, values)).max() <= tolerance
+    for context in case.contexts:
+        rows = case.cache_rows(context)[context.end - context.length :]
+        mine = slice(context.row, context.row + context.length)
+        written = case.expected_qk[mine, at.num_heads :].transpose(0, 1)
+        assert errors(at.keys[:, rows], written).max() <= tolerance
+        own = at.heads[mine, at.num_heads + at.kv_heads :].transpose(0, 1)
+        assert torch.equal(at.values[:, rows], own)
+        keys[:, rows], values[:, rows] = at.keys[:, rows], own
+    assert torch.equal(at.keys.nan_to_num(), keys.nan_to_num())
+    assert torch.equal(at.values.nan_to_num(), values.nan_to_num())
+
+
+def errors(got: Tensor, expected: Tensor) -> Tensor:
+    """[...]: the relative error of every head of every row; where 0 is expected, the norm of what came."""
+    error, size = (got.double() - expected).norm(dim=-1), expected.norm(dim=-1)
+    return torch.where(size > 0, error / size, error).nan_to_num(nan=torch.inf)
+
+
+def _inputs(rows: int, cache_rows: int, heads: Heads, dtype: torch.dtype, device: str) -> Inputs:
+    rotary = heads.dim if heads.rotary is None else heads.rotary
+    angles = torch.rand(rows, rotary // 2) * 6
+    cos, sin = torch.cat([angles.cos()] * 2, dim=1), torch.cat([-angles.sin(), angles.sin()], dim=1)
+    cache = torch.empty(2, heads.kv, cache_rows, heads.dim)
+    fused = torch.empty(rows, heads.queries + 2 * heads.kv, heads.dim)
+    return Inputs(*(part.to(device, dtype) for part in (fused, cos, sin, cache[0], cache[1])))
+
+
+def _norm(heads: Heads, dtype: torch.dtype, device: str) -> HeadNorm | None:
+    if heads.norm is None:
+        return None
+    shape = (heads.dim,) if heads.norm == "shared" else (heads.queries + heads.kv, heads.dim)
+    return HeadNorm((torch.randn(shape) + 1 - heads.offset).to(device, dtype), 1e-5, heads.offset)

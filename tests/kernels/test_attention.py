@@ -1,0 +1,119 @@
+"""Attention's kernels against fp64: odd shapes, scattered blocks, poisoned memory."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from tests.kernels.attention_case import TOLERANCE, Heads, Layout, check, errors, fill, make_case
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+CASES: dict[str, dict[str, Any]] = {
+    "decode": {"layout": Layout([(1, 1), (1, 15), (1, 16), (1, 17), (1, 63)], padding=2)},
+    "decode in splits": {
+        "layout": Layout([(1, 300), (1, 100), (1, 129)], spare=2, decode_only=True),
+        "heads": Heads(4, 1, 32),
+    },
+    "one chunk of every kind": {
+        "layout": Layout([(1, 40), (20, 20), (7, 90), (1, 1), (2, 17)], padding=3, spare=1)
+    },
+    "large blocks, a group of 8, part of a head rotated": {
+        "layout": Layout([(9, 33), (1, 63), (33, 33)], block_size=32),
+        "heads": Heads(8, 1, 80, rotary=32),
+    },
+    "no group, heads of 8": {"layout": Layout([(5, 21), (1, 16)]), "heads": Heads(2, 2, 8)},
+    "a window within a block": {
+        "layout": Layout([(1, 100), (30, 63), (1, 5), (1, 17)], spare=8),
+        "window": 5,
+    },
+    "a window across blocks": {"layout": Layout([(1, 100), (50, 100), (40, 40)], spare=1), "window": 37},
+    "rows that see nothing of a whole block of keys": {
+        "layout": Layout([(100, 120)]),
+        "heads": Heads(1, 1),
+        "window": 5,
+    },
+    "a window in splits": {"layout": Layout([(1, 290), (1, 3)], decode_only=True), "window": 200},
+    "a cap": {"layout": Layout([(1, 63), (21, 40)]), "softcap": 2.0},
+    "a cap, a window and splits": {
+        "layout": Layout([(1, 200), (1, 63), (17, 150)]),
+        "heads": Heads(4, 1, 96),
+        "softcap": 5.0,
+        "window": 140,
+    },
+    "one norm for all heads": {"layout": Layout([(1, 17), (4, 4)], padding=1), "heads": Heads(norm="shared")},
+    "a norm for every head": {
+        "layout": Layout([(1, 17), (4, 20)]),
+        "heads": Heads(6, 2, 24, rotary=12, norm="own"),
+    },
+    "a norm with an offset": {
+        "layout": Layout([(1, 17), (4, 20)]),
+        "heads": Heads(3, 1, 256, norm="own", offset=1.0),
+    },
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_rows_attend_to_what_they_see_and_nothing_else_changes(
+    name: str, dtype: torch.dtype, device: str
+) -> None:
+    """Outputs and new keys are as exact as the dtype allows, and the rest of the cache keeps its bits."""
+    case = make_case(**CASES[name], dtype=dtype, device=device)
+    keys, values = case.inputs.keys.clone(), case.inputs.values.clone()
+    check(case, case.run(), keys, values)
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("block_size", [16, 32])
+@pytest.mark.parametrize("group", [1, 3, 4, 8])
+@pytest.mark.parametrize("window", [None, 7, 40])
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_all_contexts_in_one_step(
+    dtype: torch.dtype, block_size: int, group: int, window: int | None, softcap: float | None, device: str
+) -> None:
+    """Every context as decode, as a prompt, and as a chunk that continues it."""
+    contexts = [1, 15, 16, 17, 63, 100]
+    chunks = [(length, end) for end in contexts for length in dict.fromkeys((1, end, max(1, end // 3)))]
+    case = make_case(
+        Layout(chunks, block_size, padding=5, spare=2),
+        Heads(2 * group, 2, 48, rotary=16, norm="own"),
+        dtype=dtype,
+        device=device,
+        window=window,
+        softcap=softcap,
+    )
+    keys, values = case.inputs.keys.clone(), case.inputs.values.clone()
+    check(case, case.run(), keys, values)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("chunk", [(1, 64), (10, 64)], ids=["decode", "prefill"])
+def test_the_tolerance_notices_one_token_of_64(chunk: tuple[int, int], dtype: torch.dtype, device: str) -> None:
+    """The bound is one that a real mistake breaks."""
+    case = make_case(Layout([chunk]), dtype=dtype, device=device)
+    expected = case.expected(case.inputs.keys, case.inputs.values)
+    case.inputs.values[:, case.cache_rows(case.contexts[0])[20]] = 0
+    assert errors(case.run(), expected).max() > TOLERANCE[dtype]
+
+
+def test_two_runs_give_the_same_bits(device: str) -> None:
+    """Splits are summed in a fixed order."""
+    case = make_case(Layout([(1, 300), (5, 200)]), dtype=torch.float16, device=device)
+    assert torch.equal(case.run(), case.run())
+
+
+def test_offsets_beyond_32_bits(device: str) -> None:
+    """Rows far out in a large cache are read and written where they are."""
+    layout, heads = Layout([(1, 20), (3, 20)]), Heads(2, 1, 16)
+    case = make_case(layout, heads, dtype=torch.float16, device=device)
+    # Most of these 7.5 GB are never touched: rows are 2 ** 25 elements apart, values behind the keys.
+    rows = case.inputs.keys.shape[1]
+    storage = torch.empty(rows, 2**25, dtype=torch.float16, device=device)
+    keys, values = storage[None, :, :16], storage[None, :, 16:32]
+    case.inputs = replace(case.inputs, keys=keys, values=values)
+    fill(case)
+    assert max(int(case.cache_rows(context).max()) for context in case.contexts) * 2**25 > 2**31
+    check(case, case.run(), keys.clone(), values.clone())

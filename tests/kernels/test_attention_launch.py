@@ -1,0 +1,115 @@
+"""Attention's launcher: what a captured launch survives, and what is refused."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+
+from inference_service.kernels.attention import AttentionTables, HeadNorm, attend, prefill_tile
+from tests.kernels.attention_case import Case, Heads, Layout, check, make_case, poison, reloaded
+
+LATER = {
+    "more decodes": [(1, end) for end in (190, 1, 16, 17, 63)],
+    "other lengths": [(1, 5), (20, 33), (7, 150)],
+    "a whole prompt": [(31, 31)],
+    "one chunk": [(1, 130)],
+    "nothing": [],
+}
+
+
+@pytest.mark.parametrize("window", [None, 140])
+def test_captured_launches_serve_every_later_step(window: int | None, device: str) -> None:
+    """Grids frozen at capture cover whatever the tables hold at replay: they depend on capacities alone.
+
+    Decode and prefill leave each other's rows alone, so that their order is of no interest.
+    """
+    case = make_case(Layout([(1, 20)], padding=30, spare=10), Heads(4, 1), window=window, device=device)
+    out, (rope, decode, merge, prefill) = case.planned()
+    assert (decode.grid, merge.grid, prefill.grid) == ((2, 1, 11), (4, 11), (1, case.tables.capacity.tiles))
+    launches = [rope, prefill, decode, merge]
+    for chunks in LATER.values():
+        later = reloaded(case, replace(case.layout, chunks=chunks))
+        poison(launches)
+        keys, values = case.inputs.keys.clone(), case.inputs.values.clone()
+        for launch in launches:
+            launch()
+        check(later, out, keys, values)
+
+
+def test_a_graph_of_decodes_has_no_prefill_and_no_more_launches_than_it_needs(device: str) -> None:
+    """Two launches where contexts are short, a third where they may be long."""
+    short = make_case(Layout([(1, 100)], decode_only=True), device=device)
+    long = make_case(Layout([(1, 300)], decode_only=True), device=device)
+    assert [len(case.planned()[1]) for case in (short, long)] == [2, 3]
+    # A window of no more than a split takes bounds what is seen.
+    assert len(replace(long, spec=replace(long.spec, window=100)).planned()[1]) == 2
+
+
+def test_fewer_rows_than_the_tables_hold(device: str) -> None:
+    """Tables of a larger capacity serve a step of just its rows."""
+    case = make_case(Layout([(1, 20), (3, 9)], padding=8), device=device)
+    at, keys, values = case.inputs, case.inputs.keys.clone(), case.inputs.values.clone()
+    rows = case.contexts[-1].row + case.contexts[-1].length
+    fewer = replace(at, heads=at.heads[:rows], cos=at.cos[:rows], sin=at.sin[:rows])
+    case.inputs = fewer
+    check(case, attend(fewer, case.tables, case.spec), keys, values)
+
+
+REFUSALS: dict[str, Callable[[Case], Case]] = {
+    "12 rows, but tables for 11": lambda case: _with(
+        case, **{name: getattr(case.inputs, name)[[0, *range(11)]] for name in ("heads", "cos", "sin")}
+    ),
+    "heads must have 3 dimensions": lambda case: _with(case, heads=case.inputs.heads[0]),
+    "the heads of a row must be contiguous": lambda case: _with(case, heads=case.inputs.heads[:, ::2]),
+    "keys must be torch.float32": lambda case: _with(case, keys=case.inputs.keys.half()),
+    "keys must have 16 dimensions": lambda case: _with(
+        case, keys=case.inputs.keys[..., :8], values=case.inputs.values[..., :8]
+    ),
+    "the same shape and strides": lambda case: _with(case, values=case.inputs.values[:, 1:]),
+    "5 query heads cannot share 2": lambda case: _with(case, heads=case.inputs.heads[:, 1:]),
+    "cos and sin must be": lambda case: _with(case, cos=case.inputs.cos[1:]),
+    "an even part of 16": lambda case: _with(case, cos=case.inputs.cos[:, 1:], sin=case.inputs.sin[:, 1:]),
+    "compute in": lambda case: replace(
+        case, inputs=replace(case.inputs, **{k: v.double() for k, v in vars(case.inputs).items()})
+    ),
+    "norm does not fit 8 heads of 16": lambda case: replace(case, norm=HeadNorm(torch.ones(7, 16), 1e-5)),
+    "tables must be on cpu": lambda case: replace(
+        case, tables=AttentionTables.allocate(case.tables.capacity, "meta")
+    ),
+    "a tile has at most": lambda case: replace(
+        case, tables=AttentionTables.allocate(replace(case.tables.capacity, tile=1000), "cpu")
+    ),
+    "65535": lambda case: replace(
+        case, tables=AttentionTables.allocate(replace(case.tables.capacity, chunks=70000), "cpu")
+    ),
+}
+
+
+def _with(case: Case, **changed: torch.Tensor) -> Case:
+    return replace(case, inputs=replace(case.inputs, **changed))
+
+
+@pytest.mark.parametrize("message", REFUSALS)
+def test_what_does_not_fit_is_refused(message: str) -> None:
+    """A ValueError says what was expected and what came, before anything is launched."""
+    case = make_case(Layout([(1, 20), (10, 30)]))
+    with pytest.raises(ValueError, match=message):
+        REFUSALS[message](case).planned()
+
+
+def test_large_heads_and_groups_are_refused() -> None:
+    """What no tile holds is said when the tables are made."""
+    cpu = torch.device("cpu")
+    with pytest.raises(ValueError, match="at most 256 dimensions, got 288"):
+        prefill_tile(cpu, torch.float16, 288, 1)
+    with pytest.raises(ValueError, match="at most 128 query heads share a head of keys, got 130"):
+        prefill_tile(cpu, torch.float16, 64, 130)
+
+
+def test_the_package_needs_no_triton() -> None:
+    """CPU machines import the package without Triton."""
+    code = "import sys; sys.modules['triton'] = None; from inference_service.kernels import attention"
+    subprocess.run([sys.executable, "-c", code], check=True)
