@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from loramux.records import (
         AdapterInfo,
         AdapterReport,
+        Choice,
         Completion,
         Delta,
         DeploymentInfo,
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
         Message,
         ModelInfo,
         Prompt,
+        PromptLogprobs,
+        PromptToken,
         RowReport,
         Stage,
         Started,
@@ -35,13 +38,15 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "loramux.client": ("AsyncClient", "Client"),
-    "shared.deployment": ("Deployment", "load_deployment"),
+    "shared.deployment": ("Deployment",),
+    "shared.deployment_file": ("load_deployment",),
 }
 
 __all__ = [
     "AdapterInfo",
     "AdapterReport",
     "AsyncClient",
+    "Choice",
     "Client",
     "Completion",
     "Delta",
@@ -55,6 +60,8 @@ __all__ = [
     "Message",
     "ModelInfo",
     "Prompt",
+    "PromptLogprobs",
+    "PromptToken",
     "RowReport",
     "Stage",
     "Started",

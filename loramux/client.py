@@ -7,6 +7,7 @@
         for event in client.generate("lora1", [{"role": "user", "content": "Hello"}]):
             if isinstance(event, Delta):
                 print(event.text, end="", flush=True)
+    Client("grpcs://models.example.com:50052", api_key="lmx_...")
 
 Every failure is a class of `loramux.faults`. A stream that is left early (``break``, ``close``, a cancelled
 task) is cancelled on the server, which frees its sequence.
@@ -25,10 +26,12 @@ import grpc
 
 from loramux.builder.v1 import builder_pb2
 from loramux.builder.v1.builder_pb2_grpc import BuilderServiceStub
+from loramux.connection import Calls, CredentialOptions, Credentials
 from loramux.inference.v1 import inference_pb2
 from loramux.inference.v1.inference_pb2_grpc import InferenceServiceStub
-from loramux.mapping import completion_of, deployment_of, event_of, generate_request, model_of, report_of
+from loramux.mapping import completion_of, deployment_of, event_of, model_of, report_of
 from loramux.records import AdapterReport, Completion, DeploymentInfo, Event, GenerateOptions, ModelInfo, Prompt
+from loramux.requests import generate_request
 from shared.deployment import Deployment, LoraConfiguration, Repository
 from shared.rpc.messages import check_request, deployment_to_message
 from shared.rpc.status import CallFailed, fault_of
@@ -39,12 +42,6 @@ BUILDER = "127.0.0.1:50051"
 CHECK_TIMEOUT_S = 600.0
 """A check fetches the adapter."""
 DEFAULT_LORA = LoraConfiguration()
-OPTIONS = (
-    ("grpc.enable_http_proxy", 0),  # an http_proxy of the environment is for the web, not for these services
-    ("grpc.max_receive_message_length", 16 * 1024 * 1024),
-    ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.max_reconnect_backoff_ms", 2000),
-)
 
 # The generated stubs have no types; what they answer is typed by the mapping.
 _inference_stub: Callable[[Any], Any] = InferenceServiceStub
@@ -78,19 +75,29 @@ def _watched(message: builder_pb2.WatchDeploymentResponse) -> DeploymentInfo:
 
 
 class _Addresses:
-    """Where the services are; timeout_s is the deadline of every call that is no stream."""
+    """Where the services are, and how they let us in (see `loramux.connection`).
+
+    timeout_s is the deadline of every call that is no stream.
+    """
 
     def __init__(
-        self, inference: str = INFERENCE, builder: str = BUILDER, *, timeout_s: float | None = 30.0
+        self,
+        inference: str = INFERENCE,
+        builder: str = BUILDER,
+        *,
+        timeout_s: float | None = 30.0,
+        **credentials: Unpack[CredentialOptions],
     ) -> None:
         self.inference = inference
         self.builder = builder
         self.timeout_s = timeout_s
+        self._credentials = Credentials(**credentials)
         self._channels: list[Any] = []
 
-    def _connect(self, channel: Any) -> Any:
+    def _connect(self, stub: Callable[[Any], Any], address: str, kind: Any) -> Any:
+        channel = self._credentials.channel(address, kind)
         self._channels.append(channel)
-        return channel
+        return Calls(stub(channel), self._credentials)
 
 
 class Client(_Addresses):
@@ -98,11 +105,11 @@ class Client(_Addresses):
 
     @cached_property
     def _inference(self) -> Any:
-        return _inference_stub(self._connect(grpc.insecure_channel(self.inference, OPTIONS)))
+        return self._connect(_inference_stub, self.inference, grpc)
 
     @cached_property
     def _builder(self) -> Any:
-        return _builder_stub(self._connect(grpc.insecure_channel(self.builder, OPTIONS)))
+        return self._connect(_builder_stub, self.builder, grpc)
 
     def __enter__(self) -> Self:
         return self
@@ -126,7 +133,7 @@ class Client(_Addresses):
     def generate(
         self, model: str, prompt: Prompt, *, timeout_s: float | None = None, **options: Unpack[GenerateOptions]
     ) -> Generator[Event, None, None]:
-        """Stream one Started, any number of Delta, and one Finished; timeout_s bounds the whole answer."""
+        """Stream one Started, any number of Delta, and one Finished per answer; timeout_s bounds all of it."""
         request = generate_request(model, prompt, options)
         return self._stream(
             lambda: self._inference.Generate(request, timeout=timeout_s), self.inference, event_of
@@ -135,7 +142,7 @@ class Client(_Addresses):
     def complete(
         self, model: str, prompt: Prompt, *, timeout_s: float | None = None, **options: Unpack[GenerateOptions]
     ) -> Completion:
-        """Return the whole answer."""
+        """Return the whole answer, or all n of them as ``choices``."""
         return completion_of(list(self.generate(model, prompt, timeout_s=timeout_s, **options)))
 
     def build(self, deployment: Deployment, request_id: str | None = None) -> DeploymentInfo:
@@ -214,11 +221,11 @@ class AsyncClient(_Addresses):
     # A channel belongs to the loop that runs when it is made, so it is made at the first call.
     @cached_property
     def _inference(self) -> Any:
-        return _inference_stub(self._connect(grpc.aio.insecure_channel(self.inference, OPTIONS)))
+        return self._connect(_inference_stub, self.inference, grpc.aio)
 
     @cached_property
     def _builder(self) -> Any:
-        return _builder_stub(self._connect(grpc.aio.insecure_channel(self.builder, OPTIONS)))
+        return self._connect(_builder_stub, self.builder, grpc.aio)
 
     async def __aenter__(self) -> Self:
         return self
@@ -243,7 +250,7 @@ class AsyncClient(_Addresses):
     def generate(
         self, model: str, prompt: Prompt, *, timeout_s: float | None = None, **options: Unpack[GenerateOptions]
     ) -> AsyncGenerator[Event, None]:
-        """Stream one Started, any number of Delta, and one Finished; timeout_s bounds the whole answer."""
+        """Stream one Started, any number of Delta, and one Finished per answer; timeout_s bounds all of it."""
         request = generate_request(model, prompt, options)
         return self._stream(
             lambda: self._inference.Generate(request, timeout=timeout_s), self.inference, event_of
@@ -252,7 +259,7 @@ class AsyncClient(_Addresses):
     async def complete(
         self, model: str, prompt: Prompt, *, timeout_s: float | None = None, **options: Unpack[GenerateOptions]
     ) -> Completion:
-        """Return the whole answer."""
+        """Return the whole answer, or all n of them as ``choices``."""
         events = self.generate(model, prompt, timeout_s=timeout_s, **options)
         return completion_of([event async for event in events])
 

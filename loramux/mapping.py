@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from enum import StrEnum
-from typing import Any, TypeVar, cast
+from typing import TypeVar
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
@@ -14,6 +14,7 @@ from loramux.inference.v1 import inference_pb2 as pb
 from loramux.records import (
     AdapterInfo,
     AdapterReport,
+    Choice,
     Completion,
     Delta,
     DeploymentInfo,
@@ -21,9 +22,9 @@ from loramux.records import (
     Event,
     Finished,
     FinishReason,
-    GenerateOptions,
     ModelInfo,
-    Prompt,
+    PromptLogprobs,
+    PromptToken,
     RowReport,
     Stage,
     Started,
@@ -32,59 +33,10 @@ from loramux.records import (
 )
 from shared.bundle.manifest import FileDigest
 from shared.deployment import Dtype
-from shared.faults import FAULTS, Fault, Finding, InternalFault, RequestInvalid
+from shared.faults import FAULTS, Fault, Finding, InternalFault
 from shared.rpc.messages import DTYPE_NAMES, finding_from_message, repository_from_message
 
 _E = TypeVar("_E", bound=StrEnum)
-
-
-def generate_request(model: str, prompt: Prompt, options: GenerateOptions) -> pb.GenerateRequest:
-    """Return a request.
-
-    Raises:
-        RequestInvalid: an option's value does not fit its field; the findings name them all.
-        TypeError: an option that does not exist.
-    """
-    if unknown := sorted(set(options) - set(GenerateOptions.__annotations__)):
-        known = ", ".join(GenerateOptions.__annotations__)
-        raise TypeError(f"unknown option {unknown[0]!r}; known are {known}")
-    given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
-    if isinstance(given.get("stop"), str):
-        given["stop"] = [given["stop"]]
-    fields: dict[str, Any] = {"model": model, "priority": given.pop("priority", 0)}
-    findings = [*_misfits(pb.GenerateRequest, fields), *_misfits(pb.SamplingParams, given)]
-    try:
-        fields |= _prompt(prompt)
-    except (ValueError, TypeError, KeyError) as error:
-        expected = "text, a list of token ids, or a list of messages with role and content"
-        findings.append(Finding(code="E_BAD_FIELD", where="prompt", expected=expected, found=str(error)))
-    if findings:
-        raise RequestInvalid("the request cannot be sent", findings)
-    return pb.GenerateRequest(**fields, sampling=pb.SamplingParams(**given))
-
-
-def _misfits(kind: Callable[..., object], fields: Mapping[str, Any]) -> list[Finding]:
-    findings = []
-    for name, value in fields.items():
-        try:
-            kind(**{name: value})
-        except (ValueError, TypeError) as error:
-            found = repr(value)[:80]
-            findings.append(Finding(code="E_BAD_FIELD", where=name, found=found, fix=str(error)))
-    return findings
-
-
-def _prompt(prompt: Prompt) -> dict[str, Any]:
-    if isinstance(prompt, str):
-        return {"text": prompt}
-    items = list(prompt)
-    if items and isinstance(items[0], Mapping):
-        turns = [
-            pb.Message(role=item["role"], content=item["content"])
-            for item in cast(list[Mapping[str, str]], items)
-        ]
-        return {"messages": pb.Messages(messages=turns)}
-    return {"token_ids": pb.TokenIds(ids=cast(list[int], items))}
 
 
 def event_of(message: pb.GenerateResponse) -> Event | None:
@@ -99,9 +51,12 @@ def event_of(message: pb.GenerateResponse) -> Event | None:
                 generation=started.generation,
                 prompt_tokens=started.prompt_tokens,
             )
+        case "prompt_logprobs":
+            return PromptLogprobs(tuple(map(_prompt_token, message.prompt_logprobs.tokens)))
         case "delta":
             delta = message.delta
-            return Delta(delta.text, tuple(delta.token_ids), tuple(map(_logprobs, delta.logprobs)))
+            logprobs = tuple(_logprobs(item.logprob, item) for item in delta.logprobs)
+            return Delta(delta.text, tuple(delta.token_ids), logprobs, delta.index)
         case "finished":
             finished = message.finished
             return Finished(
@@ -112,27 +67,46 @@ def event_of(message: pb.GenerateResponse) -> Event | None:
                     completion_tokens=finished.usage.completion_tokens,
                 ),
                 stop_text=finished.stop_text,
+                index=finished.index,
             )
     return None
 
 
-def _logprobs(message: pb.TokenLogprobs) -> TokenLogprobs:
-    return TokenLogprobs(message.logprob, tuple((top.token_id, top.logprob) for top in message.top))
+def _prompt_token(message: pb.PromptToken) -> PromptToken:
+    logprobs = _logprobs(message.logprob, message) if message.HasField("logprob") else None
+    return PromptToken(message.token_id, logprobs)
+
+
+def _logprobs(logprob: float, message: pb.TokenLogprobs | pb.PromptToken) -> TokenLogprobs:
+    return TokenLogprobs(
+        logprob,
+        tuple((top.token_id, top.logprob) for top in message.top),
+        message.token,
+        tuple(top.token for top in message.top),
+    )
 
 
 def completion_of(events: Sequence[Event]) -> Completion:
-    """Return the whole answer of a stream."""
-    deltas = [event for event in events if isinstance(event, Delta)]
+    """Return the whole answers of a stream."""
     started = next((event for event in events if isinstance(event, Started)), None)
-    finished = next((event for event in events if isinstance(event, Finished)), None)
-    if started is None or finished is None:
+    finished = {event.index: event for event in events if isinstance(event, Finished)}
+    if started is None or not finished:
         raise InternalFault("the server ended the stream without Started and Finished. Please report it.")
-    return Completion(
+    deltas: dict[int, list[Delta]] = {index: [] for index in sorted(finished)}
+    for event in events:
+        if isinstance(event, Delta):
+            deltas[event.index].append(event)
+    choices = tuple(_choice(deltas[index], finished[index]) for index in deltas)
+    prompt = tuple(token for event in events if isinstance(event, PromptLogprobs) for token in event.tokens)
+    return Completion(**vars(choices[0]), started=started, choices=choices, prompt=prompt)
+
+
+def _choice(deltas: Sequence[Delta], finished: Finished) -> Choice:
+    return Choice(
         text="".join(delta.text for delta in deltas),
         token_ids=tuple(token for delta in deltas for token in delta.token_ids),
         reason=finished.reason,
         usage=finished.usage,
-        started=started,
         logprobs=tuple(item for delta in deltas for item in delta.logprobs),
         stop_text=finished.stop_text,
     )

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
-from typing import TypeAlias, TypedDict
+from typing import Any, NotRequired, TypeAlias, TypedDict
 
 from shared.bundle.manifest import FileDigest
 from shared.deployment import Dtype, Repository
@@ -14,13 +14,18 @@ from shared.faults import Fault, Finding
 
 
 class Message(TypedDict):
-    """One turn of a chat."""
+    """One turn of a chat, in the shape of the OpenAI API."""
 
     role: str
     content: str
+    """Empty or, in a plain dictionary, None or absent beside tool_calls."""
+    name: NotRequired[str]
+    tool_calls: NotRequired[Sequence[Mapping[str, Any]]]
+    """``{"id": ..., "function": {"name": ..., "arguments": ...}}``; the arguments as JSON text or as a dict."""
+    tool_call_id: NotRequired[str]
 
 
-Prompt: TypeAlias = str | Sequence[int] | Sequence[Message] | Sequence[Mapping[str, str]]
+Prompt: TypeAlias = str | Sequence[int] | Sequence[Message] | Sequence[Mapping[str, Any]]
 """Text, token ids that are taken as they are, or messages for the chat template."""
 
 
@@ -42,6 +47,32 @@ class GenerateOptions(TypedDict, total=False):
     """Go on past the end-of-sequence token."""
     logprobs: int | None
     """Log probability of each token, and of this many of the most likely ones beside it."""
+    prompt_logprobs: int | None
+    """The same for the tokens of the prompt."""
+    n: int | None
+    """Answers; 1 is the default."""
+    min_p: float | None
+    """Leave out tokens less likely than this part of the most likely one."""
+    min_tokens: int | None
+    repetition_penalty: float | None
+    presence_penalty: float | None
+    frequency_penalty: float | None
+    logit_bias: Mapping[int, float] | None
+    """Added to the logits of tokens."""
+    skip_special_tokens: bool | None
+    """Leave special tokens out of the text; they are by default."""
+    json_object: bool | None
+    """The answer is a JSON object. At most one of this and the next three."""
+    json_schema: Mapping[str, Any] | str | None
+    """The answer is JSON of this schema."""
+    regex: str | None
+    """The whole answer matches."""
+    lark: str | None
+    """The answer is of this grammar's rule ``start``."""
+    tools: Sequence[Mapping[str, Any]] | None
+    """Functions for the chat template to tell the model, in the shape of the OpenAI API."""
+    add_generation_prompt: bool | None
+    """End the prompt of messages with the beginning of the assistant's turn; it does by default."""
     priority: int | None
     """Requests of a higher priority are scheduled first; 0 is the default."""
 
@@ -99,6 +130,26 @@ class TokenLogprobs:
     logprob: float
     top: tuple[tuple[int, float], ...]
     """The most likely tokens, as pairs of token id and log probability."""
+    token: bytes = b""
+    """What the token stands for; possibly a part of a character."""
+    top_tokens: tuple[bytes, ...] = ()
+    """The same for each of top."""
+
+
+@dataclass(frozen=True)
+class PromptToken:
+    """A token of the prompt."""
+
+    token_id: int
+    logprobs: TokenLogprobs | None
+    """None for the first token, which has nothing before it."""
+
+
+@dataclass(frozen=True)
+class PromptLogprobs:
+    """Tokens of the prompt, in their order; those of a long prompt come in several events."""
+
+    tokens: tuple[PromptToken, ...]
 
 
 @dataclass(frozen=True)
@@ -108,6 +159,8 @@ class Delta:
     text: str
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprobs, ...] = ()
+    index: int = 0
+    """Which of the n answers."""
 
 
 @dataclass(frozen=True)
@@ -122,28 +175,40 @@ class Usage:
 
 @dataclass(frozen=True)
 class Finished:
-    """The answer is complete."""
+    """An answer is complete."""
 
     reason: FinishReason
     usage: Usage
     stop_text: str = ""
     """The stop text that ended the answer, if one did."""
+    index: int = 0
+    """Which of the n answers."""
 
 
-Event: TypeAlias = Started | Delta | Finished
+Event: TypeAlias = Started | PromptLogprobs | Delta | Finished
 
 
 @dataclass(frozen=True)
-class Completion:
-    """A whole answer."""
+class Choice:
+    """One whole answer of n."""
 
     text: str
     token_ids: tuple[int, ...]
     reason: FinishReason
     usage: Usage
-    started: Started
     logprobs: tuple[TokenLogprobs, ...] = ()
     stop_text: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Completion(Choice):
+    """A whole answer: the first one, and all of them."""
+
+    started: Started
+    choices: tuple[Choice, ...]
+    """In the order of their index."""
+    prompt: tuple[PromptToken, ...] = ()
+    """The tokens of the prompt, where prompt_logprobs were asked for."""
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ class Chunk:
     @property
     def samples(self) -> bool:
         """True when the chunk reaches the sequence's end, so that a token is drawn from its last row."""
-        return self.end == len(self.seq.tokens)
+        return self.end == self.seq.length
 
 
 @dataclass(frozen=True)

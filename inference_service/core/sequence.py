@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
+from inference_service.core.constraint import Grammar
 from inference_service.core.sampling import SamplingParams
 
 
@@ -48,6 +49,8 @@ class Sequence:
     """The order of arrival breaks ties."""
     deadline_s: float | None = None
     """On the clock of ``time.monotonic``."""
+    grammar: Grammar | None = None
+    """What the answer must look like; it has accepted the tokens of the answer that are known here."""
 
     num_prompt: int = field(init=False)
     num_computed: int = 0
@@ -62,19 +65,45 @@ class Sequence:
     """Leading blocks that are registered in the prefix cache."""
     last_hash: int = 0
     """Prefix hash of the last registered block."""
+    prompt_scores: list[Token] = field(default_factory=list)
+    """Leading tokens of the prompt with log probabilities, where those are asked for; the first has none."""
+    in_flight: int = 0
+    """Tokens behind `tokens` that were drawn on the device and are not known here yet."""
 
     def __post_init__(self) -> None:
         self.num_prompt = len(self.tokens)
+        if self.sampling.prompt_logprobs is not None:
+            self.prompt_scores.append(Token(self.tokens[0]))
+
+    @property
+    def length(self) -> int:
+        """Tokens of prompt and answer, those in flight included."""
+        return len(self.tokens) + self.in_flight
 
     @property
     def num_generated(self) -> int:
-        """Tokens of the answer so far."""
+        """Tokens of the answer so far, those in flight included."""
+        return self.length - self.num_prompt
+
+    @property
+    def num_known(self) -> int:
+        """Tokens of the answer that are known here."""
         return len(self.tokens) - self.num_prompt
 
     @property
     def num_pending(self) -> int:
-        """Tokens that have no keys and values yet."""
-        return len(self.tokens) - self.num_computed
+        """Tokens that have no keys and values yet, those in flight included."""
+        return self.length - self.num_computed
+
+    @property
+    def needs_last_token(self) -> bool:
+        """True when its next token cannot be drawn before the last one is known here."""
+        return self.grammar is not None or self.sampling.penalizes
+
+    @property
+    def scores_prompt(self) -> bool:
+        """True while log probabilities of its prompt are asked for and not all known."""
+        return self.sampling.prompt_logprobs is not None and len(self.prompt_scores) < self.num_prompt
 
     @property
     def adapter_uid(self) -> int:
@@ -94,7 +123,10 @@ class Sequence:
 
 @dataclass(frozen=True)
 class Token:
-    """One new token of a sequence."""
+    """A token, and what the model thought of it.
+
+    Log probabilities are the model's own: those of its logits before bias, penalties, masks and temperature.
+    """
 
     id: int
     logprob: float | None = None
@@ -112,3 +144,5 @@ class StepOutput:
     num_cached: int = 0
     first: bool = False
     """True for the first token of an answer."""
+    prompt: tuple[Token, ...] = ()
+    """With the first output, the tokens of the prompt, where their log probabilities are asked for."""

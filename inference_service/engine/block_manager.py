@@ -50,10 +50,12 @@ class BlockManager:
     def admit(self, seq: Sequence) -> None:
         """Give a sequence without blocks those that hold its prefix, and set ``num_computed``.
 
-        The last token is always left to compute, since its row gives the next one.
+        The last token is always left to compute, since its row gives the next one; and the whole prompt while
+        log probabilities of it are asked for, since those come from its rows.
         """
         parent = self._seed(seq)
-        usable = (len(seq.tokens) - 1) // self.block_size if self._prefix_cache else 0
+        cached = self._prefix_cache and not seq.scores_prompt
+        usable = (len(seq.tokens) - 1) // self.block_size if cached else 0
         for index in range(usable):
             parent = self._hash(parent, seq, index)
             block = self._by_hash.get(parent)
@@ -82,10 +84,11 @@ class BlockManager:
         return True
 
     def register(self, seq: Sequence) -> None:
-        """Make the full, computed blocks of a sequence findable."""
+        """Make the full, computed blocks of a sequence findable, as far as their tokens are known."""
         if not self._prefix_cache:
             return
-        while (seq.num_hashed + 1) * self.block_size <= seq.num_computed:
+        known = min(seq.num_computed, len(seq.tokens))
+        while (seq.num_hashed + 1) * self.block_size <= known:
             parent = seq.last_hash if seq.num_hashed else self._seed(seq)
             key = self._hash(parent, seq, seq.num_hashed)
             block = seq.blocks[seq.num_hashed]
@@ -104,6 +107,11 @@ class BlockManager:
                     self._free.move_to_end(block, last=False)
         seq.blocks.clear()
         seq.num_computed = seq.num_hashed = seq.last_hash = 0
+
+    def forget_all(self) -> None:
+        """Let no block be found again: what they hold is in doubt after a step that failed."""
+        self._by_hash.clear()
+        self._hash_of.clear()
 
     def _hold(self, block: int) -> None:
         if not self._refs[block]:

@@ -1,15 +1,16 @@
-"""The engine: a step is schedule, run, postprocess. Single-threaded; `serving` owns the thread."""
+"""The engine: a step is schedule, submit, resolve. Single-threaded; `serving` owns the thread."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from inference_service.core.sequence import FinishReason, Sequence, StepOutput, Token
 from inference_service.engine.block_manager import BlockManager
-from inference_service.engine.runner import Runner
 from inference_service.engine.scheduler import Limits, Scheduler
+from inference_service.engine.step import Pending, StepRunner
 
 
 @dataclass(frozen=True)
@@ -33,11 +34,16 @@ class EngineStats:
 
 
 class Engine:
-    """Sequences in, tokens out."""
+    """Sequences in, tokens out.
+
+    With a runner of depth 1, a step is submitted before the tokens of the one before are looked at. A sequence
+    that turns out to have ended, or was aborted, then has a row too many in the step under way: what that draws
+    is dropped, and what it writes to the cache is written before any later step can use its blocks.
+    """
 
     def __init__(
         self,
-        runner: Runner,
+        runner: StepRunner,
         limits: Limits,
         blocks: BlockManager,
         clock: Callable[[], float] = time.monotonic,
@@ -47,6 +53,8 @@ class Engine:
         self._blocks = blocks
         self._scheduler = Scheduler(limits, blocks)
         self._seqs: dict[str, Sequence] = {}
+        self._under_way: deque[Pending] = deque()
+        self._outputs: list[StepOutput] = []  # not handed out yet: a step that raises loses none
         self._arrivals = 0
         self._clock = clock
 
@@ -82,39 +90,64 @@ class Engine:
             self._scheduler.remove(seq)
 
     def step(self) -> list[StepOutput]:
-        """Compute one batch."""
-        expired = self._expire()
+        """Submit one batch, and return what the oldest one under way gave if the runner takes no more."""
+        self._expire()
         batch = self._scheduler.schedule()
-        if not batch.chunks:
-            return expired
-        tokens = self._runner.run(batch)
-        self._scheduler.commit(batch)
-        return expired + [self._append(seq, token) for seq, token in tokens]
+        if batch.chunks:
+            self._under_way.append(self._runner.submit(batch))
+            self._scheduler.commit(batch)
+        if len(self._under_way) > (self._runner.depth if batch.chunks else 0):
+            self._resolve(self._under_way.popleft())
+        return self._hand_out()
 
     def fail_all(self) -> list[StepOutput]:
         """End every sequence as FAILED, after a step that raised."""
-        outputs = [StepOutput(seq_id, None, FinishReason.FAILED) for seq_id in self._seqs]
-        for seq_id in tuple(self._seqs):
-            self.abort(seq_id)
+        self._under_way.clear()
+        self._blocks.forget_all()
+        self._end(tuple(self._seqs), FinishReason.FAILED)
+        return self._hand_out()
+
+    def _hand_out(self) -> list[StepOutput]:
+        outputs, self._outputs = self._outputs, []
         return outputs
+
+    def _end(self, seq_ids: Iterable[str], reason: FinishReason) -> None:
+        for seq_id in seq_ids:
+            self.abort(seq_id)
+            self._outputs.append(StepOutput(seq_id, None, reason))
+
+    def _resolve(self, pending: Pending) -> None:
+        """Wait for a step; what it drew for sequences that ended meanwhile is dropped."""
+        for seq, token in pending.tokens():
+            if self._seqs.get(seq.id) is seq:
+                self._outputs.append(self._append(seq, token))
 
     def _append(self, seq: Sequence, token: Token) -> StepOutput:
         seq.tokens.append(token.id)
+        seq.in_flight -= 1
+        first = seq.num_known == 1
         finish = self._finish_reason(seq, token)
         if finish:
+            self._blocks.register(seq)
             self.abort(seq.id)
-        return StepOutput(seq.id, token, finish, seq.num_cached, first=seq.num_generated == 1)
+        drawn = token if seq.sampling.max_tokens else None  # None: the prompt was all that was wanted
+        scores = tuple(seq.prompt_scores) if first else ()
+        return StepOutput(seq.id, drawn, finish, seq.num_cached, first=first, prompt=scores)
 
     def _finish_reason(self, seq: Sequence, token: Token) -> FinishReason | None:
+        if not seq.sampling.max_tokens:
+            return FinishReason.LENGTH
         if token.id in seq.sampling.stop_token_ids:
             return FinishReason.STOP
-        if seq.num_generated >= seq.sampling.max_tokens or len(seq.tokens) >= self._limits.max_seq_len:
-            return FinishReason.LENGTH
-        return None
+        if seq.grammar is not None:
+            seq.grammar.accept(token.id)
+            if seq.grammar.failure:
+                return FinishReason.FAILED
+            if seq.grammar.complete:
+                return FinishReason.STOP
+        return FinishReason.LENGTH if self._limits.reached(seq, len(seq.tokens)) else None
 
-    def _expire(self) -> list[StepOutput]:
+    def _expire(self) -> None:
         now = self._clock()
         late = [seq.id for seq in self._seqs.values() if seq.deadline_s is not None and seq.deadline_s <= now]
-        for seq_id in late:
-            self.abort(seq_id)
-        return [StepOutput(seq_id, None, FinishReason.DEADLINE) for seq_id in late]
+        self._end(late, FinishReason.DEADLINE)

@@ -2,53 +2,70 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from itertools import chain
+
 import torch
+from torch import Tensor
 
 from inference_service.core.batch import Batch
 from inference_service.core.sequence import Sequence, Token
+from inference_service.engine.logprobs import score_prompt
+from inference_service.engine.rows import Rows, lay_out
 from inference_service.engine.sampler import sample
-from inference_service.kernels.attention import Context
+from inference_service.engine.step import Pending
+from inference_service.engine.transfer import to_device
 from inference_service.lora.backend import LoraBackend
-from inference_service.lora.segments import arrange
 from inference_service.models.decoder import Decoder
 
 
 class Runner:
-    """Runs batches through a model and its cache."""
+    """Runs batches through a model and its cache, operation by operation."""
 
     def __init__(self, model: Decoder, lora: LoraBackend, num_blocks: int, block_size: int) -> None:
+        self.depth = 1 if model.device.type == "cuda" else 0
         self._model = model
         self._lora = lora
         self._block_size = block_size
         self._cache = model.new_cache(num_blocks * block_size)
+        self._drawn: dict[Sequence, int] = {}
+        self._ids = torch.empty(0, dtype=torch.int64, device=model.device)
 
-    @torch.inference_mode()
     def run(self, batch: Batch) -> list[tuple[Sequence, Token]]:
         """Compute a batch; return the new token of every sequence whose last row was in it."""
-        arrangement = arrange(batch)
-        tokens: list[int] = []
-        positions: list[int] = []
-        contexts: list[Context] = []
-        sampled: list[Sequence] = []
-        last_rows: list[int] = []
-        for chunk in arrangement.chunks:
-            contexts.append(Context(len(tokens), chunk.length, chunk.seq.blocks, chunk.end))
-            tokens += chunk.seq.tokens[chunk.start : chunk.end]
-            positions += range(chunk.start, chunk.end)
-            if chunk.samples:
-                sampled.append(chunk.seq)
-                last_rows.append(len(tokens) - 1)
-        model, device = self._model, self._model.device
-        attention = model.attention(contexts, self._block_size)
-        lora = self._lora if arrangement.segments else None
+        return self.submit(batch).tokens()
+
+    @torch.inference_mode()
+    def submit(self, batch: Batch) -> Pending:
+        """Begin a step."""
+        rows = lay_out(batch, self._drawn)
+        pending = Pending(tuple(rows.sampled), self._step(rows))
+        self._drawn = {seq: place for place, seq in enumerate(rows.sampled)}
+        return pending
+
+    def _step(self, rows: Rows) -> Callable[[], list[Token]]:
+        """Compute a step; return what waits for its tokens."""
+        logits = self._forward(rows)
+        tokens = sample(logits, rows.sampled) if rows.sampled else []
+        self._ids = torch.tensor([token.id for token in tokens], dtype=torch.int64, device=logits.device)
+        return lambda: tokens
+
+    def _forward(self, rows: Rows) -> Tensor:
+        """Return the logits [N, vocab] of the last rows of those that are sampled."""
+        model = self._model
+        attention = model.attention(rows.contexts, self._block_size)
+        lora = self._lora if rows.arrangement.segments else None
         if lora:
-            lora.begin(arrangement)
-        logits = model.forward(
-            torch.tensor(tokens, device=device),
-            torch.tensor(positions, device=device),
-            torch.tensor(last_rows, dtype=torch.int64, device=device),
-            attention,
-            self._cache,
-            lora,
-        )
-        return list(zip(sampled, sample(logits, sampled), strict=True)) if sampled else []
+            lora.begin(rows.arrangement)
+        wanted = [*rows.last_rows, *chain.from_iterable(rows.scored.values())]
+        given = [rows.tokens, rows.sources, rows.positions, wanted]
+        packed = to_device(list(chain.from_iterable(given)), model.device)
+        tokens, sources, positions, last_rows = torch.split(packed, [len(each) for each in given])
+        if rows.in_flight:
+            tokens = torch.where(sources >= 0, self._ids[sources.clamp(min=0)], tokens)
+        hidden = model.hidden(tokens, positions, last_rows, attention, self._cache, lora)
+        at = len(rows.last_rows)
+        for seq, scored in rows.scored.items():
+            score_prompt(seq, hidden[at : at + len(scored)], model.logits)
+            at += len(scored)
+        return model.logits(hidden[: len(rows.last_rows)])

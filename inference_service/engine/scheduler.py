@@ -25,6 +25,10 @@ class Limits:
     watermark: float = 0.01
     """Part of the blocks that admission leaves free, for the growth of those under way."""
 
+    def reached(self, seq: Sequence, length: int) -> bool:
+        """True when a sequence ends by its limit at so many tokens of prompt and answer."""
+        return length - seq.num_prompt >= seq.sampling.max_tokens or length >= self.max_seq_len
+
 
 class Scheduler:
     """Mixes decode and prefill under one token budget.
@@ -34,6 +38,9 @@ class Scheduler:
     and recomputed). A waiting sequence whose adapter does not fit the batch lets others pass, but from then on
     no adapter that is not in the batch yet is admitted ahead of it; and once max_seqs others have passed, none
     of the adapters in the batch either, so that a seat comes free for it in the end.
+
+    A token in flight counts as a token: its sequence is scheduled again before it is known, unless it is the
+    last one or the next draw needs it. A preempted sequence waits for a step at least, and then it is known.
     """
 
     def __init__(self, limits: Limits, blocks: BlockManager) -> None:
@@ -66,22 +73,27 @@ class Scheduler:
         return Batch(tuple(chunks))
 
     def commit(self, batch: Batch) -> None:
-        """Note that the keys and values of a batch are in the cache."""
+        """Note that a batch was submitted: for every later step, its keys and values are in the cache."""
         for chunk in batch.chunks:
-            chunk.seq.num_computed += chunk.length
-            self.blocks.register(chunk.seq)
+            seq, drawn = chunk.seq, chunk.samples
+            seq.num_computed += chunk.length
+            seq.in_flight += drawn
+            self.blocks.register(seq)
 
     def _continue_running(self, chunks: list[Chunk], budget: int) -> int:
         """Schedule those under way: decodes first, so that a long prompt never delays them."""
         self.running.sort(key=lambda seq: seq.order)
         for seq in sorted(self.running, key=lambda seq: seq.num_pending > 1):
-            if seq not in self.running or not budget:
+            if seq not in self.running or not budget or self._waits_for_its_token(seq):
                 continue
             length = min(seq.num_pending, budget)
             if self._make_room(seq, seq.num_computed + length, chunks):
                 chunks.append(Chunk(seq, length))
                 budget = self.limits.max_tokens - sum(chunk.length for chunk in chunks)
         return budget
+
+    def _waits_for_its_token(self, seq: Sequence) -> bool:
+        return seq.in_flight > 0 and (seq.needs_last_token or self.limits.reached(seq, seq.length))
 
     def _make_room(self, seq: Sequence, num_tokens: int, chunks: list[Chunk]) -> bool:
         """Grow a sequence, at the cost of the least urgent ones; False when it was preempted itself."""

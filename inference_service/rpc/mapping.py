@@ -3,16 +3,38 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator
+from typing import Any, Final
 
 import grpc
 
 from inference_service.core.sequence import FinishReason, Token
+from inference_service.rpc.prompt import constraint_of, prompt_of, tools_of
 from inference_service.serving.catalog import Catalog, ServedModel
-from inference_service.serving.service import Delta, Event, Finished, Prompt, Request, Started
+from inference_service.serving.request import Delta, Event, Finished, PromptLogprobs, Request, Started
+from inference_service.serving.text import Text
 from loramux.inference.v1 import inference_pb2 as pb
 from shared.faults import Finding, RequestInvalid
 
+OPTIONAL: Final = (
+    "max_tokens",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "min_tokens",
+    "seed",
+    "n",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "logprobs",
+    "prompt_logprobs",
+    "skip_special_tokens",
+)
+"""Of sampling parameters, those that differ between unset and 0; they have the names of `Request`."""
+# With 20 alternatives each, a message stays below 1 MB: clients take 4 MB by default.
+PROMPT_TOKENS: Final = 1024
 _REASONS = {
     FinishReason.STOP: pb.FINISH_REASON_STOP,
     FinishReason.LENGTH: pb.FINISH_REASON_LENGTH,
@@ -23,57 +45,45 @@ def request_from_message(message: pb.GenerateRequest, context: grpc.aio.Servicer
     """Return the request that a message describes, with the deadline of its call.
 
     Raises:
-        RequestInvalid: a required field is not set.
+        RequestInvalid: a required field is not set, or one holds JSON text that is none.
     """
     unset = [name for name, missing in _required(message) if missing]
     if unset:
         findings = [Finding(code="E_MISSING_FIELD", where=name, expected="a value") for name in unset]
         raise RequestInvalid(f"the request lacks {' and '.join(unset)}.", findings)
-    sampling = message.sampling
-
-    def optional(name: str) -> int | float | None:
-        return getattr(sampling, name) if sampling.HasField(name) else None
-
     remaining = context.time_remaining()
     return Request(
         model=message.model,
-        prompt=_prompt(message),
-        max_tokens=_int(optional("max_tokens")),
-        temperature=optional("temperature"),
-        top_p=optional("top_p"),
-        top_k=_int(optional("top_k")),
-        seed=_int(optional("seed")),
-        stop=tuple(sampling.stop),
-        stop_token_ids=tuple(sampling.stop_token_ids),
-        ignore_eos=sampling.ignore_eos,
-        logprobs=_int(optional("logprobs")),
+        prompt=prompt_of(message),
+        tools=tools_of(message),
+        constraint=constraint_of(message),
         priority=message.priority,
         deadline_s=None if remaining is None else time.monotonic() + remaining,
+        **_sampling(message.sampling),
+        **_set(message.messages, ("add_generation_prompt",)),
     )
+
+
+def _sampling(message: pb.SamplingParams) -> dict[str, Any]:
+    """Return the fields of a request that a message of sampling parameters sets."""
+    return _set(message, OPTIONAL) | {
+        "stop": tuple(message.stop),
+        "stop_token_ids": tuple(message.stop_token_ids),
+        "ignore_eos": message.ignore_eos,
+        "logit_bias": dict(message.logit_bias),
+    }
+
+
+def _set(message: Any, names: Iterable[str]) -> dict[str, Any]:
+    return {name: getattr(message, name) for name in names if message.HasField(name)}
 
 
 def _required(message: pb.GenerateRequest) -> list[tuple[str, bool]]:
     return [("model", not message.model), ("prompt", message.WhichOneof("prompt") is None)]
 
 
-def _prompt(message: pb.GenerateRequest) -> Prompt:
-    kind = message.WhichOneof("prompt")
-    if kind == "text":
-        return str(message.text)
-    if kind == "token_ids":
-        return list(message.token_ids.ids)
-    messages: list[Mapping[str, str]] = [
-        {"role": item.role, "content": item.content} for item in message.messages.messages
-    ]
-    return messages
-
-
-def _int(value: float | None) -> int | None:
-    return None if value is None else int(value)
-
-
-def event_to_message(event: Event) -> pb.GenerateResponse:
-    """Return an event as a message."""
+def event_to_messages(event: Event, text: Text) -> Iterator[pb.GenerateResponse]:
+    """Return an event as messages: one, or for a long prompt's log probabilities several."""
     match event:
         case Started():
             started = pb.Started(
@@ -83,27 +93,45 @@ def event_to_message(event: Event) -> pb.GenerateResponse:
                 generation=event.generation,
                 prompt_tokens=event.prompt_tokens,
             )
-            return pb.GenerateResponse(started=started)
+            yield pb.GenerateResponse(started=started)
+        case PromptLogprobs():
+            for start in range(0, len(event.tokens), PROMPT_TOKENS):
+                tokens = [_prompt_token(token, text) for token in event.tokens[start : start + PROMPT_TOKENS]]
+                yield pb.GenerateResponse(prompt_logprobs=pb.PromptLogprobs(tokens=tokens))
         case Delta():
             delta = pb.Delta(
                 text=event.text,
                 token_ids=[token.id for token in event.tokens],
-                logprobs=[_logprobs(token) for token in event.tokens if token.logprob is not None],
+                logprobs=[_logprobs(token, text) for token in event.tokens if token.logprob is not None],
+                index=event.index,
             )
-            return pb.GenerateResponse(delta=delta)
+            yield pb.GenerateResponse(delta=delta)
         case Finished():
             usage = pb.Usage(
                 prompt_tokens=event.prompt_tokens,
                 cached_tokens=event.cached_tokens,
                 completion_tokens=event.completion_tokens,
             )
-            finished = pb.Finished(reason=_REASONS[event.reason], usage=usage, stop_text=event.stop_text)
-            return pb.GenerateResponse(finished=finished)
+            reason = _REASONS[event.reason]
+            finished = pb.Finished(reason=reason, usage=usage, stop_text=event.stop_text, index=event.index)
+            yield pb.GenerateResponse(finished=finished)
 
 
-def _logprobs(token: Token) -> pb.TokenLogprobs:
-    top = [pb.TopLogprob(token_id=token_id, logprob=logprob) for token_id, logprob in token.top]
-    return pb.TokenLogprobs(logprob=token.logprob, top=top)
+def _prompt_token(token: Token, text: Text) -> pb.PromptToken:
+    return pb.PromptToken(
+        token_id=token.id, logprob=token.logprob, top=_top(token, text), token=text.token_bytes(token.id)
+    )
+
+
+def _logprobs(token: Token, text: Text) -> pb.TokenLogprobs:
+    return pb.TokenLogprobs(logprob=token.logprob, top=_top(token, text), token=text.token_bytes(token.id))
+
+
+def _top(token: Token, text: Text) -> list[pb.TopLogprob]:
+    return [
+        pb.TopLogprob(token_id=token_id, logprob=logprob, token=text.token_bytes(token_id))
+        for token_id, logprob in token.top
+    ]
 
 
 def model_to_message(model: ServedModel, catalog: Catalog, max_seq_len: int) -> pb.Model:

@@ -7,7 +7,7 @@ from contextlib import aclosing
 
 import grpc
 
-from inference_service.rpc.mapping import event_to_message, model_to_message, request_from_message
+from inference_service.rpc.mapping import event_to_messages, model_to_message, request_from_message
 from inference_service.serving.service import GenerationService
 from loramux.inference.v1 import inference_pb2 as pb
 from loramux.inference.v1 import inference_pb2_grpc
@@ -28,7 +28,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         events = self._service.generate(request_from_message(request, context))
         async with aclosing(events):
             async for event in events:
-                yield event_to_message(event)
+                for message in event_to_messages(event, self._service.text):
+                    yield message
 
     async def ListModels(  # noqa: N802 - grpc's name
         self,

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from inference_service.serving.text import ChatTemplate, Text, special_tokens, template_in
+from inference_service.serving.chat_template import ChatTemplate
+from inference_service.serving.text import Text, special_tokens, template_in
 from shared.bundle.manifest import TEXT_FILES
 from shared.faults import AdapterInvalid, CheckpointInvalid, Finding
 

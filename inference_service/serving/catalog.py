@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 from inference_service.core.sequence import Adapter
 from inference_service.serving.brought import NOTHING, Brought
+from shared.access.rights import ACCESS
 from shared.faults import ModelNotFound
 
 
@@ -18,6 +20,8 @@ class ServedModel:
     name: str
     adapter: Adapter | None = None
     """None for the base, and for an adapter that is merged into the weights."""
+    source: str = ""
+    """The repository that it was built from, with the revision."""
     digest: str = ""
     """The bundle's; empty for the base."""
     ranks: tuple[int, ...] = ()
@@ -28,7 +32,7 @@ class ServedModel:
 
 
 class Catalog:
-    """The base first, where it is served, then the adapters by name."""
+    """The base first, where it is served, then the adapters by name. A caller sees what it may use."""
 
     def __init__(self, generation: int, base_name: str, models: Iterable[ServedModel]) -> None:
         self.generation = generation
@@ -37,7 +41,8 @@ class Catalog:
         self._models = {model.name: model for model in ordered}
 
     def __iter__(self) -> Iterator[ServedModel]:
-        return iter(self._models.values())
+        access = ACCESS.get()
+        return (model for name, model in self._models.items() if access.may_use(name))
 
     def get(self, name: str) -> ServedModel:
         """Return a model by its exact name.
@@ -45,9 +50,11 @@ class Catalog:
         Raises:
             ModelNotFound: listing what is served; never the base instead.
         """
-        try:
+        if name in self._models and ACCESS.get().may_use(name):
             return self._models[name]
-        except KeyError:
-            shown = ", ".join(list(self._models)[:20])
-            more = f" and {len(self._models) - 20} more" if len(self._models) > 20 else ""
-            raise ModelNotFound(f"no model {name[:128]!r} is served here. Served: {shown}{more}.") from None
+        visible = [model.name for model in self]
+        shown = ", ".join(visible[:20]) or "none"
+        more = f" and {len(visible) - 20} more" if len(visible) > 20 else ""
+        near = difflib.get_close_matches(name[:128], visible, n=3)
+        meant = f" Did you mean {' or '.join(near)}?" if near else ""
+        raise ModelNotFound(f"no model {name[:128]!r} is served here.{meant} Served: {shown}{more}.")

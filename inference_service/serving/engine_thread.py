@@ -7,10 +7,12 @@ import queue
 import threading
 import time
 from collections.abc import Callable
+from collections.abc import Sequence as Seq
+from functools import partial
 
 import structlog
 
-from inference_service.core.sequence import Sequence, StepOutput
+from inference_service.core.sequence import FinishReason, Sequence, StepOutput
 from inference_service.engine.engine import Engine, EngineStats
 from shared.faults import QueueFull, ShuttingDown
 
@@ -18,44 +20,52 @@ log = structlog.get_logger()
 
 
 class Outputs:
-    """The outputs of one sequence, as they come; used on the event loop only."""
+    """The outputs of the sequences of one request, as they come; used on the event loop only."""
 
-    def __init__(self, seq_id: str, on_close: Callable[[str, bool], None]) -> None:
-        self._seq_id = seq_id
+    def __init__(self, seqs: Seq[Sequence], on_close: Callable[[str], None]) -> None:
+        self._open = {seq.id for seq in seqs}
+        self._later = list(seqs[1:])
         self._on_close = on_close
         self._waiting: list[StepOutput] = []
         self._arrived = asyncio.Event()
-        self._finished = False
 
-    def put(self, output: StepOutput) -> None:
-        """Hand over an output."""
+    def put(self, output: StepOutput) -> list[Sequence]:
+        """Hand over an output; return the sequences that were to wait for it."""
         self._waiting.append(output)
         self._arrived.set()
+        later, self._later = self._later, []
+        return later
 
     async def get(self) -> list[StepOutput]:
-        """Wait for the next outputs; there are none behind one with a finish reason."""
+        """Wait for the next outputs; there are none behind the last one with a finish reason."""
         await self._arrived.wait()
         self._arrived.clear()
         outputs, self._waiting = self._waiting, []
-        self._finished = outputs[-1].finish is not None
         return outputs
 
+    def drop(self, seq_id: str) -> None:
+        """Let one sequence go; when it has not ended yet, it is freed at the next step."""
+        if seq_id in self._open:
+            self._open.remove(seq_id)
+            self._on_close(seq_id)
+
     def close(self) -> None:
-        """Let the sequence go; when it has not ended yet, it is freed at the next step."""
-        self._on_close(self._seq_id, self._finished)
+        """Let all sequences go."""
+        for seq_id in tuple(self._open):
+            self.drop(seq_id)
 
 
 class EngineThread:
     """Runs steps while there is work; hands every output to the stream of its sequence.
 
-    Every sequence that was submitted ends once: with an output that has a finish reason, or by `Outputs.close`.
+    Every sequence that was submitted ends once: with an output that has a finish reason, or when it is dropped.
     Outputs are handed over together every interval_s, because a door that wakes up for every token takes the
     cores from the steps; the first and the last of a sequence go at once, with all that wait.
     """
 
     def __init__(self, engine: Engine, max_queue: int, interval_s: float = 0.0) -> None:
         self._engine = engine
-        self._max_queue = max_queue
+        self.max_queue = max_queue
         self._interval_s = interval_s
         self._pending: list[StepOutput] = []
         self._sent_s = 0.0
@@ -81,8 +91,11 @@ class EngineThread:
         self._inbox.put(None)
         await asyncio.to_thread(self._thread.join)
 
-    def submit(self, seq: Sequence) -> Outputs:
-        """Put a sequence in the queue; the caller must close what it gets.
+    def submit(self, seqs: Seq[Sequence]) -> Outputs:
+        """Put the sequences of a request in the queue; the caller must close what it gets.
+
+        They have the same prompt: all but the first go to the engine when the first has its first token, and
+        find the prompt in the prefix cache.
 
         Raises:
             QueueFull: too many sequences wait.
@@ -90,17 +103,22 @@ class EngineThread:
         """
         if self._stopped:
             raise ShuttingDown("the engine has stopped. Retry with another replica.")
-        if len(self._streams) - self._engine.stats.running >= self._max_queue:
-            raise QueueFull(f"{self._max_queue} requests wait already. Retry in a moment, or add a replica.")
-        outputs = Outputs(seq.id, self._close)
-        self._streams[seq.id] = outputs
-        self._inbox.put(lambda: self._engine.add(seq))
+        if len(self._streams) + len(seqs) - self._engine.stats.running > self.max_queue:
+            raise QueueFull(f"{self.max_queue} requests wait already. Retry in a moment, or add a replica.")
+        outputs = Outputs(seqs, self._close)
+        self._streams |= {seq.id: outputs for seq in seqs}
+        self._begin(seqs[0])
         return outputs
 
-    def _close(self, seq_id: str, finished: bool) -> None:
+    def _begin(self, seq: Sequence) -> None:
+        if self._stopped:
+            self._streams[seq.id].put(StepOutput(seq.id, None, FinishReason.FAILED))
+        else:
+            self._inbox.put(partial(self._engine.add, seq))
+
+    def _close(self, seq_id: str) -> None:
         del self._streams[seq_id]
-        if not finished:
-            self._inbox.put(lambda: self._engine.abort(seq_id))
+        self._inbox.put(partial(self._engine.abort, seq_id))
 
     def _run(self) -> None:
         while True:
@@ -139,5 +157,5 @@ class EngineThread:
     def _deliver(self, outputs: list[StepOutput]) -> None:
         for output in outputs:
             stream = self._streams.get(output.seq_id)
-            if stream is not None:
-                stream.put(output)
+            for seq in stream.put(output) if stream is not None else ():
+                self._begin(seq)

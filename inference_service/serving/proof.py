@@ -86,6 +86,11 @@ class _Recorder:
         self._groups = {group.name: group for group in model.config.groups}
         self.added: dict[tuple[int, str], Tensor] = {}
 
+    @property
+    def num_bytes(self) -> int:
+        """Those of the backend."""
+        return self._inner.num_bytes
+
     def load(self, weights: AdapterWeights) -> int:
         """Take an adapter in."""
         return self._inner.load(weights)

@@ -2,50 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Mapping, Sequence
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import jinja2
-from jinja2.ext import loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
+from inference_service.serving.chat_template import ChatTemplate
+from inference_service.serving.vocabulary import Vocabulary
 from shared.faults import CheckpointInvalid, Finding, RequestInvalid
-
-
-class ChatTemplate:
-    """Renders messages as Hugging Face does: a sandbox without access to anything but the messages."""
-
-    def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
-        env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-        env.filters["tojson"] = lambda value, **kwargs: json.dumps(value, ensure_ascii=False, **kwargs)
-        env.globals["raise_exception"] = _raise
-        env.globals["strftime_now"] = lambda form: datetime.now().astimezone().strftime(form)
-        try:
-            self._template = env.from_string(source)
-        except jinja2.TemplateError as error:
-            raise CheckpointInvalid(f"the chat template cannot be parsed: {error}") from error
-        self._special = dict(special_tokens)
-
-    def render(self, messages: Sequence[Mapping[str, str]]) -> str:
-        """Return the prompt that asks for the assistant's turn.
-
-        Raises:
-            RequestInvalid: the template refuses the messages.
-        """
-        try:
-            return self._template.render(messages=list(messages), add_generation_prompt=True, **self._special)
-        except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError) as error:
-            finding = Finding(code="E_MESSAGES", where="messages", found=str(error)[:200])
-            raise RequestInvalid("the chat template refuses the messages.", [finding]) from error
-
-
-def _raise(message: str) -> None:
-    raise jinja2.TemplateError(message)
 
 
 class Text:
@@ -61,6 +29,7 @@ class Text:
         self._tokenizer = tokenizer
         self._template = template
         self.vocab = vocab
+        self.vocabulary = Vocabulary(tokenizer, vocab)
         self.special_tokens = dict(special_tokens or {})
         """By what they are for: ``bos_token`` and the like."""
 
@@ -86,9 +55,9 @@ class Text:
         special = special_tokens(config)
         return cls(tokenizer, ChatTemplate(source, special) if source else None, vocab, special)
 
-    def encode(self, text: str) -> list[int]:
-        """Tokenize a text, with the special tokens that the tokenizer adds itself."""
-        ids: list[int] = self._tokenizer.encode(text).ids
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Tokenize a text, with the special tokens that the tokenizer adds itself unless said otherwise."""
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
 
     def token_id(self, token: str) -> int | None:
@@ -96,8 +65,21 @@ class Text:
         found: int | None = self._tokenizer.token_to_id(token)
         return found
 
-    def encode_messages(
-        self, messages: Sequence[Mapping[str, str]], template: ChatTemplate | None = None
+    def token_bytes(self, token: int) -> bytes:
+        """Return the bytes of a token; they may be a part of a character."""
+        return self.vocabulary.token_bytes(token)
+
+    def token_text(self, token: int) -> str:
+        """Return a token as text; a replacement character stands for a part of a character."""
+        return self.vocabulary.token_text(token)
+
+    async def encode_messages(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        template: ChatTemplate | None = None,
+        tools: Sequence[Mapping[str, Any]] = (),
+        *,
+        add_generation_prompt: bool = True,
     ) -> list[int]:
         """Render messages, with the base's template where none is given, and tokenize them.
 
@@ -108,12 +90,17 @@ class Text:
         if template is None:
             finding = Finding(code="E_NO_TEMPLATE", where="messages", fix="Send text or token_ids.")
             raise RequestInvalid("the base has no chat template.", [finding])
-        ids: list[int] = self._tokenizer.encode(template.render(messages), add_special_tokens=False).ids
-        return ids
+        rendered = await template.render(messages, tools, add_generation_prompt=add_generation_prompt)
+        return await asyncio.to_thread(self.encode, rendered, add_special_tokens=False)
 
-    def detokenizer(self, prompt: Sequence[int]) -> Detokenizer:
+    def decode(self, tokens: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Return the text of tokens."""
+        text: str = self._tokenizer.decode(list(tokens), skip_special_tokens=skip_special_tokens)
+        return text
+
+    def detokenizer(self, prompt: Sequence[int], *, skip_special_tokens: bool = True) -> Detokenizer:
         """Return a detokenizer for the answer to a prompt."""
-        return Detokenizer(self._tokenizer, prompt)
+        return Detokenizer(self._tokenizer, prompt, skip_special_tokens=skip_special_tokens)
 
 
 class Detokenizer:
@@ -122,9 +109,11 @@ class Detokenizer:
     # Tokens of the prompt that decide how the first token of the answer is spaced.
     CONTEXT = 6
 
-    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int]) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, prompt: Sequence[int], *, skip_special_tokens: bool = True
+    ) -> None:
         self._tokenizer = tokenizer
-        self._stream = DecodeStream(ids=list(prompt[-self.CONTEXT :]), skip_special_tokens=True)
+        self._stream = DecodeStream(ids=list(prompt[-self.CONTEXT :]), skip_special_tokens=skip_special_tokens)
 
     def push(self, token: int) -> str:
         """Return the text that became certain with this token; often, but not always, the token's own."""

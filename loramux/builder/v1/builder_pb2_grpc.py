@@ -32,6 +32,12 @@ class BuilderServiceStub:
     reason is one of the names in docs/errors.md; INVALID_ARGUMENT also carries a
     google.rpc.BadRequest with one field violation per finding, and UNAVAILABLE a
     google.rpc.RetryInfo.
+
+    A server with keys (docs/access.md) wants one with the scope "build" as metadata
+    "authorization: Bearer KEY", for reads too. Every rpc can then also end with
+
+    UNAUTHENTICATED    UNAUTHENTICATED: no key, or none of this server's. Send one.
+    PERMISSION_DENIED  PERMISSION_DENIED: the key lacks the scope. Use another.
     """
 
     def __init__(self, channel):
@@ -79,6 +85,12 @@ class BuilderServiceServicer:
     reason is one of the names in docs/errors.md; INVALID_ARGUMENT also carries a
     google.rpc.BadRequest with one field violation per finding, and UNAVAILABLE a
     google.rpc.RetryInfo.
+
+    A server with keys (docs/access.md) wants one with the scope "build" as metadata
+    "authorization: Bearer KEY", for reads too. Every rpc can then also end with
+
+    UNAUTHENTICATED    UNAUTHENTICATED: no key, or none of this server's. Send one.
+    PERMISSION_DENIED  PERMISSION_DENIED: the key lacks the scope. Use another.
     """
 
     def BuildDeployment(self, request, context):
@@ -208,6 +220,12 @@ class BuilderService:
     reason is one of the names in docs/errors.md; INVALID_ARGUMENT also carries a
     google.rpc.BadRequest with one field violation per finding, and UNAVAILABLE a
     google.rpc.RetryInfo.
+
+    A server with keys (docs/access.md) wants one with the scope "build" as metadata
+    "authorization: Bearer KEY", for reads too. Every rpc can then also end with
+
+    UNAUTHENTICATED    UNAUTHENTICATED: no key, or none of this server's. Send one.
+    PERMISSION_DENIED  PERMISSION_DENIED: the key lacks the scope. Use another.
     """
 
     @staticmethod

@@ -31,6 +31,13 @@ class InferenceServiceStub:
     Every error carries a google.rpc.ErrorInfo whose domain is "loramux" and whose
     reason is one of the names in docs/errors.md; RESOURCE_EXHAUSTED and UNAVAILABLE
     also carry a google.rpc.RetryInfo, INVALID_ARGUMENT a google.rpc.BadRequest.
+
+    A server with keys (docs/access.md) wants one with the scope "infer" as metadata
+    "authorization: Bearer KEY"; models that the key is not for do not exist for it. Every
+    rpc can then also end with
+
+    UNAUTHENTICATED    UNAUTHENTICATED: no key, or none of this server's. Send one.
+    PERMISSION_DENIED  PERMISSION_DENIED: the key lacks the scope. Use another.
     """
 
     def __init__(self, channel):
@@ -57,15 +64,27 @@ class InferenceServiceServicer:
     Every error carries a google.rpc.ErrorInfo whose domain is "loramux" and whose
     reason is one of the names in docs/errors.md; RESOURCE_EXHAUSTED and UNAVAILABLE
     also carry a google.rpc.RetryInfo, INVALID_ARGUMENT a google.rpc.BadRequest.
+
+    A server with keys (docs/access.md) wants one with the scope "infer" as metadata
+    "authorization: Bearer KEY"; models that the key is not for do not exist for it. Every
+    rpc can then also end with
+
+    UNAUTHENTICATED    UNAUTHENTICATED: no key, or none of this server's. Send one.
+    PERMISSION_DENIED  PERMISSION_DENIED: the key lacks the scope. Use another.
     """
 
     def Generate(self, request, context):
-        """Streams one Started, any number of Delta, and one Finished. A stream that ends
-        with OK has had its Finished; every other end is an error status. Closing the
-        stream frees the sequence at the next step.
+        """Streams one Started; PromptLogprobs, where the request asks for them; then for each
+        of the n answers any number of Delta and one Finished. Events of different answers
+        come in any mixture; index tells them apart. A stream that ends with OK has had the
+        Finished of every answer; every other end is an error status. Closing the stream
+        frees the sequences at the next step. Clients ignore events that they do not know.
 
         NOT_FOUND           MODEL_NOT_FOUND: the message lists the models that are served.
         INVALID_ARGUMENT    REQUEST_INVALID: the violations name the fields. Correct them.
+        A constraint that cannot be used is named response_format; it can
+        also end a stream that has begun, when what follows would take
+        more work than a token may.
         PROMPT_TOO_LONG: the message gives both numbers. Shorten the
         prompt, or ask for fewer new tokens.
         RESOURCE_EXHAUSTED  QUEUE_FULL: too many requests wait. Retry after the delay.
@@ -110,6 +129,13 @@ class InferenceService:
     Every error carries a google.rpc.ErrorInfo whose domain is "loramux" and whose
     reason is one of the names in docs/errors.md; RESOURCE_EXHAUSTED and UNAVAILABLE
     also carry a google.rpc.RetryInfo, INVALID_ARGUMENT a google.rpc.BadRequest.
+
+    A server with keys (docs/access.md) wants one with the scope "infer" as metadata
+    "authorization: Bearer KEY"; models that the key is not for do not exist for it. Every
+    rpc can then also end with
+
+    UNAUTHENTICATED    UNAUTHENTICATED: no key, or none of this server's. Send one.
+    PERMISSION_DENIED  PERMISSION_DENIED: the key lacks the scope. Use another.
     """
 
     @staticmethod

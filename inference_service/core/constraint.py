@@ -1,0 +1,39 @@
+"""What the text of an answer must look like, and what the engine asks of whoever knows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+Kind = Literal["json_object", "json_schema", "regex", "lark"]
+
+
+@dataclass(frozen=True)
+class Constraint:
+    """A language that the answer belongs to."""
+
+    kind: Kind
+    text: str = ""
+    """The JSON schema, the regular expression or the Lark grammar; empty for ``json_object``."""
+
+
+class Grammar(Protocol):
+    """Follows one answer through a constraint; used on the engine's thread."""
+
+    @property
+    def complete(self) -> bool:
+        """True when the answer cannot go on: it is a whole text of the language and nothing may follow."""
+        ...
+
+    @property
+    def failure(self) -> str:
+        """Why the answer cannot be followed any further; empty while it can."""
+        ...
+
+    def mask(self) -> bytes:
+        """Return the tokens that may come next: bit i % 8 of byte i // 8, lowest first, is token i."""
+        ...
+
+    def accept(self, token: int) -> None:
+        """Take the token that was chosen."""
+        ...

@@ -1,0 +1,59 @@
+"""From tokens on the device to tokens on the host, which waits only when they are looked at."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
+
+import torch
+from torch import Tensor
+
+from inference_service.core.sequence import Sequence, Token
+from inference_service.engine.logits import shapes
+from inference_service.engine.logprobs import scores, tokens_of
+from inference_service.engine.sampler import sample
+from inference_service.engine.transfer import to_device, to_host
+
+
+def read_back(logits: Tensor, ids: Tensor, seqs: Seq[Sequence]) -> Callable[[], list[Token]]:
+    """Begin to copy the tokens ids [>= N] that were drawn from logits [N, vocab]; the result waits for them.
+
+    Where a request shapes its logits, its token is drawn here, which waits for the step, and goes to ids too.
+    """
+    tokens = _draw_shaped(logits, ids, seqs)
+    counts: dict[int, list[int]] = {}
+    for row, seq in enumerate(seqs):
+        if row not in tokens and seq.sampling.logprobs is not None:
+            counts.setdefault(seq.sampling.logprobs, []).append(row)
+    drawn = to_host(ids[: len(seqs)])
+    scored = []
+    for count, rows in counts.items():
+        index = to_device(rows, ids.device)
+        parts = scores(logits.index_select(0, index), ids.index_select(0, index), count)
+        scored.append((rows, [to_host(part) for part in parts]))
+    done = _mark(ids.device)
+
+    def wait() -> list[Token]:
+        done()
+        for rows, parts in scored:
+            tokens.update(zip(rows, tokens_of(parts), strict=True))
+        return [tokens.get(row) or Token(token) for row, token in enumerate(drawn.tolist())]
+
+    return wait
+
+
+def _draw_shaped(logits: Tensor, ids: Tensor, seqs: Seq[Sequence]) -> dict[int, Token]:
+    rows = [row for row, seq in enumerate(seqs) if shapes(seq)]
+    tokens = sample(logits[rows], [seqs[row] for row in rows]) if rows else []
+    for row, token in zip(rows, tokens, strict=True):
+        ids[row] = token.id
+    return dict(zip(rows, tokens, strict=True))
+
+
+def _mark(device: torch.device) -> Callable[[], None]:
+    """Return what waits until the device has done what was given to it up to now."""
+    if device.type != "cuda":
+        return lambda: None
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    event.record()
+    return event.synchronize

@@ -1,0 +1,67 @@
+"""A batch as rows: what a forward pass is given, still on the host."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from inference_service.core.batch import Batch, Chunk
+from inference_service.core.sequence import Sequence
+from inference_service.kernels.attention import Context
+from inference_service.lora.segments import Arrangement, arrange
+
+KNOWN = -1
+"""The source of a row whose token is known on the host."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of a step, base first, then adapter by adapter."""
+
+    arrangement: Arrangement
+    tokens: list[int]
+    """[T]; 0 where the token is in flight."""
+    sources: list[int]
+    """[T]: which of the tokens that the step before drew the row takes, or `KNOWN`."""
+    positions: list[int]
+    """[T]"""
+    contexts: list[Context]
+    """One per chunk."""
+    sampled: list[Sequence]
+    """Those for which a token is drawn."""
+    last_rows: list[int]
+    """The row that each of them is drawn from."""
+    scored: dict[Sequence, range]
+    """Those whose prompt is scored, with the rows behind which stands a token of it that has no score yet."""
+
+    @property
+    def in_flight(self) -> bool:
+        """True when a row takes a token from the step before."""
+        return any(source != KNOWN for source in self.sources)
+
+
+def lay_out(batch: Batch, drawn: Mapping[Sequence, int]) -> Rows:
+    """Lay a batch out; drawn gives each sequence's place among those that the step before drew a token for."""
+    arrangement = arrange(batch)
+    rows = Rows(arrangement, [], [], [], [], [], [], {})
+    for chunk in arrangement.chunks:
+        seq = chunk.seq
+        if seq.scores_prompt:
+            rows.scored[seq] = _scored(chunk, len(rows.tokens))
+        rows.contexts.append(Context(len(rows.tokens), chunk.length, seq.blocks, chunk.end))
+        in_flight = chunk.start == len(seq.tokens)
+        rows.tokens.extend([0] if in_flight else seq.tokens[chunk.start : chunk.end])
+        rows.sources.extend([drawn[seq] if in_flight else KNOWN] * chunk.length)
+        rows.positions.extend(range(chunk.start, chunk.end))
+        if chunk.samples:
+            rows.sampled.append(seq)
+            rows.last_rows.append(len(rows.tokens) - 1)
+    return rows
+
+
+def _scored(chunk: Chunk, row: int) -> range:
+    """Return the rows of a chunk, which begins at row, that score tokens of the prompt."""
+    seq = chunk.seq
+    start = max(chunk.start, len(seq.prompt_scores) - 1)
+    stop = min(chunk.end, seq.num_prompt - 1)
+    return range(row + start - chunk.start, row + stop - chunk.start)

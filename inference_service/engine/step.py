@@ -1,0 +1,37 @@
+"""What the engine asks of a runner."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from inference_service.core.batch import Batch
+from inference_service.core.sequence import Sequence, Token
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A step that was submitted; the device may still be at work on it."""
+
+    seqs: tuple[Sequence, ...]
+    """Those for which it draws a token."""
+    wait: Callable[[], list[Token]]
+    """Waits for the tokens, one per sequence."""
+
+    def tokens(self) -> list[tuple[Sequence, Token]]:
+        """Wait for the step; return the new token of every sequence for which it draws one."""
+        return list(zip(self.seqs, self.wait(), strict=True))
+
+
+class StepRunner(Protocol):
+    """Executes batches, one after the other, in the order in which they are submitted."""
+
+    @property
+    def depth(self) -> int:
+        """Steps that may be under way when the next one is submitted: 0, or 1 to keep a device busy."""
+        ...
+
+    def submit(self, batch: Batch) -> Pending:
+        """Begin a step; a token that is in flight comes from the step before."""
+        ...

@@ -1,0 +1,196 @@
+"""Graphs on a CPU: the stand-in for CUDA graphs, as strict as they are.
+
+A tape holds every operation and every kernel launch with its arguments and results, and runs them again over
+the same memory. It refuses at the recording what CUDA refuses, and what CUDA would silently freeze; only copies
+to the host, which are none here, it does not see.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from inference_service.kernels.launch import Launch, intercepted
+
+REFUSED_TAGS: Final = {
+    torch.Tag.data_dependent_output: "reads a value on the host",
+    torch.Tag.dynamic_output_shape: "makes a shape of values",
+    torch.Tag.nondeterministic_seeded: "draws from a generator of the host",
+}
+REFUSED: Final = {
+    "is_nonzero": "reads a value on the host",
+    "resolve_neg": "reads values on the host",
+    "lift_fresh": "takes values from Python",
+    "scalar_tensor": "takes a value from Python",
+    "arange": "takes values from Python",
+    "repeat_interleave": "makes a shape of values",
+}
+"""By the operation's name."""
+INDEXING: Final = ("index", "index_put", "index_put_")
+"""Static unless a mask is among the indices."""
+UNINITIALIZED: Final = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
+
+
+class CaptureRefused(RuntimeError):
+    """Work that a graph cannot repeat."""
+
+
+@dataclass(frozen=True)
+class _Operation:
+    """One operation; replayed, its new results take the place of those in memory."""
+
+    function: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    results: tuple[tuple[int, Tensor], ...]
+    """Those with memory of their own, with their places among all results."""
+
+    def replay(self) -> None:
+        """Run it again."""
+        again = _tensors(self.function(*self.args, **self.kwargs))
+        for place, result in self.results:
+            result.copy_(again[place])
+
+
+class _Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    """Sees every operation while it is active."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.steps: list[Callable[[], None]] = []
+        self.names: list[str] = []
+        self.made: list[Tensor] = []
+        """Tensors with memory of their own, made by the work."""
+        self.given: dict[int, Tensor] = {}
+        """What was there before, by its memory."""
+        self._known: set[int] = set()
+        self._kept: list[Any] = []
+        self._in_kernel = False
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if self._in_kernel:
+            return func(*args, **kwargs)
+        inputs = _tensors((args, kwargs))
+        _refuse(func, inputs)
+        with self:
+            parts = func.decompose(*args, **kwargs)
+        if parts is not NotImplemented:
+            return parts
+        self._note(inputs)
+        out = func(*args, **kwargs)
+        results = tuple((at, t) for at, t in enumerate(_tensors(out)) if _memory(t) not in self._known)
+        self._keep(out, [result for _, result in results])
+        writes = any(arg.alias_info is not None and arg.alias_info.is_write for arg in func._schema.arguments)
+        if writes or (results and func._schema.name.removeprefix("aten::") not in UNINITIALIZED):
+            self.steps.append(_Operation(func, args, kwargs, results).replay)
+            self.names.append(func._schema.name)
+        return out
+
+    def launch(self, launch: Launch) -> None:
+        """Take a kernel launch; what the interpreter does within it is not recorded."""
+        self._note(_tensors(launch.arguments))
+        self.steps.append(launch.enqueue)
+        self.names.append(launch.kernel.fn.__name__)
+        self._in_kernel = True
+        try:
+            launch.enqueue()
+        finally:
+            self._in_kernel = False
+
+    def _note(self, inputs: Iterable[Tensor]) -> None:
+        for tensor in inputs:
+            if _memory(tensor) not in self._known:
+                self.given[_memory(tensor)] = tensor
+                self._known.add(_memory(tensor))
+
+    def _keep(self, out: Any, made: list[Tensor]) -> None:
+        self._kept.append(out)
+        self.made += made
+        self._known |= {_memory(tensor) for tensor in made}
+
+
+class Tape:
+    """A recording that can be replayed."""
+
+    def __init__(self, recording: _Recording, pool: list[Tensor]) -> None:
+        self.names = tuple(recording.names)
+        """What is launched, in order: kernels, and operations of torch, which are seldom more than one each."""
+        self._steps = recording.steps
+        self._pool = pool
+        pool += recording.made
+
+    @torch.inference_mode()
+    def replay(self) -> None:
+        """Spoil what all graphs of the recorder left in memory of their own, then repeat every step."""
+        for tensor in self._pool:
+            _poison(tensor)
+        for step in self._steps:
+            step()
+
+
+class TapeRecorder:
+    """Records tapes.
+
+    What one leaves behind in memory of its own is poisoned before each replay of any of them: NaN and numbers
+    that are no index.
+    """
+
+    def __init__(self) -> None:
+        self._pool: list[Tensor] = []
+
+    @torch.inference_mode()
+    def capture(self, work: Callable[[], None]) -> Tape:
+        """Record what a function does, twice: a tensor that is there only once does not outlive the recording.
+
+        Before that it runs once unseen, so that what is made at first use is there.
+
+        Raises:
+            CaptureRefused: the work depends on values, or takes some from the host.
+        """
+        work()
+        first, recording = _Recording(), _Recording()
+        for each in (first, recording):
+            with each, intercepted(each.launch):
+                work()
+        passing = [tensor for memory, tensor in recording.given.items() if memory not in first.given]
+        if passing:
+            shapes = [tuple(tensor.shape) for tensor in passing]
+            raise CaptureRefused(f"the work reads tensors that do not outlive it, of shapes {shapes}")
+        return Tape(recording, self._pool)
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def _memory(tensor: Tensor) -> int:
+    """Identify a tensor's memory; views share it."""
+    return id(tensor) if tensor.is_mkldnn else tensor.untyped_storage().data_ptr()
+
+
+def _refuse(function: Any, inputs: Sequence[Tensor]) -> None:
+    name = function._schema.name.removeprefix("aten::")
+    reasons = [REFUSED[name]] if name in REFUSED else []
+    if name in INDEXING:
+        if any(tensor.dtype in (torch.bool, torch.uint8) for tensor in inputs[1:]):
+            reasons.append("makes a shape of values")
+    else:
+        reasons += [reason for tag, reason in REFUSED_TAGS.items() if tag in function.tags]
+    if reasons:
+        raise CaptureRefused(f"{name} {reasons[0]}")
+
+
+def _poison(tensor: Tensor) -> None:
+    if tensor.dtype.is_floating_point:
+        tensor.fill_(torch.nan)
+    elif tensor.dtype != torch.bool:
+        tensor.fill_(torch.iinfo(tensor.dtype).min)

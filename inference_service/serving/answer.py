@@ -1,0 +1,85 @@
+"""One answer of a request: from tokens to text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+
+from inference_service.core.sequence import FinishReason, Sequence, StepOutput, Token
+from inference_service.serving.request import Delta, Event, Finished, PromptLogprobs
+from inference_service.serving.text import Detokenizer, StopTexts
+from shared.faults import Fault, Finding, InternalFault, RequestInvalid, Status
+
+
+class DeadlineExceeded(Fault):
+    """The request's deadline passed; its sequence was freed."""
+
+    reason = "DEADLINE_EXCEEDED"
+    status = Status.DEADLINE_EXCEEDED
+
+
+class Answer:
+    """Turns the outputs of a sequence into events; a stop token has no text."""
+
+    def __init__(self, index: int, seq: Sequence, detokenizer: Detokenizer, stops: Seq[str]) -> None:
+        self.seq = seq
+        self.finished = False
+        self._index = index
+        self._detokenizer = detokenizer
+        self._stops = StopTexts(stops)
+        self._count = 0
+
+    def advance(self, outputs: Seq[StepOutput]) -> list[Event]:
+        """Return what the next outputs say; nothing once the answer is finished.
+
+        Raises:
+            DeadlineExceeded: the sequence ended so.
+            RequestInvalid: its constraint became too complex to follow.
+            InternalFault: the step that it was part of failed.
+        """
+        if self.finished or not outputs:
+            return []
+        events: list[Event] = []
+        if outputs[0].prompt:
+            events.append(PromptLogprobs(outputs[0].prompt))
+        delta, reason = self._read(outputs)
+        if delta.tokens:
+            events.append(delta)
+        if reason is not None:
+            self.finished = True
+            events.append(self._finished(reason, outputs[-1].num_cached))
+        return events
+
+    def _read(self, outputs: Seq[StepOutput]) -> tuple[Delta, FinishReason | None]:
+        """Read up to a stop text."""
+        text = ""
+        tokens: list[Token] = []
+        for output in outputs:
+            self._raise_failure(output)
+            if output.token is not None:
+                tokens.append(output.token)
+                silent = output.token.id in self.seq.sampling.stop_token_ids
+                text += self._stops.push("" if silent else self._detokenizer.push(output.token.id))
+            if self._stops.found is not None:
+                return self._delta(text, tokens), FinishReason.STOP
+        reason = outputs[-1].finish
+        return self._delta(text + (self._stops.flush() if reason else ""), tokens), reason
+
+    def _delta(self, text: str, tokens: Seq[Token]) -> Delta:
+        self._count += len(tokens)
+        return Delta(text, tuple(tokens), self._index)
+
+    def _finished(self, reason: FinishReason, cached: int) -> Finished:
+        stop_text = self._stops.found or ""
+        return Finished(reason, stop_text, self.seq.num_prompt, cached, self._count, self._index)
+
+    def _raise_failure(self, output: StepOutput) -> None:
+        if output.finish is FinishReason.DEADLINE:
+            raise DeadlineExceeded("the deadline passed before the answer was complete; it was ended.")
+        if output.finish is not FinishReason.FAILED:
+            return
+        if self.seq.grammar is not None and self.seq.grammar.failure:
+            finding = Finding(
+                code="E_CONSTRAINT", where="response_format", found=self.seq.grammar.failure, fix="Simplify it."
+            )
+            raise RequestInvalid("the answer cannot be constrained any further.", [finding])
+        raise InternalFault("the engine failed; the server's log has the details. Please report it.")

@@ -1,0 +1,41 @@
+"""The inner side: answers questions within limits, one after the other."""
+
+from __future__ import annotations
+
+import json
+import resource
+import select
+import signal
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, Final
+
+CPU_S: Final = 1.0
+"""For one question."""
+MEMORY_BYTES: Final = 512 * 1024 * 1024
+IDLE_S: Final = 600.0
+
+
+def serve(answer: Callable[[dict[str, Any]], dict[str, str]]) -> None:
+    """Answer lines of JSON on stdin with lines of JSON on stdout, until nobody asks.
+
+    A question that takes more time than it may ends the process: the timer's signal does. One that takes more
+    memory meets `MemoryError`.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever asks ends it, by closing stdin
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    with suppress(ValueError, OSError):  # macOS refuses this one
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    while select.select([sys.stdin], [], [], IDLE_S)[0]:
+        line = sys.stdin.buffer.readline()
+        if not line:
+            return
+        signal.setitimer(signal.ITIMER_PROF, CPU_S)
+        try:
+            said = answer(json.loads(line))
+        except MemoryError:
+            said = {"error": f"it takes more than {MEMORY_BYTES // 2**20} MB"}
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        sys.stdout.write(json.dumps(said) + "\n")
+        sys.stdout.flush()

@@ -1,0 +1,98 @@
+"""What the fields of a request may hold."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Final
+
+from inference_service.serving.request import Request
+from shared.faults import Finding, RequestInvalid
+
+MAX_ANSWERS: Final = 128
+MAX_STOPS: Final = 16
+MAX_STOP_CHARS: Final = 256
+MAX_STOP_IDS: Final = 64
+MAX_LOGPROBS: Final = 20
+MAX_BIASES: Final = 1024
+MAX_BIAS: Final = 100.0
+MAX_PENALTY: Final = 2.0
+MAX_REPETITION: Final = 10.0
+MAX_CONSTRAINT_BYTES: Final = 64 * 1024
+MAX_TOOLS: Final = 128
+
+Rule = tuple[bool, str, str, object]
+"""Whether it is broken, the field, what is expected, what was found."""
+
+
+def check(request: Request, vocab: int, max_queue: int) -> None:
+    """Look at all fields that can be judged without the prompt's tokens.
+
+    Raises:
+        RequestInvalid: with one finding per field that is out of bounds.
+    """
+    rules = [*_prompt(request, vocab), *_lengths(request, vocab, max_queue), *_numbers(request)]
+    findings = [
+        Finding(code="E_BAD_FIELD", where=where, expected=expected, found=str(found))
+        for broken, where, expected, found in (*rules, *_lists(request, vocab))
+        if broken
+    ]
+    if findings:
+        fields = ", ".join(sorted({finding.where for finding in findings}))
+        raise RequestInvalid(f"the request has fields out of bounds: {fields}.", findings)
+
+
+def _prompt(request: Request, vocab: int) -> Iterator[Rule]:
+    ids = request.prompt if isinstance(request.prompt, list) else []
+    wrong = [item for item in ids if isinstance(item, int) and not 0 <= item < vocab]
+    yield bool(wrong), "token_ids", f"ids from 0 to {vocab - 1}", wrong[:5]
+    yield len(request.tools) > MAX_TOOLS, "tools", f"at most {MAX_TOOLS}", len(request.tools)
+
+
+def _lengths(request: Request, vocab: int, max_queue: int) -> Iterator[Rule]:
+    answers = min(MAX_ANSWERS, max_queue)
+    yield not 1 <= request.n <= answers, "n", f"1 to {answers}", request.n
+    alone = request.max_tokens == 0 and request.prompt_logprobs is None
+    yield alone, "max_tokens", "at least 1, where no prompt_logprobs are asked for", 0
+    negative = request.max_tokens is not None and request.max_tokens < 0
+    yield negative, "max_tokens", "at least 1", request.max_tokens
+    most = request.max_tokens if request.max_tokens is not None else math.inf
+    wrong = request.min_tokens is not None and not 0 <= request.min_tokens <= most
+    yield wrong, "min_tokens", "0 to max_tokens", request.min_tokens
+    reported = min(MAX_LOGPROBS, vocab)
+    for name, count in (("logprobs", request.logprobs), ("prompt_logprobs", request.prompt_logprobs)):
+        yield count is not None and not 0 <= count <= reported, name, f"0 to {reported}", count
+
+
+def _numbers(request: Request) -> Iterator[Rule]:
+    penalty = (-MAX_PENALTY, MAX_PENALTY, f"{-MAX_PENALTY:g} to {MAX_PENALTY:g}")
+    smallest = math.ulp(0.0)
+    for name, value, (low, high, expected) in (
+        ("temperature", request.temperature, (0.0, 100.0, "0 to 100")),
+        ("top_p", request.top_p, (smallest, 1.0, "above 0, at most 1")),
+        ("top_k", request.top_k, (0, math.inf, "at least 0")),
+        ("min_p", request.min_p, (0.0, 1.0, "0 to 1")),
+        ("repetition_penalty", request.repetition_penalty, (smallest, MAX_REPETITION, "above 0, at most 10")),
+        ("presence_penalty", request.presence_penalty, penalty),
+        ("frequency_penalty", request.frequency_penalty, penalty),
+    ):
+        yield value is not None and not low <= value <= high, name, expected, value
+
+
+def _lists(request: Request, vocab: int) -> Iterator[Rule]:
+    yield len(request.stop) > MAX_STOPS, "stop", f"at most {MAX_STOPS} texts", len(request.stop)
+    wrong = sorted({len(text) for text in request.stop if not 0 < len(text) <= MAX_STOP_CHARS})
+    yield bool(wrong), "stop", f"texts of 1 to {MAX_STOP_CHARS} characters", wrong
+    many = len(request.stop_token_ids) > MAX_STOP_IDS
+    yield many, "stop_token_ids", f"at most {MAX_STOP_IDS}", len(request.stop_token_ids)
+    foreign = [token for token in request.stop_token_ids[:MAX_STOP_IDS] if not 0 <= token < vocab]
+    yield bool(foreign), "stop_token_ids", f"ids from 0 to {vocab - 1}", foreign[:5]
+    bias = request.logit_bias
+    yield len(bias) > MAX_BIASES, "logit_bias", f"at most {MAX_BIASES} tokens", len(bias)
+    foreign = [token for token in bias if not 0 <= token < vocab]
+    yield bool(foreign), "logit_bias", f"ids from 0 to {vocab - 1}", foreign[:5]
+    wild = [value for value in bias.values() if not -MAX_BIAS <= value <= MAX_BIAS]
+    yield bool(wild), "logit_bias", f"{-MAX_BIAS:g} to {MAX_BIAS:g}", wild[:5]
+    size = len(request.constraint.text.encode()) if request.constraint else 0
+    expected = f"at most {MAX_CONSTRAINT_BYTES} bytes"
+    yield size > MAX_CONSTRAINT_BYTES, "response_format", expected, size

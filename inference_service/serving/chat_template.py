@@ -1,0 +1,72 @@
+"""Chat templates: rendered in a process of their own, which ends when a template takes too much.
+
+A template comes with a base or an adapter, so from a stranger. The sandbox keeps it from reaching anything, but
+nothing inside a process can end a loop, a power or a doubled list that never comes back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any, Final
+
+from inference_service.serving.bounded.process import BoundedProcess
+from shared.faults import CheckpointInvalid, Finding, RequestInvalid
+
+MAX_TEMPLATE_CHARS: Final = 1_000_000
+MAX_PROCESSES: Final = 16
+"""One per template, so that none waits for another; the least recently used one ends first."""
+
+
+class ChatTemplate:
+    """Renders messages as Hugging Face does."""
+
+    def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
+        """Take a template that can be compiled within the limits.
+
+        Raises:
+            CheckpointInvalid: it cannot.
+        """
+        if len(source) > MAX_TEMPLATE_CHARS:
+            raise CheckpointInvalid(
+                f"the chat template has {len(source)} characters, at most {MAX_TEMPLATE_CHARS} are rendered."
+            )
+        self._source = source
+        self._special = dict(special_tokens)
+        answer = _CHECKER.ask({"source": source, "variables": None}).result()
+        if "error" in answer:
+            raise CheckpointInvalid(f"the chat template cannot be parsed: {answer['error']}")
+
+    async def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] = (),
+        *,
+        add_generation_prompt: bool = True,
+    ) -> str:
+        """Return the prompt.
+
+        Raises:
+            RequestInvalid: the template refuses the messages, or takes more time or memory than it may.
+        """
+        variables = self._special | {
+            "messages": list(messages),
+            "tools": list(tools) or None,
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+        }
+        asked = _renderer(self._source).ask({"source": self._source, "variables": variables})
+        answer = await asyncio.wrap_future(asked)
+        if "error" in answer:
+            finding = Finding(code="E_MESSAGES", where="messages", found=answer["error"])
+            raise RequestInvalid("the chat template refuses the messages.", [finding])
+        return answer["text"]
+
+
+_CHECKER: Final = BoundedProcess("templates")
+
+
+@lru_cache(maxsize=MAX_PROCESSES)
+def _renderer(source: str) -> BoundedProcess:  # noqa: ARG001 - the key
+    return BoundedProcess("templates")

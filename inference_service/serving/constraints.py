@@ -1,0 +1,195 @@
+"""From a constraint to grammars that mask tokens.
+
+llguidance does the work: `_grammar`, `_Tokens` and `_Matcher` are all that knows it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections import OrderedDict
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
+
+from inference_service.core.constraint import Constraint, Grammar
+from inference_service.serving.bounded.grammars import LIMITS
+from inference_service.serving.bounded.process import BoundedProcess
+from inference_service.serving.text import Text
+from shared.faults import Finding, RequestInvalid
+
+if TYPE_CHECKING:
+    from llguidance._lib import JsonCompileOptions
+
+CACHED: Final = 128
+COMPILE_TIMEOUT_S: Final = 10.0
+# A model that is unsure of what comes next would else write spaces until its tokens are spent.
+JSON_OPTIONS: Final[JsonCompileOptions] = {"whitespace_pattern": r"\n?[ \t]{0,40}"}
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A constraint that any number of answers can begin with."""
+
+    start: LLMatcher
+    eos: int
+    """The token that the library allows where the text may stop."""
+
+    def begin(self, ends: frozenset[int]) -> Grammar:
+        """Return the grammar of a new answer; a token of ends may come where its text may stop."""
+        return _Matcher(self.start.deep_copy(), self.eos, ends)
+
+
+class Constraints:
+    """Compiles constraints on a thread of its own, after a trial in a process, and keeps the recent ones."""
+
+    def __init__(self, text: Text, eos_token_ids: frozenset[int]) -> None:
+        self._text = text
+        self._eos = min(eos_token_ids, default=0)
+        self._matchers: OrderedDict[Constraint, asyncio.Future[LLMatcher | str]] = OrderedDict()
+        self._trial = BoundedProcess("grammars")
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="constraints")
+
+    async def compile(self, constraint: Constraint) -> Compiled:
+        """Return a compiled constraint.
+
+        Raises:
+            RequestInvalid: it cannot be parsed, is not supported, or takes too long; names ``response_format``.
+        """
+        future = self._matchers.get(constraint)
+        if future is None:
+            grammar = _grammar(constraint)
+            future = asyncio.get_running_loop().run_in_executor(self._thread, self._begin, grammar)
+            self._matchers[constraint] = future
+        self._matchers.move_to_end(constraint)
+        while len(self._matchers) > CACHED:
+            self._matchers.popitem(last=False)
+        try:
+            start = await asyncio.wait_for(asyncio.shield(future), COMPILE_TIMEOUT_S)
+        except TimeoutError:
+            raise _refused(f"not ready after {COMPILE_TIMEOUT_S:g} s", "Simplify it, or retry.") from None
+        if isinstance(start, str):
+            raise _refused(start)
+        return Compiled(start, self._eos)
+
+    @cached_property
+    def _tokenizer(self) -> LLTokenizer:
+        return LLTokenizer(TokenizerWrapper(_Tokens(self._text, self._eos)))
+
+    def _begin(self, grammar: str) -> LLMatcher | str:
+        """Return the beginning of a grammar, or why there is none."""
+        if error := self._trial.ask({"grammar": grammar}).result().get("error"):
+            return error
+        start = LLMatcher(self._tokenizer, grammar, limits=LIMITS, log_level=0)
+        start.compute_bitmask()  # makes the lexer's first states, which every answer needs
+        return str(start.get_error()) or start
+
+
+def _refused(reason: str, fix: str = "Correct it.") -> RequestInvalid:
+    finding = Finding(code="E_CONSTRAINT", where="response_format", found=reason[:500], fix=fix)
+    return RequestInvalid("the response format is refused.", [finding])
+
+
+def _grammar(constraint: Constraint) -> str:
+    match constraint.kind:
+        case "json_object":
+            return LLMatcher.grammar_from_json_schema({"type": "object"}, defaults=JSON_OPTIONS)
+        case "json_schema":
+            return _schema_grammar(constraint.text)
+        case "regex":
+            return LLMatcher.grammar_from_regex(constraint.text)
+        case "lark":
+            return LLMatcher.grammar_from_lark(constraint.text)
+
+
+def _schema_grammar(text: str) -> str:
+    try:
+        schema = json.loads(text)
+        if isinstance(schema, dict | bool):
+            return LLMatcher.grammar_from_json_schema(text, defaults=JSON_OPTIONS)
+    except (ValueError, RecursionError) as error:
+        raise _refused(f"the schema is not JSON: {error}") from error
+    raise _refused(f"the schema is a {type(schema).__name__}", "Send an object.")
+
+
+class _Tokens:
+    """Our vocabulary as llguidance asks for it."""
+
+    bos_token_id = None
+
+    def __init__(self, text: Text, eos: int) -> None:
+        self.eos_token_id = eos
+        self.tokens = text.vocabulary.all_bytes
+        self.special_token_ids = sorted(text.vocabulary.special)
+        self._text = text
+        self._ids = {spelled: token for token, spelled in enumerate(self.tokens) if spelled}
+        self._longest = max(map(len, self._ids), default=0)
+
+    def __call__(self, piece: str) -> Sequence[int]:
+        """Tokenize what a grammar leaves no choice about: as the model would, if that spells just the piece."""
+        wanted = piece.encode()
+        for mark in ("", "\x02"):  # behind a mark, no tokenizer puts a space before the first word
+            ids = self._text.encode(mark + piece, add_special_tokens=False)
+            for start in range(3):
+                if b"".join(self.tokens[token] for token in ids[start:]) == wanted:
+                    return ids[start:]
+        return self._greedy(wanted)
+
+    def _greedy(self, wanted: bytes) -> list[int]:
+        """Take the longest token again and again, as far as there is one."""
+        ids: list[int] = []
+        at = 0
+        while at < len(wanted):
+            ends = range(min(len(wanted), at + self._longest), at, -1)
+            end = next((end for end in ends if wanted[at:end] in self._ids), None)
+            if end is None:
+                break
+            ids.append(self._ids[wanted[at:end]])
+            at = end
+        return ids
+
+
+class _Matcher:
+    """A `Grammar`: a token of ends may come where the text may stop, and no other special token ever."""
+
+    def __init__(self, matcher: Any, eos: int, ends: frozenset[int]) -> None:
+        self.complete = False
+        self.failure = ""
+        self._matcher = matcher
+        self._eos = eos
+        self._ends = ends
+        self._mask: bytes | None = None
+
+    def mask(self) -> bytes:
+        """Return the tokens that may come next."""
+        if self._mask is None:
+            self._mask = self._look()
+        return self._mask
+
+    def accept(self, token: int) -> None:
+        """Take the token that was chosen."""
+        if token in self._ends or self.failure:
+            return
+        self._matcher.consume_token(token)
+        self._mask = self._look()
+
+    def _look(self) -> bytes:
+        """Return the mask; note whether the text is complete, or cannot be continued by any token."""
+        self.failure = self._matcher.get_error()
+        may_stop = not self.failure and self._matcher.is_accepting()
+        mask = bytearray(self._matcher.compute_bitmask())
+        for token in (self._eos, *self._ends):
+            mask[token // 8] &= ~(1 << token % 8)
+        stuck = not np.frombuffer(mask, np.uint8).any()
+        self.complete = may_stop and stuck
+        if stuck and not may_stop and not self.failure:
+            self.failure = "no token of this model continues the text"
+        if may_stop:
+            for token in self._ends:
+                mask[token // 8] |= 1 << token % 8
+        return bytes(mask)

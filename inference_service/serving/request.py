@@ -1,0 +1,101 @@
+"""What a door asks for, and the events that answer it."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from inference_service.core.constraint import Constraint
+from inference_service.core.sequence import FinishReason, Token
+from inference_service.serving.catalog import ServedModel
+
+Message = Mapping[str, Any]
+"""A turn as chat templates know it: role, content (text or None), and name, tool_calls, tool_call_id."""
+Prompt = str | list[int] | list[Message]
+"""Text, token ids or chat messages."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """A request for one or more answers; None means that the client left it unset."""
+
+    model: str
+    prompt: Prompt
+    n: int = 1
+    """Answers; the first is the one that a request for one would have, the others have seeds of their own."""
+    max_tokens: int | None = None
+    """0 only together with prompt_logprobs: the prompt is computed and nothing else."""
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    min_tokens: int | None = None
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    logprobs: int | None = None
+    """Log probability of each token of the answers, and of so many of the most likely ones beside it."""
+    prompt_logprobs: int | None = None
+    """The same for the tokens of the prompt; 0 is their own alone."""
+    constraint: Constraint | None = None
+    skip_special_tokens: bool = True
+    """Leave special tokens out of the text."""
+    add_generation_prompt: bool = True
+    """End rendered messages with the beginning of the assistant's turn."""
+    tools: tuple[Mapping[str, Any], ...] = ()
+    """Rendered by the chat template."""
+    priority: int = 0
+    deadline_s: float | None = None
+    """On the clock of ``time.monotonic``."""
+    id: str = field(default_factory=lambda: uuid.uuid4().hex)
+
+
+@dataclass(frozen=True)
+class Started:
+    """The request was accepted."""
+
+    request_id: str
+    model: ServedModel
+    generation: int
+    prompt_tokens: int
+
+
+@dataclass(frozen=True)
+class PromptLogprobs:
+    """All tokens of the prompt; comes once, before the first Delta, when the request asks for it."""
+
+    tokens: tuple[Token, ...]
+    """The first has no log probability: nothing stands before it."""
+
+
+@dataclass(frozen=True)
+class Delta:
+    """New text of an answer, and the tokens that were decoded for it."""
+
+    text: str
+    tokens: tuple[Token, ...]
+    index: int = 0
+    """Which of the n answers."""
+
+
+@dataclass(frozen=True)
+class Finished:
+    """An answer is complete."""
+
+    reason: FinishReason
+    stop_text: str
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+    index: int = 0
+    """Which of the n answers."""
+
+
+Event = Started | PromptLogprobs | Delta | Finished

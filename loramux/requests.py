@@ -1,0 +1,112 @@
+"""What a caller says as a request of the inference service."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from typing import Any, Final, cast
+
+from loramux.inference.v1 import inference_pb2 as pb
+from loramux.records import GenerateOptions, Message, Prompt
+from shared.faults import Finding, RequestInvalid
+
+PROMPTS: Final = "text, a list of token ids, or a list of messages with role and content"
+_TEMPLATED: Final = ("tools", "add_generation_prompt")
+_CONSTRAINTS: Final = ("json_object", "json_schema", "regex", "lark")
+
+
+def generate_request(model: str, prompt: Prompt, options: GenerateOptions) -> pb.GenerateRequest:
+    """Return a request.
+
+    Raises:
+        RequestInvalid: an option's value does not fit its field; the findings name them all.
+        TypeError: an option that does not exist.
+    """
+    if unknown := sorted(set(options) - set(GenerateOptions.__annotations__)):
+        known = ", ".join(GenerateOptions.__annotations__)
+        raise TypeError(f"unknown option {unknown[0]!r}; known are {known}")
+    given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+    if isinstance(given.get("stop"), str):
+        given["stop"] = [given["stop"]]
+    fields: dict[str, Any] = {"model": model, "priority": given.pop("priority", 0)}
+    constraints: dict[str, Any] = {name: given.pop(name) for name in _CONSTRAINTS if name in given}
+    templated: dict[str, Any] = {name: given.pop(name) for name in _TEMPLATED if name in given}
+    findings = [*_misfits(pb.GenerateRequest, fields), *_misfits(pb.SamplingParams, given)]
+    try:
+        fields |= _prompt(prompt, templated)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        findings.append(Finding(code="E_BAD_FIELD", where="prompt", expected=PROMPTS, found=str(error)))
+    try:
+        fields |= _constraint(constraints)
+    except (ValueError, TypeError) as error:
+        findings.append(Finding(code="E_BAD_FIELD", where="constraint", found=str(error)))
+    if findings:
+        raise RequestInvalid("the request cannot be sent", findings)
+    return pb.GenerateRequest(**fields, sampling=pb.SamplingParams(**given))
+
+
+def _misfits(kind: Callable[..., object], fields: Mapping[str, Any]) -> list[Finding]:
+    findings = []
+    for name, value in fields.items():
+        try:
+            kind(**{name: value})
+        except (ValueError, TypeError) as error:
+            found = repr(value)[:80]
+            findings.append(Finding(code="E_BAD_FIELD", where=name, found=found, fix=str(error)))
+    return findings
+
+
+def _prompt(prompt: Prompt, templated: Mapping[str, Any]) -> dict[str, Any]:
+    if isinstance(prompt, str):
+        return {"text": prompt}
+    items = list(prompt)
+    if items and isinstance(items[0], Mapping):
+        turns = [_turn(item) for item in cast(list[Message], items)]
+        tools = [_tool(tool) for tool in templated.get("tools", ())]
+        fields = {name: value for name, value in templated.items() if name != "tools"}
+        return {"messages": pb.Messages(messages=turns, tools=tools, **fields)}
+    return {"token_ids": pb.TokenIds(ids=cast(list[int], items))}
+
+
+def _turn(message: Mapping[str, Any]) -> pb.Message:
+    """Return a turn, given in the shape of the OpenAI API."""
+    return pb.Message(
+        role=message["role"],
+        content=message.get("content") or "",
+        name=message.get("name"),
+        tool_call_id=message.get("tool_call_id"),
+        tool_calls=[
+            pb.ToolCall(
+                id=call.get("id"),
+                name=call["function"]["name"],
+                arguments=_json(call["function"].get("arguments", {})),
+            )
+            for call in message.get("tool_calls") or ()
+        ],
+    )
+
+
+def _tool(tool: Mapping[str, Any]) -> pb.Tool:
+    function = tool["function"]
+    parameters = function.get("parameters")
+    return pb.Tool(
+        name=function["name"],
+        description=function.get("description"),
+        parameters="" if parameters is None else _json(parameters),
+    )
+
+
+def _constraint(given: Mapping[str, Any]) -> dict[str, Any]:
+    said = {name: value for name, value in given.items() if value is not False}
+    if len(said) > 1:
+        raise ValueError(f"one constraint at most, not {' and '.join(said)}")
+    for name, value in said.items():
+        if name == "json_object":
+            return {"constraint": pb.Constraint(json_object=pb.JsonObject())}
+        text: Any = _json(value) if name == "json_schema" else value
+        return {"constraint": pb.Constraint(**{name: text})}
+    return {}
+
+
+def _json(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

@@ -1,0 +1,232 @@
+"""Structured output: whatever the model, an answer that stops is of the language that was asked for."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import time
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import pytest
+import pytest_asyncio
+
+from inference_service.core.constraint import Constraint, Kind
+from inference_service.core.sequence import FinishReason
+from inference_service.serving.constraints import Constraints
+from inference_service.serving.service import Delta, Finished, Request
+from inference_service.serving.startup import Ready
+from shared.faults import RequestInvalid
+from shared.storage.memory import MemoryStore
+from tests.tiny import World, make_world
+
+PROMPT = [5, 6, 7, 8]
+# A random model hardly ever closes a brace by itself.
+CLOSING = {3 + ord(char) - 32: 6.0 for char in '"}],:'} | {2: 4.0}
+DRAWN: dict[str, Any] = {"max_tokens": 120, "temperature": 1.0, "logit_bias": CLOSING}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[World, MemoryStore]:
+    world, store = make_world(tmp_path_factory.mktemp("tiny")), MemoryStore()
+    world.build(store)
+    return world, store
+
+
+@pytest_asyncio.fixture
+async def ready(world: tuple[World, MemoryStore]) -> AsyncIterator[Ready]:
+    ready = world[0].load(world[1], stream_interval_ms=0)
+    ready.engine.start()
+    yield ready
+    await ready.engine.stop()
+
+
+async def ask(ready: Ready, kind: Kind, text: str = "", **fields: Any) -> list[tuple[str, FinishReason]]:
+    """Text and end of every answer."""
+    request = Request(fields.pop("model", "base"), PROMPT, constraint=Constraint(kind, text), **fields)
+    texts, ends = ["" for _ in range(request.n)], {}
+    async for event in ready.service.generate(request):
+        if isinstance(event, Delta):
+            texts[event.index] += event.text
+        elif isinstance(event, Finished):
+            ends[event.index] = event.reason
+    return [(text, ends[index]) for index, text in enumerate(texts)]
+
+
+POINT = {
+    "type": "object",
+    "properties": {"x": {"type": "integer"}, "tag": {"enum": ["a", "b"]}},
+    "required": ["x", "tag"],
+    "additionalProperties": False,
+}
+
+
+def is_point(value: Any) -> bool:
+    """Of POINT."""
+    return set(value) == {"x", "tag"} and isinstance(value["x"], int) and value["tag"] in ("a", "b")
+
+
+LIST = {
+    "type": "array",
+    "items": {"anyOf": [{"type": "boolean"}, {"type": "null"}]},
+    "minItems": 2,
+    "maxItems": 4,
+}
+
+
+def is_list(value: Any) -> bool:
+    """Of LIST."""
+    return (
+        isinstance(value, list) and 2 <= len(value) <= 4 and all(item in (True, False, None) for item in value)
+    )
+
+
+STRING = {"type": "string", "maxLength": 5}
+
+
+def is_string(value: Any) -> bool:
+    """Of STRING."""
+    return isinstance(value, str) and len(value) <= 5
+
+
+SCHEMAS: list[tuple[dict[str, Any], Callable[[Any], bool]]] = [
+    (POINT, is_point),
+    (LIST, is_list),
+    (STRING, is_string),
+    ({"$ref": "#/$defs/p", "$defs": {"p": POINT}}, is_point),
+]
+
+
+async def test_answers_are_of_their_schema(ready: Ready) -> None:
+    """Four schemas, base and adapters, 8 draws each, in one batch: what stops is valid, and nearly all do."""
+    models = ("base", "all", "rs", "wide")
+    answers = await asyncio.gather(
+        *(
+            ask(ready, "json_schema", json.dumps(schema), model=model, n=8, seed=seed, **DRAWN)
+            for seed, (schema, _) in enumerate(SCHEMAS)
+            for model in models
+        )
+    )
+    stopped = 0
+    for number, (_, valid) in enumerate(SCHEMAS):
+        for text, end in (item for answer in answers[4 * number : 4 * number + 4] for item in answer):
+            if end is FinishReason.STOP:
+                stopped += 1
+                assert valid(json.loads(text)), text
+    assert stopped > 100
+
+
+async def test_any_object_is_an_object(ready: Ready) -> None:
+    """json_object gives objects, with min_tokens too, and also where the end of sequence is ignored."""
+    for fields in ({}, {"min_tokens": 30}, {"ignore_eos": True}):
+        answers = await ask(ready, "json_object", n=12, seed=4, **DRAWN, **fields)
+        whole = [json.loads(text) for text, end in answers if end is FinishReason.STOP]
+        assert whole
+        assert all(isinstance(value, dict) for value in whole)
+
+
+async def test_regular_expressions_and_grammars_hold_for_the_whole_answer(ready: Ready) -> None:
+    """The answer matches as a whole, and a finite language ends by itself."""
+    for text, end in await ask(ready, "regex", "(ab|c){3}[0-9]?", n=6, seed=5, **DRAWN):
+        assert end is FinishReason.STOP
+        assert re.fullmatch("(ab|c){3}[0-9]?", text)
+    for text, end in await ask(ready, "lark", 'start: "<" start ">" | "x"', n=6, seed=6, **DRAWN):
+        if end is FinishReason.STOP:
+            assert re.fullmatch("<*x>*", text)
+            assert text.count("<") == text.count(">")
+
+
+async def test_the_end_of_sequence_comes_only_where_the_text_may_end(ready: Ready) -> None:
+    """However likely the end is, and however the adapter ends, three letters come first."""
+    fields = DRAWN | {"logit_bias": {2: 100.0}}
+    assert await ask(
+        ready, "regex", "[a-z]{3,9}", **fields | {"temperature": 0.0, "logit_bias": {2: 100.0, 70: 90.0}}
+    ) == [("ccc", FinishReason.STOP)]
+    for model in ("base", "all"):
+        ((text, end),) = await ask(ready, "regex", "[a-z]{3,9}", model=model, **fields)
+        assert (len(text), end) == (3, FinishReason.STOP)
+
+
+async def test_stop_texts_and_limits_end_a_constrained_answer(ready: Ready) -> None:
+    """A stop text ends it early, and a limit too; what came is a beginning of the language."""
+    ((text, end),) = await ask(ready, "regex", "a{50}b", stop=("aaaa",), max_tokens=60)
+    assert (text, end) == ("", FinishReason.STOP)
+    ((text, end),) = await ask(ready, "regex", "a{50}b", max_tokens=7)
+    assert (text, end) == ("a" * 7, FinishReason.LENGTH)
+    ((text, end),) = await ask(ready, "regex", "a{7}", max_tokens=7)
+    assert (text, end) == ("a" * 7, FinishReason.STOP)
+
+
+async def test_a_preempted_answer_goes_on_where_it_was(world: tuple[World, MemoryStore]) -> None:
+    """With too little memory for all, and without the prefix cache, constrained answers are the same."""
+    found, schema = [], json.dumps({"type": "string", "minLength": 95})
+    for settings in ({}, {"kv_memory_gb": 0.00007, "prefix_cache": False}):
+        ready = world[0].load(world[1], stream_interval_ms=0, **settings)
+        ready.engine.start()
+        found.append(await ask(ready, "json_schema", schema, n=6, seed=9, **DRAWN))
+        preempted = ready.engine.stats.preemptions
+        await ready.engine.stop()
+    assert preempted
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "why"),
+    [
+        ("json_schema", "{", "not JSON"),
+        ("json_schema", "[1]", "list"),
+        ("json_schema", '{"type": "foo"}', "foo"),
+        ("json_schema", '{"not": {"type": "string"}}', "not"),
+        ("json_schema", '{"items":' * 900 + "{}" + "}" * 900, "JSON"),
+        ("json_schema", '{"$ref": "http://example.com/x.json"}', "example.com"),
+        ("regex", "(", "unclosed"),
+        ("regex", "(?=a)b", "look-around"),
+        ("lark", "x: /a/", "start"),
+        ("lark", "start: r0\n" + "".join(f"r{i}: r{i + 1}\n" for i in range(3000)) + 'r3000: "a"', "nested"),
+        ("json_schema", '{"type": "integer", "multipleOf": 999983}', "more than 1 s"),
+    ],
+)
+async def test_a_constraint_that_cannot_be_used_is_refused_with_the_reason(
+    ready: Ready, kind: Kind, text: str, why: str
+) -> None:
+    """Bad syntax, what is not supported, and what would take the server down end as a named field."""
+    with pytest.raises(RequestInvalid) as caught:
+        await ask(ready, kind, text)
+    (finding,) = caught.value.findings
+    assert finding.where == "response_format"
+    assert why in finding.found
+
+
+async def test_an_answer_that_cannot_go_on_ends_with_the_reason(ready: Ready) -> None:
+    """Where no token of the model continues the text, or a step takes too much, the request is refused."""
+    doubling = "start: r0\n" + "".join(f"r{i}: r{i + 1} r{i + 1}\n" for i in range(60)) + 'r60: "a"'
+    cases: list[tuple[Kind, str, str]] = [
+        ("regex", "a\u1234", "no token"),
+        ("lark", doubling, "Too many items"),
+    ]
+    for kind, text, why in cases:
+        with pytest.raises(RequestInvalid) as caught:
+            await ask(ready, kind, text, max_tokens=5)
+        assert caught.value.findings[0].where == "response_format"
+        assert why in caught.value.findings[0].found
+    assert await ask(ready, "regex", "aa", max_tokens=5) == [("aa", FinishReason.STOP)]
+
+
+async def test_constraints_are_compiled_once_and_off_the_loop(ready: Ready) -> None:
+    """A constraint is compiled once for all who ask at the same time and later; the loop goes on meanwhile."""
+    constraints = Constraints(ready.service.text, frozenset([2]))
+    schema = {
+        "type": "object",
+        "properties": {f"p{i}": {"type": "string", "maxLength": 90} for i in range(900)},
+    }
+    constraint = Constraint("json_schema", json.dumps(schema))
+    started, longest = time.monotonic(), 0.0
+    tasks = [asyncio.create_task(constraints.compile(constraint)) for _ in range(4)]
+    while not all(task.done() for task in tasks):
+        before = time.monotonic()
+        await asyncio.sleep(0.001)
+        longest = max(longest, time.monotonic() - before)
+    assert len({id(task.result().start) for task in tasks}) == 1
+    assert longest < (time.monotonic() - started) / 2
+    assert (await constraints.compile(constraint)).start is tasks[0].result().start

@@ -1,0 +1,262 @@
+"""What the doors offer, below the doors, with a tiny model: several answers, sampling, limits."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from typing import Any
+
+import pytest
+import pytest_asyncio
+
+from inference_service.core.constraint import Constraint
+from inference_service.core.sequence import FinishReason
+from inference_service.serving.service import (
+    DeadlineExceeded,
+    Delta,
+    Event,
+    Finished,
+    PromptLogprobs,
+    Request,
+    Started,
+)
+from shared.faults import Fault, InternalFault, QueueFull, RequestInvalid
+from shared.storage.memory import MemoryStore
+from tests.service import LONG, PROMPT, SAMPLED, Service, open_service
+from tests.tiny import VOCAB, World, make_world
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[World, MemoryStore]:
+    world, store = make_world(tmp_path_factory.mktemp("tiny")), MemoryStore()
+    world.build(store)
+    return world, store
+
+
+@pytest_asyncio.fixture
+async def service(world: tuple[World, MemoryStore]) -> AsyncIterator[Service]:
+    service = await open_service(world)
+    yield service
+    await service.close()
+
+
+async def test_the_first_of_n_answers_is_the_only_one_of_one(service: Service) -> None:
+    """n answers differ, the first is what n = 1 gives, and the same request gives the same n again."""
+    (alone,) = await service.answers(**SAMPLED)
+    several = await service.answers(n=4, **SAMPLED)
+    assert several[0] == alone
+    assert len({tuple(answer) for answer in several}) == 4
+    assert await service.answers(n=4, **SAMPLED) == several
+
+
+async def test_every_answer_finishes_once(service: Service) -> None:
+    """One Started, one Finished per index with counts of its own, and a stop text ends only its answer."""
+    whole = await service.events(n=3, **SAMPLED)
+    texts = {
+        index: "".join(e.text for e in whole if isinstance(e, Delta) and e.index == index) for index in range(3)
+    }
+    stop = texts[1][2:4]
+    events = await service.events(n=3, stop=(stop,), **SAMPLED)
+    finished = [event for event in events if isinstance(event, Finished)]
+    assert sum(isinstance(event, Started) for event in events) == 1
+    assert sorted(event.index for event in finished) == [0, 1, 2]
+    for event in finished:
+        expected = stop if stop in texts[event.index] else ""
+        assert event.stop_text == expected
+        assert event.reason is (FinishReason.STOP if expected else FinishReason.LENGTH)
+        assert event.completion_tokens == 8 or expected
+
+
+async def test_the_prompt_of_n_answers_is_computed_once(service: Service) -> None:
+    """All answers but the first take the prompt's full blocks from the prefix cache."""
+    rows = _count_rows(service)
+    events = await service.events(LONG, n=4, **SAMPLED)
+    cached = [event.cached_tokens for event in events if isinstance(event, Finished)]
+    assert sorted(cached) == [0, 96, 96, 96]
+    assert sum(rows) == len(LONG) + 3 * 4 + 4 * 7  # one prompt, three of its last tokens, and the answers
+
+
+def _count_rows(service: Service) -> list[int]:
+    """Count the rows of every step from now on."""
+    runner, rows = service.ready.engine._engine._runner, []
+    submit = runner.submit
+
+    def counting(batch: Any) -> Any:
+        rows.append(batch.num_tokens)
+        return submit(batch)
+
+    runner.submit = counting  # type: ignore[method-assign]
+    return rows
+
+
+async def test_closing_the_stream_frees_all_answers(service: Service) -> None:
+    """Whether the later answers have begun or not."""
+    for read in (1, 2, 9):
+        async with aclosing(
+            service.ready.service.generate(Request("all", LONG, n=5, max_tokens=100))
+        ) as events:
+            for _ in range(read):
+                await anext(events)
+        await service.until_free()
+    assert not service.ready.engine._streams
+
+
+async def test_a_deadline_ends_all_answers(service: Service) -> None:
+    """It is one fault, and nothing stays."""
+    with pytest.raises(DeadlineExceeded):
+        await service.events(n=3, max_tokens=200, ignore_eos=True, deadline_s=time.monotonic() + 0.05)
+    await service.until_free()
+
+
+@pytest.mark.parametrize("read", [1, 2, 6])
+async def test_an_engine_that_stops_ends_all_answers(world: tuple[World, MemoryStore], read: int) -> None:
+    """Those that are under way, and those that were to begin, end with the one fault: nobody waits for ever."""
+    service = await open_service(world)
+    events = service.ready.service.generate(Request("base", LONG, n=4, max_tokens=100, ignore_eos=True))
+    async with aclosing(events):
+        for _ in range(read):
+            await anext(events)
+        await service.ready.engine.stop()
+        with pytest.raises(InternalFault):
+            await asyncio.wait_for(_rest(events), 10)
+    assert not service.ready.engine._streams
+
+
+async def _rest(events: AsyncIterator[Event]) -> list[Event]:
+    return [event async for event in events]
+
+
+async def test_n_answers_are_n_places_in_the_queue(world: tuple[World, MemoryStore]) -> None:
+    """What does not fit now is refused as a whole, and what can never fit is out of bounds."""
+    service = await open_service(world, max_batch_seqs=1, max_queue=4)
+    with pytest.raises(RequestInvalid):
+        await service.events(n=5)
+    async with aclosing(service.ready.service.generate(Request("base", PROMPT, n=3, max_tokens=50))) as events:
+        await anext(events)
+        with pytest.raises(QueueFull):
+            await service.events(n=3)
+    await service.until_free()
+    assert len(await service.answers(n=4, max_tokens=3)) == 4
+    await service.ready.engine.stop()
+
+
+async def test_penalties_and_biases_reach_the_draw(service: Service) -> None:
+    """A bias of 100 decides every token; a large repetition penalty keeps greedy answers from repeating."""
+    (biased,) = await service.answers(max_tokens=5, logit_bias={77: 100.0}, ignore_eos=True)
+    assert biased == [77] * 5
+    (varied,) = await service.answers(max_tokens=40, repetition_penalty=10.0, ignore_eos=True)
+    assert len(set(varied)) == 40
+    (banned,) = await service.answers(max_tokens=5, logit_bias=dict.fromkeys(range(VOCAB), -100.0))
+    (plain,) = await service.answers(max_tokens=5)
+    assert banned == plain  # all of them lowered is none of them lowered
+
+
+async def test_min_tokens_hold_back_the_end(service: Service) -> None:
+    """With an end-of-sequence token that is always the likeliest, the answer has just min_tokens others."""
+    (answer,) = await service.answers(max_tokens=20, min_tokens=7, logit_bias={2: 100.0})
+    assert len(answer) == 8
+    assert answer.index(2) == 7
+
+
+async def test_special_tokens_are_kept_when_asked_for(service: Service) -> None:
+    """The text of what was decoded is the tokenizer's, with or without special tokens."""
+    for skip in (False, True):
+        events = await service.events(
+            max_tokens=4, logit_bias={1: 100.0}, ignore_eos=True, skip_special_tokens=skip
+        )
+        text = "".join(event.text for event in events if isinstance(event, Delta))
+        assert text == service.ready.service.text.decode([1] * 4, skip_special_tokens=skip)
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"n": 0}, ["n"]),
+        ({"n": 129}, ["n"]),
+        ({"max_tokens": 0}, ["max_tokens"]),
+        ({"max_tokens": 3, "min_tokens": 4}, ["min_tokens"]),
+        ({"min_p": 1.1, "presence_penalty": -2.1}, ["min_p", "presence_penalty"]),
+        ({"frequency_penalty": 2.1, "temperature": -0.1}, ["frequency_penalty", "temperature"]),
+        ({"repetition_penalty": 0.0, "top_k": -1}, ["repetition_penalty", "top_k"]),
+        ({"repetition_penalty": float("nan"), "min_p": float("nan")}, ["min_p", "repetition_penalty"]),
+        ({"logit_bias": {199: 1.0}}, ["logit_bias"]),
+        ({"logit_bias": {1: 101.0}}, ["logit_bias"]),
+        ({"logit_bias": {1: float("nan")}}, ["logit_bias"]),
+        ({"logit_bias": dict.fromkeys(range(1025), 0.0)}, ["logit_bias", "logit_bias"]),
+        ({"logprobs": 21, "prompt_logprobs": -1}, ["logprobs", "prompt_logprobs"]),
+        ({"stop_token_ids": (199,)}, ["stop_token_ids"]),
+        ({"constraint": Constraint("regex", "x" * 65537)}, ["response_format"]),
+        ({"tools": ({},) * 129}, ["tools"]),
+    ],
+)
+async def test_fields_out_of_bounds_are_named(
+    service: Service, fields: dict[str, Any], named: list[str]
+) -> None:
+    """Every field that is out of bounds is named, all at once, and the engine hears nothing of it."""
+    with pytest.raises(RequestInvalid) as caught:
+        await service.events(**fields)
+    assert sorted(finding.where for finding in caught.value.findings) == named
+
+
+async def test_a_bad_request_does_not_disturb_good_ones(service: Service) -> None:
+    """Good answers are the same alone as among requests that are refused, late, left, or ask for much."""
+    good: dict[str, Any] = {"n": 2, **SAMPLED}
+    expected = await service.answers(LONG, **good)
+
+    async def bad(**fields: Any) -> None:
+        with pytest.raises(Fault):
+            await service.events(**fields)
+
+    async def left() -> None:
+        async with aclosing(service.ready.service.generate(Request("rs", PROMPT, n=3))) as events:
+            await anext(events)
+
+    found, *_ = await asyncio.gather(
+        service.answers(LONG, **good),
+        bad(n=500),
+        bad(constraint=Constraint("regex", "(")),
+        bad(prompt=[9] * 256),
+        bad(deadline_s=time.monotonic(), max_tokens=99),
+        bad(constraint=Constraint("regex", "a\u1234"), max_tokens=9),  # no token of the model continues it
+        left(),
+        service.answers(logit_bias=dict.fromkeys(range(VOCAB), -100.0), temperature=100.0, top_p=1e-6),
+        service.answers(LONG[:50], prompt_logprobs=20, max_tokens=0),
+        service.answers(model="all", constraint=Constraint("json_object"), n=2, max_tokens=9, temperature=1.0),
+    )
+    assert found == expected
+
+
+async def test_a_step_ahead_changes_nothing(world: tuple[World, MemoryStore]) -> None:
+    """Where steps overlap, as on a GPU, requests whose draws need the last token get the same answers."""
+    closing = {3 + ord(char) - 32: 6.0 for char in '"}],:'}
+    requests: list[dict[str, Any]] = [
+        {"presence_penalty": 1.5, "frequency_penalty": 0.5},
+        {"repetition_penalty": 1.5, "model": "all", "n": 3},
+        {"min_tokens": 9, "logit_bias": {2: 9.0}},
+        {"constraint": Constraint("json_object"), "logit_bias": closing, "n": 2, "max_tokens": 40},
+        {"prompt_logprobs": 2, "n": 2, "logprobs": 1},
+        {"max_tokens": 0, "prompt_logprobs": 0},
+        {"min_p": 0.05, "top_k": 20},
+    ]
+    found = []
+    for depth in (0, 1):
+        service = await open_service(world, max_batch_tokens=48)
+        service.ready.engine._engine._runner.depth = depth  # type: ignore[misc]
+        fields = {"max_tokens": 12, "temperature": 1.0, "seed": 11}
+        answers = await asyncio.gather(*(service.events(LONG, **fields | request) for request in requests))
+        found.append([_story(events) for events in answers])
+        await service.close()
+    assert found[0] == found[1]
+
+
+def _story(events: list[Event]) -> list[Any]:
+    """What events say, however the tokens were grouped."""
+    tokens: dict[int, list[int]] = {}
+    for event in events:
+        if isinstance(event, Delta):
+            tokens.setdefault(event.index, []).extend(token.id for token in event.tokens)
+    ends = sorted((event.index, event.reason.value) for event in events if isinstance(event, Finished))
+    scored = [token.id for event in events if isinstance(event, PromptLogprobs) for token in event.tokens]
+    return [sorted(tokens.items()), ends, scored]

@@ -1,0 +1,110 @@
+"""Log probabilities of prompts, with a tiny model."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+import pytest_asyncio
+import torch
+
+from inference_service.core.sequence import FinishReason, Token
+from inference_service.serving.service import Delta, Event, Finished, PromptLogprobs, Started
+from shared.faults import PromptTooLong
+from shared.storage.memory import MemoryStore
+from tests.service import LONG, SAMPLED, Service, open_service
+from tests.tiny import World, make_world, oracle
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[World, MemoryStore]:
+    world, store = make_world(tmp_path_factory.mktemp("tiny")), MemoryStore()
+    world.build(store)
+    return world, store
+
+
+@pytest_asyncio.fixture
+async def service(world: tuple[World, MemoryStore]) -> AsyncIterator[Service]:
+    service = await open_service(world)
+    yield service
+    await service.close()
+
+
+@pytest.mark.parametrize("model", ["base", "all"])
+@pytest.mark.parametrize("max_batch_tokens", [16, 1024])
+async def test_prompt_logprobs_equal_transformers(
+    world: tuple[World, MemoryStore], model: str, max_batch_tokens: int
+) -> None:
+    """Every token of a prompt has the log probability that transformers gives it, in chunks, cached or not."""
+    service = await open_service(world, max_batch_tokens=max_batch_tokens)
+    with torch.no_grad():
+        adapter = world[0].adapters.get(model)
+        logits = oracle(world[0].base, adapter)(torch.tensor([LONG])).logits[0]
+    expected = torch.log_softmax(logits, dim=-1)
+    for _ in range(2):  # the second time, the prefix cache has the prompt
+        events = await service.events(LONG, model, max_tokens=2, prompt_logprobs=3)
+        (scored,) = [event.tokens for event in events if isinstance(event, PromptLogprobs)]
+        _compare(scored, expected)
+    await service.close()
+
+
+def _compare(scored: tuple[Token, ...], expected: torch.Tensor) -> None:
+    assert [token.id for token in scored] == LONG
+    assert (scored[0].logprob, scored[0].top) == (None, ())
+    for place, token in enumerate(scored[1:]):
+        assert token.logprob == pytest.approx(float(expected[place, token.id]), abs=1e-4)
+        best = expected[place].topk(3)
+        assert [item for item, _ in token.top] == best.indices.tolist()
+        assert [value for _, value in token.top] == pytest.approx(best.values.tolist(), abs=1e-4)
+
+
+async def test_no_answer_at_all_may_be_asked_for(service: Service) -> None:
+    """max_tokens 0 with prompt_logprobs reports the prompt, also one that leaves no room, and draws nothing."""
+    for prompt in ([5], LONG, [9] * 256):
+        started, scored, finished = await service.events(prompt, max_tokens=0, prompt_logprobs=0)
+        assert isinstance(started, Started)
+        assert isinstance(scored, PromptLogprobs)
+        assert isinstance(finished, Finished)
+        assert [token.id for token in scored.tokens] == prompt
+        assert (finished.reason, finished.completion_tokens) == (FinishReason.LENGTH, 0)
+    with pytest.raises(PromptTooLong):
+        await service.events([9] * 256, max_tokens=1, prompt_logprobs=0)
+
+
+async def test_prompt_logprobs_come_once_with_several_answers(service: Service) -> None:
+    """They are the request's, not the answers', and do not change what is drawn."""
+    events = await service.events(LONG, n=3, prompt_logprobs=1, **SAMPLED)
+    assert sum(isinstance(event, PromptLogprobs) for event in events) == 1
+    assert await service.answers(LONG, n=3, prompt_logprobs=1, **SAMPLED) == await service.answers(
+        LONG, n=3, **SAMPLED
+    )
+
+
+async def test_prompts_are_scored_across_preemptions(world: tuple[World, MemoryStore]) -> None:
+    """Where memory runs out, every scored prompt is still reported once and whole; answers stay the same."""
+    roomy = await open_service(world)
+    prompts = [LONG[place:] + LONG[:place] for place in range(4)]
+    fields: dict[str, Any] = {
+        "max_tokens": 60,
+        "ignore_eos": True,
+        "prompt_logprobs": 0,
+        "repetition_penalty": 1.3,
+    }
+    expected = [await roomy.events(prompt, **fields) for prompt in prompts]
+    tight = await open_service(world, kv_memory_gb=0.0001, max_batch_tokens=64)
+    found = await asyncio.gather(*(tight.events(prompt, **fields) for prompt in prompts))
+    assert tight.ready.engine.stats.preemptions
+    for one, other in zip(expected, found, strict=True):
+        assert _tokens(one) == _tokens(other)
+        ours, theirs = (
+            next(e for e in events if isinstance(e, PromptLogprobs)).tokens for events in (one, other)
+        )
+        assert [token.logprob for token in ours[1:]] == pytest.approx([t.logprob for t in theirs[1:]], abs=1e-4)
+    for service in (roomy, tight):
+        await service.close()
+
+
+def _tokens(events: list[Event]) -> list[int]:
+    return [token.id for event in events if isinstance(event, Delta) for token in event.tokens]

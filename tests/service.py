@@ -1,0 +1,55 @@
+"""A loaded service, without a door."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from inference_service.serving.service import Delta, Event, Request
+from inference_service.serving.startup import Ready
+from shared.storage.memory import MemoryStore
+from tests.tiny import World
+
+PROMPT = [5, 6, 7, 8]
+LONG = [3 + (7 * place) % 190 for place in range(100)]
+SAMPLED: dict[str, Any] = {"max_tokens": 8, "ignore_eos": True, "temperature": 1.0, "seed": 3}
+
+
+class Service:
+    """A loaded service."""
+
+    def __init__(self, ready: Ready) -> None:
+        self.ready = ready
+
+    async def events(self, prompt: Any = PROMPT, model: str = "base", **fields: Any) -> list[Event]:
+        """All events of a request."""
+        return [event async for event in self.ready.service.generate(Request(model, prompt, **fields))]
+
+    async def answers(self, prompt: Any = PROMPT, **fields: Any) -> list[list[int]]:
+        """The tokens of each answer."""
+        found: dict[int, list[int]] = {}
+        for event in await self.events(prompt, **fields):
+            if isinstance(event, Delta):
+                found.setdefault(event.index, []).extend(token.id for token in event.tokens)
+        return [found[index] for index in range(len(found))]
+
+    async def until_free(self) -> None:
+        """Wait until the engine holds nothing."""
+        for _ in range(500):
+            stats = self.ready.engine.stats
+            if not stats.running and not stats.waiting and stats.blocks_free == stats.blocks_total:
+                return
+            await asyncio.sleep(0.01)
+        raise AssertionError(f"the engine still holds something: {self.ready.engine.stats}")
+
+    async def close(self) -> None:
+        """Stop, once everything is free."""
+        await self.until_free()
+        await self.ready.engine.stop()
+
+
+async def open_service(world: tuple[World, MemoryStore], **settings: Any) -> Service:
+    """Load and start a built world."""
+    ready = world[0].load(world[1], **({"stream_interval_ms": 0} | settings))
+    ready.engine.start()
+    return Service(ready)

@@ -1,0 +1,127 @@
+"""Chat templates: as Hugging Face renders them, and bounded whatever they do."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from typing import Any
+
+import pytest
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from inference_service.serving.bounded.process import BoundedProcess
+from inference_service.serving.chat_template import ChatTemplate
+from shared.faults import CheckpointInvalid, RequestInvalid
+
+QWEN = """
+{%- if tools %}
+    {{- '<|im_start|>system\\n' }}
+    {%- for tool in tools %}{{- '\\n' }}{{- tool | tojson }}{%- endfor %}
+    {{- '<|im_end|>\\n' }}
+{%- endif %}
+{%- for message in messages %}
+    {%- if message.role == 'assistant' and message.tool_calls %}
+        {{- '<|im_start|>assistant' }}
+        {%- if message.content %}{{- '\\n' + message.content }}{%- endif %}
+        {%- for tool_call in message.tool_calls %}
+            {%- if tool_call.function is defined %}{%- set tool_call = tool_call.function %}{%- endif %}
+            {{- '\\n<tool_call>{"name": "' ~ tool_call.name ~ '", "arguments": ' }}
+            {{- tool_call.arguments | tojson }}{{- '}</tool_call>' }}
+        {%- endfor %}
+        {{- '<|im_end|>\\n' }}
+    {%- elif message.role == 'tool' %}
+        {{- '<tool_response>' + message.content + '</tool_response>' }}
+    {%- else %}
+        {{- '<|im_start|>' + message.role + '\\n' }}
+        {%- generation %}{{- message.content }}{%- endgeneration %}
+        {{- '<|im_end|>' + '\\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}
+{%- if documents %}documents{% endif %}
+{%- set ns = namespace(n=0) %}
+{% for m in messages %}
+    {% set ns.n = ns.n + 1 %}
+    {% if loop.index > 3 %}{% break %}{% endif %}
+{% endfor %}
+{{ ns.n }}
+"""
+CALL = {"type": "function", "function": {"name": "look", "arguments": {"at": "<é & 'ü'>"}}}
+MESSAGES: list[dict[str, Any]] = [
+    {"role": "system", "content": "Be <brief> & kind."},
+    {"role": "user", "content": "What's there? \N{GRINNING FACE}"},
+    {"role": "assistant", "content": None, "tool_calls": [CALL]},
+    {"role": "tool", "content": "nothing", "tool_call_id": "1"},
+]
+TOOLS = [{"type": "function", "function": {"name": "look", "parameters": {"type": "object", "b": 1, "a": 1.5}}}]
+
+
+@pytest.mark.parametrize("tools", [[], TOOLS])
+@pytest.mark.parametrize("prompt", [False, True])
+async def test_a_template_renders_as_hugging_face_does(tools: list[dict[str, Any]], prompt: bool) -> None:
+    """Tools, calls, JSON, whitespace, loops and training marks come out as transformers renders them."""
+    expected, _ = render_jinja_template(
+        [MESSAGES], tools=tools or None, chat_template=QWEN, add_generation_prompt=prompt
+    )
+    found = await ChatTemplate(QWEN, {}).render(MESSAGES, tools, add_generation_prompt=prompt)
+    assert found == expected[0]
+
+
+@pytest.mark.parametrize(
+    ("source", "why"),
+    [
+        ("{% for i in range(10**5) %}{% for j in range(10**5) %}{% endfor %}{% endfor %}", "more than 1 s"),
+        ("{% set n = namespace() %}{% for i in range(60) %}{% set n.x = [n.x, n.x] %}{% endfor %}{{ n }}", ""),
+        ("{{ 'a' * 10**10 }}", "more than 512 MB"),
+        ("{{ 'a' * 9000000 }}", "9000000 characters"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
+        ("{{ namespace(_x=1) }}", "_x"),
+        ("{{ raise_exception('no system turns') }}", "no system turns"),
+        ("{{ messages + 1 }}", "concatenate"),
+        ("{{ messages.__class__.__mro__ }}", ""),
+        ("{{ 1 // 0 }}", "zero"),
+    ],
+)  # fmt: skip
+async def test_a_template_that_takes_too_much_ends_with_its_reason(source: str, why: str) -> None:
+    """Loops, powers, doubling and what is forbidden refuse the request, and the next one is rendered."""
+    with pytest.raises(RequestInvalid) as caught:
+        await ChatTemplate(source, {}).render(MESSAGES)
+    assert why in caught.value.findings[0].found
+    assert await ChatTemplate("ok", {}).render(MESSAGES) == "ok"
+
+
+@pytest.mark.parametrize(
+    "source", ["{% for %}", "{{ x | no_such_filter }}", "{{" + "(" * 3000, "x" * 1_000_001]
+)
+def test_a_template_that_cannot_be_compiled_is_refused_at_load(source: str) -> None:
+    """A broken template stops the start."""
+    with pytest.raises(CheckpointInvalid):
+        ChatTemplate(source, {})
+
+
+async def test_a_template_that_loops_delays_no_other() -> None:
+    """Each template has a process and a queue of its own: many who ask for a bad one delay no good one."""
+    loop = ChatTemplate("{% for i in range(10**5) %}{% for j in range(10**5) %}{% endfor %}{% endfor %}", {})
+    waiting = [asyncio.create_task(loop.render(MESSAGES)) for _ in range(2)]
+    await asyncio.sleep(0)
+    assert await ChatTemplate("good", {}).render(MESSAGES) == "good"
+    assert not any(task.done() for task in waiting)
+    for task in waiting:
+        with pytest.raises(RequestInvalid):
+            await task
+
+
+def test_a_process_that_is_gone_is_started_again() -> None:
+    """One that ended while nobody asked is no reason for an answer to fail."""
+    process = BoundedProcess("templates")
+    question = {"source": "hi", "variables": {}}
+    assert process.ask(question).result() == {"text": "hi"}
+    assert process._process is not None
+    assert process._process.stdin is not None
+    process._process.stdin.close()  # it ends, as after a long idle time
+    process._process.wait()
+    assert process.ask(question).result() == {"text": "hi"}
+    os.kill(process._process.pid, signal.SIGKILL)
+    process._process.wait()
+    assert process.ask(question).result() == {"text": "hi"}

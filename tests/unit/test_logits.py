@@ -1,0 +1,154 @@
+"""What a request does to its logits, and the draw from them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import MinPLogitsWarper, RepetitionPenaltyLogitsProcessor
+
+from inference_service.core.sampling import SamplingParams
+from inference_service.core.sequence import Sequence
+from inference_service.engine.logits import shape, shapes
+from inference_service.engine.sampler import sample
+
+VOCAB = 50
+
+
+def seq(tokens: list[int], answer: list[int] | None = None, **sampling: Any) -> Sequence:
+    """A sequence with a prompt, and the answer so far."""
+    made = Sequence("s", list(tokens), SamplingParams(**sampling))
+    made.tokens += answer or []
+    return made
+
+
+def logits(seed: int, rows: int = 1) -> torch.Tensor:
+    """Random logits [rows, vocab]."""
+    return torch.randn(rows, VOCAB, generator=torch.Generator().manual_seed(seed)) * 3
+
+
+class Allow:
+    """A grammar of some tokens."""
+
+    complete = False
+    failure = ""
+
+    def __init__(self, *tokens: int) -> None:
+        self._tokens = tokens
+
+    def mask(self) -> bytes:
+        """The tokens."""
+        bits = sum(1 << token for token in self._tokens)
+        return bits.to_bytes(8, "little")
+
+    def accept(self, token: int) -> None:
+        """Nothing changes."""
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.floats(0.1, 10), st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=9), st.integers(0, 99))
+def test_the_repetition_penalty_is_that_of_transformers(penalty: float, tokens: list[int], seed: int) -> None:
+    """Tokens of prompt and answer are made less likely by the same formula."""
+    model = logits(seed)
+    expected = RepetitionPenaltyLogitsProcessor(penalty)(torch.tensor([tokens]), model.clone())
+    found = shape(model[0], seq(tokens[:1], tokens[1:], repetition_penalty=penalty))
+    torch.testing.assert_close(found, expected[0])
+
+
+def test_presence_and_frequency_are_of_the_answer_alone() -> None:
+    """OpenAI's formula: c * frequency + (c > 0) * presence, with c counted in the answer, not in the prompt."""
+    model = logits(1)[0]
+    found = shape(model, seq([3, 4], [5, 6, 5], presence_penalty=0.5, frequency_penalty=0.25))
+    expected = model.clone()
+    expected[5] -= 0.5 + 2 * 0.25
+    expected[6] -= 0.5 + 0.25
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_bias_is_added() -> None:
+    """Logits of named tokens move by their bias; the model's own stay as they are."""
+    model = logits(2)[0]
+    before = model.clone()
+    found = shape(model, seq([1], logit_bias={7: 100.0, 8: -100.0}))
+    assert found[7] == before[7] + 100
+    assert found[8] == before[8] - 100
+    assert torch.equal(model, before)
+
+
+def test_stop_tokens_come_only_after_min_tokens() -> None:
+    """Stop tokens are out until as many others were drawn, and then they are in again."""
+    params: dict[str, Any] = {"min_tokens": 2, "stop_token_ids": frozenset([9, 10]), "logit_bias": {9: 50.0}}
+    ids = [sample(logits(3), [seq([1], answer, **params)])[0].id for answer in ([], [5], [5, 5])]
+    assert ids[0] not in (9, 10)
+    assert ids[1] not in (9, 10)
+    assert ids[2] == 9
+
+
+def test_a_grammar_comes_before_min_tokens() -> None:
+    """Where the grammar leaves stop tokens alone, one of them is drawn however short the answer is."""
+    made = seq([1], min_tokens=5, stop_token_ids=frozenset([9]))
+    made.grammar = Allow(9)
+    assert sample(logits(4), [made])[0].id == 9
+    made.grammar = Allow(9, 11)
+    assert sample(logits(4), [made])[0].id == 11
+
+
+@given(st.floats(0.01, 1), st.integers(0, 99))
+@settings(deadline=None, max_examples=20)
+def test_min_p_leaves_what_transformers_leaves(min_p: float, seed: int) -> None:
+    """No token is drawn that the same threshold of transformers leaves out."""
+    left = MinPLogitsWarper(min_p)(torch.empty(1, 0), logits(seed))[0].isfinite()
+    drawn = {
+        sample(logits(seed), [seq([1], temperature=1.0, min_p=min_p, seed=draw)])[0].id for draw in range(30)
+    }
+    assert all(left[token] for token in drawn)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("kind", ["bias", "nothing allowed", "infinite"])
+def test_hopeless_logits_still_give_a_token(kind: str, temperature: float) -> None:
+    """Whatever is left, a token comes out: a row never breaks the batch."""
+    model = torch.full((1, VOCAB), -torch.inf) if kind == "infinite" else logits(5)
+    bias = dict.fromkeys(range(VOCAB), -100.0) if kind == "bias" else {}
+    made = seq([1], temperature=temperature, logit_bias=bias, top_p=0.5, top_k=3, min_p=0.1)
+    made.grammar = Allow() if kind == "nothing allowed" else None
+    assert 0 <= sample(model, [made])[0].id < VOCAB
+
+
+def test_the_company_changes_nothing() -> None:
+    """A row with everything set draws the same token alone as beside any others."""
+    everything: dict[str, Any] = {
+        "temperature": 0.8,
+        "top_p": 0.9,
+        "top_k": 20,
+        "min_p": 0.01,
+        "repetition_penalty": 1.2,
+        "presence_penalty": 0.3,
+        "frequency_penalty": 0.3,
+        "logit_bias": {3: 1.0},
+        "logprobs": 2,
+    }
+    model = logits(6, rows=3)
+    seqs = [seq([1], [2]), seq([1], [2], **everything, seed=5), seq([4, 5], temperature=1.0)]
+    together = sample(model, seqs)
+    assert [sample(model[row : row + 1], [each])[0] for row, each in enumerate(seqs)] == together
+
+
+def test_log_probabilities_are_the_models_own() -> None:
+    """A bias decides the token, and is not in its log probability."""
+    model = logits(7)
+    token = sample(model, [seq([1], logit_bias={7: 100.0}, logprobs=1)])[0]
+    expected = torch.log_softmax(model[0], dim=-1)
+    assert token.id == 7
+    assert token.logprob == pytest.approx(float(expected[7]))
+    assert token.top[0][0] == int(expected.argmax())
+
+
+def test_plain_rows_are_not_shaped() -> None:
+    """Greedy and sampled requests without anything special are drawn from the logits as they are."""
+    assert not shapes(seq([1], temperature=0.7, top_p=0.9, min_p=0.1))
+    assert not shapes(seq([1], [2, 3], min_tokens=2))
+    assert shapes(seq([1], [2], min_tokens=2))
