@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: azurite demo test check stubs errors golden clean
+.PHONY: azurite demo test check stubs docs golden clean
 
 demo: $(VENV)/.demo
 	$(BIN)/loramux demo $(ARGS)
@@ -18,7 +18,7 @@ check: $(VENV)/.test
 	$(BIN)/lint-imports
 	$(BIN)/buf lint
 	$(BIN)/python scripts/stubs.py --check
-	$(BIN)/python scripts/errors_doc.py --check
+	$(BIN)/python -m scripts.docs --check
 
 stubs: $(VENV)/.test
 	$(BIN)/python scripts/stubs.py
@@ -26,9 +26,12 @@ stubs: $(VENV)/.test
 # Read the diff before you commit it.
 golden: $(VENV)/.test
 	$(BIN)/python -m tests.golden.manifests.write
+	$(BIN)/python -m tests.golden.kernels.write
+	$(BIN)/python -m tests.golden.kernels.grids
+	$(BIN)/python -m tests.golden.openai.write
 
-errors: $(VENV)/.test
-	$(BIN)/python scripts/errors_doc.py
+docs: $(VENV)/.test
+	$(BIN)/python -m scripts.docs
 
 $(VENV)/.demo: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

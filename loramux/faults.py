@@ -15,6 +15,7 @@ from shared.faults import (
     InternalFault,
     ModelNotFound,
     PageTokenInvalid,
+    PermissionDenied,
     PromptTooLong,
     ProofFailed,
     QueueFull,
@@ -31,6 +32,7 @@ from shared.faults import (
     SourceRefused,
     SourceUnavailable,
     StoreUnavailable,
+    Unauthenticated,
 )
 from shared.rpc.status import CallFailed
 
@@ -50,6 +52,7 @@ __all__ = [
     "InternalFault",
     "ModelNotFound",
     "PageTokenInvalid",
+    "PermissionDenied",
     "PromptTooLong",
     "ProofFailed",
     "QueueFull",
@@ -66,4 +69,5 @@ __all__ = [
     "SourceRefused",
     "SourceUnavailable",
     "StoreUnavailable",
+    "Unauthenticated",
 ]

@@ -51,13 +51,14 @@ class Merge(StrEnum):
 class Model(BaseModel):
     """Frozen, and strict about unknown keys."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
 class Repository(Model):
     """A repository at a revision."""
 
     source: SourceKind
+    """Where it is fetched from."""
     repo: str = Field(min_length=1, max_length=4096)
     """``namespace/name`` for HF, an absolute directory for LOCAL, else an address."""
     revision: str = ""
@@ -159,8 +160,11 @@ class Deployment(Model):
     """A deployment: what the file says, with every default filled in."""
 
     model_name: Name
+    """Names the deployment in the store and on the command line."""
     build: Build
+    """What is built."""
     runtime: Runtime = Runtime()
+    """How it is served."""
 
     @property
     def served_model_name(self) -> str:

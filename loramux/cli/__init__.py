@@ -1,1 +1,6 @@
-"""The `loramux` command."""
+"""The ``loramux`` command line."""
+
+import os
+
+# A failure is one line of ours; below ERROR, gRPC's core would add its own about handshakes and connections.
+os.environ.setdefault("GRPC_VERBOSITY", "ERROR")

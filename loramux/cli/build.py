@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
 
 from loramux.cli import shell
 from loramux.cli.build_view import BuildView, show_built
+from loramux.cli.documents import emit_line
 from loramux.client import BUILDER, AsyncClient
 from loramux.records import DeploymentInfo, DeploymentState
 from shared.deployment import Deployment
@@ -24,6 +26,7 @@ def build(
     prove: Annotated[
         bool, typer.Option("--prove", help="Also record what each adapter should answer.")
     ] = False,
+    as_json: shell.JsonLines = False,
 ) -> None:
     """Fetch, check, convert and publish a file's adapters.
 
@@ -31,11 +34,11 @@ def build(
 
     Example: loramux build deployment.yaml
     """
-    run_build(builder, wished(read_deployment(file).deployment, truncate_to, prove))
+    run_build(builder, wished(read_deployment(file).deployment, truncate_to, prove), as_json)
 
 
 @shell.command
-def prove(file: shell.File, builder: shell.Builder = BUILDER) -> None:
+def prove(file: shell.File, builder: shell.Builder = BUILDER, as_json: shell.JsonLines = False) -> None:
     """Build a file, and record what each adapter should answer.
 
     A reference computes it from the adapter's own files; the builder needs torch
@@ -44,7 +47,7 @@ def prove(file: shell.File, builder: shell.Builder = BUILDER) -> None:
 
     Example: loramux prove deployment.yaml
     """
-    run_build(builder, wished(read_deployment(file).deployment, None, True))
+    run_build(builder, wished(read_deployment(file).deployment, None, True), as_json)
 
 
 def wished(deployment: Deployment, truncate_to: int | None, prove: bool) -> Deployment:
@@ -56,10 +59,10 @@ def wished(deployment: Deployment, truncate_to: int | None, prove: bool) -> Depl
     return deployment.model_copy(update={"build": deployment.build.model_copy(update=update)})
 
 
-def run_build(builder: str, deployment: Deployment) -> None:
+def run_build(builder: str, deployment: Deployment, as_json: bool) -> None:
     """Build, and show it."""
     try:
-        asyncio.run(_build(builder, deployment))
+        asyncio.run(_build(builder, deployment, as_json))
     except KeyboardInterrupt:
         shell.say("the builder goes on; the same command shows it again")
         raise
@@ -73,21 +76,35 @@ def read_deployment(path: shell.File) -> DeploymentFile:
     return read
 
 
-async def _build(address: str, deployment: Deployment) -> None:
+async def _build(address: str, deployment: Deployment, as_json: bool) -> None:
     async with AsyncClient(builder=address) as client:
-        await build_and_show(client, deployment)
+        if as_json:
+            await follow_build(client, deployment, lambda info: emit_line({"deployment": info}))
+        else:
+            show_built(await build_with_bars(client, deployment))
 
 
-async def build_and_show(client: AsyncClient, deployment: Deployment) -> DeploymentInfo:
-    """Build a deployment, show its progress and the table; raises what it failed with."""
-    info = await client.build(deployment)
+async def build_with_bars(client: AsyncClient, deployment: Deployment) -> DeploymentInfo:
+    """Build a deployment, show its progress on stderr; raises what it failed with."""
     with BuildView() as view:
-        view.update(info)
-        async for info in client.watch(deployment.model_name):
-            view.update(info)
-    if info.failure and info.state is DeploymentState.FAILED:
-        raise info.failure
-    if info.state is not DeploymentState.ACTIVE:
-        raise InternalFault(f"the builder stopped telling of a build that is {info.state}. Repeat the command.")
-    show_built(info)
-    return info
+        return await follow_build(client, deployment, view.update)
+
+
+async def follow_build(
+    client: AsyncClient, deployment: Deployment, tell: Callable[[DeploymentInfo], None]
+) -> DeploymentInfo:
+    """Build a deployment, tell all its states and return the last; raises what it failed with."""
+    tell(await client.build(deployment))
+    return await follow(client, deployment.model_name, tell)
+
+
+async def follow(client: AsyncClient, name: str, tell: Callable[[DeploymentInfo], None]) -> DeploymentInfo:
+    """Tell the states of a deployment until its build ends; raises what it failed with."""
+    last: DeploymentInfo | None = None
+    async for last in client.watch(name):
+        tell(last)
+    if last is None or last.state not in (DeploymentState.ACTIVE, DeploymentState.FAILED):
+        raise InternalFault(f"the builder stopped telling of a build of {name} that runs. Repeat the command.")
+    if last.failure and last.state is DeploymentState.FAILED:
+        raise last.failure
+    return last

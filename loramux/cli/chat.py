@@ -2,64 +2,33 @@
 
 from __future__ import annotations
 
-import contextlib
-import importlib
+import functools
+import io
 import sys
-import time
-from dataclasses import dataclass, field
 from typing import Annotated
 
 import typer
 
 from loramux.cli import shell
+from loramux.cli.conversation import COMMANDS, Conversation
+from loramux.cli.line_editor import line_editor
+from loramux.cli.names import complete_model
 from loramux.client import INFERENCE, Client
-from loramux.records import Delta, GenerateOptions, Message
-from shared.faults import Fault, ModelNotFound
-
-COMMANDS = "/model NAME, /reset, /quit; Ctrl-C stops an answer, Ctrl-D leaves"
-
-
-@dataclass
-class Chat:
-    """A conversation with a model."""
-
-    client: Client
-    model: str
-    options: GenerateOptions
-    system: str = ""
-    history: list[Message] = field(default_factory=list)
-
-    def reset(self) -> None:
-        """Forget what was said."""
-        self.history = [{"role": "system", "content": self.system}] if self.system else []
-
-    def use(self, model: str) -> None:
-        """Go on with another model, history included; raises `ModelNotFound`."""
-        served = [each.name for each in self.client.models()]
-        if model not in served:
-            raise ModelNotFound(f"no model {model!r}; served are {', '.join(served)}")
-        self.model = model
-
-    def answer(self, said: str) -> None:
-        """Stream an answer to stdout; one that is stopped or fails leaves what came of it in the history."""
-        question: Message = {"role": "user", "content": said}
-        answer: Message = {"role": "assistant", "content": ""}
-        events = self.client.generate(self.model, [*self.history, question], **self.options)
-        with contextlib.closing(events):
-            try:
-                for event in events:
-                    if isinstance(event, Delta):
-                        answer["content"] += event.text
-                        _write(event.text)
-            finally:
-                _write("\n")
-                if answer["content"]:
-                    self.history += [question, answer]
+from loramux.records import GenerateOptions
+from shared.faults import Fault, RequestInvalid
 
 
 @shell.command
 def chat(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="The base or an adapter.", show_default=False)],
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="[MODEL]",
+            help="The base or an adapter; else the first that is served.",
+            show_default=False,
+            autocompletion=complete_model,
+        ),
+    ] = "",
     grpc: shell.Grpc = INFERENCE,
     system: Annotated[str, typer.Option("--system", metavar="TEXT", help="A system message.")] = "",
     max_tokens: Annotated[
@@ -71,68 +40,56 @@ def chat(
 ) -> None:
     """Chat with a model; piped input: one answer per line.
 
-    Inside: /model NAME, /reset, /quit. Ctrl-C stops an answer, Ctrl-D leaves.
+    /help lists what can be typed beside words, /model NAME for one. Ctrl-C stops an
+    answer, Ctrl-D leaves.
 
     Example: loramux chat my-adapter --temperature 0.7
     """
     options: GenerateOptions = {"max_tokens": max_tokens, "temperature": temperature}
     with Client(inference=grpc) as client:
-        talk = Chat(client, model, options, system)
+        talk = Conversation(client, model, options, system)
         talk.use(model)
-        talk.reset()
+        if sys.stdin is None:
+            raise RequestInvalid("stdin is closed: pipe the prompts in, or start it on a terminal")
         if sys.stdin.isatty():
             _converse(talk)
         else:
             _answer_lines(talk)
 
 
-def _answer_lines(talk: Chat) -> None:
+def _answer_lines(talk: Conversation) -> None:
+    """Answer every line by itself: they are data, so there are no commands among them."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")
     for line in sys.stdin:
         if said := line.strip():
-            talk.reset()
+            talk.history.clear()
             talk.answer(said)
 
 
-def _converse(talk: Chat) -> None:
-    with contextlib.suppress(ImportError):
-        importlib.import_module("readline")  # gives input() its history and its keys
-    shell.say(COMMANDS, "dim")
-    while True:
-        try:
-            said = input(f"{talk.model}> ").strip()
-        except EOFError:
-            shell.say()
-            return
-        except KeyboardInterrupt:
-            shell.say("\n/quit or Ctrl-D leaves", "dim")
-            continue
-        try:
-            if not _turn(talk, said):
+def _converse(talk: Conversation) -> None:
+    shell.say(f"{', '.join(COMMANDS)}; Ctrl-C stops an answer, Ctrl-D leaves", "dim")
+    with line_editor(functools.partial(_completions, talk)):
+        while True:
+            try:
+                if not talk.obey(input(f"{shell.printable(talk.model)}> ").strip()):
+                    return
+            except EOFError:
+                shell.say()
                 return
-        except Fault as fault:
-            shell.complain(fault)
-        except KeyboardInterrupt:
-            shell.say("stopped", "dim")
+            except Fault as fault:
+                shell.complain(fault)
+            except KeyboardInterrupt:
+                shell.say("\nstopped; /quit or Ctrl-D leaves", "dim")
 
 
-def _turn(talk: Chat, said: str) -> bool:
-    """Do what was typed; False to leave."""
-    name, _, argument = said.partition(" ")
-    if name == "/quit":
-        return False
-    if name == "/reset":
-        talk.reset()
-    elif name == "/model":
-        talk.use(argument.strip())
-    elif name.startswith("/"):
-        shell.say(COMMANDS, "dim")
-    elif said:
-        begin = time.monotonic()
-        talk.answer(said)
-        shell.say(f"{time.monotonic() - begin:.1f} s", "dim")
-    return True
-
-
-def _write(text: str) -> None:
-    sys.stdout.write(shell.printable(text) if sys.stdout.isatty() else text)
-    sys.stdout.flush()
+def _completions(talk: Conversation, line: str) -> list[str]:
+    name, blank, begun = line.partition(" ")
+    if not blank:
+        return [command for command in COMMANDS if command.startswith(name)]
+    if name != "/model":
+        return []
+    try:
+        return [f"{name} {model}" for model in talk.names() if model.startswith(begun)]
+    except Fault:
+        return []

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import json
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,6 +12,8 @@ from typing import Annotated, Any
 import typer
 
 from loramux.cli import shell
+from loramux.cli.documents import emit
+from loramux.cli.exits import Exit
 from loramux.cli.look import until_serving
 from loramux.cli.report_view import show_report
 from loramux.cli.services import builder_command
@@ -23,9 +24,6 @@ from loramux.records import AdapterReport
 from shared.deployment import LoraConfiguration, Repository, SourceKind
 from shared.deployment_file import parse_lora_configuration
 from shared.spelling import parse_repository
-
-SCHEMA = 1
-"""Of ``--json``; raised when a field changes its meaning or goes away."""
 
 Base = Annotated[str, typer.Option("--base", metavar="BASE", help="The base: as ADAPTER.", show_default=False)]
 Adapter = Annotated[
@@ -41,7 +39,6 @@ Secret = Annotated[str, typer.Option("--secret", metavar="NAME", help="The secre
 SomeBuilder = Annotated[
     str, typer.Option("--builder", metavar="HOST:PORT", help="Ask this one; default: a private one, here.")
 ]
-Json = Annotated[bool, typer.Option("--json", help="For machines; see docs/adapters.md.")]
 
 
 @dataclass(frozen=True)
@@ -68,7 +65,7 @@ def check(
     dtype: StorageDtype = None,
     secret: Secret = "",
     builder: SomeBuilder = "",
-    as_json: Json = False,
+    as_json: shell.Json = False,
 ) -> None:
     """Check an adapter against a base; exit 1 if it is refused.
 
@@ -79,13 +76,17 @@ def check(
         named(base, secret),
         parse_lora_configuration(max_lora_rank=max_rank, truncate_to_rank=truncate_to, dtype=dtype),
     )
-    report = check_with(builder, wanted)
+    tell_report(check_with(builder, wanted), as_json)
+
+
+def tell_report(report: AdapterReport, as_json: bool) -> None:
+    """Print a report; one of a refused adapter ends the command with exit code 1."""
     if as_json:
-        print(json.dumps(report_fields(report), indent=2))  # noqa: T201 - bare, whatever the terminal
+        emit(report_fields(report))
     else:
         show_report(report)
     if not report.accepted:
-        raise typer.Exit(1)
+        raise typer.Exit(Exit.FAILED)
 
 
 def named(word: str, secret: str) -> Repository:
@@ -135,7 +136,6 @@ async def _call(address: str, work: Callable[[AsyncClient], Awaitable[None]]) ->
 def report_fields(report: AdapterReport) -> dict[str, Any]:
     """Return a report for JSON; every field is always there."""
     return {
-        "schema": SCHEMA,
         "accepted": report.accepted,
         "adapter": _repository_fields(report.adapter),
         "base": _repository_fields(report.base),

@@ -10,11 +10,12 @@ from typing import Annotated
 import typer
 
 from loramux.cli import shell
-from loramux.cli.build import build_and_show, read_deployment
+from loramux.cli.build import build_with_bars, read_deployment
+from loramux.cli.build_view import show_built
 from loramux.cli.race import race, show_summary
 from loramux.cli.services import engine_flags
 from loramux.cli.tree import ProcessTree, free_address, run_tree
-from loramux.cli.up import Plan, keep, show_lines_to_try, show_ready, start_builder, start_inference
+from loramux.cli.up import OPENAI, Plan, keep, show_lines_to_try, show_ready, start_builder, start_inference
 from loramux.client import BUILDER, INFERENCE, AsyncClient
 from shared.deployment import SourceKind
 from shared.faults import SettingsInvalid
@@ -50,6 +51,7 @@ def demo(
         builder=free_address(BUILDER),
         inference=free_address(INFERENCE),
         engine=engine_flags(None, None, threads),
+        http=free_address(OPENAI),
     )
     run_tree(
         functools.partial(_demo, plan=plan, examples=examples, prompt=prompt, max_tokens=max_tokens, stay=stay)
@@ -62,7 +64,7 @@ async def _demo(
     await _prepare_base(tree, plan, examples)
     await start_builder(tree, plan)
     async with AsyncClient(inference=plan.inference, builder=plan.builder) as client:
-        await build_and_show(client, plan.deployment)
+        show_built(await build_with_bars(client, plan.deployment))
         await start_inference(tree, plan)
         models = await client.models()
         shell.show()
@@ -74,7 +76,7 @@ async def _demo(
     else:
         shell.show()
         shell.show("loramux demo --keep goes on serving; then, in another terminal,")
-        show_lines_to_try(INFERENCE, models)
+        show_lines_to_try(INFERENCE, OPENAI, models)
 
 
 async def _prepare_base(tree: ProcessTree, plan: Plan, examples: Path) -> None:

@@ -11,6 +11,7 @@ import typer
 from rich.filesize import decimal
 
 from loramux.cli import shell
+from loramux.cli.documents import emit
 from loramux.cli.services import StoreFlag
 from shared.bundle.gc import Orphan, check_grace, find_orphans, remove
 from shared.faults import SettingsInvalid
@@ -31,6 +32,7 @@ def gc(
         int | None,
         typer.Option("--keep", min=0, metavar="N", help="Keep N generations before the served one; else all."),
     ] = None,
+    as_json: shell.Json = False,
 ) -> None:
     """List what nothing in a store refers to, or remove it.
 
@@ -43,10 +45,15 @@ def gc(
     opened = open_store(load_settings(BuilderSettings, store=store).store)
     if delete:
         check_grace(opened, spared)
-    found = find_orphans(opened, grace=spared, now=datetime.now(UTC), keep=keep)
-    if found.old:
+    with shell.working(f"looking through {opened.uri}"):
+        found = find_orphans(opened, grace=spared, now=datetime.now(UTC), keep=keep)
+    if found.old and not as_json:
         _show(found.old)
-    gone = [orphan for orphan in found.old if delete and remove(opened, orphan)]
+    with shell.working(f"removing from {opened.uri}"):
+        gone = [orphan for orphan in found.old if delete and remove(opened, orphan)]
+    if as_json:
+        emit({"store": opened.uri, "orphans": _fields(found.old, gone), "spared": _fields(found.young, ())})
+        return
     _sum(opened.uri, found.old, gone if delete else None)
     if found.young:
         shell.show(f"{_counted(found.young)} younger than {grace}: spared")
@@ -65,6 +72,20 @@ def _show(orphans: Sequence[Orphan]) -> None:
         for orphan in orphans
     ]
     shell.table(("kind", "name", "size", "age", "why"), rows, right=frozenset({"size", "age"}))
+
+
+def _fields(orphans: Sequence[Orphan], gone: Sequence[Orphan]) -> list[dict[str, object]]:
+    return [
+        {
+            "kind": orphan.kind,
+            "name": orphan.name,
+            "bytes": orphan.size,
+            "modified": orphan.modified,
+            "why": orphan.why,
+            "removed": orphan in gone,
+        }
+        for orphan in orphans
+    ]
 
 
 def _sum(uri: str, old: Sequence[Orphan], gone: Sequence[Orphan] | None) -> None:

@@ -9,8 +9,17 @@ import typer
 
 from loramux.cli import shell
 from loramux.cli.build import run_build
-from loramux.cli.check import Base, MaxRank, Secret, SomeBuilder, StorageDtype, Wanted, check_with, named
-from loramux.cli.report_view import show_report
+from loramux.cli.check import (
+    Base,
+    MaxRank,
+    Secret,
+    SomeBuilder,
+    StorageDtype,
+    Wanted,
+    check_with,
+    named,
+    tell_report,
+)
 from loramux.client import BUILDER
 from shared.deployment import Deployment, Repository, SourceKind
 from shared.deployment_file import parse_deployment, parse_lora_configuration
@@ -37,6 +46,7 @@ def import_bundle(
     dtype: StorageDtype = None,
     secret: Secret = "",
     builder: SomeBuilder = "",
+    as_json: shell.Json = False,
 ) -> None:
     """Check and publish npy files of another converter.
 
@@ -49,12 +59,9 @@ def import_bundle(
     lora = parse_lora_configuration(max_lora_rank=max_rank, dtype=dtype)
     wanted = Wanted(adapter, named(base, secret), lora)
     if deployment:
-        run_build(builder or BUILDER, deployment_of_one(deployment, name, wanted))
+        run_build(builder or BUILDER, deployment_of_one(deployment, name, wanted), as_json)
         return
-    report = check_with(builder, wanted)
-    show_report(report)
-    if not report.accepted:
-        raise typer.Exit(1)
+    tell_report(check_with(builder, wanted), as_json)
     shell.say("only checked; --deployment NAME publishes it", "dim")
 
 

@@ -11,7 +11,10 @@ import typer
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from loramux.cli import shell
-from loramux.client import INFERENCE, OPTIONS, Client
+from loramux.cli.documents import emit
+from loramux.cli.exits import Exit
+from loramux.client import INFERENCE, Client
+from loramux.connection import Credentials
 from shared.faults import ServerUnavailable
 from shared.rpc.status import CallFailed, fault_of
 
@@ -21,13 +24,16 @@ SERVING = "SERVING"
 
 
 @shell.command
-def models(grpc: shell.Grpc = INFERENCE) -> None:
+def models(grpc: shell.Grpc = INFERENCE, as_json: shell.Json = False) -> None:
     """List the models that are served: base first, then adapters.
 
     Example: loramux models --grpc 127.0.0.1:50052
     """
-    with Client(inference=grpc) as client:
+    with Client(inference=grpc) as client, shell.working("asking for the models"):
         found = client.models()
+    if as_json:
+        emit({"models": found})
+        return
     headers = ("model", "base", "rank", "modules", "digest", "warnings")
     rows = [
         (
@@ -52,15 +58,20 @@ def health(
     wait_s: Annotated[
         float, typer.Option("--wait", metavar="SECONDS", min=0, help="Try again for so long.")
     ] = 0.0,
+    as_json: shell.Json = False,
 ) -> None:
     """Ask a server for its health; exit 0 when SERVING, else 1.
 
     Example: loramux health 127.0.0.1:50052 --wait 30
     """
-    status = asyncio.run(_health(address, service, wait_s))
-    shell.show(status)
+    with shell.working(f"asking {address}"):
+        status = asyncio.run(_health(address, service, wait_s))
+    if as_json:
+        emit({"address": address, "service": service, "status": status})
+    else:
+        shell.show(status)
     if status != SERVING:
-        raise typer.Exit(1)
+        raise typer.Exit(Exit.FAILED)
 
 
 async def _health(address: str, service: str, wait_s: float) -> str:
@@ -97,7 +108,7 @@ async def _status(address: str) -> str:
 
 async def check(address: str, service: str = "") -> str:
     """Return a server's health, for example ``SERVING``."""
-    async with grpc.aio.insecure_channel(address, options=OPTIONS) as channel:
+    async with Credentials().channel(address, grpc.aio) as channel:
         stub = health_pb2_grpc.HealthStub(channel)
         try:
             answer = await stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=CHECK_S)

@@ -2,36 +2,43 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from importlib.metadata import version
 from typing import Annotated
 
 import typer
 
-from loramux.cli import shell
+from loramux.cli import keys, shell
+from loramux.cli.bench import bench
 from loramux.cli.build import build, prove
 from loramux.cli.cancel import cancel
 from loramux.cli.chat import chat
 from loramux.cli.check import check
 from loramux.cli.demo import demo
+from loramux.cli.deployments import deployments, watch
+from loramux.cli.doctor import doctor
 from loramux.cli.gc import gc
 from loramux.cli.import_bundle import import_bundle
 from loramux.cli.look import health, models
 from loramux.cli.services import builder, serve
+from loramux.cli.state import tell_uncaught
 from loramux.cli.up import up
+from loramux.connection import API_KEY
 
 app = typer.Typer(
     name="loramux",
-    add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # plain help: half the lines, the same words
     context_settings={"help_option_names": ["--help", "-h"]},
 )
 for function in (
-    *(demo, up, build, cancel, check, prove, import_bundle, gc),
-    *(models, chat, serve, builder, health),
+    *(demo, up, build, watch, cancel, deployments, check, prove, import_bundle, gc),
+    *(models, chat, bench, serve, builder, health, doctor),
 ):
     app.command()(function)
+app.add_typer(keys.app, name="keys")
 
 
 def _version(wanted: bool) -> None:
@@ -40,18 +47,25 @@ def _version(wanted: bool) -> None:
         raise typer.Exit
 
 
+def _show_key(key: str) -> None:
+    if key:
+        os.environ[API_KEY] = key  # clients look there
+
+
 @app.callback()
 def loramux(
     show_version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
     ] = False,
+    api_key: Annotated[
+        str,
+        typer.Option("--api-key", callback=_show_key, metavar="KEY", help=f"For the services; else {API_KEY}."),
+    ] = "",
 ) -> None:
-    """One base model, hundreds of LoRA adapters, one server.
-
-    Example: loramux demo
-    """
+    """One base model, hundreds of LoRA adapters, one server. Example: loramux demo"""
 
 
 def main() -> None:
-    """Run the command line: exit 1 on a failure, 2 on bad usage or settings, 130 on Ctrl-C."""
-    app()
+    """Run the command line; `loramux.cli.exits` has the exit codes."""
+    sys.excepthook = tell_uncaught
+    typer.main.get_command(app)(prog_name="loramux")

@@ -17,25 +17,38 @@ from shared.faults import SettingsInvalid
 # A package of each extra that the service cannot do without.
 NEEDS = {
     "builder": ("numpy", "safetensors", "ml_dtypes", "huggingface_hub"),
-    "inference": ("torch", "tokenizers", "jinja2", "numpy"),
+    "inference": ("torch", "tokenizers", "jinja2", "numpy", "starlette", "uvicorn"),
 }
 Listen = Annotated[
     str | None, typer.Option("--grpc", metavar="HOST:PORT", help="Listen here; port 0 draws a free one.")
 ]
+ListenHttp = Annotated[
+    str | None, typer.Option("--http", metavar="HOST:PORT", help="Open OpenAI's HTTP door here too.")
+]
 StoreFlag = Annotated[
     str | None, typer.Option("--store", metavar="URI", help="s3://bucket/prefix or file:///dir.")
 ]
+KeysFile = Annotated[
+    Path | None, typer.Option("--keys-file", metavar="FILE", help="Who may enter; see loramux keys.")
+]
+Insecure = Annotated[bool, typer.Option("--insecure", help="Let others than this machine in without keys.")]
 
 
 @shell.command
-def builder(store: StoreFlag = None, grpc: Listen = None, local_root: shell.LocalRoots = None) -> None:
+def builder(
+    store: StoreFlag = None,
+    grpc: Listen = None,
+    local_root: shell.LocalRoots = None,
+    keys_file: KeysFile = None,
+    insecure: Insecure = False,
+) -> None:
     """Run the builder service until SIGTERM; needs no torch.
 
     Flags that are not given come from the environment, then from the defaults.
 
-    Example: loramux builder --store s3://models/loramux --grpc 0.0.0.0:50051
+    Example: loramux builder --grpc 0.0.0.0:50051 --keys-file keys.jsonl
     """
-    become(builder_command(store, grpc, local_root or ()))
+    become([*builder_command(store, grpc, local_root or ()), *door_flags(keys_file, insecure)])
 
 
 @shell.command
@@ -45,10 +58,13 @@ def serve(
     ] = None,
     store: StoreFlag = None,
     grpc: Listen = None,
+    http: ListenHttp = None,
     local_root: shell.LocalRoots = None,
     backend: shell.Backend = None,
     dtype: shell.Dtype = None,
     threads: shell.Threads = None,
+    keys_file: KeysFile = None,
+    insecure: Insecure = False,
 ) -> None:
     """Run the inference service of a deployment until SIGTERM.
 
@@ -57,7 +73,8 @@ def serve(
     Example: loramux serve --deployment my-model --store s3://models/loramux
     """
     flags = engine_flags(backend, dtype, threads)
-    become(inference_command(deployment, store, grpc, local_root or (), flags))
+    argv = inference_command(deployment, store, grpc, local_root or (), flags, http)
+    become([*argv, *door_flags(keys_file, insecure)])
 
 
 def builder_command(store: str | None, grpc: str | None, local_roots: Sequence[Path]) -> list[str]:
@@ -76,20 +93,27 @@ def inference_command(
     grpc: str | None,
     local_roots: Sequence[Path],
     engine: Sequence[str],
+    http: str | None = None,
 ) -> list[str]:
-    """Return the command line of an inference service.
+    """Return the command line of an inference service; without http, OpenAI's door stays closed.
 
     Raises:
         SettingsInvalid: its packages are not installed.
     """
     _require("inference")
-    flags = _flags(deployment=deployment, store=store, grpc=grpc)
+    flags = _flags(deployment=deployment, store=store, grpc=grpc, http=http)
     return [*_python("inference_service"), *flags, *_roots(local_roots), *engine]
 
 
 def engine_flags(backend: str | None, dtype: str | None, threads: int | None) -> list[str]:
     """Return the flags of an inference service that are about speed."""
     return _flags(backend=backend, dtype=dtype, threads=threads)
+
+
+def door_flags(keys_file: Path | None, insecure: bool) -> list[str]:
+    """Return the flags of a service that say who may enter."""
+    file = None if keys_file is None else str(keys_file.expanduser().resolve())
+    return [*_flags(**{"keys-file": file}), *(["--insecure"] if insecure else [])]
 
 
 def become(argv: Sequence[str]) -> None:

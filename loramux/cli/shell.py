@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import os
 import re
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,14 +18,25 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from shared.faults import Fault, SettingsInvalid
+from loramux.cli.documents import emit_line
+from loramux.cli.exits import Exit, exit_of
+from shared.faults import Fault
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
+
+class Screen(Console):
+    """A console that ends the command when nobody reads any more."""
+
+    def on_broken_pipe(self) -> None:
+        """Tell the command."""
+        raise BrokenPipeError
+
+
 # Results go to out, everything about the way to them to err.
-out = Console(highlight=False, emoji=False)
-err = Console(stderr=True, highlight=False, emoji=False)
+out = Screen(highlight=False, emoji=False)
+err = Screen(stderr=True, highlight=False, emoji=False)
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
@@ -43,10 +56,15 @@ TruncateTo = Annotated[
     int | None, typer.Option("--truncate-to", metavar="R", min=1, help="Cut higher ranks to this one.")
 ]
 File = Annotated[Path, typer.Argument(metavar="FILE", help="A deployment file (YAML).", show_default=False)]
+Json = Annotated[bool, typer.Option("--json", help="For machines; see docs/cli.md.")]
+JsonLines = Annotated[bool, typer.Option("--json", help="For machines: a line per change; see docs/cli.md.")]
 
 
 def command(function: Callable[P, R]) -> Callable[P, R]:
-    """Turn a command's failures into lines on stderr and an exit code; never a traceback."""
+    """Turn a command's failures into lines on stderr and an exit code; never a traceback.
+
+    A command that was asked for JSON ends with a document that holds the failure.
+    """
 
     @functools.wraps(function)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -54,9 +72,15 @@ def command(function: Callable[P, R]) -> Callable[P, R]:
             return function(*args, **kwargs)
         except Fault as fault:
             complain(fault)
-            raise typer.Exit(2 if isinstance(fault, SettingsInvalid) else 1) from None
+            if kwargs.get("as_json"):
+                emit_line({"error": fault})
+            raise typer.Exit(exit_of(fault)) from None
         except KeyboardInterrupt:
-            raise typer.Exit(130) from None
+            raise typer.Exit(Exit.INTERRUPTED) from None
+        except BrokenPipeError:
+            # What is still in the buffer would fail again when Python ends.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno())  # type: ignore[union-attr]
+            raise typer.Exit(Exit.PIPE_CLOSED) from None
 
     return wrapper
 
@@ -97,6 +121,16 @@ def step(doing: str) -> Iterator[None]:
         err.print(Text.assemble(("✓ ", "green"), doing, (took, "dim")), soft_wrap=True)
 
 
+@contextmanager
+def working(doing: str) -> Iterator[None]:
+    """Show a spinner on a terminal while something runs, and nothing afterwards or elsewhere."""
+    if not err.is_terminal:
+        yield
+        return
+    with err.status(Text(f"{doing} …")):
+        yield
+
+
 def table(headers: Sequence[str], rows: Sequence[Sequence[str]], right: frozenset[str] = frozenset()) -> None:
     """Print a table on stdout: with rules and folded cells on a terminal, else aligned and one line a row."""
     rows = [[printable(cell) for cell in row] for row in rows]
@@ -111,7 +145,8 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[str]], right: frozense
         return
     grid = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for header in headers:
-        grid.add_column(header, justify="right" if header in right else "left", overflow="fold")
+        number = header in right
+        grid.add_column(header, justify="right" if number else "left", overflow="fold", no_wrap=number)
     for row in rows:
         grid.add_row(*map(Text, row))
     out.print(grid)

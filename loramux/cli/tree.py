@@ -120,7 +120,12 @@ class ProcessTree:
         with log.open("ab") as file:
             # A group of its own: the terminal's Ctrl-C reaches the parent alone, which then drains.
             process = await asyncio.create_subprocess_exec(
-                *wrapped, stdin=asyncio.subprocess.DEVNULL, stdout=file, stderr=file, process_group=0
+                *wrapped,
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=file,
+                stderr=file,
+                process_group=0,
+                env=_environment(),
             )
         child = Child(name, process, log)
         self._children.append(child)
@@ -130,6 +135,11 @@ class ProcessTree:
         await child.process.wait()
         if not self._stopping and not self.death.done():
             self.death.set_result(ServiceDied(child))
+
+
+def _environment() -> dict[str, str]:
+    """What a child inherits: not TLS, whose certificates name other hosts than the loopback we call it on."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("LORAMUX_TLS_")}
 
 
 def run_tree(work: Callable[[ProcessTree], Awaitable[None]]) -> None:

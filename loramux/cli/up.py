@@ -7,9 +7,14 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
+
+import typer
 
 from loramux.cli import shell
-from loramux.cli.build import build_and_show, read_deployment
+from loramux.cli.build import build_with_bars, read_deployment
+from loramux.cli.build_view import show_built
+from loramux.cli.documents import emit
 from loramux.cli.look import until_serving
 from loramux.cli.services import builder_command, engine_flags, inference_command
 from loramux.cli.tree import ProcessTree, free_address, run_tree
@@ -17,6 +22,7 @@ from loramux.client import BUILDER, INFERENCE, AsyncClient
 from loramux.records import ModelInfo
 from shared.deployment import Deployment, SourceKind
 
+OPENAI = "127.0.0.1:8000"
 DEFAULT_STORE = "file://~/.local/share/loramux/store"
 BUILDER_START_S = 60.0
 
@@ -31,6 +37,8 @@ class Plan:
     inference: str
     engine: Sequence[str] = field(default_factory=list)
     """Flags of the inference service that are about speed."""
+    http: str | None = None
+    """Of OpenAI's door; None keeps it closed."""
 
     @property
     def local_roots(self) -> list[Path]:
@@ -46,14 +54,17 @@ def up(
     file: shell.File,
     store: shell.Store = DEFAULT_STORE,
     grpc: shell.Grpc = "",
+    http: Annotated[str, typer.Option("--http", metavar="HOST:PORT", help="OpenAI's HTTP door.")] = "",
     builder: shell.Builder = "",
     backend: shell.Backend = None,
     dtype: shell.Dtype = None,
     threads: shell.Threads = None,
+    as_json: shell.Json = False,
 ) -> None:
     """Build a deployment file and serve it, here, until Ctrl-C.
 
-    Addresses that are not given are 127.0.0.1:50051 and :50052, or free ports.
+    Addresses that are not given are 127.0.0.1:50051 (builder), :50052 (inference)
+    and :8000 (OpenAI's API), or free ports.
 
     Example: loramux up deployment.yaml
     """
@@ -63,16 +74,23 @@ def up(
         builder=builder or free_address(BUILDER),
         inference=grpc or free_address(INFERENCE),
         engine=engine_flags(backend, dtype, threads),
+        http=http or free_address(OPENAI),
     )
-    run_tree(functools.partial(_up, plan=plan))
+    run_tree(functools.partial(_up, plan=plan, as_json=as_json))
 
 
-async def _up(tree: ProcessTree, plan: Plan) -> None:
+async def _up(tree: ProcessTree, plan: Plan, as_json: bool) -> None:
     async with AsyncClient(inference=plan.inference, builder=plan.builder) as client:
         await start_builder(tree, plan)
-        await build_and_show(client, plan.deployment)
+        built = await build_with_bars(client, plan.deployment)
+        if not as_json:
+            show_built(built)
         await start_inference(tree, plan)
-        show_ready(plan, await client.models(), tree.folder)
+        models = await client.models()
+    if as_json:
+        emit(ready_fields(plan, models, tree.folder))
+    else:
+        show_ready(plan, models, tree.folder)
     await keep(tree)
 
 
@@ -87,7 +105,7 @@ async def start_builder(tree: ProcessTree, plan: Plan) -> None:
 async def start_inference(tree: ProcessTree, plan: Plan) -> None:
     """Start the inference service and wait until it is SERVING, which takes as long as the base loads."""
     name = plan.deployment.model_name
-    argv = inference_command(name, plan.store, plan.inference, plan.local_roots, plan.engine)
+    argv = inference_command(name, plan.store, plan.inference, plan.local_roots, plan.engine, plan.http)
     with shell.step(f"inference service on {plan.inference}"):
         await tree.start("inference", argv)
         await until_serving(plan.inference)
@@ -100,19 +118,27 @@ async def keep(tree: ProcessTree) -> None:
     await asyncio.Event().wait()
 
 
+def ready_fields(plan: Plan, models: Sequence[ModelInfo], logs: Path) -> dict[str, object]:
+    """Return for JSON what `show_ready` prints."""
+    names = [model.name for model in models]
+    addresses = {"inference": plan.inference, "http": plan.http, "builder": plan.builder}
+    return {**addresses, "models": names, "logs": logs}
+
+
 def show_ready(plan: Plan, models: Sequence[ModelInfo], logs: Path) -> None:
     """Print where everything is, and what to try."""
     shell.show()
     shell.show("ready", "bold green")
     shell.show(f"  inference  {plan.inference}")
+    shell.show(f"  OpenAI     http://{plan.http}/v1")
     shell.show(f"  builder    {plan.builder}")
     shell.show(f"  models     {', '.join(model.name for model in models)}")
     shell.show(f"  logs       {logs}")
-    show_lines_to_try(plan.inference, models)
+    show_lines_to_try(plan.inference, plan.http or OPENAI, models)
 
 
-def show_lines_to_try(inference: str, models: Sequence[ModelInfo]) -> None:
-    """Print a line each for the command line, Python and grpcurl."""
+def show_lines_to_try(inference: str, http: str, models: Sequence[ModelInfo]) -> None:
+    """Print a line each for the command line, Python, curl and grpcurl."""
     model = models[-1].name
     flag = "" if inference == INFERENCE else f" --grpc {inference}"
     argument = "" if inference == INFERENCE else f'"{inference}"'
@@ -121,6 +147,9 @@ def show_lines_to_try(inference: str, models: Sequence[ModelInfo]) -> None:
         f"loramux chat {model}{flag}",
         "",
         f"""python -c 'import loramux; print(loramux.Client({argument}).complete("{model}", "Hi").text)'""",
+        "",
+        f"curl http://{http}/v1/chat/completions -H 'content-type: application/json' \\",
+        f"""  -d '{{"model": "{model}", "messages": [{{"role": "user", "content": "Hi"}}]}}'""",
         "",
         f"""grpcurl -plaintext -d '{{"model": "{model}", "text": "Hi"}}' \\""",
         f"  {inference} loramux.inference.v1.InferenceService/Generate",

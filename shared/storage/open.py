@@ -19,7 +19,7 @@ def open_store(uri: str, *, s3_endpoint_url: str | None = None) -> Store:
     S3's endpoint, region and credentials are read from the standard ``AWS_*`` variables.
 
     Raises:
-        SettingsInvalid: the address has another form.
+        SettingsInvalid: the address has another form, or the packages that it needs are not installed.
         StoreUnavailable: the configured AWS profile does not exist.
     """
     scheme, _, place = uri.partition("://")
@@ -28,8 +28,12 @@ def open_store(uri: str, *, s3_endpoint_url: str | None = None) -> Store:
     if scheme == "s3":
         bucket, _, prefix = place.partition("/")
         if _BUCKET.fullmatch(bucket) and _is_prefix(prefix.strip("/")):
-            from shared.storage.s3 import S3Store  # half a second, and an extra
-
+            try:
+                from shared.storage.s3 import S3Store  # half a second, and an extra
+            except ModuleNotFoundError as error:
+                raise SettingsInvalid(
+                    f"store {uri!r} needs {error.name}, not installed here: pip install 'loramux[store]'"
+                ) from error
             return S3Store(bucket, prefix, endpoint_url=s3_endpoint_url)
     raise SettingsInvalid(
         f"store {_without_credentials(uri)!r}: expected s3://BUCKET/PREFIX, file:///DIR or file://~/DIR. "

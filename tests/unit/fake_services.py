@@ -15,6 +15,7 @@ from loramux.builder.v1 import builder_pb2 as builder_pb
 from loramux.builder.v1 import builder_pb2_grpc as builder_grpc
 from loramux.inference.v1 import inference_pb2 as pb
 from loramux.inference.v1 import inference_pb2_grpc as inference_grpc
+from shared.access.guard import NOBODY_GUARDS, Guard
 from shared.faults import DeploymentNotFound, ModelNotFound, RequestIdReused, RequestInvalid
 from shared.rpc.messages import deployment_from_message
 from shared.rpc.server import RpcServer, until_signal
@@ -51,6 +52,10 @@ class FakeBuilder(builder_grpc.BuilderServiceServicer):
     async def GetDeployment(self, request: Any, context: Any) -> Any:
         """Answer with a deployment that is done."""
         return builder_pb.GetDeploymentResponse(deployment=self._at(self._spec(request.name), 5))
+
+    async def CancelBuild(self, request: Any, context: Any) -> Any:
+        """Answer with a deployment that is done: there is nothing to cancel."""
+        return builder_pb.CancelBuildResponse(deployment=self._at(self._spec(request.name), 5))
 
     async def ListDeployments(self, request: Any, context: Any) -> Any:
         """Answer with one deployment a page."""
@@ -148,23 +153,26 @@ class FakeInference(inference_grpc.InferenceServiceServicer):
         yield pb.GenerateResponse(finished=pb.Finished(reason="FINISH_REASON_STOP", usage=usage))
 
 
-def builder_server(address: str, servicer: FakeBuilder) -> RpcServer:
+def builder_server(address: str, servicer: FakeBuilder, guard: Guard = NOBODY_GUARDS) -> RpcServer:
     """Return a server of a fake builder."""
     add: Any = builder_grpc.add_BuilderServiceServicer_to_server
-    return RpcServer(address, {"loramux.builder.v1.BuilderService": lambda server: add(servicer, server)})
+    services = {"loramux.builder.v1.BuilderService": lambda server: add(servicer, server)}
+    return RpcServer(address, services, guard)
 
 
-def inference_server(address: str, servicer: FakeInference) -> RpcServer:
+def inference_server(address: str, servicer: FakeInference, guard: Guard = NOBODY_GUARDS) -> RpcServer:
     """Return a server of a fake inference service."""
     add: Any = inference_grpc.add_InferenceServiceServicer_to_server
-    return RpcServer(address, {"loramux.inference.v1.InferenceService": lambda server: add(servicer, server)})
+    services = {"loramux.inference.v1.InferenceService": lambda server: add(servicer, server)}
+    return RpcServer(address, services, guard)
 
 
 class Fakes:
     """Both services in a thread of their own."""
 
-    def __init__(self) -> None:
+    def __init__(self, guard: Guard = NOBODY_GUARDS) -> None:
         self.builder, self.inference = FakeBuilder(), FakeInference()
+        self._guard = guard
         self.builder_address = self.inference_address = ""
         self._loop = asyncio.new_event_loop()
         self._up = threading.Event()
@@ -176,7 +184,10 @@ class Fakes:
         assert self._up.wait(10)
 
     async def _serve(self) -> None:
-        servers = builder_server("127.0.0.1:0", self.builder), inference_server("127.0.0.1:0", self.inference)
+        servers = (
+            builder_server("127.0.0.1:0", self.builder, self._guard),
+            inference_server("127.0.0.1:0", self.inference, self._guard),
+        )
         self.builder_address, self.inference_address = [await server.start() for server in servers]
         for server in servers:
             await server.set_serving(True)

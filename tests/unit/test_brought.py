@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from pathlib import Path
 from typing import Any
@@ -77,8 +78,8 @@ def ready(world: World, store: MemoryStore) -> Ready:
 def prompt(ready: Ready, model: str) -> str:
     """The chat prompt of a model, as text."""
     service = ready.service
-    tokens = service._tokens(MESSAGES, service.catalog.get(model).brought)
-    return "".join(service._text._tokenizer.id_to_token(token) for token in tokens)
+    tokens = asyncio.run(service.text.encode_messages(MESSAGES, service.catalog.get(model).brought.template))
+    return "".join(service.text._tokenizer.id_to_token(token) for token in tokens)
 
 
 def sampling(ready: Ready, model: str, **fields: Any) -> SamplingParams:
@@ -131,7 +132,7 @@ def test_sampling_defaults_fill_what_a_request_leaves_open(ready: Ready) -> None
 
 def test_stop_tokens_are_added_to_those_of_the_base(ready: Ready) -> None:
     """From generation_config.json, and the token that tokenizer_config.json calls the end."""
-    dollar = ready.service._text.token_id("$")
+    dollar = ready.service.text.token_id("$")
     assert sampling(ready, "base").stop_token_ids == {2}
     assert sampling(ready, "wide").stop_token_ids == {2, 50, dollar}
     assert sampling(ready, "rs", stop_token_ids=(9,)).stop_token_ids == {2, 60, 9}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import pty
 import re
@@ -40,7 +41,13 @@ def environment(tmp_path: Path) -> dict[str, str]:
         (package / "__init__.py").touch()
         (package / "__main__.py").write_text(f"from tests.unit.fake_services import main; main({kind!r})\n")
     path = os.pathsep.join([str(tmp_path / "fakes"), str(ROOT)])
-    return {**os.environ, "PYTHONPATH": path, "TMPDIR": str(tmp_path), "COLUMNS": "80"}
+    return {
+        **os.environ,
+        "PYTHONPATH": path,
+        "TMPDIR": str(tmp_path),
+        "COLUMNS": "80",
+        "XDG_STATE_HOME": str(tmp_path),
+    }
 
 
 @pytest.fixture
@@ -147,6 +154,16 @@ def test_up_serves_until_sigterm(launch: Launch, deployment: Callable[..., str])
     assert_gone(children)
 
 
+def test_up_for_machines(launch: Launch, deployment: Callable[..., str]) -> None:
+    """``up --json`` prints one document once all is up, and nothing before it."""
+    process = launch("up", deployment("json", "lora1"), "--json")
+    found = json.loads(read_until(process, "}"))
+    assert found["models"] == ["base", "lora1", "lora2"]
+    assert set(found) == {"schema", "inference", "http", "builder", "models", "logs"}
+    process.terminate()
+    assert process.wait(DEADLINE_S) == 0
+
+
 def test_up_killed_kills_its_children(launch: Launch, deployment: Callable[..., str]) -> None:
     """``kill -9`` of the parent ends both services."""
     process = launch("up", deployment("tiny"))
@@ -232,13 +249,28 @@ def test_the_demo_on_a_terminal(
 
 def test_a_conversation(fakes: Fakes, environment: dict[str, str]) -> None:
     """A chat keeps its history, forgets it, changes the model, survives a wrong one, and leaves at Ctrl-D."""
-    lines = (b"one", b"two", b"/reset", b"three", b"/model lora2", b"/model nobody", b"/help")
+    lines = (b"one", b"two", b"/clear", b"three", b"/model lora2", b"/model lora22", b"/help", b"/modle x")
     dialogue = [("> ", line + b"\n") for line in lines]
     args = ["chat", "lora1", "--grpc", fakes.inference_address]
     text = on_a_terminal(args, environment, [*dialogue, ("> ", b"\x04")])
     assert re.findall(r"sings \((\d)\)", text) == ["1", "3", "1"]
     assert "lora2> " in text
-    assert "error: MODEL_NOT_FOUND: no model 'nobody'" in text
+    assert "error: MODEL_NOT_FOUND: no model 'lora22'; did you mean lora2?" in text
+    assert "no command /modle" in text
+    typed = (Path(environment["XDG_STATE_HOME"]) / "loramux/chat_history").read_text()
+    assert "two\n" in typed
+
+
+def test_a_system_message_and_the_keys(fakes: Fakes, environment: dict[str, str]) -> None:
+    """``/system`` stays over ``/clear``; TAB completes names; the arrow finds earlier lines."""
+    lines = (b"/system be brief", b"one", b"/clear", b"\x1b[A\x1b[A", b"/model lo\t1", b"two", b"/models")
+    dialogue = [("> ", line + b"\n") for line in lines]
+    args = ["chat", "base", "--grpc", fakes.inference_address]
+    text = on_a_terminal(args, environment, [*dialogue, ("> ", b"/quit\n")])
+    said = [[turn.content for turn in request.messages.messages] for request in fakes.inference.requests[-3:]]
+    assert said[:2] == [["be brief", "one"], ["be brief", "one"]]
+    assert said[2][::3] == ["be brief", "two"]
+    assert "* lora1" in text
 
 
 def test_stopping_an_answer(fakes: Fakes, environment: dict[str, str]) -> None:

@@ -28,7 +28,8 @@ from loramux import (
 )
 from loramux.builder.v1 import builder_pb2
 from loramux.inference.v1 import inference_pb2
-from loramux.mapping import completion_of, deployment_of, event_of, generate_request
+from loramux.mapping import completion_of, deployment_of, event_of
+from loramux.requests import generate_request
 from shared.deployment import Deployment
 from tests.unit.fake_services import DIGEST, WORDS, Fakes
 

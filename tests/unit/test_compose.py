@@ -78,6 +78,13 @@ def test_ports_agree(service: str) -> None:
     assert RAW["build"]["command"][-1] == f"builder:{_environment('builder')['LORAMUX_GRPC'].split(':')[1]}"
 
 
+def test_the_openai_door_is_reached() -> None:
+    """Where it listens in its container is what the image exposes and compose publishes."""
+    port = _environment("inference")["LORAMUX_HTTP"].removeprefix("0.0.0.0:")
+    assert f"EXPOSE {port}\n" in _dockerfile("inference")
+    assert f"127.0.0.1:{port}:{port}" in RAW["inference"]["ports"]
+
+
 def test_published_ports_are_local() -> None:
     """Nothing without authentication is published beyond this machine."""
     ports = [port for service in RAW.values() for port in service.get("ports", ())]
@@ -140,7 +147,7 @@ def test_stopping_leaves_time_to_drain(service: str) -> None:
 
 
 def test_credentials_come_from_the_environment() -> None:
-    """No credential is written down, and compose refuses to start without one."""
+    """No credential is written down, and compose refuses to start without the store's."""
     secret = re.compile(r"KEY|PASSWORD|SECRET|_USER")
     texts = {
         f"{service}.{name}": text
@@ -148,8 +155,11 @@ def test_credentials_come_from_the_environment() -> None:
         for name, text in RAW[service].get("environment", {}).items()
         if secret.search(name)
     }
-    assert texts
-    assert all(re.fullmatch(r"\$\{\w+:\?[^}]+\}", text) for text in texts.values()), texts
+    optional = {name: text for name, text in texts.items() if "LORAMUX_API_KEY" in name}
+    required = texts.items() - optional.items()
+    assert required
+    assert all(re.fullmatch(r"\$\{\w+:\?[^}]+\}", text) for _, text in required), required
+    assert set(optional.values()) == {"${LORAMUX_API_KEYS:-}", "${LORAMUX_API_KEY:-}"}
     assert _env_example()["MINIO_ROOT_PASSWORD"] == ""
 
 

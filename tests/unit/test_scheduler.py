@@ -14,6 +14,7 @@ from inference_service.core.sequence import Adapter, FinishReason, Sequence, Tok
 from inference_service.engine.block_manager import BlockManager
 from inference_service.engine.engine import Engine
 from inference_service.engine.scheduler import Limits
+from inference_service.engine.step import Pending
 
 _ids = itertools.count()
 
@@ -21,24 +22,26 @@ _ids = itertools.count()
 class FakeRunner:
     """Answers with a fixed token and keeps the batches."""
 
-    def __init__(self) -> None:
+    def __init__(self, depth: int) -> None:
+        self.depth = depth
         self.batches: list[Batch] = []
 
-    def run(self, batch: Batch) -> list[tuple[Sequence, Token]]:
+    def submit(self, batch: Batch) -> Pending:
         """Note a batch; every chunk's blocks must cover its context."""
         for chunk in batch.chunks:
             assert len(chunk.seq.blocks) * 4 >= chunk.end
         self.batches.append(batch)
-        return [(chunk.seq, Token(7)) for chunk in batch.chunks if chunk.samples]
+        seqs = tuple(chunk.seq for chunk in batch.chunks if chunk.samples)
+        return Pending(seqs, lambda: [Token(7)] * len(seqs))
 
 
 def _engine(
-    *, blocks: int = 64, max_tokens: int = 16, max_seqs: int = 4, max_adapters: int = 2
+    *, blocks: int = 64, max_tokens: int = 16, max_seqs: int = 4, max_adapters: int = 2, depth: int = 0
 ) -> tuple[Engine, FakeRunner, BlockManager]:
     manager = BlockManager(blocks, 4)
-    runner = FakeRunner()
+    runner = FakeRunner(depth)
     limits = Limits(max_tokens, max_seqs, max_adapters, max_seq_len=blocks * 4)
-    return Engine(runner, limits, manager, clock=lambda: 0.0), runner, manager  # type: ignore[arg-type]
+    return Engine(runner, limits, manager, clock=lambda: 0.0), runner, manager
 
 
 def _seq(prompt: int, new: int, uid: int = 0, priority: int = 0, deadline_s: float | None = None) -> Sequence:

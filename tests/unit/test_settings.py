@@ -162,6 +162,21 @@ def test_the_other_service_may_share_the_environment(monkeypatch: pytest.MonkeyP
     assert load_settings(InferenceSettings).deployment == "demo"
 
 
+def test_a_client_may_share_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What clients read is no mistake in a service's environment, and opens nothing there."""
+    for name in ("API_KEY", "TLS_CA", "CLIENT_CERT", "CLIENT_KEY"):
+        monkeypatch.setenv(f"LORAMUX_{name}", "x")
+    settings = load_settings(BuilderSettings)
+    assert (settings.keys_file, settings.tls_client_ca) == (None, None)
+    assert settings.api_keys.get_secret_value() == ""
+
+
+def test_keys_are_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A key that was pasted where its digest belongs is not shown with the settings."""
+    monkeypatch.setenv("LORAMUX_API_KEYS", "lmx_pasted")
+    assert "pasted" not in repr(load_settings(BuilderSettings))
+
+
 def test_secrets_are_no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     """A secret in the environment is none of the settings' business."""
     monkeypatch.setenv("LORAMUX_SECRET_hf_access_token", "x")

@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from inference_service.serving.text import ChatTemplate, StopTexts, Text
+from inference_service.serving.chat_template import ChatTemplate
+from inference_service.serving.text import StopTexts, Text
 from shared.faults import CheckpointInvalid, RequestInvalid
 
 
@@ -60,14 +61,14 @@ def test_pieces_of_characters_are_held_back_and_nothing_is_lost(prompt: str, ans
     assert all("\N{REPLACEMENT CHARACTER}" not in piece for piece in pieces if "\ufffd" not in answer)
 
 
-def test_a_template_renders_as_hugging_face_does() -> None:
+async def test_a_template_renders_as_hugging_face_does() -> None:
     """Blocks are trimmed, special tokens are known, and the assistant's turn is asked for."""
     template = ChatTemplate(
         "{{ bos_token }}{% for m in messages %}\n[{{ m.role }}] {{ m.content }}\n{% endfor %}\n"
         "{% if add_generation_prompt %}[assistant]{% endif %}",
         {"bos_token": "<s>"},
     )
-    assert template.render([{"role": "user", "content": "hi"}]) == "<s>[user] hi\n[assistant]"
+    assert await template.render([{"role": "user", "content": "hi"}]) == "<s>[user] hi\n[assistant]"
 
 
 @pytest.mark.parametrize(
@@ -79,10 +80,10 @@ def test_a_template_renders_as_hugging_face_does() -> None:
         "{{ 1 // 0 }}",
     ],
 )
-def test_a_template_that_refuses_or_reaches_out_is_an_error_of_the_request(source: str) -> None:
+async def test_a_template_that_refuses_or_reaches_out_is_an_error_of_the_request(source: str) -> None:
     """What goes wrong inside a template is named, and a template reaches nothing but the messages."""
     with pytest.raises(RequestInvalid):
-        ChatTemplate(source, {}).render([{"role": "user", "content": "hi"}])
+        await ChatTemplate(source, {}).render([{"role": "user", "content": "hi"}])
 
 
 def test_a_template_that_cannot_be_parsed_is_refused_at_load() -> None:
@@ -91,7 +92,7 @@ def test_a_template_that_cannot_be_parsed_is_refused_at_load() -> None:
         ChatTemplate("{% for %}", {})
 
 
-def test_messages_without_a_template_are_refused() -> None:
+async def test_messages_without_a_template_are_refused() -> None:
     """A base model without a chat template says so."""
     with pytest.raises(RequestInvalid):
-        _byte_text().encode_messages([{"role": "user", "content": "hi"}])
+        await _byte_text().encode_messages([{"role": "user", "content": "hi"}])

@@ -1,0 +1,82 @@
+"""``python -m inference_service.doctor FOLDER``: what a replica of a base would run on here, as JSON on stdout.
+
+FOLDER holds the base's ``config.json``. Either form is the answer::
+
+    {"torch": "2.13.0", "device": "cpu", "name": "...", "memory_bytes": 1, "free_bytes": 1,
+     "steps_bytes": 1, "dtype": "bfloat16", "backend": "native", "how": "compiled with c++", "threads": 2}
+    {"fault": {"reason": "SETTINGS_INVALID", "message": "..."}}
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from inference_service.models.read import read_config
+from inference_service.serving.backend import choose_backend
+from inference_service.serving.memory import needs_of
+from shared.faults import Fault
+from shared.settings import InferenceSettings, load_settings
+
+
+def main() -> int:
+    """Answer for the folder that the command line names; returns the exit status."""
+    try:
+        answer = examine(Path(sys.argv[1]))
+    except Fault as fault:
+        answer = {"fault": {"reason": fault.reason, "message": str(fault)}}
+    json.dump(answer, sys.stdout)
+    return 0
+
+
+def examine(folder: Path) -> dict[str, Any]:
+    """Return what a replica with the settings of this environment would choose for a base.
+
+    Raises:
+        CheckpointInvalid: the base is not supported.
+        SettingsInvalid: a setting is wrong, or asks for what this machine does not have.
+    """
+    settings = load_settings(InferenceSettings, deployment="none")
+    config = read_config(folder)
+    chosen = choose_backend(settings, config)
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    needs = needs_of(config, chosen.dtype, 0, settings, graphs=chosen.device.type == "cuda")
+    return {
+        "torch": torch.__version__,
+        **_memory(chosen.device),
+        "steps_bytes": needs.activations + needs.graphs,
+        "dtype": str(chosen.dtype).removeprefix("torch."),
+        "backend": chosen.new_lora().name,
+        "how": chosen.how,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _memory(device: torch.device) -> dict[str, Any]:
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info()
+        name = torch.cuda.get_device_name()
+    else:
+        memory = psutil.virtual_memory()
+        free, total, name = memory.available, memory.total, _processor()
+    return {"device": device.type, "name": name, "memory_bytes": total, "free_bytes": free}
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    found = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(found, platform.machine())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

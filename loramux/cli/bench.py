@@ -1,0 +1,151 @@
+"""``loramux bench``: load on an inference service, and its figures per model."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from loramux.bench.drive import Plan, Run, drive
+from loramux.bench.figures import report
+from loramux.bench.plot import plot as draw
+from loramux.bench.plot import require_plot
+from loramux.bench.workload import Workload, read_prompts, words_for
+from loramux.cli import shell
+from loramux.cli.bench_view import BenchView, show_load, show_report
+from loramux.cli.documents import emit
+from loramux.cli.exits import Exit
+from loramux.cli.names import complete_model, no_such_model
+from loramux.client import INFERENCE, AsyncClient
+from loramux.records import GenerateOptions, Prompt
+from shared.faults import SettingsInvalid
+
+DURATION_S = 10.0
+CONCURRENCY = 8
+
+Models = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--model", metavar="NAME", help="Repeatable; default: all, in turn.", autocompletion=complete_model
+    ),
+]
+Concurrency = Annotated[
+    int | None,
+    typer.Option(
+        "--concurrency", metavar="N", min=1, help=f"Closed loop: N open requests; default {CONCURRENCY}."
+    ),
+]
+Rate = Annotated[
+    float | None, typer.Option("--rate", metavar="R", min=0.001, help="Open loop: R requests/s, Poisson.")
+]
+Requests = Annotated[int | None, typer.Option("--requests", metavar="N", min=1, help="Send N and no more.")]
+Duration = Annotated[
+    float | None,
+    typer.Option(
+        "--duration", metavar="S", min=0.1, help=f"Send for S s; default {DURATION_S:g}, or --requests."
+    ),
+]
+PromptTokens = Annotated[
+    int, typer.Option("--prompt-tokens", metavar="N", min=1, help="Drawn prompts: about N tokens.")
+]
+Prompts = Annotated[
+    Path | None, typer.Option("--prompts", metavar="FILE", help="A prompt a line; see docs/cli.md.")
+]
+MaxTokens = Annotated[int, typer.Option("--max-tokens", metavar="N", min=1, help="Length of an answer.")]
+Eos = Annotated[bool, typer.Option("--eos", help="Answers may end before that.")]
+Warmup = Annotated[int | None, typer.Option("--warmup", metavar="N", min=0, help="Default: one per model.")]
+Seed = Annotated[int, typer.Option("--seed", metavar="N", min=0, help="Of prompts and arrivals.")]
+Plot = Annotated[Path | None, typer.Option("--plot", metavar="FILE", help="Draw a PNG; needs matplotlib.")]
+
+
+@shell.command
+def bench(
+    model: Models = None,
+    grpc: shell.Grpc = INFERENCE,
+    concurrency: Concurrency = None,
+    rate: Rate = None,
+    requests: Requests = None,
+    duration: Duration = None,
+    prompt_tokens: PromptTokens = 64,
+    prompts: Prompts = None,
+    max_tokens: MaxTokens = 64,
+    eos: Eos = False,
+    warmup: Warmup = None,
+    seed: Seed = 0,
+    plot: Plot = None,
+    as_json: shell.Json = False,
+) -> None:
+    """Measure a running service: its speed and waiting times.
+
+    Example: loramux bench --model lora1 --model lora2 --concurrency 16
+    """
+    if rate is not None and concurrency is not None:
+        raise SettingsInvalid("--concurrency is a closed loop and --rate an open one: give one of them")
+    if plot is not None:
+        require_plot(plot)
+    plan = Plan(
+        concurrency=concurrency or CONCURRENCY,
+        rate=rate,
+        requests=requests,
+        duration_s=duration if duration or requests else DURATION_S,
+        options={"max_tokens": max_tokens, "ignore_eos": not eos},
+    )
+    given = read_prompts(prompts) if prompts else []
+    workload, run = asyncio.run(_bench(grpc, model or [], given, prompt_tokens, seed, plan, warmup))
+    if plot is not None:
+        draw(run.outcomes, workload.models, plot)
+    _tell(plan, workload, run, as_json)
+
+
+async def _bench(
+    address: str,
+    wanted: Sequence[str],
+    given: Sequence[Prompt],
+    prompt_tokens: int,
+    seed: int,
+    plan: Plan,
+    warmup: int | None,
+) -> tuple[Workload, Run]:
+    async with AsyncClient(inference=address) as client:
+        with shell.working(f"asking {address}"):
+            models = await _models(client, wanted)
+            count = 0 if given else await words_for(client, models[0], prompt_tokens)
+        workload = Workload(models, seed, count, given)
+        await _warm_up(client, workload, plan.options, len(models) if warmup is None else warmup)
+        with BenchView(plan) as view:
+            try:
+                return workload, await drive(client, workload, plan, view.update)
+            except asyncio.CancelledError:  # Ctrl-C; what was measured until then is shown
+                return workload, Run(view.outcomes, interrupted=True)
+
+
+async def _models(client: AsyncClient, wanted: Sequence[str]) -> list[str]:
+    served = [each.name for each in await client.models()]
+    for name in wanted:
+        if name not in served:
+            raise no_such_model(name, served)
+    return list(dict.fromkeys(wanted)) or served
+
+
+async def _warm_up(client: AsyncClient, workload: Workload, options: GenerateOptions, requests: int) -> None:
+    other = Workload(workload.models, workload.seed + 1, workload.words, workload.given)
+    if requests:
+        with shell.working(f"warming up with {requests} requests"):
+            await drive(client, other, Plan(CONCURRENCY, requests=requests, options=options))
+
+
+def _tell(plan: Plan, workload: Workload, run: Run, as_json: bool) -> None:
+    figures = report(run.outcomes, workload.models)
+    if as_json:
+        emit({"plan": plan, "seed": workload.seed, "report": figures, "client": run.load})
+    else:
+        show_report(figures)
+        if run.load:
+            show_load(run.load)
+    if run.interrupted:
+        raise typer.Exit(Exit.INTERRUPTED)
+    if not figures.all.requests:
+        raise typer.Exit(Exit.FAILED)

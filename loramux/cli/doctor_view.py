@@ -1,0 +1,63 @@
+"""How a diagnosis looks: a line per thing, what is wrong last."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich.filesize import decimal
+
+from loramux.cli import shell
+from loramux.doctor.sizes import Sizes
+
+if TYPE_CHECKING:
+    from loramux.cli.doctor import Diagnosis
+
+
+def show(found: Diagnosis) -> None:
+    """Print a diagnosis."""
+    present = {name: version for name, version in found.versions.items() if version}
+    _line("installed", ", ".join(f"{name} {version}" for name, version in present.items()))
+    for extra in found.extras:
+        lacks = f"lacks {', '.join(extra.missing)}: {extra.cure}"
+        _line(f"[{extra.name}]", lacks if extra.missing else "ok")
+    machine = found.machine
+    memory = decimal(machine.memory_bytes)
+    _line("machine", f"{machine.system}, {machine.cores} cores, {memory} of memory, Python {machine.python}")
+    _line("cache", f"{machine.cache_dir}, {decimal(machine.cache_free_bytes)} free")
+    _show_inference(found)
+    for place in found.places:
+        _line(place.name, f"{place.address}: {place.state}")
+    if found.base:
+        shell.show()
+        _show_sizes(found.base)
+    shell.show()
+    for problem in found.problems:
+        shell.show(f"wrong: {problem}", "bold red")
+    if not found.problems:
+        shell.show("nothing is wrong", "bold green")
+
+
+def _show_inference(found: Diagnosis) -> None:
+    chosen = found.inference
+    if isinstance(chosen, str):
+        _line("runs on", f"nothing: {chosen}")
+        return
+    free, memory = decimal(chosen.free_bytes), decimal(chosen.memory_bytes)
+    _line("runs on", f"{chosen.device}: {chosen.name}, {free} of {memory} free, {chosen.threads} threads")
+    _line("computes in", f"{chosen.dtype}, backend {chosen.backend}: {chosen.how}")
+
+
+def _show_sizes(sizes: Sizes) -> None:
+    weights, left = decimal(sizes.weights_bytes), decimal(sizes.free_bytes)
+    _line("weights", f"{weights} as {sizes.dtype}; {left} are free")
+    _line("steps", f"{decimal(sizes.steps_bytes)} for the largest")
+    _line("KV cache", f"{decimal(sizes.kv_bytes)}: {sizes.kv_tokens} tokens of {decimal(sizes.kv_token_bytes)}")
+    if sizes.weights_bytes + sizes.steps_bytes + sizes.kv_bytes > sizes.free_bytes:
+        shell.show("weights and cache do not fit", "yellow")
+    rows = [(str(fit.rank), decimal(fit.adapter_bytes), str(fit.adapters)) for fit in sizes.fits]
+    headers = ("rank, all modules", "one adapter", "adapters that fit")
+    shell.table(headers, rows, frozenset(headers))
+
+
+def _line(name: str, text: str) -> None:
+    shell.show(f"{name:<12} {text}")

@@ -1,0 +1,17 @@
+"""Where ``loramux`` begins: before its packages are loaded, which takes a moment in which Ctrl-C can come."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+INTERRUPTED = 130
+
+
+def main() -> None:
+    """Load the command line and run it."""
+    try:
+        run = importlib.import_module("loramux.cli.main").main
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+    run()

@@ -1,0 +1,46 @@
+"""The exit codes of the ``loramux`` command."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import Final
+
+import grpc
+
+from shared.faults import Fault, SettingsInvalid, Status
+from shared.rpc.status import CallFailed
+
+
+class Exit(IntEnum):
+    """How a command ended."""
+
+    OK = 0
+    FAILED = 1
+    USAGE = 2
+    UNAVAILABLE = 3
+    DENIED = 4
+    INTERRUPTED = 130
+    PIPE_CLOSED = 141
+
+
+MEANINGS: Final = {
+    Exit.OK: "done; what was asked about is fine",
+    Exit.FAILED: "refused or failed: repeating it will not help",
+    Exit.USAGE: "a wrong flag, argument or setting",
+    Exit.UNAVAILABLE: "something does not answer, is busy or restarts: the same command may succeed later",
+    Exit.DENIED: "no API key, or one that may not do this; a secret or licence that a source asks for",
+    Exit.INTERRUPTED: "Ctrl-C",
+    Exit.PIPE_CLOSED: "nobody reads its output any more, as behind `head -1`",
+}
+
+_DENIED = (Status.UNAUTHENTICATED, Status.PERMISSION_DENIED)
+
+
+def exit_of(fault: Fault) -> Exit:
+    """Return the exit code of a command that ends with a fault."""
+    if isinstance(fault, SettingsInvalid):
+        return Exit.USAGE
+    late = isinstance(fault, CallFailed) and fault.code is grpc.StatusCode.DEADLINE_EXCEEDED
+    if late or fault.retry_after_s is not None:
+        return Exit.UNAVAILABLE
+    return Exit.DENIED if fault.status in _DENIED else Exit.FAILED

@@ -1,0 +1,33 @@
+"""Names of models: the near ones of a wrong one, and those that complete a beginning."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+
+import typer
+
+from loramux.client import INFERENCE, Client
+from shared.faults import Fault, ModelNotFound
+
+COMPLETION_S = 1.0
+"""Whoever pressed TAB waits; a server that is slower is not asked further."""
+SHOWN = 20
+
+
+def no_such_model(name: str, served: Sequence[str]) -> ModelNotFound:
+    """Return the failure for a name that is not served, with the nearest that is."""
+    near = difflib.get_close_matches(name, served, n=1, cutoff=0.7)
+    listed = ", ".join(served[:SHOWN])
+    more = f" and {len(served) - SHOWN} more" if len(served) > SHOWN else ""
+    meant = f"; did you mean {near[0]}?" if near else ""
+    return ModelNotFound(f"no model {name!r}{meant}; served are {listed}{more}")
+
+
+def complete_model(ctx: typer.Context, incomplete: str) -> list[str]:
+    """Return the served names that begin so; none when no server answers at once."""
+    try:
+        with Client(inference=ctx.params.get("grpc") or INFERENCE, timeout_s=COMPLETION_S) as client:
+            return [each.name for each in client.models() if each.name.startswith(incomplete)]
+    except Fault:
+        return []

@@ -1,0 +1,104 @@
+"""The machine, what a replica would run on here, and the places that it would use."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from shared.bundle.deployments import list_deployments
+from shared.faults import Fault
+from shared.storage.open import open_store
+
+CHILD_S: Final = 300.0
+"""The first start compiles the operations of the CPU."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where this runs; sizes in bytes."""
+
+    python: str
+    system: str
+    cores: int
+    memory_bytes: int
+    cache_dir: Path
+    cache_free_bytes: int
+
+
+@dataclass(frozen=True)
+class Inference:
+    """What a replica would run on."""
+
+    device: str
+    name: str
+    memory_bytes: int
+    free_bytes: int
+    steps_bytes: int
+    """What the largest step needs beside weights, adapters and cache."""
+    dtype: str
+    backend: str
+    how: str
+    """Where the operations come from, and why not from the compiler if so."""
+    threads: int
+
+
+@dataclass(frozen=True)
+class Place:
+    """A service or a store."""
+
+    name: str
+    address: str
+    state: str
+    ok: bool
+
+
+def look_at_machine(cache_dir: Path) -> Machine:
+    """Return what there is."""
+    there = next((folder for folder in (cache_dir, *cache_dir.parents) if folder.exists()), Path("/"))
+    return Machine(
+        python=platform.python_version(),
+        system=f"{platform.system()} {platform.machine()}",
+        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        cache_dir=cache_dir,
+        cache_free_bytes=shutil.disk_usage(there).free,
+    )
+
+
+def look_at_inference(folder: Path) -> Inference | str:
+    """Return what a replica of a base would choose here, or why there can be none.
+
+    A child is asked: it imports torch, which this process never does. folder holds a ``config.json``.
+    """
+    if importlib.util.find_spec("torch") is None:
+        return "torch is not installed: pip install 'loramux[inference]'"
+    command = [sys.executable, "-m", "inference_service.doctor", str(folder)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=CHILD_S, check=False)  # noqa: S603
+    except subprocess.TimeoutExpired:
+        return f"the inference service did not answer in {CHILD_S:g} s"
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+        return f"the inference service does not start: {lines[-1]}"
+    answer: Mapping[str, Any] = json.loads(done.stdout)
+    if "fault" in answer:
+        return str(answer["fault"]["message"])
+    return Inference(**{name: answer[name] for name in Inference.__dataclass_fields__})
+
+
+def look_at_store(uri: str) -> Place:
+    """Return whether a store answers, and how many deployments it holds."""
+    try:
+        names = list_deployments(open_store(uri))
+    except Fault as fault:
+        return Place("store", uri, f"{fault.reason}: {fault.message}", ok=False)
+    return Place("store", uri, f"answers, {len(names)} deployment{'s'[: len(names) != 1]}", ok=True)

@@ -1,0 +1,33 @@
+"""Write the generated pages of docs/; with --check, say whether that changes anything."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from scripts import api_doc, deployment_doc, errors_doc, settings_doc
+
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+PAGES: dict[str, Callable[[], str]] = {
+    "api.md": api_doc.page,
+    "deployment-file.md": deployment_doc.page,
+    "deployment.schema.json": deployment_doc.json_schema,
+    "errors.md": errors_doc.page,
+    "settings.md": settings_doc.page,
+}
+
+
+def main() -> None:
+    """Write, or compare."""
+    fresh = {DOCS / name: page() for name, page in PAGES.items()}
+    stale = [path for path, text in fresh.items() if not path.exists() or path.read_text() != text]
+    if "--check" not in sys.argv:
+        for path in stale:
+            path.write_text(fresh[path])
+    elif stale:
+        raise SystemExit(f"out of date: {', '.join(path.name for path in stale)}. Run `make docs`.")
+
+
+if __name__ == "__main__":
+    main()

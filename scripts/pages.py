@@ -1,0 +1,59 @@
+"""What the generators of pages share: tables, and the types of JSON schemas in words."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+Schema: TypeAlias = Mapping[str, Any]
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |\n" for line in lines)
+
+
+def one_line(text: str) -> str:
+    """Return a text without its line breaks."""
+    return " ".join(text.split())
+
+
+def type_of(schema: Schema, definitions: Mapping[str, Schema]) -> str:
+    """Return the type of a field in words: ``integer, at least 1``."""
+    if "$ref" in schema:
+        name = schema["$ref"].rpartition("/")[2]
+        target = definitions[name]
+        return type_of(target, definitions) if "enum" in target else f"[{name}](#{name.lower()})"
+    if "anyOf" in schema:
+        return " or ".join(type_of(each, definitions) for each in schema["anyOf"] if each.get("type") != "null")
+    if "enum" in schema:
+        return ", ".join(f"`{value}`" for value in schema["enum"])
+    if schema.get("type") == "array":
+        return f"list of {type_of(schema['items'], definitions)}" if schema.get("items") else "list"
+    if schema.get("type") == "object":
+        inner = [*schema.get("patternProperties", {}).values(), schema.get("additionalProperties")]
+        return f"mapping of names to {type_of(inner[0], definitions)}"
+    return _plain(schema)
+
+
+def _plain(schema: Schema) -> str:
+    words = {"pattern": "matches", "minimum": "at least", "exclusiveMinimum": "above", "maximum": "at most"}
+    bounds = [f"{text} `{schema[key]}`" for key, text in words.items() if key in schema]
+    if "maxLength" in schema:
+        bounds.append(f"at most {schema['maxLength']} characters")
+    name = "path" if schema.get("format") == "path" else schema.get("type", "any")
+    return ", ".join([name, *bounds])
+
+
+def default_of(name: str, schema: Schema, owner: Schema) -> str:
+    """Return the default of a field, for a cell."""
+    if name in owner.get("required", ()):
+        return "required"
+    value = schema.get("default")
+    return (
+        ""
+        if value in (None, "", [], {}) or isinstance(value, dict)
+        else f"`{json.dumps(value).strip(chr(34))}`"
+    )

@@ -1,0 +1,220 @@
+"""``loramux bench``: its arithmetic, its two loops, and what it prints."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from loramux.bench.drive import ClientLoad, Plan, drive
+from loramux.bench.figures import Failures, Outcome, percentile, report
+from loramux.bench.plot import plot, require_plot
+from loramux.bench.workload import Workload, arrivals, read_prompts
+from loramux.cli.main import app
+from loramux.client import AsyncClient
+from shared.faults import RequestInvalid, SettingsInvalid
+from tests.unit.fake_services import Fakes
+
+
+def outcome(model: str = "a", begin: float = 0.0, tokens: int = 11, error: str = "") -> Outcome:
+    """A request that waited 0.5 s, then took a second for ten more tokens."""
+    first = None if error else begin + 0.5
+    return Outcome(model, begin, first, begin + 1.5, begin + 1.5, tokens, 1, 7, 3, error)
+
+
+def test_percentiles_are_values_that_were_measured() -> None:
+    """The nearest rank, not between two."""
+    values = [float(number) for number in range(100, 0, -1)]
+    assert [percentile(values, part) for part in (0.5, 0.9, 0.99)] == [50.0, 90.0, 99.0]
+    assert percentile([3.0], 0.99) == 3.0
+    assert percentile([], 0.5) is None
+
+
+def test_times_of_a_request() -> None:
+    """Time per token counts from the first tokens, which may come several at once, to the last."""
+    assert outcome().first_token_s == 0.5
+    assert outcome().per_token_s == pytest.approx(0.1)
+    together = Outcome("a", 0.0, 0.5, 0.5, 0.6, 4, 4, 7, 0)
+    assert together.per_token_s is None
+    assert outcome(error="QUEUE_FULL").first_token_s is None
+
+
+def test_a_report_counts_what_failed_apart() -> None:
+    """Tokens and times are of answered requests; failures are counted by reason."""
+    failed = [replace(outcome("b", at, 0, "QUEUE_FULL"), message=f"at {at}") for at in (1.0, 2.0)]
+    full = {"QUEUE_FULL": Failures(2, "at 1.0")}
+    found = report([outcome("a"), outcome("a", 1.0), *failed], ["a", "b"])
+    a, b = found.models
+    assert (a.requests, a.tokens, a.tokens_per_s) == (2, 22, pytest.approx(22 / 3.5))
+    assert (b.requests, b.errors, b.first_token_s.p50) == (0, full, None)
+    assert (found.seconds, found.all.requests, found.all.errors) == (3.5, 2, full)
+
+
+def test_arrivals_are_a_poisson_process() -> None:
+    """The mean gap is 1/rate and its deviation too; a seed gives the same times again."""
+    times = list(itertools.islice(arrivals(50.0, seed=1), 4000))
+    gaps = [after - before for before, after in itertools.pairwise(times)]
+    assert statistics.mean(gaps) == pytest.approx(0.02, rel=0.05)
+    assert statistics.stdev(gaps) == pytest.approx(0.02, rel=0.1)
+    assert times[:9] == list(itertools.islice(arrivals(50.0, seed=1), 9))
+    assert times[:9] != list(itertools.islice(arrivals(50.0, seed=2), 9))
+
+
+def test_models_take_turns_and_prompts_differ() -> None:
+    """Every model gets as many requests, and no two prompts are alike."""
+    asks = list(itertools.islice(Workload(["a", "b"], 0, 20).asks(), 10))
+    assert [ask.model for ask in asks] == ["a", "b"] * 5
+    assert len({str(ask.prompt) for ask in asks}) == 10
+    given = list(itertools.islice(Workload(["a", "b"], 0, 0, ["x", "y"]).asks(), 6))
+    assert [ask.prompt for ask in given] == ["x", "x", "y", "y", "x", "x"]
+
+
+def test_prompts_of_a_file(tmp_path: Path) -> None:
+    """A line is text, or JSON with text or messages; empty lines say nothing."""
+    turns = [{"role": "user", "content": "hi"}]
+    path = tmp_path / "prompts"
+    path.write_text(f'plain words\n\n{{"text": "of JSON"}}\n{json.dumps({"messages": turns})}\n')
+    assert read_prompts(path) == ["plain words", "of JSON", turns]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "holds no prompt"),
+        ("fine\n{broken", "line 2: begins with { and is no JSON"),
+        ('{"messages": []}', "line 1: expected"),
+        ('{"messages": [{"role": "user"}]}', "line 1: expected"),
+    ],
+)
+def test_bad_prompts_are_named(tmp_path: Path, text: str, said: str) -> None:
+    """A file that is none names the line."""
+    path = tmp_path / "prompts"
+    path.write_text(text)
+    with pytest.raises(RequestInvalid) as caught:
+        read_prompts(path)
+    assert said in caught.value.message
+    with pytest.raises(RequestInvalid, match="cannot read"):
+        read_prompts(tmp_path / "nowhere")
+
+
+async def test_a_closed_loop_keeps_so_many_open(fakes: Fakes) -> None:
+    """Never more requests are open than asked for, and just as many are sent."""
+    async with AsyncClient(inference=fakes.inference_address) as client:
+        run = await drive(client, Workload(["base", "lora1"], 0, 4), Plan(concurrency=3, requests=12))
+    assert most_open(run.outcomes) == 3
+    assert len(run.outcomes) == 12
+    assert all(
+        each.tokens == 5 and each.prompt_tokens == 7 and each.cached_tokens == 3 for each in run.outcomes
+    )
+    assert run.load is not None
+    assert run.load.cpu > 0
+
+
+def most_open(outcomes: Sequence[Outcome]) -> int:
+    """Return how many requests were open at once at most."""
+    return max(sum(other.begin <= each.begin < other.end for other in outcomes) for each in outcomes)
+
+
+async def test_an_open_loop_sends_when_it_is_time(fakes: Fakes) -> None:
+    """Requests begin at the times of the process, whether earlier ones have ended or not."""
+    plan = Plan(rate=200.0, duration_s=0.2)
+    due = list(itertools.takewhile(lambda at: at <= 0.2, arrivals(200.0, seed=3)))
+    async with AsyncClient(inference=fakes.inference_address) as client:
+        run = await drive(client, Workload(["base"], 3, 4), plan)
+    assert sorted(each.begin for each in run.outcomes) == due
+    assert most_open(run.outcomes) > 1
+
+
+async def test_time_ends_a_closed_loop(fakes: Fakes) -> None:
+    """After the duration nothing is sent, and what is open is waited for."""
+    async with AsyncClient(inference=fakes.inference_address) as client:
+        run = await drive(client, Workload(["base"], 0, 4), Plan(concurrency=2, duration_s=0.2))
+    assert run.outcomes
+    assert all(each.begin < 0.2 and each.tokens == 5 for each in run.outcomes)
+
+
+async def test_failures_are_outcomes(fakes: Fakes) -> None:
+    """A refused request is counted under its reason and does not end the run."""
+    async with AsyncClient(inference=fakes.inference_address) as client:
+        run = await drive(client, Workload(["base", "nobody"], 0, 4), Plan(concurrency=2, requests=4))
+    assert sorted(each.error for each in run.outcomes) == ["", "", "MODEL_NOT_FOUND", "MODEL_NOT_FOUND"]
+
+
+def test_a_busy_client_is_said() -> None:
+    """A client near a whole core, or a late event loop, may be what was measured."""
+    assert not ClientLoad(0.3, 0.002).is_bottleneck
+    assert ClientLoad(0.95, 0.002).is_bottleneck
+    assert ClientLoad(0.3, 0.2).is_bottleneck
+
+
+def bench(fakes: Fakes, *args: str) -> tuple[int, str, str]:
+    """Run the command against the fakes; returns its exit code, stdout and stderr."""
+    result = CliRunner().invoke(app, ["bench", "--grpc", fakes.inference_address, *args])
+    return result.exit_code, result.stdout, result.stderr
+
+
+def test_a_table_for_people(fakes: Fakes) -> None:
+    """A line per model and one for all; on stderr what the client itself took."""
+    code, text, errors = bench(fakes, "--requests", "9", "--max-tokens", "5")
+    lines = text.splitlines()
+    assert code == 0
+    assert [line.split()[:2] for line in lines[1:5]] == [
+        ["base", "3"],
+        ["lora1", "3"],
+        ["lora2", "3"],
+        ["all", "9"],
+    ]
+    assert "percentiles 50/90/99" in lines[5]
+    assert "the client took" in errors
+    assert fakes.inference.requests[-1].sampling.ignore_eos
+
+
+def test_json_has_everything(fakes: Fakes) -> None:
+    """The plan, the figures per model and together, and the client's own load."""
+    code, text, _ = bench(fakes, "--requests", "4", "--model", "lora1", "--eos", "--json")
+    document = json.loads(text)
+    assert code == 0
+    assert document["plan"]["requests"] == 4
+    [model] = document["report"]["models"]
+    assert (model["model"], model["requests"], model["tokens"]) == ("lora1", 4, 20)
+    assert set(model["per_token_s"]) == {"p50", "p90", "p99"}
+    assert set(document["client"]) == {"cpu", "lag_s"}
+    assert not fakes.inference.requests[-1].sampling.ignore_eos
+
+
+def test_drawn_prompts_are_as_long_as_asked(fakes: Fakes) -> None:
+    """The server's own count of a few words decides how many words make a prompt."""
+    assert bench(fakes, "--requests", "1", "--model", "base", "--warmup", "0", "--prompt-tokens", "14")[0] == 0
+    assert len(fakes.inference.requests[-1].text.split()) == 28  # the fake counts 7 tokens in every prompt
+
+
+def test_bad_wishes_are_refused_before_anything_is_sent(fakes: Fakes, tmp_path: Path) -> None:
+    """Two loops at once, an unknown model, a picture that cannot be drawn."""
+    before = len(fakes.inference.requests)
+    assert bench(fakes, "--rate", "1", "--concurrency", "1")[0] == 2
+    assert "did you mean lora1?" in bench(fakes, "--model", "lora11")[2]
+    assert "expected a .png" in bench(fakes, "--plot", str(tmp_path / "a.pdf"))[2]
+    assert len(fakes.inference.requests) == before
+
+
+def test_a_missing_matplotlib_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the extra, ``--plot`` says what to install."""
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    with pytest.raises(SettingsInvalid, match=r"pip install 'loramux\[bench\]'"):
+        require_plot(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("models", [2, 12])
+def test_a_picture(tmp_path: Path, models: int) -> None:
+    """With matplotlib a PNG is written, for a few models and for many."""
+    pytest.importorskip("matplotlib")
+    names = [f"m{number}" for number in range(models)]
+    outcomes = [outcome(name, begin) for name in names for begin in (0.0, 0.3)]
+    plot([*outcomes, outcome(names[0], error="QUEUE_FULL")], names, tmp_path / "a.png")
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")

@@ -1,0 +1,136 @@
+"""How commands end: exit codes, and never a traceback."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import grpc
+import pytest
+
+from loramux.cli.exits import Exit, exit_of
+from loramux.cli.state import state_dir, tell_uncaught
+from shared.faults import (
+    AdapterInvalid,
+    Fault,
+    ModelNotFound,
+    QueueFull,
+    RepoGated,
+    ServerUnavailable,
+    SettingsInvalid,
+    StoreUnavailable,
+    Unauthenticated,
+)
+from shared.rpc.status import CallFailed
+from tests.unit.fake_services import Fakes
+
+PROGRAM = [sys.executable, "-c", "from loramux.cli.entry import main; main()"]
+
+
+@pytest.mark.parametrize(
+    ("fault", "code"),
+    [
+        (AdapterInvalid("no"), Exit.FAILED),
+        (ModelNotFound("no"), Exit.FAILED),
+        (SettingsInvalid("no"), Exit.USAGE),
+        (ServerUnavailable("no"), Exit.UNAVAILABLE),
+        (StoreUnavailable("no"), Exit.UNAVAILABLE),
+        (QueueFull("no"), Exit.UNAVAILABLE),
+        (CallFailed("late", grpc.StatusCode.DEADLINE_EXCEEDED), Exit.UNAVAILABLE),
+        (CallFailed("strange", grpc.StatusCode.UNKNOWN), Exit.FAILED),
+        (Unauthenticated("no"), Exit.DENIED),
+        (RepoGated("no"), Exit.DENIED),
+    ],
+)
+def test_exit_codes(fault: Fault, code: Exit) -> None:
+    """What a later try may cure, what needs other rights and what is just wrong have codes of their own."""
+    assert exit_of(fault) is code
+
+
+@pytest.mark.parametrize("flags", [[], ["--json"]])
+def test_a_reader_that_goes(fakes: Fakes, flags: list[str]) -> None:
+    """When nobody reads the output, as behind ``| head``, the command ends quietly with 141."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [*PROGRAM, "models", "--grpc", fakes.inference_address, *flags]
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=60)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_ctrl_c_is_quiet(fakes: Fakes) -> None:
+    """Ctrl-C while an answer is waited for is exit code 130, with no word about it."""
+    command = [*PROGRAM, "chat", "base", "--grpc", fakes.inference_address]
+    before = len(fakes.inference.requests)
+    process = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdin
+    process.stdin.write("wait\n")
+    process.stdin.flush()
+    end = time.monotonic() + 30
+    while len(fakes.inference.requests) == before and time.monotonic() < end:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+
+
+def test_ctrl_c_ends_a_bench_with_its_figures(fakes: Fakes) -> None:
+    """What was measured until then is shown, and the exit code says that it was cut off."""
+    command = [*PROGRAM, "bench", "--grpc", fakes.inference_address, "--duration", "60"]
+    before = len(fakes.inference.requests)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    end = time.monotonic() + 30
+    while len(fakes.inference.requests) < before + 40 and time.monotonic() < end:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    text, _ = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert text.splitlines()[4].split()[0] == "all"
+
+
+def test_closed_stdin(fakes: Fakes) -> None:
+    """A chat whose stdin is closed says so in one line."""
+    command = [*PROGRAM, "chat", "base", "--grpc", fakes.inference_address]
+    done = subprocess.run(
+        ["sh", "-c", 'exec "$@" <&-', "sh", *command], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 1
+    assert done.stderr == (
+        "error: REQUEST_INVALID: stdin is closed: pipe the prompts in, or start it on a terminal\n"
+    )
+
+
+def test_an_error_of_ours_is_one_line_and_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What nobody foresaw is one line that names the file with its traceback."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    error = ZeroDivisionError("one\nhalf")
+    tell_uncaught(type(error), error, None)
+    file = tmp_path / "loramux" / "traceback.txt"
+    assert (
+        capsys.readouterr().err
+        == f"error: INTERNAL: ZeroDivisionError: one half. Please report it with {file}.\n"
+    )
+    assert "ZeroDivisionError" in file.read_text()
+
+
+def test_what_the_system_refuses_is_no_mistake_of_ours(capsys: pytest.CaptureFixture[str]) -> None:
+    """A full disk is said as such, with the file and without a request to report it."""
+    error = OSError(28, "No space left on device", "/a/plot.png")
+    tell_uncaught(type(error), error, None)
+    assert capsys.readouterr().err == "error: SYSTEM: No space left on device: /a/plot.png\n"
+
+
+def test_a_home_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the state folder cannot be made, a temporary one is taken."""
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "file"))
+    assert state_dir().is_dir()

@@ -1,0 +1,117 @@
+"""The stand-in for CUDA graphs: it repeats what they repeat, and refuses what they refuse or freeze."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import linear, rms_norm
+
+from inference_service.engine.tape import CaptureRefused, TapeRecorder
+
+STATIC = torch.zeros(4, 6)
+INDEX = torch.tensor([2, 0])
+MASK = torch.tensor([True, False, True, False])
+
+
+def test_a_replay_computes_with_what_the_static_tensors_hold_then() -> None:
+    """Views, fresh results, updates in place and results of several tensors: equal to the work itself."""
+    x, weight, out = torch.randn(4, 6), torch.randn(8, 6), torch.zeros(4)
+
+    def work() -> None:
+        hidden = linear(rms_norm(x, (6,)), weight)
+        left, right = hidden.chunk(2, dim=-1)
+        best, at = (left * right.sigmoid()).t().reshape(4, -1).topk(2)
+        best[:, 1:].mul_(3)
+        parts = torch.empty_like(best).copy_(best).index_select(0, at[0])
+        out.copy_(torch.cat([best.sum(0), parts.sum(0)]).to(torch.float64))
+
+    graph = TapeRecorder().capture(work)
+    for _ in range(3):
+        x.copy_(torch.randn(4, 6))
+        work()
+        expected = out.clone()
+        out.fill_(torch.nan)
+        graph.replay()
+        assert torch.equal(out, expected)
+
+
+REFUSED: dict[str, tuple[Callable[[], object], str]] = {
+    "item": (lambda: STATIC.sum().item(), "item reads a value"),
+    "bool": (lambda: bool(STATIC.sum() > 0), "is_nonzero reads a value"),
+    "tolist": (lambda: INDEX.tolist(), "reads values on the host"),
+    "numpy": (lambda: STATIC.numpy(), "reads values on the host"),
+    "nonzero": (lambda: MASK.nonzero(), "nonzero makes a shape of values"),
+    "mask": (lambda: STATIC[MASK], "index makes a shape of values"),
+    "masked write": (lambda: STATIC.clone().__setitem__(MASK, 1.0), "of values|from Python"),
+    "repeat": (lambda: INDEX.repeat_interleave(INDEX), "makes a shape of values"),
+    "tensor": (lambda: torch.tensor([1, 2]), "takes values from Python"),
+    "numpy array": (lambda: torch.from_numpy(np.zeros(3)), "takes values from Python"),
+    "arange": (lambda: torch.arange(4), "arange takes values"),
+    "random": (lambda: torch.rand(3), "draws from a generator"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_depends_on_the_host_is_refused(name: str) -> None:
+    """Synchronisation, shapes made of values, values from Python and draws of the host end the recording."""
+    work, message = REFUSED[name]
+    with pytest.raises(CaptureRefused, match=message):
+        TapeRecorder().capture(work)  # type: ignore[arg-type]
+
+
+def test_indices_are_no_masks() -> None:
+    """Gathering and scattering rows by number has a static shape."""
+    out = torch.zeros(2, 6)
+    graph = TapeRecorder().capture(lambda: out.copy_(STATIC[INDEX] + 1))  # type: ignore[arg-type, return-value]
+    out.zero_()
+    graph.replay()
+    assert torch.equal(out, torch.ones(2, 6))
+
+
+def test_tensors_that_do_not_outlive_the_recording_are_refused() -> None:
+    """A tensor that was made for this call alone is gone, or frozen, at the replay."""
+    passing, out = iter([torch.ones(3), torch.ones(3), torch.ones(3)]), torch.zeros(3)
+
+    def work() -> None:
+        out.copy_(next(passing))
+
+    with pytest.raises(CaptureRefused, match=r"do not outlive it, of shapes \[\(3,\)\]"):
+        TapeRecorder().capture(work)
+
+
+def test_nothing_that_a_graph_left_behind_is_read() -> None:
+    """Memory of its own is poisoned by the replay of any graph of the recorder, static tensors are not."""
+    x, total = torch.ones(3), torch.zeros(3)
+    kept: list[Tensor] = []
+
+    def work() -> None:
+        kept.append(x * 2)
+        total.add_(kept[-1])
+
+    recorder = TapeRecorder()
+    first, second = recorder.capture(work), recorder.capture(work)
+    total.zero_()
+    first.replay()
+    assert torch.equal(total, torch.full((3,), 2.0))
+    assert torch.equal(kept[2], torch.full((3,), 2.0))
+    second.replay()
+    assert kept[2].isnan().all()
+    assert torch.equal(total, torch.full((3,), 4.0))
+
+
+def test_accumulation_over_uninitialised_memory_shows() -> None:
+    """What is added to memory that nobody wrote is NaN at a replay, though it may be zero before, by chance."""
+    x, out = torch.ones(3), torch.zeros(3)
+
+    def work() -> None:
+        sums = torch.empty(3)
+        sums.add_(x)
+        out.copy_(sums)
+
+    graph = TapeRecorder().capture(work)
+    graph.replay()
+    assert out.isnan().all()

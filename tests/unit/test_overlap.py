@@ -1,0 +1,345 @@
+"""The engine one step ahead: a token is used before it is known, and nothing changes but when it is seen."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import zlib
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from inference_service.core.batch import Batch
+from inference_service.core.sampling import SamplingParams
+from inference_service.core.sequence import Adapter, FinishReason, Sequence, StepOutput, Token
+from inference_service.engine.block_manager import BlockManager
+from inference_service.engine.engine import Engine
+from inference_service.engine.rows import lay_out
+from inference_service.engine.scheduler import Limits
+from inference_service.engine.step import Pending
+from inference_service.serving.startup import Ready
+from shared.storage.memory import MemoryStore
+from tests.tiny import ADAPTERS, VOCAB, World, make_world, run_engine
+
+BLOCK = 4
+TOKENS = 5
+LIMITS = Limits(max_tokens=16, max_seqs=4, max_adapters=2, max_seq_len=40)
+_ids = itertools.count()
+
+
+@dataclass
+class Device:
+    """A runner whose model reads its cache as attention does: the next token is a checksum of what it finds.
+
+    It works in the order of submission, like a stream, and its tokens are looked at when they are waited for.
+    """
+
+    depth: int
+    cache: dict[int, tuple[int, int]] = field(default_factory=dict)
+    drawn: dict[Sequence, int] = field(default_factory=dict)
+    ids: list[int] = field(default_factory=list)
+    lengths: list[dict[str, int]] = field(default_factory=list)
+    broken: bool = False
+
+    def submit(self, batch: Batch) -> Pending:
+        """Write the rows' tokens and read their contexts."""
+        rows = lay_out(batch, self.drawn)
+        given = zip(rows.tokens, rows.sources, strict=True)
+        tokens = [token if source < 0 else self.ids[source] for token, source in given]
+        for chunk, context in zip(rows.arrangement.chunks, rows.contexts, strict=True):
+            for row in range(context.length):
+                place = _place(context.blocks, chunk.start + row)
+                self.cache[place] = tokens[context.row + row], chunk.seq.adapter_uid
+        ends = {chunk.seq: chunk.end for chunk in batch.chunks}
+        found = [[self.cache[_place(s.blocks, at)] for at in range(ends[s])] for s in rows.sampled]
+        self.drawn = {seq: place for place, seq in enumerate(rows.sampled)}
+        ids = self.ids = [_checksum(content) for content in found]
+        self.lengths.append({chunk.seq.id: chunk.length for chunk in batch.chunks})
+        broken = self.broken
+
+        def wait() -> list[Token]:
+            if broken:
+                raise RuntimeError
+            return [Token(token) for token in ids]
+
+        return Pending(tuple(rows.sampled), wait)
+
+
+def _place(blocks: Iterable[int], position: int) -> int:
+    return list(blocks)[position // BLOCK] * BLOCK + position % BLOCK
+
+
+def _checksum(content: list[tuple[int, int]]) -> int:
+    return zlib.crc32(repr(content).encode()) % TOKENS
+
+
+def _expected(prompt: list[int], sampling: SamplingParams, uid: int) -> list[int]:
+    tokens = list(prompt)
+    while len(tokens) < LIMITS.max_seq_len and len(tokens) - len(prompt) < sampling.max_tokens:
+        tokens.append(_checksum([(token, uid) for token in tokens]))
+        if tokens[-1] in sampling.stop_token_ids:
+            break
+    return tokens[len(prompt) :]
+
+
+def _engine(
+    depth: int, blocks: int = 64, *, prefix_cache: bool = True, max_tokens: int = 16
+) -> tuple[Engine, Device, BlockManager]:
+    manager = BlockManager(blocks, BLOCK, prefix_cache=prefix_cache)
+    device = Device(depth)
+    limits = replace(LIMITS, max_tokens=max_tokens)
+    return Engine(device, limits, manager, clock=lambda: 0.0), device, manager
+
+
+def _seq(
+    prompt: list[int], sampling: SamplingParams, uid: int = 0, deadline_s: float | None = None
+) -> Sequence:
+    adapter = Adapter(f"a{uid}", uid, uid - 1) if uid else None
+    return Sequence(str(next(_ids)), list(prompt), sampling, adapter, deadline_s=deadline_s)
+
+
+def _drain(engine: Engine) -> list[StepOutput]:
+    outputs: list[StepOutput] = []
+    for _ in range(2000):
+        if engine.idle:
+            return outputs
+        outputs += engine.step()
+    raise AssertionError("the engine did not come to an end")
+
+
+REQUEST = st.tuples(
+    st.integers(1, 20),  # tokens of the prompt
+    st.integers(1, 12),  # new tokens at most
+    st.integers(0, 3),  # adapter
+    st.sampled_from([frozenset(), frozenset({3}), frozenset({0, 1})]),  # stop tokens
+    st.booleans(),  # one of few prompts, so that prefixes meet
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.lists(st.one_of(REQUEST, st.just("step"), st.integers(0, 9)), min_size=1, max_size=40),
+    st.integers(10, 24),
+    st.booleans(),
+    st.integers(0, 1),
+    st.sampled_from([2, 16]),  # tokens of a step: fewer than sequences, or enough for prompts beside them
+)
+def test_every_answer_is_what_the_model_says(
+    actions: list[object], blocks: int, prefix_cache: bool, depth: int, max_tokens: int
+) -> None:
+    """With prompts in chunks, adapters, preemption, stop tokens and aborts at any step, no request is answered
+    otherwise than alone, each ends once, and all blocks come back."""
+    engine, _, manager = _engine(depth, blocks, prefix_cache=prefix_cache, max_tokens=max_tokens)
+    added: dict[str, tuple[list[int], SamplingParams, int]] = {}
+    outputs: list[StepOutput] = []
+    aborted: set[str] = set()
+    for action in actions:
+        if action == "step":
+            outputs += engine.step()
+        elif isinstance(action, int):
+            ended = aborted | {output.seq_id for output in outputs if output.finish}
+            going = [seq_id for seq_id in added if seq_id not in ended]
+            for seq_id in going[action : action + 1]:
+                engine.abort(seq_id)
+                aborted.add(seq_id)
+        elif isinstance(action, tuple):
+            length, new, uid, stops, common = action
+            draw = random.Random(0 if common else next(_ids))
+            prompt = [draw.randrange(TOKENS) for _ in range(length)]
+            seq = _seq(prompt, SamplingParams(max_tokens=new, stop_token_ids=stops), uid)
+            added[seq.id] = prompt, seq.sampling, uid
+            engine.add(seq)
+    outputs += _drain(engine)
+    for seq_id, (prompt, sampling, uid) in added.items():
+        mine = [output for output in outputs if output.seq_id == seq_id]
+        answer = [output.token.id for output in mine if output.token]
+        expected = _expected(prompt, sampling, uid)
+        assert answer == (expected[: len(answer)] if seq_id in aborted else expected)
+        assert [output.first for output in mine] == [True, *[False] * (len(mine) - 1)][: len(mine)]
+        assert sum(output.finish is not None for output in mine) == (seq_id not in aborted)
+    assert manager.num_free == manager.num_blocks
+
+
+def test_the_next_step_is_submitted_before_the_token_is_seen() -> None:
+    """Depth 1 gives nothing at the first step, and one token per step from then on."""
+    engine, device, _ = _engine(1)
+    engine.add(_seq([1, 2], SamplingParams(max_tokens=3)))
+    counts = [(len(engine.step()), len(device.lengths)) for _ in range(4)]
+    assert counts == [(0, 1), (1, 2), (1, 3), (1, 3)]
+    assert engine.idle
+
+
+@pytest.mark.parametrize(("depth", "rows"), [(0, 4), (1, 5)])
+def test_a_stop_token_costs_one_row_and_a_limit_none(depth: int, rows: int) -> None:
+    """A limit is known in advance; a stop token only when the next step is under way."""
+    for prompt in ([seed, 1, 2] for seed in range(1000)):
+        answer = _expected(prompt, SamplingParams(max_tokens=4), 0)
+        if answer[3] not in answer[:3]:
+            break
+    engine, device, _ = _engine(depth)
+    engine.add(_seq(prompt, SamplingParams(max_tokens=4)))
+    _drain(engine)
+    assert len(device.lengths) == 4
+    engine.add(_seq(prompt, SamplingParams(max_tokens=9, stop_token_ids=frozenset({answer[3]}))))
+    _drain(engine)
+    assert len(device.lengths) == 4 + rows
+
+
+def test_a_sequence_that_needs_its_last_token_waits_for_it() -> None:
+    """Beside one that is scheduled at each step, it is at every other, and answers the same."""
+
+    class Careful(Sequence):
+        needs_last_token = True
+
+    engine, device, _ = _engine(1)
+    careful = Careful("careful", [1, 2, 3], SamplingParams(max_tokens=4))
+    other = _seq([1, 2, 3], SamplingParams(max_tokens=4))
+    engine.add(careful)
+    engine.add(other)
+    _drain(engine)
+    assert careful.tokens == other.tokens
+    assert [set(lengths) for lengths in device.lengths] == [
+        {careful.id, other.id},
+        {other.id},
+        {careful.id, other.id},
+        {other.id},
+        {careful.id},
+        {careful.id},
+    ]
+
+
+def test_only_known_tokens_are_found_in_the_prefix_cache() -> None:
+    """A block whose last token is in flight is registered when the token is known, also at the very end."""
+    engine, _, manager = _engine(1)
+    seq = _seq([1, 2], SamplingParams(max_tokens=7))
+    engine.add(seq)
+    engine.step()
+    engine.step()
+    assert (seq.num_computed, len(seq.tokens), seq.in_flight, seq.num_hashed) == (3, 3, 1, 0)
+    engine.step()
+    assert (seq.num_computed, len(seq.tokens), seq.num_hashed) == (4, 4, 0)
+    _drain(engine)
+    again = _seq(seq.tokens, SamplingParams(max_tokens=1))
+    engine.add(again)
+    _drain(engine)
+    assert again.num_cached == 8
+    assert manager.num_free == manager.num_blocks
+
+
+def test_a_deadline_ends_a_sequence_with_a_token_in_flight() -> None:
+    """What was drawn for it is dropped, and its blocks come back."""
+    engine, _, manager = _engine(1)
+    late = _seq([1, 2], SamplingParams(max_tokens=9))
+    engine.add(late)
+    engine.step()
+    late.deadline_s = -1.0
+    assert [(output.seq_id, output.finish) for output in engine.step()] == [(late.id, FinishReason.DEADLINE)]
+    assert engine.idle
+    assert manager.num_free == manager.num_blocks
+
+
+def test_a_token_in_flight_never_goes_to_a_namesake() -> None:
+    """A sequence that was aborted and another of the same id, added before the step ends, are not mixed up."""
+    engine, _, _ = _engine(1)
+    first = _seq([1, 2], SamplingParams(max_tokens=9))
+    engine.add(first)
+    engine.step()
+    engine.abort(first.id)
+    namesake = replace(_seq([4, 4, 4], SamplingParams(max_tokens=2)), id=first.id)
+    engine.add(namesake)
+    outputs = _drain(engine)
+    assert [output.token.id for output in outputs if output.token] == _expected([4] * 3, namesake.sampling, 0)
+
+
+def test_after_a_failed_step_nothing_is_trusted() -> None:
+    """All sequences end once as FAILED, steps under way are dropped, and no prefix of theirs is found."""
+    engine, device, manager = _engine(1)
+    prompt = [1, 2, 3, 4, 5, 6]
+    device.broken = True
+    engine.add(_seq(prompt, SamplingParams(max_tokens=9)))
+    engine.step()
+    device.broken = False
+    assert [output.finish for output in engine.fail_all()] == [FinishReason.FAILED]
+    again = _seq(prompt, SamplingParams(max_tokens=2))
+    engine.add(again)
+    answer = [output.token.id for output in _drain(engine) if output.token]
+    assert answer == _expected(prompt, again.sampling, 0)
+    assert device.lengths[1] == {again.id: 6}
+    assert manager.num_free == manager.num_blocks
+
+
+def test_a_failing_step_loses_no_end_of_the_others() -> None:
+    """A sequence whose deadline passed before a step that raised ends with it, the others as FAILED."""
+    engine, device, _ = _engine(0)
+    late, other = _seq([1], SamplingParams(), deadline_s=-1.0), _seq([2], SamplingParams())
+    device.broken = True
+    engine.add(late)
+    engine.add(other)
+    with pytest.raises(RuntimeError):
+        engine.step()
+    ends = {output.seq_id: output.finish for output in engine.fail_all()}
+    assert ends == {late.id: FinishReason.DEADLINE, other.id: FinishReason.FAILED}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[World, MemoryStore]:
+    world, store = make_world(tmp_path_factory.mktemp("tiny")), MemoryStore()
+    world.build(store)
+    return world, store
+
+
+def _ready(world: tuple[World, MemoryStore], depth: int, **settings: object) -> Ready:
+    ready = world[0].load(world[1], native=False, **settings)
+    ready.engine._engine._runner.depth = depth  # type: ignore[misc]
+    return ready
+
+
+@pytest.mark.parametrize("prefix_cache", [True, False])
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0, "seed": 3}], ids=["greedy", "drawn"])
+def test_the_torch_runner_gives_the_same_tokens_at_both_depths(
+    world: tuple[World, MemoryStore], prefix_cache: bool, sampling: dict[str, float]
+) -> None:
+    """Base and adapters, chunks, too few blocks for all, stop tokens; each twice, for the prefix cache."""
+    draw = random.Random(8)
+    models = ("base", *ADAPTERS)
+    requests = [
+        (models[index % 4], [draw.randrange(3, VOCAB) for _ in range(draw.randrange(1, 30))])
+        for index in range(6)
+    ]
+    token_bytes = 2 * 2 * 2 * 8 * 4
+    answers = []
+    for depth in (0, 1):
+        ready = _ready(
+            world,
+            depth,
+            prefix_cache=prefix_cache,
+            block_size=8,
+            max_batch_tokens=24,
+            kv_memory_gb=64 * token_bytes / 1e9,
+        )
+        stop = frozenset(range(60, 64))
+        answers += [run_engine(ready, requests, 14, stop_token_ids=stop, **sampling) for _ in range(2)]
+        stats = ready.engine.stats
+        assert stats.preemptions > 0
+        assert stats.blocks_free == stats.blocks_total
+    assert answers[0] == answers[1] == answers[2] == answers[3]
+    assert any(len(answer) < 14 for answer in answers[0])
+
+
+def test_the_torch_runner_takes_tokens_in_flight_from_the_device(world: tuple[World, MemoryStore]) -> None:
+    """With the ids on the device zeroed between two steps, another answer comes out."""
+    ready = _ready(world, 1, prefix_cache=False)
+    runner = ready.engine._engine._runner
+    expected = run_engine(ready, [("base", [5, 6, 7])], 12)
+    submit = runner.submit
+
+    def forgetful(batch: Batch) -> Pending:
+        runner._ids = torch.zeros_like(runner._ids)  # type: ignore[attr-defined]
+        return submit(batch)
+
+    runner.submit = forgetful  # type: ignore[method-assign]
+    assert run_engine(ready, [("base", [5, 6, 7])], 12) != expected
