@@ -22,6 +22,7 @@ from builder_service.pipeline.identity import claim_identity
 from builder_service.pipeline.limits import Limits
 from builder_service.pipeline.workshop import Workshop
 from builder_service.rpc.servicer import SERVICE_NAME, BuilderServicer
+from shared.access.guard import open_guard
 from shared.faults import Fault, SettingsInvalid
 from shared.rpc.server import RpcServer, until_signal
 from shared.settings import BuilderSettings, load_settings
@@ -33,7 +34,7 @@ log = structlog.get_logger()
 
 FLAGS: Final = (
     *("store", "grpc", "work_dir", "secrets_dir", "drain_timeout_s", "max_concurrent_builds"),
-    *("parallel_adapters", "build_timeout_s", "max_build_gb"),
+    *("parallel_adapters", "build_timeout_s", "max_build_gb", "keys_file"),
 )
 """Settings that a flag of the same name sets."""
 
@@ -54,6 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 async def serve(settings: BuilderSettings) -> None:
     """Serve until a signal, then drain."""
+    guard = open_guard(settings, settings.grpc)
     shop = Workshop(
         store=open_store(settings.store),
         sources=open_sources(
@@ -71,7 +73,7 @@ async def serve(settings: BuilderSettings) -> None:
     await asyncio.to_thread(shop.sweep)
     builds = Builds(shop, Limits(running=settings.max_concurrent_builds, timeout_s=settings.build_timeout_s))
     checks = Checks(shop)
-    server = RpcServer(settings.grpc, {SERVICE_NAME: BuilderServicer(builds, checks).register})
+    server = RpcServer(settings.grpc, {SERVICE_NAME: BuilderServicer(builds, checks).register}, guard)
     address = await server.start()
     recovered = await builds.recover()
     await server.set_serving(True)
@@ -79,6 +81,7 @@ async def serve(settings: BuilderSettings) -> None:
         "builder service ready",
         builder=identity.name,
         grpc=address,
+        guarded_by=guard.shown,
         store=shop.store.uri,
         builds_taken_up=recovered,
     )
@@ -114,6 +117,7 @@ def _settings(arguments: Sequence[str] | None) -> BuilderSettings:
         action="append",
         help="A host that REMOTE_URL may reach though its address is not public; may be repeated.",
     )
+    parser.add_argument("--insecure", action="store_true", default=None, help=fields["insecure"].description)
     given = vars(parser.parse_args(arguments))
     for name in ("local_roots", "allowed_hosts"):
         if given[name] is not None:

@@ -23,4 +23,5 @@ RUN useradd --uid 10001 --create-home loramux && install --directory --owner=lor
 ENV PATH=/opt/loramux/bin:$PATH PYTHONUNBUFFERED=1 TRITON_CACHE_DIR=/var/cache/loramux/triton
 USER 10001
 EXPOSE 50052
+EXPOSE 8000
 CMD ["python", "-m", "inference_service"]

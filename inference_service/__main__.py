@@ -10,8 +10,10 @@ from functools import partial
 
 import structlog
 
+from inference_service.openai_api.server import HttpServer
 from inference_service.rpc.servicer import SERVICE_NAME, InferenceServicer, register
 from inference_service.serving.startup import load
+from shared.access.guard import open_guard
 from shared.faults import Fault, SettingsInvalid
 from shared.rpc.server import RpcServer, until_signal
 from shared.settings import InferenceSettings, load_settings
@@ -23,11 +25,13 @@ log = structlog.get_logger()
 FLAGS = {
     "store": "URI of the object store",
     "grpc": "HOST:PORT to listen on",
+    "http": "HOST:PORT of the OpenAI HTTP door; it is closed when not given",
     "deployment": "the deployment to serve",
     "backend": "auto, torch or triton",
     "device": "auto, cpu or cuda",
     "dtype": "auto, float32, bfloat16 or float16",
     "threads": "threads that compute on the CPU",
+    "keys_file": "the API keys, as `loramux keys new` writes them",
 }
 
 
@@ -35,7 +39,7 @@ def main() -> int:
     """Run the service; the exit status is 0 after a drain, 1 when it cannot serve, 2 for bad settings."""
     parser = argparse.ArgumentParser(prog="inference_service", description=__doc__)
     for name, text in FLAGS.items():
-        parser.add_argument(f"--{name}", help=text)
+        parser.add_argument(f"--{name.replace('_', '-')}", help=text)
     parser.add_argument(
         "--local-root", action="append", dest="local_roots", help="a folder that LOCAL may read"
     )
@@ -44,6 +48,12 @@ def main() -> int:
         action="append",
         dest="allowed_hosts",
         help="a host that REMOTE_URL may reach though its address is not public",
+    )
+    parser.add_argument(
+        "--insecure",
+        action="store_true",
+        default=None,
+        help="listen beyond this machine though nobody has to show a key",
     )
     flags = vars(parser.parse_args())
     for name in ("local_roots", "allowed_hosts"):
@@ -60,20 +70,25 @@ def main() -> int:
 
 async def serve(settings: InferenceSettings) -> int:
     """Load, listen, and drain at SIGTERM or SIGINT."""
+    guard = open_guard(settings, settings.grpc, *filter(None, [settings.http]))
     ready = await asyncio.to_thread(load, settings, open_store(settings.store))
     servicer = InferenceServicer(ready.service)
-    server = RpcServer(settings.grpc, {SERVICE_NAME: partial(register, servicer)})
-    address = await server.start()
+    server = RpcServer(settings.grpc, {SERVICE_NAME: partial(register, servicer)}, guard)
+    doors: dict[str, RpcServer | HttpServer] = {}
+    if settings.http:
+        doors["http"] = HttpServer(settings.http, ready.service, guard)
+    doors["grpc"] = server
+    addresses = {name: await door.start() for name, door in doors.items()}
     ready.engine.start()
     await server.set_serving(True)
-    log.info("inference service ready", grpc=address, deployment=settings.deployment)
+    log.info("inference service ready", **addresses, guarded_by=guard.shown, deployment=settings.deployment)
     number = await until_signal()
     log.info("draining", signal=number.name, timeout_s=settings.drain_timeout_s)
-    finished = await server.drain(settings.drain_timeout_s)
+    finished = await asyncio.gather(*(door.drain(settings.drain_timeout_s) for door in doors.values()))
     stats = ready.engine.stats
     await ready.engine.stop()
     log.info("inference service stopped", hit_rate=round(stats.prefix_hit_rate, 3), **asdict(stats))
-    return 0 if finished else 1
+    return 0 if all(finished) else 1
 
 
 if __name__ == "__main__":

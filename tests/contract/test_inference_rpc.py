@@ -137,7 +137,7 @@ async def test_text_and_tokens_agree(door: Door) -> None:
     ids = [token for event in events for token in event.delta.token_ids]
     text = "".join(event.delta.text for event in events)
     assert len(ids) == 8
-    assert text == door.ready.service._text._tokenizer.decode(ids)
+    assert text == door.ready.service.text._tokenizer.decode(ids)
 
 
 async def test_a_stop_text_ends_the_answer_before_it(door: Door) -> None:
@@ -164,7 +164,7 @@ async def test_a_stop_token_ends_the_answer_without_its_text(door: Door) -> None
     got = [token for event in events for token in event.delta.token_ids]
     assert got == ids[: ids.index(stop) + 1]
     text = "".join(event.delta.text for event in events)
-    assert text == door.ready.service._text._tokenizer.decode(got[:-1])
+    assert text == door.ready.service.text._tokenizer.decode(got[:-1])
 
 
 async def test_logprobs_belong_to_the_tokens(door: Door) -> None:
@@ -296,15 +296,15 @@ async def test_health_and_reflection_answer(door: Door) -> None:
 async def test_a_failing_step_ends_every_request_and_the_next_one_works(door: Door) -> None:
     """A step that raises is INTERNAL for those in it, without a stack trace, and the engine goes on."""
     runner = door.ready.engine._engine._runner
-    run, calls = runner.run, []
+    submit, calls = runner.submit, []
 
     def broken(batch: object) -> object:
         calls.append(batch)
         if len(calls) == 2:
             raise RuntimeError("secret detail")
-        return run(batch)  # type: ignore[arg-type]
+        return submit(batch)  # type: ignore[arg-type]
 
-    runner.run = broken  # type: ignore[method-assign, assignment]
+    runner.submit = broken  # type: ignore[method-assign, assignment]
     code, reason, _, message = await door.failure(sampling=pb.SamplingParams(max_tokens=9, ignore_eos=True))
     assert (code, reason) == (grpc.StatusCode.INTERNAL, "INTERNAL")
     assert "secret" not in message

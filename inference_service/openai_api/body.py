@@ -1,0 +1,51 @@
+"""Reads the body of a request."""
+
+from __future__ import annotations
+
+from typing import Final, TypeVar
+
+from pydantic import ValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+
+from inference_service.openai_api.errors import invalid_body
+from inference_service.openai_api.schema import Body
+
+B = TypeVar("B", bound=Body)
+MAX_BODY_BYTES: Final = 8 * 1024 * 1024
+MAX_DISCARDED_BYTES: Final = 64 * 1024 * 1024
+"""A body that is too large is read up to here: most clients read an answer when they have sent all."""
+
+
+async def read_body(http: Request, kind: type[B]) -> B:
+    """Return the body as a model of its kind.
+
+    Raises:
+        RequestInvalid: it is no JSON, or a field is unknown, missing or of a wrong type.
+        HTTPException: 413 where it is too large, 415 where it does not say that it is JSON.
+        ClientDisconnect: the client went away.
+    """
+    media_type = http.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if media_type != "application/json":
+        raise HTTPException(
+            415,
+            f"the body must be JSON and say so, content-type: application/json; it says {media_type[:80]!r}.",
+        )
+    data = await _read(http)
+    try:
+        return kind.model_validate_json(data)
+    except ValidationError as error:
+        raise invalid_body(error, list(kind.model_fields)) from error
+
+
+async def _read(http: Request) -> bytes:
+    data, size = bytearray(), 0
+    async for part in http.stream():
+        size += len(part)
+        if size <= MAX_BODY_BYTES:
+            data += part
+        elif size > MAX_DISCARDED_BYTES:
+            break
+    if size > MAX_BODY_BYTES:
+        raise HTTPException(413, f"the body is larger than {MAX_BODY_BYTES} bytes.")
+    return bytes(data)

@@ -1,0 +1,108 @@
+"""``POST /v1/chat/completions``."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
+
+from inference_service.openai_api.body import read_body
+from inference_service.openai_api.chat_choice import ChatChoice
+from inference_service.openai_api.chat_schema import ChatBody
+from inference_service.openai_api.forced_call import ForcedCall
+from inference_service.openai_api.logprobs import prompt_logprobs
+from inference_service.openai_api.mapping import chat_request, is_forced, offered_tools
+from inference_service.openai_api.pieces import Plain, Reading
+from inference_service.openai_api.reply import Head, Json, json_response, usage
+from inference_service.openai_api.stream import open_stream, while_connected
+from inference_service.openai_api.tagged_calls import TaggedCalls
+from inference_service.serving.request import Delta, Finished, PromptLogprobs, Request, Started
+from inference_service.serving.service import GenerationService
+from shared.faults import RequestInvalid
+
+
+async def chat_completions(service: GenerationService, http: HttpRequest) -> Response:
+    """Answer a conversation."""
+    body = await read_body(http, ChatBody)
+    chat = Chat(service, body, chat_request(body, service))
+    try:
+        if body.stream:
+            return await open_stream(http.receive, chat.chunks())
+        return json_response(await while_connected(http.receive, chat.whole()))
+    except RequestInvalid as fault:
+        if is_forced(body):
+            raise _of_tools(fault) from fault
+        raise
+
+
+def _of_tools(fault: RequestInvalid) -> RequestInvalid:
+    """Name the tools where it is their schema that is refused."""
+    told = {"response_format": "tools"}
+    findings = [
+        finding.model_copy(update={"where": told.get(finding.where, finding.where)})
+        for finding in fault.findings
+    ]
+    return RequestInvalid(fault.message, findings)
+
+
+class Chat:
+    """One request and its answers."""
+
+    def __init__(self, service: GenerationService, body: ChatBody, request: Request) -> None:
+        self._service = service
+        self._body = body
+        self._request = request
+        kind = "chat.completion.chunk" if body.stream else "chat.completion"
+        self._head = Head(f"chatcmpl-{request.id}", kind, body.model)
+        text = service.text if body.logprobs else None
+        self._choices = [ChatChoice(index, self._reading(), text) for index in range(request.n)]
+
+    def _reading(self) -> Reading:
+        if is_forced(self._body):
+            return ForcedCall()
+        names = {tool.function.name for tool in offered_tools(self._body)}
+        return TaggedCalls(names) if names else Plain()
+
+    async def whole(self) -> Json:
+        """Return the answers at once."""
+        scores: Json = {}
+        ends: list[Finished] = []
+        async with aclosing(self._service.generate(self._request)) as events:
+            async for event in events:
+                match event:
+                    case Started():
+                        self._head.begin(event)
+                    case PromptLogprobs():
+                        scores = {"prompt_logprobs": prompt_logprobs(event.tokens, self._service.text)}
+                    case Delta():
+                        self._choices[event.index].take(event)
+                    case Finished():
+                        self._choices[event.index].end(event)
+                        ends.append(event)
+        choices = [choice.whole() for choice in self._choices]
+        return self._head.body(choices) | {"usage": usage(ends)} | scores
+
+    async def chunks(self) -> AsyncGenerator[Json]:
+        """Yield the answers as they come."""
+        ends: list[Finished] = []
+        more: Json = {"usage": None} if self._body.include_usage else {}
+        async with aclosing(self._service.generate(self._request)) as events:
+            async for event in events:
+                choices: list[Json] = []
+                match event:
+                    case Started():
+                        self._head.begin(event)
+                    case PromptLogprobs():
+                        more["prompt_logprobs"] = prompt_logprobs(event.tokens, self._service.text)
+                    case Delta():
+                        choices = self._choices[event.index].chunks(event)
+                    case Finished():
+                        choices = self._choices[event.index].last_chunks(event)
+                        ends.append(event)
+                for choice in choices:
+                    yield self._head.body([choice]) | more
+                    more.pop("prompt_logprobs", None)
+        if self._body.include_usage:
+            yield self._head.body([]) | {"usage": usage(ends)}

@@ -1,0 +1,96 @@
+"""One of the answers to a chat: as a message, or as chunks."""
+
+from __future__ import annotations
+
+from inference_service.core.sequence import FinishReason, Token
+from inference_service.openai_api.logprobs import chat_logprobs
+from inference_service.openai_api.pieces import CallArguments, CallBegun, Piece, Reading, Said
+from inference_service.openai_api.reply import REASONS, Json
+from inference_service.serving.request import Delta, Finished
+from inference_service.serving.text import Text
+
+
+class ChatChoice:
+    """Collects what a message consists of, or tells it in chunks."""
+
+    def __init__(self, index: int, reading: Reading, text: Text | None) -> None:
+        """Begin an answer; text is given where log probabilities are to be told."""
+        self._index = index
+        self._reading = reading
+        self._text = text
+        self._said: list[str] = []
+        self._calls: list[Json] = []
+        self._tokens: list[Token] = []
+        self._reason = ""
+        self._begun = False
+
+    def take(self, delta: Delta) -> list[Piece]:
+        """Read more of the answer."""
+        if self._text is not None:
+            self._tokens += delta.tokens
+        return self._keep(self._reading.push(delta.text))
+
+    def end(self, finished: Finished) -> list[Piece]:
+        """Read the end of the answer."""
+        pieces = self._keep(self._reading.finish())
+        called = bool(self._calls) and finished.reason is FinishReason.STOP
+        self._reason = "tool_calls" if called else REASONS[finished.reason]
+        return pieces
+
+    def _keep(self, pieces: list[Piece]) -> list[Piece]:
+        for piece in pieces:
+            match piece:
+                case Said():
+                    self._said.append(piece.text)
+                case CallBegun():
+                    function = {"name": piece.name, "arguments": ""}
+                    self._calls.append({"id": piece.id, "type": "function", "function": function})
+                case CallArguments():
+                    self._calls[piece.index]["function"]["arguments"] += piece.text
+        return pieces
+
+    def whole(self) -> Json:
+        """Return the choice of an answer that is complete."""
+        said = "".join(self._said)
+        content = None if self._calls and not said.strip() else said
+        message: Json = {"role": "assistant", "content": content, "refusal": None}
+        if self._calls:
+            message["tool_calls"] = self._calls
+        scores = None if self._text is None else chat_logprobs(self._tokens, self._text)
+        return {"index": self._index, "message": message, "logprobs": scores, "finish_reason": self._reason}
+
+    def chunks(self, delta: Delta) -> list[Json]:
+        """Return the choices that tell more of the answer, the first of all with the role."""
+        pieces = self.take(delta)
+        scores = None if self._text is None else chat_logprobs(delta.tokens, self._text)
+        if scores and not pieces:
+            pieces = [Said("")]
+        return self._opened(
+            [self._chunk(piece, scores if not nth else None) for nth, piece in enumerate(pieces)]
+        )
+
+    def last_chunks(self, finished: Finished) -> list[Json]:
+        """Return the choices that tell the end, the very last with the reason."""
+        told = [self._chunk(piece, None) for piece in self.end(finished)]
+        return self._opened([*told, self._choice({}, None, self._reason)])
+
+    def _opened(self, chunks: list[Json]) -> list[Json]:
+        if self._begun or not chunks:
+            return chunks
+        self._begun = True
+        content = None if "tool_calls" in chunks[0]["delta"] else ""
+        return [self._choice({"role": "assistant", "content": content, "refusal": None}, None, None), *chunks]
+
+    def _chunk(self, piece: Piece, scores: Json | None) -> Json:
+        match piece:
+            case Said():
+                return self._choice({"content": piece.text}, scores, None)
+            case CallBegun():
+                function = {"name": piece.name, "arguments": ""}
+                call = {"index": piece.index, "id": piece.id, "type": "function", "function": function}
+            case CallArguments():
+                call = {"index": piece.index, "function": {"arguments": piece.text}}
+        return self._choice({"tool_calls": [call]}, scores, None)
+
+    def _choice(self, delta: Json, scores: Json | None, reason: str | None) -> Json:
+        return {"index": self._index, "delta": delta, "logprobs": scores, "finish_reason": reason}

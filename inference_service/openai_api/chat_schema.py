@@ -1,0 +1,214 @@
+"""What the body of a chat request may hold."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator, model_validator
+from pydantic_core import PydanticCustomError
+
+from inference_service.openai_api.schema import Body, GenerationBody
+
+TEXT_PARTS = {"text": "text", "refusal": "refusal"}
+"""Content parts that hold text, and their key for it."""
+EXPECTED_CHOICE = 'none, auto, required or {"type": "function", "function": {"name": "..."}}'
+
+FunctionName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.\-]{1,64}$")]
+
+
+def _flat(content: Any) -> Any:
+    """Join the text parts of a content that comes in parts: templates expect a string."""
+    if not isinstance(content, list):
+        return content
+    return "\n".join(map(_text_of, content))
+
+
+def _text_of(part: Any) -> str:
+    kind = part.get("type") if isinstance(part, dict) else None
+    if isinstance(kind, str) and kind not in TEXT_PARTS:
+        raise _unsupported(f"a part of type {kind}", "Only text parts are served.")
+    text = part.get(TEXT_PARTS[kind]) if isinstance(kind, str) else None
+    if not isinstance(text, str):
+        raise PydanticCustomError("content", 'parts like {"type": "text", "text": "..."}')
+    return text
+
+
+def _only_text(value: Any) -> Any:
+    if value not in (None, ["text"]):
+        raise _unsupported(str(value), 'Only ["text"] is served.')
+    return None
+
+
+def _only_functions(value: Any) -> Any:
+    if value != "function":
+        raise _unsupported(str(value), "Only functions are served.")
+    return value
+
+
+def _unsupported(found: str, served: str) -> PydanticCustomError:
+    return PydanticCustomError("unsupported", "{served}", {"found": found[:200], "served": served})
+
+
+Content = Annotated[str | None, BeforeValidator(_flat)]
+FunctionType = Annotated[Literal["function"], BeforeValidator(_only_functions)]
+
+
+class CalledFunction(Body):
+    """The function of a call."""
+
+    name: str
+    arguments: str
+    """A JSON object, as the model wrote it."""
+
+
+class ToolCall(Body):
+    """A call that the assistant made earlier."""
+
+    id: str
+    type: FunctionType
+    function: CalledFunction
+
+
+class ChatMessage(Body):
+    """A turn of the conversation."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Content = None
+    name: str | None = None
+    tool_calls: tuple[ToolCall, ...] | None = None
+    tool_call_id: str | None = None
+    refusal: str | None = None
+    annotations: list[Any] | None = None
+    """Accepted: clients send back what they got."""
+    audio: None = None
+    function_call: None = None
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        if self.role == "tool" and self.tool_call_id is None:
+            raise PydanticCustomError("tool_call_id", "a tool_call_id, in a message with role tool")
+        if self.role != "assistant" and self.tool_calls:
+            raise PydanticCustomError("tool_calls", "tool_calls only in messages with role assistant")
+        if self.content is None and not self.tool_calls and self.refusal is None:
+            raise PydanticCustomError("content", "a message with content")
+        return self
+
+
+def _some(messages: tuple[ChatMessage, ...]) -> tuple[ChatMessage, ...]:
+    if not messages:
+        raise PydanticCustomError("messages", "at least one message")
+    return messages
+
+
+Messages = Annotated[tuple[ChatMessage, ...], AfterValidator(_some)]
+
+
+class Function(Body):
+    """A function that the model may call."""
+
+    name: FunctionName
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    """A JSON schema."""
+    strict: bool | None = None
+    """Accepted; calls that are asked for always keep to the schema, free ones never have to."""
+
+
+class Tool(Body):
+    """A tool that the model may use."""
+
+    type: FunctionType
+    function: Function
+
+
+@dataclass(frozen=True)
+class NamedTool:
+    """A `tool_choice` that is a function: the model must call it."""
+
+    name: str
+
+
+def _choice(value: Any) -> ToolChoice | None:
+    match value:
+        case None | "none" | "auto" | "required":
+            return value
+        case {"type": "function", "function": {"name": str(name)}}:
+            return NamedTool(name)
+        case {"type": str(kind)} if kind != "function":
+            raise _unsupported(f"a choice of type {kind}", "It can be none, auto, required or a function.")
+    raise PydanticCustomError("tool_choice", EXPECTED_CHOICE)
+
+
+ToolChoice = Literal["none", "auto", "required"] | NamedTool
+
+
+class JsonSchema(Body):
+    """The schema of a `response_format`."""
+
+    name: str
+    description: str | None = None
+    schema_: Annotated[dict[str, Any], Field(alias="schema")]
+    strict: bool | None = None
+    """Accepted; the answer always keeps to the schema."""
+
+
+class ResponseFormat(Body):
+    """What the answer must look like."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _has_schema(self) -> Self:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise PydanticCustomError("json_schema", "json_schema exactly where the type is json_schema")
+        return self
+
+
+class ChatTurns(Body):
+    """What becomes the prompt of a chat."""
+
+    messages: Messages
+    tools: tuple[Tool, ...] | None = None
+    add_generation_prompt: bool | None = None
+
+
+class ChatBody(ChatTurns, GenerationBody):
+    """``POST /v1/chat/completions``."""
+
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    response_format: ResponseFormat | None = None
+    tool_choice: Annotated[ToolChoice | None, PlainValidator(_choice)] = None
+    parallel_tool_calls: bool | None = None
+    modalities: Annotated[None, BeforeValidator(_only_text)] = None
+
+    functions: None = None
+    function_call: None = None
+    audio: None = None
+    prediction: None = None
+    web_search_options: None = None
+    reasoning_effort: None = None
+    verbosity: None = None
+    moderation: None = None
+
+
+class TokenizeBody(Body):
+    """``POST /tokenize``: a prompt, or messages."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: Messages | None = None
+    tools: tuple[Tool, ...] | None = None
+    add_generation_prompt: bool | None = None
+    add_special_tokens: bool | None = None
+    """Of a prompt: with those that the tokenizer adds itself; true when not set."""
+    return_token_strs: bool | None = None
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> Self:
+        if (self.prompt is None) == (self.messages is None):
+            raise PydanticCustomError("prompt", "either prompt or messages")
+        return self

@@ -1,0 +1,98 @@
+"""``POST /v1/completions``: plain prompts, and what evaluation harnesses ask."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
+
+from inference_service.core.sequence import Token
+from inference_service.openai_api.body import read_body
+from inference_service.openai_api.completion_choice import CompletionChoice
+from inference_service.openai_api.logprobs import prompt_logprobs
+from inference_service.openai_api.mapping import completion_requests
+from inference_service.openai_api.merge import merged
+from inference_service.openai_api.reply import Head, Json, json_response, usage
+from inference_service.openai_api.schema import CompletionBody
+from inference_service.openai_api.stream import open_stream, while_connected
+from inference_service.serving.request import Delta, Event, Finished, PromptLogprobs, Request, Started
+from inference_service.serving.service import GenerationService
+
+
+async def completions(service: GenerationService, http: HttpRequest) -> Response:
+    """Complete prompts."""
+    body = await read_body(http, CompletionBody)
+    completion = Completion(service, body, completion_requests(body, service))
+    if body.stream:
+        return await open_stream(http.receive, completion.chunks())
+    return json_response(await while_connected(http.receive, completion.whole()))
+
+
+class Completion:
+    """One or more prompts and their answers; choice n * i + k is answer k to prompt i."""
+
+    def __init__(self, service: GenerationService, body: CompletionBody, requests: list[Request]) -> None:
+        self._service = service
+        self._body = body
+        self._requests = requests
+        self._n = requests[0].n
+        self._head = Head(f"cmpl-{requests[0].id}", "text_completion", body.model)
+        text = service.text if body.logprobs is not None else None
+        self._choices = [CompletionChoice(index, text) for index in range(self._n * len(requests))]
+        self._ends: list[Finished] = []
+
+    async def whole(self) -> Json:
+        """Return the answers at once."""
+        async with aclosing(self._told()) as told:
+            async for _ in told:
+                pass
+        choices = [choice.whole() for choice in self._choices]
+        return self._head.body(choices) | {"usage": usage(self._ends)}
+
+    async def chunks(self) -> AsyncGenerator[Json]:
+        """Yield the answers as they come."""
+        more = {"usage": None} if self._body.include_usage else {}
+        async with aclosing(self._told()) as told:
+            async for choice in told:
+                yield self._head.body([choice]) | more
+        if self._body.include_usage:
+            yield self._head.body([]) | {"usage": usage(self._ends)}
+
+    async def _told(self) -> AsyncGenerator[Json]:
+        """Yield every choice that tells something new."""
+        async with aclosing(merged([self._service.generate(request) for request in self._requests])) as events:
+            async for number, event in events:
+                for choice in self._tell(number, event):
+                    yield choice
+
+    def _tell(self, number: int, event: Event) -> list[Json]:
+        first = number * self._n
+        match event:
+            case Started():
+                self._head.begin(event)
+                scored = self._requests[number].prompt_logprobs is not None
+                return [] if scored else self._echo(number, ())
+            case PromptLogprobs():
+                if self._body.prompt_logprobs is not None:
+                    ranked = prompt_logprobs(event.tokens, self._service.text)
+                    for choice in self._answers(number):
+                        choice.score({"prompt_logprobs": ranked})
+                return self._echo(number, event.tokens)
+            case Delta():
+                return self._choices[first + event.index].take(event)
+            case Finished():
+                self._ends.append(event)
+                return self._choices[first + event.index].end(event)
+
+    def _answers(self, number: int) -> list[CompletionChoice]:
+        return self._choices[number * self._n : (number + 1) * self._n]
+
+    def _echo(self, number: int, tokens: Sequence[Token]) -> list[Json]:
+        """Tell the prompt, where it is to be echoed; tokens are given where they have log probabilities."""
+        if not self._body.echo:
+            return []
+        prompt = self._body.prompt[number]
+        said = prompt if isinstance(prompt, str) else self._service.text.decode(prompt)
+        return [told for choice in self._answers(number) for told in choice.echo(said, tokens)]

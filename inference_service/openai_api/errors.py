@@ -1,0 +1,153 @@
+"""Faults as OpenAI's clients expect them: a status, and ``{"error": {message, type, param, code}}``."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+from pydantic import ValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+
+from inference_service.openai_api.reply import Json, json_response
+from shared.faults import Fault, Finding, InternalFault, RequestInvalid, Status
+
+STATUSES: Final = {
+    Status.INVALID_ARGUMENT: 400,
+    Status.DEADLINE_EXCEEDED: 504,
+    Status.NOT_FOUND: 404,
+    Status.ALREADY_EXISTS: 409,
+    Status.PERMISSION_DENIED: 403,
+    Status.UNAUTHENTICATED: 401,
+    Status.RESOURCE_EXHAUSTED: 429,
+    Status.FAILED_PRECONDITION: 400,
+    Status.ABORTED: 409,
+    Status.INTERNAL: 500,
+    Status.UNAVAILABLE: 503,
+    Status.DATA_LOSS: 500,
+}
+TYPES: Final = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+"""Other statuses below 500 are ``invalid_request_error``, those above ``server_error``."""
+CODES: Final = {
+    "PROMPT_TOO_LONG": "context_length_exceeded",
+    "UNAUTHENTICATED": "invalid_api_key",
+    "E_UNKNOWN_FIELD": "unknown_parameter",
+    "E_MISSING_FIELD": "missing_required_parameter",
+    "E_UNSUPPORTED": "unsupported_parameter",
+    "E_BAD_FIELD": "invalid_value",
+    "E_MESSAGES": "invalid_value",
+    "E_NO_TEMPLATE": "invalid_value",
+    "E_CONSTRAINT": "invalid_schema",
+}
+"""Where OpenAI has a word of its own; else the code is the reason in small letters."""
+HTTP_CODES: Final = {
+    404: "unknown_url",
+    405: "method_not_allowed",
+    413: "request_too_large",
+    415: "unsupported_media_type",
+}
+PARAMS: Final = {"token_ids": "prompt", "text": "prompt", "constraint": "response_format"}
+"""Fields whose name in `serving` is not their name here."""
+FAILED: Final = "loramux failed inside; the server's log has the details. Please report it."
+MAX_SHOWN: Final = 8
+"""Findings that a message spells out."""
+
+
+def status_of(fault: Fault) -> int:
+    """Return the HTTP status of a fault."""
+    return STATUSES[fault.status]
+
+
+def error_body(fault: Fault) -> Json:
+    """Return the body that tells a fault."""
+    first = fault.findings[0] if fault.findings else None
+    reason = first.code if first and first.code in CODES else fault.reason
+    param = _param(first) if first else ""
+    if not param and fault.reason == "MODEL_NOT_FOUND":
+        param = "model"
+    return _body(_message(fault), status_of(fault), param or None, CODES.get(reason, reason.lower()))
+
+
+def error_response(fault: Fault) -> Response:
+    """Return the answer to a request that failed."""
+    headers, status = {}, status_of(fault)
+    if status in (429, 503):
+        headers["retry-after"] = f"{fault.retry_after_s or 1:.0f}"
+    if status == 401:
+        headers["www-authenticate"] = "Bearer"
+    return json_response(error_body(fault), status, headers)
+
+
+def http_error_response(http: Request, error: HTTPException) -> Response:
+    """Return the answer to a request that met no handler, or that HTTP itself refuses."""
+    code, message = HTTP_CODES.get(error.status_code, "invalid_request"), error.detail
+    if error.status_code in (404, 405):
+        message = f"{http.method} {http.url.path[:200]} is not served; see docs/openai.md."
+    return json_response(_body(message, error.status_code, None, code), error.status_code, error.headers)
+
+
+def _body(message: str, status: int, param: str | None, code: str) -> Json:
+    kind = TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def _message(fault: Fault) -> str:
+    shown = [
+        str(item.model_copy(update={"code": "", "where": _param(item)})) for item in fault.findings[:MAX_SHOWN]
+    ]
+    left_out = len(fault.findings) - len(shown)
+    return " ".join([fault.message, "; ".join(shown)]).strip() + (f" ({left_out} more)" if left_out > 0 else "")
+
+
+def _param(finding: Finding) -> str:
+    return PARAMS.get(finding.where, finding.where)
+
+
+def invalid_body(error: ValidationError, known: Sequence[str]) -> RequestInvalid:
+    """Return the fault of a body that pydantic refuses; known are the fields of the body."""
+    found = error.errors(include_url=False, include_input=False)
+    if found[0]["type"] == "json_invalid":
+        return RequestInvalid(f"the body is no JSON: {found[0]['ctx']['error']}.")
+    findings = [_finding(item, known) for item in found]
+    return RequestInvalid("the body of the request is not valid.", findings)
+
+
+def _finding(item: Mapping[str, Any], known: Sequence[str]) -> Finding:
+    where, kind = param_of(item["loc"]), item["type"]
+    if kind == "missing":
+        return Finding(code="E_MISSING_FIELD", where=where, expected="a value")
+    if kind == "extra_forbidden":
+        near = difflib.get_close_matches(where, known, n=1)
+        fix = f"Did you mean {near[0]}?" if near else "Leave it out."
+        return Finding(code="E_UNKNOWN_FIELD", where=where, found="an unknown parameter", fix=fix)
+    if kind == "none_required":
+        return Finding(code="E_UNSUPPORTED", where=where, fix="This is not served here: leave it out.")
+    if kind == "unsupported":
+        return Finding(code="E_UNSUPPORTED", where=where, found=item["ctx"]["found"], fix=item["msg"])
+    expected = item["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
+    return Finding(code="E_BAD_FIELD", where=where, expected=expected)
+
+
+def param_of(loc: Sequence[str | int]) -> str:
+    """Return a place in a body as OpenAI writes it: ``messages[0].content``."""
+    parts = [f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc if part != "[key]"]
+    return "".join(parts).removeprefix(".")
+
+
+async def on_failure(_: Request, __: Exception) -> Response:
+    """Starlette's handler of everything else; `front` logs it."""
+    return error_response(InternalFault(FAILED))
+
+
+async def on_fault(_: Request, fault: Exception) -> Response:
+    """Starlette's handler of faults."""
+    assert isinstance(fault, Fault)  # noqa: S101 - registered for Fault alone
+    return error_response(fault)
+
+
+async def on_http_error(http: Request, error: Exception) -> Response:
+    """Starlette's handler of its own refusals."""
+    assert isinstance(error, HTTPException)  # noqa: S101 - registered for HTTPException alone
+    return http_error_response(http, error)

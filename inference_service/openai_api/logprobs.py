@@ -1,0 +1,85 @@
+"""Log probabilities in the shapes of chat, of plain completions, and of vLLM's `prompt_logprobs`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from inference_service.core.sequence import Token
+from inference_service.openai_api.reply import Json
+from inference_service.serving.text import Text
+
+IMPOSSIBLE = -9999.0
+"""What the API says for minus infinity, which JSON does not know."""
+
+
+def chat_logprobs(tokens: Sequence[Token], text: Text) -> Json:
+    """Return the ``logprobs`` of a chat's choice."""
+    content = []
+    for token in tokens:
+        top = [_chat_token(number, logprob, text) for number, logprob in token.top]
+        content.append(_chat_token(token.id, token.logprob, text) | {"top_logprobs": top})
+    return {"content": content, "refusal": None}
+
+
+def _chat_token(token: int, logprob: float | None, text: Text) -> Json:
+    return {
+        "token": text.token_text(token),
+        "logprob": _finite(logprob),
+        "bytes": list(text.token_bytes(token)),
+    }
+
+
+def legacy_logprobs(tokens: Sequence[Token], text: Text, offset: int) -> Json:
+    """Return the ``logprobs`` of a plain completion's choice; offset is where its text begins in the answer."""
+    names = [legacy_name(token.id, text) for token in tokens]
+    offsets = []
+    for token in tokens:
+        offsets.append(offset)
+        offset += len(text.token_text(token.id))
+    return {
+        "tokens": names,
+        "token_logprobs": [_finite(token.logprob) for token in tokens],
+        "top_logprobs": [_legacy_top(token, text) for token in tokens],
+        "text_offset": offsets,
+    }
+
+
+def _legacy_top(token: Token, text: Text) -> Json | None:
+    """Return the most likely tokens by their text, the chosen one among them."""
+    if token.logprob is None:
+        return None
+    top = {legacy_name(number, text): _finite(logprob) for number, logprob in token.top}
+    return top | {legacy_name(token.id, text): _finite(token.logprob)}
+
+
+def legacy_name(token: int, text: Text) -> str:
+    """Return a token by its text, or like ``bytes:\\\\xe2`` where it is a part of a character."""
+    raw = text.token_bytes(token)
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+
+
+def prompt_logprobs(tokens: Iterable[Token], text: Text) -> list[Json | None]:
+    """Return vLLM's ``prompt_logprobs``: by token id; a rank where it is known."""
+    return [_ranked(token, text) for token in tokens]
+
+
+def _ranked(token: Token, text: Text) -> Json | None:
+    if token.logprob is None:
+        return None
+    ranked: dict[str, Any] = {str(token.id): _decoded(token.id, token.logprob, None, text)}
+    for rank, (number, logprob) in enumerate(token.top, start=1):
+        ranked[str(number)] = _decoded(number, logprob, rank, text)
+    return ranked
+
+
+def _decoded(token: int, logprob: float, rank: int | None, text: Text) -> Json:
+    return {"logprob": _finite(logprob), "rank": rank, "decoded_token": text.token_text(token)}
+
+
+def _finite(logprob: float | None) -> float | None:
+    return logprob if logprob is None or math.isfinite(logprob) else IMPOSSIBLE

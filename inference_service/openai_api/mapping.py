@@ -1,0 +1,188 @@
+"""From bodies to requests."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from inference_service.core.constraint import Constraint
+from inference_service.openai_api.chat_schema import ChatBody, ChatMessage, NamedTool, ResponseFormat, Tool
+from inference_service.openai_api.forced_call import call_constraint
+from inference_service.openai_api.schema import MAX_CHOICES, CompletionBody, GenerationBody
+from inference_service.openai_api.tagged_calls import END
+from inference_service.serving.bounds import MAX_LOGPROBS
+from inference_service.serving.request import Message, Prompt, Request
+from inference_service.serving.service import GenerationService
+from shared.faults import Finding, RequestInvalid
+
+DEFAULT_TEMPERATURE = 1.0
+DEFAULT_COMPLETION_TOKENS = 16
+"""Both are the API's; what a deployment or an adapter says comes before them."""
+
+
+def chat_request(body: ChatBody, service: GenerationService) -> Request:
+    """Return the request of a chat.
+
+    Raises:
+        ModelNotFound: no such base or adapter.
+        RequestInvalid: fields contradict each other.
+    """
+    if body.top_logprobs is not None and not (body.logprobs and 0 <= body.top_logprobs <= MAX_LOGPROBS):
+        raise refused("top_logprobs", f"0 to {MAX_LOGPROBS}, and logprobs: true", body.top_logprobs)
+    tools = offered_tools(body)
+    one_call = body.parallel_tool_calls is False and bool(tools) and not is_forced(body)
+    return _request(
+        body,
+        service,
+        prompt=messages_of(body.messages),
+        max_tokens=_limit(body),
+        logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+        prompt_logprobs=body.prompt_logprobs,
+        stop=(*body.stop, END) if one_call else body.stop,
+        constraint=_constraint(body, tools),
+        tools=tuple(tool.model_dump(exclude_none=True) for tool in tools),
+        add_generation_prompt=body.add_generation_prompt is not False,
+    )
+
+
+def _limit(body: ChatBody) -> int | None:
+    new, old = body.max_completion_tokens, body.max_tokens
+    if new is not None and old is not None and new != old:
+        raise refused("max_tokens", "the same as max_completion_tokens, or one of the two", old)
+    return old if new is None else new
+
+
+def completion_requests(body: CompletionBody, service: GenerationService) -> list[Request]:
+    """Return one request per prompt.
+
+    Raises:
+        ModelNotFound: no such base or adapter.
+        RequestInvalid: fields contradict each other.
+    """
+    if body.best_of is not None and body.best_of != (body.n or 1):
+        raise refused("best_of", "the same as n", body.best_of)
+    if len(body.prompt) * (body.n or 1) > MAX_CHOICES:
+        raise refused("n", f"at most {MAX_CHOICES} answers, to all prompts together", body.n)
+    limit = body.max_tokens
+    if limit is None:
+        limit = service.limits.default_max_tokens or DEFAULT_COMPLETION_TOKENS
+    prompt_logprobs = body.prompt_logprobs
+    if body.echo and prompt_logprobs is None and (body.logprobs is not None or limit == 0):
+        prompt_logprobs = body.logprobs or 0
+    return [
+        _request(
+            body,
+            service,
+            prompt=prompt,
+            max_tokens=limit,
+            logprobs=body.logprobs,
+            prompt_logprobs=prompt_logprobs,
+            stop=body.stop,
+        )
+        for prompt in body.prompt
+    ]
+
+
+def _request(body: GenerationBody, service: GenerationService, *, prompt: Prompt, **own: Any) -> Request:
+    """Return a request with the fields that all bodies have, and an endpoint's own."""
+    temperature = body.temperature
+    if temperature is None and service.catalog.get(body.model).brought.temperature is None:
+        temperature = DEFAULT_TEMPERATURE
+    return Request(
+        model=body.model,
+        prompt=prompt,
+        n=1 if body.n is None else body.n,
+        temperature=temperature,
+        top_p=body.top_p,
+        top_k=body.top_k,
+        min_p=body.min_p,
+        min_tokens=body.min_tokens,
+        seed=body.seed,
+        stop_token_ids=body.stop_token_ids or (),
+        ignore_eos=bool(body.ignore_eos),
+        repetition_penalty=body.repetition_penalty,
+        presence_penalty=body.presence_penalty,
+        frequency_penalty=body.frequency_penalty,
+        logit_bias=body.logit_bias or {},
+        skip_special_tokens=body.skip_special_tokens is not False,
+        priority=-(body.priority or 0),
+        **own,
+    )
+
+
+def messages_of(messages: Sequence[ChatMessage]) -> list[Message]:
+    """Return messages as chat templates know them."""
+    return [_message(message) for message in messages]
+
+
+def _message(message: ChatMessage) -> Message:
+    role = "system" if message.role == "developer" else message.role
+    made: dict[str, Any] = {"role": role, "content": message.content or message.refusal or ""}
+    if message.name is not None:
+        made["name"] = message.name
+    if message.tool_call_id is not None:
+        made["tool_call_id"] = message.tool_call_id
+    if message.tool_calls:
+        made["tool_calls"] = [
+            {
+                "id": call.id,
+                "type": "function",
+                "function": {"name": call.function.name, "arguments": _arguments(call.function.arguments)},
+            }
+            for call in message.tool_calls
+        ]
+    return made
+
+
+def _arguments(text: str) -> Any:
+    """Return the arguments as an object, which templates write as JSON; text that is none stays text."""
+    try:
+        arguments = json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+    return arguments if isinstance(arguments, dict) else text
+
+
+def offered_tools(body: ChatBody) -> tuple[Tool, ...]:
+    """Return the tools that the model is told of."""
+    return () if body.tool_choice == "none" else body.tools or ()
+
+
+def is_forced(body: ChatBody) -> bool:
+    """True when the answer must be a call."""
+    return body.tool_choice == "required" or isinstance(body.tool_choice, NamedTool)
+
+
+def _constraint(body: ChatBody, tools: Sequence[Tool]) -> Constraint | None:
+    wanted = _format(body.response_format)
+    if is_forced(body):
+        return call_constraint(_allowed(body.tool_choice, tools))
+    if wanted and tools:
+        raise refused(
+            "response_format", 'text, or tool_choice "none": an answer is constrained or may call tools', ""
+        )
+    return wanted
+
+
+def _format(response_format: ResponseFormat | None) -> Constraint | None:
+    if response_format is None or response_format.type == "text":
+        return None
+    if response_format.json_schema is None:
+        return Constraint("json_object")
+    return Constraint("json_schema", json.dumps(response_format.json_schema.schema_, ensure_ascii=False))
+
+
+def _allowed(choice: object, tools: Sequence[Tool]) -> Sequence[Tool]:
+    """Return the tools of which one must be called."""
+    if isinstance(choice, NamedTool):
+        tools = [tool for tool in tools if tool.function.name == choice.name]
+    if not tools:
+        raise refused("tool_choice", "a tool that tools holds", getattr(choice, "name", choice))
+    return tools
+
+
+def refused(where: str, expected: str, found: object) -> RequestInvalid:
+    """Return the fault of a field that cannot be taken with the others."""
+    finding = Finding(code="E_BAD_FIELD", where=where, expected=expected, found=str(found))
+    return RequestInvalid("the request cannot be taken as it is.", [finding])

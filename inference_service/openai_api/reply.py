@@ -1,0 +1,69 @@
+"""JSON on its way out, and what all answers have in common."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from pydantic_core import to_json
+from starlette.responses import Response
+
+from inference_service.core.sequence import FinishReason
+from inference_service.serving.request import Finished, Started
+
+Json = dict[str, Any]
+"""An object, as it is written."""
+DONE = b"data: [DONE]\n\n"
+"""Ends a stream that did not fail."""
+REASONS = {FinishReason.STOP: "stop", FinishReason.LENGTH: "length"}
+
+
+def json_response(body: Json, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    """Return an answer that is one JSON object."""
+    return Response(to_json(body), status, headers, "application/json")
+
+
+def event(body: Json) -> bytes:
+    """Return a server-sent event."""
+    return b"data: " + to_json(body) + b"\n\n"
+
+
+@dataclass
+class Head:
+    """What every object of one answer begins with."""
+
+    id: str
+    kind: str
+    model: str
+    created: int = field(default_factory=lambda: int(time.time()))
+    fingerprint: str = ""
+
+    def begin(self, started: Started) -> None:
+        """Note what answers: the deployment's generation, and the adapter's digest or the base."""
+        self.fingerprint = f"fp_{started.generation}_{started.model.digest[:12] or 'base'}"
+
+    def body(self, choices: list[Json]) -> Json:
+        """Return an object with choices."""
+        return {
+            "id": self.id,
+            "object": self.kind,
+            "created": self.created,
+            "model": self.model,
+            "system_fingerprint": self.fingerprint,
+            "choices": choices,
+        }
+
+
+def usage(finished: Iterable[Finished]) -> Json:
+    """Return the tokens of the answers to one or more prompts; a prompt counts once, whatever its answers."""
+    ends = list(finished)
+    prompt = sum(end.prompt_tokens for end in ends if not end.index)
+    completion = sum(end.completion_tokens for end in ends)
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": sum(end.cached_tokens for end in ends if not end.index)},
+    }

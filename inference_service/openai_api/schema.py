@@ -1,0 +1,120 @@
+"""What a request's body may hold, apart from chat's own fields.
+
+Types are checked here and bounds in `serving`, which both doors share. A field whose type is None is one that
+this server cannot honour: any value of it is refused by name. The last group of fields of `GenerationBody` is
+accepted because clients send them, and none of them changes an answer.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator
+from pydantic_core import PydanticCustomError
+
+MAX_PROMPTS = 256
+"""Prompts of one request."""
+MAX_CHOICES = 1024
+"""Answers to one request: prompts times n."""
+EXPECTED_PROMPT = "a string, a list of strings, a list of token ids or a list of lists of token ids"
+
+Prompt = str | list[int]
+
+
+def _prompts(value: Any) -> tuple[Prompt, ...]:
+    prompts = value if isinstance(value, list) and not _is_ids(value) else [value]
+    if not prompts or not all(isinstance(prompt, str) or _is_ids(prompt) for prompt in prompts):
+        raise PydanticCustomError("prompt", EXPECTED_PROMPT)
+    if len(prompts) > MAX_PROMPTS:
+        raise PydanticCustomError("prompt", "at most {most} prompts", {"most": MAX_PROMPTS})
+    return tuple(prompts)
+
+
+def _is_ids(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(type(item) is int for item in value)
+
+
+def _stops(value: Any) -> tuple[str, ...]:
+    stops = [] if value is None else [value] if isinstance(value, str) else value
+    if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
+        raise PydanticCustomError("stop", "a string or a list of strings")
+    return tuple(stops)
+
+
+Prompts = Annotated[tuple[Prompt, ...], PlainValidator(_prompts)]
+Stops = Annotated[tuple[str, ...], PlainValidator(_stops)]
+
+
+class Body(BaseModel):
+    """A JSON object: unknown keys, wrong types and numbers that are none are refused; null is "not set"."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class StreamOptions(Body):
+    """What a stream holds beside the answer."""
+
+    include_usage: bool | None = None
+    """Send a last chunk that has no choices and the usage."""
+    include_obfuscation: bool | None = None
+    """Accepted; there is no padding here."""
+
+
+class GenerationBody(Body):
+    """What chat and plain completions have in common."""
+
+    model: str
+    n: int | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    stop: Stops = ()
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: dict[int, float] | None = None
+
+    # vLLM's
+    top_k: int | None = None
+    min_p: float | None = None
+    min_tokens: int | None = None
+    repetition_penalty: float | None = None
+    ignore_eos: bool | None = None
+    stop_token_ids: tuple[int, ...] | None = None
+    skip_special_tokens: bool | None = None
+    prompt_logprobs: int | None = None
+    priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] | None = None
+    """Lower is earlier."""
+
+    user: str | None = None
+    metadata: dict[str, Any] | None = None
+    store: bool | None = None
+    service_tier: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_options: dict[str, Any] | None = None
+    prompt_cache_retention: str | None = None
+
+    @property
+    def include_usage(self) -> bool:
+        """True when a stream ends with the usage."""
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+
+class CompletionBody(GenerationBody):
+    """``POST /v1/completions``."""
+
+    prompt: Prompts
+    echo: bool | None = None
+    logprobs: int | None = None
+    best_of: int | None = None
+    suffix: None = None
+
+
+class DetokenizeBody(Body):
+    """``POST /detokenize``."""
+
+    model: str | None = None
+    tokens: tuple[int, ...]

@@ -1,0 +1,103 @@
+"""Answers while the client is there: one JSON object, or server-sent events."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Coroutine
+from contextlib import aclosing
+from typing import Any, Final, TypeVar
+
+from starlette.requests import ClientDisconnect
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from inference_service.openai_api.errors import error_body
+from inference_service.openai_api.reply import DONE, Json, event
+from shared.faults import Fault
+
+T = TypeVar("T")
+STALL_S: Final = 60.0
+HEADERS = (
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),  # nginx passes events on as they come
+)
+
+
+async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """Return what work returns; it is cancelled as soon as the client goes away.
+
+    The body of the request must have been read.
+
+    Raises:
+        ClientDisconnect: the client went away.
+    """
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_until_gone(receive))
+    try:
+        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientDisconnect
+        return task.result()
+    finally:
+        task.cancel()
+        gone.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
+
+
+async def _until_gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+class EventStream(Response):
+    """An answer in server-sent events; a fault on the way is the last one.
+
+    A client that does not read holds up nothing but this stream: tokens that it does not fetch wait here, and
+    when it took none of them for stall_s, it counts as gone.
+    """
+
+    def __init__(self, first: Json, rest: AsyncGenerator[Json], stall_s: float = STALL_S) -> None:
+        super().__init__()
+        self._first = first
+        self._rest = rest
+        self._stall_s = stall_s
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002 - ASGI's
+        """Send everything; what produces it is closed in every case."""
+        await send({"type": "http.response.start", "status": 200, "headers": list(HEADERS)})
+        async with aclosing(self._rest):
+            await while_connected(receive, self._send(send))
+
+    async def _send(self, send: Send) -> None:
+        await self._part(send, event(self._first))
+        try:
+            async for body in self._rest:
+                await self._part(send, event(body))
+        except Fault as fault:
+            await self._part(send, event(error_body(fault)))
+        else:
+            await self._part(send, DONE)
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _part(self, send: Send, data: bytes) -> None:
+        try:
+            async with asyncio.timeout(self._stall_s):
+                await send({"type": "http.response.body", "body": data, "more_body": True})
+        except TimeoutError:
+            raise ClientDisconnect from None
+
+
+async def open_stream(receive: Receive, bodies: AsyncGenerator[Json]) -> EventStream:
+    """Wait for the first event, so that a request that is refused gets a status of its own.
+
+    Raises:
+        Fault: the request is refused.
+        ClientDisconnect: the client went away.
+    """
+    try:
+        first = await while_connected(receive, anext(bodies))
+    except BaseException:
+        await bodies.aclose()
+        raise
+    return EventStream(first, bodies)

@@ -1,0 +1,53 @@
+"""``POST /tokenize`` and ``POST /detokenize``, in vLLM's shapes."""
+
+from __future__ import annotations
+
+import asyncio
+
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
+
+from inference_service.openai_api.body import read_body
+from inference_service.openai_api.chat_schema import TokenizeBody
+from inference_service.openai_api.mapping import messages_of, refused
+from inference_service.openai_api.reply import json_response
+from inference_service.openai_api.schema import DetokenizeBody
+from inference_service.serving.brought import NOTHING
+from inference_service.serving.service import GenerationService
+
+
+async def tokenize(service: GenerationService, http: HttpRequest) -> Response:
+    """Return the tokens of a text, or of messages as the model's template renders them."""
+    body = await read_body(http, TokenizeBody)
+    brought = service.catalog.get(body.model).brought if body.model else NOTHING
+    if body.messages is not None:
+        tokens = await service.text.encode_messages(
+            messages_of(body.messages),
+            brought.template,
+            tuple(tool.model_dump(exclude_none=True) for tool in body.tools or ()),
+            add_generation_prompt=body.add_generation_prompt is not False,
+        )
+    else:
+        special = body.add_special_tokens is not False
+        tokens = await asyncio.to_thread(service.text.encode, body.prompt or "", add_special_tokens=special)
+    names = [service.text.token_text(token) for token in tokens] if body.return_token_strs else None
+    return json_response(
+        {
+            "count": len(tokens),
+            "max_model_len": service.limits.max_seq_len,
+            "tokens": tokens,
+            "token_strs": names,
+        }
+    )
+
+
+async def detokenize(service: GenerationService, http: HttpRequest) -> Response:
+    """Return the text of tokens."""
+    body = await read_body(http, DetokenizeBody)
+    if body.model:
+        service.catalog.get(body.model)
+    foreign = [token for token in body.tokens if not 0 <= token < service.text.vocab]
+    if foreign:
+        raise refused("tokens", f"ids from 0 to {service.text.vocab - 1}", foreign[:5])
+    text = await asyncio.to_thread(service.text.decode, body.tokens, skip_special_tokens=False)
+    return json_response({"prompt": text})

@@ -1,0 +1,359 @@
+"""The OpenAI door through OpenAI's own client, with a tiny real model behind it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from typing import Any, Literal
+
+import openai
+import pytest
+import pytest_asyncio
+from openai import pydantic_function_tool
+from pydantic import BaseModel
+
+from shared.storage.memory import MemoryStore
+from tests.openai_door import OpenAIDoor, open_door, openai_world
+from tests.tiny import World
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+USER: Any = [{"role": "user", "content": "Hi"}]
+GREEDY: dict[str, Any] = {"model": "rs", "messages": USER, "temperature": 0, "extra_body": {"ignore_eos": True}}
+
+
+class Verdict(BaseModel):
+    """An answer that cannot be long."""
+
+    fine: bool
+    color: Literal["red", "blue"]
+
+
+class Paint(BaseModel):
+    """Paint something."""
+
+    color: Literal["red", "blue"]
+
+
+class Wait(BaseModel):
+    """Wait a while."""
+
+    long: bool
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[World, MemoryStore]:
+    return openai_world(tmp_path_factory.mktemp("openai"))
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def door(world: tuple[World, MemoryStore]) -> AsyncIterator[OpenAIDoor]:
+    async with open_door(world) as door:
+        yield door
+
+
+async def test_models(door: OpenAIDoor) -> None:
+    """The client lists models and finds one by name."""
+    assert [model.id async for model in door.openai.models.list()] == ["base", "all", "rs", "wide"]
+    assert (await door.openai.models.retrieve("wide")).owned_by == "loramux"
+    with pytest.raises(openai.NotFoundError) as caught:
+        await door.openai.models.retrieve("org/nope:1")
+    assert (caught.value.code, caught.value.param) == ("model_not_found", "model")
+
+
+async def test_a_chat(door: OpenAIDoor) -> None:
+    """An answer says what gave it and what it cost."""
+    answer = await door.openai.chat.completions.create(**GREEDY, max_completion_tokens=5)
+    [choice] = answer.choices
+    assert (choice.message.role, choice.finish_reason, choice.index) == ("assistant", "length", 0)
+    assert answer.id.startswith("chatcmpl-")
+    assert answer.system_fingerprint == f"fp_1_{door.ready.service.catalog.get('rs').digest[:12]}"
+    assert answer.usage
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (len("u:Hi;a:"), 5)
+    text = door.ready.service.text
+    said = choice.message.content or ""
+    assert len(said) >= len(text.encode(said)) > 0
+
+
+async def test_the_synchronous_client_streams(door: OpenAIDoor) -> None:
+    """The same answer comes in pieces: role first, reason last, then the usage."""
+    whole = await door.openai.chat.completions.create(**GREEDY, max_tokens=8)
+
+    def stream() -> list[Any]:
+        with openai.OpenAI(base_url=f"{door.url}/v1", api_key="none", max_retries=0) as client:
+            return list(
+                client.chat.completions.create(
+                    **GREEDY, max_tokens=8, stream=True, stream_options={"include_usage": True}
+                )
+            )
+
+    first, *rest, last, usage = await asyncio.to_thread(stream)
+    assert first.choices[0].delta.role == "assistant"
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in rest) == whole.choices[0].message.content
+    assert last.choices[0].finish_reason == "length"
+    assert usage.choices == []
+    assert usage.usage == whole.usage.model_copy(
+        update={"prompt_tokens_details": usage.usage.prompt_tokens_details}
+    )
+    assert {chunk.id for chunk in [first, *rest, last, usage]} == {first.id}
+
+
+async def test_several_answers_are_apart(door: OpenAIDoor) -> None:
+    """n answers have indices, differ when they are sampled, and cost the prompt once."""
+    options = GREEDY | {"temperature": 1.5, "seed": 4, "n": 3, "max_tokens": 12}
+    answer = await door.openai.chat.completions.create(**options)
+    assert [choice.index for choice in answer.choices] == [0, 1, 2]
+    said = [choice.message.content for choice in answer.choices]
+    assert len(set(said)) == 3
+    assert answer.usage
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (7, 36)
+    streamed = ["", "", ""]
+    async for chunk in await door.openai.chat.completions.create(**options, stream=True):
+        streamed[chunk.choices[0].index] += chunk.choices[0].delta.content or ""
+    assert streamed == said
+
+
+async def test_the_defaults_are_the_apis(door: OpenAIDoor) -> None:
+    """Without a temperature an answer is sampled; without a length, a plain prompt gets 16 tokens."""
+    chats = [
+        await door.openai.chat.completions.create(model="base", messages=USER, max_tokens=12, seed=seed)
+        for seed in (1, 2, 1)
+    ]
+    first, second, again = (chat.choices[0].message.content for chat in chats)
+    assert first == again != second
+    completion = await door.openai.completions.create(
+        model="base", prompt="HI", extra_body={"ignore_eos": True}
+    )
+    assert completion.usage
+    assert completion.usage.completion_tokens == 16
+
+
+async def test_logprobs_of_a_chat(door: OpenAIDoor) -> None:
+    """Each token with its text, its bytes and its rivals, in a stream and as a whole."""
+    options = GREEDY | {"max_tokens": 4, "logprobs": True, "top_logprobs": 2}
+    answer = await door.openai.chat.completions.create(**options)
+    scores = answer.choices[0].logprobs
+    assert scores
+    assert scores.content
+    assert len(scores.content) == 4
+    for score in scores.content:
+        assert score.bytes == list(score.token.encode())
+        assert score.top_logprobs[0].token == score.token
+        assert len(score.top_logprobs) == 2
+    streamed = []
+    async for chunk in await door.openai.chat.completions.create(**options, stream=True):
+        if chunk.choices[0].logprobs:
+            streamed += chunk.choices[0].logprobs.content or []
+    assert streamed == scores.content
+
+
+async def test_stops_and_biases(door: OpenAIDoor) -> None:
+    """A stop text may be a string or a list; a bias of 100 decides."""
+    options = GREEDY | {"max_tokens": 3, "logit_bias": {str(door.ready.service.text.token_id("Z")): 100}}
+    assert (await door.openai.chat.completions.create(**options)).choices[0].message.content == "ZZZ"
+    for stop in ("Z", ["Q", "Z"]):
+        answer = await door.openai.chat.completions.create(**options, stop=stop)
+        assert (answer.choices[0].message.content, answer.choices[0].finish_reason) == ("", "stop")
+
+
+async def test_an_answer_is_parsed_into_a_model(door: OpenAIDoor) -> None:
+    """A response format that is a pydantic model constrains the answer, whatever the model would have said."""
+    options = GREEDY | {"extra_body": None, "max_tokens": 200}
+    for model in ("base", "all"):
+        parsed = await door.openai.chat.completions.parse(**options | {"model": model}, response_format=Verdict)
+        assert isinstance(parsed.choices[0].message.parsed, Verdict)
+        assert parsed.choices[0].finish_reason == "stop"
+    async with door.openai.chat.completions.stream(**options, response_format=Verdict) as stream:
+        async for _ in stream:
+            pass
+        final = await stream.get_final_completion()
+    assert isinstance(final.choices[0].message.parsed, Verdict)
+
+
+async def test_a_json_object_is_one(door: OpenAIDoor) -> None:
+    """With json_object the answer begins as an object, and is one when it ends by itself."""
+    answer = await door.openai.chat.completions.create(
+        **GREEDY | {"extra_body": None, "max_tokens": 150}, response_format={"type": "json_object"}
+    )
+    said = answer.choices[0].message.content or ""
+    assert said.lstrip().startswith("{")
+    if answer.choices[0].finish_reason == "stop":
+        assert isinstance(json.loads(said), dict)
+
+
+@pytest.mark.parametrize(
+    ("choice", "names"),
+    [("required", {"Paint", "Wait"}), ({"type": "function", "function": {"name": "Wait"}}, {"Wait"})],
+)
+async def test_a_demanded_call_is_made(door: OpenAIDoor, choice: Any, names: set[str]) -> None:
+    """Required and named choices give a call whose arguments keep to the schema, streamed too."""
+    tools = [pydantic_function_tool(Paint), pydantic_function_tool(Wait)]
+    options = GREEDY | {"extra_body": None, "max_tokens": 200, "tools": tools, "tool_choice": choice}
+    answer = await door.openai.chat.completions.parse(**options)
+    message = answer.choices[0].message
+    assert answer.choices[0].finish_reason == "tool_calls"
+    assert message.content is None
+    assert message.tool_calls
+    [call] = message.tool_calls
+    assert call.function.name in names
+    assert isinstance(call.function.parsed_arguments, Paint | Wait)
+    async with door.openai.chat.completions.stream(**options) as stream:
+        async for _ in stream:
+            pass
+        final = await stream.get_final_completion()
+    assert final.choices[0].message.tool_calls
+    assert final.choices[0].message.tool_calls[0].function.arguments == call.function.arguments
+
+
+async def test_a_conversation_with_tools_goes_on(door: OpenAIDoor) -> None:
+    """What a client sends back, its own message objects included, is rendered by the template."""
+    tools: Any = [pydantic_function_tool(Wait)]
+    first = await door.openai.chat.completions.create(
+        **GREEDY | {"extra_body": None, "max_tokens": 100}, tools=tools, tool_choice="required"
+    )
+    message = first.choices[0].message
+    assert message.tool_calls
+    call = message.tool_calls[0]
+    turns: Any = [*USER, message, {"role": "tool", "tool_call_id": call.id, "content": "ok"}]
+    second = await door.openai.chat.completions.create(
+        **GREEDY | {"messages": turns}, max_tokens=2, tools=tools, tool_choice="auto"
+    )
+    assert second.usage
+    arguments = json.dumps(json.loads(call.function.arguments))  # type: ignore[union-attr]
+    assert second.usage.prompt_tokens == len(f"[Wait]u:Hi;a:(Wait{arguments});t:ok;a:")
+    without = await door.openai.chat.completions.create(**GREEDY, max_tokens=2, tools=tools, tool_choice="none")
+    assert without.usage
+    assert without.usage.prompt_tokens == len("u:Hi;a:")
+
+
+async def test_a_schema_that_cannot_be_followed_is_named(door: OpenAIDoor) -> None:
+    """The parameter is the one that holds the schema."""
+    schema: Any = {"type": "object", "properties": {"x": {"type": "nonsense"}}}
+    tools: Any = [{"type": "function", "function": {"name": "f", "parameters": schema}}]
+    wanted: Any = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    for fields, param in (
+        ({"tools": tools, "tool_choice": "required"}, "tools"),
+        ({"response_format": wanted}, "response_format"),
+    ):
+        for stream in (True, False):
+            with pytest.raises(openai.BadRequestError) as caught:
+                await door.openai.chat.completions.create(
+                    **GREEDY | {"extra_body": None}, **fields, stream=stream
+                )
+            assert (caught.value.param, caught.value.code) == (param, "invalid_schema")
+
+
+async def test_tools_and_a_format_are_not_mixed(door: OpenAIDoor) -> None:
+    """An answer that may call tools cannot be held to a format, and that is said."""
+    with pytest.raises(openai.BadRequestError) as caught:
+        await door.openai.chat.completions.parse(
+            **GREEDY, tools=[pydantic_function_tool(Wait)], response_format=Verdict
+        )
+    assert caught.value.param == "response_format"
+
+
+@pytest.mark.parametrize("max_tokens", [0, 1])
+async def test_an_evaluation_harness_scores_a_continuation(door: OpenAIDoor, max_tokens: int) -> None:
+    """Echo with log probabilities gives one per token of prompt and answer, the first without."""
+    prompts = [[40, 41, 42, 43], [50, 51, 52]]
+    answer = await door.openai.completions.create(
+        model="rs", prompt=prompts, max_tokens=max_tokens, echo=True, logprobs=1, temperature=0, seed=1
+    )
+    text = door.ready.service.text
+    for prompt, choice in zip(prompts, answer.choices, strict=True):
+        scores = choice.logprobs
+        assert scores
+        assert scores.tokens
+        assert scores.token_logprobs
+        assert scores.top_logprobs
+        assert scores.tokens[: len(prompt)] == [text.token_text(token) for token in prompt]
+        assert choice.text.startswith(text.decode(prompt))
+        assert scores.token_logprobs[0] is None
+        assert all(score <= 0 for score in scores.token_logprobs[1:])
+        assert len(scores.tokens) == len(scores.token_logprobs) == len(prompt) + max_tokens
+        for token, score, top in zip(
+            scores.tokens[1:], scores.token_logprobs[1:], scores.top_logprobs[1:], strict=True
+        ):
+            assert top[token] == score <= max(top.values())
+        assert scores.text_offset == list(range(len(scores.tokens)))
+
+
+async def test_scores_of_a_prompt_agree_with_scores_of_an_answer(door: OpenAIDoor) -> None:
+    """A greedy answer, sent back as a prompt, has the same log probabilities."""
+    greedy: dict[str, Any] = {"model": "all", "temperature": 0, "logprobs": 1}
+    answer = await door.openai.completions.create(
+        prompt=[40, 41, 42], max_tokens=6, extra_body={"ignore_eos": True}, **greedy
+    )
+    scores = answer.choices[0].logprobs
+    assert scores
+    assert scores.tokens
+    said = [door.ready.service.text.token_id(token) for token in scores.tokens]
+    echoed = await door.openai.completions.create(prompt=[40, 41, 42, *said], max_tokens=0, echo=True, **greedy)
+    assert echoed.choices[0].logprobs
+    assert echoed.choices[0].logprobs.token_logprobs
+    assert echoed.choices[0].logprobs.token_logprobs[3:] == pytest.approx(scores.token_logprobs, abs=1e-4)
+
+
+async def test_plain_prompts_stream(door: OpenAIDoor) -> None:
+    """Several prompts with several answers come mixed, and by their indices they are the same as a whole."""
+    options: dict[str, Any] = {"model": "wide", "prompt": ["AB", "CD"], "n": 2, "max_tokens": 6, "echo": True}
+    options |= {"seed": 3, "extra_body": {"ignore_eos": True}}
+    whole = await door.openai.completions.create(**options)
+    texts = ["", "", "", ""]
+    reasons: list[str | None] = [None] * 4
+    usage = None
+    async for chunk in await door.openai.completions.create(
+        **options, stream=True, stream_options={"include_usage": True}
+    ):
+        usage = chunk.usage
+        for choice in chunk.choices:
+            texts[choice.index] += choice.text
+            reasons[choice.index] = choice.finish_reason or reasons[choice.index]
+    assert texts == [choice.text for choice in whole.choices]
+    assert [text[:2] for text in texts] == ["AB", "AB", "CD", "CD"]
+    assert reasons == ["length"] * 4
+    assert usage
+    assert whole.usage
+    assert (usage.prompt_tokens, usage.completion_tokens) == (4, 24)
+    assert usage.total_tokens == whole.usage.total_tokens
+
+
+async def test_prompt_logprobs_come_in_vllms_shape(door: OpenAIDoor) -> None:
+    """One entry per token of the prompt, by token id, null for the first."""
+    options: dict[str, Any] = {"max_tokens": 1, "extra_body": {"prompt_logprobs": 1}}
+    completion = await door.openai.completions.create(model="base", prompt=[40, 41], **options)
+    first, second = completion.choices[0].model_extra["prompt_logprobs"]  # type: ignore[index]
+    assert first is None
+    assert second["41"]["decoded_token"] == door.ready.service.text.token_text(41)
+    chat = await door.openai.chat.completions.create(model="base", messages=USER, **options)
+    assert len(chat.model_extra["prompt_logprobs"]) == len("u:Hi;a:")  # type: ignore[index]
+
+
+async def test_vllms_parameters_are_taken(door: OpenAIDoor) -> None:
+    """Extras reach the sampler: with top_k 1 any temperature is greedy; a stop token ends the answer."""
+    greedy = await door.openai.chat.completions.create(**GREEDY, max_tokens=4)
+    extra = {"ignore_eos": True, "top_k": 1, "min_p": 0.1, "repetition_penalty": 1.0, "min_tokens": 2}
+    extra |= {"priority": 3, "skip_special_tokens": False, "add_generation_prompt": True}
+    same = await door.openai.chat.completions.create(
+        **GREEDY | {"temperature": 2, "extra_body": extra}, max_tokens=4
+    )
+    assert same.choices[0].message.content == greedy.choices[0].message.content
+    first = door.ready.service.text.encode(greedy.choices[0].message.content or "")[0]
+    ended = await door.openai.chat.completions.create(
+        **GREEDY | {"extra_body": {"stop_token_ids": [first]}}, max_tokens=4
+    )
+    assert (ended.choices[0].message.content, ended.choices[0].finish_reason) == ("", "stop")
+
+
+async def test_errors_are_the_clients_classes(door: OpenAIDoor) -> None:
+    """Statuses become the exceptions that programs catch, with parameter and code."""
+    with pytest.raises(openai.NotFoundError):
+        await door.openai.chat.completions.create(model="gpt-4o", messages=USER)
+    with pytest.raises(openai.BadRequestError) as caught:
+        await door.openai.chat.completions.create(model="base", messages=USER, max_tokens=1000)
+    assert caught.value.code == "context_length_exceeded"
+    with pytest.raises(openai.BadRequestError) as caught:
+        await door.openai.embeddings.create(model="base", input="x")
+    assert caught.value.code == "unsupported_parameter"
+    assert caught.value.response.headers["x-request-id"]

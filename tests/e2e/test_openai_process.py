@@ -1,0 +1,97 @@
+"""The inference service as a process with both doors, from its start line to its exit status."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from loramux import Client
+from shared.storage.local import LocalStore
+from tests.tiny import World, make_world
+
+READY_S = 60
+LONG = {"model": "rs", "prompt": [5, 6, 7], "max_tokens": 250, "n": 32, "stream": True}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    world = make_world(tmp_path_factory.mktemp("process"))
+    world.build(LocalStore(world.root / "store"))
+    return world
+
+
+def _command(world: World, *flags: str) -> list[str]:
+    command = [sys.executable, "-m", "inference_service", "--deployment", "tiny", *flags]
+    return [*command, "--store", f"file://{world.root}/store", "--local-root", str(world.root)]
+
+
+@contextmanager
+def _serving(world: World, folder: Path) -> Iterator[tuple[subprocess.Popen[str], dict[str, Any]]]:
+    """Run the service; yields the process and the fields of its start line."""
+    command = _command(world, "--grpc", "127.0.0.1:0", "--http", "127.0.0.1:0", "--threads", "1")
+    environment = {**os.environ, "LORAMUX_KV_MEMORY_GB": "0.01", "LORAMUX_DTYPE": "float32"}
+    log = folder / "log"
+    with log.open("w") as output:
+        process = subprocess.Popen(command, stderr=output, text=True, env=environment)
+    try:
+        deadline = time.monotonic() + READY_S
+        while not (ready := [line for line in log.read_text().splitlines() if "service ready" in line]):
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.1)
+        yield process, json.loads(ready[0])
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.wait(10)
+
+
+def test_both_doors_drain_together(world: World, tmp_path: Path) -> None:
+    """One SIGTERM: open streams of both doors come to their end, new requests are 503, the exit status is 0."""
+    with _serving(world, tmp_path) as (process, ready), Client(ready["grpc"]) as client:
+        url = f"http://{ready['http']}"
+        assert [model["id"] for model in httpx.get(f"{url}/v1/models").json()["data"]] == [
+            "base",
+            "all",
+            "rs",
+            "wide",
+        ]
+        events = client.generate("all", "HELLO", max_tokens=200, ignore_eos=True)
+        next(events)
+        with httpx.stream(
+            "POST", f"{url}/v1/completions", json=LONG | {"ignore_eos": True}, timeout=60
+        ) as stream:
+            lines = stream.iter_lines()
+            next(lines)
+            os.kill(process.pid, signal.SIGTERM)
+            while (answer := httpx.get(f"{url}/health")).status_code == 200:
+                time.sleep(0.001)
+            assert answer.status_code == 503
+            assert answer.json()["error"]["code"] == "shutting_down"
+            *_, last = [line for line in lines if line]
+        assert last == "data: [DONE]"
+        assert list(events)[-1].usage.completion_tokens == 200
+        assert process.wait(30) == 0
+
+
+def test_a_port_that_is_taken_stops_the_start(world: World) -> None:
+    """The message names the flag, and the exit status is that of bad settings."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        command = _command(world, "--grpc", "127.0.0.1:0", "--http", f"127.0.0.1:{port}")
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=READY_S)
+    assert ended.returncode == 2
+    assert "--http" in ended.stderr
+    assert "Traceback" not in ended.stderr

@@ -1,0 +1,136 @@
+"""A service that says what it is told to, so that a transcript depends on nothing but the door."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+from tokenizers import Tokenizer
+
+from inference_service.core.sequence import FinishReason, Token
+from inference_service.openai_api.app import create_app
+from inference_service.serving.catalog import Catalog, ServedModel
+from inference_service.serving.request import Delta, Event, Finished, PromptLogprobs, Request, Started
+from inference_service.serving.service import GenerationService, ServingLimits
+from inference_service.serving.text import Text
+from shared.faults import InternalFault
+from tests.tiny import VOCAB, write_tokenizer
+
+FOLDER = Path(__file__).parent
+PATHS = {"chat": "/v1/chat/completions", "completion": "/v1/completions"}
+WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
+ASKED = {"model": "pirate", "messages": [{"role": "user", "content": "Hi"}]}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A request, and what the engine is to say to it."""
+
+    endpoint: str
+    body: dict[str, Any]
+    answers: Sequence[str]
+    """In steps that are separated by ``|``; the answers take turns."""
+    reason: FinishReason = FinishReason.STOP
+    failure: Exception | None = None
+    """Comes in place of the end."""
+
+
+CASES = {
+    "chat": Case("chat", ASKED, ["Ahoy!"]),
+    "chat_stream": Case("chat", ASKED | {"stream": True}, ["A|hoy|!"]),
+    "chat_stream_usage": Case(
+        "chat",
+        ASKED | {"stream": True, "stream_options": {"include_usage": True}},
+        ["A|hoy"],
+        FinishReason.LENGTH,
+    ),
+    "chat_stream_two_logprobs": Case(
+        "chat", ASKED | {"stream": True, "n": 2, "logprobs": True, "top_logprobs": 1}, ["A|h", "B|o"]
+    ),
+    "chat_stream_tool_auto": Case(
+        "chat",
+        ASKED | {"stream": True, "tools": [WEATHER]},
+        ['Let me see.<tool|_call>{"name": "weather", "argu|ments": {"city": "Oslo"}}</tool_call>'],
+    ),
+    "chat_stream_tool_required": Case(
+        "chat",
+        ASKED | {"stream": True, "tools": [WEATHER], "tool_choice": "required"},
+        ['{"name": "weat|her", "arguments": {"ci|ty": "Oslo"}}'],
+    ),
+    "chat_stream_failure": Case(
+        "chat", ASKED | {"stream": True}, ["A|h"], failure=InternalFault("the engine failed.")
+    ),
+    "chat_tool": Case(
+        "chat", ASKED | {"tools": [WEATHER]}, ['<tool_call>{"name": "weather", "arguments": {}}</tool_call>']
+    ),
+    "chat_unknown_parameter": Case("chat", ASKED | {"temprature": 1}, []),
+    "completion_echo_logprobs": Case(
+        "completion",
+        {"model": "tiny", "prompt": ["AB", [36, 37]], "echo": True, "logprobs": 1, "max_tokens": 1},
+        ["C"],
+        FinishReason.LENGTH,
+    ),
+    "completion_stream": Case("completion", {"model": "tiny", "prompt": "AB", "stream": True}, ["C|D"]),
+}
+
+
+class Scripted(GenerationService):
+    """Answers every request as a case says."""
+
+    def __init__(self, case: Case, text: Text) -> None:
+        models = [
+            ServedModel("tiny", source="org/tiny@main"),
+            ServedModel("pirate", digest="0123456789abcdef" * 4),
+        ]
+        self.catalog = Catalog(7, "tiny", models)
+        self.limits = ServingLimits(256, None, frozenset({2}))
+        self.text = text
+        self._case = case
+
+    async def generate(self, request: Request) -> AsyncGenerator[Event]:
+        """Say what the case says."""
+        prompt = request.prompt if isinstance(request.prompt, str) else "??"
+        yield Started(request.id, self.catalog.get(request.model), 7, len(prompt))
+        if request.prompt_logprobs is not None:
+            yield PromptLogprobs((Token(36), Token(37, -1.5, ((38, -0.25),))))
+        steps = [answer.split("|") for answer in self._case.answers]
+        for nth in range(max(map(len, steps))):
+            for index, answer in enumerate(steps):
+                yield Delta(answer[nth], self._tokens(answer[nth], request.logprobs), index)
+        if self._case.failure:
+            raise self._case.failure
+        for index, answer in enumerate(steps):
+            yield Finished(self._case.reason, "", len(prompt), 1, len("".join(answer)), index)
+
+    def _tokens(self, said: str, logprobs: int | None) -> tuple[Token, ...]:
+        ids = self.text.encode(said)
+        if logprobs is None:
+            return tuple(map(Token, ids))
+        return tuple(Token(number, -0.5, ((number, -0.5),)[:logprobs]) for number in ids)
+
+
+async def transcript(case: Case, folder: Path) -> bytes:
+    """Return the body of the answer, with a fixed time and fixed ids."""
+    write_tokenizer(folder)
+    text = Text(Tokenizer.from_file(str(folder / "tokenizer.json")), None, VOCAB)
+    transport = httpx.ASGITransport(create_app(Scripted(case, text)))
+    async with httpx.AsyncClient(transport=transport, base_url="http://door") as client:
+        answer = await client.post(PATHS[case.endpoint], json=case.body)
+    fixed = re.sub(rb'"created":\d+', b'"created":0', answer.content)
+    fixed = re.sub(rb'"((?:chat)?cmpl-|call_)[0-9a-f]+"', rb'"\1ID"', fixed)
+    return fixed if answer.content.endswith(b"\n\n") else pretty(fixed)
+
+
+def pretty(body: bytes) -> bytes:
+    """Return JSON with a line for every value, so that a diff can be read."""
+    return (json.dumps(json.loads(body), indent=1, ensure_ascii=False) + "\n").encode()
+
+
+def path_of(name: str) -> Path:
+    """Return where the transcript of a case is kept."""
+    return FOLDER / f"{name}.{'sse' if CASES[name].body.get('stream') else 'json'}"

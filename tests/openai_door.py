@@ -1,0 +1,91 @@
+"""A running OpenAI door in front of a tiny real model."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+from openai import AsyncOpenAI
+
+from inference_service.openai_api.server import HttpServer
+from inference_service.serving.startup import Ready
+from shared.storage.memory import MemoryStore
+from tests.tiny import World, make_world
+
+TEMPLATE = (
+    "{% for tool in tools or [] %}[{{ tool.function.name }}]{% endfor %}"
+    "{% for message in messages %}{{ message.role[0] }}:{{ message.content }}"
+    "{% for call in message.tool_calls or [] %}({{ call.function.name }}{{ call.function.arguments | tojson }})"
+    "{% endfor %};{% endfor %}{% if add_generation_prompt %}a:{% endif %}"
+)
+
+
+class OpenAIDoor:
+    """A server and clients of it."""
+
+    def __init__(self, ready: Ready, server: HttpServer) -> None:
+        self.ready = ready
+        self.server = server
+        self.url = f"http://{server.address}"
+        self.http = httpx.AsyncClient(base_url=self.url, timeout=60)
+        self.openai = AsyncOpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=60)
+
+    async def post(self, path: str, **body: Any) -> httpx.Response:
+        """Send a body."""
+        return await self.http.post(path, json=body)
+
+    async def events(self, path: str, **body: Any) -> list[str]:
+        """Send a body that asks for a stream, and return what stands behind each ``data:``."""
+        async with self.http.stream("POST", path, json=body | {"stream": True}) as response:
+            assert response.headers["content-type"] == "text/event-stream; charset=utf-8"
+            raw = (await response.aread()).decode()
+        assert raw.endswith("\n\n")
+        parts = raw.removesuffix("\n\n").split("\n\n")
+        assert all(part.startswith("data: ") and "\n" not in part for part in parts)
+        return [part.removeprefix("data: ") for part in parts]
+
+    async def chunks(self, path: str, **body: Any) -> list[dict[str, Any]]:
+        """Return the objects of a stream that ends well."""
+        *events, done = await self.events(path, **body)
+        assert done == "[DONE]"
+        return [json.loads(event) for event in events]
+
+    async def until_free(self) -> None:
+        """Wait until the engine holds no sequence."""
+        for _ in range(500):
+            stats = self.ready.engine.stats
+            if not stats.running and not stats.waiting and stats.blocks_free == stats.blocks_total:
+                return
+            await asyncio.sleep(0.01)
+        raise AssertionError(f"the engine still holds something: {self.ready.engine.stats}")
+
+
+def openai_world(folder: Path) -> tuple[World, MemoryStore]:
+    """Make a tiny model with a chat template and adapters, and build them."""
+    world = make_world(folder)
+    (world.base / "chat_template.jinja").write_text(TEMPLATE)
+    store = MemoryStore()
+    world.build(store)
+    return world, store
+
+
+@asynccontextmanager
+async def open_door(world: tuple[World, MemoryStore], **settings: Any) -> AsyncIterator[OpenAIDoor]:
+    """Serve a world on a free port."""
+    ready = world[0].load(world[1], **({"stream_interval_ms": 0} | settings))
+    server = HttpServer("127.0.0.1:0", ready.service)
+    await server.start()
+    ready.engine.start()
+    door = OpenAIDoor(ready, server)
+    try:
+        yield door
+    finally:
+        await door.http.aclose()
+        await door.openai.close()
+        await server.drain(5)
+        await ready.engine.stop()

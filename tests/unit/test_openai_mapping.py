@@ -1,0 +1,106 @@
+"""From bodies to requests: defaults, names and what contradicts itself."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from inference_service.openai_api.chat_schema import ChatBody
+from inference_service.openai_api.mapping import chat_request, completion_requests
+from inference_service.openai_api.schema import CompletionBody
+from inference_service.serving.brought import Brought
+from inference_service.serving.catalog import Catalog, ServedModel
+from inference_service.serving.request import Request
+from inference_service.serving.service import GenerationService, ServingLimits
+from shared.faults import RequestInvalid
+
+TOOLS = [{"type": "function", "function": {"name": "f"}}]
+
+
+class Named(GenerationService):
+    """A service that has names and limits, and cannot answer."""
+
+    def __init__(self, default_max_tokens: int | None = None) -> None:
+        self.catalog = Catalog(
+            1, "base", [ServedModel("base"), ServedModel("calm", brought=Brought(temperature=0.3))]
+        )
+        self.limits = ServingLimits(256, default_max_tokens, frozenset({2}))
+
+
+def _chat(service: Named | None = None, **fields: Any) -> Request:
+    body = {"model": "base", "messages": [{"role": "user", "content": "x"}]} | fields
+    return chat_request(ChatBody.model_validate_json(json.dumps(body)), service or Named())
+
+
+def _completion(service: Named | None = None, **fields: Any) -> Request:
+    body = {"model": "base", "prompt": "x"} | fields
+    [request] = completion_requests(CompletionBody.model_validate_json(json.dumps(body)), service or Named())
+    return request
+
+
+def test_an_adapters_own_temperature_comes_before_the_apis() -> None:
+    """What the request says comes first, then what the adapter brings, then 1."""
+    assert _chat().temperature == 1.0
+    assert _chat(model="calm").temperature is None
+    assert _chat(model="calm", temperature=0).temperature == 0
+
+
+def test_lengths() -> None:
+    """An unset length of a chat is left to the service; that of a plain prompt is 16, or the deployment's."""
+    assert _chat().max_tokens is None
+    assert _chat(max_tokens=3).max_tokens == 3
+    assert _chat(max_completion_tokens=4).max_tokens == 4
+    assert _chat(max_completion_tokens=5, max_tokens=5).max_tokens == 5
+    assert _completion().max_tokens == 16
+    assert _completion(Named(99)).max_tokens == 99
+    assert _completion(max_tokens=0, echo=True).prompt_logprobs == 0
+
+
+def test_a_lower_priority_is_earlier() -> None:
+    """vLLM's order is the reverse of the engine's."""
+    assert _chat(priority=3).priority == -3
+    assert _chat().priority == 0
+
+
+def test_one_call_ends_the_answer() -> None:
+    """Without parallel calls the closing tag is a stop; a call that is demanded ends by itself."""
+    assert _chat(tools=TOOLS, parallel_tool_calls=False, stop="x").stop == ("x", "</tool_call>")
+    assert _chat(tools=TOOLS, parallel_tool_calls=True).stop == ()
+    assert _chat(tools=TOOLS, parallel_tool_calls=False, tool_choice="required").stop == ()
+
+
+def test_what_the_model_is_told_of_tools() -> None:
+    """Tools are rendered as the client wrote them, and not at all when none may be used."""
+    assert _chat(tools=TOOLS).tools == tuple(TOOLS)
+    assert _chat(tools=TOOLS, tool_choice="none").tools == ()
+    assert _chat(tools=TOOLS).constraint is None
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "g"}}}, "tool_choice"),
+        ({"tools": TOOLS, "response_format": {"type": "json_object"}}, "response_format"),
+        ({"max_tokens": 1, "max_completion_tokens": 2}, "max_tokens"),
+        ({"top_logprobs": 1}, "top_logprobs"),
+    ],
+)
+def test_contradictions_are_refused(fields: dict[str, Any], param: str) -> None:
+    """Fields that exclude each other are refused by the name of one of them."""
+    with pytest.raises(RequestInvalid) as caught:
+        _chat(**fields)
+    assert [finding.where for finding in caught.value.findings] == [param]
+
+
+def test_formats_become_constraints() -> None:
+    """The schema is handed on as it came; text is no constraint."""
+    schema = {"type": "object", "properties": {"a": {"const": "é"}}}
+    asked = {"type": "json_schema", "json_schema": {"name": "n", "schema": schema, "strict": True}}
+    constraint = _chat(response_format=asked).constraint
+    assert constraint
+    assert (constraint.kind, json.loads(constraint.text)) == ("json_schema", schema)
+    assert _chat(response_format={"type": "text"}).constraint is None
+    assert _chat(response_format={"type": "json_object"}, tools=TOOLS, tool_choice="none").constraint
