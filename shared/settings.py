@@ -16,6 +16,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from shared.faults import SettingsInvalid
 from shared.sources.secrets import ENVIRONMENT_PREFIX as SECRET_PREFIX
+from shared.telemetry import LogFormat
 
 PREFIX = "LORAMUX_"
 CLIENT_VARIABLES = ("API_KEY", "TLS_CA", "CLIENT_CERT", "CLIENT_KEY")
@@ -113,6 +114,8 @@ class Settings(BaseSettings):
     """Clients must show a certificate that one of these authorities (PEM) signed."""
     drain_timeout_s: float = Field(default=30, ge=0, allow_inf_nan=False)
     """Seconds that running work may take to end after SIGTERM before it is cut off."""
+    log_format: LogFormat = "auto"
+    """The log on stderr; auto: text on a terminal, else JSON lines."""
 
 
 class BuilderSettings(Settings):
@@ -169,6 +172,8 @@ class InferenceSettings(Settings):
     """Tokens of running answers are sent together at this interval, first and last ones at once; 0: each."""
     cache_dir: HomePath = Path("~/.cache/loramux")
     """Holds checkpoints and bundles that were fetched."""
+    log_prompts: bool = False
+    """Write prompts and answers to the log."""
 
 
 AnySettings = TypeVar("AnySettings", bound=Settings)

@@ -57,6 +57,8 @@ class Sequence:
     """Leading tokens whose keys and values are in the cache."""
     num_cached: int = 0
     """Of the prompt, tokens that the prefix cache held at first admission."""
+    began_s: float | None = None
+    """When the first step that computes it was submitted, on the clock of ``time.monotonic``."""
     blocks: list[int] = field(default_factory=list)
     """Cache blocks, in the order of the tokens."""
     passed_by: int = 0

@@ -124,7 +124,7 @@ class StepBuffers:
             view[name][:num] = values
             view[name][num:] = 0
         view["sources"][:] = np.arange(self.capacity.rows) + self._first
-        sources = np.array(rows.sources)
+        sources = np.array(rows.sources, dtype=np.int32)
         np.copyto(view["sources"][:num], sources, where=sources != KNOWN, casting="same_kind")
         params = view["sampling"].reshape(-1, FIELDS)
         pack_rows(self.capacity.rows, [row_params(seq) for seq in rows.sampled], out=params)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections import deque
-from collections.abc import Callable, Iterable
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
+from inference_service.core.batch import Batch
 from inference_service.core.sequence import FinishReason, Sequence, StepOutput, Token
 from inference_service.engine.block_manager import BlockManager
 from inference_service.engine.scheduler import Limits, Scheduler
@@ -21,6 +22,10 @@ class EngineStats:
     running: int
     blocks_free: int
     blocks_total: int
+    block_size: int
+    """Tokens per block."""
+    max_adapters: int
+    """Distinct adapters of a step, at most."""
     preemptions: int
     prefix_tokens_queried: int
     """Tokens of admitted sequences."""
@@ -31,6 +36,14 @@ class EngineStats:
     def prefix_hit_rate(self) -> float:
         """Part of the queried tokens that were cached."""
         return self.prefix_tokens_hit / max(1, self.prefix_tokens_queried)
+
+
+@dataclass(frozen=True)
+class Crowd:
+    """How many sequences there are, by the name of their adapter; the base's is empty."""
+
+    running: Mapping[str, int]
+    waiting: Mapping[str, int]
 
 
 class Engine:
@@ -71,10 +84,17 @@ class Engine:
             running=len(self._scheduler.running),
             blocks_free=self._blocks.num_free,
             blocks_total=self._blocks.num_blocks,
+            block_size=self._blocks.block_size,
+            max_adapters=self._limits.max_adapters,
             preemptions=self._scheduler.preemptions,
             prefix_tokens_queried=self._blocks.stats.queried,
             prefix_tokens_hit=self._blocks.stats.hit,
         )
+
+    @property
+    def crowd(self) -> Crowd:
+        """Who runs and who waits; may be asked on another thread."""
+        return Crowd(_by_adapter(self._scheduler.running), _by_adapter(self._scheduler.waiting))
 
     def add(self, seq: Sequence) -> None:
         """Take a sequence in; it ends with one output that has a finish reason, unless it is aborted."""
@@ -94,6 +114,7 @@ class Engine:
         self._expire()
         batch = self._scheduler.schedule()
         if batch.chunks:
+            self._begin(batch)
             self._under_way.append(self._runner.submit(batch))
             self._scheduler.commit(batch)
         if len(self._under_way) > (self._runner.depth if batch.chunks else 0):
@@ -106,6 +127,11 @@ class Engine:
         self._blocks.forget_all()
         self._end(tuple(self._seqs), FinishReason.FAILED)
         return self._hand_out()
+
+    def _begin(self, batch: Batch) -> None:
+        for chunk in batch.chunks:
+            if chunk.seq.began_s is None:
+                chunk.seq.began_s = self._clock()
 
     def _hand_out(self) -> list[StepOutput]:
         outputs, self._outputs = self._outputs, []
@@ -151,3 +177,8 @@ class Engine:
         now = self._clock()
         late = [seq.id for seq in self._seqs.values() if seq.deadline_s is not None and seq.deadline_s <= now]
         self._end(late, FinishReason.DEADLINE)
+
+
+def _by_adapter(seqs: list[Sequence]) -> Mapping[str, int]:
+    """Count; the list is copied at once, since the engine's thread may change it meanwhile."""
+    return Counter(seq.adapter.name if seq.adapter else "" for seq in tuple(seqs))

@@ -9,11 +9,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from inference_service.core.batch import Batch
 from inference_service.core.sequence import Sequence, Token
 from inference_service.engine.buffers import StepBuffers, StepCapacity, StepMemory, row_params
 from inference_service.engine.graphs import Graph, Recorder
 from inference_service.engine.readback import read_back
-from inference_service.engine.rows import Rows
+from inference_service.engine.rows import Rows, lay_out
 from inference_service.engine.runner import Runner
 from inference_service.engine.scheduler import Limits
 from inference_service.kernels.sampling import pack_rows, sample
@@ -67,12 +68,17 @@ class GraphRunner(Runner):
 
     @torch.inference_mode()
     def capture(self) -> None:
-        """Record all graphs, the largest first, for its memory serves the others; again after adapters came."""
+        """Record all graphs, the largest first, for its memory serves the others; again after adapters came.
+
+        What is recorded is a step of padding, which touches neither the cache nor the drawn tokens.
+        """
+        padding = lay_out(Batch(()), {})
         self._graphs.clear()
         self._buffers.clear()
         for rows in sorted(buckets(self._limits.max_seqs), reverse=True):
             buffers = StepBuffers(self._capacity(rows), self._memory)
             self._buffers[rows] = buffers
+            buffers.load(padding)
             for segments in [None] if buffers.segments is None else [buffers.segments, None]:
                 work = partial(self._decode, buffers, segments)
                 self._graphs[rows, segments is not None] = self._recorder.capture(work)

@@ -34,6 +34,7 @@ from inference_service.serving.engine_thread import EngineThread
 from inference_service.serving.memory import divide_memory
 from inference_service.serving.proof import replay
 from inference_service.serving.service import GenerationService, ServingLimits
+from inference_service.serving.telemetry.record import Watcher
 from inference_service.serving.text import Text
 from shared.bundle.deployments import current_generation, list_deployments
 from shared.bundle.manifest import Generation
@@ -59,8 +60,10 @@ class Ready:
     engine: EngineThread
 
 
-def load(settings: InferenceSettings, store: Store) -> Ready:
+def load(settings: InferenceSettings, store: Store, watchers: Sequence[Watcher] = ()) -> Ready:
     """Load the deployment's current generation; every byte is verified before it is used.
+
+    Watchers hear of every request that is served.
 
     Raises:
         DeploymentNotFound: the store has no such deployment.
@@ -84,21 +87,26 @@ def load(settings: InferenceSettings, store: Store) -> Ready:
     if settings.threads:
         torch.set_num_threads(settings.threads)
     backend = choose_backend(settings, config)
+    reading = time.monotonic()
     checkpoint = Checkpoint(folder, backend.dtype, backend.device)
     model = Decoder(config, checkpoint, backend.operations)
     lora = backend.new_lora()
     text = Text.load(folder, config.dims.vocab)
+    base_s = time.monotonic() - reading
     adapters = []
     for name, record in generation.adapters.items():
+        reading = time.monotonic()
         bundle = read_bundle(store, record.digest)
         served = _load_adapter(name, bundle, lora, model, text, settings.block_size)
-        adapters.append(replace(served, source=_source(record.source)))
+        load_s = time.monotonic() - reading
+        adapters.append(replace(served, source=_source(record.source), load_s=load_s))
     if generation.merged is not None:  # the only adapter, which was loaded and proved like any other
         lora = backend.new_lora()
         adapters = [_merge(adapters[0], bundle, folder, model)]
     blocks, limits = _memory(settings, generation, model, lora)
     engine = Engine(_runner(model, lora, blocks, limits), limits, blocks)
     _warm_up(engine, adapters)
+    seconds = time.monotonic() - started
     log.info(
         "loaded",
         deployment=generation.deployment,
@@ -112,14 +120,15 @@ def load(settings: InferenceSettings, store: Store) -> Ready:
         merged=generation.merged or "none",
         kv_tokens=blocks.num_blocks * blocks.block_size,
         max_seq_len=limits.max_seq_len,
-        seconds=round(time.monotonic() - started, 2),
+        seconds=round(seconds, 2),
     )
-    described = ServedModel(generation.served_model_name, source=_source(generation.base.source))
+    source = _source(generation.base.source)
+    described = ServedModel(generation.served_model_name, source=source, load_s=base_s)
     base = [described] if generation.serve_base else []
-    catalog = Catalog(generation.number, generation.served_model_name, [*base, *adapters])
+    catalog = Catalog(generation.number, generation.served_model_name, [*base, *adapters], seconds)
     thread = EngineThread(engine, settings.max_queue, settings.stream_interval_ms / 1e3)
     serving = ServingLimits(limits.max_seq_len, generation.request_default_max_tokens, config.eos_token_ids)
-    return Ready(GenerationService(catalog, text, thread, serving), thread)
+    return Ready(GenerationService(catalog, text, thread, serving, watchers), thread)
 
 
 def _warm_up(engine: Engine, adapters: Sequence[ServedModel]) -> None:

@@ -14,6 +14,8 @@ class Scope(StrEnum):
     """Generate, and list the models."""
     BUILD = "build"
     """Everything that the builder does, reads included: they name what others train."""
+    METRICS = "metrics"
+    """Read `/metrics`, which names every model and tells how much it is used."""
     ADMIN = "admin"
     """Everything."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import grpc
@@ -19,6 +19,8 @@ from shared.rpc.admission import AdmissionInterceptor
 from shared.rpc.options import SERVER_OPTIONS
 from shared.rpc.status import abort
 from shared.rpc.tls import server_credentials
+from shared.rpc.traced import traced
+from shared.tracing.door import DoorSpans
 
 log = structlog.get_logger()
 
@@ -26,7 +28,8 @@ log = structlog.get_logger()
 class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc has no types here
     """Ends every call of our services once: with its answer, or with the status of a fault."""
 
-    def __init__(self) -> None:
+    def __init__(self, tracing: DoorSpans | None = None) -> None:
+        self._tracing = tracing
         self.draining = False
         self.active = 0
         self.idle = asyncio.Event()
@@ -72,11 +75,12 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc
 
     @asynccontextmanager
     async def _guard(self, context: grpc.aio.ServicerContext, method: str) -> AsyncIterator[None]:
-        """Count a call as open, and end it with a status where it raises."""
+        """Count a call as open, trace it, and end it with a status where it raises."""
         self._enter()
         try:
-            self._refuse_when_draining()
-            yield
+            with traced(self._tracing, context, method):
+                self._refuse_when_draining()
+                yield
         except Fault as fault:
             await abort(context, fault)
         except grpc.aio.AbortError:
@@ -119,10 +123,11 @@ class RpcServer:
         address: str,
         services: Mapping[str, Callable[[grpc.aio.Server], None]],
         guard: Guard = NOBODY_GUARDS,
+        tracing: DoorSpans | None = None,
     ) -> None:
         self.address = address
         self._tls = guard.tls
-        self._interceptor = CallInterceptor()
+        self._interceptor = CallInterceptor(tracing)
         self._names = ("", *services)
         admission = [AdmissionInterceptor(guard.keyring)] if guard.keyring is not None else []
         interceptors = [*admission, self._interceptor]
@@ -172,13 +177,13 @@ class RpcServer:
         """Refuse new calls, wait for the open ones, stop; False when the time ran out and calls were cut."""
         self._interceptor.draining = True
         await self._health.enter_graceful_shutdown()
-        try:
+        with suppress(TimeoutError):
             await asyncio.wait_for(self._interceptor.idle.wait(), timeout_s)
-            finished = True
-        except TimeoutError:
+        finished = self._interceptor.idle.is_set()
+        if not finished:
             log.warning("drain timed out", open_calls=self._interceptor.active, timeout_s=timeout_s)
-            finished = False
-        await self._server.stop(grace=0.1)
+        # Those that arrive meanwhile are still told why they are refused; without any, nobody waits.
+        await self._server.stop(grace=1.0 if finished else 0.1)
         return finished
 
 

@@ -1,23 +1,24 @@
 """Compile every shipped configuration of every kernel ahead of time, and print what ptxas made of it.
 
 A script rather than a test, because it needs the kernels as the compiler sees them and the tests import them
-for the interpreter. Prints one JSON object per line:
+for the interpreter. Prints one line per kernel, type and architecture, in the order of the golden table:
 
-    python -m tests.kernels.aot 90 [PACKAGE ...]
+    python -m tests.kernels.aot [PACKAGE ...] [sm_ARCHITECTURE ...]
 """
 
 import importlib
-import json
 import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-PACKAGES = ("sgmv",)
+from inference_service.kernels.launch import ARCHITECTURES
+
+PACKAGES = ("attention", "rows", "sampling", "sgmv")
 """Each with a module ``tests.kernels.aot_<package>``, whose ``variants(architecture)`` yields `Variant`."""
 
 
@@ -26,7 +27,7 @@ class Variant:
     """A kernel as its launcher would specialise it for one configuration of its tuning table."""
 
     name: str
-    """Unique within an architecture; begins with the package's name."""
+    """Unique within an architecture and dtype; begins with the package's name and a dot."""
     kernel: Any
     dtype: str
     """Triton's name of the activations' type: what pointers have that are not in ``types``."""
@@ -37,6 +38,45 @@ class Variant:
     """Of the other arguments: ``*fp32``, ``*i32``, ``fp32``, ...; what is not a pointer is i32 by default."""
     unaligned: Collection[str] = ()
     """Arguments that are not known to be multiples of 16."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """What one kernel takes, as a line of the golden table."""
+
+    name: str
+    dtype: str
+    architecture: int
+    registers: int
+    """Per thread."""
+    stack: int
+    """Bytes per thread: not 0 means that registers are spilled."""
+    shared: int
+    """Bytes per program."""
+
+    HEADER: ClassVar = f"{'kernel':<44} {'dtype':<5} {'arch':<6} {'registers':>9} {'stack':>5} {'shared':>6}"
+
+    def __str__(self) -> str:
+        where = f"{self.name:<44} {self.dtype:<5} sm_{self.architecture:<3}"
+        return f"{where} {self.registers:>9} {self.stack:>5} {self.shared:>6}"
+
+    @classmethod
+    def parse(cls, text: str) -> "Line":
+        """Read a line back."""
+        *name, dtype, architecture, registers, stack, shared = text.split()
+        return cls(
+            " ".join(name),
+            dtype,
+            int(architecture.removeprefix("sm_")),
+            int(registers),
+            int(stack),
+            int(shared),
+        )
+
+    def order(self) -> tuple[list[str], str, int]:
+        """By name, numbers by their value; then by dtype and architecture."""
+        parts = re.split(r"(\d+)", self.name)
+        return [part.zfill(8) if part.isdigit() else part for part in parts], self.dtype, self.architecture
 
 
 def variants(architecture: int, packages: Collection[str] = PACKAGES) -> Iterator[Variant]:
@@ -82,18 +122,27 @@ def usage(cubin: bytes) -> dict[str, int]:
     return {name: int(value) for name, value in re.findall(r"\b(REG|STACK):(\d+)", text)}
 
 
+def lines(packages: Collection[str], architectures: Collection[int]) -> Iterator[str]:
+    """Compile and yield the packages' lines; what several names share is compiled once."""
+    made: dict[tuple[int, str], Line] = {}
+    found = []
+    for architecture in architectures:
+        for variant in variants(architecture, packages):
+            key = architecture, repr(replace(variant, name=""))
+            if key not in made:
+                result = compiled(architecture, variant)
+                used = usage(result.asm["cubin"])
+                made[key] = Line("", "", 0, used["REG"], used["STACK"], result.metadata.shared)
+            found.append(replace(made[key], name=variant.name, dtype=variant.dtype, architecture=architecture))
+    return map(str, sorted(found, key=Line.order))
+
+
 def main() -> None:
-    """Report on an architecture, and on all packages or those named on the command line."""
-    architecture, packages = int(sys.argv[1]), sys.argv[2:]
-    for variant in variants(architecture, packages or PACKAGES):
-        result = compiled(architecture, variant)
-        line = {
-            "architecture": architecture,
-            "name": variant.name,
-            "dtype": variant.dtype,
-            "shared": result.metadata.shared,
-        }
-        sys.stdout.write(json.dumps(line | usage(result.asm["cubin"])) + "\n")
+    """Print the lines of all packages and architectures, or of those named on the command line."""
+    architectures = [int(word[3:]) for word in sys.argv[1:] if word.startswith("sm_")]
+    packages = [word for word in sys.argv[1:] if not word.startswith("sm_")]
+    for line in lines(packages or PACKAGES, architectures or ARCHITECTURES):
+        sys.stdout.write(line + "\n")
 
 
 if __name__ == "__main__":

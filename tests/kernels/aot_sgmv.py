@@ -1,8 +1,10 @@
 """What the tuning tables of SGMV ship."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
-from inference_service.kernels.sgmv import triton_kernels, tuning
+from inference_service.kernels.sgmv import fused_kernel, triton_kernels, tuning
+from inference_service.kernels.sgmv.layout import COUNTER_STRIDE
 from tests.kernels.aot import Variant
 
 TYPES = {
@@ -11,40 +13,48 @@ TYPES = {
     "p_token_ids": "*i32",
     "p_seg_start": "*i32",
     "p_seg_slot": "*i32",
+    "p_counters": "*i32",
     "p_table": "*i64",
 }
 # As the launcher specialises: what is not a multiple of 16 in general.
-UNALIGNED = {"blocks_k", "p_table", "p_seg_start", "p_seg_slot"}
+UNALIGNED = {"blocks_k", "planes", "row_tiles", "segments", "pass_segments"}
+UNALIGNED |= {"p_table", "p_seg_start", "p_seg_slot"}
 # A fused qkv: the widest table, and slices that differ.
 GROUP = {"OFFSETS": (0, 4096, 5120), "SIZES": (4096, 1024, 1024), "ALIGNMENT": 16, "N_SLICES": 3}
 DTYPES = {2: "bf16", 4: "fp32"}
+Tiles = tuning.ShrinkConfig | tuning.ExpandConfig
 
 
 def variants(architecture: int) -> Iterator[Variant]:
-    """Yield every entry of both tables."""
+    """Yield every entry of the tables; expand with the most planes that it may have to sum."""
     shrinks = tuning.SHRINK[architecture]
     for (phase, itemsize), buckets in shrinks.items():
         for bucket, c in buckets.items():
-            tiles = {"BLOCK_T": c.block_t, "BLOCK_R": c.block_r, "BLOCK_K": c.block_k}
-            yield Variant(
-                name=f"sgmv.shrink {phase.value} {bucket}",
-                kernel=triton_kernels.shrink_kernel,
-                dtype=DTYPES[itemsize],
-                constants={"N_SLICES": 3, "UPCAST": False, **tiles},
-                options={"num_warps": c.num_warps, "num_stages": c.num_stages},
-                types=TYPES,
-                unaligned=UNALIGNED,
-            )
+            tiles = {"N_SLICES": 3, "BLOCK_T": c.block_t, "BLOCK_R": c.block_r, "BLOCK_K": c.block_k}
+            name = f"sgmv.shrink {phase.value} {bucket}"
+            yield _variant(name, triton_kernels.shrink_kernel, itemsize, c, tiles)
     for (phase, itemsize), expands in tuning.EXPAND[architecture].items():
         planes = max(c.split_k for c in shrinks[phase, itemsize].values())
-        for bucket, e in expands.items():
-            tiles = {"BLOCK_T": e.block_t, "BLOCK_R": e.block_r, "BLOCK_N": e.block_n, "PLANES": planes}
-            yield Variant(
-                name=f"sgmv.expand {phase.value} {bucket}",
-                kernel=triton_kernels.expand_kernel,
-                dtype=DTYPES[itemsize],
-                constants={"UPCAST": False, **GROUP, **tiles},
-                options={"num_warps": e.num_warps, "num_stages": e.num_stages},
-                types=TYPES,
-                unaligned=UNALIGNED,
-            )
+        for bucket, widths in expands.items():
+            for e in widths:
+                tiles = {"BLOCK_T": e.block_t, "BLOCK_R": e.block_r, "BLOCK_N": e.block_n, "PLANES": planes}
+                name = f"sgmv.expand {phase.value} {bucket} x {e.block_n}"
+                yield _variant(name, triton_kernels.expand_kernel, itemsize, e, GROUP | tiles)
+    for itemsize, both in tuning.FUSED[architecture].items():
+        for bucket, f in both.items():
+            c, e = f.shrink, f.expand
+            tiles = {"BLOCK_T": c.block_t, "BLOCK_R": c.block_r, "BLOCK_K": c.block_k, "BLOCK_N": e.block_n}
+            tiles |= {"PLANES": c.split_k, "COUNTER_STRIDE": COUNTER_STRIDE}
+            yield _variant(f"sgmv.fused {bucket}", fused_kernel.fused_kernel, itemsize, c, GROUP | tiles)
+
+
+def _variant(name: str, kernel: Any, itemsize: int, config: Tiles, constants: Mapping[str, Any]) -> Variant:
+    return Variant(
+        name=name,
+        kernel=kernel,
+        dtype=DTYPES[itemsize],
+        constants={"UPCAST": False, **constants},
+        options={"num_warps": config.num_warps, "num_stages": config.num_stages},
+        types=TYPES,
+        unaligned=UNALIGNED,
+    )

@@ -20,16 +20,17 @@ LATER = {
 }
 
 
-@pytest.mark.parametrize("window", [None, 140])
-def test_captured_launches_serve_every_later_step(window: int | None, device: str) -> None:
+@pytest.mark.parametrize(("window", "splits"), [(None, 2), (100, 1)])
+def test_captured_launches_serve_every_later_step(window: int | None, splits: int, device: str) -> None:
     """Grids frozen at capture cover whatever the tables hold at replay: they depend on capacities alone.
 
     Decode and prefill leave each other's rows alone, so that their order is of no interest.
     """
     case = make_case(Layout([(1, 20)], padding=30, spare=10), Heads(4, 1), window=window, device=device)
-    out, (rope, decode, merge, prefill) = case.planned()
-    assert (decode.grid, merge.grid, prefill.grid) == ((2, 1, 11), (4, 11), (1, case.tables.capacity.tiles))
-    launches = [rope, prefill, decode, merge]
+    out, (rope, decode, *merge, prefill) = case.planned()
+    assert (decode.grid, prefill.grid) == ((splits, 1, 11), (1, case.tables.capacity.tiles))
+    assert [launch.grid for launch in merge] == [(4, 11)] * (splits - 1)
+    launches = [rope, prefill, decode, *merge]
     for chunks in LATER.values():
         later = reloaded(case, replace(case.layout, chunks=chunks))
         poison(launches)

@@ -1,5 +1,6 @@
 """SGMV's kernels against fp64: odd shapes, mixed ranks, poisoned memory."""
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -107,7 +108,7 @@ def test_idle_planes_do_not_exist_and_unused_rows_are_not_written(device: str) -
         slots=[0, 1], ranks=[(4,), (12,)], K=576, sizes=(16,), dtype=torch.float32, device=device, spare=1
     )
     y = shrink(case.x, case.group.a, case.group.table, case.segments, max_rows=12)
-    assert y.shape == (5, 3, 12)  # 9 blocks of 64: four planes of two, one of one
+    assert y.shape == (9, 3, 12)  # 9 blocks of 64, fewer than the 16 planes that there may be
     expected = case.x[0].double() @ case.group.a[GUARD : GUARD + 4].double().T
     torch.testing.assert_close(y[:, 0, :4].sum(0).double(), expected, rtol=1e-5, atol=1e-5)
 
@@ -120,3 +121,31 @@ def test_a_segment_longer_than_the_tile_loses_no_token(device: str) -> None:
     before = case.out.clone()
     case.run()
     assert relative_errors(case.out, before, case).max() <= TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["two launches", "one launch"])
+def test_addresses_beyond_32_bits_are_right(fused: bool, device: str) -> None:
+    """Rows of x, out and A, and blocks of B, may begin behind the first 2**31 elements."""
+    case = make_case(
+        slots=[1, -1, 0, 1], ranks=[(4,), (16,)], K=63, sizes=(64,), dtype=torch.float16, device=device, spare=1
+    )
+    group, shift = case.group, 2**31
+    x, out, a = (_far_rows(tensor) for tensor in (case.x, case.out, group.a[GUARD:-GUARD]))
+    b = torch.empty(shift + len(group.b), dtype=torch.float16, device=device)
+    b[shift:] = group.b
+    group.table[..., 1] -= GUARD
+    group.table[..., 2] += shift
+    far = dataclasses.replace(case, x=x, out=out, group=dataclasses.replace(group, a=a, b=b))
+    before = out.clone()
+    far.run(fused=fused)
+    assert relative_errors(out, before, far).max() <= TOLERANCE[torch.float16]
+    assert not torch.equal(out[-2], before[-2])
+
+
+def _far_rows(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy whose last rows begin behind 2**31 elements."""
+    rows, columns = tensor.shape
+    far = torch.empty_strided(
+        (rows, columns), (2**31 // (rows - 2), 1), dtype=tensor.dtype, device=tensor.device
+    )
+    return far.copy_(tensor)

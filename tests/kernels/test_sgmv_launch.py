@@ -69,7 +69,7 @@ def test_a_table_may_be_32_bit(device: str) -> None:
 def test_grids_have_no_idle_programs_by_design(device: str) -> None:
     """Planes follow K, tiles follow the slices, and segments their capacity."""
     case = small_case(device)
-    first, second = plan(case.x, case.out, case.group, case.segments, case.workspace)
+    first, second = plan(case.x, case.out, case.group, case.segments, case.workspace, fused=False)
     assert case.segments.capacity.segments == len(RANKS) + 25 // DECODE_TILE
     assert first.grid == (2, 2, 6)  # 100 = 64 + 36; 32 rows; segments
     assert second.grid == (2, 6)  # 64, 33

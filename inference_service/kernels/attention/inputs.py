@@ -21,7 +21,7 @@ class HeadNorm:
 
 @dataclass(frozen=True)
 class Inputs:
-    """The tensors of one layer in one inputs."""
+    """The tensors of one layer in one step."""
 
     heads: Tensor
     """[T, query heads + 2 kv heads, d]: queries, keys and values; only read."""

@@ -29,7 +29,7 @@ def attend(
 
     Args:
         inputs: the layer's tensors.
-        tables: which rows see what; all chunks lie within its rows.
+        tables: which rows see what; all chunks lie within the rows of the inputs.
         spec: how the layer attends.
         norm: of queries and keys, if the layer has one.
 

@@ -8,11 +8,27 @@ import torch
 from torch import Tensor
 
 from inference_service.kernels.launch import Launch, architecture_of, require, require_device
+from inference_service.kernels.sgmv.fused_launch import fuse, resident_programs
 from inference_service.kernels.sgmv.layout import Group, Segments, Slices
-from inference_service.kernels.sgmv.tuning import expand_config, phase_of, shrink_config
+from inference_service.kernels.sgmv.tuning import (
+    FusedConfig,
+    ShrinkConfig,
+    expand_config,
+    fused_config,
+    phase_of,
+    shrink_config,
+)
 
 
-def lora_apply(x: Tensor, out: Tensor, group: Group, segments: Segments, workspace: Tensor) -> None:
+def lora_apply(
+    x: Tensor,
+    out: Tensor,
+    group: Group,
+    segments: Segments,
+    workspace: Tensor,
+    *,
+    fused: bool | None = None,
+) -> None:
     """Add the adapters' updates of one fused linear to ``out`` in place.
 
     Args:
@@ -22,37 +38,57 @@ def lora_apply(x: Tensor, out: Tensor, group: Group, segments: Segments, workspa
         segments: the step's segments.
         workspace: fp32, at least ``workspace_numel`` elements; its content is of no interest before or after,
             so all layers share one.
+        fused: whether shrink and the first pass of expand are one launch; by default where a GPU is thought to
+            win by it. Launches that share the segments must not overlap then.
 
     Raises:
-        ValueError: when shapes, dtypes, strides or devices do not fit.
+        ValueError: when shapes, dtypes, strides or devices do not fit; when ``fused`` is asked for and no
+            tiles are shipped for it.
     """
-    for launch in plan(x, out, group, segments, workspace):
+    for launch in plan(x, out, group, segments, workspace, fused=fused):
         launch()
 
 
-def plan(x: Tensor, out: Tensor, group: Group, segments: Segments, workspace: Tensor) -> list[Launch]:
-    """The launches of ``lora_apply``: one shrink, then one expand per pass.
+def plan(
+    x: Tensor,
+    out: Tensor,
+    group: Group,
+    segments: Segments,
+    workspace: Tensor,
+    *,
+    fused: bool | None = None,
+) -> list[Launch]:
+    """The launches of ``lora_apply``: one shrink, then one expand per pass; or both in one, and the others.
 
     They depend on capacities and addresses alone, so that they stay right for whatever the segments, the
     table and the weights hold when they run.
     """
     if x.shape[0] != out.shape[0]:
         raise ValueError(f"x and out must have the same rows, got {x.shape[0]} and {out.shape[0]}")
-    planes = _planes(x.shape[-1], group, segments, x.device)
+    one = _fused_config(x.device, group, segments, fused=fused)
+    shrinks = _shrink_config(x, group.max_rows, segments) if one is None else one.shrink
+    tiles = shrinks.tiles(group.max_rows, segments.capacity.segments)
+    planes, _ = shrinks.planes(x.shape[-1], tiles)
     shape = (planes, segments.capacity.entries, group.max_rows)
     numel = planes * shape[1] * shape[2]
     require(workspace, "workspace", dims=1, dtype=torch.float32, device=x.device)
     if workspace.numel() < numel:
         raise ValueError(f"workspace must hold {numel} elements, got {workspace.numel()}")
     y = workspace[:numel].view(shape)
-    first = _plan_shrink(x, group.a, group.table, segments, y)
-    return [first, *_plan_expand(y, group.b, group.table, segments, out, group.slices, group.max_rank)]
+    first = _plan_shrink(x, group.a, group.table, segments, y, shrinks)
+    passes = _plan_expand(y, group.b, group.table, segments, out, group.slices, group.max_rank)
+    if one is None:
+        return [first, *passes]
+    return [fuse(first, passes[0], one, segments, group.slices, resident_programs(x.device)), *passes[1:]]
 
 
 def workspace_numel(group: Group, segments: Segments) -> int:
-    """fp32 elements that ``lora_apply`` needs for this group."""
-    planes = _planes(group.a.shape[1], group, segments, group.a.device)
-    return planes * segments.capacity.entries * group.max_rows
+    """fp32 elements that ``lora_apply`` needs for this group, fused or not."""
+    capacity, a = segments.capacity, group.a
+    one = fused_config(architecture_of(a.device), phase_of(capacity.tile), a.dtype, max_rank=group.max_rank)
+    configs = [_shrink_config(a, group.max_rows, segments), *([one.shrink] if one else [])]
+    planes = max(c.planes(a.shape[1], c.tiles(group.max_rows, capacity.segments))[0] for c in configs)
+    return planes * capacity.entries * group.max_rows
 
 
 def shrink(x: Tensor, a: Tensor, table: Tensor, segments: Segments, *, max_rows: int) -> Tensor:
@@ -60,10 +96,10 @@ def shrink(x: Tensor, a: Tensor, table: Tensor, segments: Segments, *, max_rows:
 
     Of each entry's row, the first elements are written, one per row of its slot; the others are undefined.
     """
-    config = shrink_config(architecture_of(x.device), phase_of(segments.capacity.tile), x.dtype, max_rows)
-    planes, _ = config.planes(x.shape[-1])
+    config = _shrink_config(x, max_rows, segments)
+    planes, _ = config.planes(x.shape[-1], config.tiles(max_rows, segments.capacity.segments))
     y = torch.empty(planes, segments.capacity.entries, max_rows, dtype=torch.float32, device=x.device)
-    _plan_shrink(x, a, table, segments, y)()
+    _plan_shrink(x, a, table, segments, y, config)()
     return y
 
 
@@ -78,12 +114,40 @@ def expand(
         launch()
 
 
-def _planes(in_features: int, group: Group, segments: Segments, device: torch.device) -> int:
-    phase = phase_of(segments.capacity.tile)
-    return shrink_config(architecture_of(device), phase, group.a.dtype, group.max_rows).planes(in_features)[0]
+def _fused_config(
+    device: torch.device, group: Group, segments: Segments, *, fused: bool | None
+) -> FusedConfig | None:
+    """The tiles of the fused kernel where it is asked for, or is thought to win; else None."""
+    if fused is False:
+        return None
+    capacity, a = segments.capacity, group.a
+    config = fused_config(architecture_of(device), phase_of(capacity.tile), a.dtype, max_rank=group.max_rank)
+    if fused and config is None:
+        raise ValueError(f"no fused kernel for tiles of {capacity.tile} entries and rank {group.max_rank}")
+    if config is None or fused:
+        return config
+    if device.type != "cuda":
+        return None
+    resident = resident_programs(device)
+    fits = config.fits(a.shape[1], group.max_rows, group.slices, capacity.segments, resident)
+    return config if fits else None
 
 
-def _plan_shrink(x: Tensor, a: Tensor, table: Tensor, segments: Segments, y: Tensor) -> Launch:
+def _shrink_config(x: Tensor, max_rows: int, segments: Segments) -> ShrinkConfig:
+    """For x or a: what has K columns."""
+    return shrink_config(
+        architecture_of(x.device),
+        phase_of(segments.capacity.tile),
+        x.dtype,
+        in_features=x.shape[-1],
+        max_rows=max_rows,
+        segments=segments.capacity.segments,
+    )
+
+
+def _plan_shrink(
+    x: Tensor, a: Tensor, table: Tensor, segments: Segments, y: Tensor, config: ShrinkConfig
+) -> Launch:
     kernels = _kernels(x)
     slices = _check_table(table, segments, x.device)
     require(x, "x", dims=2)
@@ -91,8 +155,7 @@ def _plan_shrink(x: Tensor, a: Tensor, table: Tensor, segments: Segments, y: Ten
     _check_segments(segments, x.device)
     if a.shape[1] != x.shape[1]:
         raise ValueError(f"a and x must have the same K, got {a.shape[1]} and {x.shape[1]}")
-    config = shrink_config(architecture_of(x.device), phase_of(segments.capacity.tile), x.dtype, y.shape[-1])
-    planes, blocks_k = config.planes(x.shape[1])
+    planes, blocks_k = config.planes(x.shape[1], config.tiles(y.shape[-1], segments.capacity.segments))
     return Launch(
         kernels.shrink_kernel,
         (planes, -(-y.shape[-1] // config.block_r), segments.capacity.segments),
@@ -136,14 +199,21 @@ def _plan_expand(
         raise ValueError(f"y must have {segments.capacity.entries} entries, got {y.shape[1]}")
     if out.shape[1] < slices.out_features:
         raise ValueError(f"out must have {slices.out_features} columns, got {out.shape[1]}")
-    config = expand_config(architecture_of(out.device), phase_of(segments.capacity.tile), out.dtype, max_rank)
-    tiles = sum(-(-size // config.block_n) for size in slices.sizes)
+    config = expand_config(
+        architecture_of(out.device),
+        phase_of(segments.capacity.tile),
+        out.dtype,
+        slices=slices,
+        max_rank=max_rank,
+        segments=segments.capacity.segments_per_pass,
+    )
     arguments = {
         "p_y": y,
         "p_b": b,
         "p_out": out,
         "p_table": table,
         "p_token_ids": segments.token_ids,
+        "planes": y.shape[0],
         "stride_y_plane": y.stride(0),
         "stride_y": y.stride(1),
         "stride_out": out.stride(0),
@@ -151,7 +221,7 @@ def _plan_expand(
         "SIZES": slices.sizes,
         "ALIGNMENT": slices.alignment,
         "N_SLICES": len(slices.sizes),
-        "PLANES": y.shape[0],
+        "PLANES": 1 << (y.shape[0] - 1).bit_length(),
         "BLOCK_T": config.block_t,
         "BLOCK_R": config.block_r,
         "BLOCK_N": config.block_n,
@@ -163,7 +233,9 @@ def _plan_expand(
     for index in range(segments.capacity.passes):
         seg_start, seg_slot = segments.of_pass(index)
         views = {"p_seg_start": seg_start, "p_seg_slot": seg_slot}
-        launches.append(Launch(kernels.expand_kernel, (tiles, seg_slot.numel()), arguments | views))
+        launches.append(
+            Launch(kernels.expand_kernel, (config.tiles(slices), seg_slot.numel()), arguments | views)
+        )
     return launches
 
 

@@ -15,6 +15,8 @@ from torch import Tensor
 PADDING_SLOT = -1
 """In device memory: the slot of a segment that no kernel may look at."""
 MAX_SLICES = 3
+COUNTER_STRIDE = 8
+"""int32 elements from counter to counter: each in a sector of 32 bytes of its own."""
 _ALIGN = 4  # int32 elements: every array of a step begins at a multiple of 16 bytes
 
 
@@ -269,14 +271,24 @@ class Segments:
     """int32 [segments]: the slot, or PADDING_SLOT."""
     scales: Tensor | None
     """fp32 [entries]"""
+    counters: Tensor = field(repr=False)
+    """int32 [segments_per_pass, COUNTER_STRIDE]: 0 between launches. The fused kernel counts in them."""
 
     @classmethod
     def allocate(cls, capacity: SegmentCapacity, device: torch.device | str) -> Segments:
         """Buffers that hold no entry yet."""
         packed = torch.empty(capacity.packed_size, dtype=torch.int32, device=device)
         views = {name: packed[where] for name, where in capacity.sections.items()}
-        scales = views.pop("scales").view(torch.float32) if capacity.scaled else None
-        segments = cls(capacity, packed, scales=scales, **{k: v for k, v in views.items() if k != "scales"})
+        scales = views.pop("scales")
+        shape = capacity.segments_per_pass, COUNTER_STRIDE
+        counters = torch.zeros(shape, dtype=torch.int32, device=device)
+        segments = cls(
+            capacity,
+            packed,
+            scales=scales.view(torch.float32) if capacity.scaled else None,
+            counters=counters,
+            **views,
+        )
         segments.load(torch.from_numpy(pack_segments(capacity, [])))
         return segments
 

@@ -6,13 +6,83 @@ import triton
 import triton.language as tl
 
 INTERPRETED: bool = triton.knobs.runtime.interpret
-"""Whether the kernels below were made for the interpreter, which computes bf16 wrongly without UPCAST."""
+"""Whether the kernels were made for the interpreter, which computes bf16 wrongly without UPCAST."""
 
 # These change from pass to pass; their alignment is not worth a variant, for they are read as scalars.
-_SEGMENT_POINTERS = ["p_table", "p_seg_start", "p_seg_slot"]
+SEGMENT_POINTERS = ["p_table", "p_seg_start", "p_seg_slot"]
 
 
-@triton.jit(do_not_specialize=["blocks_k"], do_not_specialize_on_alignment=_SEGMENT_POINTERS)
+@triton.jit
+def rows_of(p_slot, N_SLICES: tl.constexpr):
+    """How many rows a slot has over all its slices."""
+    rows = 0
+    for i in tl.static_range(N_SLICES):
+        rows += tl.load(p_slot + 3 * i).to(tl.int32)
+    return rows
+
+
+@triton.jit
+def shrink_tile(
+    i_plane,
+    i_r,
+    start,
+    end,
+    rows,
+    p_slot,
+    p_x,
+    p_a,
+    p_y,
+    p_token_ids,
+    p_scales,
+    K,
+    blocks_k,
+    stride_x,
+    stride_a,
+    stride_y_plane,
+    stride_y,
+    N_SLICES: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """y[plane, p, r] of the entries start..end and one tile of the slot's rows; see ``shrink_kernel``."""
+    # The slot's rows over all slices are one axis: a tile may hold rows of q, k and v, and reads x once.
+    o_r = i_r * BLOCK_R + tl.arange(0, BLOCK_R)  # [BLOCK_R]
+    o_row = tl.zeros([BLOCK_R], tl.int64)  # [BLOCK_R] row in a
+    first = 0
+    for i in tl.static_range(N_SLICES):
+        row = tl.load(p_slot + 3 * i + 1).to(tl.int64)
+        o_row = tl.where(o_r >= first, row + o_r - first, o_row)
+        first += tl.load(p_slot + 3 * i).to(tl.int32)
+    m_r = o_r < rows  # [BLOCK_R]
+
+    first_k = i_plane * blocks_k * BLOCK_K  # known to be a multiple of BLOCK_K: loads along K are vectors
+    last_k = tl.minimum(first_k + blocks_k * BLOCK_K, K)
+    for i_t in tl.range(start, end, BLOCK_T, num_stages=1):
+        o_p = i_t + tl.arange(0, BLOCK_T)  # [BLOCK_T]
+        m_p = o_p < end  # [BLOCK_T]
+        o_t = tl.load(p_token_ids + o_p, mask=m_p, other=0).to(tl.int64)  # [BLOCK_T]
+        b_y = tl.zeros([BLOCK_T, BLOCK_R], tl.float32)
+        for i_k in range(first_k, last_k, BLOCK_K):
+            o_k = i_k + tl.arange(0, BLOCK_K)  # [BLOCK_K]
+            m_k = o_k < K
+            b_x = tl.load(
+                p_x + o_t[:, None] * stride_x + o_k[None, :], mask=m_p[:, None] & m_k[None, :], other=0.0
+            )  # [BLOCK_T, BLOCK_K]
+            b_a = tl.load(
+                p_a + o_row[None, :] * stride_a + o_k[:, None], mask=m_r[None, :] & m_k[:, None], other=0.0
+            )  # [BLOCK_K, BLOCK_R]
+            if UPCAST:
+                b_x, b_a = b_x.to(tl.float32), b_a.to(tl.float32)
+            b_y = tl.dot(b_x, b_a, b_y, input_precision="ieee")
+        if p_scales is not None:
+            b_y *= tl.load(p_scales + o_p, mask=m_p, other=0.0)[:, None]
+        o_y = tl.cast(i_plane, tl.int64) * stride_y_plane + o_p[:, None].to(tl.int64) * stride_y + o_r[None, :]
+        tl.store(p_y + o_y, b_y, mask=m_p[:, None] & m_r[None, :])
+
+
+@triton.jit(do_not_specialize=["blocks_k"], do_not_specialize_on_alignment=SEGMENT_POINTERS)
 def shrink_kernel(
     p_x,  # [T, K]
     p_a,  # [rows, K]
@@ -43,81 +113,49 @@ def shrink_kernel(
     slot = tl.load(p_seg_slot + i_s).to(tl.int64)
     if slot < 0:
         return
-    start, end = tl.load(p_seg_start + i_s), tl.load(p_seg_start + i_s + 1)
-
-    # The slot's rows over all slices are one axis: a tile may hold rows of q, k and v, and reads x once.
     p_slot = p_table + slot * (3 * N_SLICES)
-    o_r = i_r * BLOCK_R + tl.arange(0, BLOCK_R)  # [BLOCK_R]
-    o_row = tl.zeros([BLOCK_R], tl.int64)  # [BLOCK_R] row in a
-    rows = 0
-    for i in tl.static_range(N_SLICES):
-        rank = tl.load(p_slot + 3 * i).to(tl.int32)
-        row = tl.load(p_slot + 3 * i + 1).to(tl.int64)
-        o_row = tl.where(o_r >= rows, row + o_r - rows, o_row)
-        rows += rank
+    rows = rows_of(p_slot, N_SLICES)
     if i_r * BLOCK_R >= rows:
         return
-    m_r = o_r < rows  # [BLOCK_R]
-
-    first_k = i_plane * blocks_k * BLOCK_K  # known to be a multiple of BLOCK_K: loads along K are vectors
-    last_k = tl.minimum(first_k + blocks_k * BLOCK_K, K)
-    for i_t in range(start, end, BLOCK_T):
-        o_p = i_t + tl.arange(0, BLOCK_T)  # [BLOCK_T]
-        m_p = o_p < end  # [BLOCK_T]
-        o_t = tl.load(p_token_ids + o_p, mask=m_p, other=0).to(tl.int64)  # [BLOCK_T]
-        b_y = tl.zeros([BLOCK_T, BLOCK_R], tl.float32)
-        for i_k in range(first_k, last_k, BLOCK_K):
-            o_k = i_k + tl.arange(0, BLOCK_K)  # [BLOCK_K]
-            m_k = o_k < K
-            b_x = tl.load(
-                p_x + o_t[:, None] * stride_x + o_k[None, :], mask=m_p[:, None] & m_k[None, :], other=0.0
-            )  # [BLOCK_T, BLOCK_K]
-            b_a = tl.load(
-                p_a + o_row[None, :] * stride_a + o_k[:, None], mask=m_r[None, :] & m_k[:, None], other=0.0
-            )  # [BLOCK_K, BLOCK_R]
-            if UPCAST:
-                b_x, b_a = b_x.to(tl.float32), b_a.to(tl.float32)
-            b_y = tl.dot(b_x, b_a, b_y, input_precision="ieee")
-        if p_scales is not None:
-            b_y *= tl.load(p_scales + o_p, mask=m_p, other=0.0)[:, None]
-        o_y = i_plane.to(tl.int64) * stride_y_plane + o_p[:, None].to(tl.int64) * stride_y + o_r[None, :]
-        tl.store(p_y + o_y, b_y, mask=m_p[:, None] & m_r[None, :])
-
-
-@triton.jit(do_not_specialize_on_alignment=_SEGMENT_POINTERS)
-def expand_kernel(
-    p_y,  # fp32 [PLANES, P, R]
-    p_b,  # flat
-    p_out,  # [T, N]
-    p_table,  # [slots, N_SLICES, 3]
-    p_token_ids,  # int32 [P]
-    p_seg_start,  # int32 [S + 1]
-    p_seg_slot,  # int32 [S]
-    stride_y_plane,
-    stride_y,
-    stride_out,
-    OFFSETS: tl.constexpr,  # first column of each slice
-    SIZES: tl.constexpr,  # columns of each slice
-    ALIGNMENT: tl.constexpr,  # of the blocks of B, in elements
-    N_SLICES: tl.constexpr,
-    PLANES: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    UPCAST: tl.constexpr,
-):
-    """out[token(p), offset + n] += sum over r of (sum over planes of y[plane, p, column + r]) * b[r, n].
-
-    One program per (tile of columns, segment). A tile lies in one slice, and all slices are in one launch.
-    """
-    i_n, i_s = tl.program_id(0), tl.program_id(1)
-    slot = tl.load(p_seg_slot + i_s).to(tl.int64)
-    if slot < 0:
-        return
     start, end = tl.load(p_seg_start + i_s), tl.load(p_seg_start + i_s + 1)
+    shrink_tile(
+        i_plane,
+        i_r,
+        start,
+        end,
+        rows,
+        p_slot,
+        p_x,
+        p_a,
+        p_y,
+        p_token_ids,
+        p_scales,
+        K,
+        blocks_k,
+        stride_x,
+        stride_a,
+        stride_y_plane,
+        stride_y,
+        N_SLICES,
+        BLOCK_T,
+        BLOCK_R,
+        BLOCK_K,
+        UPCAST,
+    )
 
-    # The tile's slice is the last one whose tiles begin at or before it.
-    p_slot = p_table + slot * (3 * N_SLICES)
+
+@triton.jit
+def slice_of_tile(
+    i_n,
+    p_slot,
+    OFFSETS: tl.constexpr,
+    SIZES: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
+    N_SLICES: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """(rank, element in b, size, offset, first row, tile in the slice) of the slice of a tile of columns."""
+    # It is the last slice whose tiles begin at or before the tile.
     rank = tl.load(p_slot).to(tl.int32)
     element = tl.load(p_slot + 2).to(tl.int64)
     size, offset = SIZES[0], OFFSETS[0]
@@ -131,9 +169,88 @@ def expand_kernel(
         column, i_tile = tl.where(here, rows, column), tl.where(here, i_n - tiles, i_tile)
         rows += slice_rank
         tiles += tl.cdiv(SIZES[i], BLOCK_N)
+    return rank, tl.multiple_of(element, ALIGNMENT), size, offset, column, i_tile
+
+
+@triton.constexpr_function
+def planes_at_once(planes, elements):
+    """How many planes of so many elements are summed at once: up to 4096 elements, or one plane."""
+    return min(planes, max(1, 4096 // elements))
+
+
+@triton.jit
+def sum_of_planes(
+    p_y,
+    o_p,
+    m_p,
+    o_r,
+    m_r,
+    planes,
+    stride_y_plane,
+    stride_y,
+    PLANES: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """[BLOCK_T, BLOCK_R] fp32, in an order of summation that depends on shapes alone.
+
+    As one load of several planes, because the compiler makes of a sum of loads one transposition through shared
+    memory per load, and waits for each.
+    """
+    AT_ONCE: tl.constexpr = planes_at_once(PLANES, BLOCK_T * BLOCK_R)
+    o_y = o_p[None, :, None].to(tl.int64) * stride_y + o_r[None, None, :]
+    m_y = m_p[None, :, None] & m_r[None, None, :]
+    b_y = tl.zeros([BLOCK_T, BLOCK_R], tl.float32)
+    for first in tl.static_range(0, PLANES, AT_ONCE):
+        o_plane = (first + tl.arange(0, AT_ONCE))[:, None, None]
+        b_planes = tl.load(
+            p_y + o_plane.to(tl.int64) * stride_y_plane + o_y,
+            mask=(o_plane < planes) & m_y,
+            other=0.0,
+            cache_modifier=".cg",
+        )  # [AT_ONCE, BLOCK_T, BLOCK_R]
+        b_y += tl.sum(b_planes, 0)
+    return b_y
+
+
+@triton.jit(do_not_specialize=["planes"], do_not_specialize_on_alignment=SEGMENT_POINTERS)
+def expand_kernel(
+    p_y,  # fp32 [planes, P, R]
+    p_b,  # flat
+    p_out,  # [T, N]
+    p_table,  # [slots, N_SLICES, 3]
+    p_token_ids,  # int32 [P]
+    p_seg_start,  # int32 [S + 1]
+    p_seg_slot,  # int32 [S]
+    planes,
+    stride_y_plane,
+    stride_y,
+    stride_out,
+    OFFSETS: tl.constexpr,  # first column of each slice
+    SIZES: tl.constexpr,  # columns of each slice
+    ALIGNMENT: tl.constexpr,  # of the blocks of B, in elements
+    N_SLICES: tl.constexpr,
+    PLANES: tl.constexpr,  # the power of two that holds planes
+    BLOCK_T: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """out[token(p), offset + n] += sum over r of (sum over planes of y[plane, p, column + r]) * b[r, n].
+
+    One program per (tile of columns, segment). A tile lies in one slice, and all slices are in one launch.
+    """
+    i_n, i_s = tl.program_id(0), tl.program_id(1)
+    slot = tl.load(p_seg_slot + i_s).to(tl.int64)
+    if slot < 0:
+        return
+    p_slot = p_table + slot * (3 * N_SLICES)
+    rank, element, size, offset, column, i_tile = slice_of_tile(
+        i_n, p_slot, OFFSETS, SIZES, ALIGNMENT, N_SLICES, BLOCK_N
+    )
     if rank == 0:
         return
-    element = tl.multiple_of(element, ALIGNMENT)
+    start, end = tl.load(p_seg_start + i_s), tl.load(p_seg_start + i_s + 1)
 
     o_n = i_tile * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N] column in the slice
     m_n = o_n < size
@@ -150,12 +267,9 @@ def expand_kernel(
                 mask=m_r[:, None] & m_n[None, :],
                 other=0.0,
             )  # [BLOCK_R, BLOCK_N]
-            p_plane = p_y + o_p[:, None].to(tl.int64) * stride_y + column + o_r[None, :]
-            b_y = tl.zeros([BLOCK_T, BLOCK_R], tl.float32)
-            for _ in tl.static_range(PLANES):
-                b_y += tl.load(p_plane, mask=m_p[:, None] & m_r[None, :], other=0.0)
-                p_plane += stride_y_plane
-            b_y = b_y.to(p_b.dtype.element_ty)
+            b_y = sum_of_planes(
+                p_y + column, o_p, m_p, o_r, m_r, planes, stride_y_plane, stride_y, PLANES, BLOCK_T, BLOCK_R
+            ).to(p_b.dtype.element_ty)
             if UPCAST:
                 b_y, b_b = b_y.to(tl.float32), b_b.to(tl.float32)
             b_sum = tl.dot(b_y, b_b, b_sum, input_precision="ieee")

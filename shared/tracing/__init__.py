@@ -1,0 +1,1 @@
+"""OpenTelemetry traces: doors know the port, the extra `otel` brings what is behind it."""

@@ -1,0 +1,24 @@
+"""SGMV's kernels for every number of planes and of slices: more than the table of resources holds."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from tests.kernels import aot_sgmv
+from tests.kernels.aot import Variant
+
+GROUPS = (
+    {"OFFSETS": (0,), "SIZES": (8192,), "N_SLICES": 1},
+    {"OFFSETS": (0, 14336), "SIZES": (14336, 14336), "N_SLICES": 2},
+    aot_sgmv.GROUP,
+)
+
+
+def variants(architecture: int) -> Iterator[Variant]:
+    """Yield what the launcher may make of the shipped configurations."""
+    for variant in aot_sgmv.variants(architecture):
+        for group in GROUPS:
+            most = variant.constants.get("PLANES", 1)
+            for planes in (2**i for i in range(most.bit_length())):
+                special = {k: v for k, v in {**group, "PLANES": planes}.items() if k in variant.constants}
+                name = f"{variant.name} slices {group['N_SLICES']} planes {planes}"
+                yield replace(variant, name=name, constants={**variant.constants, **special})

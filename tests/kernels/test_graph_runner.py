@@ -1,0 +1,243 @@
+"""Decode steps replayed from graphs: on a GPU, or in the interpreter from tapes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from inference_service.core.batch import Batch, Chunk
+from inference_service.core.sampling import SamplingParams
+from inference_service.core.sequence import Sequence as EngineSequence
+from inference_service.core.sequence import Token
+from inference_service.engine.block_manager import BlockManager
+from inference_service.engine.engine import Engine
+from inference_service.engine.graph_runner import GraphRunner, buckets
+from inference_service.engine.graphs import CudaRecorder, Graph, Recorder
+from inference_service.engine.rows import lay_out
+from inference_service.engine.scheduler import Limits
+from inference_service.engine.tape import Tape, TapeRecorder
+from inference_service.serving.startup import Ready
+from shared.storage.memory import MemoryStore
+from tests.launches import per_layer, per_step
+from tests.tiny import World, make_world, run_engine
+
+BLOCK, BLOCKS = 16, 16
+LIMITS = Limits(max_tokens=64, max_seqs=4, max_adapters=3, max_seq_len=64)
+LAYERS, LINEARS = 2, 4
+REQUESTS = [
+    ("all", [5, 6, 7, 8, 9]),
+    ("base", [9, 8, 7]),
+    ("rs", list(range(20, 40))),
+    ("wide", [11]),
+    ("all", [5, 6, 7, 8, 9, 10]),
+    ("base", [3, 4]),
+]
+
+
+@dataclass
+class Counted:
+    """A graph that notes its replays."""
+
+    graph: Graph
+    number: int
+    replays: list[int]
+
+    def replay(self) -> None:
+        """Note, and replay."""
+        self.replays.append(self.number)
+        self.graph.replay()
+
+
+class CountingRecorder:
+    """Notes which graphs are replayed, by the order of their recording; CUDA's where there is a GPU."""
+
+    def __init__(self) -> None:
+        self.graphs: list[Graph] = []
+        self.replays: list[int] = []
+        self._inner: Recorder = (
+            CudaRecorder(torch.device("cuda")) if torch.cuda.is_available() else TapeRecorder()
+        )
+
+    def capture(self, work: Callable[[], None]) -> Graph:
+        """Record, and note replays from then on."""
+        self.graphs.append(self._inner.capture(work))
+        return Counted(self.graphs[-1], len(self.graphs) - 1, self.replays)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[World, MemoryStore]:
+    world, store = make_world(tmp_path_factory.mktemp("tiny")), MemoryStore()
+    world.build(store)
+    return world, store
+
+
+@pytest.fixture(scope="module")
+def ready(world: tuple[World, MemoryStore]) -> Ready:
+    return world[0].load(world[1], backend="triton")
+
+
+@pytest.fixture(scope="module")
+def recorder() -> CountingRecorder:
+    return CountingRecorder()
+
+
+@pytest.fixture(scope="module")
+def runner(ready: Ready, recorder: CountingRecorder) -> GraphRunner:
+    runner = _runner(ready, recorder)
+    runner.capture()
+    return runner
+
+
+def _runner(ready: Ready, recorder: CountingRecorder, limits: Limits = LIMITS) -> GraphRunner:
+    eager: Any = ready.engine._engine._runner
+    return GraphRunner(eager._model, eager._lora, BLOCKS, BLOCK, limits, recorder)
+
+
+def _with(ready: Ready, runner: GraphRunner, blocks: int = BLOCKS) -> Ready:
+    ready.engine._engine = Engine(runner, LIMITS, BlockManager(blocks, BLOCK))
+    return ready
+
+
+@pytest.mark.parametrize("requests", [REQUESTS, REQUESTS[1:2]], ids=["mixed", "base"])
+def test_graphs_give_the_tokens_of_the_torch_backend(
+    world: tuple[World, MemoryStore],
+    ready: Ready,
+    runner: GraphRunner,
+    recorder: CountingRecorder,
+    requests: Sequence[tuple[str, list[int]]],
+) -> None:
+    """Graphs that were recorded without a row serve any: others at every replay, more adapters or none, fewer
+    rows than the bucket; beside steps with prompts, which have no graph."""
+    expected = run_engine(world[0].load(world[1], backend="torch", native=False), requests, 5)
+    recorder.replays.clear()
+    assert run_engine(_with(ready, runner), requests, 5) == expected
+    assert len(recorder.replays) >= 4
+    base_alone = all(number % 2 for number in recorder.replays)
+    assert base_alone == (requests != REQUESTS)
+
+
+Asked = tuple[str, list[int], SamplingParams]
+
+
+def _run(ready: Ready, requests: Sequence[Asked]) -> list[list[Token]]:
+    """Run requests together; return the tokens of each."""
+    engine = ready.engine._engine
+    tokens: dict[str, list[Token]] = {}
+    for number, (name, prompt, sampling) in enumerate(requests):
+        adapter = ready.service.catalog.get(name).adapter
+        engine.add(EngineSequence(str(number), list(prompt), sampling, adapter))
+        tokens[str(number)] = []
+    while not engine.idle:
+        for output in engine.step():
+            assert output.token is not None
+            tokens[output.seq_id].append(output.token)
+    assert engine.stats.blocks_free == engine.stats.blocks_total
+    return list(tokens.values())
+
+
+SAMPLING = [
+    SamplingParams(max_tokens=3, temperature=0.9, top_p=0.8, seed=1, logprobs=2),
+    SamplingParams(max_tokens=4, temperature=1.2, min_p=0.05, seed=2),
+    SamplingParams(max_tokens=4, repetition_penalty=1.5, logprobs=1),
+    SamplingParams(max_tokens=4, logit_bias=dict.fromkeys(range(0, 199, 3), 100.0)),
+]
+
+
+def test_every_kind_of_sampling_is_that_of_a_step_without_graph(
+    world: tuple[World, MemoryStore], ready: Ready, runner: GraphRunner
+) -> None:
+    """Drawn on the device and on the host, with log probabilities or not, the same tokens come out of a runner
+    that has recorded nothing, and those of the host out of the torch backend too; whether log probabilities are
+    asked for changes none."""
+    asked = [(name, prompt[:4], params) for (name, prompt), params in zip(REQUESTS, SAMPLING, strict=False)]
+    replayed = _run(_with(ready, runner), asked)
+    eager = _run(_with(ready, _runner(ready, CountingRecorder())), asked)
+    for ours, theirs in zip(replayed, eager, strict=True):
+        assert [token.id for token in ours] == [token.id for token in theirs]
+        assert [token.logprob for token in ours] == pytest.approx([token.logprob for token in theirs], abs=1e-4)
+        assert [[i for i, _ in token.top] for token in ours] == [[i for i, _ in token.top] for token in theirs]
+    plain = world[0].load(world[1], backend="torch", native=False)
+    on_host = [[token.id for token in tokens] for tokens in _run(plain, asked[2:])]
+    assert [[token.id for token in tokens] for tokens in replayed[2:]] == on_host
+    assert all(token.id % 3 == 0 for token in replayed[3])
+    assert [len(token.top) for token in replayed[0]] == [2] * 3
+    name, prompt, params = asked[0]
+    (alone,) = _run(_with(ready, runner), [(name, prompt, replace(params, logprobs=None))])
+    assert [token.id for token in alone] == [token.id for token in replayed[0]]
+
+
+def test_preemption_changes_no_token(ready: Ready, runner: GraphRunner) -> None:
+    """With too few blocks, a sequence gives its own up with a token in flight, and is computed again."""
+    asked = [(name, list(range(30, 44)), SamplingParams(max_tokens=5)) for name in ("all", "base")]
+    expected = _run(_with(ready, runner), asked)
+    assert _run(_with(ready, runner, blocks=3), asked) == expected
+    assert ready.engine.stats.preemptions > 0
+
+
+def test_a_decode_step_has_few_launches(runner: GraphRunner, recorder: CountingRecorder) -> None:
+    """Per layer: four linears, two norms, two for attention, one gate; and two per linear for all adapters."""
+    if torch.cuda.is_available():
+        pytest.skip("CUDA does not tell what a graph holds")
+    names = [graph.names for graph in recorder.graphs if isinstance(graph, Tape)]
+    with_adapters, base = names[:2]
+    assert per_layer(base) == LINEARS + 5
+    assert per_layer(with_adapters) == 3 * LINEARS + 5
+    assert per_step(base, LAYERS) == per_step(with_adapters, LAYERS) == 15
+    assert {len(each) for each in names} == {len(base), len(with_adapters)}
+
+
+def test_recording_touches_no_cache(ready: Ready) -> None:
+    """Graphs may be recorded again while the cache holds prefixes, and a token is in flight."""
+    runner = _runner(ready, CountingRecorder(), replace(LIMITS, max_seqs=1))
+    runner._ids.fill_(9)
+    for part in (*runner._cache.keys, *runner._cache.values):
+        part.fill_(0.5)
+    runner.capture()
+    assert all((part == 0.5).all() for part in (*runner._cache.keys, *runner._cache.values))
+    assert runner._ids.tolist() == [9]
+
+
+class Copies(TorchDispatchMode):
+    """Counts copies into memory that was there before."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten.copy_.default
+        return func(*args, **kwargs or {})
+
+
+def test_one_copy_fills_the_buffers_of_a_step(ready: Ready, runner: GraphRunner) -> None:
+    """Tokens, their sources, positions, tables, segments and sampling: one copy, and only of what is used."""
+    seqs = []
+    for place, name in enumerate(("base", "all", "rs")):
+        adapter = ready.service.catalog.get(name).adapter
+        seq = EngineSequence(name, [3, 4, 5 + place], SamplingParams(temperature=1.0, seed=place), adapter)
+        seq.blocks, seq.num_computed = [place], 2
+        seqs.append(seq)
+    seqs[1].num_computed, seqs[1].in_flight = 3, 1
+    rows = lay_out(Batch(tuple(Chunk(seq, 1) for seq in seqs)), {seqs[1]: 2})
+    buffers = runner._buffers[4]
+    runner._ids[2] = 77
+    with Copies() as copies:
+        buffers.load(rows)
+    assert copies.count == 1
+    assert buffers.tokens().tolist() == [5, 77, 7, 0]
+    assert buffers.positions.tolist() == [2, 3, 2, 0]
+    assert buffers.attention.cache_rows.tolist() == [2, BLOCK + 3, 2 * BLOCK + 2, -1]
+    assert buffers.segments is not None
+    assert buffers.segments.token_ids[:2].tolist() == [1, 2]
+    assert buffers.sampling.rows[:, 0].tolist() == [2, 2, 2, 0]
+
+
+def test_there_are_graphs_for_few_and_for_many_rows() -> None:
+    """Powers of two up to 8, multiples of 8 from there, and the limit itself."""
+    assert list(buckets(1)) == [1]
+    assert list(buckets(4)) == [1, 2, 4]
+    assert list(buckets(8)) == [1, 2, 4, 8]
+    assert list(buckets(36)) == [1, 2, 4, 8, 16, 24, 32, 36]

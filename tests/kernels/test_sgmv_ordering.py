@@ -1,0 +1,49 @@
+"""What the compiler makes of the fused kernel's waiting: the interpreter shows no races, the code does."""
+
+import os
+import re
+import subprocess
+import sys
+from itertools import groupby
+
+import pytest
+
+from inference_service.kernels.launch import ARCHITECTURES
+
+PRINT = """
+import sys
+from tests.kernels.aot import compiled, variants
+for variant in variants(int(sys.argv[1]), ["sgmv"]):
+    if variant.name.startswith("sgmv.fused"):
+        print(compiled(int(sys.argv[1]), variant).asm["ptx"], end="\\f")
+"""
+EVENTS = {
+    "store": r"st\.global",
+    "barrier": r"bar\.sync",
+    "release": r"red\.global\.gpu\.release\.add",
+    "acquire": r"ld\.global\.gpu\.acquire",  # what the compiler makes of adding 0
+    "load_y": r"ld\.global\.cg",
+    "leave": r"atom\.global\.gpu\.acq_rel\.add",
+    "clear": r"atom\.global\.gpu\.relaxed\.exch",
+}
+SHRINK = ["barrier", "store", "barrier", "release"]
+EXPAND = ["barrier", "acquire", "barrier", "load_y", "barrier", "store", "barrier", "leave", "barrier", "clear"]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_y_is_released_and_acquired_between_barriers(architecture: int) -> None:
+    """Threads store y, meet, release; acquire, meet, load y; meet, leave: and no load of y is moved forward."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    printed = subprocess.run(
+        [sys.executable, "-c", PRINT, str(architecture)],
+        env=environment | {"TRITON_DEFAULT_FP_FUSION": "1"},
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+    ).stdout
+    codes = printed.split("\f")[:-1]
+    event = re.compile("|".join(f"(?P<{name}>{pattern})" for name, pattern in EVENTS.items()))
+    for code in codes:
+        order = [name for name, _ in groupby(match.lastgroup for match in event.finditer(code))]
+        assert order == SHRINK + EXPAND
+    assert len(codes) == 4
