@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
 
+from inference_service.engine.engine import Crowd, EngineStats
 from inference_service.rpc.servicer import SERVICE_NAME, InferenceServicer, register
 from inference_service.serving.catalog import Catalog, ServedModel
 from inference_service.serving.engine_thread import EngineThread
@@ -23,7 +24,19 @@ def silent_service(folder: Path) -> GenerationService:
     """A service that lists a base and three adapters, and cannot generate; its tokenizer lies in a folder."""
     write_tokenizer(folder)
     catalog = Catalog(1, MODELS[0], map(ServedModel, MODELS))
-    engine = cast(EngineThread, SimpleNamespace(max_queue=8))
+    stats = EngineStats(
+        waiting=0,
+        running=0,
+        blocks_free=8,
+        blocks_total=8,
+        block_size=16,
+        max_adapters=4,
+        preemptions=0,
+        prefix_tokens_queried=0,
+        prefix_tokens_hit=0,
+        tokens_generated=0,
+    )
+    engine = cast(EngineThread, SimpleNamespace(max_queue=8, stats=stats, crowd=Crowd({}, {})))
     return GenerationService(catalog, Text.load(folder, VOCAB), engine, ServingLimits(64, None, frozenset({2})))
 
 

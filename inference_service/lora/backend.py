@@ -19,6 +19,11 @@ class LoraBackend(Protocol):
     home: torch.device
     """Where it takes matrices in."""
 
+    @property
+    def num_bytes(self) -> int:
+        """Memory that the adapters take, on the device that computes."""
+        ...
+
     def load(self, weights: AdapterWeights) -> int:
         """Take an adapter in and return its slot; the backend keeps what it needs of the weights."""
         ...

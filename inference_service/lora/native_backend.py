@@ -35,6 +35,11 @@ class NativeLora:
         self._segments = Table(np.zeros((0, 3), dtype=np.int64))
         self._workspace = torch.empty(0, 1)
 
+    @property
+    def num_bytes(self) -> int:
+        """The packed matrices."""
+        return sum(tensor.nbytes for tensor in self._tensors)
+
     def load(self, weights: AdapterWeights) -> int:
         """Pack an adapter for the compiled operations; nothing else of it is kept."""
         for (layer, name), table in self._tables.items():

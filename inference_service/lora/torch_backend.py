@@ -43,6 +43,11 @@ class TorchLora:
         self._long: tuple[Segment, ...] = ()
         self._masks: dict[tuple[tuple[int, ...], ...], Tensor] = {}
 
+    @property
+    def num_bytes(self) -> int:
+        """The matrices as they were loaded."""
+        return sum(weights.num_bytes for weights in self._adapters)
+
     def load(self, weights: AdapterWeights) -> int:
         """Take an adapter in as it is."""
         self._adapters.append(weights)

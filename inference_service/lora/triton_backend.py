@@ -1,6 +1,8 @@
-"""LoRA with the SGMV kernels: two launches per fused linear, whatever adapters a step has."""
+"""LoRA with the SGMV kernels: one or two launches per fused linear, whatever adapters a step has."""
 
 from __future__ import annotations
+
+from typing import Final
 
 import numpy as np
 import torch
@@ -10,105 +12,85 @@ from inference_service.core.groups import GroupShape
 from inference_service.kernels.sgmv import (
     DECODE_TILE,
     PREFILL_TILE,
-    Group,
     SegmentCapacity,
     Segments,
-    Slices,
     lora_apply,
     pack_segments,
-    pack_table,
     workspace_numel,
 )
+from inference_service.lora.bank import Bank
 from inference_service.lora.segments import LONG_SEGMENT, Arrangement
 from inference_service.lora.weights import AdapterWeights
 
-MIN_ENTRIES = 16
+MIN_ENTRIES: Final = 16
 
 
 class TritonLora:
     """Adds the adapters' part to the output of a fused linear, on the device.
 
-    Adapters stay in the host's memory as they were loaded, and are packed together on the device before the
-    next step.
+    A step's launches depend on the capacity of its segments and on the bank's addresses alone. So what was
+    recorded with one step's segments serves every later step of that capacity, until the next load.
     """
 
     name = "triton"
     home = torch.device("cpu")
 
     def __init__(self, groups: tuple[GroupShape, ...], dtype: torch.dtype, device: torch.device) -> None:
-        self._shapes = groups
-        self._dtype = dtype
         self._device = device
-        self._adapters: list[AdapterWeights] = []
-        self._groups: dict[tuple[int, str], Group] = {}
-        self._segments: dict[tuple[int, int], Segments] = {}
-        self._workspace = torch.empty(0, dtype=torch.float32, device=device)
+        self._bank = Bank(groups, dtype, device)
+        self._segments: dict[SegmentCapacity, Segments] = {}
+        self._workspaces: dict[SegmentCapacity, Tensor] = {}
+        """Of each capacity its own, for a graph would not notice that larger memory took its place."""
         self._step: Segments | None = None
 
+    @property
+    def num_slots(self) -> int:
+        """Adapters that are loaded."""
+        return self._bank.num_slots
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of the device that adapters take."""
+        return self._bank.num_bytes
+
     def load(self, weights: AdapterWeights) -> int:
-        """Take an adapter in; the packed copy on the device is made anew before the next step."""
-        self._adapters.append(weights)
-        self._groups.clear()
+        """Begin to copy an adapter to the device; graphs that were recorded before must be recorded again.
+
+        Raises:
+            ValueError: the packed adapter would mislead a kernel.
+        """
+        slot = self._bank.load(weights)
         self._segments.clear()
-        return len(self._adapters) - 1
+        self._workspaces.clear()
+        self._step = None
+        return slot
 
     def begin(self, arrangement: Arrangement) -> None:
         """Prepare for the rows of a step: one copy to the device."""
-        if not self._groups:
-            self._pack_all()
         segments = arrangement.segments
         rows = np.arange(segments[0].start, segments[-1].end)
         slots = np.repeat([seg.slot for seg in segments], [seg.length for seg in segments])
         long = any(segment.length >= LONG_SEGMENT for segment in segments)
         entries = max(MIN_ENTRIES, 1 << (len(rows) - 1).bit_length())
-        self._step = self._buffers(entries, PREFILL_TILE if long else DECODE_TILE)
-        self._step.load(torch.from_numpy(pack_segments(self._step.capacity, slots, token_ids=rows)))
+        capacity = SegmentCapacity(entries, self.num_slots, PREFILL_TILE if long else DECODE_TILE)
+        if capacity not in self._segments:
+            self._segments[capacity] = Segments.allocate(capacity, self._device)
+        host = torch.empty(capacity.packed_size, dtype=torch.int32, pin_memory=self._device.type == "cuda")
+        pack_segments(capacity, slots, token_ids=rows, out=host.numpy())
+        self._segments[capacity].load(host)
+        self.use(self._segments[capacity])
+
+    def use(self, segments: Segments) -> None:
+        """Compute what follows with segments that somebody else fills, for instance between replays."""
+        self._bank.settle()
+        capacity = segments.capacity
+        if capacity not in self._workspaces:
+            needed = max((workspace_numel(group, segments) for group in self._bank.groups.values()), default=0)
+            self._workspaces[capacity] = torch.empty(needed, dtype=torch.float32, device=self._device)
+        self._step = segments
 
     def apply(self, x: Tensor, out: Tensor, layer: int, group: str) -> None:
         """Add to out [T, all slices] what the adapters make of x [T, in]; base rows are not touched."""
-        packed = self._groups.get((layer, group))
+        packed = self._bank.groups.get((layer, group))
         if packed is not None and self._step is not None:
-            lora_apply(x, out, packed, self._step, self._workspace)
-
-    def _pack_all(self) -> None:
-        for layer in range(len(self._adapters[0].layers)):
-            for shape in self._shapes:
-                group = _pack(self._adapters, layer, shape, self._dtype, self._device)
-                if group is not None:
-                    self._groups[layer, shape.name] = group
-
-    def _buffers(self, entries: int, tile: int) -> Segments:
-        """Static buffers per size class, so that a launch's grid depends on the class alone."""
-        key = entries, tile
-        if key not in self._segments:
-            segments = Segments.allocate(SegmentCapacity(entries, len(self._adapters), tile), self._device)
-            needed = max(workspace_numel(group, segments) for group in self._groups.values())
-            if needed > self._workspace.numel():
-                self._workspace = torch.empty(needed, dtype=torch.float32, device=self._device)
-            self._segments[key] = segments
-        return self._segments[key]
-
-
-def _pack(
-    adapters: list[AdapterWeights], layer: int, shape: GroupShape, dtype: torch.dtype, device: torch.device
-) -> Group | None:
-    """Pack one fused linear of all adapters; None when no adapter touches it."""
-    found = [weights.layers[layer].get(shape.name) for weights in adapters]
-    none = (0,) * len(shape.modules)
-    ranks = [none if weights is None else weights.ranks for weights in found]
-    present = [weights for weights in found if weights is not None]
-    if not present:
-        return None
-    slices = Slices(shape.out_offsets, shape.out_features)
-    table = pack_table(ranks, slices)
-    blocks = [b.reshape(-1) for weights in present for b in weights.b if b is not None]
-    group = Group(
-        a=torch.cat([weights.a for weights in present]).to(device, dtype),
-        b=torch.cat(blocks).to(device, dtype),
-        table=torch.from_numpy(table).to(device),
-        slices=slices,
-        max_rank=max(map(max, ranks)),
-        max_rows=max(map(sum, ranks)),
-    )
-    group.check_table(table)
-    return group
+            lora_apply(x, out, packed, self._step, self._workspaces[self._step.capacity])

@@ -33,6 +33,12 @@ class AdapterWeights:
 
     layers: tuple[dict[str, GroupWeights], ...]
 
+    @property
+    def num_bytes(self) -> int:
+        """Memory of all matrices."""
+        groups = [group for layer in self.layers for group in layer.values()]
+        return sum(part.nbytes for group in groups for part in (group.a, *group.b) if part is not None)
+
 
 @dataclass(frozen=True)
 class Matrices:

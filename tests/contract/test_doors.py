@@ -47,7 +47,7 @@ HEALTH = "grpc.health.v1.Health"
 REFLECTION = "grpc.reflection.v1alpha.ServerReflection"
 REFUSALS = (Unauthenticated, PermissionDenied)
 REFUSED = tuple(kind.reason for kind in REFUSALS)
-KEYS, RING = keyring("infer", "build", "admin")
+KEYS, RING = keyring("infer", "build", "metrics", "admin")
 RESTRICTED, ENTRY = new_entry("ann", "infer", models=("wide",))
 OTHER, OTHER_ENTRY = new_entry("bob", "infer", models=("rs", "base"))
 
@@ -162,22 +162,24 @@ async def test_health_is_told_without_a_key(guarded: Any) -> None:
 
 @pytest.mark.parametrize("endpoint", ENDPOINTS, ids=lambda each: f"{each.method} {each.path}")
 async def test_every_route_asks_for_a_key(endpoint: Any, service: GenerationService) -> None:
-    """Every route but /health asks for a key of the scope infer, and is there for one that has it."""
+    """Every route but /health and the page asks for a key: of metrics for /metrics, of infer for all others."""
     transport = httpx.ASGITransport(app=create_app(service, RING))
     path = endpoint.path.replace("{model:path}", "base")
+    own, foreign = ("metrics", "infer") if path == "/metrics" else ("infer", "metrics")
     async with httpx.AsyncClient(transport=transport, base_url="http://door") as web:
         answers = [
             await web.request(endpoint.method, path, headers=bearer(key))
-            for key in (None, "lmx_wrong", KEYS["build"], KEYS["infer"], KEYS["admin"])
+            for key in (None, "lmx_wrong", KEYS["build"], KEYS[foreign], KEYS[own], KEYS["admin"])
         ]
     statuses = [answer.status_code for answer in answers]
-    if path == "/health":
-        assert statuses == [200] * 5
+    if path in ("/", "/health") or path.startswith("/page/"):
+        assert statuses == [200] * 6
         return
-    assert statuses[:3] == [401, 401, 403]
-    assert not {401, 403, 404, 405} & set(statuses[3:])
-    assert [answer.headers.get("www-authenticate") for answer in answers[:3]] == ["Bearer", "Bearer", None]
-    for answer, kind in zip(answers[:3], (Unauthenticated, Unauthenticated, PermissionDenied), strict=True):
+    assert statuses[:4] == [401, 401, 403, 403]
+    assert not {401, 403, 404, 405} & set(statuses[4:])
+    told = [answer.headers.get("www-authenticate") for answer in answers[:4]]
+    assert told == ["Bearer", "Bearer", None, None]
+    for answer, kind in zip(answers[:4], (Unauthenticated,) * 2 + (PermissionDenied,) * 2, strict=True):
         error = answer.json()["error"]
         assert {"error": error} == error_body(kind(error["message"]))
 

@@ -138,7 +138,9 @@ async def test_bounds_of_plain_prompts(door: OpenAIDoor, fields: dict[str, Any],
 @pytest.mark.parametrize(
     ("method", "path", "status", "code"),
     [
-        ("GET", "/", 404, "unknown_url"),
+        ("GET", "/page/", 404, "unknown_url"),
+        ("GET", "/page/../app.py", 404, "unknown_url"),
+        ("POST", "/", 405, "method_not_allowed"),
         ("GET", "/v1/completions/", 404, "unknown_url"),
         ("POST", "/v1/responses", 404, "unknown_url"),
         ("GET", CHAT, 405, "method_not_allowed"),

@@ -264,7 +264,7 @@ class Http:
 
     def __init__(self, ring: Keyring) -> None:
         self.rights: list[Access] = []
-        self.app = AccessMiddleware(self._app, ring, {"/admin": Scope.ADMIN})
+        self.app = AccessMiddleware(self._app, ring, {"/admin": Scope.ADMIN, "/health": None})
 
     async def _app(self, _scope: Any, _receive: Any, send: Any) -> None:
         self.rights.append(ACCESS.get())
@@ -283,7 +283,7 @@ class Http:
 
 
 async def test_http_asks_for_a_key() -> None:
-    """A request comes in with the rights of its key, and /health without any."""
+    """A request comes in with the rights of its key, and where no scope is wanted without any."""
     key, entry = new_entry("ci", "infer")
     http = Http(Keyring(text=lines(entry)))
     assert (await http.get("/v1/models", key))["status"] == 200

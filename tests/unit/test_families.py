@@ -156,6 +156,9 @@ CASES = {
     ),
 }
 
+EACH_FAMILY = ("llama-yarn", "mistral", "qwen2-windows", "qwen3", "gemma2", "gemma3", "phi4-mini")
+"""One case of each family, with what is special in its layers."""
+
 
 @dataclass(frozen=True)
 class Answers:
@@ -196,12 +199,13 @@ def test_a_mixed_batch_equals_transformers(answers: Answers, max_batch_tokens: i
     assert run_engine(ready, answers.requests, NEW) == answers.expected
 
 
+@pytest.mark.parametrize("answers", EACH_FAMILY, indirect=True)
 def test_the_kernels_for_gpus_answer_the_same(answers: Answers) -> None:
     """In the interpreter: base and adapters, prompts in chunks beside decoding, past blocks and windows."""
     ready = answers.world.load(answers.store, backend="triton", max_batch_tokens=32)
-    picked = [(answers.requests[index], answers.expected[index]) for index in (2, 3, 4, 7)]
-    found = run_engine(ready, [request for request, _ in picked], 3)
-    assert found == [expected[:3] for _, expected in picked]
+    picked = [(answers.requests[index], answers.expected[index]) for index in (2, 3, 4)]
+    found = run_engine(ready, [request for request, _ in picked], 2)
+    assert found == [expected[:2] for _, expected in picked]
 
 
 def test_preemption_and_prefix_hits_change_no_token(answers: Answers) -> None:

@@ -181,6 +181,7 @@ EXPAND: Mapping[int, ExpandTable] = dict.fromkeys(ARCHITECTURES, _EXPAND) | {
             **_EXPAND[Phase.PREFILL, 2],
             16: (ExpandConfig(PREFILL_TILE, 16, 64, num_warps=4, num_stages=1),),
         },
+        (Phase.DECODE, 4): {16: (ExpandConfig(DECODE_TILE, 16, 32, num_warps=4, num_stages=1),)},
     }
 }
 FUSED = dict.fromkeys(ARCHITECTURES, _FUSED)

@@ -1,0 +1,188 @@
+"""Chromium without a window, driven through the pipe of its DevTools protocol: no driver, no library.
+
+Protocol: https://chromedevtools.github.io/devtools-protocol/
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+FLAGS = (
+    "--headless",
+    "--remote-debugging-pipe",
+    "--no-sandbox",  # root in a container has no other way
+    "--disable-gpu",
+    "--disable-dev-shm-usage",
+    "--no-first-run",
+    "--no-default-browser-check",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-extensions",
+    "--hide-scrollbars",
+)
+LARGEST = 2**26
+"""Bytes of a message; screenshots are the largest."""
+SCREEN_S = 20
+"""How long a page may take to show what a test waits for."""
+KEYS = {"Escape": 27, "Enter": 13, "Tab": 9, "ArrowDown": 40, "ArrowUp": 38, "End": 35, " ": 32}
+CTRL = 2
+
+
+class Page:
+    """A tab: what it shows, what is typed into it, and what it complains about."""
+
+    def __init__(self, reader: asyncio.StreamReader, pipe: int) -> None:
+        self._reader = reader
+        self._pipe = pipe
+        self._answers: dict[int, asyncio.Future[dict[str, Any]]] = {}
+        self._session: dict[str, str] = {}
+        self.complaints: list[str] = []
+        """What a person would see in red in the console."""
+
+    async def listen(self) -> None:
+        """Take what the browser tells, until it goes away."""
+        while True:
+            try:
+                message = json.loads((await self._reader.readuntil(b"\0"))[:-1])
+            except asyncio.IncompleteReadError:
+                return
+            if "id" in message:
+                self._answers.pop(message["id"]).set_result(message)
+                continue
+            told = message["params"]
+            match message["method"]:
+                case "Runtime.exceptionThrown":
+                    self.complaints.append(str(told["exceptionDetails"]))
+                case "Runtime.consoleAPICalled" if told["type"] in ("error", "warning"):
+                    self.complaints.append(str(told["args"]))
+                case "Log.entryAdded" if told["entry"]["level"] in ("error", "warning"):
+                    self.complaints.append(f"{told['entry']['text']} ({told['entry'].get('url')})")
+
+    async def call(self, method: str, **params: Any) -> dict[str, Any]:
+        """Call a method of the protocol."""
+        number = next(_NUMBERS)
+        self._answers[number] = asyncio.get_running_loop().create_future()
+        message = {"id": number, "method": method, "params": params} | self._session
+        os.write(self._pipe, json.dumps(message).encode() + b"\0")
+        answer = await asyncio.wait_for(self._answers[number], SCREEN_S)
+        assert "error" not in answer, (method, answer)
+        return dict(answer["result"])
+
+    async def attach(self) -> None:
+        """Open the tab."""
+        target = (await self.call("Target.createTarget", url="about:blank"))["targetId"]
+        attached = await self.call("Target.attachToTarget", targetId=target, flatten=True)
+        self._session = {"sessionId": attached["sessionId"]}
+        for domain in ("Page", "Runtime", "Log", "Accessibility"):
+            await self.call(f"{domain}.enable")
+
+    async def open(self, url: str) -> None:
+        """Go somewhere."""
+        await self.call("Page.navigate", url=url)
+        await self.until("document.readyState === 'complete' && location.href !== 'about:blank'")
+
+    async def eval(self, script: str) -> Any:
+        """Return the value of an expression, a promise's when it is there."""
+        options = {"returnByValue": True, "awaitPromise": True}
+        answer = await self.call("Runtime.evaluate", expression=script, **options)
+        assert "exceptionDetails" not in answer, (script, answer)
+        return answer["result"].get("value")
+
+    async def until(self, script: str) -> None:
+        """Wait until an expression is true."""
+        try:
+            async with asyncio.timeout(SCREEN_S):
+                while not await self.eval(f"Boolean({script})"):
+                    await asyncio.sleep(0.02)
+        except TimeoutError:
+            shown = await self.eval("document.body.innerText")
+            raise AssertionError(f"never true: {script}\n{shown}\n{self.complaints}") from None
+
+    async def text(self, selector: str) -> str:
+        """Return the text of the first element that a selector finds."""
+        return str(await self.eval(f"document.querySelector({json.dumps(selector)}).textContent"))
+
+    async def texts(self, selector: str) -> list[str]:
+        """Return the text of everything that a selector finds."""
+        found = f"[...document.querySelectorAll({json.dumps(selector)})]"
+        return list(await self.eval(f"{found}.map((each) => each.textContent)"))
+
+    async def click(self, selector: str) -> None:
+        """Click the first element that a selector finds."""
+        await self.eval(f"document.querySelector({json.dumps(selector)}).click()")
+
+    async def type(self, selector: str, text: str) -> None:
+        """Write into a field over what is there."""
+        field = f"document.querySelector({json.dumps(selector)})"
+        assert await self.eval(f"{field}.focus(), {field}.select(), document.activeElement === {field}")
+        await self.call("Input.insertText", text=text)
+
+    async def press(self, key: str, modifiers: int = 0) -> None:
+        """Press a key."""
+        code = {"key": key, "windowsVirtualKeyCode": KEYS[key], "modifiers": modifiers}
+        text = {" ": " ", "Enter": "\r"}.get(key) if not modifiers else None
+        down = {"type": "keyDown", "text": text} if text else {"type": "rawKeyDown"}
+        await self.call("Input.dispatchKeyEvent", **down, **code)
+        await self.call("Input.dispatchKeyEvent", type="keyUp", **code)
+
+    async def appear(self, width: int, height: int, scheme: str = "light") -> None:
+        """Be a screen of a size in CSS pixels, that likes light or dark pages; below 500 it is a phone."""
+        phone = width < 500
+        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": phone}
+        await self.call("Emulation.setDeviceMetricsOverride", **size)
+        await self.call("Emulation.setTouchEmulationEnabled", enabled=phone)
+        await self.call(
+            "Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}]
+        )
+
+    async def photograph(self, path: Path) -> None:
+        """Keep what it shows, as far down as it goes, as a PNG."""
+        shot = await self.call("Page.captureScreenshot", format="png", captureBeyondViewport=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(base64.b64decode(shot["data"]))
+
+
+_NUMBERS = iter(range(1, 2**31))
+
+
+@asynccontextmanager
+async def browser(profile: Path) -> AsyncIterator[Page]:
+    """Run Chromium with a new profile; yields its tab."""
+    assert CHROMIUM
+    heard, hers = os.pipe()
+    his, told = os.pipe()
+    # It hears on descriptor 3 and tells on 4.
+    launch = f'exec "$@" 3<&{his} 4>&{hers}'
+    command = ["bash", "-c", launch, "-", CHROMIUM, *FLAGS, f"--user-data-dir={profile}"]
+    with (profile.parent / f"{profile.name}.log").open("wb") as log:
+        process = subprocess.Popen(command, pass_fds=(his, hers), stderr=log, stdout=log)
+    os.close(his)
+    os.close(hers)
+    reader = asyncio.StreamReader(limit=LARGEST)
+    transport, _ = await asyncio.get_running_loop().connect_read_pipe(
+        lambda: asyncio.StreamReaderProtocol(reader), os.fdopen(heard, "rb")
+    )
+    page = Page(reader, told)
+    listening = asyncio.create_task(page.listen())
+    try:
+        await page.attach()
+        yield page
+    finally:
+        os.close(told)  # Chromium ends with its pipe
+        try:
+            await asyncio.to_thread(process.wait, 10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        await listening
+        transport.close()

@@ -1,0 +1,69 @@
+"""/metrics of the builder, as Prometheus reads it."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from pathlib import Path
+
+import httpx
+import pytest
+
+from builder_service.pipeline.meter import BuildMeter
+from shared.faults import SettingsInvalid
+from tests.contract.test_build_lifecycle import OWNER, World
+from tests.metrics import Scrape
+
+
+async def scrape(address: str) -> Scrape:
+    """What the builder says at its address of metrics."""
+    async with httpx.AsyncClient() as web:
+        return Scrape((await web.get(f"http://{address}/metrics")).text)
+
+
+async def after_builds(address: str, count: int) -> Scrape:
+    """What it says when so many builds have ended."""
+    for _ in range(1000):
+        said = await scrape(address)
+        if said.value("loramux_build_seconds_count") == count:
+            return said
+        await asyncio.sleep(0.01)
+    raise AssertionError("builds do not end")
+
+
+async def test_builds_are_counted_by_outcome(tmp_path: Path) -> None:
+    """A build that runs is running; one that ends is counted under OK or its reason, with its seconds."""
+    world = World(tmp_path)
+    builds = world.builder(OWNER)
+    address = builds.meter.listen("127.0.0.1:0", insecure=False)
+    await builds.build(world.deployment("one"))
+    busy = await scrape(address)
+    assert busy.value("loramux_builds_running") == 1
+    assert busy.series("loramux_builds_total") == []
+    world.store.gate.set()
+    await after_builds(address, 1)
+    await builds.build(world.deployment("bad", name="other"))
+    said = await after_builds(address, 2)
+    assert said.value("loramux_builds_running") == 0
+    assert said.value("loramux_builds_total", outcome="OK") == 1
+    assert said.value("loramux_builds_total", outcome="ADAPTER_INVALID") == 1
+    assert said.value("loramux_build_seconds_sum") > 0
+    assert not any(name in said.text for name in ("tiny", "other"))
+    await builds.drain(5)
+
+
+@pytest.mark.parametrize("address", ["0.0.0.0:0", "unix:/tmp/metrics"])
+def test_it_is_not_opened_to_others_by_accident(address: str) -> None:
+    """Nobody is asked for a key there, so it listens on loopback, unless one says otherwise."""
+    with pytest.raises(SettingsInvalid, match=r"loopback, or LORAMUX_INSECURE=1"):
+        BuildMeter(lambda: 0).listen(address, insecure=False)
+    if not address.startswith("unix"):
+        assert BuildMeter(lambda: 0).listen(address, insecure=True).startswith("0.0.0.0:")
+
+
+def test_an_address_that_is_taken() -> None:
+    """The message names the setting and the value."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(SettingsInvalid, match=rf"LORAMUX_METRICS=127\.0\.0\.1:{port}: .*free HOST:PORT"):
+            BuildMeter(lambda: 0).listen(f"127.0.0.1:{port}", insecure=False)

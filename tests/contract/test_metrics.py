@@ -1,0 +1,176 @@
+"""/metrics of a running server, as Prometheus and inference gateways read it."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+import pytest_asyncio
+
+from loramux import AsyncClient
+from shared.faults import Fault
+from shared.storage.memory import MemoryStore
+from tests.golden.metrics.script import NAMES, names
+from tests.metrics import Scrape
+from tests.openai_door import OpenAIDoor, open_door, openai_world
+from tests.silent import silent_server
+from tests.tiny import World
+
+PROMPT = [3 + (7 * place) % 190 for place in range(40)]
+ASKED: dict[str, Any] = {"prompt": PROMPT, "max_tokens": 6, "ignore_eos": True}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[World, MemoryStore]:
+    return openai_world(tmp_path_factory.mktemp("metrics"))
+
+
+@pytest_asyncio.fixture
+async def door(world: tuple[World, MemoryStore]) -> AsyncIterator[OpenAIDoor]:
+    async with open_door(world, max_batch_seqs=2, max_queue=8) as door:
+        yield door
+
+
+async def scrape(door: OpenAIDoor) -> Scrape:
+    """What /metrics says now."""
+    response = await door.http.get("/metrics")
+    assert response.status_code == 200
+    assert response.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
+    return Scrape(response.text)
+
+
+def test_names_are_the_kept_ones() -> None:
+    """Dashboards, alerts and gateways go by these names and labels: `make golden` rewrites them."""
+    assert names() == NAMES.read_text()
+
+
+async def test_requests_are_counted_by_model(door: OpenAIDoor) -> None:
+    """Requests, answers of n, prompt, cached and generated tokens of each model are what was asked for."""
+    for body in (ASKED | {"model": "rs"}, ASKED | {"model": "rs", "n": 3}, ASKED | {"model": "base"}):
+        assert (await door.post("/v1/completions", **body)).status_code == 200
+    said = await scrape(door)
+    for model, requests, answers in (("rs", 2, 4), ("base", 1, 1), ("wide", 0, 0)):
+        expected = {
+            "requests_total": requests,
+            "answers_total": answers,
+            "prompt_tokens_total": requests * 40,
+            "generated_tokens_total": answers * 6,
+            "queue_seconds_count": requests,
+            "time_to_first_token_seconds_count": requests,
+            "request_seconds_count": requests,
+            "time_per_output_token_seconds_count": answers,
+        }
+        assert {name: said.value(f"loramux_{name}", model=model) for name in expected} == expected, model
+    assert said.series("loramux_answers_total")[0][0] == {"model": "rs", "finish": "length"}
+    assert said.value("loramux_cached_prompt_tokens_total", model="rs") == 32  # the second request's two blocks
+    assert said.value("loramux_requests_total", outcome="OK", model="rs") == 2
+
+
+async def test_times_are_those_of_the_request(door: OpenAIDoor) -> None:
+    """Queue < first token < whole request, and none is longer than the client waited."""
+    started = time.monotonic()
+    await door.post("/v1/completions", **ASKED | {"model": "all", "max_tokens": 50})
+    waited = time.monotonic() - started
+    said = await scrape(door)
+    queue, first, whole, pace = (
+        said.value(f"loramux_{name}_seconds_sum", model="all")
+        for name in ("queue", "time_to_first_token", "request", "time_per_output_token")
+    )
+    assert 0 <= queue < first < whole < waited
+    assert pace * 49 == pytest.approx(whole - first, rel=0.2, abs=0.01)
+
+
+async def test_every_end_has_an_outcome(door: OpenAIDoor) -> None:
+    """What failed or went away is counted under its reason, and no name that a client made up is a label."""
+    service = door.ready.service
+    server = silent_server(service)
+    async with AsyncClient(await server.start()) as client:
+        for model, fields in (("rs", {"temperature": -1.0}), ("made-up", {}), ("rs", {"max_tokens": 999})):
+            with pytest.raises(Fault):
+                await client.complete(model, "x", **fields)
+        stream = client.generate("wide", "x", max_tokens=200, ignore_eos=True)
+        await anext(stream)
+        await anext(stream)
+        await stream.aclose()
+        await door.until_free()
+    await server.drain(1)
+    said = await scrape(door)
+    outcomes = {(own["model"], own["outcome"]): value for own, value in said.series("loramux_requests_total")}
+    assert outcomes == {
+        ("rs", "REQUEST_INVALID"): 1,
+        ("", "MODEL_NOT_FOUND"): 1,
+        ("rs", "PROMPT_TOO_LONG"): 1,
+        ("wide", "CANCELLED"): 1,
+    }
+    assert "made-up" not in said.text
+
+
+async def test_what_the_door_refuses_is_counted(door: OpenAIDoor) -> None:
+    """Statuses tell of what never became a request: an unknown model, a body that is no JSON, a wrong path."""
+    await door.post("/v1/completions", **ASKED | {"model": "nope"})
+    await door.post("/v1/completions", **ASKED | {"model": "rs", "temprature": 1})
+    await door.post("/v1/completions", **ASKED | {"model": "rs"})
+    await door.http.get("/nope")
+    said = await scrape(door)
+    statuses = {own["status"]: value for own, value in said.series("loramux_http_responses_total")}
+    assert statuses == {"404": 2, "400": 1, "200": 1}
+    assert said.series("loramux_requests_total") == [({"model": "rs", "outcome": "OK"}, 1)]
+
+
+async def test_gateways_see_who_runs_and_who_waits(door: OpenAIDoor) -> None:
+    """With two seats and four long requests, two adapters run and two wait; afterwards nobody does."""
+    long = ASKED | {"max_tokens": 200}
+    before = time.time()
+    tasks = [
+        asyncio.create_task(door.post("/v1/completions", **long | {"model": model}))
+        for model in ("all", "base", "rs", "wide")
+    ]
+    for _ in range(500):
+        busy = await scrape(door)
+        if busy.value("vllm:num_requests_waiting") == 2:
+            break
+    assert busy.value("vllm:num_requests_running") == 2
+    assert 0 < busy.value("vllm:kv_cache_usage_perc") < 1
+    [(labels, when)] = busy.series("vllm:lora_requests_info")
+    assert before <= when <= time.time()
+    running, waiting = (labels[f"{state}_lora_adapters"] for state in ("running", "waiting"))
+    assert labels["max_lora"] == "16"
+    assert sorted(filter(None, [*running.split(","), *waiting.split(",")])) == ["all", "rs", "wide"]
+    assert sum(value for _, value in busy.series("loramux_sequences_running")) == 2
+    assert sum(value for _, value in busy.series("loramux_sequences_waiting")) == 2
+    await asyncio.gather(*tasks)
+    await door.until_free()
+    idle = await scrape(door)
+    [(labels, _)] = idle.series("vllm:lora_requests_info")
+    assert labels == {"max_lora": "16", "running_lora_adapters": "", "waiting_lora_adapters": ""}
+    assert idle.value("vllm:kv_cache_usage_perc") == idle.value("vllm:num_requests_running") == 0
+    stats = door.ready.engine.stats
+    config = {"block_size": str(stats.block_size), "num_gpu_blocks": str(stats.blocks_total)}
+    assert idle.series("vllm:cache_config_info") == [(config, 1)]
+
+
+async def test_what_is_loaded_is_told(door: OpenAIDoor) -> None:
+    """Adapters, their digests, how long each took to load, and the generation."""
+    said = await scrape(door)
+    assert said.value("loramux_adapters_resident") == 3
+    digest = door.ready.service.catalog.get("wide").digest[:12]
+    assert said.value("loramux_model_info", model="wide", digest=digest) == 1
+    assert said.value("loramux_build_info", generation="1") == 1
+    loads = {own["model"]: value for own, value in said.series("loramux_model_load_seconds")}
+    assert set(loads) == {"base", "all", "rs", "wide"}
+    assert 0 < sum(loads.values()) < said.value("loramux_load_seconds")
+
+
+async def test_series_do_not_grow_with_requests(door: OpenAIDoor) -> None:
+    """A second round of the same requests adds to values and makes no series."""
+
+    async def ask() -> list[str]:
+        for model in ("rs", "all", "nope"):
+            await door.post("/v1/completions", **ASKED | {"model": model})
+        return sorted(line.rpartition(" ")[0] for line in (await scrape(door)).text.splitlines())
+
+    first = [line for line in await ask() if not line.startswith("vllm:lora")]
+    assert [line for line in await ask() if not line.startswith("vllm:lora")] == first

@@ -1,0 +1,278 @@
+"""Traces and log lines of requests through both doors, with a tiny model."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Iterator
+from functools import partial
+from typing import Any
+
+import grpc
+import httpx
+import pytest
+import pytest_asyncio
+import structlog
+from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.trace import StatusCode
+from structlog.contextvars import merge_contextvars
+
+from inference_service.openai_api.server import HttpServer
+from inference_service.rpc.servicer import SERVICE_NAME, InferenceServicer, register
+from inference_service.serving.service import GenerationService
+from inference_service.serving.telemetry.watchers import open_watchers
+from loramux.inference.v1 import inference_pb2 as pb
+from loramux.inference.v1 import inference_pb2_grpc
+from shared.rpc.server import RpcServer
+from shared.storage.memory import MemoryStore
+from shared.tracing.otel import Tracing
+from tests.openai_door import openai_world
+from tests.tiny import World
+
+TRACE, SPAN = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+TRACEPARENT = f"00-{TRACE}-{SPAN}-01"
+ASKED: dict[str, Any] = {"model": "rs", "prompt": [5, 6, 7], "max_tokens": 4, "ignore_eos": True}
+
+
+class Watched:
+    """A server with both doors, and what it told."""
+
+    def __init__(self, http: str, rpc: str, exporter: InMemorySpanExporter) -> None:
+        self.web = httpx.AsyncClient(base_url=f"http://{http}", timeout=60)
+        self.rpc = rpc
+        self._exporter = exporter
+
+    def all_spans(self) -> tuple[ReadableSpan, ...]:
+        """The spans that have ended."""
+        return self._exporter.get_finished_spans()
+
+    async def spans(self, door: str) -> dict[str, ReadableSpan]:
+        """The spans of one request, by name, as soon as the door's has ended: a client may be faster."""
+        for _ in range(500):
+            spans = {span.name: span for span in self.all_spans()}
+            if door in spans:
+                assert len(spans) == len(self.all_spans())
+                self._exporter.clear()
+                return spans
+            await asyncio.sleep(0.01)
+        raise AssertionError(f"no span {door}")
+
+    async def generate(self, **metadata: str) -> list[pb.GenerateResponse]:
+        """Ask over gRPC."""
+        sampling = pb.SamplingParams(max_tokens=4, ignore_eos=True)
+        request = pb.GenerateRequest(model="rs", text="Hi", sampling=sampling)
+        async with grpc.aio.insecure_channel(self.rpc) as channel:
+            stub = inference_pb2_grpc.InferenceServiceStub(channel)
+            return [message async for message in stub.Generate(request, metadata=list(metadata.items()))]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[World, MemoryStore]:
+    return openai_world(tmp_path_factory.mktemp("traces"))
+
+
+@pytest_asyncio.fixture(params=[False], ids=["no texts"])
+async def watched(request: pytest.FixtureRequest, world: tuple[World, MemoryStore]) -> AsyncIterator[Watched]:
+    """A server that traces into memory; the parameter says whether it logs texts."""
+    exporter, provider = InMemorySpanExporter(), TracerProvider(shutdown_on_exit=False)
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    tracing = Tracing(provider)
+    ready = world[0].load(world[1], stream_interval_ms=0)
+    made, watchers = ready.service, open_watchers(tracing.tracer, log_prompts=request.param)
+    service = GenerationService(made.catalog, made.text, ready.engine, made.limits, watchers)
+    http = HttpServer("127.0.0.1:0", service, tracing=tracing)
+    add = partial(register, InferenceServicer(service))
+    rpc = RpcServer("127.0.0.1:0", {SERVICE_NAME: add}, tracing=tracing)
+    server = Watched(await http.start(), await rpc.start(), exporter)
+    ready.engine.start()
+    yield server
+    await server.web.aclose()
+    await http.drain(5)
+    await rpc.drain(5)
+    await ready.engine.stop()
+
+
+@pytest.fixture
+def lines() -> Iterator[list[Any]]:
+    """The log."""
+    with structlog.testing.capture_logs([merge_contextvars]) as lines:
+        yield lines
+
+
+def ended(lines: list[Any]) -> dict[str, Any]:
+    """The only line of a request."""
+    [line] = [line for line in lines if line["event"] == "request ended"]
+    return dict(line)
+
+
+def check_chain(spans: dict[str, ReadableSpan], door: str, request: str) -> None:
+    """The door's span is below the client's, the request below it, and its stages below that, in order."""
+    assert set(spans) == {door, request, "queue", "prefill", "decode"}
+    assert {span.context.trace_id for span in spans.values()} == {int(TRACE, 16)}
+    parents = {name: span.parent.span_id for name, span in spans.items() if span.parent}
+    assert parents[door] == int(SPAN, 16)
+    assert parents[request] == spans[door].context.span_id
+    assert {parents[name] for name in ("queue", "prefill", "decode")} == {spans[request].context.span_id}
+    queue, prefill, decode = (spans[name] for name in ("queue", "prefill", "decode"))
+    whole = spans[request]
+    edges = [
+        whole.start_time,
+        queue.start_time,
+        queue.end_time,
+        prefill.end_time,
+        decode.end_time,
+        whole.end_time,
+    ]
+    assert edges == sorted(edges, key=int)
+    assert (prefill.start_time, decode.start_time) == (queue.end_time, prefill.end_time)
+
+
+async def test_a_request_over_http_is_traced(watched: Watched) -> None:
+    """An incoming traceparent is honoured from the door to the last token, with the conventions' attributes."""
+    answer = await watched.web.post("/v1/completions", json=ASKED, headers={"traceparent": TRACEPARENT})
+    assert answer.status_code == 200
+    spans = await watched.spans("POST /v1/completions")
+    check_chain(spans, "POST /v1/completions", "text_completion rs")
+    assert spans["POST /v1/completions"].attributes == {
+        "http.request.method": "POST",
+        "url.path": "/v1/completions",
+        "http.response.status_code": 200,
+    }
+    attributes = dict(spans["text_completion rs"].attributes or {})
+    assert attributes.pop("gen_ai.response.time_to_first_chunk") > 0
+    assert len(attributes.pop("loramux.adapter.digest")) == 12
+    assert len(attributes.pop("gen_ai.response.id")) == 32
+    assert attributes == {
+        "gen_ai.operation.name": "text_completion",
+        "gen_ai.provider.name": "loramux",
+        "gen_ai.request.model": "rs",
+        "gen_ai.request.choice.count": 1,
+        "gen_ai.request.max_tokens": 4,
+        "gen_ai.request.temperature": 1.0,
+        "gen_ai.response.finish_reasons": ("length",),
+        "gen_ai.usage.input_tokens": 3,
+        "gen_ai.usage.output_tokens": 4,
+        "gen_ai.usage.cache_read.input_tokens": 0,
+    }
+
+
+async def test_a_stream_is_traced_to_its_end(watched: Watched) -> None:
+    """The door's span of a stream ends after the last event, not with the headers."""
+    body = {"model": "all", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 8, "stream": True}
+    answer = await watched.web.post("/v1/chat/completions", json=body, headers={"traceparent": TRACEPARENT})
+    assert answer.text.endswith("[DONE]\n\n")
+    spans = await watched.spans("POST /v1/chat/completions")
+    check_chain(spans, "POST /v1/chat/completions", "chat all")
+    door, decode = spans["POST /v1/chat/completions"], spans["decode"]
+    assert (door.end_time or 0) > (decode.end_time or 0)
+
+
+async def test_a_request_over_grpc_is_traced(watched: Watched) -> None:
+    """The same over gRPC, whose metadata carries the traceparent."""
+    await watched.generate(traceparent=TRACEPARENT)
+    door = f"{SERVICE_NAME}/Generate"
+    spans = await watched.spans(door)
+    check_chain(spans, door, "text_completion rs")
+    assert spans[door].attributes == {
+        "rpc.system": "grpc",
+        "rpc.service": SERVICE_NAME,
+        "rpc.method": "Generate",
+        "rpc.grpc.status_code": 0,
+    }
+
+
+async def test_what_fails_says_why(watched: Watched) -> None:
+    """The span of a refused request is an error with the fault's reason, and has no stages."""
+    answer = await watched.web.post("/v1/completions", json=ASKED | {"temperature": -1})
+    assert answer.status_code == 400
+    spans = await watched.spans("POST /v1/completions")
+    assert set(spans) == {"POST /v1/completions", "text_completion rs"}
+    refused = spans["text_completion rs"]
+    assert refused.status.status_code is StatusCode.ERROR
+    assert (refused.attributes or {})["error.type"] == "REQUEST_INVALID"
+
+
+async def test_a_client_that_goes_away(watched: Watched, lines: list[Any]) -> None:
+    """Spans of a cancelled call end as CANCELLED, over both doors, and nothing is said about contexts."""
+    sampling = pb.SamplingParams(max_tokens=200, ignore_eos=True)
+    async with grpc.aio.insecure_channel(watched.rpc) as channel:
+        stub = inference_pb2_grpc.InferenceServiceStub(channel)
+        call = stub.Generate(pb.GenerateRequest(model="all", text="Hi", sampling=sampling))
+        await call.read()
+        await call.read()
+        call.cancel()
+        spans = await watched.spans(f"{SERVICE_NAME}/Generate")
+    body = ASKED | {"max_tokens": 200, "stream": True}
+    async with watched.web.stream("POST", "/v1/completions", json=body) as stream:
+        await anext(stream.aiter_lines())
+    spans |= await watched.spans("POST /v1/completions")
+    for name in (f"{SERVICE_NAME}/Generate", "text_completion all", "text_completion rs"):
+        assert (spans[name].attributes or {})["error.type"] == "CANCELLED", name
+    assert [line["outcome"] for line in lines if line["event"] == "request ended"] == ["CANCELLED"] * 2
+    assert not [line for line in lines if line["log_level"] != "info"]
+
+
+async def test_what_monitors_ask_is_not_traced(watched: Watched) -> None:
+    """Health and metrics, which are asked all day, make no spans; neither does a path that nobody serves."""
+    for path in ("/health", "/metrics", "/nope"):
+        await watched.web.get(path)
+    assert watched.all_spans() == ()
+
+
+async def test_every_request_has_one_line(watched: Watched, lines: list[Any]) -> None:
+    """The line names request, trace, model, digest, tokens, times and end, and holds no text."""
+    headers = {"x-request-id": "from-me", "traceparent": TRACEPARENT}
+    answer = await watched.web.post("/v1/completions", json=ASKED | {"n": 2}, headers=headers)
+    line = ended(lines)
+    assert answer.json()["id"] == f"cmpl-{line['id']}"
+    assert 0 <= line.pop("queue_ms") <= line.pop("ttft_ms") <= line.pop("duration_ms")
+    assert len(line.pop("digest")) == 12
+    assert line == {
+        "event": "request ended",
+        "log_level": "info",
+        "request_id": "from-me",
+        "trace_id": TRACE,
+        "id": line["id"],
+        "model": "rs",
+        "outcome": "OK",
+        "finish": ["length", "length"],
+        "prompt_tokens": 3,
+        "cached_tokens": 0,
+        "completion_tokens": 8,
+    }
+
+
+async def test_a_refused_request_has_a_line(watched: Watched, lines: list[Any]) -> None:
+    """What was refused is in the log with the reason, under the id that the client knows."""
+    answer = await watched.web.post("/v1/completions", json=ASKED | {"top_p": 7})
+    line = ended(lines)
+    assert (line["outcome"], line["finish"], line["ttft_ms"]) == ("REQUEST_INVALID", [], None)
+    assert line["request_id"] == answer.headers["x-request-id"]
+
+
+async def test_a_request_over_grpc_has_a_line(watched: Watched, lines: list[Any]) -> None:
+    """Its id is the one that Started carries."""
+    started, *_ = await watched.generate()
+    assert ended(lines)["request_id"] == started.started.request_id
+
+
+@pytest.mark.parametrize("watched", [True], indirect=True)
+async def test_texts_are_logged_where_that_is_asked(watched: Watched, lines: list[Any]) -> None:
+    """With LORAMUX_LOG_PROMPTS the line has the prompt and every answer."""
+    body = {"model": "rs", "messages": [{"role": "user", "content": "Secret"}], "max_tokens": 4, "n": 2}
+    answer = (await watched.web.post("/v1/chat/completions", json=body)).json()
+    line = ended(lines)
+    assert line["prompt"] == [{"role": "user", "content": "Secret"}]
+    assert line["answers"] == [choice["message"]["content"] for choice in answer["choices"]]
+    json.dumps(line)
+
+
+async def test_no_text_is_logged_otherwise(watched: Watched, lines: list[Any]) -> None:
+    """Without it nothing of prompt or answer is in any line."""
+    body = {"model": "rs", "messages": [{"role": "user", "content": "Secret"}], "max_tokens": 30}
+    answer = (await watched.web.post("/v1/chat/completions", json=body)).json()
+    said = repr(lines)
+    assert "Secret" not in said
+    assert answer["choices"][0]["message"]["content"] not in said

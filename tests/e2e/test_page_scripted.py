@@ -1,0 +1,159 @@
+"""The page in a real browser, in front of models that say what a test wants to see."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+
+from shared.access.keyring import Keyring
+from shared.faults import InternalFault, RequestInvalid
+from tests.access import lines, new_entry
+from tests.browser import CHROMIUM, CTRL, Page, browser
+from tests.e2e.test_page import DONE
+from tests.looks import overflow
+from tests.scripted_page import ScriptedPage, scripted_door
+
+pytestmark = [
+    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt install chromium"),
+    pytest.mark.asyncio(loop_scope="module"),
+]
+MANY = [f"adapter-{number:03}" for number in range(300)]
+HOSTILE = "<img src=x onerror=\"document.title='owned'\"><script>document.title='owned'</script>"
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def page(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Page]:
+    async with browser(tmp_path_factory.mktemp("browser") / "profile") as page:
+        yield page
+
+
+async def _open(page: Page, url: str, models: int) -> None:
+    await page.appear(1280, 800)
+    await page.open(url)
+    await page.until(f"document.querySelectorAll('.model').length === {models}")
+
+
+async def _shown(page: Page) -> list[str]:
+    return await page.texts(".model:not([hidden]) .name")
+
+
+async def test_hundreds_of_adapters_are_chosen_with_the_keyboard(page: Page, tmp_path: Path) -> None:
+    """The filter finds a part of a name, arrows walk the list, space chooses, and Tab leaves it at once."""
+    async with scripted_door(ScriptedPage(tmp_path, MANY, {})) as url:
+        await _open(page, url, 301)
+        await page.click("#choose-none")
+        await page.type("#filter", "Adapter-07")
+        assert await _shown(page) == [f"adapter-07{digit}" for digit in range(10)]
+        await page.press("ArrowDown")
+        await page.press(" ")
+        await page.press("ArrowDown")
+        await page.press("End")
+        await page.press(" ")
+        assert await page.text("#chosen") == "2 of 301 chosen"
+        await page.press("Tab")
+        assert await page.eval("document.activeElement.id") == "prompt"
+        await page.type("#filter", "none such")
+        assert await _shown(page) == []
+        assert await page.text("#list-note") == "No model has such a name."
+        assert await page.texts("#chips span") == ["adapter-070", "adapter-079"]
+        await page.click("#chips button")
+        assert await page.texts("#chips span") == ["adapter-079"]
+        await page.appear(360, 740)
+        assert await overflow(page) == 0
+
+
+async def test_more_models_than_connections_take_turns(page: Page, tmp_path: Path) -> None:
+    """Five are asked at a time, so that no first token waits for a connection of the browser unseen."""
+    says = {name: ["Ahoy", None] for name in MANY[:5]}
+    service = ScriptedPage(tmp_path, MANY, says)
+    async with scripted_door(service) as url:
+        await _open(page, url, 301)
+        await page.click("#choose-none")
+        for name in MANY[:7]:
+            await page.click(f".model input[value={name}]")
+        await page.type("#prompt", "Hi")
+        await page.press("Enter", CTRL)
+        await page.until("document.querySelectorAll('article[data-state=streaming]').length === 5")
+        assert sorted(service.asked) == MANY[:5]
+        assert "5 answer at a time" in await page.text("#note")
+        await page.press("Escape")
+        await page.until("document.querySelectorAll('article[data-state=stopped]').length === 7")
+    assert service.let_go == 5
+    assert sorted(service.asked) == MANY[:5]
+
+
+async def test_what_a_model_writes_stays_text(page: Page, tmp_path: Path) -> None:
+    """Tags in an answer are shown as they are; none becomes an element, and nothing of them runs."""
+    async with scripted_door(ScriptedPage(tmp_path, ["evil"], {"evil": [HOSTILE[:9], HOSTILE[9:]]})) as url:
+        await _open(page, url, 2)
+        await page.type("#prompt", "Hi")
+        await page.press("Enter", CTRL)
+        await page.until(DONE)
+        assert await page.texts("article .text") == ["Ahoy!", HOSTILE]
+        assert await page.eval("document.querySelectorAll('article script, article img').length") == 0
+        assert await page.eval("document.title") == "loramux"
+
+
+async def test_failures_are_told_in_the_servers_words(page: Page, tmp_path: Path) -> None:
+    """A refusal, an end in the middle and a server that is gone each have a message, and spare the others."""
+    broken, refused = InternalFault("the engine failed."), RequestInvalid("the prompt is empty.")
+    says = {"breaks": ["A", broken], "refuses": [refused]}
+    async with scripted_door(ScriptedPage(tmp_path, list(says), says)) as url:
+        await _open(page, url, 3)
+        await page.type("#prompt", "Hi")
+        await page.press("Enter", CTRL)
+        await page.until(DONE)
+        assert await page.texts("article .text") == ["Ahoy!", "A", ""]
+        assert await page.texts("article .error:not([hidden])") == [str(broken), str(refused)]
+        assert await page.texts("article .end") == ["stop", "error", "error"]
+    await page.until("document.querySelector('#link').textContent === 'not reachable'")
+    await page.click("#send")
+    await page.until("document.querySelectorAll('article .error:not([hidden])').length === 3")
+    assert set(await page.texts("article .error")) == {"The server cannot be reached."}
+
+
+async def test_a_server_with_keys_asks_for_one(page: Page, tmp_path: Path) -> None:
+    """The page opens without a key, asks for one, says why it is refused, and shows what a good one may see."""
+    key, entry = new_entry("ann", "infer", models=("one",))
+    wrong, builder = new_entry("bob", "build")
+    service = ScriptedPage(tmp_path, ["one", "two"], {})
+    async with scripted_door(service, Keyring(text=lines(entry, builder))) as url:
+        await page.open(url)
+        await page.until("document.querySelector('#access').checkVisibility()")
+        assert await page.text("#link") == "key needed"
+        for typed, said in (("lmx_nope", "not one of this server"), (wrong, "has the scopes build")):
+            await page.type("#key", typed)
+            await page.press("Enter")
+            await page.until(f"document.querySelector('#key-hint').textContent.includes('{said}')")
+            assert await page.text("#link") == "key refused"
+        await page.type("#key", key)
+        await page.press("Enter")
+        await page.until("document.querySelectorAll('.model').length === 1")
+        assert not await page.eval("document.querySelector('#access').checkVisibility()")
+        assert await page.texts(".model .name") == ["one"]
+        await page.until("document.querySelector('#at-work').textContent === 'one (2)'")
+        await page.type("#prompt", "Hi")
+        await page.press("Enter", CTRL)
+        await page.until(DONE)
+        assert await page.texts("article .text") == ["Ahoy!"]
+        assert key not in await page.eval("JSON.stringify(localStorage) + document.cookie + location.href")
+
+
+async def test_the_panel_rests_while_nobody_looks(page: Page, tmp_path: Path) -> None:
+    """It shows the engine's numbers, asks once a second, and not at all in a tab that is hidden."""
+    looks = "performance.getEntriesByType('resource').filter((each) => each.name.endsWith('/state')).length"
+    hide = "Object.defineProperty(document, 'hidden', {value: %s, configurable: true})"
+    hide += ", document.dispatchEvent(new Event('visibilitychange'))"
+    async with scripted_door(ScriptedPage(tmp_path, ["one", "two"], {})) as url:
+        await _open(page, url, 3)
+        assert await page.texts("#server dd") == ["3", "2", "0", "25 %", "25 %", "base, one (2)"]
+        await page.until(f"{looks} >= 3")
+        await page.eval(hide % "true")
+        before = await page.eval(looks)
+        await page.eval("new Promise((done) => setTimeout(done, 1500))")
+        assert await page.eval(looks) <= before + 1  # one was under way
+        await page.eval(hide % "false")
+        await page.until(f"{looks} >= {before + 2}")

@@ -1,0 +1,74 @@
+"""One of every metric that there is."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
+
+from prometheus_client import generate_latest
+
+from builder_service.pipeline.meter import BuildMeter
+from builder_service.pipeline.running import RunningBuild
+from builder_service.pipeline.views import State
+from inference_service.core.sampling import SamplingParams
+from inference_service.core.sequence import Adapter, FinishReason, Sequence, Token
+from inference_service.engine.engine import Crowd, EngineStats
+from inference_service.serving.catalog import Catalog, ServedModel
+from inference_service.serving.request import Delta, Finished, Request
+from inference_service.serving.telemetry.metrics import Metrics
+from inference_service.serving.telemetry.record import following
+from inference_service.serving.telemetry.replica import EngineView
+from tests.metrics import Scrape
+
+NAMES = Path(__file__).with_name("names.txt")
+MODELS = (ServedModel("base"), ServedModel("pirate", Adapter("pirate", 1, 0), digest="ab" * 32))
+
+
+def replica(crowd: Crowd, models: tuple[ServedModel, ...] = MODELS) -> Metrics:
+    """The metrics of a replica whose engine holds sequences."""
+    stats = EngineStats(
+        waiting=sum(crowd.waiting.values()),
+        running=sum(crowd.running.values()),
+        blocks_free=6,
+        blocks_total=8,
+        block_size=16,
+        max_adapters=4,
+        preemptions=1,
+        prefix_tokens_queried=10,
+        prefix_tokens_hit=5,
+        tokens_generated=0,
+    )
+    engine = cast(EngineView, SimpleNamespace(stats=stats, crowd=crowd))
+    return Metrics(Catalog(1, "base", models), engine)
+
+
+def everything() -> Scrape:
+    """Serve one request, and scrape."""
+    metrics = replica(Crowd({}, {}))
+    with following(Request("pirate", "Hi"), [metrics]) as follower:
+        follower.record.model = MODELS[1]
+        follower.submitted([Sequence("0", [1, 2], SamplingParams())])
+        follower.record.answers[0].seq.began_s = follower.record.submitted_s
+        for token in (5, 6):
+            follower.see(Delta("a", (Token(token),)))
+        follower.see(Finished(FinishReason.STOP, "", 2, 0, 2))
+    metrics.responded(200)
+    return Scrape(metrics.render().decode())
+
+
+def of_builder() -> Scrape:
+    """What a builder exports once a build has ended."""
+    meter = BuildMeter(lambda: 0)
+    entry = SimpleNamespace(create_time=datetime.now(UTC))
+    meter.ended(cast(RunningBuild, SimpleNamespace(failure=None, state=State.ACTIVE, entry=entry)))
+    return Scrape(generate_latest(meter._registry).decode())
+
+
+def names() -> str:
+    """The names, types and labels of all metrics, as they are kept; those of the process are the library's."""
+    kept = []
+    for service, scrape in (("inference", everything()), ("builder", of_builder())):
+        kept += [f"{service}: {line}\n" for line in scrape.names() if not line.startswith("process_")]
+    return "".join(kept)

@@ -1,0 +1,8 @@
+"""Keep the names of all metrics."""
+
+from __future__ import annotations
+
+from tests.golden.metrics.script import NAMES, names
+
+if __name__ == "__main__":
+    NAMES.write_text(names())

@@ -1,0 +1,89 @@
+"""A door for tests of the page, whose models say what they are told to."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
+
+from inference_service.core.sequence import Adapter, FinishReason, Token
+from inference_service.engine.engine import Crowd, EngineStats
+from inference_service.openai_api.server import HttpServer
+from inference_service.serving.catalog import Catalog, ServedModel
+from inference_service.serving.engine_thread import EngineThread
+from inference_service.serving.request import Delta, Event, Finished, Request, Started
+from inference_service.serving.service import GenerationService, ServingLimits
+from inference_service.serving.text import Text
+from shared.access.guard import Guard
+from shared.access.keyring import Keyring
+from tests.tiny import VOCAB, write_tokenizer
+
+STATS = EngineStats(
+    waiting=2,
+    running=3,
+    blocks_free=6,
+    blocks_total=8,
+    block_size=16,
+    max_adapters=4,
+    preemptions=0,
+    prefix_tokens_queried=40,
+    prefix_tokens_hit=10,
+    tokens_generated=7,
+)
+
+
+def models(adapters: Sequence[str]) -> list[ServedModel]:
+    """The base and adapters of some ranks."""
+    made = [ServedModel("base")]
+    for nth, name in enumerate(adapters, start=1):
+        made.append(ServedModel(name, Adapter(name, nth, 0), digest=f"{nth:064x}", ranks=(4, 5 + nth % 3)))
+    return made
+
+
+class ScriptedPage(GenerationService):
+    """Says for each model its pieces, the end of them being an answer's, a failure, or nothing at all."""
+
+    def __init__(
+        self, folder: Path, adapters: Sequence[str], says: Mapping[str, Sequence[str | Exception | None]]
+    ) -> None:
+        """Serve adapters; where says has a None, the answer waits for ever."""
+        write_tokenizer(folder)
+        crowd = Crowd({"": 1, adapters[0]: 2}, {adapters[-1]: 2})
+        engine = cast(EngineThread, SimpleNamespace(max_queue=8, stats=STATS, crowd=crowd))
+        catalog = Catalog(7, "base", models(adapters))
+        super().__init__(catalog, Text.load(folder, VOCAB), engine, ServingLimits(256, None, frozenset({2})))
+        self._says = says
+        self.asked: list[str] = []
+        """The models of requests, as they came."""
+        self.let_go = 0
+        """Requests that ended before their answer."""
+
+    async def generate(self, request: Request) -> AsyncGenerator[Event]:
+        """Say what is written."""
+        self.asked.append(request.model)
+        model = self.catalog.get(request.model)
+        yield Started(request.id, model, self.catalog.generation, 2)
+        pieces = self._says.get(request.model, ("Ahoy", "!"))
+        for piece in pieces:
+            if isinstance(piece, Exception):
+                raise piece
+            if piece is None:
+                try:
+                    await asyncio.Event().wait()
+                finally:
+                    self.let_go += 1
+            else:
+                yield Delta(piece, (Token(3),))
+                await asyncio.sleep(0.01)  # the browser sees the pieces one by one
+        yield Finished(FinishReason.STOP, "", 2, 1, len(pieces))
+
+
+@asynccontextmanager
+async def scripted_door(service: ScriptedPage, keyring: Keyring | None = None) -> AsyncIterator[str]:
+    """Serve it on a free port; yields its URL."""
+    server = HttpServer("127.0.0.1:0", service, Guard(keyring))
+    yield f"http://{await server.start()}"
+    await server.drain(0.1)

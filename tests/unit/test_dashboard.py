@@ -1,0 +1,99 @@
+"""The dashboard, Prometheus and Grafana in compose, against the metrics that the code exports."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tests.golden.metrics.script import everything, of_builder
+
+ROOT = Path(__file__).parents[2]
+DASHBOARD: dict[str, Any] = json.loads((ROOT / "deploy/grafana/loramux.json").read_text())
+COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
+SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
+PROMETHEUS: dict[str, Any] = yaml.safe_load((ROOT / "deploy/prometheus.yml").read_text())
+[DATASOURCE] = yaml.safe_load((ROOT / "deploy/grafana/datasources.yml").read_text())["datasources"]
+PANELS: list[dict[str, Any]] = DASHBOARD["panels"]
+QUERIES = [target["expr"] for panel in PANELS for target in panel.get("targets", ())]
+VARIABLES = [variable["query"]["query"] for variable in DASHBOARD["templating"]["list"]]
+LINES = [*everything().names(), *of_builder().names()]
+EXPORTED = {line.split(" ")[0]: line.partition("{")[2][:-1].split(",") for line in LINES}
+
+
+def test_every_query_asks_for_what_is_exported() -> None:
+    """Each metric and each label in a query of the dashboard is exported under that name."""
+    for query in (*QUERIES, *VARIABLES):
+        names = re.findall(r"\b(?:loramux|process|vllm)[a-z_:]+", query)
+        assert names, query
+        assert set(names) <= set(EXPORTED), query
+        known = {label for name in names for label in EXPORTED[name]} | {"instance"}
+        labels = re.findall(r"(\w+)=~", query) + re.findall(r"by \((.*?)\)", query)
+        assert {part for label in labels for part in label.split(", ")} <= known, query
+
+
+def test_everything_that_is_exported_for_people_is_shown() -> None:
+    """Each metric of loramux is in some panel, so that none is kept for nobody."""
+    shown = set(re.findall(r"loramux_[a-z_]+", " ".join((*QUERIES, *VARIABLES))))
+    families = {re.sub(r"_(bucket|count|sum)$", "", name) for name in EXPORTED if name.startswith("loramux_")}
+    assert {re.sub(r"_(bucket|count|sum)$", "", name) for name in shown} == families
+
+
+def test_rates_are_taken_of_counters_alone() -> None:
+    """A rate of a gauge is a number without a meaning, and so is a counter without its rate."""
+    counters = {name for name in EXPORTED if name.endswith(("_total", "_bucket", "_count", "_sum"))}
+    for query in QUERIES:
+        rated = set(re.findall(r"(?:rate|increase)\(([\w:]+)", query))
+        assert rated == counters & set(re.findall(r"[\w:]+", query)), query
+
+
+def test_panels_have_a_place_of_their_own() -> None:
+    """No two panels overlap or have one id, and all lie in Grafana's 24 columns."""
+    assert len({panel["id"] for panel in PANELS}) == len(PANELS)
+    places = [panel["gridPos"] for panel in PANELS]
+    assert all(place["x"] >= 0 and place["x"] + place["w"] <= 24 for place in places)
+    for one, other in itertools.combinations(places, 2):
+        apart_x = one["x"] + one["w"] <= other["x"] or other["x"] + other["w"] <= one["x"]
+        apart_y = one["y"] + one["h"] <= other["y"] or other["y"] + other["h"] <= one["y"]
+        assert apart_x or apart_y, (one, other)
+
+
+def test_panels_use_the_provisioned_source() -> None:
+    """The dashboard's source is the one that Grafana is given, and that is compose's Prometheus."""
+    used = {panel["datasource"]["uid"] for panel in PANELS if panel["type"] != "row"}
+    assert used == {DATASOURCE["uid"]}
+    assert DATASOURCE["url"] == "http://prometheus:9090"
+    assert DATASOURCE["jsonData"]["timeInterval"] == PROMETHEUS["global"]["scrape_interval"]
+
+
+def test_prometheus_scrapes_both_services() -> None:
+    """The targets are where compose has both services listen, and the key lies where compose puts it."""
+    job, builder = PROMETHEUS["scrape_configs"]
+    for name, each, setting in (("inference", job, "LORAMUX_HTTP"), ("builder", builder, "LORAMUX_METRICS")):
+        port = SERVICES[name]["environment"][setting].rpartition(":")[2]
+        assert each["static_configs"] == [{"targets": [f"{name}:{port}"]}]
+    [config] = SERVICES["prometheus"]["configs"]
+    assert config["source"] in COMPOSE["configs"]
+    assert job["authorization"]["credentials_file"] == config["target"]
+
+
+def test_the_services_are_a_profile_of_their_own() -> None:
+    """Nobody who did not ask for metrics gets these services, and what they mount exists."""
+    assert [name for name, service in SERVICES.items() if service.get("profiles")] == ["prometheus", "grafana"]
+    for name in ("prometheus", "grafana"):
+        assert SERVICES[name]["profiles"] == ["metrics"]
+        sources = [volume.split(":")[0] for volume in SERVICES[name]["volumes"]]
+        assert all((ROOT / source).is_file() for source in sources if source.startswith("./"))
+        assert {source for source in sources if not source.startswith("./")} <= set(COMPOSE["volumes"])
+
+
+def test_grafana_finds_its_files() -> None:
+    """The folder that the provider names is the one that the dashboard is mounted in."""
+    [provider] = yaml.safe_load((ROOT / "deploy/grafana/dashboards.yml").read_text())["providers"]
+    home = SERVICES["grafana"]["environment"]["GF_DASHBOARDS_DEFAULT_HOME_DASHBOARD_PATH"]
+    mounted = dict(volume.split(":")[:2] for volume in SERVICES["grafana"]["volumes"])
+    assert home == f"{provider['options']['path']}/loramux.json" == mounted["./deploy/grafana/loramux.json"]

@@ -1,0 +1,159 @@
+"""What is noted of a request, how the log looks, and which names gateways see."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import structlog
+from structlog.contextvars import bound_contextvars
+
+from inference_service.core.sampling import SamplingParams
+from inference_service.core.sequence import Adapter, FinishReason, Sequence, Token
+from inference_service.engine.engine import Crowd
+from inference_service.serving.catalog import ServedModel
+from inference_service.serving.request import Delta, Finished, Request
+from inference_service.serving.telemetry.record import Follower, Record, following
+from shared.faults import QueueFull
+from shared.telemetry import log_to_stderr
+from tests.golden.metrics.script import replica
+from tests.metrics import Scrape
+
+DELTA = Delta("a", (Token(5), Token(6)))
+DONE = Finished(FinishReason.LENGTH, "", 3, 0, 2)
+
+
+class Ear:
+    """Writes down what it hears."""
+
+    def __init__(self) -> None:
+        self.heard: list[str] = []
+        self.outcome = ""
+
+    def began(self, record: Record) -> None:
+        """Hear."""
+        assert record.first_s is not None
+        self.heard.append("began")
+
+    def said(self, record: Record, delta: Delta) -> None:
+        """Hear."""
+        assert record.completion_tokens > 0
+        self.heard.append(delta.text)
+
+    def ended(self, record: Record) -> None:
+        """Hear."""
+        assert record.duration_s is not None
+        self.heard.append("ended")
+        self.outcome = record.outcome
+
+
+def submit(follower: Follower, answers: int = 1) -> None:
+    """Give sequences to nobody."""
+    follower.submitted([Sequence(str(index), [1, 2, 3], SamplingParams()) for index in range(answers)])
+
+
+def test_watchers_hear_of_everything_in_order() -> None:
+    """The first token once, then every piece of text, then the end."""
+    ear = Ear()
+    with following(Request("m", "x"), [ear]) as follower:
+        submit(follower)
+        for event in (DELTA, DELTA, DONE):
+            follower.see(event)
+    assert ear.heard == ["began", "a", "a", "ended"]
+    assert ear.outcome == "OK"
+    assert (follower.record.prompt_tokens, follower.record.completion_tokens) == (3, 4)
+
+
+@pytest.mark.parametrize(
+    ("raised", "outcome"),
+    [
+        (QueueFull("full"), "QUEUE_FULL"),
+        (asyncio.CancelledError(), "CANCELLED"),
+        (GeneratorExit(), "CANCELLED"),
+        (KeyError("bug"), "INTERNAL"),
+    ],
+)
+def test_whatever_ends_a_request_is_its_outcome(raised: BaseException, outcome: str) -> None:
+    """A fault by its reason, a client that went away, and a bug; each is raised on, and heard of once."""
+    ear = Ear()
+    with pytest.raises(type(raised)), following(Request("m", "x"), [ear]):
+        raise raised
+    assert (ear.heard, ear.outcome) == (["ended"], outcome)
+
+
+@pytest.mark.parametrize(("finished", "outcome"), [((0, 1), "OK"), ((0,), "CANCELLED")])
+def test_a_client_that_leaves_with_all_answers_got_them(finished: tuple[int, ...], outcome: str) -> None:
+    """A request is OK when every one of its answers had ended before the client went away."""
+    ear = Ear()
+    following_one = following(Request("m", "x", n=2), [ear])
+    follower = following_one.__enter__()
+    submit(follower, answers=2)
+    for index in finished:
+        follower.see(Finished(FinishReason.STOP, "", 3, 0, 0, index))
+    following_one.__exit__(GeneratorExit, GeneratorExit(), None)
+    assert ear.outcome == outcome
+
+
+def test_the_pace_of_one_token_is_unknown() -> None:
+    """Between the tokens of an answer of one token lies no time."""
+    with following(Request("m", "x"), []) as follower:
+        submit(follower, answers=2)
+        follower.see(Delta("a", (Token(5),), 0))
+        follower.see(Delta("a", (Token(5),), 1))
+        follower.see(Delta("b", (Token(6), Token(7)), 1))
+    one, three = follower.record.answers
+    assert one.pace_s is None
+    assert three.pace_s is not None
+    assert three.first_s is not None
+    assert three.last_s is not None
+    assert three.pace_s == pytest.approx((three.last_s - three.first_s) / 2)
+
+
+def lora_info(crowd: Crowd, *models: ServedModel) -> tuple[str, str]:
+    """The adapters that run and wait, as gateways read them."""
+    [(labels, _)] = Scrape(replica(crowd, models).render().decode()).series("vllm:lora_requests_info")
+    return labels["running_lora_adapters"], labels["waiting_lora_adapters"]
+
+
+def test_gateways_read_adapters_alone() -> None:
+    """The base is no adapter; names are sorted, so that the same state is the same series."""
+    models = [ServedModel("base"), *(ServedModel(name, Adapter(name, 1, 0)) for name in ("b", "a", "c"))]
+    assert lora_info(Crowd({"": 3, "b": 1, "a": 2}, {"c": 1, "": 1}), *models) == ("a,b", "c")
+    assert lora_info(Crowd({}, {}), *models) == ("", "")
+
+
+def test_a_merged_adapter_has_its_name() -> None:
+    """An adapter in the weights is the base to the engine, and itself to everybody else."""
+    merged = ServedModel("only")
+    assert lora_info(Crowd({"": 2}, {}), merged) == ("only", "")
+    said = Scrape(replica(Crowd({"": 2}, {}), (merged,)).render().decode())
+    assert said.series("loramux_sequences_running") == [({"model": "only"}, 2)]
+
+
+@pytest.fixture
+def _restored() -> Iterator[None]:
+    before = structlog.get_config()
+    yield
+    structlog.configure(**before)
+
+
+def logged(capsys: pytest.CaptureFixture[str], form: Any) -> str:
+    """A line in a format, with something bound to the context."""
+    log_to_stderr(form)
+    with bound_contextvars(request_id="r1"):
+        structlog.get_logger().info("said", number=3)
+    return capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("_restored")
+def test_the_log_is_json_or_text(capsys: pytest.CaptureFixture[str]) -> None:
+    """JSON where stderr is no terminal and where that is set, text where that is set; both with the context."""
+    for form in ("auto", "json"):
+        line = json.loads(logged(capsys, form))
+        assert (line["event"], line["number"], line["request_id"], line["level"]) == ("said", 3, "r1", "info")
+    text = logged(capsys, "text")
+    assert "number=3 request_id=r1" in text
+    assert "\x1b" not in text
