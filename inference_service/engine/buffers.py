@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Final, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -14,13 +14,12 @@ from inference_service.core.sequence import Sequence
 from inference_service.engine.logits import shapes
 from inference_service.engine.rows import KNOWN, Rows
 from inference_service.kernels.attention import AttentionCapacity, AttentionTables, pack_tables
+from inference_service.kernels.packing import aligned, sections
 from inference_service.kernels.sampling import RowParams, SamplingTables, pack_rows
 from inference_service.kernels.sampling.layout import FIELDS
 from inference_service.kernels.sgmv import DECODE_TILE, SegmentCapacity, Segments, pack_segments
 
 Tables = TypeVar("Tables", AttentionTables, Segments)
-
-_ALIGN: Final = 4  # int32 elements: every array begins at a multiple of 16 bytes
 
 
 @dataclass(frozen=True)
@@ -50,19 +49,16 @@ class StepCapacity:
     @property
     def sections(self) -> dict[str, slice]:
         """Where each array lies behind the drawn tokens; the attention's, seldom all used, comes last."""
-        lengths = {
-            "tokens": self.rows,
-            "sources": self.rows,
-            "positions": self.rows,
-            "sampling": FIELDS * self.rows,
-            "segments": self.segments.packed_size if self.segments else 0,
-            "attention": self.attention.packed_size,
-        }
-        sections, first = {}, 0
-        for name, length in lengths.items():
-            sections[name] = slice(first, first + length)
-            first += -(-length // _ALIGN) * _ALIGN
-        return sections
+        return sections(
+            {
+                "tokens": self.rows,
+                "sources": self.rows,
+                "positions": self.rows,
+                "sampling": FIELDS * self.rows,
+                "segments": self.segments.packed_size if self.segments else 0,
+                "attention": self.attention.packed_size,
+            }
+        )
 
     @property
     def size(self) -> int:
@@ -75,7 +71,7 @@ class StepMemory:
     """The device memory that the buffers of all capacities share, for only one step runs at a time."""
 
     def __init__(self, largest: StepCapacity, vocab: int, device: torch.device) -> None:
-        self.drawn_size = -(-largest.max_seqs // _ALIGN) * _ALIGN
+        self.drawn_size = aligned(largest.max_seqs)
         self.packed = torch.zeros(self.drawn_size + largest.size, dtype=torch.int32, device=device)
         """The tokens that the last step drew, then the arrays of a step."""
         self.drawn = self.packed[: largest.max_seqs]

@@ -72,19 +72,6 @@ class Decoder:
         return self._operations.attention(contexts, block_size)
 
     @torch.inference_mode()
-    def forward(
-        self,
-        tokens: Tensor,
-        positions: Tensor,
-        last_rows: Tensor,
-        attention: Attention,
-        cache: KVCache,
-        lora: LoraBackend | None,
-    ) -> Tensor:
-        """Run tokens [T] at positions [T]; return the logits [len(last_rows), vocab] of those rows."""
-        return self.logits(self.hidden(tokens, positions, last_rows, attention, cache, lora))
-
-    @torch.inference_mode()
     def hidden(
         self,
         tokens: Tensor,

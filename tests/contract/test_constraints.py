@@ -19,19 +19,12 @@ from inference_service.serving.service import Delta, Finished, Request
 from inference_service.serving.startup import Ready
 from shared.faults import RequestInvalid
 from shared.storage.memory import MemoryStore
-from tests.tiny import World, make_world
+from tests.tiny import World
 
 PROMPT = [5, 6, 7, 8]
 # A random model hardly ever closes a brace by itself.
 CLOSING = {3 + ord(char) - 32: 6.0 for char in '"}],:'} | {2: 4.0}
 DRAWN: dict[str, Any] = {"max_tokens": 120, "temperature": 1.0, "logit_bias": CLOSING}
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[World, MemoryStore]:
-    world, store = make_world(tmp_path_factory.mktemp("tiny")), MemoryStore()
-    world.build(store)
-    return world, store
 
 
 @pytest_asyncio.fixture

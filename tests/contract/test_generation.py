@@ -25,14 +25,7 @@ from inference_service.serving.service import (
 from shared.faults import Fault, InternalFault, QueueFull, RequestInvalid
 from shared.storage.memory import MemoryStore
 from tests.service import LONG, PROMPT, SAMPLED, Service, open_service
-from tests.tiny import VOCAB, World, make_world
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[World, MemoryStore]:
-    world, store = make_world(tmp_path_factory.mktemp("tiny")), MemoryStore()
-    world.build(store)
-    return world, store
+from tests.tiny import VOCAB, World
 
 
 @pytest_asyncio.fixture

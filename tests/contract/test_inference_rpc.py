@@ -21,17 +21,9 @@ from loramux.inference.v1 import inference_pb2 as pb
 from loramux.inference.v1 import inference_pb2_grpc
 from shared.rpc.server import RpcServer
 from shared.storage.memory import MemoryStore
-from tests.tiny import World, make_world
+from tests.tiny import World
 
 TOKENS = pb.TokenIds(ids=[5, 6, 7, 8])
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[World, MemoryStore]:
-    world = make_world(tmp_path_factory.mktemp("tiny"))
-    store = MemoryStore()
-    world.build(store)
-    return world, store
 
 
 class Door:

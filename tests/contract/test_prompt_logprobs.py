@@ -15,14 +15,7 @@ from inference_service.serving.service import Delta, Event, Finished, PromptLogp
 from shared.faults import PromptTooLong
 from shared.storage.memory import MemoryStore
 from tests.service import LONG, SAMPLED, Service, open_service
-from tests.tiny import World, make_world, oracle
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[World, MemoryStore]:
-    world, store = make_world(tmp_path_factory.mktemp("tiny")), MemoryStore()
-    world.build(store)
-    return world, store
+from tests.tiny import World, oracle
 
 
 @pytest_asyncio.fixture

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from inference_service.kernels.attention.paged import Context
+from inference_service.kernels.packing import sections
 
 NOWHERE = -1
 """In device memory: the cache row of padding, and the chunk of a tile that no kernel may look at."""
 MIN_BLOCK_SIZE = 16
 CHUNK_FIELDS = 4
-_ALIGN = 4  # int32 elements: every array of a step begins at a multiple of 16 bytes
 
 
 @dataclass(frozen=True)
@@ -55,17 +55,14 @@ class AttentionCapacity:
     @property
     def sections(self) -> dict[str, slice]:
         """Where each array lies in the one int32 buffer of a step; the blocks, seldom all used, come last."""
-        lengths = {
-            "cache_rows": self.rows,
-            "chunks": CHUNK_FIELDS * self.chunks,
-            "tiles": 2 * self.tiles,
-            "blocks": self.chunks * self.blocks_per_chunk,
-        }
-        sections, first = {}, 0
-        for name, length in lengths.items():
-            sections[name] = slice(first, first + length)
-            first += -(-length // _ALIGN) * _ALIGN
-        return sections
+        return sections(
+            {
+                "cache_rows": self.rows,
+                "chunks": CHUNK_FIELDS * self.chunks,
+                "tiles": 2 * self.tiles,
+                "blocks": self.chunks * self.blocks_per_chunk,
+            }
+        )
 
     @property
     def packed_size(self) -> int:

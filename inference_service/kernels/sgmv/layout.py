@@ -12,12 +12,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from inference_service.kernels.packing import aligned, sections
+
 PADDING_SLOT = -1
 """In device memory: the slot of a segment that no kernel may look at."""
 MAX_SLICES = 3
 COUNTER_STRIDE = 8
 """int32 elements from counter to counter: each in a sector of 32 bytes of its own."""
-_ALIGN = 4  # int32 elements: every array of a step begins at a multiple of 16 bytes
 
 
 class Phase(Enum):
@@ -146,23 +147,20 @@ class SegmentCapacity:
     @property
     def sections(self) -> dict[str, slice]:
         """Where each array lies in the one int32 buffer that a step copies to the device."""
-        lengths = {
-            "token_ids": self.entries,
-            "seg_start": self.segments + 1,
-            "seg_slot": self.segments,
-            "scales": self.entries if self.scaled else 0,
-        }
-        sections, first = {}, 0
-        for name, length in lengths.items():
-            sections[name] = slice(first, first + length)
-            first += -(-length // _ALIGN) * _ALIGN
-        return sections
+        return sections(
+            {
+                "token_ids": self.entries,
+                "seg_start": self.segments + 1,
+                "seg_slot": self.segments,
+                "scales": self.entries if self.scaled else 0,
+            }
+        )
 
     @property
     def packed_size(self) -> int:
         """int32 elements of that buffer."""
         last: int = self.sections["scales"].stop
-        return -(-last // _ALIGN) * _ALIGN
+        return aligned(last)
 
 
 def pack_segments(

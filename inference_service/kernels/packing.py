@@ -1,0 +1,23 @@
+"""Several arrays in the one int32 buffer that a step copies to the device."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final
+
+_ALIGN: Final = 4
+"""int32 elements: every array begins at a multiple of 16 bytes."""
+
+
+def aligned(length: int) -> int:
+    """Return the elements that an array of so many takes up."""
+    return -(-length // _ALIGN) * _ALIGN
+
+
+def sections(lengths: Mapping[str, int]) -> dict[str, slice]:
+    """Return where arrays of these lengths lie, one after the other."""
+    found, first = {}, 0
+    for name, length in lengths.items():
+        found[name] = slice(first, first + length)
+        first += aligned(length)
+    return found
