@@ -29,6 +29,7 @@ golden: $(VENV)/.test
 	$(BIN)/python -m tests.golden.kernels.write
 	$(BIN)/python -m tests.golden.kernels.grids
 	$(BIN)/python -m tests.golden.openai.write
+	$(BIN)/python -m tests.golden.metrics.write
 
 docs: $(VENV)/.test
 	$(BIN)/python -m scripts.docs

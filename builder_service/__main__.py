@@ -29,6 +29,7 @@ from shared.settings import BuilderSettings, load_settings
 from shared.sources.open import open_sources
 from shared.storage.open import open_store
 from shared.telemetry import log_to_stderr
+from shared.tracing.setup import open_tracing
 
 log = structlog.get_logger()
 
@@ -43,7 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the service until SIGTERM or SIGINT; returns the exit status."""
     log_to_stderr()
     try:
-        asyncio.run(serve(_settings(arguments)))
+        settings = _settings(arguments)
+        log_to_stderr(settings.log_format)
+        asyncio.run(serve(settings))
     except SettingsInvalid as fault:
         _say(fault)
         return 2
@@ -73,7 +76,9 @@ async def serve(settings: BuilderSettings) -> None:
     await asyncio.to_thread(shop.sweep)
     builds = Builds(shop, Limits(running=settings.max_concurrent_builds, timeout_s=settings.build_timeout_s))
     checks = Checks(shop)
-    server = RpcServer(settings.grpc, {SERVICE_NAME: BuilderServicer(builds, checks).register}, guard)
+    tracing = open_tracing("loramux-builder")
+    server = RpcServer(settings.grpc, {SERVICE_NAME: BuilderServicer(builds, checks).register}, guard, tracing)
+    metrics = builds.meter.listen(settings.metrics, insecure=settings.insecure) if settings.metrics else "off"
     address = await server.start()
     recovered = await builds.recover()
     await server.set_serving(True)
@@ -81,6 +86,7 @@ async def serve(settings: BuilderSettings) -> None:
         "builder service ready",
         builder=identity.name,
         grpc=address,
+        metrics=metrics,
         guarded_by=guard.shown,
         store=shop.store.uri,
         builds_taken_up=recovered,
@@ -92,6 +98,8 @@ async def serve(settings: BuilderSettings) -> None:
     draining = asyncio.create_task(builds.drain(settings.drain_timeout_s))
     await server.drain(settings.drain_timeout_s + 1)
     await draining
+    if tracing is not None:
+        await asyncio.to_thread(tracing.close)
     log.info("builder service stopped")
 
 

@@ -8,7 +8,7 @@ COPY examples examples
 COPY inference_service inference_service
 COPY loramux loramux
 COPY shared shared
-RUN python -m venv /opt/loramux && /opt/loramux/bin/pip install --no-cache-dir '.[builder,gcs,azure]'
+RUN python -m venv /opt/loramux && /opt/loramux/bin/pip install --no-cache-dir '.[builder,gcs,azure,otel]'
 
 FROM python:3.11-slim-bookworm
 COPY --from=install /opt/loramux /opt/loramux

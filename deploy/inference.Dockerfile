@@ -11,7 +11,7 @@ COPY inference_service inference_service
 COPY loramux loramux
 COPY shared shared
 ARG PIP_EXTRA_INDEX_URL
-RUN python -m venv /opt/loramux && /opt/loramux/bin/pip install --no-cache-dir '.[inference,gcs,azure]'
+RUN python -m venv /opt/loramux && /opt/loramux/bin/pip install --no-cache-dir '.[inference,gcs,azure,otel]'
 
 FROM python:3.11-slim-bookworm
 # Triton compiles its launchers on the machine that runs them.

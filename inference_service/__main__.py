@@ -13,12 +13,14 @@ import structlog
 from inference_service.openai_api.server import HttpServer
 from inference_service.rpc.servicer import SERVICE_NAME, InferenceServicer, register
 from inference_service.serving.startup import load
+from inference_service.serving.telemetry.watchers import open_watchers
 from shared.access.guard import open_guard
 from shared.faults import Fault, SettingsInvalid
 from shared.rpc.server import RpcServer, until_signal
 from shared.settings import InferenceSettings, load_settings
 from shared.storage.open import open_store
 from shared.telemetry import log_to_stderr
+from shared.tracing.setup import open_tracing
 
 log = structlog.get_logger()
 
@@ -62,6 +64,7 @@ def main() -> int:
     log_to_stderr()
     try:
         settings = load_settings(InferenceSettings, **flags)
+        log_to_stderr(settings.log_format)
         return asyncio.run(serve(settings))
     except Fault as fault:
         sys.stderr.write(f"inference_service: {fault.reason}: {fault}\n")
@@ -71,12 +74,14 @@ def main() -> int:
 async def serve(settings: InferenceSettings) -> int:
     """Load, listen, and drain at SIGTERM or SIGINT."""
     guard = open_guard(settings, settings.grpc, *filter(None, [settings.http]))
-    ready = await asyncio.to_thread(load, settings, open_store(settings.store))
+    tracing = open_tracing("loramux-inference")
+    watchers = open_watchers(tracing.tracer if tracing else None, log_prompts=settings.log_prompts)
+    ready = await asyncio.to_thread(load, settings, open_store(settings.store), watchers)
     servicer = InferenceServicer(ready.service)
-    server = RpcServer(settings.grpc, {SERVICE_NAME: partial(register, servicer)}, guard)
+    server = RpcServer(settings.grpc, {SERVICE_NAME: partial(register, servicer)}, guard, tracing)
     doors: dict[str, RpcServer | HttpServer] = {}
     if settings.http:
-        doors["http"] = HttpServer(settings.http, ready.service, guard)
+        doors["http"] = HttpServer(settings.http, ready.service, guard, tracing)
     doors["grpc"] = server
     addresses = {name: await door.start() for name, door in doors.items()}
     ready.engine.start()
@@ -87,6 +92,8 @@ async def serve(settings: InferenceSettings) -> int:
     finished = await asyncio.gather(*(door.drain(settings.drain_timeout_s) for door in doors.values()))
     stats = ready.engine.stats
     await ready.engine.stop()
+    if tracing is not None:
+        await asyncio.to_thread(tracing.close)
     log.info("inference service stopped", hit_rate=round(stats.prefix_hit_rate, 3), **asdict(stats))
     return 0 if all(finished) else 1
 

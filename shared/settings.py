@@ -133,6 +133,8 @@ class BuilderSettings(Settings):
     """Seconds that one build may run; then it fails. Keep it below the grace period of `loramux gc`."""
     max_build_gb: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     """GB (10^9 bytes) that one build may write into its work folder; what the disk has when not given."""
+    metrics: Address | None = None
+    """Where `/metrics` listens; closed when not given. It asks for no key: loopback, unless insecure is set."""
 
 
 class InferenceSettings(Settings):

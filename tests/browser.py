@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import itertools
 import json
 import os
 import shutil
@@ -32,7 +33,7 @@ FLAGS = (
 )
 LARGEST = 2**26
 """Bytes of a message; screenshots are the largest."""
-SCREEN_S = 20
+SCREEN_S = 30
 """How long a page may take to show what a test waits for."""
 KEYS = {"Escape": 27, "Enter": 13, "Tab": 9, "ArrowDown": 40, "ArrowUp": 38, "End": 35, " ": 32}
 CTRL = 2
@@ -152,7 +153,7 @@ class Page:
         path.write_bytes(base64.b64decode(shot["data"]))
 
 
-_NUMBERS = iter(range(1, 2**31))
+_NUMBERS = itertools.count(1)
 
 
 @asynccontextmanager

@@ -55,4 +55,5 @@ def _is_control(node: dict[str, Any]) -> bool:
 
 async def overflow(page: Page) -> int:
     """Return by how many CSS pixels the page is wider than the screen."""
-    return int(await page.eval("document.documentElement.scrollWidth - innerWidth"))
+    root = "document.documentElement"
+    return int(await page.eval(f"{root}.scrollWidth - {root}.clientWidth"))

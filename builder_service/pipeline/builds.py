@@ -17,6 +17,7 @@ from builder_service.pipeline.failures import Failures
 from builder_service.pipeline.journal import Journal, JournalEntry
 from builder_service.pipeline.keeper import Keeper
 from builder_service.pipeline.limits import Limits
+from builder_service.pipeline.meter import BuildMeter
 from builder_service.pipeline.pages import Page, names_of_page
 from builder_service.pipeline.request_ids import RequestIds
 from builder_service.pipeline.running import RunningBuild
@@ -63,6 +64,7 @@ class Builds:
         self._tasks: set[asyncio.Task[None]] = set()
         self._keeping: asyncio.Task[None] | None = None
         self._draining = False
+        self.meter = BuildMeter(self._count_running)
 
     async def recover(self) -> int:
         """Take up the builds that the last run of the builder did not end; returns how many.
@@ -96,7 +98,7 @@ class Builds:
             )
         found = self._find(deployment, request_id)
         if found is None:
-            waiting = sum(running.state is State.BUILDING for running in self._builds.values())
+            waiting = self._count_running()
             if waiting >= self._limits.running + self._limits.waiting:
                 raise QueueFull(f"{waiting} builds run or wait, which is the limit. Call again later.")
             found = self._start(
@@ -174,6 +176,9 @@ class Builds:
         if self._keeping is not None:
             self._keeping.cancel()
         self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _count_running(self) -> int:
+        return sum(running.state is State.BUILDING for running in tuple(self._builds.values()))
 
     def _find(self, deployment: Deployment, request_id: str) -> RunningBuild | None:
         known = self._requests.find(request_id, deployment)
@@ -293,6 +298,7 @@ class Builds:
             forgetting = asyncio.create_task(self._forget(running.name))
             self._tasks.add(forgetting)
             forgetting.add_done_callback(self._tasks.discard)
+        self.meter.ended(running)
 
     async def _view(self, name: str) -> DeploymentView | None:
         """Return the newest build of this process while it says more than the store does."""

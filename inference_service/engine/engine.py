@@ -31,6 +31,8 @@ class EngineStats:
     """Tokens of admitted sequences."""
     prefix_tokens_hit: int
     """Of those, tokens whose keys and values were cached."""
+    tokens_generated: int
+    """Tokens of answers, those of answers under way included."""
 
     @property
     def prefix_hit_rate(self) -> float:
@@ -69,6 +71,7 @@ class Engine:
         self._under_way: deque[Pending] = deque()
         self._outputs: list[StepOutput] = []  # not handed out yet: a step that raises loses none
         self._arrivals = 0
+        self._generated = 0
         self._clock = clock
 
     @property
@@ -89,6 +92,7 @@ class Engine:
             preemptions=self._scheduler.preemptions,
             prefix_tokens_queried=self._blocks.stats.queried,
             prefix_tokens_hit=self._blocks.stats.hit,
+            tokens_generated=self._generated,
         )
 
     @property
@@ -157,6 +161,7 @@ class Engine:
             self._blocks.register(seq)
             self.abort(seq.id)
         drawn = token if seq.sampling.max_tokens else None  # None: the prompt was all that was wanted
+        self._generated += drawn is not None
         scores = tuple(seq.prompt_scores) if first else ()
         return StepOutput(seq.id, drawn, finish, seq.num_cached, first=first, prompt=scores)
 

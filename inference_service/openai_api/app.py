@@ -13,13 +13,17 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 from starlette.routing import Route
 
-from inference_service.openai_api import chat, completions, models, tokens
+from inference_service.openai_api import chat, completions, models, state, tokens
 from inference_service.openai_api.errors import on_failure, on_fault, on_http_error
 from inference_service.openai_api.front import Front
+from inference_service.openai_api.page import page_files
 from inference_service.serving.service import GenerationService
 from shared.access.asgi import AccessMiddleware
 from shared.access.keyring import Keyring
+from shared.access.rights import Scope
 from shared.faults import Fault
+from shared.tracing.asgi import TraceMiddleware
+from shared.tracing.door import DoorSpans
 
 Handler = Callable[[GenerationService, HttpRequest], Awaitable[Response]]
 
@@ -31,6 +35,8 @@ class Endpoint:
     method: str
     path: str
     handler: Handler
+    scope: Scope | None = Scope.INFER
+    """Of the keys that open it; None: no key is asked for."""
 
 
 ENDPOINTS: Final = (
@@ -42,13 +48,20 @@ ENDPOINTS: Final = (
     Endpoint("POST", "/tokenize", tokens.tokenize),
     Endpoint("POST", "/detokenize", tokens.detokenize),
     Endpoint("GET", "/version", models.show_version),
-    Endpoint("GET", "/health", models.health),
+    Endpoint("GET", "/health", models.health, None),
+    Endpoint("GET", "/state", state.show_state),
+    Endpoint("GET", "/metrics", models.show_metrics, Scope.METRICS),
+    *(Endpoint("GET", path, handler, None) for path, handler in page_files().items()),
 )
 """Everything that is answered."""
+TRACED: Final = frozenset(endpoint.path for endpoint in ENDPOINTS if endpoint.method == "POST")
+"""What monitors ask all the time is left out."""
 
 
-def create_app(service: GenerationService, keyring: Keyring | None = None) -> Front:
-    """Return the ASGI application; with a keyring, all but /health asks for a key."""
+def create_app(
+    service: GenerationService, keyring: Keyring | None = None, tracing: DoorSpans | None = None
+) -> Front:
+    """Return the ASGI application; with a keyring, all but /health and the page asks for a key."""
     routes = [
         Route(endpoint.path, partial(endpoint.handler, service), methods=[endpoint.method])
         for endpoint in ENDPOINTS
@@ -56,4 +69,7 @@ def create_app(service: GenerationService, keyring: Keyring | None = None) -> Fr
     handlers = {Fault: on_fault, HTTPException: on_http_error, Exception: on_failure}
     app = Starlette(routes=routes, exception_handlers=handlers)
     app.router.redirect_slashes = False
-    return Front(app if keyring is None else AccessMiddleware(app, keyring))
+    scopes = {endpoint.path: endpoint.scope for endpoint in ENDPOINTS}
+    guarded = app if keyring is None else AccessMiddleware(app, keyring, scopes)
+    traced = guarded if tracing is None else TraceMiddleware(guarded, tracing, TRACED)
+    return Front(traced, service.metrics.responded)

@@ -15,7 +15,7 @@ from inference_service.openai_api.forced_call import ForcedCall
 from inference_service.openai_api.logprobs import prompt_logprobs
 from inference_service.openai_api.mapping import chat_request, is_forced, offered_tools
 from inference_service.openai_api.pieces import Plain, Reading
-from inference_service.openai_api.reply import Head, Json, json_response, usage
+from inference_service.openai_api.reply import Head, Json, Tally, json_response, usage
 from inference_service.openai_api.stream import open_stream, while_connected
 from inference_service.openai_api.tagged_calls import TaggedCalls
 from inference_service.serving.request import Delta, Finished, PromptLogprobs, Request, Started
@@ -87,10 +87,12 @@ class Chat:
     async def chunks(self) -> AsyncGenerator[Json]:
         """Yield the answers as they come."""
         ends: list[Finished] = []
+        tally = Tally()
         more: Json = {"usage": None} if self._body.include_usage else {}
         async with aclosing(self._service.generate(self._request)) as events:
             async for event in events:
                 choices: list[Json] = []
+                tally.see(event)
                 match event:
                     case Started():
                         self._head.begin(event)
@@ -102,6 +104,8 @@ class Chat:
                         choices = self._choices[event.index].last_chunks(event)
                         ends.append(event)
                 for choice in choices:
+                    if self._body.continuous_usage:
+                        more["usage"] = tally.usage(choice["index"])
                     yield self._head.body([choice]) | more
                     more.pop("prompt_logprobs", None)
         if self._body.include_usage:

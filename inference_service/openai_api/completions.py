@@ -14,7 +14,7 @@ from inference_service.openai_api.completion_choice import CompletionChoice
 from inference_service.openai_api.logprobs import prompt_logprobs
 from inference_service.openai_api.mapping import completion_requests
 from inference_service.openai_api.merge import merged
-from inference_service.openai_api.reply import Head, Json, json_response, usage
+from inference_service.openai_api.reply import Head, Json, Tally, json_response, usage
 from inference_service.openai_api.schema import CompletionBody
 from inference_service.openai_api.stream import open_stream, while_connected
 from inference_service.serving.request import Delta, Event, Finished, PromptLogprobs, Request, Started
@@ -42,6 +42,7 @@ class Completion:
         text = service.text if body.logprobs is not None else None
         self._choices = [CompletionChoice(index, text) for index in range(self._n * len(requests))]
         self._ends: list[Finished] = []
+        self._tallies = [Tally() for _ in requests]
 
     async def whole(self) -> Json:
         """Return the answers at once."""
@@ -53,9 +54,12 @@ class Completion:
 
     async def chunks(self) -> AsyncGenerator[Json]:
         """Yield the answers as they come."""
-        more = {"usage": None} if self._body.include_usage else {}
+        more: Json = {"usage": None} if self._body.include_usage else {}
         async with aclosing(self._told()) as told:
             async for choice in told:
+                if self._body.continuous_usage:
+                    number, index = divmod(choice["index"], self._n)
+                    more["usage"] = self._tallies[number].usage(index)
                 yield self._head.body([choice]) | more
         if self._body.include_usage:
             yield self._head.body([]) | {"usage": usage(self._ends)}
@@ -69,6 +73,7 @@ class Completion:
 
     def _tell(self, number: int, event: Event) -> list[Json]:
         first = number * self._n
+        self._tallies[number].see(event)
         match event:
             case Started():
                 self._head.begin(event)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from importlib.metadata import version
 
 from starlette.requests import Request as HttpRequest
@@ -10,6 +11,7 @@ from starlette.responses import Response
 from inference_service.openai_api.reply import Json, json_response
 from inference_service.serving.catalog import ServedModel
 from inference_service.serving.service import GenerationService
+from inference_service.serving.telemetry.metrics import CONTENT_TYPE
 from shared.faults import Finding, RequestInvalid
 
 
@@ -45,6 +47,12 @@ def _model(model: ServedModel, service: GenerationService) -> Json:
 async def health(service: GenerationService, http: HttpRequest) -> Response:  # noqa: ARG001
     """Say that requests are taken; a server that drains answers 503 before it gets here."""
     return Response()
+
+
+async def show_metrics(service: GenerationService, http: HttpRequest) -> Response:  # noqa: ARG001
+    """Answer Prometheus; written on a thread, so that a replica of many adapters goes on meanwhile."""
+    body = await asyncio.to_thread(service.metrics.render)
+    return Response(body, headers={"content-type": CONTENT_TYPE})
 
 
 async def show_version(service: GenerationService, http: HttpRequest) -> Response:  # noqa: ARG001

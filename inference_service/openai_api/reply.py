@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,7 +12,7 @@ from pydantic_core import to_json
 from starlette.responses import Response
 
 from inference_service.core.sequence import FinishReason
-from inference_service.serving.request import Finished, Started
+from inference_service.serving.request import Delta, Event, Finished, Started
 
 Json = dict[str, Any]
 """An object, as it is written."""
@@ -67,3 +68,28 @@ def usage(finished: Iterable[Finished]) -> Json:
         "total_tokens": prompt + completion,
         "prompt_tokens_details": {"cached_tokens": sum(end.cached_tokens for end in ends if not end.index)},
     }
+
+
+@dataclass
+class Tally:
+    """Tokens of a prompt, and of each of its answers so far."""
+
+    prompt: int = 0
+    completion: Counter[int] = field(default_factory=Counter)
+    """By the answer's index."""
+
+    def see(self, event: Event) -> None:
+        """Count what an event brings."""
+        if isinstance(event, Started):
+            self.prompt = event.prompt_tokens
+        elif isinstance(event, Delta):
+            self.completion[event.index] += len(event.tokens)
+
+    def usage(self, index: int) -> Json:
+        """Return the tokens of the prompt and of one answer."""
+        completion = self.completion[index]
+        return {
+            "prompt_tokens": self.prompt,
+            "completion_tokens": completion,
+            "total_tokens": self.prompt + completion,
+        }

@@ -56,6 +56,8 @@ class StreamOptions(Body):
 
     include_usage: bool | None = None
     """Send a last chunk that has no choices and the usage."""
+    continuous_usage_stats: bool | None = None
+    """vLLM's: with include_usage, tell with every chunk what its choice has used so far."""
     include_obfuscation: bool | None = None
     """Accepted; there is no padding here."""
 
@@ -101,6 +103,11 @@ class GenerationBody(Body):
     def include_usage(self) -> bool:
         """True when a stream ends with the usage."""
         return bool(self.stream_options and self.stream_options.include_usage)
+
+    @property
+    def continuous_usage(self) -> bool:
+        """True when every chunk of a stream holds the usage so far."""
+        return bool(self.include_usage and self.stream_options and self.stream_options.continuous_usage_stats)
 
 
 class CompletionBody(GenerationBody):

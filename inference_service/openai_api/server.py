@@ -15,6 +15,7 @@ from inference_service.openai_api.protocol import BoundedHttp
 from inference_service.serving.service import GenerationService
 from shared.access.guard import NOBODY_GUARDS, Guard
 from shared.faults import SettingsInvalid
+from shared.tracing.door import DoorSpans
 
 KEEP_ALIVE_S = 65
 """Longer than clients and load balancers keep idle connections, so that they close them first."""
@@ -26,9 +27,15 @@ log = structlog.get_logger()
 class HttpServer:
     """The door on an address ``HOST:PORT``."""
 
-    def __init__(self, address: str, service: GenerationService, guard: Guard = NOBODY_GUARDS) -> None:
+    def __init__(
+        self,
+        address: str,
+        service: GenerationService,
+        guard: Guard = NOBODY_GUARDS,
+        tracing: DoorSpans | None = None,
+    ) -> None:
         self.address = address
-        self._front = create_app(service, guard.keyring)
+        self._front = create_app(service, guard.keyring, tracing)
         config = uvicorn.Config(
             self._front,
             http=BoundedHttp,

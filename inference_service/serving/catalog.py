@@ -29,13 +29,19 @@ class ServedModel:
     warnings: tuple[str, ...] = ()
     brought: Brought = NOTHING
     load_time: datetime = field(default_factory=lambda: datetime.now(UTC))
+    load_s: float = 0.0
+    """Seconds that reading, checking and packing it took."""
 
 
 class Catalog:
     """The base first, where it is served, then the adapters by name. A caller sees what it may use."""
 
-    def __init__(self, generation: int, base_name: str, models: Iterable[ServedModel]) -> None:
+    def __init__(
+        self, generation: int, base_name: str, models: Iterable[ServedModel], load_s: float = 0.0
+    ) -> None:
+        """List what is served; load_s are the seconds from the start of loading until all of it was ready."""
         self.generation = generation
+        self.load_s = load_s
         self.base_name = base_name
         ordered = sorted(models, key=lambda model: (model.name != base_name, model.name))
         self._models = {model.name: model for model in ordered}

@@ -13,7 +13,7 @@ from functools import partial
 import structlog
 
 from inference_service.core.sequence import FinishReason, Sequence, StepOutput
-from inference_service.engine.engine import Engine, EngineStats
+from inference_service.engine.engine import Crowd, Engine, EngineStats
 from shared.faults import QueueFull, ShuttingDown
 
 log = structlog.get_logger()
@@ -79,6 +79,11 @@ class EngineThread:
     def stats(self) -> EngineStats:
         """A snapshot; numbers may be one step old."""
         return self._engine.stats
+
+    @property
+    def crowd(self) -> Crowd:
+        """Who runs and who waits."""
+        return self._engine.crowd
 
     def start(self) -> None:
         """Start the thread; must be called on the event loop."""

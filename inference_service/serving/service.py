@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import secrets
 from collections.abc import AsyncGenerator, Mapping
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from typing import TypeVar
@@ -16,7 +17,7 @@ from inference_service.core.sequence import Sequence
 from inference_service.serving.answer import Answer, DeadlineExceeded
 from inference_service.serving.bounds import check
 from inference_service.serving.brought import Brought
-from inference_service.serving.catalog import Catalog
+from inference_service.serving.catalog import Catalog, ServedModel
 from inference_service.serving.constraints import Constraints
 from inference_service.serving.engine_thread import EngineThread, Outputs
 from inference_service.serving.request import (
@@ -29,6 +30,9 @@ from inference_service.serving.request import (
     Request,
     Started,
 )
+from inference_service.serving.telemetry.metrics import Metrics
+from inference_service.serving.telemetry.record import Watcher, following
+from inference_service.serving.telemetry.replica import EngineView
 from inference_service.serving.text import Text
 from shared.faults import PromptTooLong, RequestInvalid
 
@@ -69,11 +73,22 @@ class GenerationService:
     answers, which come in any mixture and carry their index.
     """
 
-    def __init__(self, catalog: Catalog, text: Text, engine: EngineThread, limits: ServingLimits) -> None:
+    def __init__(
+        self,
+        catalog: Catalog,
+        text: Text,
+        engine: EngineThread,
+        limits: ServingLimits,
+        watchers: Seq[Watcher] = (),
+    ) -> None:
+        """Begin to serve; watchers hear of every request, as the metrics do."""
         self.catalog = catalog
         self.limits = limits
         self.text = text
+        self.metrics = Metrics(catalog, engine)
+        self._watchers = (self.metrics, *watchers)
         self._engine = engine
+        self.engine_view: EngineView = engine
         self._constraints = Constraints(text, limits.eos_token_ids)
 
     async def generate(self, request: Request) -> AsyncGenerator[Event]:
@@ -86,11 +101,33 @@ class GenerationService:
             QueueFull: too many requests wait.
             DeadlineExceeded: the deadline passed.
         """
-        model = self.catalog.get(request.model)
-        check(request, self.text.vocab, self._engine.max_queue)
-        tokens = await self._tokens(request, model.brought)
-        sampling = self._sampling(request, len(tokens), model.brought)
-        grammars = await self._grammars(request, model.brought)
+        with following(request, self._watchers) as follower:
+            model = follower.record.model = self.catalog.get(request.model)
+            check(request, self.text.vocab, self._engine.max_queue)
+            tokens = await self._tokens(request, model.brought)
+            sampling = self._sampling(request, len(tokens), model.brought)
+            grammars = await self._grammars(request, model.brought)
+            answers = self._answers(request, model, tokens, sampling, grammars)
+            seqs = [answer.seq for answer in answers.values()]
+            follower.submitted(seqs)
+            outputs = self._engine.submit(seqs)
+            try:
+                yield Started(request.id, model, self.catalog.generation, len(tokens))
+                async for event in _events(outputs, answers):
+                    follower.see(event)
+                    yield event
+            finally:
+                outputs.close()
+
+    def _answers(
+        self,
+        request: Request,
+        model: ServedModel,
+        tokens: list[int],
+        sampling: SamplingParams,
+        grammars: Seq[Grammar | None],
+    ) -> dict[str, Answer]:
+        """Return the n answers of a request by the ids of their sequences."""
         number = next(_numbers)
         answers: dict[str, Answer] = {}
         for index, grammar in enumerate(grammars):
@@ -105,13 +142,7 @@ class GenerationService:
             )
             detokenizer = self.text.detokenizer(tokens, skip_special_tokens=request.skip_special_tokens)
             answers[seq.id] = Answer(index, seq, detokenizer, request.stop)
-        outputs = self._engine.submit([answer.seq for answer in answers.values()])
-        try:
-            yield Started(request.id, model, self.catalog.generation, len(tokens))
-            async for event in _events(outputs, answers):
-                yield event
-        finally:
-            outputs.close()
+        return answers
 
     async def _tokens(self, request: Request, brought: Brought) -> list[int]:
         prompt = request.prompt

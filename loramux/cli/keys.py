@@ -33,7 +33,8 @@ File = Annotated[
 @shell.command
 def new(
     scope: Annotated[
-        list[Scope], typer.Option("--scope", metavar="SCOPE", help="infer, build or admin; repeatable.")
+        list[Scope],
+        typer.Option("--scope", metavar="SCOPE", help="infer, build, metrics or admin; repeatable."),
     ],
     model: Annotated[
         list[str] | None,

@@ -131,6 +131,7 @@ def show_ready(plan: Plan, models: Sequence[ModelInfo], logs: Path) -> None:
     shell.show("ready", "bold green")
     shell.show(f"  inference  {plan.inference}")
     shell.show(f"  OpenAI     http://{plan.http}/v1")
+    shell.show(f"  page       http://{plan.http}/")
     shell.show(f"  builder    {plan.builder}")
     shell.show(f"  models     {', '.join(model.name for model in models)}")
     shell.show(f"  logs       {logs}")

@@ -15,27 +15,27 @@ Receive: TypeAlias = Callable[[], Awaitable[Message]]
 Send: TypeAlias = Callable[[Message], Awaitable[None]]
 App: TypeAlias = Callable[[Message, Receive, Send], Awaitable[None]]
 
-OPEN = frozenset({"/health"})
-"""What is answered without a key: orchestrators ask it, and it tells nothing else."""
-
 
 class AccessMiddleware:
     """Lets a request in whose key has the scope of its path; what is refused is told as OpenAI's API does."""
 
-    def __init__(self, app: App, keyring: Keyring, scopes: Mapping[str, Scope] | None = None) -> None:
-        """Wrap an ASGI application; paths that scopes does not name need the scope infer."""
+    def __init__(self, app: App, keyring: Keyring, scopes: Mapping[str, Scope | None]) -> None:
+        """Wrap an ASGI application; None opens a path to everybody, and one that is not named needs infer."""
         self._app = app
         self._keyring = keyring
-        self._scopes = scopes or {}
+        self._scopes = scopes
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """Answer a request, or refuse it before anything of its body is read."""
-        if scope["type"] == "lifespan" or (scope["type"] == "http" and scope["path"] in OPEN):
+        if scope["type"] == "lifespan":
+            await self._app(scope, receive, send)
+            return
+        wanted = self._scopes.get(scope["path"], Scope.INFER)
+        if wanted is None and scope["type"] == "http":
             await self._app(scope, receive, send)
             return
         headers = [value.decode("latin-1") for name, value in scope["headers"] if name == b"authorization"]
         try:
-            wanted = self._scopes.get(scope["path"], Scope.INFER)
             access = self._keyring.authorize(bearer(headers), wanted)
         except (Unauthenticated, PermissionDenied) as fault:
             await _refuse(fault, scope["type"], send)

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import structlog
 from opentelemetry import propagate
 from opentelemetry.sdk.resources import SERVICE_NAME, Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter
-from opentelemetry.trace import Span, SpanKind, Status, StatusCode, Tracer
+from opentelemetry.trace import Span, SpanKind, Status, StatusCode, Tracer, format_trace_id
+from structlog.contextvars import bound_contextvars
 
 from shared.tracing.door import Value
+
+log = structlog.get_logger()
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,11 @@ class OtelSpan:
         self.span.set_status(Status(StatusCode.ERROR, reason))
 
 
+class _ToLog(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        log.warning("tracing", problem=record.getMessage())
+
+
 class Tracing:
     """Makes spans and sends them; the caller must close it, or the last ones are lost."""
 
@@ -40,7 +50,13 @@ class Tracing:
 
     @classmethod
     def to(cls, exporter: SpanExporter, service: str) -> Tracing:
-        """Send to an exporter in lots; OTEL_SERVICE_NAME and the like come before the service's name."""
+        """Send to an exporter in lots; OTEL_SERVICE_NAME and the like come before the service's name.
+
+        What the SDK has to say, such as that nobody answers, is in the log like everything else.
+        """
+        logger = logging.getLogger("opentelemetry")
+        logger.propagate = False
+        logger.handlers = [_ToLog(logging.WARNING)]
         named = Resource.create()
         if str(named.attributes.get(SERVICE_NAME)).startswith("unknown_service"):
             named = named.merge(Resource({SERVICE_NAME: service}))
@@ -52,11 +68,17 @@ class Tracing:
     def call(
         self, name: str, headers: Mapping[str, str], attributes: Mapping[str, Value]
     ) -> Iterator[OtelSpan]:
-        """Open the span of a call, below the one that its headers name (``traceparent``)."""
+        """Open the span of a call, below the one that its headers name (``traceparent``).
+
+        Lines of the log that are written meanwhile carry ``trace_id``.
+        """
         parent = propagate.extract(headers)
-        with self.tracer.start_as_current_span(
-            name, parent, SpanKind.SERVER, attributes, record_exception=False, set_status_on_exception=False
-        ) as span:
+        with (
+            self.tracer.start_as_current_span(
+                name, parent, SpanKind.SERVER, attributes, record_exception=False, set_status_on_exception=False
+            ) as span,
+            bound_contextvars(trace_id=format_trace_id(span.get_span_context().trace_id)),
+        ):
             yield OtelSpan(span)
 
     def close(self) -> None:

@@ -36,8 +36,9 @@ def open_tracing(service: str) -> Tracing | None:
         return None
     from shared.tracing.otel import Tracing
 
+    tracing = Tracing.to(found[0].load()(), service)
     log.info("traces are sent", exporter=wanted)
-    return Tracing.to(found[0].load()(), service)
+    return tracing
 
 
 def _wanted() -> str:

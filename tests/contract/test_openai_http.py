@@ -199,6 +199,28 @@ async def test_bodies_are_bounded(door: OpenAIDoor) -> None:
         assert _error(response)["code"] == "request_too_large"
 
 
+@pytest.mark.parametrize(("path", "prompt"), [(CHAT, {}), (COMPLETIONS, {"prompt": ["AB", "CDE"]})])
+async def test_the_usage_so_far_comes_with_every_chunk(
+    door: OpenAIDoor, path: str, prompt: dict[str, Any]
+) -> None:
+    """A chunk tells what its own choice has used; the last ones add up to the usage of the whole request."""
+    asked = {"n": 2, "max_tokens": 6, "ignore_eos": True, "temperature": 1, "seed": 3}
+    asked |= {"stream_options": {"include_usage": True, "continuous_usage_stats": True}}
+    body = (HI | asked) if path == CHAT else ({"model": "rs"} | prompt | asked)
+    *chunks, end = await door.chunks(path, **body)
+    told: dict[int, list[dict[str, int]]] = {}
+    for chunk in chunks:
+        told.setdefault(chunk["choices"][0]["index"], []).append(chunk["usage"])
+    for usages in told.values():
+        counts = [usage["completion_tokens"] for usage in usages]
+        assert counts == sorted(counts)
+        assert counts[-1] == 6
+        assert len({usage["prompt_tokens"] for usage in usages}) == 1
+    assert sum(usages[-1]["completion_tokens"] for usages in told.values()) == end["usage"]["completion_tokens"]
+    prompts = [told[index][-1]["prompt_tokens"] for index in range(0, len(told), 2)]
+    assert sum(prompts) == end["usage"]["prompt_tokens"]
+
+
 async def test_requests_have_ids(door: OpenAIDoor) -> None:
     """A sane id comes back, any other is replaced, and errors have ids too."""
     for path in ("/health", "/nope"):

@@ -76,15 +76,18 @@ REFUSALS: dict[str, Callable[[Case], Case]] = {
     "compute in": lambda case: replace(
         case, inputs=replace(case.inputs, **{k: v.double() for k, v in vars(case.inputs).items()})
     ),
-    "norm does not fit 8 heads of 16": lambda case: replace(case, norm=HeadNorm(torch.ones(7, 16), 1e-5)),
-    "tables must be on cpu": lambda case: replace(
+    "norm does not fit 8 heads of 16": lambda case: replace(
+        case, norm=HeadNorm(torch.ones(7, 16, device=case.inputs.keys.device), 1e-5)
+    ),
+    "tables must be on": lambda case: replace(
         case, tables=AttentionTables.allocate(case.tables.capacity, "meta")
     ),
     "a tile has at most": lambda case: replace(
-        case, tables=AttentionTables.allocate(replace(case.tables.capacity, tile=1000), "cpu")
+        case, tables=AttentionTables.allocate(replace(case.tables.capacity, tile=1000), case.inputs.keys.device)
     ),
     "65535": lambda case: replace(
-        case, tables=AttentionTables.allocate(replace(case.tables.capacity, chunks=70000), "cpu")
+        case,
+        tables=AttentionTables.allocate(replace(case.tables.capacity, chunks=70000), case.inputs.keys.device),
     ),
 }
 
@@ -94,9 +97,9 @@ def _with(case: Case, **changed: torch.Tensor) -> Case:
 
 
 @pytest.mark.parametrize("message", REFUSALS)
-def test_what_does_not_fit_is_refused(message: str) -> None:
+def test_what_does_not_fit_is_refused(message: str, device: str) -> None:
     """A ValueError says what was expected and what came, before anything is launched."""
-    case = make_case(Layout([(1, 20), (10, 30)]))
+    case = make_case(Layout([(1, 20), (10, 30)]), device=device)
     with pytest.raises(ValueError, match=message):
         REFUSALS[message](case).planned()
 

@@ -50,6 +50,10 @@ def test_the_layer_gives_what_the_torch_layer_gives(norm: str, dtype: torch.dtyp
         outs.append(layer(heads.clone(), turn, keys, values, spec, norms[norm]))
 
     exact = {"rtol": 0, "atol": 0} if dtype is torch.float16 else {"rtol": 1e-5, "atol": 1e-6}
+    if (
+        dtype is torch.float16 and place.type == "cuda"
+    ):  # sums have another order there: one may round otherwise
+        exact = {"rtol": torch.finfo(dtype).eps, "atol": torch.finfo(dtype).tiny}
     torch.testing.assert_close(caches[1], caches[0], **exact)
     tolerance = 3e-3 if dtype is torch.float16 else 1e-5
     assert outs[1].shape == (ROWS, HEADS * DIM)

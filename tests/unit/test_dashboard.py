@@ -25,6 +25,10 @@ LINES = [*everything().names(), *of_builder().names()]
 EXPORTED = {line.split(" ")[0]: line.partition("{")[2][:-1].split(",") for line in LINES}
 
 
+def _family(name: str) -> str:
+    return re.sub(r"_(bucket|count|sum)$", "", name)
+
+
 def test_every_query_asks_for_what_is_exported() -> None:
     """Each metric and each label in a query of the dashboard is exported under that name."""
     for query in (*QUERIES, *VARIABLES):
@@ -39,8 +43,15 @@ def test_every_query_asks_for_what_is_exported() -> None:
 def test_everything_that_is_exported_for_people_is_shown() -> None:
     """Each metric of loramux is in some panel, so that none is kept for nobody."""
     shown = set(re.findall(r"loramux_[a-z_]+", " ".join((*QUERIES, *VARIABLES))))
-    families = {re.sub(r"_(bucket|count|sum)$", "", name) for name in EXPORTED if name.startswith("loramux_")}
-    assert {re.sub(r"_(bucket|count|sum)$", "", name) for name in shown} == families
+    families = {_family(name) for name in EXPORTED if name.startswith("loramux_")}
+    assert {_family(name) for name in shown} == families
+
+
+def test_every_metric_is_documented() -> None:
+    """The operator's page names each metric that is exported, and no other."""
+    page = (ROOT / "docs/operations.md").read_text()
+    families = {_family(name) for name in EXPORTED if not name.startswith("process_")}
+    assert set(re.findall(r"`((?:loramux_|vllm:)[a-z_]+)`", page)) == families
 
 
 def test_rates_are_taken_of_counters_alone() -> None:

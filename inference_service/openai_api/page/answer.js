@@ -1,0 +1,136 @@
+/** One model's answer, as a card: what it is, what it says, and how fast. */
+
+import { events, Refused } from "./api.js";
+
+const ENDS = {
+  stop: "The model ended its answer.",
+  length: "The answer reached the most tokens allowed.",
+  stopped: "You stopped it.",
+  error: "The request failed.",
+};
+const TOLD_MS = 1500; // how long a button says what it did
+
+export class Answer {
+  #model;
+  #text = new Text("");
+  #sent = 0;
+  #first = null; // {at, tokens} of the first chunk; times are in milliseconds of performance.now()
+
+  constructor(model, stripe) {
+    this.#model = model;
+    this.card = document.querySelector("#answer").content.cloneNode(true).firstElementChild;
+    this.card.style.setProperty("--stripe", stripe);
+    this.card.setAttribute("aria-label", `Answer of ${model.id}`);
+    this.#part("h3").textContent = model.id;
+    this.#part(".rank").textContent = model.parent ? `rank ${model.ranks.join(", ")}` : "base model";
+    this.#part(".text").append(this.#text);
+    this.#part(".text").setAttribute("aria-label", `Text of ${model.id}`);
+    this.#part(".copy").setAttribute("aria-label", `Copy the answer of ${model.id}`);
+    this.#part(".copy").addEventListener("click", () => this.#copy());
+    this.#describeDigest(this.#part(".digest"));
+    this.#become("waiting");
+  }
+
+  /** Ask the model, and show what comes until the answer ends, fails, or is stopped. */
+  async run(body, signal) {
+    const part = this.#part(".text");
+    part.setAttribute("aria-busy", "true");
+    try {
+      await this.#stream({ ...body, model: this.#model.id }, signal);
+    } catch (error) {
+      this.#fail(error);
+    }
+    part.setAttribute("aria-busy", "false");
+  }
+
+  async #stream(body, signal) {
+    signal.throwIfAborted();
+    this.#sent = performance.now();
+    const wanted = { ...body, stream_options: { include_usage: true, continuous_usage_stats: true } };
+    for await (const { choices, usage } of events("v1/chat/completions", wanted, signal)) {
+      for (const choice of choices) this.#take(choice, usage.completion_tokens);
+      if (!choices.length) this.#describePrompt(usage);
+    }
+  }
+
+  #take(choice, tokens) {
+    const now = performance.now();
+    if (this.#first === null) {
+      this.#first = { at: now, tokens };
+      this.#part(".first").textContent = `${Math.round(now - this.#sent)} ms`;
+      this.#become("streaming");
+    }
+    this.#say(choice.delta.content ?? "");
+    this.#part(".tokens").textContent = tokens;
+    if (tokens > this.#first.tokens && now > this.#first.at) {
+      const pace = ((tokens - this.#first.tokens) * 1000) / (now - this.#first.at);
+      this.#part(".speed").textContent = `${pace.toFixed(pace < 100 ? 1 : 0)} tok/s`;
+    }
+    if (choice.finish_reason) this.#end("done", choice.finish_reason);
+  }
+
+  #say(text) {
+    const part = this.#part(".text");
+    const follows = part.scrollHeight - part.scrollTop - part.clientHeight < 40; // CSS pixels: at the end
+    this.#text.appendData(text);
+    if (follows) part.scrollTop = part.scrollHeight;
+  }
+
+  #describePrompt(usage) {
+    const cached = usage.prompt_tokens_details.cached_tokens;
+    this.#part(".tokens").title = `${usage.prompt_tokens} tokens of prompt, ${cached} of them cached`;
+  }
+
+  #fail(error) {
+    if (error.name === "AbortError") return this.#end("stopped", "stopped");
+    if (!(error instanceof Refused)) throw error;
+    this.#end("failed", "error");
+    this.#part(".error").hidden = false;
+    this.#part(".error").textContent = error.message;
+  }
+
+  #end(state, reason) {
+    this.#become(state);
+    this.#part(".end").textContent = reason;
+    this.#part(".end").title = ENDS[reason] ?? "";
+  }
+
+  #become(state) {
+    this.card.dataset.state = state;
+  }
+
+  #describeDigest(button) {
+    const digest = this.#model.digest;
+    button.hidden = !digest;
+    if (!digest) return;
+    button.textContent = digest.slice(0, 12);
+    button.dataset.tip = digest;
+    button.setAttribute("aria-label", `Copy the digest ${digest}`);
+    button.addEventListener("click", async () => {
+      button.dataset.tip = (await copied(digest)) ? "Copied" : digest;
+      setTimeout(() => (button.dataset.tip = digest), TOLD_MS);
+    });
+  }
+
+  async #copy() {
+    const button = this.#part(".copy");
+    const done = await copied(this.#text.data);
+    if (!done) getSelection().selectAllChildren(this.#part(".text"));
+    button.textContent = done ? "Copied" : "Selected";
+    setTimeout(() => (button.textContent = "Copy"), TOLD_MS);
+  }
+
+  #part(selector) {
+    return this.card.querySelector(selector);
+  }
+}
+
+/** Copy a text; false where the browser does not let us, as on plain HTTP from afar. */
+async function copied(text) {
+  try {
+    await navigator.clipboard.writeText(text);
+    return true;
+  } catch {
+    return false;
+  }
+}

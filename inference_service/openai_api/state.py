@@ -1,0 +1,34 @@
+"""``GET /state``: what the server does at this moment, as the page's panel shows it."""
+
+from __future__ import annotations
+
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
+
+from inference_service.openai_api.reply import Json, json_response
+from inference_service.serving.service import GenerationService
+
+
+async def show_state(service: GenerationService, http: HttpRequest) -> Response:  # noqa: ARG001
+    """Tell the load of the whole server, and which of the caller's models have sequences."""
+    stats = service.engine_view.stats
+    return json_response(
+        {
+            "running": stats.running,
+            "waiting": stats.waiting,
+            "kv_blocks": {"used": stats.blocks_total - stats.blocks_free, "total": stats.blocks_total},
+            "prefix_tokens": {"hit": stats.prefix_tokens_hit, "queried": stats.prefix_tokens_queried},
+            "generated_tokens": stats.tokens_generated,
+            "models": _at_work(service),
+        }
+    )
+
+
+def _at_work(service: GenerationService) -> Json:
+    crowd, found = service.engine_view.crowd, {}
+    for model in service.catalog:
+        inside = model.adapter.name if model.adapter else ""
+        counts = {"running": crowd.running.get(inside, 0), "waiting": crowd.waiting.get(inside, 0)}
+        if any(counts.values()):
+            found[model.name] = counts
+    return found

@@ -1,0 +1,172 @@
+"""The course of one request, for those who watch."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import Context, copy_context
+from dataclasses import dataclass, field
+from typing import Final, Protocol
+
+from inference_service.core.sequence import FinishReason
+from inference_service.core.sequence import Sequence as EngineSequence
+from inference_service.serving.catalog import ServedModel
+from inference_service.serving.request import Delta, Event, Finished, Request
+from shared.faults import Fault, InternalFault
+
+OK: Final = "OK"
+CANCELLED: Final = "CANCELLED"
+"""Beside the reasons of faults, the outcomes of a request."""
+
+
+@dataclass
+class AnswerRecord:
+    """One of the n answers; times are on the clock of ``time.monotonic``."""
+
+    seq: EngineSequence
+    first_s: float | None = None
+    """When its first token got here."""
+    last_s: float | None = None
+    """When its last token so far did."""
+    tokens: int = 0
+    finish: FinishReason | None = None
+
+    @property
+    def pace_s(self) -> float | None:
+        """Mean seconds between its tokens; None below two tokens."""
+        seconds = _between(self.first_s, self.last_s)
+        return None if seconds is None or self.tokens < 2 else seconds / (self.tokens - 1)
+
+
+@dataclass
+class Record:
+    """What is known of a request; times are on the clock of ``time.monotonic``."""
+
+    request: Request
+    model: ServedModel | None = None
+    """None: there is no such model."""
+    answers: list[AnswerRecord] = field(default_factory=list)
+    """Empty until the prompt is tokenized and the constraint compiled."""
+    arrived_s: float = field(default_factory=time.monotonic)
+    submitted_s: float | None = None
+    """When it was given to the engine."""
+    first_s: float | None = None
+    """When the first token of any answer got here."""
+    ended_s: float | None = None
+    outcome: str = ""
+    """OK, CANCELLED or a fault's reason; empty until the end."""
+    context: Context = field(default_factory=copy_context)
+    """Of the call that brought it: the door's span and what it binds to log lines."""
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of the prompt; 0 while they are not known."""
+        return self.answers[0].seq.num_prompt if self.answers else 0
+
+    @property
+    def cached_tokens(self) -> int:
+        """Of the prompt, tokens that the prefix cache held."""
+        return self.answers[0].seq.num_cached if self.answers else 0
+
+    @property
+    def completion_tokens(self) -> int:
+        """Tokens of all answers so far."""
+        return sum(answer.tokens for answer in self.answers)
+
+    @property
+    def began_s(self) -> float | None:
+        """When the first step for it was submitted."""
+        return self.answers[0].seq.began_s if self.answers else None
+
+    @property
+    def queue_s(self) -> float | None:
+        """Seconds between the engine's receipt and its first step for it."""
+        return _between(self.submitted_s, self.began_s)
+
+    @property
+    def ttft_s(self) -> float | None:
+        """Seconds from arrival to the first token."""
+        return _between(self.arrived_s, self.first_s)
+
+    @property
+    def duration_s(self) -> float | None:
+        """Seconds from arrival to end."""
+        return _between(self.arrived_s, self.ended_s)
+
+
+def _between(start: float | None, end: float | None) -> float | None:
+    return None if start is None or end is None else max(0.0, end - start)
+
+
+class Watcher(Protocol):
+    """Hears what happens to requests, on the event loop; must not wait and must not raise."""
+
+    def began(self, record: Record) -> None:
+        """Hear that the first token is there: how long it waited and what was cached is known."""
+        ...
+
+    def said(self, record: Record, delta: Delta) -> None:
+        """Hear more of an answer."""
+        ...
+
+    def ended(self, record: Record) -> None:
+        """Hear the end; comes once for every request, refused ones too."""
+        ...
+
+
+class Follower:
+    """Keeps the record of one request and tells the watchers."""
+
+    def __init__(self, request: Request, watchers: Sequence[Watcher]) -> None:
+        self.record = Record(request)
+        self._watchers = watchers
+
+    def submitted(self, seqs: Sequence[EngineSequence]) -> None:
+        """Note that the engine is given the sequences of the answers."""
+        self.record.answers = [AnswerRecord(seq) for seq in seqs]
+        self.record.submitted_s = time.monotonic()
+
+    def see(self, event: Event) -> None:
+        """Note an event that comes from the engine."""
+        now, record = time.monotonic(), self.record
+        if record.first_s is None:
+            record.first_s = now
+            for watcher in self._watchers:
+                watcher.began(record)
+        if isinstance(event, Delta):
+            answer = record.answers[event.index]
+            answer.first_s = answer.first_s or now
+            answer.last_s = now
+            answer.tokens += len(event.tokens)
+            for watcher in self._watchers:
+                watcher.said(record, event)
+        elif isinstance(event, Finished):
+            record.answers[event.index].finish = event.reason
+
+    def end(self, outcome: str) -> None:
+        """Note the end."""
+        answers = self.record.answers
+        whole = bool(answers) and all(answer.finish for answer in answers)
+        self.record.ended_s = time.monotonic()
+        self.record.outcome = OK if whole else outcome
+        for watcher in self._watchers:
+            watcher.ended(self.record)
+
+
+@contextmanager
+def following(request: Request, watchers: Sequence[Watcher]) -> Iterator[Follower]:
+    """Follow a request to the end of the block, however it ends."""
+    follower, outcome = Follower(request, watchers), InternalFault.reason
+    try:
+        yield follower
+        outcome = OK
+    except Fault as fault:
+        outcome = fault.reason
+        raise
+    except (asyncio.CancelledError, GeneratorExit):
+        outcome = CANCELLED
+        raise
+    finally:
+        follower.end(outcome)

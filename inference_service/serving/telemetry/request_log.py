@@ -1,0 +1,63 @@
+"""One line in the log for every request that ended."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any
+
+import structlog
+from structlog.contextvars import get_contextvars
+
+from inference_service.serving.request import Delta
+from inference_service.serving.telemetry.record import Record
+
+log = structlog.get_logger()
+MAX_NAME = 128
+"""Characters of a model that does not exist."""
+
+
+class RequestLog:
+    """Says who asked for what and how it went; what was asked and answered only with texts."""
+
+    def __init__(self, *, texts: bool = False) -> None:
+        self._texts = texts
+        self._said: defaultdict[str, defaultdict[int, str]] = defaultdict(lambda: defaultdict(str))
+
+    def began(self, record: Record) -> None:
+        """Say nothing yet."""
+
+    def said(self, record: Record, delta: Delta) -> None:
+        """Keep the text, where texts are wanted."""
+        if self._texts:
+            self._said[record.request.id][delta.index] += delta.text
+
+    def ended(self, record: Record) -> None:
+        """Write the line, in the context of the call: with the id that the door gave it."""
+        said: Mapping[int, str] = self._said.pop(record.request.id, {})
+        texts = {"prompt": record.request.prompt, "answers": [said[index] for index in sorted(said)]}
+        record.context.run(_write, record, texts if self._texts else {})
+
+
+def _write(record: Record, texts: Mapping[str, Any]) -> None:
+    request, model = record.request, record.model
+    log.info(
+        "request ended",
+        request_id=get_contextvars().get("request_id", request.id),
+        id=request.id,
+        model=model.name if model else request.model[:MAX_NAME],
+        digest=model.digest[:12] if model else "",
+        outcome=record.outcome,
+        finish=[answer.finish.value if answer.finish else None for answer in record.answers],
+        prompt_tokens=record.prompt_tokens,
+        cached_tokens=record.cached_tokens,
+        completion_tokens=record.completion_tokens,
+        queue_ms=_ms(record.queue_s),
+        ttft_ms=_ms(record.ttft_s),
+        duration_ms=_ms(record.duration_s),
+        **texts,
+    )
+
+
+def _ms(seconds: float | None) -> float | None:
+    return None if seconds is None else round(seconds * 1e3, 1)
