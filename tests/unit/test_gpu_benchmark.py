@@ -1,4 +1,4 @@
-"""``benchmarks/gpu.py``, rehearsed where there is no GPU: on the day that there is one, it must work at once."""
+"""``benchmarks/gpu.py``, rehearsed where there is no GPU: when there is one, it must work at once."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def test_points_beyond_the_time_are_left_out_and_named() -> None:
 
 def test_numbers_have_the_digits_that_count() -> None:
     """Three, and words for what is not there."""
-    values = [None, math.nan, "two", 12345.6, 45.67, 1.234, 0.9951, 3.0]
+    values = [None, math.nan, "two", 12345.6, 45.67, 1.234, 0.9951, 3]
     assert [*map(shown, values)] == ["-", "rehearsal", "two", "12346", "45.7", "1.23", "1.00", "3"]
 
 

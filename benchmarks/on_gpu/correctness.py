@@ -1,0 +1,229 @@
+"""What runs before anything is timed: the kernels' tests, then fresh inputs of real sizes against fp64."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from benchmarks.on_gpu.device import Device
+from benchmarks.on_gpu.machine import ROOT
+from benchmarks.on_gpu.run import Run, Scale
+from inference_service.kernels import rows
+from inference_service.kernels.rows import reference as rows_reference
+from inference_service.kernels.sampling import RowParams, SamplingTables, pack_rows, sample
+from inference_service.kernels.sampling import reference as sampling_reference
+from inference_service.kernels.sgmv import PREFILL_TILE, pack_segments
+from tests.kernels import attention_case, sgmv_case
+
+NEEDS_NO_GPU: Final = ("test_aot.py", "test_sgmv_ordering.py", "test_cpu_ops.py")
+"""Ahead-of-time compilation, and the CPU's operations."""
+QUICK_TESTS: Final = ("test_sgmv.py", "test_attention.py")
+REHEARSED_TEST: Final = "test_attention_tables.py::test_only_blocks_in_use_are_copied"
+WORKERS: Final = 12
+"""Most of a GPU's first run of the tests is compiling."""
+TESTS_S: Final = 300.0
+"""Far more than they take: what hangs is red."""
+ROW_TOLERANCE: Final = {torch.bfloat16: 2e-2, torch.float32: 1e-5}
+"""Largest relative error of an element of a norm or a gate: two to three roundings."""
+
+
+class Red(RuntimeError):
+    """A kernel computes wrongly: nothing may be timed."""
+
+
+def run(run: Run) -> None:
+    """Test and check.
+
+    Raises:
+        Red: a test failed, or an error is above its bound.
+    """
+    run_tests(run)
+    run_checks(run, CHECKS if run.scale is not Scale.REHEARSAL else REHEARSED_CHECKS)
+
+
+def run_checks(run: Run, checks: Mapping[str, Check]) -> None:
+    """Check one after the other.
+
+    Raises:
+        Red: an error is above its bound, or is none.
+    """
+    for name, check in checks.items():
+        worst, bound = check(run.device)
+        # Errors are no timings: they are told in a rehearsal too.
+        run.add({"check": name}, {"error": f"{worst:.2g}", "bound": f"{bound:.2g}"})
+        if not worst <= bound:
+            raise Red(f"{name}: error {worst:.3g}, at most {bound:.3g} is right")
+
+
+def run_tests(run: Run) -> None:
+    """Run the kernels' tests in a process of their own, on the GPU where there is one.
+
+    Raises:
+        Red: one failed, or they did not end in time.
+    """
+    folder = "tests/kernels"
+    tests = [f"{folder}/{REHEARSED_TEST}"]
+    environment = dict(os.environ)
+    if not run.device.rehearses:
+        tests = [f"{folder}/{name}" for name in QUICK_TESTS] if run.scale is Scale.QUICK else [folder]
+        tests += [f"--ignore={folder}/{name}" for name in NEEDS_NO_GPU]
+        # Compiled kernels refuse tensors of the CPU: what passes without the interpreter ran on the GPU.
+        environment.pop("TRITON_INTERPRET", None)
+        if importlib.util.find_spec("xdist"):
+            tests += ["-n", str(min(WORKERS, os.cpu_count() or 1)), "--dist", "worksteal"]
+    command = [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider", *tests]
+    try:
+        done = subprocess.run(  # noqa: S603 - our own tests
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=TESTS_S
+        )
+    except subprocess.TimeoutExpired as error:
+        raise Red(f"the kernels' tests did not end in {TESTS_S:.0f} s") from error
+    said = done.stdout.strip().splitlines()[-40:]
+    if done.returncode != 0:
+        raise Red("\n".join(["the kernels' tests fail:", *said, *done.stderr.strip().splitlines()[-5:]]))
+    run.note(f"pytest {' '.join(tests)}: {said[-1].strip('= ')}")
+
+
+Check = Callable[[Device], tuple[float, float]]
+"""Returns the worst error and its bound."""
+
+
+def sgmv(*, fused: bool, **case: Any) -> Check:
+    """SGMV, launched and then replayed from a graph with other segments than it was recorded with."""
+
+    def check(device: Device) -> tuple[float, float]:
+        made = sgmv_case.make_case(**case, dtype=device.dtype, device=str(device.where))
+        before = made.out.clone()
+        made.run(fused=fused)
+        worst = float(sgmv_case.relative_errors(made.out, before, made).max())
+        graph = device.recorder().capture(lambda: made.run(fused=fused))
+        later = sorted(case["slots"], reverse=True)
+        made.x.nan_to_num_(nan=1.0)  # rows that were the base's have an adapter now
+        made.segments.load(torch.from_numpy(pack_segments(made.segments.capacity, later)))
+        made.workspace.fill_(torch.nan)
+        made.out.copy_(before)
+        graph.replay()
+        device.wait()
+        worst = max(worst, float(sgmv_case.relative_errors(made.out, before, made).max()))
+        base = [row for row, slot in enumerate(later) if slot < 0]
+        untouched = torch.equal(made.out[base], before[base])
+        return worst if untouched else torch.inf, sgmv_case.TOLERANCE[device.dtype]
+
+    return check
+
+
+def attention(chunks: Sequence[tuple[int, int]], heads: attention_case.Heads, **options: Any) -> Check:
+    """Attention over scattered blocks, the rest of the cache poisoned."""
+
+    def check(device: Device) -> tuple[float, float]:
+        layout = attention_case.Layout(chunks, decode_only=all(length == 1 for length, _ in chunks))
+        made = attention_case.make_case(layout, heads, dtype=device.dtype, device=str(device.where), **options)
+        keys, values = made.inputs.keys.clone(), made.inputs.values.clone()
+        found = attention_case.errors(made.run(), made.expected(keys, values))
+        return float(found.max()), attention_case.TOLERANCE[device.dtype]
+
+    return check
+
+
+def row_kernels(num: int, dim: int, width: int) -> Check:
+    """Norm with addition, gate, embedding and cap."""
+
+    def check(device: Device) -> tuple[float, float]:
+        def draw(*shape: int) -> Tensor:
+            return torch.randn(shape, dtype=device.dtype, device=device.where)
+
+        hidden, delta, weight, gate_up = draw(num, dim), draw(num, dim), draw(dim), draw(num, 2 * width)
+        tokens = torch.arange(num, device=device.where).flip(0)
+        logits, fp64 = draw(num, width) * 20, torch.float64
+        normed = rows.rms_norm(hidden, weight, eps=1e-5, delta=delta)  # hidden is the sum from here on
+        pairs = [(normed, rows_reference.rms_norm(hidden, weight, eps=1e-5, offset=0.0, dtype=fp64))]
+        pairs.append((rows.gated(gate_up, "silu"), rows_reference.gated(gate_up, "silu", fp64)))
+        pairs.append((rows.embed(tokens, delta, 3.0), rows_reference.embed(tokens, delta, 3.0, fp64)))
+        capped = rows_reference.softcap(logits, 30.0, fp64)
+        rows.softcap(logits, 30.0)
+        pairs.append((logits, capped))
+        return max(_worst(found, expected) for found, expected in pairs), ROW_TOLERANCE[device.dtype]
+
+    return check
+
+
+def sampler(vocab: int) -> Check:
+    """Tokens drawn otherwise than by sorting in fp64."""
+
+    def check(device: Device) -> tuple[float, float]:
+        asked = [RowParams(), RowParams(1.0, seed=5), RowParams(0.7, top_k=50, seed=9, num_generated=3)]
+        asked += [RowParams(1.2, top_p=0.9, seed=2), RowParams(1.0, min_p=0.05, seed=-1)]
+        logits = torch.randn(len(asked), vocab, dtype=device.dtype, device=device.where) * 3
+        tables = SamplingTables.allocate(len(asked), vocab, device.where)
+        tables.load(torch.from_numpy(pack_rows(len(asked), asked)))
+        ids = torch.full((len(asked),), -7, dtype=torch.int64, device=device.where)
+        sample(logits, tables, ids)
+        expected = sampling_reference.sample(logits.cpu(), asked)
+        return float((ids.cpu() != expected).sum()), 0.0
+
+    return check
+
+
+def _worst(found: Tensor, expected: Tensor) -> float:
+    """The largest relative error of an element; those near 0 count as 0.01."""
+    error = (found.double() - expected).abs() / expected.abs().clamp(min=1e-2)
+    return float(error.nan_to_num(nan=torch.inf).max())
+
+
+_MIXED: Final = [
+    (16, 16, 16),
+    (64, 0, 8),
+    (8, 8, 8),
+    (0, 0, 0),
+    (32, 16, 16),
+    (16, 0, 16),
+    (64, 64, 64),
+    (4, 4, 4),
+]
+_DECODE: Final[dict[str, Any]] = {
+    "slots": [(7 * row) % 9 - 1 for row in range(64)],
+    "ranks": _MIXED,
+    "K": 4096,
+    "sizes": (4096, 1024, 1024),
+}
+_DOWN: Final[dict[str, Any]] = {
+    "slots": list(range(16)) * 2,
+    "ranks": [(16,)] * 16,
+    "K": 14336,
+    "sizes": (4096,),
+}
+_PREFILL: Final[dict[str, Any]] = {
+    "slots": [0] * 300 + [-1] * 50 + [1] * 170 + [2] * 40,
+    "ranks": [(16, 16), (64, 8), (128, 128)],
+    "K": 4096,
+    "sizes": (14336, 14336),
+    "tile": PREFILL_TILE,
+}
+_HEADS: Final = attention_case.Heads(32, 8, 128)
+CHECKS: Final[dict[str, Check]] = {
+    "sgmv qkv, mixed ranks": sgmv(fused=False, **_DECODE),
+    "sgmv qkv, mixed ranks, one launch": sgmv(fused=True, **_DECODE),
+    "sgmv down": sgmv(fused=False, **_DOWN),
+    "sgmv down, one launch": sgmv(fused=True, **_DOWN),
+    "sgmv gate and up, prompts": sgmv(fused=False, **_PREFILL),
+    "attention, decode": attention([(1, 4096), (1, 513), (1, 17), (1, 2000)], _HEADS),
+    "attention, one long context": attention([(1, 32000)], _HEADS),
+    "attention, prompts and decode": attention([(1, 3000), (512, 2048), (300, 300), (1, 1)], _HEADS),
+    "attention, window and cap": attention([(1, 3000), (512, 2048)], _HEADS, window=1024, softcap=50.0),
+    "norm, gate, embedding, cap": row_kernels(64, 4096, 14336),
+    "sampler, 128256 tokens": sampler(128256),
+}
+REHEARSED_CHECKS: Final[dict[str, Check]] = {
+    "sgmv": sgmv(fused=False, slots=[0, 1, -1, 1], ranks=[(4, 0), (8, 4)], K=64, sizes=(32, 16)),
+    "sgmv, one launch": sgmv(fused=True, slots=[0, 1, -1, 1], ranks=[(4, 0), (8, 4)], K=64, sizes=(32, 16)),
+    "attention": attention([(1, 20), (5, 5)], attention_case.Heads(2, 1, 16)),
+    "norm, gate, embedding, cap": row_kernels(2, 64, 96),
+    "sampler": sampler(300),
+}

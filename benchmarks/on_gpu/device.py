@@ -1,0 +1,143 @@
+"""What is measured on: a GPU with its clock, or in a rehearsal the interpreter, which has none."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Final, Protocol
+
+import torch
+
+from inference_service.engine.graphs import CudaRecorder, Recorder
+from inference_service.engine.tape import TapeRecorder
+
+FLUSH: Final = 4
+"""What is read between two measurements, as a multiple of the L2 cache."""
+
+
+class Device(Protocol):
+    """Runs work and tells the time on the device."""
+
+    @property
+    def where(self) -> torch.device:
+        """Of all tensors."""
+        ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of weights and activations."""
+        ...
+
+    @property
+    def rehearses(self) -> bool:
+        """Whether nothing is timed, and every size is tiny."""
+        ...
+
+    def recorder(self) -> Recorder:
+        """Return what records graphs here."""
+        ...
+
+    def flush(self) -> None:
+        """Leave nothing in the cache that the next work reads."""
+        ...
+
+    def mark(self) -> Any:
+        """Note when the device gets here."""
+        ...
+
+    def between_us(self, begin: Any, end: Any) -> float:
+        """Microseconds from one mark to the other, once `wait` has returned; NaN where there is no clock."""
+        ...
+
+    def wait(self) -> None:
+        """Return when the device has done everything."""
+        ...
+
+    def now_s(self) -> float:
+        """The host's clock; NaN in a rehearsal."""
+        ...
+
+
+class Gpu:
+    """The current CUDA device."""
+
+    dtype = torch.bfloat16
+    rehearses = False
+
+    def __init__(self) -> None:
+        self.where = torch.device("cuda", torch.cuda.current_device())
+
+    @cached_property
+    def _cold(self) -> torch.Tensor:
+        size = FLUSH * torch.cuda.get_device_properties(self.where).L2_cache_size
+        return torch.zeros(max(size, 2**26) // 4, dtype=torch.int32, device=self.where)
+
+    def recorder(self) -> Recorder:
+        """CUDA's graphs."""
+        return CudaRecorder(self.where)
+
+    def flush(self) -> None:
+        """Read something else: what is read leaves nothing behind that has to be written back."""
+        self._cold.max()
+
+    def mark(self) -> Any:
+        """An event on the current stream."""
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        event.record()
+        return event
+
+    def between_us(self, begin: Any, end: Any) -> float:
+        """Events have a resolution of about half a microsecond."""
+        return float(begin.elapsed_time(end)) * 1e3
+
+    def wait(self) -> None:
+        """For all streams."""
+        torch.cuda.synchronize()
+
+    def now_s(self) -> float:
+        """Monotonic."""
+        return time.perf_counter()
+
+
+class Rehearsal:
+    """Triton's interpreter on the CPU; tapes stand in for graphs, and are as strict."""
+
+    where = torch.device("cpu")
+    dtype = torch.float32
+    rehearses = True
+
+    def recorder(self) -> Recorder:
+        """Tapes."""
+        return TapeRecorder()
+
+    def flush(self) -> None:
+        """Nothing."""
+
+    def mark(self) -> Any:
+        """Nothing."""
+
+    def between_us(self, _begin: Any, _end: Any) -> float:
+        """Unknown."""
+        return math.nan
+
+    def wait(self) -> None:
+        """Nothing is under way."""
+
+    def now_s(self) -> float:
+        """Unknown."""
+        return math.nan
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What is known of the card before anything runs."""
+
+    device: Device
+    copy_gb_s: float
+    """Bytes read and written by a copy of a large tensor, per second: what floors are computed with."""
+
+    def floor_us(self, num_bytes: int) -> float:
+        """Microseconds in which so many bytes can be moved."""
+        return num_bytes / self.copy_gb_s / 1e3

@@ -1,0 +1,89 @@
+"""A decoder of Llama's shape with random weights, and random adapters for it: no files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from inference_service.lora.weights import AdapterWeights, GroupWeights
+from inference_service.models.config import ModelConfig
+from inference_service.models.families.llama import FAMILY
+from inference_service.models.hf_config import HfConfig
+
+ARCHITECTURE: Final = "LlamaForCausalLM"
+LLAMA_8B: Final[dict[str, Any]] = {
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "max_position_embeddings": 8192,
+    "rope_theta": 500000.0,
+}
+LLAMA_1B: Final[dict[str, Any]] = LLAMA_8B | {
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "tie_word_embeddings": True,
+}
+TINY: Final[dict[str, Any]] = LLAMA_8B | {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "vocab_size": 260,
+    "max_position_embeddings": 256,
+    "tie_word_embeddings": True,
+}
+SCALE: Final = 0.02
+
+
+def config_fields(shape: dict[str, Any]) -> dict[str, Any]:
+    """``config.json`` of a shape."""
+    return shape | {
+        "architectures": [ARCHITECTURE],
+        "model_type": "llama",
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-5,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "torch_dtype": "bfloat16",
+    }
+
+
+def config_of(shape: dict[str, Any]) -> ModelConfig:
+    """The configuration of a shape."""
+    return FAMILY.read(HfConfig(config_fields(shape), ARCHITECTURE))
+
+
+class RandomTensors:
+    """Stands in for a checkpoint: whatever is asked for is drawn on the device."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        self.dtype, self.device = dtype, device
+
+    def first(self, names: Sequence[str]) -> str:
+        """Every name is there."""
+        return names[0]
+
+    def get(self, _name: str, shape: tuple[int, ...]) -> Tensor:
+        """Weights of norms are about 1, others small."""
+        drawn = torch.randn(shape, dtype=self.dtype, device=self.device).mul_(SCALE)
+        return drawn.add_(1.0) if len(shape) == 1 else drawn
+
+
+def random_adapter(config: ModelConfig, rank: int, dtype: torch.dtype) -> AdapterWeights:
+    """Rank ``rank`` in every module of every layer, in the host's memory; all layers share theirs."""
+    layer = {
+        group.name: GroupWeights(
+            a=torch.randn(rank * len(group.modules), group.in_features, dtype=dtype) * SCALE,
+            b=tuple(torch.randn(rank, out, dtype=dtype) * SCALE for out in group.out_features),
+        )
+        for group in config.groups
+    }
+    return AdapterWeights((layer,) * config.dims.num_layers)

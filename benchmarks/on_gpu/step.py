@@ -1,0 +1,246 @@
+"""A decode step of an 8B-shaped model: with adapters and without, launched from Python and from graphs."""
+
+from __future__ import annotations
+
+import gc
+import math
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import torch
+
+from benchmarks.on_gpu.device import Device
+from benchmarks.on_gpu.model import LLAMA_8B, TINY, RandomTensors, config_of, random_adapter
+from benchmarks.on_gpu.run import Run
+from benchmarks.on_gpu.targets import OF_BASE
+from inference_service.core.batch import Batch, Chunk
+from inference_service.core.sampling import SamplingParams
+from inference_service.core.sequence import Adapter, Sequence
+from inference_service.engine.graph_runner import GraphRunner
+from inference_service.engine.graphs import Graph, Recorder
+from inference_service.engine.runner import Runner
+from inference_service.engine.scheduler import Limits
+from inference_service.engine.tape import CaptureRefused, Tape, TapeRecorder
+from inference_service.layers.operations import TritonOperations
+from inference_service.lora.triton_backend import TritonLora
+from inference_service.models.decoder import Decoder
+
+RANK: Final = 16
+BLOCK_SIZE: Final = 16
+STEPS: Final = 20
+EAGER_STEPS: Final = 5
+RESERVE_BYTES: Final = 6 * 2**30
+"""Of the device, left to activations, graphs and workspaces."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is run."""
+
+    shape: dict[str, Any]
+    loaded: tuple[int, ...]
+    """Adapters, level by level."""
+    batches: tuple[int, ...]
+    contexts: tuple[int, ...]
+
+
+FULL: Final = Plan(LLAMA_8B, (0, 1, 8, 16, 64), (1, 8, 32, 64, 128), (512, 4096))
+QUICK: Final = Plan(LLAMA_8B, (0, 8, 64), (1, 32), (512,))
+REHEARSAL: Final = Plan(TINY, (0, 2), (2,), (20,))
+
+
+@dataclass(frozen=True)
+class Point:
+    """So many rows, of which each takes one of the active adapters in turn; 0 active: base rows."""
+
+    loaded: int
+    active: int
+    batch: int
+    context: int
+
+
+@dataclass
+class TimedRecorder:
+    """Records graphs whose replays are marked on the device."""
+
+    device: Device
+    inner: Recorder
+    marks: list[tuple[Any, Any]] = field(default_factory=list)
+
+    def capture(self, work: Callable[[], None]) -> Graph:
+        """Record."""
+        return _Timed(self.inner.capture(work), self)
+
+    def taken_us(self) -> list[float]:
+        """Times of the replays since the last call."""
+        self.device.wait()
+        taken = [self.device.between_us(begin, end) for begin, end in self.marks]
+        self.marks.clear()
+        return taken
+
+
+@dataclass(frozen=True)
+class _Timed:
+    graph: Graph
+    recorder: TimedRecorder
+
+    def replay(self) -> None:
+        begin = self.recorder.device.mark()
+        self.graph.replay()
+        self.recorder.marks.append((begin, self.recorder.device.mark()))
+
+
+class Steps:
+    """The model, its adapters, and the figures of the engine without any."""
+
+    def __init__(self, run: Run, plan: Plan) -> None:
+        self._run, self._plan, self._device = run, plan, run.device
+        self._config = config_of(plan.shape)
+        dims, where, dtype = self._config.dims, run.device.where, run.device.dtype
+        operations = TritonOperations(dims, dtype, where)
+        self._model = Decoder(self._config, RandomTensors(dtype, where), operations)
+        self._lora = TritonLora(self._config.groups, dtype, where)
+        self._adapter = random_adapter(self._config, RANK, dtype)
+        self._bytes_per_token = (
+            2 * dims.num_layers * dims.num_kv_heads * dims.head_dim * torch.finfo(dtype).bits // 8
+        )
+        self._base: dict[tuple[int, int], float] = {}
+
+    def measure(self) -> None:
+        """Load more adapters level by level; at each, build an engine's runner and time its steps."""
+        for loaded in self._plan.loaded:
+            while self._lora.num_slots < loaded:
+                self._lora.load(self._adapter)
+            if self._run.left_s <= 0:
+                self._run.note(f"out of time before {loaded} adapters were measured")
+                return
+            self._level(loaded)
+            gc.collect()
+            if self._device.where.type == "cuda":
+                torch.cuda.empty_cache()
+
+    def _level(self, loaded: int) -> None:
+        points = self._points(loaded)
+        if not points:
+            return
+        launches = self._launches()
+        recorder = TimedRecorder(self._device, self._device.recorder())
+        most = max(_blocks(point) for point in points)
+        runner = self._runner(most, max(self._plan.batches), recorder)
+        # Before anything is recorded, the runner launches every step from Python.
+        eager = {point: self._drive(runner, point, EAGER_STEPS) for point in points if self._run.left_s > 0}
+        runner.capture()
+        recorder.taken_us()
+
+        def measure(point: Point) -> None:
+            wall = self._drive(runner, point, STEPS)
+            graph = statistics.median(recorder.taken_us())
+            if not loaded:
+                self._base[point.batch, point.context] = graph
+            base = self._base.get((point.batch, point.context))
+            self._run.add(
+                {name: getattr(point, name) for name in ("loaded", "active", "batch", "context")},
+                {
+                    "graph us": graph,
+                    OF_BASE: None if base is None else base / graph,
+                    "step us": wall,
+                    "eager us": eager.get(point, math.nan),
+                    "tokens/s": point.batch / wall * 1e6,
+                    "launches": launches[point.active > 0],
+                },
+            )
+
+        self._run.each(points, measure)
+
+    def _points(self, loaded: int) -> list[Point]:
+        """All that fit the device; and base rows beside the most adapters."""
+        points = []
+        for context in self._plan.contexts:
+            for batch in self._plan.batches:
+                point = Point(loaded, min(loaded, batch), batch, context)
+                if not self._fits(point):
+                    self._run.note(f"the cache of {point} does not fit")
+                    continue
+                points.append(point)
+                if loaded == max(self._plan.loaded):
+                    points.append(Point(loaded, 0, batch, context))
+        return points
+
+    def _fits(self, point: Point) -> bool:
+        if self._device.where.type != "cuda":
+            return True
+        free, _ = torch.cuda.mem_get_info(self._device.where)
+        return self._bytes_per_token * BLOCK_SIZE * _blocks(point) < free - RESERVE_BYTES
+
+    def _runner(self, num_blocks: int, max_seqs: int, recorder: Recorder) -> GraphRunner:
+        longest = max(self._plan.contexts)
+        limits = Limits(max_tokens=longest, max_seqs=max_seqs, max_adapters=max_seqs, max_seq_len=longest)
+        return GraphRunner(self._model, self._lora, num_blocks, BLOCK_SIZE, limits, recorder)
+
+    def _launches(self) -> dict[bool, int | None]:
+        """Launches of a step of one row, with adapters and without, as a tape counts them."""
+        recorder = _Tapes()
+        try:
+            self._runner(_blocks(Point(0, 0, 1, max(self._plan.contexts))), 1, recorder).capture()
+        except CaptureRefused as refusal:  # nothing that is timed needs a tape
+            self._run.note(f"launches are not counted: {refusal}")
+            return {True: None, False: None}
+        counts = [len(tape.names) for tape in recorder.tapes]
+        return {True: max(counts), False: min(counts)}
+
+    def _drive(self, runner: Runner, point: Point, steps: int) -> float:
+        """Microseconds of a step on the host's clock, the next one submitted before the last is waited for."""
+        batch = _batch(point)
+        steps = 1 if self._device.rehearses else steps
+        pending = runner.submit(batch)
+        pending.tokens()
+        self._device.wait()
+        walls = []
+        pending = runner.submit(batch)
+        for _ in range(steps):
+            begin = self._device.now_s()
+            following = runner.submit(batch)
+            pending.tokens()
+            walls.append((self._device.now_s() - begin) * 1e6)
+            pending = following
+        pending.tokens()
+        return statistics.median(walls)
+
+
+class _Tapes:
+    """Keeps the tapes."""
+
+    def __init__(self) -> None:
+        self.tapes: list[Tape] = []
+        self._inner = TapeRecorder()
+
+    def capture(self, work: Callable[[], None]) -> Graph:
+        """Record, and keep."""
+        self.tapes.append(self._inner.capture(work))
+        return self.tapes[-1]
+
+
+def run(run: Run) -> None:
+    """Time every level and point."""
+    (plan,) = run.choose((FULL,), (QUICK,), (REHEARSAL,))
+    Steps(run, plan).measure()
+
+
+def _blocks(point: Point) -> int:
+    return point.batch * -(-point.context // BLOCK_SIZE)
+
+
+def _batch(point: Point) -> Batch:
+    """Sequences of one context, all of it but the last token in the cache, whose blocks are scattered."""
+    each = -(-point.context // BLOCK_SIZE)
+    order = torch.randperm(_blocks(point)).view(point.batch, each).tolist()
+    chunks = []
+    for row, blocks in enumerate(order):
+        slot = row % point.active if point.active else None
+        adapter = None if slot is None else Adapter(f"a{slot}", slot + 1, slot)
+        seq = Sequence(str(row), [2] * point.context, SamplingParams(), adapter)
+        seq.blocks, seq.num_computed = blocks, point.context - 1
+        chunks.append(Chunk(seq, 1))
+    return Batch(tuple(chunks))

@@ -1,0 +1,189 @@
+"""Other tiles than those of SGMV's tables: which win, bucket by bucket.
+
+A launch is a value, so a candidate is the shipped launch with other tiles in it. Candidates that do not fit the
+device are left out, and so are those whose result differs from the shipped one's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import product
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from benchmarks.on_gpu.run import Run
+from benchmarks.on_gpu.sgmv import Linear, Point
+from benchmarks.on_gpu.timing import copies_of, replayed
+from inference_service.kernels.launch import Launch, architecture_of
+from inference_service.kernels.sgmv.fused_launch import fuse, resident_programs
+from inference_service.kernels.sgmv.tuning import (
+    DECODE_TILE,
+    ExpandConfig,
+    FusedConfig,
+    ShrinkConfig,
+    fused_config,
+    phase_of,
+)
+
+FULL: Final = (
+    Point(4096, 16, 1, 1),
+    Point(4096, 16, 32, 8),
+    Point(4096, 16, 64, 64),
+    Point(4096, 64, 64, 16),
+    Point(8192, 64, 64, 64),
+)
+QUICK: Final = (Point(4096, 16, 32, 8),)
+REHEARSAL: Final = (Point(64, 8, 3, 2),)
+SPLITS: Final = (4, 8, 16)
+MOST_PLANES: Final = max(SPLITS)
+CLOSE: Final = 0.02
+"""Of the largest element: what another order of summation may change."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Tiles for both halves; fused: in one launch."""
+
+    shrink: ShrinkConfig
+    expand: ExpandConfig
+    fused: bool
+
+    def __str__(self) -> str:
+        s, e = self.shrink, self.expand
+        how = "one" if self.fused else "two"
+        return (
+            f"{how}: r{s.block_r} k{s.block_k} split{s.split_k} w{s.num_warps} s{s.num_stages} | "
+            f"n{e.block_n} w{e.num_warps}"
+        )
+
+    def launches(self, linear: Linear) -> list[Launch]:
+        """The launches of a linear with these tiles instead of the shipped ones."""
+        shrink, expand = linear.plan(fused=False)
+        group, segments = linear.group, linear.segments
+        tiles = self.shrink.tiles(group.max_rows, segments.capacity.segments)
+        planes, blocks_k = self.shrink.planes(linear.x.shape[1], tiles)
+        shape = (planes, segments.capacity.entries, group.max_rows)
+        y = torch.empty(shape, dtype=torch.float32, device=linear.x.device)
+        grid = planes, -(-group.max_rows // self.shrink.block_r), segments.capacity.segments
+        first = replace(shrink, grid=grid, arguments=shrink.arguments | self._shrink_arguments(y, blocks_k))
+        grid_n = self.expand.tiles(group.slices), segments.capacity.segments_per_pass
+        second = replace(expand, grid=grid_n, arguments=expand.arguments | self._expand_arguments(y))
+        if not self.fused:
+            return [first, second]
+        both = FusedConfig(self.shrink, self.expand)
+        return [fuse(first, second, both, segments, group.slices, resident_programs(linear.x.device))]
+
+    def _shrink_arguments(self, y: Tensor, blocks_k: int) -> dict[str, Any]:
+        return {
+            "p_y": y,
+            "blocks_k": blocks_k,
+            "stride_y_plane": y.stride(0),
+            "stride_y": y.stride(1),
+            "BLOCK_R": self.shrink.block_r,
+            "BLOCK_K": self.shrink.block_k,
+            "num_warps": self.shrink.num_warps,
+            "num_stages": self.shrink.num_stages,
+        }
+
+    def _expand_arguments(self, y: Tensor) -> dict[str, Any]:
+        return {
+            "p_y": y,
+            "planes": y.shape[0],
+            "stride_y_plane": y.stride(0),
+            "stride_y": y.stride(1),
+            "PLANES": 1 << (y.shape[0] - 1).bit_length(),
+            "BLOCK_R": self.expand.block_r,
+            "BLOCK_N": self.expand.block_n,
+            "num_warps": self.expand.num_warps,
+            "num_stages": self.expand.num_stages,
+        }
+
+
+def run(run: Run) -> None:
+    """Time all candidates of every point; put down the shipped tiles and the best others."""
+    run.each(run.choose(FULL, QUICK, REHEARSAL), lambda point: _tune(run, point))
+
+
+def candidates(rank: int) -> Iterator[Candidate]:
+    """Tiles of decode for a rank, those of one launch last: these have 4 warps, so that they are resident."""
+    block_r = max(16, 1 << (min(rank, 64) - 1).bit_length())
+    for block_k, split_k, warps in product((128, 256), SPLITS, (2, 4, 8)):
+        shrink = ShrinkConfig(DECODE_TILE, block_r, block_k, split_k, num_warps=warps, num_stages=3)
+        for block_n in (64, 256):
+            expand = ExpandConfig(DECODE_TILE, block_r, block_n, num_warps=4, num_stages=1)
+            yield Candidate(shrink, expand, fused=False)
+    for block_k, split_k, block_n in product((128, 256), SPLITS, (64, 128)):
+        shrink = ShrinkConfig(DECODE_TILE, block_r, block_k, split_k, num_warps=4, num_stages=3)
+        expand = ExpandConfig(DECODE_TILE, block_r, block_n, num_warps=4, num_stages=3)
+        yield Candidate(shrink, expand, fused=True)
+
+
+def _tune(run: Run, point: Point) -> None:
+    device = run.device
+    linear = Linear.make(device, point)
+    linears = [linear, *(Linear.make(device, point) for _ in range(copies_of(device, linear.num_bytes) - 1))]
+    before = linear.out.clone()
+    config = fused_config(
+        architecture_of(device.where), phase_of(point.tile), device.dtype, max_rank=point.rank
+    )
+    shipped: dict[str, Callable[[Linear], list[Launch]]] = {"two: shipped": partial(Linear.plan, fused=False)}
+    if config is not None:
+        shipped["one: shipped"] = partial(Linear.plan, fused=True)
+    expected = _result(linear, before, linear.plan(fused=False))
+    found = {name: _time(run, linears, plan) for name, plan in shipped.items()}
+    tried = run.choose((*candidates(point.rank),), (*candidates(point.rank),), (*candidates(point.rank),)[::20])
+    for candidate in tried:
+        if run.left_s <= 0:
+            run.note(f"out of time at {candidate} of {point}")
+            break
+        taken = _try(run, linears, candidate, before, expected)
+        if taken is not None:
+            found[str(candidate)] = taken
+    ranked = sorted(found, key=found.__getitem__)
+    for name in dict.fromkeys([*shipped, *ranked[:5]]):
+        at = {"linear": f"{point.hidden} r{point.rank} {point.batch}x{point.adapters}", "tiles": name}
+        run.add(at, {"us": found[name], "of best": found[name] / found[ranked[0]], "tried": len(found)})
+
+
+def _try(
+    run: Run, linears: list[Linear], candidate: Candidate, before: Tensor, expected: Tensor
+) -> float | None:
+    """Return microseconds; None where the device has no room for it, or the result is another."""
+    from triton.runtime.errors import OutOfResources, PTXASError  # chosen after the interpreter is
+
+    try:
+        got = _result(linears[0], before, candidate.launches(linears[0]))
+        if not (got - expected).abs().max() <= CLOSE * expected.abs().max():
+            run.note(f"{candidate} computes something else")
+            return None
+        return _time(run, linears, candidate.launches)
+    except (OutOfResources, PTXASError) as error:
+        run.say(f"{candidate}: {error}")
+    except RuntimeError as error:
+        if "cooperative" not in str(error):  # more programs than are resident together
+            raise
+        run.say(f"{candidate}: {error}")
+    finally:
+        linears[0].segments.counters.zero_()
+    return None
+
+
+def _result(linear: Linear, before: Tensor, launches: list[Launch]) -> Tensor:
+    linear.out.copy_(before)
+    for launch in launches:
+        launch()
+    return linear.out.float()
+
+
+def _time(run: Run, linears: list[Linear], plan: Callable[[Linear], list[Launch]]) -> float:
+    plans = [plan(linear) for linear in linears]
+    return replayed(run.device, [partial(_launch, launches) for launches in plans]).median_us
+
+
+def _launch(launches: list[Launch]) -> None:
+    for launch in launches:
+        launch()
