@@ -60,25 +60,24 @@ def in_float32(original: Deployment) -> Deployment:
     return Deployment.model_validate(data)
 
 
-def prompts(base: Path) -> list[list[int]]:
-    """Twenty prompts, chat turns and plain texts, from 3 to about 90 tokens."""
+def prompts(base: Path, *, every: int = 1) -> list[list[int]]:
+    """Twenty prompts, or every so many of them: chat turns and plain texts, from 3 to about 90 tokens."""
     tokenizer = Tokenizer.from_file(str(base / "tokenizer.json"))
     chats = [f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n" for text in _QUESTIONS]
-    return [tokenizer.encode(text).ids for text in (*chats, *_TEXTS)]
+    return [tokenizer.encode(text).ids for text in (*chats, *_TEXTS)[::-1][::every]]
 
 
-def oracle_answers(found: Deployment, cache: Path) -> dict[str, list[list[int]]]:
+def oracle_answers(found: Deployment, asked: list[list[int]], cache: Path) -> dict[str, list[list[int]]]:
     """Greedy answers of every model to every prompt in float32, computed once per test run."""
     with FileLock(f"{cache}.lock"):
         if not cache.exists():
-            cache.write_text(json.dumps(_compute(found)))
+            cache.write_text(json.dumps(_compute(found, asked)))
         answers: dict[str, list[list[int]]] = json.loads(cache.read_text())
     return answers
 
 
-def _compute(found: Deployment) -> dict[str, list[list[int]]]:
+def _compute(found: Deployment, asked: list[list[int]]) -> dict[str, list[list[int]]]:
     base = Path(found.build.checkpoint_repository.repo)
-    asked = prompts(base)
     model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
     answers = {found.served_model_name: _generate(model, asked)}
     for name, repository in found.build.lora_adapters.items():

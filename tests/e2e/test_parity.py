@@ -1,4 +1,7 @@
-"""The demo's model and adapters through builder, store and engine, against transformers and PEFT in float32."""
+"""The demo's model and adapters through builder, store and engine, against transformers and PEFT in float32.
+
+Every third of twenty prompts; all of them with ``--sweep``.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,20 @@ pytestmark = pytest.mark.timeout(400)
 MIXED = 8
 
 
-def _ready(store: Store) -> tuple[Ready, list[list[int]], tuple[Path, ...]]:
+@pytest.fixture(scope="module")
+def asked(pytestconfig: pytest.Config) -> list[list[int]]:
+    every = 1 if pytestconfig.getoption("--sweep") else 3
+    return prompts(Path(deployment().build.checkpoint_repository.repo), every=every)
+
+
+@pytest.fixture(scope="module")
+def expected(asked: list[list[int]], tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[list[int]]]:
+    shared = tmp_path_factory.getbasetemp()
+    folder = shared.parent if shared.name.startswith("popen-") else shared
+    return oracle_answers(deployment(), asked, folder / "oracle.json")
+
+
+def _ready(store: Store) -> Ready:
     """Build the demo's deployment in float32 into a store, and load it from there."""
     wanted = in_float32(deployment())
     base = Path(wanted.build.checkpoint_repository.repo)
@@ -33,13 +49,7 @@ def _ready(store: Store) -> tuple[Ready, list[list[int]], tuple[Path, ...]]:
     settings = InferenceSettings(
         deployment=wanted.model_name, dtype="float32", local_roots=roots, kv_memory_gb=0.2, prefix_cache=False
     )
-    return load(settings, store), prompts(base), roots
-
-
-def _expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[list[int]]]:
-    shared = tmp_path_factory.getbasetemp()
-    folder = shared.parent if shared.name.startswith("popen-") else shared
-    return oracle_answers(deployment(), folder / "oracle.json")
+    return load(settings, store)
 
 
 def _mixed_batches(ready: Ready, asked: Sequence[Sequence[int]], expected: dict[str, list[list[int]]]) -> None:
@@ -58,25 +68,30 @@ def _mixed_batches(ready: Ready, asked: Sequence[Sequence[int]], expected: dict[
             assert answer == expected[model][place], (model, place)
 
 
-def test_mixed_batches_equal_peft(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_mixed_batches_equal_peft(
+    tmp_path: Path, asked: list[list[int]], expected: dict[str, list[list[int]]]
+) -> None:
     """In batches of eight that mix base and adapters, every token is PEFT's."""
-    ready, asked, _ = _ready(LocalStore(tmp_path))
-    _mixed_batches(ready, asked, _expected(tmp_path_factory))
+    _mixed_batches(_ready(LocalStore(tmp_path)), asked, expected)
 
 
-def test_each_alone_equals_peft(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_each_alone_equals_peft(
+    tmp_path: Path, asked: list[list[int]], expected: dict[str, list[list[int]]]
+) -> None:
     """One request at a time, every token is PEFT's."""
-    ready, asked, _ = _ready(LocalStore(tmp_path))
-    for model, answers in _expected(tmp_path_factory).items():
+    ready = _ready(LocalStore(tmp_path))
+    for model, answers in expected.items():
         for place, prompt in enumerate(asked):
             assert run_engine(ready, [(model, prompt)], NEW_TOKENS)[0] == answers[place], (model, place)
 
 
 def test_bundles_from_an_s3_server_give_the_same_tokens(
-    s3_server: S3Server, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+    s3_server: S3Server,
+    asked: list[list[int]],
+    expected: dict[str, list[list[int]]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Built into and read from a real S3 server, every token of the mixed batches is PEFT's."""
     for name, value in s3_server.environment.items():
         monkeypatch.setenv(name, value)
-    ready, asked, _ = _ready(open_store(f"s3://{s3_server.new_bucket()}/loramux"))
-    _mixed_batches(ready, asked, _expected(tmp_path_factory))
+    _mixed_batches(_ready(open_store(f"s3://{s3_server.new_bucket()}/loramux")), asked, expected)
