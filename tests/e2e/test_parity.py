@@ -1,6 +1,6 @@
 """The demo's model and adapters through builder, store and engine, against transformers and PEFT in float32.
 
-Every third of twenty prompts; all of them with ``--sweep``.
+Every fifth of twenty prompts; all of them with ``--sweep``.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ MIXED = 8
 
 @pytest.fixture(scope="module")
 def asked(pytestconfig: pytest.Config) -> list[list[int]]:
-    every = 1 if pytestconfig.getoption("--sweep") else 3
+    every = 1 if pytestconfig.getoption("--sweep") else 5
     return prompts(Path(deployment().build.checkpoint_repository.repo), every=every)
 
 
