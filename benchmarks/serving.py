@@ -32,6 +32,7 @@ import numpy as np
 import torch
 from safetensors.numpy import save_file
 
+from benchmarks.on_gpu.checkpoint import MODULES
 from loramux import AsyncClient
 from loramux.cli.tree import free_address
 from loramux.records import Delta
@@ -42,15 +43,6 @@ LOADS = ((1, 16), (8, 16), (32, 48))
 """Concurrency and requests."""
 WORDS = 64
 NEW_TOKENS = 64
-MODULES = {
-    "self_attn.q_proj": ("hidden", "q"),
-    "self_attn.k_proj": ("hidden", "kv"),
-    "self_attn.v_proj": ("hidden", "kv"),
-    "self_attn.o_proj": ("q", "hidden"),
-    "mlp.gate_proj": ("hidden", "inter"),
-    "mlp.up_proj": ("hidden", "inter"),
-    "mlp.down_proj": ("inter", "hidden"),
-}
 
 
 @dataclass(frozen=True)

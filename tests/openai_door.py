@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -15,6 +14,7 @@ from openai import AsyncOpenAI
 from inference_service.openai_api.server import HttpServer
 from inference_service.serving.startup import Ready
 from shared.storage.memory import MemoryStore
+from tests.service import until_free
 from tests.tiny import World, make_world
 
 TEMPLATE = (
@@ -57,12 +57,7 @@ class OpenAIDoor:
 
     async def until_free(self) -> None:
         """Wait until the engine holds no sequence."""
-        for _ in range(500):
-            stats = self.ready.engine.stats
-            if not stats.running and not stats.waiting and stats.blocks_free == stats.blocks_total:
-                return
-            await asyncio.sleep(0.01)
-        raise AssertionError(f"the engine still holds something: {self.ready.engine.stats}")
+        await until_free(self.ready)
 
 
 def openai_world(folder: Path) -> tuple[World, MemoryStore]:

@@ -15,6 +15,16 @@ LONG = [3 + (7 * place) % 190 for place in range(100)]
 SAMPLED: dict[str, Any] = {"max_tokens": 8, "ignore_eos": True, "temperature": 1.0, "seed": 3}
 
 
+async def until_free(ready: Ready) -> None:
+    """Wait until the engine holds no sequence and no block."""
+    for _ in range(500):
+        stats = ready.engine.stats
+        if not stats.running and not stats.waiting and stats.blocks_free == stats.blocks_total:
+            return
+        await asyncio.sleep(0.01)
+    raise AssertionError(f"the engine still holds something: {ready.engine.stats}")
+
+
 class Service:
     """A loaded service."""
 
@@ -35,12 +45,7 @@ class Service:
 
     async def until_free(self) -> None:
         """Wait until the engine holds nothing."""
-        for _ in range(500):
-            stats = self.ready.engine.stats
-            if not stats.running and not stats.waiting and stats.blocks_free == stats.blocks_total:
-                return
-            await asyncio.sleep(0.01)
-        raise AssertionError(f"the engine still holds something: {self.ready.engine.stats}")
+        await until_free(self.ready)
 
     async def close(self) -> None:
         """Stop, once everything is free."""

@@ -3,42 +3,28 @@
 from __future__ import annotations
 
 import time
-from types import TracebackType
-from typing import Self
 
-from rich.progress import BarColumn, Progress, TextColumn
+from rich.progress import BarColumn, TextColumn
 
 from loramux.bench.drive import ClientLoad, Plan
 from loramux.bench.figures import Figures, Outcome, Percentiles, Report
 from loramux.cli import shell
+from loramux.cli.bars import Bars
 
 RIGHT = frozenset({"requests", "tokens/s", "first, ms", "per token, ms", "whole, s"})
 
 
-class BenchView:
+class BenchView(Bars):
     """Shows on a terminal how far a run is."""
 
     def __init__(self, plan: Plan) -> None:
+        super().__init__(TextColumn("{task.description}"), BarColumn(), transient=True)
         self._plan = plan
         self._begin = time.monotonic()
         self.outcomes: list[Outcome] = []
         self._tokens = self._errors = 0
-        self._bars: Progress | None = None
-        if shell.err.is_terminal:
-            columns = (TextColumn("{task.description}"), BarColumn())
-            self._bars = Progress(*columns, console=shell.err, transient=True)
+        if self._bars:
             self._task = self._bars.add_task("sending", total=1.0)
-
-    def __enter__(self) -> Self:
-        if self._bars:
-            self._bars.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._bars:
-            self._bars.stop()
 
     def update(self, outcome: Outcome) -> None:
         """Count an outcome."""

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from types import TracebackType
-from typing import Self
-
 from rich.filesize import decimal
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from loramux.cli import shell
+from loramux.cli.bars import Bars
 from loramux.records import AdapterInfo, DeploymentInfo, Stage
 from shared.faults import Finding
 
@@ -18,33 +16,19 @@ STYLES = {Stage.WAITING: "dim", Stage.DONE: "green", Stage.REFUSED: "bold red"}
 RIGHT = frozenset({"tensors", "bytes"})
 
 
-class BuildView:
+class BuildView(Bars):
     """Shows the states of one build, in the order in which they arrive."""
 
     def __init__(self) -> None:
+        super().__init__(
+            TextColumn("{task.description}"),
+            TextColumn("{task.fields[stage]}"),
+            BarColumn(bar_width=None),
+            TextColumn("{task.fields[bytes]}", justify="right"),
+            expand=True,
+        )
         self._stages: dict[str, Stage] = {}
         self._tasks: dict[str, TaskID] = {}
-        self._bars: Progress | None = None
-        if shell.err.is_terminal:
-            self._bars = Progress(
-                TextColumn("{task.description}"),
-                TextColumn("{task.fields[stage]}"),
-                BarColumn(bar_width=None),
-                TextColumn("{task.fields[bytes]}", justify="right"),
-                console=shell.err,
-                expand=True,
-            )
-
-    def __enter__(self) -> Self:
-        if self._bars:
-            self._bars.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._bars:
-            self._bars.stop()
 
     def update(self, info: DeploymentInfo) -> None:
         """Show a state."""

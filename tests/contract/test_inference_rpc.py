@@ -21,6 +21,7 @@ from loramux.inference.v1 import inference_pb2 as pb
 from loramux.inference.v1 import inference_pb2_grpc
 from shared.rpc.server import RpcServer
 from shared.storage.memory import MemoryStore
+from tests.service import until_free
 from tests.tiny import World
 
 TOKENS = pb.TokenIds(ids=[5, 6, 7, 8])
@@ -54,12 +55,7 @@ class Door:
 
     async def until_free(self) -> None:
         """Wait until the engine holds no sequence."""
-        for _ in range(500):
-            stats = self.ready.engine.stats
-            if not stats.running and not stats.waiting and stats.blocks_free == stats.blocks_total:
-                return
-            await asyncio.sleep(0.01)
-        raise AssertionError(f"the engine still holds something: {self.ready.engine.stats}")
+        await until_free(self.ready)
 
 
 async def _open(world: tuple[World, MemoryStore], **settings: object) -> Door:
