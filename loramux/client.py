@@ -29,7 +29,7 @@ from loramux.builder.v1.builder_pb2_grpc import BuilderServiceStub
 from loramux.connection import Calls, CredentialOptions, Credentials
 from loramux.inference.v1 import inference_pb2
 from loramux.inference.v1.inference_pb2_grpc import InferenceServiceStub
-from loramux.mapping import completion_of, deployment_of, event_of, model_of, report_of
+from loramux.mapping import Watched, completion_of, deployment_of, event_of, model_of, report_of
 from loramux.records import AdapterReport, Completion, DeploymentInfo, Event, GenerateOptions, ModelInfo, Prompt
 from loramux.requests import generate_request
 from shared.deployment import Deployment, LoraConfiguration, Repository
@@ -70,8 +70,8 @@ def _check_request(
     return check_request(named[0], named[1], lora)
 
 
-def _watched(message: builder_pb2.WatchDeploymentResponse) -> DeploymentInfo:
-    return deployment_of(message.deployment)
+def _watch_request(name: str) -> builder_pb2.WatchDeploymentRequest:
+    return builder_pb2.WatchDeploymentRequest(name=name, changes_only=True)
 
 
 class _Addresses:
@@ -154,9 +154,9 @@ class Client(_Addresses):
 
     def watch(self, name: str, *, timeout_s: float | None = None) -> Generator[DeploymentInfo, None, None]:
         """Stream a deployment's state: as it is, then every change, until ACTIVE or FAILED."""
-        request = builder_pb2.WatchDeploymentRequest(name=name)
+        request = _watch_request(name)
         return self._stream(
-            lambda: self._builder.WatchDeployment(request, timeout=timeout_s), self.builder, _watched
+            lambda: self._builder.WatchDeployment(request, timeout=timeout_s), self.builder, Watched().state_of
         )
 
     def cancel(self, name: str) -> DeploymentInfo:
@@ -272,9 +272,9 @@ class AsyncClient(_Addresses):
 
     def watch(self, name: str, *, timeout_s: float | None = None) -> AsyncGenerator[DeploymentInfo, None]:
         """Stream a deployment's state: as it is, then every change, until ACTIVE or FAILED."""
-        request = builder_pb2.WatchDeploymentRequest(name=name)
+        request = _watch_request(name)
         return self._stream(
-            lambda: self._builder.WatchDeployment(request, timeout=timeout_s), self.builder, _watched
+            lambda: self._builder.WatchDeployment(request, timeout=timeout_s), self.builder, Watched().state_of
         )
 
     async def cancel(self, name: str) -> DeploymentInfo:

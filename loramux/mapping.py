@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from enum import StrEnum
 from typing import TypeVar
@@ -139,6 +140,19 @@ def deployment_of(message: builder_pb2.Deployment) -> DeploymentInfo:
         failure=_fault(message.failure) if message.HasField("failure") else None,
         unchanged=message.unchanged,
     )
+
+
+class Watched:
+    """A watched deployment, put together from messages of which each holds the adapters that changed."""
+
+    def __init__(self) -> None:
+        self._adapters: dict[str, AdapterInfo] = {}
+
+    def state_of(self, message: builder_pb2.WatchDeploymentResponse) -> DeploymentInfo:
+        """Return the whole state after a message; an adapter that did not change is the same object."""
+        info = deployment_of(message.deployment)
+        self._adapters |= {adapter.name: adapter for adapter in info.adapters}
+        return replace(info, adapters=tuple(self._adapters.values()))
 
 
 def _adapter(message: builder_pb2.AdapterBuild) -> AdapterInfo:

@@ -86,7 +86,8 @@ class Progress:
     def _counted(self, adapter: AdapterProgress) -> AdapterProgress:
         done, total = self._done[adapter.name], adapter.bytes_total
         # A transfer that was begun again counts twice.
-        return replace(adapter, bytes_done=min(done, total) if total else done)
+        done = min(done, total) if total else done
+        return adapter if done == adapter.bytes_done else replace(adapter, bytes_done=done)
 
     def stop(self, why: Fault | None = None) -> None:
         """Ask the build to end, with one of `STOPS`; without one, it is interrupted. The first call counts."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import replace
 
 import grpc
 
 from builder_service.pipeline.builds import Builds
 from builder_service.pipeline.check import Checks
+from builder_service.pipeline.progress import AdapterProgress
 from builder_service.rpc.mapping import checked_deployment, deployment_message, report_message
 from loramux.builder.v1 import builder_pb2 as pb
 from loramux.builder.v1 import builder_pb2_grpc
@@ -59,8 +61,14 @@ class BuilderServicer(builder_pb2_grpc.BuilderServiceServicer):
     ) -> AsyncIterator[pb.WatchDeploymentResponse]:
         """Stream a deployment's states."""
         del context
+        known: Mapping[str, AdapterProgress] = {}
         async for view in self._builds.watch(request.name):
-            yield pb.WatchDeploymentResponse(deployment=deployment_message(view))
+            shown = view
+            if request.changes_only:
+                changed = tuple(each for each in view.adapters if known.get(each.name) != each)
+                known = {each.name: each for each in view.adapters}
+                shown = replace(view, adapters=changed)
+            yield pb.WatchDeploymentResponse(deployment=deployment_message(shown))
 
     async def CancelBuild(  # noqa: N802 - the rpc's name
         self, request: pb.CancelBuildRequest, context: grpc.aio.ServicerContext

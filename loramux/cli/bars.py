@@ -5,17 +5,19 @@ from __future__ import annotations
 from types import TracebackType
 from typing import Any, Self
 
+from rich.console import Console
 from rich.progress import Progress, ProgressColumn
 
 from loramux.cli import shell
 
 
 class Bars:
-    """Shows bars while it is entered, where standard error is a terminal."""
+    """Shows bars while it is entered, where the console, standard error, is a terminal."""
 
-    def __init__(self, *columns: ProgressColumn, **options: Any) -> None:
+    def __init__(self, *columns: ProgressColumn, console: Console = shell.err, **options: Any) -> None:
         """Take what rich's ``Progress`` takes."""
-        self._bars = Progress(*columns, console=shell.err, **options) if shell.err.is_terminal else None
+        self._console = console
+        self._bars = Progress(*columns, console=console, **options) if console.is_terminal else None
 
     def __enter__(self) -> Self:
         if self._bars:

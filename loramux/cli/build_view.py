@@ -1,67 +1,89 @@
-"""How a build looks: a bar per adapter on a terminal, a line per stage elsewhere, and a table at the end."""
+"""How a build looks: bars on a terminal, lines elsewhere, a table at the end; of many adapters, sums."""
 
 from __future__ import annotations
 
+import time
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from itertools import islice
+
+from rich.console import Console
 from rich.filesize import decimal
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from loramux.cli import shell
 from loramux.cli.bars import Bars
-from loramux.records import AdapterInfo, DeploymentInfo, Stage
+from loramux.records import AdapterInfo, DeploymentInfo, DeploymentState, Stage
 from shared.faults import Finding
+from shared.wording import listed
 
 WORK = (Stage.FETCHING, Stage.VALIDATING, Stage.PROVING, Stage.CONVERTING, Stage.PUBLISHING)
 STYLES = {Stage.WAITING: "dim", Stage.DONE: "green", Stage.REFUSED: "bold red"}
 RIGHT = frozenset({"tensors", "bytes"})
+FEW = 8
+"""Of so many adapters each stage of each is a line, where there is no terminal; of more, counts are."""
+COUNTS_S = 2.0
+ROWS = 20
+NAMES = 5
 
 
 class BuildView(Bars):
     """Shows the states of one build, in the order in which they arrive."""
 
-    def __init__(self) -> None:
+    def __init__(self, counts_s: float = COUNTS_S, console: Console = shell.err) -> None:
+        """Where there is no terminal, tell the counts of many adapters every counts_s seconds."""
         super().__init__(
             TextColumn("{task.description}"),
             TextColumn("{task.fields[stage]}"),
             BarColumn(bar_width=None),
             TextColumn("{task.fields[bytes]}", justify="right"),
+            console=console,
             expand=True,
         )
-        self._stages: dict[str, Stage] = {}
-        self._tasks: dict[str, TaskID] = {}
+        self._counts_s = counts_s
+        self._told_at = -counts_s
+        self._told: dict[str, AdapterInfo] = {}
+        self._rows: list[TaskID] = []
 
     def update(self, info: DeploymentInfo) -> None:
         """Show a state."""
-        for adapter in info.adapters:
-            if self._bars:
-                self._bar(self._bars, adapter)
-            elif self._stages.get(adapter.name, Stage.WAITING) is not adapter.stage:
-                shell.say(f"{adapter.name}: {_stage(adapter)}")
-            self._stages[adapter.name] = adapter.stage
         if self._bars:
-            self._fit(self._bars, info.adapters)
+            self._draw(self._bars, info.adapters)
+        elif len(info.adapters) <= FEW:
+            self._tell_each(info.adapters)
+        else:
+            self._tell_counts(info)
 
-    def _bar(self, bars: Progress, adapter: AdapterInfo) -> None:
-        task = self._tasks.get(adapter.name)
-        if task is None:
-            name = escape(shell.printable(adapter.name))
-            task = bars.add_task(name, total=len(WORK), stage="", bytes="")
-            self._tasks[adapter.name] = task
-        style = STYLES.get(adapter.stage, "cyan")
-        bars.update(
-            task,
-            completed=fraction_done(adapter) * len(WORK),
-            stage=f"[{style}]{_stage(adapter)}[/]",
-            bytes=_bytes(adapter),
-        )
+    def _draw(self, bars: Progress, adapters: Sequence[AdapterInfo]) -> None:
+        """Keep to the screen's height: of more adapters than lines, a sum and those that are worked on."""
+        room = max(self._console.height - 2, 2)
+        if len(adapters) <= room:
+            lines = [*map(_line, adapters)]
+        else:
+            at_work = (each for each in adapters if each.stage in (*WORK, Stage.REFUSED))
+            lines = [_sum(adapters), *map(_line, islice(at_work, room - 1))]
+        # Rows are used again for other adapters: adding one draws all of them.
+        while len(self._rows) < len(lines):
+            self._rows.append(bars.add_task("", total=1.0, stage="", bytes=""))
+        for row, (name, stage, done, size) in zip(self._rows, lines, strict=False):
+            bars.update(row, description=name, stage=stage, completed=done, bytes=size, visible=True)
+        for row in self._rows[len(lines) :]:
+            bars.update(row, visible=False)
 
-    def _fit(self, bars: Progress, adapters: tuple[AdapterInfo, ...]) -> None:
-        """Keep to the screen's height: of more adapters than lines, show those that are worked on."""
-        room = max(shell.err.height - 2, 1)
-        at_work = [each.name for each in adapters if each.stage in (*WORK, Stage.REFUSED)]
-        shown = {each.name for each in adapters} if len(adapters) <= room else set(at_work[:room])
-        for name, task in self._tasks.items():
-            bars.update(task, visible=name in shown)
+    def _tell_each(self, adapters: Sequence[AdapterInfo]) -> None:
+        for adapter in adapters:
+            before = self._told.get(adapter.name)
+            if adapter.stage is not (before.stage if before else Stage.WAITING):
+                shell.say(f"{adapter.name}: {_stage(adapter)}")
+            self._told[adapter.name] = adapter
+
+    def _tell_counts(self, info: DeploymentInfo) -> None:
+        now = time.monotonic()
+        ended = info.state is not DeploymentState.BUILDING
+        if ended or now >= self._told_at + self._counts_s:
+            self._told_at = now
+            shell.say(f"{len(info.adapters)} adapters: {_counts(info.adapters)}")
 
 
 def fraction_done(adapter: AdapterInfo) -> float:
@@ -72,6 +94,26 @@ def fraction_done(adapter: AdapterInfo) -> float:
         return 0.0
     within = min(adapter.bytes_done / adapter.bytes_total, 1.0) if adapter.bytes_total else 0.0
     return (WORK.index(adapter.stage) + within) / len(WORK)
+
+
+def _line(adapter: AdapterInfo) -> tuple[str, str, float, str]:
+    """Return the name, the stage, the part that is done and the bytes of an adapter's bar."""
+    style = STYLES.get(adapter.stage, "cyan")
+    stage = f"[{style}]{_stage(adapter)}[/]"
+    return escape(shell.printable(adapter.name)), stage, fraction_done(adapter), _bytes(adapter)
+
+
+def _sum(adapters: Sequence[AdapterInfo]) -> tuple[str, str, float, str]:
+    done = sum(map(fraction_done, adapters)) / len(adapters)
+    size = decimal(sum(adapter.bundle_bytes for adapter in adapters))
+    return f"{len(adapters)} adapters", _counts(adapters), done, size
+
+
+def _counts(adapters: Iterable[AdapterInfo]) -> str:
+    """Return how many adapters are in each stage: ``12 waiting, 4 fetching``."""
+    counts = Counter(adapter.stage for adapter in adapters)
+    order = (Stage.WAITING, *WORK, Stage.REFUSED, Stage.DONE)
+    return ", ".join(f"{counts[stage]} {stage.value}" for stage in order if counts[stage])
 
 
 def _stage(adapter: AdapterInfo) -> str:
@@ -88,7 +130,7 @@ def _bytes(adapter: AdapterInfo) -> str:
 
 
 def show_built(info: DeploymentInfo) -> None:
-    """Print the table of a deployment that was built, then its warnings."""
+    """Print the table of a deployment that was built, as far as it fits a screen, then its warnings by code."""
     headers = ("adapter", "rank", "modules", "tensors", "bytes", "digest", "warnings")
     rows = [
         (
@@ -100,16 +142,27 @@ def show_built(info: DeploymentInfo) -> None:
             shell.digest(adapter.digest),
             ", ".join(dict.fromkeys(warning.code for warning in adapter.warnings)) or "-",
         )
-        for adapter in info.adapters
+        for adapter in info.adapters[:ROWS]
     ]
     if rows:
         shell.table(headers, rows, RIGHT)
-    for adapter in info.adapters:
-        for warning in adapter.warnings:
-            shell.say(f"warning: {_of(adapter, warning)}", "yellow")
+    if len(info.adapters) > ROWS:
+        total = decimal(sum(adapter.bundle_bytes for adapter in info.adapters))
+        shell.show(f"... and {len(info.adapters) - ROWS} more, {total} in all (all of them: --json)")
+    _show_warnings(info.adapters)
     unchanged = ", unchanged" if info.unchanged else ""
     shell.show(f"deployment {info.name}: generation {info.generation} is published{unchanged}")
 
 
-def _of(adapter: AdapterInfo, warning: Finding) -> Finding:
-    return warning if warning.adapter else warning.model_copy(update={"adapter": adapter.name})
+def _show_warnings(adapters: Sequence[AdapterInfo]) -> None:
+    """Print each code of warning as the first adapter has it, and which others do."""
+    found: dict[str, dict[str, list[Finding]]] = {}
+    for adapter in adapters:
+        for warning in adapter.warnings:
+            found.setdefault(warning.code, {}).setdefault(adapter.name, []).append(warning)
+    for by_adapter in found.values():
+        first, *others = by_adapter
+        for warning in by_adapter[first]:
+            shell.say(f"warning: {warning.model_copy(update={'adapter': warning.adapter or first})}", "yellow")
+        if others:
+            shell.say(f"  and so {listed(others, NAMES)}", "yellow")

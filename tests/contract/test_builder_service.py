@@ -19,6 +19,7 @@ from builder_service.pipeline.workshop import Workshop
 from builder_service.rpc.servicer import SERVICE_NAME, BuilderServicer
 from loramux.builder.v1 import builder_pb2 as pb
 from loramux.builder.v1 import builder_pb2_grpc
+from loramux.mapping import Watched, deployment_of
 from shared.bundle.manifest import current_key
 from shared.deployment import Deployment
 from shared.deployment_file import parse_deployment
@@ -302,3 +303,22 @@ async def test_a_watcher_gets_few_and_late_states(running):
     running.store.gate.set()
     await collecting
     assert seen[-1].state == "ACTIVE"
+
+
+async def test_a_watcher_can_ask_for_changes_only(running: Running) -> None:
+    """With changes_only a state holds the adapters that changed; the client makes whole states of them."""
+    names = [f"small-{number}" for number in range(20)]
+    for number, name in enumerate(names):
+        write_adapter(running.folder / name, tensors(seed=number))
+    await running.build(running.deployment(*names))
+    request = pb.WatchDeploymentRequest(name="tiny", changes_only=True)
+    watched, sent = Watched(), 0
+    async for message in running.stub.WatchDeployment(request):
+        sent += len(message.deployment.adapters)
+        state = watched.state_of(message)
+        assert [adapter.name for adapter in state.adapters] == sorted(names)
+    assert state == deployment_of(await running.get())
+    changes_of_one = 3 * len(Stage.Stage.keys())  # it enters a stage, counts bytes there, and is described
+    assert sent <= len(names) * changes_of_one
+    again = [message async for message in running.stub.WatchDeployment(request)]
+    assert [len(message.deployment.adapters) for message in again] == [len(names)]

@@ -142,10 +142,12 @@ class ListDeploymentsResponse(_message.Message):
     def __init__(self, deployments: _Optional[_Iterable[_Union[Deployment, _Mapping]]] = ..., next_page_token: _Optional[str] = ...) -> None: ...
 
 class WatchDeploymentRequest(_message.Message):
-    __slots__ = ("name",)
+    __slots__ = ("name", "changes_only")
     NAME_FIELD_NUMBER: _ClassVar[int]
+    CHANGES_ONLY_FIELD_NUMBER: _ClassVar[int]
     name: str
-    def __init__(self, name: _Optional[str] = ...) -> None: ...
+    changes_only: bool
+    def __init__(self, name: _Optional[str] = ..., changes_only: _Optional[bool] = ...) -> None: ...
 
 class WatchDeploymentResponse(_message.Message):
     __slots__ = ("deployment",)
