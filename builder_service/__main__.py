@@ -134,7 +134,7 @@ def _settings(arguments: Sequence[str] | None) -> BuilderSettings:
 
 
 def _say(fault: Fault) -> None:
-    sys.stderr.write(f"builder_service: {fault.message}\n")
+    sys.stderr.write(f"builder_service: {fault.reason}: {fault}\n")
 
 
 if __name__ == "__main__":

@@ -62,9 +62,11 @@ class Credentials:
         """Return a channel; kind is ``grpc`` or ``grpc.aio``.
 
         Raises:
-            SettingsInvalid: a file of TLS cannot be read.
+            SettingsInvalid: a file of TLS cannot be read, or the address is one of HTTP.
         """
         target = address.removeprefix(TLS_SCHEME)
+        if address.startswith(("http://", "https://")):
+            raise SettingsInvalid(f"{address}: expected HOST:PORT of a gRPC door, or {TLS_SCHEME}HOST:PORT.")
         if target == address:
             return kind.insecure_channel(address, CLIENT_OPTIONS)
         return kind.secure_channel(target, self._tls(), CLIENT_OPTIONS)

@@ -14,15 +14,14 @@ import typer
 from loramux.cli import shell
 from loramux.cli.documents import emit
 from loramux.cli.exits import Exit
-from loramux.cli.look import until_serving
 from loramux.cli.report_view import show_report
 from loramux.cli.services import builder_command
 from loramux.cli.tree import ProcessTree, free_address, run_tree
-from loramux.cli.up import BUILDER_START_S
 from loramux.client import BUILDER, AsyncClient
 from loramux.records import AdapterReport
 from shared.deployment import LoraConfiguration, Repository, SourceKind
 from shared.deployment_file import parse_lora_configuration
+from shared.faults import RepoNotFound, SourceUnavailable
 from shared.spelling import parse_repository
 
 Base = Annotated[str, typer.Option("--base", metavar="BASE", help="The base: as ADAPTER.", show_default=False)]
@@ -103,7 +102,14 @@ def check_with(builder: str, wanted: Wanted) -> AdapterReport:
         with shell.step(f"checking {wanted.adapter.shown}"):
             found.append(await client.check(wanted.adapter, wanted.base, wanted.lora))
 
-    with_builder(builder, wanted.local_roots, ask)
+    try:
+        with_builder(builder, wanted.local_roots, ask)
+    except (RepoNotFound, SourceUnavailable) as fault:
+        hub = [each.repo for each in (wanted.adapter, wanted.base) if each.source is SourceKind.HF]
+        if missing := next((repo for repo in hub if f"HF {repo}" in fault.message), ""):
+            said = f"{fault.message.rstrip('.')}. If a folder was meant: there is no {missing} here."
+            raise type(fault)(said, fault.findings) from fault
+        raise
     return found[0]
 
 
@@ -120,11 +126,13 @@ def with_builder(
 async def _private(
     tree: ProcessTree, local_roots: Sequence[Path], work: Callable[[AsyncClient], Awaitable[None]]
 ) -> None:
+    for folder in local_roots:
+        if not folder.is_dir():
+            raise RepoNotFound(f"LOCAL {folder}: there is no such folder here")
     address = free_address(BUILDER)
     argv = builder_command(f"file://{tree.folder / 'store'}", address, local_roots)
     with shell.step("starting a private builder"):
-        await tree.start("builder", argv)
-        await until_serving(address, BUILDER_START_S)
+        await tree.serve("builder", argv)
     await _call(address, work)
 
 

@@ -12,10 +12,11 @@ import typer
 from loramux.cli import shell
 from loramux.cli.build import build_with_bars, read_deployment
 from loramux.cli.build_view import show_built
+from loramux.cli.hints import program, show_lines_to_try
+from loramux.cli.preflight import Plan, preflight
 from loramux.cli.race import race, show_summary
-from loramux.cli.services import engine_flags
 from loramux.cli.tree import ProcessTree, free_address, run_tree
-from loramux.cli.up import OPENAI, Plan, keep, show_lines_to_try, show_ready, start_builder, start_inference
+from loramux.cli.up import OPENAI, keep, show_ready, start_builder, start_inference
 from loramux.client import BUILDER, INFERENCE, AsyncClient
 from shared.deployment import SourceKind
 from shared.faults import SettingsInvalid
@@ -50,9 +51,10 @@ def demo(
         store=store,
         builder=free_address(BUILDER),
         inference=free_address(INFERENCE),
-        engine=engine_flags(None, None, threads),
+        engine={"threads": threads},
         http=free_address(OPENAI),
     )
+    preflight(plan)
     run_tree(
         functools.partial(_demo, plan=plan, examples=examples, prompt=prompt, max_tokens=max_tokens, stay=stay)
     )
@@ -75,8 +77,8 @@ async def _demo(
         await keep(tree)
     else:
         shell.show()
-        shell.show("loramux demo --keep goes on serving; then, in another terminal,")
-        show_lines_to_try(INFERENCE, OPENAI, models)
+        shell.show(f"{program('loramux')} demo --keep goes on serving; then, in another terminal,")
+        show_lines_to_try(INFERENCE, OPENAI, models[-1].name)
 
 
 async def _prepare_base(tree: ProcessTree, plan: Plan, examples: Path) -> None:

@@ -16,7 +16,7 @@ from loramux.cli.exits import Exit
 from loramux.client import INFERENCE, Client
 from loramux.connection import Credentials
 from shared.faults import ServerUnavailable
-from shared.rpc.status import CallFailed, fault_of
+from shared.rpc.status import fault_of
 
 CHECK_S = 5.0
 POLL_S = 0.1
@@ -87,23 +87,6 @@ async def _health(address: str, service: str, wait_s: float) -> str:
         if late or status == SERVING:
             return status
         await asyncio.sleep(POLL_S)
-
-
-async def until_serving(address: str, timeout_s: float | None = None) -> None:
-    """Wait until a server is SERVING; raises `ServerUnavailable` when the time is over."""
-    try:
-        async with asyncio.timeout(timeout_s):
-            while await _status(address) != SERVING:
-                await asyncio.sleep(POLL_S)
-    except TimeoutError:
-        raise ServerUnavailable(f"{address} is not SERVING after {timeout_s} s") from None
-
-
-async def _status(address: str) -> str:
-    try:
-        return await check(address)
-    except (ServerUnavailable, CallFailed):  # not up yet, or too busy to answer in time
-        return ""
 
 
 async def check(address: str, service: str = "") -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Annotated
 
@@ -55,7 +56,8 @@ def _show_key(key: str) -> None:
 @app.callback()
 def loramux(
     show_version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
+        bool,
+        typer.Option("--version", "-V", callback=_version, is_eager=True, help="Print the version."),
     ] = False,
     api_key: Annotated[
         str,
@@ -65,7 +67,25 @@ def loramux(
     """One base model, hundreds of LoRA adapters, one server. Example: loramux demo"""
 
 
+def usual(words: Sequence[str]) -> list[str]:
+    """Return a command line as the parser wants it, where people write it otherwise.
+
+    ``help COMMAND`` is ``COMMAND --help``, and ``--api-key`` may stand behind the command too.
+    """
+    if words[:1] == ["help"]:
+        return [*words[1:], "--help"]
+    first: list[str] = []
+    rest = list(words)
+    end = rest.index("--") if "--" in rest else len(rest)
+    for index, word in enumerate(rest[:end]):
+        if word == "--api-key" or word.startswith("--api-key="):
+            taken = rest[index : index + (1 if "=" in word else 2)]
+            first, rest = taken, rest[:index] + rest[index + len(taken) :]
+            break
+    return [*first, *rest]
+
+
 def main() -> None:
     """Run the command line; `loramux.cli.exits` has the exit codes."""
     sys.excepthook = tell_uncaught
-    typer.main.get_command(app)(prog_name="loramux")
+    typer.main.get_command(app)(usual(sys.argv[1:]), prog_name="loramux")

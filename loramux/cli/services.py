@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -72,8 +72,8 @@ def serve(
 
     Example: loramux serve --deployment my-model --store s3://models/loramux
     """
-    flags = engine_flags(backend, dtype, threads)
-    argv = inference_command(deployment, store, grpc, local_root or (), flags, http)
+    engine = {"backend": backend, "dtype": dtype, "threads": threads}
+    argv = inference_command(deployment, store, grpc, local_root or (), engine, http)
     become([*argv, *door_flags(keys_file, insecure)])
 
 
@@ -92,22 +92,19 @@ def inference_command(
     store: str | None,
     grpc: str | None,
     local_roots: Sequence[Path],
-    engine: Sequence[str],
+    engine: Mapping[str, str | int | None],
     http: str | None = None,
 ) -> list[str]:
     """Return the command line of an inference service; without http, OpenAI's door stays closed.
+
+    engine holds settings that are about speed, by name; None: the default.
 
     Raises:
         SettingsInvalid: its packages are not installed.
     """
     _require("inference")
-    flags = _flags(deployment=deployment, store=store, grpc=grpc, http=http)
-    return [*_python("inference_service"), *flags, *_roots(local_roots), *engine]
-
-
-def engine_flags(backend: str | None, dtype: str | None, threads: int | None) -> list[str]:
-    """Return the flags of an inference service that are about speed."""
-    return _flags(backend=backend, dtype=dtype, threads=threads)
+    flags = _flags(deployment=deployment, store=store, grpc=grpc, http=http, **engine)
+    return [*_python("inference_service"), *flags, *_roots(local_roots)]
 
 
 def door_flags(keys_file: Path | None, insecure: bool) -> list[str]:

@@ -5,25 +5,31 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
 import shutil
 import signal
 import socket
 import sys
 import tempfile
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from loramux.cli import shell
 from loramux.cli.logs import follow, tail
-from shared.faults import Fault, ServerUnavailable, Status
+from shared.faults import FAULTS, Fault, ServerUnavailable, SettingsInvalid, Status
+from shared.notify import READY, SOCKET
 from shared.rpc.status import CallFailed
 
 DRAIN_S = 120.0  # longer than a service takes to drain; then it is killed
 DEATH_NOTICE_S = 0.5  # a broken connection is often seen before the death that broke it
 LOOPBACK = "127.0.0.1"
+
+
+_LAST_WORDS = re.compile(r"^\w+_service: (?P<reason>[A-Z_]+): (?P<message>.*(?:\n  .*)*)", re.MULTILINE)
+"""What a service that cannot go on says at its end."""
 
 
 class ServiceDied(Fault):
@@ -49,6 +55,14 @@ class Child:
     name: str
     process: asyncio.subprocess.Process
     log: Path
+    ready: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set when it said that it is (see `shared.notify`)."""
+
+    def death(self) -> Fault:
+        """Return why it ended: the fault that it named, or `ServiceDied`."""
+        named = list(_LAST_WORDS.finditer(self.log.read_text(encoding="utf-8", errors="replace")))
+        kind = FAULTS.get(named[-1]["reason"]) if named else None
+        return kind(f"{self.name}: {named[-1]['message']}") if kind else ServiceDied(self)
 
 
 class ProcessTree:
@@ -58,9 +72,12 @@ class ProcessTree:
         self.folder = Path(tempfile.mkdtemp(prefix="loramux-"))
         self.ready = False
         """Set once all is up: from then on a signal is the expected end."""
-        self.death: asyncio.Future[ServiceDied] = asyncio.get_running_loop().create_future()
+        self.death: asyncio.Future[Fault] = asyncio.get_running_loop().create_future()
         self._children: list[Child] = []
         self._tasks: list[asyncio.Task[None]] = []
+        self._listeners: list[socket.socket] = []
+        # Not below TMPDIR: the path of a socket has some hundred bytes at most.
+        self._sockets = Path(tempfile.mkdtemp(prefix="loramux-", dir="/tmp"))
         self._stopping = False
 
     async def __aenter__(self) -> Self:
@@ -70,6 +87,10 @@ class ProcessTree:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.stop()
+        for listener in self._listeners:
+            asyncio.get_running_loop().remove_reader(listener)
+            listener.close()
+        shutil.rmtree(self._sockets, ignore_errors=True)
         if isinstance(error, Fault) and error.status in (Status.INTERNAL, Status.UNAVAILABLE):
             shell.say(f"logs are kept in {self.folder}", "dim")
         else:
@@ -82,11 +103,16 @@ class ProcessTree:
         self._tasks.append(asyncio.create_task(self._watch(child)))
         return child
 
+    async def serve(self, name: str, argv: Sequence[str]) -> None:
+        """Start a service and wait until it says that it is ready; its death ends the tree."""
+        child = await self.start(name, argv)
+        await child.ready.wait()
+
     async def run(self, name: str, argv: Sequence[str]) -> None:
-        """Run a command to its end; raises `ServiceDied` when it fails."""
+        """Run a command to its end; raises `Child.death` when it fails."""
         child = await self._spawn(name, argv)
         if await child.process.wait():
-            raise ServiceDied(child)
+            raise child.death()
 
     async def stop(self) -> None:
         """Ask all children to end, and wait: open streams finish first."""
@@ -116,6 +142,8 @@ class ProcessTree:
 
     async def _spawn(self, name: str, argv: Sequence[str]) -> Child:
         log = self.folder / f"{name}.log"
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        listener.bind(str(self._sockets / name))
         wrapped = (sys.executable, "-m", "loramux.cli.child", str(os.getpid()), *argv)
         with log.open("ab") as file:
             # A group of its own: the terminal's Ctrl-C reaches the parent alone, which then drains.
@@ -125,16 +153,28 @@ class ProcessTree:
                 stdout=file,
                 stderr=file,
                 process_group=0,
-                env=_environment(),
+                env={**_environment(), SOCKET: str(listener.getsockname())},
             )
         child = Child(name, process, log)
         self._children.append(child)
+        self._listen(listener, child.ready)
         return child
+
+    def _listen(self, listener: socket.socket, ready: asyncio.Event) -> None:
+        """Set ready at the message that says so."""
+        loop = asyncio.get_running_loop()
+
+        def hear() -> None:
+            if READY in listener.recv(4096).decode().split("\n"):
+                ready.set()
+
+        loop.add_reader(listener, hear)
+        self._listeners.append(listener)
 
     async def _watch(self, child: Child) -> None:
         await child.process.wait()
         if not self._stopping and not self.death.done():
-            self.death.set_result(ServiceDied(child))
+            self.death.set_result(child.death())
 
 
 def _environment() -> dict[str, str]:
@@ -149,7 +189,7 @@ def run_tree(work: Callable[[ProcessTree], Awaitable[None]]) -> None:
     signal kills the children.
 
     Raises:
-        ServiceDied: a child ended unasked.
+        Fault: a child ended unasked; `ServiceDied` where it did not say why.
     """
     asyncio.run(_run(work))
 
@@ -193,6 +233,28 @@ def _signals(tree: ProcessTree) -> Iterator[asyncio.Future[None]]:
     finally:
         for number in numbers:
             loop.remove_signal_handler(number)
+
+
+def require_free(address: str) -> None:
+    """Raise where a service could not listen.
+
+    Raises:
+        SettingsInvalid: something else listens there, or it is no address of this machine.
+    """
+    host, _, port = address.rpartition(":")
+    try:
+        with socket.create_server((host.strip("[]"), int(port)), family=_family(host)):
+            pass
+    except (OSError, ValueError) as error:
+        why = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
+        raise SettingsInvalid(
+            f"cannot listen on {address} ({why}): expected a free HOST:PORT of this machine. Stop what listens "
+            "there, or choose another."
+        ) from error
+
+
+def _family(host: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in host else socket.AF_INET
 
 
 def free_address(preferred: str) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
@@ -15,38 +14,17 @@ from loramux.cli import shell
 from loramux.cli.build import build_with_bars, read_deployment
 from loramux.cli.build_view import show_built
 from loramux.cli.documents import emit
-from loramux.cli.look import until_serving
-from loramux.cli.services import builder_command, engine_flags, inference_command
+from loramux.cli.hints import reachable, show_lines_to_try
+from loramux.cli.preflight import Plan, preflight
+from loramux.cli.services import builder_command, inference_command
 from loramux.cli.tree import ProcessTree, free_address, run_tree
 from loramux.client import BUILDER, INFERENCE, AsyncClient
 from loramux.records import ModelInfo
-from shared.deployment import Deployment, SourceKind
+from shared.notify import READY, notify
+from shared.wording import listed
 
 OPENAI = "127.0.0.1:8000"
 DEFAULT_STORE = "file://~/.local/share/loramux/store"
-BUILDER_START_S = 60.0
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What is to be brought up, and where."""
-
-    deployment: Deployment
-    store: str
-    builder: str
-    inference: str
-    engine: Sequence[str] = field(default_factory=list)
-    """Flags of the inference service that are about speed."""
-    http: str | None = None
-    """Of OpenAI's door; None keeps it closed."""
-
-    @property
-    def local_roots(self) -> list[Path]:
-        """The folders that the deployment names."""
-        build = self.deployment.build
-        repositories = [build.checkpoint_repository, *build.lora_adapters.values()]
-        folders = [each.repo for each in repositories if each.source is SourceKind.LOCAL]
-        return [Path(folder) for folder in dict.fromkeys(folders)]
 
 
 @shell.command
@@ -73,14 +51,15 @@ def up(
         store=store,
         builder=builder or free_address(BUILDER),
         inference=grpc or free_address(INFERENCE),
-        engine=engine_flags(backend, dtype, threads),
+        engine={"backend": backend, "dtype": dtype, "threads": threads},
         http=http or free_address(OPENAI),
     )
+    preflight(plan)
     run_tree(functools.partial(_up, plan=plan, as_json=as_json))
 
 
 async def _up(tree: ProcessTree, plan: Plan, as_json: bool) -> None:
-    async with AsyncClient(inference=plan.inference, builder=plan.builder) as client:
+    async with AsyncClient(inference=reachable(plan.inference), builder=reachable(plan.builder)) as client:
         await start_builder(tree, plan)
         built = await build_with_bars(client, plan.deployment)
         if not as_json:
@@ -95,25 +74,24 @@ async def _up(tree: ProcessTree, plan: Plan, as_json: bool) -> None:
 
 
 async def start_builder(tree: ProcessTree, plan: Plan) -> None:
-    """Start the builder and wait until it is SERVING."""
+    """Start the builder and wait until it is ready."""
     argv = builder_command(plan.store, plan.builder, plan.local_roots)
     with shell.step(f"builder service on {plan.builder}"):
-        await tree.start("builder", argv)
-        await until_serving(plan.builder, BUILDER_START_S)
+        await tree.serve("builder", argv)
 
 
 async def start_inference(tree: ProcessTree, plan: Plan) -> None:
-    """Start the inference service and wait until it is SERVING, which takes as long as the base loads."""
+    """Start the inference service and wait until it is ready, which takes as long as the base loads."""
     name = plan.deployment.model_name
     argv = inference_command(name, plan.store, plan.inference, plan.local_roots, plan.engine, plan.http)
     with shell.step(f"inference service on {plan.inference}"):
-        await tree.start("inference", argv)
-        await until_serving(plan.inference)
+        await tree.serve("inference", argv)
 
 
 async def keep(tree: ProcessTree) -> None:
     """Stay until a signal ends the tree."""
     tree.ready = True
+    notify(READY)
     shell.say("serving until Ctrl-C", "dim")
     await asyncio.Event().wait()
 
@@ -130,29 +108,9 @@ def show_ready(plan: Plan, models: Sequence[ModelInfo], logs: Path) -> None:
     shell.show()
     shell.show("ready", "bold green")
     shell.show(f"  inference  {plan.inference}")
-    shell.show(f"  OpenAI     http://{plan.http}/v1")
-    shell.show(f"  page       http://{plan.http}/")
+    shell.show(f"  OpenAI     http://{reachable(plan.http or OPENAI)}/v1")
+    shell.show(f"  page       http://{reachable(plan.http or OPENAI)}/")
     shell.show(f"  builder    {plan.builder}")
-    shell.show(f"  models     {', '.join(model.name for model in models)}")
+    shell.show(f"  models     {listed([model.name for model in models])}")
     shell.show(f"  logs       {logs}")
-    show_lines_to_try(plan.inference, plan.http or OPENAI, models)
-
-
-def show_lines_to_try(inference: str, http: str, models: Sequence[ModelInfo]) -> None:
-    """Print a line each for the command line, Python, curl and grpcurl."""
-    model = models[-1].name
-    flag = "" if inference == INFERENCE else f" --grpc {inference}"
-    argument = "" if inference == INFERENCE else f'"{inference}"'
-    shell.show("try", "bold")
-    for line in (
-        f"loramux chat {model}{flag}",
-        "",
-        f"""python -c 'import loramux; print(loramux.Client({argument}).complete("{model}", "Hi").text)'""",
-        "",
-        f"curl http://{http}/v1/chat/completions -H 'content-type: application/json' \\",
-        f"""  -d '{{"model": "{model}", "messages": [{{"role": "user", "content": "Hi"}}]}}'""",
-        "",
-        f"""grpcurl -plaintext -d '{{"model": "{model}", "text": "Hi"}}' \\""",
-        f"  {inference} loramux.inference.v1.InferenceService/Generate",
-    ):
-        shell.show(f"  {line}".rstrip())
+    show_lines_to_try(plan.inference, plan.http or OPENAI, models[-1].name)

@@ -15,6 +15,7 @@ from grpc_reflection.v1alpha import reflection
 
 from shared.access.guard import NOBODY_GUARDS, Guard
 from shared.faults import Fault, InternalFault, SettingsInvalid, ShuttingDown
+from shared.notify import READY, STOPPING, notify
 from shared.rpc.admission import AdmissionInterceptor
 from shared.rpc.options import SERVER_OPTIONS
 from shared.rpc.status import abort
@@ -168,14 +169,17 @@ class RpcServer:
         return int(self._server.add_secure_port(self.address, server_credentials(self._tls)))
 
     async def set_serving(self, ready: bool) -> None:
-        """Set the health of every service."""
+        """Set the health of every service; whoever started the process hears that it is ready."""
         status = health_pb2.HealthCheckResponse
         for name in self._names:
             await self._health.set(name, status.SERVING if ready else status.NOT_SERVING)
+        if ready:
+            notify(READY)
 
     async def drain(self, timeout_s: float) -> bool:
         """Refuse new calls, wait for the open ones, stop; False when the time ran out and calls were cut."""
         self._interceptor.draining = True
+        notify(STOPPING)
         await self._health.enter_graceful_shutdown()
         with suppress(TimeoutError):
             await asyncio.wait_for(self._interceptor.idle.wait(), timeout_s)

@@ -43,6 +43,11 @@ def unreachable(target: str, message: str) -> str:
         for words, cure in _TLS:
             if words in message:
                 return cure
+    elif "Failed parsing HTTP/2" in message:
+        return (
+            "it does not speak gRPC. If that is the HTTP door: gRPC has a port of its own, 50052 of an "
+            "inference service and 50051 of a builder unless said otherwise."
+        )
     elif "Socket closed" in message:
         return f"{message}. Does it speak TLS? Then its address is grpcs://{target}"
     return f"{message}. Is it running?"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ from typer.testing import CliRunner
 from loramux.cli import services
 from loramux.cli.build_view import WORK, fraction_done
 from loramux.cli.logs import important
-from loramux.cli.main import app
+from loramux.cli.main import app, usual
 from loramux.cli.shell import modules, printable
 from loramux.records import AdapterInfo, Stage
 from tests.unit.fake_services import Fakes, deployment_text
@@ -24,11 +26,43 @@ def run(*args: str, said: str | None = None) -> tuple[int, str, str]:
     return result.exit_code, result.stdout, result.stderr
 
 
-def test_version() -> None:
+@pytest.mark.parametrize("flag", ["--version", "-V"])
+def test_version(flag: str) -> None:
     """``--version`` prints one line."""
-    code, text, _ = run("--version")
+    code, text, _ = run(flag)
     assert code == 0
     assert re.fullmatch(r"loramux \d+\.\d+\.\d+\n", text)
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        (["help"], ["--help"]),
+        (["help", "check"], ["check", "--help"]),
+        (["models", "--api-key", "k", "--json"], ["--api-key", "k", "models", "--json"]),
+        (["models", "--api-key=k"], ["--api-key=k", "models"]),
+        (["models", "--api-key"], ["--api-key", "models"]),
+        (["chat", "a", "--", "--api-key"], ["chat", "a", "--", "--api-key"]),
+        (["models"], ["models"]),
+    ],
+)
+def test_what_people_type_otherwise(typed: list[str], meant: list[str]) -> None:
+    """``help`` is a command too, and the key may stand behind a command; what follows ``--`` is no flag."""
+    assert usual(typed) == meant
+
+
+def test_an_http_door_where_grpc_was_meant() -> None:
+    """A server of HTTP/1 behind ``--grpc``, and an address with http://, are recognised."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"127.0.0.1:{server.server_address[1]}"
+        code, _, errors = run("models", "--grpc", address)
+        assert code == 3
+        assert f"no answer from {address}: it does not speak gRPC. If that is the HTTP door" in errors
+        code, _, errors = run("health", f"http://{address}")
+        assert code == 2
+        assert "expected HOST:PORT of a gRPC door" in errors
+        server.shutdown()
 
 
 def test_bad_usage_is_exit_2() -> None:
@@ -133,11 +167,11 @@ def test_a_missing_extra_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_service_commands() -> None:
     """Only flags that were given reach the service, folders as absolute ones."""
     assert services.builder_command(None, None, [])[1:] == ["-m", "builder_service"]
-    engine = services.engine_flags("torch", None, 2)
+    engine = {"backend": "torch", "dtype": None, "threads": 2}
     command = services.inference_command("m", "s3://b/p", "127.0.0.1:0", [Path("/a/../b")], engine)
     assert command[3:] == [
         *("--deployment", "m", "--store", "s3://b/p", "--grpc", "127.0.0.1:0"),
-        *("--local-root", "/b", "--backend", "torch", "--threads", "2"),
+        *("--backend", "torch", "--threads", "2", "--local-root", "/b"),
     ]
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +91,28 @@ def test_what_is_not_there_is_one_line(folder: Path) -> None:
     assert (code, text) == (1, "")
     assert "error: REPO_NOT_FOUND: LOCAL" in errors
     assert run("check", "no repository", "--base", "x/y")[0] == 1
+
+
+class NoHub(BaseHTTPRequestHandler):
+    """A hub without repositories."""
+
+    def do_GET(self) -> None:
+        """Answer as the hub does for what is not there."""
+        self.send_response(404)
+        self.send_header("X-Error-Code", "RepoNotFound")
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+
+def test_a_mistyped_folder_is_no_mystery(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A word that could be of the hub is looked for there; a failure says that no such folder is here."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), NoHub) as hub:
+        threading.Thread(target=hub.serve_forever, daemon=True).start()
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{hub.server_address[1]}")
+        code, _, errors = run("check", "adapters/pirat", "--base", folder / "base")
+        hub.shutdown()
+    assert code == 1
+    assert "If a folder was meant: there is no adapters/pirat here." in errors
 
 
 def test_import_bundle_checks_and_says_how_to_publish(folder: Path) -> None:

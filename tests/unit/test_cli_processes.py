@@ -21,6 +21,7 @@ import pytest
 from typer.testing import CliRunner
 
 from loramux import Client, Delta
+from loramux.cli.exits import Exit, exit_of
 from loramux.cli.main import app
 from loramux.cli.tree import ProcessTree, ServiceDied, free_address, run_tree
 from loramux.faults import SettingsInvalid
@@ -133,6 +134,82 @@ def test_a_failure_beside_children_stops_them() -> None:
     with pytest.raises(SettingsInvalid, match="wrong"):
         run_tree(work)
     assert not psutil.pid_exists(pids[0])
+
+
+def test_a_child_is_ready_when_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Waiting ends with the child's own word, however long the path of the temporary folder is."""
+    deep = tmp_path / ("deep" * 30)
+    deep.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(deep))
+    said: list[str] = []
+
+    async def work(tree: ProcessTree) -> None:
+        program = (
+            "import time; from shared.notify import notify, READY; time.sleep(0.2); print('up', flush=True); "
+            "notify('STATUS=nearly'); notify(READY); time.sleep(60)"
+        )
+        await tree.serve("child", [sys.executable, "-c", program])
+        said.append((tree.folder / "child.log").read_text())
+
+    run_tree(work)
+    assert said == ["up\n"]
+
+
+def test_a_child_names_the_failure_that_ends_it() -> None:
+    """The reason that a service ends with is the tree's, with all its lines, and so is the exit code."""
+    words = "noise\nbuilder_service: SETTINGS_INVALID: cannot listen.\n  E_BAD_FIELD grpc: found x\nmore noise"
+
+    async def work(tree: ProcessTree) -> None:
+        await tree.serve("builder", [sys.executable, "-c", f"import sys; print({words!r}); sys.exit(2)"])
+
+    with pytest.raises(SettingsInvalid) as caught:
+        run_tree(work)
+    assert str(caught.value) == "builder: cannot listen.\n  E_BAD_FIELD grpc: found x"
+    assert exit_of(caught.value) is Exit.USAGE
+
+
+@pytest.mark.parametrize("flag", ["--grpc", "--http", "--builder"])
+def test_up_on_a_taken_address(launch: Launch, fakes: Fakes, deployment: Callable[..., str], flag: str) -> None:
+    """Where something listens already, ``up`` says so before it starts anything."""
+    process = launch("up", deployment("tiny", "lora1"), flag, fakes.inference_address, "--json")
+    text, errors = process.communicate(timeout=DEADLINE_S)
+    assert process.returncode == 2
+    assert [json.loads(line)["error"]["reason"] for line in text.splitlines()] == ["SETTINGS_INVALID"]
+    assert f"cannot listen on {fakes.inference_address} (Address already in use)" in errors
+    assert "service on" not in errors
+
+
+def test_up_with_a_wrong_setting(launch: Launch, deployment: Callable[..., str]) -> None:
+    """A value that the inference service would refuse after the build is refused before it, in one line."""
+    process = launch("up", deployment("tiny", "lora1"), "--dtype", "bf16")
+    _, errors = process.communicate(timeout=DEADLINE_S)
+    assert process.returncode == 2
+    assert len(errors.splitlines()) == 1
+    assert "SETTINGS_INVALID: --dtype=bf16: expected 'auto', 'float32', 'bfloat16' or 'float16'" in errors
+
+
+def test_up_with_keys_needs_one_itself(
+    launch: Launch, environment: dict[str, str], tmp_path: Path, deployment: Callable[..., str]
+) -> None:
+    """Where the services will ask for keys, ``up`` says at once which it needs; with that it goes on."""
+    keys = tmp_path / "keys.jsonl"
+    made = {
+        scope: CliRunner().invoke(app, ["keys", "new", "--file", str(keys), *scope.split()]).stdout.strip()
+        for scope in ("--scope infer", "--scope build --scope infer")
+    }
+    environment["LORAMUX_KEYS_FILE"] = str(keys)
+    for key, code, word in (("", 4, "UNAUTHENTICATED"), (made["--scope infer"], 4, "PERMISSION_DENIED")):
+        environment["LORAMUX_API_KEY"] = key
+        process = launch("up", deployment("tiny", "lora1"))
+        _, errors = process.communicate(timeout=DEADLINE_S)
+        assert process.returncode == code
+        assert errors.startswith(f"error: {word}: ")
+        assert "loramux keys new --scope build --scope infer" in errors
+    environment["LORAMUX_API_KEY"] = made["--scope build --scope infer"]
+    process = launch("up", deployment("tiny", "lora1"))
+    read_until(process, "InferenceService/Generate")
+    process.terminate()
+    assert process.wait(DEADLINE_S) == 0
 
 
 def test_up_serves_until_sigterm(launch: Launch, deployment: Callable[..., str]) -> None:

@@ -1,0 +1,82 @@
+"""What can be known to fail is said before anything is started or built."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+from loramux.cli.tree import require_free
+from loramux.connection import API_KEY, Credentials
+from shared.access.guard import open_guard
+from shared.access.keyring import Keyring
+from shared.access.rights import Scope
+from shared.bundle.manifest import current_key
+from shared.deployment import Deployment, SourceKind
+from shared.faults import PermissionDenied, Unauthenticated
+from shared.settings import BuilderSettings, InferenceSettings, load_settings
+from shared.storage.base import ObjectMissing
+from shared.storage.open import open_store
+
+WITHOUT_TLS: Final = dict.fromkeys(("tls_cert", "tls_key", "tls_client_ca"))
+"""Children are called on loopback, which certificates do not name."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be brought up, and where."""
+
+    deployment: Deployment
+    store: str
+    builder: str
+    inference: str
+    engine: Mapping[str, str | int | None] = field(default_factory=dict)
+    """Settings of the inference service that are about speed; None: its default."""
+    http: str | None = None
+    """Of OpenAI's door; None keeps it closed."""
+
+    @property
+    def local_roots(self) -> list[Path]:
+        """The folders that the deployment names."""
+        build = self.deployment.build
+        repositories = [build.checkpoint_repository, *build.lora_adapters.values()]
+        folders = [each.repo for each in repositories if each.source is SourceKind.LOCAL]
+        return [Path(folder) for folder in dict.fromkeys(folders)]
+
+
+def preflight(plan: Plan) -> None:
+    """Look at settings, keys, addresses and the store's credentials.
+
+    Raises:
+        SettingsInvalid: a setting, an address or a file of keys or certificates is no good.
+        Unauthenticated, PermissionDenied: the services will ask for a key, and ours is none that opens both.
+        StoreUnavailable: the store does not let us in.
+    """
+    name = plan.deployment.model_name
+    load_settings(BuilderSettings, store=plan.store, grpc=plan.builder)
+    settings = load_settings(
+        InferenceSettings, deployment=name, store=plan.store, grpc=plan.inference, http=plan.http, **plan.engine
+    )
+    addresses = [each for each in (plan.builder, plan.inference, plan.http) if each]
+    guard = open_guard(settings.model_copy(update=WITHOUT_TLS), *addresses)
+    if guard.keyring is not None:
+        _require_key(guard.keyring)
+    for address in addresses:
+        require_free(address)
+    with suppress(ObjectMissing):
+        open_store(plan.store).get(current_key(name))
+
+
+def _require_key(keyring: Keyring) -> None:
+    """Refuse to go on without a key that opens both services: this command calls them itself."""
+    for scope in (Scope.BUILD, Scope.INFER):
+        try:
+            keyring.authorize(Credentials().api_key, scope)
+        except (Unauthenticated, PermissionDenied) as fault:
+            raise type(fault)(
+                f"{fault.message} This command calls both services: give it a key with the scopes build and "
+                f"infer, as {API_KEY} or --api-key. `loramux keys new --scope build --scope infer --file FILE` "
+                "makes one."
+            ) from fault

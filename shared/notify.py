@@ -1,0 +1,32 @@
+"""Telling whoever started a service how it does: systemd, and ``loramux up``, which speaks the same protocol.
+
+Source: sd_notify(3). A message is a datagram of NAME=VALUE lines to the Unix socket that NOTIFY_SOCKET names.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from typing import Final
+
+import structlog
+
+SOCKET: Final = "NOTIFY_SOCKET"
+READY: Final = "READY=1"
+STOPPING: Final = "STOPPING=1"
+
+log = structlog.get_logger()
+
+
+def notify(message: str) -> None:
+    """Send a message where somebody asked for it; one that cannot be sent is logged."""
+    path = os.environ.get(SOCKET, "")
+    if not path:
+        return
+    # A name that begins with @ stands for one in Linux' abstract namespace, which begins with a zero byte.
+    address = f"\0{path[1:]}" if path.startswith("@") else path
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+            sender.sendto(message.encode(), address)
+    except OSError as error:
+        log.warning("nobody was told", message=message, variable=SOCKET, why=error.strerror)
