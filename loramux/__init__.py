@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from loramux import faults
     from loramux.client import AsyncClient, Client
     from loramux.records import (
         AdapterInfo,
@@ -67,6 +68,7 @@ __all__ = [
     "Started",
     "TokenLogprobs",
     "Usage",
+    "faults",
     "load_deployment",
 ]
 
@@ -74,5 +76,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'loramux' has no attribute {name!r}")
+    if name == "faults":
+        return import_module("loramux.faults")
     home = next((home for home, names in _HOMES.items() if name in names), "loramux.records")
     return getattr(import_module(home), name)

@@ -13,7 +13,6 @@ from loramux.cli.check import (
     Base,
     MaxRank,
     Secret,
-    SomeBuilder,
     StorageDtype,
     Wanted,
     check_with,
@@ -34,6 +33,14 @@ Name = Annotated[
 DeploymentName = Annotated[
     str, typer.Option("--deployment", metavar="NAME", help="Publish it as this one; default: only check it.")
 ]
+PublishingBuilder = Annotated[
+    str,
+    typer.Option(
+        "--builder",
+        metavar="HOST:PORT",
+        help=f"Ask this one; default: a private one, and {BUILDER} with --deployment.",
+    ),
+]
 
 
 @shell.command
@@ -45,7 +52,7 @@ def import_bundle(
     max_rank: MaxRank = 64,
     dtype: StorageDtype = None,
     secret: Secret = "",
-    builder: SomeBuilder = "",
+    builder: PublishingBuilder = "",
     as_json: shell.Json = False,
 ) -> None:
     """Check and publish npy files of another converter.
@@ -53,7 +60,7 @@ def import_bundle(
     A deployment file may name such a folder or repository as any other adapter;
     this is the short way for one.
 
-    Example: loramux import-bundle DIR --base org/base --name lora1
+    Example: loramux import-bundle DIR --base org/base --name lora1 --deployment d
     """
     adapter = npy_folder(folder)
     lora = parse_lora_configuration(max_lora_rank=max_rank, dtype=dtype)

@@ -239,3 +239,20 @@ def test_images_get_all_that_the_package_is_made_of(path: Path) -> None:
     sent = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
     assert copied == sent == needed
     assert all((ROOT / source).exists() for source in copied)
+
+
+def test_the_file_for_gpus_changes_the_service_that_computes() -> None:
+    """Laid over the main file it gives the inference service, and no other, the machine's devices."""
+    over = yaml.safe_load((ROOT / "deploy" / "gpu.yml").read_text(encoding="utf-8"))["services"]
+    assert list(over) == ["inference"]
+    assert "deploy" not in RAW["inference"]
+    [device] = over["inference"]["deploy"]["resources"]["reservations"]["devices"]
+    assert device == {"driver": "nvidia", "count": "all", "capabilities": ["gpu"]}
+    assert "# COMPOSE_FILE=docker-compose.yml:deploy/gpu.yml" in (ROOT / ".env.example").read_text()
+
+
+def test_a_password_that_was_not_set_is_said_as_such() -> None:
+    """A copied .env without a password is answered with what to set, not with the advice to copy it."""
+    said = re.findall(r"MINIO_ROOT_PASSWORD:[?]([^}]*)", COMPOSE_TEXT)
+    assert said
+    assert all("set a password" in text for text in said)
