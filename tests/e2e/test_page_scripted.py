@@ -56,13 +56,13 @@ async def test_hundreds_of_adapters_are_chosen_with_the_keyboard(page: Page, tmp
         await page.press("ArrowDown")
         await page.press("End")
         await page.press(" ")
-        assert await page.text("#chosen") == "2 of 301 chosen"
+        assert await page.text("#chosen") == "2 of 301"
         await page.type("#filter", "none such")
         assert await _shown(page) == []
         assert await page.text("#list-note") == "No model has such a name."
-        assert await page.texts("#chips span") == ["adapter-070", "adapter-079"]
+        assert await page.texts("#chips .label") == ["adapter-070", "adapter-079"]
         await page.click("#chips button")
-        assert await page.texts("#chips span") == ["adapter-079"]
+        assert await page.texts("#chips .label") == ["adapter-079"]
         await page.appear(360, 740)
         assert await overflow(page) == 0
 
@@ -113,8 +113,47 @@ async def test_failures_are_told_in_the_servers_words(page: Page, tmp_path: Path
         assert await page.texts("article .end") == ["stop", "error", "error"]
     await page.until("document.querySelector('#link').textContent === 'not reachable'")
     await page.click("#send")
-    await page.until("document.querySelectorAll('article .error:not([hidden])').length === 3")
-    assert set(await page.texts("article .error")) == {"The server cannot be reached."}
+    await page.until("document.querySelector('#shared-error').checkVisibility()")
+    assert await page.text("#shared-error") == "The server cannot be reached."
+    assert await page.texts("article .error:not([hidden])") == []
+    assert set(await page.texts("article .end")) == {"error"}
+    await page.click("#clear")
+    assert not await page.eval("document.querySelector('#shared-error').checkVisibility()")
+
+
+async def test_what_a_desk_shows_without_scrolling(page: Page, tmp_path: Path) -> None:
+    """At 1280x800 the server's numbers and those of long answers are in sight; names keep their ends."""
+    names = [f"acme-corporation-customer-support-{number:03}-de" for number in range(60)]
+    says = {name: ["The sea is a vast and mysterious realm. " * 60] for name in names[:3]}
+    async with scripted_door(ScriptedPage(tmp_path, names, says)) as url:
+        await _open(page, url, 61)
+        await page.type("#prompt", "Tell me about the sea.")
+        await page.press("Enter", CTRL)
+        await page.until(DONE)
+        for selector in ("#server", "article dl"):
+            place = f"document.querySelector('{selector}').getBoundingClientRect()"
+            assert await page.eval(f"{place}.bottom") <= 800
+        assert await page.texts("article h3") == ["base", *names[:3]]
+        ends = "[...document.querySelectorAll('.model .tail, article .tail')].every((each) => "
+        ends += "!each.textContent || each.getBoundingClientRect().width >= each.scrollWidth - 1)"
+        assert await page.eval(ends)
+        await page.appear(390, 844)
+        scrolled = "[...document.querySelectorAll('article .text')].filter("
+        scrolled += "(each) => each.scrollHeight > each.clientHeight + 1).length"
+        assert await page.eval(scrolled) == 0  # on a phone the page is what scrolls
+        assert await overflow(page) == 0
+
+
+async def test_the_settings_are_shown_and_start_greedy(page: Page, tmp_path: Path) -> None:
+    """Beside the closed fields stands what is in them; the temperature is 0 until somebody changes it."""
+    async with scripted_door(ScriptedPage(tmp_path, ["one"], {})) as url:
+        await _open(page, url, 2)
+        assert await page.text("#settings") == "temperature 0"
+        await page.click("summary")
+        await page.type("#temperature", "0.7")
+        await page.type("#seed", "5")
+        await page.type("#system", "Be brief.")
+        assert await page.text("#settings") == "with a system prompt, temperature 0.7, seed 5"
 
 
 async def test_a_server_with_keys_asks_for_one(page: Page, tmp_path: Path) -> None:

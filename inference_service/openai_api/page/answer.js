@@ -1,6 +1,7 @@
 /** One model's answer, as a card: what it is, what it says, and how fast. */
 
 import { events, Refused } from "./api.js";
+import { middle } from "./dom.js";
 
 const ENDS = {
   stop: "The model ended its answer.",
@@ -21,7 +22,7 @@ export class Answer {
     this.card = document.querySelector("#answer").content.cloneNode(true).firstElementChild;
     this.card.style.setProperty("--stripe", stripe);
     this.card.setAttribute("aria-label", `Answer of ${model.id}`);
-    this.#part("h3").textContent = model.id;
+    this.#part("h3").append(middle(model.id, "name"));
     this.#part(".rank").textContent = model.parent ? `rank ${model.ranks.join(", ")}` : "base model";
     this.#part(".text").append(this.#text);
     this.#part(".text").setAttribute("aria-label", `Text of ${model.id}`);
@@ -81,12 +82,22 @@ export class Answer {
     this.#part(".tokens").title = `${usage.prompt_tokens} tokens of prompt, ${cached} of them cached`;
   }
 
+  /** Why it failed, or "". */
+  get error() {
+    return this.#part(".error").textContent;
+  }
+
+  /** Show why it failed, or leave that to another place. */
+  showError(here) {
+    this.#part(".error").hidden = !here || !this.error;
+  }
+
   #fail(error) {
     if (error.name === "AbortError") return this.#end("stopped", "stopped");
     if (!(error instanceof Refused)) throw error;
     this.#end("failed", "error");
-    this.#part(".error").hidden = false;
     this.#part(".error").textContent = error.message;
+    this.showError(true);
   }
 
   #end(state, reason) {

@@ -62,6 +62,23 @@ function request() {
   };
 }
 
+/** Say beside the closed fields what is in them. */
+function tellSettings() {
+  const fields = [["temperature", "#temperature"], ["max tokens", "#max-tokens"], ["seed", "#seed"]];
+  const told = fields.map(([name, selector]) => [name, $(selector).value]).filter(([, value]) => value);
+  const system = $("#system").value.trim() ? ["with a system prompt"] : [];
+  $("#settings").textContent = [...system, ...told.map(([name, value]) => `${name} ${value}`)].join(", ");
+}
+
+/** A failure that all answers share is told once. */
+function tellSharedError(answers) {
+  const messages = new Set(answers.map((answer) => answer.error));
+  const shared = answers.length > 1 && messages.size === 1 ? answers[0].error : "";
+  for (const answer of answers) answer.showError(!shared);
+  $("#shared-error").hidden = !shared;
+  $("#shared-error").textContent = shared;
+}
+
 function stripe(model, nth) {
   return model.parent ? STRIPES[nth % STRIPES.length] : BASE_STRIPE;
 }
@@ -75,6 +92,7 @@ async function send() {
   const answers = models.map((model, nth) => new Answer(model, stripe(model, nth)));
   running = mine;
   $("#answers").replaceChildren(...answers.map((answer) => answer.card));
+  tellSharedError([]);
   $("#stop").disabled = false;
   if (models.length > STREAMS) {
     $("#note").textContent = `${STREAMS} answer at a time: browsers open no more connections.`;
@@ -84,7 +102,9 @@ async function send() {
     for (let next = waiting.shift(); next; next = waiting.shift()) await next.run(body, mine.signal);
   };
   await Promise.all(Array.from({ length: STREAMS }, work));
-  if (running === mine) stop();
+  if (running !== mine) return;
+  tellSharedError(answers);
+  stop();
 }
 
 function stop() {
@@ -96,6 +116,7 @@ function stop() {
 function clear() {
   stop();
   $("#answers").replaceChildren(empty);
+  tellSharedError([]);
   $("#note").textContent = "";
   $("#prompt").value = "";
   $("#prompt").focus();
@@ -104,6 +125,7 @@ function clear() {
 const apple = /Mac|iPhone|iPad/.test(navigator.platform);
 $("#send-keys").textContent = apple ? "⌘ ↵" : "Ctrl ↵";
 $("#stop").addEventListener("click", stop);
+$("#ask details").addEventListener("input", tellSettings);
 $("#clear").addEventListener("click", clear);
 $("#ask").addEventListener("submit", (event) => {
   event.preventDefault();
@@ -120,4 +142,5 @@ document.addEventListener("keydown", (event) => {
   const sends = event.key === "Enter" && (event.ctrlKey || event.metaKey);
   if (sends && !event.target.closest("#access")) $("#ask").requestSubmit();
 });
+tellSettings();
 panel.look();

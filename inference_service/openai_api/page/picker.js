@@ -1,6 +1,6 @@
 /** The list of models: which are chosen, found by name, walked with the arrow keys. */
 
-import { element } from "./dom.js";
+import { element, middle } from "./dom.js";
 
 const FILTER_FROM = 9; // models: as many fit in the list without scrolling
 const CHOSEN_AT_FIRST = 4;
@@ -60,14 +60,14 @@ export class Picker {
 
   #update() {
     for (const [name, box] of this.#boxes) box.checked = this.#chosen.has(name);
-    document.querySelector("#chosen").textContent = `${this.#chosen.size} of ${this.#models.length} chosen`;
+    document.querySelector("#chosen").textContent = `${this.#chosen.size} of ${this.#models.length}`;
     document.querySelector("#choose-none").disabled = !this.#chosen.size;
     this.#chips.hidden = this.#filter.hidden || !this.#chosen.size;
     this.#chips.replaceChildren(...[...this.#chosen].map((name) => this.#chip(name)));
   }
 
   #chip(name) {
-    const label = element("span", {}, name);
+    const label = middle(name, "label");
     const button = element("button", { type: "button", ariaLabel: `Remove ${name}` }, label, "×");
     button.addEventListener("click", () => {
       this.#choose(name, false);
@@ -116,7 +116,7 @@ export class Picker {
 
 function row(model) {
   const box = element("input", { type: "checkbox", value: model.id });
-  const name = element("span", { className: "name" }, model.id);
+  const name = middle(model.id, "name");
   const ranks = model.parent ? `r ${span(model.ranks)}` : "base";
   const rank = element("span", { className: "rank", title: "rank" }, ranks);
   return element("label", { className: "model", title: model.id }, box, name, rank);
