@@ -26,6 +26,7 @@
     ├── BuildInterrupted     BUILD_INTERRUPTED       ABORTED
     ├── BuildCancelled       BUILD_CANCELLED         ABORTED
     ├── BuildTimedOut        BUILD_TIMED_OUT         DEADLINE_EXCEEDED
+    ├── DeadlineExceeded     DEADLINE_EXCEEDED       DEADLINE_EXCEEDED    the request's deadline passed
     ├── QueueFull            QUEUE_FULL              RESOURCE_EXHAUSTED
     ├── BundleCorrupt        BUNDLE_CORRUPT          DATA_LOSS
     ├── ProofFailed          PROOF_FAILED            DATA_LOSS            a bundle that answers otherwise
@@ -267,6 +268,13 @@ class BuildTimedOut(Fault):
     """A build that took longer than the operator allows; nothing of it is served."""
 
     reason = "BUILD_TIMED_OUT"
+    status = Status.DEADLINE_EXCEEDED
+
+
+class DeadlineExceeded(Fault):
+    """The request's deadline passed; what it held was freed."""
+
+    reason = "DEADLINE_EXCEEDED"
     status = Status.DEADLINE_EXCEEDED
 
 

@@ -14,7 +14,7 @@ from typing import TypeVar
 from inference_service.core.constraint import Constraint, Grammar
 from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import Sequence
-from inference_service.serving.answer import Answer, DeadlineExceeded
+from inference_service.serving.answer import Answer
 from inference_service.serving.bounds import check
 from inference_service.serving.brought import Brought
 from inference_service.serving.catalog import Catalog, ServedModel
@@ -38,7 +38,6 @@ from shared.faults import PromptTooLong, RequestInvalid
 
 __all__ = [
     "Constraint",
-    "DeadlineExceeded",
     "Delta",
     "Event",
     "Finished",

@@ -14,7 +14,6 @@ import pytest_asyncio
 from inference_service.core.constraint import Constraint
 from inference_service.core.sequence import FinishReason
 from inference_service.serving.service import (
-    DeadlineExceeded,
     Delta,
     Event,
     Finished,
@@ -22,7 +21,7 @@ from inference_service.serving.service import (
     Request,
     Started,
 )
-from shared.faults import Fault, InternalFault, QueueFull, RequestInvalid
+from shared.faults import DeadlineExceeded, Fault, InternalFault, QueueFull, RequestInvalid
 from shared.storage.memory import MemoryStore
 from tests.service import LONG, PROMPT, SAMPLED, Service, open_service
 from tests.tiny import VOCAB, World

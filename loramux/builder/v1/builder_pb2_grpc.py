@@ -33,6 +33,10 @@ class BuilderServiceStub:
     google.rpc.BadRequest with one field violation per finding, and UNAVAILABLE a
     google.rpc.RetryInfo.
 
+    Every rpc can also end with
+
+    UNAVAILABLE        SHUTTING_DOWN: the builder drains and takes no new calls. Retry with its successor.
+
     A server with keys (docs/access.md) wants one with the scope "build" as metadata
     "authorization: Bearer KEY", for reads too. Every rpc can then also end with
 
@@ -85,6 +89,10 @@ class BuilderServiceServicer:
     reason is one of the names in docs/errors.md; INVALID_ARGUMENT also carries a
     google.rpc.BadRequest with one field violation per finding, and UNAVAILABLE a
     google.rpc.RetryInfo.
+
+    Every rpc can also end with
+
+    UNAVAILABLE        SHUTTING_DOWN: the builder drains and takes no new calls. Retry with its successor.
 
     A server with keys (docs/access.md) wants one with the scope "build" as metadata
     "authorization: Bearer KEY", for reads too. Every rpc can then also end with
@@ -220,6 +228,10 @@ class BuilderService:
     reason is one of the names in docs/errors.md; INVALID_ARGUMENT also carries a
     google.rpc.BadRequest with one field violation per finding, and UNAVAILABLE a
     google.rpc.RetryInfo.
+
+    Every rpc can also end with
+
+    UNAVAILABLE        SHUTTING_DOWN: the builder drains and takes no new calls. Retry with its successor.
 
     A server with keys (docs/access.md) wants one with the scope "build" as metadata
     "authorization: Bearer KEY", for reads too. Every rpc can then also end with

@@ -32,6 +32,10 @@ class InferenceServiceStub:
     reason is one of the names in docs/errors.md; RESOURCE_EXHAUSTED and UNAVAILABLE
     also carry a google.rpc.RetryInfo, INVALID_ARGUMENT a google.rpc.BadRequest.
 
+    Every rpc can also end with
+
+    UNAVAILABLE        SHUTTING_DOWN: the server drains and takes no new calls. Retry with another replica.
+
     A server with keys (docs/access.md) wants one with the scope "infer" as metadata
     "authorization: Bearer KEY"; models that the key is not for do not exist for it. Every
     rpc can then also end with
@@ -65,6 +69,10 @@ class InferenceServiceServicer:
     reason is one of the names in docs/errors.md; RESOURCE_EXHAUSTED and UNAVAILABLE
     also carry a google.rpc.RetryInfo, INVALID_ARGUMENT a google.rpc.BadRequest.
 
+    Every rpc can also end with
+
+    UNAVAILABLE        SHUTTING_DOWN: the server drains and takes no new calls. Retry with another replica.
+
     A server with keys (docs/access.md) wants one with the scope "infer" as metadata
     "authorization: Bearer KEY"; models that the key is not for do not exist for it. Every
     rpc can then also end with
@@ -88,8 +96,8 @@ class InferenceServiceServicer:
         PROMPT_TOO_LONG: the message gives both numbers. Shorten the
         prompt, or ask for fewer new tokens.
         RESOURCE_EXHAUSTED  QUEUE_FULL: too many requests wait. Retry after the delay.
-        DEADLINE_EXCEEDED   The deadline of the call passed; the sequence was freed.
-        UNAVAILABLE         SHUTTING_DOWN: the server drains. Retry with another replica.
+        DEADLINE_EXCEEDED   DEADLINE_EXCEEDED: the deadline of the call passed; the sequence was freed. Give it more
+        time, or ask for fewer tokens.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -129,6 +137,10 @@ class InferenceService:
     Every error carries a google.rpc.ErrorInfo whose domain is "loramux" and whose
     reason is one of the names in docs/errors.md; RESOURCE_EXHAUSTED and UNAVAILABLE
     also carry a google.rpc.RetryInfo, INVALID_ARGUMENT a google.rpc.BadRequest.
+
+    Every rpc can also end with
+
+    UNAVAILABLE        SHUTTING_DOWN: the server drains and takes no new calls. Retry with another replica.
 
     A server with keys (docs/access.md) wants one with the scope "infer" as metadata
     "authorization: Bearer KEY"; models that the key is not for do not exist for it. Every
