@@ -173,7 +173,7 @@ class InferenceSettings(Settings):
     stream_interval_ms: Annotated[int, Field(ge=0)] = 40
     """Tokens of running answers are sent together at this interval, first and last ones at once; 0: each."""
     cache_dir: HomePath = Path("~/.cache/loramux")
-    """Holds checkpoints and bundles that were fetched."""
+    """Holds base checkpoints that were fetched, and what was compiled. Bundles are read at every start."""
     log_prompts: bool = False
     """Write prompts and answers to the log."""
 
