@@ -1,18 +1,28 @@
-"""A service whose answers never end, and who holds one."""
+"""A service whose answers never end, and its doors."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator
+from functools import partial
 from pathlib import Path
 
 from inference_service.core.sequence import Token
+from inference_service.openai_api import protocol
+from inference_service.openai_api.server import HttpServer
+from inference_service.rpc.servicer import SERVICE_NAME, InferenceServicer, register
 from inference_service.serving.request import Delta, Event, Request, Started
 from inference_service.serving.text import Text
+from shared.access.guard import NOBODY_GUARDS, Guard
+from shared.rpc import calls
+from shared.rpc.server import RpcServer
 from tests.golden.openai.script import Case, Scripted
+from tests.raw_http import RawClient
 from tests.tiny import VOCAB, write_tokenizer
 
 MODEL = "tiny"
+BOUND = 8
+"""Connections of each door."""
 
 
 class Endless(Scripted):
@@ -39,3 +49,30 @@ class Endless(Scripted):
         async with asyncio.timeout(within_s):
             while self.open != count:
                 await asyncio.sleep(0.01)
+
+
+class Doors:
+    """Both doors of an endless service."""
+
+    def __init__(
+        self,
+        folder: Path,
+        guard: Guard = NOBODY_GUARDS,
+        http: protocol.Patience = protocol.USUAL,
+        rpc: calls.Patience = calls.USUAL,
+    ) -> None:
+        self.service = Endless(folder)
+        self.http = HttpServer("127.0.0.1:0", self.service, guard, patience=http, max_connections=BOUND)
+        services = {SERVICE_NAME: partial(register, InferenceServicer(self.service))}
+        self.rpc = RpcServer("127.0.0.1:0", services, guard, patience=rpc, max_connections=BOUND)
+
+    async def start(self) -> None:
+        """Listen."""
+        await self.http.start()
+        await self.rpc.start()
+
+    async def raw(self, data: bytes = b"") -> RawClient:
+        """Connect to the HTTP door, and send something."""
+        client = await RawClient.open(self.http.address)
+        await client.send(data)
+        return client
