@@ -51,8 +51,23 @@ class Endless(Scripted):
                 await asyncio.sleep(0.01)
 
 
+def doors_of(
+    service: Endless,
+    guard: Guard = NOBODY_GUARDS,
+    http: protocol.Patience = protocol.USUAL,
+    rpc: calls.Patience = calls.USUAL,
+    bound: int | None = None,
+) -> tuple[HttpServer, RpcServer]:
+    """Both doors on free ports."""
+    services = {SERVICE_NAME: partial(register, InferenceServicer(service))}
+    return (
+        HttpServer("127.0.0.1:0", service, guard, patience=http, max_connections=bound),
+        RpcServer("127.0.0.1:0", services, guard, patience=rpc, max_connections=bound),
+    )
+
+
 class Doors:
-    """Both doors of an endless service."""
+    """An endless service, and both doors of it, with few connections each."""
 
     def __init__(
         self,
@@ -62,9 +77,7 @@ class Doors:
         rpc: calls.Patience = calls.USUAL,
     ) -> None:
         self.service = Endless(folder)
-        self.http = HttpServer("127.0.0.1:0", self.service, guard, patience=http, max_connections=BOUND)
-        services = {SERVICE_NAME: partial(register, InferenceServicer(self.service))}
-        self.rpc = RpcServer("127.0.0.1:0", services, guard, patience=rpc, max_connections=BOUND)
+        self.http, self.rpc = doors_of(self.service, guard, http, rpc, BOUND)
 
     async def start(self) -> None:
         """Listen."""

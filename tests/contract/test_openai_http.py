@@ -395,7 +395,7 @@ async def test_draining_finishes_open_streams_and_refuses_new_requests(
 async def test_a_drain_that_takes_too_long_cuts_what_is_open(
     world: tuple[World, MemoryStore], stream: bool
 ) -> None:
-    """When the time is over, what is open is told so, as the last event or a status, and its sequences freed."""
+    """When the time is over, what is open is told so, in an event or by a status, and its sequences freed."""
     async with open_door(world) as door:
         body = LONG | {"stream": stream, "n": 8}
         asking = asyncio.create_task(door.http.post(COMPLETIONS, json=body))
