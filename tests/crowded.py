@@ -1,4 +1,4 @@
-"""``python -m tests.crowded LIMIT``: both doors of a service that may open few files; prints their addresses."""
+"""``python -m tests.crowded LIMIT``: both doors of a service that may open few files; prints addresses."""
 
 from __future__ import annotations
 

@@ -18,9 +18,10 @@ LIMIT_S: Final = 10.0
 
 
 class MetricsDoor(ThreadingMixIn, WSGIServer):
-    """Answers every client on a thread of its own; prometheus_client's server has no bound on them, and no time."""
+    """Answers every client on a thread; prometheus_client's own server bounds neither threads nor time."""
 
     daemon_threads = True
+    request_queue_size = 128
 
     def __init__(self, host: str, port: int, registry: CollectorRegistry, limit_s: float = LIMIT_S) -> None:
         """Listen; port 0 draws a free one.
