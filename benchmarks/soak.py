@@ -1,7 +1,6 @@
 """A replica under a mixture of good, bad, cancelled, slow and broken requests, for as long as is said.
 
-It is started as a user would start it, and asked on both doors. At the end every promise is checked: each request
-ended once, nothing is held, memory did not grow, descriptors and processes are those of the start. A table is
+It is started as a user would, and asked on both doors. At the end every promise is checked: each request ended once, nothing is held, memory did not grow, descriptors and processes are those of the start. A table is
 printed; the exit status is 1 when a promise is broken.
 
     python -m benchmarks.soak --minutes 10 --concurrency 16
@@ -36,7 +35,7 @@ from benchmarks import serving
 from benchmarks.on_gpu import checkpoint
 from loramux import AsyncClient
 from loramux.bench.workload import WORDS
-from loramux.records import Finished, Started
+from loramux.records import Finished
 from shared.faults import ClientStalled, Fault
 
 SHAPE = {
@@ -53,6 +52,9 @@ SHAPE = {
 ADAPTERS = ("lora0", "lora1", "lora2", "lora3")
 STALL_S = 2
 """What the replica is told to wait for a client that does not read."""
+KV_GB = "0.1"
+"""So small that every block is used in the first minute: memory counts when it is first written to, and a cache
+of gigabytes would look like a leak for as long as it fills."""
 GROWTH_MB = 64
 """What resident memory may grow by after the first minute."""
 SAMPLE_S = 30
@@ -95,6 +97,7 @@ class Replica:
         command = [sys.executable, "-m", "inference_service", "--store", f"file://{work}/store"]
         command += ["--deployment", name, "--local-root", str(root), "--grpc", self.grpc, "--http", self.http]
         environment = os.environ | {"LORAMUX_STALL_TIMEOUT_S": str(STALL_S), "LORAMUX_LOG_FORMAT": "json"}
+        environment |= {"LORAMUX_KV_MEMORY_GB": os.environ.get("LORAMUX_KV_MEMORY_GB", KV_GB)}
         self.log = work / "log"
         with self.log.open("w") as log:
             self._process = subprocess.Popen(command, stderr=log, env=environment)  # noqa: S603 - our own command
