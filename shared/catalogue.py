@@ -153,6 +153,7 @@ CURES: Final = {
     "BUILD_CANCELLED": "build again, if it was not meant",
     "BUILD_TIMED_OUT": "see which adapter was slow; raise LORAMUX_BUILD_TIMEOUT_S if that is its size",
     "DEADLINE_EXCEEDED": "give it more time, or ask for fewer tokens",
+    "CLIENT_STALLED": "send and read without pauses; call again",
     "QUEUE_FULL": "retry",
     "BUNDLE_CORRUPT": "restore the file, or build the deployment again",
     "PROOF_FAILED": "build the deployment again; then look at the named rows",

@@ -243,5 +243,7 @@ def test_a_builder_is_not_opened_to_others_by_accident(tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith(PREFIX)}
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
     assert ended.returncode == 2
-    assert ended.stderr.startswith("builder_service: SETTINGS_INVALID: 0.0.0.0:0 can be reached from other machines")
+    assert ended.stderr.startswith(
+        "builder_service: SETTINGS_INVALID: 0.0.0.0:0 can be reached from other machines"
+    )
     assert ended.stderr.count("\n") == 1

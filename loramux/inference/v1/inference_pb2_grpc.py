@@ -98,6 +98,8 @@ class InferenceServiceServicer:
         RESOURCE_EXHAUSTED  QUEUE_FULL: too many requests wait. Retry after the delay.
         DEADLINE_EXCEEDED   DEADLINE_EXCEEDED: the deadline of the call passed; the sequence was freed. Give it more
         time, or ask for fewer tokens.
+        ABORTED             CLIENT_STALLED: the request did not arrive, or the answer was not read,
+        in time. Send and read without pauses.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
