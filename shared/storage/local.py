@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import io
 import os
 import shutil
@@ -106,6 +107,15 @@ class LocalStore:
             except _NO_OBJECT:
                 return None
             return status.st_size if stat.S_ISREG(status.st_mode) else None
+
+    def sha256(self, key: str) -> str | None:
+        """Return the sha256 of an object in hex, read back in pieces, or None when there is none."""
+        with self._translated("read", key):
+            try:
+                with self._path(key).open("rb") as source:
+                    return hashlib.file_digest(source, "sha256").hexdigest()
+            except _NO_OBJECT:
+                return None
 
     def list(self, prefix: str) -> Iterator[str]:
         """Yield the keys that begin with prefix, in lexicographic order."""
