@@ -52,6 +52,10 @@ class AzureContainer:
                 key, etag=version, match_condition=MatchConditions.IfNotModified
             ).chunks()
 
+    def close(self) -> None:
+        """Close the client's connections."""
+        self._client.close()
+
     @contextmanager
     def _translated(self, key: str) -> Iterator[None]:
         """Turn Azure's failures into ours; their texts hold addresses, and are not repeated."""

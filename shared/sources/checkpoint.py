@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
@@ -11,7 +12,7 @@ from typing import Any, Final
 from shared.bundle.manifest import BaseRecord
 from shared.deployment import Repository
 from shared.faults import BundleCorrupt, CheckpointInvalid
-from shared.sources.base import Progress, Resolved, Source, unwatched
+from shared.sources.base import Progress, Resolved, Room, Source, unwatched
 from shared.sources.files import hash_file, scratch
 from shared.sources.open import Sources
 
@@ -40,7 +41,9 @@ class Base:
     """``config.json``, parsed."""
 
 
-def describe_base(sources: Sources, repository: Repository, progress: Progress = unwatched) -> Base:
+def describe_base(
+    sources: Sources, repository: Repository, progress: Progress = unwatched, room: Room = unwatched
+) -> Base:
     """Resolve a base checkpoint and record every file that serving needs; weights stay where they are.
 
     Raises:
@@ -48,19 +51,26 @@ def describe_base(sources: Sources, repository: Repository, progress: Progress =
         Fault: what the source raises.
     """
     source = sources.of(repository)
-    resolved = source.resolve(repository, progress)
-    if CONFIG not in resolved.files:
-        raise CheckpointInvalid(
-            f"{_name(repository)}: expected {CONFIG}, found {_some(resolved)}. "
-            "The base must be a decoder checkpoint in Hugging Face format."
-        )
-    config = _read_json(source, resolved, CONFIG, sources.work_dir)
-    names = [name for name in SMALL_FILES if name in resolved.files]
-    files = source.digests(resolved, [*names, *_weights(source, resolved, sources.work_dir)], progress)
-    return Base(BaseRecord(source=source.pin(resolved, files), files=files), config)
+    with closing(source.resolve(repository, progress, room)) as resolved:
+        if CONFIG not in resolved.files:
+            raise CheckpointInvalid(
+                f"{_name(repository)}: expected {CONFIG}, found {_some(resolved)}. "
+                "The base must be a decoder checkpoint in Hugging Face format."
+            )
+        config = _read_json(source, resolved, CONFIG, sources.work_dir)
+        names = [name for name in SMALL_FILES if name in resolved.files]
+        names += _weights(source, resolved, sources.work_dir)
+        files = source.digests(resolved, names, progress, room)
+        return Base(BaseRecord(source=source.pin(resolved, files), files=files), config)
 
 
-def fetch_base(base: BaseRecord, into: Path, sources: Sources, progress: Progress = unwatched) -> Path:
+def fetch_base(
+    base: BaseRecord,
+    into: Path,
+    sources: Sources,
+    progress: Progress = unwatched,
+    room: Room = unwatched,
+) -> Path:
     """Return a folder with the base's files, each verified against its recorded digest.
 
     LOCAL is verified where it is; other sources are downloaded below into, and what is there already is
@@ -73,7 +83,7 @@ def fetch_base(base: BaseRecord, into: Path, sources: Sources, progress: Progres
     for name in base.files:
         if name.startswith("/") or ".." in PurePosixPath(name).parts:
             raise BundleCorrupt(f"base {_name(base.source)}: {name!r} is no path inside the repository")
-    folder = sources.of(base.source).place(base.source, base.files, into, progress)
+    folder = sources.of(base.source).place(base.source, base.files, into, progress, room)
     for name, expected in base.files.items():
         path = folder / name
         found = hash_file(path) if path.is_file() else None

@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import IO, Final
@@ -31,26 +31,38 @@ def hash_file(path: Path, progress: Progress = unwatched) -> FileDigest:
 def hash_pieces(pieces: Iterable[bytes], progress: Progress, sink: IO[bytes] | None = None) -> FileDigest:
     """Return what pieces together are, and write them where a sink is given."""
     digest, size = hashlib.sha256(), 0
-    for piece in pieces:
-        progress(len(piece))
-        digest.update(piece)
-        size += len(piece)
-        if sink is not None:
-            with disk_errors():
-                sink.write(piece)
+    with _ended(pieces):
+        for piece in pieces:
+            progress(len(piece))
+            digest.update(piece)
+            size += len(piece)
+            if sink is not None:
+                with disk_errors():
+                    sink.write(piece)
     return FileDigest(size=size, sha256=digest.hexdigest())
 
 
 def exactly(pieces: Iterable[bytes], size: int, name: str) -> Iterator[bytes]:
     """Yield pieces of that many bytes together; raise `SourceUnavailable` before the first byte too much."""
     left = size
-    for piece in pieces:
-        left -= len(piece)
-        if left < 0:
-            raise SourceUnavailable(f"{name}: expected {size} bytes, found more. Retry.")
-        yield piece
+    with _ended(pieces):
+        for piece in pieces:
+            left -= len(piece)
+            if left < 0:
+                raise SourceUnavailable(f"{name}: expected {size} bytes, found more. Retry.")
+            yield piece
     if left:
         raise SourceUnavailable(f"{name}: expected {size} bytes, found {size - left}. Retry.")
+
+
+@contextmanager
+def _ended(pieces: Iterable[bytes]) -> Iterator[None]:
+    """End a generator with the loop over it: a failure whose traceback is kept would keep its file open."""
+    try:
+        yield
+    finally:
+        if isinstance(pieces, Generator):
+            pieces.close()
 
 
 def inside(folder: Path, name: str) -> Path:

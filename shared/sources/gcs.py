@@ -64,6 +64,10 @@ class GcsBucket:
         with self._get(address, {"alt": "media", "ifGenerationMatch": version}, key) as answer:
             yield from answer.raw.stream(PIECE, decode_content=False)
 
+    def close(self) -> None:
+        """Close the client's connections."""
+        self._session.close()  # type: ignore[no-untyped-call]  # of requests, which has none here
+
     @contextmanager
     def _get(self, address: str, parameters: dict[str, str], what: str) -> Iterator[requests.Response]:
         """Turn what goes wrong into our failures; the texts of others are not repeated."""

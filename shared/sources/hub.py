@@ -26,7 +26,7 @@ from tqdm import tqdm  # type: ignore[import-untyped,unused-ignore]
 from shared.bundle.manifest import FileDigest
 from shared.deployment import Repository
 from shared.faults import RepoGated, RepoNotFound, RevisionNotFound, SourceRefused, SourceUnavailable
-from shared.sources.base import MAX_BYTES, Progress, Resolved, SourceFile, unwatched
+from shared.sources.base import MAX_BYTES, Progress, Resolved, Room, SourceFile, unwatched
 from shared.sources.files import disk_errors, disk_fault, hash_file, inside, missing_files, scratch
 from shared.sources.retry import Busy, Pace, Patience
 from shared.sources.secrets import Secrets, warn_unset
@@ -62,10 +62,10 @@ class HubSource:
         self._patience = patience or Patience()
 
     def resolve(
-        self, repository: Repository, progress: Progress = unwatched, *, max_bytes: int = MAX_BYTES
+        self, repository: Repository, progress: Progress = unwatched, room: Room = unwatched
     ) -> Resolved:
         """List a repository's files with their sizes at the commit that its revision names."""
-        del max_bytes
+        del room
         api = HfApi(endpoint=self._endpoint, token=self._token(repository))
         info = self._call(
             repository,
@@ -115,7 +115,11 @@ class HubSource:
         return fetched
 
     def digests(
-        self, resolved: Resolved, names: Iterable[str], progress: Progress = unwatched
+        self,
+        resolved: Resolved,
+        names: Iterable[str],
+        progress: Progress = unwatched,
+        room: Room = unwatched,
     ) -> dict[str, FileDigest]:
         """Take the digests that the hub knows, and download the other files to hash them."""
         known, unknown = {}, []
@@ -125,6 +129,7 @@ class HubSource:
                 known[name] = FileDigest(size=file.size, sha256=file.sha256)
             else:
                 unknown.append(name)
+        room(resolved.size(unknown))
         with scratch(self._work_dir) as folder:
             return known | self.fetch(resolved, unknown, folder, progress)
 
@@ -134,11 +139,17 @@ class HubSource:
         return resolved.repository
 
     def place(
-        self, repository: Repository, files: Mapping[str, FileDigest], cache: Path, progress: Progress
+        self,
+        repository: Repository,
+        files: Mapping[str, FileDigest],
+        cache: Path,
+        progress: Progress = unwatched,
+        room: Room = unwatched,
     ) -> Path:
         """Download what the cache lacks, at the recorded commit."""
         folder = cache / "hub" / repository.repo.replace("/", "--") / repository.revision
         for name in missing_files(folder / repository.subfolder, files):
+            room(files[name].size)
             self._download(repository, name, files[name].size, folder, progress)
         return folder / repository.subfolder
 

@@ -10,7 +10,7 @@ from typing import IO
 from shared.bundle.manifest import FileDigest
 from shared.deployment import Repository
 from shared.faults import RepoNotFound, SourceChanged, SourceRefused, SourceUnavailable
-from shared.sources.base import MAX_BYTES, MAX_FILES, Progress, Resolved, SourceFile, unwatched
+from shared.sources.base import MAX_FILES, Progress, Resolved, Room, SourceFile, unwatched
 from shared.sources.files import exactly, hash_pieces, inside, pieces_of, pin_content, whole
 
 MAX_DEPTH = 2
@@ -24,10 +24,10 @@ class LocalSource:
         self._roots = tuple(root.expanduser().resolve() for root in roots)
 
     def resolve(
-        self, repository: Repository, progress: Progress = unwatched, *, max_bytes: int = MAX_BYTES
+        self, repository: Repository, progress: Progress = unwatched, room: Room = unwatched
     ) -> Resolved:
         """List a folder; the revision follows from the content, and is known once the files were read."""
-        del progress, max_bytes
+        del progress, room
         folder = self._folder(repository)
         files = {}
         with _translated():
@@ -48,9 +48,14 @@ class LocalSource:
         return copied
 
     def digests(
-        self, resolved: Resolved, names: Iterable[str], progress: Progress = unwatched
+        self,
+        resolved: Resolved,
+        names: Iterable[str],
+        progress: Progress = unwatched,
+        room: Room = unwatched,
     ) -> dict[str, FileDigest]:
         """Hash files where they are."""
+        del room
         return {name: self._read(resolved, name, progress) for name in sorted(names)}
 
     def pin(self, resolved: Resolved, files: Mapping[str, FileDigest]) -> Repository:
@@ -58,10 +63,15 @@ class LocalSource:
         return pin_content(resolved.repository, files)
 
     def place(
-        self, repository: Repository, files: Mapping[str, FileDigest], cache: Path, progress: Progress
+        self,
+        repository: Repository,
+        files: Mapping[str, FileDigest],
+        cache: Path,
+        progress: Progress = unwatched,
+        room: Room = unwatched,
     ) -> Path:
         """Return the folder itself; nothing is copied."""
-        del cache, progress
+        del cache, progress, room
         folder = self._folder(repository)
         for name in files:
             self._allowed(folder / name)

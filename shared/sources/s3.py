@@ -56,6 +56,10 @@ class S3Bucket:
                     raise _changed(self._bucket, key)
                 yield from body.iter_chunks(PIECE)
 
+    def close(self) -> None:
+        """Close the client's connections."""
+        self._client.close()
+
     @contextmanager
     def _translated(self, what: str) -> Iterator[None]:
         """Turn boto's failures into ours; their texts hold addresses, and are not repeated."""

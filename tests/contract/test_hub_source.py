@@ -24,6 +24,7 @@ from shared.sources.open import Sources
 from shared.sources.retry import Patience
 from shared.sources.secrets import Secrets
 from tests.adapters import write_adapter, write_base
+from tests.descriptors import cancelled_after, failing, nothing_stays_open
 from tests.hub import Hub, HubRepo, serve_hub
 
 COMMIT, OLD = "c" * 40, "0" * 40
@@ -244,3 +245,20 @@ def test_a_changed_download_is_refused_and_fetched_again(hub, tmp_path):
     with pytest.raises(BundleCorrupt, match=r"tokenizer\.json: expected sha256"):
         fetch_base(base.record, tmp_path / "cache", sources)
     assert fetch_base(base.record, tmp_path / "cache", sources) == folder
+
+
+def test_nothing_stays_open(hub, tmp_path):
+    """Refused, cancelled and broken downloads leave no connection and no file, though failures are kept."""
+    hub.repos["org/large"] = HubRepo({"main": COMMIT}, {"large": bytes(3 << 20)})
+    hf = source(hub)
+    resolved = hf.resolve(repo("org/large"))
+    hf.fetch(resolved, ["large"], tmp_path / "warm")
+    with nothing_stays_open() as kept:
+        failing(lambda: hf.resolve(repo("org/absent")), kept)
+        failing(lambda: hf.fetch(resolved, ["large"], tmp_path / "a", cancelled_after(1 << 20)), kept)
+        failing(lambda: hf.digests(resolved, ["large"], cancelled_after(1 << 20)), kept)
+        hub.repos["org/large"].truncated = 99
+        failing(lambda: hf.fetch(resolved, ["large"], tmp_path / "b"), kept)
+        hub.repos["org/large"].truncated = 0
+        hub.repos["org/large"].files["large"] = b"changed"
+        failing(lambda: hf.fetch(resolved, ["large"], tmp_path / "c"), kept)

@@ -15,6 +15,7 @@ from shared.sources.local import LocalSource
 from shared.sources.open import Sources, needs_extra
 from shared.sources.retry import Busy, Patience
 from shared.sources.secrets import Secrets
+from tests.descriptors import cancelled_after, failing, nothing_stays_open
 
 REPO = Repository(source=SourceKind.S3, repo="s3://bucket/one")
 QUICK = Patience(attempts=3, wait_s=0.01)
@@ -44,6 +45,9 @@ class FakeBucket:
         if self.failures:
             raise self.failures.pop()
         yield data[2:]
+
+    def close(self) -> None:
+        """Nothing is open."""
 
 
 def source(bucket: FakeBucket, patience: Patience = QUICK) -> BucketSource:
@@ -180,3 +184,15 @@ def test_a_local_file_that_changes_is_said(tmp_path):
     with pytest.raises(SourceChanged, match="changed since it was listed"):
         local.fetch(resolved, ["a"], tmp_path / "into")
     assert not (tmp_path / "into" / "a").exists()
+
+
+def test_nothing_of_a_folder_stays_open(tmp_path):
+    """Files whose reading was cancelled, or that changed, are closed though failures are kept."""
+    (tmp_path / "file").write_bytes(bytes(3 << 20))
+    local = LocalSource([tmp_path])
+    resolved = local.resolve(Repository(source=SourceKind.LOCAL, repo=str(tmp_path)))
+    with nothing_stays_open() as kept:
+        failing(lambda: local.fetch(resolved, ["file"], tmp_path / "into", cancelled_after(1 << 20)), kept)
+        failing(lambda: local.digests(resolved, ["file"], cancelled_after(1 << 20)), kept)
+        (tmp_path / "file").write_bytes(bytes(4 << 20))
+        failing(lambda: local.digests(resolved, ["file"]), kept)
