@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -159,8 +160,8 @@ def _source(repository: Repository) -> str:
 def _cache_name(generation: Generation) -> str:
     """A folder per set of files: another revision never meets files of this one."""
     source = generation.base.source
-    safe = "".join(char if char.isalnum() or char in "-_." else "_" for char in source.shown)[-80:]
-    return f"{safe}@{source.revision[:16] or 'none'}"
+    place, revision = (re.sub(r"[^\w.\-]", "_", text) for text in (source.shown, source.revision))
+    return f"{place[-80:]}@{revision[:16] or 'none'}"
 
 
 def _load_adapter(

@@ -33,6 +33,8 @@ class SourceFile:
     size: int
     sha256: str | None = None
     """Where the source knows it without reading the file."""
+    checksum: str = ""
+    """What the source says of the content otherwise: ``md5:<hex>``, or ``git:<hex>`` of a blob of git's."""
     version: str = ""
     """What the source calls this state of the file (ETag, generation); no other state is fetched."""
 

@@ -9,8 +9,9 @@ from typing import IO, Final, Protocol, TypeAlias
 
 from shared.bundle.manifest import FileDigest
 from shared.deployment import Repository
-from shared.faults import RepoNotFound, SourceRefused
+from shared.faults import BundleCorrupt, RepoNotFound, SourceRefused, SourceUnavailable
 from shared.sources.base import MAX_BYTES, MAX_FILES, Progress, Resolved, Room, SourceFile, unwatched
+from shared.sources.checksum import Checksum
 from shared.sources.files import exactly, hash_pieces, inside, missing_files, pin_content, whole
 from shared.sources.retry import Pace, Patience
 from shared.sources.secrets import Secrets
@@ -112,7 +113,7 @@ class BucketSource:
         room: Room = unwatched,
     ) -> Path:
         """Download what the cache lacks, as it is now; whoever verifies it sees whether it is the same."""
-        folder = cache / repository.source.lower() / repository.revision
+        folder = inside(cache, f"{repository.source.lower()}/{repository.revision}")
         if missing := missing_files(folder, files):
             resolved = self.resolve(repository, progress)
             if gone := sorted(name for name in missing if name not in resolved.files):
@@ -138,13 +139,21 @@ class BucketSource:
         sink: IO[bytes] | None = None,
     ) -> FileDigest:
         file, shown = resolved.files[name], f"{_name(resolved.repository)}: {name}"
+        problems: list[str] = []
 
         def attempt(pace: Pace) -> FileDigest:
             watch = pace.watch(shown, progress)
             if sink is not None:
                 sink.seek(0)
                 sink.truncate()
-            return hash_pieces(exactly(bucket.read(key, file.version), file.size, shown), watch, sink)
+            check = Checksum(file)
+            pieces = exactly(bucket.read(key, file.version), file.size, shown)
+            found = hash_pieces(check.of(pieces), watch, sink)
+            if problem := check.problem(found):
+                problems.append(problem)
+                kind = SourceUnavailable if len(problems) == 1 else BundleCorrupt
+                raise kind(f"{shown}: not what is listed: {problem}. Build again, or upload the file again.")
+            return found
 
         return self._patience.call(attempt)
 

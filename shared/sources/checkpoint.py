@@ -102,7 +102,8 @@ def _weights(source: Source, resolved: Resolved, work_dir: Path | None) -> list[
     """Return the names of the weight files: what the index names, else the one file."""
     if INDEX in resolved.files:
         table = _read_json(source, resolved, INDEX, work_dir).get("weight_map")
-        shards = sorted(set(table.values())) if isinstance(table, dict) else []
+        named = {str(name) for name in table.values()} if isinstance(table, dict) else set[str]()
+        shards = sorted(named)
         missing = [name for name in shards if name not in resolved.files]
         if shards and not missing and all(map(_SHARD.fullmatch, shards)):
             return shards

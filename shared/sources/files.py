@@ -31,7 +31,7 @@ def hash_file(path: Path, progress: Progress = unwatched) -> FileDigest:
 def hash_pieces(pieces: Iterable[bytes], progress: Progress, sink: IO[bytes] | None = None) -> FileDigest:
     """Return what pieces together are, and write them where a sink is given."""
     digest, size = hashlib.sha256(), 0
-    with _ended(pieces):
+    with ended(pieces):
         for piece in pieces:
             progress(len(piece))
             digest.update(piece)
@@ -45,7 +45,7 @@ def hash_pieces(pieces: Iterable[bytes], progress: Progress, sink: IO[bytes] | N
 def exactly(pieces: Iterable[bytes], size: int, name: str) -> Iterator[bytes]:
     """Yield pieces of that many bytes together; raise `SourceUnavailable` before the first byte too much."""
     left = size
-    with _ended(pieces):
+    with ended(pieces):
         for piece in pieces:
             left -= len(piece)
             if left < 0:
@@ -56,7 +56,7 @@ def exactly(pieces: Iterable[bytes], size: int, name: str) -> Iterator[bytes]:
 
 
 @contextmanager
-def _ended(pieces: Iterable[bytes]) -> Iterator[None]:
+def ended(pieces: Iterable[bytes]) -> Iterator[None]:
     """End a generator with the loop over it: a failure whose traceback is kept would keep its file open."""
     try:
         yield
@@ -68,9 +68,14 @@ def _ended(pieces: Iterable[bytes]) -> Iterator[None]:
 def inside(folder: Path, name: str) -> Path:
     """Return the path of a file by its name in a listing, or raise `SourceRefused` where it leads outside."""
     parts = PurePosixPath(name).parts
-    if not parts or name.startswith("/") or ".." in parts or "\\" in name or "\0" in name:
-        raise SourceRefused(f"{name!r}: no path inside the repository")
+    if not parts or name.startswith("/") or ".." in parts or set("\\\0") & set(name) or not is_text(name):
+        raise SourceRefused(f"{name[:200]!r}: no path inside the repository")
     return folder.joinpath(*parts)
+
+
+def is_text(name: str) -> bool:
+    """True unless a name has parts that are no UTF-8: a disk's bytes, or half of a JSON escape."""
+    return not any("\ud800" <= char <= "\udfff" for char in name)
 
 
 def missing_files(folder: Path, files: Mapping[str, FileDigest]) -> list[str]:

@@ -127,7 +127,7 @@ def open_bucket(repository: Repository, secrets: Secrets) -> tuple[S3Bucket, str
                 connect_timeout=TIMEOUT_S,
                 read_timeout=TIMEOUT_S,
                 retries={"total_max_attempts": 1},
-                response_checksum_validation="when_required",
+                response_checksum_validation="when_supported",
                 **options,
             ),
         )

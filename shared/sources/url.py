@@ -99,8 +99,7 @@ class UrlSource:
         room: Room = unwatched,
     ) -> Path:
         """Download the archive where the cache lacks a file of it."""
-        place = [part for part in (repository.revision, repository.subfolder) if part]
-        folder = cache.joinpath("archive", *place)
+        folder = inside(cache, "/".join(filter(None, ("archive", repository.revision, repository.subfolder))))
         if missing := missing_files(folder, files):
             with closing(self.resolve(repository, progress, room)) as resolved:
                 if gone := sorted(name for name in missing if name not in resolved.files):

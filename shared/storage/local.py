@@ -18,7 +18,7 @@ from typing import BinaryIO
 
 from shared.faults import StoreUnavailable
 from shared.storage.base import Entry, ObjectMissing
-from shared.storage.keys import checked_key, checked_prefix
+from shared.storage.keys import checked_key, checked_prefix, is_key
 
 TEMPORARY = ".tmp"
 TEMPORARY_LIFE_S = 24 * 3600
@@ -122,7 +122,7 @@ class LocalStore:
         folder = checked_prefix(prefix).rpartition("/")[0]
         with self._translated("list", prefix):
             top = self._path(folder) if folder else self._root
-            keys = sorted(key for key in self._keys_below(top) if key.startswith(prefix))
+            keys = sorted(key for key in self._keys_below(top) if key.startswith(prefix) and is_key(key))
         yield from keys
 
     def entries(self, prefix: str) -> Iterator[Entry]:

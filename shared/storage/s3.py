@@ -23,7 +23,7 @@ from tenacity import retry, retry_if_exception_type, stop_after_attempt
 
 from shared.faults import SettingsInvalid
 from shared.storage.base import Entry, ObjectMissing
-from shared.storage.keys import checked_key, checked_prefix
+from shared.storage.keys import checked_key, checked_prefix, is_key
 from shared.storage.s3_faults import store_fault
 
 if TYPE_CHECKING:
@@ -125,8 +125,8 @@ class S3Store:
         with self._translated():
             for page in pages:
                 for item in page.get("Contents", ()):
-                    if not item["Key"].endswith("/"):  # consoles mark folders so
-                        key = item["Key"].removeprefix(self._prefix)
+                    key = item["Key"].removeprefix(self._prefix)
+                    if is_key(key):  # consoles mark folders by "/" at the end
                         yield Entry(key, item["Size"], item["LastModified"])
 
     def delete(self, key: str) -> None:

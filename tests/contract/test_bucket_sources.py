@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import json
 import uuid
 from collections.abc import Callable, Iterator
@@ -260,3 +261,12 @@ def test_nothing_stays_open(cloud, tmp_path):
         failing(lambda: source.fetch(listed, ["large"], tmp_path / "b"), kept)
         cloud.put("one/large", b"changed")
         failing(lambda: source.fetch(resolved, ["large"], tmp_path / "c"), kept)
+
+
+def test_clouds_list_checksums(cloud):
+    """GCS and Azure list the MD5 of what was put in one piece; an S3 listing has none."""
+    cloud.fill(FILES)
+    files = cloud.source().resolve(cloud.repo()).files
+    for name, data in FILES.items():
+        md5 = hashlib.md5(data, usedforsecurity=False).hexdigest()
+        assert files[name].checksum == ("" if cloud.kind is SourceKind.S3 else f"md5:{md5}")

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from structlog.testing import capture_logs
 
+from shared.bundle.manifest import FileDigest
 from shared.deployment import Repository, SourceKind
 from shared.faults import (
     BundleCorrupt,
@@ -18,11 +19,15 @@ from shared.faults import (
     SourceRefused,
     SourceUnavailable,
 )
+from shared.sources.addresses import Guard
+from shared.sources.bucket import BucketSource
 from shared.sources.checkpoint import describe_base, fetch_base
+from shared.sources.https import Https
 from shared.sources.hub import HubSource
-from shared.sources.open import Sources
+from shared.sources.open import Sources, open_s3
 from shared.sources.retry import Patience
 from shared.sources.secrets import Secrets
+from shared.sources.url import UrlSource
 from tests.adapters import write_adapter, write_base
 from tests.descriptors import cancelled_after, failing, nothing_stays_open
 from tests.hub import Hub, HubRepo, serve_hub
@@ -262,3 +267,50 @@ def test_nothing_stays_open(hub, tmp_path):
         hub.repos["org/large"].truncated = 0
         hub.repos["org/large"].files["large"] = b"changed"
         failing(lambda: hf.fetch(resolved, ["large"], tmp_path / "c"), kept)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_what_arrives_is_what_the_hub_lists(hub, tmp_path, name):
+    """A flipped bit is mended by a second download; one that stays is BUNDLE_CORRUPT, and no file."""
+    hf, base = source(hub), hub.repos["org/base"]
+    resolved = hf.resolve(repo("org/base"))
+    base.damaged[name] = 1
+    hf.fetch(resolved, [name], tmp_path / "a")
+    assert (tmp_path / "a" / name).read_bytes() == base.files[name]
+    base.damaged[name] = 99
+    with pytest.raises(BundleCorrupt, match=r"twice not what the hub lists: expected (sha256|git:)"):
+        hf.fetch(resolved, [name], tmp_path / "b")
+    assert not (tmp_path / "b" / name).exists()
+    assert hub.downloaded().count(name) == 4
+
+
+@pytest.mark.parametrize("commit", ["../../../evil", "main", "c" * 39, "/etc", "C" * 40, "c" * 40 + "\n"])
+def test_a_commit_is_a_commit(hub, commit):
+    """What a hub calls its commit becomes the name of a folder, so nothing but 40 or 64 hex digits is taken."""
+    hub.repos["org/adapter"].revisions["main"] = commit
+    with pytest.raises(SourceUnavailable, match="names no commit"):
+        source(hub).resolve(repo("org/adapter"))
+
+
+@pytest.mark.parametrize("revision", ["../../../evil", "..", "a\\..\\b", "a\0b"])
+def test_a_recorded_revision_stays_in_the_cache(hub, tmp_path, revision):
+    """A generation that somebody else wrote leads no source out of its cache, nor into another's."""
+    files = {"config.json": FileDigest(size=1, sha256="0" * 64)}
+    patience = Patience(attempts=1)
+    url = UrlSource(Https(Guard()), Secrets(None, {}), patience=patience)
+    bucket = BucketSource(open_s3, Secrets(None, {}), patience)
+    address = {SourceKind.REMOTE_URL: "https://files.test/a.tar.gz", SourceKind.S3: "s3://bucket/one"}
+    places = {SourceKind.HF: source(hub), SourceKind.REMOTE_URL: url, SourceKind.S3: bucket}
+    for kind, place in places.items():
+        wanted = Repository(source=kind, repo=address.get(kind, "org/base"), revision=revision)
+        with pytest.raises(SourceRefused, match="no path inside"):
+            place.place(wanted, files, tmp_path / "cache" / "deep" / "er")
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("sibling", [{"size": "x"}, {"rfilename": 5}, {"lfs": {"sha256": "../x"}}, {"lfs": 5}])
+def test_a_listing_that_is_none_is_named(hub, sibling):
+    """A listing with other types than the hub's is SOURCE_UNAVAILABLE, never a failure inside."""
+    hub.repos["org/adapter"].listed = sibling
+    with pytest.raises(SourceUnavailable):
+        source(hub).resolve(repo("org/adapter"))
