@@ -12,7 +12,7 @@ from shared.deployment import Repository
 from shared.faults import BundleCorrupt, RepoNotFound, SourceRefused, SourceUnavailable
 from shared.sources.base import MAX_BYTES, MAX_FILES, Progress, Resolved, Room, SourceFile, unwatched
 from shared.sources.checksum import Checksum
-from shared.sources.files import exactly, hash_pieces, inside, missing_files, pin_content, whole
+from shared.sources.files import exactly, hash_pieces, inside, is_text, missing_files, pin_content, whole
 from shared.sources.retry import Pace, Patience
 from shared.sources.secrets import Secrets
 
@@ -62,7 +62,7 @@ class BucketSource:
                 watch(0)
                 if len(files) == MAX_FILES:
                     raise SourceRefused(f"{name}: more than {MAX_FILES} files; name a folder in it")
-                if not key.endswith("/"):  # consoles mark folders so
+                if not key.endswith("/") and is_text(key):  # consoles mark folders so
                     files[key.removeprefix(prefix)] = file
             return files
 

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -157,7 +158,13 @@ def pin_content(repository: Repository, files: Mapping[str, FileDigest]) -> Repo
 
 
 def pieces_of(path: Path) -> Iterator[bytes]:
-    """Yield a file's content."""
-    with path.open("rb") as source:
+    """Yield a regular file's content; a pipe or a device that took its place is not waited for."""
+    with open(path, "rb", opener=_at_once) as source:
+        if not stat.S_ISREG(os.fstat(source.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", str(path))
         while piece := source.read(PIECE):
             yield piece
+
+
+def _at_once(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)

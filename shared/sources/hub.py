@@ -38,7 +38,7 @@ from shared.faults import (
 )
 from shared.sources.base import MAX_BYTES, Progress, Resolved, Room, SourceFile, unwatched
 from shared.sources.checksum import checked_file
-from shared.sources.files import disk_errors, disk_fault, inside, missing_files, scratch
+from shared.sources.files import disk_errors, disk_fault, inside, is_text, missing_files, scratch
 from shared.sources.retry import Busy, Pace, Patience
 from shared.sources.secrets import Secrets, warn_unset
 
@@ -94,7 +94,7 @@ class HubSource:
             files = {
                 item.rfilename.removeprefix(prefix): _listed(item)
                 for item in info.siblings or ()
-                if item.rfilename.startswith(prefix)
+                if item.rfilename.startswith(prefix) and is_text(item.rfilename)
             }
             return info.sha, files
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +12,7 @@ from shared.bundle.manifest import FileDigest
 from shared.deployment import Repository
 from shared.faults import RepoNotFound, SourceChanged, SourceRefused, SourceUnavailable
 from shared.sources.base import MAX_FILES, Progress, Resolved, Room, SourceFile, unwatched
-from shared.sources.files import exactly, hash_pieces, inside, pieces_of, pin_content, whole
+from shared.sources.files import exactly, hash_pieces, inside, is_text, pieces_of, pin_content, whole
 
 MAX_DEPTH = 2
 """Folders below the repository's that are listed: enough to see where an adapter is."""
@@ -21,7 +22,7 @@ class LocalSource:
     """Reads folders; links are followed as far as the roots reach."""
 
     def __init__(self, roots: Sequence[Path]) -> None:
-        self._roots = tuple(root.expanduser().resolve() for root in roots)
+        self._roots = tuple(Path(os.path.realpath(root.expanduser())) for root in roots)
 
     def resolve(
         self, repository: Repository, progress: Progress = unwatched, room: Room = unwatched
@@ -93,12 +94,18 @@ class LocalSource:
         if not path.is_absolute():
             raise SourceRefused(f"LOCAL {repository.repo!r}: expected an absolute folder of the server")
         folder = self._allowed(path / repository.subfolder)
-        if not folder.is_dir():
-            raise RepoNotFound(f"LOCAL {folder}: no such folder on the server")
+        with _translated():
+            if not folder.is_dir():
+                raise RepoNotFound(f"LOCAL {folder}: no such folder on the server")
         return folder
 
     def _allowed(self, path: Path) -> Path:
-        real = path.resolve()
+        try:
+            real = path.resolve()
+        except (OSError, RuntimeError, ValueError):
+            raise SourceRefused(
+                f"LOCAL {str(path)[:200]!r}: no path of this server, but a NUL or a link that leads to itself"
+            ) from None
         if not any(real.is_relative_to(root) for root in self._roots):
             allowed = ", ".join(map(str, self._roots)) or "none"
             raise SourceRefused(
@@ -109,7 +116,7 @@ class LocalSource:
 
     def _walk(self, folder: Path, depth: int) -> Iterator[Path]:
         for child in sorted(folder.iterdir()):
-            if child.name.startswith("."):
+            if child.name.startswith(".") or not is_text(child.name):
                 continue
             if child.is_file():  # no pipes, no devices
                 yield child

@@ -38,7 +38,7 @@ class LocalStore:
     """
 
     def __init__(self, root: Path) -> None:
-        self._root = root.expanduser().resolve()
+        self._root = Path(os.path.realpath(root.expanduser()))  # also of a loop, which is met when it is used
         self._temporary = self._root / TEMPORARY
         self.uri = f"file://{self._root}"
         self._remove_leftovers()
