@@ -72,7 +72,7 @@ class Repository(Model):
     @classmethod
     def _without_nul(cls, value: str) -> str:
         if "\0" in value:
-            raise ValueError("must be without a NUL")
+            raise ValueError("text without a NUL")
         return value
 
     @field_validator("subfolder")

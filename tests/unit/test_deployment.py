@@ -204,7 +204,7 @@ def test_local_repositories_start_at_the_file(tmp_path: Path, monkeypatch: pytes
     ("repo", "said"),
     [
         ("~nobody-has-this-name/x", "LOCAL repository"),
-        (r'"a\0b"', "checkpoint_repository.repo: expected without a NUL"),
+        (r'"a\0b"', "repo: expected text without a NUL"),
     ],
 )
 def test_a_local_path_that_is_none(tmp_path: Path, repo: str, said: str) -> None:
