@@ -41,10 +41,10 @@ from shared.bundle.deployments import current_generation, list_deployments
 from shared.bundle.manifest import Generation
 from shared.bundle.reader import Bundle, read_bundle
 from shared.deployment import Repository, SourceKind
-from shared.faults import DeploymentNotFound
+from shared.faults import DeploymentNotFound, ResourcesExhausted
 from shared.settings import InferenceSettings
 from shared.sources.checkpoint import fetch_base
-from shared.sources.open import open_sources
+from shared.sources.open import Sources, open_sources
 from shared.storage.base import Store
 
 log = structlog.get_logger()
@@ -83,7 +83,7 @@ def load(settings: InferenceSettings, store: Store, watchers: Sequence[Watcher] 
         secrets_dir=settings.secrets_dir,
         work_dir=settings.cache_dir,
     )
-    folder = fetch_base(generation.base, settings.cache_dir / "checkpoints" / _cache_name(generation), sources)
+    folder = _fetch(generation, settings.cache_dir, sources)
     config = read_config(folder, generation.max_seq_len)
     if settings.threads:
         torch.set_num_threads(settings.threads)
@@ -148,6 +148,13 @@ def _generation(name: str, store: Store) -> Generation:
             f"no deployment {name!r} in {store.uri}. There: {known}. Build it first: loramux build FILE."
         )
     return generation
+
+
+def _fetch(generation: Generation, cache_dir: Path, sources: Sources) -> Path:
+    try:
+        return fetch_base(generation.base, cache_dir / "checkpoints" / _cache_name(generation), sources)
+    except ResourcesExhausted as fault:
+        raise ResourcesExhausted(f"LORAMUX_CACHE_DIR={cache_dir}: {fault.message}") from fault
 
 
 def _source(repository: Repository) -> str:

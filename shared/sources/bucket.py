@@ -11,8 +11,9 @@ from shared.bundle.manifest import FileDigest
 from shared.deployment import Repository
 from shared.faults import BundleCorrupt, RepoNotFound, SourceRefused, SourceUnavailable
 from shared.sources.base import MAX_BYTES, MAX_FILES, Progress, Resolved, Room, SourceFile, unwatched
+from shared.sources.cache import missing_files
 from shared.sources.checksum import Checksum
-from shared.sources.files import exactly, hash_pieces, inside, is_text, missing_files, pin_content, whole
+from shared.sources.files import exactly, hash_pieces, inside, is_text, pin_content, whole
 from shared.sources.retry import Pace, Patience
 from shared.sources.secrets import Secrets
 
@@ -114,7 +115,7 @@ class BucketSource:
     ) -> Path:
         """Download what the cache lacks, as it is now; whoever verifies it sees whether it is the same."""
         folder = inside(cache, f"{repository.source.lower()}/{repository.revision}")
-        if missing := missing_files(folder, files):
+        if missing := missing_files(cache, folder, files):
             resolved = self.resolve(repository, progress)
             if gone := sorted(name for name in missing if name not in resolved.files):
                 raise RepoNotFound(f"{_name(repository)}: {', '.join(gone[:3])} is gone. Restore it.")

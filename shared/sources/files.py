@@ -14,12 +14,18 @@ from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import IO, Final
 
+import structlog
+
 from shared.bundle.manifest import FileDigest, sha256_hex
 from shared.deployment import Repository
 from shared.faults import ResourcesExhausted, RevisionNotFound, SourceRefused, SourceUnavailable
 from shared.sources.base import Progress, unwatched
 
+log = structlog.get_logger()
+
 PIECE: Final = 1 << 20
+PART: Final = ".part-"
+"""Begins the name of a file that is being written."""
 SCRATCH: Final = "loramux-build-scratch-"
 """Begins as the builder's work folders do, which are swept at its start."""
 
@@ -79,26 +85,19 @@ def is_text(name: str) -> bool:
     return not any("\ud800" <= char <= "\udfff" for char in name)
 
 
-def missing_files(folder: Path, files: Mapping[str, FileDigest]) -> list[str]:
-    """Return the files that a folder of the cache lacks, or has with another size."""
-    paths = {name: inside(folder, name) for name in files}
-    return [
-        name for name, path in paths.items() if not (path.is_file() and path.stat().st_size == files[name].size)
-    ]
-
-
 @contextmanager
 def whole(target: Path) -> Iterator[IO[bytes]]:
     """Open a file for writing that appears under its name when it is whole, and not at all otherwise."""
     with disk_errors():
         target.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=".part-")
+        descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=PART)
     try:
         with os.fdopen(descriptor, "wb") as sink:
             yield sink
             with disk_errors():
                 sink.flush()
-        Path(name).replace(target)
+        with disk_errors():
+            Path(name).replace(target)
     except BaseException:
         with suppress(FileNotFoundError):
             Path(name).unlink()
@@ -128,9 +127,14 @@ def disk_errors() -> Iterator[None]:
 
 
 def disk_fault(error: OSError) -> ResourcesExhausted:
-    """Return the fault for a file that cannot be written."""
-    full = error.errno in {errno.ENOSPC, errno.EDQUOT}
-    cure = "Free or add space." if full else "Let the server write to its work folder."
+    """Return the fault for a file that cannot be written; the log alone says which."""
+    log.warning("the disk refuses", path=str(error.filename or ""), problem=error.strerror)
+    if error.errno in {errno.ENOSPC, errno.EDQUOT}:
+        cure = "Free or add space."
+    elif error.errno in {errno.EEXIST, errno.EISDIR, errno.ELOOP, errno.ENOTDIR}:
+        cure = "Remove what stands in its way; the log names it."
+    else:
+        cure = "Let the server write to its folder."
     return ResourcesExhausted(
         f"a fetched file cannot be written: {error.strerror or type(error).__name__}. {cure}"
     )

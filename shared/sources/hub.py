@@ -37,8 +37,9 @@ from shared.faults import (
     SourceUnavailable,
 )
 from shared.sources.base import MAX_BYTES, Progress, Resolved, Room, SourceFile, unwatched
+from shared.sources.cache import missing_files
 from shared.sources.checksum import checked_file
-from shared.sources.files import disk_errors, disk_fault, inside, is_text, missing_files, scratch
+from shared.sources.files import disk_errors, disk_fault, inside, is_text, scratch
 from shared.sources.retry import Busy, Pace, Patience
 from shared.sources.secrets import Secrets, warn_unset
 
@@ -148,7 +149,7 @@ class HubSource:
     ) -> Path:
         """Download what the cache lacks, at the recorded commit."""
         folder = inside(cache, f"hub/{repository.repo.replace('/', '--')}/{repository.revision}")
-        for name in missing_files(folder / repository.subfolder, files):
+        for name in missing_files(cache, folder / repository.subfolder, files):
             room(files[name].size)
             self._download(repository, name, files[name].size, folder, progress)
         return folder / repository.subfolder

@@ -15,7 +15,8 @@ from shared.deployment import Repository
 from shared.faults import RepoNotFound, RevisionNotFound, SourceRefused
 from shared.sources.archive import Archive, inner_files
 from shared.sources.base import Progress, Resolved, Room, unwatched
-from shared.sources.files import disk_errors, hash_pieces, inside, missing_files, whole
+from shared.sources.cache import missing_files
+from shared.sources.files import disk_errors, hash_pieces, inside, whole
 from shared.sources.https import Https
 from shared.sources.retry import Pace, Patience
 from shared.sources.secrets import Secrets, warn_unset
@@ -100,7 +101,7 @@ class UrlSource:
     ) -> Path:
         """Download the archive where the cache lacks a file of it."""
         folder = inside(cache, "/".join(filter(None, ("archive", repository.revision, repository.subfolder))))
-        if missing := missing_files(folder, files):
+        if missing := missing_files(cache, folder, files):
             with closing(self.resolve(repository, progress, room)) as resolved:
                 if gone := sorted(name for name in missing if name not in resolved.files):
                     raise RepoNotFound(f"REMOTE_URL {repository.shown}: {', '.join(gone[:3])} is not in it")

@@ -241,15 +241,21 @@ def test_digests_of_large_files_are_taken_from_the_hub(hub, tmp_path):
     assert hub.requests == []
 
 
-def test_a_changed_download_is_refused_and_fetched_again(hub, tmp_path):
-    """A cached file that differs from the record is BUNDLE_CORRUPT once, and removed for the next try."""
+def test_a_changed_download_is_fetched_again(hub, tmp_path):
+    """A file of the cache with other bytes is replaced; one that comes with others again is BUNDLE_CORRUPT."""
     sources = Sources({SourceKind.HF: source(hub)})
     base = describe_base(sources, repo("org/base"))
     folder = fetch_base(base.record, tmp_path / "cache", sources)
-    (folder / "tokenizer.json").write_bytes(b"[]")
-    with pytest.raises(BundleCorrupt, match=r"tokenizer\.json: expected sha256"):
-        fetch_base(base.record, tmp_path / "cache", sources)
+    weights = folder / "model.safetensors"
+    right = weights.read_bytes()
+    weights.write_bytes(bytes(len(right)))
     assert fetch_base(base.record, tmp_path / "cache", sources) == folder
+    assert weights.read_bytes() == right
+    weights.unlink()
+    hub.repos["org/base"].damaged["model.safetensors"] = 99
+    with pytest.raises(BundleCorrupt, match=r"model.safetensors: expected sha256"):
+        fetch_base(base.record, tmp_path / "cache", sources)
+    assert not weights.exists()
 
 
 def test_nothing_stays_open(hub, tmp_path):
@@ -292,7 +298,7 @@ def test_a_commit_is_a_commit(hub, commit):
         source(hub).resolve(repo("org/adapter"))
 
 
-@pytest.mark.parametrize("revision", ["../../../evil", "..", "a\\..\\b", "a\0b"])
+@pytest.mark.parametrize("revision", ["../../../evil", "..", "a\\..\\b"])
 def test_a_recorded_revision_stays_in_the_cache(hub, tmp_path, revision):
     """A generation that somebody else wrote leads no source out of its cache, nor into another's."""
     files = {"config.json": FileDigest(size=1, sha256="0" * 64)}
