@@ -24,7 +24,8 @@ from builder_service.pipeline.workshop import Workshop
 from builder_service.rpc.servicer import SERVICE_NAME, BuilderServicer
 from shared.access.guard import open_guard
 from shared.faults import Fault, SettingsInvalid
-from shared.rpc.server import RpcServer, until_signal
+from shared.rpc.server import RpcServer
+from shared.rpc.stopping import Stop
 from shared.settings import BuilderSettings, load_settings
 from shared.sources.open import open_sources
 from shared.storage.open import open_store
@@ -58,6 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 async def serve(settings: BuilderSettings) -> None:
     """Serve until a signal, then drain."""
+    stop = Stop()
     guard = open_guard(settings, settings.grpc)
     shop = Workshop(
         store=open_store(settings.store),
@@ -79,9 +81,8 @@ async def serve(settings: BuilderSettings) -> None:
     tracing = open_tracing("loramux-builder")
     server = RpcServer(settings.grpc, {SERVICE_NAME: BuilderServicer(builds, checks).register}, guard, tracing)
     metrics = builds.meter.listen(settings.metrics, insecure=settings.insecure) if settings.metrics else "off"
-    address = await server.start()
-    recovered = await builds.recover()
-    await server.set_serving(True)
+    log.info("reading the journal", store=shop.store.uri, builder=identity.name)
+    address, recovered = await stop.starting(_start(server, builds))
     log.info(
         "builder service ready",
         builder=identity.name,
@@ -91,7 +92,7 @@ async def serve(settings: BuilderSettings) -> None:
         store=shop.store.uri,
         builds_taken_up=recovered,
     )
-    number = await until_signal()
+    number = await stop.wait()
     log.info("draining", signal=number.name, timeout_s=settings.drain_timeout_s)
     checks.stop()
     # The watchers' streams end with the builds, so the builds must end first.
@@ -101,6 +102,18 @@ async def serve(settings: BuilderSettings) -> None:
     if tracing is not None:
         await asyncio.to_thread(tracing.close)
     log.info("builder service stopped")
+
+
+async def _start(server: RpcServer, builds: Builds) -> tuple[str, int]:
+    """Listen, and take up builds; returns the address, and how many."""
+    address = await server.start()
+    try:
+        recovered = await builds.recover()
+    except Fault:
+        await server.drain(0)
+        raise
+    await server.set_serving(True)
+    return address, recovered
 
 
 def _settings(arguments: Sequence[str] | None) -> BuilderSettings:

@@ -76,6 +76,7 @@ def load(settings: InferenceSettings, store: Store, watchers: Sequence[Watcher] 
         Fault: what the store or the base's source raise.
     """
     started = time.monotonic()
+    log.info("reading the deployment", deployment=settings.deployment, store=store.uri)
     generation = _generation(settings.deployment, store)
     sources = open_sources(
         local_roots=settings.local_roots,
@@ -151,6 +152,7 @@ def _generation(name: str, store: Store) -> Generation:
 
 
 def _fetch(generation: Generation, cache_dir: Path, sources: Sources) -> Path:
+    log.info("fetching the base", source=_source(generation.base.source), cache=str(cache_dir))
     try:
         return fetch_base(generation.base, cache_dir / "checkpoints" / _cache_name(generation), sources)
     except ResourcesExhausted as fault:

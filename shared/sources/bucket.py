@@ -68,7 +68,7 @@ class BucketSource:
             return files
 
         with self._opened(repository) as (bucket, prefix):
-            files = self._patience.call(attempt)
+            files = self._patience.call(attempt, progress)
         if not files:
             raise RepoNotFound(f"{name}: nothing is there. {_hint(repository, self._secrets)}")
         return Resolved(repository, files)
@@ -156,7 +156,7 @@ class BucketSource:
                 raise kind(f"{shown}: not what is listed: {problem}. Build again, or upload the file again.")
             return found
 
-        return self._patience.call(attempt)
+        return self._patience.call(attempt, progress)
 
 
 def _name(repository: Repository) -> str:

@@ -204,7 +204,7 @@ class HubSource:
             with _translated(repository, hint):
                 return call(watch)
 
-        return self._patience.call(attempt)
+        return self._patience.call(attempt, progress)
 
 
 @contextmanager

@@ -164,7 +164,7 @@ class UrlSource:
                 file.flush()
             return FileDigest(size=size, sha256=digest.hexdigest())
 
-        return self._patience.call(attempt)
+        return self._patience.call(attempt, progress)
 
     def _authorization(self, repository: Repository) -> tuple[str, str] | None:
         """Return a host and what is sent to it alone: whoever writes a deployment chooses the address."""

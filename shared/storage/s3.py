@@ -16,7 +16,6 @@ from botocore.exceptions import (
     BotoCoreError,
     ClientError,
     IncompleteReadError,
-    ReadTimeoutError,
     ResponseStreamingError,
 )
 from tenacity import retry, retry_if_exception_type, stop_after_attempt
@@ -33,6 +32,9 @@ PART_BYTES = 16 << 20
 """A larger object is uploaded in parts of this size, several at once; no reader sees a part."""
 PARTS_AT_ONCE = 4
 PIECE = 1 << 20
+CONNECT_TIMEOUT_S = 5
+READ_TIMEOUT_S = 20
+"""Between two pieces. A store that accepts and says nothing is given up after twice as long."""
 
 _TRANSFER = TransferConfig(
     multipart_threshold=PART_BYTES, multipart_chunksize=PART_BYTES, max_concurrency=PARTS_AT_ONCE
@@ -40,7 +42,7 @@ _TRANSFER = TransferConfig(
 
 # botocore retries requests, but not an answer whose body breaks off.
 _unbroken = retry(
-    retry=retry_if_exception_type((IncompleteReadError, ReadTimeoutError, ResponseStreamingError)),
+    retry=retry_if_exception_type((IncompleteReadError, ResponseStreamingError)),
     stop=stop_after_attempt(3),
     reraise=True,
 )
@@ -156,11 +158,11 @@ class S3Store:
 
 def _new_client(uri: str, endpoint_url: str | None, region: str | None) -> S3Client:
     config = Config(
-        connect_timeout=5,
-        read_timeout=60,
+        connect_timeout=CONNECT_TIMEOUT_S,
+        read_timeout=READ_TIMEOUT_S,
         tcp_keepalive=True,
         max_pool_connections=32,
-        retries={"mode": "standard", "max_attempts": 3},
+        retries={"mode": "standard", "total_max_attempts": 2},
         # Many stores other than Amazon's refuse the checksums that boto3 adds by itself.
         request_checksum_calculation="when_required",
         response_checksum_validation="when_required",
