@@ -26,7 +26,8 @@ from shared.access.guard import open_guard
 from shared.descriptors import raise_limit
 from shared.faults import Fault, SettingsInvalid
 from shared.rpc.calls import Patience
-from shared.rpc.server import RpcServer, until_signal
+from shared.rpc.server import RpcServer
+from shared.rpc.stopping import Stop
 from shared.settings import BuilderSettings, load_settings
 from shared.sources.open import open_sources
 from shared.storage.open import open_store
@@ -60,6 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 async def serve(settings: BuilderSettings) -> None:
     """Serve until a signal, then drain."""
+    stop = Stop()
     raise_limit()
     guard = open_guard(settings, settings.grpc)
     shop = Workshop(
@@ -84,9 +86,8 @@ async def serve(settings: BuilderSettings) -> None:
     services = {SERVICE_NAME: BuilderServicer(builds, checks).register}
     server = RpcServer(settings.grpc, services, guard, tracing, patience)
     metrics = builds.meter.listen(settings.metrics, insecure=settings.insecure) if settings.metrics else "off"
-    address = await server.start()
-    recovered = await builds.recover()
-    await server.set_serving(True)
+    log.info("reading the journal", store=shop.store.uri, builder=identity.name)
+    address, recovered = await stop.starting(_start(server, builds))
     log.info(
         "builder service ready",
         builder=identity.name,
@@ -96,7 +97,7 @@ async def serve(settings: BuilderSettings) -> None:
         store=shop.store.uri,
         builds_taken_up=recovered,
     )
-    number = await until_signal()
+    number = await stop.wait()
     log.info("draining", signal=number.name, timeout_s=settings.drain_timeout_s)
     checks.stop()
     # The watchers' streams end with the builds, so the builds must end first.
@@ -106,6 +107,18 @@ async def serve(settings: BuilderSettings) -> None:
     if tracing is not None:
         await asyncio.to_thread(tracing.close)
     log.info("builder service stopped")
+
+
+async def _start(server: RpcServer, builds: Builds) -> tuple[str, int]:
+    """Listen, and take up builds; returns the address, and how many."""
+    address = await server.start()
+    try:
+        recovered = await builds.recover()
+    except Fault:
+        await server.drain(0)
+        raise
+    await server.set_serving(True)
+    return address, recovered
 
 
 def _settings(arguments: Sequence[str] | None) -> BuilderSettings:

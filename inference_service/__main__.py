@@ -7,6 +7,7 @@ import asyncio
 import sys
 from dataclasses import asdict
 from functools import partial
+from typing import Final
 
 import structlog
 
@@ -19,14 +20,18 @@ from shared.access.guard import open_guard
 from shared.descriptors import raise_limit
 from shared.faults import Fault, SettingsInvalid
 from shared.rpc import calls
-from shared.rpc.server import RpcServer, until_signal
+from shared.rpc.server import RpcServer
+from shared.rpc.stopping import Stop
 from shared.settings import InferenceSettings, load_settings
 from shared.storage.open import open_store
+from shared.storage.patient import PatientStore
 from shared.telemetry import log_to_stderr
 from shared.tracing.setup import open_tracing
 
 log = structlog.get_logger()
 
+START_PAUSES_S: Final = (1.0,)
+"""Before a store that did not answer is asked once more; whoever runs this starts it again."""
 FLAGS = {
     "store": "URI of the object store",
     "grpc": "HOST:PORT to listen on",
@@ -76,11 +81,13 @@ def main() -> int:
 
 async def serve(settings: InferenceSettings) -> int:
     """Load, listen, and drain at SIGTERM or SIGINT."""
+    stop = Stop()
     raise_limit()
     guard = open_guard(settings, settings.grpc, *filter(None, [settings.http]))
     tracing = open_tracing("loramux-inference")
     watchers = open_watchers(tracing.tracer if tracing else None, log_prompts=settings.log_prompts)
-    ready = await asyncio.to_thread(load, settings, open_store(settings.store), watchers)
+    store = PatientStore(open_store(settings.store), pauses_s=START_PAUSES_S)
+    ready = await stop.starting(asyncio.to_thread(load, settings, store, watchers))
     servicer = InferenceServicer(ready.service)
     stall_s = settings.stall_timeout_s
     server = RpcServer(
@@ -99,7 +106,7 @@ async def serve(settings: InferenceSettings) -> int:
     ready.engine.start()
     await server.set_serving(True)
     log.info("inference service ready", **addresses, guarded_by=guard.shown, deployment=settings.deployment)
-    number = await until_signal()
+    number = await stop.wait()
     log.info("draining", signal=number.name, timeout_s=settings.drain_timeout_s)
     finished = await asyncio.gather(
         *(door.drain(settings.drain_timeout_s, ready.engine.cut) for door in doors.values())

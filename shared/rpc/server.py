@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import signal
 from collections.abc import Callable, Mapping
 from typing import Final
 
@@ -115,18 +113,3 @@ class RpcServer:
         # Those that arrive meanwhile are still told why they are refused; without any, nobody waits.
         await self._server.stop(grace=1.0 if finished else 0.1)
         return finished
-
-
-async def until_signal() -> signal.Signals:
-    """Wait for SIGTERM or SIGINT; a second one kills the process as usual."""
-    loop = asyncio.get_running_loop()
-    received: asyncio.Future[signal.Signals] = loop.create_future()
-
-    def on_signal(number: signal.Signals) -> None:
-        for each in (signal.SIGTERM, signal.SIGINT):
-            loop.remove_signal_handler(each)
-        received.set_result(number)
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, on_signal, number)
-    return await received

@@ -5,8 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from functools import partial
+from typing import Final, TypeVar
 
+import structlog
 from tenacity import (
     RetryCallState,
     Retrying,
@@ -15,10 +17,13 @@ from tenacity import (
     wait_random,
 )
 
-from shared.faults import SourceUnavailable
-from shared.sources.base import Progress
+from shared.faults import Fault, SourceUnavailable
+from shared.sources.base import Progress, unwatched
+
+log = structlog.get_logger()
 
 _T = TypeVar("_T")
+_TICK_S: Final = 0.1
 
 
 class Busy(SourceUnavailable):
@@ -48,16 +53,24 @@ class Patience:
     min_bytes_s: int = 256 << 10
     """Of a transfer, on average: one that is slower is given up."""
 
-    def call(self, attempt: Callable[[Pace], _T]) -> _T:
-        """Return what an attempt returns; all attempts share one pace."""
+    def call(self, attempt: Callable[[Pace], _T], progress: Progress = unwatched) -> _T:
+        """Return what an attempt returns; all attempts share one pace. What progress raises ends a pause."""
         pace = Pace(self)
         retrying = Retrying(
             stop=lambda state: state.attempt_number >= self.attempts or pace.left_s <= state.upcoming_sleep,
             wait=self._pause,
             retry=retry_if_exception_type(SourceUnavailable),
+            before_sleep=_told,
+            sleep=partial(_sleep, progress),
             reraise=True,
         )
-        return retrying(attempt, pace)
+        try:
+            return retrying(attempt, pace)
+        except Fault as fault:
+            failure = fault.with_traceback(None)
+        # Traceback and context hold the client's frames, and so its connections, as long as this is kept.
+        failure.__context__ = None
+        raise failure
 
     def _pause(self, state: RetryCallState) -> float:
         error = state.outcome.exception() if state.outcome else None
@@ -65,6 +78,18 @@ class Patience:
         growing = wait_exponential(self.wait_s, self.max_wait_s)(state)
         pause = growing + wait_random(0, self.wait_s)(state)
         return min(max(wished, pause), self.max_wait_s)
+
+
+def _told(state: RetryCallState) -> None:
+    problem = state.outcome.exception() if state.outcome else None
+    log.warning("a source does not answer, trying again", pause_s=state.upcoming_sleep, problem=str(problem))
+
+
+def _sleep(progress: Progress, seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while (left := end - time.monotonic()) > 0:
+        progress(0)
+        time.sleep(min(left, _TICK_S))
 
 
 class Pace:

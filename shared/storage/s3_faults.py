@@ -40,6 +40,10 @@ _FAILURES: tuple[tuple[tuple[type[BotoCoreError], ...], str], ...] = (
         "cannot connect to {at}. Check AWS_ENDPOINT_URL_S3 and that the server runs.",
     ),
     (
+        (aws.ReadTimeoutError,),
+        "{at} accepts connections and does not answer. Check the server and the network.",
+    ),
+    (
         (aws.HTTPClientError, aws.IncompleteReadError),
         "the connection to {at} broke off. Try again; check the server and the network.",
     ),

@@ -18,7 +18,8 @@ from loramux.inference.v1 import inference_pb2_grpc as inference_grpc
 from shared.access.guard import NOBODY_GUARDS, Guard
 from shared.faults import DeploymentNotFound, ModelNotFound, RequestIdReused, RequestInvalid
 from shared.rpc.messages import deployment_from_message
-from shared.rpc.server import RpcServer, until_signal
+from shared.rpc.server import RpcServer
+from shared.rpc.stopping import Stop
 
 WORDS = ("the ", "grey ", "sea ", "sings")
 STAGES = ("WAITING", "FETCHING", "VALIDATING", "CONVERTING", "PUBLISHING", "DONE")
@@ -215,7 +216,7 @@ async def _main(kind: str) -> None:
     }[kind]()
     await server.start()
     await server.set_serving("hang" not in rest)
-    await until_signal()
+    await Stop().wait()
     await server.drain(5)
     print("drained", file=sys.stderr)  # noqa: T201
 

@@ -1,0 +1,50 @@
+"""SIGTERM and SIGINT: while a service starts they end it at once, afterwards it drains."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+import structlog
+
+log = structlog.get_logger()
+
+T = TypeVar("T")
+
+
+class Stop:
+    """The first signal since this was made, on the running event loop; a second one kills as usual."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._received: asyncio.Future[signal.Signals] = self._loop.create_future()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._loop.add_signal_handler(number, self._on_signal, number)
+
+    async def starting(self, work: Coroutine[Any, Any, T]) -> T:
+        """Return what a start returns; a signal meanwhile ends the process with 128 and its number.
+
+        Nobody was promised anything yet, and threads that wait for a network would be waited for.
+        """
+        task = asyncio.ensure_future(work)
+        either: set[asyncio.Future[Any]] = {task, self._received}
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            number = self._received.result()
+            log.info("stopped before it was ready", signal=number.name)
+            sys.stderr.flush()
+            os._exit(128 + number)
+        return task.result()
+
+    async def wait(self) -> signal.Signals:
+        """Return the signal, once there is one."""
+        return await self._received
+
+    def _on_signal(self, number: signal.Signals) -> None:
+        for each in (signal.SIGTERM, signal.SIGINT):
+            self._loop.remove_signal_handler(each)
+        self._received.set_result(number)

@@ -1,0 +1,123 @@
+"""Services that start while what they need does not answer."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from shared.faults import BuildCancelled, SourceUnavailable
+from shared.sources.retry import Pace, Patience
+
+SERVICES = {"inference_service": "reading the deployment", "builder_service": "reading the journal"}
+"""By module: the event of the line that says that it waits for the store."""
+
+
+@pytest.fixture
+def silent() -> Iterator[str]:
+    """The address of a server that accepts connections and never says anything."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        accepted: list[socket.socket] = []
+
+        def accept() -> None:
+            while True:
+                try:
+                    accepted.append(server.accept()[0])
+                except OSError:  # closed
+                    return
+
+        threading.Thread(target=accept, daemon=True).start()
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
+        server.shutdown(socket.SHUT_RDWR)
+        for connection in accepted:
+            connection.close()
+
+
+@contextmanager
+def started(module: str, endpoint: str, folder: Path) -> Iterator[subprocess.Popen[str]]:
+    """Start a service on a store at an endpoint."""
+    environment = {
+        "AWS_ENDPOINT_URL_S3": endpoint,
+        "AWS_ACCESS_KEY_ID": "key",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "LORAMUX_LOG_FORMAT": "json",
+        "LORAMUX_WORK_DIR": str(folder),
+    }
+    command = [sys.executable, "-m", module, "--store", "s3://bucket/prefix", "--grpc", "127.0.0.1:0"]
+    command += ["--deployment", "tiny"] if module == "inference_service" else []
+    process = subprocess.Popen(command, env=os.environ | environment, stderr=subprocess.PIPE, text=True)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def told(process: subprocess.Popen[str], event: str) -> dict[str, str]:
+    """Read a log until an event."""
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith("{") and json.loads(line)["event"] == event:
+            found: dict[str, str] = json.loads(line)
+            return found
+    raise AssertionError(f"ended with {process.wait()} before it said {event!r}")
+
+
+@pytest.mark.parametrize(
+    ("module", "number"),
+    [
+        ("inference_service", signal.SIGINT),
+        ("builder_service", signal.SIGTERM),
+        ("builder_service", signal.SIGINT),
+    ],
+)
+def test_a_signal_ends_a_start_that_waits(
+    silent: str, tmp_path: Path, module: str, number: signal.Signals
+) -> None:
+    """A service says which store it waits for, and ends at once when it is asked to, as if it was killed."""
+    with started(module, silent, tmp_path) as process:
+        assert told(process, SERVICES[module])["store"] == "s3://bucket/prefix"
+        time.sleep(0.5)
+        process.send_signal(number)
+        began = time.monotonic()
+        assert process.wait(10) == 128 + number
+        assert time.monotonic() - began < 2
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("module", SERVICES)
+def test_a_store_that_never_answers_ends_a_start(silent: str, tmp_path: Path, module: str) -> None:
+    """Without a signal it ends by itself: exit 1, with the store's name, in less than two minutes."""
+    began = time.monotonic()
+    with started(module, silent, tmp_path) as process:
+        _, errors = process.communicate(timeout=150)
+    assert process.returncode == 1
+    assert "s3://bucket/prefix: http://127.0.0.1" in errors.splitlines()[-1]
+    assert time.monotonic() - began < 120
+
+
+def test_a_pause_before_a_source_is_asked_again_can_be_ended() -> None:
+    """A build that is cancelled while it waits for a source does not wait any longer."""
+
+    def attempt(_: Pace) -> None:
+        raise SourceUnavailable("away")
+
+    def progress(_: int) -> None:
+        if time.monotonic() > began + 0.3:
+            raise BuildCancelled("enough")
+
+    began = time.monotonic()
+    with pytest.raises(BuildCancelled):
+        Patience(wait_s=30).call(attempt, progress)
+    assert time.monotonic() - began < 2
