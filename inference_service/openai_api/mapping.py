@@ -14,6 +14,7 @@ from inference_service.openai_api.tagged_calls import END
 from inference_service.serving.bounds import MAX_LOGPROBS
 from inference_service.serving.request import Message, Prompt, Request
 from inference_service.serving.service import GenerationService
+from inference_service.serving.turns import role_of
 from shared.faults import Finding, RequestInvalid
 
 DEFAULT_TEMPERATURE = 1.0
@@ -117,8 +118,7 @@ def messages_of(messages: Sequence[ChatMessage]) -> list[Message]:
 
 
 def _message(message: ChatMessage) -> Message:
-    role = "system" if message.role == "developer" else message.role
-    made: dict[str, Any] = {"role": role, "content": message.content or message.refusal or ""}
+    made: dict[str, Any] = {"role": role_of(message.role), "content": message.content or message.refusal or ""}
     if message.name is not None:
         made["name"] = message.name
     if message.tool_call_id is not None:

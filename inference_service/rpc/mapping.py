@@ -41,10 +41,13 @@ _REASONS = {
 }
 
 
-def request_from_message(message: pb.GenerateRequest, context: grpc.aio.ServicerContext) -> Request:
+def request_from_message(
+    message: pb.GenerateRequest, context: grpc.aio.ServicerContext, max_seq_len: int
+) -> Request:
     """Return the request that a message describes, with the deadline of its call.
 
     Raises:
+        PromptTooLong: there are more token ids than max_seq_len.
         RequestInvalid: a required field is not set, or one holds JSON text that is none.
     """
     unset = [name for name, missing in _required(message) if missing]
@@ -54,7 +57,7 @@ def request_from_message(message: pb.GenerateRequest, context: grpc.aio.Servicer
     remaining = context.time_remaining()
     return Request(
         model=message.model,
-        prompt=prompt_of(message),
+        prompt=prompt_of(message, max_seq_len),
         tools=tools_of(message),
         constraint=constraint_of(message),
         priority=message.priority,
