@@ -23,7 +23,9 @@ from builder_service.pipeline.limits import Limits
 from builder_service.pipeline.workshop import Workshop
 from builder_service.rpc.servicer import SERVICE_NAME, BuilderServicer
 from shared.access.guard import open_guard
+from shared.descriptors import raise_limit
 from shared.faults import Fault, SettingsInvalid
+from shared.rpc.calls import Patience
 from shared.rpc.server import RpcServer, until_signal
 from shared.settings import BuilderSettings, load_settings
 from shared.sources.open import open_sources
@@ -58,6 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 async def serve(settings: BuilderSettings) -> None:
     """Serve until a signal, then drain."""
+    raise_limit()
     guard = open_guard(settings, settings.grpc)
     shop = Workshop(
         store=open_store(settings.store),
@@ -77,7 +80,9 @@ async def serve(settings: BuilderSettings) -> None:
     builds = Builds(shop, Limits(running=settings.max_concurrent_builds, timeout_s=settings.build_timeout_s))
     checks = Checks(shop)
     tracing = open_tracing("loramux-builder")
-    server = RpcServer(settings.grpc, {SERVICE_NAME: BuilderServicer(builds, checks).register}, guard, tracing)
+    patience = Patience(read_s=settings.stall_timeout_s)
+    services = {SERVICE_NAME: BuilderServicer(builds, checks).register}
+    server = RpcServer(settings.grpc, services, guard, tracing, patience)
     metrics = builds.meter.listen(settings.metrics, insecure=settings.insecure) if settings.metrics else "off"
     address = await server.start()
     recovered = await builds.recover()

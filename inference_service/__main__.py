@@ -10,12 +10,15 @@ from functools import partial
 
 import structlog
 
+from inference_service.openai_api import protocol
 from inference_service.openai_api.server import HttpServer
 from inference_service.rpc.servicer import SERVICE_NAME, InferenceServicer, register
 from inference_service.serving.startup import load
 from inference_service.serving.telemetry.watchers import open_watchers
 from shared.access.guard import open_guard
+from shared.descriptors import raise_limit
 from shared.faults import Fault, SettingsInvalid
+from shared.rpc import calls
 from shared.rpc.server import RpcServer, until_signal
 from shared.settings import InferenceSettings, load_settings
 from shared.storage.open import open_store
@@ -73,15 +76,24 @@ def main() -> int:
 
 async def serve(settings: InferenceSettings) -> int:
     """Load, listen, and drain at SIGTERM or SIGINT."""
+    raise_limit()
     guard = open_guard(settings, settings.grpc, *filter(None, [settings.http]))
     tracing = open_tracing("loramux-inference")
     watchers = open_watchers(tracing.tracer if tracing else None, log_prompts=settings.log_prompts)
     ready = await asyncio.to_thread(load, settings, open_store(settings.store), watchers)
     servicer = InferenceServicer(ready.service)
-    server = RpcServer(settings.grpc, {SERVICE_NAME: partial(register, servicer)}, guard, tracing)
+    stall_s = settings.stall_timeout_s
+    server = RpcServer(
+        settings.grpc,
+        {SERVICE_NAME: partial(register, servicer)},
+        guard,
+        tracing,
+        calls.Patience(read_s=stall_s),
+    )
     doors: dict[str, RpcServer | HttpServer] = {}
     if settings.http:
-        doors["http"] = HttpServer(settings.http, ready.service, guard, tracing)
+        patience = protocol.Patience(read_s=stall_s)
+        doors["http"] = HttpServer(settings.http, ready.service, guard, tracing, patience)
     doors["grpc"] = server
     addresses = {name: await door.start() for name, door in doors.items()}
     ready.engine.start()
@@ -89,7 +101,9 @@ async def serve(settings: InferenceSettings) -> int:
     log.info("inference service ready", **addresses, guarded_by=guard.shown, deployment=settings.deployment)
     number = await until_signal()
     log.info("draining", signal=number.name, timeout_s=settings.drain_timeout_s)
-    finished = await asyncio.gather(*(door.drain(settings.drain_timeout_s) for door in doors.values()))
+    finished = await asyncio.gather(
+        *(door.drain(settings.drain_timeout_s, ready.engine.cut) for door in doors.values())
+    )
     stats = ready.engine.stats
     await ready.engine.stop()
     if tracing is not None:

@@ -152,6 +152,7 @@ CURES: Final = {
     "BUILD_INTERRUPTED": "wait: it goes on when the builder starts again",
     "BUILD_CANCELLED": "build again, if it was not meant",
     "BUILD_TIMED_OUT": "see which adapter was slow; raise LORAMUX_BUILD_TIMEOUT_S if that is its size",
+    "CLIENT_STALLED": "send and read without pauses; call again",
     "QUEUE_FULL": "retry",
     "BUNDLE_CORRUPT": "restore the file, or build the deployment again",
     "PROOF_FAILED": "build the deployment again; then look at the named rows",

@@ -26,6 +26,7 @@
     ├── BuildInterrupted     BUILD_INTERRUPTED       ABORTED
     ├── BuildCancelled       BUILD_CANCELLED         ABORTED
     ├── BuildTimedOut        BUILD_TIMED_OUT         DEADLINE_EXCEEDED
+    ├── ClientStalled        CLIENT_STALLED          ABORTED              it sent or read too slowly
     ├── QueueFull            QUEUE_FULL              RESOURCE_EXHAUSTED
     ├── BundleCorrupt        BUNDLE_CORRUPT          DATA_LOSS
     ├── ProofFailed          PROOF_FAILED            DATA_LOSS            a bundle that answers otherwise
@@ -214,7 +215,7 @@ class ServerUnavailable(Fault):
 
 
 class ShuttingDown(Fault):
-    """The server drains and takes no new work."""
+    """The server drains: it takes no new work, or had to cut off what was not done in time."""
 
     reason = "SHUTTING_DOWN"
     status = Status.UNAVAILABLE
@@ -268,6 +269,13 @@ class BuildTimedOut(Fault):
 
     reason = "BUILD_TIMED_OUT"
     status = Status.DEADLINE_EXCEEDED
+
+
+class ClientStalled(Fault):
+    """A client that took too long to send its request, or to read the answer."""
+
+    reason = "CLIENT_STALLED"
+    status = Status.ABORTED
 
 
 class QueueFull(Fault):

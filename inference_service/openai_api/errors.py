@@ -88,6 +88,11 @@ def http_error_response(http: Request, error: HTTPException) -> Response:
     return json_response(_body(message, error.status_code, None, code), error.status_code, error.headers)
 
 
+def refused_body(message: str, status: int, code: str) -> Json:
+    """Return the body that tells why a connection is ended."""
+    return _body(message, status, None, code)
+
+
 def _body(message: str, status: int, param: str | None, code: str) -> Json:
     kind = TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}

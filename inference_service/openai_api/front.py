@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import re
 import uuid
 from collections.abc import Callable, MutableMapping
@@ -19,6 +20,7 @@ from shared.faults import ShuttingDown
 
 log = structlog.get_logger()
 DRAINING: Final = "the server is shutting down and takes no new requests. Retry with another replica."
+CUT: Final = "the server shut down before the answer was complete. Retry with another replica."
 SANE_ID: Final = re.compile(r"[A-Za-z0-9_.:\-]{1,128}")
 
 
@@ -30,15 +32,33 @@ class Front:
         self._app = app
         self._responded = responded
         self.draining = False
-        self.open = 0
-        self.idle = asyncio.Event()
-        self.idle.set()
+        self._open: set[asyncio.Task[Any]] = set()
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    @property
+    def open(self) -> int:
+        """Requests that have not ended."""
+        return len(self._open)
+
+    async def until_idle(self, timeout_s: float) -> bool:
+        """Wait until no request is open; False when the time ran out."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._idle.wait(), timeout_s)
+        return self._idle.is_set()
+
+    def cut(self) -> None:
+        """End what is open with SHUTTING_DOWN; new requests are refused already."""
+        for task in self._open:
+            task.cancel()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request."""
         answer = _Answer(send, _request_id(scope), self._responded)
-        self.open += 1
-        self.idle.clear()
+        task = asyncio.current_task()
+        assert task is not None  # noqa: S101 - a coroutine runs in one
+        self._open.add(task)
+        self._idle.clear()
         try:
             with bound_contextvars(request_id=answer.request_id):
                 if self.draining:
@@ -47,14 +67,19 @@ class Front:
                     await self._app(scope, receive, answer.send)
         except ClientDisconnect:
             pass
+        except asyncio.CancelledError:
+            if not self.draining or answer.begun:
+                raise
+            task.uncancel()
+            await error_response(ShuttingDown(CUT))(scope, receive, answer.send)
         except Exception:  # the last line: logged here, and no word of it to the client
             log.exception("request failed", path=scope["path"], request_id=answer.request_id)
             if not answer.ended:
                 raise  # the server closes the connection, so that half an answer is not taken for a whole
         finally:
-            self.open -= 1
-            if not self.open:
-                self.idle.set()
+            self._open.discard(task)
+            if not self._open:
+                self._idle.set()
 
 
 class _Answer:
@@ -63,11 +88,12 @@ class _Answer:
     def __init__(self, send: Send, request_id: str, responded: Callable[[int], None]) -> None:
         self.request_id = request_id
         self._responded = responded
-        self.ended = False
+        self.begun = self.ended = False
         self._send = send
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
+            self.begun = True
             self._responded(message["status"])
             headers = [*message.get("headers", ()), (b"x-request-id", self.request_id.encode())]
             message = {**message, "headers": headers}

@@ -1,37 +1,273 @@
-"""HTTP on a connection; httptools itself would read a head without end."""
+"""HTTP on a connection: what is refused before an application sees it, and how long a client may take.
+
+httptools reads heads, chunk extensions and trailers without end, and some requests whose length two servers
+could read differently. What is refused here is answered, and the connection closed.
+Source of the rules: RFC 9112, sections 2.2, 3.2, 6.1, 6.3, 7.1 and 11.2.
+"""
 
 from __future__ import annotations
 
-from typing import Any, Final
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final, NoReturn
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from pydantic_core import to_json
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+
+from inference_service.openai_api.errors import error_body, refused_body, status_of
+from inference_service.openai_api.front import DRAINING
+from inference_service.openai_api.reply import Json
+from shared.faults import ShuttingDown
 
 MAX_HEAD_BYTES: Final = 64 * 1024
-"""Of a request's line and headers, give or take what one read from the socket brings."""
+"""Of a request's line and headers, of its trailers, or of one chunk's head; and what one read brings more."""
+MAX_FIELDS: Final = 200
+"""Headers of a request; also its trailers."""
+OVERHEAD: Final = 8
+"""Bytes of framing that a byte of the body may take, besides MAX_HEAD_BYTES: chunks of one byte take 6."""
+MAX_PIPELINED: Final = 16
+"""Requests that wait on one connection for the answer before them."""
+LINGER_S: Final = 1.0
+"""After a refusal; a connection that is closed over unread data loses what was answered."""
+DRAIN_BODY_S: Final = 1.0
+"""For the rest of a body once the server drains."""
+PROGRESS_BYTES: Final = 16 * 1024
+"""What a client must take of an answer that waits, in `Patience.read_s`."""
+HOST: Final = re.compile(rb"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9\-._~%!$&'()*+,;=]*)(:[0-9]*)?")
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How many seconds a client may take."""
+
+    head_s: float = 10.0
+    """From the connection, or from the first byte of a later request, to the end of the head."""
+    body_s: float = 60.0
+    """From there to the end of the body."""
+    idle_s: float = 65.0
+    """Between an answer and the next request: longer than load balancers wait, so that they close first."""
+    read_s: float = 30.0
+    """To take PROGRESS_BYTES of an answer that waits for it."""
+
+
+USUAL: Final = Patience()
 
 
 class BoundedHttp(HttpToolsProtocol):
-    """Closes a connection whose request does not come to its body."""
+    """Bounds what a client sends, and how long it takes."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, patience: Patience, refused: Callable[[int], None], **kwargs: Any) -> None:
+        """Wait as long as patience says; refused hears the status of every refusal."""
         super().__init__(*args, **kwargs)
+        self._patience = patience
+        self._heard = refused
+        self._deadline = math.inf
         self._in_head = False
-        self._head_bytes = 0
+        self._whole = True
+        """No part of a request is awaited."""
+        self._overhead = self._since_body = self._body = self._trailers = self._bodies = 0
+        self._problem = (400, "invalid_http", "the request is no valid HTTP/1.1.")
+        self._refused = self._draining = False
+        self._unused_since = 0.0
+        self._answered: Any = None
+        """The cycle whose answer is under way; `cycle` is that of the newest request."""
+        self._waits = (0.0, 0)
+        """Since when the answer waits for the client, and how many bytes of it waited then."""
 
-    def on_message_begin(self) -> None:
-        """Begin to count."""
-        self._in_head, self._head_bytes = True, 0
-        super().on_message_begin()
+    @property
+    def unused_since(self) -> float | None:
+        """Since when the server owes the client nothing, by the loop's clock; None while it answers."""
+        return None if self._busy() else self._unused_since
 
-    def on_headers_complete(self) -> None:
-        """End to count."""
-        self._in_head = False
-        super().on_headers_complete()
+    def drain(self) -> None:
+        """Wait no longer for the rest of a body."""
+        self._draining = True
+        if not self._whole and not self._in_head:
+            self._deadline = min(self._deadline, self.loop.time() + DRAIN_BODY_S)
+
+    def check(self, now: float) -> None:
+        """End the connection when the client took too long; called about once a second."""
+        if self._is_stalled(now):
+            self.transport.abort()
+        elif now >= self._deadline:
+            self._expire()
+
+    # What the connection tells.
+
+    def connection_made(self, transport: Any) -> None:
+        """Begin to wait for a request."""
+        super().connection_made(transport)
+        self._unused_since = self.loop.time()
+        self._wait(self._patience.head_s)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Tell the request that is being answered, not only the newest."""
+        self.pipeline.clear()
+        if self._busy():
+            self._answered.disconnected = True
+            self._answered.message_event.set()
+        super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
         """Take what the client sent."""
+        if self._refused:
+            return
+        before = self._bodies
         super().data_received(data)
+        if self._refused or self.transport.is_closing():
+            return
+        framing = len(data) - (self._bodies - before)
+        self._overhead += framing
+        self._since_body = framing if self._bodies > before else self._since_body + framing
+        if self._whole:
+            return
+        if self._in_head and self._since_body > MAX_HEAD_BYTES:
+            self._refuse(431, "head_too_large", f"the head of the request exceeds {MAX_HEAD_BYTES} bytes.")
+        elif self._since_body > MAX_HEAD_BYTES or self._overhead > MAX_HEAD_BYTES + OVERHEAD * self._body:
+            self._refuse(
+                400, "invalid_http", "the chunks or trailers of the request say too much about themselves."
+            )
+
+    # What the parser tells.
+
+    def on_message_begin(self) -> None:
+        """Begin to count."""
+        self._in_head, self._whole = True, False
+        self._overhead = self._since_body = self._body = self._trailers = 0
+        self._wait(math.inf if self._busy() else self._patience.head_s)
+        super().on_message_begin()
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Take a header; trailers are counted, and dropped, for nothing here reads them."""
         if self._in_head:
-            self._head_bytes += len(data)
-            if self._head_bytes > MAX_HEAD_BYTES:
-                self.send_400_response("The head of the request is too large.")
+            super().on_header(name, value)
+        else:
+            self._trailers += 1
+        if max(len(self.headers), self._trailers) > MAX_FIELDS:
+            self._reject(431, "head_too_large", f"the request has more than {MAX_FIELDS} header fields.")
+
+    def on_headers_complete(self) -> None:
+        """Refuse what two servers could read differently; else let the request in."""
+        self._check_head()
+        if len(self.pipeline) >= MAX_PIPELINED:
+            self._reject(400, "invalid_http", f"more than {MAX_PIPELINED} requests wait for an answer.")
+        self._in_head, self._since_body = False, 0
+        queued = self._busy()
+        super().on_headers_complete()
+        self._wait(math.inf if queued else self._patience.body_s)
+
+    def on_body(self, body: bytes) -> None:
+        """Count what is no framing."""
+        self._body += len(body)
+        self._bodies += len(body)
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        """Wait for the answer, or for the next request where this one was answered before its end."""
+        self._whole = True
+        super().on_message_complete()
+        if self._busy():
+            self._wait(math.inf)
+        else:
+            self._rest()
+
+    # What the answers tell.
+
+    def _start_asgi_task(self, cycle: Any, app: Any) -> None:
+        self._answered = cycle
+        super()._start_asgi_task(cycle, app)
+
+    def on_response_complete(self) -> None:
+        """Go on with the next request, or wait for one."""
+        super().on_response_complete()
+        self._unset_keepalive_if_required()  # the deadline is kept here: bytes between requests do not renew it
+        if self._busy():
+            whole = self._whole or self._in_head or self.pipeline
+            self._wait(math.inf if whole else self._patience.body_s)
+            return
+        self._unused_since = self.loop.time()
+        if self._whole or self._in_head:
+            self._wait(self._patience.idle_s if self._whole else self._patience.head_s)
+
+    def send_400_response(self, msg: str) -> None:  # noqa: ARG002 - the parser's words are uvicorn's
+        """Refuse what the parser did not take, in the words of the rule that it broke."""
+        self._refuse(*self._problem)
+
+    def _busy(self) -> bool:
+        return self._answered is not None and not self._answered.response_complete
+
+    def _rest(self) -> None:
+        self._unused_since = self.loop.time()
+        self._wait(self._patience.idle_s)
+
+    def _wait(self, seconds: float) -> None:
+        self._deadline = self.loop.time() + seconds
+
+    def _is_stalled(self, now: float) -> bool:
+        """True when an answer, or its rest before the connection closes, waits for the client too long."""
+        left = self.transport.get_write_buffer_size()
+        since, waited = self._waits
+        if not (self.flow.write_paused or self.transport.is_closing()) or waited - left >= PROGRESS_BYTES:
+            self._waits = (now, left)
+            return False
+        return now - since > self._patience.read_s
+
+    def _expire(self) -> None:
+        if self._refused or self.transport.is_closing() or self._whole:
+            self.transport.abort()
+        elif self._in_head and not self._overhead:
+            self.transport.close()  # nothing was asked
+        elif self._draining:
+            fault = ShuttingDown(DRAINING)
+            self._say(status_of(fault), error_body(fault))
+        else:
+            self._refuse(408, "request_timeout", "the request did not arrive in time.")
+
+    def _check_head(self) -> None:
+        version = self.parser.get_http_version()
+        if version not in ("1.0", "1.1"):
+            self._reject(505, "invalid_http", "HTTP/1.1 is spoken here.")
+        fields: dict[bytes, list[bytes]] = {}
+        for name, value in self.headers:
+            fields.setdefault(name, []).append(value.strip(b" \t"))
+        hosts = fields.get(b"host", [])
+        if len(hosts) > 1 or (version == "1.1" and not hosts) or not all(map(HOST.fullmatch, hosts)):
+            self._reject(400, "invalid_http", "expected one valid Host header.")
+        codings = fields.get(b"transfer-encoding", [])
+        if codings and (version == "1.0" or b"content-length" in fields):
+            self._reject(400, "invalid_http", "Transfer-Encoding stands where it must not.")
+        if codings and [each.lower() for each in codings] != [b"chunked"]:
+            self._reject(501, "invalid_http", "of transfer codings only `chunked` is taken, once.")
+        if any(each.lower() != b"100-continue" for each in fields.get(b"expect", [])):
+            self._reject(417, "invalid_http", "of expectations only `100-continue` is met.")
+        if self.parser.get_method() == b"CONNECT":
+            self._reject(501, "invalid_http", "this is no proxy.")
+
+    def _reject(self, status: int, code: str, message: str) -> NoReturn:
+        """Stop the parser, which leads to `send_400_response`."""
+        self._problem = (status, code, message)
+        raise ValueError(message)
+
+    def _refuse(self, status: int, code: str, message: str) -> None:
+        self._say(status, refused_body(message, status, code))
+
+    def _say(self, status: int, body: Json) -> None:
+        """Answer in the place of the application, and end the connection."""
+        self._refused = True
+        begun = self._busy() and (self._in_head or bool(self.pipeline) or self._answered.response_started)
+        if self._busy() and not begun:
+            self._answered.disconnected = True
+            self._answered.message_event.set()
+        if begun or self.transport.is_closing():
+            self.transport.abort()  # nothing can be said within an answer, or before it
+            return
+        content = to_json(body)
+        retry = b"retry-after: 1\r\n" if status == 503 else b""
+        fields = b"content-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n" % len(content)
+        self.transport.write(STATUS_LINE[status] + fields + retry + b"\r\n" + content)
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+        self._wait(LINGER_S)
+        self._heard(status)

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable
+from typing import Final
 
 import structlog
 import uvicorn
+from uvicorn.server import ServerState
 
 from inference_service.openai_api.app import create_app
-from inference_service.openai_api.protocol import BoundedHttp
+from inference_service.openai_api.connections import Connections
+from inference_service.openai_api.protocol import USUAL, BoundedHttp, Patience
 from inference_service.serving.service import GenerationService
 from shared.access.guard import NOBODY_GUARDS, Guard
+from shared.descriptors import connections_of_a_door
 from shared.faults import SettingsInvalid
 from shared.tracing.door import DoorSpans
 
-KEEP_ALIVE_S = 65
-"""Longer than clients and load balancers keep idle connections, so that they close them first."""
-CUT_S = 1
+CUT_S: Final = 1.0
+"""For what a drain cuts off to tell its client so, and for its connection to close."""
 
 log = structlog.get_logger()
 
@@ -33,12 +34,14 @@ class HttpServer:
         service: GenerationService,
         guard: Guard = NOBODY_GUARDS,
         tracing: DoorSpans | None = None,
+        patience: Patience = USUAL,
+        max_connections: int | None = None,
     ) -> None:
+        """Serve at most max_connections at once; what the limit on open files allows when not given."""
         self.address = address
         self._front = create_app(service, guard.keyring, tracing)
         config = uvicorn.Config(
             self._front,
-            http=BoundedHttp,
             log_config=None,
             log_level="critical",  # what a request raises is logged in `front`
             access_log=False,
@@ -46,14 +49,16 @@ class HttpServer:
             ws="none",
             proxy_headers=False,
             server_header=False,
-            timeout_keep_alive=KEEP_ALIVE_S,
-            timeout_graceful_shutdown=CUT_S,
         )
         config.load()
-        if guard.tls is not None:
-            config.ssl = guard.tls.following_context()
-        self._server = _Server(config)
-        self._task: asyncio.Task[None] | None = None
+        state = ServerState()
+
+        def connection() -> BoundedHttp:
+            return BoundedHttp(config, state, {}, patience=patience, refused=service.metrics.responded)
+
+        bound = max_connections or connections_of_a_door()
+        tls = guard.tls.following_context() if guard.tls is not None else None
+        self._connections = Connections(state, connection, patience, bound, tls)
 
     async def start(self) -> str:
         """Listen, and return the bound address (port 0 draws a free one).
@@ -63,41 +68,27 @@ class HttpServer:
         """
         host, _, _ = self.address.rpartition(":")
         listener = _listen(self.address)
-        self._task = asyncio.create_task(self._server.serve([listener]))
-        await self._server.listening.wait()
         self.address = f"{host}:{listener.getsockname()[1]}"
+        self._connections.start(listener)
         return self.address
 
-    async def drain(self, timeout_s: float) -> bool:
-        """Refuse new requests, wait for the open ones, stop; False when the time ran out and some were cut."""
+    async def drain(self, timeout_s: float, cut: Callable[[], None] | None = None) -> bool:
+        """Refuse new requests, wait for the open ones, stop; False when the time ran out and some were cut.
+
+        cut ends what others than the door can end, by a fault; the rest the door cancels.
+        """
         self._front.draining = True
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._front.idle.wait(), timeout_s)
-        finished = self._front.idle.is_set()
+        self._connections.drain()
+        finished = await self._front.until_idle(timeout_s)
         if not finished:
             log.warning("drain timed out", open_requests=self._front.open, timeout_s=timeout_s)
-        self._server.should_exit = True
-        if self._task is not None:
-            await self._task
+            if cut is not None:
+                cut()
+            if cut is None or not await self._front.until_idle(CUT_S):
+                self._front.cut()
+                await self._front.until_idle(CUT_S)
+        await self._connections.close(CUT_S)
         return finished
-
-
-class _Server(uvicorn.Server):
-    """Leaves signals to the process, and says when it listens."""
-
-    def __init__(self, config: uvicorn.Config) -> None:
-        super().__init__(config)
-        self.listening = asyncio.Event()
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """Capture none."""
-        yield
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Listen."""
-        await super().startup(sockets)
-        self.listening.set()
 
 
 def _listen(address: str) -> socket.socket:

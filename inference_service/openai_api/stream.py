@@ -5,18 +5,17 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Coroutine
 from contextlib import aclosing
-from typing import Any, Final, TypeVar
+from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from inference_service.openai_api.errors import error_body
 from inference_service.openai_api.reply import DONE, Json, event
 from shared.faults import Fault
 
 T = TypeVar("T")
-STALL_S: Final = 60.0
 HEADERS = (
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
@@ -53,15 +52,13 @@ async def _until_gone(receive: Receive) -> None:
 class EventStream(Response):
     """An answer in server-sent events; a fault on the way is the last one.
 
-    A client that does not read holds up nothing but this stream: tokens that it does not fetch wait here, and
-    when it took none of them for stall_s, it counts as gone.
+    A client that does not read holds up nothing but this stream; one that never does is cut off by `protocol`.
     """
 
-    def __init__(self, first: Json, rest: AsyncGenerator[Json], stall_s: float = STALL_S) -> None:
+    def __init__(self, first: Json, rest: AsyncGenerator[Json]) -> None:
         super().__init__()
         self._first = first
         self._rest = rest
-        self._stall_s = stall_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002 - ASGI's
         """Send everything; what produces it is closed in every case."""
@@ -70,22 +67,19 @@ class EventStream(Response):
             await while_connected(receive, self._send(send))
 
     async def _send(self, send: Send) -> None:
-        await self._part(send, event(self._first))
+        await send(_part(event(self._first)))
         try:
             async for body in self._rest:
-                await self._part(send, event(body))
+                await send(_part(event(body)))
         except Fault as fault:
-            await self._part(send, event(error_body(fault)))
+            await send(_part(event(error_body(fault))))
         else:
-            await self._part(send, DONE)
+            await send(_part(DONE))
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
-    async def _part(self, send: Send, data: bytes) -> None:
-        try:
-            async with asyncio.timeout(self._stall_s):
-                await send({"type": "http.response.body", "body": data, "more_body": True})
-        except TimeoutError:
-            raise ClientDisconnect from None
+
+def _part(data: bytes) -> Message:
+    return {"type": "http.response.body", "body": data, "more_body": True}
 
 
 async def open_stream(receive: Receive, bodies: AsyncGenerator[Json]) -> EventStream:

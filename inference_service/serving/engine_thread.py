@@ -9,12 +9,15 @@ import time
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from functools import partial
+from typing import Final
 
 import structlog
 
-from inference_service.core.sequence import FinishReason, Sequence, StepOutput
+from inference_service.core.sequence import Sequence, StepOutput
 from inference_service.engine.engine import Crowd, Engine, EngineStats
-from shared.faults import QueueFull, ShuttingDown
+from shared.faults import Fault, QueueFull, ShuttingDown
+
+CUT: Final = "the server shut down before the answer was complete. Retry with another replica."
 
 log = structlog.get_logger()
 
@@ -28,6 +31,7 @@ class Outputs:
         self._on_close = on_close
         self._waiting: list[StepOutput] = []
         self._arrived = asyncio.Event()
+        self._failure: Fault | None = None
 
     def put(self, output: StepOutput) -> list[Sequence]:
         """Hand over an output; return the sequences that were to wait for it."""
@@ -37,11 +41,22 @@ class Outputs:
         return later
 
     async def get(self) -> list[StepOutput]:
-        """Wait for the next outputs; there are none behind the last one with a finish reason."""
+        """Wait for the next outputs; there are none behind the last one with a finish reason.
+
+        Raises:
+            Fault: that of `fail`.
+        """
         await self._arrived.wait()
+        if self._failure is not None:
+            raise self._failure
         self._arrived.clear()
         outputs, self._waiting = self._waiting, []
         return outputs
+
+    def fail(self, fault: Fault) -> None:
+        """End with a fault what has not ended yet."""
+        self._failure = fault
+        self._arrived.set()
 
     def drop(self, seq_id: str) -> None:
         """Let one sequence go; when it has not ended yet, it is freed at the next step."""
@@ -58,7 +73,8 @@ class Outputs:
 class EngineThread:
     """Runs steps while there is work; hands every output to the stream of its sequence.
 
-    Every sequence that was submitted ends once: with an output that has a finish reason, or when it is dropped.
+    Every sequence that was submitted ends once: with an output that has a finish reason, with a fault, or when
+    it is dropped.
     Outputs are handed over together every interval_s, because a door that wakes up for every token takes the
     cores from the steps; the first and the last of a sequence go at once, with all that wait.
     """
@@ -90,9 +106,15 @@ class EngineThread:
         self._loop = asyncio.get_running_loop()
         self._thread.start()
 
-    async def stop(self) -> None:
-        """End the thread after the step in progress; open streams end as FAILED."""
+    def cut(self) -> None:
+        """End every open stream with SHUTTING_DOWN, and take no more."""
         self._stopped = True
+        for outputs in set(self._streams.values()):
+            outputs.fail(ShuttingDown(CUT))
+
+    async def stop(self) -> None:
+        """End the thread after the step in progress, and what is open."""
+        self.cut()
         self._inbox.put(None)
         await asyncio.to_thread(self._thread.join)
 
@@ -116,9 +138,7 @@ class EngineThread:
         return outputs
 
     def _begin(self, seq: Sequence) -> None:
-        if self._stopped:
-            self._streams[seq.id].put(StepOutput(seq.id, None, FinishReason.FAILED))
-        else:
+        if not self._stopped:
             self._inbox.put(partial(self._engine.add, seq))
 
     def _close(self, seq_id: str) -> None:

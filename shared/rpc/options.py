@@ -12,16 +12,34 @@ PING_TIMEOUT_S = 10
 LEAST_PING_S = 1
 """Clients that ask more often are sent away. gRPC's default of 300 s is too long for common proxies."""
 
-SERVER_OPTIONS = (
-    ("grpc.so_reuseport", 0),  # a second server on the same port must fail, not share it
-    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.keepalive_time_ms", PING_S * 1000),
-    ("grpc.keepalive_timeout_ms", PING_TIMEOUT_S * 1000),
-    ("grpc.http2.ping_timeout_ms", PING_TIMEOUT_S * 1000),  # else a minute, whatever the line above says
-    ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.http2.min_ping_interval_without_data_ms", LEAST_PING_S * 1000),
-)
+HANDSHAKE_S = 10
+"""From a connection to its first settings, TLS included; gRPC's default is 120 s."""
+IDLE_S = 120
+"""A connection without calls is closed after this time; clients open another when they call again."""
+MAX_STREAMS = 1100
+"""Calls of one connection at once; its client holds more back. The default queue takes fewer, so a client
+can be told of it."""
+
+
+def server_options(connections: int) -> tuple[tuple[str, int], ...]:
+    """Return the options of a server that takes so many connections at once."""
+    return (
+        ("grpc.so_reuseport", 0),  # a second server on the same port must fail, not share it
+        ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+        ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+        ("grpc.keepalive_time_ms", PING_S * 1000),
+        ("grpc.keepalive_timeout_ms", PING_TIMEOUT_S * 1000),
+        ("grpc.http2.ping_timeout_ms", PING_TIMEOUT_S * 1000),  # else a minute, whatever the line above says
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.min_ping_interval_without_data_ms", LEAST_PING_S * 1000),
+        ("grpc.max_allowed_incoming_connections", connections),
+        ("grpc.server_handshake_timeout_ms", HANDSHAKE_S * 1000),
+        ("grpc.http2.settings_timeout", HANDSHAKE_S * 1000),
+        ("grpc.max_connection_idle_ms", IDLE_S * 1000),
+        ("grpc.max_concurrent_streams", MAX_STREAMS),
+    )
+
+
 CLIENT_OPTIONS = (
     ("grpc.enable_http_proxy", 0),  # an http_proxy of the environment is for the web, not for these services
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),

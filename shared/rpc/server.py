@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager, suppress
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Final
 
 import grpc
 import structlog
@@ -14,101 +13,18 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from shared.access.guard import NOBODY_GUARDS, Guard
-from shared.faults import Fault, InternalFault, SettingsInvalid, ShuttingDown
+from shared.descriptors import connections_of_a_door
+from shared.faults import SettingsInvalid
 from shared.rpc.admission import AdmissionInterceptor
-from shared.rpc.options import SERVER_OPTIONS
-from shared.rpc.status import abort
+from shared.rpc.calls import USUAL, CallInterceptor, Patience
+from shared.rpc.options import server_options
 from shared.rpc.tls import server_credentials
-from shared.rpc.traced import traced
 from shared.tracing.door import DoorSpans
 
+CUT_S: Final = 1.0
+"""For what a drain cuts off to tell its client so."""
+
 log = structlog.get_logger()
-
-
-class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc has no types here
-    """Ends every call of our services once: with its answer, or with the status of a fault."""
-
-    def __init__(self, tracing: DoorSpans | None = None) -> None:
-        self._tracing = tracing
-        self.draining = False
-        self.active = 0
-        self.idle = asyncio.Event()
-        self.idle.set()
-
-    async def intercept_service(
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler]],
-        details: grpc.HandlerCallDetails,
-    ) -> grpc.RpcMethodHandler:
-        """Wrap the handler of a call, unless it is health or reflection."""
-        handler = await continuation(details)
-        if handler is None or details.method.startswith("/grpc."):
-            return handler
-        serializers = {
-            "request_deserializer": handler.request_deserializer,
-            "response_serializer": handler.response_serializer,
-        }
-        if handler.response_streaming:
-            return grpc.unary_stream_rpc_method_handler(
-                self._stream(handler.unary_stream, details.method), **serializers
-            )
-        return grpc.unary_unary_rpc_method_handler(
-            self._unary(handler.unary_unary, details.method), **serializers
-        )
-
-    def _unary(self, call: Callable[..., Awaitable[Any]], method: str) -> Callable[..., Awaitable[Any]]:
-        async def handler(request: Any, context: grpc.aio.ServicerContext) -> Any:
-            async with self._guard(context, method):
-                return await call(request, context)
-
-        return handler
-
-    def _stream(
-        self, call: Callable[..., AsyncIterator[Any]], method: str
-    ) -> Callable[..., AsyncIterator[Any]]:
-        async def handler(request: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
-            async with self._guard(context, method):
-                async for response in call(request, context):
-                    yield response
-
-        return handler
-
-    @asynccontextmanager
-    async def _guard(self, context: grpc.aio.ServicerContext, method: str) -> AsyncIterator[None]:
-        """Count a call as open, trace it, and end it with a status where it raises."""
-        self._enter()
-        try:
-            with traced(self._tracing, context, method):
-                self._refuse_when_draining()
-                yield
-        except Fault as fault:
-            await abort(context, fault)
-        except grpc.aio.AbortError:
-            raise
-        except Exception:  # noqa: BLE001 - the last line: logged here, named INTERNAL to the caller
-            await abort(context, _internal(method))
-        finally:
-            self._leave()
-
-    def _refuse_when_draining(self) -> None:
-        if self.draining:
-            raise ShuttingDown(
-                "the server is shutting down and takes no new calls. Retry with another replica."
-            )
-
-    def _enter(self) -> None:
-        self.active += 1
-        self.idle.clear()
-
-    def _leave(self) -> None:
-        self.active -= 1
-        if not self.active:
-            self.idle.set()
-
-
-def _internal(method: str) -> InternalFault:
-    log.exception("call failed", method=method)
-    return InternalFault("loramux failed inside; the server's log has the details. Please report it.")
 
 
 class RpcServer:
@@ -124,14 +40,18 @@ class RpcServer:
         services: Mapping[str, Callable[[grpc.aio.Server], None]],
         guard: Guard = NOBODY_GUARDS,
         tracing: DoorSpans | None = None,
+        patience: Patience = USUAL,
+        max_connections: int | None = None,
     ) -> None:
+        """Take at most max_connections at once; what the limit on open files allows when not given."""
         self.address = address
         self._tls = guard.tls
-        self._interceptor = CallInterceptor(tracing)
+        self._interceptor = CallInterceptor(tracing, patience)
         self._names = ("", *services)
         admission = [AdmissionInterceptor(guard.keyring)] if guard.keyring is not None else []
         interceptors = [*admission, self._interceptor]
-        self._server = grpc.aio.server(interceptors=interceptors, options=SERVER_OPTIONS)
+        options = server_options(max_connections or connections_of_a_door())
+        self._server = grpc.aio.server(interceptors=interceptors, options=options)
         self._health = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         for register in services.values():
@@ -173,15 +93,21 @@ class RpcServer:
         for name in self._names:
             await self._health.set(name, status.SERVING if ready else status.NOT_SERVING)
 
-    async def drain(self, timeout_s: float) -> bool:
-        """Refuse new calls, wait for the open ones, stop; False when the time ran out and calls were cut."""
-        self._interceptor.draining = True
+    async def drain(self, timeout_s: float, cut: Callable[[], None] | None = None) -> bool:
+        """Refuse new calls, wait for the open ones, stop; False when the time ran out and calls were cut.
+
+        cut ends what others than the door can end, by a fault; the rest the door cancels.
+        """
+        self._interceptor.drain()
         await self._health.enter_graceful_shutdown()
-        with suppress(TimeoutError):
-            await asyncio.wait_for(self._interceptor.idle.wait(), timeout_s)
-        finished = self._interceptor.idle.is_set()
+        finished = await self._interceptor.until_idle(timeout_s)
         if not finished:
             log.warning("drain timed out", open_calls=self._interceptor.active, timeout_s=timeout_s)
+            if cut is not None:
+                cut()
+            if cut is None or not await self._interceptor.until_idle(CUT_S):
+                self._interceptor.cut()
+                await self._interceptor.until_idle(CUT_S)
         # Those that arrive meanwhile are still told why they are refused; without any, nobody waits.
         await self._server.stop(grace=1.0 if finished else 0.1)
         return finished

@@ -1,0 +1,149 @@
+"""Accepts connections up to a bound, and keeps the time of those that are open."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+import socket
+from collections.abc import Callable
+from email.utils import formatdate
+from ssl import SSLContext
+from typing import Final
+
+import structlog
+from uvicorn.server import ServerState
+
+from inference_service.openai_api.protocol import BoundedHttp, Patience
+
+RETRY_S: Final = 1.0
+"""Between attempts to accept, when the system has no descriptor left."""
+SAY_S: Final = 60.0
+"""A condition that lasts is logged this often."""
+FULL: Final = (
+    b"HTTP/1.1 503 Service Unavailable\r\nretry-after: 1\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
+)
+
+log = structlog.get_logger()
+
+
+class Connections:
+    """The connections of a door.
+
+    Above the bound the one that is unused for the longest time makes room; when all are being answered, the new
+    one is refused. asyncio's own server is not used: it accepts without a bound, and writes a traceback per
+    failed attempt, thousands a second.
+    """
+
+    def __init__(
+        self,
+        state: ServerState,
+        make: Callable[[], BoundedHttp],
+        patience: Patience,
+        bound: int,
+        tls: SSLContext | None = None,
+    ) -> None:
+        self._state = state
+        self._make = make
+        self._patience = patience
+        self._bound = bound
+        self._tls = tls
+        self._opening: set[asyncio.Task[None]] = set()
+        self._running: list[asyncio.Task[None]] = []
+        self._said_s = -math.inf
+
+    def start(self, listener: socket.socket) -> None:
+        """Accept from a listening socket from now on."""
+        listener.setblocking(False)
+        self._keep_time()
+        self._running = [asyncio.create_task(self._accept(listener)), asyncio.create_task(self._watch())]
+
+    def drain(self) -> None:
+        """Wait no longer for the rest of bodies."""
+        for each in self._held():
+            each.drain()
+
+    async def close(self, timeout_s: float) -> None:
+        """Accept no more; let what is written reach the clients, and cut what remains after a time."""
+        for task in (*self._running, *self._opening):
+            task.cancel()
+        await asyncio.gather(*self._running, *self._opening, return_exceptions=True)
+        for each in self._held():
+            each.shutdown()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                while self._state.connections:
+                    await asyncio.sleep(0.01)
+        for each in self._held():
+            each.transport.abort()
+
+    def _held(self) -> list[BoundedHttp]:
+        return [each for each in self._state.connections if isinstance(each, BoundedHttp)]
+
+    async def _accept(self, listener: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        with listener:
+            while True:
+                try:
+                    sock, _ = await loop.sock_accept(listener)
+                except OSError as error:
+                    self._say("cannot accept connections", error=str(error))
+                    await asyncio.sleep(RETRY_S)
+                    continue
+                if self._has_room():
+                    task = loop.create_task(self._open(sock))
+                    self._opening.add(task)
+                    task.add_done_callback(self._opening.discard)
+                else:
+                    self._refuse(sock)
+                await asyncio.sleep(0)  # those that are open come first
+
+    async def _open(self, sock: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        limit_s = None if self._tls is None else self._patience.head_s
+        try:
+            # asyncio sets it only where the listener was made with proto=IPPROTO_TCP; without it, every small
+            # answer on a kept connection waits for the client's delayed acknowledgement, 40 ms.
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            await loop.connect_accepted_socket(
+                self._make, sock, ssl=self._tls, ssl_handshake_timeout=limit_s, ssl_shutdown_timeout=limit_s
+            )
+        except OSError:  # it went away, or its handshake failed
+            sock.close()
+
+    def _has_room(self) -> bool:
+        held = self._held()
+        if len(held) + len(self._opening) < self._bound:
+            return True
+        unused = [(since, each) for each in held if (since := each.unused_since) is not None]
+        self._say("connections are at their bound", bound=self._bound, unused=len(unused))
+        if not unused:
+            return False
+        _, oldest = min(unused, key=lambda pair: pair[0])
+        oldest.transport.abort()
+        self._state.connections.discard(oldest)
+        return True
+
+    def _refuse(self, sock: socket.socket) -> None:
+        with sock, contextlib.suppress(OSError):
+            if self._tls is None:
+                sock.send(FULL)
+
+    async def _watch(self) -> None:
+        patience = self._patience
+        shortest_s = min(patience.head_s, patience.body_s, patience.idle_s, patience.read_s)
+        loop = asyncio.get_running_loop()
+        while True:
+            await asyncio.sleep(min(1.0, shortest_s / 4))
+            self._keep_time()
+            for each in self._held():
+                each.check(loop.time())
+
+    def _keep_time(self) -> None:
+        self._state.default_headers = [(b"date", formatdate(usegmt=True).encode())]
+
+    def _say(self, event: str, **fields: object) -> None:
+        now = asyncio.get_running_loop().time()
+        if now - self._said_s >= SAY_S:
+            self._said_s = now
+            log.warning(event, **fields)

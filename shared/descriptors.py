@@ -1,0 +1,35 @@
+"""How many files and connections this process may hold open."""
+
+from __future__ import annotations
+
+import resource
+from typing import Final
+
+import structlog
+
+WANTED: Final = 16_384
+"""The soft limit on open files is raised to this, or to the hard limit where that is lower."""
+RESERVED: Final = 128
+"""Of the limit: for files, the store, the base's source and helper processes. A replica at rest holds 16."""
+MOST: Final = 4096
+"""Connections of one door, whatever the limit: several times what the queue of requests holds."""
+LEAST: Final = 16
+
+log = structlog.get_logger()
+
+
+def raise_limit() -> None:
+    """Raise the soft limit on open files where the hard one allows it, and say so."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = WANTED if hard == resource.RLIM_INFINITY else min(hard, WANTED)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        log.info("limit on open files raised", before=soft, now=wanted)
+
+
+def connections_of_a_door() -> int:
+    """Return how many connections each of two doors may hold, so that the limit is never reached."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY:
+        return MOST
+    return max(LEAST, min(MOST, (soft - RESERVED) // 2))
