@@ -55,9 +55,10 @@ def request_from_message(
         findings = [Finding(code="E_MISSING_FIELD", where=name, expected="a value") for name in unset]
         raise RequestInvalid(f"the request lacks {' and '.join(unset)}.", findings)
     remaining = context.time_remaining()
+    prompt = prompt_of(message, max_seq_len)
     return Request(
         model=message.model,
-        prompt=prompt_of(message, max_seq_len),
+        prompt=prompt,
         tools=tools_of(message),
         constraint=constraint_of(message),
         priority=message.priority,

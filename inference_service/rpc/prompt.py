@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from itertools import chain
 from typing import Any
 
 from inference_service.core.constraint import Constraint, Kind
+from inference_service.serving.json_size import check_texts
 from inference_service.serving.lengths import check_ids
 from inference_service.serving.request import Message, Prompt
 from inference_service.serving.turns import role_of
@@ -26,7 +28,7 @@ def prompt_of(message: pb.GenerateRequest, max_seq_len: int) -> Prompt:
 
     Raises:
         PromptTooLong: there are more token ids than max_seq_len.
-        RequestInvalid: the arguments of a tool call are not a JSON object.
+        RequestInvalid: the arguments of a tool call are not a JSON object, or all JSON has too much in it.
     """
     kind = message.WhichOneof("prompt")
     if kind == "text":
@@ -34,6 +36,9 @@ def prompt_of(message: pb.GenerateRequest, max_seq_len: int) -> Prompt:
     if kind == "token_ids":
         check_ids(message.token_ids.ids, max_seq_len)
         return list(message.token_ids.ids)
+    turns = message.messages
+    calls = (call.arguments for turn in turns.messages for call in turn.tool_calls)
+    check_texts(chain(calls, (tool.parameters for tool in turns.tools)))
     return [_turn(index, item) for index, item in enumerate(message.messages.messages)]
 
 

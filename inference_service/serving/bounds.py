@@ -11,6 +11,7 @@ from inference_service.serving.lengths import check_ids
 from inference_service.serving.request import Message, Request
 from inference_service.serving.turns import Rule, rules_of_tools, rules_of_turns
 from shared.faults import Finding, RequestInvalid
+from shared.near import MAX_FINDINGS
 
 MAX_ANSWERS: Final = 128
 MAX_STOPS: Final = 16
@@ -26,8 +27,6 @@ SEEDS: Final = (-(2**63), 2**64 - 1)
 MAX_CONSTRAINT_BYTES: Final = 64 * 1024
 MAX_FOUND: Final = 80
 """Characters of a value that a finding repeats."""
-MAX_FINDINGS: Final = 64
-"""Beyond them nobody reads on."""
 
 
 def check(request: Request, vocab: int, max_queue: int, max_seq_len: int) -> None:
