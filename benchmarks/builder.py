@@ -132,10 +132,20 @@ def run_build(folder: Path, uri: str, work: Path) -> int:
     return sum(adapter.bundle_bytes for adapter in progress.adapters)
 
 
+def run_build_again(folder: Path, uri: str, work: Path) -> int:
+    """Build what the store holds already: everything is converted, and what is stored is read back."""
+    run_build(folder, uri, work)
+    begin = time.perf_counter()
+    size = run_build(folder, uri, work)
+    run_build_again.took = time.perf_counter() - begin  # type: ignore[attr-defined]
+    return size
+
+
 RUNS: dict[str, Callable[[Path, str, Path], int]] = {
     "copy": run_copy,
     "copy bundles": run_copy_bundles,
     "build": run_build,
+    "build again": run_build_again,
 }
 
 

@@ -154,6 +154,7 @@ def _adapter(message: builder_pb2.AdapterBuild) -> AdapterInfo:
         bundle_bytes=message.bundle_bytes,
         warnings=_findings(message.warnings),
         reused=message.reused,
+        repaired=message.repaired,
     )
 
 

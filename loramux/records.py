@@ -252,7 +252,9 @@ class AdapterInfo:
     bundle_bytes: int
     warnings: tuple[Finding, ...]
     reused: bool
-    """Whether the store held the bundle already."""
+    """Whether the store held the bundle already, and its bytes were read back and found right."""
+    repaired: bool = False
+    """Whether the store held the bundle with other bytes or without some, and they were put again."""
 
 
 @dataclass(frozen=True)

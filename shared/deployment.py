@@ -68,6 +68,13 @@ class Repository(Model):
     runtime_secret_name: str = ""
     """The name of the secret that opens the repository; never the secret."""
 
+    @field_validator("repo", "revision", "subfolder", "runtime_secret_name")
+    @classmethod
+    def _without_nul(cls, value: str) -> str:
+        if "\0" in value:
+            raise ValueError("text without a NUL")
+        return value
+
     @field_validator("subfolder")
     @classmethod
     def _stays_inside(cls, value: str) -> str:

@@ -253,7 +253,8 @@ def _resolve_local(deployment: Deployment, folder: Path) -> Deployment:
             return repository
         try:
             path = (folder / Path(repository.repo).expanduser()).resolve()
-        except (OSError, RuntimeError, ValueError) as error:  # no such user, a loop of links, a NUL
+            str(path).encode()
+        except (OSError, RuntimeError, ValueError) as error:  # no such user, a loop, a NUL, no UTF-8
             raise DeploymentInvalid(f"LOCAL repository {repository.repo!r} is no path: {error}") from error
         return repository.model_copy(update={"repo": str(path)})
 

@@ -37,17 +37,18 @@ def parse_repository(text: str, folder: Path | None = None) -> Repository:
     Raises:
         DeploymentInvalid: it is none.
     """
-    if path := _local_path(text, folder or Path.cwd()):
-        return Repository(source=SourceKind.LOCAL, repo=str(path))
+    path = _local_path(text, folder or Path.cwd())
     address, _, subfolder = text.partition("#")
     try:
+        if path:
+            return Repository(source=SourceKind.LOCAL, repo=str(path))
         for scheme, kind in _SCHEMES.items():
             if address.startswith(scheme) and len(address) > len(scheme):
                 return Repository(source=kind, repo=address, subfolder=subfolder)
         if hub := _HUB.fullmatch(address.removeprefix("hf:")):
             revision = hub["revision"] or ""
             return Repository(source=SourceKind.HF, repo=hub["repo"], revision=revision, subfolder=subfolder)
-    except ValueError as error:  # pydantic's: a subfolder that leads outside
+    except ValueError as error:  # pydantic's: a subfolder that leads outside, a name that is no UTF-8
         raise _no_repository(text) from error
     raise _no_repository(text)
 

@@ -31,6 +31,10 @@ class HubRepo:
     """When set, files are behind a redirect to signed addresses of a storage, which always breaks off."""
     truncated: int = 0
     """Downloads whose body breaks off in the middle."""
+    damaged: dict[str, int] = field(default_factory=dict)
+    """How often a file is sent with a flipped bit."""
+    listed: dict[str, Any] = field(default_factory=dict)
+    """What the listing says of every file instead."""
     lfs: tuple[str, ...] = ()
     """Files that the hub keeps as LFS objects."""
 
@@ -128,6 +132,9 @@ class _Handler(BaseHTTPRequestHandler):
                 self._answer(302, b"", send_body, **headers)
                 return
             headers = {"ETag": f'"{_sha(data)}"', "X-Repo-Commit": commit}
+            if send_body and repo.damaged.get(path, 0) > 0:
+                repo.damaged[path] -= 1
+                data = data[:-1] + bytes([data[-1] ^ 1])
             if send_body and repo.truncated:
                 repo.truncated -= 1
                 headers["Content-Length"] = str(len(data))
@@ -150,10 +157,11 @@ class _Handler(BaseHTTPRequestHandler):
 
 def _sibling(repo: HubRepo, name: str) -> dict[str, Any]:
     data = repo.files[name]
-    sibling: dict[str, Any] = {"rfilename": name, "size": len(data), "blobId": hashlib.sha1(data).hexdigest()}  # noqa: S324 - git's
+    blob = hashlib.sha1(b"blob %d\0" % len(data) + data)  # noqa: S324 - git's
+    sibling: dict[str, Any] = {"rfilename": name, "size": len(data), "blobId": blob.hexdigest()}
     if name in repo.lfs:
         sibling["lfs"] = {"size": len(data), "sha256": _sha(data), "pointerSize": 134}
-    return sibling
+    return sibling | repo.listed
 
 
 def _sha(data: bytes) -> str:

@@ -10,7 +10,7 @@ from builder_service.domain.safetensors_header import HeaderInvalid, TensorFile,
 from builder_service.domain.strict_json import JsonInvalid, parse
 from shared.bundle.manifest import BaseRecord
 from shared.faults import BundleCorrupt, CheckpointInvalid
-from shared.sources.base import Progress
+from shared.sources.base import Progress, Room, unwatched
 from shared.sources.checkpoint import INDEX, WEIGHTS
 from shared.sources.files import hash_file
 from shared.sources.open import Sources
@@ -21,11 +21,14 @@ MAX_INDEX: Final = 64 << 20
 class BaseWeights:
     """Finds tensors of a recorded base; safe for several threads."""
 
-    def __init__(self, base: BaseRecord, sources: Sources, cache: Path, progress: Progress) -> None:
+    def __init__(
+        self, base: BaseRecord, sources: Sources, cache: Path, progress: Progress, room: Room = unwatched
+    ) -> None:
         self._base = base
         self._sources = sources
         self._cache = cache
         self._progress = progress
+        self._room = room
         self._lock = threading.Lock()
         self._shards: dict[str, str] | None = None
         self._open: dict[str, TensorFile] = {}
@@ -72,7 +75,7 @@ class BaseWeights:
     def _fetch(self, name: str) -> Path:
         expected = self._base.files[name]
         source = self._sources.of(self._base.source)
-        folder = source.place(self._base.source, {name: expected}, self._cache, self._progress)
+        folder = source.place(self._base.source, {name: expected}, self._cache, self._progress, self._room)
         path = folder / name
         if not path.is_file() or hash_file(path, lambda _: self._progress(0)) != expected:
             raise BundleCorrupt(

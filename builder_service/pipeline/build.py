@@ -12,6 +12,7 @@ from builder_service.pipeline.intake import Intake
 from builder_service.pipeline.output import Output, batches
 from builder_service.pipeline.progress import Progress
 from builder_service.pipeline.prove import prove_adapters, require_prover
+from builder_service.pipeline.space import BASE_FILES
 from builder_service.pipeline.validate import ValidAdapter, rulebook
 from builder_service.pipeline.workshop import Workshop
 from shared.bundle.deployments import current_generation, publish_generation
@@ -19,6 +20,7 @@ from shared.bundle.manifest import AdapterRecord, BaseRecord, Generation
 from shared.bundle.proof import Proof
 from shared.deployment import Deployment
 from shared.faults import BundleCorrupt, Fault
+from shared.sources.base import Room
 from shared.sources.checkpoint import Base, describe_base
 from shared.storage.base import Store
 from shared.storage.patient import PatientStore
@@ -45,15 +47,16 @@ def build(deployment: Deployment, shop: Workshop, progress: Progress) -> BuildRe
     store = PatientStore(shop.store, progress.check)
     with shop.folder() as work:
         space = shop.space(work)
-        base = _describe_base(deployment, shop, progress)
-        weights = BaseWeights(base.record, shop.sources, work / "base", lambda _: progress.check())
+        room = space.room(BASE_FILES)
+        base = _describe_base(deployment, shop, progress, room)
+        weights = BaseWeights(base.record, shop.sources, work / "base", lambda _: progress.check(), room)
         book = rulebook(base.config, deployment.build.lora_configuration, weights)
         adapters = Intake(book, shop, space, work, progress).take_in(deployment.build.lora_adapters)
         groups = batches(adapters)
         proofs: Sequence[Proof | None] = [None] * len(groups)
         if deployment.build.prove:
             firsts = [group.first for group in groups]
-            proofs = prove_adapters(firsts, deployment.build, base.record, shop.sources, work, progress)
+            proofs = prove_adapters(firsts, deployment.build, base.record, shop.sources, work, progress, room)
         before = _served(store, deployment.model_name)
         served = frozenset(record.digest for record in before.adapters.values()) if before else frozenset()
         output = Output(book.dtype, base.record.source.shown, store, served, space, progress, shop)
@@ -63,9 +66,10 @@ def build(deployment: Deployment, shop: Workshop, progress: Progress) -> BuildRe
         return BuildResult(published, unchanged=before is not None and published.number == before.number)
 
 
-def _describe_base(deployment: Deployment, shop: Workshop, progress: Progress) -> Base:
+def _describe_base(deployment: Deployment, shop: Workshop, progress: Progress, room: Room) -> Base:
+    repository = deployment.build.checkpoint_repository
     try:
-        return describe_base(shop.sources, deployment.build.checkpoint_repository, lambda _: progress.check())
+        return describe_base(shop.sources, repository, lambda _: progress.check(), room)
     except Fault as fault:
         raise type(fault)(f"base checkpoint: {fault.message}", fault.findings) from fault
 

@@ -12,6 +12,7 @@ from builder_service.domain.rules import base_warning
 from builder_service.pipeline.base_weights import BaseWeights
 from builder_service.pipeline.fetch import fetch_adapters
 from builder_service.pipeline.progress import Progress
+from builder_service.pipeline.space import BASE_FILES
 from builder_service.pipeline.validate import check_deployment, check_fetched, rulebook
 from builder_service.pipeline.workshop import Workshop
 from shared.bundle.manifest import FileDigest, Row
@@ -55,12 +56,12 @@ def check_one(deployment: Deployment, shop: Workshop, progress: Progress) -> Ada
         Fault: what the base or a source raises; rules that are broken are findings.
     """
     with shop.folder() as work:
-        base = describe_base(shop.sources, deployment.build.checkpoint_repository, lambda _: progress.check())
-        weights = BaseWeights(base.record, shop.sources, work / "base", lambda _: progress.check())
+        space = shop.space(work)
+        room, repository = space.room(BASE_FILES), deployment.build.checkpoint_repository
+        base = describe_base(shop.sources, repository, lambda _: progress.check(), room)
+        weights = BaseWeights(base.record, shop.sources, work / "base", lambda _: progress.check(), room)
         book = rulebook(base.config, deployment.build.lora_configuration, weights)
-        [fetched] = fetch_adapters(
-            deployment.build.lora_adapters, shop.sources, shop.space(work), work, progress
-        )
+        [fetched] = fetch_adapters(deployment.build.lora_adapters, shop.sources, space, work, progress)
         checked = check_fetched(fetched, book, progress)
         rows = tuple(planned.row for planned in checked.rows)
         named = base_warning(checked.base_model_name, base.record.source.shown) if rows else None

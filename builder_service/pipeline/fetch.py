@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, TypeVar
@@ -58,23 +59,23 @@ class ListedAdapter:
         return self.resolved.size(self.wanted)
 
 
+@contextmanager
 def list_adapters(
     adapters: Mapping[str, Repository], sources: Sources, space: Space, progress: Progress
-) -> list[ListedAdapter]:
-    """List every adapter's repository, several at once; in the order of their names.
+) -> Iterator[list[ListedAdapter]]:
+    """Yield every adapter's listing in the order of their names, made several at once; closed at the end.
 
     Raises:
         ResourcesExhausted: the disk has no room for the archives whose listings are in them.
         Fault: what sources raise, of all adapters: see `joined`.
     """
-    with ThreadPoolExecutor(PARALLEL, "list") as pool:
-        return gathered(
-            {
-                name: pool.submit(_list, name, repository, sources, space, progress)
+    with ExitStack() as listings:
+        with ThreadPoolExecutor(PARALLEL, "list") as pool:
+            futures = {
+                name: pool.submit(_list, name, repository, sources, space, progress, listings)
                 for name, repository in sorted(adapters.items())
-            },
-            progress,
-        )
+            }
+        yield gathered(futures, progress)
 
 
 def fetch_adapters(
@@ -85,15 +86,13 @@ def fetch_adapters(
     Raises:
         Fault: what sources raise, of all adapters: see `joined`.
     """
-    listed = list_adapters(adapters, sources, space, progress)
-    with ThreadPoolExecutor(PARALLEL, "fetch") as pool:
-        return gathered(
-            {
+    with list_adapters(adapters, sources, space, progress) as listed:
+        with ThreadPoolExecutor(PARALLEL, "fetch") as pool:
+            futures = {
                 adapter.name: pool.submit(fetch_adapter, adapter, work / f"adapter-{i}", progress)
                 for i, adapter in enumerate(listed)
-            },
-            progress,
-        )
+            }
+        return gathered(futures, progress)
 
 
 def gathered(futures: Mapping[str, Future[T]], progress: Progress) -> list[T]:
@@ -132,24 +131,40 @@ def joined(faults: Mapping[str, Fault]) -> Fault:
 
 
 def _list(
-    name: str, repository: Repository, sources: Sources, space: Space, progress: Progress
+    name: str,
+    repository: Repository,
+    sources: Sources,
+    space: Space,
+    progress: Progress,
+    listings: ExitStack,
 ) -> ListedAdapter:
     progress.enter(name, Stage.FETCHING)
-    source, what = sources.of(repository), f"the archive of adapter {name!r}"
+    source, what, taken = sources.of(repository), f"the archive of adapter {name!r}", 0
+    take = space.room(what)
 
     def watch(count: int) -> None:
-        space.check(count, what)
+        space.check(0, what)
         progress.advance(name, count)
 
-    resolved = source.resolve(repository, watch, max_bytes=MAX_BYTES)
-    space.spend(resolved.held, what)
+    def room(count: int) -> None:
+        nonlocal taken
+        taken += count
+        _limited(repository, taken)
+        take(count)
+
+    resolved = source.resolve(repository, watch, room)
+    listings.callback(resolved.close)
     sizes = {path: file.size for path, file in resolved.files.items()}
     if findings := [*file_findings(sizes), *too_large(sizes)]:
         return ListedAdapter(name, source, resolved, (), tuple(findings))
     listed = ListedAdapter(name, source, resolved, tuple(wanted_files(sizes)))
-    if listed.size > MAX_BYTES:
-        raise SourceRefused(f"{repository.shown}: {listed.size} bytes; an adapter has at most {MAX_BYTES}")
+    _limited(repository, listed.size)
     return listed
+
+
+def _limited(repository: Repository, size: int) -> None:
+    if size > MAX_BYTES:
+        raise SourceRefused(f"{repository.shown}: {size} bytes; an adapter has at most {MAX_BYTES}")
 
 
 def fetch_adapter(listed: ListedAdapter, folder: Path, progress: Progress) -> FetchedAdapter:

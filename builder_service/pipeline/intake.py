@@ -48,14 +48,14 @@ class Intake:
             ResourcesExhausted: the disk has no room for them.
             Fault: what sources raise, of all adapters.
         """
-        listed = list_adapters(adapters, self.shop.sources, self.space, self.progress)
-        self.space.check(sum(adapter.size for adapter in listed), "the adapters")
-        with ThreadPoolExecutor(self.shop.parallel_adapters, "intake") as pool:
-            futures = {
-                adapter.name: pool.submit(self._take_in, adapter, self.work / f"adapter-{i}")
-                for i, adapter in enumerate(listed)
-            }
-        taken = gathered(futures, self.progress)
+        with list_adapters(adapters, self.shop.sources, self.space, self.progress) as listed:
+            self.space.check(sum(adapter.size for adapter in listed), "the adapters")
+            with ThreadPoolExecutor(self.shop.parallel_adapters, "intake") as pool:
+                futures = {
+                    adapter.name: pool.submit(self._take_in, adapter, self.work / f"adapter-{i}")
+                    for i, adapter in enumerate(listed)
+                }
+            taken = gathered(futures, self.progress)
         refuse_any({adapter.fetched.name: adapter.checked for adapter in taken})
         return taken
 

@@ -48,6 +48,7 @@ class AdapterProgress:
     bundle_bytes: int = 0
     warnings: tuple[Finding, ...] = ()
     reused: bool = False
+    repaired: bool = False
 
     def described(self, digest: str, manifest: Manifest, extra: Iterable[Finding] = ()) -> AdapterProgress:
         """Return it with what a manifest says."""

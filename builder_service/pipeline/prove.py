@@ -23,6 +23,7 @@ from shared.bundle.manifest import BaseRecord
 from shared.bundle.proof import Proof
 from shared.deployment import Build
 from shared.faults import FAULTS, AdapterInvalid, InternalFault, ResourcesExhausted, SettingsInvalid
+from shared.sources.base import Room, unwatched
 from shared.sources.checkpoint import fetch_base
 from shared.sources.open import Sources
 
@@ -51,6 +52,7 @@ def prove_adapters(
     sources: Sources,
     work: Path,
     progress: Progress,
+    room: Room = unwatched,
 ) -> list[Proof]:
     """Return the proofs of adapters, in their order.
 
@@ -66,7 +68,7 @@ def prove_adapters(
         return []
     for adapter in adapters:
         progress.enter(adapter.fetched.name, Stage.PROVING)
-    folder = fetch_base(base, work / "base", sources, lambda _: progress.check())
+    folder = fetch_base(base, work / "base", sources, lambda _: progress.check(), room)
     truncate_to = settings.lora_configuration.truncate_to_rank
     request = {
         "base": str(folder),

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
+import structlog
+
 from builder_service.pipeline.convert import BuiltBundle
 from builder_service.pipeline.progress import Progress, Stage
 from shared.bundle.manifest import MANIFEST_FILE, bundle_key
 from shared.storage.base import ObjectMissing, Store
+
+log = structlog.get_logger()
 
 
 def publish_bundle(
@@ -15,33 +19,37 @@ def publish_bundle(
 ) -> None:
     """Put a bundle into the store, unless it is there; its files leave the work folder.
 
+    What is there is read back: a file that differs from what was built is put again, and the adapters are
+    reported as repaired where a replica could have met the damage.
+
     One that is there, and that the served generation does not refer to, may be an orphan: its manifest is
     put again, for its age is what keeps `loramux gc` from it until a generation does.
     """
     total = sum(file.size for file in bundle.manifest.files.values())
     for name in names:
         progress.enter(name, Stage.PUBLISHING, total)
-    reused = _is_there(store, bundle)
+    manifest = _stored_manifest(store, bundle)
+    reused = manifest == bundle.manifest_bytes
     for file, path in bundle.paths.items():
-        size, key = bundle.manifest.files[file].size, bundle_key(bundle.digest, file)
-        if reused or store.size(key) == size:
+        expected, key = bundle.manifest.files[file], bundle_key(bundle.digest, file)
+        if store.sha256(key) == expected.sha256:
             path.unlink()
         else:
             store.take(key, path)
-        for name in () if reused else names:
-            progress.advance(name, size)
+            reused = False
+        for name in names:
+            progress.advance(name, expected.size)
     if not reused or bundle.digest not in served:
         store.put(bundle_key(bundle.digest, MANIFEST_FILE), bundle.manifest_bytes)
+    repaired = not reused and (manifest is not None or bundle.digest in served)
+    if repaired:
+        log.warning("damaged bundle repaired", digest=bundle.digest, adapters=list(names))
     for name in names:
-        progress.update(name, stage=Stage.DONE, bytes_done=total, reused=reused)
+        progress.update(name, stage=Stage.DONE, bytes_done=total, reused=reused, repaired=repaired)
 
 
-def _is_there(store: Store, bundle: BuiltBundle) -> bool:
-    """True when the manifest is the very same and its files have their sizes; readers verify the digests."""
+def _stored_manifest(store: Store, bundle: BuiltBundle) -> bytes | None:
     try:
-        found = store.get(bundle_key(bundle.digest, MANIFEST_FILE))
+        return store.get(bundle_key(bundle.digest, MANIFEST_FILE))
     except ObjectMissing:
-        return False
-    return found == bundle.manifest_bytes and all(
-        store.size(bundle_key(bundle.digest, name)) == file.size for name, file in bundle.manifest.files.items()
-    )
+        return None

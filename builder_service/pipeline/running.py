@@ -76,8 +76,8 @@ class RunningBuild:
 
     def refuse(self, fault: Fault) -> None:
         """End without having been recorded."""
-        self.refusal = fault
         self.fail(fault)
+        self.refusal = self.failure
         self.accepted.set()
 
     def succeed(self, result: BuildResult) -> None:
@@ -88,7 +88,8 @@ class RunningBuild:
 
     def fail(self, fault: Fault) -> None:
         """End as FAILED."""
-        self.state, self.failure = State.FAILED, fault
+        # The fault itself holds, by its traceback, everything that the build had open.
+        self.state, self.failure = State.FAILED, type(fault)(fault.message, fault.findings)
         self._changed()
 
     def record(self, fault: Fault) -> FailedBuild:

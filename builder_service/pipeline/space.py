@@ -11,9 +11,13 @@ from pathlib import Path
 from typing import Final
 
 from shared.faults import ResourcesExhausted
+from shared.sources.base import Room
 
 RESERVE_BYTES: Final = 256 << 20
 """Stays free for everything else on the disk."""
+
+BASE_FILES: Final = "files of the base"
+"""What a build writes of its base, for messages."""
 
 
 @dataclass
@@ -38,15 +42,15 @@ class Space:
         with self._ledger.lock:
             self._check(size, what)
 
-    def spend(self, size: int, what: str) -> None:
-        """Count bytes that were written already.
+    def room(self, what: str) -> Room:
+        """Return what counts bytes that are about to be written and stay; raises as `check` does."""
 
-        Raises:
-            ResourcesExhausted: they are more than the build may write.
-        """
-        with self._ledger.lock:
-            self._written += size
-            self._check(0, what)
+        def take(size: int) -> None:
+            with self._ledger.lock:
+                self._check(size, what)
+                self._written += size
+
+        return take
 
     @contextmanager
     def writing(self, size: int, what: str) -> Iterator[None]:
@@ -71,9 +75,12 @@ class Space:
                 f"{what}: {size} bytes, and {self._written} were written; a build may write {self._max_bytes}. "
                 "Build fewer adapters at once, or raise LORAMUX_MAX_BUILD_GB."
             )
-        free = shutil.disk_usage(self._folder).free - self._ledger.outstanding - RESERVE_BYTES
-        if size > free:
+        free, promised = shutil.disk_usage(self._folder).free, self._ledger.outstanding
+        needed = size + promised + RESERVE_BYTES
+        if needed > free:
             raise ResourcesExhausted(
-                f"{what}: {size} bytes, and {max(free, 0)} are free in the builder's work folder. "
-                "Free some space, or set LORAMUX_WORK_DIR."
+                f"{what}: {size} bytes; with {promised} that running builds are about to write and "
+                f"{RESERVE_BYTES} that stay free for others, the disk of the builder's work folder needs "
+                f"{needed} free bytes and has {free}. Free {needed - free}, or set LORAMUX_WORK_DIR to a "
+                "folder on a larger disk."
             )

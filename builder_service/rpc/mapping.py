@@ -93,6 +93,7 @@ def _adapter_message(adapter: AdapterProgress) -> pb.AdapterBuild:
         bundle_bytes=adapter.bundle_bytes,
         warnings=map(finding_to_message, adapter.warnings),
         reused=adapter.reused,
+        repaired=adapter.repaired,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -40,10 +41,10 @@ from shared.bundle.deployments import current_generation, list_deployments
 from shared.bundle.manifest import Generation
 from shared.bundle.reader import Bundle, read_bundle
 from shared.deployment import Repository, SourceKind
-from shared.faults import DeploymentNotFound
+from shared.faults import DeploymentNotFound, ResourcesExhausted
 from shared.settings import InferenceSettings
 from shared.sources.checkpoint import fetch_base
-from shared.sources.open import open_sources
+from shared.sources.open import Sources, open_sources
 from shared.storage.base import Store
 
 log = structlog.get_logger()
@@ -82,7 +83,7 @@ def load(settings: InferenceSettings, store: Store, watchers: Sequence[Watcher] 
         secrets_dir=settings.secrets_dir,
         work_dir=settings.cache_dir,
     )
-    folder = fetch_base(generation.base, settings.cache_dir / "checkpoints" / _cache_name(generation), sources)
+    folder = _fetch(generation, settings.cache_dir, sources)
     config = read_config(folder, generation.max_seq_len)
     if settings.threads:
         torch.set_num_threads(settings.threads)
@@ -149,6 +150,13 @@ def _generation(name: str, store: Store) -> Generation:
     return generation
 
 
+def _fetch(generation: Generation, cache_dir: Path, sources: Sources) -> Path:
+    try:
+        return fetch_base(generation.base, cache_dir / "checkpoints" / _cache_name(generation), sources)
+    except ResourcesExhausted as fault:
+        raise ResourcesExhausted(f"LORAMUX_CACHE_DIR={cache_dir}: {fault.message}") from fault
+
+
 def _source(repository: Repository) -> str:
     """Say where a model came from, to everybody who may ask; a folder's path is nobody's business."""
     place = repository.shown
@@ -159,8 +167,8 @@ def _source(repository: Repository) -> str:
 def _cache_name(generation: Generation) -> str:
     """A folder per set of files: another revision never meets files of this one."""
     source = generation.base.source
-    safe = "".join(char if char.isalnum() or char in "-_." else "_" for char in source.shown)[-80:]
-    return f"{safe}@{source.revision[:16] or 'none'}"
+    place, revision = (re.sub(r"[^\w.\-]", "_", text) for text in (source.shown, source.revision))
+    return f"{place[-80:]}@{revision[:16] or 'none'}"
 
 
 def _load_adapter(

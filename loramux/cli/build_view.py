@@ -75,8 +75,11 @@ def fraction_done(adapter: AdapterInfo) -> float:
 
 
 def _stage(adapter: AdapterInfo) -> str:
-    reused = adapter.stage is Stage.DONE and adapter.reused
-    return "done, was in the store" if reused else adapter.stage.value
+    if adapter.stage is not Stage.DONE:
+        return adapter.stage.value
+    if adapter.repaired:
+        return "done, was damaged in the store"
+    return "done, was in the store" if adapter.reused else adapter.stage.value
 
 
 def _bytes(adapter: AdapterInfo) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -21,9 +22,10 @@ from loramux.cli.check import (
     tell_report,
 )
 from loramux.client import BUILDER
-from shared.deployment import Deployment, Repository, SourceKind
+from shared.deployment import Deployment, Repository
 from shared.deployment_file import parse_deployment, parse_lora_configuration
 from shared.faults import DeploymentInvalid
+from shared.spelling import parse_repository
 
 FILES = ("model.lora_weights.npy", "model.lora_config.npy or model.lora_keys.npy")
 
@@ -71,13 +73,13 @@ def npy_folder(folder: Path) -> Repository:
     Raises:
         DeploymentInvalid: they are not there, or a PEFT adapter is.
     """
-    path = folder.expanduser().resolve()
+    path = Path(os.path.realpath(folder.expanduser()))
     configs = [path / word for word in FILES[1].split(" or ")]
     if not (path / FILES[0]).is_file() or not any(config.is_file() for config in configs):
         raise DeploymentInvalid(f"{path}: expected {FILES[0]} and {FILES[1]}")
     if (path / "adapter_config.json").exists():
         raise DeploymentInvalid(f"{path}: there is an adapter_config.json, so a build takes the PEFT adapter")
-    return Repository(source=SourceKind.LOCAL, repo=str(path))
+    return parse_repository(str(path))
 
 
 def deployment_of_one(deployment: str, name: str, wanted: Wanted) -> Deployment:

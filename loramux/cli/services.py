@@ -112,7 +112,7 @@ def engine_flags(backend: str | None, dtype: str | None, threads: int | None) ->
 
 def door_flags(keys_file: Path | None, insecure: bool) -> list[str]:
     """Return the flags of a service that say who may enter."""
-    file = None if keys_file is None else str(keys_file.expanduser().resolve())
+    file = None if keys_file is None else os.path.realpath(keys_file.expanduser())
     return [*_flags(**{"keys-file": file}), *(["--insecure"] if insecure else [])]
 
 
@@ -132,7 +132,7 @@ def _flags(**values: str | int | None) -> list[str]:
 
 
 def _roots(folders: Sequence[Path]) -> list[str]:
-    return [text for folder in folders for text in ("--local-root", str(folder.expanduser().resolve()))]
+    return [text for folder in folders for text in ("--local-root", os.path.realpath(folder.expanduser()))]
 
 
 def _require(extra: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import os
+import re
 import tarfile
 import zlib
 from collections.abc import Iterator, Mapping
@@ -15,7 +16,7 @@ from typing import IO, Final
 
 from shared.faults import SourceRefused
 from shared.sources.base import MAX_FILES, Progress, SourceFile, unwatched
-from shared.sources.files import PIECE, hash_pieces
+from shared.sources.files import PIECE, hash_pieces, is_text
 
 MAX_UNPACKED: Final = 1 << 30
 MAX_RATIO: Final = 20
@@ -179,9 +180,9 @@ def inner_files(files: Mapping[str, SourceFile], subfolder: str) -> dict[str, st
     """Return the names in the archive by the names in a subfolder of it.
 
     An archive that holds one folder and nothing beside it is taken as that folder. Hidden files are not
-    listed: archivers of some systems add them.
+    listed: archivers of some systems add them. Nor are names that are no UTF-8.
     """
-    plain = [name for name in files if not any(part.startswith(".") for part in name.split("/"))]
+    plain = [name for name in files if is_text(name) and not re.search(r"(^|/)\.", name)]
     tops = {name.partition("/")[0] for name in plain}
     top = f"{next(iter(tops))}/" if len(tops) == 1 and all("/" in name for name in plain) else ""
     inner = f"{subfolder}/" if subfolder else ""

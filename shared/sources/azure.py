@@ -21,6 +21,7 @@ from shared.deployment import Repository
 from shared.faults import RepoGated, RepoNotFound, SourceChanged, SourceRefused, SourceUnavailable
 from shared.sources.base import SourceFile
 from shared.sources.bucket import TIMEOUT_S
+from shared.sources.checksum import md5_of
 from shared.sources.retry import Busy
 from shared.sources.secrets import Secrets, warn_unset
 
@@ -43,7 +44,8 @@ class AzureContainer:
         """Yield the blobs below a prefix, with their ETags."""
         with self._translated(""):
             for blob in self._client.list_blobs(name_starts_with=prefix):
-                yield blob.name, SourceFile(blob.size, version=blob.etag)
+                checksum = md5_of(blob.content_settings.content_md5)  # where whoever uploaded it gave one
+                yield blob.name, SourceFile(blob.size, None, checksum, blob.etag)
 
     def read(self, key: str, version: str) -> Iterator[bytes]:
         """Yield a blob's bytes where its ETag is that one."""
@@ -51,6 +53,10 @@ class AzureContainer:
             yield from self._client.download_blob(
                 key, etag=version, match_condition=MatchConditions.IfNotModified
             ).chunks()
+
+    def close(self) -> None:
+        """Close the client's connections."""
+        self._client.close()
 
     @contextmanager
     def _translated(self, key: str) -> Iterator[None]:

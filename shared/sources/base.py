@@ -13,6 +13,9 @@ from shared.deployment import Repository
 Progress: TypeAlias = Callable[[int], None]
 """Told the bytes that came in since the last call, from any thread; what it raises ends the transfer."""
 
+Room: TypeAlias = Callable[[int], None]
+"""Asked for bytes before they are written to the disk; what it raises ends the transfer."""
+
 MAX_BYTES: Final = 2 << 40
 """Of one repository: beyond it a listing is not believed; the largest open checkpoints have about 2e12."""
 MAX_FILES: Final = 10_000
@@ -30,6 +33,8 @@ class SourceFile:
     size: int
     sha256: str | None = None
     """Where the source knows it without reading the file."""
+    checksum: str = ""
+    """What the source says of the content otherwise: ``md5:<hex>``, or ``git:<hex>`` of a blob of git's."""
     version: str = ""
     """What the source calls this state of the file (ETag, generation); no other state is fetched."""
 
@@ -43,10 +48,8 @@ class Resolved:
     files: Mapping[str, SourceFile]
     """By path inside the subfolder."""
 
-    @property
-    def held(self) -> int:
-        """Bytes that the listing itself keeps on the disk."""
-        return 0
+    def close(self) -> None:
+        """Let go of what the listing itself holds; nothing is fetched from it any more."""
 
     def size(self, names: Iterable[str]) -> int:
         """Return the bytes of these files together."""
@@ -62,11 +65,11 @@ class Source(Protocol):
     """
 
     def resolve(
-        self, repository: Repository, progress: Progress = unwatched, *, max_bytes: int = MAX_BYTES
+        self, repository: Repository, progress: Progress = unwatched, room: Room = unwatched
     ) -> Resolved:
-        """List a repository at its revision.
+        """List a repository at its revision; the caller closes the listing.
 
-        Nothing is fetched, except an archive, whose listing is in it: at most max_bytes.
+        Nothing is fetched, except an archive, whose listing is in it.
         """
         ...
 
@@ -77,7 +80,11 @@ class Source(Protocol):
         ...
 
     def digests(
-        self, resolved: Resolved, names: Iterable[str], progress: Progress = unwatched
+        self,
+        resolved: Resolved,
+        names: Iterable[str],
+        progress: Progress = unwatched,
+        room: Room = unwatched,
     ) -> dict[str, FileDigest]:
         """Return what files of the listing are, and transfer only those of unknown digest."""
         ...
@@ -87,7 +94,12 @@ class Source(Protocol):
         ...
 
     def place(
-        self, repository: Repository, files: Mapping[str, FileDigest], cache: Path, progress: Progress
+        self,
+        repository: Repository,
+        files: Mapping[str, FileDigest],
+        cache: Path,
+        progress: Progress = unwatched,
+        room: Room = unwatched,
     ) -> Path:
         """Return a folder that holds these files, fetched below cache where it must be; not yet verified."""
         ...

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import IO, Final, Protocol, TypeAlias
 
 from shared.bundle.manifest import FileDigest
 from shared.deployment import Repository
-from shared.faults import RepoNotFound, SourceRefused
-from shared.sources.base import MAX_BYTES, MAX_FILES, Progress, Resolved, SourceFile, unwatched
-from shared.sources.files import exactly, hash_pieces, inside, missing_files, pin_content, whole
+from shared.faults import BundleCorrupt, RepoNotFound, SourceRefused, SourceUnavailable
+from shared.sources.base import MAX_BYTES, MAX_FILES, Progress, Resolved, Room, SourceFile, unwatched
+from shared.sources.cache import missing_files
+from shared.sources.checksum import Checksum
+from shared.sources.files import exactly, hash_pieces, inside, is_text, pin_content, whole
 from shared.sources.retry import Pace, Patience
 from shared.sources.secrets import Secrets
 
@@ -29,6 +32,10 @@ class Bucket(Protocol):
         """Yield an object's bytes as they are stored, or raise `SourceChanged` where it has another version."""
         ...
 
+    def close(self) -> None:
+        """Close the client's connections."""
+        ...
+
 
 Opener: TypeAlias = Callable[[Repository, Secrets], tuple[Bucket, str]]
 """Returns the client of a repository's bucket, and the repository's folder in it."""
@@ -43,11 +50,10 @@ class BucketSource:
         self._patience = patience or Patience()
 
     def resolve(
-        self, repository: Repository, progress: Progress = unwatched, *, max_bytes: int = MAX_BYTES
+        self, repository: Repository, progress: Progress = unwatched, room: Room = unwatched
     ) -> Resolved:
         """List a folder; the revision follows from the content, and is known once the files were read."""
-        del max_bytes
-        bucket, prefix = self._open(repository)
+        del room
         name = _name(repository)
 
         def attempt(pace: Pace) -> dict[str, SourceFile]:
@@ -57,11 +63,12 @@ class BucketSource:
                 watch(0)
                 if len(files) == MAX_FILES:
                     raise SourceRefused(f"{name}: more than {MAX_FILES} files; name a folder in it")
-                if not key.endswith("/"):  # consoles mark folders so
+                if not key.endswith("/") and is_text(key):  # consoles mark folders so
                     files[key.removeprefix(prefix)] = file
             return files
 
-        files = self._patience.call(attempt)
+        with self._opened(repository) as (bucket, prefix):
+            files = self._patience.call(attempt)
         if not files:
             raise RepoNotFound(f"{name}: nothing is there. {_hint(repository, self._secrets)}")
         return Resolved(repository, files)
@@ -75,40 +82,53 @@ class BucketSource:
             raise SourceRefused(
                 f"{_name(resolved.repository)}: {resolved.size(names)} bytes, at most {MAX_BYTES}"
             )
-        bucket, prefix = self._open(resolved.repository)
         fetched = {}
-        for name in names:
-            with whole(inside(into, name)) as sink:
-                fetched[name] = self._read(bucket, prefix + name, resolved, name, progress, sink)
+        with self._opened(resolved.repository) as (bucket, prefix):
+            for name in names:
+                with whole(inside(into, name)) as sink:
+                    fetched[name] = self._read(bucket, prefix + name, resolved, name, progress, sink)
         return fetched
 
     def digests(
-        self, resolved: Resolved, names: Iterable[str], progress: Progress = unwatched
+        self,
+        resolved: Resolved,
+        names: Iterable[str],
+        progress: Progress = unwatched,
+        room: Room = unwatched,
     ) -> dict[str, FileDigest]:
         """Read the listed versions of files, and keep only their digests."""
-        bucket, prefix = self._open(resolved.repository)
-        return {name: self._read(bucket, prefix + name, resolved, name, progress) for name in sorted(names)}
+        del room
+        with self._opened(resolved.repository) as (bucket, prefix):
+            return {name: self._read(bucket, prefix + name, resolved, name, progress) for name in sorted(names)}
 
     def pin(self, resolved: Resolved, files: Mapping[str, FileDigest]) -> Repository:
         """Return the repository with the digest of its files as revision."""
         return pin_content(resolved.repository, files)
 
     def place(
-        self, repository: Repository, files: Mapping[str, FileDigest], cache: Path, progress: Progress
+        self,
+        repository: Repository,
+        files: Mapping[str, FileDigest],
+        cache: Path,
+        progress: Progress = unwatched,
+        room: Room = unwatched,
     ) -> Path:
         """Download what the cache lacks, as it is now; whoever verifies it sees whether it is the same."""
-        folder = cache / repository.source.lower() / repository.revision
-        if missing := missing_files(folder, files):
+        folder = inside(cache, f"{repository.source.lower()}/{repository.revision}")
+        if missing := missing_files(cache, folder, files):
             resolved = self.resolve(repository, progress)
             if gone := sorted(name for name in missing if name not in resolved.files):
                 raise RepoNotFound(f"{_name(repository)}: {', '.join(gone[:3])} is gone. Restore it.")
+            room(resolved.size(missing))
             self.fetch(resolved, missing, folder, progress)
         return folder
 
-    def _open(self, repository: Repository) -> tuple[Bucket, str]:
+    @contextmanager
+    def _opened(self, repository: Repository) -> Iterator[tuple[Bucket, str]]:
         bucket, folder = self._opener(repository, self._secrets)
         path = "/".join(part for part in (folder.strip("/"), repository.subfolder) if part)
-        return bucket, f"{path}/" if path else ""
+        with closing(bucket):
+            yield bucket, f"{path}/" if path else ""
 
     def _read(
         self,
@@ -120,13 +140,21 @@ class BucketSource:
         sink: IO[bytes] | None = None,
     ) -> FileDigest:
         file, shown = resolved.files[name], f"{_name(resolved.repository)}: {name}"
+        problems: list[str] = []
 
         def attempt(pace: Pace) -> FileDigest:
             watch = pace.watch(shown, progress)
             if sink is not None:
                 sink.seek(0)
                 sink.truncate()
-            return hash_pieces(exactly(bucket.read(key, file.version), file.size, shown), watch, sink)
+            check = Checksum(file)
+            pieces = exactly(bucket.read(key, file.version), file.size, shown)
+            found = hash_pieces(check.of(pieces), watch, sink)
+            if problem := check.problem(found):
+                problems.append(problem)
+                kind = SourceUnavailable if len(problems) == 1 else BundleCorrupt
+                raise kind(f"{shown}: not what is listed: {problem}. Build again, or upload the file again.")
+            return found
 
         return self._patience.call(attempt)
 

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import json
 import re
+from contextlib import closing
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, Final
 
+import structlog
+
 from shared.bundle.manifest import BaseRecord
-from shared.deployment import Repository
+from shared.deployment import Repository, SourceKind
 from shared.faults import BundleCorrupt, CheckpointInvalid
-from shared.sources.base import Progress, Resolved, Source, unwatched
-from shared.sources.files import hash_file, scratch
+from shared.sources.base import Progress, Resolved, Room, Source, unwatched
+from shared.sources.cache import alone, differs, discard, open_cache
+from shared.sources.files import inside, scratch
 from shared.sources.open import Sources
+
+log = structlog.get_logger()
 
 CONFIG: Final = "config.json"
 WEIGHTS: Final = "model.safetensors"
@@ -40,7 +46,9 @@ class Base:
     """``config.json``, parsed."""
 
 
-def describe_base(sources: Sources, repository: Repository, progress: Progress = unwatched) -> Base:
+def describe_base(
+    sources: Sources, repository: Repository, progress: Progress = unwatched, room: Room = unwatched
+) -> Base:
     """Resolve a base checkpoint and record every file that serving needs; weights stay where they are.
 
     Raises:
@@ -48,51 +56,65 @@ def describe_base(sources: Sources, repository: Repository, progress: Progress =
         Fault: what the source raises.
     """
     source = sources.of(repository)
-    resolved = source.resolve(repository, progress)
-    if CONFIG not in resolved.files:
-        raise CheckpointInvalid(
-            f"{_name(repository)}: expected {CONFIG}, found {_some(resolved)}. "
-            "The base must be a decoder checkpoint in Hugging Face format."
-        )
-    config = _read_json(source, resolved, CONFIG, sources.work_dir)
-    names = [name for name in SMALL_FILES if name in resolved.files]
-    files = source.digests(resolved, [*names, *_weights(source, resolved, sources.work_dir)], progress)
-    return Base(BaseRecord(source=source.pin(resolved, files), files=files), config)
+    with closing(source.resolve(repository, progress, room)) as resolved:
+        if CONFIG not in resolved.files:
+            raise CheckpointInvalid(
+                f"{_name(repository)}: expected {CONFIG}, found {_some(resolved)}. "
+                "The base must be a decoder checkpoint in Hugging Face format."
+            )
+        config = _read_json(source, resolved, CONFIG, sources.work_dir)
+        names = [name for name in SMALL_FILES if name in resolved.files]
+        names += _weights(source, resolved, sources.work_dir)
+        files = source.digests(resolved, names, progress, room)
+        return Base(BaseRecord(source=source.pin(resolved, files), files=files), config)
 
 
-def fetch_base(base: BaseRecord, into: Path, sources: Sources, progress: Progress = unwatched) -> Path:
+def fetch_base(
+    base: BaseRecord,
+    into: Path,
+    sources: Sources,
+    progress: Progress = unwatched,
+    room: Room = unwatched,
+) -> Path:
     """Return a folder with the base's files, each verified against its recorded digest.
 
     LOCAL is verified where it is; other sources are downloaded below into, and what is there already is
-    not downloaded again.
+    not downloaded again, unless it is damaged.
 
     Raises:
-        BundleCorrupt: a file is missing or differs; a downloaded one is removed, so that a retry fetches it.
+        BundleCorrupt: a file is missing or differs, also after it was fetched once more.
         Fault: what the source raises.
     """
-    for name in base.files:
-        if name.startswith("/") or ".." in PurePosixPath(name).parts:
-            raise BundleCorrupt(f"base {_name(base.source)}: {name!r} is no path inside the repository")
-    folder = sources.of(base.source).place(base.source, base.files, into, progress)
-    for name, expected in base.files.items():
-        path = folder / name
-        found = hash_file(path) if path.is_file() else None
-        if found != expected:
-            if path.is_file() and path.resolve().is_relative_to(into.resolve()):
-                path.unlink()
-            raise BundleCorrupt(
-                f"base {_name(base.source)}: {name}: expected sha256 {expected.sha256} "
-                f"({expected.size} bytes), found {found.sha256 if found else 'no file'}. "
-                "Restore the file, or build the deployment again."
-            )
-    return folder
+    source, wrong = sources.of(base.source), dict[str, str]()
+    if base.source.source is not SourceKind.LOCAL:
+        open_cache(into)
+    for _ in range(2):
+        with alone(into, progress):
+            folder = source.place(base.source, base.files, into, progress, room)
+        paths = {name: inside(folder, name) for name in base.files}
+        found = {name: differs(path, base.files[name], progress) for name, path in paths.items()}
+        wrong = {name: problem for name, problem in found.items() if problem}
+        if not wrong:
+            return folder
+        log.warning("files of the base differ", folder=str(folder), files=sorted(wrong))
+        with alone(into, progress):  # another replica may have mended them meanwhile
+            still = [paths[name] for name in wrong if differs(paths[name], base.files[name], progress)]
+            if not all(discard(path, into) for path in still):
+                break
+    name = next(iter(wrong))
+    raise BundleCorrupt(
+        f"base {_name(base.source)}: {name}: expected sha256 {base.files[name].sha256} "
+        f"({base.files[name].size} bytes), found {wrong[name]}. Restore the file, or build the deployment "
+        "again."
+    )
 
 
 def _weights(source: Source, resolved: Resolved, work_dir: Path | None) -> list[str]:
     """Return the names of the weight files: what the index names, else the one file."""
     if INDEX in resolved.files:
         table = _read_json(source, resolved, INDEX, work_dir).get("weight_map")
-        shards = sorted(set(table.values())) if isinstance(table, dict) else []
+        named = {str(name) for name in table.values()} if isinstance(table, dict) else set[str]()
+        shards = sorted(named)
         missing = [name for name in shards if name not in resolved.files]
         if shards and not missing and all(map(_SHARD.fullmatch, shards)):
             return shards

@@ -7,18 +7,25 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import IO, Final
+
+import structlog
 
 from shared.bundle.manifest import FileDigest, sha256_hex
 from shared.deployment import Repository
 from shared.faults import ResourcesExhausted, RevisionNotFound, SourceRefused, SourceUnavailable
 from shared.sources.base import Progress, unwatched
 
+log = structlog.get_logger()
+
 PIECE: Final = 1 << 20
+PART: Final = ".part-"
+"""Begins the name of a file that is being written."""
 SCRATCH: Final = "loramux-build-scratch-"
 """Begins as the builder's work folders do, which are swept at its start."""
 
@@ -31,42 +38,51 @@ def hash_file(path: Path, progress: Progress = unwatched) -> FileDigest:
 def hash_pieces(pieces: Iterable[bytes], progress: Progress, sink: IO[bytes] | None = None) -> FileDigest:
     """Return what pieces together are, and write them where a sink is given."""
     digest, size = hashlib.sha256(), 0
-    for piece in pieces:
-        progress(len(piece))
-        digest.update(piece)
-        size += len(piece)
-        if sink is not None:
-            with disk_errors():
-                sink.write(piece)
+    with ended(pieces):
+        for piece in pieces:
+            progress(len(piece))
+            digest.update(piece)
+            size += len(piece)
+            if sink is not None:
+                with disk_errors():
+                    sink.write(piece)
     return FileDigest(size=size, sha256=digest.hexdigest())
 
 
 def exactly(pieces: Iterable[bytes], size: int, name: str) -> Iterator[bytes]:
     """Yield pieces of that many bytes together; raise `SourceUnavailable` before the first byte too much."""
     left = size
-    for piece in pieces:
-        left -= len(piece)
-        if left < 0:
-            raise SourceUnavailable(f"{name}: expected {size} bytes, found more. Retry.")
-        yield piece
+    with ended(pieces):
+        for piece in pieces:
+            left -= len(piece)
+            if left < 0:
+                raise SourceUnavailable(f"{name}: expected {size} bytes, found more. Retry.")
+            yield piece
     if left:
         raise SourceUnavailable(f"{name}: expected {size} bytes, found {size - left}. Retry.")
+
+
+@contextmanager
+def ended(pieces: Iterable[bytes]) -> Iterator[None]:
+    """End a generator with the loop over it: a failure whose traceback is kept would keep its file open."""
+    try:
+        yield
+    finally:
+        if isinstance(pieces, Generator):
+            pieces.close()
 
 
 def inside(folder: Path, name: str) -> Path:
     """Return the path of a file by its name in a listing, or raise `SourceRefused` where it leads outside."""
     parts = PurePosixPath(name).parts
-    if not parts or name.startswith("/") or ".." in parts or "\\" in name or "\0" in name:
-        raise SourceRefused(f"{name!r}: no path inside the repository")
+    if not parts or name.startswith("/") or ".." in parts or set("\\\0") & set(name) or not is_text(name):
+        raise SourceRefused(f"{name[:200]!r}: no path inside the repository")
     return folder.joinpath(*parts)
 
 
-def missing_files(folder: Path, files: Mapping[str, FileDigest]) -> list[str]:
-    """Return the files that a folder of the cache lacks, or has with another size."""
-    paths = {name: inside(folder, name) for name in files}
-    return [
-        name for name, path in paths.items() if not (path.is_file() and path.stat().st_size == files[name].size)
-    ]
+def is_text(name: str) -> bool:
+    """True unless a name has parts that are no UTF-8: a disk's bytes, or half of a JSON escape."""
+    return not any("\ud800" <= char <= "\udfff" for char in name)
 
 
 @contextmanager
@@ -74,13 +90,14 @@ def whole(target: Path) -> Iterator[IO[bytes]]:
     """Open a file for writing that appears under its name when it is whole, and not at all otherwise."""
     with disk_errors():
         target.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=".part-")
+        descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=PART)
     try:
         with os.fdopen(descriptor, "wb") as sink:
             yield sink
             with disk_errors():
                 sink.flush()
-        Path(name).replace(target)
+        with disk_errors():
+            Path(name).replace(target)
     except BaseException:
         with suppress(FileNotFoundError):
             Path(name).unlink()
@@ -110,9 +127,14 @@ def disk_errors() -> Iterator[None]:
 
 
 def disk_fault(error: OSError) -> ResourcesExhausted:
-    """Return the fault for a file that cannot be written."""
-    full = error.errno in {errno.ENOSPC, errno.EDQUOT}
-    cure = "Free or add space." if full else "Let the server write to its work folder."
+    """Return the fault for a file that cannot be written; the log alone says which."""
+    log.warning("the disk refuses", path=str(error.filename or ""), problem=error.strerror)
+    if error.errno in {errno.ENOSPC, errno.EDQUOT}:
+        cure = "Free or add space."
+    elif error.errno in {errno.EEXIST, errno.EISDIR, errno.ELOOP, errno.ENOTDIR}:
+        cure = "Remove what stands in its way; the log names it."
+    else:
+        cure = "Let the server write to its folder."
     return ResourcesExhausted(
         f"a fetched file cannot be written: {error.strerror or type(error).__name__}. {cure}"
     )
@@ -140,7 +162,13 @@ def pin_content(repository: Repository, files: Mapping[str, FileDigest]) -> Repo
 
 
 def pieces_of(path: Path) -> Iterator[bytes]:
-    """Yield a file's content."""
-    with path.open("rb") as source:
+    """Yield a regular file's content; a pipe or a device that took its place is not waited for."""
+    with open(path, "rb", opener=_at_once) as source:
+        if not stat.S_ISREG(os.fstat(source.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", str(path))
         while piece := source.read(PIECE):
             yield piece
+
+
+def _at_once(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)

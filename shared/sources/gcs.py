@@ -22,6 +22,7 @@ from shared.deployment import Repository
 from shared.faults import Fault, RepoGated, RepoNotFound, SourceChanged, SourceRefused, SourceUnavailable
 from shared.sources.base import SourceFile
 from shared.sources.bucket import TIMEOUT_S
+from shared.sources.checksum import md5_of
 from shared.sources.files import PIECE
 from shared.sources.retry import Busy
 from shared.sources.secrets import Secrets, warn_unset
@@ -47,13 +48,14 @@ class GcsBucket:
 
     def list(self, prefix: str) -> Iterator[tuple[str, SourceFile]]:
         """Yield the objects below a prefix, with their generations."""
-        fields = "nextPageToken,items(name,size,generation)"
+        fields = "nextPageToken,items(name,size,generation,md5Hash)"
         parameters = {"prefix": prefix, "fields": fields}
         while True:
             with self._get(self._objects, parameters, "its listing") as answer:
                 page = answer.json()
             for item in page.get("items", ()):
-                yield item["name"], SourceFile(int(item["size"]), version=item["generation"])
+                checksum = md5_of(item.get("md5Hash"))  # composed objects have none
+                yield item["name"], SourceFile(int(item["size"]), None, checksum, item["generation"])
             if not page.get("nextPageToken"):
                 return
             parameters["pageToken"] = page["nextPageToken"]
@@ -63,6 +65,10 @@ class GcsBucket:
         address = f"{self._objects}/{quote(key, safe='')}"
         with self._get(address, {"alt": "media", "ifGenerationMatch": version}, key) as answer:
             yield from answer.raw.stream(PIECE, decode_content=False)
+
+    def close(self) -> None:
+        """Close the client's connections."""
+        self._session.close()  # type: ignore[no-untyped-call]  # of requests, which has none here
 
     @contextmanager
     def _get(self, address: str, parameters: dict[str, str], what: str) -> Iterator[requests.Response]:
@@ -85,7 +91,7 @@ class GcsBucket:
             raise RepoGated(
                 f"GCS {self._bucket}: no token for these credentials ({type(error).__name__}). {self._hint}"
             ) from None
-        except (requests.RequestException, HTTPError, ValueError, KeyError) as error:
+        except (requests.RequestException, HTTPError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise SourceUnavailable(
                 f"GCS {self._bucket}: {what}: the transfer was not complete ({type(error).__name__})"
             ) from None

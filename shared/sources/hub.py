@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,18 +22,31 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.hf_api import RepoSibling
 from tqdm import tqdm  # type: ignore[import-untyped,unused-ignore]
 
 from shared.bundle.manifest import FileDigest
 from shared.deployment import Repository
-from shared.faults import RepoGated, RepoNotFound, RevisionNotFound, SourceRefused, SourceUnavailable
-from shared.sources.base import MAX_BYTES, Progress, Resolved, SourceFile, unwatched
-from shared.sources.files import disk_errors, disk_fault, hash_file, inside, missing_files, scratch
+from shared.faults import (
+    BundleCorrupt,
+    Fault,
+    RepoGated,
+    RepoNotFound,
+    RevisionNotFound,
+    SourceRefused,
+    SourceUnavailable,
+)
+from shared.sources.base import MAX_BYTES, Progress, Resolved, Room, SourceFile, unwatched
+from shared.sources.cache import missing_files
+from shared.sources.checksum import checked_file
+from shared.sources.files import disk_errors, disk_fault, inside, is_text, scratch
 from shared.sources.retry import Busy, Pace, Patience
 from shared.sources.secrets import Secrets, warn_unset
 
 TOKEN_VARIABLE: Final = "HF_TOKEN"  # noqa: S105 - the variable's name
 TIMEOUT_S: Final = 20.0
+COMMIT: Final = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
+_SHA256: Final = re.compile(r"[0-9a-f]{64}")
 SLACK: Final = 16 << 20
 """Bytes that a client may count beyond a file's; it reads in pieces, and goes on where it broke off."""
 # The class of every failure of the hub's HTTP client, which is httpx or httpx2 by its version.
@@ -62,34 +76,33 @@ class HubSource:
         self._patience = patience or Patience()
 
     def resolve(
-        self, repository: Repository, progress: Progress = unwatched, *, max_bytes: int = MAX_BYTES
+        self, repository: Repository, progress: Progress = unwatched, room: Room = unwatched
     ) -> Resolved:
         """List a repository's files with their sizes at the commit that its revision names."""
-        del max_bytes
+        del room
         api = HfApi(endpoint=self._endpoint, token=self._token(repository))
-        info = self._call(
-            repository,
-            lambda _: api.model_info(
+        prefix = f"{repository.subfolder}/" if repository.subfolder else ""
+
+        def listing(_: Progress) -> tuple[str, dict[str, SourceFile]]:
+            info = api.model_info(
                 repository.repo,
                 revision=repository.revision or None,
                 files_metadata=True,
                 timeout=TIMEOUT_S,
-            ),
-            progress,
-        )
-        if not info.sha:
-            raise SourceUnavailable(f"HF {repository.repo}: the hub names no commit")
-        prefix = f"{repository.subfolder}/" if repository.subfolder else ""
-        files = {
-            item.rfilename.removeprefix(prefix): SourceFile(
-                item.size or 0, item.lfs.sha256 if item.lfs else None
             )
-            for item in info.siblings or ()
-            if item.rfilename.startswith(prefix)
-        }
+            if not info.sha or not COMMIT.fullmatch(info.sha):
+                raise SourceUnavailable(f"HF {repository.repo}: the hub names no commit, but {info.sha!r}")
+            files = {
+                item.rfilename.removeprefix(prefix): _listed(item)
+                for item in info.siblings or ()
+                if item.rfilename.startswith(prefix) and is_text(item.rfilename)
+            }
+            return info.sha, files
+
+        commit, files = self._call(repository, listing, progress)
         if prefix and not files:
-            raise RepoNotFound(f"HF {repository.repo}: no folder {repository.subfolder!r} at {info.sha}")
-        return Resolved(repository.model_copy(update={"revision": info.sha}), files)
+            raise RepoNotFound(f"HF {repository.repo}: no folder {repository.subfolder!r} at {commit}")
+        return Resolved(repository.model_copy(update={"revision": commit}), files)
 
     def fetch(
         self, resolved: Resolved, names: Iterable[str], into: Path, progress: Progress = unwatched
@@ -100,22 +113,14 @@ class HubSource:
             raise SourceRefused(
                 f"HF {resolved.repository.repo}: {resolved.size(names)} bytes, at most {MAX_BYTES}"
             )
-        fetched = {}
-        for name in names:
-            target, size = inside(into, name), resolved.files[name].size
-            path = self._download(resolved.repository, name, size, into, progress)
-            with disk_errors():
-                target.parent.mkdir(parents=True, exist_ok=True)
-                fetched[name] = hash_file(path.replace(target))
-            if fetched[name].size != size:
-                raise SourceUnavailable(
-                    f"HF {resolved.repository.repo}: {name}: expected {size} bytes, "
-                    f"found {fetched[name].size}. Retry."
-                )
-        return fetched
+        return {name: self._fetched(resolved, name, into, progress) for name in names}
 
     def digests(
-        self, resolved: Resolved, names: Iterable[str], progress: Progress = unwatched
+        self,
+        resolved: Resolved,
+        names: Iterable[str],
+        progress: Progress = unwatched,
+        room: Room = unwatched,
     ) -> dict[str, FileDigest]:
         """Take the digests that the hub knows, and download the other files to hash them."""
         known, unknown = {}, []
@@ -125,6 +130,7 @@ class HubSource:
                 known[name] = FileDigest(size=file.size, sha256=file.sha256)
             else:
                 unknown.append(name)
+        room(resolved.size(unknown))
         with scratch(self._work_dir) as folder:
             return known | self.fetch(resolved, unknown, folder, progress)
 
@@ -134,13 +140,36 @@ class HubSource:
         return resolved.repository
 
     def place(
-        self, repository: Repository, files: Mapping[str, FileDigest], cache: Path, progress: Progress
+        self,
+        repository: Repository,
+        files: Mapping[str, FileDigest],
+        cache: Path,
+        progress: Progress = unwatched,
+        room: Room = unwatched,
     ) -> Path:
         """Download what the cache lacks, at the recorded commit."""
-        folder = cache / "hub" / repository.repo.replace("/", "--") / repository.revision
-        for name in missing_files(folder / repository.subfolder, files):
+        folder = inside(cache, f"hub/{repository.repo.replace('/', '--')}/{repository.revision}")
+        for name in missing_files(cache, folder / repository.subfolder, files):
+            room(files[name].size)
             self._download(repository, name, files[name].size, folder, progress)
         return folder / repository.subfolder
+
+    def _fetched(self, resolved: Resolved, name: str, into: Path, progress: Progress) -> FileDigest:
+        """Download a file, once more where it is not what was listed, and return what it is."""
+        target, file = inside(into, name), resolved.files[name]
+        problem = ""
+        for _ in range(2):
+            path = self._download(resolved.repository, name, file.size, into, progress)
+            with disk_errors():
+                target.parent.mkdir(parents=True, exist_ok=True)
+                found, problem = checked_file(path.replace(target), file)
+            if not problem:
+                return found
+            target.unlink()
+        raise BundleCorrupt(
+            f"HF {resolved.repository.repo}: {name}: twice not what the hub lists: {problem}. "
+            "Build again; if it stays, upload the file again."
+        )
 
     def _download(self, repository: Repository, name: str, size: int, into: Path, progress: Progress) -> Path:
         """Write one file to ``into/<subfolder>/<name>``."""
@@ -204,10 +233,17 @@ def _translated(repository: Repository, hint: str) -> Iterator[None]:
         raise _by_status(repo, error.response, hint) from None
     except _HTTP_ERROR as error:
         raise SourceUnavailable(f"{repo}: the hub does not answer ({type(error).__name__})") from None
-    except OSError as error:  # a full disk, a short answer, an answer without a commit
-        if error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS}:
-            raise disk_fault(error) from None
-        raise SourceUnavailable(f"{repo}: {error.strerror or 'the transfer was not complete'}") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _broken(repo, error) from None
+
+
+def _broken(repo: str, error: Exception) -> Fault:
+    """Return the fault for a full disk, a short answer, or an answer in another form than the hub's."""
+    if not isinstance(error, OSError):
+        return SourceUnavailable(f"{repo}: the hub's answer cannot be read ({type(error).__name__})")
+    if error.filename is not None or error.errno in {errno.ENOSPC, errno.EDQUOT}:
+        return disk_fault(error)
+    return SourceUnavailable(f"{repo}: {error.strerror or 'the transfer was not complete'}")
 
 
 def _by_status(repo: str, response: Any, hint: str) -> RepoNotFound | RepoGated | SourceUnavailable:
@@ -217,6 +253,19 @@ def _by_status(repo: str, response: Any, hint: str) -> RepoNotFound | RepoGated 
     if status == 404:
         return RepoNotFound(f"{repo}: does not exist, or is private for this token. {hint}")
     return Busy.until(f"{repo}: the hub answers with status {status}", response.headers.get("Retry-After"))
+
+
+def _listed(item: RepoSibling) -> SourceFile:
+    """Return what a listing says of a file: of one in LFS its sha256, of another one git's own digest.
+
+    Raises:
+        ValueError, TypeError: that is no size, or no digest.
+    """
+    size, known = item.size or 0, item.lfs.sha256 if item.lfs else None
+    if size < 0 or (known is not None and not _SHA256.fullmatch(known)):
+        raise ValueError
+    plain = item.lfs is None and item.blob_id is not None and COMMIT.fullmatch(item.blob_id)
+    return SourceFile(size, known, f"git:{item.blob_id}" if plain else "")
 
 
 def _at_most(size: int, name: str, progress: Progress) -> Progress:

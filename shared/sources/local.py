@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,8 +11,8 @@ from typing import IO
 from shared.bundle.manifest import FileDigest
 from shared.deployment import Repository
 from shared.faults import RepoNotFound, SourceChanged, SourceRefused, SourceUnavailable
-from shared.sources.base import MAX_BYTES, MAX_FILES, Progress, Resolved, SourceFile, unwatched
-from shared.sources.files import exactly, hash_pieces, inside, pieces_of, pin_content, whole
+from shared.sources.base import MAX_FILES, Progress, Resolved, Room, SourceFile, unwatched
+from shared.sources.files import exactly, hash_pieces, inside, is_text, pieces_of, pin_content, whole
 
 MAX_DEPTH = 2
 """Folders below the repository's that are listed: enough to see where an adapter is."""
@@ -21,13 +22,13 @@ class LocalSource:
     """Reads folders; links are followed as far as the roots reach."""
 
     def __init__(self, roots: Sequence[Path]) -> None:
-        self._roots = tuple(root.expanduser().resolve() for root in roots)
+        self._roots = tuple(Path(os.path.realpath(root.expanduser())) for root in roots)
 
     def resolve(
-        self, repository: Repository, progress: Progress = unwatched, *, max_bytes: int = MAX_BYTES
+        self, repository: Repository, progress: Progress = unwatched, room: Room = unwatched
     ) -> Resolved:
         """List a folder; the revision follows from the content, and is known once the files were read."""
-        del progress, max_bytes
+        del progress, room
         folder = self._folder(repository)
         files = {}
         with _translated():
@@ -48,9 +49,14 @@ class LocalSource:
         return copied
 
     def digests(
-        self, resolved: Resolved, names: Iterable[str], progress: Progress = unwatched
+        self,
+        resolved: Resolved,
+        names: Iterable[str],
+        progress: Progress = unwatched,
+        room: Room = unwatched,
     ) -> dict[str, FileDigest]:
         """Hash files where they are."""
+        del room
         return {name: self._read(resolved, name, progress) for name in sorted(names)}
 
     def pin(self, resolved: Resolved, files: Mapping[str, FileDigest]) -> Repository:
@@ -58,10 +64,15 @@ class LocalSource:
         return pin_content(resolved.repository, files)
 
     def place(
-        self, repository: Repository, files: Mapping[str, FileDigest], cache: Path, progress: Progress
+        self,
+        repository: Repository,
+        files: Mapping[str, FileDigest],
+        cache: Path,
+        progress: Progress = unwatched,
+        room: Room = unwatched,
     ) -> Path:
         """Return the folder itself; nothing is copied."""
-        del cache, progress
+        del cache, progress, room
         folder = self._folder(repository)
         for name in files:
             self._allowed(folder / name)
@@ -83,12 +94,18 @@ class LocalSource:
         if not path.is_absolute():
             raise SourceRefused(f"LOCAL {repository.repo!r}: expected an absolute folder of the server")
         folder = self._allowed(path / repository.subfolder)
-        if not folder.is_dir():
-            raise RepoNotFound(f"LOCAL {folder}: no such folder on the server")
+        with _translated():
+            if not folder.is_dir():
+                raise RepoNotFound(f"LOCAL {folder}: no such folder on the server")
         return folder
 
     def _allowed(self, path: Path) -> Path:
-        real = path.resolve()
+        try:
+            real = path.resolve()
+        except (OSError, RuntimeError, ValueError):
+            raise SourceRefused(
+                f"LOCAL {str(path)[:200]!r}: no path of this server, but a NUL or a link that leads to itself"
+            ) from None
         if not any(real.is_relative_to(root) for root in self._roots):
             allowed = ", ".join(map(str, self._roots)) or "none"
             raise SourceRefused(
@@ -99,7 +116,7 @@ class LocalSource:
 
     def _walk(self, folder: Path, depth: int) -> Iterator[Path]:
         for child in sorted(folder.iterdir()):
-            if child.name.startswith("."):
+            if child.name.startswith(".") or not is_text(child.name):
                 continue
             if child.is_file():  # no pipes, no devices
                 yield child

@@ -15,7 +15,7 @@ from tenacity import (
     wait_random,
 )
 
-from shared.faults import SourceUnavailable
+from shared.faults import Fault, SourceUnavailable
 from shared.sources.base import Progress
 
 _T = TypeVar("_T")
@@ -57,7 +57,13 @@ class Patience:
             retry=retry_if_exception_type(SourceUnavailable),
             reraise=True,
         )
-        return retrying(attempt, pace)
+        try:
+            return retrying(attempt, pace)
+        except Fault as fault:
+            failure = fault.with_traceback(None)
+        # Traceback and context hold the client's frames, and so its connections, as long as this is kept.
+        failure.__context__ = None
+        raise failure
 
     def _pause(self, state: RetryCallState) -> float:
         error = state.outcome.exception() if state.outcome else None

@@ -56,6 +56,10 @@ class S3Bucket:
                     raise _changed(self._bucket, key)
                 yield from body.iter_chunks(PIECE)
 
+    def close(self) -> None:
+        """Close the client's connections."""
+        self._client.close()
+
     @contextmanager
     def _translated(self, what: str) -> Iterator[None]:
         """Turn boto's failures into ours; their texts hold addresses, and are not repeated."""
@@ -123,7 +127,7 @@ def open_bucket(repository: Repository, secrets: Secrets) -> tuple[S3Bucket, str
                 connect_timeout=TIMEOUT_S,
                 read_timeout=TIMEOUT_S,
                 retries={"total_max_attempts": 1},
-                response_checksum_validation="when_required",
+                response_checksum_validation="when_supported",
                 **options,
             ),
         )

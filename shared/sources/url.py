@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import tempfile
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Final
@@ -13,8 +14,9 @@ from shared.bundle.manifest import FileDigest
 from shared.deployment import Repository
 from shared.faults import RepoNotFound, RevisionNotFound, SourceRefused
 from shared.sources.archive import Archive, inner_files
-from shared.sources.base import MAX_BYTES, Progress, Resolved, unwatched
-from shared.sources.files import disk_errors, hash_pieces, inside, missing_files, whole
+from shared.sources.base import Progress, Resolved, Room, unwatched
+from shared.sources.cache import missing_files
+from shared.sources.files import disk_errors, hash_pieces, inside, whole
 from shared.sources.https import Https
 from shared.sources.retry import Pace, Patience
 from shared.sources.secrets import Secrets, warn_unset
@@ -25,16 +27,15 @@ MAX_ARCHIVE: Final = 64 << 30
 
 @dataclass(frozen=True)
 class ResolvedArchive(Resolved):
-    """A downloaded archive; its file has no name, and is gone when nothing refers to it."""
+    """A downloaded archive; its file has no name, and is gone when it is closed."""
 
     archive: Archive
     inner: Mapping[str, str]
     """Names in the archive by names in the subfolder."""
 
-    @property
-    def held(self) -> int:
-        """The archive."""
-        return self.archive.size
+    def close(self) -> None:
+        """Close the archive, which frees its space."""
+        self.archive.file.close()
 
 
 class UrlSource:
@@ -49,15 +50,70 @@ class UrlSource:
         self._patience = patience or Patience()
 
     def resolve(
-        self, repository: Repository, progress: Progress = unwatched, *, max_bytes: int = MAX_BYTES
+        self, repository: Repository, progress: Progress = unwatched, room: Room = unwatched
     ) -> ResolvedArchive:
         """Download the archive, and list it; the revision is its sha256."""
-        name = f"REMOTE_URL {repository.shown}"
-        with disk_errors():
+        with ExitStack() as opened, disk_errors():
             if self._work_dir:
                 self._work_dir.mkdir(parents=True, exist_ok=True)
-            file = tempfile.TemporaryFile(dir=self._work_dir)  # noqa: SIM115 - lives as long as the listing
-        digest = self._download(repository, file, progress, min(max_bytes, MAX_ARCHIVE))
+            file = opened.enter_context(tempfile.TemporaryFile(dir=self._work_dir))
+            resolved = self._listed(repository, file, progress, room)
+            opened.pop_all()
+        return resolved
+
+    def fetch(
+        self, resolved: Resolved, names: Iterable[str], into: Path, progress: Progress = unwatched
+    ) -> dict[str, FileDigest]:
+        """Write files of the archive."""
+        archive = _archive(resolved)
+        wanted = {archive.inner[name]: name for name in names}
+        fetched = {}
+        for name, pieces in archive.archive.read(wanted, progress):
+            with whole(inside(into, name)) as sink:
+                fetched[name] = hash_pieces(pieces, progress, sink)
+        return fetched
+
+    def digests(
+        self,
+        resolved: Resolved,
+        names: Iterable[str],
+        progress: Progress = unwatched,
+        room: Room = unwatched,
+    ) -> dict[str, FileDigest]:
+        """Return what the listing found."""
+        del room
+        progress(0)
+        files = {name: resolved.files[name] for name in names}
+        return {name: FileDigest(size=file.size, sha256=file.sha256 or "") for name, file in files.items()}
+
+    def pin(self, resolved: Resolved, files: Mapping[str, FileDigest]) -> Repository:
+        """Return the repository at its archive's digest."""
+        del files
+        return resolved.repository
+
+    def place(
+        self,
+        repository: Repository,
+        files: Mapping[str, FileDigest],
+        cache: Path,
+        progress: Progress = unwatched,
+        room: Room = unwatched,
+    ) -> Path:
+        """Download the archive where the cache lacks a file of it."""
+        folder = inside(cache, "/".join(filter(None, ("archive", repository.revision, repository.subfolder))))
+        if missing := missing_files(cache, folder, files):
+            with closing(self.resolve(repository, progress, room)) as resolved:
+                if gone := sorted(name for name in missing if name not in resolved.files):
+                    raise RepoNotFound(f"REMOTE_URL {repository.shown}: {', '.join(gone[:3])} is not in it")
+                room(resolved.size(missing))
+                self.fetch(resolved, missing, folder, progress)
+        return folder
+
+    def _listed(
+        self, repository: Repository, file: IO[bytes], progress: Progress, room: Room
+    ) -> ResolvedArchive:
+        name = f"REMOTE_URL {repository.shown}"
+        digest = self._download(repository, file, progress, room)
         if repository.revision and repository.revision != digest.sha256:
             raise RevisionNotFound(
                 f"{name}: expected an archive of sha256 {repository.revision}, found {digest.sha256}. "
@@ -76,47 +132,19 @@ class UrlSource:
             inner,
         )
 
-    def fetch(
-        self, resolved: Resolved, names: Iterable[str], into: Path, progress: Progress = unwatched
-    ) -> dict[str, FileDigest]:
-        """Write files of the archive."""
-        archive = _archive(resolved)
-        wanted = {archive.inner[name]: name for name in names}
-        fetched = {}
-        for name, pieces in archive.archive.read(wanted, progress):
-            with whole(inside(into, name)) as sink:
-                fetched[name] = hash_pieces(pieces, progress, sink)
-        return fetched
-
-    def digests(
-        self, resolved: Resolved, names: Iterable[str], progress: Progress = unwatched
-    ) -> dict[str, FileDigest]:
-        """Return what the listing found."""
-        progress(0)
-        files = {name: resolved.files[name] for name in names}
-        return {name: FileDigest(size=file.size, sha256=file.sha256 or "") for name, file in files.items()}
-
-    def pin(self, resolved: Resolved, files: Mapping[str, FileDigest]) -> Repository:
-        """Return the repository at its archive's digest."""
-        del files
-        return resolved.repository
-
-    def place(
-        self, repository: Repository, files: Mapping[str, FileDigest], cache: Path, progress: Progress
-    ) -> Path:
-        """Download the archive where the cache lacks a file of it."""
-        place = [part for part in (repository.revision, repository.subfolder) if part]
-        folder = cache.joinpath("archive", *place)
-        if missing := missing_files(folder, files):
-            resolved = self.resolve(repository, progress)
-            if gone := sorted(name for name in missing if name not in resolved.files):
-                raise RepoNotFound(f"REMOTE_URL {repository.shown}: {', '.join(gone[:3])} is not in it")
-            self.fetch(resolved, missing, folder, progress)
-        return folder
-
-    def _download(self, repository: Repository, file: IO[bytes], progress: Progress, most: int) -> FileDigest:
+    def _download(self, repository: Repository, file: IO[bytes], progress: Progress, room: Room) -> FileDigest:
         name = f"REMOTE_URL {repository.shown}"
         authorization = self._authorization(repository)
+        taken = 0
+
+        def take(size: int) -> None:
+            """Ask for room for an archive of at least this size."""
+            nonlocal taken
+            if size > MAX_ARCHIVE:
+                raise SourceRefused(f"{name}: {size} bytes, and an archive has at most {MAX_ARCHIVE}")
+            if size > taken:
+                room(size - taken)
+                taken = size
 
         def attempt(pace: Pace) -> FileDigest:
             watch = pace.watch(name, progress)
@@ -124,12 +152,10 @@ class UrlSource:
             file.truncate()
             digest, size = hashlib.sha256(), 0
             with self._https.get(repository.repo, pace, authorization) as download:
-                if (download.size or 0) > most:
-                    raise SourceRefused(f"{name}: {download.size} bytes, at most {most}")
+                take(download.size or 0)
                 for piece in download.pieces():
                     size += len(piece)
-                    if size > most:
-                        raise SourceRefused(f"{name}: more than {most} bytes")
+                    take(size)
                     watch(len(piece))
                     digest.update(piece)
                     with disk_errors():

@@ -56,6 +56,10 @@ class Store(Protocol):
         """Return an object's size in bytes, or None when there is none."""
         ...
 
+    def sha256(self, key: str) -> str | None:
+        """Return the sha256 of an object in hex, read back in pieces, or None when there is none."""
+        ...
+
     def list(self, prefix: str) -> Iterator[str]:
         """Yield the keys that begin with prefix, in lexicographic order."""
         ...

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 
+def is_key(key: str) -> bool:
+    """True for ``a/b/c``; not with an empty, ``.`` or ``..`` part, a control character, or no UTF-8."""
+    parts = key.split("/")
+    return {"", ".", ".."}.isdisjoint(parts) and not any(
+        char < " " or "\ud800" <= char <= "\udfff" for char in key
+    )
+
+
 def checked_key(key: str) -> str:
     """Return a key as it is.
 
     Raises:
-        ValueError: it is empty, absolute, or has an empty, ``.`` or ``..`` part or a control character.
+        ValueError: it is none.
     """
-    if any(part in {"", ".", ".."} for part in key.split("/")) or any(ord(char) < 32 for char in key):
+    if not is_key(key):
         raise ValueError(f"{key!r} is no key: expected a/b/c, without empty parts, '.' and '..'")
     return key
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import io
 import os
 import shutil
@@ -17,7 +18,7 @@ from typing import BinaryIO
 
 from shared.faults import StoreUnavailable
 from shared.storage.base import Entry, ObjectMissing
-from shared.storage.keys import checked_key, checked_prefix
+from shared.storage.keys import checked_key, checked_prefix, is_key
 
 TEMPORARY = ".tmp"
 TEMPORARY_LIFE_S = 24 * 3600
@@ -37,7 +38,7 @@ class LocalStore:
     """
 
     def __init__(self, root: Path) -> None:
-        self._root = root.expanduser().resolve()
+        self._root = Path(os.path.realpath(root.expanduser()))  # also of a loop, which is met when it is used
         self._temporary = self._root / TEMPORARY
         self.uri = f"file://{self._root}"
         self._remove_leftovers()
@@ -107,12 +108,21 @@ class LocalStore:
                 return None
             return status.st_size if stat.S_ISREG(status.st_mode) else None
 
+    def sha256(self, key: str) -> str | None:
+        """Return the sha256 of an object in hex, read back in pieces, or None when there is none."""
+        with self._translated("read", key):
+            try:
+                with self._path(key).open("rb") as source:
+                    return hashlib.file_digest(source, "sha256").hexdigest()
+            except _NO_OBJECT:
+                return None
+
     def list(self, prefix: str) -> Iterator[str]:
         """Yield the keys that begin with prefix, in lexicographic order."""
         folder = checked_prefix(prefix).rpartition("/")[0]
         with self._translated("list", prefix):
             top = self._path(folder) if folder else self._root
-            keys = sorted(key for key in self._keys_below(top) if key.startswith(prefix))
+            keys = sorted(key for key in self._keys_below(top) if key.startswith(prefix) and is_key(key))
         yield from keys
 
     def entries(self, prefix: str) -> Iterator[Entry]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -40,6 +41,11 @@ class MemoryStore:
         """Return an object's size in bytes, or None when there is none."""
         data = self.objects.get(key)
         return None if data is None else len(data)
+
+    def sha256(self, key: str) -> str | None:
+        """Return the sha256 of an object in hex, or None when there is none."""
+        data = self.objects.get(key)
+        return None if data is None else hashlib.sha256(data).hexdigest()
 
     def list(self, prefix: str) -> Iterator[str]:
         """Yield the keys that begin with prefix, in lexicographic order."""

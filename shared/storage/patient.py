@@ -51,6 +51,10 @@ class PatientStore:
         """Return an object's size in bytes, or None when there is none."""
         return self._tried(lambda: self._store.size(key))
 
+    def sha256(self, key: str) -> str | None:
+        """Return the sha256 of an object in hex, or None when there is none."""
+        return self._tried(lambda: self._store.sha256(key))
+
     def list(self, prefix: str) -> Iterator[str]:
         """Yield the keys that begin with prefix, in lexicographic order."""
         yield from self._tried(lambda: [*self._store.list(prefix)])

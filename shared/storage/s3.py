@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,7 +23,7 @@ from tenacity import retry, retry_if_exception_type, stop_after_attempt
 
 from shared.faults import SettingsInvalid
 from shared.storage.base import Entry, ObjectMissing
-from shared.storage.keys import checked_key, checked_prefix
+from shared.storage.keys import checked_key, checked_prefix, is_key
 from shared.storage.s3_faults import store_fault
 
 if TYPE_CHECKING:
@@ -31,9 +32,17 @@ if TYPE_CHECKING:
 PART_BYTES = 16 << 20
 """A larger object is uploaded in parts of this size, several at once; no reader sees a part."""
 PARTS_AT_ONCE = 4
+PIECE = 1 << 20
 
 _TRANSFER = TransferConfig(
     multipart_threshold=PART_BYTES, multipart_chunksize=PART_BYTES, max_concurrency=PARTS_AT_ONCE
+)
+
+# botocore retries requests, but not an answer whose body breaks off.
+_unbroken = retry(
+    retry=retry_if_exception_type((IncompleteReadError, ReadTimeoutError, ResponseStreamingError)),
+    stop=stop_after_attempt(3),
+    reraise=True,
 )
 
 
@@ -95,6 +104,14 @@ class S3Store:
         found = [item["Size"] for item in answer.get("Contents", ()) if item["Key"] == full_key]
         return found[0] if found else None
 
+    def sha256(self, key: str) -> str | None:
+        """Return the sha256 of an object in hex, read back in pieces, or None when there is none."""
+        with self._translated():
+            try:
+                return self._hashed(self._prefix + checked_key(key))
+            except self._client.exceptions.NoSuchKey:
+                return None
+
     def list(self, prefix: str) -> Iterator[str]:
         """Yield the keys that begin with prefix, in lexicographic order."""
         for entry in self.entries(prefix):
@@ -108,8 +125,8 @@ class S3Store:
         with self._translated():
             for page in pages:
                 for item in page.get("Contents", ()):
-                    if not item["Key"].endswith("/"):  # consoles mark folders so
-                        key = item["Key"].removeprefix(self._prefix)
+                    key = item["Key"].removeprefix(self._prefix)
+                    if is_key(key):  # consoles mark folders by "/" at the end
                         yield Entry(key, item["Size"], item["LastModified"])
 
     def delete(self, key: str) -> None:
@@ -117,14 +134,17 @@ class S3Store:
         with self._translated():
             self._client.delete_object(Bucket=self._bucket, Key=self._prefix + checked_key(key))
 
-    # botocore retries requests, but not an answer whose body breaks off.
-    @retry(
-        retry=retry_if_exception_type((IncompleteReadError, ReadTimeoutError, ResponseStreamingError)),
-        stop=stop_after_attempt(3),
-        reraise=True,
-    )
+    @_unbroken
     def _read(self, full_key: str) -> bytes:
         return self._client.get_object(Bucket=self._bucket, Key=full_key)["Body"].read()
+
+    @_unbroken
+    def _hashed(self, full_key: str) -> str:
+        digest = hashlib.sha256()
+        with closing(self._client.get_object(Bucket=self._bucket, Key=full_key)["Body"]) as body:
+            for piece in body.iter_chunks(PIECE):
+                digest.update(piece)
+        return digest.hexdigest()
 
     @contextmanager
     def _translated(self) -> Iterator[None]:

@@ -1,9 +1,10 @@
 from __future__ import annotations
 
+import hashlib
 import json
 import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from shared.faults import (
     SourceChanged,
     SourceRefused,
 )
+from shared.sources.base import Resolved
 from shared.sources.bucket import BucketSource
 from shared.sources.checkpoint import describe_base, fetch_base
 from shared.sources.files import content_digest
@@ -26,6 +28,7 @@ from shared.sources.retry import Patience
 from shared.sources.secrets import Secrets
 from tests.adapters import write_base
 from tests.azurite import ACCOUNT, azurite
+from tests.descriptors import cancelled_after, failing, nothing_stays_open
 from tests.gcs_emulator import serve_gcs
 from tests.s3_gateway import S3Server
 
@@ -241,3 +244,29 @@ def test_without_a_secret_the_usual_variables_count(s3, monkeypatch):
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     with pytest.raises(RepoGated, match="Set AWS_ACCESS_KEY_ID"):
         s3.source().resolve(s3.repo(runtime_secret_name=""))
+
+
+def test_nothing_stays_open(cloud, tmp_path):
+    """Refused, cancelled and broken transfers leave no connection and no file, though failures are kept."""
+    cloud.fill({**FILES, "large": bytes(3 << 20)})
+    cloud.source().resolve(cloud.repo())
+    with nothing_stays_open() as kept:
+        failing(lambda: cloud.source().resolve(cloud.repo(cloud.absent)), kept)
+        failing(lambda: cloud.source(cloud.wrong).resolve(cloud.repo()), kept)
+        source = cloud.source()
+        resolved = source.resolve(cloud.repo())
+        failing(lambda: source.fetch(resolved, ["large"], tmp_path / "a", cancelled_after(1 << 20)), kept)
+        failing(lambda: source.digests(resolved, ["large"], cancelled_after(1 << 20)), kept)
+        listed = Resolved(resolved.repository, {"large": replace(resolved.files["large"], size=99)})
+        failing(lambda: source.fetch(listed, ["large"], tmp_path / "b"), kept)
+        cloud.put("one/large", b"changed")
+        failing(lambda: source.fetch(resolved, ["large"], tmp_path / "c"), kept)
+
+
+def test_clouds_list_checksums(cloud):
+    """GCS and Azure list the MD5 of what was put in one piece; an S3 listing has none."""
+    cloud.fill(FILES)
+    files = cloud.source().resolve(cloud.repo()).files
+    for name, data in FILES.items():
+        md5 = hashlib.md5(data, usedforsecurity=False).hexdigest()
+        assert files[name].checksum == ("" if cloud.kind is SourceKind.S3 else f"md5:{md5}")

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from structlog.testing import capture_logs
 
+from shared.bundle.manifest import FileDigest
 from shared.deployment import Repository, SourceKind
 from shared.faults import (
     BundleCorrupt,
@@ -18,12 +19,17 @@ from shared.faults import (
     SourceRefused,
     SourceUnavailable,
 )
+from shared.sources.addresses import Guard
+from shared.sources.bucket import BucketSource
 from shared.sources.checkpoint import describe_base, fetch_base
+from shared.sources.https import Https
 from shared.sources.hub import HubSource
-from shared.sources.open import Sources
+from shared.sources.open import Sources, open_s3
 from shared.sources.retry import Patience
 from shared.sources.secrets import Secrets
+from shared.sources.url import UrlSource
 from tests.adapters import write_adapter, write_base
+from tests.descriptors import cancelled_after, failing, nothing_stays_open
 from tests.hub import Hub, HubRepo, serve_hub
 
 COMMIT, OLD = "c" * 40, "0" * 40
@@ -235,12 +241,82 @@ def test_digests_of_large_files_are_taken_from_the_hub(hub, tmp_path):
     assert hub.requests == []
 
 
-def test_a_changed_download_is_refused_and_fetched_again(hub, tmp_path):
-    """A cached file that differs from the record is BUNDLE_CORRUPT once, and removed for the next try."""
+def test_a_changed_download_is_fetched_again(hub, tmp_path):
+    """A file of the cache with other bytes is replaced; one that comes with others again is BUNDLE_CORRUPT."""
     sources = Sources({SourceKind.HF: source(hub)})
     base = describe_base(sources, repo("org/base"))
     folder = fetch_base(base.record, tmp_path / "cache", sources)
-    (folder / "tokenizer.json").write_bytes(b"[]")
-    with pytest.raises(BundleCorrupt, match=r"tokenizer\.json: expected sha256"):
-        fetch_base(base.record, tmp_path / "cache", sources)
+    weights = folder / "model.safetensors"
+    right = weights.read_bytes()
+    weights.write_bytes(bytes(len(right)))
     assert fetch_base(base.record, tmp_path / "cache", sources) == folder
+    assert weights.read_bytes() == right
+    weights.unlink()
+    hub.repos["org/base"].damaged["model.safetensors"] = 99
+    with pytest.raises(BundleCorrupt, match=r"model.safetensors: expected sha256"):
+        fetch_base(base.record, tmp_path / "cache", sources)
+    assert not weights.exists()
+
+
+def test_nothing_stays_open(hub, tmp_path):
+    """Refused, cancelled and broken downloads leave no connection and no file, though failures are kept."""
+    hub.repos["org/large"] = HubRepo({"main": COMMIT}, {"large": bytes(3 << 20)})
+    hf = source(hub)
+    resolved = hf.resolve(repo("org/large"))
+    hf.fetch(resolved, ["large"], tmp_path / "warm")
+    with nothing_stays_open() as kept:
+        failing(lambda: hf.resolve(repo("org/absent")), kept)
+        failing(lambda: hf.fetch(resolved, ["large"], tmp_path / "a", cancelled_after(1 << 20)), kept)
+        failing(lambda: hf.digests(resolved, ["large"], cancelled_after(1 << 20)), kept)
+        hub.repos["org/large"].truncated = 99
+        failing(lambda: hf.fetch(resolved, ["large"], tmp_path / "b"), kept)
+        hub.repos["org/large"].truncated = 0
+        hub.repos["org/large"].files["large"] = b"changed"
+        failing(lambda: hf.fetch(resolved, ["large"], tmp_path / "c"), kept)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_what_arrives_is_what_the_hub_lists(hub, tmp_path, name):
+    """A flipped bit is mended by a second download; one that stays is BUNDLE_CORRUPT, and no file."""
+    hf, base = source(hub), hub.repos["org/base"]
+    resolved = hf.resolve(repo("org/base"))
+    base.damaged[name] = 1
+    hf.fetch(resolved, [name], tmp_path / "a")
+    assert (tmp_path / "a" / name).read_bytes() == base.files[name]
+    base.damaged[name] = 99
+    with pytest.raises(BundleCorrupt, match=r"twice not what the hub lists: expected (sha256|git:)"):
+        hf.fetch(resolved, [name], tmp_path / "b")
+    assert not (tmp_path / "b" / name).exists()
+    assert hub.downloaded().count(name) == 4
+
+
+@pytest.mark.parametrize("commit", ["../../../evil", "main", "c" * 39, "/etc", "C" * 40, "c" * 40 + "\n"])
+def test_a_commit_is_a_commit(hub, commit):
+    """What a hub calls its commit becomes the name of a folder, so nothing but 40 or 64 hex digits is taken."""
+    hub.repos["org/adapter"].revisions["main"] = commit
+    with pytest.raises(SourceUnavailable, match="names no commit"):
+        source(hub).resolve(repo("org/adapter"))
+
+
+@pytest.mark.parametrize("revision", ["../../../evil", "..", "a\\..\\b"])
+def test_a_recorded_revision_stays_in_the_cache(hub, tmp_path, revision):
+    """A generation that somebody else wrote leads no source out of its cache, nor into another's."""
+    files = {"config.json": FileDigest(size=1, sha256="0" * 64)}
+    patience = Patience(attempts=1)
+    url = UrlSource(Https(Guard()), Secrets(None, {}), patience=patience)
+    bucket = BucketSource(open_s3, Secrets(None, {}), patience)
+    address = {SourceKind.REMOTE_URL: "https://files.test/a.tar.gz", SourceKind.S3: "s3://bucket/one"}
+    places = {SourceKind.HF: source(hub), SourceKind.REMOTE_URL: url, SourceKind.S3: bucket}
+    for kind, place in places.items():
+        wanted = Repository(source=kind, repo=address.get(kind, "org/base"), revision=revision)
+        with pytest.raises(SourceRefused, match="no path inside"):
+            place.place(wanted, files, tmp_path / "cache" / "deep" / "er")
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("sibling", [{"size": "x"}, {"rfilename": 5}, {"lfs": {"sha256": "../x"}}, {"lfs": 5}])
+def test_a_listing_that_is_none_is_named(hub, sibling):
+    """A listing with other types than the hub's is SOURCE_UNAVAILABLE, never a failure inside."""
+    hub.repos["org/adapter"].listed = sibling
+    with pytest.raises(SourceUnavailable):
+        source(hub).resolve(repo("org/adapter"))

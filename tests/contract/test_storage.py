@@ -20,31 +20,11 @@ import pytest
 from shared.faults import SettingsInvalid, StoreUnavailable
 from shared.storage.base import ObjectMissing, Store
 from shared.storage.local import LocalStore
-from shared.storage.memory import MemoryStore
 from shared.storage.open import open_store
 from shared.storage.s3 import PART_BYTES, S3Store
 from tests.s3_gateway import S3Server, free_port
 
 MIB = 1 << 20
-
-
-@pytest.fixture
-def aws(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
-    """The real server, to which this process's AWS_* variables point."""
-    for name, value in s3_server.environment.items():
-        monkeypatch.setenv(name, value)
-    return s3_server
-
-
-@pytest.fixture(params=["memory", "local", "s3"])
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
-    """An empty store of each kind."""
-    if request.param == "memory":
-        return MemoryStore()
-    if request.param == "local":
-        return open_store(f"file://{tmp_path}/store")
-    server: S3Server = request.getfixturevalue("aws")
-    return open_store(f"s3://{server.new_bucket()}/some/prefix")
 
 
 def test_bytes_come_back(store: Store) -> None:

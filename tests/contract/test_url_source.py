@@ -8,7 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from builder_service.pipeline.build import build
+from builder_service.pipeline.builds import Builds
+from builder_service.pipeline.progress import Progress
+from builder_service.pipeline.views import State
+from builder_service.pipeline.workshop import Workshop
+from shared.bundle.manifest import FileDigest
 from shared.deployment import Repository, SourceKind
+from shared.deployment_file import parse_deployment
 from shared.faults import (
     RepoGated,
     RepoNotFound,
@@ -20,12 +27,15 @@ from shared.faults import (
 from shared.sources.addresses import Guard
 from shared.sources.checkpoint import describe_base, fetch_base
 from shared.sources.https import Https
+from shared.sources.local import LocalSource
 from shared.sources.open import Sources
 from shared.sources.retry import Patience
 from shared.sources.secrets import Secrets
 from shared.sources.url import UrlSource
+from shared.storage.memory import MemoryStore
 from tests.adapters import write_base
 from tests.archives import pack
+from tests.descriptors import cancelled_after, failing, held, nothing_stays_open
 from tests.https_server import Site, redirect, said, serve_https
 
 ADAPTER = {"adapter_config.json": b"{}", "adapter_model.safetensors": bytes(range(256)) * 999, "x/y": b"1"}
@@ -214,12 +224,37 @@ def test_an_archive_that_breaks_off_is_asked_for_again(site):
 
 
 def test_sizes_are_checked_before_and_while_reading(site):
-    """An archive above the limit is refused by its header, and where it has none, by its bytes."""
+    """Room for an archive is asked for by its header, else by its bytes as they come."""
     site.routes["/huge"] = said(1 << 50, b"")
-    site.routes["/lying"] = lambda handler: handler.wfile.write(b"HTTP/1.0 200 OK\r\n\r\n" + bytes(99999))
-    for path in ("/huge", "/lying"):
-        with pytest.raises(SourceRefused, match=r"at most 5000|more than 5000"):
-            source().resolve(repo(site, path), max_bytes=5000)
+    site.routes["/large"] = said(1 << 30, b"")
+    site.routes["/silent"] = lambda handler: handler.wfile.write(b"HTTP/1.0 200 OK\r\n\r\n" + bytes(99 << 20))
+    taken, received = [], []
+
+    def room(size: int) -> None:
+        taken.append(size)
+        if sum(taken) > 5 << 20:
+            raise ResourcesExhausted("no room")
+
+    with pytest.raises(SourceRefused, match=r"an archive has at most 68719476736"):
+        source().resolve(repo(site, "/huge"), received.append, room)
+    assert taken == []
+    with pytest.raises(ResourcesExhausted, match="no room"):
+        source().resolve(repo(site, "/large"), received.append, room)
+    assert (taken, sum(received)) == ([1 << 30], 0)
+    taken.clear()
+    with pytest.raises(ResourcesExhausted, match="no room"):
+        source().resolve(repo(site, "/silent"), received.append, room)
+    assert 4 << 20 < sum(received) <= 5 << 20
+
+
+def test_an_archive_that_is_begun_again_takes_its_room_once(site):
+    """Of five tries, the last of which brings all of it, the archive's bytes are asked for once."""
+    whole = pack(ADAPTER)
+    broken = [said(len(whole), whole[:999])]
+    site.routes["/b"] = lambda handler: (broken.pop() if broken else said(len(whole), whole))(handler)
+    taken = []
+    source().resolve(repo(site, "/b"), room=taken.append).close()
+    assert taken == [len(whole)]
 
 
 def test_a_server_that_drips_is_given_up(site):
@@ -277,3 +312,70 @@ def test_a_base_is_recorded_and_fetched(site, tmp_path):
     assert (folder / "model.safetensors").read_bytes() == (base / "model.safetensors").read_bytes()
     assert fetch_base(record, tmp_path / "cache", sources) == folder
     assert len(site.requests) == 2
+
+
+def test_nothing_stays_open(site, tmp_path):
+    """Archives that were refused, cancelled, broken or used are closed, though failures are kept."""
+    big = pack({"adapter_model.safetensors": bytes(4 << 20)}) + bytes(4 << 20)
+    site.routes["/big"] = big
+    site.routes["/evil"] = pack({**ADAPTER, "../../evil": b"x"})
+    site.routes["/short"] = said(len(big) + 1, big)
+    url, before = source(), held()
+    with nothing_stays_open() as kept:
+        for path in ("/evil", "/short", "/none", "/big"):
+            failing(lambda path=path: url.resolve(repo(site, path, revision="0" * 64)), kept)
+        failing(lambda: url.resolve(repo(site, "/big"), cancelled_after(1 << 20)), kept)
+        failing(lambda: url.resolve(repo(site, subfolder="absent")), kept)
+        used = url.resolve(repo(site))
+        assert held()["files"] > before["files"]
+        failing(
+            lambda: url.fetch(used, ["adapter_model.safetensors"], tmp_path / "i", cancelled_after(9)), kept
+        )
+        used.close()
+        gone = {"gone": FileDigest(size=1, sha256="0" * 64)}
+        failing(lambda: url.place(used.repository, gone, tmp_path / "cache"), kept)
+
+
+@pytest.mark.parametrize("of_base", [True, False])
+def test_a_build_does_not_download_more_than_it_may_write(site, tmp_path, of_base):
+    """An archive above LORAMUX_MAX_BUILD_GB, of the base or an adapter, is refused without its bytes."""
+    sent = []
+
+    def large(handler) -> None:
+        handler.wfile.write(b"HTTP/1.0 200 OK\r\n\r\n")
+        while sum(sent) < 64 << 20:  # without a Content-Length: nobody knows before it comes
+            sent.append(handler.wfile.write(bytes(1 << 20)))
+
+    site.routes["/silent"] = large
+    site.routes["/large"] = said(8 << 30, b"")
+    base = {"source": "LOCAL", "repo": str(write_base(tmp_path / "base"))}
+    sources = Sources({SourceKind.REMOTE_URL: source(), SourceKind.LOCAL: LocalSource([tmp_path])})
+    shop = Workshop(MemoryStore(), sources, tmp_path / "work", max_build_bytes=10 << 20)
+    for path in ("/large", "/silent"):
+        archive = {"source": "REMOTE_URL", "repo": f"https://files.test:{site.port}{path}"}
+        made = {"checkpoint_repository": archive if of_base else base}
+        made["lora_adapters"] = {"one": base if of_base else archive}
+        wish = parse_deployment({"model_name": "tiny", "build": made}).deployment
+        with pytest.raises(ResourcesExhausted, match=r"may write 10485760.*LORAMUX_MAX_BUILD_GB"):
+            build(wish, shop, Progress(["one"]))
+    assert sum(sent) < 20 << 20
+
+
+async def test_a_failed_build_that_is_kept_holds_nothing(site, tmp_path):
+    """The builder shows a failed build for as long as it runs, and keeps none of the archives of it."""
+    base = {"source": "LOCAL", "repo": str(write_base(tmp_path / "base"))}
+    site.routes["/b"] = pack({**ADAPTER, "../../evil": b"x"})
+    archives = {
+        name: {"source": "REMOTE_URL", "repo": f"https://files.test:{site.port}{path}"}
+        for name, path in (("a", "/a.tar.gz"), ("b", "/b"))
+    }
+    made = {"checkpoint_repository": base, "lora_adapters": archives}
+    sources = Sources({SourceKind.REMOTE_URL: source(), SourceKind.LOCAL: LocalSource([tmp_path])})
+    builds = Builds(Workshop(MemoryStore(), sources, tmp_path / "work"))
+    before = held()
+    await builds.build(parse_deployment({"model_name": "tiny", "build": made}).deployment)
+    *_, last = [view async for view in builds.watch("tiny")]
+    assert (last.state, type(last.failure)) == (State.FAILED, SourceRefused)
+    assert last.failure.__traceback__ is None
+    assert held()["files"] == before["files"]
+    await builds.drain(5)

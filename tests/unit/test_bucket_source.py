@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import base64
+import hashlib
 import os
 import time
 from collections.abc import Iterator
@@ -8,13 +10,22 @@ from pathlib import Path
 import pytest
 
 from shared.deployment import Repository, SourceKind
-from shared.faults import BuildInterrupted, RepoNotFound, SourceChanged, SourceRefused, SourceUnavailable
+from shared.faults import (
+    BuildInterrupted,
+    BundleCorrupt,
+    RepoNotFound,
+    SourceChanged,
+    SourceRefused,
+    SourceUnavailable,
+)
 from shared.sources.base import MAX_BYTES, MAX_FILES, Resolved, SourceFile
 from shared.sources.bucket import BucketSource
+from shared.sources.checksum import md5_of
 from shared.sources.local import LocalSource
 from shared.sources.open import Sources, needs_extra
 from shared.sources.retry import Busy, Patience
 from shared.sources.secrets import Secrets
+from tests.descriptors import cancelled_after, failing, nothing_stays_open
 
 REPO = Repository(source=SourceKind.S3, repo="s3://bucket/one")
 QUICK = Patience(attempts=3, wait_s=0.01)
@@ -44,6 +55,9 @@ class FakeBucket:
         if self.failures:
             raise self.failures.pop()
         yield data[2:]
+
+    def close(self) -> None:
+        """Nothing is open."""
 
 
 def source(bucket: FakeBucket, patience: Patience = QUICK) -> BucketSource:
@@ -180,3 +194,31 @@ def test_a_local_file_that_changes_is_said(tmp_path):
     with pytest.raises(SourceChanged, match="changed since it was listed"):
         local.fetch(resolved, ["a"], tmp_path / "into")
     assert not (tmp_path / "into" / "a").exists()
+
+
+def test_nothing_of_a_folder_stays_open(tmp_path):
+    """Files whose reading was cancelled, or that changed, are closed though failures are kept."""
+    (tmp_path / "file").write_bytes(bytes(3 << 20))
+    local = LocalSource([tmp_path])
+    resolved = local.resolve(Repository(source=SourceKind.LOCAL, repo=str(tmp_path)))
+    with nothing_stays_open() as kept:
+        failing(lambda: local.fetch(resolved, ["file"], tmp_path / "into", cancelled_after(1 << 20)), kept)
+        failing(lambda: local.digests(resolved, ["file"], cancelled_after(1 << 20)), kept)
+        (tmp_path / "file").write_bytes(bytes(4 << 20))
+        failing(lambda: local.digests(resolved, ["file"]), kept)
+
+
+def test_a_checksum_that_a_listing_gives_is_checked(tmp_path):
+    """A file with another MD5 than was listed is read once more, and is BUNDLE_CORRUPT where that stays."""
+
+    class Listed(FakeBucket):
+        def list(self, prefix: str) -> Iterator[tuple[str, SourceFile]]:
+            md5 = md5_of(base64.b64encode(hashlib.md5(b"right", usedforsecurity=False).digest()).decode())
+            yield f"{prefix}a", SourceFile(5, None, md5, "1")
+
+    bucket = Listed({"a": b"wrong"})
+    with pytest.raises(BundleCorrupt, match=r"a: not what is listed: expected md5:.*, found "):
+        source(bucket).fetch(source(bucket).resolve(REPO), ["a"], tmp_path)
+    assert (bucket.reads, list(tmp_path.iterdir())) == (2, [])
+    bucket.files["a"] = b"right"
+    assert source(bucket).fetch(source(bucket).resolve(REPO), ["a"], tmp_path)["a"].size == 5

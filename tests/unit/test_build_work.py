@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 from builder_service.pipeline.build import build
 from builder_service.pipeline.identity import claim_identity
 from builder_service.pipeline.progress import Progress, Stage
-from builder_service.pipeline.space import Ledger, Space
+from builder_service.pipeline.space import RESERVE_BYTES, Ledger, Space
 from builder_service.pipeline.workshop import Workshop
 from shared.bundle.reader import read_bundle
 from shared.deployment import Deployment
@@ -138,10 +139,28 @@ def test_builds_share_the_disk(tmp_path):
     one, two = Space(tmp_path, ledger, None), Space(tmp_path, ledger, None)
     with (
         one.writing(free * 2 // 3, "one"),
-        pytest.raises(ResourcesExhausted, match=r"two: .* bytes, and .* free"),
+        pytest.raises(ResourcesExhausted, match=rf"two: {free * 2 // 3} bytes; with {free * 2 // 3} that"),
     ):
         two.check(free * 2 // 3, "two")
     two.check(free // 3, "two")
+
+
+def test_a_disk_with_less_than_the_reserve_is_told_the_truth(tmp_path):
+    """What is free, what stays free and how much is missing are said, not that nothing is free."""
+    free = os.statvfs(tmp_path).f_bavail * os.statvfs(tmp_path).f_frsize
+    with pytest.raises(ResourcesExhausted) as refusal:
+        Space(tmp_path, Ledger(), None).check(free, "the adapters")
+    said = re.fullmatch(
+        rf"the adapters: {free} bytes; with 0 that running builds are about to write and {RESERVE_BYTES} that "
+        r"stay free for others, the disk of the builder's work folder needs (\d+) free bytes and has (\d+)\. "
+        r"Free (\d+), or set LORAMUX_WORK_DIR to a folder on a larger disk\.",
+        refusal.value.message,
+    )
+    assert said is not None
+    needed, has, missing = map(int, said.groups())
+    assert needed == free + RESERVE_BYTES
+    assert abs(has - free) < 1 << 30
+    assert missing == needed - has
 
 
 class Flaky(Counting):

@@ -200,11 +200,17 @@ def test_local_repositories_start_at_the_file(tmp_path: Path, monkeypatch: pytes
     }
 
 
-@pytest.mark.parametrize("repo", ["~nobody-has-this-name/x", r'"a\0b"'])
-def test_a_local_path_that_is_none(tmp_path: Path, repo: str) -> None:
+@pytest.mark.parametrize(
+    ("repo", "said"),
+    [
+        ("~nobody-has-this-name/x", "LOCAL repository"),
+        (r'"a\0b"', "repo: expected text without a NUL"),
+    ],
+)
+def test_a_local_path_that_is_none(tmp_path: Path, repo: str, said: str) -> None:
     """A LOCAL path that no machine can have is refused, not a crash."""
     text = f"build:\n  checkpoint_repository: {{source: LOCAL, repo: {repo}}}\n"
-    assert "LOCAL repository" in str(_refusal(tmp_path, text))
+    assert said in str(_refusal(tmp_path, text))
 
 
 @pytest.mark.parametrize("name", ["a b", "a/b", "", "ä", ".", "..", "x" * 129])

@@ -20,8 +20,8 @@ from shared.faults import (
     SourceRefused,
     SourceUnavailable,
 )
-from shared.sources.base import MAX_BYTES, Resolved, SourceFile, unwatched
 from shared.sources.base import Progress as Counter
+from shared.sources.base import Resolved, SourceFile, unwatched
 from shared.sources.files import content_digest
 from shared.sources.open import Sources
 
@@ -29,9 +29,13 @@ FILES = {"adapter_config.json": b"{}", "adapter_model.safetensors": b"x" * 8}
 
 
 class Archived(Resolved):
-    """A listing that is in an archive of a thousand bytes."""
+    """A listing that is in an archive of a thousand bytes, open until it is closed."""
 
-    held = 1000
+    open = 0
+
+    def close(self) -> None:
+        """Count it no more."""
+        Archived.open -= 1
 
 
 class FakeSource:
@@ -42,13 +46,14 @@ class FakeSource:
         self._sizes = sizes or {name: len(data) for name, data in FILES.items()}
 
     def resolve(
-        self, repository: Repository, progress: Counter = unwatched, *, max_bytes: int = MAX_BYTES
+        self, repository: Repository, progress: Counter = unwatched, room: Counter = unwatched
     ) -> Resolved:
         """List the same files for everyone."""
-        assert max_bytes < MAX_BYTES
+        room(1000)
         progress(0)
         if repository.shown in self._faults:
             raise self._faults[repository.shown]
+        Archived.open += 1
         return Archived(repository, {name: SourceFile(size) for name, size in self._sizes.items()})
 
     def fetch(
@@ -78,12 +83,14 @@ def fetch(folder: Path, source: FakeSource, *names: str, max_bytes: int | None =
     except Fault as fault:
         fault.add_note(",".join(f"{item.name}={item.stage.value}" for item in progress.adapters))
         raise
+    finally:
+        assert Archived.open == 0
 
 
 def test_archives_count_before_anything_is_taken_out_of_them(tmp_path):
     """Three archives of a thousand bytes are too much for a build that may write 2500, and two are not."""
     fetch(tmp_path, FakeSource({}), "one", "two", max_bytes=2500)
-    with pytest.raises(ResourcesExhausted, match=r"the archive of adapter .* 3000 were written; .* write 2500"):
+    with pytest.raises(ResourcesExhausted, match=r"the archive of adapter .* 2000 were written; .* write 2500"):
         fetch(tmp_path, FakeSource({}), "one", "two", "three", max_bytes=2500)
 
 

@@ -196,7 +196,7 @@ class Deployment(_message.Message):
     def __init__(self, name: _Optional[str] = ..., state: _Optional[_Union[Deployment.State, str]] = ..., generation: _Optional[int] = ..., create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., update_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., adapters: _Optional[_Iterable[_Union[AdapterBuild, _Mapping]]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ..., unchanged: _Optional[bool] = ...) -> None: ...
 
 class AdapterBuild(_message.Message):
-    __slots__ = ("name", "stage", "bytes_done", "bytes_total", "digest", "ranks", "modules", "tensors_used", "bundle_bytes", "warnings", "reused")
+    __slots__ = ("name", "stage", "bytes_done", "bytes_total", "digest", "ranks", "modules", "tensors_used", "bundle_bytes", "warnings", "reused", "repaired")
     class Stage(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         STAGE_UNSPECIFIED: _ClassVar[AdapterBuild.Stage]
@@ -228,6 +228,7 @@ class AdapterBuild(_message.Message):
     BUNDLE_BYTES_FIELD_NUMBER: _ClassVar[int]
     WARNINGS_FIELD_NUMBER: _ClassVar[int]
     REUSED_FIELD_NUMBER: _ClassVar[int]
+    REPAIRED_FIELD_NUMBER: _ClassVar[int]
     name: str
     stage: AdapterBuild.Stage
     bytes_done: int
@@ -239,7 +240,8 @@ class AdapterBuild(_message.Message):
     bundle_bytes: int
     warnings: _containers.RepeatedCompositeFieldContainer[Finding]
     reused: bool
-    def __init__(self, name: _Optional[str] = ..., stage: _Optional[_Union[AdapterBuild.Stage, str]] = ..., bytes_done: _Optional[int] = ..., bytes_total: _Optional[int] = ..., digest: _Optional[str] = ..., ranks: _Optional[_Iterable[int]] = ..., modules: _Optional[_Iterable[str]] = ..., tensors_used: _Optional[int] = ..., bundle_bytes: _Optional[int] = ..., warnings: _Optional[_Iterable[_Union[Finding, _Mapping]]] = ..., reused: _Optional[bool] = ...) -> None: ...
+    repaired: bool
+    def __init__(self, name: _Optional[str] = ..., stage: _Optional[_Union[AdapterBuild.Stage, str]] = ..., bytes_done: _Optional[int] = ..., bytes_total: _Optional[int] = ..., digest: _Optional[str] = ..., ranks: _Optional[_Iterable[int]] = ..., modules: _Optional[_Iterable[str]] = ..., tensors_used: _Optional[int] = ..., bundle_bytes: _Optional[int] = ..., warnings: _Optional[_Iterable[_Union[Finding, _Mapping]]] = ..., reused: _Optional[bool] = ..., repaired: _Optional[bool] = ...) -> None: ...
 
 class Finding(_message.Message):
     __slots__ = ("code", "adapter", "where", "expected", "found", "fix")

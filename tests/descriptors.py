@@ -1,0 +1,61 @@
+"""What this process holds open: files, also those that have no name any more, and sockets."""
+
+from __future__ import annotations
+
+import gc
+import os
+import stat
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from shared.faults import BuildCancelled, Fault
+
+
+def held() -> Counter[str]:
+    """Return how many files and sockets are open."""
+    found: Counter[str] = Counter()
+    for entry in Path("/proc/self/fd").iterdir():
+        try:
+            status = os.fstat(int(entry.name))
+        except OSError:  # that of the listing itself
+            continue
+        found["files"] += stat.S_ISREG(status.st_mode)
+        found["sockets"] += stat.S_ISSOCK(status.st_mode)
+    return found
+
+
+@contextmanager
+def nothing_stays_open() -> Iterator[list[Fault]]:
+    """Yield a list for failures, which are kept with their tracebacks; nothing more is open at the end."""
+    before = held()
+    kept: list[Fault] = []
+    yield kept
+    assert kept
+    gc.collect()  # the clients of some clouds refer to themselves
+    now = held()
+    assert now <= before, f"before {dict(before)}, now {dict(now)}"
+
+
+def failing(call: Callable[[], object], kept: list[Fault]) -> None:
+    """Keep the fault that a call ends with."""
+    try:
+        call()
+    except Fault as fault:
+        kept.append(fault)
+    else:
+        raise AssertionError("expected a failure")
+
+
+def cancelled_after(count: int) -> Callable[[int], None]:
+    """Return a progress that ends a transfer at its first piece after so many bytes."""
+    left = count
+
+    def progress(size: int) -> None:
+        nonlocal left
+        left -= size
+        if left < 0:
+            raise BuildCancelled("enough")
+
+    return progress

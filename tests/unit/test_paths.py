@@ -1,0 +1,177 @@
+"""Paths that people do not mean: bytes that are no UTF-8, a NUL, links to themselves, pipes and devices."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+from typer.testing import CliRunner
+
+from builder_service.pipeline.build import build
+from builder_service.pipeline.progress import Progress
+from builder_service.pipeline.workshop import Workshop
+from loramux.cli.main import app
+from loramux.cli.services import builder_command
+from shared.bundle.manifest import FileDigest
+from shared.deployment import Repository, SourceKind
+from shared.deployment_file import parse_deployment
+from shared.faults import Fault, RepoNotFound, SourceRefused, SourceUnavailable, StoreUnavailable
+from shared.sources.archive import inner_files
+from shared.sources.base import SourceFile
+from shared.sources.local import LocalSource
+from shared.sources.open import open_sources
+from shared.storage.local import LocalStore
+from shared.storage.memory import MemoryStore
+from tests.adapters import write_adapter, write_base
+
+NO_TEXT = os.fsdecode(b"caf\xe9")
+
+
+def local(folder: Path, **fields: str) -> Repository:
+    """A folder as a repository, without the checks of a message."""
+    return Repository.model_construct(source=SourceKind.LOCAL, revision="", **{"subfolder": "", **fields})
+
+
+def read_all(folder: Path, **fields: str) -> list[str]:
+    """List and read what a folder below another holds."""
+    source = LocalSource([folder])
+    resolved = source.resolve(local(folder, **fields))
+    source.digests(resolved, resolved.files)
+    return list(resolved.files)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder with a link to itself, a pipe, a device, and a folder with a file."""
+    (tmp_path / "loop").symlink_to("loop")
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "zero").symlink_to("/dev/zero")
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "file").write_text("{}")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("below", "subfolder", "kind"),
+    [
+        ("a\0b", "", SourceRefused),
+        ("one", "a\0b", SourceRefused),
+        ("loop", "", SourceRefused),
+        ("one", "../loop/x", SourceRefused),
+        ("x" * 300, "", SourceUnavailable),
+        ("pipe", "", RepoNotFound),
+        ("one/file", "", RepoNotFound),
+        ("one", "file", RepoNotFound),
+        ("zero", "", SourceRefused),
+        (NO_TEXT, "", RepoNotFound),
+    ],
+)
+def test_a_folder_that_is_none_is_named(folder: Path, below: str, subfolder: str, kind: type[Fault]) -> None:
+    """LOCAL names every path that leads to no folder."""
+    with pytest.raises(kind, match="LOCAL"):
+        read_all(folder, repo=f"{folder}/{below}", subfolder=subfolder)
+
+
+def test_what_is_no_file_with_a_name_is_not_listed(folder: Path) -> None:
+    """Links to themselves, pipes, devices and names that are no UTF-8 are not there for anyone."""
+    (folder / NO_TEXT).write_text("")
+    (folder / "file").write_text("")
+    (folder / "zero").unlink()  # it leads outside
+    assert read_all(folder, repo=str(folder)) == ["file", "one/file"]
+
+
+@pytest.mark.parametrize("now", ["pipe", "loop", "one", "zero"])
+def test_a_file_that_becomes_something_else_is_named(folder: Path, now: str) -> None:
+    """A listed file in whose place a pipe, a loop, a folder or a device is: named at once, never waited for."""
+    source = LocalSource([folder, Path("/dev")])
+    (folder / "file").write_text("{}")
+    resolved = source.resolve(local(folder, repo=str(folder)))
+    (folder / "file").unlink()
+    (folder / now).rename(folder / "file")
+    with pytest.raises(Fault, match="LOCAL /"):
+        source.digests(resolved, ["file"])
+    with pytest.raises(Fault, match="LOCAL /"):
+        source.fetch(resolved, ["file"], folder / "into")
+
+
+def test_a_recorded_file_name_is_a_path(folder: Path) -> None:
+    """A NUL or a loop in the name of a recorded file is refused."""
+    for name in ("a\0b", "loop/x"):
+        with pytest.raises(SourceRefused, match="no path of this server"):
+            LocalSource([folder]).place(
+                local(folder, repo=str(folder)), {name: FileDigest(size=1, sha256="0" * 64)}, folder
+            )
+
+
+def test_a_build_ignores_names_that_are_no_text(tmp_path: Path) -> None:
+    """An adapter beside which a file has a name in Latin-1 is built."""
+    base, adapter = write_base(tmp_path / "base"), write_adapter(tmp_path / "adapter")
+    (adapter / NO_TEXT).write_text("")
+    (base / NO_TEXT).write_text("")
+    made = {
+        "checkpoint_repository": {"source": "LOCAL", "repo": str(base)},
+        "lora_adapters": {"one": {"source": "LOCAL", "repo": str(adapter)}},
+    }
+    wish = parse_deployment({"model_name": "tiny", "build": made}).deployment
+    shop = Workshop(MemoryStore(), open_sources(local_roots=[tmp_path]), tmp_path / "work")
+    assert build(wish, shop, Progress(["one"])).generation.number == 1
+
+
+def test_an_archive_hides_names_that_are_no_text() -> None:
+    """A member of an archive in Latin-1 is not listed, as hidden ones are not."""
+    files = {name: SourceFile(1) for name in ("top/a", f"top/{NO_TEXT}", "top/.hidden", ".x/y")}
+    assert inner_files(files, "") == {"a": "top/a"}
+
+
+@pytest.mark.parametrize("field", ["repo", "revision", "subfolder", "runtime_secret_name"])
+def test_no_field_of_a_repository_has_a_nul(field: str) -> None:
+    """Whoever sends or writes one is told the field."""
+    with pytest.raises(ValidationError, match="without a NUL"):
+        Repository(**{"source": "HF", "repo": "org/name", field: "a\0b"})
+
+
+@pytest.mark.parametrize("name", ["loop", "loop/x", "pipe", "one/file"])
+def test_a_store_that_is_no_folder_is_named(folder: Path, name: str) -> None:
+    """A store at a loop, a pipe or a file is STORE_UNAVAILABLE in everything that it is asked."""
+    store = LocalStore(folder / name)
+    calls: list[Callable[[], object]] = [
+        lambda: list(store.list("")),
+        lambda: store.put("a", b""),
+    ]
+    for call in calls:
+        with pytest.raises(StoreUnavailable):
+            call()
+
+
+def test_a_store_lists_keys_and_nothing_else(tmp_path: Path) -> None:
+    """Files whose names are no keys, because somebody else put them there, are not listed."""
+    store = LocalStore(tmp_path)
+    store.put("a/b", b"1")
+    for name in (NO_TEXT, "new\nline"):
+        (tmp_path / "a" / name).write_text("")
+    assert [entry.key for entry in store.entries("")] == list(store.list("")) == ["a/b"]
+
+
+@pytest.mark.parametrize("name", ["loop", "pipe", NO_TEXT])
+@pytest.mark.parametrize("command", ["build", "check", "import-bundle", "gc", "keys"])
+def test_the_command_line_names_them(folder: Path, name: str, command: str) -> None:
+    """No command ends with a traceback because of a path."""
+    (folder / NO_TEXT).mkdir()
+    path, nobody = str(folder / name), ["--builder", "127.0.0.1:1"]
+    deployment = folder / "deployment.yaml"
+    deployment.write_text("build: {checkpoint_repository: {source: LOCAL, repo: ./one}}")
+    arguments = {
+        "build": ["build", str(deployment) if name == "pipe" else path, *nobody],
+        "check": ["check", path, "--base", str(folder / "one"), *nobody],
+        "import-bundle": ["import-bundle", path, "--base", str(folder / "one"), "--name", "a", *nobody],
+        "gc": ["gc", "--store", f"file://{path}"],
+        "keys": ["keys", "list", "--file", f"{path}/x"],
+    }[command]
+    said = CliRunner().invoke(app, arguments)
+    assert said.exit_code in {1, 2, 3}
+    assert "INTERNAL" not in said.output
+    assert said.exception is None or isinstance(said.exception, SystemExit)
+    assert builder_command(None, "127.0.0.1:0", [folder / name])[-1] == path
