@@ -15,7 +15,7 @@ from typing import Any, Final, TypedDict
 import grpc
 
 from shared.faults import RequestInvalid, SettingsInvalid
-from shared.rpc.options import CLIENT_OPTIONS, MAX_MESSAGE_BYTES
+from shared.rpc.options import CLIENT_OPTIONS, MAX_REQUEST_BYTES
 
 API_KEY: Final = "LORAMUX_API_KEY"
 TLS_SCHEME: Final = "grpcs://"
@@ -92,9 +92,9 @@ class Calls:
         method = getattr(self._stub, name)
 
         def call(request: Any, timeout: float | None = None) -> Any:
-            if (size := request.ByteSize()) > MAX_MESSAGE_BYTES:
+            if (size := request.ByteSize()) > MAX_REQUEST_BYTES:
                 raise RequestInvalid(
-                    f"the request has {size} bytes; a server takes at most {MAX_MESSAGE_BYTES}. Send less."
+                    f"the request has {size} bytes; a server takes at most {MAX_REQUEST_BYTES}. Send less."
                 )
             return method(request, timeout=timeout, metadata=self._metadata)
 

@@ -7,7 +7,6 @@ unknown key is a `DeploymentInvalid` that names the key and the nearest known on
 
 from __future__ import annotations
 
-import difflib
 import re
 import reprlib
 from collections.abc import Hashable
@@ -19,6 +18,7 @@ from pydantic import BaseModel, ValidationError
 
 from shared.deployment import NAME_TAKEN, Deployment, LoraConfiguration, Model, Repository, SourceKind
 from shared.faults import DeploymentInvalid, Finding
+from shared.near import MAX_FINDINGS, nearest
 
 
 def _words(text: str) -> frozenset[str]:
@@ -88,9 +88,8 @@ def parse_deployment(data: Any, *, default_name: str = "") -> DeploymentFile:
     except ValidationError as error:
         findings = [item for item in findings_of(error, Deployment) if item.expected != NAME_TAKEN]
         findings += _taken_names(data)
-        raise DeploymentInvalid(
-            f"the deployment breaks {len(findings)} rule{'s'[: len(findings) > 1]}", findings
-        ) from error
+        count = max(len(findings), error.error_count())
+        raise DeploymentInvalid(f"the deployment breaks {count} rule{'s'[: count > 1]}", findings) from error
     return DeploymentFile(deployment=deployment, ignored=tuple(ignored))
 
 
@@ -107,22 +106,23 @@ def parse_lora_configuration(**fields: Any) -> LoraConfiguration:
 
 
 def findings_of(error: ValidationError, model: type[BaseModel]) -> list[Finding]:
-    """One finding per violation, with the nearest known key beside an unknown one."""
-    return [_finding(item, model) for item in error.errors(include_url=False)]
+    """One finding per violation, up to a number, with the nearest known key beside an unknown one."""
+    return [_finding(item, model) for item in error.errors(include_url=False)[:MAX_FINDINGS]]
 
 
 def _finding(item: Any, model: type[BaseModel]) -> Finding:
     loc = [part for part in item["loc"] if part != "[key]"]
-    where = ".".join(map(str, loc)) or "deployment"
+    where = ".".join(str(part)[:256] for part in loc) or "deployment"
     if item["type"] == "extra_forbidden":
         known = _known_keys(model, loc[:-1])
-        near = difflib.get_close_matches(str(loc[-1]), known, n=1)
+        name = str(loc[-1])
+        near = nearest(name, known)
         return Finding(
             code="E_UNKNOWN_FIELD",
             where=where,
             expected=f"one of {', '.join(known)}",
-            found=str(loc[-1]),
-            fix=f"Did you mean {near[0]}?" if near else "Remove it.",
+            found=name[:80],
+            fix=f"Did you mean {near}?" if near else "Remove it.",
         )
     if item["type"] == "missing":
         return Finding(code="E_MISSING_FIELD", where=where, expected="a value", found="nothing", fix="Set it.")

@@ -5,7 +5,6 @@ S3's endpoint and credentials are no settings of ours: the standard ``AWS_*`` va
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 from pathlib import Path
@@ -15,6 +14,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, Validati
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from shared.faults import SettingsInvalid
+from shared.near import nearest
 from shared.sources.secrets import ENVIRONMENT_PREFIX as SECRET_PREFIX
 from shared.telemetry import LogFormat
 
@@ -214,8 +214,8 @@ def _unknown_variables() -> list[str]:
         bare = name.upper().removeprefix(PREFIX)
         if bare in (*known, *CLIENT_VARIABLES) or _is_service_link(bare, value):
             continue
-        near = difflib.get_close_matches(bare, known, n=1)
-        cure = f"did you mean {PREFIX}{near[0]}?" if near else f"known are {', '.join(map(variable, known))}"
+        near = nearest(bare, known)
+        cure = f"did you mean {PREFIX}{near}?" if near else f"known are {', '.join(map(variable, known))}"
         wrong.append(f"{name}: unknown setting, {cure}")
     return wrong
 

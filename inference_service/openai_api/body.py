@@ -10,9 +10,11 @@ from starlette.requests import Request
 
 from inference_service.openai_api.errors import invalid_body
 from inference_service.openai_api.schema import Body
+from inference_service.serving.json_size import unfolds_to
+from shared.faults import RequestInvalid
+from shared.rpc.options import MAX_REQUEST_BYTES
 
 B = TypeVar("B", bound=Body)
-MAX_BODY_BYTES: Final = 8 * 1024 * 1024
 MAX_DISCARDED_BYTES: Final = 64 * 1024 * 1024
 """A body that is too large is read up to here: most clients read an answer when they have sent all."""
 
@@ -21,7 +23,7 @@ async def read_body(http: Request, kind: type[B]) -> B:
     """Return the body as a model of its kind.
 
     Raises:
-        RequestInvalid: it is no JSON, or a field is unknown, missing or of a wrong type.
+        RequestInvalid: it is no JSON or has too much in it, or a field is unknown, missing or of a wrong type.
         HTTPException: 413 where it is too large, 415 where it does not say that it is JSON.
         ClientDisconnect: the client went away.
     """
@@ -32,6 +34,8 @@ async def read_body(http: Request, kind: type[B]) -> B:
             f"the body must be JSON and say so, content-type: application/json; it says {media_type[:80]!r}.",
         )
     data = await _read(http)
+    if much := unfolds_to(data):
+        raise RequestInvalid(f"the body has {much}. Send less at once.")
     try:
         return kind.model_validate_json(data)
     except ValidationError as error:
@@ -42,10 +46,10 @@ async def _read(http: Request) -> bytes:
     data, size = bytearray(), 0
     async for part in http.stream():
         size += len(part)
-        if size <= MAX_BODY_BYTES:
+        if size <= MAX_REQUEST_BYTES:
             data += part
         elif size > MAX_DISCARDED_BYTES:
             break
-    if size > MAX_BODY_BYTES:
-        raise HTTPException(413, f"the body is larger than {MAX_BODY_BYTES} bytes.")
+    if size > MAX_REQUEST_BYTES:
+        raise HTTPException(413, f"the body is larger than {MAX_REQUEST_BYTES} bytes.")
     return bytes(data)

@@ -56,8 +56,13 @@ class Chat:
         self._request = request
         kind = "chat.completion.chunk" if body.stream else "chat.completion"
         self._head = Head(f"chatcmpl-{request.id}", kind, body.model)
-        text = service.text if body.logprobs else None
-        self._choices = [ChatChoice(index, self._reading(), text) for index in range(request.n)]
+        self._choices: list[ChatChoice] = []
+        """Made when the request was accepted: before that, n is only a number that somebody sent."""
+
+    def _begin(self, started: Started) -> None:
+        self._head.begin(started)
+        text = self._service.text if self._body.logprobs else None
+        self._choices = [ChatChoice(index, self._reading(), text) for index in range(self._request.n)]
 
     def _reading(self) -> Reading:
         if is_forced(self._body):
@@ -73,7 +78,7 @@ class Chat:
             async for event in events:
                 match event:
                     case Started():
-                        self._head.begin(event)
+                        self._begin(event)
                     case PromptLogprobs():
                         scores = {"prompt_logprobs": prompt_logprobs(event.tokens, self._service.text)}
                     case Delta():
@@ -95,7 +100,7 @@ class Chat:
                 tally.see(event)
                 match event:
                     case Started():
-                        self._head.begin(event)
+                        self._begin(event)
                     case PromptLogprobs():
                         more["prompt_logprobs"] = prompt_logprobs(event.tokens, self._service.text)
                     case Delta():

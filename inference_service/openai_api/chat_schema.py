@@ -1,4 +1,4 @@
-"""What the body of a chat request may hold."""
+"""What the body of a chat request may hold; the rules of turns and tools are `serving.turns`'s."""
 
 from __future__ import annotations
 
@@ -13,8 +13,6 @@ from inference_service.openai_api.schema import Body, GenerationBody
 TEXT_PARTS = {"text": "text", "refusal": "refusal"}
 """Content parts that hold text, and their key for it."""
 EXPECTED_CHOICE = 'none, auto, required or {"type": "function", "function": {"name": "..."}}'
-
-FunctionName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.\-]{1,64}$")]
 
 
 def _flat(content: Any) -> Any:
@@ -73,7 +71,7 @@ class ToolCall(Body):
 class ChatMessage(Body):
     """A turn of the conversation."""
 
-    role: Literal["system", "developer", "user", "assistant", "tool"]
+    role: str
     content: Content = None
     name: str | None = None
     tool_calls: tuple[ToolCall, ...] | None = None
@@ -86,10 +84,6 @@ class ChatMessage(Body):
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
-        if self.role == "tool" and self.tool_call_id is None:
-            raise PydanticCustomError("tool_call_id", "a tool_call_id, in a message with role tool")
-        if self.role != "assistant" and self.tool_calls:
-            raise PydanticCustomError("tool_calls", "tool_calls only in messages with role assistant")
         if self.content is None and not self.tool_calls and self.refusal is None:
             raise PydanticCustomError("content", "a message with content")
         return self
@@ -107,7 +101,7 @@ Messages = Annotated[tuple[ChatMessage, ...], AfterValidator(_some)]
 class Function(Body):
     """A function that the model may call."""
 
-    name: FunctionName
+    name: str
     description: str | None = None
     parameters: dict[str, Any] | None = None
     """A JSON schema."""

@@ -39,8 +39,8 @@ class Completion:
         self._requests = requests
         self._n = requests[0].n
         self._head = Head(f"cmpl-{requests[0].id}", "text_completion", body.model)
-        text = service.text if body.logprobs is not None else None
-        self._choices = [CompletionChoice(index, text) for index in range(self._n * len(requests))]
+        self._choices: list[list[CompletionChoice]] = [[] for _ in requests]
+        """By prompt; made when its request was accepted: before that, n is only a number that somebody sent."""
         self._ends: list[Finished] = []
         self._tallies = [Tally() for _ in requests]
 
@@ -49,7 +49,7 @@ class Completion:
         async with aclosing(self._told()) as told:
             async for _ in told:
                 pass
-        choices = [choice.whole() for choice in self._choices]
+        choices = [choice.whole() for answers in self._choices for choice in answers]
         return self._head.body(choices) | {"usage": usage(self._ends)}
 
     async def chunks(self) -> AsyncGenerator[Json]:
@@ -72,27 +72,29 @@ class Completion:
                     yield choice
 
     def _tell(self, number: int, event: Event) -> list[Json]:
-        first = number * self._n
         self._tallies[number].see(event)
         match event:
             case Started():
-                self._head.begin(event)
+                self._begin(number, event)
                 scored = self._requests[number].prompt_logprobs is not None
                 return [] if scored else self._echo(number, ())
             case PromptLogprobs():
                 if self._body.prompt_logprobs is not None:
                     ranked = prompt_logprobs(event.tokens, self._service.text)
-                    for choice in self._answers(number):
+                    for choice in self._choices[number]:
                         choice.score({"prompt_logprobs": ranked})
                 return self._echo(number, event.tokens)
             case Delta():
-                return self._choices[first + event.index].take(event)
+                return self._choices[number][event.index].take(event)
             case Finished():
                 self._ends.append(event)
-                return self._choices[first + event.index].end(event)
+                return self._choices[number][event.index].end(event)
 
-    def _answers(self, number: int) -> list[CompletionChoice]:
-        return self._choices[number * self._n : (number + 1) * self._n]
+    def _begin(self, number: int, started: Started) -> None:
+        self._head.begin(started)
+        text = self._service.text if self._body.logprobs is not None else None
+        indices = range(number * self._n, (number + 1) * self._n)
+        self._choices[number] = [CompletionChoice(index, text) for index in indices]
 
     def _echo(self, number: int, tokens: Sequence[Token]) -> list[Json]:
         """Tell the prompt, where it is to be echoed; tokens are given where they have log probabilities."""
@@ -100,4 +102,4 @@ class Completion:
             return []
         prompt = self._body.prompt[number]
         said = prompt if isinstance(prompt, str) else self._service.text.decode(prompt)
-        return [told for choice in self._answers(number) for told in choice.echo(said, tokens)]
+        return [told for choice in self._choices[number] for told in choice.echo(said, tokens)]

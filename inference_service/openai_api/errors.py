@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
@@ -13,6 +12,7 @@ from starlette.responses import Response
 
 from inference_service.openai_api.reply import Json, json_response
 from shared.faults import Fault, Finding, InternalFault, RequestInvalid, Status
+from shared.near import MAX_FINDINGS, nearest
 
 STATUSES: Final = {
     Status.INVALID_ARGUMENT: 400,
@@ -53,6 +53,8 @@ PARAMS: Final = {"token_ids": "prompt", "text": "prompt", "constraint": "respons
 FAILED: Final = "loramux failed inside; the server's log has the details. Please report it."
 MAX_SHOWN: Final = 8
 """Findings that a message spells out."""
+MAX_PLACE: Final = 256
+"""Characters of a place in a body, of which a client's own names can be parts."""
 
 
 def status_of(fault: Fault) -> int:
@@ -115,8 +117,9 @@ def invalid_body(error: ValidationError, known: Sequence[str]) -> RequestInvalid
     found = error.errors(include_url=False, include_input=False)
     if found[0]["type"] == "json_invalid":
         return RequestInvalid(f"the body is no JSON: {found[0]['ctx']['error']}.")
-    findings = [_finding(item, known) for item in found]
-    return RequestInvalid("the body of the request is not valid.", findings)
+    more = f" It has {len(found)} faults; these are the first." if len(found) > MAX_FINDINGS else ""
+    findings = [_finding(item, known) for item in found[:MAX_FINDINGS]]
+    return RequestInvalid(f"the body of the request is not valid.{more}", findings)
 
 
 def _finding(item: Mapping[str, Any], known: Sequence[str]) -> Finding:
@@ -124,8 +127,8 @@ def _finding(item: Mapping[str, Any], known: Sequence[str]) -> Finding:
     if kind == "missing":
         return Finding(code="E_MISSING_FIELD", where=where, expected="a value")
     if kind == "extra_forbidden":
-        near = difflib.get_close_matches(where, known, n=1)
-        fix = f"Did you mean {near[0]}?" if near else "Leave it out."
+        near = nearest(where, known)
+        fix = f"Did you mean {near}?" if near else "Leave it out."
         return Finding(code="E_UNKNOWN_FIELD", where=where, found="an unknown parameter", fix=fix)
     if kind == "none_required":
         return Finding(code="E_UNSUPPORTED", where=where, fix="This is not served here: leave it out.")
@@ -138,7 +141,7 @@ def _finding(item: Mapping[str, Any], known: Sequence[str]) -> Finding:
 def param_of(loc: Sequence[str | int]) -> str:
     """Return a place in a body as OpenAI writes it: ``messages[0].content``."""
     parts = [f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc if part != "[key]"]
-    return "".join(parts).removeprefix(".")
+    return "".join(parts).removeprefix(".")[:MAX_PLACE]
 
 
 async def on_failure(_: Request, __: Exception) -> Response:

@@ -12,8 +12,10 @@ from inference_service.openai_api.forced_call import call_constraint
 from inference_service.openai_api.schema import MAX_CHOICES, CompletionBody, GenerationBody
 from inference_service.openai_api.tagged_calls import END
 from inference_service.serving.bounds import MAX_LOGPROBS
+from inference_service.serving.json_size import check_texts
 from inference_service.serving.request import Message, Prompt, Request
 from inference_service.serving.service import GenerationService
+from inference_service.serving.turns import role_of
 from shared.faults import Finding, RequestInvalid
 
 DEFAULT_TEMPERATURE = 1.0
@@ -112,13 +114,17 @@ def _request(body: GenerationBody, service: GenerationService, *, prompt: Prompt
 
 
 def messages_of(messages: Sequence[ChatMessage]) -> list[Message]:
-    """Return messages as chat templates know them."""
+    """Return messages as chat templates know them.
+
+    Raises:
+        RequestInvalid: the arguments of their calls have too much in them.
+    """
+    check_texts(call.function.arguments for message in messages for call in message.tool_calls or ())
     return [_message(message) for message in messages]
 
 
 def _message(message: ChatMessage) -> Message:
-    role = "system" if message.role == "developer" else message.role
-    made: dict[str, Any] = {"role": role, "content": message.content or message.refusal or ""}
+    made: dict[str, Any] = {"role": role_of(message.role), "content": message.content or message.refusal or ""}
     if message.name is not None:
         made["name"] = message.name
     if message.tool_call_id is not None:

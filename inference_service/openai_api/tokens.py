@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Final
 
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
@@ -12,24 +13,35 @@ from inference_service.openai_api.chat_schema import TokenizeBody
 from inference_service.openai_api.mapping import messages_of, refused
 from inference_service.openai_api.reply import json_response
 from inference_service.openai_api.schema import DetokenizeBody
+from inference_service.serving.bounds import check_turns
 from inference_service.serving.brought import NOTHING
 from inference_service.serving.service import GenerationService
+
+MAX_TOKENS: Final = 128 * 1024
+"""Of one answer, or what a sequence may have where that is more: who counts has texts that do not fit yet."""
 
 
 async def tokenize(service: GenerationService, http: HttpRequest) -> Response:
     """Return the tokens of a text, or of messages as the model's template renders them."""
     body = await read_body(http, TokenizeBody)
     brought = service.catalog.get(body.model).brought if body.model else NOTHING
+    most = _most(service)
     if body.messages is not None:
+        messages = messages_of(body.messages)
+        tools = [tool.model_dump(exclude_none=True) for tool in body.tools or ()]
+        check_turns(messages, tools)
         tokens = await service.text.encode_messages(
-            messages_of(body.messages),
+            messages,
+            most,
             brought.template,
-            tuple(tool.model_dump(exclude_none=True) for tool in body.tools or ()),
+            tools,
             add_generation_prompt=body.add_generation_prompt is not False,
         )
     else:
         special = body.add_special_tokens is not False
-        tokens = await asyncio.to_thread(service.text.encode, body.prompt or "", add_special_tokens=special)
+        tokens = await asyncio.to_thread(
+            service.text.encode_prompt, body.prompt or "", most, add_special_tokens=special
+        )
     names = [service.text.token_text(token) for token in tokens] if body.return_token_strs else None
     return json_response(
         {
@@ -46,8 +58,14 @@ async def detokenize(service: GenerationService, http: HttpRequest) -> Response:
     body = await read_body(http, DetokenizeBody)
     if body.model:
         service.catalog.get(body.model)
+    if len(body.tokens) > _most(service):
+        raise refused("tokens", f"at most {_most(service)} ids", len(body.tokens))
     foreign = [token for token in body.tokens if not 0 <= token < service.text.vocab]
     if foreign:
         raise refused("tokens", f"ids from 0 to {service.text.vocab - 1}", foreign[:5])
     text = await asyncio.to_thread(service.text.decode, body.tokens, skip_special_tokens=False)
     return json_response({"prompt": text})
+
+
+def _most(service: GenerationService) -> int:
+    return max(MAX_TOKENS, service.limits.max_seq_len)

@@ -41,10 +41,13 @@ _REASONS = {
 }
 
 
-def request_from_message(message: pb.GenerateRequest, context: grpc.aio.ServicerContext) -> Request:
+def request_from_message(
+    message: pb.GenerateRequest, context: grpc.aio.ServicerContext, max_seq_len: int
+) -> Request:
     """Return the request that a message describes, with the deadline of its call.
 
     Raises:
+        PromptTooLong: there are more token ids than max_seq_len.
         RequestInvalid: a required field is not set, or one holds JSON text that is none.
     """
     unset = [name for name, missing in _required(message) if missing]
@@ -52,9 +55,10 @@ def request_from_message(message: pb.GenerateRequest, context: grpc.aio.Servicer
         findings = [Finding(code="E_MISSING_FIELD", where=name, expected="a value") for name in unset]
         raise RequestInvalid(f"the request lacks {' and '.join(unset)}.", findings)
     remaining = context.time_remaining()
+    prompt = prompt_of(message, max_seq_len)
     return Request(
         model=message.model,
-        prompt=prompt_of(message),
+        prompt=prompt,
         tools=tools_of(message),
         constraint=constraint_of(message),
         priority=message.priority,

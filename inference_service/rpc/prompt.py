@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from itertools import chain
 from typing import Any
 
 from inference_service.core.constraint import Constraint, Kind
+from inference_service.serving.json_size import check_texts
+from inference_service.serving.lengths import check_ids
 from inference_service.serving.request import Message, Prompt
+from inference_service.serving.turns import role_of
 from loramux.inference.v1 import inference_pb2 as pb
 from shared.faults import Finding, RequestInvalid
 
@@ -19,17 +23,22 @@ _KINDS: Mapping[str, Kind] = {
 }
 
 
-def prompt_of(message: pb.GenerateRequest) -> Prompt:
+def prompt_of(message: pb.GenerateRequest, max_seq_len: int) -> Prompt:
     """Return the prompt, messages as chat templates know them.
 
     Raises:
-        RequestInvalid: the arguments of a tool call are not a JSON object.
+        PromptTooLong: there are more token ids than max_seq_len.
+        RequestInvalid: the arguments of a tool call are not a JSON object, or all JSON has too much in it.
     """
     kind = message.WhichOneof("prompt")
     if kind == "text":
         return str(message.text)
     if kind == "token_ids":
+        check_ids(message.token_ids.ids, max_seq_len)
         return list(message.token_ids.ids)
+    turns = message.messages
+    calls = (call.arguments for turn in turns.messages for call in turn.tool_calls)
+    check_texts(chain(calls, (tool.parameters for tool in turns.tools)))
     return [_turn(index, item) for index, item in enumerate(message.messages.messages)]
 
 
@@ -52,7 +61,7 @@ def constraint_of(message: pb.GenerateRequest) -> Constraint | None:
 
 def _turn(index: int, message: pb.Message) -> Message:
     calls = [_call(f"messages.messages[{index}]", call) for call in message.tool_calls]
-    turn: dict[str, Any] = {"role": message.role, "content": message.content}
+    turn: dict[str, Any] = {"role": role_of(message.role), "content": message.content}
     if calls:
         turn |= {"content": message.content or None, "tool_calls": calls}
     return turn | _given(message, ("name", "tool_call_id"))

@@ -25,7 +25,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[pb.GenerateResponse]:
         """Stream the events of an answer."""
-        events = self._service.generate(request_from_message(request, context))
+        asked = request_from_message(request, context, self._service.limits.max_seq_len)
+        events = self._service.generate(asked)
         async with aclosing(events):
             async for event in events:
                 for message in event_to_messages(event, self._service.text):

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import Final
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain, islice
+from typing import Any, Final
 
-from inference_service.serving.request import Request
+from inference_service.serving.lengths import check_ids
+from inference_service.serving.request import Message, Request
+from inference_service.serving.turns import Rule, rules_of_tools, rules_of_turns
 from shared.faults import Finding, RequestInvalid
+from shared.near import MAX_FINDINGS
 
 MAX_ANSWERS: Final = 128
 MAX_STOPS: Final = 16
@@ -17,36 +21,65 @@ MAX_LOGPROBS: Final = 20
 MAX_BIASES: Final = 1024
 MAX_BIAS: Final = 100.0
 MAX_PENALTY: Final = 2.0
-MAX_REPETITION: Final = 10.0
+REPETITION: Final = (0.01, 10.0)
+SEEDS: Final = (-(2**63), 2**64 - 1)
+"""What the doors' own numbers can say: int64 in JSON, uint64 over gRPC."""
 MAX_CONSTRAINT_BYTES: Final = 64 * 1024
-MAX_TOOLS: Final = 128
-
-Rule = tuple[bool, str, str, object]
-"""Whether it is broken, the field, what is expected, what was found."""
+MAX_FOUND: Final = 80
+"""Characters of a value that a finding repeats."""
 
 
-def check(request: Request, vocab: int, max_queue: int) -> None:
+def check(request: Request, vocab: int, max_queue: int, max_seq_len: int) -> None:
     """Look at all fields that can be judged without the prompt's tokens.
 
+    Both doors pass here before anything is built from a number of the request.
+
     Raises:
+        PromptTooLong: there are more token ids than fit.
         RequestInvalid: with one finding per field that is out of bounds.
     """
-    rules = [*_prompt(request, vocab), *_lengths(request, vocab, max_queue), *_numbers(request)]
-    findings = [
-        Finding(code="E_BAD_FIELD", where=where, expected=expected, found=str(found))
-        for broken, where, expected, found in (*rules, *_lists(request, vocab))
-        if broken
-    ]
+    if not isinstance(request.prompt, str) and isinstance(next(iter(request.prompt), None), int):
+        check_ids(request.prompt, max_seq_len)
+    rules = (
+        _prompt(request, vocab),
+        _lengths(request, vocab, max_queue),
+        _numbers(request),
+        _lists(request, vocab),
+    )
+    _judge(chain.from_iterable(rules))
+
+
+def check_turns(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> None:
+    """Look at the messages and tools that are to be rendered.
+
+    Raises:
+        RequestInvalid: with one finding per field that breaks a rule.
+    """
+    _judge(chain(rules_of_turns(messages), rules_of_tools(tools)))
+
+
+def _judge(rules: Iterable[Rule]) -> None:
+    broken = (
+        Finding(code="E_BAD_FIELD", where=where, expected=expected, found=str(found)[:MAX_FOUND])
+        for wrong, where, expected, found in rules
+        if wrong
+    )
+    findings = list(islice(broken, MAX_FINDINGS))
     if findings:
         fields = ", ".join(sorted({finding.where for finding in findings}))
         raise RequestInvalid(f"the request has fields out of bounds: {fields}.", findings)
 
 
 def _prompt(request: Request, vocab: int) -> Iterator[Rule]:
-    ids = request.prompt if isinstance(request.prompt, list) else []
-    wrong = [item for item in ids if isinstance(item, int) and not 0 <= item < vocab]
+    prompt = request.prompt
+    if isinstance(prompt, str):
+        return
+    wrong = [item for item in prompt if isinstance(item, int) and not 0 <= item < vocab]
     yield bool(wrong), "token_ids", f"ids from 0 to {vocab - 1}", wrong[:5]
-    yield len(request.tools) > MAX_TOOLS, "tools", f"at most {MAX_TOOLS}", len(request.tools)
+    turns = [item for item in prompt if isinstance(item, Mapping)]
+    if turns:
+        yield from rules_of_turns(turns)
+    yield from rules_of_tools(request.tools)
 
 
 def _lengths(request: Request, vocab: int, max_queue: int) -> Iterator[Rule]:
@@ -72,11 +105,13 @@ def _numbers(request: Request) -> Iterator[Rule]:
         ("top_p", request.top_p, (smallest, 1.0, "above 0, at most 1")),
         ("top_k", request.top_k, (0, math.inf, "at least 0")),
         ("min_p", request.min_p, (0.0, 1.0, "0 to 1")),
-        ("repetition_penalty", request.repetition_penalty, (smallest, MAX_REPETITION, "above 0, at most 10")),
+        ("repetition_penalty", request.repetition_penalty, (*REPETITION, "0.01 to 10")),
         ("presence_penalty", request.presence_penalty, penalty),
         ("frequency_penalty", request.frequency_penalty, penalty),
     ):
         yield value is not None and not low <= value <= high, name, expected, value
+    foreign = request.seed is not None and not SEEDS[0] <= request.seed <= SEEDS[1]
+    yield foreign, "seed", "an integer of 64 bits", request.seed
 
 
 def _lists(request: Request, vocab: int) -> Iterator[Rule]:

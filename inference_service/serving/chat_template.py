@@ -1,4 +1,4 @@
-"""Chat templates: rendered in a process of their own, which ends when a template takes too much.
+"""Chat templates: rendered in processes of their own, which end when a template takes too much.
 
 A template comes with a base or an adapter, so from a stranger. The sandbox keeps it from reaching anything, but
 nothing inside a process can end a loop, a power or a doubled list that never comes back.
@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
 from typing import Any, Final
 
-from inference_service.serving.bounded.process import BoundedProcess
+from inference_service.serving.bounded.pool import BoundedPool
 from shared.faults import CheckpointInvalid, Finding, RequestInvalid
 
 MAX_TEMPLATE_CHARS: Final = 1_000_000
-MAX_PROCESSES: Final = 16
-"""One per template, so that none waits for another; the least recently used one ends first."""
+MAX_PROCESSES: Final = 4
+"""Of 20 MB each, for all templates together; one template has one at a time."""
 
 
 class ChatTemplate:
@@ -34,7 +33,7 @@ class ChatTemplate:
             )
         self._source = source
         self._special = dict(special_tokens)
-        answer = _CHECKER.ask({"source": source, "variables": None}).result()
+        answer = _RENDERERS.ask(source, {"source": source, "variables": None}).result()
         if "error" in answer:
             raise CheckpointInvalid(f"the chat template cannot be parsed: {answer['error']}")
 
@@ -56,7 +55,7 @@ class ChatTemplate:
             "documents": None,
             "add_generation_prompt": add_generation_prompt,
         }
-        asked = _renderer(self._source).ask({"source": self._source, "variables": variables})
+        asked = _RENDERERS.ask(self._source, {"source": self._source, "variables": variables})
         answer = await asyncio.wrap_future(asked)
         if "error" in answer:
             finding = Finding(code="E_MESSAGES", where="messages", found=answer["error"])
@@ -64,9 +63,4 @@ class ChatTemplate:
         return answer["text"]
 
 
-_CHECKER: Final = BoundedProcess("templates")
-
-
-@lru_cache(maxsize=MAX_PROCESSES)
-def _renderer(source: str) -> BoundedProcess:  # noqa: ARG001 - the key
-    return BoundedProcess("templates")
+_RENDERERS: Final = BoundedPool("templates", MAX_PROCESSES)

@@ -83,7 +83,7 @@ class Constraints:
 
     def _begin(self, grammar: str) -> LLMatcher | str:
         """Return the beginning of a grammar, or why there is none."""
-        if error := self._trial.ask({"grammar": grammar}).result().get("error"):
+        if error := self._trial.ask({"grammar": grammar}).get("error"):
             return error
         start = LLMatcher(self._tokenizer, grammar, limits=LIMITS, log_level=0)
         start.compute_bitmask()  # makes the lexer's first states, which every answer needs

@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 from hashlib import blake2b
-from typing import TypeVar
+from typing import Final, TypeVar
 
 from inference_service.core.constraint import Constraint, Grammar
 from inference_service.core.sampling import SamplingParams
@@ -20,6 +20,7 @@ from inference_service.serving.brought import Brought
 from inference_service.serving.catalog import Catalog, ServedModel
 from inference_service.serving.constraints import Constraints
 from inference_service.serving.engine_thread import EngineThread, Outputs
+from inference_service.serving.lengths import prompt_too_long
 from inference_service.serving.request import (
     Delta,
     Event,
@@ -51,6 +52,8 @@ __all__ = [
 ]
 
 N = TypeVar("N", int, float)
+LEAST: Final = 1e-6
+"""Temperatures and top_p between 0 and this mean this: less would divide by what float32 takes for 0."""
 _numbers = itertools.count()
 
 
@@ -102,7 +105,7 @@ class GenerationService:
         """
         with following(request, self._watchers) as follower:
             model = follower.record.model = self.catalog.get(request.model)
-            check(request, self.text.vocab, self._engine.max_queue)
+            check(request, self.text.vocab, self._engine.max_queue, self.limits.max_seq_len)
             tokens = await self._tokens(request, model.brought)
             sampling = self._sampling(request, len(tokens), model.brought)
             grammars = await self._grammars(request, model.brought)
@@ -144,12 +147,13 @@ class GenerationService:
         return answers
 
     async def _tokens(self, request: Request, brought: Brought) -> list[int]:
-        prompt = request.prompt
+        prompt, most = request.prompt, self.limits.max_seq_len
         if isinstance(prompt, str):
-            tokens = await asyncio.to_thread(self.text.encode, prompt)
+            tokens = await asyncio.to_thread(self.text.encode_prompt, prompt, most)
         elif prompt and isinstance(prompt[0], Mapping):
             tokens = await self.text.encode_messages(
                 [item for item in prompt if isinstance(item, Mapping)],
+                most,
                 brought.template,
                 request.tools,
                 add_generation_prompt=request.add_generation_prompt,
@@ -176,9 +180,9 @@ class GenerationService:
         most = min(self.limits.default_max_tokens or room, room)
         return SamplingParams(
             max_tokens=most if request.max_tokens is None else request.max_tokens,
-            temperature=_first(request.temperature, brought.temperature, 0.0),
-            top_p=_first(request.top_p, brought.top_p, 1.0),
-            top_k=_first(request.top_k, brought.top_k, 0),
+            temperature=_above(LEAST, _first(request.temperature, brought.temperature, 0.0)),
+            top_p=_above(LEAST, _first(request.top_p, brought.top_p, 1.0)),
+            top_k=min(_first(request.top_k, brought.top_k, 0), self.text.vocab),
             min_p=request.min_p or 0.0,
             seed=secrets.randbits(63) if request.seed is None else request.seed,
             stop_token_ids=self._ends(request, brought) | frozenset(request.stop_token_ids),
@@ -199,10 +203,7 @@ class GenerationService:
         """
         room = self.limits.max_seq_len - prompt_tokens
         if room < (0 if wanted == 0 else 1):
-            raise PromptTooLong(
-                f"the prompt has {prompt_tokens} tokens, and at most {self.limits.max_seq_len - 1} leave room "
-                "for an answer. Shorten the prompt."
-            )
+            raise prompt_too_long(f"{prompt_tokens}", self.limits.max_seq_len)
         if wanted is not None and wanted > room:
             raise PromptTooLong(
                 f"{prompt_tokens} tokens of prompt and {wanted} of answer exceed the longest "
@@ -235,3 +236,8 @@ def _first(said: N | None, brought: N | None, default: N) -> N:
     """Return what the request says, else what the adapter brings."""
     given = brought if said is None else said
     return default if given is None else given
+
+
+def _above(least: float, value: float) -> float:
+    """Return a value that is 0 or not below the least."""
+    return max(least, value) if value else value

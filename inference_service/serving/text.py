@@ -6,14 +6,19 @@ import asyncio
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
 from inference_service.serving.chat_template import ChatTemplate
+from inference_service.serving.lengths import check_ids, prompt_too_long
 from inference_service.serving.vocabulary import Vocabulary
 from shared.faults import CheckpointInvalid, Finding, RequestInvalid
+
+SLICE_CHARS: Final = 32 * 1024
+CUT_TOKENS: Final = 256
+"""More than a cut was ever seen to add."""
 
 
 class Text:
@@ -29,6 +34,7 @@ class Text:
         self._tokenizer = tokenizer
         self._template = template
         self.vocab = vocab
+        self._cut = max(CUT_TOKENS, 2 * max(map(len, tokenizer.get_vocab()), default=0))
         self.vocabulary = Vocabulary(tokenizer, vocab)
         self.special_tokens = dict(special_tokens or {})
         """By what they are for: ``bos_token`` and the like."""
@@ -56,8 +62,41 @@ class Text:
         return cls(tokenizer, ChatTemplate(source, special) if source else None, vocab, special)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Tokenize a text, with the special tokens that the tokenizer adds itself unless said otherwise."""
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        """Tokenize a text, with the special tokens that the tokenizer adds itself unless said otherwise.
+
+        Other threads run meanwhile: the library lets go of the interpreter's lock for batches only.
+
+        Raises:
+            RequestInvalid: the text holds half a character.
+        """
+        try:
+            [encoding] = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        except UnicodeEncodeError as error:
+            finding = Finding(
+                code="E_BAD_FIELD", where="prompt", expected="whole characters", found=error.reason
+            )
+            raise RequestInvalid("the prompt is no text.", [finding]) from None
+        ids: list[int] = encoding.ids
+        return ids
+
+    def encode_prompt(self, text: str, max_seq_len: int, *, add_special_tokens: bool = True) -> list[int]:
+        """Tokenize a text that may be longer than what is served, which takes 100 to 400 bytes per token.
+
+        A long one is looked at in slices first. Where it was cut, tokens that would have been one can be
+        several, so that `_cut` tokens of each slice are not counted; what is, the whole text has too.
+
+        Raises:
+            PromptTooLong: it has more tokens than max_seq_len.
+            RequestInvalid: the text holds half a character.
+        """
+        least = 0
+        for start in range(0, len(text), SLICE_CHARS) if len(text) > SLICE_CHARS else ():
+            tokens = len(self.encode(text[start : start + SLICE_CHARS], add_special_tokens=False))
+            least += max(0, tokens - self._cut)
+            if least > max_seq_len:
+                raise prompt_too_long(f"at least {least}", max_seq_len)
+        ids = self.encode(text, add_special_tokens=add_special_tokens)
+        check_ids(ids, max_seq_len)
         return ids
 
     def token_id(self, token: str) -> int | None:
@@ -76,6 +115,7 @@ class Text:
     async def encode_messages(
         self,
         messages: Sequence[Mapping[str, Any]],
+        max_seq_len: int,
         template: ChatTemplate | None = None,
         tools: Sequence[Mapping[str, Any]] = (),
         *,
@@ -84,6 +124,7 @@ class Text:
         """Render messages, with the base's template where none is given, and tokenize them.
 
         Raises:
+            PromptTooLong: they have more tokens than max_seq_len.
             RequestInvalid: there is no chat template, or it refuses the messages.
         """
         template = template or self._template
@@ -91,12 +132,12 @@ class Text:
             finding = Finding(code="E_NO_TEMPLATE", where="messages", fix="Send text or token_ids.")
             raise RequestInvalid("the base has no chat template.", [finding])
         rendered = await template.render(messages, tools, add_generation_prompt=add_generation_prompt)
-        return await asyncio.to_thread(self.encode, rendered, add_special_tokens=False)
+        return await asyncio.to_thread(self.encode_prompt, rendered, max_seq_len, add_special_tokens=False)
 
     def decode(self, tokens: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        """Return the text of tokens."""
-        text: str = self._tokenizer.decode(list(tokens), skip_special_tokens=skip_special_tokens)
-        return text
+        """Return the text of tokens; other threads run meanwhile, as in `encode`."""
+        [text] = self._tokenizer.decode_batch([list(tokens)], skip_special_tokens=skip_special_tokens)
+        return str(text)
 
     def detokenizer(self, prompt: Sequence[int], *, skip_special_tokens: bool = True) -> Detokenizer:
         """Return a detokenizer for the answer to a prompt."""

@@ -15,6 +15,7 @@ from google.protobuf.message import DecodeError
 from shared.faults import ClientStalled, Fault, InternalFault, RequestInvalid, ShuttingDown
 from shared.rpc.status import abort
 from shared.rpc.traced import traced
+from shared.rpc.wire import bounded
 from shared.tracing.door import DoorSpans
 
 CUT: Final = "the server shut down before the call was complete. Retry with another replica."
@@ -86,7 +87,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc
         if handler is None or details.method.startswith("/grpc."):
             return handler
         serializers = {
-            "request_deserializer": handler.request_deserializer,
+            "request_deserializer": bounded(handler.request_deserializer),
             "response_serializer": handler.response_serializer,
         }
         if handler.response_streaming:

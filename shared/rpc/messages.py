@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 from loramux.builder.v1 import builder_pb2 as pb
@@ -53,9 +54,9 @@ def deployment_from_message(message: pb.DeploymentSpec) -> Deployment:
     Raises:
         DeploymentInvalid: with one finding per violation.
     """
-    names = [item.name for item in message.adapters]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise DeploymentInvalid(f"adapter names must be distinct; given twice: {', '.join(twice)}")
+    counted = Counter(item.name for item in message.adapters)
+    if twice := sorted(name for name, count in counted.items() if count > 1):
+        raise DeploymentInvalid(f"adapter names must be distinct; given twice: {', '.join(twice[:20])}")
     lora: dict[str, Any] = {"lora_target_modules": tuple(message.lora_target_modules)}
     if message.lora_dtype:
         lora["dtype"] = DTYPE_NAMES.get(message.lora_dtype, "unknown")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+MAX_REQUEST_BYTES = 8 * 1024 * 1024
+"""Of one request, unpacked, at either door: eight bytes for each token of the longest prompts."""
 MAX_MESSAGE_BYTES = 16 * 1024 * 1024
-"""Of one message, unpacked, in either direction."""
+"""Of one message of an answer."""
 
 PING_S = 30
 """A connection with open calls that is silent so long is asked whether the other side is there ..."""
@@ -25,7 +27,7 @@ def server_options(connections: int) -> tuple[tuple[str, int], ...]:
     """Return the options of a server that takes so many connections at once."""
     return (
         ("grpc.so_reuseport", 0),  # a second server on the same port must fail, not share it
-        ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+        ("grpc.max_receive_message_length", MAX_REQUEST_BYTES),
         ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
         ("grpc.keepalive_time_ms", PING_S * 1000),
         ("grpc.keepalive_timeout_ms", PING_TIMEOUT_S * 1000),

@@ -13,6 +13,7 @@ from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
 from shared.faults import FAULTS, Fault, Finding, InternalFault, ServerUnavailable
+from shared.near import MAX_FINDINGS
 from shared.rpc.unreachable import unreachable
 
 DOMAIN = "loramux"
@@ -22,7 +23,7 @@ MAX_STATUS_BYTES = 6 * 1024
 
 def status_of(fault: Fault) -> status_pb2.Status:
     """Return the status of a fault; findings that do not fit a trailer are counted in the message."""
-    shown = list(fault.findings)
+    shown = list(fault.findings[:MAX_FINDINGS])
     while True:
         left_out = len(fault.findings) - len(shown)
         status = _status(fault, shown, f" ({left_out} more not shown)" if left_out else "")

@@ -14,7 +14,7 @@ from loramux import AsyncClient
 from loramux.inference.v1 import inference_pb2 as pb
 from loramux.inference.v1 import inference_pb2_grpc
 from shared.faults import RequestInvalid
-from shared.rpc.options import LEAST_PING_S, MAX_MESSAGE_BYTES, PING_S
+from shared.rpc.options import LEAST_PING_S, MAX_REQUEST_BYTES, PING_S
 from shared.rpc.server import RpcServer
 from tests.unit.fake_services import WORDS, FakeInference, inference_server
 
@@ -33,9 +33,9 @@ async def test_a_request_above_the_cap_is_not_sent(server: RpcServer) -> None:
     """The client refuses a request that no server takes, with both numbers, and goes on."""
     async with AsyncClient(server.address) as client:
         with pytest.raises(
-            RequestInvalid, match=rf"has 1\d{{7}} bytes; a server takes at most {MAX_MESSAGE_BYTES}"
+            RequestInvalid, match=rf"has 8\d{{6}} bytes; a server takes at most {MAX_REQUEST_BYTES}"
         ):
-            await client.complete("base", "x" * MAX_MESSAGE_BYTES)
+            await client.complete("base", "x" * MAX_REQUEST_BYTES)
         assert (await client.complete("base", "x" * 1_000_000)).text.startswith("".join(WORDS))
 
 
@@ -45,7 +45,7 @@ async def test_the_server_has_the_cap_too(server: RpcServer, compression: grpc.C
     async with grpc.aio.insecure_channel(server.address, compression=compression) as channel:
         stub = inference_pb2_grpc.InferenceServiceStub(channel)
         with pytest.raises(grpc.aio.AioRpcError) as caught:
-            async for _ in stub.Generate(pb.GenerateRequest(model="base", text="x" * 2 * MAX_MESSAGE_BYTES)):
+            async for _ in stub.Generate(pb.GenerateRequest(model="base", text="x" * 2 * MAX_REQUEST_BYTES)):
                 pass
         assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
         answer = [event async for event in stub.Generate(pb.GenerateRequest(model="base", text="x" * 100_000))]

@@ -16,10 +16,10 @@ import pytest_asyncio
 from tokenizers import Tokenizer
 
 from inference_service.openai_api.app import ENDPOINTS
-from inference_service.openai_api.body import MAX_BODY_BYTES
 from inference_service.openai_api.server import HttpServer
 from inference_service.serving.text import Text
 from shared.faults import SettingsInvalid
+from shared.rpc.options import MAX_REQUEST_BYTES
 from shared.storage.memory import MemoryStore
 from tests.golden.openai.script import ASKED, Case, Scripted
 from tests.openai_door import OpenAIDoor, open_door, openai_world
@@ -188,10 +188,10 @@ async def test_bodies_are_bounded(door: OpenAIDoor) -> None:
     headers = {"content-type": "application/json"}
 
     async def parts() -> AsyncIterator[bytes]:
-        for _ in range(MAX_BODY_BYTES // 2**20 + 1):
+        for _ in range(MAX_REQUEST_BYTES // 2**20 + 1):
             yield b" " * 2**20
 
-    for content in (b" " * (MAX_BODY_BYTES + 1), parts()):
+    for content in (b" " * (MAX_REQUEST_BYTES + 1), parts()):
         response = await door.http.post(CHAT, content=content, headers=headers)
         assert response.status_code == 413
         assert _error(response)["code"] == "request_too_large"

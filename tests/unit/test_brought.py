@@ -78,7 +78,9 @@ def ready(world: World, store: MemoryStore) -> Ready:
 def prompt(ready: Ready, model: str) -> str:
     """The chat prompt of a model, as text."""
     service = ready.service
-    tokens = asyncio.run(service.text.encode_messages(MESSAGES, service.catalog.get(model).brought.template))
+    tokens = asyncio.run(
+        service.text.encode_messages(MESSAGES, 256, service.catalog.get(model).brought.template)
+    )
     return "".join(service.text._tokenizer.id_to_token(token) for token in tokens)
 
 

@@ -7,13 +7,17 @@ import os
 import signal
 from typing import Any
 
+import psutil
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from inference_service.serving.bounded import templates as rendering
+from inference_service.serving.bounded.pool import BoundedPool
 from inference_service.serving.bounded.process import BoundedProcess
-from inference_service.serving.chat_template import ChatTemplate
+from inference_service.serving.chat_template import MAX_PROCESSES, ChatTemplate
 from shared.faults import CheckpointInvalid, RequestInvalid
 
+MODULE = rendering.__name__
 QWEN = """
 {%- if tools %}
     {{- '<|im_start|>system\\n' }}
@@ -81,6 +85,8 @@ async def test_a_template_renders_as_hugging_face_does(tools: list[dict[str, Any
         ("{{ messages + 1 }}", "concatenate"),
         ("{{ messages.__class__.__mro__ }}", ""),
         ("{{ 1 // 0 }}", "zero"),
+        (r"{{ '\ud800' }}", "surrogates not allowed"),
+        (r"{{ raise_exception('\ud800') }}", "?"),
     ],
 )  # fmt: skip
 async def test_a_template_that_takes_too_much_ends_with_its_reason(source: str, why: str) -> None:
@@ -101,7 +107,7 @@ def test_a_template_that_cannot_be_compiled_is_refused_at_load(source: str) -> N
 
 
 async def test_a_template_that_loops_delays_no_other() -> None:
-    """Each template has a process and a queue of its own: many who ask for a bad one delay no good one."""
+    """Each template has a queue and takes one process: many who ask for a bad one delay no good one."""
     loop = ChatTemplate("{% for i in range(10**5) %}{% for j in range(10**5) %}{% endfor %}{% endfor %}", {})
     waiting = [asyncio.create_task(loop.render(MESSAGES)) for _ in range(2)]
     await asyncio.sleep(0)
@@ -116,12 +122,54 @@ def test_a_process_that_is_gone_is_started_again() -> None:
     """One that ended while nobody asked is no reason for an answer to fail."""
     process = BoundedProcess("templates")
     question = {"source": "hi", "variables": {}}
-    assert process.ask(question).result() == {"text": "hi"}
+    assert process.ask(question) == {"text": "hi"}
     assert process._process is not None
     assert process._process.stdin is not None
     process._process.stdin.close()  # it ends, as after a long idle time
     process._process.wait()
-    assert process.ask(question).result() == {"text": "hi"}
+    assert process.ask(question) == {"text": "hi"}
     os.kill(process._process.pid, signal.SIGKILL)
     process._process.wait()
-    assert process.ask(question).result() == {"text": "hi"}
+    assert process.ask(question) == {"text": "hi"}
+    process._process.kill()
+
+
+def _processes() -> list[psutil.Process]:
+    """The processes that render templates now."""
+    found = psutil.Process().children()
+    return [each for each in found if each.status() != psutil.STATUS_ZOMBIE and MODULE in each.cmdline()]
+
+
+async def test_many_templates_share_a_few_processes() -> None:
+    """60 templates at once are rendered right, each with its own text, and few processes are alive."""
+    templates = [ChatTemplate(f"{number}:{{{{ messages[0].content }}}}", {}) for number in range(60)]
+    asked = (template.render([{"content": f"<{n}>"}]) for n, template in enumerate(templates))
+    assert await asyncio.gather(*asked) == [f"{number}:<{number}>" for number in range(60)]
+    assert 1 <= len(_processes()) <= MAX_PROCESSES
+
+
+def test_processes_that_nobody_asks_end() -> None:
+    """A pool without questions has no processes after its idle time, and answers the next question."""
+    before = set(_processes())
+    pool = BoundedPool("templates", most=2, idle_s=0.2)
+    question = {"source": "hi", "variables": {}}
+    answers = [pool.ask(str(number), question) for number in range(4)]
+    assert [answer.result() for answer in answers] == [{"text": "hi"}] * 4
+    own = set(_processes()) - before
+    assert 1 <= len(own) <= 2
+    psutil.wait_procs(own, timeout=20)
+    assert not set(_processes()) & own
+    assert pool.ask("again", question).result() == {"text": "hi"}
+
+
+async def test_what_cannot_be_written_or_is_no_text_refuses_the_messages() -> None:
+    """Half a character and endless nesting in what a message holds refuse the request by name."""
+    template = ChatTemplate("{{ messages[0].content }}", {})
+    deep: Any = 0
+    for _ in range(100_000):
+        deep = [deep]
+    for content in ("\ud800", deep):
+        with pytest.raises(RequestInvalid) as caught:
+            await template.render([{"content": content}])
+        assert caught.value.findings[0].where == "messages"
+        str(caught.value).encode()

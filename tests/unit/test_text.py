@@ -95,4 +95,4 @@ def test_a_template_that_cannot_be_parsed_is_refused_at_load() -> None:
 async def test_messages_without_a_template_are_refused() -> None:
     """A base model without a chat template says so."""
     with pytest.raises(RequestInvalid):
-        await _byte_text().encode_messages([{"role": "user", "content": "hi"}])
+        await _byte_text().encode_messages([{"role": "user", "content": "hi"}], 256)

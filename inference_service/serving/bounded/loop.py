@@ -14,11 +14,10 @@ from typing import Any, Final
 CPU_S: Final = 1.0
 """For one question."""
 MEMORY_BYTES: Final = 512 * 1024 * 1024
-IDLE_S: Final = 600.0
 
 
 def serve(answer: Callable[[dict[str, Any]], dict[str, str]]) -> None:
-    """Answer lines of JSON on stdin with lines of JSON on stdout, until nobody asks.
+    """Answer lines of JSON on stdin with lines of JSON on stdout, until nobody asks for argv's seconds.
 
     A question that takes more time than it may ends the process: the timer's signal does. One that takes more
     memory meets `MemoryError`.
@@ -27,7 +26,8 @@ def serve(answer: Callable[[dict[str, Any]], dict[str, str]]) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     with suppress(ValueError, OSError):  # macOS refuses this one
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
-    while select.select([sys.stdin], [], [], IDLE_S)[0]:
+    idle_s = float(sys.argv[1])
+    while select.select([sys.stdin], [], [], idle_s)[0]:
         line = sys.stdin.buffer.readline()
         if not line:
             return

@@ -7,30 +7,27 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, Final
 
 from inference_service.serving.bounded.loop import CPU_S
 
+IDLE_S: Final = 60.0
+
 
 class BoundedProcess:
-    """A process that answers questions, started when there is one; may be used by any number of threads."""
+    """A process that answers questions of one thread at a time; it is started when there is one."""
 
-    def __init__(self, module: str) -> None:
-        """Take the name of a module of this package that calls `loop.serve`."""
-        self._command = [sys.executable, "-m", f"{__package__}.{module}"]
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix=module)
+    def __init__(self, module: str, idle_s: float = IDLE_S) -> None:
+        """Take a module of this package that calls `loop.serve`; the process ends after idle_s without one."""
+        self._command = [sys.executable, "-m", f"{__package__}.{module}", f"{idle_s}"]
         self._process: subprocess.Popen[bytes] | None = None
 
-    def ask(self, question: Mapping[str, Any]) -> Future[dict[str, str]]:
-        """Return what becomes the answer; ``{"error": why}`` where the question ended the process.
-
-        Who asks the same process waits for those who asked before, and for nobody else.
-        """
-        return self._thread.submit(self._ask, question)
-
-    def _ask(self, question: Mapping[str, Any]) -> dict[str, str]:
-        line = json.dumps(question).encode() + b"\n"
+    def ask(self, question: Mapping[str, Any]) -> dict[str, str]:
+        """Return the answer; ``{"error": why}`` where the question cannot be put, or ended the process."""
+        try:
+            line = json.dumps(question).encode() + b"\n"
+        except RecursionError:
+            return _TOO_DEEP
         # None where it had ended before it read: it was idle for long
         answer = self._exchange(line)
         return self._exchange(line) or _LOST if answer is None else answer
@@ -52,7 +49,8 @@ class BoundedProcess:
         status = process.wait()
         if status == -signal.SIGPROF:
             return {"error": f"it takes more than {CPU_S:g} s"}
-        return None if status == 0 else {"error": "it is too deeply nested, or too much in another way"}
+        return None if status == 0 else _TOO_DEEP
 
 
-_LOST = {"error": "the process that looks at it does not start; the server's log has the reason"}
+_LOST: Final = {"error": "the process that looks at it does not start; the server's log has the reason"}
+_TOO_DEEP: Final = {"error": "it is too deeply nested, or too much in another way"}

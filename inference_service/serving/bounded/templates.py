@@ -101,8 +101,9 @@ def answer(
     try:
         template = compiled(source)
         text = "" if variables is None else template.render(**variables)
+        text.encode()  # a template, or the JSON in a message, can spell half a character
     except WHAT_TEMPLATES_RAISE as error:
-        return {"error": f"{error}"[:500] or type(error).__name__}
+        return {"error": f"{error}"[:500].encode(errors="replace").decode() or type(error).__name__}
     if len(text) > MAX_CHARS:
         return {"error": f"the prompt has {len(text)} characters, at most {MAX_CHARS}"}
     return {"text": text}

@@ -1,0 +1,41 @@
+"""How much JSON may unfold to: three bytes of text can become three hundred in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Final
+
+import numpy as np
+
+from shared.faults import RequestInvalid
+
+MAX_VALUES: Final = 1024 * 1024
+"""256 prompts of 4096 token ids."""
+MAX_NAMES: Final = 65_536
+"""Names, objects and lists, together."""
+
+
+def unfolds_to(data: bytes) -> str:
+    """Say what a JSON text has too much of, before it is parsed; empty where nothing."""
+    if not _too_much(data):  # also in what is said: nearly always enough
+        return ""
+    unescaped = data.replace(rb"\\", b"  ").replace(rb"\"", b"  ")
+    text = np.frombuffer(unescaped, np.uint8)
+    outside = np.cumsum(text == ord('"'), dtype=np.uint8) & 1 == 0  # parity survives the overflow
+    return _too_much(text[outside].tobytes())
+
+
+def _too_much(data: bytes) -> str:
+    if data.count(b":") + data.count(b"{") + data.count(b"[") > MAX_NAMES:
+        return f"more than {MAX_NAMES} names, objects and lists"
+    return f"more than {MAX_VALUES} values" if data.count(b",") > MAX_VALUES else ""
+
+
+def check_texts(texts: Iterable[str]) -> None:
+    """Look at all JSON texts inside a request together.
+
+    Raises:
+        RequestInvalid: they have too much in them.
+    """
+    if much := unfolds_to(",".join(texts).encode(errors="replace")):
+        raise RequestInvalid(f"the JSON texts of the request have {much}. Send less at once.")

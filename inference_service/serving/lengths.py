@@ -1,0 +1,25 @@
+"""How long a prompt may be, where that can be told before it is tokenized or copied."""
+
+from __future__ import annotations
+
+from collections.abc import Sized
+
+from shared.faults import PromptTooLong
+
+
+def check_ids(ids: Sized, max_seq_len: int) -> None:
+    """Look at how many token ids there are, before they are copied or looked at one by one.
+
+    Raises:
+        PromptTooLong: more than fit.
+    """
+    if len(ids) > max_seq_len:
+        raise prompt_too_long(f"{len(ids)}", max_seq_len)
+
+
+def prompt_too_long(tokens: str, max_seq_len: int) -> PromptTooLong:
+    """Return the fault of a prompt of so many tokens, said in words."""
+    return PromptTooLong(
+        f"the prompt has {tokens} tokens, and at most {max_seq_len - 1} leave room for an answer. "
+        "Shorten the prompt."
+    )

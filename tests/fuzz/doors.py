@@ -1,0 +1,206 @@
+"""Every door of both services in this process, with one valid message for each rpc and route."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import grpc
+import httpx
+from google.protobuf.message import Message
+
+from builder_service.pipeline.builds import Builds
+from builder_service.pipeline.check import Checks
+from builder_service.pipeline.limits import Limits
+from builder_service.pipeline.workshop import Workshop
+from builder_service.rpc.servicer import SERVICE_NAME as BUILDER
+from builder_service.rpc.servicer import BuilderServicer
+from inference_service.openai_api.chat_schema import ChatBody, TokenizeBody
+from inference_service.openai_api.schema import Body, CompletionBody, DetokenizeBody
+from inference_service.openai_api.server import HttpServer
+from inference_service.rpc.servicer import SERVICE_NAME as INFERENCE
+from inference_service.rpc.servicer import InferenceServicer, register
+from loramux.builder.v1 import builder_pb2
+from loramux.inference.v1 import inference_pb2
+from shared.deployment import SourceKind
+from shared.faults import FAULTS, Fault
+from shared.rpc.server import RpcServer
+from shared.rpc.status import fault_of
+from shared.sources.local import LocalSource
+from shared.sources.open import Sources
+from shared.storage.memory import MemoryStore
+from tests.adapters import tensors, write_adapter, write_base
+from tests.openai_door import TEMPLATE
+from tests.tiny import make_world
+
+TOOL = {
+    "type": "function",
+    "function": {"name": "look", "description": "Look.", "parameters": {"type": "object", "properties": {}}},
+}
+CALL = {"id": "c1", "type": "function", "function": {"name": "look", "arguments": '{"at": 1}'}}
+TURNS = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": [{"type": "text", "text": "What"}, {"type": "text", "text": "is it?"}]},
+    {"role": "assistant", "content": None, "tool_calls": [CALL]},
+    {"role": "tool", "content": "4", "tool_call_id": "c1"},
+]
+SAMPLED: dict[str, Any] = {
+    "n": 2,
+    "max_tokens": 2,
+    "temperature": 1.0,
+    "top_p": 0.9,
+    "top_k": 5,
+    "min_p": 0.01,
+    "min_tokens": 1,
+    "stop": ["END"],
+    "stop_token_ids": [7],
+    "seed": 3,
+    "presence_penalty": 0.5,
+    "frequency_penalty": 0.5,
+    "repetition_penalty": 1.1,
+    "logit_bias": {"5": 1.5},
+}
+BODIES: Mapping[str, tuple[type[Body], dict[str, Any]]] = {
+    "/v1/chat/completions": (
+        ChatBody,
+        {"model": "wide", "messages": TURNS, "tools": [TOOL], "tool_choice": "auto"}
+        | SAMPLED
+        | {"logprobs": True, "top_logprobs": 2, "stream": False},
+    ),
+    "/v1/completions": (
+        CompletionBody,
+        {"model": "all", "prompt": ["Hello", [5, 6]], "echo": True, "logprobs": 2} | SAMPLED,
+    ),
+    "/tokenize": (TokenizeBody, {"model": "rs", "messages": TURNS, "tools": [TOOL]}),
+    "/detokenize": (DetokenizeBody, {"model": "rs", "tokens": [5, 6, 7]}),
+}
+"""Of each route that takes a body, its kind and a valid one."""
+
+
+def messages(folder: Path) -> dict[str, list[Message]]:
+    """Return valid requests of every rpc; the builder's name what lies in a folder."""
+    sampling = inference_pb2.SamplingParams(
+        **SAMPLED | {"logit_bias": {5: 1.5}, "logprobs": 2, "prompt_logprobs": 1}
+    )
+    call = inference_pb2.ToolCall(id="c1", name="look", arguments='{"at": 1}')
+    turns = inference_pb2.Messages(
+        messages=[
+            inference_pb2.Message(role="user", content="What?"),
+            inference_pb2.Message(role="assistant", tool_calls=[call]),
+            inference_pb2.Message(role="tool", content="4", tool_call_id="c1"),
+        ],
+        tools=[inference_pb2.Tool(name="look", description="Look.", parameters='{"type": "object"}')],
+    )
+    schema = inference_pb2.Constraint(
+        json_schema='{"type": "object", "properties": {"a": {"type": "integer"}}}'
+    )
+    ask = partial(inference_pb2.GenerateRequest, sampling=sampling, priority=1)
+    base, adapter = (
+        builder_pb2.Repository(source="SOURCE_KIND_LOCAL", repo=str(folder / name)) for name in ("base", "one")
+    )
+    spec = builder_pb2.DeploymentSpec(
+        model_name="tiny",
+        base=base,
+        adapters=[builder_pb2.Adapter(name="one", repository=adapter)],
+        max_seq_len=64,
+        max_lora_rank=8,
+        truncate_to_rank=4,
+        request_default_max_tokens=8,
+        lora_dtype="DTYPE_FLOAT32",
+    )
+    return {
+        f"/{INFERENCE}/Generate": [
+            ask(model="base", text="Hello"),
+            ask(model="wide", messages=turns),
+            ask(model="all", token_ids=inference_pb2.TokenIds(ids=[5, 6]), constraint=schema),
+        ],
+        f"/{INFERENCE}/ListModels": [inference_pb2.ListModelsRequest()],
+        f"/{BUILDER}/BuildDeployment": [builder_pb2.BuildDeploymentRequest(deployment=spec)],
+        f"/{BUILDER}/GetDeployment": [builder_pb2.GetDeploymentRequest(name="tiny")],
+        f"/{BUILDER}/ListDeployments": [builder_pb2.ListDeploymentsRequest(page_size=2)],
+        f"/{BUILDER}/WatchDeployment": [builder_pb2.WatchDeploymentRequest(name="tiny")],
+        f"/{BUILDER}/CancelBuild": [builder_pb2.CancelBuildRequest(name="tiny")],
+        f"/{BUILDER}/CheckAdapter": [
+            builder_pb2.CheckAdapterRequest(
+                adapter=adapter, base=base, max_lora_rank=8, truncate_to_rank=4, lora_dtype="DTYPE_FLOAT32"
+            )
+        ],
+    }
+
+
+@dataclass(frozen=True)
+class Doors:
+    """Clients of running doors."""
+
+    web: httpx.AsyncClient
+    channels: Mapping[str, grpc.aio.Channel]
+    messages: Mapping[str, list[Message]]
+
+    async def post(self, path: str, body: bytes) -> str:
+        """Send a body; returns the status of the answer, or of an error its code, which is a name."""
+        answer = await self.web.post(path, content=body, headers={"content-type": "application/json"})
+        assert answer.status_code < 500, (answer.status_code, answer.text[:500])
+        if answer.status_code == 200:
+            return "OK"
+        error = answer.json()["error"]
+        assert error["code"], error
+        assert error["message"], error
+        return str(error["code"])
+
+    async def call(self, path: str, request: bytes) -> str:
+        """Send the bytes of a request; returns OK or the reason of its fault."""
+        call = self.channels[path.split("/")[1]].unary_stream(path)(request, timeout=30)
+        with suppress(grpc.aio.AioRpcError):
+            async for _ in call:
+                pass
+        if await call.code() is grpc.StatusCode.OK:
+            return "OK"
+        fault = await self._fault(call)
+        assert fault.reason in FAULTS.keys() - {"INTERNAL"}, fault
+        return fault.reason
+
+    async def _fault(self, call: Any) -> Fault:
+        trailers = [await call.initial_metadata(), await call.trailing_metadata()]
+        return fault_of(grpc.aio.AioRpcError(await call.code(), *trailers, await call.details()))
+
+
+@asynccontextmanager
+async def open_doors(folder: Path) -> AsyncIterator[Doors]:
+    """Serve a tiny model and a builder; answers are short, and few requests wait."""
+    world = replace(make_world(folder / "world"), max_seq_len=96)
+    (world.base / "chat_template.jinja").write_text(TEMPLATE)
+    store = MemoryStore()
+    world.build(store)
+    ready = world.load(store, max_queue=8, stream_interval_ms=0)
+    write_base(folder / "base")
+    write_adapter(folder / "one", tensors())
+    shop = Workshop(MemoryStore(), Sources({SourceKind.LOCAL: LocalSource([folder])}), folder / "work")
+    builds, checks = Builds(shop, Limits(running=1)), Checks(shop)
+    http = HttpServer("127.0.0.1:0", ready.service)
+    servers = {
+        INFERENCE: RpcServer("127.0.0.1:0", {INFERENCE: partial(register, InferenceServicer(ready.service))}),
+        BUILDER: RpcServer("127.0.0.1:0", {BUILDER: BuilderServicer(builds, checks).register}),
+    }
+    ready.engine.start()
+    url = f"http://{await http.start()}"
+    channels = {name: grpc.aio.insecure_channel(await server.start()) for name, server in servers.items()}
+    async with httpx.AsyncClient(base_url=url, timeout=30) as web:
+        doors = Doors(web, channels, messages(folder))
+        for path, (_, body) in BODIES.items():
+            assert await doors.post(path, json.dumps(body).encode()) == "OK", path
+        for path, requests in doors.messages.items():
+            for request in requests:
+                assert await doors.call(path, request.SerializeToString()) == "OK", path
+        yield doors
+    await asyncio.gather(*(channel.close() for channel in channels.values()))
+    checks.stop()
+    await builds.drain(5)
+    await http.drain(5)
+    await asyncio.gather(*(server.drain(5) for server in servers.values()))
+    await ready.engine.stop()

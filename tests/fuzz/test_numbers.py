@@ -1,0 +1,72 @@
+"""Every number of every request, at its limits and beyond: an answer or a named fault, soon, in few bytes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+
+import pytest
+import pytest_asyncio
+
+from inference_service.openai_api.app import ENDPOINTS
+from loramux.builder.v1 import builder_pb2
+from loramux.inference.v1 import inference_pb2
+from tests.fuzz.doors import BODIES, Doors, open_doors
+from tests.fuzz.mutate import bounded
+from tests.fuzz.numbers import HOLE, LITERALS, NUMBERS, json_fields, on_the_wire, wire_fields
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+WITHOUT_BODY = {"/v1/embeddings"}
+"""Refused before anything is read."""
+METHODS = {
+    f"/{service.full_name}/{method.name}": method.input_type
+    for module in (inference_pb2, builder_pb2)
+    for service in module.DESCRIPTOR.services_by_name.values()
+    for method in service.methods
+}
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def doors(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Doors]:
+    """All doors."""
+    async with open_doors(tmp_path_factory.mktemp("doors")) as opened:
+        yield opened
+
+
+async def test_nothing_is_left_out(doors: Doors) -> None:
+    """Each route that takes a body and each rpc of both services has a valid request to start from."""
+    posts = {endpoint.path for endpoint in ENDPOINTS if endpoint.method == "POST"}
+    assert set(BODIES) == posts - WITHOUT_BODY
+    assert set(doors.messages) == set(METHODS)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_numbers_in_json(doors: Doors, stream: bool) -> None:
+    """Whatever number a client writes, it gets an answer or the name of what is wrong."""
+    with bounded() as watch:
+        for path, (kind, valid) in BODIES.items():
+            if stream and "stream" not in kind.model_fields:
+                continue
+            fields = list(json_fields(kind))
+            assert fields
+            for place, name, value in fields:
+                text = json.dumps(valid | {name: value} | ({"stream": True} if stream else {}))
+                assert str(HOLE) in text
+                for literal in LITERALS:
+                    with watch.case(f"{path} {place} {literal:.40}"):
+                        watch.note(await doors.post(path, text.replace(str(HOLE), literal).encode()))
+    assert len(watch.outcomes) > 1
+
+
+@pytest.mark.parametrize("method", METHODS)
+async def test_numbers_on_the_wire(doors: Doors, method: str) -> None:
+    """The same over gRPC, with bytes that a client's own library would not write."""
+    with bounded() as watch:
+        for path in wire_fields(METHODS[method]):
+            name = ".".join(field.name for field in path)
+            for request in doors.messages[method]:
+                for number in NUMBERS:
+                    more = on_the_wire(path, number)
+                    if more is not None:
+                        with watch.case(f"{method} {name} {number!r:.40}"):
+                            watch.note(await doors.call(method, request.SerializeToString() + more))
