@@ -6,6 +6,7 @@ import importlib.util
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -24,6 +25,7 @@ from inference_service.lora.torch_backend import TorchLora
 from inference_service.lora.triton_backend import TritonLora
 from inference_service.models.config import ModelConfig
 from shared.faults import SettingsInvalid
+from shared.private import open_folder
 from shared.settings import InferenceSettings
 
 
@@ -105,4 +107,21 @@ def _uses_triton(settings: InferenceSettings, device: torch.device) -> bool:
         raise SettingsInvalid(
             f"LORAMUX_BLOCK_SIZE={settings.block_size}: the triton backend takes {MIN_BLOCK_SIZE} or more."
         )
+    if wanted and device.type == "cuda":
+        check_triton_cache()
     return wanted
+
+
+def check_triton_cache() -> None:
+    """Refuse to let Triton run what somebody else may have put into its cache, which it trusts.
+
+    Raises:
+        SettingsInvalid: the folder is not safe from others.
+    """
+    folder = Path(os.environ.get("TRITON_CACHE_DIR") or "~/.triton/cache").expanduser().resolve()
+    why = open_folder(folder)
+    if why is not None:
+        raise SettingsInvalid(
+            f"TRITON_CACHE_DIR={folder}: it {why}, and what lies there is run. Name a folder that nobody else "
+            "can write to, or remove this one."
+        )
