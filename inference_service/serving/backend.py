@@ -13,6 +13,7 @@ import torch
 from inference_service.kernels.attention import MIN_BLOCK_SIZE
 from inference_service.kernels.cpu import build
 from inference_service.kernels.cpu.ops import BLOCK, DTYPES, MAX_HEAD_DIM, CpuOps
+from inference_service.layers.deterministic import DeterministicOperations
 from inference_service.layers.operations import (
     NativeOperations,
     Operations,
@@ -52,6 +53,7 @@ def choose_backend(settings: InferenceSettings, config: ModelConfig) -> Backend:
     dtype = _dtype(settings, config, device)
     dims, groups = config.dims, config.groups
     if _uses_triton(settings, device):
+        _refuse_deterministic(settings, "triton kernels")
         return Backend(
             device,
             dtype,
@@ -61,10 +63,20 @@ def choose_backend(settings: InferenceSettings, config: ModelConfig) -> Backend:
         )
     ops, how = _native(settings, config, dtype) if device.type == "cpu" else (None, "torch operations")
     if ops is not None:
-        operations = NativeOperations(ops, dims)
+        operations = (DeterministicOperations if settings.deterministic else NativeOperations)(ops, dims)
         return Backend(device, dtype, operations, lambda: NativeLora(ops, groups, dims.num_layers), how)
+    _refuse_deterministic(settings, how)
     plain = TorchOperations(dims, dtype, device, config.windows)
     return Backend(device, dtype, plain, lambda: TorchLora(groups, device), how)
+
+
+def _refuse_deterministic(settings: InferenceSettings, how: str) -> None:
+    if settings.deterministic:
+        raise SettingsInvalid(
+            f"LORAMUX_DETERMINISTIC=true needs a CPU and compiled operations, found {how}, whose rows may "
+            "depend on each other. Set it to false; or LORAMUX_DEVICE=cpu, LORAMUX_BACKEND=auto and "
+            "LORAMUX_NATIVE=true, with a C++ compiler."
+        )
 
 
 def _device(settings: InferenceSettings) -> torch.device:

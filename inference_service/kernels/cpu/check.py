@@ -13,7 +13,7 @@ from typing import Final
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
+from torch.nn.functional import gelu, rms_norm, scaled_dot_product_attention, silu
 
 from inference_service.kernels.cpu.ops import BLOCK, Chunks, CpuOps, Table, pack_a, pack_b
 
@@ -27,7 +27,7 @@ Pair = tuple[Tensor, Tensor]
 def first_wrong(library: ctypes.CDLL) -> str | None:
     """Return the name of an operation that is missing or computes something else; None if all are right."""
     checks: dict[str, Callable[[CpuOps, torch.Generator], Pair]] = {
-        "rms_norm": _norm, "silu_mul": _gated, "lora": _lora, "attention": _attention,
+        "rms_norm": _norm, "silu": _silu, "gelu_tanh": _gelu, "lora": _lora, "attention": _attention,
     }  # fmt: skip
     for dtype, tolerance in TOLERANCE.items():
         try:
@@ -47,15 +47,21 @@ def _random(ops: CpuOps, generator: torch.Generator, *shape: int) -> Tensor:
 
 
 def _norm(ops: CpuOps, generator: torch.Generator) -> Pair:
-    hidden, delta, weight = (_random(ops, generator, *shape) for shape in ((3, 40), (3, 40), (40,)))
-    expected = rms_norm((hidden + delta).double(), (40,), weight.double() + 1, 1e-6)
+    hidden, delta, weight = (_random(ops, generator, *shape) for shape in ((4, 40), (4, 40), (2, 40)))
+    expected = rms_norm((hidden + delta).double(), (40,), None, 1e-6) * (weight.double().repeat(2, 1) + 1)
     return ops.rms_norm(hidden, delta, weight, 1e-6, 1.0), expected
 
 
-def _gated(ops: CpuOps, generator: torch.Generator) -> Pair:
+def _silu(ops: CpuOps, generator: torch.Generator) -> Pair:
     both = _random(ops, generator, 3, 2 * 40)
     gate, up = both.double().chunk(2, dim=1)
-    return ops.silu_mul(both), silu(gate) * up
+    return ops.gated(both, "silu"), silu(gate) * up
+
+
+def _gelu(ops: CpuOps, generator: torch.Generator) -> Pair:
+    both = _random(ops, generator, 3, 2 * 40)
+    gate, up = both.double().chunk(2, dim=1)
+    return ops.gated(both, "gelu_tanh"), gelu(gate, approximate="tanh") * up
 
 
 def _lora(ops: CpuOps, generator: torch.Generator) -> Pair:
