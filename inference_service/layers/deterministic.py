@@ -7,37 +7,28 @@ otherwise.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Final, Protocol
+from collections.abc import Callable
+from typing import Final
 
 import torch
 from torch import Tensor
 
 from inference_service.kernels.cpu.ops import CpuOps
-from inference_service.layers.linear import Linear
+from inference_service.layers.linear import SIZES, Linear, in_pieces
 from inference_service.layers.operations import NativeOperations
 from inference_service.layers.rope import Rope
 from shared.bundle.modules import BaseDims
 from shared.faults import SettingsInvalid
 
-SIZES: Final = (1, 2, 4, 8, 16, 32, 64, 128)
-"""Rows of a product, of which those are used that agree."""
-MOST_PRODUCTS: Final = 2**32
+MOST_PRODUCTS: Final = 2**30
 """Of one call that is measured, from 16 rows on: more would take seconds."""
 PROBES: Final = 8
 SPAN: Final = 64
 """Positions whose angles are computed together."""
 
 
-class Product(Protocol):
-    """A linear."""
-
-    in_features: int
-    out_features: int
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Return [T, out] of x [T, in]."""
-        ...
+Product = Callable[[Tensor], Tensor]
+"""[T, in] to [T, out]."""
 
 
 class DeterministicOperations(NativeOperations):
@@ -51,8 +42,8 @@ class DeterministicOperations(NativeOperations):
         """In products of as many rows as were seen to agree."""
         shape = layer.in_features, layer.out_features, layer.has_bias
         if shape not in self._sizes:
-            self._sizes[shape] = agreeing_sizes(layer, x.dtype)
-        return in_pieces(layer, x, self._sizes[shape])
+            self._sizes[shape] = agreeing_sizes(layer.product, layer.in_features, layer.out_features, x.dtype)
+        return in_pieces(layer.product, x, self._sizes[shape])
 
     def angles(self, rope: Rope, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Of a position always together with the same others."""
@@ -69,23 +60,9 @@ class DeterministicOperations(NativeOperations):
         )
 
 
-def in_pieces(product: Product, x: Tensor, sizes: Sequence[int]) -> Tensor:
-    """Return a product [T, out] of x [T, in], in pieces of the sizes, which fall; the last piece is padded."""
-    if len(x) in sizes:
-        return product(x)
-    out = x.new_empty(len(x), product.out_features)
-    at = 0
-    while at < len(x):
-        size = next((size for size in sizes if size <= len(x) - at), sizes[-1])
-        rows = x[at : at + size]
-        missing = size - len(rows)
-        padded = torch.cat([rows, rows.new_zeros(missing, x.shape[1])]) if missing else rows
-        out[at : at + size] = product(padded)[: len(rows)]
-        at += size
-    return out
-
-
-def agreeing_sizes(product: Product, dtype: torch.dtype) -> tuple[int, ...]:
+def agreeing_sizes(
+    product: Product, in_features: int, out_features: int, dtype: torch.dtype
+) -> tuple[int, ...]:
     """Return the numbers of rows, falling, that give a row the same bits, and at every place among them.
 
     This is measured, with rows of many magnitudes: the order of summation is the library's, and depends on the
@@ -95,11 +72,11 @@ def agreeing_sizes(product: Product, dtype: torch.dtype) -> tuple[int, ...]:
         SettingsInvalid: no size gives a row the same bits at every place.
     """
     generator = torch.Generator().manual_seed(0)
-    shape = PROBES, product.in_features
+    shape = PROBES, in_features
     scales = torch.exp2(torch.randint(-4, 5, shape, generator=generator))
     probes = (torch.randn(shape, generator=generator) * scales).to(dtype)
     groups: list[tuple[Tensor, list[int]]] = []
-    most = max(16, MOST_PRODUCTS // (product.in_features * product.out_features))
+    most = max(16, MOST_PRODUCTS // (in_features * out_features))
     for size in (size for size in SIZES if size <= most):
         answer = _answer(product, probes, size)
         group = next(
@@ -112,11 +89,11 @@ def agreeing_sizes(product: Product, dtype: torch.dtype) -> tuple[int, ...]:
     if not groups:
         raise SettingsInvalid(
             "LORAMUX_DETERMINISTIC=true, but products of "
-            f"{product.in_features} x {product.out_features} depend on the place of a row on this machine. "
+            f"{in_features} x {out_features} depend on the place of a row on this machine. "
             "Set it to false."
         )
-    best = max((sizes for _, sizes in groups), key=lambda sizes: (len(sizes), sizes[-1]))
-    return tuple(reversed(best))
+    best = max((sizes for _, sizes in groups), key=lambda sizes: (len(sizes), sizes[0]))
+    return tuple(best)
 
 
 def _answer(product: Product, probes: Tensor, size: int) -> Tensor | None:

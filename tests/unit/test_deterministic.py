@@ -12,8 +12,9 @@ from transformers import Gemma2Config, LlamaConfig, PreTrainedConfig, Qwen3Confi
 
 from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import Sequence, Token
-from inference_service.layers.deterministic import SIZES as ROWS
-from inference_service.layers.deterministic import agreeing_sizes, in_pieces
+from inference_service.layers.deterministic import agreeing_sizes
+from inference_service.layers.linear import SIZES as ROWS
+from inference_service.layers.linear import in_pieces
 from inference_service.serving.startup import Ready
 from shared.faults import SettingsInvalid
 from shared.storage.memory import MemoryStore
@@ -108,8 +109,6 @@ def test_scores_of_a_prompt_are_the_same_in_chunks_and_in_company(world: tuple[W
 class Moody:
     """A product whose sums differ for one row, and where a row stands at an odd place of 64."""
 
-    in_features, out_features = 24, 40
-
     def __init__(self, moods: str) -> None:
         generator = torch.Generator().manual_seed(0)
         self._weight = torch.randn(40, 24, generator=generator)
@@ -129,22 +128,31 @@ class Moody:
 
 def test_products_are_of_sizes_that_agree() -> None:
     """A size that sums otherwise, or where the place counts, is left out; what remains serves any number."""
-    assert agreeing_sizes(Moody(""), torch.float32) == ROWS[::-1]
+    assert agreeing_sizes(Moody(""), 24, 40, torch.float32) == ROWS
     moody = Moody("one place")
-    sizes = agreeing_sizes(moody, torch.float32)
-    assert sizes == (128, 32, 16, 8, 4, 2)
+    sizes = agreeing_sizes(moody, 24, 40, torch.float32)
+    assert sizes == (128, 32, 24, *range(16, 1, -1))
     x = torch.randn(171, 24)
     moody.seen.clear()
     whole = in_pieces(moody, x, sizes)
-    assert moody.seen == [128, 32, 8, 2, 2]
+    assert moody.seen == [128, 32, 11]
     for rows in (1, 2, 3, 64):
         assert torch.equal(in_pieces(moody, x[5 : 5 + rows], sizes), whole[5 : 5 + rows])
+
+
+def test_a_product_has_few_numbers_of_rows() -> None:
+    """Whatever the length of a prompt: the library keeps compiled code for each of them, for good."""
+    moody = Moody("")
+    for rows in range(1, 300):
+        assert len(in_pieces(moody, torch.zeros(rows, 24), ROWS)) == rows
+    assert set(moody.seen) == set(ROWS)
+    assert len(ROWS) <= 20
 
 
 def test_a_machine_on_which_no_size_agrees_is_told() -> None:
     """The start is refused rather than a promise broken."""
     with pytest.raises(SettingsInvalid, match="24 x 40 depend on the place of a row"):
-        agreeing_sizes(Moody("never the same"), torch.float32)
+        agreeing_sizes(Moody("never the same"), 24, 40, torch.float32)
 
 
 @pytest.mark.parametrize("settings", [{"native": False}, {"backend": "torch"}, {"dtype": "float16"}], ids=str)
