@@ -98,7 +98,7 @@ def agreeing_sizes(
 
 def _answer(product: Product, probes: Tensor, size: int) -> Tensor | None:
     """Return [PROBES, out] by products of a size; None where it depends on the place of a row."""
-    index = torch.arange(max(size, PROBES)) % PROBES
+    index = torch.arange(-(-PROBES // size) * size) % PROBES
     found, shifted = (
         torch.cat([product(rows) for rows in torch.split(probes[order], size)])
         for order in (index, (index + 1) % PROBES)

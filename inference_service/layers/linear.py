@@ -42,7 +42,7 @@ class Linear:
 
 
 def in_pieces(product: Callable[[Tensor], Tensor], x: Tensor, sizes: Sequence[int]) -> Tensor:
-    """Return a product [T, out] of x [T, in], in pieces of the sizes, which fall; the last is padded, if need be."""
+    """Return a product [T, out] of x [T, in], in pieces of the sizes, which fall; the last may be padded."""
     if len(x) in (0, *sizes):
         return product(x)
     parts, at = [], 0
