@@ -158,6 +158,8 @@ class InferenceSettings(Settings):
     """Use compiled operations on a CPU; they are compiled at the first start where a C++ compiler is found."""
     threads: Count | None = None
     """Threads that compute on the CPU; as many as cores when not given."""
+    deterministic: bool = False
+    """Answer the same, bit for bit, in any company and after prefix hits; on a CPU with compiled operations."""
     max_batch_tokens: Count = 1024
     """Tokens per step, of prompts and answers together."""
     max_batch_seqs: Count = 64

@@ -13,6 +13,7 @@ from torch import Tensor
 from inference_service.core.sequence import Sequence
 from inference_service.engine.logits import shapes
 from inference_service.engine.rows import KNOWN, Rows
+from inference_service.engine.sampler import row_params
 from inference_service.kernels.attention import AttentionCapacity, AttentionTables, pack_tables
 from inference_service.kernels.packing import aligned, sections
 from inference_service.kernels.sampling import RowParams, SamplingTables, pack_rows
@@ -123,7 +124,7 @@ class StepBuffers:
         sources = np.array(rows.sources, dtype=np.int32)
         np.copyto(view["sources"][:num], sources, where=sources != KNOWN, casting="same_kind")
         params = view["sampling"].reshape(-1, FIELDS)
-        pack_rows(self.capacity.rows, [row_params(seq) for seq in rows.sampled], out=params)
+        pack_rows(self.capacity.rows, [device_params(seq) for seq in rows.sampled], out=params)
         if self.capacity.segments is not None:
             slots = [chunk.seq.slot for chunk in rows.arrangement.chunks]
             pack_segments(self.capacity.segments, slots, out=view["segments"])
@@ -132,14 +133,9 @@ class StepBuffers:
         return first + len(tables)
 
 
-def row_params(seq: Sequence) -> RowParams:
+def device_params(seq: Sequence) -> RowParams:
     """How the device draws the next token of a sequence; greedily for one whose token the host will draw."""
-    if shapes(seq):
-        return RowParams()
-    params = seq.sampling
-    return RowParams(
-        params.temperature, params.top_k, params.top_p, params.min_p, params.seed, seq.num_generated
-    )
+    return RowParams() if shapes(seq) else row_params(seq)
 
 
 def _in(packed: Tensor, tables: Tables) -> Tables:

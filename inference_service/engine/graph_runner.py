@@ -11,7 +11,7 @@ from torch import Tensor
 
 from inference_service.core.batch import Batch
 from inference_service.core.sequence import Sequence, Token
-from inference_service.engine.buffers import StepBuffers, StepCapacity, StepMemory, row_params
+from inference_service.engine.buffers import StepBuffers, StepCapacity, StepMemory, device_params
 from inference_service.engine.graphs import Graph, Recorder
 from inference_service.engine.readback import read_back
 from inference_service.engine.rows import Rows, lay_out
@@ -122,7 +122,7 @@ class GraphRunner(Runner):
         if not seqs:
             return
         host = torch.empty_like(self._memory.sampling.rows, device="cpu", pin_memory=logits.is_cuda)
-        pack_rows(len(host), [row_params(seq) for seq in seqs], out=host.numpy())
+        pack_rows(len(host), [device_params(seq) for seq in seqs], out=host.numpy())
         self._memory.sampling.load(host)
         sample(logits, self._memory.sampling, self._ids[: len(seqs)])
 

@@ -114,13 +114,21 @@ class NativeAttention:
         norm: RMSNorm | None = None,
     ) -> Tensor:
         """Rotate in place, write the cache, attend over it where it lies."""
-        heads = _normed(heads, self._rotated, norm)
+        if norm is not None:
+            heads = self._normed(heads, norm)
         q = heads[:, : self._num_heads]
         k, v = heads[:, self._num_heads : self._rotated], heads[:, self._rotated :]
         self._ops.rope_write(q, k, v, *turn, self._cache_rows, keys, values)
         return self._ops.attention(
             q, self._chunks, keys, values, self._group, spec.scale, spec.softcap or 0.0, spec.window or 0
         )
+
+    def _normed(self, heads: Tensor, norm: RMSNorm) -> Tensor:
+        """Norm the heads of queries and keys, not those of values."""
+        rotated = heads[:, : self._rotated]
+        rows = rotated.reshape(-1, rotated.shape[-1])
+        normed = self._ops.rms_norm(rows, None, norm.weight, norm.eps, norm.offset)
+        return torch.cat([normed.view_as(rotated), heads[:, self._rotated :]], dim=1)
 
 
 class TritonAttention:

@@ -1,4 +1,4 @@
-"""What a step computes beside its linears and their adapters, for each kind of device."""
+"""What a step computes beside its adapters' part, for each kind of device."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ from inference_service.kernels.attention import (
 from inference_service.kernels.cpu.ops import CpuOps
 from inference_service.kernels.rows import Activation
 from inference_service.layers.attention import Attention, NativeAttention, TorchAttention, TritonAttention
+from inference_service.layers.linear import Linear
 from inference_service.layers.norm import RMSNorm
+from inference_service.layers.rope import Rope
 from shared.bundle.modules import BaseDims
 
 ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
@@ -33,6 +35,14 @@ ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
 
 class Operations(Protocol):
     """The operations of one kind of device; T rows of all sequences stand one after the other."""
+
+    def linear(self, layer: Linear, x: Tensor) -> Tensor:
+        """Return what a linear makes of x [T, in], [T, out]."""
+        ...
+
+    def angles(self, rope: Rope, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Return cos and sin of `Rope.at` [T, 1, dim] for positions [T]."""
+        ...
 
     def embed(self, tokens: Tensor, table: Tensor, scale: float) -> Tensor:
         """Return the rows [T, hidden] of a table by tokens [T], times a scale of the table's dtype."""
@@ -74,6 +84,14 @@ class TorchOperations:
         self._dtype = dtype
         self._device = device
         self._windows = windows
+
+    def linear(self, layer: Linear, x: Tensor) -> Tensor:
+        """All rows at once."""
+        return layer(x)
+
+    def angles(self, rope: Rope, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """All positions at once."""
+        return rope.at(positions)
 
     def embed(self, tokens: Tensor, table: Tensor, scale: float) -> Tensor:
         """In one or two operations."""
@@ -122,8 +140,8 @@ class NativeOperations(TorchOperations):
         return self.ops.rms_norm(hidden, delta, norm.weight, norm.eps, norm.offset)
 
     def gated(self, gate_up: Tensor, activation: Activation) -> Tensor:
-        """SiLU in one pass."""
-        return self.ops.silu_mul(gate_up) if activation == "silu" else super().gated(gate_up, activation)
+        """In one pass."""
+        return self.ops.gated(gate_up, activation)
 
     def attention(self, contexts: Sequence[Context], block_size: int) -> Attention:
         """Over the cache where it lies."""

@@ -83,32 +83,31 @@ class Decoder:
     ) -> Tensor:
         """Run tokens [T] at positions [T]; return what the head reads of some rows [N, hidden]."""
         ops, config = self._operations, self.config
-        turns = [attention.turn(*rope.at(positions)) for rope in self._ropes]
+        turns = [attention.turn(*ops.angles(rope, positions)) for rope in self._ropes]
         hidden = ops.embed(tokens, self._embedding, self._scale)
         delta: Tensor | None = None
         delta_norm: RMSNorm | None = None
         for index, layer in enumerate(self._layers):
             x = ops.norm(hidden, layer.input_norm, delta, delta_norm)
-            heads = _linear(layer.qkv, x, lora, index, "qkv").view(len(x), -1, config.dims.head_dim)
+            heads = self._linear(layer.qkv, x, lora, index, "qkv").view(len(x), -1, config.dims.head_dim)
             turn, keys, values = turns[layer.rope], cache.keys[index], cache.values[index]
             attended = attention(heads, turn, keys, values, layer.attention, layer.qk_norm)
-            delta = _linear(layer.o, attended, lora, index, "o")
+            delta = self._linear(layer.o, attended, lora, index, "o")
             x = ops.norm(hidden, layer.mlp_norm, delta, layer.attention_out_norm)
-            gated = ops.gated(_linear(layer.gate_up, x, lora, index, "gate_up"), config.activation)
-            delta, delta_norm = _linear(layer.down, gated, lora, index, "down"), layer.mlp_out_norm
+            gated = ops.gated(self._linear(layer.gate_up, x, lora, index, "gate_up"), config.activation)
+            delta, delta_norm = self._linear(layer.down, gated, lora, index, "down"), layer.mlp_out_norm
         last = None if delta is None else delta[last_rows]
         return ops.norm(hidden[last_rows], self._norm, last, delta_norm)
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the logits [N, vocab] of rows [N, hidden]."""
-        logits = self._head(hidden)
+        logits = self._operations.linear(self._head, hidden)
         cap = self.config.logit_softcap
         return logits if cap is None else self._operations.softcap(logits, cap)
 
-
-def _linear(layer: Linear, x: Tensor, lora: LoraBackend | None, index: int, group: str) -> Tensor:
-    out = layer(x)
-    if lora is not None:
-        lora.apply(x, out, index, group)
-    return out
+    def _linear(self, layer: Linear, x: Tensor, lora: LoraBackend | None, index: int, group: str) -> Tensor:
+        out = self._operations.linear(layer, x)
+        if lora is not None:
+            lora.apply(x, out, index, group)
+        return out

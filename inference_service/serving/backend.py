@@ -6,12 +6,14 @@ import importlib.util
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from inference_service.kernels.attention import MIN_BLOCK_SIZE
 from inference_service.kernels.cpu import build
 from inference_service.kernels.cpu.ops import BLOCK, DTYPES, MAX_HEAD_DIM, CpuOps
+from inference_service.layers.deterministic import DeterministicOperations
 from inference_service.layers.operations import (
     NativeOperations,
     Operations,
@@ -24,6 +26,7 @@ from inference_service.lora.torch_backend import TorchLora
 from inference_service.lora.triton_backend import TritonLora
 from inference_service.models.config import ModelConfig
 from shared.faults import SettingsInvalid
+from shared.private import open_folder
 from shared.settings import InferenceSettings
 
 
@@ -50,6 +53,7 @@ def choose_backend(settings: InferenceSettings, config: ModelConfig) -> Backend:
     dtype = _dtype(settings, config, device)
     dims, groups = config.dims, config.groups
     if _uses_triton(settings, device):
+        _refuse_deterministic(settings, "triton kernels")
         return Backend(
             device,
             dtype,
@@ -59,10 +63,20 @@ def choose_backend(settings: InferenceSettings, config: ModelConfig) -> Backend:
         )
     ops, how = _native(settings, config, dtype) if device.type == "cpu" else (None, "torch operations")
     if ops is not None:
-        operations = NativeOperations(ops, dims)
+        operations = (DeterministicOperations if settings.deterministic else NativeOperations)(ops, dims)
         return Backend(device, dtype, operations, lambda: NativeLora(ops, groups, dims.num_layers), how)
+    _refuse_deterministic(settings, how)
     plain = TorchOperations(dims, dtype, device, config.windows)
     return Backend(device, dtype, plain, lambda: TorchLora(groups, device), how)
+
+
+def _refuse_deterministic(settings: InferenceSettings, how: str) -> None:
+    if settings.deterministic:
+        raise SettingsInvalid(
+            f"LORAMUX_DETERMINISTIC=true needs a CPU and compiled operations, found {how}, whose rows may "
+            "depend on each other. Set it to false; or LORAMUX_DEVICE=cpu, LORAMUX_BACKEND=auto and "
+            "LORAMUX_NATIVE=true, with a C++ compiler."
+        )
 
 
 def _device(settings: InferenceSettings) -> torch.device:
@@ -105,4 +119,21 @@ def _uses_triton(settings: InferenceSettings, device: torch.device) -> bool:
         raise SettingsInvalid(
             f"LORAMUX_BLOCK_SIZE={settings.block_size}: the triton backend takes {MIN_BLOCK_SIZE} or more."
         )
+    if wanted and device.type == "cuda":
+        check_triton_cache()
     return wanted
+
+
+def check_triton_cache() -> None:
+    """Refuse to let Triton run what somebody else may have put into its cache, which it trusts.
+
+    Raises:
+        SettingsInvalid: the folder is not safe from others.
+    """
+    folder = Path(os.environ.get("TRITON_CACHE_DIR") or "~/.triton/cache").expanduser().resolve()
+    why = open_folder(folder)
+    if why is not None:
+        raise SettingsInvalid(
+            f"TRITON_CACHE_DIR={folder}: it {why}, and what lies there is run. Name a folder that nobody else "
+            "can write to, or remove this one."
+        )

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from inference_service.kernels.cpu.build import load
 from inference_service.kernels.cpu.ops import ADAPTER_FIELDS, BLOCK, Chunks, CpuOps, Table, pack_a, pack_b
+from inference_service.kernels.rows import Activation
+from inference_service.layers.operations import ACTIVATIONS
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1.2e-2}
 DTYPES = [torch.float32, torch.bfloat16]
@@ -94,7 +96,7 @@ def test_attention_over_a_paged_cache(
         parts = [
             part.view(end, -1, dim) for part in torch.split(fused, [heads * dim, kv * dim, kv * dim], dim=1)
         ]
-        ops.rope_write(*parts, cos, sin, cache_rows, keys, values)
+        ops.rope_write(parts[0], parts[1], parts[2], cos, sin, cache_rows, keys, values)
         contexts.append((row, length, end, blocks))
         queries.append(q[end - length :])
         expected.append(_attend(q[end - length :], k, v, window, softcap))
@@ -162,15 +164,80 @@ def test_norm_adds_and_normalises(library: object, dtype: torch.dtype, width: in
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_norm_takes_weights_in_turn(library: object, dtype: torch.dtype) -> None:
+    """As heads of queries and keys do, which have weights of their own."""
+    torch.manual_seed(3)
+    ops = CpuOps(library, dtype)  # type: ignore[arg-type]
+    heads, weight = torch.randn(35, 24).to(dtype), torch.randn(5, 24).to(dtype)
+    expected = torch.nn.functional.rms_norm(heads.double(), (24,), None, 1e-5)
+    expected *= 1 + weight.double().repeat(7, 1)
+    assert _error(ops.rms_norm(heads, None, weight, 1e-5, offset=1.0), expected) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", [1536, 50])
-def test_silu_mul(library: object, dtype: torch.dtype, width: int) -> None:
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+def test_gated(library: object, dtype: torch.dtype, width: int, activation: Activation) -> None:
     """Also where the gate is far out on either side."""
     torch.manual_seed(width)
     ops = CpuOps(library, dtype)  # type: ignore[arg-type]
     gate_up = torch.randn(9, 2 * width).to(dtype) * 3
     gate_up[0, :4] = torch.tensor([200.0, -200.0, 0.0, 88.0])
     gate, up = gate_up.double().chunk(2, dim=1)
-    assert _error(ops.silu_mul(gate_up), torch.nn.functional.silu(gate) * up) < TOLERANCE[dtype]
+    assert _error(ops.gated(gate_up, activation), ACTIVATIONS[activation](gate) * up) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("window", "softcap"), [(0, 0.0), (24, 0.0), (100, 5.0)])
+@pytest.mark.parametrize("group", [1, 3])
+def test_what_a_row_attends_to_does_not_depend_on_the_others(
+    library: object, dtype: torch.dtype, window: int, softcap: float, group: int
+) -> None:
+    """Bit for bit: every row of a prompt of 150, in one chunk, in chunks of 7, and alone."""
+    torch.manual_seed(group)
+    ops = CpuOps(library, dtype)  # type: ignore[arg-type]
+    kv, dim, rows = 2, 40, 150
+    keys, values = ops.new_cache(kv, 10 * BLOCK, dim)
+    parts = [torch.randn(rows, heads, dim).to(dtype) for heads in (kv * group, kv, kv)]
+    fused = torch.cat(parts, dim=1)
+    q, k, v = torch.split(fused, [kv * group, kv, kv], dim=1)
+    ops.rope_write(q, k, v, torch.ones(rows, dim), torch.zeros(rows, dim), torch.arange(rows), keys, values)
+
+    def attended(length: int) -> Tensor:
+        starts = range(0, rows, length)
+        contexts = [
+            (start, min(length, rows - start), min(start + length, rows), [*range(10)]) for start in starts
+        ]
+        chunks = Chunks.make(contexts)
+        return ops.attention(q, chunks, keys, values, group, dim**-0.5, softcap, window)
+
+    whole = attended(rows)
+    for length in (1, 7, 64):
+        assert torch.equal(attended(length), whole)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("threads", [1, 2])
+def test_what_an_adapter_adds_to_a_row_does_not_depend_on_the_others(
+    library: object, dtype: torch.dtype, threads: int
+) -> None:
+    """Bit for bit: in a segment of 70 rows, and alone."""
+    torch.manual_seed(0)
+    ops = CpuOps(library, dtype)  # type: ignore[arg-type]
+    ops.threads = threads
+    x, a, b = (torch.randn(*shape).to(dtype) for shape in ((70, 1000), (13, 1000), (13, 300)))
+    packed = pack_a(a, ops.units), pack_b(b, ops.units)
+    fields = [packed[0].data_ptr(), 13, 1, 13, packed[1].data_ptr(), 0, 300, *[0] * 8]
+    table = Table(np.array([fields], dtype=np.int64))
+
+    def added(x: Tensor) -> Tensor:
+        out = torch.zeros(len(x), 300, dtype=dtype)
+        segments = Table(np.array([[0, 0, len(x)]], dtype=np.int64))
+        ops.lora(x, out, table, segments, torch.empty(len(x), 13))
+        return out
+
+    assert torch.equal(torch.cat([added(row) for row in torch.split(x, 1)]), added(x))
+    assert torch.equal(torch.cat([added(rows) for rows in torch.split(x, 6)]), added(x))
 
 
 def test_without_a_compiler_it_says_so(tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from inference_service.kernels.sampling import RowParams, SamplingTables, pack_rows, plan, reference, sample
+from inference_service.kernels.sampling import (
+    RowParams,
+    SamplingTables,
+    draw,
+    pack_rows,
+    plan,
+    reference,
+    sample,
+)
 from inference_service.kernels.sampling.launch import SHIFTS
 from inference_service.kernels.sampling.triton_kernels import _noise, _threshold
 
@@ -88,6 +96,31 @@ def test_draws_are_those_of_the_reference(vocab: int, dtype: torch.dtype, device
     rows = [RowParams(), RowParams(1.0, seed=5), RowParams(0.3, seed=5, num_generated=1), *FILTERED]
     logits = guarded(len(rows) + 1, vocab, dtype, device)
     assert drawn(logits, rows) == [*reference.sample(logits.cpu(), rows).tolist(), UNTOUCHED]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_host_draws_what_the_kernels_draw(dtype: torch.dtype, device: str) -> None:
+    """The same token of the same logits for 24 requests of all kinds, and both that of the reference."""
+    kinds = [
+        RowParams(),
+        RowParams(1.0),
+        RowParams(0.2),
+        *FILTERED,
+        RowParams(0.9, top_k=40, top_p=0.95),
+        RowParams(1.0, top_k=40, min_p=0.3),
+        RowParams(3.0, top_p=0.99),
+        RowParams(1.0, top_p=1e-9),
+    ]
+    rows = [
+        replace(kinds[index % len(kinds)], seed=index * 0x9E3779B97F4A7C15 - 2**63, num_generated=index)
+        for index in range(24)
+    ]
+    logits = guarded(len(rows), 999, dtype, device)
+    logits[::4] = logits[::4].round()  # ties within and around every threshold
+    logits[::5, ::3] = -torch.inf
+    on_host = [draw(row.numpy(), params) for row, params in zip(logits.float().cpu(), rows, strict=True)]
+    assert on_host == reference.sample(logits.cpu(), rows).tolist()
+    assert on_host == drawn(logits, rows)
 
 
 @triton.jit

@@ -299,7 +299,7 @@ def _ready(world: tuple[World, MemoryStore], depth: int, **settings: object) -> 
 
 
 @pytest.mark.parametrize("prefix_cache", [True, False])
-@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0, "seed": 3}], ids=["greedy", "drawn"])
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0, "seed": 5}], ids=["greedy", "drawn"])
 def test_the_torch_runner_gives_the_same_tokens_at_both_depths(
     world: tuple[World, MemoryStore], prefix_cache: bool, sampling: dict[str, float]
 ) -> None:

@@ -1,4 +1,9 @@
-"""Compiles ops.cpp once per source, compiler and processor, and loads it."""
+"""Compiles ops.cpp once per source, compiler and processor, and loads it.
+
+What is kept is code that runs as this process, so it is taken only from a folder and a file that nobody else
+could have written, and only whole: a file is the sha256 of a library, and the library. It is loaded from a copy
+in a folder of this process alone, so that what was checked is what runs.
+"""
 
 from __future__ import annotations
 
@@ -8,16 +13,20 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 import tempfile
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch  # noqa: F401 - loads the OpenMP runtime that the operations are to share
+from inference_service.kernels.cpu.check import first_wrong  # and torch, whose OpenMP runtime is to be shared
+from shared.private import private_folder, read_private
 
 SOURCE = Path(__file__).with_name("ops.cpp")
-FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-shared", "-fPIC")
+FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-std=c++17", "-fopenmp", "-shared", "-fPIC")
 COMPILERS = ("c++", "g++", "clang++")
 TIMEOUT_S = 120
+DIGEST_SIZE = hashlib.sha256().digest_size
 
 
 @dataclass(frozen=True)
@@ -30,34 +39,71 @@ class Built:
 
 
 def load(cache_dir: Path) -> Built:
-    """Return the compiled operations; the library is kept in cache_dir."""
+    """Return the compiled operations, once they compute what they should; they are kept in cache_dir."""
     compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", ""), *COMPILERS))), None)
     if compiler is None:
         return Built(None, "torch operations (no C++ compiler found)")
-    target = cache_dir / f"ops-{_key(compiler)}.so"
     try:
-        if not target.exists():
-            _compile(compiler, target)
-        return Built(ctypes.CDLL(str(target)), f"compiled with {Path(compiler).name}")
+        return _load(compiler, cache_dir)
     except subprocess.CalledProcessError as error:
-        lines = error.stderr.strip().splitlines() or ["no message"]
-        return Built(None, f"torch operations ({Path(compiler).name} failed: {lines[0][:160]})")
+        lines = error.stderr.strip().splitlines() or [f"status {error.returncode}"]
+        return Built(None, f"torch operations ({Path(error.cmd[0]).name} failed: {lines[0][:160]})")
     except (OSError, subprocess.TimeoutExpired) as error:
         return Built(None, f"torch operations (cannot compile: {type(error).__name__})")
 
 
-def _compile(compiler: str, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        made = Path(folder) / "ops.so"
-        subprocess.run(  # noqa: S603 - our own source and flags, the operator's compiler
-            [compiler, *FLAGS, str(SOURCE), "-o", str(made)],
-            check=True,
-            capture_output=True,
-            text=True,
-            timeout=TIMEOUT_S,
-        )
+def _load(compiler: str, cache_dir: Path) -> Built:
+    why_not_kept = private_folder(cache_dir)
+    kept = cache_dir / f"ops-{_key(compiler)}.sealed"
+    code = None if why_not_kept else _opened(read_private(kept))
+    writable = not why_not_kept and os.access(cache_dir, os.W_OK)
+    with tempfile.TemporaryDirectory(dir=cache_dir if writable else None) as folder:
+        library = Path(folder) / "ops.so"
+        if code is None:
+            _compile(compiler, library)
+            _try_out(library)
+            if writable:
+                _keep(library.read_bytes(), Path(folder) / kept.name, kept)
+        else:
+            library.write_bytes(code)
+        loaded = ctypes.CDLL(str(library))
+    wrong = first_wrong(loaded)
+    if wrong is not None:
+        return Built(None, f"torch operations (the compiled {wrong} computes something else)")
+    unkept = f", not kept: {cache_dir} {why_not_kept}" if why_not_kept else ""
+    return Built(loaded, f"compiled with {Path(compiler).name}{unkept}")
+
+
+def _keep(code: bytes, made: Path, target: Path) -> None:
+    """Put a library where the next start finds it, if that is possible."""
+    with suppress(OSError):
+        made.touch(mode=0o600)
+        made.write_bytes(_sealed(code))
         made.replace(target)
+
+
+def _sealed(code: bytes) -> bytes:
+    return hashlib.sha256(code).digest() + code
+
+
+def _opened(sealed: bytes | None) -> bytes | None:
+    """Return the library of a file that is whole."""
+    code = None if sealed is None else sealed[DIGEST_SIZE:]
+    return code if code is not None and sealed == _sealed(code) else None
+
+
+def _compile(compiler: str, target: Path) -> None:
+    _run([compiler, *FLAGS, str(SOURCE), "-o", str(target)])
+
+
+def _try_out(library: Path) -> None:
+    """Run every operation in a process of its own, which an instruction that the processor lacks would end."""
+    _run([sys.executable, "-W", "ignore", "-m", first_wrong.__module__, str(library)])
+
+
+def _run(command: list[str]) -> None:
+    # our own source, flags and module; the operator's compiler
+    subprocess.run(command, check=True, capture_output=True, text=True, timeout=TIMEOUT_S)  # noqa: S603
 
 
 def _key(compiler: str) -> str:

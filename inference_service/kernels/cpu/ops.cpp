@@ -13,7 +13,7 @@
 #include <cstring>
 #include <vector>
 #include <omp.h>
-#ifdef __AVX512BF16__
+#ifdef __FMA__
 #include <immintrin.h>
 #endif
 
@@ -34,6 +34,24 @@ template <class V> inline void store(void* p, V v) { std::memcpy(p, &v, sizeof v
 inline vf splat(float x) { return vf{} + x; }
 inline vf floats(vu u) { vf f; std::memcpy(&f, &u, sizeof f); return f; }
 inline vu bits(vf f) { vu u; std::memcpy(&u, &f, sizeof u); return u; }
+
+// acc + a * b, said aloud: left to the compiler (-ffp-contract), it is one rounding in one loop and two in another, and
+// what a row gives would depend on how many rows are computed together.
+inline vf multiply_add(vf acc, vf a, vf b) {
+#if defined(__AVX512F__)
+  __m512 r, x, y; std::memcpy(&r, &acc, 64); std::memcpy(&x, &a, 64); std::memcpy(&y, &b, 64);
+  r = _mm512_fmadd_ps(x, y, r);
+  std::memcpy(&acc, &r, 64);
+  return acc;
+#elif defined(__FMA__)
+  __m256 r[2], x[2], y[2]; std::memcpy(r, &acc, 64); std::memcpy(x, &a, 64); std::memcpy(y, &b, 64);
+  for (int i = 0; i < 2; ++i) r[i] = _mm256_fmadd_ps(x[i], y[i], r[i]);
+  std::memcpy(&acc, r, 64);
+  return acc;
+#else
+  return acc + a * b;
+#endif
+}
 
 struct bf16 { uint16_t raw; };
 
@@ -58,7 +76,7 @@ inline void store16(bf16* p, vf x) {
 template <class T> struct Unit;
 template <> struct Unit<float> {
   static constexpr int P = 1;
-  static inline vf fma(vf acc, vu a, vu b) { return acc + floats(a) * floats(b); }
+  static inline vf fma(vf acc, vu a, vu b) { return multiply_add(acc, floats(a), floats(b)); }
 };
 template <> struct Unit<bf16> {
   static constexpr int P = 2;
@@ -70,8 +88,8 @@ template <> struct Unit<bf16> {
     std::memcpy(&acc, &r, 64);
     return acc;
 #else
-    acc += floats(a << 16) * floats(b << 16);
-    return acc + floats(a & 0xffff0000u) * floats(b & 0xffff0000u);
+    acc = multiply_add(acc, floats(a << 16), floats(b << 16));
+    return multiply_add(acc, floats(a & 0xffff0000u), floats(b & 0xffff0000u));
 #endif
   }
 };
@@ -88,18 +106,14 @@ inline int round_up(int x, int to) { return (x + to - 1) / to * to; }
 inline vf exp16(vf x) {
   vf low = splat(-87.0f);
   x = x < low ? low : x;
-  vf t = x * 1.44269504088896341f;
   vf magic = splat(12582912.0f);
-  vf n = (t + magic) - magic;
-  vf r = x - n * 0.693359375f;
-  r = r + n * 2.12194440e-4f;
+  vf n = (x * 1.44269504088896341f + magic) - magic;
+  vf r = multiply_add(x, n, splat(-0.693359375f));
+  r = multiply_add(r, n, splat(2.12194440e-4f));
   vf p = splat(1.9875691500e-4f);
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
+  for (float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f})
+    p = multiply_add(splat(c), p, r);
+  p = multiply_add(r + 1.0f, p * r, r);
   vi e = (__builtin_convertvector(n, vi) + 127) << 23;
   vf scale; std::memcpy(&scale, &e, 64);
   return p * scale;
@@ -331,7 +345,8 @@ void attend(const T* const* q, int rows, const int64_t* from, const int64_t* to,
     std::memset(acc[i], 0, padded * sizeof(float));
     first = std::min(first, from[i]); last = std::max(last, to[i]);
   }
-  for (int64_t start = first / BLOCK * BLOCK; start < last; start += SPAN) {
+  // From a multiple of SPAN, so that a row is rescaled at the same positions whichever rows share its tile.
+  for (int64_t start = first / SPAN * SPAN; start < last; start += SPAN) {
     const int spans = int(std::min<int64_t>(SPAN, round_up(int(last - start), BLOCK))) / BLOCK;
     float s[TALL][SPAN];
     for (int b = 0; b < spans; ++b) {
@@ -465,11 +480,13 @@ void rope_write(T* q, T* k, const T* v, int64_t ld, int64_t rows, int64_t heads,
   });
 }
 
-// hidden += delta where there is one; out = hidden / rms(hidden) * (offset + weight).
+// hidden += delta where there is one; out = hidden / rms(hidden) * (offset + weight), where the rows take the
+// weights [weights][width] in turn.
 template <class T>
-void rms_norm(T* hidden, const T* delta, const T* weight, T* out, int64_t rows, int64_t width, float eps,
-              float offset, int64_t threads) {
+void rms_norm(T* hidden, const T* delta, const T* first, int64_t weights, T* out, int64_t rows, int64_t width,
+              float eps, float offset, int64_t threads) {
   each(rows, rows < 16 ? 1 : int(threads), [=](int64_t row) {
+    const T* weight = first + row % weights * width;
     T* h = hidden + row * width;
     T* to = out + row * width;
     vf squares = {};
@@ -478,7 +495,7 @@ void rms_norm(T* hidden, const T* delta, const T* weight, T* out, int64_t rows, 
     for (; i + LANES <= width; i += LANES) {
       vf x = load16(h + i);
       if (delta) { store16(h + i, x + load16(delta + row * width + i)); x = load16(h + i); }
-      squares += x * x;
+      squares = multiply_add(squares, x, x);
     }
     for (; i < width; ++i) {
       if (delta) narrow(h[i], widen(h[i]) + widen(delta[row * width + i]));
@@ -491,25 +508,27 @@ void rms_norm(T* hidden, const T* delta, const T* weight, T* out, int64_t rows, 
   });
 }
 
-// out[row] = silu(gate) * up for in[row] = gate then up, each of width columns.
-template <class T> void silu_mul(const T* in, T* out, int64_t rows, int64_t width, int64_t threads) {
+// out[row] = act(gate) * up for in[row] = gate then up, each of width columns; act(x) = x * sigmoid(a(x)), with
+// a(x) = x for SiLU, and for GELU by tanh sqrt(8 / pi) * (x + 0.044715 x^3).
+template <class T, bool GELU> void gated(const T* in, T* out, int64_t rows, int64_t width, int64_t threads) {
   each(rows, rows < 8 ? 1 : int(threads), [=](int64_t row) {
     const T *gate = in + row * 2 * width, *up = gate + width;
     T* to = out + row * width;
     int64_t i = 0;
     for (; i + LANES <= width; i += LANES) {
       vf g = load16(gate + i);
-      vf magnitude = g < 0 ? g : -g;
-      vf e = exp16(magnitude);                               // e^-|g|
-      vf sigmoid = (g < 0 ? e : splat(1.0f)) / (e + 1.0f);
+      vf a = GELU ? (g + g * g * g * 0.044715f) * 1.5957691216f : g;
+      vf magnitude = a < 0 ? a : -a;
+      vf e = exp16(magnitude);                               // e^-|a|
+      vf sigmoid = (a < 0 ? e : splat(1.0f)) / (e + 1.0f);
       T rounded[LANES];
       store16(rounded, g * sigmoid);
       store16(to + i, load16(rounded) * load16(up + i));
     }
     for (; i < width; ++i) {
       T rounded;
-      const float g = widen(gate[i]);
-      narrow(rounded, g / (1.0f + std::exp(-g)));
+      const float g = widen(gate[i]), a = GELU ? (g + g * g * g * 0.044715f) * 1.5957691216f : g;
+      narrow(rounded, g / (1.0f + std::exp(-a)));
       narrow(to[i], widen(rounded) * widen(up[i]));
     }
   });
@@ -537,12 +556,15 @@ template <class T> void silu_mul(const T* in, T* out, int64_t rows, int64_t widt
     rope_write<T>((T*)q, (T*)k, (const T*)v, ld, rows, heads, kv_heads, dim, rotary, (const float*)cos,               \
                   (const float*)sin, (const int64_t*)cache_rows, (T*)keys, (T*)values, num_blocks, threads);          \
   }                                                                                                                   \
-  extern "C" void rms_norm_##SUFFIX(void* hidden, const void* delta, const void* weight, void* out, int64_t rows,     \
-                                    int64_t width, float eps, float offset, int64_t threads) {                        \
-    rms_norm<T>((T*)hidden, (const T*)delta, (const T*)weight, (T*)out, rows, width, eps, offset, threads);           \
+  extern "C" void rms_norm_##SUFFIX(void* hidden, const void* delta, const void* weight, int64_t weights, void* out,  \
+                                    int64_t rows, int64_t width, float eps, float offset, int64_t threads) {          \
+    rms_norm<T>((T*)hidden, (const T*)delta, (const T*)weight, weights, (T*)out, rows, width, eps, offset, threads);  \
   }                                                                                                                   \
-  extern "C" void silu_mul_##SUFFIX(const void* in, void* out, int64_t rows, int64_t width, int64_t threads) {        \
-    silu_mul<T>((const T*)in, (T*)out, rows, width, threads);                                                         \
+  extern "C" void silu_##SUFFIX(const void* in, void* out, int64_t rows, int64_t width, int64_t threads) {            \
+    gated<T, false>((const T*)in, (T*)out, rows, width, threads);                                                     \
+  }                                                                                                                   \
+  extern "C" void gelu_tanh_##SUFFIX(const void* in, void* out, int64_t rows, int64_t width, int64_t threads) {       \
+    gated<T, true>((const T*)in, (T*)out, rows, width, threads);                                                      \
   }
 
 EXPORT(float, float32)

@@ -14,6 +14,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from inference_service.kernels.rows import Activation
+
 BLOCK = 16
 """Positions of a cache block in the compiled attention; the engine's blocks are multiples of it."""
 MAX_HEAD_DIM = 512
@@ -23,8 +25,9 @@ _SIGNATURES = {
     "lora": "piipippipii",
     "attention": "pippippiiiiffii",
     "rope_write": "pppiiiiiipppppii",
-    "rms_norm": "ppppiiffi",
-    "silu_mul": "ppiii",
+    "rms_norm": "pppipiiffi",
+    "silu": "ppiii",
+    "gelu_tanh": "ppiii",
 }
 """Argument types of each operation: pointer, int64, float."""
 
@@ -70,7 +73,7 @@ class CpuOps:
             function.argtypes, function.restype = [_TYPES[letter] for letter in _SIGNATURES[name]], None
         self._lora, self._attention = functions["lora"], functions["attention"]
         self._rope_write, self._rms_norm = functions["rope_write"], functions["rms_norm"]
-        self._silu_mul = functions["silu_mul"]
+        self._gated = {"silu": functions["silu"], "gelu_tanh": functions["gelu_tanh"]}
 
     def lora(
         self,
@@ -137,19 +140,23 @@ class CpuOps:
     def rms_norm(
         self, hidden: Tensor, delta: Tensor | None, weight: Tensor, eps: float, offset: float = 0.0
     ) -> Tensor:
-        """Add delta to hidden [T, width] in place, and return the normalised rows times (offset + weight)."""
+        """Add delta to hidden [T, width] in place, and return the normalised rows times (offset + weight).
+
+        The rows take the weights [width] or [weights, width] in turn.
+        """
         out = torch.empty_like(hidden)
         self._rms_norm(
-            hidden.data_ptr(), None if delta is None else delta.data_ptr(), weight.data_ptr(), out.data_ptr(),
-            hidden.shape[0], hidden.shape[1], eps, offset, self.threads,
+            hidden.data_ptr(), None if delta is None else delta.data_ptr(), weight.data_ptr(),
+            weight.numel() // hidden.shape[1], out.data_ptr(), hidden.shape[0], hidden.shape[1], eps, offset,
+            self.threads,
         )  # fmt: skip
         return out
 
-    def silu_mul(self, gate_up: Tensor) -> Tensor:
-        """Return silu(gate) * up [T, width] of gate_up [T, 2 * width]."""
+    def gated(self, gate_up: Tensor, activation: Activation) -> Tensor:
+        """Return activation(gate) * up [T, width] of gate_up [T, 2 * width]."""
         rows, both = gate_up.shape
         out = torch.empty(rows, both // 2, dtype=gate_up.dtype)
-        self._silu_mul(gate_up.data_ptr(), out.data_ptr(), rows, both // 2, self.threads)
+        self._gated[activation](gate_up.data_ptr(), out.data_ptr(), rows, both // 2, self.threads)
         return out
 
     def new_cache(self, kv_heads: int, num_rows: int, dim: int) -> tuple[Tensor, Tensor]:

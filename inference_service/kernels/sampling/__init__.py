@@ -8,13 +8,14 @@
 Temperature, then min-p, then top-k, then top-p on what is left, then an exponential race (Gumbel-max): the
 token of the largest logit / temperature + noise wins, and without a temperature the one of the largest logit,
 the lowest on ties. The noise is a function of the request's seed, the number of its tokens and the token, so
-that a draw is the same, bit for bit, in any company. What else changes logits (bias, penalties, grammars) comes
-before.
+that a draw is the same, bit for bit, in any company; ``host.draw`` draws the same on a CPU. What else changes
+logits (bias, penalties, grammars) comes before.
 
 This package needs torch alone; Triton is imported at the first launch.
 """
 
+from inference_service.kernels.sampling.host import draw
 from inference_service.kernels.sampling.launch import plan, sample
 from inference_service.kernels.sampling.layout import RowParams, SamplingTables, pack_rows
 
-__all__ = ["RowParams", "SamplingTables", "pack_rows", "plan", "sample"]
+__all__ = ["RowParams", "SamplingTables", "draw", "pack_rows", "plan", "sample"]

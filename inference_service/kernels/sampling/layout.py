@@ -60,6 +60,16 @@ class RowParams:
             return Kind.GREEDY
         return Kind.FILTERED if self.top_k or self.top_p < 1.0 or self.min_p else Kind.RACE
 
+    @property
+    def sharpness(self) -> float:
+        """What logits are multiplied with; 0 for a greedy row."""
+        return min(1.0 / self.temperature, MAX_SHARPNESS) if self.temperature else 0.0
+
+    @property
+    def span(self) -> float:
+        """How far below the largest logit the smallest may be that min-p lets pass."""
+        return -self.temperature * math.log(self.min_p) if self.min_p else math.inf
+
 
 def pack_rows(
     capacity: int, rows: Sequence[RowParams], *, out: npt.NDArray[np.int32] | None = None
@@ -87,22 +97,13 @@ def pack_rows(
 def _fields(row: RowParams) -> tuple[int, float, int, float, float, int, int]:
     return (
         row.kind,
-        _sharpness(row.temperature),
+        row.sharpness,
         min(row.top_k, ALL) or ALL,
         row.top_p,
-        _span(row),
+        row.span,
         row.seed % 2**64,
         row.num_generated,
     )
-
-
-def _sharpness(temperature: float) -> float:
-    return min(1.0 / temperature, MAX_SHARPNESS) if temperature else 0.0
-
-
-def _span(row: RowParams) -> float:
-    """How far below the largest logit the smallest may be that min-p lets pass."""
-    return -row.temperature * math.log(row.min_p) if row.min_p else math.inf
 
 
 @dataclass(frozen=True)

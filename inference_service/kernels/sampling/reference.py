@@ -9,6 +9,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from inference_service.kernels.sampling.host import philox
 from inference_service.kernels.sampling.layout import RowParams
 
 
@@ -41,24 +42,6 @@ def noise(params: RowParams, vocab: int) -> npt.NDArray[np.float64]:
     )
     bits = np.stack(words, axis=1).reshape(-1)[:vocab]
     return -np.log(-np.log1p(-(bits + 0.5) / 2**32))
-
-
-def philox(
-    counter: Sequence[npt.NDArray[np.uint64]], key: tuple[int, int], rounds: int = 10
-) -> list[npt.NDArray[np.uint64]]:
-    """Philox-4x32: four words of 32 bits per counter of four words.
-
-    Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011).
-    """
-    c0, c1, c2, c3 = counter
-    k0, k1 = key
-    low = np.uint64(2**32 - 1)
-    for _ in range(rounds):
-        a, b = c0 * np.uint64(0xD2511F53), c2 * np.uint64(0xCD9E8D57)
-        c0, c1 = (b >> np.uint64(32)) ^ c1 ^ np.uint64(k0), b & low
-        c2, c3 = (a >> np.uint64(32)) ^ c3 ^ np.uint64(k1), a & low
-        k0, k1 = (k0 + 0x9E3779B9) % 2**32, (k1 + 0xBB67AE85) % 2**32
-    return [c0, c1, c2, c3]
 
 
 def _draw(logits: Tensor, params: RowParams) -> int:

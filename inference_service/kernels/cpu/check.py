@@ -1,0 +1,95 @@
+"""Whether a compiled library computes what it should: every operation once, in both dtypes, against torch.
+
+``python -m inference_service.kernels.cpu.check LIBRARY`` tries one out without risk for who asks.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from collections.abc import Callable
+from typing import Final
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import gelu, rms_norm, scaled_dot_product_attention, silu
+
+from inference_service.kernels.cpu.ops import BLOCK, Chunks, CpuOps, Table, pack_a, pack_b
+
+TOLERANCE: Final = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
+"""Of the norm of the difference, relative."""
+HEADS, KV_HEADS, DIM, ROWS = 4, 2, 24, 19
+Pair = tuple[Tensor, Tensor]
+"""What an operation gave, and what it should."""
+
+
+def first_wrong(library: ctypes.CDLL) -> str | None:
+    """Return the name of an operation that is missing or computes something else; None if all are right."""
+    checks: dict[str, Callable[[CpuOps, torch.Generator], Pair]] = {
+        "rms_norm": _norm, "silu": _silu, "gelu_tanh": _gelu, "lora": _lora, "attention": _attention,
+    }  # fmt: skip
+    for dtype, tolerance in TOLERANCE.items():
+        try:
+            ops = CpuOps(library, dtype)
+        except AttributeError:
+            return "library"
+        for name, check in checks.items():
+            found, expected = check(ops, torch.Generator().manual_seed(0))
+            error = (found.double() - expected.double()).norm() / expected.double().norm()
+            if not error < tolerance:
+                return name
+    return None
+
+
+def _random(ops: CpuOps, generator: torch.Generator, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=generator).to(ops.dtype)
+
+
+def _norm(ops: CpuOps, generator: torch.Generator) -> Pair:
+    hidden, delta, weight = (_random(ops, generator, *shape) for shape in ((4, 40), (4, 40), (2, 40)))
+    expected = rms_norm((hidden + delta).double(), (40,), None, 1e-6) * (weight.double().repeat(2, 1) + 1)
+    return ops.rms_norm(hidden, delta, weight, 1e-6, 1.0), expected
+
+
+def _silu(ops: CpuOps, generator: torch.Generator) -> Pair:
+    both = _random(ops, generator, 3, 2 * 40)
+    gate, up = both.double().chunk(2, dim=1)
+    return ops.gated(both, "silu"), silu(gate) * up
+
+
+def _gelu(ops: CpuOps, generator: torch.Generator) -> Pair:
+    both = _random(ops, generator, 3, 2 * 40)
+    gate, up = both.double().chunk(2, dim=1)
+    return ops.gated(both, "gelu_tanh"), gelu(gate, approximate="tanh") * up
+
+
+def _lora(ops: CpuOps, generator: torch.Generator) -> Pair:
+    x, a, b = (_random(ops, generator, *shape) for shape in ((ROWS, 40), (5, 40), (5, 24)))
+    packed = pack_a(a, ops.units), pack_b(b, ops.units)
+    adapter = [packed[0].data_ptr(), 5, 1, 5, packed[1].data_ptr(), 0, 24, *[0] * 8]
+    out = torch.zeros(ROWS, 24, dtype=ops.dtype)
+    segments = Table(np.array([[0, 0, ROWS]], dtype=np.int64))
+    ops.lora(x, out, Table(np.array([adapter], dtype=np.int64)), segments, torch.empty(ROWS, 5))
+    return out, x.double() @ a.double().t() @ b.double()
+
+
+def _attention(ops: CpuOps, generator: torch.Generator) -> Pair:
+    """Rotated by nothing, so that writing the cache and reading it are seen together."""
+    q, k, v = (_random(ops, generator, ROWS, heads, DIM) for heads in (HEADS, KV_HEADS, KV_HEADS))
+    fused = torch.cat([q, k, v], dim=1)
+    keys, values = ops.new_cache(KV_HEADS, 3 * BLOCK, DIM)
+    rows = torch.tensor([(2 - at // BLOCK) * BLOCK + at % BLOCK for at in range(ROWS)])
+    parts = torch.split(fused, [HEADS, KV_HEADS, KV_HEADS], dim=1)
+    still = torch.ones(ROWS, DIM), torch.zeros(ROWS, DIM)
+    ops.rope_write(parts[0], parts[1], parts[2], *still, rows, keys, values)
+    chunks = Chunks.make([(0, ROWS, ROWS, [2, 1])])
+    found = ops.attention(parts[0].contiguous(), chunks, keys, values, HEADS // KV_HEADS, DIM**-0.5, 0.0, 0)
+    q, k, v = (part.double().transpose(0, 1) for part in (q, k, v))
+    expected = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    return found, expected.transpose(0, 1).reshape(ROWS, HEADS * DIM)
+
+
+if __name__ == "__main__":
+    wrong = first_wrong(ctypes.CDLL(sys.argv[1]))
+    sys.exit(None if wrong is None else f"the compiled {wrong} computes something else")

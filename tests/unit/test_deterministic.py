@@ -1,0 +1,164 @@
+"""LORAMUX_DETERMINISTIC: the same answer, bit for bit, whatever happens around a request."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import Gemma2Config, LlamaConfig, PreTrainedConfig, Qwen3Config
+
+from inference_service.core.sampling import SamplingParams
+from inference_service.core.sequence import Sequence, Token
+from inference_service.layers.deterministic import agreeing_sizes
+from inference_service.layers.linear import SIZES as ROWS
+from inference_service.layers.linear import in_pieces
+from inference_service.serving.startup import Ready
+from shared.faults import SettingsInvalid
+from shared.storage.memory import MemoryStore
+from tests.tiny import ADAPTERS, SIZES, VOCAB, World, make_world_of
+
+NEW = 10
+MODELS = ("base", *ADAPTERS)
+WINDOWED = {"head_dim": 16, "num_hidden_layers": 2, "sliding_window": 24}
+FAMILIES: dict[str, PreTrainedConfig] = {
+    "llama": LlamaConfig(**SIZES),
+    "qwen3": Qwen3Config(**SIZES | {"head_dim": 16}),
+    "gemma2": Gemma2Config(
+        **SIZES | WINDOWED | {"tie_word_embeddings": True},
+        attn_logit_softcapping=2.0,
+        final_logit_softcapping=3.0,
+    ),
+}
+Asked = list[tuple[str, list[int]]]
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def world(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[World, MemoryStore]:
+    """A family with everything in it that a row could get from another."""
+    world = make_world_of(tmp_path_factory.mktemp("world"), FAMILIES[request.param], ADAPTERS)
+    store = MemoryStore()
+    world.build(store)
+    return world, store
+
+
+def loaded(world: tuple[World, MemoryStore], **settings: Any) -> Ready:
+    """A replica, or a skipped test where there is no C++ compiler."""
+    try:
+        return world[0].load(world[1], **{"deterministic": True, "prefix_cache": False} | settings)
+    except SettingsInvalid as fault:
+        if "no C++ compiler" in fault.message:
+            pytest.skip(fault.message)
+        raise
+
+
+def answers(ready: Ready, asked: Asked, **params: Any) -> list[list[Token]]:
+    """The tokens of all, asked together, with their log probabilities and those of five others."""
+    engine = ready.engine._engine
+    sampling = SamplingParams(max_tokens=NEW, logprobs=5, **params)
+    found: dict[str, list[Token]] = {}
+    for number, (model, prompt) in enumerate(asked):
+        adapter = ready.service.catalog.get(model).adapter
+        engine.add(Sequence(str(number), list(prompt), sampling, adapter))
+        found[str(number)] = []
+    while not engine.idle:
+        for output in engine.step():
+            assert output.token is not None
+            found[output.seq_id] += [*output.prompt, output.token]
+    return list(found.values())
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_nothing_around_a_request_changes_a_bit_of_its_answer(
+    world: tuple[World, MemoryStore], dtype: str
+) -> None:
+    """Alone, in a crowd, in chunks, after prefix hits and after preemption: tokens and log probabilities."""
+    draw = random.Random(5)
+    asked = [
+        (MODELS[index % 4], [draw.randrange(3, VOCAB) for _ in range(draw.randrange(1, 70))])
+        for index in range(14)
+    ]
+    quiet = loaded(world, dtype=dtype)
+    alone = [answers(quiet, [each])[0] for each in asked]
+    assert answers(quiet, asked) == alone
+    chunked = loaded(world, dtype=dtype, max_batch_tokens=24, prefix_cache=True)
+    assert answers(chunked, asked) == alone
+    assert answers(chunked, asked) == alone
+    assert chunked.engine.stats.prefix_tokens_hit > 100
+    model = chunked.engine._engine._runner._model  # type: ignore[attr-defined]
+    token_bytes = 2 * 2 * 2 * model.config.dims.head_dim * model.dtype.itemsize
+    scarce = loaded(world, dtype=dtype, kv_memory_gb=400 * token_bytes / 1e9)
+    assert answers(scarce, asked) == alone
+    assert scarce.engine.stats.preemptions > 0
+
+
+def test_scores_of_a_prompt_are_the_same_in_chunks_and_in_company(world: tuple[World, MemoryStore]) -> None:
+    """prompt_logprobs of every token, beside others and alone."""
+    draw = random.Random(6)
+    asked = [(MODELS[index % 4], [draw.randrange(3, VOCAB) for _ in range(90)]) for index in range(3)]
+    quiet = loaded(world, dtype="bfloat16")
+    alone = [answers(quiet, [each], prompt_logprobs=2)[0] for each in asked]
+    assert len(alone[0]) == 90 + NEW
+    assert answers(loaded(world, dtype="bfloat16", max_batch_tokens=40), asked, prompt_logprobs=2) == alone
+
+
+class Moody:
+    """A product whose sums differ for one row, and where a row stands at an odd place of 64."""
+
+    def __init__(self, moods: str) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self._weight = torch.randn(40, 24, generator=generator)
+        self._moods = moods
+        self.seen: list[int] = []
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return [T, 40], the same for every row but for its moods."""
+        self.seen.append(len(x))
+        out = torch.stack([self._weight @ row for row in x])
+        if len(x) == 1 and "one" in self._moods:
+            out += 1e-3
+        if len(x) == 64 and "place" in self._moods:
+            out[1::2] += 1e-3
+        return torch.rand_like(out) if "never" in self._moods else out
+
+
+def test_products_are_of_sizes_that_agree() -> None:
+    """A size that sums otherwise, or where the place counts, is left out; what remains serves any number."""
+    assert agreeing_sizes(Moody(""), 24, 40, torch.float32) == ROWS
+    moody = Moody("one place")
+    sizes = agreeing_sizes(moody, 24, 40, torch.float32)
+    assert sizes == (128, 32, 24, *range(16, 1, -1))
+    x = torch.randn(171, 24)
+    moody.seen.clear()
+    whole = in_pieces(moody, x, sizes)
+    assert moody.seen == [128, 32, 11]
+    for rows in (1, 2, 3, 64):
+        assert torch.equal(in_pieces(moody, x[5 : 5 + rows], sizes), whole[5 : 5 + rows])
+
+
+def test_a_product_has_few_numbers_of_rows() -> None:
+    """Whatever the length of a prompt: the library keeps compiled code for each of them, for good."""
+    moody = Moody("")
+    for rows in range(1, 300):
+        assert len(in_pieces(moody, torch.zeros(rows, 24), ROWS)) == rows
+    assert set(moody.seen) == set(ROWS)
+    assert len(ROWS) <= 20
+
+
+def test_a_machine_on_which_no_size_agrees_is_told() -> None:
+    """The start is refused rather than a promise broken."""
+    with pytest.raises(SettingsInvalid, match="24 x 40 depend on the place of a row"):
+        agreeing_sizes(Moody("never the same"), 24, 40, torch.float32)
+
+
+@pytest.mark.parametrize("settings", [{"native": False}, {"backend": "torch"}, {"dtype": "float16"}], ids=str)
+def test_what_cannot_keep_the_promise_is_refused_by_name(
+    world: tuple[World, MemoryStore], settings: dict[str, Any]
+) -> None:
+    """Plain torch and the GPU's kernels sum in an order that depends on the step."""
+    with pytest.raises(SettingsInvalid, match="LORAMUX_DETERMINISTIC=true needs a CPU and compiled operations"):
+        loaded(world, **settings)
