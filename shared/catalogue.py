@@ -77,6 +77,9 @@ _REFUSED: Final = (
     ("E_PREFIX", "layers of a vision, audio or encoder tower", "Train with `exclude_modules` for them."),
     ("E_MODULE", "a module that is not served, that the base does not have, or that `lora_target_modules` does "
      "not allow", "Train without it, or extend `lora_target_modules`."),
+    ("E_TARGETS", "tensors of modules that the config leaves out by `target_modules`, `layers_to_transform`, "
+     "`exclude_modules` or `modules_to_save`: PEFT drops them without a word",
+     "Correct the field that is named, or save the adapter without these tensors."),
     ("E_PAIR", "A without B, B without A, or a module twice", "Save the adapter again."),
     ("E_RANK_SHAPE", "A, B and the config disagree about the rank", "Correct `r` or `rank_pattern`."),
     ("E_DIMS", "the shapes are those of another base", "Use the base that it was trained on."),
@@ -94,7 +97,7 @@ _WARNED: Final = (
     ("W_UNDERFLOW", "more than 1 % of the values become zero in the storage type", "Build with bfloat16."),
     ("W_ALPHA", "alpha/r below 0.001 or above 64", "Look at `lora_alpha`."),
     ("W_RANK", "the config gives no rank; the tensors' is taken", "Nothing."),
-    ("W_TARGETS", "`target_modules` and the tensors name different modules; the tensors count",
+    ("W_TARGETS", "`target_modules` names modules that have no tensors, or is not given; the tensors count",
      "See that the file is the one that you mean."),
     ("W_PATTERN_ORDER", "several patterns of `alpha_pattern` match a module and say different things; the "
      "first in the file is taken, as PEFT does when it loads it, but PEFT sorts them when it saves",

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from typing import Any, Final
 
-from builder_service.domain.config_fields import ALL_LINEAR, bad_config, bad_fields, unknown_fields
+from builder_service.domain.config_fields import PATTERNED, bad_config, bad_fields, unknown_fields
 from builder_service.domain.config_rules import refusals
-from builder_service.domain.patterns import TIME_LIMIT_S, Matcher, PatternsTooSlow
+from builder_service.domain.patterns import PatternsInvalid, PatternsTooCostly, Reading, read_names
+from builder_service.domain.peft_names import ALL_LINEAR, CPU_S, MEMORY_BYTES
 from builder_service.domain.strict_json import JsonInvalid, parse, shown
 from shared.faults import Finding
 
@@ -28,14 +28,17 @@ class AdapterConfig:
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     use_rslora: bool = False
-    target_modules: tuple[str, ...] | None = None
-    """Empty where it is not given, None where it is a pattern or ``all-linear``."""
-    target_pattern: str = ""
-    """Empty where it is no pattern."""
+    target_modules: tuple[str, ...] | str | None = None
+    """Names, a pattern or ``all-linear``; None where it is not given."""
+    exclude_modules: tuple[str, ...] | str = ()
+    layers_to_transform: tuple[int, ...] | int = ()
+    layers_pattern: tuple[str, ...] = ()
     modules_to_save: tuple[str, ...] = ()
     base_model_name: str = ""
     base_model_revision: str = ""
     base_model_class: str = ""
+    readings: Mapping[str, Reading] = field(default_factory=dict)
+    """What it says about modules of the base, by name; see `read`."""
 
     def ranks_of(self, module: str) -> tuple[int, ...]:
         """Return the ranks that a module of the base may have; none where the config does not say.
@@ -43,56 +46,62 @@ class AdapterConfig:
         They are several where several patterns match: PEFT takes the first, but sorts the patterns when it
         saves them, so the file does not tell which was the first when the adapter was trained.
         """
-        return self._ranks.find(module) or (() if self.rank is None else (self.rank,))
+        values = list(self.rank_pattern.values())
+        found = tuple(values[at] for at in self._reading(module).rank_patterns)
+        return found or (() if self.rank is None else (self.rank,))
 
     def alphas_of(self, module: str) -> tuple[float, ...]:
         """Return the alphas that a module of the base may have, for the same reason; PEFT loads the first."""
-        return self._alphas.find(module) or (self.alpha,)
+        values = list(self.alpha_pattern.values())
+        return tuple(values[at] for at in self._reading(module).alpha_patterns) or (self.alpha,)
 
     def scale_of(self, module: str, rank: int) -> float:
         """Return alpha/r, or alpha/sqrt(r) with rsLoRA, with the module's own alpha and its own rank."""
         return self.alphas_of(module)[0] / (math.sqrt(rank) if self.use_rslora else rank)
 
-    def targets(self, module: str) -> bool:
-        """True when ``target_modules`` names a module of the base, as PEFT means it."""
-        if self.target_pattern:
-            return bool(self._targets.find(module))
-        if self.target_modules is None:
-            return True
-        return any(module == name or module.endswith(f".{name}") for name in self.target_modules)
+    def left_out_by(self, module: str) -> str:
+        """Return the field for which PEFT does not adapt a module of the base; empty where it does."""
+        return self._reading(module).left_out
 
-    def match_all(self, modules: Iterable[str]) -> tuple[AdapterConfig, list[Finding]]:
-        """Match every pattern with every module, so that the other methods answer at once.
+    def read(self, modules: Iterable[str]) -> tuple[AdapterConfig, list[Finding]]:
+        """Read every pattern for every module, which is what the other methods answer from.
 
-        Patterns that take too long are reported, and the config is returned without them.
+        Patterns that cannot be read are reported, and the config is returned without them.
         """
-        names, kept, found = list(modules), self, []
-        limit = f"patterns that match {len(names)} names within {TIME_LIMIT_S:g} s"
-        matchers: tuple[tuple[str, Matcher[Any]], ...] = (
-            ("rank_pattern", self._ranks),
-            ("alpha_pattern", self._alphas),
-            ("target_modules", self._targets),
-        )
-        for key, matcher in matchers:
-            try:
-                for name in names:
-                    matcher.find(name)
-            except PatternsTooSlow:
-                found.append(bad_config(key, limit, "patterns that take longer"))
-                kept = replace(kept, rank=None, rank_pattern={}, alpha_pattern={}, target_pattern="")
-        return kept, found
+        names, fields = list(dict.fromkeys(modules)), self._choosing()
+        try:
+            return replace(self, readings=read_names(names, fields)), []
+        except PatternsInvalid as error:
+            found = [
+                bad_config(name, "a regular expression", f"{shown(pattern)} ({problem})")
+                for name, pattern, problem in error.problems
+            ]
+        except PatternsTooCostly as error:
+            given = [name for name in PATTERNED if fields[name]]
+            limit = f"patterns that match {len(names)} names within {CPU_S:g} s and {MEMORY_BYTES >> 20} MB"
+            found = [bad_config(", ".join(given), limit, f"patterns that take {error}")]
+        plain = replace(self, rank=None, rank_pattern={}, alpha_pattern={}, target_modules=ALL_LINEAR)
+        return replace(plain, exclude_modules=(), layers_to_transform=(), modules_to_save=()), found
 
-    @cached_property
-    def _ranks(self) -> Matcher[int]:
-        return Matcher(self.rank_pattern)
+    def _choosing(self) -> dict[str, Any]:
+        """Return the fields that speak about names, as the file has them."""
+        targets, excluded = self.target_modules, self.exclude_modules
+        layers = self.layers_to_transform
+        return {
+            "rank_pattern": list(self.rank_pattern),
+            "alpha_pattern": list(self.alpha_pattern),
+            "target_modules": list(targets) if isinstance(targets, tuple) else targets,
+            "exclude_modules": excluded if isinstance(excluded, str) else list(excluded),
+            "modules_to_save": list(self.modules_to_save),
+            "layers_to_transform": layers if isinstance(layers, int) else list(layers),
+            "layers_pattern": list(self.layers_pattern),
+        }
 
-    @cached_property
-    def _alphas(self) -> Matcher[float]:
-        return Matcher(self.alpha_pattern)
+    def _reading(self, module: str) -> Reading:
+        return self.readings.get(module, NOTHING_SAID)
 
-    @cached_property
-    def _targets(self) -> Matcher[bool]:
-        return Matcher({self.target_pattern: True} if self.target_pattern else {}, whole=True)
+
+NOTHING_SAID: Final = Reading((), (), "")
 
 
 @dataclass(frozen=True)
@@ -121,7 +130,8 @@ def parse_config(data: bytes) -> ParsedConfig:
 
 
 def _config(fields: dict[str, Any]) -> AdapterConfig:
-    targets = fields.get("target_modules")
+    targets, excluded = fields.get("target_modules"), fields.get("exclude_modules") or ()
+    layers, pattern = fields.get("layers_to_transform"), fields.get("layers_pattern") or ()
     mapping = fields.get("auto_mapping") or {}
     return AdapterConfig(
         rank=fields.get("r"),
@@ -129,8 +139,10 @@ def _config(fields: dict[str, Any]) -> AdapterConfig:
         rank_pattern=fields.get("rank_pattern") or {},
         alpha_pattern=fields.get("alpha_pattern") or {},
         use_rslora=bool(fields.get("use_rslora")),
-        target_modules=None if isinstance(targets, str) else tuple(targets or ()),
-        target_pattern=targets if isinstance(targets, str) and targets.lower() != ALL_LINEAR else "",
+        target_modules=tuple(targets) if isinstance(targets, list) else targets,
+        exclude_modules=excluded if isinstance(excluded, str) else tuple(excluded),
+        layers_to_transform=layers if isinstance(layers, int) else tuple(layers or ()),
+        layers_pattern=(pattern,) if isinstance(pattern, str) else tuple(pattern),
         modules_to_save=tuple(fields.get("modules_to_save") or ()),
         base_model_name=fields.get("base_model_name_or_path") or "",
         base_model_revision=fields.get("revision") or "",

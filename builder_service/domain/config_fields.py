@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, Final
 
-from builder_service.domain.patterns import MAX_PATTERNS, PatternInvalid, compile_pattern
-from builder_service.domain.strict_json import shown
+from builder_service.domain.patterns import MAX_PATTERN, MAX_PATTERNS
+from builder_service.domain.strict_json import quoted, shown
 from shared.faults import Finding
 
 FILE: Final = "adapter_config.json"
 MAX_RANK: Final = 1 << 16
-ALL_LINEAR: Final = "all-linear"
+PATTERNED: Final = (
+    "rank_pattern", "alpha_pattern", "target_modules", "exclude_modules", "modules_to_save", "layers_pattern",
+)  # fmt: skip
+"""Fields in which PEFT reads regular expressions."""
 _IGNORED: Final = frozenset({
-    "auto_mapping", "corda_config", "ensure_weight_tying", "eva_config", "exclude_modules", "fan_in_fan_out",
-    "inference_mode", "layers_pattern", "layers_to_transform", "loftq_config", "lora_dropout",
+    "auto_mapping", "corda_config", "ensure_weight_tying", "eva_config", "fan_in_fan_out",
+    "inference_mode", "loftq_config", "lora_dropout",
     "lora_ga_config", "megatron_config", "megatron_core", "peft_version", "qalora_group_size",
     "runtime_config", "velora_config",
     "enable_lora", "merge_weights",  # of older releases
 })  # fmt: skip
-"""They say how it was trained, or which modules have tensors; the tensors say the latter better."""
+"""They say how it was trained."""
 _USED: Final = frozenset({
     "alora_invocation_tokens", "alpha_pattern", "arrow_config", "base_model_name_or_path", "bdlora_config",
-    "bias", "init_lora_weights", "kasa_config", "layer_replication", "lora_alpha", "lora_bias",
+    "bias", "exclude_modules", "init_lora_weights", "kasa_config", "layer_replication", "layers_pattern",
+    "layers_to_transform", "lora_alpha", "lora_bias",
     "modules_to_save", "monteclora_config", "peft_type", "qalora_config", "r", "rank_pattern", "revision",
     "target_modules", "target_parameters", "task_type", "trainable_token_indices", "use_bdlora", "use_dora",
     "use_qalora", "use_rslora",
@@ -35,23 +39,27 @@ def bad_fields(fields: dict[str, Any]) -> list[Finding]:
     found = []
     for key, check, expected in (
         ("r", is_rank, "a positive integer"),
-        ("lora_alpha", is_alpha, "a positive number"),
+        ("lora_alpha", is_alpha, "a number"),
         ("use_rslora", lambda value: isinstance(value, bool), "true or false"),
         ("use_dora", lambda value: isinstance(value, bool), "true or false"),
-        ("target_modules", _is_targets, "a list of names or a pattern"),
+        ("target_modules", _is_names_or_pattern, "a list of names or a pattern"),
+        ("exclude_modules", _is_names_or_pattern, "a list of names or a pattern"),
         ("modules_to_save", _is_names, "a list of names"),
+        ("layers_to_transform", _is_layers, "a layer or a list of layers"),
+        ("layers_pattern", _is_names_or_pattern, "a pattern or a list of patterns"),
         ("base_model_name_or_path", lambda value: isinstance(value, str), "a name"),
         ("revision", lambda value: isinstance(value, str), "a name"),
     ):
         value = fields.get(key)
         if value is not None and not check(value):
-            found.append(bad_config(key, expected, shown(value)))
-    targets = fields.get("target_modules")
-    if isinstance(targets, str) and targets.lower() != ALL_LINEAR:
-        found += _pattern_findings("target_modules", targets, whole=True)
+            found.append(bad_config(key, expected, quoted(value)))
+        elif isinstance(value, str) and key in PATTERNED:
+            found += _bad_sizes(key, [value])
+        elif value and key in {"modules_to_save", "layers_pattern"}:
+            found += _bad_sizes(key, value)
     found += _bad_patterns(fields, "rank_pattern", is_rank, "a positive integer")
-    found += _bad_patterns(fields, "alpha_pattern", is_alpha, "a positive number")
-    return found
+    found += _bad_patterns(fields, "alpha_pattern", is_alpha, "a number")
+    return found + _contradictions(fields)
 
 
 def unknown_fields(fields: dict[str, Any]) -> list[Finding]:
@@ -76,8 +84,8 @@ def is_rank(value: Any) -> bool:
 
 
 def is_alpha(value: Any) -> bool:
-    """True for what an alpha can be; PEFT itself writes fractions."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1e30
+    """True for what an alpha can be; PEFT itself writes fractions, and reads negative ones as they are."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and -1e30 < value < 1e30
 
 
 def _bad_patterns(
@@ -85,28 +93,46 @@ def _bad_patterns(
 ) -> list[Finding]:
     patterns = fields.get(key) or {}
     if not isinstance(patterns, dict):
-        return [bad_config(key, "an object", shown(patterns))]
-    if len(patterns) > MAX_PATTERNS:
-        return [bad_config(key, f"at most {MAX_PATTERNS} patterns", str(len(patterns)))]
-    found = []
+        return [bad_config(key, "an object", quoted(patterns))]
+    found = _bad_sizes(key, patterns)
     for pattern, value in patterns.items():
         if not check(value):
-            found.append(bad_config(f"{key}.{shown(pattern)}", expected, shown(value)))
-        found += _pattern_findings(key, pattern)
+            found.append(bad_config(f"{key}.{shown(pattern)}", expected, quoted(value)))
     return found
 
 
-def _pattern_findings(key: str, pattern: str, *, whole: bool = False) -> list[Finding]:
-    try:
-        compile_pattern(pattern, whole=whole)
-    except PatternInvalid as problem:
-        return [bad_config(key, "a regular expression", f"{shown(pattern)} ({problem})")]
+def _bad_sizes(key: str, patterns: Collection[str]) -> list[Finding]:
+    if len(patterns) > MAX_PATTERNS:
+        return [bad_config(key, f"at most {MAX_PATTERNS} patterns", str(len(patterns)))]
+    longest = max(map(len, patterns), default=0)
+    if longest > MAX_PATTERN:
+        return [bad_config(key, f"patterns of at most {MAX_PATTERN} characters", f"one of {longest}")]
     return []
+
+
+def _contradictions(fields: dict[str, Any]) -> list[Finding]:
+    """What PEFT does not take together."""
+    found = []
+    if isinstance(fields.get("target_modules"), str):
+        found += [
+            bad_config(key, "unset where target_modules is a pattern", quoted(fields[key]))
+            for key in ("layers_to_transform", "layers_pattern")
+            if fields.get(key) not in (None, [])
+        ]
+    elif fields.get("layers_pattern") and fields.get("layers_to_transform") is None:
+        found.append(
+            bad_config("layers_pattern", "layers_to_transform beside it", quoted(fields["layers_pattern"]))
+        )
+    return found
 
 
 def _is_names(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
-def _is_targets(value: Any) -> bool:
+def _is_names_or_pattern(value: Any) -> bool:
     return isinstance(value, str) or _is_names(value)
+
+
+def _is_layers(value: Any) -> bool:
+    return all(type(item) is int for item in (value if isinstance(value, list) else [value]))

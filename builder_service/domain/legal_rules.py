@@ -9,6 +9,7 @@ from builder_service.domain.adapter_config import AdapterConfig
 from builder_service.domain.config_fields import FILE
 from builder_service.domain.full_tensors import EMBED_FIX
 from builder_service.domain.grouping import Grouping
+from builder_service.domain.peft_names import ends
 from builder_service.domain.strict_json import JsonInvalid, parse
 from builder_service.domain.tensor_rules import Pair
 from shared.bundle.modules import BaseDims
@@ -85,19 +86,15 @@ def _alpha_order(pairs: list[Pair], config: AdapterConfig) -> list[Finding]:
 
 def _targets(pairs: list[Pair], leaves: set[str], config: AdapterConfig) -> list[Finding]:
     """PEFT does not mind a target that matches no module; people do."""
-    where, found = f"{FILE}: target_modules", []
-    missing = [name for name in config.target_modules or () if name.rpartition(".")[2] not in leaves]
-    if missing:
-        listed = ", ".join(name[:80] for name in missing[:5])
-        found.append(
-            Finding(code="W_TARGETS", where=where, expected="tensors of each", found=f"none of {listed}")
-        )
-    beyond = sorted({pair.key.leaf for pair in pairs if not config.targets(pair.key.name)})
-    if beyond and config.target_modules != ():
-        listed = ", ".join(beyond)
-        found.append(
-            Finding(
-                code="W_TARGETS", where=where, expected="every module that has tensors", found=f"not {listed}"
-            )
-        )
-    return found
+    where, targets = f"{FILE}: target_modules", config.target_modules
+    if targets is None:
+        listed = ", ".join(sorted(leaves))
+        expected = "names or a pattern; PEFT's choice where there are none depends on its version"
+        fix = f"Set it to the modules that were trained; the tensors are of {listed}, and all are taken."
+        return [Finding(code="W_TARGETS", where=where, expected=expected, found="none", fix=fix)]
+    matched = {end for pair in pairs for end in ends(pair.key.name)}
+    missing = [name for name in targets if isinstance(targets, tuple) and name not in matched]
+    if not missing:
+        return []
+    listed = ", ".join(name[:80] for name in missing[:5])
+    return [Finding(code="W_TARGETS", where=where, expected="tensors of each", found=f"none of {listed}")]

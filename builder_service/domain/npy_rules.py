@@ -17,6 +17,7 @@ import numpy as np
 from builder_service.domain.adapter_config import AdapterConfig
 from builder_service.domain.file_rules import KEYS_FILE
 from builder_service.domain.grouping import Grouping
+from builder_service.domain.peft_names import ALL_LINEAR
 from builder_service.domain.safetensors_header import READABLE, Tensor, TensorFile
 from shared.bundle.manifest import CONFIG_FILE, WEIGHTS_FILE
 from shared.bundle.modules import BY_ID, FUSED, BaseDims, Module
@@ -56,7 +57,7 @@ class FoldedConfig(AdapterConfig):
         return 1.0
 
 
-FOLDED: Final = FoldedConfig(rank=0, alpha=1.0, target_modules=None)
+FOLDED: Final = FoldedConfig(rank=0, alpha=1.0, target_modules=ALL_LINEAR)
 
 
 @dataclass(frozen=True)

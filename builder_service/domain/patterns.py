@@ -1,87 +1,106 @@
-"""PEFT's patterns on names of modules: its meaning exactly, and never longer than we allow.
+"""What a config says about names of modules; strangers' patterns are tried in a process that bounds itself.
 
-PEFT uses `re`. Patterns come from strangers, and one of fifteen characters keeps `re` busy for years, with the
-interpreter's lock held. The `regex` module stops at a time limit and works without the lock. The two agree
-where `re` accepts a pattern, every brace is a plain repetition (in `regex`, other braces mean fuzzy matches)
-and no set holds ``[:`` (in `regex`, a POSIX class); what is outside is refused.
+PEFT uses `re`, and so does that process: the meaning is the same. A pattern of fifteen characters keeps `re`
+busy for years with the interpreter's lock held, and others want all memory, so neither happens here.
 """
 
 from __future__ import annotations
 
+import json
 import re
-import time
-from collections.abc import Mapping
-from typing import Any, Final, Generic, TypeAlias, TypeVar
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
 
-import regex
-
-Value = TypeVar("Value")
-Compiled: TypeAlias = Any  # regex ships no types
+from builder_service.domain import peft_names
+from builder_service.domain.peft_names import CPU_S, MEMORY_BYTES, NoPatterns
+from shared.faults import InternalFault, ResourcesExhausted
 
 MAX_PATTERN: Final = 4096
 """Characters of one pattern."""
 MAX_PATTERNS: Final = 8192
 """Patterns of one field; EVA writes one per module, which is 560 for 80 layers."""
-TIME_LIMIT_S: Final = 2.0
-"""For all modules and all patterns of one field; honest ones take milliseconds."""
-_BRACES: Final = re.compile(r"\{(\d+|\d+,\d*|,\d+)\}")
+WAIT_S: Final = 60.0
+"""For a process that takes `CPU_S` of a core, on a machine that has none to spare."""
+_PLAIN: Final = re.compile(r"[A-Za-z0-9_.]*")
+_FEW: Final = 20_000
+"""Names times patterns that are matched here, where all patterns are plain: 20 ms."""
+_FIELDS: Final = ("exclude_modules", "layers_pattern", "modules_to_save", "rank_pattern", "alpha_pattern")
 
 
-class PatternInvalid(Exception):
-    """A pattern that PEFT could not compile, or that two engines could read differently."""
+class PatternsInvalid(Exception):
+    """Patterns that PEFT could not compile: (field, pattern, problem) of each."""
+
+    def __init__(self, problems: Sequence[Sequence[str]]) -> None:
+        super().__init__(problems)
+        self.problems = problems
 
 
-class PatternsTooSlow(Exception):
-    """Patterns that cannot be matched in the time that we give them."""
+class PatternsTooCostly(Exception):
+    """Patterns that need more time or memory than we give them; the text says which."""
 
 
-def compile_pattern(pattern: str, *, whole: bool = False) -> Compiled:
-    """Compile a pattern for whole names, or as PEFT does for the ends of names.
+@dataclass(frozen=True)
+class Reading:
+    """What a config says about one module of the base."""
+
+    rank_patterns: tuple[int, ...]
+    """Positions of those that match it; PEFT takes the first."""
+    alpha_patterns: tuple[int, ...]
+    left_out: str
+    """The field of the config for which PEFT does not adapt it; empty: it does."""
+
+
+def read_names(names: Sequence[str], fields: Mapping[str, Any]) -> dict[str, Reading]:
+    """Return what the fields of a config say about names of modules.
 
     Raises:
-        PatternInvalid: with the problem.
+        PatternsInvalid: some are no patterns.
+        PatternsTooCostly: all together need more than `CPU_S` or `MEMORY_BYTES`.
+        ResourcesExhausted: this machine has no process for them.
     """
-    if len(pattern) > MAX_PATTERN:
-        raise PatternInvalid(f"longer than {MAX_PATTERN} characters")
-    if re.search(r"[{}]", _BRACES.sub("", pattern)):
-        raise PatternInvalid("braces that are no repetition")
-    if "[:" in pattern:
-        raise PatternInvalid("'[:' means different things to different readers")
-    text = pattern if whole else rf"(.*\.)?({pattern})$"
+    question = dict(fields) | {"names": list(names)}
+    patterns = list(_patterns(question))
+    plain = len(patterns) * len(names) <= _FEW and all(map(_PLAIN.fullmatch, patterns))
     try:
-        re.compile(text)
-        return regex.compile(text, regex.VERSION0)
-    except (re.error, regex.error, RecursionError, OverflowError) as problem:
-        raise PatternInvalid(str(problem)[:200]) from problem
+        found = peft_names.answer(question) if plain else _ask(question)
+    except NoPatterns as error:
+        raise PatternsInvalid(error.args[0]) from error
+    rows = zip(found["rank_pattern"], found["alpha_pattern"], found["left_out"], strict=True)
+    return {
+        name: Reading(tuple(ranks), tuple(alphas), left_out)
+        for name, (ranks, alphas, left_out) in zip(names, rows, strict=True)
+    }
 
 
-class Matcher(Generic[Value]):
-    """Values by pattern; of several that match a name, PEFT takes the first in the file's order."""
+def _patterns(question: Mapping[str, Any]) -> Iterator[str]:
+    """Yield every text of a question that is compiled."""
+    for field in _FIELDS:
+        value = question[field] or ()
+        yield from [value] if isinstance(value, str) else value if field != "exclude_modules" else ()
+    if isinstance(question["target_modules"], str):
+        yield question["target_modules"]
 
-    def __init__(self, values: Mapping[str, Value], *, whole: bool = False) -> None:
-        compiled = [(compile_pattern(pattern, whole=whole), value) for pattern, value in values.items()]
-        self._tests = [(item.fullmatch if whole else item.match, value) for item, value in compiled]
-        self._found: dict[str, tuple[Value, ...]] = {}
-        self._left_s = TIME_LIMIT_S
 
-    def find(self, name: str) -> tuple[Value, ...]:
-        """Return the values of all patterns that match a name, in the file's order; found once, it is kept.
-
-        Raises:
-            PatternsTooSlow: the time for all names is used up.
-        """
-        if name not in self._found:
-            begin = time.monotonic()
-            try:
-                self._found[name] = tuple(value for test, value in self._tests if self._matches(test, name))
-            finally:
-                self._left_s -= time.monotonic() - begin
-        return self._found[name]
-
-    def _matches(self, test: Compiled, name: str) -> bool:
-        if self._left_s <= 0:
-            raise PatternsTooSlow
-        try:
-            return test(name, timeout=self._left_s) is not None
-        except TimeoutError as late:
-            raise PatternsTooSlow from late
+def _ask(question: Mapping[str, Any]) -> dict[str, Any]:
+    command = [sys.executable, "-I", "-S", str(peft_names.__file__)]
+    try:
+        ended = subprocess.run(  # noqa: S603 - this interpreter, and a file of ours
+            command, input=json.dumps(question).encode(), capture_output=True, timeout=WAIT_S, check=False
+        )
+    except OSError as error:
+        raise ResourcesExhausted(f"no process to match patterns in: {error.strerror}") from error
+    except subprocess.TimeoutExpired as late:
+        raise PatternsTooCostly(f"more than {WAIT_S:g} s") from late
+    if ended.returncode < 0:
+        raise PatternsTooCostly(f"more than {CPU_S:g} s")
+    if ended.returncode:
+        raise InternalFault(f"the patterns' process failed with {ended.returncode}. Please report it.")
+    said: dict[str, Any] = json.loads(ended.stdout)
+    if "problems" in said:
+        raise PatternsInvalid(said["problems"])
+    if "memory" in said:
+        raise PatternsTooCostly(f"more than {MEMORY_BYTES >> 20} MB")
+    return said

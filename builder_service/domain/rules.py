@@ -13,6 +13,7 @@ from builder_service.domain.file_rules import ADDED_TOKENS, CONFIG, WEIGHTS
 from builder_service.domain.full_tensors import BaseTensors, check_full_tensors, redundant_warning
 from builder_service.domain.grouping import Grouping
 from builder_service.domain.legal_rules import added_token_findings, legal_findings
+from builder_service.domain.peft_names import ALL_LINEAR
 from builder_service.domain.safetensors_header import HeaderInvalid, TensorFile, read_header
 from builder_service.domain.tensor_rules import EMPTY_FIX, Limits, check_pairs, sort_tensors
 from builder_service.domain.value_rules import Part, check_values
@@ -78,12 +79,12 @@ def check_adapter(
     if any(finding.code in {"E_MLX", "E_NOT_LORA"} for finding in parsed.findings):
         return CheckedAdapter(parsed.findings)
     found = [*parsed.findings, *added_token_findings(folder / ADDED_TOKENS, book.limits.dims.vocab)]
+    # A config that says nothing lets every rule about the tensors alone speak too.
+    config = parsed.config or AdapterConfig(rank=None, alpha=1.0, target_modules=ALL_LINEAR)
     try:
         file = read_header(folder / WEIGHTS)
     except HeaderInvalid as error:
-        return CheckedAdapter((*found, _no_header(str(error))))
-    # A config that says nothing lets every rule about the tensors alone speak too.
-    config = parsed.config or AdapterConfig(rank=None, alpha=1.0, target_modules=None)
+        return CheckedAdapter((*found, *config.read(())[1], _no_header(str(error))))
     found += _base_findings(config, book)
     if not file.tensors:
         return CheckedAdapter((*found, _nothing(config)))
@@ -101,11 +102,11 @@ def check_tensors(
     dims, report = book.limits.dims, Grouping()
     tensors = sort_tensors(file, dims, report)
     pairs = tensors.pairs
-    config, slow = config.match_all(pair.key.name for pair in pairs)
+    config, unread = config.read(pair.key.name for pair in pairs)
     check_pairs(pairs, config, book.limits, report)
     redundant = check_full_tensors(file, tensors.fulls, config.modules_to_save, book.base, report)
     values = check_values(file, pairs, config, dims, book.dtype, report, progress)
-    found += [*slow, *report.findings()]
+    found += [*unread, *report.findings()]
     if not pairs and not any(_is_error(finding) for finding in found):
         found.append(_nothing(config))
     if any(_is_error(finding) for finding in found):
@@ -183,7 +184,7 @@ def _family(architecture: str) -> str:
 
 
 def _nothing(config: AdapterConfig) -> Finding:
-    if config.target_modules == ():
+    if not config.target_modules:
         fix = "The adapter targets no modules: train it again with target_modules."
         return Finding(
             code="E_EMPTY_TARGETS", where=f"{CONFIG}: target_modules", found="none, and no tensors", fix=fix

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any, Final
 
 MAX_DEPTH: Final = 64
 """Brackets inside brackets; configs and headers have about four."""
+
+
+_ESCAPED_HALF: Final = re.compile(rb"\\u[dD][89a-fA-F]")
+"""In every JSON text that has half of a surrogate pair, and in some that have whole ones."""
 
 
 class JsonInvalid(Exception):
@@ -14,7 +19,7 @@ class JsonInvalid(Exception):
 
 
 def parse(data: bytes) -> Any:
-    """Parse UTF-8 JSON without duplicate keys, NaN, infinities and deep nesting.
+    """Parse UTF-8 JSON without duplicate keys, NaN, infinities, halves of characters and deep nesting.
 
     Raises:
         JsonInvalid: it is something else.
@@ -27,6 +32,8 @@ def parse(data: bytes) -> Any:
         raise JsonInvalid(str(error)[:200]) from error
     if _deeper_than(value, MAX_DEPTH):
         raise JsonInvalid(f"nested more than {MAX_DEPTH} deep")
+    if _ESCAPED_HALF.search(data):
+        _refuse_halves(value)
     return value
 
 
@@ -34,6 +41,11 @@ def shown(value: Any, limit: int = 80) -> str:
     """Return a value as text for a finding."""
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def quoted(value: Any) -> str:
+    """Return a value as JSON says it, so that ``"8"`` is not taken for 8."""
+    return shown(json.dumps(value, ensure_ascii=False))
 
 
 def _no_constant(name: str) -> float:
@@ -47,6 +59,15 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
             raise ValueError(f"{name[:100]!r} is given twice")
         made[name] = value
     return made
+
+
+def _refuse_halves(value: Any) -> None:
+    """JSON can say half of a character of two, which no text can hold: no message, no file, no name."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = ascii(error.object[error.start])
+        raise JsonInvalid(f"{half} is half of a character") from error
 
 
 def _deeper_than(value: Any, depth: int) -> bool:

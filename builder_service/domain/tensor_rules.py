@@ -102,6 +102,7 @@ def sort_tensors(file: TensorFile, dims: BaseDims, report: Grouping) -> Sorted:
 def check_pairs(pairs: list[Pair], config: AdapterConfig, limits: Limits, report: Grouping) -> None:
     """Report every pair that does not fit itself, the config, the base or the deployment."""
     for pair in pairs:
+        _check_targets(pair, config, report)
         if 0 in pair.a.shape or 0 in pair.b.shape:
             continue  # reported as E_EMPTY_WEIGHTS
         if len(pair.a.shape) != 2 or len(pair.b.shape) != 2 or pair.a.shape[0] != pair.b.shape[1]:
@@ -176,6 +177,19 @@ def _once_each(pairs: list[Pair], report: Grouping) -> None:
                     found=f"in {other.key.leaf} and in {pair.key.leaf}",
                     fix="Files of two adapters were merged: save one adapter.",
                 )
+
+
+def _check_targets(pair: Pair, config: AdapterConfig, report: Grouping) -> None:
+    """PEFT loads the tensors of modules that the config chooses, and drops the others without a word."""
+    if field := config.left_out_by(pair.key.name):
+        report.add(
+            "E_TARGETS",
+            pair.place,
+            cause=field,
+            expected=f"modules that adapter_config.json adapts; its {field} leaves these out",
+            found="tensors of them, which PEFT would not load",
+            fix=f"Correct {field}, if they were trained; else save the adapter without these tensors.",
+        )
 
 
 def _check_rank(pair: Pair, config: AdapterConfig, limits: Limits, report: Grouping) -> None:

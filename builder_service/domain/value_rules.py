@@ -73,7 +73,7 @@ def check_values(
             progress(pair.a.size + pair.b.size)
             continue
         scale = _scale(pair, config)
-        if not SCALES[0] <= scale <= SCALES[1]:
+        if not SCALES[0] <= abs(scale) <= SCALES[1]:
             sums.odd_scales.add(scale)
         a = _stored(file, pair.a, 1.0, dtype, sums, report)
         progress(pair.a.size)

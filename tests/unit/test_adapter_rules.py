@@ -102,14 +102,17 @@ def test_subfolder_is_suggested():
 )
 def test_patterns_match_as_in_peft(patterns, name, expected):
     """The first pattern in the file's order that matches the end of the name decides."""
-    assert AdapterConfig(8, 16.0, rank_pattern=patterns).ranks_of(name)[0] == expected
+    config, _ = AdapterConfig(8, 16.0, rank_pattern=patterns).read([name])
+    assert config.ranks_of(name)[0] == expected
 
 
 def test_rank_and_alpha_are_matched_independently():
     """The scale has the module's own alpha, and the module's own rank."""
+    q, v = (f"model.layers.0.self_attn.{leaf}_proj" for leaf in "qv")
     config = AdapterConfig(8, 16.0, rank_pattern={"q_proj": 2}, alpha_pattern={"v_proj": 3}, use_rslora=True)
-    assert config.scale_of("model.layers.0.self_attn.q_proj", 4) == 8
-    assert config.scale_of("model.layers.0.self_attn.v_proj", 9) == 1
+    config, _ = config.read([q, v])
+    assert config.scale_of(q, 4) == 8
+    assert config.scale_of(v, 9) == 1
 
 
 @pytest.mark.parametrize(

@@ -1,15 +1,21 @@
 from __future__ import annotations
 
-import re
+import resource
 import time
+from contextlib import suppress
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from builder_service.domain import peft_names
+from builder_service.domain.adapter_config import AdapterConfig
 from builder_service.domain.config_fields import KNOWN
-from builder_service.domain.patterns import Matcher, PatternInvalid, PatternsTooSlow, compile_pattern
-from tests.golden.hostile.configs import EXPONENTIAL
+from builder_service.domain.patterns import PatternsInvalid, PatternsTooCostly, read_names
+from builder_service.domain.peft_names import NoPatterns
+from tests.golden.hostile.configs import EXPONENTIAL, GIANT
 
 NAMES = tuple(
     f"{prefix}layers.{layer}.{module}"
@@ -17,53 +23,117 @@ NAMES = tuple(
     for layer in (0, 1, 11)
     for module in ("self_attn.q_proj", "self_attn.qkv_proj", "mlp.down_proj")
 )
+SILENT: dict[str, Any] = {
+    "rank_pattern": [],
+    "alpha_pattern": [],
+    "target_modules": "all-linear",
+    "exclude_modules": [],
+    "modules_to_save": [],
+    "layers_to_transform": None,
+    "layers_pattern": None,
+}
 PIECES = (
     "q_proj", "self_attn", "mlp", ".", r"\.", ".*", ".*?", r"\d", r"\d+", r"\w+", "[0-9]", "[^.]+", "(?:q|k)",
     "(qkv)", "|", "^", "$", "layers", "model", "1", "{1,}", "{2}", "{,3}", "?", "+", "*", "(", ")", "(?i)",
     "(?=.*mlp)", "(?!mlp)", "(?<=self_attn)", r"\b", r"\1", "_proj", "down", "++", "(?>a|b)", r"\Z", "{e<=1}",
     "[[:alpha:]]", "(?P<x>q)", "(?P=x)",
 )  # fmt: skip
+PATTERN = st.lists(st.sampled_from(PIECES), min_size=1, max_size=5).map("".join)
+NAMED = st.lists(st.sampled_from(("q_proj", "down_proj", "mlp", *NAMES)), max_size=3)
+LAYERS = st.sampled_from((None, [], 0, 1, [0], [1, 11], [0, 1, 11]))
+LISTS = st.fixed_dictionaries({
+    "target_modules": NAMED,
+    "layers_to_transform": LAYERS,
+    "layers_pattern": st.sampled_from((None, [], "layers", ["layers"], ["h", "layers"], "lay.rs", "(")),
+})  # fmt: skip
+TARGETS = LISTS | st.fixed_dictionaries({
+    "target_modules": PATTERN,
+    "layers_to_transform": st.none(),
+    "layers_pattern": st.none(),
+})  # fmt: skip
+OTHERS = st.fixed_dictionaries({
+    "exclude_modules": st.none() | NAMED | PATTERN,
+    "modules_to_save": st.sampled_from(([], ["lm_head"], ["mlp"], ["q_proj", "norm"], ["("])),
+})  # fmt: skip
 
 
-@given(pattern=st.lists(st.sampled_from(PIECES), min_size=1, max_size=6).map("".join))
-@settings(max_examples=2000, deadline=None, derandomize=True, database=None)
-def test_accepted_patterns_mean_what_they_mean_to_peft(pattern):
-    """Whatever is accepted matches the same names as `re`, which PEFT uses; what `re` refuses is refused."""
+@pytest.mark.filterwarnings("ignore:Possible nested set")
+@given(targets=TARGETS, others=OTHERS)
+@settings(max_examples=500, deadline=None, derandomize=True, database=None)
+def test_a_module_is_left_out_where_peft_leaves_it_out(targets, others):
+    """For whatever a config chooses modules with, PEFT's own function is asked the same."""
+    utils = pytest.importorskip("peft.tuners.tuners_utils")
+    config = SimpleNamespace(target_parameters=None, **targets, **others)
     try:
-        test = compile_pattern(pattern)
-    except PatternInvalid:
+        found = peft_names.answer({**SILENT, **targets, **others, "names": NAMES})["left_out"]
+    except NoPatterns:
+        return  # PEFT fails too, unless another field decides before it comes to the pattern
+    for name, field in zip(NAMES, found, strict=True):
+        taken = utils.check_target_module_exists(config, name)
+        assert (bool(taken) and not isinstance(taken, utils._ExcludedModule)) == (not field)
+
+
+@pytest.mark.filterwarnings("ignore:Possible nested set")
+@given(patterns=st.lists(PATTERN, min_size=1, max_size=3, unique=True))
+@settings(max_examples=500, deadline=None, derandomize=True, database=None)
+def test_patterns_mean_what_they_mean_to_peft(patterns):
+    """The first pattern that is found is the one that PEFT takes."""
+    other = pytest.importorskip("peft.utils.other")
+    try:
+        found = peft_names.answer({**SILENT, "rank_pattern": patterns, "names": NAMES})["rank_pattern"]
+    except NoPatterns as error:
+        for _, pattern, _ in error.args[0]:
+            with pytest.raises(other.re.error):
+                other.get_pattern_key([pattern], NAMES[0])
         return
-    whole = compile_pattern(pattern, whole=True) if compiles(pattern) else None
-    for name in NAMES:
-        assert bool(test.match(name)) == bool(re.match(rf"(.*\.)?({pattern})$", name))
-        if whole is not None:
-            assert bool(whole.fullmatch(name)) == bool(re.fullmatch(pattern, name))
+    for name, positions in zip(NAMES, found, strict=True):
+        first = patterns[positions[0]] if positions else name
+        assert other.get_pattern_key(patterns, name) == first
 
 
-def compiles(pattern: str) -> bool:
-    """True when `re` accepts a pattern by itself."""
-    try:
-        re.compile(pattern)
-    except re.error:
-        return False
-    return True
+@pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern", "target_modules", "exclude_modules"])
+@pytest.mark.parametrize("pattern", [EXPONENTIAL, GIANT, "(" * 2000 + ")" * 2000, "(?:a?){100000000}"])
+def test_a_pattern_cannot_hold_up_the_builder(field, pattern):
+    """A pattern that would take years or gigabytes is given up in time, and leaves this process as it is."""
+    begin, before = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    value = pattern if field.endswith("modules") else [pattern]
+    with suppress(PatternsInvalid, PatternsTooCostly):
+        read_names(NAMES, {**SILENT, field: value})
+    assert time.monotonic() - begin < 6
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 16 << 10
 
 
-def test_a_pattern_cannot_hold_up_the_builder():
-    """A pattern that would match for years is given up within the limit, for all names together."""
-    matcher = Matcher({EXPONENTIAL: 1})
+def test_all_patterns_of_a_config_share_one_limit():
+    """Many patterns, each of which is just quick enough, are not each given all the time."""
+    slow = [f"(?:[a-z._0-9]|[a-z._0-9]){{{count}}}[^a-z._0-9]" for count in range(14, 20)]
     begin = time.monotonic()
-    for name in NAMES:
-        with pytest.raises(PatternsTooSlow):
-            matcher.find(f"{name}{name}")
-    assert time.monotonic() - begin < 10
+    with pytest.raises(PatternsTooCostly, match="more than"):
+        read_names(NAMES, {**SILENT, "rank_pattern": slow, "alpha_pattern": slow, "target_modules": slow[-1]})
+    assert time.monotonic() - begin < 6
+
+
+def test_memory_is_bounded_too():
+    """A short pattern that asks for gigabytes is refused by that."""
+    with pytest.raises(PatternsTooCostly, match="more than 256 MB"):
+        read_names(NAMES, {**SILENT, "target_modules": "(?:a?){100000000}"})
+
+
+def test_plain_and_costly_questions_get_one_answer():
+    """Few plain names are read here, many in the other process: an adapter cannot tell."""
+    few = ["q_proj", "self_attn.q_proj", "model.layers.0.self_attn.q_proj", "proj"]
+    here = read_names(NAMES, {**SILENT, "rank_pattern": few})
+    there = read_names(NAMES, {**SILENT, "rank_pattern": [*few, *(f"x{i}.{i}" for i in range(6000))]})
+    assert here == there
+    assert here["model.layers.0.self_attn.q_proj"].rank_patterns == (0, 1, 2)
+    assert here["layers.1.self_attn.q_proj"].rank_patterns == (0, 1)
 
 
 def test_all_values_of_a_name_are_found_in_the_file_s_order():
     """The first is what PEFT takes; the others tell that the order matters."""
-    matcher = Matcher({"proj": 1, r".*\.q_proj": 2, "self_attn.q_proj": 3})
-    assert matcher.find("model.layers.0.self_attn.q_proj") == (2, 3)
-    assert matcher.find("model.layers.0.self_attn.k_proj") == ()
+    config, found = AdapterConfig(8, 1.0, {"proj": 1, r".*\.q_proj": 2, "self_attn.q_proj": 3}).read(NAMES)
+    assert found == []
+    assert config.ranks_of("model.layers.0.self_attn.q_proj") == (2, 3)
+    assert config.ranks_of("model.layers.0.mlp.down_proj") == (8,)
 
 
 def test_every_field_of_peft_is_known():

@@ -14,6 +14,8 @@ from tests.golden.hostile.exhibit import BASE, CONFIG, Exhibit, adapter, exhibit
 _HEAD = f'"peft_type": "LORA", "base_model_name_or_path": "{BASE}", "target_modules": ["q_proj", "v_proj"]'
 # 2 ** 30 ways to read a name of thirty characters, none of which ends as the pattern does.
 EXPONENTIAL = r"(?:[a-z._0-9]|[a-z._0-9])*[^a-z._0-9]"
+GIANT = "a{16000000}"
+"""A pattern of twelve characters that takes some readers seconds and gigabytes."""
 
 
 def _huge(folder: Path) -> None:
@@ -38,16 +40,32 @@ REFUSED = (
     of_config("rank true", "E_BAD_CONFIG", r=True),
     of_config("rank of 400 digits", "E_BAD_CONFIG", r=10**400),
     of_config("alpha as text", "E_BAD_CONFIG", lora_alpha="16"),
-    of_config("alpha negative", "E_BAD_CONFIG", lora_alpha=-1),
+    of_config("rank as text", "E_BAD_CONFIG", r="4"),
     of_config("rank of a pattern zero", "E_BAD_CONFIG", rank_pattern={"q_proj": 0}),
     of_config("patterns as a list", "E_BAD_CONFIG", rank_pattern=["q_proj"]),
     of_config("pattern that is none", "E_BAD_CONFIG", alpha_pattern={"(": 8}),
-    of_config("pattern with a fuzzy match", "E_BAD_CONFIG", rank_pattern={"(?:q_prjo){e<=2}": 4}),
-    of_config("pattern with a POSIX class", "E_BAD_CONFIG", rank_pattern={"[[:alpha:]]_proj": 4}),
     of_config("pattern of 5000 characters", "E_BAD_CONFIG", rank_pattern={"a" * 5000: 4}),
     of_config("exponential rank_pattern", "E_BAD_CONFIG", rank_pattern={EXPONENTIAL: 4}),
     of_config("exponential alpha_pattern", "E_BAD_CONFIG", alpha_pattern={EXPONENTIAL: 4}),
     of_config("exponential target_modules", "E_BAD_CONFIG", target_modules=EXPONENTIAL),
+    of_config("exponential exclude_modules", "E_BAD_CONFIG", exclude_modules=EXPONENTIAL),
+    of_config(
+        "exponential layers_pattern", "E_BAD_CONFIG", layers_pattern=f"{EXPONENTIAL}x", layers_to_transform=1
+    ),
+    of_config("exclude_modules that is no pattern", "E_BAD_CONFIG", exclude_modules="("),
+    of_config("layers as text", "E_BAD_CONFIG", layers_to_transform=["0"]),
+    of_config("layers beside a pattern", "E_BAD_CONFIG", target_modules=".*_proj", layers_to_transform=[0]),
+    of_config("layers_pattern alone", "E_BAD_CONFIG", layers_pattern="layers"),
+    of_config("half a character", "E_BAD_CONFIG", revision="\ud800"),
+    of_config("tensors without target", "E_TARGETS", target_modules=["q_proj"]),
+    of_config("tensors and no target", "E_TARGETS", target_modules=[]),
+    of_config("pattern of other targets", "E_TARGETS", target_modules=r".*\.q_proj"),
+    of_config("pattern that matches nothing", "E_TARGETS", target_modules="(?:q_prjo){e<=2}"),
+    of_config("layers without the tensors'", "E_TARGETS", layers_to_transform=[0]),
+    of_config("layers of another name", "E_TARGETS", layers_to_transform=[0, 1], layers_pattern="h"),
+    of_config("excluded tensors", "E_TARGETS", exclude_modules=["v_proj"]),
+    of_config("excluded by a pattern", "E_TARGETS", exclude_modules=r".*layers\.1\..*"),
+    of_config("saved whole, and adapted", "E_TARGETS E_EMBED", modules_to_save=["self_attn"]),
     of_config("target_modules as a number", "E_BAD_CONFIG", target_modules=7),
     of_config("use_dora as text", "E_BAD_CONFIG E_DORA", use_dora="false"),
     of_config("task_type as a list", "E_TASK", task_type=["CAUSAL_LM"]),
@@ -107,8 +125,10 @@ ACCEPTED = (
     of_config("no rank", "W_RANK", r=None),
     of_config("large alpha", "W_ALPHA", lora_alpha=1024),
     of_config("target without tensors", "W_TARGETS", target_modules=["q_proj", "v_proj", "gate_proj"]),
-    of_config("tensors without target", "W_TARGETS", target_modules=["q_proj"]),
-    of_config("pattern of other targets", "W_TARGETS", target_modules=r".*\.q_proj"),
+    of_config("giant rank_pattern", "", rank_pattern={GIANT: 8}),
+    of_config("POSIX class that PEFT reads as letters", "", rank_pattern={"[[:alpha:]]_proj": 8}),
+    of_config("alpha negative", "", lora_alpha=-8),
+    exhibit("no target_modules", "W_TARGETS", lambda folder: adapter(folder, target_modules=None)),
     of_config("alphas of two patterns", "W_PATTERN_ORDER", alpha_pattern={"q_proj": 4, ".*attn.*": 8}),
     of_config("ranks of two patterns", "", rank_pattern={r".*\.q_proj": 2, "q_proj": 4}),
     of_config("unknown field", "W_UNKNOWN_FIELD", use_next_years_lora=True),
@@ -125,6 +145,8 @@ ACCEPTED = (
     of_config("VeLoRA trains only", "", velora_config={"num_groups": 4}),
     of_config("Megatron", "", megatron_core="megatron.core", fan_in_fan_out=True, lora_dropout=0.1),
     of_config("layer subset", "", layers_to_transform=[0, 1], layers_pattern="layers", exclude_modules=["x"]),
+    of_config("full names as targets", "", target_modules=[
+        f"model.layers.{i}.self_attn.{m}_proj" for i in (0, 1) for m in "qv"], layers_to_transform=[7]),
     of_config("all-linear", "", target_modules="all-linear"),
     of_config("pattern", "", target_modules=r"(?i)(?:.*?(?:self_attn|attention).*?(?:q_proj|V_PROJ)){1,}"),
     of_config("tied embeddings", "", ensure_weight_tying=True, revision="main"),
