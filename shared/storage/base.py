@@ -52,10 +52,6 @@ class Store(Protocol):
         """Store a file's content under a key, and remove the file; a store in a folder moves it."""
         ...
 
-    def size(self, key: str) -> int | None:
-        """Return an object's size in bytes, or None when there is none."""
-        ...
-
     def sha256(self, key: str) -> str | None:
         """Return the sha256 of an object in hex, read back in pieces, or None when there is none."""
         ...

@@ -7,7 +7,6 @@ import hashlib
 import io
 import os
 import shutil
-import stat
 import tempfile
 import time
 from collections.abc import Iterator
@@ -98,15 +97,6 @@ class LocalStore:
                 raise
             _sync_folder(path.parent)
         return True
-
-    def size(self, key: str) -> int | None:
-        """Return an object's size in bytes, or None when there is none."""
-        with self._translated("read", key):
-            try:
-                status = self._path(key).stat()
-            except _NO_OBJECT:
-                return None
-            return status.st_size if stat.S_ISREG(status.st_mode) else None
 
     def sha256(self, key: str) -> str | None:
         """Return the sha256 of an object in hex, read back in pieces, or None when there is none."""

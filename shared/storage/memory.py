@@ -37,11 +37,6 @@ class MemoryStore:
         self.put(key, file)
         file.unlink()
 
-    def size(self, key: str) -> int | None:
-        """Return an object's size in bytes, or None when there is none."""
-        data = self.objects.get(key)
-        return None if data is None else len(data)
-
     def sha256(self, key: str) -> str | None:
         """Return the sha256 of an object in hex, or None when there is none."""
         data = self.objects.get(key)
@@ -54,9 +49,9 @@ class MemoryStore:
     def entries(self, prefix: str) -> Iterator[Entry]:
         """Yield what `list` yields, with size and age."""
         for key in self.list(prefix):
-            size = self.size(key)
-            if size is not None:
-                yield Entry(key, size, self.modified.get(key, datetime.fromtimestamp(0, UTC)))
+            data = self.objects.get(key)
+            if data is not None:
+                yield Entry(key, len(data), self.modified.get(key, datetime.fromtimestamp(0, UTC)))
 
     def delete(self, key: str) -> None:
         """Remove an object; no error when there is none."""

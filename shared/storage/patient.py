@@ -47,10 +47,6 @@ class PatientStore:
         """Store a file's content under a key, and remove the file."""
         self._tried(lambda: self._store.take(key, file))
 
-    def size(self, key: str) -> int | None:
-        """Return an object's size in bytes, or None when there is none."""
-        return self._tried(lambda: self._store.size(key))
-
     def sha256(self, key: str) -> str | None:
         """Return the sha256 of an object in hex, or None when there is none."""
         return self._tried(lambda: self._store.sha256(key))

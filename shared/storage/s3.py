@@ -96,16 +96,6 @@ class S3Store:
         self.put(key, file)
         file.unlink()
 
-    def size(self, key: str) -> int | None:
-        """Return an object's size in bytes, or None when there is none."""
-        full_key = self._prefix + checked_key(key)
-        # Not HEAD: its errors have no body, so that a missing bucket looks like a missing object. Of the
-        # keys that begin with this one, it is itself the first.
-        with self._translated():
-            answer = self._client.list_objects_v2(Bucket=self._bucket, Prefix=full_key, MaxKeys=1)
-        found = [item["Size"] for item in answer.get("Contents", ()) if item["Key"] == full_key]
-        return found[0] if found else None
-
     def sha256(self, key: str) -> str | None:
         """Return the sha256 of an object in hex, read back in pieces, or None when there is none."""
         with self._translated():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from shared.deployment import Deployment
 from shared.deployment_file import parse_deployment
 from shared.faults import BundleCorrupt
 from shared.sources.open import open_sources
-from shared.storage.base import ObjectMissing, Store
+from shared.storage.base import Store
 from tests.adapters import write_adapter, write_base
 
 
@@ -86,14 +85,3 @@ def test_what_a_killed_build_left_is_no_damage(store: Store, tmp_path: Path, wis
     again = built(wish, store, tmp_path)
     assert (again.reused, again.repaired) == (False, False)
     read_bundle(store, digest)
-
-
-def test_stores_hash_what_they_hold(store: Store) -> None:
-    """A digest is that of the bytes that come back, the empty object included; None where there is nothing."""
-    store.put("a/b", b"x" * 3_000_000)
-    store.put("a/empty", b"")
-    assert store.sha256("a/b") == hashlib.sha256(store.get("a/b")).hexdigest()
-    assert store.sha256("a/empty") == hashlib.sha256(b"").hexdigest()
-    assert [store.sha256(key) for key in ("a", "a/c", "a/b/c")] == [None] * 3
-    with pytest.raises(ObjectMissing):
-        store.get("a")

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from shared.bundle.manifest import sha256_hex
 from shared.faults import SettingsInvalid, StoreUnavailable
 from shared.storage.base import ObjectMissing, Store
 from shared.storage.local import LocalStore
@@ -48,15 +49,15 @@ def test_a_put_replaces(store: Store) -> None:
     store.put("k", b"a long first object")
     store.put("k", b"short")
     assert store.get("k") == b"short"
-    assert store.size("k") == 5
 
 
-def test_sizes(store: Store) -> None:
-    """Size is in bytes, and None where there is no object: beside one, above one and below one."""
-    store.put("a/b", b"12345")
-    store.put("a/bc", b"1")
-    assert store.size("a/b") == 5
-    assert [store.size(key) for key in ("a", "a/c", "a/b/c", "other")] == [None] * 4
+def test_digests(store: Store) -> None:
+    """A digest is that of the bytes that come back, and None beside, above and below an object."""
+    store.put("a/b", b"x" * 3_000_000)
+    store.put("a/bc", b"")
+    assert store.sha256("a/b") == sha256_hex(store.get("a/b"))
+    assert store.sha256("a/bc") == sha256_hex(b"")
+    assert [store.sha256(key) for key in ("a", "a/c", "a/b/c", "other")] == [None] * 4
 
 
 def test_missing(store: Store) -> None:
@@ -92,7 +93,7 @@ def test_delete(store: Store) -> None:
     store.delete("a/b")
     store.delete("a/b")
     store.delete("never/there")
-    assert store.size("a/b") is None
+    assert store.sha256("a/b") is None
     assert list(store.list("")) == ["a/c"]
 
 
@@ -101,7 +102,7 @@ def test_a_large_file(store: Store, tmp_path: Path) -> None:
     file = tmp_path / "large"
     file.write_bytes(os.urandom(20 * 10**6))
     store.put("large", file)
-    assert store.size("large") == 20 * 10**6
+    assert [entry.size for entry in store.entries("large")] == [20 * 10**6]
     assert hashlib.sha256(store.get("large")).digest() == hashlib.sha256(file.read_bytes()).digest()
 
 
@@ -151,7 +152,7 @@ def test_entries_have_size_and_age(store: Store) -> None:
 def test_a_key_cannot_leave_the_store(kind: str, key: str, tmp_path: Path, aws: S3Server) -> None:
     """A key with empty, '.' or '..' parts is refused by every method before anything is touched."""
     store: Store = LocalStore(tmp_path / "store") if kind == "local" else S3Store("never-made")
-    for call in (store.get, store.size, store.delete, lambda key: store.put(key, b"x")):
+    for call in (store.get, store.sha256, store.delete, lambda key: store.put(key, b"x")):
         with pytest.raises(ValueError, match="is no key"):
             call(key)
     assert list(tmp_path.iterdir()) == []
@@ -174,7 +175,7 @@ def test_killed_put_leaves_nothing(tmp_path: Path) -> None:
             writer.send_signal(signal.SIGKILL)
             assert writer.wait(10) == -signal.SIGKILL
         assert store.get("old") == b"old"
-        assert store.size("new/key") is None
+        assert store.sha256("new/key") is None
         assert list(store.list("")) == ["old"]
         for leftover in (tmp_path / "store/.tmp").iterdir():
             os.utime(leftover, (0, 0))
@@ -217,7 +218,7 @@ def test_links_are_not_followed(tmp_path: Path) -> None:
     store.put("a/b", b"x")
     (tmp_path / "store/a/file").symlink_to(tmp_path / "outside/secret")
     (tmp_path / "store/folder").symlink_to(tmp_path / "outside")
-    for call in (store.get, store.size, store.delete, lambda key: store.put(key, b"x")):
+    for call in (store.get, store.sha256, store.delete, lambda key: store.put(key, b"x")):
         for key in ("a/file", "folder/secret"):
             with pytest.raises(StoreUnavailable, match="goes through a link"):
                 call(key)
@@ -271,7 +272,7 @@ def _all_calls_fail(store: Store) -> list[str]:
     calls = (
         lambda: store.get("k"),
         lambda: store.put("k", b"x"),
-        lambda: store.size("k"),
+        lambda: store.sha256("k"),
         lambda: list(store.list("")),
         lambda: store.delete("k"),
     )

@@ -74,9 +74,9 @@ class Mortal:
         """Move, if alive."""
         self._lives(lambda: self.store.take(key, file))
 
-    def size(self, key: str) -> int | None:
+    def sha256(self, key: str) -> str | None:
         """Look, if alive."""
-        return self._lives(lambda: self.store.size(key))
+        return self._lives(lambda: self.store.sha256(key))
 
     def list(self, prefix: str) -> Iterator[str]:
         """List, if alive."""

@@ -78,10 +78,10 @@ class Turns:
         self._turn()
         self.store.take(key, file)
 
-    def size(self, key: str) -> int | None:
+    def sha256(self, key: str) -> str | None:
         """Look at one's turn."""
         self._turn()
-        return self.store.size(key)
+        return self.store.sha256(key)
 
     def list(self, prefix: str) -> Iterator[str]:
         """List at one's turn."""
