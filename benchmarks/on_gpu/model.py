@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from inference_service.lora.weights import AdapterWeights, GroupWeights
-from inference_service.models.config import ModelConfig
-from inference_service.models.families.llama import FAMILY
-from inference_service.models.hf_config import HfConfig
+from shared.bases.config import ModelConfig
+from shared.bases.families.llama import FAMILY
+from shared.bases.hf_config import HfConfig
 
 ARCHITECTURE: Final = "LlamaForCausalLM"
 LLAMA_8B: Final[dict[str, Any]] = {

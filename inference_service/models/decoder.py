@@ -21,8 +21,8 @@ from inference_service.layers.rope import Rope
 from inference_service.lora.backend import LoraBackend
 from inference_service.lora.weights import AdapterWeights
 from inference_service.models.checkpoint import Tensors
-from inference_service.models.config import ModelConfig
 from inference_service.models.weights import Weights
+from shared.bases.config import ModelConfig
 
 
 @dataclass(frozen=True)

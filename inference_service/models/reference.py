@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import gelu, silu
 
-from inference_service.kernels.attention import AttentionSpec
-from inference_service.layers.rope import RopeSpec
+from inference_service.layers.rope import frequencies
 from inference_service.models.adapter_source import Adapter
 from inference_service.models.checkpoint import Checkpoint
-from inference_service.models.config import ModelConfig
+from shared.bases.attention import AttentionSpec
+from shared.bases.config import ModelConfig
+from shared.bases.rope import RopeSpec
 
 QKV, GATE_UP = ("attn_q", "attn_k", "attn_v"), ("mlp_h_to_4h", "mlp_gate")
 
@@ -147,9 +148,7 @@ def _project(
 
 def _rotate(x: Tensor, spec: RopeSpec) -> Tensor:
     """Rotate the leading dimensions of x [heads, T, head_dim] by their positions."""
-    exponents = torch.arange(0, spec.dim, 2).float() / spec.dim
-    freqs = spec.scaling.stretch(1.0 / spec.theta**exponents, spec.theta)
-    angles = torch.outer(torch.arange(x.shape[1]).float(), freqs)
+    angles = torch.outer(torch.arange(x.shape[1]).float(), frequencies(spec))
     cos, sin = angles.cos() * spec.scaling.magnitude, angles.sin() * spec.scaling.magnitude
     first, second = x[..., : spec.dim // 2], x[..., spec.dim // 2 : spec.dim]
     return torch.cat([first * cos - second * sin, second * cos + first * sin, x[..., spec.dim :]], dim=-1)

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from inference_service.core.groups import GroupShape
-from inference_service.kernels.attention import AttentionSpec
 from inference_service.layers.linear import Linear
 from inference_service.layers.norm import RMSNorm
 from inference_service.lora.weights import AdapterWeights, GroupWeights
 from inference_service.models.checkpoint import Tensors
-from inference_service.models.config import ModelConfig
+from shared.bases.attention import AttentionSpec
+from shared.bases.config import ModelConfig
+from shared.bases.groups import GroupShape
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,6 @@ from inference_service.lora.triton_backend import TritonLora
 from inference_service.lora.weights import pack_adapter
 from inference_service.models.checkpoint import Checkpoint
 from inference_service.models.decoder import Decoder
-from inference_service.models.read import read_config
 from inference_service.serving.backend import choose_backend
 from inference_service.serving.brought import read_brought
 from inference_service.serving.catalog import Catalog, ServedModel
@@ -36,6 +35,7 @@ from inference_service.serving.proof import replay
 from inference_service.serving.service import GenerationService, ServingLimits
 from inference_service.serving.telemetry.record import Watcher
 from inference_service.serving.text import Text
+from shared.bases.read import read_config
 from shared.bundle.deployments import current_generation, list_deployments
 from shared.bundle.manifest import Generation
 from shared.bundle.reader import Bundle, read_bundle

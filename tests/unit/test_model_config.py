@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from transformers import AutoConfig
 
-from inference_service.models.families import load_families
-from inference_service.models.read import read_config
+from shared.bases.families import load_families
+from shared.bases.read import read_config
 from shared.faults import CheckpointInvalid
 
 # As the hub has them: written by transformers 4, and by people.

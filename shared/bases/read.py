@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from inference_service.models.config import ModelConfig
-from inference_service.models.families import load_families
-from inference_service.models.family import token_ids
-from inference_service.models.hf_config import HfConfig, read_json
+from shared.bases.config import ModelConfig
+from shared.bases.families import load_families
+from shared.bases.family import token_ids
+from shared.bases.hf_config import HfConfig, read_json
 from shared.faults import CheckpointInvalid
 
 

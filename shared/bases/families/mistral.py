@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from inference_service.models.config import ModelConfig
-from inference_service.models.family import Family, llama_like, windowed
-from inference_service.models.hf_config import HfConfig
+from shared.bases.config import ModelConfig
+from shared.bases.family import Family, llama_like, windowed
+from shared.bases.hf_config import HfConfig
 
 
 def _read(config: HfConfig) -> ModelConfig:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from inference_service.models.config import ModelConfig, TensorNames
-from inference_service.models.families.qwen2 import qwen_windows
-from inference_service.models.family import Family, llama_like
-from inference_service.models.hf_config import HfConfig
+from shared.bases.config import ModelConfig, TensorNames
+from shared.bases.families.qwen2 import qwen_windows
+from shared.bases.family import Family, llama_like
+from shared.bases.hf_config import HfConfig
 
 NAMES = TensorNames(q_norm="self_attn.q_norm", k_norm="self_attn.k_norm")
 

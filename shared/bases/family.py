@@ -6,10 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from inference_service.kernels.attention import AttentionSpec
-from inference_service.models.config import LayerSpec, ModelConfig
-from inference_service.models.hf_config import HfConfig
-from inference_service.models.rope_config import read_rope
+from shared.bases.attention import AttentionSpec
+from shared.bases.config import LayerSpec, ModelConfig
+from shared.bases.hf_config import HfConfig
+from shared.bases.rope_config import read_rope
 from shared.bundle.modules import BaseDims
 from shared.faults import CheckpointInvalid
 

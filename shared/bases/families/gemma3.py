@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from inference_service.layers.rope import RopeSpec
-from inference_service.models.config import ModelConfig
-from inference_service.models.families.gemma2 import NAMES, gemma_like
-from inference_service.models.family import Family, layer_types, windowed
-from inference_service.models.hf_config import HfConfig
-from inference_service.models.rope_config import read_scaling
+from shared.bases.config import ModelConfig
+from shared.bases.families.gemma2 import NAMES, gemma_like
+from shared.bases.family import Family, layer_types, windowed
+from shared.bases.hf_config import HfConfig
+from shared.bases.rope import RopeSpec
+from shared.bases.rope_config import read_scaling
 
 GLOBAL_THETA, LOCAL_THETA = 1_000_000.0, 10_000.0
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from inference_service.core.groups import GroupShape, layer_groups
-from inference_service.kernels.attention import AttentionSpec
-from inference_service.layers.rope import RopeSpec
+from shared.bases.attention import AttentionSpec
+from shared.bases.groups import GroupShape, layer_groups
+from shared.bases.rope import RopeSpec
 from shared.bundle.modules import BaseDims
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 
-from inference_service.models.family import Family
+from shared.bases.family import Family
 
 
 def load_families() -> dict[str, Family]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 
-from inference_service.layers.rope import Linear, Llama3, LongRope, RopeSpec, Scaling, Yarn
-from inference_service.models.hf_config import HfConfig
+from shared.bases.hf_config import HfConfig
+from shared.bases.rope import Linear, Llama3, LongRope, RopeSpec, Scaling, Yarn
 from shared.faults import CheckpointInvalid
 
 ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
