@@ -10,8 +10,7 @@ from torch import Tensor
 
 from inference_service.lora.weights import AdapterWeights, GroupWeights
 from shared.bases.config import ModelConfig
-from shared.bases.families.llama import FAMILY
-from shared.bases.hf_config import HfConfig
+from shared.bases.read import read_fields
 
 ARCHITECTURE: Final = "LlamaForCausalLM"
 LLAMA_8B: Final[dict[str, Any]] = {
@@ -58,7 +57,7 @@ def config_fields(shape: dict[str, Any]) -> dict[str, Any]:
 
 def config_of(shape: dict[str, Any]) -> ModelConfig:
     """The configuration of a shape."""
-    return FAMILY.read(HfConfig(config_fields(shape), ARCHITECTURE))
+    return read_fields(config_fields(shape))
 
 
 class RandomTensors:

@@ -47,7 +47,7 @@ def build(deployment: Deployment, shop: Workshop, progress: Progress) -> BuildRe
         space = shop.space(work)
         base = _describe_base(deployment, shop, progress)
         weights = BaseWeights(base.record, shop.sources, work / "base", lambda _: progress.check())
-        book = rulebook(base.config, deployment.build.lora_configuration, weights)
+        book = rulebook(base.model, deployment.build.lora_configuration, weights)
         adapters = Intake(book, shop, space, work, progress).take_in(deployment.build.lora_adapters)
         groups = batches(adapters)
         proofs: Sequence[Proof | None] = [None] * len(groups)
@@ -65,7 +65,12 @@ def build(deployment: Deployment, shop: Workshop, progress: Progress) -> BuildRe
 
 def _describe_base(deployment: Deployment, shop: Workshop, progress: Progress) -> Base:
     try:
-        return describe_base(shop.sources, deployment.build.checkpoint_repository, lambda _: progress.check())
+        return describe_base(
+            shop.sources,
+            deployment.build.checkpoint_repository,
+            lambda _: progress.check(),
+            max_seq_len=deployment.build.max_seq_len,
+        )
     except Fault as fault:
         raise type(fault)(f"base checkpoint: {fault.message}", fault.findings) from fault
 

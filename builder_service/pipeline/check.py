@@ -55,9 +55,14 @@ def check_one(deployment: Deployment, shop: Workshop, progress: Progress) -> Ada
         Fault: what the base or a source raises; rules that are broken are findings.
     """
     with shop.folder() as work:
-        base = describe_base(shop.sources, deployment.build.checkpoint_repository, lambda _: progress.check())
+        base = describe_base(
+            shop.sources,
+            deployment.build.checkpoint_repository,
+            lambda _: progress.check(),
+            max_seq_len=deployment.build.max_seq_len,
+        )
         weights = BaseWeights(base.record, shop.sources, work / "base", lambda _: progress.check())
-        book = rulebook(base.config, deployment.build.lora_configuration, weights)
+        book = rulebook(base.model, deployment.build.lora_configuration, weights)
         [fetched] = fetch_adapters(
             deployment.build.lora_adapters, shop.sources, shop.space(work), work, progress
         )

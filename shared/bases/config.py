@@ -56,7 +56,7 @@ class ModelConfig:
     """The longest sequence that the model was made for."""
     norm_eps: float
     dtype: str
-    """Of the checkpoint: ``bfloat16``, ``float16`` or ``float32``."""
+    """Of the checkpoint: ``bfloat16``, ``float16`` or ``float32``; empty where the config does not say."""
     eos_token_ids: frozenset[int]
     tied_embeddings: bool
     names: TensorNames = TensorNames()

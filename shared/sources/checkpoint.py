@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
+from shared.bases.config import ModelConfig
+from shared.bases.read import read_fields
 from shared.bundle.manifest import BaseRecord
 from shared.deployment import Repository
 from shared.faults import BundleCorrupt, CheckpointInvalid
@@ -16,13 +18,14 @@ from shared.sources.files import hash_file, scratch
 from shared.sources.open import Sources
 
 CONFIG: Final = "config.json"
+GENERATION: Final = "generation_config.json"
 WEIGHTS: Final = "model.safetensors"
 INDEX: Final = "model.safetensors.index.json"
 SMALL_FILES: Final = (
     CONFIG,
     INDEX,
     "chat_template.jinja",
-    "generation_config.json",
+    GENERATION,
     "special_tokens_map.json",
     "tokenizer.json",
     "tokenizer_config.json",
@@ -36,15 +39,23 @@ class Base:
     """A base checkpoint as the builder sees it."""
 
     record: BaseRecord
-    config: dict[str, Any]
-    """``config.json``, parsed."""
+    model: ModelConfig
 
 
-def describe_base(sources: Sources, repository: Repository, progress: Progress = unwatched) -> Base:
+def describe_base(
+    sources: Sources,
+    repository: Repository,
+    progress: Progress = unwatched,
+    *,
+    max_seq_len: int | None = None,
+) -> Base:
     """Resolve a base checkpoint and record every file that serving needs; weights stay where they are.
 
+    max_seq_len is what the deployment asks for.
+
     Raises:
-        CheckpointInvalid: ``config.json`` or the weights are missing or cannot be read.
+        CheckpointInvalid: ``config.json`` or the weights are missing or cannot be read, or the base is not
+            served.
         Fault: what the source raises.
     """
     source = sources.of(repository)
@@ -54,10 +65,15 @@ def describe_base(sources: Sources, repository: Repository, progress: Progress =
             f"{_name(repository)}: expected {CONFIG}, found {_some(resolved)}. "
             "The base must be a decoder checkpoint in Hugging Face format."
         )
-    config = _read_json(source, resolved, CONFIG, sources.work_dir)
+    generation = GENERATION in resolved.files
+    model = read_fields(
+        _read_json(source, resolved, CONFIG, sources.work_dir),
+        _read_json(source, resolved, GENERATION, sources.work_dir) if generation else None,
+        max_seq_len,
+    )
     names = [name for name in SMALL_FILES if name in resolved.files]
     files = source.digests(resolved, [*names, *_weights(source, resolved, sources.work_dir)], progress)
-    return Base(BaseRecord(source=source.pin(resolved, files), files=files), config)
+    return Base(BaseRecord(source=source.pin(resolved, files), files=files), model)
 
 
 def fetch_base(base: BaseRecord, into: Path, sources: Sources, progress: Progress = unwatched) -> Path:
