@@ -66,6 +66,10 @@ class RandomTensors:
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         self.dtype, self.device = dtype, device
 
+    def has(self, name: str) -> bool:
+        """No tied model has a head."""
+        return "lm_head" not in name
+
     def first(self, names: Sequence[str]) -> str:
         """Every name is there."""
         return names[0]

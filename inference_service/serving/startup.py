@@ -35,14 +35,16 @@ from inference_service.serving.proof import replay
 from inference_service.serving.service import GenerationService, ServingLimits
 from inference_service.serving.telemetry.record import Watcher
 from inference_service.serving.text import Text
+from shared.bases.config import ModelConfig
 from shared.bases.read import read_config
 from shared.bundle.deployments import current_generation, list_deployments
 from shared.bundle.manifest import Generation
 from shared.bundle.reader import Bundle, read_bundle
+from shared.catalogue import CODES
 from shared.deployment import Repository, SourceKind
 from shared.faults import DeploymentNotFound
 from shared.settings import InferenceSettings
-from shared.sources.checkpoint import fetch_base
+from shared.sources.checkpoint import PlacedBase, place_base
 from shared.sources.open import open_sources
 from shared.storage.base import Store
 
@@ -82,16 +84,17 @@ def load(settings: InferenceSettings, store: Store, watchers: Sequence[Watcher] 
         secrets_dir=settings.secrets_dir,
         work_dir=settings.cache_dir,
     )
-    folder = fetch_base(generation.base, settings.cache_dir / "checkpoints" / _cache_name(generation), sources)
-    config = read_config(folder, generation.max_seq_len)
+    placed = place_base(generation.base, settings.cache_dir / "checkpoints" / _cache_name(generation), sources)
+    with placed.small_files() as folder:
+        config = read_config(folder, generation.max_seq_len)
+        text = Text.load(folder, config.dims.vocab)
     if settings.threads:
         torch.set_num_threads(settings.threads)
     backend = choose_backend(settings, config)
     reading = time.monotonic()
-    checkpoint = Checkpoint(folder, backend.dtype, backend.device)
-    model = Decoder(config, checkpoint, backend.operations)
+    model = Decoder(config, _checkpoint(placed, backend.dtype, backend.device), backend.operations)
+    warned = _warn_about(config, model)
     lora = backend.new_lora()
-    text = Text.load(folder, config.dims.vocab)
     base_s = time.monotonic() - reading
     adapters = []
     for name, record in generation.adapters.items():
@@ -102,7 +105,7 @@ def load(settings: InferenceSettings, store: Store, watchers: Sequence[Watcher] 
         adapters.append(replace(served, source=_source(record.source), load_s=load_s))
     if generation.merged is not None:  # the only adapter, which was loaded and proved like any other
         lora = backend.new_lora()
-        adapters = [_merge(adapters[0], bundle, folder, model)]
+        adapters = [_merge(adapters[0], bundle, placed, model)]
     blocks, limits = _memory(settings, generation, model, lora)
     engine = Engine(_runner(model, lora, blocks, limits), limits, blocks)
     _warm_up(engine, adapters)
@@ -123,12 +126,25 @@ def load(settings: InferenceSettings, store: Store, watchers: Sequence[Watcher] 
         seconds=round(seconds, 2),
     )
     source = _source(generation.base.source)
-    described = ServedModel(generation.served_model_name, source=source, load_s=base_s)
+    described = ServedModel(generation.served_model_name, source=source, load_s=base_s, warnings=warned)
     base = [described] if generation.serve_base else []
     catalog = Catalog(generation.number, generation.served_model_name, [*base, *adapters], seconds)
     thread = EngineThread(engine, settings.max_queue, settings.stream_interval_ms / 1e3)
     serving = ServingLimits(limits.max_seq_len, generation.request_default_max_tokens, config.eos_token_ids)
     return Ready(GenerationService(catalog, text, thread, serving, watchers), thread)
+
+
+def _checkpoint(placed: PlacedBase, dtype: torch.dtype, device: torch.device) -> Checkpoint:
+    return Checkpoint(placed.folder, dtype, device, placed.require)
+
+
+def _warn_about(config: ModelConfig, model: Decoder) -> tuple[str, ...]:
+    """Log what is odd about a base, and return the codes for the list of models."""
+    if config.tied_embeddings == model.config.tied_embeddings:
+        return ()
+    entry = CODES["W_HEAD"]
+    log.warning("base", code=entry.code, found=entry.meaning, fix=entry.cure)
+    return (entry.code,)
 
 
 def _warm_up(engine: Engine, adapters: Sequence[ServedModel]) -> None:
@@ -184,10 +200,10 @@ def _load_adapter(
     )
 
 
-def _merge(served: ServedModel, bundle: Bundle, folder: Path, model: Decoder) -> ServedModel:
+def _merge(served: ServedModel, bundle: Bundle, placed: PlacedBase, model: Decoder) -> ServedModel:
     """Merge an adapter into the weights: it is now what the base was."""
     rows, config = matrices(bundle), model.config
-    checkpoint = Checkpoint(folder, torch.float32, model.device)
+    checkpoint = _checkpoint(placed, torch.float32, model.device)
     model.merge(
         checkpoint, pack_adapter(rows, config.groups, config.dims.num_layers, torch.float32, model.device)
     )

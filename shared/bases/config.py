@@ -15,8 +15,8 @@ from shared.bundle.modules import BaseDims
 class TensorNames:
     """Where a checkpoint keeps the tensors, without ``.weight``; a norm that is None does not exist."""
 
-    prefixes: tuple[str, ...] = ("model.",)
-    """Of everything but the head: the first that has the embedding is taken."""
+    prefixes: tuple[str, ...] = ("model.", "")
+    """Of everything but the head: the first that has the last norm is taken."""
     embedding: str = "embed_tokens"
     final_norm: str = "norm"
     heads: tuple[str, ...] = ("lm_head",)

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
 from shared.bases.config import ModelConfig
 from shared.bases.read import read_fields
-from shared.bundle.manifest import BaseRecord
+from shared.bundle.manifest import BaseRecord, FileDigest
 from shared.deployment import Repository
 from shared.faults import BundleCorrupt, CheckpointInvalid
 from shared.sources.base import Progress, Resolved, Source, unwatched
-from shared.sources.files import hash_file, scratch
+from shared.sources.files import hash_file, hash_pieces, pieces_of, scratch, whole
 from shared.sources.open import Sources
 
 CONFIG: Final = "config.json"
@@ -76,32 +78,70 @@ def describe_base(
     return Base(BaseRecord(source=source.pin(resolved, files), files=files), model)
 
 
-def fetch_base(base: BaseRecord, into: Path, sources: Sources, progress: Progress = unwatched) -> Path:
-    """Return a folder with the base's files, each verified against its recorded digest.
+@dataclass(frozen=True)
+class PlacedBase:
+    """A recorded base where its source put it, not yet verified: who reads a file verifies what was read."""
 
-    LOCAL is verified where it is; other sources are downloaded below into, and what is there already is
-    not downloaded again.
+    record: BaseRecord
+    folder: Path
+    cache: Path
+    """Below which files are the replica's own."""
+
+    def require(self, name: str, found: FileDigest | None) -> None:
+        """Raise `BundleCorrupt` unless that is the file that was recorded; a downloaded one is removed."""
+        expected, path = self.record.files.get(name), self.folder / name
+        if expected is not None and found == expected:
+            return
+        if path.is_file() and path.resolve().is_relative_to(self.cache.resolve()):
+            path.unlink()
+        wanted = f"sha256 {expected.sha256} ({expected.size} bytes)" if expected else "no such file"
+        raise BundleCorrupt(
+            f"base {_name(self.record.source)}: {name}: expected {wanted}, "
+            f"found {found.sha256 if found else 'no file'}. Restore the file, or build the deployment again."
+        )
+
+    @contextmanager
+    def small_files(self) -> Iterator[Path]:
+        """Yield a folder with verified copies of all but the weights, which nobody else writes to."""
+        with scratch(self.cache) as folder:
+            for name in self.record.files:
+                if name in SMALL_FILES:
+                    path = self.folder / name
+                    if not path.is_file():
+                        self.require(name, None)
+                    with whole(folder / name) as sink:
+                        found = hash_pieces(pieces_of(path), unwatched, sink)
+                    self.require(name, found)
+            yield folder
+
+
+def place_base(base: BaseRecord, into: Path, sources: Sources, progress: Progress = unwatched) -> PlacedBase:
+    """Have the source put the base's files in a folder: LOCAL's is its own, others download below into.
+
+    What is there already is not downloaded again.
 
     Raises:
-        BundleCorrupt: a file is missing or differs; a downloaded one is removed, so that a retry fetches it.
+        BundleCorrupt: the record names a file outside the repository.
         Fault: what the source raises.
     """
     for name in base.files:
         if name.startswith("/") or ".." in PurePosixPath(name).parts:
             raise BundleCorrupt(f"base {_name(base.source)}: {name!r} is no path inside the repository")
-    folder = sources.of(base.source).place(base.source, base.files, into, progress)
-    for name, expected in base.files.items():
-        path = folder / name
-        found = hash_file(path) if path.is_file() else None
-        if found != expected:
-            if path.is_file() and path.resolve().is_relative_to(into.resolve()):
-                path.unlink()
-            raise BundleCorrupt(
-                f"base {_name(base.source)}: {name}: expected sha256 {expected.sha256} "
-                f"({expected.size} bytes), found {found.sha256 if found else 'no file'}. "
-                "Restore the file, or build the deployment again."
-            )
-    return folder
+    return PlacedBase(base, sources.of(base.source).place(base.source, base.files, into, progress), into)
+
+
+def fetch_base(base: BaseRecord, into: Path, sources: Sources, progress: Progress = unwatched) -> Path:
+    """Return a folder with the base's files, each verified against its recorded digest where it is.
+
+    Raises:
+        BundleCorrupt: a file is missing or differs; a downloaded one is removed, so that a retry fetches it.
+        Fault: what the source raises.
+    """
+    placed = place_base(base, into, sources, progress)
+    for name in base.files:
+        path = placed.folder / name
+        placed.require(name, hash_file(path) if path.is_file() else None)
+    return placed.folder
 
 
 def _weights(source: Source, resolved: Resolved, work_dir: Path | None) -> list[str]:

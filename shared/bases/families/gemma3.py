@@ -40,7 +40,7 @@ def _read(config: HfConfig) -> ModelConfig:
     window = config.integer_or_none("sliding_window", 4096)
     names = replace(
         NAMES,
-        prefixes=("model.", "language_model.model.", "model.language_model."),
+        prefixes=("model.", "language_model.model.", "model.language_model.", ""),
         heads=("lm_head", "language_model.lm_head"),
         q_norm="self_attn.q_norm",
         k_norm="self_attn.k_norm",
