@@ -18,9 +18,9 @@ from typing import Any
 import psutil
 import torch
 
-from inference_service.models.read import read_config
 from inference_service.serving.backend import choose_backend
 from inference_service.serving.memory import needs_of
+from shared.bases.read import read_config
 from shared.faults import Fault
 from shared.settings import InferenceSettings, load_settings
 

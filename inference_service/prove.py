@@ -21,10 +21,10 @@ from typing import Any, Final
 import torch
 
 from inference_service.models.adapter_source import read_adapter
-from inference_service.models.config import ModelConfig
 from inference_service.models.fingerprint import effect_of
-from inference_service.models.read import read_config
 from inference_service.models.reference import Reference, Run
+from shared.bases.config import ModelConfig
+from shared.bases.read import read_config
 from shared.bundle.proof import Probe, TokenLogprob
 from shared.faults import Fault
 

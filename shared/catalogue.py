@@ -13,6 +13,7 @@ class Subject(StrEnum):
     DEPLOYMENT = "a deployment or a request"
     REFUSED = "an adapter that is refused"
     WARNED = "an adapter that is accepted"
+    BASE = "a base that is served"
 
 
 @dataclass(frozen=True)
@@ -120,12 +121,18 @@ _WARNED: Final = (
      "Send them with each request, where a request has them."),
 )  # fmt: skip
 
+_BASE: Final = (
+    ("W_HEAD", "the config ties the head to the embeddings, and the checkpoint has another `lm_head.weight`, "
+     "which is served", "Set `tie_word_embeddings` to false, or remove the tensor if it is a leftover."),
+)  # fmt: skip
+
 CODES: Final = {
     code: Entry(code, subject, meaning, cure)
     for subject, entries in (
         (Subject.DEPLOYMENT, _DEPLOYMENT),
         (Subject.REFUSED, _REFUSED),
         (Subject.WARNED, _WARNED),
+        (Subject.BASE, _BASE),
     )
     for code, meaning, cure in entries
 }

@@ -18,7 +18,6 @@ from benchmarks.on_gpu.targets import FLOOR, OF_FLOOR
 from benchmarks.on_gpu.timing import copies_of, replayed
 from inference_service.kernels.attention import (
     AttentionCapacity,
-    AttentionSpec,
     AttentionTables,
     Context,
     Inputs,
@@ -27,6 +26,7 @@ from inference_service.kernels.attention import (
     prefill_tile,
 )
 from inference_service.kernels.launch import Launch
+from shared.bases.attention import AttentionSpec
 
 BLOCK_SIZE: Final = 16
 

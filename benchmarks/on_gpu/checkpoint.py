@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
-from benchmarks.on_gpu.model import SCALE, config_fields
+from benchmarks.on_gpu.model import SCALE, config_fields, config_of
 from builder_service.pipeline.build import build
 from builder_service.pipeline.progress import Progress
 from builder_service.pipeline.workshop import Workshop
@@ -38,7 +38,7 @@ def write_base(folder: Path, shape: dict[str, Any], device: torch.device) -> Non
     """Write a checkpoint in bfloat16 whose head is its embedding, with a tokenizer of a token per word."""
     folder.mkdir(parents=True)
     fields = config_fields(shape)
-    dims = BaseDims.from_config(fields)
+    dims = config_of(shape).dims
     (folder / "config.json").write_text(json.dumps(fields))
     widths = _widths(dims)
     tensors = {"model.embed_tokens.weight": _draw((dims.vocab, dims.hidden), device)}
@@ -56,7 +56,7 @@ def write_base(folder: Path, shape: dict[str, Any], device: torch.device) -> Non
 def write_adapter(folder: Path, shape: dict[str, Any], rank: int, device: torch.device) -> None:
     """Write an adapter of all projections as PEFT does."""
     folder.mkdir(parents=True)
-    dims = BaseDims.from_config(config_fields(shape))
+    dims = config_of(shape).dims
     widths, tensors = _widths(dims), {}
     for layer in range(dims.num_layers):
         for module, (inside, outside) in MODULES.items():

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from inference_service.lora.weights import AdapterWeights, GroupWeights
-from inference_service.models.config import ModelConfig
-from inference_service.models.families.llama import FAMILY
-from inference_service.models.hf_config import HfConfig
+from shared.bases.config import ModelConfig
+from shared.bases.read import read_fields
 
 ARCHITECTURE: Final = "LlamaForCausalLM"
 LLAMA_8B: Final[dict[str, Any]] = {
@@ -58,7 +57,7 @@ def config_fields(shape: dict[str, Any]) -> dict[str, Any]:
 
 def config_of(shape: dict[str, Any]) -> ModelConfig:
     """The configuration of a shape."""
-    return FAMILY.read(HfConfig(config_fields(shape), ARCHITECTURE))
+    return read_fields(config_fields(shape))
 
 
 class RandomTensors:
@@ -66,6 +65,10 @@ class RandomTensors:
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         self.dtype, self.device = dtype, device
+
+    def has(self, name: str) -> bool:
+        """No tied model has a head."""
+        return "lm_head" not in name
 
     def first(self, names: Sequence[str]) -> str:
         """Every name is there."""

@@ -50,7 +50,7 @@ def build(deployment: Deployment, shop: Workshop, progress: Progress) -> BuildRe
         room = space.room(BASE_FILES)
         base = _describe_base(deployment, shop, progress, room)
         weights = BaseWeights(base.record, shop.sources, work / "base", lambda _: progress.check(), room)
-        book = rulebook(base.config, deployment.build.lora_configuration, weights)
+        book = rulebook(base.model, deployment.build.lora_configuration, weights)
         adapters = Intake(book, shop, space, work, progress).take_in(deployment.build.lora_adapters)
         groups = batches(adapters)
         proofs: Sequence[Proof | None] = [None] * len(groups)
@@ -69,7 +69,13 @@ def build(deployment: Deployment, shop: Workshop, progress: Progress) -> BuildRe
 def _describe_base(deployment: Deployment, shop: Workshop, progress: Progress, room: Room) -> Base:
     repository = deployment.build.checkpoint_repository
     try:
-        return describe_base(shop.sources, repository, lambda _: progress.check(), room)
+        return describe_base(
+            shop.sources,
+            repository,
+            lambda _: progress.check(),
+            room,
+            max_seq_len=deployment.build.max_seq_len,
+        )
     except Fault as fault:
         raise type(fault)(f"base checkpoint: {fault.message}", fault.findings) from fault
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from builder_service.domain.file_rules import ADDED_TOKENS, INPUTS, weight_files
 from builder_service.domain.full_tensors import BaseTensors
@@ -17,8 +17,9 @@ from builder_service.domain.text_rules import check_texts
 from builder_service.pipeline.fetch import FetchedAdapter
 from builder_service.pipeline.progress import Progress, Stage
 from builder_service.pipeline.truncate import truncate_adapter
+from shared.bases.config import ModelConfig
 from shared.bundle.manifest import TEXT_FILES, Coverage
-from shared.bundle.modules import BY_HF, BY_NAME, BaseDims
+from shared.bundle.modules import BY_HF, BY_NAME
 from shared.deployment import Deployment, Dtype, LoraConfiguration
 from shared.faults import AdapterInvalid, DeploymentInvalid, Finding
 
@@ -46,30 +47,18 @@ class ValidAdapter:
     checked: CheckedAdapter
 
 
-def rulebook(config: dict[str, Any], lora: LoraConfiguration, base: BaseTensors | None = None) -> Rulebook:
-    """Return the rules of a deployment, from the base's ``config.json`` and the deployment's ceilings.
-
-    Raises:
-        CheckpointInvalid: the base's sizes are missing.
-    """
+def rulebook(model: ModelConfig, lora: LoraConfiguration, base: BaseTensors | None = None) -> Rulebook:
+    """Return the rules of a deployment, from its base and its ceilings."""
     targets = {part for name in lora.lora_target_modules for part in FUSED_NAMES.get(name, (name,))}
     max_rank = UNLIMITED if lora.truncate_to_rank else lora.max_lora_rank
-    limits = Limits(BaseDims.from_config(config), max_rank, frozenset(targets))
-    architectures = config.get("architectures")
-    names = tuple(map(str, architectures)) if isinstance(architectures, list) else ()
-    dtype = lora.dtype or storage_dtype(config)
-    return Rulebook(limits, names, dtype, base, lora.truncate_to_rank)
+    limits = Limits(model.dims, max_rank, frozenset(targets))
+    dtype = lora.dtype or storage_dtype(model)
+    return Rulebook(limits, (model.architecture,), dtype, base, lora.truncate_to_rank)
 
 
-def storage_dtype(config: dict[str, Any]) -> Dtype:
+def storage_dtype(model: ModelConfig) -> Dtype:
     """Return the type that a base's weights have; bfloat16 where the config does not say."""
-    text = config.get("text_config")
-    for block in (config, text if isinstance(text, dict) else {}):
-        for key in ("dtype", "torch_dtype"):
-            value = str(block.get(key) or "").removeprefix("torch.")
-            if value in set(Dtype):
-                return Dtype(value)
-    return Dtype.BFLOAT16
+    return Dtype(model.dtype) if model.dtype in set(Dtype) else Dtype.BFLOAT16
 
 
 def check_deployment(deployment: Deployment) -> None:

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from inference_service.kernels.attention import (
-    AttentionSpec,
     AttentionTables,
     Context,
     Inputs,
@@ -19,6 +18,7 @@ from inference_service.kernels.attention import (
 from inference_service.kernels.cpu.ops import BLOCK, Chunks, CpuOps
 from inference_service.layers.norm import RMSNorm
 from inference_service.layers.rope import rotate
+from shared.bases.attention import AttentionSpec
 
 Turn = tuple[Tensor, Tensor]
 """cos and sin of the step's rows, in the form that an `Attention` made them."""

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from inference_service.core.groups import GroupShape
 from inference_service.kernels.sgmv import Group, Slices
 from inference_service.lora.weights import AdapterWeights, GroupWeights
+from shared.bases.groups import GroupShape
 
 GROWTH: Final = 1.25
 """Memory that is too small grows by at least this, so that loading n adapters does not copy all n times."""

@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from inference_service.core.groups import GroupShape
 from inference_service.kernels.cpu.ops import ADAPTER_FIELDS, CpuOps, Table, pack_a, pack_b
 from inference_service.lora.segments import Arrangement
 from inference_service.lora.weights import AdapterWeights, GroupWeights
+from shared.bases.groups import GroupShape
 
 
 class NativeLora:

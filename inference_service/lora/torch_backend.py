@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from inference_service.core.groups import GroupShape
 from inference_service.lora.segments import Arrangement, Segment
 from inference_service.lora.weights import AdapterWeights, GroupWeights
+from shared.bases.groups import GroupShape
 
 
 @dataclass(frozen=True)

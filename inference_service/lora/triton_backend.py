@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from inference_service.core.groups import GroupShape
 from inference_service.kernels.sgmv import (
     DECODE_TILE,
     PREFILL_TILE,
@@ -21,6 +20,7 @@ from inference_service.kernels.sgmv import (
 from inference_service.lora.bank import Bank
 from inference_service.lora.segments import LONG_SEGMENT, Arrangement
 from inference_service.lora.weights import AdapterWeights
+from shared.bases.groups import GroupShape
 
 MIN_ENTRIES: Final = 16
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from inference_service.core.groups import GroupShape
+from shared.bases.groups import GroupShape
 from shared.faults import BundleCorrupt
 
 

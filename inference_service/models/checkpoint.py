@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from inference_service.models.shard import ShardInvalid, read_shard
+from shared.bundle.manifest import FileDigest
 from shared.faults import CheckpointInvalid
+from shared.sources.files import hash_file
 
 INDEX = "model.safetensors.index.json"
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+Verify = Callable[[str, FileDigest], None]
+"""Told what was read of a file, by its name; raises unless that is the file that was meant."""
 
 
 class Tensors(Protocol):
@@ -22,6 +26,10 @@ class Tensors(Protocol):
 
     dtype: torch.dtype
     device: torch.device
+
+    def has(self, name: str) -> bool:
+        """Whether there is such a tensor."""
+        ...
 
     def first(self, names: Sequence[str]) -> str:
         """Return the first name that is there; the first at all when none is, for the message of `get`."""
@@ -36,19 +44,37 @@ class Tensors(Protocol):
         ...
 
 
-class Checkpoint:
-    """Reads tensors by name; each is read from disk when it is asked for."""
+def unverified(_name: str, _found: FileDigest) -> None:
+    """Take a file as it is."""
 
-    def __init__(self, folder: Path, dtype: torch.dtype, device: torch.device) -> None:
+
+class Checkpoint:
+    """Reads tensors by name, each to be asked for once.
+
+    A file is read whole, into memory of its own, when a tensor of it is asked for, and verified before the
+    first of them is given out; what was given out is no longer held here. So beside the model one file is in
+    memory while it is loaded, or two where a layer begins in one and ends in another.
+    """
+
+    def __init__(
+        self, folder: Path, dtype: torch.dtype, device: torch.device, verify: Verify = unverified
+    ) -> None:
         self.dtype = dtype
         self.device = device
+        self._verify = verify
         self._where: dict[str, Path] = {}
+        self._held: dict[str, Tensor] = {}
+        self._others: dict[str, str] = {}
         for path in _files(folder):
             try:
                 with safe_open(path, framework="pt") as file:
                     self._where |= dict.fromkeys(file.keys(), path)
             except (SafetensorError, OSError) as error:
-                raise CheckpointInvalid(f"{path.name} is not a readable safetensors file: {error}") from error
+                self._refuse(path, error)
+
+    def has(self, name: str) -> bool:
+        """Whether there is such a tensor."""
+        return name in self._where
 
     def first(self, names: Sequence[str]) -> str:
         """Return the first name that is there; the first at all when none is, for the message of `get`."""
@@ -59,17 +85,38 @@ class Checkpoint:
 
         Raises:
             CheckpointInvalid: it is not there, or has another shape, or is quantised.
+            Fault: what verify raises.
         """
         if name not in self._where:
             raise CheckpointInvalid(f"the base checkpoint lacks the tensor {name}. Is the download complete?")
-        with safe_open(self._where[name], framework="pt") as file:
-            tensor: Tensor = file.get_tensor(name)
+        if name not in self._held and name not in self._others:
+            self._load(self._where[name])
+        if name in self._others:
+            raise CheckpointInvalid(
+                f"{name}: {self._others[name]} is not supported; supported: bfloat16, float16, float32."
+            )
+        tensor = self._held.pop(name)
         if tuple(tensor.shape) != shape:
             raise CheckpointInvalid(f"{name}: config.json implies shape {shape}, found {tuple(tensor.shape)}.")
-        if tensor.dtype not in DTYPES:
-            found = str(tensor.dtype).removeprefix("torch.")
-            raise CheckpointInvalid(f"{name}: {found} is not supported; supported: bfloat16, float16, float32.")
         return tensor.to(self.device, self.dtype)
+
+    def _load(self, path: Path) -> None:
+        try:
+            shard = read_shard(path)
+        except (ShardInvalid, OSError) as error:
+            self._refuse(path, error)
+        self._verify(path.name, shard.digest)
+        names = {name for name, where in self._where.items() if where == path}
+        if names != {*shard.tensors, *shard.others}:
+            self._refuse(path, "it changed while it was read")
+        self._held |= shard.tensors
+        self._others |= shard.others
+
+    def _refuse(self, path: Path, error: Exception | str) -> NoReturn:
+        """Refuse a file that cannot be read: because it is another one than was meant, or as it is."""
+        if path.is_file():
+            self._verify(path.name, hash_file(path))
+        raise CheckpointInvalid(f"{path.name} is not a readable safetensors file: {error}")
 
 
 def _files(folder: Path) -> list[Path]:

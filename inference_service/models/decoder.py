@@ -7,7 +7,7 @@ together, and the adapters from theirs.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -21,8 +21,8 @@ from inference_service.layers.rope import Rope
 from inference_service.lora.backend import LoraBackend
 from inference_service.lora.weights import AdapterWeights
 from inference_service.models.checkpoint import Tensors
-from inference_service.models.config import ModelConfig
 from inference_service.models.weights import Weights
+from shared.bases.config import ModelConfig
 
 
 @dataclass(frozen=True)
@@ -39,17 +39,19 @@ class Decoder:
     def __init__(self, config: ModelConfig, checkpoint: Tensors, operations: Operations | None = None) -> None:
         """Load the weights of a checkpoint, to be run with the operations of the device, or else with torch's.
 
+        Whether the head is tied is decided by the checkpoint, and `config` of this decoder says it.
+
         Raises:
             CheckpointInvalid: a tensor is missing or has another shape than config.json implies.
         """
-        self.config = config
         self.dtype, self.device = checkpoint.dtype, checkpoint.device
         self._operations = operations or TorchOperations(config.dims, self.dtype, self.device, config.windows)
         weights = Weights(checkpoint, config, self.dtype)
-        self._embedding = weights.embedding()
+        self._embedding, head = weights.tables()
+        self.config = replace(config, tied_embeddings=head is self._embedding)
         self._layers = tuple(weights.layer(index) for index in range(config.dims.num_layers))
         self._norm = weights.final_norm()
-        self._head = Linear(self._embedding if config.tied_embeddings else weights.head())
+        self._head = Linear(head)
         self._ropes = tuple(Rope(spec, self.dtype, self.device) for spec in config.ropes)
         # Rounded as the weights are: Gemma was trained with a scale in bfloat16.
         self._scale = float(torch.tensor(config.embedding_scale, dtype=self.dtype))

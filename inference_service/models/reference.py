@@ -1,7 +1,7 @@
 """A decoder as the papers write it, in float32: no paging, no packing, no fusing, one sequence at a time.
 
-Slow and short, and apart from everything that serves: proofs are computed with it. Layers are read from disk
-one after the other, so it takes the memory of one layer and of the embeddings.
+Slow and short, and apart from everything that serves: proofs are computed with it. Files are read from disk
+one after the other, so it takes the memory of one file and of the embeddings.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import gelu, silu
 
-from inference_service.kernels.attention import AttentionSpec
-from inference_service.layers.rope import RopeSpec
+from inference_service.layers.rope import frequencies
 from inference_service.models.adapter_source import Adapter
 from inference_service.models.checkpoint import Checkpoint
-from inference_service.models.config import ModelConfig
+from shared.bases.attention import AttentionSpec
+from shared.bases.config import ModelConfig
+from shared.bases.rope import RopeSpec
 
 QKV, GATE_UP = ("attn_q", "attn_k", "attn_v"), ("mlp_h_to_4h", "mlp_gate")
 
@@ -43,14 +44,14 @@ class Reference:
         self._config = config
         self._checkpoint = Checkpoint(folder, torch.float32, torch.device("cpu"))
         names = config.names
-        found = self._checkpoint.first([f"{prefix}{names.embedding}.weight" for prefix in names.prefixes])
-        self._prefix = found.removesuffix(f"{names.embedding}.weight")
+        found = self._checkpoint.first([f"{prefix}{names.final_norm}.weight" for prefix in names.prefixes])
+        self._prefix = found.removesuffix(f"{names.final_norm}.weight")
 
     @torch.inference_mode()
     def run(self, sequences: Sequence[Sequence[int]], adapters: Mapping[str, Adapter]) -> dict[str, list[Run]]:
         """Return the runs of every sequence under every adapter, by its name."""
         config, names, dims = self._config, self._config.names, self._config.dims
-        embedding = self._get(names.embedding, (dims.vocab, dims.hidden))
+        embedding, head = self._tables()
         runs = {
             name: [Run(adapter, embedding[list(tokens)] * config.embedding_scale) for tokens in sequences]
             for name, adapter in adapters.items()
@@ -59,17 +60,23 @@ class Reference:
         for index in range(dims.num_layers):
             self._layer(index, everyone)
         norm = self._get(names.final_norm, (dims.hidden,))
-        if config.tied_embeddings:
-            head = embedding
-        else:
-            head = self._checkpoint.get(
-                self._checkpoint.first([f"{name}.weight" for name in names.heads]), (dims.vocab, dims.hidden)
-            )
         for run in everyone:
             logits = head @ self._normed(run.hidden[-1], norm)
             cap = config.logit_softcap
             run.logits = logits if cap is None else torch.tanh(logits / cap) * cap
         return runs
+
+    def _tables(self) -> tuple[Tensor, Tensor]:
+        """Embeddings and head [vocab, hidden]; of a tied model, each is the other where it is not there."""
+        shape = (self._config.dims.vocab, self._config.dims.hidden)
+        names = [
+            f"{self._prefix}{self._config.names.embedding}.weight",
+            self._checkpoint.first([f"{name}.weight" for name in self._config.names.heads]),
+        ]
+        there = [name for name in names if self._checkpoint.has(name)]
+        wanted = there if there and self._config.tied_embeddings else names
+        tables = [self._checkpoint.get(name, shape) for name in wanted]
+        return tables[0], tables[-1]
 
     def _layer(self, index: int, runs: Sequence[Run]) -> None:
         config, names, dims = self._config, self._config.names, self._config.dims
@@ -147,9 +154,7 @@ def _project(
 
 def _rotate(x: Tensor, spec: RopeSpec) -> Tensor:
     """Rotate the leading dimensions of x [heads, T, head_dim] by their positions."""
-    exponents = torch.arange(0, spec.dim, 2).float() / spec.dim
-    freqs = spec.scaling.stretch(1.0 / spec.theta**exponents, spec.theta)
-    angles = torch.outer(torch.arange(x.shape[1]).float(), freqs)
+    angles = torch.outer(torch.arange(x.shape[1]).float(), frequencies(spec))
     cos, sin = angles.cos() * spec.scaling.magnitude, angles.sin() * spec.scaling.magnitude
     first, second = x[..., : spec.dim // 2], x[..., spec.dim // 2 : spec.dim]
     return torch.cat([first * cos - second * sin, second * cos + first * sin, x[..., spec.dim :]], dim=-1)

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from inference_service.core.groups import GroupShape
-from inference_service.kernels.attention import AttentionSpec
 from inference_service.layers.linear import Linear
 from inference_service.layers.norm import RMSNorm
 from inference_service.lora.weights import AdapterWeights, GroupWeights
 from inference_service.models.checkpoint import Tensors
-from inference_service.models.config import ModelConfig
+from shared.bases.attention import AttentionSpec
+from shared.bases.config import ModelConfig
+from shared.bases.groups import GroupShape
 
 
 @dataclass(frozen=True)
@@ -54,18 +54,26 @@ class Weights:
         self._dtype = dtype
         self._merged = merged
         names = config.names
-        found = checkpoint.first([f"{prefix}{names.embedding}.weight" for prefix in names.prefixes])
-        self._prefix = found.removesuffix(f"{names.embedding}.weight")
+        found = checkpoint.first([f"{prefix}{names.final_norm}.weight" for prefix in names.prefixes])
+        self._prefix = found.removesuffix(f"{names.final_norm}.weight")
 
-    def embedding(self) -> Tensor:
-        """[vocab, hidden]"""
-        dims = self._config.dims
-        return self._get(f"{self._config.names.embedding}.weight", (dims.vocab, dims.hidden)).to(self._dtype)
+    def tables(self) -> tuple[Tensor, Tensor]:
+        """Embeddings and head, both [vocab, hidden]; of a tied model they are one tensor.
 
-    def head(self) -> Tensor:
-        """[vocab, hidden], of an untied head."""
+        As in transformers, a checkpoint counts before its config: what is tied may stand under either name, and
+        where it stands under both with different values it is not tied.
+        """
+        config, checkpoint = self._config, self._checkpoint
+        embedding = f"{self._prefix}{config.names.embedding}.weight"
+        head = checkpoint.first([f"{name}.weight" for name in config.names.heads])
+        if config.tied_embeddings and not (checkpoint.has(embedding) and checkpoint.has(head)):
+            only = self._table(head if checkpoint.has(head) else embedding)
+            return only, only
+        first, last = self._table(embedding), self._table(head)
+        return first, first if config.tied_embeddings and torch.equal(first, last) else last
+
+    def _table(self, name: str) -> Tensor:
         dims = self._config.dims
-        name = self._checkpoint.first([f"{name}.weight" for name in self._config.names.heads])
         return self._checkpoint.get(name, (dims.vocab, dims.hidden)).to(self._dtype)
 
     def final_norm(self) -> RMSNorm:

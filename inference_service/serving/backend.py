@@ -24,7 +24,7 @@ from inference_service.lora.backend import LoraBackend
 from inference_service.lora.native_backend import NativeLora
 from inference_service.lora.torch_backend import TorchLora
 from inference_service.lora.triton_backend import TritonLora
-from inference_service.models.config import ModelConfig
+from shared.bases.config import ModelConfig
 from shared.faults import SettingsInvalid
 from shared.private import open_folder
 from shared.settings import InferenceSettings

@@ -10,8 +10,8 @@ import structlog
 import torch
 
 from inference_service.engine.graph_runner import buckets
-from inference_service.models.config import ModelConfig
 from inference_service.models.decoder import Decoder
+from shared.bases.config import ModelConfig
 from shared.faults import ResourcesExhausted
 from shared.settings import InferenceSettings
 

@@ -27,8 +27,7 @@ from inference_service.lora.triton_backend import TritonLora
 from inference_service.lora.weights import pack_adapter
 from inference_service.models.checkpoint import Checkpoint
 from inference_service.models.decoder import Decoder
-from inference_service.models.read import read_config
-from inference_service.serving.backend import choose_backend
+from inference_service.serving.backend import Backend, choose_backend
 from inference_service.serving.brought import read_brought
 from inference_service.serving.catalog import Catalog, ServedModel
 from inference_service.serving.engine_thread import EngineThread
@@ -37,13 +36,16 @@ from inference_service.serving.proof import replay
 from inference_service.serving.service import GenerationService, ServingLimits
 from inference_service.serving.telemetry.record import Watcher
 from inference_service.serving.text import Text
+from shared.bases.config import ModelConfig
+from shared.bases.read import read_config
 from shared.bundle.deployments import current_generation, list_deployments
 from shared.bundle.manifest import Generation
 from shared.bundle.reader import Bundle, read_bundle
+from shared.catalogue import CODES
 from shared.deployment import Repository, SourceKind
 from shared.faults import DeploymentNotFound, ResourcesExhausted
 from shared.settings import InferenceSettings
-from shared.sources.checkpoint import fetch_base
+from shared.sources.checkpoint import PlacedBase, with_base
 from shared.sources.open import Sources, open_sources
 from shared.storage.base import Store
 
@@ -84,27 +86,22 @@ def load(settings: InferenceSettings, store: Store, watchers: Sequence[Watcher] 
         secrets_dir=settings.secrets_dir,
         work_dir=settings.cache_dir,
     )
-    folder = _fetch(generation, settings.cache_dir, sources)
-    config = read_config(folder, generation.max_seq_len)
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    backend = choose_backend(settings, config)
-    reading = time.monotonic()
-    checkpoint = Checkpoint(folder, backend.dtype, backend.device)
-    model = Decoder(config, checkpoint, backend.operations)
+    base = _load_base(generation, settings, sources)
+    backend, model = base.backend, base.model
+    warned = _warn_about(base.config, model)
     lora = backend.new_lora()
-    text = Text.load(folder, config.dims.vocab)
-    base_s = time.monotonic() - reading
     adapters = []
     for name, record in generation.adapters.items():
         reading = time.monotonic()
         bundle = read_bundle(store, record.digest)
-        served = _load_adapter(name, bundle, lora, model, text, settings.block_size)
+        served = _load_adapter(name, bundle, lora, model, base.text, settings.block_size)
         load_s = time.monotonic() - reading
         adapters.append(replace(served, source=_source(record.source), load_s=load_s))
     if generation.merged is not None:  # the only adapter, which was loaded and proved like any other
         lora = backend.new_lora()
-        adapters = [_merge(adapters[0], bundle, folder, model)]
+        adapters = [_merge(adapters[0], bundle, base.placed, model)]
     blocks, limits = _memory(settings, generation, model, lora)
     engine = Engine(_runner(model, lora, blocks, limits), limits, blocks)
     _warm_up(engine, adapters)
@@ -125,12 +122,58 @@ def load(settings: InferenceSettings, store: Store, watchers: Sequence[Watcher] 
         seconds=round(seconds, 2),
     )
     source = _source(generation.base.source)
-    described = ServedModel(generation.served_model_name, source=source, load_s=base_s)
-    base = [described] if generation.serve_base else []
-    catalog = Catalog(generation.number, generation.served_model_name, [*base, *adapters], seconds)
+    described = ServedModel(generation.served_model_name, source=source, load_s=base.load_s, warnings=warned)
+    models = [described, *adapters] if generation.serve_base else adapters
+    catalog = Catalog(generation.number, generation.served_model_name, models, seconds)
     thread = EngineThread(engine, settings.max_queue, settings.stream_interval_ms / 1e3)
-    serving = ServingLimits(limits.max_seq_len, generation.request_default_max_tokens, config.eos_token_ids)
-    return Ready(GenerationService(catalog, text, thread, serving, watchers), thread)
+    ends = base.config.eos_token_ids
+    serving = ServingLimits(limits.max_seq_len, generation.request_default_max_tokens, ends)
+    return Ready(GenerationService(catalog, base.text, thread, serving, watchers), thread)
+
+
+@dataclass(frozen=True)
+class _Base:
+    """A base that was loaded."""
+
+    placed: PlacedBase
+    config: ModelConfig
+    text: Text
+    backend: Backend
+    model: Decoder
+    load_s: float
+
+
+def _load_base(generation: Generation, settings: InferenceSettings, sources: Sources) -> _Base:
+    """Load the base from its source, or from the cache, where what is damaged is fetched again."""
+    into = settings.cache_dir / "checkpoints" / _cache_name(generation)
+
+    def read(placed: PlacedBase) -> _Base:
+        with placed.small_files() as folder:
+            config = read_config(folder, generation.max_seq_len)
+            text = Text.load(folder, config.dims.vocab)
+        backend = choose_backend(settings, config)
+        reading = time.monotonic()
+        model = Decoder(config, _checkpoint(placed, backend.dtype, backend.device), backend.operations)
+        return _Base(placed, config, text, backend, model, time.monotonic() - reading)
+
+    log.info("fetching the base", source=_source(generation.base.source), cache=str(settings.cache_dir))
+    try:
+        return with_base(generation.base, into, sources, read)
+    except ResourcesExhausted as fault:
+        raise ResourcesExhausted(f"LORAMUX_CACHE_DIR={settings.cache_dir}: {fault.message}") from fault
+
+
+def _checkpoint(placed: PlacedBase, dtype: torch.dtype, device: torch.device) -> Checkpoint:
+    return Checkpoint(placed.folder, dtype, device, placed.require)
+
+
+def _warn_about(config: ModelConfig, model: Decoder) -> tuple[str, ...]:
+    """Log what is odd about a base, and return the codes for the list of models."""
+    if config.tied_embeddings == model.config.tied_embeddings:
+        return ()
+    entry = CODES["W_HEAD"]
+    log.warning("base", code=entry.code, found=entry.meaning, fix=entry.cure)
+    return (entry.code,)
 
 
 def _warm_up(engine: Engine, adapters: Sequence[ServedModel]) -> None:
@@ -149,14 +192,6 @@ def _generation(name: str, store: Store) -> Generation:
             f"no deployment {name!r} in {store.uri}. There: {known}. Build it first: loramux build FILE."
         )
     return generation
-
-
-def _fetch(generation: Generation, cache_dir: Path, sources: Sources) -> Path:
-    log.info("fetching the base", source=_source(generation.base.source), cache=str(cache_dir))
-    try:
-        return fetch_base(generation.base, cache_dir / "checkpoints" / _cache_name(generation), sources)
-    except ResourcesExhausted as fault:
-        raise ResourcesExhausted(f"LORAMUX_CACHE_DIR={cache_dir}: {fault.message}") from fault
 
 
 def _source(repository: Repository) -> str:
@@ -194,10 +229,10 @@ def _load_adapter(
     )
 
 
-def _merge(served: ServedModel, bundle: Bundle, folder: Path, model: Decoder) -> ServedModel:
+def _merge(served: ServedModel, bundle: Bundle, placed: PlacedBase, model: Decoder) -> ServedModel:
     """Merge an adapter into the weights: it is now what the base was."""
     rows, config = matrices(bundle), model.config
-    checkpoint = Checkpoint(folder, torch.float32, model.device)
+    checkpoint = _checkpoint(placed, torch.float32, model.device)
     model.merge(
         checkpoint, pack_adapter(rows, config.groups, config.dims.num_layers, torch.float32, model.device)
     )

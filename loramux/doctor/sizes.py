@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from shared.bundle.modules import MODULES, BaseDims
+from shared.bases.read import read_fields
+from shared.bundle.modules import MODULES
 from shared.faults import CheckpointInvalid
 
 RANKS: Final = (8, 16, 32, 64)
@@ -69,12 +70,12 @@ def sizes_of(
     """Return the sizes of a base on a device with free_bytes before anything is loaded.
 
     Raises:
-        CheckpointInvalid: the config lacks a size.
+        CheckpointInvalid: the base is not served.
     """
-    dims, item = BaseDims.from_config(config), ITEM_BYTES[dtype]
+    model, item = read_fields(config), ITEM_BYTES[dtype]
+    dims = model.dims
     features = [dims.features(module) for module in MODULES]
-    tied = config.get("tie_word_embeddings", False)
-    tables = dims.vocab * dims.hidden * (1 if tied else 2)
+    tables = dims.vocab * dims.hidden * (1 if model.tied_embeddings else 2)
     weights = item * (tables + dims.num_layers * sum(inside * outside for inside, outside in features))
     left = max(free_bytes - weights - steps_bytes, 0)
     cache = int(KV_SHARE * left) if kv_bytes is None else kv_bytes

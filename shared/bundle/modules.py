@@ -8,10 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final
-
-from shared.bundle.geometry import refuse_other_geometry
-from shared.faults import CheckpointInvalid
+from typing import Final
 
 
 @dataclass(frozen=True)
@@ -42,30 +39,12 @@ FUSED: Final[Mapping[str, tuple[Module, ...]]] = {
     "gate_up_proj": (BY_HF["gate_proj"], BY_HF["up_proj"]),
 }
 """Projections that are one matrix in some bases: its output rows are those of these modules, in this order."""
-_FUSED_IN: Final = {"phi3": frozenset(FUSED)}
-_GEMMA: Final = {
-    "head_dim": 256,
-    "hidden_size": 2304,
-    "intermediate_size": 9216,
-    "num_attention_heads": 8,
-    "num_hidden_layers": 26,
-    "num_key_value_heads": 4,
-}
-# What transformers means by a size that a config leaves out; the decoders of models with images leave out many.
-_DEFAULTS: Final[Mapping[str, Mapping[str, int]]] = {
-    "gemma2": {"vocab_size": 256000} | _GEMMA,
-    "gemma3_text": {"vocab_size": 262208} | _GEMMA,
-    "mistral": {"num_key_value_heads": 8},
-    "qwen2": {"num_key_value_heads": 32},
-    "qwen3": {"num_key_value_heads": 32, "head_dim": 128},
-}
 
 
 @dataclass(frozen=True)
 class BaseDims:
-    """The shapes of a decoder that adapters must fit, from the base's ``config.json``."""
+    """The shapes of a decoder that adapters must fit; `shared.bases.dims` reads them."""
 
-    model_type: str
     num_layers: int
     hidden: int
     intermediate: int
@@ -73,11 +52,8 @@ class BaseDims:
     num_kv_heads: int
     head_dim: int
     vocab: int
-
-    @property
-    def fused(self) -> frozenset[str]:
-        """The fused projections that this base has, by their leaf names."""
-        return _FUSED_IN.get(self.model_type, frozenset())
+    fused: frozenset[str] = frozenset()
+    """The fused projections that the base has, by their leaf names."""
 
     def features(self, module: Module) -> tuple[int, int]:
         """Return (in, out) of a module."""
@@ -91,42 +67,3 @@ class BaseDims:
             "down_proj": (self.intermediate, self.hidden),
             "up_proj": (self.hidden, self.intermediate),
         }[module.hf]
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> BaseDims:
-        """Read the dims from a checkpoint's ``config.json``.
-
-        Raises:
-            CheckpointInvalid: a size is missing or no positive integer, or the layers are of another geometry.
-        """
-        text = config.get("text_config") or config
-        if not isinstance(text, dict):
-            raise CheckpointInvalid(
-                f"config.json: text_config: expected an object, found {type(text).__name__}"
-            )
-        refuse_other_geometry(text)
-        model_type = str(text.get("model_type", ""))
-        text = {**_DEFAULTS.get(model_type, {}), **text}
-        sizes = {}
-        for field, key, default in (
-            ("num_layers", "num_hidden_layers", None),
-            ("hidden", "hidden_size", None),
-            ("intermediate", "intermediate_size", None),
-            ("num_heads", "num_attention_heads", None),
-            ("num_kv_heads", "num_key_value_heads", text.get("num_attention_heads")),
-            ("vocab", "vocab_size", None),
-        ):
-            sizes[field] = _size(text, key, default)
-        head_dim = _size(text, "head_dim", sizes["hidden"] // sizes["num_heads"])
-        return cls(model_type=model_type, head_dim=head_dim, **sizes)
-
-
-def _size(text: dict[str, Any], key: str, default: Any) -> int:
-    value = text.get(key)
-    value = default if value is None else value
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise CheckpointInvalid(
-            f"config.json: {key}: expected a positive integer, found {value!r}. "
-            "The base must be a decoder checkpoint in Hugging Face format."
-        )
-    return value

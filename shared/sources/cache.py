@@ -15,7 +15,7 @@ import structlog
 
 from shared.bundle.manifest import FileDigest
 from shared.sources.base import Progress, unwatched
-from shared.sources.files import PART, disk_errors, hash_file, inside
+from shared.sources.files import PART, SCRATCH, disk_errors, hash_file, inside
 
 log = structlog.get_logger()
 
@@ -113,10 +113,10 @@ def open_cache(cache: Path) -> None:
     """
     with disk_errors():
         cache.mkdir(parents=True, exist_ok=True)
-    for path in cache.rglob(f"{PART}*"):
+    for path in (*cache.rglob(f"{PART}*"), *cache.glob(f"{SCRATCH}*")):
         with suppress(OSError):  # another process may do the same
             if path.stat().st_mtime < time.time() - PART_LIFE_S:
-                path.unlink()
+                discard(path, cache)
 
 
 def _clear(path: Path, cache: Path) -> None:

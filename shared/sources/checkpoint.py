@@ -4,37 +4,42 @@ from __future__ import annotations
 
 import json
 import re
-from contextlib import closing
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import structlog
 
-from shared.bundle.manifest import BaseRecord
+from shared.bases.config import ModelConfig
+from shared.bases.read import read_fields
+from shared.bundle.manifest import BaseRecord, FileDigest
 from shared.deployment import Repository, SourceKind
 from shared.faults import BundleCorrupt, CheckpointInvalid
 from shared.sources.base import Progress, Resolved, Room, Source, unwatched
 from shared.sources.cache import alone, differs, discard, open_cache
-from shared.sources.files import inside, scratch
+from shared.sources.files import hash_file, hash_pieces, inside, pieces_of, scratch, whole
 from shared.sources.open import Sources
 
 log = structlog.get_logger()
 
 CONFIG: Final = "config.json"
+GENERATION: Final = "generation_config.json"
 WEIGHTS: Final = "model.safetensors"
 INDEX: Final = "model.safetensors.index.json"
 SMALL_FILES: Final = (
     CONFIG,
     INDEX,
     "chat_template.jinja",
-    "generation_config.json",
+    GENERATION,
     "special_tokens_map.json",
     "tokenizer.json",
     "tokenizer_config.json",
 )
 _SHARD: Final = re.compile(r"[\w.\-]+\.safetensors")
 MAX_JSON: Final = 64 << 20
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -42,17 +47,24 @@ class Base:
     """A base checkpoint as the builder sees it."""
 
     record: BaseRecord
-    config: dict[str, Any]
-    """``config.json``, parsed."""
+    model: ModelConfig
 
 
 def describe_base(
-    sources: Sources, repository: Repository, progress: Progress = unwatched, room: Room = unwatched
+    sources: Sources,
+    repository: Repository,
+    progress: Progress = unwatched,
+    room: Room = unwatched,
+    *,
+    max_seq_len: int | None = None,
 ) -> Base:
     """Resolve a base checkpoint and record every file that serving needs; weights stay where they are.
 
+    max_seq_len is what the deployment asks for.
+
     Raises:
-        CheckpointInvalid: ``config.json`` or the weights are missing or cannot be read.
+        CheckpointInvalid: ``config.json`` or the weights are missing or cannot be read, or the base is not
+            served.
         Fault: what the source raises.
     """
     source = sources.of(repository)
@@ -62,11 +74,98 @@ def describe_base(
                 f"{_name(repository)}: expected {CONFIG}, found {_some(resolved)}. "
                 "The base must be a decoder checkpoint in Hugging Face format."
             )
-        config = _read_json(source, resolved, CONFIG, sources.work_dir)
+        generation = GENERATION in resolved.files
+        model = read_fields(
+            _read_json(source, resolved, CONFIG, sources.work_dir),
+            _read_json(source, resolved, GENERATION, sources.work_dir) if generation else None,
+            max_seq_len,
+        )
         names = [name for name in SMALL_FILES if name in resolved.files]
         names += _weights(source, resolved, sources.work_dir)
         files = source.digests(resolved, names, progress, room)
-        return Base(BaseRecord(source=source.pin(resolved, files), files=files), config)
+        return Base(BaseRecord(source=source.pin(resolved, files), files=files), model)
+
+
+@dataclass(frozen=True)
+class PlacedBase:
+    """A recorded base where its source put it, not yet verified: who reads a file verifies what was read."""
+
+    record: BaseRecord
+    folder: Path
+    cache: Path
+    """Below which files are the replica's own."""
+    removed: set[str] = field(default_factory=set)
+    """Files of the cache that were not those that were recorded; they can be fetched again."""
+
+    def require(self, name: str, found: FileDigest | None) -> None:
+        """Raise `BundleCorrupt` unless that is the file that was recorded; one of the cache is removed."""
+        expected, path = self.record.files.get(name), inside(self.folder, name)
+        if expected is not None and found == expected:
+            return
+        if expected is not None:
+            with alone(self.cache):
+                # Another replica may have mended it meanwhile.
+                if not differs(path, expected) or discard(path, self.cache):
+                    self.removed.add(name)
+        wanted = f"sha256 {expected.sha256} ({expected.size} bytes)" if expected else "no such file"
+        raise BundleCorrupt(
+            f"base {_name(self.record.source)}: {name}: expected {wanted}, "
+            f"found {found.sha256 if found else 'no file'}. Restore the file, or build the deployment again."
+        )
+
+    def verify(self, progress: Progress = unwatched) -> Path:
+        """Return the folder once each file was verified where it is."""
+        for name in self.record.files:
+            path = inside(self.folder, name)
+            self.require(name, hash_file(path, progress) if path.is_file() else None)
+        return self.folder
+
+    @contextmanager
+    def small_files(self) -> Iterator[Path]:
+        """Yield a folder with verified copies of all but the weights, which nobody else writes to."""
+        with scratch(self.cache) as folder:
+            for name in self.record.files:
+                if name in SMALL_FILES:
+                    path = self.folder / name
+                    if not path.is_file():
+                        self.require(name, None)
+                    with whole(folder / name) as sink:
+                        found = hash_pieces(pieces_of(path), unwatched, sink)
+                    self.require(name, found)
+            yield folder
+
+
+def with_base(
+    base: BaseRecord,
+    into: Path,
+    sources: Sources,
+    use: Callable[[PlacedBase], T],
+    progress: Progress = unwatched,
+    room: Room = unwatched,
+) -> T:
+    """Have the source put the base's files in a folder, and use them; LOCAL's is its own, others' is into.
+
+    What is there already is not downloaded again. Where use finds a file of the cache damaged, that one is
+    fetched again, once, and use is called again.
+
+    Raises:
+        BundleCorrupt: a file is missing or differs, also after it was fetched once more.
+        Fault: what the source and use raise.
+    """
+    if base.source.source is not SourceKind.LOCAL:
+        open_cache(into)
+    mended: set[str] = set()
+    while True:
+        with alone(into, progress):
+            folder = sources.of(base.source).place(base.source, base.files, into, progress, room)
+        placed = PlacedBase(base, folder, into)
+        try:
+            return use(placed)
+        except BundleCorrupt:
+            if not placed.removed or placed.removed & mended:
+                raise
+            log.warning("files of the base differ", folder=str(folder), files=sorted(placed.removed))
+            mended |= placed.removed
 
 
 def fetch_base(
@@ -76,37 +175,8 @@ def fetch_base(
     progress: Progress = unwatched,
     room: Room = unwatched,
 ) -> Path:
-    """Return a folder with the base's files, each verified against its recorded digest.
-
-    LOCAL is verified where it is; other sources are downloaded below into, and what is there already is
-    not downloaded again, unless it is damaged.
-
-    Raises:
-        BundleCorrupt: a file is missing or differs, also after it was fetched once more.
-        Fault: what the source raises.
-    """
-    source, wrong = sources.of(base.source), dict[str, str]()
-    if base.source.source is not SourceKind.LOCAL:
-        open_cache(into)
-    for _ in range(2):
-        with alone(into, progress):
-            folder = source.place(base.source, base.files, into, progress, room)
-        paths = {name: inside(folder, name) for name in base.files}
-        found = {name: differs(path, base.files[name], progress) for name, path in paths.items()}
-        wrong = {name: problem for name, problem in found.items() if problem}
-        if not wrong:
-            return folder
-        log.warning("files of the base differ", folder=str(folder), files=sorted(wrong))
-        with alone(into, progress):  # another replica may have mended them meanwhile
-            still = [paths[name] for name in wrong if differs(paths[name], base.files[name], progress)]
-            if not all(discard(path, into) for path in still):
-                break
-    name = next(iter(wrong))
-    raise BundleCorrupt(
-        f"base {_name(base.source)}: {name}: expected sha256 {base.files[name].sha256} "
-        f"({base.files[name].size} bytes), found {wrong[name]}. Restore the file, or build the deployment "
-        "again."
-    )
+    """Return a folder with the base's files, each verified against its recorded digest; see `with_base`."""
+    return with_base(base, into, sources, lambda placed: placed.verify(progress), progress, room)
 
 
 def _weights(source: Source, resolved: Resolved, work_dir: Path | None) -> list[str]:

@@ -126,9 +126,13 @@ def test_what_killed_replicas_left_is_swept(remote: Remote, tmp_path: Path) -> N
     old, young = folder / ".part-old", folder / ".part-young"
     for part in (old, young):
         part.write_text("")
-    os.utime(old, (time.time() - 2 * 24 * 3600,) * 2)
+    copies = tmp_path / "cache" / "loramux-build-scratch-old"
+    copies.mkdir()
+    (copies / "config.json").write_text("{}")
+    for left in (old, copies):
+        os.utime(left, (time.time() - 2 * 24 * 3600,) * 2)
     remote.fetch(tmp_path / "cache")
-    assert (old.exists(), young.exists()) == (False, True)
+    assert (old.exists(), copies.exists(), young.exists()) == (False, False, True)
 
 
 def test_replicas_that_start_together_share_a_cache(remote: Remote, tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from inference_service.core.groups import GroupShape
 from inference_service.kernels.launch import ARCHITECTURES, DTYPES
 from inference_service.kernels.sgmv import Phase, Slices
 from inference_service.kernels.sgmv.tuning import (
@@ -17,6 +16,7 @@ from inference_service.kernels.sgmv.tuning import (
     fused_config,
     shrink_config,
 )
+from shared.bases.groups import GroupShape
 from tests.golden.kernels.grids import MODELS, TABLE, lines
 from tests.golden.kernels.write import kept
 

@@ -11,7 +11,7 @@ from builder_service.domain.file_rules import file_findings
 from builder_service.domain.rules import CheckedAdapter, Rulebook, base_warning, check_adapter
 from builder_service.domain.tensor_names import LoraKey, RefusedKey, parse_key
 from builder_service.domain.tensor_rules import Limits
-from shared.bundle.modules import BaseDims
+from shared.bases.read import read_fields
 from shared.deployment import Dtype
 from tests.adapters import BASE_CONFIG, key, tensors, write_adapter
 
@@ -22,7 +22,7 @@ def book(
     dtype: Dtype = Dtype.BFLOAT16, max_rank: int = 64, modules: tuple[str, ...] = (), **config: Any
 ) -> Rulebook:
     """Rules of a deployment of the small base."""
-    limits = Limits(BaseDims.from_config(BASE_CONFIG | config), max_rank, frozenset(modules))
+    limits = Limits(read_fields(BASE_CONFIG | config).dims, max_rank, frozenset(modules))
     return Rulebook(limits, ("LlamaForCausalLM",), dtype)
 
 

@@ -11,11 +11,11 @@ import torch
 from typer.testing import CliRunner
 
 from inference_service.lora.weights import Matrices, pack_adapter
-from inference_service.models.read import read_config
 from loramux.cli.main import app
 from loramux.doctor import installed, machine
 from loramux.doctor.machine import look_at_inference, look_at_machine, look_at_store
 from loramux.doctor.sizes import read_base, sizes_of
+from shared.bases.read import read_config
 from shared.bundle.modules import MODULES
 from shared.faults import CheckpointInvalid
 from tests.unit.fake_services import Fakes

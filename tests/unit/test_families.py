@@ -27,8 +27,8 @@ from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import Sequence
 from inference_service.models.checkpoint import Checkpoint
 from inference_service.models.decoder import Decoder
-from inference_service.models.read import read_config
 from inference_service.serving.startup import Ready
+from shared.bases.read import read_config
 from shared.faults import CheckpointInvalid
 from shared.storage.memory import MemoryStore
 from tests.tiny import (

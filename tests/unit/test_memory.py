@@ -11,8 +11,8 @@ import torch
 from safetensors import safe_open
 from structlog.testing import capture_logs
 
-from inference_service.models.read import read_config
 from inference_service.serving.memory import GB, Cache, Needs, needs_of, plan_memory
+from shared.bases.read import read_config
 from shared.faults import ResourcesExhausted
 from shared.settings import InferenceSettings
 from shared.storage.memory import MemoryStore

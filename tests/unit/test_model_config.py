@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from transformers import AutoConfig
 
-from inference_service.models.families import load_families
-from inference_service.models.read import read_config
+from shared.bases.families import load_families
+from shared.bases.read import read_config
 from shared.faults import CheckpointInvalid
 
 # As the hub has them: written by transformers 4, and by people.
@@ -155,12 +155,33 @@ def test_older_configs_mean_what_transformers_takes_them_for(tmp_path: Path, nam
     ("change", "told"),
     [
         ({"architectures": ["MixtralForCausalLM"]}, r"MixtralForCausalLM is not supported; supported: .*Qwen3"),
+        ({"architectures": ["GraniteForCausalLM"]}, "GraniteForCausalLM is not supported"),
+        ({"architectures": ["SmolLM3ForCausalLM"], "hidden_size": None}, "SmolLM3ForCausalLM is not supported"),
+        ({"architectures": ["Olmo2ForCausalLM"], "num_local_experts": 8}, "Olmo2ForCausalLM is not supported"),
         ({"architectures": None}, "architecture unknown"),
+        (
+            {"model_type": "mistral"},
+            "LlamaForCausalLM, whose model_type is 'llama', and model_type is 'mistral'",
+        ),
         ({"hidden_act": "relu"}, 'hidden_act "relu" is not supported for LlamaForCausalLM; supported: "silu"'),
         ({"rope_scaling": {"rope_type": "axial"}}, "'axial' is not supported; supported: default, linear"),
         ({"rope_scaling": {"rope_type": "linear"}}, "factor: expected a number, found None"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
-        ({"quantization_config": {"quant_method": "awq"}}, "quantization_config"),
+        (
+            {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}},
+            "quantization_config",
+        ),
+        ({"text_config": {"quantization_config": {"quant_method": "awq"}}}, "quantization_config"),
+        ({"eos_token_id": "</s>"}, "eos_token_id: expected a token or a list of tokens, found '</s>'"),
+        ({"sliding_window": 4096}, "sliding_window 4096 is not supported for LlamaForCausalLM"),
+        ({"layer_types": ["sliding_attention"] * 32}, "layer_types .* not supported for LlamaForCausalLM"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}, "a rope of its own for some layers"),
+        ({"rope_scaling": {"type": "su"}}, "rope scaling 'su' is not supported"),
+        (
+            {"architectures": ["Phi3ForCausalLM"], "rope_scaling": {"type": "linear"}},
+            "'linear' is not supported",
+        ),
+        ({"architectures": ["Gemma3ForCausalLM"], "rope_scaling": {"rope_type": "longrope"}}, "'longrope'"),
         ({"rms_norm_eps": "small"}, "rms_norm_eps: expected a number, found 'small'"),
         ({"architectures": ["MistralForCausalLM"], "layer_types": ["full_attention"]}, "layer_types"),
         ({"architectures": ["Phi3ForCausalLM"], "attention_bias": True}, "attention_bias true"),
@@ -174,7 +195,8 @@ def test_older_configs_mean_what_transformers_takes_them_for(tmp_path: Path, nam
 )
 def test_what_is_not_served_is_refused_by_name(tmp_path: Path, change: dict[str, Any], told: str) -> None:
     """With the value that was found, and what would be served."""
-    _write_config(tmp_path, **HUB_CONFIGS["Llama-3.1"] | {"rope_scaling": None} | change)
+    unnamed = {"model_type": None} if "architectures" in change else {}
+    _write_config(tmp_path, **HUB_CONFIGS["Llama-3.1"] | {"rope_scaling": None} | unnamed | change)
     with pytest.raises(CheckpointInvalid, match=told):
         read_config(tmp_path)
 

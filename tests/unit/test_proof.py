@@ -21,9 +21,9 @@ from builder_service.pipeline.progress import Progress
 from builder_service.pipeline.workshop import Workshop
 from inference_service.models.adapter_source import read_adapter
 from inference_service.models.fingerprint import difference, effect_of
-from inference_service.models.read import read_config
 from inference_service.models.reference import Reference
 from inference_service.prove import prove
+from shared.bases.read import read_config
 from shared.bundle.deployments import current_generation, publish_generation
 from shared.bundle.manifest import (
     MANIFEST_FILE,

@@ -22,13 +22,12 @@ from inference_service.kernels.attention.layout import (
     AttentionTables,
     pack_tables,
 )
-from inference_service.kernels.attention.paged import AttentionSpec, Context, PagedAttention
+from inference_service.kernels.attention.paged import Context, PagedAttention
 from inference_service.kernels.attention.tuning import prefill_tile
 
 __all__ = [
     "MIN_BLOCK_SIZE",
     "AttentionCapacity",
-    "AttentionSpec",
     "AttentionTables",
     "Context",
     "HeadNorm",

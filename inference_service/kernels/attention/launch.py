@@ -12,8 +12,8 @@ from torch import Tensor
 from inference_service.kernels.attention import tuning
 from inference_service.kernels.attention.inputs import HeadNorm, Inputs
 from inference_service.kernels.attention.layout import AttentionTables
-from inference_service.kernels.attention.paged import AttentionSpec
 from inference_service.kernels.launch import Launch, require, require_device
+from shared.bases.attention import AttentionSpec
 
 LOG2_E = math.log2(math.e)
 MAX_GRID = 65535

@@ -13,17 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-
-@dataclass(frozen=True)
-class AttentionSpec:
-    """How a layer attends."""
-
-    scale: float
-    """Of the products of queries and keys."""
-    window: int | None = None
-    """Positions that a row sees, its own included; None: all."""
-    softcap: float | None = None
-    """Bound that the scaled products approach, by tanh."""
+from shared.bases.attention import AttentionSpec
 
 
 @dataclass(frozen=True)

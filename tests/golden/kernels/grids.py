@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 
-from inference_service.core.groups import GroupShape, layer_groups
 from inference_service.kernels.sgmv import Phase, Slices
 from inference_service.kernels.sgmv.tuning import (
     FUSED_PER_MULTIPROCESSOR,
@@ -18,6 +17,7 @@ from inference_service.kernels.sgmv.tuning import (
     fused_config,
     shrink_config,
 )
+from shared.bases.groups import GroupShape, layer_groups
 
 TABLE = Path(__file__).with_name("grids.txt")
 MODELS = {

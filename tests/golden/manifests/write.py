@@ -60,7 +60,12 @@ ADAPTERS: dict[str, tuple[Shapes, dict[str, Any], dict[str, Any], str]] = {
         {},
         "float32",
     ),
-    "fused": (_fused(), {"target_modules": ["gate_up_proj"], "r": 2}, {"model_type": "phi3"}, "float16"),
+    "fused": (
+        _fused(),
+        {"target_modules": ["gate_up_proj"], "r": 2},
+        {"model_type": "phi3", "architectures": ["Phi3ForCausalLM"]},
+        "float16",
+    ),
 }
 """By name: shapes, changes to the adapter's config and to the base's, storage type."""
 

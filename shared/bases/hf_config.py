@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,12 +27,36 @@ class HfConfig:
             raise self._unexpected(key, "a whole number")
         return value
 
-    def number(self, key: str, default: float | None = None) -> float:
-        """Return a number; without a default it must be there."""
+    def size(self, key: str, default: int | None = None) -> int:
+        """Return a positive whole number; without a default it must be there."""
         value = self._get(key, default)
-        if not isinstance(value, int | float) or isinstance(value, bool):
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise CheckpointInvalid(
+                f"config.json: {key}: expected a positive integer, found {value!r}. "
+                "The base must be a decoder checkpoint in Hugging Face format."
+            )
+        return value
+
+    def number(self, key: str, default: float | None = None) -> float:
+        """Return a finite number; without a default it must be there."""
+        value = self._get(key, default)
+        if not _is_number(value):
             raise self._unexpected(key, "a number")
         return float(value)
+
+    def positive(self, key: str, default: float | None = None) -> float:
+        """Return a number above 0; without a default it must be there."""
+        value = self.number(key, default)
+        if value <= 0:
+            raise self._unexpected(key, "a positive number")
+        return value
+
+    def numbers(self, key: str) -> list[float]:
+        """Return a list of numbers; an empty one where there is none."""
+        values = self.array(key) or []
+        if not all(map(_is_number, values)):
+            raise self._unexpected(key, "a list of numbers")
+        return [float(value) for value in values]
 
     def flag(self, key: str, *, default: bool) -> bool:
         """Return true or false."""
@@ -89,6 +114,12 @@ class HfConfig:
 
     def _unexpected(self, key: str, expected: str) -> CheckpointInvalid:
         return CheckpointInvalid(f"config.json: {key}: expected {expected}, found {self.fields.get(key)!r}.")
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return abs(value) <= sys.float_info.max  # not infinite, no NaN, and no integer beyond them
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

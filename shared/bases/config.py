@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from inference_service.core.groups import GroupShape, layer_groups
-from inference_service.kernels.attention import AttentionSpec
-from inference_service.layers.rope import RopeSpec
+from shared.bases.attention import AttentionSpec
+from shared.bases.groups import GroupShape, layer_groups
+from shared.bases.rope import RopeSpec
 from shared.bundle.modules import BaseDims
 
 
@@ -15,8 +15,8 @@ from shared.bundle.modules import BaseDims
 class TensorNames:
     """Where a checkpoint keeps the tensors, without ``.weight``; a norm that is None does not exist."""
 
-    prefixes: tuple[str, ...] = ("model.",)
-    """Of everything but the head: the first that has the embedding is taken."""
+    prefixes: tuple[str, ...] = ("model.", "")
+    """Of everything but the head: the first that has the last norm is taken."""
     embedding: str = "embed_tokens"
     final_norm: str = "norm"
     heads: tuple[str, ...] = ("lm_head",)
@@ -56,7 +56,7 @@ class ModelConfig:
     """The longest sequence that the model was made for."""
     norm_eps: float
     dtype: str
-    """Of the checkpoint: ``bfloat16``, ``float16`` or ``float32``."""
+    """Of the checkpoint: ``bfloat16``, ``float16`` or ``float32``; empty where the config does not say."""
     eos_token_ids: frozenset[int]
     tied_embeddings: bool
     names: TensorNames = TensorNames()

@@ -5,11 +5,15 @@ from __future__ import annotations
 import importlib
 import pkgutil
 
-from inference_service.models.family import Family
+from shared.bases.family import Architecture, Family
 
 
-def load_families() -> dict[str, Family]:
-    """Return the family of every architecture."""
+def load_families() -> dict[str, tuple[Architecture, Family]]:
+    """Return every architecture by its name, with its family."""
     names = [module.name for module in pkgutil.iter_modules(__path__)]
     families: list[Family] = [importlib.import_module(f"{__name__}.{name}").FAMILY for name in names]
-    return {architecture: family for family in families for architecture in family.architectures}
+    return {
+        architecture.name: (architecture, family)
+        for family in families
+        for architecture in family.architectures
+    }

@@ -1,7 +1,8 @@
-"""Bases whose layers are not those of a dense decoder with one geometry: refused by name."""
+"""Configs that name an architecture that is served, and describe layers that it does not have."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Final
 
 from shared.faults import CheckpointInvalid
@@ -39,13 +40,19 @@ _KINDS: Final[tuple[tuple[str, tuple[str, ...]], ...]] = (
     ),
     (
         "decoder whose layers differ in their sizes",
-        ("block_configs", "cross_attention_layers", "global_head_dim", "num_global_key_value_heads"),
+        (
+            "block_configs",
+            "cross_attention_layers",
+            "global_head_dim",
+            "num_global_key_value_heads",
+            "per_layer_config",
+        ),
     ),
     ("encoder-decoder", ("is_encoder_decoder",)),
 )
 
 
-def refuse_other_geometry(text: dict[str, Any]) -> None:
+def refuse_other_geometry(fields: Mapping[str, Any]) -> None:
     """Raise for a base that adapters of this version cannot be served on.
 
     Raises:
@@ -53,10 +60,10 @@ def refuse_other_geometry(text: dict[str, Any]) -> None:
     """
     for kind, keys in _KINDS:
         for key in keys:
-            if _says(text.get(key)):
-                raise CheckpointInvalid(_refusal(kind, key, text[key]))
+            if _says(fields.get(key)):
+                raise CheckpointInvalid(_refusal(kind, key, fields[key]))
     for key in ("layer_types", "block_types"):
-        kinds = text.get(key)
+        kinds = fields.get(key)
         if isinstance(kinds, list) and (others := sorted({str(item) for item in kinds} - _ATTENTION)):
             raise CheckpointInvalid(_refusal("hybrid of attention and recurrent layers", key, others))
 

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from inference_service.models.config import ModelConfig, TensorNames
-from inference_service.models.families.qwen2 import qwen_windows
-from inference_service.models.family import Family, llama_like
-from inference_service.models.hf_config import HfConfig
+from shared.bases.config import ModelConfig, TensorNames
+from shared.bases.families.qwen2 import qwen_windows
+from shared.bases.family import Architecture, Family, llama_like
+from shared.bases.hf_config import HfConfig
 
 NAMES = TensorNames(q_norm="self_attn.q_norm", k_norm="self_attn.k_norm")
 
 
 def _read(config: HfConfig) -> ModelConfig:
     config.require("hidden_act", "silu")
-    model = llama_like(config, max_positions=32768)
+    model = llama_like(config, max_positions=32768, sizes={"num_key_value_heads": 32, "head_dim": 128})
     bias = config.flag("attention_bias", default=False)
     layers = qwen_windows(model, config)
     return replace(model, layers=layers, names=NAMES, qkv_bias=bias, o_bias=bias)
 
 
-FAMILY = Family(("Qwen3ForCausalLM",), _read)
+FAMILY = Family((Architecture("Qwen3ForCausalLM", "qwen3"),), _read)

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
-from inference_service.models.config import ModelConfig, TensorNames
-from inference_service.models.family import Family, llama_like, windowed
-from inference_service.models.hf_config import HfConfig
+from shared.bases.config import ModelConfig, TensorNames
+from shared.bases.family import Architecture, Family, llama_like, windowed
+from shared.bases.hf_config import HfConfig
+from shared.bases.rope import RopeSpec
+from shared.bases.rope_config import read_rope
 
+SIZES = {
+    "head_dim": 256,
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_attention_heads": 8,
+    "num_hidden_layers": 26,
+    "num_key_value_heads": 4,
+}
+"""Where a config does not say; those of models with images leave out much."""
 NAMES = TensorNames(
     attention_out_norm="post_attention_layernorm",
     mlp_norm="pre_feedforward_layernorm",
@@ -15,13 +27,19 @@ NAMES = TensorNames(
 )
 
 
-def gemma_like(config: HfConfig, *, max_positions: int) -> ModelConfig:
+def gemma_like(
+    config: HfConfig,
+    *,
+    max_positions: int,
+    sizes: Mapping[str, int],
+    rope: Callable[[HfConfig, int, int], tuple[RopeSpec, int]] = read_rope,
+) -> ModelConfig:
     """Return what Gemma 2 and 3 have in common."""
     config.require("hidden_activation", "gelu_pytorch_tanh")
     config.require("use_bidirectional_attention", False)
-    model = llama_like(config, max_positions=max_positions, tied=True)
+    model = llama_like(config, max_positions=max_positions, tied=True, sizes=sizes, rope=rope)
     bias = config.flag("attention_bias", default=False)
-    scale = config.number("query_pre_attn_scalar", 256.0) ** -0.5
+    scale = config.positive("query_pre_attn_scalar", 256.0) ** -0.5
     return replace(
         model,
         layers=tuple(replace(layer, attention=replace(layer.attention, scale=scale)) for layer in model.layers),
@@ -35,7 +53,7 @@ def gemma_like(config: HfConfig, *, max_positions: int) -> ModelConfig:
 
 
 def _read(config: HfConfig) -> ModelConfig:
-    model = gemma_like(config, max_positions=8192)
+    model = gemma_like(config, max_positions=8192, sizes=SIZES | {"vocab_size": 256000})
     softcap = config.number_or_none("attn_logit_softcapping", 50.0)
     window = config.integer_or_none("sliding_window", 4096)
     capped = tuple(
@@ -48,4 +66,4 @@ def _read(config: HfConfig) -> ModelConfig:
     )
 
 
-FAMILY = Family(("Gemma2ForCausalLM",), _read)
+FAMILY = Family((Architecture("Gemma2ForCausalLM", "gemma2"),), _read)

@@ -2,47 +2,65 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from inference_service.kernels.attention import AttentionSpec
-from inference_service.models.config import LayerSpec, ModelConfig
-from inference_service.models.hf_config import HfConfig
-from inference_service.models.rope_config import read_rope
-from shared.bundle.modules import BaseDims
+from shared.bases.attention import AttentionSpec
+from shared.bases.config import LayerSpec, ModelConfig
+from shared.bases.dims import read_dims
+from shared.bases.hf_config import HfConfig
+from shared.bases.rope import RopeSpec
+from shared.bases.rope_config import read_rope
 from shared.faults import CheckpointInvalid
 
 LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
 @dataclass(frozen=True)
+class Architecture:
+    """A class of transformers that checkpoints name."""
+
+    name: str
+    """In ``architectures`` of ``config.json``."""
+    model_type: str
+    """By which transformers chooses the config's class."""
+    nested: bool = False
+    """Whether it is a model of more than text, whose decoder is described in ``text_config``."""
+
+
+@dataclass(frozen=True)
 class Family:
     """Checkpoints that are read in the same way."""
 
-    architectures: tuple[str, ...]
-    """Values of ``architectures`` in ``config.json``."""
+    architectures: tuple[Architecture, ...]
     read: Callable[[HfConfig], ModelConfig]
     """Raises CheckpointInvalid for what the family does not serve."""
 
 
 def llama_like(
-    config: HfConfig, *, max_positions: int = 2048, tied: bool = False, partial_rotary: bool = False
+    config: HfConfig,
+    *,
+    max_positions: int = 2048,
+    tied: bool = False,
+    sizes: Mapping[str, int] | None = None,
+    rope: Callable[[HfConfig, int, int], tuple[RopeSpec, int]] = read_rope,
 ) -> ModelConfig:
     """Return a decoder with nothing special; a family replaces what it does otherwise.
 
-    max_positions and tied are what transformers means where the config does not say.
+    max_positions, tied and sizes are what transformers means where the config does not say; rope returns the
+    rotation and the longest sequence that it serves, from the config, the size of a head and the longest
+    sequence of the model.
     """
-    dims = BaseDims.from_config(dict(config.fields))
-    positions = config.integer("max_position_embeddings", max_positions)
-    rope, longest = read_rope(config, dims.head_dim, positions, partial=partial_rotary)
+    dims = read_dims(config, sizes or {})
+    spec, longest = rope(config, dims.head_dim, config.size("max_position_embeddings", max_positions))
     return ModelConfig(
         architecture=config.architecture,
         dims=dims,
-        layers=(LayerSpec(AttentionSpec(dims.head_dim**-0.5), rope),) * dims.num_layers,
+        layers=(LayerSpec(AttentionSpec(dims.head_dim**-0.5), spec),) * dims.num_layers,
         max_positions=longest,
         norm_eps=config.number("rms_norm_eps", 1e-6),
-        dtype=config.text("dtype", config.text("torch_dtype", "float32")).removeprefix("torch."),
+        dtype=config.text("dtype", config.text("torch_dtype", "")).removeprefix("torch."),
         eos_token_ids=token_ids(config.fields.get("eos_token_id")),
         tied_embeddings=config.flag("tie_word_embeddings", default=tied),
     )
@@ -77,7 +95,12 @@ def layer_types(config: HfConfig, num_layers: int, slides: Callable[[int], bool]
 
 
 def token_ids(value: Any) -> frozenset[int]:
-    """Return the ids of ``eos_token_id``: none, one, or a list."""
-    if value is None:
-        return frozenset()
-    return frozenset(value) if isinstance(value, list) else frozenset([value])
+    """Return the ids of ``eos_token_id``: none, one, or a list.
+
+    Raises:
+        CheckpointInvalid: it is something else.
+    """
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(isinstance(item, int) and not isinstance(item, bool) for item in ids):
+        raise CheckpointInvalid(f"eos_token_id: expected a token or a list of tokens, found {value!r}.")
+    return frozenset(ids)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from inference_service.models.config import LayerSpec, ModelConfig
-from inference_service.models.family import Family, llama_like, windowed
-from inference_service.models.hf_config import HfConfig
+from shared.bases.config import LayerSpec, ModelConfig
+from shared.bases.family import Architecture, Family, llama_like, windowed
+from shared.bases.hf_config import HfConfig
 
 
 def _read(config: HfConfig) -> ModelConfig:
     config.require("hidden_act", "silu")
-    model = llama_like(config, max_positions=32768)
+    model = llama_like(config, max_positions=32768, sizes={"num_key_value_heads": 32})
     return replace(model, layers=qwen_windows(model, config), qkv_bias=True)
 
 
@@ -24,4 +24,4 @@ def qwen_windows(model: ModelConfig, config: HfConfig) -> tuple[LayerSpec, ...]:
     return windowed(model.layers, config, window, lambda index: index >= first)
 
 
-FAMILY = Family(("Qwen2ForCausalLM",), _read)
+FAMILY = Family((Architecture("Qwen2ForCausalLM", "qwen2"),), _read)

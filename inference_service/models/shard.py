@@ -1,0 +1,130 @@
+"""One file of a checkpoint, read from the first byte to the last into memory that nobody else can reach.
+
+A mapped file would be the source's own for as long as the model is served: whoever writes to it changes
+answers, and whoever cuts it off ends the process with SIGBUS.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Final
+
+import torch
+from torch import Tensor
+
+from shared.bundle.manifest import FileDigest
+
+TYPES: Final = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+"""What is served, by safetensors' names."""
+OTHERS: Final = {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "I8": "int8", "U8": "uint8"}
+"""Names that people know of some that are not."""
+MAX_HEADER: Final = 100 << 20
+PIECE: Final = 1 << 20
+
+
+class ShardInvalid(Exception):
+    """The file is no safetensors file; the message says why."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """What is in a file."""
+
+    tensors: dict[str, Tensor]
+    others: dict[str, str]
+    """Types of the tensors that are not of a served type, and were not kept."""
+    digest: FileDigest
+    """Of all bytes that were read."""
+
+
+def read_shard(path: Path) -> Shard:
+    """Read a file.
+
+    Raises:
+        ShardInvalid: it is cut off, or its header does not describe it.
+        OSError: it cannot be read.
+    """
+    tensors, others = {}, {}
+    with path.open("rb", buffering=0) as file:
+        reader = _Reader(file)
+        for name, (dtype, shape, size) in _header(reader, os.fstat(file.fileno()).st_size).items():
+            if dtype not in TYPES:
+                others[name] = OTHERS.get(dtype, dtype)
+                reader.skip(size)
+                continue
+            if math.prod(shape) * TYPES[dtype].itemsize != size:
+                raise ShardInvalid(f"{name} has {size} bytes, which is not what shape {shape} takes")
+            data = torch.empty(size, dtype=torch.uint8)
+            reader.fill(memoryview(data.numpy().data))
+            tensors[name] = data.view(TYPES[dtype]).view(shape)
+        return Shard(tensors, others, reader.rest())
+
+
+class _Reader:
+    """Hashes what it reads."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self._sha256 = hashlib.sha256()
+        self._size = 0
+
+    def fill(self, view: memoryview) -> None:
+        """Read as many bytes as there is room for, in pieces that stay in the processor's cache."""
+        while view:
+            count = self._file.readinto(view[:PIECE])  # type: ignore[attr-defined]  # a raw file has it
+            if not count:
+                raise ShardInvalid(f"it ends after {self._size} bytes")
+            self._sha256.update(view[:count])
+            self._size += count
+            view = view[count:]
+
+    def take(self, count: int) -> bytes:
+        """Return the next bytes."""
+        data = bytearray(count)
+        self.fill(memoryview(data))
+        return bytes(data)
+
+    def skip(self, count: int) -> None:
+        """Pass over bytes."""
+        piece = memoryview(bytearray(min(count, PIECE)))
+        while count:
+            self.fill(piece[:count])
+            count -= len(piece[:count])
+
+    def rest(self) -> FileDigest:
+        """Read to the end, and return what the file was."""
+        while piece := self._file.read(PIECE):
+            self._sha256.update(piece)
+            self._size += len(piece)
+        return FileDigest(size=self._size, sha256=self._sha256.hexdigest())
+
+
+def _header(reader: _Reader, file_size: int) -> dict[str, tuple[str, list[int], int]]:
+    """Return type, shape and bytes of the tensors, in the order in which they follow the header."""
+    length = int.from_bytes(reader.take(8), "little")
+    if length > min(MAX_HEADER, file_size):
+        raise ShardInvalid(f"a header of {length} bytes in a file of {file_size}")
+    try:
+        table: dict[str, Any] = json.loads(reader.take(length))
+        table.pop("__metadata__", None)
+        entries = []
+        for name, each in table.items():
+            begin, end = map(int, each["data_offsets"])
+            entries.append((begin, end, name, str(each["dtype"]), [int(size) for size in each["shape"]]))
+        entries.sort()
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise ShardInvalid("its header is no table of tensors") from error
+    found, at = {}, 0
+    for begin, end, name, dtype, shape in entries:
+        if begin != at or end < begin or any(size < 0 for size in shape):
+            raise ShardInvalid(f"{name} does not follow the tensor before it")
+        found[name] = (dtype, shape, end - begin)
+        at = end
+    if at > file_size:
+        raise ShardInvalid(f"{at} bytes of tensors in a file of {file_size}")
+    return found

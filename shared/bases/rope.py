@@ -1,0 +1,63 @@
+"""Rotary position embeddings in numbers; `inference_service.layers.rope` computes with them.
+
+Sources: https://arxiv.org/abs/2104.09864; the llama3 scaling as in Meta's Llama 3.1 reference code; YaRN
+https://arxiv.org/abs/2309.00071; LongRoPE https://arxiv.org/abs/2402.13753.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Linear:
+    """Every frequency divided by one factor; a factor of 1 is plain rope."""
+
+    factor: float = 1.0
+    magnitude: float = 1.0
+    """What cosines and sines are multiplied with."""
+
+
+@dataclass(frozen=True)
+class Llama3:
+    """Long wavelengths divided, short ones kept, a ramp between."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_positions: int
+    magnitude: float = 1.0
+
+
+@dataclass(frozen=True)
+class Yarn:
+    """As Llama3, with the ramp over dimensions instead of wavelengths, and larger magnitudes."""
+
+    factor: float
+    original_positions: int
+    magnitude: float
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+
+
+@dataclass(frozen=True)
+class LongRope:
+    """A searched factor for each frequency."""
+
+    factors: tuple[float, ...]
+    magnitude: float
+
+
+Scaling = Linear | Llama3 | Yarn | LongRope
+"""How frequencies are stretched for longer contexts."""
+
+
+@dataclass(frozen=True)
+class RopeSpec:
+    """The rotation of a layer's queries and keys."""
+
+    dim: int
+    """Leading dimensions of a head that are rotated."""
+    theta: float
+    scaling: Scaling = Linear()

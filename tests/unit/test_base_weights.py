@@ -1,0 +1,244 @@
+"""A base's weights: which of them answer, and that nobody changes them under a model that is served."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from structlog.testing import capture_logs
+from transformers import Gemma2Config, LlamaConfig
+
+from builder_service.pipeline.build import build
+from builder_service.pipeline.progress import Progress
+from builder_service.pipeline.workshop import Workshop
+from inference_service.models.checkpoint import Checkpoint
+from inference_service.models.shard import ShardInvalid, read_shard
+from shared.bundle.deployments import current_generation
+from shared.faults import BundleCorrupt
+from shared.sources.checkpoint import PlacedBase
+from shared.sources.open import open_sources
+from shared.storage.memory import MemoryStore
+from shared.storage.open import open_store
+from tests.tiny import SIZES, World, make_checkpoint, make_world, oracle, oracle_tokens, run_engine
+
+EMBEDDING, HEAD, WEIGHTS = "model.embed_tokens.weight", "lm_head.weight", "model.safetensors"
+PROMPT = list(range(3, 40))
+GEMMA2 = {"head_dim": 16, "final_logit_softcapping": None}
+TIED = {
+    "llama": LlamaConfig(**SIZES | {"tie_word_embeddings": True}),
+    "gemma2": Gemma2Config(**SIZES | GEMMA2 | {"tie_word_embeddings": True}),
+}
+
+
+def rewrite(folder: Path, change: Any) -> None:
+    """Write the weights of a checkpoint again, changed."""
+    tensors = load_file(folder / WEIGHTS)
+    save_file(change(tensors), folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def other_head(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A head that is not the embeddings."""
+    drawn = torch.randn(tensors[EMBEDDING].shape, generator=torch.Generator().manual_seed(1))
+    return tensors | {HEAD: drawn * 0.3}
+
+
+def one_row(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A head with one other value."""
+    head = tensors[EMBEDDING].clone()
+    head[3, 0] += 5
+    return tensors | {HEAD: head}
+
+
+def same_head(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A copy of the embeddings."""
+    return tensors | {HEAD: tensors[EMBEDDING].clone()}
+
+
+def head_alone(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What is tied, under the head's name alone."""
+    return {HEAD if name == EMBEDDING else name: tensor for name, tensor in tensors.items()}
+
+
+def without_prefix(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A decoder that was saved without its head."""
+    return {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("family", TIED)
+@pytest.mark.parametrize(
+    ("change", "warned"),
+    [(other_head, True), (one_row, True), (same_head, False), (head_alone, False), (without_prefix, False)],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_of_a_tied_model_what_is_in_the_file_counts(
+    tmp_path: Path, family: str, change: Any, warned: bool
+) -> None:
+    """A head that differs from the embeddings answers, with a warning; the rest as in transformers."""
+    world, store = World(tmp_path / "base", {}, tmp_path), MemoryStore()
+    make_checkpoint(world.base, TIED[family])
+    rewrite(world.base, change)
+    expected = oracle_tokens(oracle(world.base, None), PROMPT, 12)
+    world.build(store)
+    with capture_logs() as logs:
+        ready = world.load(store)
+    assert run_engine(ready, [("base", PROMPT)], 12) == [expected]
+    assert ready.service.catalog.get("base").warnings == (("W_HEAD",) if warned else ())
+    assert [line.get("code") for line in logs if line["log_level"] == "warning"] == ["W_HEAD"] * warned
+
+
+def test_a_proof_knows_the_head_that_answers(tmp_path: Path) -> None:
+    """The reference takes the same head: a proof of an adapter on such a base holds."""
+    world, store = make_world(tmp_path, tie_word_embeddings=True), MemoryStore()
+    rewrite(world.base, other_head)
+    deployment = world.deployment()
+    proved = deployment.model_copy(update={"build": deployment.build.model_copy(update={"prove": True})})
+    shop = Workshop(store, open_sources(local_roots=[world.root]))
+    build(proved, shop, Progress(proved.build.lora_adapters))
+    with capture_logs() as logs:
+        world.load(store)
+    proved_names = {line["adapter"] for line in logs if line["event"] == "proof holds"}
+    assert proved_names == set(world.adapters)
+
+
+CHILD = """
+import sys
+from pathlib import Path
+
+from inference_service.core.sampling import SamplingParams
+from inference_service.core.sequence import Sequence
+from inference_service.serving.startup import load
+from shared.settings import InferenceSettings
+from shared.storage.open import open_store
+
+root = Path(sys.argv[1])
+common = {"deployment": "tiny", "local_roots": (root,), "kv_memory_gb": 0.01, "prefix_cache": False}
+ways = [{"dtype": "float32"}, {"dtype": "float16", "backend": "torch"}]
+store = open_store(f"file://{root}/store")
+engines = [load(InferenceSettings(**common, **way), store).engine._engine for way in ways]
+
+
+def answer():
+    tokens = []
+    for engine in engines:
+        engine.add(Sequence("0", list(range(3, 40)), SamplingParams(max_tokens=8)))
+        while not engine.idle:
+            tokens += [output.token.id for output in engine.step()]
+    return tokens
+
+
+answers, file = [answer()], root / "base" / "model.safetensors"
+with file.open("r+b") as stream:
+    stream.seek(4096)
+    stream.write(bytes(file.stat().st_size - 4096))
+answers.append(answer())
+with file.open("r+b") as stream:
+    stream.truncate(10)
+answers.append(answer())
+print(answers)
+"""
+
+
+def test_a_running_model_does_not_feel_its_file(tmp_path: Path) -> None:
+    """Overwritten in place and then cut off, the file changes no answer and ends no process."""
+    world = World(tmp_path / "base", {}, tmp_path)
+    make_checkpoint(world.base, LlamaConfig(**SIZES | {"hidden_size": 96}), torch.float16)
+    world.build(open_store(f"file://{tmp_path}/store"))
+    command = [sys.executable, "-c", CHILD, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    first, overwritten, cut = json.loads(done.stdout.splitlines()[-1])
+    assert len(first) == 16
+    assert first == overwritten == cut
+
+
+def zeroed(path: Path) -> None:
+    """The same size, other values."""
+    data = path.read_bytes()
+    path.write_bytes(data[:-400] + bytes(400))
+
+
+def cut_off(path: Path) -> None:
+    """The first half."""
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize("change", [zeroed, cut_off])
+@pytest.mark.parametrize("name", [WEIGHTS, "config.json", "tokenizer.json"])
+def test_what_is_read_is_verified(tmp_path: Path, name: str, change: Any) -> None:
+    """A file that changed after the build, even after it was looked at, is refused when it is read."""
+    world, store = World(tmp_path / "base", {}, tmp_path), MemoryStore()
+    make_checkpoint(world.base, TIED["llama"])
+    world.build(store)
+    generation = current_generation(store, "tiny")
+    assert generation is not None
+    placed = PlacedBase(generation.base, world.base, tmp_path / "cache")
+    checkpoint = Checkpoint(placed.folder, torch.float32, torch.device("cpu"), placed.require)
+    change(world.base / name)
+    with pytest.raises(BundleCorrupt, match=rf"{name}: expected sha256 \w+ \(\d+ bytes\), found"):  # noqa: PT012
+        with placed.small_files():
+            pass
+        checkpoint.get("model.norm.weight", (SIZES["hidden_size"],))
+    with pytest.raises(BundleCorrupt, match=rf"{name}: expected sha256"):
+        world.load(store)
+
+
+def test_the_small_files_are_copies(tmp_path: Path) -> None:
+    """What a replica parses is a copy of its own, which is gone afterwards; weights are not copied."""
+    world, store = World(tmp_path / "base", {}, tmp_path), MemoryStore()
+    make_checkpoint(world.base, TIED["llama"])
+    world.build(store)
+    generation = current_generation(store, "tiny")
+    assert generation is not None
+    placed = PlacedBase(generation.base, world.base, tmp_path / "cache")
+    with placed.small_files() as folder:
+        names = {path.name for path in folder.iterdir()}
+        assert names == set(generation.base.files) - {WEIGHTS}
+        assert (folder / "config.json").read_bytes() == (world.base / "config.json").read_bytes()
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize(
+    ("data", "told"),
+    [
+        (b"", "it ends after 0 bytes"),
+        (b"\xff" * 8, "a header of"),
+        (b"\x03\0\0\0\0\0\0\0[1]", "no table of tensors"),
+        (b"\x02\0\0\0\0\0\0\0{}tail", None),
+    ],
+    ids=["empty", "header", "list", "tail"],
+)
+def test_files_that_are_none(tmp_path: Path, data: bytes, told: str | None) -> None:
+    """Whatever is in a file, it is read to its end or refused."""
+    (tmp_path / "a").write_bytes(data)
+    if told is None:
+        assert read_shard(tmp_path / "a").digest.size == len(data)
+        return
+    with pytest.raises(ShardInvalid, match=told):
+        read_shard(tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]},
+        {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]},
+        {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]},
+        {"dtype": "F32", "shape": [1 << 60], "data_offsets": [0, 1 << 62]},
+        {"dtype": "F32", "shape": "x", "data_offsets": [0, 4]},
+        {"dtype": "F32", "shape": [1], "data_offsets": [0]},
+        {"dtype": "I64", "shape": [9], "data_offsets": [0, 72]},
+    ],
+)
+def test_headers_that_lie(tmp_path: Path, entry: dict[str, Any]) -> None:
+    """A header that does not describe its file is refused, and nothing of its size is reserved before."""
+    header = json.dumps({"a": entry}).encode()
+    (tmp_path / "a").write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
+    with pytest.raises(ShardInvalid):
+        read_shard(tmp_path / "a")
