@@ -1,6 +1,7 @@
 """A replica under a mixture of good, bad, cancelled, slow and broken requests, for as long as is said.
 
-It is started as a user would, and asked on both doors. At the end every promise is checked: each request ended once, nothing is held, memory did not grow, descriptors and processes are those of the start. A table is
+It is started as a user would, and asked on both doors. At the end every promise is checked: each request ended
+once, nothing is held, memory did not grow, descriptors and processes are those of the start. A table is
 printed; the exit status is 1 when a promise is broken.
 
     python -m benchmarks.soak --minutes 10 --concurrency 16
