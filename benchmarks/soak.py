@@ -1,6 +1,7 @@
 """A replica under a mixture of good, bad, cancelled, slow and broken requests, for as long as is said.
 
-It is started as a user would, and asked on both doors. At the end every promise is checked: each request ended once, nothing is held, memory did not grow, descriptors and processes are those of the start. A table is
+It is started as a user would, and asked on both doors. At the end every promise is checked: each request ended
+once, nothing is held, memory did not grow, descriptors and processes are those of the start. A table is
 printed; the exit status is 1 when a promise is broken.
 
     python -m benchmarks.soak --minutes 10 --concurrency 16
@@ -332,7 +333,7 @@ async def soak(work: Path, minutes: float, concurrency: int, base: str) -> list[
         start = replica.held()
         samples = await _drive(replica, tally, minutes, concurrency)
         scrape = await _until_rest(replica)
-        end = replica.held()
+        end = await _until_closed(replica, start)
     finally:
         status = replica.stop()
     return [*_counts(tally, scrape, replica.ended()), *_holdings(start, samples, end, scrape, status)]
@@ -377,6 +378,16 @@ async def _until_rest(replica: Replica) -> Scrape:
             await asyncio.sleep(0.2)
     await asyncio.sleep(2)  # for connections to close
     return scrape
+
+
+async def _until_closed(replica: Replica, start: Held) -> Held:
+    """Wait until connections are closed: gRPC takes some seconds to see that a client has gone."""
+    for _ in range(60):
+        held = replica.held()
+        if held.descriptors.total() <= start.descriptors.total():
+            break
+        await asyncio.sleep(0.5)
+    return held
 
 
 def _counts(tally: Tally, scrape: Scrape, ended: Counter[str]) -> Iterator[Promise]:

@@ -7,6 +7,7 @@ import json
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -18,11 +19,14 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from loramux import AsyncClient
 from tests.endless import BOUND, MODEL, Doors
 from tests.raw_http import JSON
-from tests.raw_http2 import connect
+from tests.raw_http2 import CANCEL, RESET, call, connect, frame, hello
 
 HEALTH = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
 WAIT = json.dumps({"model": MODEL, "prompt": "WAIT", "stream": True}).encode()
 ASK = b"POST /v1/completions HTTP/1.1\r\n" + JSON + b"Content-Length: %d\r\n\r\n" % len(WAIT) + WAIT
+
+
+LIST = b"/loramux.inference.v1.InferenceService/ListModels"
 
 
 @pytest_asyncio.fixture
@@ -84,6 +88,26 @@ async def test_a_grpc_door_takes_so_many_connections(doors: Doors) -> None:
         each.close()
     async with AsyncClient(doors.rpc.address) as client:
         assert len(await client.models()) == 2
+
+
+async def test_calls_that_are_reset_do_not_cancel_those_of_others(doors: Doors) -> None:
+    """Thousands of calls that are opened and reset cost time, and nobody else's call."""
+    host, port = doors.rpc.address.rsplit(":", 1)
+    streams = range(1, 4000, 2)
+    async with AsyncClient(doors.rpc.address) as client:
+        await client.models()
+        floods = [socket.create_connection((host, int(port))) for _ in range(4)]
+        for each in floods:
+            each.sendall(hello() + b"".join(call(stream, LIST) for stream in streams))
+        time.sleep(0.3)
+        asked = [asyncio.create_task(client.models()) for _ in range(100)]
+        await asyncio.sleep(0.05)
+        for each in floods:
+            each.sendall(b"".join(frame(RESET, 0, stream, CANCEL) for stream in streams))
+        answers = await asyncio.gather(*asked, return_exceptions=True)
+    for each in floods:
+        each.close()
+    assert [each for each in answers if isinstance(each, BaseException)] == []
 
 
 def test_idle_connections_do_not_stop_the_doors() -> None:
