@@ -11,7 +11,7 @@ from shared.faults import RequestInvalid
 
 MAX_VALUES: Final = 1024 * 1024
 """256 prompts of 4096 token ids."""
-MAX_NAMES: Final = 65_536
+MAX_NAMES: Final = 32_768
 """Names, objects and lists, together."""
 
 

@@ -14,11 +14,11 @@ def check_ids(ids: Sized, max_seq_len: int) -> None:
         PromptTooLong: more than fit.
     """
     if len(ids) > max_seq_len:
-        raise prompt_too_long(f"{len(ids)}", max_seq_len)
+        raise prompt_too_long(len(ids), max_seq_len)
 
 
-def prompt_too_long(tokens: str, max_seq_len: int) -> PromptTooLong:
-    """Return the fault of a prompt of so many tokens, said in words."""
+def prompt_too_long(tokens: int, max_seq_len: int) -> PromptTooLong:
+    """Return the fault of a prompt of so many tokens."""
     return PromptTooLong(
         f"the prompt has {tokens} tokens, and at most {max_seq_len - 1} leave room for an answer. "
         "Shorten the prompt."

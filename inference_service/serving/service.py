@@ -203,7 +203,7 @@ class GenerationService:
         """
         room = self.limits.max_seq_len - prompt_tokens
         if room < (0 if wanted == 0 else 1):
-            raise prompt_too_long(f"{prompt_tokens}", self.limits.max_seq_len)
+            raise prompt_too_long(prompt_tokens, self.limits.max_seq_len)
         if wanted is not None and wanted > room:
             raise PromptTooLong(
                 f"{prompt_tokens} tokens of prompt and {wanted} of answer exceed the longest "

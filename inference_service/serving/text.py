@@ -12,9 +12,8 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
 from inference_service.serving.chat_template import ChatTemplate
-from inference_service.serving.lengths import check_ids, prompt_too_long
 from inference_service.serving.vocabulary import Vocabulary
-from shared.faults import CheckpointInvalid, Finding, RequestInvalid
+from shared.faults import CheckpointInvalid, Finding, PromptTooLong, RequestInvalid
 
 SLICE_CHARS: Final = 32 * 1024
 CUT_TOKENS: Final = 256
@@ -65,17 +64,8 @@ class Text:
         """Tokenize a text, with the special tokens that the tokenizer adds itself unless said otherwise.
 
         Other threads run meanwhile: the library lets go of the interpreter's lock for batches only.
-
-        Raises:
-            RequestInvalid: the text holds half a character.
         """
-        try:
-            [encoding] = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
-        except UnicodeEncodeError as error:
-            finding = Finding(
-                code="E_BAD_FIELD", where="prompt", expected="whole characters", found=error.reason
-            )
-            raise RequestInvalid("the prompt is no text.", [finding]) from None
+        [encoding] = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
         ids: list[int] = encoding.ids
         return ids
 
@@ -86,18 +76,23 @@ class Text:
         several, so that `_cut` tokens of each slice are not counted; what is, the whole text has too.
 
         Raises:
-            PromptTooLong: it has more tokens than max_seq_len.
+            PromptTooLong: it has more tokens than max_seq_len, by so many that the slices show it.
             RequestInvalid: the text holds half a character.
         """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            finding = Finding(code="E_BAD_FIELD", where="prompt", expected="text", found=error.reason)
+            raise RequestInvalid("the prompt holds half a character.", [finding]) from None
         least = 0
         for start in range(0, len(text), SLICE_CHARS) if len(text) > SLICE_CHARS else ():
             tokens = len(self.encode(text[start : start + SLICE_CHARS], add_special_tokens=False))
             least += max(0, tokens - self._cut)
             if least > max_seq_len:
-                raise prompt_too_long(f"at least {least}", max_seq_len)
-        ids = self.encode(text, add_special_tokens=add_special_tokens)
-        check_ids(ids, max_seq_len)
-        return ids
+                raise PromptTooLong(
+                    f"the text has at least {least} tokens, and at most {max_seq_len} are taken. Shorten it."
+                )
+        return self.encode(text, add_special_tokens=add_special_tokens)
 
     def token_id(self, token: str) -> int | None:
         """Return the id of a token by its own name, or None where there is none."""
@@ -124,7 +119,7 @@ class Text:
         """Render messages, with the base's template where none is given, and tokenize them.
 
         Raises:
-            PromptTooLong: they have more tokens than max_seq_len.
+            PromptTooLong: they have many more tokens than max_seq_len.
             RequestInvalid: there is no chat template, or it refuses the messages.
         """
         template = template or self._template

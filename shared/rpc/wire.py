@@ -9,7 +9,7 @@ from google.protobuf.descriptor import Descriptor
 
 from shared.faults import RequestInvalid
 
-MAX_FIELDS: Final = 65_536
+MAX_FIELDS: Final = 32_768
 """Of a request as it is sent: with those of messages inside it, and each element that is not packed."""
 _VARINT, _FIXED64, _BYTES, _GROUP, _END, _FIXED32 = range(6)
 _SIZES: Final = {_FIXED64: 8, _FIXED32: 4, _GROUP: 0, _END: 0}
@@ -44,14 +44,14 @@ def more_fields(data: bytes, descriptor: Descriptor, most: int) -> bool:
                 return True
             tag, at = _varint(data, at, end)
             wire = tag & 7
-            if wire == _VARINT:
-                _, at = _varint(data, at, end)
-            elif wire == _BYTES:
+            if wire == _BYTES:
                 size, at = _varint(data, at, end)
-                field = kind.fields_by_number.get(tag >> 3)
+                field = kind.fields_by_number.get(tag >> 3) if size else None
                 if field is not None and field.message_type is not None:
                     inside.append((at, min(at + size, end), field.message_type))
                 at += size
+            elif wire == _VARINT:
+                _, at = _varint(data, at, end)
             else:
                 at += _SIZES.get(wire, end)
     return False
@@ -63,8 +63,10 @@ def _varint(data: bytes, at: int, end: int) -> tuple[int, int]:
     while at < end:
         byte = data[at]
         at += 1
+        if byte < 0x80:
+            return number | byte << shift, at
         number |= (byte & 0x7F) << shift
-        if byte < 0x80 or shift > 63:
-            break
         shift += 7
+        if shift > 63:
+            break
     return number, at

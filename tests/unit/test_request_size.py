@@ -1,0 +1,109 @@
+"""What is told of the size of a request before anything is made of it."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from inference_service.serving.json_size import MAX_NAMES, unfolds_to
+from inference_service.serving.text import SLICE_CHARS, Text
+from loramux.inference.v1 import inference_pb2 as pb
+from shared.deployment_file import parse_deployment
+from shared.faults import DeploymentInvalid, PromptTooLong, RequestInvalid
+from shared.near import MAX_FINDINGS, nearest
+from shared.rpc.wire import MAX_FIELDS, bounded, more_fields
+
+VALUES: Any = st.recursive(
+    st.none() | st.integers() | st.text('ab"\\{}[]:,', max_size=8),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text('a":,\\'), inner, max_size=3),
+    max_leaves=30,
+)
+PIECES = st.sampled_from(["ab ", "abab", "a", " ", "\n\n\n\n", "b" * 40, "é", "\N{GRINNING FACE}"])
+
+
+@given(VALUES)
+def test_what_is_said_in_json_unfolds_to_nothing(value: Any) -> None:
+    """Brackets, colons and commas inside of texts do not count, however they are escaped."""
+    said = json.dumps(json.dumps(value) * 3)
+    assert unfolds_to(f"[{said}]".encode()) == ""
+
+
+@pytest.mark.parametrize("element", ["[],", "{},", '"a":[],', '{"a":1},', "[[]],"])
+def test_json_of_too_many_names_and_lists_is_told(element: str) -> None:
+    """One more than may be is told, whatever texts stand between them; as many as may be is not."""
+    per = sum(map(element.count, "[{:"))
+    fits = element * (MAX_NAMES // per)
+    quiet = '"[{:\\"[[",'
+    assert unfolds_to((quiet * 9 + fits).encode()) == ""
+    assert "names" in unfolds_to((quiet * 9 + fits + element).encode())
+
+
+def byte_pairs() -> Tokenizer:
+    """A byte-level tokenizer whose longest token has 32 bytes."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    tokenizer.train_from_iterator(["abab " * 9, "b" * 64, "\n" * 32] * 50, trainer)
+    return tokenizer
+
+
+TEXT = Text(byte_pairs(), None, 400)
+
+
+@settings(max_examples=12, deadline=None)
+@given(st.lists(PIECES, min_size=1, max_size=20), st.integers(1, 4))
+def test_a_text_that_fits_is_never_too_long(pieces: list[str], times: int) -> None:
+    """Whatever a long text is cut into, with as many tokens as it has it is taken."""
+    unit = "".join(pieces)
+    text = unit * (times * SLICE_CHARS // len(unit) + 1)
+    tokens = TEXT.encode(text)
+    assert TEXT.encode_prompt(text, len(tokens)) == tokens
+
+
+def test_a_text_that_cannot_fit_is_told_after_its_first_slices() -> None:
+    """The message gives what was counted and what is taken."""
+    with pytest.raises(PromptTooLong, match=r"has at least \d{4,} tokens, and at most 100 are taken"):
+        TEXT.encode_prompt("a b " * 2_000_000, 100)
+
+
+def test_half_a_character_is_no_prompt() -> None:
+    """A lone surrogate is named, not a failure."""
+    with pytest.raises(RequestInvalid, match="half a character"):
+        TEXT.encode_prompt("\ud800", 9)
+
+
+@pytest.mark.parametrize(
+    "data", [b"\x0a", b"\xff" * 50, b"\x22\xff\xff\x03\x0a", b"\x0b" * 9, b"\x22\x04\x0a\x02\x0a\xff"]
+)
+def test_broken_messages_are_counted_too(data: bytes) -> None:
+    """Bytes that are no message are counted as far as they can be read."""
+    assert not more_fields(data, pb.GenerateRequest.DESCRIPTOR, MAX_FIELDS)
+
+
+def test_fields_of_messages_inside_count() -> None:
+    """A request of as many fields as may be is parsed; one more is refused."""
+    turns = [pb.Message(role="user", content="x")] * ((MAX_FIELDS - 1) // 3)
+    fits = pb.GenerateRequest(messages=pb.Messages(messages=turns))
+    parse = bounded(pb.GenerateRequest.FromString)
+    assert parse(fits.SerializeToString()) == fits
+    fits.messages.messages.add(role="user", content="x")
+    with pytest.raises(RequestInvalid, match="fields"):
+        parse(fits.SerializeToString())
+
+
+def test_near_names_are_looked_for_a_few_times() -> None:
+    """A file of many unknown keys is refused with the first of them, and with how many rules it breaks."""
+    keys = {f"max_seq_le{number}": 1 for number in range(5000)} | {"m" * 100_000: 1}
+    with pytest.raises(DeploymentInvalid, match=r"breaks 500[0-9] rules") as caught:
+        parse_deployment({"model_name": "x", "build": keys})
+    assert len(caught.value.findings) == MAX_FINDINGS
+    assert nearest("max_seq_le1", ["max_seq_len"]) == "max_seq_len"
+    assert nearest("m" * 100_000, ["m" * 64]) == ""
