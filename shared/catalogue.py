@@ -47,6 +47,7 @@ _REFUSED: Final = (
      "llama.cpp", "Convert it to PEFT's form."),
     ("E_BAD_WEIGHTS", "`adapter_model.safetensors` is cut off, lies about itself, or is no safetensors file",
      "Download or save it again."),
+    ("E_TENSORS", "more tensors than attention and MLP of any base have; adapters of experts do", _MERGE),
     ("E_BAD_NPY", "TensorRT-LLM's npy files are damaged or do not belong together",
      "Convert the adapter again."),
     ("E_BAD_TEXT", "a chat template, tokenizer or generation config that cannot be read", "Correct the file."),

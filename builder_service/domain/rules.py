@@ -14,7 +14,7 @@ from builder_service.domain.full_tensors import BaseTensors, check_full_tensors,
 from builder_service.domain.grouping import Grouping
 from builder_service.domain.legal_rules import added_token_findings, legal_findings
 from builder_service.domain.peft_names import ALL_LINEAR
-from builder_service.domain.safetensors_header import HeaderInvalid, TensorFile, read_header
+from builder_service.domain.safetensors_header import HeaderInvalid, TensorFile, TooManyTensors, read_header
 from builder_service.domain.tensor_rules import EMPTY_FIX, Limits, check_pairs, sort_tensors
 from builder_service.domain.value_rules import Part, check_values
 from shared.bundle.manifest import Coverage, Row
@@ -23,6 +23,8 @@ from shared.faults import Finding
 
 MAX_CONFIG = 4 << 20
 """Bytes of a config."""
+MAX_TENSORS = 1 << 14
+"""Of an adapter: A and B of seven modules in 1,170 layers. The deepest model here has 126, which are 1,764."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,9 @@ def check_adapter(
     # A config that says nothing lets every rule about the tensors alone speak too.
     config = parsed.config or AdapterConfig(rank=None, alpha=1.0, target_modules=ALL_LINEAR)
     try:
-        file = read_header(folder / WEIGHTS)
+        file = read_header(folder / WEIGHTS, MAX_TENSORS)
+    except TooManyTensors as error:
+        return CheckedAdapter((*found, *config.read(())[1], _too_many(str(error))))
     except HeaderInvalid as error:
         return CheckedAdapter((*found, *config.read(())[1], _no_header(str(error))))
     found += _base_findings(config, book)
@@ -190,6 +194,13 @@ def _nothing(config: AdapterConfig) -> Finding:
             code="E_EMPTY_TARGETS", where=f"{CONFIG}: target_modules", found="none, and no tensors", fix=fix
         )
     return Finding(code="E_EMPTY_WEIGHTS", where=WEIGHTS, expected="tensors", found="none", fix=EMPTY_FIX)
+
+
+def _too_many(count: str) -> Finding:
+    fix = "Only adapters of experts have so many, and they are not served: merge it into the base."
+    return Finding(
+        code="E_TENSORS", where=WEIGHTS, expected=f"at most {MAX_TENSORS} tensors", found=count, fix=fix
+    )
 
 
 def _no_header(problem: str) -> Finding:
