@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 from builder_service.domain.adapter_config import AdapterConfig, parse_config
 from builder_service.domain.config_fields import bad_config
-from builder_service.domain.file_rules import ADDED_TOKENS, CONFIG, WEIGHTS
+from builder_service.domain.file_rules import CONFIG, WEIGHTS
 from builder_service.domain.full_tensors import BaseTensors, check_full_tensors, redundant_warning
 from builder_service.domain.grouping import Grouping
-from builder_service.domain.legal_rules import added_token_findings, legal_findings
+from builder_service.domain.legal_rules import legal_findings
 from builder_service.domain.peft_names import ALL_LINEAR
 from builder_service.domain.safetensors_header import HeaderInvalid, TensorFile, TooManyTensors, read_header
 from builder_service.domain.tensor_rules import EMPTY_FIX, Limits, check_pairs, sort_tensors
 from builder_service.domain.value_rules import Part, check_values
-from shared.bundle.manifest import Coverage, Row
+from shared.bundle.manifest import Coverage, FileDigest, Row
 from shared.deployment import Dtype
 from shared.faults import Finding
 
@@ -55,6 +56,14 @@ class CheckedAdapter:
         return tuple(finding for finding in self.findings if _is_error(finding))
 
 
+class BaseTokens(Protocol):
+    """The base's own tokens."""
+
+    def findings(self, folder: Path, files: Mapping[str, FileDigest]) -> tuple[Finding, ...]:
+        """Return what is wrong with the tokenizer among an adapter's files."""
+        ...
+
+
 @dataclass(frozen=True)
 class Rulebook:
     """The base and the deployment that adapters must fit."""
@@ -66,6 +75,8 @@ class Rulebook:
     """The storage type of the bundles."""
     base: BaseTensors | None = None
     """For adapters that carry copies of them; None: such adapters are refused."""
+    tokens: BaseTokens | None = None
+    """For adapters that bring a tokenizer; None: it is not looked at."""
     truncate_to_rank: int | None = None
     """The rank that rows above it are cut to; None: rows above `limits` are refused."""
 
@@ -80,7 +91,7 @@ def check_adapter(
     parsed = parse_config((folder / CONFIG).read_bytes())
     if any(finding.code in {"E_MLX", "E_NOT_LORA"} for finding in parsed.findings):
         return CheckedAdapter(parsed.findings)
-    found = [*parsed.findings, *added_token_findings(folder / ADDED_TOKENS, book.limits.dims.vocab)]
+    found = list(parsed.findings)
     # A config that says nothing lets every rule about the tensors alone speak too.
     config = parsed.config or AdapterConfig(rank=None, alpha=1.0, target_modules=ALL_LINEAR)
     try:

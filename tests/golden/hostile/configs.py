@@ -9,7 +9,7 @@ import ml_dtypes
 
 from builder_service.domain.rules import MAX_CONFIG
 from tests.adapters import ADAPTER_CONFIG, tensors
-from tests.golden.hostile.exhibit import BASE, CONFIG, Exhibit, adapter, exhibit, of_config, of_config_text
+from tests.golden.hostile.exhibit import BASE, CONFIG, adapter, exhibit, of_config, of_config_text
 
 _HEAD = f'"peft_type": "LORA", "base_model_name_or_path": "{BASE}", "target_modules": ["q_proj", "v_proj"]'
 # 2 ** 30 ways to read a name of thirty characters, none of which ends as the pattern does.
@@ -21,14 +21,6 @@ GIANT = "a{16000000}"
 def _huge(folder: Path) -> None:
     adapter(folder)
     (folder / CONFIG).write_text(json.dumps(ADAPTER_CONFIG | {"filler": "x" * MAX_CONFIG}))
-
-
-def _with_added_tokens(text: str) -> Exhibit:
-    def make(folder: Path) -> None:
-        adapter(folder)
-        (folder / "added_tokens.json").write_text(text)
-
-    return exhibit(f"added tokens {text[:20]}", "E_EMBED", make)
 
 
 def _patterns(count: int) -> str:
@@ -105,9 +97,6 @@ REFUSED = (
     of_config("FEATURE_EXTRACTION", "E_TASK", task_type="FEATURE_EXTRACTION"),
     of_config("modules_to_save without tensors", "E_EMBED", modules_to_save=["lm_head"]),
     of_config("trainable tokens config", "E_EMBED", trainable_token_indices=[5]),
-    _with_added_tokens('{"<tool>": 32}'),
-    _with_added_tokens('["<tool>"]'),
-    _with_added_tokens("{"),
     of_config("another family", "E_BASE", auto_mapping={"base_model_class": "MistralForCausalLM"}),
     of_config("rank that is not the tensors'", "E_RANK_SHAPE", r=8),
     of_config("rank_pattern that is not the tensors'", "E_RANK_SHAPE", rank_pattern={"q_proj": 2}),

@@ -69,7 +69,7 @@ REFUSED = (
     _bad("metadata of a number", {"__metadata__": {"step": 1}, _A: entry(4, 16, begin=0)}, _PAIR),
     _bad("metadata that is a list", {"__metadata__": ["pt"], _A: entry(4, 16, begin=0)}, _PAIR),
     _bad("minus zero", json.dumps({_A: entry(4, 16, begin=0)}).replace("[0,", "[-0,").encode(), _PAIR),
-    _bad("half a character", f'{{"{_A}\\ud800": {_TENSOR}}}'.encode(), _PAIR),
+    _bad("a key with half a character", f'{{"{_A}\\ud800": {_TENSOR}}}'.encode(), _PAIR),
     _bad("a key twice", f'{{"{_A}": {_TENSOR}, "{_A}": {_TENSOR}}}'.encode(), _PAIR),
     _bad("overlapping tensors", {_A: entry(4, 16, begin=0), _B: entry(16, 4, begin=64)}, 64 + _PAIR),
     _bad("the same bytes twice", {_A: entry(4, 16, begin=0), _B: entry(16, 4, begin=0)}, _PAIR),
