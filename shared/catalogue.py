@@ -91,8 +91,9 @@ _REFUSED: Final = (
     ("E_DTYPE", "tensors that are not F32, F16 or BF16", "Save the adapter in one of them."),
 )  # fmt: skip
 _WARNED: Final = (
-    ("W_FP32", "float32 is stored in a narrower type; the largest relative error is given",
-     "Nothing, or build with float32."),
+    ("W_NARROWED", "values are rounded in the storage type: float32 or float16 in a narrower one, or a scale "
+     "that is no power of two; the largest relative error of a value is given",
+     "Nothing, or set `lora_configuration.dtype` to float32."),
     ("W_ZERO_B", "B, or BA, is zero in every row: the adapter changes nothing, and answers are the base's",
      "Look at the training; an untrained adapter is like this."),
     ("W_UNDERFLOW", "more than 1 % of the values become zero in the storage type", "Build with bfloat16."),

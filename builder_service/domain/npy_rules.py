@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Final
 
@@ -194,7 +195,7 @@ def _is_sound(row: _Row, table: _Table, dims: BaseDims, report: Grouping) -> boo
             fix="The adapter was converted for another base.",
         )
         return False
-    if not _is_zero(table, row.index, length):
+    if not _is_zero(table, row.index, length, table.width):
         report.add(
             "E_DIMS",
             f"row {row.index}",
@@ -202,6 +203,16 @@ def _is_sound(row: _Row, table: _Table, dims: BaseDims, report: Grouping) -> boo
             expected=f"zeros behind element {length} of {name} of rank {row.rank}",
             found="other values",
             fix="The adapter was converted for another base, or the row holds more than A and B.",
+        )
+        return False
+    if lower := _lower_rank(row, table, dims):
+        report.add(
+            "E_RANK_SHAPE",
+            f"row {row.index}",
+            cause=(row.module_id, row.rank),
+            expected=f"numbers up to element {length} of {name}, which says rank {row.rank}",
+            found=f"zeros, as behind rank {lower}",
+            fix=f"Correct its rank, or leave the row out if its B is zero. {_AGAIN}",
         )
         return False
     if row.module_id == _GATE_UP:
@@ -218,8 +229,27 @@ def _out(row: _Row, dims: BaseDims) -> int:
     return sum(dims.features(module)[1] for module in row.modules)
 
 
-def _is_zero(table: _Table, row: int, start: int) -> bool:
-    offset, left = table.at(row, start), (table.width - start) * table.itemsize
+def _lower_rank(row: _Row, table: _Table, dims: BaseDims) -> int:
+    """Return the rank that a row has, if it claims another one over padding; else 0.
+
+    Read with a rank too high, the first rows of B would be the last of A, and the padding the end of B. A row
+    of zeros is what it says, and so is a fused one whose last parts are not adapted.
+    """
+    features_in = dims.features(row.modules[0])[0]
+    unit = features_in + _out(row, dims)
+    if row.rank == 1 or not _is_zero(table, row.index, (row.rank - 1) * unit, row.rank * unit):
+        return 0
+    kind = f"u{table.itemsize}"
+    values = np.fromfile(table.path, kind, row.rank * unit, offset=table.at(row.index, 0))
+    end = int(np.flatnonzero(values)[-1]) + 1 if values.any() else 0
+    outs = accumulate(dims.features(module)[1] for module in row.modules)
+    ends = [0, *(row.rank * (features_in + out) for out in outs)]
+    return 0 if any(at - row.rank < end <= at for at in ends) else -(-end // unit)
+
+
+def _is_zero(table: _Table, row: int, start: int, stop: int) -> bool:
+    """True where the elements of a row from start up to stop are zeros."""
+    offset, left = table.at(row, start), (stop - start) * table.itemsize
     while left:
         count = min(left, PIECE)
         if np.fromfile(table.path, np.uint8, count, offset=offset).any():

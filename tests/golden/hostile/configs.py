@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import ml_dtypes
+import numpy as np
 
 from builder_service.domain.rules import MAX_CONFIG
 from tests.adapters import ADAPTER_CONFIG, tensors
@@ -141,7 +142,7 @@ ACCEPTED = (
     of_config("tied embeddings", "", ensure_weight_tying=True, revision="main"),
     exhibit(
         "full names in patterns",
-        "",
+        "W_NARROWED",
         lambda folder: adapter(
             folder,
             {name: value[:3] if "q_proj.lora_A" in name else value[:, :3] if "q_proj" in name else value
@@ -153,14 +154,28 @@ ACCEPTED = (
     ),
     exhibit(
         "float32",
-        "W_FP32",
+        "W_NARROWED",
         lambda folder: adapter(folder, {name: value.astype("f4") * 1.01 for name, value in tensors().items()}),
     ),
+    exhibit(
+        "float16", "W_NARROWED",
+        lambda folder: adapter(
+            folder, {name: value.astype("f2") * np.float16(1.01) for name, value in tensors().items()}),
+    ),
+    exhibit(
+        "bfloat16 in float32 and in float16", "",
+        lambda folder: adapter(folder, {name: value.astype("f4" if "A" in name else "f2")
+                                        for name, value in tensors().items()}),
+    ),
+    of_config("a scale that is no power of two", "W_NARROWED", lora_alpha=12),
+    exhibit("the same, exact", "", lambda folder: adapter(folder, lora_alpha=12), lora={"dtype": "float32"}),
     exhibit(
         "underflow",
         "W_UNDERFLOW",
         lambda folder: adapter(
-            folder, {name: value * ml_dtypes.bfloat16(3e-8) for name, value in tensors().items()}
+            folder,
+            {name: np.where(value > 0.5, 1, 2.0**-30).astype(ml_dtypes.bfloat16)
+             for name, value in tensors().items()},
         ),
         lora={"dtype": "float16"},
     ),
