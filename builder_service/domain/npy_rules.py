@@ -41,6 +41,7 @@ _UNSERVED: Final = {
 # TensorRT-LLM's converters swap the halves of gate_up_proj.
 _FUSED_ROWS: Final = {0: FUSED["qkv_proj"], 18: tuple(reversed(FUSED["gate_up_proj"]))}
 _GATE_UP: Final = 18
+_MERGE: Final = "Merge it into the base and serve a full model."
 _AGAIN: Final = "Convert the adapter again, or name the PEFT repository that it was made from."
 
 
@@ -160,13 +161,13 @@ def _rows(config: Array, report: Grouping) -> Iterator[_Row]:
         module_id, layer, rank, is_dora = values
         place = f"row {index}"
         if is_dora:
-            fix = "Merge it into the base and serve a full model."
-            report.add("E_DORA", place, cause=is_dora, expected="is_dora 0", found=str(is_dora), fix=fix)
+            report.add("E_DORA", place, cause=is_dora, expected="is_dora 0", found=str(is_dora), fix=_MERGE)
         if module_id not in BY_ID and module_id not in _FUSED_ROWS:
             name = _UNSERVED.get(module_id, "no module of TensorRT-LLM")
             code = "E_MOE" if "moe" in name or "expert" in name or "router" in name else "E_MODULE"
             found, served = f"{module_id} ({name})", ", ".join(map(str, sorted({*BY_ID, *_FUSED_ROWS})))
-            report.add(code, place, cause=module_id, expected=f"module ids {served}", found=found)
+            fix = f"Leave these rows out of the training, or: {_MERGE}"
+            report.add(code, place, cause=module_id, expected=f"module ids {served}", found=found, fix=fix)
             continue
         if rank < 1 or layer < 0:
             report.add("E_BAD_NPY", place, expected="a layer and a rank", found=f"{layer}, {rank}", fix=_AGAIN)

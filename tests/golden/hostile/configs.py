@@ -93,6 +93,10 @@ REFUSED = (
     of_config("aLoRA", "E_ALORA", alora_invocation_tokens=[1, 2]),
     of_config("layer_replication", "E_REPLICATION", layer_replication=[[0, 2], [1, 2]]),
     of_config("target_parameters", "E_TARGET_PARAMS", target_parameters=["mlp.experts.gate_up_proj"]),
+    of_config(
+        "target_parameters of attention", "E_TARGET_PARAMS", target_parameters=["self_attn.q_proj.weight"]
+    ),
+    of_config("norms saved whole", "E_EMBED", modules_to_save=["norm"]),
     *(of_config(kind, "E_TASK", task_type=kind) for kind in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")),
     of_config("SEQ_2_SEQ_LM", "E_TASK", task_type="SEQ_2_SEQ_LM"),
     of_config("FEATURE_EXTRACTION", "E_TASK", task_type="FEATURE_EXTRACTION"),
