@@ -48,6 +48,7 @@ _REFUSED: Final = (
      "llama.cpp", "Convert it to PEFT's form."),
     ("E_BAD_WEIGHTS", "`adapter_model.safetensors` is cut off, lies about itself, or is no safetensors file",
      "Download or save it again."),
+    ("E_TENSORS", "more tensors than attention and MLP of any base have; adapters of experts do", _MERGE),
     ("E_BAD_NPY", "TensorRT-LLM's npy files are damaged or do not belong together",
      "Convert the adapter again."),
     ("E_BAD_TEXT", "a chat template, tokenizer or generation config that cannot be read", "Correct the file."),
@@ -91,8 +92,9 @@ _REFUSED: Final = (
     ("E_DTYPE", "tensors that are not F32, F16 or BF16", "Save the adapter in one of them."),
 )  # fmt: skip
 _WARNED: Final = (
-    ("W_FP32", "float32 is stored in a narrower type; the largest relative error is given",
-     "Nothing, or build with float32."),
+    ("W_NARROWED", "values are rounded in the storage type: float32 or float16 in a narrower one, or a scale "
+     "that is no power of two; the largest relative error of a value is given",
+     "Nothing, or set `lora_configuration.dtype` to float32."),
     ("W_ZERO_B", "B, or BA, is zero in every row: the adapter changes nothing, and answers are the base's",
      "Look at the training; an untrained adapter is like this."),
     ("W_UNDERFLOW", "more than 1 % of the values become zero in the storage type", "Build with bfloat16."),

@@ -17,8 +17,11 @@ def _no_path(name: str) -> str:
     return name
 
 
-Name = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_\-\.:]+$", max_length=128), AfterValidator(_no_path)]
-"""A name that can be an OpenAI ``model`` and a part of an object's key."""
+Name = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_:][a-zA-Z0-9_\-\.:]*$", max_length=128)]
+"""A name that can be an OpenAI ``model``, a part of an object's key, and an argument of a command."""
+StoredName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_\-\.:]+$", max_length=128), AfterValidator(_no_path)]
+"""What a store may have: older releases took names that begin with a dot or a dash."""
+NAME_RULE = "Begin with a letter, a digit, _ or :, and go on with these, - and dots."
 
 
 class SourceKind(StrEnum):
@@ -118,7 +121,7 @@ class Build(Model):
     max_seq_len: int | None = Field(default=None, ge=2)
     """Tokens of prompt and answer together; the model's own maximum when not given."""
     lora_adapters: dict[Name, Repository] = Field(default_factory=dict)
-    """Adapters by the name under which they are served."""
+    """Adapters by the name under which they are served; no two of them, and the base's, differ only in case."""
     lora_configuration: LoraConfiguration = LoraConfiguration()
     """Ceilings for all adapters."""
     prove: bool = False
@@ -139,6 +142,16 @@ class Build(Model):
                     block["max_lora_rank"] = f"{block['max_lora_rank']} here and {rank} under build"
                 data["lora_configuration"] = block
         return data
+
+    @field_validator("lora_adapters")
+    @classmethod
+    def _differ_in_more_than_case(cls, adapters: dict[str, Repository]) -> dict[str, Repository]:
+        seen: dict[str, str] = {}
+        for name in adapters:
+            other = seen.setdefault(name.casefold(), name)
+            if other != name:
+                raise ValueError(f"names that differ in more than case, unlike {other} and {name}")
+        return adapters
 
     @field_validator("base_model")
     @classmethod
@@ -180,7 +193,7 @@ class Deployment(Model):
 
     @model_validator(mode="after")
     def _names_are_distinct(self) -> Deployment:
-        if self.served_model_name in self.build.lora_adapters:
+        if self.served_model_name.casefold() in map(str.casefold, self.build.lora_adapters):
             raise ValueError(NAME_TAKEN)
         return self
 

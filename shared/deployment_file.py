@@ -16,7 +16,15 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from shared.deployment import NAME_TAKEN, Deployment, LoraConfiguration, Model, Repository, SourceKind
+from shared.deployment import (
+    NAME_RULE,
+    NAME_TAKEN,
+    Deployment,
+    LoraConfiguration,
+    Model,
+    Repository,
+    SourceKind,
+)
 from shared.faults import DeploymentInvalid, Finding
 from shared.near import MAX_FINDINGS, nearest
 
@@ -135,7 +143,7 @@ def _finding(item: Any, model: type[BaseModel]) -> Finding:
         where=where,
         expected=said.removeprefix("be ").removeprefix("String should "),
         found=re.sub(r"\?.*", "?***", _shown.repr(value)) if loc else "",  # an address with a signature
-        fix="Quote it." if unquoted else "",
+        fix="Quote it." if unquoted else NAME_RULE if item["type"] == "string_pattern_mismatch" else "",
     )
 
 
@@ -150,16 +158,18 @@ def _taken_names(data: dict[Any, Any]) -> list[Finding]:
     adapters = build.get("lora_adapters") if isinstance(build, dict) else None
     served = runtime.get("served_model_name") if isinstance(runtime, dict) else None
     served = data.get("model_name") if served is None else served
-    if not isinstance(adapters, dict) or not isinstance(served, str) or served not in adapters:
+    if not isinstance(adapters, dict) or not isinstance(served, str):
         return []
     return [
         Finding(
             code="E_BAD_FIELD",
-            where=f"build.lora_adapters.{served}",
+            where=f"build.lora_adapters.{name}",
             expected=NAME_TAKEN,
             found=repr(served),
             fix="Rename the adapter, or set runtime.served_model_name.",
         )
+        for name in adapters
+        if isinstance(name, str) and name.casefold() == served.casefold()
     ]
 
 
@@ -244,7 +254,7 @@ def _parse_yaml(text: str, path: Path) -> Any:
 
 
 def _name_of(path: Path) -> str:
-    return re.sub(r"[^a-zA-Z0-9_\-.:]", "-", path.resolve().stem)[:128]
+    return re.sub(r"[^a-zA-Z0-9_\-.:]", "-", path.resolve().stem).lstrip("-.")[:128]
 
 
 def _resolve_local(deployment: Deployment, folder: Path) -> Deployment:

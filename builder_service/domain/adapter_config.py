@@ -7,10 +7,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
+from builder_service.domain.bounded import TooCostly
 from builder_service.domain.config_fields import PATTERNED, bad_config, bad_fields, unknown_fields
 from builder_service.domain.config_rules import refusals
-from builder_service.domain.patterns import PatternsInvalid, PatternsTooCostly, Reading, read_names
-from builder_service.domain.peft_names import ALL_LINEAR, CPU_S, MEMORY_BYTES
+from builder_service.domain.patterns import BOUNDS, PatternsInvalid, Reading, read_names
+from builder_service.domain.peft_names import ALL_LINEAR
 from builder_service.domain.strict_json import JsonInvalid, parse, shown
 from shared.faults import Finding
 
@@ -76,9 +77,9 @@ class AdapterConfig:
                 bad_config(name, "a regular expression", f"{shown(pattern)} ({problem})")
                 for name, pattern, problem in error.problems
             ]
-        except PatternsTooCostly as error:
+        except TooCostly as error:
             given = [name for name in PATTERNED if fields[name]]
-            limit = f"patterns that match {len(names)} names within {CPU_S:g} s and {MEMORY_BYTES >> 20} MB"
+            limit = f"patterns that match {len(names)} names within {BOUNDS}"
             found = [bad_config(", ".join(given), limit, f"patterns that take {error}")]
         plain = replace(self, rank=None, rank_pattern={}, alpha_pattern={}, target_modules=ALL_LINEAR)
         return replace(plain, exclude_modules=(), layers_to_transform=(), modules_to_save=()), found

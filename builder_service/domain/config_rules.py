@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from builder_service.domain.strict_json import shown
+from builder_service.domain.strict_json import quoted, shown
 from shared.faults import Finding
 
 _MERGE: Final = "Merge it into the base (merge_and_unload) and serve a full model."
@@ -33,7 +33,7 @@ def refusals(fields: dict[str, Any]) -> list[Finding]:
     kind = fields.get("peft_type")
     if kind != "LORA":
         fix = "Only LoRA can be served beside a base. " + _MERGE
-        return [_refused("E_NOT_LORA", "peft_type", "LORA", shown(kind), fix)]
+        return [_refused("E_NOT_LORA", "peft_type", "LORA", quoted(kind), fix)]
     return [finding for rule in (_methods, _embeddings, _initialisation, _task) for finding in rule(fields)]
 
 
@@ -57,11 +57,23 @@ def _methods(fields: dict[str, Any]) -> list[Finding]:
     for code, key, fix in (
         ("E_ALORA", "alora_invocation_tokens", "It is active after some tokens only; train plain LoRA."),
         ("E_REPLICATION", "layer_replication", "Its layers do not exist in the base. " + _MERGE),
-        ("E_TARGET_PARAMS", "target_parameters", "Parameters of experts are not served. " + _MERGE),
     ):
         if fields.get(key):
             found.append(_refused(code, key, "unset", shown(fields[key]), fix))
+    if parameters := fields.get("target_parameters"):
+        found.append(_target_parameters(parameters))
     return found
+
+
+def _target_parameters(parameters: Any) -> Finding:
+    """Experts have parameters without a module; to name a projection's weight like that is a roundabout."""
+    expected = "unset, and projections of attention and MLP in target_modules"
+    names = [name for name in parameters if isinstance(name, str)] if isinstance(parameters, list) else []
+    fix = _MERGE
+    if names and not any("expert" in name or "router" in name or ".gate" in name for name in names):
+        modules = sorted({name.removesuffix(".weight").rpartition(".")[2] for name in names})
+        fix = f"Train with target_modules {shown(', '.join(modules))} instead. Or: {_MERGE}"
+    return _refused("E_TARGET_PARAMS", "target_parameters", expected, shown(parameters), fix)
 
 
 def _embeddings(fields: dict[str, Any]) -> list[Finding]:

@@ -16,8 +16,8 @@ INPUTS: Final = (CONFIG, WEIGHTS)
 """The files that a bundle is made from."""
 KEYS_FILE: Final = "model.lora_keys.npy"
 """What TensorRT-LLM's converters called the config of their weights before."""
-ADDED_TOKENS: Final = "added_tokens.json"
-"""Looked at where it is there: tokens that the base does not have cannot be served."""
+TOKEN_FILES: Final = ("added_tokens.json", "tokenizer.json", "tokenizer_config.json")
+"""Looked at where they are there: tokens that the base does not have cannot be served."""
 
 _MLX: Final = "adapters.safetensors"
 _PICKLES: Final = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
@@ -52,7 +52,8 @@ def weight_files(names: Collection[str]) -> tuple[str, ...]:
 
 def wanted_files(names: Collection[str]) -> list[str]:
     """Return the files that are fetched of an adapter without findings; nothing else is looked at."""
-    return [*weight_files(names), *(name for name in (ADDED_TOKENS, *TEXT_FILES) if name in names)]
+    beside = sorted({*TOKEN_FILES, *TEXT_FILES} & set(names))
+    return [*weight_files(names), *beside]
 
 
 def file_findings(names: Collection[str]) -> list[Finding]:

@@ -13,7 +13,7 @@ import numpy as np
 
 from builder_service.domain.grouping import Grouping
 from builder_service.domain.safetensors_header import READABLE, Tensor, TensorFile
-from builder_service.domain.tensor_names import FullKey
+from builder_service.domain.tensor_names import FullKey, is_embedding
 from shared.faults import Finding
 
 PIECE: Final = 1 << 20
@@ -57,13 +57,23 @@ def check_full_tensors(
             redundant.append(full.tensor.name)
             continue
         code = "E_EMBED" if any(_is_of(full.key.name, module) for module in saved) else full.key.code
-        fix = EMBED_FIX if code == "E_EMBED" else "Save the adapter's tensors alone, without the base's."
-        report.add(code, full.tensor.name, cause=problem, expected="the base's own", found=problem, fix=fix)
+        fix = EMBED_FIX if is_embedding(full.key.name) else _saved_fix(full.key.name)
+        expected = f"the base's own {full.key.name}.weight, or none"
+        report.add(code, full.tensor.name, cause=problem, expected=expected, found=problem, fix=fix)
     for module in saved:
         if not any(_is_of(full.key.name, module) for full in fulls):
             place = "adapter_config.json: modules_to_save"
-            report.add("E_EMBED", place, cause=module, expected="unset", found=module, fix=EMBED_FIX)
+            fix = EMBED_FIX if is_embedding(module) else _saved_fix(module)
+            found = f"{module}, which has no tensors in the file"
+            report.add("E_EMBED", place, cause=module, expected="unset", found=found, fix=fix)
     return tuple(sorted(redundant))
+
+
+def _saved_fix(name: str) -> str:
+    return (
+        f"Adapters share the base's {name[:80]}: merge it (merge_and_unload), or train without it in "
+        "modules_to_save and target_modules; if it was not trained, save the adapter's tensors alone."
+    )
 
 
 def redundant_warning(redundant: tuple[str, ...]) -> list[Finding]:

@@ -1,22 +1,14 @@
-"""What is legal and worth a word, and the tokens that an adapter's tokenizer adds."""
+"""What is legal and worth a word."""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Final
-
 from builder_service.domain.adapter_config import AdapterConfig
 from builder_service.domain.config_fields import FILE
-from builder_service.domain.full_tensors import EMBED_FIX
 from builder_service.domain.grouping import Grouping
 from builder_service.domain.peft_names import ends
-from builder_service.domain.strict_json import JsonInvalid, parse
 from builder_service.domain.tensor_rules import Pair
 from shared.bundle.modules import BaseDims
 from shared.faults import Finding
-
-MAX_ADDED_TOKENS: Final = 4 << 20
-"""Bytes of the file."""
 
 
 def legal_findings(pairs: list[Pair], config: AdapterConfig, dims: BaseDims) -> list[Finding]:
@@ -28,29 +20,6 @@ def legal_findings(pairs: list[Pair], config: AdapterConfig, dims: BaseDims) -> 
         *_alpha_order(pairs, config),
         *_targets(pairs, leaves, config),
     ]
-
-
-def added_token_findings(path: Path, vocab: int) -> list[Finding]:
-    """Return what is wrong with ``added_tokens.json``, where the adapter has one: ids that the base lacks."""
-    if not path.exists():
-        return []
-    size = path.stat().st_size
-    try:
-        tokens = parse(path.read_bytes()) if size <= MAX_ADDED_TOKENS else None
-    except JsonInvalid:
-        tokens = None
-    if not isinstance(tokens, dict) or not all(type(number) is int for number in tokens.values()):
-        found = f"{size} bytes of something else"
-        return [_added("an object of tokens and ids", found, "Save the tokenizer again, or remove the file.")]
-    beyond = sorted(token for token, number in tokens.items() if number >= vocab)
-    if not beyond:
-        return []
-    named = ", ".join(token[:40] for token in beyond[:5])
-    return [_added(f"ids below {vocab}, the base's vocabulary", f"{len(beyond)} more: {named}", EMBED_FIX)]
-
-
-def _added(expected: str, found: str, fix: str) -> Finding:
-    return Finding(code="E_EMBED", where="added_tokens.json", expected=expected, found=found, fix=fix)
 
 
 def _narrow_heads(leaves: set[str], dims: BaseDims) -> list[Finding]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Final
 
@@ -40,6 +41,7 @@ _UNSERVED: Final = {
 # TensorRT-LLM's converters swap the halves of gate_up_proj.
 _FUSED_ROWS: Final = {0: FUSED["qkv_proj"], 18: tuple(reversed(FUSED["gate_up_proj"]))}
 _GATE_UP: Final = 18
+_MERGE: Final = "Merge it into the base and serve a full model."
 _AGAIN: Final = "Convert the adapter again, or name the PEFT repository that it was made from."
 
 
@@ -159,13 +161,13 @@ def _rows(config: Array, report: Grouping) -> Iterator[_Row]:
         module_id, layer, rank, is_dora = values
         place = f"row {index}"
         if is_dora:
-            fix = "Merge it into the base and serve a full model."
-            report.add("E_DORA", place, cause=is_dora, expected="is_dora 0", found=str(is_dora), fix=fix)
+            report.add("E_DORA", place, cause=is_dora, expected="is_dora 0", found=str(is_dora), fix=_MERGE)
         if module_id not in BY_ID and module_id not in _FUSED_ROWS:
             name = _UNSERVED.get(module_id, "no module of TensorRT-LLM")
             code = "E_MOE" if "moe" in name or "expert" in name or "router" in name else "E_MODULE"
             found, served = f"{module_id} ({name})", ", ".join(map(str, sorted({*BY_ID, *_FUSED_ROWS})))
-            report.add(code, place, cause=module_id, expected=f"module ids {served}", found=found)
+            fix = f"Leave these rows out of the training, or: {_MERGE}"
+            report.add(code, place, cause=module_id, expected=f"module ids {served}", found=found, fix=fix)
             continue
         if rank < 1 or layer < 0:
             report.add("E_BAD_NPY", place, expected="a layer and a rank", found=f"{layer}, {rank}", fix=_AGAIN)
@@ -194,7 +196,7 @@ def _is_sound(row: _Row, table: _Table, dims: BaseDims, report: Grouping) -> boo
             fix="The adapter was converted for another base.",
         )
         return False
-    if not _is_zero(table, row.index, length):
+    if not _is_zero(table, row.index, length, table.width):
         report.add(
             "E_DIMS",
             f"row {row.index}",
@@ -202,6 +204,16 @@ def _is_sound(row: _Row, table: _Table, dims: BaseDims, report: Grouping) -> boo
             expected=f"zeros behind element {length} of {name} of rank {row.rank}",
             found="other values",
             fix="The adapter was converted for another base, or the row holds more than A and B.",
+        )
+        return False
+    if lower := _lower_rank(row, table, dims):
+        report.add(
+            "E_RANK_SHAPE",
+            f"row {row.index}",
+            cause=(row.module_id, row.rank),
+            expected=f"numbers up to element {length} of {name}, which says rank {row.rank}",
+            found=f"zeros, as behind rank {lower}",
+            fix=f"Correct its rank, or leave the row out if its B is zero. {_AGAIN}",
         )
         return False
     if row.module_id == _GATE_UP:
@@ -218,8 +230,27 @@ def _out(row: _Row, dims: BaseDims) -> int:
     return sum(dims.features(module)[1] for module in row.modules)
 
 
-def _is_zero(table: _Table, row: int, start: int) -> bool:
-    offset, left = table.at(row, start), (table.width - start) * table.itemsize
+def _lower_rank(row: _Row, table: _Table, dims: BaseDims) -> int:
+    """Return the rank that a row has, if it claims another one over padding; else 0.
+
+    Read with a rank too high, the first rows of B would be the last of A, and the padding the end of B. A row
+    of zeros is what it says, and so is a fused one whose last parts are not adapted.
+    """
+    features_in = dims.features(row.modules[0])[0]
+    unit = features_in + _out(row, dims)
+    if row.rank == 1 or not _is_zero(table, row.index, (row.rank - 1) * unit, row.rank * unit):
+        return 0
+    kind = f"u{table.itemsize}"
+    values = np.fromfile(table.path, kind, row.rank * unit, offset=table.at(row.index, 0))
+    end = int(np.flatnonzero(values)[-1]) + 1 if values.any() else 0
+    outs = accumulate(dims.features(module)[1] for module in row.modules)
+    ends = [0, *(row.rank * (features_in + out) for out in outs)]
+    return 0 if any(at - row.rank < end <= at for at in ends) else -(-end // unit)
+
+
+def _is_zero(table: _Table, row: int, start: int, stop: int) -> bool:
+    """True where the elements of a row from start up to stop are zeros."""
+    offset, left = table.at(row, start), (stop - start) * table.itemsize
     while left:
         count = min(left, PIECE)
         if np.fromfile(table.path, np.uint8, count, offset=offset).any():

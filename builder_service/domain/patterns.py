@@ -6,24 +6,20 @@ busy for years with the interpreter's lock held, and others want all memory, so 
 
 from __future__ import annotations
 
-import json
 import re
-import subprocess
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 from builder_service.domain import peft_names
-from builder_service.domain.peft_names import CPU_S, MEMORY_BYTES, NoPatterns
-from shared.faults import InternalFault, ResourcesExhausted
+from builder_service.domain.bounded import Bounds, ask
 
 MAX_PATTERN: Final = 4096
 """Characters of one pattern."""
 MAX_PATTERNS: Final = 8192
 """Patterns of one field; EVA writes one per module, which is 560 for 80 layers."""
-WAIT_S: Final = 60.0
-"""For a process that takes `CPU_S` of a core, on a machine that has none to spare."""
+BOUNDS: Final = Bounds(cpu_s=1.5, memory_bytes=256 << 20)
+"""For all names and all patterns of a config; honest ones take milliseconds, EVA's of 80 layers 0.2 s."""
 _PLAIN: Final = re.compile(r"[A-Za-z0-9_.]*")
 _FEW: Final = 20_000
 """Names times patterns that are matched here, where all patterns are plain: 20 ms."""
@@ -36,10 +32,6 @@ class PatternsInvalid(Exception):
     def __init__(self, problems: Sequence[Sequence[str]]) -> None:
         super().__init__(problems)
         self.problems = problems
-
-
-class PatternsTooCostly(Exception):
-    """Patterns that need more time or memory than we give them; the text says which."""
 
 
 @dataclass(frozen=True)
@@ -58,16 +50,15 @@ def read_names(names: Sequence[str], fields: Mapping[str, Any]) -> dict[str, Rea
 
     Raises:
         PatternsInvalid: some are no patterns.
-        PatternsTooCostly: all together need more than `CPU_S` or `MEMORY_BYTES`.
+        TooCostly: all together need more than `BOUNDS`.
         ResourcesExhausted: this machine has no process for them.
     """
     question = dict(fields) | {"names": list(names)}
     patterns = list(_patterns(question))
     plain = len(patterns) * len(names) <= _FEW and all(map(_PLAIN.fullmatch, patterns))
-    try:
-        found = peft_names.answer(question) if plain else _ask(question)
-    except NoPatterns as error:
-        raise PatternsInvalid(error.args[0]) from error
+    found = peft_names.answer(question) if plain else ask(peft_names, question, BOUNDS)
+    if problems := found.get("problems"):
+        raise PatternsInvalid(problems)
     rows = zip(found["rank_pattern"], found["alpha_pattern"], found["left_out"], strict=True)
     return {
         name: Reading(tuple(ranks), tuple(alphas), left_out)
@@ -82,25 +73,3 @@ def _patterns(question: Mapping[str, Any]) -> Iterator[str]:
         yield from [value] if isinstance(value, str) else value if field != "exclude_modules" else ()
     if isinstance(question["target_modules"], str):
         yield question["target_modules"]
-
-
-def _ask(question: Mapping[str, Any]) -> dict[str, Any]:
-    command = [sys.executable, "-I", "-S", str(peft_names.__file__)]
-    try:
-        ended = subprocess.run(  # noqa: S603 - this interpreter, and a file of ours
-            command, input=json.dumps(question).encode(), capture_output=True, timeout=WAIT_S, check=False
-        )
-    except OSError as error:
-        raise ResourcesExhausted(f"no process to match patterns in: {error.strerror}") from error
-    except subprocess.TimeoutExpired as late:
-        raise PatternsTooCostly(f"more than {WAIT_S:g} s") from late
-    if ended.returncode < 0:
-        raise PatternsTooCostly(f"more than {CPU_S:g} s")
-    if ended.returncode:
-        raise InternalFault(f"the patterns' process failed with {ended.returncode}. Please report it.")
-    said: dict[str, Any] = json.loads(ended.stdout)
-    if "problems" in said:
-        raise PatternsInvalid(said["problems"])
-    if "memory" in said:
-        raise PatternsTooCostly(f"more than {MEMORY_BYTES >> 20} MB")
-    return said

@@ -1,40 +1,25 @@
 """How PEFT reads names: what patterns say about a module, and which field of a config leaves it out.
 
-A program of its own too, ``python -I -S peft_names.py``, which answers one question about strangers' patterns
-within limits; hence nothing but the standard library here.
+Asked by `bounded` about strangers' patterns; nothing but the standard library here, see `limited`.
 """
 
 from __future__ import annotations
 
-import json
 import re
-import resource
-import signal
-import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from typing import Any, Final, TypeAlias
 
-CPU_S: Final = 1.5
-"""For all names and all patterns of a config; honest ones take milliseconds, EVA's of 80 layers 0.2 s."""
-MEMORY_BYTES: Final = 256 << 20
 ALL_LINEAR: Final = "all-linear"
 
 Test: TypeAlias = Callable[[str], Any]
-
-
-class NoPatterns(Exception):
-    """Patterns that PEFT could not compile: (field, pattern, problem) of each."""
 
 
 def answer(question: Mapping[str, Any]) -> dict[str, Any]:
     """Return for each name which patterns match it, by their positions, and what leaves it out.
 
     The question has ``names``, the patterns of ``rank_pattern`` and ``alpha_pattern``, and those fields of the
-    config that choose modules, each as PEFT allows it. ``left_out`` is the field that does, or empty.
-
-    Raises:
-        NoPatterns: some cannot be compiled.
+    config that choose modules, each as PEFT allows it. ``left_out`` is the field that does, or empty. Where
+    patterns cannot be compiled, the answer is only ``problems``: field, pattern and problem of each.
     """
     compiled = _Compiled()
     tests = [
@@ -43,7 +28,7 @@ def answer(question: Mapping[str, Any]) -> dict[str, Any]:
     ]
     left_out = _left_out(question, compiled)
     if compiled.problems:
-        raise NoPatterns(compiled.problems)
+        return {"problems": compiled.problems}
     names, (ranks, alphas) = question["names"], tests
     by_rank = [_matching(ranks, name) for name in names]
     # EVA gives both the same patterns, one per module: they are matched once.
@@ -131,22 +116,3 @@ def _layers(question: Mapping[str, Any], compiled: _Compiled) -> Test:
         return match is not None and int(match["idx"]) in wanted
 
     return in_layers
-
-
-def main() -> None:
-    """Answer the question on stdin; a signal ends what takes more time than it may."""
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    with suppress(ValueError, OSError):  # macOS refuses this one
-        resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
-    signal.setitimer(signal.ITIMER_PROF, CPU_S)
-    try:
-        said = answer(json.load(sys.stdin))
-    except NoPatterns as error:
-        said = {"problems": error.args[0]}
-    except MemoryError:
-        said = {"memory": MEMORY_BYTES}
-    json.dump(said, sys.stdout)
-
-
-if __name__ == "__main__":
-    main()

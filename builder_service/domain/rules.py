@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 from builder_service.domain.adapter_config import AdapterConfig, parse_config
 from builder_service.domain.config_fields import bad_config
-from builder_service.domain.file_rules import ADDED_TOKENS, CONFIG, WEIGHTS
+from builder_service.domain.file_rules import CONFIG, WEIGHTS
 from builder_service.domain.full_tensors import BaseTensors, check_full_tensors, redundant_warning
 from builder_service.domain.grouping import Grouping
-from builder_service.domain.legal_rules import added_token_findings, legal_findings
+from builder_service.domain.legal_rules import legal_findings
 from builder_service.domain.peft_names import ALL_LINEAR
-from builder_service.domain.safetensors_header import HeaderInvalid, TensorFile, read_header
+from builder_service.domain.safetensors_header import HeaderInvalid, TensorFile, TooManyTensors, read_header
 from builder_service.domain.tensor_rules import EMPTY_FIX, Limits, check_pairs, sort_tensors
 from builder_service.domain.value_rules import Part, check_values
-from shared.bundle.manifest import Coverage, Row
+from shared.bundle.manifest import Coverage, FileDigest, Row
 from shared.deployment import Dtype
 from shared.faults import Finding
 
 MAX_CONFIG = 4 << 20
 """Bytes of a config."""
+MAX_TENSORS = 1 << 14
+"""Of an adapter: A and B of seven modules in 1,170 layers. The deepest model here has 126, which are 1,764."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,14 @@ class CheckedAdapter:
         return tuple(finding for finding in self.findings if _is_error(finding))
 
 
+class BaseTokens(Protocol):
+    """The base's own tokens."""
+
+    def findings(self, folder: Path, files: Mapping[str, FileDigest]) -> tuple[Finding, ...]:
+        """Return what is wrong with the tokenizer among an adapter's files."""
+        ...
+
+
 @dataclass(frozen=True)
 class Rulebook:
     """The base and the deployment that adapters must fit."""
@@ -64,6 +75,8 @@ class Rulebook:
     """The storage type of the bundles."""
     base: BaseTensors | None = None
     """For adapters that carry copies of them; None: such adapters are refused."""
+    tokens: BaseTokens | None = None
+    """For adapters that bring a tokenizer; None: it is not looked at."""
     truncate_to_rank: int | None = None
     """The rank that rows above it are cut to; None: rows above `limits` are refused."""
 
@@ -78,11 +91,13 @@ def check_adapter(
     parsed = parse_config((folder / CONFIG).read_bytes())
     if any(finding.code in {"E_MLX", "E_NOT_LORA"} for finding in parsed.findings):
         return CheckedAdapter(parsed.findings)
-    found = [*parsed.findings, *added_token_findings(folder / ADDED_TOKENS, book.limits.dims.vocab)]
+    found = list(parsed.findings)
     # A config that says nothing lets every rule about the tensors alone speak too.
     config = parsed.config or AdapterConfig(rank=None, alpha=1.0, target_modules=ALL_LINEAR)
     try:
-        file = read_header(folder / WEIGHTS)
+        file = read_header(folder / WEIGHTS, MAX_TENSORS)
+    except TooManyTensors as error:
+        return CheckedAdapter((*found, *config.read(())[1], _too_many(str(error))))
     except HeaderInvalid as error:
         return CheckedAdapter((*found, *config.read(())[1], _no_header(str(error))))
     found += _base_findings(config, book)
@@ -190,6 +205,13 @@ def _nothing(config: AdapterConfig) -> Finding:
             code="E_EMPTY_TARGETS", where=f"{CONFIG}: target_modules", found="none, and no tensors", fix=fix
         )
     return Finding(code="E_EMPTY_WEIGHTS", where=WEIGHTS, expected="tensors", found="none", fix=EMPTY_FIX)
+
+
+def _too_many(count: str) -> Finding:
+    fix = "Only adapters of experts have so many, and they are not served: merge it into the base."
+    return Finding(
+        code="E_TENSORS", where=WEIGHTS, expected=f"at most {MAX_TENSORS} tensors", found=count, fix=fix
+    )
 
 
 def _no_header(problem: str) -> Finding:

@@ -22,7 +22,9 @@ from builder_service.domain.strict_json import JsonInvalid, parse
 from shared.bundle.npy import Array
 
 MAX_HEADER: Final = 16 << 20
-"""Bytes; an adapter of a hundred thousand tensors has about half of it."""
+"""Bytes; a shard of a hundred thousand tensors has about half of it."""
+MAX_TENSORS: Final = 1 << 17
+"""Of a base's shard; the largest model with experts has 91,991 in all of its shards."""
 MAX_DIMS: Final = 8
 MAX_SIZE: Final = 1 << 48
 """Of a dimension and of an offset."""
@@ -50,6 +52,10 @@ READABLE: Final = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dt
 
 class HeaderInvalid(Exception):
     """A file that is no safetensors file; the text says what is wrong."""
+
+
+class TooManyTensors(HeaderInvalid):
+    """A file with more tensors than it may have."""
 
 
 @dataclass(frozen=True)
@@ -114,10 +120,11 @@ def _span(tensor: Tensor, rows: tuple[int, int] | None) -> tuple[int, int]:
     return rows[0] * width, rows[1] * width
 
 
-def read_header(path: Path) -> TensorFile:
+def read_header(path: Path, max_tensors: int = MAX_TENSORS) -> TensorFile:
     """Read the header of a file.
 
     Raises:
+        TooManyTensors: which is seen before they are read.
         HeaderInvalid: the header is cut off, too long or no such JSON; or sizes, offsets and shapes differ.
     """
     size = path.stat().st_size
@@ -127,16 +134,25 @@ def read_header(path: Path) -> TensorFile:
         if len(head) < 8 or not 2 <= length <= min(MAX_HEADER, size - 8):
             raise HeaderInvalid(f"header of {length} bytes in a file of {size} (at most {MAX_HEADER})")
         text = file.read(length)
+    if (count := text.count(b'"data_offsets"')) > max_tensors:
+        raise TooManyTensors(str(count))
+    if not text.startswith(b"{"):
+        raise HeaderInvalid(f"the header begins with byte {text[0]:#04x}, not with an object")
     try:
         entries = parse(text)
     except JsonInvalid as error:
         raise HeaderInvalid(f"the header is no JSON: {error}") from error
-    if not isinstance(entries, dict):
-        raise HeaderInvalid("the header is no JSON object")
-    entries.pop("__metadata__", None)
+    _check_metadata(entries.pop("__metadata__", None))
     tensors = [_tensor(name, entry, 8 + length) for name, entry in entries.items()]
     _without_gaps(tensors, 8 + length, size)
     return TensorFile(path, {tensor.name: tensor for tensor in tensors})
+
+
+def _check_metadata(metadata: Any) -> None:
+    if metadata is not None and not (
+        isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())
+    ):
+        raise HeaderInvalid("__metadata__ is no object of texts")
 
 
 def _tensor(name: str, entry: Any, start: int) -> Tensor:

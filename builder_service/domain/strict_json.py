@@ -19,13 +19,16 @@ class JsonInvalid(Exception):
 
 
 def parse(data: bytes) -> Any:
-    """Parse UTF-8 JSON without duplicate keys, NaN, infinities, halves of characters and deep nesting.
+    """Parse UTF-8 JSON without duplicate keys, NaN, infinities, -0, halves of characters and deep nesting.
 
     Raises:
         JsonInvalid: it is something else.
     """
     try:
-        value = json.loads(data.decode(), parse_constant=_no_constant, object_pairs_hook=_once)
+        integer = _no_minus_zero if b"-0" in data else int
+        value = json.loads(
+            data.decode(), parse_constant=_no_constant, parse_int=integer, object_pairs_hook=_once
+        )
     except RecursionError as error:
         raise JsonInvalid("nested too deeply") from error
     except ValueError as error:
@@ -50,6 +53,13 @@ def quoted(value: Any) -> str:
 
 def _no_constant(name: str) -> float:
     raise ValueError(f"{name} is no JSON")
+
+
+def _no_minus_zero(digits: str) -> int:
+    """To some readers it is an integer, to others a fraction."""
+    if digits == "-0":
+        raise ValueError("-0 is no integer")
+    return int(digits)
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -52,7 +52,8 @@ _KNOWN_REFUSALS: Final = tuple(
         ("E_EMBED", "", r"lora_embedding_|trainable_tokens"),
         ("E_DORA", "", r"lora_magnitude_vector|weight_m_wdecomp"),
         ("E_BIAS", "", r"\.bias$"),
-        ("E_VARIANT", "", r"lora_diag"),
+        ("E_VARIANT", "KaSA", r"lora_diag"),
+        ("E_VARIANT", "VeLoRA", r"lora_velora_"),
         (
             "E_MOE",
             "",
@@ -122,15 +123,20 @@ def _parse(key: str, fused: frozenset[str]) -> ParsedKey:
     plain = ".".join(part for part in key.split(".") if part not in _WRAPPERS).removeprefix("module.")
     name = plain.removeprefix(_ROOT)
     if match := _LORA.fullmatch(name):
-        if _EMBEDDING.search(match["module"]):
+        if is_embedding(match["module"]):
             return RefusedKey("E_EMBED", "")
         if plain != name:
             return _lora_key(match, fused)
     elif full := _FULL.fullmatch(name):
-        saved = "modules_to_save" in name or _EMBEDDING.search(name) is not None
+        saved = "modules_to_save" in name or is_embedding(name)
         code = "E_EMBED" if saved else "E_UNKNOWN_KEY"
         return FullKey(full["name"], code) if plain != name else RefusedKey(code, "")
     return RefusedKey("E_UNKNOWN_KEY", "")
+
+
+def is_embedding(name: str) -> bool:
+    """True for names of embeddings and heads."""
+    return _EMBEDDING.search(name) is not None
 
 
 def nearest_key(key: str, fused: Set[str] = frozenset()) -> str:

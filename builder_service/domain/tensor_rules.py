@@ -21,6 +21,18 @@ _KEY_FIXES: Final = {
     "E_MODULE": f"Served are {', '.join(BY_HF)}, and fused projections where the base has them.",
     "E_EMBED": EMBED_FIX,
     "E_MLX": "MLX stores A and B transposed, with an absolute scale: convert it to PEFT's form.",
+    "E_MOE": f"Train without the experts and routers (exclude_modules), or: {_MERGE}",
+}
+_FIXES_BY_CAUSE: Final = {
+    "VeLoRA": "It is a state of the training, and no answer depends on it: save without these tensors.",
+}
+_SERVED: Final = "lora_A and lora_B of projections of attention and dense MLP"
+_FOUND: Final = {
+    "E_MOE": "tensors of experts or a router",
+    "E_EMBED": "tensors of embeddings or a head",
+    "E_DORA": "magnitudes of DoRA",
+    "E_BIAS": "biases",
+    "E_MLX": "MLX's names of A and B",
 }
 EMPTY_FIX: Final = (
     "This is what DeepSpeed ZeRO-3 saves without gathering: save again with "
@@ -121,8 +133,9 @@ def check_pairs(pairs: list[Pair], config: AdapterConfig, limits: Limits, report
 
 def _refuse(key: RefusedKey, name: str, dims: BaseDims, report: Grouping) -> None:
     if key.code != "E_UNKNOWN_KEY":
-        fix = _KEY_FIXES.get(key.code, _MERGE)
-        report.add(key.code, name, cause=key.cause, found=key.cause, fix=fix)
+        fix = _FIXES_BY_CAUSE.get(key.cause) or _KEY_FIXES.get(key.code, _MERGE)
+        found = key.cause or _FOUND[key.code]
+        report.add(key.code, name, cause=key.cause, expected=_SERVED, found=found, fix=fix)
         return
     near = nearest_key(name, dims.fused)
     fix = (
@@ -130,7 +143,8 @@ def _refuse(key: RefusedKey, name: str, dims: BaseDims, report: Grouping) -> Non
         if near
         else "Expected keys like base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight."
     )
-    report.add("E_UNKNOWN_KEY", name, cause=bool(near), fix=fix, shown=10)
+    found = "keys of no form that is known"
+    report.add("E_UNKNOWN_KEY", name, cause=bool(near), expected=_SERVED, found=found, fix=fix, shown=10)
 
 
 def _check_storage(tensor: Tensor, report: Grouping) -> None:

@@ -10,8 +10,15 @@ from shared.bundle.manifest import TEXT_FILES
 from shared.faults import Finding
 
 TEMPLATE, GENERATION, TOKENIZER = TEXT_FILES
-MAX_BYTES: Final = {TEMPLATE: 1 << 20, GENERATION: 64 << 10, TOKENIZER: 8 << 20}
-"""The largest tokenizer_config.json that was seen, with thousands of added tokens, has 1.2e6."""
+MAX_BYTES: Final = {
+    TEMPLATE: 1 << 20,
+    GENERATION: 64 << 10,
+    TOKENIZER: 8 << 20,
+    "tokenizer.json": 64 << 20,
+    "added_tokens.json": 4 << 20,
+}
+"""The largest tokenizer_config.json that was seen, with thousands of added tokens, has 1.2e6; the largest
+tokenizer.json, of 262,144 tokens, 3.4e7."""
 
 # Fields of generation_config.json that say nothing about how a token is chosen, or that every request says.
 _SILENT: Final = frozenset({

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 
@@ -21,6 +23,7 @@ from shared.faults import Finding
 UNDERFLOW_SHARE: Final = 0.01
 SCALES: Final = (1e-3, 64.0)
 """Scales outside are legal and rare."""
+EXACT: Final = "values that the storage type has"
 PIECE: Final = 1 << 18
 """Elements that are looked at at once; what fits a core's cache."""
 
@@ -41,10 +44,12 @@ class Part:
 
 @dataclass
 class _Sums:
-    float32: int = 0
+    narrowed: Counter[str] = field(default_factory=Counter)
+    """Tensors with values that were rounded, by what they were."""
     nonzero: int = 0
     flushed: int = 0
     worst: float = 0.0
+    """Relative error of a value."""
     odd_scales: set[float] = field(default_factory=set)
 
 
@@ -106,7 +111,7 @@ def _stored(
     if tensor.dtype not in READABLE or not tensor.size:
         return None
     stored = np.empty(tensor.shape, NUMPY_TYPES[dtype])
-    flat, done, bad, biggest, overflow = stored.reshape(-1), 0, 0, 0.0, False
+    flat, done, bad, biggest, overflow, worst = stored.reshape(-1), 0, 0, 0.0, False, 0.0
     for values in file.pieces(tensor.name, PIECE):
         piece, bits = cast(values, dtype, scale), magnitudes(values)
         flat[done : done + piece.size] = piece
@@ -122,8 +127,9 @@ def _stored(
             nonzero = int(np.count_nonzero(bits))
             sums.nonzero += nonzero
             sums.flushed += nonzero - int(np.count_nonzero(stored_bits))
-            if values.dtype == np.float32 and dtype is not Dtype.FLOAT32:
-                sums.worst = max(sums.worst, _worst(values * np.float32(scale), piece.astype(np.float32)))
+            if _narrows(values.dtype, dtype, scale):
+                scaled = values.astype(np.float32) * np.float32(scale)
+                worst = max(worst, _worst(scaled, piece.astype(np.float32)))
     if bad:
         found = f"{bad} of {done} NaN or infinite in the first of them"
         fix = "Training diverged: use an earlier checkpoint."
@@ -138,8 +144,17 @@ def _stored(
             fix="Build with lora dtype bfloat16." if dtype is Dtype.FLOAT16 else "Training diverged.",
         )
         return None
-    sums.float32 += tensor.dtype == "F32"
+    if worst:
+        sums.narrowed[f"{READABLE[tensor.dtype]}{'' if scale == 1 else ' with its scale'}"] += 1
+        sums.worst = max(sums.worst, worst)
     return stored
+
+
+def _narrows(kind: np.dtype[Any], dtype: Dtype, scale: float) -> bool:
+    """True where storing rounds: in a narrower type, or with a scale that is no power of two."""
+    if dtype is Dtype.FLOAT32:
+        return False
+    return kind != NUMPY_TYPES[dtype] or abs(math.frexp(scale)[0]) != 0.5
 
 
 def magnitudes(values: Array) -> Array:
@@ -164,12 +179,13 @@ def _largest(dtype: Dtype) -> float:
 
 def _warnings(sums: _Sums, parts: list[Part], dtype: Dtype) -> list[Finding]:
     found = []
-    if sums.float32 and dtype is not Dtype.FLOAT32:
-        error = f"largest relative error {sums.worst:.1e}"
+    if sums.narrowed:
+        listed = ", ".join(f"{count} {what}" for what, count in sorted(sums.narrowed.items()))
+        error = f"stored as {dtype}, largest relative error {sums.worst:.1e}"
+        fix = "Set lora_configuration.dtype to float32 to store every value as it is."
+        where = f"{sums.narrowed.total()} tensors"
         found.append(
-            Finding(
-                code="W_FP32", where=f"{sums.float32} tensors", found=f"float32, stored as {dtype}, {error}"
-            )
+            Finding(code="W_NARROWED", where=where, expected=EXACT, found=f"{listed}, {error}", fix=fix)
         )
     if parts and not any(part.norms.ba for part in parts):
         zero = (

@@ -52,7 +52,7 @@ class BaseWeights:
         if INDEX not in self._base.files:
             return WEIGHTS
         if self._shards is None:
-            path = self._fetch(INDEX)
+            path = self.fetch(INDEX)
             try:
                 table = parse(path.read_bytes()) if path.stat().st_size <= MAX_INDEX else None
             except JsonInvalid as error:
@@ -64,7 +64,7 @@ class BaseWeights:
         return self._shards.get(name)
 
     def _read(self, shard: str) -> TensorFile:
-        path = self._fetch(shard)
+        path = self.fetch(shard)
         try:
             file = read_header(path)
         except HeaderInvalid as error:
@@ -72,7 +72,13 @@ class BaseWeights:
         self._open[shard] = file
         return file
 
-    def _fetch(self, name: str) -> Path:
+    def fetch(self, name: str) -> Path:
+        """Return a recorded file of the base.
+
+        Raises:
+            BundleCorrupt: it differs from what was recorded when the build began.
+            Fault: what the source raises.
+        """
         expected = self._base.files[name]
         source = self._sources.of(self._base.source)
         folder = source.place(self._base.source, {name: expected}, self._cache, self._progress, self._room)

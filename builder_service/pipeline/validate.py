@@ -7,13 +7,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
-from builder_service.domain.file_rules import ADDED_TOKENS, INPUTS, weight_files
-from builder_service.domain.full_tensors import BaseTensors
-from builder_service.domain.legal_rules import added_token_findings
+from builder_service.domain.file_rules import INPUTS, weight_files
 from builder_service.domain.npy_rules import FOLDED, read_npy_adapter
 from builder_service.domain.rules import CheckedAdapter, Rulebook, check_adapter, check_tensors
 from builder_service.domain.tensor_rules import Limits
 from builder_service.domain.text_rules import check_texts
+from builder_service.pipeline.base_tokens import BaseTokens
+from builder_service.pipeline.base_weights import BaseWeights
 from builder_service.pipeline.fetch import FetchedAdapter
 from builder_service.pipeline.progress import Progress, Stage
 from builder_service.pipeline.truncate import truncate_adapter
@@ -22,6 +22,7 @@ from shared.bundle.manifest import TEXT_FILES, Coverage
 from shared.bundle.modules import BY_HF, BY_NAME
 from shared.deployment import Deployment, Dtype, LoraConfiguration
 from shared.faults import AdapterInvalid, DeploymentInvalid, Finding
+from shared.sources.checkpoint import Base
 
 # TensorRT-LLM's other modules: deployment files name them as a ceiling, adapters here have none of them.
 OTHER_MODULES: Final = frozenset({
@@ -47,13 +48,15 @@ class ValidAdapter:
     checked: CheckedAdapter
 
 
-def rulebook(model: ModelConfig, lora: LoraConfiguration, base: BaseTensors | None = None) -> Rulebook:
+def rulebook(base: Base, lora: LoraConfiguration, weights: BaseWeights) -> Rulebook:
     """Return the rules of a deployment, from its base and its ceilings."""
+    model = base.model
     targets = {part for name in lora.lora_target_modules for part in FUSED_NAMES.get(name, (name,))}
     max_rank = UNLIMITED if lora.truncate_to_rank else lora.max_lora_rank
     limits = Limits(model.dims, max_rank, frozenset(targets))
     dtype = lora.dtype or storage_dtype(model)
-    return Rulebook(limits, (model.architecture,), dtype, base, lora.truncate_to_rank)
+    tokens = BaseTokens(base.record.files, weights.fetch, limits.dims.vocab)
+    return Rulebook(limits, (model.architecture,), dtype, weights, tokens, lora.truncate_to_rank)
 
 
 def storage_dtype(model: ModelConfig) -> Dtype:
@@ -109,7 +112,7 @@ def check_fetched(adapter: FetchedAdapter, book: Rulebook, progress: Progress) -
     else:
         checked = _check_npy(folder, book, count)
     texts = {name: (folder / name).read_bytes() for name in TEXT_FILES if name in adapter.files}
-    found = check_texts(texts, book.limits.dims.vocab)
+    found = [*check_texts(texts, book.limits.dims.vocab), *_token_findings(adapter, book)]
     checked = replace(checked, findings=(*checked.findings, *found))
     if checked.errors or book.truncate_to_rank is None:
         return checked
@@ -118,11 +121,14 @@ def check_fetched(adapter: FetchedAdapter, book: Rulebook, progress: Progress) -
 
 def _check_npy(folder: Path, book: Rulebook, progress: Callable[[int], None]) -> CheckedAdapter:
     npy = read_npy_adapter(folder, book.limits.dims)
-    found = [*npy.findings, *added_token_findings(folder / ADDED_TOKENS, book.limits.dims.vocab)]
     if npy.file is None:
-        return CheckedAdapter(tuple(found))
-    checked = check_tensors(npy.file, FOLDED, book, found, progress)
+        return CheckedAdapter(npy.findings)
+    checked = check_tensors(npy.file, FOLDED, book, list(npy.findings), progress)
     return replace(checked, coverage=Coverage())  # the tensors' names are ours, not the adapter's
+
+
+def _token_findings(adapter: FetchedAdapter, book: Rulebook) -> tuple[Finding, ...]:
+    return book.tokens.findings(adapter.folder, adapter.files) if book.tokens else ()
 
 
 def _named(finding: Finding, adapter: str) -> Finding:

@@ -24,7 +24,7 @@ from typing import Final, Literal, Self
 from pydantic import Field, ValidationError
 
 from shared.bundle.proof import Proof
-from shared.deployment import Dtype, Merge, Model, Name, Repository
+from shared.deployment import Dtype, Merge, Model, Repository, StoredName
 from shared.faults import BundleCorrupt, Finding
 
 FORMAT_VERSION: Final = 1
@@ -173,12 +173,12 @@ class Generation(Record):
     """What a deployment serves; immutable."""
 
     format_version: Literal[1] = FORMAT_VERSION
-    deployment: Name
+    deployment: StoredName
     number: int = Field(ge=1)
     create_time: datetime
-    served_model_name: Name
+    served_model_name: StoredName
     base: BaseRecord
-    adapters: dict[Name, AdapterRecord]
+    adapters: dict[StoredName, AdapterRecord]
     max_seq_len: int | None = None
     max_lora_rank: int
     lora_target_modules: tuple[str, ...] = ()

@@ -112,7 +112,7 @@ def _adapter(name: str, stage: str) -> builder_pb.AdapterBuild:
                 modules=["attn_q", "attn_v", "mlp_gate"],
                 tensors_used=120,
                 bundle_bytes=5_200_000,
-                warnings=[builder_pb.Finding(code="W_FP32", where="weights", found="float32")],
+                warnings=[builder_pb.Finding(code="W_NARROWED", where="weights", found="float32")],
             )
         )
     return adapter

@@ -155,3 +155,67 @@ def test_unknown_keys(text):
 def test_base_names(adapter, base, warns):
     """Copies of a base under other names are the base; anything else is worth a warning."""
     assert (base_warning(adapter, base) is not None) == warns
+
+
+Q = f"{ROOT}layers.0.self_attn.q_proj"
+
+
+@pytest.mark.parametrize(
+    ("config", "extra", "words"),
+    [
+        ({"r": "4"}, {}, ("E_BAD_CONFIG", "adapter_config.json: r", "a positive integer", '"4"', "Correct")),
+        (
+            {"rank_pattern": {"q_proj": "4"}},
+            {},
+            ("E_BAD_CONFIG", "rank_pattern.q_proj", "a positive integer", '"4"', "Correct"),
+        ),
+        (
+            {},
+            {f"{Q}.lora_velora_embed": (4,)},
+            ("E_VARIANT", "q_proj.lora_velora_embed", "lora_A and lora_B", "VeLoRA", "without these tensors"),
+        ),
+        (
+            {"target_parameters": ["self_attn.q_proj.weight"]},
+            {},
+            (
+                "E_TARGET_PARAMS",
+                "target_parameters",
+                "target_modules",
+                "q_proj.weight",
+                "target_modules q_proj",
+            ),
+        ),
+        (
+            {"target_parameters": ["mlp.experts.down_proj"]},
+            {},
+            ("E_TARGET_PARAMS", "target_parameters", "target_modules", "experts.down_proj", "Merge it"),
+        ),
+        (
+            {"modules_to_save": ["norm"]},
+            {},
+            ("E_EMBED", "modules_to_save", "unset", "norm, which has no tensors", "the base's norm"),
+        ),
+        (
+            {"modules_to_save": ["norm"]},
+            {f"{ROOT}norm.weight": (16,)},
+            ("E_EMBED", "model.norm.weight", "the base's own model.norm", "a whole", "base's model.norm"),
+        ),
+        (
+            {},
+            {f"{ROOT}layers.0.mlp.experts.0.up_proj.lora_A.weight": (4, 16)},
+            ("E_MOE", "experts.0.up_proj", "dense MLP", "experts or a router", "exclude_modules"),
+        ),
+        (
+            {},
+            {f"{ROOT}norm.lora_A.weight": (4, 16)},
+            ("E_UNKNOWN_KEY", "norm.lora_A", "lora_A and lora_B of", "no form", "Expected keys like"),
+        ),
+    ],
+)
+def test_messages_name_field_value_expected_and_cure(tmp_path, config, extra, words):
+    """Whoever reads a finding knows where to look, what is there, what should be, and what to do."""
+    values = tensors() | {name: np.ones(shape, np.float16) for name, shape in extra.items()}
+    (finding,) = check_adapter(write_adapter(tmp_path, values, **config), book()).errors
+    said = (finding.code, finding.where, finding.expected, finding.found, finding.fix)
+    for word, text in zip(words, said, strict=True):
+        assert word in text

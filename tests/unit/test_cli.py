@@ -98,11 +98,11 @@ def test_build_tells_stages_and_shows_a_table(fakes: Fakes, deployment: Callable
     assert errors.count("resources") == 1
     assert "lora1: fetching\n" in errors
     assert "lora2: done\n" in errors
-    assert "warning: W_FP32 lora1: weights: found float32" in errors
+    assert "warning: W_NARROWED lora1: weights: found float32" in errors
     header, first, *_, last = text.splitlines()
     assert header.split() == ["adapter", "rank", "modules", "tensors", "bytes", "digest", "warnings"]
     assert re.split(r"\s{2,}", first) == [
-        *("lora1", "8, 16", "attn q v, mlp gate", "120", "5.2 MB", "0123456789ab", "W_FP32")
+        *("lora1", "8, 16", "attn q v, mlp gate", "120", "5.2 MB", "0123456789ab", "W_NARROWED")
     ]
     assert last == "deployment plain: generation 3 is published"
 

@@ -49,7 +49,7 @@ def test_a_build_is_a_line_per_state(fakes: Fakes, deployment: Callable[..., str
     assert {line["schema"] for line in lines} == {1}
     last = lines[-1]["deployment"]
     assert (last["state"], last["generation"], last["failure"]) == ("active", 3, None)
-    assert last["adapters"][0]["warnings"][0]["code"] == "W_FP32"
+    assert last["adapters"][0]["warnings"][0]["code"] == "W_NARROWED"
     assert documents("watch", "lines", "--builder", fakes.builder_address)[-1] == lines[-1]
 
 

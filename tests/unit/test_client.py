@@ -220,7 +220,7 @@ def test_build_and_watch(client: Client, deploy: Any) -> None:
     assert (last.state, last.generation, last.failure) == (DeploymentState.ACTIVE, 3, None)
     assert last.create_time == datetime.fromtimestamp(1_700_000_000, UTC)
     assert last.adapters[0].ranks == (8, 16)
-    assert last.adapters[0].warnings[0].code == "W_FP32"
+    assert last.adapters[0].warnings[0].code == "W_NARROWED"
 
 
 async def test_async_build_that_fails(aio: AsyncClient, deploy: Any) -> None:

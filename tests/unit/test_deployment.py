@@ -6,9 +6,9 @@ import textwrap
 from pathlib import Path
 
 import pytest
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
-from shared.deployment import Build, Deployment, Repository, Runtime, SourceKind
+from shared.deployment import Build, Deployment, Repository, Runtime, SourceKind, StoredName
 from shared.deployment_file import DeploymentFile, load_deployment, parse_deployment
 from shared.faults import DeploymentInvalid, Finding
 
@@ -213,7 +213,7 @@ def test_a_local_path_that_is_none(tmp_path: Path, repo: str, said: str) -> None
     assert said in str(_refusal(tmp_path, text))
 
 
-@pytest.mark.parametrize("name", ["a b", "a/b", "", "ä", ".", "..", "x" * 129])
+@pytest.mark.parametrize("name", ["a b", "a/b", "", "ä", ".", "..", ".a", "-a", "--help", "...", "x" * 129])
 def test_a_bad_adapter_name(tmp_path: Path, name: str) -> None:
     """A name that cannot be an OpenAI model and a part of a key is refused where it stands."""
     text = MINIMAL + f'  lora_adapters: {{"{name}": {{source: HF, repo: a/b}}}}\n'
@@ -221,11 +221,39 @@ def test_a_bad_adapter_name(tmp_path: Path, name: str) -> None:
     assert "model_name" in _findings(tmp_path, f'model_name: "{name}"\n' + MINIMAL)
 
 
-@pytest.mark.parametrize("name", ["a", "org.name-v1:2_b", "...", "x" * 128])
+@pytest.mark.parametrize("name", ["a", "org.name-v1:2_b", "_a.", ":a-", "0", "x" * 128])
 def test_a_good_adapter_name(tmp_path: Path, name: str) -> None:
-    """Letters, digits, _, -, . and : make a name."""
+    """Letters, digits, _, -, . and : make a name; dots and dashes are not at its beginning."""
     text = MINIMAL + f'  lora_adapters: {{"{name}": {{source: HF, repo: a/b}}}}\n'
     assert list(_load(tmp_path, text).deployment.build.lora_adapters) == [name]
+
+
+def test_a_bad_beginning_of_a_name_is_explained(tmp_path: Path) -> None:
+    """Files that begin with a dot are hidden, and words that begin with a dash are options."""
+    finding = _findings(tmp_path, MINIMAL + "  lora_adapters: {-rf: {source: HF, repo: a/b}}\n")
+    fix = finding["build.lora_adapters.-rf"].fix
+    assert fix == "Begin with a letter, a digit, _ or :, and go on with these, - and dots."
+
+
+def test_names_that_differ_only_in_case_are_refused(tmp_path: Path) -> None:
+    """Nobody who asks for one of them means the other."""
+    text = MINIMAL + "  lora_adapters: {Law: {source: HF, repo: a/b}, law: {source: HF, repo: a/c}}\n"
+    finding = _findings(tmp_path, text)["build.lora_adapters"]
+    assert finding.expected == "names that differ in more than case, unlike Law and law"
+    text = "model_name: Law\n" + MINIMAL + "  lora_adapters: {law: {source: HF, repo: a/b}}\n"
+    assert _findings(tmp_path, text)["build.lora_adapters.law"].found == "'Law'"
+
+
+def test_names_of_older_stores_are_read() -> None:
+    """What was published under a name that is refused now stays served."""
+    assert TypeAdapter(dict[StoredName, int]).validate_python({".a": 1, "-b": 2}) == {".a": 1, "-b": 2}
+
+
+def test_a_file_that_is_hidden_gives_a_name(tmp_path: Path) -> None:
+    """The default name is the file's, as far as it can be one."""
+    path = tmp_path / ".-smol v2.yaml"
+    path.write_text(MINIMAL)
+    assert load_deployment(path).deployment.model_name == "smol-v2"
 
 
 @pytest.mark.parametrize("broken", ["", "  max_seq_len: 0\n"])

@@ -261,3 +261,60 @@ def test_a_file_that_was_cut_off_is_refused(bench: Bench) -> None:
     path = bench.npy / "model.lora_weights.npy"
     path.write_bytes(path.read_bytes()[:-2])
     assert bench.errors() == [("E_BAD_NPY", "model.lora_weights.npy")]
+
+
+def claim(rank: int) -> Callable[[Any, Any], None]:
+    """Let the first row say another rank."""
+    return poke(0, 2, rank)
+
+
+@pytest.mark.parametrize("module", sorted(SIZES))
+@pytest.mark.parametrize("wrong", [4, 5, 8])
+def test_a_row_that_claims_a_higher_rank_over_padding_is_refused(bench: Bench, module: int, wrong: int) -> None:
+    """Its first rows of B would be taken for A, and its padding for the end of B."""
+    write(bench.npy, [(module, 0, 3)], extra=5 * sum(SIZES[module]), change=claim(wrong))
+    assert [code for code, _ in bench.errors()] == ["E_RANK_SHAPE"]
+
+
+def test_a_zero_b_that_could_be_padding_is_refused(bench: Bench) -> None:
+    """A of rank 4 and zeros is what A and B of rank 2 and padding look like, where in is out."""
+
+    def no_b(weights: Any, config: Any) -> None:
+        weights[0, 4 * HIDDEN :] = 0
+
+    write(bench.npy, [(1, 0, 4)], change=no_b)
+    assert [code for code, _ in bench.errors()] == ["E_RANK_SHAPE"]
+
+
+@pytest.mark.parametrize("rank", [1, 2, 4])
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_fused_row_whose_last_parts_are_not_adapted_is_taken(bench: Bench, rank: int, parts: int) -> None:
+    """Zeros for k and v, or for v alone, are no padding: there B ends with a part."""
+    end = rank * (HIDDEN + (Q, Q + KV)[parts - 1])
+
+    def only_first(weights: Any, config: Any) -> None:
+        weights[0, end:] = 0
+
+    write(bench.npy, [(0, 0, rank)], change=only_first)
+    assert bench.errors() == []
+
+
+def test_a_row_of_zeros_is_taken(bench: Bench) -> None:
+    """It adds nothing at any rank."""
+
+    def nothing(weights: Any, config: Any) -> None:
+        weights[0] = 0
+
+    write(bench.npy, [(1, 0, 4), (4, 0, 4)], change=nothing)
+    assert bench.errors() == []
+
+
+def test_float16_rows_that_bfloat16_rounds_are_a_warning(bench: Bench) -> None:
+    """Imported rows are narrowed like any other, and said to be."""
+
+    def odd(weights: Any, config: Any) -> None:
+        weights[0, :8] = 1 + 2.0**-10
+
+    write(bench.npy, [(1, 0, 4)], change=odd)
+    (found,) = [finding for finding in bench.build().manifest.warnings if finding.code == "W_NARROWED"]
+    assert "1 float16, stored as bfloat16, largest relative error 9.8e-04" in found.found

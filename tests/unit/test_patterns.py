@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from builder_service.domain import peft_names
 from builder_service.domain.adapter_config import AdapterConfig
+from builder_service.domain.bounded import TooCostly
 from builder_service.domain.config_fields import KNOWN
-from builder_service.domain.patterns import PatternsInvalid, PatternsTooCostly, read_names
-from builder_service.domain.peft_names import NoPatterns
+from builder_service.domain.patterns import PatternsInvalid, read_names
 from tests.golden.hostile.configs import EXPONENTIAL, GIANT
 
 NAMES = tuple(
@@ -64,11 +64,10 @@ def test_a_module_is_left_out_where_peft_leaves_it_out(targets, others):
     """For whatever a config chooses modules with, PEFT's own function is asked the same."""
     utils = pytest.importorskip("peft.tuners.tuners_utils")
     config = SimpleNamespace(target_parameters=None, **targets, **others)
-    try:
-        found = peft_names.answer({**SILENT, **targets, **others, "names": NAMES})["left_out"]
-    except NoPatterns:
+    found = peft_names.answer({**SILENT, **targets, **others, "names": NAMES})
+    if "problems" in found:
         return  # PEFT fails too, unless another field decides before it comes to the pattern
-    for name, field in zip(NAMES, found, strict=True):
+    for name, field in zip(NAMES, found["left_out"], strict=True):
         taken = utils.check_target_module_exists(config, name)
         assert (bool(taken) and not isinstance(taken, utils._ExcludedModule)) == (not field)
 
@@ -79,14 +78,11 @@ def test_a_module_is_left_out_where_peft_leaves_it_out(targets, others):
 def test_patterns_mean_what_they_mean_to_peft(patterns):
     """The first pattern that is found is the one that PEFT takes."""
     other = pytest.importorskip("peft.utils.other")
-    try:
-        found = peft_names.answer({**SILENT, "rank_pattern": patterns, "names": NAMES})["rank_pattern"]
-    except NoPatterns as error:
-        for _, pattern, _ in error.args[0]:
-            with pytest.raises(other.re.error):
-                other.get_pattern_key([pattern], NAMES[0])
-        return
-    for name, positions in zip(NAMES, found, strict=True):
+    found = peft_names.answer({**SILENT, "rank_pattern": patterns, "names": NAMES})
+    for _, pattern, _ in found.get("problems", ()):
+        with pytest.raises(other.re.error):
+            other.get_pattern_key([pattern], NAMES[0])
+    for name, positions in zip(NAMES, found.get("rank_pattern", ()), strict="problems" not in found):
         first = patterns[positions[0]] if positions else name
         assert other.get_pattern_key(patterns, name) == first
 
@@ -97,7 +93,7 @@ def test_a_pattern_cannot_hold_up_the_builder(field, pattern):
     """A pattern that would take years or gigabytes is given up in time, and leaves this process as it is."""
     begin, before = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     value = pattern if field.endswith("modules") else [pattern]
-    with suppress(PatternsInvalid, PatternsTooCostly):
+    with suppress(PatternsInvalid, TooCostly):
         read_names(NAMES, {**SILENT, field: value})
     assert time.monotonic() - begin < 6
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 16 << 10
@@ -107,14 +103,14 @@ def test_all_patterns_of_a_config_share_one_limit():
     """Many patterns, each of which is just quick enough, are not each given all the time."""
     slow = [f"(?:[a-z._0-9]|[a-z._0-9]){{{count}}}[^a-z._0-9]" for count in range(14, 20)]
     begin = time.monotonic()
-    with pytest.raises(PatternsTooCostly, match="more than"):
+    with pytest.raises(TooCostly, match="more than"):
         read_names(NAMES, {**SILENT, "rank_pattern": slow, "alpha_pattern": slow, "target_modules": slow[-1]})
     assert time.monotonic() - begin < 6
 
 
 def test_memory_is_bounded_too():
     """A short pattern that asks for gigabytes is refused by that."""
-    with pytest.raises(PatternsTooCostly, match="more than 256 MB"):
+    with pytest.raises(TooCostly, match="more than 256 MB"):
         read_names(NAMES, {**SILENT, "target_modules": "(?:a?){100000000}"})
 
 

@@ -6,10 +6,11 @@ import json
 from pathlib import Path
 
 import ml_dtypes
+import numpy as np
 
 from builder_service.domain.rules import MAX_CONFIG
 from tests.adapters import ADAPTER_CONFIG, tensors
-from tests.golden.hostile.exhibit import BASE, CONFIG, Exhibit, adapter, exhibit, of_config, of_config_text
+from tests.golden.hostile.exhibit import BASE, CONFIG, adapter, exhibit, of_config, of_config_text
 
 _HEAD = f'"peft_type": "LORA", "base_model_name_or_path": "{BASE}", "target_modules": ["q_proj", "v_proj"]'
 # 2 ** 30 ways to read a name of thirty characters, none of which ends as the pattern does.
@@ -21,14 +22,6 @@ GIANT = "a{16000000}"
 def _huge(folder: Path) -> None:
     adapter(folder)
     (folder / CONFIG).write_text(json.dumps(ADAPTER_CONFIG | {"filler": "x" * MAX_CONFIG}))
-
-
-def _with_added_tokens(text: str) -> Exhibit:
-    def make(folder: Path) -> None:
-        adapter(folder)
-        (folder / "added_tokens.json").write_text(text)
-
-    return exhibit(f"added tokens {text[:20]}", "E_EMBED", make)
 
 
 def _patterns(count: int) -> str:
@@ -100,14 +93,15 @@ REFUSED = (
     of_config("aLoRA", "E_ALORA", alora_invocation_tokens=[1, 2]),
     of_config("layer_replication", "E_REPLICATION", layer_replication=[[0, 2], [1, 2]]),
     of_config("target_parameters", "E_TARGET_PARAMS", target_parameters=["mlp.experts.gate_up_proj"]),
+    of_config(
+        "target_parameters of attention", "E_TARGET_PARAMS", target_parameters=["self_attn.q_proj.weight"]
+    ),
+    of_config("norms saved whole", "E_EMBED", modules_to_save=["norm"]),
     *(of_config(kind, "E_TASK", task_type=kind) for kind in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")),
     of_config("SEQ_2_SEQ_LM", "E_TASK", task_type="SEQ_2_SEQ_LM"),
     of_config("FEATURE_EXTRACTION", "E_TASK", task_type="FEATURE_EXTRACTION"),
     of_config("modules_to_save without tensors", "E_EMBED", modules_to_save=["lm_head"]),
     of_config("trainable tokens config", "E_EMBED", trainable_token_indices=[5]),
-    _with_added_tokens('{"<tool>": 32}'),
-    _with_added_tokens('["<tool>"]'),
-    _with_added_tokens("{"),
     of_config("another family", "E_BASE", auto_mapping={"base_model_class": "MistralForCausalLM"}),
     of_config("rank that is not the tensors'", "E_RANK_SHAPE", r=8),
     of_config("rank_pattern that is not the tensors'", "E_RANK_SHAPE", rank_pattern={"q_proj": 2}),
@@ -152,7 +146,7 @@ ACCEPTED = (
     of_config("tied embeddings", "", ensure_weight_tying=True, revision="main"),
     exhibit(
         "full names in patterns",
-        "",
+        "W_NARROWED",
         lambda folder: adapter(
             folder,
             {name: value[:3] if "q_proj.lora_A" in name else value[:, :3] if "q_proj" in name else value
@@ -164,14 +158,28 @@ ACCEPTED = (
     ),
     exhibit(
         "float32",
-        "W_FP32",
+        "W_NARROWED",
         lambda folder: adapter(folder, {name: value.astype("f4") * 1.01 for name, value in tensors().items()}),
     ),
+    exhibit(
+        "float16", "W_NARROWED",
+        lambda folder: adapter(
+            folder, {name: value.astype("f2") * np.float16(1.01) for name, value in tensors().items()}),
+    ),
+    exhibit(
+        "bfloat16 in float32 and in float16", "",
+        lambda folder: adapter(folder, {name: value.astype("f4" if "A" in name else "f2")
+                                        for name, value in tensors().items()}),
+    ),
+    of_config("a scale that is no power of two", "W_NARROWED", lora_alpha=12),
+    exhibit("the same, exact", "", lambda folder: adapter(folder, lora_alpha=12), lora={"dtype": "float32"}),
     exhibit(
         "underflow",
         "W_UNDERFLOW",
         lambda folder: adapter(
-            folder, {name: value * ml_dtypes.bfloat16(3e-8) for name, value in tensors().items()}
+            folder,
+            {name: np.where(value > 0.5, 1, 2.0**-30).astype(ml_dtypes.bfloat16)
+             for name, value in tensors().items()},
         ),
         lora={"dtype": "float16"},
     ),

@@ -91,6 +91,18 @@ REFUSED = (
     exhibit("npy that is a pickle", "E_BAD_NPY", _npy([[1, 0, 4, 0]], 8, wrong=pickle.dumps([1]))),
     exhibit("template that is no text", "E_BAD_TEXT", lambda folder: (
         adapter(folder) / "chat_template.jinja").write_bytes(b"\xff\xfe")),
+    exhibit("added tokens", "E_EMBED", _text("added_tokens.json", '{"<tool>": 32}')),
+    exhibit("added tokens as a list", "E_BAD_TEXT", _text("added_tokens.json", '["<tool>"]')),
+    exhibit("added tokens cut off", "E_BAD_TEXT", _text("added_tokens.json", "{")),
+    exhibit("a tokenizer's added tokens", "E_EMBED", _text(
+        "tokenizer.json", '{"added_tokens": [{"id": 32, "content": "<tool>"}]}')),
+    exhibit("a tokenizer config's added tokens", "E_EMBED", _text(
+        "tokenizer_config.json", '{"added_tokens_decoder": {"32": {"content": "<tool>"}}}')),
+    exhibit("a larger vocabulary", "E_EMBED", _text(
+        "tokenizer.json", json.dumps({"model": {"vocab": {f"t{i}": i for i in range(33)}}}))),
+    exhibit("a tokenizer that is no text", "E_BAD_TEXT", _text("tokenizer.json", "x")),
+    exhibit("a tokenizer of brackets", "E_BAD_TEXT", _text("tokenizer.json", "[" * 100_000)),
+    exhibit("a token with half a character", "E_EMBED", _text("added_tokens.json", '{"\\ud800": 32}')),
     exhibit("temperature as text", "E_BAD_TEXT", _text("generation_config.json", '{"temperature": "warm"}')),
 )  # fmt: skip
 
@@ -98,7 +110,7 @@ ACCEPTED = (
     exhibit("a trainer's leftovers", "W_EXTRA_FILES",
             _beside("optimizer.pt", "trainer_state.json", "rng_state_0.pth", "checkpoint-1/adapter_model.bin")),
     exhibit("weights of another kind beside", "W_EXTRA_FILES", _beside("adapter_model.bin")),
-    exhibit("a tokenizer beside", "", _beside("README.md", "tokenizer.json", "vocab.json")),
+    exhibit("a tokenizer beside", "", _beside("README.md", "vocab.json", "tokenizer.model")),
     exhibit("added tokens of the base", "", _text("added_tokens.json", json.dumps({"<a>": 3, "<b>": 31}))),
     exhibit("beams", "W_GENERATION", _text("generation_config.json", '{"num_beams": 4}')),
     exhibit("npy with both halves", "W_GATE_UP W_BASE", _npy([[18, 0, 4, 0]], 4 * (HIDDEN + 2 * 24))),

@@ -65,6 +65,11 @@ REFUSED = (
     _bad("header of deep brackets", b"[" * 100_000),
     _bad("header of deep objects", b'{"a":' * 5000 + b"1" + b"}" * 5000),
     _bad("header with NaN", b'{"a": NaN}'),
+    _bad("blanks before the header", b" " + json.dumps({_A: entry(4, 16, begin=0)}).encode(), _PAIR),
+    _bad("metadata of a number", {"__metadata__": {"step": 1}, _A: entry(4, 16, begin=0)}, _PAIR),
+    _bad("metadata that is a list", {"__metadata__": ["pt"], _A: entry(4, 16, begin=0)}, _PAIR),
+    _bad("minus zero", json.dumps({_A: entry(4, 16, begin=0)}).replace("[0,", "[-0,").encode(), _PAIR),
+    _bad("a key with half a character", f'{{"{_A}\\ud800": {_TENSOR}}}'.encode(), _PAIR),
     _bad("a key twice", f'{{"{_A}": {_TENSOR}, "{_A}": {_TENSOR}}}'.encode(), _PAIR),
     _bad("overlapping tensors", {_A: entry(4, 16, begin=0), _B: entry(16, 4, begin=64)}, 64 + _PAIR),
     _bad("the same bytes twice", {_A: entry(4, 16, begin=0), _B: entry(16, 4, begin=0)}, _PAIR),
@@ -83,7 +88,7 @@ REFUSED = (
     _bad("unknown type", {_A: entry(4, 16, begin=0, dtype="F17")}, _PAIR),
     _bad("one thing more", {_A: {**entry(4, 16, begin=0), "x": 1}}, _PAIR),
     _bad("no offsets", {_A: {"dtype": "F16", "shape": [4, 16]}}, _PAIR),
-    exhibit("100,000 tensors", "E_LAYER", _write_many),
+    exhibit("100,000 tensors", "E_TENSORS", _write_many),
 )  # fmt: skip
 
 ACCEPTED = (of_bytes("tensors in another order", "", _backwards),)

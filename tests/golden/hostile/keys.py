@@ -122,6 +122,7 @@ REFUSED = (
     _one("DoRA of NVlabs", "E_DORA", f"{Q}.weight_m_wdecomp.weight", (16, 1)),
     _one("bias of B", "E_BIAS", f"{Q}.lora_B.bias", (16,)),
     _one("bias of the base", "E_BIAS", f"{Q}.base_layer.bias", (16,)),
+    _one("VeLoRA", "E_VARIANT", f"{Q}.lora_velora_embed", (4,)),
     _one("KaSA", "E_VARIANT", f"{Q}.lora_diag"),
     _one("an expert", "E_MOE", f"{MLP}.experts.0.up_proj.lora_A.weight"),
     _one("experts", "E_MOE", f"{MLP}.experts.base_layer.lora_A.weight"),

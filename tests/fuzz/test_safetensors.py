@@ -1,0 +1,79 @@
+"""Mutated safetensors files: accepted as the format's own library accepts them, or refused by name."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors
+from safetensors.numpy import save
+
+from builder_service.domain.rules import check_adapter
+from builder_service.domain.safetensors_header import HeaderInvalid, TensorFile, read_header
+from shared.catalogue import CODES
+from tests.adapters import tensors, write_adapter
+from tests.fuzz.mutate import bounded, json_text, mutated_json, mutations
+from tests.unit.test_adapter_rules import book
+
+SEEDS: tuple[dict[str, Any], ...] = (
+    tensors(),
+    {name: value.astype(np.float32) for name, value in tensors(("q_proj", "o_proj", "down_proj")).items()},
+    {"a": np.zeros((0, 3), np.float16), "b": np.ones((), np.int64), "": np.ones(5, np.uint8)},
+)
+METADATA = {"format": "pt", "step": "7"}
+
+
+def mutated(rng: Random) -> bytes:
+    """Return a file that was changed: its bytes, or what its header says."""
+    data = save(rng.choice(SEEDS), METADATA)
+    if rng.random() < 0.4:
+        return mutations(data, rng)
+    length = int.from_bytes(data[:8], "little")
+    header = mutated_json(json.loads(data[8 : 8 + length]), rng)
+    text = json_text(header, rng)
+    claimed = len(text) if rng.random() < 0.9 else rng.choice((0, 1, 2**31, 2**63, len(text) + 1))
+    return struct.pack("<Q", claimed) + text + data[8 + length :]
+
+
+def opened(path: Path) -> TensorFile | None:
+    """Read a header; None where it is refused."""
+    try:
+        return read_header(path)
+    except HeaderInvalid:
+        return None
+
+
+def fuzz(folder: Path, seed: int, count: int) -> None:
+    """Check so many mutations, each from a seed of its own."""
+    write_adapter(folder)
+    path, rules = folder / "adapter_model.safetensors", book()
+    with bounded() as watch:
+        for case in range(seed, seed + count):
+            data = mutated(Random(case))
+            path.write_bytes(data)
+            with watch.case(f"seed {case}"):
+                file = opened(path)
+                codes = {finding.code for finding in check_adapter(folder, rules).findings}
+            assert codes <= CODES.keys()
+            assert (file is None) == (codes == {"E_BAD_WEIGHTS"}), case
+            watch.note("refused" if file is None else "accepted")
+            if file is not None:  # then the library does, and reads the same
+                theirs = {name: tuple(info["shape"]) for name, info in safetensors.deserialize(data)}
+                assert theirs == {name: tensor.shape for name, tensor in file.tensors.items()}, case
+
+
+def test_mutated_files_are_read_as_the_library_reads_them(tmp_path):
+    """Whatever is accepted is accepted by the library too; whatever is refused has a code."""
+    fuzz(tmp_path, 0, 600)
+
+
+@pytest.mark.sweep
+@pytest.mark.timeout(3600)
+def test_mutated_files_are_read_as_the_library_reads_them_in_a_long_sweep(tmp_path):
+    """The same of twenty thousand mutations."""
+    fuzz(tmp_path, 10_000, 20_000)
