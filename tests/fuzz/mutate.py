@@ -107,7 +107,8 @@ def bounded(longest_s: float = LONGEST_S, growth: int = GROWTH) -> Iterator[Watc
     _forget_peak()
     watch = Watch(longest_s, growth, _peak())
     yield watch
-    print(f"{watch.cases} cases, slowest {watch.slowest_s:.3f} s, {watch.peak >> 20} MB more: {watch.outcomes}")
+    figures = f"slowest {watch.slowest_s:.3f} s, {watch.peak >> 20} MB more"
+    print(f"{watch.cases} cases, {figures}: {watch.outcomes}")  # noqa: T201 - for pytest -s
 
 
 def _forget_peak() -> None:
