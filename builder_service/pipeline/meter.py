@@ -13,9 +13,9 @@ from prometheus_client import (
     Histogram,
     ProcessCollector,
     disable_created_metrics,
-    start_http_server,
 )
 
+from builder_service.pipeline.metrics_door import MetricsDoor
 from builder_service.pipeline.running import RunningBuild
 from builder_service.pipeline.views import State
 from shared.access.guard import is_local
@@ -65,7 +65,8 @@ class BuildMeter:
                 "loopback, or LORAMUX_INSECURE=1 beside it."
             )
         try:
-            server, _ = start_http_server(int(port), host.strip("[]"), self._registry)
+            door = MetricsDoor(host.strip("[]"), int(port), self._registry)
         except OSError as error:
             raise SettingsInvalid(f"LORAMUX_METRICS={address}: {error}; expected a free HOST:PORT.") from error
-        return f"{host}:{server.server_port}"
+        door.start()
+        return f"{host}:{door.server_port}"

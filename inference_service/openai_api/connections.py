@@ -18,6 +18,8 @@ from inference_service.openai_api.protocol import BoundedHttp, Patience
 
 RETRY_S: Final = 1.0
 """Between attempts to accept, when the system has no descriptor left."""
+UNREAD_BYTES: Final = 128 * 1024
+"""Of answers that the system keeps for a client, doubled by Linux; by itself it would be megabytes."""
 SAY_S: Final = 60.0
 """A condition that lasts is logged this often."""
 FULL: Final = (
@@ -105,6 +107,7 @@ class Connections:
             # asyncio sets it only where the listener was made with proto=IPPROTO_TCP; without it, every small
             # answer on a kept connection waits for the client's delayed acknowledgement, 40 ms.
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, UNREAD_BYTES)
             await loop.connect_accepted_socket(
                 self._make, sock, ssl=self._tls, ssl_handshake_timeout=limit_s, ssl_shutdown_timeout=limit_s
             )

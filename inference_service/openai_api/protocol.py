@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final, NoReturn
 
+import httptools
 from pydantic_core import to_json
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
@@ -36,6 +37,8 @@ DRAIN_BODY_S: Final = 1.0
 PROGRESS_BYTES: Final = 16 * 1024
 """What a client must take of an answer that waits, in `Patience.read_s`."""
 HOST: Final = re.compile(rb"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9\-._~%!$&'()*+,;=]*)(:[0-9]*)?")
+
+TARGET: Final = re.compile(rb"(/|https?://[^/]|\*$)[^#]*$", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -115,12 +118,12 @@ class BoundedHttp(HttpToolsProtocol):
         if self._refused:
             return
         before = self._bodies
-        super().data_received(data)
+        self._feed(data)
         if self._refused or self.transport.is_closing():
             return
         framing = len(data) - (self._bodies - before)
         self._overhead += framing
-        self._since_body = framing if self._bodies > before else self._since_body + framing
+        self._since_body = 0 if self._bodies > before else self._since_body + framing
         if self._whole:
             return
         if self._in_head and self._since_body > MAX_HEAD_BYTES:
@@ -129,6 +132,23 @@ class BoundedHttp(HttpToolsProtocol):
             self._refuse(
                 400, "invalid_http", "the chunks or trailers of the request say too much about themselves."
             )
+
+    def pause_writing(self) -> None:
+        """Begin to wait for the client."""
+        super().pause_writing()
+        self._waits = (self.loop.time(), self.transport.get_write_buffer_size())
+
+    def _feed(self, data: bytes) -> None:
+        while data:
+            try:
+                self.parser.feed_data(data)
+            except httptools.HttpParserUpgrade as upgrade:  # it is not taken up: HTTP/1.1 goes on
+                data = data[upgrade.args[0] :]
+            except httptools.HttpParserError:
+                self._refuse(*self._problem)
+                return
+            else:
+                return
 
     # What the parser tells.
 
@@ -191,12 +211,14 @@ class BoundedHttp(HttpToolsProtocol):
         if self._whole or self._in_head:
             self._wait(self._patience.idle_s if self._whole else self._patience.head_s)
 
-    def send_400_response(self, msg: str) -> None:  # noqa: ARG002 - the parser's words are uvicorn's
-        """Refuse what the parser did not take, in the words of the rule that it broke."""
-        self._refuse(*self._problem)
-
     def _busy(self) -> bool:
         return self._answered is not None and not self._answered.response_complete
+
+    def _has_begun(self) -> bool:
+        """True when an answer is under way, or has been given to a request that is still being sent."""
+        if self._busy():
+            return self._in_head or bool(self.pipeline) or bool(self._answered.response_started)
+        return not self._in_head and not self._whole
 
     def _rest(self) -> None:
         self._unused_since = self.loop.time()
@@ -229,6 +251,10 @@ class BoundedHttp(HttpToolsProtocol):
         version = self.parser.get_http_version()
         if version not in ("1.0", "1.1"):
             self._reject(505, "invalid_http", "HTTP/1.1 is spoken here.")
+        if not TARGET.match(self.url):
+            self._reject(
+                400, "invalid_http", "expected the target of the request as a path, or as http://HOST/PATH."
+            )
         fields: dict[bytes, list[bytes]] = {}
         for name, value in self.headers:
             fields.setdefault(name, []).append(value.strip(b" \t"))
@@ -240,13 +266,16 @@ class BoundedHttp(HttpToolsProtocol):
             self._reject(400, "invalid_http", "Transfer-Encoding stands where it must not.")
         if codings and [each.lower() for each in codings] != [b"chunked"]:
             self._reject(501, "invalid_http", "of transfer codings only `chunked` is taken, once.")
+        if self.parser.should_upgrade() and (codings or fields.get(b"content-length", [b"0"]) != [b"0"]):
+            # httptools takes what follows for another protocol, and would read the body as a request.
+            self._reject(
+                501, "invalid_http", "with a body no Upgrade is served: speak HTTP/1.1 from the start."
+            )
         if any(each.lower() != b"100-continue" for each in fields.get(b"expect", [])):
             self._reject(417, "invalid_http", "of expectations only `100-continue` is met.")
-        if self.parser.get_method() == b"CONNECT":
-            self._reject(501, "invalid_http", "this is no proxy.")
 
     def _reject(self, status: int, code: str, message: str) -> NoReturn:
-        """Stop the parser, which leads to `send_400_response`."""
+        """Stop the parser, which leads to `_refuse`."""
         self._problem = (status, code, message)
         raise ValueError(message)
 
@@ -256,13 +285,12 @@ class BoundedHttp(HttpToolsProtocol):
     def _say(self, status: int, body: Json) -> None:
         """Answer in the place of the application, and end the connection."""
         self._refused = True
-        begun = self._busy() and (self._in_head or bool(self.pipeline) or self._answered.response_started)
-        if self._busy() and not begun:
+        if self._has_begun() or self.transport.is_closing():
+            self.transport.abort()  # nothing can be said within an answer, before it, or twice
+            return
+        if self._busy():
             self._answered.disconnected = True
             self._answered.message_event.set()
-        if begun or self.transport.is_closing():
-            self.transport.abort()  # nothing can be said within an answer, or before it
-            return
         content = to_json(body)
         retry = b"retry-after: 1\r\n" if status == 503 else b""
         fields = b"content-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n" % len(content)

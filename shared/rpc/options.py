@@ -18,9 +18,12 @@ HANDSHAKE_S = 10
 """From a connection to its first settings, TLS included; gRPC's default is 120 s."""
 IDLE_S = 120
 """A connection without calls is closed after this time; clients open another when they call again."""
-MAX_STREAMS = 1100
-"""Calls of one connection at once; its client holds more back. The default queue takes fewer, so a client
-can be told of it."""
+MAX_STREAMS = 256
+"""Calls of one connection at once; its client holds more back. Those that it resets count until they are
+cleared away, so that nobody fills the server by opening and resetting; more are reset themselves."""
+MAX_WAITING = 128 * MAX_STREAMS
+"""Calls of a method that wait for its handler. Above gRPC's default of 1000, which a flood reaches at once, it
+cancels calls of anybody."""
 
 
 def server_options(connections: int) -> tuple[tuple[str, int], ...]:
@@ -39,6 +42,8 @@ def server_options(connections: int) -> tuple[tuple[str, int], ...]:
         ("grpc.http2.settings_timeout", HANDSHAKE_S * 1000),
         ("grpc.max_connection_idle_ms", IDLE_S * 1000),
         ("grpc.max_concurrent_streams", MAX_STREAMS),
+        ("grpc.server.max_pending_requests", MAX_WAITING),
+        ("grpc.server.max_pending_requests_hard_limit", 2 * MAX_WAITING),
     )
 
 

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import httpx
 import pytest
+from prometheus_client import CollectorRegistry, Gauge
 
 from builder_service.pipeline.meter import BuildMeter
+from builder_service.pipeline.metrics_door import MAX_CLIENTS, MetricsDoor
 from shared.faults import SettingsInvalid
 from tests.contract.test_build_lifecycle import OWNER, World
 from tests.metrics import Scrape
@@ -67,3 +69,20 @@ def test_an_address_that_is_taken() -> None:
         port = taken.getsockname()[1]
         with pytest.raises(SettingsInvalid, match=rf"LORAMUX_METRICS=127\.0\.0\.1:{port}: .*free HOST:PORT"):
             BuildMeter(lambda: 0).listen(f"127.0.0.1:{port}", insecure=False)
+
+
+def test_metrics_wait_for_nobody() -> None:
+    """Clients that ask nothing are closed, those beyond the bound at once, and then others are answered."""
+    registry = CollectorRegistry()
+    Gauge("seen", "1.", registry=registry).set(1)
+    door = MetricsDoor("127.0.0.1", 0, registry, limit_s=0.3)
+    door.start()
+    idle = [
+        socket.create_connection(("127.0.0.1", door.server_port), timeout=5) for _ in range(2 * MAX_CLIENTS)
+    ]
+    assert [each.recv(1) for each in idle] == [b""] * len(idle)
+    for each in idle:
+        each.close()
+    assert "seen 1.0" in httpx.get(f"http://127.0.0.1:{door.server_port}/metrics").text
+    door.shutdown()
+    door.server_close()

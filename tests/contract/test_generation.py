@@ -22,7 +22,7 @@ from inference_service.serving.service import (
     Request,
     Started,
 )
-from shared.faults import Fault, InternalFault, QueueFull, RequestInvalid
+from shared.faults import Fault, QueueFull, RequestInvalid, ShuttingDown
 from shared.storage.memory import MemoryStore
 from tests.service import LONG, PROMPT, SAMPLED, Service, open_service
 from tests.tiny import VOCAB, World
@@ -112,7 +112,7 @@ async def test_an_engine_that_stops_ends_all_answers(world: tuple[World, MemoryS
         for _ in range(read):
             await anext(events)
         await service.ready.engine.stop()
-        with pytest.raises(InternalFault):
+        with pytest.raises(ShuttingDown):
             await asyncio.wait_for(_rest(events), 10)
     assert not service.ready.engine._streams
 

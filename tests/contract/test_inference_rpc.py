@@ -20,6 +20,7 @@ from inference_service.serving.startup import Ready
 from loramux.inference.v1 import inference_pb2 as pb
 from loramux.inference.v1 import inference_pb2_grpc
 from shared.rpc.server import RpcServer
+from shared.rpc.status import fault_of
 from shared.storage.memory import MemoryStore
 from tests.service import until_free
 from tests.tiny import World
@@ -264,6 +265,25 @@ async def test_draining_finishes_open_streams_and_refuses_new_ones(world: tuple[
     rest = [event async for event in events]
     assert rest[-1].HasField("finished")
     assert await draining
+    await door.ready.engine.stop()
+    await door.channel.close()
+
+
+async def test_a_drain_that_takes_too_long_cuts_what_is_open(world: tuple[World, MemoryStore]) -> None:
+    """When the time is over, open streams end with SHUTTING_DOWN and a delay, and their sequences are freed."""
+    door = await _open(world)
+    sampling = pb.SamplingParams(max_tokens=240, ignore_eos=True)
+    events = aiter(door.stub.Generate(pb.GenerateRequest(model="rs", token_ids=TOKENS, sampling=sampling)))
+    await anext(events)
+    draining = asyncio.create_task(door.server.drain(0, door.ready.engine.cut))
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        async for _ in events:
+            pass
+    assert not await draining
+    status = rpc_status.from_call(caught.value)
+    assert fault_of(caught.value).reason == "SHUTTING_DOWN"
+    assert "google.rpc.RetryInfo" in [detail.TypeName() for detail in status.details]
+    await door.until_free()
     await door.ready.engine.stop()
     await door.channel.close()
 

@@ -89,6 +89,8 @@ class InferenceServiceServicer:
         prompt, or ask for fewer new tokens.
         RESOURCE_EXHAUSTED  QUEUE_FULL: too many requests wait. Retry after the delay.
         DEADLINE_EXCEEDED   The deadline of the call passed; the sequence was freed.
+        ABORTED             CLIENT_STALLED: the request did not arrive, or the answer was not read,
+        in time. Send and read without pauses.
         UNAVAILABLE         SHUTTING_DOWN: the server drains. Retry with another replica.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

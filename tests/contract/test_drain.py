@@ -1,0 +1,95 @@
+"""What a drain does to requests that are not done in time: each is told SHUTTING_DOWN, once."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import grpc
+import httpx
+import pytest
+import pytest_asyncio
+
+from inference_service.rpc.servicer import SERVICE_NAME
+from loramux import AsyncClient
+from loramux.inference.v1 import inference_pb2 as pb
+from shared.faults import ShuttingDown
+from shared.rpc.status import fault_of
+from tests.endless import MODEL, Doors
+from tests.raw_http import JSON
+
+WAIT = {"model": MODEL, "prompt": "WAIT"}
+
+
+@pytest_asyncio.fixture
+async def doors(tmp_path: Path) -> AsyncIterator[Doors]:
+    """Doors of a service whose answers never end."""
+    made = Doors(tmp_path)
+    await made.start()
+    yield made
+    assert made.service.open == 0
+
+
+async def test_an_http_request_that_is_cut_is_told_so(doors: Doors) -> None:
+    """Before its answer has begun it is 503 in the shape of all errors, with a time to try again."""
+    async with httpx.AsyncClient(base_url=f"http://{doors.http.address}") as web:
+        asking = asyncio.create_task(web.post("/v1/completions", json=WAIT))
+        await doors.service.until(1)
+        assert not await doors.http.drain(0.1)
+        answer = await asking
+    assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
+    assert answer.json()["error"]["code"] == "shutting_down"
+    await doors.rpc.drain(0)
+
+
+async def test_a_grpc_call_that_is_cut_is_told_so(doors: Doors) -> None:
+    """Its status has the reason, behind what it was already given."""
+    async with AsyncClient(doors.rpc.address) as client:
+        events = client.generate(MODEL, "WAIT")
+        await anext(events)
+        draining = asyncio.create_task(doors.rpc.drain(0.1))
+        with pytest.raises(ShuttingDown):
+            async for _ in events:
+                pass
+        assert not await draining
+    await doors.http.drain(0)
+
+
+async def test_an_unfinished_body_does_not_hold_a_drain(doors: Doors) -> None:
+    """Nothing was begun for it: it is told SHUTTING_DOWN after a second, and nothing was cut."""
+    client = await doors.raw(b"POST /v1/completions HTTP/1.1\r\n" + JSON + b"Content-Length: 9\r\n\r\n{")
+    await asyncio.sleep(0.05)
+    began = time.monotonic()
+    assert await doors.http.drain(20)
+    assert time.monotonic() - began < 5
+    status, body = await client.answer()
+    assert (status, json.loads(body)["error"]["code"]) == (503, "shutting_down")
+    assert await client.ended() == b""
+    await doors.rpc.drain(0)
+
+
+async def test_an_unfinished_request_does_not_hold_a_drain(doors: Doors) -> None:
+    """The same over gRPC."""
+    async with grpc.aio.insecure_channel(doors.rpc.address) as channel:
+
+        async def never() -> AsyncIterator[bytes]:
+            await asyncio.Event().wait()
+            yield b""
+
+        stub = channel.stream_stream(
+            f"/{SERVICE_NAME}/Generate", response_deserializer=pb.GenerateResponse.FromString
+        )
+        call = stub(never())
+        asking = asyncio.create_task(call.read())
+        await call.wait_for_connection()
+        await asyncio.sleep(0.05)
+        began = time.monotonic()
+        assert await doors.rpc.drain(20)
+        assert time.monotonic() - began < 5
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await asking
+    assert isinstance(fault_of(caught.value), ShuttingDown)
+    await doors.http.drain(0)

@@ -1,0 +1,91 @@
+"""A service whose answers never end, and its doors."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from functools import partial
+from pathlib import Path
+
+from inference_service.core.sequence import Token
+from inference_service.openai_api import protocol
+from inference_service.openai_api.server import HttpServer
+from inference_service.rpc.servicer import SERVICE_NAME, InferenceServicer, register
+from inference_service.serving.request import Delta, Event, Request, Started
+from inference_service.serving.text import Text
+from shared.access.guard import NOBODY_GUARDS, Guard
+from shared.rpc import calls
+from shared.rpc.server import RpcServer
+from tests.golden.openai.script import Case, Scripted
+from tests.raw_http import RawClient
+from tests.tiny import VOCAB, write_tokenizer
+
+MODEL = "tiny"
+BOUND = 8
+"""Connections of each door."""
+
+
+class Endless(Scripted):
+    """Says the same piece until somebody stops it; the prompt ``WAIT`` is answered by one piece and silence."""
+
+    def __init__(self, folder: Path) -> None:
+        write_tokenizer(folder)
+        super().__init__(Case("chat", {}, []), Text.load(folder, VOCAB))
+        self.open = 0
+
+    async def generate(self, request: Request) -> AsyncGenerator[Event]:
+        """Go on and on."""
+        self.open += 1
+        try:
+            yield Started(request.id, self.catalog.get(request.model), 7, 2)
+            while True:
+                yield Delta("x" * 1000, (Token(5),), 0)
+                await asyncio.sleep(3600 if request.prompt == "WAIT" else 0)
+        finally:
+            self.open -= 1
+
+    async def until(self, count: int, within_s: float = 5.0) -> None:
+        """Wait until so many answers are held."""
+        async with asyncio.timeout(within_s):
+            while self.open != count:
+                await asyncio.sleep(0.01)
+
+
+def doors_of(
+    service: Endless,
+    guard: Guard = NOBODY_GUARDS,
+    http: protocol.Patience = protocol.USUAL,
+    rpc: calls.Patience = calls.USUAL,
+    bound: int | None = None,
+) -> tuple[HttpServer, RpcServer]:
+    """Both doors on free ports."""
+    services = {SERVICE_NAME: partial(register, InferenceServicer(service))}
+    return (
+        HttpServer("127.0.0.1:0", service, guard, patience=http, max_connections=bound),
+        RpcServer("127.0.0.1:0", services, guard, patience=rpc, max_connections=bound),
+    )
+
+
+class Doors:
+    """An endless service, and both doors of it, with few connections each."""
+
+    def __init__(
+        self,
+        folder: Path,
+        guard: Guard = NOBODY_GUARDS,
+        http: protocol.Patience = protocol.USUAL,
+        rpc: calls.Patience = calls.USUAL,
+    ) -> None:
+        self.service = Endless(folder)
+        self.http, self.rpc = doors_of(self.service, guard, http, rpc, BOUND)
+
+    async def start(self) -> None:
+        """Listen."""
+        await self.http.start()
+        await self.rpc.start()
+
+    async def raw(self, data: bytes = b"") -> RawClient:
+        """Connect to the HTTP door, and send something."""
+        client = await RawClient.open(self.http.address)
+        await client.send(data)
+        return client

@@ -1,0 +1,45 @@
+"""HTTP as a stranger speaks it: bytes on a socket."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+
+JSON = b"Host: x\r\nContent-Type: application/json\r\n"
+
+
+class RawClient:
+    """One connection."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.reader = reader
+        self.writer = writer
+
+    @classmethod
+    async def open(cls, address: str) -> RawClient:
+        """Connect."""
+        return cls(*await asyncio.open_connection(*address.rsplit(":", 1)))
+
+    async def send(self, data: bytes) -> None:
+        """Send all of it."""
+        self.writer.write(data)
+        await self.writer.drain()
+
+    async def answer(self, within_s: float = 5.0) -> tuple[int, bytes]:
+        """Return the status and the body of one answer that says its length."""
+        async with asyncio.timeout(within_s):
+            head = await self.reader.readuntil(b"\r\n\r\n")
+            length = re.search(rb"content-length: (\d+)", head)
+            return int(head.split()[1]), await self.reader.readexactly(int(length[1]) if length else 0)
+
+    async def ended(self, within_s: float = 5.0) -> bytes:
+        """Wait until the server closes, and return what it said before."""
+        try:
+            async with asyncio.timeout(within_s):
+                return await self.reader.read()
+        except ConnectionError:
+            return b""
+
+    def close(self) -> None:
+        """Close."""
+        self.writer.close()

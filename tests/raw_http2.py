@@ -1,0 +1,44 @@
+"""HTTP/2 as a stranger speaks it: frames on a socket, enough for gRPC calls. Source: RFC 9113, RFC 7541."""
+
+from __future__ import annotations
+
+import asyncio
+import struct
+
+from loramux.inference.v1 import inference_pb2 as pb
+
+GENERATE = b"/loramux.inference.v1.InferenceService/Generate"
+DATA, HEADERS, RESET, SETTINGS = 0, 1, 3, 4
+CANCEL = struct.pack(">I", 8)
+
+
+def frame(kind: int, flags: int, stream: int, payload: bytes = b"") -> bytes:
+    """One frame."""
+    return struct.pack(">I", len(payload))[1:] + bytes([kind, flags]) + struct.pack(">I", stream) + payload
+
+
+def hello(window: int = 65535) -> bytes:
+    """What a client says first; window is what each stream may send before it reads."""
+    settings = frame(SETTINGS, 0, 0, struct.pack(">HI", 4, window))
+    return b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + settings + frame(SETTINGS, 1, 0)
+
+
+def call(stream: int, path: bytes = GENERATE) -> bytes:
+    """The head of a call."""
+    fields = {b":method": b"POST", b":scheme": b"http", b":path": path, b":authority": b"x"}
+    fields |= {b"te": b"trailers", b"content-type": b"application/grpc"}
+    packed = [b"\0%c%s%c%s" % (len(name), name, len(value), value) for name, value in fields.items()]
+    return frame(HEADERS, 4, stream, b"".join(packed))
+
+
+def message(stream: int, request: pb.GenerateRequest) -> bytes:
+    """The request of a call, and its end."""
+    data = request.SerializeToString()
+    return frame(DATA, 1, stream, b"\0" + struct.pack(">I", len(data)) + data)
+
+
+async def connect(address: str, window: int = 65535) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """Connect, and say hello."""
+    reader, writer = await asyncio.open_connection(*address.rsplit(":", 1))
+    writer.write(hello(window))
+    return reader, writer
