@@ -30,7 +30,7 @@ def rules_of_turns(messages: Sequence[Mapping[str, Any]]) -> Iterator[Rule]:
 def rules_of_tools(tools: Sequence[Mapping[str, Any]]) -> Iterator[Rule]:
     """Yield the rules of tools, in the shape of the OpenAI API."""
     yield len(tools) > MAX_TOOLS, "tools", f"at most {MAX_TOOLS}", len(tools)
-    for index, tool in enumerate(tools[:MAX_TOOLS]):
+    for index, tool in enumerate(tools if len(tools) <= MAX_TOOLS else ()):
         name = tool["function"]["name"]
         yield not _NAME.fullmatch(name), f"tools[{index}].function.name", EXPECTED_NAME, repr(name)
 
