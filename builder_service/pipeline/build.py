@@ -47,7 +47,7 @@ def build(deployment: Deployment, shop: Workshop, progress: Progress) -> BuildRe
         space = shop.space(work)
         base = _describe_base(deployment, shop, progress)
         weights = BaseWeights(base.record, shop.sources, work / "base", lambda _: progress.check())
-        book = rulebook(base, deployment.build.lora_configuration, weights)
+        book = rulebook(base.config, deployment.build.lora_configuration, weights)
         adapters = Intake(book, shop, space, work, progress).take_in(deployment.build.lora_adapters)
         groups = batches(adapters)
         proofs: Sequence[Proof | None] = [None] * len(groups)

@@ -57,7 +57,7 @@ def check_one(deployment: Deployment, shop: Workshop, progress: Progress) -> Ada
     with shop.folder() as work:
         base = describe_base(shop.sources, deployment.build.checkpoint_repository, lambda _: progress.check())
         weights = BaseWeights(base.record, shop.sources, work / "base", lambda _: progress.check())
-        book = rulebook(base, deployment.build.lora_configuration, weights)
+        book = rulebook(base.config, deployment.build.lora_configuration, weights)
         [fetched] = fetch_adapters(
             deployment.build.lora_adapters, shop.sources, shop.space(work), work, progress
         )

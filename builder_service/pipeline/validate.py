@@ -21,7 +21,6 @@ from shared.bundle.manifest import TEXT_FILES, Coverage
 from shared.bundle.modules import BY_HF, BY_NAME, BaseDims
 from shared.deployment import Deployment, Dtype, LoraConfiguration
 from shared.faults import AdapterInvalid, DeploymentInvalid, Finding
-from shared.sources.checkpoint import Base
 
 # TensorRT-LLM's other modules: deployment files name them as a ceiling, adapters here have none of them.
 OTHER_MODULES: Final = frozenset({
@@ -47,21 +46,20 @@ class ValidAdapter:
     checked: CheckedAdapter
 
 
-def rulebook(base: Base, lora: LoraConfiguration, weights: BaseWeights) -> Rulebook:
-    """Return the rules of a deployment, from the base and the deployment's ceilings.
+def rulebook(config: dict[str, Any], lora: LoraConfiguration, base: BaseWeights) -> Rulebook:
+    """Return the rules of a deployment, from the base's ``config.json`` and the deployment's ceilings.
 
     Raises:
         CheckpointInvalid: the base's sizes are missing.
     """
-    config = base.config
     targets = {part for name in lora.lora_target_modules for part in FUSED_NAMES.get(name, (name,))}
     max_rank = UNLIMITED if lora.truncate_to_rank else lora.max_lora_rank
     limits = Limits(BaseDims.from_config(config), max_rank, frozenset(targets))
     architectures = config.get("architectures")
     names = tuple(map(str, architectures)) if isinstance(architectures, list) else ()
     dtype = lora.dtype or storage_dtype(config)
-    tokens = BaseTokens(base.record.files, weights.fetch, limits.dims.vocab)
-    return Rulebook(limits, names, dtype, weights, tokens, lora.truncate_to_rank)
+    tokens = BaseTokens(base.files, base.fetch, limits.dims.vocab)
+    return Rulebook(limits, names, dtype, base, tokens, lora.truncate_to_rank)
 
 
 def storage_dtype(config: dict[str, Any]) -> Dtype:
