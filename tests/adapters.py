@@ -68,11 +68,15 @@ def tensors(
 
 
 def write_adapter(folder: Path, values: Tensors | None = None, **config: Any) -> Path:
-    """Write an adapter as PEFT does; config fields that are None are left out."""
+    """Write an adapter as PEFT does, of what has tensors; config fields that are None are left out."""
     folder.mkdir(parents=True, exist_ok=True)
-    fields = {name: value for name, value in (ADAPTER_CONFIG | config).items() if value is not None}
+    made = tensors() if values is None else values
+    leaves = {name.split(".lora_")[0].rpartition(".")[2] for name in made}
+    targets = sorted(leaves & FEATURES.keys()) or ["q_proj"]
+    config = ADAPTER_CONFIG | {"target_modules": targets} | config
+    fields = {name: value for name, value in config.items() if value is not None}
     (folder / "adapter_config.json").write_text(json.dumps(fields))
-    save_file(tensors() if values is None else values, folder / "adapter_model.safetensors")
+    save_file(made, folder / "adapter_model.safetensors")
     return folder
 
 

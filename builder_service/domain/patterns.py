@@ -18,8 +18,8 @@ MAX_PATTERN: Final = 4096
 """Characters of one pattern."""
 MAX_PATTERNS: Final = 8192
 """Patterns of one field; EVA writes one per module, which is 560 for 80 layers."""
-BOUNDS: Final = Bounds(cpu_s=1.5, memory_bytes=256 << 20)
-"""For all names and all patterns of a config; honest ones take milliseconds, EVA's of 80 layers 0.2 s."""
+BOUNDS: Final = Bounds(cpu_s=1.0, memory_bytes=256 << 20)
+"""For all names and all patterns of a config; honest ones take milliseconds, EVA's of 126 layers 0.2 s."""
 _PLAIN: Final = re.compile(r"[A-Za-z0-9_.]*")
 _FEW: Final = 20_000
 """Names times patterns that are matched here, where all patterns are plain: 20 ms."""

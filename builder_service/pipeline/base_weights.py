@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
 from builder_service.domain.safetensors_header import HeaderInvalid, TensorFile, read_header
 from builder_service.domain.strict_json import JsonInvalid, parse
-from shared.bundle.manifest import BaseRecord
+from shared.bundle.manifest import BaseRecord, FileDigest
 from shared.faults import BundleCorrupt, CheckpointInvalid
 from shared.sources.base import Progress, Room, unwatched
 from shared.sources.checkpoint import INDEX, WEIGHTS
@@ -32,6 +33,11 @@ class BaseWeights:
         self._lock = threading.Lock()
         self._shards: dict[str, str] | None = None
         self._open: dict[str, TensorFile] = {}
+
+    @property
+    def files(self) -> Mapping[str, FileDigest]:
+        """What was recorded when the build began, by the names of the files."""
+        return self._base.files
 
     def find(self, name: str) -> TensorFile | None:
         """Return the verified file that holds a tensor, or None where the base has no such tensor.

@@ -50,7 +50,7 @@ def build(deployment: Deployment, shop: Workshop, progress: Progress) -> BuildRe
         room = space.room(BASE_FILES)
         base = _describe_base(deployment, shop, progress, room)
         weights = BaseWeights(base.record, shop.sources, work / "base", lambda _: progress.check(), room)
-        book = rulebook(base, deployment.build.lora_configuration, weights)
+        book = rulebook(base.model, deployment.build.lora_configuration, weights)
         adapters = Intake(book, shop, space, work, progress).take_in(deployment.build.lora_adapters)
         groups = batches(adapters)
         proofs: Sequence[Proof | None] = [None] * len(groups)

@@ -66,7 +66,7 @@ def check_one(deployment: Deployment, shop: Workshop, progress: Progress) -> Ada
             max_seq_len=deployment.build.max_seq_len,
         )
         weights = BaseWeights(base.record, shop.sources, work / "base", lambda _: progress.check(), room)
-        book = rulebook(base, deployment.build.lora_configuration, weights)
+        book = rulebook(base.model, deployment.build.lora_configuration, weights)
         [fetched] = fetch_adapters(deployment.build.lora_adapters, shop.sources, space, work, progress)
         checked = check_fetched(fetched, book, progress)
         rows = tuple(planned.row for planned in checked.rows)

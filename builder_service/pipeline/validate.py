@@ -22,7 +22,6 @@ from shared.bundle.manifest import TEXT_FILES, Coverage
 from shared.bundle.modules import BY_HF, BY_NAME
 from shared.deployment import Deployment, Dtype, LoraConfiguration
 from shared.faults import AdapterInvalid, DeploymentInvalid, Finding
-from shared.sources.checkpoint import Base
 
 # TensorRT-LLM's other modules: deployment files name them as a ceiling, adapters here have none of them.
 OTHER_MODULES: Final = frozenset({
@@ -48,15 +47,14 @@ class ValidAdapter:
     checked: CheckedAdapter
 
 
-def rulebook(base: Base, lora: LoraConfiguration, weights: BaseWeights) -> Rulebook:
+def rulebook(model: ModelConfig, lora: LoraConfiguration, base: BaseWeights) -> Rulebook:
     """Return the rules of a deployment, from its base and its ceilings."""
-    model = base.model
     targets = {part for name in lora.lora_target_modules for part in FUSED_NAMES.get(name, (name,))}
     max_rank = UNLIMITED if lora.truncate_to_rank else lora.max_lora_rank
     limits = Limits(model.dims, max_rank, frozenset(targets))
     dtype = lora.dtype or storage_dtype(model)
-    tokens = BaseTokens(base.record.files, weights.fetch, limits.dims.vocab)
-    return Rulebook(limits, (model.architecture,), dtype, weights, tokens, lora.truncate_to_rank)
+    tokens = BaseTokens(base.files, base.fetch, limits.dims.vocab)
+    return Rulebook(limits, (model.architecture,), dtype, base, tokens, lora.truncate_to_rank)
 
 
 def storage_dtype(model: ModelConfig) -> Dtype:

@@ -1,0 +1,75 @@
+"""Mutated adapter configs: what they mean to PEFT, or refused by name."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+
+from builder_service.domain.config_fields import KNOWN
+from builder_service.domain.rules import check_adapter
+from shared.catalogue import CODES
+from tests.adapters import ADAPTER_CONFIG, write_adapter
+from tests.fuzz.mutate import TEXTS, bounded, json_text, mutated_json
+from tests.golden.hostile.configs import EXPONENTIAL, GIANT
+from tests.unit.test_adapter_rules import book
+
+SEEDS: tuple[dict[str, Any], ...] = (
+    ADAPTER_CONFIG,
+    ADAPTER_CONFIG
+    | {
+        "rank_pattern": {"q_proj": 4, r".*\.v_proj": 4},
+        "alpha_pattern": {"self_attn.q_proj": 8.5},
+        "layers_to_transform": [0, 1],
+        "layers_pattern": "layers",
+        "exclude_modules": ["lm_head"],
+        "modules_to_save": [],
+        "use_rslora": True,
+    },
+    ADAPTER_CONFIG | {"target_modules": r".*\.self_attn\.[qv]_proj", "exclude_modules": r".*\.mlp\..*"},
+    dict.fromkeys(sorted(KNOWN)) | ADAPTER_CONFIG,
+)
+PATTERNS = (*TEXTS, GIANT, "(?:a?){99}", "q_proj|v_proj", ".*", "(?i)Q_PROJ", "[", "(" * 50, "\\")
+
+
+def mutated(rng: Random, *, costly: bool) -> bytes:
+    """Return the text of a config that was changed; a costly one may take a pattern all of its time."""
+    value = mutated_json(rng.choice(SEEDS), rng)
+    if isinstance(value, dict) and rng.random() < 0.2:
+        pattern = EXPONENTIAL if costly else rng.choice(PATTERNS)
+        field = rng.choice(("rank_pattern", "alpha_pattern", "target_modules", "exclude_modules"))
+        value[field] = pattern if field.endswith("modules") else {pattern: rng.choice((4, 8, -1))}
+    return json_text(value, rng)
+
+
+def fuzz(folder: Path, seed: int, count: int) -> None:
+    """Check so many mutations, each from a seed of its own."""
+    rules = book()
+    write_adapter(folder)
+    with bounded() as watch:
+        for case in range(seed, seed + count):
+            (folder / "adapter_config.json").write_bytes(mutated(Random(case), costly=case % 500 == 499))
+            with watch.case(f"seed {case}"):
+                checked = check_adapter(folder, rules)
+            assert {finding.code for finding in checked.findings} <= CODES.keys(), case
+            assert max((len(str(finding)) for finding in checked.findings), default=0) < 2000, case
+            json.dumps([item.model_dump() for item in checked.findings], ensure_ascii=False).encode()
+            watch.note("accepted" if checked.rows else "refused")
+            assert bool(checked.rows) != bool(checked.errors), case
+            assert all(math.isfinite(planned.row.scale) for planned in checked.rows), case
+
+
+def test_mutated_configs_are_taken_or_refused_by_name(tmp_path):
+    """Whatever a config says, there is a named finding or rows with finite scales; never anything else."""
+    fuzz(tmp_path, 0, 200)
+
+
+@pytest.mark.sweep
+@pytest.mark.timeout(3600)
+def test_mutated_configs_are_taken_or_refused_by_name_in_a_long_sweep(tmp_path):
+    """The same of twenty thousand mutations."""
+    fuzz(tmp_path, 10_000, 20_000)
