@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-SIZES: Final = (128, 64, 32, 24, *range(16, 0, -1))
+SIZES: Final = (1024, 512, 256, 128, 64, 32, 24, *range(16, 0, -1))
 """Rows of a product on a CPU: for every other number of them oneDNN compiles half a megabyte, and keeps it."""
 
 

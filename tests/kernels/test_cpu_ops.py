@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
+import shutil
+import subprocess
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from inference_service.kernels.cpu.build import load
+from inference_service.kernels.cpu.build import FLAGS, SOURCE, load
+from inference_service.kernels.cpu.check import first_wrong
 from inference_service.kernels.cpu.ops import ADAPTER_FIELDS, BLOCK, Chunks, CpuOps, Table, pack_a, pack_b
 from inference_service.kernels.rows import Activation
 from inference_service.layers.operations import ACTIVATIONS
@@ -238,6 +244,17 @@ def test_what_an_adapter_adds_to_a_row_does_not_depend_on_the_others(
 
     assert torch.equal(torch.cat([added(row) for row in torch.split(x, 1)]), added(x))
     assert torch.equal(torch.cat([added(rows) for rows in torch.split(x, 6)]), added(x))
+
+
+@pytest.mark.skipif("avx2" not in Path("/proc/cpuinfo").read_text(), reason="for x86 processors with AVX2")
+def test_a_processor_without_avx512_has_the_operations_too(tmp_path: Path) -> None:
+    """They compile there, and compute what they should."""
+    compiler = shutil.which("c++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    flags = ["-march=haswell" if flag == "-march=native" else flag for flag in FLAGS]
+    subprocess.run([compiler, *flags, str(SOURCE), "-o", str(tmp_path / "ops.so")], check=True)
+    assert first_wrong(ctypes.CDLL(str(tmp_path / "ops.so"))) is None
 
 
 def test_without_a_compiler_it_says_so(tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -131,7 +131,7 @@ def test_products_are_of_sizes_that_agree() -> None:
     assert agreeing_sizes(Moody(""), 24, 40, torch.float32) == ROWS
     moody = Moody("one place")
     sizes = agreeing_sizes(moody, 24, 40, torch.float32)
-    assert sizes == (128, 32, 24, *range(16, 1, -1))
+    assert sizes == (1024, 512, 256, 128, 32, 24, *range(16, 1, -1))
     x = torch.randn(171, 24)
     moody.seen.clear()
     whole = in_pieces(moody, x, sizes)
@@ -143,10 +143,10 @@ def test_products_are_of_sizes_that_agree() -> None:
 def test_a_product_has_few_numbers_of_rows() -> None:
     """Whatever the length of a prompt: the library keeps compiled code for each of them, for good."""
     moody = Moody("")
-    for rows in range(1, 300):
+    for rows in [*range(1, 200), 1300]:
         assert len(in_pieces(moody, torch.zeros(rows, 24), ROWS)) == rows
-    assert set(moody.seen) == set(ROWS)
-    assert len(ROWS) <= 20
+    assert set(moody.seen) <= set(ROWS)
+    assert len(ROWS) < 25
 
 
 def test_a_machine_on_which_no_size_agrees_is_told() -> None:

@@ -13,7 +13,7 @@
 #include <cstring>
 #include <vector>
 #include <omp.h>
-#ifdef __FMA__
+#ifdef __AVX512F__
 #include <immintrin.h>
 #endif
 
@@ -42,11 +42,6 @@ inline vf multiply_add(vf acc, vf a, vf b) {
   __m512 r, x, y; std::memcpy(&r, &acc, 64); std::memcpy(&x, &a, 64); std::memcpy(&y, &b, 64);
   r = _mm512_fmadd_ps(x, y, r);
   std::memcpy(&acc, &r, 64);
-  return acc;
-#elif defined(__FMA__)
-  __m256 r[2], x[2], y[2]; std::memcpy(r, &acc, 64); std::memcpy(x, &a, 64); std::memcpy(y, &b, 64);
-  for (int i = 0; i < 2; ++i) r[i] = _mm256_fmadd_ps(x[i], y[i], r[i]);
-  std::memcpy(&acc, r, 64);
   return acc;
 #else
   return acc + a * b;
