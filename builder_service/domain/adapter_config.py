@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Final
 
 from builder_service.domain.bounded import TooCostly
@@ -47,14 +48,12 @@ class AdapterConfig:
         They are several where several patterns match: PEFT takes the first, but sorts the patterns when it
         saves them, so the file does not tell which was the first when the adapter was trained.
         """
-        values = list(self.rank_pattern.values())
-        found = tuple(values[at] for at in self._reading(module).rank_patterns)
+        found = tuple(self._ranks[at] for at in self._reading(module).rank_patterns)
         return found or (() if self.rank is None else (self.rank,))
 
     def alphas_of(self, module: str) -> tuple[float, ...]:
         """Return the alphas that a module of the base may have, for the same reason; PEFT loads the first."""
-        values = list(self.alpha_pattern.values())
-        return tuple(values[at] for at in self._reading(module).alpha_patterns) or (self.alpha,)
+        return tuple(self._alphas[at] for at in self._reading(module).alpha_patterns) or (self.alpha,)
 
     def scale_of(self, module: str, rank: int) -> float:
         """Return alpha/r, or alpha/sqrt(r) with rsLoRA, with the module's own alpha and its own rank."""
@@ -97,6 +96,14 @@ class AdapterConfig:
             "layers_to_transform": layers if isinstance(layers, int) else list(layers),
             "layers_pattern": list(self.layers_pattern),
         }
+
+    @cached_property
+    def _ranks(self) -> tuple[int, ...]:
+        return tuple(self.rank_pattern.values())
+
+    @cached_property
+    def _alphas(self) -> tuple[float, ...]:
+        return tuple(self.alpha_pattern.values())
 
     def _reading(self, module: str) -> Reading:
         return self.readings.get(module, NOTHING_SAID)

@@ -11,6 +11,10 @@ from shared.faults import Finding
 
 FILE: Final = "adapter_config.json"
 MAX_RANK: Final = 1 << 16
+MAX_NAME: Final = 4096
+"""Characters."""
+MAX_SAVED: Final = 64
+"""Modules that are saved whole: embeddings, a head, norms."""
 PATTERNED: Final = (
     "rank_pattern", "alpha_pattern", "target_modules", "exclude_modules", "modules_to_save", "layers_pattern",
 )  # fmt: skip
@@ -44,11 +48,11 @@ def bad_fields(fields: dict[str, Any]) -> list[Finding]:
         ("use_dora", lambda value: isinstance(value, bool), "true or false"),
         ("target_modules", _is_names_or_pattern, "a list of names or a pattern"),
         ("exclude_modules", _is_names_or_pattern, "a list of names or a pattern"),
-        ("modules_to_save", _is_names, "a list of names"),
+        ("modules_to_save", _is_few_names, f"a list of at most {MAX_SAVED} names"),
         ("layers_to_transform", _is_layers, "a layer or a list of layers"),
         ("layers_pattern", _is_names_or_pattern, "a pattern or a list of patterns"),
-        ("base_model_name_or_path", lambda value: isinstance(value, str), "a name"),
-        ("revision", lambda value: isinstance(value, str), "a name"),
+        ("base_model_name_or_path", _is_name, f"a name of at most {MAX_NAME} characters"),
+        ("revision", _is_name, f"a name of at most {MAX_NAME} characters"),
     ):
         value = fields.get(key)
         if value is not None and not check(value):
@@ -124,6 +128,14 @@ def _contradictions(fields: dict[str, Any]) -> list[Finding]:
             bad_config("layers_pattern", "layers_to_transform beside it", quoted(fields["layers_pattern"]))
         )
     return found
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and len(value) <= MAX_NAME
+
+
+def _is_few_names(value: Any) -> bool:
+    return _is_names(value) and len(value) <= MAX_SAVED
 
 
 def _is_names(value: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Final
@@ -12,6 +13,8 @@ SHOWN: Final = 3
 """Places that a finding names before it counts the others."""
 LONGEST: Final = 200
 """Characters of a place that are shown; hostile files have keys of megabytes."""
+MAX_CAUSES: Final = 32
+"""Findings of one code; hostile files have thousands of causes."""
 
 
 @dataclass
@@ -48,17 +51,20 @@ class Grouping:
         group.places.append(place if len(place) <= LONGEST else place[: LONGEST - 3] + "...")
 
     def findings(self) -> list[Finding]:
-        """Return one finding per code and cause."""
-        return [
-            Finding(
-                code=code,
-                where=_some(group.places, group.shown),
-                expected=group.expected,
-                found=group.found,
-                fix=group.fix,
-            )
-            for (code, _), group in self._groups.items()
+        """Return one finding per code and cause; of a code with very many causes, the others are counted."""
+        found, causes = [], Counter[str]()
+        for (code, _), group in self._groups.items():
+            causes[code] += 1
+            if causes[code] <= MAX_CAUSES:
+                where = _some(group.places, group.shown)
+                told = {"expected": group.expected, "found": group.found, "fix": group.fix}
+                found.append(Finding(code=code, where=where, **told))
+        found += [
+            Finding(code=code, found=f"{count - MAX_CAUSES} more of this code, each for another cause")
+            for code, count in causes.items()
+            if count > MAX_CAUSES
         ]
+        return found
 
 
 def _some(places: list[str], shown: int) -> str:

@@ -12,10 +12,11 @@ from builder_service.domain.adapter_config import AdapterConfig, parse_config
 from builder_service.domain.config_fields import bad_config
 from builder_service.domain.file_rules import CONFIG, WEIGHTS
 from builder_service.domain.full_tensors import BaseTensors, check_full_tensors, redundant_warning
-from builder_service.domain.grouping import Grouping
+from builder_service.domain.grouping import LONGEST, Grouping
 from builder_service.domain.legal_rules import legal_findings
 from builder_service.domain.peft_names import ALL_LINEAR
 from builder_service.domain.safetensors_header import HeaderInvalid, TensorFile, TooManyTensors, read_header
+from builder_service.domain.strict_json import shown
 from builder_service.domain.tensor_rules import EMPTY_FIX, Limits, check_pairs, sort_tensors
 from builder_service.domain.value_rules import Part, check_values
 from shared.bundle.manifest import Coverage, FileDigest, Row
@@ -166,7 +167,7 @@ def base_warning(adapter_says: str, base: str) -> Finding | None:
     if adapter_says and _plain_name(adapter_says) == _plain_name(base):
         return None
     fix = "Its shapes fit. Make sure that it was trained on this base."
-    found = adapter_says or "no name"
+    found = shown(adapter_says) or "no name"
     return Finding(
         code="W_BASE", where=f"{CONFIG}: base_model_name_or_path", expected=base, found=found, fix=fix
     )
@@ -180,7 +181,7 @@ def _plain_name(name: str) -> str:
 
 def _base_findings(config: AdapterConfig, book: Rulebook) -> list[Finding]:
     """A class of another family is another base, whatever its name."""
-    said = _family(config.base_model_class)
+    said = _family(config.base_model_class[:LONGEST])
     if not said or not book.architectures or said in map(_family, book.architectures):
         return []
     return [
@@ -188,7 +189,7 @@ def _base_findings(config: AdapterConfig, book: Rulebook) -> list[Finding]:
             code="E_BASE",
             where=f"{CONFIG}: auto_mapping.base_model_class",
             expected=", ".join(book.architectures),
-            found=config.base_model_class,
+            found=shown(config.base_model_class),
             fix="The adapter was trained on another base.",
         )
     ]

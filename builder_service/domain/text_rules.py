@@ -20,6 +20,9 @@ MAX_BYTES: Final = {
 """The largest tokenizer_config.json that was seen, with thousands of added tokens, has 1.2e6; the largest
 tokenizer.json, of 262,144 tokens, 3.4e7."""
 
+MAX_FINDINGS: Final = 32
+"""About one file."""
+
 # Fields of generation_config.json that say nothing about how a token is chosen, or that every request says.
 _SILENT: Final = frozenset({
     "_from_model_config", "bos_token_id", "cache_implementation", "decoder_start_token_id", "max_length",
@@ -76,7 +79,9 @@ def _check_generation(fields: dict[str, Any], vocab: int) -> list[Finding]:
     ]
     unused = sorted(key for key in fields if fields[key] is not None and key not in {*rules, *_SILENT})
     if unused:
-        listed = ", ".join(unused[:8]) + (f" and {len(unused) - 8} more" if len(unused) > 8 else "")
+        listed = ", ".join(shown(key) for key in unused[:8]) + (
+            f" and {len(unused) - 8} more" if len(unused) > 8 else ""
+        )
         used = f"used are {', '.join(rules)}"
         found.append(Finding(code="W_GENERATION", where=GENERATION, expected=used, found=listed))
     return found
@@ -92,8 +97,8 @@ def _check_tokenizer(fields: dict[str, Any]) -> list[Finding]:
         if not key.endswith("_token") or isinstance(value, str | bool) or value is None:
             continue
         if not isinstance(value, dict) or not isinstance(value.get("content"), str):
-            found.append(_bad(TOKENIZER, key, "a token", shown(value)))
-    return found
+            found.append(_bad(TOKENIZER, shown(key), "a token", shown(value)))
+    return found[:MAX_FINDINGS]
 
 
 def _named_templates(value: Any) -> bool:

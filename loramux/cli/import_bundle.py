@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Final
 
 import typer
 
@@ -27,6 +27,8 @@ from shared.faults import DeploymentInvalid
 from shared.spelling import parse_repository
 
 FILES = ("model.lora_weights.npy", "model.lora_config.npy or model.lora_keys.npy")
+UNPUBLISHED: Final = "_unpublished_"
+"""Of a deployment that only shows whether the adapter's name is one."""
 
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="Holds the two npy files.", show_default=False)]
 Name = Annotated[
@@ -67,8 +69,9 @@ def import_bundle(
     adapter = npy_folder(folder)
     lora = parse_lora_configuration(max_lora_rank=max_rank, dtype=dtype)
     wanted = Wanted(adapter, named(base, secret), lora)
+    made = deployment_of_one(deployment or UNPUBLISHED, name, wanted)
     if deployment:
-        run_build(builder or BUILDER, deployment_of_one(deployment, name, wanted), as_json)
+        run_build(builder or BUILDER, made, as_json)
         return
     tell_report(check_with(builder, wanted), as_json)
     shell.say("only checked; --deployment NAME publishes it", "dim")

@@ -65,7 +65,7 @@ def fuzz(folder: Path, seed: int, count: int) -> None:
 
 def test_mutated_configs_are_taken_or_refused_by_name(tmp_path):
     """Whatever a config says, there is a named finding or rows with finite scales; never anything else."""
-    fuzz(tmp_path, 0, 200)
+    fuzz(tmp_path, 0, 150)
 
 
 @pytest.mark.sweep

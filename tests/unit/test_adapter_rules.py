@@ -219,3 +219,11 @@ def test_messages_name_field_value_expected_and_cure(tmp_path, config, extra, wo
     said = (finding.code, finding.where, finding.expected, finding.found, finding.fix)
     for word, text in zip(words, said, strict=True):
         assert word in text
+
+
+def test_thousands_of_causes_are_few_findings(tmp_path):
+    """A file in which everything is wrong in its own way fills no report: the others are counted."""
+    values = {f"{ROOT}layers.0.x{i}.lora_A.weight": np.ones((1, 1), np.float16) for i in range(1000)}
+    found = check_adapter(write_adapter(tmp_path, values), book()).findings
+    assert codes(CheckedAdapter(found)) == ["E_MODULE"] * 33
+    assert found[-1].found == "968 more of this code, each for another cause"

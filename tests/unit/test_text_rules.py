@@ -70,3 +70,12 @@ def test_size_is_looked_at_before_anything_is_fetched() -> None:
     sizes = dict.fromkeys((TEMPLATE, GENERATION, TOKENIZER, "other.bin"), 1 << 30) | {GENERATION: 10}
     assert [finding.where for finding in too_large(sizes)] == [TEMPLATE, TOKENIZER]
     assert too_large(dict(MAX_BYTES)) == []
+
+
+def test_what_a_file_says_is_not_repeated_at_length() -> None:
+    """Thousands of bad fields, and fields with names of a kilobyte, make few findings and short ones."""
+    tokens = {TOKENIZER: json.dumps({f"{i}_{'x' * 1000}_token": i for i in range(1000)}).encode()}
+    unused = {GENERATION: json.dumps({f"{i}_{'x' * 1000}": i for i in range(30)}).encode()}
+    findings = [*check_texts(tokens, vocab=100), *check_texts(unused, vocab=100)]
+    assert len(findings) == 33
+    assert max(len(str(finding)) for finding in findings) < 1200

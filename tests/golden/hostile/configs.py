@@ -49,6 +49,13 @@ REFUSED = (
     of_config("layers as text", "E_BAD_CONFIG", layers_to_transform=["0"]),
     of_config("layers beside a pattern", "E_BAD_CONFIG", target_modules=".*_proj", layers_to_transform=[0]),
     of_config("layers_pattern alone", "E_BAD_CONFIG", layers_pattern="layers"),
+    of_config("8,000 saved modules", "E_BAD_CONFIG", modules_to_save=[f"m{i}" for i in range(8000)]),
+    of_config(
+        "a base's class of a megabyte",
+        "E_BASE",
+        auto_mapping={"base_model_class": "x" + "ForA" * 250_000 + "!"},
+    ),
+    of_config("a base's name of a megabyte", "E_BAD_CONFIG", base_model_name_or_path="x" * 1_000_000),
     of_config("half a character", "E_BAD_CONFIG", revision="\ud800"),
     of_config("tensors without target", "E_TARGETS", target_modules=["q_proj"]),
     of_config("tensors and no target", "E_TARGETS", target_modules=[]),
