@@ -8,6 +8,7 @@ from typing import Any, Final
 from builder_service.domain.patterns import MAX_PATTERN, MAX_PATTERNS
 from builder_service.domain.strict_json import quoted, shown
 from shared.faults import Finding
+from shared.wording import listed
 
 FILE: Final = "adapter_config.json"
 MAX_RANK: Final = 1 << 16
@@ -72,8 +73,8 @@ def unknown_fields(fields: dict[str, Any]) -> list[Finding]:
     if not unknown:
         return []
     fix = "PEFT drops what it does not know. Make sure that they do not change what the adapter computes."
-    listed = shown(", ".join(unknown[:5])) + (f" and {len(unknown) - 5} more" if len(unknown) > 5 else "")
-    return [Finding(code="W_UNKNOWN_FIELD", where=FILE, expected="fields of PEFT", found=listed, fix=fix)]
+    found = listed([*map(shown, unknown)], 5)
+    return [Finding(code="W_UNKNOWN_FIELD", where=FILE, expected="fields of PEFT", found=found, fix=fix)]
 
 
 def bad_config(where: str, expected: str, found: str) -> Finding:

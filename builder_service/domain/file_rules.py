@@ -9,6 +9,7 @@ from typing import Final
 from builder_service.domain.config_rules import MLX_FIX
 from shared.bundle.manifest import CONFIG_FILE, TEXT_FILES, WEIGHTS_FILE
 from shared.faults import Finding
+from shared.wording import listed
 
 CONFIG: Final = "adapter_config.json"
 WEIGHTS: Final = "adapter_model.safetensors"
@@ -127,4 +128,4 @@ def _advice(names: Collection[str], top: list[str]) -> str:
 
 
 def _listed(names: list[str]) -> str:
-    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "") or "no files"
+    return listed(names, 6, none="no files")

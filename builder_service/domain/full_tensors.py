@@ -15,6 +15,7 @@ from builder_service.domain.grouping import Grouping
 from builder_service.domain.safetensors_header import READABLE, Tensor, TensorFile
 from builder_service.domain.tensor_names import FullKey, is_embedding
 from shared.faults import Finding
+from shared.wording import listed
 
 PIECE: Final = 1 << 20
 """Elements that are compared at once."""
@@ -80,9 +81,8 @@ def redundant_warning(redundant: tuple[str, ...]) -> list[Finding]:
     """Return the warning about copies that were left out."""
     if not redundant:
         return []
-    listed = ", ".join(redundant[:3]) + (f" and {len(redundant) - 3} more" if len(redundant) > 3 else "")
-    fix = "Nothing is lost. Save without modules_to_save for a smaller file."
-    return [Finding(code="W_REDUNDANT_EMBED", where=listed, found="equal to the base's own, left out", fix=fix)]
+    where, fix = listed(redundant, 3), "Nothing is lost. Save without modules_to_save for a smaller file."
+    return [Finding(code="W_REDUNDANT_EMBED", where=where, found="equal to the base's own, left out", fix=fix)]
 
 
 def _difference(file: TensorFile, full: FullTensor, base: BaseTensors | None) -> str:

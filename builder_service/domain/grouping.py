@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from shared.faults import Finding
+from shared.wording import listed
 
 SHOWN: Final = 3
 """Places that a finding names before it counts the others."""
@@ -56,7 +57,7 @@ class Grouping:
         for (code, _), group in self._groups.items():
             causes[code] += 1
             if causes[code] <= MAX_CAUSES:
-                where = _some(group.places, group.shown)
+                where = listed(group.places, group.shown)
                 told = {"expected": group.expected, "found": group.found, "fix": group.fix}
                 found.append(Finding(code=code, where=where, **told))
         found += [
@@ -65,8 +66,3 @@ class Grouping:
             if count > MAX_CAUSES
         ]
         return found
-
-
-def _some(places: list[str], shown: int) -> str:
-    more = len(places) - shown
-    return ", ".join(places[:shown]) + (f" and {more} more" if more > 0 else "")

@@ -8,6 +8,7 @@ from typing import Any, Final
 from builder_service.domain.strict_json import JsonInvalid, parse, shown
 from shared.bundle.manifest import TEXT_FILES
 from shared.faults import Finding
+from shared.wording import listed
 
 TEMPLATE, GENERATION, TOKENIZER = TEXT_FILES
 MAX_BYTES: Final = {
@@ -79,11 +80,8 @@ def _check_generation(fields: dict[str, Any], vocab: int) -> list[Finding]:
     ]
     unused = sorted(key for key in fields if fields[key] is not None and key not in {*rules, *_SILENT})
     if unused:
-        listed = ", ".join(shown(key) for key in unused[:8]) + (
-            f" and {len(unused) - 8} more" if len(unused) > 8 else ""
-        )
-        used = f"used are {', '.join(rules)}"
-        found.append(Finding(code="W_GENERATION", where=GENERATION, expected=used, found=listed))
+        used, others = f"used are {', '.join(rules)}", listed([*map(shown, unused)], 8)
+        found.append(Finding(code="W_GENERATION", where=GENERATION, expected=used, found=others))
     return found
 
 

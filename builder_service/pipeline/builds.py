@@ -39,6 +39,7 @@ from shared.faults import (
     ShuttingDown,
     StoreUnavailable,
 )
+from shared.wording import listed
 
 log = structlog.get_logger()
 
@@ -137,8 +138,7 @@ class Builds:
         if view is not None:
             return view
         names = await self._names()
-        known = ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
-        raise DeploymentNotFound(f"no deployment {name[:128]!r}; there are {known or 'none'}")
+        raise DeploymentNotFound(f"no deployment {name[:128]!r}; there are {listed(names)}")
 
     async def list(self, page_size: int, page_token: str) -> Page:
         """Return deployments by name; page_size 0 means 100.

@@ -18,6 +18,7 @@ from shared.deployment import Repository
 from shared.faults import Fault, Finding, SourceRefused
 from shared.sources.base import Resolved, Source
 from shared.sources.open import Sources
+from shared.wording import listed
 
 T = TypeVar("T")
 
@@ -127,7 +128,7 @@ def joined(faults: Mapping[str, Fault]) -> Fault:
     lasting = [fault for fault in faults.values() if fault.retry_after_s is None]
     first = (lasting or list(faults.values()))[0]
     findings = [Finding(code=fault.reason, adapter=name, fix=fault.message) for name, fault in faults.items()]
-    return type(first)(f"the sources of {len(faults)} adapters failed: {', '.join(faults)}", findings)
+    return type(first)(f"the sources of {len(faults)} adapters failed: {listed(faults)}", findings)
 
 
 def _list(

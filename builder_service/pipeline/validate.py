@@ -22,6 +22,7 @@ from shared.bundle.manifest import TEXT_FILES, Coverage
 from shared.bundle.modules import BY_HF, BY_NAME
 from shared.deployment import Deployment, Dtype, LoraConfiguration
 from shared.faults import AdapterInvalid, DeploymentInvalid, Finding
+from shared.wording import listed
 
 # TensorRT-LLM's other modules: deployment files name them as a ceiling, adapters here have none of them.
 OTHER_MODULES: Final = frozenset({
@@ -96,7 +97,7 @@ def refuse_any(checked: Mapping[str, CheckedAdapter]) -> None:
     findings = [_named(finding, name) for name, errors in violations.items() for finding in errors]
     if findings:
         rules = f"{len(findings)} rule{'s'[: len(findings) > 1]}"
-        raise AdapterInvalid(f"{', '.join(violations)}: {rules} broken; nothing was published", findings)
+        raise AdapterInvalid(f"{listed(violations)}: {rules} broken; nothing was published", findings)
 
 
 def check_fetched(adapter: FetchedAdapter, book: Rulebook, progress: Progress) -> CheckedAdapter:

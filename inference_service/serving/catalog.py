@@ -11,6 +11,7 @@ from inference_service.core.sequence import Adapter
 from inference_service.serving.brought import NOTHING, Brought
 from shared.access.rights import ACCESS
 from shared.faults import ModelNotFound
+from shared.wording import listed
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,6 @@ class Catalog:
         if name in self._models and ACCESS.get().may_use(name):
             return self._models[name]
         visible = [model.name for model in self]
-        shown = ", ".join(visible[:20]) or "none"
-        more = f" and {len(visible) - 20} more" if len(visible) > 20 else ""
         near = difflib.get_close_matches(name[:128], visible, n=3)
         meant = f" Did you mean {' or '.join(near)}?" if near else ""
-        raise ModelNotFound(f"no model {name[:128]!r} is served here.{meant} Served: {shown}{more}.")
+        raise ModelNotFound(f"no model {name[:128]!r} is served here.{meant} Served: {listed(visible)}.")

@@ -48,6 +48,7 @@ from shared.settings import InferenceSettings
 from shared.sources.checkpoint import PlacedBase, with_base
 from shared.sources.open import Sources, open_sources
 from shared.storage.base import Store
+from shared.wording import listed
 
 log = structlog.get_logger()
 
@@ -187,7 +188,7 @@ def _warm_up(engine: Engine, adapters: Sequence[ServedModel]) -> None:
 def _generation(name: str, store: Store) -> Generation:
     generation = current_generation(store, name)
     if generation is None:
-        known = ", ".join(list_deployments(store)[:20]) or "none"
+        known = listed(list_deployments(store))
         raise DeploymentNotFound(
             f"no deployment {name!r} in {store.uri}. There: {known}. Build it first: loramux build FILE."
         )

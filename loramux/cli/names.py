@@ -9,19 +9,17 @@ import typer
 
 from loramux.client import INFERENCE, Client
 from shared.faults import Fault, ModelNotFound
+from shared.wording import listed
 
 COMPLETION_S = 1.0
 """Whoever pressed TAB waits; a server that is slower is not asked further."""
-SHOWN = 20
 
 
 def no_such_model(name: str, served: Sequence[str]) -> ModelNotFound:
     """Return the failure for a name that is not served, with the nearest that is."""
     near = difflib.get_close_matches(name, served, n=1, cutoff=0.7)
-    listed = ", ".join(served[:SHOWN])
-    more = f" and {len(served) - SHOWN} more" if len(served) > SHOWN else ""
     meant = f"; did you mean {near[0]}?" if near else ""
-    return ModelNotFound(f"no model {name!r}{meant}; served are {listed}{more}")
+    return ModelNotFound(f"no model {name!r}{meant}; served are {listed(served)}")
 
 
 def complete_model(ctx: typer.Context, incomplete: str) -> list[str]:

@@ -9,6 +9,7 @@ from loramux.builder.v1 import builder_pb2 as pb
 from shared.deployment import Deployment, Dtype, LoraConfiguration, Merge, Repository
 from shared.deployment_file import parse_deployment
 from shared.faults import DeploymentInvalid, Finding
+from shared.wording import listed
 
 _PREFIX = "SOURCE_KIND_"
 DTYPES = {
@@ -56,7 +57,7 @@ def deployment_from_message(message: pb.DeploymentSpec) -> Deployment:
     """
     counted = Counter(item.name for item in message.adapters)
     if twice := sorted(name for name, count in counted.items() if count > 1):
-        raise DeploymentInvalid(f"adapter names must be distinct; given twice: {', '.join(twice[:20])}")
+        raise DeploymentInvalid(f"adapter names must be distinct; given twice: {listed(twice)}")
     lora: dict[str, Any] = {"lora_target_modules": tuple(message.lora_target_modules)}
     if message.lora_dtype:
         lora["dtype"] = DTYPE_NAMES.get(message.lora_dtype, "unknown")

@@ -21,6 +21,7 @@ from shared.sources.base import Progress, Resolved, Room, Source, unwatched
 from shared.sources.cache import alone, differs, discard, open_cache
 from shared.sources.files import hash_file, hash_pieces, inside, pieces_of, scratch, whole
 from shared.sources.open import Sources
+from shared.wording import listed
 
 log = structlog.get_logger()
 
@@ -220,4 +221,4 @@ def _name(repository: Repository) -> str:
 
 def _some(resolved: Resolved) -> str:
     names = sorted(resolved.files)
-    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "") or "no files"
+    return listed(names, 5, none="no files")
