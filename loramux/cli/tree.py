@@ -236,11 +236,13 @@ def _signals(tree: ProcessTree) -> Iterator[asyncio.Future[None]]:
 
 
 def require_free(address: str) -> None:
-    """Raise where a service could not listen.
+    """Raise where a service could not listen; a Unix socket is taken over by whoever binds it.
 
     Raises:
         SettingsInvalid: something else listens there, or it is no address of this machine.
     """
+    if address.startswith("unix:"):
+        return
     host, _, port = address.rpartition(":")
     try:
         with socket.create_server((host.strip("[]"), int(port)), family=_family(host)):

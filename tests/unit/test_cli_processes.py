@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 from loramux import Client, Delta
 from loramux.cli.exits import Exit, exit_of
 from loramux.cli.main import app
-from loramux.cli.tree import ProcessTree, ServiceDied, free_address, run_tree
+from loramux.cli.tree import ProcessTree, ServiceDied, free_address, require_free, run_tree
 from loramux.faults import SettingsInvalid
 from tests.unit.fake_services import Fakes
 
@@ -166,6 +166,12 @@ def test_a_child_names_the_failure_that_ends_it() -> None:
         run_tree(work)
     assert str(caught.value) == "builder: cannot listen.\n  E_BAD_FIELD grpc: found x"
     assert exit_of(caught.value) is Exit.USAGE
+
+
+@pytest.mark.parametrize("address", ["unix:/somewhere/door", "127.0.0.1:0", "localhost:0"])
+def test_every_form_of_an_address_may_be_free(address: str) -> None:
+    """What a service can listen on is not refused for its form."""
+    require_free(address)
 
 
 @pytest.mark.parametrize("flag", ["--grpc", "--http", "--builder"])
