@@ -28,7 +28,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from builder_service.pipeline.build import build
-from builder_service.pipeline.context import Workshop
+from builder_service.pipeline.context import BuildContext
 from builder_service.pipeline.progress import Progress
 from loramux_shared.deployment import Deployment
 from loramux_shared.deployment_file import parse_deployment
@@ -126,9 +126,9 @@ def run_copy_bundles(folder: Path, uri: str, work: Path) -> int:
 def run_build(folder: Path, uri: str, work: Path) -> int:
     """Build and publish the deployment."""
     wanted = deployment(folder)
-    shop = Workshop(store=open_store(uri), sources=open_sources(local_roots=[folder]), work_dir=work)
+    context = BuildContext(store=open_store(uri), sources=open_sources(local_roots=[folder]), work_dir=work)
     progress = Progress(wanted.build.lora_adapters)
-    build(wanted, shop, progress)
+    build(wanted, context, progress)
     return sum(adapter.bundle_bytes for adapter in progress.adapters)
 
 

@@ -155,7 +155,7 @@ class Server:
 def build_deployment(work: Path, names: Sequence[str], store: str) -> None:
     """Build a deployment of these adapters through the builder service's own pipeline."""
     from builder_service.pipeline.build import build
-    from builder_service.pipeline.context import Workshop
+    from builder_service.pipeline.context import BuildContext
     from builder_service.pipeline.progress import Progress
     from loramux_shared.deployment_file import parse_deployment
     from loramux_shared.sources.open import open_sources
@@ -170,8 +170,8 @@ def build_deployment(work: Path, names: Sequence[str], store: str) -> None:
         },
         "runtime": {"served_model_name": "base"},
     }
-    shop = Workshop(open_store(store), open_sources(local_roots=[work, BASE]))
-    build(parse_deployment(data).deployment, shop, Progress(adapters))
+    context = BuildContext(open_store(store), open_sources(local_roots=[work, BASE]))
+    build(parse_deployment(data).deployment, context, Progress(adapters))
 
 
 @dataclass(frozen=True)

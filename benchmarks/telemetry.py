@@ -19,7 +19,7 @@ import structlog
 from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import Adapter, FinishReason, Token
 from inference_service.core.sequence import Sequence as EngineSequence
-from inference_service.engine.engine import Crowd, EngineStats
+from inference_service.engine.engine import EngineStats, SequenceCounts
 from inference_service.serving.catalog import Catalog, ServedModel
 from inference_service.serving.request import Delta, Finished, Request
 from inference_service.serving.telemetry.metrics import Metrics
@@ -45,7 +45,7 @@ def main() -> None:
 def _measure() -> None:
     models = [ServedModel(f"a{i}", Adapter(f"a{i}", i + 1, i), digest="0" * 64) for i in range(ADAPTERS)]
     stats = EngineStats(**dict.fromkeys(EngineStats.__dataclass_fields__, 8))
-    engine = cast(EngineView, SimpleNamespace(stats=stats, crowd=Crowd({}, {})))
+    engine = cast(EngineView, SimpleNamespace(stats=stats, sequence_counts=SequenceCounts({}, {})))
     metrics = Metrics(Catalog(1, "base", [ServedModel("base"), *models]), engine)
     tracing = Tracing.to(_Nowhere(), "benchmark")
     kinds: dict[str, list[Watcher]] = {

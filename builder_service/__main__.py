@@ -17,9 +17,9 @@ from typing import Final
 import structlog
 
 from builder_service.builds.builds import Builds
-from builder_service.builds.limits import Limits
+from builder_service.builds.limits import BuildLimits
 from builder_service.pipeline.check import Checks
-from builder_service.pipeline.context import Workshop
+from builder_service.pipeline.context import BuildContext
 from builder_service.pipeline.identity import claim_identity
 from builder_service.rpc.servicer import SERVICE_NAME, BuilderServicer
 from loramux_shared.access.guard import open_guard
@@ -64,7 +64,7 @@ async def serve(settings: BuilderSettings) -> None:
     stop = Stop()
     raise_limit()
     guard = open_guard(settings, settings.grpc)
-    shop = Workshop(
+    context = BuildContext(
         store=open_store(settings.store),
         sources=open_sources(
             local_roots=settings.local_roots,
@@ -76,17 +76,19 @@ async def serve(settings: BuilderSettings) -> None:
         parallel_adapters=settings.parallel_adapters,
         max_build_bytes=int(settings.max_build_gb * 1e9) if settings.max_build_gb else None,
     )
-    identity = claim_identity(shop.place())
-    shop = replace(shop, owner=identity.name)
-    await asyncio.to_thread(shop.sweep)
-    builds = Builds(shop, Limits(running=settings.max_concurrent_builds, timeout_s=settings.build_timeout_s))
-    checks = Checks(shop)
+    identity = claim_identity(context.place())
+    context = replace(context, owner=identity.name)
+    await asyncio.to_thread(context.sweep)
+    builds = Builds(
+        context, BuildLimits(running=settings.max_concurrent_builds, timeout_s=settings.build_timeout_s)
+    )
+    checks = Checks(context)
     tracing = open_tracing("loramux-builder")
     patience = Patience(read_s=settings.stall_timeout_s)
     services = {SERVICE_NAME: BuilderServicer(builds, checks).register}
     server = RpcServer(settings.grpc, services, guard, tracing, patience)
     metrics = builds.meter.listen(settings.metrics, insecure=settings.insecure) if settings.metrics else "off"
-    log.info("reading the journal", store=shop.store.uri, builder=identity.name)
+    log.info("reading the journal", store=context.store.uri, builder=identity.name)
     address, recovered = await stop.starting(_start(server, builds))
     log.info(
         "builder service ready",
@@ -94,7 +96,7 @@ async def serve(settings: BuilderSettings) -> None:
         grpc=address,
         metrics=metrics,
         guarded_by=guard.shown,
-        store=shop.store.uri,
+        store=context.store.uri,
         builds_taken_up=recovered,
     )
     number = await stop.wait()

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from typing import cast
 
 from inference_service.core.sequence import Adapter, FinishReason, Token
-from inference_service.engine.engine import Crowd, EngineStats
+from inference_service.engine.engine import EngineStats, SequenceCounts
 from inference_service.openai_api.server import HttpServer
 from inference_service.serving.catalog import Catalog, ServedModel
 from inference_service.serving.engine_thread import EngineThread
@@ -51,8 +51,8 @@ class ScriptedPage(GenerationService):
     ) -> None:
         """Serve adapters; where says has a None, the answer waits for ever."""
         write_tokenizer(folder)
-        crowd = Crowd({"": 1, adapters[0]: 2}, {adapters[-1]: 2})
-        engine = cast(EngineThread, SimpleNamespace(max_queue=8, stats=STATS, crowd=crowd))
+        sequences = SequenceCounts({"": 1, adapters[0]: 2}, {adapters[-1]: 2})
+        engine = cast(EngineThread, SimpleNamespace(max_queue=8, stats=STATS, sequence_counts=sequences))
         catalog = Catalog(7, "base", models(adapters))
         super().__init__(catalog, Text.load(folder, VOCAB), engine, ServingLimits(256, None, frozenset({2})))
         self._says = says

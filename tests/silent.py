@@ -7,7 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
 
-from inference_service.engine.engine import Crowd, EngineStats
+from inference_service.engine.engine import EngineStats, SequenceCounts
 from inference_service.rpc.servicer import SERVICE_NAME, InferenceServicer, register
 from inference_service.serving.catalog import Catalog, ServedModel
 from inference_service.serving.engine_thread import EngineThread
@@ -36,7 +36,9 @@ def silent_service(folder: Path) -> GenerationService:
         prefix_tokens_hit=0,
         tokens_generated=0,
     )
-    engine = cast(EngineThread, SimpleNamespace(max_queue=8, stats=stats, crowd=Crowd({}, {})))
+    engine = cast(
+        EngineThread, SimpleNamespace(max_queue=8, stats=stats, sequence_counts=SequenceCounts({}, {}))
+    )
     return GenerationService(catalog, Text.load(folder, VOCAB), engine, ServingLimits(64, None, frozenset({2})))
 
 

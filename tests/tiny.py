@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig
 
 from builder_service.pipeline.build import build
-from builder_service.pipeline.context import Workshop
+from builder_service.pipeline.context import BuildContext
 from builder_service.pipeline.progress import Progress
 from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import FinishReason
@@ -142,7 +142,7 @@ class World:
         """Build it into a store."""
         deployment = self.deployment(**lora)
         sources = open_sources(local_roots=[self.root])
-        build(deployment, Workshop(store, sources), Progress(deployment.build.lora_adapters))
+        build(deployment, BuildContext(store, sources), Progress(deployment.build.lora_adapters))
 
     def load(self, store: Store, **settings: Any) -> Ready:
         """Load the built deployment."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from benchmarks.on_gpu.model import SCALE, config_fields, config_of
 from builder_service.pipeline.build import build
-from builder_service.pipeline.context import Workshop
+from builder_service.pipeline.context import BuildContext
 from builder_service.pipeline.progress import Progress
 from loramux.bench.workload import WORDS
 from loramux_shared.bundle.modules import BaseDims
@@ -82,8 +82,8 @@ def build_deployment(work: Path, name: str, adapters: list[str], max_seq_len: in
         },
         "runtime": {"served_model_name": "base"},
     }
-    shop = Workshop(open_store(f"file://{work}/store"), open_sources(local_roots=[work]))
-    build(parse_deployment(data).deployment, shop, Progress(adapters))
+    context = BuildContext(open_store(f"file://{work}/store"), open_sources(local_roots=[work]))
+    build(parse_deployment(data).deployment, context, Progress(adapters))
 
 
 def _widths(dims: BaseDims) -> dict[str, int]:

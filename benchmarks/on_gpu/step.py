@@ -15,15 +15,14 @@ from benchmarks.on_gpu.device import Device
 from benchmarks.on_gpu.model import LLAMA_8B, TINY, RandomTensors, config_of, random_adapter
 from benchmarks.on_gpu.run import Run
 from benchmarks.on_gpu.targets import OF_BASE
-from inference_service.backends.operations import TritonOperations
-from inference_service.backends.triton import TritonLora
+from inference_service.backends.triton import TritonLora, TritonOperations
 from inference_service.core.batch import Batch, Chunk
 from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import Adapter, Sequence
 from inference_service.engine.graph_runner import GraphRunner
 from inference_service.engine.graphs import Graph, Recorder
 from inference_service.engine.runner import Runner
-from inference_service.engine.scheduler import Limits
+from inference_service.engine.scheduler import SchedulerLimits
 from inference_service.engine.tape import CaptureRefused, Tape, TapeRecorder
 from inference_service.models.decoder import Decoder
 
@@ -176,7 +175,9 @@ class Steps:
 
     def _runner(self, num_blocks: int, max_seqs: int, recorder: Recorder) -> GraphRunner:
         longest = max(self._plan.contexts)
-        limits = Limits(max_tokens=longest, max_seqs=max_seqs, max_adapters=max_seqs, max_seq_len=longest)
+        limits = SchedulerLimits(
+            max_tokens=longest, max_seqs=max_seqs, max_adapters=max_seqs, max_seq_len=longest
+        )
         return GraphRunner(self._model, self._lora, num_blocks, BLOCK_SIZE, limits, recorder)
 
     def _launches(self) -> dict[bool, int | None]:

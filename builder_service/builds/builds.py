@@ -15,14 +15,14 @@ import structlog
 from builder_service.builds.failures import Failures
 from builder_service.builds.journal import Journal, JournalEntry
 from builder_service.builds.keeper import Keeper
-from builder_service.builds.limits import Limits
+from builder_service.builds.limits import BuildLimits
 from builder_service.builds.meter import BuildMeter
 from builder_service.builds.pages import Page, names_of_page
 from builder_service.builds.request_ids import RequestIds
 from builder_service.builds.running import RunningBuild
 from builder_service.builds.views import DeploymentView, State, stored_view
 from builder_service.pipeline.build import BuildResult, build
-from builder_service.pipeline.context import Workshop
+from builder_service.pipeline.context import BuildContext
 from builder_service.pipeline.validate import check_deployment
 from loramux_shared.bundle.deployments import is_deployment_name, list_deployments
 from loramux_shared.deployment import Deployment
@@ -53,11 +53,13 @@ CANCELLED: Final = "a client cancelled the build; what was served before is serv
 class Builds:
     """All builds of this process. Lives on the event loop; everything that blocks runs in threads."""
 
-    def __init__(self, shop: Workshop, limits: Limits | None = None) -> None:
-        self._shop = shop
-        self._limits = limits or Limits()
-        self._journal = Journal(shop.store, shop.owner or "builder")
-        self._failures = Failures(shop.place() / f"loramux-failed-{shop.owner}" if shop.owner else None)
+    def __init__(self, context: BuildContext, limits: BuildLimits | None = None) -> None:
+        self._context = context
+        self._limits = limits or BuildLimits()
+        self._journal = Journal(context.store, context.owner or "builder")
+        self._failures = Failures(
+            context.place() / f"loramux-failed-{context.owner}" if context.owner else None
+        )
         self._pool = ThreadPoolExecutor(self._limits.running, "build")
         self._slots = asyncio.Semaphore(self._limits.running)
         self._builds: dict[str, RunningBuild] = {}
@@ -235,7 +237,7 @@ class Builds:
 
     async def _accept(self, running: RunningBuild) -> None:
         await asyncio.to_thread(self._journal.write, running.entry)
-        stored = await asyncio.to_thread(stored_view, self._shop.store, running.name)
+        stored = await asyncio.to_thread(stored_view, self._context.store, running.name)
         running.accept(stored.generation if stored else 0)
 
     async def _work(self, running: RunningBuild) -> BuildResult:
@@ -252,7 +254,7 @@ class Builds:
         timer = loop.call_later(timeout_s, running.stop, late)
         try:
             return await loop.run_in_executor(
-                self._pool, build, running.deployment, self._shop, running.progress
+                self._pool, build, running.deployment, self._context, running.progress
             )
         except OSError as error:
             raise ResourcesExhausted(
@@ -306,7 +308,9 @@ class Builds:
         if running is not None and running.state is State.BUILDING:
             return running.view()
         stored = (
-            await asyncio.to_thread(stored_view, self._shop.store, name) if is_deployment_name(name) else None
+            await asyncio.to_thread(stored_view, self._context.store, name)
+            if is_deployment_name(name)
+            else None
         )
         number = stored.generation if stored else 0
         if running is not None and (running.state is State.FAILED or running.generation == number):
@@ -314,5 +318,5 @@ class Builds:
         return stored
 
     async def _names(self) -> builtins.list[str]:
-        stored = await asyncio.to_thread(list_deployments, self._shop.store)
+        stored = await asyncio.to_thread(list_deployments, self._context.store)
         return sorted({*stored, *self._builds})

@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 import structlog
 
 from builder_service.builds.journal import Abandoned, Journal, JournalEntry
-from builder_service.builds.limits import Limits
+from builder_service.builds.limits import BuildLimits
 from loramux_shared.faults import StoreUnavailable
 
 log = structlog.get_logger()
@@ -19,7 +19,7 @@ class Keeper:
     """Works until it is cancelled; take_over runs a build, and says whether its old entry may go."""
 
     def __init__(
-        self, journal: Journal, limits: Limits, take_over: Callable[[JournalEntry], Awaitable[bool]]
+        self, journal: Journal, limits: BuildLimits, take_over: Callable[[JournalEntry], Awaitable[bool]]
     ) -> None:
         self._journal = journal
         self._beat_s = limits.beat_s

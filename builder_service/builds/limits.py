@@ -1,4 +1,4 @@
-"""Limits of builds."""
+"""BuildLimits of builds."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Limits:
+class BuildLimits:
     """What the operator allows."""
 
     running: int = 2

@@ -1,6 +1,6 @@
 """How PEFT reads names: what patterns say about a module, and which field of a config leaves it out.
 
-Asked by `bounded` about strangers' patterns; nothing but the standard library here, see `limited`.
+Asked by `sandbox` about strangers' patterns; nothing but the standard library here, see `sandboxed`.
 """
 
 from __future__ import annotations

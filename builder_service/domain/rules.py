@@ -17,9 +17,9 @@ from builder_service.domain.legal_rules import legal_findings
 from builder_service.domain.peft_names import ALL_LINEAR
 from builder_service.domain.safetensors_header import HeaderInvalid, TensorFile, TooManyTensors, read_header
 from builder_service.domain.strict_json import shown
-from builder_service.domain.tensor_rules import EMPTY_FIX, Limits, check_pairs, sort_tensors
+from builder_service.domain.tensor_rules import EMPTY_FIX, AdapterLimits, check_pairs, sort_tensors
 from builder_service.domain.value_rules import Part, check_values
-from loramux_shared.bundle.manifest import Coverage, FileDigest, Row
+from loramux_shared.bundle.manifest import Coverage, FileDigest, ModuleRow
 from loramux_shared.deployment import Dtype
 from loramux_shared.faults import Finding
 
@@ -33,7 +33,7 @@ MAX_TENSORS = 1 << 14
 class PlannedRow:
     """A row of a bundle and the tensors that it is made from."""
 
-    row: Row
+    row: ModuleRow
     a: str
     b: str
     b_rows: tuple[int, int]
@@ -69,7 +69,7 @@ class BaseTokens(Protocol):
 class Rulebook:
     """The base and the deployment that adapters must fit."""
 
-    limits: Limits
+    limits: AdapterLimits
     architectures: tuple[str, ...]
     """Of the base, for example ``LlamaForCausalLM``."""
     dtype: Dtype
@@ -143,7 +143,7 @@ def check_tensors(
 
 def _planned(part: Part) -> PlannedRow:
     a, b = part.pair.a, part.pair.b
-    row = Row(
+    row = ModuleRow(
         layer=part.pair.key.layer,
         module_id=part.module.id,
         module=part.module.name,

@@ -33,7 +33,7 @@ class Bounds:
 
 
 def ask(program: ModuleType, question: Mapping[str, Any], bounds: Bounds) -> Any:
-    """Return what a program of this package answers; see `limited`.
+    """Return what a program of this package answers; see `sandboxed`.
 
     Raises:
         TooCostly: it takes more time or memory.

@@ -41,7 +41,7 @@ EMPTY_FIX: Final = (
 
 
 @dataclass(frozen=True)
-class Limits:
+class AdapterLimits:
     """What a deployment asks of its adapters."""
 
     dims: BaseDims
@@ -111,7 +111,7 @@ def sort_tensors(file: TensorFile, dims: BaseDims, report: Grouping) -> Sorted:
     return Sorted(pairs, fulls)
 
 
-def check_pairs(pairs: list[Pair], config: AdapterConfig, limits: Limits, report: Grouping) -> None:
+def check_pairs(pairs: list[Pair], config: AdapterConfig, limits: AdapterLimits, report: Grouping) -> None:
     """Report every pair that does not fit itself, the config, the base or the deployment."""
     for pair in pairs:
         _check_targets(pair, config, report)
@@ -206,7 +206,7 @@ def _check_targets(pair: Pair, config: AdapterConfig, report: Grouping) -> None:
         )
 
 
-def _check_rank(pair: Pair, config: AdapterConfig, limits: Limits, report: Grouping) -> None:
+def _check_rank(pair: Pair, config: AdapterConfig, limits: AdapterLimits, report: Grouping) -> None:
     rank = pair.a.shape[0]
     said = config.ranks_of(pair.key.name)
     if said and rank not in said:
@@ -229,7 +229,7 @@ def _check_rank(pair: Pair, config: AdapterConfig, limits: Limits, report: Group
         )
 
 
-def _check_place(pair: Pair, limits: Limits, report: Grouping) -> None:
+def _check_place(pair: Pair, limits: AdapterLimits, report: Grouping) -> None:
     dims, modules = limits.dims, pair.key.modules
     if pair.key.layer >= dims.num_layers:
         report.add(

@@ -1,6 +1,6 @@
-"""Which tokens an adapter's tokenizer has that the base's does not mean; asked by `bounded`.
+"""Which tokens an adapter's tokenizer has that the base's does not mean; asked by `sandbox`.
 
-Nothing but the standard library here, see `limited`.
+Nothing but the standard library here, see `sandboxed`.
 """
 
 from __future__ import annotations

@@ -8,9 +8,9 @@ from datetime import UTC, datetime
 
 from builder_service.domain.rules import Rulebook
 from builder_service.pipeline.base_weights import BaseWeights
-from builder_service.pipeline.context import Workshop
+from builder_service.pipeline.context import BuildContext
 from builder_service.pipeline.intake import Intake
-from builder_service.pipeline.output import Output, batches
+from builder_service.pipeline.output import Output, duplicates
 from builder_service.pipeline.progress import Progress
 from builder_service.pipeline.prove import prove_adapters, require_prover
 from builder_service.pipeline.space import BASE_FILES
@@ -35,7 +35,7 @@ class BuildResult:
     """True when it was the current generation already."""
 
 
-def build(deployment: Deployment, shop: Workshop, progress: Progress) -> BuildResult:
+def build(deployment: Deployment, context: BuildContext, progress: Progress) -> BuildResult:
     """Build a deployment. Blocks; everything is checked before anything is written to the store.
 
     Raises:
@@ -44,33 +44,35 @@ def build(deployment: Deployment, shop: Workshop, progress: Progress) -> BuildRe
     """
     if deployment.build.prove:
         require_prover()
-    store = PatientStore(shop.store, progress.check)
-    with shop.folder() as work:
-        space = shop.space(work)
+    store = PatientStore(context.store, progress.check)
+    with context.folder() as work:
+        space = context.space(work)
         room = space.room(BASE_FILES)
-        base = _describe_base(deployment, shop, progress, room)
-        weights = BaseWeights(base.record, shop.sources, work / "base", lambda _: progress.check(), room)
+        base = _describe_base(deployment, context, progress, room)
+        weights = BaseWeights(base.record, context.sources, work / "base", lambda _: progress.check(), room)
         book = rulebook(base.model, deployment.build.lora_configuration, weights)
-        adapters = Intake(book, shop, space, work, progress).take_in(deployment.build.lora_adapters)
-        groups = batches(adapters)
+        adapters = Intake(book, context, space, work, progress).take_in(deployment.build.lora_adapters)
+        groups = duplicates(adapters)
         proofs: Sequence[Proof | None] = [None] * len(groups)
         if deployment.build.prove:
             firsts = [group.first for group in groups]
-            proofs = prove_adapters(firsts, deployment.build, base.record, shop.sources, work, progress, room)
+            proofs = prove_adapters(
+                firsts, deployment.build, base.record, context.sources, work, progress, room
+            )
         before = _served(store, deployment.model_name)
         served = frozenset(record.digest for record in before.adapters.values()) if before else frozenset()
-        output = Output(book.dtype, base.record.source.shown, store, served, space, progress, shop)
+        output = Output(book.dtype, base.record.source.shown, store, served, space, progress, context)
         digests = output.put_out(groups, proofs)
         progress.check()
         published = publish_generation(store, _generation(deployment, base.record, book, adapters, digests))
         return BuildResult(published, unchanged=before is not None and published.number == before.number)
 
 
-def _describe_base(deployment: Deployment, shop: Workshop, progress: Progress, room: Room) -> Base:
+def _describe_base(deployment: Deployment, context: BuildContext, progress: Progress, room: Room) -> Base:
     repository = deployment.build.checkpoint_repository
     try:
         return describe_base(
-            shop.sources,
+            context.sources,
             repository,
             lambda _: progress.check(),
             room,

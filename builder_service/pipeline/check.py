@@ -10,12 +10,12 @@ from typing import Final
 
 from builder_service.domain.rules import base_warning
 from builder_service.pipeline.base_weights import BaseWeights
-from builder_service.pipeline.context import Workshop
+from builder_service.pipeline.context import BuildContext
 from builder_service.pipeline.fetch import fetch_adapters
 from builder_service.pipeline.progress import Progress
 from builder_service.pipeline.space import BASE_FILES
 from builder_service.pipeline.validate import check_deployment, check_fetched, rulebook
-from loramux_shared.bundle.manifest import FileDigest, Row
+from loramux_shared.bundle.manifest import FileDigest, ModuleRow
 from loramux_shared.bundle.npy import CONFIG_DESCR, DESCR, NUMPY_TYPES, header_bytes
 from loramux_shared.deployment import Deployment, Dtype, Repository
 from loramux_shared.faults import BuildInterrupted, Fault, Finding, ResourcesExhausted, ShuttingDown
@@ -39,7 +39,7 @@ class AdapterReport:
     findings: tuple[Finding, ...]
     """Errors first."""
     files: Mapping[str, FileDigest]
-    rows: tuple[Row, ...] = ()
+    rows: tuple[ModuleRow, ...] = ()
     bundle_bytes: int = 0
     base_model_name: str = ""
 
@@ -49,25 +49,25 @@ class AdapterReport:
         return all(finding.code.startswith("W_") for finding in self.findings)
 
 
-def check_one(deployment: Deployment, shop: Workshop, progress: Progress) -> AdapterReport:
+def check_one(deployment: Deployment, context: BuildContext, progress: Progress) -> AdapterReport:
     """Check the adapter of a deployment that has one. Blocks.
 
     Raises:
         Fault: what the base or a source raises; rules that are broken are findings.
     """
-    with shop.folder() as work:
-        space = shop.space(work)
+    with context.folder() as work:
+        space = context.space(work)
         room, repository = space.room(BASE_FILES), deployment.build.checkpoint_repository
         base = describe_base(
-            shop.sources,
+            context.sources,
             repository,
             lambda _: progress.check(),
             room,
             max_seq_len=deployment.build.max_seq_len,
         )
-        weights = BaseWeights(base.record, shop.sources, work / "base", lambda _: progress.check(), room)
+        weights = BaseWeights(base.record, context.sources, work / "base", lambda _: progress.check(), room)
         book = rulebook(base.model, deployment.build.lora_configuration, weights)
-        [fetched] = fetch_adapters(deployment.build.lora_adapters, shop.sources, space, work, progress)
+        [fetched] = fetch_adapters(deployment.build.lora_adapters, context.sources, space, work, progress)
         checked = check_fetched(fetched, book, progress)
         rows = tuple(planned.row for planned in checked.rows)
         named = base_warning(checked.base_model_name, base.record.source.shown) if rows else None
@@ -85,7 +85,7 @@ def check_one(deployment: Deployment, shop: Workshop, progress: Progress) -> Ada
         )
 
 
-def _bundle_bytes(rows: tuple[Row, ...], dtype: Dtype) -> int:
+def _bundle_bytes(rows: tuple[ModuleRow, ...], dtype: Dtype) -> int:
     if not rows:
         return 0
     width = max(row.rank * (row.in_features + row.out_features) for row in rows)
@@ -96,8 +96,8 @@ def _bundle_bytes(rows: tuple[Row, ...], dtype: Dtype) -> int:
 class Checks:
     """Checks as a service: in threads, so many at once, stopped when nobody waits for them any more."""
 
-    def __init__(self, shop: Workshop) -> None:
-        self._shop = shop
+    def __init__(self, context: BuildContext) -> None:
+        self._context = context
         self._pool = ThreadPoolExecutor(MAX_CONCURRENT, "check")
         self._running: set[Progress] = set()
         self._stopped = False
@@ -115,7 +115,7 @@ class Checks:
         self._running.add(progress)
         loop = asyncio.get_running_loop()
         try:
-            return await loop.run_in_executor(self._pool, check_one, deployment, self._shop, progress)
+            return await loop.run_in_executor(self._pool, check_one, deployment, self._context, progress)
         except BuildInterrupted as fault:
             raise ShuttingDown("the builder stopped during the check. Retry with its successor.") from fault
         except Fault as fault:

@@ -23,7 +23,7 @@ LEFTOVER_S: Final = 24 * 3600
 
 
 @dataclass(frozen=True)
-class Workshop:
+class BuildContext:
     """Where a build reads from, writes to, and keeps its files meanwhile."""
 
     store: Store

@@ -13,7 +13,7 @@ from typing import Final, TypeAlias
 from builder_service.domain.file_rules import WEIGHTS
 from builder_service.domain.rules import CheckedAdapter, Rulebook
 from builder_service.domain.safetensors_header import HeaderInvalid, read_header
-from builder_service.pipeline.context import Workshop
+from builder_service.pipeline.context import BuildContext
 from builder_service.pipeline.fetch import FetchedAdapter, ListedAdapter, fetch_adapter, gathered, list_adapters
 from builder_service.pipeline.progress import Progress, Stage
 from builder_service.pipeline.space import Space
@@ -33,7 +33,7 @@ class Intake:
     """The incoming adapters of one build."""
 
     book: Rulebook
-    shop: Workshop
+    context: BuildContext
     space: Space
     work: Path
     progress: Progress
@@ -48,9 +48,9 @@ class Intake:
             ResourcesExhausted: the disk has no room for them.
             Fault: what sources raise, of all adapters.
         """
-        with list_adapters(adapters, self.shop.sources, self.space, self.progress) as listed:
+        with list_adapters(adapters, self.context.sources, self.space, self.progress) as listed:
             self.space.check(sum(adapter.size for adapter in listed), "the adapters")
-            with ThreadPoolExecutor(self.shop.parallel_adapters, "intake") as pool:
+            with ThreadPoolExecutor(self.context.parallel_adapters, "intake") as pool:
                 futures = {
                     adapter.name: pool.submit(self._take_in, adapter, self.work / f"adapter-{i}")
                     for i, adapter in enumerate(listed)
@@ -86,8 +86,8 @@ class Intake:
         return checked
 
     def _check(self, fetched: FetchedAdapter) -> CheckedAdapter:
-        heavy = self.shop.heavy if _largest_tensor(fetched) > HEAVY_BYTES else nullcontext()
-        with heavy, self.shop.compute:
+        heavy = self.context.heavy if _largest_tensor(fetched) > HEAVY_BYTES else nullcontext()
+        with heavy, self.context.compute:
             return check_fetched(fetched, self.book, self.progress)
 
 

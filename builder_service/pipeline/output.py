@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from builder_service.domain.rules import base_warning
-from builder_service.pipeline.context import Workshop
+from builder_service.pipeline.context import BuildContext
 from builder_service.pipeline.convert import BuiltBundle, bundle_bytes, convert_adapter
 from builder_service.pipeline.fetch import gathered
 from builder_service.pipeline.intake import Identity, identity
@@ -21,7 +21,7 @@ from loramux_shared.storage.base import Store
 
 
 @dataclass(frozen=True)
-class Batch:
+class Duplicates:
     """Adapters with the very same files, which have one bundle."""
 
     adapters: tuple[ValidAdapter, ...]
@@ -37,12 +37,12 @@ class Batch:
         return tuple(adapter.fetched.name for adapter in self.adapters)
 
 
-def batches(adapters: Sequence[ValidAdapter]) -> list[Batch]:
+def duplicates(adapters: Sequence[ValidAdapter]) -> list[Duplicates]:
     """Return adapters with those together that are the same."""
     found: dict[Identity, list[ValidAdapter]] = {}
     for adapter in adapters:
         found.setdefault(identity(adapter.fetched), []).append(adapter)
-    return [Batch(tuple(group)) for group in found.values()]
+    return [Duplicates(tuple(group)) for group in found.values()]
 
 
 @dataclass(frozen=True)
@@ -57,9 +57,9 @@ class Output:
     """Digests that the served generation refers to."""
     space: Space
     progress: Progress
-    shop: Workshop
+    context: BuildContext
 
-    def put_out(self, groups: Sequence[Batch], proofs: Sequence[Proof | None]) -> dict[str, str]:
+    def put_out(self, groups: Sequence[Duplicates], proofs: Sequence[Proof | None]) -> dict[str, str]:
         """Convert and publish; returns the digests by the adapters' names.
 
         Raises:
@@ -67,7 +67,7 @@ class Output:
             StoreUnavailable: the store does not answer.
             InternalFault: a bundle was not written as it was meant.
         """
-        with ThreadPoolExecutor(self.shop.parallel_adapters, "output") as pool:
+        with ThreadPoolExecutor(self.context.parallel_adapters, "output") as pool:
             futures = {
                 group.names[0]: pool.submit(self._put_out, group, proof)
                 for group, proof in zip(groups, proofs, strict=True)
@@ -75,17 +75,17 @@ class Output:
         digests = gathered(futures, self.progress)
         return {name: digest for group, digest in zip(groups, digests, strict=True) for name in group.names}
 
-    def _put_out(self, group: Batch, proof: Proof | None) -> str:
+    def _put_out(self, group: Duplicates, proof: Proof | None) -> str:
         for name in group.names:
             self.progress.enter(name, Stage.CONVERTING)
         size = bundle_bytes(group.first.checked, self.dtype)
-        with self.space.writing(size, f"the bundle of adapter {group.names[0]!r}"), self.shop.compute:
+        with self.space.writing(size, f"the bundle of adapter {group.names[0]!r}"), self.context.compute:
             bundle = convert_adapter(group.first, self.dtype, self.progress, proof)
         self._describe(group, bundle)
         publish_bundle(self.store, bundle, group.names, self.served, self.progress)
         return bundle.digest
 
-    def _describe(self, group: Batch, bundle: BuiltBundle) -> None:
+    def _describe(self, group: Duplicates, bundle: BuiltBundle) -> None:
         warning = base_warning(bundle.manifest.base_model_name, self.base)
         for adapter in group.adapters:
             extra = [*([warning] if warning else []), *adapter.fetched.warnings]

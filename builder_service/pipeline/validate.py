@@ -10,7 +10,7 @@ from typing import Final
 from builder_service.domain.file_rules import INPUTS, weight_files
 from builder_service.domain.npy_rules import FOLDED, read_npy_adapter
 from builder_service.domain.rules import CheckedAdapter, Rulebook, check_adapter, check_tensors
-from builder_service.domain.tensor_rules import Limits
+from builder_service.domain.tensor_rules import AdapterLimits
 from builder_service.domain.text_rules import check_texts
 from builder_service.pipeline.base_tokens import BaseTokens
 from builder_service.pipeline.base_weights import BaseWeights
@@ -52,7 +52,7 @@ def rulebook(model: ModelConfig, lora: LoraConfiguration, base: BaseWeights) -> 
     """Return the rules of a deployment, from its base and its ceilings."""
     targets = {part for name in lora.lora_target_modules for part in FUSED_NAMES.get(name, (name,))}
     max_rank = UNLIMITED if lora.truncate_to_rank else lora.max_lora_rank
-    limits = Limits(model.dims, max_rank, frozenset(targets))
+    limits = AdapterLimits(model.dims, max_rank, frozenset(targets))
     dtype = lora.dtype or storage_dtype(model)
     tokens = BaseTokens(base.files, base.fetch, limits.dims.vocab)
     return Rulebook(limits, (model.architecture,), dtype, base, tokens, lora.truncate_to_rank)

@@ -16,7 +16,7 @@ from loramux.messages import (
     finding_to_message,
     repository_to_message,
 )
-from loramux_shared.bundle.manifest import Row
+from loramux_shared.bundle.manifest import ModuleRow
 from loramux_shared.deployment import Deployment
 from loramux_shared.faults import Fault
 
@@ -71,7 +71,7 @@ def report_message(report: AdapterReport) -> pb.AdapterReport:
     )
 
 
-def _row_message(row: Row) -> pb.AdapterRow:
+def _row_message(row: ModuleRow) -> pb.AdapterRow:
     cut = row.truncation
     return pb.AdapterRow(
         **row.model_dump(exclude={"truncation"}),

@@ -13,7 +13,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from inference_service.backends.operations import NativeOperations
+from inference_service.backends.native import NativeOperations
 from inference_service.kernels.cpu.ops import CpuOps
 from inference_service.layers.linear import SIZES, Linear, in_pieces
 from inference_service.layers.rope import Rope

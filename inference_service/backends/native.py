@@ -1,4 +1,4 @@
-"""LoRA with the compiled CPU operations: one call per fused linear, exact ranks, no packing per step."""
+"""The compiled operations, on a CPU."""
 
 from __future__ import annotations
 
@@ -8,14 +8,102 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from inference_service.kernels.cpu.ops import ADAPTER_FIELDS, CpuOps, Table, pack_a, pack_b
+from inference_service.backends.base import Attention, Turn
+from inference_service.backends.torch import TorchOperations
+from inference_service.kernels.attention import Context
+from inference_service.kernels.cpu.ops import ADAPTER_FIELDS, BLOCK, Chunks, CpuOps, Table, pack_a, pack_b
+from inference_service.kernels.rows import Activation
+from inference_service.layers.norm import RMSNorm
 from inference_service.lora.segments import Arrangement
 from inference_service.lora.weights import AdapterWeights, GroupWeights
+from loramux_shared.bases.attention import AttentionSpec
 from loramux_shared.bases.groups import GroupShape
+from loramux_shared.bundle.modules import BaseDims
+
+
+class NativeOperations(TorchOperations):
+    """With compiled operations where there are some, on a CPU."""
+
+    def __init__(self, ops: CpuOps, dims: BaseDims) -> None:
+        super().__init__(dims, ops.dtype, torch.device("cpu"))
+        self.ops = ops
+
+    def norm(self, hidden: Tensor, norm: RMSNorm, delta: Tensor | None, delta_norm: RMSNorm | None) -> Tensor:
+        """The sum and its norm in one pass."""
+        if delta is not None and delta_norm is not None:
+            delta = self.ops.rms_norm(delta, None, delta_norm.weight, delta_norm.eps, delta_norm.offset)
+        return self.ops.rms_norm(hidden, delta, norm.weight, norm.eps, norm.offset)
+
+    def gated(self, gate_up: Tensor, activation: Activation) -> Tensor:
+        """In one pass."""
+        return self.ops.gated(gate_up, activation)
+
+    def attention(self, contexts: Sequence[Context], block_size: int) -> Attention:
+        """Over the cache where it lies."""
+        return NativeAttention(self.ops, contexts, block_size, self._num_heads, self._kv_heads)
+
+    def new_cache(self, num_rows: int) -> tuple[Tensor, Tensor]:
+        """In the order in which the compiled attention reads it."""
+        return self.ops.new_cache(self._kv_heads, num_rows, self._head_dim)
+
+
+class NativeAttention:
+    """With the compiled operations: nothing is gathered, nothing is copied."""
+
+    def __init__(
+        self, ops: CpuOps, contexts: Sequence[Context], block_size: int, num_heads: int, num_kv_heads: int
+    ) -> None:
+        self._ops = ops
+        self._num_heads = num_heads
+        self._rotated = num_heads + num_kv_heads
+        self._group = num_heads // num_kv_heads
+        parts = block_size // BLOCK
+        rows: list[int] = []
+        planned = []
+        for context in contexts:
+            blocks = context.blocks
+            positions = range(context.end - context.length, context.end)
+            rows += [blocks[at // block_size] * block_size + at % block_size for at in positions]
+            small = (
+                blocks if parts == 1 else [block * parts + part for block in blocks for part in range(parts)]
+            )
+            planned.append((context.row, context.length, context.end, small))
+        self._cache_rows = torch.tensor(rows, dtype=torch.int64)
+        self._chunks = Chunks.make(planned)
+
+    def turn(self, cos: Tensor, sin: Tensor) -> Turn:
+        """float32 [T, rotary]."""
+        return cos.squeeze(1).float().contiguous(), sin.squeeze(1).float().contiguous()
+
+    def __call__(
+        self,
+        heads: Tensor,
+        turn: Turn,
+        keys: Tensor,
+        values: Tensor,
+        spec: AttentionSpec,
+        norm: RMSNorm | None = None,
+    ) -> Tensor:
+        """Rotate in place, write the cache, attend over it where it lies."""
+        if norm is not None:
+            heads = self._normed(heads, norm)
+        q = heads[:, : self._num_heads]
+        k, v = heads[:, self._num_heads : self._rotated], heads[:, self._rotated :]
+        self._ops.rope_write(q, k, v, *turn, self._cache_rows, keys, values)
+        return self._ops.attention(
+            q, self._chunks, keys, values, self._group, spec.scale, spec.softcap or 0.0, spec.window or 0
+        )
+
+    def _normed(self, heads: Tensor, norm: RMSNorm) -> Tensor:
+        """Norm the heads of queries and keys, not those of values."""
+        rotated = heads[:, : self._rotated]
+        rows = rotated.reshape(-1, rotated.shape[-1])
+        normed = self._ops.rms_norm(rows, None, norm.weight, norm.eps, norm.offset)
+        return torch.cat([normed.view_as(rotated), heads[:, self._rotated :]], dim=1)
 
 
 class NativeLora:
-    """Adds the adapters' part to the output of a fused linear."""
+    """Adds the adapters' part to the output of a fused linear: one call, exact ranks, no packing per step."""
 
     name = "native"
     home = torch.device("cpu")

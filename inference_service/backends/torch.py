@@ -1,19 +1,122 @@
-"""LoRA on a CPU: one product with the packed A of the active adapters, a mask, and one product per slice.
-
-Rows of adapters that come in long runs, as in prefill, take two products of their own instead: a shared product
-would multiply each row with every adapter's A.
-"""
+"""Plain torch, on any device."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding, gelu, silu
 
+from inference_service.backends.base import Attention, Turn
+from inference_service.kernels.attention import Context, PagedAttention
+from inference_service.kernels.rows import Activation
+from inference_service.layers.linear import Linear
+from inference_service.layers.norm import RMSNorm
+from inference_service.layers.rope import Rope, rotate
 from inference_service.lora.segments import Arrangement, Segment
 from inference_service.lora.weights import AdapterWeights, GroupWeights
+from loramux_shared.bases.attention import AttentionSpec
 from loramux_shared.bases.groups import GroupShape
+from loramux_shared.bundle.modules import BaseDims
+
+ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
+    "silu": silu,
+    "gelu_tanh": partial(gelu, approximate="tanh"),
+}
+
+
+class TorchOperations:
+    """In plain torch, on any device."""
+
+    def __init__(
+        self,
+        dims: BaseDims,
+        dtype: torch.dtype,
+        device: torch.device,
+        windows: Sequence[int | None] = (None,),
+    ) -> None:
+        """Take the sizes of the model, and the windows of its layers."""
+        self._num_heads, self._kv_heads, self._head_dim = dims.num_heads, dims.num_kv_heads, dims.head_dim
+        self._dtype = dtype
+        self._device = device
+        self._windows = windows
+
+    def linear(self, layer: Linear, x: Tensor) -> Tensor:
+        """All rows at once."""
+        return layer(x)
+
+    def angles(self, rope: Rope, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """All positions at once."""
+        return rope.at(positions)
+
+    def embed(self, tokens: Tensor, table: Tensor, scale: float) -> Tensor:
+        """In one or two operations."""
+        hidden = embedding(tokens, table)
+        return hidden if scale == 1.0 else hidden * scale
+
+    def norm(self, hidden: Tensor, norm: RMSNorm, delta: Tensor | None, delta_norm: RMSNorm | None) -> Tensor:
+        """One after the other."""
+        if delta is not None:
+            hidden += delta if delta_norm is None else delta_norm(delta)
+        return norm(hidden)
+
+    def gated(self, gate_up: Tensor, activation: Activation) -> Tensor:
+        """Two operations."""
+        gate, up = gate_up.chunk(2, dim=-1)
+        return ACTIVATIONS[activation](gate) * up
+
+    def softcap(self, logits: Tensor, cap: float) -> Tensor:
+        """Three operations."""
+        return torch.tanh(logits / cap) * cap
+
+    def attention(self, contexts: Sequence[Context], block_size: int) -> Attention:
+        """Gather the contexts, once for all layers of a window."""
+        groups = self._num_heads // self._kv_heads
+        plan = PagedAttention(contexts, block_size, groups, self._dtype, self._device, self._windows)
+        return TorchAttention(plan, self._num_heads, self._kv_heads)
+
+    def new_cache(self, num_rows: int) -> tuple[Tensor, Tensor]:
+        """[kv heads, rows, d] each."""
+        shape = self._kv_heads, num_rows, self._head_dim
+        keys, values = (torch.zeros(shape, dtype=self._dtype, device=self._device) for _ in range(2))
+        return keys, values
+
+
+class TorchAttention:
+    """In plain torch."""
+
+    def __init__(self, plan: PagedAttention, num_heads: int, num_kv_heads: int) -> None:
+        self._plan = plan
+        self._num_heads = num_heads
+        self._rotated = num_heads + num_kv_heads
+
+    def turn(self, cos: Tensor, sin: Tensor) -> Turn:
+        """As they are."""
+        return cos, sin
+
+    def __call__(
+        self,
+        heads: Tensor,
+        turn: Turn,
+        keys: Tensor,
+        values: Tensor,
+        spec: AttentionSpec,
+        norm: RMSNorm | None = None,
+    ) -> Tensor:
+        """Rotate queries and keys together, then gather and attend."""
+        heads = _normed(heads, self._rotated, norm)
+        qk = rotate(heads[:, : self._rotated], *turn)
+        q, k = qk[:, : self._num_heads], qk[:, self._num_heads :]
+        out = self._plan(q, k, heads[:, self._rotated :], keys, values, spec)
+        return out.reshape(len(heads), -1)
+
+
+def _normed(heads: Tensor, rotated: int, norm: RMSNorm | None) -> Tensor:
+    """Norm the heads of queries and keys [T, all heads, d], not those of values."""
+    return heads if norm is None else torch.cat([norm(heads[:, :rotated]), heads[:, rotated:]], dim=1)
 
 
 @dataclass(frozen=True)
@@ -29,7 +132,12 @@ class _Pack:
 
 
 class TorchLora:
-    """Adds the adapters' part to the output of a fused linear."""
+    """Adds the adapters' part to the output of a fused linear.
+
+    One product with the packed A of the active adapters, a mask, and one product per slice. Rows of adapters
+    that come in long runs, as in prefill, take two products of their own: a shared one would multiply each row
+    with every adapter's A.
+    """
 
     name = "torch"
 

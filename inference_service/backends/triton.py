@@ -1,13 +1,27 @@
-"""LoRA with the SGMV kernels: one or two launches per fused linear, whatever adapters a step has."""
+"""The kernels for GPUs, which Triton's interpreter runs too."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from inference_service.backends.base import Attention, Turn
+from inference_service.backends.torch import TorchOperations
+from inference_service.kernels import rows
+from inference_service.kernels.attention import (
+    AttentionCapacity,
+    AttentionTables,
+    Context,
+    Inputs,
+    attend,
+    pack_tables,
+    prefill_tile,
+)
+from inference_service.kernels.rows import Activation
 from inference_service.kernels.sgmv import (
     DECODE_TILE,
     PREFILL_TILE,
@@ -17,12 +31,87 @@ from inference_service.kernels.sgmv import (
     pack_segments,
     workspace_numel,
 )
+from inference_service.layers.norm import RMSNorm
 from inference_service.lora.bank import Bank
 from inference_service.lora.segments import LONG_SEGMENT, Arrangement
 from inference_service.lora.weights import AdapterWeights
+from loramux_shared.bases.attention import AttentionSpec
 from loramux_shared.bases.groups import GroupShape
+from loramux_shared.bundle.modules import BaseDims
 
 MIN_ENTRIES: Final = 16
+
+
+class TritonOperations(TorchOperations):
+    """One launch each, on a GPU or in Triton's interpreter."""
+
+    def __init__(self, dims: BaseDims, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__(dims, dtype, device)
+        self._tables: dict[AttentionCapacity, AttentionTables] = {}
+
+    def embed(self, tokens: Tensor, table: Tensor, scale: float) -> Tensor:
+        """The scale included."""
+        return rows.embed(tokens, table, scale)
+
+    def norm(self, hidden: Tensor, norm: RMSNorm, delta: Tensor | None, delta_norm: RMSNorm | None) -> Tensor:
+        """Both norms and the sum."""
+        weight = None if delta_norm is None else delta_norm.weight
+        return rows.rms_norm(
+            hidden, norm.weight, eps=norm.eps, offset=norm.offset, delta=delta, delta_weight=weight
+        )
+
+    def gated(self, gate_up: Tensor, activation: Activation) -> Tensor:
+        """The product included."""
+        return rows.gated(gate_up, activation)
+
+    def softcap(self, logits: Tensor, cap: float) -> Tensor:
+        """In place."""
+        rows.softcap(logits, cap)
+        return logits
+
+    def attention(self, contexts: Sequence[Context], block_size: int) -> Attention:
+        """From tables that are kept for steps of the same size class."""
+        num_rows = max(context.row + context.length for context in contexts)
+        longest = max(-(-context.end // block_size) for context in contexts)
+        mixed = any(context.length > 1 for context in contexts)
+        tile = prefill_tile(self._device, self._dtype, self._head_dim, self._num_heads // self._kv_heads)
+        capacity = AttentionCapacity(
+            rows=_class_of(num_rows),
+            chunks=_class_of(len(contexts)),
+            blocks_per_chunk=_class_of(longest),
+            block_size=block_size,
+            tile=tile if mixed else None,
+        )
+        if capacity not in self._tables:
+            self._tables[capacity] = AttentionTables.allocate(capacity, self._device)
+        tables = self._tables[capacity]
+        tables.load(torch.from_numpy(pack_tables(capacity, contexts)))
+        return TritonAttention(tables)
+
+
+class TritonAttention:
+    """With the kernels for GPUs: norm, rotation and write in one launch, then one to three that attend."""
+
+    def __init__(self, tables: AttentionTables) -> None:
+        """Take the tables, which hold the step by the time that the launches run."""
+        self._tables = tables
+
+    def turn(self, cos: Tensor, sin: Tensor) -> Turn:
+        """[T, rotary]."""
+        return cos.squeeze(1), sin.squeeze(1)
+
+    def __call__(
+        self,
+        heads: Tensor,
+        turn: Turn,
+        keys: Tensor,
+        values: Tensor,
+        spec: AttentionSpec,
+        norm: RMSNorm | None = None,
+    ) -> Tensor:
+        """Rows that belong to no chunk are 0."""
+        inputs = Inputs(heads, *turn, keys, values)
+        return attend(inputs, self._tables, spec, None if norm is None else norm.of_heads).flatten(1)
 
 
 class TritonLora:
@@ -94,3 +183,8 @@ class TritonLora:
         packed = self._bank.groups.get((layer, group))
         if packed is not None and self._step is not None:
             lora_apply(x, out, packed, self._step, self._workspaces[self._step.capacity])
+
+
+def _class_of(number: int) -> int:
+    """The power of two that holds a number, so that there are few tables and few kinds of launches."""
+    return 1 << (number - 1).bit_length()

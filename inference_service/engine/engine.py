@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from inference_service.core.batch import Batch
 from inference_service.core.sequence import FinishReason, Sequence, StepOutput, Token
 from inference_service.engine.block_manager import BlockManager
-from inference_service.engine.scheduler import Limits, Scheduler
+from inference_service.engine.scheduler import Scheduler, SchedulerLimits
 from inference_service.engine.step import Pending, StepRunner
 
 
@@ -41,7 +41,7 @@ class EngineStats:
 
 
 @dataclass(frozen=True)
-class Crowd:
+class SequenceCounts:
     """How many sequences there are, by the name of their adapter; the base's is empty."""
 
     running: Mapping[str, int]
@@ -59,7 +59,7 @@ class Engine:
     def __init__(
         self,
         runner: StepRunner,
-        limits: Limits,
+        limits: SchedulerLimits,
         blocks: BlockManager,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -96,9 +96,9 @@ class Engine:
         )
 
     @property
-    def crowd(self) -> Crowd:
+    def sequence_counts(self) -> SequenceCounts:
         """Who runs and who waits; may be asked on another thread."""
-        return Crowd(_by_adapter(self._scheduler.running), _by_adapter(self._scheduler.waiting))
+        return SequenceCounts(_by_adapter(self._scheduler.running), _by_adapter(self._scheduler.waiting))
 
     def add(self, seq: Sequence) -> None:
         """Take a sequence in; it ends with one output that has a finish reason, unless it is aborted."""

@@ -9,8 +9,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from inference_service.backends.attention import TritonAttention
 from inference_service.backends.base import LoraBackend
+from inference_service.backends.triton import TritonAttention
 from inference_service.core.batch import Batch
 from inference_service.core.sequence import Sequence, Token
 from inference_service.engine.buffers import StepBuffers, StepCapacity, StepMemory, device_params
@@ -18,7 +18,7 @@ from inference_service.engine.graphs import Graph, Recorder
 from inference_service.engine.readback import read_back
 from inference_service.engine.rows import Rows, lay_out
 from inference_service.engine.runner import Runner
-from inference_service.engine.scheduler import Limits
+from inference_service.engine.scheduler import SchedulerLimits
 from inference_service.kernels.sampling import pack_rows, sample
 from inference_service.kernels.sgmv import Segments
 from inference_service.models.decoder import Decoder
@@ -50,7 +50,7 @@ class GraphRunner(Runner):
         lora: SegmentedLora,
         num_blocks: int,
         block_size: int,
-        limits: Limits,
+        limits: SchedulerLimits,
         recorder: Recorder,
     ) -> None:
         super().__init__(model, lora, num_blocks, block_size)

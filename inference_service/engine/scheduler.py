@@ -11,7 +11,7 @@ from inference_service.engine.block_manager import BlockManager
 
 
 @dataclass(frozen=True)
-class Limits:
+class SchedulerLimits:
     """Bounds of one step."""
 
     max_tokens: int
@@ -43,7 +43,7 @@ class Scheduler:
     last one or the next draw needs it. A preempted sequence waits for a step at least, and then it is known.
     """
 
-    def __init__(self, limits: Limits, blocks: BlockManager) -> None:
+    def __init__(self, limits: SchedulerLimits, blocks: BlockManager) -> None:
         self.limits = limits
         self.blocks = blocks
         self.waiting: list[Sequence] = []

@@ -12,9 +12,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from inference_service.backends.attention import Attention
-from inference_service.backends.base import LoraBackend
-from inference_service.backends.operations import Operations, TorchOperations
+from inference_service.backends.base import Attention, LoraBackend, Operations
+from inference_service.backends.torch import TorchOperations
 from inference_service.kernels.attention import Context
 from inference_service.layers.linear import Linear
 from inference_service.layers.norm import RMSNorm

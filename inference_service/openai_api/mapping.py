@@ -89,7 +89,7 @@ def completion_requests(body: CompletionBody, service: GenerationService) -> lis
 def _request(body: GenerationBody, service: GenerationService, *, prompt: Prompt, **own: Any) -> Request:
     """Return a request with the fields that all bodies have, and an endpoint's own."""
     temperature = body.temperature
-    if temperature is None and service.catalog.get(body.model).brought.temperature is None:
+    if temperature is None and service.catalog.get(body.model).defaults.temperature is None:
         temperature = DEFAULT_TEMPERATURE
     return Request(
         model=body.model,

@@ -25,10 +25,10 @@ async def show_state(service: GenerationService, http: HttpRequest) -> Response:
 
 
 def _at_work(service: GenerationService) -> Json:
-    crowd, found = service.engine_view.crowd, {}
+    sequences, found = service.engine_view.sequence_counts, {}
     for model in service.catalog:
         inside = model.adapter.name if model.adapter else ""
-        counts = {"running": crowd.running.get(inside, 0), "waiting": crowd.waiting.get(inside, 0)}
+        counts = {"running": sequences.running.get(inside, 0), "waiting": sequences.waiting.get(inside, 0)}
         if any(counts.values()):
             found[model.name] = counts
     return found

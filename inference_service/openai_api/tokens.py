@@ -13,7 +13,7 @@ from inference_service.openai_api.chat_schema import TokenizeBody
 from inference_service.openai_api.mapping import messages_of, refused
 from inference_service.openai_api.reply import json_response
 from inference_service.openai_api.schema import DetokenizeBody
-from inference_service.serving.adapter_defaults import NOTHING
+from inference_service.serving.adapter_defaults import NO_DEFAULTS
 from inference_service.serving.bounds import check_turns
 from inference_service.serving.service import GenerationService
 
@@ -24,7 +24,7 @@ MAX_TOKENS: Final = 128 * 1024
 async def tokenize(service: GenerationService, http: HttpRequest) -> Response:
     """Return the tokens of a text, or of messages as the model's template renders them."""
     body = await read_body(http, TokenizeBody)
-    brought = service.catalog.get(body.model).brought if body.model else NOTHING
+    defaults = service.catalog.get(body.model).defaults if body.model else NO_DEFAULTS
     most = _most(service)
     if body.messages is not None:
         messages = messages_of(body.messages)
@@ -33,7 +33,7 @@ async def tokenize(service: GenerationService, http: HttpRequest) -> Response:
         tokens = await service.text.encode_messages(
             messages,
             most,
-            brought.template,
+            defaults.template,
             tools,
             add_generation_prompt=body.add_generation_prompt is not False,
         )

@@ -54,11 +54,11 @@ class Factors:
         return x @ self.a.T @ self.b.T
 
 
-Adapter = Mapping[tuple[int, str], Factors]
+AdapterFactors = Mapping[tuple[int, str], Factors]
 """By layer and TensorRT-LLM's name of the module."""
 
 
-def read_adapter(folder: Path, dims: BaseDims, truncate_to: int | None = None) -> Adapter:
+def read_adapter(folder: Path, dims: BaseDims, truncate_to: int | None = None) -> AdapterFactors:
     """Read the files of an adapter that the builder accepted."""
     peft = (folder / "adapter_config.json").exists()
     found = _read_peft(folder, dims) if peft else _read_npy(folder, dims)

@@ -16,7 +16,7 @@ from torch.nn.functional import gelu, silu
 
 from inference_service.layers.rope import frequencies
 from inference_service.models.checkpoint import Checkpoint
-from inference_service.proof.adapter_source import Adapter
+from inference_service.proof.adapter_source import AdapterFactors
 from loramux_shared.bases.attention import AttentionSpec
 from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bases.rope import RopeSpec
@@ -28,7 +28,7 @@ QKV, GATE_UP = ("attn_q", "attn_k", "attn_v"), ("mlp_h_to_4h", "mlp_gate")
 class Run:
     """One sequence under one adapter."""
 
-    adapter: Adapter
+    adapter: AdapterFactors
     hidden: Tensor
     """[T, hidden]"""
     added: dict[tuple[int, str], Tensor] = field(default_factory=dict)
@@ -48,7 +48,9 @@ class Reference:
         self._prefix = found.removesuffix(f"{names.final_norm}.weight")
 
     @torch.inference_mode()
-    def run(self, sequences: Sequence[Sequence[int]], adapters: Mapping[str, Adapter]) -> dict[str, list[Run]]:
+    def run(
+        self, sequences: Sequence[Sequence[int]], adapters: Mapping[str, AdapterFactors]
+    ) -> dict[str, list[Run]]:
         """Return the runs of every sequence under every adapter, by its name."""
         config, names, dims = self._config, self._config.names, self._config.dims
         embedding, head = self._tables()

@@ -26,7 +26,7 @@ from inference_service.lora.segments import Arrangement
 from inference_service.lora.weights import AdapterWeights
 from inference_service.models.decoder import Decoder
 from inference_service.proof.fingerprint import difference, effect_of
-from loramux_shared.bundle.manifest import Manifest, Row
+from loramux_shared.bundle.manifest import Manifest, ModuleRow
 from loramux_shared.bundle.proof import Effect, Probe, Proof
 from loramux_shared.deployment import Dtype
 from loramux_shared.faults import ProofFailed
@@ -145,7 +145,9 @@ def replay(
 _CURE: Final = "Build the deployment again; if it stays, this replica computes wrongly: please report it."
 
 
-def _in_order(rows: Sequence[Row], effects: Sequence[Effect], model: Decoder) -> list[tuple[Row, Effect]]:
+def _in_order(
+    rows: Sequence[ModuleRow], effects: Sequence[Effect], model: Decoder
+) -> list[tuple[ModuleRow, Effect]]:
     modules = [module for group in model.config.groups for module in group.modules]
     pairs = zip(rows, effects, strict=True)
     return sorted(pairs, key=lambda pair: (pair[0].layer, modules.index(pair[0].module)))

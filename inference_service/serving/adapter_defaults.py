@@ -16,7 +16,7 @@ TEMPLATE, GENERATION, TOKENIZER = TEXT_FILES
 
 
 @dataclass(frozen=True)
-class Brought:
+class AdapterDefaults:
     """Where a request leaves something open, the adapter's own word comes before the base's."""
 
     template: ChatTemplate | None = None
@@ -28,21 +28,21 @@ class Brought:
     """Beside the base's."""
 
 
-NOTHING: Final = Brought()
+NO_DEFAULTS: Final = AdapterDefaults()
 
 
-def read_brought(name: str, texts: Mapping[str, bytes], base: Text) -> Brought:
+def read_adapter_defaults(name: str, texts: Mapping[str, bytes], base: Text) -> AdapterDefaults:
     """Read the text files of an adapter's bundle.
 
     Raises:
         AdapterInvalid: a file cannot be read, or the template cannot be parsed.
     """
     if not texts:
-        return NOTHING
+        return NO_DEFAULTS
     generation, tokenizer = (_fields(name, file, texts) for file in (GENERATION, TOKENIZER))
     special = base.special_tokens | special_tokens(tokenizer)
     sampled = generation.get("do_sample") is True  # as transformers means it: else it is greedy
-    return Brought(
+    return AdapterDefaults(
         template=_template(name, texts, tokenizer, special),
         temperature=_or(generation.get("temperature"), 1.0) if sampled else None,
         top_p=generation.get("top_p") if sampled else None,

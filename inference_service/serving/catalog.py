@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 from inference_service.core.sequence import Adapter
-from inference_service.serving.adapter_defaults import NOTHING, Brought
+from inference_service.serving.adapter_defaults import NO_DEFAULTS, AdapterDefaults
 from loramux_shared.access.rights import ACCESS
 from loramux_shared.faults import ModelNotFound
 from loramux_shared.wording import listed
@@ -28,7 +28,7 @@ class ServedModel:
     ranks: tuple[int, ...] = ()
     modules: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
-    brought: Brought = NOTHING
+    defaults: AdapterDefaults = NO_DEFAULTS
     load_time: datetime = field(default_factory=lambda: datetime.now(UTC))
     load_s: float = 0.0
     """Seconds that reading, checking and packing it took."""

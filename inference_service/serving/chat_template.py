@@ -10,7 +10,7 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from inference_service.serving.sandbox.pool import BoundedPool
+from inference_service.serving.sandbox.pool import SandboxPool
 from loramux_shared.faults import CheckpointInvalid, Finding, RequestInvalid
 
 MAX_TEMPLATE_CHARS: Final = 1_000_000
@@ -63,4 +63,4 @@ class ChatTemplate:
         return answer["text"]
 
 
-_RENDERERS: Final = BoundedPool("templates", MAX_PROCESSES)
+_RENDERERS: Final = SandboxPool("templates", MAX_PROCESSES)

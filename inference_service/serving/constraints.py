@@ -19,7 +19,7 @@ from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
 
 from inference_service.core.constraint import Constraint, Grammar
 from inference_service.serving.sandbox.grammars import LIMITS
-from inference_service.serving.sandbox.process import BoundedProcess
+from inference_service.serving.sandbox.process import SandboxProcess
 from inference_service.serving.text import Text
 from loramux_shared.faults import Finding, RequestInvalid
 
@@ -52,7 +52,7 @@ class Constraints:
         self._text = text
         self._eos = min(eos_token_ids, default=0)
         self._matchers: OrderedDict[Constraint, asyncio.Future[LLMatcher | str]] = OrderedDict()
-        self._trial = BoundedProcess("grammars")
+        self._trial = SandboxProcess("grammars")
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="constraints")
 
     async def compile(self, constraint: Constraint) -> Compiled:

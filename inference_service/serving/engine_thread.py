@@ -14,7 +14,7 @@ from typing import Final
 import structlog
 
 from inference_service.core.sequence import Sequence, StepOutput
-from inference_service.engine.engine import Crowd, Engine, EngineStats
+from inference_service.engine.engine import Engine, EngineStats, SequenceCounts
 from loramux_shared.faults import Fault, QueueFull, ShuttingDown
 
 CUT: Final = "the server shut down before the answer was complete. Retry with another replica."
@@ -97,9 +97,9 @@ class EngineThread:
         return self._engine.stats
 
     @property
-    def crowd(self) -> Crowd:
+    def sequence_counts(self) -> SequenceCounts:
         """Who runs and who waits."""
-        return self._engine.crowd
+        return self._engine.sequence_counts
 
     def start(self) -> None:
         """Start the thread; must be called on the event loop."""

@@ -14,7 +14,7 @@ from typing import Final, TypeVar
 from inference_service.core.constraint import Constraint, Grammar
 from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import Sequence
-from inference_service.serving.adapter_defaults import Brought
+from inference_service.serving.adapter_defaults import AdapterDefaults
 from inference_service.serving.answer import Answer
 from inference_service.serving.bounds import check
 from inference_service.serving.catalog import Catalog, ServedModel
@@ -106,9 +106,9 @@ class GenerationService:
         with following(request, self._watchers) as follower:
             model = follower.record.model = self.catalog.get(request.model)
             check(request, self.text.vocab, self._engine.max_queue, self.limits.max_seq_len)
-            tokens = await self._tokens(request, model.brought)
-            sampling = self._sampling(request, len(tokens), model.brought)
-            grammars = await self._grammars(request, model.brought)
+            tokens = await self._tokens(request, model.defaults)
+            sampling = self._sampling(request, len(tokens), model.defaults)
+            grammars = await self._grammars(request, model.defaults)
             answers = self._answers(request, model, tokens, sampling, grammars)
             seqs = [answer.seq for answer in answers.values()]
             follower.submitted(seqs)
@@ -146,7 +146,7 @@ class GenerationService:
             answers[seq.id] = Answer(index, seq, detokenizer, request.stop)
         return answers
 
-    async def _tokens(self, request: Request, brought: Brought) -> list[int]:
+    async def _tokens(self, request: Request, defaults: AdapterDefaults) -> list[int]:
         prompt, most = request.prompt, self.limits.max_seq_len
         if isinstance(prompt, str):
             tokens = await asyncio.to_thread(self.text.encode_prompt, prompt, most)
@@ -154,7 +154,7 @@ class GenerationService:
             tokens = await self.text.encode_messages(
                 [item for item in prompt if isinstance(item, Mapping)],
                 most,
-                brought.template,
+                defaults.template,
                 request.tools,
                 add_generation_prompt=request.add_generation_prompt,
             )
@@ -164,28 +164,28 @@ class GenerationService:
             raise RequestInvalid("the prompt is empty; expected at least one token.")
         return tokens
 
-    async def _grammars(self, request: Request, brought: Brought) -> list[Grammar | None]:
+    async def _grammars(self, request: Request, defaults: AdapterDefaults) -> list[Grammar | None]:
         """Return a grammar for each answer, or None for each."""
         if request.constraint is None:
             return [None] * request.n
-        ends = self._ends(request, brought) | (self.text.vocabulary.special & set(request.stop_token_ids))
+        ends = self._ends(request, defaults) | (self.text.vocabulary.special & set(request.stop_token_ids))
         compiled = await self._constraints.compile(request.constraint)
         return [compiled.begin(ends) for _ in range(request.n)]
 
-    def _ends(self, request: Request, brought: Brought) -> frozenset[int]:
-        return frozenset() if request.ignore_eos else self.limits.eos_token_ids | brought.stop_token_ids
+    def _ends(self, request: Request, defaults: AdapterDefaults) -> frozenset[int]:
+        return frozenset() if request.ignore_eos else self.limits.eos_token_ids | defaults.stop_token_ids
 
-    def _sampling(self, request: Request, prompt_tokens: int, brought: Brought) -> SamplingParams:
+    def _sampling(self, request: Request, prompt_tokens: int, defaults: AdapterDefaults) -> SamplingParams:
         room = self._room(request.max_tokens, prompt_tokens)
         most = min(self.limits.default_max_tokens or room, room)
         return SamplingParams(
             max_tokens=most if request.max_tokens is None else request.max_tokens,
-            temperature=_above(LEAST, _first(request.temperature, brought.temperature, 0.0)),
-            top_p=_above(LEAST, _first(request.top_p, brought.top_p, 1.0)),
-            top_k=min(_first(request.top_k, brought.top_k, 0), self.text.vocab),
+            temperature=_above(LEAST, _first(request.temperature, defaults.temperature, 0.0)),
+            top_p=_above(LEAST, _first(request.top_p, defaults.top_p, 1.0)),
+            top_k=min(_first(request.top_k, defaults.top_k, 0), self.text.vocab),
             min_p=request.min_p or 0.0,
             seed=secrets.randbits(63) if request.seed is None else request.seed,
-            stop_token_ids=self._ends(request, brought) | frozenset(request.stop_token_ids),
+            stop_token_ids=self._ends(request, defaults) | frozenset(request.stop_token_ids),
             min_tokens=request.min_tokens or 0,
             repetition_penalty=_first(request.repetition_penalty, None, 1.0),
             presence_penalty=request.presence_penalty or 0.0,
@@ -232,9 +232,9 @@ def _of_answer(sampling: SamplingParams, index: int) -> SamplingParams:
     return replace(sampling, seed=seed, prompt_logprobs=None)
 
 
-def _first(said: N | None, brought: N | None, default: N) -> N:
+def _first(said: N | None, adapters: N | None, default: N) -> N:
     """Return what the request says, else what the adapter brings."""
-    given = brought if said is None else said
+    given = adapters if said is None else said
     return default if given is None else given
 
 

@@ -4,23 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from inference_service.backends.base import LoraBackend
+from inference_service.backends.base import Backend
 from inference_service.backends.deterministic import DeterministicOperations
-from inference_service.backends.native import NativeLora
-from inference_service.backends.operations import (
-    NativeOperations,
-    Operations,
-    TorchOperations,
-    TritonOperations,
-)
-from inference_service.backends.torch import TorchLora
-from inference_service.backends.triton import TritonLora
+from inference_service.backends.native import NativeLora, NativeOperations
+from inference_service.backends.torch import TorchLora, TorchOperations
+from inference_service.backends.triton import TritonLora, TritonOperations
 from inference_service.kernels.attention import MIN_BLOCK_SIZE
 from inference_service.kernels.cpu import build
 from inference_service.kernels.cpu.ops import BLOCK, DTYPES, MAX_HEAD_DIM, CpuOps
@@ -28,19 +20,6 @@ from loramux_shared.bases.config import ModelConfig
 from loramux_shared.faults import SettingsInvalid
 from loramux_shared.private import open_folder
 from loramux_shared.settings import InferenceSettings
-
-
-@dataclass(frozen=True)
-class Backend:
-    """What a model is run with."""
-
-    device: torch.device
-    dtype: torch.dtype
-    operations: Operations
-    new_lora: Callable[[], LoraBackend]
-    """Makes an empty home for adapters."""
-    how: str
-    """For the start line: where the operations come from."""
 
 
 def choose_backend(settings: InferenceSettings, config: ModelConfig) -> Backend:

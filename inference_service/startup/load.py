@@ -12,7 +12,7 @@ from pathlib import Path
 import structlog
 import torch
 
-from inference_service.backends.base import LoraBackend
+from inference_service.backends.base import Backend, LoraBackend
 from inference_service.backends.triton import TritonLora
 from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import Adapter
@@ -22,19 +22,19 @@ from inference_service.engine.engine import Engine
 from inference_service.engine.graph_runner import GraphRunner
 from inference_service.engine.graphs import CudaRecorder
 from inference_service.engine.runner import Runner
-from inference_service.engine.scheduler import Limits
+from inference_service.engine.scheduler import SchedulerLimits
 from inference_service.lora.loader import matrices
 from inference_service.lora.weights import pack_adapter
 from inference_service.models.checkpoint import Checkpoint
 from inference_service.models.decoder import Decoder
 from inference_service.proof.replay import replay
-from inference_service.serving.adapter_defaults import read_brought
+from inference_service.serving.adapter_defaults import read_adapter_defaults
 from inference_service.serving.catalog import Catalog, ServedModel
 from inference_service.serving.engine_thread import EngineThread
 from inference_service.serving.service import GenerationService, ServingLimits
 from inference_service.serving.telemetry.record import Watcher
 from inference_service.serving.text import Text
-from inference_service.startup.choose import Backend, choose_backend
+from inference_service.startup.choose import choose_backend
 from inference_service.startup.memory import divide_memory
 from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bases.read import read_config
@@ -226,7 +226,7 @@ def _load_adapter(
         ranks=manifest.ranks,
         modules=manifest.modules,
         warnings=tuple(finding.code for finding in manifest.warnings),
-        brought=read_brought(name, bundle.texts, text),
+        defaults=read_adapter_defaults(name, bundle.texts, text),
     )
 
 
@@ -242,12 +242,12 @@ def _merge(served: ServedModel, bundle: Bundle, placed: PlacedBase, model: Decod
 
 def _memory(
     settings: InferenceSettings, generation: Generation, model: Decoder, lora: LoraBackend
-) -> tuple[BlockManager, Limits]:
+) -> tuple[BlockManager, SchedulerLimits]:
     """Size the cache from what is free, and the longest sequence from the cache."""
     graphs = _for_graphs(model, lora) is not None
     plan = divide_memory(settings, generation.max_seq_len, model, lora.num_bytes, graphs=graphs)
     blocks = BlockManager(plan.num_blocks, settings.block_size, prefix_cache=settings.prefix_cache)
-    limits = Limits(
+    limits = SchedulerLimits(
         max_tokens=settings.max_batch_tokens,
         max_seqs=settings.max_batch_seqs,
         max_adapters=settings.max_batch_adapters,
@@ -256,7 +256,7 @@ def _memory(
     return blocks, limits
 
 
-def _runner(model: Decoder, lora: LoraBackend, blocks: BlockManager, limits: Limits) -> Runner:
+def _runner(model: Decoder, lora: LoraBackend, blocks: BlockManager, limits: SchedulerLimits) -> Runner:
     segmented = _for_graphs(model, lora)
     if segmented is None:
         return Runner(model, lora, blocks.num_blocks, blocks.block_size)

@@ -57,7 +57,7 @@ class Cache:
 
 
 @dataclass(frozen=True)
-class Plan:
+class MemoryPlan:
     """What fits."""
 
     num_blocks: int
@@ -65,7 +65,9 @@ class Plan:
     kv_bytes: int
 
 
-def plan_memory(free: int, needs: Needs, cache: Cache, *, share: float, ceiling: int | None = None) -> Plan:
+def plan_memory(
+    free: int, needs: Needs, cache: Cache, *, share: float, ceiling: int | None = None
+) -> MemoryPlan:
     """Divide the bytes that are free once weights and adapters are loaded.
 
     The cache takes what the settings say, or a share of what steps leave, ceiling at most; never more than all
@@ -92,7 +94,7 @@ def plan_memory(free: int, needs: Needs, cache: Cache, *, share: float, ceiling:
             f"token, beside {_shown(needs)}), and one sequence of max_seq_len={cache.longest} does not fit. "
             "Raise LORAMUX_KV_MEMORY_GB or lower max_seq_len."
         )
-    return Plan(num_blocks, min(cache.longest, capacity), capacity * cache.token_bytes)
+    return MemoryPlan(num_blocks, min(cache.longest, capacity), capacity * cache.token_bytes)
 
 
 def needs_of(
@@ -118,8 +120,8 @@ def needs_of(
 
 def divide_memory(
     settings: InferenceSettings, max_seq_len: int | None, model: Decoder, adapters: int, *, graphs: bool
-) -> Plan:
-    """Plan the memory of a model that is loaded, adapters' bytes included, and log a line per item.
+) -> MemoryPlan:
+    """MemoryPlan the memory of a model that is loaded, adapters' bytes included, and log a line per item.
 
     Raises:
         ResourcesExhausted: it does not fit.

@@ -23,7 +23,7 @@ PAUSE_S = 0.1
 
 
 @dataclass(frozen=True)
-class Plan:
+class LoadPlan:
     """How requests are sent; one that has begun is always waited for."""
 
     concurrency: int = 8
@@ -63,7 +63,7 @@ class Run:
 
 
 async def drive(
-    client: AsyncClient, workload: Workload, plan: Plan, tell: Callable[[Outcome], None] = lambda _: None
+    client: AsyncClient, workload: Workload, plan: LoadPlan, tell: Callable[[Outcome], None] = lambda _: None
 ) -> Run:
     """Send the requests of a plan and return what became of them; tell is called with each outcome."""
     run = Run()

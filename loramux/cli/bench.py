@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from loramux.bench.drive import Plan, Run, drive
+from loramux.bench.drive import LoadPlan, Run, drive
 from loramux.bench.figures import report
 from loramux.bench.plot import plot as draw
 from loramux.bench.plot import require_plot
@@ -86,7 +86,7 @@ def bench(
         raise SettingsInvalid("--concurrency is a closed loop and --rate an open one: give one of them")
     if plot is not None:
         require_plot(plot)
-    plan = Plan(
+    plan = LoadPlan(
         concurrency=concurrency or CONCURRENCY,
         rate=rate,
         requests=requests,
@@ -106,7 +106,7 @@ async def _bench(
     given: Sequence[Prompt],
     prompt_tokens: int,
     seed: int,
-    plan: Plan,
+    plan: LoadPlan,
     warmup: int | None,
 ) -> tuple[Workload, Run]:
     async with AsyncClient(inference=address) as client:
@@ -134,10 +134,10 @@ async def _warm_up(client: AsyncClient, workload: Workload, options: GenerateOpt
     other = Workload(workload.models, workload.seed + 1, workload.words, workload.given)
     if requests:
         with shell.working(f"warming up with {requests} requests"):
-            await drive(client, other, Plan(CONCURRENCY, requests=requests, options=options))
+            await drive(client, other, LoadPlan(CONCURRENCY, requests=requests, options=options))
 
 
-def _tell(plan: Plan, workload: Workload, run: Run, as_json: bool) -> None:
+def _tell(plan: LoadPlan, workload: Workload, run: Run, as_json: bool) -> None:
     figures = report(run.outcomes, workload.models)
     if as_json:
         emit({"plan": plan, "seed": workload.seed, "report": figures, "client": run.load})

@@ -6,7 +6,7 @@ import time
 
 from rich.progress import BarColumn, TextColumn
 
-from loramux.bench.drive import ClientLoad, Plan
+from loramux.bench.drive import ClientLoad, LoadPlan
 from loramux.bench.figures import Figures, Outcome, Percentiles, Report
 from loramux.cli import shell
 from loramux.cli.bars import Bars
@@ -17,7 +17,7 @@ RIGHT = frozenset({"requests", "tokens/s", "first, ms", "per token, ms", "whole,
 class BenchView(Bars):
     """Shows on a terminal how far a run is."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: LoadPlan) -> None:
         super().__init__(TextColumn("{task.description}"), BarColumn(), transient=True)
         self._plan = plan
         self._begin = time.monotonic()

@@ -25,7 +25,7 @@ from loramux_shared.faults import RepoNotFound, SourceUnavailable
 from loramux_shared.spelling import parse_repository
 
 Base = Annotated[str, typer.Option("--base", metavar="BASE", help="The base: as ADAPTER.", show_default=False)]
-Adapter = Annotated[
+AdapterArgument = Annotated[
     str,
     typer.Argument(metavar="ADAPTER", help="org/name[@rev], a path, s3:// gs:// azure:// https://"),
 ]
@@ -57,7 +57,7 @@ class Wanted:
 
 @shell.command
 def check(
-    adapter: Adapter,
+    adapter: AdapterArgument,
     base: Base,
     max_rank: MaxRank = 64,
     truncate_to: shell.TruncateTo = None,

@@ -13,7 +13,7 @@ from loramux.cli import shell
 from loramux.cli.build import build_with_bars, read_deployment
 from loramux.cli.build_view import show_built
 from loramux.cli.hints import program, show_lines_to_try
-from loramux.cli.preflight import Plan, preflight
+from loramux.cli.preflight import UpPlan, preflight
 from loramux.cli.race import race, show_summary
 from loramux.cli.tree import ProcessTree, free_address, run_tree
 from loramux.cli.up import OPENAI, keep, show_ready, start_builder, start_inference
@@ -46,7 +46,7 @@ def demo(
     Example: loramux demo --prompt "Tell me about the moon." --keep
     """
     examples = folder or find_examples()
-    plan = Plan(
+    plan = UpPlan(
         deployment=read_deployment(examples / "deployment.yaml").deployment,
         store=store,
         builder=free_address(BUILDER),
@@ -61,7 +61,7 @@ def demo(
 
 
 async def _demo(
-    tree: ProcessTree, plan: Plan, examples: Path, prompt: str, max_tokens: int, stay: bool
+    tree: ProcessTree, plan: UpPlan, examples: Path, prompt: str, max_tokens: int, stay: bool
 ) -> None:
     await _prepare_base(tree, plan, examples)
     await start_builder(tree, plan)
@@ -81,7 +81,7 @@ async def _demo(
         show_lines_to_try(INFERENCE, OPENAI, models[-1].name)
 
 
-async def _prepare_base(tree: ProcessTree, plan: Plan, examples: Path) -> None:
+async def _prepare_base(tree: ProcessTree, plan: UpPlan, examples: Path) -> None:
     base = plan.deployment.build.checkpoint_repository
     if base.source is not SourceKind.LOCAL:
         return

@@ -25,7 +25,7 @@ WITHOUT_TLS: Final = dict.fromkeys(("tls_cert", "tls_key", "tls_client_ca"))
 
 
 @dataclass(frozen=True)
-class Plan:
+class UpPlan:
     """What is to be brought up, and where."""
 
     deployment: Deployment
@@ -46,7 +46,7 @@ class Plan:
         return [Path(folder) for folder in dict.fromkeys(folders)]
 
 
-def preflight(plan: Plan) -> None:
+def preflight(plan: UpPlan) -> None:
     """Look at settings, keys, addresses and the store's credentials.
 
     Raises:

@@ -15,7 +15,7 @@ from loramux.cli.build import build_with_bars, read_deployment
 from loramux.cli.build_view import show_built
 from loramux.cli.documents import emit
 from loramux.cli.hints import reachable, show_lines_to_try
-from loramux.cli.preflight import Plan, preflight
+from loramux.cli.preflight import UpPlan, preflight
 from loramux.cli.services import builder_command, inference_command
 from loramux.cli.tree import ProcessTree, free_address, run_tree
 from loramux.client import BUILDER, INFERENCE, AsyncClient
@@ -46,7 +46,7 @@ def up(
 
     Example: loramux up deployment.yaml
     """
-    plan = Plan(
+    plan = UpPlan(
         deployment=read_deployment(file).deployment,
         store=store,
         builder=builder or free_address(BUILDER),
@@ -58,7 +58,7 @@ def up(
     run_tree(functools.partial(_up, plan=plan, as_json=as_json))
 
 
-async def _up(tree: ProcessTree, plan: Plan, as_json: bool) -> None:
+async def _up(tree: ProcessTree, plan: UpPlan, as_json: bool) -> None:
     async with AsyncClient(inference=reachable(plan.inference), builder=reachable(plan.builder)) as client:
         await start_builder(tree, plan)
         built = await build_with_bars(client, plan.deployment)
@@ -73,14 +73,14 @@ async def _up(tree: ProcessTree, plan: Plan, as_json: bool) -> None:
     await keep(tree)
 
 
-async def start_builder(tree: ProcessTree, plan: Plan) -> None:
+async def start_builder(tree: ProcessTree, plan: UpPlan) -> None:
     """Start the builder and wait until it is ready."""
     argv = builder_command(plan.store, plan.builder, plan.local_roots)
     with shell.step(f"builder service on {plan.builder}"):
         await tree.serve("builder", argv)
 
 
-async def start_inference(tree: ProcessTree, plan: Plan) -> None:
+async def start_inference(tree: ProcessTree, plan: UpPlan) -> None:
     """Start the inference service and wait until it is ready, which takes as long as the base loads."""
     name = plan.deployment.model_name
     argv = inference_command(name, plan.store, plan.inference, plan.local_roots, plan.engine, plan.http)
@@ -96,14 +96,14 @@ async def keep(tree: ProcessTree) -> None:
     await asyncio.Event().wait()
 
 
-def ready_fields(plan: Plan, models: Sequence[ModelInfo], logs: Path) -> dict[str, object]:
+def ready_fields(plan: UpPlan, models: Sequence[ModelInfo], logs: Path) -> dict[str, object]:
     """Return for JSON what `show_ready` prints."""
     names = [model.name for model in models]
     addresses = {"inference": plan.inference, "http": plan.http, "builder": plan.builder}
     return {**addresses, "models": names, "logs": logs}
 
 
-def show_ready(plan: Plan, models: Sequence[ModelInfo], logs: Path) -> None:
+def show_ready(plan: UpPlan, models: Sequence[ModelInfo], logs: Path) -> None:
     """Print where everything is, and what to try."""
     shell.show()
     shell.show("ready", "bold green")

@@ -15,10 +15,10 @@ from typer.testing import CliRunner
 
 from builder_service.builds.builds import Builds
 from builder_service.builds.journal import Abandoned, Journal, JournalEntry
-from builder_service.builds.limits import Limits
+from builder_service.builds.limits import BuildLimits
 from builder_service.builds.views import DeploymentView, State
 from builder_service.pipeline.check import Checks
-from builder_service.pipeline.context import Workshop
+from builder_service.pipeline.context import BuildContext
 from builder_service.rpc.servicer import SERVICE_NAME, BuilderServicer
 from loramux.cli.main import app
 from loramux.client import AsyncClient
@@ -69,8 +69,10 @@ class World:
 
     def builder(self, owner: str = OWNER, **limits: float) -> Builds:
         """A builder that has not recovered yet."""
-        shop = Workshop(self.store, open_sources(local_roots=[self.folder]), self.folder / "work", owner=owner)
-        made = Builds(shop, replace(Limits(), **limits))
+        context = BuildContext(
+            self.store, open_sources(local_roots=[self.folder]), self.folder / "work", owner=owner
+        )
+        made = Builds(context, replace(BuildLimits(), **limits))
         self.started.append(made)
         return made
 
@@ -101,7 +103,7 @@ async def until(condition: Callable[[], bool]) -> None:
 async def test_a_cancelled_build_fails_and_leaves_what_is_served(world):
     """Over gRPC: CancelBuild answers at once, the build ends as BUILD_CANCELLED, and building again works."""
     builds = world.builder()
-    server = RpcServer("127.0.0.1:0", {SERVICE_NAME: BuilderServicer(builds, Checks(builds._shop)).register})
+    server = RpcServer("127.0.0.1:0", {SERVICE_NAME: BuilderServicer(builds, Checks(builds._context)).register})
     async with AsyncClient(builder=await server.start()) as client:
         await client.build(world.deployment("one"))
         assert (await client.cancel("tiny")).state is DeploymentState.BUILDING
@@ -122,7 +124,7 @@ async def test_a_cancelled_build_fails_and_leaves_what_is_served(world):
 async def test_the_cancel_command(world):
     """`loramux cancel` waits for the end of the build and says it; without one it says what there is."""
     builds = world.builder()
-    server = RpcServer("127.0.0.1:0", {SERVICE_NAME: BuilderServicer(builds, Checks(builds._shop)).register})
+    server = RpcServer("127.0.0.1:0", {SERVICE_NAME: BuilderServicer(builds, Checks(builds._context)).register})
     address = await server.start()
     await builds.build(world.deployment("one"))
     call = asyncio.create_task(

@@ -13,9 +13,9 @@ import pytest
 
 from builder_service.builds.builds import MAX_ATTEMPTS, Builds
 from builder_service.builds.journal import Journal, JournalEntry
-from builder_service.builds.limits import Limits
+from builder_service.builds.limits import BuildLimits
 from builder_service.pipeline.check import Checks
-from builder_service.pipeline.context import Workshop
+from builder_service.pipeline.context import BuildContext
 from builder_service.rpc.servicer import SERVICE_NAME, BuilderServicer
 from loramux.builder.v1 import builder_pb2 as pb
 from loramux.builder.v1 import builder_pb2_grpc
@@ -58,8 +58,8 @@ class Running:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.store = GatedStore()
-        self.shop = Workshop(self.store, open_sources(local_roots=[folder]), folder / "work")
-        self.builds = Builds(self.shop, Limits(running=2))
+        self.context = BuildContext(self.store, open_sources(local_roots=[folder]), folder / "work")
+        self.builds = Builds(self.context, BuildLimits(running=2))
         self.stub: Any = None
 
     def deployment(self, *adapters: str, name: str = "tiny", **lora: Any) -> Deployment:
@@ -92,7 +92,9 @@ async def running(tmp_path) -> AsyncIterator[Running]:
     write_adapter(tmp_path / "one")
     write_adapter(tmp_path / "two", tensors(("o_proj",), rank=8), r=8, target_modules=["o_proj"])
     made = Running(tmp_path)
-    server = RpcServer("127.0.0.1:0", {SERVICE_NAME: BuilderServicer(made.builds, Checks(made.shop)).register})
+    server = RpcServer(
+        "127.0.0.1:0", {SERVICE_NAME: BuilderServicer(made.builds, Checks(made.context)).register}
+    )
     address = await server.start()
     async with grpc.aio.insecure_channel(address) as channel:
         made.stub = builder_pb2_grpc.BuilderServiceStub(channel)
@@ -236,7 +238,7 @@ async def test_a_restarted_builder_knows_the_store(running):
     """State of an earlier process is read from the store; damage shows as FAILED and not as an error."""
     await running.build(running.deployment("one"))
     before = (await running.watch())[-1]
-    successor = Builds(running.shop, Limits(running=1))
+    successor = Builds(running.context, BuildLimits(running=1))
     view = await successor.get("tiny")
     assert (view.state, view.generation, view.adapters[0].digest) == ("ACTIVE", 1, before.adapters[0].digest)
     assert [finding.code for finding in view.adapters[0].warnings] == ["W_BASE"]
@@ -258,7 +260,7 @@ async def test_drain_interrupts_and_the_successor_goes_on(running):
     assert (await watching).reason == "SHUTTING_DOWN"
     assert (await failure(running.build(running.deployment("one")))).reason == "SHUTTING_DOWN"
     assert "builds/tiny/builder.json" in running.store.objects
-    successor = Builds(running.shop, Limits(running=1))
+    successor = Builds(running.context, BuildLimits(running=1))
     assert await successor.recover() == 1
     states = [view.state async for view in successor.watch("tiny")]
     assert states[-1] == "ACTIVE"

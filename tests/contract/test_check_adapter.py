@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from builder_service.builds.builds import Builds
-from builder_service.builds.limits import Limits
+from builder_service.builds.limits import BuildLimits
 from builder_service.pipeline.check import Checks
-from builder_service.pipeline.context import Workshop
+from builder_service.pipeline.context import BuildContext
 from builder_service.rpc.servicer import SERVICE_NAME, BuilderServicer
 from loramux.client import AsyncClient, Client
 from loramux.faults import (
@@ -39,8 +39,8 @@ class Running:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.store = MemoryStore()
-        self.shop = Workshop(self.store, open_sources(local_roots=[folder]), folder / "work")
-        self.checks = Checks(self.shop)
+        self.context = BuildContext(self.store, open_sources(local_roots=[folder]), folder / "work")
+        self.checks = Checks(self.context)
         self.address = ""
 
 
@@ -50,7 +50,7 @@ async def running(tmp_path: Path) -> AsyncIterator[Running]:
     write_base(tmp_path / "base")
     write_adapter(tmp_path / "one")
     made = Running(tmp_path)
-    builds = Builds(made.shop, Limits(running=1))
+    builds = Builds(made.context, BuildLimits(running=1))
     server = RpcServer("127.0.0.1:0", {SERVICE_NAME: BuilderServicer(builds, made.checks).register})
     made.address = await server.start()
     yield made
@@ -163,7 +163,7 @@ def running_in_thread(tmp_path: Path) -> AsyncIterator[str]:
 
     async def serve() -> None:
         made = Running(tmp_path)
-        builds = Builds(made.shop, Limits(running=1))
+        builds = Builds(made.context, BuildLimits(running=1))
         server = RpcServer("127.0.0.1:0", {SERVICE_NAME: BuilderServicer(builds, made.checks).register})
         address.append(await server.start())
         up.set()

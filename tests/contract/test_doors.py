@@ -19,9 +19,9 @@ from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from builder_service.builds.builds import Builds
-from builder_service.builds.limits import Limits
+from builder_service.builds.limits import BuildLimits
 from builder_service.pipeline.check import Checks
-from builder_service.pipeline.context import Workshop
+from builder_service.pipeline.context import BuildContext
 from builder_service.rpc.servicer import SERVICE_NAME as BUILDER
 from builder_service.rpc.servicer import BuilderServicer
 from inference_service.openai_api.app import ENDPOINTS, create_app
@@ -60,8 +60,8 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> GenerationService:
 
 def builder_servicer(folder: Path) -> BuilderServicer:
     """A builder that has nothing."""
-    shop = Workshop(MemoryStore(), open_sources(local_roots=[]), folder)
-    return BuilderServicer(Builds(shop, Limits(running=1)), Checks(shop))
+    context = BuildContext(MemoryStore(), open_sources(local_roots=[]), folder)
+    return BuilderServicer(Builds(context, BuildLimits(running=1)), Checks(context))
 
 
 @pytest.fixture(params=[BUILDER, INFERENCE])

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from builder_service.pipeline.build import build
-from builder_service.pipeline.context import Workshop
+from builder_service.pipeline.context import BuildContext
 from builder_service.pipeline.progress import AdapterProgress, Progress
 from loramux_shared.bundle.deployments import current_generation
 from loramux_shared.bundle.manifest import CONFIG_FILE, MANIFEST_FILE, WEIGHTS_FILE, bundle_key
@@ -34,7 +34,7 @@ def wish(tmp_path: Path) -> Deployment:
 def built(wish: Deployment, store: Store, folder: Path) -> AdapterProgress:
     """Build, and return what the build says of its adapter."""
     progress = Progress(["one"])
-    build(wish, Workshop(store, open_sources(local_roots=[folder]), folder / "work"), progress)
+    build(wish, BuildContext(store, open_sources(local_roots=[folder]), folder / "work"), progress)
     return progress.adapters[0]
 
 

@@ -11,7 +11,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from builder_service.pipeline.build import build
-from builder_service.pipeline.context import Workshop
+from builder_service.pipeline.context import BuildContext
 from builder_service.pipeline.progress import Progress
 from loramux_shared.deployment import Repository, SourceKind
 from loramux_shared.deployment_file import parse_deployment
@@ -208,7 +208,9 @@ def test_a_build(caplog, site, tmp_path):
     site.routes["/one"] = pack({path.name: path.read_bytes() for path in adapter.iterdir()})
     local, url = LocalSource([tmp_path]), url_source()
     store = MemoryStore()
-    shop = Workshop(store, Sources({SourceKind.LOCAL: local, SourceKind.REMOTE_URL: url}), tmp_path / "work")
+    context = BuildContext(
+        store, Sources({SourceKind.LOCAL: local, SourceKind.REMOTE_URL: url}), tmp_path / "work"
+    )
 
     def run(*paths: str) -> None:
         adapters = {
@@ -217,7 +219,7 @@ def test_a_build(caplog, site, tmp_path):
         }
         base = {"source": "LOCAL", "repo": str(tmp_path / "base")}
         data = {"model_name": "d", "build": {"checkpoint_repository": base, "lora_adapters": adapters}}
-        build(parse_deployment(data).deployment, shop, Progress(paths))
+        build(parse_deployment(data).deployment, context, Progress(paths))
 
     run("one")
     kept = "".join(store.get(key).decode() for key in store.list("deployments/"))

@@ -11,7 +11,7 @@ import pytest
 from builder_service.builds.builds import Builds
 from builder_service.builds.views import State
 from builder_service.pipeline.build import build
-from builder_service.pipeline.context import Workshop
+from builder_service.pipeline.context import BuildContext
 from builder_service.pipeline.progress import Progress
 from loramux_shared.bundle.manifest import FileDigest
 from loramux_shared.deployment import Repository, SourceKind
@@ -350,14 +350,14 @@ def test_a_build_does_not_download_more_than_it_may_write(site, tmp_path, of_bas
     site.routes["/large"] = said(8 << 30, b"")
     base = {"source": "LOCAL", "repo": str(write_base(tmp_path / "base"))}
     sources = Sources({SourceKind.REMOTE_URL: source(), SourceKind.LOCAL: LocalSource([tmp_path])})
-    shop = Workshop(MemoryStore(), sources, tmp_path / "work", max_build_bytes=10 << 20)
+    context = BuildContext(MemoryStore(), sources, tmp_path / "work", max_build_bytes=10 << 20)
     for path in ("/large", "/silent"):
         archive = {"source": "REMOTE_URL", "repo": f"https://files.test:{site.port}{path}"}
         made = {"checkpoint_repository": archive if of_base else base}
         made["lora_adapters"] = {"one": base if of_base else archive}
         wish = parse_deployment({"model_name": "tiny", "build": made}).deployment
         with pytest.raises(ResourcesExhausted, match=r"may write 10485760.*LORAMUX_MAX_BUILD_GB"):
-            build(wish, shop, Progress(["one"]))
+            build(wish, context, Progress(["one"]))
     assert sum(sent) < 20 << 20
 
 
@@ -371,7 +371,7 @@ async def test_a_failed_build_that_is_kept_holds_nothing(site, tmp_path):
     }
     made = {"checkpoint_repository": base, "lora_adapters": archives}
     sources = Sources({SourceKind.REMOTE_URL: source(), SourceKind.LOCAL: LocalSource([tmp_path])})
-    builds = Builds(Workshop(MemoryStore(), sources, tmp_path / "work"))
+    builds = Builds(BuildContext(MemoryStore(), sources, tmp_path / "work"))
     before = held()
     await builds.build(parse_deployment({"model_name": "tiny", "build": made}).deployment)
     *_, last = [view async for view in builds.watch("tiny")]

@@ -29,7 +29,7 @@ import sys
 from pathlib import Path
 from builder_service.pipeline.build import build
 from builder_service.pipeline.progress import Progress
-from builder_service.pipeline.context import Workshop
+from builder_service.pipeline.context import BuildContext
 from loramux_shared.deployment_file import parse_deployment
 from loramux_shared.sources.open import open_sources
 from loramux_shared.storage.open import open_store
@@ -37,9 +37,9 @@ folder, names = Path(sys.argv[1]), sys.argv[3:]
 base = {"source": "LOCAL", "repo": str(folder / "base")}
 adapters = {name: {"source": "LOCAL", "repo": str(folder / name)} for name in names}
 made = {"checkpoint_repository": base, "lora_adapters": adapters, "max_lora_rank": 64}
-shop = Workshop(open_store(sys.argv[2]), open_sources(local_roots=[folder]), folder / "work")
+context = BuildContext(open_store(sys.argv[2]), open_sources(local_roots=[folder]), folder / "work")
 progress = Progress(names)
-build(parse_deployment({"model_name": "huge", "build": made}).deployment, shop, progress)
+build(parse_deployment({"model_name": "huge", "build": made}).deployment, context, progress)
 print(sum(adapter.bundle_bytes for adapter in progress.adapters))
 [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:")]
 print(int(line.split()[1]) * 1024)  # ru_maxrss would be that of the process that started this one

@@ -12,7 +12,7 @@ import pytest
 import pytest_asyncio
 
 from builder_service.pipeline.build import build
-from builder_service.pipeline.context import Workshop
+from builder_service.pipeline.context import BuildContext
 from builder_service.pipeline.progress import Progress
 from inference_service.openai_api.server import HttpServer
 from inference_service.startup.load import load
@@ -40,7 +40,7 @@ async def door() -> AsyncIterator[OpenAIDoor]:
     found = deployment()
     roots = (EXAMPLES, Path(found.build.checkpoint_repository.repo))
     store = MemoryStore()
-    build(found, Workshop(store, open_sources(local_roots=roots)), Progress(found.build.lora_adapters))
+    build(found, BuildContext(store, open_sources(local_roots=roots)), Progress(found.build.lora_adapters))
     settings = InferenceSettings(
         deployment=found.model_name, dtype="float32", local_roots=roots, kv_memory_gb=0.2
     )

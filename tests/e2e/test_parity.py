@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from builder_service.pipeline.build import build
-from builder_service.pipeline.context import Workshop
+from builder_service.pipeline.context import BuildContext
 from builder_service.pipeline.progress import Progress
 from inference_service.startup.load import Ready, load
 from loramux_shared.settings import InferenceSettings
@@ -45,7 +45,7 @@ def _ready(store: Store) -> Ready:
     wanted = in_float32(deployment())
     base = Path(wanted.build.checkpoint_repository.repo)
     roots = (EXAMPLES, base)
-    build(wanted, Workshop(store, open_sources(local_roots=roots)), Progress(wanted.build.lora_adapters))
+    build(wanted, BuildContext(store, open_sources(local_roots=roots)), Progress(wanted.build.lora_adapters))
     settings = InferenceSettings(
         deployment=wanted.model_name, dtype="float32", local_roots=roots, kv_memory_gb=0.2, prefix_cache=False
     )

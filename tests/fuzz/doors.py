@@ -16,9 +16,9 @@ import httpx
 from google.protobuf.message import Message
 
 from builder_service.builds.builds import Builds
-from builder_service.builds.limits import Limits
+from builder_service.builds.limits import BuildLimits
 from builder_service.pipeline.check import Checks
-from builder_service.pipeline.context import Workshop
+from builder_service.pipeline.context import BuildContext
 from builder_service.rpc.servicer import SERVICE_NAME as BUILDER
 from builder_service.rpc.servicer import BuilderServicer
 from inference_service.openai_api.chat_schema import ChatBody, TokenizeBody
@@ -180,8 +180,8 @@ async def open_doors(folder: Path) -> AsyncIterator[Doors]:
     ready = world.load(store, max_queue=8, stream_interval_ms=0)
     write_base(folder / "base")
     write_adapter(folder / "one", tensors())
-    shop = Workshop(MemoryStore(), Sources({SourceKind.LOCAL: LocalSource([folder])}), folder / "work")
-    builds, checks = Builds(shop, Limits(running=1)), Checks(shop)
+    context = BuildContext(MemoryStore(), Sources({SourceKind.LOCAL: LocalSource([folder])}), folder / "work")
+    builds, checks = Builds(context, BuildLimits(running=1)), Checks(context)
     http = HttpServer("127.0.0.1:0", ready.service)
     servers = {
         INFERENCE: RpcServer("127.0.0.1:0", {INFERENCE: partial(register, InferenceServicer(ready.service))}),

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from builder_service.pipeline.build import build
-from builder_service.pipeline.context import Workshop
+from builder_service.pipeline.context import BuildContext
 from builder_service.pipeline.progress import Progress
 from loramux_shared.codes import CODES, Subject
 from loramux_shared.deployment_file import parse_deployment
@@ -36,10 +36,10 @@ def judge(exhibit: Exhibit, folder: Path) -> tuple[list[Finding], MemoryStore]:
         },
     }
     store = MemoryStore()
-    shop = Workshop(store, open_sources(local_roots=[folder]), folder / "work")
+    context = BuildContext(store, open_sources(local_roots=[folder]), folder / "work")
     progress = Progress(["exhibit"])
     try:
-        build(parse_deployment(data).deployment, shop, progress)
+        build(parse_deployment(data).deployment, context, progress)
     except AdapterInvalid as refusal:
         return list(refusal.findings), store
     return list(progress.adapters[0].warnings), store

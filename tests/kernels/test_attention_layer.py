@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from inference_service.backends.attention import Attention, TorchAttention, TritonAttention
+from inference_service.backends.base import Attention
+from inference_service.backends.torch import TorchAttention
+from inference_service.backends.triton import TritonAttention
 from inference_service.kernels.attention import (
     AttentionCapacity,
     AttentionTables,

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from inference_service.backends.operations import ACTIVATIONS
+from inference_service.backends.torch import ACTIVATIONS
 from inference_service.kernels.cpu.build import FLAGS, SOURCE, load
 from inference_service.kernels.cpu.check import first_wrong
 from inference_service.kernels.cpu.ops import ADAPTER_FIELDS, BLOCK, Chunks, CpuOps, Table, pack_a, pack_b

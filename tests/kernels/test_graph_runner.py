@@ -19,7 +19,7 @@ from inference_service.engine.engine import Engine
 from inference_service.engine.graph_runner import GraphRunner, buckets
 from inference_service.engine.graphs import CudaRecorder, Graph, Recorder
 from inference_service.engine.rows import lay_out
-from inference_service.engine.scheduler import Limits
+from inference_service.engine.scheduler import SchedulerLimits
 from inference_service.engine.tape import Tape, TapeRecorder
 from inference_service.startup.load import Ready
 from loramux_shared.storage.memory import MemoryStore
@@ -27,7 +27,7 @@ from tests.launches import per_layer, per_step
 from tests.tiny import World, make_world, run_engine
 
 BLOCK, BLOCKS = 16, 16
-LIMITS = Limits(max_tokens=64, max_seqs=4, max_adapters=3, max_seq_len=64)
+LIMITS = SchedulerLimits(max_tokens=64, max_seqs=4, max_adapters=3, max_seq_len=64)
 LAYERS, LINEARS = 2, 4
 REQUESTS = [
     ("all", [5, 6, 7, 8, 9]),
@@ -93,7 +93,7 @@ def runner(ready: Ready, recorder: CountingRecorder) -> GraphRunner:
     return runner
 
 
-def _runner(ready: Ready, recorder: CountingRecorder, limits: Limits = LIMITS) -> GraphRunner:
+def _runner(ready: Ready, recorder: CountingRecorder, limits: SchedulerLimits = LIMITS) -> GraphRunner:
     eager: Any = ready.engine._engine._runner
     return GraphRunner(eager._model, eager._lora, BLOCKS, BLOCK, limits, recorder)
 

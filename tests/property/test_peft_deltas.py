@@ -12,7 +12,7 @@ import transformers
 from hypothesis import HealthCheck, given, settings
 
 from builder_service.pipeline.build import build
-from builder_service.pipeline.context import Workshop
+from builder_service.pipeline.context import BuildContext
 from builder_service.pipeline.progress import Progress
 from loramux_shared.bundle.reader import Bundle, BundleRow, read_bundle
 from loramux_shared.deployment_file import parse_deployment
@@ -56,8 +56,8 @@ def built(folder: Path, storage: str) -> Bundle:
         },
     }
     store = MemoryStore()
-    shop = Workshop(store, open_sources(local_roots=[folder]), folder / "work")
-    generation = build(parse_deployment(data).deployment, shop, Progress(["one"])).generation
+    context = BuildContext(store, open_sources(local_roots=[folder]), folder / "work")
+    generation = build(parse_deployment(data).deployment, context, Progress(["one"])).generation
     return read_bundle(store, generation.adapters["one"].digest)
 
 

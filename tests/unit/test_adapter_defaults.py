@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from builder_service.pipeline.check import check_one
-from builder_service.pipeline.context import Workshop
+from builder_service.pipeline.context import BuildContext
 from builder_service.pipeline.progress import Progress
 from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import FinishReason
@@ -79,15 +79,15 @@ def prompt(ready: Ready, model: str) -> str:
     """The chat prompt of a model, as text."""
     service = ready.service
     tokens = asyncio.run(
-        service.text.encode_messages(MESSAGES, 256, service.catalog.get(model).brought.template)
+        service.text.encode_messages(MESSAGES, 256, service.catalog.get(model).defaults.template)
     )
     return "".join(service.text._tokenizer.id_to_token(token) for token in tokens)
 
 
 def sampling(ready: Ready, model: str, **fields: Any) -> SamplingParams:
     """How a request to a model is sampled."""
-    brought = ready.service.catalog.get(model).brought
-    return ready.service._sampling(Request(model, "x", **fields), 1, brought)
+    defaults = ready.service.catalog.get(model).defaults
+    return ready.service._sampling(Request(model, "x", **fields), 1, defaults)
 
 
 def test_every_file_is_in_the_bundle_byte_for_byte(world: World, store: MemoryStore) -> None:
@@ -207,8 +207,8 @@ def test_a_broken_file_refuses_the_adapter_in_the_builder(world: World) -> None:
     wanted = world.deployment()
     only = {"all": wanted.build.lora_adapters["all"]}
     wanted = wanted.model_copy(update={"build": wanted.build.model_copy(update={"lora_adapters": only})})
-    shop = Workshop(MemoryStore(), open_sources(local_roots=[world.root]))
-    report = check_one(wanted, shop, Progress(only))
+    context = BuildContext(MemoryStore(), open_sources(local_roots=[world.root]))
+    report = check_one(wanted, context, Progress(only))
     write(world.adapters["all"])
     assert not report.accepted
     assert [(item.code, item.where) for item in report.findings[:1]] == [("E_BAD_TEXT", TEXT_FILES[1])]

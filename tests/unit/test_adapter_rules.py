@@ -10,7 +10,7 @@ from builder_service.domain.adapter_config import AdapterConfig
 from builder_service.domain.file_rules import file_findings
 from builder_service.domain.rules import CheckedAdapter, Rulebook, base_warning, check_adapter
 from builder_service.domain.tensor_names import LoraKey, RefusedKey, parse_key
-from builder_service.domain.tensor_rules import Limits
+from builder_service.domain.tensor_rules import AdapterLimits
 from loramux_shared.bases.read import read_fields
 from loramux_shared.deployment import Dtype
 from tests.adapters import BASE_CONFIG, key, tensors, write_adapter
@@ -22,7 +22,7 @@ def book(
     dtype: Dtype = Dtype.BFLOAT16, max_rank: int = 64, modules: tuple[str, ...] = (), **config: Any
 ) -> Rulebook:
     """Rules of a deployment of the small base."""
-    limits = Limits(read_fields(BASE_CONFIG | config).dims, max_rank, frozenset(modules))
+    limits = AdapterLimits(read_fields(BASE_CONFIG | config).dims, max_rank, frozenset(modules))
     return Rulebook(limits, ("LlamaForCausalLM",), dtype)
 
 

@@ -15,7 +15,7 @@ from structlog.testing import capture_logs
 from transformers import Gemma2Config, LlamaConfig
 
 from builder_service.pipeline.build import build
-from builder_service.pipeline.context import Workshop
+from builder_service.pipeline.context import BuildContext
 from builder_service.pipeline.progress import Progress
 from inference_service.models.checkpoint import Checkpoint
 from inference_service.models.shard import ShardInvalid, read_shard
@@ -99,8 +99,8 @@ def test_a_proof_knows_the_head_that_answers(tmp_path: Path) -> None:
     rewrite(world.base, other_head)
     deployment = world.deployment()
     proved = deployment.model_copy(update={"build": deployment.build.model_copy(update={"prove": True})})
-    shop = Workshop(store, open_sources(local_roots=[world.root]))
-    build(proved, shop, Progress(proved.build.lora_adapters))
+    context = BuildContext(store, open_sources(local_roots=[world.root]))
+    build(proved, context, Progress(proved.build.lora_adapters))
     with capture_logs() as logs:
         world.load(store)
     proved_names = {line["adapter"] for line in logs if line["event"] == "proof holds"}

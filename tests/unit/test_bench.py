@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from loramux.bench.drive import ClientLoad, Plan, drive
+from loramux.bench.drive import ClientLoad, LoadPlan, drive
 from loramux.bench.figures import Failures, Outcome, percentile, report
 from loramux.bench.plot import plot, require_plot
 from loramux.bench.workload import Workload, arrivals, read_prompts
@@ -106,7 +106,7 @@ def test_bad_prompts_are_named(tmp_path: Path, text: str, said: str) -> None:
 async def test_a_closed_loop_keeps_so_many_open(fakes: Fakes) -> None:
     """Never more requests are open than asked for, and just as many are sent."""
     async with AsyncClient(inference=fakes.inference_address) as client:
-        run = await drive(client, Workload(["base", "lora1"], 0, 4), Plan(concurrency=3, requests=12))
+        run = await drive(client, Workload(["base", "lora1"], 0, 4), LoadPlan(concurrency=3, requests=12))
     assert most_open(run.outcomes) == 3
     assert len(run.outcomes) == 12
     assert all(
@@ -123,7 +123,7 @@ def most_open(outcomes: Sequence[Outcome]) -> int:
 
 async def test_an_open_loop_sends_when_it_is_time(fakes: Fakes) -> None:
     """Requests begin at the times of the process, whether earlier ones have ended or not."""
-    plan = Plan(rate=200.0, duration_s=0.2)
+    plan = LoadPlan(rate=200.0, duration_s=0.2)
     due = list(itertools.takewhile(lambda at: at <= 0.2, arrivals(200.0, seed=3)))
     async with AsyncClient(inference=fakes.inference_address) as client:
         run = await drive(client, Workload(["base"], 3, 4), plan)
@@ -134,7 +134,7 @@ async def test_an_open_loop_sends_when_it_is_time(fakes: Fakes) -> None:
 async def test_time_ends_a_closed_loop(fakes: Fakes) -> None:
     """After the duration nothing is sent, and what is open is waited for."""
     async with AsyncClient(inference=fakes.inference_address) as client:
-        run = await drive(client, Workload(["base"], 0, 4), Plan(concurrency=2, duration_s=0.2))
+        run = await drive(client, Workload(["base"], 0, 4), LoadPlan(concurrency=2, duration_s=0.2))
     assert run.outcomes
     assert all(each.begin < 0.2 and each.tokens == 5 for each in run.outcomes)
 
@@ -142,7 +142,7 @@ async def test_time_ends_a_closed_loop(fakes: Fakes) -> None:
 async def test_failures_are_outcomes(fakes: Fakes) -> None:
     """A refused request is counted under its reason and does not end the run."""
     async with AsyncClient(inference=fakes.inference_address) as client:
-        run = await drive(client, Workload(["base", "nobody"], 0, 4), Plan(concurrency=2, requests=4))
+        run = await drive(client, Workload(["base", "nobody"], 0, 4), LoadPlan(concurrency=2, requests=4))
     assert sorted(each.error for each in run.outcomes) == ["", "", "MODEL_NOT_FOUND", "MODEL_NOT_FOUND"]
 
 

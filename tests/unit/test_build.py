@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from builder_service.pipeline.build import build
-from builder_service.pipeline.context import LEFTOVER_S, Workshop
+from builder_service.pipeline.context import LEFTOVER_S, BuildContext
 from builder_service.pipeline.progress import Progress, Stage
 from loramux_shared.bundle.deployments import current_generation
 from loramux_shared.bundle.manifest import MANIFEST_FILE, bundle_key
@@ -45,10 +45,10 @@ class CountingStore(MemoryStore):
 
 
 @pytest.fixture
-def shop(tmp_path):
+def context(tmp_path):
     """A workshop over an empty store; LOCAL may read what is below tmp_path."""
     write_base(tmp_path / "base")
-    return Workshop(CountingStore(), open_sources(local_roots=[tmp_path]), tmp_path / "work")
+    return BuildContext(CountingStore(), open_sources(local_roots=[tmp_path]), tmp_path / "work")
 
 
 def deployment(folder: Path, *adapters: str, **lora: Any) -> Deployment:
@@ -65,69 +65,69 @@ def deployment(folder: Path, *adapters: str, **lora: Any) -> Deployment:
     return parse_deployment(data).deployment
 
 
-def run(wanted: Deployment, shop: Workshop) -> Any:
+def run(wanted: Deployment, context: BuildContext) -> Any:
     """Build and return the result."""
-    return build(wanted, shop, Progress(wanted.build.lora_adapters))
+    return build(wanted, context, Progress(wanted.build.lora_adapters))
 
 
-def test_a_build_publishes_bundles_then_the_generation_then_the_pointer(tmp_path, shop):
+def test_a_build_publishes_bundles_then_the_generation_then_the_pointer(tmp_path, context):
     """Weights and config come before their manifest, manifests before the generation, the pointer last."""
     write_adapter(tmp_path / "one")
     write_adapter(tmp_path / "two", tensors(("o_proj", "up_proj"), rank=8), r=8, target_modules="all-linear")
-    result = run(deployment(tmp_path, "one", "two"), shop)
+    result = run(deployment(tmp_path, "one", "two"), context)
     assert not result.unchanged
-    puts, generation = shop.store.puts, result.generation
+    puts, generation = context.store.puts, result.generation
     for record in generation.adapters.values():
         names = [key.rpartition("/")[2] for key in puts if record.digest in key]
         assert names == ["model.lora_weights.npy", "model.lora_config.npy", "manifest.json"]
     assert all(key.startswith("bundles/") for key in puts[:6])
     assert puts[6].startswith("deployments/tiny/claims/00000001-")
     assert puts[7:] == ["deployments/tiny/generations/00000001.json", "deployments/tiny/current.json"]
-    assert current_generation(shop.store, "tiny") == generation
+    assert current_generation(context.store, "tiny") == generation
     assert sorted(generation.base.files) == ["config.json", "model.safetensors", "tokenizer.json"]
-    manifest = read_manifest(shop.store, generation.adapters["two"].digest)
+    manifest = read_manifest(context.store, generation.adapters["two"].digest)
     assert (manifest.ranks, manifest.modules, manifest.tensors_used) == ((8,), ("attn_dense", "mlp_gate"), 8)
     assert list((tmp_path / "work").iterdir()) == []
 
 
-def test_the_same_build_again_uploads_nothing(tmp_path, shop):
+def test_the_same_build_again_uploads_nothing(tmp_path, context):
     """A build of unchanged content answers with the current generation and writes no object."""
     write_adapter(tmp_path / "one")
-    first = run(deployment(tmp_path, "one"), shop)
-    shop.store.puts.clear()
-    second = run(deployment(tmp_path, "one"), shop)
+    first = run(deployment(tmp_path, "one"), context)
+    context.store.puts.clear()
+    second = run(deployment(tmp_path, "one"), context)
     assert second.unchanged
     assert second.generation == first.generation
-    assert shop.store.puts == []
+    assert context.store.puts == []
 
 
-def test_the_same_adapter_has_the_same_digest_from_anywhere(tmp_path, shop):
+def test_the_same_adapter_has_the_same_digest_from_anywhere(tmp_path, context):
     """The digest follows from the adapter's bytes and the settings, not from where the adapter was."""
     write_adapter(tmp_path / "one")
     write_adapter(tmp_path / "deep" / "two")
     result = (
-        run(deployment(tmp_path, "one", "deep/two".replace("/", "-")).model_copy(), shop) if False else None
+        run(deployment(tmp_path, "one", "deep/two".replace("/", "-")).model_copy(), context) if False else None
     )
     assert result is None
     wanted = deployment(tmp_path, "one", "two")
     moved = wanted.build.lora_adapters["two"].model_copy(update={"repo": str(tmp_path / "deep" / "two")})
     adapters = {**wanted.build.lora_adapters, "two": moved}
     wanted = wanted.model_copy(update={"build": wanted.build.model_copy(update={"lora_adapters": adapters})})
-    records = run(wanted, shop).generation.adapters
+    records = run(wanted, context).generation.adapters
     assert records["one"].digest == records["two"].digest
     assert records["one"].source != records["two"].source
 
 
-def test_a_missing_bundle_is_put_again(tmp_path, shop):
+def test_a_missing_bundle_is_put_again(tmp_path, context):
     """A bundle that lost a file is completed by the next build, though the generation stays."""
     write_adapter(tmp_path / "one")
-    first = run(deployment(tmp_path, "one"), shop).generation
-    del shop.store.objects[bundle_key(first.adapters["one"].digest, MANIFEST_FILE)]
-    assert run(deployment(tmp_path, "one"), shop).unchanged
-    assert read_bundle(shop.store, first.adapters["one"].digest).manifest.rows
+    first = run(deployment(tmp_path, "one"), context).generation
+    del context.store.objects[bundle_key(first.adapters["one"].digest, MANIFEST_FILE)]
+    assert run(deployment(tmp_path, "one"), context).unchanged
+    assert read_bundle(context.store, first.adapters["one"].digest).manifest.rows
 
 
-def test_all_violations_of_all_adapters_and_an_empty_store(tmp_path, shop):
+def test_all_violations_of_all_adapters_and_an_empty_store(tmp_path, context):
     """A refused build names every violation of every adapter and leaves nothing behind."""
     write_adapter(tmp_path / "good")
     write_adapter(tmp_path / "one", use_dora=True, task_type="SEQ_CLS")
@@ -136,7 +136,7 @@ def test_all_violations_of_all_adapters_and_an_empty_store(tmp_path, shop):
     wanted = deployment(tmp_path, "good", "one", "two", "three")
     progress = Progress(wanted.build.lora_adapters)
     with pytest.raises(AdapterInvalid) as refusal:
-        build(wanted, shop, progress)
+        build(wanted, context, progress)
     assert {(item.adapter, item.code) for item in refusal.value.findings} == {
         ("one", "E_DORA"),
         ("one", "E_TASK"),
@@ -145,7 +145,7 @@ def test_all_violations_of_all_adapters_and_an_empty_store(tmp_path, shop):
     }
     assert "Set max_lora_rank to at least 128." in str(refusal.value)
     assert {adapter.name: adapter.stage for adapter in progress.adapters}["two"] is Stage.REFUSED
-    assert shop.store.objects == {}
+    assert context.store.objects == {}
     assert list((tmp_path / "work").iterdir()) == []
 
 
@@ -158,74 +158,74 @@ def test_all_violations_of_all_adapters_and_an_empty_store(tmp_path, shop):
         ("float32", {}, "float32"),
     ],
 )
-def test_storage_type(tmp_path, shop, given, config, expected):
+def test_storage_type(tmp_path, context, given, config, expected):
     """Bundles have the type that was asked for, else the base's, else bfloat16."""
     write_base(tmp_path / "base", **config)
     write_adapter(tmp_path / "one")
-    generation = run(deployment(tmp_path, "one", dtype=given), shop).generation
-    assert (generation.lora_dtype, read_manifest(shop.store, generation.adapters["one"].digest).dtype) == (
+    generation = run(deployment(tmp_path, "one", dtype=given), context).generation
+    assert (generation.lora_dtype, read_manifest(context.store, generation.adapters["one"].digest).dtype) == (
         expected,
         expected,
     )
 
 
-def test_local_folders_need_a_root(tmp_path, shop):
+def test_local_folders_need_a_root(tmp_path, context):
     """A folder outside the operator's roots is refused, also behind a link."""
     outside = write_adapter(tmp_path.parent / f"{tmp_path.name}-outside")
     (tmp_path / "link").symlink_to(outside)
     with pytest.raises(SourceRefused, match=r"adapter 'link': LOCAL .* not below a folder"):
-        run(deployment(tmp_path, "link"), shop)
+        run(deployment(tmp_path, "link"), context)
     write_adapter(tmp_path / "one")
     (tmp_path / "one" / "adapter_model.safetensors").unlink()
     (tmp_path / "one" / "adapter_model.safetensors").symlink_to(outside / "adapter_model.safetensors")
     with pytest.raises(SourceRefused, match="not below a folder"):
-        run(deployment(tmp_path, "one"), shop)
+        run(deployment(tmp_path, "one"), context)
 
 
-def test_a_missing_folder_is_named(tmp_path, shop):
+def test_a_missing_folder_is_named(tmp_path, context):
     """A folder that does not exist is REPO_NOT_FOUND with the adapter's name."""
     with pytest.raises(RepoNotFound, match="adapter 'nowhere'"):
-        run(deployment(tmp_path, "nowhere"), shop)
+        run(deployment(tmp_path, "nowhere"), context)
 
 
-def test_a_pinned_local_adapter_may_not_change(tmp_path, shop):
+def test_a_pinned_local_adapter_may_not_change(tmp_path, context):
     """A content digest as revision of a LOCAL repository holds it to that content."""
     write_adapter(tmp_path / "one")
-    found = run(deployment(tmp_path, "one"), shop).generation.adapters["one"].source
+    found = run(deployment(tmp_path, "one"), context).generation.adapters["one"].source
     data = deployment(tmp_path, "one").model_dump(mode="json")
     data["build"]["lora_adapters"]["one"]["revision"] = found.revision
     wanted = parse_deployment(data).deployment
-    assert run(wanted, shop).generation.adapters["one"].source == found
+    assert run(wanted, context).generation.adapters["one"].source == found
     write_adapter(tmp_path / "one", tensors(seed=1))
     with pytest.raises(RevisionNotFound, match="expected content"):
-        run(wanted, shop)
+        run(wanted, context)
 
 
 @pytest.mark.parametrize("missing", ["config.json", "model.safetensors"])
-def test_a_base_that_is_none(tmp_path, shop, missing):
+def test_a_base_that_is_none(tmp_path, context, missing):
     """A base without config or weights is named before any adapter is fetched."""
     (tmp_path / "base" / missing).unlink()
     with pytest.raises(CheckpointInvalid, match=f"base checkpoint: .*expected {missing}"):
-        run(deployment(tmp_path), shop)
+        run(deployment(tmp_path), context)
 
 
-def test_a_stopped_build_ends_at_its_next_step(tmp_path, shop):
+def test_a_stopped_build_ends_at_its_next_step(tmp_path, context):
     """A build that is asked to stop raises, publishes nothing more and cleans up."""
     write_adapter(tmp_path / "one")
     wanted = deployment(tmp_path, "one")
     progress = Progress(["one"])
     progress.stop()
     with pytest.raises(BuildInterrupted):
-        build(wanted, shop, progress)
-    assert shop.store.objects == {}
+        build(wanted, context, progress)
+    assert context.store.objects == {}
 
 
-def test_progress_counts_bytes_to_their_total(tmp_path, shop):
+def test_progress_counts_bytes_to_their_total(tmp_path, context):
     """Each stage with a known size ends with as many bytes as it announced."""
     write_adapter(tmp_path / "one")
     wanted, seen = deployment(tmp_path, "one"), []
     progress = Progress(["one"], lambda: seen.append(progress.adapters[0]))
-    build(wanted, shop, progress)
+    build(wanted, context, progress)
     stages = list(dict.fromkeys(adapter.stage for adapter in seen))
     assert stages == [Stage.FETCHING, Stage.VALIDATING, Stage.CONVERTING, Stage.PUBLISHING, Stage.DONE]
     last = {adapter.stage: adapter for adapter in seen}
@@ -235,23 +235,23 @@ def test_progress_counts_bytes_to_their_total(tmp_path, shop):
     assert last[Stage.DONE].warnings[0].code == "W_BASE"
 
 
-def test_old_work_folders_are_swept(tmp_path, shop):
+def test_old_work_folders_are_swept(tmp_path, context):
     """What a killed builder left in the work folder is removed after a day, younger folders are not."""
     old, young = tmp_path / "work" / "loramux-build-a", tmp_path / "work" / "loramux-build-b"
     old.mkdir(parents=True)
     young.mkdir()
     os.utime(old, (0, old.stat().st_mtime - LEFTOVER_S - 60))
-    shop.sweep()
+    context.sweep()
     assert [path.name for path in (tmp_path / "work").iterdir()] == [young.name]
 
 
-def test_fetch_base_verifies_a_local_base_in_place(tmp_path, shop):
+def test_fetch_base_verifies_a_local_base_in_place(tmp_path, context):
     """A LOCAL base is served from where it is, and refused when a byte of it changed."""
-    base = run(deployment(tmp_path), shop).generation.base
-    assert fetch_base(base, tmp_path / "cache", shop.sources) == tmp_path / "base"
+    base = run(deployment(tmp_path), context).generation.base
+    assert fetch_base(base, tmp_path / "cache", context.sources) == tmp_path / "base"
     (tmp_path / "base" / "tokenizer.json").write_text("{ }")
     with pytest.raises(BundleCorrupt, match=r"tokenizer\.json: expected sha256"):
-        fetch_base(base, tmp_path / "cache", shop.sources)
+        fetch_base(base, tmp_path / "cache", context.sources)
     assert (tmp_path / "base" / "tokenizer.json").exists()
 
 
@@ -272,7 +272,7 @@ def peft_adapter(folder: Path, base_config: dict[str, Any], **config: Any) -> di
 
 
 @pytest.mark.parametrize("rslora", [False, True])
-def test_peft_agrees_about_every_delta(tmp_path, shop, rslora):
+def test_peft_agrees_about_every_delta(tmp_path, context, rslora):
     """s*B@A of every row is PEFT's own delta weight, with rank and alpha patterns and with rsLoRA."""
     config = json.loads((tmp_path / "base" / "config.json").read_text())
     write_base(tmp_path / "base", torch_dtype="float32")
@@ -286,8 +286,8 @@ def test_peft_agrees_about_every_delta(tmp_path, shop, rslora):
         rank_pattern={r"layers\.0\.self_attn\.q_proj": 3, "up_proj": 7},
         alpha_pattern={"v_proj": 5.5, r"model\.layers\.1\.mlp\.up_proj": 1},
     )
-    generation = run(deployment(tmp_path, "one"), shop).generation
-    bundle = read_bundle(shop.store, generation.adapters["one"].digest)
+    generation = run(deployment(tmp_path, "one"), context).generation
+    bundle = read_bundle(context.store, generation.adapters["one"].digest)
     groups = {"attn_q": "self_attn.q_proj", "attn_v": "self_attn.v_proj", "mlp_gate": "mlp.up_proj"}
     assert len(bundle.rows) == len(deltas) == 6
     for row in bundle.rows:

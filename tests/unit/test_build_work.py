@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from builder_service.pipeline.build import build
-from builder_service.pipeline.context import Workshop
+from builder_service.pipeline.context import BuildContext
 from builder_service.pipeline.identity import claim_identity
 from builder_service.pipeline.progress import Progress, Stage
 from builder_service.pipeline.space import RESERVE_BYTES, Ledger, Space
@@ -42,10 +42,10 @@ class Counting(MemoryStore):
 
 
 @pytest.fixture
-def shop(tmp_path):
+def context(tmp_path):
     """A workshop over an empty store."""
     write_base(tmp_path / "base")
-    return Workshop(Counting(), open_sources(local_roots=[tmp_path]), tmp_path / "work")
+    return BuildContext(Counting(), open_sources(local_roots=[tmp_path]), tmp_path / "work")
 
 
 def deployment(folder: Path, *names: str, **lora: int) -> Deployment:
@@ -56,16 +56,16 @@ def deployment(folder: Path, *names: str, **lora: int) -> Deployment:
     return parse_deployment({"model_name": "tiny", "build": made}).deployment
 
 
-def test_identical_adapters_are_converted_once(tmp_path, shop):
+def test_identical_adapters_are_converted_once(tmp_path, context):
     """Three names of the same files have one bundle, one upload and one conversion; all are DONE."""
     for name in ("a", "b", "c"):
         write_adapter(tmp_path / name)
     write_adapter(tmp_path / "d", tensors(seed=1))
     seen = []
     progress = Progress("abcd", lambda: seen.append(progress.adapters))
-    records = build(deployment(tmp_path, *"abcd"), shop, progress).generation.adapters
+    records = build(deployment(tmp_path, *"abcd"), context, progress).generation.adapters
     assert len({record.digest for record in records.values()}) == 2
-    assert sum(key.endswith("weights.npy") for key in shop.store.puts) == 2
+    assert sum(key.endswith("weights.npy") for key in context.store.puts) == 2
     assert [adapter.stage for adapter in progress.adapters] == [Stage.DONE] * 4
     converted = {
         adapter.name
@@ -75,15 +75,15 @@ def test_identical_adapters_are_converted_once(tmp_path, shop):
     }
     assert len(converted) == 2
     for record in records.values():
-        read_bundle(shop.store, record.digest)
+        read_bundle(context.store, record.digest)
 
 
-def test_identical_adapters_are_refused_under_each_name(tmp_path, shop):
+def test_identical_adapters_are_refused_under_each_name(tmp_path, context):
     """What is wrong with files that two names share is said about both."""
     for name in ("a", "b"):
         write_adapter(tmp_path / name, use_dora=True)
     with pytest.raises(AdapterInvalid) as refusal:
-        build(deployment(tmp_path, "a", "b"), shop, Progress("ab"))
+        build(deployment(tmp_path, "a", "b"), context, Progress("ab"))
     assert [(item.adapter, item.code) for item in refusal.value.findings] == [("a", "E_DORA"), ("b", "E_DORA")]
 
 
@@ -97,39 +97,39 @@ class Meeting(Counting):
         super().put(key, data)
 
 
-def test_adapters_are_published_side_by_side(tmp_path, shop):
+def test_adapters_are_published_side_by_side(tmp_path, context):
     """Two adapters of one build are put at once; with one at a time this would never end."""
     for i, name in enumerate("abcd"):
         write_adapter(tmp_path / name, tensors(seed=i))
-    shop = replace(shop, store=Meeting(), parallel_adapters=2)
-    build(deployment(tmp_path, *"abcd"), shop, Progress("abcd"))
-    assert len(shop.store.threads) >= 2
+    context = replace(context, store=Meeting(), parallel_adapters=2)
+    build(deployment(tmp_path, *"abcd"), context, Progress("abcd"))
+    assert len(context.store.threads) >= 2
 
 
-def test_nothing_is_published_before_everything_is_valid(tmp_path, shop):
+def test_nothing_is_published_before_everything_is_valid(tmp_path, context):
     """The last adapter of many is bad: not one byte was written to the store."""
     for i in range(12):
         write_adapter(tmp_path / f"a{i:02}", tensors(seed=i))
     write_adapter(tmp_path / "z", bias="all")
     names = [*(f"a{i:02}" for i in range(12)), "z"]
     with pytest.raises(AdapterInvalid):
-        build(deployment(tmp_path, *names), shop, Progress(names))
-    assert shop.store.puts == []
+        build(deployment(tmp_path, *names), context, Progress(names))
+    assert context.store.puts == []
 
 
-def test_a_build_stays_within_its_room(tmp_path, shop):
+def test_a_build_stays_within_its_room(tmp_path, context):
     """A build that may write less than its adapters have is refused with both numbers, before it fetches."""
     write_adapter(tmp_path / "a")
     size = sum(path.stat().st_size for path in (tmp_path / "a").iterdir())
     seen = []
     progress = Progress("a", lambda: seen.append(progress.adapters[0].bytes_done))
     with pytest.raises(ResourcesExhausted, match=f"{size} bytes.* may write 1000"):
-        build(deployment(tmp_path, "a"), replace(shop, max_build_bytes=1000), progress)
+        build(deployment(tmp_path, "a"), replace(context, max_build_bytes=1000), progress)
     assert set(seen) == {0}
     with pytest.raises(ResourcesExhausted, match="the bundle of adapter 'a'"):
-        build(deployment(tmp_path, "a"), replace(shop, max_build_bytes=size + 10), Progress("a"))
-    assert shop.store.puts == []
-    build(deployment(tmp_path, "a"), replace(shop, max_build_bytes=3 * size), Progress("a"))
+        build(deployment(tmp_path, "a"), replace(context, max_build_bytes=size + 10), Progress("a"))
+    assert context.store.puts == []
+    build(deployment(tmp_path, "a"), replace(context, max_build_bytes=3 * size), Progress("a"))
 
 
 def test_builds_share_the_disk(tmp_path):
@@ -207,10 +207,10 @@ def test_identities_are_kept_and_not_shared(tmp_path):
     assert len(claim_identity(tmp_path).name) == 16
 
 
-def test_an_owners_folders_are_swept_at_its_start(tmp_path, shop):
+def test_an_owners_folders_are_swept_at_its_start(tmp_path, context):
     """What an owner left when it was killed goes at its next start; the folders of others stay."""
-    shop = replace(shop, owner="0" * 16)
+    context = replace(context, owner="0" * 16)
     for name in (f"loramux-build-{'0' * 16}-x", f"loramux-build-{'1' * 16}-x"):
         (tmp_path / "work" / name).mkdir(parents=True)
-    shop.sweep()
+    context.sweep()
     assert [path.name for path in (tmp_path / "work").iterdir()] == [f"loramux-build-{'1' * 16}-x"]

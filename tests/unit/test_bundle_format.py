@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from builder_service.pipeline.build import build
-from builder_service.pipeline.context import Workshop
+from builder_service.pipeline.context import BuildContext
 from builder_service.pipeline.progress import Progress
 from loramux_shared.bundle.norms import row_norms
 from loramux_shared.deployment_file import parse_deployment
@@ -95,8 +95,8 @@ def published(folder: Path, dtype: str, **config: Any) -> Path:
             "lora_configuration": {"dtype": dtype},
         },
     }
-    shop = Workshop(LocalStore(folder / "store"), open_sources(local_roots=[folder]), folder / "work")
-    build(parse_deployment(data).deployment, shop, Progress(["one"]))
+    context = BuildContext(LocalStore(folder / "store"), open_sources(local_roots=[folder]), folder / "work")
+    build(parse_deployment(data).deployment, context, Progress(["one"]))
     return folder / "store"
 
 

@@ -13,8 +13,8 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from inference_service.serving.chat_template import MAX_PROCESSES, ChatTemplate
 from inference_service.serving.sandbox import templates as rendering
-from inference_service.serving.sandbox.pool import BoundedPool
-from inference_service.serving.sandbox.process import BoundedProcess
+from inference_service.serving.sandbox.pool import SandboxPool
+from inference_service.serving.sandbox.process import SandboxProcess
 from loramux_shared.faults import CheckpointInvalid, RequestInvalid
 
 MODULE = rendering.__name__
@@ -120,7 +120,7 @@ async def test_a_template_that_loops_delays_no_other() -> None:
 
 def test_a_process_that_is_gone_is_started_again() -> None:
     """One that ended while nobody asked is no reason for an answer to fail."""
-    process = BoundedProcess("templates")
+    process = SandboxProcess("templates")
     question = {"source": "hi", "variables": {}}
     assert process.ask(question) == {"text": "hi"}
     assert process._process is not None
@@ -151,7 +151,7 @@ async def test_many_templates_share_a_few_processes() -> None:
 def test_processes_that_nobody_asks_end() -> None:
     """A pool without questions has no processes after its idle time, and answers the next question."""
     before = set(_processes())
-    pool = BoundedPool("templates", most=2, idle_s=0.2)
+    pool = SandboxPool("templates", most=2, idle_s=0.2)
     question = {"source": "hi", "variables": {}}
     answers = [pool.ask(str(number), question) for number in range(4)]
     assert [answer.result() for answer in answers] == [{"text": "hi"}] * 4

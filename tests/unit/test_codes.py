@@ -21,7 +21,7 @@ def codes_in(path: Path) -> Iterator[str]:
             yield value
 
 
-def test_every_code_that_is_used_is_in_the_catalogue_and_the_reverse():
+def test_every_code_that_is_used_has_a_page_entry_and_the_reverse():
     """A code that nobody explains, and an explanation that nobody needs, are both mistakes."""
     used = {
         code
@@ -38,7 +38,7 @@ def test_every_reason_has_a_cure_and_the_reverse():
     assert set(CURES) == set(FAULTS)
 
 
-def test_the_page_is_what_the_catalogue_says():
+def test_the_page_is_what_the_codes_say():
     """docs/errors.md is generated, and names every code and every reason."""
     page = errors_doc.page()
     assert (docs.DOCS / "errors.md").read_text() == page

@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 from builder_service.domain.tensor_names import LoraKey, nearest_key, parse_key
 from builder_service.pipeline.base_weights import BaseWeights
 from builder_service.pipeline.build import build
-from builder_service.pipeline.context import Workshop
+from builder_service.pipeline.context import BuildContext
 from builder_service.pipeline.progress import Progress
 from loramux_shared.bundle.manifest import Coverage, Manifest
 from loramux_shared.bundle.reader import read_manifest
@@ -55,8 +55,8 @@ def built(folder: Path, **config: Any) -> Manifest:
         },
     }
     store = MemoryStore()
-    shop = Workshop(store, open_sources(local_roots=[folder]), folder / "work")
-    generation = build(parse_deployment(data).deployment, shop, Progress(["one"])).generation
+    context = BuildContext(store, open_sources(local_roots=[folder]), folder / "work")
+    generation = build(parse_deployment(data).deployment, context, Progress(["one"])).generation
     return read_manifest(store, generation.adapters["one"].digest)
 
 

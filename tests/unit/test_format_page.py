@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from loramux_shared.bundle.manifest import BaseRecord, Current, Generation, Manifest, Row
+from loramux_shared.bundle.manifest import BaseRecord, Current, Generation, Manifest, ModuleRow
 from loramux_shared.deployment import Model, Repository
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "bundle-format.md").read_text(encoding="utf-8")
@@ -28,7 +28,7 @@ def first_column(table: str) -> set[str]:
     ("record", "told"),
     [
         (Manifest, first_column(section("### `manifest.json`", "A manifest MUST hold"))),
-        (Row, first_column(section("A row:", "**Coverage.**"))),
+        (ModuleRow, first_column(section("A row:", "**Coverage.**"))),
         (
             Generation,
             set(re.findall(r"`(\w+)`", section("`generations/<n>.json`:", "A `source` is"))),

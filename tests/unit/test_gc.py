@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from builder_service.pipeline.build import build
-from builder_service.pipeline.context import Workshop
+from builder_service.pipeline.context import BuildContext
 from builder_service.pipeline.progress import Progress
 from loramux.cli.main import app
 from loramux_shared.bundle.deployments import current_generation, generation_numbers
@@ -36,8 +36,8 @@ def publish(folder: Path, store: Store, *names: str, deployment: str = "tiny") -
     local = {name: {"source": "LOCAL", "repo": str(folder / name)} for name in names}
     base = {"source": "LOCAL", "repo": str(folder / "base")}
     data = {"model_name": deployment, "build": {"checkpoint_repository": base, "lora_adapters": local}}
-    shop = Workshop(store, open_sources(local_roots=[folder]), folder / "work")
-    build(parse_deployment(data).deployment, shop, Progress(names))
+    context = BuildContext(store, open_sources(local_roots=[folder]), folder / "work")
+    build(parse_deployment(data).deployment, context, Progress(names))
 
 
 def digest(store: Store, name: str) -> str:

@@ -13,10 +13,10 @@ import pytest
 import structlog
 
 from builder_service.builds.builds import Builds
-from builder_service.builds.limits import Limits
+from builder_service.builds.limits import BuildLimits
 from builder_service.builds.views import State
 from builder_service.pipeline.build import build
-from builder_service.pipeline.context import Workshop
+from builder_service.pipeline.context import BuildContext
 from builder_service.pipeline.progress import Progress
 from loramux_shared.bundle.deployments import current_generation, generation_numbers, read_generation
 from loramux_shared.bundle.manifest import Generation
@@ -102,7 +102,7 @@ class World:
         self.old = self.deployment("one")
         self.new = self.deployment("one", "two", "three")
         self.start = MemoryStore()
-        build(self.old, self.shop(self.start), Progress(["one"]))
+        build(self.old, self.context(self.start), Progress(["one"]))
 
     def deployment(self, *names: str) -> Deployment:
         """A deployment of adapters below the folder."""
@@ -111,9 +111,9 @@ class World:
         data = {"model_name": "tiny", "build": {"checkpoint_repository": base, "lora_adapters": local}}
         return parse_deployment(data).deployment
 
-    def shop(self, store: MemoryStore | Mortal) -> Workshop:
+    def context(self, store: MemoryStore | Mortal) -> BuildContext:
         """A workshop over a store."""
-        return Workshop(store, open_sources(local_roots=[self.folder]), self.folder / "work")
+        return BuildContext(store, open_sources(local_roots=[self.folder]), self.folder / "work")
 
     def copy(self) -> MemoryStore:
         """The store at the beginning."""
@@ -123,7 +123,7 @@ class World:
 
     async def life(self, store: MemoryStore | Mortal, wanted: Deployment | None = None) -> State | None:
         """Start a builder, let it take up what there is, ask for a build, and wait for the end of both."""
-        builds = Builds(self.shop(store), Limits(running=2, beat_s=1000))
+        builds = Builds(self.context(store), BuildLimits(running=2, beat_s=1000))
         state = None
         with suppress(Fault, Killed):
             await builds.recover()
@@ -206,7 +206,7 @@ def test_a_kill_at_every_change_in_the_work_folder(world):
 
     build(
         world.new,
-        replace(world.shop(world.copy()), parallel_adapters=2),
+        replace(world.context(world.copy()), parallel_adapters=2),
         Progress(["one", "two", "three"], count),
     )
     assert events > 40
@@ -220,9 +220,9 @@ def test_a_kill_at_every_change_in_the_work_folder(world):
                 raise Killed
 
         with suppress(Killed):
-            build(world.new, world.shop(store), Progress(["one", "two", "three"], die))
+            build(world.new, world.context(store), Progress(["one", "two", "three"], die))
         world.check_reader(store)
-        build(world.new, world.shop(store), Progress(["one", "two", "three"]))
+        build(world.new, world.context(store), Progress(["one", "two", "three"]))
         world.check_end(store)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from builder_service.pipeline.build import build
-from builder_service.pipeline.context import Workshop
+from builder_service.pipeline.context import BuildContext
 from builder_service.pipeline.progress import Progress
 from inference_service.startup.load import Ready
 from loramux_shared.bundle.deployments import current_generation
@@ -30,8 +30,8 @@ def _ready(world: World, name: str, runtime: dict[str, object], **settings: obje
     data["runtime"] |= runtime
     deployment = Deployment.model_validate(data)
     store = MemoryStore()
-    shop = Workshop(store, open_sources(local_roots=[world.root]))
-    build(deployment, shop, Progress(deployment.build.lora_adapters))
+    context = BuildContext(store, open_sources(local_roots=[world.root]))
+    build(deployment, context, Progress(deployment.build.lora_adapters))
     generation = current_generation(store, "tiny")
     assert generation is not None
     assert generation.merged == (

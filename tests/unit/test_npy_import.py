@@ -12,7 +12,7 @@ import pytest
 
 from builder_service.pipeline.build import build
 from builder_service.pipeline.check import AdapterReport, check_one
-from builder_service.pipeline.context import Workshop
+from builder_service.pipeline.context import BuildContext
 from builder_service.pipeline.progress import Progress
 from loramux_shared.bundle.deployments import current_generation
 from loramux_shared.bundle.reader import Bundle, read_bundle
@@ -78,7 +78,7 @@ class Bench:
     def __init__(self, root: Path) -> None:
         self.root = root
         write_base(root / "base")
-        self.shop = Workshop(MemoryStore(), open_sources(local_roots=[root]), root / "work")
+        self.context = BuildContext(MemoryStore(), open_sources(local_roots=[root]), root / "work")
 
     @property
     def npy(self) -> Path:
@@ -97,15 +97,15 @@ class Bench:
     def check(self, **lora: Any) -> AdapterReport:
         """Check it."""
         wanted = self.deployment(**lora)
-        return check_one(wanted, self.shop, Progress(wanted.build.lora_adapters))
+        return check_one(wanted, self.context, Progress(wanted.build.lora_adapters))
 
     def build(self, **lora: Any) -> Bundle:
         """Build it, and read it as a replica does."""
         wanted = self.deployment(**lora)
-        build(wanted, self.shop, Progress(wanted.build.lora_adapters))
-        generation = current_generation(self.shop.store, "tiny")
+        build(wanted, self.context, Progress(wanted.build.lora_adapters))
+        generation = current_generation(self.context.store, "tiny")
         assert generation is not None
-        return read_bundle(self.shop.store, generation.adapters["other"].digest)
+        return read_bundle(self.context.store, generation.adapters["other"].digest)
 
     def errors(self, **lora: Any) -> list[tuple[str, str]]:
         """Codes and places of the errors of a check."""
@@ -171,7 +171,7 @@ def test_a_peft_adapter_and_its_conversion_are_the_same_rows(bench: Bench) -> No
     """What we convert from PEFT and import from our own npy files differs in nothing but its origin."""
     write_adapter(bench.npy)
     first = bench.build()
-    store, digest = bench.shop.store, first.digest
+    store, digest = bench.context.store, first.digest
     for path in bench.npy.iterdir():
         path.unlink()
     for name in ("model.lora_weights.npy", "model.lora_config.npy"):

@@ -10,7 +10,7 @@ import pytest
 from inference_service.openai_api.chat_schema import ChatBody
 from inference_service.openai_api.mapping import chat_request, completion_requests
 from inference_service.openai_api.schema import CompletionBody
-from inference_service.serving.adapter_defaults import Brought
+from inference_service.serving.adapter_defaults import AdapterDefaults
 from inference_service.serving.catalog import Catalog, ServedModel
 from inference_service.serving.request import Request
 from inference_service.serving.service import GenerationService, ServingLimits
@@ -24,7 +24,7 @@ class Named(GenerationService):
 
     def __init__(self, default_max_tokens: int | None = None) -> None:
         self.catalog = Catalog(
-            1, "base", [ServedModel("base"), ServedModel("calm", brought=Brought(temperature=0.3))]
+            1, "base", [ServedModel("base"), ServedModel("calm", defaults=AdapterDefaults(temperature=0.3))]
         )
         self.limits = ServingLimits(256, default_max_tokens, frozenset({2}))
 

@@ -19,7 +19,7 @@ from inference_service.core.sequence import Adapter, FinishReason, Sequence, Ste
 from inference_service.engine.block_manager import BlockManager
 from inference_service.engine.engine import Engine
 from inference_service.engine.rows import lay_out
-from inference_service.engine.scheduler import Limits
+from inference_service.engine.scheduler import SchedulerLimits
 from inference_service.engine.step import Pending
 from inference_service.startup.load import Ready
 from loramux_shared.storage.memory import MemoryStore
@@ -27,7 +27,7 @@ from tests.tiny import ADAPTERS, VOCAB, World, make_world, run_engine
 
 BLOCK = 4
 TOKENS = 5
-LIMITS = Limits(max_tokens=16, max_seqs=4, max_adapters=2, max_seq_len=40)
+LIMITS = SchedulerLimits(max_tokens=16, max_seqs=4, max_adapters=2, max_seq_len=40)
 _ids = itertools.count()
 
 

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from typer.testing import CliRunner
 
 from builder_service.pipeline.build import build
-from builder_service.pipeline.context import Workshop
+from builder_service.pipeline.context import BuildContext
 from builder_service.pipeline.progress import Progress
 from loramux.cli.main import app
 from loramux.cli.services import builder_command
@@ -116,8 +116,8 @@ def test_a_build_ignores_names_that_are_no_text(tmp_path: Path) -> None:
         "lora_adapters": {"one": {"source": "LOCAL", "repo": str(adapter)}},
     }
     wish = parse_deployment({"model_name": "tiny", "build": made}).deployment
-    shop = Workshop(MemoryStore(), open_sources(local_roots=[tmp_path]), tmp_path / "work")
-    assert build(wish, shop, Progress(["one"])).generation.number == 1
+    context = BuildContext(MemoryStore(), open_sources(local_roots=[tmp_path]), tmp_path / "work")
+    assert build(wish, context, Progress(["one"])).generation.number == 1
 
 
 def test_an_archive_hides_names_that_are_no_text() -> None:

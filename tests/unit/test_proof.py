@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from builder_service.pipeline import prove as builder_prove
 from builder_service.pipeline.build import build
-from builder_service.pipeline.context import Workshop
+from builder_service.pipeline.context import BuildContext
 from builder_service.pipeline.progress import Progress
 from inference_service.proof.adapter_source import read_adapter
 from inference_service.proof.fingerprint import difference, effect_of
@@ -59,8 +59,8 @@ def proved(deployment: Deployment) -> Deployment:
 def build_into(store: MemoryStore, world: World, **lora: Any) -> None:
     """Build with proofs, as the builder does: the reference runs in a process of its own."""
     deployment = proved(world.deployment(**lora))
-    shop = Workshop(store, open_sources(local_roots=[world.root]))
-    build(deployment, shop, Progress(deployment.build.lora_adapters))
+    context = BuildContext(store, open_sources(local_roots=[world.root]))
+    build(deployment, context, Progress(deployment.build.lora_adapters))
 
 
 @pytest.fixture(scope="module")
@@ -226,9 +226,9 @@ def test_another_base_under_the_same_adapter_is_caught(
     tensors["lm_head.weight"] = tensors["lm_head.weight"].flip(0)
     save_file(tensors, other.base / "model.safetensors")
     store = MemoryStore()
-    shop = Workshop(store, open_sources(local_roots=[world.root, tmp_path]))
+    context = BuildContext(store, open_sources(local_roots=[world.root, tmp_path]))
     deployment = proved(other.deployment())
-    build(deployment, shop, Progress(deployment.build.lora_adapters))
+    build(deployment, context, Progress(deployment.build.lora_adapters))
     digests = {name: manifest_of(store, name).proof for name in ADAPTERS}
     for name in ADAPTERS:
         generation = current_generation(store, "tiny")
@@ -344,6 +344,6 @@ def test_a_build_that_is_stopped_stops_the_reference(world: World) -> None:
             progress.stop()
 
     progress = Progress(deployment.build.lora_adapters, changed)
-    shop = Workshop(MemoryStore(), open_sources(local_roots=[world.root]))
+    context = BuildContext(MemoryStore(), open_sources(local_roots=[world.root]))
     with pytest.raises(BuildInterrupted):
-        build(deployment, shop, progress)
+        build(deployment, context, progress)

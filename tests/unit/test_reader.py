@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from builder_service.pipeline.build import build
-from builder_service.pipeline.context import Workshop
+from builder_service.pipeline.context import BuildContext
 from builder_service.pipeline.progress import Progress
 from loramux_shared.bundle.deployments import (
     current_generation,
@@ -37,8 +37,8 @@ def store(tmp_path):
             "lora_adapters": {"one": {"source": "LOCAL", "repo": str(adapter)}},
         },
     }
-    shop = Workshop(store, open_sources(local_roots=[tmp_path]), tmp_path / "work")
-    build(parse_deployment(data).deployment, shop, Progress(["one"]))
+    context = BuildContext(store, open_sources(local_roots=[tmp_path]), tmp_path / "work")
+    build(parse_deployment(data).deployment, context, Progress(["one"]))
     return store
 
 

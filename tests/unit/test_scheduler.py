@@ -13,7 +13,7 @@ from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import Adapter, FinishReason, Sequence, Token
 from inference_service.engine.block_manager import BlockManager
 from inference_service.engine.engine import Engine
-from inference_service.engine.scheduler import Limits
+from inference_service.engine.scheduler import SchedulerLimits
 from inference_service.engine.step import Pending
 
 _ids = itertools.count()
@@ -40,7 +40,7 @@ def _engine(
 ) -> tuple[Engine, FakeRunner, BlockManager]:
     manager = BlockManager(blocks, 4)
     runner = FakeRunner(depth)
-    limits = Limits(max_tokens, max_seqs, max_adapters, max_seq_len=blocks * 4)
+    limits = SchedulerLimits(max_tokens, max_seqs, max_adapters, max_seq_len=blocks * 4)
     return Engine(runner, limits, manager, clock=lambda: 0.0), runner, manager
 
 

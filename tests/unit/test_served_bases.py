@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from builder_service.pipeline.build import build
 from builder_service.pipeline.check import check_one
-from builder_service.pipeline.context import Workshop
+from builder_service.pipeline.context import BuildContext
 from builder_service.pipeline.progress import Progress
 from loramux.doctor.sizes import sizes_of
 from loramux_shared.bases.families import load_families
@@ -62,11 +62,11 @@ def test_builder_and_replica_refuse_a_base_with_the_same_words(tmp_path: Path, n
     with pytest.raises(CheckpointInvalid) as refused:
         read_config(tmp_path / "base", 48)
     store = MemoryStore()
-    shop = Workshop(store, open_sources(local_roots=[tmp_path]), tmp_path / "work")
+    context = BuildContext(store, open_sources(local_roots=[tmp_path]), tmp_path / "work")
     with pytest.raises(CheckpointInvalid) as checked:
-        check_one(wanted(tmp_path, 48), shop, Progress(["one"]))
+        check_one(wanted(tmp_path, 48), context, Progress(["one"]))
     with pytest.raises(CheckpointInvalid) as built:
-        build(wanted(tmp_path, 48), shop, Progress(["one"]))
+        build(wanted(tmp_path, 48), context, Progress(["one"]))
     assert checked.value.message == refused.value.message
     assert built.value.message == f"base checkpoint: {refused.value.message}"
     assert store.objects == {}

@@ -13,7 +13,7 @@ from structlog.contextvars import bound_contextvars
 
 from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import Adapter, FinishReason, Sequence, Token
-from inference_service.engine.engine import Crowd
+from inference_service.engine.engine import SequenceCounts
 from inference_service.serving.catalog import ServedModel
 from inference_service.serving.request import Delta, Finished, Request
 from inference_service.serving.telemetry.record import Follower, Record, following
@@ -112,24 +112,24 @@ def test_the_pace_of_one_token_is_unknown() -> None:
     assert three.pace_s == pytest.approx((three.last_s - three.first_s) / 2)
 
 
-def lora_info(crowd: Crowd, *models: ServedModel) -> tuple[str, str]:
+def lora_info(sequences: SequenceCounts, *models: ServedModel) -> tuple[str, str]:
     """The adapters that run and wait, as gateways read them."""
-    [(labels, _)] = Scrape(replica(crowd, models).render().decode()).series("vllm:lora_requests_info")
+    [(labels, _)] = Scrape(replica(sequences, models).render().decode()).series("vllm:lora_requests_info")
     return labels["running_lora_adapters"], labels["waiting_lora_adapters"]
 
 
 def test_gateways_read_adapters_alone() -> None:
     """The base is no adapter; names are sorted, so that the same state is the same series."""
     models = [ServedModel("base"), *(ServedModel(name, Adapter(name, 1, 0)) for name in ("b", "a", "c"))]
-    assert lora_info(Crowd({"": 3, "b": 1, "a": 2}, {"c": 1, "": 1}), *models) == ("a,b", "c")
-    assert lora_info(Crowd({}, {}), *models) == ("", "")
+    assert lora_info(SequenceCounts({"": 3, "b": 1, "a": 2}, {"c": 1, "": 1}), *models) == ("a,b", "c")
+    assert lora_info(SequenceCounts({}, {}), *models) == ("", "")
 
 
 def test_a_merged_adapter_has_its_name() -> None:
     """An adapter in the weights is the base to the engine, and itself to everybody else."""
     merged = ServedModel("only")
-    assert lora_info(Crowd({"": 2}, {}), merged) == ("only", "")
-    said = Scrape(replica(Crowd({"": 2}, {}), (merged,)).render().decode())
+    assert lora_info(SequenceCounts({"": 2}, {}), merged) == ("only", "")
+    said = Scrape(replica(SequenceCounts({"": 2}, {}), (merged,)).render().decode())
     assert said.series("loramux_sequences_running") == [({"model": "only"}, 2)]
 
 

@@ -11,7 +11,7 @@ import pytest
 from builder_service.domain.truncation import best_approximation
 from builder_service.pipeline.build import build
 from builder_service.pipeline.check import check_one
-from builder_service.pipeline.context import Workshop
+from builder_service.pipeline.context import BuildContext
 from builder_service.pipeline.progress import Progress
 from builder_service.pipeline.validate import check_deployment
 from loramux.messages import deployment_from_message, deployment_to_message
@@ -66,12 +66,12 @@ def test_nothing_stays_nothing() -> None:
 
 
 @pytest.fixture
-def shop(tmp_path: Path) -> Workshop:
+def context(tmp_path: Path) -> BuildContext:
     """A workshop over an empty store, a base, and an adapter of rank 8 and 4."""
     write_base(tmp_path / "base")
     values = tensors(("q_proj",), rank=8) | tensors(("v_proj",), rank=4)
     write_adapter(tmp_path / "wide", values, r=8, rank_pattern={"v_proj": 4})
-    return Workshop(MemoryStore(), open_sources(local_roots=[tmp_path]), tmp_path / "work")
+    return BuildContext(MemoryStore(), open_sources(local_roots=[tmp_path]), tmp_path / "work")
 
 
 def deployment(folder: Path, **lora: Any) -> Deployment:
@@ -84,22 +84,22 @@ def deployment(folder: Path, **lora: Any) -> Deployment:
     return parse_deployment({"model_name": "tiny", "build": build}).deployment
 
 
-def built(wanted: Deployment, shop: Workshop) -> Any:
+def built(wanted: Deployment, context: BuildContext) -> Any:
     """Build, and read the bundle as a replica does."""
-    build(wanted, shop, Progress(wanted.build.lora_adapters))
-    generation = current_generation(shop.store, "tiny")
+    build(wanted, context, Progress(wanted.build.lora_adapters))
+    generation = current_generation(context.store, "tiny")
     assert generation is not None
-    return read_bundle(shop.store, generation.adapters["wide"].digest)
+    return read_bundle(context.store, generation.adapters["wide"].digest)
 
 
 def test_a_rank_above_the_ceiling_is_refused_unless_truncation_is_wished(
-    tmp_path: Path, shop: Workshop
+    tmp_path: Path, context: BuildContext
 ) -> None:
     """max_lora_rank alone never changes an adapter; truncate_to_rank does, and records what was lost."""
     with pytest.raises(AdapterInvalid, match="E_RANK_MAX"):
-        built(deployment(tmp_path, max_lora_rank=4), shop)
-    whole = built(deployment(tmp_path), shop)
-    cut = built(deployment(tmp_path, max_lora_rank=4, truncate_to_rank=4), shop)
+        built(deployment(tmp_path, max_lora_rank=4), context)
+    whole = built(deployment(tmp_path), context)
+    cut = built(deployment(tmp_path, max_lora_rank=4, truncate_to_rank=4), context)
     assert cut.manifest.ranks == (4,)
     for row, full in zip(cut.rows, whole.rows, strict=True):
         product, original = row.b.astype(np.float64) @ row.a, full.b.astype(np.float64) @ full.a
@@ -116,23 +116,23 @@ def test_a_rank_above_the_ceiling_is_refused_unless_truncation_is_wished(
     assert (warning.where, f"{worst:.2e}" in warning.found) == ("2 of 4 rows", True)
 
 
-def test_a_truncated_bundle_is_reproducible(tmp_path: Path, shop: Workshop) -> None:
+def test_a_truncated_bundle_is_reproducible(tmp_path: Path, context: BuildContext) -> None:
     """The same build again has the same digest, so nothing is uploaded again."""
     wanted = deployment(tmp_path, truncate_to_rank=3)
-    assert built(wanted, shop).digest == built(wanted, shop).digest
+    assert built(wanted, context).digest == built(wanted, context).digest
 
 
-def test_the_report_of_a_check_says_what_would_be_lost(tmp_path: Path, shop: Workshop) -> None:
+def test_the_report_of_a_check_says_what_would_be_lost(tmp_path: Path, context: BuildContext) -> None:
     """A dry run with truncation lists each row's own rank and error, and is accepted with a warning."""
     wanted = deployment(tmp_path, truncate_to_rank=2)
-    report = check_one(wanted, shop, Progress(wanted.build.lora_adapters))
+    report = check_one(wanted, context, Progress(wanted.build.lora_adapters))
     assert report.accepted
     assert [(row.rank, row.truncation.rank) for row in report.rows if row.truncation] == [(2, 8), (2, 4)] * 2
     assert "W_TRUNCATED" in [finding.code for finding in report.findings]
-    assert list(shop.store.list("")) == []
+    assert list(context.store.list("")) == []
 
 
-def test_it_cannot_be_above_the_ceiling(tmp_path: Path, shop: Workshop) -> None:
+def test_it_cannot_be_above_the_ceiling(tmp_path: Path, context: BuildContext) -> None:
     """truncate_to_rank above max_lora_rank is a mistake of the file, found before anything is fetched."""
     with pytest.raises(DeploymentInvalid) as error:
         check_deployment(deployment(tmp_path, max_lora_rank=8, truncate_to_rank=9))

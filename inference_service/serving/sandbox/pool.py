@@ -8,12 +8,12 @@ from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-from inference_service.serving.sandbox.process import IDLE_S, BoundedProcess
+from inference_service.serving.sandbox.process import IDLE_S, SandboxProcess
 
 Asked = tuple[Mapping[str, Any], "Future[dict[str, str]]"]
 
 
-class BoundedPool:
+class SandboxPool:
     """Processes of one module, at most so many; may be used by any number of threads.
 
     Questions of one kind are answered one after the other, and kinds take turns: one kind that takes all the
@@ -23,12 +23,12 @@ class BoundedPool:
 
     def __init__(self, module: str, most: int, idle_s: float = IDLE_S) -> None:
         self._threads = ThreadPoolExecutor(most, thread_name_prefix=module)
-        self._idle = [BoundedProcess(module, idle_s) for _ in range(most)]
+        self._idle = [SandboxProcess(module, idle_s) for _ in range(most)]
         self._waiting: dict[str, deque[Asked]] = {}
         self._lock = threading.Lock()
 
     def ask(self, kind: str, question: Mapping[str, Any]) -> Future[dict[str, str]]:
-        """Return what becomes the answer, as `BoundedProcess.ask` gives it."""
+        """Return what becomes the answer, as `SandboxProcess.ask` gives it."""
         answer: Future[dict[str, str]] = Future()
         with self._lock:
             first = kind not in self._waiting

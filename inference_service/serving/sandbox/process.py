@@ -14,7 +14,7 @@ from inference_service.serving.sandbox.loop import CPU_S
 IDLE_S: Final = 60.0
 
 
-class BoundedProcess:
+class SandboxProcess:
     """A process that answers questions of one thread at a time; it is started when there is one."""
 
     def __init__(self, module: str, idle_s: float = IDLE_S) -> None:

@@ -11,7 +11,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from inference_service.engine.engine import Crowd, EngineStats
+from inference_service.engine.engine import EngineStats, SequenceCounts
 from inference_service.serving.catalog import Catalog
 
 
@@ -24,7 +24,7 @@ class EngineView(Protocol):
         ...
 
     @property
-    def crowd(self) -> Crowd:
+    def sequence_counts(self) -> SequenceCounts:
         """Who runs and who waits."""
         ...
 
@@ -42,17 +42,17 @@ class ReplicaCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """Yield every family."""
-        stats, crowd = self._engine.stats, self._engine.crowd
-        yield from self._sequences(crowd)
+        stats, sequences = self._engine.stats, self._engine.sequence_counts
+        yield from self._sequences(sequences)
         yield from _memory(stats)
         yield from self._loaded()
         yield from _for_gateways(stats)
-        yield self._lora_requests(stats, crowd)
+        yield self._lora_requests(stats, sequences)
 
-    def _sequences(self, crowd: Crowd) -> Iterator[Metric]:
+    def _sequences(self, sequences: SequenceCounts) -> Iterator[Metric]:
         for name, text, counts in (
-            ("running", "Sequences that steps compute.", crowd.running),
-            ("waiting", "Sequences that wait for a place.", crowd.waiting),
+            ("running", "Sequences that steps compute.", sequences.running),
+            ("waiting", "Sequences that wait for a place.", sequences.waiting),
         ):
             family = GaugeMetricFamily(f"loramux_sequences_{name}", text, labels=["model"])
             for inside, model in self._named.items():
@@ -81,13 +81,13 @@ class ReplicaCollector(Collector):
         build.add_metric([version("loramux"), str(self._catalog.generation)], 1)
         yield build
 
-    def _lora_requests(self, stats: EngineStats, crowd: Crowd) -> Metric:
+    def _lora_requests(self, stats: EngineStats, sequences: SequenceCounts) -> Metric:
         family = GaugeMetricFamily(
             "vllm:lora_requests_info",
             "When this was so, in Unix time; the adapters of sequences, separated by commas.",
             labels=["max_lora", "running_lora_adapters", "waiting_lora_adapters"],
         )
-        running, waiting = self._listed(crowd.running), self._listed(crowd.waiting)
+        running, waiting = self._listed(sequences.running), self._listed(sequences.waiting)
         family.add_metric([str(stats.max_adapters), running, waiting], time.time())
         return family
 

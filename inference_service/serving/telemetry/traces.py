@@ -45,19 +45,19 @@ class RequestSpans:
         if record.outcome != OK:
             span.set_attribute("error.type", record.outcome)
             span.set_status(Status(StatusCode.ERROR, record.outcome))
-        self._make_stages(record, span, start_ns)
+        self._make_phases(record, span, start_ns)
         span.end(_at(start_ns, record, record.ended_s))
 
-    def _make_stages(self, record: Record, parent: Span, start_ns: int) -> None:
+    def _make_phases(self, record: Record, parent: Span, start_ns: int) -> None:
         context = set_span_in_context(parent)
-        for stage in _stages(record):
-            attributes, start = stage.attributes, _at(start_ns, record, stage.start_s)
-            child = self._tracer.start_span(stage.name, context, attributes=attributes, start_time=start)
-            child.end(_at(start_ns, record, record.ended_s if stage.end_s is None else stage.end_s))
+        for phase in _phases(record):
+            attributes, start = phase.attributes, _at(start_ns, record, phase.start_s)
+            child = self._tracer.start_span(phase.name, context, attributes=attributes, start_time=start)
+            child.end(_at(start_ns, record, record.ended_s if phase.end_s is None else phase.end_s))
 
 
 @dataclass(frozen=True)
-class Stage:
+class Phase:
     """A part of a request's way; it went on to the end when its own is not known."""
 
     name: str
@@ -66,15 +66,15 @@ class Stage:
     attributes: Mapping[str, AttributeValue] = field(default_factory=dict)
 
 
-def _stages(record: Record) -> Iterator[Stage]:
+def _phases(record: Record) -> Iterator[Phase]:
     if record.submitted_s is not None:
-        yield Stage("queue", record.submitted_s, record.began_s)
+        yield Phase("queue", record.submitted_s, record.began_s)
     if record.began_s is not None:
-        yield Stage("prefill", record.began_s, record.first_s)
+        yield Phase("prefill", record.began_s, record.first_s)
     for index, answer in enumerate(record.answers):
         if answer.first_s is not None:
             told = {"loramux.answer.index": index, "gen_ai.usage.output_tokens": answer.tokens}
-            yield Stage("decode", answer.first_s, answer.last_s, told)
+            yield Phase("decode", answer.first_s, answer.last_s, told)
 
 
 def _operation(prompt: Prompt) -> str:

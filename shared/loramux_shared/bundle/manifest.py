@@ -81,7 +81,7 @@ class Truncation(Model):
     """Of the product BA: Frobenius norm of the difference over that of the original."""
 
 
-class Row(Model):
+class ModuleRow(Model):
     """One row of a bundle: a module of a layer."""
 
     layer: int = Field(ge=0)
@@ -117,7 +117,7 @@ class Manifest(Record):
 
     format_version: Literal[1] = FORMAT_VERSION
     dtype: Dtype
-    rows: tuple[Row, ...]
+    rows: tuple[ModuleRow, ...]
     row_width: int = Field(ge=1)
     """Elements per row of the weights, padding included."""
     config_columns: Literal[3, 4] = 4

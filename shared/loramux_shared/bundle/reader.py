@@ -15,7 +15,7 @@ from loramux_shared.bundle.manifest import (
     WEIGHTS_FILE,
     FileDigest,
     Manifest,
-    Row,
+    ModuleRow,
     bundle_key,
     verify,
 )
@@ -29,7 +29,7 @@ from loramux_shared.storage.base import ObjectMissing, Store
 class BundleRow:
     """One module of one layer; A and B are views in the storage type."""
 
-    row: Row
+    row: ModuleRow
     a: Array
     """(rank, in_features)"""
     b: Array
@@ -120,7 +120,7 @@ def _check_manifest(manifest: Manifest, what: str) -> None:
     _expect(says, not any(row.norm_ba for row in manifest.rows), f"{what}: warning W_ZERO_B")
 
 
-def _decode_row(row: Row, values: Array, config: Array, what: str) -> BundleRow:
+def _decode_row(row: ModuleRow, values: Array, config: Array, what: str) -> BundleRow:
     expected = [row.module_id, row.layer, row.rank, 0][: len(config)]
     _expect(config.tolist(), expected, f"{what}: config")
     split, length = row.rank * row.in_features, row.rank * (row.in_features + row.out_features)

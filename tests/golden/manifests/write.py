@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from builder_service.pipeline.build import build
-from builder_service.pipeline.context import Workshop
+from builder_service.pipeline.context import BuildContext
 from builder_service.pipeline.progress import Progress
 from loramux_shared.bundle.reader import read_manifest
 from loramux_shared.deployment_file import parse_deployment
@@ -88,8 +88,8 @@ def manifest(name: str) -> bytes:
             },
         }
         store = MemoryStore()
-        shop = Workshop(store, open_sources(local_roots=[folder]), folder / "work")
-        generation = build(parse_deployment(data).deployment, shop, Progress([name])).generation
+        context = BuildContext(store, open_sources(local_roots=[folder]), folder / "work")
+        generation = build(parse_deployment(data).deployment, context, Progress([name])).generation
         found = json.loads(read_manifest(store, generation.adapters[name].digest).to_bytes())
     return (json.dumps(found, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
 

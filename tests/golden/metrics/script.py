@@ -14,7 +14,7 @@ from builder_service.builds.running import RunningBuild
 from builder_service.builds.views import State
 from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import Adapter, FinishReason, Sequence, Token
-from inference_service.engine.engine import Crowd, EngineStats
+from inference_service.engine.engine import EngineStats, SequenceCounts
 from inference_service.serving.catalog import Catalog, ServedModel
 from inference_service.serving.request import Delta, Finished, Request
 from inference_service.serving.telemetry.metrics import Metrics
@@ -26,11 +26,11 @@ NAMES = Path(__file__).with_name("names.txt")
 MODELS = (ServedModel("base"), ServedModel("pirate", Adapter("pirate", 1, 0), digest="ab" * 32))
 
 
-def replica(crowd: Crowd, models: tuple[ServedModel, ...] = MODELS) -> Metrics:
+def replica(sequences: SequenceCounts, models: tuple[ServedModel, ...] = MODELS) -> Metrics:
     """The metrics of a replica whose engine holds sequences."""
     stats = EngineStats(
-        waiting=sum(crowd.waiting.values()),
-        running=sum(crowd.running.values()),
+        waiting=sum(sequences.waiting.values()),
+        running=sum(sequences.running.values()),
         blocks_free=6,
         blocks_total=8,
         block_size=16,
@@ -40,13 +40,13 @@ def replica(crowd: Crowd, models: tuple[ServedModel, ...] = MODELS) -> Metrics:
         prefix_tokens_hit=5,
         tokens_generated=0,
     )
-    engine = cast(EngineView, SimpleNamespace(stats=stats, crowd=crowd))
+    engine = cast(EngineView, SimpleNamespace(stats=stats, sequence_counts=sequences))
     return Metrics(Catalog(1, "base", models), engine)
 
 
 def everything() -> Scrape:
     """Serve one request, and scrape."""
-    metrics = replica(Crowd({}, {}))
+    metrics = replica(SequenceCounts({}, {}))
     with following(Request("pirate", "Hi"), [metrics]) as follower:
         follower.record.model = MODELS[1]
         follower.submitted([Sequence("0", [1, 2], SamplingParams())])

@@ -13,7 +13,7 @@ import httpx
 from tokenizers import Tokenizer
 
 from inference_service.core.sequence import FinishReason, Token
-from inference_service.engine.engine import Crowd
+from inference_service.engine.engine import SequenceCounts
 from inference_service.openai_api.app import create_app
 from inference_service.serving.catalog import Catalog, ServedModel
 from inference_service.serving.request import Delta, Event, Finished, PromptLogprobs, Request, Started
@@ -92,7 +92,7 @@ class Scripted(GenerationService):
         self.catalog = Catalog(7, "tiny", models)
         self.limits = ServingLimits(256, None, frozenset({2}))
         self.text = text
-        self.metrics = replica(Crowd({}, {}))
+        self.metrics = replica(SequenceCounts({}, {}))
         self._case = case
 
     async def generate(self, request: Request) -> AsyncGenerator[Event]:
