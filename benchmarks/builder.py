@@ -37,7 +37,7 @@ from loramux_shared.storage.open import open_store
 from tests.s3_gateway import s3_gateway
 
 # The sizes of a base of 1.5 billion parameters: rank 8 of all modules is 18.5 MB, the bundle 32.9 MB.
-BASE = {
+BASE: dict[str, Any] = {
     "architectures": ["Qwen2ForCausalLM"],
     "model_type": "qwen2",
     "hidden_size": 1536,
@@ -111,7 +111,7 @@ def run_copy(folder: Path, uri: str, work: Path) -> int:
 
 def run_copy_bundles(folder: Path, uri: str, work: Path) -> int:
     """Put files of the bundles' sizes into the store."""
-    rows = BASE["num_hidden_layers"] * len(FEATURES)
+    rows = int(BASE["num_hidden_layers"]) * len(FEATURES)
     size = 128 + 2 * rows * max(RANK * sum(shape) for shape in FEATURES.values())
     store, file = open_store(uri), work / "bundle"
     file.write_bytes(np.random.default_rng(0).bytes(size))
@@ -246,7 +246,7 @@ def show(measured: dict[tuple[str, str], list[dict[str, Any]]]) -> None:
 
 def _times(runs: list[dict[str, Any]], others: list[dict[str, Any]]) -> float:
     """Return the median of how many times as long as others runs took, pair by pair."""
-    return statistics.median(a["seconds"] / b["seconds"] for a, b in zip(runs, others, strict=True))
+    return statistics.median(float(a["seconds"] / b["seconds"]) for a, b in zip(runs, others, strict=True))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import math
 import os
 import random
 import re
@@ -50,8 +51,8 @@ class Figures:
     """One load on one server."""
 
     tokens_per_s: float
-    first_token_s: float | None
-    """Median; None where it is not measured."""
+    first_token_s: float
+    """Median; NaN where it is not measured."""
 
 
 Ask = Callable[[str, str], Awaitable[tuple[int, float]]]
@@ -288,7 +289,7 @@ def report(options: argparse.Namespace, work: Path) -> str:
     if not options.no_peft:
         for some in (used, []):
             labels.append(f"transformers + PEFT, {len(some) or 'no'} adapters")
-            table.append([Figures(speed, None) for speed in measure_peft(work, some)])
+            table.append([Figures(speed, math.nan) for speed in measure_peft(work, some)])
         notes.insert(0, f"with adapters / transformers + PEFT:         {_ratio(table, 0, -2)}")
     return "\n".join([*_machine(), "", *_table(labels, table), "", *notes])
 
@@ -324,7 +325,7 @@ def _table(labels: Sequence[str], table: Sequence[Sequence[Figures]]) -> list[st
     for label, row in zip(labels, table, strict=True):
         cells = [
             f" {each.tokens_per_s:>11.0f}"
-            f" {'-' if each.first_token_s is None else f'{each.first_token_s * 1e3:.0f} ms':>10}"
+            f" {'-' if math.isnan(each.first_token_s) else f'{each.first_token_s * 1e3:.0f} ms':>10}"
             for each in row
         ]
         lines.append(f"{label:<34}{''.join(cells)}")

@@ -36,6 +36,7 @@ from benchmarks import serving
 from benchmarks.on_gpu import checkpoint
 from loramux import AsyncClient
 from loramux.bench.workload import WORDS
+from loramux.cli.tree import free_address
 from loramux.records import Finished
 from loramux_shared.faults import ClientStalled, Fault
 
@@ -93,7 +94,7 @@ class Replica:
     """The inference service as a process."""
 
     def __init__(self, work: Path, base: str) -> None:
-        self.grpc, self.http = (serving.free_address(f"127.0.0.1:{port}") for port in (50062, 8062))
+        self.grpc, self.http = (free_address(f"127.0.0.1:{port}") for port in (50062, 8062))
         name, root = _prepare(work, base)
         command = [sys.executable, "-m", "inference_service", "--store", f"file://{work}/store"]
         command += ["--deployment", name, "--local-root", str(root), "--grpc", self.grpc, "--http", self.http]

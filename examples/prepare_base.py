@@ -140,7 +140,7 @@ def is_complete(dest: Path) -> bool:
             (header_size,) = struct.unpack("<Q", file.read(8))
             header = json.loads(file.read(min(header_size, 2**20)))
         end = max(entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
-        return weights.stat().st_size == 8 + header_size + end
+        return bool(weights.stat().st_size == 8 + header_size + end)
     except (OSError, ValueError, struct.error):
         return False
 

@@ -161,7 +161,7 @@ def read_examples(name: str, tokenizer: PreTrainedTokenizerBase) -> list[tuple[l
 def encode(tokenizer: PreTrainedTokenizerBase, question: str) -> list[int]:
     """Token ids of a chat with one question, up to where the answer begins."""
     chat = [{"role": "user", "content": question}]
-    return tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
+    return list(tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"])
 
 
 def collate(examples: list[tuple[list[int], list[int]]], pad: int) -> dict[str, torch.Tensor]:
@@ -231,7 +231,7 @@ def answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, question:
     """Decode greedily."""
     ids = torch.tensor([encode(tokenizer, question)])
     out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=48, do_sample=False)
-    return tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+    return str(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
 
 
 if __name__ == "__main__":

@@ -141,13 +141,13 @@ async def _ask_all(run: Run, plan: Plan, bare: Server, full: Server, names: Sequ
         words = await words_for(alone, "base", plan.prompt_tokens)
         seeds = itertools.count()  # no prompt is met twice
         options: Any = {"max_tokens": plan.new_tokens, "ignore_eos": True}
-        warm = bench.Plan(max(plan.concurrencies), requests=max(plan.concurrencies), options=options)
+        warm = bench.LoadPlan(max(plan.concurrencies), requests=max(plan.concurrencies), options=options)
         loads = [(alone, bare, 0), *((many, full, active) for active in plan.actives)]
         for client, _, active in loads:
             await bench.drive(client, Workload(_models(names, active), next(seeds), words), warm)
         base: dict[int, float] = {}
         for concurrency in plan.concurrencies:
-            sent = bench.Plan(concurrency, duration_s=plan.duration_s, options=options)
+            sent = bench.LoadPlan(concurrency, duration_s=plan.duration_s, options=options)
             for client, server, active in loads:
                 if run.left_s <= 0:
                     run.note(f"out of time before concurrency {concurrency}, {active} adapters")

@@ -20,6 +20,7 @@ from loramux_shared.faults import (
     SourceUnavailable,
 )
 from loramux_shared.sources.addresses import Guard
+from loramux_shared.sources.base import Source
 from loramux_shared.sources.bucket import BucketSource
 from loramux_shared.sources.checkpoint import describe_base, fetch_base
 from loramux_shared.sources.https import Https
@@ -306,7 +307,8 @@ def test_a_recorded_revision_stays_in_the_cache(hub, tmp_path, revision):
     url = UrlSource(Https(Guard()), Secrets(None, {}), patience=patience)
     bucket = BucketSource(open_s3, Secrets(None, {}), patience)
     address = {SourceKind.REMOTE_URL: "https://files.test/a.tar.gz", SourceKind.S3: "s3://bucket/one"}
-    places = {SourceKind.HF: source(hub), SourceKind.REMOTE_URL: url, SourceKind.S3: bucket}
+    places: dict[SourceKind, Source] = {SourceKind.HF: source(hub)}
+    places |= {SourceKind.REMOTE_URL: url, SourceKind.S3: bucket}
     for kind, place in places.items():
         wanted = Repository(source=kind, repo=address.get(kind, "org/base"), revision=revision)
         with pytest.raises(SourceRefused, match="no path inside"):

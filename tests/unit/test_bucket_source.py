@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import importlib
 import os
 import time
 from collections.abc import Iterator
@@ -178,7 +179,7 @@ def test_what_is_missing_is_said_in_one_line():
     with pytest.raises(SourceRefused, match="source S3 is not supported here; supported: HF"):
         Sources({SourceKind.HF: source(FakeBucket({}))}).of(REPO)
     with pytest.raises(SourceRefused) as refusal, needs_extra(SourceKind.GCS, "gcs"):
-        import no_such_package_of_google  # noqa: F401 - it is missing
+        importlib.import_module("no_such_package_of_google")
     said = "source GCS needs packages that the server lacks (no_such_package_of_google): "
     assert str(refusal.value) == said + "pip install 'loramux[gcs]'"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ from typer.testing import CliRunner
 
 from inference_service.lora.weights import Matrices, pack_adapter
 from loramux.cli.main import app
-from loramux.doctor import installed, machine
+from loramux.doctor import installed
 from loramux.doctor.machine import look_at_inference, look_at_machine, look_at_store
 from loramux.doctor.sizes import read_base, sizes_of
 from loramux_shared.bases.read import read_config
@@ -137,7 +138,7 @@ def test_a_cache_that_does_not_exist_yet(tmp_path: Path) -> None:
 
 def test_no_torch_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the inference extra there is a reason with its cure instead of a device."""
-    monkeypatch.setattr(machine.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     assert look_at_inference(tmp_path) == "torch is not installed: pip install 'loramux[inference]'"
 
 

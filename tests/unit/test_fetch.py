@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from builder_service.pipeline.fetch import fetch_adapters
+from builder_service.pipeline.fetch import FetchedAdapter, fetch_adapters
 from builder_service.pipeline.progress import Progress, Stage
 from builder_service.pipeline.space import Ledger, Space
 from loramux_shared.bundle.manifest import FileDigest
@@ -70,7 +70,9 @@ class FakeSource:
         return resolved.repository.model_copy(update={"revision": content_digest(files)})
 
 
-def fetch(folder: Path, source: FakeSource, *names: str, max_bytes: int | None = None) -> tuple[Progress, list]:
+def fetch(
+    folder: Path, source: FakeSource, *names: str, max_bytes: int | None = None
+) -> tuple[Progress, list[FetchedAdapter]]:
     """Fetch adapters whose addresses are their names."""
     adapters = {
         name: Repository(source=SourceKind.REMOTE_URL, repo=f"https://h/{name}?sig=canary") for name in names
