@@ -107,13 +107,15 @@ async def methods_of(channel: grpc.aio.Channel, key: str) -> dict[str, list[str]
 
 async def outcome(channel: grpc.aio.Channel, path: str, key: str | None) -> str:
     """Call a method with an empty request; returns OK after a first message, else the status."""
-    call = channel.stream_stream(path)(iter([b""]), metadata=bearer(key), timeout=20)
+    # One batch sends the request and takes the status. Where a stream of requests is refused before its first
+    # message is sent, grpc.aio tells INTERNAL instead, once in a thousand calls.
+    call = channel.unary_stream(path)(b"", metadata=bearer(key), timeout=20)
     try:
         async for _ in call:
             break
     except grpc.aio.AioRpcError as error:
         fault = fault_of(error)
-        return fault.reason if isinstance(fault, REFUSALS) else str(error.code().name)
+        return fault.reason if isinstance(fault, REFUSALS) else f"{error.code().name}: {error.details()}"
     finally:
         call.cancel()
     return "OK"
@@ -136,7 +138,7 @@ async def test_every_rpc_asks_for_a_key_of_its_scope(guarded: Any) -> None:
         for method in methods[name]:
             keys = (None, "lmx_wrong", KEYS[foreign], KEYS[own], KEYS["admin"])
             said = [await outcome(channel, f"/{name}/{method}", key) for key in keys]
-            assert [each if each in REFUSED else "in" for each in said] == expected, method
+            assert [each if each in REFUSED else "in" for each in said] == expected, (method, said)
 
 
 async def test_what_does_not_exist_asks_for_a_key_too(guarded: Any) -> None:
