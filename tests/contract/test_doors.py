@@ -115,7 +115,7 @@ async def outcome(channel: grpc.aio.Channel, path: str, key: str | None) -> str:
             break
     except grpc.aio.AioRpcError as error:
         fault = fault_of(error)
-        return fault.reason if isinstance(fault, REFUSALS) else f"{error.code().name}: {error.details()}"
+        return fault.reason if isinstance(fault, REFUSALS) else str(error.code().name)
     finally:
         call.cancel()
     return "OK"
