@@ -116,3 +116,19 @@ def test_the_schema_takes_what_the_program_takes() -> None:
     assert not accepts(schema, {**plain, "builds": {}}, schema)
     assert not accepts(schema, {**plain, "build": {**plain["build"], "lora_adapter": {}}}, schema)
     assert not accepts(schema, {"trt_llm": {"runtime": {}}}, schema)
+
+
+ELSEWHERE = {"claims/", "native/", "tests/artifacts/"}
+"""Folders of a store, of the cache, and of what tests leave."""
+PAGES = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
+ROOMS = ("", "inference_service", "builder_service", "shared/loramux_shared", "docs")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_what_a_page_points_to_is_there(page: Path) -> None:
+    """Folders and modules in backquotes, and files behind links, exist; a room may be left out of a path."""
+    text = page.read_text()
+    named = set(re.findall(r"`((?:\w+/)+(?:\w+\.\w+)?)`", text)) - ELSEWHERE
+    linked = set(re.findall(r"\]\((?!https?:)([^)#]+)", text))
+    lost = [path for path in named if not any((ROOT / room / path).exists() for room in ROOMS)]
+    assert not lost + [path for path in linked if not (page.parent / path).exists()]

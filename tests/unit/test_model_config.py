@@ -203,7 +203,7 @@ def test_what_is_not_served_is_refused_by_name(tmp_path: Path, change: dict[str,
 
 def test_the_page_about_models_names_every_architecture() -> None:
     """What is served and what is documented are the same list."""
-    page = (Path(__file__).parents[2] / "docs" / "adding-a-model.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "models.md").read_text()
     rows = "".join(line.split("|")[1] for line in page.splitlines() if line.startswith("| `"))
     assert set(re.findall(r"`(\w+)`", rows)) == set(load_families())
 
