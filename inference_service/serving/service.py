@@ -131,6 +131,7 @@ class GenerationService:
     ) -> dict[str, Answer]:
         """Return the n answers of a request by the ids of their sequences."""
         number = next(_numbers)
+        stop_tokens = frozenset(request.stop_token_ids) - self._ends(request, model.brought)
         answers: dict[str, Answer] = {}
         for index, grammar in enumerate(grammars):
             seq = Sequence(
@@ -143,7 +144,7 @@ class GenerationService:
                 grammar=grammar,
             )
             detokenizer = self.text.detokenizer(tokens, skip_special_tokens=request.skip_special_tokens)
-            answers[seq.id] = Answer(index, seq, detokenizer, request.stop)
+            answers[seq.id] = Answer(index, seq, detokenizer, request.stop, stop_tokens)
         return answers
 
     async def _tokens(self, request: Request, brought: Brought) -> list[int]:
