@@ -58,10 +58,8 @@ def _show_sizes(sizes: Sizes) -> None:
     headers = ("rank, all modules", "one adapter", "adapters that fit")
     shell.table(headers, rows, frozenset(headers))
     if not sizes.kv_is_set and not sizes.refusal:
-        gb = sizes.kv_bytes / 1e9
-        shell.show(
-            f"with LORAMUX_KV_MEMORY_GB={gb:.3f}; without it, the cache takes less beside adapters", "dim"
-        )
+        gb = sizes.kv_bytes // 10**6 / 1e3
+        shell.show(f"with LORAMUX_KV_MEMORY_GB={gb}; without it, the cache takes less beside adapters", "dim")
 
 
 def _line(name: str, text: str) -> None:

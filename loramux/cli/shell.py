@@ -57,7 +57,9 @@ TruncateTo = Annotated[
 ]
 File = Annotated[Path, typer.Argument(metavar="FILE", help="A deployment file (YAML).", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="For machines; see docs/cli.md.")]
-JsonLines = Annotated[bool, typer.Option("--json", help="For machines: a line per change; see docs/cli.md.")]
+JsonLines = Annotated[
+    bool, typer.Option("--json", help="For machines: per line what changed; see docs/cli.md.")
+]
 
 
 def command(function: Callable[P, R]) -> Callable[P, R]:

@@ -76,7 +76,7 @@ def test_json_is_stable_and_alone_on_stdout(folder: Path) -> None:
         assert code == expected
         reports[name] = json.loads(text)
         assert set(reports[name]) == fields
-    assert (reports["fine"]["schema"], reports["fine"]["accepted"]) == (1, True)
+    assert (reports["fine"]["schema"], reports["fine"]["accepted"]) == (2, True)
     assert set(reports["fine"]["rows"][0]) == {
         "layer", "module_id", "module", "rank", "in_features", "out_features", "scale", "norm_a", "norm_b",
         "norm_ba", "truncated_from", "truncation_error",
