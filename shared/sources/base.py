@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Protocol, TypeAlias
 
 from shared.bundle.manifest import FileDigest
 from shared.deployment import Repository
+from shared.faults import Fault
 
 Progress: TypeAlias = Callable[[int], None]
 """Told the bytes that came in since the last call, from any thread; what it raises ends the transfer."""
@@ -54,6 +56,16 @@ class Resolved:
     def size(self, names: Iterable[str]) -> int:
         """Return the bytes of these files together."""
         return sum(self.files[name].size for name in names)
+
+
+@contextmanager
+def about(repository: Repository) -> Iterator[None]:
+    """Note in what is raised by the block that this repository was being read."""
+    try:
+        yield
+    except Fault as fault:
+        fault.repository = repository.shown
+        raise
 
 
 class Source(Protocol):

@@ -17,7 +17,7 @@ from shared.bases.read import read_fields
 from shared.bundle.manifest import BaseRecord, FileDigest
 from shared.deployment import Repository, SourceKind
 from shared.faults import BundleCorrupt, CheckpointInvalid
-from shared.sources.base import Progress, Resolved, Room, Source, unwatched
+from shared.sources.base import Progress, Resolved, Room, Source, about, unwatched
 from shared.sources.cache import alone, differs, discard, open_cache
 from shared.sources.files import hash_file, hash_pieces, inside, pieces_of, scratch, whole
 from shared.sources.open import Sources
@@ -69,7 +69,7 @@ def describe_base(
         Fault: what the source raises.
     """
     source = sources.of(repository)
-    with closing(source.resolve(repository, progress, room)) as resolved:
+    with about(repository), closing(source.resolve(repository, progress, room)) as resolved:
         if CONFIG not in resolved.files:
             raise CheckpointInvalid(
                 f"{_name(repository)}: expected {CONFIG}, found {_some(resolved)}. "
