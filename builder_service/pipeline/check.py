@@ -106,7 +106,10 @@ class Checks:
         """Check the adapter of a deployment that has one.
 
         Raises:
-            DeploymentInvalid, ResourcesExhausted, ShuttingDown, or what the base or a source raises.
+            DeploymentInvalid, ResourcesExhausted, ShuttingDown
+            CheckpointInvalid: the base is not served.
+            RepoNotFound, RevisionNotFound, RepoGated, SourceRefused, SourceChanged, SourceUnavailable,
+            BundleCorrupt: what a source raises.
         """
         check_deployment(deployment)
         if self._stopped:

@@ -30,9 +30,9 @@ def build(
 ) -> None:
     """Fetch, check, convert and publish a file's adapters.
 
-    Repeating it is safe: what is published already is not built again.
-    With --json the first line and the last tell all adapters, those between the
-    ones that changed.
+    Repeating it is safe: bundles that the store has are read back, and not
+    published again. With --json the first line and the last tell all adapters,
+    those between the ones that changed.
 
     Example: loramux build deployment.yaml
     """

@@ -41,7 +41,7 @@ def demo(
 ) -> None:
     """Build small adapters, serve them, ask all of them at once.
 
-    Needs no GPU and no account. The second run finds everything built.
+    Needs no GPU and no account. A second run finds base and bundles there.
 
     Example: loramux demo --prompt "Tell me about the moon." --keep
     """

@@ -72,8 +72,8 @@ class Source(Protocol):
     """A kind of place where repositories are.
 
     Every method may block, and may be called from several threads at once. All raise `RepoNotFound`,
-    `RepoGated`, `RevisionNotFound`, `SourceRefused`, `SourceChanged`, `SourceUnavailable`, or
-    `ResourcesExhausted` where the disk is full.
+    `RepoGated`, `RevisionNotFound`, `SourceRefused`, `SourceChanged`, `SourceUnavailable`, `BundleCorrupt`
+    where other bytes came than were listed, or `ResourcesExhausted` where the disk is full.
     """
 
     def resolve(
