@@ -8,7 +8,7 @@ from typing import Any, Final, cast
 
 from loramux.inference.v1 import inference_pb2 as pb
 from loramux.records import GenerateOptions, Message, Prompt
-from shared.faults import Finding, RequestInvalid
+from loramux_shared.faults import Finding, RequestInvalid
 
 PROMPTS: Final = "text, a list of token ids, or a list of messages with role and content"
 _TEMPLATED: Final = ("tools", "add_generation_prompt")

@@ -20,7 +20,7 @@ from inference_service.openai_api.stream import open_stream, while_connected
 from inference_service.openai_api.tagged_calls import TaggedCalls
 from inference_service.serving.request import Delta, Finished, PromptLogprobs, Request, Started
 from inference_service.serving.service import GenerationService
-from shared.faults import RequestInvalid
+from loramux_shared.faults import RequestInvalid
 
 
 async def chat_completions(service: GenerationService, http: HttpRequest) -> Response:

@@ -10,7 +10,7 @@ from starlette.responses import Response
 
 from inference_service.openai_api.schema import Body
 from inference_service.serving.service import GenerationService
-from shared.access.rights import Scope
+from loramux_shared.access.rights import Scope
 
 Handler = Callable[[GenerationService, HttpRequest], Awaitable[Response]]
 

@@ -14,7 +14,7 @@ from inference_service.serving.catalog import Catalog, ServedModel
 from inference_service.serving.request import Delta, Event, Finished, PromptLogprobs, Request, Started
 from inference_service.serving.text import Text
 from loramux.inference.v1 import inference_pb2 as pb
-from shared.faults import Finding, RequestInvalid
+from loramux_shared.faults import Finding, RequestInvalid
 
 OPTIONAL: Final = (
     "max_tokens",

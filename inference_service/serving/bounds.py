@@ -10,8 +10,8 @@ from typing import Any, Final
 from inference_service.serving.lengths import check_ids
 from inference_service.serving.request import Message, Request
 from inference_service.serving.turns import Rule, rules_of_tools, rules_of_turns
-from shared.faults import Finding, RequestInvalid
-from shared.near import MAX_FINDINGS
+from loramux_shared.faults import Finding, RequestInvalid
+from loramux_shared.near import MAX_FINDINGS
 
 MAX_ANSWERS: Final = 128
 MAX_STOPS: Final = 16

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sized
 
-from shared.faults import PromptTooLong
+from loramux_shared.faults import PromptTooLong
 
 
 def check_ids(ids: Sized, max_seq_len: int) -> None:

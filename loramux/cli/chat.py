@@ -15,7 +15,7 @@ from loramux.cli.line_editor import line_editor
 from loramux.cli.names import complete_model
 from loramux.client import INFERENCE, Client
 from loramux.records import GenerateOptions
-from shared.faults import Fault, RequestInvalid
+from loramux_shared.faults import Fault, RequestInvalid
 
 
 @shell.command

@@ -22,7 +22,7 @@ from rich.text import Text
 from loramux.cli.documents import emit_line
 from loramux.cli.exits import Exit, exit_of
 from loramux.cli.later import Later
-from shared.faults import Fault
+from loramux_shared.faults import Fault
 
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from shared.bases.memory import ITEM_BYTES, Plan, adapter_bytes, cache_of, needs_of, plan_on
-from shared.bases.read import read_fields
-from shared.faults import CheckpointInvalid, ResourcesExhausted
-from shared.settings import InferenceSettings
+from loramux_shared.bases.memory import ITEM_BYTES, Plan, adapter_bytes, cache_of, needs_of, plan_on
+from loramux_shared.bases.read import read_fields
+from loramux_shared.faults import CheckpointInvalid, ResourcesExhausted
+from loramux_shared.settings import InferenceSettings
 
 RANKS: Final = (8, 16, 32, 64)
 

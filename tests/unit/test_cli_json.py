@@ -16,7 +16,7 @@ from loramux.cli.build_lines import BuildLines
 from loramux.cli.documents import jsonable
 from loramux.cli.main import app
 from loramux.records import Stage
-from shared.faults import AdapterInvalid, Finding
+from loramux_shared.faults import AdapterInvalid, Finding
 from tests.unit.fake_services import Fakes
 from tests.unit.test_build_view import adapter, state
 

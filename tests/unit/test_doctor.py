@@ -17,12 +17,12 @@ from loramux.cli.main import app
 from loramux.doctor import installed, machine
 from loramux.doctor.machine import look_at_inference, look_at_machine, look_at_store
 from loramux.doctor.sizes import read_base, sizes_of
-from shared.bases.memory import Plan, cache_of, needs_of, plan_on
-from shared.bases.read import read_config, read_fields
-from shared.bundle.modules import MODULES
-from shared.faults import CheckpointInvalid, ResourcesExhausted
-from shared.settings import InferenceSettings
-from shared.storage.memory import MemoryStore
+from loramux_shared.bases.memory import Plan, cache_of, needs_of, plan_on
+from loramux_shared.bases.read import read_config, read_fields
+from loramux_shared.bundle.modules import MODULES
+from loramux_shared.faults import CheckpointInvalid, ResourcesExhausted
+from loramux_shared.settings import InferenceSettings
+from loramux_shared.storage.memory import MemoryStore
 from tests.tiny import make_world
 from tests.unit.fake_services import Fakes
 from tests.unit.test_model_config import HUB_CONFIGS
@@ -180,7 +180,7 @@ def test_a_store_answers_or_not(tmp_path: Path) -> None:
 def test_a_store_without_its_packages_names_them(monkeypatch: pytest.MonkeyPatch) -> None:
     """S3 needs an extra, which is said with what installs it."""
     monkeypatch.setitem(sys.modules, "boto3", None)
-    monkeypatch.delitem(sys.modules, "shared.storage.s3", raising=False)
+    monkeypatch.delitem(sys.modules, "loramux_shared.storage.s3", raising=False)
     assert (
         "needs boto3, not installed here: pip install 'loramux[store]'" in look_at_store("s3://bucket/x").state
     )

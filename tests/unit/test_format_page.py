@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from shared.bundle.manifest import (
+from loramux_shared.bundle.manifest import (
     AdapterRecord,
     BaseRecord,
     Coverage,
@@ -18,9 +18,9 @@ from shared.bundle.manifest import (
     Row,
     Truncation,
 )
-from shared.bundle.proof import Effect, Probe, Proof, TokenLogprob
-from shared.deployment import Model, Repository
-from shared.faults import Finding
+from loramux_shared.bundle.proof import Effect, Probe, Proof, TokenLogprob
+from loramux_shared.deployment import Model, Repository
+from loramux_shared.faults import Finding
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "bundle-format.md").read_text(encoding="utf-8")
 

@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 
-from builder_service.pipeline.builds import Builds
+from builder_service.builds.builds import Builds
 from builder_service.pipeline.check import Checks
 from inference_service.rpc.mapping import request_from_message
 from inference_service.serving.service import GenerationService
-from shared.faults import FAULTS
-from shared.rpc import calls
-from shared.sources.base import Source
+from loramux_shared.faults import FAULTS
+from loramux_shared.rpc import calls
+from loramux_shared.sources.base import Source
 
 PROTOS = sorted((Path(__file__).resolve().parents[2] / "protos").rglob("*.proto"))
 _LINE = re.compile(r"^ *// (?P<status>[A-Z_]{6,}) +(?P<reason>[A-Z_]{4,})[:,]", re.MULTILINE)
