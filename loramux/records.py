@@ -134,6 +134,8 @@ class TokenLogprobs:
     """What the token stands for; possibly a part of a character."""
     top_tokens: tuple[bytes, ...] = ()
     """The same for each of top."""
+    rank: int = 0
+    """1 + how many tokens are more likely; 0 from a server that does not tell it."""
 
 
 @dataclass(frozen=True)
@@ -183,6 +185,8 @@ class Finished:
     """The stop text that ended the answer, if one did."""
     index: int = 0
     """Which of the n answers."""
+    stop_token_id: int | None = None
+    """The one of the request's stop_token_ids that ended the answer, if one did."""
 
 
 Event: TypeAlias = Started | PromptLogprobs | Delta | Finished
@@ -198,6 +202,7 @@ class Choice:
     usage: Usage
     logprobs: tuple[TokenLogprobs, ...] = ()
     stop_text: str = ""
+    stop_token_id: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,8 @@ HEAD = """\
 
 A failed call has a canonical gRPC status, a `google.rpc.ErrorInfo` with domain `loramux` and one of the
 reasons below, and, where they apply, a `google.rpc.BadRequest` with one violation per finding and a
-`google.rpc.RetryInfo`. A failed build carries the same reason and findings in `Deployment.failure`.
+`google.rpc.RetryInfo`. The ErrorInfo's metadata hold as `repository` the one that was being read when it
+happened, where one was. A failed build carries the same reason and findings in `Deployment.failure`.
 
 A finding has a code, the adapter, the place, what was expected, what was found and what to do. There is one
 per code and cause, not one per layer. Codes that begin with `E_` refuse an adapter, and with it the build.

@@ -89,7 +89,7 @@ class RunningBuild:
     def fail(self, fault: Fault) -> None:
         """End as FAILED."""
         # The fault itself holds, by its traceback, everything that the build had open.
-        self.state, self.failure = State.FAILED, type(fault)(fault.message, fault.findings)
+        self.state, self.failure = State.FAILED, fault.retold(fault.message)
         self._changed()
 
     def record(self, fault: Fault) -> FailedBuild:

@@ -79,7 +79,7 @@ def _describe_base(deployment: Deployment, context: BuildContext, progress: Prog
             max_seq_len=deployment.build.max_seq_len,
         )
     except Fault as fault:
-        raise type(fault)(f"base checkpoint: {fault.message}", fault.findings) from fault
+        raise fault.retold(f"base checkpoint: {fault.message}") from fault
 
 
 def _generation(

@@ -106,7 +106,10 @@ class Checks:
         """Check the adapter of a deployment that has one.
 
         Raises:
-            DeploymentInvalid, ResourcesExhausted, ShuttingDown, or what the base or a source raises.
+            DeploymentInvalid, ResourcesExhausted, ShuttingDown
+            CheckpointInvalid: the base is not served.
+            RepoNotFound, RevisionNotFound, RepoGated, SourceRefused, SourceChanged, SourceUnavailable,
+            BundleCorrupt: what a source raises.
         """
         check_deployment(deployment)
         if self._stopped:
@@ -119,7 +122,7 @@ class Checks:
         except BuildInterrupted as fault:
             raise ShuttingDown("the builder stopped during the check. Retry with its successor.") from fault
         except Fault as fault:
-            raise type(fault)(fault.message.removeprefix(_PREFIX), fault.findings) from fault
+            raise fault.retold(fault.message.removeprefix(_PREFIX)) from fault
         except OSError as error:
             problem = error.strerror or type(error).__name__
             raise ResourcesExhausted(f"the builder's work folder: {problem}. Free some space.") from error

@@ -16,7 +16,7 @@ from builder_service.pipeline.space import Space
 from loramux_shared.bundle.manifest import FileDigest
 from loramux_shared.deployment import Repository
 from loramux_shared.faults import Fault, Finding, SourceRefused
-from loramux_shared.sources.base import Resolved, Source
+from loramux_shared.sources.base import Resolved, Source, about
 from loramux_shared.sources.open import Sources
 from loramux_shared.wording import listed
 
@@ -124,7 +124,7 @@ def joined(faults: Mapping[str, Fault]) -> Fault:
     """
     if len(faults) == 1:
         [(name, fault)] = faults.items()
-        return type(fault)(f"adapter {name!r}: {fault.message}", fault.findings)
+        return fault.retold(f"adapter {name!r}: {fault.message}")
     lasting = [fault for fault in faults.values() if fault.retry_after_s is None]
     first = (lasting or list(faults.values()))[0]
     findings = [Finding(code=fault.reason, adapter=name, fix=fault.message) for name, fault in faults.items()]
@@ -153,7 +153,8 @@ def _list(
         _limited(repository, taken)
         take(count)
 
-    resolved = source.resolve(repository, watch, room)
+    with about(repository):
+        resolved = source.resolve(repository, watch, room)
     listings.callback(resolved.close)
     sizes = {path: file.size for path, file in resolved.files.items()}
     if findings := [*file_findings(sizes), *too_large(sizes)]:
@@ -178,7 +179,8 @@ def fetch_adapter(listed: ListedAdapter, folder: Path, progress: Progress) -> Fe
     if listed.findings:
         return FetchedAdapter(name, folder, _recorded(resolved.repository), {}, listed.findings)
     progress.enter(name, Stage.FETCHING, listed.size)
-    files = source.fetch(resolved, listed.wanted, folder, progress.counter(name))
+    with about(resolved.repository):
+        files = source.fetch(resolved, listed.wanted, folder, progress.counter(name))
     warnings = tuple(extra_files(resolved.files))
     return FetchedAdapter(name, folder, _recorded(source.pin(resolved, files)), files, warnings=warnings)
 

@@ -134,6 +134,8 @@ class Token:
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
     """The most likely tokens with their log probabilities, best first."""
+    rank: int | None = None
+    """1 + how many tokens are more likely: those that tie share a rank. None without a log probability."""
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Protocol
 
@@ -22,6 +22,7 @@ from inference_service.engine.scheduler import SchedulerLimits
 from inference_service.kernels.sampling import pack_rows, sample
 from inference_service.kernels.sgmv import Segments
 from inference_service.models.decoder import Decoder
+from loramux_shared.bases.memory import buckets
 
 
 class SegmentedLora(LoraBackend, Protocol):
@@ -134,9 +135,3 @@ class GraphRunner(Runner):
             block_size=self._block_size,
             slots=self._segmented.num_slots,
         )
-
-
-def buckets(max_seqs: int) -> Iterator[int]:
-    """Yield the numbers of rows for which there are graphs: 1, 2, 4, 8, 16, 24, 32, ... up to max_seqs."""
-    yield from (size for size in (1, 2, 4, *range(8, max_seqs, 8)) if size < max_seqs and size != 0)
-    yield max_seqs

@@ -20,16 +20,20 @@ def report(logits: Tensor, tokens: Seq[int], count: int) -> list[Token]:
 
 
 def scores(logits: Tensor, ids: Tensor, count: int) -> tuple[Tensor, ...]:
-    """Return, on the device, what `tokens_of` makes tokens of: ids [N], and of each row the count best."""
+    """Return, on the device, what `tokens_of` makes tokens of: of ids [N] and of each row's count best."""
     logprobs = torch.log_softmax(logits.float(), dim=-1)
+    own = logprobs.gather(1, ids.long()[:, None])
     best = logprobs.topk(count)
-    return ids, logprobs.gather(1, ids.long()[:, None])[:, 0], best.indices, best.values
+    return ids, own[:, 0], (logprobs > own).sum(dim=-1) + 1, best.indices, best.values
 
 
 def tokens_of(scored: Seq[Tensor]) -> list[Token]:
     """Make tokens of scores; tensors of the host are taken as they are, others are waited for."""
     rows = zip(*(tensor.tolist() for tensor in scored), strict=True)
-    return [Token(token, logprob, tuple(zip(ids, values, strict=True))) for token, logprob, ids, values in rows]
+    return [
+        Token(token, logprob, tuple(zip(ids, values, strict=True)), rank)
+        for token, logprob, rank, ids, values in rows
+    ]
 
 
 def score_prompt(seq: Sequence, hidden: Tensor, head: Callable[[Tensor], Tensor]) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Final
 
@@ -14,9 +12,14 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from inference_service.openai_api import chat, completions, models, state, tokens
+from inference_service.openai_api.chat_schema import ChatBody, TokenizeBody
+from inference_service.openai_api.endpoint import Endpoint
 from inference_service.openai_api.errors import on_failure, on_fault, on_http_error
 from inference_service.openai_api.front import Front
+from inference_service.openai_api.openapi import document
 from inference_service.openai_api.page import page_files
+from inference_service.openai_api.reply import json_response
+from inference_service.openai_api.schema import CompletionBody, DetokenizeBody
 from inference_service.serving.service import GenerationService
 from loramux_shared.access.asgi import AccessMiddleware
 from loramux_shared.access.keyring import Keyring
@@ -25,43 +28,41 @@ from loramux_shared.faults import Fault
 from loramux_shared.tracing.asgi import TraceMiddleware
 from loramux_shared.tracing.door import DoorSpans
 
-Handler = Callable[[GenerationService, HttpRequest], Awaitable[Response]]
+
+async def show_openapi(service: GenerationService, http: HttpRequest) -> Response:  # noqa: ARG001
+    """Describe all of this."""
+    return json_response(document(ENDPOINTS))
 
 
-@dataclass(frozen=True)
-class Endpoint:
-    """One route."""
-
-    method: str
-    path: str
-    handler: Handler
-    scope: Scope | None = Scope.INFER
-    """Of the keys that open it; None: no key is asked for."""
-
-
+ANSWERS: Final = ("application/json", "text/event-stream")
+"""Of what can be streamed."""
 ENDPOINTS: Final = (
-    Endpoint("POST", "/v1/chat/completions", chat.chat_completions),
-    Endpoint("POST", "/v1/completions", completions.completions),
-    Endpoint("POST", "/v1/embeddings", models.embeddings),
+    Endpoint("POST", "/v1/chat/completions", chat.chat_completions, body=ChatBody, media=ANSWERS),
+    Endpoint("POST", "/v1/completions", completions.completions, body=CompletionBody, media=ANSWERS),
+    Endpoint("POST", "/v1/embeddings", models.embeddings, status=400),
     Endpoint("GET", "/v1/models", models.list_models),
     Endpoint("GET", "/v1/models/{model:path}", models.get_model),
-    Endpoint("POST", "/tokenize", tokens.tokenize),
-    Endpoint("POST", "/detokenize", tokens.detokenize),
+    Endpoint("POST", "/tokenize", tokens.tokenize, body=TokenizeBody),
+    Endpoint("POST", "/detokenize", tokens.detokenize, body=DetokenizeBody),
     Endpoint("GET", "/version", models.show_version),
-    Endpoint("GET", "/health", models.health, None),
+    Endpoint("GET", "/openapi.json", show_openapi),
+    Endpoint("GET", "/health", models.health, None, media=()),
+    Endpoint("GET", "/ping", models.health, None, media=()),
+    Endpoint("POST", "/ping", models.health, None, media=()),
     Endpoint("GET", "/state", state.show_state),
-    Endpoint("GET", "/metrics", models.show_metrics, Scope.METRICS),
-    *(Endpoint("GET", path, handler, None) for path, handler in page_files().items()),
+    Endpoint("GET", "/load", state.show_load, Scope.METRICS),
+    Endpoint("GET", "/metrics", models.show_metrics, Scope.METRICS, media=("text/plain",)),
+    *(Endpoint("GET", path, handler, None, media=()) for path, handler in page_files().items()),
 )
 """Everything that is answered."""
-TRACED: Final = frozenset(endpoint.path for endpoint in ENDPOINTS if endpoint.method == "POST")
+TRACED: Final = frozenset(each.path for each in ENDPOINTS if each.method == "POST" and each.scope)
 """What monitors ask all the time is left out."""
 
 
 def create_app(
     service: GenerationService, keyring: Keyring | None = None, tracing: DoorSpans | None = None
 ) -> Front:
-    """Return the ASGI application; with a keyring, all but /health and the page asks for a key."""
+    """Return the ASGI application; with a keyring, all but health and the page asks for a key."""
     routes = [
         Route(endpoint.path, partial(endpoint.handler, service), methods=[endpoint.method])
         for endpoint in ENDPOINTS

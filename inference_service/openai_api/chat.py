@@ -62,7 +62,9 @@ class Chat:
     def _begin(self, started: Started) -> None:
         self._head.begin(started)
         text = self._service.text if self._body.logprobs else None
-        self._choices = [ChatChoice(index, self._reading(), text) for index in range(self._request.n)]
+        self._choices = [
+            ChatChoice(index, self._reading(), self._body.stop, text) for index in range(self._request.n)
+        ]
 
     def _reading(self) -> Reading:
         if is_forced(self._body):

@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from typing import Final
+
 from inference_service.core.sequence import FinishReason, Token
 from inference_service.openai_api.logprobs import chat_logprobs
 from inference_service.openai_api.pieces import CallArguments, CallBegun, Piece, Reading, Said
-from inference_service.openai_api.reply import REASONS, Json
+from inference_service.openai_api.reply import REASONS, Json, ended_by
 from inference_service.serving.request import Delta, Finished
 from inference_service.serving.text import Text
+
+GOES_ON: Final[Json] = {"finish_reason": None, "stop_reason": None}
 
 
 class ChatChoice:
     """Collects what a message consists of, or tells it in chunks."""
 
-    def __init__(self, index: int, reading: Reading, text: Text | None) -> None:
-        """Begin an answer; text is given where log probabilities are to be told."""
+    def __init__(self, index: int, reading: Reading, stops: Collection[str], text: Text | None) -> None:
+        """Begin an answer that stops may end; text is given where log probabilities are to be told."""
         self._index = index
         self._reading = reading
+        self._stops = stops
         self._text = text
         self._said: list[str] = []
         self._calls: list[Json] = []
         self._tokens: list[Token] = []
-        self._reason = ""
+        self._ended = GOES_ON
         self._begun = False
 
     def take(self, delta: Delta) -> list[Piece]:
@@ -34,7 +40,8 @@ class ChatChoice:
         """Read the end of the answer."""
         pieces = self._keep(self._reading.finish())
         called = bool(self._calls) and finished.reason is FinishReason.STOP
-        self._reason = "tool_calls" if called else REASONS[finished.reason]
+        reason = "tool_calls" if called else REASONS[finished.reason]
+        self._ended = {"finish_reason": reason, "stop_reason": ended_by(finished, self._stops)}
         return pieces
 
     def _keep(self, pieces: list[Piece]) -> list[Piece]:
@@ -57,7 +64,7 @@ class ChatChoice:
         if self._calls:
             message["tool_calls"] = self._calls
         scores = None if self._text is None else chat_logprobs(self._tokens, self._text)
-        return {"index": self._index, "message": message, "logprobs": scores, "finish_reason": self._reason}
+        return {"index": self._index, "message": message, "logprobs": scores} | self._ended
 
     def chunks(self, delta: Delta) -> list[Json]:
         """Return the choices that tell more of the answer, the first of all with the role."""
@@ -72,25 +79,25 @@ class ChatChoice:
     def last_chunks(self, finished: Finished) -> list[Json]:
         """Return the choices that tell the end, the very last with the reason."""
         told = [self._chunk(piece, None) for piece in self.end(finished)]
-        return self._opened([*told, self._choice({}, None, self._reason)])
+        return self._opened([*told, self._choice({}, None, self._ended)])
 
     def _opened(self, chunks: list[Json]) -> list[Json]:
         if self._begun or not chunks:
             return chunks
         self._begun = True
         content = None if "tool_calls" in chunks[0]["delta"] else ""
-        return [self._choice({"role": "assistant", "content": content, "refusal": None}, None, None), *chunks]
+        return [self._choice({"role": "assistant", "content": content, "refusal": None}, None), *chunks]
 
     def _chunk(self, piece: Piece, scores: Json | None) -> Json:
         match piece:
             case Said():
-                return self._choice({"content": piece.text}, scores, None)
+                return self._choice({"content": piece.text}, scores)
             case CallBegun():
                 function = {"name": piece.name, "arguments": ""}
                 call = {"index": piece.index, "id": piece.id, "type": "function", "function": function}
             case CallArguments():
                 call = {"index": piece.index, "function": {"arguments": piece.text}}
-        return self._choice({"tool_calls": [call]}, scores, None)
+        return self._choice({"tool_calls": [call]}, scores)
 
-    def _choice(self, delta: Json, scores: Json | None, reason: str | None) -> Json:
-        return {"index": self._index, "delta": delta, "logprobs": scores, "finish_reason": reason}
+    def _choice(self, delta: Json, scores: Json | None, ended: Json = GOES_ON) -> Json:
+        return {"index": self._index, "delta": delta, "logprobs": scores} | ended

@@ -48,7 +48,9 @@ def _unsupported(found: str, served: str) -> PydanticCustomError:
     return PydanticCustomError("unsupported", "{served}", {"found": found[:200], "served": served})
 
 
-Content = Annotated[str | None, BeforeValidator(_flat)]
+Content = Annotated[
+    str | None, BeforeValidator(_flat, json_schema_input_type=str | list[dict[str, Any]] | None)
+]
 FunctionType = Annotated[Literal["function"], BeforeValidator(_only_functions)]
 
 
@@ -135,6 +137,7 @@ def _choice(value: Any) -> ToolChoice | None:
 
 
 ToolChoice = Literal["none", "auto", "required"] | NamedTool
+ToolChoiceInput = Literal["none", "auto", "required"] | dict[str, Any] | None
 
 
 class JsonSchema(Body):
@@ -175,9 +178,13 @@ class ChatBody(ChatTurns, GenerationBody):
     logprobs: bool | None = None
     top_logprobs: int | None = None
     response_format: ResponseFormat | None = None
-    tool_choice: Annotated[ToolChoice | None, PlainValidator(_choice)] = None
+    tool_choice: Annotated[
+        ToolChoice | None, PlainValidator(_choice, json_schema_input_type=ToolChoiceInput)
+    ] = None
     parallel_tool_calls: bool | None = None
-    modalities: Annotated[None, BeforeValidator(_only_text)] = None
+    modalities: Annotated[
+        None, BeforeValidator(_only_text, json_schema_input_type=list[Literal["text"]] | None)
+    ] = None
 
     functions: None = None
     function_call: None = None

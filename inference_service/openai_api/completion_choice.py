@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from inference_service.core.sequence import Token
 from inference_service.openai_api.logprobs import legacy_logprobs
-from inference_service.openai_api.reply import REASONS, Json
+from inference_service.openai_api.reply import REASONS, Json, ended_by
 from inference_service.serving.request import Delta, Finished
 from inference_service.serving.text import Text
 
@@ -14,15 +14,17 @@ from inference_service.serving.text import Text
 class CompletionChoice:
     """Collects the text of an answer, or tells it in chunks."""
 
-    def __init__(self, index: int, text: Text | None) -> None:
-        """Begin an answer; text is given where log probabilities are to be told."""
+    def __init__(self, index: int, stops: Collection[str], text: Text | None) -> None:
+        """Begin an answer that stops may end; text is given where log probabilities are to be told."""
         self._index = index
+        self._stops = stops
         self._text = text
         self._said: list[str] = []
         self._tokens: list[Token] = []
         self._offset = 0
         """Characters of the tokens that were told in chunks."""
         self._reason: str | None = None
+        self._ended_by: str | int | None = None
         self._more: Json = {}
 
     def echo(self, prompt: str, tokens: Sequence[Token]) -> list[Json]:
@@ -44,6 +46,7 @@ class CompletionChoice:
     def end(self, finished: Finished) -> list[Json]:
         """Read the end of the answer; return the choices that tell it."""
         self._reason = REASONS[finished.reason]
+        self._ended_by = ended_by(finished, self._stops)
         return [self._choice("", ())]
 
     def whole(self) -> Json:
@@ -56,5 +59,5 @@ class CompletionChoice:
         if self._text is not None and tokens:
             scores = legacy_logprobs(tokens, self._text, self._offset)
             self._offset += sum(len(self._text.token_text(token.id)) for token in tokens)
-        choice = {"index": self._index, "text": said, "logprobs": scores, "finish_reason": self._reason}
-        return choice | self._more
+        ended = {"finish_reason": self._reason, "stop_reason": self._ended_by}
+        return {"index": self._index, "text": said, "logprobs": scores} | ended | self._more

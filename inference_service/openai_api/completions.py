@@ -94,7 +94,7 @@ class Completion:
         self._head.begin(started)
         text = self._service.text if self._body.logprobs is not None else None
         indices = range(number * self._n, (number + 1) * self._n)
-        self._choices[number] = [CompletionChoice(index, text) for index in indices]
+        self._choices[number] = [CompletionChoice(index, self._body.stop, text) for index in indices]
 
     def _echo(self, number: int, tokens: Sequence[Token]) -> list[Json]:
         """Tell the prompt, where it is to be echoed; tokens are given where they have log probabilities."""

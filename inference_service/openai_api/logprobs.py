@@ -64,16 +64,17 @@ def legacy_name(token: int, text: Text) -> str:
 
 
 def prompt_logprobs(tokens: Iterable[Token], text: Text) -> list[Json | None]:
-    """Return vLLM's ``prompt_logprobs``: by token id; a rank where it is known."""
+    """Return vLLM's ``prompt_logprobs``: by token id; tokens that tie share the best rank of them."""
     return [_ranked(token, text) for token in tokens]
 
 
 def _ranked(token: Token, text: Text) -> Json | None:
     if token.logprob is None:
         return None
-    ranked: dict[str, Any] = {str(token.id): _decoded(token.id, token.logprob, None, text)}
-    for rank, (number, logprob) in enumerate(token.top, start=1):
-        ranked[str(number)] = _decoded(number, logprob, rank, text)
+    ranked: dict[str, Any] = {str(token.id): _decoded(token.id, token.logprob, token.rank, text)}
+    scores = [logprob for _, logprob in token.top]
+    for number, logprob in token.top:
+        ranked[str(number)] = _decoded(number, logprob, 1 + scores.index(logprob), text)
     return ranked
 
 

@@ -45,7 +45,10 @@ def _model(model: ServedModel, service: GenerationService) -> Json:
 
 
 async def health(service: GenerationService, http: HttpRequest) -> Response:  # noqa: ARG001
-    """Say that requests are taken; a server that drains answers 503 before it gets here."""
+    """Say that requests are taken; a server that drains says 503.
+
+    `front` does that, before anything gets here.
+    """
     return Response()
 
 

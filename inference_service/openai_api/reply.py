@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,6 +55,11 @@ class Head:
             "system_fingerprint": self.fingerprint,
             "choices": choices,
         }
+
+
+def ended_by(finished: Finished, stops: Collection[str]) -> str | int | None:
+    """Return vLLM's ``stop_reason``: the one of stops or of the request's stop tokens that ended it, if any."""
+    return finished.stop_text if finished.stop_text in stops else finished.stop_token_id
 
 
 def usage(finished: Iterable[Finished]) -> Json:

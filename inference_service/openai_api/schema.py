@@ -41,8 +41,8 @@ def _stops(value: Any) -> tuple[str, ...]:
     return tuple(stops)
 
 
-Prompts = Annotated[tuple[Prompt, ...], PlainValidator(_prompts)]
-Stops = Annotated[tuple[str, ...], PlainValidator(_stops)]
+Prompts = Annotated[tuple[Prompt, ...], PlainValidator(_prompts, json_schema_input_type=Prompt | list[Prompt])]
+Stops = Annotated[tuple[str, ...], PlainValidator(_stops, json_schema_input_type=str | list[str] | None)]
 
 
 class Body(BaseModel):

@@ -1,4 +1,4 @@
-"""``GET /state``: what the server does at this moment, as the page's panel shows it."""
+"""What the server does at this moment: ``GET /state``, as the page's panel shows it, and ``GET /load``."""
 
 from __future__ import annotations
 
@@ -22,6 +22,11 @@ async def show_state(service: GenerationService, http: HttpRequest) -> Response:
             "models": _at_work(service),
         }
     )
+
+
+async def show_load(service: GenerationService, http: HttpRequest) -> Response:  # noqa: ARG001
+    """Tell how many requests are in work, in vLLM's words."""
+    return json_response({"server_load": service.in_work})
 
 
 def _at_work(service: GenerationService) -> Json:

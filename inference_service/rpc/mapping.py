@@ -117,18 +117,29 @@ def event_to_messages(event: Event, text: Text) -> Iterator[pb.GenerateResponse]
                 completion_tokens=event.completion_tokens,
             )
             reason = _REASONS[event.reason]
-            finished = pb.Finished(reason=reason, usage=usage, stop_text=event.stop_text, index=event.index)
+            finished = pb.Finished(
+                reason=reason,
+                usage=usage,
+                stop_text=event.stop_text,
+                index=event.index,
+                stop_token_id=event.stop_token_id,
+            )
             yield pb.GenerateResponse(finished=finished)
 
 
 def _prompt_token(token: Token, text: Text) -> pb.PromptToken:
     return pb.PromptToken(
-        token_id=token.id, logprob=token.logprob, top=_top(token, text), token=text.token_bytes(token.id)
+        token_id=token.id,
+        logprob=token.logprob,
+        top=_top(token, text),
+        token=text.token_bytes(token.id),
+        rank=token.rank,
     )
 
 
 def _logprobs(token: Token, text: Text) -> pb.TokenLogprobs:
-    return pb.TokenLogprobs(logprob=token.logprob, top=_top(token, text), token=text.token_bytes(token.id))
+    said = text.token_bytes(token.id)
+    return pb.TokenLogprobs(logprob=token.logprob, top=_top(token, text), token=said, rank=token.rank)
 
 
 def _top(token: Token, text: Text) -> list[pb.TopLogprob]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from collections.abc import Sequence as Seq
 
 from inference_service.core.sequence import FinishReason, Sequence, StepOutput, Token
@@ -13,12 +14,21 @@ from loramux_shared.faults import DeadlineExceeded, Finding, InternalFault, Requ
 class Answer:
     """Turns the outputs of a sequence into events; a stop token has no text."""
 
-    def __init__(self, index: int, seq: Sequence, detokenizer: Detokenizer, stops: Seq[str]) -> None:
+    def __init__(
+        self,
+        index: int,
+        seq: Sequence,
+        detokenizer: Detokenizer,
+        stops: Seq[str],
+        stop_tokens: Collection[int] = (),
+    ) -> None:
+        """Begin an answer; of its stop tokens, stop_tokens are those that are told when they end it."""
         self.seq = seq
         self.finished = False
         self._index = index
         self._detokenizer = detokenizer
         self._stops = StopTexts(stops)
+        self._stop_tokens = stop_tokens
         self._count = 0
 
     def advance(self, outputs: Seq[StepOutput]) -> list[Event]:
@@ -39,7 +49,7 @@ class Answer:
             events.append(delta)
         if reason is not None:
             self.finished = True
-            events.append(self._finished(reason, outputs[-1].num_cached))
+            events.append(self._finished(reason, outputs[-1]))
         return events
 
     def _read(self, outputs: Seq[StepOutput]) -> tuple[Delta, FinishReason | None]:
@@ -61,9 +71,11 @@ class Answer:
         self._count += len(tokens)
         return Delta(text, tuple(tokens), self._index)
 
-    def _finished(self, reason: FinishReason, cached: int) -> Finished:
-        stop_text = self._stops.found or ""
-        return Finished(reason, stop_text, self.seq.num_prompt, cached, self._count, self._index)
+    def _finished(self, reason: FinishReason, last: StepOutput) -> Finished:
+        text, token = self._stops.found, last.token.id if last.token else None
+        told = token if text is None and token in self._stop_tokens else None
+        prompt, cached = self.seq.num_prompt, last.num_cached
+        return Finished(reason, text or "", prompt, cached, self._count, self._index, told)
 
     def _raise_failure(self, output: StepOutput) -> None:
         if output.finish is FinishReason.DEADLINE:

@@ -96,6 +96,8 @@ class Finished:
     completion_tokens: int
     index: int = 0
     """Which of the n answers."""
+    stop_token_id: int | None = None
+    """The stop token that ended it, where the request named it and it is no end-of-sequence token."""
 
 
 Event = Started | PromptLogprobs | Delta | Finished

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import itertools
 import secrets
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Iterator, Mapping
 from collections.abc import Sequence as Seq
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from typing import Final, TypeVar
@@ -75,6 +76,9 @@ class GenerationService:
     answers, which come in any mixture and carry their index.
     """
 
+    in_work: int = 0
+    """Requests of all doors that have not ended."""
+
     def __init__(
         self,
         catalog: Catalog,
@@ -103,7 +107,7 @@ class GenerationService:
             QueueFull: too many requests wait.
             DeadlineExceeded: the deadline passed.
         """
-        with following(request, self._watchers) as follower:
+        with following(request, self._watchers) as follower, self._working():
             model = follower.record.model = self.catalog.get(request.model)
             check(request, self.text.vocab, self._engine.max_queue, self.limits.max_seq_len)
             tokens = await self._tokens(request, model.defaults)
@@ -121,6 +125,14 @@ class GenerationService:
             finally:
                 outputs.close()
 
+    @contextmanager
+    def _working(self) -> Iterator[None]:
+        self.in_work += 1
+        try:
+            yield
+        finally:
+            self.in_work -= 1
+
     def _answers(
         self,
         request: Request,
@@ -131,6 +143,7 @@ class GenerationService:
     ) -> dict[str, Answer]:
         """Return the n answers of a request by the ids of their sequences."""
         number = next(_numbers)
+        stop_tokens = frozenset(request.stop_token_ids) - self._ends(request, model.defaults)
         answers: dict[str, Answer] = {}
         for index, grammar in enumerate(grammars):
             seq = Sequence(
@@ -143,7 +156,7 @@ class GenerationService:
                 grammar=grammar,
             )
             detokenizer = self.text.detokenizer(tokens, skip_special_tokens=request.skip_special_tokens)
-            answers[seq.id] = Answer(index, seq, detokenizer, request.stop)
+            answers[seq.id] = Answer(index, seq, detokenizer, request.stop, stop_tokens)
         return answers
 
     async def _tokens(self, request: Request, defaults: AdapterDefaults) -> list[int]:

@@ -115,7 +115,8 @@ async def _bench(
             count = 0 if given else await words_for(client, models[0], prompt_tokens)
         workload = Workload(models, seed, count, given)
         await _warm_up(client, workload, plan.options, len(models) if warmup is None else warmup)
-        with BenchView(plan) as view:
+        view = BenchView(plan)
+        with view.shown():
             try:
                 return workload, await drive(client, workload, plan, view.update)
             except asyncio.CancelledError:  # Ctrl-C; what was measured until then is shown

@@ -3,28 +3,34 @@
 from __future__ import annotations
 
 import time
+from contextlib import AbstractContextManager, nullcontext
 
-from rich.progress import BarColumn, TextColumn
+from rich.progress import BarColumn, Progress, TextColumn
 
 from loramux.bench.drive import ClientLoad, LoadPlan
 from loramux.bench.figures import Figures, Outcome, Percentiles, Report
 from loramux.cli import shell
-from loramux.cli.bars import Bars
+from loramux.cli.later import Later
 
 RIGHT = frozenset({"requests", "tokens/s", "first, ms", "per token, ms", "whole, s"})
 
 
-class BenchView(Bars):
+class BenchView:
     """Shows on a terminal how far a run is."""
 
     def __init__(self, plan: LoadPlan) -> None:
-        super().__init__(TextColumn("{task.description}"), BarColumn(), transient=True)
+        columns = (TextColumn("{task.description}"), BarColumn())
+        self._bars = Progress(*columns, console=shell.err, transient=True) if shell.err.is_terminal else None
         self._plan = plan
         self._begin = time.monotonic()
         self.outcomes: list[Outcome] = []
         self._tokens = self._errors = 0
         if self._bars:
             self._task = self._bars.add_task("sending", total=1.0)
+
+    def shown(self) -> AbstractContextManager[object]:
+        """Draw the bar during a block that takes a while."""
+        return Later(self._bars) if self._bars else nullcontext()
 
     def update(self, outcome: Outcome) -> None:
         """Count an outcome."""

@@ -9,8 +9,8 @@ from typing import Annotated
 import typer
 
 from loramux.cli import shell
+from loramux.cli.build_lines import BuildLines
 from loramux.cli.build_view import BuildView, show_built
-from loramux.cli.documents import emit_line
 from loramux.client import BUILDER, AsyncClient
 from loramux.records import DeploymentInfo, DeploymentState
 from loramux_shared.deployment import Deployment
@@ -30,7 +30,9 @@ def build(
 ) -> None:
     """Fetch, check, convert and publish a file's adapters.
 
-    Repeating it is safe: what is published already is not built again.
+    Repeating it is safe: bundles that the store has are read back, and not
+    published again. With --json the first line and the last tell all adapters,
+    those between the ones that changed.
 
     Example: loramux build deployment.yaml
     """
@@ -79,7 +81,7 @@ def read_deployment(path: shell.File) -> DeploymentFile:
 async def _build(address: str, deployment: Deployment, as_json: bool) -> None:
     async with AsyncClient(builder=address) as client:
         if as_json:
-            await follow_build(client, deployment, lambda info: emit_line({"deployment": info}))
+            await follow_build(client, deployment, BuildLines().tell)
         else:
             show_built(await build_with_bars(client, deployment))
 

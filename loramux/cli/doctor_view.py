@@ -52,11 +52,14 @@ def _show_sizes(sizes: Sizes) -> None:
     _line("weights", f"{weights} as {sizes.dtype}; {left} are free")
     _line("steps", f"{decimal(sizes.steps_bytes)} for the largest")
     _line("KV cache", f"{decimal(sizes.kv_bytes)}: {sizes.kv_tokens} tokens of {decimal(sizes.kv_token_bytes)}")
-    if sizes.weights_bytes + sizes.steps_bytes + sizes.kv_bytes > sizes.free_bytes:
-        shell.show("weights and cache do not fit", "yellow")
+    if sizes.refusal:
+        shell.show(f"it does not fit: {sizes.refusal}", "yellow")
     rows = [(str(fit.rank), decimal(fit.adapter_bytes), str(fit.adapters)) for fit in sizes.fits]
     headers = ("rank, all modules", "one adapter", "adapters that fit")
     shell.table(headers, rows, frozenset(headers))
+    if not sizes.kv_is_set and not sizes.refusal:
+        gb = sizes.kv_bytes // 10**6 / 1e3
+        shell.show(f"with LORAMUX_KV_MEMORY_GB={gb}; without it, the cache takes less beside adapters", "dim")
 
 
 def _line(name: str, text: str) -> None:

@@ -14,7 +14,7 @@ from pydantic import BaseModel
 
 from loramux_shared.faults import Fault
 
-SCHEMA = 1
+SCHEMA = 2
 """Of every document; raised when a field changes its meaning or goes away."""
 
 

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ParamSpec, TypeVar
 
@@ -20,6 +21,7 @@ from rich.text import Text
 
 from loramux.cli.documents import emit_line
 from loramux.cli.exits import Exit, exit_of
+from loramux.cli.later import Later
 from loramux_shared.faults import Fault
 
 P = ParamSpec("P")
@@ -57,7 +59,9 @@ TruncateTo = Annotated[
 ]
 File = Annotated[Path, typer.Argument(metavar="FILE", help="A deployment file (YAML).", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="For machines; see docs/cli.md.")]
-JsonLines = Annotated[bool, typer.Option("--json", help="For machines: a line per change; see docs/cli.md.")]
+JsonLines = Annotated[
+    bool, typer.Option("--json", help="For machines: per line what changed; see docs/cli.md.")
+]
 
 
 def command(function: Callable[P, R]) -> Callable[P, R]:
@@ -106,28 +110,38 @@ def printable(text: str) -> str:
     return _CONTROL.sub("", text)
 
 
+@dataclass
+class Came:
+    """What a step found out."""
+
+    of_it: str = ""
+    """Said when it is done, where there is something to say."""
+
+
 @contextmanager
-def step(doing: str) -> Iterator[None]:
-    """Show a spinner while something runs, and a line with its time when it is done."""
-    begin = time.monotonic()
-    if err.is_terminal:
-        with err.status(Text(f"{doing} …")):
-            yield
-    else:
+def step(doing: str) -> Iterator[Came]:
+    """Show a spinner while something runs, and a line with its time and what came of it when it is done."""
+    begin, came = time.monotonic(), Came()
+    if not err.is_terminal:
         say(f"{doing} ...")
-        yield
-    if err.is_terminal:
-        took = f"  {time.monotonic() - begin:.1f} s"
-        err.print(Text.assemble(("✓ ", "green"), doing, (took, "dim")), soft_wrap=True)
+        yield came
+        if came.of_it:
+            say(f"{doing}: {came.of_it}")
+        return
+    with Later(err.status(Text(f"{doing} …"))):
+        yield came
+    took = f"  {time.monotonic() - begin:.1f} s"
+    said = f"{doing}: {came.of_it}" if came.of_it else doing
+    err.print(Text.assemble(("✓ ", "green"), said, (took, "dim")), soft_wrap=True)
 
 
 @contextmanager
 def working(doing: str) -> Iterator[None]:
-    """Show a spinner on a terminal while something runs, and nothing afterwards or elsewhere."""
+    """Show a spinner on a terminal while something takes long, and nothing afterwards or elsewhere."""
     if not err.is_terminal:
         yield
         return
-    with err.status(Text(f"{doing} …")):
+    with Later(err.status(Text(f"{doing} …"))):
         yield
 
 

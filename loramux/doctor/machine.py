@@ -42,8 +42,6 @@ class Inference:
     name: str
     memory_bytes: int
     free_bytes: int
-    steps_bytes: int
-    """What the largest step needs beside weights, adapters and cache."""
     dtype: str
     backend: str
     how: str

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from loramux_shared.bases.memory import ITEM_BYTES, MemoryPlan, adapter_bytes, cache_of, needs_of, plan_on
 from loramux_shared.bases.read import read_fields
-from loramux_shared.bundle.modules import MODULES
-from loramux_shared.faults import CheckpointInvalid
+from loramux_shared.faults import CheckpointInvalid, ResourcesExhausted
+from loramux_shared.settings import InferenceSettings
 
 RANKS: Final = (8, 16, 32, 64)
-ITEM_BYTES: Final = {"float32": 4, "bfloat16": 2, "float16": 2}
-KV_SHARE: Final = 0.25
-"""Of what the weights leave, for the cache, when nobody says how much."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +23,7 @@ class Fit:
     rank: int
     adapter_bytes: int
     adapters: int
-    """How many fit beside weights and cache."""
+    """How many fit beside weights, steps and the cache, where settings keep the cache at its size."""
 
 
 @dataclass(frozen=True)
@@ -38,8 +37,13 @@ class Sizes:
     steps_bytes: int
     """What the largest step needs."""
     kv_bytes: int
+    """0 where it does not fit."""
+    kv_is_set: bool
+    """Whether a setting says its size; else it is smaller once adapters are loaded."""
     kv_token_bytes: int
     fits: tuple[Fit, ...]
+    refusal: str
+    """What a replica would say; empty where it would start."""
 
     @property
     def kv_tokens(self) -> int:
@@ -65,28 +69,39 @@ def read_base(path: Path) -> dict[str, Any]:
 
 
 def sizes_of(
-    config: dict[str, Any], dtype: str, free_bytes: int, kv_bytes: int | None, steps_bytes: int = 0
+    fields: Mapping[str, Any],
+    settings: InferenceSettings,
+    free_bytes: int,
+    dtype: str = "bfloat16",
+    device: str = "cpu",
+    *,
+    graphs: bool = False,
 ) -> Sizes:
-    """Return the sizes of a base on a device with free_bytes before anything is loaded.
+    """Return the sizes of a base, of which a ``config.json`` has these fields, as a replica will plan them.
+
+    free_bytes are those of the device before anything is loaded, and graphs says whether steps are recorded.
 
     Raises:
         CheckpointInvalid: the base is not served.
     """
-    model, item = read_fields(config), ITEM_BYTES[dtype]
-    dims = model.dims
-    features = [dims.features(module) for module in MODULES]
-    tables = dims.vocab * dims.hidden * (1 if model.tied_embeddings else 2)
-    weights = item * (tables + dims.num_layers * sum(inside * outside for inside, outside in features))
-    left = max(free_bytes - weights - steps_bytes, 0)
-    cache = int(KV_SHARE * left) if kv_bytes is None else kv_bytes
-    per_rank = item * dims.num_layers * sum(inside + outside for inside, outside in features)
-    room = max(left - cache, 0)
+    config, item = read_fields(fields), ITEM_BYTES[dtype]
+    needs, cache = needs_of(config, item, 0, settings, graphs=graphs), cache_of(config, item, settings)
+    steps, room, refusal = needs.activations + needs.graphs, 0, ""
+    try:
+        plan = plan_on(device, free_bytes - needs.weights, needs, cache)
+        asked = min(cache.kv_bytes or plan.kv_bytes, cache.most * cache.token_bytes)
+        room = free_bytes - needs.weights - steps - asked
+    except ResourcesExhausted as fault:
+        plan, refusal = MemoryPlan(0, 0, 0), fault.message
+    each = {rank: adapter_bytes(config, item, rank) for rank in RANKS}
     return Sizes(
         dtype=dtype,
         free_bytes=free_bytes,
-        weights_bytes=weights,
-        steps_bytes=steps_bytes,
-        kv_bytes=cache,
-        kv_token_bytes=2 * dims.num_layers * dims.num_kv_heads * dims.head_dim * item,
-        fits=tuple(Fit(rank, rank * per_rank, room // (rank * per_rank)) for rank in RANKS),
+        weights_bytes=needs.weights,
+        steps_bytes=steps,
+        kv_bytes=plan.kv_bytes,
+        kv_is_set=cache.kv_bytes is not None,
+        kv_token_bytes=cache.token_bytes,
+        fits=tuple(Fit(rank, size, room // size) for rank, size in each.items()),
+        refusal=refusal,
     )

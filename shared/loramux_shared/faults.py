@@ -44,7 +44,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from enum import Enum
-from typing import ClassVar
+from typing import ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict
 
@@ -97,10 +97,16 @@ class Fault(Exception):
     status: ClassVar[Status]
     retry_after_s: ClassVar[float | None] = None
 
-    def __init__(self, message: str, findings: Sequence[Finding] = ()) -> None:
+    def __init__(self, message: str, findings: Sequence[Finding] = (), repository: str = "") -> None:
         super().__init__(message)
         self.message = message
         self.findings = tuple(findings)
+        self.repository = repository
+        """The one that was being read when it happened, as `Repository.shown` names it; empty: none was."""
+
+    def retold(self, message: str) -> Self:
+        """Return a fault that says the same in other words, and holds nothing of where it happened."""
+        return type(self)(message, self.findings, self.repository)
 
     def __str__(self) -> str:
         return "\n  ".join([self.message, *map(str, self.findings)])

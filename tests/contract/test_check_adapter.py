@@ -130,14 +130,17 @@ async def test_faults_are_named_without_the_checks_own_words(running: Running) -
     base = str(running.folder / "base")
     (running.folder / "empty").mkdir()
     async with AsyncClient(builder=running.address) as client:
-        with pytest.raises(RepoNotFound, match=r"^LOCAL"):
+        with pytest.raises(RepoNotFound, match=r"^LOCAL") as missing:
             await client.check(str(running.folder / "nowhere"), base)
+        assert missing.value.repository == str(running.folder / "nowhere")
         with pytest.raises(SourceRefused):
             await client.check("/etc", base)
-        with pytest.raises(CheckpointInvalid):
+        with pytest.raises(CheckpointInvalid) as unreadable:
             await client.check(str(running.folder / "one"), str(running.folder / "empty"))
-        with pytest.raises(DeploymentInvalid):
+        assert unreadable.value.repository == str(running.folder / "empty")
+        with pytest.raises(DeploymentInvalid) as invalid:
             await client.check("not a repository", base)
+        assert invalid.value.repository == ""
         with pytest.raises(DeploymentInvalid) as error:
             await client.check(
                 str(running.folder / "one"), base, LoraConfiguration(max_lora_rank=2, truncate_to_rank=3)

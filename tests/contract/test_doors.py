@@ -164,17 +164,17 @@ async def test_health_is_told_without_a_key(guarded: Any) -> None:
 
 @pytest.mark.parametrize("endpoint", ENDPOINTS, ids=lambda each: f"{each.method} {each.path}")
 async def test_every_route_asks_for_a_key(endpoint: Any, service: GenerationService) -> None:
-    """Every route but /health and the page asks for a key: of metrics for /metrics, of infer for all others."""
+    """Every route but health and the page asks for a key: of metrics for figures, of infer for all others."""
     transport = httpx.ASGITransport(app=create_app(service, RING))
     path = endpoint.path.replace("{model:path}", "base")
-    own, foreign = ("metrics", "infer") if path == "/metrics" else ("infer", "metrics")
+    own, foreign = ("metrics", "infer") if path in ("/metrics", "/load") else ("infer", "metrics")
     async with httpx.AsyncClient(transport=transport, base_url="http://door") as web:
         answers = [
             await web.request(endpoint.method, path, headers=bearer(key))
             for key in (None, "lmx_wrong", KEYS["build"], KEYS[foreign], KEYS[own], KEYS["admin"])
         ]
     statuses = [answer.status_code for answer in answers]
-    if path in ("/", "/health") or path.startswith("/page/"):
+    if path in ("/", "/health", "/ping") or path.startswith("/page/"):
         assert statuses == [200] * 6
         return
     assert statuses[:4] == [401, 401, 403, 403]

@@ -88,6 +88,8 @@ async def test_long_prompts_are_scored_in_several_messages(address: str, ready: 
         assert math.isfinite(token.logprobs.logprob)
         assert token.logprobs.token == ready.service.text.token_bytes(token.token_id)
         assert len(token.logprobs.top) == len(token.logprobs.top_tokens) == 2
+        listed = token.token_id in (number for number, _ in token.logprobs.top)
+        assert (token.logprobs.rank <= 2) == listed
     assert completion.token_ids == ()
     assert completion.reason is FinishReason.LENGTH
 

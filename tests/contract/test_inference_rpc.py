@@ -138,18 +138,19 @@ async def test_a_stop_text_ends_the_answer_before_it(door: Door) -> None:
     events = await door.events(sampling=sampling)
     assert "".join(event.delta.text for event in events) == whole[: whole.index(stop)]
     assert events[-1].finished.reason == pb.FINISH_REASON_STOP
-    assert events[-1].finished.stop_text == stop
+    assert (events[-1].finished.stop_text, events[-1].finished.HasField("stop_token_id")) == (stop, False)
     await door.until_free()
 
 
 async def test_a_stop_token_ends_the_answer_without_its_text(door: Door) -> None:
-    """A stop token is reported as a token, and has no text."""
+    """A stop token is reported as a token, named at the end, and has no text."""
     sampling = pb.SamplingParams(max_tokens=8, ignore_eos=True)
     ids = [token for event in await door.events(sampling=sampling) for token in event.delta.token_ids]
     stop = ids[3]
     sampling = pb.SamplingParams(max_tokens=8, ignore_eos=True, stop_token_ids=[stop])
     events = await door.events(sampling=sampling)
     assert events[-1].finished.reason == pb.FINISH_REASON_STOP
+    assert events[-1].finished.stop_token_id == stop
     got = [token for event in events for token in event.delta.token_ids]
     assert got == ids[: ids.index(stop) + 1]
     text = "".join(event.delta.text for event in events)
@@ -163,7 +164,7 @@ async def test_logprobs_belong_to_the_tokens(door: Door) -> None:
     logprobs = [item for event in events for item in event.delta.logprobs]
     assert len(tokens) == len(logprobs) == 4
     for token, item in zip(tokens, logprobs, strict=True):
-        assert item.top[0].token_id == token
+        assert (item.top[0].token_id, item.rank) == (token, 1)
         assert len(item.top) == 3
         assert item.logprob == pytest.approx(item.top[0].logprob)
         assert item.logprob <= 0

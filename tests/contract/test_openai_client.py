@@ -22,6 +22,8 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 USER: Any = [{"role": "user", "content": "Hi"}]
 GREEDY: dict[str, Any] = {"model": "rs", "messages": USER, "temperature": 0, "extra_body": {"ignore_eos": True}}
 
+FREE: dict[str, Any] = {"extra_body": {"ignore_eos": True}}
+
 
 class Verdict(BaseModel):
     """An answer that cannot be long."""
@@ -325,9 +327,56 @@ async def test_prompt_logprobs_come_in_vllms_shape(door: OpenAIDoor) -> None:
     completion = await door.openai.completions.create(model="base", prompt=[40, 41], **options)
     first, second = completion.choices[0].model_extra["prompt_logprobs"]  # type: ignore[index]
     assert first is None
+    assert list(second["41"]) == ["logprob", "rank", "decoded_token"]
     assert second["41"]["decoded_token"] == door.ready.service.text.token_text(41)
+    best = next(iter(second.keys() - {"41"}), "41")
+    assert second[best]["rank"] == 1
+    assert (second["41"]["rank"] == 1) == (best == "41")
     chat = await door.openai.chat.completions.create(model="base", messages=USER, **options)
     assert len(chat.model_extra["prompt_logprobs"]) == len("u:Hi;a:")  # type: ignore[index]
+
+
+async def test_what_stopped_an_answer_is_told(door: OpenAIDoor) -> None:
+    """A stop text, a stop token's id, or null: vLLM's `stop_reason`, beside every `finish_reason`."""
+    text = door.ready.service.text
+    whole = await door.openai.completions.create(model="rs", prompt="AB", temperature=0, max_tokens=4, **FREE)
+    said = whole.choices[0].text
+    token = text.encode(said)[-1]
+    for asked, expected in (
+        ({"stop": [said[2:]]}, ("stop", said[2:])),
+        ({"extra_body": {"ignore_eos": True, "stop_token_ids": [token]}}, ("stop", token)),
+        ({}, ("length", None)),
+    ):
+        options: dict[str, Any] = {"temperature": 0, "max_tokens": 4} | FREE | asked
+        plain = await door.openai.completions.create(model="rs", prompt="AB", **options)
+        stream = await door.openai.completions.create(model="rs", prompt="AB", stream=True, **options)
+        *before, last = [chunk.choices[0] async for chunk in stream]
+        assert _end(plain.choices[0]) == _end(last) == expected
+        assert {_end(choice) for choice in before} == {(None, None)}
+
+
+async def test_what_stopped_a_chat_is_told(door: OpenAIDoor) -> None:
+    """As for plain prompts; an end-of-sequence token, asked for as a stop token or not, is null."""
+    whole = await door.openai.chat.completions.create(**GREEDY, max_tokens=4)
+    said = whole.choices[0].message.content or ""
+    assert _end(whole.choices[0]) == ("length", None)
+    ending: dict[str, Any] = {"logit_bias": {"2": 100}}
+    for asked, expected in (
+        ({"stop": said[2:]}, ("stop", said[2:])),
+        (ending | {"extra_body": {}}, ("stop", None)),
+        (ending | {"extra_body": {"stop_token_ids": [2]}}, ("stop", None)),
+        (ending | {"extra_body": {"stop_token_ids": [2], "ignore_eos": True}}, ("stop", 2)),
+    ):
+        options = GREEDY | {"max_tokens": 4} | asked
+        answer = await door.openai.chat.completions.create(**options)
+        stream = await door.openai.chat.completions.create(stream=True, **options)
+        *before, last = [chunk.choices[0] async for chunk in stream]
+        assert _end(answer.choices[0]) == _end(last) == expected
+        assert {_end(choice) for choice in before} == {(None, None)}
+
+
+def _end(choice: Any) -> tuple[str | None, str | int | None]:
+    return choice.finish_reason, choice.model_extra["stop_reason"]
 
 
 async def test_vllms_parameters_are_taken(door: OpenAIDoor) -> None:

@@ -258,8 +258,9 @@ async def test_a_failure_of_the_door_itself_tells_nothing(tmp_path: Path) -> Non
 
 async def test_health_and_version(door: OpenAIDoor) -> None:
     """Monitors get what vLLM gives them."""
-    response = await door.http.get("/health")
-    assert (response.status_code, response.content) == (200, b"")
+    for method, path in (("GET", "/health"), ("GET", "/ping"), ("POST", "/ping")):
+        response = await door.http.request(method, path)
+        assert (response.status_code, response.content) == (200, b"")
     assert list((await door.http.get("/version")).json()) == ["version"]
     assert "server" not in response.headers
 
@@ -329,6 +330,17 @@ async def test_heads_are_bounded(door: OpenAIDoor) -> None:
         assert (await door.http.get("/health", headers={"x-big": "a" * 8192})).status_code == 200
 
 
+async def test_the_load_is_what_is_in_work(door: OpenAIDoor) -> None:
+    """A request counts from its arrival to its end, however it ends, and each of its prompts."""
+    asking = asyncio.create_task(door.post(COMPLETIONS, **LONG | {"prompt": [[5, 6, 7], [8, 9]]}))
+    while not door.ready.engine.stats.running:
+        await asyncio.sleep(0)
+    assert (await door.http.get("/load")).json() == {"server_load": 2}
+    assert (await asking).status_code == 200
+    await door.post(COMPLETIONS, **LONG | {"n": 0})
+    assert (await door.http.get("/load")).json() == {"server_load": 0}
+
+
 async def test_a_full_queue_is_said_with_a_delay(world: tuple[World, MemoryStore]) -> None:
     """Beyond the bound a request is 429 at once, and says when to try again."""
     async with open_door(world, max_batch_seqs=1, max_queue=1) as door:
@@ -380,7 +392,8 @@ async def test_draining_finishes_open_streams_and_refuses_new_requests(
         await anext(lines)
         draining = asyncio.create_task(door.server.drain(20))
         await asyncio.sleep(0)
-        for response in (await door.post(CHAT, **HI), await door.http.get("/health")):
+        refused = await door.post(CHAT, **HI), await door.http.get("/health"), await door.http.post("/ping")
+        for response in refused:
             assert (response.status_code, response.headers["retry-after"]) == (503, "1")
             assert _error(response)["code"] == "shutting_down"
         rest = [line async for line in lines if line]

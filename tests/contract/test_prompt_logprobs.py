@@ -45,9 +45,10 @@ async def test_prompt_logprobs_equal_transformers(
 
 def _compare(scored: tuple[Token, ...], expected: torch.Tensor) -> None:
     assert [token.id for token in scored] == LONG
-    assert (scored[0].logprob, scored[0].top) == (None, ())
+    assert (scored[0].logprob, scored[0].top, scored[0].rank) == (None, (), None)
     for place, token in enumerate(scored[1:]):
         assert token.logprob == pytest.approx(float(expected[place, token.id]), abs=1e-4)
+        assert token.rank == 1 + int((expected[place] > expected[place, token.id]).sum())
         best = expected[place].topk(3)
         assert [item for item, _ in token.top] == best.indices.tolist()
         assert [value for _, value in token.top] == pytest.approx(best.values.tolist(), abs=1e-4)

@@ -216,8 +216,9 @@ async def test_a_client_that_goes_away(watched: Watched, lines: list[Any]) -> No
 
 async def test_what_monitors_ask_is_not_traced(watched: Watched) -> None:
     """Health and metrics, which are asked all day, make no spans; neither does a path that nobody serves."""
-    for path in ("/health", "/metrics", "/nope"):
+    for path in ("/health", "/ping", "/load", "/metrics", "/nope"):
         await watched.web.get(path)
+    await watched.web.post("/ping")
     assert watched.all_spans() == ()
 
 

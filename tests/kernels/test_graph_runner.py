@@ -16,12 +16,13 @@ from inference_service.core.sequence import Sequence as EngineSequence
 from inference_service.core.sequence import Token
 from inference_service.engine.block_manager import BlockManager
 from inference_service.engine.engine import Engine
-from inference_service.engine.graph_runner import GraphRunner, buckets
+from inference_service.engine.graph_runner import GraphRunner
 from inference_service.engine.graphs import CudaRecorder, Graph, Recorder
 from inference_service.engine.rows import lay_out
 from inference_service.engine.scheduler import SchedulerLimits
 from inference_service.engine.tape import Tape, TapeRecorder
 from inference_service.startup.load import Ready
+from loramux_shared.bases.memory import buckets
 from loramux_shared.storage.memory import MemoryStore
 from tests.launches import per_layer, per_step
 from tests.tiny import World, make_world, run_engine

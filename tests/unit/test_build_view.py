@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from io import StringIO
 
 import pytest
 
+from loramux.cli import shell
 from loramux.cli.build_view import ROWS, BuildView, show_built
+from loramux.cli.later import Later
 from loramux.cli.shell import Screen
 from loramux.records import AdapterInfo, DeploymentInfo, DeploymentState, Stage
 from loramux_shared.faults import Finding
@@ -56,7 +59,10 @@ def build(view: BuildView, count: int) -> list[AdapterInfo]:
 
 def test_many_adapters_are_counted_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     """Of sixty adapters only sums are told: at the beginning, now and then, and at the end."""
-    build(BuildView(counts_s=3600), 60)
+    view = BuildView(counts_s=3600)
+    view.update(
+        state(build(view, 60), ended=True)
+    )  # the answer to a call and the first of a watch are the same
     assert capsys.readouterr().err.splitlines() == ["60 adapters: 60 waiting", "60 adapters: 60 done"]
 
 
@@ -72,10 +78,10 @@ def test_few_adapters_are_told_one_by_one(capsys: pytest.CaptureFixture[str]) ->
 @pytest.mark.parametrize("count", [3, 300])
 def test_a_terminal_is_not_drawn_for_every_adapter(count: int) -> None:
     """What a terminal is sent depends on its height, not on the number of adapters; the end shows all done."""
-    screen = StringIO()
-    with BuildView(console=Screen(file=screen, force_terminal=True, width=100, height=12)) as view:
+    sent, screen = screen_of()
+    with BuildView(console=screen) as view:
         build(view, count)
-    text = screen.getvalue()
+    text = sent.getvalue()
     assert len(text) < 100_000
     last = text[text.rindex("adapter-0002" if count == 3 else "300 adapters") :]
     assert "done" in last
@@ -107,3 +113,74 @@ def test_lists_of_names_end() -> None:
     assert listed([]) == "none"
     assert listed(["a", "b"], 2) == "a, b"
     assert listed(["a", "b", "c", "d"], 2) == "a, b and 2 more"
+
+
+def screen_of(height: int = 12) -> tuple[StringIO, Screen]:
+    """A terminal, and what it is sent."""
+    sent = StringIO()
+    return sent, Screen(file=sent, force_terminal=True, width=100, height=height)
+
+
+def test_a_build_that_was_over_draws_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    """Where there is nothing to wait for, a line per adapter says where it is from; no bar comes and goes."""
+    sent, screen = screen_of()
+    with BuildView(console=screen) as view:
+        view.update(
+            state([replace(adapter(number, Stage.DONE), reused=True) for number in range(2)], ended=True)
+        )
+    assert sent.getvalue() == ""
+    assert capsys.readouterr().err.splitlines() == [
+        "adapter-0000: done, was in the store",
+        "adapter-0001: done, was in the store",
+    ]
+
+
+def test_a_build_without_adapters_draws_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a base alone, or of a build that is refused before its first state, a terminal sees nothing."""
+    sent, screen = screen_of()
+    with BuildView(console=screen) as view:
+        view.update(state([]))
+        view.update(state([], ended=True))
+    with BuildView(console=screen):
+        pass
+    assert (sent.getvalue(), capsys.readouterr().err) == ("", "")
+
+
+class Drawn:
+    """Notes whether something was drawn."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+        self.begun = threading.Event()
+
+    def start(self) -> None:
+        """Begin."""
+        self.calls.append("start")
+        self.begun.set()
+
+    def stop(self) -> None:
+        """End."""
+        self.calls.append("stop")
+
+
+def test_what_is_soon_over_is_never_seen() -> None:
+    """A spinner begins after a while and ends with its block; one whose block is short does neither."""
+    short, long = Drawn(), Drawn()
+    with Later(short, after_s=3600):
+        pass
+    with Later(long, after_s=0):
+        assert long.begun.wait(10)
+    assert (short.calls, long.calls) == ([], ["start", "stop"])
+
+
+def test_a_step_says_what_came_of_it(capsys: pytest.CaptureFixture[str]) -> None:
+    """Without a terminal too: what was there already is said, and not only that the step began."""
+    with shell.step("base model") as came:
+        came.of_it = "was there already"
+    with shell.step("builder"):
+        pass
+    assert capsys.readouterr().err.splitlines() == [
+        "base model ...",
+        "base model: was there already",
+        "builder ...",
+    ]

@@ -76,7 +76,7 @@ def test_json_is_stable_and_alone_on_stdout(folder: Path) -> None:
         assert code == expected
         reports[name] = json.loads(text)
         assert set(reports[name]) == fields
-    assert (reports["fine"]["schema"], reports["fine"]["accepted"]) == (1, True)
+    assert (reports["fine"]["schema"], reports["fine"]["accepted"]) == (2, True)
     assert set(reports["fine"]["rows"][0]) == {
         "layer", "module_id", "module", "rank", "in_features", "out_features", "scale", "norm_a", "norm_b",
         "norm_ba", "truncated_from", "truncation_error",
@@ -104,15 +104,21 @@ class NoHub(BaseHTTPRequestHandler):
         self.end_headers()
 
 
-def test_a_mistyped_folder_is_no_mystery(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("adapter", "base", "missing"),
+    [("adapters/pirat", "{}/base", "adapters/pirat"), ("{}/base", "org/bas", "org/bas")],
+)
+def test_a_mistyped_folder_is_no_mystery(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, adapter: str, base: str, missing: str
+) -> None:
     """A word that could be of the hub is looked for there; a failure says that no such folder is here."""
     with ThreadingHTTPServer(("127.0.0.1", 0), NoHub) as hub:
         threading.Thread(target=hub.serve_forever, daemon=True).start()
         monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{hub.server_address[1]}")
-        code, _, errors = run("check", "adapters/pirat", "--base", folder / "base")
+        code, _, errors = run("check", adapter.format(folder), "--base", base.format(folder))
         hub.shutdown()
     assert code == 1
-    assert "If a folder was meant: there is no adapters/pirat here." in errors
+    assert f"If a folder was meant: there is no {missing} here." in errors
 
 
 def test_import_bundle_checks_and_says_how_to_publish(folder: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,13 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from loramux.cli.build_lines import BuildLines
 from loramux.cli.documents import jsonable
 from loramux.cli.main import app
+from loramux.records import Stage
 from loramux_shared.faults import AdapterInvalid, Finding
 from tests.unit.fake_services import Fakes
+from tests.unit.test_build_view import adapter, state
 
 
 def documents(*args: str, code: int = 0) -> list[Any]:
@@ -29,7 +33,7 @@ def documents(*args: str, code: int = 0) -> list[Any]:
 def test_models(fakes: Fakes) -> None:
     """``models`` is one document with every field of every model."""
     [document] = documents("models", "--grpc", fakes.inference_address)
-    assert document["schema"] == 1
+    assert document["schema"] == 2
     assert [model["name"] for model in document["models"]] == ["base", "lora1", "lora2"]
     assert document["models"][1]["ranks"] == [8]
 
@@ -42,15 +46,39 @@ def test_health(fakes: Fakes) -> None:
 
 
 def test_a_build_is_a_line_per_state(fakes: Fakes, deployment: Callable[..., str]) -> None:
-    """``build`` and ``watch`` give the whole deployment at each change, the last one as it stayed."""
+    """``build`` and ``watch`` give the deployment at each change, the last one as it stayed."""
     path = deployment("lines", "lora1")
     lines = documents("build", path, "--builder", fakes.builder_address)
     assert len(lines) > 2
-    assert {line["schema"] for line in lines} == {1}
+    assert {line["schema"] for line in lines} == {2}
     last = lines[-1]["deployment"]
     assert (last["state"], last["generation"], last["failure"]) == ("active", 3, None)
     assert last["adapters"][0]["warnings"][0]["code"] == "W_NARROWED"
     assert documents("watch", "lines", "--builder", fakes.builder_address)[-1] == lines[-1]
+
+
+def test_lines_of_a_build_grow_with_what_happens(capsys: pytest.CaptureFixture[str]) -> None:
+    """All adapters at the beginning and at the end, between them those that changed; nothing without news."""
+    count = 300
+    adapters = [adapter(number, Stage.WAITING) for number in range(count)]
+    lines = BuildLines()
+    states = [list(adapters)]
+    for number in range(count):
+        for stage in (Stage.FETCHING, Stage.DONE):
+            adapters[number] = adapter(number, stage)
+            states.append(list(adapters))
+    for found in states:
+        for _ in range(2):  # the second time, copies that are equal
+            lines.tell(state([replace(each) for each in found]))
+    lines.tell(state(adapters, ended=True))
+    told = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [len(line["deployment"]["adapters"]) for line in told] == [count, *[1] * (2 * count), count]
+    merged: dict[str, Any] = {}
+    for line, found in zip(told, [*states, adapters], strict=True):
+        merged |= {each["name"]: each for each in line["deployment"]["adapters"]}
+        assert list(merged.values()) == jsonable(found)
+        assert sum(line["stages"].values()) == count
+    assert told[-1]["stages"] == {"done": count}
 
 
 def test_a_refused_build_ends_with_its_failure(fakes: Fakes, deployment: Callable[..., str]) -> None:
@@ -105,7 +133,7 @@ def test_keys(tmp_path: Path) -> None:
     [listed] = documents("keys", "list", "--file", file)
     assert listed["keys"] == [new["entry"]]
     assert new["key"] not in json.dumps(listed)
-    assert documents("keys", "remove", "ann", "--file", file) == [{"schema": 1, "removed": "ann"}]
+    assert documents("keys", "remove", "ann", "--file", file) == [{"schema": 2, "removed": "ann"}]
     assert documents("keys", "list", "--file", file)[0]["keys"] == []
 
 

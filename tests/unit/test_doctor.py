@@ -5,10 +5,12 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from structlog.testing import capture_logs
 from typer.testing import CliRunner
 
 from inference_service.lora.weights import Matrices, pack_adapter
@@ -16,11 +18,17 @@ from loramux.cli.main import app
 from loramux.doctor import installed
 from loramux.doctor.machine import look_at_inference, look_at_machine, look_at_store
 from loramux.doctor.sizes import read_base, sizes_of
-from loramux_shared.bases.read import read_config
+from loramux_shared.bases.memory import MemoryPlan, cache_of, needs_of, plan_on
+from loramux_shared.bases.read import read_config, read_fields
 from loramux_shared.bundle.modules import MODULES
-from loramux_shared.faults import CheckpointInvalid
+from loramux_shared.faults import CheckpointInvalid, ResourcesExhausted
+from loramux_shared.settings import InferenceSettings
+from loramux_shared.storage.memory import MemoryStore
+from tests.tiny import make_world
 from tests.unit.fake_services import Fakes
+from tests.unit.test_model_config import HUB_CONFIGS
 
+SETTINGS = InferenceSettings(deployment="none")
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -89,20 +97,70 @@ def test_an_adapter_takes_what_is_said(base: Path) -> None:
         for tensor in (group.a, *group.b)
         if tensor is not None
     ]
-    said = sizes_of(LLAMA, "bfloat16", 10**9, 0).fits[0]
+    said = sizes_of(LLAMA, SETTINGS, 10**9).fits[0]
     assert said.rank == 8
     assert said.adapter_bytes == sum(tensor.nbytes for tensor in tensors)
 
 
 def test_what_fits_beside_weights_and_cache() -> None:
-    """Adapters share what weights and cache leave; a cache that nobody sized takes a quarter."""
-    sizes = sizes_of(LLAMA, "float32", 10_000_000, 1_000_000)
+    """Adapters share what weights, steps and a cache of the size that is said leave."""
+    settings = InferenceSettings(deployment="none", kv_memory_gb=0.001)
+    sizes = sizes_of(LLAMA, settings, 20_000_000, "float32")
     assert sizes.kv_token_bytes == 2 * 2 * 2 * 8 * 4
-    assert sizes.kv_tokens == 1_000_000 // sizes.kv_token_bytes
-    room = 10_000_000 - sizes.weights_bytes - 1_000_000
+    assert sizes.kv_tokens == 1_000_000 // sizes.kv_token_bytes // 16 * 16
+    room = 20_000_000 - sizes.weights_bytes - sizes.steps_bytes - 1_000_000
     assert [fit.adapters for fit in sizes.fits] == [room // fit.adapter_bytes for fit in sizes.fits]
-    assert sizes_of(LLAMA, "float32", 10_000_000, None).kv_bytes == (10_000_000 - sizes.weights_bytes) // 4
-    assert sizes_of(LLAMA, "float32", 1000, None).fits[0].adapters == 0
+    assert sizes.fits[0].adapters > 0
+
+
+def test_what_does_not_fit_says_so_in_the_words_of_a_replica() -> None:
+    """No cache, no adapters, and the plan's own refusal."""
+    sizes = sizes_of(LLAMA, SETTINGS, 100_000, "float32")
+    assert (sizes.kv_bytes, [fit.adapters for fit in sizes.fits]) == (0, [0, 0, 0, 0])
+    assert "LORAMUX_MAX_BATCH_TOKENS" in sizes.refusal
+
+
+@pytest.mark.parametrize("kv_memory_gb", [None, 0.5])
+@pytest.mark.parametrize(("device", "dtype"), [("cpu", "float32"), ("cpu", "bfloat16"), ("cuda", "float16")])
+@pytest.mark.parametrize("name", HUB_CONFIGS)
+def test_the_doctors_figures_are_those_of_the_plan(
+    name: str, device: str, dtype: str, kv_memory_gb: float | None
+) -> None:
+    """A replica with as many adapters as are said to fit starts with this cache, one with one more does not."""
+    settings, free = InferenceSettings(deployment="none", kv_memory_gb=kv_memory_gb), 10**11
+    config, item = read_fields(HUB_CONFIGS[name]), getattr(torch, dtype).itemsize
+    sizes = sizes_of(HUB_CONFIGS[name], settings, free, dtype, device, graphs=device == "cuda")
+
+    def plan(adapters: int, kv_bytes: int | None) -> MemoryPlan:
+        needs = needs_of(config, item, adapters, settings, graphs=device == "cuda")
+        assert (sizes.weights_bytes, sizes.steps_bytes) == (needs.weights, needs.activations + needs.graphs)
+        cache = replace(cache_of(config, item, settings), kv_bytes=kv_bytes)
+        return plan_on(device, free - needs.weights - adapters, needs, cache)
+
+    said = None if kv_memory_gb is None else int(kv_memory_gb * 1e9)
+    assert (sizes.refusal, sizes.kv_bytes, sizes.kv_is_set) == ("", plan(0, said).kv_bytes, said is not None)
+    for fit in sizes.fits:
+        assert plan(fit.adapters * fit.adapter_bytes, said or sizes.kv_bytes).kv_bytes == sizes.kv_bytes
+        with pytest.raises(ResourcesExhausted):
+            plan((fit.adapters + 1) * fit.adapter_bytes, said or sizes.kv_bytes)
+
+
+def test_a_replica_plans_what_the_doctor_says(tmp_path: Path) -> None:
+    """Weights, steps and tokens of the cache of a loaded model are the doctor's of its config."""
+    world, store = make_world(tmp_path), MemoryStore()
+    world.build(store)
+    with capture_logs() as logs:
+        ready = world.load(store, kv_memory_gb=0.01)
+    planned = {entry["item"]: entry["gb"] for entry in logs if entry["event"] == "memory"}
+    settings = InferenceSettings(deployment="none", kv_memory_gb=0.01)
+    sizes = sizes_of(read_base(world.base), settings, 10**10, "float32")
+    found = (sizes.weights_bytes, sizes.steps_bytes, sizes.kv_bytes)
+    assert [round(size / 1e9, 3) for size in found] == [
+        planned["weights"],
+        round(planned["activations"] + planned["graphs"], 3),
+        planned["key-value cache"],
+    ]
+    assert sizes.kv_tokens == ready.engine.stats.blocks_total * ready.engine.stats.block_size
 
 
 def test_a_base_is_a_folder_or_its_config(base: Path) -> None:

@@ -7,8 +7,20 @@ from pathlib import Path
 
 import pytest
 
-from loramux_shared.bundle.manifest import BaseRecord, Current, Generation, Manifest, ModuleRow
+from loramux_shared.bundle.manifest import (
+    AdapterRecord,
+    BaseRecord,
+    Coverage,
+    Current,
+    FileDigest,
+    Generation,
+    Manifest,
+    ModuleRow,
+    Truncation,
+)
+from loramux_shared.bundle.proof import Effect, Probe, Proof, TokenLogprob
 from loramux_shared.deployment import Model, Repository
+from loramux_shared.faults import Finding
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "bundle-format.md").read_text(encoding="utf-8")
 
@@ -42,3 +54,30 @@ def test_a_record_has_the_keys_that_the_page_names(record: type[Model], told: se
     """A key that is written and not told, or told and not written, is a mistake of one of the two."""
     values = {"auto", "always", "never"}  # of merge
     assert told - values == set(record.model_fields)
+
+
+INSIDE = (
+    AdapterRecord,
+    BaseRecord,
+    Coverage,
+    Effect,
+    FileDigest,
+    Finding,
+    Probe,
+    Proof,
+    Repository,
+    TokenLogprob,
+    Truncation,
+)
+
+
+def test_the_records_inside_others_have_the_keys_that_the_page_names() -> None:
+    """They stand in braces, each with all its keys; there are no other braces."""
+    told = {frozenset(keys.split(", ")) for keys in re.findall(r"`{(\w+(?:, \w+)+)}`", PAGE)}
+    assert told == {frozenset(record.model_fields) for record in INSIDE}
+
+
+@pytest.mark.parametrize("record", [*INSIDE, Manifest, ModuleRow, Generation, Current])
+def test_records_refuse_unknown_keys(record: type[Model]) -> None:
+    """As the page says that a reader must."""
+    assert record.model_config["extra"] == "forbid"

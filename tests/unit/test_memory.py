@@ -7,11 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors import safe_open
 from structlog.testing import capture_logs
 
-from inference_service.startup.memory import GB, Cache, Needs, needs_of, plan_memory
+from loramux_shared.bases.memory import GB, Cache, Needs, needs_of, plan_memory
 from loramux_shared.bases.read import read_config
 from loramux_shared.faults import ResourcesExhausted
 from loramux_shared.settings import InferenceSettings
@@ -81,11 +80,11 @@ def test_needs_follow_the_model_and_the_settings(tmp_path: Path) -> None:
         tensors = [file.get_tensor(name) for name in file.keys()]  # noqa: SIM118 - no mapping
     matrices = sum(tensor.nbytes for tensor in tensors if tensor.dim() == 2)
     settings = InferenceSettings(deployment="tiny", max_batch_tokens=100, max_batch_seqs=8)
-    needs = needs_of(config, torch.float32, 77, settings, graphs=False)
+    needs = needs_of(config, 4, 77, settings, graphs=False)
     assert (needs.weights, needs.adapters, needs.graphs) == (matrices, 77, 0)
-    assert needs_of(config, torch.bfloat16, 77, settings, graphs=False).weights == matrices / 2
+    assert needs_of(config, 2, 77, settings, graphs=False).weights == matrices / 2
     wider = settings.model_copy(update={"max_batch_tokens": 200})
-    more = needs_of(config, torch.float32, 77, wider, graphs=True)
+    more = needs_of(config, 4, 77, wider, graphs=True)
     assert more.activations - needs.activations >= 100 * 4 * (2 * SIZES["intermediate_size"])
     assert more.graphs > 0
 

@@ -10,10 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from llguidance import LLMatcher
 
+from inference_service.core.sequence import FinishReason
+from inference_service.openai_api.chat_choice import ChatChoice
 from inference_service.openai_api.chat_schema import Tool
 from inference_service.openai_api.forced_call import ForcedCall, call_constraint
 from inference_service.openai_api.pieces import CallArguments, CallBegun, Piece, Reading, Said
-from inference_service.openai_api.tagged_calls import TaggedCalls
+from inference_service.openai_api.tagged_calls import END, TaggedCalls
+from inference_service.serving.request import Delta, Finished
 
 CALL = '<tool_call>\n{"name": "find", "arguments": {"q": "a } b"}}\n</tool_call>'
 FORCED = '{"name": "find", "arguments": {"q": "a } \\" b{", "more": [1, {"x": []}]}}'
@@ -117,3 +120,14 @@ def test_schemas_of_several_tools_keep_their_references() -> None:
         assert definitions[name]["properties"]["x"] == {"$ref": f"#/$defs/{name}/$defs/X"}
         assert definitions[name]["properties"]["again"] == {"$ref": f"#/$defs/{name}"}
         assert definitions[name]["$defs"]["X"] == shape
+
+
+@pytest.mark.parametrize("stop_text", [END, "X"])
+def test_only_stops_of_the_client_are_told(stop_text: str) -> None:
+    """The end of a call, at which an answer with one call stops, is no text that anybody asked for."""
+    choice = ChatChoice(0, TaggedCalls({"find"}), ["X"], None)
+    choice.take(Delta(CALL.removesuffix(END), ()))
+    choice.end(Finished(FinishReason.STOP, stop_text, 1, 0, 1))
+    told = choice.whole()
+    assert told["finish_reason"] == "tool_calls"
+    assert told["stop_reason"] == (None if stop_text == END else "X")

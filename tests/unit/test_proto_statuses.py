@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 import re
+import textwrap
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from builder_service.builds.builds import Builds
+from builder_service.pipeline.check import Checks
+from inference_service.rpc.mapping import request_from_message
+from inference_service.serving.service import GenerationService
 from loramux_shared.faults import FAULTS
+from loramux_shared.rpc import calls
+from loramux_shared.sources.base import Source
 
 PROTOS = sorted((Path(__file__).resolve().parents[2] / "protos").rglob("*.proto"))
 _LINE = re.compile(r"^ *// (?P<status>[A-Z_]{6,}) +(?P<reason>[A-Z_]{4,})[:,]", re.MULTILINE)
 _MORE = re.compile(r"(?<=[ ,])(?P<reason>[A-Z]+(?:_[A-Z]+)+)(?=[:,])")
-EVERYWHERE = {"UNAUTHENTICATED", "PERMISSION_DENIED", "SHUTTING_DOWN"}
+EVERYWHERE = {"UNAUTHENTICATED", "PERMISSION_DENIED", "SHUTTING_DOWN", "REQUEST_INVALID", "CLIENT_STALLED"}
 ELSEWHERE = {
     "SERVER_UNAVAILABLE",  # a client's own word
     "SETTINGS_INVALID",  # ends a process, as the next does
@@ -20,6 +31,64 @@ ELSEWHERE = {
     "BUILD_INTERRUPTED",  # the build goes on when the builder starts again
     "INTERNAL",  # nobody's intention
 }
+
+
+RPCS: dict[str, tuple[Callable[..., Any], ...]] = {
+    "BuildDeployment": (Builds.build,),
+    "GetDeployment": (Builds.get,),
+    "ListDeployments": (Builds.list,),
+    "WatchDeployment": (Builds.watch,),
+    "CancelBuild": (Builds.cancel,),
+    "CheckAdapter": (Checks.check,),
+    "Generate": (request_from_message, GenerationService.generate),
+    "ListModels": (),
+}
+"""What each rpc calls, whose docstrings say what it raises."""
+CLASSES = {kind.__name__: reason for reason, kind in FAULTS.items()}
+
+
+def reasons_in(text: str) -> set[str]:
+    """The reasons of the faults whose classes a text names."""
+    return {CLASSES[word] for word in re.findall(r"\w+", text) if word in CLASSES}
+
+
+def told_of(rpc: str) -> set[str]:
+    """The reasons that the comment above an rpc names."""
+    [text] = [text for path in PROTOS if f"  rpc {rpc}(" in (text := path.read_text(encoding="utf-8"))]
+    above = text[: text.index(f"  rpc {rpc}(")].rpartition("\n\n")[2]
+    table = above[first.start() :] if (first := _LINE.search(above)) else ""
+    return {match["reason"] for match in (*_LINE.finditer(table), *_MORE.finditer(table))} & set(FAULTS)
+
+
+def raised_in(source: str) -> set[str]:
+    """The reasons of the faults that code raises itself."""
+    raises = [node.exc for node in ast.walk(ast.parse(textwrap.dedent(source))) if isinstance(node, ast.Raise)]
+    return set().union(*(reasons_in(ast.unparse(each.func)) for each in raises if isinstance(each, ast.Call)))
+
+
+@pytest.mark.parametrize("rpc", RPCS)
+def test_an_rpc_says_what_it_raises(rpc: str) -> None:
+    """Its comment names the reasons of what it calls, no more and no less; those of every rpc are told once."""
+    raised = set().union(*(reasons_in((call.__doc__ or "").partition("Raises:")[2]) for call in RPCS[rpc]))
+    assert told_of(rpc) - EVERYWHERE == raised - EVERYWHERE
+
+
+def test_every_rpc_is_looked_at() -> None:
+    """The table above has all of them, and what is raised in plain sight is in the docstrings."""
+    texts = "".join(path.read_text(encoding="utf-8") for path in PROTOS)
+    assert set(re.findall(r"^ +rpc (\w+)\(", texts, re.MULTILINE)) == set(RPCS)
+    for call in [call for several in RPCS.values() for call in several]:
+        assert raised_in(inspect.getsource(call)) <= reasons_in(call.__doc__ or ""), call
+
+
+def test_what_lies_before_every_rpc_is_told_for_all() -> None:
+    """The interceptor's own refusals are those of the header."""
+    assert raised_in(inspect.getsource(calls)) <= EVERYWHERE
+
+
+def test_a_check_says_what_sources_raise() -> None:
+    """Whatever source an adapter comes from."""
+    assert reasons_in(Source.__doc__ or "") <= told_of("CheckAdapter")
 
 
 @pytest.mark.parametrize("path", PROTOS, ids=lambda path: path.stem)

@@ -20,11 +20,13 @@ from loramux_shared.bases.read import read_config, read_fields
 from loramux_shared.deployment import Deployment
 from loramux_shared.deployment_file import parse_deployment
 from loramux_shared.faults import CheckpointInvalid
+from loramux_shared.settings import InferenceSettings
 from loramux_shared.sources.open import open_sources
 from loramux_shared.storage.memory import MemoryStore
 from tests.adapters import BASE_CONFIG, write_adapter, write_base
 from tests.unit.test_model_config import HUB_CONFIGS
 
+SETTINGS = InferenceSettings(deployment="none")
 LONGROPE = {"rope_type": "longrope", "short_factor": [1.0, 1.0], "long_factor": [2.0]}
 REFUSED: dict[str, dict[str, Any]] = {
     "Granite": {"architectures": ["GraniteForCausalLM"], "model_type": "granite", "logits_scaling": 8.0},
@@ -75,10 +77,10 @@ def test_builder_and_replica_refuse_a_base_with_the_same_words(tmp_path: Path, n
 def test_the_doctor_asks_the_same_reader() -> None:
     """A head that a family ties by default is not counted twice, and a base that is refused has no sizes."""
     gemma = {"architectures": ["Gemma2ForCausalLM"], "model_type": "gemma2"}
-    linears = sizes_of(gemma | {"tie_word_embeddings": False}, "bfloat16", 10**11, 0).weights_bytes
-    assert linears - sizes_of(gemma, "bfloat16", 10**11, 0).weights_bytes == 2 * 256000 * 2304
+    linears = sizes_of(gemma | {"tie_word_embeddings": False}, SETTINGS, 10**11).weights_bytes
+    assert linears - sizes_of(gemma, SETTINGS, 10**11).weights_bytes == 2 * 256000 * 2304
     with pytest.raises(CheckpointInvalid, match="GraniteForCausalLM is not supported"):
-        sizes_of(BASE_CONFIG | REFUSED["Granite"], "bfloat16", 10**11, 0)
+        sizes_of(BASE_CONFIG | REFUSED["Granite"], SETTINGS, 10**11)
 
 
 VALUES: st.SearchStrategy[Any] = st.recursive(

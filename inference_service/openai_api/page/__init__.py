@@ -44,6 +44,7 @@ def page_files() -> dict[str, Handler]:
 
 def _handler(content: bytes, content_type: str) -> Handler:
     async def show(service: GenerationService, http: HttpRequest) -> Response:  # noqa: ARG001
+        """Show a file of the page."""
         return Response(content, headers=HEADERS | {"content-type": content_type})
 
     return show

@@ -36,6 +36,9 @@ class BuilderServiceStub:
     Every rpc can also end with
 
     UNAVAILABLE        SHUTTING_DOWN: the builder drains and takes no new calls. Retry with its successor.
+    INVALID_ARGUMENT   REQUEST_INVALID: the request is no message of the method, or has too much in it. Correct it.
+    ABORTED            CLIENT_STALLED: the request did not arrive, or the answer was not read, in time. Send and
+    read without pauses.
 
     A server with keys (docs/access.md) wants one with the scope "build" as metadata
     "authorization: Bearer KEY", for reads too. Every rpc can then also end with
@@ -93,6 +96,9 @@ class BuilderServiceServicer:
     Every rpc can also end with
 
     UNAVAILABLE        SHUTTING_DOWN: the builder drains and takes no new calls. Retry with its successor.
+    INVALID_ARGUMENT   REQUEST_INVALID: the request is no message of the method, or has too much in it. Correct it.
+    ABORTED            CLIENT_STALLED: the request did not arrive, or the answer was not read, in time. Send and
+    read without pauses.
 
     A server with keys (docs/access.md) wants one with the scope "build" as metadata
     "authorization: Bearer KEY", for reads too. Every rpc can then also end with
@@ -104,8 +110,10 @@ class BuilderServiceServicer:
     def BuildDeployment(self, request, context):
         """Starts a build and answers at once with the deployment in BUILDING.
 
-        Repeating the call is safe: the same request_id answers with the same build,
-        and a deployment whose content was built already is answered as it is.
+        Repeating the call is safe: the same request_id answers with the same build, and
+        so does the same deployment while its build runs. Later it is built again: bundles
+        that the store has are read back instead of put, and where nothing differs no
+        generation is published (unchanged).
 
         INVALID_ARGUMENT  DEPLOYMENT_INVALID: the message breaks a rule of the deployment
         file; the violations name the fields. Correct them.
@@ -175,6 +183,7 @@ class BuilderServiceServicer:
         FAILED_PRECONDITION  CHECKPOINT_INVALID: the base cannot be served. RESOURCES_EXHAUSTED: the disk is full.
         ABORTED              SOURCE_CHANGED: the repository changed while it was read. Retry.
         UNAVAILABLE          SOURCE_UNAVAILABLE: retry.
+        DATA_LOSS            BUNDLE_CORRUPT: twice other bytes came than the source lists. Restore them there.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -232,6 +241,9 @@ class BuilderService:
     Every rpc can also end with
 
     UNAVAILABLE        SHUTTING_DOWN: the builder drains and takes no new calls. Retry with its successor.
+    INVALID_ARGUMENT   REQUEST_INVALID: the request is no message of the method, or has too much in it. Correct it.
+    ABORTED            CLIENT_STALLED: the request did not arrive, or the answer was not read, in time. Send and
+    read without pauses.
 
     A server with keys (docs/access.md) wants one with the scope "build" as metadata
     "authorization: Bearer KEY", for reads too. Every rpc can then also end with

@@ -35,6 +35,9 @@ class InferenceServiceStub:
     Every rpc can also end with
 
     UNAVAILABLE        SHUTTING_DOWN: the server drains and takes no new calls. Retry with another replica.
+    INVALID_ARGUMENT   REQUEST_INVALID: the request is no message of the method, or has too much in it. Correct it.
+    ABORTED            CLIENT_STALLED: the request did not arrive, or the answer was not read, in time. Send and
+    read without pauses.
 
     A server with keys (docs/access.md) wants one with the scope "infer" as metadata
     "authorization: Bearer KEY"; models that the key is not for do not exist for it. Every
@@ -72,6 +75,9 @@ class InferenceServiceServicer:
     Every rpc can also end with
 
     UNAVAILABLE        SHUTTING_DOWN: the server drains and takes no new calls. Retry with another replica.
+    INVALID_ARGUMENT   REQUEST_INVALID: the request is no message of the method, or has too much in it. Correct it.
+    ABORTED            CLIENT_STALLED: the request did not arrive, or the answer was not read, in time. Send and
+    read without pauses.
 
     A server with keys (docs/access.md) wants one with the scope "infer" as metadata
     "authorization: Bearer KEY"; models that the key is not for do not exist for it. Every
@@ -98,8 +104,6 @@ class InferenceServiceServicer:
         RESOURCE_EXHAUSTED  QUEUE_FULL: too many requests wait. Retry after the delay.
         DEADLINE_EXCEEDED   DEADLINE_EXCEEDED: the deadline of the call passed; the sequence was freed. Give it more
         time, or ask for fewer tokens.
-        ABORTED             CLIENT_STALLED: the request did not arrive, or the answer was not read,
-        in time. Send and read without pauses.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -143,6 +147,9 @@ class InferenceService:
     Every rpc can also end with
 
     UNAVAILABLE        SHUTTING_DOWN: the server drains and takes no new calls. Retry with another replica.
+    INVALID_ARGUMENT   REQUEST_INVALID: the request is no message of the method, or has too much in it. Correct it.
+    ABORTED            CLIENT_STALLED: the request did not arrive, or the answer was not read, in time. Send and
+    read without pauses.
 
     A server with keys (docs/access.md) wants one with the scope "infer" as metadata
     "authorization: Bearer KEY"; models that the key is not for do not exist for it. Every

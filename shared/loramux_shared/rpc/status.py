@@ -17,6 +17,8 @@ from loramux_shared.near import MAX_FINDINGS
 from loramux_shared.rpc.unreachable import unreachable
 
 DOMAIN = "loramux"
+REPOSITORY = "repository"
+"""The key of ErrorInfo's metadata that holds `Fault.repository`."""
 # A status travels in a trailer, and clients refuse trailers above 8 KiB.
 MAX_STATUS_BYTES = 6 * 1024
 
@@ -33,7 +35,8 @@ def status_of(fault: Fault) -> status_pb2.Status:
 
 
 def _status(fault: Fault, findings: list[Finding], suffix: str) -> status_pb2.Status:
-    details: list[Message] = [error_details_pb2.ErrorInfo(reason=fault.reason, domain=DOMAIN)]
+    about = {REPOSITORY: fault.repository[:512]} if fault.repository else {}
+    details: list[Message] = [error_details_pb2.ErrorInfo(reason=fault.reason, domain=DOMAIN, metadata=about)]
     if findings:
         violations = [
             error_details_pb2.BadRequest.FieldViolation(
@@ -86,11 +89,11 @@ def fault_of(error: grpc.RpcError, target: str = "") -> Fault:
     `ServerUnavailable`; anything else `CallFailed` with grpc's code.
     """
     status = rpc_status.from_call(error)
-    reason, findings = "", []
+    reason, repository, findings = "", "", []
     for detail in status.details if status else ():
         info, bad = error_details_pb2.ErrorInfo(), error_details_pb2.BadRequest()
         if detail.Unpack(info) and info.domain == DOMAIN:
-            reason = info.reason
+            reason, repository = info.reason, info.metadata.get(REPOSITORY, "")
         elif detail.Unpack(bad):
             findings = [
                 Finding(code=item.reason, where=item.field, fix=item.description)
@@ -98,7 +101,7 @@ def fault_of(error: grpc.RpcError, target: str = "") -> Fault:
             ]
     message = status.message if status else str(error.details())
     if reason in FAULTS:
-        return FAULTS[reason](message, findings)
+        return FAULTS[reason](message, findings, repository)
     code = error.code()
     if code is grpc.StatusCode.UNAVAILABLE:
         return ServerUnavailable(f"no answer from {target or 'the server'}: {unreachable(target, message)}")

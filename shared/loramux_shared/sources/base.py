@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Protocol, TypeAlias
 
 from loramux_shared.bundle.manifest import FileDigest
 from loramux_shared.deployment import Repository
+from loramux_shared.faults import Fault
 
 Progress: TypeAlias = Callable[[int], None]
 """Told the bytes that came in since the last call, from any thread; what it raises ends the transfer."""
@@ -56,12 +58,22 @@ class Resolved:
         return sum(self.files[name].size for name in names)
 
 
+@contextmanager
+def about(repository: Repository) -> Iterator[None]:
+    """Note in what is raised by the block that this repository was being read."""
+    try:
+        yield
+    except Fault as fault:
+        fault.repository = repository.shown
+        raise
+
+
 class Source(Protocol):
     """A kind of place where repositories are.
 
     Every method may block, and may be called from several threads at once. All raise `RepoNotFound`,
-    `RepoGated`, `RevisionNotFound`, `SourceRefused`, `SourceChanged`, `SourceUnavailable`, or
-    `ResourcesExhausted` where the disk is full.
+    `RepoGated`, `RevisionNotFound`, `SourceRefused`, `SourceChanged`, `SourceUnavailable`, `BundleCorrupt`
+    where other bytes came than were listed, or `ResourcesExhausted` where the disk is full.
     """
 
     def resolve(

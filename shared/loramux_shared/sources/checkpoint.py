@@ -17,7 +17,7 @@ from loramux_shared.bases.read import read_fields
 from loramux_shared.bundle.manifest import BaseRecord, FileDigest
 from loramux_shared.deployment import Repository, SourceKind
 from loramux_shared.faults import BundleCorrupt, CheckpointInvalid
-from loramux_shared.sources.base import Progress, Resolved, Room, Source, unwatched
+from loramux_shared.sources.base import Progress, Resolved, Room, Source, about, unwatched
 from loramux_shared.sources.cache import alone, differs, discard, open_cache
 from loramux_shared.sources.files import hash_file, hash_pieces, inside, pieces_of, scratch, whole
 from loramux_shared.sources.open import Sources
@@ -69,7 +69,7 @@ def describe_base(
         Fault: what the source raises.
     """
     source = sources.of(repository)
-    with closing(source.resolve(repository, progress, room)) as resolved:
+    with about(repository), closing(source.resolve(repository, progress, room)) as resolved:
         if CONFIG not in resolved.files:
             raise CheckpointInvalid(
                 f"{_name(repository)}: expected {CONFIG}, found {_some(resolved)}. "

@@ -1,0 +1,173 @@
+"""The OpenAPI document: what the specification asks of it, and that it tells of this door."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import pytest_asyncio
+from starlette.applications import Starlette
+from starlette.routing import Route
+
+from inference_service.openai_api.app import ENDPOINTS, create_app
+from inference_service.openai_api.openapi import document
+from tests.silent import silent_service
+
+DOCUMENT = document(ENDPOINTS)
+SCHEMAS = DOCUMENT["components"]["schemas"]
+OPERATIONS = [
+    pytest.param(path, method, told, id=f"{method} {path}")
+    for path, methods in DOCUMENT["paths"].items()
+    for method, told in methods.items()
+]
+WITH_BODY = [case for case in OPERATIONS if "requestBody" in case.values[2]]
+DOCS = (Path(__file__).resolve().parents[2] / "docs" / "openai.md").read_text(encoding="utf-8")
+TYPES = {"null", "boolean", "object", "array", "number", "integer", "string"}
+KEYWORDS = {
+    "$ref": str,
+    "additionalProperties": (bool, dict),
+    "anyOf": list,
+    "const": str,
+    "default": object,
+    "description": str,
+    "enum": list,
+    "exclusiveMaximum": int,
+    "items": dict,
+    "minimum": int,
+    "properties": dict,
+    "required": list,
+    "title": str,
+    "type": (str, list),
+}
+"""Of JSON Schema 2020-12, those that are used, and the types of their values."""
+
+
+@pytest_asyncio.fixture
+async def web(tmp_path: Path) -> AsyncIterator[httpx.AsyncClient]:
+    """A client of a door that cannot generate."""
+    transport = httpx.ASGITransport(create_app(silent_service(tmp_path)))
+    async with httpx.AsyncClient(transport=transport, base_url="http://door") as client:
+        yield client
+
+
+def _schemas(value: Any) -> Iterator[dict[str, Any]]:
+    """Yield a schema and all that are inside it."""
+    yield value
+    inside = [*value.get("anyOf", ()), *value.get("properties", {}).values()]
+    inside += [value[key] for key in ("items", "additionalProperties") if isinstance(value.get(key), dict)]
+    for schema in inside:
+        yield from _schemas(schema)
+
+
+async def test_the_document_is_what_the_route_says(web: httpx.AsyncClient) -> None:
+    """It is JSON, and names itself and its version."""
+    answer = await web.get("/openapi.json")
+    assert answer.headers["content-type"] == "application/json"
+    assert answer.json() == json.loads(json.dumps(DOCUMENT))
+    assert re.fullmatch(r"3\.1\.\d+", DOCUMENT["openapi"])
+    assert {"title", "version"} <= set(DOCUMENT["info"])
+    assert set(DOCUMENT) == {"openapi", "info", "paths", "components"}
+
+
+def test_the_paths_are_those_of_the_app(tmp_path: Path) -> None:
+    """Every route of the application is described with its method, and nothing else is."""
+    app = create_app(silent_service(tmp_path))._app
+    assert isinstance(app, Starlette)
+    served = {
+        (route.path.replace(":path}", "}"), method.lower())
+        for route in app.routes
+        if isinstance(route, Route)
+        for method in (route.methods or set()) - {"HEAD"}
+    }
+    assert served == {(case.values[0], case.values[1]) for case in OPERATIONS}
+
+
+def test_the_table_of_the_docs_names_the_same_routes() -> None:
+    """The page of the files stands for all of them."""
+    table = DOCS[DOCS.index("## Routes") : DOCS.index("<a id=")]
+    told = {(method, path) for method, path in re.findall(r"`(GET|POST) (/[^`]*)`", table)}
+    served = {
+        (each.method, re.sub(r"^/page/.*", "/page/*", each.path).replace("{model:path}", "{id}"))
+        for each in ENDPOINTS
+    }
+    assert told == served
+
+
+@pytest.mark.parametrize(("path", "method", "told"), OPERATIONS)
+def test_an_operation_is_complete(path: str, method: str, told: dict[str, Any]) -> None:
+    """It has a summary, answers with descriptions, and parameters for what its path leaves open."""
+    assert path.startswith("/")
+    assert method in ("get", "post")
+    assert told["summary"].endswith(".")
+    assert "default" in told["responses"]
+    for status, answer in told["responses"].items():
+        assert re.fullmatch(r"[1-5]\d\d|default", status)
+        assert answer["description"]
+        assert all("/" in media for media in answer.get("content", {}))
+    declared = [parameter["name"] for parameter in told.get("parameters", ())]
+    assert declared == re.findall(r"{(\w+)}", path)
+    assert all(each["in"] == "path" and each["required"] for each in told.get("parameters", ()))
+    assert ("requestBody" in told) <= (method == "post")
+    for requirement in told["security"]:
+        assert set(requirement) <= set(DOCUMENT["components"]["securitySchemes"])
+
+
+def test_ids_of_operations_differ() -> None:
+    """Generators of clients make functions of them."""
+    ids = [case.values[2]["operationId"] for case in OPERATIONS]
+    assert len(set(ids)) == len(ids)
+    assert all(re.fullmatch(r"[a-z]\w*", each) for each in ids)
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_a_schema_is_one(name: str) -> None:
+    """Keywords are JSON Schema's, with values of their types; required properties exist."""
+    assert re.fullmatch(r"[a-zA-Z0-9._-]+", name)
+    for schema in _schemas(SCHEMAS[name]):
+        for keyword, value in schema.items():
+            assert isinstance(value, KEYWORDS[keyword]), (keyword, value)
+        types = schema.get("type", [])
+        assert set([types] if isinstance(types, str) else types) <= TYPES
+        assert set(schema.get("required", ())) <= set(schema.get("properties", ()))
+
+
+def test_references_lead_somewhere() -> None:
+    """Whatever is referred to is there."""
+    found = set(re.findall(r'"\$ref": "([^"]*)"', json.dumps(DOCUMENT)))
+    assert len(found) > 4
+    assert found <= {f"#/components/schemas/{name}" for name in SCHEMAS}
+
+
+@pytest.mark.parametrize(("path", "method", "told"), WITH_BODY)
+async def test_a_body_is_the_one_that_the_route_reads(
+    web: httpx.AsyncClient, path: str, method: str, told: dict[str, Any]
+) -> None:
+    """Without anything, what is required is asked for; a field that is not described is refused."""
+    schema = SCHEMAS[told["requestBody"]["content"]["application/json"]["schema"]["$ref"].rpartition("/")[2]]
+    assert schema["additionalProperties"] is False
+    answer = await web.request(method, path, json={"no_such_field": 1})
+    message = answer.json()["error"]["message"]
+    assert (answer.status_code, "no_such_field: found an unknown parameter" in message) == (400, True)
+    for name in schema.get("required", ()):
+        assert f"{name}: expected a value" in message
+    for name in schema["properties"]:
+        message = (await web.request(method, path, json={name: None})).json()["error"]["message"]
+        assert "unknown parameter" not in message
+
+
+def test_what_comes_in_several_forms_is_described_so() -> None:
+    """Fields that are read by rules of our own tell their forms too, not those that they end in."""
+    forms = {
+        ("CompletionBody", "prompt"): {"string", "array"},
+        ("CompletionBody", "stop"): {"string", "array", "null"},
+        ("ChatMessage", "content"): {"string", "array", "null"},
+        ("ChatBody", "tool_choice"): {"string", "object", "null"},
+        ("ChatBody", "modalities"): {"array", "null"},
+    }
+    for (body, name), expected in forms.items():
+        assert {form["type"] for form in SCHEMAS[body]["properties"][name]["anyOf"]} == expected, name

@@ -1,0 +1,51 @@
+"""What ``make demo`` says while pip works."""
+
+from __future__ import annotations
+
+import os
+import pty
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+MAKEFILE = Path(__file__).resolve().parents[2] / "Makefile"
+MAKE = shutil.which("make")
+
+pytestmark = pytest.mark.skipif(MAKE is None, reason="no make here")
+
+
+def dry_run(target: str, folder: Path, stderr: int) -> str:
+    """Return what make would do in an empty checkout."""
+    (folder / "pyproject.toml").touch()
+    command = [MAKE or "", "--dry-run", "-f", str(MAKEFILE), target]
+    return subprocess.run(
+        command, cwd=folder, stdout=subprocess.PIPE, stderr=stderr, text=True, check=True
+    ).stdout
+
+
+@pytest.mark.parametrize("target", ["demo", "check"])
+def test_a_silent_pip_is_announced(target: str, tmp_path: Path) -> None:
+    """Without a terminal each pip is silent, and what it fetches, how large and why nothing is seen is said."""
+    lines = dry_run(target, tmp_path, subprocess.DEVNULL).splitlines()
+    pips = [place for place, line in enumerate(lines) if "/pip install" in line]
+    assert len(pips) == 2
+    for place in pips:
+        assert "--quiet" in lines[place]
+        assert re.search(r"of 2: .* [MG]B.*without a terminal pip is silent", lines[place - 1])
+
+
+@pytest.mark.parametrize("target", ["demo", "check"])
+def test_a_terminal_sees_pips_own_bars(target: str, tmp_path: Path) -> None:
+    """There pip is not told to be silent, the second one neither."""
+    parent, child = pty.openpty()
+    try:
+        said = dry_run(target, tmp_path, child)
+    finally:
+        os.close(parent)
+        os.close(child)
+    assert said.count("/pip install") == 2
+    assert "--quiet" not in said
+    assert "silent" not in said
