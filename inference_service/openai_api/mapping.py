@@ -13,7 +13,7 @@ from inference_service.openai_api.schema import MAX_CHOICES, CompletionBody, Gen
 from inference_service.openai_api.tagged_calls import END
 from inference_service.serving.bounds import MAX_LOGPROBS
 from inference_service.serving.json_size import check_texts
-from inference_service.serving.request import Message, Prompt, Request
+from inference_service.serving.request import Message, Prompt, Request, told
 from inference_service.serving.service import GenerationService
 from inference_service.serving.turns import role_of
 from shared.faults import Finding, RequestInvalid
@@ -40,7 +40,6 @@ def chat_request(body: ChatBody, service: GenerationService) -> Request:
         prompt=messages_of(body.messages),
         max_tokens=_limit(body),
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
-        prompt_logprobs=body.prompt_logprobs,
         stop=(*body.stop, END) if one_call else body.stop,
         constraint=_constraint(body, tools),
         tools=tuple(tool.model_dump(exclude_none=True) for tool in tools),
@@ -78,39 +77,19 @@ def completion_requests(body: CompletionBody, service: GenerationService) -> lis
             service,
             prompt=prompt,
             max_tokens=limit,
-            logprobs=body.logprobs,
             prompt_logprobs=prompt_logprobs,
-            stop=body.stop,
         )
         for prompt in body.prompt
     ]
 
 
 def _request(body: GenerationBody, service: GenerationService, *, prompt: Prompt, **own: Any) -> Request:
-    """Return a request with the fields that all bodies have, and an endpoint's own."""
+    """Return a request: fields of a body that it has too by name, then those that mean something else here."""
     temperature = body.temperature
     if temperature is None and service.catalog.get(body.model).brought.temperature is None:
         temperature = DEFAULT_TEMPERATURE
-    return Request(
-        model=body.model,
-        prompt=prompt,
-        n=1 if body.n is None else body.n,
-        temperature=temperature,
-        top_p=body.top_p,
-        top_k=body.top_k,
-        min_p=body.min_p,
-        min_tokens=body.min_tokens,
-        seed=body.seed,
-        stop_token_ids=body.stop_token_ids or (),
-        ignore_eos=bool(body.ignore_eos),
-        repetition_penalty=body.repetition_penalty,
-        presence_penalty=body.presence_penalty,
-        frequency_penalty=body.frequency_penalty,
-        logit_bias=body.logit_bias or {},
-        skip_special_tokens=body.skip_special_tokens is not False,
-        priority=-(body.priority or 0),
-        **own,
-    )
+    own |= {"prompt": prompt, "temperature": temperature, "priority": -(body.priority or 0)}
+    return Request(**told(body, Request) | own)
 
 
 def messages_of(messages: Sequence[ChatMessage]) -> list[Message]:

@@ -1,9 +1,10 @@
-"""What the fields of a request may hold."""
+"""What the fields of a request may hold, for both doors and the client."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import chain, islice
 from typing import Any, Final
 
@@ -12,18 +13,44 @@ from inference_service.serving.request import Message, Request
 from inference_service.serving.turns import Rule, rules_of_tools, rules_of_turns
 from shared.faults import Finding, RequestInvalid
 from shared.near import MAX_FINDINGS
+from shared.sampling import MAX_TEMPERATURE
 
-MAX_ANSWERS: Final = 128
-MAX_STOPS: Final = 16
-MAX_STOP_CHARS: Final = 256
-MAX_STOP_IDS: Final = 64
+
+@dataclass(frozen=True)
+class Number:
+    """What a number may be, both ends included."""
+
+    low: float
+    high: float = math.inf
+    words: str = ""
+
+    def __str__(self) -> str:
+        most = "or more" if self.high == math.inf else f"to {self.high:g}"
+        return self.words or f"{self.low:g} {most}"
+
+
 MAX_LOGPROBS: Final = 20
-MAX_BIASES: Final = 1024
+NUMBERS: Final[Mapping[str, Number]] = {
+    "n": Number(1, 128),
+    "max_tokens": Number(0),
+    "min_tokens": Number(0),
+    "temperature": Number(0.0, MAX_TEMPERATURE),
+    "top_p": Number(math.ulp(0.0), 1.0, "above 0, at most 1"),
+    "top_k": Number(0),
+    "min_p": Number(0.0, 1.0),
+    "seed": Number(-(2**63), 2**64 - 1, "an integer of 64 bits"),
+    "repetition_penalty": Number(0.01, 10.0),
+    "presence_penalty": Number(-2.0, 2.0),
+    "frequency_penalty": Number(-2.0, 2.0),
+    "logprobs": Number(0, MAX_LOGPROBS),
+    "prompt_logprobs": Number(0, MAX_LOGPROBS),
+}
+"""By the field of `Request`; a seed is int64 in JSON and uint64 over gRPC."""
+TEXTS: Final[Mapping[str, tuple[int, int]]] = {"stop": (16, 256)}
+"""Of lists of texts: how many, and of how many characters each, at most."""
+IDS: Final[Mapping[str, int]] = {"stop_token_ids": 64, "logit_bias": 1024}
+"""Of lists of tokens: how many at most."""
 MAX_BIAS: Final = 100.0
-MAX_PENALTY: Final = 2.0
-REPETITION: Final = (0.01, 10.0)
-SEEDS: Final = (-(2**63), 2**64 - 1)
-"""What the doors' own numbers can say: int64 in JSON, uint64 over gRPC."""
 MAX_CONSTRAINT_BYTES: Final = 64 * 1024
 MAX_FOUND: Final = 80
 """Characters of a value that a finding repeats."""
@@ -42,9 +69,9 @@ def check(request: Request, vocab: int, max_queue: int, max_seq_len: int) -> Non
         check_ids(request.prompt, max_seq_len)
     rules = (
         _prompt(request, vocab),
-        _lengths(request, vocab, max_queue),
-        _numbers(request),
+        _numbers(request, {"n": max_queue, "logprobs": vocab, "prompt_logprobs": vocab}),
         _lists(request, vocab),
+        _others(request),
     )
     _judge(chain.from_iterable(rules))
 
@@ -82,51 +109,32 @@ def _prompt(request: Request, vocab: int) -> Iterator[Rule]:
     yield from rules_of_tools(request.tools)
 
 
-def _lengths(request: Request, vocab: int, max_queue: int) -> Iterator[Rule]:
-    answers = min(MAX_ANSWERS, max_queue)
-    yield not 1 <= request.n <= answers, "n", f"1 to {answers}", request.n
-    alone = request.max_tokens == 0 and request.prompt_logprobs is None
-    yield alone, "max_tokens", "at least 1, where no prompt_logprobs are asked for", 0
-    negative = request.max_tokens is not None and request.max_tokens < 0
-    yield negative, "max_tokens", "at least 1", request.max_tokens
-    most = request.max_tokens if request.max_tokens is not None else math.inf
-    wrong = request.min_tokens is not None and not 0 <= request.min_tokens <= most
-    yield wrong, "min_tokens", "0 to max_tokens", request.min_tokens
-    reported = min(MAX_LOGPROBS, vocab)
-    for name, count in (("logprobs", request.logprobs), ("prompt_logprobs", request.prompt_logprobs)):
-        yield count is not None and not 0 <= count <= reported, name, f"0 to {reported}", count
-
-
-def _numbers(request: Request) -> Iterator[Rule]:
-    penalty = (-MAX_PENALTY, MAX_PENALTY, f"{-MAX_PENALTY:g} to {MAX_PENALTY:g}")
-    smallest = math.ulp(0.0)
-    for name, value, (low, high, expected) in (
-        ("temperature", request.temperature, (0.0, 100.0, "0 to 100")),
-        ("top_p", request.top_p, (smallest, 1.0, "above 0, at most 1")),
-        ("top_k", request.top_k, (0, math.inf, "at least 0")),
-        ("min_p", request.min_p, (0.0, 1.0, "0 to 1")),
-        ("repetition_penalty", request.repetition_penalty, (*REPETITION, "0.01 to 10")),
-        ("presence_penalty", request.presence_penalty, penalty),
-        ("frequency_penalty", request.frequency_penalty, penalty),
-    ):
-        yield value is not None and not low <= value <= high, name, expected, value
-    foreign = request.seed is not None and not SEEDS[0] <= request.seed <= SEEDS[1]
-    yield foreign, "seed", "an integer of 64 bits", request.seed
+def _numbers(request: Request, most: Mapping[str, int]) -> Iterator[Rule]:
+    for name, usual in NUMBERS.items():
+        bound = replace(usual, high=min(usual.high, most.get(name, usual.high)))
+        value = getattr(request, name)
+        yield value is not None and not bound.low <= value <= bound.high, name, str(bound), value
 
 
 def _lists(request: Request, vocab: int) -> Iterator[Rule]:
-    yield len(request.stop) > MAX_STOPS, "stop", f"at most {MAX_STOPS} texts", len(request.stop)
-    wrong = sorted({len(text) for text in request.stop if not 0 < len(text) <= MAX_STOP_CHARS})
-    yield bool(wrong), "stop", f"texts of 1 to {MAX_STOP_CHARS} characters", wrong
-    many = len(request.stop_token_ids) > MAX_STOP_IDS
-    yield many, "stop_token_ids", f"at most {MAX_STOP_IDS}", len(request.stop_token_ids)
-    foreign = [token for token in request.stop_token_ids[:MAX_STOP_IDS] if not 0 <= token < vocab]
-    yield bool(foreign), "stop_token_ids", f"ids from 0 to {vocab - 1}", foreign[:5]
-    bias = request.logit_bias
-    yield len(bias) > MAX_BIASES, "logit_bias", f"at most {MAX_BIASES} tokens", len(bias)
-    foreign = [token for token in bias if not 0 <= token < vocab]
-    yield bool(foreign), "logit_bias", f"ids from 0 to {vocab - 1}", foreign[:5]
-    wild = [value for value in bias.values() if not -MAX_BIAS <= value <= MAX_BIAS]
+    for name, (most, longest) in TEXTS.items():
+        texts = getattr(request, name)
+        yield len(texts) > most, name, f"at most {most} texts", len(texts)
+        wrong = sorted({len(text) for text in texts if not 0 < len(text) <= longest})
+        yield bool(wrong), name, f"texts of 1 to {longest} characters", wrong
+    for name, most in IDS.items():
+        ids = getattr(request, name)
+        yield len(ids) > most, name, f"at most {most} tokens", len(ids)
+        foreign = [token for token in ids if not 0 <= token < vocab]
+        yield bool(foreign), name, f"ids from 0 to {vocab - 1}", foreign[:5]
+
+
+def _others(request: Request) -> Iterator[Rule]:
+    alone = request.max_tokens == 0 and request.prompt_logprobs is None
+    yield alone, "max_tokens", "at least 1, where no prompt_logprobs are asked for", 0
+    most = math.inf if request.max_tokens is None else request.max_tokens
+    yield (request.min_tokens or 0) > most, "min_tokens", "0 to max_tokens", request.min_tokens
+    wild = [value for value in request.logit_bias.values() if not -MAX_BIAS <= value <= MAX_BIAS]
     yield bool(wild), "logit_bias", f"{-MAX_BIAS:g} to {MAX_BIAS:g}", wild[:5]
     size = len(request.constraint.text.encode()) if request.constraint else 0
     expected = f"at most {MAX_CONSTRAINT_BYTES} bytes"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from inference_service.core.constraint import Constraint
@@ -99,3 +99,9 @@ class Finished:
 
 
 Event = Started | PromptLogprobs | Delta | Finished
+
+
+def told(source: object, kind: type) -> dict[str, Any]:
+    """Return what a source says of a dataclass's fields, by their names; None is not said."""
+    names = (each.name for each in fields(kind))
+    return {name: value for name in names if (value := getattr(source, name, None)) is not None}

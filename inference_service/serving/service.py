@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 from hashlib import blake2b
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 
 from inference_service.core.constraint import Constraint, Grammar
 from inference_service.core.sampling import SamplingParams
@@ -30,6 +30,7 @@ from inference_service.serving.request import (
     PromptLogprobs,
     Request,
     Started,
+    told,
 )
 from inference_service.serving.telemetry.metrics import Metrics
 from inference_service.serving.telemetry.record import Watcher, following
@@ -178,22 +179,15 @@ class GenerationService:
     def _sampling(self, request: Request, prompt_tokens: int, brought: Brought) -> SamplingParams:
         room = self._room(request.max_tokens, prompt_tokens)
         most = min(self.limits.default_max_tokens or room, room)
-        return SamplingParams(
-            max_tokens=most if request.max_tokens is None else request.max_tokens,
-            temperature=_above(LEAST, _first(request.temperature, brought.temperature, 0.0)),
-            top_p=_above(LEAST, _first(request.top_p, brought.top_p, 1.0)),
-            top_k=min(_first(request.top_k, brought.top_k, 0), self.text.vocab),
-            min_p=request.min_p or 0.0,
-            seed=secrets.randbits(63) if request.seed is None else request.seed,
-            stop_token_ids=self._ends(request, brought) | frozenset(request.stop_token_ids),
-            min_tokens=request.min_tokens or 0,
-            repetition_penalty=_first(request.repetition_penalty, None, 1.0),
-            presence_penalty=request.presence_penalty or 0.0,
-            frequency_penalty=request.frequency_penalty or 0.0,
-            logit_bias=dict(request.logit_bias),
-            logprobs=request.logprobs,
-            prompt_logprobs=request.prompt_logprobs,
-        )
+        own: dict[str, Any] = {
+            "max_tokens": most if request.max_tokens is None else request.max_tokens,
+            "temperature": _above(LEAST, _first(request.temperature, brought.temperature, 0.0)),
+            "top_p": _above(LEAST, _first(request.top_p, brought.top_p, 1.0)),
+            "top_k": min(_first(request.top_k, brought.top_k, 0), self.text.vocab),
+            "seed": secrets.randbits(63) if request.seed is None else request.seed,
+            "stop_token_ids": self._ends(request, brought) | frozenset(request.stop_token_ids),
+        }
+        return SamplingParams(**told(request, SamplingParams) | own)
 
     def _room(self, wanted: int | None, prompt_tokens: int) -> int:
         """Return how many new tokens fit behind a prompt.
