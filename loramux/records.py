@@ -43,6 +43,8 @@ class GenerateOptions(TypedDict, total=False):
     stop: str | Sequence[str] | None
     """The answer ends before the first of these texts."""
     stop_token_ids: Sequence[int] | None
+    include_stop_str_in_output: bool | None
+    """The text ends with what ended it."""
     ignore_eos: bool | None
     """Go on past the end-of-sequence token."""
     logprobs: int | None
@@ -73,6 +75,8 @@ class GenerateOptions(TypedDict, total=False):
     """Functions for the chat template to tell the model, in the shape of the OpenAI API."""
     add_generation_prompt: bool | None
     """End the prompt of messages with the beginning of the assistant's turn; it does by default."""
+    cache_salt: str | None
+    """Only requests with the same one share cached prompts."""
     priority: int | None
     """Requests of a higher priority are scheduled first; 0 is the default."""
 

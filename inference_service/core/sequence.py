@@ -52,6 +52,9 @@ class Sequence:
     grammar: Grammar | None = None
     """What the answer must look like; it has accepted the tokens of the answer that are known here."""
 
+    cache_salt: str = ""
+    """Part of every prefix-cache key, as the adapter is."""
+
     num_prompt: int = field(init=False)
     num_computed: int = 0
     """Leading tokens whose keys and values are in the cache."""

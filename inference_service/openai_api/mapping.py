@@ -89,6 +89,8 @@ def _request(body: GenerationBody, service: GenerationService, *, prompt: Prompt
     if temperature is None and service.catalog.get(body.model).brought.temperature is None:
         temperature = DEFAULT_TEMPERATURE
     own |= {"prompt": prompt, "temperature": temperature, "priority": -(body.priority or 0)}
+    if body.request_id is not None:
+        own["id"] = body.request_id
     return Request(**told(body, Request) | own)
 
 

@@ -85,6 +85,9 @@ class GenerationBody(Body):
     repetition_penalty: float | None = None
     ignore_eos: bool | None = None
     stop_token_ids: tuple[int, ...] | None = None
+    include_stop_str_in_output: bool | None = None
+    cache_salt: str | None = None
+    request_id: str | None = None
     skip_special_tokens: bool | None = None
     prompt_logprobs: int | None = None
     priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] | None = None

@@ -11,14 +11,14 @@ from shared.faults import DeadlineExceeded, Finding, InternalFault, RequestInval
 
 
 class Answer:
-    """Turns the outputs of a sequence into events; a stop token has no text."""
+    """Turns the outputs of a sequence into events; a stop token has no text, unless stops are kept."""
 
-    def __init__(self, index: int, seq: Sequence, detokenizer: Detokenizer, stops: Seq[str]) -> None:
+    def __init__(self, index: int, seq: Sequence, detokenizer: Detokenizer, stops: StopTexts) -> None:
         self.seq = seq
         self.finished = False
         self._index = index
         self._detokenizer = detokenizer
-        self._stops = StopTexts(stops)
+        self._stops = stops
         self._count = 0
 
     def advance(self, outputs: Seq[StepOutput]) -> list[Event]:
@@ -50,7 +50,7 @@ class Answer:
             self._raise_failure(output)
             if output.token is not None:
                 tokens.append(output.token)
-                silent = output.token.id in self.seq.sampling.stop_token_ids
+                silent = not self._stops.keep and output.token.id in self.seq.sampling.stop_token_ids
                 text += self._stops.push("" if silent else self._detokenizer.push(output.token.id))
             if self._stops.found is not None:
                 return self._delta(text, tokens), FinishReason.STOP

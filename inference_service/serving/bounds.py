@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, islice
@@ -36,7 +37,7 @@ NUMBERS: Final[Mapping[str, Number]] = {
     "min_tokens": Number(0),
     "temperature": Number(0.0, MAX_TEMPERATURE),
     "top_p": Number(math.ulp(0.0), 1.0, "above 0, at most 1"),
-    "top_k": Number(0),
+    "top_k": Number(-1),
     "min_p": Number(0.0, 1.0),
     "seed": Number(-(2**63), 2**64 - 1, "an integer of 64 bits"),
     "repetition_penalty": Number(0.01, 10.0),
@@ -46,12 +47,14 @@ NUMBERS: Final[Mapping[str, Number]] = {
     "prompt_logprobs": Number(0, MAX_LOGPROBS),
 }
 """By the field of `Request`; a seed is int64 in JSON and uint64 over gRPC."""
-TEXTS: Final[Mapping[str, tuple[int, int]]] = {"stop": (16, 256)}
-"""Of lists of texts: how many, and of how many characters each, at most."""
+TEXTS: Final[Mapping[str, tuple[int, int]]] = {"stop": (16, 256), "cache_salt": (1, 256)}
+"""How many texts, and of how many characters each, at most."""
 IDS: Final[Mapping[str, int]] = {"stop_token_ids": 64, "logit_bias": 1024}
 """Of lists of tokens: how many at most."""
 MAX_BIAS: Final = 100.0
 MAX_CONSTRAINT_BYTES: Final = 64 * 1024
+SANE_ID: Final = re.compile(r"[A-Za-z0-9_.:\-]{1,128}")
+"""Of a request: what may stand in a header and in a log."""
 MAX_FOUND: Final = 80
 """Characters of a value that a finding repeats."""
 
@@ -118,7 +121,8 @@ def _numbers(request: Request, most: Mapping[str, int]) -> Iterator[Rule]:
 
 def _lists(request: Request, vocab: int) -> Iterator[Rule]:
     for name, (most, longest) in TEXTS.items():
-        texts = getattr(request, name)
+        said = getattr(request, name)
+        texts = (said,) if isinstance(said, str) else said or ()
         yield len(texts) > most, name, f"at most {most} texts", len(texts)
         wrong = sorted({len(text) for text in texts if not 0 < len(text) <= longest})
         yield bool(wrong), name, f"texts of 1 to {longest} characters", wrong
@@ -136,6 +140,7 @@ def _others(request: Request) -> Iterator[Rule]:
     yield (request.min_tokens or 0) > most, "min_tokens", "0 to max_tokens", request.min_tokens
     wild = [value for value in request.logit_bias.values() if not -MAX_BIAS <= value <= MAX_BIAS]
     yield bool(wild), "logit_bias", f"{-MAX_BIAS:g} to {MAX_BIAS:g}", wild[:5]
+    yield not SANE_ID.fullmatch(request.id), "request_id", "1 to 128 letters, digits, _, ., : or -", request.id
     size = len(request.constraint.text.encode()) if request.constraint else 0
     expected = f"at most {MAX_CONSTRAINT_BYTES} bytes"
     yield size > MAX_CONSTRAINT_BYTES, "response_format", expected, size

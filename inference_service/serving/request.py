@@ -30,11 +30,14 @@ class Request:
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
+    """0 and -1 are all tokens."""
     min_p: float | None = None
     min_tokens: int | None = None
     seed: int | None = None
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
+    include_stop_str_in_output: bool = False
+    """The text ends with what ended it, a stop token too."""
     ignore_eos: bool = False
     repetition_penalty: float | None = None
     presence_penalty: float | None = None
@@ -51,10 +54,13 @@ class Request:
     """End rendered messages with the beginning of the assistant's turn."""
     tools: tuple[Mapping[str, Any], ...] = ()
     """Rendered by the chat template."""
+    cache_salt: str | None = None
+    """Only requests with the same one find each other's prompts in the prefix cache."""
     priority: int = 0
     deadline_s: float | None = None
     """On the clock of ``time.monotonic``."""
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    """For logs, traces and the client; nothing is looked up by it, and two requests may have the same."""
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ from inference_service.serving.request import (
 from inference_service.serving.telemetry.metrics import Metrics
 from inference_service.serving.telemetry.record import Watcher, following
 from inference_service.serving.telemetry.replica import EngineView
-from inference_service.serving.text import Text
+from inference_service.serving.text import StopTexts, Text
 from shared.faults import PromptTooLong, RequestInvalid
 
 __all__ = [
@@ -142,9 +142,11 @@ class GenerationService:
                 priority=request.priority,
                 deadline_s=request.deadline_s,
                 grammar=grammar,
+                cache_salt=request.cache_salt or "",
             )
+            stops = StopTexts(request.stop, keep=request.include_stop_str_in_output)
             detokenizer = self.text.detokenizer(tokens, skip_special_tokens=request.skip_special_tokens)
-            answers[seq.id] = Answer(index, seq, detokenizer, request.stop)
+            answers[seq.id] = Answer(index, seq, detokenizer, stops)
         return answers
 
     async def _tokens(self, request: Request, brought: Brought) -> list[int]:
@@ -183,7 +185,7 @@ class GenerationService:
             "max_tokens": most if request.max_tokens is None else request.max_tokens,
             "temperature": _above(LEAST, _first(request.temperature, brought.temperature, 0.0)),
             "top_p": _above(LEAST, _first(request.top_p, brought.top_p, 1.0)),
-            "top_k": min(_first(request.top_k, brought.top_k, 0), self.text.vocab),
+            "top_k": min(max(0, _first(request.top_k, brought.top_k, 0)), self.text.vocab),
             "seed": secrets.randbits(63) if request.seed is None else request.seed,
             "stop_token_ids": self._ends(request, brought) | frozenset(request.stop_token_ids),
         }

@@ -159,7 +159,9 @@ class Detokenizer:
 class StopTexts:
     """Finds the first stop text, and holds back what may become one."""
 
-    def __init__(self, stops: Sequence[str]) -> None:
+    def __init__(self, stops: Sequence[str], *, keep: bool = False) -> None:
+        """Look for stops; keep: the one that is found is shown too."""
+        self.keep = keep
         self._stops = tuple(stops)
         self._held = ""
         self.found: str | None = None
@@ -172,7 +174,7 @@ class StopTexts:
         hits = [(self._held.find(stop), stop) for stop in self._stops if stop in self._held]
         if hits:
             at, self.found = min(hits)
-            text, self._held = self._held[:at], ""
+            text, self._held = self._held[: at + len(self.found) * self.keep], ""
             return text
         keep = max((self._overlap(stop) for stop in self._stops), default=0)
         text, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]

@@ -36,7 +36,7 @@ ASKED = {field.name for field in fields(Request)}
 BOUNDED = NUMBERS.keys() | TEXTS.keys() | IDS.keys()
 UNBOUNDED = {
     # yes or no
-    "ignore_eos", "skip_special_tokens", "add_generation_prompt",
+    "ignore_eos", "include_stop_str_in_output", "skip_special_tokens", "add_generation_prompt",
     # with rules of their own in `bounds` and `turns`
     "prompt", "tools", "constraint",
     # looked up, compared, or the server's own
@@ -47,6 +47,7 @@ HTTP_ONLY = {
     "messages", "tool_choice", "parallel_tool_calls", "response_format",
     # the same under another name, or about how an answer is told
     "max_completion_tokens", "top_logprobs", "best_of", "echo", "stream", "stream_options", "modalities",
+    "request_id",
     # change nothing
     "user", "metadata", "store", "service_tier", "safety_identifier",
     "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention",
@@ -111,13 +112,14 @@ def test_grpc_fields_pass_by_name() -> None:
 
 def test_documents_tell_the_bounds() -> None:
     """docs/api.md, which is made of the proto file, has the ends of every number that has them."""
-    rows = dict(re.findall(r"^\| `(\w+)` \|(.*)$", _section("inference.SamplingParams"), re.MULTILINE))
+    sections = _section("inference.GenerateRequest") + _section("inference.SamplingParams")
+    rows = dict(re.findall(r"^\| `(\w+)` \|(.*)$", sections, re.MULTILINE))
     for name, bound in NUMBERS.items():
         for end in (bound.low, bound.high) if name in rows and name != "seed" else ():
             told = f"{end:g}" in rows[name] or not math.isfinite(end) or end in (0, -1, math.ulp(0.0))
             assert told, (name, end, rows[name])
     for name, (most, longest) in TEXTS.items():
-        assert f"{most}" in rows[name]
+        assert f"{most}" in rows[name] or most == 1
         assert f"{longest}" in rows[name]
 
 

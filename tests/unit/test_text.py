@@ -15,10 +15,14 @@ from shared.faults import CheckpointInvalid, RequestInvalid
 @given(
     st.lists(st.text("ab", max_size=4), max_size=12),
     st.lists(st.text("ab", min_size=1, max_size=4), max_size=3),
+    st.booleans(),
 )
-def test_stop_texts_cut_at_the_first_one_however_the_text_is_split(pieces: list[str], stops: list[str]) -> None:
-    """Whatever the pieces, what was shown is the text before the earliest stop text that was complete first."""
-    finder = StopTexts(stops)
+def test_stop_texts_cut_at_the_first_one_however_the_text_is_split(
+    pieces: list[str], stops: list[str], keep: bool
+) -> None:
+    """Whatever the pieces, what was shown is the text before the earliest stop text that was complete first, or
+    with it where it is kept."""
+    finder = StopTexts(stops, keep=keep)
     shown = ""
     whole = ""
     for piece in pieces:
@@ -27,7 +31,7 @@ def test_stop_texts_cut_at_the_first_one_however_the_text_is_split(pieces: list[
         hits = [whole.find(stop) for stop in stops if stop in whole]
         assert (finder.found is not None) == bool(hits)
         if hits:
-            assert shown == whole[: min(hits)]
+            assert shown == whole[: min(hits)] + (finder.found or "") * keep
             return
         assert whole.startswith(shown)
     assert shown + finder.flush() == whole

@@ -1,0 +1,133 @@
+"""vLLM's own parameters, as clients that were written for it send them, at the HTTP door."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+import pytest_asyncio
+
+from shared.storage.memory import MemoryStore
+from tests.openai_door import OpenAIDoor, open_door, openai_world
+from tests.tiny import World
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+CHAT, PLAIN = "/v1/chat/completions", "/v1/completions"
+PROMPTS: dict[str, dict[str, Any]] = {
+    CHAT: {"messages": [{"role": "user", "content": "Hi"}]},
+    PLAIN: {"prompt": "Hi"},
+}
+BOTH = pytest.mark.parametrize("path", [CHAT, PLAIN])
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[World, MemoryStore]:
+    return openai_world(tmp_path_factory.mktemp("vllm"))
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def door(world: tuple[World, MemoryStore]) -> AsyncIterator[OpenAIDoor]:
+    async with open_door(world) as door:
+        yield door
+
+
+def body(path: str, **fields: Any) -> dict[str, Any]:
+    """A greedy request of twelve tokens."""
+    usual = {"model": "base", "temperature": 0, "max_tokens": 12, "ignore_eos": True}
+    return PROMPTS[path] | usual | fields
+
+
+async def whole(door: OpenAIDoor, path: str, **fields: Any) -> dict[str, Any]:
+    """An answer that is one object."""
+    answer = await door.post(path, **body(path, **fields))
+    assert answer.status_code == 200, answer.text
+    return dict(answer.json())
+
+
+async def texts(door: OpenAIDoor, path: str, **fields: Any) -> list[str]:
+    """The text of each answer, which is the same when it is streamed."""
+    answer = await whole(door, path, **fields)
+    said = [choice["text"] if path == PLAIN else choice["message"]["content"] for choice in answer["choices"]]
+    streamed = [""] * len(said)
+    for chunk in await door.chunks(path, **body(path, **fields)):
+        for choice in chunk["choices"]:
+            piece = choice["text"] if path == PLAIN else choice["delta"].get("content")
+            streamed[choice["index"]] += piece or ""
+    assert streamed == said
+    return said
+
+
+async def refusal(door: OpenAIDoor, path: str, **fields: Any) -> tuple[str, str]:
+    """The parameter and the code of a refusal, which is the same when a stream is asked for."""
+    errors = []
+    for stream in (False, True):
+        answer = await door.post(path, **body(path, stream=stream, **fields))
+        assert answer.status_code == 400, answer.text
+        errors.append(answer.json()["error"])
+    assert errors[0] == errors[1]
+    return errors[0]["param"], errors[0]["code"]
+
+
+@BOTH
+async def test_top_k_can_be_minus_one(door: OpenAIDoor, path: str) -> None:
+    """-1 and 0 are all tokens, as if it were not there; less is nothing."""
+    drawn = {"temperature": 1.5, "seed": 5}
+    plain = await texts(door, path, **drawn)
+    assert await texts(door, path, **drawn, top_k=-1) == await texts(door, path, **drawn, top_k=0) == plain
+    assert await texts(door, path, **drawn, top_k=1) != plain
+    assert await refusal(door, path, top_k=-2) == ("top_k", "invalid_value")
+
+
+@BOTH
+async def test_temperatures_above_two(door: OpenAIDoor, path: str) -> None:
+    """Up to 100 is served, and more is out of bounds."""
+    assert await texts(door, path, temperature=100, seed=1)
+    assert await refusal(door, path, temperature=100.1) == ("temperature", "invalid_value")
+
+
+@BOTH
+async def test_stops_can_stay_in_the_text(door: OpenAIDoor, path: str) -> None:
+    """The text ends with the stop text that ended it, or with the stop token's."""
+    [plain] = await texts(door, path)
+    stop = plain[4:6]
+    end = plain.index(stop)
+    assert await texts(door, path, stop=stop) == [plain[:end]]
+    assert await texts(door, path, stop=stop, include_stop_str_in_output=True) == [plain[:end] + stop]
+    [token] = door.ready.service.text.encode(plain[4])
+    end = plain.index(plain[4])
+    assert await texts(door, path, stop_token_ids=[token]) == [plain[:end]]
+    kept = await texts(door, path, stop_token_ids=[token], include_stop_str_in_output=True, n=2)
+    assert kept == [plain[: end + 1]] * 2
+
+
+@BOTH
+async def test_only_the_same_salt_finds_a_prompt_again(door: OpenAIDoor, path: str) -> None:
+    """Cached prompts are shared among requests with one salt, and among those without one."""
+    long = "x" * 100
+    prompt = (
+        {"messages": [{"role": "user", "content": long + path}]} if path == CHAT else {"prompt": long + path}
+    )
+    found, said = [], set()
+    for salt in (None, None, "a", "a", "b", None):
+        answer = await whole(door, path, cache_salt=salt, **prompt)
+        found.append(answer["usage"]["prompt_tokens_details"]["cached_tokens"] > 0)
+        said.add(str(answer["choices"]))
+    assert found == [False, True, False, True, False, True]
+    assert len(said) == 1
+    for salt in ("", "x" * 257):
+        assert await refusal(door, path, cache_salt=salt) == ("cache_salt", "invalid_value")
+
+
+@BOTH
+async def test_a_request_has_the_id_that_it_brings(door: OpenAIDoor, path: str) -> None:
+    """The answer's id ends with it, and two requests at once may have the same one."""
+    prefix = "chatcmpl-" if path == CHAT else "cmpl-"
+    answers = await asyncio.gather(*(whole(door, path, request_id="job:7.a-b_c", n=2) for _ in range(3)))
+    assert [answer["id"] for answer in answers] == [f"{prefix}job:7.a-b_c"] * 3
+    assert {chunk["id"] for chunk in await door.chunks(path, **body(path, request_id="mine"))} == {
+        f"{prefix}mine"
+    }
+    for bad in ("", "a b", "x" * 129, "é", "a\n"):
+        assert await refusal(door, path, request_id=bad) == ("request_id", "invalid_value")
