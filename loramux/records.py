@@ -61,6 +61,10 @@ class GenerateOptions(TypedDict, total=False):
     frequency_penalty: float | None
     logit_bias: Mapping[int, float] | None
     """Added to the logits of tokens."""
+    bad_words: Sequence[str] | None
+    """Texts that the answer never has."""
+    allowed_token_ids: Sequence[int] | None
+    """No other tokens are drawn."""
     skip_special_tokens: bool | None
     """Leave special tokens out of the text; they are by default."""
     json_object: bool | None

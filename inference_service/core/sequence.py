@@ -103,7 +103,7 @@ class Sequence:
     @property
     def needs_last_token(self) -> bool:
         """True when its next token cannot be drawn before the last one is known here."""
-        return self.grammar is not None or self.sampling.penalizes
+        return self.grammar is not None or self.sampling.looks_back
 
     @property
     def scores_prompt(self) -> bool:
@@ -137,6 +137,8 @@ class Token:
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
     """The most likely tokens with their log probabilities, best first."""
+    impossible: bool = False
+    """True when there was none to draw: everything that the request asks for together allows no token."""
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """Cache blocks: who holds which, and which hold a known prefix.
 
-A full block is known by ``hash(parent hash, its tokens)``; the parent of a first block is the adapter's uid with the
-cache salt. Blocks that nobody holds any more keep their content until they are needed for something else, least
-recently used first.
+A full block is known by ``hash(parent hash, its tokens)``; the parent of a first block is the adapter's uid
+with the cache salt. Blocks that nobody holds any more keep their content until they are needed for something
+else, least recently used first.
 """
 
 from __future__ import annotations

@@ -86,6 +86,8 @@ class GenerationBody(Body):
     ignore_eos: bool | None = None
     stop_token_ids: tuple[int, ...] | None = None
     include_stop_str_in_output: bool | None = None
+    bad_words: tuple[str, ...] | None = None
+    allowed_token_ids: tuple[int, ...] | None = None
     cache_salt: str | None = None
     request_id: str | None = None
     skip_special_tokens: bool | None = None

@@ -26,7 +26,7 @@ class Answer:
 
         Raises:
             DeadlineExceeded: the sequence ended so.
-            RequestInvalid: its constraint became too complex to follow.
+            RequestInvalid: its constraint became too complex to follow, or no token may come next.
             InternalFault: the step that it was part of failed.
         """
         if self.finished or not outputs:
@@ -75,4 +75,17 @@ class Answer:
                 code="E_CONSTRAINT", where="response_format", found=self.seq.grammar.failure, fix="Simplify it."
             )
             raise RequestInvalid("the answer cannot be constrained any further.", [finding])
+        if output.token is not None and output.token.impossible:
+            raise self._dead_end()
         raise InternalFault("the engine failed; the server's log has the details. Please report it.")
+
+    def _dead_end(self) -> RequestInvalid:
+        bounded = self.seq.sampling.allowed_token_ids is not None
+        finding = Finding(
+            code="E_BAD_FIELD",
+            where="allowed_token_ids" if bounded else "bad_words",
+            expected="a token that allowed_token_ids, bad_words and the constraint leave",
+            found=f"none behind {self.seq.num_known - 1} tokens of the answer",
+            fix="Allow more tokens, or forbid fewer words.",
+        )
+        return RequestInvalid("nothing may come next in the answer.", [finding])

@@ -47,10 +47,14 @@ NUMBERS: Final[Mapping[str, Number]] = {
     "prompt_logprobs": Number(0, MAX_LOGPROBS),
 }
 """By the field of `Request`; a seed is int64 in JSON and uint64 over gRPC."""
-TEXTS: Final[Mapping[str, tuple[int, int]]] = {"stop": (16, 256), "cache_salt": (1, 256)}
+TEXTS: Final[Mapping[str, tuple[int, int]]] = {
+    "stop": (16, 256),
+    "bad_words": (1024, 256),
+    "cache_salt": (1, 256),
+}
 """How many texts, and of how many characters each, at most."""
-IDS: Final[Mapping[str, int]] = {"stop_token_ids": 64, "logit_bias": 1024}
-"""Of lists of tokens: how many at most."""
+IDS: Final[Mapping[str, int | None]] = {"stop_token_ids": 64, "logit_bias": 1024, "allowed_token_ids": None}
+"""Of lists of tokens: how many at most; None is all that there are."""
 MAX_BIAS: Final = 100.0
 MAX_CONSTRAINT_BYTES: Final = 64 * 1024
 SANE_ID: Final = re.compile(r"[A-Za-z0-9_.:\-]{1,128}")
@@ -126,8 +130,8 @@ def _lists(request: Request, vocab: int) -> Iterator[Rule]:
         yield len(texts) > most, name, f"at most {most} texts", len(texts)
         wrong = sorted({len(text) for text in texts if not 0 < len(text) <= longest})
         yield bool(wrong), name, f"texts of 1 to {longest} characters", wrong
-    for name, most in IDS.items():
-        ids = getattr(request, name)
+    for name, few in IDS.items():
+        most, ids = few or vocab, getattr(request, name) or ()
         yield len(ids) > most, name, f"at most {most} tokens", len(ids)
         foreign = [token for token in ids if not 0 <= token < vocab]
         yield bool(foreign), name, f"ids from 0 to {vocab - 1}", foreign[:5]
@@ -138,6 +142,7 @@ def _others(request: Request) -> Iterator[Rule]:
     yield alone, "max_tokens", "at least 1, where no prompt_logprobs are asked for", 0
     most = math.inf if request.max_tokens is None else request.max_tokens
     yield (request.min_tokens or 0) > most, "min_tokens", "0 to max_tokens", request.min_tokens
+    yield request.allowed_token_ids == (), "allowed_token_ids", "at least one token", "none"
     wild = [value for value in request.logit_bias.values() if not -MAX_BIAS <= value <= MAX_BIAS]
     yield bool(wild), "logit_bias", f"{-MAX_BIAS:g} to {MAX_BIAS:g}", wild[:5]
     yield not SANE_ID.fullmatch(request.id), "request_id", "1 to 128 letters, digits, _, ., : or -", request.id

@@ -43,6 +43,10 @@ class Request:
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     logit_bias: Mapping[int, float] = field(default_factory=dict)
+    bad_words: tuple[str, ...] = ()
+    """None of them is ever complete in the tokens of the answer, as the tokenizer spells it."""
+    allowed_token_ids: tuple[int, ...] | None = None
+    """No others, but for the end of a text that its constraint lets end."""
     logprobs: int | None = None
     """Log probability of each token of the answers, and of so many of the most likely ones beside it."""
     prompt_logprobs: int | None = None

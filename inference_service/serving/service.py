@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 from hashlib import blake2b
 from typing import Any, Final, TypeVar
 
+import numpy as np
+
 from inference_service.core.constraint import Constraint, Grammar
 from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import Sequence
@@ -109,6 +111,9 @@ class GenerationService:
             check(request, self.text.vocab, self._engine.max_queue, self.limits.max_seq_len)
             tokens = await self._tokens(request, model.brought)
             sampling = self._sampling(request, len(tokens), model.brought)
+            if request.bad_words:
+                words = await asyncio.to_thread(self.text.bad_words, request.bad_words)
+                sampling = replace(sampling, bad_words=words)
             grammars = await self._grammars(request, model.brought)
             answers = self._answers(request, model, tokens, sampling, grammars)
             seqs = [answer.seq for answer in answers.values()]
@@ -171,9 +176,21 @@ class GenerationService:
         """Return a grammar for each answer, or None for each."""
         if request.constraint is None:
             return [None] * request.n
-        ends = self._ends(request, brought) | (self.text.vocabulary.special & set(request.stop_token_ids))
+        ends = self._ends_of_text(request, brought)
         compiled = await self._constraints.compile(request.constraint)
         return [compiled.begin(ends) for _ in range(request.n)]
+
+    def _allowed(self, request: Request, brought: Brought) -> bytes | None:
+        """Return the mask of the tokens that a request allows; the end of a text is left to its constraint."""
+        if request.allowed_token_ids is None:
+            return None
+        ends = self._ends_of_text(request, brought) if request.constraint else frozenset()
+        allowed = np.zeros(self.text.vocab, np.uint8)
+        allowed[[*request.allowed_token_ids, *ends]] = 1
+        return np.packbits(allowed, bitorder="little").tobytes()
+
+    def _ends_of_text(self, request: Request, brought: Brought) -> frozenset[int]:
+        return self._ends(request, brought) | (self.text.vocabulary.special & set(request.stop_token_ids))
 
     def _ends(self, request: Request, brought: Brought) -> frozenset[int]:
         return frozenset() if request.ignore_eos else self.limits.eos_token_ids | brought.stop_token_ids
@@ -188,6 +205,8 @@ class GenerationService:
             "top_k": min(max(0, _first(request.top_k, brought.top_k, 0)), self.text.vocab),
             "seed": secrets.randbits(63) if request.seed is None else request.seed,
             "stop_token_ids": self._ends(request, brought) | frozenset(request.stop_token_ids),
+            "allowed_token_ids": self._allowed(request, brought),
+            "bad_words": {},  # they become tokens on another thread
         }
         return SamplingParams(**told(request, SamplingParams) | own)
 

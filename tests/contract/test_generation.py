@@ -184,6 +184,13 @@ async def test_special_tokens_are_kept_when_asked_for(service: Service) -> None:
         ({"cache_salt": "x" * 257}, ["cache_salt"]),
         ({"cache_salt": ""}, ["cache_salt"]),
         ({"id": "a b"}, ["request_id"]),
+        ({"bad_words": ("",)}, ["bad_words"]),
+        ({"bad_words": ("x" * 257,)}, ["bad_words"]),
+        ({"bad_words": ("x",) * 1_000_000}, ["bad_words"]),
+        ({"allowed_token_ids": ()}, ["allowed_token_ids"]),
+        ({"allowed_token_ids": (199,)}, ["allowed_token_ids"]),
+        ({"allowed_token_ids": (-1,)}, ["allowed_token_ids"]),
+        ({"allowed_token_ids": (5,) * 1_000_000}, ["allowed_token_ids"]),
         ({"id": "x" * 129}, ["request_id"]),
     ],
 )
@@ -235,6 +242,12 @@ async def test_a_step_ahead_changes_nothing(world: tuple[World, MemoryStore]) ->
         {"prompt_logprobs": 2, "n": 2, "logprobs": 1},
         {"max_tokens": 0, "prompt_logprobs": 0},
         {"min_p": 0.05, "top_k": 20},
+        {"bad_words": ("AB", "q", "  "), "n": 2, "logit_bias": {3 + ord(char) - 32: 6.0 for char in "ABq "}},
+        {
+            "allowed_token_ids": (3, 40, 41),
+            "bad_words": ("EF",),
+            "constraint": Constraint("regex", "[EF]{3,30}"),
+        },
     ]
     found = []
     for depth in (0, 1):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -131,3 +132,54 @@ async def test_a_request_has_the_id_that_it_brings(door: OpenAIDoor, path: str) 
     }
     for bad in ("", "a b", "x" * 129, "é", "a\n"):
         assert await refusal(door, path, request_id=bad) == ("request_id", "invalid_value")
+
+
+@BOTH
+async def test_bad_words_never_come(door: OpenAIDoor, path: str) -> None:
+    """Of a word of several tokens each may come, and all of them together never, in any of n answers."""
+    pair = {"logit_bias": {str(3 + ord(char) - 32): 50 for char in "AB"}, "temperature": 1.5, "seed": 3, "n": 3}
+    assert all("AB" in said and "BA" in said for said in await texts(door, path, **pair))
+    for word in ("AB", " AB", "  AB"):
+        said = await texts(door, path, **pair, bad_words=[word, "BB"])
+        assert not any("AB" in each or "BB" in each for each in said)
+        assert all("BA" in each or "AA" in each for each in said)
+    assert not any("A" in said for said in await texts(door, path, **pair, bad_words=["A"]))
+    assert await texts(door, path, bad_words=[]) == await texts(door, path)
+    for bad in ([""], ["x"] * 1025, ["x" * 257]):
+        assert await refusal(door, path, bad_words=bad) == ("bad_words", "invalid_value")
+
+
+@BOTH
+async def test_only_allowed_tokens_come(door: OpenAIDoor, path: str) -> None:
+    """Ids outside the vocabulary and an empty list are refused; the end of sequence is one of them or not."""
+    ids = [3 + ord(char) - 32 for char in "xyz"]
+    sampled = {"temperature": 2, "seed": 1, "n": 2}
+    for said in await texts(door, path, allowed_token_ids=ids, ignore_eos=False, **sampled):
+        assert len(said) == 12
+        assert set(said) <= set("xyz")
+    assert await texts(door, path, allowed_token_ids=[*ids, 2], ignore_eos=False, logit_bias={"2": 100}) == [""]
+    for bad in ([], [199], [-1], [5, 10**30]):
+        assert await refusal(door, path, allowed_token_ids=bad) == ("allowed_token_ids", "invalid_value")
+
+
+@BOTH
+async def test_what_leaves_nothing_is_refused_by_name(door: OpenAIDoor, path: str) -> None:
+    """Allowed tokens and bad words that exclude each other end the request, at once or on the way."""
+    assert await refusal(door, path, allowed_token_ids=[5], bad_words=['"']) == (
+        "allowed_token_ids",
+        "invalid_value",
+    )
+    answer = await door.post(path, **body(path, allowed_token_ids=[5], bad_words=['"' * 9], n=2))
+    assert answer.json()["error"]["param"] == "allowed_token_ids"
+    assert "none behind 8 tokens" in answer.json()["error"]["message"]
+    await door.until_free()
+    assert await texts(door, path, allowed_token_ids=[5], bad_words=['"' * 13]) == ['"' * 12]
+
+
+async def test_a_constraint_says_where_an_allowed_text_ends(door: OpenAIDoor) -> None:
+    """The end of sequence need not be among the allowed tokens where a constraint lets the text end."""
+    ids = [3 + ord(char) - 32 for char in '{}":a']
+    fields = {"allowed_token_ids": ids, "response_format": {"type": "json_object"}, "max_tokens": 40}
+    for ignore in (False, True):
+        [said] = await texts(door, CHAT, **fields, logit_bias={str(ids[1]): 50}, ignore_eos=ignore)
+        assert json.loads(said) == {}
