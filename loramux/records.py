@@ -79,6 +79,12 @@ class GenerateOptions(TypedDict, total=False):
     """Functions for the chat template to tell the model, in the shape of the OpenAI API."""
     add_generation_prompt: bool | None
     """End the prompt of messages with the beginning of the assistant's turn; it does by default."""
+    continue_final_message: bool | None
+    """Go on with the last message; add_generation_prompt must be False."""
+    add_special_tokens: bool | None
+    """Tokenize with the special tokens that the tokenizer adds itself; by default text, but not messages."""
+    truncate_prompt_tokens: int | None
+    """Leave out the beginning of a longer prompt; -1: of one that leaves no room for the answer."""
     cache_salt: str | None
     """Only requests with the same one share cached prompts."""
     priority: int | None

@@ -43,7 +43,6 @@ def chat_request(body: ChatBody, service: GenerationService) -> Request:
         stop=(*body.stop, END) if one_call else body.stop,
         constraint=_constraint(body, tools),
         tools=tuple(tool.model_dump(exclude_none=True) for tool in tools),
-        add_generation_prompt=body.add_generation_prompt is not False,
     )
 
 

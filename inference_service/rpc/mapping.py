@@ -11,6 +11,7 @@ import grpc
 from inference_service.core.sequence import FinishReason, Token
 from inference_service.rpc.prompt import constraint_of, prompt_of, tools_of
 from inference_service.serving.catalog import Catalog, ServedModel
+from inference_service.serving.lengths import countable
 from inference_service.serving.request import Delta, Event, Finished, PromptLogprobs, Request, Started
 from inference_service.serving.text import Text
 from loramux.inference.v1 import inference_pb2 as pb
@@ -40,7 +41,8 @@ def request_from_message(
         findings = [Finding(code="E_MISSING_FIELD", where=name, expected="a value") for name in unset]
         raise RequestInvalid(f"the request lacks {' and '.join(unset)}.", findings)
     remaining = context.time_remaining()
-    prompt = prompt_of(message, max_seq_len)
+    cut = message.HasField("truncate_prompt_tokens")
+    prompt = prompt_of(message, countable(max_seq_len) if cut else max_seq_len)
     return Request(
         prompt=prompt,
         tools=tools_of(message),

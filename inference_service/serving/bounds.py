@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 from itertools import chain, islice
 from typing import Any, Final
 
-from inference_service.serving.lengths import check_ids
+from inference_service.serving.lengths import check_ids, countable
 from inference_service.serving.request import Message, Request
-from inference_service.serving.turns import Rule, rules_of_tools, rules_of_turns
+from inference_service.serving.turns import Rule, rules_of_the_end, rules_of_tools, rules_of_turns
 from shared.faults import Finding, RequestInvalid
 from shared.near import MAX_FINDINGS
 from shared.sampling import MAX_TEMPERATURE
@@ -45,6 +45,7 @@ NUMBERS: Final[Mapping[str, Number]] = {
     "frequency_penalty": Number(-2.0, 2.0),
     "logprobs": Number(0, MAX_LOGPROBS),
     "prompt_logprobs": Number(0, MAX_LOGPROBS),
+    "truncate_prompt_tokens": Number(-1),
 }
 """By the field of `Request`; a seed is int64 in JSON and uint64 over gRPC."""
 TEXTS: Final[Mapping[str, tuple[int, int]]] = {
@@ -73,23 +74,28 @@ def check(request: Request, vocab: int, max_queue: int, max_seq_len: int) -> Non
         RequestInvalid: with one finding per field that is out of bounds.
     """
     if not isinstance(request.prompt, str) and isinstance(next(iter(request.prompt), None), int):
-        check_ids(request.prompt, max_seq_len)
+        cut = request.truncate_prompt_tokens is not None
+        check_ids(request.prompt, countable(max_seq_len) if cut else max_seq_len)
+    most = {"n": max_queue, "truncate_prompt_tokens": max_seq_len, "logprobs": vocab, "prompt_logprobs": vocab}
     rules = (
         _prompt(request, vocab),
-        _numbers(request, {"n": max_queue, "logprobs": vocab, "prompt_logprobs": vocab}),
+        _numbers(request, most),
         _lists(request, vocab),
         _others(request),
     )
     _judge(chain.from_iterable(rules))
 
 
-def check_turns(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> None:
+def check_turns(
+    messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], *, goes_on: bool, starts: bool
+) -> None:
     """Look at the messages and tools that are to be rendered.
 
     Raises:
         RequestInvalid: with one finding per field that breaks a rule.
     """
-    _judge(chain(rules_of_turns(messages), rules_of_tools(tools)))
+    end = rules_of_the_end(messages, goes_on=goes_on, starts=starts)
+    _judge(chain(rules_of_turns(messages), rules_of_tools(tools), end))
 
 
 def _judge(rules: Iterable[Rule]) -> None:
@@ -113,6 +119,8 @@ def _prompt(request: Request, vocab: int) -> Iterator[Rule]:
     turns = [item for item in prompt if isinstance(item, Mapping)]
     if turns:
         yield from rules_of_turns(turns)
+        end = {"goes_on": request.continue_final_message, "starts": request.add_generation_prompt}
+        yield from rules_of_the_end(turns, **end)
     yield from rules_of_tools(request.tools)
 
 
@@ -142,6 +150,7 @@ def _others(request: Request) -> Iterator[Rule]:
     yield alone, "max_tokens", "at least 1, where no prompt_logprobs are asked for", 0
     most = math.inf if request.max_tokens is None else request.max_tokens
     yield (request.min_tokens or 0) > most, "min_tokens", "0 to max_tokens", request.min_tokens
+    yield request.truncate_prompt_tokens == 0, "truncate_prompt_tokens", "-1, or at least 1", 0
     yield request.allowed_token_ids == (), "allowed_token_ids", "at least one token", "none"
     wild = [value for value in request.logit_bias.values() if not -MAX_BIAS <= value <= MAX_BIAS]
     yield bool(wild), "logit_bias", f"{-MAX_BIAS:g} to {MAX_BIAS:g}", wild[:5]

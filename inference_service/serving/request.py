@@ -56,6 +56,12 @@ class Request:
     """Leave special tokens out of the text."""
     add_generation_prompt: bool = True
     """End rendered messages with the beginning of the assistant's turn."""
+    continue_final_message: bool = False
+    """End rendered messages within the last one, which the answers go on with."""
+    add_special_tokens: bool | None = None
+    """Tokenize with the special tokens that the tokenizer adds itself; None: a text, but not messages."""
+    truncate_prompt_tokens: int | None = None
+    """Leave out the beginning of a prompt with more tokens; -1: of one that leaves the answer no room."""
     tools: tuple[Mapping[str, Any], ...] = ()
     """Rendered by the chat template."""
     cache_salt: str | None = None
@@ -75,6 +81,7 @@ class Started:
     model: ServedModel
     generation: int
     prompt_tokens: int
+    prompt_token_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

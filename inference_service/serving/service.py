@@ -22,7 +22,7 @@ from inference_service.serving.brought import Brought
 from inference_service.serving.catalog import Catalog, ServedModel
 from inference_service.serving.constraints import Constraints
 from inference_service.serving.engine_thread import EngineThread, Outputs
-from inference_service.serving.lengths import prompt_too_long
+from inference_service.serving.lengths import countable, prompt_too_long
 from inference_service.serving.request import (
     Delta,
     Event,
@@ -120,7 +120,7 @@ class GenerationService:
             follower.submitted(seqs)
             outputs = self._engine.submit(seqs)
             try:
-                yield Started(request.id, model, self.catalog.generation, len(tokens))
+                yield Started(request.id, model, self.catalog.generation, len(tokens), tuple(tokens))
                 async for event in _events(outputs, answers):
                     follower.see(event)
                     yield event
@@ -155,9 +155,12 @@ class GenerationService:
         return answers
 
     async def _tokens(self, request: Request, brought: Brought) -> list[int]:
-        prompt, most = request.prompt, self.limits.max_seq_len
+        prompt, most, cut = request.prompt, self.limits.max_seq_len, request.truncate_prompt_tokens
+        if cut is not None:
+            most = countable(most)
         if isinstance(prompt, str):
-            tokens = await asyncio.to_thread(self.text.encode_prompt, prompt, most)
+            special = request.add_special_tokens is not False
+            tokens = await asyncio.to_thread(self.text.encode_prompt, prompt, most, add_special_tokens=special)
         elif prompt and isinstance(prompt[0], Mapping):
             tokens = await self.text.encode_messages(
                 [item for item in prompt if isinstance(item, Mapping)],
@@ -165,12 +168,18 @@ class GenerationService:
                 brought.template,
                 request.tools,
                 add_generation_prompt=request.add_generation_prompt,
+                add_special_tokens=bool(request.add_special_tokens),
+                continue_final_message=request.continue_final_message,
             )
         else:
             tokens = [item for item in prompt if isinstance(item, int)]
         if not tokens:
             raise RequestInvalid("the prompt is empty; expected at least one token.")
-        return tokens
+        if cut == -1:
+            longest = self.limits.max_seq_len
+            usual = min(self.limits.default_max_tokens or 1, longest - 1)
+            cut = longest - (usual if request.max_tokens is None else request.max_tokens)
+        return tokens if cut is None or cut < 1 else tokens[-cut:]
 
     async def _grammars(self, request: Request, brought: Brought) -> list[Grammar | None]:
         """Return a grammar for each answer, or None for each."""

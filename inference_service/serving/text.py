@@ -130,6 +130,8 @@ class Text:
         tools: Sequence[Mapping[str, Any]] = (),
         *,
         add_generation_prompt: bool = True,
+        add_special_tokens: bool = False,
+        continue_final_message: bool = False,
     ) -> list[int]:
         """Render messages, with the base's template where none is given, and tokenize them.
 
@@ -141,8 +143,15 @@ class Text:
         if template is None:
             finding = Finding(code="E_NO_TEMPLATE", where="messages", fix="Send text or token_ids.")
             raise RequestInvalid("the base has no chat template.", [finding])
-        rendered = await template.render(messages, tools, add_generation_prompt=add_generation_prompt)
-        return await asyncio.to_thread(self.encode_prompt, rendered, max_seq_len, add_special_tokens=False)
+        rendered = await template.render(
+            messages,
+            tools,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+        )
+        return await asyncio.to_thread(
+            self.encode_prompt, rendered, max_seq_len, add_special_tokens=add_special_tokens
+        )
 
     def decode(self, tokens: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Return the text of tokens; other threads run meanwhile, as in `encode`."""

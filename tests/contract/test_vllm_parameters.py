@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 
 from shared.storage.memory import MemoryStore
 from tests.openai_door import OpenAIDoor, open_door, openai_world
@@ -25,7 +27,15 @@ BOTH = pytest.mark.parametrize("path", [CHAT, PLAIN])
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[World, MemoryStore]:
-    return openai_world(tmp_path_factory.mktemp("vllm"))
+    """A tokenizer that puts <1> before a text."""
+    world, _ = openai_world(tmp_path_factory.mktemp("vllm"))
+    path = str(world.base / "tokenizer.json")
+    tokenizer = Tokenizer.from_file(path)
+    tokenizer.post_processor = TemplateProcessing("<1> $A", special_tokens=[("<1>", 1)])
+    tokenizer.save(path)
+    store = MemoryStore()
+    world.build(store)
+    return world, store
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -96,7 +106,7 @@ async def test_stops_can_stay_in_the_text(door: OpenAIDoor, path: str) -> None:
     end = plain.index(stop)
     assert await texts(door, path, stop=stop) == [plain[:end]]
     assert await texts(door, path, stop=stop, include_stop_str_in_output=True) == [plain[:end] + stop]
-    [token] = door.ready.service.text.encode(plain[4])
+    [token] = door.ready.service.text.encode(plain[4], add_special_tokens=False)
     end = plain.index(plain[4])
     assert await texts(door, path, stop_token_ids=[token]) == [plain[:end]]
     kept = await texts(door, path, stop_token_ids=[token], include_stop_str_in_output=True, n=2)
@@ -137,7 +147,8 @@ async def test_a_request_has_the_id_that_it_brings(door: OpenAIDoor, path: str) 
 @BOTH
 async def test_bad_words_never_come(door: OpenAIDoor, path: str) -> None:
     """Of a word of several tokens each may come, and all of them together never, in any of n answers."""
-    pair = {"logit_bias": {str(3 + ord(char) - 32): 50 for char in "AB"}, "temperature": 1.5, "seed": 3, "n": 3}
+    ids = [3 + ord(char) - 32 for char in "AB"]
+    pair = {"allowed_token_ids": ids, "temperature": 50, "seed": 3, "n": 3, "max_tokens": 24}
     assert all("AB" in said and "BA" in said for said in await texts(door, path, **pair))
     for word in ("AB", " AB", "  AB"):
         said = await texts(door, path, **pair, bad_words=[word, "BB"])
@@ -183,3 +194,92 @@ async def test_a_constraint_says_where_an_allowed_text_ends(door: OpenAIDoor) ->
     for ignore in (False, True):
         [said] = await texts(door, CHAT, **fields, logit_bias={str(ids[1]): 50}, ignore_eos=ignore)
         assert json.loads(said) == {}
+
+
+async def test_special_tokens_are_added_or_not(door: OpenAIDoor) -> None:
+    """By default to a text and not to messages; either way when it is said."""
+    counts = {
+        path: [
+            (await whole(door, path, add_special_tokens=said))["usage"]["prompt_tokens"]
+            for said in (None, True, False)
+        ]
+        for path in (CHAT, PLAIN)
+    }
+    assert counts == {CHAT: [7, 8, 7], PLAIN: [3, 3, 2]}
+    for prompt in PROMPTS.values():
+        for said in (True, False):
+            told = await door.post("/tokenize", **prompt, add_special_tokens=said)
+            assert (told.json()["tokens"][0] == 1) == said
+
+
+@BOTH
+async def test_a_prompt_is_cut_to_its_end(door: OpenAIDoor, path: str) -> None:
+    """The last k tokens, or as many as leave room for the answer; what cannot be cut is refused as ever."""
+    long = "x" * 300 + "Hi;a:"
+    prompt = {"messages": [{"role": "user", "content": long[:-3]}]} if path == CHAT else {"prompt": long}
+    assert await refusal(door, path, **prompt) == (None, "context_length_exceeded")
+    for cut, fields, expected in (
+        (4, {}, 4),
+        (256, {"max_tokens": 12}, None),
+        (-1, {"max_tokens": 12}, 244),
+        (-1, {"max_tokens": 100}, 156),
+        (-1, {"max_tokens": 256}, None),
+    ):
+        if expected is None:
+            asked = prompt | fields | {"truncate_prompt_tokens": cut}
+            assert await refusal(door, path, **asked) == (None, "context_length_exceeded")
+        else:
+            asked = prompt | fields | {"truncate_prompt_tokens": cut}
+            assert (await whole(door, path, **asked))["usage"]["prompt_tokens"] == expected
+    cut = await texts(door, path, **prompt, truncate_prompt_tokens=4, n=2)
+    assert cut == await texts(door, PLAIN, prompt=door.ready.service.text.encode("i;a:")[-4:], n=2)
+    unset = body(path, **prompt, truncate_prompt_tokens=-1) | {"max_tokens": None}
+    assert (await door.post(path, **unset)).json()["usage"]["prompt_tokens"] == (255 if path == CHAT else 240)
+    for bad in (0, -2, 257, 10**30):
+        assert await refusal(door, path, truncate_prompt_tokens=bad) == (
+            "truncate_prompt_tokens",
+            "invalid_value",
+        )
+    endless = (
+        {"prompt": "x" * 200_000}
+        if path == PLAIN
+        else {"messages": [{"role": "user", "content": "x" * 200_000}]}
+    )
+    assert await refusal(door, path, **endless, truncate_prompt_tokens=4) == (None, "context_length_exceeded")
+
+
+async def test_a_cut_prompt_is_echoed_as_it_was_cut(door: OpenAIDoor) -> None:
+    """What is echoed, and scored, is what the model saw."""
+    fields = {
+        "prompt": "x" * 300 + "Hi",
+        "truncate_prompt_tokens": 3,
+        "echo": True,
+        "logprobs": 0,
+        "max_tokens": 0,
+    }
+    [choice] = (await whole(door, PLAIN, **fields))["choices"]
+    assert choice["text"] == "xHi"
+    assert choice["logprobs"]["tokens"] == ["x", "H", "i"]
+
+
+async def test_an_answer_goes_on_with_the_last_message(door: OpenAIDoor) -> None:
+    """The prompt ends with the last message's own text, its spaces too, and the answer is the rest of it."""
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "i; So "}]
+    fields = {"messages": turns, "add_generation_prompt": False, "continue_final_message": True, "n": 2}
+    expected = await texts(door, PLAIN, prompt="u:Hi;a:i; So ", add_special_tokens=False, n=2)
+    assert await texts(door, CHAT, **fields) == expected
+    del fields["n"]
+    told = await door.post("/tokenize", **fields)
+    assert told.json()["tokens"] == door.ready.service.text.encode("u:Hi;a:i; So ", add_special_tokens=False)
+
+
+async def test_what_cannot_go_on_is_refused(door: OpenAIDoor) -> None:
+    """Both ends at once, as vLLM has it, and a last message without text."""
+    for starts in (True, None):
+        said = await refusal(door, CHAT, continue_final_message=True, add_generation_prompt=starts)
+        assert said == ("add_generation_prompt", "invalid_value")
+    fields = {"continue_final_message": True, "add_generation_prompt": False}
+    empty = {"messages": [{"role": "user", "content": ""}]}
+    assert await refusal(door, CHAT, **fields, **empty) == ("messages[0].content", "invalid_value")
+    answer = await door.post("/tokenize", **fields, **empty)
+    assert answer.json()["error"]["param"] == "messages[0].content"

@@ -36,7 +36,8 @@ ASKED = {field.name for field in fields(Request)}
 BOUNDED = NUMBERS.keys() | TEXTS.keys() | IDS.keys()
 UNBOUNDED = {
     # yes or no
-    "ignore_eos", "include_stop_str_in_output", "skip_special_tokens", "add_generation_prompt",
+    "ignore_eos", "include_stop_str_in_output", "skip_special_tokens",
+    "add_generation_prompt", "continue_final_message", "add_special_tokens",
     # with rules of their own in `bounds` and `turns`
     "prompt", "tools", "constraint",
     # looked up, compared, or the server's own
@@ -64,7 +65,7 @@ def test_every_field_of_a_request_has_a_bound_or_is_known_to_need_none() -> None
 def test_the_table_is_finite_where_a_number_is_no_length() -> None:
     """Lengths are bounded by the sequence; no other number is without an end."""
     assert {name for name, bound in NUMBERS.items() if bound.high == math.inf} == {
-        "max_tokens", "min_tokens", "top_k",
+        "max_tokens", "min_tokens", "top_k", "truncate_prompt_tokens",
     }  # fmt: skip
 
 

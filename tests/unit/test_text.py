@@ -37,6 +37,17 @@ def test_stop_texts_cut_at_the_first_one_however_the_text_is_split(
     assert shown + finder.flush() == whole
 
 
+def test_bad_words_have_two_spellings() -> None:
+    """With a space in front and without, by the tokens before the last; a word of spaces is itself."""
+    text = _byte_text()
+    a, b, c, space = (text.encode(char)[0] for char in "abc ")
+    assert text.bad_words(["ab", " ab", "c", " "]) == {
+        0: {(): (c, space)},
+        1: {(a,): (b,), (space,): (c, space)},
+        2: {(space, a): (b,)},
+    }
+
+
 def test_nothing_is_shown_behind_a_stop_text() -> None:
     """Text that comes after a stop text is dropped, and the stop text itself too."""
     finder = StopTexts(["END"])
