@@ -20,31 +20,15 @@ from inference_service.openai_api.stream import open_stream, while_connected
 from inference_service.openai_api.tagged_calls import TaggedCalls
 from inference_service.serving.request import Delta, Finished, PromptLogprobs, Request, Started
 from inference_service.serving.service import GenerationService
-from shared.faults import RequestInvalid
 
 
 async def chat_completions(service: GenerationService, http: HttpRequest) -> Response:
     """Answer a conversation."""
     body = await read_body(http, ChatBody)
     chat = Chat(service, body, chat_request(body, service))
-    try:
-        if body.stream:
-            return await open_stream(http.receive, chat.chunks())
-        return json_response(await while_connected(http.receive, chat.whole()))
-    except RequestInvalid as fault:
-        if is_forced(body):
-            raise _of_tools(fault) from fault
-        raise
-
-
-def _of_tools(fault: RequestInvalid) -> RequestInvalid:
-    """Name the tools where it is their schema that is refused."""
-    told = {"response_format": "tools"}
-    findings = [
-        finding.model_copy(update={"where": told.get(finding.where, finding.where)})
-        for finding in fault.findings
-    ]
-    return RequestInvalid(fault.message, findings)
+    if body.stream:
+        return await open_stream(http.receive, chat.chunks())
+    return json_response(await while_connected(http.receive, chat.whole()))
 
 
 class Chat:

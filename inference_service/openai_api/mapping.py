@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from typing import Any
 
 from inference_service.core.constraint import Constraint
 from inference_service.openai_api.chat_schema import ChatBody, ChatMessage, NamedTool, ResponseFormat, Tool
 from inference_service.openai_api.forced_call import call_constraint
-from inference_service.openai_api.schema import MAX_CHOICES, CompletionBody, GenerationBody
+from inference_service.openai_api.schema import MAX_CHOICES, CompletionBody, GenerationBody, StructuredOutputs
 from inference_service.openai_api.tagged_calls import END
 from inference_service.serving.bounds import MAX_LOGPROBS
 from inference_service.serving.json_size import check_texts
@@ -18,6 +19,7 @@ from inference_service.serving.service import GenerationService
 from inference_service.serving.turns import role_of
 from shared.faults import Finding, RequestInvalid
 
+STRUCTURED = "structured_outputs"
 DEFAULT_TEMPERATURE = 1.0
 DEFAULT_COMPLETION_TOKENS = 16
 """Both are the API's; what a deployment or an adapter says comes before them."""
@@ -77,6 +79,7 @@ def completion_requests(body: CompletionBody, service: GenerationService) -> lis
             prompt=prompt,
             max_tokens=limit,
             prompt_logprobs=prompt_logprobs,
+            constraint=_structure(body.structured_outputs),
         )
         for prompt in body.prompt
     ]
@@ -141,12 +144,15 @@ def is_forced(body: ChatBody) -> bool:
 
 
 def _constraint(body: ChatBody, tools: Sequence[Tool]) -> Constraint | None:
-    wanted = _format(body.response_format)
+    wanted, structure = _format(body.response_format), _structure(body.structured_outputs)
+    if wanted and structure:
+        raise refused("structured_outputs", "none beside a response_format", "both")
+    wanted = wanted or structure
     if is_forced(body):
         return call_constraint(_allowed(body.tool_choice, tools))
     if wanted and tools:
         raise refused(
-            "response_format", 'text, or tool_choice "none": an answer is constrained or may call tools', ""
+            wanted.where, 'text, or tool_choice "none": an answer is constrained or may call tools', ""
         )
     return wanted
 
@@ -157,6 +163,22 @@ def _format(response_format: ResponseFormat | None) -> Constraint | None:
     if response_format.json_schema is None:
         return Constraint("json_object")
     return Constraint("json_schema", json.dumps(response_format.json_schema.schema_, ensure_ascii=False))
+
+
+def _structure(outputs: StructuredOutputs | None) -> Constraint | None:
+    match outputs and outputs.given:
+        case {"json_": schema}:
+            text = schema if isinstance(schema, str) else json.dumps(schema, ensure_ascii=False)
+            return Constraint("json_schema", text, STRUCTURED)
+        case {"regex": str(text)}:
+            return Constraint("regex", text, STRUCTURED)
+        case {"choice": texts}:
+            return Constraint("regex", "|".join(map(re.escape, texts)), STRUCTURED)
+        case {"grammar": str(text)}:
+            return Constraint("gbnf", text, STRUCTURED)
+        case {"json_object": True}:
+            return Constraint("json_object", "", STRUCTURED)
+    return None
 
 
 def _allowed(choice: object, tools: Sequence[Tool]) -> Sequence[Tool]:

@@ -13,12 +13,16 @@ from shared.faults import DeadlineExceeded, Finding, InternalFault, RequestInval
 class Answer:
     """Turns the outputs of a sequence into events; a stop token has no text, unless stops are kept."""
 
-    def __init__(self, index: int, seq: Sequence, detokenizer: Detokenizer, stops: StopTexts) -> None:
+    def __init__(
+        self, index: int, seq: Sequence, detokenizer: Detokenizer, stops: StopTexts, constraint: str
+    ) -> None:
+        """Begin an answer; constraint is the field that asks for one, where there is any."""
         self.seq = seq
         self.finished = False
         self._index = index
         self._detokenizer = detokenizer
         self._stops = stops
+        self._constraint = constraint
         self._count = 0
 
     def advance(self, outputs: Seq[StepOutput]) -> list[Event]:
@@ -72,7 +76,7 @@ class Answer:
             return
         if self.seq.grammar is not None and self.seq.grammar.failure:
             finding = Finding(
-                code="E_CONSTRAINT", where="response_format", found=self.seq.grammar.failure, fix="Simplify it."
+                code="E_CONSTRAINT", where=self._constraint, found=self.seq.grammar.failure, fix="Simplify it."
             )
             raise RequestInvalid("the answer cannot be constrained any further.", [finding])
         if output.token is not None and output.token.impossible:

@@ -155,6 +155,6 @@ def _others(request: Request) -> Iterator[Rule]:
     wild = [value for value in request.logit_bias.values() if not -MAX_BIAS <= value <= MAX_BIAS]
     yield bool(wild), "logit_bias", f"{-MAX_BIAS:g} to {MAX_BIAS:g}", wild[:5]
     yield not SANE_ID.fullmatch(request.id), "request_id", "1 to 128 letters, digits, _, ., : or -", request.id
-    size = len(request.constraint.text.encode()) if request.constraint else 0
-    expected = f"at most {MAX_CONSTRAINT_BYTES} bytes"
-    yield size > MAX_CONSTRAINT_BYTES, "response_format", expected, size
+    if request.constraint:
+        size, expected = len(request.constraint.text.encode()), f"at most {MAX_CONSTRAINT_BYTES} bytes"
+        yield size > MAX_CONSTRAINT_BYTES, request.constraint.where, expected, size

@@ -136,7 +136,7 @@ class GenerationService:
         grammars: Seq[Grammar | None],
     ) -> dict[str, Answer]:
         """Return the n answers of a request by the ids of their sequences."""
-        number = next(_numbers)
+        number, where = next(_numbers), request.constraint.where if request.constraint else ""
         answers: dict[str, Answer] = {}
         for index, grammar in enumerate(grammars):
             seq = Sequence(
@@ -151,7 +151,7 @@ class GenerationService:
             )
             stops = StopTexts(request.stop, keep=request.include_stop_str_in_output)
             detokenizer = self.text.detokenizer(tokens, skip_special_tokens=request.skip_special_tokens)
-            answers[seq.id] = Answer(index, seq, detokenizer, stops)
+            answers[seq.id] = Answer(index, seq, detokenizer, stops, where)
         return answers
 
     async def _tokens(self, request: Request, brought: Brought) -> list[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -283,3 +284,75 @@ async def test_what_cannot_go_on_is_refused(door: OpenAIDoor) -> None:
     assert await refusal(door, CHAT, **fields, **empty) == ("messages[0].content", "invalid_value")
     answer = await door.post("/tokenize", **fields, **empty)
     assert answer.json()["error"]["param"] == "messages[0].content"
+
+
+GBNF = 'root ::= pair ("," pair)*\npair ::= [a-b] "=" ("x" | "yy")\n'
+LARK = 'start: PAIR ("," PAIR)*\nPAIR: /[a-b]=(x|yy)/'
+CHAIN = "root ::= r0\n" + "".join(f"r{i} ::= r{i + 1}\n" for i in range(3500)) + 'r3500 ::= "a"'
+"""Few bytes, and too much for the library."""
+STRUCTURES: list[tuple[dict[str, Any], str]] = [
+    ({"json": {"type": "array", "items": {"const": 7}, "minItems": 2}}, r"\[\s*7(\s*,\s*7)+\s*\]"),
+    ({"json": '{"enum": ["q", "z"]}'}, '"[qz]"'),
+    ({"regex": "[a-c]{3}-?"}, "[a-c]{3}-?"),
+    ({"choice": ["a.b", "(c)|d", "e f\\", "ay#-&~"]}, r"a\.b|\(c\)\|d|e f\\|ay#-&~"),
+    ({"grammar": GBNF}, "[ab]=(x|yy)(,[ab]=(x|yy))*"),
+    ({"grammar": LARK}, "[ab]=(x|yy)(,[ab]=(x|yy))*"),
+    ({"json_object": True, "regex": None}, r"\s*\{.*\}\s*"),
+]
+
+
+@pytest.mark.parametrize(("asked", "pattern"), STRUCTURES)
+@BOTH
+async def test_structured_outputs(door: OpenAIDoor, path: str, asked: dict[str, Any], pattern: str) -> None:
+    """Every answer that stops is of the language that was asked for."""
+    closing = {str(3 + ord(char) - 32): 9 for char in '"},;xy]'} | {"2": 9}
+    fields = {"max_tokens": 60, "temperature": 1, "seed": 4, "n": 4, "logit_bias": closing, "ignore_eos": False}
+    answer = await whole(door, path, structured_outputs=asked, **fields)
+    said = [
+        choice["text"] if path == PLAIN else choice["message"]["content"]
+        for choice in answer["choices"]
+        if choice["finish_reason"] == "stop"
+    ]
+    assert said
+    assert all(re.fullmatch(pattern, text, re.DOTALL) for text in said)
+    assert await texts(door, path, structured_outputs=asked, **fields)
+
+
+@BOTH
+@pytest.mark.parametrize(
+    ("asked", "param", "code"),
+    [
+        ({}, "structured_outputs", "invalid_value"),
+        ({"json_object": False}, "structured_outputs", "invalid_value"),
+        ({"regex": "a", "choice": ["a"]}, "structured_outputs", "invalid_value"),
+        ({"choice": []}, "structured_outputs.choice", "invalid_value"),
+        ({"choice": [""]}, "structured_outputs.choice[0]", "invalid_value"),
+        ({"choice": ["x"] * 1025}, "structured_outputs.choice", "invalid_value"),
+        ({"choice": ["x" * 65537]}, "structured_outputs", "invalid_value"),
+        ({"structural_tag": "{}"}, "structured_outputs.structural_tag", "unsupported_parameter"),
+        ({"backend": "x"}, "structured_outputs.backend", "unknown_parameter"),
+        ({"json": "{"}, "structured_outputs", "invalid_schema"),
+        ({"json": {"type": "foo"}}, "structured_outputs", "invalid_schema"),
+        ({"regex": "("}, "structured_outputs", "invalid_schema"),
+        ({"regex": "a\u1234"}, "structured_outputs", "invalid_schema"),
+        ({"grammar": ""}, "structured_outputs", "invalid_schema"),
+        ({"grammar": "root ::= nothing"}, "structured_outputs", "invalid_schema"),
+        ({"grammar": "root ::= " + "(" * 3000 + '"a"' + ")" * 3000}, "structured_outputs", "invalid_schema"),
+        ({"grammar": CHAIN}, "structured_outputs", "invalid_schema"),
+    ],
+)
+async def test_structures_that_cannot_be_are_refused(
+    door: OpenAIDoor, path: str, asked: dict[str, Any], param: str, code: str
+) -> None:
+    """None, several, empty ones, too large ones, and what the library cannot follow: by its name."""
+    assert await refusal(door, path, structured_outputs=asked) == (param, code)
+
+
+async def test_one_structure_is_asked_for_at_a_time(door: OpenAIDoor) -> None:
+    """Beside a response format it contradicts itself, and beside tools that may be called, too."""
+    asked = {"structured_outputs": {"regex": "a"}}
+    fields: dict[str, Any] = {"response_format": {"type": "json_object"}}
+    assert await refusal(door, CHAT, **asked, **fields) == ("structured_outputs", "invalid_value")
+    fields = {"tools": [{"type": "function", "function": {"name": "f"}}]}
+    assert await refusal(door, CHAT, **asked, **fields) == ("structured_outputs", "invalid_value")
+    assert await texts(door, CHAT, **asked, response_format={"type": "text"}) == ["a"]

@@ -184,7 +184,7 @@ async def test_what_cannot_be_written_or_is_no_text_refuses_the_messages() -> No
     ],
 )
 async def test_a_prompt_can_end_within_the_last_message(template: str, prompt: str) -> None:
-    """It ends where the content does, whatever else looks like it, and with the spaces that the template keeps."""
+    """It ends where the content does, whatever else looks like it; with the spaces that the template keeps."""
     turns = [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "So,  "}]
     render = ChatTemplate(template, {}).render
     assert await render(turns, add_generation_prompt=False, continue_final_message=True) == prompt

@@ -23,7 +23,13 @@ from inference_service.openai_api.chat_schema import (
     Tool,
     ToolCall,
 )
-from inference_service.openai_api.schema import Body, CompletionBody, DetokenizeBody, StreamOptions
+from inference_service.openai_api.schema import (
+    Body,
+    CompletionBody,
+    DetokenizeBody,
+    StreamOptions,
+    StructuredOutputs,
+)
 from inference_service.rpc.mapping import TRANSLATED
 from inference_service.serving.bounds import IDS, NUMBERS, TEXTS
 from inference_service.serving.request import Request
@@ -45,7 +51,7 @@ UNBOUNDED = {
 }  # fmt: skip
 HTTP_ONLY = {
     # become the prompt or the constraint
-    "messages", "tool_choice", "parallel_tool_calls", "response_format",
+    "messages", "tool_choice", "parallel_tool_calls", "response_format", "structured_outputs",
     # the same under another name, or about how an answer is told
     "max_completion_tokens", "top_logprobs", "best_of", "echo", "stream", "stream_options", "modalities",
     "request_id",
@@ -83,6 +89,7 @@ SMALLEST: Mapping[type[Body], dict[str, Any]] = {
     TokenizeBody: {"prompt": "x"},
     DetokenizeBody: {"tokens": [5]},
     StreamOptions: {},
+    StructuredOutputs: {"json_object": True},
     ChatMessage: USER,
     ToolCall: {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}},
     Tool: {"type": "function", "function": {"name": "f"}},
