@@ -61,7 +61,7 @@ class GenerateOptions(TypedDict, total=False):
     frequency_penalty: float | None
     logit_bias: Mapping[int, float] | None
     """Added to the logits of tokens."""
-    bad_words: Sequence[str] | None
+    bad_words: str | Sequence[str] | None
     """Texts that the answer never has."""
     allowed_token_ids: Sequence[int] | None
     """No other tokens are drawn."""

@@ -29,8 +29,7 @@ def generate_request(model: str, prompt: Prompt, options: GenerateOptions) -> pb
         known = ", ".join(GenerateOptions.__annotations__)
         raise TypeError(f"unknown option {unknown[0]!r}; known are {known}")
     given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
-    if isinstance(given.get("stop"), str):
-        given["stop"] = [given["stop"]]
+    given |= {name: [given[name]] for name in ("stop", "bad_words") if isinstance(given.get(name), str)}
     constraints, templated, fields, sampling = (_of(kind, given) for kind in _MESSAGES)
     fields["model"] = model
     findings = [*_misfits(pb.GenerateRequest, fields), *_misfits(pb.SamplingParams, sampling)]

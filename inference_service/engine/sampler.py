@@ -30,7 +30,9 @@ def sample(logits: Tensor, seqs: Seq[Sequence]) -> list[Token]:
             if shapes(seq) and np.isneginf(own).all():
                 impossible.add(row)
     tokens = [_token(logits, row, ids[row], seq) for row, seq in enumerate(seqs)]
-    return [replace(token, impossible=row in impossible) for row, token in enumerate(tokens)]
+    for row in impossible:
+        tokens[row] = replace(tokens[row], impossible=True)
+    return tokens
 
 
 def row_params(seq: Sequence) -> RowParams:

@@ -84,7 +84,7 @@ class Completion:
                 if self._body.prompt_logprobs is not None:
                     ranked = prompt_logprobs(event.tokens, self._service.text)
                     for choice in self._choices[number]:
-                        choice.score({"prompt_logprobs": ranked})
+                        choice.know({"prompt_logprobs": ranked})
                 return self._echo(number, event.tokens)
             case Delta():
                 return self._choices[number][event.index].take(event)
@@ -97,7 +97,10 @@ class Completion:
         self._prompts[number] = started.prompt_token_ids
         text = self._service.text if self._body.logprobs is not None else None
         indices = range(number * self._n, (number + 1) * self._n)
-        self._choices[number] = [CompletionChoice(index, text) for index in indices]
+        ids = bool(self._body.return_token_ids)
+        self._choices[number] = [CompletionChoice(index, text, ids=ids) for index in indices]
+        for choice in self._choices[number] if ids else ():
+            choice.know({"prompt_token_ids": started.prompt_token_ids})
 
     def _echo(self, number: int, tokens: Sequence[Token]) -> list[Json]:
         """Tell the prompt, where it is to be echoed; tokens are given where they have log probabilities."""

@@ -121,6 +121,7 @@ class GenerationBody(Body):
     request_id: str | None = None
     skip_special_tokens: bool | None = None
     prompt_logprobs: int | None = None
+    return_token_ids: bool | None = None
     truncate_prompt_tokens: int | None = None
     add_special_tokens: bool | None = None
     priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] | None = None

@@ -356,3 +356,91 @@ async def test_one_structure_is_asked_for_at_a_time(door: OpenAIDoor) -> None:
     fields = {"tools": [{"type": "function", "function": {"name": "f"}}]}
     assert await refusal(door, CHAT, **asked, **fields) == ("structured_outputs", "invalid_value")
     assert await texts(door, CHAT, **asked, response_format={"type": "text"}) == ["a"]
+
+
+@BOTH
+async def test_token_ids_are_told(door: OpenAIDoor, path: str) -> None:
+    """Those of the prompt once, those of each answer in its choice, a stop token's and hidden ones too."""
+    fields = {"return_token_ids": True, "n": 2, "temperature": 2, "seed": 1, "stop_token_ids": [2]}
+    fields |= {"logit_bias": {"1": 95, "2": 94}, "ignore_eos": False}
+    answer = await whole(door, path, **fields)
+    prompt = door.ready.service.text.encode(
+        "u:Hi;a:" if path == CHAT else "Hi", add_special_tokens=path == PLAIN
+    )
+    told = [choice.get("prompt_token_ids") for choice in answer["choices"]]
+    assert [answer.get("prompt_token_ids"), *told] == (
+        [prompt, None, None] if path == CHAT else [None, prompt, prompt]
+    )
+    ids = [choice["token_ids"] for choice in answer["choices"]]
+    assert sum(map(len, ids)) == answer["usage"]["completion_tokens"]
+    assert all(set(each[:-1]) == {1} or len(each) == 1 for each in ids)
+    streamed: list[list[int]] = [[], []]
+    prompts = []
+    for chunk in await door.chunks(path, **body(path, **fields)):
+        for choice in chunk["choices"]:
+            streamed[choice["index"]] += choice["token_ids"]
+            prompts += [part["prompt_token_ids"] for part in (chunk, choice) if "prompt_token_ids" in part]
+    assert streamed == ids
+    assert prompts == [prompt] * (1 if path == CHAT else 2)
+    plain = await whole(door, path)
+    assert "token_ids" not in plain["choices"][0]
+    assert "prompt_token_ids" not in {**plain, **plain["choices"][0]}
+
+
+async def test_token_ids_of_an_echo_are_the_answers(door: OpenAIDoor) -> None:
+    """The prompt that is echoed has its own; calls that are read have theirs as well."""
+    fields = {"return_token_ids": True, "echo": True, "max_tokens": 3, "prompt_logprobs": 0}
+    [choice] = (await whole(door, PLAIN, **fields))["choices"]
+    assert len(choice["token_ids"]) == 3
+    assert len(choice["prompt_token_ids"]) == len(choice["prompt_logprobs"]) == 3
+    chunks = await door.chunks(PLAIN, **body(PLAIN, **fields))
+    assert sum("prompt_logprobs" in chunk["choices"][0] for chunk in chunks) == 1
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "maxProperties": 0}}}
+    forced = {"tools": [tool], "tool_choice": "required", "max_tokens": 90, "return_token_ids": True}
+    [choice] = (await whole(door, CHAT, **forced))["choices"]
+    streamed = [part for chunk in await door.chunks(CHAT, **body(CHAT, **forced)) for part in chunk["choices"]]
+    assert choice["finish_reason"] == "tool_calls"
+    assert [token for part in streamed for token in part["token_ids"]] == choice["token_ids"]
+
+
+async def test_openais_client_sends_them_as_extra_body(door: OpenAIDoor) -> None:
+    """All of them at once, as people who come from vLLM have them in their programs."""
+    extra = {
+        "top_k": -1,
+        "cache_salt": "team-7",
+        "request_id": "job-1",
+        "include_stop_str_in_output": True,
+        "bad_words": ["b"],
+        "allowed_token_ids": [3 + ord(char) - 32 for char in "abc"],
+        "truncate_prompt_tokens": -1,
+        "add_special_tokens": False,
+        "continue_final_message": True,
+        "add_generation_prompt": False,
+        "structured_outputs": {"regex": "[abc]*"},
+        "return_token_ids": True,
+        "min_p": None,
+        "prompt_logprobs": None,
+    }
+    answer = await door.openai.chat.completions.create(
+        model="rs",
+        messages=[{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "So"}],
+        temperature=2.5,
+        seed=1,
+        stop=["c"],
+        max_tokens=40,
+        logit_bias={"2": -100},
+        extra_body=extra,
+    )
+    assert answer.id == "chatcmpl-job-1"
+    [choice] = answer.choices
+    said = choice.message.content or ""
+    assert re.fullmatch("a*c?", said)
+    ids = door.ready.service.text.encode(said, add_special_tokens=False)
+    assert (choice.model_extra or {})["token_ids"][: len(ids)] == ids
+    assert (answer.model_extra or {})["prompt_token_ids"] == door.ready.service.text.encode(
+        "u:Hi;a:So", add_special_tokens=False
+    )
+    completion = await door.openai.completions.create(
+        model="rs", prompt="Hi", max_tokens=4, extra_body={"structured_outputs": {"choice": ["yes", "no"]}}
+    )
+    assert completion.choices[0].text in ("yes", "no")

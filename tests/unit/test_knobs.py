@@ -54,6 +54,7 @@ HTTP_ONLY = {
     "messages", "tool_choice", "parallel_tool_calls", "response_format", "structured_outputs",
     # the same under another name, or about how an answer is told
     "max_completion_tokens", "top_logprobs", "best_of", "echo", "stream", "stream_options", "modalities",
+    "return_token_ids",
     "request_id",
     # change nothing
     "user", "metadata", "store", "service_tier", "safety_identifier",
