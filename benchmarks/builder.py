@@ -28,12 +28,12 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from builder_service.pipeline.build import build
+from builder_service.pipeline.context import Workshop
 from builder_service.pipeline.progress import Progress
-from builder_service.pipeline.workshop import Workshop
-from shared.deployment import Deployment
-from shared.deployment_file import parse_deployment
-from shared.sources.open import open_sources
-from shared.storage.open import open_store
+from loramux_shared.deployment import Deployment
+from loramux_shared.deployment_file import parse_deployment
+from loramux_shared.sources.open import open_sources
+from loramux_shared.storage.open import open_store
 from tests.s3_gateway import s3_gateway
 
 # The sizes of a base of 1.5 billion parameters: rank 8 of all modules is 18.5 MB, the bundle 32.9 MB.

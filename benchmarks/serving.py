@@ -155,11 +155,11 @@ class Server:
 def build_deployment(work: Path, names: Sequence[str], store: str) -> None:
     """Build a deployment of these adapters through the builder service's own pipeline."""
     from builder_service.pipeline.build import build
+    from builder_service.pipeline.context import Workshop
     from builder_service.pipeline.progress import Progress
-    from builder_service.pipeline.workshop import Workshop
-    from shared.deployment_file import parse_deployment
-    from shared.sources.open import open_sources
-    from shared.storage.open import open_store
+    from loramux_shared.deployment_file import parse_deployment
+    from loramux_shared.sources.open import open_sources
+    from loramux_shared.storage.open import open_store
 
     adapters = {name: {"source": "LOCAL", "repo": str(work / "adapters" / name)} for name in names}
     data = {

@@ -37,7 +37,7 @@ from benchmarks.on_gpu import checkpoint
 from loramux import AsyncClient
 from loramux.bench.workload import WORDS
 from loramux.records import Finished
-from shared.faults import ClientStalled, Fault
+from loramux_shared.faults import ClientStalled, Fault
 
 SHAPE = {
     "vocab_size": 2048,

@@ -27,7 +27,7 @@ from inference_service.serving.telemetry.record import Watcher, following
 from inference_service.serving.telemetry.replica import EngineView
 from inference_service.serving.telemetry.request_log import RequestLog
 from inference_service.serving.telemetry.traces import RequestSpans
-from shared.tracing.otel import Tracing
+from loramux_shared.tracing.otel import Tracing
 
 ADAPTERS, PIECES, ROUNDS = 300, 2000, 50
 

@@ -16,23 +16,23 @@ from typing import Final
 
 import structlog
 
-from builder_service.pipeline.builds import Builds
+from builder_service.builds.builds import Builds
+from builder_service.builds.limits import Limits
 from builder_service.pipeline.check import Checks
+from builder_service.pipeline.context import Workshop
 from builder_service.pipeline.identity import claim_identity
-from builder_service.pipeline.limits import Limits
-from builder_service.pipeline.workshop import Workshop
 from builder_service.rpc.servicer import SERVICE_NAME, BuilderServicer
-from shared.access.guard import open_guard
-from shared.descriptors import raise_limit
-from shared.faults import Fault, SettingsInvalid
-from shared.rpc.calls import Patience
-from shared.rpc.server import RpcServer
-from shared.rpc.stopping import Stop
-from shared.settings import BuilderSettings, load_settings
-from shared.sources.open import open_sources
-from shared.storage.open import open_store
-from shared.telemetry import log_to_stderr
-from shared.tracing.setup import open_tracing
+from loramux_shared.access.guard import open_guard
+from loramux_shared.descriptors import raise_limit
+from loramux_shared.faults import Fault, SettingsInvalid
+from loramux_shared.rpc.calls import Patience
+from loramux_shared.rpc.server import RpcServer
+from loramux_shared.rpc.stopping import Stop
+from loramux_shared.settings import BuilderSettings, load_settings
+from loramux_shared.sources.open import open_sources
+from loramux_shared.storage.open import open_store
+from loramux_shared.telemetry import log_to_stderr
+from loramux_shared.tracing.setup import open_tracing
 
 log = structlog.get_logger()
 

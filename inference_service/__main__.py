@@ -14,19 +14,19 @@ import structlog
 from inference_service.openai_api import protocol
 from inference_service.openai_api.server import HttpServer
 from inference_service.rpc.servicer import SERVICE_NAME, InferenceServicer, register
-from inference_service.serving.startup import load
 from inference_service.serving.telemetry.watchers import open_watchers
-from shared.access.guard import open_guard
-from shared.descriptors import raise_limit
-from shared.faults import Fault, SettingsInvalid
-from shared.rpc import calls
-from shared.rpc.server import RpcServer
-from shared.rpc.stopping import Stop
-from shared.settings import InferenceSettings, load_settings
-from shared.storage.open import open_store
-from shared.storage.patient import PatientStore
-from shared.telemetry import log_to_stderr
-from shared.tracing.setup import open_tracing
+from inference_service.startup.load import load
+from loramux_shared.access.guard import open_guard
+from loramux_shared.descriptors import raise_limit
+from loramux_shared.faults import Fault, SettingsInvalid
+from loramux_shared.rpc import calls
+from loramux_shared.rpc.server import RpcServer
+from loramux_shared.rpc.stopping import Stop
+from loramux_shared.settings import InferenceSettings, load_settings
+from loramux_shared.storage.open import open_store
+from loramux_shared.storage.patient import PatientStore
+from loramux_shared.telemetry import log_to_stderr
+from loramux_shared.tracing.setup import open_tracing
 
 log = structlog.get_logger()
 

@@ -18,11 +18,11 @@ from typing import Any
 import psutil
 import torch
 
-from inference_service.serving.backend import choose_backend
-from inference_service.serving.memory import needs_of
-from shared.bases.read import read_config
-from shared.faults import Fault
-from shared.settings import InferenceSettings, load_settings
+from inference_service.startup.choose import choose_backend
+from inference_service.startup.memory import needs_of
+from loramux_shared.bases.read import read_config
+from loramux_shared.faults import Fault
+from loramux_shared.settings import InferenceSettings, load_settings
 
 
 def main() -> int:

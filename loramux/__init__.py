@@ -34,13 +34,13 @@ if TYPE_CHECKING:
         TokenLogprobs,
         Usage,
     )
-    from shared.deployment import Deployment
-    from shared.deployment_file import load_deployment
+    from loramux_shared.deployment import Deployment
+    from loramux_shared.deployment_file import load_deployment
 
 _HOMES = {
     "loramux.client": ("AsyncClient", "Client"),
-    "shared.deployment": ("Deployment",),
-    "shared.deployment_file": ("load_deployment",),
+    "loramux_shared.deployment": ("Deployment",),
+    "loramux_shared.deployment_file": ("load_deployment",),
 }
 
 __all__ = [

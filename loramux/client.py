@@ -30,12 +30,12 @@ from loramux.connection import Calls, CredentialOptions, Credentials
 from loramux.inference.v1 import inference_pb2
 from loramux.inference.v1.inference_pb2_grpc import InferenceServiceStub
 from loramux.mapping import Watched, completion_of, deployment_of, event_of, model_of, report_of
+from loramux.messages import check_request, deployment_to_message
 from loramux.records import AdapterReport, Completion, DeploymentInfo, Event, GenerateOptions, ModelInfo, Prompt
 from loramux.requests import generate_request
-from shared.deployment import Deployment, LoraConfiguration, Repository
-from shared.rpc.messages import check_request, deployment_to_message
-from shared.rpc.status import CallFailed, fault_of
-from shared.spelling import parse_repository
+from loramux_shared.deployment import Deployment, LoraConfiguration, Repository
+from loramux_shared.rpc.status import CallFailed, fault_of
+from loramux_shared.spelling import parse_repository
 
 INFERENCE = "127.0.0.1:50052"
 BUILDER = "127.0.0.1:50051"
@@ -195,7 +195,7 @@ class Client(_Addresses):
     ) -> AdapterReport:
         """Check an adapter against a base as a build would; nothing is written.
 
-        Both may be words, see `shared.spelling`: ``"org/name@main"``, ``"./folder"``, ``"s3://bucket/prefix"``.
+        Both may be words, see `loramux_shared.spelling`: ``"org/name@main"``, ``"./folder"``, ``"s3://bucket/prefix"``.
         """
         with _named(self.builder):
             answer = self._builder.CheckAdapter(_check_request(adapter, base, lora), timeout=timeout_s)

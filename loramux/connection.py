@@ -14,8 +14,8 @@ from typing import Any, Final, TypedDict
 
 import grpc
 
-from shared.faults import RequestInvalid, SettingsInvalid
-from shared.rpc.options import CLIENT_OPTIONS, MAX_REQUEST_BYTES
+from loramux_shared.faults import RequestInvalid, SettingsInvalid
+from loramux_shared.rpc.options import CLIENT_OPTIONS, MAX_REQUEST_BYTES
 
 API_KEY: Final = "LORAMUX_API_KEY"
 TLS_SCHEME: Final = "grpcs://"

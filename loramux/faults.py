@@ -1,6 +1,6 @@
 """The named failures that the clients raise; ``Fault`` is the base of them all."""
 
-from shared.faults import (
+from loramux_shared.faults import (
     AdapterInvalid,
     BuildCancelled,
     BuildInProgress,
@@ -36,7 +36,7 @@ from shared.faults import (
     StoreUnavailable,
     Unauthenticated,
 )
-from shared.rpc.status import CallFailed
+from loramux_shared.rpc.status import CallFailed
 
 __all__ = [
     "AdapterInvalid",

@@ -12,6 +12,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from loramux.builder.v1 import builder_pb2
 from loramux.inference.v1 import inference_pb2 as pb
+from loramux.messages import DTYPE_NAMES, finding_from_message, repository_from_message
 from loramux.records import (
     AdapterInfo,
     AdapterReport,
@@ -32,10 +33,9 @@ from loramux.records import (
     TokenLogprobs,
     Usage,
 )
-from shared.bundle.manifest import FileDigest
-from shared.deployment import Dtype
-from shared.faults import FAULTS, Fault, Finding, InternalFault
-from shared.rpc.messages import DTYPE_NAMES, finding_from_message, repository_from_message
+from loramux_shared.bundle.manifest import FileDigest
+from loramux_shared.deployment import Dtype
+from loramux_shared.faults import FAULTS, Fault, Finding, InternalFault
 
 _E = TypeVar("_E", bound=StrEnum)
 

@@ -8,9 +8,9 @@ from datetime import datetime
 from enum import StrEnum
 from typing import Any, NotRequired, TypeAlias, TypedDict
 
-from shared.bundle.manifest import FileDigest
-from shared.deployment import Dtype, Repository
-from shared.faults import Fault, Finding
+from loramux_shared.bundle.manifest import FileDigest
+from loramux_shared.deployment import Dtype, Repository
+from loramux_shared.faults import Fault, Finding
 
 
 class Message(TypedDict):

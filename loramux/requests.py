@@ -11,7 +11,7 @@ from google.protobuf.message import Message
 from loramux.inference.v1 import inference_pb2 as pb
 from loramux.records import GenerateOptions, Prompt
 from loramux.records import Message as Turn
-from shared.faults import Finding, RequestInvalid
+from loramux_shared.faults import Finding, RequestInvalid
 
 PROMPTS: Final = "text, a list of token ids, or a list of messages with role and content"
 _MESSAGES: Final = (pb.Constraint, pb.Messages, pb.GenerateRequest, pb.SamplingParams)

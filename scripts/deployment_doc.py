@@ -6,15 +6,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+from loramux_shared.deployment import Deployment
+from loramux_shared.deployment_file import IGNORED_KEYS
 from scripts.pages import default_of, one_line, table, type_of
-from shared.deployment import Deployment
-from shared.deployment_file import IGNORED_KEYS
 
 ROOT = Path(__file__).resolve().parent.parent
 HEAD = """\
 # The deployment file
 
-<!-- Written by scripts/deployment_doc.py from shared/deployment.py: `make docs`. -->
+<!-- Written by scripts/deployment_doc.py from shared/loramux_shared/deployment.py: `make docs`. -->
 
 A deployment is a base checkpoint, named adapters and a few settings, in one YAML file. This one is
 [examples/deployment.yaml](../examples/deployment.yaml):

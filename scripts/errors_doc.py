@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from loramux_shared.codes import CODES, CURES, Subject
+from loramux_shared.faults import FAULTS
 from scripts.pages import table
-from shared.catalogue import CODES, CURES, Subject
-from shared.faults import FAULTS
 
 HEAD = """\
 # Reasons and codes
 
-<!-- Written by scripts/errors_doc.py from shared/catalogue.py and shared/faults.py: `make docs`. -->
+<!-- Written by scripts/errors_doc.py from codes.py and faults.py of shared/loramux_shared: `make docs`. -->
 
 A failed call has a canonical gRPC status, a `google.rpc.ErrorInfo` with domain `loramux` and one of the
 reasons below, and, where they apply, a `google.rpc.BadRequest` with one violation per finding and a

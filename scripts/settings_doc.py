@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from loramux_shared.settings import CLIENT_VARIABLES, BuilderSettings, InferenceSettings, Settings, variable
 from scripts.pages import default_of, one_line, table, type_of
-from shared.settings import CLIENT_VARIABLES, BuilderSettings, InferenceSettings, Settings, variable
 
 HEAD = """\
 # Settings
 
-<!-- Written by scripts/settings_doc.py from shared/settings.py: `make docs`. -->
+<!-- Written by scripts/settings_doc.py from shared/loramux_shared/settings.py: `make docs`. -->
 
 Every setting is a variable `LORAMUX_*`, read once at the start. Flags of `loramux serve`, `loramux builder`
 and `python -m inference_service` and `python -m builder_service` come first, then the variable, then the

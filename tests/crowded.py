@@ -9,8 +9,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from shared.descriptors import raise_limit
-from shared.telemetry import log_to_stderr
+from loramux_shared.descriptors import raise_limit
+from loramux_shared.telemetry import log_to_stderr
 from tests.endless import Endless, doors_of
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from shared.faults import BuildCancelled, Fault
+from loramux_shared.faults import BuildCancelled, Fault
 
 
 def held() -> Counter[str]:

@@ -13,9 +13,9 @@ from inference_service.openai_api.server import HttpServer
 from inference_service.rpc.servicer import SERVICE_NAME, InferenceServicer, register
 from inference_service.serving.request import Delta, Event, Request, Started
 from inference_service.serving.text import Text
-from shared.access.guard import NOBODY_GUARDS, Guard
-from shared.rpc import calls
-from shared.rpc.server import RpcServer
+from loramux_shared.access.guard import NOBODY_GUARDS, Guard
+from loramux_shared.rpc import calls
+from loramux_shared.rpc.server import RpcServer
 from tests.golden.openai.script import Case, Scripted
 from tests.raw_http import RawClient
 from tests.tiny import VOCAB, write_tokenizer

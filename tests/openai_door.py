@@ -12,8 +12,8 @@ import httpx
 from openai import AsyncOpenAI
 
 from inference_service.openai_api.server import HttpServer
-from inference_service.serving.startup import Ready
-from shared.storage.memory import MemoryStore
+from inference_service.startup.load import Ready
+from loramux_shared.storage.memory import MemoryStore
 from tests.service import until_free
 from tests.tiny import World, make_world
 

@@ -17,8 +17,8 @@ from inference_service.serving.engine_thread import EngineThread
 from inference_service.serving.request import Delta, Event, Finished, Request, Started
 from inference_service.serving.service import GenerationService, ServingLimits
 from inference_service.serving.text import Text
-from shared.access.guard import Guard
-from shared.access.keyring import Keyring
+from loramux_shared.access.guard import Guard
+from loramux_shared.access.keyring import Keyring
 from tests.tiny import VOCAB, write_tokenizer
 
 STATS = EngineStats(

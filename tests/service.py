@@ -6,8 +6,8 @@ import asyncio
 from typing import Any
 
 from inference_service.serving.service import Delta, Event, Request
-from inference_service.serving.startup import Ready
-from shared.storage.memory import MemoryStore
+from inference_service.startup.load import Ready
+from loramux_shared.storage.memory import MemoryStore
 from tests.tiny import World
 
 PROMPT = [5, 6, 7, 8]

@@ -13,8 +13,8 @@ from inference_service.serving.catalog import Catalog, ServedModel
 from inference_service.serving.engine_thread import EngineThread
 from inference_service.serving.service import GenerationService, ServingLimits
 from inference_service.serving.text import Text
-from shared.access.guard import NOBODY_GUARDS, Guard
-from shared.rpc.server import RpcServer
+from loramux_shared.access.guard import NOBODY_GUARDS, Guard
+from loramux_shared.rpc.server import RpcServer
 from tests.tiny import VOCAB, write_tokenizer
 
 MODELS = ("base", "all", "rs", "wide")

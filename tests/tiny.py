@@ -13,17 +13,17 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig
 
 from builder_service.pipeline.build import build
+from builder_service.pipeline.context import Workshop
 from builder_service.pipeline.progress import Progress
-from builder_service.pipeline.workshop import Workshop
 from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import FinishReason
 from inference_service.core.sequence import Sequence as EngineSequence
-from inference_service.serving.startup import Ready, load
-from shared.deployment import Deployment
-from shared.deployment_file import parse_deployment
-from shared.settings import InferenceSettings
-from shared.sources.open import open_sources
-from shared.storage.base import Store
+from inference_service.startup.load import Ready, load
+from loramux_shared.deployment import Deployment
+from loramux_shared.deployment_file import parse_deployment
+from loramux_shared.settings import InferenceSettings
+from loramux_shared.sources.open import open_sources
+from loramux_shared.storage.base import Store
 
 VOCAB = 199
 ADAPTERS: dict[str, dict[str, Any]] = {

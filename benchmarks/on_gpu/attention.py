@@ -26,7 +26,7 @@ from inference_service.kernels.attention import (
     prefill_tile,
 )
 from inference_service.kernels.launch import Launch
-from shared.bases.attention import AttentionSpec
+from loramux_shared.bases.attention import AttentionSpec
 
 BLOCK_SIZE: Final = 16
 

@@ -13,13 +13,13 @@ from torch import Tensor
 
 from benchmarks.on_gpu.model import SCALE, config_fields, config_of
 from builder_service.pipeline.build import build
+from builder_service.pipeline.context import Workshop
 from builder_service.pipeline.progress import Progress
-from builder_service.pipeline.workshop import Workshop
 from loramux.bench.workload import WORDS
-from shared.bundle.modules import BaseDims
-from shared.deployment_file import parse_deployment
-from shared.sources.open import open_sources
-from shared.storage.open import open_store
+from loramux_shared.bundle.modules import BaseDims
+from loramux_shared.deployment_file import parse_deployment
+from loramux_shared.sources.open import open_sources
+from loramux_shared.storage.open import open_store
 
 MODULES: Final = {
     "self_attn.q_proj": ("hidden", "q"),

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from inference_service.lora.weights import AdapterWeights, GroupWeights
-from shared.bases.config import ModelConfig
-from shared.bases.read import read_fields
+from loramux_shared.bases.config import ModelConfig
+from loramux_shared.bases.read import read_fields
 
 ARCHITECTURE: Final = "LlamaForCausalLM"
 LLAMA_8B: Final[dict[str, Any]] = {

@@ -15,6 +15,8 @@ from benchmarks.on_gpu.device import Device
 from benchmarks.on_gpu.model import LLAMA_8B, TINY, RandomTensors, config_of, random_adapter
 from benchmarks.on_gpu.run import Run
 from benchmarks.on_gpu.targets import OF_BASE
+from inference_service.backends.operations import TritonOperations
+from inference_service.backends.triton import TritonLora
 from inference_service.core.batch import Batch, Chunk
 from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import Adapter, Sequence
@@ -23,8 +25,6 @@ from inference_service.engine.graphs import Graph, Recorder
 from inference_service.engine.runner import Runner
 from inference_service.engine.scheduler import Limits
 from inference_service.engine.tape import CaptureRefused, Tape, TapeRecorder
-from inference_service.layers.operations import TritonOperations
-from inference_service.lora.triton_backend import TritonLora
 from inference_service.models.decoder import Decoder
 
 RANK: Final = 16

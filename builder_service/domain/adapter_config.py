@@ -8,13 +8,13 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Final
 
-from builder_service.domain.bounded import TooCostly
 from builder_service.domain.config_fields import PATTERNED, bad_config, bad_fields, unknown_fields
 from builder_service.domain.config_rules import refusals
 from builder_service.domain.patterns import BOUNDS, PatternsInvalid, Reading, read_names
 from builder_service.domain.peft_names import ALL_LINEAR
+from builder_service.domain.sandbox import TooCostly
 from builder_service.domain.strict_json import JsonInvalid, parse, shown
-from shared.faults import Finding
+from loramux_shared.faults import Finding
 
 DEFAULT_ALPHA: Final = 8.0
 """PEFT's own."""

@@ -7,8 +7,8 @@ from typing import Any, Final
 
 from builder_service.domain.patterns import MAX_PATTERN, MAX_PATTERNS
 from builder_service.domain.strict_json import quoted, shown
-from shared.faults import Finding
-from shared.wording import listed
+from loramux_shared.faults import Finding
+from loramux_shared.wording import listed
 
 FILE: Final = "adapter_config.json"
 MAX_RANK: Final = 1 << 16

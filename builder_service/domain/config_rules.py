@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Final
 
 from builder_service.domain.strict_json import quoted, shown
-from shared.faults import Finding
+from loramux_shared.faults import Finding
 
 _MERGE: Final = "Merge it into the base (merge_and_unload) and serve a full model."
 _CONVERTED: Final = (

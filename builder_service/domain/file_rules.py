@@ -7,9 +7,9 @@ from collections.abc import Collection
 from typing import Final
 
 from builder_service.domain.config_rules import MLX_FIX
-from shared.bundle.manifest import CONFIG_FILE, TEXT_FILES, WEIGHTS_FILE
-from shared.faults import Finding
-from shared.wording import listed
+from loramux_shared.bundle.manifest import CONFIG_FILE, TEXT_FILES, WEIGHTS_FILE
+from loramux_shared.faults import Finding
+from loramux_shared.wording import listed
 
 CONFIG: Final = "adapter_config.json"
 WEIGHTS: Final = "adapter_model.safetensors"

@@ -14,8 +14,8 @@ import numpy as np
 from builder_service.domain.grouping import Grouping
 from builder_service.domain.safetensors_header import READABLE, Tensor, TensorFile
 from builder_service.domain.tensor_names import FullKey, is_embedding
-from shared.faults import Finding
-from shared.wording import listed
+from loramux_shared.faults import Finding
+from loramux_shared.wording import listed
 
 PIECE: Final = 1 << 20
 """Elements that are compared at once."""

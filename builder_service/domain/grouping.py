@@ -7,8 +7,8 @@ from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Final
 
-from shared.faults import Finding
-from shared.wording import listed
+from loramux_shared.faults import Finding
+from loramux_shared.wording import listed
 
 SHOWN: Final = 3
 """Places that a finding names before it counts the others."""

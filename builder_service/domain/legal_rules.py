@@ -7,8 +7,8 @@ from builder_service.domain.config_fields import FILE
 from builder_service.domain.grouping import Grouping
 from builder_service.domain.peft_names import ends
 from builder_service.domain.tensor_rules import Pair
-from shared.bundle.modules import BaseDims
-from shared.faults import Finding
+from loramux_shared.bundle.modules import BaseDims
+from loramux_shared.faults import Finding
 
 
 def legal_findings(pairs: list[Pair], config: AdapterConfig, dims: BaseDims) -> list[Finding]:

@@ -20,10 +20,10 @@ from builder_service.domain.file_rules import KEYS_FILE
 from builder_service.domain.grouping import Grouping
 from builder_service.domain.peft_names import ALL_LINEAR
 from builder_service.domain.safetensors_header import READABLE, Tensor, TensorFile
-from shared.bundle.manifest import CONFIG_FILE, WEIGHTS_FILE
-from shared.bundle.modules import BY_ID, FUSED, BaseDims, Module
-from shared.bundle.npy import Array, Header, parse_header
-from shared.faults import BundleCorrupt, Finding
+from loramux_shared.bundle.manifest import CONFIG_FILE, WEIGHTS_FILE
+from loramux_shared.bundle.modules import BY_ID, FUSED, BaseDims, Module
+from loramux_shared.bundle.npy import Array, Header, parse_header
+from loramux_shared.faults import BundleCorrupt, Finding
 
 CONFIG_FILES: Final = (CONFIG_FILE, KEYS_FILE)
 MAX_HEADER: Final = 4096

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from builder_service.domain import peft_names
-from builder_service.domain.bounded import Bounds, ask
+from builder_service.domain.sandbox import Bounds, ask
 
 MAX_PATTERN: Final = 4096
 """Characters of one pattern."""

@@ -19,9 +19,9 @@ from builder_service.domain.safetensors_header import HeaderInvalid, TensorFile,
 from builder_service.domain.strict_json import shown
 from builder_service.domain.tensor_rules import EMPTY_FIX, Limits, check_pairs, sort_tensors
 from builder_service.domain.value_rules import Part, check_values
-from shared.bundle.manifest import Coverage, FileDigest, Row
-from shared.deployment import Dtype
-from shared.faults import Finding
+from loramux_shared.bundle.manifest import Coverage, FileDigest, Row
+from loramux_shared.deployment import Dtype
+from loramux_shared.faults import Finding
 
 MAX_CONFIG = 4 << 20
 """Bytes of a config."""

@@ -19,7 +19,7 @@ import ml_dtypes
 import numpy as np
 
 from builder_service.domain.strict_json import JsonInvalid, parse
-from shared.bundle.npy import Array
+from loramux_shared.bundle.npy import Array
 
 MAX_HEADER: Final = 16 << 20
 """Bytes; a shard of a hundred thousand tensors has about half of it."""

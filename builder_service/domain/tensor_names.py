@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Final, Literal, TypeAlias
 
-from shared.bundle.modules import BY_HF, FUSED, Module
+from loramux_shared.bundle.modules import BY_HF, FUSED, Module
 
 # Names that wrappers of the trained model leave in the keys, wherever they stand.
 _WRAPPERS: Final = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})

@@ -12,7 +12,7 @@ from builder_service.domain.full_tensors import EMBED_FIX, FullTensor
 from builder_service.domain.grouping import Grouping
 from builder_service.domain.safetensors_header import READABLE, Tensor, TensorFile
 from builder_service.domain.tensor_names import FullKey, LoraKey, RefusedKey, nearest_key, parse_key
-from shared.bundle.modules import BY_HF, BaseDims, Module
+from loramux_shared.bundle.modules import BY_HF, BaseDims, Module
 
 _MERGE: Final = "Merge it into the base (merge_and_unload) and serve a full model."
 _KEY_FIXES: Final = {

@@ -6,10 +6,10 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from builder_service.domain.strict_json import JsonInvalid, parse, shown
-from shared.bundle.manifest import TEXT_FILES
-from shared.faults import Finding
-from shared.sampling import MAX_TEMPERATURE
-from shared.wording import listed
+from loramux_shared.bundle.manifest import TEXT_FILES
+from loramux_shared.faults import Finding
+from loramux_shared.sampling import MAX_TEMPERATURE
+from loramux_shared.wording import listed
 
 TEMPLATE, GENERATION, TOKENIZER = TEXT_FILES
 MAX_BYTES: Final = {

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from shared.bundle.npy import Array
+from loramux_shared.bundle.npy import Array
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,11 @@ from builder_service.domain.adapter_config import AdapterConfig
 from builder_service.domain.grouping import Grouping
 from builder_service.domain.safetensors_header import READABLE, Tensor, TensorFile
 from builder_service.domain.tensor_rules import Pair
-from shared.bundle.modules import BaseDims, Module
-from shared.bundle.norms import Norms, row_norms
-from shared.bundle.npy import NUMPY_TYPES, Array, cast
-from shared.deployment import Dtype
-from shared.faults import Finding
+from loramux_shared.bundle.modules import BaseDims, Module
+from loramux_shared.bundle.norms import Norms, row_norms
+from loramux_shared.bundle.npy import NUMPY_TYPES, Array, cast
+from loramux_shared.deployment import Dtype
+from loramux_shared.faults import Finding
 
 UNDERFLOW_SHARE: Final = 0.01
 SCALES: Final = (1e-3, 64.0)

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Final
 
 from builder_service.domain import tokens
-from builder_service.domain.bounded import Bounds, TooCostly, ask
 from builder_service.domain.file_rules import TOKEN_FILES
 from builder_service.domain.full_tensors import EMBED_FIX
-from shared.bundle.manifest import FileDigest
-from shared.faults import Finding
+from builder_service.domain.sandbox import Bounds, TooCostly, ask
+from loramux_shared.bundle.manifest import FileDigest
+from loramux_shared.faults import Finding
 
 BOUNDS: Final = Bounds(cpu_s=15.0, memory_bytes=1 << 30)
 """For two tokenizers of 262,144 tokens, of 33 MB each, it takes 2 s and 0.4 GB."""

@@ -9,12 +9,12 @@ from typing import Final
 
 from builder_service.domain.safetensors_header import HeaderInvalid, TensorFile, read_header
 from builder_service.domain.strict_json import JsonInvalid, parse
-from shared.bundle.manifest import BaseRecord, FileDigest
-from shared.faults import BundleCorrupt, CheckpointInvalid
-from shared.sources.base import Progress, Room, unwatched
-from shared.sources.checkpoint import INDEX, WEIGHTS
-from shared.sources.files import hash_file
-from shared.sources.open import Sources
+from loramux_shared.bundle.manifest import BaseRecord, FileDigest
+from loramux_shared.faults import BundleCorrupt, CheckpointInvalid
+from loramux_shared.sources.base import Progress, Room, unwatched
+from loramux_shared.sources.checkpoint import INDEX, WEIGHTS
+from loramux_shared.sources.files import hash_file
+from loramux_shared.sources.open import Sources
 
 MAX_INDEX: Final = 64 << 20
 

@@ -8,22 +8,22 @@ from datetime import UTC, datetime
 
 from builder_service.domain.rules import Rulebook
 from builder_service.pipeline.base_weights import BaseWeights
+from builder_service.pipeline.context import Workshop
 from builder_service.pipeline.intake import Intake
 from builder_service.pipeline.output import Output, batches
 from builder_service.pipeline.progress import Progress
 from builder_service.pipeline.prove import prove_adapters, require_prover
 from builder_service.pipeline.space import BASE_FILES
 from builder_service.pipeline.validate import ValidAdapter, rulebook
-from builder_service.pipeline.workshop import Workshop
-from shared.bundle.deployments import current_generation, publish_generation
-from shared.bundle.manifest import AdapterRecord, BaseRecord, Generation
-from shared.bundle.proof import Proof
-from shared.deployment import Deployment
-from shared.faults import BundleCorrupt, Fault
-from shared.sources.base import Room
-from shared.sources.checkpoint import Base, describe_base
-from shared.storage.base import Store
-from shared.storage.patient import PatientStore
+from loramux_shared.bundle.deployments import current_generation, publish_generation
+from loramux_shared.bundle.manifest import AdapterRecord, BaseRecord, Generation
+from loramux_shared.bundle.proof import Proof
+from loramux_shared.deployment import Deployment
+from loramux_shared.faults import BundleCorrupt, Fault
+from loramux_shared.sources.base import Room
+from loramux_shared.sources.checkpoint import Base, describe_base
+from loramux_shared.storage.base import Store
+from loramux_shared.storage.patient import PatientStore
 
 
 @dataclass(frozen=True)

@@ -10,16 +10,16 @@ from typing import Final
 
 from builder_service.domain.rules import base_warning
 from builder_service.pipeline.base_weights import BaseWeights
+from builder_service.pipeline.context import Workshop
 from builder_service.pipeline.fetch import fetch_adapters
 from builder_service.pipeline.progress import Progress
 from builder_service.pipeline.space import BASE_FILES
 from builder_service.pipeline.validate import check_deployment, check_fetched, rulebook
-from builder_service.pipeline.workshop import Workshop
-from shared.bundle.manifest import FileDigest, Row
-from shared.bundle.npy import CONFIG_DESCR, DESCR, NUMPY_TYPES, header_bytes
-from shared.deployment import Deployment, Dtype, Repository
-from shared.faults import BuildInterrupted, Fault, Finding, ResourcesExhausted, ShuttingDown
-from shared.sources.checkpoint import describe_base
+from loramux_shared.bundle.manifest import FileDigest, Row
+from loramux_shared.bundle.npy import CONFIG_DESCR, DESCR, NUMPY_TYPES, header_bytes
+from loramux_shared.deployment import Deployment, Dtype, Repository
+from loramux_shared.faults import BuildInterrupted, Fault, Finding, ResourcesExhausted, ShuttingDown
+from loramux_shared.sources.checkpoint import describe_base
 
 ADAPTER: Final = "adapter"
 """The name of the one adapter of a check."""

@@ -14,8 +14,15 @@ from builder_service.domain.file_rules import weight_files
 from builder_service.domain.rules import CheckedAdapter, PlannedRow
 from builder_service.pipeline.progress import Progress, Stage
 from builder_service.pipeline.validate import ValidAdapter
-from shared.bundle.manifest import CONFIG_FILE, TEXT_FILES, WEIGHTS_FILE, FileDigest, Manifest, sha256_hex
-from shared.bundle.npy import (
+from loramux_shared.bundle.manifest import (
+    CONFIG_FILE,
+    TEXT_FILES,
+    WEIGHTS_FILE,
+    FileDigest,
+    Manifest,
+    sha256_hex,
+)
+from loramux_shared.bundle.npy import (
     NUMPY_TYPES,
     Array,
     cast,
@@ -23,9 +30,9 @@ from shared.bundle.npy import (
     weights_pieces,
     write_checked,
 )
-from shared.bundle.proof import Proof
-from shared.deployment import Dtype
-from shared.faults import InternalFault
+from loramux_shared.bundle.proof import Proof
+from loramux_shared.deployment import Dtype
+from loramux_shared.faults import InternalFault
 
 CONFIG_COLUMNS: Final = 4
 PIECE: Final = 1 << 18

@@ -13,12 +13,12 @@ from builder_service.domain.file_rules import extra_files, file_findings, wanted
 from builder_service.domain.text_rules import too_large
 from builder_service.pipeline.progress import STOPS, Progress, Stage
 from builder_service.pipeline.space import Space
-from shared.bundle.manifest import FileDigest
-from shared.deployment import Repository
-from shared.faults import Fault, Finding, SourceRefused
-from shared.sources.base import Resolved, Source
-from shared.sources.open import Sources
-from shared.wording import listed
+from loramux_shared.bundle.manifest import FileDigest
+from loramux_shared.deployment import Repository
+from loramux_shared.faults import Fault, Finding, SourceRefused
+from loramux_shared.sources.base import Resolved, Source
+from loramux_shared.sources.open import Sources
+from loramux_shared.wording import listed
 
 T = TypeVar("T")
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, TextIO
 
-from shared.faults import ResourcesExhausted
+from loramux_shared.faults import ResourcesExhausted
 
 SLOTS: Final = 100
 """Builders that share one work folder."""

@@ -13,12 +13,12 @@ from typing import Final, TypeAlias
 from builder_service.domain.file_rules import WEIGHTS
 from builder_service.domain.rules import CheckedAdapter, Rulebook
 from builder_service.domain.safetensors_header import HeaderInvalid, read_header
+from builder_service.pipeline.context import Workshop
 from builder_service.pipeline.fetch import FetchedAdapter, ListedAdapter, fetch_adapter, gathered, list_adapters
 from builder_service.pipeline.progress import Progress, Stage
 from builder_service.pipeline.space import Space
 from builder_service.pipeline.validate import ValidAdapter, check_fetched, refuse_any
-from builder_service.pipeline.workshop import Workshop
-from shared.deployment import Repository
+from loramux_shared.deployment import Repository
 
 HEAVY_FILE: Final = 32 << 20
 HEAVY_BYTES: Final = 8 << 20

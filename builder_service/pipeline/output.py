@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from builder_service.domain.rules import base_warning
+from builder_service.pipeline.context import Workshop
 from builder_service.pipeline.convert import BuiltBundle, bundle_bytes, convert_adapter
 from builder_service.pipeline.fetch import gathered
 from builder_service.pipeline.intake import Identity, identity
@@ -14,10 +15,9 @@ from builder_service.pipeline.progress import Progress, Stage
 from builder_service.pipeline.publish import publish_bundle
 from builder_service.pipeline.space import Space
 from builder_service.pipeline.validate import ValidAdapter
-from builder_service.pipeline.workshop import Workshop
-from shared.bundle.proof import Proof
-from shared.deployment import Dtype
-from shared.storage.base import Store
+from loramux_shared.bundle.proof import Proof
+from loramux_shared.deployment import Dtype
+from loramux_shared.storage.base import Store
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any, Final
 
-from shared.bundle.manifest import Manifest
-from shared.faults import BuildCancelled, BuildInterrupted, BuildTimedOut, Fault, Finding
+from loramux_shared.bundle.manifest import Manifest
+from loramux_shared.faults import BuildCancelled, BuildInterrupted, BuildTimedOut, Fault, Finding
 
 STOPS: Final = (BuildInterrupted, BuildCancelled, BuildTimedOut)
 """What a build ends with that was asked to end."""

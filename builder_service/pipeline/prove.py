@@ -19,16 +19,16 @@ from pydantic import ValidationError
 
 from builder_service.pipeline.progress import Progress, Stage
 from builder_service.pipeline.validate import ValidAdapter
-from shared.bundle.manifest import BaseRecord
-from shared.bundle.proof import Proof
-from shared.deployment import Build
-from shared.faults import FAULTS, AdapterInvalid, InternalFault, ResourcesExhausted, SettingsInvalid
-from shared.sources.base import Room, unwatched
-from shared.sources.checkpoint import fetch_base
-from shared.sources.open import Sources
+from loramux_shared.bundle.manifest import BaseRecord
+from loramux_shared.bundle.proof import Proof
+from loramux_shared.deployment import Build
+from loramux_shared.faults import FAULTS, AdapterInvalid, InternalFault, ResourcesExhausted, SettingsInvalid
+from loramux_shared.sources.base import Room, unwatched
+from loramux_shared.sources.checkpoint import fetch_base
+from loramux_shared.sources.open import Sources
 
 NEEDS: Final = ("torch", "inference_service")
-MODULE: Final = "inference_service.prove"
+MODULE: Final = "inference_service.proof.prove"
 LIMIT_S: Final = 3600.0
 """A base of 70e9 parameters is read and computed in about half of it on a machine of 32 cores."""
 POLL_S: Final = 0.05

@@ -8,8 +8,8 @@ import structlog
 
 from builder_service.pipeline.convert import BuiltBundle
 from builder_service.pipeline.progress import Progress, Stage
-from shared.bundle.manifest import MANIFEST_FILE, bundle_key
-from shared.storage.base import ObjectMissing, Store
+from loramux_shared.bundle.manifest import MANIFEST_FILE, bundle_key
+from loramux_shared.storage.base import ObjectMissing, Store
 
 log = structlog.get_logger()
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from shared.faults import ResourcesExhausted
-from shared.sources.base import Room
+from loramux_shared.faults import ResourcesExhausted
+from loramux_shared.sources.base import Room
 
 RESERVE_BYTES: Final = 256 << 20
 """Stays free for everything else on the disk."""

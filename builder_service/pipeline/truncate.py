@@ -10,11 +10,11 @@ from typing import Final
 from builder_service.domain.rules import CheckedAdapter, PlannedRow
 from builder_service.domain.safetensors_header import Tensor, TensorFile
 from builder_service.domain.truncation import LowRank, best_approximation
-from shared.bundle.manifest import Truncation
-from shared.bundle.norms import row_norms
-from shared.bundle.npy import Array, cast
-from shared.deployment import Dtype
-from shared.faults import Finding
+from loramux_shared.bundle.manifest import Truncation
+from loramux_shared.bundle.norms import row_norms
+from loramux_shared.bundle.npy import Array, cast
+from loramux_shared.deployment import Dtype
+from loramux_shared.faults import Finding
 
 SCRATCH: Final = "truncated.bin"
 """A and B of the approximations in float32, one after the other."""

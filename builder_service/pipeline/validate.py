@@ -17,12 +17,12 @@ from builder_service.pipeline.base_weights import BaseWeights
 from builder_service.pipeline.fetch import FetchedAdapter
 from builder_service.pipeline.progress import Progress, Stage
 from builder_service.pipeline.truncate import truncate_adapter
-from shared.bases.config import ModelConfig
-from shared.bundle.manifest import TEXT_FILES, Coverage
-from shared.bundle.modules import BY_HF, BY_NAME
-from shared.deployment import Deployment, Dtype, LoraConfiguration
-from shared.faults import AdapterInvalid, DeploymentInvalid, Finding
-from shared.wording import listed
+from loramux_shared.bases.config import ModelConfig
+from loramux_shared.bundle.manifest import TEXT_FILES, Coverage
+from loramux_shared.bundle.modules import BY_HF, BY_NAME
+from loramux_shared.deployment import Deployment, Dtype, LoraConfiguration
+from loramux_shared.faults import AdapterInvalid, DeploymentInvalid, Finding
+from loramux_shared.wording import listed
 
 # TensorRT-LLM's other modules: deployment files name them as a ceiling, adapters here have none of them.
 OTHER_MODULES: Final = frozenset({

@@ -6,19 +6,19 @@ from datetime import datetime
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
+from builder_service.builds.views import DeploymentView
 from builder_service.pipeline.check import ADAPTER, AdapterReport
 from builder_service.pipeline.progress import AdapterProgress
-from builder_service.pipeline.views import DeploymentView
 from loramux.builder.v1 import builder_pb2 as pb
-from shared.bundle.manifest import Row
-from shared.deployment import Deployment
-from shared.faults import Fault
-from shared.rpc.messages import (
+from loramux.messages import (
     DTYPES,
     deployment_from_message,
     finding_to_message,
     repository_to_message,
 )
+from loramux_shared.bundle.manifest import Row
+from loramux_shared.deployment import Deployment
+from loramux_shared.faults import Fault
 
 
 def deployment_message(view: DeploymentView) -> pb.Deployment:

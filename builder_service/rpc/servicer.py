@@ -7,19 +7,19 @@ from dataclasses import replace
 
 import grpc
 
-from builder_service.pipeline.builds import Builds
+from builder_service.builds.builds import Builds
 from builder_service.pipeline.check import Checks
 from builder_service.pipeline.progress import AdapterProgress
 from builder_service.rpc.mapping import checked_deployment, deployment_message, report_message
 from loramux.builder.v1 import builder_pb2 as pb
 from loramux.builder.v1 import builder_pb2_grpc
-from shared.rpc.messages import deployment_from_message
+from loramux.messages import deployment_from_message
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["BuilderService"].full_name
 
 
 class BuilderServicer(builder_pb2_grpc.BuilderServiceServicer):
-    """What a fault becomes is the server's business; see shared.rpc.server."""
+    """What a fault becomes is the server's business; see loramux_shared.rpc.server."""
 
     def __init__(self, builds: Builds, checks: Checks) -> None:
         self._builds = builds

@@ -9,6 +9,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from inference_service.backends.attention import TritonAttention
+from inference_service.backends.base import LoraBackend
 from inference_service.core.batch import Batch
 from inference_service.core.sequence import Sequence, Token
 from inference_service.engine.buffers import StepBuffers, StepCapacity, StepMemory, device_params
@@ -19,8 +21,6 @@ from inference_service.engine.runner import Runner
 from inference_service.engine.scheduler import Limits
 from inference_service.kernels.sampling import pack_rows, sample
 from inference_service.kernels.sgmv import Segments
-from inference_service.layers.attention import TritonAttention
-from inference_service.lora.backend import LoraBackend
 from inference_service.models.decoder import Decoder
 
 

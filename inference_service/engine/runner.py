@@ -8,6 +8,7 @@ from itertools import chain
 import torch
 from torch import Tensor
 
+from inference_service.backends.base import LoraBackend
 from inference_service.core.batch import Batch
 from inference_service.core.sequence import Sequence, Token
 from inference_service.engine.logprobs import score_prompt
@@ -15,7 +16,6 @@ from inference_service.engine.rows import Rows, lay_out
 from inference_service.engine.sampler import sample
 from inference_service.engine.step import Pending
 from inference_service.engine.transfer import to_device
-from inference_service.lora.backend import LoraBackend
 from inference_service.models.decoder import Decoder
 
 

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from shared.bases.rope import Linear, Llama3, LongRope, RopeSpec, Yarn
+from loramux_shared.bases.rope import Linear, Llama3, LongRope, RopeSpec, Yarn
 
 
 def frequencies(spec: RopeSpec) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from inference_service.kernels.sgmv import Group, Slices
 from inference_service.lora.weights import AdapterWeights, GroupWeights
-from shared.bases.groups import GroupShape
+from loramux_shared.bases.groups import GroupShape
 
 GROWTH: Final = 1.25
 """Memory that is too small grows by at least this, so that loading n adapters does not copy all n times."""

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from inference_service.lora.weights import Matrices
-from shared.bundle.npy import Array
-from shared.bundle.reader import Bundle
-from shared.deployment import Dtype
+from loramux_shared.bundle.npy import Array
+from loramux_shared.bundle.reader import Bundle
+from loramux_shared.deployment import Dtype
 
 
 def matrices(bundle: Bundle) -> Iterator[Matrices]:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from shared.bases.groups import GroupShape
-from shared.faults import BundleCorrupt
+from loramux_shared.bases.groups import GroupShape
+from loramux_shared.faults import BundleCorrupt
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from inference_service.models.shard import ShardInvalid, read_shard
-from shared.bundle.manifest import FileDigest
-from shared.faults import CheckpointInvalid
-from shared.sources.files import hash_file
+from loramux_shared.bundle.manifest import FileDigest
+from loramux_shared.faults import CheckpointInvalid
+from loramux_shared.sources.files import hash_file
 
 INDEX = "model.safetensors.index.json"
 Verify = Callable[[str, FileDigest], None]

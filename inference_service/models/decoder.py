@@ -12,17 +12,17 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from inference_service.backends.attention import Attention
+from inference_service.backends.base import LoraBackend
+from inference_service.backends.operations import Operations, TorchOperations
 from inference_service.kernels.attention import Context
-from inference_service.layers.attention import Attention
 from inference_service.layers.linear import Linear
 from inference_service.layers.norm import RMSNorm
-from inference_service.layers.operations import Operations, TorchOperations
 from inference_service.layers.rope import Rope
-from inference_service.lora.backend import LoraBackend
 from inference_service.lora.weights import AdapterWeights
 from inference_service.models.checkpoint import Tensors
 from inference_service.models.weights import Weights
-from shared.bases.config import ModelConfig
+from loramux_shared.bases.config import ModelConfig
 
 
 @dataclass(frozen=True)

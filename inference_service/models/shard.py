@@ -17,7 +17,7 @@ from typing import IO, Any, Final
 import torch
 from torch import Tensor
 
-from shared.bundle.manifest import FileDigest
+from loramux_shared.bundle.manifest import FileDigest
 
 TYPES: Final = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 """What is served, by safetensors' names."""

@@ -11,9 +11,9 @@ from inference_service.layers.linear import Linear
 from inference_service.layers.norm import RMSNorm
 from inference_service.lora.weights import AdapterWeights, GroupWeights
 from inference_service.models.checkpoint import Tensors
-from shared.bases.attention import AttentionSpec
-from shared.bases.config import ModelConfig
-from shared.bases.groups import GroupShape
+from loramux_shared.bases.attention import AttentionSpec
+from loramux_shared.bases.config import ModelConfig
+from loramux_shared.bases.groups import GroupShape
 
 
 @dataclass(frozen=True)

@@ -18,12 +18,12 @@ from inference_service.openai_api.errors import on_failure, on_fault, on_http_er
 from inference_service.openai_api.front import Front
 from inference_service.openai_api.page import page_files
 from inference_service.serving.service import GenerationService
-from shared.access.asgi import AccessMiddleware
-from shared.access.keyring import Keyring
-from shared.access.rights import Scope
-from shared.faults import Fault
-from shared.tracing.asgi import TraceMiddleware
-from shared.tracing.door import DoorSpans
+from loramux_shared.access.asgi import AccessMiddleware
+from loramux_shared.access.keyring import Keyring
+from loramux_shared.access.rights import Scope
+from loramux_shared.faults import Fault
+from loramux_shared.tracing.asgi import TraceMiddleware
+from loramux_shared.tracing.door import DoorSpans
 
 Handler = Callable[[GenerationService, HttpRequest], Awaitable[Response]]
 

@@ -11,8 +11,8 @@ from starlette.requests import Request
 from inference_service.openai_api.errors import invalid_body
 from inference_service.openai_api.schema import Body
 from inference_service.serving.json_size import unfolds_to
-from shared.faults import RequestInvalid
-from shared.rpc.options import MAX_REQUEST_BYTES
+from loramux_shared.faults import RequestInvalid
+from loramux_shared.rpc.options import MAX_REQUEST_BYTES
 
 B = TypeVar("B", bound=Body)
 MAX_DISCARDED_BYTES: Final = 64 * 1024 * 1024

@@ -11,8 +11,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from inference_service.openai_api.reply import Json, json_response
-from shared.faults import Fault, Finding, InternalFault, RequestInvalid, Status
-from shared.near import MAX_FINDINGS, nearest
+from loramux_shared.faults import Fault, Finding, InternalFault, RequestInvalid, Status
+from loramux_shared.near import MAX_FINDINGS, nearest
 
 STATUSES: Final = {
     Status.INVALID_ARGUMENT: 400,

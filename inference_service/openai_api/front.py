@@ -16,7 +16,7 @@ from structlog.contextvars import bound_contextvars
 
 from inference_service.openai_api.errors import error_response
 from inference_service.serving.bounds import SANE_ID
-from shared.faults import ShuttingDown
+from loramux_shared.faults import ShuttingDown
 
 log = structlog.get_logger()
 DRAINING: Final = "the server is shutting down and takes no new requests. Retry with another replica."

@@ -17,7 +17,7 @@ from inference_service.serving.json_size import check_texts
 from inference_service.serving.request import Message, Prompt, Request, told
 from inference_service.serving.service import GenerationService
 from inference_service.serving.turns import role_of
-from shared.faults import Finding, RequestInvalid
+from loramux_shared.faults import Finding, RequestInvalid
 
 STRUCTURED = "structured_outputs"
 DEFAULT_TEMPERATURE = 1.0

@@ -12,7 +12,7 @@ from inference_service.openai_api.reply import Json, json_response
 from inference_service.serving.catalog import ServedModel
 from inference_service.serving.service import GenerationService
 from inference_service.serving.telemetry.metrics import CONTENT_TYPE
-from shared.faults import Finding, RequestInvalid
+from loramux_shared.faults import Finding, RequestInvalid
 
 
 async def list_models(service: GenerationService, http: HttpRequest) -> Response:  # noqa: ARG001

@@ -20,7 +20,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from inference_service.openai_api.errors import error_body, refused_body, status_of
 from inference_service.openai_api.front import DRAINING
 from inference_service.openai_api.reply import Json
-from shared.faults import ShuttingDown
+from loramux_shared.faults import ShuttingDown
 
 MAX_HEAD_BYTES: Final = 64 * 1024
 """Of a request's line and headers, of its trailers, or of one chunk's head; and what one read brings more."""

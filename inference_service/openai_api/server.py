@@ -14,10 +14,10 @@ from inference_service.openai_api.app import create_app
 from inference_service.openai_api.connections import Connections
 from inference_service.openai_api.protocol import USUAL, BoundedHttp, Patience
 from inference_service.serving.service import GenerationService
-from shared.access.guard import NOBODY_GUARDS, Guard
-from shared.descriptors import connections_of_a_door
-from shared.faults import SettingsInvalid
-from shared.tracing.door import DoorSpans
+from loramux_shared.access.guard import NOBODY_GUARDS, Guard
+from loramux_shared.descriptors import connections_of_a_door
+from loramux_shared.faults import SettingsInvalid
+from loramux_shared.tracing.door import DoorSpans
 
 CUT_S: Final = 1.0
 """For what a drain cuts off to tell its client so, and for its connection to close."""

@@ -13,7 +13,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from inference_service.openai_api.errors import error_body
 from inference_service.openai_api.reply import DONE, Json, event
-from shared.faults import Fault
+from loramux_shared.faults import Fault
 
 T = TypeVar("T")
 HEADERS = (

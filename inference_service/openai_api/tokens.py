@@ -12,8 +12,8 @@ from inference_service.openai_api.chat_schema import TokenizeBody
 from inference_service.openai_api.mapping import messages_of, refused
 from inference_service.openai_api.reply import json_response
 from inference_service.openai_api.schema import DetokenizeBody
+from inference_service.serving.adapter_defaults import NOTHING
 from inference_service.serving.bounds import check_turns
-from inference_service.serving.brought import NOTHING
 from inference_service.serving.lengths import countable
 from inference_service.serving.service import GenerationService
 

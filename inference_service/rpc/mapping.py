@@ -15,7 +15,7 @@ from inference_service.serving.lengths import countable
 from inference_service.serving.request import Delta, Event, Finished, PromptLogprobs, Request, Started
 from inference_service.serving.text import Text
 from loramux.inference.v1 import inference_pb2 as pb
-from shared.faults import Finding, RequestInvalid
+from loramux_shared.faults import Finding, RequestInvalid
 
 TRANSLATED: Final = frozenset({"text", "token_ids", "messages", "tools", "sampling", "constraint"})
 """Fields that `Request` has otherwise; all others have their name there."""

@@ -13,7 +13,7 @@ from inference_service.serving.lengths import check_ids
 from inference_service.serving.request import Message, Prompt
 from inference_service.serving.turns import role_of
 from loramux.inference.v1 import inference_pb2 as pb
-from shared.faults import Finding, RequestInvalid
+from loramux_shared.faults import Finding, RequestInvalid
 
 _KINDS: Mapping[str, Kind] = {
     "json_object": "json_object",

@@ -12,9 +12,9 @@ from typing import Any, Final
 from inference_service.serving.lengths import check_ids, countable
 from inference_service.serving.request import Message, Request
 from inference_service.serving.turns import Rule, rules_of_the_end, rules_of_tools, rules_of_turns
-from shared.faults import Finding, RequestInvalid
-from shared.near import MAX_FINDINGS
-from shared.sampling import MAX_TEMPERATURE
+from loramux_shared.faults import Finding, RequestInvalid
+from loramux_shared.near import MAX_FINDINGS
+from loramux_shared.sampling import MAX_TEMPERATURE
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 from inference_service.core.sequence import Adapter
-from inference_service.serving.brought import NOTHING, Brought
-from shared.access.rights import ACCESS
-from shared.faults import ModelNotFound
-from shared.wording import listed
+from inference_service.serving.adapter_defaults import NOTHING, Brought
+from loramux_shared.access.rights import ACCESS
+from loramux_shared.faults import ModelNotFound
+from loramux_shared.wording import listed
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ import secrets
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from inference_service.serving.bounded.pool import BoundedPool
-from shared.faults import CheckpointInvalid, Finding, RequestInvalid
+from inference_service.serving.sandbox.pool import BoundedPool
+from loramux_shared.faults import CheckpointInvalid, Finding, RequestInvalid
 
 MAX_TEMPLATE_CHARS: Final = 1_000_000
 MAX_PROCESSES: Final = 4

@@ -18,10 +18,10 @@ import numpy as np
 from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
 
 from inference_service.core.constraint import Constraint, Grammar
-from inference_service.serving.bounded.grammars import LIMITS
-from inference_service.serving.bounded.process import BoundedProcess
+from inference_service.serving.sandbox.grammars import LIMITS
+from inference_service.serving.sandbox.process import BoundedProcess
 from inference_service.serving.text import Text
-from shared.faults import Finding, RequestInvalid
+from loramux_shared.faults import Finding, RequestInvalid
 
 if TYPE_CHECKING:
     from llguidance._lib import JsonCompileOptions

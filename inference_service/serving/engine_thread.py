@@ -15,7 +15,7 @@ import structlog
 
 from inference_service.core.sequence import Sequence, StepOutput
 from inference_service.engine.engine import Crowd, Engine, EngineStats
-from shared.faults import Fault, QueueFull, ShuttingDown
+from loramux_shared.faults import Fault, QueueFull, ShuttingDown
 
 CUT: Final = "the server shut down before the answer was complete. Retry with another replica."
 

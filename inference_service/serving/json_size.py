@@ -7,7 +7,7 @@ from typing import Final
 
 import numpy as np
 
-from shared.faults import RequestInvalid
+from loramux_shared.faults import RequestInvalid
 
 MAX_VALUES: Final = 1024 * 1024
 """256 prompts of 4096 token ids."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sized
 from typing import Final
 
-from shared.faults import PromptTooLong
+from loramux_shared.faults import PromptTooLong
 
 COUNTED: Final = 128 * 1024
 """Tokens that are made of a text that may have more than what is served: it is counted, or cut."""

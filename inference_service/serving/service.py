@@ -16,9 +16,9 @@ import numpy as np
 from inference_service.core.constraint import Constraint, Grammar
 from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import Sequence
+from inference_service.serving.adapter_defaults import Brought
 from inference_service.serving.answer import Answer
 from inference_service.serving.bounds import check
-from inference_service.serving.brought import Brought
 from inference_service.serving.catalog import Catalog, ServedModel
 from inference_service.serving.constraints import Constraints
 from inference_service.serving.engine_thread import EngineThread, Outputs
@@ -38,7 +38,7 @@ from inference_service.serving.telemetry.metrics import Metrics
 from inference_service.serving.telemetry.record import Watcher, following
 from inference_service.serving.telemetry.replica import EngineView
 from inference_service.serving.text import StopTexts, Text
-from shared.faults import PromptTooLong, RequestInvalid
+from loramux_shared.faults import PromptTooLong, RequestInvalid
 
 __all__ = [
     "Constraint",

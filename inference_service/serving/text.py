@@ -13,7 +13,7 @@ from tokenizers.decoders import DecodeStream
 
 from inference_service.serving.chat_template import ChatTemplate
 from inference_service.serving.vocabulary import Vocabulary
-from shared.faults import CheckpointInvalid, Finding, PromptTooLong, RequestInvalid
+from loramux_shared.faults import CheckpointInvalid, Finding, PromptTooLong, RequestInvalid
 
 SLICE_CHARS: Final = 32 * 1024
 CUT_TOKENS: Final = 256

@@ -13,7 +13,7 @@ from loramux.bench.figures import Outcome, percentile
 from loramux.bench.workload import Ask, Workload, arrivals
 from loramux.client import AsyncClient
 from loramux.records import Delta, Finished, GenerateOptions, Started
-from shared.faults import Fault
+from loramux_shared.faults import Fault
 
 MOST_CPU = 0.8
 MOST_LAG_S = 0.02

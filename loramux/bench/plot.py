@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from loramux.bench.figures import Outcome
-from shared.faults import SettingsInvalid
+from loramux_shared.faults import SettingsInvalid
 
 NAMED = 10
 """Models with a colour and a name of their own; more are drawn grey, and all together in black."""

@@ -11,7 +11,7 @@ from typing import Any
 
 from loramux.client import AsyncClient
 from loramux.records import GenerateOptions, Prompt
-from shared.faults import RequestInvalid
+from loramux_shared.faults import RequestInvalid
 
 _TEXT = """
     the river road north wind stone bread letter window garden music engine paper winter silver market answer

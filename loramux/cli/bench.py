@@ -21,7 +21,7 @@ from loramux.cli.exits import Exit
 from loramux.cli.names import complete_model, no_such_model
 from loramux.client import INFERENCE, AsyncClient
 from loramux.records import GenerateOptions, Prompt
-from shared.faults import SettingsInvalid
+from loramux_shared.faults import SettingsInvalid
 
 DURATION_S = 10.0
 CONCURRENCY = 8

@@ -13,9 +13,9 @@ from loramux.cli.build_view import BuildView, show_built
 from loramux.cli.documents import emit_line
 from loramux.client import BUILDER, AsyncClient
 from loramux.records import DeploymentInfo, DeploymentState
-from shared.deployment import Deployment
-from shared.deployment_file import DeploymentFile, load_deployment
-from shared.faults import InternalFault
+from loramux_shared.deployment import Deployment
+from loramux_shared.deployment_file import DeploymentFile, load_deployment
+from loramux_shared.faults import InternalFault
 
 
 @shell.command

@@ -15,8 +15,8 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from loramux.cli import shell
 from loramux.cli.bars import Bars
 from loramux.records import AdapterInfo, DeploymentInfo, DeploymentState, Stage
-from shared.faults import Finding
-from shared.wording import listed
+from loramux_shared.faults import Finding
+from loramux_shared.wording import listed
 
 WORK = (Stage.FETCHING, Stage.VALIDATING, Stage.PROVING, Stage.CONVERTING, Stage.PUBLISHING)
 STYLES = {Stage.WAITING: "dim", Stage.DONE: "green", Stage.REFUSED: "bold red"}

@@ -15,8 +15,8 @@ from loramux.cli.line_editor import line_editor
 from loramux.cli.names import complete_model
 from loramux.client import INFERENCE, Client
 from loramux.records import GenerateOptions
-from shared.faults import Fault, RequestInvalid
-from shared.sampling import MAX_TEMPERATURE
+from loramux_shared.faults import Fault, RequestInvalid
+from loramux_shared.sampling import MAX_TEMPERATURE
 
 
 @shell.command

@@ -19,10 +19,10 @@ from loramux.cli.services import builder_command
 from loramux.cli.tree import ProcessTree, free_address, run_tree
 from loramux.client import BUILDER, AsyncClient
 from loramux.records import AdapterReport
-from shared.deployment import LoraConfiguration, Repository, SourceKind
-from shared.deployment_file import parse_lora_configuration
-from shared.faults import RepoNotFound, SourceUnavailable
-from shared.spelling import parse_repository
+from loramux_shared.deployment import LoraConfiguration, Repository, SourceKind
+from loramux_shared.deployment_file import parse_lora_configuration
+from loramux_shared.faults import RepoNotFound, SourceUnavailable
+from loramux_shared.spelling import parse_repository
 
 Base = Annotated[str, typer.Option("--base", metavar="BASE", help="The base: as ADAPTER.", show_default=False)]
 Adapter = Annotated[

@@ -18,8 +18,8 @@ from loramux.cli.race import race, show_summary
 from loramux.cli.tree import ProcessTree, free_address, run_tree
 from loramux.cli.up import OPENAI, keep, show_ready, start_builder, start_inference
 from loramux.client import BUILDER, INFERENCE, AsyncClient
-from shared.deployment import SourceKind
-from shared.faults import SettingsInvalid
+from loramux_shared.deployment import SourceKind
+from loramux_shared.faults import SettingsInvalid
 
 DEMO_STORE = "file://~/.cache/loramux/demo-store"
 PROMPT = "Tell me about the sea."

@@ -15,7 +15,7 @@ from loramux.cli import shell
 from loramux.cli.doctor_view import show
 from loramux.cli.documents import emit
 from loramux.cli.exits import Exit
-from loramux.cli.look import SERVING, check
+from loramux.cli.serving import SERVING, check
 from loramux.client import BUILDER, INFERENCE
 from loramux.doctor.installed import Extra, extras, versions
 from loramux.doctor.machine import (
@@ -27,8 +27,8 @@ from loramux.doctor.machine import (
     look_at_store,
 )
 from loramux.doctor.sizes import Sizes, read_base, sizes_of
-from shared.faults import Fault, ServerUnavailable, SettingsInvalid
-from shared.settings import InferenceSettings, load_settings
+from loramux_shared.faults import Fault, ServerUnavailable, SettingsInvalid
+from loramux_shared.settings import InferenceSettings, load_settings
 
 SOME_LLAMA: Final = {
     "architectures": ["LlamaForCausalLM"],

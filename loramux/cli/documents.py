@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from shared.faults import Fault
+from loramux_shared.faults import Fault
 
 SCHEMA = 1
 """Of every document; raised when a field changes its meaning or goes away."""

@@ -7,8 +7,8 @@ from typing import Final
 
 import grpc
 
-from shared.faults import Fault, SettingsInvalid, Status
-from shared.rpc.status import CallFailed
+from loramux_shared.faults import Fault, SettingsInvalid, Status
+from loramux_shared.rpc.status import CallFailed
 
 
 class Exit(IntEnum):

@@ -13,10 +13,10 @@ from rich.filesize import decimal
 from loramux.cli import shell
 from loramux.cli.documents import emit
 from loramux.cli.services import StoreFlag
-from shared.bundle.gc import Orphan, check_grace, find_orphans, remove
-from shared.faults import SettingsInvalid
-from shared.settings import BuilderSettings, load_settings
-from shared.storage.open import open_store
+from loramux_shared.bundle.gc import Orphan, check_grace, find_orphans, remove
+from loramux_shared.faults import SettingsInvalid
+from loramux_shared.settings import BuilderSettings, load_settings
+from loramux_shared.storage.open import open_store
 
 _UNITS: Final = {"d": "days", "h": "hours", "m": "minutes", "s": "seconds"}
 

@@ -21,10 +21,10 @@ from loramux.cli.check import (
     tell_report,
 )
 from loramux.client import BUILDER
-from shared.deployment import Deployment, Repository
-from shared.deployment_file import parse_deployment, parse_lora_configuration
-from shared.faults import DeploymentInvalid
-from shared.spelling import parse_repository
+from loramux_shared.deployment import Deployment, Repository
+from loramux_shared.deployment_file import parse_deployment, parse_lora_configuration
+from loramux_shared.faults import DeploymentInvalid
+from loramux_shared.spelling import parse_repository
 
 FILES = ("model.lora_weights.npy", "model.lora_config.npy or model.lora_keys.npy")
 UNPUBLISHED: Final = "_unpublished_"

@@ -12,11 +12,11 @@ from pydantic import ValidationError
 
 from loramux.cli import shell
 from loramux.cli.documents import emit
-from shared.access.keyfile import append_entry, remove_entry
-from shared.access.keyring import read_keys_file
-from shared.access.keys import KeyEntry, digest, explain, new_key, parse_keys
-from shared.access.rights import Scope
-from shared.faults import SettingsInvalid
+from loramux_shared.access.keyfile import append_entry, remove_entry
+from loramux_shared.access.keyring import read_keys_file
+from loramux_shared.access.keys import KeyEntry, digest, explain, new_key, parse_keys
+from loramux_shared.access.rights import Scope
+from loramux_shared.faults import SettingsInvalid
 
 app = typer.Typer(
     help="Make, list and remove API keys.\n\nExample: loramux keys new --scope infer --file keys.jsonl",

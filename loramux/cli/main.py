@@ -21,8 +21,8 @@ from loramux.cli.deployments import deployments, watch
 from loramux.cli.doctor import doctor
 from loramux.cli.gc import gc
 from loramux.cli.import_bundle import import_bundle
-from loramux.cli.look import health, models
 from loramux.cli.services import builder, serve
+from loramux.cli.serving import health, models
 from loramux.cli.state import tell_uncaught
 from loramux.cli.up import up
 from loramux.connection import API_KEY

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import typer
 
 from loramux.client import INFERENCE, Client
-from shared.faults import Fault, ModelNotFound
-from shared.wording import listed
+from loramux_shared.faults import Fault, ModelNotFound
+from loramux_shared.wording import listed
 
 COMPLETION_S = 1.0
 """Whoever pressed TAB waits; a server that is slower is not asked further."""

@@ -10,15 +10,15 @@ from typing import Final
 
 from loramux.cli.tree import require_free
 from loramux.connection import API_KEY, Credentials
-from shared.access.guard import open_guard
-from shared.access.keyring import Keyring
-from shared.access.rights import Scope
-from shared.bundle.manifest import current_key
-from shared.deployment import Deployment, SourceKind
-from shared.faults import PermissionDenied, Unauthenticated
-from shared.settings import BuilderSettings, InferenceSettings, load_settings
-from shared.storage.base import ObjectMissing
-from shared.storage.open import open_store
+from loramux_shared.access.guard import open_guard
+from loramux_shared.access.keyring import Keyring
+from loramux_shared.access.rights import Scope
+from loramux_shared.bundle.manifest import current_key
+from loramux_shared.deployment import Deployment, SourceKind
+from loramux_shared.faults import PermissionDenied, Unauthenticated
+from loramux_shared.settings import BuilderSettings, InferenceSettings, load_settings
+from loramux_shared.storage.base import ObjectMissing
+from loramux_shared.storage.open import open_store
 
 WITHOUT_TLS: Final = dict.fromkeys(("tls_cert", "tls_key", "tls_client_ca"))
 """Children are called on loopback, which certificates do not name."""

@@ -8,8 +8,8 @@ from rich.filesize import decimal
 
 from loramux.cli import shell
 from loramux.records import AdapterReport, RowReport
-from shared.deployment import Repository
-from shared.faults import Finding
+from loramux_shared.deployment import Repository
+from loramux_shared.faults import Finding
 
 RIGHT = frozenset({"rows", "rank", "scale", "|A|", "|B|", "|BA| least", "|BA| most"})
 

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from loramux.cli import shell
-from shared.faults import SettingsInvalid
+from loramux_shared.faults import SettingsInvalid
 
 # A package of each extra that the service cannot do without.
 NEEDS = {

@@ -20,7 +20,7 @@ from rich.text import Text
 
 from loramux.cli.documents import emit_line
 from loramux.cli.exits import Exit, exit_of
-from shared.faults import Fault
+from loramux_shared.faults import Fault
 
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -19,9 +19,9 @@ from typing import Any, Self
 
 from loramux.cli import shell
 from loramux.cli.logs import follow, tail
-from shared.faults import FAULTS, Fault, ServerUnavailable, SettingsInvalid, Status
-from shared.notify import READY, SOCKET
-from shared.rpc.status import CallFailed
+from loramux_shared.faults import FAULTS, Fault, ServerUnavailable, SettingsInvalid, Status
+from loramux_shared.notify import READY, SOCKET
+from loramux_shared.rpc.status import CallFailed
 
 DRAIN_S = 120.0  # longer than a service takes to drain; then it is killed
 DEATH_NOTICE_S = 0.5  # a broken connection is often seen before the death that broke it
@@ -56,7 +56,7 @@ class Child:
     process: asyncio.subprocess.Process
     log: Path
     ready: asyncio.Event = field(default_factory=asyncio.Event)
-    """Set when it said that it is (see `shared.notify`)."""
+    """Set when it said that it is (see `loramux_shared.notify`)."""
 
     def death(self) -> Fault:
         """Return why it ended: the fault that it named, or `ServiceDied`."""

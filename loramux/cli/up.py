@@ -20,8 +20,8 @@ from loramux.cli.services import builder_command, inference_command
 from loramux.cli.tree import ProcessTree, free_address, run_tree
 from loramux.client import BUILDER, INFERENCE, AsyncClient
 from loramux.records import ModelInfo
-from shared.notify import READY, notify
-from shared.wording import listed
+from loramux_shared.notify import READY, notify
+from loramux_shared.wording import listed
 
 OPENAI = "127.0.0.1:8000"
 DEFAULT_STORE = "file://~/.local/share/loramux/store"

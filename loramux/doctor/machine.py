@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from shared.bundle.deployments import list_deployments
-from shared.faults import Fault
-from shared.storage.open import open_store
+from loramux_shared.bundle.deployments import list_deployments
+from loramux_shared.faults import Fault
+from loramux_shared.storage.open import open_store
 
 CHILD_S: Final = 300.0
 """The first start compiles the operations of the CPU."""

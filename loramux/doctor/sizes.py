@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from shared.bases.read import read_fields
-from shared.bundle.modules import MODULES
-from shared.faults import CheckpointInvalid
+from loramux_shared.bases.read import read_fields
+from loramux_shared.bundle.modules import MODULES
+from loramux_shared.faults import CheckpointInvalid
 
 RANKS: Final = (8, 16, 32, 64)
 ITEM_BYTES: Final = {"float32": 4, "bfloat16": 2, "float16": 2}

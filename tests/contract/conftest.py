@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from shared.storage.base import Store
-from shared.storage.memory import MemoryStore
-from shared.storage.open import open_store
+from loramux_shared.storage.base import Store
+from loramux_shared.storage.memory import MemoryStore
+from loramux_shared.storage.open import open_store
 from tests.s3_gateway import S3Server
 from tests.tiny import World, make_world
 

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
-from shared.deployment import Repository, SourceKind
-from shared.faults import (
+from loramux_shared.deployment import Repository, SourceKind
+from loramux_shared.faults import (
     BundleCorrupt,
     RepoGated,
     RepoNotFound,
@@ -19,13 +19,13 @@ from shared.faults import (
     SourceChanged,
     SourceRefused,
 )
-from shared.sources.base import Resolved
-from shared.sources.bucket import BucketSource
-from shared.sources.checkpoint import describe_base, fetch_base
-from shared.sources.files import content_digest
-from shared.sources.open import Sources, open_azure, open_gcs, open_s3
-from shared.sources.retry import Patience
-from shared.sources.secrets import Secrets
+from loramux_shared.sources.base import Resolved
+from loramux_shared.sources.bucket import BucketSource
+from loramux_shared.sources.checkpoint import describe_base, fetch_base
+from loramux_shared.sources.files import content_digest
+from loramux_shared.sources.open import Sources, open_azure, open_gcs, open_s3
+from loramux_shared.sources.retry import Patience
+from loramux_shared.sources.secrets import Secrets
 from tests.adapters import write_base
 from tests.azurite import ACCOUNT, azurite
 from tests.descriptors import cancelled_after, failing, nothing_stays_open

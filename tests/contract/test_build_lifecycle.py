@@ -13,23 +13,23 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from builder_service.pipeline.builds import Builds
+from builder_service.builds.builds import Builds
+from builder_service.builds.journal import Abandoned, Journal, JournalEntry
+from builder_service.builds.limits import Limits
+from builder_service.builds.views import DeploymentView, State
 from builder_service.pipeline.check import Checks
-from builder_service.pipeline.journal import Abandoned, Journal, JournalEntry
-from builder_service.pipeline.limits import Limits
-from builder_service.pipeline.views import DeploymentView, State
-from builder_service.pipeline.workshop import Workshop
+from builder_service.pipeline.context import Workshop
 from builder_service.rpc.servicer import SERVICE_NAME, BuilderServicer
 from loramux.cli.main import app
 from loramux.client import AsyncClient
 from loramux.records import DeploymentState
-from shared.bundle.deployments import current_generation
-from shared.deployment import Deployment
-from shared.deployment_file import parse_deployment
-from shared.faults import DeploymentNotFound, QueueFull, RequestIdReused
-from shared.rpc.server import RpcServer
-from shared.sources.open import open_sources
-from shared.storage.memory import MemoryStore
+from loramux_shared.bundle.deployments import current_generation
+from loramux_shared.deployment import Deployment
+from loramux_shared.deployment_file import parse_deployment
+from loramux_shared.faults import DeploymentNotFound, QueueFull, RequestIdReused
+from loramux_shared.rpc.server import RpcServer
+from loramux_shared.sources.open import open_sources
+from loramux_shared.storage.memory import MemoryStore
 from tests.adapters import tensors, write_adapter, write_base
 
 OWNER, OTHER = "0" * 16, "1" * 16

@@ -10,9 +10,9 @@ import httpx
 import pytest
 from prometheus_client import CollectorRegistry, Gauge
 
-from builder_service.pipeline.meter import BuildMeter
-from builder_service.pipeline.metrics_door import MAX_CLIENTS, MetricsDoor
-from shared.faults import SettingsInvalid
+from builder_service.builds.meter import BuildMeter
+from builder_service.builds.metrics_door import MAX_CLIENTS, MetricsDoor
+from loramux_shared.faults import SettingsInvalid
 from tests.contract.test_build_lifecycle import OWNER, World
 from tests.metrics import Scrape
 

@@ -11,24 +11,24 @@ from typing import Any
 import grpc
 import pytest
 
-from builder_service.pipeline.builds import MAX_ATTEMPTS, Builds
+from builder_service.builds.builds import MAX_ATTEMPTS, Builds
+from builder_service.builds.journal import Journal, JournalEntry
+from builder_service.builds.limits import Limits
 from builder_service.pipeline.check import Checks
-from builder_service.pipeline.journal import Journal, JournalEntry
-from builder_service.pipeline.limits import Limits
-from builder_service.pipeline.workshop import Workshop
+from builder_service.pipeline.context import Workshop
 from builder_service.rpc.servicer import SERVICE_NAME, BuilderServicer
 from loramux.builder.v1 import builder_pb2 as pb
 from loramux.builder.v1 import builder_pb2_grpc
 from loramux.mapping import Watched, deployment_of
-from shared.bundle.manifest import current_key
-from shared.deployment import Deployment
-from shared.deployment_file import parse_deployment
-from shared.faults import Fault, StoreUnavailable
-from shared.rpc.messages import deployment_to_message
-from shared.rpc.server import RpcServer
-from shared.rpc.status import fault_of
-from shared.sources.open import open_sources
-from shared.storage.memory import MemoryStore
+from loramux.messages import deployment_to_message
+from loramux_shared.bundle.manifest import current_key
+from loramux_shared.deployment import Deployment
+from loramux_shared.deployment_file import parse_deployment
+from loramux_shared.faults import Fault, StoreUnavailable
+from loramux_shared.rpc.server import RpcServer
+from loramux_shared.rpc.status import fault_of
+from loramux_shared.sources.open import open_sources
+from loramux_shared.storage.memory import MemoryStore
 from tests.adapters import tensors, write_adapter, write_base
 
 State, Stage = pb.Deployment, pb.AdapterBuild

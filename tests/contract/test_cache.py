@@ -11,15 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from shared.bundle.manifest import BaseRecord
-from shared.deployment import Repository, SourceKind
-from shared.faults import BundleCorrupt, Fault, ResourcesExhausted
-from shared.sources.bucket import BucketSource
-from shared.sources.checkpoint import describe_base, fetch_base
-from shared.sources.hub import HubSource
-from shared.sources.open import Sources
-from shared.sources.retry import Patience
-from shared.sources.secrets import Secrets
+from loramux_shared.bundle.manifest import BaseRecord
+from loramux_shared.deployment import Repository, SourceKind
+from loramux_shared.faults import BundleCorrupt, Fault, ResourcesExhausted
+from loramux_shared.sources.bucket import BucketSource
+from loramux_shared.sources.checkpoint import describe_base, fetch_base
+from loramux_shared.sources.hub import HubSource
+from loramux_shared.sources.open import Sources
+from loramux_shared.sources.retry import Patience
+from loramux_shared.sources.secrets import Secrets
 from tests.adapters import write_base
 from tests.hub import Hub, HubRepo, serve_hub
 from tests.unit.test_bucket_source import FakeBucket

@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from builder_service.pipeline.builds import Builds
+from builder_service.builds.builds import Builds
+from builder_service.builds.limits import Limits
 from builder_service.pipeline.check import Checks
-from builder_service.pipeline.limits import Limits
-from builder_service.pipeline.workshop import Workshop
+from builder_service.pipeline.context import Workshop
 from builder_service.rpc.servicer import SERVICE_NAME, BuilderServicer
 from loramux.client import AsyncClient, Client
 from loramux.faults import (
@@ -25,10 +25,10 @@ from loramux.faults import (
     ShuttingDown,
     SourceRefused,
 )
-from shared.deployment import Dtype, LoraConfiguration
-from shared.rpc.server import RpcServer
-from shared.sources.open import open_sources
-from shared.storage.memory import MemoryStore
+from loramux_shared.deployment import Dtype, LoraConfiguration
+from loramux_shared.rpc.server import RpcServer
+from loramux_shared.sources.open import open_sources
+from loramux_shared.storage.memory import MemoryStore
 from tests.adapters import tensors, write_adapter, write_base
 from tests.contract.test_builder_service import Running as Building
 

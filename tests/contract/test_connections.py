@@ -13,9 +13,9 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from loramux import AsyncClient
 from loramux.inference.v1 import inference_pb2 as pb
 from loramux.inference.v1 import inference_pb2_grpc
-from shared.faults import RequestInvalid
-from shared.rpc.options import LEAST_PING_S, MAX_REQUEST_BYTES, PING_S
-from shared.rpc.server import RpcServer
+from loramux_shared.faults import RequestInvalid
+from loramux_shared.rpc.options import LEAST_PING_S, MAX_REQUEST_BYTES, PING_S
+from loramux_shared.rpc.server import RpcServer
 from tests.unit.fake_services import WORDS, FakeInference, inference_server
 
 

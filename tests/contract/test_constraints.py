@@ -16,9 +16,9 @@ from inference_service.core.constraint import Constraint, Kind
 from inference_service.core.sequence import FinishReason
 from inference_service.serving.constraints import Constraints
 from inference_service.serving.service import Delta, Finished, Request
-from inference_service.serving.startup import Ready
-from shared.faults import RequestInvalid
-from shared.storage.memory import MemoryStore
+from inference_service.startup.load import Ready
+from loramux_shared.faults import RequestInvalid
+from loramux_shared.storage.memory import MemoryStore
 from tests.tiny import World
 
 PROMPT = [5, 6, 7, 8]

@@ -18,10 +18,10 @@ from google.protobuf.descriptor_pb2 import FileDescriptorProto
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from builder_service.pipeline.builds import Builds
+from builder_service.builds.builds import Builds
+from builder_service.builds.limits import Limits
 from builder_service.pipeline.check import Checks
-from builder_service.pipeline.limits import Limits
-from builder_service.pipeline.workshop import Workshop
+from builder_service.pipeline.context import Workshop
 from builder_service.rpc.servicer import SERVICE_NAME as BUILDER
 from builder_service.rpc.servicer import BuilderServicer
 from inference_service.openai_api.app import ENDPOINTS, create_app
@@ -32,14 +32,14 @@ from inference_service.serving.service import GenerationService
 from loramux import AsyncClient
 from loramux.builder.v1 import builder_pb2
 from loramux.inference.v1 import inference_pb2
-from shared.access.guard import Guard
-from shared.access.keyring import Keyring
-from shared.faults import ModelNotFound, PermissionDenied, Unauthenticated
-from shared.rpc.server import RpcServer
-from shared.rpc.status import fault_of
-from shared.settings import PREFIX
-from shared.sources.open import open_sources
-from shared.storage.memory import MemoryStore
+from loramux_shared.access.guard import Guard
+from loramux_shared.access.keyring import Keyring
+from loramux_shared.faults import ModelNotFound, PermissionDenied, Unauthenticated
+from loramux_shared.rpc.server import RpcServer
+from loramux_shared.rpc.status import fault_of
+from loramux_shared.settings import PREFIX
+from loramux_shared.sources.open import open_sources
+from loramux_shared.storage.memory import MemoryStore
 from tests.access import keyring, lines, new_entry
 from tests.silent import MODELS, silent_server, silent_service
 

@@ -16,8 +16,8 @@ import pytest_asyncio
 from inference_service.rpc.servicer import SERVICE_NAME
 from loramux import AsyncClient
 from loramux.inference.v1 import inference_pb2 as pb
-from shared.faults import ShuttingDown
-from shared.rpc.status import fault_of
+from loramux_shared.faults import ShuttingDown
+from loramux_shared.rpc.status import fault_of
 from tests.endless import MODEL, Doors
 from tests.raw_http import JSON
 

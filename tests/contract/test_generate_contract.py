@@ -13,11 +13,11 @@ import pytest
 import pytest_asyncio
 
 from inference_service.rpc.servicer import SERVICE_NAME, InferenceServicer, register
-from inference_service.serving.startup import Ready
+from inference_service.startup.load import Ready
 from loramux import AsyncClient, Client, FinishReason, PromptLogprobs, Started, faults
 from loramux.records import Delta, Finished
-from shared.rpc.server import RpcServer
-from shared.storage.memory import MemoryStore
+from loramux_shared.rpc.server import RpcServer
+from loramux_shared.storage.memory import MemoryStore
 from tests.tiny import make_world
 
 TEMPLATE = """{% for m in messages %}<{{ m.role }}{% if m.name %}/{{ m.name }}{% endif %}:

@@ -21,8 +21,8 @@ from inference_service.serving.service import (
     Request,
     Started,
 )
-from shared.faults import DeadlineExceeded, Fault, QueueFull, RequestInvalid, ShuttingDown
-from shared.storage.memory import MemoryStore
+from loramux_shared.faults import DeadlineExceeded, Fault, QueueFull, RequestInvalid, ShuttingDown
+from loramux_shared.storage.memory import MemoryStore
 from tests.service import LONG, PROMPT, SAMPLED, Service, open_service
 from tests.tiny import VOCAB, World
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from structlog.testing import capture_logs
 
-from shared.bundle.manifest import FileDigest
-from shared.deployment import Repository, SourceKind
-from shared.faults import (
+from loramux_shared.bundle.manifest import FileDigest
+from loramux_shared.deployment import Repository, SourceKind
+from loramux_shared.faults import (
     BundleCorrupt,
     RepoGated,
     RepoNotFound,
@@ -19,15 +19,15 @@ from shared.faults import (
     SourceRefused,
     SourceUnavailable,
 )
-from shared.sources.addresses import Guard
-from shared.sources.bucket import BucketSource
-from shared.sources.checkpoint import describe_base, fetch_base
-from shared.sources.https import Https
-from shared.sources.hub import HubSource
-from shared.sources.open import Sources, open_s3
-from shared.sources.retry import Patience
-from shared.sources.secrets import Secrets
-from shared.sources.url import UrlSource
+from loramux_shared.sources.addresses import Guard
+from loramux_shared.sources.bucket import BucketSource
+from loramux_shared.sources.checkpoint import describe_base, fetch_base
+from loramux_shared.sources.https import Https
+from loramux_shared.sources.hub import HubSource
+from loramux_shared.sources.open import Sources, open_s3
+from loramux_shared.sources.retry import Patience
+from loramux_shared.sources.secrets import Secrets
+from loramux_shared.sources.url import UrlSource
 from tests.adapters import write_adapter, write_base
 from tests.descriptors import cancelled_after, failing, nothing_stays_open
 from tests.hub import Hub, HubRepo, serve_hub

@@ -16,12 +16,12 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from grpc_status import rpc_status
 
 from inference_service.rpc.servicer import SERVICE_NAME, InferenceServicer, register
-from inference_service.serving.startup import Ready
+from inference_service.startup.load import Ready
 from loramux.inference.v1 import inference_pb2 as pb
 from loramux.inference.v1 import inference_pb2_grpc
-from shared.rpc.server import RpcServer
-from shared.rpc.status import fault_of
-from shared.storage.memory import MemoryStore
+from loramux_shared.rpc.server import RpcServer
+from loramux_shared.rpc.status import fault_of
+from loramux_shared.storage.memory import MemoryStore
 from tests.service import until_free
 from tests.tiny import World
 

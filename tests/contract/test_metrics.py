@@ -11,8 +11,8 @@ import pytest
 import pytest_asyncio
 
 from loramux import AsyncClient
-from shared.faults import Fault
-from shared.storage.memory import MemoryStore
+from loramux_shared.faults import Fault
+from loramux_shared.storage.memory import MemoryStore
 from tests.golden.metrics.script import NAMES, names
 from tests.metrics import Scrape
 from tests.openai_door import OpenAIDoor, open_door, openai_world

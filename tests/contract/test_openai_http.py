@@ -18,9 +18,9 @@ from tokenizers import Tokenizer
 from inference_service.openai_api.app import ENDPOINTS
 from inference_service.openai_api.server import HttpServer
 from inference_service.serving.text import Text
-from shared.faults import SettingsInvalid
-from shared.rpc.options import MAX_REQUEST_BYTES
-from shared.storage.memory import MemoryStore
+from loramux_shared.faults import SettingsInvalid
+from loramux_shared.rpc.options import MAX_REQUEST_BYTES
+from loramux_shared.storage.memory import MemoryStore
 from tests.golden.openai.script import ASKED, Case, Scripted
 from tests.openai_door import OpenAIDoor, open_door, openai_world
 from tests.tiny import VOCAB, World, write_tokenizer

@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from inference_service.openai_api.app import ENDPOINTS, create_app
-from shared.access.keyring import Keyring
+from loramux_shared.access.keyring import Keyring
 from tests.access import lines, new_entry
 from tests.scripted_page import ScriptedPage
 

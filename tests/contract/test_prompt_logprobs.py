@@ -12,8 +12,8 @@ import torch
 
 from inference_service.core.sequence import FinishReason, Token
 from inference_service.serving.service import Delta, Event, Finished, PromptLogprobs, Started
-from shared.faults import PromptTooLong
-from shared.storage.memory import MemoryStore
+from loramux_shared.faults import PromptTooLong
+from loramux_shared.storage.memory import MemoryStore
 from tests.service import LONG, SAMPLED, Service, open_service
 from tests.tiny import World, oracle
 

@@ -8,16 +8,16 @@ from pathlib import Path
 import pytest
 
 from builder_service.pipeline.build import build
+from builder_service.pipeline.context import Workshop
 from builder_service.pipeline.progress import AdapterProgress, Progress
-from builder_service.pipeline.workshop import Workshop
-from shared.bundle.deployments import current_generation
-from shared.bundle.manifest import CONFIG_FILE, MANIFEST_FILE, WEIGHTS_FILE, bundle_key
-from shared.bundle.reader import read_bundle
-from shared.deployment import Deployment
-from shared.deployment_file import parse_deployment
-from shared.faults import BundleCorrupt
-from shared.sources.open import open_sources
-from shared.storage.base import Store
+from loramux_shared.bundle.deployments import current_generation
+from loramux_shared.bundle.manifest import CONFIG_FILE, MANIFEST_FILE, WEIGHTS_FILE, bundle_key
+from loramux_shared.bundle.reader import read_bundle
+from loramux_shared.deployment import Deployment
+from loramux_shared.deployment_file import parse_deployment
+from loramux_shared.faults import BundleCorrupt
+from loramux_shared.sources.open import open_sources
+from loramux_shared.storage.base import Store
 from tests.adapters import write_adapter, write_base
 
 

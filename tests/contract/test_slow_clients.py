@@ -19,10 +19,10 @@ from inference_service.openai_api.protocol import MAX_HEAD_BYTES
 from inference_service.rpc.servicer import SERVICE_NAME
 from loramux import AsyncClient
 from loramux.inference.v1 import inference_pb2 as pb
-from shared.access.guard import Guard
-from shared.faults import ClientStalled
-from shared.rpc import calls
-from shared.rpc.status import fault_of
+from loramux_shared.access.guard import Guard
+from loramux_shared.faults import ClientStalled
+from loramux_shared.rpc import calls
+from loramux_shared.rpc.status import fault_of
 from tests.access import keyring
 from tests.endless import MODEL, Doors
 from tests.raw_http import JSON

@@ -11,21 +11,21 @@ import pytest
 from structlog.testing import capture_logs
 
 from builder_service.pipeline.build import build
+from builder_service.pipeline.context import Workshop
 from builder_service.pipeline.progress import Progress
-from builder_service.pipeline.workshop import Workshop
-from shared.deployment import Repository, SourceKind
-from shared.deployment_file import parse_deployment
-from shared.faults import DeploymentInvalid, Fault, SourceUnavailable
-from shared.sources.addresses import Guard
-from shared.sources.bucket import BucketSource
-from shared.sources.https import Https
-from shared.sources.hub import HubSource
-from shared.sources.local import LocalSource
-from shared.sources.open import Sources, open_azure, open_gcs, open_s3
-from shared.sources.retry import Patience
-from shared.sources.secrets import Secrets
-from shared.sources.url import UrlSource
-from shared.storage.memory import MemoryStore
+from loramux_shared.deployment import Repository, SourceKind
+from loramux_shared.deployment_file import parse_deployment
+from loramux_shared.faults import DeploymentInvalid, Fault, SourceUnavailable
+from loramux_shared.sources.addresses import Guard
+from loramux_shared.sources.bucket import BucketSource
+from loramux_shared.sources.https import Https
+from loramux_shared.sources.hub import HubSource
+from loramux_shared.sources.local import LocalSource
+from loramux_shared.sources.open import Sources, open_azure, open_gcs, open_s3
+from loramux_shared.sources.retry import Patience
+from loramux_shared.sources.secrets import Secrets
+from loramux_shared.sources.url import UrlSource
+from loramux_shared.storage.memory import MemoryStore
 from tests.adapters import write_adapter, write_base
 from tests.archives import pack
 from tests.azurite import ACCOUNT, azurite

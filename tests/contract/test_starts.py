@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from shared.faults import BuildCancelled, SourceUnavailable
-from shared.sources.retry import Pace, Patience
+from loramux_shared.faults import BuildCancelled, SourceUnavailable
+from loramux_shared.sources.retry import Pace, Patience
 
 SERVICES = {"inference_service": "reading the deployment", "builder_service": "reading the journal"}
 """By module: the event of the line that says that it waits for the store."""

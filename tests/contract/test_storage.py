@@ -17,12 +17,12 @@ from pathlib import Path
 
 import pytest
 
-from shared.bundle.manifest import sha256_hex
-from shared.faults import SettingsInvalid, StoreUnavailable
-from shared.storage.base import ObjectMissing, Store
-from shared.storage.local import LocalStore
-from shared.storage.open import open_store
-from shared.storage.s3 import PART_BYTES, S3Store
+from loramux_shared.bundle.manifest import sha256_hex
+from loramux_shared.faults import SettingsInvalid, StoreUnavailable
+from loramux_shared.storage.base import ObjectMissing, Store
+from loramux_shared.storage.local import LocalStore
+from loramux_shared.storage.open import open_store
+from loramux_shared.storage.s3 import PART_BYTES, S3Store
 from tests.s3_gateway import S3Server, free_port
 
 MIB = 1 << 20
@@ -164,7 +164,7 @@ def test_killed_put_leaves_nothing(tmp_path: Path) -> None:
     store.put("old", b"old")
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
-    code = "import sys, pathlib as p; from shared.storage.local import LocalStore as S; "
+    code = "import sys, pathlib as p; from loramux_shared.storage.local import LocalStore as S; "
     code += "S(p.Path(sys.argv[1])).put(sys.argv[2], p.Path(sys.argv[3]))"
     for key in ("old", "new/key"):
         command = [sys.executable, "-c", code, str(tmp_path / "store"), key, str(pipe)]
@@ -187,8 +187,8 @@ def test_failed_put_leaves_nothing(tmp_path: Path) -> None:
     """A full disk is StoreUnavailable with the system's words; nothing stays behind."""
     script = (
         "import pathlib, resource, signal, sys\n"
-        "from shared.storage.local import LocalStore\n"
-        "from shared.faults import StoreUnavailable\n"
+        "from loramux_shared.storage.local import LocalStore\n"
+        "from loramux_shared.faults import StoreUnavailable\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "store = LocalStore(pathlib.Path(sys.argv[1]))\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
@@ -408,7 +408,7 @@ def test_an_endpoint_that_is_no_address(aws: S3Server) -> None:
 
 def test_local_stores_need_no_boto3() -> None:
     """boto3 is not imported for a store in a folder."""
-    code = "import sys; from shared.storage.open import open_store; open_store('file:///tmp/none')"
+    code = "import sys; from loramux_shared.storage.open import open_store; open_store('file:///tmp/none')"
     code += "; print('boto3' in sys.modules)"
     said = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
     assert said == "False\n"

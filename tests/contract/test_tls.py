@@ -19,10 +19,10 @@ import structlog
 from inference_service.openai_api.server import HttpServer
 from loramux import AsyncClient, Client
 from loramux.cli.exits import Exit
-from shared.access.guard import Guard
-from shared.access.tls import TlsFiles
-from shared.faults import ServerUnavailable, SettingsInvalid, Unauthenticated
-from shared.rpc.server import RpcServer
+from loramux_shared.access.guard import Guard
+from loramux_shared.access.tls import TlsFiles
+from loramux_shared.faults import ServerUnavailable, SettingsInvalid, Unauthenticated
+from loramux_shared.rpc.server import RpcServer
 from tests.access import NOBODY, Certificates, keyring
 from tests.silent import MODELS, silent_server, silent_service
 

@@ -25,9 +25,9 @@ from inference_service.serving.service import GenerationService
 from inference_service.serving.telemetry.watchers import open_watchers
 from loramux.inference.v1 import inference_pb2 as pb
 from loramux.inference.v1 import inference_pb2_grpc
-from shared.rpc.server import RpcServer
-from shared.storage.memory import MemoryStore
-from shared.tracing.otel import Tracing
+from loramux_shared.rpc.server import RpcServer
+from loramux_shared.storage.memory import MemoryStore
+from loramux_shared.tracing.otel import Tracing
 from tests.openai_door import openai_world
 from tests.tiny import World
 

@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 
+from builder_service.builds.builds import Builds
+from builder_service.builds.views import State
 from builder_service.pipeline.build import build
-from builder_service.pipeline.builds import Builds
+from builder_service.pipeline.context import Workshop
 from builder_service.pipeline.progress import Progress
-from builder_service.pipeline.views import State
-from builder_service.pipeline.workshop import Workshop
-from shared.bundle.manifest import FileDigest
-from shared.deployment import Repository, SourceKind
-from shared.deployment_file import parse_deployment
-from shared.faults import (
+from loramux_shared.bundle.manifest import FileDigest
+from loramux_shared.deployment import Repository, SourceKind
+from loramux_shared.deployment_file import parse_deployment
+from loramux_shared.faults import (
     RepoGated,
     RepoNotFound,
     ResourcesExhausted,
@@ -24,15 +24,15 @@ from shared.faults import (
     SourceRefused,
     SourceUnavailable,
 )
-from shared.sources.addresses import Guard
-from shared.sources.checkpoint import describe_base, fetch_base
-from shared.sources.https import Https
-from shared.sources.local import LocalSource
-from shared.sources.open import Sources
-from shared.sources.retry import Patience
-from shared.sources.secrets import Secrets
-from shared.sources.url import UrlSource
-from shared.storage.memory import MemoryStore
+from loramux_shared.sources.addresses import Guard
+from loramux_shared.sources.checkpoint import describe_base, fetch_base
+from loramux_shared.sources.https import Https
+from loramux_shared.sources.local import LocalSource
+from loramux_shared.sources.open import Sources
+from loramux_shared.sources.retry import Patience
+from loramux_shared.sources.secrets import Secrets
+from loramux_shared.sources.url import UrlSource
+from loramux_shared.storage.memory import MemoryStore
 from tests.adapters import write_base
 from tests.archives import pack
 from tests.descriptors import cancelled_after, failing, held, nothing_stays_open

@@ -13,7 +13,7 @@ import pytest_asyncio
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
-from shared.storage.memory import MemoryStore
+from loramux_shared.storage.memory import MemoryStore
 from tests.openai_door import OpenAIDoor, open_door, openai_world
 from tests.tiny import World
 

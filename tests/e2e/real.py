@@ -14,8 +14,8 @@ from peft import PeftModel
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
-from shared.deployment import Deployment
-from shared.deployment_file import load_deployment
+from loramux_shared.deployment import Deployment
+from loramux_shared.deployment_file import load_deployment
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 NEW_TOKENS = 64

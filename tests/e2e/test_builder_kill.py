@@ -15,13 +15,13 @@ import pytest
 
 from loramux.builder.v1 import builder_pb2 as pb
 from loramux.builder.v1 import builder_pb2_grpc
-from shared.bundle.deployments import current_generation
-from shared.bundle.reader import read_bundle
-from shared.deployment import Deployment
-from shared.deployment_file import parse_deployment
-from shared.rpc.messages import deployment_to_message
-from shared.rpc.status import fault_of
-from shared.storage.local import LocalStore
+from loramux.messages import deployment_to_message
+from loramux_shared.bundle.deployments import current_generation
+from loramux_shared.bundle.reader import read_bundle
+from loramux_shared.deployment import Deployment
+from loramux_shared.deployment_file import parse_deployment
+from loramux_shared.rpc.status import fault_of
+from loramux_shared.storage.local import LocalStore
 from tests.adapters import tensors, write_adapter, write_base
 
 ADAPTERS = 80

@@ -29,10 +29,10 @@ import sys
 from pathlib import Path
 from builder_service.pipeline.build import build
 from builder_service.pipeline.progress import Progress
-from builder_service.pipeline.workshop import Workshop
-from shared.deployment_file import parse_deployment
-from shared.sources.open import open_sources
-from shared.storage.open import open_store
+from builder_service.pipeline.context import Workshop
+from loramux_shared.deployment_file import parse_deployment
+from loramux_shared.sources.open import open_sources
+from loramux_shared.storage.open import open_store
 folder, names = Path(sys.argv[1]), sys.argv[3:]
 base = {"source": "LOCAL", "repo": str(folder / "base")}
 adapters = {name: {"source": "LOCAL", "repo": str(folder / name)} for name in names}

@@ -18,7 +18,7 @@ import httpx
 import pytest
 
 from loramux import Client
-from shared.storage.local import LocalStore
+from loramux_shared.storage.local import LocalStore
 from tests.tiny import World, make_world
 
 READY_S = 60

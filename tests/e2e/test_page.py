@@ -12,13 +12,13 @@ import pytest
 import pytest_asyncio
 
 from builder_service.pipeline.build import build
+from builder_service.pipeline.context import Workshop
 from builder_service.pipeline.progress import Progress
-from builder_service.pipeline.workshop import Workshop
 from inference_service.openai_api.server import HttpServer
-from inference_service.serving.startup import load
-from shared.settings import InferenceSettings
-from shared.sources.open import open_sources
-from shared.storage.memory import MemoryStore
+from inference_service.startup.load import load
+from loramux_shared.settings import InferenceSettings
+from loramux_shared.sources.open import open_sources
+from loramux_shared.storage.memory import MemoryStore
 from tests.browser import CHROMIUM, CTRL, Page, browser
 from tests.e2e.real import EXAMPLES, deployment
 from tests.looks import faint, nameless, overflow

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from shared.access.keyring import Keyring
-from shared.faults import InternalFault, RequestInvalid
+from loramux_shared.access.keyring import Keyring
+from loramux_shared.faults import InternalFault, RequestInvalid
 from tests.access import lines, new_entry
 from tests.browser import CHROMIUM, CTRL, Page, browser
 from tests.e2e.test_page import DONE

@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 
 from builder_service.pipeline.build import build
+from builder_service.pipeline.context import Workshop
 from builder_service.pipeline.progress import Progress
-from builder_service.pipeline.workshop import Workshop
-from inference_service.serving.startup import Ready, load
-from shared.settings import InferenceSettings
-from shared.sources.open import open_sources
-from shared.storage.base import Store
-from shared.storage.local import LocalStore
-from shared.storage.open import open_store
+from inference_service.startup.load import Ready, load
+from loramux_shared.settings import InferenceSettings
+from loramux_shared.sources.open import open_sources
+from loramux_shared.storage.base import Store
+from loramux_shared.storage.local import LocalStore
+from loramux_shared.storage.open import open_store
 from tests.e2e.real import EXAMPLES, NEW_TOKENS, deployment, in_float32, oracle_answers, prompts
 from tests.s3_gateway import S3Server
 from tests.tiny import run_engine

@@ -9,8 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from shared.bundle.deployments import claimed_numbers, current_generation, generation_numbers, read_generation
-from shared.storage.open import open_store
+from loramux_shared.bundle.deployments import (
+    claimed_numbers,
+    current_generation,
+    generation_numbers,
+    read_generation,
+)
+from loramux_shared.storage.open import open_store
 from tests.s3_gateway import S3Server
 
 PROCESSES, EACH = 3, 6
@@ -18,10 +23,10 @@ PROCESSES, EACH = 3, 6
 SCRIPT = """
 import sys
 from datetime import UTC, datetime
-from shared.bundle.deployments import publish_generation
-from shared.bundle.manifest import BaseRecord, Generation
-from shared.deployment import Dtype, Repository, SourceKind
-from shared.storage.open import open_store
+from loramux_shared.bundle.deployments import publish_generation
+from loramux_shared.bundle.manifest import BaseRecord, Generation
+from loramux_shared.deployment import Dtype, Repository, SourceKind
+from loramux_shared.storage.open import open_store
 uri, first, count = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 store = open_store(uri)
 base = BaseRecord(source=Repository(source=SourceKind.HF, repo="org/base", revision="0" * 40), files={})

@@ -15,10 +15,10 @@ import grpc
 import httpx
 from google.protobuf.message import Message
 
-from builder_service.pipeline.builds import Builds
+from builder_service.builds.builds import Builds
+from builder_service.builds.limits import Limits
 from builder_service.pipeline.check import Checks
-from builder_service.pipeline.limits import Limits
-from builder_service.pipeline.workshop import Workshop
+from builder_service.pipeline.context import Workshop
 from builder_service.rpc.servicer import SERVICE_NAME as BUILDER
 from builder_service.rpc.servicer import BuilderServicer
 from inference_service.openai_api.chat_schema import ChatBody, TokenizeBody
@@ -28,13 +28,13 @@ from inference_service.rpc.servicer import SERVICE_NAME as INFERENCE
 from inference_service.rpc.servicer import InferenceServicer, register
 from loramux.builder.v1 import builder_pb2
 from loramux.inference.v1 import inference_pb2
-from shared.deployment import SourceKind
-from shared.faults import FAULTS, Fault
-from shared.rpc.server import RpcServer
-from shared.rpc.status import fault_of
-from shared.sources.local import LocalSource
-from shared.sources.open import Sources
-from shared.storage.memory import MemoryStore
+from loramux_shared.deployment import SourceKind
+from loramux_shared.faults import FAULTS, Fault
+from loramux_shared.rpc.server import RpcServer
+from loramux_shared.rpc.status import fault_of
+from loramux_shared.sources.local import LocalSource
+from loramux_shared.sources.open import Sources
+from loramux_shared.storage.memory import MemoryStore
 from tests.adapters import tensors, write_adapter, write_base
 from tests.openai_door import TEMPLATE
 from tests.tiny import make_world

@@ -13,8 +13,8 @@ import pytest_asyncio
 
 from inference_service.rpc.servicer import SERVICE_NAME
 from inference_service.serving.json_size import MAX_NAMES
-from shared.rpc.options import MAX_REQUEST_BYTES
-from shared.rpc.wire import MAX_FIELDS
+from loramux_shared.rpc.options import MAX_REQUEST_BYTES
+from loramux_shared.rpc.wire import MAX_FIELDS
 from tests.fuzz.doors import Doors, open_doors
 from tests.fuzz.mutate import bounded
 

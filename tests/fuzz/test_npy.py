@@ -12,7 +12,7 @@ import pytest
 
 from builder_service.domain.npy_rules import FOLDED, NpyAdapter, read_npy_adapter
 from builder_service.domain.rules import CheckedAdapter, Rulebook, check_tensors
-from shared.catalogue import CODES
+from loramux_shared.codes import CODES
 from tests.fuzz.mutate import NUMBERS, bounded, mutations
 from tests.unit.test_adapter_rules import book
 from tests.unit.test_npy_import import SIZES, matrices

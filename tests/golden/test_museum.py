@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 
 from builder_service.pipeline.build import build
+from builder_service.pipeline.context import Workshop
 from builder_service.pipeline.progress import Progress
-from builder_service.pipeline.workshop import Workshop
-from shared.catalogue import CODES, Subject
-from shared.deployment_file import parse_deployment
-from shared.faults import AdapterInvalid, Finding
-from shared.sources.open import open_sources
-from shared.storage.memory import MemoryStore
+from loramux_shared.codes import CODES, Subject
+from loramux_shared.deployment_file import parse_deployment
+from loramux_shared.faults import AdapterInvalid, Finding
+from loramux_shared.sources.open import open_sources
+from loramux_shared.storage.memory import MemoryStore
 from tests.golden.hostile.exhibit import BASE, Exhibit, base
 from tests.golden.hostile.files import CANARY
 from tests.golden.hostile.museum import EXHIBITS

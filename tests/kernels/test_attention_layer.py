@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from inference_service.backends.attention import Attention, TorchAttention, TritonAttention
 from inference_service.kernels.attention import (
     AttentionCapacity,
     AttentionTables,
@@ -12,11 +13,10 @@ from inference_service.kernels.attention import (
     PagedAttention,
     pack_tables,
 )
-from inference_service.layers.attention import Attention, TorchAttention, TritonAttention
 from inference_service.layers.norm import RMSNorm
 from inference_service.layers.rope import Rope
-from shared.bases.attention import AttentionSpec
-from shared.bases.rope import RopeSpec
+from loramux_shared.bases.attention import AttentionSpec
+from loramux_shared.bases.rope import RopeSpec
 
 HEADS, KV, DIM, BLOCK_SIZE = 6, 2, 24, 16
 CONTEXTS = [Context(0, 1, [5, 1, 3], 40), Context(1, 9, [2, 0], 20), Context(10, 1, [4], 1)]

@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from inference_service.backends.operations import ACTIVATIONS
 from inference_service.kernels.cpu.build import FLAGS, SOURCE, load
 from inference_service.kernels.cpu.check import first_wrong
 from inference_service.kernels.cpu.ops import ADAPTER_FIELDS, BLOCK, Chunks, CpuOps, Table, pack_a, pack_b
 from inference_service.kernels.rows import Activation
-from inference_service.layers.operations import ACTIVATIONS
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1.2e-2}
 DTYPES = [torch.float32, torch.bfloat16]

@@ -21,8 +21,8 @@ from inference_service.engine.graphs import CudaRecorder, Graph, Recorder
 from inference_service.engine.rows import lay_out
 from inference_service.engine.scheduler import Limits
 from inference_service.engine.tape import Tape, TapeRecorder
-from inference_service.serving.startup import Ready
-from shared.storage.memory import MemoryStore
+from inference_service.startup.load import Ready
+from loramux_shared.storage.memory import MemoryStore
 from tests.launches import per_layer, per_step
 from tests.tiny import World, make_world, run_engine
 

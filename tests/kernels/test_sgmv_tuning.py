@@ -16,7 +16,7 @@ from inference_service.kernels.sgmv.tuning import (
     fused_config,
     shrink_config,
 )
-from shared.bases.groups import GroupShape
+from loramux_shared.bases.groups import GroupShape
 from tests.golden.kernels.grids import MODELS, TABLE, lines
 from tests.golden.kernels.write import kept
 

@@ -10,14 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from inference_service.backends.torch import TorchLora
+from inference_service.backends.triton import TritonLora
 from inference_service.kernels.launch import Launch, intercepted
 from inference_service.kernels.sgmv import DECODE_TILE, SegmentCapacity, Segments, pack_segments
 from inference_service.lora.bank import GROWTH
 from inference_service.lora.segments import Arrangement, Segment
-from inference_service.lora.torch_backend import TorchLora
-from inference_service.lora.triton_backend import TritonLora
 from inference_service.lora.weights import AdapterWeights, Matrices, pack_adapter
-from shared.bases.groups import layer_groups
+from loramux_shared.bases.groups import layer_groups
 
 GROUPS = layer_groups(hidden=48, intermediate=80, q=48, kv=16)
 LAYERS = 2

@@ -12,12 +12,12 @@ import transformers
 from hypothesis import HealthCheck, given, settings
 
 from builder_service.pipeline.build import build
+from builder_service.pipeline.context import Workshop
 from builder_service.pipeline.progress import Progress
-from builder_service.pipeline.workshop import Workshop
-from shared.bundle.reader import Bundle, BundleRow, read_bundle
-from shared.deployment_file import parse_deployment
-from shared.sources.open import open_sources
-from shared.storage.memory import MemoryStore
+from loramux_shared.bundle.reader import Bundle, BundleRow, read_bundle
+from loramux_shared.deployment_file import parse_deployment
+from loramux_shared.sources.open import open_sources
+from loramux_shared.storage.memory import MemoryStore
 from tests.adapters import BASE_CONFIG, write_base
 from tests.property.peft_draws import DTYPES, LAYERS, Draw, Saved, draws, save
 

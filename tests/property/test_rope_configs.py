@@ -24,10 +24,10 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
 from inference_service.layers.rope import frequencies
-from shared.bases.config import ModelConfig
-from shared.bases.read import read_config
-from shared.faults import CheckpointInvalid
-from shared.storage.memory import MemoryStore
+from loramux_shared.bases.config import ModelConfig
+from loramux_shared.bases.read import read_config
+from loramux_shared.faults import CheckpointInvalid
+from loramux_shared.storage.memory import MemoryStore
 from tests.tiny import SIZES, VOCAB, World, make_checkpoint, oracle, oracle_tokens, run_engine
 
 ROTARY = {

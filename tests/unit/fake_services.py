@@ -15,11 +15,11 @@ from loramux.builder.v1 import builder_pb2 as builder_pb
 from loramux.builder.v1 import builder_pb2_grpc as builder_grpc
 from loramux.inference.v1 import inference_pb2 as pb
 from loramux.inference.v1 import inference_pb2_grpc as inference_grpc
-from shared.access.guard import NOBODY_GUARDS, Guard
-from shared.faults import DeploymentNotFound, ModelNotFound, RequestIdReused, RequestInvalid
-from shared.rpc.messages import deployment_from_message
-from shared.rpc.server import RpcServer
-from shared.rpc.stopping import Stop
+from loramux.messages import deployment_from_message
+from loramux_shared.access.guard import NOBODY_GUARDS, Guard
+from loramux_shared.faults import DeploymentNotFound, ModelNotFound, RequestIdReused, RequestInvalid
+from loramux_shared.rpc.server import RpcServer
+from loramux_shared.rpc.stopping import Stop
 
 WORDS = ("the ", "grey ", "sea ", "sings")
 STAGES = ("WAITING", "FETCHING", "VALIDATING", "CONVERTING", "PUBLISHING", "DONE")

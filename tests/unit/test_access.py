@@ -11,13 +11,13 @@ import pytest
 import structlog
 
 from inference_service.serving.catalog import Catalog, ServedModel
-from shared.access.asgi import AccessMiddleware
-from shared.access.guard import is_local, open_guard
-from shared.access.keyring import Keyring, bearer
-from shared.access.keys import digest, new_key, parse_keys
-from shared.access.rights import ACCESS, EVERYTHING, Access, Scope
-from shared.faults import ModelNotFound, PermissionDenied, SettingsInvalid, Unauthenticated
-from shared.settings import BuilderSettings
+from loramux_shared.access.asgi import AccessMiddleware
+from loramux_shared.access.guard import is_local, open_guard
+from loramux_shared.access.keyring import Keyring, bearer
+from loramux_shared.access.keys import digest, new_key, parse_keys
+from loramux_shared.access.rights import ACCESS, EVERYTHING, Access, Scope
+from loramux_shared.faults import ModelNotFound, PermissionDenied, SettingsInvalid, Unauthenticated
+from loramux_shared.settings import BuilderSettings
 from tests.access import lines, new_entry
 
 

@@ -11,8 +11,8 @@ from builder_service.domain.file_rules import file_findings
 from builder_service.domain.rules import CheckedAdapter, Rulebook, base_warning, check_adapter
 from builder_service.domain.tensor_names import LoraKey, RefusedKey, parse_key
 from builder_service.domain.tensor_rules import Limits
-from shared.bases.read import read_fields
-from shared.deployment import Dtype
+from loramux_shared.bases.read import read_fields
+from loramux_shared.deployment import Dtype
 from tests.adapters import BASE_CONFIG, key, tensors, write_adapter
 
 ROOT = "base_model.model.model."

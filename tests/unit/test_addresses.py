@@ -4,8 +4,8 @@ from ipaddress import ip_address
 
 import pytest
 
-from shared.faults import SourceRefused, SourceUnavailable
-from shared.sources.addresses import Guard, is_public
+from loramux_shared.faults import SourceRefused, SourceUnavailable
+from loramux_shared.sources.addresses import Guard, is_public
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, Gemma3Config
 
-from shared.bases.read import read_config
-from shared.storage.memory import MemoryStore
+from loramux_shared.bases.read import read_config
+from loramux_shared.storage.memory import MemoryStore
 from tests.tiny import SIZES, VOCAB, World, make_checkpoint, oracle, oracle_tokens, run_engine
 from tests.unit.test_families import GEMMA, VISION
 

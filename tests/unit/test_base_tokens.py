@@ -12,9 +12,9 @@ from tokenizers.models import BPE, Unigram
 from transformers import PreTrainedTokenizerFast
 
 from builder_service.pipeline.base_tokens import BaseTokens
-from shared.bundle.manifest import FileDigest
-from shared.faults import Finding
-from shared.sources.files import hash_file
+from loramux_shared.bundle.manifest import FileDigest
+from loramux_shared.faults import Finding
+from loramux_shared.sources.files import hash_file
 
 WORDS = ("a", "b", "c", "ab")
 ENDS = {"bos_token": "<s>", "eos_token": "</s>"}

@@ -15,16 +15,16 @@ from structlog.testing import capture_logs
 from transformers import Gemma2Config, LlamaConfig
 
 from builder_service.pipeline.build import build
+from builder_service.pipeline.context import Workshop
 from builder_service.pipeline.progress import Progress
-from builder_service.pipeline.workshop import Workshop
 from inference_service.models.checkpoint import Checkpoint
 from inference_service.models.shard import ShardInvalid, read_shard
-from shared.bundle.deployments import current_generation
-from shared.faults import BundleCorrupt
-from shared.sources.checkpoint import PlacedBase
-from shared.sources.open import open_sources
-from shared.storage.memory import MemoryStore
-from shared.storage.open import open_store
+from loramux_shared.bundle.deployments import current_generation
+from loramux_shared.faults import BundleCorrupt
+from loramux_shared.sources.checkpoint import PlacedBase
+from loramux_shared.sources.open import open_sources
+from loramux_shared.storage.memory import MemoryStore
+from loramux_shared.storage.open import open_store
 from tests.tiny import SIZES, World, make_checkpoint, make_world, oracle, oracle_tokens, run_engine
 
 EMBEDDING, HEAD, WEIGHTS = "model.embed_tokens.weight", "lm_head.weight", "model.safetensors"
@@ -113,9 +113,9 @@ from pathlib import Path
 
 from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import Sequence
-from inference_service.serving.startup import load
-from shared.settings import InferenceSettings
-from shared.storage.open import open_store
+from inference_service.startup.load import load
+from loramux_shared.settings import InferenceSettings
+from loramux_shared.storage.open import open_store
 
 root = Path(sys.argv[1])
 common = {"deployment": "tiny", "local_roots": (root,), "kv_memory_gb": 0.01, "prefix_cache": False}

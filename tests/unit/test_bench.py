@@ -18,7 +18,7 @@ from loramux.bench.plot import plot, require_plot
 from loramux.bench.workload import Workload, arrivals, read_prompts
 from loramux.cli.main import app
 from loramux.client import AsyncClient
-from shared.faults import RequestInvalid, SettingsInvalid
+from loramux_shared.faults import RequestInvalid, SettingsInvalid
 from tests.unit.fake_services import Fakes
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from shared.deployment import Repository, SourceKind
-from shared.faults import (
+from loramux_shared.deployment import Repository, SourceKind
+from loramux_shared.faults import (
     BuildInterrupted,
     BundleCorrupt,
     RepoNotFound,
@@ -18,13 +18,13 @@ from shared.faults import (
     SourceRefused,
     SourceUnavailable,
 )
-from shared.sources.base import MAX_BYTES, MAX_FILES, Resolved, SourceFile
-from shared.sources.bucket import BucketSource
-from shared.sources.checksum import md5_of
-from shared.sources.local import LocalSource
-from shared.sources.open import Sources, needs_extra
-from shared.sources.retry import Busy, Patience
-from shared.sources.secrets import Secrets
+from loramux_shared.sources.base import MAX_BYTES, MAX_FILES, Resolved, SourceFile
+from loramux_shared.sources.bucket import BucketSource
+from loramux_shared.sources.checksum import md5_of
+from loramux_shared.sources.local import LocalSource
+from loramux_shared.sources.open import Sources, needs_extra
+from loramux_shared.sources.retry import Busy, Patience
+from loramux_shared.sources.secrets import Secrets
 from tests.descriptors import cancelled_after, failing, nothing_stays_open
 
 REPO = Repository(source=SourceKind.S3, repo="s3://bucket/one")

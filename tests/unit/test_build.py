@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 
 from builder_service.pipeline.build import build
+from builder_service.pipeline.context import LEFTOVER_S, Workshop
 from builder_service.pipeline.progress import Progress, Stage
-from builder_service.pipeline.workshop import LEFTOVER_S, Workshop
-from shared.bundle.deployments import current_generation
-from shared.bundle.manifest import MANIFEST_FILE, bundle_key
-from shared.bundle.reader import read_bundle, read_manifest
-from shared.deployment import Deployment
-from shared.deployment_file import parse_deployment
-from shared.faults import (
+from loramux_shared.bundle.deployments import current_generation
+from loramux_shared.bundle.manifest import MANIFEST_FILE, bundle_key
+from loramux_shared.bundle.reader import read_bundle, read_manifest
+from loramux_shared.deployment import Deployment
+from loramux_shared.deployment_file import parse_deployment
+from loramux_shared.faults import (
     AdapterInvalid,
     BuildInterrupted,
     BundleCorrupt,
@@ -25,9 +25,9 @@ from shared.faults import (
     RevisionNotFound,
     SourceRefused,
 )
-from shared.sources.checkpoint import fetch_base
-from shared.sources.open import open_sources
-from shared.storage.memory import MemoryStore
+from loramux_shared.sources.checkpoint import fetch_base
+from loramux_shared.sources.open import open_sources
+from loramux_shared.storage.memory import MemoryStore
 from tests.adapters import tensors, write_adapter, write_base
 
 

@@ -11,8 +11,8 @@ import pytest
 from loramux.cli.build_view import ROWS, BuildView, show_built
 from loramux.cli.shell import Screen
 from loramux.records import AdapterInfo, DeploymentInfo, DeploymentState, Stage
-from shared.faults import Finding
-from shared.wording import listed
+from loramux_shared.faults import Finding
+from loramux_shared.wording import listed
 
 WARNING = Finding(code="W_FP32", where="weights", found="float32")
 

@@ -11,17 +11,17 @@ from pathlib import Path
 import pytest
 
 from builder_service.pipeline.build import build
+from builder_service.pipeline.context import Workshop
 from builder_service.pipeline.identity import claim_identity
 from builder_service.pipeline.progress import Progress, Stage
 from builder_service.pipeline.space import RESERVE_BYTES, Ledger, Space
-from builder_service.pipeline.workshop import Workshop
-from shared.bundle.reader import read_bundle
-from shared.deployment import Deployment
-from shared.deployment_file import parse_deployment
-from shared.faults import AdapterInvalid, BuildCancelled, ResourcesExhausted, StoreUnavailable
-from shared.sources.open import open_sources
-from shared.storage.memory import MemoryStore
-from shared.storage.patient import PatientStore
+from loramux_shared.bundle.reader import read_bundle
+from loramux_shared.deployment import Deployment
+from loramux_shared.deployment_file import parse_deployment
+from loramux_shared.faults import AdapterInvalid, BuildCancelled, ResourcesExhausted, StoreUnavailable
+from loramux_shared.sources.open import open_sources
+from loramux_shared.storage.memory import MemoryStore
+from loramux_shared.storage.patient import PatientStore
 from tests.adapters import tensors, write_adapter, write_base
 
 

@@ -11,12 +11,12 @@ import pytest
 from safetensors.numpy import save_file
 
 from builder_service.pipeline.build import build
+from builder_service.pipeline.context import Workshop
 from builder_service.pipeline.progress import Progress
-from builder_service.pipeline.workshop import Workshop
-from shared.bundle.norms import row_norms
-from shared.deployment_file import parse_deployment
-from shared.sources.open import open_sources
-from shared.storage.local import LocalStore
+from loramux_shared.bundle.norms import row_norms
+from loramux_shared.deployment_file import parse_deployment
+from loramux_shared.sources.open import open_sources
+from loramux_shared.storage.local import LocalStore
 from tests.adapters import key, tensors, write_adapter, write_base
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "bundle-format.md"

@@ -11,11 +11,11 @@ import psutil
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from inference_service.serving.bounded import templates as rendering
-from inference_service.serving.bounded.pool import BoundedPool
-from inference_service.serving.bounded.process import BoundedProcess
 from inference_service.serving.chat_template import MAX_PROCESSES, ChatTemplate
-from shared.faults import CheckpointInvalid, RequestInvalid
+from inference_service.serving.sandbox import templates as rendering
+from inference_service.serving.sandbox.pool import BoundedPool
+from inference_service.serving.sandbox.process import BoundedProcess
+from loramux_shared.faults import CheckpointInvalid, RequestInvalid
 
 MODULE = rendering.__name__
 QWEN = """

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from loramux.cli.build import wished
 from loramux.cli.main import app
 from loramux.cli.report_view import layers
-from shared.deployment_file import parse_deployment
+from loramux_shared.deployment_file import parse_deployment
 from tests.adapters import tensors, write_adapter, write_base
 from tests.unit.fake_services import Fakes, deployment_text
 from tests.unit.test_npy_import import write

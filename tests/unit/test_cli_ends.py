@@ -14,7 +14,7 @@ import pytest
 
 from loramux.cli.exits import Exit, exit_of
 from loramux.cli.state import state_dir, tell_uncaught
-from shared.faults import (
+from loramux_shared.faults import (
     AdapterInvalid,
     Fault,
     ModelNotFound,
@@ -25,7 +25,7 @@ from shared.faults import (
     StoreUnavailable,
     Unauthenticated,
 )
-from shared.rpc.status import CallFailed
+from loramux_shared.rpc.status import CallFailed
 from tests.unit.fake_services import Fakes
 
 PROGRAM = [sys.executable, "-c", "from loramux.cli.entry import main; main()"]

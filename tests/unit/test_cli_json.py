@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from loramux.cli.documents import jsonable
 from loramux.cli.main import app
-from shared.faults import AdapterInvalid, Finding
+from loramux_shared.faults import AdapterInvalid, Finding
 from tests.unit.fake_services import Fakes
 
 

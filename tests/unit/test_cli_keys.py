@@ -15,10 +15,10 @@ from loramux.cli.exits import Exit
 from loramux.cli.main import app
 from loramux.cli.tree import ProcessTree
 from loramux.connection import API_KEY
-from shared.access.guard import Guard
-from shared.access.keyring import Keyring
-from shared.access.keys import parse_keys
-from shared.access.rights import Scope
+from loramux_shared.access.guard import Guard
+from loramux_shared.access.keyring import Keyring
+from loramux_shared.access.keys import parse_keys
+from loramux_shared.access.rights import Scope
 from tests.access import keyring
 from tests.unit.fake_services import Fakes
 

@@ -145,7 +145,8 @@ def test_a_child_is_ready_when_it_says_so(tmp_path: Path, monkeypatch: pytest.Mo
 
     async def work(tree: ProcessTree) -> None:
         program = (
-            "import time; from shared.notify import notify, READY; time.sleep(0.2); print('up', flush=True); "
+            "import time; from loramux_shared.notify import notify, READY; time.sleep(0.2); "
+            "print('up', flush=True); "
             "notify('STATUS=nearly'); notify(READY); time.sleep(60)"
         )
         await tree.serve("child", [sys.executable, "-c", program])

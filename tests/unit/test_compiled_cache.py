@@ -13,9 +13,9 @@ import pytest
 
 from inference_service.kernels.cpu.build import Built, load
 from inference_service.kernels.cpu.check import first_wrong
-from inference_service.serving.backend import check_triton_cache
-from shared.faults import SettingsInvalid
-from shared.private import open_folder, private_folder, read_private
+from inference_service.startup.choose import check_triton_cache
+from loramux_shared.faults import SettingsInvalid
+from loramux_shared.private import open_folder, private_folder, read_private
 
 COMPILER = shutil.which("c++")
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import yaml
 
-from shared.settings import PREFIX, BuilderSettings, InferenceSettings, Settings, load_settings
-from shared.storage.open import open_store
+from loramux_shared.settings import PREFIX, BuilderSettings, InferenceSettings, Settings, load_settings
+from loramux_shared.storage.open import open_store
 
 ROOT = Path(__file__).parents[2]
 COMPOSE_TEXT = (ROOT / "docker-compose.yml").read_text(encoding="utf-8")

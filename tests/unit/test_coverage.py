@@ -12,16 +12,16 @@ from safetensors.numpy import save_file
 from builder_service.domain.tensor_names import LoraKey, nearest_key, parse_key
 from builder_service.pipeline.base_weights import BaseWeights
 from builder_service.pipeline.build import build
+from builder_service.pipeline.context import Workshop
 from builder_service.pipeline.progress import Progress
-from builder_service.pipeline.workshop import Workshop
-from shared.bundle.manifest import Coverage, Manifest
-from shared.bundle.reader import read_manifest
-from shared.deployment import Repository
-from shared.deployment_file import parse_deployment
-from shared.faults import AdapterInvalid, BundleCorrupt, CheckpointInvalid
-from shared.sources.checkpoint import describe_base
-from shared.sources.open import open_sources
-from shared.storage.memory import MemoryStore
+from loramux_shared.bundle.manifest import Coverage, Manifest
+from loramux_shared.bundle.reader import read_manifest
+from loramux_shared.deployment import Repository
+from loramux_shared.deployment_file import parse_deployment
+from loramux_shared.faults import AdapterInvalid, BundleCorrupt, CheckpointInvalid
+from loramux_shared.sources.checkpoint import describe_base
+from loramux_shared.sources.open import open_sources
+from loramux_shared.storage.memory import MemoryStore
 from tests.adapters import HIDDEN, VOCAB, tensors, write_adapter, write_base
 
 EMBED = "base_model.model.model.embed_tokens.weight"

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
-from shared.deployment import Build, Deployment, Repository, Runtime, SourceKind, StoredName
-from shared.deployment_file import DeploymentFile, load_deployment, parse_deployment
-from shared.faults import DeploymentInvalid, Finding
+from loramux_shared.deployment import Build, Deployment, Repository, Runtime, SourceKind, StoredName
+from loramux_shared.deployment_file import DeploymentFile, load_deployment, parse_deployment
+from loramux_shared.faults import DeploymentInvalid, Finding
 
 HOSTED = """
 model_name: Qwen2.5-Coder-LoRA

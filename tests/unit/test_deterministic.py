@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 from transformers import Gemma2Config, LlamaConfig, PreTrainedConfig, Qwen3Config
 
+from inference_service.backends.deterministic import agreeing_sizes
 from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import Sequence, Token
-from inference_service.layers.deterministic import agreeing_sizes
 from inference_service.layers.linear import SIZES as ROWS
 from inference_service.layers.linear import in_pieces
-from inference_service.serving.startup import Ready
-from shared.faults import SettingsInvalid
-from shared.storage.memory import MemoryStore
+from inference_service.startup.load import Ready
+from loramux_shared.faults import SettingsInvalid
+from loramux_shared.storage.memory import MemoryStore
 from tests.tiny import ADAPTERS, SIZES, VOCAB, World, make_world_of
 
 NEW = 10

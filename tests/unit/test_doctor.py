@@ -15,9 +15,9 @@ from loramux.cli.main import app
 from loramux.doctor import installed, machine
 from loramux.doctor.machine import look_at_inference, look_at_machine, look_at_store
 from loramux.doctor.sizes import read_base, sizes_of
-from shared.bases.read import read_config
-from shared.bundle.modules import MODULES
-from shared.faults import CheckpointInvalid
+from loramux_shared.bases.read import read_config
+from loramux_shared.bundle.modules import MODULES
+from loramux_shared.faults import CheckpointInvalid
 from tests.unit.fake_services import Fakes
 
 LLAMA = {
@@ -122,7 +122,7 @@ def test_a_store_answers_or_not(tmp_path: Path) -> None:
 def test_a_store_without_its_packages_names_them(monkeypatch: pytest.MonkeyPatch) -> None:
     """S3 needs an extra, which is said with what installs it."""
     monkeypatch.setitem(sys.modules, "boto3", None)
-    monkeypatch.delitem(sys.modules, "shared.storage.s3", raising=False)
+    monkeypatch.delitem(sys.modules, "loramux_shared.storage.s3", raising=False)
     assert (
         "needs boto3, not installed here: pip install 'loramux[store]'" in look_at_store("s3://bucket/x").state
     )

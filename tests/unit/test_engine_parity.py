@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from shared.storage.memory import MemoryStore
+from loramux_shared.storage.memory import MemoryStore
 from tests.tiny import (
     ADAPTERS,
     VOCAB,

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from safetensors import safe_open
 
-from shared.deployment_file import load_deployment
+from loramux_shared.deployment_file import load_deployment
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"

@@ -27,10 +27,10 @@ from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import Sequence
 from inference_service.models.checkpoint import Checkpoint
 from inference_service.models.decoder import Decoder
-from inference_service.serving.startup import Ready
-from shared.bases.read import read_config
-from shared.faults import CheckpointInvalid
-from shared.storage.memory import MemoryStore
+from inference_service.startup.load import Ready
+from loramux_shared.bases.read import read_config
+from loramux_shared.faults import CheckpointInvalid
+from loramux_shared.storage.memory import MemoryStore
 from tests.tiny import (
     ADAPTERS,
     SIZES,

@@ -8,9 +8,9 @@ import pytest
 from builder_service.pipeline.fetch import fetch_adapters
 from builder_service.pipeline.progress import Progress, Stage
 from builder_service.pipeline.space import Ledger, Space
-from shared.bundle.manifest import FileDigest
-from shared.deployment import Repository, SourceKind
-from shared.faults import (
+from loramux_shared.bundle.manifest import FileDigest
+from loramux_shared.deployment import Repository, SourceKind
+from loramux_shared.faults import (
     BuildInterrupted,
     Fault,
     RepoGated,
@@ -20,10 +20,10 @@ from shared.faults import (
     SourceRefused,
     SourceUnavailable,
 )
-from shared.sources.base import Progress as Counter
-from shared.sources.base import Resolved, SourceFile, unwatched
-from shared.sources.files import content_digest
-from shared.sources.open import Sources
+from loramux_shared.sources.base import Progress as Counter
+from loramux_shared.sources.base import Resolved, SourceFile, unwatched
+from loramux_shared.sources.files import content_digest
+from loramux_shared.sources.open import Sources
 
 FILES = {"adapter_config.json": b"{}", "adapter_model.safetensors": b"x" * 8}
 

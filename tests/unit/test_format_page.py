@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from shared.bundle.manifest import BaseRecord, Current, Generation, Manifest, Row
-from shared.deployment import Model, Repository
+from loramux_shared.bundle.manifest import BaseRecord, Current, Generation, Manifest, Row
+from loramux_shared.deployment import Model, Repository
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "bundle-format.md").read_text(encoding="utf-8")
 

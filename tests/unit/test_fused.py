@@ -10,13 +10,13 @@ import torch
 import transformers
 
 from builder_service.pipeline.build import build
+from builder_service.pipeline.context import Workshop
 from builder_service.pipeline.progress import Progress
-from builder_service.pipeline.workshop import Workshop
-from shared.bundle.reader import Bundle, read_bundle
-from shared.deployment_file import parse_deployment
-from shared.faults import AdapterInvalid
-from shared.sources.open import open_sources
-from shared.storage.memory import MemoryStore
+from loramux_shared.bundle.reader import Bundle, read_bundle
+from loramux_shared.deployment_file import parse_deployment
+from loramux_shared.faults import AdapterInvalid
+from loramux_shared.sources.open import open_sources
+from loramux_shared.storage.memory import MemoryStore
 from tests.adapters import BASE_CONFIG, HEADS, HIDDEN, INTERMEDIATE, KV_HEADS, write_adapter, write_base
 
 CONFIG = BASE_CONFIG | {"model_type": "phi3", "architectures": ["Phi3ForCausalLM"], "torch_dtype": "float32"}

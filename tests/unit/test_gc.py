@@ -9,19 +9,19 @@ import pytest
 from typer.testing import CliRunner
 
 from builder_service.pipeline.build import build
+from builder_service.pipeline.context import Workshop
 from builder_service.pipeline.progress import Progress
-from builder_service.pipeline.workshop import Workshop
 from loramux.cli.main import app
-from shared.bundle.deployments import current_generation, generation_numbers
-from shared.bundle.gc import Kind, check_grace, find_orphans, remove
-from shared.bundle.manifest import MANIFEST_FILE, bundle_key, claim_key, generation_key
-from shared.bundle.reader import read_bundle
-from shared.deployment_file import parse_deployment
-from shared.faults import BuildInProgress, BundleCorrupt
-from shared.sources.open import open_sources
-from shared.storage.base import Store
-from shared.storage.local import LocalStore
-from shared.storage.memory import MemoryStore
+from loramux_shared.bundle.deployments import current_generation, generation_numbers
+from loramux_shared.bundle.gc import Kind, check_grace, find_orphans, remove
+from loramux_shared.bundle.manifest import MANIFEST_FILE, bundle_key, claim_key, generation_key
+from loramux_shared.bundle.reader import read_bundle
+from loramux_shared.deployment_file import parse_deployment
+from loramux_shared.faults import BuildInProgress, BundleCorrupt
+from loramux_shared.sources.open import open_sources
+from loramux_shared.storage.base import Store
+from loramux_shared.storage.local import LocalStore
+from loramux_shared.storage.memory import MemoryStore
 from tests.adapters import tensors, write_adapter, write_base
 
 DAY = timedelta(days=1)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from shared.storage.memory import MemoryStore
+from loramux_shared.storage.memory import MemoryStore
 from tests.tiny import ADAPTERS, World, make_adapter, oracle, oracle_tokens, run_engine, write_tokenizer
 
 NEW = 12

@@ -12,11 +12,11 @@ import yaml
 
 from loramux.builder.v1 import builder_pb2
 from loramux.inference.v1 import inference_pb2
+from loramux_shared.deployment import Deployment
+from loramux_shared.deployment_file import IGNORED_KEYS
+from loramux_shared.settings import BuilderSettings, InferenceSettings, variable
 from scripts import api_doc, deployment_doc, settings_doc
 from scripts.pages import type_of
-from shared.deployment import Deployment
-from shared.deployment_file import IGNORED_KEYS
-from shared.settings import BuilderSettings, InferenceSettings, variable
 
 ROOT = Path(__file__).resolve().parents[2]
 

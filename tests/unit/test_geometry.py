@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from shared.bases.read import read_fields
-from shared.faults import CheckpointInvalid
+from loramux_shared.bases.read import read_fields
+from loramux_shared.faults import CheckpointInvalid
 from tests.adapters import BASE_CONFIG
 
 REFUSED: list[tuple[str, dict[str, Any]]] = [

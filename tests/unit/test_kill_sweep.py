@@ -12,21 +12,21 @@ from typing import TypeVar
 import pytest
 import structlog
 
+from builder_service.builds.builds import Builds
+from builder_service.builds.limits import Limits
+from builder_service.builds.views import State
 from builder_service.pipeline.build import build
-from builder_service.pipeline.builds import Builds
-from builder_service.pipeline.limits import Limits
+from builder_service.pipeline.context import Workshop
 from builder_service.pipeline.progress import Progress
-from builder_service.pipeline.views import State
-from builder_service.pipeline.workshop import Workshop
-from shared.bundle.deployments import current_generation, generation_numbers, read_generation
-from shared.bundle.manifest import Generation
-from shared.bundle.reader import read_bundle
-from shared.deployment import Deployment
-from shared.deployment_file import parse_deployment
-from shared.faults import Fault
-from shared.sources.open import open_sources
-from shared.storage.base import Entry
-from shared.storage.memory import MemoryStore
+from loramux_shared.bundle.deployments import current_generation, generation_numbers, read_generation
+from loramux_shared.bundle.manifest import Generation
+from loramux_shared.bundle.reader import read_bundle
+from loramux_shared.deployment import Deployment
+from loramux_shared.deployment_file import parse_deployment
+from loramux_shared.faults import Fault
+from loramux_shared.sources.open import open_sources
+from loramux_shared.storage.base import Entry
+from loramux_shared.storage.memory import MemoryStore
 from tests.adapters import tensors, write_adapter, write_base
 
 T = TypeVar("T")

@@ -35,7 +35,7 @@ from inference_service.serving.bounds import IDS, NUMBERS, TEXTS
 from inference_service.serving.request import Request
 from loramux.inference.v1 import inference_pb2 as pb
 from loramux.records import GenerateOptions
-from shared.sampling import MAX_TEMPERATURE
+from loramux_shared.sampling import MAX_TEMPERATURE
 
 ROOT = Path(__file__).parents[2]
 ASKED = {field.name for field in fields(Request)}

@@ -11,11 +11,11 @@ import torch
 from safetensors import safe_open
 from structlog.testing import capture_logs
 
-from inference_service.serving.memory import GB, Cache, Needs, needs_of, plan_memory
-from shared.bases.read import read_config
-from shared.faults import ResourcesExhausted
-from shared.settings import InferenceSettings
-from shared.storage.memory import MemoryStore
+from inference_service.startup.memory import GB, Cache, Needs, needs_of, plan_memory
+from loramux_shared.bases.read import read_config
+from loramux_shared.faults import ResourcesExhausted
+from loramux_shared.settings import InferenceSettings
+from loramux_shared.storage.memory import MemoryStore
 from tests.tiny import SIZES, make_world
 
 NEEDS = Needs(weights=16 * 10**9, adapters=10**9, activations=2 * 10**9, graphs=10**9)

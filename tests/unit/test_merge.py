@@ -5,15 +5,15 @@ from __future__ import annotations
 import pytest
 
 from builder_service.pipeline.build import build
+from builder_service.pipeline.context import Workshop
 from builder_service.pipeline.progress import Progress
-from builder_service.pipeline.workshop import Workshop
-from inference_service.serving.startup import Ready
-from shared.bundle.deployments import current_generation
-from shared.deployment import Deployment
-from shared.deployment_file import parse_deployment
-from shared.faults import DeploymentInvalid, ModelNotFound
-from shared.sources.open import open_sources
-from shared.storage.memory import MemoryStore
+from inference_service.startup.load import Ready
+from loramux_shared.bundle.deployments import current_generation
+from loramux_shared.deployment import Deployment
+from loramux_shared.deployment_file import parse_deployment
+from loramux_shared.faults import DeploymentInvalid, ModelNotFound
+from loramux_shared.sources.open import open_sources
+from loramux_shared.storage.memory import MemoryStore
 from tests.tiny import World, make_world, run_engine
 
 PROMPTS = [[5 + 7 * turn + place for place in range(3 + 11 * turn)] for turn in range(5)]

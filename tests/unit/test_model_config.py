@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from transformers import AutoConfig
 
-from shared.bases.families import load_families
-from shared.bases.read import read_config
-from shared.faults import CheckpointInvalid
+from loramux_shared.bases.families import load_families
+from loramux_shared.bases.read import read_config
+from loramux_shared.faults import CheckpointInvalid
 
 # As the hub has them: written by transformers 4, and by people.
 HUB_CONFIGS: dict[str, dict[str, Any]] = {

@@ -7,7 +7,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from shared.bundle.npy import (
+from loramux_shared.bundle.npy import (
     cast,
     header_bytes,
     parse_header,
@@ -18,9 +18,9 @@ from shared.bundle.npy import (
     write_config,
     write_weights,
 )
-from shared.deployment import Dtype
-from shared.faults import BundleCorrupt
-from shared.sources.files import hash_file
+from loramux_shared.deployment import Dtype
+from loramux_shared.faults import BundleCorrupt
+from loramux_shared.sources.files import hash_file
 
 Q_A = np.array([[1, 2, 3, 4], [5, 6, 7, 8]], np.float32)
 Q_B = np.array([[1, 0], [0, 1], [1, 1], [2, -1]], np.float32)

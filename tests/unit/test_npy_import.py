@@ -12,14 +12,14 @@ import pytest
 
 from builder_service.pipeline.build import build
 from builder_service.pipeline.check import AdapterReport, check_one
+from builder_service.pipeline.context import Workshop
 from builder_service.pipeline.progress import Progress
-from builder_service.pipeline.workshop import Workshop
-from shared.bundle.deployments import current_generation
-from shared.bundle.reader import Bundle, read_bundle
-from shared.deployment import Deployment
-from shared.deployment_file import parse_deployment
-from shared.sources.open import open_sources
-from shared.storage.memory import MemoryStore
+from loramux_shared.bundle.deployments import current_generation
+from loramux_shared.bundle.reader import Bundle, read_bundle
+from loramux_shared.deployment import Deployment
+from loramux_shared.deployment_file import parse_deployment
+from loramux_shared.sources.open import open_sources
+from loramux_shared.storage.memory import MemoryStore
 from tests.adapters import HIDDEN, INTERMEDIATE, write_adapter, write_base
 
 Q, KV = HIDDEN, HIDDEN // 2

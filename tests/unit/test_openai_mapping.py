@@ -10,11 +10,11 @@ import pytest
 from inference_service.openai_api.chat_schema import ChatBody
 from inference_service.openai_api.mapping import chat_request, completion_requests
 from inference_service.openai_api.schema import CompletionBody
-from inference_service.serving.brought import Brought
+from inference_service.serving.adapter_defaults import Brought
 from inference_service.serving.catalog import Catalog, ServedModel
 from inference_service.serving.request import Request
 from inference_service.serving.service import GenerationService, ServingLimits
-from shared.faults import RequestInvalid
+from loramux_shared.faults import RequestInvalid
 
 TOOLS = [{"type": "function", "function": {"name": "f"}}]
 

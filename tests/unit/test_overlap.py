@@ -21,8 +21,8 @@ from inference_service.engine.engine import Engine
 from inference_service.engine.rows import lay_out
 from inference_service.engine.scheduler import Limits
 from inference_service.engine.step import Pending
-from inference_service.serving.startup import Ready
-from shared.storage.memory import MemoryStore
+from inference_service.startup.load import Ready
+from loramux_shared.storage.memory import MemoryStore
 from tests.tiny import ADAPTERS, VOCAB, World, make_world, run_engine
 
 BLOCK = 4

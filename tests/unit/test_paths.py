@@ -11,20 +11,20 @@ from pydantic import ValidationError
 from typer.testing import CliRunner
 
 from builder_service.pipeline.build import build
+from builder_service.pipeline.context import Workshop
 from builder_service.pipeline.progress import Progress
-from builder_service.pipeline.workshop import Workshop
 from loramux.cli.main import app
 from loramux.cli.services import builder_command
-from shared.bundle.manifest import FileDigest
-from shared.deployment import Repository, SourceKind
-from shared.deployment_file import parse_deployment
-from shared.faults import Fault, RepoNotFound, SourceRefused, SourceUnavailable, StoreUnavailable
-from shared.sources.archive import inner_files
-from shared.sources.base import SourceFile
-from shared.sources.local import LocalSource
-from shared.sources.open import open_sources
-from shared.storage.local import LocalStore
-from shared.storage.memory import MemoryStore
+from loramux_shared.bundle.manifest import FileDigest
+from loramux_shared.deployment import Repository, SourceKind
+from loramux_shared.deployment_file import parse_deployment
+from loramux_shared.faults import Fault, RepoNotFound, SourceRefused, SourceUnavailable, StoreUnavailable
+from loramux_shared.sources.archive import inner_files
+from loramux_shared.sources.base import SourceFile
+from loramux_shared.sources.local import LocalSource
+from loramux_shared.sources.open import open_sources
+from loramux_shared.storage.local import LocalStore
+from loramux_shared.storage.memory import MemoryStore
 from tests.adapters import write_adapter, write_base
 
 NO_TEXT = os.fsdecode(b"caf\xe9")

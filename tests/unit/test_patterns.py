@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from builder_service.domain import peft_names
 from builder_service.domain.adapter_config import AdapterConfig
-from builder_service.domain.bounded import TooCostly
 from builder_service.domain.config_fields import KNOWN
 from builder_service.domain.patterns import PatternsInvalid, read_names
+from builder_service.domain.sandbox import TooCostly
 from tests.golden.hostile.configs import EXPONENTIAL, GIANT
 
 NAMES = tuple(

@@ -17,15 +17,15 @@ from safetensors.torch import load_file, save_file
 
 from builder_service.pipeline import prove as builder_prove
 from builder_service.pipeline.build import build
+from builder_service.pipeline.context import Workshop
 from builder_service.pipeline.progress import Progress
-from builder_service.pipeline.workshop import Workshop
-from inference_service.models.adapter_source import read_adapter
-from inference_service.models.fingerprint import difference, effect_of
-from inference_service.models.reference import Reference
-from inference_service.prove import prove
-from shared.bases.read import read_config
-from shared.bundle.deployments import current_generation, publish_generation
-from shared.bundle.manifest import (
+from inference_service.proof.adapter_source import read_adapter
+from inference_service.proof.fingerprint import difference, effect_of
+from inference_service.proof.prove import prove
+from inference_service.proof.reference import Reference
+from loramux_shared.bases.read import read_config
+from loramux_shared.bundle.deployments import current_generation, publish_generation
+from loramux_shared.bundle.manifest import (
     MANIFEST_FILE,
     WEIGHTS_FILE,
     FileDigest,
@@ -33,13 +33,13 @@ from shared.bundle.manifest import (
     bundle_key,
     sha256_hex,
 )
-from shared.bundle.npy import NUMPY_TYPES
-from shared.bundle.proof import Effect
-from shared.bundle.reader import read_bundle, read_manifest
-from shared.deployment import Deployment
-from shared.faults import BuildInterrupted, CheckpointInvalid, ProofFailed, SettingsInvalid
-from shared.sources.open import open_sources
-from shared.storage.memory import MemoryStore
+from loramux_shared.bundle.npy import NUMPY_TYPES
+from loramux_shared.bundle.proof import Effect
+from loramux_shared.bundle.reader import read_bundle, read_manifest
+from loramux_shared.deployment import Deployment
+from loramux_shared.faults import BuildInterrupted, CheckpointInvalid, ProofFailed, SettingsInvalid
+from loramux_shared.sources.open import open_sources
+from loramux_shared.storage.memory import MemoryStore
 from tests.tiny import ADAPTERS, World, make_world, oracle
 
 Change = Callable[[Any, Manifest], None]
@@ -318,7 +318,7 @@ def test_the_prover_is_a_process_that_speaks_json(world: World) -> None:
     """A base that cannot be served is an answer with a reason, not a crash."""
     request = {"base": str(world.root), "adapters": {}}
     done = subprocess.run(
-        [sys.executable, "-m", "inference_service.prove"],
+        [sys.executable, "-m", "inference_service.proof.prove"],
         input=json.dumps(request),
         capture_output=True,
         text=True,

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from inference_service.models.adapter_source import read_adapter
-from inference_service.models.reference import Reference
-from shared.bases.read import read_config
+from inference_service.proof.adapter_source import read_adapter
+from inference_service.proof.reference import Reference
+from loramux_shared.bases.read import read_config
 from tests.tiny import make_world_of, oracle
 from tests.unit.test_families import CASES
 

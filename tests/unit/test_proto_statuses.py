@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from shared.faults import FAULTS
+from loramux_shared.faults import FAULTS
 
 PROTOS = sorted((Path(__file__).resolve().parents[2] / "protos").rglob("*.proto"))
 _LINE = re.compile(r"^ *// (?P<status>[A-Z_]{6,}) +(?P<reason>[A-Z_]{4,})[:,]", re.MULTILINE)

@@ -12,17 +12,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shared.bundle.deployments import (
+from loramux_shared.bundle.deployments import (
     claimed_numbers,
     current_generation,
     generation_numbers,
     publish_generation,
 )
-from shared.bundle.manifest import BaseRecord, Current, Generation, current_key, generation_key
-from shared.deployment import Dtype, Repository, SourceKind
-from shared.faults import BundleCorrupt
-from shared.storage.base import Entry, Store
-from shared.storage.memory import MemoryStore
+from loramux_shared.bundle.manifest import BaseRecord, Current, Generation, current_key, generation_key
+from loramux_shared.deployment import Dtype, Repository, SourceKind
+from loramux_shared.faults import BundleCorrupt
+from loramux_shared.storage.base import Entry, Store
+from loramux_shared.storage.memory import MemoryStore
 
 WAIT_S = 20
 

@@ -6,20 +6,20 @@ import numpy as np
 import pytest
 
 from builder_service.pipeline.build import build
+from builder_service.pipeline.context import Workshop
 from builder_service.pipeline.progress import Progress
-from builder_service.pipeline.workshop import Workshop
-from shared.bundle.deployments import (
+from loramux_shared.bundle.deployments import (
     current_generation,
     generation_numbers,
     list_deployments,
     publish_generation,
 )
-from shared.bundle.manifest import Manifest, bundle_key, current_key, generation_key, sha256_hex
-from shared.bundle.reader import read_bundle
-from shared.deployment_file import parse_deployment
-from shared.faults import BundleCorrupt
-from shared.sources.open import open_sources
-from shared.storage.memory import MemoryStore
+from loramux_shared.bundle.manifest import Manifest, bundle_key, current_key, generation_key, sha256_hex
+from loramux_shared.bundle.reader import read_bundle
+from loramux_shared.deployment_file import parse_deployment
+from loramux_shared.faults import BundleCorrupt
+from loramux_shared.sources.open import open_sources
+from loramux_shared.storage.memory import MemoryStore
 from tests.adapters import write_adapter, write_base
 
 FILES = ("model.lora_weights.npy", "model.lora_config.npy", "manifest.json")

@@ -13,10 +13,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from inference_service.serving.json_size import MAX_NAMES, unfolds_to
 from inference_service.serving.text import SLICE_CHARS, Text
 from loramux.inference.v1 import inference_pb2 as pb
-from shared.deployment_file import parse_deployment
-from shared.faults import DeploymentInvalid, PromptTooLong, RequestInvalid
-from shared.near import MAX_FINDINGS, nearest
-from shared.rpc.wire import MAX_FIELDS, bounded, more_fields
+from loramux_shared.deployment_file import parse_deployment
+from loramux_shared.faults import DeploymentInvalid, PromptTooLong, RequestInvalid
+from loramux_shared.near import MAX_FINDINGS, nearest
+from loramux_shared.rpc.wire import MAX_FIELDS, bounded, more_fields
 
 VALUES: Any = st.recursive(
     st.none() | st.integers() | st.text('ab"\\{}[]:,', max_size=8),

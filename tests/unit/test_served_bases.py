@@ -12,16 +12,16 @@ from hypothesis import strategies as st
 
 from builder_service.pipeline.build import build
 from builder_service.pipeline.check import check_one
+from builder_service.pipeline.context import Workshop
 from builder_service.pipeline.progress import Progress
-from builder_service.pipeline.workshop import Workshop
 from loramux.doctor.sizes import sizes_of
-from shared.bases.families import load_families
-from shared.bases.read import read_config, read_fields
-from shared.deployment import Deployment
-from shared.deployment_file import parse_deployment
-from shared.faults import CheckpointInvalid
-from shared.sources.open import open_sources
-from shared.storage.memory import MemoryStore
+from loramux_shared.bases.families import load_families
+from loramux_shared.bases.read import read_config, read_fields
+from loramux_shared.deployment import Deployment
+from loramux_shared.deployment_file import parse_deployment
+from loramux_shared.faults import CheckpointInvalid
+from loramux_shared.sources.open import open_sources
+from loramux_shared.storage.memory import MemoryStore
 from tests.adapters import BASE_CONFIG, write_adapter, write_base
 from tests.unit.test_model_config import HUB_CONFIGS
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from shared.faults import SettingsInvalid
-from shared.settings import BuilderSettings, InferenceSettings, Settings, load_settings, variable
-from shared.storage.open import open_store
+from loramux_shared.faults import SettingsInvalid
+from loramux_shared.settings import BuilderSettings, InferenceSettings, Settings, load_settings, variable
+from loramux_shared.storage.open import open_store
 
 
 @pytest.fixture(autouse=True)

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from shared.deployment import Repository, SourceKind
-from shared.faults import DeploymentInvalid
-from shared.spelling import parse_repository
+from loramux_shared.deployment import Repository, SourceKind
+from loramux_shared.faults import DeploymentInvalid
+from loramux_shared.spelling import parse_repository
 
 
 @pytest.mark.parametrize(

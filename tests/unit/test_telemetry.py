@@ -20,8 +20,8 @@ from inference_service.serving.catalog import ServedModel
 from inference_service.serving.request import Delta, Finished, Request
 from inference_service.serving.telemetry.record import Follower, Record, following
 from inference_service.serving.telemetry.request_log import RequestLog
-from shared.faults import QueueFull
-from shared.telemetry import log_to_stderr
+from loramux_shared.faults import QueueFull
+from loramux_shared.telemetry import log_to_stderr
 from tests.golden.metrics.script import replica
 from tests.metrics import Scrape
 

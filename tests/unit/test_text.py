@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from inference_service.serving.chat_template import ChatTemplate
 from inference_service.serving.text import StopTexts, Text
-from shared.faults import CheckpointInvalid, RequestInvalid
+from loramux_shared.faults import CheckpointInvalid, RequestInvalid
 
 
 @given(

@@ -12,8 +12,8 @@ import pytest
 import structlog
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-from shared.tracing.otel import Tracing
-from shared.tracing.setup import open_tracing
+from loramux_shared.tracing.otel import Tracing
+from loramux_shared.tracing.setup import open_tracing
 
 
 @pytest.fixture(autouse=True)
@@ -66,7 +66,7 @@ def test_an_exporter_that_is_missing(
 def test_spans_are_sent_when_it_closes(variable: dict[str, str], name: str) -> None:
     """A standard exporter gets what is left at the end; OTEL_SERVICE_NAME comes before the own name."""
     code = (
-        "from shared.tracing.setup import open_tracing\n"
+        "from loramux_shared.tracing.setup import open_tracing\n"
         "tracing = open_tracing('loramux-test')\n"
         "with tracing.call('a call', {}, {'n': 1}): pass\n"
         "tracing.close()"

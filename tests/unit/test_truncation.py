@@ -11,17 +11,17 @@ import pytest
 from builder_service.domain.truncation import best_approximation
 from builder_service.pipeline.build import build
 from builder_service.pipeline.check import check_one
+from builder_service.pipeline.context import Workshop
 from builder_service.pipeline.progress import Progress
 from builder_service.pipeline.validate import check_deployment
-from builder_service.pipeline.workshop import Workshop
-from shared.bundle.deployments import current_generation
-from shared.bundle.reader import read_bundle
-from shared.deployment import Deployment
-from shared.deployment_file import parse_deployment
-from shared.faults import AdapterInvalid, DeploymentInvalid
-from shared.rpc.messages import deployment_from_message, deployment_to_message
-from shared.sources.open import open_sources
-from shared.storage.memory import MemoryStore
+from loramux.messages import deployment_from_message, deployment_to_message
+from loramux_shared.bundle.deployments import current_generation
+from loramux_shared.bundle.reader import read_bundle
+from loramux_shared.deployment import Deployment
+from loramux_shared.deployment_file import parse_deployment
+from loramux_shared.faults import AdapterInvalid, DeploymentInvalid
+from loramux_shared.sources.open import open_sources
+from loramux_shared.storage.memory import MemoryStore
 from tests.adapters import tensors, write_adapter, write_base
 
 RANDOM = np.random.default_rng(3)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from shared.bases.attention import AttentionSpec
+from loramux_shared.bases.attention import AttentionSpec
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from inference_service.kernels.cpu.check import first_wrong  # and torch, whose OpenMP runtime is to be shared
-from shared.private import private_folder, read_private
+from loramux_shared.private import private_folder, read_private
 
 SOURCE = Path(__file__).with_name("ops.cpp")
 FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-std=c++17", "-fopenmp", "-shared", "-fPIC")

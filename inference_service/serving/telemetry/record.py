@@ -14,7 +14,7 @@ from inference_service.core.sequence import FinishReason
 from inference_service.core.sequence import Sequence as EngineSequence
 from inference_service.serving.catalog import ServedModel
 from inference_service.serving.request import Delta, Event, Finished, Request
-from shared.faults import Fault, InternalFault
+from loramux_shared.faults import Fault, InternalFault
 
 OK: Final = "OK"
 CANCELLED: Final = "CANCELLED"

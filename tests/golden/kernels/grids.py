@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from shared.bases.groups import GroupShape, layer_groups
 
 from inference_service.kernels.sgmv import Phase, Slices
 from inference_service.kernels.sgmv.tuning import (
@@ -17,7 +18,6 @@ from inference_service.kernels.sgmv.tuning import (
     fused_config,
     shrink_config,
 )
-from shared.bases.groups import GroupShape, layer_groups
 
 TABLE = Path(__file__).with_name("grids.txt")
 MODELS = {

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 
 from builder_service.pipeline.build import build
+from builder_service.pipeline.context import Workshop
 from builder_service.pipeline.progress import Progress
-from builder_service.pipeline.workshop import Workshop
-from shared.bundle.reader import read_manifest
-from shared.deployment_file import parse_deployment
-from shared.sources.open import open_sources
-from shared.storage.memory import MemoryStore
+from loramux_shared.bundle.reader import read_manifest
+from loramux_shared.deployment_file import parse_deployment
+from loramux_shared.sources.open import open_sources
+from loramux_shared.storage.memory import MemoryStore
 from tests.adapters import ADAPTER_CONFIG, FEATURES, HIDDEN, INTERMEDIATE, LAYERS, key, write_base
 from tests.golden.hostile.exhibit import ROOT, entry, header
 

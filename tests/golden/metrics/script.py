@@ -9,9 +9,9 @@ from typing import cast
 
 from prometheus_client import generate_latest
 
-from builder_service.pipeline.meter import BuildMeter
-from builder_service.pipeline.running import RunningBuild
-from builder_service.pipeline.views import State
+from builder_service.builds.meter import BuildMeter
+from builder_service.builds.running import RunningBuild
+from builder_service.builds.views import State
 from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import Adapter, FinishReason, Sequence, Token
 from inference_service.engine.engine import Crowd, EngineStats

@@ -19,7 +19,7 @@ from inference_service.serving.catalog import Catalog, ServedModel
 from inference_service.serving.request import Delta, Event, Finished, PromptLogprobs, Request, Started
 from inference_service.serving.service import GenerationService, ServingLimits
 from inference_service.serving.text import Text
-from shared.faults import InternalFault
+from loramux_shared.faults import InternalFault
 from tests.golden.metrics.script import replica
 from tests.tiny import VOCAB, write_tokenizer
 

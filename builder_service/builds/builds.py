@@ -1,0 +1,318 @@
+"""Builds as a service: accepted at once, run in threads, watched by anyone, taken up after a restart."""
+
+from __future__ import annotations
+
+import asyncio
+import builtins
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from datetime import UTC, datetime
+from typing import Final
+
+import structlog
+
+from builder_service.builds.failures import Failures
+from builder_service.builds.journal import Journal, JournalEntry
+from builder_service.builds.keeper import Keeper
+from builder_service.builds.limits import Limits
+from builder_service.builds.meter import BuildMeter
+from builder_service.builds.pages import Page, names_of_page
+from builder_service.builds.request_ids import RequestIds
+from builder_service.builds.running import RunningBuild
+from builder_service.builds.views import DeploymentView, State, stored_view
+from builder_service.pipeline.build import BuildResult, build
+from builder_service.pipeline.context import Workshop
+from builder_service.pipeline.validate import check_deployment
+from loramux_shared.bundle.deployments import is_deployment_name, list_deployments
+from loramux_shared.deployment import Deployment
+from loramux_shared.faults import (
+    BuildCancelled,
+    BuildInProgress,
+    BuildInterrupted,
+    BuildTimedOut,
+    DeploymentNotFound,
+    Fault,
+    InternalFault,
+    QueueFull,
+    ResourcesExhausted,
+    ShuttingDown,
+    StoreUnavailable,
+)
+from loramux_shared.wording import listed
+
+log = structlog.get_logger()
+
+MAX_ATTEMPTS: Final = 3
+"""Starts of the builder that one build may outlive; then it is given up, for it may be what kills it."""
+STOP_GRACE_S: Final = 15.0
+"""For a build that was asked to stop, and waits for a network."""
+CANCELLED: Final = "a client cancelled the build; what was served before is served still"
+
+
+class Builds:
+    """All builds of this process. Lives on the event loop; everything that blocks runs in threads."""
+
+    def __init__(self, shop: Workshop, limits: Limits | None = None) -> None:
+        self._shop = shop
+        self._limits = limits or Limits()
+        self._journal = Journal(shop.store, shop.owner or "builder")
+        self._failures = Failures(shop.place() / f"loramux-failed-{shop.owner}" if shop.owner else None)
+        self._pool = ThreadPoolExecutor(self._limits.running, "build")
+        self._slots = asyncio.Semaphore(self._limits.running)
+        self._builds: dict[str, RunningBuild] = {}
+        self._requests = RequestIds()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._keeping: asyncio.Task[None] | None = None
+        self._draining = False
+        self.meter = BuildMeter(self._count_running)
+
+    async def recover(self) -> int:
+        """Take up the builds that the last run of the builder did not end; returns how many.
+
+        From now on this builder gives signs of life, and takes over the builds of those that do not.
+
+        Raises:
+            StoreUnavailable: the store does not answer.
+        """
+        for kept in await asyncio.to_thread(lambda: list(self._failures.all())):
+            failed = RunningBuild.failed(kept)
+            self._builds[failed.name] = failed
+            self._requests.remember(failed.entry.request_id, failed)
+        entries = await asyncio.to_thread(self._journal.mine)
+        for entry in entries:
+            self._take_up(entry)
+        keeper = Keeper(self._journal, self._limits, self._take_over)
+        self._keeping = asyncio.create_task(keeper.run(), name="journal")
+        return len(entries)
+
+    async def build(self, deployment: Deployment, request_id: str = "") -> DeploymentView:
+        """Accept a build, or find the one that was asked for already; answers before it runs.
+
+        Raises:
+            DeploymentInvalid, RequestIdReused, BuildInProgress, QueueFull, StoreUnavailable, ShuttingDown
+        """
+        check_deployment(deployment)
+        if self._draining:
+            raise ShuttingDown(
+                "the builder is shutting down and takes no new builds. Retry with its successor."
+            )
+        found = self._find(deployment, request_id)
+        if found is None:
+            waiting = self._count_running()
+            if waiting >= self._limits.running + self._limits.waiting:
+                raise QueueFull(f"{waiting} builds run or wait, which is the limit. Call again later.")
+            found = self._start(
+                JournalEntry(deployment=deployment, request_id=request_id, create_time=datetime.now(UTC))
+            )
+        self._requests.remember(request_id, found)
+        await found.accepted.wait()
+        if found.refusal is not None:
+            raise found.refusal
+        return found.view()
+
+    async def cancel(self, name: str) -> DeploymentView:
+        """Ask the running build of a deployment to end as FAILED; without one, nothing changes.
+
+        Raises:
+            DeploymentNotFound, StoreUnavailable
+        """
+        running = self._builds.get(name)
+        if running is None or running.state is not State.BUILDING:
+            return await self.get(name)
+        await running.accepted.wait()
+        if running.state is State.BUILDING:
+            running.entry = running.entry.model_copy(update={"cancelled": True})
+            await asyncio.to_thread(self._journal.update, running.entry)
+            running.stop(BuildCancelled(CANCELLED))
+        return running.view()
+
+    async def get(self, name: str) -> DeploymentView:
+        """Return a deployment.
+
+        Raises:
+            DeploymentNotFound: the message lists those that exist.
+            StoreUnavailable: the store does not answer.
+        """
+        view = await self._view(name)
+        if view is not None:
+            return view
+        names = await self._names()
+        raise DeploymentNotFound(f"no deployment {name[:128]!r}; there are {listed(names)}")
+
+    async def list(self, page_size: int, page_token: str) -> Page:
+        """Return deployments by name; page_size 0 means 100.
+
+        Raises:
+            PageTokenInvalid, StoreUnavailable
+        """
+        page = names_of_page(await self._names(), page_size, page_token)
+        views = [await self._view(name) for name in page.names]
+        return Page(tuple(view for view in views if view is not None), page.next_token)
+
+    async def watch(self, name: str) -> AsyncIterator[DeploymentView]:
+        """Yield a deployment's state, then each change, until it is ACTIVE or FAILED.
+
+        Raises:
+            DeploymentNotFound, StoreUnavailable, ShuttingDown
+        """
+        running = self._builds.get(name)
+        if running is None or running.state is not State.BUILDING:
+            yield await self.get(name)
+            return
+        async for view in running.views():
+            yield view
+
+    async def drain(self, timeout_s: float) -> None:
+        """Take no new builds; let the running ones end, and interrupt them when the time is over."""
+        self._draining = True
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=timeout_s)
+        for running in self._builds.values():
+            if running.state is State.BUILDING:
+                running.stop()
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=STOP_GRACE_S)
+        if self._keeping is not None:
+            self._keeping.cancel()
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _count_running(self) -> int:
+        return sum(running.state is State.BUILDING for running in tuple(self._builds.values()))
+
+    def _find(self, deployment: Deployment, request_id: str) -> RunningBuild | None:
+        known = self._requests.find(request_id, deployment)
+        if known is not None:
+            return known
+        running = self._builds.get(deployment.model_name)
+        if running is None or running.state is not State.BUILDING:
+            return None
+        if running.deployment != deployment:
+            raise BuildInProgress(
+                f"another build of {deployment.model_name!r} runs. Watch it, then call again."
+            )
+        return running
+
+    def _start(self, entry: JournalEntry) -> RunningBuild:
+        running = RunningBuild(entry)
+        before = self._builds.get(running.name)
+        self._builds[running.name] = running
+        self._requests.remember(entry.request_id, running)
+        task = asyncio.create_task(self._run(running, before), name=f"build {running.name}")
+        self._tasks.add(task)
+        task.add_done_callback(lambda task: self._ended(task, running))
+        return running
+
+    def _take_up(self, entry: JournalEntry) -> RunningBuild:
+        name, attempt = entry.deployment.model_name, entry.attempt + 1
+        log.warning("build was interrupted, running it again", deployment=name, attempt=attempt)
+        return self._start(entry.model_copy(update={"attempt": attempt}))
+
+    async def _run(self, running: RunningBuild, before: RunningBuild | None) -> None:
+        """Run a build to its end, which is told after the journal forgot it."""
+        try:
+            await self._accept(running)
+        except Fault as fault:
+            self._retract(running, before)
+            running.refuse(fault)
+            return
+        try:
+            result = await self._work(running)
+        except BuildInterrupted:
+            log.warning("build interrupted, it goes on at the next start", deployment=running.name)
+            self._journal.leave(running.name)
+            running.interrupt()
+        except Fault as fault:
+            log.warning("build failed", deployment=running.name, reason=fault.reason, problem=str(fault))
+            await asyncio.to_thread(self._failures.write, running.record(fault))
+            await self._forget(running.name)
+            running.fail(fault)
+        else:
+            log.info("build ended", deployment=running.name, generation=result.generation.number)
+            await asyncio.to_thread(self._failures.remove, running.name)
+            await self._forget(running.name)
+            running.succeed(result)
+
+    async def _accept(self, running: RunningBuild) -> None:
+        await asyncio.to_thread(self._journal.write, running.entry)
+        stored = await asyncio.to_thread(stored_view, self._shop.store, running.name)
+        running.accept(stored.generation if stored else 0)
+
+    async def _work(self, running: RunningBuild) -> BuildResult:
+        if running.entry.cancelled:
+            raise BuildCancelled(CANCELLED)
+        if running.entry.attempt > MAX_ATTEMPTS:
+            raise InternalFault(
+                f"the builder stopped {MAX_ATTEMPTS} times during this build, which was given up. "
+                "Look into the builder's log, then build again."
+            )
+        await running.wait_for(self._slots)
+        loop, timeout_s = asyncio.get_running_loop(), self._limits.timeout_s
+        late = BuildTimedOut(f"the build took longer than {timeout_s:g} s, which is the limit of this builder")
+        timer = loop.call_later(timeout_s, running.stop, late)
+        try:
+            return await loop.run_in_executor(
+                self._pool, build, running.deployment, self._shop, running.progress
+            )
+        except OSError as error:
+            raise ResourcesExhausted(
+                f"the builder's work folder: {error.strerror or type(error).__name__}. "
+                "Free some space, or set --work-dir."
+            ) from error
+        finally:
+            timer.cancel()
+            self._slots.release()
+
+    async def _take_over(self, entry: JournalEntry) -> bool:
+        """Run the build of another builder; True when its entry is not needed any more."""
+        before = self._builds.get(entry.deployment.model_name)
+        if before is not None and before.state is State.BUILDING:
+            return before.deployment == entry.deployment
+        if self._draining:
+            return False
+        running = self._take_up(entry)
+        await running.accepted.wait()
+        return running.refusal is None
+
+    def _retract(self, running: RunningBuild, before: RunningBuild | None) -> None:
+        """Forget a build that was not accepted; the call may be repeated."""
+        self._requests.forget(running.entry.request_id)
+        if before is not None:
+            self._builds[running.name] = before
+        else:
+            del self._builds[running.name]
+
+    async def _forget(self, name: str) -> None:
+        try:
+            await asyncio.to_thread(self._journal.remove, name)
+        except StoreUnavailable as fault:
+            log.warning("journal entry stays; the build runs again at the next start", problem=fault.message)
+
+    def _ended(self, task: asyncio.Task[None], running: RunningBuild) -> None:
+        self._tasks.discard(task)
+        problem = None if task.cancelled() else task.exception()
+        if problem is not None:
+            log.error("build failed inside", deployment=running.name, exc_info=problem)
+            fault = InternalFault("loramux failed inside; the builder's log has the details. Please report it.")
+            running.refuse(fault) if not running.accepted.is_set() else running.fail(fault)
+            forgetting = asyncio.create_task(self._forget(running.name))
+            self._tasks.add(forgetting)
+            forgetting.add_done_callback(self._tasks.discard)
+        self.meter.ended(running)
+
+    async def _view(self, name: str) -> DeploymentView | None:
+        """Return the newest build of this process while it says more than the store does."""
+        running = self._builds.get(name)
+        if running is not None and running.state is State.BUILDING:
+            return running.view()
+        stored = (
+            await asyncio.to_thread(stored_view, self._shop.store, name) if is_deployment_name(name) else None
+        )
+        number = stored.generation if stored else 0
+        if running is not None and (running.state is State.FAILED or running.generation == number):
+            return replace(running.view(), generation=number)
+        return stored
+
+    async def _names(self) -> builtins.list[str]:
+        stored = await asyncio.to_thread(list_deployments, self._shop.store)
+        return sorted({*stored, *self._builds})

@@ -1,0 +1,72 @@
+"""Metrics of the builder, for Prometheus."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import Final
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    disable_created_metrics,
+)
+
+from builder_service.builds.metrics_door import MetricsDoor
+from builder_service.builds.running import RunningBuild
+from builder_service.builds.views import State
+from loramux_shared.access.guard import is_local
+from loramux_shared.faults import SettingsInvalid
+
+BUCKETS: Final = (0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320, 640, 1280, 2560, 5120)
+"""In seconds."""
+INTERRUPTED: Final = "INTERRUPTED"
+"""Of a build that goes on at the next start; other outcomes are OK and the reasons of faults."""
+
+# They double the series of counters, and nobody reads them.
+disable_created_metrics()  # type: ignore[no-untyped-call]
+
+
+class BuildMeter:
+    """Counts builds; no label has a deployment's or an adapter's name."""
+
+    def __init__(self, running: Callable[[], int]) -> None:
+        """Count nothing yet; running tells how many builds are under way, on any thread."""
+        self._registry = CollectorRegistry()
+        ProcessCollector(registry=self._registry)
+        self._builds = Counter("loramux_builds", "Builds that ended.", ["outcome"], registry=self._registry)
+        self._seconds = Histogram(
+            "loramux_build_seconds", "From acceptance to end.", registry=self._registry, buckets=BUCKETS
+        )
+        gauge = Gauge("loramux_builds_running", "Builds that run or wait for a slot.", registry=self._registry)
+        gauge.set_function(running)
+
+    def ended(self, build: RunningBuild) -> None:
+        """Count a build."""
+        outcome = (
+            build.failure.reason if build.failure else "OK" if build.state is State.ACTIVE else INTERRUPTED
+        )
+        self._builds.labels(outcome).inc()
+        self._seconds.observe((datetime.now(UTC) - build.entry.create_time).total_seconds())
+
+    def listen(self, address: str, *, insecure: bool) -> str:
+        """Answer ``/metrics`` at an address from now on; returns the bound one.
+
+        Raises:
+            SettingsInvalid: it is taken, a Unix socket, or reached from elsewhere and nobody said `insecure`.
+        """
+        host, _, port = address.rpartition(":")
+        if address.startswith("unix:") or not (insecure or is_local(address)):
+            raise SettingsInvalid(
+                f"LORAMUX_METRICS={address}: metrics ask for no key, so expected HOST:PORT of this machine's "
+                "loopback, or LORAMUX_INSECURE=1 beside it."
+            )
+        try:
+            door = MetricsDoor(host.strip("[]"), int(port), self._registry)
+        except OSError as error:
+            raise SettingsInvalid(f"LORAMUX_METRICS={address}: {error}; expected a free HOST:PORT.") from error
+        door.start()
+        return f"{host}:{door.server_port}"

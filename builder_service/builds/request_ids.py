@@ -1,0 +1,44 @@
+"""Which request_id led to which build, in this run of the builder."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Final
+
+from builder_service.builds.running import RunningBuild
+from loramux_shared.deployment import Deployment
+from loramux_shared.faults import RequestIdReused
+
+MAX_REQUEST_IDS: Final = 10_000
+
+
+class RequestIds:
+    """The newest request ids; one that was forgotten, or is of an earlier run, is found by its content."""
+
+    def __init__(self) -> None:
+        self._builds: OrderedDict[str, RunningBuild] = OrderedDict()
+
+    def find(self, request_id: str, deployment: Deployment) -> RunningBuild | None:
+        """Return the build of a request id.
+
+        Raises:
+            RequestIdReused: it was used for another deployment.
+        """
+        known = self._builds.get(request_id) if request_id else None
+        if known is not None and known.deployment != deployment:
+            raise RequestIdReused(
+                f"request_id {request_id!r} was used for another deployment or content. Draw a new one."
+            )
+        return known
+
+    def remember(self, request_id: str, running: RunningBuild) -> None:
+        """Let a request id lead to a build."""
+        if request_id:
+            self._builds[request_id] = running
+            self._builds.move_to_end(request_id)
+            while len(self._builds) > MAX_REQUEST_IDS:
+                self._builds.popitem(last=False)
+
+    def forget(self, request_id: str) -> None:
+        """Let a request id be used again."""
+        self._builds.pop(request_id, None)

@@ -1,0 +1,168 @@
+"""One accepted build: its state, and the watchers of it. Lives on the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime
+from typing import Final
+
+from builder_service.builds.failures import FailedBuild
+from builder_service.builds.journal import JournalEntry
+from builder_service.builds.views import DeploymentView, State
+from builder_service.pipeline.build import BuildResult
+from builder_service.pipeline.progress import Progress, Stage
+from loramux_shared.deployment import Deployment
+from loramux_shared.faults import Fault, ShuttingDown
+
+WATCH_INTERVAL_S: Final = 0.05
+"""Between two states that a watcher gets; changes in between are merged."""
+
+
+class RunningBuild:
+    """A build from the moment it is accepted; it keeps its end."""
+
+    def __init__(self, entry: JournalEntry) -> None:
+        self.entry = entry
+        self.state = State.BUILDING
+        self.generation = 0
+        self.failure: Fault | None = None
+        self.unchanged = False
+        self.interrupted = False
+        self.stopping = asyncio.Event()
+        """Set once it was asked to end."""
+        self.accepted = asyncio.Event()
+        """Set once the build is in the journal, or could not be put there."""
+        self.refusal: Fault | None = None
+        """Why it could not be put there."""
+        self.progress = Progress(entry.deployment.build.lora_adapters, self._changed_in_thread)
+        self._loop = asyncio.get_running_loop()
+        self._update_time = datetime.now(UTC)
+        self._notified = True
+        self._watchers: set[asyncio.Event] = set()
+
+    @property
+    def deployment(self) -> Deployment:
+        """What is built."""
+        return self.entry.deployment
+
+    @property
+    def name(self) -> str:
+        """The deployment's name."""
+        return self.entry.deployment.model_name
+
+    def stop(self, why: Fault | None = None) -> None:
+        """Ask it to end, with one of `progress.STOPS`; without one, it is interrupted."""
+        self.progress.stop(why)
+        self.stopping.set()
+
+    async def wait_for(self, slots: asyncio.Semaphore) -> None:
+        """Take one of the slots, which the caller releases.
+
+        Raises:
+            Fault: it was asked to end meanwhile.
+        """
+        waiting, stopping = asyncio.create_task(slots.acquire()), asyncio.create_task(self.stopping.wait())
+        await asyncio.wait({waiting, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        stopping.cancel()
+        if not waiting.done():
+            waiting.cancel()
+            self.progress.check()
+
+    def accept(self, generation: int) -> None:
+        """Go on as a recorded build, while this generation is served."""
+        self.generation = generation
+        self.accepted.set()
+
+    def refuse(self, fault: Fault) -> None:
+        """End without having been recorded."""
+        self.fail(fault)
+        self.refusal = self.failure
+        self.accepted.set()
+
+    def succeed(self, result: BuildResult) -> None:
+        """End as ACTIVE."""
+        self.state, self.generation = State.ACTIVE, result.generation.number
+        self.unchanged = result.unchanged
+        self._changed()
+
+    def fail(self, fault: Fault) -> None:
+        """End as FAILED."""
+        # The fault itself holds, by its traceback, everything that the build had open.
+        self.state, self.failure = State.FAILED, type(fault)(fault.message, fault.findings)
+        self._changed()
+
+    def record(self, fault: Fault) -> FailedBuild:
+        """Return what can be kept of a build that is about to fail."""
+        return FailedBuild(
+            entry=self.entry,
+            update_time=datetime.now(UTC),
+            reason=fault.reason,
+            message=fault.message,
+            findings=fault.findings,
+        )
+
+    @classmethod
+    def failed(cls, kept: FailedBuild) -> RunningBuild:
+        """Return a build that failed in an earlier run of the builder."""
+        running = cls(kept.entry)
+        for name in {finding.adapter for finding in kept.findings} & set(
+            kept.entry.deployment.build.lora_adapters
+        ):
+            running.progress.update(name, stage=Stage.REFUSED)
+        running.accepted.set()
+        running.state, running.failure, running._update_time = State.FAILED, kept.fault, kept.update_time
+        return running
+
+    def interrupt(self) -> None:
+        """Stay unfinished; the next start of the builder takes it up."""
+        self.interrupted = True
+        self._changed()
+
+    def view(self) -> DeploymentView:
+        """Return the present state."""
+        return DeploymentView(
+            self.name,
+            self.state,
+            self.generation,
+            self.entry.create_time,
+            self._update_time,
+            self.progress.adapters,
+            self.failure,
+            self.unchanged,
+        )
+
+    async def views(self) -> AsyncIterator[DeploymentView]:
+        """Yield the present state, then each change, until the build ends.
+
+        Raises:
+            ShuttingDown: the builder stops before the build ends.
+        """
+        changed = asyncio.Event()
+        self._watchers.add(changed)
+        try:
+            while True:
+                changed.clear()
+                view = self.view()
+                yield view
+                if view.state is not State.BUILDING:
+                    return
+                if self.interrupted:
+                    raise ShuttingDown(
+                        "the builder stops; the build goes on when it is started again. Watch again."
+                    )
+                await changed.wait()
+                await asyncio.sleep(WATCH_INTERVAL_S)
+        finally:
+            self._watchers.discard(changed)
+
+    def _changed_in_thread(self) -> None:
+        if self._notified:  # one wake-up for all the changes until the loop gets to it
+            self._notified = False
+            self._loop.call_soon_threadsafe(self._changed)
+
+    def _changed(self) -> None:
+        self._notified = True
+        self._update_time = datetime.now(UTC)
+        for watcher in self._watchers:
+            watcher.set()

@@ -1,0 +1,72 @@
+"""Deployments as the service shows them: from a running build, or from what the store holds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from enum import StrEnum
+
+from builder_service.domain.rules import base_warning
+from builder_service.pipeline.progress import AdapterProgress, Stage
+from loramux_shared.bundle.deployments import current_generation
+from loramux_shared.bundle.manifest import Generation
+from loramux_shared.bundle.reader import read_manifest
+from loramux_shared.faults import BundleCorrupt, Fault
+from loramux_shared.storage.base import Store
+
+
+class State(StrEnum):
+    """Where the newest build of a deployment stands."""
+
+    BUILDING = "BUILDING"
+    ACTIVE = "ACTIVE"
+    FAILED = "FAILED"
+
+
+@dataclass(frozen=True)
+class DeploymentView:
+    """A deployment and its newest build."""
+
+    name: str
+    state: State
+    generation: int
+    """The one that is served; 0: none yet."""
+    create_time: datetime
+    """When the build was asked for; of a stored deployment, when its generation was published."""
+    update_time: datetime
+    adapters: tuple[AdapterProgress, ...] = ()
+    failure: Fault | None = None
+    unchanged: bool = False
+
+
+def stored_view(store: Store, name: str) -> DeploymentView | None:
+    """Return what the store says about a deployment, or None; damage shows as a failure. Blocks."""
+    try:
+        generation = current_generation(store, name)
+        return None if generation is None else _view(store, generation)
+    except BundleCorrupt as damage:
+        now = datetime.now(UTC)
+        return DeploymentView(name, State.FAILED, 0, now, now, failure=damage)
+
+
+def _view(store: Store, generation: Generation) -> DeploymentView:
+    adapters, damage = [], None
+    for name, record in sorted(generation.adapters.items()):
+        adapter = AdapterProgress(name, Stage.DONE, digest=record.digest)
+        try:
+            manifest = read_manifest(store, record.digest)
+        except BundleCorrupt as found:
+            damage = found
+        else:
+            warning = base_warning(manifest.base_model_name, generation.base.source.shown)
+            adapter = adapter.described(record.digest, manifest, [warning] if warning else [])
+        adapters.append(adapter)
+    return DeploymentView(
+        generation.deployment,
+        State.FAILED if damage else State.ACTIVE,
+        generation.number,
+        generation.create_time,
+        generation.create_time,
+        tuple(adapters),
+        damage,
+    )

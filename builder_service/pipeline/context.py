@@ -1,0 +1,70 @@
+"""What every build works with."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+from builder_service.pipeline.space import Ledger, Space
+from loramux_shared.sources.open import Sources
+from loramux_shared.storage.base import Store
+
+PREFIX: Final = "loramux-build-"
+LEFTOVER_S: Final = 24 * 3600
+"""A folder that was not touched for so long belongs to a builder that was killed."""
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """Where a build reads from, writes to, and keeps its files meanwhile."""
+
+    store: Store
+    sources: Sources
+    work_dir: Path | None = None
+    """Holds one folder per build; the system's temporary folder when not given."""
+    parallel_adapters: int = 4
+    """Adapters of one build that are worked on at once."""
+    max_build_bytes: int | None = None
+    """That one build may write into its folder."""
+    owner: str = ""
+    """Whose folders these are: those of an owner that starts again are left by its killed predecessor."""
+    compute: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(os.cpu_count() or 1))
+    """Held by whoever computes, of all builds: more than there are cores would hinder each other."""
+    heavy: threading.Lock = field(default_factory=threading.Lock)
+    """Held by whoever needs memory for large tensors."""
+    _ledger: Ledger = field(default_factory=Ledger)
+
+    @contextmanager
+    def folder(self) -> Iterator[Path]:
+        """A folder for one build, removed at its end whatever happens."""
+        with tempfile.TemporaryDirectory(prefix=self._prefix, dir=self.place()) as name:
+            yield Path(name)
+
+    def space(self, folder: Path) -> Space:
+        """Return what a build may write into its folder."""
+        return Space(folder, self._ledger, self.max_build_bytes)
+
+    def sweep(self) -> None:
+        """Remove the folders that killed builders left: those of this owner, and old ones."""
+        for path in self.place().glob(f"{PREFIX}*"):
+            mine = bool(self.owner) and path.name.startswith(self._prefix)
+            if path.is_dir() and (mine or path.stat().st_mtime < time.time() - LEFTOVER_S):
+                shutil.rmtree(path, ignore_errors=True)
+
+    @property
+    def _prefix(self) -> str:
+        return f"{PREFIX}{self.owner}-" if self.owner else PREFIX
+
+    def place(self) -> Path:
+        """Return the folder of the builds' folders."""
+        place = self.work_dir or Path(tempfile.gettempdir())
+        place.mkdir(parents=True, exist_ok=True)
+        return place

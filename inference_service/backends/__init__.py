@@ -1,0 +1,1 @@
+"""One kind of device in one file: what the layers of a model and its adapters are computed by."""

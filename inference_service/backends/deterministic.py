@@ -1,0 +1,108 @@
+"""Operations whose answer for a row depends on that row alone: neither on how many there are nor on its place.
+
+The compiled operations compute every row by itself. What is left are products, whose libraries choose another
+order of summation for another number of rows, and what torch computes several values at a time, the last few
+otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from inference_service.backends.operations import NativeOperations
+from inference_service.kernels.cpu.ops import CpuOps
+from inference_service.layers.linear import SIZES, Linear, in_pieces
+from inference_service.layers.rope import Rope
+from loramux_shared.bundle.modules import BaseDims
+from loramux_shared.faults import SettingsInvalid
+
+MOST_PRODUCTS: Final = 2**30
+"""Of one call that is measured, from 16 rows on: more would take seconds."""
+PROBES: Final = 8
+SPAN: Final = 64
+"""Positions whose angles are computed together."""
+
+
+Product = Callable[[Tensor], Tensor]
+"""[T, in] to [T, out]."""
+
+
+class DeterministicOperations(NativeOperations):
+    """Compiled operations, products of few sizes, and the rest in pieces that are always the same."""
+
+    def __init__(self, ops: CpuOps, dims: BaseDims) -> None:
+        super().__init__(ops, dims)
+        self._sizes: dict[tuple[int, int, bool], tuple[int, ...]] = {}
+
+    def linear(self, layer: Linear, x: Tensor) -> Tensor:
+        """In products of as many rows as were seen to agree."""
+        shape = layer.in_features, layer.out_features, layer.has_bias
+        if shape not in self._sizes:
+            self._sizes[shape] = agreeing_sizes(layer.product, layer.in_features, layer.out_features, x.dtype)
+        return in_pieces(layer.product, x, self._sizes[shape])
+
+    def angles(self, rope: Rope, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Of a position always together with the same others."""
+        spans, index = torch.unique(positions // SPAN, return_inverse=True)
+        parts = [rope.at(torch.arange(SPAN) + first * SPAN) for first in spans.tolist()]
+        rows = index * SPAN + positions % SPAN
+        cos, sin = (torch.cat(part)[rows] for part in zip(*parts, strict=True))
+        return cos, sin
+
+    def softcap(self, logits: Tensor, cap: float) -> Tensor:
+        """Row by row."""
+        return torch.cat(
+            [super(DeterministicOperations, self).softcap(row, cap) for row in torch.split(logits, 1)]
+        )
+
+
+def agreeing_sizes(
+    product: Product, in_features: int, out_features: int, dtype: torch.dtype
+) -> tuple[int, ...]:
+    """Return the numbers of rows, falling, that give a row the same bits, and at every place among them.
+
+    This is measured, with rows of many magnitudes: the order of summation is the library's, and depends on the
+    processor, on the number of threads and on the sizes alone.
+
+    Raises:
+        SettingsInvalid: no size gives a row the same bits at every place.
+    """
+    generator = torch.Generator().manual_seed(0)
+    shape = PROBES, in_features
+    scales = torch.exp2(torch.randint(-4, 5, shape, generator=generator))
+    probes = (torch.randn(shape, generator=generator) * scales).to(dtype)
+    groups: list[tuple[Tensor, list[int]]] = []
+    most = max(16, MOST_PRODUCTS // (in_features * out_features))
+    for size in (size for size in SIZES if size <= most):
+        answer = _answer(product, probes, size)
+        group = next(
+            (sizes for bits, sizes in groups if answer is not None and torch.equal(bits, answer)), None
+        )
+        if group is not None:
+            group.append(size)
+        elif answer is not None:
+            groups.append((answer, [size]))
+    if not groups:
+        raise SettingsInvalid(
+            "LORAMUX_DETERMINISTIC=true, but products of "
+            f"{in_features} x {out_features} depend on the place of a row on this machine. "
+            "Set it to false."
+        )
+    best = max((sizes for _, sizes in groups), key=lambda sizes: (len(sizes), sizes[0]))
+    return tuple(best)
+
+
+def _answer(product: Product, probes: Tensor, size: int) -> Tensor | None:
+    """Return [PROBES, out] by products of a size; None where it depends on the place of a row."""
+    index = torch.arange(-(-PROBES // size) * size) % PROBES
+    found, shifted = (
+        torch.cat([product(rows) for rows in torch.split(probes[order], size)])
+        for order in (index, (index + 1) % PROBES)
+    )
+    answer = found[:PROBES]
+    same = torch.equal(found, answer[index]) and torch.equal(shifted, answer[(index + 1) % PROBES])
+    return answer if same else None

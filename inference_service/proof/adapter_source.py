@@ -1,0 +1,140 @@
+"""Adapters from their own files, as PEFT means them: written a second time on purpose.
+
+The builder has its own reading of these files; a proof compares the two. Whatever is unusual was refused by
+the builder before, so this is short.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from loramux_shared.bundle.modules import BY_ID, BY_NAME, BaseDims
+
+# What a leaf of a checkpoint adapts, in the order of its output rows.
+_PARTS: Final = {
+    "q_proj": ("attn_q",),
+    "k_proj": ("attn_k",),
+    "v_proj": ("attn_v",),
+    "o_proj": ("attn_dense",),
+    "gate_proj": ("mlp_h_to_4h",),
+    "up_proj": ("mlp_gate",),
+    "down_proj": ("mlp_4h_to_h",),
+    "qkv_proj": ("attn_q", "attn_k", "attn_v"),
+    "gate_up_proj": ("mlp_h_to_4h", "mlp_gate"),
+}
+_KEY: Final = re.compile(
+    r"(?:base_model\.model\.)?(?P<name>(?:.+\.)?layers\.(?P<layer>\d+)\.\w+\.(?P<leaf>\w+))"
+    r"\.lora_(?P<side>[AB])(?:\.[^.]+)?\.weight"
+)
+_NPY_FUSED: Final = {0: ("attn_q", "attn_k", "attn_v"), 18: ("mlp_gate", "mlp_h_to_4h")}
+
+
+@dataclass(frozen=True)
+class Factors:
+    """What is added to the output of one module of one layer: ``x Aᵀ Bᵀ``."""
+
+    a: Tensor
+    """[rank, in] float32"""
+    b: Tensor
+    """[out, rank] float32, scale included."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return [T, out] for x [T, in]."""
+        return x @ self.a.T @ self.b.T
+
+
+Adapter = Mapping[tuple[int, str], Factors]
+"""By layer and TensorRT-LLM's name of the module."""
+
+
+def read_adapter(folder: Path, dims: BaseDims, truncate_to: int | None = None) -> Adapter:
+    """Read the files of an adapter that the builder accepted."""
+    peft = (folder / "adapter_config.json").exists()
+    found = _read_peft(folder, dims) if peft else _read_npy(folder, dims)
+    if truncate_to is None:
+        return found
+    return {place: _truncated(factors, truncate_to) for place, factors in found.items()}
+
+
+def _read_peft(folder: Path, dims: BaseDims) -> dict[tuple[int, str], Factors]:
+    config = json.loads((folder / "adapter_config.json").read_bytes())
+    sides: dict[tuple[int, str, str], dict[str, Tensor]] = {}
+    for key, tensor in load_file(folder / "adapter_model.safetensors").items():
+        plain = re.sub(r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\b\.?", r"\1", key)
+        match = _KEY.fullmatch(plain.removeprefix("module."))
+        if match:
+            place = (int(match["layer"]), match["leaf"], match["name"])
+            sides.setdefault(place, {})[match["side"]] = tensor.float()
+    found = {}
+    for (layer, leaf, name), pair in sides.items():
+        scaled = pair["B"] * _scale(config, name, len(pair["A"]))
+        for module, b in _split(_PARTS[leaf], scaled, dims):
+            found[layer, module] = Factors(pair["A"], b)
+    return found
+
+
+def _scale(config: dict[str, Any], name: str, rank: int) -> float:
+    alpha = config.get("lora_alpha")
+    alpha = 8.0 if alpha is None else float(alpha)
+    for pattern, value in (config.get("alpha_pattern") or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", name):
+            alpha = float(value)
+            break
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _split(modules: tuple[str, ...], b: Tensor, dims: BaseDims) -> list[tuple[str, Tensor]]:
+    if len(modules) == 1:
+        return [(modules[0], b)]
+    sizes = [dims.features(BY_NAME[module])[1] for module in modules]
+    return list(zip(modules, torch.split(b, sizes), strict=True))
+
+
+def _read_npy(folder: Path, dims: BaseDims) -> dict[tuple[int, str], Factors]:
+    """Read what another TensorRT-LLM converter wrote: B is scaled already."""
+    names = ("model.lora_config.npy", "model.lora_keys.npy")
+    config = np.load(next(folder / name for name in names if (folder / name).exists()))
+    weights = np.load(folder / "model.lora_weights.npy", mmap_mode="r")
+    rows = weights.reshape(-1, weights.shape[-1])
+    found = {}
+    for row, (module_id, layer, rank, *_) in zip(
+        rows, config.reshape(-1, config.shape[-1]).tolist(), strict=True
+    ):
+        values = _floats(row)
+        modules = _NPY_FUSED.get(module_id) or (BY_ID[module_id].name,)
+        features = dims.features(BY_NAME[modules[0]])[0]
+        out = sum(dims.features(BY_NAME[module])[1] for module in modules)
+        a = values[: rank * features].reshape(rank, features)
+        b = values[rank * features : rank * (features + out)].reshape(out, rank)
+        for module, part in _split(modules, b, dims):
+            found[layer, module] = Factors(a, part)
+    return found
+
+
+def _floats(row: np.ndarray[Any, Any]) -> Tensor:
+    """Return a row in float32; two-byte voids, and the type of ml_dtypes, are bfloat16."""
+    if row.dtype.itemsize == 2 and row.dtype != np.float16:
+        return torch.from_numpy(row.view(np.int16).copy()).view(torch.bfloat16).float()
+    return torch.from_numpy(row.astype(np.float32))
+
+
+def _truncated(factors: Factors, rank: int) -> Factors:
+    """The best approximation of the product, by torch."""
+    if len(factors.a) <= rank:
+        return factors
+    q_b, r_b = torch.linalg.qr(factors.b.double())
+    q_a, r_a = torch.linalg.qr(factors.a.double().T)
+    u, values, vt = torch.linalg.svd(r_b @ r_a.T)
+    a, b = vt[:rank] @ q_a.T, q_b @ (u[:, :rank] * values[:rank])
+    return Factors(a.float(), b.float())

@@ -1,0 +1,102 @@
+"""``python -m inference_service.proof.prove``: what adapters should answer, computed by the reference.
+
+One JSON object comes in on stdin, one goes out on stdout::
+
+    {"base": DIR, "max_seq_len": null, "threads": null,
+     "adapters": {NAME: {"folder": DIR, "truncate_to": null}}}
+    {"proofs": {NAME: {"probes": [...], "effects": [[LAYER, MODULE, EFFECT], ...]}}}
+    {"fault": {"reason": "CHECKPOINT_INVALID", "message": "..."}}
+
+The builder runs it where torch is installed; it never imports torch itself.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+from inference_service.proof.adapter_source import read_adapter
+from inference_service.proof.fingerprint import effect_of
+from inference_service.proof.reference import Reference, Run
+from loramux_shared.bases.config import ModelConfig
+from loramux_shared.bases.read import read_config
+from loramux_shared.bundle.proof import Probe, TokenLogprob
+from loramux_shared.faults import Fault
+
+LENGTHS: Final = (5, 9, 14, 20)
+"""Tokens of the probes: 48 in all, which a replica computes in one step."""
+TOP: Final = 16
+"""Tokens whose log probability is kept."""
+
+
+def main() -> int:
+    """Answer the request on stdin; returns the exit status."""
+    request = json.load(sys.stdin)
+    if request.get("threads"):
+        torch.set_num_threads(request["threads"])
+    try:
+        answer = {"proofs": prove(Path(request["base"]), request["adapters"], request.get("max_seq_len"))}
+    except Fault as fault:
+        answer = {"fault": {"reason": fault.reason, "message": fault.message}}
+    json.dump(answer, sys.stdout)
+    return 0
+
+
+def prove(
+    base: Path, adapters: Mapping[str, Mapping[str, Any]], max_seq_len: int | None = None
+) -> dict[str, Any]:
+    """Return the proofs of adapters by their names.
+
+    Raises:
+        CheckpointInvalid: the base cannot be served.
+    """
+    config = read_config(base, max_seq_len)
+    probes = probe_tokens(config)
+    read = {
+        name: read_adapter(Path(each["folder"]), config.dims, each.get("truncate_to"))
+        for name, each in adapters.items()
+    }
+    runs = Reference(config, base).run(probes, read)
+    return {name: _proof(probes, runs[name]) for name in adapters}
+
+
+def probe_tokens(config: ModelConfig) -> list[list[int]]:
+    """Return the sequences: tokens spread over the part of a vocabulary where words are."""
+    vocab, drawn = config.dims.vocab, 0
+    low, high = vocab // 50, max(vocab // 50 + 2, vocab // 3)
+    sequences = []
+    for length in LENGTHS:
+        sequence = []
+        for _ in range(min(length, config.max_positions)):
+            drawn += 1
+            sequence.append(low + (drawn * 7919) % (high - low))
+        sequences.append(sequence)
+    return sequences
+
+
+def _proof(probes: Sequence[Sequence[int]], runs: Sequence[Run]) -> dict[str, Any]:
+    places = sorted(runs[0].added)
+    effects = [
+        [layer, module, effect_of(torch.cat([run.added[layer, module] for run in runs])).model_dump()]
+        for layer, module in places
+    ]
+    kept = [_probe(tokens, run).model_dump() for tokens, run in zip(probes, runs, strict=True)]
+    return {"probes": kept, "effects": effects}
+
+
+def _probe(tokens: Sequence[int], run: Run) -> Probe:
+    logprobs = torch.log_softmax(run.logits.double(), dim=-1)
+    best = logprobs.topk(min(TOP, len(logprobs)))
+    pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    return Probe(
+        tokens=tuple(tokens), top=tuple(TokenLogprob(id=id_, logprob=round(value, 5)) for id_, value in pairs)
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

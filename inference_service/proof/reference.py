@@ -1,0 +1,174 @@
+"""A decoder as the papers write it, in float32: no paging, no packing, no fusing, one sequence at a time.
+
+Slow and short, and apart from everything that serves: proofs are computed with it. Files are read from disk
+one after the other, so it takes the memory of one file and of the embeddings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.functional import gelu, silu
+
+from inference_service.layers.rope import frequencies
+from inference_service.models.checkpoint import Checkpoint
+from inference_service.proof.adapter_source import Adapter
+from loramux_shared.bases.attention import AttentionSpec
+from loramux_shared.bases.config import ModelConfig
+from loramux_shared.bases.rope import RopeSpec
+
+QKV, GATE_UP = ("attn_q", "attn_k", "attn_v"), ("mlp_h_to_4h", "mlp_gate")
+
+
+@dataclass
+class Run:
+    """One sequence under one adapter."""
+
+    adapter: Adapter
+    hidden: Tensor
+    """[T, hidden]"""
+    added: dict[tuple[int, str], Tensor] = field(default_factory=dict)
+    """What the adapter added to each module's output at the last position, [out]."""
+    logits: Tensor = field(default_factory=lambda: torch.empty(0))
+    """[vocab], behind the last position."""
+
+
+class Reference:
+    """Computes sequences under adapters."""
+
+    def __init__(self, config: ModelConfig, folder: Path) -> None:
+        self._config = config
+        self._checkpoint = Checkpoint(folder, torch.float32, torch.device("cpu"))
+        names = config.names
+        found = self._checkpoint.first([f"{prefix}{names.final_norm}.weight" for prefix in names.prefixes])
+        self._prefix = found.removesuffix(f"{names.final_norm}.weight")
+
+    @torch.inference_mode()
+    def run(self, sequences: Sequence[Sequence[int]], adapters: Mapping[str, Adapter]) -> dict[str, list[Run]]:
+        """Return the runs of every sequence under every adapter, by its name."""
+        config, names, dims = self._config, self._config.names, self._config.dims
+        embedding, head = self._tables()
+        runs = {
+            name: [Run(adapter, embedding[list(tokens)] * config.embedding_scale) for tokens in sequences]
+            for name, adapter in adapters.items()
+        }
+        everyone = [run for each in runs.values() for run in each]
+        for index in range(dims.num_layers):
+            self._layer(index, everyone)
+        norm = self._get(names.final_norm, (dims.hidden,))
+        for run in everyone:
+            logits = head @ self._normed(run.hidden[-1], norm)
+            cap = config.logit_softcap
+            run.logits = logits if cap is None else torch.tanh(logits / cap) * cap
+        return runs
+
+    def _tables(self) -> tuple[Tensor, Tensor]:
+        """Embeddings and head [vocab, hidden]; of a tied model, each is the other where it is not there."""
+        shape = (self._config.dims.vocab, self._config.dims.hidden)
+        names = [
+            f"{self._prefix}{self._config.names.embedding}.weight",
+            self._checkpoint.first([f"{name}.weight" for name in self._config.names.heads]),
+        ]
+        there = [name for name in names if self._checkpoint.has(name)]
+        wanted = there if there and self._config.tied_embeddings else names
+        tables = [self._checkpoint.get(name, shape) for name in wanted]
+        return tables[0], tables[-1]
+
+    def _layer(self, index: int, runs: Sequence[Run]) -> None:
+        config, names, dims = self._config, self._config.names, self._config.dims
+        at, spec = names.layer.format(index=index), config.layers[index]
+        q, kv = dims.num_heads * dims.head_dim, dims.num_kv_heads * dims.head_dim
+        norms = {
+            name: self._get(at + name, (dims.hidden,))
+            for name in (names.input_norm, names.attention_out_norm, names.mlp_norm, names.mlp_out_norm)
+            if name is not None
+        }
+        heads = {name: self._get(at + name, (dims.head_dim,)) for name in (names.q_norm, names.k_norm) if name}
+        qkv = self._linear(at, names.qkv, (q, kv, kv), dims.hidden, config.qkv_bias)
+        out = self._linear(at, (names.o,), (dims.hidden,), q, config.o_bias)
+        gate_up = self._linear(at, names.gate_up, (dims.intermediate,) * 2, dims.hidden, config.mlp_bias)
+        down = self._linear(at, (names.down,), (dims.hidden,), dims.intermediate, config.mlp_bias)
+        for run in runs:
+            x = self._normed(run.hidden, norms[names.input_norm])
+            parts = _project(run, index, QKV, x, qkv, (q, kv, kv))
+            queries, keys, values = (part.view(len(x), -1, dims.head_dim).transpose(0, 1) for part in parts)
+            if names.q_norm and names.k_norm:
+                queries = self._normed(queries, heads[names.q_norm])
+                keys = self._normed(keys, heads[names.k_norm])
+            queries, keys = (_rotate(part, spec.rope) for part in (queries, keys))
+            seen = _attend(queries, keys, values, spec.attention).transpose(0, 1).reshape(len(x), q)
+            (y,) = _project(run, index, ("attn_dense",), seen, out, (dims.hidden,))
+            run.hidden = run.hidden + self._maybe_normed(y, norms, names.attention_out_norm)
+            x = self._normed(run.hidden, norms[names.mlp_norm])
+            gate, up = _project(run, index, GATE_UP, x, gate_up, (dims.intermediate,) * 2)
+            active = silu(gate) if config.activation == "silu" else gelu(gate, approximate="tanh")
+            (y,) = _project(run, index, ("mlp_4h_to_h",), active * up, down, (dims.hidden,))
+            run.hidden = run.hidden + self._maybe_normed(y, norms, names.mlp_out_norm)
+
+    def _maybe_normed(self, x: Tensor, norms: Mapping[str, Tensor], name: str | None) -> Tensor:
+        return x if name is None else self._normed(x, norms[name])
+
+    def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
+        root = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self._config.norm_eps)
+        return x * root * (weight + self._config.norm_offset)
+
+    def _linear(
+        self, at: str, names: tuple[str, ...], outs: tuple[int, ...], features: int, bias: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """The weight [out, in] and bias of several linears as one, as which a checkpoint may have them."""
+        sizes = outs if len(names) == len(outs) else (sum(outs),)
+        parts = list(zip(names, sizes, strict=True))
+        weight = torch.cat([self._get(at + name, (size, features)) for name, size in parts])
+        return weight, torch.cat(
+            [self._get(at + name, (size,), "bias") for name, size in parts]
+        ) if bias else None
+
+    def _get(self, name: str, shape: tuple[int, ...], kind: str = "weight") -> Tensor:
+        return self._checkpoint.get(f"{self._prefix}{name}.{kind}", shape)
+
+
+def _project(
+    run: Run,
+    layer: int,
+    modules: tuple[str, ...],
+    x: Tensor,
+    linear: tuple[Tensor, Tensor | None],
+    sizes: tuple[int, ...],
+) -> list[Tensor]:
+    """Return the outputs of modules that share an input, each with what the adapter adds."""
+    weight, bias = linear
+    y = x @ weight.T if bias is None else x @ weight.T + bias
+    outputs = list(torch.split(y, list(sizes), dim=-1))
+    for place, module in enumerate(modules):
+        factors = run.adapter.get((layer, module))
+        if factors is not None:
+            added = factors(x)
+            run.added[layer, module] = added[-1]
+            outputs[place] = outputs[place] + added
+    return outputs
+
+
+def _rotate(x: Tensor, spec: RopeSpec) -> Tensor:
+    """Rotate the leading dimensions of x [heads, T, head_dim] by their positions."""
+    angles = torch.outer(torch.arange(x.shape[1]).float(), frequencies(spec))
+    cos, sin = angles.cos() * spec.scaling.magnitude, angles.sin() * spec.scaling.magnitude
+    first, second = x[..., : spec.dim // 2], x[..., spec.dim // 2 : spec.dim]
+    return torch.cat([first * cos - second * sin, second * cos + first * sin, x[..., spec.dim :]], dim=-1)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
+    """Causal attention of q [heads, T, d] over k and v [kv heads, T, d]."""
+    groups = len(q) // len(k)
+    k, v = k.repeat_interleave(groups, dim=0), v.repeat_interleave(groups, dim=0)
+    scores = q @ k.transpose(1, 2) * spec.scale
+    if spec.softcap is not None:
+        scores = torch.tanh(scores / spec.softcap) * spec.softcap
+    rows, columns = torch.arange(q.shape[1])[:, None], torch.arange(q.shape[1])
+    hidden = columns > rows
+    if spec.window is not None:
+        hidden |= columns <= rows - spec.window
+    return torch.softmax(scores.masked_fill(hidden, float("-inf")), dim=-1) @ v

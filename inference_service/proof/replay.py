@@ -1,0 +1,185 @@
+"""Replays the proof of an adapter through the engine's own path, before the adapter is served.
+
+Two things are compared: the log probabilities of the most likely tokens behind each probe, and for every row of
+the bundle what it adds to its module's output. The first would show whatever is wrong with base and adapter
+together, but in bfloat16 the rounding of a whole model hides one wrong row of hundreds. The second is about one
+row at a time: zeroed, doubled or exchanged, it is off by its own size, and rounding moves it by a few percent.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from inference_service.backends.base import LoraBackend
+from inference_service.core.batch import Batch, Chunk
+from inference_service.core.sampling import SamplingParams
+from inference_service.core.sequence import Adapter, Token
+from inference_service.core.sequence import Sequence as EngineSequence
+from inference_service.engine.runner import Runner
+from inference_service.lora.segments import Arrangement
+from inference_service.lora.weights import AdapterWeights
+from inference_service.models.decoder import Decoder
+from inference_service.proof.fingerprint import difference, effect_of
+from loramux_shared.bundle.manifest import Manifest, Row
+from loramux_shared.bundle.proof import Effect, Probe, Proof
+from loramux_shared.deployment import Dtype
+from loramux_shared.faults import ProofFailed
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """How far a replay may be from its proof."""
+
+    logprob: float
+    """Root of the mean square, over all tokens that the proof names."""
+    effect: float
+    """Relative to the row's norm."""
+
+    def __add__(self, other: Tolerance) -> Tolerance:
+        return Tolerance(self.logprob + other.logprob, self.effect + other.effect)
+
+
+COMPUTING: Final[Mapping[Dtype, Tolerance]] = {
+    Dtype.FLOAT32: Tolerance(logprob=0.005, effect=0.002),
+    Dtype.FLOAT16: Tolerance(logprob=0.1, effect=0.1),
+    Dtype.BFLOAT16: Tolerance(logprob=0.5, effect=0.4),
+}
+"""By the replica's type. What was measured, and why these: docs/decisions/0010-proofs.md."""
+STORING: Final[Mapping[Dtype, Tolerance]] = {
+    Dtype.FLOAT32: Tolerance(logprob=0.0, effect=0.0),
+    Dtype.FLOAT16: Tolerance(logprob=0.005, effect=0.01),
+    Dtype.BFLOAT16: Tolerance(logprob=0.02, effect=0.05),
+}
+"""Beside it, by the bundle's type."""
+_TORCH: Final = {
+    torch.float32: Dtype.FLOAT32,
+    torch.float16: Dtype.FLOAT16,
+    torch.bfloat16: Dtype.BFLOAT16,
+}
+WIDE: Final = 2048
+"""Most likely tokens of a replay among which the proof's are looked for."""
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """How far a replay was from its proof, and what is allowed."""
+
+    logprob: float
+    effect: float
+    allowed: Tolerance
+
+
+class _Recorder:
+    """A backend that also remembers what the adapter added at the probes' last rows."""
+
+    def __init__(self, inner: LoraBackend, rows: Sequence[int], model: Decoder) -> None:
+        self.name = inner.name
+        self.home = inner.home
+        self._inner = inner
+        self._rows = list(rows)
+        self._groups = {group.name: group for group in model.config.groups}
+        self.added: dict[tuple[int, str], Tensor] = {}
+
+    @property
+    def num_bytes(self) -> int:
+        """Those of the backend."""
+        return self._inner.num_bytes
+
+    def load(self, weights: AdapterWeights) -> int:
+        """Take an adapter in."""
+        return self._inner.load(weights)
+
+    def begin(self, arrangement: Arrangement) -> None:
+        """Prepare for the rows of a step."""
+        self._inner.begin(arrangement)
+
+    def apply(self, x: Tensor, out: Tensor, layer: int, group: str) -> None:
+        """Add what the adapter makes of x, and keep it."""
+        alone = torch.zeros_like(out)
+        self._inner.apply(x, alone, layer, group)
+        shape = self._groups[group]
+        parts = torch.split(alone[self._rows], list(shape.out_features), dim=-1)
+        for module, part in zip(shape.modules, parts, strict=True):
+            self.added[layer, module] = part
+        self._inner.apply(x, out, layer, group)
+
+
+def replay(
+    name: str, proof: Proof, manifest: Manifest, adapter: Adapter, lora: LoraBackend, model: Decoder, block: int
+) -> Replayed:
+    """Replay an adapter's proof.
+
+    Raises:
+        ProofFailed: the adapter answers otherwise; the message names it, the worst difference and the limit.
+    """
+    allowed = COMPUTING[_TORCH[model.dtype]] + STORING[manifest.dtype]
+    _expect_sound(name, proof, manifest, model.config.dims.vocab)
+    ends = torch.tensor([len(probe.tokens) for probe in proof.probes]).cumsum(0) - 1
+    recorder = _Recorder(lora, ends.tolist(), model)
+    answers = _run(proof.probes, adapter, recorder, model, block)
+    effect = 0.0
+    # In the order of computation: a wrong row makes those behind it wrong too, and the first is to blame.
+    for row, expected in _in_order(manifest.rows, proof.effects, model):
+        off = difference(effect_of(recorder.added[row.layer, row.module]), expected)
+        if off > allowed.effect:
+            raise ProofFailed(
+                f"adapter {name!r}: layer {row.layer} {row.module} adds something else than its proof says: "
+                f"relative difference {off:.3g}, at most {allowed.effect:g} is rounding. {_CURE}"
+            )
+        effect = max(effect, off)
+    logprob = _logprob_difference(answers, proof.probes)
+    if logprob > allowed.logprob:
+        raise ProofFailed(
+            f"adapter {name!r}: log probabilities differ from its proof by {logprob:.3g}, "
+            f"at most {allowed.logprob:g} is rounding. {_CURE}"
+        )
+    return Replayed(logprob, effect, allowed)
+
+
+_CURE: Final = "Build the deployment again; if it stays, this replica computes wrongly: please report it."
+
+
+def _in_order(rows: Sequence[Row], effects: Sequence[Effect], model: Decoder) -> list[tuple[Row, Effect]]:
+    modules = [module for group in model.config.groups for module in group.modules]
+    pairs = zip(rows, effects, strict=True)
+    return sorted(pairs, key=lambda pair: (pair[0].layer, modules.index(pair[0].module)))
+
+
+def _expect_sound(name: str, proof: Proof, manifest: Manifest, vocab: int) -> None:
+    ids = [*(token for probe in proof.probes for token in probe.tokens)]
+    ids += [item.id for probe in proof.probes for item in probe.top]
+    if len(proof.effects) != len(manifest.rows) or max(ids) >= vocab:
+        raise ProofFailed(f"adapter {name!r}: its proof is about another bundle or another base. {_CURE}")
+
+
+def _run(
+    probes: Sequence[Probe], adapter: Adapter, lora: LoraBackend, model: Decoder, block: int
+) -> list[Token]:
+    """Compute all probes in one step of a runner of their own; return each one's answer."""
+    seqs, chunks, blocks = [], [], 0
+    sampling = SamplingParams(max_tokens=1, logprobs=min(WIDE, model.config.dims.vocab))
+    for index, probe in enumerate(probes):
+        seq = EngineSequence(f"probe {index}", list(probe.tokens), sampling, adapter)
+        need = math.ceil(len(probe.tokens) / block)
+        seq.blocks = list(range(blocks, blocks + need))
+        blocks += need
+        seqs.append(seq)
+        chunks.append(Chunk(seq, len(probe.tokens)))
+    answers = dict(Runner(model, lora, blocks, block).run(Batch(tuple(chunks))))
+    return [answers[seq] for seq in seqs]
+
+
+def _logprob_difference(answers: Sequence[Token], probes: Sequence[Probe]) -> float:
+    """Infinite where a token of the proof is not even among the most likely ones."""
+    errors = [
+        dict(answer.top).get(item.id, -math.inf) - item.logprob
+        for answer, probe in zip(answers, probes, strict=True)
+        for item in probe.top
+    ]
+    return math.hypot(*errors) / math.sqrt(len(errors))

@@ -1,0 +1,94 @@
+"""What an adapter brings beside its weights: its chat template, sampling defaults and stop tokens."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from inference_service.serving.chat_template import ChatTemplate
+from inference_service.serving.text import Text, special_tokens, template_in
+from loramux_shared.bundle.manifest import TEXT_FILES
+from loramux_shared.faults import AdapterInvalid, CheckpointInvalid, Finding
+
+TEMPLATE, GENERATION, TOKENIZER = TEXT_FILES
+
+
+@dataclass(frozen=True)
+class Brought:
+    """Where a request leaves something open, the adapter's own word comes before the base's."""
+
+    template: ChatTemplate | None = None
+    """None: the base's."""
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    stop_token_ids: frozenset[int] = frozenset()
+    """Beside the base's."""
+
+
+NOTHING: Final = Brought()
+
+
+def read_brought(name: str, texts: Mapping[str, bytes], base: Text) -> Brought:
+    """Read the text files of an adapter's bundle.
+
+    Raises:
+        AdapterInvalid: a file cannot be read, or the template cannot be parsed.
+    """
+    if not texts:
+        return NOTHING
+    generation, tokenizer = (_fields(name, file, texts) for file in (GENERATION, TOKENIZER))
+    special = base.special_tokens | special_tokens(tokenizer)
+    sampled = generation.get("do_sample") is True  # as transformers means it: else it is greedy
+    return Brought(
+        template=_template(name, texts, tokenizer, special),
+        temperature=_or(generation.get("temperature"), 1.0) if sampled else None,
+        top_p=generation.get("top_p") if sampled else None,
+        top_k=generation.get("top_k") if sampled else None,
+        stop_token_ids=_eos(generation, tokenizer, base),
+    )
+
+
+def _template(
+    name: str, texts: Mapping[str, bytes], tokenizer: Mapping[str, Any], special: Mapping[str, str]
+) -> ChatTemplate | None:
+    file = TEMPLATE if TEMPLATE in texts else TOKENIZER
+    try:
+        source = texts[TEMPLATE].decode() if TEMPLATE in texts else template_in(tokenizer)
+        return ChatTemplate(source, special) if source else None
+    except (CheckpointInvalid, ValueError) as error:
+        raise _refused(name, file, "a chat template", str(error)) from error
+
+
+def _eos(generation: Mapping[str, Any], tokenizer: Mapping[str, Any], base: Text) -> frozenset[int]:
+    """Return the ends that the adapter was trained to write."""
+    value = generation.get("eos_token_id")
+    ids = set(value if isinstance(value, list) else [] if value is None else [value])
+    token = special_tokens(tokenizer).get("eos_token")
+    if token and (number := base.token_id(token)) is not None:
+        ids.add(number)
+    return frozenset(ids)
+
+
+def _fields(name: str, file: str, texts: Mapping[str, bytes]) -> dict[str, Any]:
+    try:
+        fields = json.loads(texts.get(file, b"{}"))
+    except ValueError as error:
+        raise _refused(name, file, "JSON", str(error)) from error
+    if not isinstance(fields, dict):
+        raise _refused(name, file, "an object", type(fields).__name__)
+    return fields
+
+
+def _refused(name: str, file: str, expected: str, found: str) -> AdapterInvalid:
+    fix = "Correct or remove the file in the adapter's repository, and build again."
+    finding = Finding(
+        code="E_BAD_TEXT", adapter=name, where=file, expected=expected, found=found[:200], fix=fix
+    )
+    return AdapterInvalid(f"adapter {name!r} brings a {file} that cannot be used", [finding])
+
+
+def _or(value: float | None, default: float) -> float:
+    return default if value is None else value

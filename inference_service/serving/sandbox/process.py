@@ -1,0 +1,56 @@
+"""The outer side: asks, and starts the process again after it ended."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from typing import Any, Final
+
+from inference_service.serving.sandbox.loop import CPU_S
+
+IDLE_S: Final = 60.0
+
+
+class BoundedProcess:
+    """A process that answers questions of one thread at a time; it is started when there is one."""
+
+    def __init__(self, module: str, idle_s: float = IDLE_S) -> None:
+        """Take a module of this package that calls `loop.serve`; the process ends after idle_s without one."""
+        self._command = [sys.executable, "-m", f"{__package__}.{module}", f"{idle_s}"]
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def ask(self, question: Mapping[str, Any]) -> dict[str, str]:
+        """Return the answer; ``{"error": why}`` where the question cannot be put, or ended the process."""
+        try:
+            line = json.dumps(question).encode() + b"\n"
+        except RecursionError:
+            return _TOO_DEEP
+        # None where it had ended before it read: it was idle for long
+        answer = self._exchange(line)
+        return self._exchange(line) or _LOST if answer is None else answer
+
+    def _exchange(self, line: bytes) -> dict[str, str] | None:
+        if self._process is None or self._process.poll() is not None:
+            self._process = subprocess.Popen(self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # noqa: S603 - our own module
+        process = self._process
+        assert process.stdin is not None  # noqa: S101 - both are pipes
+        assert process.stdout is not None  # noqa: S101
+        try:
+            process.stdin.write(line)
+            process.stdin.flush()
+            answer = process.stdout.readline()
+        except BrokenPipeError:
+            return None
+        if answer:
+            return dict(json.loads(answer))
+        status = process.wait()
+        if status == -signal.SIGPROF:
+            return {"error": f"it takes more than {CPU_S:g} s"}
+        return None if status == 0 else _TOO_DEEP
+
+
+_LOST: Final = {"error": "the process that looks at it does not start; the server's log has the reason"}
+_TOO_DEEP: Final = {"error": "it is too deeply nested, or too much in another way"}

@@ -1,0 +1,1 @@
+"""Composition: from settings and a store to a service that is ready."""

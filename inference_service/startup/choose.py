@@ -1,0 +1,139 @@
+"""Which kernels a replica runs, and on what."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from inference_service.backends.base import LoraBackend
+from inference_service.backends.deterministic import DeterministicOperations
+from inference_service.backends.native import NativeLora
+from inference_service.backends.operations import (
+    NativeOperations,
+    Operations,
+    TorchOperations,
+    TritonOperations,
+)
+from inference_service.backends.torch import TorchLora
+from inference_service.backends.triton import TritonLora
+from inference_service.kernels.attention import MIN_BLOCK_SIZE
+from inference_service.kernels.cpu import build
+from inference_service.kernels.cpu.ops import BLOCK, DTYPES, MAX_HEAD_DIM, CpuOps
+from loramux_shared.bases.config import ModelConfig
+from loramux_shared.faults import SettingsInvalid
+from loramux_shared.private import open_folder
+from loramux_shared.settings import InferenceSettings
+
+
+@dataclass(frozen=True)
+class Backend:
+    """What a model is run with."""
+
+    device: torch.device
+    dtype: torch.dtype
+    operations: Operations
+    new_lora: Callable[[], LoraBackend]
+    """Makes an empty home for adapters."""
+    how: str
+    """For the start line: where the operations come from."""
+
+
+def choose_backend(settings: InferenceSettings, config: ModelConfig) -> Backend:
+    """Return what the settings ask for, or what suits the machine and the model.
+
+    Raises:
+        SettingsInvalid: the machine does not have what the settings ask for.
+    """
+    device = _device(settings)
+    dtype = _dtype(settings, config, device)
+    dims, groups = config.dims, config.groups
+    if _uses_triton(settings, device):
+        _refuse_deterministic(settings, "triton kernels")
+        return Backend(
+            device,
+            dtype,
+            TritonOperations(dims, dtype, device),
+            lambda: TritonLora(groups, dtype, device),
+            "triton kernels",
+        )
+    ops, how = _native(settings, config, dtype) if device.type == "cpu" else (None, "torch operations")
+    if ops is not None:
+        operations = (DeterministicOperations if settings.deterministic else NativeOperations)(ops, dims)
+        return Backend(device, dtype, operations, lambda: NativeLora(ops, groups, dims.num_layers), how)
+    _refuse_deterministic(settings, how)
+    plain = TorchOperations(dims, dtype, device, config.windows)
+    return Backend(device, dtype, plain, lambda: TorchLora(groups, device), how)
+
+
+def _refuse_deterministic(settings: InferenceSettings, how: str) -> None:
+    if settings.deterministic:
+        raise SettingsInvalid(
+            f"LORAMUX_DETERMINISTIC=true needs a CPU and compiled operations, found {how}, whose rows may "
+            "depend on each other. Set it to false; or LORAMUX_DEVICE=cpu, LORAMUX_BACKEND=auto and "
+            "LORAMUX_NATIVE=true, with a C++ compiler."
+        )
+
+
+def _device(settings: InferenceSettings) -> torch.device:
+    if settings.device == "cuda" and not torch.cuda.is_available():
+        raise SettingsInvalid("LORAMUX_DEVICE=cuda, but torch finds no CUDA device. Set auto or cpu.")
+    cuda = settings.device == "cuda" or (settings.device == "auto" and torch.cuda.is_available())
+    return torch.device("cuda" if cuda else "cpu")
+
+
+def _dtype(settings: InferenceSettings, config: ModelConfig, device: torch.device) -> torch.dtype:
+    if settings.dtype != "auto":
+        dtype = getattr(torch, settings.dtype)
+        assert isinstance(dtype, torch.dtype)  # noqa: S101 - the setting is one of four literals
+        return dtype
+    if device.type == "cpu":
+        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        return torch.bfloat16 if fast and config.dtype == "bfloat16" else torch.float32
+    return {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(config.dtype, torch.float32)
+
+
+def _native(settings: InferenceSettings, config: ModelConfig, dtype: torch.dtype) -> tuple[CpuOps | None, str]:
+    """Return the compiled operations, or None, and for the start line how that came."""
+    if not settings.native or settings.backend != "auto":
+        return None, "torch operations"
+    if dtype not in DTYPES or settings.block_size % BLOCK or not 0 < config.dims.head_dim <= MAX_HEAD_DIM:
+        return None, f"torch operations (compiled ones take {BLOCK} | block_size, float32 and bfloat16)"
+    built = build.load(settings.cache_dir / "native")
+    return (CpuOps(built.library, dtype) if built.library else None), built.how
+
+
+def _uses_triton(settings: InferenceSettings, device: torch.device) -> bool:
+    wanted = settings.backend == "triton" or (settings.backend == "auto" and device.type == "cuda")
+    if wanted and importlib.util.find_spec("triton") is None:
+        raise SettingsInvalid(
+            "the triton backend needs Triton: pip install 'loramux[gpu]', or set LORAMUX_BACKEND=torch."
+        )
+    if wanted and device.type != "cuda" and not os.environ.get("TRITON_INTERPRET"):
+        raise SettingsInvalid("LORAMUX_BACKEND=triton needs a CUDA device. Set auto or torch.")
+    if wanted and settings.block_size < MIN_BLOCK_SIZE:
+        raise SettingsInvalid(
+            f"LORAMUX_BLOCK_SIZE={settings.block_size}: the triton backend takes {MIN_BLOCK_SIZE} or more."
+        )
+    if wanted and device.type == "cuda":
+        check_triton_cache()
+    return wanted
+
+
+def check_triton_cache() -> None:
+    """Refuse to let Triton run what somebody else may have put into its cache, which it trusts.
+
+    Raises:
+        SettingsInvalid: the folder is not safe from others.
+    """
+    folder = Path(os.environ.get("TRITON_CACHE_DIR") or "~/.triton/cache").expanduser().resolve()
+    why = open_folder(folder)
+    if why is not None:
+        raise SettingsInvalid(
+            f"TRITON_CACHE_DIR={folder}: it {why}, and what lies there is run. Name a folder that nobody else "
+            "can write to, or remove this one."
+        )

@@ -1,0 +1,131 @@
+"""Deployments and findings as messages of ``loramux.builder.v1``, in both directions."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from loramux.builder.v1 import builder_pb2 as pb
+from loramux_shared.deployment import Deployment, Dtype, LoraConfiguration, Merge, Repository
+from loramux_shared.deployment_file import parse_deployment
+from loramux_shared.faults import DeploymentInvalid, Finding
+from loramux_shared.wording import listed
+
+_PREFIX = "SOURCE_KIND_"
+DTYPES = {
+    None: pb.DTYPE_UNSPECIFIED,
+    Dtype.BFLOAT16: pb.DTYPE_BFLOAT16,
+    Dtype.FLOAT16: pb.DTYPE_FLOAT16,
+    Dtype.FLOAT32: pb.DTYPE_FLOAT32,
+}
+_MERGES = {
+    Merge.AUTO: pb.MERGE_UNSPECIFIED,
+    Merge.NEVER: pb.MERGE_NEVER,
+    Merge.ALWAYS: pb.MERGE_ALWAYS,
+}
+DTYPE_NAMES = {value: name for name, value in DTYPES.items()}
+
+
+def deployment_to_message(deployment: Deployment) -> pb.DeploymentSpec:
+    """Return a deployment as a message."""
+    build, runtime = deployment.build, deployment.runtime
+    return pb.DeploymentSpec(
+        model_name=deployment.model_name,
+        base=repository_to_message(build.checkpoint_repository),
+        adapters=[
+            pb.Adapter(name=name, repository=repository_to_message(repository))
+            for name, repository in build.lora_adapters.items()
+        ],
+        max_seq_len=build.max_seq_len or 0,
+        max_lora_rank=build.lora_configuration.max_lora_rank,
+        lora_target_modules=build.lora_configuration.lora_target_modules,
+        served_model_name=runtime.served_model_name or "",
+        request_default_max_tokens=runtime.request_default_max_tokens or 0,
+        lora_dtype=DTYPES[build.lora_configuration.dtype],
+        truncate_to_rank=build.lora_configuration.truncate_to_rank or 0,
+        prove=build.prove,
+        hide_base=not runtime.serve_base,
+        merge=_MERGES[runtime.merge],
+    )
+
+
+def deployment_from_message(message: pb.DeploymentSpec) -> Deployment:
+    """Return the deployment that a message describes; fields of zero or "" are unset.
+
+    Raises:
+        DeploymentInvalid: with one finding per violation.
+    """
+    counted = Counter(item.name for item in message.adapters)
+    if twice := sorted(name for name, count in counted.items() if count > 1):
+        raise DeploymentInvalid(f"adapter names must be distinct; given twice: {listed(twice)}")
+    lora: dict[str, Any] = {"lora_target_modules": tuple(message.lora_target_modules)}
+    if message.lora_dtype:
+        lora["dtype"] = DTYPE_NAMES.get(message.lora_dtype, "unknown")
+    build: dict[str, Any] = {
+        "checkpoint_repository": _repository_fields(message.base),
+        "lora_adapters": {item.name: _repository_fields(item.repository) for item in message.adapters},
+        "lora_configuration": lora,
+        "prove": message.prove,
+    }
+    merge = next((name for name, value in _MERGES.items() if value == message.merge), "unknown")
+    runtime: dict[str, Any] = {"serve_base": not message.hide_base, "merge": merge}
+    for block, field in (
+        (lora, "max_lora_rank"),
+        (lora, "truncate_to_rank"),
+        (build, "max_seq_len"),
+        (runtime, "served_model_name"),
+        (runtime, "request_default_max_tokens"),
+    ):
+        if value := getattr(message, field):
+            block[field] = value
+    data = {"model_name": message.model_name, "build": build, "runtime": runtime}
+    return parse_deployment(data).deployment
+
+
+def check_request(adapter: Repository, base: Repository, lora: LoraConfiguration) -> pb.CheckAdapterRequest:
+    """Return the request for the check of an adapter."""
+    return pb.CheckAdapterRequest(
+        adapter=repository_to_message(adapter),
+        base=repository_to_message(base),
+        max_lora_rank=lora.max_lora_rank,
+        lora_target_modules=lora.lora_target_modules,
+        lora_dtype=DTYPES[lora.dtype],
+        truncate_to_rank=lora.truncate_to_rank or 0,
+    )
+
+
+def finding_to_message(finding: Finding) -> pb.Finding:
+    """Return a finding as a message."""
+    return pb.Finding(**finding.model_dump())
+
+
+def finding_from_message(message: pb.Finding) -> Finding:
+    """Return the finding that a message holds."""
+    return Finding(**{name: getattr(message, name) for name in Finding.model_fields})
+
+
+def repository_to_message(repository: Repository) -> pb.Repository:
+    """Return a repository as a message."""
+    return pb.Repository(
+        source=_PREFIX + repository.source.value,
+        repo=repository.repo,
+        revision=repository.revision,
+        subfolder=repository.subfolder,
+        runtime_secret_name=repository.runtime_secret_name,
+    )
+
+
+def repository_from_message(message: pb.Repository) -> Repository:
+    """Return the repository of a service's answer."""
+    return Repository(**_repository_fields(message))
+
+
+def _repository_fields(message: pb.Repository) -> dict[str, Any]:
+    kind = pb.SourceKind.Name(message.source) if message.source in pb.SourceKind.values() else "unknown"
+    return {
+        "source": kind.removeprefix(_PREFIX),
+        "repo": message.repo,
+        "revision": message.revision,
+        "subfolder": message.subfolder,
+        "runtime_secret_name": message.runtime_secret_name,
+    }

@@ -1,0 +1,102 @@
+"""The keys that open a server."""
+
+from __future__ import annotations
+
+import hmac
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import structlog
+
+from loramux_shared.access.keys import KeyEntry, digest, parse_keys
+from loramux_shared.access.rights import Access, Scope
+from loramux_shared.access.watch import Watch
+from loramux_shared.faults import PermissionDenied, SettingsInvalid, Unauthenticated
+
+VARIABLE = "LORAMUX_API_KEYS"
+
+log = structlog.get_logger()
+
+
+class Keyring:
+    """The keys of a file and of a variable. The file is read again at the first use after a change."""
+
+    def __init__(self, file: Path | None = None, text: str = "") -> None:
+        self._file = file
+        self._text = text
+        self._watch = Watch(*([file] if file else []))
+        self._watch.changed()
+        self._entries = self._read()
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __repr__(self) -> str:
+        return f"Keyring({len(self)} keys, file={self._file})"
+
+    def authorize(self, presented: str | None, scope: Scope | None) -> Access:
+        """Return the rights of a key that has a scope; scope None: any key will do.
+
+        Raises:
+            Unauthenticated: no key, or none of ours.
+            PermissionDenied: the key lacks the scope.
+        """
+        if self._watch.changed():
+            self._reload()
+        if presented is None:
+            raise Unauthenticated(
+                "this server asks for an API key: send it once, as `authorization: Bearer KEY` "
+                "(loramux reads LORAMUX_API_KEY)."
+            )
+        # Neither step tells anything by its time: the search compares hashes of a digest, which a caller cannot
+        # steer towards another, and what it finds is compared in constant time.
+        shown = digest(presented)
+        entry = self._entries.get(shown)
+        if entry is None or not hmac.compare_digest(bytes.fromhex(entry.sha256), shown):
+            raise Unauthenticated("the API key is not one of this server's; it may have been removed.")
+        access = entry.access
+        if scope is not None and not access.may(scope):
+            raise PermissionDenied(
+                f"the API key {access.key_id!r} has the scopes {', '.join(sorted(access.scopes))}, and this "
+                f"needs {scope}. Use a key that has it."
+            )
+        return access
+
+    def _reload(self) -> None:
+        try:
+            self._entries = self._read()
+        except SettingsInvalid as fault:
+            log.warning("keys file not taken, the keys before it stay", file=str(self._file), why=fault.message)
+        else:
+            log.info("keys file read again", file=str(self._file), keys=len(self))
+
+    def _read(self) -> Mapping[bytes, KeyEntry]:
+        lines = [self._text] if self._file is None else [self._text, read_keys_file(self._file)]
+        places = (VARIABLE, str(self._file))
+        entries = [
+            entry for text, where in zip(lines, places, strict=False) for entry in parse_keys(text, where)
+        ]
+        return {bytes.fromhex(entry.sha256): entry for entry in entries}
+
+
+def read_keys_file(path: Path) -> str:
+    """Return the text of a keys file.
+
+    Raises:
+        SettingsInvalid: it cannot be read.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is no text"
+        raise SettingsInvalid(
+            f"keys file {path}: {why}. `loramux keys new --scope infer --file {path}` makes one."
+        ) from error
+
+
+def bearer(headers: Sequence[str]) -> str | None:
+    """Return the key of the ``authorization`` headers of a call; None unless there is exactly one Bearer."""
+    if len(headers) != 1:
+        return None
+    scheme, _, key = headers[0].partition(" ")
+    return key.strip() or None if scheme.lower() == "bearer" else None

@@ -1,0 +1,108 @@
+"""API keys as they are kept: one JSON object a line, with the key's digest in place of the key.
+
+A key holds 256 random bits, so there is no dictionary to try and a plain sha256 is as good as a slow hash,
+which would only make every call slow.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+from collections.abc import Iterable
+from datetime import datetime
+from typing import Annotated, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from loramux_shared.access.rights import Access, Scope
+from loramux_shared.faults import SettingsInvalid
+
+PREFIX = "lmx_"
+"""Of every key, so that scanners of repositories and logs can find one that leaked."""
+KEY_BYTES = 32
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.\-]{1,64}$")]
+
+
+class KeyEntry(BaseModel):
+    """One key: everything but the key."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+
+    id: Name
+    """Names the key in lists and messages; distinct."""
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    """Of the key's characters, in hex."""
+    scopes: Annotated[tuple[Scope, ...], Field(min_length=1)]
+    models: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+    """The served names that `infer` is limited to; the key does not see others."""
+    comment: str = ""
+    created: datetime | None = None
+
+    @model_validator(mode="after")
+    def _models_need_infer(self) -> Self:
+        if self.models and (Scope.INFER not in self.scopes or Scope.ADMIN in self.scopes):
+            raise ValueError("models limit the scope infer, and admin has no limits")
+        return self
+
+    @property
+    def access(self) -> Access:
+        """The rights of who has the key."""
+        models = None if self.models is None else frozenset(self.models)
+        return Access(self.id, frozenset(self.scopes), models)
+
+    def line(self) -> str:
+        """Return the entry as a line of a keys file, without its end."""
+        return self.model_dump_json(exclude_defaults=True)
+
+
+def new_key() -> str:
+    """Return a random key."""
+    return PREFIX + secrets.token_urlsafe(KEY_BYTES)
+
+
+def digest(key: str) -> bytes:
+    """Return the sha256 of a key, or of whatever was presented as one."""
+    return hashlib.sha256(key.encode("utf-8", "replace")).digest()
+
+
+def parse_keys(text: str, where: str) -> list[KeyEntry]:
+    """Return the entries of a keys file or variable; empty lines and those that begin with ``#`` say nothing.
+
+    Raises:
+        SettingsInvalid: naming every bad line, and repeating nothing of it: it may be a key.
+    """
+    entries: list[KeyEntry] = []
+    wrong: list[str] = []
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip() or line.lstrip().startswith("#"):
+            continue
+        try:
+            entries.append(KeyEntry.model_validate_json(line))
+        except ValidationError as error:
+            wrong += [f"line {number}: {said}" for said in explain(error)]
+    for field in ("id", "sha256"):
+        if _twice(getattr(entry, field) for entry in entries):
+            wrong.append(f"two entries have the same {field}")
+    if wrong:
+        raise SettingsInvalid(f"{where}: {'; '.join(wrong)}. `loramux keys new` prints such a line.")
+    return entries
+
+
+def explain(error: ValidationError) -> list[str]:
+    """Return what is wrong with an entry, field by field, and nothing of its values."""
+    return [
+        ": ".join(filter(None, (".".join(map(str, item["loc"])), _expected(item["type"], item["msg"]))))
+        for item in error.errors(include_url=False, include_context=False, include_input=False)
+    ]
+
+
+def _expected(kind: str, message: str) -> str:
+    if kind in ("json_invalid", "model_type"):
+        return "expected a JSON object with id, sha256 and scopes"
+    return message.removeprefix("Value error, ").replace("Input should be", "expected")
+
+
+def _twice(values: Iterable[str]) -> bool:
+    listed = list(values)
+    return len(set(listed)) < len(listed)

@@ -1,0 +1,106 @@
+"""What a model family is, and what its file starts from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from loramux_shared.bases.attention import AttentionSpec
+from loramux_shared.bases.config import LayerSpec, ModelConfig
+from loramux_shared.bases.dims import read_dims
+from loramux_shared.bases.hf_config import HfConfig
+from loramux_shared.bases.rope import RopeSpec
+from loramux_shared.bases.rope_config import read_rope
+from loramux_shared.faults import CheckpointInvalid
+
+LAYER_TYPES = ("full_attention", "sliding_attention")
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A class of transformers that checkpoints name."""
+
+    name: str
+    """In ``architectures`` of ``config.json``."""
+    model_type: str
+    """By which transformers chooses the config's class."""
+    nested: bool = False
+    """Whether it is a model of more than text, whose decoder is described in ``text_config``."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """Checkpoints that are read in the same way."""
+
+    architectures: tuple[Architecture, ...]
+    read: Callable[[HfConfig], ModelConfig]
+    """Raises CheckpointInvalid for what the family does not serve."""
+
+
+def llama_like(
+    config: HfConfig,
+    *,
+    max_positions: int = 2048,
+    tied: bool = False,
+    sizes: Mapping[str, int] | None = None,
+    rope: Callable[[HfConfig, int, int], tuple[RopeSpec, int]] = read_rope,
+) -> ModelConfig:
+    """Return a decoder with nothing special; a family replaces what it does otherwise.
+
+    max_positions, tied and sizes are what transformers means where the config does not say; rope returns the
+    rotation and the longest sequence that it serves, from the config, the size of a head and the longest
+    sequence of the model.
+    """
+    dims = read_dims(config, sizes or {})
+    spec, longest = rope(config, dims.head_dim, config.size("max_position_embeddings", max_positions))
+    return ModelConfig(
+        architecture=config.architecture,
+        dims=dims,
+        layers=(LayerSpec(AttentionSpec(dims.head_dim**-0.5), spec),) * dims.num_layers,
+        max_positions=longest,
+        norm_eps=config.number("rms_norm_eps", 1e-6),
+        dtype=config.text("dtype", config.text("torch_dtype", "")).removeprefix("torch."),
+        eos_token_ids=token_ids(config.fields.get("eos_token_id")),
+        tied_embeddings=config.flag("tie_word_embeddings", default=tied),
+    )
+
+
+def windowed(
+    layers: tuple[LayerSpec, ...], config: HfConfig, window: int | None, slides: Callable[[int], bool]
+) -> tuple[LayerSpec, ...]:
+    """Give a window to the layers that slide: as ``layer_types`` says, else those that slides(index) names."""
+    types = layer_types(config, len(layers), slides)
+    return tuple(
+        replace(layer, attention=replace(layer.attention, window=window))
+        if kind == "sliding_attention"
+        else layer
+        for layer, kind in zip(layers, types, strict=True)
+    )
+
+
+def layer_types(config: HfConfig, num_layers: int, slides: Callable[[int], bool]) -> list[str]:
+    """Return the type of each layer."""
+    types = config.array("layer_types")
+    if types is None:
+        return [LAYER_TYPES[slides(index)] for index in range(num_layers)]
+    if len(types) != num_layers:
+        raise CheckpointInvalid(f"config.json: layer_types: expected {num_layers}, found {len(types)}.")
+    for kind in types:
+        if kind not in LAYER_TYPES:
+            raise CheckpointInvalid(
+                f"config.json: layer type {kind!r} is not supported; supported: {', '.join(LAYER_TYPES)}."
+            )
+    return types
+
+
+def token_ids(value: Any) -> frozenset[int]:
+    """Return the ids of ``eos_token_id``: none, one, or a list.
+
+    Raises:
+        CheckpointInvalid: it is something else.
+    """
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(isinstance(item, int) and not isinstance(item, bool) for item in ids):
+        raise CheckpointInvalid(f"eos_token_id: expected a token or a list of tokens, found {value!r}.")
+    return frozenset(ids)

@@ -1,0 +1,225 @@
+"""Deployments in a store: immutable generations, and one pointer to the served one."""
+
+from __future__ import annotations
+
+import re
+import secrets
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Final, TypeVar
+
+import structlog
+
+from loramux_shared.bundle.manifest import (
+    Current,
+    Generation,
+    claim_key,
+    current_key,
+    generation_key,
+    sha256_hex,
+)
+from loramux_shared.faults import BundleCorrupt, StoreUnavailable
+from loramux_shared.storage.base import ObjectMissing, Store
+
+log = structlog.get_logger()
+
+T = TypeVar("T")
+
+READ_AGAIN_S: Final = (0.02, 0.05, 0.1)
+"""Pauses before a pointer that does not fit is read again."""
+MAX_CLAIMS: Final = 100
+"""Rounds with other builders before one gives up."""
+
+_PREFIX = "deployments/"
+_CURRENT = re.compile(r"deployments/([^/]+)/current\.json")
+_CLAIM = re.compile(r"deployments/[^/]+/claims/([0-9]{8,})-([0-9a-f]{16})")
+_GENERATION = re.compile(r"deployments/[^/]+/generations/([0-9]{8,})\.json")
+
+
+def is_deployment_name(name: str) -> bool:
+    """True when a name can stand in a key."""
+    return re.fullmatch(r"[a-zA-Z0-9_\-.:]{1,128}", name) is not None and name not in {".", ".."}
+
+
+def list_deployments(store: Store) -> list[str]:
+    """Return the names of the deployments that have a generation, in order."""
+    return sorted({match[1] for key in store.list(_PREFIX) if (match := _CURRENT.fullmatch(key))})
+
+
+def current_generation(store: Store, name: str) -> Generation | None:
+    """Return the served generation, or None when the store has no such deployment.
+
+    A pointer that does not fit is read again a few times: a store may send parts of two versions of an
+    object while it is replaced.
+
+    Raises:
+        BundleCorrupt: the pointer or the generation is damaged, or the generation is missing.
+        StoreUnavailable: the store does not answer.
+    """
+    if not is_deployment_name(name):
+        return None
+    for pause_s in READ_AGAIN_S:
+        try:
+            return _current_generation(store, name)
+        except BundleCorrupt:
+            time.sleep(pause_s)
+    return _current_generation(store, name)
+
+
+def _current_generation(store: Store, name: str) -> Generation | None:
+    current = read_pointer(store, name)
+    return None if current is None else read_generation(store, name, current.generation, sha256=current.sha256)
+
+
+def read_pointer(store: Store, name: str) -> Current | None:
+    """Return what says which generation is served, or None when the store has no such deployment.
+
+    Raises:
+        BundleCorrupt: its bytes are not exactly those of a pointer.
+        StoreUnavailable: the store does not answer.
+    """
+    try:
+        data = store.get(current_key(name))
+    except ObjectMissing:
+        return None
+    what = f"deployment {name}: current.json"
+    current = Current.from_bytes(data, what=what)
+    if current.to_bytes() != data:
+        raise BundleCorrupt(f"{what}: not in its canonical form. Rebuild the deployment.")
+    return current
+
+
+def read_generation(store: Store, name: str, number: int, *, sha256: str | None = None) -> Generation:
+    """Return a generation, against its digest where one is known.
+
+    Raises:
+        BundleCorrupt: it is missing, has another digest, or is another one's.
+        StoreUnavailable: the store does not answer.
+    """
+    what = f"deployment {name}: generation {number}"
+    try:
+        data = store.get(generation_key(name, number))
+    except ObjectMissing as missing:
+        raise BundleCorrupt(
+            f"{what}: expected an object, found none in {store.uri}. Rebuild the deployment."
+        ) from missing
+    generation = Generation.from_bytes(data, sha256=sha256, what=what)
+    if (generation.deployment, generation.number) != (name, number):
+        raise BundleCorrupt(
+            f"{what}: expected itself, found generation {generation.number} of {generation.deployment}"
+        )
+    return generation
+
+
+def generation_numbers(store: Store, name: str) -> list[int]:
+    """Return the numbers of a deployment's generations, ascending, served or not."""
+    keys = store.list(f"{_PREFIX}{name}/generations/")
+    return sorted(int(match[1]) for key in keys if (match := _GENERATION.fullmatch(key)))
+
+
+def publish_generation(store: Store, generation: Generation) -> Generation:
+    """Make a generation the served one and return it as published: with a number of its own.
+
+    The bundles that it names must be in the store already. The current generation is returned, and nothing
+    is written, when it has the same content. A generation that a killed builder left without a pointer is
+    taken up when it has this content, and skipped otherwise. Damaged records are logged and replaced.
+
+    Any number of builders may publish at once, on a store that has no conditional writes: none overwrites
+    another's generation, and in the end the pointer names the highest; see docs/decisions/0003.
+
+    Raises:
+        StoreUnavailable: the store does not answer, or others publish the same deployment without end.
+    """
+    name = generation.deployment
+    current = _unless_damaged(lambda: current_generation(store, name))
+    if current is not None and current.same_content(generation):
+        return current
+    published = _left_behind(store, generation, current.number if current else 0)
+    if published is None:
+        number, claim = _claim_number(store, name, current.number if current else 0)
+        published = generation.model_copy(update={"number": number})
+        store.put(generation_key(name, number), published.to_bytes())
+        store.delete(claim)
+    _point_at_highest(store, published)
+    return published
+
+
+def _left_behind(store: Store, generation: Generation, served: int) -> Generation | None:
+    """Return a generation with this content that is newer than the served one."""
+    name = generation.deployment
+    numbers = generation_numbers(store, name)
+    if not numbers or numbers[-1] <= served:
+        return None
+    left = _unless_damaged(lambda: _canonical(store, name, numbers[-1]))
+    return left if left is not None and left.same_content(generation) else None
+
+
+def _claim_number(store: Store, name: str, served: int) -> tuple[int, str]:
+    """Return a number that no other builder will use, and the key of the claim to it.
+
+    Of two builders that claim one number, the one that lists later sees the other's claim, or its
+    generation, and gives way; both may. Only who is alone with a claim, after it was put, has the number.
+    """
+    token, ahead = secrets.token_hex(8), 0
+    for _ in range(MAX_CLAIMS):
+        # In this order: a claim is only removed once its generation is there.
+        claims = claimed_numbers(store, name)
+        number = max([served, *claims, *generation_numbers(store, name)]) + 1 + ahead
+        claim = claim_key(name, number, token)
+        store.put(claim, b"")
+        tokens = claimed_numbers(store, name).get(number, [])
+        if tokens == [token] and number not in generation_numbers(store, name):
+            return number, claim
+        store.delete(claim)
+        ahead = sum(other < token for other in tokens)  # each of those that meet here goes on elsewhere
+    raise StoreUnavailable(f"{store.uri}: too many builders publish {name!r} at once. Build again later.")
+
+
+def claimed_numbers(store: Store, name: str) -> dict[int, list[str]]:
+    """Return the tokens of the builders that claim numbers of a deployment, in order."""
+    found: dict[int, list[str]] = {}
+    for key in store.list(f"{_PREFIX}{name}/claims/"):
+        if match := _CLAIM.fullmatch(key):
+            found.setdefault(int(match[1]), []).append(match[2])
+    return found
+
+
+def _point_at_highest(store: Store, published: Generation) -> None:
+    """Let the pointer name the highest generation, ours or another's: its bundles are there.
+
+    Of several builders, the one that puts the pointer last looks again after it, so that it is right in
+    the end.
+    """
+    name = published.deployment
+    for _ in range(MAX_CLAIMS):
+        highest = _highest(store, published)
+        wanted = Current(generation=highest.number, sha256=sha256_hex(highest.to_bytes()))
+        if _unless_damaged(lambda: read_pointer(store, name)) == wanted:
+            return
+        store.put(current_key(name), wanted.to_bytes())
+    raise StoreUnavailable(f"{store.uri}: too many builders publish {name!r} at once. Build again later.")
+
+
+def _highest(store: Store, published: Generation) -> Generation:
+    for number in reversed(generation_numbers(store, published.deployment)):
+        if number <= published.number:
+            break
+        other = _unless_damaged(partial(_canonical, store, published.deployment, number))
+        if other is not None:
+            return other
+    return published
+
+
+def _canonical(store: Store, name: str, number: int) -> Generation:
+    """Read a generation that no pointer vouches for: its bytes must be those that we would write."""
+    found = read_generation(store, name, number)
+    return read_generation(store, name, number, sha256=sha256_hex(found.to_bytes()))
+
+
+def _unless_damaged(read: Callable[[], T | None]) -> T | None:
+    try:
+        return read()
+    except BundleCorrupt as damage:
+        log.warning("damaged record", problem=damage.message)
+        return None

@@ -1,0 +1,150 @@
+"""What in a store nothing refers to any more, and its removal.
+
+Never removed is what a generation that stays refers to, what is younger than the grace period, a generation
+that is served or newer than the served one, and what is not in the form that this format has.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from enum import StrEnum
+from itertools import groupby
+from typing import Final
+
+from loramux_shared.bundle.deployments import generation_numbers, read_generation, read_pointer
+from loramux_shared.bundle.manifest import BUILDS_PREFIX, MANIFEST_FILE, generation_key
+from loramux_shared.faults import BuildInProgress
+from loramux_shared.storage.base import Entry, Store
+
+MIN_GRACE: Final = timedelta(hours=1)
+"""While builds run: a bundle that a build found there is put again, and then a generation refers to it."""
+
+_BUNDLE: Final = re.compile(r"(bundles/sha256/([0-9a-f]{64})/)[^/]+")
+_DEPLOYMENT: Final = re.compile(r"deployments/([^/]+)/.+")
+_CLAIM: Final = re.compile(r"deployments/([^/]+)/claims/([0-9]{8,})-[0-9a-f]{16}")
+
+
+class Kind(StrEnum):
+    """What an orphan is."""
+
+    BUNDLE = "bundle"
+    GENERATION = "generation"
+    CLAIM = "claim"
+
+
+@dataclass(frozen=True)
+class Orphan:
+    """Objects that can go together."""
+
+    kind: Kind
+    name: str
+    """Digest of a bundle, else the key."""
+    why: str
+    entries: tuple[Entry, ...]
+    """In the order in which they are removed: of a bundle the manifest first, so that it is gone at once."""
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return sum(entry.size for entry in self.entries)
+
+    @property
+    def modified(self) -> datetime:
+        """When the newest object was put."""
+        return max(entry.modified for entry in self.entries)
+
+
+@dataclass(frozen=True)
+class Orphans:
+    """What nothing refers to."""
+
+    old: tuple[Orphan, ...]
+    """Those that may be removed."""
+    young: tuple[Orphan, ...]
+    """Those of the grace period: a build may be about to refer to them."""
+
+
+def find_orphans(store: Store, *, grace: timedelta, now: datetime, keep: int | None = None) -> Orphans:
+    """Return what nothing refers to; with keep, also generations older than that many before the served one.
+
+    Raises:
+        BundleCorrupt: a pointer or a generation that stays cannot be read, so that nobody knows to what it
+            refers.
+        StoreUnavailable: the store does not answer.
+    """
+    # Bundles first: one that a generation refers to from now on is seen to be referred to.
+    bundles = [entry for entry in store.entries("bundles/") if _BUNDLE.fullmatch(entry.key)]
+    records = list(store.entries("deployments/"))
+    names = sorted({match[1] for entry in records if (match := _DEPLOYMENT.fullmatch(entry.key))})
+    expired, referred = list[Orphan](), set[str]()
+    for name in names:
+        beyond = _beyond(store, name, keep)
+        found = [
+            Orphan(Kind.GENERATION, entry.key, f"older than the {keep} that are kept", (entry,))
+            for entry in records
+            if entry.key in beyond
+        ]
+        going = {orphan.name for orphan in found if now - orphan.modified >= grace}
+        expired += found
+        for number in generation_numbers(store, name):
+            if generation_key(name, number) not in going:
+                generation = read_generation(store, name, number)
+                referred |= {record.digest for record in generation.adapters.values()}
+    orphans = [*expired, *_claims(store, records), *_bundles(bundles, referred)]
+    old = tuple(orphan for orphan in orphans if now - orphan.modified >= grace)
+    return Orphans(old, tuple(orphan for orphan in orphans if orphan not in old))
+
+
+def check_grace(store: Store, grace: timedelta) -> None:
+    """Raise `BuildInProgress` where a grace period is too short to remove anything while builds run."""
+    running = next(store.list(BUILDS_PREFIX), None)
+    if running is not None and grace < MIN_GRACE:
+        raise BuildInProgress(
+            f"{running}: a build runs, or was killed and will be taken up. "
+            f"Wait for it, or use a grace period of at least {MIN_GRACE.total_seconds() / 3600:g}h."
+        )
+
+
+def remove(store: Store, orphan: Orphan) -> bool:
+    """Remove an orphan, unless it was put again or is needed after all; returns whether it is gone.
+
+    Raises:
+        StoreUnavailable: the store does not answer.
+    """
+    first = orphan.entries[0].key
+    prefix = first.rpartition("/")[0] + "/" if orphan.kind is Kind.BUNDLE else first
+    now_there = {entry.key: entry.modified for entry in store.entries(prefix)}
+    if any(modified > orphan.modified for modified in now_there.values()):
+        return False
+    for entry in orphan.entries:
+        store.delete(entry.key)
+    return True
+
+
+def _beyond(store: Store, name: str, keep: int | None) -> set[str]:
+    """Return the keys of the generations that are older than those that are kept."""
+    pointer = read_pointer(store, name) if keep is not None else None
+    if pointer is None or keep is None:
+        return set()
+    older = [number for number in generation_numbers(store, name) if number < pointer.generation]
+    return {generation_key(name, number) for number in older[: max(0, len(older) - keep)]}
+
+
+def _claims(store: Store, records: list[Entry]) -> Iterator[Orphan]:
+    """Claims below a generation: their numbers will not be used, whether or not their builders live."""
+    for entry in records:
+        match = _CLAIM.fullmatch(entry.key)
+        if match and any(number > int(match[2]) for number in generation_numbers(store, match[1])):
+            yield Orphan(Kind.CLAIM, entry.key, "left by a builder that was killed", (entry,))
+
+
+def _bundles(entries: list[Entry], referred: set[str]) -> Iterator[Orphan]:
+    for digest, found in groupby(entries, key=lambda entry: entry.key.split("/")[2]):
+        if digest not in referred:
+            files = sorted(found, key=lambda entry: not entry.key.endswith(f"/{MANIFEST_FILE}"))
+            whole = files[0].key.endswith(f"/{MANIFEST_FILE}")
+            why = "no generation refers to it" if whole else "without its manifest: a build did not end"
+            yield Orphan(Kind.BUNDLE, digest, why, tuple(files))

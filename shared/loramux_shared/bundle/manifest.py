@@ -1,0 +1,240 @@
+"""The records that are kept in a store, and their canonical bytes.
+
+::
+
+    bundles/sha256/<digest>/manifest.json              digest = sha256 of this file's bytes; written last
+    bundles/sha256/<digest>/model.lora_weights.npy
+    bundles/sha256/<digest>/model.lora_config.npy
+    deployments/<name>/generations/<n>.json            immutable
+    deployments/<name>/claims/<n>-<token>              empty; a builder is about to write generation n
+    deployments/<name>/current.json                    which generation is served, with its digest
+    builds/<name>/<builder>.json                       while a build runs, and until a killed one is taken up
+
+A manifest holds nothing but what follows from the adapter's bytes and the build's settings, so the same
+adapter has the same digest wherever it comes from; where it came from stands in the generation.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from datetime import datetime
+from typing import Final, Literal, Self
+
+from pydantic import Field, ValidationError
+
+from loramux_shared.bundle.proof import Proof
+from loramux_shared.deployment import Dtype, Merge, Model, Repository, StoredName
+from loramux_shared.faults import BundleCorrupt, Finding
+
+FORMAT_VERSION: Final = 1
+WEIGHTS_FILE = "model.lora_weights.npy"
+CONFIG_FILE = "model.lora_config.npy"
+MANIFEST_FILE = "manifest.json"
+BUILDS_PREFIX: Final = "builds/"
+TEXT_FILES: Final = ("chat_template.jinja", "generation_config.json", "tokenizer_config.json")
+"""What an adapter may bring beside its weights: template, sampling defaults, stop tokens."""
+
+Sha256 = Field(pattern=r"^[0-9a-f]{64}$")
+
+
+class Record(Model):
+    """A frozen record with canonical JSON bytes: sorted keys, no spaces, UTF-8, one final newline."""
+
+    def to_bytes(self) -> bytes:
+        """Return the canonical bytes."""
+        data = self.model_dump(mode="json")
+        return (json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=False) + "\n").encode()
+
+    @classmethod
+    def from_bytes(cls, data: bytes, *, sha256: str | None = None, what: str = "") -> Self:
+        """Parse a record, against its digest where one is known.
+
+        Raises:
+            BundleCorrupt: the digest differs, or the bytes are no such record.
+        """
+        what = what or cls.__name__.lower()
+        if sha256 is not None:
+            verify(data, sha256, what)
+        try:
+            return cls.model_validate_json(data)
+        except ValidationError as error:
+            raise BundleCorrupt(
+                f"{what} is not a {cls.__name__} of format version {FORMAT_VERSION}: "
+                f"{error.error_count()} fields are missing or wrong. Rebuild the deployment."
+            ) from error
+
+
+class FileDigest(Model):
+    """Size in bytes and sha256 of a file."""
+
+    size: int = Field(ge=0)
+    sha256: str = Sha256
+
+
+class Truncation(Model):
+    """What a row lost."""
+
+    rank: int = Field(ge=1)
+    """The adapter's own."""
+    error: float = Field(ge=0, allow_inf_nan=False)
+    """Of the product BA: Frobenius norm of the difference over that of the original."""
+
+
+class Row(Model):
+    """One row of a bundle: a module of a layer."""
+
+    layer: int = Field(ge=0)
+    module_id: int = Field(ge=0)
+    module: str
+    """TensorRT-LLM's name, for example ``attn_q``."""
+    rank: int = Field(ge=1)
+    in_features: int = Field(ge=1)
+    out_features: int = Field(ge=1)
+    scale: float
+    """alpha/r or alpha/sqrt(r); folded into B already."""
+    norm_a: float = Field(ge=0, allow_inf_nan=False)
+    """Frobenius norm of A as stored; like the other two, see `loramux_shared.bundle.norms`."""
+    norm_b: float = Field(ge=0, allow_inf_nan=False)
+    """Of the scaled B as stored."""
+    norm_ba: float = Field(ge=0, allow_inf_nan=False)
+    """Of their product: how much the adapter changes this module."""
+    truncation: Truncation | None = None
+    """Set where the row approximates one of a higher rank, which the deployment asked for."""
+
+
+class Coverage(Model):
+    """Every tensor of the adapter's file by its key: there is no third kind, the rest was refused."""
+
+    used: tuple[str, ...] = ()
+    """The rows were made from these; sorted."""
+    redundant: tuple[str, ...] = ()
+    """Copies of the base's own tensors, proved equal to them; sorted."""
+
+
+class Manifest(Record):
+    """What a bundle holds; rows are in the order of the npy files, sorted by (layer, module_id)."""
+
+    format_version: Literal[1] = FORMAT_VERSION
+    dtype: Dtype
+    rows: tuple[Row, ...]
+    row_width: int = Field(ge=1)
+    """Elements per row of the weights, padding included."""
+    config_columns: Literal[3, 4] = 4
+    files: dict[str, FileDigest]
+    """The two npy files, and those of `TEXT_FILES` that the adapter brings."""
+    inputs: dict[str, FileDigest]
+    """The adapter's files that the bundle was made from."""
+    coverage: Coverage = Coverage()
+    """Empty where the bundle was not made from a safetensors file."""
+    base_model_name: str = ""
+    """What the adapter says that it was trained on."""
+    base_model_revision: str = ""
+    """The revision of it, where the adapter says one."""
+    warnings: tuple[Finding, ...] = ()
+    """Without the adapter's name, which is the deployment's choice."""
+    proof: Proof | None = None
+    """None where the deployment did not ask for one."""
+
+    @property
+    def tensors_used(self) -> int:
+        """Tensors of the adapter that rows were made from; of npy files, A and B of every row."""
+        return len(self.coverage.used) or 2 * len(self.rows)
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """The distinct ranks, ascending."""
+        return tuple(sorted({row.rank for row in self.rows}))
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """The distinct modules, by module id."""
+        return tuple(name for _, name in sorted({(row.module_id, row.module) for row in self.rows}))
+
+
+class AdapterRecord(Model):
+    """An adapter of a generation."""
+
+    digest: str = Sha256
+    source: Repository
+    """With the resolved revision."""
+
+
+class BaseRecord(Model):
+    """The base checkpoint of a generation."""
+
+    source: Repository
+    """With the resolved revision."""
+    files: dict[str, FileDigest]
+    """Every file that serving needs, by its path in the repository's subfolder."""
+
+
+class Generation(Record):
+    """What a deployment serves; immutable."""
+
+    format_version: Literal[1] = FORMAT_VERSION
+    deployment: StoredName
+    number: int = Field(ge=1)
+    create_time: datetime
+    served_model_name: StoredName
+    base: BaseRecord
+    adapters: dict[StoredName, AdapterRecord]
+    max_seq_len: int | None = None
+    max_lora_rank: int
+    lora_target_modules: tuple[str, ...] = ()
+    lora_dtype: Dtype
+    request_default_max_tokens: int | None = None
+    serve_base: bool = True
+    merge: Merge = Merge.AUTO
+
+    @property
+    def merged(self) -> str | None:
+        """The adapter that is merged into the weights at load, if one is."""
+        one = len(self.adapters) == 1 and not self.serve_base and self.merge is not Merge.NEVER
+        return next(iter(self.adapters)) if one else None
+
+    def same_content(self, other: Generation) -> bool:
+        """True when only number and time differ."""
+        return self == other.model_copy(update={"number": self.number, "create_time": self.create_time})
+
+
+class Current(Record):
+    """The one mutable object of a deployment: which generation is served."""
+
+    generation: int = Field(ge=1)
+    sha256: str = Sha256
+    """Of the generation's bytes."""
+
+
+def sha256_hex(data: bytes) -> str:
+    """Return the sha256 of data in hex."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def verify(data: bytes, sha256: str, what: str) -> None:
+    """Raise `BundleCorrupt` unless data has this digest."""
+    actual = sha256_hex(data)
+    if actual != sha256:
+        raise BundleCorrupt(
+            f"{what}: expected sha256 {sha256}, found {actual} ({len(data)} bytes). Rebuild the deployment."
+        )
+
+
+def bundle_key(digest: str, file: str) -> str:
+    """Return the key of a file of a bundle."""
+    return f"bundles/sha256/{digest}/{file}"
+
+
+def generation_key(deployment: str, number: int) -> str:
+    """Return the key of a generation; numbers are padded, so that listings are in order."""
+    return f"deployments/{deployment}/generations/{number:08d}.json"
+
+
+def claim_key(deployment: str, number: int, token: str) -> str:
+    """Return the key of a builder's claim to a number that it will publish a generation under."""
+    return f"deployments/{deployment}/claims/{number:08d}-{token}"
+
+
+def current_key(deployment: str) -> str:
+    """Return the key of the pointer to the served generation."""
+    return f"deployments/{deployment}/current.json"

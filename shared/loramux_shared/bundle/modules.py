@@ -1,0 +1,69 @@
+"""The modules that an adapter can target, and their dims in a base checkpoint.
+
+Ids and names are TensorRT-LLM's. Mind the cross: ``gate_proj`` is ``mlp_h_to_4h`` (5) and ``up_proj`` is
+``mlp_gate`` (7).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final
+
+
+@dataclass(frozen=True)
+class Module:
+    """A module kind."""
+
+    id: int
+    name: str
+    hf: str
+    """Hugging Face's leaf name in a Llama-like decoder."""
+
+
+MODULES = (
+    Module(1, "attn_q", "q_proj"),
+    Module(2, "attn_k", "k_proj"),
+    Module(3, "attn_v", "v_proj"),
+    Module(4, "attn_dense", "o_proj"),
+    Module(5, "mlp_h_to_4h", "gate_proj"),
+    Module(6, "mlp_4h_to_h", "down_proj"),
+    Module(7, "mlp_gate", "up_proj"),
+)
+BY_ID = {module.id: module for module in MODULES}
+BY_NAME = {module.name: module for module in MODULES}
+BY_HF = {module.hf: module for module in MODULES}
+
+FUSED: Final[Mapping[str, tuple[Module, ...]]] = {
+    "qkv_proj": (BY_HF["q_proj"], BY_HF["k_proj"], BY_HF["v_proj"]),
+    "gate_up_proj": (BY_HF["gate_proj"], BY_HF["up_proj"]),
+}
+"""Projections that are one matrix in some bases: its output rows are those of these modules, in this order."""
+
+
+@dataclass(frozen=True)
+class BaseDims:
+    """The shapes of a decoder that adapters must fit; `loramux_shared.bases.dims` reads them."""
+
+    num_layers: int
+    hidden: int
+    intermediate: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab: int
+    fused: frozenset[str] = frozenset()
+    """The fused projections that the base has, by their leaf names."""
+
+    def features(self, module: Module) -> tuple[int, int]:
+        """Return (in, out) of a module."""
+        q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        return {
+            "q_proj": (self.hidden, q),
+            "k_proj": (self.hidden, kv),
+            "v_proj": (self.hidden, kv),
+            "o_proj": (q, self.hidden),
+            "gate_proj": (self.hidden, self.intermediate),
+            "down_proj": (self.intermediate, self.hidden),
+            "up_proj": (self.hidden, self.intermediate),
+        }[module.hf]

@@ -1,0 +1,45 @@
+"""What an adapter should answer, computed from its own files by a reference, and kept in its manifest."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from loramux_shared.deployment import Model
+
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Token = Annotated[int, Field(ge=0)]
+
+
+class TokenLogprob(Model):
+    """A token and its log probability."""
+
+    id: Token
+    logprob: Finite
+
+
+class Probe(Model):
+    """A sequence, and the most likely tokens behind it; best first."""
+
+    tokens: tuple[Token, ...] = Field(min_length=1)
+    top: tuple[TokenLogprob, ...] = Field(min_length=1)
+
+
+class Effect(Model):
+    """What a row of the bundle adds to its module's output, at the last tokens of the probes.
+
+    The outputs of all probes are one vector, probe after probe; dots are its products with eight fixed sign
+    vectors, see docs/bundle-format.md.
+    """
+
+    norm: Finite = Field(ge=0)
+    dots: tuple[Finite, ...] = Field(min_length=8, max_length=8)
+
+
+class Proof(Model):
+    """Replayed by a replica before it serves the adapter."""
+
+    probes: tuple[Probe, ...] = Field(min_length=1)
+    effects: tuple[Effect, ...]
+    """One per row of the manifest, in its order."""

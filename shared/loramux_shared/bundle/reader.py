@@ -1,0 +1,151 @@
+"""Bundles out of a store: nothing is used before it was verified."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from loramux_shared.bundle.manifest import (
+    CONFIG_FILE,
+    MANIFEST_FILE,
+    TEXT_FILES,
+    WEIGHTS_FILE,
+    FileDigest,
+    Manifest,
+    Row,
+    bundle_key,
+    verify,
+)
+from loramux_shared.bundle.modules import BY_ID
+from loramux_shared.bundle.npy import Array, read_config, read_weights
+from loramux_shared.faults import BundleCorrupt
+from loramux_shared.storage.base import ObjectMissing, Store
+
+
+@dataclass(frozen=True)
+class BundleRow:
+    """One module of one layer; A and B are views in the storage type."""
+
+    row: Row
+    a: Array
+    """(rank, in_features)"""
+    b: Array
+    """(out_features, rank), scaled by alpha/r already."""
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A verified bundle; its rows share one buffer."""
+
+    digest: str
+    manifest: Manifest
+    rows: tuple[BundleRow, ...]
+    texts: Mapping[str, bytes] = field(default_factory=dict)
+    """What the adapter brings beside its weights, by the names of `TEXT_FILES`."""
+
+
+def read_manifest(store: Store, digest: str) -> Manifest:
+    """Return a bundle's manifest.
+
+    Raises:
+        BundleCorrupt: it is missing or has another digest.
+        StoreUnavailable: the store does not answer.
+    """
+    data = _get(store, digest, MANIFEST_FILE)
+    return Manifest.from_bytes(data, sha256=digest, what=_what(digest, MANIFEST_FILE))
+
+
+def read_bundle(store: Store, digest: str) -> Bundle:
+    """Return a bundle, every byte of it verified.
+
+    Raises:
+        BundleCorrupt: a file is missing, has another digest, or does not say what the manifest says.
+        StoreUnavailable: the store does not answer.
+    """
+    manifest = read_manifest(store, digest)
+    if unknown := sorted(manifest.files.keys() - {WEIGHTS_FILE, CONFIG_FILE, *TEXT_FILES}):
+        raise BundleCorrupt(f"{_what(digest, MANIFEST_FILE)}: expected no file {unknown[0]!r}")
+    files = {}
+    for name in (WEIGHTS_FILE, CONFIG_FILE, *(name for name in TEXT_FILES if name in manifest.files)):
+        data = _get(store, digest, name)
+        verify_file(data, manifest.files, name, digest)
+        files[name] = data
+    rows = decode(manifest, files.pop(WEIGHTS_FILE), files.pop(CONFIG_FILE), _what(digest))
+    return Bundle(digest, manifest, rows, files)
+
+
+def verify_file(data: bytes, files: Mapping[str, FileDigest], name: str, digest: str) -> None:
+    """Raise `BundleCorrupt` unless a file has the size and the digest that the manifest names."""
+    expected = files.get(name)
+    if expected is None:
+        raise BundleCorrupt(f"{_what(digest, MANIFEST_FILE)}: expected a digest of {name}, found none")
+    if len(data) != expected.size:
+        raise BundleCorrupt(
+            f"{_what(digest, name)}: expected {expected.size} bytes, found {len(data)}. Rebuild the deployment."
+        )
+    verify(data, expected.sha256, _what(digest, name))
+
+
+def decode(manifest: Manifest, weights: bytes | Path, config: bytes | Path, what: str) -> tuple[BundleRow, ...]:
+    """Return the rows of two npy files, cross-checked against the manifest.
+
+    Raises:
+        BundleCorrupt: shapes, config rows or padding differ from what the manifest says.
+    """
+    table = read_weights(weights, manifest.dtype, f"{what}: {WEIGHTS_FILE}")
+    columns = read_config(config, f"{what}: {CONFIG_FILE}")
+    _expect(table.shape, (len(manifest.rows), manifest.row_width), f"{what}: shape of {WEIGHTS_FILE}")
+    _expect(columns.shape, (len(manifest.rows), manifest.config_columns), f"{what}: shape of {CONFIG_FILE}")
+    _check_manifest(manifest, what)
+    return tuple(
+        _decode_row(row, table[i], columns[i], f"{what}: row {i}") for i, row in enumerate(manifest.rows)
+    )
+
+
+def _check_manifest(manifest: Manifest, what: str) -> None:
+    """Check what a manifest says against itself."""
+    places = [(row.layer, row.module_id) for row in manifest.rows]
+    if places != sorted(set(places)):
+        raise BundleCorrupt(f"{what}: expected rows sorted by (layer, module), each once")
+    for i, row in enumerate(manifest.rows):
+        module = BY_ID.get(row.module_id)
+        _expect(row.module, module.name if module else "a module that is served", f"{what}: row {i}: module")
+    used, redundant = manifest.coverage.used, manifest.coverage.redundant
+    if list(used + redundant) != [*sorted(set(used) - set(redundant)), *sorted(set(redundant))]:
+        raise BundleCorrupt(f"{what}: expected tensors by their keys, each once, sorted")
+    says = any(warning.code == "W_ZERO_B" for warning in manifest.warnings)
+    _expect(says, not any(row.norm_ba for row in manifest.rows), f"{what}: warning W_ZERO_B")
+
+
+def _decode_row(row: Row, values: Array, config: Array, what: str) -> BundleRow:
+    expected = [row.module_id, row.layer, row.rank, 0][: len(config)]
+    _expect(config.tolist(), expected, f"{what}: config")
+    split, length = row.rank * row.in_features, row.rank * (row.in_features + row.out_features)
+    if length > len(values):
+        raise BundleCorrupt(f"{what}: expected {length} elements for {row}, found {len(values)}")
+    if np.any(values[length:].view(np.uint8)):
+        raise BundleCorrupt(f"{what}: expected zeros after element {length}, found something else")
+    a = values[:split].reshape(row.rank, row.in_features)
+    b = values[split:length].reshape(row.out_features, row.rank)
+    return BundleRow(row, a, b)
+
+
+def _expect(found: object, expected: object, what: str) -> None:
+    if found != expected:
+        raise BundleCorrupt(f"{what}: expected {expected}, found {found}. Rebuild the deployment.")
+
+
+def _get(store: Store, digest: str, name: str) -> bytes:
+    try:
+        return store.get(bundle_key(digest, name))
+    except ObjectMissing as missing:
+        raise BundleCorrupt(
+            f"{_what(digest, name)}: expected an object, found none in {store.uri}. Rebuild the deployment."
+        ) from missing
+
+
+def _what(digest: str, name: str = "") -> str:
+    return f"bundle {digest[:12]}{name and ': '}{name}"

@@ -1,0 +1,274 @@
+"""The deployment file, from YAML to the model.
+
+The file that users of hosted engine builders have is accepted as it is: the ``trt_llm:`` wrapper is
+optional, and keys that such files carry and that mean nothing here are reported as ignored. Any other
+unknown key is a `DeploymentInvalid` that names the key and the nearest known one.
+"""
+
+from __future__ import annotations
+
+import re
+import reprlib
+from collections.abc import Hashable
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from loramux_shared.deployment import (
+    NAME_RULE,
+    NAME_TAKEN,
+    Deployment,
+    LoraConfiguration,
+    Model,
+    Repository,
+    SourceKind,
+)
+from loramux_shared.faults import DeploymentInvalid, Finding
+from loramux_shared.near import MAX_FINDINGS, nearest
+
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+# Keys of hosted engine builders that have no meaning here, by the block they stand in.
+IGNORED_KEYS: dict[str, frozenset[str]] = {
+    "": _words("""
+        apply_library_patches base_image build_commands cache_internal data_dir description docker_server
+        environment_variables examples_filename external_data external_package_dirs input_type live_reload
+        model_cache model_class_filename model_class_name model_framework model_metadata model_module_dir
+        model_type packages_dir python_version requirements requirements_file resources runtime secrets
+        spec_version system_packages training_checkpoints use_local_chain_src weights
+    """),
+    "trt_llm": _words("inference_stack root version version_overrides"),
+    "build": _words("""
+        gather_all_token_logits kv_cache_type max_batch_size max_beam_width max_num_tokens
+        max_prompt_embedding_table_size num_builder_gpus paged_kv_cache pipeline_parallel_count
+        plugin_configuration quantization_config quantization_type skip_build_result speculator
+        strongly_typed tensor_parallel_count use_fused_mlp
+    """),
+    "runtime": _words("""
+        batch_scheduler_policy config_kwargs enable_chunked_context enable_chunked_prefill
+        kv_cache_free_gpu_mem_fraction kv_cache_host_memory_bytes max_batch_size max_num_tokens patch_kwargs
+        tensor_parallel_size total_token_limit webserver_default_route
+    """),
+}
+
+
+class DeploymentFile(Model):
+    """A parsed file, and the keys in it that mean nothing here."""
+
+    deployment: Deployment
+    ignored: tuple[str, ...] = ()
+
+
+def load_deployment(path: Path) -> DeploymentFile:
+    """Read a deployment file; LOCAL repositories are resolved against its folder, ``~`` included.
+
+    Raises:
+        DeploymentInvalid: the file cannot be read, is no YAML, or breaks a rule; all violations at once.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise DeploymentInvalid(f"cannot read the deployment file {path}: {reason}") from error
+    file = parse_deployment(_parse_yaml(text, path), default_name=_name_of(path))
+    return file.model_copy(update={"deployment": _resolve_local(file.deployment, path.resolve().parent)})
+
+
+def parse_deployment(data: Any, *, default_name: str = "") -> DeploymentFile:
+    """Turn parsed YAML into a deployment.
+
+    Raises:
+        DeploymentInvalid: with one finding per unknown key, missing key or bad value.
+    """
+    if not isinstance(data, dict):
+        found = "nothing" if data is None else type(data).__name__
+        raise DeploymentInvalid(f"a deployment file is a mapping with model_name and build; found {found}")
+    data, ignored = _unwrap(data)
+    if default_name and data.get("model_name") is None:
+        data["model_name"] = default_name
+    try:
+        deployment = Deployment.model_validate(data)
+    except ValidationError as error:
+        findings = [item for item in findings_of(error, Deployment) if item.expected != NAME_TAKEN]
+        findings += _taken_names(data)
+        count = max(len(findings), error.error_count())
+        raise DeploymentInvalid(f"the deployment breaks {count} rule{'s'[: count > 1]}", findings) from error
+    return DeploymentFile(deployment=deployment, ignored=tuple(ignored))
+
+
+def parse_lora_configuration(**fields: Any) -> LoraConfiguration:
+    """Return ceilings from values that are not checked yet.
+
+    Raises:
+        DeploymentInvalid: with one finding per bad value.
+    """
+    try:
+        return LoraConfiguration.model_validate(fields)
+    except ValidationError as error:
+        raise DeploymentInvalid("bad ceilings", findings_of(error, LoraConfiguration)) from error
+
+
+def findings_of(error: ValidationError, model: type[BaseModel]) -> list[Finding]:
+    """One finding per violation, up to a number, with the nearest known key beside an unknown one."""
+    return [_finding(item, model) for item in error.errors(include_url=False)[:MAX_FINDINGS]]
+
+
+def _finding(item: Any, model: type[BaseModel]) -> Finding:
+    loc = [part for part in item["loc"] if part != "[key]"]
+    where = ".".join(str(part)[:256] for part in loc) or "deployment"
+    if item["type"] == "extra_forbidden":
+        known = _known_keys(model, loc[:-1])
+        name = str(loc[-1])
+        near = nearest(name, known)
+        return Finding(
+            code="E_UNKNOWN_FIELD",
+            where=where,
+            expected=f"one of {', '.join(known)}",
+            found=name[:80],
+            fix=f"Did you mean {near}?" if near else "Remove it.",
+        )
+    if item["type"] == "missing":
+        return Finding(code="E_MISSING_FIELD", where=where, expected="a value", found="nothing", fix="Set it.")
+    value = item["input"]
+    said = item["msg"].removeprefix("Value error, ").removeprefix("Input should ")
+    # YAML reads 1234567 and 2024-01-31 as a number and a date.
+    unquoted = item["type"] == "string_type" and isinstance(value, Hashable) and value is not None
+    return Finding(
+        code="E_BAD_FIELD",
+        where=where,
+        expected=said.removeprefix("be ").removeprefix("String should "),
+        found=re.sub(r"\?.*", "?***", _shown.repr(value)) if loc else "",  # an address with a signature
+        fix="Quote it." if unquoted else NAME_RULE if item["type"] == "string_pattern_mismatch" else "",
+    )
+
+
+_shown = reprlib.Repr()
+_shown.maxlevel = 2  # a few lines of YAML can unfold to millions of values
+_shown.maxstring = _shown.maxother = 80
+
+
+def _taken_names(data: dict[Any, Any]) -> list[Finding]:
+    """What `Deployment` itself says only when nothing else is wrong."""
+    runtime, build = data.get("runtime"), data.get("build")
+    adapters = build.get("lora_adapters") if isinstance(build, dict) else None
+    served = runtime.get("served_model_name") if isinstance(runtime, dict) else None
+    served = data.get("model_name") if served is None else served
+    if not isinstance(adapters, dict) or not isinstance(served, str):
+        return []
+    return [
+        Finding(
+            code="E_BAD_FIELD",
+            where=f"build.lora_adapters.{name}",
+            expected=NAME_TAKEN,
+            found=repr(served),
+            fix="Rename the adapter, or set runtime.served_model_name.",
+        )
+        for name in adapters
+        if isinstance(name, str) and name.casefold() == served.casefold()
+    ]
+
+
+def _known_keys(model: type[BaseModel], loc: list[Any]) -> list[str]:
+    """The keys of the model that stands at loc, through dicts of models."""
+    current: Any = model
+    for part in loc:
+        field = current.model_fields.get(part) if hasattr(current, "model_fields") else None
+        if field is not None:
+            inner = [a for a in (field.annotation, *_args(field.annotation)) if hasattr(a, "model_fields")]
+            current = inner[0] if inner else current
+    return list(current.model_fields)
+
+
+def _args(annotation: Any) -> tuple[Any, ...]:
+    return getattr(annotation, "__args__", ())
+
+
+def _unwrap(data: dict[Any, Any]) -> tuple[dict[Any, Any], list[str]]:
+    """Lift the ``trt_llm`` block to the top and drop the keys that mean nothing here."""
+    ignored: list[str] = []
+    top = dict(data)
+    if "trt_llm" in top:
+        inner = top.pop("trt_llm")
+        if not isinstance(inner, dict):
+            raise DeploymentInvalid(f"trt_llm must be a mapping; found {type(inner).__name__}")
+        block = _drop(inner, "trt_llm", "trt_llm", ignored)
+        top = _drop(top, "", "", ignored)
+        if twice := sorted(map(str, top.keys() & block.keys())):
+            raise DeploymentInvalid(f"{', '.join(twice)}: given inside and beside trt_llm. Remove one.")
+        top |= block
+    else:
+        runtime = top.pop("runtime", None)
+        top = _drop(top, "", "", ignored)
+        top = _drop(top, "trt_llm", "", ignored)
+        if runtime is not None:
+            top["runtime"] = runtime
+    for name in ("build", "runtime"):
+        if isinstance(top.get(name), dict):
+            top[name] = _drop(_without_empty(top[name]), name, name, ignored)
+    return _without_empty(top), sorted(ignored)
+
+
+def _without_empty(block: dict[Any, Any]) -> dict[Any, Any]:
+    """Without the optional blocks that have a key and nothing else."""
+    optional = {"runtime", "lora_adapters", "lora_configuration"}
+    return {key: value for key, value in block.items() if key not in optional or value is not None}
+
+
+def _drop(block: dict[Any, Any], table: str, prefix: str, ignored: list[str]) -> dict[Any, Any]:
+    known = IGNORED_KEYS[table]
+    ignored += [f"{prefix}.{key}".lstrip(".") for key in block if key in known]
+    return {key: value for key, value in block.items() if key not in known}
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without duplicate keys, of which PyYAML silently keeps the last."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise yaml.composer.ComposerError(
+                        None, None, f"{key.value!r} is given twice", key.start_mark
+                    )
+                seen.add(key.value)
+        return node
+
+
+def _parse_yaml(text: str, path: Path) -> Any:
+    try:
+        return yaml.load(text, _Loader)  # noqa: S506 - a safe loader
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" at line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", "") or getattr(error, "reason", "") or "cannot be parsed"
+        raise DeploymentInvalid(f"{path} is not valid YAML{line}: {problem}") from error
+    except (ValueError, RecursionError) as error:  # 2024-99-99; thousands of brackets
+        raise DeploymentInvalid(f"{path} is not valid YAML: {error}") from error
+
+
+def _name_of(path: Path) -> str:
+    return re.sub(r"[^a-zA-Z0-9_\-.:]", "-", path.resolve().stem).lstrip("-.")[:128]
+
+
+def _resolve_local(deployment: Deployment, folder: Path) -> Deployment:
+    def resolved(repository: Repository) -> Repository:
+        if repository.source is not SourceKind.LOCAL:
+            return repository
+        try:
+            path = (folder / Path(repository.repo).expanduser()).resolve()
+            str(path).encode()
+        except (OSError, RuntimeError, ValueError) as error:  # no such user, a loop, a NUL, no UTF-8
+            raise DeploymentInvalid(f"LOCAL repository {repository.repo!r} is no path: {error}") from error
+        return repository.model_copy(update={"repo": str(path)})
+
+    build = deployment.build
+    adapters = {name: resolved(repository) for name, repository in build.lora_adapters.items()}
+    update = {"checkpoint_repository": resolved(build.checkpoint_repository), "lora_adapters": adapters}
+    return deployment.model_copy(update={"build": build.model_copy(update=update)})

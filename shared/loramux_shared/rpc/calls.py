@@ -1,0 +1,188 @@
+"""What every call of our services passes: its request in time, the drain, a trace, and one end."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextlib import aclosing, asynccontextmanager, suppress
+from dataclasses import dataclass
+from typing import Any, Final
+
+import grpc
+import structlog
+from google.protobuf.message import DecodeError
+
+from loramux_shared.faults import ClientStalled, Fault, InternalFault, RequestInvalid, ShuttingDown
+from loramux_shared.rpc.status import abort
+from loramux_shared.rpc.traced import traced
+from loramux_shared.rpc.wire import bounded
+from loramux_shared.tracing.door import DoorSpans
+
+CUT: Final = "the server shut down before the call was complete. Retry with another replica."
+DRAIN_SEND_S: Final = 1.0
+"""For the rest of a request once the server drains."""
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How many seconds a client may take."""
+
+    send_s: float = 60.0
+    """From a call's begin to the end of its request."""
+    read_s: float = 30.0
+    """To make room for a message of an answer."""
+
+
+USUAL: Final = Patience()
+
+
+class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc has no types here
+    """Ends every call of our services once: with its answer, or with the status of a fault."""
+
+    def __init__(self, tracing: DoorSpans | None = None, patience: Patience = USUAL) -> None:
+        self._tracing = tracing
+        self._patience = patience
+        self.draining = False
+        self._open: set[asyncio.Task[Any]] = set()
+        self._reading: set[asyncio.Timeout] = set()
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    @property
+    def active(self) -> int:
+        """Calls that have not ended."""
+        return len(self._open)
+
+    def drain(self) -> None:
+        """Refuse new calls, and wait no longer for the rest of requests."""
+        self.draining = True
+        soon = asyncio.get_running_loop().time() + DRAIN_SEND_S
+        for limit in self._reading:
+            limit.reschedule(soon)
+
+    async def until_idle(self, timeout_s: float) -> bool:
+        """Wait until no call is open; False when the time ran out."""
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._idle.wait(), timeout_s)
+        return self._idle.is_set()
+
+    def cut(self) -> None:
+        """End what is open with SHUTTING_DOWN; new calls are refused already."""
+        for task in self._open:
+            task.cancel()
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler]],
+        details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler:
+        """Wrap the handler of a call, unless it is health or reflection.
+
+        Requests are one message, but are taken as streams: else gRPC waits for the message before it calls us,
+        for as long as the client likes.
+        """
+        handler = await continuation(details)
+        if handler is None or details.method.startswith("/grpc."):
+            return handler
+        serializers = {
+            "request_deserializer": bounded(handler.request_deserializer),
+            "response_serializer": handler.response_serializer,
+        }
+        if handler.response_streaming:
+            return grpc.stream_stream_rpc_method_handler(
+                self._stream(handler.unary_stream, details.method), **serializers
+            )
+        return grpc.stream_unary_rpc_method_handler(
+            self._unary(handler.unary_unary, details.method), **serializers
+        )
+
+    def _unary(self, call: Callable[..., Awaitable[Any]], method: str) -> Callable[..., Awaitable[Any]]:
+        async def handler(_requests: Any, context: grpc.aio.ServicerContext) -> Any:
+            async with self._guard(context, method):
+                return await call(await self._read(context), context)
+
+        return handler
+
+    def _stream(self, call: Callable[..., AsyncGenerator[Any]], method: str) -> Callable[..., Awaitable[None]]:
+        async def handler(_requests: Any, context: grpc.aio.ServicerContext) -> None:
+            async with (
+                self._guard(context, method),
+                aclosing(call(await self._read(context), context)) as responses,
+            ):
+                async for response in responses:
+                    await self._write(context, response)
+
+        return handler
+
+    async def _read(self, context: grpc.aio.ServicerContext) -> Any:
+        try:
+            async with asyncio.timeout(self._patience.send_s) as limit:
+                self._reading.add(limit)
+                try:
+                    request = await context.read()
+                finally:
+                    self._reading.discard(limit)
+        except TimeoutError:
+            self._refuse_when_draining()
+            raise ClientStalled(f"the request did not arrive within {self._patience.send_s:g} s.") from None
+        except DecodeError:
+            raise RequestInvalid("the request is no message of this method.") from None
+        if request is grpc.aio.EOF:
+            raise RequestInvalid("the call has no request; expected one message.")
+        return request
+
+    async def _write(self, context: grpc.aio.ServicerContext, response: Any) -> None:
+        try:
+            async with asyncio.timeout(self._patience.read_s):
+                await context.write(response)
+        except TimeoutError:
+            raise ClientStalled(
+                f"the client took nothing of the answer for {self._patience.read_s:g} s; it was ended."
+            ) from None
+
+    @asynccontextmanager
+    async def _guard(self, context: grpc.aio.ServicerContext, method: str) -> AsyncIterator[None]:
+        """Count a call as open, trace it, and end it with a status where it raises."""
+        task = self._enter()
+        try:
+            with traced(self._tracing, context, method):
+                self._refuse_when_draining()
+                yield
+        except Fault as fault:
+            await abort(context, fault)
+        except grpc.aio.AbortError:
+            raise
+        except asyncio.CancelledError:
+            if not self.draining or context.cancelled():
+                raise
+            task.uncancel()
+            await abort(context, ShuttingDown(CUT))
+        except Exception:  # noqa: BLE001 - the last line: logged here, named INTERNAL to the caller
+            await abort(context, _internal(method))
+        finally:
+            self._leave(task)
+
+    def _refuse_when_draining(self) -> None:
+        if self.draining:
+            raise ShuttingDown(
+                "the server is shutting down and takes no new calls. Retry with another replica."
+            )
+
+    def _enter(self) -> asyncio.Task[Any]:
+        task = asyncio.current_task()
+        assert task is not None  # noqa: S101 - a coroutine runs in one
+        self._open.add(task)
+        self._idle.clear()
+        return task
+
+    def _leave(self, task: asyncio.Task[Any]) -> None:
+        self._open.discard(task)
+        if not self._open:
+            self._idle.set()
+
+
+def _internal(method: str) -> InternalFault:
+    log.exception("call failed", method=method)
+    return InternalFault("loramux failed inside; the server's log has the details. Please report it.")

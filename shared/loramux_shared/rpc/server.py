@@ -1,0 +1,115 @@
+"""The gRPC server of both services: keys, faults as statuses, health, reflection, draining."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Final
+
+import grpc
+import structlog
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from loramux_shared.access.guard import NOBODY_GUARDS, Guard
+from loramux_shared.descriptors import connections_of_a_door
+from loramux_shared.faults import SettingsInvalid
+from loramux_shared.notify import READY, STOPPING, notify
+from loramux_shared.rpc.admission import AdmissionInterceptor
+from loramux_shared.rpc.calls import USUAL, CallInterceptor, Patience
+from loramux_shared.rpc.options import server_options
+from loramux_shared.rpc.tls import server_credentials
+from loramux_shared.tracing.door import DoorSpans
+
+CUT_S: Final = 1.0
+"""For what a drain cuts off to tell its client so."""
+
+log = structlog.get_logger()
+
+
+class RpcServer:
+    """A grpc.aio server.
+
+    services maps full names (``loramux.builder.v1.BuilderService``) to functions that register a servicer.
+    Health is NOT_SERVING for each of them, and for the server as a whole (``""``), until `set_serving`.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        services: Mapping[str, Callable[[grpc.aio.Server], None]],
+        guard: Guard = NOBODY_GUARDS,
+        tracing: DoorSpans | None = None,
+        patience: Patience = USUAL,
+        max_connections: int | None = None,
+    ) -> None:
+        """Take at most max_connections at once; what the limit on open files allows when not given."""
+        self.address = address
+        self._tls = guard.tls
+        self._interceptor = CallInterceptor(tracing, patience)
+        self._names = ("", *services)
+        admission = [AdmissionInterceptor(guard.keyring)] if guard.keyring is not None else []
+        interceptors = [*admission, self._interceptor]
+        options = server_options(max_connections or connections_of_a_door())
+        self._server = grpc.aio.server(interceptors=interceptors, options=options)
+        self._health = health.aio.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        for register in services.values():
+            register(self._server)
+        names = (*services, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, self._server)
+
+    async def start(self) -> str:
+        """Listen, and return the bound address (port 0 draws a free one).
+
+        Raises:
+            SettingsInvalid: the address is taken or no ``HOST:PORT``, or the files of TLS are no good.
+        """
+        await self.set_serving(False)
+        host, _, port = self.address.rpartition(":")
+        unix = host == "unix"
+        try:
+            bound = self._bind()
+        except RuntimeError:
+            bound = 0
+        if not (bound and host and (unix or port.isdecimal())):
+            raise SettingsInvalid(
+                f"cannot listen on {self.address!r}: expected a free HOST:PORT of this machine. "
+                "Stop what listens there, or choose another with --grpc."
+            )
+        await self._server.start()
+        if not unix:
+            self.address = f"{host}:{bound}"
+        return self.address
+
+    def _bind(self) -> int:
+        if self._tls is None:
+            return int(self._server.add_insecure_port(self.address))
+        return int(self._server.add_secure_port(self.address, server_credentials(self._tls)))
+
+    async def set_serving(self, ready: bool) -> None:
+        """Set the health of every service; whoever started the process hears that it is ready."""
+        status = health_pb2.HealthCheckResponse
+        for name in self._names:
+            await self._health.set(name, status.SERVING if ready else status.NOT_SERVING)
+        if ready:
+            notify(READY)
+
+    async def drain(self, timeout_s: float, cut: Callable[[], None] | None = None) -> bool:
+        """Refuse new calls, wait for the open ones, stop; False when the time ran out and calls were cut.
+
+        cut ends what others than the door can end, by a fault; the rest the door cancels.
+        """
+        self._interceptor.drain()
+        notify(STOPPING)
+        await self._health.enter_graceful_shutdown()
+        finished = await self._interceptor.until_idle(timeout_s)
+        if not finished:
+            log.warning("drain timed out", open_calls=self._interceptor.active, timeout_s=timeout_s)
+            if cut is not None:
+                cut()
+            if cut is None or not await self._interceptor.until_idle(CUT_S):
+                self._interceptor.cut()
+                await self._interceptor.until_idle(CUT_S)
+        # Those that arrive meanwhile are still told why they are refused; without any, nobody waits.
+        await self._server.stop(grace=1.0 if finished else 0.1)
+        return finished

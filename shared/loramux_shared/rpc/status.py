@@ -1,0 +1,105 @@
+"""Faults as statuses of the rich error model, in both directions.
+
+Source of the details: https://google.aip.dev/193 and google/rpc/error_details.proto.
+"""
+
+from __future__ import annotations
+
+import grpc
+from google.protobuf.any_pb2 import Any as AnyMessage
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import Message
+from google.rpc import error_details_pb2, status_pb2
+from grpc_status import rpc_status
+
+from loramux_shared.faults import FAULTS, Fault, Finding, InternalFault, ServerUnavailable
+from loramux_shared.near import MAX_FINDINGS
+from loramux_shared.rpc.unreachable import unreachable
+
+DOMAIN = "loramux"
+# A status travels in a trailer, and clients refuse trailers above 8 KiB.
+MAX_STATUS_BYTES = 6 * 1024
+
+
+def status_of(fault: Fault) -> status_pb2.Status:
+    """Return the status of a fault; findings that do not fit a trailer are counted in the message."""
+    shown = list(fault.findings[:MAX_FINDINGS])
+    while True:
+        left_out = len(fault.findings) - len(shown)
+        status = _status(fault, shown, f" ({left_out} more not shown)" if left_out else "")
+        if not shown or status.ByteSize() <= MAX_STATUS_BYTES:
+            return status
+        shown = shown[: len(shown) // 2]
+
+
+def _status(fault: Fault, findings: list[Finding], suffix: str) -> status_pb2.Status:
+    details: list[Message] = [error_details_pb2.ErrorInfo(reason=fault.reason, domain=DOMAIN)]
+    if findings:
+        violations = [
+            error_details_pb2.BadRequest.FieldViolation(
+                field=": ".join(part for part in (item.adapter, item.where) if part),
+                reason=item.code,
+                description=_description(item),
+            )
+            for item in findings
+        ]
+        details.append(error_details_pb2.BadRequest(field_violations=violations))
+    if fault.retry_after_s is not None:
+        delay = Duration()
+        delay.FromNanoseconds(int(fault.retry_after_s * 1e9))
+        details.append(error_details_pb2.RetryInfo(retry_delay=delay))
+    status = status_pb2.Status(code=fault.status.value, message=fault.message[:2048] + suffix)
+    for detail in details:
+        packed = AnyMessage()
+        packed.Pack(detail)
+        status.details.append(packed)
+    return status
+
+
+def _description(finding: Finding) -> str:
+    bare = finding.model_copy(update={"code": "", "adapter": "", "where": ""})
+    return str(bare)
+
+
+async def abort(context: grpc.aio.ServicerContext, fault: Fault) -> None:
+    """End a call with the status of a fault; raises grpc's AbortError."""
+    status = rpc_status.to_status(status_of(fault))
+    context.set_trailing_metadata(status.trailing_metadata)
+    await context.abort(status.code, status.details)
+
+
+class CallFailed(Fault):
+    """A status without a reason of ours: a deadline, a cancellation, or a server that is no loramux."""
+
+    reason = "CALL_FAILED"
+    status = InternalFault.status
+
+    def __init__(self, message: str, code: grpc.StatusCode) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+def fault_of(error: grpc.RpcError, target: str = "") -> Fault:
+    """Return the fault that a failed call stands for.
+
+    A status with our ErrorInfo becomes the class of its reason; a server that cannot be reached becomes
+    `ServerUnavailable`; anything else `CallFailed` with grpc's code.
+    """
+    status = rpc_status.from_call(error)
+    reason, findings = "", []
+    for detail in status.details if status else ():
+        info, bad = error_details_pb2.ErrorInfo(), error_details_pb2.BadRequest()
+        if detail.Unpack(info) and info.domain == DOMAIN:
+            reason = info.reason
+        elif detail.Unpack(bad):
+            findings = [
+                Finding(code=item.reason, where=item.field, fix=item.description)
+                for item in bad.field_violations
+            ]
+    message = status.message if status else str(error.details())
+    if reason in FAULTS:
+        return FAULTS[reason](message, findings)
+    code = error.code()
+    if code is grpc.StatusCode.UNAVAILABLE:
+        return ServerUnavailable(f"no answer from {target or 'the server'}: {unreachable(target, message)}")
+    return CallFailed(f"{code.name}: {message}", code)

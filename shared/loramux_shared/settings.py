@@ -1,0 +1,241 @@
+"""The settings of both services: ``LORAMUX_*`` variables, read once, frozen.
+
+S3's endpoint and credentials are no settings of ours: the standard ``AWS_*`` variables hold them.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from loramux_shared.faults import SettingsInvalid
+from loramux_shared.near import nearest
+from loramux_shared.sources.secrets import ENVIRONMENT_PREFIX as SECRET_PREFIX
+from loramux_shared.telemetry import LogFormat
+
+PREFIX = "LORAMUX_"
+CLIENT_VARIABLES = ("API_KEY", "TLS_CA", "CLIENT_CERT", "CLIENT_KEY")
+"""What `loramux.Client` reads; a service may share its environment."""
+
+
+def _address(value: str) -> str:
+    host_port = re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[^\s:/\[\]]+):(\d{1,5})", value)
+    if not (host_port and int(host_port[2]) < 2**16) and not re.fullmatch(r"unix:/\S+", value):
+        raise ValueError("HOST:PORT, for example 127.0.0.1:50051, or unix:/PATH")
+    return value
+
+
+def _expanded(path: Path) -> Path:
+    try:
+        return path.expanduser()
+    except RuntimeError as error:
+        raise ValueError("a path; this user has no home, so it cannot begin with ~") from error
+
+
+def _absolute(path: Path) -> Path:
+    if not path.is_absolute():
+        raise ValueError(f"absolute folders, separated by {os.pathsep!r}")
+    return path
+
+
+def _split(value: Any) -> Any:
+    return tuple(filter(None, value.split(os.pathsep))) if isinstance(value, str) else value
+
+
+def _split_hosts(value: Any) -> Any:
+    return tuple(filter(None, map(str.strip, value.split(",")))) if isinstance(value, str) else value
+
+
+def _host(value: str) -> str:
+    if not re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9_.\-]+)(:\d{1,5})?", value):
+        raise ValueError("HOST or HOST:PORT, for example models.example.com, separated by commas")
+    return value.lower()
+
+
+def _power_of_two(value: int) -> int:
+    if value & (value - 1):
+        raise ValueError("a power of two")
+    return value
+
+
+Address = Annotated[str, AfterValidator(_address)]
+"""Where a server listens."""
+
+HomePath = Annotated[Path, AfterValidator(_expanded)]
+"""A path that may begin with ``~``."""
+
+Folders = Annotated[
+    tuple[Annotated[HomePath, AfterValidator(_absolute)], ...], NoDecode, BeforeValidator(_split)
+]
+"""Absolute folders; in a variable separated by ``:`` (``;`` on Windows)."""
+
+Hosts = Annotated[tuple[Annotated[str, AfterValidator(_host)], ...], NoDecode, BeforeValidator(_split_hosts)]
+"""Hosts; in a variable separated by commas."""
+
+Count = Annotated[int, Field(ge=1)]
+
+
+class Settings(BaseSettings):
+    """What both services have."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX,
+        env_ignore_empty=True,
+        extra="forbid",
+        frozen=True,
+        use_attribute_docstrings=True,
+        validate_default=True,
+    )
+
+    store: str = Field(default="file://~/.local/share/loramux/store", min_length=1)
+    """The object store: s3://BUCKET/PREFIX, file:///DIR or file://~/DIR."""
+    local_roots: Folders = ()
+    """The folders from which LOCAL repositories may be read, with everything below; none by default."""
+    allowed_hosts: Hosts = ()
+    """Hosts that REMOTE_URL may reach though their addresses are not public: HOST or HOST:PORT, by commas."""
+    secrets_dir: HomePath = Path("/secrets")
+    """Holds one file per secret; a repository's runtime_secret_name is the file's name."""
+    keys_file: HomePath | None = None
+    """Holds the API keys, as `loramux keys new` writes them; read again when it changes."""
+    api_keys: SecretStr = SecretStr("")
+    """More such lines. Without any key, everybody who reaches the port may enter."""
+    insecure: bool = False
+    """Listen beyond this machine though nobody has to show a key or a certificate."""
+    tls_cert: HomePath | None = None
+    """The certificate chain (PEM) of all doors, read again when it changes; without it nothing is encrypted."""
+    tls_key: HomePath | None = None
+    """The private key (PEM) of tls_cert."""
+    tls_client_ca: HomePath | None = None
+    """Clients must show a certificate that one of these authorities (PEM) signed."""
+    drain_timeout_s: float = Field(default=30, ge=0, allow_inf_nan=False)
+    """Seconds that running work may take to end after SIGTERM before it is cut off."""
+    stall_timeout_s: float = Field(default=30, gt=0, allow_inf_nan=False)
+    """Seconds that an answer may wait for a client that does not read; then it is cut off."""
+    log_format: LogFormat = "auto"
+    """The log on stderr; auto: text on a terminal, else JSON lines."""
+
+
+class BuilderSettings(Settings):
+    """The builder service."""
+
+    grpc: Address = "127.0.0.1:50051"
+    """Where the service listens."""
+    work_dir: HomePath | None = None
+    """Holds what is fetched while it is built; a temporary folder when not given."""
+    max_concurrent_builds: Count = 2
+    """Builds that run at once; others wait."""
+    parallel_adapters: Count = 4
+    """Adapters of one build that are worked on at once."""
+    build_timeout_s: float = Field(default=6 * 3600, gt=0, allow_inf_nan=False)
+    """Seconds that one build may run; then it fails. Keep it below the grace period of `loramux gc`."""
+    max_build_gb: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """GB (10^9 bytes) that one build may write into its work folder; what the disk has when not given."""
+    metrics: Address | None = None
+    """Where `/metrics` listens; closed when not given. It asks for no key: loopback, unless insecure is set."""
+
+
+class InferenceSettings(Settings):
+    """The inference service."""
+
+    deployment: str = Field(min_length=1)
+    """The name of the deployment to serve: the model_name of its file."""
+    grpc: Address = "127.0.0.1:50052"
+    """Where the service listens."""
+    http: Address | None = None
+    """Where the OpenAI HTTP door listens; it is closed when not given."""
+    backend: Literal["auto", "torch", "triton"] = "auto"
+    """The kernels; auto: triton on CUDA, else torch."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the model runs; auto: CUDA when there is a device."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """The type of weights and activations; auto: the checkpoint's where the device computes well in it."""
+    native: bool = True
+    """Use compiled operations on a CPU; they are compiled at the first start where a C++ compiler is found."""
+    threads: Count | None = None
+    """Threads that compute on the CPU; as many as cores when not given."""
+    deterministic: bool = False
+    """Answer the same, bit for bit, in any company and after prefix hits; on a CPU with compiled operations."""
+    max_batch_tokens: Count = 1024
+    """Tokens per step, of prompts and answers together."""
+    max_batch_seqs: Count = 64
+    """Sequences per step."""
+    max_batch_adapters: Count = 16
+    """Distinct adapters per step."""
+    kv_memory_gb: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """Memory of the KV cache in GB (10^9 bytes); chosen from what is free when not given."""
+    block_size: Annotated[Count, AfterValidator(_power_of_two)] = 16
+    """Tokens per block of the KV cache; a power of two."""
+    max_queue: Count = 1024
+    """Requests that wait; one more is answered QUEUE_FULL."""
+    prefix_cache: bool = True
+    """Keep the blocks of earlier prompts, for prompts that begin alike."""
+    stream_interval_ms: Annotated[int, Field(ge=0)] = 40
+    """Tokens of running answers are sent together at this interval, first and last ones at once; 0: each."""
+    cache_dir: HomePath = Path("~/.cache/loramux")
+    """Holds base checkpoints that were fetched, and what was compiled. Bundles are read at every start."""
+    log_prompts: bool = False
+    """Write prompts and answers to the log."""
+
+
+AnySettings = TypeVar("AnySettings", bound=Settings)
+
+
+def load_settings(cls: type[AnySettings], **overrides: object) -> AnySettings:
+    """Read settings from the environment; overrides (from flags) that are not None come first.
+
+    Raises:
+        SettingsInvalid: a variable is unknown, or a value is missing or not allowed; all of them at once.
+    """
+    given = {name: value for name, value in overrides.items() if value is not None}
+    wrong = _unknown_variables()
+    try:
+        settings = cls(**given)  # type: ignore[arg-type]  # pydantic checks the values
+    except ValidationError as error:
+        wrong += [_said(item, given) for item in error.errors(include_url=False)]
+    if wrong:
+        raise SettingsInvalid("; ".join(wrong))
+    return settings
+
+
+def variable(name: str) -> str:
+    """Return the variable that holds a setting."""
+    return PREFIX + name.upper()
+
+
+def _unknown_variables() -> list[str]:
+    known = sorted(name.upper() for name in {**BuilderSettings.model_fields, **InferenceSettings.model_fields})
+    wrong = []
+    for name, value in sorted(os.environ.items()):
+        if not name.upper().startswith(PREFIX) or name.startswith(SECRET_PREFIX):
+            continue
+        bare = name.upper().removeprefix(PREFIX)
+        if bare in (*known, *CLIENT_VARIABLES) or _is_service_link(bare, value):
+            continue
+        near = nearest(bare, known)
+        cure = f"did you mean {PREFIX}{near}?" if near else f"known are {', '.join(map(variable, known))}"
+        wrong.append(f"{name}: unknown setting, {cure}")
+    return wrong
+
+
+def _is_service_link(name: str, value: str) -> bool:
+    """True for what Kubernetes sets in every pod beside a service whose name begins with loramux."""
+    return value.startswith(("tcp://", "udp://", "sctp://")) or bool(
+        re.fullmatch(r"(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)_\w+)", name)
+    )
+
+
+def _said(item: Any, given: dict[str, object]) -> str:
+    name = str(item["loc"][0])
+    shown = f"--{name.replace('_', '-')}" if name in given else variable(name)
+    if item["type"] == "missing":
+        return f"{shown} is not set; set it, or give --{name.replace('_', '-')}"
+    if item["type"] == "extra_forbidden":
+        return f"{shown}: unknown setting"
+    allowed = item["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    value = re.sub(r"//[^/]*@", "//***@", str(item["input"]))
+    return f"{shown}={value}: expected {allowed}"

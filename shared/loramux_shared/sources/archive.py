@@ -1,0 +1,192 @@
+"""Archives (tar.gz) from strangers: what is in them, and single files of them."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import os
+import re
+import tarfile
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import IO, Final
+
+from loramux_shared.faults import SourceRefused
+from loramux_shared.sources.base import MAX_FILES, Progress, SourceFile, unwatched
+from loramux_shared.sources.files import PIECE, hash_pieces, is_text
+
+MAX_UNPACKED: Final = 1 << 30
+MAX_RATIO: Final = 20
+"""Unpacked to packed, above MAX_UNPACKED. Trained weights shrink by less than half, a bomb by a thousand."""
+MAX_HEADER: Final = PIECE
+"""Of one read: tarfile reads the long names and attributes of a member whole."""
+
+
+@dataclass(frozen=True)
+class Archive:
+    """An archive in a file of ours."""
+
+    file: IO[bytes]
+    name: str
+    """For messages."""
+    size: int
+    max_unpacked: int = MAX_UNPACKED
+
+    def listing(self, progress: Progress = unwatched) -> dict[str, SourceFile]:
+        """Return every file by its name in the archive, with its digest.
+
+        Raises:
+            SourceRefused: it is no tar.gz, is damaged, unpacks to too much, or has a member that is
+                neither a file nor a folder inside the archive.
+        """
+        files: dict[str, SourceFile] = {}
+        for member, pieces in self._members(progress):
+            if member.name in files:
+                raise SourceRefused(f"{self.name}: {member.name!r} is in it twice")
+            digest = hash_pieces(pieces, unwatched)
+            files[member.name] = SourceFile(digest.size, digest.sha256)
+        return files
+
+    def read(
+        self, names: Mapping[str, str], progress: Progress = unwatched
+    ) -> Iterator[tuple[str, Iterator[bytes]]]:
+        """Yield the pieces of these files in the archive's order, with what the mapping calls them."""
+        left = dict(names)
+        for member, pieces in self._members(progress):
+            if member.name in left:
+                yield left.pop(member.name), pieces
+            if not left:
+                return
+
+    def _members(self, progress: Progress) -> Iterator[tuple[tarfile.TarInfo, Iterator[bytes]]]:
+        with _refused(self.name), gzip.GzipFile(fileobj=_Pieces(self.file), mode="rb") as packed:
+            most = max(self.max_unpacked, MAX_RATIO * self.size)
+            stream = _Forward(packed, most, self.name, progress)
+            with tarfile.open(fileobj=stream, mode="r:") as tar:
+                for count, member in enumerate(tar):
+                    if count == MAX_FILES:
+                        raise SourceRefused(f"{self.name}: more than {MAX_FILES} files and folders")
+                    member.name = self._checked(member)
+                    if member.isreg():
+                        yield member, stream.take(member.offset_data, member.size)
+            stream.drain()
+
+    def _checked(self, member: tarfile.TarInfo) -> str:
+        """Return a member's name without ``./``, or raise `SourceRefused`."""
+        parts, name = PurePosixPath(member.name).parts, repr(member.name[:200])
+        if member.name.startswith("/") or ".." in parts or set("\\\0") & set(member.name):
+            raise SourceRefused(f"{self.name}: {name} leads out of the archive")
+        if not (member.isdir() or member.isreg()) or member.issparse():
+            raise SourceRefused(
+                f"{self.name}: {name} is neither a file nor a folder: links and devices are refused"
+            )
+        if member.size < 0 or (member.isreg() and not parts):
+            raise SourceRefused(f"{self.name}: {name} has no valid header")
+        return "/".join(parts)
+
+
+class _Pieces(io.RawIOBase):
+    """A file from its beginning, with a position of its own."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        super().__init__()
+        self._file = file
+        self._position = 0
+
+    def read(self, size: int = -1) -> bytes:
+        """Return the next bytes."""
+        data = os.pread(self._file.fileno(), size, self._position)
+        self._position += len(data)
+        return data
+
+
+class _Forward(io.RawIOBase):
+    """A compressed file that is read once from its beginning, up to a limit."""
+
+    def __init__(self, packed: gzip.GzipFile, most: int, name: str, progress: Progress) -> None:
+        super().__init__()
+        self._packed = packed
+        self._most = most
+        self._name = name
+        self._progress = progress
+        self._position = 0
+
+    def read(self, size: int = -1) -> bytes:
+        """Return bytes; a whole file at once is never asked for."""
+        if not 0 <= size <= MAX_HEADER:
+            raise SourceRefused(f"{self._name}: a header of more than {MAX_HEADER} bytes")
+        data = bytearray()
+        with _refused(self._name):
+            while len(data) < size and (piece := self._packed.read(size - len(data))):
+                data += piece
+        self._position += len(data)
+        self._progress(0)
+        if self._position > self._most:
+            raise SourceRefused(f"{self._name}: unpacks to more than {self._most} bytes, as bombs do")
+        return bytes(data)
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Go forward."""
+        if whence != io.SEEK_SET or offset < self._position:
+            raise SourceRefused(f"{self._name}: its headers lead backwards")
+        while self._position < offset and self.read(min(PIECE, offset - self._position)):
+            pass
+        return self._position
+
+    def tell(self) -> int:
+        """Return the position in what was unpacked."""
+        return self._position
+
+    def take(self, start: int, size: int) -> Iterator[bytes]:
+        """Yield a member's bytes."""
+        self.seek(start)
+        while size:
+            piece = self.read(min(PIECE, size))
+            if not piece:
+                raise _damaged(self._name)
+            size -= len(piece)
+            yield piece
+
+    def drain(self) -> None:
+        """Read to the end, where the checksum is."""
+        while self.read(PIECE):
+            pass
+
+
+@contextmanager
+def _refused(name: str) -> Iterator[None]:
+    try:
+        yield
+    except (
+        tarfile.TarError,
+        gzip.BadGzipFile,
+        zlib.error,
+        EOFError,
+        ValueError,
+        OverflowError,
+        RecursionError,
+    ):
+        raise _damaged(name) from None
+
+
+def _damaged(name: str) -> SourceRefused:
+    return SourceRefused(f"{name}: no tar.gz, or a damaged one. Pack it with tar -czf.")
+
+
+def inner_files(files: Mapping[str, SourceFile], subfolder: str) -> dict[str, str]:
+    """Return the names in the archive by the names in a subfolder of it.
+
+    An archive that holds one folder and nothing beside it is taken as that folder. Hidden files are not
+    listed: archivers of some systems add them. Nor are names that are no UTF-8.
+    """
+    plain = [name for name in files if is_text(name) and not re.search(r"(^|/)\.", name)]
+    tops = {name.partition("/")[0] for name in plain}
+    top = f"{next(iter(tops))}/" if len(tops) == 1 and all("/" in name for name in plain) else ""
+    inner = f"{subfolder}/" if subfolder else ""
+    for prefix in dict.fromkeys((top + inner, inner)) if inner else (top,):
+        if found := {name.removeprefix(prefix): name for name in plain if name.startswith(prefix)}:
+            return found
+    return {}

@@ -1,0 +1,105 @@
+"""What every source of repositories promises."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Protocol, TypeAlias
+
+from loramux_shared.bundle.manifest import FileDigest
+from loramux_shared.deployment import Repository
+
+Progress: TypeAlias = Callable[[int], None]
+"""Told the bytes that came in since the last call, from any thread; what it raises ends the transfer."""
+
+Room: TypeAlias = Callable[[int], None]
+"""Asked for bytes before they are written to the disk; what it raises ends the transfer."""
+
+MAX_BYTES: Final = 2 << 40
+"""Of one repository: beyond it a listing is not believed; the largest open checkpoints have about 2e12."""
+MAX_FILES: Final = 10_000
+"""Of one repository: beyond it the address is that of something larger than a model."""
+
+
+def unwatched(_: int) -> None:
+    """The progress that nobody looks at."""
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """A file of a repository, before it is fetched."""
+
+    size: int
+    sha256: str | None = None
+    """Where the source knows it without reading the file."""
+    checksum: str = ""
+    """What the source says of the content otherwise: ``md5:<hex>``, or ``git:<hex>`` of a blob of git's."""
+    version: str = ""
+    """What the source calls this state of the file (ETag, generation); no other state is fetched."""
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A repository whose content cannot change under us any more, or whose change will be noticed."""
+
+    repository: Repository
+    """With the commit (HF) or the archive's digest (REMOTE_URL). Others keep what was asked for."""
+    files: Mapping[str, SourceFile]
+    """By path inside the subfolder."""
+
+    def close(self) -> None:
+        """Let go of what the listing itself holds; nothing is fetched from it any more."""
+
+    def size(self, names: Iterable[str]) -> int:
+        """Return the bytes of these files together."""
+        return sum(self.files[name].size for name in names)
+
+
+class Source(Protocol):
+    """A kind of place where repositories are.
+
+    Every method may block, and may be called from several threads at once. All raise `RepoNotFound`,
+    `RepoGated`, `RevisionNotFound`, `SourceRefused`, `SourceChanged`, `SourceUnavailable`, or
+    `ResourcesExhausted` where the disk is full.
+    """
+
+    def resolve(
+        self, repository: Repository, progress: Progress = unwatched, room: Room = unwatched
+    ) -> Resolved:
+        """List a repository at its revision; the caller closes the listing.
+
+        Nothing is fetched, except an archive, whose listing is in it.
+        """
+        ...
+
+    def fetch(
+        self, resolved: Resolved, names: Iterable[str], into: Path, progress: Progress = unwatched
+    ) -> dict[str, FileDigest]:
+        """Write files of the listing to ``into/<name>``, and return what they are."""
+        ...
+
+    def digests(
+        self,
+        resolved: Resolved,
+        names: Iterable[str],
+        progress: Progress = unwatched,
+        room: Room = unwatched,
+    ) -> dict[str, FileDigest]:
+        """Return what files of the listing are, and transfer only those of unknown digest."""
+        ...
+
+    def pin(self, resolved: Resolved, files: Mapping[str, FileDigest]) -> Repository:
+        """Return the repository with its final revision, from the files that are used of it."""
+        ...
+
+    def place(
+        self,
+        repository: Repository,
+        files: Mapping[str, FileDigest],
+        cache: Path,
+        progress: Progress = unwatched,
+        room: Room = unwatched,
+    ) -> Path:
+        """Return a folder that holds these files, fetched below cache where it must be; not yet verified."""
+        ...

@@ -1,0 +1,224 @@
+"""Base checkpoints: which files serving needs, what they are, and how a replica gets them."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+import structlog
+
+from loramux_shared.bases.config import ModelConfig
+from loramux_shared.bases.read import read_fields
+from loramux_shared.bundle.manifest import BaseRecord, FileDigest
+from loramux_shared.deployment import Repository, SourceKind
+from loramux_shared.faults import BundleCorrupt, CheckpointInvalid
+from loramux_shared.sources.base import Progress, Resolved, Room, Source, unwatched
+from loramux_shared.sources.cache import alone, differs, discard, open_cache
+from loramux_shared.sources.files import hash_file, hash_pieces, inside, pieces_of, scratch, whole
+from loramux_shared.sources.open import Sources
+from loramux_shared.wording import listed
+
+log = structlog.get_logger()
+
+CONFIG: Final = "config.json"
+GENERATION: Final = "generation_config.json"
+WEIGHTS: Final = "model.safetensors"
+INDEX: Final = "model.safetensors.index.json"
+SMALL_FILES: Final = (
+    CONFIG,
+    INDEX,
+    "chat_template.jinja",
+    GENERATION,
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+)
+_SHARD: Final = re.compile(r"[\w.\-]+\.safetensors")
+MAX_JSON: Final = 64 << 20
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base checkpoint as the builder sees it."""
+
+    record: BaseRecord
+    model: ModelConfig
+
+
+def describe_base(
+    sources: Sources,
+    repository: Repository,
+    progress: Progress = unwatched,
+    room: Room = unwatched,
+    *,
+    max_seq_len: int | None = None,
+) -> Base:
+    """Resolve a base checkpoint and record every file that serving needs; weights stay where they are.
+
+    max_seq_len is what the deployment asks for.
+
+    Raises:
+        CheckpointInvalid: ``config.json`` or the weights are missing or cannot be read, or the base is not
+            served.
+        Fault: what the source raises.
+    """
+    source = sources.of(repository)
+    with closing(source.resolve(repository, progress, room)) as resolved:
+        if CONFIG not in resolved.files:
+            raise CheckpointInvalid(
+                f"{_name(repository)}: expected {CONFIG}, found {_some(resolved)}. "
+                "The base must be a decoder checkpoint in Hugging Face format."
+            )
+        generation = GENERATION in resolved.files
+        model = read_fields(
+            _read_json(source, resolved, CONFIG, sources.work_dir),
+            _read_json(source, resolved, GENERATION, sources.work_dir) if generation else None,
+            max_seq_len,
+        )
+        names = [name for name in SMALL_FILES if name in resolved.files]
+        names += _weights(source, resolved, sources.work_dir)
+        files = source.digests(resolved, names, progress, room)
+        return Base(BaseRecord(source=source.pin(resolved, files), files=files), model)
+
+
+@dataclass(frozen=True)
+class PlacedBase:
+    """A recorded base where its source put it, not yet verified: who reads a file verifies what was read."""
+
+    record: BaseRecord
+    folder: Path
+    cache: Path
+    """Below which files are the replica's own."""
+    removed: set[str] = field(default_factory=set)
+    """Files of the cache that were not those that were recorded; they can be fetched again."""
+
+    def require(self, name: str, found: FileDigest | None) -> None:
+        """Raise `BundleCorrupt` unless that is the file that was recorded; one of the cache is removed."""
+        expected, path = self.record.files.get(name), inside(self.folder, name)
+        if expected is not None and found == expected:
+            return
+        if expected is not None:
+            with alone(self.cache):
+                # Another replica may have mended it meanwhile.
+                if not differs(path, expected) or discard(path, self.cache):
+                    self.removed.add(name)
+        wanted = f"sha256 {expected.sha256} ({expected.size} bytes)" if expected else "no such file"
+        raise BundleCorrupt(
+            f"base {_name(self.record.source)}: {name}: expected {wanted}, "
+            f"found {found.sha256 if found else 'no file'}. Restore the file, or build the deployment again."
+        )
+
+    def verify(self, progress: Progress = unwatched) -> Path:
+        """Return the folder once each file was verified where it is."""
+        for name in self.record.files:
+            path = inside(self.folder, name)
+            self.require(name, hash_file(path, progress) if path.is_file() else None)
+        return self.folder
+
+    @contextmanager
+    def small_files(self) -> Iterator[Path]:
+        """Yield a folder with verified copies of all but the weights, which nobody else writes to."""
+        with scratch(self.cache) as folder:
+            for name in self.record.files:
+                if name in SMALL_FILES:
+                    path = self.folder / name
+                    if not path.is_file():
+                        self.require(name, None)
+                    with whole(folder / name) as sink:
+                        found = hash_pieces(pieces_of(path), unwatched, sink)
+                    self.require(name, found)
+            yield folder
+
+
+def with_base(
+    base: BaseRecord,
+    into: Path,
+    sources: Sources,
+    use: Callable[[PlacedBase], T],
+    progress: Progress = unwatched,
+    room: Room = unwatched,
+) -> T:
+    """Have the source put the base's files in a folder, and use them; LOCAL's is its own, others' is into.
+
+    What is there already is not downloaded again. Where use finds a file of the cache damaged, that one is
+    fetched again, once, and use is called again.
+
+    Raises:
+        BundleCorrupt: a file is missing or differs, also after it was fetched once more.
+        Fault: what the source and use raise.
+    """
+    if base.source.source is not SourceKind.LOCAL:
+        open_cache(into)
+    mended: set[str] = set()
+    while True:
+        with alone(into, progress):
+            folder = sources.of(base.source).place(base.source, base.files, into, progress, room)
+        placed = PlacedBase(base, folder, into)
+        try:
+            return use(placed)
+        except BundleCorrupt:
+            if not placed.removed or placed.removed & mended:
+                raise
+            log.warning("files of the base differ", folder=str(folder), files=sorted(placed.removed))
+            mended |= placed.removed
+
+
+def fetch_base(
+    base: BaseRecord,
+    into: Path,
+    sources: Sources,
+    progress: Progress = unwatched,
+    room: Room = unwatched,
+) -> Path:
+    """Return a folder with the base's files, each verified against its recorded digest; see `with_base`."""
+    return with_base(base, into, sources, lambda placed: placed.verify(progress), progress, room)
+
+
+def _weights(source: Source, resolved: Resolved, work_dir: Path | None) -> list[str]:
+    """Return the names of the weight files: what the index names, else the one file."""
+    if INDEX in resolved.files:
+        table = _read_json(source, resolved, INDEX, work_dir).get("weight_map")
+        named = {str(name) for name in table.values()} if isinstance(table, dict) else set[str]()
+        shards = sorted(named)
+        missing = [name for name in shards if name not in resolved.files]
+        if shards and not missing and all(map(_SHARD.fullmatch, shards)):
+            return shards
+        raise CheckpointInvalid(
+            f"{_name(resolved.repository)}: {INDEX} names files that are not there: {missing[:3]}"
+        )
+    if WEIGHTS in resolved.files:
+        return [WEIGHTS]
+    raise CheckpointInvalid(
+        f"{_name(resolved.repository)}: expected {WEIGHTS} or {INDEX}, found {_some(resolved)}. "
+        "Convert the base to safetensors; pickled weights are refused."
+    )
+
+
+def _read_json(source: Source, resolved: Resolved, name: str, work_dir: Path | None) -> dict[str, Any]:
+    what = f"{_name(resolved.repository)}: {name}"
+    if resolved.files[name].size > MAX_JSON:
+        raise CheckpointInvalid(f"{what}: expected at most {MAX_JSON} bytes")
+    with scratch(work_dir) as folder:
+        source.fetch(resolved, [name], folder)
+        try:
+            data = json.loads((folder / name).read_bytes())
+        except (ValueError, RecursionError) as error:
+            raise CheckpointInvalid(f"{what}: not valid JSON") from error
+    if not isinstance(data, dict):
+        raise CheckpointInvalid(f"{what}: expected an object, found {type(data).__name__}")
+    return data
+
+
+def _name(repository: Repository) -> str:
+    return "/".join(part for part in (repository.shown, repository.subfolder) if part)
+
+
+def _some(resolved: Resolved) -> str:
+    names = sorted(resolved.files)
+    return listed(names, 5, none="no files")

@@ -1,0 +1,174 @@
+"""Writing, copying and hashing of files, in pieces."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import stat
+import tempfile
+from collections.abc import Generator, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path, PurePosixPath
+from typing import IO, Final
+
+import structlog
+
+from loramux_shared.bundle.manifest import FileDigest, sha256_hex
+from loramux_shared.deployment import Repository
+from loramux_shared.faults import ResourcesExhausted, RevisionNotFound, SourceRefused, SourceUnavailable
+from loramux_shared.sources.base import Progress, unwatched
+
+log = structlog.get_logger()
+
+PIECE: Final = 1 << 20
+PART: Final = ".part-"
+"""Begins the name of a file that is being written."""
+SCRATCH: Final = "loramux-build-scratch-"
+"""Begins as the builder's work folders do, which are swept at its start."""
+
+
+def hash_file(path: Path, progress: Progress = unwatched) -> FileDigest:
+    """Return what a file is."""
+    return hash_pieces(pieces_of(path), progress)
+
+
+def hash_pieces(pieces: Iterable[bytes], progress: Progress, sink: IO[bytes] | None = None) -> FileDigest:
+    """Return what pieces together are, and write them where a sink is given."""
+    digest, size = hashlib.sha256(), 0
+    with ended(pieces):
+        for piece in pieces:
+            progress(len(piece))
+            digest.update(piece)
+            size += len(piece)
+            if sink is not None:
+                with disk_errors():
+                    sink.write(piece)
+    return FileDigest(size=size, sha256=digest.hexdigest())
+
+
+def exactly(pieces: Iterable[bytes], size: int, name: str) -> Iterator[bytes]:
+    """Yield pieces of that many bytes together; raise `SourceUnavailable` before the first byte too much."""
+    left = size
+    with ended(pieces):
+        for piece in pieces:
+            left -= len(piece)
+            if left < 0:
+                raise SourceUnavailable(f"{name}: expected {size} bytes, found more. Retry.")
+            yield piece
+    if left:
+        raise SourceUnavailable(f"{name}: expected {size} bytes, found {size - left}. Retry.")
+
+
+@contextmanager
+def ended(pieces: Iterable[bytes]) -> Iterator[None]:
+    """End a generator with the loop over it: a failure whose traceback is kept would keep its file open."""
+    try:
+        yield
+    finally:
+        if isinstance(pieces, Generator):
+            pieces.close()
+
+
+def inside(folder: Path, name: str) -> Path:
+    """Return the path of a file by its name in a listing, or raise `SourceRefused` where it leads outside."""
+    parts = PurePosixPath(name).parts
+    if not parts or name.startswith("/") or ".." in parts or set("\\\0") & set(name) or not is_text(name):
+        raise SourceRefused(f"{name[:200]!r}: no path inside the repository")
+    return folder.joinpath(*parts)
+
+
+def is_text(name: str) -> bool:
+    """True unless a name has parts that are no UTF-8: a disk's bytes, or half of a JSON escape."""
+    return not any("\ud800" <= char <= "\udfff" for char in name)
+
+
+@contextmanager
+def whole(target: Path) -> Iterator[IO[bytes]]:
+    """Open a file for writing that appears under its name when it is whole, and not at all otherwise."""
+    with disk_errors():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=PART)
+    try:
+        with os.fdopen(descriptor, "wb") as sink:
+            yield sink
+            with disk_errors():
+                sink.flush()
+        with disk_errors():
+            Path(name).replace(target)
+    except BaseException:
+        with suppress(FileNotFoundError):
+            Path(name).unlink()
+        raise
+
+
+@contextmanager
+def scratch(place: Path | None) -> Iterator[Path]:
+    """Yield a folder below a place (the system's when not given) that is removed at the end."""
+    with disk_errors():
+        if place is not None:
+            place.mkdir(parents=True, exist_ok=True)
+        folder = tempfile.mkdtemp(prefix=SCRATCH, dir=place)
+    try:
+        yield Path(folder)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def disk_errors() -> Iterator[None]:
+    """Turn what the disk refuses into `ResourcesExhausted`."""
+    try:
+        yield
+    except OSError as error:
+        raise disk_fault(error) from error
+
+
+def disk_fault(error: OSError) -> ResourcesExhausted:
+    """Return the fault for a file that cannot be written; the log alone says which."""
+    log.warning("the disk refuses", path=str(error.filename or ""), problem=error.strerror)
+    if error.errno in {errno.ENOSPC, errno.EDQUOT}:
+        cure = "Free or add space."
+    elif error.errno in {errno.EEXIST, errno.EISDIR, errno.ELOOP, errno.ENOTDIR}:
+        cure = "Remove what stands in its way; the log names it."
+    else:
+        cure = "Let the server write to its folder."
+    return ResourcesExhausted(
+        f"a fetched file cannot be written: {error.strerror or type(error).__name__}. {cure}"
+    )
+
+
+def content_digest(files: Mapping[str, FileDigest]) -> str:
+    """Return one digest of files by name: the revision of a repository that has no commits."""
+    listing = {name: file.sha256 for name, file in files.items()}
+    return sha256_hex(json.dumps(listing, sort_keys=True, separators=(",", ":")).encode())
+
+
+def pin_content(repository: Repository, files: Mapping[str, FileDigest]) -> Repository:
+    """Return a repository that has no commits with the digest of its files as revision.
+
+    Raises:
+        RevisionNotFound: it names another one.
+    """
+    wanted, revision = repository.revision, content_digest(files)
+    if wanted and wanted != revision:
+        raise RevisionNotFound(
+            f"{repository.source} {repository.shown}: expected content {wanted}, found {revision}. "
+            "Leave revision out to take the folder as it is."
+        )
+    return repository.model_copy(update={"revision": revision})
+
+
+def pieces_of(path: Path) -> Iterator[bytes]:
+    """Yield a regular file's content; a pipe or a device that took its place is not waited for."""
+    with open(path, "rb", opener=_at_once) as source:
+        if not stat.S_ISREG(os.fstat(source.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", str(path))
+        while piece := source.read(PIECE):
+            yield piece
+
+
+def _at_once(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)

@@ -1,0 +1,185 @@
+"""Downloads over https that reach no address but a checked one, redirects included."""
+
+from __future__ import annotations
+
+import re
+import socket
+import ssl
+import threading
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from http.client import HTTPException, HTTPResponse, HTTPSConnection
+from typing import Final
+from urllib.parse import SplitResult, urljoin, urlsplit
+
+from loramux_shared.faults import Fault, RepoGated, RepoNotFound, SourceRefused, SourceUnavailable
+from loramux_shared.sources.addresses import Address, Guard
+from loramux_shared.sources.files import PIECE
+from loramux_shared.sources.retry import Busy, Pace
+
+TIMEOUT_S: Final = 20.0
+MAX_REDIRECTS: Final = 5
+_PORT: Final = 443
+# What http.client would send as it is: no spaces, no control characters, nothing beyond ASCII.
+_PLAIN: Final = re.compile(r"[!-~]+")
+
+
+class PinnedConnection(HTTPSConnection):
+    """Connects to one address; the certificate and the Host header are those of the name."""
+
+    def __init__(self, host: str, port: int, address: Address, context: ssl.SSLContext) -> None:
+        super().__init__(host, port, timeout=TIMEOUT_S, context=context)
+        self._pinned = (str(address), port)
+        self._tls = context
+
+    def connect(self) -> None:
+        """Open the connection; no name is looked up."""
+        plain = socket.create_connection(self._pinned, TIMEOUT_S)
+        try:
+            self.sock = self._tls.wrap_socket(plain, server_hostname=self.host)
+        except BaseException:
+            plain.close()
+            raise
+
+
+class Download:
+    """A response with its status checked."""
+
+    def __init__(self, response: HTTPResponse, name: str) -> None:
+        self._response = response
+        self._name = name
+        length = response.headers.get("Content-Length", "")
+        self.size = int(length) if length.isdecimal() else None
+
+    def pieces(self) -> Iterator[bytes]:
+        """Yield the body as it is sent; raise `SourceUnavailable` where it breaks off."""
+        received = 0
+        while piece := self._response.read1(PIECE):
+            received += len(piece)
+            yield piece
+        if self.size is not None and received != self.size:
+            raise SourceUnavailable(f"{self._name}: expected {self.size} bytes, found {received}. Retry.")
+
+
+class Https:
+    """Opens addresses of clients. Proxies are not used: they would look names up themselves."""
+
+    def __init__(self, guard: Guard) -> None:
+        self._guard = guard
+        # SSL_CERT_FILE and SSL_CERT_DIR are OpenSSL's own variables.
+        self._context = ssl.create_default_context()
+
+    @contextmanager
+    def get(self, url: str, pace: Pace, authorization: tuple[str, str] | None = None) -> Iterator[Download]:
+        """Yield what an address or a redirect of it answers; authorization is (host, header).
+
+        Raises:
+            SourceRefused: an address on the way may not be reached.
+            RepoNotFound, RepoGated, SourceUnavailable: what the last one answers.
+        """
+        parts = split_address(url)
+        for _ in range(MAX_REDIRECTS + 1):
+            name = shown(parts)
+            host, port = str(parts.hostname), parts.port or _PORT
+            headers = {"Accept-Encoding": "identity", "User-Agent": "loramux"}
+            if authorization and authorization[0] in {host, f"{host}:{port}"}:
+                headers["Authorization"] = authorization[1]
+            with _translated(name), self._request(parts, headers, pace) as response:
+                if response.status in {301, 302, 303, 307, 308}:
+                    parts = split_address(response.headers.get("Location", ""), parts.geturl())
+                    continue
+                if response.status != 200:
+                    raise _answered(response, name)
+                yield Download(response, name)
+                return
+        raise SourceRefused(f"{shown(parts)}: more than {MAX_REDIRECTS} redirects")
+
+    @contextmanager
+    def _request(self, parts: SplitResult, headers: dict[str, str], pace: Pace) -> Iterator[HTTPResponse]:
+        """Yield the response of the first address that can be connected to."""
+        target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+        with closing(self._connect(str(parts.hostname), parts.port or _PORT)) as connection:
+            with _ended_after(pace.left_s, connection):
+                connection.request("GET", target, headers=headers)
+                response = connection.getresponse()
+            with response:
+                yield response
+
+    def _connect(self, host: str, port: int) -> PinnedConnection:
+        failure: OSError | None = None
+        for address in self._guard.addresses(host, port)[:4]:
+            connection = PinnedConnection(host, port, address, self._context)
+            try:
+                connection.connect()
+            except OSError as error:
+                failure = error
+            else:
+                return connection
+        raise failure or OSError
+
+
+def split_address(url: str, base: str = "") -> SplitResult:
+    """Return the parts of an https address, which may be relative to another, or raise `SourceRefused`."""
+    try:
+        url = urljoin(base, url)
+        parts = urlsplit(url)
+        plain = bool(parts.hostname) and parts.port != 0 and bool(_PLAIN.fullmatch(url))
+    except ValueError:
+        raise SourceRefused("REMOTE_URL: not a valid address") from None
+    if parts.scheme != "https" or not plain:
+        raise SourceRefused(f"REMOTE_URL {shown(parts)}: expected https://HOST/PATH, percent-encoded")
+    if parts.username is not None or parts.password is not None:
+        raise SourceRefused(f"REMOTE_URL {shown(parts)}: a name or password in an address is refused")
+    return parts
+
+
+def shown(parts: SplitResult) -> str:
+    """Return an address for a message: without query, fragment, name and password."""
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+
+
+@contextmanager
+def _ended_after(seconds: float, connection: PinnedConnection) -> Iterator[None]:
+    """Shut a connection that still waits for headers then: a socket's timeout begins anew with each byte."""
+
+    def end() -> None:
+        try:
+            connection.sock.shutdown(socket.SHUT_RDWR)
+        except (OSError, AttributeError):  # closed already
+            return
+
+    timer = threading.Timer(max(0.0, seconds), end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+@contextmanager
+def _translated(name: str) -> Iterator[None]:
+    """Turn failures into ours; texts of others may hold the whole address, and are not repeated."""
+    try:
+        yield
+    except ssl.SSLCertVerificationError as error:
+        raise SourceRefused(
+            f"REMOTE_URL {name}: its certificate is not trusted ({error.verify_message}). "
+            "A private authority is named by SSL_CERT_FILE."
+        ) from None
+    except (OSError, HTTPException) as error:
+        raise SourceUnavailable(
+            f"REMOTE_URL {name}: the transfer was not complete ({type(error).__name__})"
+        ) from None
+
+
+def _answered(response: HTTPResponse, name: str) -> Fault:
+    status = response.status
+    if status in {404, 410}:
+        return RepoNotFound(f"REMOTE_URL {name}: nothing is there ({status}). Correct the address.")
+    if status in {400, 401, 403}:
+        return RepoGated(f"REMOTE_URL {name}: refused ({status}). Signed addresses expire: make a new one.")
+    message = f"REMOTE_URL {name}: answered with status {status}"
+    if status in {408, 425, 429} or status >= 500:
+        return Busy.until(message, response.headers.get("Retry-After"))
+    return SourceRefused(message)

@@ -1,0 +1,297 @@
+"""HF: repositories of a Hugging Face hub, at a commit."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub.errors import (
+    DisabledRepoError,
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.hf_api import RepoSibling
+from tqdm import tqdm  # type: ignore[import-untyped,unused-ignore]
+
+from loramux_shared.bundle.manifest import FileDigest
+from loramux_shared.deployment import Repository
+from loramux_shared.faults import (
+    BundleCorrupt,
+    Fault,
+    RepoGated,
+    RepoNotFound,
+    RevisionNotFound,
+    SourceRefused,
+    SourceUnavailable,
+)
+from loramux_shared.sources.base import MAX_BYTES, Progress, Resolved, Room, SourceFile, unwatched
+from loramux_shared.sources.cache import missing_files
+from loramux_shared.sources.checksum import checked_file
+from loramux_shared.sources.files import disk_errors, disk_fault, inside, is_text, scratch
+from loramux_shared.sources.retry import Busy, Pace, Patience
+from loramux_shared.sources.secrets import Secrets, warn_unset
+
+TOKEN_VARIABLE: Final = "HF_TOKEN"  # noqa: S105 - the variable's name
+TIMEOUT_S: Final = 20.0
+COMMIT: Final = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
+_SHA256: Final = re.compile(r"[0-9a-f]{64}")
+SLACK: Final = 16 << 20
+"""Bytes that a client may count beyond a file's; it reads in pieces, and goes on where it broke off."""
+# The class of every failure of the hub's HTTP client, which is httpx or httpx2 by its version.
+_HTTP_ERROR: Final[type[BaseException]] = HfHubHTTPError.__mro__[1]
+
+# Both log whole addresses, with the signatures of the storage that the hub leads to.
+logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+logging.getLogger(_HTTP_ERROR.__module__.partition(".")[0]).setLevel(logging.WARNING)
+
+_T = TypeVar("_T")
+
+
+class HubSource:
+    """Resolves a repository to a commit first, and fetches files by their literal names at that commit."""
+
+    def __init__(
+        self,
+        secrets: Secrets,
+        *,
+        endpoint: str | None = None,
+        work_dir: Path | None = None,
+        patience: Patience | None = None,
+    ) -> None:
+        self._secrets = secrets
+        self._work_dir = work_dir
+        self._endpoint = endpoint
+        self._patience = patience or Patience()
+
+    def resolve(
+        self, repository: Repository, progress: Progress = unwatched, room: Room = unwatched
+    ) -> Resolved:
+        """List a repository's files with their sizes at the commit that its revision names."""
+        del room
+        api = HfApi(endpoint=self._endpoint, token=self._token(repository))
+        prefix = f"{repository.subfolder}/" if repository.subfolder else ""
+
+        def listing(_: Progress) -> tuple[str, dict[str, SourceFile]]:
+            info = api.model_info(
+                repository.repo,
+                revision=repository.revision or None,
+                files_metadata=True,
+                timeout=TIMEOUT_S,
+            )
+            if not info.sha or not COMMIT.fullmatch(info.sha):
+                raise SourceUnavailable(f"HF {repository.repo}: the hub names no commit, but {info.sha!r}")
+            files = {
+                item.rfilename.removeprefix(prefix): _listed(item)
+                for item in info.siblings or ()
+                if item.rfilename.startswith(prefix) and is_text(item.rfilename)
+            }
+            return info.sha, files
+
+        commit, files = self._call(repository, listing, progress)
+        if prefix and not files:
+            raise RepoNotFound(f"HF {repository.repo}: no folder {repository.subfolder!r} at {commit}")
+        return Resolved(repository.model_copy(update={"revision": commit}), files)
+
+    def fetch(
+        self, resolved: Resolved, names: Iterable[str], into: Path, progress: Progress = unwatched
+    ) -> dict[str, FileDigest]:
+        """Download files, and hash what arrived."""
+        names = sorted(names)
+        if resolved.size(names) > MAX_BYTES:
+            raise SourceRefused(
+                f"HF {resolved.repository.repo}: {resolved.size(names)} bytes, at most {MAX_BYTES}"
+            )
+        return {name: self._fetched(resolved, name, into, progress) for name in names}
+
+    def digests(
+        self,
+        resolved: Resolved,
+        names: Iterable[str],
+        progress: Progress = unwatched,
+        room: Room = unwatched,
+    ) -> dict[str, FileDigest]:
+        """Take the digests that the hub knows, and download the other files to hash them."""
+        known, unknown = {}, []
+        for name in names:
+            file = resolved.files[name]
+            if file.sha256:
+                known[name] = FileDigest(size=file.size, sha256=file.sha256)
+            else:
+                unknown.append(name)
+        room(resolved.size(unknown))
+        with scratch(self._work_dir) as folder:
+            return known | self.fetch(resolved, unknown, folder, progress)
+
+    def pin(self, resolved: Resolved, files: Mapping[str, FileDigest]) -> Repository:
+        """Return the repository at its commit."""
+        del files
+        return resolved.repository
+
+    def place(
+        self,
+        repository: Repository,
+        files: Mapping[str, FileDigest],
+        cache: Path,
+        progress: Progress = unwatched,
+        room: Room = unwatched,
+    ) -> Path:
+        """Download what the cache lacks, at the recorded commit."""
+        folder = inside(cache, f"hub/{repository.repo.replace('/', '--')}/{repository.revision}")
+        for name in missing_files(cache, folder / repository.subfolder, files):
+            room(files[name].size)
+            self._download(repository, name, files[name].size, folder, progress)
+        return folder / repository.subfolder
+
+    def _fetched(self, resolved: Resolved, name: str, into: Path, progress: Progress) -> FileDigest:
+        """Download a file, once more where it is not what was listed, and return what it is."""
+        target, file = inside(into, name), resolved.files[name]
+        problem = ""
+        for _ in range(2):
+            path = self._download(resolved.repository, name, file.size, into, progress)
+            with disk_errors():
+                target.parent.mkdir(parents=True, exist_ok=True)
+                found, problem = checked_file(path.replace(target), file)
+            if not problem:
+                return found
+            target.unlink()
+        raise BundleCorrupt(
+            f"HF {resolved.repository.repo}: {name}: twice not what the hub lists: {problem}. "
+            "Build again; if it stays, upload the file again."
+        )
+
+    def _download(self, repository: Repository, name: str, size: int, into: Path, progress: Progress) -> Path:
+        """Write one file to ``into/<subfolder>/<name>``."""
+        path = self._call(
+            repository,
+            lambda watch: hf_hub_download(
+                repository.repo,
+                name,
+                subfolder=repository.subfolder or None,
+                revision=repository.revision,
+                local_dir=into,
+                token=self._token(repository),
+                endpoint=self._endpoint,
+                tqdm_class=_meter(_at_most(size, f"HF {repository.repo}: {name}", watch)),
+            ),
+            progress,
+        )
+        return Path(path)
+
+    def _token(self, repository: Repository) -> str | bool:
+        name = repository.runtime_secret_name
+        token = self._secrets.get(name, default_variable=TOKEN_VARIABLE)
+        if name and token is None:
+            warn_unset(repository)
+        return token or False  # False: not the token of whoever logged in on this machine
+
+    def _call(self, repository: Repository, call: Callable[[Progress], _T], progress: Progress) -> _T:
+        hint = self._secrets.hint(repository.runtime_secret_name, default_variable=TOKEN_VARIABLE)
+
+        def attempt(pace: Pace) -> _T:
+            watch = pace.watch(f"HF {repository.repo}", progress)
+            with _translated(repository, hint):
+                return call(watch)
+
+        return self._patience.call(attempt, progress)
+
+
+@contextmanager
+def _translated(repository: Repository, hint: str) -> Iterator[None]:
+    """Turn the failures of the hub's client into ours; their texts hold addresses, and are not repeated."""
+    repo, revision = f"HF {repository.repo}", repository.revision or "main"
+    try:
+        yield
+    except GatedRepoError:  # before the class that it is a subclass of
+        raise RepoGated(
+            f"{repo}: gated; the licence was not accepted, or the token lacks access. {hint}"
+        ) from None
+    except RepositoryNotFoundError:
+        raise RepoNotFound(f"{repo}: does not exist, or is private for this token. {hint}") from None
+    except RevisionNotFoundError:
+        raise RevisionNotFound(f"{repo}: no revision {revision!r}") from None
+    except DisabledRepoError:
+        raise RepoGated(f"{repo}: disabled by the hub") from None
+    except HFValidationError:
+        raise RepoNotFound(f"{repo}: no valid repository id; expected 'namespace/name'") from None
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+        raise SourceUnavailable(f"{repo}: the hub cannot be reached ({type(error).__name__})") from None
+    except EntryNotFoundError:
+        raise RepoNotFound(f"{repo}: a file is gone at revision {revision!r}") from None
+    except HfHubHTTPError as error:
+        raise _by_status(repo, error.response, hint) from None
+    except _HTTP_ERROR as error:
+        raise SourceUnavailable(f"{repo}: the hub does not answer ({type(error).__name__})") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _broken(repo, error) from None
+
+
+def _broken(repo: str, error: Exception) -> Fault:
+    """Return the fault for a full disk, a short answer, or an answer in another form than the hub's."""
+    if not isinstance(error, OSError):
+        return SourceUnavailable(f"{repo}: the hub's answer cannot be read ({type(error).__name__})")
+    if error.filename is not None or error.errno in {errno.ENOSPC, errno.EDQUOT}:
+        return disk_fault(error)
+    return SourceUnavailable(f"{repo}: {error.strerror or 'the transfer was not complete'}")
+
+
+def _by_status(repo: str, response: Any, hint: str) -> RepoNotFound | RepoGated | SourceUnavailable:
+    status = response.status_code
+    if status in {401, 403}:
+        return RepoGated(f"{repo}: the hub refuses this token ({status}). {hint}")
+    if status == 404:
+        return RepoNotFound(f"{repo}: does not exist, or is private for this token. {hint}")
+    return Busy.until(f"{repo}: the hub answers with status {status}", response.headers.get("Retry-After"))
+
+
+def _listed(item: RepoSibling) -> SourceFile:
+    """Return what a listing says of a file: of one in LFS its sha256, of another one git's own digest.
+
+    Raises:
+        ValueError, TypeError: that is no size, or no digest.
+    """
+    size, known = item.size or 0, item.lfs.sha256 if item.lfs else None
+    if size < 0 or (known is not None and not _SHA256.fullmatch(known)):
+        raise ValueError
+    plain = item.lfs is None and item.blob_id is not None and COMMIT.fullmatch(item.blob_id)
+    return SourceFile(size, known, f"git:{item.blob_id}" if plain else "")
+
+
+def _at_most(size: int, name: str, progress: Progress) -> Progress:
+    """Return a progress that ends a transfer of much more than was listed; begun again, it counts twice."""
+    left = 2 * size + SLACK
+
+    def counted(count: int) -> None:
+        nonlocal left
+        left -= count
+        if left < 0:
+            raise SourceRefused(f"{name}: expected {size} bytes, found far more")
+        progress(count)
+
+    return counted
+
+
+def _meter(progress: Progress) -> type[Any]:
+    """Return a progress bar that shows nothing and tells the bytes."""
+
+    class Meter(tqdm):  # type: ignore[misc,type-arg,unused-ignore]  # tqdm has no types
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            kwargs.pop("name", None)
+            super().__init__(*args, **(kwargs | {"disable": True}))
+
+        def update(self, n: float | None = 1) -> bool | None:
+            progress(int(n or 0))
+            return None
+
+    return Meter

@@ -1,0 +1,96 @@
+"""The sources of this version, by kind."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from loramux_shared.deployment import Repository, SourceKind
+from loramux_shared.faults import SourceRefused
+from loramux_shared.sources.addresses import Guard
+from loramux_shared.sources.base import Source
+from loramux_shared.sources.bucket import Bucket, BucketSource
+from loramux_shared.sources.https import Https
+from loramux_shared.sources.hub import HubSource
+from loramux_shared.sources.local import LocalSource
+from loramux_shared.sources.secrets import Secrets
+from loramux_shared.sources.url import UrlSource
+
+
+class Sources:
+    """Sources by the kind of a repository."""
+
+    def __init__(self, sources: Mapping[SourceKind, Source], work_dir: Path | None = None) -> None:
+        self._sources = dict(sources)
+        self.work_dir = work_dir
+        """Holds what is fetched only to be looked at; the system's temporary folder when not given."""
+
+    def of(self, repository: Repository) -> Source:
+        """Return the source of a repository, or raise `SourceRefused`."""
+        source = self._sources.get(repository.source)
+        if source is None:
+            known = ", ".join(sorted(self._sources))
+            raise SourceRefused(f"source {repository.source} is not supported here; supported: {known}")
+        return source
+
+
+def open_sources(
+    *,
+    local_roots: Sequence[Path] = (),
+    allowed_hosts: Collection[str] = (),
+    secrets_dir: Path | None = None,
+    environment: Mapping[str, str] | None = None,
+    hub_endpoint: str | None = None,
+    work_dir: Path | None = None,
+) -> Sources:
+    """Return the sources of this version.
+
+    local_roots are the folders that LOCAL may read, allowed_hosts what REMOTE_URL may reach beside public
+    addresses; hub_endpoint is for mirrors, and HF_ENDPOINT's value where it is not given. work_dir holds
+    what is not kept; the system's temporary folder when not given.
+    """
+    secrets = Secrets(secrets_dir, environment)
+    return Sources(
+        {
+            SourceKind.HF: HubSource(secrets, endpoint=hub_endpoint, work_dir=work_dir),
+            SourceKind.S3: BucketSource(open_s3, secrets),
+            SourceKind.GCS: BucketSource(open_gcs, secrets),
+            SourceKind.AZURE: BucketSource(open_azure, secrets),
+            SourceKind.REMOTE_URL: UrlSource(Https(Guard(allowed_hosts)), secrets, work_dir),
+            SourceKind.LOCAL: LocalSource(local_roots),
+        },
+        work_dir,
+    )
+
+
+def open_s3(repository: Repository, secrets: Secrets) -> tuple[Bucket, str]:
+    """Return the bucket of an S3 repository; boto3 takes half a second to import."""
+    with needs_extra(SourceKind.S3, "store"):
+        from loramux_shared.sources.s3 import open_bucket
+    return open_bucket(repository, secrets)
+
+
+def open_gcs(repository: Repository, secrets: Secrets) -> tuple[Bucket, str]:
+    """Return the bucket of a GCS repository."""
+    with needs_extra(SourceKind.GCS, "gcs"):
+        from loramux_shared.sources.gcs import open_bucket
+    return open_bucket(repository, secrets)
+
+
+def open_azure(repository: Repository, secrets: Secrets) -> tuple[Bucket, str]:
+    """Return the container of an AZURE repository."""
+    with needs_extra(SourceKind.AZURE, "azure"):
+        from loramux_shared.sources.azure import open_bucket
+    return open_bucket(repository, secrets)
+
+
+@contextmanager
+def needs_extra(kind: SourceKind, extra: str) -> Iterator[None]:
+    """Turn an import that fails into `SourceRefused`."""
+    try:
+        yield
+    except ImportError as error:
+        raise SourceRefused(
+            f"source {kind} needs packages that the server lacks ({error.name}): pip install 'loramux[{extra}]'"
+        ) from None

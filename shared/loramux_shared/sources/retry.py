@@ -1,0 +1,119 @@
+"""Trying again: how often, how long, and what is worth it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Final, TypeVar
+
+import structlog
+from tenacity import (
+    RetryCallState,
+    Retrying,
+    retry_if_exception_type,
+    wait_exponential,
+    wait_random,
+)
+
+from loramux_shared.faults import Fault, SourceUnavailable
+from loramux_shared.sources.base import Progress, unwatched
+
+log = structlog.get_logger()
+
+_T = TypeVar("_T")
+_TICK_S: Final = 0.1
+
+
+class Busy(SourceUnavailable):
+    """A source that says when to come back."""
+
+    wait_s = 0.0
+
+    @classmethod
+    def until(cls, message: str, retry_after: str | None) -> SourceUnavailable:
+        """Return the fault for an answer with this ``Retry-After``; dates are not read, only seconds."""
+        fault = cls(message)
+        fault.wait_s = float(retry_after) if retry_after and retry_after.isdecimal() else 0.0
+        return fault
+
+
+@dataclass(frozen=True)
+class Patience:
+    """Attempts, pauses and deadlines. Only `SourceUnavailable` is tried again."""
+
+    attempts: int = 5
+    wait_s: float = 0.5
+    """Before the second attempt; doubled before each further one."""
+    max_wait_s: float = 30.0
+    """Of one pause, also where the source wishes a longer one."""
+    answer_s: float = 120.0
+    """For all attempts together, pauses included, beside the time that min_bytes_s gives."""
+    min_bytes_s: int = 256 << 10
+    """Of a transfer, on average: one that is slower is given up."""
+
+    def call(self, attempt: Callable[[Pace], _T], progress: Progress = unwatched) -> _T:
+        """Return what an attempt returns; all attempts share one pace. What progress raises ends a pause."""
+        pace = Pace(self)
+        retrying = Retrying(
+            stop=lambda state: state.attempt_number >= self.attempts or pace.left_s <= state.upcoming_sleep,
+            wait=self._pause,
+            retry=retry_if_exception_type(SourceUnavailable),
+            before_sleep=_told,
+            sleep=partial(_sleep, progress),
+            reraise=True,
+        )
+        try:
+            return retrying(attempt, pace)
+        except Fault as fault:
+            failure = fault.with_traceback(None)
+        # Traceback and context hold the client's frames, and so its connections, as long as this is kept.
+        failure.__context__ = None
+        raise failure
+
+    def _pause(self, state: RetryCallState) -> float:
+        error = state.outcome.exception() if state.outcome else None
+        wished = error.wait_s if isinstance(error, Busy) else 0.0
+        growing = wait_exponential(self.wait_s, self.max_wait_s)(state)
+        pause = growing + wait_random(0, self.wait_s)(state)
+        return min(max(wished, pause), self.max_wait_s)
+
+
+def _told(state: RetryCallState) -> None:
+    problem = state.outcome.exception() if state.outcome else None
+    log.warning("a source does not answer, trying again", pause_s=state.upcoming_sleep, problem=str(problem))
+
+
+def _sleep(progress: Progress, seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while (left := end - time.monotonic()) > 0:
+        progress(0)
+        time.sleep(min(left, _TICK_S))
+
+
+class Pace:
+    """The time that is left: every byte that comes in adds to it."""
+
+    def __init__(self, patience: Patience) -> None:
+        self._patience = patience
+        self._started = time.monotonic()
+        self._received = 0
+
+    @property
+    def left_s(self) -> float:
+        """Seconds until it is given up."""
+        given = self._patience.answer_s + self._received / self._patience.min_bytes_s
+        return given - (time.monotonic() - self._started)
+
+    def watch(self, name: str, progress: Progress) -> Progress:
+        """Return a progress that also raises `SourceUnavailable` when no time is left."""
+
+        def watched(count: int) -> None:
+            progress(count)
+            self._received += count
+            if self.left_s < 0:
+                raise SourceUnavailable(f"{name}: slower than is waited for. Try again, or use a nearer copy.")
+
+        watched(0)
+        return watched

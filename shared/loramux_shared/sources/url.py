@@ -1,0 +1,181 @@
+"""REMOTE_URL: archives (tar.gz) behind an https address."""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Final
+
+from loramux_shared.bundle.manifest import FileDigest
+from loramux_shared.deployment import Repository
+from loramux_shared.faults import RepoNotFound, RevisionNotFound, SourceRefused
+from loramux_shared.sources.archive import Archive, inner_files
+from loramux_shared.sources.base import Progress, Resolved, Room, unwatched
+from loramux_shared.sources.cache import missing_files
+from loramux_shared.sources.files import disk_errors, hash_pieces, inside, whole
+from loramux_shared.sources.https import Https
+from loramux_shared.sources.retry import Pace, Patience
+from loramux_shared.sources.secrets import Secrets, warn_unset
+
+MAX_ARCHIVE: Final = 64 << 30
+"""Of one download, which is kept on the disk: larger bases belong in a bucket or on a hub."""
+
+
+@dataclass(frozen=True)
+class ResolvedArchive(Resolved):
+    """A downloaded archive; its file has no name, and is gone when it is closed."""
+
+    archive: Archive
+    inner: Mapping[str, str]
+    """Names in the archive by names in the subfolder."""
+
+    def close(self) -> None:
+        """Close the archive, which frees its space."""
+        self.archive.file.close()
+
+
+class UrlSource:
+    """Downloads an archive once, into a file without a name, and reads everything from that."""
+
+    def __init__(
+        self, https: Https, secrets: Secrets, work_dir: Path | None = None, patience: Patience | None = None
+    ) -> None:
+        self._https = https
+        self._secrets = secrets
+        self._work_dir = work_dir
+        self._patience = patience or Patience()
+
+    def resolve(
+        self, repository: Repository, progress: Progress = unwatched, room: Room = unwatched
+    ) -> ResolvedArchive:
+        """Download the archive, and list it; the revision is its sha256."""
+        with ExitStack() as opened, disk_errors():
+            if self._work_dir:
+                self._work_dir.mkdir(parents=True, exist_ok=True)
+            file = opened.enter_context(tempfile.TemporaryFile(dir=self._work_dir))
+            resolved = self._listed(repository, file, progress, room)
+            opened.pop_all()
+        return resolved
+
+    def fetch(
+        self, resolved: Resolved, names: Iterable[str], into: Path, progress: Progress = unwatched
+    ) -> dict[str, FileDigest]:
+        """Write files of the archive."""
+        archive = _archive(resolved)
+        wanted = {archive.inner[name]: name for name in names}
+        fetched = {}
+        for name, pieces in archive.archive.read(wanted, progress):
+            with whole(inside(into, name)) as sink:
+                fetched[name] = hash_pieces(pieces, progress, sink)
+        return fetched
+
+    def digests(
+        self,
+        resolved: Resolved,
+        names: Iterable[str],
+        progress: Progress = unwatched,
+        room: Room = unwatched,
+    ) -> dict[str, FileDigest]:
+        """Return what the listing found."""
+        del room
+        progress(0)
+        files = {name: resolved.files[name] for name in names}
+        return {name: FileDigest(size=file.size, sha256=file.sha256 or "") for name, file in files.items()}
+
+    def pin(self, resolved: Resolved, files: Mapping[str, FileDigest]) -> Repository:
+        """Return the repository at its archive's digest."""
+        del files
+        return resolved.repository
+
+    def place(
+        self,
+        repository: Repository,
+        files: Mapping[str, FileDigest],
+        cache: Path,
+        progress: Progress = unwatched,
+        room: Room = unwatched,
+    ) -> Path:
+        """Download the archive where the cache lacks a file of it."""
+        folder = inside(cache, "/".join(filter(None, ("archive", repository.revision, repository.subfolder))))
+        if missing := missing_files(cache, folder, files):
+            with closing(self.resolve(repository, progress, room)) as resolved:
+                if gone := sorted(name for name in missing if name not in resolved.files):
+                    raise RepoNotFound(f"REMOTE_URL {repository.shown}: {', '.join(gone[:3])} is not in it")
+                room(resolved.size(missing))
+                self.fetch(resolved, missing, folder, progress)
+        return folder
+
+    def _listed(
+        self, repository: Repository, file: IO[bytes], progress: Progress, room: Room
+    ) -> ResolvedArchive:
+        name = f"REMOTE_URL {repository.shown}"
+        digest = self._download(repository, file, progress, room)
+        if repository.revision and repository.revision != digest.sha256:
+            raise RevisionNotFound(
+                f"{name}: expected an archive of sha256 {repository.revision}, found {digest.sha256}. "
+                "Leave revision out to take what is there."
+            )
+        archive = Archive(file, name, digest.size)
+        files = archive.listing(progress)
+        inner = inner_files(files, repository.subfolder)
+        if not inner:
+            where = f"no folder {repository.subfolder!r}" if repository.subfolder else "no file"
+            raise RepoNotFound(f"{name}: {where} in the archive")
+        return ResolvedArchive(
+            repository.model_copy(update={"revision": digest.sha256}),
+            {short: files[long] for short, long in inner.items()},
+            archive,
+            inner,
+        )
+
+    def _download(self, repository: Repository, file: IO[bytes], progress: Progress, room: Room) -> FileDigest:
+        name = f"REMOTE_URL {repository.shown}"
+        authorization = self._authorization(repository)
+        taken = 0
+
+        def take(size: int) -> None:
+            """Ask for room for an archive of at least this size."""
+            nonlocal taken
+            if size > MAX_ARCHIVE:
+                raise SourceRefused(f"{name}: {size} bytes, and an archive has at most {MAX_ARCHIVE}")
+            if size > taken:
+                room(size - taken)
+                taken = size
+
+        def attempt(pace: Pace) -> FileDigest:
+            watch = pace.watch(name, progress)
+            file.seek(0)
+            file.truncate()
+            digest, size = hashlib.sha256(), 0
+            with self._https.get(repository.repo, pace, authorization) as download:
+                take(download.size or 0)
+                for piece in download.pieces():
+                    size += len(piece)
+                    take(size)
+                    watch(len(piece))
+                    digest.update(piece)
+                    with disk_errors():
+                        file.write(piece)
+            with disk_errors():
+                file.flush()
+            return FileDigest(size=size, sha256=digest.hexdigest())
+
+        return self._patience.call(attempt, progress)
+
+    def _authorization(self, repository: Repository) -> tuple[str, str] | None:
+        """Return a host and what is sent to it alone: whoever writes a deployment chooses the address."""
+        name = repository.runtime_secret_name
+        given = self._secrets.fields(name, ("host", "authorization"))
+        if name and not given:
+            warn_unset(repository)
+        return (given["host"].lower(), given["authorization"]) if given else None
+
+
+def _archive(resolved: Resolved) -> ResolvedArchive:
+    if not isinstance(resolved, ResolvedArchive):
+        raise TypeError(f"expected what resolve returned, found {type(resolved).__name__}")
+    return resolved

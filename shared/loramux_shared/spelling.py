@@ -1,0 +1,72 @@
+"""Repositories as people write them in one word.
+
+::
+
+    org/name            org/name@revision           Hugging Face, unless such a local path exists
+    hf:org/name@revision                            Hugging Face, whatever exists here
+    ./folder   /folder   ~/folder   local:folder    a folder of this machine
+    s3://bucket/prefix   gs://bucket/prefix   azure://account/container/path
+    https://host/adapter.tar.gz
+
+``#folder`` at the end names a folder inside the repository (of a local one, write the longer path).
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Final
+
+from loramux_shared.deployment import Repository, SourceKind
+from loramux_shared.faults import DeploymentInvalid, Finding
+
+_SCHEMES: Final = {
+    "s3://": SourceKind.S3,
+    "gs://": SourceKind.GCS,
+    "azure://": SourceKind.AZURE,
+    "https://": SourceKind.REMOTE_URL,
+}
+_HUB: Final = re.compile(r"(?P<repo>[\w.-]+(?:/[\w.-]+)?)(?:@(?P<revision>[^@#\s]+))?")
+_LOCAL: Final = ("/", "./", "../", "~")
+GRAMMAR: Final = "org/name[@revision], a path, s3://, gs://, azure:// or https://, each with [#folder]"
+
+
+def parse_repository(text: str, folder: Path | None = None) -> Repository:
+    """Return the repository that a word names; a local path starts from folder, else from where we are.
+
+    Raises:
+        DeploymentInvalid: it is none.
+    """
+    path = _local_path(text, folder or Path.cwd())
+    address, _, subfolder = text.partition("#")
+    try:
+        if path:
+            return Repository(source=SourceKind.LOCAL, repo=str(path))
+        for scheme, kind in _SCHEMES.items():
+            if address.startswith(scheme) and len(address) > len(scheme):
+                return Repository(source=kind, repo=address, subfolder=subfolder)
+        if hub := _HUB.fullmatch(address.removeprefix("hf:")):
+            revision = hub["revision"] or ""
+            return Repository(source=SourceKind.HF, repo=hub["repo"], revision=revision, subfolder=subfolder)
+    except ValueError as error:  # pydantic's: a subfolder that leads outside, a name that is no UTF-8
+        raise _no_repository(text) from error
+    raise _no_repository(text)
+
+
+def _local_path(text: str, folder: Path) -> Path | None:
+    """Return the absolute path that a word names, or None where it names none."""
+    if text in {".", ".."} or text.startswith(("local:", *_LOCAL)):
+        try:
+            return (folder / Path(text.removeprefix("local:")).expanduser()).resolve()
+        except (OSError, RuntimeError, ValueError) as error:  # a loop of links, no such user, a NUL
+            raise _no_repository(text) from error
+    if not text or "://" in text or text.startswith("hf:") or "\0" in text:
+        return None
+    path = folder / text
+    return path.resolve() if path.is_dir() else None
+
+
+def _no_repository(text: str) -> DeploymentInvalid:
+    shown = re.sub(r"\?.*", "?***", text)[:120]
+    finding = Finding(code="E_BAD_FIELD", where="repository", expected=GRAMMAR, found=repr(shown))
+    return DeploymentInvalid(f"{shown!r} names no repository", [finding])

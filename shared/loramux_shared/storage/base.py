@@ -1,0 +1,69 @@
+"""What every object store promises."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Protocol
+
+from loramux_shared.faults import Fault, Status
+
+
+class ObjectMissing(Fault):
+    """A key that holds no object."""
+
+    reason = "OBJECT_MISSING"
+    status = Status.NOT_FOUND
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An object as a listing shows it."""
+
+    key: str
+    size: int
+    """Bytes."""
+    modified: datetime
+    """When it was put, by the store's own clock; with a time zone."""
+
+
+class Store(Protocol):
+    """A flat map from keys (``a/b/c``) to immutable bytes.
+
+    A put is atomic: a reader sees the whole object or none, also after a kill. Nothing is promised about
+    conditional writes. Every method may block and raises `StoreUnavailable` when the store does not answer;
+    the methods may be called from several threads at once.
+    """
+
+    uri: str
+    """The address, without credentials."""
+
+    def get(self, key: str) -> bytes:
+        """Return an object's bytes, or raise `ObjectMissing`."""
+        ...
+
+    def put(self, key: str, data: bytes | Path) -> None:
+        """Store bytes, or a file's content, under a key; an older object is replaced."""
+        ...
+
+    def take(self, key: str, file: Path) -> None:
+        """Store a file's content under a key, and remove the file; a store in a folder moves it."""
+        ...
+
+    def sha256(self, key: str) -> str | None:
+        """Return the sha256 of an object in hex, read back in pieces, or None when there is none."""
+        ...
+
+    def list(self, prefix: str) -> Iterator[str]:
+        """Yield the keys that begin with prefix, in lexicographic order."""
+        ...
+
+    def entries(self, prefix: str) -> Iterator[Entry]:
+        """Yield what `list` yields, with size and age."""
+        ...
+
+    def delete(self, key: str) -> None:
+        """Remove an object; no error when there is none."""
+        ...

@@ -1,0 +1,170 @@
+"""A store in a bucket of Amazon S3 or of anything that speaks its protocol."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import boto3
+from boto3.s3.transfer import TransferConfig, create_transfer_manager
+from botocore.config import Config
+from botocore.exceptions import (
+    BotoCoreError,
+    ClientError,
+    IncompleteReadError,
+    ResponseStreamingError,
+)
+from tenacity import retry, retry_if_exception_type, stop_after_attempt
+
+from loramux_shared.faults import SettingsInvalid
+from loramux_shared.storage.base import Entry, ObjectMissing
+from loramux_shared.storage.keys import checked_key, checked_prefix, is_key
+from loramux_shared.storage.s3_faults import store_fault
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
+
+PART_BYTES = 16 << 20
+"""A larger object is uploaded in parts of this size, several at once; no reader sees a part."""
+PARTS_AT_ONCE = 4
+PIECE = 1 << 20
+CONNECT_TIMEOUT_S = 5
+READ_TIMEOUT_S = 20
+"""Between two pieces. A store that accepts and says nothing is given up after twice as long."""
+
+_TRANSFER = TransferConfig(
+    multipart_threshold=PART_BYTES, multipart_chunksize=PART_BYTES, max_concurrency=PARTS_AT_ONCE
+)
+
+# botocore retries requests, but not an answer whose body breaks off.
+_unbroken = retry(
+    retry=retry_if_exception_type((IncompleteReadError, ResponseStreamingError)),
+    stop=stop_after_attempt(3),
+    reraise=True,
+)
+
+
+class S3Store:
+    """Objects below a prefix of a bucket.
+
+    Credentials, region and endpoint are those of the standard ``AWS_*`` variables and files, unless given
+    here. With an endpoint, botocore addresses the bucket by path, as MinIO and others want it.
+
+    Raises:
+        SettingsInvalid: the endpoint is no http address.
+        StoreUnavailable: the configured AWS profile does not exist.
+    """
+
+    def __init__(
+        self,
+        bucket: str,
+        prefix: str = "",
+        *,
+        endpoint_url: str | None = None,
+        region: str | None = None,
+        client: S3Client | None = None,
+    ) -> None:
+        self._bucket = bucket
+        self._prefix = f"{checked_key(prefix.strip('/'))}/" if prefix.strip("/") else ""
+        self.uri = f"s3://{bucket}/{self._prefix}".rstrip("/")
+        self._client = client or _new_client(self.uri, endpoint_url, region)
+
+    def get(self, key: str) -> bytes:
+        """Return an object's bytes, or raise `ObjectMissing`."""
+        with self._translated():
+            try:
+                return self._read(self._prefix + checked_key(key))
+            except self._client.exceptions.NoSuchKey:
+                raise ObjectMissing(f"{self.uri}: no object {key!r}") from None
+
+    def put(self, key: str, data: bytes | Path) -> None:
+        """Store bytes, or a file's content, under a key."""
+        full_key = self._prefix + checked_key(key)
+        if isinstance(data, Path):
+            data.open("rb").close()  # a source that cannot be opened is no fault of the store
+        # Of a file that is named, parts are read as they are sent; of one that is open, they are held.
+        source = str(data) if isinstance(data, Path) else io.BytesIO(data)
+        with self._translated(), create_transfer_manager(self._client, _TRANSFER) as transfers:
+            transfers.upload(source, self._bucket, full_key).result()
+
+    def take(self, key: str, file: Path) -> None:
+        """Store a file's content under a key, and remove the file."""
+        self.put(key, file)
+        file.unlink()
+
+    def sha256(self, key: str) -> str | None:
+        """Return the sha256 of an object in hex, read back in pieces, or None when there is none."""
+        with self._translated():
+            try:
+                return self._hashed(self._prefix + checked_key(key))
+            except self._client.exceptions.NoSuchKey:
+                return None
+
+    def list(self, prefix: str) -> Iterator[str]:
+        """Yield the keys that begin with prefix, in lexicographic order."""
+        for entry in self.entries(prefix):
+            yield entry.key
+
+    def entries(self, prefix: str) -> Iterator[Entry]:
+        """Yield what `list` yields, with size and age."""
+        pages = self._client.get_paginator("list_objects_v2").paginate(
+            Bucket=self._bucket, Prefix=self._prefix + checked_prefix(prefix)
+        )
+        with self._translated():
+            for page in pages:
+                for item in page.get("Contents", ()):
+                    key = item["Key"].removeprefix(self._prefix)
+                    if is_key(key):  # consoles mark folders by "/" at the end
+                        yield Entry(key, item["Size"], item["LastModified"])
+
+    def delete(self, key: str) -> None:
+        """Remove an object; no error when there is none."""
+        with self._translated():
+            self._client.delete_object(Bucket=self._bucket, Key=self._prefix + checked_key(key))
+
+    @_unbroken
+    def _read(self, full_key: str) -> bytes:
+        return self._client.get_object(Bucket=self._bucket, Key=full_key)["Body"].read()
+
+    @_unbroken
+    def _hashed(self, full_key: str) -> str:
+        digest = hashlib.sha256()
+        with closing(self._client.get_object(Bucket=self._bucket, Key=full_key)["Body"]) as body:
+            for piece in body.iter_chunks(PIECE):
+                digest.update(piece)
+        return digest.hexdigest()
+
+    @contextmanager
+    def _translated(self) -> Iterator[None]:
+        try:
+            yield
+        except (BotoCoreError, ClientError) as error:
+            raise store_fault(error, self.uri, self._bucket, self._client.meta.endpoint_url) from error
+
+
+def _new_client(uri: str, endpoint_url: str | None, region: str | None) -> S3Client:
+    config = Config(
+        connect_timeout=CONNECT_TIMEOUT_S,
+        read_timeout=READ_TIMEOUT_S,
+        tcp_keepalive=True,
+        max_pool_connections=32,
+        retries={"mode": "standard", "total_max_attempts": 2},
+        # Many stores other than Amazon's refuse the checksums that boto3 adds by itself.
+        request_checksum_calculation="when_required",
+        response_checksum_validation="when_required",
+    )
+    try:
+        # A session of its own: the default one must not be used by several threads.
+        return boto3.session.Session().client(
+            "s3", endpoint_url=endpoint_url, region_name=region, config=config
+        )
+    except ValueError as error:
+        raise SettingsInvalid(
+            f"{uri}: the S3 endpoint is no address. Set AWS_ENDPOINT_URL_S3 to http(s)://HOST:PORT."
+        ) from error
+    except BotoCoreError as error:
+        raise store_fault(error, uri, "", "") from error

@@ -1,0 +1,86 @@
+"""Spans by OpenTelemetry; imported only where it is installed and asked for."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import structlog
+from opentelemetry import propagate
+from opentelemetry.sdk.resources import SERVICE_NAME, Resource
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter
+from opentelemetry.trace import Span, SpanKind, Status, StatusCode, Tracer, format_trace_id
+from structlog.contextvars import bound_contextvars
+
+from loramux_shared.tracing.door import Value
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True)
+class OtelSpan:
+    """The span of one call."""
+
+    span: Span
+
+    def note(self, name: str, value: Value) -> None:
+        """Set an attribute."""
+        self.span.set_attribute(name, value)
+
+    def fail(self, reason: str) -> None:
+        """Say that the call failed, and by which reason."""
+        self.span.set_attribute("error.type", reason)
+        self.span.set_status(Status(StatusCode.ERROR, reason))
+
+
+class _ToLog(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        log.warning("tracing", problem=record.getMessage())
+
+
+class Tracing:
+    """Makes spans and sends them; the caller must close it, or the last ones are lost."""
+
+    def __init__(self, provider: TracerProvider) -> None:
+        self._provider = provider
+        self.tracer: Tracer = provider.get_tracer("loramux")
+
+    @classmethod
+    def to(cls, exporter: SpanExporter, service: str) -> Tracing:
+        """Send to an exporter in lots; OTEL_SERVICE_NAME and the like come before the service's name.
+
+        What the SDK has to say, such as that nobody answers, is in the log like everything else.
+        """
+        logger = logging.getLogger("opentelemetry")
+        logger.propagate = False
+        logger.handlers = [_ToLog(logging.WARNING)]
+        named = Resource.create()
+        if str(named.attributes.get(SERVICE_NAME)).startswith("unknown_service"):
+            named = named.merge(Resource({SERVICE_NAME: service}))
+        provider = TracerProvider(resource=named, shutdown_on_exit=False)
+        provider.add_span_processor(BatchSpanProcessor(exporter))
+        return cls(provider)
+
+    @contextmanager
+    def call(
+        self, name: str, headers: Mapping[str, str], attributes: Mapping[str, Value]
+    ) -> Iterator[OtelSpan]:
+        """Open the span of a call, below the one that its headers name (``traceparent``).
+
+        Lines of the log that are written meanwhile carry ``trace_id``.
+        """
+        parent = propagate.extract(headers)
+        with (
+            self.tracer.start_as_current_span(
+                name, parent, SpanKind.SERVER, attributes, record_exception=False, set_status_on_exception=False
+            ) as span,
+            bound_contextvars(trace_id=format_trace_id(span.get_span_context().trace_id)),
+        ):
+            yield OtelSpan(span)
+
+    def close(self) -> None:
+        """Send what is left; waits for it."""
+        self._provider.shutdown()

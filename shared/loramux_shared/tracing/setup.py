@@ -1,0 +1,55 @@
+"""Whether traces are asked for, and where they go: the standard OTEL_* variables say it."""
+
+from __future__ import annotations
+
+import os
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING, Final
+
+import structlog
+
+if TYPE_CHECKING:
+    from loramux_shared.tracing.otel import Tracing
+
+ENDPOINTS: Final = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
+GROUP: Final = "opentelemetry_traces_exporter"
+OTLP: Final = {"http/protobuf": "otlp_proto_http", "grpc": "otlp_proto_grpc"}
+"""The exporter of each OTEL_EXPORTER_OTLP_PROTOCOL; the extra brings the first, which is the default here."""
+
+log = structlog.get_logger()
+
+
+def open_tracing(service: str) -> Tracing | None:
+    """Return tracing, None unless OTEL_* variables ask for it; the log says when it cannot be had.
+
+    It is asked for by an OTLP endpoint, or by OTEL_TRACES_EXPORTER, unless that is ``none`` or
+    OTEL_SDK_DISABLED is ``true``. Sampling, batching, headers and resource are what the SDK reads from its own
+    variables.
+    """
+    wanted = _wanted()
+    if not wanted:
+        return None
+    found = list(entry_points(group=GROUP, name=wanted))
+    if not found:
+        cure = "pip install 'loramux[otel]', or unset the OTEL_ variables"
+        log.warning("traces are asked for, and the exporter is not installed", exporter=wanted, cure=cure)
+        return None
+    from loramux_shared.tracing.otel import Tracing
+
+    tracing = Tracing.to(found[0].load()(), service)
+    log.info("traces are sent", exporter=wanted)
+    return tracing
+
+
+def _wanted() -> str:
+    """Return the name of the exporter that is asked for; empty for none."""
+    exporter = os.environ.get("OTEL_TRACES_EXPORTER", "")
+    if os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true" or exporter == "none":
+        return ""
+    if exporter not in ("", "otlp"):
+        return exporter
+    if not exporter and not any(map(os.environ.get, ENDPOINTS)):
+        return ""
+    traces = os.environ.get("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "")
+    protocol = traces or os.environ.get("OTEL_EXPORTER_OTLP_PROTOCOL", "")
+    return OTLP.get(protocol or "http/protobuf", protocol)

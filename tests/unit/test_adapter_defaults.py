@@ -1,0 +1,214 @@
+"""What an adapter brings beside its weights travels in its bundle, and is used for that adapter alone."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from builder_service.pipeline.check import check_one
+from builder_service.pipeline.context import Workshop
+from builder_service.pipeline.progress import Progress
+from inference_service.core.sampling import SamplingParams
+from inference_service.core.sequence import FinishReason
+from inference_service.serving.service import Finished, Request, Started
+from inference_service.startup.load import Ready
+from loramux_shared.bundle.deployments import current_generation
+from loramux_shared.bundle.manifest import TEXT_FILES, bundle_key
+from loramux_shared.bundle.reader import read_bundle
+from loramux_shared.faults import AdapterInvalid, BundleCorrupt, RequestInvalid
+from loramux_shared.sources.open import open_sources
+from loramux_shared.storage.memory import MemoryStore
+from tests.tiny import World, make_world
+
+MESSAGES = [{"role": "user", "content": "Hello"}]
+
+
+def write(folder: Path, **files: Any) -> None:
+    """Write text files: ``chat_template`` as it is, the others as JSON."""
+    names = {
+        "chat_template": TEXT_FILES[0],
+        "generation_config": TEXT_FILES[1],
+        "tokenizer_config": TEXT_FILES[2],
+    }
+    for name in TEXT_FILES:
+        (folder / name).unlink(missing_ok=True)
+    for key, content in files.items():
+        (folder / names[key]).write_text(content if isinstance(content, str) else json.dumps(content))
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    """A base with a template, an adapter that brings all three files, one with an old-style template."""
+    made = make_world(tmp_path_factory.mktemp("tiny"))
+    base = {"chat_template": "{{ bos_token }}{{ messages[0].content }}", "bos_token": "<1>", "eos_token": "<2>"}
+    write(made.base, tokenizer_config=base)
+    write(
+        made.adapters["wide"],
+        chat_template="{{ bos_token }}!{{ messages[0].content }}{{ eos_token }}",
+        generation_config={
+            "do_sample": True, "temperature": 0.25, "top_p": 0.5, "top_k": 7, "eos_token_id": [2, 50],
+            "num_beams": 2,
+        },
+        tokenizer_config={"eos_token": {"content": "$"}, "chat_template": "the file above comes first"},
+    )  # fmt: skip
+    write(
+        made.adapters["rs"],
+        generation_config={"temperature": 0.9, "top_p": 0.1, "eos_token_id": 60},
+        tokenizer_config={"chat_template": [{"name": "default", "template": "?{{ messages[0].content }}"}]},
+    )
+    return made
+
+
+@pytest.fixture(scope="module")
+def store(world: World) -> MemoryStore:
+    store = MemoryStore()
+    world.build(store)
+    return store
+
+
+@pytest.fixture(scope="module")
+def ready(world: World, store: MemoryStore) -> Ready:
+    return world.load(store)
+
+
+def prompt(ready: Ready, model: str) -> str:
+    """The chat prompt of a model, as text."""
+    service = ready.service
+    tokens = asyncio.run(
+        service.text.encode_messages(MESSAGES, 256, service.catalog.get(model).brought.template)
+    )
+    return "".join(service.text._tokenizer.id_to_token(token) for token in tokens)
+
+
+def sampling(ready: Ready, model: str, **fields: Any) -> SamplingParams:
+    """How a request to a model is sampled."""
+    brought = ready.service.catalog.get(model).brought
+    return ready.service._sampling(Request(model, "x", **fields), 1, brought)
+
+
+def test_every_file_is_in_the_bundle_byte_for_byte(world: World, store: MemoryStore) -> None:
+    """Files travel with their digests; an adapter without any has a bundle of the two npy files."""
+    generation = current_generation(store, "tiny")
+    assert generation is not None
+    bundle = read_bundle(store, generation.adapters["wide"].digest)
+    assert {name: (world.adapters["wide"] / name).read_bytes() for name in TEXT_FILES} == bundle.texts
+    assert set(bundle.manifest.inputs).isdisjoint(TEXT_FILES)
+    assert "W_GENERATION" in [finding.code for finding in bundle.manifest.warnings]
+    assert len(read_bundle(store, generation.adapters["all"].digest).manifest.files) == 2
+
+
+def test_a_text_file_that_was_changed_in_the_store_is_refused(world: World, store: MemoryStore) -> None:
+    """A template is verified like a weight."""
+    other = MemoryStore()
+    for key in store.list(""):
+        other.put(key, store.get(key))
+    generation = current_generation(other, "tiny")
+    assert generation is not None
+    other.put(bundle_key(generation.adapters["wide"].digest, TEXT_FILES[0]), b"{{ messages }}")
+    with pytest.raises(BundleCorrupt, match="chat_template"):
+        world.load(other)
+
+
+def test_each_model_has_its_own_template(ready: Ready) -> None:
+    """The adapter's own, with its own special tokens; the base's for the base and for adapters without one."""
+    assert prompt(ready, "base") == "<1>Hello"
+    assert prompt(ready, "wide") == "<1>!Hello$"
+    assert prompt(ready, "rs") == "?Hello"
+    assert prompt(ready, "all") == "<1>Hello"
+
+
+def test_sampling_defaults_fill_what_a_request_leaves_open(ready: Ready) -> None:
+    """A field that the request sets wins, 0 included; the base and the others stay greedy."""
+    left = sampling(ready, "wide")
+    assert (left.temperature, left.top_p, left.top_k) == (0.25, 0.5, 7)
+    said = sampling(ready, "wide", temperature=0.0, top_k=0, top_p=1.0)
+    assert (said.temperature, said.top_p, said.top_k) == (0.0, 1.0, 0)
+    assert sampling(ready, "wide", temperature=2.0).top_k == 7
+    for model in ("base", "all", "rs"):  # rs gives a temperature without do_sample: transformers is greedy then
+        assert sampling(ready, model).greedy
+
+
+def test_stop_tokens_are_added_to_those_of_the_base(ready: Ready) -> None:
+    """From generation_config.json, and the token that tokenizer_config.json calls the end."""
+    dollar = ready.service.text.token_id("$")
+    assert sampling(ready, "base").stop_token_ids == {2}
+    assert sampling(ready, "wide").stop_token_ids == {2, 50, dollar}
+    assert sampling(ready, "rs", stop_token_ids=(9,)).stop_token_ids == {2, 60, 9}
+    assert sampling(ready, "wide", ignore_eos=True).stop_token_ids == frozenset()
+
+
+async def test_an_answer_ends_at_the_adapters_own_stop_token(world: World, store: MemoryStore) -> None:
+    """Through the engine: the first token is made an end by the adapter's files, and the answer stops there."""
+    ready = world.load(store)
+    ready.engine.start()
+
+    async def answer(model: str) -> Finished:
+        request = Request(model, [5, 6, 7], max_tokens=4, temperature=0.0)
+        events = [event async for event in ready.service.generate(request)]
+        assert isinstance(events[0], Started)
+        assert isinstance(events[-1], Finished)
+        first.append(events[1].tokens[0].id)  # type: ignore[union-attr]
+        return events[-1]
+
+    first: list[int] = []
+    try:
+        assert (await answer("all")).reason is FinishReason.LENGTH
+    finally:
+        await ready.engine.stop()
+    write(world.adapters["all"], generation_config={"eos_token_id": first[0]})
+    again = MemoryStore()
+    world.build(again)
+    ready = world.load(again)
+    ready.engine.start()
+    try:
+        ended = await answer("all")
+    finally:
+        await ready.engine.stop()
+        write(world.adapters["all"])
+    assert (ended.reason, ended.completion_tokens) == (FinishReason.STOP, 1)
+
+
+@pytest.mark.parametrize(
+    "files",
+    [{"chat_template": "{% if %}"}, {"tokenizer_config": {"chat_template": "{{ messages"}}],
+    ids=["jinja", "tokenizer"],
+)
+def test_a_template_that_cannot_be_parsed_keeps_the_replica_from_starting(
+    world: World, files: dict[str, Any]
+) -> None:
+    """The builder has no jinja; the replica refuses with the adapter's name and the file's."""
+    write(world.adapters["all"], **files)
+    store = MemoryStore()
+    world.build(store)
+    write(world.adapters["all"])
+    with pytest.raises(AdapterInvalid, match="'all' brings a") as error:
+        world.load(store)
+    [finding] = error.value.findings
+    assert (finding.code, finding.adapter, finding.where in TEXT_FILES) == ("E_BAD_TEXT", "all", True)
+
+
+def test_a_template_may_refuse_messages(world: World) -> None:
+    """What the adapter's template raises is the request's fault, as with the base's."""
+    write(world.adapters["all"], chat_template="{{ raise_exception('no') }}")
+    store = MemoryStore()
+    world.build(store)
+    write(world.adapters["all"])
+    with pytest.raises(RequestInvalid):
+        prompt(world.load(store), "all")
+
+
+def test_a_broken_file_refuses_the_adapter_in_the_builder(world: World) -> None:
+    """JSON that is none is found before anything is published."""
+    write(world.adapters["all"], generation_config="{")
+    wanted = world.deployment()
+    only = {"all": wanted.build.lora_adapters["all"]}
+    wanted = wanted.model_copy(update={"build": wanted.build.model_copy(update={"lora_adapters": only})})
+    shop = Workshop(MemoryStore(), open_sources(local_roots=[world.root]))
+    report = check_one(wanted, shop, Progress(only))
+    write(world.adapters["all"])
+    assert not report.accepted
+    assert [(item.code, item.where) for item in report.findings[:1]] == [("E_BAD_TEXT", TEXT_FILES[1])]

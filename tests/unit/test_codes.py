@@ -1,0 +1,45 @@
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from loramux_shared.codes import CODES, CURES
+from loramux_shared.faults import FAULTS
+from scripts import docs, errors_doc
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGES = ("shared/loramux_shared", "builder_service", "loramux", "inference_service")
+
+
+def codes_in(path: Path) -> Iterator[str]:
+    """The strings of a module that are codes."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        value = node.value if isinstance(node, ast.Constant) else None
+        if isinstance(value, str) and re.fullmatch(r"[EW]_[A-Z0-9]+(_[A-Z0-9]+)*", value):
+            yield value
+
+
+def test_every_code_that_is_used_is_in_the_catalogue_and_the_reverse():
+    """A code that nobody explains, and an explanation that nobody needs, are both mistakes."""
+    used = {
+        code
+        for package in PACKAGES
+        for path in (ROOT / package).rglob("*.py")
+        if path.name != "codes.py" and "v1" not in path.parts
+        for code in codes_in(path)
+    }
+    assert used == set(CODES)
+
+
+def test_every_reason_has_a_cure_and_the_reverse():
+    """Every fault tells what to do about it."""
+    assert set(CURES) == set(FAULTS)
+
+
+def test_the_page_is_what_the_catalogue_says():
+    """docs/errors.md is generated, and names every code and every reason."""
+    page = errors_doc.page()
+    assert (docs.DOCS / "errors.md").read_text() == page
+    assert all(f"| {name} |" in page for name in (*CODES, *FAULTS))
