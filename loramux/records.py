@@ -43,6 +43,8 @@ class GenerateOptions(TypedDict, total=False):
     stop: str | Sequence[str] | None
     """The answer ends before the first of these texts."""
     stop_token_ids: Sequence[int] | None
+    include_stop_str_in_output: bool | None
+    """The text ends with what ended it."""
     ignore_eos: bool | None
     """Go on past the end-of-sequence token."""
     logprobs: int | None
@@ -59,6 +61,10 @@ class GenerateOptions(TypedDict, total=False):
     frequency_penalty: float | None
     logit_bias: Mapping[int, float] | None
     """Added to the logits of tokens."""
+    bad_words: str | Sequence[str] | None
+    """Texts that the answer never has."""
+    allowed_token_ids: Sequence[int] | None
+    """No other tokens are drawn."""
     skip_special_tokens: bool | None
     """Leave special tokens out of the text; they are by default."""
     json_object: bool | None
@@ -73,6 +79,14 @@ class GenerateOptions(TypedDict, total=False):
     """Functions for the chat template to tell the model, in the shape of the OpenAI API."""
     add_generation_prompt: bool | None
     """End the prompt of messages with the beginning of the assistant's turn; it does by default."""
+    continue_final_message: bool | None
+    """Go on with the last message; add_generation_prompt must be False."""
+    add_special_tokens: bool | None
+    """Tokenize with the special tokens that the tokenizer adds itself; by default text, but not messages."""
+    truncate_prompt_tokens: int | None
+    """Leave out the beginning of a longer prompt; -1: of one that leaves no room for the answer."""
+    cache_salt: str | None
+    """Only requests with the same one share cached prompts."""
     priority: int | None
     """Requests of a higher priority are scheduled first; 0 is the default."""
 

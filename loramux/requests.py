@@ -6,13 +6,16 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any, Final, cast
 
+from google.protobuf.message import Message
+
 from loramux.inference.v1 import inference_pb2 as pb
-from loramux.records import GenerateOptions, Message, Prompt
+from loramux.records import GenerateOptions, Prompt
+from loramux.records import Message as Turn
 from loramux_shared.faults import Finding, RequestInvalid
 
 PROMPTS: Final = "text, a list of token ids, or a list of messages with role and content"
-_TEMPLATED: Final = ("tools", "add_generation_prompt")
-_CONSTRAINTS: Final = ("json_object", "json_schema", "regex", "lark")
+_MESSAGES: Final = (pb.Constraint, pb.Messages, pb.GenerateRequest, pb.SamplingParams)
+"""An option is a field of one of them, by its name."""
 
 
 def generate_request(model: str, prompt: Prompt, options: GenerateOptions) -> pb.GenerateRequest:
@@ -26,12 +29,10 @@ def generate_request(model: str, prompt: Prompt, options: GenerateOptions) -> pb
         known = ", ".join(GenerateOptions.__annotations__)
         raise TypeError(f"unknown option {unknown[0]!r}; known are {known}")
     given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
-    if isinstance(given.get("stop"), str):
-        given["stop"] = [given["stop"]]
-    fields: dict[str, Any] = {"model": model, "priority": given.pop("priority", 0)}
-    constraints: dict[str, Any] = {name: given.pop(name) for name in _CONSTRAINTS if name in given}
-    templated: dict[str, Any] = {name: given.pop(name) for name in _TEMPLATED if name in given}
-    findings = [*_misfits(pb.GenerateRequest, fields), *_misfits(pb.SamplingParams, given)]
+    given |= {name: [given[name]] for name in ("stop", "bad_words") if isinstance(given.get(name), str)}
+    constraints, templated, fields, sampling = (_of(kind, given) for kind in _MESSAGES)
+    fields["model"] = model
+    findings = [*_misfits(pb.GenerateRequest, fields), *_misfits(pb.SamplingParams, sampling)]
     try:
         fields |= _prompt(prompt, templated)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -42,7 +43,11 @@ def generate_request(model: str, prompt: Prompt, options: GenerateOptions) -> pb
         findings.append(Finding(code="E_BAD_FIELD", where="constraint", found=str(error)))
     if findings:
         raise RequestInvalid("the request cannot be sent", findings)
-    return pb.GenerateRequest(**fields, sampling=pb.SamplingParams(**given))
+    return pb.GenerateRequest(**fields, sampling=pb.SamplingParams(**sampling))
+
+
+def _of(kind: type[Message], given: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in given.items() if name in kind.DESCRIPTOR.fields_by_name}
 
 
 def _misfits(kind: Callable[..., object], fields: Mapping[str, Any]) -> list[Finding]:
@@ -61,7 +66,7 @@ def _prompt(prompt: Prompt, templated: Mapping[str, Any]) -> dict[str, Any]:
         return {"text": prompt}
     items = list(prompt)
     if items and isinstance(items[0], Mapping):
-        turns = [_turn(item) for item in cast(list[Message], items)]
+        turns = [_turn(item) for item in cast(list[Turn], items)]
         tools = [_tool(tool) for tool in templated.get("tools", ())]
         fields = {name: value for name, value in templated.items() if name != "tools"}
         return {"messages": pb.Messages(messages=turns, tools=tools, **fields)}

@@ -8,6 +8,7 @@ from typing import Any, Final
 from builder_service.domain.strict_json import JsonInvalid, parse, shown
 from loramux_shared.bundle.manifest import TEXT_FILES
 from loramux_shared.faults import Finding
+from loramux_shared.sampling import MAX_TEMPERATURE
 from loramux_shared.wording import listed
 
 TEMPLATE, GENERATION, TOKENIZER = TEXT_FILES
@@ -68,7 +69,10 @@ def _check_json(name: str, data: bytes, vocab: int) -> list[Finding]:
 def _check_generation(fields: dict[str, Any], vocab: int) -> list[Finding]:
     rules: dict[str, tuple[Callable[[Any], bool], str]] = {
         "do_sample": (lambda value: isinstance(value, bool), "true or false"),
-        "temperature": (lambda value: _number(value) and 0 <= value <= 100, "0 to 100"),
+        "temperature": (
+            lambda value: _number(value) and 0 <= value <= MAX_TEMPERATURE,
+            f"0 to {MAX_TEMPERATURE:g}",
+        ),
         "top_p": (lambda value: _number(value) and 0 < value <= 1, "above 0, at most 1"),
         "top_k": (lambda value: type(value) is int and value >= 0, "0 or more"),
         "eos_token_id": (lambda value: _ids(value, vocab), f"ids from 0 to {vocab - 1}"),

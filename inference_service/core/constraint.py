@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
-Kind = Literal["json_object", "json_schema", "regex", "lark"]
+Kind = Literal["json_object", "json_schema", "regex", "lark", "gbnf"]
 
 
 @dataclass(frozen=True)
@@ -14,7 +14,9 @@ class Constraint:
 
     kind: Kind
     text: str = ""
-    """The JSON schema, the regular expression or the Lark grammar; empty for ``json_object``."""
+    """The schema, expression or grammar; empty for ``json_object``. A ``gbnf`` may as well be in Lark."""
+    where: str = field(default="response_format", compare=False)
+    """The field that asks for it, by which it is refused."""
 
 
 class Grammar(Protocol):

@@ -32,6 +32,10 @@ class SamplingParams:
     """Taken from the logit of a token as often as it occurs in the answer."""
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     """Added to the logits, by token."""
+    allowed_token_ids: bytes | None = None
+    """The tokens that may be drawn, as `Grammar.mask` says them; None is all."""
+    bad_words: Mapping[int, Mapping[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
+    """By how many, and which, the last tokens of the answer are: those that may not come next."""
     logprobs: int | None = None
     """How many of the most likely tokens are reported with their log probability; None reports nothing."""
     prompt_logprobs: int | None = None
@@ -41,6 +45,16 @@ class SamplingParams:
     def greedy(self) -> bool:
         """True when no random number is drawn."""
         return self.temperature == 0.0
+
+    @property
+    def restricts(self) -> bool:
+        """True when some tokens may not come."""
+        return self.allowed_token_ids is not None or bool(self.bad_words)
+
+    @property
+    def looks_back(self) -> bool:
+        """True when the next token cannot be drawn before the last one is known."""
+        return self.penalizes or any(self.bad_words)
 
     @property
     def penalizes(self) -> bool:

@@ -52,6 +52,9 @@ class Sequence:
     grammar: Grammar | None = None
     """What the answer must look like; it has accepted the tokens of the answer that are known here."""
 
+    cache_salt: str = ""
+    """Part of every prefix-cache key, as the adapter is."""
+
     num_prompt: int = field(init=False)
     num_computed: int = 0
     """Leading tokens whose keys and values are in the cache."""
@@ -100,7 +103,7 @@ class Sequence:
     @property
     def needs_last_token(self) -> bool:
         """True when its next token cannot be drawn before the last one is known here."""
-        return self.grammar is not None or self.sampling.penalizes
+        return self.grammar is not None or self.sampling.looks_back
 
     @property
     def scores_prompt(self) -> bool:
@@ -136,6 +139,8 @@ class Token:
     """The most likely tokens with their log probabilities, best first."""
     rank: int | None = None
     """1 + how many tokens are more likely: those that tie share a rank. None without a log probability."""
+    impossible: bool = False
+    """True when there was none to draw: everything that the request asks for together allows no token."""
 
 
 @dataclass(frozen=True)

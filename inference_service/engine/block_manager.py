@@ -1,7 +1,8 @@
 """Cache blocks: who holds which, and which hold a known prefix.
 
-A full block is known by ``hash(parent hash, its tokens, adapter uid)``. Blocks that nobody holds any more keep
-their content until they are needed for something else, least recently used first.
+A full block is known by ``hash(parent hash, its tokens)``; the parent of a first block is the adapter's uid
+with the cache salt. Blocks that nobody holds any more keep their content until they are needed for something
+else, least recently used first.
 """
 
 from __future__ import annotations
@@ -125,9 +126,12 @@ class BlockManager:
 
     @staticmethod
     def _seed(seq: Sequence) -> int:
-        return seq.adapter_uid
+        return _digest(f"{seq.adapter_uid}:{seq.cache_salt}") if seq.cache_salt else seq.adapter_uid
 
     def _hash(self, parent: int, seq: Sequence, index: int) -> int:
         tokens = seq.tokens[index * self.block_size : (index + 1) * self.block_size]
-        data = b",".join(str(number).encode() for number in (parent, *tokens))
-        return int.from_bytes(blake2b(data, digest_size=16).digest())
+        return _digest(",".join(map(str, (parent, *tokens))))
+
+
+def _digest(text: str) -> int:
+    return int.from_bytes(blake2b(text.encode(), digest_size=16).digest())

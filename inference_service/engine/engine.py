@@ -168,6 +168,8 @@ class Engine:
     def _finish_reason(self, seq: Sequence, token: Token) -> FinishReason | None:
         if not seq.sampling.max_tokens:
             return FinishReason.LENGTH
+        if token.impossible:
+            return FinishReason.FAILED
         if token.id in seq.sampling.stop_token_ids:
             return FinishReason.STOP
         if seq.grammar is not None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
+from dataclasses import replace
 
+import numpy as np
 from torch import Tensor
 
 from inference_service.core.sequence import Sequence, Token
@@ -20,11 +22,17 @@ def sample(logits: Tensor, seqs: Seq[Sequence]) -> list[Token]:
     backend. Log probabilities are those of logits, before whatever the request does to them.
     """
     ids = logits.argmax(dim=-1).tolist()
+    impossible = set()
     for row, seq in enumerate(seqs):
         if shapes(seq) or not seq.sampling.greedy:
-            own = shape(logits[row], seq) if shapes(seq) else logits[row].float()
-            ids[row] = draw(own.numpy(force=True), row_params(seq))
-    return [_token(logits, row, ids[row], seq) for row, seq in enumerate(seqs)]
+            own = (shape(logits[row], seq) if shapes(seq) else logits[row].float()).numpy(force=True)
+            ids[row] = draw(own, row_params(seq))
+            if shapes(seq) and np.isneginf(own).all():
+                impossible.add(row)
+    tokens = [_token(logits, row, ids[row], seq) for row, seq in enumerate(seqs)]
+    for row in impossible:
+        tokens[row] = replace(tokens[row], impossible=True)
+    return tokens
 
 
 def row_params(seq: Sequence) -> RowParams:

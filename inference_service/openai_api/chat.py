@@ -20,31 +20,15 @@ from inference_service.openai_api.stream import open_stream, while_connected
 from inference_service.openai_api.tagged_calls import TaggedCalls
 from inference_service.serving.request import Delta, Finished, PromptLogprobs, Request, Started
 from inference_service.serving.service import GenerationService
-from loramux_shared.faults import RequestInvalid
 
 
 async def chat_completions(service: GenerationService, http: HttpRequest) -> Response:
     """Answer a conversation."""
     body = await read_body(http, ChatBody)
     chat = Chat(service, body, chat_request(body, service))
-    try:
-        if body.stream:
-            return await open_stream(http.receive, chat.chunks())
-        return json_response(await while_connected(http.receive, chat.whole()))
-    except RequestInvalid as fault:
-        if is_forced(body):
-            raise _of_tools(fault) from fault
-        raise
-
-
-def _of_tools(fault: RequestInvalid) -> RequestInvalid:
-    """Name the tools where it is their schema that is refused."""
-    told = {"response_format": "tools"}
-    findings = [
-        finding.model_copy(update={"where": told.get(finding.where, finding.where)})
-        for finding in fault.findings
-    ]
-    return RequestInvalid(fault.message, findings)
+    if body.stream:
+        return await open_stream(http.receive, chat.chunks())
+    return json_response(await while_connected(http.receive, chat.whole()))
 
 
 class Chat:
@@ -59,12 +43,16 @@ class Chat:
         self._choices: list[ChatChoice] = []
         """Made when the request was accepted: before that, n is only a number that somebody sent."""
 
-    def _begin(self, started: Started) -> None:
+    def _begin(self, started: Started) -> Json:
+        """Begin the answers; return what is told of the prompt."""
         self._head.begin(started)
         text = self._service.text if self._body.logprobs else None
+        ids = bool(self._body.return_token_ids)
         self._choices = [
-            ChatChoice(index, self._reading(), self._body.stop, text) for index in range(self._request.n)
+            ChatChoice(index, self._reading(), self._body.stop, text, ids=ids)
+            for index in range(self._request.n)
         ]
+        return {"prompt_token_ids": started.prompt_token_ids} if ids else {}
 
     def _reading(self) -> Reading:
         if is_forced(self._body):
@@ -74,37 +62,39 @@ class Chat:
 
     async def whole(self) -> Json:
         """Return the answers at once."""
-        scores: Json = {}
+        prompt: Json = {}
         ends: list[Finished] = []
         async with aclosing(self._service.generate(self._request)) as events:
             async for event in events:
                 match event:
                     case Started():
-                        self._begin(event)
+                        prompt |= self._begin(event)
                     case PromptLogprobs():
-                        scores = {"prompt_logprobs": prompt_logprobs(event.tokens, self._service.text)}
+                        prompt |= {"prompt_logprobs": prompt_logprobs(event.tokens, self._service.text)}
                     case Delta():
                         self._choices[event.index].take(event)
                     case Finished():
                         self._choices[event.index].end(event)
                         ends.append(event)
         choices = [choice.whole() for choice in self._choices]
-        return self._head.body(choices) | {"usage": usage(ends)} | scores
+        return self._head.body(choices) | {"usage": usage(ends)} | prompt
 
     async def chunks(self) -> AsyncGenerator[Json]:
         """Yield the answers as they come."""
         ends: list[Finished] = []
         tally = Tally()
         more: Json = {"usage": None} if self._body.include_usage else {}
+        prompt: Json = {}
+        """What is told of it, with the first chunk."""
         async with aclosing(self._service.generate(self._request)) as events:
             async for event in events:
                 choices: list[Json] = []
                 tally.see(event)
                 match event:
                     case Started():
-                        self._begin(event)
+                        prompt |= self._begin(event)
                     case PromptLogprobs():
-                        more["prompt_logprobs"] = prompt_logprobs(event.tokens, self._service.text)
+                        prompt |= {"prompt_logprobs": prompt_logprobs(event.tokens, self._service.text)}
                     case Delta():
                         choices = self._choices[event.index].chunks(event)
                     case Finished():
@@ -113,7 +103,7 @@ class Chat:
                 for choice in choices:
                     if self._body.continuous_usage:
                         more["usage"] = tally.usage(choice["index"])
-                    yield self._head.body([choice]) | more
-                    more.pop("prompt_logprobs", None)
+                    yield self._head.body([choice]) | more | prompt
+                    prompt = {}
         if self._body.include_usage:
             yield self._head.body([]) | {"usage": usage(ends)}

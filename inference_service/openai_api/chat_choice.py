@@ -18,8 +18,14 @@ GOES_ON: Final[Json] = {"finish_reason": None, "stop_reason": None}
 class ChatChoice:
     """Collects what a message consists of, or tells it in chunks."""
 
-    def __init__(self, index: int, reading: Reading, stops: Collection[str], text: Text | None) -> None:
-        """Begin an answer that stops may end; text is given where log probabilities are to be told."""
+    def __init__(
+        self, index: int, reading: Reading, stops: Collection[str], text: Text | None, *, ids: bool
+    ) -> None:
+        """Begin an answer that stops may end.
+
+        Text is given where log probabilities are to be told, ids where its tokens are.
+        """
+        self._ids: list[int] | None = [] if ids else None
         self._index = index
         self._reading = reading
         self._stops = stops
@@ -34,6 +40,8 @@ class ChatChoice:
         """Read more of the answer."""
         if self._text is not None:
             self._tokens += delta.tokens
+        if self._ids is not None:
+            self._ids += [token.id for token in delta.tokens]
         return self._keep(self._reading.push(delta.text))
 
     def end(self, finished: Finished) -> list[Piece]:
@@ -64,17 +72,19 @@ class ChatChoice:
         if self._calls:
             message["tool_calls"] = self._calls
         scores = None if self._text is None else chat_logprobs(self._tokens, self._text)
-        return {"index": self._index, "message": message, "logprobs": scores} | self._ended
+        choice = {"index": self._index, "message": message, "logprobs": scores} | self._ended
+        return choice if self._ids is None else choice | {"token_ids": self._ids}
 
     def chunks(self, delta: Delta) -> list[Json]:
         """Return the choices that tell more of the answer, the first of all with the role."""
         pieces = self.take(delta)
         scores = None if self._text is None else chat_logprobs(delta.tokens, self._text)
-        if scores and not pieces:
+        if (scores or self._ids is not None) and not pieces:
             pieces = [Said("")]
-        return self._opened(
-            [self._chunk(piece, scores if not nth else None) for nth, piece in enumerate(pieces)]
-        )
+        chunks = [self._chunk(piece, scores if not nth else None) for nth, piece in enumerate(pieces)]
+        if self._ids is not None:
+            chunks[0]["token_ids"] = [token.id for token in delta.tokens]
+        return self._opened(chunks)
 
     def last_chunks(self, finished: Finished) -> list[Json]:
         """Return the choices that tell the end, the very last with the reason."""
@@ -100,4 +110,5 @@ class ChatChoice:
         return self._choice({"tool_calls": [call]}, scores)
 
     def _choice(self, delta: Json, scores: Json | None, ended: Json = GOES_ON) -> Json:
-        return {"index": self._index, "delta": delta, "logprobs": scores} | ended
+        choice = {"index": self._index, "delta": delta, "logprobs": scores} | ended
+        return choice if self._ids is None else choice | {"token_ids": []}

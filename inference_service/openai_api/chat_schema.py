@@ -169,6 +169,7 @@ class ChatTurns(Body):
     messages: Messages
     tools: tuple[Tool, ...] | None = None
     add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
 
 
 class ChatBody(ChatTurns, GenerationBody):
@@ -204,8 +205,9 @@ class TokenizeBody(Body):
     messages: Messages | None = None
     tools: tuple[Tool, ...] | None = None
     add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
     add_special_tokens: bool | None = None
-    """Of a prompt: with those that the tokenizer adds itself; true when not set."""
+    """With those that the tokenizer adds itself; when not set, true of a prompt and false of messages."""
     return_token_strs: bool | None = None
 
     @model_validator(mode="after")

@@ -41,6 +41,8 @@ class Completion:
         self._head = Head(f"cmpl-{requests[0].id}", "text_completion", body.model)
         self._choices: list[list[CompletionChoice]] = [[] for _ in requests]
         """By prompt; made when its request was accepted: before that, n is only a number that somebody sent."""
+        self._prompts: list[tuple[int, ...]] = [() for _ in requests]
+        """Their tokens."""
         self._ends: list[Finished] = []
         self._tallies = [Tally() for _ in requests]
 
@@ -82,7 +84,7 @@ class Completion:
                 if self._body.prompt_logprobs is not None:
                     ranked = prompt_logprobs(event.tokens, self._service.text)
                     for choice in self._choices[number]:
-                        choice.score({"prompt_logprobs": ranked})
+                        choice.know({"prompt_logprobs": ranked})
                 return self._echo(number, event.tokens)
             case Delta():
                 return self._choices[number][event.index].take(event)
@@ -92,14 +94,19 @@ class Completion:
 
     def _begin(self, number: int, started: Started) -> None:
         self._head.begin(started)
+        self._prompts[number] = started.prompt_token_ids
         text = self._service.text if self._body.logprobs is not None else None
         indices = range(number * self._n, (number + 1) * self._n)
-        self._choices[number] = [CompletionChoice(index, self._body.stop, text) for index in indices]
+        ids = bool(self._body.return_token_ids)
+        self._choices[number] = [CompletionChoice(index, self._body.stop, text, ids=ids) for index in indices]
+        for choice in self._choices[number] if ids else ():
+            choice.know({"prompt_token_ids": started.prompt_token_ids})
 
     def _echo(self, number: int, tokens: Sequence[Token]) -> list[Json]:
         """Tell the prompt, where it is to be echoed; tokens are given where they have log probabilities."""
         if not self._body.echo:
             return []
-        prompt = self._body.prompt[number]
+        cut = self._body.truncate_prompt_tokens is not None
+        prompt = self._prompts[number] if cut else self._body.prompt[number]
         said = prompt if isinstance(prompt, str) else self._service.text.decode(prompt)
         return [told for choice in self._choices[number] for told in choice.echo(said, tokens)]

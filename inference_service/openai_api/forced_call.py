@@ -21,7 +21,8 @@ def call_constraint(tools: Sequence[Tool]) -> Constraint:
     parameters = {tool.function.name: tool.function.parameters or {"type": "object"} for tool in tools}
     calls = [_call_schema(name) for name in parameters]
     definitions = {name: _moved(schema, f"#/$defs/{name}") for name, schema in parameters.items()}
-    return Constraint("json_schema", json.dumps({"$defs": definitions, "anyOf": calls}, ensure_ascii=False))
+    schema = {"$defs": definitions, "anyOf": calls}
+    return Constraint("json_schema", json.dumps(schema, ensure_ascii=False), where="tools")
 
 
 def _call_schema(name: str) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import re
 import uuid
 from collections.abc import Callable, MutableMapping
 from typing import Any, Final
@@ -16,12 +15,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from structlog.contextvars import bound_contextvars
 
 from inference_service.openai_api.errors import error_response
+from inference_service.serving.bounds import SANE_ID
 from loramux_shared.faults import ShuttingDown
 
 log = structlog.get_logger()
 DRAINING: Final = "the server is shutting down and takes no new requests. Retry with another replica."
 CUT: Final = "the server shut down before the answer was complete. Retry with another replica."
-SANE_ID: Final = re.compile(r"[A-Za-z0-9_.:\-]{1,128}")
 
 
 class Front:

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from typing import Any
 
 from inference_service.core.constraint import Constraint
 from inference_service.openai_api.chat_schema import ChatBody, ChatMessage, NamedTool, ResponseFormat, Tool
 from inference_service.openai_api.forced_call import call_constraint
-from inference_service.openai_api.schema import MAX_CHOICES, CompletionBody, GenerationBody
+from inference_service.openai_api.schema import MAX_CHOICES, CompletionBody, GenerationBody, StructuredOutputs
 from inference_service.openai_api.tagged_calls import END
 from inference_service.serving.bounds import MAX_LOGPROBS
 from inference_service.serving.json_size import check_texts
-from inference_service.serving.request import Message, Prompt, Request
+from inference_service.serving.request import Message, Prompt, Request, told
 from inference_service.serving.service import GenerationService
 from inference_service.serving.turns import role_of
 from loramux_shared.faults import Finding, RequestInvalid
 
+STRUCTURED = "structured_outputs"
 DEFAULT_TEMPERATURE = 1.0
 DEFAULT_COMPLETION_TOKENS = 16
 """Both are the API's; what a deployment or an adapter says comes before them."""
@@ -40,11 +42,9 @@ def chat_request(body: ChatBody, service: GenerationService) -> Request:
         prompt=messages_of(body.messages),
         max_tokens=_limit(body),
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
-        prompt_logprobs=body.prompt_logprobs,
         stop=(*body.stop, END) if one_call else body.stop,
         constraint=_constraint(body, tools),
         tools=tuple(tool.model_dump(exclude_none=True) for tool in tools),
-        add_generation_prompt=body.add_generation_prompt is not False,
     )
 
 
@@ -78,39 +78,22 @@ def completion_requests(body: CompletionBody, service: GenerationService) -> lis
             service,
             prompt=prompt,
             max_tokens=limit,
-            logprobs=body.logprobs,
             prompt_logprobs=prompt_logprobs,
-            stop=body.stop,
+            constraint=_structure(body.structured_outputs),
         )
         for prompt in body.prompt
     ]
 
 
 def _request(body: GenerationBody, service: GenerationService, *, prompt: Prompt, **own: Any) -> Request:
-    """Return a request with the fields that all bodies have, and an endpoint's own."""
+    """Return a request: fields of a body that it has too by name, then those that mean something else here."""
     temperature = body.temperature
     if temperature is None and service.catalog.get(body.model).defaults.temperature is None:
         temperature = DEFAULT_TEMPERATURE
-    return Request(
-        model=body.model,
-        prompt=prompt,
-        n=1 if body.n is None else body.n,
-        temperature=temperature,
-        top_p=body.top_p,
-        top_k=body.top_k,
-        min_p=body.min_p,
-        min_tokens=body.min_tokens,
-        seed=body.seed,
-        stop_token_ids=body.stop_token_ids or (),
-        ignore_eos=bool(body.ignore_eos),
-        repetition_penalty=body.repetition_penalty,
-        presence_penalty=body.presence_penalty,
-        frequency_penalty=body.frequency_penalty,
-        logit_bias=body.logit_bias or {},
-        skip_special_tokens=body.skip_special_tokens is not False,
-        priority=-(body.priority or 0),
-        **own,
-    )
+    own |= {"prompt": prompt, "temperature": temperature, "priority": -(body.priority or 0)}
+    if body.request_id is not None:
+        own["id"] = body.request_id
+    return Request(**told(body, Request) | own)
 
 
 def messages_of(messages: Sequence[ChatMessage]) -> list[Message]:
@@ -161,12 +144,15 @@ def is_forced(body: ChatBody) -> bool:
 
 
 def _constraint(body: ChatBody, tools: Sequence[Tool]) -> Constraint | None:
-    wanted = _format(body.response_format)
+    wanted, structure = _format(body.response_format), _structure(body.structured_outputs)
+    if wanted and structure:
+        raise refused("structured_outputs", "none beside a response_format", "both")
+    wanted = wanted or structure
     if is_forced(body):
         return call_constraint(_allowed(body.tool_choice, tools))
     if wanted and tools:
         raise refused(
-            "response_format", 'text, or tool_choice "none": an answer is constrained or may call tools', ""
+            wanted.where, 'text, or tool_choice "none": an answer is constrained or may call tools', ""
         )
     return wanted
 
@@ -177,6 +163,22 @@ def _format(response_format: ResponseFormat | None) -> Constraint | None:
     if response_format.json_schema is None:
         return Constraint("json_object")
     return Constraint("json_schema", json.dumps(response_format.json_schema.schema_, ensure_ascii=False))
+
+
+def _structure(outputs: StructuredOutputs | None) -> Constraint | None:
+    match outputs and outputs.given:
+        case {"json_": schema}:
+            text = schema if isinstance(schema, str) else json.dumps(schema, ensure_ascii=False)
+            return Constraint("json_schema", text, STRUCTURED)
+        case {"regex": str(text)}:
+            return Constraint("regex", text, STRUCTURED)
+        case {"choice": texts}:
+            return Constraint("regex", "|".join(map(re.escape, texts)), STRUCTURED)
+        case {"grammar": str(text)}:
+            return Constraint("gbnf", text, STRUCTURED)
+        case {"json_object": True}:
+            return Constraint("json_object", "", STRUCTURED)
+    return None
 
 
 def _allowed(choice: object, tools: Sequence[Tool]) -> Sequence[Tool]:

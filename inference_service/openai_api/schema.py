@@ -7,15 +7,16 @@ accepted because clients send them, and none of them changes an answer.
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, model_validator
 from pydantic_core import PydanticCustomError
 
 MAX_PROMPTS = 256
 """Prompts of one request."""
 MAX_CHOICES = 1024
-"""Answers to one request: prompts times n."""
+"""Answers to one request: prompts times n; and texts of which an answer is one."""
+EXPECTED_STRUCTURE = "exactly one of json, regex, choice, grammar and json_object"
 EXPECTED_PROMPT = "a string, a list of strings, a list of token ids or a list of lists of token ids"
 
 Prompt = str | list[int]
@@ -43,6 +44,9 @@ def _stops(value: Any) -> tuple[str, ...]:
 
 Prompts = Annotated[tuple[Prompt, ...], PlainValidator(_prompts, json_schema_input_type=Prompt | list[Prompt])]
 Stops = Annotated[tuple[str, ...], PlainValidator(_stops, json_schema_input_type=str | list[str] | None)]
+Choices = Annotated[
+    tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1, max_length=MAX_CHOICES)
+]
 
 
 class Body(BaseModel):
@@ -60,6 +64,30 @@ class StreamOptions(Body):
     """vLLM's: with include_usage, tell with every chunk what its choice has used so far."""
     include_obfuscation: bool | None = None
     """Accepted; there is no padding here."""
+
+
+class StructuredOutputs(Body):
+    """vLLM's way to say what an answer looks like."""
+
+    json_: Annotated[dict[str, Any] | str | None, Field(alias="json")] = None
+    """A JSON schema."""
+    regex: str | None = None
+    choice: Choices | None = None
+    grammar: str | None = None
+    """In GBNF, or in Lark."""
+    json_object: bool | None = None
+    structural_tag: None = None
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """What is asked for, by its name here."""
+        return {name: value for name, value in self if value is not None and value is not False}
+
+    @model_validator(mode="after")
+    def _one(self) -> Self:
+        if len(self.given) != 1:
+            raise PydanticCustomError("structured_outputs", EXPECTED_STRUCTURE)
+        return self
 
 
 class GenerationBody(Body):
@@ -85,8 +113,17 @@ class GenerationBody(Body):
     repetition_penalty: float | None = None
     ignore_eos: bool | None = None
     stop_token_ids: tuple[int, ...] | None = None
+    include_stop_str_in_output: bool | None = None
+    structured_outputs: StructuredOutputs | None = None
+    bad_words: tuple[str, ...] | None = None
+    allowed_token_ids: tuple[int, ...] | None = None
+    cache_salt: str | None = None
+    request_id: str | None = None
     skip_special_tokens: bool | None = None
     prompt_logprobs: int | None = None
+    return_token_ids: bool | None = None
+    truncate_prompt_tokens: int | None = None
+    add_special_tokens: bool | None = None
     priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] | None = None
     """Lower is earlier."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Final
 
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
@@ -15,27 +14,28 @@ from inference_service.openai_api.reply import json_response
 from inference_service.openai_api.schema import DetokenizeBody
 from inference_service.serving.adapter_defaults import NO_DEFAULTS
 from inference_service.serving.bounds import check_turns
+from inference_service.serving.lengths import countable
 from inference_service.serving.service import GenerationService
-
-MAX_TOKENS: Final = 128 * 1024
-"""Of one answer, or what a sequence may have where that is more: who counts has texts that do not fit yet."""
 
 
 async def tokenize(service: GenerationService, http: HttpRequest) -> Response:
     """Return the tokens of a text, or of messages as the model's template renders them."""
     body = await read_body(http, TokenizeBody)
     defaults = service.catalog.get(body.model).defaults if body.model else NO_DEFAULTS
-    most = _most(service)
+    most = countable(service.limits.max_seq_len)
     if body.messages is not None:
         messages = messages_of(body.messages)
         tools = [tool.model_dump(exclude_none=True) for tool in body.tools or ()]
-        check_turns(messages, tools)
+        starts = body.add_generation_prompt is not False
+        check_turns(messages, tools, goes_on=bool(body.continue_final_message), starts=starts)
         tokens = await service.text.encode_messages(
             messages,
             most,
             defaults.template,
             tools,
-            add_generation_prompt=body.add_generation_prompt is not False,
+            add_generation_prompt=starts,
+            add_special_tokens=bool(body.add_special_tokens),
+            continue_final_message=bool(body.continue_final_message),
         )
     else:
         special = body.add_special_tokens is not False
@@ -58,14 +58,11 @@ async def detokenize(service: GenerationService, http: HttpRequest) -> Response:
     body = await read_body(http, DetokenizeBody)
     if body.model:
         service.catalog.get(body.model)
-    if len(body.tokens) > _most(service):
-        raise refused("tokens", f"at most {_most(service)} ids", len(body.tokens))
+    most = countable(service.limits.max_seq_len)
+    if len(body.tokens) > most:
+        raise refused("tokens", f"at most {most} ids", len(body.tokens))
     foreign = [token for token in body.tokens if not 0 <= token < service.text.vocab]
     if foreign:
         raise refused("tokens", f"ids from 0 to {service.text.vocab - 1}", foreign[:5])
     text = await asyncio.to_thread(service.text.decode, body.tokens, skip_special_tokens=False)
     return json_response({"prompt": text})
-
-
-def _most(service: GenerationService) -> int:
-    return max(MAX_TOKENS, service.limits.max_seq_len)

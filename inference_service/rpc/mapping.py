@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, MutableMapping, MutableSequence
 from typing import Any, Final
 
 import grpc
@@ -11,28 +11,14 @@ import grpc
 from inference_service.core.sequence import FinishReason, Token
 from inference_service.rpc.prompt import constraint_of, prompt_of, tools_of
 from inference_service.serving.catalog import Catalog, ServedModel
+from inference_service.serving.lengths import countable
 from inference_service.serving.request import Delta, Event, Finished, PromptLogprobs, Request, Started
 from inference_service.serving.text import Text
 from loramux.inference.v1 import inference_pb2 as pb
 from loramux_shared.faults import Finding, RequestInvalid
 
-OPTIONAL: Final = (
-    "max_tokens",
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "min_tokens",
-    "seed",
-    "n",
-    "repetition_penalty",
-    "presence_penalty",
-    "frequency_penalty",
-    "logprobs",
-    "prompt_logprobs",
-    "skip_special_tokens",
-)
-"""Of sampling parameters, those that differ between unset and 0; they have the names of `Request`."""
+TRANSLATED: Final = frozenset({"text", "token_ids", "messages", "tools", "sampling", "constraint"})
+"""Fields that `Request` has otherwise; all others have their name there."""
 # With 20 alternatives each, a message stays below 1 MB: clients take 4 MB by default.
 PROMPT_TOKENS: Final = 1024
 _REASONS = {
@@ -55,31 +41,29 @@ def request_from_message(
         findings = [Finding(code="E_MISSING_FIELD", where=name, expected="a value") for name in unset]
         raise RequestInvalid(f"the request lacks {' and '.join(unset)}.", findings)
     remaining = context.time_remaining()
-    prompt = prompt_of(message, max_seq_len)
+    cut = message.HasField("truncate_prompt_tokens")
+    prompt = prompt_of(message, countable(max_seq_len) if cut else max_seq_len)
     return Request(
-        model=message.model,
         prompt=prompt,
         tools=tools_of(message),
         constraint=constraint_of(message),
-        priority=message.priority,
         deadline_s=None if remaining is None else time.monotonic() + remaining,
-        **_sampling(message.sampling),
-        **_set(message.messages, ("add_generation_prompt",)),
+        **_said(message),
+        **_said(message.messages),
+        **_said(message.sampling),
     )
 
 
-def _sampling(message: pb.SamplingParams) -> dict[str, Any]:
-    """Return the fields of a request that a message of sampling parameters sets."""
-    return _set(message, OPTIONAL) | {
-        "stop": tuple(message.stop),
-        "stop_token_ids": tuple(message.stop_token_ids),
-        "ignore_eos": message.ignore_eos,
-        "logit_bias": dict(message.logit_bias),
-    }
+def _said(message: Any) -> dict[str, Any]:
+    """Return the fields of a message that are set, by their names."""
+    fields = ((each.name, value) for each, value in message.ListFields())
+    return {name: _plain(value) for name, value in fields if name not in TRANSLATED}
 
 
-def _set(message: Any, names: Iterable[str]) -> dict[str, Any]:
-    return {name: getattr(message, name) for name in names if message.HasField(name)}
+def _plain(value: Any) -> Any:
+    if isinstance(value, MutableMapping):
+        return dict(value)
+    return tuple(value) if isinstance(value, MutableSequence) else value
 
 
 def _required(message: pb.GenerateRequest) -> list[tuple[str, bool]]:

@@ -12,23 +12,29 @@ from loramux_shared.faults import DeadlineExceeded, Finding, InternalFault, Requ
 
 
 class Answer:
-    """Turns the outputs of a sequence into events; a stop token has no text."""
+    """Turns the outputs of a sequence into events; a stop token has no text, unless stops are kept."""
 
     def __init__(
         self,
         index: int,
         seq: Sequence,
         detokenizer: Detokenizer,
-        stops: Seq[str],
+        stops: StopTexts,
         stop_tokens: Collection[int] = (),
+        constraint: str = "",
     ) -> None:
-        """Begin an answer; of its stop tokens, stop_tokens are those that are told when they end it."""
+        """Begin an answer.
+
+        Of its stop tokens, stop_tokens are those that are told when they end it; constraint is the field that
+        asks for one.
+        """
         self.seq = seq
         self.finished = False
         self._index = index
         self._detokenizer = detokenizer
-        self._stops = StopTexts(stops)
+        self._stops = stops
         self._stop_tokens = stop_tokens
+        self._constraint = constraint
         self._count = 0
 
     def advance(self, outputs: Seq[StepOutput]) -> list[Event]:
@@ -36,7 +42,7 @@ class Answer:
 
         Raises:
             DeadlineExceeded: the sequence ended so.
-            RequestInvalid: its constraint became too complex to follow.
+            RequestInvalid: its constraint became too complex to follow, or no token may come next.
             InternalFault: the step that it was part of failed.
         """
         if self.finished or not outputs:
@@ -60,7 +66,7 @@ class Answer:
             self._raise_failure(output)
             if output.token is not None:
                 tokens.append(output.token)
-                silent = output.token.id in self.seq.sampling.stop_token_ids
+                silent = not self._stops.keep and output.token.id in self.seq.sampling.stop_token_ids
                 text += self._stops.push("" if silent else self._detokenizer.push(output.token.id))
             if self._stops.found is not None:
                 return self._delta(text, tokens), FinishReason.STOP
@@ -84,7 +90,20 @@ class Answer:
             return
         if self.seq.grammar is not None and self.seq.grammar.failure:
             finding = Finding(
-                code="E_CONSTRAINT", where="response_format", found=self.seq.grammar.failure, fix="Simplify it."
+                code="E_CONSTRAINT", where=self._constraint, found=self.seq.grammar.failure, fix="Simplify it."
             )
             raise RequestInvalid("the answer cannot be constrained any further.", [finding])
+        if output.token is not None and output.token.impossible:
+            raise self._dead_end()
         raise InternalFault("the engine failed; the server's log has the details. Please report it.")
+
+    def _dead_end(self) -> RequestInvalid:
+        bounded = self.seq.sampling.allowed_token_ids is not None
+        finding = Finding(
+            code="E_BAD_FIELD",
+            where="allowed_token_ids" if bounded else "bad_words",
+            expected="a token that allowed_token_ids, bad_words and the constraint leave",
+            found=f"none behind {self.seq.num_known - 1} tokens of the answer",
+            fix="Allow more tokens, or forbid fewer words.",
+        )
+        return RequestInvalid("nothing may come next in the answer.", [finding])

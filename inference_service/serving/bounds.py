@@ -1,30 +1,65 @@
-"""What the fields of a request may hold."""
+"""What the fields of a request may hold, for both doors and the client."""
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import chain, islice
 from typing import Any, Final
 
-from inference_service.serving.lengths import check_ids
+from inference_service.serving.lengths import check_ids, countable
 from inference_service.serving.request import Message, Request
-from inference_service.serving.turns import Rule, rules_of_tools, rules_of_turns
+from inference_service.serving.turns import Rule, rules_of_the_end, rules_of_tools, rules_of_turns
 from loramux_shared.faults import Finding, RequestInvalid
 from loramux_shared.near import MAX_FINDINGS
+from loramux_shared.sampling import MAX_TEMPERATURE
 
-MAX_ANSWERS: Final = 128
-MAX_STOPS: Final = 16
-MAX_STOP_CHARS: Final = 256
-MAX_STOP_IDS: Final = 64
+
+@dataclass(frozen=True)
+class Number:
+    """What a number may be, both ends included."""
+
+    low: float
+    high: float = math.inf
+    words: str = ""
+
+    def __str__(self) -> str:
+        most = "or more" if self.high == math.inf else f"to {self.high:g}"
+        return self.words or f"{self.low:g} {most}"
+
+
 MAX_LOGPROBS: Final = 20
-MAX_BIASES: Final = 1024
+NUMBERS: Final[Mapping[str, Number]] = {
+    "n": Number(1, 128),
+    "max_tokens": Number(0),
+    "min_tokens": Number(0),
+    "temperature": Number(0.0, MAX_TEMPERATURE),
+    "top_p": Number(math.ulp(0.0), 1.0, "above 0, at most 1"),
+    "top_k": Number(-1),
+    "min_p": Number(0.0, 1.0),
+    "seed": Number(-(2**63), 2**64 - 1, "an integer of 64 bits"),
+    "repetition_penalty": Number(0.01, 10.0),
+    "presence_penalty": Number(-2.0, 2.0),
+    "frequency_penalty": Number(-2.0, 2.0),
+    "logprobs": Number(0, MAX_LOGPROBS),
+    "prompt_logprobs": Number(0, MAX_LOGPROBS),
+    "truncate_prompt_tokens": Number(-1),
+}
+"""By the field of `Request`; a seed is int64 in JSON and uint64 over gRPC."""
+TEXTS: Final[Mapping[str, tuple[int, int]]] = {
+    "stop": (16, 256),
+    "bad_words": (1024, 256),
+    "cache_salt": (1, 256),
+}
+"""How many texts, and of how many characters each, at most."""
+IDS: Final[Mapping[str, int | None]] = {"stop_token_ids": 64, "logit_bias": 1024, "allowed_token_ids": None}
+"""Of lists of tokens: how many at most; None is all that there are."""
 MAX_BIAS: Final = 100.0
-MAX_PENALTY: Final = 2.0
-REPETITION: Final = (0.01, 10.0)
-SEEDS: Final = (-(2**63), 2**64 - 1)
-"""What the doors' own numbers can say: int64 in JSON, uint64 over gRPC."""
 MAX_CONSTRAINT_BYTES: Final = 64 * 1024
+SANE_ID: Final = re.compile(r"[A-Za-z0-9_.:\-]{1,128}")
+"""Of a request: what may stand in a header and in a log."""
 MAX_FOUND: Final = 80
 """Characters of a value that a finding repeats."""
 
@@ -39,23 +74,28 @@ def check(request: Request, vocab: int, max_queue: int, max_seq_len: int) -> Non
         RequestInvalid: with one finding per field that is out of bounds.
     """
     if not isinstance(request.prompt, str) and isinstance(next(iter(request.prompt), None), int):
-        check_ids(request.prompt, max_seq_len)
+        cut = request.truncate_prompt_tokens is not None
+        check_ids(request.prompt, countable(max_seq_len) if cut else max_seq_len)
+    most = {"n": max_queue, "truncate_prompt_tokens": max_seq_len, "logprobs": vocab, "prompt_logprobs": vocab}
     rules = (
         _prompt(request, vocab),
-        _lengths(request, vocab, max_queue),
-        _numbers(request),
+        _numbers(request, most),
         _lists(request, vocab),
+        _others(request),
     )
     _judge(chain.from_iterable(rules))
 
 
-def check_turns(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> None:
+def check_turns(
+    messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], *, goes_on: bool, starts: bool
+) -> None:
     """Look at the messages and tools that are to be rendered.
 
     Raises:
         RequestInvalid: with one finding per field that breaks a rule.
     """
-    _judge(chain(rules_of_turns(messages), rules_of_tools(tools)))
+    end = rules_of_the_end(messages, goes_on=goes_on, starts=starts)
+    _judge(chain(rules_of_turns(messages), rules_of_tools(tools), end))
 
 
 def _judge(rules: Iterable[Rule]) -> None:
@@ -79,55 +119,42 @@ def _prompt(request: Request, vocab: int) -> Iterator[Rule]:
     turns = [item for item in prompt if isinstance(item, Mapping)]
     if turns:
         yield from rules_of_turns(turns)
+        end = {"goes_on": request.continue_final_message, "starts": request.add_generation_prompt}
+        yield from rules_of_the_end(turns, **end)
     yield from rules_of_tools(request.tools)
 
 
-def _lengths(request: Request, vocab: int, max_queue: int) -> Iterator[Rule]:
-    answers = min(MAX_ANSWERS, max_queue)
-    yield not 1 <= request.n <= answers, "n", f"1 to {answers}", request.n
-    alone = request.max_tokens == 0 and request.prompt_logprobs is None
-    yield alone, "max_tokens", "at least 1, where no prompt_logprobs are asked for", 0
-    negative = request.max_tokens is not None and request.max_tokens < 0
-    yield negative, "max_tokens", "at least 1", request.max_tokens
-    most = request.max_tokens if request.max_tokens is not None else math.inf
-    wrong = request.min_tokens is not None and not 0 <= request.min_tokens <= most
-    yield wrong, "min_tokens", "0 to max_tokens", request.min_tokens
-    reported = min(MAX_LOGPROBS, vocab)
-    for name, count in (("logprobs", request.logprobs), ("prompt_logprobs", request.prompt_logprobs)):
-        yield count is not None and not 0 <= count <= reported, name, f"0 to {reported}", count
-
-
-def _numbers(request: Request) -> Iterator[Rule]:
-    penalty = (-MAX_PENALTY, MAX_PENALTY, f"{-MAX_PENALTY:g} to {MAX_PENALTY:g}")
-    smallest = math.ulp(0.0)
-    for name, value, (low, high, expected) in (
-        ("temperature", request.temperature, (0.0, 100.0, "0 to 100")),
-        ("top_p", request.top_p, (smallest, 1.0, "above 0, at most 1")),
-        ("top_k", request.top_k, (0, math.inf, "at least 0")),
-        ("min_p", request.min_p, (0.0, 1.0, "0 to 1")),
-        ("repetition_penalty", request.repetition_penalty, (*REPETITION, "0.01 to 10")),
-        ("presence_penalty", request.presence_penalty, penalty),
-        ("frequency_penalty", request.frequency_penalty, penalty),
-    ):
-        yield value is not None and not low <= value <= high, name, expected, value
-    foreign = request.seed is not None and not SEEDS[0] <= request.seed <= SEEDS[1]
-    yield foreign, "seed", "an integer of 64 bits", request.seed
+def _numbers(request: Request, most: Mapping[str, int]) -> Iterator[Rule]:
+    for name, usual in NUMBERS.items():
+        bound = replace(usual, high=min(usual.high, most.get(name, usual.high)))
+        value = getattr(request, name)
+        yield value is not None and not bound.low <= value <= bound.high, name, str(bound), value
 
 
 def _lists(request: Request, vocab: int) -> Iterator[Rule]:
-    yield len(request.stop) > MAX_STOPS, "stop", f"at most {MAX_STOPS} texts", len(request.stop)
-    wrong = sorted({len(text) for text in request.stop if not 0 < len(text) <= MAX_STOP_CHARS})
-    yield bool(wrong), "stop", f"texts of 1 to {MAX_STOP_CHARS} characters", wrong
-    many = len(request.stop_token_ids) > MAX_STOP_IDS
-    yield many, "stop_token_ids", f"at most {MAX_STOP_IDS}", len(request.stop_token_ids)
-    foreign = [token for token in request.stop_token_ids[:MAX_STOP_IDS] if not 0 <= token < vocab]
-    yield bool(foreign), "stop_token_ids", f"ids from 0 to {vocab - 1}", foreign[:5]
-    bias = request.logit_bias
-    yield len(bias) > MAX_BIASES, "logit_bias", f"at most {MAX_BIASES} tokens", len(bias)
-    foreign = [token for token in bias if not 0 <= token < vocab]
-    yield bool(foreign), "logit_bias", f"ids from 0 to {vocab - 1}", foreign[:5]
-    wild = [value for value in bias.values() if not -MAX_BIAS <= value <= MAX_BIAS]
+    for name, (most, longest) in TEXTS.items():
+        said = getattr(request, name)
+        texts = (said,) if isinstance(said, str) else said or ()
+        yield len(texts) > most, name, f"at most {most} texts", len(texts)
+        wrong = sorted({len(text) for text in texts if not 0 < len(text) <= longest})
+        yield bool(wrong), name, f"texts of 1 to {longest} characters", wrong
+    for name, few in IDS.items():
+        most, ids = few or vocab, getattr(request, name) or ()
+        yield len(ids) > most, name, f"at most {most} tokens", len(ids)
+        foreign = [token for token in ids if not 0 <= token < vocab]
+        yield bool(foreign), name, f"ids from 0 to {vocab - 1}", foreign[:5]
+
+
+def _others(request: Request) -> Iterator[Rule]:
+    alone = request.max_tokens == 0 and request.prompt_logprobs is None
+    yield alone, "max_tokens", "at least 1, where no prompt_logprobs are asked for", 0
+    most = math.inf if request.max_tokens is None else request.max_tokens
+    yield (request.min_tokens or 0) > most, "min_tokens", "0 to max_tokens", request.min_tokens
+    yield request.truncate_prompt_tokens == 0, "truncate_prompt_tokens", "-1, or at least 1", 0
+    yield request.allowed_token_ids == (), "allowed_token_ids", "at least one token", "none"
+    wild = [value for value in request.logit_bias.values() if not -MAX_BIAS <= value <= MAX_BIAS]
     yield bool(wild), "logit_bias", f"{-MAX_BIAS:g} to {MAX_BIAS:g}", wild[:5]
-    size = len(request.constraint.text.encode()) if request.constraint else 0
-    expected = f"at most {MAX_CONSTRAINT_BYTES} bytes"
-    yield size > MAX_CONSTRAINT_BYTES, "response_format", expected, size
+    yield not SANE_ID.fullmatch(request.id), "request_id", "1 to 128 letters, digits, _, ., : or -", request.id
+    if request.constraint:
+        size, expected = len(request.constraint.text.encode()), f"at most {MAX_CONSTRAINT_BYTES} bytes"
+        yield size > MAX_CONSTRAINT_BYTES, request.constraint.where, expected, size

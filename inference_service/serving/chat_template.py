@@ -7,6 +7,7 @@ nothing inside a process can end a loop, a power or a doubled list that never co
 from __future__ import annotations
 
 import asyncio
+import secrets
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
@@ -43,12 +44,16 @@ class ChatTemplate:
         tools: Sequence[Mapping[str, Any]] = (),
         *,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
     ) -> str:
-        """Return the prompt.
+        """Return the prompt; it ends within the last message where an answer is to go on with that.
 
         Raises:
             RequestInvalid: the template refuses the messages, or takes more time or memory than it may.
         """
+        mark = secrets.token_hex(16) if continue_final_message else ""
+        if mark:  # the space shows whether the template cuts spaces off, the text's own too
+            messages = [*messages[:-1], {**messages[-1], "content": f"{messages[-1]['content']}{mark} "}]
         variables = self._special | {
             "messages": list(messages),
             "tools": list(tools) or None,
@@ -60,7 +65,15 @@ class ChatTemplate:
         if "error" in answer:
             finding = Finding(code="E_MESSAGES", where="messages", found=answer["error"])
             raise RequestInvalid("the chat template refuses the messages.", [finding])
-        return answer["text"]
+        return _before(mark, answer["text"]) if mark else answer["text"]
+
+
+def _before(mark: str, rendered: str) -> str:
+    before, found, behind = rendered.rpartition(mark)
+    if not found:
+        finding = Finding(code="E_MESSAGES", where="continue_final_message", found="a changed last message")
+        raise RequestInvalid("the chat template does not show the last message as it is.", [finding])
+    return before if behind.startswith(" ") else before.rstrip()
 
 
 _RENDERERS: Final = SandboxPool("templates", MAX_PROCESSES)

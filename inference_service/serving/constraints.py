@@ -1,6 +1,6 @@
 """From a constraint to grammars that mask tokens.
 
-llguidance does the work: `_grammar`, `_Tokens` and `_Matcher` are all that knows it.
+llguidance does the work: `_question`, `_Tokens` and `_Matcher` are all that knows it.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -59,12 +59,12 @@ class Constraints:
         """Return a compiled constraint.
 
         Raises:
-            RequestInvalid: it cannot be parsed, is not supported, or takes too long; names ``response_format``.
+            RequestInvalid: it cannot be parsed, is not supported, or takes too long; names its ``where``.
         """
         future = self._matchers.get(constraint)
         if future is None:
-            grammar = _grammar(constraint)
-            future = asyncio.get_running_loop().run_in_executor(self._thread, self._begin, grammar)
+            question = _question(constraint)
+            future = asyncio.get_running_loop().run_in_executor(self._thread, self._begin, question)
             self._matchers[constraint] = future
         self._matchers.move_to_end(constraint)
         while len(self._matchers) > CACHED:
@@ -72,49 +72,54 @@ class Constraints:
         try:
             start = await asyncio.wait_for(asyncio.shield(future), COMPILE_TIMEOUT_S)
         except TimeoutError:
-            raise _refused(f"not ready after {COMPILE_TIMEOUT_S:g} s", "Simplify it, or retry.") from None
+            reason = f"not ready after {COMPILE_TIMEOUT_S:g} s"
+            raise _refused(constraint, reason, "Simplify it, or retry.") from None
         if isinstance(start, str):
-            raise _refused(start)
+            raise _refused(constraint, start)
         return Compiled(start, self._eos)
 
     @cached_property
     def _tokenizer(self) -> LLTokenizer:
         return LLTokenizer(TokenizerWrapper(_Tokens(self._text, self._eos)))
 
-    def _begin(self, grammar: str) -> LLMatcher | str:
+    def _begin(self, question: Mapping[str, str]) -> LLMatcher | str:
         """Return the beginning of a grammar, or why there is none."""
-        if error := self._trial.ask({"grammar": grammar}).get("error"):
-            return error
-        start = LLMatcher(self._tokenizer, grammar, limits=LIMITS, log_level=0)
+        said = {**question, **self._trial.ask(question)}
+        if "error" in said:
+            return said["error"]
+        start = LLMatcher(self._tokenizer, said["grammar"], limits=LIMITS, log_level=0)
         start.compute_bitmask()  # makes the lexer's first states, which every answer needs
         return str(start.get_error()) or start
 
 
-def _refused(reason: str, fix: str = "Correct it.") -> RequestInvalid:
-    finding = Finding(code="E_CONSTRAINT", where="response_format", found=reason[:500], fix=fix)
+def _refused(constraint: Constraint, reason: str, fix: str = "Correct it.") -> RequestInvalid:
+    finding = Finding(code="E_CONSTRAINT", where=constraint.where, found=reason[:500], fix=fix)
     return RequestInvalid("the response format is refused.", [finding])
 
 
-def _grammar(constraint: Constraint) -> str:
+def _question(constraint: Constraint) -> Mapping[str, str]:
+    """Return what the trial is asked: a grammar, or one that it has to translate first."""
     match constraint.kind:
         case "json_object":
-            return LLMatcher.grammar_from_json_schema({"type": "object"}, defaults=JSON_OPTIONS)
+            return {"grammar": LLMatcher.grammar_from_json_schema({"type": "object"}, defaults=JSON_OPTIONS)}
         case "json_schema":
-            return _schema_grammar(constraint.text)
+            return {"grammar": _schema_grammar(constraint)}
         case "regex":
-            return LLMatcher.grammar_from_regex(constraint.text)
+            return {"grammar": LLMatcher.grammar_from_regex(constraint.text)}
         case "lark":
-            return LLMatcher.grammar_from_lark(constraint.text)
+            return {"grammar": LLMatcher.grammar_from_lark(constraint.text)}
+        case "gbnf":
+            return {"gbnf": constraint.text}
 
 
-def _schema_grammar(text: str) -> str:
+def _schema_grammar(constraint: Constraint) -> str:
     try:
-        schema = json.loads(text)
+        schema = json.loads(constraint.text)
         if isinstance(schema, dict | bool):
-            return LLMatcher.grammar_from_json_schema(text, defaults=JSON_OPTIONS)
+            return LLMatcher.grammar_from_json_schema(constraint.text, defaults=JSON_OPTIONS)
     except (ValueError, RecursionError) as error:
-        raise _refused(f"the schema is not JSON: {error}") from error
-    raise _refused(f"the schema is a {type(schema).__name__}", "Send an object.")
+        raise _refused(constraint, f"the schema is not JSON: {error}") from error
+    raise _refused(constraint, f"the schema is a {type(schema).__name__}", "Send an object.")
 
 
 class _Tokens:

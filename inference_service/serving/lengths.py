@@ -3,8 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sized
+from typing import Final
 
 from loramux_shared.faults import PromptTooLong
+
+COUNTED: Final = 128 * 1024
+"""Tokens that are made of a text that may have more than what is served: it is counted, or cut."""
+
+
+def countable(max_seq_len: int) -> int:
+    """Return how many tokens a text may have that is counted, or cut to its end."""
+    return max(COUNTED, max_seq_len)
 
 
 def check_ids(ids: Sized, max_seq_len: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from inference_service.core.constraint import Constraint
@@ -30,16 +30,23 @@ class Request:
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
+    """0 and -1 are all tokens."""
     min_p: float | None = None
     min_tokens: int | None = None
     seed: int | None = None
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
+    include_stop_str_in_output: bool = False
+    """The text ends with what ended it, a stop token too."""
     ignore_eos: bool = False
     repetition_penalty: float | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     logit_bias: Mapping[int, float] = field(default_factory=dict)
+    bad_words: tuple[str, ...] = ()
+    """None of them is ever complete in the tokens of the answer, as the tokenizer spells it."""
+    allowed_token_ids: tuple[int, ...] | None = None
+    """No others, but for the end of a text that its constraint lets end."""
     logprobs: int | None = None
     """Log probability of each token of the answers, and of so many of the most likely ones beside it."""
     prompt_logprobs: int | None = None
@@ -49,12 +56,21 @@ class Request:
     """Leave special tokens out of the text."""
     add_generation_prompt: bool = True
     """End rendered messages with the beginning of the assistant's turn."""
+    continue_final_message: bool = False
+    """End rendered messages within the last one, which the answers go on with."""
+    add_special_tokens: bool | None = None
+    """Tokenize with the special tokens that the tokenizer adds itself; None: a text, but not messages."""
+    truncate_prompt_tokens: int | None = None
+    """Leave out the beginning of a prompt with more tokens; -1: of one that leaves the answer no room."""
     tools: tuple[Mapping[str, Any], ...] = ()
     """Rendered by the chat template."""
+    cache_salt: str | None = None
+    """Only requests with the same one find each other's prompts in the prefix cache."""
     priority: int = 0
     deadline_s: float | None = None
     """On the clock of ``time.monotonic``."""
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    """For logs, traces and the client; nothing is looked up by it, and two requests may have the same."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +81,7 @@ class Started:
     model: ServedModel
     generation: int
     prompt_tokens: int
+    prompt_token_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -101,3 +118,9 @@ class Finished:
 
 
 Event = Started | PromptLogprobs | Delta | Finished
+
+
+def told(source: object, kind: type) -> dict[str, Any]:
+    """Return what a source says of a dataclass's fields, by their names; None is not said."""
+    names = (each.name for each in fields(kind))
+    return {name: value for name in names if (value := getattr(source, name, None)) is not None}

@@ -10,7 +10,9 @@ from collections.abc import Sequence as Seq
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from hashlib import blake2b
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
+
+import numpy as np
 
 from inference_service.core.constraint import Constraint, Grammar
 from inference_service.core.sampling import SamplingParams
@@ -21,7 +23,7 @@ from inference_service.serving.bounds import check
 from inference_service.serving.catalog import Catalog, ServedModel
 from inference_service.serving.constraints import Constraints
 from inference_service.serving.engine_thread import EngineThread, Outputs
-from inference_service.serving.lengths import prompt_too_long
+from inference_service.serving.lengths import countable, prompt_too_long
 from inference_service.serving.request import (
     Delta,
     Event,
@@ -31,11 +33,12 @@ from inference_service.serving.request import (
     PromptLogprobs,
     Request,
     Started,
+    told,
 )
 from inference_service.serving.telemetry.metrics import Metrics
 from inference_service.serving.telemetry.record import Watcher, following
 from inference_service.serving.telemetry.replica import EngineView
-from inference_service.serving.text import Text
+from inference_service.serving.text import StopTexts, Text
 from loramux_shared.faults import PromptTooLong, RequestInvalid
 
 __all__ = [
@@ -112,13 +115,16 @@ class GenerationService:
             check(request, self.text.vocab, self._engine.max_queue, self.limits.max_seq_len)
             tokens = await self._tokens(request, model.defaults)
             sampling = self._sampling(request, len(tokens), model.defaults)
+            if request.bad_words:
+                words = await asyncio.to_thread(self.text.bad_words, request.bad_words)
+                sampling = replace(sampling, bad_words=words)
             grammars = await self._grammars(request, model.defaults)
             answers = self._answers(request, model, tokens, sampling, grammars)
             seqs = [answer.seq for answer in answers.values()]
             follower.submitted(seqs)
             outputs = self._engine.submit(seqs)
             try:
-                yield Started(request.id, model, self.catalog.generation, len(tokens))
+                yield Started(request.id, model, self.catalog.generation, len(tokens), tuple(tokens))
                 async for event in _events(outputs, answers):
                     follower.see(event)
                     yield event
@@ -142,7 +148,7 @@ class GenerationService:
         grammars: Seq[Grammar | None],
     ) -> dict[str, Answer]:
         """Return the n answers of a request by the ids of their sequences."""
-        number = next(_numbers)
+        number, where = next(_numbers), request.constraint.where if request.constraint else ""
         stop_tokens = frozenset(request.stop_token_ids) - self._ends(request, model.defaults)
         answers: dict[str, Answer] = {}
         for index, grammar in enumerate(grammars):
@@ -154,15 +160,20 @@ class GenerationService:
                 priority=request.priority,
                 deadline_s=request.deadline_s,
                 grammar=grammar,
+                cache_salt=request.cache_salt or "",
             )
+            stops = StopTexts(request.stop, keep=request.include_stop_str_in_output)
             detokenizer = self.text.detokenizer(tokens, skip_special_tokens=request.skip_special_tokens)
-            answers[seq.id] = Answer(index, seq, detokenizer, request.stop, stop_tokens)
+            answers[seq.id] = Answer(index, seq, detokenizer, stops, stop_tokens, where)
         return answers
 
     async def _tokens(self, request: Request, defaults: AdapterDefaults) -> list[int]:
-        prompt, most = request.prompt, self.limits.max_seq_len
+        prompt, most, cut = request.prompt, self.limits.max_seq_len, request.truncate_prompt_tokens
+        if cut is not None:
+            most = countable(most)
         if isinstance(prompt, str):
-            tokens = await asyncio.to_thread(self.text.encode_prompt, prompt, most)
+            special = request.add_special_tokens is not False
+            tokens = await asyncio.to_thread(self.text.encode_prompt, prompt, most, add_special_tokens=special)
         elif prompt and isinstance(prompt[0], Mapping):
             tokens = await self.text.encode_messages(
                 [item for item in prompt if isinstance(item, Mapping)],
@@ -170,20 +181,38 @@ class GenerationService:
                 defaults.template,
                 request.tools,
                 add_generation_prompt=request.add_generation_prompt,
+                add_special_tokens=bool(request.add_special_tokens),
+                continue_final_message=request.continue_final_message,
             )
         else:
             tokens = [item for item in prompt if isinstance(item, int)]
         if not tokens:
             raise RequestInvalid("the prompt is empty; expected at least one token.")
-        return tokens
+        if cut == -1:
+            longest = self.limits.max_seq_len
+            usual = min(self.limits.default_max_tokens or 1, longest - 1)
+            cut = longest - (usual if request.max_tokens is None else request.max_tokens)
+        return tokens if cut is None or cut < 1 else tokens[-cut:]
 
     async def _grammars(self, request: Request, defaults: AdapterDefaults) -> list[Grammar | None]:
         """Return a grammar for each answer, or None for each."""
         if request.constraint is None:
             return [None] * request.n
-        ends = self._ends(request, defaults) | (self.text.vocabulary.special & set(request.stop_token_ids))
+        ends = self._ends_of_text(request, defaults)
         compiled = await self._constraints.compile(request.constraint)
         return [compiled.begin(ends) for _ in range(request.n)]
+
+    def _allowed(self, request: Request, defaults: AdapterDefaults) -> bytes | None:
+        """Return the mask of the tokens that a request allows; the end of a text is left to its constraint."""
+        if request.allowed_token_ids is None:
+            return None
+        ends = self._ends_of_text(request, defaults) if request.constraint else frozenset()
+        allowed = np.zeros(self.text.vocab, np.uint8)
+        allowed[[*request.allowed_token_ids, *ends]] = 1
+        return np.packbits(allowed, bitorder="little").tobytes()
+
+    def _ends_of_text(self, request: Request, defaults: AdapterDefaults) -> frozenset[int]:
+        return self._ends(request, defaults) | (self.text.vocabulary.special & set(request.stop_token_ids))
 
     def _ends(self, request: Request, defaults: AdapterDefaults) -> frozenset[int]:
         return frozenset() if request.ignore_eos else self.limits.eos_token_ids | defaults.stop_token_ids
@@ -191,22 +220,17 @@ class GenerationService:
     def _sampling(self, request: Request, prompt_tokens: int, defaults: AdapterDefaults) -> SamplingParams:
         room = self._room(request.max_tokens, prompt_tokens)
         most = min(self.limits.default_max_tokens or room, room)
-        return SamplingParams(
-            max_tokens=most if request.max_tokens is None else request.max_tokens,
-            temperature=_above(LEAST, _first(request.temperature, defaults.temperature, 0.0)),
-            top_p=_above(LEAST, _first(request.top_p, defaults.top_p, 1.0)),
-            top_k=min(_first(request.top_k, defaults.top_k, 0), self.text.vocab),
-            min_p=request.min_p or 0.0,
-            seed=secrets.randbits(63) if request.seed is None else request.seed,
-            stop_token_ids=self._ends(request, defaults) | frozenset(request.stop_token_ids),
-            min_tokens=request.min_tokens or 0,
-            repetition_penalty=_first(request.repetition_penalty, None, 1.0),
-            presence_penalty=request.presence_penalty or 0.0,
-            frequency_penalty=request.frequency_penalty or 0.0,
-            logit_bias=dict(request.logit_bias),
-            logprobs=request.logprobs,
-            prompt_logprobs=request.prompt_logprobs,
-        )
+        own: dict[str, Any] = {
+            "max_tokens": most if request.max_tokens is None else request.max_tokens,
+            "temperature": _above(LEAST, _first(request.temperature, defaults.temperature, 0.0)),
+            "top_p": _above(LEAST, _first(request.top_p, defaults.top_p, 1.0)),
+            "top_k": min(max(0, _first(request.top_k, defaults.top_k, 0)), self.text.vocab),
+            "seed": secrets.randbits(63) if request.seed is None else request.seed,
+            "stop_token_ids": self._ends(request, defaults) | frozenset(request.stop_token_ids),
+            "allowed_token_ids": self._allowed(request, defaults),
+            "bad_words": {},  # they become tokens on another thread
+        }
+        return SamplingParams(**told(request, SamplingParams) | own)
 
     def _room(self, wanted: int | None, prompt_tokens: int) -> int:
         """Return how many new tokens fit behind a prompt.

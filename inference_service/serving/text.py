@@ -94,6 +94,21 @@ class Text:
                 )
         return self.encode(text, add_special_tokens=add_special_tokens)
 
+    def bad_words(self, words: Sequence[str]) -> dict[int, dict[tuple[int, ...], tuple[int, ...]]]:
+        """Return the tokens that complete one of these words, by how many and which stand before them.
+
+        A word has two spellings, as in vLLM: with a space in front, as within a text, and without.
+        """
+        bare = [word.lstrip() or word for word in words]
+        spelled = list(dict.fromkeys(spelling for word in bare for spelling in (word, f" {word}")))
+        found: dict[int, dict[tuple[int, ...], tuple[int, ...]]] = {}
+        for encoding in self._tokenizer.encode_batch_fast(spelled, add_special_tokens=False):
+            if encoding.ids and max(encoding.ids) < self.vocab:
+                *before, last = encoding.ids
+                lasts = found.setdefault(len(before), {})
+                lasts[tuple(before)] = (*lasts.get(tuple(before), ()), last)
+        return found
+
     def token_id(self, token: str) -> int | None:
         """Return the id of a token by its own name, or None where there is none."""
         found: int | None = self._tokenizer.token_to_id(token)
@@ -115,6 +130,8 @@ class Text:
         tools: Sequence[Mapping[str, Any]] = (),
         *,
         add_generation_prompt: bool = True,
+        add_special_tokens: bool = False,
+        continue_final_message: bool = False,
     ) -> list[int]:
         """Render messages, with the base's template where none is given, and tokenize them.
 
@@ -126,8 +143,15 @@ class Text:
         if template is None:
             finding = Finding(code="E_NO_TEMPLATE", where="messages", fix="Send text or token_ids.")
             raise RequestInvalid("the base has no chat template.", [finding])
-        rendered = await template.render(messages, tools, add_generation_prompt=add_generation_prompt)
-        return await asyncio.to_thread(self.encode_prompt, rendered, max_seq_len, add_special_tokens=False)
+        rendered = await template.render(
+            messages,
+            tools,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+        )
+        return await asyncio.to_thread(
+            self.encode_prompt, rendered, max_seq_len, add_special_tokens=add_special_tokens
+        )
 
     def decode(self, tokens: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Return the text of tokens; other threads run meanwhile, as in `encode`."""
@@ -159,7 +183,9 @@ class Detokenizer:
 class StopTexts:
     """Finds the first stop text, and holds back what may become one."""
 
-    def __init__(self, stops: Sequence[str]) -> None:
+    def __init__(self, stops: Sequence[str], *, keep: bool = False) -> None:
+        """Look for stops; keep: the one that is found is shown too."""
+        self.keep = keep
         self._stops = tuple(stops)
         self._held = ""
         self.found: str | None = None
@@ -172,7 +198,7 @@ class StopTexts:
         hits = [(self._held.find(stop), stop) for stop in self._stops if stop in self._held]
         if hits:
             at, self.found = min(hits)
-            text, self._held = self._held[:at], ""
+            text, self._held = self._held[: at + len(self.found) * self.keep], ""
             return text
         keep = max((self._overlap(stop) for stop in self._stops), default=0)
         text, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]

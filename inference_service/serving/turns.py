@@ -35,6 +35,16 @@ def rules_of_tools(tools: Sequence[Mapping[str, Any]]) -> Iterator[Rule]:
         yield not _NAME.fullmatch(name), f"tools[{index}].function.name", EXPECTED_NAME, repr(name)
 
 
+def rules_of_the_end(messages: Sequence[Mapping[str, Any]], *, goes_on: bool, starts: bool) -> Iterator[Rule]:
+    """Yield the rules of how rendered messages end: nothing stands behind what the answer goes on with."""
+    if not goes_on:
+        return
+    yield starts, "add_generation_prompt", "false, beside continue_final_message", "true"
+    said = messages[-1]["content"] if messages else ""
+    where = f"messages[{max(0, len(messages) - 1)}].content"
+    yield not said, where, "text, which continue_final_message goes on with", "none"
+
+
 def _of_message(where: str, message: Mapping[str, Any]) -> Iterator[Rule]:
     role, calls = message["role"], message.get("tool_calls") or ()
     yield role not in ROLES, f"{where}.role", f"one of developer, {', '.join(ROLES)}", repr(role)

@@ -16,6 +16,7 @@ from loramux.cli.names import complete_model
 from loramux.client import INFERENCE, Client
 from loramux.records import GenerateOptions
 from loramux_shared.faults import Fault, RequestInvalid
+from loramux_shared.sampling import MAX_TEMPERATURE
 
 
 @shell.command
@@ -35,7 +36,10 @@ def chat(
         int | None, typer.Option("--max-tokens", metavar="N", min=1, help="Length of an answer.")
     ] = None,
     temperature: Annotated[
-        float | None, typer.Option("--temperature", metavar="T", min=0, help="0, the default, is greedy.")
+        float | None,
+        typer.Option(
+            "--temperature", metavar="T", min=0, max=MAX_TEMPERATURE, help="0, the default, is greedy."
+        ),
     ] = None,
 ) -> None:
     """Chat with a model; piped input: one answer per line.

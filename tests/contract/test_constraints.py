@@ -164,6 +164,23 @@ async def test_a_preempted_answer_goes_on_where_it_was(world: tuple[World, Memor
     assert found[0] == found[1]
 
 
+async def test_masks_outlive_a_preemption(world: tuple[World, MemoryStore]) -> None:
+    """With too little memory for all, answers have the same tokens of the allowed ones, and no bad word."""
+    found = []
+    for settings in ({}, {"kv_memory_gb": 0.00007, "prefix_cache": False}):
+        ready = world[0].load(world[1], stream_interval_ms=0, **settings)
+        ready.engine.start()
+        fields: dict[str, Any] = {"allowed_token_ids": tuple(range(40, 50)), "bad_words": ("FG", "KLM")}
+        fields["logit_bias"] = {3 + ord(char) - 32: 4.0 for char in "FGKLM"}
+        found.append(await ask(ready, "regex", "[E-N]{90,99}", n=6, seed=9, **DRAWN | fields))
+        preempted = ready.engine.stats.preemptions
+        await ready.engine.stop()
+    assert preempted
+    assert found[0] == found[1]
+    assert not any("FG" in text or "KLM" in text for text, _ in found[0])
+    assert all(any(pair in text for text, _ in found[0]) for pair in ("KL", "LM", "F", "G"))
+
+
 @pytest.mark.parametrize(
     ("kind", "text", "why"),
     [

@@ -214,3 +214,45 @@ async def test_prompts_beyond_the_message_cap_are_refused(address: str) -> None:
         with pytest.raises(faults.Fault):
             await client.complete("base", "x" * 20_000_000)
         assert (await client.complete("base", PROMPT, **SAMPLED)).usage.completion_tokens == 6
+
+
+async def test_masks_and_stops_reach_the_draw(address: str) -> None:
+    """Allowed tokens, bad words and kept stop texts do here what they do over HTTP."""
+    allowed: dict[str, Any] = {"max_tokens": 30, "temperature": 50.0, "seed": 3, "allowed_token_ids": [36, 37]}
+    async with AsyncClient(address) as client:
+        free = await client.complete("base", PROMPT, **allowed)
+        assert set(free.text) == {"A", "B"}
+        assert "AB" in free.text
+        tamed = await client.complete("base", PROMPT, **allowed, bad_words="AB")
+        assert "AB" not in tamed.text
+        assert "BA" in tamed.text
+        kept = await client.complete("base", PROMPT, **allowed, stop="BA", include_stop_str_in_output=True)
+        assert (kept.text, kept.stop_text) == (free.text[: free.text.index("BA") + 2], "BA")
+        with pytest.raises(faults.RequestInvalid) as caught:
+            await client.complete("base", PROMPT, **allowed, bad_words=["A", "B"])
+    assert [finding.where for finding in caught.value.findings] == ["allowed_token_ids"]
+
+
+async def test_prompts_are_cut_salted_and_gone_on_with(address: str) -> None:
+    """What a request says of its prompt beside the prompt itself, as over HTTP."""
+    async with AsyncClient(address) as client:
+        with pytest.raises(faults.PromptTooLong):
+            await client.complete("base", [5] * 3000, max_tokens=2)
+        cut = await client.complete("base", [5] * 3000, max_tokens=2, truncate_prompt_tokens=-1)
+        assert cut.started.prompt_tokens == 2046
+        cached = [
+            (await client.complete("base", PROMPT * 30, max_tokens=1, cache_salt=salt)).usage.cached_tokens > 0
+            for salt in (None, "a", "a", "b", None)
+        ]
+        assert cached == [False, False, True, False, True]
+        turns = [{"role": "assistant", "content": "So"}]
+        goes_on = await client.complete(
+            "base", turns, **SAMPLED, add_generation_prompt=False, continue_final_message=True
+        )
+        assert goes_on.token_ids == (await client.complete("base", "<assistant:So", **SAMPLED)).token_ids
+        for name, value in (("truncate_prompt_tokens", 0), ("cache_salt", "x" * 257)):
+            with pytest.raises(faults.RequestInvalid) as caught:
+                await client.complete("base", PROMPT, **{name: value})  # type: ignore[arg-type]
+            assert [finding.where for finding in caught.value.findings] == [name]
+        with pytest.raises(faults.PromptTooLong):
+            await client.complete("base", [5] * 140_000, truncate_prompt_tokens=4)

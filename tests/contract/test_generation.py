@@ -171,7 +171,7 @@ async def test_special_tokens_are_kept_when_asked_for(service: Service) -> None:
         ({"max_tokens": 3, "min_tokens": 4}, ["min_tokens"]),
         ({"min_p": 1.1, "presence_penalty": -2.1}, ["min_p", "presence_penalty"]),
         ({"frequency_penalty": 2.1, "temperature": -0.1}, ["frequency_penalty", "temperature"]),
-        ({"repetition_penalty": 0.0, "top_k": -1}, ["repetition_penalty", "top_k"]),
+        ({"repetition_penalty": 0.0, "top_k": -2}, ["repetition_penalty", "top_k"]),
         ({"repetition_penalty": float("nan"), "min_p": float("nan")}, ["min_p", "repetition_penalty"]),
         ({"logit_bias": {199: 1.0}}, ["logit_bias"]),
         ({"logit_bias": {1: 101.0}}, ["logit_bias"]),
@@ -181,6 +181,17 @@ async def test_special_tokens_are_kept_when_asked_for(service: Service) -> None:
         ({"stop_token_ids": (199,)}, ["stop_token_ids"]),
         ({"constraint": Constraint("regex", "x" * 65537)}, ["response_format"]),
         ({"tools": ({},) * 129}, ["tools"]),
+        ({"cache_salt": "x" * 257}, ["cache_salt"]),
+        ({"cache_salt": ""}, ["cache_salt"]),
+        ({"id": "a b"}, ["request_id"]),
+        ({"bad_words": ("",)}, ["bad_words"]),
+        ({"bad_words": ("x" * 257,)}, ["bad_words"]),
+        ({"bad_words": ("x",) * 1_000_000}, ["bad_words"]),
+        ({"allowed_token_ids": ()}, ["allowed_token_ids"]),
+        ({"allowed_token_ids": (199,)}, ["allowed_token_ids"]),
+        ({"allowed_token_ids": (-1,)}, ["allowed_token_ids"]),
+        ({"allowed_token_ids": (5,) * 1_000_000}, ["allowed_token_ids"]),
+        ({"id": "x" * 129}, ["request_id"]),
     ],
 )
 async def test_fields_out_of_bounds_are_named(
@@ -231,6 +242,12 @@ async def test_a_step_ahead_changes_nothing(world: tuple[World, MemoryStore]) ->
         {"prompt_logprobs": 2, "n": 2, "logprobs": 1},
         {"max_tokens": 0, "prompt_logprobs": 0},
         {"min_p": 0.05, "top_k": 20},
+        {"bad_words": ("AB", "q", "  "), "n": 2, "logit_bias": {3 + ord(char) - 32: 6.0 for char in "ABq "}},
+        {
+            "allowed_token_ids": (3, 40, 41),
+            "bad_words": ("EF",),
+            "constraint": Constraint("regex", "[EF]{3,30}"),
+        },
     ]
     found = []
     for depth in (0, 1):

@@ -65,6 +65,9 @@ SAMPLED: dict[str, Any] = {
     "frequency_penalty": 0.5,
     "repetition_penalty": 1.1,
     "logit_bias": {"5": 1.5},
+    "bad_words": ["END", " ab"],
+    "allowed_token_ids": [*range(3, 99)],
+    "include_stop_str_in_output": True,
 }
 BODIES: Mapping[str, tuple[type[Body], dict[str, Any]]] = {
     "/v1/chat/completions": (
@@ -75,7 +78,10 @@ BODIES: Mapping[str, tuple[type[Body], dict[str, Any]]] = {
     ),
     "/v1/completions": (
         CompletionBody,
-        {"model": "all", "prompt": ["Hello", [5, 6]], "echo": True, "logprobs": 2} | SAMPLED,
+        {"model": "all", "prompt": ["Hello", [5, 6]], "echo": True, "logprobs": 2}
+        | {"structured_outputs": {"regex": "[a-z]+"}, "cache_salt": "s", "request_id": "r"}
+        | {"truncate_prompt_tokens": 50, "add_special_tokens": False}
+        | SAMPLED,
     ),
     "/tokenize": (TokenizeBody, {"model": "rs", "messages": TURNS, "tools": [TOOL]}),
     "/detokenize": (DetokenizeBody, {"model": "rs", "tokens": [5, 6, 7]}),
@@ -100,7 +106,14 @@ def messages(folder: Path) -> dict[str, list[Message]]:
     schema = inference_pb2.Constraint(
         json_schema='{"type": "object", "properties": {"a": {"type": "integer"}}}'
     )
-    ask = partial(inference_pb2.GenerateRequest, sampling=sampling, priority=1)
+    ask = partial(
+        inference_pb2.GenerateRequest,
+        sampling=sampling,
+        priority=1,
+        cache_salt="s",
+        truncate_prompt_tokens=50,
+        add_special_tokens=True,
+    )
     base, adapter = (
         builder_pb2.Repository(source="SOURCE_KIND_LOCAL", repo=str(folder / name)) for name in ("base", "one")
     )

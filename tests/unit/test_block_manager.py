@@ -14,9 +14,9 @@ from inference_service.engine.block_manager import BlockManager
 _ids = itertools.count()
 
 
-def _seq(tokens: list[int], uid: int = 0) -> Sequence:
+def _seq(tokens: list[int], uid: int = 0, salt: str = "") -> Sequence:
     adapter = Adapter(f"a{uid}", uid, uid - 1) if uid else None
-    return Sequence(str(next(_ids)), list(tokens), SamplingParams(), adapter)
+    return Sequence(str(next(_ids)), list(tokens), SamplingParams(), adapter, cache_salt=salt)
 
 
 def _compute(blocks: BlockManager, seq: Sequence) -> None:
@@ -83,29 +83,36 @@ def test_growing_beyond_what_is_free_changes_nothing() -> None:
 @settings(max_examples=150, deadline=None)
 @given(
     st.lists(
-        st.tuples(st.integers(0, 3), st.lists(st.integers(0, 2), min_size=1, max_size=14), st.integers(0, 2)),
+        st.tuples(
+            st.integers(0, 3),
+            st.lists(st.integers(0, 2), min_size=1, max_size=14),
+            st.integers(0, 1),
+            st.sampled_from(["", "a", "b"]),
+        ),
         max_size=40,
     )
 )
-def test_blocks_balance_and_contents_are_never_mixed(actions: list[tuple[int, list[int], int]]) -> None:
+def test_blocks_balance_and_contents_are_never_mixed(
+    actions: list[tuple[int, list[int], int, str]],
+) -> None:
     """After any mix of admissions, growths and releases, every block is free or held, and a shared block holds
-    the very tokens, under the very adapter, of all that share it."""
+    the very tokens, under the very adapter and salt, of all that share it."""
     blocks = BlockManager(10, 4)
     held: list[Sequence] = []
-    content: dict[int, tuple[int, tuple[int, ...]]] = {}
-    for action, tokens, uid in actions:
+    content: dict[int, tuple[int, str, tuple[int, ...]]] = {}
+    for action, tokens, uid, salt in actions:
         if action == 0 and held:
             blocks.release(held.pop(0))
             continue
-        seq = _seq(tokens, uid)
+        seq = _seq(tokens, uid, salt)
         blocks.admit(seq)
         for index in range(seq.num_computed // 4):
-            assert content[seq.blocks[index]] == (uid, tuple(tokens[: index * 4 + 4]))
+            assert content[seq.blocks[index]] == (uid, salt, tuple(tokens[: index * 4 + 4]))
         if not blocks.grow(seq, len(tokens)):
             blocks.release(seq)
             continue
         for index in range(seq.num_computed // 4, len(tokens) // 4):
-            content[seq.blocks[index]] = (uid, tuple(tokens[: index * 4 + 4]))
+            content[seq.blocks[index]] = (uid, salt, tuple(tokens[: index * 4 + 4]))
         seq.num_computed = len(tokens)
         blocks.register(seq)
         held.append(seq)

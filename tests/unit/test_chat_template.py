@@ -173,3 +173,26 @@ async def test_what_cannot_be_written_or_is_no_text_refuses_the_messages() -> No
             await template.render([{"content": content}])
         assert caught.value.findings[0].where == "messages"
         str(caught.value).encode()
+
+
+@pytest.mark.parametrize(
+    ("template", "prompt"),
+    [
+        ("{% for m in messages %}<{{ m.content }}>{% endfor %}", "<Hi.><So,  "),
+        ("{% for m in messages %}<{{ m.content | trim }}>{% endfor %}", "<Hi.><So,"),
+        ("{% for m in messages %}<{{ m.content }}>{% endfor %}{{ messages[-1].role }}So,  ", "<Hi.><So,  "),
+    ],
+)
+async def test_a_prompt_can_end_within_the_last_message(template: str, prompt: str) -> None:
+    """It ends where the content does, whatever else looks like it; with the spaces that the template keeps."""
+    turns = [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "So,  "}]
+    render = ChatTemplate(template, {}).render
+    assert await render(turns, add_generation_prompt=False, continue_final_message=True) == prompt
+    assert turns[1]["content"] == "So,  "
+
+
+async def test_a_template_that_hides_the_last_message_cannot_go_on_with_it() -> None:
+    """It is refused, and not continued somewhere else."""
+    template = ChatTemplate("{% for m in messages[:-1] %}<{{ m.content }}>{% endfor %}", {})
+    with pytest.raises(RequestInvalid, match="does not show the last message"):
+        await template.render([{"role": "user", "content": "Hi."}], continue_final_message=True)

@@ -96,6 +96,51 @@ def test_a_grammar_comes_before_min_tokens() -> None:
     assert sample(logits(4), [made])[0].id == 11
 
 
+def mask(*tokens: int) -> bytes:
+    """These tokens, as a grammar says them."""
+    return Allow(*tokens).mask()
+
+
+def test_only_what_is_allowed_may_come() -> None:
+    """Every draw is among the allowed tokens, of which a bad word takes one, and the grammar others."""
+    made = seq([1], allowed_token_ids=mask(3, 4, 5, 9), bad_words={0: {(): (4,)}}, temperature=50.0)
+    assert torch.isfinite(shape(logits(3)[0], made)).nonzero().flatten().tolist() == [3, 5, 9]
+    made.grammar = Allow(5, 9, 12)
+    assert torch.isfinite(shape(logits(3)[0], made)).nonzero().flatten().tolist() == [5, 9]
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=3), min_size=1, max_size=5),
+    st.lists(st.integers(0, 3), max_size=6),
+)
+def test_bad_words_are_vllms(words: list[list[int]], answer: list[int]) -> None:
+    """The last token of a word is out exactly where the answer, without the prompt, ends with its others."""
+    table: dict[int, dict[tuple[int, ...], tuple[int, ...]]] = {}
+    for *before, last in words:
+        lasts = table.setdefault(len(before), {})
+        lasts[tuple(before)] = (*lasts.get(tuple(before), ()), last)
+    found = shape(logits(3)[0], seq([0, 1, 2, 3], answer, bad_words=table))
+    expected = {word[-1] for word in words if (answer + word[-1:])[-len(word) :] == word}
+    assert set(found.isneginf().nonzero().flatten().tolist()) == expected
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_draw_from_nothing_says_so(temperature: float) -> None:
+    """Masks that leave nothing together make no NaN; the token is marked as none, and its neighbour is not."""
+    made = seq([1], allowed_token_ids=mask(3), bad_words={0: {(): (3,)}}, temperature=temperature)
+    other = seq([1], allowed_token_ids=mask(3), temperature=temperature)
+    drawn = sample(logits(3, rows=2), [made, other])
+    assert [token.impossible for token in drawn] == [True, False]
+    assert drawn[1].id == 3
+
+
+def test_the_last_token_is_needed_for_words_of_several_tokens_alone() -> None:
+    """Where the mask is the same at every step, a step may be submitted before the last token is known."""
+    assert not seq([1], bad_words={0: {(): (3,)}}, allowed_token_ids=mask(1)).needs_last_token
+    assert seq([1], bad_words={0: {(): (3,)}, 1: {(4,): (5,)}}).needs_last_token
+
+
 @given(st.floats(0.01, 1), st.integers(0, 99))
 @settings(deadline=None, max_examples=20)
 def test_min_p_leaves_what_transformers_leaves(min_p: float, seed: int) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
 import structlog
 from structlog.contextvars import bound_contextvars
+from structlog.testing import capture_logs
 
 from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import Adapter, FinishReason, Sequence, Token
@@ -17,6 +19,7 @@ from inference_service.engine.engine import SequenceCounts
 from inference_service.serving.catalog import ServedModel
 from inference_service.serving.request import Delta, Finished, Request
 from inference_service.serving.telemetry.record import Follower, Record, following
+from inference_service.serving.telemetry.request_log import RequestLog
 from loramux_shared.faults import QueueFull
 from loramux_shared.telemetry import log_to_stderr
 from tests.golden.metrics.script import replica
@@ -157,3 +160,15 @@ def test_the_log_is_json_or_text(capsys: pytest.CaptureFixture[str]) -> None:
     text = logged(capsys, "text")
     assert "number=3 request_id=r1" in text
     assert "\x1b" not in text
+
+
+def test_texts_of_requests_with_one_id_are_apart() -> None:
+    """Two requests at the same time may bring the same id; each line has its own texts."""
+    watcher = RequestLog(texts=True)
+    with capture_logs() as lines, ExitStack() as both:
+        for prompt in ("x", "y"):
+            follower = both.enter_context(following(Request("m", prompt, id="same"), [watcher]))
+            submit(follower)
+            follower.see(Delta(prompt.upper(), (Token(5),)))
+            follower.see(DONE)
+    assert [(line["prompt"], line["answers"]) for line in lines] == [("y", ["Y"]), ("x", ["X"])]

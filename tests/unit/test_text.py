@@ -15,10 +15,14 @@ from loramux_shared.faults import CheckpointInvalid, RequestInvalid
 @given(
     st.lists(st.text("ab", max_size=4), max_size=12),
     st.lists(st.text("ab", min_size=1, max_size=4), max_size=3),
+    st.booleans(),
 )
-def test_stop_texts_cut_at_the_first_one_however_the_text_is_split(pieces: list[str], stops: list[str]) -> None:
-    """Whatever the pieces, what was shown is the text before the earliest stop text that was complete first."""
-    finder = StopTexts(stops)
+def test_stop_texts_cut_at_the_first_one_however_the_text_is_split(
+    pieces: list[str], stops: list[str], keep: bool
+) -> None:
+    """Whatever the pieces, what was shown is the text before the earliest stop text that was complete first, or
+    with it where it is kept."""
+    finder = StopTexts(stops, keep=keep)
     shown = ""
     whole = ""
     for piece in pieces:
@@ -27,10 +31,21 @@ def test_stop_texts_cut_at_the_first_one_however_the_text_is_split(pieces: list[
         hits = [whole.find(stop) for stop in stops if stop in whole]
         assert (finder.found is not None) == bool(hits)
         if hits:
-            assert shown == whole[: min(hits)]
+            assert shown == whole[: min(hits)] + (finder.found or "") * keep
             return
         assert whole.startswith(shown)
     assert shown + finder.flush() == whole
+
+
+def test_bad_words_have_two_spellings() -> None:
+    """With a space in front and without, by the tokens before the last; a word of spaces is itself."""
+    text = _byte_text()
+    a, b, c, space = (text.encode(char)[0] for char in "abc ")
+    assert text.bad_words(["ab", " ab", "c", " "]) == {
+        0: {(): (c, space)},
+        1: {(a,): (b,), (space,): (c, space)},
+        2: {(space, a): (b,)},
+    }
 
 
 def test_nothing_is_shown_behind_a_stop_text() -> None:

@@ -2,6 +2,8 @@
 
 The library bounds the work of a token, but not that of the beginning: there are grammars of few bytes that take
 minutes, or that overflow the stack. Question: ``{"grammar": ...}``; answer: ``{}`` or ``{"error": why}``.
+A grammar in GBNF or Lark is asked as ``{"gbnf": ...}`` and answered as ``{"grammar": ...}``: its translator
+has no bounds at all.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
+from llguidance.gbnf_to_lark import any_to_lark
 
 from inference_service.serving.sandbox.loop import serve
 
@@ -42,14 +45,29 @@ def answer(tokenizer: LLTokenizer, grammar: str) -> dict[str, str]:
     return {"error": error} if error else {}
 
 
+def translated(question: dict[str, Any]) -> dict[str, str]:
+    """Return a question with a grammar of the library's own, or an error."""
+    if "gbnf" not in question:
+        return question
+    try:
+        return {"grammar": LLMatcher.grammar_from_lark(any_to_lark(question["gbnf"]))}
+    except Exception as error:  # noqa: BLE001 - the translator raises it itself, and whatever its mistakes raise
+        return {"error": str(error) or type(error).__name__}
+
+
 def main() -> None:
     """Answer until nobody asks."""
     tokenizer = LLTokenizer(TokenizerWrapper(Bytes()))
 
     def on_a_small_stack(question: dict[str, Any]) -> dict[str, str]:
         said: dict[str, str] = {}
+
+        def look() -> None:
+            said.update(translated(question))
+            said.update(answer(tokenizer, said["grammar"]) if "grammar" in said else {})
+
         threading.stack_size(STACK_BYTES)
-        thread = threading.Thread(target=lambda: said.update(answer(tokenizer, question["grammar"])))
+        thread = threading.Thread(target=look)
         thread.start()
         thread.join()
         return said

@@ -22,7 +22,8 @@ class RequestLog:
 
     def __init__(self, *, texts: bool = False) -> None:
         self._texts = texts
-        self._said: defaultdict[str, defaultdict[int, str]] = defaultdict(lambda: defaultdict(str))
+        self._said: defaultdict[int, defaultdict[int, str]] = defaultdict(lambda: defaultdict(str))
+        """By the record's identity: requests may have the same id."""
 
     def began(self, record: Record) -> None:
         """Say nothing yet."""
@@ -30,11 +31,11 @@ class RequestLog:
     def said(self, record: Record, delta: Delta) -> None:
         """Keep the text, where texts are wanted."""
         if self._texts:
-            self._said[record.request.id][delta.index] += delta.text
+            self._said[id(record)][delta.index] += delta.text
 
     def ended(self, record: Record) -> None:
         """Write the line, in the context of the call: with the id that the door gave it."""
-        said: Mapping[int, str] = self._said.pop(record.request.id, {})
+        said: Mapping[int, str] = self._said.pop(id(record), {})
         texts = {"prompt": record.request.prompt, "answers": [said[index] for index in sorted(said)]}
         record.context.run(_write, record, texts if self._texts else {})
 

@@ -1,0 +1,145 @@
+"""What a request may say has one name: doors, client, bounds, engine and documents agree on it."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from inference_service.core.sampling import SamplingParams
+from inference_service.openai_api.chat_schema import (
+    ChatBody,
+    ChatMessage,
+    Function,
+    JsonSchema,
+    ResponseFormat,
+    TokenizeBody,
+    Tool,
+    ToolCall,
+)
+from inference_service.openai_api.schema import (
+    Body,
+    CompletionBody,
+    DetokenizeBody,
+    StreamOptions,
+    StructuredOutputs,
+)
+from inference_service.rpc.mapping import TRANSLATED
+from inference_service.serving.bounds import IDS, NUMBERS, TEXTS
+from inference_service.serving.request import Request
+from loramux.inference.v1 import inference_pb2 as pb
+from loramux.records import GenerateOptions
+from loramux_shared.sampling import MAX_TEMPERATURE
+
+ROOT = Path(__file__).parents[2]
+ASKED = {field.name for field in fields(Request)}
+BOUNDED = NUMBERS.keys() | TEXTS.keys() | IDS.keys()
+UNBOUNDED = {
+    # yes or no
+    "ignore_eos", "include_stop_str_in_output", "skip_special_tokens",
+    "add_generation_prompt", "continue_final_message", "add_special_tokens",
+    # with rules of their own in `bounds` and `turns`
+    "prompt", "tools", "constraint",
+    # looked up, compared, or the server's own
+    "model", "priority", "deadline_s", "id",
+}  # fmt: skip
+HTTP_ONLY = {
+    # become the prompt or the constraint
+    "messages", "tool_choice", "parallel_tool_calls", "response_format", "structured_outputs",
+    # the same under another name, or about how an answer is told
+    "max_completion_tokens", "top_logprobs", "best_of", "echo", "stream", "stream_options", "modalities",
+    "return_token_ids",
+    "request_id",
+    # change nothing
+    "user", "metadata", "store", "service_tier", "safety_identifier",
+    "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention",
+}  # fmt: skip
+
+
+def test_every_field_of_a_request_has_a_bound_or_is_known_to_need_none() -> None:
+    """A new field is in the table, or somebody thought about it."""
+    assert BOUNDED | UNBOUNDED == ASKED
+    assert not BOUNDED & UNBOUNDED
+    assert {field.name for field in fields(SamplingParams)} <= ASKED
+
+
+def test_the_table_is_finite_where_a_number_is_no_length() -> None:
+    """Lengths are bounded by the sequence; no other number is without an end."""
+    assert {name for name, bound in NUMBERS.items() if bound.high == math.inf} == {
+        "max_tokens", "min_tokens", "top_k", "truncate_prompt_tokens",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("body", [ChatBody, CompletionBody])
+def test_http_fields_pass_by_name(body: type[Body]) -> None:
+    """A field of a body is a request's, one of the door's own, or refused whatever it holds."""
+    refused = {name for name, field in body.model_fields.items() if field.annotation is type(None)}
+    assert body.model_fields.keys() - refused - HTTP_ONLY <= ASKED
+
+
+USER = {"role": "user", "content": "x"}
+SMALLEST: Mapping[type[Body], dict[str, Any]] = {
+    ChatBody: {"model": "m", "messages": [USER]},
+    CompletionBody: {"model": "m", "prompt": "x"},
+    TokenizeBody: {"prompt": "x"},
+    DetokenizeBody: {"tokens": [5]},
+    StreamOptions: {},
+    StructuredOutputs: {"json_object": True},
+    ChatMessage: USER,
+    ToolCall: {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}},
+    Tool: {"type": "function", "function": {"name": "f"}},
+    Function: {"name": "f"},
+    ResponseFormat: {"type": "text"},
+    JsonSchema: {"name": "n", "schema": {}},
+}
+
+
+@pytest.mark.parametrize("kind", SMALLEST)
+def test_null_is_not_set(kind: type[Body]) -> None:
+    """Every field that need not be there may be null, and that is what it is when it is not there."""
+    needed = SMALLEST[kind]
+    nulls = {field.alias or name: None for name, field in kind.model_fields.items() if not field.is_required()}
+    said, unsaid = (kind.model_validate_json(json.dumps(body)) for body in (nulls | needed, needed))
+    assert said == unsaid
+
+
+def test_grpc_fields_pass_by_name() -> None:
+    """A field of the messages that make a request is the request's, or is translated; the client's, too."""
+    messages = (pb.GenerateRequest, pb.Messages, pb.SamplingParams)
+    names = [field.name for message in messages for field in message.DESCRIPTOR.fields]
+    assert len(set(names) - TRANSLATED) == len([name for name in names if name not in TRANSLATED])
+    assert set(names) - TRANSLATED <= ASKED
+    options = set(names) - TRANSLATED - {"model"} | set(pb.Constraint.DESCRIPTOR.fields_by_name) | {"tools"}
+    assert set(GenerateOptions.__annotations__) == options
+
+
+def test_documents_tell_the_bounds() -> None:
+    """docs/api.md, which is made of the proto file, has the ends of every number that has them."""
+    sections = _section("inference.GenerateRequest") + _section("inference.SamplingParams")
+    rows = dict(re.findall(r"^\| `(\w+)` \|(.*)$", sections, re.MULTILINE))
+    for name, bound in NUMBERS.items():
+        for end in (bound.low, bound.high) if name in rows and name != "seed" else ():
+            told = f"{end:g}" in rows[name] or not math.isfinite(end) or end in (0, -1, math.ulp(0.0))
+            assert told, (name, end, rows[name])
+    for name, (most, longest) in TEXTS.items():
+        assert f"{most}" in rows[name] or most == 1
+        assert f"{longest}" in rows[name]
+
+
+def _section(name: str) -> str:
+    [_, section] = (ROOT / "docs/api.md").read_text().split(f"### {name}\n")
+    return section.partition("\n### ")[0]
+
+
+def test_the_page_has_the_bound_of_the_temperature() -> None:
+    """The field in the browser takes what the server takes."""
+    page = (ROOT / "inference_service/openai_api/page/index.html").read_text()
+    [field] = re.findall(r'<input id="temperature"[^>]*>', page)
+    assert 'min="0"' in field
+    assert f'max="{MAX_TEMPERATURE:g}"' in field
