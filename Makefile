@@ -6,15 +6,20 @@ BIN := $(VENV)/bin
 QUIET := $(shell test -t 2 || echo --quiet)
 SILENT := $(if $(QUIET),; without a terminal pip is silent until it is done)
 
-.PHONY: azurite demo test check stubs docs golden clean
+.PHONY: azurite demo test check static stubs docs golden clean
 
 demo: $(VENV)/.demo
 	$(BIN)/loramux demo $(ARGS)
 
-test: check azurite
+# Everything: some minutes.
+test: static azurite
 	$(BIN)/pytest -n 2 --dist worksteal $(ARGS)
 
-check: $(VENV)/.test
+# What a minute can tell.
+check: static
+	$(BIN)/pytest -n 2 --dist worksteal tests/unit
+
+static: $(VENV)/.test
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy

@@ -34,7 +34,7 @@ from loramux_shared.deployment import Deployment
 from loramux_shared.deployment_file import parse_deployment
 from loramux_shared.sources.open import open_sources
 from loramux_shared.storage.open import open_store
-from tests.s3_gateway import s3_gateway
+from tests.support.s3_gateway import s3_gateway
 
 # The sizes of a base of 1.5 billion parameters: rank 8 of all modules is 18.5 MB, the bundle 32.9 MB.
 BASE: dict[str, Any] = {

@@ -8,7 +8,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     # Workers share the cores; two that both compute on all of them wait for each other at every barrier.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +18,8 @@ if not torch.cuda.is_available():
     # Without a GPU, kernels run in Triton's interpreter, which must be chosen before anything imports Triton.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from tests.s3_gateway import S3Server, s3_gateway
+from tests.support.fake_services import Fakes, deployment_text
+from tests.support.s3_gateway import S3Server, s3_gateway
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -38,3 +40,23 @@ def s3_server() -> Iterator[S3Server]:
     """A real S3 server, started at its first use."""
     with s3_gateway() as server:
         yield server
+
+
+@pytest.fixture(scope="module")
+def fakes() -> Iterator[Fakes]:
+    """Both services, scripted, in a thread of this process."""
+    running = Fakes()
+    yield running
+    running.close()
+
+
+@pytest.fixture
+def deployment(tmp_path: Path) -> Callable[..., str]:
+    """Writes a deployment file of a name and adapters, and returns its path."""
+
+    def write(name: str, *adapters: str) -> str:
+        path = tmp_path / "deployment.yaml"
+        path.write_text(deployment_text(name, *adapters))
+        return str(path)
+
+    return write

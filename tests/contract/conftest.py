@@ -9,8 +9,8 @@ import pytest
 from loramux_shared.storage.base import Store
 from loramux_shared.storage.memory import MemoryStore
 from loramux_shared.storage.open import open_store
-from tests.s3_gateway import S3Server
-from tests.tiny import World, make_world
+from tests.support.s3_gateway import S3Server
+from tests.support.tiny import World, make_world
 
 
 @pytest.fixture(scope="session")

@@ -26,11 +26,11 @@ from loramux_shared.sources.files import content_digest
 from loramux_shared.sources.open import Sources, open_azure, open_gcs, open_s3
 from loramux_shared.sources.retry import Patience
 from loramux_shared.sources.secrets import Secrets
-from tests.adapters import write_base
-from tests.azurite import ACCOUNT, azurite
-from tests.descriptors import cancelled_after, failing, nothing_stays_open
-from tests.gcs_emulator import serve_gcs
-from tests.s3_gateway import S3Server
+from tests.support.adapters import write_base
+from tests.support.azurite import ACCOUNT, azurite
+from tests.support.descriptors import cancelled_after, failing, nothing_stays_open
+from tests.support.gcs_emulator import serve_gcs
+from tests.support.s3_gateway import S3Server
 
 FILES = {
     "adapter_config.json": b"{}",

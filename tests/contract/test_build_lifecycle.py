@@ -30,7 +30,7 @@ from loramux_shared.faults import DeploymentNotFound, QueueFull, RequestIdReused
 from loramux_shared.rpc.server import RpcServer
 from loramux_shared.sources.open import open_sources
 from loramux_shared.storage.memory import MemoryStore
-from tests.adapters import tensors, write_adapter, write_base
+from tests.support.adapters import tensors, write_adapter, write_base
 
 OWNER, OTHER = "0" * 16, "1" * 16
 

@@ -14,7 +14,7 @@ from builder_service.builds.meter import BuildMeter
 from builder_service.builds.metrics_door import MAX_CLIENTS, MetricsDoor
 from loramux_shared.faults import SettingsInvalid
 from tests.contract.test_build_lifecycle import OWNER, World
-from tests.metrics import Scrape
+from tests.support.metrics import Scrape
 
 
 async def scrape(address: str) -> Scrape:

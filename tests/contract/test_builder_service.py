@@ -29,7 +29,7 @@ from loramux_shared.rpc.server import RpcServer
 from loramux_shared.rpc.status import fault_of
 from loramux_shared.sources.open import open_sources
 from loramux_shared.storage.memory import MemoryStore
-from tests.adapters import tensors, write_adapter, write_base
+from tests.support.adapters import tensors, write_adapter, write_base
 
 State, Stage = pb.Deployment, pb.AdapterBuild
 

@@ -20,8 +20,8 @@ from loramux_shared.sources.hub import HubSource
 from loramux_shared.sources.open import Sources
 from loramux_shared.sources.retry import Patience
 from loramux_shared.sources.secrets import Secrets
-from tests.adapters import write_base
-from tests.hub import Hub, HubRepo, serve_hub
+from tests.support.adapters import write_base
+from tests.support.hub import Hub, HubRepo, serve_hub
 from tests.unit.test_bucket_source import FakeBucket
 
 QUICK = Patience(attempts=2, wait_s=0.01)

@@ -29,8 +29,8 @@ from loramux_shared.deployment import Dtype, LoraConfiguration
 from loramux_shared.rpc.server import RpcServer
 from loramux_shared.sources.open import open_sources
 from loramux_shared.storage.memory import MemoryStore
-from tests.adapters import tensors, write_adapter, write_base
 from tests.contract.test_builder_service import Running as Building
+from tests.support.adapters import tensors, write_adapter, write_base
 
 
 class Running:

@@ -16,7 +16,7 @@ from loramux.inference.v1 import inference_pb2_grpc
 from loramux_shared.faults import RequestInvalid
 from loramux_shared.rpc.options import LEAST_PING_S, MAX_REQUEST_BYTES, PING_S
 from loramux_shared.rpc.server import RpcServer
-from tests.unit.fake_services import WORDS, FakeInference, inference_server
+from tests.support.fake_services import WORDS, FakeInference, inference_server
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from inference_service.serving.service import Delta, Finished, Request
 from inference_service.startup.load import Ready
 from loramux_shared.faults import RequestInvalid
 from loramux_shared.storage.memory import MemoryStore
-from tests.tiny import World
+from tests.support.tiny import World
 
 PROMPT = [5, 6, 7, 8]
 # A random model hardly ever closes a brace by itself.

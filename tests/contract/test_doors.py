@@ -40,8 +40,8 @@ from loramux_shared.rpc.status import fault_of
 from loramux_shared.settings import PREFIX
 from loramux_shared.sources.open import open_sources
 from loramux_shared.storage.memory import MemoryStore
-from tests.access import keyring, lines, new_entry
-from tests.silent import MODELS, silent_server, silent_service
+from tests.support.access import keyring, lines, new_entry
+from tests.support.silent import MODELS, silent_server, silent_service
 
 HEALTH = "grpc.health.v1.Health"
 REFLECTION = "grpc.reflection.v1alpha.ServerReflection"

@@ -18,8 +18,8 @@ from loramux import AsyncClient
 from loramux.inference.v1 import inference_pb2 as pb
 from loramux_shared.faults import ShuttingDown
 from loramux_shared.rpc.status import fault_of
-from tests.endless import MODEL, Doors
-from tests.raw_http import JSON
+from tests.support.endless import MODEL, Doors
+from tests.support.raw_http import JSON
 
 WAIT = {"model": MODEL, "prompt": "WAIT"}
 

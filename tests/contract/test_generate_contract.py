@@ -18,7 +18,7 @@ from loramux import AsyncClient, Client, FinishReason, PromptLogprobs, Started, 
 from loramux.records import Delta, Finished
 from loramux_shared.rpc.server import RpcServer
 from loramux_shared.storage.memory import MemoryStore
-from tests.tiny import make_world
+from tests.support.tiny import make_world
 
 TEMPLATE = """{% for m in messages %}<{{ m.role }}{% if m.name %}/{{ m.name }}{% endif %}:
 {{- m.content if m.content is not none else 'nothing' }}

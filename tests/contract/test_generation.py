@@ -23,8 +23,8 @@ from inference_service.serving.service import (
 )
 from loramux_shared.faults import DeadlineExceeded, Fault, QueueFull, RequestInvalid, ShuttingDown
 from loramux_shared.storage.memory import MemoryStore
-from tests.service import LONG, PROMPT, SAMPLED, Service, open_service
-from tests.tiny import VOCAB, World
+from tests.support.service import LONG, PROMPT, SAMPLED, Service, open_service
+from tests.support.tiny import VOCAB, World
 
 
 @pytest_asyncio.fixture

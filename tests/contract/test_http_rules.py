@@ -11,8 +11,8 @@ import pytest_asyncio
 from inference_service.openai_api.protocol import MAX_FIELDS, MAX_PIPELINED
 from inference_service.openai_api.server import HttpServer
 from inference_service.serving.service import GenerationService
-from tests.raw_http import JSON, RawClient
-from tests.silent import silent_service
+from tests.support.raw_http import JSON, RawClient
+from tests.support.silent import silent_service
 
 BODY = b'{"model": "base", "prompt": "HI"}'
 CHUNKS = b"%x\r\n%s\r\n0\r\n\r\n" % (len(BODY), BODY)

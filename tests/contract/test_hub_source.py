@@ -29,9 +29,9 @@ from loramux_shared.sources.open import Sources, open_s3
 from loramux_shared.sources.retry import Patience
 from loramux_shared.sources.secrets import Secrets
 from loramux_shared.sources.url import UrlSource
-from tests.adapters import write_adapter, write_base
-from tests.descriptors import cancelled_after, failing, nothing_stays_open
-from tests.hub import Hub, HubRepo, serve_hub
+from tests.support.adapters import write_adapter, write_base
+from tests.support.descriptors import cancelled_after, failing, nothing_stays_open
+from tests.support.hub import Hub, HubRepo, serve_hub
 
 COMMIT, OLD = "c" * 40, "0" * 40
 FILES = ("adapter_config.json", "adapter_model.safetensors")

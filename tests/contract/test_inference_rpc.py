@@ -22,8 +22,8 @@ from loramux.inference.v1 import inference_pb2_grpc
 from loramux_shared.rpc.server import RpcServer
 from loramux_shared.rpc.status import fault_of
 from loramux_shared.storage.memory import MemoryStore
-from tests.service import until_free
-from tests.tiny import World
+from tests.support.service import until_free
+from tests.support.tiny import World
 
 TOKENS = pb.TokenIds(ids=[5, 6, 7, 8])
 

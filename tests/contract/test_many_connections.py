@@ -17,9 +17,9 @@ import pytest_asyncio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from loramux import AsyncClient
-from tests.endless import BOUND, MODEL, Doors
-from tests.raw_http import JSON
-from tests.raw_http2 import CANCEL, RESET, call, connect, frame, hello
+from tests.support.endless import BOUND, MODEL, Doors
+from tests.support.raw_http import JSON
+from tests.support.raw_http2 import CANCEL, RESET, call, connect, frame, hello
 
 HEALTH = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
 WAIT = json.dumps({"model": MODEL, "prompt": "WAIT", "stream": True}).encode()
@@ -112,7 +112,7 @@ async def test_calls_that_are_reset_do_not_cancel_those_of_others(doors: Doors) 
 
 def test_idle_connections_do_not_stop_the_doors() -> None:
     """With 256 descriptors and 300 idle connections both doors answer, and the log stays short."""
-    command = [sys.executable, "-m", "tests.crowded", "256"]
+    command = [sys.executable, "-m", "tests.support.crowded", "256"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None

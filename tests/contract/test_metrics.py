@@ -14,10 +14,10 @@ from loramux import AsyncClient
 from loramux_shared.faults import Fault
 from loramux_shared.storage.memory import MemoryStore
 from tests.golden.metrics.script import NAMES, names
-from tests.metrics import Scrape
-from tests.openai_door import OpenAIDoor, open_door, openai_world
-from tests.silent import silent_server
-from tests.tiny import World
+from tests.support.metrics import Scrape
+from tests.support.openai_door import OpenAIDoor, open_door, openai_world
+from tests.support.silent import silent_server
+from tests.support.tiny import World
 
 PROMPT = [3 + (7 * place) % 190 for place in range(40)]
 ASKED: dict[str, Any] = {"prompt": PROMPT, "max_tokens": 6, "ignore_eos": True}

@@ -14,8 +14,8 @@ from openai import pydantic_function_tool
 from pydantic import BaseModel
 
 from loramux_shared.storage.memory import MemoryStore
-from tests.openai_door import OpenAIDoor, open_door, openai_world
-from tests.tiny import World
+from tests.support.openai_door import OpenAIDoor, open_door, openai_world
+from tests.support.tiny import World
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

@@ -22,8 +22,8 @@ from loramux_shared.faults import SettingsInvalid
 from loramux_shared.rpc.options import MAX_REQUEST_BYTES
 from loramux_shared.storage.memory import MemoryStore
 from tests.golden.openai.script import ASKED, Case, Scripted
-from tests.openai_door import OpenAIDoor, open_door, openai_world
-from tests.tiny import VOCAB, World, write_tokenizer
+from tests.support.openai_door import OpenAIDoor, open_door, openai_world
+from tests.support.tiny import VOCAB, World, write_tokenizer
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

@@ -16,7 +16,7 @@ from starlette.routing import Route
 
 from inference_service.openai_api.app import ENDPOINTS, create_app
 from inference_service.openai_api.openapi import document
-from tests.silent import silent_service
+from tests.support.silent import silent_service
 
 DOCUMENT = document(ENDPOINTS)
 SCHEMAS = DOCUMENT["components"]["schemas"]

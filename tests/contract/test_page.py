@@ -12,8 +12,8 @@ import pytest
 
 from inference_service.openai_api.app import ENDPOINTS, create_app
 from loramux_shared.access.keyring import Keyring
-from tests.access import lines, new_entry
-from tests.scripted_page import ScriptedPage
+from tests.support.access import lines, new_entry
+from tests.support.scripted_page import ScriptedPage
 
 FILES = {file.name: file for file in files("inference_service.openai_api.page").iterdir() if file.is_file()}
 SCRIPTS = {name: FILES[name].read_text() for name in FILES if name.endswith(".js")}

@@ -14,8 +14,8 @@ from inference_service.core.sequence import FinishReason, Token
 from inference_service.serving.service import Delta, Event, Finished, PromptLogprobs, Started
 from loramux_shared.faults import PromptTooLong
 from loramux_shared.storage.memory import MemoryStore
-from tests.service import LONG, SAMPLED, Service, open_service
-from tests.tiny import World, oracle
+from tests.support.service import LONG, SAMPLED, Service, open_service
+from tests.support.tiny import World, oracle
 
 
 @pytest_asyncio.fixture

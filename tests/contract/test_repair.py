@@ -18,7 +18,7 @@ from loramux_shared.deployment_file import parse_deployment
 from loramux_shared.faults import BundleCorrupt
 from loramux_shared.sources.open import open_sources
 from loramux_shared.storage.base import Store
-from tests.adapters import write_adapter, write_base
+from tests.support.adapters import write_adapter, write_base
 
 
 @pytest.fixture

@@ -23,10 +23,10 @@ from loramux_shared.access.guard import Guard
 from loramux_shared.faults import ClientStalled
 from loramux_shared.rpc import calls
 from loramux_shared.rpc.status import fault_of
-from tests.access import keyring
-from tests.endless import MODEL, Doors
-from tests.raw_http import JSON
-from tests.raw_http2 import call, connect, message
+from tests.support.access import keyring
+from tests.support.endless import MODEL, Doors
+from tests.support.raw_http import JSON
+from tests.support.raw_http2 import call, connect, message
 
 SOON_S = 0.3
 BODY = json.dumps({"model": MODEL, "prompt": "HI", "stream": True}).encode()

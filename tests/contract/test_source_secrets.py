@@ -26,13 +26,13 @@ from loramux_shared.sources.retry import Patience
 from loramux_shared.sources.secrets import Secrets
 from loramux_shared.sources.url import UrlSource
 from loramux_shared.storage.memory import MemoryStore
-from tests.adapters import write_adapter, write_base
-from tests.archives import pack
-from tests.azurite import ACCOUNT, azurite
-from tests.gcs_emulator import TOKEN, Gcs, serve_gcs
-from tests.https_server import Site, redirect, said, serve_https
-from tests.hub import HubRepo, serve_hub
-from tests.s3_gateway import S3Server
+from tests.support.adapters import write_adapter, write_base
+from tests.support.archives import pack
+from tests.support.azurite import ACCOUNT, azurite
+from tests.support.gcs_emulator import TOKEN, Gcs, serve_gcs
+from tests.support.https_server import Site, redirect, said, serve_https
+from tests.support.hub import HubRepo, serve_hub
+from tests.support.s3_gateway import S3Server
 
 CANARY = "canary7d1f"
 PATIENCE = Patience(attempts=2, wait_s=0.01)

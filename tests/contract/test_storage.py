@@ -23,7 +23,7 @@ from loramux_shared.storage.base import ObjectMissing, Store
 from loramux_shared.storage.local import LocalStore
 from loramux_shared.storage.open import open_store
 from loramux_shared.storage.s3 import PART_BYTES, S3Store
-from tests.s3_gateway import S3Server, free_port
+from tests.support.s3_gateway import S3Server, free_port
 
 MIB = 1 << 20
 

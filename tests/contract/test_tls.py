@@ -23,8 +23,8 @@ from loramux_shared.access.guard import Guard
 from loramux_shared.access.tls import TlsFiles
 from loramux_shared.faults import ServerUnavailable, SettingsInvalid, Unauthenticated
 from loramux_shared.rpc.server import RpcServer
-from tests.access import NOBODY, Certificates, keyring
-from tests.silent import MODELS, silent_server, silent_service
+from tests.support.access import NOBODY, Certificates, keyring
+from tests.support.silent import MODELS, silent_server, silent_service
 
 KEYS, RING = keyring("infer")
 

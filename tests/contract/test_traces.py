@@ -28,8 +28,8 @@ from loramux.inference.v1 import inference_pb2_grpc
 from loramux_shared.rpc.server import RpcServer
 from loramux_shared.storage.memory import MemoryStore
 from loramux_shared.tracing.otel import Tracing
-from tests.openai_door import openai_world
-from tests.tiny import World
+from tests.support.openai_door import openai_world
+from tests.support.tiny import World
 
 TRACE, SPAN = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 TRACEPARENT = f"00-{TRACE}-{SPAN}-01"

@@ -33,10 +33,10 @@ from loramux_shared.sources.retry import Patience
 from loramux_shared.sources.secrets import Secrets
 from loramux_shared.sources.url import UrlSource
 from loramux_shared.storage.memory import MemoryStore
-from tests.adapters import write_base
-from tests.archives import pack
-from tests.descriptors import cancelled_after, failing, held, nothing_stays_open
-from tests.https_server import Site, redirect, said, serve_https
+from tests.support.adapters import write_base
+from tests.support.archives import pack
+from tests.support.descriptors import cancelled_after, failing, held, nothing_stays_open
+from tests.support.https_server import Site, redirect, said, serve_https
 
 ADAPTER = {"adapter_config.json": b"{}", "adapter_model.safetensors": bytes(range(256)) * 999, "x/y": b"1"}
 QUERY = "?sig=canary-of-a-query"

@@ -14,8 +14,8 @@ from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
 from loramux_shared.storage.memory import MemoryStore
-from tests.openai_door import OpenAIDoor, open_door, openai_world
-from tests.tiny import World
+from tests.support.openai_door import OpenAIDoor, open_door, openai_world
+from tests.support.tiny import World
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 CHAT, PLAIN = "/v1/chat/completions", "/v1/completions"

@@ -22,7 +22,7 @@ from loramux_shared.deployment import Deployment
 from loramux_shared.deployment_file import parse_deployment
 from loramux_shared.rpc.status import fault_of
 from loramux_shared.storage.local import LocalStore
-from tests.adapters import tensors, write_adapter, write_base
+from tests.support.adapters import tensors, write_adapter, write_base
 
 ADAPTERS = 80
 State = pb.Deployment

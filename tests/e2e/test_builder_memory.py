@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.adapters import write_base
-from tests.s3_gateway import S3Server
+from tests.support.adapters import write_base
+from tests.support.s3_gateway import S3Server
 
 HIDDEN, INTERMEDIATE, RANK, LAYERS = 32768, 262144, 64, 5
 MODULES = {

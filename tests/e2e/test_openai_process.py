@@ -19,7 +19,7 @@ import pytest
 
 from loramux import Client
 from loramux_shared.storage.local import LocalStore
-from tests.tiny import World, make_world
+from tests.support.tiny import World, make_world
 
 READY_S = 60
 LONG = {"model": "rs", "prompt": [5, 6, 7], "max_tokens": 250, "n": 32, "stream": True}

@@ -19,10 +19,10 @@ from inference_service.startup.load import load
 from loramux_shared.settings import InferenceSettings
 from loramux_shared.sources.open import open_sources
 from loramux_shared.storage.memory import MemoryStore
-from tests.browser import CHROMIUM, CTRL, Page, browser
 from tests.e2e.real import EXAMPLES, deployment
-from tests.looks import faint, nameless, overflow
-from tests.openai_door import OpenAIDoor
+from tests.support.browser import CHROMIUM, CTRL, Page, browser
+from tests.support.looks import faint, nameless, overflow
+from tests.support.openai_door import OpenAIDoor
 
 pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt install chromium"),

@@ -10,11 +10,11 @@ import pytest_asyncio
 
 from loramux_shared.access.keyring import Keyring
 from loramux_shared.faults import InternalFault, RequestInvalid
-from tests.access import lines, new_entry
-from tests.browser import CHROMIUM, CTRL, Page, browser
 from tests.e2e.test_page import DONE
-from tests.looks import overflow
-from tests.scripted_page import ScriptedPage, scripted_door
+from tests.support.access import lines, new_entry
+from tests.support.browser import CHROMIUM, CTRL, Page, browser
+from tests.support.looks import overflow
+from tests.support.scripted_page import ScriptedPage, scripted_door
 
 pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt install chromium"),

@@ -20,8 +20,8 @@ from loramux_shared.storage.base import Store
 from loramux_shared.storage.local import LocalStore
 from loramux_shared.storage.open import open_store
 from tests.e2e.real import EXAMPLES, NEW_TOKENS, deployment, in_float32, oracle_answers, prompts
-from tests.s3_gateway import S3Server
-from tests.tiny import run_engine
+from tests.support.s3_gateway import S3Server
+from tests.support.tiny import run_engine
 
 pytestmark = pytest.mark.timeout(400)
 MIXED = 8

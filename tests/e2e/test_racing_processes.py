@@ -16,7 +16,7 @@ from loramux_shared.bundle.deployments import (
     read_generation,
 )
 from loramux_shared.storage.open import open_store
-from tests.s3_gateway import S3Server
+from tests.support.s3_gateway import S3Server
 
 PROCESSES, EACH = 3, 6
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import yaml
 
-from tests.adapters import tensors, write_adapter, write_base
 from tests.e2e.test_builder_kill import builder, free_port
+from tests.support.adapters import tensors, write_adapter, write_base
 
 LORAMUX = Path(sys.executable).parent / "loramux"
 

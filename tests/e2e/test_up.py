@@ -18,7 +18,7 @@ import pytest
 from loramux import Client
 from loramux.records import Delta, Finished, Started
 from tests.e2e.real import EXAMPLES, deployment
-from tests.s3_gateway import free_port
+from tests.support.s3_gateway import free_port
 
 READY_S = 120
 

@@ -35,9 +35,9 @@ from loramux_shared.rpc.status import fault_of
 from loramux_shared.sources.local import LocalSource
 from loramux_shared.sources.open import Sources
 from loramux_shared.storage.memory import MemoryStore
-from tests.adapters import tensors, write_adapter, write_base
-from tests.openai_door import TEMPLATE
-from tests.tiny import make_world
+from tests.support.adapters import tensors, write_adapter, write_base
+from tests.support.openai_door import TEMPLATE
+from tests.support.tiny import make_world
 
 TOOL = {
     "type": "function",

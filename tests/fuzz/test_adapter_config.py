@@ -13,9 +13,9 @@ import pytest
 from builder_service.domain.config_fields import KNOWN
 from builder_service.domain.rules import check_adapter
 from loramux_shared.codes import CODES
-from tests.adapters import ADAPTER_CONFIG, write_adapter
 from tests.fuzz.mutate import TEXTS, bounded, json_text, mutated_json
 from tests.golden.hostile.configs import EXPONENTIAL, GIANT
+from tests.support.adapters import ADAPTER_CONFIG, write_adapter
 from tests.unit.test_adapter_rules import book
 
 SEEDS: tuple[dict[str, Any], ...] = (

@@ -16,8 +16,8 @@ from safetensors.numpy import save
 from builder_service.domain.rules import check_adapter
 from builder_service.domain.safetensors_header import HeaderInvalid, TensorFile, read_header
 from loramux_shared.codes import CODES
-from tests.adapters import tensors, write_adapter
 from tests.fuzz.mutate import bounded, json_text, mutated_json, mutations
+from tests.support.adapters import tensors, write_adapter
 from tests.unit.test_adapter_rules import book
 
 SEEDS: tuple[dict[str, Any], ...] = (

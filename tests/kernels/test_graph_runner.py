@@ -24,8 +24,8 @@ from inference_service.engine.tape import Tape, TapeRecorder
 from inference_service.startup.load import Ready
 from loramux_shared.bases.memory import buckets
 from loramux_shared.storage.memory import MemoryStore
-from tests.launches import per_layer, per_step
-from tests.tiny import World, make_world, run_engine
+from tests.support.launches import per_layer, per_step
+from tests.support.tiny import World, make_world, run_engine
 
 BLOCK, BLOCKS = 16, 16
 LIMITS = SchedulerLimits(max_tokens=64, max_seqs=4, max_adapters=3, max_seq_len=64)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from loramux_shared.storage.memory import MemoryStore
-from tests.tiny import ADAPTERS, make_world, run_engine
+from tests.support.tiny import ADAPTERS, make_world, run_engine
 
 
 @pytest.mark.parametrize("max_batch_tokens", [1024, 16])

@@ -18,8 +18,8 @@ from loramux_shared.bundle.reader import Bundle, BundleRow, read_bundle
 from loramux_shared.deployment_file import parse_deployment
 from loramux_shared.sources.open import open_sources
 from loramux_shared.storage.memory import MemoryStore
-from tests.adapters import BASE_CONFIG, write_base
 from tests.property.peft_draws import DTYPES, LAYERS, Draw, Saved, draws, save
+from tests.support.adapters import BASE_CONFIG, write_base
 
 CONFIG = BASE_CONFIG | {"num_hidden_layers": LAYERS}
 GROUPS = {

@@ -28,7 +28,7 @@ from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bases.read import read_config
 from loramux_shared.faults import CheckpointInvalid
 from loramux_shared.storage.memory import MemoryStore
-from tests.tiny import SIZES, VOCAB, World, make_checkpoint, oracle, oracle_tokens, run_engine
+from tests.support.tiny import SIZES, VOCAB, World, make_checkpoint, oracle, oracle_tokens, run_engine
 
 ROTARY = {
     "llama": ("LlamaForCausalLM", LlamaRotaryEmbedding),

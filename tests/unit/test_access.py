@@ -18,7 +18,7 @@ from loramux_shared.access.keys import digest, new_key, parse_keys
 from loramux_shared.access.rights import ACCESS, EVERYTHING, Access, Scope
 from loramux_shared.faults import ModelNotFound, PermissionDenied, SettingsInvalid, Unauthenticated
 from loramux_shared.settings import BuilderSettings
-from tests.access import lines, new_entry
+from tests.support.access import lines, new_entry
 
 
 def test_keys_are_long_and_distinct() -> None:

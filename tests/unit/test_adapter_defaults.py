@@ -22,7 +22,7 @@ from loramux_shared.bundle.reader import read_bundle
 from loramux_shared.faults import AdapterInvalid, BundleCorrupt, RequestInvalid
 from loramux_shared.sources.open import open_sources
 from loramux_shared.storage.memory import MemoryStore
-from tests.tiny import World, make_world
+from tests.support.tiny import World, make_world
 
 MESSAGES = [{"role": "user", "content": "Hello"}]
 

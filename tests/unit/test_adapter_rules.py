@@ -13,7 +13,7 @@ from builder_service.domain.tensor_names import LoraKey, RefusedKey, parse_key
 from builder_service.domain.tensor_rules import AdapterLimits
 from loramux_shared.bases.read import read_fields
 from loramux_shared.deployment import Dtype
-from tests.adapters import BASE_CONFIG, key, tensors, write_adapter
+from tests.support.adapters import BASE_CONFIG, key, tensors, write_adapter
 
 ROOT = "base_model.model.model."
 

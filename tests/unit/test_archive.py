@@ -12,7 +12,7 @@ import pytest
 from loramux_shared.faults import SourceRefused
 from loramux_shared.sources.archive import MAX_UNPACKED, Archive, inner_files
 from loramux_shared.sources.base import MAX_FILES, SourceFile
-from tests.archives import member, pack, pack_members, zeros
+from tests.support.archives import member, pack, pack_members, zeros
 
 FILES = {"adapter_config.json": b"{}", "adapter_model.safetensors": bytes(range(256)) * 9000}
 

@@ -25,7 +25,7 @@ from loramux_shared.sources.checkpoint import PlacedBase
 from loramux_shared.sources.open import open_sources
 from loramux_shared.storage.memory import MemoryStore
 from loramux_shared.storage.open import open_store
-from tests.tiny import SIZES, World, make_checkpoint, make_world, oracle, oracle_tokens, run_engine
+from tests.support.tiny import SIZES, World, make_checkpoint, make_world, oracle, oracle_tokens, run_engine
 
 EMBEDDING, HEAD, WEIGHTS = "model.embed_tokens.weight", "lm_head.weight", "model.safetensors"
 PROMPT = list(range(3, 40))

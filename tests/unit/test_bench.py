@@ -19,7 +19,7 @@ from loramux.bench.workload import Workload, arrivals, read_prompts
 from loramux.cli.main import app
 from loramux.client import AsyncClient
 from loramux_shared.faults import RequestInvalid, SettingsInvalid
-from tests.unit.fake_services import Fakes
+from tests.support.fake_services import Fakes
 
 
 def outcome(model: str = "a", begin: float = 0.0, tokens: int = 11, error: str = "") -> Outcome:

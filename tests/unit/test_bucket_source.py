@@ -26,7 +26,7 @@ from loramux_shared.sources.local import LocalSource
 from loramux_shared.sources.open import Sources, needs_extra
 from loramux_shared.sources.retry import Busy, Patience
 from loramux_shared.sources.secrets import Secrets
-from tests.descriptors import cancelled_after, failing, nothing_stays_open
+from tests.support.descriptors import cancelled_after, failing, nothing_stays_open
 
 REPO = Repository(source=SourceKind.S3, repo="s3://bucket/one")
 QUICK = Patience(attempts=3, wait_s=0.01)

@@ -28,7 +28,7 @@ from loramux_shared.faults import (
 from loramux_shared.sources.checkpoint import fetch_base
 from loramux_shared.sources.open import open_sources
 from loramux_shared.storage.memory import MemoryStore
-from tests.adapters import tensors, write_adapter, write_base
+from tests.support.adapters import tensors, write_adapter, write_base
 
 
 class CountingStore(MemoryStore):

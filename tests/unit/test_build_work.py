@@ -22,7 +22,7 @@ from loramux_shared.faults import AdapterInvalid, BuildCancelled, ResourcesExhau
 from loramux_shared.sources.open import open_sources
 from loramux_shared.storage.memory import MemoryStore
 from loramux_shared.storage.patient import PatientStore
-from tests.adapters import tensors, write_adapter, write_base
+from tests.support.adapters import tensors, write_adapter, write_base
 
 
 class Counting(MemoryStore):

@@ -17,7 +17,7 @@ from loramux_shared.bundle.norms import row_norms
 from loramux_shared.deployment_file import parse_deployment
 from loramux_shared.sources.open import open_sources
 from loramux_shared.storage.local import LocalStore
-from tests.adapters import key, tensors, write_adapter, write_base
+from tests.support.adapters import key, tensors, write_adapter, write_base
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "bundle-format.md"
 NAMES = {

@@ -17,7 +17,7 @@ from loramux.cli.logs import important
 from loramux.cli.main import app, usual
 from loramux.cli.shell import modules, printable
 from loramux.records import AdapterInfo, Stage
-from tests.unit.fake_services import Fakes, deployment_text
+from tests.support.fake_services import Fakes, deployment_text
 
 
 def run(*args: str, said: str | None = None) -> tuple[int, str, str]:

@@ -26,7 +26,7 @@ from loramux_shared.faults import (
     Unauthenticated,
 )
 from loramux_shared.rpc.status import CallFailed
-from tests.unit.fake_services import Fakes
+from tests.support.fake_services import Fakes
 
 PROGRAM = [sys.executable, "-c", "from loramux.cli.entry import main; main()"]
 

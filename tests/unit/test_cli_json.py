@@ -17,7 +17,7 @@ from loramux.cli.documents import jsonable
 from loramux.cli.main import app
 from loramux.records import Stage
 from loramux_shared.faults import AdapterInvalid, Finding
-from tests.unit.fake_services import Fakes
+from tests.support.fake_services import Fakes
 from tests.unit.test_build_view import adapter, state
 
 

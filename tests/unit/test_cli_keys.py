@@ -19,8 +19,8 @@ from loramux_shared.access.guard import Guard
 from loramux_shared.access.keyring import Keyring
 from loramux_shared.access.keys import parse_keys
 from loramux_shared.access.rights import Scope
-from tests.access import keyring
-from tests.unit.fake_services import Fakes
+from tests.support.access import keyring
+from tests.support.fake_services import Fakes
 
 
 def run(*args: str) -> tuple[int, str, str]:

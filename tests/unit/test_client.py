@@ -31,7 +31,7 @@ from loramux.inference.v1 import inference_pb2
 from loramux.mapping import completion_of, deployment_of, event_of
 from loramux.requests import generate_request
 from loramux_shared.deployment import Deployment
-from tests.unit.fake_services import DIGEST, WORDS, Fakes
+from tests.support.fake_services import DIGEST, WORDS, Fakes
 
 TEXT = "".join(WORDS)
 

@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 
-from tests.unit.fake_services import Fakes
+from tests.support.fake_services import Fakes
 
 PROGRAM = [
     sys.executable,

@@ -22,7 +22,7 @@ from loramux_shared.faults import AdapterInvalid, BundleCorrupt, CheckpointInval
 from loramux_shared.sources.checkpoint import describe_base
 from loramux_shared.sources.open import open_sources
 from loramux_shared.storage.memory import MemoryStore
-from tests.adapters import HIDDEN, VOCAB, tensors, write_adapter, write_base
+from tests.support.adapters import HIDDEN, VOCAB, tensors, write_adapter, write_base
 
 EMBED = "base_model.model.model.embed_tokens.weight"
 HEAD = "base_model.model.lm_head.weight"

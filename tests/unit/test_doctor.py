@@ -24,8 +24,8 @@ from loramux_shared.bundle.modules import MODULES
 from loramux_shared.faults import CheckpointInvalid, ResourcesExhausted
 from loramux_shared.settings import InferenceSettings
 from loramux_shared.storage.memory import MemoryStore
-from tests.tiny import make_world
-from tests.unit.fake_services import Fakes
+from tests.support.fake_services import Fakes
+from tests.support.tiny import make_world
 from tests.unit.test_model_config import HUB_CONFIGS
 
 SETTINGS = InferenceSettings(deployment="none")

@@ -17,7 +17,7 @@ from loramux_shared.deployment_file import parse_deployment
 from loramux_shared.faults import AdapterInvalid
 from loramux_shared.sources.open import open_sources
 from loramux_shared.storage.memory import MemoryStore
-from tests.adapters import BASE_CONFIG, HEADS, HIDDEN, INTERMEDIATE, KV_HEADS, write_adapter, write_base
+from tests.support.adapters import BASE_CONFIG, HEADS, HIDDEN, INTERMEDIATE, KV_HEADS, write_adapter, write_base
 
 CONFIG = BASE_CONFIG | {"model_type": "phi3", "architectures": ["Phi3ForCausalLM"], "torch_dtype": "float32"}
 HEAD_DIM = HIDDEN // HEADS

@@ -22,7 +22,7 @@ from loramux_shared.sources.open import open_sources
 from loramux_shared.storage.base import Store
 from loramux_shared.storage.local import LocalStore
 from loramux_shared.storage.memory import MemoryStore
-from tests.adapters import tensors, write_adapter, write_base
+from tests.support.adapters import tensors, write_adapter, write_base
 
 DAY = timedelta(days=1)
 LATER = datetime.now(UTC) + timedelta(days=2)

@@ -6,7 +6,7 @@ import pytest
 
 from loramux_shared.bases.read import read_fields
 from loramux_shared.faults import CheckpointInvalid
-from tests.adapters import BASE_CONFIG
+from tests.support.adapters import BASE_CONFIG
 
 REFUSED: list[tuple[str, dict[str, Any]]] = [
     ("MoE", {"num_local_experts": 8}),

@@ -10,7 +10,7 @@ from inference_service.core.sequence import Token
 from inference_service.engine.logprobs import report
 from inference_service.openai_api.logprobs import prompt_logprobs
 from inference_service.serving.text import Text
-from tests.tiny import VOCAB, write_tokenizer
+from tests.support.tiny import VOCAB, write_tokenizer
 
 
 def test_a_rank_counts_the_tokens_that_are_more_likely() -> None:

@@ -15,7 +15,7 @@ from loramux_shared.bases.read import read_config
 from loramux_shared.faults import ResourcesExhausted
 from loramux_shared.settings import InferenceSettings
 from loramux_shared.storage.memory import MemoryStore
-from tests.tiny import SIZES, make_world
+from tests.support.tiny import SIZES, make_world
 
 NEEDS = Needs(weights=16 * 10**9, adapters=10**9, activations=2 * 10**9, graphs=10**9)
 CACHE = Cache(token_bytes=131072, block_size=16, longest=8192, most=64 * 8192, whole=True)

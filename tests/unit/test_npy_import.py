@@ -20,7 +20,7 @@ from loramux_shared.deployment import Deployment
 from loramux_shared.deployment_file import parse_deployment
 from loramux_shared.sources.open import open_sources
 from loramux_shared.storage.memory import MemoryStore
-from tests.adapters import HIDDEN, INTERMEDIATE, write_adapter, write_base
+from tests.support.adapters import HIDDEN, INTERMEDIATE, write_adapter, write_base
 
 Q, KV = HIDDEN, HIDDEN // 2
 SIZES = {

@@ -25,7 +25,7 @@ from loramux_shared.sources.local import LocalSource
 from loramux_shared.sources.open import open_sources
 from loramux_shared.storage.local import LocalStore
 from loramux_shared.storage.memory import MemoryStore
-from tests.adapters import write_adapter, write_base
+from tests.support.adapters import write_adapter, write_base
 
 NO_TEXT = os.fsdecode(b"caf\xe9")
 

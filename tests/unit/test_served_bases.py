@@ -23,7 +23,7 @@ from loramux_shared.faults import CheckpointInvalid
 from loramux_shared.settings import InferenceSettings
 from loramux_shared.sources.open import open_sources
 from loramux_shared.storage.memory import MemoryStore
-from tests.adapters import BASE_CONFIG, write_adapter, write_base
+from tests.support.adapters import BASE_CONFIG, write_adapter, write_base
 from tests.unit.test_model_config import HUB_CONFIGS
 
 SETTINGS = InferenceSettings(deployment="none")

@@ -23,7 +23,7 @@ from inference_service.serving.telemetry.request_log import RequestLog
 from loramux_shared.faults import QueueFull
 from loramux_shared.telemetry import log_to_stderr
 from tests.golden.metrics.script import replica
-from tests.metrics import Scrape
+from tests.support.metrics import Scrape
 
 DELTA = Delta("a", (Token(5), Token(6)))
 DONE = Finished(FinishReason.LENGTH, "", 3, 0, 2)

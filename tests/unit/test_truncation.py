@@ -22,7 +22,7 @@ from loramux_shared.deployment_file import parse_deployment
 from loramux_shared.faults import AdapterInvalid, DeploymentInvalid
 from loramux_shared.sources.open import open_sources
 from loramux_shared.storage.memory import MemoryStore
-from tests.adapters import tensors, write_adapter, write_base
+from tests.support.adapters import tensors, write_adapter, write_base
 
 RANDOM = np.random.default_rng(3)
 

@@ -9,8 +9,8 @@ import ml_dtypes
 import numpy as np
 
 from builder_service.domain.rules import MAX_CONFIG
-from tests.adapters import ADAPTER_CONFIG, tensors
 from tests.golden.hostile.exhibit import BASE, CONFIG, adapter, exhibit, of_config, of_config_text
+from tests.support.adapters import ADAPTER_CONFIG, tensors
 
 _HEAD = f'"peft_type": "LORA", "base_model_name_or_path": "{BASE}", "target_modules": ["q_proj", "v_proj"]'
 # 2 ** 30 ways to read a name of thirty characters, none of which ends as the pattern does.

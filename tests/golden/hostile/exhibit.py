@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
-from tests.adapters import HIDDEN, VOCAB, Tensors, tensors, write_adapter, write_base
+from tests.support.adapters import HIDDEN, VOCAB, Tensors, tensors, write_adapter, write_base
 
 ROOT = "base_model.model.model."
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from tests.adapters import HIDDEN
 from tests.golden.hostile.exhibit import CONFIG, WEIGHTS, adapter, exhibit, of_files
+from tests.support.adapters import HIDDEN
 
 CANARY = "canary-ran"
 """A file that is there once the canary's pickle was loaded."""

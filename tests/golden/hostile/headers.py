@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from tests.adapters import key, tensors
 from tests.golden.hostile.exhibit import WEIGHTS, Exhibit, adapter, entry, exhibit, header, of_bytes
+from tests.support.adapters import key, tensors
 
 _PAIR = 2 * 4 * 16
 """Bytes of A, and of B, of q_proj in float16 with rank 4."""

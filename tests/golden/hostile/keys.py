@@ -9,7 +9,6 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
-from tests.adapters import HIDDEN, INTERMEDIATE, VOCAB, Tensors, key, tensors
 from tests.golden.hostile.exhibit import (
     ROOT,
     WEIGHTS,
@@ -20,6 +19,7 @@ from tests.golden.hostile.exhibit import (
     of_tensors,
     plus,
 )
+from tests.support.adapters import HIDDEN, INTERMEDIATE, VOCAB, Tensors, key, tensors
 
 HEAD, EMBED = "base_model.model.lm_head", f"{ROOT}embed_tokens"
 Q, MLP = f"{ROOT}layers.0.self_attn.q_proj", f"{ROOT}layers.0.mlp"

@@ -16,8 +16,8 @@ from loramux_shared.bundle.reader import read_manifest
 from loramux_shared.deployment_file import parse_deployment
 from loramux_shared.sources.open import open_sources
 from loramux_shared.storage.memory import MemoryStore
-from tests.adapters import ADAPTER_CONFIG, FEATURES, HIDDEN, INTERMEDIATE, LAYERS, key, write_base
 from tests.golden.hostile.exhibit import ROOT, entry, header
+from tests.support.adapters import ADAPTER_CONFIG, FEATURES, HIDDEN, INTERMEDIATE, LAYERS, key, write_base
 
 FOLDER = Path(__file__).parent
 Shapes = dict[str, tuple[int, int]]

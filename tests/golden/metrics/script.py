@@ -20,7 +20,7 @@ from inference_service.serving.request import Delta, Finished, Request
 from inference_service.serving.telemetry.metrics import Metrics
 from inference_service.serving.telemetry.record import following
 from inference_service.serving.telemetry.replica import EngineView
-from tests.metrics import Scrape
+from tests.support.metrics import Scrape
 
 NAMES = Path(__file__).with_name("names.txt")
 MODELS = (ServedModel("base"), ServedModel("pirate", Adapter("pirate", 1, 0), digest="ab" * 32))

@@ -27,7 +27,7 @@ from loramux_shared.faults import Fault
 from loramux_shared.sources.open import open_sources
 from loramux_shared.storage.base import Entry
 from loramux_shared.storage.memory import MemoryStore
-from tests.adapters import tensors, write_adapter, write_base
+from tests.support.adapters import tensors, write_adapter, write_base
 
 T = TypeVar("T")
 

@@ -31,7 +31,7 @@ from inference_service.startup.load import Ready
 from loramux_shared.bases.read import read_config
 from loramux_shared.faults import CheckpointInvalid
 from loramux_shared.storage.memory import MemoryStore
-from tests.tiny import (
+from tests.support.tiny import (
     ADAPTERS,
     SIZES,
     VOCAB,

@@ -10,8 +10,8 @@ import torch
 from inference_service.proof.adapter_source import read_adapter
 from inference_service.proof.reference import Reference
 from loramux_shared.bases.read import read_config
-from tests.tiny import make_world_of, oracle
-from tests.unit.test_families import CASES
+from tests.models.test_families import CASES
+from tests.support.tiny import make_world_of, oracle
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)

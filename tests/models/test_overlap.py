@@ -23,7 +23,7 @@ from inference_service.engine.scheduler import SchedulerLimits
 from inference_service.engine.step import Pending
 from inference_service.startup.load import Ready
 from loramux_shared.storage.memory import MemoryStore
-from tests.tiny import ADAPTERS, VOCAB, World, make_world, run_engine
+from tests.support.tiny import ADAPTERS, VOCAB, World, make_world, run_engine
 
 BLOCK = 4
 TOKENS = 5

@@ -19,7 +19,7 @@ from inference_service.serving.service import GenerationService, ServingLimits
 from inference_service.serving.text import Text
 from loramux_shared.access.guard import Guard
 from loramux_shared.access.keyring import Keyring
-from tests.tiny import VOCAB, write_tokenizer
+from tests.support.tiny import VOCAB, write_tokenizer
 
 STATS = EngineStats(
     waiting=2,

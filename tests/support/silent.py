@@ -15,7 +15,7 @@ from inference_service.serving.service import GenerationService, ServingLimits
 from inference_service.serving.text import Text
 from loramux_shared.access.guard import NOBODY_GUARDS, Guard
 from loramux_shared.rpc.server import RpcServer
-from tests.tiny import VOCAB, write_tokenizer
+from tests.support.tiny import VOCAB, write_tokenizer
 
 MODELS = ("base", "all", "rs", "wide")
 

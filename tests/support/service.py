@@ -8,7 +8,7 @@ from typing import Any
 from inference_service.serving.service import Delta, Event, Request
 from inference_service.startup.load import Ready
 from loramux_shared.storage.memory import MemoryStore
-from tests.tiny import World
+from tests.support.tiny import World
 
 PROMPT = [5, 6, 7, 8]
 LONG = [3 + (7 * place) % 190 for place in range(100)]

@@ -14,8 +14,8 @@ from openai import AsyncOpenAI
 from inference_service.openai_api.server import HttpServer
 from inference_service.startup.load import Ready
 from loramux_shared.storage.memory import MemoryStore
-from tests.service import until_free
-from tests.tiny import World, make_world
+from tests.support.service import until_free
+from tests.support.tiny import World, make_world
 
 TEMPLATE = (
     "{% for tool in tools or [] %}[{{ tool.function.name }}]{% endfor %}"

@@ -40,7 +40,7 @@ from loramux_shared.deployment import Deployment
 from loramux_shared.faults import BuildInterrupted, CheckpointInvalid, ProofFailed, SettingsInvalid
 from loramux_shared.sources.open import open_sources
 from loramux_shared.storage.memory import MemoryStore
-from tests.tiny import ADAPTERS, World, make_world, oracle
+from tests.support.tiny import ADAPTERS, World, make_world, oracle
 
 Change = Callable[[Any, Manifest], None]
 """Changes the rows [R, C] of a bundle in place."""

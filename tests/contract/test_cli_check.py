@@ -15,8 +15,8 @@ from loramux.cli.build import wished
 from loramux.cli.main import app
 from loramux.cli.report_view import layers
 from loramux_shared.deployment_file import parse_deployment
-from tests.adapters import tensors, write_adapter, write_base
-from tests.unit.fake_services import Fakes, deployment_text
+from tests.support.adapters import tensors, write_adapter, write_base
+from tests.support.fake_services import Fakes, deployment_text
 from tests.unit.test_npy_import import write
 
 

@@ -1,4 +1,4 @@
-"""``python -m tests.crowded LIMIT``: both doors of a service that may open few files; prints addresses."""
+"""``python -m tests.support.crowded LIMIT``: both doors, which may open few files; prints their addresses."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from loramux_shared.descriptors import raise_limit
 from loramux_shared.telemetry import log_to_stderr
-from tests.endless import Endless, doors_of
+from tests.support.endless import Endless, doors_of
 
 
 async def main(limit: int) -> None:

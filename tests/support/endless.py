@@ -17,8 +17,8 @@ from loramux_shared.access.guard import NOBODY_GUARDS, Guard
 from loramux_shared.rpc import calls
 from loramux_shared.rpc.server import RpcServer
 from tests.golden.openai.script import Case, Scripted
-from tests.raw_http import RawClient
-from tests.tiny import VOCAB, write_tokenizer
+from tests.support.raw_http import RawClient
+from tests.support.tiny import VOCAB, write_tokenizer
 
 MODEL = "tiny"
 BOUND = 8

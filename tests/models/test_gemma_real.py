@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from loramux_shared.storage.memory import MemoryStore
-from tests.tiny import ADAPTERS, World, make_adapter, oracle, oracle_tokens, run_engine, write_tokenizer
+from tests.support.tiny import ADAPTERS, World, make_adapter, oracle, oracle_tokens, run_engine, write_tokenizer
 
 NEW = 12
 CAPITAL = [2, 818, 5279, 529, 7001, 563]  # "<bos>The capital of France is"

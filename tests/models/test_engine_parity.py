@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from loramux_shared.storage.memory import MemoryStore
-from tests.tiny import (
+from tests.support.tiny import (
     ADAPTERS,
     VOCAB,
     World,

@@ -20,7 +20,7 @@ import pytest
 from azure.core.exceptions import AzureError
 from azure.storage.blob import BlobServiceClient
 
-from tests.s3_gateway import free_port
+from tests.support.s3_gateway import free_port
 
 START_TIMEOUT_S = 30.0
 PROGRAM = Path(sys.prefix) / "azurite" / "node_modules" / "azurite" / "dist" / "src" / "blob" / "main.js"

@@ -14,8 +14,8 @@ from transformers import AutoConfig, Gemma3Config
 
 from loramux_shared.bases.read import read_config
 from loramux_shared.storage.memory import MemoryStore
-from tests.tiny import SIZES, VOCAB, World, make_checkpoint, oracle, oracle_tokens, run_engine
-from tests.unit.test_families import GEMMA, VISION
+from tests.models.test_families import GEMMA, VISION
+from tests.support.tiny import SIZES, VOCAB, World, make_checkpoint, oracle, oracle_tokens, run_engine
 
 ABSENT = object()
 PROMPT = list(range(3, 43))

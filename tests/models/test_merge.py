@@ -14,7 +14,7 @@ from loramux_shared.deployment_file import parse_deployment
 from loramux_shared.faults import DeploymentInvalid, ModelNotFound
 from loramux_shared.sources.open import open_sources
 from loramux_shared.storage.memory import MemoryStore
-from tests.tiny import World, make_world, run_engine
+from tests.support.tiny import World, make_world, run_engine
 
 PROMPTS = [[5 + 7 * turn + place for place in range(3 + 11 * turn)] for turn in range(5)]
 

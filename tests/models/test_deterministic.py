@@ -18,7 +18,7 @@ from inference_service.layers.linear import in_pieces
 from inference_service.startup.load import Ready
 from loramux_shared.faults import SettingsInvalid
 from loramux_shared.storage.memory import MemoryStore
-from tests.tiny import ADAPTERS, SIZES, VOCAB, World, make_world_of
+from tests.support.tiny import ADAPTERS, SIZES, VOCAB, World, make_world_of
 
 NEW = 10
 MODELS = ("base", *ADAPTERS)

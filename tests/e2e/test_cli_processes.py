@@ -25,7 +25,7 @@ from loramux.cli.exits import Exit, exit_of
 from loramux.cli.main import app
 from loramux.cli.tree import ProcessTree, ServiceDied, free_address, require_free, run_tree
 from loramux.faults import SettingsInvalid
-from tests.unit.fake_services import Fakes
+from tests.support.fake_services import Fakes
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = [sys.executable, "-c", "from loramux.cli.main import main; main()"]
@@ -40,7 +40,7 @@ def environment(tmp_path: Path) -> dict[str, str]:
         package = tmp_path / "fakes" / f"{kind}_service"
         package.mkdir(parents=True)
         (package / "__init__.py").touch()
-        (package / "__main__.py").write_text(f"from tests.unit.fake_services import main; main({kind!r})\n")
+        (package / "__main__.py").write_text(f"from tests.support.fake_services import main; main({kind!r})\n")
     path = os.pathsep.join([str(tmp_path / "fakes"), str(ROOT)])
     return {
         **os.environ,
