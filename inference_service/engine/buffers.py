@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from inference_service.core.sequence import Sequence
-from inference_service.engine.logits import shapes
 from inference_service.engine.rows import KNOWN, Rows
-from inference_service.engine.sampler import row_params
+from inference_service.engine.sampler import row_params, shapes
 from inference_service.kernels.attention import AttentionCapacity, AttentionTables, pack_tables
 from inference_service.kernels.packing import aligned, sections
 from inference_service.kernels.sampling import RowParams, SamplingTables, pack_rows

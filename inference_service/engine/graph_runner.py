@@ -15,10 +15,10 @@ from inference_service.core.batch import Batch
 from inference_service.core.sequence import Sequence, Token
 from inference_service.engine.buffers import StepBuffers, StepCapacity, StepMemory, device_params
 from inference_service.engine.graphs import Graph, Recorder
-from inference_service.engine.readback import read_back
 from inference_service.engine.rows import Rows, lay_out
 from inference_service.engine.runner import Runner
 from inference_service.engine.scheduler import SchedulerLimits
+from inference_service.engine.transfer import read_back
 from inference_service.kernels.sampling import pack_rows, sample
 from inference_service.kernels.sgmv import Segments
 from inference_service.models.decoder import Decoder

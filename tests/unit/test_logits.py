@@ -12,8 +12,7 @@ from transformers import MinPLogitsWarper, RepetitionPenaltyLogitsProcessor
 
 from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import Sequence
-from inference_service.engine.logits import shape, shapes
-from inference_service.engine.sampler import sample
+from inference_service.engine.sampler import sample, shape, shapes
 
 VOCAB = 50
 

@@ -9,14 +9,13 @@ import pytest
 
 from loramux_shared.bundle.npy import (
     cast,
+    config_pieces,
     header_bytes,
     parse_header,
     read_config,
     read_weights,
     weights_pieces,
     write_checked,
-    write_config,
-    write_weights,
 )
 from loramux_shared.deployment import Dtype
 from loramux_shared.faults import BundleCorrupt
@@ -39,7 +38,7 @@ def saved(array: np.ndarray) -> bytes:
 def write(path: Path, dtype: Dtype, q_scale: float) -> bytes:
     """The worked example as a file."""
     rows = [(cast(Q_A, dtype), cast(Q_B, dtype, q_scale)), (cast(V_A, dtype), cast(V_B, dtype, 4.0))]
-    write_weights(path, dtype, count=2, width=16, rows=rows)
+    write_checked(path, weights_pieces(dtype, count=2, width=16, rows=rows))
     return path.read_bytes()
 
 
@@ -99,7 +98,8 @@ def test_a_file_that_someone_else_writes_to_is_found(tmp_path):
 
 def test_config_is_int32_with_a_batch_dim(tmp_path):
     """The config file is what np.save writes for (1, R, 4) int32."""
-    digest = write_config(tmp_path / "c.npy", CONFIG)
+    digest = write_checked(tmp_path / "c.npy", config_pieces(CONFIG))
+    assert digest is not None
     data = (tmp_path / "c.npy").read_bytes()
     assert data == saved(CONFIG[None])
     assert digest.size == len(data)
@@ -134,9 +134,9 @@ def test_rows_that_do_not_fit_are_an_error(tmp_path):
     """A row of another type or width, or a missing one, is an error of the writer."""
     row = (cast(Q_A, Dtype.FLOAT16), cast(Q_B, Dtype.FLOAT16))
     with pytest.raises(ValueError, match="16 elements"):
-        write_weights(tmp_path / "w", Dtype.FLOAT16, count=1, width=15, rows=[row])
+        write_checked(tmp_path / "w", weights_pieces(Dtype.FLOAT16, count=1, width=15, rows=[row]))
     with pytest.raises(ValueError, match="1 rows"):
-        write_weights(tmp_path / "w", Dtype.FLOAT16, count=2, width=16, rows=[row])
+        write_checked(tmp_path / "w", weights_pieces(Dtype.FLOAT16, count=2, width=16, rows=[row]))
 
 
 HOSTILE = [

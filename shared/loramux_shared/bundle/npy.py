@@ -142,28 +142,6 @@ def _bounded(pieces: Iterable[bytes | int]) -> Iterator[bytes]:
             yield piece
 
 
-def write_weights(
-    path: Path, dtype: Dtype, *, count: int, width: int, rows: Iterable[Iterable[Array]]
-) -> FileDigest:
-    """Write the weights file of `weights_pieces`, and return what it is."""
-    return _write_hashed(path, weights_pieces(dtype, count=count, width=width, rows=rows))
-
-
-def write_config(path: Path, rows: Array) -> FileDigest:
-    """Write the config file of `config_pieces`, and return what it is."""
-    return _write_hashed(path, config_pieces(rows))
-
-
-def _write_hashed(path: Path, pieces: Iterable[bytes | int]) -> FileDigest:
-    digest, size = hashlib.sha256(), 0
-    with path.open("wb") as file:
-        for piece in _bounded(pieces):
-            file.write(piece)
-            digest.update(piece)
-            size += len(piece)
-    return FileDigest(size=size, sha256=digest.hexdigest())
-
-
 def read_weights(data: bytes | Path, dtype: Dtype, what: str) -> Array:
     """Return the weights as ``(R, C)`` in the storage type; a path is mapped, not read.
 
