@@ -1,4 +1,4 @@
-"""BuildLimits of builds."""
+"""Limits of builds."""
 
 from __future__ import annotations
 

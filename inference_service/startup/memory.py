@@ -18,7 +18,7 @@ log = structlog.get_logger()
 def divide_memory(
     settings: InferenceSettings, max_seq_len: int | None, model: Decoder, adapters: int, *, graphs: bool
 ) -> MemoryPlan:
-    """MemoryPlan the memory of a model that is loaded, adapters' bytes included, and log a line per item.
+    """Plan the memory of a model that is loaded, adapters' bytes included, and log a line per item.
 
     Raises:
         ResourcesExhausted: it does not fit.
