@@ -35,6 +35,8 @@ class StepCapacity:
     block_size: int
     slots: int
     """Adapters that are loaded; 0: none."""
+    active: int
+    """Distinct adapters in one step at most."""
 
     @property
     def attention(self) -> AttentionCapacity:
@@ -44,7 +46,9 @@ class StepCapacity:
     @property
     def segments(self) -> SegmentCapacity | None:
         """Of the adapters' segments; None without adapters."""
-        return SegmentCapacity(self.rows, self.slots, DECODE_TILE) if self.slots else None
+        if not self.slots:
+            return None
+        return SegmentCapacity(self.rows, self.slots, DECODE_TILE, active=self.active)
 
     @property
     def sections(self) -> dict[str, slice]:

@@ -134,4 +134,5 @@ class GraphRunner(Runner):
             blocks_per_seq=-(-self._limits.max_seq_len // self._block_size),
             block_size=self._block_size,
             slots=self._segmented.num_slots,
+            active=self._limits.max_adapters,
         )
