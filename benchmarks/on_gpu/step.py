@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import math
 import statistics
+from array import array
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Final
@@ -260,7 +261,7 @@ def _blocks(point: Point) -> int:
 def _batch(point: Point) -> Batch:
     """Sequences of one context, all of it but the last token in the cache, whose blocks are scattered."""
     each = -(-point.context // BLOCK_SIZE)
-    order = torch.randperm(_blocks(point)).tolist()
+    order = array("i", torch.randperm(_blocks(point)).tolist())
     chunks = []
     if point.prompt:
         prompt = Sequence("prompt", [2] * point.prompt, SamplingParams())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -62,8 +63,8 @@ class Sequence:
     """Of the prompt, tokens that the prefix cache held at first admission."""
     began_s: float | None = None
     """When the first step that computes it was submitted, on the clock of ``time.monotonic``."""
-    blocks: list[int] = field(default_factory=list)
-    """Cache blocks, in the order of the tokens."""
+    blocks: array[int] = field(default_factory=lambda: array("i"))
+    """Cache blocks, in the order of the tokens; int32, so that a step copies them as they are."""
     passed_by: int = 0
     """Sequences with adapters that were admitted ahead while its own adapter found no place."""
     num_hashed: int = 0

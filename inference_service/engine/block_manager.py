@@ -75,6 +75,8 @@ class BlockManager:
     def grow(self, seq: Sequence, num_tokens: int) -> bool:
         """Make room for the first num_tokens of a sequence; False, with nothing changed, when there is none."""
         missing = self.blocks_for(num_tokens) - len(seq.blocks)
+        if missing <= 0:
+            return True
         if missing > len(self._free):
             return False
         for _ in range(missing):
@@ -86,9 +88,9 @@ class BlockManager:
 
     def register(self, seq: Sequence) -> None:
         """Make the full, computed blocks of a sequence findable, as far as their tokens are known."""
-        if not self._prefix_cache:
-            return
         known = min(seq.num_computed, len(seq.tokens))
+        if not self._prefix_cache or (seq.num_hashed + 1) * self.block_size > known:
+            return
         while (seq.num_hashed + 1) * self.block_size <= known:
             parent = seq.last_hash if seq.num_hashed else self._seed(seq)
             key = self._hash(parent, seq, seq.num_hashed)
@@ -106,7 +108,7 @@ class BlockManager:
                 self._free[block] = None
                 if block not in self._hash_of:
                     self._free.move_to_end(block, last=False)
-        seq.blocks.clear()
+        del seq.blocks[:]
         seq.num_computed = seq.num_hashed = seq.last_hash = 0
 
     def forget_all(self) -> None:

@@ -48,12 +48,13 @@ class Scheduler:
         self.blocks = blocks
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
+        """Both in their order; the last one is the least urgent."""
         self.preemptions = 0
         self._watermark = max(1, int(limits.watermark * blocks.num_blocks))
 
     def add(self, seq: Sequence) -> None:
         """Put a sequence in the queue."""
-        bisect.insort(self.waiting, seq, key=lambda other: other.order)
+        bisect.insort(self.waiting, seq, key=_order)
 
     def remove(self, seq: Sequence) -> None:
         """Take a sequence out, wherever it is, and free its blocks."""
@@ -82,34 +83,39 @@ class Scheduler:
 
     def _continue_running(self, chunks: list[Chunk], budget: int) -> int:
         """Schedule those under way: decodes first, so that a long prompt never delays them."""
-        self.running.sort(key=lambda seq: seq.order)
-        for seq in sorted(self.running, key=lambda seq: seq.num_pending > 1):
-            if seq not in self.running or not budget or self._waits_for_its_token(seq):
+        decodes: list[Sequence] = []
+        prompts: list[Sequence] = []
+        for seq in self.running:
+            (prompts if seq.num_pending > 1 else decodes).append(seq)
+        preempted: set[Sequence] = set()
+        for seq in (*decodes, *prompts):
+            if not budget:
+                break
+            if seq in preempted or self._waits_for_its_token(seq):
                 continue
             length = min(seq.num_pending, budget)
-            if self._make_room(seq, seq.num_computed + length, chunks):
+            if self._make_room(seq, seq.num_computed + length, preempted):
                 chunks.append(Chunk(seq, length))
+                budget -= length
+            if preempted:
+                chunks[:] = [chunk for chunk in chunks if chunk.seq not in preempted]
                 budget = self.limits.max_tokens - sum(chunk.length for chunk in chunks)
         return budget
 
     def _waits_for_its_token(self, seq: Sequence) -> bool:
         return seq.in_flight > 0 and (seq.needs_last_token or self.limits.reached(seq, seq.length))
 
-    def _make_room(self, seq: Sequence, num_tokens: int, chunks: list[Chunk]) -> bool:
+    def _make_room(self, seq: Sequence, num_tokens: int, preempted: set[Sequence]) -> bool:
         """Grow a sequence, at the cost of the least urgent ones; False when it was preempted itself."""
         while not self.blocks.grow(seq, num_tokens):
-            victim = self.running[-1]
-            self._preempt(victim)
-            chunks[:] = [chunk for chunk in chunks if chunk.seq is not victim]
+            victim = self.running.pop()
+            self.blocks.release(victim)
+            self.preemptions += 1
+            self.add(victim)
+            preempted.add(victim)
             if victim is seq:
                 return False
         return True
-
-    def _preempt(self, seq: Sequence) -> None:
-        self.running.remove(seq)
-        self.blocks.release(seq)
-        self.preemptions += 1
-        self.add(seq)
 
     def _admit(self, chunks: list[Chunk], budget: int) -> None:
         adapters = {seq.adapter_uid for seq in self.running} - {0}
@@ -150,6 +156,10 @@ class Scheduler:
         self.blocks.count(seq)
         if not seq.num_generated:
             seq.num_cached = seq.num_computed
-        self.running.append(seq)
+        bisect.insort(self.running, seq, key=_order)
         chunks.append(Chunk(seq, min(seq.num_pending, budget)))
         return True
+
+
+def _order(seq: Sequence) -> tuple[int, int]:
+    return seq.order

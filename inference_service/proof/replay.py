@@ -9,6 +9,7 @@ row at a time: zeroed, doubled or exchanged, it is off by its own size, and roun
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -169,7 +170,7 @@ def _run(
     for index, probe in enumerate(probes):
         seq = EngineSequence(f"probe {index}", list(probe.tokens), sampling, adapter)
         need = math.ceil(len(probe.tokens) / block)
-        seq.blocks = list(range(blocks, blocks + need))
+        seq.blocks = array("i", range(blocks, blocks + need))
         blocks += need
         seqs.append(seq)
         chunks.append(Chunk(seq, len(probe.tokens)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -221,7 +222,7 @@ def test_one_copy_fills_the_buffers_of_a_step(ready: Ready, runner: GraphRunner)
     for place, name in enumerate(("base", "all", "rs")):
         adapter = ready.service.catalog.get(name).adapter
         seq = EngineSequence(name, [3, 4, 5 + place], SamplingParams(temperature=1.0, seed=place), adapter)
-        seq.blocks, seq.num_computed = [place], 2
+        seq.blocks, seq.num_computed = array("i", [place]), 2
         seqs.append(seq)
     seqs[1].num_computed, seqs[1].in_flight = 3, 1
     rows = lay_out(Batch(tuple(Chunk(seq, 1) for seq in seqs)), {seqs[1]: 2})

@@ -76,7 +76,7 @@ def test_growing_beyond_what_is_free_changes_nothing() -> None:
     seq = _seq(list(range(12)))
     blocks.admit(seq)
     assert not blocks.grow(seq, 12)
-    assert seq.blocks == []
+    assert not seq.blocks
     assert blocks.num_free == 2
 
 
