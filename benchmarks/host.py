@@ -1,14 +1,14 @@
 """What the host does for a step, with the device's work left out: the engine, its batch, copies to the device.
 
-Graphs do nothing here and tokens are what the memory held, so all that is measured is schedule, fill and
-resolve, on one thread. A GPU hides as much of it as its step takes, for it is one step behind; the rest is lost.
+Graphs do nothing here and tokens are what the memory held, so what is measured is schedule, fill and resolve,
+on one thread. A GPU hides as much of it as its step takes, for it is one step behind; the rest is lost.
 
     python -m benchmarks.host
     python -m benchmarks.host --kind decode --seqs 256 --contexts 4096 --loaded 64 --profile
 
 Every sequence decodes in every step that is measured. `mixed` adds a prompt of 256 tokens to each of them,
-`starved` a queue whose head finds its prefix in the cache and no blocks for the rest, `crowded` a queue of 1,000
-sequences whose adapters find no place.
+`starved` a queue whose head finds its prefix in the cache and no blocks for the rest, `crowded` a queue of
+1,000 sequences whose adapters find no place.
 """
 
 from __future__ import annotations

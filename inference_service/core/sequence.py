@@ -69,8 +69,8 @@ class Sequence:
     """Sequences with adapters that were admitted ahead while its own adapter found no place."""
     num_hashed: int = 0
     """Leading blocks that are registered in the prefix cache."""
-    last_hash: int = 0
-    """Prefix hash of the last registered block."""
+    hashes: list[int] = field(default_factory=list)
+    """Prefix hashes of leading full blocks, as far as they were asked for; they outlast the blocks."""
     prompt_scores: list[Token] = field(default_factory=list)
     """Leading tokens of the prompt with log probabilities, where those are asked for; the first has none."""
     in_flight: int = 0
@@ -89,7 +89,7 @@ class Sequence:
     @property
     def num_generated(self) -> int:
         """Tokens of the answer so far, those in flight included."""
-        return self.length - self.num_prompt
+        return len(self.tokens) + self.in_flight - self.num_prompt
 
     @property
     def num_known(self) -> int:
@@ -99,7 +99,7 @@ class Sequence:
     @property
     def num_pending(self) -> int:
         """Tokens that have no keys and values yet, those in flight included."""
-        return self.length - self.num_computed
+        return len(self.tokens) + self.in_flight - self.num_computed
 
     @property
     def needs_last_token(self) -> bool:
