@@ -5,6 +5,7 @@ from __future__ import annotations
 from array import array
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import NamedTuple
 
 from inference_service.core.constraint import Grammar
 from inference_service.core.sampling import SamplingParams
@@ -71,6 +72,8 @@ class Sequence:
     """Leading blocks that are registered in the prefix cache."""
     hashes: list[int] = field(default_factory=list)
     """Prefix hashes of leading full blocks, as far as they were asked for; they outlast the blocks."""
+    drawing: bytes = b""
+    """How its tokens are drawn, as the sampler on the device reads it; made at the first draw."""
     prompt_scores: list[Token] = field(default_factory=list)
     """Leading tokens of the prompt with log probabilities, where those are asked for; the first has none."""
     in_flight: int = 0
@@ -144,8 +147,7 @@ class Token:
     """True when there was none to draw: everything that the request asks for together allows no token."""
 
 
-@dataclass(frozen=True)
-class StepOutput:
+class StepOutput(NamedTuple):
     """What one step did for one sequence; the last output of a sequence has a finish reason."""
 
     seq_id: str

@@ -97,9 +97,9 @@ class BlockManager:
 
     def grow(self, seq: Sequence, num_tokens: int) -> bool:
         """Make room for the first num_tokens of a sequence; False, with nothing changed, when there is none."""
-        missing = self.blocks_for(num_tokens) - len(seq.blocks)
-        if missing <= 0:
+        if num_tokens <= len(seq.blocks) * self.block_size:
             return True
+        missing = self.blocks_for(num_tokens) - len(seq.blocks)
         if missing > len(self._free):
             return False
         for _ in range(missing):
@@ -111,7 +111,9 @@ class BlockManager:
 
     def register(self, seq: Sequence) -> None:
         """Make the full, computed blocks of a sequence findable, as far as their tokens are known."""
-        known = min(seq.num_computed, len(seq.tokens)) if self._prefix_cache else 0
+        if not self._prefix_cache or seq.num_computed < (seq.num_hashed + 1) * self.block_size:
+            return
+        known = min(seq.num_computed, len(seq.tokens))
         while (seq.num_hashed + 1) * self.block_size <= known:
             key, block = self._hash(seq, seq.num_hashed), seq.blocks[seq.num_hashed]
             if key not in self._by_hash:

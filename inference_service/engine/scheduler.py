@@ -86,7 +86,7 @@ class Scheduler:
             self.blocks.register(seq)
 
     def _continue_running(self, lengths: dict[Sequence, int]) -> int:
-        """Schedule those under way, decodes first, so that a long prompt never delays them; return what is left."""
+        """Schedule those under way, decodes first, which a long prompt never delays; return the rows left."""
         decodes: list[Sequence] = []
         prompts: list[Sequence] = []
         for seq in self.running:
@@ -96,18 +96,18 @@ class Scheduler:
         for seq in chain(decodes, prompts):
             if not budget:
                 break
-            if seq in preempted or self._waits_for_its_token(seq):
+            if seq in preempted or (seq.in_flight and self._waits_for_its_token(seq)):
                 continue
-            lengths[seq] = min(seq.num_pending, budget)
-            budget -= lengths[seq]
-            while seq not in preempted and not self.blocks.grow(seq, seq.num_computed + lengths[seq]):
+            lengths[seq] = length = min(seq.num_pending, budget)
+            budget -= length
+            while seq not in preempted and not self.blocks.grow(seq, seq.num_computed + length):
                 victim = self._preempt()
                 preempted.add(victim)
                 budget += lengths.pop(victim, 0)
         return budget
 
     def _waits_for_its_token(self, seq: Sequence) -> bool:
-        return seq.in_flight > 0 and (seq.needs_last_token or self.limits.reached(seq, seq.length))
+        return seq.needs_last_token or self.limits.reached(seq, seq.length)
 
     def _preempt(self) -> Sequence:
         """Let the least urgent sequence under way wait again."""
