@@ -340,7 +340,7 @@ def test_a_conversation(fakes: Fakes, environment: dict[str, str]) -> None:
     text = on_a_terminal(args, environment, [*dialogue, ("> ", b"\x04")])
     assert re.findall(r"sings \((\d)\)", text) == ["1", "3", "1"]
     assert "lora2> " in text
-    assert "error: MODEL_NOT_FOUND: no model 'lora22'; did you mean lora2?" in text
+    assert "error: MODEL_NOT_FOUND: no model 'lora22'; served are base, lora1, lora2." in text
     assert "no command /modle" in text
     typed = (Path(environment["XDG_STATE_HOME"]) / "loramux/chat_history").read_text()
     assert "two\n" in typed

@@ -155,8 +155,8 @@ def test_chat_with_nobody(fakes: Fakes) -> None:
     """An unknown model is an error that lists what is served, and names a near one."""
     code, _, errors = run("chat", "nobody", "--grpc", fakes.inference_address, said="hello\n")
     assert code == 1
-    assert errors == "error: MODEL_NOT_FOUND: no model 'nobody'; served are base, lora1, lora2\n"
-    assert "did you mean lora1?" in run("chat", "lora01", "--grpc", fakes.inference_address)[2]
+    assert errors == "error: MODEL_NOT_FOUND: no model 'nobody'; served are base, lora1, lora2.\n"
+    assert "Did you mean lora1?" in run("chat", "lora01", "--grpc", fakes.inference_address)[2]
 
 
 def test_chat_without_a_name_is_with_the_first_model(fakes: Fakes) -> None:
