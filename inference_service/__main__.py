@@ -20,6 +20,7 @@ from loramux_shared.access.guard import open_guard
 from loramux_shared.descriptors import raise_limit
 from loramux_shared.faults import Fault, SettingsInvalid
 from loramux_shared.rpc import calls
+from loramux_shared.rpc.listening import require_free
 from loramux_shared.rpc.server import RpcServer
 from loramux_shared.rpc.stopping import Stop
 from loramux_shared.settings import InferenceSettings, load_settings
@@ -83,7 +84,10 @@ async def serve(settings: InferenceSettings) -> int:
     """Load, listen, and drain at SIGTERM or SIGINT."""
     stop = Stop()
     raise_limit()
-    guard = open_guard(settings, settings.grpc, *filter(None, [settings.http]))
+    addresses = [address for address in (settings.grpc, settings.http) if address]
+    guard = open_guard(settings, *addresses)
+    for address in addresses:
+        require_free(address)  # before minutes of loading
     tracing = open_tracing("loramux-inference")
     watchers = open_watchers(tracing.tracer if tracing else None, log_prompts=settings.log_prompts)
     store = PatientStore(open_store(settings.store), pauses_s=START_PAUSES_S)
@@ -102,10 +106,10 @@ async def serve(settings: InferenceSettings) -> int:
         patience = protocol.Patience(read_s=stall_s)
         doors["http"] = HttpServer(settings.http, ready.service, guard, tracing, patience)
     doors["grpc"] = server
-    addresses = {name: await door.start() for name, door in doors.items()}
+    bound = {name: await door.start() for name, door in doors.items()}
     ready.engine.start()
     await server.set_serving(True)
-    log.info("inference service ready", **addresses, guarded_by=guard.shown, deployment=settings.deployment)
+    log.info("inference service ready", **bound, guarded_by=guard.shown, deployment=settings.deployment)
     number = await stop.wait()
     log.info("draining", signal=number.name, timeout_s=settings.drain_timeout_s)
     finished = await asyncio.gather(

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from loramux.cli.tree import require_free
 from loramux.connection import API_KEY, Credentials
 from loramux_shared.access.guard import open_guard
 from loramux_shared.access.keyring import Keyring
@@ -16,6 +15,7 @@ from loramux_shared.access.rights import Scope
 from loramux_shared.bundle.manifest import current_key
 from loramux_shared.deployment import Deployment, SourceKind
 from loramux_shared.faults import PermissionDenied, Unauthenticated
+from loramux_shared.rpc.listening import require_free
 from loramux_shared.settings import BuilderSettings, InferenceSettings, load_settings
 from loramux_shared.storage.base import ObjectMissing
 from loramux_shared.storage.open import open_store

@@ -153,6 +153,8 @@ async def test_what_is_not_served_is_refused_in_openais_shape(
     response = await door.http.request(method, path)
     assert response.status_code == status
     assert _error(response)["code"] == code
+    if status == 405:
+        assert f"is not served, but {response.headers['allow']} is;" in _error(response)["message"]
 
 
 async def test_every_endpoint_of_the_table_is_served(door: OpenAIDoor) -> None:
@@ -429,5 +431,5 @@ async def test_a_drain_that_takes_too_long_cuts_what_is_open(
 async def test_an_address_that_is_taken_is_said(door: OpenAIDoor) -> None:
     """A second server on the same port does not start, nor one on no address."""
     for address in (door.server.address, "127.0.0.1:http", "unix:/tmp/x", "no.such.host.invalid:0"):
-        with pytest.raises(SettingsInvalid, match="--http"):
+        with pytest.raises(SettingsInvalid, match=r"cannot listen on .*: expected a free HOST:PORT"):
             await HttpServer(address, door.ready.service).start()

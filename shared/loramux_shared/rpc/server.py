@@ -12,10 +12,10 @@ from grpc_reflection.v1alpha import reflection
 
 from loramux_shared.access.guard import NOBODY_GUARDS, Guard
 from loramux_shared.descriptors import connections_of_a_door
-from loramux_shared.faults import SettingsInvalid
 from loramux_shared.notify import READY, STOPPING, notify
 from loramux_shared.rpc.admission import AdmissionInterceptor
 from loramux_shared.rpc.calls import USUAL, CallInterceptor, Patience
+from loramux_shared.rpc.listening import cannot_listen, require_free
 from loramux_shared.rpc.options import server_options
 from loramux_shared.rpc.tls import server_credentials
 from loramux_shared.tracing.door import DoorSpans
@@ -65,6 +65,7 @@ class RpcServer:
             SettingsInvalid: the address is taken or no ``HOST:PORT``, or the files of TLS are no good.
         """
         await self.set_serving(False)
+        require_free(self.address)
         host, _, port = self.address.rpartition(":")
         unix = host == "unix"
         try:
@@ -72,10 +73,7 @@ class RpcServer:
         except RuntimeError:
             bound = 0
         if not (bound and host and (unix or port.isdecimal())):
-            raise SettingsInvalid(
-                f"cannot listen on {self.address!r}: expected a free HOST:PORT of this machine. "
-                "Stop what listens there, or choose another with --grpc."
-            )
+            raise cannot_listen(self.address, "gRPC could not bind it")
         await self._server.start()
         if not unix:
             self.address = f"{host}:{bound}"
