@@ -2,8 +2,8 @@
 
     python -m benchmarks.host [--profile]
 
-Graphs do nothing here and tokens are 0, so all that is measured is schedule, fill and resolve, on one thread. A GPU
-hides as much of it as its step takes, for it is one step behind.
+Graphs do nothing here and tokens are 0, so all that is measured is schedule, fill and resolve, on one thread. A
+GPU hides as much of it as its step takes, for it is one step behind.
 """
 
 from __future__ import annotations
