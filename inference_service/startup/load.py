@@ -7,6 +7,7 @@ import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import structlog
@@ -105,7 +106,7 @@ def load(settings: InferenceSettings, store: Store, watchers: Sequence[Watcher] 
         adapters = [_merge(adapters[0], bundle, base.placed, model)]
     blocks, limits = _memory(settings, generation, model, lora)
     engine = Engine(_runner(model, lora, blocks, limits), limits, blocks)
-    _warm_up(engine, adapters)
+    _run_a_few_tokens(engine, adapters)  # so that the first request does not wait for what is made at first use
     seconds = time.monotonic() - started
     log.info(
         "loaded",
@@ -126,7 +127,13 @@ def load(settings: InferenceSettings, store: Store, watchers: Sequence[Watcher] 
     described = ServedModel(generation.served_model_name, source=source, load_s=base.load_s, warnings=warned)
     models = [described, *adapters] if generation.serve_base else adapters
     catalog = Catalog(generation.number, generation.served_model_name, models, seconds)
-    thread = EngineThread(engine, settings.max_queue, settings.stream_interval_ms / 1e3)
+    thread = EngineThread(
+        engine,
+        settings.max_queue,
+        partial(_run_a_few_tokens, engine, adapters),
+        step_timeout_s=settings.step_timeout_s,
+        interval_s=settings.stream_interval_ms / 1e3,
+    )
     ends = base.config.eos_token_ids
     serving = ServingLimits(limits.max_seq_len, generation.request_default_max_tokens, ends)
     return Ready(GenerationService(catalog, base.text, thread, serving, watchers), thread)
@@ -177,8 +184,8 @@ def _warn_about(config: ModelConfig, model: Decoder) -> tuple[str, ...]:
     return (entry.code,)
 
 
-def _warm_up(engine: Engine, adapters: Sequence[ServedModel]) -> None:
-    """Run a few tokens, so that the first request does not wait for what is made at first use."""
+def _run_a_few_tokens(engine: Engine, adapters: Sequence[ServedModel]) -> None:
+    """Run what works as long as anything does: the base, and an adapter where there is one."""
     for adapter in [None, *(served.adapter for served in adapters[:1])]:
         engine.add(EngineSequence("warm-up", [0, 0], SamplingParams(max_tokens=2), adapter))
         while not engine.idle:

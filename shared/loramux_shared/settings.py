@@ -172,6 +172,8 @@ class InferenceSettings(Settings):
     """Tokens per block of the KV cache; a power of two."""
     max_queue: Count = 1024
     """Requests that wait; one more is answered QUEUE_FULL."""
+    step_timeout_s: float = Field(default=300, gt=0, allow_inf_nan=False)
+    """Seconds that one step may take, kernels that it compiles included; then the replica ends with exit 5."""
     prefix_cache: bool = True
     """Keep the blocks of earlier prompts, for prompts that begin alike."""
     stream_interval_ms: Annotated[int, Field(ge=0)] = 40
