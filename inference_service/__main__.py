@@ -44,7 +44,7 @@ FLAGS = {
     "grpc": "HOST:PORT to listen on",
     "http": "HOST:PORT of the OpenAI HTTP door; it is closed when not given",
     "deployment": "the deployment to serve",
-    "backend": "auto, torch or triton",
+    "backend": "auto, native, torch or triton",
     "device": "auto, cpu or cuda",
     "dtype": "auto, float32, bfloat16 or float16",
     "threads": "threads that compute on the CPU",
