@@ -80,7 +80,7 @@ def test_a_hidden_base_is_unknown_to_clients(world: World) -> None:
 
 
 class Watched:
-    """A checkpoint that notes, as it gives a tensor of a layer, how many of the old layers still live."""
+    """A checkpoint that notes, before it gives a tensor of a layer, how many of the old layers still live."""
 
     def __init__(self, inner: Checkpoint, layers: Sequence[Layer]) -> None:
         self.dtype, self.device = inner.dtype, inner.device
@@ -96,8 +96,8 @@ class Watched:
         return self._inner.get(name, shape)
 
 
-def test_a_merge_holds_one_layer_twice_at_most(world: World) -> None:
-    """While layer i is read, the old ones before it are gone."""
+def test_a_merge_holds_no_layer_twice(world: World) -> None:
+    """The old ones are gone before anything is read: a file that holds them all is held meanwhile."""
     config = read_config(world.base)
     model = Decoder(config, Checkpoint(world.base, torch.float32, torch.device("cpu")))
     watched = Watched(Checkpoint(world.base, torch.float32, torch.device("cpu")), model._layers)
@@ -109,7 +109,8 @@ def test_a_merge_holds_one_layer_twice_at_most(world: World) -> None:
         for group in config.groups
     }
     model.merge(watched, AdapterWeights((groups,) * config.dims.num_layers))
-    assert watched.alive == {index: config.dims.num_layers - index for index in range(config.dims.num_layers)}
+    assert watched.alive == dict.fromkeys(range(config.dims.num_layers), 0)
+    assert len(model._layers) == config.dims.num_layers
 
 
 @pytest.mark.parametrize(
