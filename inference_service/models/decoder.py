@@ -58,8 +58,8 @@ class Decoder:
     def merge(self, checkpoint: Tensors, adapter: AdapterWeights) -> None:
         """Add an adapter to the weights for good; the checkpoint, in float32, is the one that they came from.
 
-        W + BA is summed in float32 and rounded once. The old layers go first: a file of the checkpoint, which may
-        be all of it, is in memory while it is read.
+        W + BA is summed in float32 and rounded once. The old layers go first: a file of the checkpoint, which
+        may be all of it, is in memory while it is read.
         """
         weights = Weights(checkpoint, self.config, self.dtype, adapter)
         self._layers.clear()

@@ -381,7 +381,7 @@ async def test_a_failing_step_is_an_error_without_a_word_of_why(world: tuple[Wor
 
 
 async def test_a_replica_that_fails_says_so_and_takes_no_more(world: tuple[World, MemoryStore]) -> None:
-    """A stream ends with the reason, a request that was not begun is 503 to be sent again, and health is 503."""
+    """A stream ends with the reason, and health and new requests are 503, to be sent elsewhere."""
     async with open_door(world) as door:
         engine, runner = door.ready.engine, door.ready.engine._engine._runner
         submit, calls = runner.submit, []
