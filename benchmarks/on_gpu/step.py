@@ -1,4 +1,4 @@
-"""A decode step of an 8B-shaped model: with adapters and without, launched from Python and from graphs."""
+"""A step of an 8B-shaped model: with adapters, prompts and penalties, from Python and from graphs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import gc
 import math
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Final
 
 import torch
@@ -43,11 +43,16 @@ class Plan:
     """Adapters, level by level."""
     batches: tuple[int, ...]
     contexts: tuple[int, ...]
+    few: int
+    """Adapters of a step where many more are loaded."""
+    prompts: tuple[int, ...]
+    """Rows of a prompt in a step that decodes too."""
 
 
-FULL: Final = Plan(LLAMA_8B, (0, 1, 8, 16, 64), (1, 8, 32, 64, 128), (512, 4096))
-QUICK: Final = Plan(LLAMA_8B, (0, 8, 64), (1, 32), (512,))
-REHEARSAL: Final = Plan(TINY, (0, 2), (2,), (20,))
+FULL: Final = Plan(LLAMA_8B, (0, 1, 8, 16, 64), (1, 8, 32, 64, 128), (512, 4096), 8, (64, 448, 2048))
+QUICK: Final = Plan(LLAMA_8B, (0, 8, 64), (1, 32), (512,), 8, (448,))
+REHEARSAL: Final = Plan(TINY, (0, 2), (2,), (20,), 1, (5,))
+PENALTY: Final = SamplingParams(repetition_penalty=1.1, frequency_penalty=0.1)
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,10 @@ class Point:
     active: int
     batch: int
     context: int
+    prompt: int = 0
+    """Rows of a prompt, which is the base's, in the same step."""
+    penalised: int = 0
+    """Rows whose tokens are drawn with penalties."""
 
 
 @dataclass
@@ -105,7 +114,7 @@ class Steps:
         self._bytes_per_token = (
             2 * dims.num_layers * dims.num_kv_heads * dims.head_dim * torch.finfo(dtype).bits // 8
         )
-        self._base: dict[tuple[int, int], float] = {}
+        self._base: dict[Point, float] = {}
 
     def measure(self) -> None:
         """Load more adapters level by level; at each, build an engine's runner and time its steps."""
@@ -127,7 +136,8 @@ class Steps:
         launches = self._launches()
         recorder = TimedRecorder(self._device, self._device.recorder())
         most = max(_blocks(point) for point in points)
-        runner = self._runner(most, max(self._plan.batches), recorder)
+        rows = max(self._plan.batches) + max(self._plan.prompts)
+        runner = self._runner(most, max(self._plan.batches) + 1, recorder, rows)
         # Before anything is recorded, the runner launches every step from Python.
         eager = {point: self._drive(runner, point, EAGER_STEPS) for point in points if self._run.left_s > 0}
         runner.capture()
@@ -136,11 +146,12 @@ class Steps:
         def measure(point: Point) -> None:
             wall = self._drive(runner, point, STEPS)
             graph = statistics.median(recorder.taken_us())
+            bare = replace(point, loaded=0, active=0)
             if not loaded:
-                self._base[point.batch, point.context] = graph
-            base = self._base.get((point.batch, point.context))
+                self._base[bare] = graph
+            base = self._base.get(bare)
             self._run.add(
-                {name: getattr(point, name) for name in ("loaded", "active", "batch", "context")},
+                asdict(point),
                 {
                     "graph us": graph,
                     OF_BASE: None if base is None else base / graph,
@@ -164,8 +175,21 @@ class Steps:
                     continue
                 points.append(point)
                 if loaded == max(self._plan.loaded):
-                    points.append(Point(loaded, 0, batch, context))
+                    points.append(replace(point, active=0))
+                    points += [replace(point, active=self._plan.few)] if point.active > self._plan.few else []
+        usual = [
+            point for point in points if point.batch == self._usual and point.context == self._plan.contexts[0]
+        ]
+        for point in usual:
+            longer = [replace(point, prompt=prompt) for prompt in self._plan.prompts]
+            points += [each for each in longer if self._fits(each)]
+            points.append(replace(point, penalised=point.batch // 2))
         return points
+
+    @property
+    def _usual(self) -> int:
+        """The batch beside which prompts and penalties are measured."""
+        return min(self._plan.batches, key=lambda batch: abs(batch - 32))
 
     def _fits(self, point: Point) -> bool:
         if self._device.where.type != "cuda":
@@ -173,10 +197,10 @@ class Steps:
         free, _ = torch.cuda.mem_get_info(self._device.where)
         return self._bytes_per_token * BLOCK_SIZE * _blocks(point) < free - RESERVE_BYTES
 
-    def _runner(self, num_blocks: int, max_seqs: int, recorder: Recorder) -> GraphRunner:
-        longest = max(self._plan.contexts)
+    def _runner(self, num_blocks: int, max_seqs: int, recorder: Recorder, most_rows: int) -> GraphRunner:
+        longest = max(*self._plan.contexts, *self._plan.prompts)
         limits = SchedulerLimits(
-            max_tokens=longest, max_seqs=max_seqs, max_adapters=max_seqs, max_seq_len=longest
+            max_tokens=most_rows, max_seqs=max_seqs, max_adapters=max_seqs, max_seq_len=longest
         )
         return GraphRunner(self._model, self._lora, num_blocks, BLOCK_SIZE, limits, recorder)
 
@@ -184,11 +208,11 @@ class Steps:
         """Launches of a step of one row, with adapters and without, as a tape counts them."""
         recorder = _Tapes()
         try:
-            self._runner(_blocks(Point(0, 0, 1, max(self._plan.contexts))), 1, recorder).capture()
+            self._runner(_blocks(Point(0, 0, 1, max(self._plan.contexts))), 1, recorder, most_rows=1).capture()
         except CaptureRefused as refusal:  # nothing that is timed needs a tape
             self._run.note(f"launches are not counted: {refusal}")
             return {True: None, False: None}
-        counts = [len(tape.names) for tape in recorder.tapes]
+        counts = [len(tape.names) for tape in recorder.tapes[-2:]]
         return {True: max(counts), False: min(counts)}
 
     def _drive(self, runner: Runner, point: Point, steps: int) -> float:
@@ -230,18 +254,23 @@ def run(run: Run) -> None:
 
 
 def _blocks(point: Point) -> int:
-    return point.batch * -(-point.context // BLOCK_SIZE)
+    return point.batch * -(-point.context // BLOCK_SIZE) + -(-point.prompt // BLOCK_SIZE)
 
 
 def _batch(point: Point) -> Batch:
     """Sequences of one context, all of it but the last token in the cache, whose blocks are scattered."""
     each = -(-point.context // BLOCK_SIZE)
-    order = torch.randperm(_blocks(point)).view(point.batch, each).tolist()
+    order = torch.randperm(_blocks(point)).tolist()
     chunks = []
-    for row, blocks in enumerate(order):
+    if point.prompt:
+        prompt = Sequence("prompt", [2] * point.prompt, SamplingParams())
+        prompt.blocks = order[point.batch * each :]
+        chunks.append(Chunk(prompt, point.prompt))
+    for row in range(point.batch):
         slot = row % point.active if point.active else None
         adapter = None if slot is None else Adapter(f"a{slot}", slot + 1, slot)
-        seq = Sequence(str(row), [2] * point.context, SamplingParams(), adapter)
-        seq.blocks, seq.num_computed = blocks, point.context - 1
+        sampling = PENALTY if row < point.penalised else SamplingParams()
+        seq = Sequence(str(row), [2] * point.context, sampling, adapter)
+        seq.blocks, seq.num_computed = order[row * each : (row + 1) * each], point.context - 1
         chunks.append(Chunk(seq, 1))
     return Batch(tuple(chunks))

@@ -70,7 +70,7 @@ class Measured:
     """What the largest step took, in bytes."""
 
     steps: int
-    """While it ran, given back after it."""
+    """At once, while it ran, its runner's own tensors included."""
     kept: int
     """For good: workspaces and modules of libraries, kernels, tables that later steps use again."""
     free: int
@@ -84,21 +84,17 @@ def measure(new_runner: Callable[[], StepRunner], batch: Batch, memory: DeviceMe
         ResourcesExhausted: the device has not enough memory for it.
     """
     before = memory.settled()
+    memory.watch_peak()
     try:
-        runner = new_runner()
-        memory.watch_peak()
-        runner.submit(batch).tokens()
+        new_runner().submit(batch).tokens()
     except torch.OutOfMemoryError as error:
         raise ResourcesExhausted(
             f"a step of {batch.num_tokens} tokens and {len(batch.chunks)} sequences, the largest, does not fit "
             f"in the {before / 1e9:.2f} GB that weights and adapters leave. Lower LORAMUX_MAX_BATCH_TOKENS or "
             "LORAMUX_MAX_BATCH_SEQS, or serve fewer adapters."
         ) from error
-    memory.settled()
-    steps = memory.peak() - memory.reserved()
-    del runner
     free = memory.settled()
-    return Measured(steps, before - free, free)
+    return Measured(memory.peak() - memory.reserved(), before - free, free)
 
 
 def largest_step(limits: SchedulerLimits, adapters: Sequence[Adapter], block_size: int) -> Batch:
