@@ -71,13 +71,17 @@ class HttpServer:
         self._connections.start(listener)
         return self.address
 
+    async def refuse(self) -> None:
+        """Answer every new request, health included, with 503 from now on."""
+        self._front.draining = True
+        self._connections.drain()
+
     async def drain(self, timeout_s: float, cut: Callable[[], None] | None = None) -> bool:
         """Refuse new requests, wait for the open ones, stop; False when the time ran out and some were cut.
 
         cut ends what others than the door can end, by a fault; the rest the door cancels.
         """
-        self._front.draining = True
-        self._connections.drain()
+        await self.refuse()
         finished = await self._front.until_idle(timeout_s)
         if not finished:
             log.warning("drain timed out", open_requests=self._front.open, timeout_s=timeout_s)

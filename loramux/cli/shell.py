@@ -51,7 +51,9 @@ LocalRoots = Annotated[
     list[Path] | None,
     typer.Option("--local-root", metavar="DIR", help="LOCAL repositories may lie below it; repeatable."),
 ]
-Backend = Annotated[str | None, typer.Option("--backend", metavar="NAME", help="auto, torch or triton.")]
+Backend = Annotated[
+    str | None, typer.Option("--backend", metavar="NAME", help="auto, native, torch or triton.")
+]
 Dtype = Annotated[
     str | None, typer.Option("--dtype", metavar="NAME", help="auto, float32, bfloat16 or float16.")
 ]

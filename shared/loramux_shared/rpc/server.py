@@ -92,14 +92,18 @@ class RpcServer:
         if ready:
             notify(READY)
 
+    async def refuse(self) -> None:
+        """Take no new calls, and be NOT_SERVING from now on."""
+        self._interceptor.drain()
+        notify(STOPPING)
+        await self._health.enter_graceful_shutdown()
+
     async def drain(self, timeout_s: float, cut: Callable[[], None] | None = None) -> bool:
         """Refuse new calls, wait for the open ones, stop; False when the time ran out and calls were cut.
 
         cut ends what others than the door can end, by a fault; the rest the door cancels.
         """
-        self._interceptor.drain()
-        notify(STOPPING)
-        await self._health.enter_graceful_shutdown()
+        await self.refuse()
         finished = await self._interceptor.until_idle(timeout_s)
         if not finished:
             log.warning("drain timed out", open_calls=self._interceptor.active, timeout_s=timeout_s)
