@@ -110,11 +110,11 @@ def test_a_step_that_takes_too_long_ends_the_process(world: World, tmp_path: Pat
 
 
 def test_a_port_that_is_taken_stops_the_start(world: World) -> None:
-    """The message names the flag, and the exit status is that of bad settings."""
+    """The message names the address, and the exit status is that of bad settings."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         command = _command(world, "--grpc", "127.0.0.1:0", "--http", f"127.0.0.1:{port}")
         ended = subprocess.run(command, capture_output=True, text=True, timeout=READY_S)
     assert ended.returncode == 2
-    assert "--http" in ended.stderr
+    assert f"cannot listen on '127.0.0.1:{port}'" in ended.stderr
     assert "Traceback" not in ended.stderr
