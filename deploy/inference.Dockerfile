@@ -3,6 +3,7 @@
 #   docker build -f deploy/inference.Dockerfile \
 #     --build-arg PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu .
 FROM python:3.11-slim-bookworm AS install
+RUN apt-get update && apt-get install --yes --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
 WORKDIR /source
 COPY pyproject.toml README.md LICENSE ./
 COPY builder_service builder_service
@@ -12,6 +13,9 @@ COPY loramux loramux
 COPY shared shared
 ARG PIP_EXTRA_INDEX_URL
 RUN python -m venv /opt/loramux && /opt/loramux/bin/pip install --no-cache-dir '.[inference,gcs,azure,otel]'
+# The operations of CPUs, for every processor that may run the image: it has no C++ compiler itself. Not in /source,
+# where the sources would be imported.
+RUN cd / && /opt/loramux/bin/python -m inference_service.kernels.cpu.build
 
 FROM python:3.11-slim-bookworm
 # Triton compiles its launchers on the machine that runs them.

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 import sys
+from collections.abc import Collection
 from dataclasses import asdict
 from functools import partial
-from typing import Final
+from typing import Final, NoReturn
 
 import structlog
 
@@ -20,6 +22,7 @@ from loramux_shared.access.guard import open_guard
 from loramux_shared.descriptors import raise_limit
 from loramux_shared.faults import Fault, SettingsInvalid
 from loramux_shared.rpc import calls
+from loramux_shared.rpc.listening import require_free
 from loramux_shared.rpc.server import RpcServer
 from loramux_shared.rpc.stopping import Stop
 from loramux_shared.settings import InferenceSettings, load_settings
@@ -30,6 +33,11 @@ from loramux_shared.tracing.setup import open_tracing
 
 log = structlog.get_logger()
 
+Door = RpcServer | HttpServer
+BROKEN: Final = 5
+"""The exit status of a replica whose device or engine works no more."""
+TELL_S: Final = 1.0
+"""For clients to read why their requests end, before a broken replica ends itself."""
 START_PAUSES_S: Final = (1.0,)
 """Before a store that did not answer is asked once more; whoever runs this starts it again."""
 FLAGS = {
@@ -37,7 +45,7 @@ FLAGS = {
     "grpc": "HOST:PORT to listen on",
     "http": "HOST:PORT of the OpenAI HTTP door; it is closed when not given",
     "deployment": "the deployment to serve",
-    "backend": "auto, torch or triton",
+    "backend": "auto, native, torch or triton",
     "device": "auto, cpu or cuda",
     "dtype": "auto, float32, bfloat16 or float16",
     "threads": "threads that compute on the CPU",
@@ -46,7 +54,11 @@ FLAGS = {
 
 
 def main() -> int:
-    """Run the service; the exit status is 0 after a drain, 1 when it cannot serve, 2 for bad settings."""
+    """Run the service.
+
+    The exit status is 0 after a drain, 1 when it cannot serve or had to cut requests off, 2 for bad settings,
+    and BROKEN when it can compute no more.
+    """
     parser = argparse.ArgumentParser(prog="inference_service", description=__doc__)
     for name, text in FLAGS.items():
         parser.add_argument(f"--{name.replace('_', '-')}", help=text)
@@ -80,10 +92,13 @@ def main() -> int:
 
 
 async def serve(settings: InferenceSettings) -> int:
-    """Load, listen, and drain at SIGTERM or SIGINT."""
+    """Load, listen, and drain at SIGTERM or SIGINT, or end when the engine can go on no more."""
     stop = Stop()
     raise_limit()
-    guard = open_guard(settings, settings.grpc, *filter(None, [settings.http]))
+    addresses = [address for address in (settings.grpc, settings.http) if address]
+    guard = open_guard(settings, *addresses)
+    for address in addresses:
+        require_free(address)  # before minutes of loading
     tracing = open_tracing("loramux-inference")
     watchers = open_watchers(tracing.tracer if tracing else None, log_prompts=settings.log_prompts)
     store = PatientStore(open_store(settings.store), pauses_s=START_PAUSES_S)
@@ -97,26 +112,40 @@ async def serve(settings: InferenceSettings) -> int:
         tracing,
         calls.Patience(read_s=stall_s),
     )
-    doors: dict[str, RpcServer | HttpServer] = {}
+    doors: dict[str, Door] = {}
     if settings.http:
         patience = protocol.Patience(read_s=stall_s)
         doors["http"] = HttpServer(settings.http, ready.service, guard, tracing, patience)
     doors["grpc"] = server
-    addresses = {name: await door.start() for name, door in doors.items()}
-    ready.engine.start()
+    bound = {name: await door.start() for name, door in doors.items()}
+    ready.engine.start(partial(_refuse, doors.values()))
     await server.set_serving(True)
-    log.info("inference service ready", **addresses, guarded_by=guard.shown, deployment=settings.deployment)
-    number = await stop.wait()
-    log.info("draining", signal=number.name, timeout_s=settings.drain_timeout_s)
-    finished = await asyncio.gather(
-        *(door.drain(settings.drain_timeout_s, ready.engine.cut) for door in doors.values())
-    )
+    log.info("inference service ready", **bound, guarded_by=guard.shown, deployment=settings.deployment)
+    number = await stop.wait_beside(ready.engine.ended())
+    drain_s = settings.drain_timeout_s if number else TELL_S
+    log.info("draining", signal=number.name if number else "none", timeout_s=drain_s)
+    finished = await asyncio.gather(*(door.drain(drain_s, ready.engine.cut) for door in doors.values()))
     stats = ready.engine.stats
-    await ready.engine.stop()
+    why = await ready.engine.stop()
     if tracing is not None:
         await asyncio.to_thread(tracing.close)
     log.info("inference service stopped", hit_rate=round(stats.prefix_hit_rate, 3), **asdict(stats))
+    if why is not None:
+        _end_broken(why)
     return 0 if all(finished) else 1
+
+
+async def _refuse(doors: Collection[Door]) -> None:
+    """Say to whoever asks for health that there is none."""
+    for door in doors:
+        await door.refuse()
+
+
+def _end_broken(why: str) -> NoReturn:
+    """End at once: a step may hang for good, and a broken device may hang or abort whatever cleans up."""
+    log.critical("the replica is broken and ends; start it again", why=why, status=BROKEN)
+    sys.stderr.flush()
+    os._exit(BROKEN)
 
 
 if __name__ == "__main__":

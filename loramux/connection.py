@@ -62,10 +62,10 @@ class Credentials:
         """Return a channel; kind is ``grpc`` or ``grpc.aio``.
 
         Raises:
-            SettingsInvalid: a file of TLS cannot be read, or the address is one of HTTP.
+            SettingsInvalid: a file of TLS cannot be read, or the address is one of HTTP or has no port.
         """
         target = address.removeprefix(TLS_SCHEME)
-        if address.startswith(("http://", "https://")):
+        if address.startswith(("http://", "https://")) or ":" not in target:
             raise SettingsInvalid(f"{address}: expected HOST:PORT of a gRPC door, or {TLS_SCHEME}HOST:PORT.")
         if target == address:
             return kind.insecure_channel(address, CLIENT_OPTIONS)

@@ -118,3 +118,6 @@ class Backend:
     """Makes an empty home for adapters."""
     how: str
     """For the start line: where the operations come from."""
+    recordable: bool = False
+    """Whether steps can be recorded and replayed: launches follow from buffers that stay where they are, and
+    `new_lora` makes a `SegmentedLora`."""

@@ -48,7 +48,7 @@ class Decoder:
         weights = Weights(checkpoint, config, self.dtype)
         self._embedding, head = weights.tables()
         self.config = replace(config, tied_embeddings=head is self._embedding)
-        self._layers = tuple(weights.layer(index) for index in range(config.dims.num_layers))
+        self._layers = [weights.layer(index) for index in range(config.dims.num_layers)]
         self._norm = weights.final_norm()
         self._head = Linear(head)
         self._ropes = tuple(Rope(spec, self.dtype, self.device) for spec in config.ropes)
@@ -58,10 +58,13 @@ class Decoder:
     def merge(self, checkpoint: Tensors, adapter: AdapterWeights) -> None:
         """Add an adapter to the weights for good; the checkpoint, in float32, is the one that they came from.
 
-        W + BA is summed in float32 and rounded once.
+        W + BA is summed in float32 and rounded once. The old layers go first: a file of the checkpoint, which
+        may be all of it, is in memory while it is read.
         """
         weights = Weights(checkpoint, self.config, self.dtype, adapter)
-        self._layers = tuple(weights.layer(index) for index in range(self.config.dims.num_layers))
+        self._layers.clear()
+        for index in range(self.config.dims.num_layers):
+            self._layers.append(weights.layer(index))
 
     def new_cache(self, num_rows: int) -> KVCache:
         """Return an empty cache of num_rows tokens, a multiple of the block size."""

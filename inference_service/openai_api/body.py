@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Final, TypeVar
 
 from pydantic import ValidationError
@@ -39,7 +40,29 @@ async def read_body(http: Request, kind: type[B]) -> B:
     try:
         return kind.model_validate_json(data)
     except ValidationError as error:
+        refused = error
+    try:
+        return kind.model_validate_json(_without_unknown_nulls(data, refused))
+    except ValidationError as error:
         raise invalid_body(error, list(kind.model_fields)) from error
+
+
+def _without_unknown_nulls(data: bytes, refused: ValidationError) -> bytes:
+    """Return a body without the unknown fields that are null: clients send all that they know of, unset."""
+    nulls = [
+        each["loc"]
+        for each in refused.errors(include_url=False)
+        if each["type"] == "extra_forbidden" and each["input"] is None
+    ]
+    if not nulls:
+        return data
+    body = json.loads(data)
+    for *places, name in nulls:
+        holder = body
+        for place in places:
+            holder = holder[place]
+        holder.pop(name, None)  # a name may come twice
+    return json.dumps(body).encode()
 
 
 async def _read(http: Request) -> bytes:

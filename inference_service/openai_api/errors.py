@@ -86,7 +86,8 @@ def http_error_response(http: Request, error: HTTPException) -> Response:
     """Return the answer to a request that met no handler, or that HTTP itself refuses."""
     code, message = HTTP_CODES.get(error.status_code, "invalid_request"), error.detail
     if error.status_code in (404, 405):
-        message = f"{http.method} {http.url.path[:200]} is not served; see docs/openai.md."
+        allowed = f", but {error.headers['Allow']} is" if error.headers else ""
+        message = f"{http.method} {http.url.path[:200]} is not served{allowed}; see docs/openai.md."
     return json_response(_body(message, error.status_code, None, code), error.status_code, error.headers)
 
 

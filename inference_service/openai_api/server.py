@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Callable
 from typing import Final
 
@@ -16,7 +15,7 @@ from inference_service.openai_api.protocol import USUAL, BoundedHttp, Patience
 from inference_service.serving.service import GenerationService
 from loramux_shared.access.guard import NOBODY_GUARDS, Guard
 from loramux_shared.descriptors import connections_of_a_door
-from loramux_shared.faults import SettingsInvalid
+from loramux_shared.rpc.listening import listen
 from loramux_shared.tracing.door import DoorSpans
 
 CUT_S: Final = 1.0
@@ -67,18 +66,22 @@ class HttpServer:
             SettingsInvalid: the address is taken or no ``HOST:PORT``.
         """
         host, _, _ = self.address.rpartition(":")
-        listener = _listen(self.address)
+        listener = listen(self.address)
         self.address = f"{host}:{listener.getsockname()[1]}"
         self._connections.start(listener)
         return self.address
+
+    async def refuse(self) -> None:
+        """Answer every new request, health included, with 503 from now on."""
+        self._front.draining = True
+        self._connections.drain()
 
     async def drain(self, timeout_s: float, cut: Callable[[], None] | None = None) -> bool:
         """Refuse new requests, wait for the open ones, stop; False when the time ran out and some were cut.
 
         cut ends what others than the door can end, by a fault; the rest the door cancels.
         """
-        self._front.draining = True
-        self._connections.drain()
+        await self.refuse()
         finished = await self._front.until_idle(timeout_s)
         if not finished:
             log.warning("drain timed out", open_requests=self._front.open, timeout_s=timeout_s)
@@ -89,17 +92,3 @@ class HttpServer:
                 await self._front.until_idle(CUT_S)
         await self._connections.close(CUT_S)
         return finished
-
-
-def _listen(address: str) -> socket.socket:
-    host, _, port = address.rpartition(":")
-    host = host.removeprefix("[").removesuffix("]")
-    try:
-        family = socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)[0][0]
-        both = family == socket.AF_INET6 and host == "::" and socket.has_dualstack_ipv6()
-        return socket.create_server((host, int(port)), family=family, backlog=2048, dualstack_ipv6=both)
-    except (OSError, ValueError) as error:
-        raise SettingsInvalid(
-            f"cannot listen on {address!r} ({error}): expected a free HOST:PORT of this machine. "
-            "Stop what listens there, or choose another with --http."
-        ) from error

@@ -6,7 +6,7 @@ import asyncio
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from collections.abc import Sequence as Seq
 from functools import partial
 from typing import Final
@@ -15,9 +15,12 @@ import structlog
 
 from inference_service.core.sequence import Sequence, StepOutput
 from inference_service.engine.engine import Engine, EngineStats, SequenceCounts
-from loramux_shared.faults import Fault, QueueFull, ShuttingDown
+from inference_service.serving.watchdog import Watchdog
+from loramux_shared.faults import Fault, QueueFull, ReplicaFailed, ShuttingDown
 
 CUT: Final = "the server shut down before the answer was complete. Retry with another replica."
+PROBE_PAUSES_S: Final = (0.0, 0.5)
+"""Before each attempt to find out whether the engine still works: memory that others hold may come back."""
 
 log = structlog.get_logger()
 
@@ -54,8 +57,8 @@ class Outputs:
         return outputs
 
     def fail(self, fault: Fault) -> None:
-        """End with a fault what has not ended yet."""
-        self._failure = fault
+        """End with a fault what has not ended yet; the first one counts."""
+        self._failure = self._failure or fault
         self._arrived.set()
 
     def drop(self, seq_id: str) -> None:
@@ -75,12 +78,24 @@ class EngineThread:
 
     Every sequence that was submitted ends once: with an output that has a finish reason, with a fault, or when
     it is dropped.
+    A step that raises ends its sequences. Then the probe runs steps that are known to work: where it fails too,
+    or a step takes longer than step_timeout_s, the engine can go on no more, and `ended` says so.
     Outputs are handed over together every interval_s, because a door that wakes up for every token takes the
     cores from the steps; the first and the last of a sequence go at once, with all that wait.
     """
 
-    def __init__(self, engine: Engine, max_queue: int, interval_s: float = 0.0) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        max_queue: int,
+        probe: Callable[[], None],
+        *,
+        step_timeout_s: float,
+        interval_s: float = 0.0,
+    ) -> None:
         self._engine = engine
+        self._probe = probe
+        self._step_timeout_s = step_timeout_s
         self.max_queue = max_queue
         self._interval_s = interval_s
         self._pending: list[StepOutput] = []
@@ -88,8 +103,10 @@ class EngineThread:
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._streams: dict[str, Outputs] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        self._stopped = False
+        self._ended: asyncio.Future[str | None] | None = None
+        self._before_cut: Callable[[], Awaitable[None]] | None = None
+        self._stopped: Fault | None = None
+        self._ending: asyncio.Task[None] | None = None
 
     @property
     def stats(self) -> EngineStats:
@@ -101,22 +118,32 @@ class EngineThread:
         """Who runs and who waits."""
         return self._engine.sequence_counts
 
-    def start(self) -> None:
-        """Start the thread; must be called on the event loop."""
+    def start(self, on_failure: Callable[[], Awaitable[None]] | None = None) -> None:
+        """Start the thread; must be called on the event loop.
+
+        When the engine can go on no more, on_failure is awaited before requests hear of it: there health ends.
+        """
         self._loop = asyncio.get_running_loop()
-        self._thread.start()
+        self._ended = self._loop.create_future()
+        self._before_cut = on_failure
+        threading.Thread(target=self._run, name="engine", daemon=True).start()
 
-    def cut(self) -> None:
-        """End every open stream with SHUTTING_DOWN, and take no more."""
-        self._stopped = True
+    async def ended(self) -> str | None:
+        """Wait until the thread works no more; return why, or None when it was stopped."""
+        assert self._ended is not None  # noqa: S101 - it was started
+        return await asyncio.shield(self._ended)
+
+    def cut(self, fault: Fault | None = None) -> None:
+        """End every open stream with a fault, SHUTTING_DOWN unless said otherwise, and take no more."""
+        self._stopped = self._stopped or fault or ShuttingDown(CUT)
         for outputs in set(self._streams.values()):
-            outputs.fail(ShuttingDown(CUT))
+            outputs.fail(self._stopped.retold(self._stopped.message))
 
-    async def stop(self) -> None:
-        """End the thread after the step in progress, and what is open."""
+    async def stop(self) -> str | None:
+        """End the thread after the step in progress, and what is open; return what `ended` does."""
         self.cut()
         self._inbox.put(None)
-        await asyncio.to_thread(self._thread.join)
+        return await self.ended()
 
     def submit(self, seqs: Seq[Sequence]) -> Outputs:
         """Put the sequences of a request in the queue; the caller must close what it gets.
@@ -127,9 +154,10 @@ class EngineThread:
         Raises:
             QueueFull: too many sequences wait.
             ShuttingDown: the engine was stopped.
+            ReplicaFailed: it can go on no more.
         """
-        if self._stopped:
-            raise ShuttingDown("the engine has stopped. Retry with another replica.")
+        if self._stopped is not None:
+            raise self._stopped.retold(self._stopped.message)
         if len(self._streams) + len(seqs) - self._engine.stats.running > self.max_queue:
             raise QueueFull(f"{self.max_queue} requests wait already. Retry in a moment, or add a replica.")
         outputs = Outputs(seqs, self._close)
@@ -138,7 +166,7 @@ class EngineThread:
         return outputs
 
     def _begin(self, seq: Sequence) -> None:
-        if not self._stopped:
+        if self._stopped is None:
             self._inbox.put(partial(self._engine.add, seq))
 
     def _close(self, seq_id: str) -> None:
@@ -146,17 +174,64 @@ class EngineThread:
         self._inbox.put(partial(self._engine.abort, seq_id))
 
     def _run(self) -> None:
+        late = f"a step did not end within LORAMUX_STEP_TIMEOUT_S={self._step_timeout_s:g}"
+        watchdog = Watchdog(self._step_timeout_s, partial(self._end, late))
+        watchdog.start()
+        try:
+            why = self._work(watchdog)
+        except Exception:  # a mistake of ours outside a step: nobody else would end the requests
+            log.exception("the engine's thread failed")
+            why = "its thread failed"
+        watchdog.stop()
+        self._end(why)
+
+    def _work(self, watchdog: Watchdog) -> str | None:
+        """Run steps until the thread is to end; return why where that is a failure."""
         while True:
-            stop = self._receive(wait=self._engine.idle)
-            if stop:
+            if self._receive(wait=self._engine.idle):
                 self._send(self._engine.fail_all())
-                return
-            try:
-                outputs = self._engine.step()
-            except Exception:  # every request must end, whatever a step raised
-                log.exception("step failed", running=self._engine.stats.running)
-                outputs = self._engine.fail_all()
+                return None
+            with watchdog:
+                try:
+                    outputs = self._engine.step()
+                except Exception as error:  # every request must end, whatever a step raised
+                    log.exception("step failed", running=self._engine.stats.running)
+                    outputs = self._engine.fail_all()
+                    if not self._recovers():
+                        return f"no step succeeds any more, since one raised {type(error).__name__}"
             self._send(outputs)
+
+    def _recovers(self) -> bool:
+        """Whether what is known to work still does: errors of a CUDA context stay for the life of a process."""
+        for pause_s in PROBE_PAUSES_S:
+            time.sleep(pause_s)
+            try:
+                self._probe()
+            except Exception:  # the answer is no, whatever it raised
+                log.exception("probe failed")
+                self._engine.fail_all()
+            else:
+                return True
+        return False
+
+    def _end(self, why: str | None) -> None:
+        if self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._on_end, why)
+
+    def _on_end(self, why: str | None) -> None:
+        if self._ending is None:
+            self._ending = asyncio.ensure_future(self._finish(why))
+
+    async def _finish(self, why: str | None) -> None:
+        """Tell health first, then the requests, then who waits for the end."""
+        assert self._ended is not None  # noqa: S101 - it was started
+        try:
+            if why is not None and self._before_cut is not None:
+                await self._before_cut()
+        finally:
+            if why is not None:
+                self.cut(ReplicaFailed(f"the replica fails: {why}. Retry with another replica."))
+            self._ended.set_result(why)
 
     def _receive(self, *, wait: bool) -> bool:
         """Take what arrived; True when the thread is to end."""

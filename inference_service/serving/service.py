@@ -108,6 +108,7 @@ class GenerationService:
             RequestInvalid: a field is out of bounds, or its constraint or messages are refused.
             PromptTooLong: prompt and answer do not fit.
             QueueFull: too many requests wait.
+            ReplicaFailed: the engine can go on no more.
             DeadlineExceeded: the deadline passed.
         """
         with following(request, self._watchers) as follower, self._working():

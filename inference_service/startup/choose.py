@@ -39,11 +39,16 @@ def choose_backend(settings: InferenceSettings, config: ModelConfig) -> Backend:
             TritonOperations(dims, dtype, device),
             lambda: TritonLora(groups, dtype, device),
             "triton kernels",
+            recordable=device.type == "cuda",  # the interpreter runs them too, and records nothing
         )
-    ops, how = _native(settings, config, dtype) if device.type == "cpu" else (None, "torch operations")
+    ops, how = _native(settings, config, dtype, device)
     if ops is not None:
         operations = (DeterministicOperations if settings.deterministic else NativeOperations)(ops, dims)
         return Backend(device, dtype, operations, lambda: NativeLora(ops, groups, dims.num_layers), how)
+    if settings.backend == "native":
+        raise SettingsInvalid(
+            f"LORAMUX_BACKEND=native, but a replica would run on {how}. Change that, or set auto."
+        )
     _refuse_deterministic(settings, how)
     plain = TorchOperations(dims, dtype, device, config.windows)
     return Backend(device, dtype, plain, lambda: TorchLora(groups, device), how)
@@ -61,7 +66,8 @@ def _refuse_deterministic(settings: InferenceSettings, how: str) -> None:
 def _device(settings: InferenceSettings) -> torch.device:
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise SettingsInvalid("LORAMUX_DEVICE=cuda, but torch finds no CUDA device. Set auto or cpu.")
-    cuda = settings.device == "cuda" or (settings.device == "auto" and torch.cuda.is_available())
+    wanted = settings.device == "cuda" or (settings.device == "auto" and settings.backend != "native")
+    cuda = wanted and torch.cuda.is_available()
     return torch.device("cuda" if cuda else "cpu")
 
 
@@ -76,9 +82,15 @@ def _dtype(settings: InferenceSettings, config: ModelConfig, device: torch.devic
     return {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(config.dtype, torch.float32)
 
 
-def _native(settings: InferenceSettings, config: ModelConfig, dtype: torch.dtype) -> tuple[CpuOps | None, str]:
+def _native(
+    settings: InferenceSettings, config: ModelConfig, dtype: torch.dtype, device: torch.device
+) -> tuple[CpuOps | None, str]:
     """Return the compiled operations, or None, and for the start line how that came."""
-    if not settings.native or settings.backend != "auto":
+    if device.type != "cpu":
+        return None, "torch operations (compiled ones need LORAMUX_DEVICE=cpu)"
+    if not settings.native:
+        return None, "torch operations (LORAMUX_NATIVE=false)"
+    if settings.backend == "torch":
         return None, "torch operations"
     if dtype not in DTYPES or settings.block_size % BLOCK or not 0 < config.dims.head_dim <= MAX_HEAD_DIM:
         return None, f"torch operations (compiled ones take {BLOCK} | block_size, float32 and bfloat16)"

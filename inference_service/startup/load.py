@@ -7,19 +7,20 @@ import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import TypeGuard
 
 import structlog
 import torch
 
 from inference_service.backends.base import Backend, LoraBackend
-from inference_service.backends.triton import TritonLora
 from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import Adapter
 from inference_service.core.sequence import Sequence as EngineSequence
 from inference_service.engine.block_manager import BlockManager
 from inference_service.engine.engine import Engine
-from inference_service.engine.graph_runner import GraphRunner
+from inference_service.engine.graph_runner import GraphRunner, SegmentedLora
 from inference_service.engine.graphs import CudaRecorder
 from inference_service.engine.runner import Runner
 from inference_service.engine.scheduler import SchedulerLimits
@@ -36,7 +37,9 @@ from inference_service.serving.telemetry.record import Watcher
 from inference_service.serving.text import Text
 from inference_service.startup.choose import choose_backend
 from inference_service.startup.memory import divide_memory
+from inference_service.startup.profile import SCRATCH_BLOCKS, CudaMemory, Measured, largest_step, measure
 from loramux_shared.bases.config import ModelConfig
+from loramux_shared.bases.memory import GB
 from loramux_shared.bases.read import read_config
 from loramux_shared.bundle.deployments import current_generation, list_deployments
 from loramux_shared.bundle.manifest import Generation
@@ -103,9 +106,12 @@ def load(settings: InferenceSettings, store: Store, watchers: Sequence[Watcher] 
     if generation.merged is not None:  # the only adapter, which was loaded and proved like any other
         lora = backend.new_lora()
         adapters = [_merge(adapters[0], bundle, base.placed, model)]
-    blocks, limits = _memory(settings, generation, model, lora)
-    engine = Engine(_runner(model, lora, blocks, limits), limits, blocks)
-    _warm_up(engine, adapters)
+    blocks, limits = _memory(settings, generation, backend, model, lora, adapters)
+    runner = _runner(backend, model, lora, blocks.num_blocks, blocks.block_size, limits)
+    if isinstance(runner, GraphRunner):
+        _record(runner, model.device)
+    engine = Engine(runner, limits, blocks)
+    _run_a_few_tokens(engine, adapters)  # so that the first request does not wait for what is made at first use
     seconds = time.monotonic() - started
     log.info(
         "loaded",
@@ -126,7 +132,13 @@ def load(settings: InferenceSettings, store: Store, watchers: Sequence[Watcher] 
     described = ServedModel(generation.served_model_name, source=source, load_s=base.load_s, warnings=warned)
     models = [described, *adapters] if generation.serve_base else adapters
     catalog = Catalog(generation.number, generation.served_model_name, models, seconds)
-    thread = EngineThread(engine, settings.max_queue, settings.stream_interval_ms / 1e3)
+    thread = EngineThread(
+        engine,
+        settings.max_queue,
+        partial(_run_a_few_tokens, engine, adapters),
+        step_timeout_s=settings.step_timeout_s,
+        interval_s=settings.sizes(model.device.type).interval_ms / 1e3,
+    )
     ends = base.config.eos_token_ids
     serving = ServingLimits(limits.max_seq_len, generation.request_default_max_tokens, ends)
     return Ready(GenerationService(catalog, base.text, thread, serving, watchers), thread)
@@ -177,8 +189,8 @@ def _warn_about(config: ModelConfig, model: Decoder) -> tuple[str, ...]:
     return (entry.code,)
 
 
-def _warm_up(engine: Engine, adapters: Sequence[ServedModel]) -> None:
-    """Run a few tokens, so that the first request does not wait for what is made at first use."""
+def _run_a_few_tokens(engine: Engine, adapters: Sequence[ServedModel]) -> None:
+    """Run what works as long as anything does: the base, and an adapter where there is one."""
     for adapter in [None, *(served.adapter for served in adapters[:1])]:
         engine.add(EngineSequence("warm-up", [0, 0], SamplingParams(max_tokens=2), adapter))
         while not engine.idle:
@@ -241,31 +253,61 @@ def _merge(served: ServedModel, bundle: Bundle, placed: PlacedBase, model: Decod
 
 
 def _memory(
-    settings: InferenceSettings, generation: Generation, model: Decoder, lora: LoraBackend
+    settings: InferenceSettings,
+    generation: Generation,
+    backend: Backend,
+    model: Decoder,
+    lora: LoraBackend,
+    adapters: Sequence[ServedModel],
 ) -> tuple[BlockManager, SchedulerLimits]:
     """Size the cache from what is free, and the longest sequence from the cache."""
-    graphs = _for_graphs(model, lora) is not None
-    plan = divide_memory(settings, generation.max_seq_len, model, lora.num_bytes, graphs=graphs)
-    blocks = BlockManager(plan.num_blocks, settings.block_size, prefix_cache=settings.prefix_cache)
-    limits = SchedulerLimits(
-        max_tokens=settings.max_batch_tokens,
-        max_seqs=settings.max_batch_seqs,
-        max_adapters=settings.max_batch_adapters,
-        max_seq_len=plan.max_seq_len,
+    sizes, block_size = settings.sizes(model.device.type), settings.block_size
+
+    def limits(longest: int) -> SchedulerLimits:
+        return SchedulerLimits(sizes.tokens, sizes.seqs, settings.max_batch_adapters, longest)
+
+    def measured(longest: int) -> Measured:
+        of_step = limits(longest)
+        batch = largest_step(of_step, [each.adapter for each in adapters if each.adapter], block_size)
+        scratch = partial(_runner, backend, model, lora, SCRATCH_BLOCKS, block_size, of_step)
+        return measure(scratch, batch, CudaMemory(model.device))
+
+    plan = divide_memory(
+        settings,
+        generation.max_seq_len,
+        model,
+        lora.num_bytes,
+        graphs=backend.recordable,
+        measure=measured if model.device.type == "cuda" else None,
     )
-    return blocks, limits
+    blocks = BlockManager(plan.num_blocks, block_size, prefix_cache=settings.prefix_cache)
+    return blocks, limits(plan.max_seq_len)
 
 
-def _runner(model: Decoder, lora: LoraBackend, blocks: BlockManager, limits: SchedulerLimits) -> Runner:
-    segmented = _for_graphs(model, lora)
-    if segmented is None:
-        return Runner(model, lora, blocks.num_blocks, blocks.block_size)
-    recorder = CudaRecorder(model.device)
-    runner = GraphRunner(model, segmented, blocks.num_blocks, blocks.block_size, limits, recorder)
+def _runner(
+    backend: Backend,
+    model: Decoder,
+    lora: LoraBackend,
+    num_blocks: int,
+    block_size: int,
+    limits: SchedulerLimits,
+) -> Runner:
+    """Return a runner with a cache of its own; one that can replay steps has recorded none yet."""
+    if _is_segmented(lora, backend):
+        return GraphRunner(model, lora, num_blocks, block_size, limits, CudaRecorder(model.device))
+    return Runner(model, lora, num_blocks, block_size)
+
+
+def _record(runner: GraphRunner, device: torch.device) -> None:
+    """Record the steps, and log what that took."""
+    memory = CudaMemory(device)
+    before = memory.settled()
     runner.capture()
-    return runner
+    log.info("memory", item="recorded steps", gb=round((before - memory.settled()) / GB, 3))
 
 
-def _for_graphs(model: Decoder, lora: LoraBackend) -> TritonLora | None:
-    """Return the backend where steps can be recorded; None elsewhere."""
-    return lora if model.device.type == "cuda" and isinstance(lora, TritonLora) else None
+def _is_segmented(
+    lora: LoraBackend,  # noqa: ARG001 - what the guard is about
+    backend: Backend,
+) -> TypeGuard[SegmentedLora]:
+    return backend.recordable

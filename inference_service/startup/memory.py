@@ -1,14 +1,21 @@
-"""What a replica's device has free, divided as `loramux_shared.bases.memory` plans it."""
+"""What a replica's device has free, divided as `loramux_shared.bases.memory` plans it.
+
+On a GPU the arithmetic is a forecast: what steps take is measured before the cache gets its size. On a CPU it
+is the plan. There the cache takes a quarter of what is free at most, its pages come when they are written, and
+the most that a process had cannot be asked for one step alone.
+"""
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, replace
 
 import psutil
 import structlog
 import torch
 
 from inference_service.models.decoder import Decoder
+from inference_service.startup.profile import CudaMemory, Measured
 from loramux_shared.bases.memory import GB, MemoryPlan, cache_of, needs_of, plan_on
 from loramux_shared.settings import InferenceSettings
 
@@ -16,26 +23,42 @@ log = structlog.get_logger()
 
 
 def divide_memory(
-    settings: InferenceSettings, max_seq_len: int | None, model: Decoder, adapters: int, *, graphs: bool
+    settings: InferenceSettings,
+    max_seq_len: int | None,
+    model: Decoder,
+    adapters: int,
+    *,
+    graphs: bool,
+    measure: Callable[[int], Measured] | None = None,
 ) -> MemoryPlan:
     """Plan the memory of a model that is loaded, adapters' bytes included, and log a line per item.
+
+    measure runs the largest step, with contexts of so many tokens; without it, arithmetic must do.
 
     Raises:
         ResourcesExhausted: it does not fit.
     """
     config, item_bytes, device = model.config, model.dtype.itemsize, model.device
-    needs = needs_of(config, item_bytes, adapters, settings, graphs=graphs)
     free = _free_bytes(device)
-    plan = plan_on(device.type, free, needs, cache_of(config, item_bytes, settings, max_seq_len))
+    needs = needs_of(config, item_bytes, adapters, settings, device.type, graphs=graphs)
+    cache = cache_of(config, item_bytes, settings, device.type, max_seq_len)
+    forecast: dict[str, int] = {}
+    libraries = 0
+    if measure is not None:
+        forecast = {"activations": needs.activations, "libraries": 0}
+        measured = measure(cache.longest)
+        needs, free, libraries = replace(needs, activations=measured.steps), measured.free, measured.kept
+    plan = plan_on(device.type, free, needs, cache)
     left = free - needs.activations - needs.graphs - plan.kv_bytes
-    for item, size in {**asdict(needs), "key-value cache": plan.kv_bytes, "left": left}.items():
-        log.info("memory", item=item, gb=round(size / GB, 3))
+    items = {**asdict(needs), "libraries": libraries, "key-value cache": plan.kv_bytes, "left": left}
+    for item, size in items.items():
+        planned = {"planned_gb": round(forecast[item] / GB, 3)} if item in forecast else {}
+        log.info("memory", item=item, gb=round(size / GB, 3), **planned)
     return plan
 
 
 def _free_bytes(device: torch.device) -> int:
     """Bytes of the device, or of the machine, that nobody uses."""
     if device.type == "cuda":
-        torch.cuda.empty_cache()
-        return torch.cuda.mem_get_info(device)[0]
+        return CudaMemory(device).settled()
     return int(psutil.virtual_memory().available)

@@ -52,6 +52,9 @@ class BenchView:
 
 def show_report(report: Report) -> None:
     """Print a line per model, and what failed."""
+    if not (report.all.requests or report.all.errors):
+        shell.say("stopped before the first answer was whole; nothing was measured")
+        return
     headers = ("model", "requests", "tokens/s", "first, ms", "per token, ms", "whole, s")
     lines = report.models if len(report.models) == 1 else (*report.models, report.all)
     shell.table(headers, [_row(each) for each in lines], RIGHT)

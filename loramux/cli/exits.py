@@ -19,6 +19,7 @@ class Exit(IntEnum):
     USAGE = 2
     UNAVAILABLE = 3
     DENIED = 4
+    BROKEN = 5
     INTERRUPTED = 130
     PIPE_CLOSED = 141
 
@@ -29,6 +30,7 @@ MEANINGS: Final = {
     Exit.USAGE: "a wrong flag, argument or setting",
     Exit.UNAVAILABLE: "something does not answer, is busy or restarts: the same command may succeed later",
     Exit.DENIED: "no API key, or one that may not do this; a secret or licence that a source asks for",
+    Exit.BROKEN: "of `serve`: the device or the engine works no more; start it again",
     Exit.INTERRUPTED: "Ctrl-C",
     Exit.PIPE_CLOSED: "nobody reads its output any more, as behind `head -1`",
 }

@@ -16,6 +16,8 @@ _MATTERS = re.compile(
     r"\[\s*(warning|error|critical)\s*\]|^(error|warning|fatal)\b|\b(ERROR|WARNING|CRITICAL)\b"
 )
 _LEVELS = frozenset({"warning", "error", "critical"})
+_TOLD = frozenset({"build failed"})
+"""Events that the command which waits for them tells itself, as its own failure."""
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -43,12 +45,15 @@ def important(line: str) -> str:
     if str(fields.pop("level", "")).lower() not in _LEVELS:
         return ""
     event = fields.pop("event", "")
+    if event in _TOLD:
+        return ""
     for noise in ("timestamp", "logger", "exception", "stack"):
         fields.pop(noise, None)
     return " ".join([str(event), *(f"{name}={value}" for name, value in fields.items())])
 
 
 def tail(log: Path, lines: int = TAIL_LINES) -> list[str]:
-    """Return the last lines of a log."""
+    """Return the last lines of a log that may say why it ends; a record of what went well does not."""
     text = log.read_text(encoding="utf-8", errors="replace")
-    return [_ANSI.sub("", line) for line in text.splitlines()[-lines:]]
+    said = [line for line in text.splitlines() if not line.startswith("{") or important(line)]
+    return [_ANSI.sub("", line) for line in said[-lines:]]

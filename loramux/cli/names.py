@@ -18,8 +18,8 @@ COMPLETION_S = 1.0
 def no_such_model(name: str, served: Sequence[str]) -> ModelNotFound:
     """Return the failure for a name that is not served, with the nearest that is."""
     near = difflib.get_close_matches(name, served, n=1, cutoff=0.7)
-    meant = f"; did you mean {near[0]}?" if near else ""
-    return ModelNotFound(f"no model {name!r}{meant}; served are {listed(served)}")
+    meant = f" Did you mean {near[0]}?" if near else ""
+    return ModelNotFound(f"no model {name!r}; served are {listed(served)}.{meant}")
 
 
 def complete_model(ctx: typer.Context, incomplete: str) -> list[str]:

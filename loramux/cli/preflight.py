@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Final
 
-from loramux.cli.tree import require_free
 from loramux.connection import API_KEY, Credentials
 from loramux_shared.access.guard import open_guard
 from loramux_shared.access.keyring import Keyring
 from loramux_shared.access.rights import Scope
 from loramux_shared.bundle.manifest import current_key
 from loramux_shared.deployment import Deployment, SourceKind
-from loramux_shared.faults import PermissionDenied, Unauthenticated
+from loramux_shared.faults import PermissionDenied, SettingsInvalid, Unauthenticated
+from loramux_shared.rpc.listening import require_free
 from loramux_shared.settings import BuilderSettings, InferenceSettings, load_settings
 from loramux_shared.storage.base import ObjectMissing
 from loramux_shared.storage.open import open_store
@@ -59,6 +60,8 @@ def preflight(plan: UpPlan) -> None:
     settings = load_settings(
         InferenceSettings, deployment=name, store=plan.store, grpc=plan.inference, http=plan.http, **plan.engine
     )
+    if settings.backend == "triton" and find_spec("triton") is None:
+        raise SettingsInvalid("LORAMUX_BACKEND=triton needs Triton: pip install 'loramux[gpu]', or set torch.")
     addresses = [each for each in (plan.builder, plan.inference, plan.http) if each]
     guard = open_guard(settings.model_copy(update=WITHOUT_TLS), *addresses)
     if guard.keyring is not None:

@@ -40,6 +40,8 @@ class Screen(Console):
 out = Screen(highlight=False, emoji=False)
 err = Screen(stderr=True, highlight=False, emoji=False)
 
+MAX_FINDINGS = 20
+"""Of one failure that are printed; --json has all that were told."""
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 Grpc = Annotated[str, typer.Option("--grpc", metavar="HOST:PORT", help="The inference service.")]
@@ -49,7 +51,9 @@ LocalRoots = Annotated[
     list[Path] | None,
     typer.Option("--local-root", metavar="DIR", help="LOCAL repositories may lie below it; repeatable."),
 ]
-Backend = Annotated[str | None, typer.Option("--backend", metavar="NAME", help="auto, torch or triton.")]
+Backend = Annotated[
+    str | None, typer.Option("--backend", metavar="NAME", help="auto, native, torch or triton.")
+]
 Dtype = Annotated[
     str | None, typer.Option("--dtype", metavar="NAME", help="auto, float32, bfloat16 or float16.")
 ]
@@ -90,8 +94,11 @@ def command(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def complain(fault: Fault) -> None:
-    """Print a failure with all its findings."""
-    line = Text.assemble(("error: ", "bold red"), (fault.reason, "bold"), f": {printable(str(fault))}")
+    """Print a failure with its first findings."""
+    message, *findings = str(fault).split("\n")
+    more = [f"  and more: these are the first {MAX_FINDINGS}"] if len(findings) > MAX_FINDINGS else []
+    said = "\n".join([message, *findings[:MAX_FINDINGS], *more])
+    line = Text.assemble(("error: ", "bold red"), (fault.reason, "bold"), f": {printable(said)}")
     err.print(line, soft_wrap=not err.is_terminal)
 
 

@@ -19,7 +19,7 @@ from typing import Any, Self
 
 from loramux.cli import shell
 from loramux.cli.logs import follow, tail
-from loramux_shared.faults import FAULTS, Fault, ServerUnavailable, SettingsInvalid, Status
+from loramux_shared.faults import FAULTS, Fault, ServerUnavailable, Status
 from loramux_shared.notify import READY, SOCKET
 from loramux_shared.rpc.status import CallFailed
 
@@ -41,7 +41,8 @@ class ServiceDied(Fault):
     def __init__(self, child: Child) -> None:
         code = child.process.returncode or 0
         how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
-        super().__init__(f"{child.name} ended with {how}; its log is {child.log}")
+        why = " This machine may have run out of memory: `dmesg` tells." if code == -signal.SIGKILL else ""
+        super().__init__(f"{child.name} ended with {how}; its log is {child.log}.{why}")
         self.last_lines = tail(child.log)
 
     def __str__(self) -> str:
@@ -233,30 +234,6 @@ def _signals(tree: ProcessTree) -> Iterator[asyncio.Future[None]]:
     finally:
         for number in numbers:
             loop.remove_signal_handler(number)
-
-
-def require_free(address: str) -> None:
-    """Raise where a service could not listen; a Unix socket is taken over by whoever binds it.
-
-    Raises:
-        SettingsInvalid: something else listens there, or it is no address of this machine.
-    """
-    if address.startswith("unix:"):
-        return
-    host, _, port = address.rpartition(":")
-    try:
-        with socket.create_server((host.strip("[]"), int(port)), family=_family(host)):
-            pass
-    except (OSError, ValueError) as error:
-        why = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
-        raise SettingsInvalid(
-            f"cannot listen on {address} ({why}): expected a free HOST:PORT of this machine. Stop what listens "
-            "there, or choose another."
-        ) from error
-
-
-def _family(host: str) -> socket.AddressFamily:
-    return socket.AF_INET6 if ":" in host else socket.AF_INET
 
 
 def free_address(preferred: str) -> str:

@@ -85,7 +85,8 @@ def sizes_of(
         CheckpointInvalid: the base is not served.
     """
     config, item = read_fields(fields), ITEM_BYTES[dtype]
-    needs, cache = needs_of(config, item, 0, settings, graphs=graphs), cache_of(config, item, settings)
+    needs = needs_of(config, item, 0, settings, device, graphs=graphs)
+    cache = cache_of(config, item, settings, device)
     steps, room, refusal = needs.activations + needs.graphs, 0, ""
     try:
         plan = plan_on(device, free_bytes - needs.weights, needs, cache)

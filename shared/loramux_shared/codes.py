@@ -157,6 +157,7 @@ CURES: Final = {
     "STORE_UNAVAILABLE": "retry; then look at the store",
     "SERVER_UNAVAILABLE": "start it, or retry",
     "SHUTTING_DOWN": "retry with its successor",
+    "REPLICA_FAILED": "retry with another replica; the server's log has the details",
     "DEPLOYMENT_NOT_FOUND": "use one of the names that are listed",
     "MODEL_NOT_FOUND": "use one of the names that are listed",
     "REQUEST_ID_REUSED": "draw a new one",

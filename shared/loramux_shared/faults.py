@@ -19,6 +19,7 @@
     ├── StoreUnavailable     STORE_UNAVAILABLE       UNAVAILABLE
     ├── ServerUnavailable    SERVER_UNAVAILABLE      UNAVAILABLE          seen by a client: no answer
     ├── ShuttingDown         SHUTTING_DOWN           UNAVAILABLE
+    ├── ReplicaFailed        REPLICA_FAILED          UNAVAILABLE          its device or engine works no more
     ├── DeploymentNotFound   DEPLOYMENT_NOT_FOUND    NOT_FOUND
     ├── ModelNotFound        MODEL_NOT_FOUND         NOT_FOUND
     ├── RequestIdReused      REQUEST_ID_REUSED       ALREADY_EXISTS
@@ -225,6 +226,14 @@ class ShuttingDown(Fault):
     """The server drains: it takes no new work, or had to cut off what was not done in time."""
 
     reason = "SHUTTING_DOWN"
+    status = Status.UNAVAILABLE
+    retry_after_s = 1.0
+
+
+class ReplicaFailed(Fault):
+    """The replica's device or engine works no more; its process ends, to be started again."""
+
+    reason = "REPLICA_FAILED"
     status = Status.UNAVAILABLE
     retry_after_s = 1.0
 

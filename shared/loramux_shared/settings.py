@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import os
 import re
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Final, Literal, TypeVar
 
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
@@ -57,6 +58,10 @@ def _host(value: str) -> str:
     return value.lower()
 
 
+def _of_device(value: Any) -> Any:
+    return None if value == "auto" else value
+
+
 def _power_of_two(value: int) -> int:
     if value & (value - 1):
         raise ValueError("a power of two")
@@ -78,6 +83,27 @@ Hosts = Annotated[tuple[Annotated[str, AfterValidator(_host)], ...], NoDecode, B
 """Hosts; in a variable separated by commas."""
 
 Count = Annotated[int, Field(ge=1)]
+
+SHOWN: Final = Field(json_schema_extra={"default": "auto"})
+OfDevice = Annotated[Count | None, BeforeValidator(_of_device), SHOWN]
+"""A number, or ``auto`` (None): what the kind of device has in `STEP_SIZES`."""
+
+IntervalOfDevice = Annotated[Annotated[int, Field(ge=0)] | None, BeforeValidator(_of_device), SHOWN]
+"""The same, and 0."""
+
+
+@dataclass(frozen=True)
+class StepSizes:
+    """How large steps are, and how often their tokens are sent."""
+
+    tokens: int
+    seqs: int
+    interval_ms: int
+
+
+STEP_SIZES: Final = {"cpu": StepSizes(1024, 64, 40), "cuda": StepSizes(8192, 256, 10)}
+"""By kind of device. A GPU computes hundreds of rows in the time that it takes to read its weights, and leaves
+the cores of its host to the doors, so that tokens may be sent sooner."""
 
 
 class Settings(BaseSettings):
@@ -148,10 +174,10 @@ class InferenceSettings(Settings):
     """Where the service listens."""
     http: Address | None = None
     """Where the OpenAI HTTP door listens; it is closed when not given."""
-    backend: Literal["auto", "torch", "triton"] = "auto"
-    """The kernels; auto: triton on CUDA, else torch."""
+    backend: Literal["auto", "native", "torch", "triton"] = "auto"
+    """The kernels; auto: triton on CUDA, else native (compiled) where that can be, else torch."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where the model runs; auto: CUDA when there is a device."""
+    """Where the model runs; auto: CUDA when there is a device, and the backend is not native."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """The type of weights and activations; auto: the checkpoint's where the device computes well in it."""
     native: bool = True
@@ -160,10 +186,10 @@ class InferenceSettings(Settings):
     """Threads that compute on the CPU; as many as cores when not given."""
     deterministic: bool = False
     """Answer the same, bit for bit, in any company and after prefix hits; on a CPU with compiled operations."""
-    max_batch_tokens: Count = 1024
-    """Tokens per step, of prompts and answers together."""
-    max_batch_seqs: Count = 64
-    """Sequences per step."""
+    max_batch_tokens: OfDevice = None
+    """Tokens per step, of prompts and answers together; auto: 1024 on a CPU, 8192 on a GPU."""
+    max_batch_seqs: OfDevice = None
+    """Sequences per step; auto: 64 on a CPU, 256 on a GPU."""
     max_batch_adapters: Count = 16
     """Distinct adapters per step."""
     kv_memory_gb: float | None = Field(default=None, gt=0, allow_inf_nan=False)
@@ -172,14 +198,30 @@ class InferenceSettings(Settings):
     """Tokens per block of the KV cache; a power of two."""
     max_queue: Count = 1024
     """Requests that wait; one more is answered QUEUE_FULL."""
+    step_timeout_s: float = Field(default=300, gt=0, allow_inf_nan=False)
+    """Seconds that one step may take, kernels that it compiles included; then the replica ends with exit 5."""
     prefix_cache: bool = True
     """Keep the blocks of earlier prompts, for prompts that begin alike."""
-    stream_interval_ms: Annotated[int, Field(ge=0)] = 40
-    """Tokens of running answers are sent together at this interval, first and last ones at once; 0: each."""
+    stream_interval_ms: IntervalOfDevice = None
+    """Tokens of running answers are sent together at this interval, first and last ones at once; 0: each;
+    auto: 40 on a CPU, 10 on a GPU."""
     cache_dir: HomePath = Path("~/.cache/loramux")
     """Holds base checkpoints that were fetched, and what was compiled. Bundles are read at every start."""
     log_prompts: bool = False
     """Write prompts and answers to the log."""
+
+    def sizes(self, device: str) -> StepSizes:
+        """Return the sizes of steps on a kind of device, cpu or cuda."""
+        usual = STEP_SIZES[device]
+        return StepSizes(
+            tokens=_first(self.max_batch_tokens, usual.tokens),
+            seqs=_first(self.max_batch_seqs, usual.seqs),
+            interval_ms=_first(self.stream_interval_ms, usual.interval_ms),
+        )
+
+
+def _first(said: int | None, usual: int) -> int:
+    return usual if said is None else said
 
 
 AnySettings = TypeVar("AnySettings", bound=Settings)

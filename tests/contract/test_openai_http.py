@@ -153,6 +153,8 @@ async def test_what_is_not_served_is_refused_in_openais_shape(
     response = await door.http.request(method, path)
     assert response.status_code == status
     assert _error(response)["code"] == code
+    if status == 405:
+        assert f"is not served, but {response.headers['allow']} is;" in _error(response)["message"]
 
 
 async def test_every_endpoint_of_the_table_is_served(door: OpenAIDoor) -> None:
@@ -364,7 +366,7 @@ async def test_a_failing_step_is_an_error_without_a_word_of_why(world: tuple[Wor
 
         def broken(batch: object) -> object:
             calls.append(batch)
-            if len(calls) in (1, 6):
+            if len(calls) in (1, 10):  # four are those that find out whether the engine still works
                 raise RuntimeError("secret detail")
             return submit(batch)  # type: ignore[arg-type]
 
@@ -378,6 +380,33 @@ async def test_a_failing_step_is_an_error_without_a_word_of_why(world: tuple[Wor
         assert "secret" not in response.text + last
         assert (await door.post(COMPLETIONS, **LONG | {"max_tokens": 2})).status_code == 200
         await door.until_free()
+
+
+async def test_a_replica_that_fails_says_so_and_takes_no_more(world: tuple[World, MemoryStore]) -> None:
+    """A stream ends with the reason, and health and new requests are 503, to be sent elsewhere."""
+    async with open_door(world) as door:
+        engine, runner = door.ready.engine, door.ready.engine._engine._runner
+        submit, calls = runner.submit, []
+
+        async def on_failure() -> None:
+            assert (await door.http.get("/health")).status_code == 200
+            await door.server.refuse()
+
+        def gone(batch: object) -> object:
+            calls.append(batch)
+            if len(calls) > 5:
+                raise RuntimeError("CUDA error: unspecified launch failure")
+            return submit(batch)  # type: ignore[arg-type]
+
+        engine._before_cut = on_failure
+        runner.submit = gone  # type: ignore[method-assign, assignment]
+        *chunks, last = await door.events(COMPLETIONS, **LONG)
+        assert chunks
+        assert json.loads(last)["error"]["code"] == "replica_failed"
+        assert "CUDA" not in last
+        for path in ("/health", "/ping", "/v1/models"):
+            response = await door.http.get(path)
+            assert (response.status_code, response.headers["retry-after"]) == (503, "1")
 
 
 async def test_draining_finishes_open_streams_and_refuses_new_requests(
@@ -429,5 +458,5 @@ async def test_a_drain_that_takes_too_long_cuts_what_is_open(
 async def test_an_address_that_is_taken_is_said(door: OpenAIDoor) -> None:
     """A second server on the same port does not start, nor one on no address."""
     for address in (door.server.address, "127.0.0.1:http", "unix:/tmp/x", "no.such.host.invalid:0"):
-        with pytest.raises(SettingsInvalid, match="--http"):
+        with pytest.raises(SettingsInvalid, match=r"cannot listen on .*: expected a free HOST:PORT"):
             await HttpServer(address, door.ready.service).start()

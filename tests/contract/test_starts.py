@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -16,7 +17,9 @@ from pathlib import Path
 
 import pytest
 
-from loramux_shared.faults import BuildCancelled, SourceUnavailable
+from inference_service.__main__ import serve
+from loramux_shared.faults import BuildCancelled, SettingsInvalid, SourceUnavailable
+from loramux_shared.settings import InferenceSettings, load_settings
 from loramux_shared.sources.retry import Pace, Patience
 
 SERVICES = {"inference_service": "reading the deployment", "builder_service": "reading the journal"}
@@ -121,3 +124,14 @@ def test_a_pause_before_a_source_is_asked_again_can_be_ended() -> None:
     with pytest.raises(BuildCancelled):
         Patience(wait_s=30).call(attempt, progress)
     assert time.monotonic() - began < 2
+
+
+@pytest.mark.parametrize("door", ["grpc", "http"])
+def test_a_taken_address_is_told_before_anything_is_read(door: str, silent: str, tmp_path: Path) -> None:
+    """A replica that cannot listen says so at once, not after it has loaded what it cannot serve."""
+    addresses = {"grpc": "127.0.0.1:0", door: silent.removeprefix("http://")}
+    settings = load_settings(InferenceSettings, deployment="none", store=f"file://{tmp_path}", **addresses)
+    with pytest.raises(
+        SettingsInvalid, match=r"cannot listen on '127.* \(Address already in use\): expected a free"
+    ):
+        asyncio.run(serve(settings))

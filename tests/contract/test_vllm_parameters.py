@@ -93,6 +93,21 @@ async def test_top_k_can_be_minus_one(door: OpenAIDoor, path: str) -> None:
 
 
 @BOTH
+async def test_null_is_not_set_whatever_it_is_called(door: OpenAIDoor, path: str) -> None:
+    """Clients that send all they know of, unset, are served; a value of an unknown name is still refused."""
+    plain = await texts(door, path)
+    unset = dict.fromkeys(
+        ("top_k", "stop", "bad_words", "structured_outputs", "mm_processor_kwargs", "documents")
+    )
+    assert await texts(door, path, **unset) == plain
+    assert await texts(door, path, stream_options={"include_usage": None, "unknown": None}) == plain
+    assert await refusal(door, path, unknown=None, documents=[]) == ("documents", "unknown_parameter")
+    if path == CHAT:
+        back = [{"role": "user", "content": "Hi", "reasoning_content": None}]
+        assert await texts(door, path, messages=back) == plain
+
+
+@BOTH
 async def test_temperatures_above_two(door: OpenAIDoor, path: str) -> None:
     """Up to 100 is served, and more is out of bounds."""
     assert await texts(door, path, temperature=100, seed=1)

@@ -23,8 +23,9 @@ from typer.testing import CliRunner
 from loramux import Client, Delta
 from loramux.cli.exits import Exit, exit_of
 from loramux.cli.main import app
-from loramux.cli.tree import ProcessTree, ServiceDied, free_address, require_free, run_tree
+from loramux.cli.tree import ProcessTree, ServiceDied, free_address, run_tree
 from loramux.faults import SettingsInvalid
+from loramux_shared.rpc.listening import require_free
 from tests.support.fake_services import Fakes
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -41,7 +42,7 @@ def environment(tmp_path: Path) -> dict[str, str]:
         package.mkdir(parents=True)
         (package / "__init__.py").touch()
         (package / "__main__.py").write_text(f"from tests.support.fake_services import main; main({kind!r})\n")
-    path = os.pathsep.join([str(tmp_path / "fakes"), str(ROOT)])
+    path = os.pathsep.join(map(str, (tmp_path / "fakes", ROOT, ROOT / "shared")))
     return {
         **os.environ,
         "PYTHONPATH": path,
@@ -182,7 +183,7 @@ def test_up_on_a_taken_address(launch: Launch, fakes: Fakes, deployment: Callabl
     text, errors = process.communicate(timeout=DEADLINE_S)
     assert process.returncode == 2
     assert [json.loads(line)["error"]["reason"] for line in text.splitlines()] == ["SETTINGS_INVALID"]
-    assert f"cannot listen on {fakes.inference_address} (Address already in use)" in errors
+    assert f"cannot listen on '{fakes.inference_address}' (Address already in use)" in errors
     assert "service on" not in errors
 
 
@@ -339,7 +340,7 @@ def test_a_conversation(fakes: Fakes, environment: dict[str, str]) -> None:
     text = on_a_terminal(args, environment, [*dialogue, ("> ", b"\x04")])
     assert re.findall(r"sings \((\d)\)", text) == ["1", "3", "1"]
     assert "lora2> " in text
-    assert "error: MODEL_NOT_FOUND: no model 'lora22'; did you mean lora2?" in text
+    assert "error: MODEL_NOT_FOUND: no model 'lora22'; served are base, lora1, lora2." in text
     assert "no command /modle" in text
     typed = (Path(environment["XDG_STATE_HOME"]) / "loramux/chat_history").read_text()
     assert "two\n" in typed

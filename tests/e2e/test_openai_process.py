@@ -14,10 +14,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import grpc
 import httpx
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from inference_service.__main__ import BROKEN
 from loramux import Client
+from loramux.cli.exits import Exit
+from loramux.faults import ReplicaFailed
 from loramux_shared.storage.local import LocalStore
 from tests.support.tiny import World, make_world
 
@@ -38,10 +43,12 @@ def _command(world: World, *flags: str) -> list[str]:
 
 
 @contextmanager
-def _serving(world: World, folder: Path) -> Iterator[tuple[subprocess.Popen[str], dict[str, Any]]]:
+def _serving(
+    world: World, folder: Path, **settings: str
+) -> Iterator[tuple[subprocess.Popen[str], dict[str, Any]]]:
     """Run the service; yields the process and the fields of its start line."""
     command = _command(world, "--grpc", "127.0.0.1:0", "--http", "127.0.0.1:0", "--threads", "1")
-    environment = {**os.environ, "LORAMUX_KV_MEMORY_GB": "0.01", "LORAMUX_DTYPE": "float32"}
+    environment = {**os.environ, "LORAMUX_KV_MEMORY_GB": "0.01", "LORAMUX_DTYPE": "float32"} | settings
     log = folder / "log"
     with log.open("w") as output:
         process = subprocess.Popen(command, stderr=output, text=True, env=environment)
@@ -86,12 +93,28 @@ def test_both_doors_drain_together(world: World, tmp_path: Path) -> None:
         assert process.wait(30) == 0
 
 
+def test_a_step_that_takes_too_long_ends_the_process(world: World, tmp_path: Path) -> None:
+    """A bound that no step keeps: health ends, open streams say why, and the exit status is its own."""
+    with (
+        _serving(world, tmp_path, LORAMUX_STEP_TIMEOUT_S="0.0002") as (process, ready),
+        Client(ready["grpc"]) as client,
+        grpc.insecure_channel(ready["grpc"]) as channel,
+    ):
+        watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(), timeout=30)
+        assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
+        with pytest.raises(ReplicaFailed, match="LORAMUX_STEP_TIMEOUT_S"):
+            list(client.generate("all", "HELLO", max_tokens=200, n=8, ignore_eos=True))
+        assert next(watch).status == health_pb2.HealthCheckResponse.NOT_SERVING
+        assert process.wait(10) == BROKEN == Exit.BROKEN
+    assert "a step does not end" in (tmp_path / "log").read_text()
+
+
 def test_a_port_that_is_taken_stops_the_start(world: World) -> None:
-    """The message names the flag, and the exit status is that of bad settings."""
+    """The message names the address, and the exit status is that of bad settings."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         command = _command(world, "--grpc", "127.0.0.1:0", "--http", f"127.0.0.1:{port}")
         ended = subprocess.run(command, capture_output=True, text=True, timeout=READY_S)
     assert ended.returncode == 2
-    assert "--http" in ended.stderr
+    assert f"cannot listen on '127.0.0.1:{port}'" in ended.stderr
     assert "Traceback" not in ended.stderr

@@ -115,6 +115,10 @@ async def test_failures_are_told_in_the_servers_words(page: Page, tmp_path: Path
     await page.click("#send")
     await page.until("document.querySelector('#shared-error').checkVisibility()")
     assert await page.text("#shared-error") == "The server cannot be reached."
+    await page.appear(390, 844)
+    error, card = (f"document.querySelector('{each}')" for each in ("#shared-error", "article"))
+    above = f"{error}.getBoundingClientRect().bottom <= {card}.getBoundingClientRect().top"
+    assert await page.eval(above)  # on a phone not behind all cards
     assert await page.texts("article .error:not([hidden])") == []
     assert set(await page.texts("article .end")) == {"error"}
     await page.click("#clear")
@@ -134,7 +138,7 @@ async def test_what_a_desk_shows_without_scrolling(page: Page, tmp_path: Path) -
             place = f"document.querySelector('{selector}').getBoundingClientRect()"
             assert await page.eval(f"{place}.bottom") <= 800
         assert await page.texts("article h3") == ["base", *names[:3]]
-        ends = "[...document.querySelectorAll('.model .tail, article .tail')].every((each) => "
+        ends = "[...document.querySelectorAll('.model .tail, article h3')].every((each) => "
         ends += "!each.textContent || each.getBoundingClientRect().width >= each.scrollWidth - 1)"
         assert await page.eval(ends)
         await page.appear(390, 844)
@@ -145,15 +149,15 @@ async def test_what_a_desk_shows_without_scrolling(page: Page, tmp_path: Path) -
 
 
 async def test_the_settings_are_shown_and_start_greedy(page: Page, tmp_path: Path) -> None:
-    """Beside the closed fields stands what is in them; the temperature is 0 until somebody changes it."""
+    """Beside the closed fields stands what is in them; greedy and of some length until changed."""
     async with scripted_door(ScriptedPage(tmp_path, ["one"], {})) as url:
         await _open(page, url, 2)
-        assert await page.text("#settings") == "temperature 0"
+        assert await page.text("#settings") == "temperature 0, max tokens 512"
         await page.click("summary")
         await page.type("#temperature", "0.7")
         await page.type("#seed", "5")
         await page.type("#system", "Be brief.")
-        assert await page.text("#settings") == "with a system prompt, temperature 0.7, seed 5"
+        assert await page.text("#settings") == "with a system prompt, temperature 0.7, max tokens 512, seed 5"
 
 
 async def test_a_server_with_keys_asks_for_one(page: Page, tmp_path: Path) -> None:

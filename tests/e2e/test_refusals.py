@@ -129,7 +129,8 @@ def test_the_good_adapter_alone_is_built(bench: Bench) -> None:
 
 def test_an_unknown_deployment_stops_the_inference_service_with_its_name(bench: Bench) -> None:
     """Serving what was never built says what there is, in one line and with exit status 1."""
-    command = [LORAMUX, "serve", "--deployment", "nowhere", "--store", f"file://{bench.folder}/store"]
+    command = [LORAMUX, "serve", "--deployment", "nowhere", "--grpc", "127.0.0.1:0"]
+    command += ["--store", f"file://{bench.folder}/store"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == 1
     assert "DEPLOYMENT_NOT_FOUND" in done.stderr

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import shutil
-import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -13,18 +12,37 @@ import torch
 from torch import Tensor
 
 from inference_service.backends.torch import ACTIVATIONS
-from inference_service.kernels.cpu.build import FLAGS, SOURCE, load
+from inference_service.kernels.cpu.build import COMPILERS, compile_beforehand, load
 from inference_service.kernels.cpu.check import first_wrong
 from inference_service.kernels.cpu.ops import ADAPTER_FIELDS, BLOCK, Chunks, CpuOps, Table, pack_a, pack_b
+from inference_service.kernels.cpu.processors import kinds_of_machine, kinds_that_run
 from inference_service.kernels.rows import Activation
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1.2e-2}
 DTYPES = [torch.float32, torch.bfloat16]
+V3 = "avx avx2 bmi1 bmi2 f16c fma abm movbe"
+V4 = "avx512f avx512bw avx512cd avx512dq avx512vl"
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> object:
-    built = load(tmp_path_factory.mktemp("native"))
+def beforehand(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of what an image holds."""
+    if not any(map(shutil.which, COMPILERS)):
+        pytest.skip("no C++ compiler")
+    folder = tmp_path_factory.mktemp("images") / "beforehand"
+    compile_beforehand(folder)
+    return folder
+
+
+@pytest.fixture(scope="module", params=["native", *(kind.name for kind in kinds_of_machine())])
+def library(request: pytest.FixtureRequest) -> object:
+    """The operations as this machine compiles them, and as an image has them for each kind of processor."""
+    if request.param != "native":
+        if request.param not in {kind.name for kind in kinds_that_run()}:
+            pytest.skip(f"the processor is not {request.param}")
+        (path,) = request.getfixturevalue("beforehand").glob(f"ops-{request.param}-*.so")
+        return ctypes.CDLL(str(path))
+    built = load(request.getfixturevalue("tmp_path_factory").mktemp("native"))
     if built.library is None:
         pytest.skip(built.how)
     return built.library
@@ -246,21 +264,57 @@ def test_what_an_adapter_adds_to_a_row_does_not_depend_on_the_others(
     assert torch.equal(torch.cat([added(rows) for rows in torch.split(x, 6)]), added(x))
 
 
-@pytest.mark.skipif("avx2" not in Path("/proc/cpuinfo").read_text(), reason="for x86 processors with AVX2")
-def test_a_processor_without_avx512_has_the_operations_too(tmp_path: Path) -> None:
-    """They compile there, and compute what they should."""
-    compiler = shutil.which("c++")
-    if compiler is None:
-        pytest.skip("no C++ compiler")
-    flags = ["-march=haswell" if flag == "-march=native" else flag for flag in FLAGS]
-    subprocess.run([compiler, *flags, str(SOURCE), "-o", str(tmp_path / "ops.so")], check=True)
-    assert first_wrong(ctypes.CDLL(str(tmp_path / "ops.so"))) is None
-
-
-def test_without_a_compiler_it_says_so(tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No compiler on the path is no error, and the start line says which way was taken."""
+@pytest.fixture
+def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CXX", raising=False)
-    built = load(tmp_path)  # type: ignore[arg-type]
+
+
+@pytest.mark.usefixtures("no_compiler")
+def test_without_a_compiler_what_an_image_holds_is_used(beforehand: Path, tmp_path: Path) -> None:
+    """The best for this processor; it is used where it lies, and the start line says which."""
+    kinds = kinds_that_run()
+    if not kinds:
+        pytest.skip("no kind of processor that an image knows")
+    built = load(tmp_path, beforehand)
+    assert built.library is not None
+    assert built.how == f"compiled beforehand for {kinds[0].name}"
+    assert first_wrong(built.library) is None
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.usefixtures("no_compiler")
+def test_what_was_compiled_from_another_source_is_not_used(beforehand: Path, tmp_path: Path) -> None:
+    """As after an upgrade in place: the name has the digest of source and flags."""
+    for path in beforehand.iterdir():
+        shutil.copy(path, tmp_path / f"{path.stem[:-1]}x.so")
+    assert load(tmp_path / "cache", tmp_path).library is None
+
+
+@pytest.mark.usefixtures("no_compiler")
+def test_without_both_it_says_so(tmp_path: Path) -> None:
+    """No compiler on the path is no error, and the start line says which way was taken."""
+    built = load(tmp_path, tmp_path)
     assert built.library is None
     assert "no C++ compiler" in built.how
+
+
+@pytest.mark.parametrize(
+    ("flags", "kinds"),
+    [
+        ("fpu sse2 avx", []),
+        (V3, ["avx2"]),
+        (f"{V3} {V4}", ["avx512", "avx2"]),
+        (f"{V3} {V4} avx512_bf16", ["avx512bf16", "avx512", "avx2"]),
+        (f"{V3} avx512f avx512_bf16", ["avx2"]),  # as a virtual machine may cut it
+    ],
+)
+def test_a_processor_gets_what_it_can_run(
+    flags: str, kinds: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An instruction that it lacks would end the process, not raise."""
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text(f"processor\t: 0\nmodel name\t: Some\nflags\t\t: {flags}\n\nprocessor\t: 1\n")
+    assert [kind.name for kind in kinds_that_run(cpuinfo)] == kinds
+    assert kinds_that_run(tmp_path / "none") == []

@@ -1,5 +1,7 @@
 """The tuning tables for linears of served models; what they ship is compiled in test_aot."""
 
+from typing import cast
+
 import pytest
 import torch
 
@@ -11,10 +13,12 @@ from inference_service.kernels.sgmv.tuning import (
     FEW,
     FUSED,
     FUSED_PER_MULTIPROCESSOR,
+    ONE_LAUNCH,
     SHRINK,
     FusedConfig,
     expand_config,
     fused_config,
+    one_launch_wins,
     shrink_config,
 )
 from loramux_shared.bases.groups import GroupShape
@@ -123,6 +127,17 @@ def test_a_fused_kernel_takes_no_rank_above_its_tile() -> None:
             config = fused_config(90, Phase.DECODE, dtype, max_rank=rank)
             assert config is None or rank <= config.expand.block_r
         assert fused_config(90, Phase.PREFILL, dtype, max_rank=8) is None
+
+
+def test_two_launches_are_the_default_until_a_card_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The table of cards on which one launch was timed to win is empty; a line of it holds up to its rank."""
+    for architecture in ARCHITECTURES:
+        for dtype in DTYPES:
+            assert not one_launch_wins(architecture, dtype, max_rank=1)
+    monkeypatch.setitem(cast("dict[tuple[int, int], int]", ONE_LAUNCH), (90, 2), 16)
+    wins = [one_launch_wins(90, torch.bfloat16, max_rank=rank) for rank in (16, 17)]
+    assert wins == [True, False]
+    assert not one_launch_wins(100, torch.bfloat16, max_rank=16)
 
 
 def test_one_launch_is_for_steps_that_are_resident_at_once() -> None:

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import re
+import weakref
+from collections.abc import Sequence
+
 import pytest
+import torch
+from torch import Tensor
 
 from builder_service.pipeline.build import build
 from builder_service.pipeline.context import BuildContext
 from builder_service.pipeline.progress import Progress
+from inference_service.lora.weights import AdapterWeights, GroupWeights
+from inference_service.models.checkpoint import Checkpoint
+from inference_service.models.decoder import Decoder
+from inference_service.models.weights import Layer
 from inference_service.startup.load import Ready
+from loramux_shared.bases.read import read_config
 from loramux_shared.bundle.deployments import current_generation
 from loramux_shared.deployment import Deployment
 from loramux_shared.deployment_file import parse_deployment
@@ -66,6 +77,40 @@ def test_a_hidden_base_is_unknown_to_clients(world: World) -> None:
     assert catalog.get("rs").digest
     with pytest.raises(ModelNotFound, match="Served: rs"):
         catalog.get("base")
+
+
+class Watched:
+    """A checkpoint that notes, before it gives a tensor of a layer, how many of the old layers still live."""
+
+    def __init__(self, inner: Checkpoint, layers: Sequence[Layer]) -> None:
+        self.dtype, self.device = inner.dtype, inner.device
+        self.has, self.first = inner.has, inner.first
+        self._inner = inner
+        self._old = [weakref.ref(layer.down) for layer in layers]
+        self.alive: dict[int, int] = {}
+
+    def get(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """Note, and give."""
+        if found := re.search(r"layers\.(\d+)\.", name):
+            self.alive[int(found[1])] = sum(ref() is not None for ref in self._old)
+        return self._inner.get(name, shape)
+
+
+def test_a_merge_holds_no_layer_twice(world: World) -> None:
+    """The old ones are gone before anything is read: a file that holds them all is held meanwhile."""
+    config = read_config(world.base)
+    model = Decoder(config, Checkpoint(world.base, torch.float32, torch.device("cpu")))
+    watched = Watched(Checkpoint(world.base, torch.float32, torch.device("cpu")), model._layers)
+    groups = {
+        group.name: GroupWeights(
+            torch.ones(len(group.modules), group.in_features),
+            tuple(torch.ones(1, out) for out in group.out_features),
+        )
+        for group in config.groups
+    }
+    model.merge(watched, AdapterWeights((groups,) * config.dims.num_layers))
+    assert watched.alive == dict.fromkeys(range(config.dims.num_layers), 0)
+    assert len(model._layers) == config.dims.num_layers
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from loramux.bench.drive import ClientLoad, LoadPlan, drive
 from loramux.bench.figures import Failures, Outcome, percentile, report
 from loramux.bench.plot import plot, require_plot
 from loramux.bench.workload import Workload, arrivals, read_prompts
+from loramux.cli.bench_view import show_report
 from loramux.cli.main import app
 from loramux.client import AsyncClient
 from loramux_shared.faults import RequestInvalid, SettingsInvalid
@@ -175,6 +176,12 @@ def test_a_table_for_people(fakes: Fakes) -> None:
     assert fakes.inference.requests[-1].sampling.ignore_eos
 
 
+def test_nothing_to_show(capsys: pytest.CaptureFixture[str]) -> None:
+    """A run that was stopped before any answer has no table of zeros."""
+    show_report(report([], ["base", "lora1"]))
+    assert capsys.readouterr() == ("", "stopped before the first answer was whole; nothing was measured\n")
+
+
 def test_json_has_everything(fakes: Fakes) -> None:
     """The plan, the figures per model and together, and the client's own load."""
     code, text, _ = bench(fakes, "--requests", "4", "--model", "lora1", "--eos", "--json")
@@ -198,7 +205,7 @@ def test_bad_wishes_are_refused_before_anything_is_sent(fakes: Fakes, tmp_path: 
     """Two loops at once, an unknown model, a picture that cannot be drawn."""
     before = len(fakes.inference.requests)
     assert bench(fakes, "--rate", "1", "--concurrency", "1")[0] == 2
-    assert "did you mean lora1?" in bench(fakes, "--model", "lora11")[2]
+    assert "Did you mean lora1?" in bench(fakes, "--model", "lora11")[2]
     assert "expected a .png" in bench(fakes, "--plot", str(tmp_path / "a.pdf"))[2]
     assert len(fakes.inference.requests) == before
 

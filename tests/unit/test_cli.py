@@ -13,10 +13,11 @@ from typer.testing import CliRunner
 
 from loramux.cli import services
 from loramux.cli.build_view import WORK, fraction_done
-from loramux.cli.logs import important
+from loramux.cli.logs import important, tail
 from loramux.cli.main import app, usual
-from loramux.cli.shell import modules, printable
+from loramux.cli.shell import complain, modules, printable
 from loramux.records import AdapterInfo, Stage
+from loramux_shared.faults import AdapterInvalid, Finding
 from tests.support.fake_services import Fakes, deployment_text
 
 
@@ -63,6 +64,22 @@ def test_an_http_door_where_grpc_was_meant() -> None:
         assert code == 2
         assert "expected HOST:PORT of a gRPC door" in errors
         server.shutdown()
+
+
+def test_an_address_without_a_port() -> None:
+    """A host alone is a mistake of the command line; gRPC would take it for port 443."""
+    code, _, errors = run("models", "--grpc", "127.0.0.1")
+    assert code == 2
+    assert "error: SETTINGS_INVALID: 127.0.0.1: expected HOST:PORT" in errors
+
+
+def test_a_builder_where_an_inference_service_was_meant(fakes: Fakes) -> None:
+    """The other kind of server is recognised by the call that it does not have."""
+    code, _, errors = run("models", "--grpc", fakes.builder_address)
+    assert code == 1
+    assert (
+        f"{fakes.builder_address} does not have this call. A builder and an inference service are two" in errors
+    )
 
 
 def test_bad_usage_is_exit_2() -> None:
@@ -138,8 +155,8 @@ def test_chat_with_nobody(fakes: Fakes) -> None:
     """An unknown model is an error that lists what is served, and names a near one."""
     code, _, errors = run("chat", "nobody", "--grpc", fakes.inference_address, said="hello\n")
     assert code == 1
-    assert errors == "error: MODEL_NOT_FOUND: no model 'nobody'; served are base, lora1, lora2\n"
-    assert "did you mean lora1?" in run("chat", "lora01", "--grpc", fakes.inference_address)[2]
+    assert errors == "error: MODEL_NOT_FOUND: no model 'nobody'; served are base, lora1, lora2.\n"
+    assert "Did you mean lora1?" in run("chat", "lora01", "--grpc", fakes.inference_address)[2]
 
 
 def test_chat_without_a_name_is_with_the_first_model(fakes: Fakes) -> None:
@@ -205,10 +222,37 @@ def test_control_characters_do_not_reach_the_terminal() -> None:
         ('{"level": "warning", "event": "slow", "ms": 3, "timestamp": "x"}', "slow ms=3"),
         ("2026-01-01 [\x1b[33mwarning  \x1b[0m] slow", "2026-01-01 [warning  ] slow"),
         ("error: SETTINGS_INVALID: no", "error: SETTINGS_INVALID: no"),
+        ('{"level": "warning", "event": "build failed", "reason": "REPO_NOT_FOUND"}', ""),
         ("{half a json", ""),
         ("plain words", ""),
     ],
 )
 def test_log_lines_that_matter(line: str, told: str) -> None:
-    """Warnings and errors of a child are shown, in JSON or text; the rest stays in its log."""
+    """Warnings and errors of a child are shown, in JSON or text, but what the command tells itself; the rest
+    stays in its log."""
     assert important(line) == told
+
+
+def test_the_last_lines_of_a_service_that_died(tmp_path: Path) -> None:
+    """They are what may say why: warnings and tracebacks, not the requests that went well before."""
+    request, slow = '{"level": "info", "event": "answered"}', '{"level": "error", "event": "broken"}'
+    log = tmp_path / "log"
+    log.write_text("\n".join([slow, "Traceback", *[request] * 20]))
+    assert tail(log) == [slow, "Traceback"]
+
+
+def test_a_failure_with_many_findings(capsys: pytest.CaptureFixture[str]) -> None:
+    """The first ones are printed, and that there are more."""
+    complain(AdapterInvalid("60 rules are broken", [Finding(code=f"E_{number}") for number in range(60)]))
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "error: ADAPTER_INVALID: 60 rules are broken"
+    assert lines[1:] == [f"  E_{number}" for number in range(20)] + ["  and more: these are the first 20"]
+
+
+def test_up_with_a_backend_that_is_not_installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A backend whose package is missing is refused before anything is built, as a wrong setting is."""
+    (tmp_path / "deployment.yaml").write_text(deployment_text("tiny", "lora1"))
+    monkeypatch.setattr("loramux.cli.preflight.find_spec", lambda _: None)
+    done = CliRunner().invoke(app, ["up", str(tmp_path / "deployment.yaml"), "--backend", "triton"])
+    assert done.exit_code == 2
+    assert "SETTINGS_INVALID: LORAMUX_BACKEND=triton needs Triton: pip install 'loramux[gpu]'" in done.stderr

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
+from inference_service.kernels.cpu import build
 from loramux_shared.settings import PREFIX, BuilderSettings, InferenceSettings, Settings, load_settings
 from loramux_shared.storage.open import open_store
 
@@ -223,6 +224,18 @@ def test_the_builder_image_has_no_torch() -> None:
         assert {"boto3", "huggingface-hub", "google-auth", "azure-storage-blob"} <= installed[service]
     assert not {"torch", "triton", "transformers", "peft"} & installed["builder"]
     assert "torch" in installed["inference"]
+
+
+def test_the_inference_image_has_compiled_operations() -> None:
+    """The stage with the compiler makes them where the package is installed, before that is copied."""
+    install, run = re.split(r"^FROM .+$", _dockerfile("inference"), flags=re.M)[1:]
+    assert "install --yes --no-install-recommends g++" in install
+    [module] = re.findall(r"^RUN cd / && /opt/loramux/bin/python -m (\S+)$", install, re.M)
+    assert module == build.__name__
+    assert Path(build.__file__).parent == build.BEFOREHAND.parent
+    assert install.index("/bin/pip install") < install.index(module)
+    assert "COPY --from=install /opt/loramux /opt/loramux" in run
+    assert "g++" not in run
 
 
 @pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.name)

@@ -132,9 +132,9 @@ def test_the_doctors_figures_are_those_of_the_plan(
     sizes = sizes_of(HUB_CONFIGS[name], settings, free, dtype, device, graphs=device == "cuda")
 
     def plan(adapters: int, kv_bytes: int | None) -> MemoryPlan:
-        needs = needs_of(config, item, adapters, settings, graphs=device == "cuda")
+        needs = needs_of(config, item, adapters, settings, device, graphs=device == "cuda")
         assert (sizes.weights_bytes, sizes.steps_bytes) == (needs.weights, needs.activations + needs.graphs)
-        cache = replace(cache_of(config, item, settings), kv_bytes=kv_bytes)
+        cache = replace(cache_of(config, item, settings, device), kv_bytes=kv_bytes)
         return plan_on(device, free - needs.weights - adapters, needs, cache)
 
     said = None if kv_memory_gb is None else int(kv_memory_gb * 1e9)

@@ -80,11 +80,11 @@ def test_needs_follow_the_model_and_the_settings(tmp_path: Path) -> None:
         tensors = [file.get_tensor(name) for name in file.keys()]  # noqa: SIM118 - no mapping
     matrices = sum(tensor.nbytes for tensor in tensors if tensor.dim() == 2)
     settings = InferenceSettings(deployment="tiny", max_batch_tokens=100, max_batch_seqs=8)
-    needs = needs_of(config, 4, 77, settings, graphs=False)
+    needs = needs_of(config, 4, 77, settings, "cpu", graphs=False)
     assert (needs.weights, needs.adapters, needs.graphs) == (matrices, 77, 0)
-    assert needs_of(config, 2, 77, settings, graphs=False).weights == matrices / 2
+    assert needs_of(config, 2, 77, settings, "cpu", graphs=False).weights == matrices / 2
     wider = settings.model_copy(update={"max_batch_tokens": 200})
-    more = needs_of(config, 4, 77, wider, graphs=True)
+    more = needs_of(config, 4, 77, wider, "cpu", graphs=True)
     assert more.activations - needs.activations >= 100 * 4 * (2 * SIZES["intermediate_size"])
     assert more.graphs > 0
 
@@ -96,7 +96,15 @@ def test_the_start_logs_a_line_per_item(tmp_path: Path) -> None:
     with capture_logs() as logs:
         ready = world.load(store, kv_memory_gb=0.01)
     sizes = {entry["item"]: entry["gb"] for entry in logs if entry["event"] == "memory"}
-    assert list(sizes) == ["weights", "adapters", "activations", "graphs", "key-value cache", "left"]
+    assert list(sizes) == [
+        "weights",
+        "adapters",
+        "activations",
+        "graphs",
+        "libraries",
+        "key-value cache",
+        "left",
+    ]
     stats = ready.engine.stats
     assert sizes["key-value cache"] == round(stats.blocks_total * 16 * 2 * 2 * 2 * 8 * 4 / GB, 3)
     assert sizes["left"] > 0

@@ -102,7 +102,7 @@ def test_settings_are_frozen() -> None:
 @pytest.mark.parametrize(
     ("name", "value", "allowed"),
     [
-        ("BACKEND", "cuda", "'auto', 'torch' or 'triton'"),
+        ("BACKEND", "cuda", "'auto', 'native', 'torch' or 'triton'"),
         ("DEVICE", "gpu", "'auto', 'cpu' or 'cuda'"),
         ("DTYPE", "fp16", "'auto', 'float32', 'bfloat16' or 'float16'"),
         ("THREADS", "0", "greater than or equal to 1"),

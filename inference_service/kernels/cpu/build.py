@@ -1,5 +1,8 @@
 """Compiles ops.cpp once per source, compiler and processor, and loads it.
 
+``python -m inference_service.kernels.cpu.build`` compiles it beforehand, beside the source, for every kind of
+processor of this kind of machine: for an image, which has no compiler when it runs.
+
 What is kept is code that runs as this process, so it is taken only from a folder and a file that nobody else
 could have written, and only whole: a file is the sha256 of a library, and the library. It is loaded from a copy
 in a folder of this process alone, so that what was checked is what runs.
@@ -20,9 +23,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from inference_service.kernels.cpu.check import first_wrong  # and torch, whose OpenMP runtime is to be shared
+from inference_service.kernels.cpu.processors import Kind, kinds_of_machine, kinds_that_run
 from loramux_shared.private import private_folder, read_private
 
 SOURCE = Path(__file__).with_name("ops.cpp")
+BEFOREHAND = Path(__file__).with_name("beforehand")
+"""Holds what was compiled beforehand: who could write there could change this file too."""
 FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-std=c++17", "-fopenmp", "-shared", "-fPIC")
 COMPILERS = ("c++", "g++", "clang++")
 TIMEOUT_S = 120
@@ -38,9 +44,54 @@ class Built:
     """For the start line."""
 
 
-def load(cache_dir: Path) -> Built:
-    """Return the compiled operations, once they compute what they should; they are kept in cache_dir."""
-    compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", ""), *COMPILERS))), None)
+def load(cache_dir: Path, beforehand: Path = BEFOREHAND) -> Built:
+    """Return the compiled operations, once they compute what they should; they are kept in cache_dir.
+
+    Where they cannot be compiled, those that were compiled beforehand will do.
+    """
+    made = _made_here(cache_dir)
+    return made if made.library else _made_beforehand(beforehand) or made
+
+
+def compile_beforehand(into: Path) -> None:
+    """Compile for every kind of processor of this kind of machine.
+
+    Raises:
+        OSError: there is no compiler, or no place.
+        CalledProcessError: the compiler refuses.
+    """
+    compiler = _compiler()
+    if compiler is None:
+        raise FileNotFoundError(f"no C++ compiler: expected one of {', '.join(COMPILERS)}, or CXX")
+    into.mkdir(exist_ok=True)
+    for kind in kinds_of_machine():
+        _run([compiler, *_flags(kind), str(SOURCE), "-o", str(_place(into, kind))])
+
+
+def _made_beforehand(folder: Path) -> Built | None:
+    for kind in kinds_that_run():
+        path = _place(folder, kind)
+        if path.is_file() and first_wrong(library := ctypes.CDLL(str(path))) is None:
+            return Built(library, f"compiled beforehand for {kind.name}")
+    return None
+
+
+def _place(folder: Path, kind: Kind) -> Path:
+    """A name that changes with the source and the flags, so that what another version left is not met."""
+    key = hashlib.sha256(SOURCE.read_bytes() + repr(_flags(kind)).encode()).hexdigest()[:16]
+    return folder / f"ops-{kind.name}-{key}.so"
+
+
+def _flags(kind: Kind) -> list[str]:
+    return [*(flag for flag in FLAGS if flag != "-march=native"), *kind.options]
+
+
+def _compiler() -> str | None:
+    return next(filter(None, map(shutil.which, (os.environ.get("CXX", ""), *COMPILERS))), None)
+
+
+def _made_here(cache_dir: Path) -> Built:
+    compiler = _compiler()
     if compiler is None:
         return Built(None, "torch operations (no C++ compiler found)")
     try:
@@ -121,3 +172,7 @@ def _processor() -> str:
         return platform.processor()
     wanted = ("model name", "flags", "Features")
     return "\n".join(dict.fromkeys(line for line in lines if line.startswith(wanted)))
+
+
+if __name__ == "__main__":
+    compile_beforehand(BEFOREHAND)

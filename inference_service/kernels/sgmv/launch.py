@@ -17,6 +17,7 @@ from inference_service.kernels.sgmv.tuning import (
     ShrinkConfig,
     expand_config,
     fused_config,
+    one_launch_wins,
     phase_of,
     shrink_config,
 )
@@ -40,8 +41,8 @@ def lora_apply(
         segments: the step's segments.
         workspace: fp32, at least ``workspace_numel`` elements; its content is of no interest before or after,
             so all layers share one.
-        fused: whether shrink and the first pass of expand are one launch; by default where a GPU is thought to
-            win by it. Launches that share the segments must not overlap then.
+        fused: whether shrink and the first pass of expand are one launch; by default where ``ONE_LAUNCH`` says
+            so, which is nowhere yet. Launches that share the segments must not overlap then.
 
     Raises:
         ValueError: when shapes, dtypes, strides or devices do not fit; when ``fused`` is asked for and no
@@ -101,7 +102,7 @@ def workspace_numel(group: Group, segments: Segments) -> int:
 def _fused_config(
     device: torch.device, group: Group, segments: Segments, *, fused: bool | None
 ) -> FusedConfig | None:
-    """The tiles of the fused kernel where it is asked for, or is thought to win; else None."""
+    """The tiles of the fused kernel where it is asked for, or was timed to win; else None."""
     if fused is False:
         return None
     capacity, a = segments.capacity, group.a
@@ -110,7 +111,7 @@ def _fused_config(
         raise ValueError(f"no fused kernel for tiles of {capacity.tile} entries and rank {group.max_rank}")
     if config is None or fused:
         return config
-    if device.type != "cuda":
+    if device.type != "cuda" or not one_launch_wins(architecture_of(device), a.dtype, max_rank=group.max_rank):
         return None
     resident = resident_programs(device)
     fits = config.fits(a.shape[1], group.max_rows, group.slices, capacity.segments, resident)

@@ -238,6 +238,19 @@ def fused_config(architecture: int, phase: Phase, dtype: torch.dtype, *, max_ran
     return next((config for key, config in buckets.items() if max_rank <= key), None)
 
 
+ONE_LAUNCH: Mapping[tuple[int, int], int] = {}
+"""Where one launch was timed and won: the largest rank, by architecture and bytes of an element.
+
+Nothing was timed yet, so it is used nowhere. Whoever writes a line here has run ``python -m benchmarks.gpu`` on
+that card, without limits of MPS: under them fewer programs are resident than the device's properties say.
+"""
+
+
+def one_launch_wins(architecture: int, dtype: torch.dtype, *, max_rank: int) -> bool:
+    """Whether one launch is the default for a rank."""
+    return max_rank <= ONE_LAUNCH.get((architecture, dtype.itemsize), 0)
+
+
 def phase_of(tile: int) -> Phase:
     """The phase of segments of at most ``tile`` entries."""
     return Phase.DECODE if tile <= DECODE_TILE else Phase.PREFILL

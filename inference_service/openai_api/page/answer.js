@@ -1,7 +1,6 @@
 /** One model's answer, as a card: what it is, what it says, and how fast. */
 
 import { events, Refused } from "./api.js";
-import { middle } from "./dom.js";
 
 const ENDS = {
   stop: "The model ended its answer.",
@@ -22,7 +21,7 @@ export class Answer {
     this.card = document.querySelector("#answer").content.cloneNode(true).firstElementChild;
     this.card.style.setProperty("--stripe", stripe);
     this.card.setAttribute("aria-label", `Answer of ${model.id}`);
-    this.#part("h3").append(middle(model.id, "name"));
+    this.#part("h3").textContent = model.id;
     this.#part(".rank").textContent = model.parent ? `rank ${model.ranks.join(", ")}` : "base model";
     this.#part(".text").append(this.#text);
     this.#part(".text").setAttribute("aria-label", `Text of ${model.id}`);

@@ -1,6 +1,7 @@
 """Where a replica's memory goes: weights, adapters, what steps need, and key-value blocks from what is left.
 
-A replica plans with this arithmetic, and `loramux doctor` foretells with it what the plan will be.
+A replica plans with this arithmetic, and `loramux doctor` foretells with it what the plan will be. On a GPU a
+replica then measures what steps take, instead of reasoning.
 """
 
 from __future__ import annotations
@@ -108,30 +109,40 @@ def plan_on(device: str, free: int, needs: Needs, cache: Cache) -> MemoryPlan:
 
 
 def needs_of(
-    config: ModelConfig, item_bytes: int, adapters: int, settings: InferenceSettings, *, graphs: bool
+    config: ModelConfig,
+    item_bytes: int,
+    adapters: int,
+    settings: InferenceSettings,
+    device: str,
+    *,
+    graphs: bool,
 ) -> Needs:
     """Count what a model in numbers of item_bytes needs; adapters is what its adapters take, in bytes."""
-    dims = config.dims
+    dims, sizes = config.dims, settings.sizes(device)
     linears = sum(group.in_features * sum(group.out_features) for group in config.groups)
     embeddings = dims.vocab * dims.hidden * (1 if config.tied_embeddings else 2)
     widest = max(2 * group.in_features + 2 * sum(group.out_features) for group in config.groups)
     row = item_bytes * (2 * dims.hidden + widest)
     # A sampled row's logits are there once more in float32 when log probabilities are asked for.
-    logits = settings.max_batch_seqs * dims.vocab
-    recorded_rows = [size for size in mixed_buckets(settings.max_batch_tokens) if size <= RECORDED_ROWS]
-    num_graphs = 2 * (len(list(buckets(settings.max_batch_seqs))) + len(recorded_rows))
-    held = max(settings.max_batch_seqs, *recorded_rows)
+    logits = sizes.seqs * dims.vocab
+    recorded_rows = [size for size in mixed_buckets(sizes.tokens) if size <= RECORDED_ROWS]
+    num_graphs = 2 * (len(list(buckets(sizes.seqs))) + len(recorded_rows))
+    held = max(sizes.seqs, *recorded_rows)
     recorded = num_graphs * GRAPH_BYTES + held * row + 2 * logits * item_bytes
     return Needs(
         weights=item_bytes * (dims.num_layers * linears + embeddings),
         adapters=adapters,
-        activations=settings.max_batch_tokens * row + logits * (item_bytes + 8),
+        activations=sizes.tokens * row + logits * (item_bytes + 8),
         graphs=recorded if graphs else 0,
     )
 
 
 def cache_of(
-    config: ModelConfig, item_bytes: int, settings: InferenceSettings, max_seq_len: int | None = None
+    config: ModelConfig,
+    item_bytes: int,
+    settings: InferenceSettings,
+    device: str,
+    max_seq_len: int | None = None,
 ) -> Cache:
     """Return what the cache of a model is asked to hold; max_seq_len is what the deployment promises."""
     dims = config.dims
@@ -140,7 +151,7 @@ def cache_of(
         token_bytes=2 * dims.num_layers * dims.num_kv_heads * dims.head_dim * item_bytes,
         block_size=settings.block_size,
         longest=longest,
-        most=settings.max_batch_seqs * longest,
+        most=settings.sizes(device).seqs * longest,
         whole=max_seq_len is not None,
         kv_bytes=int(settings.kv_memory_gb * GB) if settings.kv_memory_gb else None,
     )

@@ -12,10 +12,10 @@ from grpc_reflection.v1alpha import reflection
 
 from loramux_shared.access.guard import NOBODY_GUARDS, Guard
 from loramux_shared.descriptors import connections_of_a_door
-from loramux_shared.faults import SettingsInvalid
 from loramux_shared.notify import READY, STOPPING, notify
 from loramux_shared.rpc.admission import AdmissionInterceptor
 from loramux_shared.rpc.calls import USUAL, CallInterceptor, Patience
+from loramux_shared.rpc.listening import cannot_listen, require_free
 from loramux_shared.rpc.options import server_options
 from loramux_shared.rpc.tls import server_credentials
 from loramux_shared.tracing.door import DoorSpans
@@ -65,6 +65,7 @@ class RpcServer:
             SettingsInvalid: the address is taken or no ``HOST:PORT``, or the files of TLS are no good.
         """
         await self.set_serving(False)
+        require_free(self.address)
         host, _, port = self.address.rpartition(":")
         unix = host == "unix"
         try:
@@ -72,10 +73,7 @@ class RpcServer:
         except RuntimeError:
             bound = 0
         if not (bound and host and (unix or port.isdecimal())):
-            raise SettingsInvalid(
-                f"cannot listen on {self.address!r}: expected a free HOST:PORT of this machine. "
-                "Stop what listens there, or choose another with --grpc."
-            )
+            raise cannot_listen(self.address, "gRPC could not bind it")
         await self._server.start()
         if not unix:
             self.address = f"{host}:{bound}"
@@ -94,14 +92,18 @@ class RpcServer:
         if ready:
             notify(READY)
 
+    async def refuse(self) -> None:
+        """Take no new calls, and be NOT_SERVING from now on."""
+        self._interceptor.drain()
+        notify(STOPPING)
+        await self._health.enter_graceful_shutdown()
+
     async def drain(self, timeout_s: float, cut: Callable[[], None] | None = None) -> bool:
         """Refuse new calls, wait for the open ones, stop; False when the time ran out and calls were cut.
 
         cut ends what others than the door can end, by a fault; the rest the door cancels.
         """
-        self._interceptor.drain()
-        notify(STOPPING)
-        await self._health.enter_graceful_shutdown()
+        await self.refuse()
         finished = await self._interceptor.until_idle(timeout_s)
         if not finished:
             log.warning("drain timed out", open_calls=self._interceptor.active, timeout_s=timeout_s)

@@ -105,4 +105,9 @@ def fault_of(error: grpc.RpcError, target: str = "") -> Fault:
     code = error.code()
     if code is grpc.StatusCode.UNAVAILABLE:
         return ServerUnavailable(f"no answer from {target or 'the server'}: {unreachable(target, message)}")
+    if code is grpc.StatusCode.UNIMPLEMENTED:
+        message = (
+            f"{target or 'the server'} does not have this call. A builder and an inference service are two "
+            "servers, on 50051 and 50052 unless said otherwise; or its version is older than this one."
+        )
     return CallFailed(f"{code.name}: {message}", code)

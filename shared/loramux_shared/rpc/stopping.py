@@ -44,6 +44,14 @@ class Stop:
         """Return the signal, once there is one."""
         return await self._received
 
+    async def wait_beside(self, work: Coroutine[Any, Any, object]) -> signal.Signals | None:
+        """Return the signal, once there is one; None when work ends before."""
+        task = asyncio.ensure_future(work)
+        either: set[asyncio.Future[Any]] = {task, self._received}
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        task.cancel()
+        return self._received.result() if self._received.done() else None
+
     def _on_signal(self, number: signal.Signals) -> None:
         for each in (signal.SIGTERM, signal.SIGINT):
             self._loop.remove_signal_handler(each)

@@ -13,6 +13,7 @@ from loramux_shared.deployment import Repository
 from loramux_shared.faults import RepoNotFound, SourceChanged, SourceRefused, SourceUnavailable
 from loramux_shared.sources.base import MAX_FILES, Progress, Resolved, Room, SourceFile, unwatched
 from loramux_shared.sources.files import exactly, hash_pieces, inside, is_text, pieces_of, pin_content, whole
+from loramux_shared.wording import listed
 
 MAX_DEPTH = 2
 """Folders below the repository's that are listed: enough to see where an adapter is."""
@@ -96,7 +97,9 @@ class LocalSource:
         folder = self._allowed(path / repository.subfolder)
         with _translated():
             if not folder.is_dir():
-                raise RepoNotFound(f"LOCAL {folder}: no such folder on the server")
+                raise RepoNotFound(
+                    f"LOCAL {folder}: no such folder on the server. Correct the path, or put it there."
+                )
         return folder
 
     def _allowed(self, path: Path) -> Path:
@@ -107,10 +110,10 @@ class LocalSource:
                 f"LOCAL {str(path)[:200]!r}: no path of this server, but a NUL or a link that leads to itself"
             ) from None
         if not any(real.is_relative_to(root) for root in self._roots):
-            allowed = ", ".join(map(str, self._roots)) or "none"
+            allowed = listed([str(root) for root in self._roots], none="there is none")
             raise SourceRefused(
                 f"LOCAL {path}: not below a folder that the operator allows ({allowed}). "
-                "Move it there, or start the server with --local-root."
+                "Correct it, or start the server with --local-root and a folder above it."
             )
         return real
 

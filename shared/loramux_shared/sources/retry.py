@@ -82,7 +82,9 @@ class Patience:
 
 def _told(state: RetryCallState) -> None:
     problem = state.outcome.exception() if state.outcome else None
-    log.warning("a source does not answer, trying again", pause_s=state.upcoming_sleep, problem=str(problem))
+    log.warning(
+        "a source does not answer, trying again", pause_s=round(state.upcoming_sleep, 1), problem=str(problem)
+    )
 
 
 def _sleep(progress: Progress, seconds: float) -> None:

@@ -1,0 +1,66 @@
+"""Watches that what a thread does ends in time."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from types import TracebackType
+from typing import Final, Self
+
+import structlog
+
+FRAMES: Final = 8
+"""Of the stack that is logged, the innermost."""
+
+log = structlog.get_logger()
+
+
+class Watchdog:
+    """Calls late once, on a thread of its own, when one `with` block has lasted longer than limit_s.
+
+    A call that keeps the interpreter's lock for good stops this thread too: then only who asks the process for
+    its health, and gets no answer, sees it.
+    """
+
+    def __init__(self, limit_s: float, late: Callable[[], None]) -> None:
+        self._limit_s = limit_s
+        self._late = late
+        self._watched = 0
+        self._since_s: float | None = None
+        self._ended = threading.Event()
+
+    def start(self) -> None:
+        """Watch the calling thread until `stop`."""
+        self._watched = threading.get_ident()
+        threading.Thread(target=self._run, name="watchdog", daemon=True).start()
+
+    def stop(self) -> None:
+        """Watch no longer."""
+        self._ended.set()
+
+    def __enter__(self) -> Self:
+        """Begin what is to end in time."""
+        self._since_s = time.monotonic()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """End it."""
+        self._since_s = None
+
+    def _run(self) -> None:
+        while not self._ended.wait(min(1.0, self._limit_s / 4)):
+            since_s = self._since_s
+            if since_s is not None and time.monotonic() - since_s > self._limit_s:
+                log.critical("a step does not end", limit_s=self._limit_s, where=self._where())
+                self._late()
+                return
+
+    def _where(self) -> list[str]:
+        frame = sys._current_frames().get(self._watched)  # the documented way to another thread's stack
+        summary = traceback.extract_stack(frame)[-FRAMES:] if frame is not None else []
+        return [f"{entry.filename}:{entry.lineno} {entry.name}" for entry in summary]

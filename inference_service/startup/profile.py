@@ -1,0 +1,124 @@
+"""The largest step there can be, run once, and what it takes of the device's memory."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+import torch
+
+from inference_service.core.batch import Batch, Chunk
+from inference_service.core.sampling import SamplingParams
+from inference_service.core.sequence import Adapter
+from inference_service.core.sequence import Sequence as EngineSequence
+from inference_service.engine.scheduler import SchedulerLimits
+from inference_service.engine.step import StepRunner
+from loramux_shared.faults import ResourcesExhausted
+
+SCRATCH_BLOCKS: Final = 8
+"""Of the cache that the step reads and writes, again and again: what a context holds is of no interest here."""
+
+
+class DeviceMemory(Protocol):
+    """The memory of a device, in bytes, as its driver and torch's allocator see it."""
+
+    def settled(self) -> int:
+        """Wait for the device, give the driver back what the allocator only keeps, and return what is free."""
+        ...
+
+    def reserved(self) -> int:
+        """What the allocator has of the driver."""
+        ...
+
+    def watch_peak(self) -> None:
+        """Begin to note the most that the allocator has at once."""
+        ...
+
+    def peak(self) -> int:
+        """The most since `watch_peak`."""
+        ...
+
+
+class CudaMemory:
+    """Of a CUDA device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def settled(self) -> int:
+        """Wait for the device, give the driver back what the allocator only keeps, and return what is free."""
+        torch.cuda.synchronize(self._device)
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info(self._device)[0]
+
+    def reserved(self) -> int:
+        """What the allocator has of the driver."""
+        return torch.cuda.memory_reserved(self._device)
+
+    def watch_peak(self) -> None:
+        """Begin to note the most that the allocator has at once."""
+        torch.cuda.reset_peak_memory_stats(self._device)
+
+    def peak(self) -> int:
+        """The most since `watch_peak`."""
+        return torch.cuda.max_memory_reserved(self._device)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the largest step took, in bytes."""
+
+    steps: int
+    """At once, while it ran, its runner's own tensors included."""
+    kept: int
+    """For good: workspaces and modules of libraries, kernels, tables that later steps use again."""
+    free: int
+    """What is free behind it."""
+
+
+def measure(new_runner: Callable[[], StepRunner], batch: Batch, memory: DeviceMemory) -> Measured:
+    """Run a batch with a runner of its own, whose cache has SCRATCH_BLOCKS blocks.
+
+    Raises:
+        ResourcesExhausted: the device has not enough memory for it.
+    """
+    before = memory.settled()
+    memory.watch_peak()
+    try:
+        new_runner().submit(batch).tokens()
+    except torch.OutOfMemoryError as error:
+        raise ResourcesExhausted(
+            f"a step of {batch.num_tokens} tokens and {len(batch.chunks)} sequences, the largest, does not fit "
+            f"in the {before / 1e9:.2f} GB that weights and adapters leave. Lower LORAMUX_MAX_BATCH_TOKENS or "
+            "LORAMUX_MAX_BATCH_SEQS, or serve fewer adapters."
+        ) from error
+    free = memory.settled()
+    return Measured(memory.peak() - memory.reserved(), before - free, free)
+
+
+def largest_step(limits: SchedulerLimits, adapters: Sequence[Adapter], block_size: int) -> Batch:
+    """Return a step of as many rows and sequences as there may be, each at the end of the longest context.
+
+    The first take what is left of the rows for chunks of prompts; a token is drawn for each, with its log
+    probability, and as many adapters take part as may.
+    """
+    longest, seqs = limits.max_seq_len, min(limits.max_seqs, limits.max_tokens)
+    tokens = [0] * longest
+    blocks = array("i", [place % SCRATCH_BLOCKS for place in range(-(-longest // block_size))])
+    models = [*adapters[: limits.max_adapters], None]
+    left, chunks = limits.max_tokens - seqs, []
+    for number in range(seqs):
+        more = min(left, longest - 1)
+        left -= more
+        seq = EngineSequence(
+            f"profile-{number}",
+            tokens,
+            SamplingParams(max_tokens=1, logprobs=1),
+            models[number % len(models)],
+            num_computed=longest - 1 - more,
+            blocks=blocks,
+        )
+        chunks.append(Chunk(seq, 1 + more))
+    return Batch(tuple(chunks))

@@ -1,0 +1,52 @@
+"""Which kernels a replica runs: what is asked for by name is had, or refused by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from inference_service.backends.native import NativeLora
+from inference_service.kernels.cpu import build
+from inference_service.startup.choose import choose_backend
+from loramux_shared.bases.config import ModelConfig
+from loramux_shared.bases.read import read_fields
+from loramux_shared.faults import SettingsInvalid
+from loramux_shared.settings import InferenceSettings
+from tests.support.tiny import SIZES
+
+
+@pytest.fixture(scope="module")
+def config() -> ModelConfig:
+    fields = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "rms_norm_eps": 1e-6}
+    return read_fields(SIZES | fields | {"hidden_act": "silu", "torch_dtype": "float32"})
+
+
+def _settings(tmp_path: Path, **settings: object) -> InferenceSettings:
+    return InferenceSettings.model_validate({"deployment": "tiny", "cache_dir": tmp_path} | settings)
+
+
+def test_native_can_be_asked_for(config: ModelConfig, tmp_path: Path) -> None:
+    """It means a CPU, on a machine with a GPU too, and its steps are not recorded."""
+    if build.load(tmp_path / "native").library is None:
+        pytest.skip("no C++ compiler")
+    chosen = choose_backend(_settings(tmp_path, backend="native"), config)
+    assert isinstance(chosen.new_lora(), NativeLora)
+    assert (chosen.device.type, chosen.recordable) == ("cpu", False)
+
+
+@pytest.mark.parametrize(
+    ("settings", "why"),
+    [
+        ({"native": False}, "LORAMUX_NATIVE=false"),
+        ({"dtype": "float16"}, "float32 and bfloat16"),
+        ({"block_size": 8}, "block_size"),
+    ],
+)
+def test_native_that_cannot_be_is_refused(
+    config: ModelConfig, tmp_path: Path, settings: dict[str, object], why: str
+) -> None:
+    """What was asked for by name is not replaced in silence; by auto it is, and the start line says so."""
+    with pytest.raises(SettingsInvalid, match=f"LORAMUX_BACKEND=native.*{why}"):
+        choose_backend(_settings(tmp_path, backend="native", **settings), config)
+    assert why in choose_backend(_settings(tmp_path, device="cpu", **settings), config).how

@@ -1,0 +1,170 @@
+"""The engine's thread when steps fail: what goes away, what stays, and what never ends."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import threading
+import time
+from collections.abc import Callable
+
+import pytest
+
+from inference_service.core.batch import Batch
+from inference_service.core.sampling import SamplingParams
+from inference_service.core.sequence import FinishReason, Sequence, Token
+from inference_service.engine.block_manager import BlockManager
+from inference_service.engine.engine import Engine
+from inference_service.engine.scheduler import SchedulerLimits
+from inference_service.engine.step import Pending
+from inference_service.serving.engine_thread import EngineThread, Outputs
+from loramux_shared.faults import ReplicaFailed
+
+_ids = itertools.count()
+
+
+class Device:
+    """A runner whose steps do what a test says; every sampled sequence gets one token."""
+
+    depth = 0
+
+    def __init__(self) -> None:
+        self.before_step: Callable[[Batch], object] = lambda _: None
+
+    def submit(self, batch: Batch) -> Pending:
+        """Run a step."""
+        self.before_step(batch)
+        seqs = tuple(chunk.seq for chunk in batch.chunks if chunk.samples)
+        return Pending(seqs, lambda: [Token(7)] * len(seqs))
+
+
+def _thread(device: Device, step_timeout_s: float = 60.0) -> EngineThread:
+    limits = SchedulerLimits(max_tokens=64, max_seqs=8, max_adapters=1, max_seq_len=64)
+    engine = Engine(device, limits, BlockManager(64, 4))
+
+    def probe() -> None:
+        engine.add(Sequence("probe", [0], SamplingParams(max_tokens=1)))
+        while not engine.idle:
+            engine.step()
+
+    return EngineThread(engine, 8, probe, step_timeout_s=step_timeout_s)
+
+
+def _submit(thread: EngineThread, prompt: int = 3, new: int = 2) -> Outputs:
+    return thread.submit([Sequence(f"{next(_ids)}", [5] * prompt, SamplingParams(max_tokens=new))])
+
+
+async def _end(outputs: Outputs) -> FinishReason:
+    async with asyncio.timeout(5):
+        while True:
+            for output in await outputs.get():
+                if output.finish is not None:
+                    outputs.close()
+                    return output.finish
+
+
+def _raise_at(length: int) -> Callable[[Batch], object]:
+    def raise_at(batch: Batch) -> None:
+        if batch.num_tokens == length:
+            raise ValueError("a bad step")
+
+    return raise_at
+
+
+async def test_a_bad_step_ends_its_sequences_and_nothing_else() -> None:
+    """A request that no step can compute may come as often as it likes: others are served after each."""
+    device = Device()
+    device.before_step = _raise_at(13)
+    thread = _thread(device)
+    thread.start()
+    for _ in range(5):
+        assert await _end(_submit(thread, prompt=13)) is FinishReason.FAILED
+    assert await _end(_submit(thread)) is FinishReason.LENGTH
+    assert await thread.stop() is None
+
+
+async def test_what_others_held_for_a_moment_is_waited_for() -> None:
+    """A probe that fails once and then works, as when memory came back, leaves the replica serving."""
+    device = Device()
+    failures = iter([True, True])
+
+    def out_of_memory(batch: Batch) -> None:
+        if next(failures, False):
+            raise MemoryError
+
+    device.before_step = out_of_memory
+    thread = _thread(device)
+    thread.start()
+    assert await _end(_submit(thread)) is FinishReason.FAILED
+    assert await _end(_submit(thread)) is FinishReason.LENGTH
+    assert await thread.stop() is None
+
+
+def _gone(batch: Batch) -> None:
+    raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+
+@pytest.mark.parametrize("requests", [1, 3])
+async def test_an_error_that_stays_ends_health_first_and_then_every_request(requests: int) -> None:
+    """Those under way, those that wait and those that come are all told REPLICA_FAILED."""
+    device = Device()
+    device.before_step = _gone
+    thread = _thread(device)
+    order: list[str] = []
+
+    async def on_failure() -> None:
+        order.append("asked for")
+        await asyncio.sleep(0.01)
+        order.append("not serving")
+
+    async def ask() -> None:
+        with pytest.raises(ReplicaFailed, match=r"RuntimeError.*another replica"):
+            await _end(_submit(thread))
+        order.append("told")
+
+    thread.start(on_failure)
+    await asyncio.gather(*(ask() for _ in range(requests)))
+    assert order == ["asked for", "not serving", *["told"] * requests]
+    with pytest.raises(ReplicaFailed):
+        _submit(thread)
+    why = await thread.ended()
+    assert why is not None
+    assert "RuntimeError" in why
+    assert await thread.stop() == why
+
+
+async def test_a_step_that_never_ends_is_seen_from_outside() -> None:
+    """The requests end with the name of the setting, though the thread that runs steps is stuck."""
+    device, free = Device(), threading.Event()
+    device.before_step = lambda _: free.wait(20)
+    thread = _thread(device, step_timeout_s=0.1)
+    thread.start()
+    with pytest.raises(ReplicaFailed, match=r"LORAMUX_STEP_TIMEOUT_S=0\.1"):
+        await _end(_submit(thread))
+    assert await thread.ended() is not None
+    free.set()
+
+
+async def test_steps_in_time_never_wake_the_watchdog() -> None:
+    """The bound is for one step, not for all of them together, nor for the time between two."""
+    device = Device()
+    device.before_step = lambda _: time.sleep(0.01)
+    thread = _thread(device, step_timeout_s=0.2)
+    thread.start()
+    assert await _end(_submit(thread, new=40)) is FinishReason.LENGTH
+    await asyncio.sleep(0.3)
+    assert await _end(_submit(thread)) is FinishReason.LENGTH
+    assert await thread.stop() is None
+
+
+async def test_a_mistake_outside_a_step_ends_every_request_too() -> None:
+    """The thread cannot vanish behind the back of those who wait for it."""
+    device = Device()
+    thread = _thread(device)
+    thread.start()
+    broken = Sequence("broken", [5], SamplingParams(max_tokens=1))
+    broken.priority = None  # type: ignore[assignment]  # what no door lets through: the queue cannot be sorted
+    outputs = thread.submit([broken])
+    with pytest.raises(ReplicaFailed):
+        await _end(outputs)
+    assert await thread.ended() == "its thread failed"

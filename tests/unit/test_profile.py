@@ -1,0 +1,182 @@
+"""The largest step, and the memory plan that follows from what it took."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from structlog.testing import capture_logs
+
+from inference_service.core.batch import Batch
+from inference_service.core.sequence import Adapter, Sequence, Token
+from inference_service.engine.runner import Runner
+from inference_service.engine.scheduler import SchedulerLimits
+from inference_service.engine.step import Pending
+from inference_service.startup.load import Ready
+from inference_service.startup.memory import divide_memory
+from inference_service.startup.profile import SCRATCH_BLOCKS, Measured, largest_step, measure
+from loramux_shared.faults import ResourcesExhausted
+from loramux_shared.settings import STEP_SIZES, InferenceSettings
+from loramux_shared.storage.memory import MemoryStore
+from tests.support.tiny import make_world
+
+LIMITS = SchedulerLimits(max_tokens=100, max_seqs=8, max_adapters=2, max_seq_len=64)
+ADAPTERS = [Adapter("a", 1, 0), Adapter("b", 2, 1), Adapter("c", 3, 2)]
+
+
+@pytest.fixture(scope="module")
+def ready(tmp_path_factory: pytest.TempPathFactory) -> Ready:
+    world, store = make_world(tmp_path_factory.mktemp("tiny")), MemoryStore()
+    world.build(store)
+    return world.load(store)
+
+
+class Meter:
+    """A device's memory that says what a test scripts, and notes what it is asked."""
+
+    def __init__(self, free: list[int], reserved: int = 0, peak: int = 0) -> None:
+        self._free, self._reserved, self._peak = free, reserved, peak
+        self.asked: list[str] = []
+
+    def settled(self) -> int:
+        """The next of the script."""
+        self.asked.append("settled")
+        return self._free.pop(0)
+
+    def reserved(self) -> int:
+        """As scripted."""
+        self.asked.append("reserved")
+        return self._reserved
+
+    def watch_peak(self) -> None:
+        """Note."""
+        self.asked.append("watch_peak")
+
+    def peak(self) -> int:
+        """As scripted."""
+        self.asked.append("peak")
+        return self._peak
+
+
+@pytest.mark.parametrize(
+    "limits",
+    [
+        LIMITS,
+        replace(LIMITS, max_tokens=5),  # fewer rows than sequences
+        replace(LIMITS, max_tokens=300),  # more prompts than one chunk holds
+        replace(LIMITS, max_seqs=1),
+        replace(LIMITS, max_adapters=8),
+    ],
+    ids=str,
+)
+def test_the_largest_step_fills_every_bound(limits: SchedulerLimits) -> None:
+    """As many rows and sequences as may be, each at the longest context and drawn for, adapters among them."""
+    batch = largest_step(limits, ADAPTERS, 16)
+    assert len(batch.chunks) == min(limits.max_seqs, limits.max_tokens)
+    assert batch.num_tokens == min(limits.max_tokens, limits.max_seqs * limits.max_seq_len)
+    assert {chunk.end for chunk in batch.chunks} == {limits.max_seq_len}
+    assert all(chunk.samples for chunk in batch.chunks)
+    names = {chunk.seq.adapter.name for chunk in batch.chunks if chunk.seq.adapter}
+    assert len(names) == min(limits.max_adapters, len(ADAPTERS), len(batch.chunks))
+    assert all(max(chunk.seq.blocks) < SCRATCH_BLOCKS for chunk in batch.chunks)
+    assert all(len(chunk.seq.blocks) * 16 >= limits.max_seq_len for chunk in batch.chunks)
+
+
+class Noted(Runner):
+    """A runner that notes what it ran."""
+
+    ran: list[list[tuple[Sequence, Token]]]
+
+    def submit(self, batch: Batch) -> Pending:
+        """Run and note."""
+        pending = super().submit(batch)
+        self.ran.append(pending.tokens())
+        return pending
+
+
+def test_what_a_step_takes_is_what_it_had_at_once(ready: Ready) -> None:
+    """The step runs for real; its runner is gone before what it left behind is read."""
+    runner = ready.engine._engine._runner
+    assert isinstance(runner, Runner)
+    adapters = [model.adapter for model in ready.service.catalog if model.adapter]
+    batch = largest_step(LIMITS, adapters, 16)
+    alive: list[weakref.ref[Runner]] = []
+    ran: list[list[tuple[Sequence, Token]]] = []
+
+    def new_runner() -> Runner:
+        made = Noted(runner._model, runner._lora, SCRATCH_BLOCKS, 16)
+        made.ran = ran
+        alive.append(weakref.ref(made))
+        return made
+
+    class Watching(Meter):
+        def settled(self) -> int:
+            self.asked += ["runner went"] if alive and alive[0]() is None else []
+            return super().settled()
+
+    meter = Watching([10_000, 9_700], reserved=1_200, peak=3_000)
+    measured = measure(new_runner, batch, meter)
+    assert measured == Measured(steps=1_800, kept=300, free=9_700)
+    assert meter.asked == ["settled", "watch_peak", "runner went", "settled", "peak", "reserved"]
+    assert [len(tokens) for tokens in ran] == [8]
+    assert all(token.logprob is not None for _, token in ran[0])
+
+
+def test_a_step_that_does_not_fit_is_refused_by_name(ready: Ready) -> None:
+    """Torch's error names neither the settings nor the sizes."""
+
+    class Full:
+        depth = 0
+
+        def submit(self, batch: Batch) -> Pending:  # noqa: ARG002 - a runner's signature
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+    with pytest.raises(ResourcesExhausted, match=r"100 tokens and 8 sequences.* 3\.00 GB.*MAX_BATCH_TOKENS"):
+        measure(Full, largest_step(LIMITS, [], 16), Meter([3 * 10**9]))
+
+
+def test_the_cache_gets_what_the_measured_step_leaves(ready: Ready) -> None:
+    """Not what arithmetic says; the log has both, and what libraries took."""
+    runner = ready.engine._engine._runner
+    assert isinstance(runner, Runner)
+    asked: list[int] = []
+
+    def measured(longest: int) -> Measured:
+        asked.append(longest)
+        return Measured(steps=400_000_000, kept=50_000_000, free=1_000_000_000)
+
+    settings = InferenceSettings(deployment="tiny", max_batch_seqs=100_000)
+    plan = partial(divide_memory, settings, None, runner._model, 7, graphs=False)
+    with capture_logs() as logs:
+        found = plan(measure=measured)
+    assert asked == [256]
+    assert 0 <= (1_000_000_000 - 400_000_000) // 4 - found.kv_bytes < 16 * 2 * 2 * 2 * 8 * 4
+    told = {entry["item"]: entry for entry in logs if entry["event"] == "memory"}
+    assert (told["activations"]["gb"], told["libraries"]["gb"]) == (0.4, 0.05)
+    assert 0 < told["activations"]["planned_gb"] < 0.4
+    assert "planned_gb" not in told["weights"]
+
+
+def _numbers(text: str) -> Iterator[int]:
+    return (int(word.rstrip(",.")) for word in text.split() if word.rstrip(",.").isdecimal())
+
+
+def test_sizes_follow_the_device_unless_they_are_set() -> None:
+    """What the settings say holds on both; what they leave to the device is what their page says."""
+    assert InferenceSettings(deployment="tiny").sizes("cuda") == STEP_SIZES["cuda"]
+    given = InferenceSettings(
+        deployment="tiny", max_batch_tokens="auto", max_batch_seqs=3, stream_interval_ms=0
+    )
+    for device, usual in STEP_SIZES.items():
+        assert given.sizes(device) == replace(usual, seqs=3, interval_ms=0)
+    for name, part in {
+        "max_batch_tokens": "tokens",
+        "max_batch_seqs": "seqs",
+        "stream_interval_ms": "interval_ms",
+    }.items():
+        told = list(_numbers(InferenceSettings.model_fields[name].description or ""))[-2:]
+        assert told == [getattr(STEP_SIZES[device], part) for device in ("cpu", "cuda")]
