@@ -51,7 +51,7 @@ WARM_UP: Final = 16
 ACTIVE: Final = 8
 """Adapters that the sequences take in turn."""
 BARS_MS: Final = {8: 0.3, 64: 1.0, 256: 2.0}
-"""What half of the steps may take, by sequences that decode at the context below."""
+"""What half of the steps may take of a processor, by sequences that decode at the context below."""
 BAR_CONTEXT: Final = 4096
 CONTEXT_BAR: Final = 2.2
 """Times as long may a step take at the longest context as at the shortest."""
@@ -122,6 +122,11 @@ class Bench:
         for _ in range(WARM_UP):
             self.step()
 
+    @property
+    def running(self) -> Sequence[EngineSequence]:
+        """The sequences that decode."""
+        return self._engine._scheduler.running
+
     def step(self) -> tuple[float, float]:
         """Return the milliseconds that a step takes, and those of the thread on a processor."""
         if self._point.kind == "mixed":
@@ -186,10 +191,10 @@ def missed(found: Mapping[Point, Took]) -> Iterator[str]:
         if point.kind != "decode":
             continue
         bar = BARS_MS.get(point.seqs) if point.context == BAR_CONTEXT else None
-        if bar is not None and took.p50 > bar:
+        if bar is not None and took.cpu > bar:
             yield f"{point.seqs} sequences of {point.context}, {point.loaded} loaded: above {bar} ms"
         least = found.get(replace(point, context=min(other.context for other in found)))
-        if least is not None and took.p50 > CONTEXT_BAR * least.p50:
+        if least is not None and took.cpu > CONTEXT_BAR * least.cpu:
             yield f"{point.seqs} sequences of {point.context}: above {CONTEXT_BAR} times the shortest context"
 
 
