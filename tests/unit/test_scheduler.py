@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 
 import pytest
 from hypothesis import given, settings
@@ -183,22 +184,24 @@ def test_budgets_hold_and_every_request_ends_once(actions: list[object], num_blo
         assert len({chunk.seq.id for chunk in batch.chunks}) == len(batch.chunks)
 
 
-def _admissible(scheduler: Scheduler) -> list[str]:
-    """Who is to be admitted where neither blocks nor rows are short: one walk through the whole queue."""
+def _admissible(scheduler: Scheduler, passed: Counter[str]) -> list[str]:
+    """Who is to be admitted where neither blocks nor rows are short, by one walk through the whole queue; passed
+    counts who was passed by."""
     limits, running = scheduler.limits, [seq.adapter_uid for seq in scheduler.running]
     admitted: list[str] = []
-    passed = 0
     blocked: Sequence | None = None
     for seq in scheduler.waiting:
-        joined, uid = set(running) - {0}, seq.adapter_uid
-        fits = uid in joined and (blocked is None or blocked.passed_by + passed < limits.max_seqs)
-        fits = fits or (blocked is None and len(joined) < limits.max_adapters)
         if len(running) == limits.max_seqs:
             break
-        if not uid or fits:
+        uid, joined = seq.adapter_uid, set(running) - {0}
+        if blocked is None:
+            fits = not uid or uid in joined or len(joined) < limits.max_adapters
+        else:
+            fits = not uid or (uid in joined and passed[blocked.id] < limits.max_seqs)
+            passed[blocked.id] += fits and uid != 0
+        if fits:
             running.append(uid)
             admitted.append(seq.id)
-            passed += bool(uid) and blocked is not None
         else:
             blocked = blocked or seq
     return admitted
@@ -206,9 +209,11 @@ def _admissible(scheduler: Scheduler) -> list[str]:
 
 @settings(max_examples=150, deadline=None)
 @given(
-    st.lists(st.tuples(st.integers(0, 5), st.integers(0, 2), st.integers(1, 4)), min_size=1, max_size=40),
-    st.integers(1, 6),
-    st.integers(1, 3),
+    st.lists(
+        st.tuples(st.integers(0, 3), st.integers(0, 1), st.sampled_from([1, 2, 20])), min_size=8, max_size=40
+    ),
+    st.integers(2, 5),
+    st.integers(1, 2),
 )
 def test_the_queue_admits_whom_a_walk_through_it_finds(
     requests: list[tuple[int, int, int]], max_seqs: int, max_adapters: int
@@ -218,12 +223,13 @@ def test_the_queue_admits_whom_a_walk_through_it_finds(
     blocks = BlockManager(1000, 4)
     scheduler = Scheduler(SchedulerLimits(1000, max_seqs, max_adapters, max_seq_len=64), blocks)
     lifetimes: dict[str, int] = {}
+    passed: Counter[str] = Counter()
     for arrival, (uid, priority, lifetime) in enumerate(requests):
         seq = _seq(3, 9, uid, priority)
         seq.arrival, lifetimes[seq.id] = arrival, lifetime
         scheduler.add(seq)
     while scheduler.waiting or scheduler.running:
-        expected = _admissible(scheduler)
+        expected = _admissible(scheduler, passed)
         before = {seq.id for seq in scheduler.running}
         batch = scheduler.schedule()
         assert [chunk.seq.id for chunk in batch.chunks if chunk.seq.id not in before] == expected
