@@ -135,11 +135,11 @@ class StepBuffers:
         view = {name: host[where] for name, where in self._sections.items()}
         known = {"tokens": rows.tokens, "positions": rows.positions, "last_rows": rows.last_rows}
         for name, values in known.items():
-            view[name][: len(values)] = values
+            view[name][: len(values)] = np.array(values, dtype=np.int32)
             view[name][len(values) :] = 0
         view["sources"][:] = self._own
-        if rows.in_flight:
-            np.copyto(view["sources"][: len(rows.sources)], rows.sources, where=rows.sources != KNOWN)
+        sources = np.array(rows.sources, dtype=np.int32)
+        np.copyto(view["sources"][: len(sources)], sources, where=sources != KNOWN)
         _fill_sampling(view["sampling"].reshape(-1, FIELDS), rows.sampled)
         if self._segment_capacity is not None:
             slots = np.full(len(rows.tokens), -1)

@@ -5,15 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import numpy as np
-import numpy.typing as npt
-
 from inference_service.core.batch import Batch, Chunk
 from inference_service.core.sequence import Sequence
 from inference_service.kernels.attention import Context
 from inference_service.lora.segments import Arrangement, arrange
-
-Ints = npt.NDArray[np.int32]
 
 KNOWN = -1
 """The source of a row whose token is known on the host."""
@@ -24,63 +19,47 @@ class Rows:
     """The rows of a step, base first, then adapter by adapter."""
 
     arrangement: Arrangement
-    tokens: Ints
+    tokens: list[int]
     """[T]; 0 where the token is in flight."""
-    sources: Ints
+    sources: list[int]
     """[T]: which of the tokens that the step before drew the row takes, or `KNOWN`."""
-    positions: Ints
+    positions: list[int]
     """[T]"""
     contexts: list[Context]
     """One per chunk."""
     sampled: list[Sequence]
     """Those for which a token is drawn."""
-    last_rows: Ints
+    last_rows: list[int]
     """The row that each of them is drawn from."""
     scored: dict[Sequence, range]
     """Those whose prompt is scored, with the rows behind which stands a token of it that has no score yet."""
-    in_flight: bool
-    """True when a row takes a token from the step before."""
+
+    @property
+    def in_flight(self) -> bool:
+        """True when a row takes a token from the step before."""
+        return any(source != KNOWN for source in self.sources)
 
 
 def lay_out(batch: Batch, drawn: Mapping[Sequence, int]) -> Rows:
     """Lay a batch out; drawn gives each sequence's place among those that the step before drew a token for."""
-    arrangement = arrange(batch)
-    tokens: list[int] = []
-    positions: list[int] = []
-    contexts: list[Context] = []
-    sampled: list[Sequence] = []
-    last_rows: list[int] = []
-    scored: dict[Sequence, range] = {}
-    taken: dict[int, int] = {}
-    for chunk in arrangement.chunks:
-        seq, row, start, length = chunk.seq, len(tokens), chunk.start, chunk.length
+    rows = Rows(arrange(batch), [], [], [], [], [], [], {})
+    for chunk in rows.arrangement.chunks:
+        seq, row, start, length = chunk.seq, len(rows.tokens), chunk.start, chunk.length
         end = start + length
-        contexts.append(Context(row, length, seq.blocks, end))
-        positions += range(start, end)
+        rows.contexts.append(Context(row, length, seq.blocks, end))
+        rows.positions.extend(range(start, end))
         if start == len(seq.tokens):
-            taken[row] = drawn[seq]
-            tokens.append(0)
+            rows.tokens.append(0)
+            rows.sources.append(drawn[seq])
         else:
-            tokens += seq.tokens[start:end]
+            rows.tokens.extend(seq.tokens[start:end])
+            rows.sources.extend([KNOWN] * length)
         if end == seq.length:
-            sampled.append(seq)
-            last_rows.append(row + length - 1)
+            rows.sampled.append(seq)
+            rows.last_rows.append(row + length - 1)
         if seq.scores_prompt:
-            scored[seq] = _scored(chunk, row)
-    sources = np.full(len(tokens), KNOWN, dtype=np.int32)
-    if taken:
-        sources[list(taken)] = list(taken.values())
-    return Rows(
-        arrangement,
-        tokens=np.array(tokens, dtype=np.int32),
-        sources=sources,
-        positions=np.array(positions, dtype=np.int32),
-        contexts=contexts,
-        sampled=sampled,
-        last_rows=np.array(last_rows, dtype=np.int32),
-        scored=scored,
-        in_flight=bool(taken),
-    )
+            rows.scored[seq] = _scored(chunk, row)
+    return rows
 
 
 def _scored(chunk: Chunk, row: int) -> range:
