@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Protocol
 
@@ -12,13 +11,15 @@ from torch import Tensor
 from inference_service.backends.base import LoraBackend
 from inference_service.backends.triton import TritonAttention
 from inference_service.core.batch import Batch
-from inference_service.core.sequence import Sequence, Token
+from inference_service.core.sequence import Sequence
 from inference_service.engine.buffers import StepBuffers, StepCapacity, StepMemory, device_params
 from inference_service.engine.graphs import Graph, Recorder
 from inference_service.engine.rows import Rows, lay_out
 from inference_service.engine.runner import Runner
 from inference_service.engine.scheduler import SchedulerLimits
-from inference_service.engine.transfer import read_back
+from inference_service.engine.shaping import Shaper
+from inference_service.engine.step import Pending
+from inference_service.engine.transfer import Reading
 from inference_service.kernels.sampling import pack_rows, sample
 from inference_service.kernels.sgmv import Segments
 from inference_service.models.decoder import Decoder
@@ -42,7 +43,7 @@ class GraphRunner(Runner):
     """Replays a graph for a step that decodes and does nothing else; runs others as `Runner` does.
 
     There is a graph for each bucket of rows, with adapters and without; rows of a bucket that a step does not
-    need are padding. Tokens are drawn on the device, within the graph.
+    need are padding. Tokens are drawn on the device: within the graph, and behind it where logits are shaped.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class GraphRunner(Runner):
         self._recorder = recorder
         self._memory = StepMemory(self._capacity(limits.max_seqs), model.config.dims.vocab, model.device)
         self._ids = self._memory.drawn
+        self._shaper = Shaper(limits.max_seqs, model.config.dims.vocab, model.device)
         self._every = torch.arange(limits.max_seqs, device=model.device)
         self._buffers: dict[int, StepBuffers] = {}
         self._graphs: dict[tuple[int, bool], Graph] = {}
@@ -83,8 +85,9 @@ class GraphRunner(Runner):
             for segments in [None] if buffers.segments is None else [buffers.segments, None]:
                 work = partial(self._decode, buffers, segments)
                 self._graphs[rows, segments is not None] = self._recorder.capture(work)
+        self._shaper.warm_up(self._logits, self._ids)
 
-    def _step(self, rows: Rows) -> Callable[[], list[Token]]:
+    def _step(self, rows: Rows) -> Pending:
         key = self._graph_of(rows)
         if key is None:
             logits = self._forward(rows)
@@ -93,7 +96,8 @@ class GraphRunner(Runner):
             self._buffers[key[0]].load(rows)
             self._graphs[key].replay()
             logits = self._logits[: len(rows.tokens)]
-        return read_back(logits, self._ids, rows.sampled)
+        reading = Reading(logits, self._ids, rows.sampled, self._shaper)
+        return Pending(tuple(rows.sampled), reading.wait, reading.finish)
 
     def _graph_of(self, rows: Rows) -> tuple[int, bool] | None:
         """Return the key of the graph for a step; None when there is none."""
