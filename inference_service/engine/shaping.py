@@ -68,13 +68,8 @@ class Shaper:
     """
 
     def __init__(self, max_seqs: int, vocab: int, device: torch.device) -> None:
-        self._state = ShapingState(max_seqs, vocab, device)
+        self.state = ShapingState(max_seqs, vocab, device)
         self._places: WeakKeyDictionary[Sequence, Place] = WeakKeyDictionary()
-
-    @property
-    def impossible(self) -> Tensor:
-        """int32 [max_seqs]: 1 in the rows of the last draws that found no token."""
-        return self._state.impossible
 
     def rows(self, seqs: Seq[Sequence]) -> list[Shaped]:
         """Return the rows of a step, of which seqs are, that are to be drawn here."""
@@ -85,15 +80,17 @@ class Shaper:
     def draw(self, logits: Tensor, ids: Tensor, rows: Seq[Shaped]) -> None:
         """Draw the tokens ids of rows of logits [N, vocab], which stay as they are."""
         for first in range(0, len(rows), PIECE):
-            own = rows[first : first + PIECE]
-            packed = pack_shapes([_shaped(row) for row in own], self._state.vocab)
-            tables = ShapingTables.over(self._to_device(packed), len(own), self._state.vocab)
-            sample_shaped(logits, tables, self._state, ids)
+            sample_shaped(logits, self.tables(rows[first : first + PIECE]), self.state, ids)
+
+    def tables(self, rows: Seq[Shaped]) -> ShapingTables:
+        """Return what a draw of these rows reads."""
+        packed = pack_shapes([_shaped(row) for row in rows], self.state.vocab)
+        return ShapingTables.over(self._to_device(packed), len(rows), self.state.vocab)
 
     def warm_up(self, logits: Tensor, ids: Tensor) -> None:
         """Compile what draws launch; no token is drawn."""
         packed = torch.zeros(SHAPE_FIELDS + FIELDS, dtype=torch.int32, device=logits.device)
-        sample_shaped(logits, ShapingTables.over(packed, 1, self._state.vocab), self._state, ids)
+        sample_shaped(logits, ShapingTables.over(packed, 1, self.state.vocab), self.state, ids)
 
     def _place(self, seq: Sequence, here: set[Sequence]) -> Place:
         place = self._places.get(seq)
@@ -106,31 +103,31 @@ class Shaper:
     def _free(self, here: set[Sequence]) -> int:
         """Return the index of a place that no sequence of the step has."""
         taken = {place.index: seq for seq, place in self._places.items()}
-        if len(taken) < self._state.places:
-            return next(index for index in range(self._state.places) if index not in taken)
+        if len(taken) < self.state.places:
+            return next(index for index in range(self.state.places) if index not in taken)
         index, seq = next((index, seq) for index, seq in taken.items() if seq not in here)
         del self._places[seq]
         return index
 
     def _fill(self, index: int, seq: Sequence) -> None:
         """Put the state of a sequence, all of whose tokens are known, at a place."""
-        params, vocab = seq.sampling, self._state.vocab
+        params, vocab = seq.sampling, self.state.vocab
         if params.penalizes:
             counts = np.zeros(vocab, np.int32)
             counts[seq.tokens[: seq.num_prompt]] = 1
             np.add.at(counts, seq.tokens[seq.num_prompt :], 2)
-            self._state.count(index, self._to_device(counts))
+            self.state.count(index, self._to_device(counts))
         if params.allowed_token_ids is not None or 0 in params.bad_words:
             allowed = np.ones(vocab, np.bool_)
             if params.allowed_token_ids is not None:
                 allowed = unpacked(params.allowed_token_ids, vocab)
             allowed[list(params.bad_words.get(0, {}).get((), ()))] = False
             mask = np.packbits(allowed, bitorder="little").tobytes()
-            self._state.restrict(index, self._to_device(words_of(mask, vocab)))
-        self._state.last[index].fill_(seq.tokens[-1])
+            self.state.restrict(index, self._to_device(words_of(mask, vocab)))
+        self.state.last[index].fill_(seq.tokens[-1])
 
     def _to_device(self, values: Words) -> Tensor:
-        device = self._state.last.device
+        device = self.state.last.device
         host = torch.empty(len(values), dtype=torch.int32, pin_memory=device.type == "cuda")
         host.numpy()[:] = values
         return host.to(device, non_blocking=True)

@@ -62,7 +62,7 @@ class Reading:
             if seq.sampling.logprobs is not None:
                 counts.setdefault(seq.sampling.logprobs, []).append(row)
         drawn = to_host(ids[:num])
-        impossible = to_host(self._shaper.impossible[:num]) if self._shaped else None
+        impossible = to_host(self._shaper.state.impossible[:num]) if self._shaped else None
         scored = []
         for count, rows in counts.items():
             index = to_device(rows, ids.device)
