@@ -146,9 +146,9 @@ class StepBuffers:
         return first + len(tables)
 
 
-def device_params(seq: Sequence) -> RowParams:
-    """How the device draws the next token of a sequence; greedily for one whose token the host will draw."""
-    return RowParams() if shapes(seq) else row_params(seq)
+def device_params(seq: Sequence) -> RowParams | None:
+    """How the next token of a sequence is drawn; None for one that shapes its logits, which `Shaper` draws."""
+    return None if shapes(seq, seq.num_generated) else row_params(seq, seq.num_generated)
 
 
 def _in(packed: Tensor, tables: Tables) -> Tables:

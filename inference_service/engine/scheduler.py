@@ -40,7 +40,7 @@ class Scheduler:
     of the adapters in the batch either, so that a seat comes free for it in the end.
 
     A token in flight counts as a token: its sequence is scheduled again before it is known, unless it is the
-    last one or the next draw needs it. A preempted sequence waits for a step at least, and then it is known.
+    last one. A preempted sequence waits for a step at least, and then it is known.
     """
 
     def __init__(self, limits: SchedulerLimits, blocks: BlockManager) -> None:
@@ -103,7 +103,7 @@ class Scheduler:
         return budget
 
     def _waits_for_its_token(self, seq: Sequence) -> bool:
-        return seq.in_flight > 0 and (seq.needs_last_token or self.limits.reached(seq, seq.length))
+        return seq.in_flight > 0 and self.limits.reached(seq, seq.length)
 
     def _make_room(self, seq: Sequence, num_tokens: int, preempted: set[Sequence]) -> bool:
         """Grow a sequence, at the cost of the least urgent ones; False when it was preempted itself."""
