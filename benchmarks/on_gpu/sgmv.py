@@ -45,6 +45,9 @@ class Point:
     rank: int
     batch: int
     adapters: int
+    """Of the batch."""
+    loaded: int = 0
+    """Adapters that there are, the batch's among them; 0: only those."""
 
     @property
     def tile(self) -> int:
@@ -52,6 +55,8 @@ class Point:
         return PREFILL_TILE if self.batch >= LONG else DECODE_TILE
 
 
+ACTIVE: Final = 16
+"""Adapters that a step may have, as is usual."""
 MIDDLE: Final = Point(4096, 16, 32, 8)
 FULL: Final = (
     *(Point(hidden, 16, 32, 8) for hidden in (2048, 4096, 8192)),
@@ -61,9 +66,10 @@ FULL: Final = (
     *(Point(hidden, rank, batch, 64) for hidden in (2048, 8192) for rank in (8, 64) for batch in (64, 256)),
     *(Point(hidden, rank, 1, 1) for hidden in (2048, 8192) for rank in (8, 64)),
     *(Point(4096, 16, 2048, adapters) for adapters in (1, 8)),
+    *(Point(4096, 16, batch, 8, loaded) for batch in (64, 2048) for loaded in (64, 1000)),
 )
-QUICK: Final = (Point(4096, 16, 1, 1), MIDDLE, Point(8192, 64, 64, 64))
-REHEARSAL: Final = (Point(64, 8, 3, 2), Point(64, 8, LONG, 2))
+QUICK: Final = (Point(4096, 16, 1, 1), MIDDLE, Point(8192, 64, 64, 64), Point(4096, 16, 64, 8, 1000))
+REHEARSAL: Final = (Point(64, 8, 3, 2), Point(64, 8, LONG, 2), Point(64, 8, 3, 2, 20))
 
 
 @dataclass(frozen=True)
@@ -81,15 +87,16 @@ class Linear:
     @classmethod
     def make(cls, device: Device, point: Point) -> Linear:
         """Draw them."""
-        where, dtype, hidden, rows = device.where, device.dtype, point.hidden, point.adapters * point.rank
-        slices = Slices.consecutive(hidden)
-        table = torch.from_numpy(pack_table([(point.rank,)] * point.adapters, slices)).to(where)
+        where, dtype, hidden = device.where, device.dtype, point.hidden
+        slices, loaded = Slices.consecutive(hidden), point.loaded or point.adapters
+        rows = loaded * point.rank
+        table = torch.from_numpy(pack_table([(point.rank,)] * loaded, slices)).to(where)
         a = torch.randn(rows, hidden, dtype=dtype, device=where) / hidden**0.5
         b = torch.randn(rows * hidden, dtype=dtype, device=where) / point.rank**0.5
         group = Group(a, b, table, slices, max_rank=point.rank, max_rows=point.rank)
-        capacity = SegmentCapacity(point.batch, point.adapters, point.tile)
+        capacity = SegmentCapacity(point.batch, loaded, point.tile, active=max(ACTIVE, point.adapters))
         segments = Segments.allocate(capacity, where)
-        slots = np.arange(point.batch) * point.adapters // point.batch
+        slots = np.arange(point.batch) * point.adapters // point.batch * (loaded // point.adapters)
         segments.load(torch.from_numpy(pack_segments(capacity, slots)))
         x, out = (torch.randn(point.batch, hidden, dtype=dtype, device=where) for _ in range(2))
         workspace = torch.empty(workspace_numel(group, segments), device=where)
@@ -98,7 +105,9 @@ class Linear:
     @property
     def num_bytes(self) -> int:
         """What must be moved at least: weights and rows read, the output read and written."""
-        return self.group.a.nbytes + self.group.b.nbytes + self.x.nbytes + 2 * self.out.nbytes
+        read = len(set(self.slots)) / len(self.group.table)
+        weights = int((self.group.a.nbytes + self.group.b.nbytes) * read)
+        return weights + self.x.nbytes + 2 * self.out.nbytes
 
     def plan(self, *, fused: bool | None) -> list[Launch]:
         """Our launches."""
@@ -108,7 +117,7 @@ class Linear:
         """The peer: two products per adapter, on its own rows."""
         rank, hidden = self.group.max_rank, self.x.shape[1]
         blocks = self.group.b.view(-1, rank, hidden)
-        for slot in range(len(blocks)):
+        for slot in dict.fromkeys(self.slots):
             first, last = self.slots.index(slot), len(self.slots) - self.slots[::-1].index(slot)
             y = torch.mm(self.x[first:last], self.group.a[slot * rank : (slot + 1) * rank].t())
             self.out[first:last].addmm_(y, blocks[slot])

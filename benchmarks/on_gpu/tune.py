@@ -63,39 +63,44 @@ class Candidate:
     def launches(self, linear: Linear) -> list[Launch]:
         """The launches of a linear with these tiles instead of the shipped ones."""
         shrink, expand = linear.plan(fused=False)
-        group, segments = linear.group, linear.segments
-        tiles = self.shrink.tiles(group.max_rows, segments.capacity.segments)
-        planes, blocks_k = self.shrink.planes(linear.x.shape[1], tiles)
-        shape = (planes, segments.capacity.entries, group.max_rows)
-        y = torch.empty(shape, dtype=torch.float32, device=linear.x.device)
-        grid = planes, -(-group.max_rows // self.shrink.block_r), segments.capacity.segments
-        first = replace(shrink, grid=grid, arguments=shrink.arguments | self._shrink_arguments(y, blocks_k))
-        grid_n = self.expand.tiles(group.slices), segments.capacity.segments_per_pass
-        second = replace(expand, grid=grid_n, arguments=expand.arguments | self._expand_arguments(y))
+        group, segments, features = linear.group, linear.segments, linear.x.shape[1]
+        capacity, most = (
+            segments.capacity,
+            self.shrink.planes(features, self.shrink.tiles(group.max_rows, 1))[0],
+        )
+        numel = self.shrink.numel(features, group.max_rows, capacity)
+        planes = {
+            "p_y": torch.empty(numel, dtype=torch.float32, device=linear.x.device),
+            "blocks": -(-features // self.shrink.block_k),
+            "row_tiles": self.shrink.tiles(group.max_rows, 1),
+            "split_k": self.shrink.split_k,
+        }
+        first = replace(
+            shrink,
+            grid=(self.shrink.grid(features, group.max_rows, capacity.segments),),
+            arguments=shrink.arguments | planes | self._shrink_arguments(),
+        )
+        second = replace(
+            expand,
+            grid=(self.expand.tiles(group.slices), capacity.segments_per_pass),
+            arguments=expand.arguments | planes | self._expand_arguments(most),
+        )
         if not self.fused:
             return [first, second]
         both = FusedConfig(self.shrink, self.expand)
         return [fuse(first, second, both, segments, group.slices, resident_programs(linear.x.device))]
 
-    def _shrink_arguments(self, y: Tensor, blocks_k: int) -> dict[str, Any]:
+    def _shrink_arguments(self) -> dict[str, Any]:
         return {
-            "p_y": y,
-            "blocks_k": blocks_k,
-            "stride_y_plane": y.stride(0),
-            "stride_y": y.stride(1),
             "BLOCK_R": self.shrink.block_r,
             "BLOCK_K": self.shrink.block_k,
             "num_warps": self.shrink.num_warps,
             "num_stages": self.shrink.num_stages,
         }
 
-    def _expand_arguments(self, y: Tensor) -> dict[str, Any]:
+    def _expand_arguments(self, most_planes: int) -> dict[str, Any]:
         return {
-            "p_y": y,
-            "planes": y.shape[0],
-            "stride_y_plane": y.stride(0),
-            "stride_y": y.stride(1),
-            "PLANES": 1 << (y.shape[0] - 1).bit_length(),
+            "PLANES": 1 << (most_planes - 1).bit_length(),
             "BLOCK_R": self.expand.block_r,
             "BLOCK_N": self.expand.block_n,
             "num_warps": self.expand.num_warps,

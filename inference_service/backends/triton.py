@@ -161,8 +161,9 @@ class TritonLora:
         rows = np.arange(segments[0].start, segments[-1].end)
         slots = np.repeat([seg.slot for seg in segments], [seg.length for seg in segments])
         long = any(segment.length >= LONG_SEGMENT for segment in segments)
-        entries = max(MIN_ENTRIES, 1 << (len(rows) - 1).bit_length())
-        capacity = SegmentCapacity(entries, self.num_slots, PREFILL_TILE if long else DECODE_TILE)
+        tile = PREFILL_TILE if long else DECODE_TILE
+        entries, active = max(MIN_ENTRIES, _class_of(len(rows))), _class_of(len(segments))
+        capacity = SegmentCapacity(entries, self.num_slots, tile, active=active)
         if capacity not in self._segments:
             self._segments[capacity] = Segments.allocate(capacity, self._device)
         host = torch.empty(capacity.packed_size, dtype=torch.int32, pin_memory=self._device.type == "cuda")

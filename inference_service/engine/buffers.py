@@ -1,4 +1,4 @@
-"""What a decode step reads, in static tensors on the device that one copy per step fills."""
+"""What a step reads, in static tensors on the device that one copy per step fills."""
 
 from __future__ import annotations
 
@@ -17,17 +17,20 @@ from inference_service.kernels.attention import AttentionCapacity, AttentionTabl
 from inference_service.kernels.packing import aligned, sections
 from inference_service.kernels.sampling import RowParams, SamplingTables, pack_rows
 from inference_service.kernels.sampling.layout import FIELDS
-from inference_service.kernels.sgmv import DECODE_TILE, SegmentCapacity, Segments, pack_segments
+from inference_service.kernels.sgmv import DECODE_TILE, PREFILL_TILE, SegmentCapacity, Segments, pack_segments
 
 Tables = TypeVar("Tables", AttentionTables, Segments)
 
 
 @dataclass(frozen=True)
 class StepCapacity:
-    """How large a decode step may become; a graph that was recorded for it depends on nothing else."""
+    """How large a step may become; what is launched for it depends on nothing else."""
 
     rows: int
-    """Sequences, one token each."""
+    seqs: int
+    """Sequences that have rows, and of which each may draw a token."""
+    tile: int | None
+    """Rows of a chunk that a program of attention takes; None: a step that decodes, one row per sequence."""
     max_seqs: int
     """Tokens that the step before may have drawn."""
     blocks_per_seq: int
@@ -35,16 +38,21 @@ class StepCapacity:
     block_size: int
     slots: int
     """Adapters that are loaded; 0: none."""
+    active: int
+    """Distinct adapters in one step at most."""
 
     @property
     def attention(self) -> AttentionCapacity:
         """Of the attention's tables."""
-        return AttentionCapacity(self.rows, self.rows, self.blocks_per_seq, self.block_size)
+        return AttentionCapacity(self.rows, self.seqs, self.blocks_per_seq, self.block_size, self.tile)
 
     @property
     def segments(self) -> SegmentCapacity | None:
         """Of the adapters' segments; None without adapters."""
-        return SegmentCapacity(self.rows, self.slots, DECODE_TILE) if self.slots else None
+        if not self.slots:
+            return None
+        tile = DECODE_TILE if self.tile is None else PREFILL_TILE
+        return SegmentCapacity(self.rows, self.slots, tile, active=self.active)
 
     @property
     def sections(self) -> dict[str, slice]:
@@ -54,7 +62,8 @@ class StepCapacity:
                 "tokens": self.rows,
                 "sources": self.rows,
                 "positions": self.rows,
-                "sampling": FIELDS * self.rows,
+                "last_rows": self.seqs,
+                "sampling": FIELDS * self.seqs,
                 "segments": self.segments.packed_size if self.segments else 0,
                 "attention": self.attention.packed_size,
             }
@@ -70,17 +79,18 @@ class StepCapacity:
 class StepMemory:
     """The device memory that the buffers of all capacities share, for only one step runs at a time."""
 
-    def __init__(self, largest: StepCapacity, vocab: int, device: torch.device) -> None:
-        self.drawn_size = aligned(largest.max_seqs)
-        self.packed = torch.zeros(self.drawn_size + largest.size, dtype=torch.int32, device=device)
+    def __init__(self, max_seqs: int, size: int, vocab: int, device: torch.device) -> None:
+        """Take what the largest of the capacities need."""
+        self.drawn_size = aligned(max_seqs)
+        self.packed = torch.zeros(self.drawn_size + size, dtype=torch.int32, device=device)
         """The tokens that the last step drew, then the arrays of a step."""
-        self.drawn = self.packed[: largest.max_seqs]
-        self.sampling = SamplingTables.allocate(largest.max_seqs, vocab, device)
-        """For steps that are no decode steps, and the sampler's scratch memory for all."""
+        self.drawn = self.packed[:max_seqs]
+        self.sampling = SamplingTables.allocate(max_seqs, vocab, device)
+        """The sampler's scratch memory."""
 
 
 class StepBuffers:
-    """The static tensors of decode steps of one capacity."""
+    """The static tensors of steps of one capacity."""
 
     def __init__(self, capacity: StepCapacity, memory: StepMemory) -> None:
         self.capacity = capacity
@@ -91,6 +101,8 @@ class StepBuffers:
         self._sources = view["sources"]
         self.positions = view["positions"]
         """int32 [rows]"""
+        self.last_rows = view["last_rows"]
+        """int32 [seqs]: the row that each token is drawn from."""
         device = memory.packed.device
         self.attention = _in(view["attention"], AttentionTables.allocate(capacity.attention, device))
         self.segments: Segments | None = None
@@ -99,7 +111,7 @@ class StepBuffers:
         scratch = memory.sampling
         rows = view["sampling"].view(-1, FIELDS)
         self.sampling = SamplingTables(
-            scratch.vocab, rows, scratch.scores[: capacity.rows], scratch.ids[: capacity.rows]
+            scratch.vocab, rows, scratch.scores[: capacity.seqs], scratch.ids[: capacity.seqs]
         )
 
     def tokens(self) -> Tensor:
@@ -116,16 +128,18 @@ class StepBuffers:
         """Fill the host's copy; return how many elements of it are used."""
         view = {name: host[where] for name, where in self.capacity.sections.items()}
         num = len(rows.tokens)
-        for name, values in (("tokens", rows.tokens), ("positions", rows.positions)):
-            view[name][:num] = values
-            view[name][num:] = 0
+        values = {"tokens": rows.tokens, "positions": rows.positions, "last_rows": rows.last_rows}
+        for name, each in values.items():
+            view[name][: len(each)] = each
+            view[name][len(each) :] = 0
         view["sources"][:] = np.arange(self.capacity.rows) + self._first
         sources = np.array(rows.sources, dtype=np.int32)
         np.copyto(view["sources"][:num], sources, where=sources != KNOWN, casting="same_kind")
         params = view["sampling"].reshape(-1, FIELDS)
-        pack_rows(self.capacity.rows, [device_params(seq) for seq in rows.sampled], out=params)
+        pack_rows(self.capacity.seqs, [device_params(seq) for seq in rows.sampled], out=params)
         if self.capacity.segments is not None:
-            slots = [chunk.seq.slot for chunk in rows.arrangement.chunks]
+            chunks = rows.arrangement.chunks
+            slots = np.repeat([chunk.seq.slot for chunk in chunks], [chunk.length for chunk in chunks])
             pack_segments(self.capacity.segments, slots, out=view["segments"])
         tables = pack_tables(self.capacity.attention, rows.contexts, out=view["attention"])
         first: int = self.capacity.sections["attention"].start

@@ -1,4 +1,4 @@
-"""Executes decode steps by replaying graphs."""
+"""Executes steps on a device that runs recorded work: one layout for all, filled and replayed."""
 
 from __future__ import annotations
 
@@ -12,17 +12,19 @@ from torch import Tensor
 from inference_service.backends.base import LoraBackend
 from inference_service.backends.triton import TritonAttention
 from inference_service.core.batch import Batch
-from inference_service.core.sequence import Sequence, Token
-from inference_service.engine.buffers import StepBuffers, StepCapacity, StepMemory, device_params
+from inference_service.core.sequence import Token
+from inference_service.engine.buffers import StepBuffers, StepCapacity, StepMemory
 from inference_service.engine.graphs import Graph, Recorder
+from inference_service.engine.logprobs import score_prompt
 from inference_service.engine.rows import Rows, lay_out
 from inference_service.engine.runner import Runner
 from inference_service.engine.scheduler import SchedulerLimits
 from inference_service.engine.transfer import read_back
-from inference_service.kernels.sampling import pack_rows, sample
+from inference_service.kernels.attention import prefill_tile
+from inference_service.kernels.sampling import sample
 from inference_service.kernels.sgmv import Segments
 from inference_service.models.decoder import Decoder
-from loramux_shared.bases.memory import buckets
+from loramux_shared.bases.memory import RECORDED_ROWS, buckets, mixed_buckets
 
 
 class SegmentedLora(LoraBackend, Protocol):
@@ -39,10 +41,12 @@ class SegmentedLora(LoraBackend, Protocol):
 
 
 class GraphRunner(Runner):
-    """Replays a graph for a step that decodes and does nothing else; runs others as `Runner` does.
+    """Fills the static tensors of a step's capacity, and does what was recorded for it.
 
-    There is a graph for each bucket of rows, with adapters and without; rows of a bucket that a step does not
-    need are padding. Tokens are drawn on the device, within the graph.
+    Capacities are those of `buckets` for steps that decode and do nothing else, and of `mixed_buckets` for the
+    others; rows that a step does not need are padding. Each has a graph with adapters and one without, up to
+    `RECORDED_ROWS`; larger steps are launched one kernel after the other, from the same tensors. Tokens are
+    drawn on the device.
     """
 
     def __init__(
@@ -59,79 +63,103 @@ class GraphRunner(Runner):
         self._segmented = lora
         self._limits = limits
         self._recorder = recorder
-        self._memory = StepMemory(self._capacity(limits.max_seqs), model.config.dims.vocab, model.device)
+        dims = model.config.dims
+        self._tile = prefill_tile(model.device, model.dtype, dims.head_dim, dims.num_heads // dims.num_kv_heads)
+        largest = max(capacity.size for capacity in self._capacities())
+        self._memory = StepMemory(limits.max_seqs, largest, dims.vocab, model.device)
         self._ids = self._memory.drawn
-        self._every = torch.arange(limits.max_seqs, device=model.device)
-        self._buffers: dict[int, StepBuffers] = {}
-        self._graphs: dict[tuple[int, bool], Graph] = {}
-        shape = limits.max_seqs, model.config.dims.vocab
+        self._buffers: dict[StepCapacity, StepBuffers] = {}
+        self._graphs: dict[tuple[StepCapacity, bool], Graph] = {}
+        shape = limits.max_seqs, dims.vocab
         self._logits = torch.empty(shape, dtype=model.dtype, device=model.device)
 
     @torch.inference_mode()
     def capture(self) -> None:
         """Record all graphs, the largest first, for its memory serves the others; again after adapters came.
 
-        What is recorded is a step of padding, which touches neither the cache nor the drawn tokens.
+        Steps too large for a graph are done once, so that whatever a step launches was launched before. What is
+        recorded is a step of padding, which touches neither the cache nor the drawn tokens.
         """
         padding = lay_out(Batch(()), {})
         self._graphs.clear()
         self._buffers.clear()
-        for rows in sorted(buckets(self._limits.max_seqs), reverse=True):
-            buffers = StepBuffers(self._capacity(rows), self._memory)
-            self._buffers[rows] = buffers
+        for capacity in sorted(self._capacities(), key=lambda each: each.rows, reverse=True):
+            buffers = self._buffers_of(capacity)
             buffers.load(padding)
             for segments in [None] if buffers.segments is None else [buffers.segments, None]:
-                work = partial(self._decode, buffers, segments)
-                self._graphs[rows, segments is not None] = self._recorder.capture(work)
+                work = partial(self._compute, buffers, segments)
+                if capacity.tile is None or capacity.rows <= RECORDED_ROWS:
+                    self._graphs[capacity, segments is not None] = self._recorder.capture(work)
+                else:
+                    work()
 
     def _step(self, rows: Rows) -> Callable[[], list[Token]]:
-        key = self._graph_of(rows)
-        if key is None:
-            logits = self._forward(rows)
-            self._draw(logits, rows.sampled)
+        capacity = self._capacity_of(rows)
+        buffers = self._buffers_of(capacity)
+        buffers.load(rows)
+        segments = buffers.segments if rows.arrangement.segments else None
+        graph = self._graphs.get((capacity, segments is not None))
+        if rows.scored:
+            self._compute_scored(buffers, segments, rows)
+        elif graph is not None:
+            graph.replay()
         else:
-            self._buffers[key[0]].load(rows)
-            self._graphs[key].replay()
-            logits = self._logits[: len(rows.tokens)]
-        return read_back(logits, self._ids, rows.sampled)
+            self._compute(buffers, segments)
+        return read_back(self._logits[: len(rows.sampled)], self._ids, rows.sampled)
 
-    def _graph_of(self, rows: Rows) -> tuple[int, bool] | None:
-        """Return the key of the graph for a step; None when there is none."""
-        num = len(rows.tokens)
-        decodes = num == len(rows.contexts) == len(rows.sampled) and not rows.scored
-        bucket = min((size for size in self._buffers if size >= num), default=None)
-        return (bucket, bool(rows.arrangement.segments)) if decodes and bucket else None
+    def _compute(self, buffers: StepBuffers, segments: Segments | None) -> None:
+        """Go from static tensors to the drawn tokens: what graphs hold."""
+        self._draw(buffers, self._hidden(buffers, segments, buffers.last_rows))
 
-    def _decode(self, buffers: StepBuffers, segments: Segments | None) -> None:
-        """Run a step from its static buffers to the drawn tokens: what graphs hold."""
-        rows = buffers.capacity.rows
+    def _compute_scored(self, buffers: StepBuffers, segments: Segments | None, rows: Rows) -> None:
+        """The same, and score the prompts that are to be."""
+        hidden = self._hidden(buffers, segments, torch.arange(buffers.capacity.rows, device=self._ids.device))
+        for seq, scored in rows.scored.items():
+            score_prompt(seq, hidden[scored.start : scored.stop], self._model.logits)
+        self._draw(buffers, hidden[buffers.last_rows])
+
+    def _hidden(self, buffers: StepBuffers, segments: Segments | None, rows: Tensor) -> Tensor:
         if segments is not None:
             self._segmented.use(segments)
-        hidden = self._model.hidden(
+        return self._model.hidden(
             buffers.tokens(),
             buffers.positions,
-            self._every[:rows],
+            rows,
             TritonAttention(buffers.attention),
             self._cache,
             self._lora if segments is not None else None,
         )
-        logits = self._logits[:rows].copy_(self._model.logits(hidden))
-        sample(logits, buffers.sampling, self._ids[:rows])
 
-    def _draw(self, logits: Tensor, seqs: list[Sequence]) -> None:
-        """Draw the tokens of a step that has no graph."""
-        if not seqs:
-            return
-        host = torch.empty_like(self._memory.sampling.rows, device="cpu", pin_memory=logits.is_cuda)
-        pack_rows(len(host), [device_params(seq) for seq in seqs], out=host.numpy())
-        self._memory.sampling.load(host)
-        sample(logits, self._memory.sampling, self._ids[: len(seqs)])
+    def _draw(self, buffers: StepBuffers, hidden: Tensor) -> None:
+        seqs = buffers.capacity.seqs
+        logits = self._logits[:seqs].copy_(self._model.logits(hidden))
+        sample(logits, buffers.sampling, self._ids[:seqs])
 
-    def _capacity(self, rows: int) -> StepCapacity:
+    def _buffers_of(self, capacity: StepCapacity) -> StepBuffers:
+        if capacity not in self._buffers:
+            self._buffers[capacity] = StepBuffers(capacity, self._memory)
+        return self._buffers[capacity]
+
+    def _capacity_of(self, rows: Rows) -> StepCapacity:
+        """The smallest that holds a step."""
+        num = len(rows.tokens)
+        decodes = num == len(rows.contexts)
+        sizes = buckets(self._limits.max_seqs) if decodes else mixed_buckets(self._limits.max_tokens)
+        return self._capacity(min(size for size in sizes if size >= num), mixed=not decodes)
+
+    def _capacities(self) -> list[StepCapacity]:
+        """All that steps may need."""
+        decodes = [self._capacity(rows, mixed=False) for rows in buckets(self._limits.max_seqs)]
+        return decodes + [self._capacity(rows, mixed=True) for rows in mixed_buckets(self._limits.max_tokens)]
+
+    def _capacity(self, rows: int, *, mixed: bool) -> StepCapacity:
         return StepCapacity(
             rows=rows,
+            seqs=min(rows, self._limits.max_seqs),
+            tile=self._tile if mixed else None,
             max_seqs=self._limits.max_seqs,
             blocks_per_seq=-(-self._limits.max_seq_len // self._block_size),
             block_size=self._block_size,
             slots=self._segmented.num_slots,
+            active=self._limits.max_adapters,
         )

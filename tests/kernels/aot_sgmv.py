@@ -13,12 +13,13 @@ TYPES = {
     "p_token_ids": "*i32",
     "p_seg_start": "*i32",
     "p_seg_slot": "*i32",
+    "p_pass": "*i32",
+    "p_end": "*i32",
     "p_counters": "*i32",
     "p_table": "*i64",
 }
 # As the launcher specialises: what is not a multiple of 16 in general.
-UNALIGNED = {"blocks_k", "planes", "row_tiles", "segments", "pass_segments"}
-UNALIGNED |= {"p_table", "p_seg_start", "p_seg_slot"}
+UNALIGNED = {*triton_kernels.PLANE_SCALARS, *triton_kernels.SEGMENT_POINTERS}
 # A fused qkv: the widest table, and slices that differ.
 GROUP = {"OFFSETS": (0, 4096, 5120), "SIZES": (4096, 1024, 1024), "ALIGNMENT": 16, "N_SLICES": 3}
 DTYPES = {2: "bf16", 4: "fp32"}
@@ -53,7 +54,7 @@ def _variant(name: str, kernel: Any, itemsize: int, config: Tiles, constants: Ma
         name=name,
         kernel=kernel,
         dtype=DTYPES[itemsize],
-        constants={"UPCAST": False, **constants},
+        constants={"UPCAST": False, "COVERING": tuning.COVERING, **constants},
         options={"num_warps": config.num_warps, "num_stages": config.num_stages},
         types=TYPES,
         unaligned=UNALIGNED,

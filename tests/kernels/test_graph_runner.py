@@ -22,7 +22,7 @@ from inference_service.engine.rows import lay_out
 from inference_service.engine.scheduler import SchedulerLimits
 from inference_service.engine.tape import Tape, TapeRecorder
 from inference_service.startup.load import Ready
-from loramux_shared.bases.memory import buckets
+from loramux_shared.bases.memory import buckets, mixed_buckets
 from loramux_shared.storage.memory import MemoryStore
 from tests.support.launches import per_layer, per_step
 from tests.support.tiny import World, make_world, run_engine
@@ -113,11 +113,11 @@ def test_graphs_give_the_tokens_of_the_torch_backend(
     requests: Sequence[tuple[str, list[int]]],
 ) -> None:
     """Graphs that were recorded without a row serve any: others at every replay, more adapters or none, fewer
-    rows than the bucket; beside steps with prompts, which have no graph."""
+    rows than the bucket; steps with prompts too."""
     expected = run_engine(world[0].load(world[1], backend="torch", native=False), requests, 5)
     recorder.replays.clear()
     assert run_engine(_with(ready, runner), requests, 5) == expected
-    assert len(recorder.replays) >= 4
+    assert len(recorder.replays) >= 5  # every step
     base_alone = all(number % 2 for number in recorder.replays)
     assert base_alone == (requests != REQUESTS)
 
@@ -185,11 +185,13 @@ def test_a_decode_step_has_few_launches(runner: GraphRunner, recorder: CountingR
     if torch.cuda.is_available():
         pytest.skip("CUDA does not tell what a graph holds")
     names = [graph.names for graph in recorder.graphs if isinstance(graph, Tape)]
-    with_adapters, base = names[:2]
+    assert len(names) == 2 * (len(list(mixed_buckets(64))) + len(list(buckets(4))))
+    with_adapters, base = names[-2:]
     assert per_layer(base) == LINEARS + 5
     assert per_layer(with_adapters) == 3 * LINEARS + 5
     assert per_step(base, LAYERS) == per_step(with_adapters, LAYERS) == 15
-    assert {len(each) for each in names} == {len(base), len(with_adapters)}
+    decodes = names[-2 * len(list(buckets(4))) :]
+    assert {len(each) for each in decodes} == {len(base), len(with_adapters)}
 
 
 def test_recording_touches_no_cache(ready: Ready) -> None:
@@ -223,13 +225,14 @@ def test_one_copy_fills_the_buffers_of_a_step(ready: Ready, runner: GraphRunner)
         seqs.append(seq)
     seqs[1].num_computed, seqs[1].in_flight = 3, 1
     rows = lay_out(Batch(tuple(Chunk(seq, 1) for seq in seqs)), {seqs[1]: 2})
-    buffers = runner._buffers[4]
+    buffers = runner._buffers_of(runner._capacity(4, mixed=False))
     runner._ids[2] = 77
     with Copies() as copies:
         buffers.load(rows)
     assert copies.count == 1
     assert buffers.tokens().tolist() == [5, 77, 7, 0]
     assert buffers.positions.tolist() == [2, 3, 2, 0]
+    assert buffers.last_rows.tolist() == [0, 1, 2, 0]
     assert buffers.attention.cache_rows.tolist() == [2, BLOCK + 3, 2 * BLOCK + 2, -1]
     assert buffers.segments is not None
     assert buffers.segments.token_ids[:2].tolist() == [1, 2]

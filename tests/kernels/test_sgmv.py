@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from inference_service.kernels.sgmv import PREFILL_TILE, shrink
+from inference_service.kernels.sgmv import PREFILL_TILE, plan
 from tests.kernels.sgmv_case import GUARD, TOLERANCE, make_case, relative_errors
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -107,8 +107,12 @@ def test_idle_planes_do_not_exist_and_unused_rows_are_not_written(device: str) -
     case = make_case(
         slots=[0, 1], ranks=[(4,), (12,)], K=576, sizes=(16,), dtype=torch.float32, device=device, spare=1
     )
-    y = shrink(case.x, case.group.a, case.group.table, case.segments, max_rows=12)
-    assert y.shape == (9, 3, 12)  # 9 blocks of 64, fewer than the 16 planes that there may be
+    first, _ = plan(case.x, case.out, case.group, case.segments, case.workspace, fused=False)
+    first()
+    used = 9 * 2 * 12  # 9 blocks of 64, fewer than the 16 planes that there may be, of two entries
+    assert case.workspace[used:].isnan().all()
+    y = case.workspace[:used].view(9, 2, 12)
+    assert y[:, 0, 4:].isnan().all()
     expected = case.x[0].double() @ case.group.a[GUARD : GUARD + 4].double().T
     torch.testing.assert_close(y[:, 0, :4].sum(0).double(), expected, rtol=1e-5, atol=1e-5)
 
@@ -117,7 +121,7 @@ def test_a_segment_longer_than_the_tile_loses_no_token(device: str) -> None:
     """The kernels walk a segment to its end, whatever the packing promised."""
     case = make_case(slots=[0] * 20, ranks=[(8,)], K=63, sizes=(64,), dtype=torch.float32, device=device)
     case.segments.seg_start[1:] = 20
-    case.segments.seg_slot[1:] = -1
+    case.segments.pass_start[1] = 1
     before = case.out.clone()
     case.run()
     assert relative_errors(case.out, before, case).max() <= TOLERANCE[torch.float32]

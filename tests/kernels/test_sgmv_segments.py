@@ -25,11 +25,11 @@ def test_every_entry_is_in_one_segment_of_its_slot(entries: list[tuple[int, int]
 
     found = []
     for index in range(capacity.passes):
-        starts, owners = (array.tolist() for array in segments.of_pass(index))
+        starts, owners = segments.seg_start.tolist(), segments.seg_slot.tolist()
         in_pass: list[int] = []
-        for i, slot in enumerate(owners):
-            members = range(starts[i], starts[i + 1])
-            assert len(members) == 0 if slot == -1 else 1 <= len(members) <= tile
+        for i in range(*segments.of_pass(index).tolist()):
+            slot, members = owners[i], range(starts[i], starts[i + 1])
+            assert 1 <= len(members) <= tile
             in_pass += segments.token_ids[list(members)].tolist()
             assert segments.scales is not None
             found += [(int(segments.token_ids[p]), slot, float(segments.scales[p])) for p in members]
@@ -42,7 +42,7 @@ def test_every_entry_is_in_one_segment_of_its_slot(entries: list[tuple[int, int]
 def test_arrays_begin_at_multiples_of_16_bytes() -> None:
     """The one buffer of a step holds its arrays aligned, as the kernels were specialised."""
     capacity = SegmentCapacity(entries=7, slots=3, tile=16, scaled=True)
-    assert [where.start % 4 for where in capacity.sections.values()] == [0, 0, 0, 0]
+    assert [where.start % 4 for where in capacity.sections.values()] == [0, 0, 0, 0, 0]
     assert capacity.sections["scales"].stop <= capacity.packed_size
 
 
@@ -52,12 +52,20 @@ def test_arrays_begin_at_multiples_of_16_bytes() -> None:
         ([0] * 9, None, "9 entries, but room for 8"),
         ([0, 3], None, "slot 3, but only 3 slots"),
         ([0, 1], [5, 5], "a token has 2 entries, but only 1 passes"),
+        ([0, 1, 2], None, "3 different slots, but room for 2"),
     ],
 )
 def test_a_step_beyond_the_capacity_is_refused(slots: list[int], tokens: list[int], message: str) -> None:
-    """Nothing is dropped silently: not entries, not slots, not a second adapter of a token."""
+    """Nothing is dropped silently: not entries, not slots, not adapters, not a second one of a token."""
     with pytest.raises(ValueError, match=message):
-        pack_segments(SegmentCapacity(entries=8, slots=3, tile=16), slots, token_ids=tokens)
+        pack_segments(SegmentCapacity(entries=8, slots=3, tile=16, active=2), slots, token_ids=tokens)
+
+
+def test_segments_follow_the_adapters_of_a_step_and_not_those_that_are_loaded() -> None:
+    """A prefill of 8,192 rows with 16 adapters has 144 segments, each a row of programs, however many exist."""
+    assert SegmentCapacity(8192, 1000, 64).segments == 1128
+    for loaded in (16, 64, 1000, 100_000):
+        assert SegmentCapacity(8192, loaded, 64, active=16).segments == 144
 
 
 def test_scales_need_room() -> None:

@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from inference_service.kernels.launch import ARCHITECTURES, DTYPES
-from inference_service.kernels.sgmv import Phase, Slices
+from inference_service.kernels.sgmv import DECODE_TILE, Phase, SegmentCapacity, Slices
 from inference_service.kernels.sgmv.tuning import (
     COVERING,
     EXPAND,
+    FEW,
     FUSED,
     FUSED_PER_MULTIPROCESSOR,
     SHRINK,
@@ -49,19 +50,33 @@ def test_every_linear_has_tiles_that_cover_the_device_and_none_is_idle(model: st
         blocks = -(-shape.in_features // first.block_k)
         assert (planes - 1) * per_plane < blocks <= planes * per_plane
         assert planes <= first.split_k
-        if phase is Phase.DECODE and first.programs(shape.in_features, rows, segments) < COVERING:
+        few = min(FEW, segments)
+        if phase is Phase.DECODE and first.programs(shape.in_features, rows, few) < COVERING:
             smallest = min(c.block_r for c in SHRINK[architecture][phase, dtype.itemsize].values())
             assert first.block_r == smallest
-            assert per_plane == -(-blocks // first.split_k)
+            assert per_plane <= -(-blocks // first.split_k) or segments > FEW
         second = expand_config(*where, slices=slices, max_rank=rank, segments=segments)
-        if second.programs(slices, segments) < COVERING:
+        if second.programs(slices, few) < COVERING:
             buckets = EXPAND[architecture][phase, dtype.itemsize].values()
             narrowest = min(c.block_n for widths in buckets for c in widths if c.block_r == second.block_r)
             assert second.block_n == narrowest
 
 
+def test_a_grid_holds_every_step_and_the_planes_follow_its_segments() -> None:
+    """Few adapters in a large capacity cover the device as well as they do in a small one."""
+    where, rows = (90, Phase.DECODE, torch.bfloat16), 48
+    config = shrink_config(*where, in_features=4096, max_rows=rows, segments=64)
+    programs = [config.programs(4096, rows, used) for used in range(1, 65)]
+    assert max(programs) == config.grid(4096, rows, 64)
+    assert min(programs[FEW - 1 :]) >= COVERING
+    for used in range(1, 65):
+        planes, _ = config.planes(4096, config.tiles(rows, used))
+        capacity = SegmentCapacity(1024, 64, DECODE_TILE)
+        assert planes * min(1024, used * DECODE_TILE) * rows <= config.numel(4096, rows, capacity)
+
+
 def test_the_programs_of_decode_are_what_the_table_says() -> None:
-    """Changed tiles show in the diff of what known models launch for 1, 8 and 64 adapters (make golden)."""
+    """Changed tiles show in the diff of what known models launch for few and many adapters (make golden)."""
     assert list(lines()) == TABLE.read_text().splitlines()
 
 

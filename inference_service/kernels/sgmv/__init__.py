@@ -2,20 +2,22 @@
 
 ::
 
-    y   = shrink(x, a, table, segments)      x [T, K]   -> y [planes, P, rows]   fp32
-    out = expand(y, b, table, segments)      y          -> out [T, N]            added in place
+    shrink   x [T, K], a, table, segments   -> y [planes, P, rows]   fp32
+    expand   y, b, table, segments          -> out [T, N]            added in place
 
 A *group* is one fused linear of 1-3 slices that share ``x`` (q, k, v | o | gate, up | down). An adapter in a
 *slot* has its own rank in every slice, 0 where it does not adapt it; ranks are packed, never padded. The
 tokens of a step are grouped into *segments*, runs of one slot's tokens, once per step for all layers. Where a
 step at decode is so small that all its programs are resident on the device, one launch does both, and expand
-waits for shrink segment by segment. Results are deterministic: nothing is summed by atomics, and the order of
-summation follows from capacities. Rows of base tokens are never touched.
+waits for shrink segment by segment. The fewer segments a step has, the more planes shrink divides K into, so
+that few adapters cover the device too, whatever is loaded. Results are deterministic: nothing is summed by
+atomics, and the order of summation follows from capacities and from the number of segments. Rows of base tokens
+are never touched.
 
 This package needs torch alone; Triton is imported at the first launch.
 """
 
-from inference_service.kernels.sgmv.launch import expand, lora_apply, plan, shrink, workspace_numel
+from inference_service.kernels.sgmv.launch import lora_apply, plan, workspace_numel
 from inference_service.kernels.sgmv.layout import (
     Group,
     Phase,
@@ -35,11 +37,9 @@ __all__ = [
     "SegmentCapacity",
     "Segments",
     "Slices",
-    "expand",
     "lora_apply",
     "pack_segments",
     "pack_table",
     "plan",
-    "shrink",
     "workspace_numel",
 ]

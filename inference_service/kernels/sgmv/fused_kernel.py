@@ -26,14 +26,14 @@ import triton
 import triton.language as tl
 
 from inference_service.kernels.sgmv.triton_kernels import (
+    PLANE_SCALARS,
     SEGMENT_POINTERS,
+    planes_of,
     rows_of,
     shrink_tile,
     slice_of_tile,
     sum_of_planes,
 )
-
-_SCALARS = ["blocks_k", "planes", "row_tiles", "segments", "pass_segments"]
 
 
 @triton.jit
@@ -109,30 +109,30 @@ def expand_tile(
             tl.atomic_xchg(p_counter, 0, sem="relaxed", scope="gpu")
 
 
-@triton.jit(do_not_specialize=_SCALARS, do_not_specialize_on_alignment=SEGMENT_POINTERS)
+@triton.jit(do_not_specialize=PLANE_SCALARS, do_not_specialize_on_alignment=SEGMENT_POINTERS)
 def fused_kernel(
     p_x,  # [T, K]
     p_a,  # [rows, K]
     p_b,  # flat
-    p_y,  # fp32 [planes, P, R]
+    p_y,  # fp32 [planes, entries of the step, R]
     p_out,  # [T, N]
     p_table,  # [slots, N_SLICES, 3]
     p_token_ids,  # int32 [P]
     p_seg_start,  # int32 [S + 1]
     p_seg_slot,  # int32 [S]
+    p_pass,  # int32 [2]: 0, and the segments that are expanded: those of the first pass
+    p_end,  # int32 [2]: segments of the step, and entries
     p_scales,  # fp32 [P], or None
-    p_counters,  # int32 [pass_segments, COUNTER_STRIDE], of each row the first; 0 before and after
+    p_counters,  # int32 [segments of a pass, COUNTER_STRIDE], of each row the first; 0 before and after
     K,
-    blocks_k,  # blocks of K that one plane reduces
-    planes,
+    blocks,  # of K
     row_tiles,
-    segments,
-    pass_segments,  # segments that are expanded: those of the first pass
+    split_k,
     stride_x,
     stride_a,
-    stride_y_plane,
     stride_y,
     stride_out,
+    COVERING: tl.constexpr,
     OFFSETS: tl.constexpr,
     SIZES: tl.constexpr,
     ALIGNMENT: tl.constexpr,
@@ -147,71 +147,70 @@ def fused_kernel(
 ):
     """``shrink_kernel`` of all segments, then ``expand_kernel`` of those of the first pass."""
     i_program, programs = tl.program_id(0), tl.num_programs(0)
+    n, expanded = tl.load(p_end), tl.load(p_pass + 1)
+    planes, blocks_k = planes_of(n, blocks, row_tiles, split_k, COVERING)
 
     tiles = row_tiles * planes
-    for i in tl.range(i_program, segments * tiles, programs, num_stages=1):
+    for i in tl.range(i_program, n * tiles, programs, num_stages=1):
         i_s, i_r, i_plane = i // tiles, i % tiles // planes, i % planes
-        slot = tl.load(p_seg_slot + i_s).to(tl.int64)
-        if slot >= 0:
-            p_slot = p_table + slot * (3 * N_SLICES)
-            rows = rows_of(p_slot, N_SLICES)
-            if i_r * BLOCK_R < rows:
-                shrink_tile(
-                    i_plane,
-                    i_r,
-                    tl.load(p_seg_start + i_s),
-                    tl.load(p_seg_start + i_s + 1),
-                    rows,
-                    p_slot,
-                    p_x,
-                    p_a,
-                    p_y,
-                    p_token_ids,
-                    p_scales,
-                    K,
-                    blocks_k,
-                    stride_x,
-                    stride_a,
-                    stride_y_plane,
-                    stride_y,
-                    N_SLICES,
-                    BLOCK_T,
-                    BLOCK_R,
-                    BLOCK_K,
-                    UPCAST,
-                )
-                if i_s < pass_segments:
-                    tl.debug_barrier()
-                    tl.atomic_add(p_counters + i_s * COUNTER_STRIDE, 1, sem="release", scope="gpu")
+        p_slot = p_table + tl.load(p_seg_slot + i_s).to(tl.int64) * (3 * N_SLICES)
+        rows = rows_of(p_slot, N_SLICES)
+        if i_r * BLOCK_R < rows:
+            shrink_tile(
+                i_plane,
+                i_r,
+                tl.load(p_seg_start + i_s),
+                tl.load(p_seg_start + i_s + 1),
+                rows,
+                p_slot,
+                p_x,
+                p_a,
+                p_y,
+                p_token_ids,
+                p_scales,
+                K,
+                blocks_k,
+                stride_x,
+                stride_a,
+                p_end + 1,
+                stride_y,
+                N_SLICES,
+                BLOCK_T,
+                BLOCK_R,
+                BLOCK_K,
+                UPCAST,
+            )
+            if i_s < expanded:
+                tl.debug_barrier()
+                tl.atomic_add(p_counters + i_s * COUNTER_STRIDE, 1, sem="release", scope="gpu")
 
     tiles_n = 0
     for i in tl.static_range(N_SLICES):
         tiles_n += tl.cdiv(SIZES[i], BLOCK_N)
-    for i in tl.range(i_program, pass_segments * tiles_n, programs, num_stages=1):
+    stride_y_plane = tl.load(p_end + 1).to(tl.int64) * stride_y
+    for i in tl.range(i_program, expanded * tiles_n, programs, num_stages=1):
         i_s, i_n = i // tiles_n, i % tiles_n
-        slot = tl.load(p_seg_slot + i_s).to(tl.int64)
-        if slot >= 0:
-            expand_tile(
-                i_n,
-                tl.load(p_seg_start + i_s),
-                tl.load(p_seg_start + i_s + 1),
-                p_table + slot * (3 * N_SLICES),
-                p_counters + i_s * COUNTER_STRIDE,
-                p_y,
-                p_b,
-                p_out,
-                p_token_ids,
-                planes,
-                stride_y_plane,
-                stride_y,
-                stride_out,
-                OFFSETS,
-                SIZES,
-                ALIGNMENT,
-                N_SLICES,
-                PLANES,
-                BLOCK_T,
-                BLOCK_R,
-                BLOCK_N,
-                UPCAST,
-            )
+        expand_tile(
+            i_n,
+            tl.load(p_seg_start + i_s),
+            tl.load(p_seg_start + i_s + 1),
+            p_table + tl.load(p_seg_slot + i_s).to(tl.int64) * (3 * N_SLICES),
+            p_counters + i_s * COUNTER_STRIDE,
+            p_y,
+            p_b,
+            p_out,
+            p_token_ids,
+            planes,
+            stride_y_plane,
+            stride_y,
+            stride_out,
+            OFFSETS,
+            SIZES,
+            ALIGNMENT,
+            N_SLICES,
+            PLANES,
+            BLOCK_T,
+            BLOCK_R,
+            BLOCK_N,
+            UPCAST,
+        )

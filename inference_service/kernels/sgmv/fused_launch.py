@@ -30,9 +30,7 @@ def fuse(
     """
     from inference_service.kernels.sgmv import fused_kernel  # needs Triton
 
-    planes, row_tiles, all_segments = shrink.grid
-    pass_segments = segments.capacity.segments_per_pass
-    most = max(planes * row_tiles * all_segments, config.expand.programs(slices, pass_segments))
+    most = max(shrink.grid[0], config.expand.programs(slices, segments.capacity.segments_per_pass))
     arguments = {k: v for k, v in expand.arguments.items() if k not in _OF_CONFIG} | shrink.arguments
     return Launch(
         fused_kernel.fused_kernel,
@@ -41,9 +39,6 @@ def fuse(
         | {
             "p_counters": segments.counters,
             "COUNTER_STRIDE": COUNTER_STRIDE,
-            "row_tiles": row_tiles,
-            "segments": all_segments,
-            "pass_segments": pass_segments,
             "BLOCK_N": config.expand.block_n,
             # The driver refuses a grid that cannot be resident: better than a launch that never ends.
             "launch_cooperative_grid": True,

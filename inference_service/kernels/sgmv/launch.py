@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -9,8 +10,9 @@ from torch import Tensor
 
 from inference_service.kernels.launch import Launch, architecture_of, require, require_device
 from inference_service.kernels.sgmv.fused_launch import fuse, resident_programs
-from inference_service.kernels.sgmv.layout import Group, Segments, Slices
+from inference_service.kernels.sgmv.layout import Group, Segments
 from inference_service.kernels.sgmv.tuning import (
+    COVERING,
     FusedConfig,
     ShrinkConfig,
     expand_config,
@@ -66,17 +68,23 @@ def plan(
     if x.shape[0] != out.shape[0]:
         raise ValueError(f"x and out must have the same rows, got {x.shape[0]} and {out.shape[0]}")
     one = _fused_config(x.device, group, segments, fused=fused)
-    shrinks = _shrink_config(x, group.max_rows, segments) if one is None else one.shrink
-    tiles = shrinks.tiles(group.max_rows, segments.capacity.segments)
-    planes, _ = shrinks.planes(x.shape[-1], tiles)
-    shape = (planes, segments.capacity.entries, group.max_rows)
-    numel = planes * shape[1] * shape[2]
+    config = _shrink_config(x, group.max_rows, segments) if one is None else one.shrink
+    numel = config.numel(x.shape[-1], group.max_rows, segments.capacity)
     require(workspace, "workspace", dims=1, dtype=torch.float32, device=x.device)
     if workspace.numel() < numel:
         raise ValueError(f"workspace must hold {numel} elements, got {workspace.numel()}")
-    y = workspace[:numel].view(shape)
-    first = _plan_shrink(x, group.a, group.table, segments, y, shrinks)
-    passes = _plan_expand(y, group.b, group.table, segments, out, group.slices, group.max_rank)
+    planes = {
+        "p_y": workspace,
+        "p_end": segments.pass_start[-2:],
+        "blocks": -(-x.shape[-1] // config.block_k),
+        "row_tiles": config.tiles(group.max_rows, 1),
+        "split_k": config.split_k,
+        "stride_y": group.max_rows,
+        "COVERING": COVERING,
+    }
+    first = _plan_shrink(x, group, segments, config, planes)
+    most, _ = config.planes(x.shape[-1], config.tiles(group.max_rows, 1))
+    passes = _plan_expand(out, group, segments, most, planes)
     if one is None:
         return [first, *passes]
     return [fuse(first, passes[0], one, segments, group.slices, resident_programs(x.device)), *passes[1:]]
@@ -87,31 +95,7 @@ def workspace_numel(group: Group, segments: Segments) -> int:
     capacity, a = segments.capacity, group.a
     one = fused_config(architecture_of(a.device), phase_of(capacity.tile), a.dtype, max_rank=group.max_rank)
     configs = [_shrink_config(a, group.max_rows, segments), *([one.shrink] if one else [])]
-    planes = max(c.planes(a.shape[1], c.tiles(group.max_rows, capacity.segments))[0] for c in configs)
-    return planes * capacity.entries * group.max_rows
-
-
-def shrink(x: Tensor, a: Tensor, table: Tensor, segments: Segments, *, max_rows: int) -> Tensor:
-    """x A^T per entry: fp32 planes [planes, entries, max_rows], to be summed.
-
-    Of each entry's row, the first elements are written, one per row of its slot; the others are undefined.
-    """
-    config = _shrink_config(x, max_rows, segments)
-    planes, _ = config.planes(x.shape[-1], config.tiles(max_rows, segments.capacity.segments))
-    y = torch.empty(planes, segments.capacity.entries, max_rows, dtype=torch.float32, device=x.device)
-    _plan_shrink(x, a, table, segments, y, config)()
-    return y
-
-
-def expand(
-    y: Tensor, b: Tensor, table: Tensor, segments: Segments, out: Tensor, *, slices: Slices, max_rank: int
-) -> None:
-    """Sum the planes of ``y`` and add (y B^T) to ``out`` in place, with one rounding per pass.
-
-    A token's entries are in different passes, each its own launch: no two programs add to the same element.
-    """
-    for launch in _plan_expand(y, b, table, segments, out, slices, max_rank):
-        launch()
+    return max(config.numel(a.shape[1], group.max_rows, capacity) for config in configs)
 
 
 def _fused_config(
@@ -146,34 +130,30 @@ def _shrink_config(x: Tensor, max_rows: int, segments: Segments) -> ShrinkConfig
 
 
 def _plan_shrink(
-    x: Tensor, a: Tensor, table: Tensor, segments: Segments, y: Tensor, config: ShrinkConfig
+    x: Tensor, group: Group, segments: Segments, config: ShrinkConfig, planes: Mapping[str, Any]
 ) -> Launch:
-    kernels = _kernels(x)
-    slices = _check_table(table, segments, x.device)
+    kernels, a = _kernels(x), group.a
+    slices = _check_table(group.table, segments, x.device)
     require(x, "x", dims=2)
     require(a, "a", dims=2, dtype=x.dtype, device=x.device)
     _check_segments(segments, x.device)
     if a.shape[1] != x.shape[1]:
         raise ValueError(f"a and x must have the same K, got {a.shape[1]} and {x.shape[1]}")
-    planes, blocks_k = config.planes(x.shape[1], config.tiles(y.shape[-1], segments.capacity.segments))
     return Launch(
         kernels.shrink_kernel,
-        (planes, -(-y.shape[-1] // config.block_r), segments.capacity.segments),
+        (config.grid(x.shape[1], group.max_rows, segments.capacity.segments),),
         {
+            **planes,
             "p_x": x,
             "p_a": a,
-            "p_y": y,
-            "p_table": table,
+            "p_table": group.table,
             "p_token_ids": segments.token_ids,
             "p_seg_start": segments.seg_start,
             "p_seg_slot": segments.seg_slot,
             "p_scales": segments.scales,
             "K": x.shape[1],
-            "blocks_k": blocks_k,
             "stride_x": x.stride(0),
             "stride_a": a.stride(0),
-            "stride_y_plane": y.stride(0),
-            "stride_y": y.stride(1),
             "N_SLICES": slices,
             "BLOCK_T": config.block_t,
             "BLOCK_R": config.block_r,
@@ -186,17 +166,13 @@ def _plan_shrink(
 
 
 def _plan_expand(
-    y: Tensor, b: Tensor, table: Tensor, segments: Segments, out: Tensor, slices: Slices, max_rank: int
+    out: Tensor, group: Group, segments: Segments, most_planes: int, planes: Mapping[str, Any]
 ) -> list[Launch]:
-    kernels = _kernels(out)
-    if _check_table(table, segments, out.device) != len(slices.sizes):
-        raise ValueError(f"table must be [slots, {len(slices.sizes)}, 3], got {tuple(table.shape)}")
+    kernels, slices = _kernels(out), group.slices
+    if _check_table(group.table, segments, out.device) != len(slices.sizes):
+        raise ValueError(f"table must be [slots, {len(slices.sizes)}, 3], got {tuple(group.table.shape)}")
     require(out, "out", dims=2)
-    require(b, "b", dims=1, dtype=out.dtype, device=out.device)
-    require(y, "y", dims=3, dtype=torch.float32, device=out.device)
-    _check_segments(segments, out.device)
-    if y.shape[1] != segments.capacity.entries:
-        raise ValueError(f"y must have {segments.capacity.entries} entries, got {y.shape[1]}")
+    require(group.b, "b", dims=1, dtype=out.dtype, device=out.device)
     if out.shape[1] < slices.out_features:
         raise ValueError(f"out must have {slices.out_features} columns, got {out.shape[1]}")
     config = expand_config(
@@ -204,24 +180,23 @@ def _plan_expand(
         phase_of(segments.capacity.tile),
         out.dtype,
         slices=slices,
-        max_rank=max_rank,
+        max_rank=group.max_rank,
         segments=segments.capacity.segments_per_pass,
     )
     arguments = {
-        "p_y": y,
-        "p_b": b,
+        **planes,
+        "p_b": group.b,
         "p_out": out,
-        "p_table": table,
+        "p_table": group.table,
         "p_token_ids": segments.token_ids,
-        "planes": y.shape[0],
-        "stride_y_plane": y.stride(0),
-        "stride_y": y.stride(1),
+        "p_seg_start": segments.seg_start,
+        "p_seg_slot": segments.seg_slot,
         "stride_out": out.stride(0),
         "OFFSETS": slices.offsets,
         "SIZES": slices.sizes,
         "ALIGNMENT": slices.alignment,
         "N_SLICES": len(slices.sizes),
-        "PLANES": 1 << (y.shape[0] - 1).bit_length(),
+        "PLANES": 1 << (most_planes - 1).bit_length(),
         "BLOCK_T": config.block_t,
         "BLOCK_R": config.block_r,
         "BLOCK_N": config.block_n,
@@ -229,14 +204,11 @@ def _plan_expand(
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
     }
-    launches = []
-    for index in range(segments.capacity.passes):
-        seg_start, seg_slot = segments.of_pass(index)
-        views = {"p_seg_start": seg_start, "p_seg_slot": seg_slot}
-        launches.append(
-            Launch(kernels.expand_kernel, (config.tiles(slices), seg_slot.numel()), arguments | views)
-        )
-    return launches
+    grid = config.tiles(slices), segments.capacity.segments_per_pass
+    return [
+        Launch(kernels.expand_kernel, grid, arguments | {"p_pass": segments.of_pass(index)})
+        for index in range(segments.capacity.passes)
+    ]
 
 
 def _kernels(tensor: Tensor) -> Any:

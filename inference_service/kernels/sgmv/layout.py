@@ -14,8 +14,6 @@ from torch import Tensor
 
 from inference_service.kernels.packing import aligned, sections
 
-PADDING_SLOT = -1
-"""In device memory: the slot of a segment that no kernel may look at."""
 MAX_SLICES = 3
 COUNTER_STRIDE = 8
 """int32 elements from counter to counter: each in a sector of 32 bytes of its own."""
@@ -123,21 +121,29 @@ class SegmentCapacity:
     entries: int
     """Pairs of a token and a slot. Without composition: tokens."""
     slots: int
+    """Adapters that are loaded: no slot is beyond them."""
     tile: int
     """Entries that a segment holds at most; longer runs of a slot become several segments."""
     passes: int = 1
     """Entries that one token may have. Each pass is one expand, because two entries add to the same row."""
     scaled: bool = False
     """Whether entries carry a scale."""
+    active: int | None = None
+    """Distinct slots in one step at most, however many are loaded; None: all."""
 
     def __post_init__(self) -> None:
-        if min(self.entries, self.slots, self.tile, self.passes) < 1:
+        if min(self.entries, self.slots, self.tile, self.passes, self.distinct) < 1:
             raise ValueError(f"capacities must be positive, got {self}")
+
+    @property
+    def distinct(self) -> int:
+        """Slots that a step may have."""
+        return self.slots if self.active is None else min(self.slots, self.active)
 
     @property
     def segments_per_pass(self) -> int:
         """Enough for any step: a run of n entries takes ceil(n / tile) segments, at most n."""
-        return min(self.entries, self.slots + self.entries // self.tile)
+        return min(self.entries, self.distinct + self.entries // self.tile)
 
     @property
     def segments(self) -> int:
@@ -152,6 +158,7 @@ class SegmentCapacity:
                 "token_ids": self.entries,
                 "seg_start": self.segments + 1,
                 "seg_slot": self.segments,
+                "pass_start": self.passes + 2,
                 "scales": self.entries if self.scaled else 0,
             }
         )
@@ -197,17 +204,11 @@ def pack_segments(
     packed.fill(0)
     section = {name: packed[where] for name, where in capacity.sections.items()}
     section["token_ids"][: kept.size] = tokens[kept]
-    section["seg_slot"].fill(PADDING_SLOT)
-    section["seg_start"][-1] = kept.size
-    for index in range(capacity.passes):
-        # Padding segments are empty: they start where the pass ends.
-        mine = first[turns[first] == index]
-        begin = index * capacity.segments_per_pass
-        section["seg_start"][begin : begin + capacity.segments_per_pass] = np.searchsorted(
-            turns, index, "right"
-        )
-        section["seg_start"][begin : begin + mine.size] = mine
-        section["seg_slot"][begin : begin + mine.size] = slots[kept[mine]]
+    section["seg_start"][: first.size] = first
+    section["seg_start"][first.size :] = kept.size
+    section["seg_slot"][: first.size] = slots[kept[first]]
+    section["pass_start"][:-1] = np.searchsorted(turns[first], np.arange(capacity.passes + 1))
+    section["pass_start"][-1] = kept.size
     if capacity.scaled:
         factors = np.ones(slots.size) if scales is None else np.asarray(scales)
         section["scales"][: kept.size] = factors[kept].astype(np.float32).view(np.int32)
@@ -245,6 +246,8 @@ def _check_fits(
         raise ValueError(f"{slots.size} entries, but room for {capacity.entries}")
     if slots.size and slots.max() >= capacity.slots:
         raise ValueError(f"slot {slots.max()}, but only {capacity.slots} slots")
+    if slots.size and capacity.distinct < capacity.slots and np.unique(slots).size > capacity.distinct:
+        raise ValueError(f"{np.unique(slots).size} different slots, but room for {capacity.distinct}")
     if slots.size and turns.max() >= capacity.passes:
         raise ValueError(f"a token has {turns.max() + 1} entries, but only {capacity.passes} passes")
     if scaled and not capacity.scaled:
@@ -266,7 +269,9 @@ class Segments:
     seg_start: Tensor
     """int32 [segments + 1]: segment i holds the entries from seg_start[i] to seg_start[i + 1]."""
     seg_slot: Tensor
-    """int32 [segments]: the slot, or PADDING_SLOT."""
+    """int32 [segments]: the slot."""
+    pass_start: Tensor
+    """int32 [passes + 2]: pass i has segments pass_start[i] to pass_start[i + 1]; the last is the entries."""
     scales: Tensor | None
     """fp32 [entries]"""
     counters: Tensor = field(repr=False)
@@ -294,8 +299,6 @@ class Segments:
         """Take over what ``pack_segments`` made: one copy, asynchronous when ``packed`` is pinned."""
         self.packed.copy_(packed, non_blocking=True)
 
-    def of_pass(self, index: int) -> tuple[Tensor, Tensor]:
-        """(seg_start, seg_slot) of one pass."""
-        first = index * self.capacity.segments_per_pass
-        last = first + self.capacity.segments_per_pass
-        return self.seg_start[first : last + 1], self.seg_slot[first:last]
+    def of_pass(self, index: int) -> Tensor:
+        """int32 [2]: the first segment of one pass, and the first behind it."""
+        return self.pass_start[index : index + 2]

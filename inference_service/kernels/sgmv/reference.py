@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from inference_service.kernels.sgmv.layout import PADDING_SLOT, Group, Segments, Slices
+from inference_service.kernels.sgmv.layout import Group, Segments, Slices
 
 
 def lora_apply(x: Tensor, out: Tensor, group: Group, segments: Segments, dtype: torch.dtype) -> Tensor:
@@ -48,10 +48,9 @@ def expand(y: Tensor, b: Tensor, table: Tensor, segments: Segments, out: Tensor,
 
 
 def _runs(segments: Segments) -> Iterator[tuple[int, slice]]:
-    starts = segments.seg_start.tolist()
-    for i, slot in enumerate(segments.seg_slot.tolist()):
-        if slot != PADDING_SLOT:
-            yield slot, slice(starts[i], starts[i + 1])
+    starts, used = segments.seg_start.tolist(), int(segments.pass_start[-2])
+    for i, slot in enumerate(segments.seg_slot[:used].tolist()):
+        yield slot, slice(starts[i], starts[i + 1])
 
 
 def _scale(segments: Segments, entries: slice, dtype: torch.dtype) -> Tensor | float:

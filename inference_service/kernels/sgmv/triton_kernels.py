@@ -9,7 +9,8 @@ INTERPRETED: bool = triton.knobs.runtime.interpret
 """Whether the kernels were made for the interpreter, which computes bf16 wrongly without UPCAST."""
 
 # These change from pass to pass; their alignment is not worth a variant, for they are read as scalars.
-SEGMENT_POINTERS = ["p_table", "p_seg_start", "p_seg_slot"]
+SEGMENT_POINTERS = ["p_table", "p_seg_start", "p_seg_slot", "p_pass", "p_end"]
+PLANE_SCALARS = ["blocks", "row_tiles", "split_k"]
 
 
 @triton.jit
@@ -19,6 +20,14 @@ def rows_of(p_slot, N_SLICES: tl.constexpr):
     for i in tl.static_range(N_SLICES):
         rows += tl.load(p_slot + 3 * i).to(tl.int32)
     return rows
+
+
+@triton.jit
+def planes_of(n, blocks, row_tiles, split_k, COVERING: tl.constexpr):
+    """(planes, blocks of K that each reduces) of n segments; as `ShrinkConfig.planes`."""
+    wanted = tl.cdiv(COVERING, tl.maximum(n * row_tiles, 1))
+    per_plane = tl.maximum(tl.maximum(blocks // wanted, tl.cdiv(blocks, split_k)), 1)
+    return tl.cdiv(blocks, per_plane), per_plane
 
 
 @triton.jit
@@ -38,7 +47,7 @@ def shrink_tile(
     blocks_k,
     stride_x,
     stride_a,
-    stride_y_plane,
+    p_entries,
     stride_y,
     N_SLICES: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -78,26 +87,30 @@ def shrink_tile(
             b_y = tl.dot(b_x, b_a, b_y, input_precision="ieee")
         if p_scales is not None:
             b_y *= tl.load(p_scales + o_p, mask=m_p, other=0.0)[:, None]
-        o_y = tl.cast(i_plane, tl.int64) * stride_y_plane + o_p[:, None].to(tl.int64) * stride_y + o_r[None, :]
+        first_y = i_plane.to(tl.int64) * tl.load(p_entries)  # loaded here: registers are dear in the loop
+        o_y = (first_y + o_p[:, None]) * stride_y + o_r[None, :]
         tl.store(p_y + o_y, b_y, mask=m_p[:, None] & m_r[None, :])
 
 
-@triton.jit(do_not_specialize=["blocks_k"], do_not_specialize_on_alignment=SEGMENT_POINTERS)
+@triton.jit(do_not_specialize=PLANE_SCALARS, do_not_specialize_on_alignment=SEGMENT_POINTERS)
 def shrink_kernel(
     p_x,  # [T, K]
     p_a,  # [rows, K]
-    p_y,  # fp32 [planes, P, R]
+    p_y,  # fp32 [planes, entries of the step, R]
     p_table,  # [slots, N_SLICES, 3]
     p_token_ids,  # int32 [P]
     p_seg_start,  # int32 [S + 1]
     p_seg_slot,  # int32 [S]
+    p_end,  # int32 [2]: segments of the step, and entries
     p_scales,  # fp32 [P], or None
     K,
-    blocks_k,  # blocks of K that one plane reduces
+    blocks,  # of K
+    row_tiles,
+    split_k,
     stride_x,
     stride_a,
-    stride_y_plane,
     stride_y,
+    COVERING: tl.constexpr,
     N_SLICES: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -106,13 +119,17 @@ def shrink_kernel(
 ):
     """y[plane, p, r] = scale[p] * sum over the plane's part of K of x[token(p), k] * a[row(r), k].
 
-    One program per (plane, tile of rows, segment). Every plane of every row that the slot has is written,
-    also where the plane's part of K is empty: nothing needs to be zeroed.
+    One program per (segment, tile of rows, plane) of the step: the fewer segments it has, the more planes there
+    are. Every plane of every row that the slot has is written, also where the plane's part of K is empty:
+    nothing needs to be zeroed.
     """
-    i_plane, i_r, i_s = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    slot = tl.load(p_seg_slot + i_s).to(tl.int64)
-    if slot < 0:
+    n = tl.load(p_end)
+    planes, blocks_k = planes_of(n, blocks, row_tiles, split_k, COVERING)
+    i = tl.program_id(0)
+    i_s, i_r, i_plane = i // (row_tiles * planes), i // planes % row_tiles, i % planes
+    if i_s >= n:
         return
+    slot = tl.load(p_seg_slot + i_s).to(tl.int64)
     p_slot = p_table + slot * (3 * N_SLICES)
     rows = rows_of(p_slot, N_SLICES)
     if i_r * BLOCK_R >= rows:
@@ -134,7 +151,7 @@ def shrink_kernel(
         blocks_k,
         stride_x,
         stride_a,
-        stride_y_plane,
+        p_end + 1,
         stride_y,
         N_SLICES,
         BLOCK_T,
@@ -213,24 +230,28 @@ def sum_of_planes(
     return b_y
 
 
-@triton.jit(do_not_specialize=["planes"], do_not_specialize_on_alignment=SEGMENT_POINTERS)
+@triton.jit(do_not_specialize=PLANE_SCALARS, do_not_specialize_on_alignment=SEGMENT_POINTERS)
 def expand_kernel(
-    p_y,  # fp32 [planes, P, R]
+    p_y,  # fp32 [planes, entries of the step, R]
     p_b,  # flat
     p_out,  # [T, N]
     p_table,  # [slots, N_SLICES, 3]
     p_token_ids,  # int32 [P]
     p_seg_start,  # int32 [S + 1]
     p_seg_slot,  # int32 [S]
-    planes,
-    stride_y_plane,
+    p_pass,  # int32 [2]: the first segment of this pass, and the first behind it
+    p_end,  # int32 [2]: segments of the step, which shrink computed, and entries
+    blocks,
+    row_tiles,
+    split_k,
     stride_y,
     stride_out,
+    COVERING: tl.constexpr,
     OFFSETS: tl.constexpr,  # first column of each slice
     SIZES: tl.constexpr,  # columns of each slice
     ALIGNMENT: tl.constexpr,  # of the blocks of B, in elements
     N_SLICES: tl.constexpr,
-    PLANES: tl.constexpr,  # the power of two that holds planes
+    PLANES: tl.constexpr,  # the power of two that holds the most planes
     BLOCK_T: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -240,10 +261,13 @@ def expand_kernel(
 
     One program per (tile of columns, segment). A tile lies in one slice, and all slices are in one launch.
     """
-    i_n, i_s = tl.program_id(0), tl.program_id(1)
-    slot = tl.load(p_seg_slot + i_s).to(tl.int64)
-    if slot < 0:
+    i_n, i_s = tl.program_id(0), tl.load(p_pass) + tl.program_id(1)
+    if i_s >= tl.load(p_pass + 1):
         return
+    n = tl.load(p_end)
+    planes, _ = planes_of(n, blocks, row_tiles, split_k, COVERING)
+    stride_y_plane = tl.load(p_end + 1).to(tl.int64) * stride_y
+    slot = tl.load(p_seg_slot + i_s).to(tl.int64)
     p_slot = p_table + slot * (3 * N_SLICES)
     rank, element, size, offset, column, i_tile = slice_of_tile(
         i_n, p_slot, OFFSETS, SIZES, ALIGNMENT, N_SLICES, BLOCK_N

@@ -6,24 +6,27 @@ served model; others are computed rightly, but without vector loads. The numbers
 
 A bucket is the smallest key that holds the group's ceiling, or else the last: of ``max_rows`` for shrink and
 of ``max_rank`` for expand. Above it, kernels take several tiles. Where a bucket's tiles are too few to cover
-the device, as for one adapter at decode, smaller ones are taken. All choices follow from capacities, none from
-what a step holds.
+the device for a few segments, smaller ones are taken. Tiles follow from capacities. How many planes shrink has
+follows from the segments that a step has: kernels compute it, since a recorded launch does not know them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
 from inference_service.kernels.launch import ARCHITECTURES
-from inference_service.kernels.sgmv.layout import Phase, Slices
+from inference_service.kernels.sgmv.layout import Phase, SegmentCapacity, Slices
 
 DECODE_TILE = 16
 PREFILL_TILE = 64
 COVERING = 128
 """Programs that cover a device: an A100 has 108 multiprocessors, an H100 132, a B200 148."""
+FEW = 4
+"""Segments whose tiles should cover the device: where there are more, so are the programs."""
 FUSED_PER_MULTIPROCESSOR = 2
 """Fused programs that are resident together on a multiprocessor, however they are specialised.
 
@@ -57,12 +60,26 @@ class ShrinkConfig:
         blocks = -(-in_features // self.block_k)
         wanted = -(-COVERING // tiles)
         per_plane = max(1, blocks // wanted, -(-blocks // self.split_k))
-        return -(-blocks // per_plane), per_plane
+        return -(-blocks // per_plane), per_plane  # as `planes_of` in triton_kernels
 
     def programs(self, in_features: int, max_rows: int, segments: int) -> int:
         """Programs of a launch."""
         tiles = self.tiles(max_rows, segments)
         return tiles * self.planes(in_features, tiles)[0]
+
+    @cache  # noqa: B019 - the configurations are those of the tables, which stay
+    def grid(self, in_features: int, max_rows: int, segments: int) -> int:
+        """Programs of a launch for any step of at most so many segments."""
+        return max(self.programs(in_features, max_rows, used) for used in range(1, segments + 1))
+
+    @cache  # noqa: B019 - the configurations are those of the tables, which stay
+    def numel(self, in_features: int, max_rows: int, capacity: SegmentCapacity) -> int:
+        """fp32 elements that all planes of any step take together."""
+        most = 0
+        for used in range(1, capacity.segments + 1):
+            planes, _ = self.planes(in_features, self.tiles(max_rows, used))
+            most = max(most, planes * min(capacity.entries, used * capacity.tile))
+        return most * max_rows
 
 
 @dataclass(frozen=True)
@@ -120,7 +137,7 @@ _SHRINK: ShrinkTable = {
         128: ShrinkConfig(PREFILL_TILE, 128, 64, 4, num_warps=8, num_stages=4),
     },
     (Phase.DECODE, 4): {16: ShrinkConfig(DECODE_TILE, 16, 64, 16, num_warps=4, num_stages=3)},
-    (Phase.PREFILL, 4): {16: ShrinkConfig(PREFILL_TILE, 16, 32, 4, num_warps=4, num_stages=3)},
+    (Phase.PREFILL, 4): {16: ShrinkConfig(PREFILL_TILE, 16, 32, 4, num_warps=4, num_stages=2)},
 }
 _EXPAND: ExpandTable = {
     (Phase.DECODE, 2): {
@@ -159,8 +176,8 @@ _FUSED: Mapping[int, Mapping[int, FusedConfig]] = {
     },
     4: {
         16: FusedConfig(
-            ShrinkConfig(DECODE_TILE, 16, 64, 16, num_warps=4, num_stages=3),
-            ExpandConfig(DECODE_TILE, 16, 64, num_warps=4, num_stages=3),
+            ShrinkConfig(DECODE_TILE, 16, 64, 16, num_warps=4, num_stages=2),
+            ExpandConfig(DECODE_TILE, 16, 64, num_warps=4, num_stages=2),
         )
     },
 }
@@ -200,7 +217,7 @@ def shrink_config(
     if phase is Phase.PREFILL:
         return buckets[first]
     fitting = [buckets[key] for key in sorted(buckets, reverse=True) if key <= first]
-    covering = (c for c in fitting if c.programs(in_features, max_rows, segments) >= COVERING)
+    covering = (c for c in fitting if c.programs(in_features, max_rows, min(FEW, segments)) >= COVERING)
     return next(covering, fitting[-1])
 
 
@@ -210,7 +227,7 @@ def expand_config(
     """The tiles of expand for a group whose slices have at most rank ``max_rank``."""
     buckets = EXPAND[architecture][phase, dtype.itemsize]
     widths = buckets[next((key for key in buckets if max_rank <= key), max(buckets))]
-    return next((c for c in widths if c.programs(slices, segments) >= COVERING), widths[-1])
+    return next((c for c in widths if c.programs(slices, min(FEW, segments)) >= COVERING), widths[-1])
 
 
 def fused_config(architecture: int, phase: Phase, dtype: torch.dtype, *, max_rank: int) -> FusedConfig | None:

@@ -20,6 +20,9 @@ MAX_CPU_KV_BYTES: Final = 4 * 10**9
 """And on a CPU no more than that."""
 GRAPH_BYTES: Final = 8 * 2**20
 """What a CUDA graph of a few hundred launches takes beside its tensors. Reasoned, not measured."""
+RECORDED_ROWS: Final = 512
+"""Of a step with prompts: larger ones keep the device at work for longer than it takes to launch them."""
+SMALLEST_MIXED: Final = 16
 GB: Final = 1e9
 
 
@@ -115,8 +118,10 @@ def needs_of(
     row = item_bytes * (2 * dims.hidden + widest)
     # A sampled row's logits are there once more in float32 when log probabilities are asked for.
     logits = settings.max_batch_seqs * dims.vocab
-    num_graphs = 2 * len(list(buckets(settings.max_batch_seqs)))
-    recorded = num_graphs * GRAPH_BYTES + settings.max_batch_seqs * row + 2 * logits * item_bytes
+    recorded_rows = [size for size in mixed_buckets(settings.max_batch_tokens) if size <= RECORDED_ROWS]
+    num_graphs = 2 * (len(list(buckets(settings.max_batch_seqs))) + len(recorded_rows))
+    held = max(settings.max_batch_seqs, *recorded_rows)
+    recorded = num_graphs * GRAPH_BYTES + held * row + 2 * logits * item_bytes
     return Needs(
         weights=item_bytes * (dims.num_layers * linears + embeddings),
         adapters=adapters,
@@ -148,9 +153,18 @@ def adapter_bytes(config: ModelConfig, item_bytes: int, rank: int) -> int:
 
 
 def buckets(max_seqs: int) -> Iterator[int]:
-    """Yield the numbers of rows for which there are graphs: 1, 2, 4, 8, 16, 24, 32, ... up to max_seqs."""
+    """Yield the numbers of rows that decode steps are made for: 1, 2, 4, 8, 16, 24, ... up to max_seqs."""
     yield from (size for size in (1, 2, 4, *range(8, max_seqs, 8)) if size < max_seqs and size != 0)
     yield max_seqs
+
+
+def mixed_buckets(max_tokens: int) -> Iterator[int]:
+    """Yield those of steps with prompts: powers of two from 16 on, and max_tokens."""
+    size = SMALLEST_MIXED
+    while size < max_tokens:
+        yield size
+        size *= 2
+    yield max_tokens
 
 
 def _shown(needs: Needs) -> str:

@@ -10,13 +10,8 @@ from pathlib import Path
 
 import torch
 
-from inference_service.kernels.sgmv import Phase, Slices
-from inference_service.kernels.sgmv.tuning import (
-    FUSED_PER_MULTIPROCESSOR,
-    expand_config,
-    fused_config,
-    shrink_config,
-)
+from inference_service.kernels.sgmv import DECODE_TILE, Phase, SegmentCapacity, Slices
+from inference_service.kernels.sgmv.tuning import expand_config, shrink_config
 from loramux_shared.bases.groups import GroupShape, layer_groups
 
 TABLE = Path(__file__).with_name("grids.txt")
@@ -26,41 +21,33 @@ MODELS = {
     "Llama-3-8B": layer_groups(hidden=4096, intermediate=14336, q=4096, kv=1024),
     "Llama-3-70B": layer_groups(hidden=8192, intermediate=28672, q=8192, kv=1024),
 }
-ADAPTERS = (1, 8, 64)
-"""Of a decode step, a token each."""
+STEPS = ((1, 1, 1), (8, 8, 8), (64, 64, 64), (64, 64, 8), (64, 1000, 8), (64, 1000, 1))
+"""Rows that the decode step may have, adapters that are loaded, adapters that it has, with a row each."""
 RANKS = (8, 16, 64)
-H100 = 90, 132
-"""Architecture and multiprocessors."""
+ACTIVE = 16
+"""Adapters that a step may have, as is usual."""
+ARCHITECTURE = 90
 HEADER = (
-    f"{'model':<13} {'linear':<8} {'rank':>4} {'adapters':>8} "
-    f"{'planes':>7} {'shrink':>7} {'expand':>7} {'fused':>7} {'resident':>9}"
+    f"{'model':<13} {'linear':<8} {'rank':>4} {'rows':>4} {'loaded':>6} {'active':>6} "
+    f"{'planes':>6} {'shrink':>6} {'launched':>8} {'expand':>6} {'launched':>8}"
 )
 
 
-def line(model: str, shape: GroupShape, rank: int, adapters: int) -> str:
-    """Planes and programs of the two launches, and, where it is used, of the one; bf16 on an H100."""
-    architecture, multiprocessors = H100
+def line(model: str, shape: GroupShape, rank: int, step: tuple[int, int, int]) -> str:
+    """Planes, and programs that work of those that are launched, of both launches; bf16."""
+    rows, loaded, active = step
     slices = Slices(shape.out_offsets, shape.out_features)
-    rows = rank * len(shape.modules)
-    where = architecture, Phase.DECODE, torch.bfloat16
-    first = shrink_config(*where, in_features=shape.in_features, max_rows=rows, segments=adapters)
-    planes, _ = first.planes(shape.in_features, first.tiles(rows, adapters))
-    shrinks = first.programs(shape.in_features, rows, adapters)
-    second = expand_config(*where, slices=slices, max_rank=rank, segments=adapters)
-    expands = second.programs(slices, adapters)
-    fused, resident = "-", "-"
-    one = fused_config(*where, max_rank=rank)
-    if one is not None:
-        room = FUSED_PER_MULTIPROCESSOR * multiprocessors
-        if one.fits(shape.in_features, rows, slices, adapters, room):
-            tiles = (
-                one.shrink.programs(shape.in_features, rows, adapters),
-                one.expand.programs(slices, adapters),
-            )
-            fused, resident = str(min(room, max(tiles))), str(room)
+    most = rank * len(shape.modules)
+    segments = SegmentCapacity(rows, loaded, DECODE_TILE, active=max(ACTIVE, active)).segments
+    where = ARCHITECTURE, Phase.DECODE, torch.bfloat16
+    first = shrink_config(*where, in_features=shape.in_features, max_rows=most, segments=segments)
+    planes, _ = first.planes(shape.in_features, first.tiles(most, active))
+    second = expand_config(*where, slices=slices, max_rank=rank, segments=segments)
     return (
-        f"{model:<13} {shape.name:<8} {rank:>4} {adapters:>8} "
-        f"{planes:>7} {shrinks:>7} {expands:>7} {fused:>7} {resident:>9}"
+        f"{model:<13} {shape.name:<8} {rank:>4} {rows:>4} {loaded:>6} {active:>6} "
+        f"{planes:>6} {first.programs(shape.in_features, most, active):>6} "
+        f"{first.grid(shape.in_features, most, segments):>8} "
+        f"{second.programs(slices, active):>6} {second.programs(slices, segments):>8}"
     )
 
 
@@ -70,8 +57,8 @@ def lines() -> Iterator[str]:
     for model, groups in MODELS.items():
         for shape in groups:
             for rank in RANKS:
-                for adapters in ADAPTERS:
-                    yield line(model, shape, rank, adapters)
+                for step in STEPS:
+                    yield line(model, shape, rank, step)
 
 
 if __name__ == "__main__":
