@@ -24,38 +24,41 @@ TYPES = {
 UNALIGNED = {"window"}
 ITEMSIZES: Final = {"bf16": 2, "fp16": 2, "fp32": 4}
 KV = 8
-DIMS: Final = (64, 80, 96, 128, 256)
-LAYERS: Final[dict[str, tuple[Any, ...]]] = {
+WHERE: Final[dict[str, tuple[Any, ...]]] = {
     "architecture": ARCHITECTURES,
     "dtype": tuple(ITEMSIZES),
-    "dim": DIMS,
+    "dim": (64, 80, 96, 128, 256),
+}
+LAYERS: Final[dict[str, tuple[Any, ...]]] = {
+    **WHERE,
     "group": (1, 4, 6, 7, 8),
     "softcap": (True, False),
     "window": (False, True),
     "pieces": (True, False),
 }
-NORMS: Final = ("none", "one", "each", "each, offset")
+NORMS: Final[dict[str, tuple[Any, ...]]] = {**WHERE, "norm": ("none", "one", "of heads")}
 
 
 def variants(architecture: int) -> Iterator[Variant]:
     """Yield every tile, and every two of what a layer may be that changes what is compiled."""
-    yield from (v for row in _layers() if row["architecture"] == architecture for v in attends(row))
-    for dtype in ITEMSIZES:
-        for index, dim in enumerate(DIMS):
-            # Every norm with every type and every size on one of the architectures.
-            yield _rope(architecture, dtype, dim, NORMS[(index + ARCHITECTURES.index(architecture)) % len(NORMS)])
-            yield _merge(architecture, dtype, dim)
+    for row in _chosen():
+        if row["architecture"] == architecture:
+            yield from attends(row) if "group" in row else [_rope(row) if "norm" in row else _merge(row)]
 
 
 @cache
-def _layers() -> list[dict[str, Any]]:
-    return covering(LAYERS, lambda row: (row["architecture"], *_configs(row)))
+def _chosen() -> list[dict[str, Any]]:
+    """Of all layers, norms, and places alone, those that cover them and every tile."""
+    return [
+        *covering(LAYERS, lambda row: (row["architecture"], *_configs(row))),
+        *covering(NORMS, lambda row: (row["architecture"], _bucket(tuning.ROPE, row))),
+        *covering(WHERE, lambda row: (row["architecture"], _bucket(tuning.MERGE, row))),
+    ]
 
 
 def _configs(row: Mapping[str, Any]) -> list[tuning.TileConfig]:
     """The tiles of decode and prefill."""
-    where = row["architecture"], row["dtype"], row["dim"]
-    return [_bucket(tables, *where) for tables in (tuning.DECODE, tuning.PREFILL)]
+    return [_bucket(tables, row) for tables in (tuning.DECODE, tuning.PREFILL)]
 
 
 def attends(row: Mapping[str, Any]) -> Iterator[Variant]:
@@ -77,43 +80,40 @@ def attends(row: Mapping[str, Any]) -> Iterator[Variant]:
             **dict.fromkeys(absent),
         }
         where = f"{name} {row['dim']} x {row['group']}"
-        kernel = triton_kernels.attend_kernel
-        yield _variant(" ".join([where, *words]), kernel, row["dtype"], row["dim"], constants, config)
+        yield _variant(" ".join([where, *words]), triton_kernels.attend_kernel, row, constants, config)
 
 
-def _rope(architecture: int, dtype: str, dim: int, norm: str) -> Variant:
-    config = _bucket(tuning.ROPE, architecture, dtype, dim)
+def _rope(row: Mapping[str, Any]) -> Variant:
+    config, dim, norm = _bucket(tuning.ROPE, row), row["dim"], row["norm"]
     # A part of the larger heads is turned.
     constants = {"H": 4 * KV, "KV": KV, "ROTARY": dim // 2 if dim > 128 else dim, "BLOCK_H": config.block}
-    constants |= {"ROUND_NORM": norm == "each"} | ({"p_norm": None} if norm == "none" else {})
-    name = f"rope_write {dim} norm {norm}"
-    return _variant(name, triton_kernels.rope_write_kernel, dtype, dim, constants, config)
+    constants |= {"ROUND_NORM": norm == "of heads"} | ({"p_norm": None} if norm == "none" else {})
+    return _variant(f"rope_write {dim} norm {norm}", triton_kernels.rope_write_kernel, row, constants, config)
 
 
-def _merge(architecture: int, dtype: str, dim: int) -> Variant:
-    config = _bucket(tuning.MERGE, architecture, dtype, dim)
+def _merge(row: Mapping[str, Any]) -> Variant:
+    config = _bucket(tuning.MERGE, row)
     constants = {"H": 4 * KV, "BLOCK_S": config.block}
-    return _variant(f"merge {dim}", triton_kernels.merge_kernel, dtype, dim, constants, config)
+    return _variant(f"merge {row['dim']}", triton_kernels.merge_kernel, row, constants, config)
 
 
-def _bucket(tables: tuning.Tables[tuning.Config], architecture: int, dtype: str, dim: int) -> tuning.Config:
-    buckets = tables[architecture][ITEMSIZES[dtype]]
-    return buckets[next(key for key in buckets if dim <= key)]
+def _bucket(tables: tuning.Tables[tuning.Config], row: Mapping[str, Any]) -> tuning.Config:
+    buckets = tables[row["architecture"]][ITEMSIZES[row["dtype"]]]
+    return buckets[next(key for key in buckets if row["dim"] <= key)]
 
 
 def _variant(
     name: str,
     kernel: Any,
-    dtype: str,
-    dim: int,
+    row: Mapping[str, Any],
     constants: Mapping[str, Any],
     config: tuning.TileConfig | tuning.SmallConfig,
 ) -> Variant:
     return Variant(
         name=f"attention.{name}",
         kernel=kernel,
-        dtype=dtype,
-        constants={**constants, "D": dim, "BLOCK_D": 1 << (dim - 1).bit_length()},
+        dtype=row["dtype"],
+        constants={**constants, "D": row["dim"], "BLOCK_D": 1 << (row["dim"] - 1).bit_length()},
         options={k: v for k, v in vars(config).items() if k.startswith("num_")},
         types=TYPES,
         unaligned=UNALIGNED,

@@ -38,7 +38,13 @@ class AttentionCapacity:
     """Heads of keys: an item is a program for each. Only how finely contexts are cut depends on it."""
 
     def __post_init__(self) -> None:
-        sizes = self.rows, self.chunks, self.blocks_per_chunk, self.kv_heads, 1 if self.tile is None else self.tile
+        sizes = (
+            self.rows,
+            self.chunks,
+            self.blocks_per_chunk,
+            self.kv_heads,
+            1 if self.tile is None else self.tile,
+        )
         if min(sizes) < 1:
             raise ValueError(f"capacities must be positive, got {self}")
         if self.block_size < MIN_BLOCK_SIZE or self.block_size & (self.block_size - 1):

@@ -73,8 +73,8 @@ _PREFILL: Table[TileConfig] = {
     },
     4: {
         64: TileConfig(32, 32, num_warps=8, num_stages=2),
-        128: TileConfig(32, 16, num_warps=8, num_stages=2),
-        # With two stages, ptxas prefers 16 bytes of stack to more than 128 registers.
+        # With two stages, ptxas prefers a few bytes of stack to more than 80 or 128 registers.
+        128: TileConfig(32, 16, num_warps=8, num_stages=1),
         256: TileConfig(16, 16, num_warps=4, num_stages=1),
     },
 }
@@ -118,4 +118,3 @@ def prefill_tile(device: torch.device, dtype: torch.dtype, head_dim: int, group:
     if group > block_m:
         raise ValueError(f"at most {block_m} query heads share a head of keys, got {group}")
     return block_m // group
-
