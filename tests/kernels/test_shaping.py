@@ -33,7 +33,7 @@ FEW = 6
 
 
 class Allow:
-    """A grammar that allows some tokens, and never an odd number of steps the same."""
+    """A grammar that allows some tokens, and others after each token."""
 
     complete = False
     failure = ""
