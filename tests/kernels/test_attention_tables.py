@@ -69,7 +69,9 @@ def skewed(draw: st.DrawFn) -> tuple[AttentionCapacity, list[Context]]:
     ends = draw(st.lists(st.one_of(st.integers(1, 200), st.integers(1, 20_000)), min_size=1, max_size=40))
     lengths = [draw(st.one_of(st.just(1), st.integers(1, min(end, 70)))) for end in ends]
     rows = [sum(lengths[:i]) for i in range(len(ends))]
-    contexts = [Context(*each, range(1250), end) for *each, end in zip(rows, lengths, ends, strict=True)]
+    contexts = [
+        Context(row, length, range(1250), end) for row, length, end in zip(rows, lengths, ends, strict=True)
+    ]
     longest = -(-max(ends) // BLOCK_SIZE)
     kv, tile = draw(st.sampled_from([1, 2, 8, 300])), draw(st.integers(1, 40))
     return AttentionCapacity(sum(lengths), len(ends), longest, BLOCK_SIZE, tile, kv), contexts

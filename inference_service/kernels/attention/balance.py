@@ -13,6 +13,8 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
+ITEM_FIELDS: Final = 8
+MERGE_FIELDS: Final = 4
 Ints = npt.NDArray[np.int64]
 
 SPAN_STEP: Final = 128
@@ -74,15 +76,21 @@ class Balance:
         seen = units.at + units.rows
         share = -(-int(seen.sum()) // (self._wanted(kv_heads) * SPAN_STEP)) * SPAN_STEP
         pieces = -(-seen // max(self.min_span, share))
-        partial_rows = np.where(pieces > 1, pieces * units.rows, 0)
-        partial = first_partial + np.cumsum(partial_rows) - partial_rows
-        unit, piece = runs(pieces)
-        fields = (units.row, units.rows, units.at, units.first_block, pieces, pieces, partial, pieces * 0)
-        items = np.stack(fields, axis=1)[unit]
-        items[:, 4] = piece
-        cut, within = runs(np.where(pieces > 1, units.rows, 0))
-        merges = np.stack([units.row[cut] + within, partial[cut] + within * pieces[cut], pieces[cut], cut * 0])
-        return items[np.argsort(-(seen // pieces)[unit], kind="stable")], merges.T
+        items = np.zeros((len(seen), ITEM_FIELDS), dtype=np.int64)
+        for field, column in enumerate((units.row, units.rows, units.at, units.first_block)):
+            items[:, field] = column
+        items[:, 5] = pieces
+        merges = np.zeros((0, MERGE_FIELDS), dtype=np.int64)
+        if len(items) < int(pieces.sum()):
+            partial_rows = np.where(pieces > 1, pieces * units.rows, 0)
+            items[:, 6] = first_partial + np.cumsum(partial_rows) - partial_rows
+            unit, within = runs(np.where(pieces > 1, units.rows, 0))
+            row, _, _, _, _, count, partial, zero = items[unit].T
+            merges = np.stack([row + within, partial + within * count, count, zero], axis=1)
+            unit, piece = runs(pieces)
+            items, seen, pieces = items[unit], seen[unit], pieces[unit]
+            items[:, 4] = piece
+        return items[np.argsort(-(seen // pieces), kind="stable")], merges
 
     def _wanted(self, kv_heads: int) -> int:
         """Return items that keep a GPU busy: each is a program for every head of keys."""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from inference_service.kernels.attention.balance import Ints, Units, runs
+from inference_service.kernels.attention.balance import ITEM_FIELDS, MERGE_FIELDS, Ints, Units, runs
 from inference_service.kernels.attention.paged import Context
 from inference_service.kernels.attention.tuning import DECODE_BALANCE, PREFILL_BALANCE
 from inference_service.kernels.packing import sections
@@ -18,8 +19,6 @@ from inference_service.kernels.packing import sections
 NOWHERE = -1
 """In device memory: the cache row of padding."""
 MIN_BLOCK_SIZE = 16
-ITEM_FIELDS = 8
-MERGE_FIELDS = 4
 
 
 @dataclass(frozen=True)
@@ -96,7 +95,7 @@ class AttentionCapacity:
         decoded = self.context if window is None else min(self.context, window)
         return DECODE_BALANCE.may_cut(decoded) or (self.tiles > 0 and PREFILL_BALANCE.may_cut(seen))
 
-    @property
+    @cached_property
     def sections(self) -> dict[str, slice]:
         """Where each array lies in the one int32 buffer of a step; the blocks, seldom all used, come last."""
         return sections(
