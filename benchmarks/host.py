@@ -1,9 +1,14 @@
 """What the host does for a step, with the device's work left out: the engine, its batch, copies to the device.
 
-    python -m benchmarks.host [--profile]
+Graphs do nothing here and tokens are what the memory held, so what is measured is schedule, fill and resolve,
+on one thread. A GPU hides as much of it as its step takes, for it is one step behind; the rest is lost.
 
-Graphs do nothing here and tokens are 0, so all that is measured is schedule, fill and resolve, on one thread. A
-GPU hides as much of it as its step takes, for it is one step behind.
+    python -m benchmarks.host
+    python -m benchmarks.host --kind decode --seqs 256 --contexts 4096 --loaded 64 --profile
+
+Every sequence decodes in every step that is measured. `mixed` adds a prompt of 256 tokens to each of them,
+`starved` a queue whose head finds its prefix in the cache and no blocks for the rest, `crowded` a queue of
+1,000 sequences whose adapters find no place.
 """
 
 from __future__ import annotations
@@ -14,57 +19,65 @@ import gc
 import itertools
 import pstats
 import statistics
+import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
-from typing import Any, Final, cast
-from unittest.mock import patch
+from typing import Any, Final, Literal, get_args
 
 import torch
 
 from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import Adapter
 from inference_service.core.sequence import Sequence as EngineSequence
-from inference_service.engine import graph_runner
 from inference_service.engine.block_manager import BlockManager
 from inference_service.engine.engine import Engine
 from inference_service.engine.graph_runner import GraphRunner
 from inference_service.engine.graphs import Graph
 from inference_service.engine.scheduler import SchedulerLimits
 
+Kind = Literal["decode", "mixed", "starved", "crowded"]
 BLOCK_SIZE: Final = 16
 VOCAB: Final = 1024
-ROWS: Final = 8192
-STEPS: Final = 60
-NEW: Final = 1024
-"""Tokens of an answer: none may end while others begin."""
+ROWS: Final = 512
+"""Of a step: few enough for every step to have a graph."""
+PROMPT: Final = 256
+"""Tokens of the prompt of a mixed step."""
+CROWD: Final = 1000
+STEPS: Final = 48
+"""That are measured: every sequence needs a block in three of them."""
+WARM_UP: Final = 16
 ACTIVE: Final = 8
 """Adapters that the sequences take in turn."""
+BARS_MS: Final = {8: 0.3, 64: 1.0, 256: 2.0}
+"""What half of the steps may take of a processor, by sequences that decode at the context below."""
+BAR_CONTEXT: Final = 4096
+CONTEXT_BAR: Final = 2.2
+"""Times as long may a step take at the longest context as at the shortest."""
 
 
 @dataclass(frozen=True)
 class Point:
-    """Sequences of a context, of which so many adapters are loaded; prompt: rows of a prompt in every step."""
+    """What a step is measured with."""
 
+    kind: Kind
     seqs: int
     context: int
-    loaded: int = 64
-    prompt: int = 0
-    most_ms: float | None = None
-    """What half of the steps may take."""
+    """Tokens of each sequence when the measuring begins, less up to a block."""
+    loaded: int
+    """Adapters; 0: all sequences are the base's."""
 
 
-POINTS: Final = (
-    Point(8, 4096, most_ms=0.3),
-    Point(64, 4096, most_ms=1.0),
-    Point(256, 4096, most_ms=2.0),
-    Point(64, 1024),
-    Point(64, 32768),
-    Point(64, 4096, loaded=0),
-    Point(64, 4096, loaded=1000),
-    Point(64, 4096, prompt=256),
-)
+@dataclass(frozen=True)
+class Took:
+    """Milliseconds of a step."""
+
+    p10: float
+    p50: float
+    p90: float
+    cpu: float
+    """The median of the thread's time on a processor: on a busy machine less than it took."""
 
 
 class _Nothing:
@@ -79,87 +92,145 @@ class _Nothing:
         """Do nothing."""
 
 
-class _Lora:
-    def __init__(self, num_slots: int) -> None:
-        self.num_slots = num_slots
+class Bench:
+    """An engine whose device does nothing, with sequences that decode."""
+
+    def __init__(self, point: Point) -> None:
+        self._point = point
+        self._numbers = itertools.count()
+        growth = (point.seqs + 1) * (2 + (WARM_UP + STEPS) // BLOCK_SIZE)
+        prompts = 0 if point.kind == "starved" else 4 * PROMPT // BLOCK_SIZE
+        blocks = ACTIVE * -(-point.context // BLOCK_SIZE) + growth + prompts
+        longest = blocks * BLOCK_SIZE if point.kind == "starved" else point.context + 2 * PROMPT
+        limits = SchedulerLimits(ROWS, point.seqs + 4, ACTIVE, longest, watermark=0.0)
+        dims = SimpleNamespace(head_dim=128, num_heads=32, num_kv_heads=8, vocab=VOCAB)
+        model: Any = SimpleNamespace(
+            device=torch.device("cpu"),
+            dtype=torch.float32,
+            config=SimpleNamespace(dims=dims),
+            new_cache=lambda _: None,
+        )
+        lora: Any = SimpleNamespace(num_slots=point.loaded)
+        runner = GraphRunner(model, lora, blocks, BLOCK_SIZE, limits, _Nothing())
+        runner.capture()
+        self._engine = Engine(runner, limits, BlockManager(blocks, BLOCK_SIZE))
+        self._fill()
+        if point.kind == "starved":
+            self._add(blocks * BLOCK_SIZE, adapter=0)
+        for number in range(CROWD if point.kind == "crowded" else 0):
+            self._add(PROMPT, adapter=ACTIVE + number)
+        for _ in range(WARM_UP):
+            self.step()
+
+    @property
+    def running(self) -> Sequence[EngineSequence]:
+        """The sequences that decode."""
+        return self._engine._scheduler.running
+
+    def step(self) -> tuple[float, float]:
+        """Return the milliseconds that a step takes, and those of the thread on a processor."""
+        if self._point.kind == "mixed":
+            self._add(PROMPT, adapter=0, params=SamplingParams(max_tokens=1))
+        began, began_cpu = time.perf_counter(), time.thread_time()
+        self._engine.step()
+        return (time.perf_counter() - began) * 1e3, (time.thread_time() - began_cpu) * 1e3
+
+    def _fill(self) -> None:
+        """Bring all sequences to decode; all but the first of an adapter find their prompt in the cache."""
+        for number in range(self._point.seqs):
+            length = self._point.context - number // ACTIVE % BLOCK_SIZE
+            seq = self._add(length, adapter=number % ACTIVE)
+            while number < ACTIVE and not seq.num_known:
+                self._engine.step()
+        while not seq.num_known:
+            self._engine.step()
+
+    def _add(self, length: int, adapter: int, params: SamplingParams | None = None) -> EngineSequence:
+        number = next(self._numbers)
+        stride = max(1, self._point.loaded // ACTIVE)
+        slot = adapter * stride if adapter < ACTIVE else ACTIVE * stride + adapter
+        known = Adapter(f"a{slot}", slot + 1, slot) if self._point.loaded else None
+        own = [] if params is None else [number % VOCAB]
+        tokens = own + list(itertools.islice(itertools.cycle(range(2, 1000)), length - len(own)))
+        params = params or SamplingParams(temperature=0.7, top_p=0.9, seed=number)
+        seq = EngineSequence(str(number), tokens, params, known)
+        self._engine.add(seq)
+        return seq
 
 
-def engine_of(point: Point) -> Engine:
-    """An engine whose device does nothing."""
-    dims = SimpleNamespace(head_dim=128, num_heads=32, num_kv_heads=8, vocab=VOCAB)
-    model: Any = SimpleNamespace(
-        device=torch.device("cpu"),
-        dtype=torch.float32,
-        config=SimpleNamespace(dims=dims),
-        new_cache=lambda _: None,
-    )
-    longest = point.context + NEW
-    blocks = (point.seqs + 4) * -(-longest // BLOCK_SIZE)
-    limits = SchedulerLimits(ROWS, point.seqs + 2, max_adapters=16, max_seq_len=longest)
-    runner = GraphRunner(model, cast(Any, _Lora(point.loaded)), blocks, BLOCK_SIZE, limits, _Nothing())
-    runner.capture()
-    return Engine(runner, limits, BlockManager(blocks, BLOCK_SIZE))
-
-
-def sequences(point: Point) -> Sequence[EngineSequence]:
-    """Sequences with contexts that differ, adapter by adapter."""
-    found = []
-    for number in range(point.seqs):
-        slot = number % ACTIVE * max(1, point.loaded // ACTIVE)
-        adapter = Adapter(f"a{slot}", slot + 1, slot) if point.loaded else None
-        prompt = [number % VOCAB, *itertools.islice(itertools.cycle(range(2, 1000)), point.context - 1)]
-        params = SamplingParams(max_tokens=NEW, temperature=0.7, top_p=0.9, seed=number)
-        found.append(EngineSequence(str(number), prompt, params, adapter))
-    return found
-
-
-def measure(point: Point, profile: cProfile.Profile | None = None) -> list[float]:
-    """Milliseconds of steps in which every sequence decodes."""
-    engine = engine_of(point)
-    for seq in sequences(point):
-        engine.add(seq)
-    while engine.stats.waiting or any(seq.num_known < 2 for seq in engine._scheduler.running):
-        engine.step()
-    assert engine.stats.running == point.seqs  # noqa: S101 - else something else is measured
+def measure(point: Point, profile: cProfile.Profile | None = None) -> Took:
+    """Take the time of steps; a profile sees them too, and slows them."""
+    bench = Bench(point)
     gc.collect()
     gc.freeze()
-    took = []
     if profile is not None:
         profile.enable()
-    for number in range(STEPS // 2):
-        if point.prompt:
-            prompt = [number, *range(point.prompt - 1)]
-            engine.add(EngineSequence(f"prompt-{number}", prompt, SamplingParams(max_tokens=1)))
-        begin = time.perf_counter()
-        engine.step()
-        took.append((time.perf_counter() - begin) * 1e3)
+    steps = [bench.step() for _ in range(STEPS)]
     if profile is not None:
         profile.disable()
     gc.unfreeze()
-    return took
+    took, cpu = zip(*steps, strict=True)
+    deciles = statistics.quantiles(took, n=10)
+    return Took(deciles[0], statistics.median(took), deciles[-1], statistics.median(cpu))
 
 
-def main() -> None:
-    """Measure every point; say which bounds are not met."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--profile", action="store_true", help="also print where the time of all points goes")
-    options = parser.parse_args()
+def points(options: argparse.Namespace) -> Iterator[Point]:
+    """Yield what is asked for; queues are measured at one point, unless they are named."""
+    kinds: tuple[Kind, ...] = tuple(options.kind or ("decode", "mixed"))
+    for kind in kinds:
+        for seqs, context, loaded in itertools.product(options.seqs, options.contexts, options.loaded):
+            yield Point(kind, seqs, context, loaded)
+    if not options.kind:
+        yield Point("starved", 64, BAR_CONTEXT, 64)
+        yield Point("crowded", 64, BAR_CONTEXT, 64)
+
+
+def missed(found: Mapping[Point, Took]) -> Iterator[str]:
+    """Yield the bars that are not met."""
+    for point, took in found.items():
+        if point.kind != "decode":
+            continue
+        bar = BARS_MS.get(point.seqs) if point.context == BAR_CONTEXT else None
+        if bar is not None and took.cpu > bar:
+            yield f"{point.seqs} sequences of {point.context}, {point.loaded} loaded: above {bar} ms"
+        least = found.get(replace(point, context=min(other.context for other in found)))
+        if least is not None and took.cpu > CONTEXT_BAR * least.cpu:
+            yield f"{point.seqs} sequences of {point.context}: above {CONTEXT_BAR} times the shortest context"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, and print a table; 1 when a bar is not met."""
+    options = _parser().parse_args(arguments)
     torch.set_num_threads(1)
     profile = cProfile.Profile() if options.profile else None
-    print(f"{'seqs':>5} {'context':>8} {'loaded':>7} {'prompt':>7} {'p10 ms':>8} {'p50 ms':>8} {'p90 ms':>8}")
-    with patch.object(graph_runner, "RECORDED_ROWS", ROWS):
-        for point in POINTS:
-            took = measure(point, profile)
-            low, *_, high = statistics.quantiles(took, n=10)
-            middle = statistics.median(took)
-            verdict = "" if point.most_ms is None or middle <= point.most_ms else f"  above {point.most_ms:g}"
-            print(
-                f"{point.seqs:>5} {point.context:>8} {point.loaded:>7} {point.prompt:>7} "
-                f"{low:>8.3f} {middle:>8.3f} {high:>8.3f}{verdict}"
-            )
+    found = {}
+    print("kind      seqs  context  loaded    p10 ms   p50 ms   p90 ms   cpu p50")
+    for point in points(options):
+        took = found[point] = measure(point, profile)
+        print(
+            f"{point.kind:8} {point.seqs:5} {point.context:8} {point.loaded:7} "
+            f"{took.p10:9.3f}{took.p50:9.3f}{took.p90:9.3f}{took.cpu:10.3f}",
+            flush=True,
+        )
     if profile is not None:
-        pstats.Stats(profile).sort_stats("tottime").print_stats(25)
+        pstats.Stats(profile).sort_stats("tottime").print_stats(options.lines)
+    complaints = list(missed(found))
+    print("\n".join(complaints) or "bars: met")
+    return 1 if complaints else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="host.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--seqs", type=int, nargs="+", default=list(BARS_MS))
+    parser.add_argument("--contexts", type=int, nargs="+", default=[1024, BAR_CONTEXT, 32768])
+    parser.add_argument("--loaded", type=int, nargs="+", default=[0, 64, 1000], help="adapters; 8 are active")
+    parser.add_argument("--kind", action="append", choices=get_args(Kind), help="repeatable")
+    parser.add_argument("--profile", action="store_true", help="also print where the time of all points goes")
+    parser.add_argument("--lines", type=int, default=30, metavar="N", help="of the profile")
+    return parser
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -64,10 +64,8 @@ class NativeAttention:
             blocks = context.blocks
             positions = range(context.end - context.length, context.end)
             rows += [blocks[at // block_size] * block_size + at % block_size for at in positions]
-            small = (
-                blocks if parts == 1 else [block * parts + part for block in blocks for part in range(parts)]
-            )
-            planned.append((context.row, context.length, context.end, small))
+            small = np.array(blocks, dtype=np.int32)[:, None] * parts + np.arange(parts, dtype=np.int32)
+            planned.append((context.row, context.length, context.end, small.ravel()))
         self._cache_rows = torch.tensor(rows, dtype=torch.int64)
         self._chunks = Chunks.make(planned)
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from inference_service.core.sequence import Sequence
 
 
-@dataclass(frozen=True)
-class Chunk:
+class Chunk(NamedTuple):
     """Consecutive tokens of one sequence, from ``num_computed`` on."""
 
     seq: Sequence
@@ -22,12 +22,12 @@ class Chunk:
     @property
     def end(self) -> int:
         """Position behind the last token: the length of the context that the chunk attends to."""
-        return self.start + self.length
+        return self.seq.num_computed + self.length
 
     @property
     def samples(self) -> bool:
         """True when the chunk reaches the sequence's end, so that a token is drawn from its last row."""
-        return self.end == self.seq.length
+        return self.length == self.seq.num_pending
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 
 @dataclass(frozen=True)
@@ -46,12 +47,12 @@ class SamplingParams:
         """True when no random number is drawn."""
         return self.temperature == 0.0
 
-    @property
+    @cached_property
     def restricts(self) -> bool:
         """True when some tokens may not come."""
         return self.allowed_token_ids is not None or bool(self.bad_words)
 
-    @property
+    @cached_property
     def penalizes(self) -> bool:
         """True when what was said before changes what comes next."""
         return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0

@@ -5,6 +5,7 @@ from __future__ import annotations
 from array import array
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import NamedTuple
 
 from inference_service.core.constraint import Grammar
 from inference_service.core.sampling import SamplingParams
@@ -69,8 +70,10 @@ class Sequence:
     """Sequences with adapters that were admitted ahead while its own adapter found no place."""
     num_hashed: int = 0
     """Leading blocks that are registered in the prefix cache."""
-    last_hash: int = 0
-    """Prefix hash of the last registered block."""
+    hashes: list[int] = field(default_factory=list)
+    """Prefix hashes of leading full blocks, as far as they were asked for; they outlast the blocks."""
+    drawing: bytes = b""
+    """How its tokens are drawn, as the sampler on the device reads it; made at the first draw."""
     prompt_scores: list[Token] = field(default_factory=list)
     """Leading tokens of the prompt with log probabilities, where those are asked for; the first has none."""
     in_flight: int = 0
@@ -89,7 +92,7 @@ class Sequence:
     @property
     def num_generated(self) -> int:
         """Tokens of the answer so far, those in flight included."""
-        return self.length - self.num_prompt
+        return len(self.tokens) + self.in_flight - self.num_prompt
 
     @property
     def num_known(self) -> int:
@@ -99,7 +102,7 @@ class Sequence:
     @property
     def num_pending(self) -> int:
         """Tokens that have no keys and values yet, those in flight included."""
-        return self.length - self.num_computed
+        return len(self.tokens) + self.in_flight - self.num_computed
 
     @property
     def scores_prompt(self) -> bool:
@@ -139,8 +142,7 @@ class Token:
     """True when there was none to draw: everything that the request asks for together allows no token."""
 
 
-@dataclass(frozen=True)
-class StepOutput:
+class StepOutput(NamedTuple):
     """What one step did for one sequence; the last output of a sequence has a finish reason."""
 
     seq_id: str

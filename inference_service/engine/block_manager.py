@@ -22,6 +22,17 @@ class CacheStats:
     hit: int = 0
 
 
+@dataclass(frozen=True)
+class _Refusal:
+    """A sequence that did not fit."""
+
+    seq: Sequence
+    releases: int
+    """How often blocks had been released by then."""
+    missing: int | None
+    """The prefix hash of the first block that was not found; None where all were."""
+
+
 class BlockManager:
     """Hands out the blocks of the key-value cache.
 
@@ -38,6 +49,8 @@ class BlockManager:
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
         self._by_hash: dict[int, int] = {}
         self._hash_of: dict[int, int] = {}
+        self._releases = 0
+        self._refused: _Refusal | None = None
 
     @property
     def num_free(self) -> int:
@@ -54,18 +67,28 @@ class BlockManager:
         The last token is always left to compute, since its row gives the next one; and the whole prompt while
         log probabilities of it are asked for, since those come from its rows.
         """
-        parent = self._seed(seq)
-        cached = self._prefix_cache and not seq.scores_prompt
-        usable = (len(seq.tokens) - 1) // self.block_size if cached else 0
-        for index in range(usable):
-            parent = self._hash(parent, seq, index)
-            block = self._by_hash.get(parent)
+        for index in range(self._usable(seq)):
+            block = self._by_hash.get(self._hash(seq, index))
             if block is None:
                 break
             self._hold(block)
             seq.blocks.append(block)
-            seq.num_hashed, seq.last_hash = index + 1, parent
+            seq.num_hashed = index + 1
         seq.num_computed = seq.num_hashed * self.block_size
+
+    def refuse(self, seq: Sequence) -> None:
+        """Take back what `admit` gave to a sequence that does not fit, and remember that it did not."""
+        missing = seq.num_hashed
+        self.release(seq)
+        key = self._hash(seq, missing) if missing < self._usable(seq) else None
+        self._refused = _Refusal(seq, self._releases, key)
+
+    def still_refused(self, seq: Sequence) -> bool:
+        """True when this sequence was refused last, and since then no block was released or found for it."""
+        last = self._refused
+        if last is None or last.seq is not seq:
+            return False
+        return last.releases == self._releases and last.missing not in self._by_hash
 
     def count(self, seq: Sequence) -> None:
         """Count an admission in the statistics."""
@@ -74,9 +97,9 @@ class BlockManager:
 
     def grow(self, seq: Sequence, num_tokens: int) -> bool:
         """Make room for the first num_tokens of a sequence; False, with nothing changed, when there is none."""
-        missing = self.blocks_for(num_tokens) - len(seq.blocks)
-        if missing <= 0:
+        if num_tokens <= len(seq.blocks) * self.block_size:
             return True
+        missing = self.blocks_for(num_tokens) - len(seq.blocks)
         if missing > len(self._free):
             return False
         for _ in range(missing):
@@ -88,17 +111,15 @@ class BlockManager:
 
     def register(self, seq: Sequence) -> None:
         """Make the full, computed blocks of a sequence findable, as far as their tokens are known."""
-        known = min(seq.num_computed, len(seq.tokens))
-        if not self._prefix_cache or (seq.num_hashed + 1) * self.block_size > known:
+        if not self._prefix_cache or seq.num_computed < (seq.num_hashed + 1) * self.block_size:
             return
+        known = min(seq.num_computed, len(seq.tokens))
         while (seq.num_hashed + 1) * self.block_size <= known:
-            parent = seq.last_hash if seq.num_hashed else self._seed(seq)
-            key = self._hash(parent, seq, seq.num_hashed)
-            block = seq.blocks[seq.num_hashed]
+            key, block = self._hash(seq, seq.num_hashed), seq.blocks[seq.num_hashed]
             if key not in self._by_hash:
                 self._by_hash[key] = block
                 self._hash_of[block] = key
-            seq.num_hashed, seq.last_hash = seq.num_hashed + 1, key
+            seq.num_hashed += 1
 
     def release(self, seq: Sequence) -> None:
         """Take all blocks of a sequence back; its tail is reused first, its prefix last."""
@@ -109,7 +130,8 @@ class BlockManager:
                 if block not in self._hash_of:
                     self._free.move_to_end(block, last=False)
         del seq.blocks[:]
-        seq.num_computed = seq.num_hashed = seq.last_hash = 0
+        seq.num_computed = seq.num_hashed = 0
+        self._releases += 1
 
     def forget_all(self) -> None:
         """Let no block be found again: what they hold is in doubt after a step that failed."""
@@ -126,13 +148,23 @@ class BlockManager:
         if key is not None:
             del self._by_hash[key]
 
-    @staticmethod
-    def _seed(seq: Sequence) -> int:
-        return _digest(f"{seq.adapter_uid}:{seq.cache_salt}") if seq.cache_salt else seq.adapter_uid
+    def _usable(self, seq: Sequence) -> int:
+        """Leading blocks that a sequence may take from the prefix cache."""
+        cached = self._prefix_cache and not seq.scores_prompt
+        return (len(seq.tokens) - 1) // self.block_size if cached else 0
 
-    def _hash(self, parent: int, seq: Sequence, index: int) -> int:
-        tokens = seq.tokens[index * self.block_size : (index + 1) * self.block_size]
-        return _digest(",".join(map(str, (parent, *tokens))))
+    def _hash(self, seq: Sequence, index: int) -> int:
+        """The prefix hash of a full block; a sequence keeps it, for its tokens only become more."""
+        known, size = seq.hashes, self.block_size
+        while len(known) <= index:
+            parent = known[-1] if known else _seed(seq)
+            tokens = seq.tokens[len(known) * size : (len(known) + 1) * size]
+            known.append(_digest(",".join(map(str, (parent, *tokens)))))
+        return known[index]
+
+
+def _seed(seq: Sequence) -> int:
+    return _digest(f"{seq.adapter_uid}:{seq.cache_salt}") if seq.cache_salt else seq.adapter_uid
 
 
 def _digest(text: str) -> int:

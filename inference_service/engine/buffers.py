@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -15,11 +16,13 @@ from inference_service.engine.rows import KNOWN, Rows
 from inference_service.engine.sampler import row_params, shapes
 from inference_service.kernels.attention import AttentionCapacity, AttentionTables, pack_tables
 from inference_service.kernels.packing import aligned, sections
-from inference_service.kernels.sampling import RowParams, SamplingTables, pack_rows
-from inference_service.kernels.sampling.layout import FIELDS
+from inference_service.kernels.sampling import SamplingTables
+from inference_service.kernels.sampling.layout import FIELDS, GENERATED, Kind, packed_row
 from inference_service.kernels.sgmv import DECODE_TILE, PREFILL_TILE, SegmentCapacity, Segments, pack_segments
 
 Tables = TypeVar("Tables", AttentionTables, Segments)
+
+_PADDING: Final = np.full(FIELDS, Kind.PADDING, np.int32).tobytes()
 
 
 @dataclass(frozen=True)
@@ -95,19 +98,22 @@ class StepBuffers:
     def __init__(self, capacity: StepCapacity, memory: StepMemory) -> None:
         self.capacity = capacity
         self._inputs = memory.packed[: memory.drawn_size + capacity.rows]
-        self._first = memory.drawn_size
-        self._packed = memory.packed[memory.drawn_size :]
-        view = {name: self._packed[where] for name, where in capacity.sections.items()}
+        self._packed = memory.packed[memory.drawn_size : memory.drawn_size + capacity.size]
+        self._sections = capacity.sections
+        self._attention_capacity, self._segment_capacity = capacity.attention, capacity.segments
+        self._own = np.arange(memory.drawn_size, memory.drawn_size + capacity.rows, dtype=np.int32)
+        """The source of every row whose token is known: the row's own."""
+        view = {name: self._packed[where] for name, where in self._sections.items()}
         self._sources = view["sources"]
         self.positions = view["positions"]
         """int32 [rows]"""
         self.last_rows = view["last_rows"]
         """int32 [seqs]: the row that each token is drawn from."""
         device = memory.packed.device
-        self.attention = _in(view["attention"], AttentionTables.allocate(capacity.attention, device))
+        self.attention = _in(view["attention"], AttentionTables.allocate(self._attention_capacity, device))
         self.segments: Segments | None = None
-        if capacity.segments is not None:
-            self.segments = _in(view["segments"], Segments.allocate(capacity.segments, device))
+        if self._segment_capacity is not None:
+            self.segments = _in(view["segments"], Segments.allocate(self._segment_capacity, device))
         scratch = memory.sampling
         rows = view["sampling"].view(-1, FIELDS)
         self.sampling = SamplingTables(
@@ -120,35 +126,47 @@ class StepBuffers:
 
     def load(self, rows: Rows) -> None:
         """Fill all of them for a step of at most ``capacity.rows`` rows, with one copy."""
-        host = torch.empty(self.capacity.size, dtype=torch.int32, pin_memory=self._packed.device.type == "cuda")
+        host = torch.empty(len(self._packed), dtype=torch.int32, pin_memory=self._packed.device.type == "cuda")
         used = self._pack(rows, host.numpy())
         self._packed[:used].copy_(host[:used], non_blocking=True)
 
     def _pack(self, rows: Rows, host: npt.NDArray[np.int32]) -> int:
         """Fill the host's copy; return how many elements of it are used."""
-        view = {name: host[where] for name, where in self.capacity.sections.items()}
-        num = len(rows.tokens)
-        values = {"tokens": rows.tokens, "positions": rows.positions, "last_rows": rows.last_rows}
-        for name, each in values.items():
-            view[name][: len(each)] = each
-            view[name][len(each) :] = 0
-        view["sources"][:] = np.arange(self.capacity.rows) + self._first
-        sources = np.array(rows.sources, dtype=np.int32)
-        np.copyto(view["sources"][:num], sources, where=sources != KNOWN, casting="same_kind")
-        params = view["sampling"].reshape(-1, FIELDS)
-        pack_rows(self.capacity.seqs, [device_params(seq) for seq in rows.sampled], out=params)
-        if self.capacity.segments is not None:
-            chunks = rows.arrangement.chunks
-            slots = np.repeat([chunk.seq.slot for chunk in chunks], [chunk.length for chunk in chunks])
-            pack_segments(self.capacity.segments, slots, out=view["segments"])
-        tables = pack_tables(self.capacity.attention, rows.contexts, out=view["attention"])
-        first: int = self.capacity.sections["attention"].start
+        view = {name: host[where] for name, where in self._sections.items()}
+        known = {"tokens": rows.tokens, "positions": rows.positions, "last_rows": rows.last_rows}
+        for name, values in known.items():
+            view[name][: len(values)] = values
+            view[name][len(values) :] = 0
+        view["sources"][:] = self._own
+        if rows.in_flight:
+            np.copyto(view["sources"][: len(rows.sources)], rows.sources, where=rows.sources != KNOWN)
+        _fill_sampling(view["sampling"].reshape(-1, FIELDS), rows.sampled)
+        if self._segment_capacity is not None:
+            slots = np.full(len(rows.tokens), -1)
+            for segment in rows.arrangement.segments:
+                slots[segment.start : segment.end] = segment.slot
+            pack_segments(self._segment_capacity, slots, out=view["segments"])
+        tables = pack_tables(self._attention_capacity, rows.contexts, out=view["attention"])
+        first: int = self._sections["attention"].start
         return first + len(tables)
 
 
-def device_params(seq: Sequence) -> RowParams | None:
-    """How the next token of a sequence is drawn; None for one that shapes its logits, which `Shaper` draws."""
-    return None if shapes(seq, seq.num_generated) else row_params(seq, seq.num_generated)
+def _fill_sampling(fields: npt.NDArray[np.int32], seqs: Seq[Sequence]) -> None:
+    """Fill fields [capacity, FIELDS] for the sequences that draw a token; the rest is padding."""
+    num = len(seqs)
+    packed = b"".join([_drawing(seq) for seq in seqs])
+    fields[:num] = np.frombuffer(packed, np.int32).reshape(num, FIELDS)
+    fields[:num, GENERATED] = [seq.num_generated for seq in seqs]
+    fields[num:] = Kind.PADDING
+
+
+def _drawing(seq: Sequence) -> bytes:
+    """How the next token of a sequence is drawn; padding for one that shapes its logits: `Shaper` draws it."""
+    if shapes(seq, seq.num_generated):
+        return _PADDING
+    if not seq.drawing:
+        seq.drawing = packed_row(row_params(seq, seq.num_generated))
+    return seq.drawing
 
 
 def _in(packed: Tensor, tables: Tables) -> Tables:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping
@@ -70,6 +71,7 @@ class Engine:
         self._seqs: dict[str, Sequence] = {}
         self._under_way: deque[Pending] = deque()
         self._outputs: list[StepOutput] = []  # not handed out yet: a step that raises loses none
+        self._earliest_s = math.inf  # no deadline of a sequence comes before
         self._arrivals = 0
         self._generated = 0
         self._clock = clock
@@ -105,6 +107,7 @@ class Engine:
         self._arrivals += 1
         seq.arrival = self._arrivals
         self._seqs[seq.id] = seq
+        self._earliest_s = min(self._earliest_s, _deadline(seq))
         self._scheduler.add(seq)
 
     def abort(self, seq_id: str) -> None:
@@ -155,9 +158,9 @@ class Engine:
                 self._outputs.append(self._append(seq, token))
 
     def _append(self, seq: Sequence, token: Token) -> StepOutput:
+        first = len(seq.tokens) == seq.num_prompt
         seq.tokens.append(token.id)
         seq.in_flight -= 1
-        first = seq.num_known == 1
         finish = self._finish_reason(seq, token)
         if finish:
             self._blocks.register(seq)
@@ -184,8 +187,13 @@ class Engine:
 
     def _expire(self) -> None:
         now = self._clock()
-        late = [seq.id for seq in self._seqs.values() if seq.deadline_s is not None and seq.deadline_s <= now]
-        self._end(late, FinishReason.DEADLINE)
+        if self._earliest_s <= now:
+            self._end([seq.id for seq in self._seqs.values() if _deadline(seq) <= now], FinishReason.DEADLINE)
+            self._earliest_s = min(map(_deadline, self._seqs.values()), default=math.inf)
+
+
+def _deadline(seq: Sequence) -> float:
+    return math.inf if seq.deadline_s is None else seq.deadline_s
 
 
 def _by_adapter(seqs: list[Sequence]) -> Mapping[str, int]:

@@ -148,7 +148,7 @@ class GraphRunner(Runner):
         num = len(rows.tokens)
         decodes = num == len(rows.contexts)
         sizes = buckets(self._limits.max_seqs) if decodes else mixed_buckets(self._limits.max_tokens)
-        return self._capacity(min(size for size in sizes if size >= num), mixed=not decodes)
+        return self._capacity(next(size for size in sizes if size >= num), mixed=not decodes)
 
     def _capacities(self) -> list[StepCapacity]:
         """All that steps may need."""

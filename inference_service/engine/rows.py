@@ -5,10 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
+
 from inference_service.core.batch import Batch, Chunk
 from inference_service.core.sequence import Sequence
 from inference_service.kernels.attention import Context
 from inference_service.lora.segments import Arrangement, arrange
+
+Ints = npt.NDArray[np.int32]
 
 KNOWN = -1
 """The source of a row whose token is known on the host."""
@@ -19,44 +24,63 @@ class Rows:
     """The rows of a step, base first, then adapter by adapter."""
 
     arrangement: Arrangement
-    tokens: list[int]
+    tokens: Ints
     """[T]; 0 where the token is in flight."""
-    sources: list[int]
+    sources: Ints
     """[T]: which of the tokens that the step before drew the row takes, or `KNOWN`."""
-    positions: list[int]
+    positions: Ints
     """[T]"""
     contexts: list[Context]
     """One per chunk."""
     sampled: list[Sequence]
     """Those for which a token is drawn."""
-    last_rows: list[int]
+    last_rows: Ints
     """The row that each of them is drawn from."""
     scored: dict[Sequence, range]
     """Those whose prompt is scored, with the rows behind which stands a token of it that has no score yet."""
-
-    @property
-    def in_flight(self) -> bool:
-        """True when a row takes a token from the step before."""
-        return any(source != KNOWN for source in self.sources)
+    in_flight: bool
+    """True when a row takes a token from the step before."""
 
 
 def lay_out(batch: Batch, drawn: Mapping[Sequence, int]) -> Rows:
     """Lay a batch out; drawn gives each sequence's place among those that the step before drew a token for."""
     arrangement = arrange(batch)
-    rows = Rows(arrangement, [], [], [], [], [], [], {})
+    tokens: list[int] = []
+    ahead: list[int] = []
+    contexts: list[Context] = []
+    sampled: list[Sequence] = []
+    last_rows: list[int] = []
+    scored: dict[Sequence, range] = {}
+    taken: dict[int, int] = {}
     for chunk in arrangement.chunks:
-        seq = chunk.seq
+        seq, row, start, length = chunk.seq, len(tokens), chunk.start, chunk.length
+        end = start + length
+        contexts.append(Context(row, length, seq.blocks, end))
+        ahead.append(start - row)
+        if start == len(seq.tokens):
+            taken[row] = drawn[seq]
+            tokens.append(0)
+        else:
+            tokens += seq.tokens[start:end]
+        if end == seq.length:
+            sampled.append(seq)
+            last_rows.append(row + length - 1)
         if seq.scores_prompt:
-            rows.scored[seq] = _scored(chunk, len(rows.tokens))
-        rows.contexts.append(Context(len(rows.tokens), chunk.length, seq.blocks, chunk.end))
-        in_flight = chunk.start == len(seq.tokens)
-        rows.tokens.extend([0] if in_flight else seq.tokens[chunk.start : chunk.end])
-        rows.sources.extend([drawn[seq] if in_flight else KNOWN] * chunk.length)
-        rows.positions.extend(range(chunk.start, chunk.end))
-        if chunk.samples:
-            rows.sampled.append(seq)
-            rows.last_rows.append(len(rows.tokens) - 1)
-    return rows
+            scored[seq] = _scored(chunk, row)
+    sources = np.full(len(tokens), KNOWN, dtype=np.int32)
+    sources[list(taken)] = list(taken.values())
+    lengths = [chunk.length for chunk in arrangement.chunks]
+    return Rows(
+        arrangement,
+        tokens=np.array(tokens, dtype=np.int32),
+        sources=sources,
+        positions=np.arange(len(tokens), dtype=np.int32) + np.repeat(np.array(ahead, dtype=np.int32), lengths),
+        contexts=contexts,
+        sampled=sampled,
+        last_rows=np.array(last_rows, dtype=np.int32),
+        scored=scored,
+        in_flight=bool(taken),
+    )
 
 
 def _scored(chunk: Chunk, row: int) -> range:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import chain
-
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -63,9 +62,9 @@ class Runner:
         lora = self._lora if rows.arrangement.segments else None
         if lora:
             lora.begin(rows.arrangement)
-        wanted = [*rows.last_rows, *chain.from_iterable(rows.scored.values())]
+        wanted = np.concatenate([rows.last_rows, *map(np.array, rows.scored.values())])
         given = [rows.tokens, rows.sources, rows.positions, wanted]
-        packed = to_device(list(chain.from_iterable(given)), model.device)
+        packed = to_device(np.concatenate(given), model.device)
         tokens, sources, positions, last_rows = torch.split(packed, [len(each) for each in given])
         if rows.in_flight:
             tokens = torch.where(sources >= 0, self._ids[sources.clamp(min=0)], tokens)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import bisect
+from collections import defaultdict
 from dataclasses import dataclass
+from itertools import chain
 
 from inference_service.core.batch import Batch, Chunk
 from inference_service.core.sequence import Sequence
@@ -50,28 +52,30 @@ class Scheduler:
         self.running: list[Sequence] = []
         """Both in their order; the last one is the least urgent."""
         self.preemptions = 0
+        self._queues: defaultdict[int, list[Sequence]] = defaultdict(list)
+        """Those that wait, by their adapter's uid, each in order."""
         self._watermark = max(1, int(limits.watermark * blocks.num_blocks))
 
     def add(self, seq: Sequence) -> None:
         """Put a sequence in the queue."""
         bisect.insort(self.waiting, seq, key=_order)
+        bisect.insort(self._queues[seq.adapter_uid], seq, key=_order)
 
     def remove(self, seq: Sequence) -> None:
         """Take a sequence out, wherever it is, and free its blocks."""
-        if seq in self.running:
-            self.running.remove(seq)
+        if _take(self.running, seq):
             self.blocks.release(seq)
-        elif seq in self.waiting:
-            self.waiting.remove(seq)
+        else:
+            self._dequeue(seq)
 
     def schedule(self) -> Batch:
         """Choose the chunks of the next step; empty when there is nothing to do."""
-        chunks: list[Chunk] = []
+        lengths: dict[Sequence, int] = {}
         preemptions = self.preemptions
-        budget = self._continue_running(chunks, self.limits.max_tokens)
+        budget = self._continue_running(lengths)
         if self.preemptions == preemptions:
-            self._admit(chunks, budget)
-        return Batch(tuple(chunks))
+            self._admit(lengths, budget)
+        return Batch(tuple([Chunk(seq, length) for seq, length in lengths.items()]))
 
     def commit(self, batch: Batch) -> None:
         """Note that a batch was submitted: for every later step, its keys and values are in the cache."""
@@ -81,85 +85,98 @@ class Scheduler:
             seq.in_flight += drawn
             self.blocks.register(seq)
 
-    def _continue_running(self, chunks: list[Chunk], budget: int) -> int:
-        """Schedule those under way: decodes first, so that a long prompt never delays them."""
+    def _continue_running(self, lengths: dict[Sequence, int]) -> int:
+        """Schedule those under way, decodes first, which a long prompt never delays; return the rows left."""
         decodes: list[Sequence] = []
         prompts: list[Sequence] = []
         for seq in self.running:
             (prompts if seq.num_pending > 1 else decodes).append(seq)
         preempted: set[Sequence] = set()
-        for seq in (*decodes, *prompts):
+        budget = self.limits.max_tokens
+        for seq in chain(decodes, prompts):
             if not budget:
                 break
-            if seq in preempted or self._waits_for_its_token(seq):
+            if seq in preempted or (seq.in_flight and self._waits_for_its_token(seq)):
                 continue
-            length = min(seq.num_pending, budget)
-            if self._make_room(seq, seq.num_computed + length, preempted):
-                chunks.append(Chunk(seq, length))
-                budget -= length
-            if preempted:
-                chunks[:] = [chunk for chunk in chunks if chunk.seq not in preempted]
-                budget = self.limits.max_tokens - sum(chunk.length for chunk in chunks)
+            lengths[seq] = length = min(seq.num_pending, budget)
+            budget -= length
+            while seq not in preempted and not self.blocks.grow(seq, seq.num_computed + length):
+                victim = self._preempt()
+                preempted.add(victim)
+                budget += lengths.pop(victim, 0)
         return budget
 
     def _waits_for_its_token(self, seq: Sequence) -> bool:
-        return seq.in_flight > 0 and self.limits.reached(seq, seq.length)
+        return self.limits.reached(seq, seq.length)
 
-    def _make_room(self, seq: Sequence, num_tokens: int, preempted: set[Sequence]) -> bool:
-        """Grow a sequence, at the cost of the least urgent ones; False when it was preempted itself."""
-        while not self.blocks.grow(seq, num_tokens):
-            victim = self.running.pop()
-            self.blocks.release(victim)
-            self.preemptions += 1
-            self.add(victim)
-            preempted.add(victim)
-            if victim is seq:
-                return False
-        return True
+    def _preempt(self) -> Sequence:
+        """Let the least urgent sequence under way wait again."""
+        victim = self.running.pop()
+        self.blocks.release(victim)
+        self.preemptions += 1
+        self.add(victim)
+        return victim
 
-    def _admit(self, chunks: list[Chunk], budget: int) -> None:
+    def _admit(self, lengths: dict[Sequence, int], budget: int) -> None:
+        if not self.waiting or not budget or len(self.running) >= self.limits.max_seqs:
+            return
         adapters = {seq.adapter_uid for seq in self.running} - {0}
-        blocked: Sequence | None = None
-        index = 0
-        while index < len(self.waiting) and budget and len(self.running) < self.limits.max_seqs:
-            seq = self.waiting[index]
-            if not self._fits(seq, adapters, blocked):
-                blocked = blocked or seq
-                index += 1
-                continue
-            if not self._start(seq, chunks, budget):
+        while budget and len(self.running) < self.limits.max_seqs:
+            seq = self._next(adapters)
+            if seq is None or not self._start(seq):
                 return
-            del self.waiting[index]
-            budget -= chunks[-1].length
-            if seq.adapter_uid:
-                adapters.add(seq.adapter_uid)
-                if blocked:
-                    blocked.passed_by += 1
+            if seq.adapter_uid and seq is not self.waiting[0]:
+                self.waiting[0].passed_by += 1
+            self._dequeue(seq)
+            bisect.insort(self.running, seq, key=_order)
+            lengths[seq] = min(seq.num_pending, budget)
+            budget -= lengths[seq]
+            adapters |= {seq.adapter_uid} - {0}
 
-    def _fits(self, seq: Sequence, adapters: set[int], blocked: Sequence | None) -> bool:
-        """True when the adapter of a sequence may join the batch now."""
-        if not seq.adapter_uid:
-            return True
-        if seq.adapter_uid in adapters:
-            return blocked is None or blocked.passed_by < self.limits.max_seqs
-        return blocked is None and len(adapters) < self.limits.max_adapters
+    def _next(self, adapters: set[int]) -> Sequence | None:
+        """The first in the queue whose adapter may join the batch now; those before it are passed by."""
+        if not self.waiting:
+            return None
+        first = self.waiting[0]
+        uid = first.adapter_uid
+        if not uid or uid in adapters or len(adapters) < self.limits.max_adapters:
+            return first
+        joining = adapters if first.passed_by < self.limits.max_seqs else ()
+        heads = [queue[0] for uid in (0, *joining) if (queue := self._queues.get(uid))]
+        return min(heads, key=_order, default=None)
 
-    def _start(self, seq: Sequence, chunks: list[Chunk], budget: int) -> bool:
-        """Admit a sequence whose whole context fits; False, with nothing changed, when it does not."""
+    def _start(self, seq: Sequence) -> bool:
+        """Give a sequence blocks for its whole context; False, with nothing changed, when it does not fit."""
+        if self.blocks.still_refused(seq):
+            return False
         self.blocks.admit(seq)
         needed = self.blocks.blocks_for(len(seq.tokens)) - len(seq.blocks)
         reserve = self._watermark if self.running else 0
         if needed + reserve > self.blocks.num_free:
-            self.blocks.release(seq)
+            self.blocks.refuse(seq)
             return False
         self.blocks.grow(seq, len(seq.tokens))
         self.blocks.count(seq)
         if not seq.num_generated:
             seq.num_cached = seq.num_computed
-        bisect.insort(self.running, seq, key=_order)
-        chunks.append(Chunk(seq, min(seq.num_pending, budget)))
         return True
+
+    def _dequeue(self, seq: Sequence) -> None:
+        if _take(self.waiting, seq):
+            queue = self._queues[seq.adapter_uid]
+            _take(queue, seq)
+            if not queue:
+                del self._queues[seq.adapter_uid]
 
 
 def _order(seq: Sequence) -> tuple[int, int]:
     return seq.order
+
+
+def _take(ordered: list[Sequence], seq: Sequence) -> bool:
+    """Take a sequence out of where it may be."""
+    place = bisect.bisect_left(ordered, seq.order, key=_order)
+    found = place < len(ordered) and ordered[place] is seq
+    if found:
+        del ordered[place]
+    return found

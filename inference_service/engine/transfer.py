@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import replace
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -14,7 +17,7 @@ from inference_service.engine.logprobs import scores, tokens_of
 from inference_service.engine.shaping import Shaper
 
 
-def to_device(values: Seq[int], device: torch.device) -> Tensor:
+def to_device(values: Seq[int] | npt.NDArray[np.integer[Any]], device: torch.device) -> Tensor:
     """Return numbers as int64 on the device, by pinned memory, which is kept until they are there."""
     host = torch.tensor(values, dtype=torch.int64, pin_memory=device.type == "cuda")
     return host.to(device, non_blocking=True)

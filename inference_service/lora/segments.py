@@ -47,15 +47,15 @@ class Arrangement:
 
 def arrange(batch: Batch) -> Arrangement:
     """Order the chunks of a batch by adapter."""
-    rows: dict[int, int] = {}
+    groups: dict[int, list[Chunk]] = {-1: []}
     for chunk in batch.chunks:
-        rows[chunk.seq.slot] = rows.get(chunk.seq.slot, 0) + chunk.length
-    base = rows.pop(-1, 0)
-    order = sorted(rows, key=lambda slot: (rows[slot] >= LONG_SEGMENT, slot))
-    rank = {-1: -1} | {slot: index for index, slot in enumerate(order)}
-    segments, start = [], base
-    for slot in order:
+        groups.setdefault(chunk.seq.slot, []).append(chunk)
+    chunks = groups.pop(-1)
+    start = sum([chunk.length for chunk in chunks])
+    rows = {slot: sum([chunk.length for chunk in group]) for slot, group in groups.items()}
+    segments = []
+    for slot in sorted(rows, key=lambda slot: (rows[slot] >= LONG_SEGMENT, slot)):
         segments.append(Segment(slot, start, start + rows[slot]))
         start += rows[slot]
-    chunks = sorted(batch.chunks, key=lambda chunk: rank[chunk.seq.slot])
+        chunks += groups[slot]
     return Arrangement(tuple(chunks), tuple(segments))

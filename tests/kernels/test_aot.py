@@ -9,7 +9,7 @@ import pytest
 
 from inference_service.kernels.launch import ARCHITECTURES
 from tests.golden.kernels.write import kept, package_of, printed
-from tests.kernels.aot import PACKAGES, covering, variants
+from tests.kernels.aot import PACKAGES, Variant, covering, variants
 
 PORTABLE_SHARED = 99 * 1024
 """Bytes that a program may have on every architecture from sm_80 on (163 KB on sm_80, 227 KB on sm_90)."""
@@ -36,7 +36,7 @@ def test_configurations_take_what_the_table_says_and_none_spills(package: str) -
 
 @pytest.mark.parametrize("package", PACKAGES)
 def test_every_type_that_is_served_is_compiled(package: str) -> None:
-    """No kernel is left out for fp16, whose registers nobody would look at; some have types of their own alone."""
+    """No kernel is left out for fp16, whose registers nobody would look at; some have own types alone."""
     served = {"bf16", "fp16", "fp32"}
     every = [variant for architecture in ARCHITECTURES for variant in variants(architecture, [package])]
     every = [variant for variant in every if _takes_the_models_type(variant)]

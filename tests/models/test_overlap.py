@@ -48,7 +48,7 @@ class Device:
     def submit(self, batch: Batch) -> Pending:
         """Write the rows' tokens and read their contexts."""
         rows = lay_out(batch, self.drawn)
-        given = zip(rows.tokens, rows.sources, strict=True)
+        given = zip(rows.tokens.tolist(), rows.sources.tolist(), strict=True)
         tokens = [token if source < 0 else self.ids[source] for token, source in given]
         for chunk, context in zip(rows.arrangement.chunks, rows.contexts, strict=True):
             for row in range(context.length):
@@ -210,10 +210,10 @@ def test_only_known_tokens_are_found_in_the_prefix_cache() -> None:
 def test_a_deadline_ends_a_sequence_with_a_token_in_flight() -> None:
     """What was drawn for it is dropped, and its blocks come back."""
     engine, _, manager = _engine(1)
-    late = _seq([1, 2], SamplingParams(max_tokens=9))
+    late = _seq([1, 2], SamplingParams(max_tokens=9), deadline_s=1.0)
     engine.add(late)
     engine.step()
-    late.deadline_s = -1.0
+    engine._clock = lambda: 2.0
     assert [(output.seq_id, output.finish) for output in engine.step()] == [(late.id, FinishReason.DEADLINE)]
     assert engine.idle
     assert manager.num_free == manager.num_blocks

@@ -80,6 +80,50 @@ def test_growing_beyond_what_is_free_changes_nothing() -> None:
     assert blocks.num_free == 2
 
 
+def test_a_sequence_that_did_not_fit_is_tried_again_when_something_has_changed() -> None:
+    """It stays refused until blocks are released, or the next block of its prefix becomes known."""
+    blocks = BlockManager(6, 4)
+    other, running = _seq(list(range(50, 58))), _seq(list(range(9)))
+    for seq in (other, running):
+        blocks.admit(seq)
+        assert blocks.grow(seq, len(seq.tokens))
+    head = _seq(list(range(20)))
+    assert not blocks.still_refused(head)
+    blocks.admit(head)
+    blocks.refuse(head)
+    assert not head.blocks
+    assert blocks.still_refused(head)
+    assert not blocks.still_refused(_seq(list(range(20))))
+    other.num_computed = 8
+    blocks.register(other)
+    assert blocks.still_refused(head)
+    running.num_computed = 9
+    blocks.register(running)
+    assert not blocks.still_refused(head)
+    blocks.admit(head)
+    assert head.num_computed == 8
+    blocks.refuse(head)
+    assert blocks.still_refused(head)
+    blocks.release(other)
+    assert not blocks.still_refused(head)
+
+
+def test_prefix_hashes_outlast_a_preemption() -> None:
+    """What a sequence had computed is found again by the hashes that it kept, its answer included."""
+    blocks = BlockManager(8, 4)
+    seq = _seq(list(range(6)))
+    _compute(blocks, seq)
+    seq.tokens += range(6, 13)
+    assert blocks.grow(seq, 13)
+    seq.num_computed = 13
+    blocks.register(seq)
+    known = list(seq.hashes)
+    assert len(known) == 3
+    blocks.release(seq)
+    blocks.admit(seq)
+    assert (seq.num_computed, seq.hashes) == (12, known)
+
+
 @settings(max_examples=150, deadline=None)
 @given(
     st.lists(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 
 import pytest
 from hypothesis import given, settings
@@ -13,7 +14,7 @@ from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import Adapter, FinishReason, Sequence, Token
 from inference_service.engine.block_manager import BlockManager
 from inference_service.engine.engine import Engine
-from inference_service.engine.scheduler import SchedulerLimits
+from inference_service.engine.scheduler import Scheduler, SchedulerLimits
 from inference_service.engine.step import Pending
 
 _ids = itertools.count()
@@ -181,3 +182,65 @@ def test_budgets_hold_and_every_request_ends_once(actions: list[object], num_blo
         assert len(batch.chunks) <= 4
         assert len({chunk.seq.adapter_uid for chunk in batch.chunks} - {0}) <= 2
         assert len({chunk.seq.id for chunk in batch.chunks}) == len(batch.chunks)
+
+
+def _admissible(scheduler: Scheduler, passed: Counter[str]) -> list[str]:
+    """Who is to be admitted where neither blocks nor rows are short, by one walk through the whole queue.
+
+    Passed counts who was passed by.
+    """
+    limits, running = scheduler.limits, [seq.adapter_uid for seq in scheduler.running]
+    admitted: list[str] = []
+    blocked: Sequence | None = None
+    for seq in scheduler.waiting:
+        if len(running) == limits.max_seqs:
+            break
+        uid, joined = seq.adapter_uid, set(running) - {0}
+        if blocked is None:
+            fits = not uid or uid in joined or len(joined) < limits.max_adapters
+        else:
+            fits = not uid or (uid in joined and passed[blocked.id] < limits.max_seqs)
+            passed[blocked.id] += fits and uid != 0
+        if fits:
+            running.append(uid)
+            admitted.append(seq.id)
+        else:
+            blocked = blocked or seq
+    return admitted
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 3), st.integers(0, 1), st.sampled_from([1, 2, 20])), min_size=8, max_size=40
+    ),
+    st.integers(2, 5),
+    st.integers(1, 2),
+)
+def test_the_queue_admits_whom_a_walk_through_it_finds(
+    requests: list[tuple[int, int, int]], max_seqs: int, max_adapters: int
+) -> None:
+    """Priority, then arrival; an adapter without a place is passed by, but only so often: step after step the
+    queues by adapter give those, in that order, whom one look at each sequence would."""
+    blocks = BlockManager(1000, 4)
+    scheduler = Scheduler(SchedulerLimits(1000, max_seqs, max_adapters, max_seq_len=64), blocks)
+    lifetimes: dict[str, int] = {}
+    passed: Counter[str] = Counter()
+    for arrival, (uid, priority, lifetime) in enumerate(requests):
+        seq = _seq(3, 9, uid, priority)
+        seq.arrival, lifetimes[seq.id] = arrival, lifetime
+        scheduler.add(seq)
+    while scheduler.waiting or scheduler.running:
+        expected = _admissible(scheduler, passed)
+        before = {seq.id for seq in scheduler.running}
+        batch = scheduler.schedule()
+        assert [chunk.seq.id for chunk in batch.chunks if chunk.seq.id not in before] == expected
+        assert scheduler.running == sorted(scheduler.running, key=lambda seq: seq.order)
+        scheduler.commit(batch)
+        for seq in tuple(scheduler.running):
+            seq.tokens.append(1)
+            seq.in_flight -= 1
+            lifetimes[seq.id] -= 1
+            if not lifetimes[seq.id]:
+                scheduler.remove(seq)
+    assert blocks.num_free == blocks.num_blocks

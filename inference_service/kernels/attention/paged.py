@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
@@ -16,8 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from loramux_shared.bases.attention import AttentionSpec
 
 
-@dataclass(frozen=True)
-class Context:
+class Context(NamedTuple):
     """The rows of one chunk: consecutive in the batch, and consecutive positions of a sequence."""
 
     row: int
@@ -180,7 +181,7 @@ def _first_seen(context: Context, window: int | None) -> int:
 
 def _cache_rows(context: Context, block_size: int) -> Tensor:
     """[end]: the cache row of every position of the context."""
-    blocks = torch.tensor(context.blocks, dtype=torch.int64)
+    blocks = torch.from_numpy(np.array(context.blocks, dtype=np.int64))
     return (blocks[:, None] * block_size + torch.arange(block_size)).view(-1)[: context.end]
 
 

@@ -49,14 +49,15 @@ class Chunks:
     """All block lists, one after the other; the table points into it."""
 
     @classmethod
-    def make(cls, contexts: Sequence[tuple[int, int, int, Sequence[int]]]) -> Chunks:
+    def make(cls, contexts: Sequence[tuple[int, int, int, npt.ArrayLike]]) -> Chunks:
         """Plan contexts of (first row, rows, context length, cache blocks of BLOCK positions)."""
-        blocks = np.fromiter((block for context in contexts for block in context[3]), dtype=np.int32)
+        each = [np.asarray(own, dtype=np.int32) for *_, own in contexts]
+        blocks = np.concatenate(each)
         table = np.empty((len(contexts), 4), dtype=np.int64)
         address = blocks.ctypes.data
-        for index, (row, length, end, own) in enumerate(contexts):
+        for index, (row, length, end, _) in enumerate(contexts):
             table[index] = row, length, end, address
-            address += blocks.itemsize * len(own)
+            address += each[index].nbytes
         return cls(Table(table), blocks)
 
 

@@ -17,6 +17,8 @@ from inference_service.kernels.sampling.tuning import RACE
 
 FIELDS = 8
 """int32 per row: kind, 1 / temperature, top-k, top-p, span of min-p, seed (low, high), number of tokens."""
+GENERATED = 7
+"""The one of them that changes from token to token."""
 _ROW = struct.Struct("=ififfQi")
 MAX_SHARPNESS = 2.0**64
 """Of 1 / temperature: the scores of finite logits stay finite."""
@@ -93,6 +95,11 @@ def pack_rows(
         if row is not None:
             _ROW.pack_into(memory, index * _ROW.size, *_fields(row))
     return packed
+
+
+def packed_row(row: RowParams) -> bytes:
+    """The parameters of one row, as they lie in the array of a step."""
+    return _ROW.pack(*_fields(row))
 
 
 def _fields(row: RowParams) -> tuple[int, float, int, float, float, int, int]:
