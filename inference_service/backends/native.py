@@ -64,8 +64,10 @@ class NativeAttention:
             blocks = context.blocks
             positions = range(context.end - context.length, context.end)
             rows += [blocks[at // block_size] * block_size + at % block_size for at in positions]
-            small = np.array(blocks, dtype=np.int32)[:, None] * parts + np.arange(parts, dtype=np.int32)
-            planned.append((context.row, context.length, context.end, small.ravel()))
+            small = np.array(blocks, dtype=np.int32)
+            if parts > 1:
+                small = np.add.outer(small * parts, np.arange(parts, dtype=np.int32)).ravel()
+            planned.append((context.row, context.length, context.end, small))
         self._cache_rows = torch.tensor(rows, dtype=torch.int64)
         self._chunks = Chunks.make(planned)
 

@@ -46,7 +46,7 @@ def lay_out(batch: Batch, drawn: Mapping[Sequence, int]) -> Rows:
     """Lay a batch out; drawn gives each sequence's place among those that the step before drew a token for."""
     arrangement = arrange(batch)
     tokens: list[int] = []
-    ahead: list[int] = []
+    positions: list[int] = []
     contexts: list[Context] = []
     sampled: list[Sequence] = []
     last_rows: list[int] = []
@@ -56,7 +56,7 @@ def lay_out(batch: Batch, drawn: Mapping[Sequence, int]) -> Rows:
         seq, row, start, length = chunk.seq, len(tokens), chunk.start, chunk.length
         end = start + length
         contexts.append(Context(row, length, seq.blocks, end))
-        ahead.append(start - row)
+        positions += range(start, end)
         if start == len(seq.tokens):
             taken[row] = drawn[seq]
             tokens.append(0)
@@ -68,13 +68,13 @@ def lay_out(batch: Batch, drawn: Mapping[Sequence, int]) -> Rows:
         if seq.scores_prompt:
             scored[seq] = _scored(chunk, row)
     sources = np.full(len(tokens), KNOWN, dtype=np.int32)
-    sources[list(taken)] = list(taken.values())
-    lengths = [chunk.length for chunk in arrangement.chunks]
+    if taken:
+        sources[list(taken)] = list(taken.values())
     return Rows(
         arrangement,
         tokens=np.array(tokens, dtype=np.int32),
         sources=sources,
-        positions=np.arange(len(tokens), dtype=np.int32) + np.repeat(np.array(ahead, dtype=np.int32), lengths),
+        positions=np.array(positions, dtype=np.int32),
         contexts=contexts,
         sampled=sampled,
         last_rows=np.array(last_rows, dtype=np.int32),

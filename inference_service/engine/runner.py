@@ -62,7 +62,7 @@ class Runner:
         lora = self._lora if rows.arrangement.segments else None
         if lora:
             lora.begin(rows.arrangement)
-        wanted = np.concatenate([rows.last_rows, *map(np.array, rows.scored.values())])
+        wanted = np.concatenate([rows.last_rows, *rows.scored.values()]) if rows.scored else rows.last_rows
         given = [rows.tokens, rows.sources, rows.positions, wanted]
         packed = to_device(np.concatenate(given), model.device)
         tokens, sources, positions, last_rows = torch.split(packed, [len(each) for each in given])

@@ -60,7 +60,7 @@ def test_a_step_costs_no_more_than_its_share_with_more_sequences(usual: float) -
 
 
 def test_blocks_are_copied_as_they_are() -> None:
-    """A block table is int32 in memory, which a step copies whatever its length: no list to convert."""
+    """A block table is int32 in memory, which a step copies however long it is, not a list to be converted."""
     bench = Bench(Point("decode", 2, context=256, loaded=0))
     for seq in bench.running:
         view = memoryview(seq.blocks)

@@ -185,10 +185,7 @@ def test_budgets_hold_and_every_request_ends_once(actions: list[object], num_blo
 
 
 def _admissible(scheduler: Scheduler, passed: Counter[str]) -> list[str]:
-    """Who is to be admitted where neither blocks nor rows are short, by one walk through the whole queue.
-
-    Passed counts who was passed by.
-    """
+    """Who is admitted where neither blocks nor rows are short, by one walk; passed counts who was passed by."""
     limits, running = scheduler.limits, [seq.adapter_uid for seq in scheduler.running]
     admitted: list[str] = []
     blocked: Sequence | None = None
