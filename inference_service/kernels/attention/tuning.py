@@ -74,7 +74,7 @@ _PREFILL: Table[TileConfig] = {
     4: {
         # One stage, and few rows: near 64, 80 and 128 registers ptxas prefers a few bytes of stack to more.
         64: TileConfig(32, 32, num_warps=8, num_stages=1),
-        128: TileConfig(16, 16, num_warps=4, num_stages=1),
+        128: TileConfig(16, 16, num_warps=8, num_stages=1),
         256: TileConfig(16, 16, num_warps=8, num_stages=1),
     },
 }
