@@ -39,6 +39,8 @@ class StepCapacity:
     blocks_per_seq: int
     """Cache blocks of the longest sequence."""
     block_size: int
+    kv_heads: int
+    """Of the model: what attention's items are balanced for."""
     slots: int
     """Adapters that are loaded; 0: none."""
     active: int
@@ -47,7 +49,8 @@ class StepCapacity:
     @property
     def attention(self) -> AttentionCapacity:
         """Of the attention's tables."""
-        return AttentionCapacity(self.rows, self.seqs, self.blocks_per_seq, self.block_size, self.tile)
+        rows, seqs, blocks = self.rows, self.seqs, self.blocks_per_seq
+        return AttentionCapacity(rows, seqs, blocks, self.block_size, self.tile, kv_heads=self.kv_heads)
 
     @property
     def segments(self) -> SegmentCapacity | None:

@@ -163,6 +163,7 @@ class GraphRunner(Runner):
             max_seqs=self._limits.max_seqs,
             blocks_per_seq=-(-self._limits.max_seq_len // self._block_size),
             block_size=self._block_size,
+            kv_heads=self._model.config.dims.num_kv_heads,
             slots=self._segmented.num_slots,
             active=self._limits.max_adapters,
         )
