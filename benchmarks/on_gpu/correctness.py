@@ -216,6 +216,11 @@ CHECKS: Final[dict[str, Check]] = {
     "attention, decode": attention([(1, 4096), (1, 513), (1, 17), (1, 2000)], _HEADS),
     "attention, one long context": attention([(1, 32000)], _HEADS),
     "attention, prompts and decode": attention([(1, 3000), (512, 2048), (300, 300), (1, 1)], _HEADS),
+    "attention, one long context among short ones": attention([(1, 4000)] + [(1, 20)] * 31, _HEADS),
+    "attention, a short suffix of a long prefix": attention([(33, 4033), *[(1, 500)] * 7], _HEADS),
+    "attention, the same with a group of 6, heads of 96, a window and a cap": attention(
+        [(1, 4000), (33, 4033), (1, 20)], attention_case.Heads(48, 8, 96), window=3000, softcap=50.0
+    ),
     "attention, window and cap": attention([(1, 3000), (512, 2048)], _HEADS, window=1024, softcap=50.0),
     "norm, gate, embedding, cap": row_kernels(64, 4096, 14336),
     "sampler, 128256 tokens": sampler(128256),

@@ -81,6 +81,7 @@ class TritonOperations(TorchOperations):
             blocks_per_chunk=_class_of(longest),
             block_size=block_size,
             tile=tile if mixed else None,
+            kv_heads=self._kv_heads,
         )
         if capacity not in self._tables:
             self._tables[capacity] = AttentionTables.allocate(capacity, self._device)

@@ -53,11 +53,6 @@ class SamplingParams:
         return self.allowed_token_ids is not None or bool(self.bad_words)
 
     @cached_property
-    def looks_back(self) -> bool:
-        """True when the next token cannot be drawn before the last one is known."""
-        return self.penalizes or any(self.bad_words)
-
-    @cached_property
     def penalizes(self) -> bool:
         """True when what was said before changes what comes next."""
         return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0

@@ -105,11 +105,6 @@ class Sequence:
         return len(self.tokens) + self.in_flight - self.num_computed
 
     @property
-    def needs_last_token(self) -> bool:
-        """True when its next token cannot be drawn before the last one is known here."""
-        return self.grammar is not None or self.sampling.looks_back
-
-    @property
     def scores_prompt(self) -> bool:
         """True while log probabilities of its prompt are asked for and not all known."""
         return self.sampling.prompt_logprobs is not None and len(self.prompt_scores) < self.num_prompt

@@ -16,13 +16,13 @@ from inference_service.engine.rows import KNOWN, Rows
 from inference_service.engine.sampler import row_params, shapes
 from inference_service.kernels.attention import AttentionCapacity, AttentionTables, pack_tables
 from inference_service.kernels.packing import aligned, sections
-from inference_service.kernels.sampling import RowParams, SamplingTables
+from inference_service.kernels.sampling import SamplingTables
 from inference_service.kernels.sampling.layout import FIELDS, GENERATED, Kind, packed_row
 from inference_service.kernels.sgmv import DECODE_TILE, PREFILL_TILE, SegmentCapacity, Segments, pack_segments
 
 Tables = TypeVar("Tables", AttentionTables, Segments)
 
-_GREEDY: Final = packed_row(RowParams())
+_PADDING: Final = np.full(FIELDS, Kind.PADDING, np.int32).tobytes()
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,8 @@ class StepCapacity:
     blocks_per_seq: int
     """Cache blocks of the longest sequence."""
     block_size: int
+    kv_heads: int
+    """Of the model: what attention's items are balanced for."""
     slots: int
     """Adapters that are loaded; 0: none."""
     active: int
@@ -47,7 +49,8 @@ class StepCapacity:
     @property
     def attention(self) -> AttentionCapacity:
         """Of the attention's tables."""
-        return AttentionCapacity(self.rows, self.seqs, self.blocks_per_seq, self.block_size, self.tile)
+        rows, seqs, blocks = self.rows, self.seqs, self.blocks_per_seq
+        return AttentionCapacity(rows, seqs, blocks, self.block_size, self.tile, kv_heads=self.kv_heads)
 
     @property
     def segments(self) -> SegmentCapacity | None:
@@ -161,11 +164,11 @@ def _fill_sampling(fields: npt.NDArray[np.int32], seqs: Seq[Sequence]) -> None:
 
 
 def _drawing(seq: Sequence) -> bytes:
-    """How the device draws the next token of a sequence; greedily for one whose token the host will draw."""
-    if shapes(seq):
-        return _GREEDY
+    """How the next token of a sequence is drawn; padding for one that shapes its logits: `Shaper` draws it."""
+    if shapes(seq, seq.num_generated):
+        return _PADDING
     if not seq.drawing:
-        seq.drawing = packed_row(row_params(seq))
+        seq.drawing = packed_row(row_params(seq, seq.num_generated))
     return seq.drawing
 
 

@@ -126,6 +126,8 @@ class Engine:
             self._scheduler.commit(batch)
         if len(self._under_way) > (self._runner.depth if batch.chunks else 0):
             self._resolve(self._under_way.popleft())
+        for pending in self._under_way:
+            pending.finish()
         return self._hand_out()
 
     def fail_all(self) -> list[StepOutput]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Protocol
 
@@ -12,14 +11,15 @@ from torch import Tensor
 from inference_service.backends.base import LoraBackend
 from inference_service.backends.triton import TritonAttention
 from inference_service.core.batch import Batch
-from inference_service.core.sequence import Token
 from inference_service.engine.buffers import StepBuffers, StepCapacity, StepMemory
 from inference_service.engine.graphs import Graph, Recorder
 from inference_service.engine.logprobs import score_prompt
 from inference_service.engine.rows import Rows, lay_out
 from inference_service.engine.runner import Runner
 from inference_service.engine.scheduler import SchedulerLimits
-from inference_service.engine.transfer import read_back
+from inference_service.engine.shaping import Shaper
+from inference_service.engine.step import Pending
+from inference_service.engine.transfer import Reading
 from inference_service.kernels.attention import prefill_tile
 from inference_service.kernels.sampling import sample
 from inference_service.kernels.sgmv import Segments
@@ -46,7 +46,7 @@ class GraphRunner(Runner):
     Capacities are those of `buckets` for steps that decode and do nothing else, and of `mixed_buckets` for the
     others; rows that a step does not need are padding. Each has a graph with adapters and one without, up to
     `RECORDED_ROWS`; larger steps are launched one kernel after the other, from the same tensors. Tokens are
-    drawn on the device.
+    drawn on the device: within the graph, and behind it where logits are shaped.
     """
 
     def __init__(
@@ -68,6 +68,7 @@ class GraphRunner(Runner):
         largest = max(capacity.size for capacity in self._capacities())
         self._memory = StepMemory(limits.max_seqs, largest, dims.vocab, model.device)
         self._ids = self._memory.drawn
+        self._shaper = Shaper(limits.max_seqs, dims.vocab, model.device)
         self._buffers: dict[StepCapacity, StepBuffers] = {}
         self._graphs: dict[tuple[StepCapacity, bool], Graph] = {}
         shape = limits.max_seqs, dims.vocab
@@ -92,8 +93,9 @@ class GraphRunner(Runner):
                     self._graphs[capacity, segments is not None] = self._recorder.capture(work)
                 else:
                     work()
+        self._shaper.warm_up(self._logits, self._ids)
 
-    def _step(self, rows: Rows) -> Callable[[], list[Token]]:
+    def _step(self, rows: Rows) -> Pending:
         capacity = self._capacity_of(rows)
         buffers = self._buffers_of(capacity)
         buffers.load(rows)
@@ -105,7 +107,8 @@ class GraphRunner(Runner):
             graph.replay()
         else:
             self._compute(buffers, segments)
-        return read_back(self._logits[: len(rows.sampled)], self._ids, rows.sampled)
+        reading = Reading(self._logits[: len(rows.sampled)], self._ids, rows.sampled, self._shaper)
+        return Pending(tuple(rows.sampled), reading.wait, reading.finish)
 
     def _compute(self, buffers: StepBuffers, segments: Segments | None) -> None:
         """Go from static tensors to the drawn tokens: what graphs hold."""
@@ -160,6 +163,7 @@ class GraphRunner(Runner):
             max_seqs=self._limits.max_seqs,
             blocks_per_seq=-(-self._limits.max_seq_len // self._block_size),
             block_size=self._block_size,
+            kv_heads=self._model.config.dims.num_kv_heads,
             slots=self._segmented.num_slots,
             active=self._limits.max_adapters,
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from itertools import chain
 
 import torch
@@ -39,16 +38,23 @@ class Runner:
     def submit(self, batch: Batch) -> Pending:
         """Begin a step."""
         rows = lay_out(batch, self._drawn)
-        pending = Pending(tuple(rows.sampled), self._step(rows))
+        pending = self._step(rows)
         self._drawn = {seq: place for place, seq in enumerate(rows.sampled)}
         return pending
 
-    def _step(self, rows: Rows) -> Callable[[], list[Token]]:
-        """Compute a step; return what waits for its tokens."""
+    def _step(self, rows: Rows) -> Pending:
+        """Begin a step; its tokens are drawn on the host, once those before are known there."""
         logits = self._forward(rows)
-        tokens = sample(logits, rows.sampled) if rows.sampled else []
-        self._ids = torch.tensor([token.id for token in tokens], dtype=torch.int64, device=logits.device)
-        return lambda: tokens
+        tokens: list[Token] = []
+
+        @torch.inference_mode()
+        def finish() -> None:
+            if rows.sampled and not tokens:
+                tokens.extend(sample(logits, rows.sampled))
+                ids = [token.id for token in tokens]
+                self._ids = torch.tensor(ids, dtype=torch.int64, device=logits.device)
+
+        return Pending(tuple(rows.sampled), lambda: tokens, finish)
 
     def _forward(self, rows: Rows) -> Tensor:
         """Return the logits [N, vocab] of the last rows of those that are sampled."""

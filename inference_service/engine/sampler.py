@@ -1,4 +1,7 @@
-"""From logits to tokens: what a request does to its logits, and the draw from them."""
+"""From logits to tokens on the host: what a request does to its logits, and the draw from them.
+
+`shaping` gives the same to the sampler on the device as data; what this says is what that must compute.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ from inference_service.kernels.sampling import RowParams, draw
 
 
 def sample(logits: Tensor, seqs: Seq[Sequence]) -> list[Token]:
-    """Draw one token per row of logits [N, vocab]; row i belongs to seqs[i].
+    """Draw one token per row of logits [N, vocab]; row i belongs to seqs[i], whose tokens are known.
 
     A draw depends on the request's seed and on how many tokens it has, and on nothing else in the batch, so the
     same request gives the same answer in any company and after a preemption, and for the same logits on every
@@ -27,10 +30,11 @@ def sample(logits: Tensor, seqs: Seq[Sequence]) -> list[Token]:
     ids = logits.argmax(dim=-1).tolist()
     impossible = set()
     for row, seq in enumerate(seqs):
-        if shapes(seq) or not seq.sampling.greedy:
-            own = (shape(logits[row], seq) if shapes(seq) else logits[row].float()).numpy(force=True)
-            ids[row] = draw(own, row_params(seq))
-            if shapes(seq) and np.isneginf(own).all():
+        shaped = shapes(seq, seq.num_known)
+        if shaped or not seq.sampling.greedy:
+            own = (shape(logits[row], seq) if shaped else logits[row].float()).numpy(force=True)
+            ids[row] = draw(own, row_params(seq, seq.num_known))
+            if shaped and np.isneginf(own).all():
                 impossible.add(row)
     tokens = [_token(logits, row, ids[row], seq) for row, seq in enumerate(seqs)]
     for row in impossible:
@@ -38,12 +42,10 @@ def sample(logits: Tensor, seqs: Seq[Sequence]) -> list[Token]:
     return tokens
 
 
-def row_params(seq: Sequence) -> RowParams:
-    """How the next token of a sequence is drawn."""
+def row_params(seq: Sequence, generated: int) -> RowParams:
+    """How the token of a sequence is drawn that comes after so many others of its answer."""
     params = seq.sampling
-    return RowParams(
-        params.temperature, params.top_k, params.top_p, params.min_p, params.seed, seq.num_generated
-    )
+    return RowParams(params.temperature, params.top_k, params.top_p, params.min_p, params.seed, generated)
 
 
 def _token(logits: Tensor, row: int, token: int, seq: Sequence) -> Token:
@@ -51,15 +53,15 @@ def _token(logits: Tensor, row: int, token: int, seq: Sequence) -> Token:
     return Token(token) if count is None else report(logits[row : row + 1], [token], count)[0]
 
 
-def shapes(seq: Sequence) -> bool:
-    """Return whether the next token of a sequence is drawn from other logits than the model's."""
+def shapes(seq: Sequence, generated: int) -> bool:
+    """Return whether a token is not drawn from the model's logits, after so many others of the answer."""
     params = seq.sampling
     return bool(
         seq.grammar is not None
         or params.logit_bias
         or params.penalizes
         or params.restricts
-        or seq.num_generated < params.min_tokens
+        or generated < params.min_tokens
     )
 
 
@@ -79,7 +81,7 @@ def shape(logits: Tensor, seq: Sequence) -> Tensor:
     if seq.grammar is not None or seq.sampling.restricts:
         mask = torch.from_numpy(_forbidden(seq, len(logits))).to(logits.device)
         logits.masked_fill_(mask, -torch.inf)
-    if seq.num_generated < seq.sampling.min_tokens:
+    if seq.num_known < seq.sampling.min_tokens:
         stops = torch.tensor(sorted(seq.sampling.stop_token_ids), dtype=torch.int64, device=logits.device)
         going_on = logits.index_fill(0, stops, -torch.inf)
         if going_on.isfinite().any():
@@ -92,12 +94,16 @@ def _forbidden(seq: Sequence, vocab: int) -> npt.NDArray[np.bool_]:
     allowed = np.ones(vocab, np.bool_)
     for mask in (None if seq.grammar is None else seq.grammar.mask(), seq.sampling.allowed_token_ids):
         if mask is not None:
-            bits = np.frombuffer(mask, np.uint8)
-            allowed &= np.unpackbits(bits, None, vocab, "little").view(np.bool_)
+            allowed &= unpacked(mask, vocab)
     for length, words in seq.sampling.bad_words.items():
         if length <= seq.num_known:
             allowed[list(words.get(tuple(seq.tokens[len(seq.tokens) - length :]), ()))] = False
     return ~allowed
+
+
+def unpacked(mask: bytes, vocab: int) -> npt.NDArray[np.bool_]:
+    """Return which tokens [vocab] a mask lets pass, as `Grammar.mask` says them."""
+    return np.unpackbits(np.frombuffer(mask, np.uint8), None, vocab, "little").view(np.bool_)
 
 
 def _penalize(logits: Tensor, history: History, params: SamplingParams) -> None:

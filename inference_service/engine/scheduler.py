@@ -42,7 +42,7 @@ class Scheduler:
     of the adapters in the batch either, so that a seat comes free for it in the end.
 
     A token in flight counts as a token: its sequence is scheduled again before it is known, unless it is the
-    last one or the next draw needs it. A preempted sequence waits for a step at least, and then it is known.
+    last one. A preempted sequence waits for a step at least, and then it is known.
     """
 
     def __init__(self, limits: SchedulerLimits, blocks: BlockManager) -> None:
@@ -107,7 +107,7 @@ class Scheduler:
         return budget
 
     def _waits_for_its_token(self, seq: Sequence) -> bool:
-        return seq.needs_last_token or self.limits.reached(seq, seq.length)
+        return self.limits.reached(seq, seq.length)
 
     def _preempt(self) -> Sequence:
         """Let the least urgent sequence under way wait again."""

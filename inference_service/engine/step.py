@@ -18,9 +18,15 @@ class Pending:
     """Those for which it draws a token."""
     wait: Callable[[], list[Token]]
     """Waits for the tokens, one per sequence."""
+    finish: Callable[[], object] = lambda: None
+    """Draws what could not be drawn before the tokens of the step before were known here.
+
+    Called once these are, before the next step is submitted; a second call does nothing.
+    """
 
     def tokens(self) -> list[tuple[Sequence, Token]]:
         """Wait for the step; return the new token of every sequence for which it draws one."""
+        self.finish()
         return list(zip(self.seqs, self.wait(), strict=True))
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from inference_service.core.sequence import Sequence, Token
 from inference_service.engine.logprobs import scores, tokens_of
-from inference_service.engine.sampler import sample, shapes
+from inference_service.engine.shaping import Shaper
 
 
 def to_device(values: Seq[int], device: torch.device) -> Tensor:
@@ -25,39 +26,61 @@ def to_host(tensor: Tensor) -> Tensor:
     return host.copy_(tensor, non_blocking=True)
 
 
-def read_back(logits: Tensor, ids: Tensor, seqs: Seq[Sequence]) -> Callable[[], list[Token]]:
-    """Begin to copy the tokens ids [>= N] that were drawn from logits [N, vocab]; the result waits for them.
+class Reading:
+    """The tokens of a step on their way to the host: ids [>= N], drawn from logits [N, vocab] for N sequences.
 
-    Where a request shapes its logits, its token is drawn here, which waits for the step, and goes to ids too.
+    Where a request shapes its logits, its token is drawn here, behind the step. A grammar must have seen the
+    tokens before, so where one of them is in flight, that draw and all copies are put off to ``finish``; until
+    then logits and ids must stay as they are.
     """
-    tokens = _draw_shaped(logits, ids, seqs)
-    counts: dict[int, list[int]] = {}
-    for row, seq in enumerate(seqs):
-        if row not in tokens and seq.sampling.logprobs is not None:
-            counts.setdefault(seq.sampling.logprobs, []).append(row)
-    drawn = to_host(ids[: len(seqs)])
-    scored = []
-    for count, rows in counts.items():
-        index = to_device(rows, ids.device)
-        parts = scores(logits.index_select(0, index), ids.index_select(0, index), count)
-        scored.append((rows, [to_host(part) for part in parts]))
-    done = _mark(ids.device)
 
-    def wait() -> list[Token]:
-        done()
-        for rows, parts in scored:
-            tokens.update(zip(rows, tokens_of(parts), strict=True))
-        return [tokens.get(row) or Token(token) for row, token in enumerate(drawn.tolist())]
+    def __init__(self, logits: Tensor, ids: Tensor, seqs: Seq[Sequence], shaper: Shaper) -> None:
+        self._logits, self._ids, self._seqs, self._shaper = logits, ids, seqs, shaper
+        rows = shaper.rows(seqs)
+        self._shaped = bool(rows)
+        self._late = [row for row in rows if row.seq.grammar is not None and row.seq.in_flight]
+        shaper.draw(logits, ids, [row for row in rows if row not in self._late])
+        self._copies = None if self._late else self._copy()
 
-    return wait
+    @torch.inference_mode()
+    def finish(self) -> Callable[[], list[Token]]:
+        """Draw what was put off; the tokens before are known now. The result waits for those of this step."""
+        if self._copies is None:
+            self._shaper.draw(self._logits, self._ids, self._late)
+            self._copies = self._copy()
+        return self._copies
 
+    def wait(self) -> list[Token]:
+        """Wait for the tokens."""
+        return self.finish()()
 
-def _draw_shaped(logits: Tensor, ids: Tensor, seqs: Seq[Sequence]) -> dict[int, Token]:
-    rows = [row for row, seq in enumerate(seqs) if shapes(seq)]
-    tokens = sample(logits[rows], [seqs[row] for row in rows]) if rows else []
-    for row, token in zip(rows, tokens, strict=True):
-        ids[row] = token.id
-    return dict(zip(rows, tokens, strict=True))
+    def _copy(self) -> Callable[[], list[Token]]:
+        """Begin to copy tokens and scores; the result waits for them."""
+        logits, ids, num = self._logits, self._ids, len(self._seqs)
+        counts: dict[int, list[int]] = {}
+        for row, seq in enumerate(self._seqs):
+            if seq.sampling.logprobs is not None:
+                counts.setdefault(seq.sampling.logprobs, []).append(row)
+        drawn = to_host(ids[:num])
+        impossible = to_host(self._shaper.state.impossible[:num]) if self._shaped else None
+        scored = []
+        for count, rows in counts.items():
+            index = to_device(rows, ids.device)
+            parts = scores(logits.index_select(0, index), ids.index_select(0, index), count)
+            scored.append((rows, [to_host(part) for part in parts]))
+        done = _mark(ids.device)
+
+        def wait() -> list[Token]:
+            done()
+            tokens = [Token(token) for token in drawn.tolist()]
+            for rows, parts in scored:
+                for row, token in zip(rows, tokens_of(parts), strict=True):
+                    tokens[row] = token
+            for row in () if impossible is None else impossible.nonzero().flatten().tolist():
+                tokens[row] = replace(tokens[row], impossible=True)
+            return tokens
+
+        return wait
 
 
 def _mark(device: torch.device) -> Callable[[], None]:

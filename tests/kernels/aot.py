@@ -11,8 +11,9 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -83,6 +84,34 @@ def variants(architecture: int, packages: Collection[str] = PACKAGES) -> Iterato
     """Yield everything that the tables ship for one architecture."""
     for package in packages:
         yield from importlib.import_module(f"tests.kernels.aot_{package}").variants(architecture)
+
+
+def with_halves(architecture: int, found: Iterator[Variant]) -> Iterator[Variant]:
+    """Yield variants, and those of bf16 in fp16 too: each on one of the architectures, in turn."""
+    turn = ARCHITECTURES.index(architecture)
+    for index, variant in enumerate(found):
+        yield variant
+        if variant.dtype == "bf16" and index % len(ARCHITECTURES) == turn:
+            yield replace(variant, dtype="fp16")
+
+
+def covering(
+    choices: Mapping[str, Sequence[Any]], entry: Callable[[Mapping[str, Any]], Hashable]
+) -> list[dict[str, Any]]:
+    """Return a few of all combinations, among which every two values of two choices meet.
+
+    Args:
+        choices: the values of each.
+        entry: what of a combination has to be there too, for instance the tile that it picks.
+    """
+    rows = [dict(zip(choices, values, strict=True)) for values in product(*choices.values())]
+    goals = [frozenset({entry(row), *combinations(row.items(), 2)}) for row in rows]
+    missing, chosen = frozenset[Any]().union(*goals), []
+    while missing:
+        best = max(range(len(rows)), key=lambda i: len(goals[i] & missing))
+        missing -= goals[best]
+        chosen.append(rows[best])
+    return chosen
 
 
 def compiled(architecture: int, variant: Variant) -> Any:

@@ -1,17 +1,19 @@
-"""What the tuning tables of attention ship."""
+"""What the tuning tables of attention ship, for heads that are served."""
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from functools import cache
+from typing import Any, Final
 
 from inference_service.kernels.attention import triton_kernels, tuning
-from tests.kernels.aot import Variant
+from inference_service.kernels.launch import ARCHITECTURES
+from tests.kernels.aot import Variant, covering
 
 TYPES = {
     "p_partial": "*fp32",
     "p_lse": "*fp32",
     "p_cache_rows": "*i32",
-    "p_chunks": "*i32",
-    "p_tiles": "*i32",
+    "p_items": "*i32",
+    "p_merges": "*i32",
     "p_blocks": "*i32",
     "stride_kv": "i64",
     "scale": "fp32",
@@ -20,44 +22,99 @@ TYPES = {
     "offset": "fp32",
 }
 UNALIGNED = {"window"}
-DTYPES = {2: "bf16", 4: "fp32"}
-# Heads of as many dimensions as the bucket holds, 4 to a group, with everything that a layer may have.
-HEADS = {"GROUP": 4, "KV": 8}
-SHARED = {**HEADS, "BLOCK_SIZE": 16, "UPCAST": False}
+ITEMSIZES: Final = {"bf16": 2, "fp16": 2, "fp32": 4}
+KV = 8
+WHERE: Final[dict[str, tuple[Any, ...]]] = {
+    "architecture": ARCHITECTURES,
+    "dtype": tuple(ITEMSIZES),
+    "dim": (64, 80, 96, 128, 256),
+}
+LAYERS: Final[dict[str, tuple[Any, ...]]] = {
+    **WHERE,
+    "group": (1, 4, 6, 7, 8),
+    "softcap": (True, False),
+    "window": (False, True),
+    "pieces": (True, False),
+}
+NORMS: Final[dict[str, tuple[Any, ...]]] = {**WHERE, "norm": ("none", "one", "of heads")}
 
 
 def variants(architecture: int) -> Iterator[Variant]:
-    """Yield every entry of all tables, decode with and without splits, prefill with and without a window."""
-    for itemsize, dtype in DTYPES.items():
-        for name, kernel, bucket, constants, config in _kernels(architecture, itemsize):
-            yield Variant(
-                name=f"attention.{name} {bucket}",
-                kernel=kernel,
-                dtype=dtype,
-                constants={**constants, "D": bucket, "BLOCK_D": bucket},
-                options={k: v for k, v in vars(config).items() if k.startswith("num_")},
-                types=TYPES,
-                unaligned=UNALIGNED,
-            )
+    """Yield every tile, and every two of what a layer may be that changes what is compiled."""
+    for row in _chosen():
+        if row["architecture"] == architecture:
+            yield from attends(row) if "group" in row else [_rope(row) if "norm" in row else _merge(row)]
 
 
-def _kernels(
-    architecture: int, itemsize: int
-) -> Iterator[tuple[str, Any, int, Mapping[str, Any], tuning.TileConfig | tuning.SmallConfig]]:
-    """(name, kernel, bucket, constants but for the dimensions, config)."""
-    whole = {"SPLITS": 1, "p_partial": None, "p_lse": None}
-    for bucket, c in tuning.DECODE[architecture][itemsize].items():
-        tiles = {**SHARED, "BLOCK_M": c.block_m, "BLOCK_N": c.block_n, "MIN_SPAN": tuning.MIN_SPAN}
-        yield "decode whole", triton_kernels.decode_kernel, bucket, {**tiles, **whole}, c
-        yield "decode split", triton_kernels.decode_kernel, bucket, {**tiles, "SPLITS": tuning.MAX_SPLITS}, c
-    for bucket, c in tuning.PREFILL[architecture][itemsize].items():
-        rows = c.block_m // HEADS["GROUP"]
-        tiles = {**SHARED, "BLOCK_M": c.block_m, "BLOCK_N": c.block_n, "TILE": rows}
-        yield "prefill", triton_kernels.prefill_kernel, bucket, {**tiles, "window": None}, c
-        yield "prefill window", triton_kernels.prefill_kernel, bucket, tiles, c
-    for bucket, s in tuning.ROPE[architecture][itemsize].items():
-        heads = {"H": 32, "KV": 8, "ROTARY": bucket, "ROUND_NORM": True, "BLOCK_H": s.block}
-        yield "rope_write", triton_kernels.rope_write_kernel, bucket, heads, s
-    for bucket, s in tuning.MERGE[architecture][itemsize].items():
-        splits = {"H": 32, "SPLITS": tuning.MAX_SPLITS, "MIN_SPAN": tuning.MIN_SPAN, "BLOCK_S": s.block}
-        yield "merge", triton_kernels.merge_kernel, bucket, splits, s
+@cache
+def _chosen() -> list[dict[str, Any]]:
+    """Of all layers, norms, and places alone, those that cover them and every tile."""
+    return [
+        *covering(LAYERS, lambda row: (row["architecture"], *_configs(row))),
+        *covering(NORMS, lambda row: (row["architecture"], _bucket(tuning.ROPE, row))),
+        *covering(WHERE, lambda row: (row["architecture"], _bucket(tuning.MERGE, row))),
+    ]
+
+
+def _configs(row: Mapping[str, Any]) -> list[tuning.TileConfig]:
+    """The tiles of decode and prefill."""
+    return [_bucket(tables, row) for tables in (tuning.DECODE, tuning.PREFILL)]
+
+
+def attends(row: Mapping[str, Any]) -> Iterator[Variant]:
+    """Yield decode and prefill of one of `LAYERS`."""
+    absent = [name for name in ("softcap", "window") if not row[name]]
+    absent += () if row["pieces"] else ("p_partial", "p_lse")
+    words = [name for name in ("softcap", "window", "pieces") if row[name]]
+    for name, config in zip(("decode", "prefill"), _configs(row), strict=True):
+        decodes = name == "decode"
+        constants = {
+            "TILE": 1 if decodes else config.block_m // row["group"],
+            "MIN_SPAN": (tuning.DECODE_BALANCE if decodes else tuning.PREFILL_BALANCE).min_span,
+            "GROUP": row["group"],
+            "KV": KV,
+            "BLOCK_SIZE": 16,
+            "BLOCK_M": config.block_m,
+            "BLOCK_N": config.block_n,
+            "UPCAST": False,
+            **dict.fromkeys(absent),
+        }
+        where = f"{name} {row['dim']} x {row['group']}"
+        yield _variant(" ".join([where, *words]), triton_kernels.attend_kernel, row, constants, config)
+
+
+def _rope(row: Mapping[str, Any]) -> Variant:
+    config, dim, norm = _bucket(tuning.ROPE, row), row["dim"], row["norm"]
+    # A part of the larger heads is turned.
+    constants = {"H": 4 * KV, "KV": KV, "ROTARY": dim // 2 if dim > 128 else dim, "BLOCK_H": config.block}
+    constants |= {"ROUND_NORM": norm == "of heads"} | ({"p_norm": None} if norm == "none" else {})
+    return _variant(f"rope_write {dim} norm {norm}", triton_kernels.rope_write_kernel, row, constants, config)
+
+
+def _merge(row: Mapping[str, Any]) -> Variant:
+    config = _bucket(tuning.MERGE, row)
+    constants = {"H": 4 * KV, "BLOCK_S": config.block}
+    return _variant(f"merge {row['dim']}", triton_kernels.merge_kernel, row, constants, config)
+
+
+def _bucket(tables: tuning.Tables[tuning.Config], row: Mapping[str, Any]) -> tuning.Config:
+    buckets = tables[row["architecture"]][ITEMSIZES[row["dtype"]]]
+    return buckets[next(key for key in buckets if row["dim"] <= key)]
+
+
+def _variant(
+    name: str,
+    kernel: Any,
+    row: Mapping[str, Any],
+    constants: Mapping[str, Any],
+    config: tuning.TileConfig | tuning.SmallConfig,
+) -> Variant:
+    return Variant(
+        name=f"attention.{name}",
+        kernel=kernel,
+        dtype=row["dtype"],
+        constants={**constants, "D": row["dim"], "BLOCK_D": 1 << (row["dim"] - 1).bit_length()},
+        options={k: v for k, v in vars(config).items() if k.startswith("num_")},
+        types=TYPES,
+        unaligned=UNALIGNED,
+    )

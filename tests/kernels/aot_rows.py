@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from inference_service.kernels.rows import triton_kernels, tuning
-from tests.kernels.aot import Variant
+from tests.kernels.aot import Variant, with_halves
 
 DTYPES = {2: "bf16", 4: "fp32"}
 TYPES = {"p_rows": "*i64", "p_tokens": "*i64", "eps": "fp32", "offset": "fp32", "scale": "fp32", "cap": "fp32"}
@@ -20,6 +20,10 @@ NORMS: dict[str, dict[str, Any]] = {
 
 def variants(architecture: int) -> Iterator[Variant]:
     """Yield every entry of both tables; they are the same for all architectures."""
+    yield from with_halves(architecture, _entries())
+
+
+def _entries() -> Iterator[Variant]:
     for itemsize, dtype in DTYPES.items():
         for bucket, config in tuning.NORM.items():
             for form, absent in NORMS.items():

@@ -9,12 +9,24 @@ from inference_service.kernels.sampling.launch import SHIFTS
 from tests.kernels.aot import Variant
 
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-TYPES = {"p_rows": "*i32", "p_scores": "*fp32", "p_ids": "*i32", "p_out": "*i64"}
+TYPES = {
+    "p_rows": "*i32",
+    "p_scores": "*fp32",
+    "p_ids": "*i32",
+    "p_out": "*i64",
+    "p_shaped": "*fp32",
+    "p_packed": "*i32",
+    "p_counts": "*i32",
+    "p_masks": "*i32",
+    "p_last": "*i32",
+    "p_drawn": "*i32",
+    "p_impossible": "*i32",
+}
 LARGEST_VOCAB = 262144
 
 
 def variants(architecture: int) -> Iterator[Variant]:
-    """Yield every entry of both tables; they are the same for all architectures."""
+    """Yield every entry of the tables; they are the same for all architectures."""
     tiles = -(-LARGEST_VOCAB // tuning.RACE.block)
     for torch_dtype, dtype in DTYPES.items():
         yield Variant(
@@ -41,3 +53,30 @@ def variants(architecture: int) -> Iterator[Variant]:
             types=TYPES,
             unaligned={"tiles", "stride_tiles"},
         )
+        yield Variant(
+            name="sampling.shape",
+            kernel=triton_kernels.shape_kernel,
+            dtype=dtype,
+            constants={"BLOCK": tuning.SHAPE.block},
+            options={"num_warps": tuning.SHAPE.num_warps, "enable_fp_fusion": False},
+            types=TYPES,
+            unaligned={"V", "words", "stride_logits"},
+        )
+    yield Variant(
+        name="sampling.edit",
+        kernel=triton_kernels.edit_kernel,
+        dtype="fp32",
+        constants={"ENTRIES": tuning.EDIT.entries, "BLOCK": tuning.EDIT.block},
+        options={"num_warps": tuning.EDIT.num_warps},
+        types=TYPES,
+        unaligned={"V"},
+    )
+    yield Variant(
+        name="sampling.note",
+        kernel=triton_kernels.note_kernel,
+        dtype="fp32",
+        constants={"TILES": tiles},
+        options={"num_warps": 1},
+        types=TYPES,
+        unaligned={"V", "tiles"},
+    )

@@ -5,7 +5,7 @@ from typing import Any
 
 from inference_service.kernels.sgmv import fused_kernel, triton_kernels, tuning
 from inference_service.kernels.sgmv.layout import COUNTER_STRIDE
-from tests.kernels.aot import Variant
+from tests.kernels.aot import Variant, with_halves
 
 TYPES = {
     "p_y": "*fp32",
@@ -28,6 +28,11 @@ Tiles = tuning.ShrinkConfig | tuning.ExpandConfig
 
 def variants(architecture: int) -> Iterator[Variant]:
     """Yield every entry of the tables; expand with the most planes that it may have to sum."""
+    yield from with_halves(architecture, entries(architecture))
+
+
+def entries(architecture: int) -> Iterator[Variant]:
+    """Yield them for bf16 and fp32."""
     shrinks = tuning.SHRINK[architecture]
     for (phase, itemsize), buckets in shrinks.items():
         for bucket, c in buckets.items():

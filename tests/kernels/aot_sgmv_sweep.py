@@ -15,10 +15,15 @@ GROUPS = (
 
 def variants(architecture: int) -> Iterator[Variant]:
     """Yield what the launcher may make of the shipped configurations."""
-    for variant in aot_sgmv.variants(architecture):
-        for group in GROUPS:
-            most = variant.constants.get("PLANES", 1)
-            for planes in (2**i for i in range(most.bit_length())):
-                special = {k: v for k, v in {**group, "PLANES": planes}.items() if k in variant.constants}
-                name = f"{variant.name} slices {group['N_SLICES']} planes {planes}"
-                yield replace(variant, name=name, constants={**variant.constants, **special})
+    for entry in aot_sgmv.entries(architecture):
+        for dtype in ("bf16", "fp16") if entry.dtype == "bf16" else (entry.dtype,):
+            yield from _specialised(replace(entry, dtype=dtype))
+
+
+def _specialised(variant: Variant) -> Iterator[Variant]:
+    for group in GROUPS:
+        most = variant.constants.get("PLANES", 1)
+        for planes in (2**i for i in range(most.bit_length())):
+            special = {k: v for k, v in {**group, "PLANES": planes}.items() if k in variant.constants}
+            name = f"{variant.name} slices {group['N_SLICES']} planes {planes}"
+            yield replace(variant, name=name, constants={**variant.constants, **special})

@@ -157,6 +157,7 @@ def make_case(
         blocks_per_chunk=max(layout.needed(end) for _, end in layout.chunks) + layout.spare,
         block_size=layout.block_size,
         tile=None if layout.decode_only else prefill_tile(torch.device(device), dtype, heads.dim, group),
+        kv_heads=heads.kv,
     )
     blocks = capacity.chunks * capacity.blocks_per_chunk + 1
     contexts = layout.contexts(blocks)

@@ -6,13 +6,16 @@ from typing import Any
 import pytest
 import torch
 
+from inference_service.kernels.attention import pack_tables
 from tests.kernels.attention_case import TOLERANCE, Heads, Layout, check, errors, fill, make_case
 
+SKEWED = [(1, 4000)] + [(1, 20)] * 31
+PREFIX = [(33, 4033)]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 CASES: dict[str, dict[str, Any]] = {
     "decode": {"layout": Layout([(1, 1), (1, 15), (1, 16), (1, 17), (1, 63)], padding=2)},
-    "decode in splits": {
+    "decode in pieces": {
         "layout": Layout([(1, 300), (1, 100), (1, 129)], spare=2, decode_only=True),
         "heads": Heads(4, 1, 32),
     },
@@ -34,9 +37,9 @@ CASES: dict[str, dict[str, Any]] = {
         "heads": Heads(1, 1),
         "window": 5,
     },
-    "a window in splits": {"layout": Layout([(1, 290), (1, 3)], decode_only=True), "window": 200},
+    "a window in pieces": {"layout": Layout([(1, 290), (1, 3)], decode_only=True), "window": 200},
     "a cap": {"layout": Layout([(1, 63), (21, 40)]), "softcap": 2.0},
-    "a cap, a window and splits": {
+    "a cap, a window and pieces": {
         "layout": Layout([(1, 200), (1, 63), (17, 150)]),
         "heads": Heads(4, 1, 96),
         "softcap": 5.0,
@@ -61,6 +64,50 @@ def test_rows_attend_to_what_they_see_and_nothing_else_changes(
 ) -> None:
     """Outputs and new keys are as exact as the dtype allows, and the rest of the cache keeps its bits."""
     case = make_case(**CASES[name], dtype=dtype, device=device)
+    keys, values = case.inputs.keys.clone(), case.inputs.values.clone()
+    check(case, case.run(), keys, values)
+
+
+LONG: dict[str, dict[str, Any]] = {
+    "one long context among short ones": {
+        "layout": Layout(SKEWED, padding=2, spare=3, decode_only=True),
+        "heads": Heads(6, 1, 80),
+    },
+    "a short suffix of a long prefix": {
+        "layout": Layout(PREFIX, padding=2),
+        "heads": Heads(7, 1, 96),
+        "dtype": torch.float16,
+    },
+    "both, with a cap": {"layout": Layout([*SKEWED[:3], *PREFIX]), "heads": Heads(6, 1, 16), "softcap": 4.0},
+    "both, with a window of pieces": {
+        "layout": Layout([*SKEWED[:3], *PREFIX]),
+        "heads": Heads(7, 1, 16),
+        "window": 1000,
+    },
+    "rows that see nothing of a piece": {
+        "layout": Layout([(100, 1800)]),
+        "heads": Heads(1, 1, 16),
+        "window": 530,
+        "dtype": torch.float16,
+    },
+    "more of every context than its window": {
+        "layout": Layout([(1, 4000), (40, 1100)]),
+        "heads": Heads(2, 1, 16),
+        "window": 200,
+    },
+    "a tile that ends in a row of its own": {
+        "layout": Layout([(33, 1200), (65, 2000)]),
+        "heads": Heads(4, 1),
+        "dtype": torch.float16,
+    },
+}
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_long_contexts_are_cut_and_put_together(name: str, device: str) -> None:
+    """Where contexts and prefixes are long, pieces of them give what the whole does, whoever is beside them."""
+    case = make_case(**{"dtype": torch.float32, "device": device} | LONG[name])
+    assert case.tables.merges[:, 2].max() > 1
     keys, values = case.inputs.keys.clone(), case.inputs.values.clone()
     check(case, case.run(), keys, values)
 
@@ -100,9 +147,18 @@ def test_the_tolerance_notices_one_token_of_64(chunk: tuple[int, int], dtype: to
 
 
 def test_two_runs_give_the_same_bits(device: str) -> None:
-    """Splits are summed in a fixed order."""
-    case = make_case(Layout([(1, 300), (5, 200)]), dtype=torch.float16, device=device)
+    """Pieces are summed in a fixed order."""
+    case = make_case(Layout([(1, 300), (5, 700)]), dtype=torch.float16, device=device)
     assert torch.equal(case.run(), case.run())
+
+
+def test_what_is_not_cut_is_the_same_in_any_company(device: str) -> None:
+    """A context below the smallest piece has the same bits beside a long one as without it."""
+    alone = make_case(Layout([(1, 100), (1, 4000)], decode_only=True), Heads(4, 1, 32), device=device)
+    out = alone.run()
+    beside = replace(alone, contexts=alone.contexts[:1])
+    beside.tables.load(torch.from_numpy(pack_tables(alone.tables.capacity, beside.contexts)))
+    assert torch.equal(beside.run()[0], out[0])
 
 
 def test_offsets_beyond_32_bits(device: str) -> None:

@@ -20,16 +20,17 @@ LATER = {
 }
 
 
-@pytest.mark.parametrize(("window", "splits"), [(None, 2), (100, 1)])
-def test_captured_launches_serve_every_later_step(window: int | None, splits: int, device: str) -> None:
+@pytest.mark.parametrize(("window", "cuts"), [(None, True), (100, False)])
+def test_captured_launches_serve_every_later_step(window: int | None, cuts: bool, device: str) -> None:
     """Grids frozen at capture cover whatever the tables hold at replay: they depend on capacities alone.
 
     Decode and prefill leave each other's rows alone, so that their order is of no interest.
     """
     case = make_case(Layout([(1, 20)], padding=30, spare=10), Heads(4, 1), window=window, device=device)
-    out, (rope, decode, *merge, prefill) = case.planned()
-    assert (decode.grid, prefill.grid) == ((splits, 1, 11), (1, case.tables.capacity.tiles))
-    assert [launch.grid for launch in merge] == [(4, 11)] * (splits - 1)
+    out, (rope, decode, prefill, *merge) = case.planned()
+    capacity = case.tables.capacity
+    assert (decode.grid, prefill.grid) == ((1, capacity.decode_items), (1, capacity.prefill_items))
+    assert [launch.grid for launch in merge] == [(4, capacity.merges)] * cuts
     launches = [rope, prefill, decode, *merge]
     for chunks in LATER.values():
         later = reloaded(case, replace(case.layout, chunks=chunks))
@@ -45,8 +46,16 @@ def test_a_graph_of_decodes_has_no_prefill_and_no_more_launches_than_it_needs(de
     short = make_case(Layout([(1, 100)], decode_only=True), device=device)
     long = make_case(Layout([(1, 300)], decode_only=True), device=device)
     assert [len(case.planned()[1]) for case in (short, long)] == [2, 3]
-    # A window of no more than a split takes bounds what is seen.
+    # A window that is no longer than a piece bounds what is seen.
     assert len(replace(long, spec=replace(long.spec, window=100)).planned()[1]) == 2
+
+
+def test_the_memory_of_a_layer_is_what_its_capacity_says(device: str) -> None:
+    """The memory plan asks the capacity; the launches take what it answers."""
+    case = make_case(Layout([(1, 300), (20, 600)]), device=device)
+    decode = case.planned()[1][1].arguments
+    taken = sum(decode[name].numel() * decode[name].element_size() for name in ("p_partial", "p_lse"))
+    assert taken == case.tables.capacity.workspace_bytes(6, 16)
 
 
 def test_fewer_rows_than_the_tables_hold(device: str) -> None:

@@ -2,12 +2,15 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from inference_service.kernels.attention import AttentionCapacity, AttentionTables, Context, pack_tables
+from inference_service.kernels.attention.balance import SPAN_STEP
+from inference_service.kernels.attention.tuning import DECODE_BALANCE, PREFILL_BALANCE
 
 BLOCK_SIZE = 16
 
@@ -29,52 +32,113 @@ def steps(draw: st.DrawFn) -> tuple[AttentionCapacity, list[Context]]:
     ), contexts
 
 
+def loaded(capacity: AttentionCapacity, contexts: list[Context]) -> AttentionTables:
+    """The tables of a step, in a buffer that held something else."""
+    tables = AttentionTables.allocate(capacity, "cpu")
+    packed = np.full(capacity.packed_size, -77, dtype=np.int32)
+    tables.load(torch.from_numpy(pack_tables(capacity, contexts, out=packed)))
+    return tables
+
+
 @given(step=steps())
 def test_tables_say_where_every_row_is_and_what_it_sees(step: tuple[AttentionCapacity, list[Context]]) -> None:
-    """Rows of chunks go where their blocks are, padding nowhere; tiles cover longer chunks exactly once."""
+    """Rows of chunks go where their blocks are, padding nowhere; items cover every row exactly once."""
     capacity, contexts = step
-    tables = AttentionTables.allocate(capacity, "cpu")
-    tables.load(torch.from_numpy(pack_tables(capacity, contexts)))
-
-    expected = [-1] * capacity.rows
-    covered: dict[int, list[int]] = {}
-    for chunk, first in tables.tiles.tolist():
-        if chunk >= 0:
-            covered.setdefault(chunk, []).append(first)
-    for index, context in enumerate(contexts):
+    tables = loaded(capacity, contexts)
+    expected, seen = [-1] * capacity.rows, {}
+    for context in contexts:
         for place in range(context.length):
-            block, within = divmod(context.end - context.length + place, BLOCK_SIZE)
+            position = context.end - context.length + place
+            block, within = divmod(position, BLOCK_SIZE)
             expected[context.row + place] = context.blocks[block] * BLOCK_SIZE + within
-        row, length, end, first = tables.chunks[index].tolist()
-        assert (row, length, end) == (context.row, context.length, context.end)
-        used = -(-end // BLOCK_SIZE)
-        assert tables.blocks[first : first + used].tolist() == list(context.blocks[:used])
-        tiles = sorted(covered.pop(index, []))
-        assert tiles == ([] if length == 1 else [*range(0, length, capacity.tile)])
-    assert covered == {}
+            seen[context.row + place] = position, list(context.blocks[: -(-context.end // BLOCK_SIZE)])
     assert tables.cache_rows.tolist() == expected
-    assert not tables.chunks[len(contexts) :].any()
+    for items, tile in ((tables.decodes, 1), (tables.prefills, capacity.tile)):
+        for row, rows, at, first_block, piece, *_ in items.tolist():
+            assert rows <= tile
+            for place in range(rows if piece == 0 else 0):
+                position, blocks = seen.pop(row + place)
+                assert position == at + place
+                assert tables.blocks[first_block : first_block + len(blocks)].tolist() == blocks
+    assert seen == {}
 
 
-def test_tiles_with_most_to_see_come_first() -> None:
-    """The longest programs start first, so that none is left alone at the end."""
-    capacity = AttentionCapacity(rows=60, chunks=2, blocks_per_chunk=8, block_size=16, tile=16)
-    tables = AttentionTables.allocate(capacity, "cpu")
-    contexts = [Context(0, 20, [0, 1], 20), Context(20, 40, range(8), 120)]
-    tables.load(torch.from_numpy(pack_tables(capacity, contexts)))
-    assert tables.tiles.tolist() == [[1, 32], [1, 16], [1, 0], [0, 16], [0, 0]]
+@st.composite
+def skewed(draw: st.DrawFn) -> tuple[AttentionCapacity, list[Context]]:
+    """Short and long contexts in one step, of any number of heads; a capacity that holds them barely."""
+    ends = draw(st.lists(st.one_of(st.integers(1, 200), st.integers(1, 20_000)), min_size=1, max_size=40))
+    lengths = [draw(st.one_of(st.just(1), st.integers(1, min(end, 70)))) for end in ends]
+    rows = [sum(lengths[:i]) for i in range(len(ends))]
+    contexts = [
+        Context(row, length, range(1250), end) for row, length, end in zip(rows, lengths, ends, strict=True)
+    ]
+    longest = -(-max(ends) // BLOCK_SIZE)
+    kv, tile = draw(st.sampled_from([1, 2, 8, 300])), draw(st.integers(1, 40))
+    return AttentionCapacity(sum(lengths), len(ends), longest, BLOCK_SIZE, tile, kv), contexts
+
+
+@given(step=skewed())
+def test_keys_are_shared_so_that_no_program_is_left_alone(
+    step: tuple[AttentionCapacity, list[Context]],
+) -> None:
+    """No item has more keys than its share, or what is not worth a cut; any step has room; no row is shared."""
+    capacity, contexts = step
+    tables = loaded(capacity, contexts)
+    slots: set[int] = set()
+    merged = {row: (first, pieces) for row, first, pieces, _ in tables.merges.tolist() if pieces}
+    for items, balance in ((tables.decodes, DECODE_BALANCE), (tables.prefills, PREFILL_BALANCE)):
+        found = [item for item in items.tolist() if item[1]]
+        keys = sum(at + rows for _, rows, at, _, piece, *_ in found if piece == 0)
+        most = max(balance.min_span, keys // (-(-balance.programs // capacity.kv_heads)) + SPAN_STEP)
+        assert all((at + rows) / pieces <= most for _, rows, at, _, _, pieces, *_ in found)
+        order = [-((at + rows) // pieces) for _, rows, at, _, _, pieces, *_ in found]
+        assert order == sorted(order)
+        for row, rows, _, _, piece, pieces, partial, _ in found:
+            for place in range(rows if pieces > 1 else 0):
+                assert merged[row + place] == (partial + place * pieces, pieces)
+                slots.add(partial + place * pieces + piece)
+    assert len(slots) == sum(pieces for _, pieces in merged.values())
+    assert slots <= set(range(capacity.partial_rows))
+
+
+def test_a_short_context_costs_one_item_whoever_is_beside_it() -> None:
+    """A context of 4,000 tokens among 31 of 20 is cut, the others are not."""
+    capacity = AttentionCapacity(rows=32, chunks=32, blocks_per_chunk=250, block_size=16)
+    contexts = [Context(i, 1, range(250), 4000 if i == 7 else 20) for i in range(32)]
+    items = loaded(capacity, contexts).decodes
+    pieces = [int((items[:, 0][items[:, 1] > 0] == row).sum()) for row in range(32)]
+    assert pieces == [1] * 7 + [16] + [1] * 24
+
+
+def test_nothing_is_cut_where_all_have_as_much() -> None:
+    """Enough sequences of one length keep a GPU busy by themselves."""
+    capacity = AttentionCapacity(rows=64, chunks=64, blocks_per_chunk=250, block_size=16)
+    tables = loaded(capacity, [Context(i, 1, range(250), 4000) for i in range(64)])
+    assert int((tables.decodes[:, 1] > 0).sum()) == 64
+    assert not tables.merges.any()
+
+
+def test_memory_of_partial_results_has_a_bound() -> None:
+    """It follows how many programs keep a GPU busy, not contexts; where nothing is long, there is none."""
+    sizes = [
+        AttentionCapacity(2048, 256, blocks, 16, tile=32).workspace_bytes(32, 128)
+        for blocks in (8, 64, 256, 8192)
+    ]
+    assert sizes[0] == 0
+    assert sizes[2] == sizes[3] == 4 * 32 * 129 * (2 * 32 + 2 * 16 * 32)
+    assert AttentionCapacity(8, 8, 8192, 16).workspace_bytes(32, 128) == 4 * 32 * 129 * 40
 
 
 def test_only_blocks_in_use_are_copied() -> None:
     """What a step copies grows with its contexts, not with the longest possible."""
     capacity = AttentionCapacity(rows=8, chunks=8, blocks_per_chunk=8192, block_size=16)
-    assert len(pack_tables(capacity, [Context(0, 1, [3, 4], 20)])) == 8 + 4 * 8 + 2
+    assert len(pack_tables(capacity, [Context(0, 1, [3, 4], 20)])) == 8 + 8 * (8 + 32) + 4 * 8 + 2
 
 
 def test_arrays_begin_at_multiples_of_16_bytes() -> None:
     """The one buffer of a step holds its arrays aligned, as the kernels were specialised."""
     capacity = AttentionCapacity(rows=7, chunks=3, blocks_per_chunk=5, block_size=16, tile=5)
-    assert [where.start % 4 for where in capacity.sections.values()] == [0, 0, 0, 0]
+    assert [where.start % 4 for where in capacity.sections.values()] == [0, 0, 0, 0, 0]
     assert capacity.sections["blocks"].stop == capacity.packed_size
 
 
@@ -108,6 +172,7 @@ def test_longer_chunks_need_room() -> None:
         ({"block_size": 8}, "power of two from 16 on, got 8"),
         ({"rows": 0}, "must be positive"),
         ({"tile": 0}, "must be positive"),
+        ({"kv_heads": 0}, "must be positive"),
     ],
 )
 def test_capacities_that_make_no_sense_are_refused(changed: dict[str, Any], message: str) -> None:

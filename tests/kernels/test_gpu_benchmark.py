@@ -160,6 +160,7 @@ def test_the_grids_cover_every_axis() -> None:
     assert len(set(points)) >= len(points) - 2  # the middle is on several axes
     assert step.FULL.loaded == (0, 1, 8, 16, 64)
     assert {point.context for point in attention.FULL if point.rows == 1} >= {512, 4096}
+    assert {attention.SKEWED, attention.PREFIX} <= {*attention.FULL} & {*attention.QUICK}
 
 
 def test_the_tests_that_are_left_out_exist() -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -21,12 +22,13 @@ from inference_service.engine.graph_runner import GraphRunner
 from inference_service.engine.graphs import CudaRecorder, Graph, Recorder
 from inference_service.engine.rows import lay_out
 from inference_service.engine.scheduler import SchedulerLimits
+from inference_service.engine.step import Pending
 from inference_service.engine.tape import Tape, TapeRecorder
 from inference_service.startup.load import Ready
 from loramux_shared.bases.memory import buckets, mixed_buckets
 from loramux_shared.storage.memory import MemoryStore
 from tests.support.launches import per_layer, per_step
-from tests.support.tiny import World, make_world, run_engine
+from tests.support.tiny import VOCAB, World, make_world, run_engine
 
 BLOCK, BLOCKS = 16, 16
 LIMITS = SchedulerLimits(max_tokens=64, max_seqs=4, max_adapters=3, max_seq_len=64)
@@ -126,13 +128,32 @@ def test_graphs_give_the_tokens_of_the_torch_backend(
 Asked = tuple[str, list[int], SamplingParams]
 
 
-def _run(ready: Ready, requests: Sequence[Asked]) -> list[list[Token]]:
-    """Run requests together; return the tokens of each."""
+class Walk:
+    """A grammar where each token says which may follow."""
+
+    complete = False
+    failure = ""
+
+    def __init__(self) -> None:
+        self._last = 0
+
+    def mask(self) -> bytes:
+        """The multiples of 7, moved by the last token."""
+        return sum(1 << token for token in range(self._last % 7, VOCAB, 7)).to_bytes(VOCAB // 8 + 1, "little")
+
+    def accept(self, token: int) -> None:
+        """It is the last."""
+        self._last = 3 * token + 1
+
+
+def _run(ready: Ready, requests: Sequence[Asked], walking: Collection[int] = ()) -> list[list[Token]]:
+    """Run requests together, some by number with a grammar; return the tokens of each."""
     engine = ready.engine._engine
     tokens: dict[str, list[Token]] = {}
     for number, (name, prompt, sampling) in enumerate(requests):
         adapter = ready.service.catalog.get(name).adapter
-        engine.add(EngineSequence(str(number), list(prompt), sampling, adapter))
+        grammar = Walk() if number in walking else None
+        engine.add(EngineSequence(str(number), list(prompt), sampling, adapter, grammar=grammar))
         tokens[str(number)] = []
     while not engine.idle:
         for output in engine.step():
@@ -173,9 +194,50 @@ def test_every_kind_of_sampling_is_that_of_a_step_without_graph(
     assert [token.id for token in alone] == [token.id for token in replayed[0]]
 
 
+PARITY = {(token,): (*range(token % 2, VOCAB, 2),) for token in range(VOCAB)}
+"""Bad words: two odd tokens one after the other, and two even ones."""
+SHAPING = [
+    SamplingParams(max_tokens=6, temperature=1.0, seed=4),
+    SamplingParams(max_tokens=6, repetition_penalty=0.9, frequency_penalty=-50.0),
+    SamplingParams(max_tokens=6, temperature=0.8, top_k=9, seed=7, logprobs=1),
+    SamplingParams(max_tokens=6, bad_words={0: {(): (3, 4)}, 1: PARITY}),
+]
+
+
+def test_no_request_sits_out_a_step(
+    world: tuple[World, MemoryStore], ready: Ready, runner: GraphRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Penalties, bad words and a grammar beside a plain request: each has a row in every step, with its last
+    token in flight, and its tokens are those of the torch backend, which knows all before it draws."""
+    asked = [(name, prompt[:4], params) for (name, prompt), params in zip(REQUESTS, SHAPING, strict=False)]
+    plain = world[0].load(world[1], backend="torch", native=False)
+    expected = [[token.id for token in tokens] for tokens in _run(plain, asked, walking=[2])]
+    unshaped = [(name, prompt, SamplingParams(max_tokens=6)) for name, prompt, _ in asked]
+    free = [[token.id for token in tokens] for tokens in _run(plain, unshaped)]
+    steps: list[int] = []
+    submit = runner.submit
+
+    def counted(batch: Batch) -> Pending:
+        steps.append(len(batch.chunks))
+        return submit(batch)
+
+    monkeypatch.setattr(runner, "submit", counted)
+    found = _run(_with(ready, runner), asked, walking=[2])
+    assert [[token.id for token in tokens] for tokens in found] == expected
+    assert steps == [4] * 6
+    assert all((one + other) % 2 for one, other in pairwise(expected[3]))
+    assert len(set(expected[1])) == 1
+    assert [ours == theirs for ours, theirs in zip(expected, free, strict=True)] == [False] * 4
+    assert all(token.logprob is not None for token in found[2])
+
+
 def test_preemption_changes_no_token(ready: Ready, runner: GraphRunner) -> None:
     """With too few blocks, a sequence gives its own up with a token in flight, and is computed again."""
-    asked = [(name, list(range(30, 44)), SamplingParams(max_tokens=5)) for name in ("all", "base")]
+    kinds = (
+        SamplingParams(max_tokens=5),
+        SamplingParams(max_tokens=5, frequency_penalty=2.0, repetition_penalty=1.5),
+    )
+    asked = [(name, list(range(30, 44)), kind) for name, kind in zip(("all", "base"), kinds, strict=True)]
     expected = _run(_with(ready, runner), asked)
     assert _run(_with(ready, runner, blocks=3), asked) == expected
     assert ready.engine.stats.preemptions > 0

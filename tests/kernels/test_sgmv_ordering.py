@@ -46,4 +46,4 @@ def test_y_is_released_and_acquired_between_barriers(architecture: int) -> None:
     for code in codes:
         order = [name for name, _ in groupby(match.lastgroup for match in event.finditer(code))]
         assert order == SHRINK + EXPAND
-    assert len(codes) == 4
+    assert len(codes) == 5

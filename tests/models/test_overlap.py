@@ -189,29 +189,6 @@ def test_a_stop_token_costs_one_row_and_a_limit_none(depth: int, rows: int) -> N
     assert len(device.lengths) == 4 + rows
 
 
-def test_a_sequence_that_needs_its_last_token_waits_for_it() -> None:
-    """Beside one that is scheduled at each step, it is at every other, and answers the same."""
-
-    class Careful(Sequence):
-        needs_last_token = True
-
-    engine, device, _ = _engine(1)
-    careful = Careful("careful", [1, 2, 3], SamplingParams(max_tokens=4))
-    other = _seq([1, 2, 3], SamplingParams(max_tokens=4))
-    engine.add(careful)
-    engine.add(other)
-    _drain(engine)
-    assert careful.tokens == other.tokens
-    assert [set(lengths) for lengths in device.lengths] == [
-        {careful.id, other.id},
-        {other.id},
-        {careful.id, other.id},
-        {other.id},
-        {careful.id},
-        {careful.id},
-    ]
-
-
 def test_only_known_tokens_are_found_in_the_prefix_cache() -> None:
     """A block whose last token is in flight is registered when the token is known, also at the very end."""
     engine, _, manager = _engine(1)

@@ -134,12 +134,6 @@ def test_a_draw_from_nothing_says_so(temperature: float) -> None:
     assert drawn[1].id == 3
 
 
-def test_the_last_token_is_needed_for_words_of_several_tokens_alone() -> None:
-    """Where the mask is the same at every step, a step may be submitted before the last token is known."""
-    assert not seq([1], bad_words={0: {(): (3,)}}, allowed_token_ids=mask(1)).needs_last_token
-    assert seq([1], bad_words={0: {(): (3,)}, 1: {(4,): (5,)}}).needs_last_token
-
-
 @given(st.floats(0.01, 1), st.integers(0, 99))
 @settings(deadline=None, max_examples=20)
 def test_min_p_leaves_what_transformers_leaves(min_p: float, seed: int) -> None:
@@ -193,6 +187,6 @@ def test_log_probabilities_are_the_models_own() -> None:
 
 def test_plain_rows_are_not_shaped() -> None:
     """Greedy and sampled requests without anything special are drawn from the logits as they are."""
-    assert not shapes(seq([1], temperature=0.7, top_p=0.9, min_p=0.1))
-    assert not shapes(seq([1], [2, 3], min_tokens=2))
-    assert shapes(seq([1], [2], min_tokens=2))
+    assert not shapes(seq([1], temperature=0.7, top_p=0.9, min_p=0.1), 0)
+    assert not shapes(seq([1], [2, 3], min_tokens=2), 2)
+    assert shapes(seq([1], [2], min_tokens=2), 1)

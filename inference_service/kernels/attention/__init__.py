@@ -3,13 +3,13 @@
 ::
 
     rope_write   heads [T, H + 2 KV, d]   -> q [T, H, d]; keys and values of the step to the cache
-    decode       q, the cache             -> out of the chunks of one row, or splits of it
-    merge        splits                   -> out; where contexts may be too long for one split
-    prefill      q, the cache             -> out of longer chunks; where the capacity has any
+    attend       q, the cache             -> out of the chunks of one row, or pieces of it
+    attend       q, the cache             -> the same of longer chunks; where the capacity has any
+    merge        pieces                   -> out; where contexts may be too long for one program
 
-A *chunk* is a run of rows of one sequence; it sees the sequence's cache up to itself. Which rows belong to
-which chunk, and where its cache blocks are, is in tables that are filled once per step for all layers. All
-launches are deterministic: no atomics, and a fixed order of summation.
+A *chunk* is a run of rows of one sequence; it sees the sequence's cache up to itself. What each program takes
+of it, and where its cache blocks are, is in tables that are filled once per step for all layers. All launches
+are deterministic: no atomics, and a fixed order of summation.
 
 This package needs torch alone; Triton is imported at the first launch.
 """

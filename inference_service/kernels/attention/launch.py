@@ -56,10 +56,7 @@ def plan(
     _check_tables(inputs, tables)
     q, out = (inputs.heads.new_empty(len(inputs.heads), inputs.num_heads, inputs.head_dim) for _ in range(2))
     planner = _Planner(triton_kernels, inputs, tables, q, out, _weights(spec, tables.capacity.context))
-    launches = [planner.rope(norm), *planner.decode()]
-    if tables.capacity.tiles:
-        launches.append(planner.prefill())
-    return out, launches
+    return out, [planner.rope(norm), *planner.attend()]
 
 
 @dataclass(frozen=True)
@@ -115,70 +112,70 @@ class _Planner:
         grid = len(at.heads), -(-at.heads.shape[1] // config.block)
         return Launch(self.kernels.rope_write_kernel, grid, arguments)
 
-    def prefill(self) -> Launch:
-        """Attend for chunks of more than one row."""
-        config, arguments = self._config(tuning.PREFILL), self._arguments()
-        tile = self.tables.capacity.tile or 0
-        if tile * arguments["GROUP"] > config.block_m:
-            raise ValueError(f"a tile has at most {config.block_m // arguments['GROUP']} rows, got {tile}")
-        arguments |= {
-            "p_tiles": self.tables.tiles,
-            "TILE": tile,
-            "BLOCK_M": config.block_m,
-            "BLOCK_N": config.block_n,
-            "num_warps": config.num_warps,
-            "num_stages": config.num_stages,
-        }
-        grid = self.inputs.kv_heads, self.tables.capacity.tiles
-        return Launch(self.kernels.prefill_kernel, grid, arguments)
-
-    def decode(self) -> list[Launch]:
-        """Attend for chunks of one row, and merge the splits where there may be several."""
-        at, config, arguments = self.inputs, self._config(tuning.DECODE), self._arguments()
-        chunks, window = self.tables.capacity.chunks, self.weights["window"]
-        splits = tuning.splits_of(self.tables.capacity, at.kv_heads, window)
+    def attend(self) -> list[Launch]:
+        """Attend for chunks of one row, and for longer ones where there may be any; merge what may be cut."""
+        at, capacity = self.inputs, self.tables.capacity
         partial = lse = None
-        if splits > 1:
-            partial = self.q.new_empty(chunks, at.num_heads, splits, at.head_dim, dtype=torch.float32)
-            lse = self.q.new_empty(chunks, at.num_heads, splits, dtype=torch.float32)
-        split = {"p_partial": partial, "p_lse": lse, "SPLITS": splits, "MIN_SPAN": tuning.MIN_SPAN}
-        tiles = {
-            "BLOCK_M": max(config.block_m, _power_of_two(arguments["GROUP"])),
-            "BLOCK_N": config.block_n,
-            "num_warps": config.num_warps,
-            "num_stages": config.num_stages,
-        }
-        grid = splits, at.kv_heads, chunks
-        decode = Launch(self.kernels.decode_kernel, grid, arguments | split | tiles)
-        if splits == 1:
-            return [decode]
-        small = self._config(tuning.MERGE)
-        shared = {name: arguments[name] for name in ("p_out", "p_chunks", "window", "D", "BLOCK_D")}
-        merge = {"H": at.num_heads, "BLOCK_S": min(small.block, splits), "num_warps": small.num_warps}
-        return [
-            decode,
-            Launch(self.kernels.merge_kernel, (at.num_heads, chunks), shared | split | merge),
-        ]
+        if capacity.may_cut(self.weights["window"]):
+            shape = capacity.partial_rows, at.num_heads
+            partial = self.q.new_empty(*shape, at.head_dim, dtype=torch.float32)
+            lse = self.q.new_empty(shape, dtype=torch.float32)
+        pieces = {"p_partial": partial, "p_lse": lse}
+        launches = [self._attend(pieces, self.tables.decodes, 1)]
+        if capacity.tile is not None and capacity.tiles:
+            launches.append(self._attend(pieces, self.tables.prefills, capacity.tile))
+        if partial is not None:
+            launches.append(self._merge(pieces))
+        return launches
 
-    def _arguments(self) -> dict[str, Any]:
-        """What decode and prefill share."""
+    def _attend(self, pieces: dict[str, Any], items: Tensor, tile: int) -> Launch:
+        """Attend for all items, of so many rows at most."""
         at = self.inputs
-        return self.weights | {
+        decodes, group = tile == 1 and items is self.tables.decodes, at.num_heads // at.kv_heads
+        config = self._config(tuning.DECODE if decodes else tuning.PREFILL)
+        block_m = max(config.block_m, _power_of_two(group)) if decodes else config.block_m
+        if tile * group > block_m:
+            raise ValueError(f"a tile has at most {block_m // group} rows, got {tile}")
+        arguments = {
             "p_q": self.q,
             "p_out": self.out,
+            **pieces,
             "p_keys": at.keys,
             "p_values": at.values,
-            "p_chunks": self.tables.chunks,
+            "p_items": items,
             "p_blocks": self.tables.blocks,
+            **self.weights,
             "stride_kv": at.keys.stride(0),
             "stride_cache": at.keys.stride(1),
-            "GROUP": at.num_heads // at.kv_heads,
+            "TILE": tile,
+            "MIN_SPAN": (tuning.DECODE_BALANCE if decodes else tuning.PREFILL_BALANCE).min_span,
+            "GROUP": group,
             "KV": at.kv_heads,
             "D": at.head_dim,
             "BLOCK_SIZE": self.tables.capacity.block_size,
+            "BLOCK_M": block_m,
+            "BLOCK_N": config.block_n,
             "BLOCK_D": _block_d(at.head_dim),
             "UPCAST": self.kernels.INTERPRETED,
+            "num_warps": config.num_warps,
+            "num_stages": config.num_stages,
         }
+        return Launch(self.kernels.attend_kernel, (at.kv_heads, len(items)), arguments)
+
+    def _merge(self, pieces: dict[str, Any]) -> Launch:
+        """Sum what is in pieces."""
+        at, config = self.inputs, self._config(tuning.MERGE)
+        arguments = {
+            **pieces,
+            "p_out": self.out,
+            "p_merges": self.tables.merges,
+            "H": at.num_heads,
+            "D": at.head_dim,
+            "BLOCK_S": config.block,
+            "BLOCK_D": _block_d(at.head_dim),
+            "num_warps": config.num_warps,
+        }
+        return Launch(self.kernels.merge_kernel, (at.num_heads, self.tables.capacity.merges), arguments)
 
     def _config(self, table: tuning.Tables[tuning.Config]) -> tuning.Config:
         return tuning.config_of(table, self.q.device, self.q.dtype, self.inputs.head_dim)
@@ -203,7 +200,7 @@ def _check_tables(inputs: Inputs, tables: AttentionTables) -> None:
         raise ValueError(f"tables must be on {inputs.heads.device}, got {tables.packed.device}")
     if len(inputs.heads) > capacity.rows:
         raise ValueError(f"{len(inputs.heads)} rows, but tables for {capacity.rows}")
-    if max(capacity.chunks, capacity.tiles) > MAX_GRID:
+    if max(capacity.decode_items, capacity.prefill_items, capacity.merges) > MAX_GRID:
         raise ValueError(f"a grid holds {MAX_GRID} chunks or tiles, got room for {capacity}")
 
 

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from inference_service.kernels.attention.balance import ITEM_FIELDS, MERGE_FIELDS, Ints, Units, runs
 from inference_service.kernels.attention.paged import Context
+from inference_service.kernels.attention.tuning import DECODE_BALANCE, PREFILL_BALANCE
 from inference_service.kernels.packing import sections
 
 NOWHERE = -1
-"""In device memory: the cache row of padding, and the chunk of a tile that no kernel may look at."""
+"""In device memory: the cache row of padding."""
 MIN_BLOCK_SIZE = 16
-CHUNK_FIELDS = 4
 
 
 @dataclass(frozen=True)
@@ -31,9 +33,18 @@ class AttentionCapacity:
     """Tokens of a cache block: a power of two."""
     tile: int | None = None
     """Rows of a chunk that one program of prefill takes, see `prefill_tile`; None: chunks have one row."""
+    kv_heads: int = 8
+    """Heads of keys: an item is a program for each. Only how finely contexts are cut depends on it."""
 
     def __post_init__(self) -> None:
-        if min(self.rows, self.chunks, self.blocks_per_chunk) < 1 or (self.tile is not None and self.tile < 1):
+        sizes = (
+            self.rows,
+            self.chunks,
+            self.blocks_per_chunk,
+            self.kv_heads,
+            1 if self.tile is None else self.tile,
+        )
+        if min(sizes) < 1:
             raise ValueError(f"capacities must be positive, got {self}")
         if self.block_size < MIN_BLOCK_SIZE or self.block_size & (self.block_size - 1):
             raise ValueError(
@@ -53,16 +64,57 @@ class AttentionCapacity:
         return min(self.rows, min(self.chunks, self.rows // 2) + self.rows // self.tile)
 
     @property
+    def decode_items(self) -> int:
+        """Enough for any step."""
+        return DECODE_BALANCE.items(*self._decodes)
+
+    @property
+    def prefill_items(self) -> int:
+        """Enough for any step."""
+        return PREFILL_BALANCE.items(*self._prefills)
+
+    @property
+    def merges(self) -> int:
+        """Rows that are merged, at most."""
+        tiles = PREFILL_BALANCE.cut_units(*self._prefills)
+        return min(self.rows, DECODE_BALANCE.cut_units(*self._decodes) + tiles * (self.tile or 0))
+
+    @property
+    def partial_rows(self) -> int:
+        """Rows of partial results, at most: one for every row of every piece."""
+        tiles = PREFILL_BALANCE.pieces(*self._prefills)
+        return DECODE_BALANCE.pieces(*self._decodes) + tiles * (self.tile or 0)
+
+    def workspace_bytes(self, num_heads: int, head_dim: int) -> int:
+        """Memory of the partial results of a layer with so many query heads, in fp32; layers share it."""
+        return 4 * self.partial_rows * num_heads * (head_dim + 1)
+
+    def may_cut(self, window: int | None) -> bool:
+        """Tell whether any row of a layer with this window may see more keys than one program should take."""
+        seen = self.context if window is None else min(self.context, window + (self.tile or 1) - 1)
+        decoded = self.context if window is None else min(self.context, window)
+        return DECODE_BALANCE.may_cut(decoded) or (self.tiles > 0 and PREFILL_BALANCE.may_cut(seen))
+
+    @cached_property
     def sections(self) -> dict[str, slice]:
         """Where each array lies in the one int32 buffer of a step; the blocks, seldom all used, come last."""
         return sections(
             {
                 "cache_rows": self.rows,
-                "chunks": CHUNK_FIELDS * self.chunks,
-                "tiles": 2 * self.tiles,
+                "decodes": ITEM_FIELDS * self.decode_items,
+                "prefills": ITEM_FIELDS * self.prefill_items,
+                "merges": MERGE_FIELDS * self.merges,
                 "blocks": self.chunks * self.blocks_per_chunk,
             }
         )
+
+    @property
+    def _decodes(self) -> tuple[int, int, int]:
+        return self.chunks, self.context, self.kv_heads
+
+    @property
+    def _prefills(self) -> tuple[int, int, int]:
+        return self.tiles, self.context, self.kv_heads
 
     @property
     def packed_size(self) -> int:
@@ -88,40 +140,47 @@ def pack_tables(
     _check_fits(capacity, contexts, needed)
     packed = np.empty(capacity.packed_size, dtype=np.int32) if out is None else out
     section = {name: packed[where] for name, where in capacity.sections.items()}
-    fields = np.array([(c.row, c.length, c.end, 0) for c in contexts], dtype=np.int64).reshape(-1, CHUNK_FIELDS)
-    fields[:, 3] = np.cumsum(needed) - needed
-    for context, count, first in zip(contexts, needed, fields[:, 3].tolist(), strict=True):
+    chunks = np.array([(c.row, c.length, c.end) for c in contexts], dtype=np.int64).reshape(-1, 3)
+    row, length, end = chunks.T
+    first_block = np.cumsum([0, *needed], dtype=np.int64)[:-1]
+    for context, count, first in zip(contexts, needed, first_block.tolist(), strict=True):
         section["blocks"][first : first + count] = context.blocks[:count]
 
-    section["chunks"].fill(0)
-    section["chunks"][: fields.size] = fields.ravel()
     section["cache_rows"].fill(NOWHERE)
-    rows, positions, first_blocks = _rows(fields)
-    blocks = section["blocks"][first_blocks + positions // capacity.block_size]
-    section["cache_rows"][rows] = blocks * capacity.block_size + positions % capacity.block_size
+    chunk, within = runs(length)
+    positions = (end - length)[chunk] + within
+    blocks = section["blocks"][first_block[chunk] + positions // capacity.block_size]
+    section["cache_rows"][row[chunk] + within] = blocks * capacity.block_size + positions % capacity.block_size
+    units = Units(row, length, end - length, first_block)
+    one = length == 1
+    decodes, merges = DECODE_BALANCE.shared(_of(units, one), capacity.kv_heads, 0)
+    _fill(section["decodes"], decodes)
     if capacity.tile is not None:
-        tiles = _tiles(fields, capacity.tile)
-        section["tiles"].fill(NOWHERE)
-        section["tiles"][: tiles.size] = tiles.ravel()
+        first_partial = int(merges[:, 2].sum())
+        tiles = _tiles(_of(units, ~one), capacity.tile)
+        prefills, more = PREFILL_BALANCE.shared(tiles, capacity.kv_heads, first_partial)
+        _fill(section["prefills"], prefills)
+        merges = np.concatenate([merges, more])
+    _fill(section["merges"], merges)
     return packed[: capacity.sections["blocks"].start + sum(needed)]
 
 
-def _rows(fields: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], ...]:
-    """(row in the batch, position in the sequence, chunk's first block) of every row of every chunk."""
-    row, length, end, first_block = fields.T
-    within = np.arange(length.sum()) - np.repeat(np.cumsum(length) - length, length)
-    rows, positions = np.repeat(row, length) + within, np.repeat(end - length, length) + within
-    return rows, positions, np.repeat(first_block, length)
+def _of(units: Units, chosen: npt.NDArray[np.bool_]) -> Units:
+    return Units(*(part[chosen] for part in (units.row, units.rows, units.at, units.first_block)))
 
 
-def _tiles(fields: npt.NDArray[np.int64], tile: int) -> npt.NDArray[np.int64]:
-    """[tiles, 2]: chunk and first row within it of every tile of prefill, those with most to see first."""
-    _, length, end, _ = fields.T
-    count = np.where(length > 1, -(-length // tile), 0)
-    chunk = np.repeat(np.arange(len(fields)), count)
-    first = (np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)) * tile
-    order = np.argsort((length - end)[chunk] - first, kind="stable")
-    return np.stack([chunk, first], axis=1)[order]
+def _tiles(chunks: Units, tile: int) -> Units:
+    """Cut chunks into tiles of so many rows."""
+    chunk, place = runs(-(-chunks.rows // tile))
+    first = place * tile
+    rows = np.minimum(chunks.rows[chunk] - first, tile)
+    return Units(chunks.row[chunk] + first, rows, chunks.at[chunk] + first, chunks.first_block[chunk])
+
+
+def _fill(section: npt.NDArray[np.int32], found: Ints) -> None:
+    """Write what was found, and zeros behind it: no item, nothing to merge."""
+    section[: found.size] = found.ravel()
+    section[found.size :] = 0
 
 
 def _check_fits(capacity: AttentionCapacity, contexts: Sequence[Context], needed: Sequence[int]) -> None:
@@ -149,10 +208,12 @@ class AttentionTables:
     """int32: the arrays below, in one buffer."""
     cache_rows: Tensor
     """int32 [rows]: where a row's key and value go, or NOWHERE."""
-    chunks: Tensor
-    """int32 [chunks, 4]: first row, rows, end of the context, first of ``blocks``; no rows: no chunk."""
-    tiles: Tensor
-    """int32 [tiles, 2]: chunk or NOWHERE, and the tile's first row within it."""
+    decodes: Tensor
+    """int32 [decode items, 8] of `Balance.shared`: the chunks of one row; no rows: no item."""
+    prefills: Tensor
+    """int32 [prefill items, 8], likewise: tiles of the others."""
+    merges: Tensor
+    """int32 [merges, 4], likewise: rows that are in pieces; no pieces: nothing to merge."""
     blocks: Tensor
     """int32 [chunks * blocks_per_chunk]: the cache blocks of all contexts, one after the other."""
 
@@ -165,8 +226,9 @@ class AttentionTables:
             capacity,
             packed,
             cache_rows=views["cache_rows"],
-            chunks=views["chunks"].view(-1, CHUNK_FIELDS),
-            tiles=views["tiles"].view(-1, 2),
+            decodes=views["decodes"].view(-1, ITEM_FIELDS),
+            prefills=views["prefills"].view(-1, ITEM_FIELDS),
+            merges=views["merges"].view(-1, MERGE_FIELDS),
             blocks=views["blocks"],
         )
         tables.load(torch.from_numpy(pack_tables(capacity, [])))

@@ -1,4 +1,4 @@
-"""The four kernels. T rows, C chunks, H query heads, KV heads of keys and values, D of a head, S splits.
+"""The three kernels. T rows, H query heads, KV heads of keys and values, D of a head, P partial rows.
 
 GROUP = H / KV query heads share one head of keys and values, and are folded into the axis of rows: a program
 reads keys and values once for all of them. Weights are powers of two: log2(e) is in what products are
@@ -156,20 +156,22 @@ def _attend(
 
 
 @triton.jit
-def prefill_kernel(
+def attend_kernel(
     p_q,  # [T, H, D]
-    p_out,  # [T, H, D], written
+    p_out,  # [T, H, D], written by items that are whole
+    p_partial,  # fp32 [P, H, D], written by pieces; None: nothing is cut
+    p_lse,  # fp32 [P, H], likewise: log2 of the sum of the weights; -inf: the row sees nothing in the piece
     p_keys,  # [KV, cache rows, D]
     p_values,  # as p_keys
-    p_chunks,  # int32 [C, 4]
-    p_tiles,  # int32 [tiles, 2]
+    p_items,  # int32 [items, 8]
     p_blocks,  # int32
     scale,
     softcap,  # or None
     window,  # or None
     stride_kv,
     stride_cache,
-    TILE: tl.constexpr,  # rows of a tile
+    TILE: tl.constexpr,  # rows of an item at most; 1: decode
+    MIN_SPAN: tl.constexpr,  # keys of a piece at least, a multiple of BLOCK_N
     GROUP: tl.constexpr,
     KV: tl.constexpr,
     D: tl.constexpr,
@@ -179,173 +181,103 @@ def prefill_kernel(
     BLOCK_D: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """What the rows of a tile attend to: they see what was before them, themselves included.
+    """What the rows of an item attend to, or one piece of it: they see what was before them, and themselves.
 
-    One program per (head of keys, tile).
+    One program per (head of keys, item).
     """
-    i_h, i_tile = tl.program_id(0), tl.program_id(1)
-    i_c = tl.load(p_tiles + 2 * i_tile)
-    if i_c < 0:
+    i_h, i_item = tl.program_id(0), tl.program_id(1)
+    p_item = p_items + 8 * i_item
+    rows = tl.load(p_item + 1)
+    if rows == 0:
         return
-    first_row = tl.load(p_tiles + 2 * i_tile + 1)
-    row, length = tl.load(p_chunks + 4 * i_c), tl.load(p_chunks + 4 * i_c + 1)
-    end, first_block = tl.load(p_chunks + 4 * i_c + 2), tl.load(p_chunks + 4 * i_c + 3)
+    row, at, first_block = tl.load(p_item), tl.load(p_item + 2), tl.load(p_item + 3)
+    piece, pieces = tl.load(p_item + 4), tl.load(p_item + 5)
+    first, last = 0, at + rows
+    if window is not None:
+        first = tl.maximum(at + 1 - window, 0)
+    if p_partial is None:
+        if piece > 0:
+            return
+    else:
+        span = tl.maximum(tl.cdiv(tl.cdiv(last - first, pieces), BLOCK_N) * BLOCK_N, MIN_SPAN)
+        first += piece * span
+        last = tl.minimum(last, first + span)
 
     o_m = tl.arange(0, BLOCK_M)
-    o_r = first_row + o_m // GROUP  # [BLOCK_M] row in the chunk
+    o_r = o_m // GROUP  # [BLOCK_M] row of the item
     o_d = tl.arange(0, BLOCK_D)
-    m_m = (o_m < TILE * GROUP) & (o_r < length)
+    m_m = (o_m < TILE * GROUP) & (o_r < rows)
     m_q = m_m[:, None] & (o_d < D)[None, :]
-    o_head = (row + o_r).to(tl.int64) * (KV * GROUP) + i_h * GROUP + o_m % GROUP  # [BLOCK_M]
-    o_q = o_head[:, None] * D + o_d[None, :]
+    o_head = i_h * GROUP + o_m % GROUP  # [BLOCK_M]
+    o_q = ((row + o_r).to(tl.int64) * (KV * GROUP) + o_head)[:, None] * D + o_d[None, :]
     b_q = tl.load(p_q + o_q, mask=m_q, other=0.0)
     if UPCAST:
         b_q = b_q.to(tl.float32)
-
-    o_at = end - length + o_r  # [BLOCK_M] position
-    first_at = end - length + first_row
-    last = tl.minimum(first_at + TILE, end)
     b_acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     b_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     b_sum = tl.zeros([BLOCK_M], tl.float32)
     p_keys += i_h.to(tl.int64) * stride_kv
     p_values += i_h.to(tl.int64) * stride_kv
     p_blocks += first_block
-    if window is None:
-        # What lies before the tile, and is seen by all of its rows; the rest is masked.
-        masked = (first_at + 1) // BLOCK_N * BLOCK_N
+    masked = first
+    if TILE > 1 and window is None:
+        # What all rows see: whole tiles of keys up to the first row's own; the rest is masked.
+        masked = tl.minimum(tl.maximum((at + 1) // BLOCK_N * BLOCK_N, first), last)
         b_acc, b_max, b_sum = _attend(
-            b_q, b_acc, b_max, b_sum, o_at, 0, masked, p_keys, p_values, p_blocks, stride_cache,
-            scale, softcap, window, D, BLOCK_SIZE, BLOCK_N, BLOCK_D, False, UPCAST,
+            b_q, b_acc, b_max, b_sum, at + o_r, first, masked, p_keys, p_values, p_blocks, stride_cache,
+            scale, softcap, None, D, BLOCK_SIZE, BLOCK_N, BLOCK_D, False, UPCAST,
         )  # fmt: skip
-    else:
-        masked = tl.maximum(first_at + 1 - window, 0)
     b_acc, b_max, b_sum = _attend(
-        b_q, b_acc, b_max, b_sum, o_at, masked, last, p_keys, p_values, p_blocks, stride_cache,
+        b_q, b_acc, b_max, b_sum, at + o_r, masked, last, p_keys, p_values, p_blocks, stride_cache,
         scale, softcap, window, D, BLOCK_SIZE, BLOCK_N, BLOCK_D, True, UPCAST,
     )  # fmt: skip
-    b_acc /= tl.where(m_m, b_sum, 1.0)[:, None]
-    tl.store(p_out + o_q, b_acc.to(p_out.dtype.element_ty), mask=m_q)
-
-
-@triton.jit
-def _first_seen(end, window):
-    """The first position that the last row of a context sees."""
-    first = 0
-    if window is not None:
-        first = tl.maximum(end - window, 0)
-    return first
-
-
-@triton.jit
-def _span(seen, SPLITS: tl.constexpr, MIN_SPAN: tl.constexpr):
-    """Positions that one split takes: a multiple of MIN_SPAN, so that short contexts have few splits."""
-    return tl.cdiv(tl.cdiv(seen, SPLITS), MIN_SPAN) * MIN_SPAN
-
-
-@triton.jit
-def decode_kernel(
-    p_q,  # [T, H, D]
-    p_out,  # [T, H, D], written if SPLITS == 1
-    p_partial,  # fp32 [C, H, SPLITS, D], written if not; else None
-    p_lse,  # fp32 [C, H, SPLITS], likewise: log2 of the sum of the weights
-    p_keys,  # [KV, cache rows, D]
-    p_values,  # as p_keys
-    p_chunks,  # int32 [C, 4]
-    p_blocks,  # int32
-    scale,
-    softcap,  # or None
-    window,  # or None
-    stride_kv,
-    stride_cache,
-    SPLITS: tl.constexpr,
-    MIN_SPAN: tl.constexpr,
-    GROUP: tl.constexpr,
-    KV: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    BLOCK_M: tl.constexpr,  # at least GROUP
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    UPCAST: tl.constexpr,
-):
-    """What the one row of a chunk attends to, or the part of it in one split of the context.
-
-    One program per (split, head of keys, chunk).
-    """
-    i_split, i_h, i_c = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    row, length = tl.load(p_chunks + 4 * i_c), tl.load(p_chunks + 4 * i_c + 1)
-    end, first_block = tl.load(p_chunks + 4 * i_c + 2), tl.load(p_chunks + 4 * i_c + 3)
-    if length != 1:
-        return
-    first = _first_seen(end, window)
-    span = _span(end - first, SPLITS, MIN_SPAN)
-    first += i_split * span
-    if first >= end:
-        return
-
-    o_m = tl.arange(0, BLOCK_M)
-    o_d = tl.arange(0, BLOCK_D)
-    m_q = (o_m < GROUP)[:, None] & (o_d < D)[None, :]
-    o_head = i_h * GROUP + o_m  # [BLOCK_M]
-    o_q = row.to(tl.int64) * (KV * GROUP * D) + o_head[:, None] * D + o_d[None, :]
-    b_q = tl.load(p_q + o_q, mask=m_q, other=0.0)
-    if UPCAST:
-        b_q = b_q.to(tl.float32)
-    b_acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    b_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    b_sum = tl.zeros([BLOCK_M], tl.float32)
-    b_acc, b_max, b_sum = _attend(
-        b_q, b_acc, b_max, b_sum, tl.zeros([BLOCK_M], tl.int32) + end, first, tl.minimum(first + span, end),
-        p_keys + i_h.to(tl.int64) * stride_kv, p_values + i_h.to(tl.int64) * stride_kv, p_blocks + first_block,
-        stride_cache, scale, softcap, None, D, BLOCK_SIZE, BLOCK_N, BLOCK_D, True, UPCAST,
-    )  # fmt: skip
+    m_seen = m_m & (b_sum > 0)
+    b_sum = tl.where(m_seen, b_sum, 1.0)
     b_acc /= b_sum[:, None]
-    if SPLITS == 1:
+    if p_partial is None:  # noqa: SIM114 - the compiler knows this, and leaves out the rest
+        tl.store(p_out + o_q, b_acc.to(p_out.dtype.element_ty), mask=m_q)
+    elif pieces == 1:
         tl.store(p_out + o_q, b_acc.to(p_out.dtype.element_ty), mask=m_q)
     else:
-        o_part = (i_c.to(tl.int64) * (KV * GROUP) + o_head) * SPLITS + i_split  # [BLOCK_M]
-        tl.store(p_partial + o_part[:, None] * D + o_d[None, :], b_acc, mask=m_q)
-        tl.store(p_lse + o_part, b_max + tl.log2(b_sum), mask=o_m < GROUP)
+        o_part = tl.load(p_item + 6) + o_r * pieces + piece  # [BLOCK_M]
+        o_part = o_part.to(tl.int64) * (KV * GROUP) + o_head
+        tl.store(p_partial + o_part[:, None] * D + o_d[None, :], b_acc, mask=m_q & m_seen[:, None])
+        tl.store(p_lse + o_part, tl.where(m_seen, b_max + tl.log2(b_sum), float("-inf")), mask=m_m)
 
 
 @triton.jit
 def merge_kernel(
-    p_partial,  # fp32 [C, H, SPLITS, D]
-    p_lse,  # fp32 [C, H, SPLITS]
+    p_partial,  # fp32 [P, H, D]
+    p_lse,  # fp32 [P, H]
     p_out,  # [T, H, D], written
-    p_chunks,  # int32 [C, 4]
-    window,  # or None
-    SPLITS: tl.constexpr,
-    MIN_SPAN: tl.constexpr,
+    p_merges,  # int32 [merges, 4]
     H: tl.constexpr,
     D: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Sum the splits of a decoded row in a fixed order. One program per (head, chunk)."""
-    i_h, i_c = tl.program_id(0), tl.program_id(1)
-    row, length = tl.load(p_chunks + 4 * i_c), tl.load(p_chunks + 4 * i_c + 1)
-    end = tl.load(p_chunks + 4 * i_c + 2)
-    if length != 1:
+    """Sum the pieces of a row in their order. One program per (head, row that is in pieces)."""
+    i_h, i_row = tl.program_id(0), tl.program_id(1)
+    pieces = tl.load(p_merges + 4 * i_row + 2)
+    if pieces == 0:
         return
-    seen = end - _first_seen(end, window)
-    splits = tl.cdiv(seen, _span(seen, SPLITS, MIN_SPAN))  # those that were written
-
+    row, first = tl.load(p_merges + 4 * i_row).to(tl.int64), tl.load(p_merges + 4 * i_row + 1).to(tl.int64)
     o_d = tl.arange(0, BLOCK_D)
     m_d = o_d < D
-    first = (i_c.to(tl.int64) * H + i_h) * SPLITS
-    o_all = tl.arange(0, SPLITS)
-    b_lse = tl.load(p_lse + first + o_all, mask=o_all < splits, other=float("-inf"))  # [SPLITS]
-    most = tl.max(b_lse, axis=0)
-    total = tl.sum(tl.exp2(b_lse - most), axis=0)
     b_acc = tl.zeros([BLOCK_D], tl.float32)
-    for i_s in range(0, splits, BLOCK_S):
-        o_s = i_s + tl.arange(0, BLOCK_S)  # [BLOCK_S]
-        m_s = o_s < splits
-        b_weight = tl.exp2(tl.load(p_lse + first + o_s, mask=m_s, other=float("-inf")) - most)
-        p_tile = p_partial + (first + o_s)[:, None] * D + o_d[None, :]
+    b_max = tl.full([1], float("-inf"), tl.float32)
+    b_sum = tl.zeros([1], tl.float32)
+    for i_s in range(0, pieces, BLOCK_S):
+        o_s = i_s + tl.arange(0, BLOCK_S)
+        o_part = (first + o_s) * H + i_h  # [BLOCK_S]
+        b_lse = tl.load(p_lse + o_part, mask=o_s < pieces, other=float("-inf"))
+        m_s = b_lse > float("-inf")
+        b_new = tl.maximum(b_max, tl.max(b_lse, axis=0))
+        b_zero = tl.where(b_new == float("-inf"), 0.0, b_new)  # [1]: a row that has seen nothing yet
+        b_weight, b_shrink = tl.exp2(b_lse - b_zero), tl.exp2(b_max - b_zero)
+        p_tile = p_partial + o_part[:, None] * D + o_d[None, :]
         b_tile = tl.load(p_tile, mask=m_s[:, None] & m_d[None, :], other=0.0)  # [BLOCK_S, BLOCK_D]
-        b_acc += tl.sum(b_tile * b_weight[:, None], axis=0)
-    o_out = (row.to(tl.int64) * H + i_h) * D + o_d
-    tl.store(p_out + o_out, (b_acc / total).to(p_out.dtype.element_ty), mask=m_d)
+        b_acc = b_acc * b_shrink + tl.sum(b_tile * b_weight[:, None], axis=0)
+        b_sum = b_sum * b_shrink + tl.sum(b_weight, axis=0)
+        b_max = b_new
+    tl.store(p_out + (row * H + i_h) * D + o_d, (b_acc / b_sum).to(p_out.dtype.element_ty), mask=m_d)

@@ -15,17 +15,14 @@ from typing import Final, TypeVar
 
 import torch
 
-from inference_service.kernels.attention.layout import AttentionCapacity
+from inference_service.kernels.attention.balance import Balance
 from inference_service.kernels.launch import ARCHITECTURES, architecture_of
 
 MAX_HEAD_DIM: Final = 256
-MIN_SPAN: Final = 128
-"""Tokens: below, a split costs more than it saves. A multiple of every block_n of decode."""
-MAX_SPAN: Final = 8192
-"""Tokens of a split: beyond, one long context would keep a step waiting for one program."""
-MAX_SPLITS: Final = 64
-PROGRAMS: Final = 256
-"""What keeps a GPU busy in decode: about two per multiprocessor."""
+DECODE_BALANCE: Final = Balance(programs=256, min_span=128)
+"""About two programs per multiprocessor keep a GPU busy with reading."""
+PREFILL_BALANCE: Final = Balance(programs=128, min_span=512)
+"""About one, for it computes; a piece of a tile is up to 128 rows of fp32, written and read again."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +38,7 @@ class TileConfig:
 
 @dataclass(frozen=True)
 class SmallConfig:
-    """Tiles of the kernels that only move data: heads (rope) or splits (merge)."""
+    """Tiles of the kernels that only move data: heads (rope) or pieces (merge)."""
 
     block: int
     num_warps: int
@@ -75,9 +72,10 @@ _PREFILL: Table[TileConfig] = {
         256: TileConfig(64, 32, num_warps=8, num_stages=3),
     },
     4: {
-        64: TileConfig(32, 32, num_warps=8, num_stages=2),
-        128: TileConfig(32, 16, num_warps=8, num_stages=2),
-        256: TileConfig(16, 16, num_warps=4, num_stages=2),
+        # One stage, and few rows: near 64, 80 and 128 registers ptxas prefers a few bytes of stack to more.
+        64: TileConfig(32, 32, num_warps=8, num_stages=1),
+        128: TileConfig(16, 16, num_warps=8, num_stages=1),
+        256: TileConfig(16, 16, num_warps=8, num_stages=1),
     },
 }
 _ROPE = {
@@ -120,11 +118,3 @@ def prefill_tile(device: torch.device, dtype: torch.dtype, head_dim: int, group:
     if group > block_m:
         raise ValueError(f"at most {block_m} query heads share a head of keys, got {group}")
     return block_m // group
-
-
-def splits_of(capacity: AttentionCapacity, kv_heads: int, window: int | None) -> int:
-    """Splits of every context in decode, a power of two: they depend on the capacity alone."""
-    seen = capacity.context if window is None else min(capacity.context, window)
-    wanted = max(-(-PROGRAMS // (capacity.chunks * kv_heads)), -(-seen // MAX_SPAN))
-    splits = min(wanted, -(-seen // MIN_SPAN), MAX_SPLITS)
-    return 1 << (splits - 1).bit_length()

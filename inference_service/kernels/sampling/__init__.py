@@ -8,14 +8,35 @@
 Temperature, then min-p, then top-k, then top-p on what is left, then an exponential race (Gumbel-max): the
 token of the largest logit / temperature + noise wins, and without a temperature the one of the largest logit,
 the lowest on ties. The noise is a function of the request's seed, the number of its tokens and the token, so
-that a draw is the same, bit for bit, in any company; ``host.draw`` draws the same on a CPU. What else changes
-logits (bias, penalties, grammars) comes before.
+that a draw is the same, bit for bit, in any company; ``host.draw`` draws the same on a CPU.
+
+Rows whose logits a request shapes (penalties, bias, grammars, tokens that may not come) are drawn by three
+launches more, over those rows alone::
+
+    shape_kernel  logits [N, V] -> penalties and masks of the M rows, float32 [M, V]
+    edit_kernel   -> biases, last tokens of bad words, stop tokens
+    race_kernel, pick_kernel
+    note_kernel   -> ids [N], and the state: what each sequence has said, its last token included
 
 This package needs torch alone; Triton is imported at the first launch.
 """
 
 from inference_service.kernels.sampling.host import draw
-from inference_service.kernels.sampling.launch import plan, sample
+from inference_service.kernels.sampling.launch import plan, plan_shaped, sample, sample_shaped
 from inference_service.kernels.sampling.layout import RowParams, SamplingTables, pack_rows
+from inference_service.kernels.sampling.shaping import ShapedRow, ShapingState, ShapingTables, pack_shapes
 
-__all__ = ["RowParams", "SamplingTables", "draw", "pack_rows", "plan", "sample"]
+__all__ = [
+    "RowParams",
+    "SamplingTables",
+    "ShapedRow",
+    "ShapingState",
+    "ShapingTables",
+    "draw",
+    "pack_rows",
+    "pack_shapes",
+    "plan",
+    "plan_shaped",
+    "sample",
+    "sample_shaped",
+]

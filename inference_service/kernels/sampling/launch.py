@@ -9,7 +9,8 @@ from torch import Tensor
 
 from inference_service.kernels.launch import Launch, require, require_device
 from inference_service.kernels.sampling.layout import SamplingTables
-from inference_service.kernels.sampling.tuning import PICK, RACE
+from inference_service.kernels.sampling.shaping import ShapingState, ShapingTables, num_words
+from inference_service.kernels.sampling.tuning import EDIT, PICK, RACE, SHAPE
 
 SHIFTS: Final = {torch.float32: 0, torch.float16: 13, torch.bfloat16: 16}
 """Bits that a dtype lacks at the end of float32: keys of fewer bits need fewer passes."""
@@ -58,6 +59,76 @@ def plan(logits: Tensor, tables: SamplingTables, ids: Tensor) -> list[Launch]:
     return [
         Launch(kernels.race_kernel, (len(logits), tiles), shared | race),
         Launch(kernels.pick_kernel, (len(logits),), shared | pick),
+    ]
+
+
+def sample_shaped(logits: Tensor, tables: ShapingTables, state: ShapingState, ids: Tensor) -> None:
+    """Draw the tokens of the rows that requests shape, and note them in the state; other ids are not touched.
+
+    Args:
+        logits: [N, vocab], rows contiguous; they stay as they are. NaN counts as -inf.
+        tables: rows of these logits, each once and each at another place.
+        state: what the sequences at these places have said. Where all of a row is -inf after what its request
+            does to it, ``impossible`` of the row becomes 1, else 0.
+        ids: int32 or int64 [N]: the tokens.
+
+    Raises:
+        ValueError: when shapes, dtypes, strides or devices do not fit.
+    """
+    for launch in plan_shaped(logits, tables, state, ids):
+        launch()
+
+
+def plan_shaped(logits: Tensor, tables: ShapingTables, state: ShapingState, ids: Tensor) -> list[Launch]:
+    """The launches of ``sample_shaped``; they stay right for whatever the tables and logits hold when they run.
+
+    But not when the state gets memory for what it had none for.
+    """
+    kernels = _kernels(logits)
+    require(logits, "logits", dims=2)
+    require(tables.packed, "tables", dims=1, dtype=torch.int32, device=logits.device)
+    require(state.last, "state", dims=1, dtype=torch.int32, device=logits.device)
+    if not logits.shape[1] == tables.draw.vocab == state.vocab:
+        raise ValueError(f"logits must have {state.vocab} columns, got {logits.shape[1]}")
+    if len(ids) > len(state.impossible):
+        raise ValueError(f"{len(ids)} rows, but a state for {len(state.impossible)}")
+    rows, vocab = tables.shaped.shape
+    tiles = tables.draw.scores.shape[1]
+    shared = {"p_packed": tables.packed, "V": vocab}
+    shape = {
+        "p_logits": logits,
+        "p_shaped": tables.shaped,
+        "p_counts": state.counts,
+        "p_masks": state.masks,
+        "words": num_words(vocab),
+        "stride_logits": logits.stride(0),
+        "BLOCK": SHAPE.block,
+        "num_warps": SHAPE.num_warps,
+        "enable_fp_fusion": False,
+    }
+    edit = {
+        "p_shaped": tables.shaped,
+        "p_last": state.last,
+        "ENTRIES": EDIT.entries,
+        "BLOCK": EDIT.block,
+        "num_warps": EDIT.num_warps,
+    }
+    note = {
+        "p_drawn": tables.drawn,
+        "p_scores": tables.draw.scores,
+        "p_out": ids,
+        "p_impossible": state.impossible,
+        "p_last": state.last,
+        "p_counts": state.counts,
+        "tiles": tiles,
+        "TILES": 1 << (tiles - 1).bit_length(),
+        "num_warps": 1,
+    }
+    return [
+        Launch(kernels.shape_kernel, (rows, -(-vocab // SHAPE.block)), shared | shape),
+        Launch(kernels.edit_kernel, (rows,), shared | edit),
+        *plan(tables.shaped, tables.draw, tables.drawn),
+        Launch(kernels.note_kernel, (rows,), shared | note),
     ]
 
 

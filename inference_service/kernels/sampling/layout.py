@@ -74,13 +74,13 @@ class RowParams:
 
 
 def pack_rows(
-    capacity: int, rows: Sequence[RowParams], *, out: npt.NDArray[np.int32] | None = None
+    capacity: int, rows: Sequence[RowParams | None], *, out: npt.NDArray[np.int32] | None = None
 ) -> npt.NDArray[np.int32]:
     """The parameters of a step as one int32 array [capacity, FIELDS] ready to copy; the rest is padding.
 
     Args:
         capacity: what the device buffers were made for.
-        rows: parameters of row 0, 1, ... of the logits.
+        rows: parameters of row 0, 1, ... of the logits; None is padding too.
         out: filled instead of a new array, contiguous, for instance the view of a pinned buffer.
 
     Raises:
@@ -92,7 +92,8 @@ def pack_rows(
     packed.fill(Kind.PADDING)
     memory = packed.data.cast("B")
     for index, row in enumerate(rows):
-        _ROW.pack_into(memory, index * _ROW.size, *_fields(row))
+        if row is not None:
+            _ROW.pack_into(memory, index * _ROW.size, *_fields(row))
     return packed
 
 

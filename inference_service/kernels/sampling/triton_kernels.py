@@ -1,4 +1,4 @@
-"""The two kernels and what they share. N rows, V tokens."""
+"""The two kernels of the draw, the three around them for shaped rows, and what they share. N rows, V tokens."""
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 # The bodies are Triton, not Python: only the compiler knows their types.
 
@@ -11,6 +11,8 @@ INTERPRETED: bool = triton.knobs.runtime.interpret
 _FIELDS = tl.constexpr(8)
 _GREEDY, _RACE, _FILTERED = tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 _NO_ID = tl.constexpr(2**31 - 1)
+_SHAPE_FIELDS = tl.constexpr(12)
+_PENALIZED, _RESTRICTED, _MASKED = tl.constexpr(2), tl.constexpr(4), tl.constexpr(8)
 
 
 @triton.jit
@@ -249,3 +251,130 @@ def pick_kernel(
         p_row = p_logits + i_n * stride_logits
         token = _race_of_support(p_row, p_params, V, best, token, SHIFT, LINES, BLOCK)
     tl.store(p_out + i_n, token)
+
+
+@triton.jit
+def _allowed(b_logit, p_mask, o_v, m_v):
+    """Logits, and -inf where the bit of a token is not set."""
+    b_word = tl.load(p_mask + o_v // 32, mask=m_v, other=0)
+    return tl.where((b_word >> (o_v % 32)) & 1 != 0, b_logit, float("-inf"))
+
+
+@triton.jit
+def shape_kernel(
+    p_logits,  # [N, V]
+    p_shaped,  # fp32 [M, V]
+    p_packed,  # int32: M rows of _SHAPE_FIELDS, and the lists behind them
+    p_counts,  # int32 [places, V]: 2 x how often in the answer, and 1 where in the prompt
+    p_masks,  # int32 [places, words]
+    V,
+    words,
+    stride_logits,
+    BLOCK: tl.constexpr,
+):
+    """Penalties and masks of one tile of a row that a request shapes. One program per (such row, tile).
+
+    Compiled without fused multiply-adds, so that every rounding is the reference's.
+    """
+    i_m, i_v = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    p_row = p_packed + i_m * _SHAPE_FIELDS
+    flags = tl.load(p_row)
+    if flags == 0:
+        return
+    row, place = tl.load(p_row + 1).to(tl.int64), tl.load(p_row + 2).to(tl.int64)
+    o_v = i_v * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
+    m_v = o_v < V
+    b_logit = tl.load(p_logits + row * stride_logits + o_v, mask=m_v, other=0.0).to(tl.float32)
+    if flags & _PENALIZED != 0:
+        b_seen = tl.load(p_counts + place * V + o_v, mask=m_v, other=0)
+        b_count = (b_seen >> 1).to(tl.float32)
+        factor = _float(p_row + 3)
+        b_own = tl.where(b_logit > 0.0, tl.div_rn(b_logit, factor), b_logit * factor)
+        b_own = b_own - tl.where(b_count > 0.0, _float(p_row + 4), 0.0) - b_count * _float(p_row + 5)
+        b_logit = tl.where(b_seen > 0, b_own, b_logit)
+    if flags & _RESTRICTED != 0:
+        b_logit = _allowed(b_logit, p_masks + place * words, o_v, m_v)
+    if flags & _MASKED != 0:
+        b_logit = _allowed(b_logit, p_packed + tl.load(p_row + 6), o_v, m_v)
+    tl.store(p_shaped + i_m * V + o_v, b_logit, mask=m_v)
+
+
+@triton.jit
+def _finite(b_logit):
+    """How many of them are finite; NaN is not."""
+    return tl.sum(tl.where(tl.abs(b_logit) < float("inf"), 1.0, 0.0), axis=0)
+
+
+@triton.jit
+def edit_kernel(
+    p_shaped,  # fp32 [M, V]
+    p_packed,  # int32
+    p_last,  # int32 [places]: the last token of each answer
+    V,
+    ENTRIES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """What concerns a few tokens: biases, last tokens of bad words, stop tokens. One program per shaped row.
+
+    All but the stop tokens are sums, for which atomics are in no order that matters: a token has one bias at
+    most, and a sum with -inf is -inf. Stop tokens go unless nothing else is left.
+    """
+    i_m = tl.program_id(0).to(tl.int64)
+    p_row, p_own = p_packed + i_m * _SHAPE_FIELDS, p_shaped + i_m * V
+    if tl.load(p_row) == 0:
+        return
+    last = tl.load(p_last + tl.load(p_row + 2))
+    p_edits, edits = p_packed + tl.load(p_row + 7), tl.load(p_row + 8)
+    for first in range(0, edits, ENTRIES):
+        o_e = first + tl.arange(0, ENTRIES)  # [ENTRIES]
+        b_token = tl.load(p_edits + 3 * o_e, mask=o_e < edits, other=V)
+        b_after = tl.load(p_edits + 3 * o_e + 1, mask=o_e < edits, other=0)
+        b_value = tl.load(p_edits + 3 * o_e + 2, mask=o_e < edits, other=0).to(tl.float32, bitcast=True)
+        tl.atomic_add(p_own + b_token, b_value, mask=(b_token < V) & ((b_after < 0) | (b_after == last)))
+    p_stops, stops = p_packed + tl.load(p_row + 9), tl.load(p_row + 10)
+    if stops > 0:
+        tl.debug_barrier()
+        left = 0.0
+        for first in range(0, V, BLOCK):
+            o_v = first + tl.arange(0, BLOCK)  # [BLOCK]
+            left += _finite(tl.load(p_own + o_v, mask=o_v < V, other=float("inf")))
+        for first in range(0, stops, ENTRIES):
+            o_s = first + tl.arange(0, ENTRIES)  # [ENTRIES]
+            b_token = tl.load(p_stops + o_s, mask=o_s < stops, other=V)
+            left -= _finite(tl.load(p_own + b_token, mask=b_token < V, other=float("inf")))
+        if left > 0.0:
+            for first in range(0, stops, ENTRIES):
+                o_s = first + tl.arange(0, ENTRIES)  # [ENTRIES]
+                b_token = tl.load(p_stops + o_s, mask=o_s < stops, other=V)
+                tl.store(p_own + b_token, float("-inf"), mask=b_token < V)
+
+
+@triton.jit
+def note_kernel(
+    p_drawn,  # int32 [M]
+    p_scores,  # fp32 [M, tiles]
+    p_packed,  # int32
+    p_out,  # int [N]
+    p_impossible,  # int32 [N]
+    p_last,  # int32 [places]
+    p_counts,  # int32 [places, V]
+    V,
+    tiles,
+    TILES: tl.constexpr,
+):
+    """Hand on the token of a shaped row, and count it for the next one. One program per shaped row."""
+    i_m = tl.program_id(0).to(tl.int64)
+    p_row = p_packed + i_m * _SHAPE_FIELDS
+    flags = tl.load(p_row)
+    if flags == 0:
+        return
+    row, place = tl.load(p_row + 1), tl.load(p_row + 2).to(tl.int64)
+    o_tile = tl.arange(0, TILES)  # [TILES]
+    b_score = tl.load(p_scores + i_m * tiles + o_tile, mask=o_tile < tiles, other=float("-inf"))
+    token = tl.load(p_drawn + i_m)
+    tl.store(p_out + row, token)
+    tl.store(p_impossible + row, (tl.max(b_score, axis=0) == float("-inf")).to(tl.int32))
+    tl.store(p_last + place, token)
+    if flags & _PENALIZED != 0:
+        p_count = p_counts + place * V + token
+        tl.store(p_count, tl.load(p_count) + 2)

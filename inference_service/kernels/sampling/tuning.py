@@ -36,7 +36,18 @@ class PickConfig:
     num_warps: int
 
 
+@dataclass(frozen=True)
+class EditConfig:
+    """Lists of one row: so many entries at once, and tiles of the row where all of it must be looked at."""
+
+    entries: int
+    block: int
+    num_warps: int
+
+
 RACE: Final = RaceConfig(4096, num_warps=8)
+SHAPE: Final = RaceConfig(2048, num_warps=8)
+EDIT: Final = EditConfig(256, 8192, num_warps=8)
 PICK: Final[Mapping[int, PickConfig]] = {
     2: PickConfig(2, 4096, num_warps=16),
     4: PickConfig(8, 1024, num_warps=8),

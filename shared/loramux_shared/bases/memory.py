@@ -129,12 +129,24 @@ def needs_of(
     num_graphs = 2 * (len(list(buckets(sizes.seqs))) + len(recorded_rows))
     held = max(sizes.seqs, *recorded_rows)
     recorded = num_graphs * GRAPH_BYTES + held * row + 2 * logits * item_bytes
+    recorded += shaping_bytes(sizes.seqs, dims.vocab)
     return Needs(
         weights=item_bytes * (dims.num_layers * linears + embeddings),
         adapters=adapters,
         activations=sizes.tokens * row + logits * (item_bytes + 8),
         graphs=recorded if graphs else 0,
     )
+
+
+def shaping_bytes(max_seqs: int, vocab: int) -> int:
+    """Return what the sampler on a device takes at most for sequences that shape their logits.
+
+    Counts and masks of all of them, made when the first one asks; and for 64 of them, which are drawn at once,
+    logits in float32, a mask, and lists of some thousand entries.
+    """
+    drawn = min(max_seqs, 64)
+    mask = 4 * -(-vocab // 32)
+    return max_seqs * (4 * vocab + mask + 8) + drawn * (4 * vocab + mask + 2**15)
 
 
 def cache_of(

@@ -1,0 +1,172 @@
+"""What requests do to their logits, as data for the device; `sampler.shape` says what it comes to.
+
+A sequence that shapes its logits has a place in the state on the device, which counts its tokens as they are
+drawn: so its next draw need not wait until the last token is known here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from inference_service.core.sampling import SamplingParams
+from inference_service.core.sequence import Sequence
+from inference_service.engine.sampler import row_params, shapes, unpacked
+from inference_service.kernels.sampling import (
+    ShapedRow,
+    ShapingState,
+    ShapingTables,
+    pack_shapes,
+    sample_shaped,
+)
+from inference_service.kernels.sampling.layout import FIELDS
+from inference_service.kernels.sampling.shaping import (
+    ALWAYS,
+    NOTHING,
+    PIECE,
+    SHAPE_FIELDS,
+    Words,
+    edits_of,
+    words_of,
+)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the state of a sequence is, and what of its request does not change."""
+
+    index: int
+    bias: Words
+    """Edits."""
+    stops: Words
+    restricted: bool
+    endings: dict[int, dict[tuple[int, ...], Words]] = field(default_factory=dict)
+    """By how many tokens a bad word has before its last one, and all of these but the last: edits."""
+
+
+@dataclass(frozen=True, eq=False)
+class Shaped:
+    """A row of a step whose logits are shaped."""
+
+    row: int
+    seq: Sequence
+    place: Place
+    generated: int
+    """Tokens of the answer before."""
+
+
+class Shaper:
+    """Draws, on the device, the tokens of sequences that shape their logits.
+
+    A sequence takes its place at its first such draw, and gives it back when it is gone, or when another one
+    needs it; then it is made anew, for who is not in a step has no token in flight at its next draw.
+    """
+
+    def __init__(self, max_seqs: int, vocab: int, device: torch.device) -> None:
+        self.state = ShapingState(max_seqs, vocab, device)
+        self._places: WeakKeyDictionary[Sequence, Place] = WeakKeyDictionary()
+
+    def rows(self, seqs: Seq[Sequence]) -> list[Shaped]:
+        """Return the rows of a step, of which seqs are, that are to be drawn here."""
+        found = [(row, seq) for row, seq in enumerate(seqs) if shapes(seq, seq.num_generated)]
+        here = {seq for _, seq in found}
+        return [Shaped(row, seq, self._place(seq, here), seq.num_generated) for row, seq in found]
+
+    def draw(self, logits: Tensor, ids: Tensor, rows: Seq[Shaped]) -> None:
+        """Draw the tokens ids of rows of logits [N, vocab], which stay as they are."""
+        for first in range(0, len(rows), PIECE):
+            sample_shaped(logits, self.tables(rows[first : first + PIECE]), self.state, ids)
+
+    def tables(self, rows: Seq[Shaped]) -> ShapingTables:
+        """Return what a draw of these rows reads."""
+        packed = pack_shapes([_shaped(row) for row in rows], self.state.vocab)
+        return ShapingTables.over(self._to_device(packed), len(rows), self.state.vocab)
+
+    def warm_up(self, logits: Tensor, ids: Tensor) -> None:
+        """Compile what draws launch; no token is drawn."""
+        packed = torch.zeros(SHAPE_FIELDS + FIELDS, dtype=torch.int32, device=logits.device)
+        sample_shaped(logits, ShapingTables.over(packed, 1, self.state.vocab), self.state, ids)
+
+    def _place(self, seq: Sequence, here: set[Sequence]) -> Place:
+        place = self._places.get(seq)
+        if place is None:
+            index = self._free(here)
+            place = self._places[seq] = _place_of(seq.sampling, index)
+            self._fill(index, seq)
+        return place
+
+    def _free(self, here: set[Sequence]) -> int:
+        """Return the index of a place that no sequence of the step has."""
+        taken = {place.index: seq for seq, place in self._places.items()}
+        if len(taken) < self.state.places:
+            return next(index for index in range(self.state.places) if index not in taken)
+        index, seq = next((index, seq) for index, seq in taken.items() if seq not in here)
+        del self._places[seq]
+        return index
+
+    def _fill(self, index: int, seq: Sequence) -> None:
+        """Put the state of a sequence, all of whose tokens are known, at a place."""
+        params, vocab = seq.sampling, self.state.vocab
+        if params.penalizes:
+            counts = np.zeros(vocab, np.int32)
+            counts[seq.tokens[: seq.num_prompt]] = 1
+            np.add.at(counts, seq.tokens[seq.num_prompt :], 2)
+            self.state.count(index, self._to_device(counts))
+        if params.allowed_token_ids is not None or 0 in params.bad_words:
+            allowed = np.ones(vocab, np.bool_)
+            if params.allowed_token_ids is not None:
+                allowed = unpacked(params.allowed_token_ids, vocab)
+            allowed[list(params.bad_words.get(0, {}).get((), ()))] = False
+            mask = np.packbits(allowed, bitorder="little").tobytes()
+            self.state.restrict(index, self._to_device(words_of(mask, vocab)))
+        self.state.last[index].fill_(seq.tokens[-1])
+
+    def _to_device(self, values: Words) -> Tensor:
+        device = self.state.last.device
+        host = torch.empty(len(values), dtype=torch.int32, pin_memory=device.type == "cuda")
+        host.numpy()[:] = values
+        return host.to(device, non_blocking=True)
+
+
+def _place_of(params: SamplingParams, index: int) -> Place:
+    bias = params.logit_bias
+    endings: dict[int, dict[tuple[int, ...], Words]] = {}
+    for length, words in params.bad_words.items():
+        for before, lasts in words.items() if length else ():
+            own = edits_of(lasts, [before[-1]] * len(lasts), [-np.inf] * len(lasts))
+            group = endings.setdefault(length, {})
+            group[before[:-1]] = np.concatenate([group.get(before[:-1], NOTHING), own])
+    return Place(
+        index,
+        edits_of(list(bias), [ALWAYS] * len(bias), list(bias.values())),
+        np.array(sorted(params.stop_token_ids), np.int32),
+        params.allowed_token_ids is not None or 0 in params.bad_words,
+        endings,
+    )
+
+
+def _shaped(row: Shaped) -> ShapedRow:
+    """What is done to a row; of the answer, the last token alone may be unknown here."""
+    seq, place, params = row.seq, row.place, row.seq.sampling
+    edits = [place.bias]
+    end = seq.num_prompt + row.generated - 1
+    for length, words in place.endings.items():
+        if length <= row.generated:
+            edits.append(words.get(tuple(seq.tokens[end - length + 1 : end]), NOTHING))
+    return ShapedRow(
+        row.row,
+        place.index,
+        row_params(seq, row.generated),
+        params.repetition_penalty,
+        params.presence_penalty,
+        params.frequency_penalty,
+        place.restricted,
+        None if seq.grammar is None else seq.grammar.mask(),
+        np.concatenate(edits),
+        place.stops if row.generated < params.min_tokens else NOTHING,
+    )

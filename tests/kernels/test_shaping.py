@@ -1,0 +1,360 @@
+"""Logits that requests shape: on the device they are those of the host bit for bit, and so are the tokens."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from inference_service.core.sampling import SamplingParams
+from inference_service.core.sequence import Sequence as EngineSequence
+from inference_service.core.sequence import Token
+from inference_service.engine import sampler
+from inference_service.engine.shaping import Shaper
+from inference_service.engine.tape import TapeRecorder
+from inference_service.engine.transfer import Reading
+from inference_service.kernels.launch import Launch, intercepted
+from inference_service.kernels.sampling import ShapingTables, pack_shapes, plan_shaped
+from inference_service.kernels.sampling.shaping import PIECE, ShapedRow, ShapingState
+from loramux_shared.bases.memory import shaping_bytes
+
+VOCAB = 2100
+"""Two tiles, and no whole words of a mask."""
+SEQS = 8
+FEW = 6
+"""Tokens that answers are made of, so that all that looks back finds something."""
+
+
+class Allow:
+    """A grammar that allows some tokens, and others after each token."""
+
+    complete = False
+    failure = ""
+
+    def __init__(self, tokens: Sequence[int]) -> None:
+        self._tokens = tokens
+
+    def mask(self) -> bytes:
+        """The tokens."""
+        return mask_of(self._tokens)
+
+    def accept(self, token: int) -> None:
+        """Those that may come are shifted by the token."""
+        self._tokens = [(each + token + 1) % VOCAB for each in self._tokens]
+
+
+def mask_of(tokens: Sequence[int]) -> bytes:
+    """Tokens as a mask, which is no longer than it must be."""
+    return sum(1 << token for token in set(tokens)).to_bytes(max(tokens, default=0) // 8 + 1, "little")
+
+
+def words_of(words: Sequence[Sequence[int]]) -> dict[int, dict[tuple[int, ...], tuple[int, ...]]]:
+    """Bad words as a request has them."""
+    table: dict[int, dict[tuple[int, ...], tuple[int, ...]]] = {}
+    for *before, last in words:
+        lasts = table.setdefault(len(before), {})
+        lasts[tuple(before)] = (*lasts.get(tuple(before), ()), last)
+    return table
+
+
+few = st.integers(0, FEW - 1)
+tokens = st.one_of(few, st.integers(0, VOCAB - 1))
+REQUESTS = st.fixed_dictionaries(
+    {
+        "prompt": st.lists(tokens, min_size=1, max_size=5),
+        "answer": st.lists(few, max_size=6),
+        "grammar": st.one_of(st.none(), st.lists(tokens, max_size=9)),
+        "sampling": st.fixed_dictionaries(
+            {"seed": st.integers(0, 99)},
+            optional={
+                "temperature": st.sampled_from([0.7, 5.0]),
+                "top_k": st.just(3),
+                "top_p": st.just(0.8),
+                "repetition_penalty": st.floats(0.01, 10),
+                "presence_penalty": st.floats(-2, 2),
+                "frequency_penalty": st.floats(-2, 2),
+                "logit_bias": st.dictionaries(tokens, st.floats(-100, 100), max_size=5),
+                "allowed_token_ids": st.lists(tokens, max_size=9).map(mask_of),
+                "bad_words": st.lists(st.lists(few, min_size=1, max_size=3), max_size=9).map(words_of),
+                "min_tokens": st.integers(0, 8),
+                "stop_token_ids": st.frozensets(tokens, max_size=4),
+                "logprobs": st.just(2),
+            },
+        ),
+    }
+)
+LISTS = st.lists(REQUESTS, min_size=1, max_size=SEQS)
+quick = settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def seq_of(request: dict[str, Any]) -> EngineSequence:
+    """A sequence with its answer so far."""
+    seq = EngineSequence("s", list(request["prompt"]), SamplingParams(**request["sampling"]))
+    seq.grammar = None if request["grammar"] is None else Allow(request["grammar"])
+    seq.tokens += request["answer"]
+    return seq
+
+
+def logits_of(rows: int, device: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    """Random logits, some of them -inf."""
+    made = torch.randn(rows, VOCAB, generator=torch.Generator().manual_seed(seed)) * 3
+    made[:, 7::50] = -torch.inf
+    return made.to(device, dtype)
+
+
+def drawn(shaper: Shaper, logits: Tensor, seqs: Sequence[EngineSequence]) -> list[Token]:
+    """What the runner makes of the shaped rows of a step."""
+    ids = torch.zeros(len(seqs), dtype=torch.int32, device=logits.device)
+    return Reading(logits, ids, seqs, shaper).wait()
+
+
+@quick
+@given(LISTS, st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
+def test_shaped_logits_are_those_of_the_host_bit_by_bit(
+    device: str, requests: list[dict[str, Any]], dtype: torch.dtype
+) -> None:
+    """Whatever a request asks for together; the token is the same, and the model's own logits stay."""
+    seqs = [seq_of(request) for request in requests]
+    logits = logits_of(len(seqs), device, dtype)
+    before = logits.clone()
+    shaper = Shaper(SEQS, VOCAB, logits.device)
+    rows = shaper.rows(seqs)
+    if not rows:
+        return
+    tables = shaper.tables(rows)
+    ids = torch.zeros(len(seqs), dtype=torch.int32, device=device)
+    for launch in plan_shaped(logits, tables, shaper.state, ids):
+        launch()
+    expected = torch.stack([sampler.shape(logits[row.row].cpu(), row.seq) for row in rows])
+    torch.testing.assert_close(tables.shaped.cpu(), expected, rtol=0, atol=0)
+    assert torch.equal(logits, before)
+    host = sampler.sample(logits.cpu(), seqs)
+    assert [(int(ids[row.row]), bool(shaper.state.impossible[row.row])) for row in rows] == [
+        (host[row.row].id, host[row.row].impossible) for row in rows
+    ]
+
+
+@quick
+@given(LISTS, st.integers(0, 9))
+def test_tokens_in_flight_are_counted(device: str, requests: list[dict[str, Any]], seed: int) -> None:
+    """Five steps, each submitted before the tokens of the one before are known: they are those of the host."""
+    known = [seq_of(request) for request in requests]
+    ahead = [seq_of(request) for request in requests]
+    shaper = Shaper(SEQS, VOCAB, torch.device(device))
+    ids = torch.zeros(SEQS, dtype=torch.int32, device=device)
+    pending: Reading | None = None
+    for step in range(5):
+        logits = logits_of(len(known), device, seed=seed * 9 + step)
+        expected = sampler.sample(logits.cpu(), known)
+        for seq, token in zip(known, expected, strict=True):
+            append(seq, token.id)
+        plain = [row for row, seq in enumerate(ahead) if not sampler.shapes(seq, seq.num_generated)]
+        for row in plain:  # what the step's own draw does
+            ids[row] = expected[row].id
+        following = Reading(logits, ids, ahead, shaper)
+        for seq in ahead:
+            seq.in_flight += 1
+        if pending is not None:
+            resolve(ahead, pending)
+        following.finish()
+        pending = following
+    assert pending is not None
+    resolve(ahead, pending)
+    assert [seq.tokens for seq in ahead] == [seq.tokens for seq in known]
+
+
+def append(seq: EngineSequence, token: int) -> None:
+    """What the engine does with a token."""
+    seq.tokens.append(token)
+    if seq.grammar is not None:
+        seq.grammar.accept(token)
+
+
+def resolve(seqs: Sequence[EngineSequence], reading: Reading) -> None:
+    """What the engine does with a step."""
+    for seq, token in zip(seqs, reading.wait(), strict=True):
+        seq.in_flight -= 1
+        append(seq, token.id)
+
+
+EVERYTHING: dict[str, Any] = {
+    "prompt": [3, 4, 1999],
+    "answer": [5, 5, 1],
+    "grammar": [*range(2000)],
+    "sampling": {
+        "temperature": 0.9,
+        "top_p": 0.9,
+        "seed": 3,
+        "repetition_penalty": 1.3,
+        "presence_penalty": 0.5,
+        "frequency_penalty": 0.25,
+        "logit_bias": {8: 4.0, 9: -3.0},
+        "allowed_token_ids": mask_of(range(1, 2050)),
+        "bad_words": words_of([[1, 8], [8], [5, 1, 11]]),
+        "min_tokens": 9,
+        "stop_token_ids": frozenset({2, 12}),
+        "logprobs": 1,
+    },
+}
+PLAIN: dict[str, Any] = {"prompt": [1], "answer": [], "grammar": None, "sampling": {}}
+
+
+def test_company_makes_no_difference(device: str) -> None:
+    """A row alone, among plain ones, and at the end of more than are shaped at once."""
+    num = PIECE + 3
+    logits = logits_of(1, device, seed=5).expand(num, -1).contiguous()
+    alone = drawn(Shaper(1, VOCAB, logits.device), logits[:1], [seq_of(EVERYTHING)])
+    others = [seq_of({**PLAIN, "sampling": {"logit_bias": {2 * row: 50.0}}}) for row in range(num - 2)]
+    together = drawn(Shaper(num, VOCAB, logits.device), logits, [*others, seq_of(PLAIN), seq_of(EVERYTHING)])
+    assert together[-1] == alone[0]
+    assert [token.id for token in together[:-2]] == [*range(0, 2 * num - 4, 2)]
+
+
+def test_a_row_that_nothing_is_left_of_says_so_each_time(device: str) -> None:
+    """Its neighbour does not, and nor does the same row of the next step."""
+    nothing = {**PLAIN, "grammar": []}
+    something = {**PLAIN, "grammar": [4]}
+    shaper = Shaper(2, VOCAB, torch.device(device))
+    for requests, expected in (([nothing, something], [True, False]), ([something, nothing], [False, True])):
+        found = drawn(shaper, logits_of(2, device), [seq_of(each) for each in requests])
+        assert [token.impossible for token in found] == expected
+        gc.collect()
+
+
+def test_a_sequence_finds_its_place_again_or_a_new_one(device: str) -> None:
+    """With places for two, three that take turns are drawn as on the host; who is gone, holds no place."""
+    shaper = Shaper(2, VOCAB, torch.device(device))
+    seqs = [seq_of({**EVERYTHING, "sampling": {"presence_penalty": 2.0, "seed": row}}) for row in range(3)]
+    for step in range(6):
+        turn = [seqs[step % 3], seqs[(step + 1) % 3]]
+        logits = logits_of(2, device, seed=step)
+        expected = sampler.sample(logits.cpu(), turn)
+        assert drawn(shaper, logits, turn) == expected
+        for seq, token in zip(turn, expected, strict=True):
+            append(seq, token.id)
+    del turn, seq
+    seqs.clear()
+    gc.collect()
+    assert not len(shaper._places)
+
+
+def test_memory_is_taken_when_somebody_asks_for_it_and_no_more_than_planned(device: str) -> None:
+    """Nothing for a bias, masks for who restricts, counts for who penalizes; all of it is what is planned."""
+    shaper = Shaper(SEQS, VOCAB, torch.device(device))
+    sizes = [shaper.state.num_bytes]
+    for sampling in ({"logit_bias": {1: 1.0}}, {"allowed_token_ids": b"\x05"}, {"presence_penalty": 1.0}):
+        drawn(shaper, logits_of(1, device), [seq_of({**PLAIN, "sampling": sampling})])
+        sizes.append(shaper.state.num_bytes)
+    assert sizes[0] == sizes[1] < 100
+    assert sizes[2] - sizes[1] == SEQS * -(-VOCAB // 32) * 4
+    assert sizes[3] - sizes[2] == SEQS * VOCAB * 4
+    scratch = shaper.tables(shaper.rows([seq_of(EVERYTHING)] * 1))
+    rows = min(SEQS, PIECE)
+    assert sizes[3] + rows * scratch.shaped.nbytes <= shaping_bytes(SEQS, VOCAB)
+
+
+def key_of(launch: Launch) -> tuple[Any, ...]:
+    """What a launch is compiled for, by Triton's rules: types, sizes of 1, multiples of 16, constants."""
+    values = []
+    for name, value in sorted(launch.arguments.items()):
+        if isinstance(value, Tensor):
+            values.append((name, value.dtype, value.data_ptr() % 16 == 0))
+        elif name.isupper() and name != "V":
+            values.append((name, value, True))
+        elif isinstance(value, int) and not name.startswith("num_"):
+            values.append((name, value == 1, value % 16 == 0))
+        else:
+            values.append((name, value, True))
+    return (launch.kernel.fn.__name__, *values)
+
+
+def keys_of(work: Callable[[], object]) -> set[tuple[Any, ...]]:
+    """The keys of what is launched."""
+    found: list[Launch] = []
+    with intercepted(found.append):
+        work()
+    return {key_of(launch) for launch in found}
+
+
+@pytest.mark.parametrize("vocab", [VOCAB, 4096])
+def test_nothing_is_compiled_once_it_is_warm(vocab: int, device: str) -> None:
+    """Whatever is asked for, by however many rows, was launched by the warm-up, which takes no place."""
+    shaper = Shaper(SEQS, vocab, torch.device(device))
+    logits = torch.randn(SEQS, vocab, device=device)
+    ids = torch.zeros(SEQS, dtype=torch.int32, device=device)
+    warm = keys_of(lambda: shaper.warm_up(logits, ids))
+    assert len(warm) == 5
+    small = {**EVERYTHING, "sampling": EVERYTHING["sampling"] | {"allowed_token_ids": mask_of(range(1, 2000))}}
+    kinds = [seq_of(small), seq_of({**PLAIN, "grammar": [3]}), seq_of({**PLAIN, "sampling": {"min_tokens": 3}})]
+    for rows in ([0], [1, 2], [0, 1, 2]):
+        seqs = [kinds[row] for row in rows]
+        assert keys_of(lambda seqs=seqs: Reading(logits, ids, seqs, shaper)) == warm  # type: ignore[misc]
+
+
+def test_a_recorded_draw_serves_later_rows(device: str) -> None:
+    """Recorded with padding alone, it draws for whatever rows its tables hold later, from poisoned memory."""
+    if torch.cuda.is_available():
+        pytest.skip("a tape is a CPU's")
+    seqs = [seq_of(EVERYTHING), seq_of({**PLAIN, "grammar": [4, 5]})]
+    logits = logits_of(2, device)
+    shaper = Shaper(SEQS, VOCAB, logits.device)
+    shaper.rows(seqs)  # from here on the state has all that it needs
+    packed = torch.zeros(400, dtype=torch.int32)
+    tables = ShapingTables.over(packed, 2, VOCAB)
+    ids = torch.full((2,), -7, dtype=torch.int32)
+
+    def work() -> None:
+        for launch in plan_shaped(logits, tables, shaper.state, ids):
+            launch()
+
+    tape = TapeRecorder().capture(work)
+    assert ids.tolist() == [-7, -7]
+    assert tape.names == ("shape_kernel", "edit_kernel", "race_kernel", "pick_kernel", "note_kernel")
+    for step in range(2):
+        logits.copy_(logits_of(2, device, seed=step))
+        now = shaper.tables(shaper.rows(seqs)).packed
+        packed[: len(now)] = now
+        tables.shaped.fill_(torch.nan)
+        tables.drawn.fill_(-1)
+        expected = sampler.sample(logits, seqs)
+        tape.replay()
+        assert ids.tolist() == [token.id for token in expected]
+        for seq, token in zip(seqs, expected, strict=True):
+            append(seq, token.id)
+
+
+def test_what_does_not_fit_is_refused(device: str) -> None:
+    """A ValueError names what is expected and what is there."""
+    state = ShapingState(2, VOCAB, device)
+    row = ShapedRow(0, 0, sampler.row_params(seq_of(PLAIN), 0))
+    packed = torch.from_numpy(pack_shapes([row], VOCAB)).to(device)
+    tables, ids = ShapingTables.over(packed, 1, VOCAB), torch.zeros(3, dtype=torch.int32, device=device)
+    with pytest.raises(ValueError, match=f"logits must have {VOCAB} columns, got 64"):
+        plan_shaped(torch.zeros(1, 64, device=device), tables, state, ids[:1])
+    with pytest.raises(ValueError, match="3 rows, but a state for 2"):
+        plan_shaped(torch.zeros(3, VOCAB, device=device), tables, state, ids)
+
+
+def test_rows_are_packed_with_their_lists() -> None:
+    """Each row says where its mask, edits and stop tokens lie behind all rows; a short mask ends with zeros."""
+    edits = np.arange(6, dtype=np.int32)
+    plain = sampler.row_params(seq_of(PLAIN), 0)
+    rows = [
+        ShapedRow(4, 1, plain, stops=np.array([9, 8], np.int32)),
+        ShapedRow(5, 0, plain, 1.5, mask=b"\x01\x00\x00\x80\xff", edits=edits),
+    ]
+    packed = pack_shapes(rows, 64)
+    first, second = packed[:12].tolist(), packed[12:24].tolist()
+    assert first[:3] == [1, 4, 1]
+    assert second[:3] == [1 | 2 | 8, 5, 0]
+    assert packed[first[9] :][: first[10]].tolist() == [9, 8]
+    assert packed[second[6] :][:2].tolist() == [1 - 2**31, 255]
+    assert packed[second[7] :][: 3 * second[8]].tolist() == edits.tolist()
+    assert (first[8], second[10]) == (0, 0)
