@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 
 import numpy as np
@@ -64,9 +65,10 @@ class NativeAttention:
             blocks = context.blocks
             positions = range(context.end - context.length, context.end)
             rows += [blocks[at // block_size] * block_size + at % block_size for at in positions]
-            small = np.array(blocks, dtype=np.int32)
+            small = blocks
             if parts > 1:
-                small = np.add.outer(small * parts, np.arange(parts, dtype=np.int32)).ravel()
+                each = np.add.outer(np.array(blocks) * parts, np.arange(parts))
+                small = array("i", each.astype(np.int32).tobytes())
             planned.append((context.row, context.length, context.end, small))
         self._cache_rows = torch.tensor(rows, dtype=torch.int64)
         self._chunks = Chunks.make(planned)

@@ -6,6 +6,7 @@ Every operation is in place or writes its whole output, takes contiguous rows, a
 from __future__ import annotations
 
 import ctypes
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -49,15 +50,15 @@ class Chunks:
     """All block lists, one after the other; the table points into it."""
 
     @classmethod
-    def make(cls, contexts: Sequence[tuple[int, int, int, npt.ArrayLike]]) -> Chunks:
+    def make(cls, contexts: Sequence[tuple[int, int, int, Sequence[int]]]) -> Chunks:
         """Plan contexts of (first row, rows, context length, cache blocks of BLOCK positions)."""
-        each = [np.asarray(own, dtype=np.int32) for *_, own in contexts]
-        blocks = np.concatenate(each)
-        table = np.empty((len(contexts), 4), dtype=np.int64)
-        address = blocks.ctypes.data
-        for index, (row, length, end, _) in enumerate(contexts):
-            table[index] = row, length, end, address
-            address += each[index].nbytes
+        every, planned = array("i"), []
+        for row, length, end, own in contexts:
+            planned.append((row, length, end, len(every)))
+            every.extend(own)
+        blocks = np.array(every, dtype=np.int32)
+        table = np.array(planned, dtype=np.int64)
+        table[:, 3] = blocks.ctypes.data + blocks.itemsize * table[:, 3]
         return cls(Table(table), blocks)
 
 
