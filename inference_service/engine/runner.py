@@ -47,12 +47,12 @@ class Runner:
         logits = self._forward(rows)
         tokens: list[Token] = []
 
-        @torch.inference_mode()
         def finish() -> None:
             if rows.sampled and not tokens:
-                tokens.extend(sample(logits, rows.sampled))
-                ids = [token.id for token in tokens]
-                self._ids = torch.tensor(ids, dtype=torch.int64, device=logits.device)
+                with torch.inference_mode():
+                    tokens.extend(sample(logits, rows.sampled))
+                    ids = [token.id for token in tokens]
+                    self._ids = torch.tensor(ids, dtype=torch.int64, device=logits.device)
 
         return Pending(tuple(rows.sampled), lambda: tokens, finish)
 
