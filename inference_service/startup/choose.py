@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from inference_service.kernels.cpu.ops import BLOCK, DTYPES, MAX_HEAD_DIM, CpuOp
 from loramux_shared.bases.config import ModelConfig
 from loramux_shared.faults import SettingsInvalid
 from loramux_shared.private import open_folder
-from loramux_shared.settings import InferenceSettings
+from loramux_shared.settings import InferenceSettings, require_triton
 
 
 def choose_backend(settings: InferenceSettings, config: ModelConfig) -> Backend:
@@ -100,10 +99,8 @@ def _native(
 
 def _uses_triton(settings: InferenceSettings, device: torch.device) -> bool:
     wanted = settings.backend == "triton" or (settings.backend == "auto" and device.type == "cuda")
-    if wanted and importlib.util.find_spec("triton") is None:
-        raise SettingsInvalid(
-            "the triton backend needs Triton: pip install 'loramux[gpu]', or set LORAMUX_BACKEND=torch."
-        )
+    if wanted:
+        require_triton(settings.backend)
     if wanted and device.type != "cuda" and not os.environ.get("TRITON_INTERPRET"):
         raise SettingsInvalid("LORAMUX_BACKEND=triton needs a CUDA device. Set auto or torch.")
     if wanted and settings.block_size < MIN_BLOCK_SIZE:

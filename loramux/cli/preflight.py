@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Final
 
@@ -15,9 +14,9 @@ from loramux_shared.access.keyring import Keyring
 from loramux_shared.access.rights import Scope
 from loramux_shared.bundle.manifest import current_key
 from loramux_shared.deployment import Deployment, SourceKind
-from loramux_shared.faults import PermissionDenied, SettingsInvalid, Unauthenticated
+from loramux_shared.faults import PermissionDenied, Unauthenticated
 from loramux_shared.rpc.listening import require_free
-from loramux_shared.settings import BuilderSettings, InferenceSettings, load_settings
+from loramux_shared.settings import BuilderSettings, InferenceSettings, load_settings, require_triton
 from loramux_shared.storage.base import ObjectMissing
 from loramux_shared.storage.open import open_store
 
@@ -60,8 +59,8 @@ def preflight(plan: UpPlan) -> None:
     settings = load_settings(
         InferenceSettings, deployment=name, store=plan.store, grpc=plan.inference, http=plan.http, **plan.engine
     )
-    if settings.backend == "triton" and find_spec("triton") is None:
-        raise SettingsInvalid("LORAMUX_BACKEND=triton needs Triton: pip install 'loramux[gpu]', or set torch.")
+    if settings.backend == "triton":
+        require_triton(settings.backend)
     addresses = [each for each in (plan.builder, plan.inference, plan.http) if each]
     guard = open_guard(settings.model_copy(update=WITHOUT_TLS), *addresses)
     if guard.keyring is not None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, TypeVar
 
@@ -242,6 +243,18 @@ def load_settings(cls: type[AnySettings], **overrides: object) -> AnySettings:
     if wrong:
         raise SettingsInvalid("; ".join(wrong))
     return settings
+
+
+def require_triton(backend: str) -> None:
+    """Raise where the kernels for GPUs are to run and Triton is not installed.
+
+    Raises:
+        SettingsInvalid: it is not.
+    """
+    if find_spec("triton") is None:
+        raise SettingsInvalid(
+            f"{variable('backend')}={backend} needs Triton: pip install 'loramux[gpu]', or set torch."
+        )
 
 
 def variable(name: str) -> str:

@@ -252,7 +252,7 @@ def test_a_failure_with_many_findings(capsys: pytest.CaptureFixture[str]) -> Non
 def test_up_with_a_backend_that_is_not_installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A backend whose package is missing is refused before anything is built, as a wrong setting is."""
     (tmp_path / "deployment.yaml").write_text(deployment_text("tiny", "lora1"))
-    monkeypatch.setattr("loramux.cli.preflight.find_spec", lambda _: None)
+    monkeypatch.setattr("loramux_shared.settings.find_spec", lambda _: None)
     done = CliRunner().invoke(app, ["up", str(tmp_path / "deployment.yaml"), "--backend", "triton"])
     assert done.exit_code == 2
     assert "SETTINGS_INVALID: LORAMUX_BACKEND=triton needs Triton: pip install 'loramux[gpu]'" in done.stderr
