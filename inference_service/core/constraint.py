@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
+import numpy as np
+import numpy.typing as npt
+
 Kind = Literal["json_object", "json_schema", "regex", "lark", "gbnf"]
 
 
@@ -39,3 +42,13 @@ class Grammar(Protocol):
     def accept(self, token: int) -> None:
         """Take the token that was chosen."""
         ...
+
+
+def packed(allowed: npt.NDArray[np.bool_]) -> bytes:
+    """Return the mask, as `Grammar.mask` says it, that lets these tokens [vocab] pass."""
+    return np.packbits(allowed, bitorder="little").tobytes()
+
+
+def unpacked(mask: bytes, vocab: int) -> npt.NDArray[np.bool_]:
+    """Return which tokens [vocab] a mask lets pass."""
+    return np.unpackbits(np.frombuffer(mask, np.uint8), None, vocab, "little").view(np.bool_)

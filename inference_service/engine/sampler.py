@@ -14,6 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from inference_service.core.constraint import unpacked
 from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import Sequence, Token
 from inference_service.engine.logprobs import report
@@ -99,11 +100,6 @@ def _forbidden(seq: Sequence, vocab: int) -> npt.NDArray[np.bool_]:
         if length <= seq.num_known:
             allowed[list(words.get(tuple(seq.tokens[len(seq.tokens) - length :]), ()))] = False
     return ~allowed
-
-
-def unpacked(mask: bytes, vocab: int) -> npt.NDArray[np.bool_]:
-    """Return which tokens [vocab] a mask lets pass, as `Grammar.mask` says them."""
-    return np.unpackbits(np.frombuffer(mask, np.uint8), None, vocab, "little").view(np.bool_)
 
 
 def _penalize(logits: Tensor, history: History, params: SamplingParams) -> None:

@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from inference_service.core.constraint import packed, unpacked
 from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import Sequence
-from inference_service.engine.sampler import row_params, shapes, unpacked
+from inference_service.engine.sampler import row_params, shapes
 from inference_service.kernels.sampling import (
     ShapedRow,
     ShapingState,
@@ -122,8 +123,7 @@ class Shaper:
             if params.allowed_token_ids is not None:
                 allowed = unpacked(params.allowed_token_ids, vocab)
             allowed[list(params.bad_words.get(0, {}).get((), ()))] = False
-            mask = np.packbits(allowed, bitorder="little").tobytes()
-            self.state.restrict(index, self._to_device(words_of(mask, vocab)))
+            self.state.restrict(index, self._to_device(words_of(packed(allowed), vocab)))
         self.state.last[index].fill_(seq.tokens[-1])
 
     def _to_device(self, values: Words) -> Tensor:

@@ -14,7 +14,7 @@ from typing import Any, Final, TypeVar
 
 import numpy as np
 
-from inference_service.core.constraint import Constraint, Grammar
+from inference_service.core.constraint import Constraint, Grammar, packed
 from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import Sequence
 from inference_service.serving.adapter_defaults import AdapterDefaults
@@ -208,9 +208,9 @@ class GenerationService:
         if request.allowed_token_ids is None:
             return None
         ends = self._ends_of_text(request, defaults) if request.constraint else frozenset()
-        allowed = np.zeros(self.text.vocab, np.uint8)
-        allowed[[*request.allowed_token_ids, *ends]] = 1
-        return np.packbits(allowed, bitorder="little").tobytes()
+        allowed = np.zeros(self.text.vocab, np.bool_)
+        allowed[[*request.allowed_token_ids, *ends]] = True
+        return packed(allowed)
 
     def _ends_of_text(self, request: Request, defaults: AdapterDefaults) -> frozenset[int]:
         return self._ends(request, defaults) | (self.text.vocabulary.special & set(request.stop_token_ids))
