@@ -30,6 +30,9 @@ class Runner:
         self._drawn: dict[Sequence, int] = {}
         self._ids = torch.empty(0, dtype=torch.int64, device=model.device)
 
+    def capture(self) -> None:
+        """Record steps, where they can be recorded: here they cannot."""
+
     def run(self, batch: Batch) -> list[tuple[Sequence, Token]]:
         """Compute a batch; return the new token of every sequence whose last row was in it."""
         return self.submit(batch).tokens()

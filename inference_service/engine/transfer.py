@@ -11,7 +11,7 @@ from torch import Tensor
 
 from inference_service.core.sequence import Sequence, Token
 from inference_service.engine.logprobs import scores, tokens_of
-from inference_service.engine.shaping import Shaper
+from inference_service.engine.shaping import Shaped, Shaper
 
 
 def to_device(values: Seq[int], device: torch.device) -> Tensor:
@@ -38,8 +38,11 @@ class Reading:
         self._logits, self._ids, self._seqs, self._shaper = logits, ids, seqs, shaper
         rows = shaper.rows(seqs)
         self._shaped = bool(rows)
-        self._late = [row for row in rows if row.seq.grammar is not None and row.seq.in_flight]
-        shaper.draw(logits, ids, [row for row in rows if row not in self._late])
+        now: list[Shaped] = []
+        self._late: list[Shaped] = []
+        for row in rows:
+            (self._late if row.seq.grammar is not None and row.seq.in_flight else now).append(row)
+        shaper.draw(logits, ids, now)
         self._copies = None if self._late else self._copy()
 
     @torch.inference_mode()

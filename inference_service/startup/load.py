@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TypeGuard
+from typing import cast
 
 import structlog
 import torch
@@ -108,7 +108,7 @@ def load(settings: InferenceSettings, store: Store, watchers: Sequence[Watcher] 
         adapters = [_merge(adapters[0], bundle, base.placed, model)]
     blocks, limits = _memory(settings, generation, backend, model, lora, adapters)
     runner = _runner(backend, model, lora, blocks.num_blocks, blocks.block_size, limits)
-    if isinstance(runner, GraphRunner):
+    if backend.recordable:
         _record(runner, model.device)
     engine = Engine(runner, limits, blocks)
     _run_a_few_tokens(engine, adapters)  # so that the first request does not wait for what is made at first use
@@ -293,21 +293,15 @@ def _runner(
     limits: SchedulerLimits,
 ) -> Runner:
     """Return a runner with a cache of its own; one that can replay steps has recorded none yet."""
-    if _is_segmented(lora, backend):
-        return GraphRunner(model, lora, num_blocks, block_size, limits, CudaRecorder(model.device))
+    if backend.recordable:
+        segmented = cast(SegmentedLora, lora)  # what `recordable` promises
+        return GraphRunner(model, segmented, num_blocks, block_size, limits, CudaRecorder(model.device))
     return Runner(model, lora, num_blocks, block_size)
 
 
-def _record(runner: GraphRunner, device: torch.device) -> None:
+def _record(runner: Runner, device: torch.device) -> None:
     """Record the steps, and log what that took."""
     memory = CudaMemory(device)
     before = memory.settled()
     runner.capture()
     log.info("memory", item="recorded steps", gb=round((before - memory.settled()) / GB, 3))
-
-
-def _is_segmented(
-    lora: LoraBackend,  # noqa: ARG001 - what the guard is about
-    backend: Backend,
-) -> TypeGuard[SegmentedLora]:
-    return backend.recordable

@@ -15,6 +15,7 @@ from inference_service.core.sequence import Adapter
 from inference_service.core.sequence import Sequence as EngineSequence
 from inference_service.engine.scheduler import SchedulerLimits
 from inference_service.engine.step import StepRunner
+from loramux_shared.bases.memory import GB
 from loramux_shared.faults import ResourcesExhausted
 
 SCRATCH_BLOCKS: Final = 8
@@ -91,7 +92,7 @@ def measure(new_runner: Callable[[], StepRunner], batch: Batch, memory: DeviceMe
     except torch.OutOfMemoryError as error:
         raise ResourcesExhausted(
             f"a step of {batch.num_tokens} tokens and {len(batch.chunks)} sequences, the largest, does not fit "
-            f"in the {before / 1e9:.2f} GB that weights and adapters leave. Lower LORAMUX_MAX_BATCH_TOKENS or "
+            f"in the {before / GB:.2f} GB that weights and adapters leave. Lower LORAMUX_MAX_BATCH_TOKENS or "
             "LORAMUX_MAX_BATCH_SEQS, or serve fewer adapters."
         ) from error
     free = memory.settled()
