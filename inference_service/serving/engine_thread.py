@@ -165,6 +165,10 @@ class EngineThread:
         self._begin(seqs[0])
         return outputs
 
+    def post(self, command: Callable[[], None]) -> None:
+        """Have something done on the engine's thread, between two steps; a step follows it."""
+        self._inbox.put(command)
+
     def _begin(self, seq: Sequence) -> None:
         if self._stopped is None:
             self._inbox.put(partial(self._engine.add, seq))
@@ -188,7 +192,7 @@ class EngineThread:
     def _work(self, watchdog: Watchdog) -> str | None:
         """Run steps until the thread is to end; return why where that is a failure."""
         while True:
-            if self._receive(wait=self._engine.idle):
+            if self._receive(self._engine.idle_until_s - time.monotonic()):
                 self._send(self._engine.fail_all())
                 return None
             with watchdog:
@@ -233,10 +237,10 @@ class EngineThread:
                 self.cut(ReplicaFailed(f"the replica fails: {why}. Retry with another replica."))
             self._ended.set_result(why)
 
-    def _receive(self, *, wait: bool) -> bool:
-        """Take what arrived; True when the thread is to end."""
+    def _receive(self, wait_s: float) -> bool:
+        """Take what arrives within so many seconds; True when the thread is to end."""
         try:
-            command = self._inbox.get(block=wait)
+            command = self._inbox.get(wait_s > 0, min(wait_s, threading.TIMEOUT_MAX) if wait_s > 0 else None)
             while command is not None:
                 command()
                 command = self._inbox.get_nowait()
@@ -247,7 +251,7 @@ class EngineThread:
     def _send(self, outputs: list[StepOutput]) -> None:
         self._pending += outputs
         now = time.monotonic()
-        urgent = any(output.first or output.finish for output in outputs)
+        urgent = any(output.first or output.finish for output in outputs) or self._engine.idle_until_s > now
         if not self._pending or not (urgent or now - self._sent_s >= self._interval_s):
             return
         pending, self._pending, self._sent_s = self._pending, [], now

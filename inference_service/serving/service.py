@@ -162,6 +162,8 @@ class GenerationService:
                 deadline_s=request.deadline_s,
                 grammar=grammar,
                 cache_salt=request.cache_salt or "",
+                model=model.name,
+                flow=model.name,
             )
             stops = StopTexts(request.stop, keep=request.include_stop_str_in_output)
             detokenizer = self.text.detokenizer(tokens, skip_special_tokens=request.skip_special_tokens)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import re
 import time
 from collections.abc import Sequence
@@ -22,6 +21,7 @@ from inference_service.engine.block_manager import BlockManager
 from inference_service.engine.engine import Engine
 from inference_service.engine.graph_runner import GraphRunner, SegmentedLora
 from inference_service.engine.graphs import CudaRecorder
+from inference_service.engine.residents import AlwaysResident
 from inference_service.engine.runner import Runner
 from inference_service.engine.scheduler import SchedulerLimits
 from inference_service.lora.loader import matrices
@@ -54,9 +54,6 @@ from loramux_shared.storage.base import Store
 from loramux_shared.wording import listed
 
 log = structlog.get_logger()
-
-# A uid is never used twice in a process; 0 is the base.
-_uids = itertools.count(1)
 
 
 @dataclass(frozen=True)
@@ -110,7 +107,7 @@ def load(settings: InferenceSettings, store: Store, watchers: Sequence[Watcher] 
     runner = _runner(backend, model, lora, blocks.num_blocks, blocks.block_size, limits)
     if backend.recordable:
         _record(runner, model.device)
-    engine = Engine(runner, limits, blocks)
+    engine = Engine(runner, limits, blocks, AlwaysResident())
     _run_a_few_tokens(engine, adapters)  # so that the first request does not wait for what is made at first use
     seconds = time.monotonic() - started
     log.info(
@@ -227,7 +224,7 @@ def _load_adapter(
     config = model.config
     weights = pack_adapter(matrices(bundle), config.groups, config.dims.num_layers, model.dtype, lora.home)
     manifest = bundle.manifest
-    adapter = Adapter(name, next(_uids), lora.load(weights))
+    adapter = Adapter(bundle.digest, lora.load(weights))
     if manifest.proof is not None:
         replayed = replay(name, manifest.proof, manifest, adapter, lora, model, block_size)
         log.info("proof holds", adapter=name, effect=replayed.effect, logprob=replayed.logprob)

@@ -20,6 +20,7 @@ from inference_service.engine.block_manager import BlockManager
 from inference_service.engine.engine import Engine
 from inference_service.engine.graph_runner import GraphRunner
 from inference_service.engine.graphs import CudaRecorder, Graph, Recorder
+from inference_service.engine.residents import AlwaysResident
 from inference_service.engine.rows import lay_out
 from inference_service.engine.scheduler import SchedulerLimits
 from inference_service.engine.step import Pending
@@ -103,7 +104,7 @@ def _runner(ready: Ready, recorder: CountingRecorder, limits: SchedulerLimits = 
 
 
 def _with(ready: Ready, runner: GraphRunner, blocks: int = BLOCKS) -> Ready:
-    ready.engine._engine = Engine(runner, LIMITS, BlockManager(blocks, BLOCK))
+    ready.engine._engine = Engine(runner, LIMITS, BlockManager(blocks, BLOCK), AlwaysResident())
     return ready
 
 

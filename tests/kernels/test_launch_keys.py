@@ -18,6 +18,7 @@ from inference_service.engine import graph_runner
 from inference_service.engine.block_manager import BlockManager
 from inference_service.engine.engine import Engine
 from inference_service.engine.graph_runner import GraphRunner
+from inference_service.engine.residents import AlwaysResident
 from inference_service.engine.scheduler import SchedulerLimits
 from inference_service.engine.tape import TapeRecorder
 from inference_service.kernels.launch import Launch
@@ -78,7 +79,7 @@ def ready(tmp_path_factory: pytest.TempPathFactory) -> Ready:
 
 def run(ready: Ready, runner: GraphRunner, requests: list[tuple[str, int, SamplingParams]]) -> None:
     """Run prompts of so many tokens to their end, a new one every step."""
-    engine = Engine(runner, LIMITS, BlockManager(BLOCKS, BLOCK))
+    engine = Engine(runner, LIMITS, BlockManager(BLOCKS, BLOCK), AlwaysResident())
     waiting = [
         Sequence(str(number), list(range(3, 3 + length)), params, ready.service.catalog.get(name).adapter)
         for number, (name, length, params) in enumerate(requests)

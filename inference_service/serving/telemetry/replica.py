@@ -36,9 +36,7 @@ class ReplicaCollector(Collector):
         self._models = tuple(catalog)
         self._catalog = catalog
         self._engine = engine
-        # By the names that the engine knows; a merged adapter stands where the base was.
-        self._named = {model.adapter.name if model.adapter else "": model.name for model in self._models}
-        self._adapters = {inside: name for inside, name in self._named.items() if name != catalog.base_name}
+        self._adapters = {model.name for model in self._models} - {catalog.base_name}
 
     def collect(self) -> Iterator[Metric]:
         """Yield every family."""
@@ -55,8 +53,8 @@ class ReplicaCollector(Collector):
             ("waiting", "Sequences that wait for a place.", sequences.waiting),
         ):
             family = GaugeMetricFamily(f"loramux_sequences_{name}", text, labels=["model"])
-            for inside, model in self._named.items():
-                family.add_metric([model], counts.get(inside, 0))
+            for model in self._models:
+                family.add_metric([model.name], counts.get(model.name, 0))
             yield family
 
     def _loaded(self) -> Iterator[Metric]:
@@ -92,7 +90,7 @@ class ReplicaCollector(Collector):
         return family
 
     def _listed(self, counts: Mapping[str, int]) -> str:
-        return ",".join(sorted(self._adapters[name] for name in counts if name in self._adapters))
+        return ",".join(sorted(self._adapters & counts.keys()))
 
 
 def _memory(stats: EngineStats) -> Iterator[Metric]:
