@@ -19,6 +19,7 @@ from typing import Final
 import numpy as np
 import structlog
 
+from loramux_shared.bases.memory import GB
 from loramux_shared.bundle.manifest import MANIFEST_FILE, Manifest
 from loramux_shared.bundle.npy import Bytes
 from loramux_shared.bundle.reader import parse_manifest, verify_file
@@ -36,7 +37,21 @@ COUNT_EVERY_S: Final = 60.0
 YOUNG_S: Final = 60.0
 """A folder that is being made is not yet locked for a moment; so young ones are left alone."""
 
+_NO_FILE: Final = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EINVAL, errno.ENXIO}
+"""What opening something says that is not there, or is no file."""
 _DIGEST = re.compile(r"[0-9a-f]{64}")
+
+
+def open_disk_tier(cache_dir: Path, gb: float, store_uri: str) -> DiskTier | None:
+    """Return the disk tier of a replica, or None where none is wanted.
+
+    What a store in a folder of the same file system has is read no faster from a copy.
+    """
+    folder = cache_dir / "bundles"
+    _, local, root = store_uri.partition("file://")
+    if not gb or (local and _device(Path(root)) == _device(folder)):
+        return None
+    return DiskTier(folder, int(gb * GB))
 
 
 class DiskTier:
@@ -60,10 +75,8 @@ class DiskTier:
         """Return the manifest of a bundle that is here; a damaged bundle is removed."""
         try:
             return parse_manifest(bytes(self._read(digest, MANIFEST_FILE, MAX_MANIFEST_BYTES)), digest)
-        except FileNotFoundError:
-            self._remove_damaged(digest, "no manifest")
         except OSError as error:
-            self._say_unreadable(error, digest)
+            self._be_rid_of(digest, error)
         except BundleCorrupt as damage:
             self._remove_damaged(digest, damage.message)
         return None
@@ -75,10 +88,8 @@ class DiskTier:
             for name in names:
                 found[name] = self._read(digest, name, manifest.files[name].size + 1)
                 verify_file(found[name], manifest.files, name, digest)
-        except FileNotFoundError as missing:
-            self._remove_damaged(digest, f"no {Path(missing.filename).name}")
         except OSError as error:
-            self._say_unreadable(error, digest)
+            self._be_rid_of(digest, error)
         except BundleCorrupt as damage:
             self._remove_damaged(digest, damage.message)
         else:
@@ -99,7 +110,7 @@ class DiskTier:
                     (part / name).write_bytes(data)
                 part.rename(self._path(digest))
         except OSError as error:
-            self._say_once(error, digest)
+            self._say_once(error)
             return
         self._refused = False
         self._make_room(size)
@@ -145,8 +156,8 @@ class DiskTier:
             os.close(descriptor)
             shutil.rmtree(part, ignore_errors=True)
 
-    def _say_once(self, error: OSError, digest: str) -> None:
-        if self._path(digest).is_dir():  # another replica was faster
+    def _say_once(self, error: OSError) -> None:
+        if error.errno in {errno.ENOTEMPTY, errno.EEXIST}:  # another replica was faster
             return
         if not self._refused:
             log.warning(
@@ -157,9 +168,13 @@ class DiskTier:
             )
         self._refused = True
 
-    def _say_unreadable(self, error: OSError, digest: str) -> None:
+    def _be_rid_of(self, digest: str, error: OSError) -> None:
+        """Remove a bundle that lacks a file or has something else in its place; what the disk refuses stays."""
         problem = error.strerror or type(error).__name__
-        log.warning("the disk cannot read a kept bundle", digest=digest[:12], problem=problem)
+        if error.errno in _NO_FILE:
+            self._remove_damaged(digest, problem)
+        else:
+            log.warning("the disk cannot read a kept bundle", digest=digest[:12], problem=problem)
 
     def _remove_damaged(self, digest: str, problem: str) -> None:
         path = self._path(digest)
@@ -171,11 +186,10 @@ class DiskTier:
         """Let a bundle go: at once, under another name, whatever happens before all of it is removed."""
         size = _size_of(path)
         try:
-            gone = Path(tempfile.mkdtemp(prefix=PART, dir=self._folder))
-            path.rename(gone / path.name)
-            discard(gone, self._folder)
-        except (OSError, ResourcesExhausted) as error:
-            log.warning("a kept bundle cannot be removed", folder=str(path), problem=str(error))
+            with self._writing() as part, suppress(FileNotFoundError):  # another replica was faster
+                path.rename(part / path.name)
+        except OSError as error:
+            log.warning("a kept bundle cannot be removed", folder=str(path), problem=error.strerror)
             return
         with self._lock:
             self._bytes -= size
@@ -208,6 +222,15 @@ class DiskTier:
                 if _DIGEST.fullmatch(path.name):
                     with suppress(OSError):
                         yield path.lstat().st_mtime, path, _size_of(path)
+
+
+def _device(path: Path) -> int:
+    """Return the file system that a path is on, or will be."""
+    while True:
+        try:
+            return path.stat().st_dev
+        except OSError:
+            path = path.parent
 
 
 def _size_of(folder: Path) -> int:

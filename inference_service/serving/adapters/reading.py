@@ -63,6 +63,8 @@ class BundleReader:
         self._disk = disk
         self._requests = Workers("bundle-files", REQUESTS, NICENESS)
         self._room = _Room(AT_ONCE_BYTES)
+        if disk is not None:
+            self._requests.submit(disk.sweep)
 
     def close(self) -> None:
         """End the threads."""
