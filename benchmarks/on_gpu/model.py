@@ -84,7 +84,7 @@ def random_adapter(config: ModelConfig, rank: int, dtype: torch.dtype) -> Adapte
     """Rank ``rank`` in every module of every layer, in the host's memory; all layers share theirs."""
     layer = {
         group.name: GroupWeights(
-            a=torch.randn(rank * len(group.modules), group.in_features, dtype=dtype) * SCALE,
+            a=tuple(torch.randn(rank, group.in_features, dtype=dtype) * SCALE for _ in group.modules),
             b=tuple(torch.randn(rank, out, dtype=dtype) * SCALE for out in group.out_features),
         )
         for group in config.groups

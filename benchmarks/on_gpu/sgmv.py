@@ -89,11 +89,11 @@ class Linear:
         """Draw them."""
         where, dtype, hidden = device.where, device.dtype, point.hidden
         slices, loaded = Slices.consecutive(hidden), point.loaded or point.adapters
-        rows = loaded * point.rank
-        table = torch.from_numpy(pack_table([(point.rank,)] * loaded, slices)).to(where)
-        a = torch.randn(rows, hidden, dtype=dtype, device=where) / hidden**0.5
-        b = torch.randn(rows * hidden, dtype=dtype, device=where) / point.rank**0.5
-        group = Group(a, b, table, slices, max_rank=point.rank, max_rows=point.rank)
+        table = torch.from_numpy(pack_table([(point.rank,)] * loaded, slices, hidden)).to(where)
+        shape = loaded, 2, point.rank * hidden  # A and B, of as many elements
+        scales = torch.tensor([[hidden**-0.5], [point.rank**-0.5]], dtype=dtype, device=where)
+        weights = (torch.randn(shape, dtype=dtype, device=where) * scales).view(-1)
+        group = Group(weights, table, slices, hidden, max_rank=point.rank, max_rows=point.rank)
         capacity = SegmentCapacity(point.batch, loaded, point.tile, active=max(ACTIVE, point.adapters))
         segments = Segments.allocate(capacity, where)
         slots = np.arange(point.batch) * point.adapters // point.batch * (loaded // point.adapters)
@@ -106,7 +106,7 @@ class Linear:
     def num_bytes(self) -> int:
         """What must be moved at least: weights and rows read, the output read and written."""
         read = len(set(self.slots)) / len(self.group.table)
-        weights = int((self.group.a.nbytes + self.group.b.nbytes) * read)
+        weights = int(self.group.weights.nbytes * read)
         return weights + self.x.nbytes + 2 * self.out.nbytes
 
     def plan(self, *, fused: bool | None) -> list[Launch]:
@@ -116,11 +116,11 @@ class Linear:
     def loop(self) -> None:
         """The peer: two products per adapter, on its own rows."""
         rank, hidden = self.group.max_rank, self.x.shape[1]
-        blocks = self.group.b.view(-1, rank, hidden)
+        weights = self.group.weights.view(-1, 2, rank, hidden)
         for slot in dict.fromkeys(self.slots):
             first, last = self.slots.index(slot), len(self.slots) - self.slots[::-1].index(slot)
-            y = torch.mm(self.x[first:last], self.group.a[slot * rank : (slot + 1) * rank].t())
-            self.out[first:last].addmm_(y, blocks[slot])
+            a, b = weights[slot]
+            self.out[first:last].addmm_(torch.mm(self.x[first:last], a.t()), b)
 
 
 def run(run: Run) -> None:

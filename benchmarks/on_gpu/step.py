@@ -25,6 +25,7 @@ from inference_service.engine.graphs import Graph, Recorder
 from inference_service.engine.runner import Runner
 from inference_service.engine.scheduler import SchedulerLimits
 from inference_service.engine.tape import CaptureRefused, Tape, TapeRecorder
+from inference_service.lora.places import taken_by
 from inference_service.models.decoder import Decoder
 
 RANK: Final = 16
@@ -110,8 +111,11 @@ class Steps:
         dims, where, dtype = self._config.dims, run.device.where, run.device.dtype
         operations = TritonOperations(dims, dtype, where)
         self._model = Decoder(self._config, RandomTensors(dtype, where), operations)
-        self._lora = TritonLora(self._config.groups, dtype, where)
-        self._adapter = random_adapter(self._config, RANK, dtype)
+        self._lora = TritonLora(self._config.groups, dims.num_layers, dtype, where)
+        self._adapter = self._lora.pack(random_adapter(self._config, RANK, dtype))
+        self._entered = 0
+        most = max(plan.loaded)
+        self._lora.open(most * taken_by(self._adapter.num_bytes), RANK, most)
         self._bytes_per_token = (
             2 * dims.num_layers * dims.num_kv_heads * dims.head_dim * torch.finfo(dtype).bits // 8
         )
@@ -120,8 +124,11 @@ class Steps:
     def measure(self) -> None:
         """Load more adapters level by level; at each, build an engine's runner and time its steps."""
         for loaded in self._plan.loaded:
-            while self._lora.num_slots < loaded:
-                self._lora.load(self._adapter)
+            while self._entered < loaded:
+                offset = self._entered * taken_by(self._adapter.num_bytes)
+                self._lora.copy(self._adapter, offset)
+                self._lora.enter(self._entered, offset, self._adapter)
+                self._entered += 1
             if self._run.left_s <= 0:
                 self._run.note(f"out of time before {loaded} adapters were measured")
                 return

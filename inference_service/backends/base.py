@@ -14,6 +14,7 @@ from inference_service.kernels.rows import Activation
 from inference_service.layers.linear import Linear
 from inference_service.layers.norm import RMSNorm
 from inference_service.layers.rope import Rope
+from inference_service.lora.packed import PackedAdapter
 from inference_service.lora.segments import Arrangement
 from inference_service.lora.weights import AdapterWeights
 from loramux_shared.bases.attention import AttentionSpec
@@ -81,8 +82,28 @@ class Operations(Protocol):
         ...
 
 
-class LoraBackend(Protocol):
-    """Holds the adapters' matrices, one slot each, and adds their part to the outputs of fused linears."""
+class StepLora(Protocol):
+    """What a step asks of the adapters: to add their part to the outputs of fused linears."""
+
+    def begin(self, arrangement: Arrangement) -> None:
+        """Prepare for the rows of a step, at least one of which has an adapter.
+
+        Raises:
+            InternalFault: a row is of a slot that holds no adapter.
+        """
+        ...
+
+    def apply(self, x: Tensor, out: Tensor, layer: int, group: str) -> None:
+        """Add to out [T, all slices] what the adapters make of x [T, in]; base rows are not touched."""
+        ...
+
+
+class LoraBackend(StepLora, Protocol):
+    """A bank of adapters: an arena of fixed size that never moves, and slots that say where each lies.
+
+    Where an adapter goes and who leaves for it is decided elsewhere (`lora/places.py`). The engine's thread
+    calls `open`, `enter`, `leave`, `begin` and `apply`; `pack` and `copy` run beside it.
+    """
 
     name: str
     """For the start line."""
@@ -91,19 +112,49 @@ class LoraBackend(Protocol):
 
     @property
     def num_bytes(self) -> int:
-        """Memory that the adapters take, on the device that computes."""
+        """Memory of the device that computes: of the arena and the tables."""
         ...
 
-    def load(self, weights: AdapterWeights) -> int:
-        """Take an adapter in and return its slot; the backend keeps what it needs of the weights."""
+    @property
+    def num_slots(self) -> int:
+        """Slots that were opened."""
         ...
 
-    def begin(self, arrangement: Arrangement) -> None:
-        """Prepare for the rows of a step, at least one of which has an adapter."""
+    def open(self, num_bytes: int, max_rank: int, num_slots: int) -> None:
+        """Make the arena and the slots, once; no adapter has a larger rank in any module.
+
+        Raises:
+            InternalFault: it is open already.
+        """
         ...
 
-    def apply(self, x: Tensor, out: Tensor, layer: int, group: str) -> None:
-        """Add to out [T, all slices] what the adapters make of x [T, in]; base rows are not touched."""
+    def pack(self, weights: AdapterWeights) -> PackedAdapter:
+        """Return an adapter as it will lie in the arena, in the host's memory; on any thread."""
+        ...
+
+    def copy(self, packed: PackedAdapter, offset: int) -> None:
+        """Copy it to bytes of the arena that no slot in use has, and return when it is there; on any thread.
+
+        Raises:
+            InternalFault: it does not lie within the arena, or begins between two multiples of 64.
+        """
+        ...
+
+    def enter(self, slot: int, offset: int, packed: PackedAdapter) -> None:
+        """Give a slot to what was copied: steps that begin from now on find it there.
+
+        Raises:
+            InternalFault: there is no such slot, it is taken, the rank is above what was opened, or `copy`
+                would have raised.
+        """
+        ...
+
+    def leave(self, slot: int) -> None:
+        """Empty a slot; whoever still refers to it gets an error or nothing, never another adapter.
+
+        Raises:
+            InternalFault: it holds no adapter.
+        """
         ...
 
 

@@ -12,11 +12,15 @@ from torch import Tensor
 from inference_service.backends.base import Attention, Turn
 from inference_service.backends.torch import TorchOperations
 from inference_service.kernels.attention import Context
-from inference_service.kernels.cpu.ops import ADAPTER_FIELDS, BLOCK, Chunks, CpuOps, Table, pack_a, pack_b
+from inference_service.kernels.cpu.ops import ADAPTER_FIELDS, BLOCK, Chunks, CpuOps, Table
 from inference_service.kernels.rows import Activation
 from inference_service.layers.norm import RMSNorm
+from inference_service.lora.arena import Arena
+from inference_service.lora.native import ADDRESSES, native_layout, pack_native
+from inference_service.lora.packed import PackedAdapter
 from inference_service.lora.segments import Arrangement
-from inference_service.lora.weights import AdapterWeights, GroupWeights
+from inference_service.lora.slots import Slots
+from inference_service.lora.weights import AdapterWeights
 from loramux_shared.bases.attention import AttentionSpec
 from loramux_shared.bases.groups import GroupShape
 from loramux_shared.bundle.modules import BaseDims
@@ -112,63 +116,74 @@ class NativeLora:
 
     def __init__(self, ops: CpuOps, groups: tuple[GroupShape, ...], num_layers: int) -> None:
         self._ops = ops
-        self._groups = {group.name: group for group in groups}
-        self._tables = {
-            (layer, group.name): Table(np.zeros((0, ADAPTER_FIELDS), dtype=np.int64))
+        self._layout = native_layout(groups, ops.units)
+        self._linears = {
+            (layer, group.name): layer * len(groups) + index
             for layer in range(num_layers)
-            for group in groups
+            for index, group in enumerate(groups)
         }
-        self._tensors: list[Tensor] = []
-        """What the tables point into."""
-        self._num_slots = 0
-        self._most_ranks = 1
+        self._slots = Slots()
+        self._arena = Arena(0)
+        self._table = np.zeros((0, len(self._linears), ADAPTER_FIELDS), dtype=np.int64)
+        self._address = 0
+        self._most_rows = 0
+        self._touched = 0
+        """Of the step's adapters together, a bit for each linear that one of them adds to."""
         self._segments = Table(np.zeros((0, 3), dtype=np.int64))
         self._workspace = torch.empty(0, 1)
 
     @property
     def num_bytes(self) -> int:
-        """The packed matrices."""
-        return sum(tensor.nbytes for tensor in self._tensors)
+        """The arena's, and those of the tables that are touched when all slots are in use."""
+        return self._arena.num_bytes + self._table.nbytes
 
-    def load(self, weights: AdapterWeights) -> int:
-        """Pack an adapter for the compiled operations; nothing else of it is kept."""
-        for (layer, name), table in self._tables.items():
-            group = weights.layers[layer].get(name)
-            row = np.zeros((1, ADAPTER_FIELDS), dtype=np.int64)
-            if group is not None:
-                fields = self._pack(group, self._groups[name])
-                row[0, : len(fields)] = fields
-                self._most_ranks = max(self._most_ranks, sum(group.ranks))
-            self._tables[layer, name] = Table(np.concatenate([table.values, row]))
-        self._num_slots += 1
-        return self._num_slots - 1
+    @property
+    def num_slots(self) -> int:
+        """Slots that were opened."""
+        return self._slots.num_slots
+
+    def open(self, num_bytes: int, max_rank: int, num_slots: int) -> None:
+        """Reserve addresses; memory is taken when it is touched."""
+        self._slots.open(num_bytes, max_rank, num_slots)
+        self._arena = Arena(num_bytes)
+        table = Table(np.zeros((num_slots, len(self._linears), ADAPTER_FIELDS), dtype=np.int64))
+        self._table, self._address = table.values, table.address
+        self._most_rows = max_rank * max(len(group.modules) for group in self._layout.shapes)
+
+    def pack(self, weights: AdapterWeights) -> PackedAdapter:
+        """Pack with one compiled call, which the interpreter does not wait for."""
+        return pack_native(weights, self._layout, self._ops)
+
+    def copy(self, packed: PackedAdapter, offset: int) -> None:
+        """Copy with one thread: the others compute."""
+        self._slots.require_within(packed, offset)
+        self._arena.write(offset, packed.matrices)
+
+    def enter(self, slot: int, offset: int, packed: PackedAdapter) -> None:
+        """Enter the addresses of an adapter's matrices in all linears."""
+        self._slots.enter(slot, offset, packed)
+        row = self._table[slot]
+        row[:] = packed.table
+        row[:, ADDRESSES] += self._arena.address + offset
+
+    def leave(self, slot: int) -> None:
+        """Rank 0 in all linears."""
+        self._slots.leave(slot)
+        self._table[slot] = 0
 
     def begin(self, arrangement: Arrangement) -> None:
         """Prepare for the rows of a step."""
         segments = arrangement.segments
+        self._touched = self._slots.touched([segment.slot for segment in segments])
         rows_of = [(segment.slot, segment.start, segment.length) for segment in segments]
         self._segments = Table(np.array(rows_of, dtype=np.int64))
         rows = segments[-1].end
-        if self._workspace.shape[0] < rows or self._workspace.shape[1] < self._most_ranks:
-            self._workspace = torch.empty(rows, self._most_ranks)
+        if self._workspace.shape[0] < rows or self._workspace.shape[1] < self._most_rows:
+            self._workspace = torch.empty(rows, self._most_rows)
 
     def apply(self, x: Tensor, out: Tensor, layer: int, group: str) -> None:
         """Add to out [T, all slices] what the adapters make of x [T, in]; base rows are not touched."""
-        self._ops.lora(x, out, self._tables[layer, group], self._segments, self._workspace)
-
-    def _pack(self, weights: GroupWeights, shape: GroupShape) -> Sequence[int]:
-        """The table's fields of an adapter in one fused linear."""
-        units = self._ops.units
-        a = pack_a(weights.a.to(self._ops.dtype), units)
-        self._tensors.append(a)
-        fields = [a.data_ptr(), a.shape[0], len(shape.modules)]
-        for rank, b, offset, size in zip(
-            weights.ranks, weights.b, shape.out_offsets, shape.out_features, strict=True
-        ):
-            pointer = 0
-            if b is not None:
-                packed = pack_b(b.to(self._ops.dtype), units)
-                self._tensors.append(packed)
-                pointer = packed.data_ptr()
-            fields += [rank, pointer, offset, size]
-        return fields
+        linear = self._linears[layer, group]
+        if self._touched >> linear & 1:
+            adapters = self._address + linear * ADAPTER_FIELDS * self._table.itemsize
+            self._ops.lora(x, out, adapters, self._segments, self._workspace, len(self._linears))

@@ -16,8 +16,10 @@ from inference_service.kernels.rows import Activation
 from inference_service.layers.linear import Linear
 from inference_service.layers.norm import RMSNorm
 from inference_service.layers.rope import Rope, rotate
+from inference_service.lora.packed import Layout, PackedAdapter, pack_flat
 from inference_service.lora.segments import Arrangement, Segment
-from inference_service.lora.weights import AdapterWeights, GroupWeights
+from inference_service.lora.slots import Slots
+from inference_service.lora.weights import AdapterWeights
 from loramux_shared.bases.attention import AttentionSpec
 from loramux_shared.bases.groups import GroupShape
 from loramux_shared.bundle.modules import BaseDims
@@ -131,6 +133,47 @@ class _Pack:
     """Per slice, per slot. Equal ranks share a mask."""
 
 
+class _Adapter:
+    """An adapter in its slot, as views of its one piece of memory."""
+
+    def __init__(self, flat: Tensor, table: list[list[list[int]]], layout: Layout) -> None:
+        self._flat = flat
+        self._table = table
+        self._layout = layout
+
+    def part(self, layer: int, index: int) -> _Part | None:
+        """Return what it adds to a group; None where that is nothing."""
+        shape, first = self._layout.shapes[index], self._layout.firsts[index]
+        fields = self._table[layer][first : first + len(shape.modules)]
+        ranks = tuple(rank for rank, _, _ in fields)
+        if not any(ranks):
+            return None
+        begin, stride = fields[0][1], int(self._layout.strides[first])  # A of all slices is in one piece
+        a = self._flat[begin : begin + sum(ranks) * stride].view(-1, stride)[:, : shape.in_features]
+        b = tuple(
+            self._flat[at : at + rank * out].view(rank, out) if rank else None
+            for (rank, _, at), out in zip(fields, shape.out_features, strict=True)
+        )
+        return _Part(a, b, ranks)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What an adapter adds to one fused linear."""
+
+    a: Tensor
+    """[sum of ranks, in]"""
+    b: tuple[Tensor | None, ...]
+    """Per slice [rank, out]."""
+    ranks: tuple[int, ...]
+
+    def slice(self, module: int) -> tuple[Tensor, Tensor] | None:
+        """Return A [rank, in] and B [rank, out] of one slice."""
+        b = self.b[module]
+        first = sum(self.ranks[:module])
+        return None if b is None else (self.a[first : first + len(b)], b)
+
+
 class TorchLora:
     """Adds the adapters' part to the output of a fused linear.
 
@@ -140,11 +183,17 @@ class TorchLora:
     """
 
     name = "torch"
+    home = torch.device("cpu")
 
-    def __init__(self, groups: tuple[GroupShape, ...], device: torch.device) -> None:
-        self.home = device
-        self._adapters: list[AdapterWeights] = []
-        self._groups = {group.name: group for group in groups}
+    def __init__(self, groups: tuple[GroupShape, ...], dtype: torch.dtype, device: torch.device) -> None:
+        self._dtype = dtype
+        self._device = device
+        self._layout = Layout(groups)
+        self._groups = {group.name: index for index, group in enumerate(groups)}
+        self._bank = Slots()
+        self._copied: dict[int, Tensor] = {}
+        """Adapters that have no slot yet, by their offset."""
+        self._adapters: dict[int, _Adapter] = {}
         self._slots: tuple[int, ...] = ()
         self._packs: dict[tuple[int, str], _Pack | None] = {}
         self._short: tuple[Segment, ...] = ()
@@ -153,16 +202,51 @@ class TorchLora:
 
     @property
     def num_bytes(self) -> int:
-        """The matrices as they were loaded."""
-        return sum(weights.num_bytes for weights in self._adapters)
+        """As much as adapters may take, though here each has memory of its own."""
+        return self._bank.num_bytes
 
-    def load(self, weights: AdapterWeights) -> int:
-        """Take an adapter in as it is."""
-        self._adapters.append(weights)
-        return len(self._adapters) - 1
+    @property
+    def num_slots(self) -> int:
+        """Slots that were opened."""
+        return self._bank.num_slots
+
+    def open(self, num_bytes: int, max_rank: int, num_slots: int) -> None:
+        """Note the sizes."""
+        self._bank.open(num_bytes, max_rank, num_slots)
+
+    def pack(self, weights: AdapterWeights) -> PackedAdapter:
+        """Pack row by row."""
+        return pack_flat(weights, self._layout, self._dtype)
+
+    def copy(self, packed: PackedAdapter, offset: int) -> None:
+        """Bring an adapter to the device; on a CPU it stays where it is."""
+        self._bank.require_within(packed, offset)
+        for other, before in list(self._copied.items()):  # what was copied for nobody
+            if other < offset + packed.num_bytes and offset < other + before.nbytes:
+                self._copied.pop(other, None)
+        self._copied[offset] = packed.matrices.to(self._device)
+
+    def enter(self, slot: int, offset: int, packed: PackedAdapter) -> None:
+        """Keep what was copied."""
+        self._bank.enter(slot, offset, packed)
+        self._adapters[slot] = _Adapter(self._copied.pop(offset), packed.table.tolist(), self._layout)
+        self._forget(slot)
+
+    def leave(self, slot: int) -> None:
+        """Drop it."""
+        self._bank.leave(slot)
+        del self._adapters[slot]
+        self._forget(slot)
+
+    def _forget(self, slot: int) -> None:
+        """Forget what was packed of a slot that changed."""
+        if slot in self._slots:
+            self._slots = ()
+            self._packs.clear()
 
     def begin(self, arrangement: Arrangement) -> None:
         """Prepare for the rows of a step."""
+        self._bank.touched([segment.slot for segment in arrangement.segments])
         self._short, self._long = arrangement.short, arrangement.long
         self._masks.clear()
         slots = tuple(segment.slot for segment in self._short)
@@ -172,19 +256,20 @@ class TorchLora:
 
     def apply(self, x: Tensor, out: Tensor, layer: int, group: str) -> None:
         """Add to out [T, all slices] what the adapters make of x [T, in]; base rows are not touched."""
-        shape = self._groups[group]
+        index = self._groups[group]
         if self._short:
-            self._apply_short(x, out, layer, shape)
+            self._apply_short(x, out, layer, index)
         for segment in self._long:
-            weights = self._adapters[segment.slot].layers[layer].get(group)
-            if weights is not None:
+            part = self._adapters[segment.slot].part(layer, index)
+            if part is not None:
                 rows = slice(segment.start, segment.end)
-                _add(x[rows], out[rows], weights.a, weights.b, weights.ranks, None, shape)
+                _add(x[rows], out[rows], part.a, part.b, part.ranks, None, self._layout.shapes[index])
 
-    def _apply_short(self, x: Tensor, out: Tensor, layer: int, shape: GroupShape) -> None:
+    def _apply_short(self, x: Tensor, out: Tensor, layer: int, index: int) -> None:
+        shape = self._layout.shapes[index]
         key = layer, shape.name
         if key not in self._packs:
-            self._packs[key] = self._pack(layer, shape)
+            self._packs[key] = self._pack(layer, index)
         pack = self._packs[key]
         if pack is None:
             return
@@ -193,14 +278,14 @@ class TorchLora:
         widths = tuple(sum(ranks) for ranks in pack.ranks)
         _add(x[rows], out[rows], pack.a, pack.b, widths, mask, shape)
 
-    def _pack(self, layer: int, shape: GroupShape) -> _Pack | None:
-        found = [self._adapters[slot].layers[layer].get(shape.name) for slot in self._slots]
+    def _pack(self, layer: int, index: int) -> _Pack | None:
+        found = [self._adapters[slot].part(layer, index) for slot in self._slots]
         a: list[Tensor] = []
         b: list[Tensor | None] = []
         ranks = []
-        for index in range(len(shape.modules)):
-            parts = [None if weights is None else _slice_of(weights, index) for weights in found]
-            ranks.append(tuple(0 if part is None else part[0].shape[0] for part in parts))
+        for module in range(len(self._layout.shapes[index].modules)):
+            parts = [None if part is None else part.slice(module) for part in found]
+            ranks.append(tuple(0 if part is None else len(part[0]) for part in parts))
             present = [part for part in parts if part is not None]
             a += [part[0] for part in present]
             b.append(torch.cat([part[1] for part in present]) if present else None)
@@ -215,15 +300,6 @@ class TorchLora:
             rows = torch.tensor([index for index, seg in enumerate(self._short) for _ in range(seg.length)])
             self._masks[ranks] = (rows[:, None] == owner[None, :]).to(x)
         return self._masks[ranks]
-
-
-def _slice_of(weights: GroupWeights, index: int) -> tuple[Tensor, Tensor] | None:
-    """Return A [rank, in] and B [rank, out] of one slice."""
-    b = weights.b[index]
-    if b is None:
-        return None
-    first = sum(weights.ranks[:index])
-    return weights.a[first : first + b.shape[0]], b
 
 
 def _add(

@@ -33,6 +33,7 @@ from inference_service.kernels.sgmv import (
 )
 from inference_service.layers.norm import RMSNorm
 from inference_service.lora.bank import Bank
+from inference_service.lora.packed import PackedAdapter
 from inference_service.lora.segments import LONG_SEGMENT, Arrangement
 from inference_service.lora.weights import AdapterWeights
 from loramux_shared.bases.attention import AttentionSpec
@@ -40,6 +41,8 @@ from loramux_shared.bases.groups import GroupShape
 from loramux_shared.bundle.modules import BaseDims
 
 MIN_ENTRIES: Final = 16
+EVERY: Final = -1
+"""A bit for each linear."""
 
 
 class TritonOperations(TorchOperations):
@@ -119,45 +122,63 @@ class TritonLora:
     """Adds the adapters' part to the output of a fused linear, on the device.
 
     A step's launches depend on the capacity of its segments and on the bank's addresses alone. So what was
-    recorded with one step's segments serves every later step of that capacity, until the next load.
+    recorded with one step's segments serves every later step of that capacity, whatever adapters came and left.
     """
 
     name = "triton"
     home = torch.device("cpu")
 
-    def __init__(self, groups: tuple[GroupShape, ...], dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, groups: tuple[GroupShape, ...], num_layers: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
         self._device = device
-        self._bank = Bank(groups, dtype, device)
+        self._linears = {
+            (layer, group.name): layer * len(groups) + index
+            for layer in range(num_layers)
+            for index, group in enumerate(groups)
+        }
+        self._bank = Bank(groups, num_layers, dtype, device)
         self._segments: dict[SegmentCapacity, Segments] = {}
         self._workspaces: dict[SegmentCapacity, Tensor] = {}
         """Of each capacity its own, for a graph would not notice that larger memory took its place."""
         self._step: Segments | None = None
+        self._touched = 0
+        """A bit for each linear that is launched."""
 
     @property
     def num_slots(self) -> int:
-        """Adapters that are loaded."""
-        return self._bank.num_slots
+        """Slots that were opened."""
+        return self._bank.slots.num_slots
 
     @property
     def num_bytes(self) -> int:
         """Memory of the device that adapters take."""
         return self._bank.num_bytes
 
-    def load(self, weights: AdapterWeights) -> int:
-        """Begin to copy an adapter to the device; graphs that were recorded before must be recorded again.
+    def open(self, num_bytes: int, max_rank: int, num_slots: int) -> None:
+        """Take the device's memory; steps may be recorded from then on."""
+        self._bank.open(num_bytes, max_rank, num_slots)
 
-        Raises:
-            ValueError: the packed adapter would mislead a kernel.
-        """
-        slot = self._bank.load(weights)
-        self._segments.clear()
-        self._workspaces.clear()
-        self._step = None
-        return slot
+    def pack(self, weights: AdapterWeights) -> PackedAdapter:
+        """Pack an adapter into memory that a GPU can copy from."""
+        return self._bank.pack(weights)
+
+    def copy(self, packed: PackedAdapter, offset: int) -> None:
+        """Copy it beside the steps."""
+        self._bank.copy(packed, offset)
+
+    def enter(self, slot: int, offset: int, packed: PackedAdapter) -> None:
+        """Fill a slot, behind the steps that were launched."""
+        self._bank.enter(slot, offset, packed)
+
+    def leave(self, slot: int) -> None:
+        """Empty a slot, behind the steps that were launched."""
+        self._bank.leave(slot)
 
     def begin(self, arrangement: Arrangement) -> None:
         """Prepare for the rows of a step: one copy to the device."""
         segments = arrangement.segments
+        touched = self._bank.slots.touched([segment.slot for segment in segments])
         rows = np.arange(segments[0].start, segments[-1].end)
         slots = np.repeat([seg.slot for seg in segments], [seg.length for seg in segments])
         long = any(segment.length >= LONG_SEGMENT for segment in segments)
@@ -170,21 +191,26 @@ class TritonLora:
         pack_segments(capacity, slots, token_ids=rows, out=host.numpy())
         self._segments[capacity].load(host)
         self.use(self._segments[capacity])
+        self._touched = touched
 
     def use(self, segments: Segments) -> None:
-        """Compute what follows with segments that somebody else fills, for instance between replays."""
-        self._bank.settle()
+        """Compute what follows with segments that somebody else fills, for instance between replays.
+
+        Nothing is known of their adapters, so there is a launch for every linear.
+        """
+        self._touched = EVERY
         capacity = segments.capacity
         if capacity not in self._workspaces:
-            needed = max((workspace_numel(group, segments) for group in self._bank.groups.values()), default=0)
+            of_layer = [group for (layer, _), group in self._bank.groups.items() if layer == 0]  # all are alike
+            needed = max(workspace_numel(group, segments) for group in of_layer)
             self._workspaces[capacity] = torch.empty(needed, dtype=torch.float32, device=self._device)
         self._step = segments
 
     def apply(self, x: Tensor, out: Tensor, layer: int, group: str) -> None:
         """Add to out [T, all slices] what the adapters make of x [T, in]; base rows are not touched."""
-        packed = self._bank.groups.get((layer, group))
-        if packed is not None and self._step is not None:
-            lora_apply(x, out, packed, self._step, self._workspaces[self._step.capacity])
+        linear = layer, group
+        if self._step is not None and self._touched >> self._linears[linear] & 1:
+            lora_apply(x, out, self._bank.groups[linear], self._step, self._workspaces[self._step.capacity])
 
 
 def _class_of(number: int) -> int:

@@ -42,7 +42,7 @@ class StepCapacity:
     kv_heads: int
     """Of the model: what attention's items are balanced for."""
     slots: int
-    """Adapters that are loaded; 0: none."""
+    """Slots for adapters, in use or not; 0: there are none."""
     active: int
     """Distinct adapters in one step at most."""
 

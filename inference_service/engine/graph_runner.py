@@ -30,11 +30,6 @@ from loramux_shared.bases.memory import RECORDED_ROWS, buckets, mixed_buckets
 class SegmentedLora(LoraBackend, Protocol):
     """A LoRA backend whose work depends on a step by its segments alone."""
 
-    @property
-    def num_slots(self) -> int:
-        """Adapters that are loaded."""
-        ...
-
     def use(self, segments: Segments) -> None:
         """Compute what follows with these segments, which their owner fills."""
         ...
@@ -76,7 +71,9 @@ class GraphRunner(Runner):
 
     @torch.inference_mode()
     def capture(self) -> None:
-        """Record all graphs, the largest first, for its memory serves the others; again after adapters came.
+        """Record all graphs, the largest first, for its memory serves the others.
+
+        Whatever adapters come and leave afterwards, they stay right.
 
         Steps too large for a graph are done once, so that whatever a step launches was launched before. What is
         recorded is a step of padding, which touches neither the cache nor the drawn tokens.

@@ -7,7 +7,7 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from inference_service.backends.base import LoraBackend
+from inference_service.backends.base import StepLora
 from inference_service.core.batch import Batch
 from inference_service.core.sequence import Sequence, Token
 from inference_service.engine.logprobs import score_prompt
@@ -21,7 +21,7 @@ from inference_service.models.decoder import Decoder
 class Runner:
     """Runs batches through a model and its cache, operation by operation."""
 
-    def __init__(self, model: Decoder, lora: LoraBackend, num_blocks: int, block_size: int) -> None:
+    def __init__(self, model: Decoder, lora: StepLora, num_blocks: int, block_size: int) -> None:
         self.depth = 1 if model.device.type == "cuda" else 0
         self._model = model
         self._lora = lora

@@ -1,153 +1,114 @@
-"""The adapters in the device's memory, packed per fused linear as the SGMV kernels read them."""
+"""The adapters in the device's memory, as the SGMV kernels read them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Final
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from inference_service.kernels.sgmv import Group, Slices
-from inference_service.lora.weights import AdapterWeights, GroupWeights
+from inference_service.kernels.sgmv.layout import ROW
+from inference_service.lora.packed import Layout, PackedAdapter, pack_flat
+from inference_service.lora.slots import Slots
+from inference_service.lora.weights import AdapterWeights
 from loramux_shared.bases.groups import GroupShape
-
-GROWTH: Final = 1.25
-"""Memory that is too small grows by at least this, so that loading n adapters does not copy all n times."""
 
 
 class Bank:
-    """Takes adapters in one after the other, each into a slot of its own.
+    """One arena for the matrices of all linears, and one table that says of every slot where its own lie.
 
-    An adapter is copied to the device on a stream of its own, and may be used when `settle` has returned.
-    Memory that is full is replaced by larger memory: whoever holds addresses must take ``groups`` anew after a
-    load.
+    Neither moves: what was recorded when the bank was opened serves every adapter that comes later. `copy` may
+    run on any thread; the others belong to the thread that launches, and what they do to the table is ordered
+    behind what was launched before.
     """
 
-    def __init__(self, shapes: tuple[GroupShape, ...], dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, shapes: tuple[GroupShape, ...], num_layers: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.slots: Final = Slots()
         self.groups: dict[tuple[int, str], Group] = {}
-        """By layer and name; those that no adapter touches are not there."""
-        self.num_slots = 0
-        """Adapters that are loaded."""
-        self._shapes = {shape.name: shape for shape in shapes}
+        """By layer and name, once it is open."""
+        self._layout = Layout(shapes)
+        self._num_layers = num_layers
         self._dtype = dtype
         self._device = device
-        self._packs: dict[tuple[int, str], _Pack] = {}
+        self._arena = torch.empty(0, dtype=dtype, device=device)
+        self._table = torch.empty(0, dtype=torch.int64, device=device)
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
-        self._loaded: torch.cuda.Event | None = None
+        self._left: torch.cuda.Event | None = None
+        """Behind the last step that may read what has left since."""
 
     @property
     def num_bytes(self) -> int:
-        """Memory of the device that is taken, room to grow included."""
-        return sum(pack.num_bytes for pack in self._packs.values())
+        """Memory of the device: the arena and the table."""
+        return self._arena.nbytes + self._table.nbytes
 
-    def load(self, weights: AdapterWeights) -> int:
-        """Pack an adapter and begin to copy it; return its slot. Nothing of the weights is kept.
+    def open(self, num_bytes: int, max_rank: int, num_slots: int) -> None:
+        """Take the memory."""
+        self.slots.open(num_bytes, max_rank, num_slots)
+        shapes, modules = self._layout.shapes, len(self._layout.strides)
+        numel = max(ROW, num_bytes // self._dtype.itemsize)
+        self._arena = torch.empty(numel, dtype=self._dtype, device=self._device)
+        table = num_slots, self._num_layers, modules, 3
+        self._table = torch.zeros(table, dtype=torch.int64, device=self._device)
+        for layer in range(self._num_layers):
+            for shape, first in zip(shapes, self._layout.firsts, strict=True):
+                of_group = self._table[:, layer, first : first + len(shape.modules)]
+                self.groups[layer, shape.name] = _group(self._arena, of_group, shape, max_rank)
+
+    def pack(self, weights: AdapterWeights) -> PackedAdapter:
+        """Pack an adapter, into pinned memory where there is a GPU.
 
         Raises:
-            ValueError: the packed adapter would mislead a kernel.
+            ValueError: the table would mislead a kernel.
         """
-        slot = self.num_slots
-        with self._aside():
-            for layer, touched in enumerate(weights.layers):
-                for name, group in touched.items():
-                    self._pack_of(layer, name).add(slot, group)
-        self.num_slots += 1
-        self.groups = {key: pack.group(self.num_slots) for key, pack in self._packs.items()}
-        return slot
+        packed = pack_flat(weights, self._layout, self._dtype, pinned=self._stream is not None)
+        for shape, first in zip(self._layout.shapes, self._layout.firsts, strict=True):
+            table = packed.table[:, first : first + len(shape.modules)]
+            whole = _group(packed.matrices, torch.from_numpy(table), shape, max(1, packed.max_rank))
+            whole.check_table(table)
+        return packed
 
-    def settle(self) -> None:
-        """Wait until what was loaded has arrived."""
-        if self._loaded is not None:
-            self._loaded.synchronize()
-            self._loaded = None
-
-    def _pack_of(self, layer: int, name: str) -> _Pack:
-        if (layer, name) not in self._packs:
-            self._packs[layer, name] = _Pack(self._shapes[name], self._dtype, self._device)
-        return self._packs[layer, name]
-
-    @contextmanager
-    def _aside(self) -> Iterator[None]:
-        """Work beside the current stream, after what it was given: that may still read what is replaced."""
+    def copy(self, packed: PackedAdapter, offset: int) -> None:
+        """Copy to a place that no slot has, behind steps that may still read it, and wait for the end."""
+        self.slots.require_within(packed, offset)
+        first = offset // self._dtype.itemsize
+        target = self._arena[first : first + len(packed.matrices)]
         if self._stream is None:
-            yield
+            target.copy_(packed.matrices)
             return
-        self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
-            yield
-        self._loaded = self._stream.record_event()
+            if self._left is not None:
+                self._stream.wait_event(self._left)
+            target.copy_(packed.matrices, non_blocking=True)
+            arrived = self._stream.record_event()
+        arrived.synchronize()
+
+    def enter(self, slot: int, offset: int, packed: PackedAdapter) -> None:
+        """Fill a slot, with one copy that nobody waits for."""
+        self.slots.enter(slot, offset, packed)
+        table = torch.from_numpy(packed.table).clone()
+        table[..., 1:] += offset // self._dtype.itemsize
+        _copy(self._table[slot], table)
+
+    def leave(self, slot: int) -> None:
+        """Empty a slot: rank 0 in all linears."""
+        self.slots.leave(slot)
+        self._table[slot].zero_()
+        if self._stream is not None:
+            self._left = torch.cuda.current_stream(self._device).record_event()
 
 
-class _Pack:
-    """One fused linear's adapters, and room for more."""
-
-    def __init__(self, shape: GroupShape, dtype: torch.dtype, device: torch.device) -> None:
-        self._slices = Slices(shape.out_offsets, shape.out_features)
-        self._a = torch.empty(0, shape.in_features, dtype=dtype, device=device)
-        self._b = torch.empty(0, dtype=dtype, device=device)
-        self._table = np.zeros((0, len(shape.modules), 3), dtype=np.int64)
-        self._on_device = torch.zeros(self._table.shape, dtype=torch.int64, device=device)
-        self._rows = 0
-        self._elements = 0
-
-    @property
-    def num_bytes(self) -> int:
-        return self._a.nbytes + self._b.nbytes + self._on_device.nbytes
-
-    def add(self, slot: int, weights: GroupWeights) -> None:
-        """Append an adapter's A and B, and enter them in the table."""
-        ranks = np.array(weights.ranks)
-        sizes = ranks * np.array(self._slices.sizes)
-        blocks = [block.reshape(-1) for block in weights.b if block is not None]
-        self._reserve(slot + 1)
-        self._table[slot, :, 0] = ranks
-        self._table[slot, :, 1] = self._rows + np.cumsum(ranks) - ranks
-        self._table[slot, :, 2] = self._elements + np.cumsum(sizes) - sizes
-        self._a = _append(self._a, self._rows, weights.a)
-        self._b = _append(self._b, self._elements, torch.cat(blocks))
-        self._rows += int(ranks.sum())
-        self._elements += int(sizes.sum())
-        _copy(self._on_device, torch.from_numpy(self._table))
-
-    def group(self, num_slots: int) -> Group:
-        """What the kernels take, once so many slots are in use."""
-        self._reserve(num_slots)
-        ranks = self._table[..., 0]
-        group = Group(
-            a=self._a,
-            b=self._b,
-            table=self._on_device,
-            slices=self._slices,
-            max_rank=int(ranks.max()),
-            max_rows=int(ranks.sum(1).max()),
-        )
-        group.check_table(self._table)
-        return group
-
-    def _reserve(self, num_slots: int) -> None:
-        """Make room in the table; slots that do not touch this linear have rank 0 in it."""
-        if num_slots > len(self._table):
-            more = 1 << (num_slots - 1).bit_length()
-            wider = np.zeros((more, *self._table.shape[1:]), dtype=np.int64)
-            wider[: len(self._table)] = self._table
-            self._table = wider
-            self._on_device = torch.empty(wider.shape, dtype=torch.int64, device=self._a.device)
-            _copy(self._on_device, torch.from_numpy(wider))
-
-
-def _append(memory: Tensor, used: int, more: Tensor) -> Tensor:
-    """Copy behind what is used; return the memory, or larger memory with the same content."""
-    needed = used + len(more)
-    if needed > len(memory):
-        length = max(needed, int(len(memory) * GROWTH))
-        larger = torch.empty(length, *memory.shape[1:], dtype=memory.dtype, device=memory.device)
-        larger[:used] = memory[:used]
-        memory = larger
-    _copy(memory[used:needed], more.to(memory.dtype))
-    return memory
+def _group(weights: Tensor, table: Tensor, shape: GroupShape, max_rank: int) -> Group:
+    return Group(
+        weights=weights,
+        table=table,
+        slices=Slices(shape.out_offsets, shape.out_features),
+        in_features=shape.in_features,
+        max_rank=max_rank,
+        max_rows=max_rank * len(shape.modules),
+    )
 
 
 def _copy(target: Tensor, source: Tensor) -> None:

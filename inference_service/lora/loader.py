@@ -15,7 +15,7 @@ from loramux_shared.deployment import Dtype
 
 
 def matrices(bundle: Bundle) -> Iterator[Matrices]:
-    """Yield the rows of a bundle, each in the bundle's storage type."""
+    """Yield the rows of a bundle, each in the bundle's storage type; they share its memory."""
     dtype = bundle.manifest.dtype
     for row in bundle.rows:
         yield Matrices(row.row.layer, row.row.module, _tensor(row.a, dtype), _tensor(row.b, dtype))
@@ -23,5 +23,12 @@ def matrices(bundle: Bundle) -> Iterator[Matrices]:
 
 def _tensor(array: Array, dtype: Dtype) -> Tensor:
     if dtype is Dtype.BFLOAT16:  # torch knows no numpy bfloat16: pass the bits
-        return torch.from_numpy(array.view(np.int16).copy()).view(torch.bfloat16)
-    return torch.from_numpy(array.copy())
+        return _shared(array.view(np.int16)).view(torch.bfloat16)
+    return _shared(array)
+
+
+def _shared(array: Array) -> Tensor:
+    try:
+        return torch.utils.dlpack.from_dlpack(array)
+    except BufferError:  # numpy before 2.1 does not lend what may only be read
+        return torch.from_numpy(array.copy())

@@ -16,10 +16,10 @@ from loramux_shared.faults import BundleCorrupt
 class GroupWeights:
     """An adapter's part of one fused linear."""
 
-    a: Tensor
-    """[sum of ranks, in]: the rows of A of all slices, one slice after the other."""
+    a: tuple[Tensor | None, ...]
+    """Per slice A, [rank, in]; None where the slice is not adapted."""
     b: tuple[Tensor | None, ...]
-    """Per slice B transposed, [rank, out], scale included; None where the slice is not adapted."""
+    """Per slice B transposed, [rank, out] in whatever order of memory, scale included; None as in ``a``."""
 
     @property
     def ranks(self) -> tuple[int, ...]:
@@ -37,7 +37,7 @@ class AdapterWeights:
     def num_bytes(self) -> int:
         """Memory of all matrices."""
         groups = [group for layer in self.layers for group in layer.values()]
-        return sum(part.nbytes for group in groups for part in (group.a, *group.b) if part is not None)
+        return sum(part.nbytes for group in groups for part in (*group.a, *group.b) if part is not None)
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def pack_adapter(
     dtype: torch.dtype,
     device: torch.device,
 ) -> AdapterWeights:
-    """Arrange the rows of a bundle.
+    """Arrange the rows of a bundle; rows that are of the type and on the device already are not copied.
 
     Raises:
         BundleCorrupt: a row for a layer or module that the base does not have, or of other dims; a row twice.
@@ -79,12 +79,10 @@ def pack_adapter(
             for part, out in zip(parts, group.out_features, strict=True):
                 if part is not None:
                     _check_dims(part, group.in_features, out)
-            if present := [part for part in parts if part is not None]:
+            if any(part is not None for part in parts):
                 packed[group.name] = GroupWeights(
-                    a=torch.cat([part.a.to(device, dtype) for part in present]),
-                    b=tuple(
-                        None if part is None else part.b.to(device, dtype).t().contiguous() for part in parts
-                    ),
+                    a=tuple(None if part is None else part.a.to(device, dtype) for part in parts),
+                    b=tuple(None if part is None else part.b.to(device, dtype).t() for part in parts),
                 )
         layers.append(packed)
     if found:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from inference_service.backends.base import Attention, LoraBackend, Operations
+from inference_service.backends.base import Attention, Operations, StepLora
 from inference_service.backends.torch import TorchOperations
 from inference_service.kernels.attention import Context
 from inference_service.layers.linear import Linear
@@ -83,7 +83,7 @@ class Decoder:
         last_rows: Tensor,
         attention: Attention,
         cache: KVCache,
-        lora: LoraBackend | None,
+        lora: StepLora | None,
     ) -> Tensor:
         """Run tokens [T] at positions [T]; return what the head reads of some rows [N, hidden]."""
         ops, config = self._operations, self.config
@@ -110,7 +110,7 @@ class Decoder:
         cap = self.config.logit_softcap
         return logits if cap is None else self._operations.softcap(logits, cap)
 
-    def _linear(self, layer: Linear, x: Tensor, lora: LoraBackend | None, index: int, group: str) -> Tensor:
+    def _linear(self, layer: Linear, x: Tensor, lora: StepLora | None, index: int, group: str) -> Tensor:
         out = self._operations.linear(layer, x)
         if lora is not None:
             lora.apply(x, out, index, group)

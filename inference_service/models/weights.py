@@ -140,12 +140,9 @@ class Weights:
 def _merge(weight: Tensor, adapter: GroupWeights, shape: GroupShape) -> Tensor:
     """Return weight [out, in] with the products of the adapter's slices added."""
     merged = weight.clone()
-    first = 0
-    for b, offset, size in zip(adapter.b, shape.out_offsets, shape.out_features, strict=True):
-        if b is not None:
-            a = adapter.a[first : first + b.shape[0]].to(weight)
-            merged[offset : offset + size].addmm_(b.t().to(weight), a)
-            first += b.shape[0]
+    for a, b, offset, size in zip(adapter.a, adapter.b, shape.out_offsets, shape.out_features, strict=True):
+        if a is not None and b is not None:
+            merged[offset : offset + size].addmm_(b.t().to(weight), a.to(weight))
     return merged
 
 

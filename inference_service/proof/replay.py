@@ -17,14 +17,13 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from inference_service.backends.base import LoraBackend
+from inference_service.backends.base import StepLora
 from inference_service.core.batch import Batch, Chunk
 from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import Adapter, Token
 from inference_service.core.sequence import Sequence as EngineSequence
 from inference_service.engine.runner import Runner
 from inference_service.lora.segments import Arrangement
-from inference_service.lora.weights import AdapterWeights
 from inference_service.models.decoder import Decoder
 from inference_service.proof.fingerprint import difference, effect_of
 from loramux_shared.bundle.manifest import Manifest, ModuleRow
@@ -79,22 +78,11 @@ class Replayed:
 class _Recorder:
     """A backend that also remembers what the adapter added at the probes' last rows."""
 
-    def __init__(self, inner: LoraBackend, rows: Sequence[int], model: Decoder) -> None:
-        self.name = inner.name
-        self.home = inner.home
+    def __init__(self, inner: StepLora, rows: Sequence[int], model: Decoder) -> None:
         self._inner = inner
         self._rows = list(rows)
         self._groups = {group.name: group for group in model.config.groups}
         self.added: dict[tuple[int, str], Tensor] = {}
-
-    @property
-    def num_bytes(self) -> int:
-        """Those of the backend."""
-        return self._inner.num_bytes
-
-    def load(self, weights: AdapterWeights) -> int:
-        """Take an adapter in."""
-        return self._inner.load(weights)
 
     def begin(self, arrangement: Arrangement) -> None:
         """Prepare for the rows of a step."""
@@ -112,7 +100,7 @@ class _Recorder:
 
 
 def replay(
-    name: str, proof: Proof, manifest: Manifest, adapter: Adapter, lora: LoraBackend, model: Decoder, block: int
+    name: str, proof: Proof, manifest: Manifest, adapter: Adapter, lora: StepLora, model: Decoder, block: int
 ) -> Replayed:
     """Replay an adapter's proof.
 
@@ -161,9 +149,7 @@ def _expect_sound(name: str, proof: Proof, manifest: Manifest, vocab: int) -> No
         raise ProofFailed(f"adapter {name!r}: its proof is about another bundle or another base. {_CURE}")
 
 
-def _run(
-    probes: Sequence[Probe], adapter: Adapter, lora: LoraBackend, model: Decoder, block: int
-) -> list[Token]:
+def _run(probes: Sequence[Probe], adapter: Adapter, lora: StepLora, model: Decoder, block: int) -> list[Token]:
     """Compute all probes in one step of a runner of their own; return each one's answer."""
     seqs, chunks, blocks = [], [], 0
     sampling = SamplingParams(max_tokens=1, logprobs=min(WIDE, model.config.dims.vocab))

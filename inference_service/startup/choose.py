@@ -36,7 +36,7 @@ def choose_backend(settings: InferenceSettings, config: ModelConfig) -> Backend:
             device,
             dtype,
             TritonOperations(dims, dtype, device),
-            lambda: TritonLora(groups, dtype, device),
+            lambda: TritonLora(groups, dims.num_layers, dtype, device),
             "triton kernels",
             recordable=device.type == "cuda",  # the interpreter runs them too, and records nothing
         )
@@ -50,7 +50,7 @@ def choose_backend(settings: InferenceSettings, config: ModelConfig) -> Backend:
         )
     _refuse_deterministic(settings, how)
     plain = TorchOperations(dims, dtype, device, config.windows)
-    return Backend(device, dtype, plain, lambda: TorchLora(groups, device), how)
+    return Backend(device, dtype, plain, lambda: TorchLora(groups, dtype, device), how)
 
 
 def _refuse_deterministic(settings: InferenceSettings, how: str) -> None:

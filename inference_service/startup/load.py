@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,6 +15,7 @@ import structlog
 import torch
 
 from inference_service.backends.base import Backend, LoraBackend
+from inference_service.backends.hold import hold_packed
 from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import Adapter
 from inference_service.core.sequence import Sequence as EngineSequence
@@ -25,6 +26,7 @@ from inference_service.engine.graphs import CudaRecorder
 from inference_service.engine.runner import Runner
 from inference_service.engine.scheduler import SchedulerLimits
 from inference_service.lora.loader import matrices
+from inference_service.lora.packed import PackedAdapter
 from inference_service.lora.weights import pack_adapter
 from inference_service.models.checkpoint import Checkpoint
 from inference_service.models.decoder import Decoder
@@ -42,7 +44,7 @@ from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bases.memory import GB
 from loramux_shared.bases.read import read_config
 from loramux_shared.bundle.deployments import current_generation, list_deployments
-from loramux_shared.bundle.manifest import Generation
+from loramux_shared.bundle.manifest import AdapterRecord, Generation, Manifest
 from loramux_shared.bundle.reader import Bundle, read_bundle
 from loramux_shared.codes import CODES
 from loramux_shared.deployment import Repository, SourceKind
@@ -96,16 +98,11 @@ def load(settings: InferenceSettings, store: Store, watchers: Sequence[Watcher] 
     backend, model = base.backend, base.model
     warned = _warn_about(base.config, model)
     lora = backend.new_lora()
-    adapters = []
-    for name, record in generation.adapters.items():
-        reading = time.monotonic()
-        bundle = read_bundle(store, record.digest)
-        served = _load_adapter(name, bundle, lora, model, base.text, settings.block_size)
-        load_s = time.monotonic() - reading
-        adapters.append(replace(served, source=_source(record.source), load_s=load_s))
+    adapters = _load_adapters(generation, store, lora, model, base.text, settings.block_size)
     if generation.merged is not None:  # the only adapter, which was loaded and proved like any other
         lora = backend.new_lora()
-        adapters = [_merge(adapters[0], bundle, base.placed, model)]
+        (record,) = generation.adapters.values()
+        adapters = [_merge(adapters[0], read_bundle(store, record.digest), base.placed, model)]
     blocks, limits = _memory(settings, generation, backend, model, lora, adapters)
     runner = _runner(backend, model, lora, blocks.num_blocks, blocks.block_size, limits)
     if backend.recordable:
@@ -221,24 +218,59 @@ def _cache_name(generation: Generation) -> str:
     return f"{place[-80:]}@{revision[:16] or 'none'}"
 
 
-def _load_adapter(
-    name: str, bundle: Bundle, lora: LoraBackend, model: Decoder, text: Text, block_size: int
-) -> ServedModel:
-    config = model.config
+@dataclass(frozen=True)
+class _Read:
+    """An adapter that was read and packed, and is not in the bank yet."""
+
+    manifest: Manifest
+    texts: Mapping[str, bytes]
+    packed: PackedAdapter
+    seconds: float
+
+
+def _load_adapters(
+    generation: Generation, store: Store, lora: LoraBackend, model: Decoder, text: Text, block_size: int
+) -> list[ServedModel]:
+    """Read all adapters into a bank that is just large enough, and replay their proofs."""
+    read = [_read_adapter(store, record.digest, lora, model) for record in generation.adapters.values()]
+    slots = hold_packed(lora, [each.packed for each in read], generation.max_lora_rank)
+    return [
+        _prove(name, record, each, Adapter(name, next(_uids), slot), lora, model, text, block_size)
+        for (name, record), each, slot in zip(generation.adapters.items(), read, slots, strict=True)
+    ]
+
+
+def _read_adapter(store: Store, digest: str, lora: LoraBackend, model: Decoder) -> _Read:
+    reading = time.monotonic()
+    bundle, config = read_bundle(store, digest), model.config
     weights = pack_adapter(matrices(bundle), config.groups, config.dims.num_layers, model.dtype, lora.home)
-    manifest = bundle.manifest
-    adapter = Adapter(name, next(_uids), lora.load(weights))
+    return _Read(bundle.manifest, bundle.texts, lora.pack(weights), time.monotonic() - reading)
+
+
+def _prove(
+    name: str,
+    record: AdapterRecord,
+    read: _Read,
+    adapter: Adapter,
+    lora: LoraBackend,
+    model: Decoder,
+    text: Text,
+    block_size: int,
+) -> ServedModel:
+    proving, manifest = time.monotonic(), read.manifest
     if manifest.proof is not None:
         replayed = replay(name, manifest.proof, manifest, adapter, lora, model, block_size)
         log.info("proof holds", adapter=name, effect=replayed.effect, logprob=replayed.logprob)
     return ServedModel(
         name,
         adapter,
-        digest=bundle.digest,
+        source=_source(record.source),
+        load_s=read.seconds + time.monotonic() - proving,
+        digest=record.digest,
         ranks=manifest.ranks,
         modules=manifest.modules,
         warnings=tuple(finding.code for finding in manifest.warnings),
-        defaults=read_adapter_defaults(name, bundle.texts, text),
+        defaults=read_adapter_defaults(name, read.texts, text),
     )
 
 

@@ -20,8 +20,9 @@ from inference_service.kernels.sgmv import (
     reference,
     workspace_numel,
 )
+from inference_service.kernels.sgmv.layout import ROW
 
-GUARD = 16  # NaN rows and elements around A and B, columns beside out
+GUARD = 16  # NaN elements around the weights, columns beside out
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 """Largest relative error of one token's update of one slice, beyond the rounding of out."""
 
@@ -45,19 +46,26 @@ def make_group(
     ranks: Sequence[Sequence[int]], K: int, slices: Slices, dtype: torch.dtype, device: str
 ) -> Group:
     """Random adapters between guards."""
-    table = pack_table(ranks, slices)
-    rank = np.array(ranks).reshape(table.shape[:2])
-    rows, elements = int(rank.sum()), int((rank * slices.sizes).sum())
-    a = torch.full((rows + 2 * GUARD, K), torch.nan)
-    b = torch.full((elements + 2 * GUARD,), torch.nan)
-    a[GUARD : GUARD + rows] = torch.randn(rows, K) / K**0.5
-    b[GUARD : GUARD + elements] = torch.randn(elements) / max(1, rank.max()) ** 0.5
+    table = pack_table(ranks, slices, K)
     table[..., 1:] += GUARD
+    rank = table[..., 0]
+    stride, sizes = -(-K // ROW) * ROW, np.array(slices.sizes)
+    end = int((table[..., 2] + -(-rank * sizes // ROW) * ROW).max())
+    weights = torch.full((end + GUARD,), torch.nan)
+    of_a = torch.randn(int(rank.sum()), K) / K**0.5
+    of_b = torch.randn(int((rank * sizes).sum())) / max(1, rank.max()) ** 0.5
+    for own, a, b, size in (
+        (*fields, size) for slot in table for fields, size in zip(slot, sizes, strict=True)
+    ):
+        weights[a : a + own * stride].view(own, stride)[:, :K], of_a = of_a[:own], of_a[own:]
+        weights[b : b + own * size], of_b = of_b[: own * size], of_b[own * size :]
+    spread = torch.zeros(len(table), len(sizes) + 2, 3, dtype=torch.int64)  # beside what other linears have
+    spread[:, 1:-1] = torch.from_numpy(table)
     group = Group(
-        a.to(device, dtype),
-        b.to(device, dtype),
-        torch.from_numpy(table).to(device),
+        weights.to(device, dtype),
+        spread.to(device)[:, 1:-1],
         slices,
+        in_features=K,
         max_rank=int(rank.max()),
         max_rows=max(1, int(rank.sum(1).max())),
     )

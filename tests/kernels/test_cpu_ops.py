@@ -14,7 +14,7 @@ from torch import Tensor
 from inference_service.backends.torch import ACTIVATIONS
 from inference_service.kernels.cpu.build import COMPILERS, compile_beforehand, load
 from inference_service.kernels.cpu.check import first_wrong
-from inference_service.kernels.cpu.ops import ADAPTER_FIELDS, BLOCK, Chunks, CpuOps, Table, pack_a, pack_b
+from inference_service.kernels.cpu.ops import ADAPTER_FIELDS, BLOCK, Chunks, CpuOps, Table
 from inference_service.kernels.cpu.processors import kinds_of_machine, kinds_that_run
 from inference_service.kernels.rows import Activation
 
@@ -48,6 +48,39 @@ def library(request: pytest.FixtureRequest) -> object:
     return built.library
 
 
+def packed_by(ops: CpuOps, matrix: Tensor, kind: int) -> Tensor:
+    """A matrix as `CpuOps.pack` lays it out: 0 for A, 1 for B."""
+    rows, columns = matrix.shape
+    if kind == 0:
+        lane = 16 * ops.units
+        packed = torch.full((rows, -(-columns // lane) * lane), torch.nan, dtype=ops.dtype)
+    else:
+        shape = -(-columns // 16), -(-rows // ops.units), 16, ops.units
+        packed = torch.full(shape, torch.nan, dtype=ops.dtype)
+    piece = (matrix.data_ptr(), *matrix.stride(), rows, columns, kind, packed.data_ptr())
+    ops.pack(Table(np.array([piece], dtype=np.int64)))
+    return packed
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rank", [1, 2, 5, 16])
+@pytest.mark.parametrize("columns", [1, 16, 33, 96])
+def test_packing_puts_every_value_where_the_products_read_it(
+    library: object, dtype: torch.dtype, rank: int, columns: int
+) -> None:
+    """From rows, from columns and from steps of two, with zeros in all that is padding."""
+    ops = CpuOps(library, dtype)  # type: ignore[arg-type]
+    matrix = torch.randn(rank, columns).to(dtype)
+    steps = torch.zeros(2 * rank, 2 * columns, dtype=dtype)[::2, ::2].copy_(matrix)
+    lane, units = 16 * ops.units, ops.units
+    a = torch.nn.functional.pad(matrix, (0, -columns % lane))
+    tiles = torch.nn.functional.pad(matrix, (0, -columns % 16, 0, -rank % units))
+    b = tiles.view(len(tiles) // units, units, -1, 16).permute(2, 0, 3, 1)
+    for given in (matrix, matrix.t().contiguous().t(), steps):
+        assert torch.equal(packed_by(ops, given, 0), a)
+        assert torch.equal(packed_by(ops, given, 1), b)
+
+
 def _error(found: Tensor, expected: Tensor) -> float:
     return float((found.double() - expected).norm() / expected.norm())
 
@@ -74,7 +107,7 @@ def test_lora_adds_each_adapter_to_its_own_rows(
     for slot, own in enumerate(ranks):
         a = [torch.randn(rank, K).to(dtype) / K**0.5 for rank in own]
         b = [torch.randn(rank, out_s).to(dtype) for rank, out_s in zip(own, outs, strict=True)]
-        packed = [pack_a(torch.cat(a), ops.units), *(pack_b(part, ops.units) for part in b)]
+        packed = [packed_by(ops, torch.cat(a), 0), *(packed_by(ops, part, 1) for part in b)]
         alive += packed
         matrices.append((a, b))
         fields = [packed[0].data_ptr(), sum(own), len(own)]
@@ -91,7 +124,11 @@ def test_lora_adds_each_adapter_to_its_own_rows(
             expected[start : start + length, column : column + out_s] += update
         start += length
     workspace = torch.full((rows, max(map(sum, ranks))), torch.nan)
-    ops.lora(x, out, Table(table), Table(np.array(segments, dtype=np.int64)), workspace)
+    beside = np.full((len(ranks), 3, ADAPTER_FIELDS), -1, dtype=np.int64)  # other linears' fields
+    beside[:, 1] = table
+    adapters = Table(beside)
+    address = adapters.address + ADAPTER_FIELDS * 8
+    ops.lora(x, out, address, Table(np.array(segments, dtype=np.int64)), workspace, apart=3)
     assert torch.equal(out[:5].view(torch.uint8), before[:5].view(torch.uint8))
     assert _error(out[5:] - before[5:], expected[5:] - before[5:].double()) < 3 * TOLERANCE[dtype]
 
@@ -250,14 +287,14 @@ def test_what_an_adapter_adds_to_a_row_does_not_depend_on_the_others(
     ops = CpuOps(library, dtype)  # type: ignore[arg-type]
     ops.threads = threads
     x, a, b = (torch.randn(*shape).to(dtype) for shape in ((70, 1000), (13, 1000), (13, 300)))
-    packed = pack_a(a, ops.units), pack_b(b, ops.units)
+    packed = packed_by(ops, a, 0), packed_by(ops, b, 1)
     fields = [packed[0].data_ptr(), 13, 1, 13, packed[1].data_ptr(), 0, 300, *[0] * 8]
     table = Table(np.array([fields], dtype=np.int64))
 
     def added(x: Tensor) -> Tensor:
         out = torch.zeros(len(x), 300, dtype=dtype)
         segments = Table(np.array([[0, 0, len(x)]], dtype=np.int64))
-        ops.lora(x, out, table, segments, torch.empty(len(x), 13))
+        ops.lora(x, out, table.address, segments, torch.empty(len(x), 13))
         return out
 
     assert torch.equal(torch.cat([added(row) for row in torch.split(x, 1)]), added(x))

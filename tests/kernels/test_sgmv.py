@@ -113,7 +113,7 @@ def test_idle_planes_do_not_exist_and_unused_rows_are_not_written(device: str) -
     assert case.workspace[used:].isnan().all()
     y = case.workspace[:used].view(9, 2, 12)
     assert y[:, 0, 4:].isnan().all()
-    expected = case.x[0].double() @ case.group.a[GUARD : GUARD + 4].double().T
+    expected = case.x[0].double() @ case.group.weights[GUARD : GUARD + 4 * 576].view(4, 576).double().T
     torch.testing.assert_close(y[:, 0, :4].sum(0).double(), expected, rtol=1e-5, atol=1e-5)
 
 
@@ -129,17 +129,16 @@ def test_a_segment_longer_than_the_tile_loses_no_token(device: str) -> None:
 
 @pytest.mark.parametrize("fused", [False, True], ids=["two launches", "one launch"])
 def test_addresses_beyond_32_bits_are_right(fused: bool, device: str) -> None:
-    """Rows of x, out and A, and blocks of B, may begin behind the first 2**31 elements."""
+    """Rows of x and out, rows of A and blocks of B may begin behind the first 2**31 elements."""
     case = make_case(
         slots=[1, -1, 0, 1], ranks=[(4,), (16,)], K=63, sizes=(64,), dtype=torch.float16, device=device, spare=1
     )
     group, shift = case.group, 2**31
-    x, out, a = (_far_rows(tensor) for tensor in (case.x, case.out, group.a[GUARD:-GUARD]))
-    b = torch.empty(shift + len(group.b), dtype=torch.float16, device=device)
-    b[shift:] = group.b
-    group.table[..., 1] -= GUARD
-    group.table[..., 2] += shift
-    far = dataclasses.replace(case, x=x, out=out, group=dataclasses.replace(group, a=a, b=b))
+    x, out = (_far_rows(tensor) for tensor in (case.x, case.out))
+    weights = torch.empty(shift + len(group.weights), dtype=torch.float16, device=device)
+    weights[shift:] = group.weights
+    group.table[..., 1:] += shift
+    far = dataclasses.replace(case, x=x, out=out, group=dataclasses.replace(group, weights=weights))
     before = out.clone()
     far.run(fused=fused)
     assert relative_errors(out, before, far).max() <= TOLERANCE[torch.float16]

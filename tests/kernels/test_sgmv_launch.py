@@ -46,8 +46,8 @@ def test_a_captured_launch_serves_adapters_that_were_loaded_later(device: str) -
     graph = plan(case.x, case.out, case.group, case.segments, case.workspace)
 
     loaded = make_group(RANKS[::-1], 100, case.group.slices, torch.float32, device)
-    for ours, theirs in ((case.group.a, loaded.a), (case.group.b, loaded.b), (case.group.table, loaded.table)):
-        ours.copy_(theirs)
+    case.group.weights.copy_(loaded.weights)
+    case.group.table.copy_(loaded.table)
     before = case.out.clone()
     for launch in graph:
         launch()
@@ -80,7 +80,7 @@ REFUSALS: dict[str, Callable[[Case], Case]] = {
     "the same K": lambda case: dataclasses.replace(case, x=case.x[:, 1:]),
     "x must be contiguous in its last": lambda case: dataclasses.replace(case, x=case.x.T.contiguous().T),
     "x must have 2 dimensions": lambda case: dataclasses.replace(case, x=case.x[:, None]),
-    "b must be torch.float16": lambda case: dataclasses.replace(case, out=case.out.half()),
+    "weights must be torch.float16": lambda case: dataclasses.replace(case, out=case.out.half()),
     "compute in": lambda case: dataclasses.replace(case, out=case.out.double()),
     "out must have 97 columns": lambda case: dataclasses.replace(case, out=case.out[:, :96]),
     "workspace must hold": lambda case: dataclasses.replace(case, workspace=case.workspace[1:]),

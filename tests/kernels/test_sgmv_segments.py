@@ -75,9 +75,9 @@ def test_scales_need_room() -> None:
 
 
 def test_a_table_is_packed_without_gaps() -> None:
-    """Rows and elements follow slot by slot, slice by slice."""
-    table = pack_table([(4, 0), (8, 2)], Slices.consecutive(32, 16))
-    assert table.tolist() == [[[4, 0, 0], [0, 4, 128]], [[8, 4, 128], [2, 12, 384]]]
+    """Slot by slot A of all slices, then B; rows of 9 elements and blocks of any begin at multiples of 16."""
+    table = pack_table([(4, 0), (8, 2)], Slices.consecutive(32, 9), 9)
+    assert table.tolist() == [[[4, 0, 64], [0, 64, 192]], [[8, 192, 352], [2, 320, 608]]]
 
 
 @pytest.mark.parametrize(
@@ -85,9 +85,10 @@ def test_a_table_is_packed_without_gaps() -> None:
     [
         ((1, 0, [17, 4, 128]), "slot 1 has a rank outside 0..16"),
         ((0, 1, [16, 4, 0]), "slot 0 has more than 16 rows"),
-        ((1, 0, [8, 7, 128]), "slot 1 has rows outside A's 14"),
-        ((1, 1, [2, 12, 400]), "slot 1 has a block outside B's 416 elements"),
-        ((1, 1, [2, 12, 376]), "slot 1 has a block not at a multiple of 16"),
+        ((1, 0, [8, 528, 384]), "slot 1 has rows of A outside of 640 elements"),
+        ((1, 1, [2, 320, 624]), "slot 1 has a block of B outside of 640 elements"),
+        ((1, 1, [2, 320, 600]), "slot 1 has matrices not at multiples of 16"),
+        ((1, 0, [8, 200, 352]), "slot 1 has matrices not at multiples of 16"),
     ],
 )
 def test_a_table_that_would_mislead_a_kernel_is_refused(
@@ -95,8 +96,8 @@ def test_a_table_that_would_mislead_a_kernel_is_refused(
 ) -> None:
     """Kernels trust the table; the bank checks it once per load."""
     slices = Slices.consecutive(32, 16)
-    table = pack_table([(4, 0), (8, 2)], slices)
-    group = Group(torch.empty(14, 8), torch.empty(416), torch.from_numpy(table.copy()), slices, 16, 16)
+    table = pack_table([(4, 0), (8, 2)], slices, 8)
+    group = Group(torch.empty(640), torch.from_numpy(table.copy()), slices, 8, max_rank=16, max_rows=16)
     group.check_table(table)
     slot, index, values = entry
     table[slot, index] = values

@@ -103,7 +103,7 @@ def test_a_merge_holds_no_layer_twice(world: World) -> None:
     watched = Watched(Checkpoint(world.base, torch.float32, torch.device("cpu")), model._layers)
     groups = {
         group.name: GroupWeights(
-            torch.ones(len(group.modules), group.in_features),
+            tuple(torch.ones(1, group.in_features) for _ in group.modules),
             tuple(torch.ones(1, out) for out in group.out_features),
         )
         for group in config.groups

@@ -94,7 +94,7 @@ def test_an_adapter_takes_what_is_said(base: Path) -> None:
         tensor
         for layer in packed.layers
         for group in layer.values()
-        for tensor in (group.a, *group.b)
+        for tensor in (*group.a, *group.b)
         if tensor is not None
     ]
     said = sizes_of(LLAMA, SETTINGS, 10**9).fits[0]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import gelu, rms_norm, scaled_dot_product_attention, silu
 
-from inference_service.kernels.cpu.ops import BLOCK, Chunks, CpuOps, Table, pack_a, pack_b
+from inference_service.kernels.cpu.ops import BLOCK, Chunks, CpuOps, Table
 
 TOLERANCE: Final = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
 """Of the norm of the difference, relative."""
@@ -66,11 +66,14 @@ def _gelu(ops: CpuOps, generator: torch.Generator) -> Pair:
 
 def _lora(ops: CpuOps, generator: torch.Generator) -> Pair:
     x, a, b = (_random(ops, generator, *shape) for shape in ((ROWS, 40), (5, 40), (5, 24)))
-    packed = pack_a(a, ops.units), pack_b(b, ops.units)
-    adapter = [packed[0].data_ptr(), 5, 1, 5, packed[1].data_ptr(), 0, 24, *[0] * 8]
+    packed = torch.full((5 * 64 + 32 * 6,), torch.nan, dtype=ops.dtype)  # room for either type
+    first, second = packed.data_ptr(), packed[5 * 64 :].data_ptr()
+    pieces = [(a.data_ptr(), 40, 1, 5, 40, 0, first), (b.data_ptr(), 24, 1, 5, 24, 1, second)]
+    ops.pack(Table(np.array(pieces, dtype=np.int64)))
+    adapter = Table(np.array([[first, 5, 1, 5, second, 0, 24, *[0] * 8]], dtype=np.int64))
     out = torch.zeros(ROWS, 24, dtype=ops.dtype)
     segments = Table(np.array([[0, 0, ROWS]], dtype=np.int64))
-    ops.lora(x, out, Table(np.array([adapter], dtype=np.int64)), segments, torch.empty(ROWS, 5))
+    ops.lora(x, out, adapter.address, segments, torch.empty(ROWS, 5))
     return out, x.double() @ a.double().t() @ b.double()
 
 

@@ -263,24 +263,25 @@ void expand_task(const LoraTask& task, const Segment& seg, const Adapter& adapte
   }
 }
 
+// A slot's adapters of all linears are side by side: from one slot's to the next are apart of them.
 template <class T>
-void lora(const T* x, int64_t ldx, int64_t K, T* out, int64_t ldo, const Adapter* adapters, const Segment* segments,
-          int64_t count, float* y, int64_t ldy, int64_t threads) {
+void lora(const T* x, int64_t ldx, int64_t K, T* out, int64_t ldo, const Adapter* adapters, int64_t apart,
+          const Segment* segments, int64_t count, float* y, int64_t ldy, int64_t threads) {
   auto shrink = [=](const LoraTask& task) {
     const Segment& seg = segments[task.segment];
-    shrink_task<T>(task, seg, adapters[seg.adapter], x, ldx, K, y, ldy);
+    shrink_task<T>(task, seg, adapters[seg.adapter * apart], x, ldx, K, y, ldy);
   };
   auto expand = [=](const LoraTask& task) {
     const Segment& seg = segments[task.segment];
-    expand_task<T>(task, seg, adapters[seg.adapter], y, ldy, out, ldo);
+    expand_task<T>(task, seg, adapters[seg.adapter * apart], y, ldy, out, ldo);
   };
   static thread_local std::vector<LoraTask> tasks, shrinks, expands;
   tasks.clear();
   double work = 0;
   for (int64_t s = 0; s < count; ++s) {
     const Segment& seg = segments[s];
-    if (!adapters[seg.adapter].rows) continue;
-    work += double(seg.length) * adapters[seg.adapter].rows * K;
+    if (!adapters[seg.adapter * apart].rows) continue;
+    work += double(seg.length) * adapters[seg.adapter * apart].rows * K;
     for (int64_t f = 0; f < seg.length; f += TOKENS_PER_TASK)
       tasks.push_back({s, f, std::min<int64_t>(TOKENS_PER_TASK, seg.length - f), 0, 0, 0});
   }
@@ -290,7 +291,7 @@ void lora(const T* x, int64_t ldx, int64_t K, T* out, int64_t ldo, const Adapter
     const LoraTask* list = tasks.data();
     each(wholes, int(threads), [=](int64_t i) {
       LoraTask task = list[i];
-      const Adapter& adapter = adapters[segments[task.segment].adapter];
+      const Adapter& adapter = adapters[segments[task.segment].adapter * apart];
       task.size = adapter.rows;
       shrink(task);
       for (task.slice = 0; task.slice < adapter.slices; ++task.slice) {
@@ -303,7 +304,7 @@ void lora(const T* x, int64_t ldx, int64_t K, T* out, int64_t ldo, const Adapter
   shrinks.clear();
   expands.clear();
   for (const LoraTask& whole : tasks) {  // fewer runs than threads: share the rows of A, then the columns of B
-    const Adapter& adapter = adapters[segments[whole.segment].adapter];
+    const Adapter& adapter = adapters[segments[whole.segment].adapter * apart];
     const int64_t rows = round_up(int((adapter.rows + threads - 1) / threads), 4);
     for (int64_t r = 0; r < adapter.rows; r += rows)
       shrinks.push_back({whole.segment, whole.first, whole.tokens, 0, r, std::min(rows, adapter.rows - r)});
@@ -321,6 +322,41 @@ void lora(const T* x, int64_t ldx, int64_t K, T* out, int64_t ldo, const Adapter
 #pragma omp for schedule(dynamic, 1)
     for (int64_t i = 0; i < seconds; ++i) expand(second[i]);
   }
+}
+
+// A matrix [rows, columns] wherever it lies, its steps from row to row and from column to column in values, and
+// where it goes: as rows of A, or in tiles as B.
+struct Piece { const void* from; int64_t row, column, rows, columns, tiled; void* to; };
+
+template <class T> void pack_rows(const Piece& piece) {
+  const int64_t width = round_up(int(piece.columns), LANES * Unit<T>::P);
+  for (int64_t r = 0; r < piece.rows; ++r) {
+    const T* from = static_cast<const T*>(piece.from) + r * piece.row;
+    T* to = static_cast<T*>(piece.to) + r * width;
+    if (piece.column == 1) std::memcpy(to, from, piece.columns * sizeof(T));
+    else for (int64_t c = 0; c < piece.columns; ++c) to[c] = from[c * piece.column];
+    std::memset(static_cast<void*>(to + piece.columns), 0, (width - piece.columns) * sizeof(T));
+  }
+}
+
+template <class T> void pack_tiles(const Piece& piece) {
+  constexpr int P = Unit<T>::P;
+  const int64_t units = (piece.rows + P - 1) / P, whole = piece.row == 1 ? piece.rows / P : 0;
+  for (int64_t c = 0; c < round_up(int(piece.columns), LANES); ++c) {
+    const T* from = static_cast<const T*>(piece.from) + c * piece.column;
+    T* to = static_cast<T*>(piece.to) + (c / LANES * units * LANES + c % LANES) * P;
+    if (c >= piece.columns) {
+      for (int64_t u = 0; u < units; ++u) std::memset(static_cast<void*>(to + u * LANES * P), 0, P * sizeof(T));
+      continue;
+    }
+    for (int64_t u = 0; u < whole; ++u) std::memcpy(to + u * LANES * P, from + u * P, P * sizeof(T));
+    for (int64_t u = whole; u < units; ++u)
+      for (int64_t r = u * P; r < (u + 1) * P; ++r) to[u * LANES * P + r % P] = r < piece.rows ? from[r * piece.row] : T{};
+  }
+}
+
+template <class T> void pack(const Piece* pieces, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) pieces[i].tiled ? pack_tiles<T>(pieces[i]) : pack_rows<T>(pieces[i]);
 }
 
 struct Chunk { int64_t row, length, end; const int32_t* blocks; };
@@ -533,10 +569,12 @@ template <class T, bool GELU> void gated(const T* in, T* out, int64_t rows, int6
 
 #define EXPORT(T, SUFFIX)                                                                                             \
   extern "C" void lora_##SUFFIX(const void* x, int64_t ldx, int64_t K, void* out, int64_t ldo, const void* adapters,  \
-                                const void* segments, int64_t count, void* y, int64_t ldy, int64_t threads) {         \
-    lora<T>((const T*)x, ldx, K, (T*)out, ldo, (const Adapter*)adapters, (const Segment*)segments, count, (float*)y,  \
-            ldy, threads);                                                                                            \
+                                int64_t apart, const void* segments, int64_t count, void* y, int64_t ldy,             \
+                                int64_t threads) {                                                                    \
+    lora<T>((const T*)x, ldx, K, (T*)out, ldo, (const Adapter*)adapters, apart, (const Segment*)segments, count,      \
+            (float*)y, ldy, threads);                                                                                 \
   }                                                                                                                   \
+  extern "C" void pack_##SUFFIX(const void* pieces, int64_t count) { pack<T>((const Piece*)pieces, count); }          \
   extern "C" void attention_##SUFFIX(const void* q, int64_t ldq, void* out, const void* chunks, int64_t count,        \
                                      const void* keys, const void* values, int64_t num_blocks, int64_t kv_heads,      \
                                      int64_t group, int64_t dim, float scale, float softcap, int64_t window,          \

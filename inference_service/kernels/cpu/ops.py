@@ -23,7 +23,8 @@ MAX_HEAD_DIM = 512
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 _TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float}
 _SIGNATURES = {
-    "lora": "piipippipii",
+    "lora": "piipipipipii",
+    "pack": "pi",
     "attention": "pippippiiiiffii",
     "rope_write": "pppiiiiiipppppii",
     "rms_norm": "pppipiiffi",
@@ -73,7 +74,8 @@ class CpuOps:
         functions = {name: getattr(library, f"{name}_{DTYPES[dtype]}") for name in _SIGNATURES}
         for name, function in functions.items():
             function.argtypes, function.restype = [_TYPES[letter] for letter in _SIGNATURES[name]], None
-        self._lora, self._attention = functions["lora"], functions["attention"]
+        self._lora, self._pack = functions["lora"], functions["pack"]
+        self._attention = functions["attention"]
         self._rope_write, self._rms_norm = functions["rope_write"], functions["rms_norm"]
         self._gated = {"silu": functions["silu"], "gelu_tanh": functions["gelu_tanh"]}
 
@@ -81,19 +83,24 @@ class CpuOps:
         self,
         x: Tensor,
         out: Tensor,
-        adapters: Table,
+        adapters: int,
         segments: Table,
         workspace: Tensor,
+        apart: int = 1,
     ) -> None:
         """Add to out [T, N] what adapters make of x [T, K].
 
-        adapters is a table [slots, ADAPTER_FIELDS], segments one [S, 3] of slot, first row and rows, workspace
-        float32 [T, largest sum of ranks].
+        adapters is the address of the first slot's ADAPTER_FIELDS, the next slot's lie ``apart`` times as many
+        behind; segments is a table [S, 3] of slot, first row and rows, workspace float32 [T, most ranks].
         """
         self._lora(
-            x.data_ptr(), x.stride(0), x.shape[1], out.data_ptr(), out.stride(0), adapters.address,
+            x.data_ptr(), x.stride(0), x.shape[1], out.data_ptr(), out.stride(0), adapters, apart,
             segments.address, len(segments.values), workspace.data_ptr(), workspace.stride(0), self.threads,
         )  # fmt: skip
+
+    def pack(self, pieces: Table) -> None:
+        """Pack the matrices of a table [pieces, PIECE_FIELDS], without holding the interpreter's lock."""
+        self._pack(pieces.address, len(pieces.values))
 
     def attention(
         self,
@@ -172,20 +179,9 @@ class CpuOps:
         return torch.from_numpy(bits).view(self.dtype)
 
 
-def pack_a(a: Tensor, units: int) -> Tensor:
-    """Return A [rows, K] with rows padded to whole lane vectors."""
-    lane = 16 * units
-    width = -(-a.shape[1] // lane) * lane
-    return torch.nn.functional.pad(a, (0, width - a.shape[1])).contiguous()
-
-
-def pack_b(b: Tensor, units: int) -> Tensor:
-    """Return B transposed [rank, out] as [out / 16, rank / units, 16, units], padded with zeros."""
-    rank, out = b.shape
-    padded = torch.nn.functional.pad(b, (0, -out % 16, 0, -rank % units))
-    tiles = padded.view(padded.shape[0] // units, units, padded.shape[1] // 16, 16)
-    return tiles.permute(2, 0, 3, 1).contiguous()
-
-
 ADAPTER_FIELDS = 15
 """int64 values of an adapter in a group's table: A, rows, slices, and three times rank, B, column, columns."""
+PIECE_FIELDS = 7
+"""int64 values of a matrix that is packed: where it lies, its strides, rows and columns, 1 for B or 0 for A,
+and where it goes: A [rows, K] as rows that are padded to whole lane vectors of 16 units, B [rank, out] as
+[out / 16, rank / values of a unit, 16, values of a unit], padded with zeros."""

@@ -112,11 +112,11 @@ def expand_tile(
 @triton.jit(do_not_specialize=PLANE_SCALARS, do_not_specialize_on_alignment=SEGMENT_POINTERS)
 def fused_kernel(
     p_x,  # [T, K]
-    p_a,  # [rows, K]
+    p_a,  # flat
     p_b,  # flat
     p_y,  # fp32 [planes, entries of the step, R]
     p_out,  # [T, N]
-    p_table,  # [slots, N_SLICES, 3]
+    p_table,  # [slots, N_SLICES, 3], slots stride_table apart
     p_token_ids,  # int32 [P]
     p_seg_start,  # int32 [S + 1]
     p_seg_slot,  # int32 [S]
@@ -130,6 +130,7 @@ def fused_kernel(
     split_k,
     stride_x,
     stride_a,
+    stride_table,
     stride_y,
     stride_out,
     COVERING: tl.constexpr,
@@ -153,7 +154,7 @@ def fused_kernel(
     tiles = row_tiles * planes
     for i in tl.range(i_program, n * tiles, programs, num_stages=1):
         i_s, i_r, i_plane = i // tiles, i % tiles // planes, i % planes
-        p_slot = p_table + tl.load(p_seg_slot + i_s).to(tl.int64) * (3 * N_SLICES)
+        p_slot = p_table + tl.load(p_seg_slot + i_s).to(tl.int64) * stride_table
         rows = rows_of(p_slot, N_SLICES)
         if i_r * BLOCK_R < rows:
             shrink_tile(
@@ -194,7 +195,7 @@ def fused_kernel(
             i_n,
             tl.load(p_seg_start + i_s),
             tl.load(p_seg_start + i_s + 1),
-            p_table + tl.load(p_seg_slot + i_s).to(tl.int64) * (3 * N_SLICES),
+            p_table + tl.load(p_seg_slot + i_s).to(tl.int64) * stride_table,
             p_counters + i_s * COUNTER_STRIDE,
             p_y,
             p_b,

@@ -69,7 +69,7 @@ def plan(
     if x.shape[0] != out.shape[0]:
         raise ValueError(f"x and out must have the same rows, got {x.shape[0]} and {out.shape[0]}")
     one = _fused_config(x.device, group, segments, fused=fused)
-    config = _shrink_config(x, group.max_rows, segments) if one is None else one.shrink
+    config = _shrink_config(group, segments) if one is None else one.shrink
     numel = config.numel(x.shape[-1], group.max_rows, segments.capacity)
     require(workspace, "workspace", dims=1, dtype=torch.float32, device=x.device)
     if workspace.numel() < numel:
@@ -93,10 +93,11 @@ def plan(
 
 def workspace_numel(group: Group, segments: Segments) -> int:
     """fp32 elements that ``lora_apply`` needs for this group, fused or not."""
-    capacity, a = segments.capacity, group.a
-    one = fused_config(architecture_of(a.device), phase_of(capacity.tile), a.dtype, max_rank=group.max_rank)
-    configs = [_shrink_config(a, group.max_rows, segments), *([one.shrink] if one else [])]
-    return max(config.numel(a.shape[1], group.max_rows, capacity) for config in configs)
+    capacity, weights = segments.capacity, group.weights
+    where = architecture_of(weights.device), phase_of(capacity.tile), weights.dtype
+    one = fused_config(*where, max_rank=group.max_rank)
+    configs = [_shrink_config(group, segments), *([one.shrink] if one else [])]
+    return max(config.numel(group.in_features, group.max_rows, capacity) for config in configs)
 
 
 def _fused_config(
@@ -105,27 +106,26 @@ def _fused_config(
     """The tiles of the fused kernel where it is asked for, or was timed to win; else None."""
     if fused is False:
         return None
-    capacity, a = segments.capacity, group.a
-    config = fused_config(architecture_of(device), phase_of(capacity.tile), a.dtype, max_rank=group.max_rank)
+    capacity, dtype = segments.capacity, group.weights.dtype
+    config = fused_config(architecture_of(device), phase_of(capacity.tile), dtype, max_rank=group.max_rank)
     if fused and config is None:
         raise ValueError(f"no fused kernel for tiles of {capacity.tile} entries and rank {group.max_rank}")
     if config is None or fused:
         return config
-    if device.type != "cuda" or not one_launch_wins(architecture_of(device), a.dtype, max_rank=group.max_rank):
+    if device.type != "cuda" or not one_launch_wins(architecture_of(device), dtype, max_rank=group.max_rank):
         return None
     resident = resident_programs(device)
-    fits = config.fits(a.shape[1], group.max_rows, group.slices, capacity.segments, resident)
+    fits = config.fits(group.in_features, group.max_rows, group.slices, capacity.segments, resident)
     return config if fits else None
 
 
-def _shrink_config(x: Tensor, max_rows: int, segments: Segments) -> ShrinkConfig:
-    """For x or a: what has K columns."""
+def _shrink_config(group: Group, segments: Segments) -> ShrinkConfig:
     return shrink_config(
-        architecture_of(x.device),
+        architecture_of(group.weights.device),
         phase_of(segments.capacity.tile),
-        x.dtype,
-        in_features=x.shape[-1],
-        max_rows=max_rows,
+        group.weights.dtype,
+        in_features=group.in_features,
+        max_rows=group.max_rows,
         segments=segments.capacity.segments,
     )
 
@@ -133,20 +133,20 @@ def _shrink_config(x: Tensor, max_rows: int, segments: Segments) -> ShrinkConfig
 def _plan_shrink(
     x: Tensor, group: Group, segments: Segments, config: ShrinkConfig, planes: Mapping[str, Any]
 ) -> Launch:
-    kernels, a = _kernels(x), group.a
+    kernels, weights = _kernels(x), group.weights
     slices = _check_table(group.table, segments, x.device)
     require(x, "x", dims=2)
-    require(a, "a", dims=2, dtype=x.dtype, device=x.device)
+    require(weights, "weights", dims=1, dtype=x.dtype, device=x.device)
     _check_segments(segments, x.device)
-    if a.shape[1] != x.shape[1]:
-        raise ValueError(f"a and x must have the same K, got {a.shape[1]} and {x.shape[1]}")
+    if group.in_features != x.shape[1]:
+        raise ValueError(f"A and x must have the same K, got {group.in_features} and {x.shape[1]}")
     return Launch(
         kernels.shrink_kernel,
         (config.grid(x.shape[1], group.max_rows, segments.capacity.segments),),
         {
             **planes,
             "p_x": x,
-            "p_a": a,
+            "p_a": weights,
             "p_table": group.table,
             "p_token_ids": segments.token_ids,
             "p_seg_start": segments.seg_start,
@@ -154,7 +154,8 @@ def _plan_shrink(
             "p_scales": segments.scales,
             "K": x.shape[1],
             "stride_x": x.stride(0),
-            "stride_a": a.stride(0),
+            "stride_a": group.stride_a,
+            "stride_table": group.table.stride(0),
             "N_SLICES": slices,
             "BLOCK_T": config.block_t,
             "BLOCK_R": config.block_r,
@@ -173,7 +174,7 @@ def _plan_expand(
     if _check_table(group.table, segments, out.device) != len(slices.sizes):
         raise ValueError(f"table must be [slots, {len(slices.sizes)}, 3], got {tuple(group.table.shape)}")
     require(out, "out", dims=2)
-    require(group.b, "b", dims=1, dtype=out.dtype, device=out.device)
+    require(group.weights, "weights", dims=1, dtype=out.dtype, device=out.device)
     if out.shape[1] < slices.out_features:
         raise ValueError(f"out must have {slices.out_features} columns, got {out.shape[1]}")
     config = expand_config(
@@ -186,13 +187,14 @@ def _plan_expand(
     )
     arguments = {
         **planes,
-        "p_b": group.b,
+        "p_b": group.weights,
         "p_out": out,
         "p_table": group.table,
         "p_token_ids": segments.token_ids,
         "p_seg_start": segments.seg_start,
         "p_seg_slot": segments.seg_slot,
         "stride_out": out.stride(0),
+        "stride_table": group.table.stride(0),
         "OFFSETS": slices.offsets,
         "SIZES": slices.sizes,
         "ALIGNMENT": slices.alignment,
@@ -225,8 +227,11 @@ def _check_table(table: Tensor, segments: Segments, device: torch.device) -> int
     require(table, "table", dims=3, device=device)
     if table.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"table must be int32 or int64, got {table.dtype}")
-    if table.shape[2] != 3 or not table.is_contiguous():
-        raise ValueError(f"table must be a contiguous [slots, slices, 3], got {tuple(table.shape)}")
+    if table.shape[2] != 3 or table.stride()[1:] != (3, 1):
+        raise ValueError(
+            f"table must be [slots, slices, 3] with contiguous slots, got {tuple(table.shape)} with strides "
+            f"{table.stride()}"
+        )
     if table.shape[0] < segments.capacity.slots:
         raise ValueError(f"segments have {segments.capacity.slots} slots, table only {table.shape[0]}")
     return table.shape[1]

@@ -15,6 +15,8 @@ from torch import Tensor
 from inference_service.kernels.packing import aligned, sections
 
 MAX_SLICES = 3
+ROW = 16
+"""Elements: rows of A and blocks of B begin at multiples, so that both are read in vectors."""
 COUNTER_STRIDE = 8
 """int32 elements from counter to counter: each in a sector of 32 bytes of its own."""
 
@@ -65,13 +67,14 @@ class Slices:
 class Group:
     """The adapters of one fused linear, packed; the ceilings are fixed for the life of a captured launch."""
 
-    a: Tensor
-    """[rows, K]: the rows of A, slot by slot, slice by slice."""
-    b: Tensor
-    """Flat: per slot and slice a block [rank, size], row-major, that is B^T with the scale folded in."""
+    weights: Tensor
+    """Flat, and other linears may have theirs in it: per slot and slice rows of A, ``stride_a`` apart, and a
+    block of B [rank, size], row-major, that is B^T with the scale folded in."""
     table: Tensor
-    """int32 or int64 [slots, slices, 3]: rank, first row in ``a``, first element in ``b``."""
+    """int32 or int64 [slots, slices, 3]: rank, first element of A, first element of B; slots may lie apart."""
     slices: Slices
+    in_features: int
+    """Elements of a row of A."""
     max_rank: int
     """No slot has a larger rank in any slice."""
     max_rows: int
@@ -80,6 +83,11 @@ class Group:
     def __post_init__(self) -> None:
         if not 1 <= self.max_rank <= self.max_rows:
             raise ValueError(f"1 <= max_rank <= max_rows, got {self.max_rank} and {self.max_rows}")
+
+    @property
+    def stride_a(self) -> int:
+        """Elements from row to row of A."""
+        return -(-self.in_features // ROW) * ROW
 
     def check_table(self, table: npt.NDArray[np.int64]) -> None:
         """Refuse a host copy of the table that would make a kernel read or drop what it must not.
@@ -90,28 +98,36 @@ class Group:
         sizes = np.array(self.slices.sizes)
         if table.shape != tuple(self.table.shape):
             raise ValueError(f"table must be {tuple(self.table.shape)}, got {table.shape}")
-        rank, row, element = table[..., 0], table[..., 1], table[..., 2]
-        used = rank > 0
+        rank, first, element = table[..., 0], table[..., 1], table[..., 2]
+        used, numel = rank > 0, self.weights.shape[0]
         complaints = {
             f"a rank outside 0..{self.max_rank}": (rank < 0) | (rank > self.max_rank),
             f"more than {self.max_rows} rows": rank.sum(1, keepdims=True) > self.max_rows,
-            f"rows outside A's {self.a.shape[0]}": used & ((row < 0) | (row + rank > self.a.shape[0])),
-            f"a block outside B's {self.b.shape[0]} elements": used
-            & ((element < 0) | (element + rank * sizes > self.b.shape[0])),
-            f"a block not at a multiple of {self.slices.alignment}": used
-            & (element % self.slices.alignment != 0),
+            f"rows of A outside of {numel} elements": used
+            & ((first < 0) | (first + rank * self.stride_a > numel)),
+            f"a block of B outside of {numel} elements": used
+            & ((element < 0) | (element + rank * sizes > numel)),
+            f"matrices not at multiples of {ROW}": used & ((first % ROW != 0) | (element % ROW != 0)),
         }
         for complaint, where in complaints.items():
             if where.any():
                 raise ValueError(f"slot {int(np.nonzero(where)[0][0])} has {complaint}")
 
 
-def pack_table(ranks: Sequence[Sequence[int]], slices: Slices) -> npt.NDArray[np.int64]:
-    """The table of adapters packed without gaps; ``ranks`` is per slot, per slice."""
+def pack_table(ranks: Sequence[Sequence[int]], slices: Slices, in_features: int) -> npt.NDArray[np.int64]:
+    """The table of adapters one behind the other: per slot A of all slices, then B of each.
+
+    ``ranks`` is per slot, per slice.
+    """
     rank = np.asarray(ranks, dtype=np.int64).reshape(-1, len(slices.sizes))
-    elements = rank * np.array(slices.sizes)
-    first = [np.cumsum(size.ravel()).reshape(rank.shape) - size for size in (rank, elements)]
-    return np.stack([rank, *first], axis=-1)
+    rows, blocks = rank * _up(np.array(in_features)), _up(rank * np.array(slices.sizes))
+    sizes = np.concatenate([rows, blocks], axis=1)
+    first = (np.cumsum(sizes) - sizes.ravel()).reshape(sizes.shape)
+    return np.stack([rank, first[:, : rank.shape[1]], first[:, rank.shape[1] :]], axis=-1)
+
+
+def _up(elements: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    return -(-elements // ROW) * ROW
 
 
 @dataclass(frozen=True)
@@ -121,7 +137,7 @@ class SegmentCapacity:
     entries: int
     """Pairs of a token and a slot. Without composition: tokens."""
     slots: int
-    """Adapters that are loaded: no slot is beyond them."""
+    """Slots that there are, in use or not: none is beyond them."""
     tile: int
     """Entries that a segment holds at most; longer runs of a slot become several segments."""
     passes: int = 1
@@ -129,7 +145,7 @@ class SegmentCapacity:
     scaled: bool = False
     """Whether entries carry a scale."""
     active: int | None = None
-    """Distinct slots in one step at most, however many are loaded; None: all."""
+    """Distinct slots in one step at most, however many there are; None: all."""
 
     def __post_init__(self) -> None:
         if min(self.entries, self.slots, self.tile, self.passes, self.distinct) < 1:

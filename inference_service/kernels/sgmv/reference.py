@@ -7,40 +7,38 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from inference_service.kernels.sgmv.layout import Group, Segments, Slices
+from inference_service.kernels.sgmv.layout import Group, Segments
 
 
 def lora_apply(x: Tensor, out: Tensor, group: Group, segments: Segments, dtype: torch.dtype) -> Tensor:
     """Return ``out`` plus the adapters' updates, computed and returned in ``dtype``."""
-    y = shrink(x, group.a, group.table, segments, max_rows=group.max_rows, dtype=dtype)
-    return expand(y, group.b, group.table, segments, out, group.slices)
+    return expand(shrink(x, group, segments, dtype=dtype), group, segments, out)
 
 
-def shrink(
-    x: Tensor, a: Tensor, table: Tensor, segments: Segments, *, max_rows: int, dtype: torch.dtype
-) -> Tensor:
+def shrink(x: Tensor, group: Group, segments: Segments, *, dtype: torch.dtype) -> Tensor:
     """x A^T per entry: [1, entries, max_rows] in ``dtype``; the slices' ranks side by side, then zeros."""
-    y = x.new_zeros(1, segments.capacity.entries, max_rows, dtype=dtype)
+    y = x.new_zeros(1, segments.capacity.entries, group.max_rows, dtype=dtype)
     for slot, entries in _runs(segments):
         column = 0
-        for rank, row, _ in table[slot].tolist():
-            rows = x[segments.token_ids[entries].long()].to(dtype) @ a[row : row + rank].to(dtype).T
+        for rank, first, _ in group.table[slot].tolist():
+            a = group.weights[first : first + rank * group.stride_a].view(rank, group.stride_a)
+            rows = x[segments.token_ids[entries].long()].to(dtype) @ a[:, : x.shape[1]].to(dtype).T
             y[0, entries, column : column + rank] = rows * _scale(segments, entries, dtype)
             column += rank
     return y
 
 
-def expand(y: Tensor, b: Tensor, table: Tensor, segments: Segments, out: Tensor, slices: Slices) -> Tensor:
+def expand(y: Tensor, group: Group, segments: Segments, out: Tensor) -> Tensor:
     """``out`` plus y B^T per entry, in y's dtype; the planes of y are summed first."""
-    result = out.to(y.dtype)
+    result, slices = out.to(y.dtype), group.slices
     for slot, entries in _runs(segments):
         tokens, column = segments.token_ids[entries].long(), 0
         for (rank, _, element), first, size in zip(
-            table[slot].tolist(), slices.offsets, slices.sizes, strict=True
+            group.table[slot].tolist(), slices.offsets, slices.sizes, strict=True
         ):
             if rank == 0:  # what lies in y there may be anything
                 continue
-            block = b[element : element + rank * size].view(rank, size).to(y.dtype)
+            block = group.weights[element : element + rank * size].view(rank, size).to(y.dtype)
             update = y[:, entries, column : column + rank].sum(0) @ block
             result[:, first : first + size].index_add_(0, tokens, update)
             column += rank

@@ -5,12 +5,14 @@
 import triton
 import triton.language as tl
 
+ROW = tl.constexpr(16)
+"""As `layout.ROW`: rows of A begin at multiples."""
 INTERPRETED: bool = triton.knobs.runtime.interpret
 """Whether the kernels were made for the interpreter, which computes bf16 wrongly without UPCAST."""
 
 # These change from pass to pass; their alignment is not worth a variant, for they are read as scalars.
 SEGMENT_POINTERS = ["p_table", "p_seg_start", "p_seg_slot", "p_pass", "p_end"]
-PLANE_SCALARS = ["blocks", "row_tiles", "split_k"]
+PLANE_SCALARS = ["blocks", "row_tiles", "split_k", "stride_table"]
 
 
 @triton.jit
@@ -58,11 +60,11 @@ def shrink_tile(
     """y[plane, p, r] of the entries start..end and one tile of the slot's rows; see ``shrink_kernel``."""
     # The slot's rows over all slices are one axis: a tile may hold rows of q, k and v, and reads x once.
     o_r = i_r * BLOCK_R + tl.arange(0, BLOCK_R)  # [BLOCK_R]
-    o_row = tl.zeros([BLOCK_R], tl.int64)  # [BLOCK_R] row in a
+    o_row = tl.zeros([BLOCK_R], tl.int64)  # [BLOCK_R] first element of the row
     first = 0
     for i in tl.static_range(N_SLICES):
-        row = tl.load(p_slot + 3 * i + 1).to(tl.int64)
-        o_row = tl.where(o_r >= first, row + o_r - first, o_row)
+        element = tl.multiple_of(tl.load(p_slot + 3 * i + 1).to(tl.int64), ROW)
+        o_row = tl.where(o_r >= first, element + (o_r - first).to(tl.int64) * stride_a, o_row)
         first += tl.load(p_slot + 3 * i).to(tl.int32)
     m_r = o_r < rows  # [BLOCK_R]
 
@@ -80,7 +82,7 @@ def shrink_tile(
                 p_x + o_t[:, None] * stride_x + o_k[None, :], mask=m_p[:, None] & m_k[None, :], other=0.0
             )  # [BLOCK_T, BLOCK_K]
             b_a = tl.load(
-                p_a + o_row[None, :] * stride_a + o_k[:, None], mask=m_r[None, :] & m_k[:, None], other=0.0
+                p_a + o_row[None, :] + o_k[:, None], mask=m_r[None, :] & m_k[:, None], other=0.0
             )  # [BLOCK_K, BLOCK_R]
             if UPCAST:
                 b_x, b_a = b_x.to(tl.float32), b_a.to(tl.float32)
@@ -95,9 +97,9 @@ def shrink_tile(
 @triton.jit(do_not_specialize=PLANE_SCALARS, do_not_specialize_on_alignment=SEGMENT_POINTERS)
 def shrink_kernel(
     p_x,  # [T, K]
-    p_a,  # [rows, K]
+    p_a,  # flat
     p_y,  # fp32 [planes, entries of the step, R]
-    p_table,  # [slots, N_SLICES, 3]
+    p_table,  # [slots, N_SLICES, 3], slots stride_table apart
     p_token_ids,  # int32 [P]
     p_seg_start,  # int32 [S + 1]
     p_seg_slot,  # int32 [S]
@@ -109,6 +111,7 @@ def shrink_kernel(
     split_k,
     stride_x,
     stride_a,
+    stride_table,
     stride_y,
     COVERING: tl.constexpr,
     N_SLICES: tl.constexpr,
@@ -117,7 +120,7 @@ def shrink_kernel(
     BLOCK_K: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """y[plane, p, r] = scale[p] * sum over the plane's part of K of x[token(p), k] * a[row(r), k].
+    """y[plane, p, r] = scale[p] * sum over the plane's part of K of x[token(p), k] * a[row(r) + k].
 
     One program per (segment, tile of rows, plane) of the step: the fewer segments it has, the more planes there
     are. Every plane of every row that the slot has is written, also where the plane's part of K is empty:
@@ -130,7 +133,7 @@ def shrink_kernel(
     if i_s >= n:
         return
     slot = tl.load(p_seg_slot + i_s).to(tl.int64)
-    p_slot = p_table + slot * (3 * N_SLICES)
+    p_slot = p_table + slot * stride_table
     rows = rows_of(p_slot, N_SLICES)
     if i_r * BLOCK_R >= rows:
         return
@@ -235,7 +238,7 @@ def expand_kernel(
     p_y,  # fp32 [planes, entries of the step, R]
     p_b,  # flat
     p_out,  # [T, N]
-    p_table,  # [slots, N_SLICES, 3]
+    p_table,  # [slots, N_SLICES, 3], slots stride_table apart
     p_token_ids,  # int32 [P]
     p_seg_start,  # int32 [S + 1]
     p_seg_slot,  # int32 [S]
@@ -244,6 +247,7 @@ def expand_kernel(
     blocks,
     row_tiles,
     split_k,
+    stride_table,
     stride_y,
     stride_out,
     COVERING: tl.constexpr,
@@ -268,7 +272,7 @@ def expand_kernel(
     planes, _ = planes_of(n, blocks, row_tiles, split_k, COVERING)
     stride_y_plane = tl.load(p_end + 1).to(tl.int64) * stride_y
     slot = tl.load(p_seg_slot + i_s).to(tl.int64)
-    p_slot = p_table + slot * (3 * N_SLICES)
+    p_slot = p_table + slot * stride_table
     rank, element, size, offset, column, i_tile = slice_of_tile(
         i_n, p_slot, OFFSETS, SIZES, ALIGNMENT, N_SLICES, BLOCK_N
     )

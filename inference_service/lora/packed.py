@@ -1,0 +1,124 @@
+"""An adapter as a backend computes with it: one flat piece that may lie anywhere in its bank."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from inference_service.lora.weights import AdapterWeights
+from loramux_shared.bases.groups import GroupShape
+
+Numbers = npt.NDArray[np.int64]
+ROUND: Final = 16
+"""Elements: every matrix of a piece begins at a multiple, so that it can be read in vectors."""
+
+
+@dataclass(frozen=True)
+class PackedAdapter:
+    """In the host's memory; nothing else of the adapter is needed."""
+
+    matrices: Tensor
+    """[elements], in the type that is computed in."""
+    table: Numbers
+    """What the backend enters for a slot, with places from the beginning of the piece."""
+    ranks: Numbers
+    """[layers, modules], in the order of the groups; 0 where a module is not adapted."""
+    linears: npt.NDArray[np.bool_]
+    """[layers, groups]: whether it adds to a fused linear."""
+
+    @property
+    def num_bytes(self) -> int:
+        """What it takes up in the bank."""
+        return self.matrices.nbytes
+
+    @property
+    def max_rank(self) -> int:
+        """The largest."""
+        return int(self.ranks.max(initial=0))
+
+
+def ranks_of(weights: AdapterWeights, shapes: tuple[GroupShape, ...]) -> Numbers:
+    """Return the rank of every module of every layer, 0 where it is not adapted."""
+    nothing = {shape.name: (0,) * len(shape.modules) for shape in shapes}
+    return np.array(
+        [
+            [rank for name, none in nothing.items() for rank in (layer[name].ranks if name in layer else none)]
+            for layer in weights.layers
+        ],
+        dtype=np.int64,
+    ).reshape(len(weights.layers), -1)
+
+
+class Layout:
+    """How the matrices of an adapter follow one another: per layer and group A of all slices, then each B."""
+
+    def __init__(
+        self, shapes: tuple[GroupShape, ...], *, width: int = ROUND, columns: int = 1, ranks: int = 1
+    ) -> None:
+        """Take what the rows of A, the columns of B and the ranks of B are rounded up to, in elements."""
+        sizes = [len(shape.modules) for shape in shapes]
+        self.shapes: Final = shapes
+        self.firsts: Final = [sum(sizes[:index]) for index in range(len(sizes))]
+        """The first module of each group."""
+        self.strides: Final = _up(np.repeat([shape.in_features for shape in shapes], sizes), width)
+        """[modules]: elements from row to row of A."""
+        self._columns = _up(np.array([out for shape in shapes for out in shape.out_features]), columns)
+        self._ranks = ranks
+        order: list[int] = []
+        for first, size in zip(self.firsts, sizes, strict=True):
+            order += range(first, first + size)
+            order += range(sum(sizes) + first, sum(sizes) + first + size)
+        self._order = np.array(order)
+
+    def places(self, ranks: Numbers) -> tuple[Numbers, Numbers, int]:
+        """Return the first elements of A and of B [layers, modules], and how many elements there are."""
+        b = _up(_up(ranks, self._ranks) * self._columns, ROUND)
+        sizes = np.concatenate([ranks * self.strides, b], axis=1)
+        ordered = sizes[:, self._order]
+        firsts = np.empty_like(sizes)
+        firsts[:, self._order] = (np.cumsum(ordered) - ordered.ravel()).reshape(ordered.shape)
+        modules = len(self.strides)
+        return firsts[:, :modules], firsts[:, modules:], int(sizes.sum())
+
+    def linears(self, ranks: Numbers) -> npt.NDArray[np.bool_]:
+        """Return to which fused linears [layers, groups] an adapter of such ranks adds."""
+        return np.add.reduceat(ranks, self.firsts, axis=1) > 0
+
+
+def _up(numbers: Numbers, to: int) -> Numbers:
+    return -(-numbers // to) * to
+
+
+def pack_flat(
+    weights: AdapterWeights, layout: Layout, dtype: torch.dtype, *, pinned: bool = False
+) -> PackedAdapter:
+    """Pack row by row, as the kernels for GPUs and torch read it; the table is [layers, modules, 3].
+
+    Its fields are the rank, the first element of A [rank, in], whose rows are rounded up to `ROUND` elements,
+    and the first of B [rank, out].
+    """
+    ranks = ranks_of(weights, layout.shapes)
+    first_a, first_b, numel = layout.places(ranks)
+    matrices = torch.empty(numel, dtype=dtype, pin_memory=pinned)
+    zeros = torch.zeros(max(ROUND, *layout.strides.tolist()), dtype=dtype)
+    parts: list[Tensor] = []
+    for layer in weights.layers:
+        for shape, first in zip(layout.shapes, layout.firsts, strict=True):
+            if shape.name not in layer:
+                continue
+            gap = int(layout.strides[first]) - shape.in_features
+            group = layer[shape.name]
+            of_a = [a for a in group.a if a is not None]
+            parts += [(pad(a, (0, gap)) if gap else a).reshape(-1) for a in of_a]
+            for b in (b for b in group.b if b is not None):
+                parts += [b.reshape(-1), zeros[: -b.numel() % ROUND]]
+    if parts:
+        torch.cat([part.to(dtype) for part in parts], out=matrices)
+    table = np.stack([ranks, first_a, first_b], axis=-1)
+    return PackedAdapter(matrices, table, ranks, layout.linears(ranks))

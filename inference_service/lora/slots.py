@@ -1,0 +1,81 @@
+"""Which slots of a bank hold an adapter; the checks that all backends share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from inference_service.lora.packed import PackedAdapter
+from inference_service.lora.places import ALIGNMENT
+from loramux_shared.faults import InternalFault
+
+
+class Slots:
+    """The slots of a bank, on the engine's thread."""
+
+    def __init__(self) -> None:
+        self.num_slots = 0
+        self.num_bytes = 0
+        """Of the arena."""
+        self.max_rank = 0
+        self._opened = False
+        self._touched: dict[int, int] = {}
+        """Of every slot that holds an adapter, a bit for each linear that the adapter adds to."""
+
+    def open(self, num_bytes: int, max_rank: int, num_slots: int) -> None:
+        """Note the sizes, once."""
+        if self._opened:
+            raise InternalFault(
+                "the bank is open already: its memory may be recorded in graphs and cannot change"
+            )
+        self._opened = True
+        self.num_bytes, self.max_rank, self.num_slots = num_bytes, max_rank, num_slots
+
+    def require_within(self, packed: PackedAdapter, offset: int) -> None:
+        """Raise `InternalFault` unless a place is one that the arena has."""
+        if offset < 0 or offset % ALIGNMENT or offset + packed.num_bytes > self.num_bytes:
+            raise InternalFault(
+                f"an adapter of {packed.num_bytes} bytes cannot lie at {offset} of the bank's {self.num_bytes} "
+                f"bytes: it must lie within them, at a multiple of {ALIGNMENT}"
+            )
+
+    def enter(self, slot: int, offset: int, packed: PackedAdapter) -> None:
+        """Note that a slot is taken.
+
+        Raises:
+            InternalFault: it cannot be.
+        """
+        self.require_within(packed, offset)
+        if not 0 <= slot < self.num_slots or slot in self._touched:
+            raise InternalFault(
+                f"slot {slot} cannot be given away: it is taken, or not one of {self.num_slots}"
+            )
+        if packed.max_rank > self.max_rank:
+            raise InternalFault(
+                f"an adapter of rank {packed.max_rank} cannot enter a bank that was opened for {self.max_rank}"
+            )
+        linears = np.packbits(packed.linears, bitorder="little").tobytes()
+        self._touched[slot] = int.from_bytes(linears, "little")
+
+    def leave(self, slot: int) -> None:
+        """Note that a slot is free.
+
+        Raises:
+            InternalFault: it is.
+        """
+        if self._touched.pop(slot, None) is None:
+            raise InternalFault(f"slot {slot} holds no adapter that could leave")
+
+    def touched(self, slots: Iterable[int]) -> int:
+        """Return a bit for each linear that one of the adapters of these slots adds to.
+
+        Raises:
+            InternalFault: one of them holds no adapter.
+        """
+        bits = 0
+        for slot in slots:
+            if slot not in self._touched:
+                raise InternalFault(f"a step has rows of slot {slot}, which holds no adapter")
+            bits |= self._touched[slot]
+        return bits

@@ -1,0 +1,118 @@
+"""Where adapters lie in the bank: nothing overlaps, nothing that may not leave leaves, and a fit is found."""
+
+from __future__ import annotations
+
+from itertools import combinations, pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from inference_service.lora.places import ALIGNMENT, Place, Places
+from loramux_shared.faults import InternalFault, ResourcesExhausted
+
+LINES = 12
+"""Of the arena: few, so that every window can be looked at."""
+
+
+def drawn(data: st.DataObject) -> tuple[Places, dict[int, tuple[int, int]], dict[int, int | None]]:
+    """An arena after some occupants came and went, with the lines (first, end) of each, and their last use."""
+    places, lines = Places(LINES * ALIGNMENT + 1), {}
+    for owner in range(data.draw(st.integers(0, 10))):
+        first = data.draw(st.integers(0, LINES - 1))
+        end = first + data.draw(st.integers(1, 4))
+        if end <= LINES and all(end <= other[0] or first >= other[1] for other in lines.values()):
+            size = (end - first) * ALIGNMENT - data.draw(st.integers(0, ALIGNMENT - 1))
+            places.take(owner, first * ALIGNMENT, size)
+            lines[owner] = first, end
+    for owner in data.draw(st.lists(st.sampled_from(sorted(lines)), unique=True)) if lines else []:
+        places.give_back(owner)
+        del lines[owner]
+    used = {owner: data.draw(st.one_of(st.none(), st.integers(0, 5))) for owner in lines}
+    return places, lines, used
+
+
+def best_window(
+    need: int, lines: dict[int, tuple[int, int]], used: dict[int, int | None]
+) -> tuple[int, frozenset[int]] | None:
+    """Look at every pair of lines: return the first line and who leaves, as the rule has it."""
+    taken = {line: owner for owner, (first, end) in lines.items() for line in range(first, end)}
+    holes, windows = [], []
+    for first, end in combinations(range(LINES + 1), 2):
+        owners = {taken[line] for line in range(first, end) if line in taken}
+        whole = all(first <= lines[owner][0] and lines[owner][1] <= end for owner in owners)
+        if end - first < need or not whole:
+            continue
+        borders = (first == 0 or first - 1 in taken) and (end == LINES or end in taken)
+        if not owners and borders:
+            holes.append((end - first, first))
+        times = [used[owner] for owner in owners]
+        if owners and None not in times:
+            leaving = sum(lines[owner][1] - lines[owner][0] for owner in owners)
+            windows.append(((max(times), leaving, first), frozenset(owners)))
+    if holes:
+        return min(holes)[1], frozenset()
+    if not windows:
+        return None
+    (_, _, first), gone = min(windows, key=lambda window: window[0])
+    return first, gone
+
+
+@given(data=st.data(), need=st.integers(1, LINES))
+def test_a_fit_that_exists_is_found_and_it_is_the_best(data: st.DataObject, need: int) -> None:
+    """As looking at every window says: best hole, else longest unused, fewest bytes, lowest address."""
+    places, lines, used = drawn(data)
+    found = places.find(need * ALIGNMENT, used.__getitem__)
+    expected = best_window(need, lines, used)
+    assert (found and (found.offset // ALIGNMENT, frozenset(found.leaving))) == expected
+
+
+@given(data=st.data())
+def test_whatever_comes_and_goes_nothing_overlaps_and_holes_coalesce(data: st.DataObject) -> None:
+    """Adapters come one after the other, those that may not leave never do, and bytes are never lost."""
+    places = Places(LINES * ALIGNMENT)
+    spans: dict[int, tuple[int, int]] = {}
+    for owner in range(data.draw(st.integers(1, 30))):
+        size = data.draw(st.integers(1, 5 * ALIGNMENT))
+        pinned = data.draw(st.sets(st.sampled_from(sorted(spans)))) if spans else set()
+        place = places.find(size, lambda each, pinned=pinned: None if each in pinned else each)
+        if place is None:
+            assert pinned
+            continue
+        assert not pinned & set(place.leaving)
+        for gone in place.leaving:
+            places.give_back(gone)
+            del spans[gone]
+        places.take(owner, place.offset, size)
+        spans[owner] = place.offset, place.offset + -(-size // ALIGNMENT) * ALIGNMENT
+        assert place.offset % ALIGNMENT == 0
+        ordered = sorted(spans.values())
+        assert all(end <= first for (_, end), (first, _) in pairwise(ordered))
+        assert ordered[-1][1] <= places.num_bytes
+        assert places.num_free == places.num_bytes - sum(end - first for first, end in ordered)
+        assert {each: places.offset_of(each) for each in spans} == {each: spans[each][0] for each in spans}
+    for owner in data.draw(st.permutations(sorted(spans))):
+        places.give_back(owner)
+    assert len(places) == 0
+    assert places.find(places.num_bytes, lambda _: None) == Place(0)
+
+
+def test_what_can_never_fit_is_refused_by_name() -> None:
+    """Both sizes are named; of what is there, all may stay."""
+    with pytest.raises(ResourcesExhausted, match="192 bytes does not fit the bank of 128 bytes"):
+        Places(128).find(129, lambda _: None)
+
+
+def test_bytes_are_given_once_and_taken_back_once() -> None:
+    """A caller that loses count is told, and nothing changes."""
+    places = Places(256)
+    places.take(7, 64, 65)
+    for owner, offset, size in ((7, 192, 64), (8, 128, 64), (8, 0, 65), (8, 192, 128), (8, 32, 8)):
+        with pytest.raises(InternalFault, match="cannot have the bytes"):
+            places.take(owner, offset, size)
+    with pytest.raises(InternalFault, match="no place"):
+        places.give_back(8)
+    assert (7 in places, 8 in places, places.num_free) == (True, False, 128)
+    places.take(8, 192, 64)
+    places.give_back(7)
+    assert places.find(192, lambda _: None) == Place(0)
