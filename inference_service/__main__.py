@@ -50,6 +50,9 @@ FLAGS = {
     "dtype": "auto, float32, bfloat16 or float16",
     "threads": "threads that compute on the CPU",
     "keys_file": "the API keys, as `loramux keys new` writes them",
+    "follow_interval_s": "seconds between two looks at the current generation; 0 serves that of the start",
+    "on_base_change": "stay or exit, when a generation needs a restart",
+    "builder": "HOST:PORT of a builder that tells of new generations",
 }
 
 

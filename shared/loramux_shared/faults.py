@@ -20,6 +20,7 @@
     ├── ServerUnavailable    SERVER_UNAVAILABLE      UNAVAILABLE          seen by a client: no answer
     ├── ShuttingDown         SHUTTING_DOWN           UNAVAILABLE
     ├── ReplicaFailed        REPLICA_FAILED          UNAVAILABLE          its device or engine works no more
+    ├── ReplicaBehind        REPLICA_BEHIND          UNAVAILABLE          it does not serve the generation yet
     ├── DeploymentNotFound   DEPLOYMENT_NOT_FOUND    NOT_FOUND
     ├── ModelNotFound        MODEL_NOT_FOUND         NOT_FOUND
     ├── RequestIdReused      REQUEST_ID_REUSED       ALREADY_EXISTS
@@ -234,6 +235,14 @@ class ReplicaFailed(Fault):
     """The replica's device or engine works no more; its process ends, to be started again."""
 
     reason = "REPLICA_FAILED"
+    status = Status.UNAVAILABLE
+    retry_after_s = 1.0
+
+
+class ReplicaBehind(Fault):
+    """The replica does not serve the generation that the request asks for, and could not catch up at once."""
+
+    reason = "REPLICA_BEHIND"
     status = Status.UNAVAILABLE
     retry_after_s = 1.0
 

@@ -32,6 +32,13 @@ def _address(value: str) -> str:
     return value
 
 
+def _destination(value: str) -> str:
+    try:
+        return _address(value.removeprefix("grpcs://")) and value
+    except ValueError as error:
+        raise ValueError(f"{error}; grpcs:// before it for TLS") from error
+
+
 def _expanded(path: Path) -> Path:
     try:
         return path.expanduser()
@@ -71,6 +78,9 @@ def _power_of_two(value: int) -> int:
 
 Address = Annotated[str, AfterValidator(_address)]
 """Where a server listens."""
+
+Destination = Annotated[str, AfterValidator(_destination)]
+"""Where another service listens."""
 
 HomePath = Annotated[Path, AfterValidator(_expanded)]
 """A path that may begin with ``~``."""
@@ -212,7 +222,20 @@ class InferenceSettings(Settings):
     """Tokens of running answers are sent together at this interval, first and last ones at once; 0: each;
     auto: 40 on a CPU, 10 on a GPU."""
     cache_dir: HomePath = Path("~/.cache/loramux")
-    """Holds base checkpoints that were fetched, and what was compiled. Bundles are read at every start."""
+    """Holds base checkpoints and bundles that were fetched, and what was compiled. Replicas may share it."""
+    adapter_disk_gb: float = Field(default=20, ge=0, allow_inf_nan=False)
+    """GB (10^9 bytes) of bundles in cache_dir; those that were not used for longest leave. 0: none are kept. A
+    store in a folder of the same file system is never copied."""
+    adapter_host_gb: float = Field(default=8, ge=0, allow_inf_nan=False)
+    """GB (10^9 bytes) of pinned host memory on a GPU machine for adapters that left the device."""
+    adapter_threads: Count = 1
+    """Threads that check, pack and prove adapters beside the steps, at a lower priority."""
+    follow_interval_s: float = Field(default=5, ge=0, allow_inf_nan=False)
+    """Seconds between two looks at the deployment's current generation; 0: the one of the start is served."""
+    on_base_change: Literal["stay", "exit"] = "stay"
+    """When a generation needs a restart (another base, other limits): serve on, or drain and end with 0."""
+    builder: Destination | None = None
+    """HOST:PORT of a builder (or grpcs://HOST:PORT) that tells of new generations as they come."""
     log_prompts: bool = False
     """Write prompts and answers to the log."""
 

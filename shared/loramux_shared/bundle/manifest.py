@@ -206,12 +206,12 @@ class Current(Record):
     """Of the generation's bytes."""
 
 
-def sha256_hex(data: bytes) -> str:
+def sha256_hex(data: bytes | bytearray | memoryview) -> str:
     """Return the sha256 of data in hex."""
     return hashlib.sha256(data).hexdigest()
 
 
-def verify(data: bytes, sha256: str, what: str) -> None:
+def verify(data: bytes | bytearray | memoryview, sha256: str, what: str) -> None:
     """Raise `BundleCorrupt` unless data has this digest."""
     actual = sha256_hex(data)
     if actual != sha256:

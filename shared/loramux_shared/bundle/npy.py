@@ -23,6 +23,8 @@ from loramux_shared.deployment import Dtype
 from loramux_shared.faults import BundleCorrupt
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
+Bytes: TypeAlias = bytes | bytearray | memoryview
+"""Memory, byte by byte; arrays over it can be written where it can."""
 
 NUMPY_TYPES: Final[dict[Dtype, np.dtype[Any]]] = {
     Dtype.BFLOAT16: np.dtype(ml_dtypes.bfloat16),
@@ -142,7 +144,7 @@ def _bounded(pieces: Iterable[bytes | int]) -> Iterator[bytes]:
             yield piece
 
 
-def read_weights(data: bytes | Path, dtype: Dtype, what: str) -> Array:
+def read_weights(data: Bytes | Path, dtype: Dtype, what: str) -> Array:
     """Return the weights as ``(R, C)`` in the storage type; a path is mapped, not read.
 
     Raises:
@@ -152,7 +154,7 @@ def read_weights(data: bytes | Path, dtype: Dtype, what: str) -> Array:
     return array.view(NUMPY_TYPES[dtype])
 
 
-def read_config(data: bytes | Path, what: str) -> Array:
+def read_config(data: Bytes | Path, what: str) -> Array:
     """Return the config as ``(R, 3 or 4)`` int32.
 
     Raises:
@@ -161,13 +163,13 @@ def read_config(data: bytes | Path, what: str) -> Array:
     return _read(data, CONFIG_DESCR, what)
 
 
-def _read(data: bytes | Path, descr: str, what: str) -> Array:
+def _read(data: Bytes | Path, descr: str, what: str) -> Array:
     if isinstance(data, Path):
         with data.open("rb") as file:
             head = file.read(_MAX_HEADER)
         size = data.stat().st_size
     else:
-        head, size = data[:_MAX_HEADER], len(data)
+        head, size = bytes(data[:_MAX_HEADER]), len(data)
     header = parse_header(head, what)
     if header.descr != descr or len(header.shape) != 3 or header.shape[0] != 1 or 0 in header.shape:
         raise BundleCorrupt(

@@ -20,7 +20,7 @@ from loramux_shared.bundle.manifest import (
     verify,
 )
 from loramux_shared.bundle.modules import BY_ID
-from loramux_shared.bundle.npy import Array, read_config, read_weights
+from loramux_shared.bundle.npy import Array, Bytes, read_config, read_weights
 from loramux_shared.faults import BundleCorrupt
 from loramux_shared.storage.base import ObjectMissing, Store
 
@@ -54,7 +54,15 @@ def read_manifest(store: Store, digest: str) -> Manifest:
         BundleCorrupt: it is missing or has another digest.
         StoreUnavailable: the store does not answer.
     """
-    data = _get(store, digest, MANIFEST_FILE)
+    return parse_manifest(read_file(store, digest, MANIFEST_FILE), digest)
+
+
+def parse_manifest(data: bytes, digest: str) -> Manifest:
+    """Return the manifest of a bundle from its bytes.
+
+    Raises:
+        BundleCorrupt: they have another digest.
+    """
     return Manifest.from_bytes(data, sha256=digest, what=_what(digest, MANIFEST_FILE))
 
 
@@ -66,22 +74,45 @@ def read_bundle(store: Store, digest: str) -> Bundle:
         StoreUnavailable: the store does not answer.
     """
     manifest = read_manifest(store, digest)
-    if unknown := sorted(manifest.files.keys() - {WEIGHTS_FILE, CONFIG_FILE, *TEXT_FILES}):
-        raise BundleCorrupt(f"{_what(digest, MANIFEST_FILE)}: expected no file {unknown[0]!r}")
     files = {}
-    for name in (WEIGHTS_FILE, CONFIG_FILE, *(name for name in TEXT_FILES if name in manifest.files)):
-        data = _get(store, digest, name)
+    for name in files_of(manifest, digest):
+        data = read_file(store, digest, name)
         verify_file(data, manifest.files, name, digest)
         files[name] = data
-    rows = decode(manifest, files.pop(WEIGHTS_FILE), files.pop(CONFIG_FILE), _what(digest))
-    return Bundle(digest, manifest, rows, files)
+    return assemble(digest, manifest, files)
 
 
-def verify_file(data: bytes, files: Mapping[str, FileDigest], name: str, digest: str) -> None:
+def files_of(manifest: Manifest, digest: str) -> tuple[str, ...]:
+    """Return the files of a bundle beside its manifest.
+
+    Raises:
+        BundleCorrupt: it lacks one, or has one that no bundle has.
+    """
+    if unknown := sorted(manifest.files.keys() - {WEIGHTS_FILE, CONFIG_FILE, *TEXT_FILES}):
+        raise BundleCorrupt(f"{_what(digest, MANIFEST_FILE)}: expected no file {unknown[0]!r}")
+    for name in (WEIGHTS_FILE, CONFIG_FILE):
+        _expected(manifest.files, name, digest)
+    return WEIGHTS_FILE, CONFIG_FILE, *texts_of(manifest)
+
+
+def texts_of(manifest: Manifest) -> tuple[str, ...]:
+    """Return those of `TEXT_FILES` that a bundle has."""
+    return tuple(name for name in TEXT_FILES if name in manifest.files)
+
+
+def assemble(digest: str, manifest: Manifest, files: Mapping[str, Bytes]) -> Bundle:
+    """Return a bundle of its files, each of which was verified; its rows are views of the weights.
+
+    Raises:
+        BundleCorrupt: they do not say what the manifest says.
+    """
+    rows = decode(manifest, files[WEIGHTS_FILE], files[CONFIG_FILE], _what(digest))
+    return Bundle(digest, manifest, rows, {name: bytes(files[name]) for name in texts_of(manifest)})
+
+
+def verify_file(data: Bytes, files: Mapping[str, FileDigest], name: str, digest: str) -> None:
     """Raise `BundleCorrupt` unless a file has the size and the digest that the manifest names."""
-    expected = files.get(name)
-    if expected is None:
-        raise BundleCorrupt(f"{_what(digest, MANIFEST_FILE)}: expected a digest of {name}, found none")
+    expected = _expected(files, name, digest)
     if len(data) != expected.size:
         raise BundleCorrupt(
             f"{_what(digest, name)}: expected {expected.size} bytes, found {len(data)}. Rebuild the deployment."
@@ -89,7 +120,14 @@ def verify_file(data: bytes, files: Mapping[str, FileDigest], name: str, digest:
     verify(data, expected.sha256, _what(digest, name))
 
 
-def decode(manifest: Manifest, weights: bytes | Path, config: bytes | Path, what: str) -> tuple[BundleRow, ...]:
+def _expected(files: Mapping[str, FileDigest], name: str, digest: str) -> FileDigest:
+    expected = files.get(name)
+    if expected is None:
+        raise BundleCorrupt(f"{_what(digest, MANIFEST_FILE)}: expected a digest of {name}, found none")
+    return expected
+
+
+def decode(manifest: Manifest, weights: Bytes | Path, config: Bytes | Path, what: str) -> tuple[BundleRow, ...]:
     """Return the rows of two npy files, cross-checked against the manifest.
 
     Raises:
@@ -138,7 +176,13 @@ def _expect(found: object, expected: object, what: str) -> None:
         raise BundleCorrupt(f"{what}: expected {expected}, found {found}. Rebuild the deployment.")
 
 
-def _get(store: Store, digest: str, name: str) -> bytes:
+def read_file(store: Store, digest: str, name: str) -> bytes:
+    """Return a file of a bundle as it is in the store: nothing is verified.
+
+    Raises:
+        BundleCorrupt: it is missing.
+        StoreUnavailable: the store does not answer.
+    """
     try:
         return store.get(bundle_key(digest, name))
     except ObjectMissing as missing:

@@ -1,0 +1,233 @@
+"""Follows a deployment: looks for a newer generation, takes it over, or says why that needs a restart."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from typing import Final
+
+import structlog
+
+from inference_service.serving.adapters.restart import needs_restart
+from inference_service.serving.adapters.workers import Workers
+from loramux_shared.bundle.deployments import READ_AGAIN_S, read_generation, read_pointer
+from loramux_shared.bundle.manifest import Current, Generation
+from loramux_shared.faults import BundleCorrupt, Fault, ReplicaBehind, StoreUnavailable
+from loramux_shared.storage.base import Store
+
+log = structlog.get_logger()
+
+JITTER: Final = 0.2
+"""Part of the interval by which looks are drawn apart, so that replicas do not ask all at once."""
+SPACING_S: Final = 0.1
+"""At least, between two looks: requests may ask for any generation, also for one that never comes."""
+
+
+class State(StrEnum):
+    """How a replica stands to its deployment."""
+
+    FIXED = "fixed"
+    """It serves the generation of its start and looks for no other."""
+    CURRENT = "current"
+    """It serves the newest generation that it saw."""
+    STALE = "stale"
+    """There is a newer one that it cannot take over without a restart."""
+    BLIND = "blind"
+    """The store does not answer, or what it has is damaged."""
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Where a replica is."""
+
+    generation: int
+    """Served."""
+    newest: int
+    """The newest that was seen."""
+    follows: bool = True
+    stale: str = ""
+    """Why the newest is not served: what needs a restart, or what failed when it was taken over."""
+    blind: str = ""
+    """Why nothing newer can be seen; for operators, it may name the store."""
+    seen_s: float = 0.0
+    """When the store was last read without a failure, on the clock of ``time.time``."""
+
+    @property
+    def state(self) -> State:
+        """In one word; a restart is what somebody has to do, so it comes first."""
+        if not self.follows:
+            return State.FIXED
+        return State.STALE if self.stale else State.BLIND if self.blind else State.CURRENT
+
+
+class Follower:
+    """Looks at ``current.json`` in intervals, when it is nudged, and when a request wants a newer generation.
+
+    take is called on the event loop with each newer generation that needs no restart; it registers and switches
+    names in one step. Where it raises, the generation is not taken over, and is tried again at the next look.
+    on_stale is called once for each generation that needs a restart, with the reason. A lower number is never
+    taken over, and nothing that is not whole: generations are read against the digest that the pointer names.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        started: Generation,
+        take: Callable[[Generation], None],
+        *,
+        interval_s: float,
+        on_stale: Callable[[str], None] | None = None,
+        spacing_s: float = SPACING_S,
+    ) -> None:
+        self._store = store
+        self._started = started
+        self._name = started.deployment
+        self._take = take
+        self._interval_s = interval_s
+        self._on_stale = on_stale
+        self._spacing_s = spacing_s
+        self._nudged = asyncio.Event()
+        self._looking: asyncio.Task[None] | None = None
+        self._looked_s = -spacing_s
+        self._settled = started.number
+        """The newest generation that was taken over, or that needs a restart."""
+        self._went_back = False
+        self._workers: Workers | None = None
+        self._standing = Standing(started.number, started.number, interval_s > 0, seen_s=time.time())
+
+    @property
+    def standing(self) -> Standing:
+        """Where the replica is now."""
+        return self._standing
+
+    async def run(self) -> None:
+        """Follow until cancelled; returns at once where nothing is to be followed."""
+        while self._interval_s:
+            pause_s = self._interval_s * random.uniform(1 - JITTER, 1 + JITTER)  # noqa: S311 - no secret
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._nudged.wait(), pause_s)
+            self._nudged.clear()
+            await self._look()
+
+    def nudge(self) -> None:
+        """Look soon: somebody says that there is a newer generation. To be called on the event loop."""
+        self._nudged.set()
+
+    async def catch_up(self, number: int) -> None:
+        """Return when the replica serves this generation or a newer one; look at the store if need be.
+
+        Raises:
+            ReplicaBehind: it does not, and the store has none that can be taken over now.
+        """
+        if self._interval_s and self._standing.generation < number:
+            joined = self._looking is not None
+            await self._look()
+            if joined and self._standing.generation < number:  # what was joined may have looked too early
+                await self._look()
+        if self._standing.generation < number:
+            raise ReplicaBehind(
+                f"expected generation {number} of {self._name!r} or a newer one, this replica serves "
+                f"{self._standing.generation}{_WHY[self._standing.state]}. "
+                "Retry, here or with another replica."
+            )
+
+    def close(self) -> None:
+        """End the thread; `run` is cancelled by whoever runs it."""
+        self._interval_s = 0.0
+        if self._workers is not None:
+            self._workers.close()
+
+    async def _look(self) -> None:
+        """Look once; who comes while a look is under way waits for that one."""
+        if self._looking is None:
+            self._looking = asyncio.create_task(self._look_once())
+            self._looking.add_done_callback(self._looked)
+        await asyncio.shield(self._looking)
+
+    def _looked(self, _: asyncio.Task[None]) -> None:
+        self._looking = None
+
+    async def _look_once(self) -> None:
+        await asyncio.sleep(self._looked_s + self._spacing_s - time.monotonic())
+        if not self._interval_s:
+            return
+        self._workers = self._workers or Workers("follower", 1)  # a store that hangs holds up no exit
+        try:
+            pointer, generation = await asyncio.wrap_future(self._workers.submit(self._read))
+        except (BundleCorrupt, StoreUnavailable) as fault:
+            self._lost_sight(fault.message)
+            return
+        finally:
+            self._looked_s = time.monotonic()
+        self._saw(pointer)
+        if generation is not None:
+            self._consider(generation)
+
+    def _read(self) -> tuple[Current, Generation | None]:
+        """Return the pointer, and the generation that it names where that is news; on a thread.
+
+        What does not fit is read again a few times: a store may send parts of two versions of a pointer.
+        """
+        for pause_s in READ_AGAIN_S:
+            try:
+                return self._read_once()
+            except BundleCorrupt:
+                time.sleep(pause_s)
+        return self._read_once()
+
+    def _read_once(self) -> tuple[Current, Generation | None]:
+        pointer = read_pointer(self._store, self._name)
+        if pointer is None:
+            raise BundleCorrupt(f"{self._store.uri}: deployment {self._name!r} is there no more")
+        if pointer.generation <= self._settled:
+            return pointer, None
+        return pointer, read_generation(self._store, self._name, pointer.generation, sha256=pointer.sha256)
+
+    def _lost_sight(self, problem: str) -> None:
+        if not self._standing.blind:
+            log.warning("no newer generation can be seen, the replica serves what it has", problem=problem)
+        self._standing = replace(self._standing, blind=problem)
+
+    def _saw(self, pointer: Current) -> None:
+        if self._standing.blind:
+            log.info("generations can be seen again", newest=pointer.generation)
+        went_back = pointer.generation < self._settled
+        if went_back and not self._went_back:
+            served = self._standing.generation
+            log.warning("an older generation is not taken over", served=served, found=pointer.generation)
+        self._went_back = went_back
+        self._standing = replace(self._standing, blind="", seen_s=time.time())
+
+    def _consider(self, generation: Generation) -> None:
+        number = generation.number
+        if reason := needs_restart(self._started, generation):
+            self._settled = number
+            self._standing = replace(self._standing, newest=number, stale=f"a restart is needed: {reason}")
+            log.warning("a generation needs a restart", generation=number, reason=reason)
+            if self._on_stale is not None:
+                self._on_stale(reason)
+            return
+        try:
+            self._take(generation)
+        except Exception as error:
+            problem = error.message if isinstance(error, Fault) else "loramux failed inside; see the log"
+            self._standing = replace(self._standing, newest=number, stale=problem)
+            log.exception("a generation could not be taken over, trying again", generation=number)
+            return
+        self._settled = number
+        self._standing = replace(self._standing, generation=number, newest=number, stale="")
+        log.info("took over a generation", generation=number, adapters=len(generation.adapters))
+
+
+_WHY: Final = {
+    State.FIXED: " and follows no deployment (follow_interval_s is 0)",
+    State.CURRENT: ", the newest there is",
+    State.STALE: ": the newest needs a restart",
+    State.BLIND: ": it cannot read the store now",
+}
+"""For clients: neither paths nor addresses."""

@@ -1,0 +1,184 @@
+"""Brings adapters from the store, the disk or the host's memory to where a backend can copy them from."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, wait
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Final, Generic, Protocol, TypeVar
+
+import structlog
+import torch
+
+from inference_service.serving.adapters.reading import BundleReader, Found, Tier
+from inference_service.serving.adapters.recent import Recent
+from inference_service.serving.adapters.workers import NICENESS, Workers
+from loramux_shared.bundle.reader import Bundle
+from loramux_shared.faults import Fault, InternalFault, ResourcesExhausted, ShuttingDown
+
+log = structlog.get_logger()
+
+T = TypeVar("T")
+
+LOADS: Final = 12
+"""Bundles that are read at once: with two requests each in turn, this keeps some 16 requests under way."""
+
+
+class Packed(Protocol):
+    """An adapter as a backend wants it, in the host's memory."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Its memory."""
+        ...
+
+
+P = TypeVar("P", bound=Packed)
+
+
+class Addressed(Protocol):
+    """Something with an adapter's digest."""
+
+    @property
+    def digest(self) -> str:
+        """That of its bundle's manifest."""
+        ...
+
+
+@dataclass(frozen=True)
+class Loaded(Generic[P]):
+    """An adapter in packed host memory."""
+
+    packed: P
+    tier: Tier
+    """Where it was found."""
+    seconds: float
+    """From the call of `load`."""
+
+
+class AdapterLoader(Generic[P]):
+    """Loads adapters on threads of its own, each digest once at a time.
+
+    What `load` and `run` are given is called exactly once for every call, on one of these threads, with a
+    result or a fault. pack makes a verified bundle into what the backend copies, and proves it; it runs on
+    ``threads`` threads, which give way to the steps. Nothing is tried again here: the caller decides that.
+    """
+
+    def __init__(
+        self,
+        reader: BundleReader,
+        pack: Callable[[Bundle], P],
+        *,
+        host_bytes: float = 0,
+        threads: int = 1,
+        niceness: int = NICENESS,
+    ) -> None:
+        self._reader = reader
+        self._pack = pack
+        self._host: Recent[P] = Recent(host_bytes)
+        self._lock = threading.Lock()
+        self._waiting: dict[str, list[Callable[[Loaded[P] | Fault], None]]] = {}
+        self._reads = Workers("bundles", LOADS, niceness)
+        # One thread computes: teams of several would wait for each other, and take the cores from the steps.
+        self._work = Workers("adapters", threads, niceness, prepare=partial(torch.set_num_threads, 1))
+        torch.set_num_threads(torch.get_num_threads())  # of threads that are not yet begun; see decision 38
+
+    @property
+    def host_bytes(self) -> int:
+        """Memory of what the host tier holds."""
+        return self._host.size
+
+    def load(self, adapter: Addressed, done: Callable[[Loaded[P] | Fault], None]) -> None:
+        """Begin to bring an adapter to packed host memory; two loads of one digest at once are one."""
+        digest = adapter.digest
+        with self._lock:
+            if digest in self._waiting:
+                self._waiting[digest].append(done)
+                return
+            self._waiting[digest] = [done]
+        began = time.monotonic()
+        packed = self._host.get(digest)
+        if packed is None:
+            self._ended(self._reads.submit(partial(self._bring, digest, began)), digest)
+            return
+        loaded = Loaded(packed, Tier.HOST, time.monotonic() - began)
+        self._ended(self._work.submit(partial(self._finish, digest, loaded), urgent=True), digest)
+
+    def run(self, work: Callable[[], T], done: Callable[[T | Fault], None]) -> None:
+        """Do other work on these threads, before the packing that waits: a copy into the bank."""
+        future = self._work.submit(lambda: _tell(done, _outcome(work)), urgent=True)
+        future.add_done_callback(lambda ended: _tell(done, _stopped()) if ended.cancelled() else None)
+
+    def forget(self, digest: str) -> None:
+        """Let the host tier's copy go."""
+        self._host.drop(digest)
+
+    def close(self) -> None:
+        """End the threads; what has not begun ends with SHUTTING_DOWN."""
+        self._reads.close()
+        self._work.close()
+        self._reader.close()
+
+    def _bring(self, digest: str, began: float) -> None:
+        """Read a bundle, have it packed, and keep it on the disk meanwhile; on a thread for reading."""
+        try:
+            with self._reader.reading(digest) as found:
+                packing = self._work.submit(partial(self._pack_and_finish, digest, found, began))
+                self._ended(packing, digest)
+                self._reader.keep(found)
+                wait([packing])  # until then its memory counts
+        except Exception as error:  # noqa: BLE001 - whoever waits is told
+            self._finish(digest, _fault(error))
+
+    def _pack_and_finish(self, digest: str, found: Found, began: float) -> None:
+        outcome = _outcome(partial(self._pack, found.bundle))
+        if isinstance(outcome, Fault):
+            self._finish(digest, outcome)
+            return
+        self._host.put(digest, outcome, outcome.num_bytes)
+        self._finish(digest, Loaded(outcome, found.tier, time.monotonic() - began))
+
+    def _finish(self, digest: str, outcome: Loaded[P] | Fault) -> None:
+        """Tell all who wait for a digest; who asks from now on begins anew."""
+        with self._lock:
+            waiting = self._waiting.pop(digest, ())
+        for done in waiting:
+            _tell(done, outcome)
+
+    def _ended(self, future: Future[None], digest: str) -> None:
+        """Let nobody wait for work that was cancelled."""
+        future.add_done_callback(lambda ended: self._finish(digest, _stopped()) if ended.cancelled() else None)
+
+
+def _outcome(work: Callable[[], T]) -> T | Fault:
+    try:
+        return work()
+    except Exception as error:  # noqa: BLE001 - whoever waits is told
+        return _fault(error)
+
+
+def _fault(error: Exception) -> Fault:
+    """Return what is told of a failure; one of ours is logged here, and named as such."""
+    if isinstance(error, Fault):
+        return error
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        log.warning("no memory for an adapter", problem=str(error)[:200])
+        return ResourcesExhausted(
+            "an adapter does not fit this machine's free memory. Free memory, or use less."
+        )
+    log.error("loading an adapter failed inside", exc_info=error)
+    return InternalFault("loramux failed inside while it loaded an adapter; the log has the details.")
+
+
+def _stopped() -> Fault:
+    return ShuttingDown("the replica shuts down and loads no more adapters. Retry with another replica.")
+
+
+def _tell(done: Callable[[Any], None], outcome: object) -> None:
+    try:
+        done(outcome)
+    except Exception:
+        log.exception("who waited for an adapter could not be told")  # and holds up nobody else

@@ -1,0 +1,87 @@
+"""From a verified bundle to what a backend copies into its bank; proved once per digest and process."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Final
+
+import structlog
+import torch
+
+from inference_service.backends.base import LoraBackend
+from inference_service.core.sequence import Adapter
+from inference_service.lora.loader import matrices
+from inference_service.lora.packed import PackedAdapter
+from inference_service.lora.places import ALIGNMENT
+from inference_service.lora.weights import pack_adapter
+from inference_service.models.decoder import Decoder
+from inference_service.proof.replay import replay
+from loramux_shared.bundle.reader import Bundle
+
+log = structlog.get_logger()
+
+SHOWN: Final = 12
+"""Characters of a digest that stand for an adapter where its name is not known."""
+
+
+class Packer:
+    """Packs adapters for a replica's bank. Calls may come from any thread, one at a time for one digest.
+
+    Proofs run through the model as it is, but with a bank and a cache of their own, so that the replica's are
+    neither filled nor waited for.
+    """
+
+    def __init__(
+        self, model: Decoder, lora: LoraBackend, new_lora: Callable[[], LoraBackend], block_size: int
+    ) -> None:
+        self._model = model
+        self._lora = lora
+        self._new_lora = new_lora
+        self._block_size = block_size
+        self._proved: set[str] = set()
+        self._proving = threading.Lock()  # operations may keep what they prepared for a step of one thread
+
+    def __call__(self, bundle: Bundle) -> PackedAdapter:
+        """Pack a bundle.
+
+        Raises:
+            BundleCorrupt: it has rows that the base has no place for.
+            ProofFailed: the adapter answers otherwise than its proof says.
+        """
+        config = self._model.config
+        weights = pack_adapter(
+            matrices(bundle), config.groups, config.dims.num_layers, self._model.dtype, self._lora.home
+        )
+        packed = self._lora.pack(weights)
+        if bundle.digest not in self._proved:
+            self._prove(bundle, packed)
+            self._proved.add(bundle.digest)
+        return packed
+
+    def _prove(self, bundle: Bundle, packed: PackedAdapter) -> None:
+        manifest, began = bundle.manifest, time.monotonic()
+        if manifest.proof is None:
+            return
+        shown = bundle.digest[:SHOWN]
+        with self._proving, _beside_the_steps(self._model.device):
+            lora = self._new_lora()
+            lora.open(-(-packed.num_bytes // ALIGNMENT) * ALIGNMENT, max(packed.max_rank, 1), 1)
+            lora.copy(packed, 0)
+            lora.enter(0, 0, packed)
+            adapter = Adapter(bundle.digest, 0)
+            replayed = replay(shown, manifest.proof, manifest, adapter, lora, self._model, self._block_size)
+        log.info(
+            "proof holds",
+            adapter=shown,
+            effect=replayed.effect,
+            logprob=replayed.logprob,
+            seconds=round(time.monotonic() - began, 3),
+        )
+
+
+def _beside_the_steps(device: torch.device) -> AbstractContextManager[object]:
+    """Compute on a stream of one's own, where there are streams: on the steps' they would wait."""
+    return torch.cuda.stream(torch.cuda.Stream(device)) if device.type == "cuda" else nullcontext()

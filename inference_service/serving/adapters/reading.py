@@ -1,0 +1,172 @@
+"""Bundles from where they are: the disk, where it has them, else the store; every byte is verified."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from enum import StrEnum
+from functools import partial
+from typing import Final
+
+import structlog
+
+from inference_service.serving.adapters.disk import DiskTier
+from inference_service.serving.adapters.workers import NICENESS, Workers
+from loramux_shared.bundle.manifest import MANIFEST_FILE, WEIGHTS_FILE, Manifest
+from loramux_shared.bundle.npy import Bytes
+from loramux_shared.bundle.reader import (
+    Bundle,
+    assemble,
+    files_of,
+    parse_manifest,
+    read_file,
+    texts_of,
+    verify_file,
+)
+from loramux_shared.faults import BundleCorrupt, StoreUnavailable
+from loramux_shared.storage.base import Store
+
+log = structlog.get_logger()
+
+REQUESTS: Final = 16
+"""Files beside the weights that are asked of the store at once, for all bundles."""
+AT_ONCE_BYTES: Final = 1 << 30
+"""Of bundles that are read and not yet packed; a larger one is read alone."""
+
+
+class Tier(StrEnum):
+    """Where an adapter was found."""
+
+    HOST = "host"
+    DISK = "disk"
+    STORE = "store"
+
+
+@dataclass(frozen=True)
+class Found:
+    """A verified bundle, and where it was."""
+
+    bundle: Bundle
+    tier: Tier
+    manifest: bytes = b""
+    """Of one from the store: what the disk keeps beside the files."""
+    files: Mapping[str, Bytes] = field(default_factory=dict)
+
+
+class BundleReader:
+    """Reads bundles for many threads at once, within a bound of memory."""
+
+    def __init__(self, store: Store, disk: DiskTier | None) -> None:
+        self._store = store
+        self._disk = disk
+        self._requests = Workers("bundle-files", REQUESTS, NICENESS)
+        self._room = _Room(AT_ONCE_BYTES)
+        if disk is not None:
+            self._requests.submit(disk.sweep)
+
+    def close(self) -> None:
+        """End the threads."""
+        self._requests.close()
+
+    @contextmanager
+    def reading(self, digest: str) -> Iterator[Found]:
+        """Yield a bundle; its memory counts until the block ends.
+
+        Raises:
+            BundleCorrupt: the store's is missing, damaged, or does not say what its manifest says.
+            StoreUnavailable: the store does not answer.
+        """
+        with ExitStack() as room:
+            yield self._from_disk(digest, room) or self._from_store(digest, room)
+
+    def _from_disk(self, digest: str, room: ExitStack) -> Found | None:
+        manifest = self._disk.manifest(digest) if self._disk else None
+        if manifest is None or self._disk is None:
+            return None
+        names = files_of(manifest, digest)
+        room.enter_context(self._room.taken(_size(manifest)))
+        files = self._disk.files(digest, manifest, names)
+        if files is None:
+            room.close()
+            return None
+        return Found(assemble(digest, manifest, files), Tier.DISK)
+
+    def _from_store(self, digest: str, room: ExitStack) -> Found:
+        data = self._get(digest, MANIFEST_FILE)
+        manifest = parse_manifest(data, digest)
+        names = files_of(manifest, digest)
+        room.enter_context(self._room.taken(_size(manifest)))
+        others = {
+            name: self._requests.submit(partial(self._fetch, digest, manifest, name))
+            for name in names
+            if name != WEIGHTS_FILE
+        }
+        files: dict[str, Bytes] = {WEIGHTS_FILE: self._fetch(digest, manifest, WEIGHTS_FILE)}
+        files.update((name, future.result()) for name, future in others.items())
+        return Found(assemble(digest, manifest, files), Tier.STORE, data, files)
+
+    def keep(self, found: Found) -> None:
+        """Write a bundle of the store to the disk, where there is one."""
+        if self._disk is not None and found.tier is Tier.STORE:
+            self._disk.put(found.bundle.digest, found.manifest, found.files)
+
+    def texts(self, digest: str) -> dict[str, bytes]:
+        """Return a bundle's text files, without its weights.
+
+        Raises:
+            BundleCorrupt: the manifest or one of them is missing in the store, or damaged there.
+            StoreUnavailable: the store does not answer.
+        """
+        manifest = self._disk.manifest(digest) if self._disk else None
+        if manifest is not None and self._disk is not None:
+            files = self._disk.files(digest, manifest, texts_of(manifest))
+            if files is not None:
+                return {name: bytes(data) for name, data in files.items()}
+        manifest = parse_manifest(self._get(digest, MANIFEST_FILE), digest)
+        return {name: bytes(self._fetch(digest, manifest, name)) for name in texts_of(manifest)}
+
+    def _fetch(self, digest: str, manifest: Manifest, name: str) -> bytes:
+        data = self._get(digest, name)
+        verify_file(data, manifest.files, name, digest)
+        return data
+
+    def _get(self, digest: str, name: str) -> bytes:
+        """Return a file's bytes. What fails is told to clients; the log alone says where the store is."""
+        try:
+            return read_file(self._store, digest, name)
+        except (BundleCorrupt, StoreUnavailable) as fault:
+            log.warning("the store gives no bundle", digest=digest[:12], file=name, problem=fault.message)
+            if isinstance(fault, StoreUnavailable):
+                raise fault.retold(
+                    "the store does not answer, so an adapter cannot be loaded. Retry."
+                ) from fault
+            raise fault.retold(fault.message.replace(self._store.uri, "the store")) from fault
+
+
+class _Room:
+    """A number of bytes that many threads share; who needs more than there is has it alone."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._free = size
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def taken(self, size: int) -> Iterator[None]:
+        """Wait for room, and give it back."""
+        size = min(size, self._size)
+        with self._changed:
+            self._changed.wait_for(lambda: self._free >= size)
+            self._free -= size
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._free += size
+                self._changed.notify_all()
+
+
+def _size(manifest: Manifest) -> int:
+    return sum(file.size for file in manifest.files.values())

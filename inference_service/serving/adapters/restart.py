@@ -1,0 +1,36 @@
+"""Whether a running replica can take a generation over, or has to be started again for it."""
+
+from __future__ import annotations
+
+from loramux_shared.bundle.manifest import Generation
+from loramux_shared.deployment import Merge
+
+
+def needs_restart(old: Generation, new: Generation) -> str | None:
+    """Return why a replica that was started with one generation cannot serve another; None where it can.
+
+    old is the generation of the start: what was sized and loaded then stays. Names, their versions and what
+    is served of them may differ.
+    """
+    if new.base.files != old.base.files:
+        return f"another base: {new.base.source.shown} instead of {old.base.source.shown}"
+    for field in ("max_seq_len", "request_default_max_tokens"):
+        before, after = getattr(old, field), getattr(new, field)
+        if before != after:
+            return f"another {field}: {_shown(after)} instead of {_shown(before)}"
+    if new.max_lora_rank > old.max_lora_rank:
+        return f"a larger max_lora_rank: {new.max_lora_rank} instead of {old.max_lora_rank}"
+    return _merging(old, new)
+
+
+def _merging(old: Generation, new: Generation) -> str | None:
+    """An adapter that is part of the weights cannot leave them; one that could be is as right beside them."""
+    if old.merged is None:
+        return "its adapter is to be merged into the weights" if new.merge is Merge.ALWAYS else None
+    if new.merged is None or new.adapters[new.merged] != old.adapters[old.merged] or new.merged != old.merged:
+        return f"adapter {old.merged} is merged into the weights, and is to be replaced or joined by others"
+    return None
+
+
+def _shown(value: object) -> str:
+    return "none" if value is None else str(value)

@@ -1,0 +1,65 @@
+"""What adapters bring beside their weights, read before a request is tokenized."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from concurrent.futures import Future
+from functools import partial
+from typing import Final
+
+from inference_service.serving.adapter_defaults import AdapterDefaults, read_adapter_defaults
+from inference_service.serving.adapters.reading import BundleReader
+from inference_service.serving.adapters.recent import Recent
+from inference_service.serving.adapters.workers import Workers
+from inference_service.serving.text import Text
+
+KEPT: Final = 512
+"""Adapters whose parsed texts are kept; a chat template with its macros takes some tens of KB."""
+AT_ONCE: Final = 4
+
+
+class AdapterTexts:
+    """Texts of bundles and what they mean, by digest; nobody waits for weights. Used on the event loop."""
+
+    def __init__(self, reader: BundleReader, base: Text) -> None:
+        self._reader = reader
+        self._base = base
+        self._workers = Workers("adapter-texts", AT_ONCE)
+        self._kept: Recent[AdapterDefaults] = Recent(KEPT)
+        self._reading: dict[str, Future[AdapterDefaults]] = {}
+
+    async def texts(self, digest: str) -> Mapping[str, bytes]:
+        """Return the verified text files of a bundle, by their names.
+
+        Raises:
+            BundleCorrupt: the store's are missing or damaged.
+            StoreUnavailable: the store does not answer.
+        """
+        return await asyncio.wrap_future(self._workers.submit(partial(self._reader.texts, digest)))
+
+    async def defaults(self, digest: str, name: str) -> AdapterDefaults:
+        """Return what an adapter's texts mean; several callers share one reading.
+
+        Raises:
+            AdapterInvalid: a file cannot be read, or the template cannot be parsed; name is who is named.
+            BundleCorrupt: the store's files are missing or damaged.
+            StoreUnavailable: the store does not answer.
+        """
+        if (kept := self._kept.get(digest)) is not None:
+            return kept
+        reading = self._reading.get(digest)
+        if reading is None:
+            reading = self._workers.submit(partial(self._read, digest, name))
+            self._reading[digest] = reading
+            reading.add_done_callback(lambda _: self._reading.pop(digest, None))
+        return await asyncio.shield(asyncio.wrap_future(reading))
+
+    def close(self) -> None:
+        """End the threads."""
+        self._workers.close()
+
+    def _read(self, digest: str, name: str) -> AdapterDefaults:
+        defaults = read_adapter_defaults(name, self._reader.texts(digest), self._base)
+        self._kept.put(digest, defaults)
+        return defaults

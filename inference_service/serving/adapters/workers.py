@@ -1,0 +1,103 @@
+"""Threads for work beside the steps: urgent work first, at a lower priority than the steps."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import queue
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any, Final, TypeVar
+
+T = TypeVar("T")
+
+NICENESS: Final = 10
+"""Of threads that compute beside the steps: a tenth of a core while steps want all of them. See decision 38."""
+
+
+@dataclass(order=True)
+class _Work:
+    """Something to do, ordered by urgency, then by arrival."""
+
+    order: tuple[int, int]
+    run: Callable[[], Any] | None = field(compare=False)
+    """None ends the thread that takes it."""
+    future: Future[Any] = field(compare=False, default_factory=Future)
+
+
+class Workers:
+    """A few threads that take work in turn. They end with the process: a store that hangs holds up no exit."""
+
+    def __init__(
+        self, name: str, count: int, niceness: int = 0, prepare: Callable[[], object] | None = None
+    ) -> None:
+        """Start the threads; each has run prepare when this returns."""
+        self._queue: queue.PriorityQueue[_Work] = queue.PriorityQueue()
+        self._numbers = itertools.count()
+        self._niceness = niceness
+        self._prepare = prepare
+        self._ready = threading.Barrier(count + 1)
+        self._lock = threading.Lock()
+        self._closed = False
+        self._threads = [
+            threading.Thread(target=self._serve, name=f"{name}-{number}", daemon=True)
+            for number in range(count)
+        ]
+        for thread in self._threads:
+            thread.start()
+        self._ready.wait()
+
+    def submit(self, work: Callable[[], T], *, urgent: bool = False) -> Future[T]:
+        """Have a thread do it, urgent work before all that waits; what it raises is the future's.
+
+        After `close`, the future is cancelled.
+        """
+        item = _Work((0 if urgent else 1, next(self._numbers)), work)
+        with self._lock:
+            if self._closed:
+                item.future.cancel()
+            else:
+                self._queue.put(item)
+        return item.future
+
+    def close(self) -> None:
+        """End each thread when its work is done; what waits is cancelled."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            with suppress(queue.Empty):
+                while True:
+                    self._queue.get_nowait().future.cancel()
+            for _ in self._threads:
+                self._queue.put(_Work((0, next(self._numbers)), None))
+
+    def _serve(self) -> None:
+        lower_priority(self._niceness)
+        if self._prepare is not None:
+            self._prepare()
+        self._ready.wait()
+        while (item := self._queue.get()).run is not None:
+            _carry_out(item)
+            del item  # else what its future holds would be kept until the next work comes
+
+
+def _carry_out(item: _Work) -> None:
+    if item.run is None or not item.future.set_running_or_notify_cancel():
+        return
+    try:
+        result = item.run()
+    except BaseException as error:  # noqa: BLE001 - whoever waits for the future gets it
+        item.future.set_exception(error)
+    else:
+        item.future.set_result(result)
+
+
+def lower_priority(niceness: int) -> None:
+    """Let the calling thread, and those that it starts, give way to others, where the system can do so."""
+    if niceness and hasattr(os, "setpriority"):
+        with suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), niceness)

@@ -1,0 +1,108 @@
+"""Stores with bundles in them, and stores that are slow, away or damaged."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+from builder_service.pipeline.build import build
+from builder_service.pipeline.context import BuildContext
+from builder_service.pipeline.progress import Progress
+from inference_service.serving.adapters.loader import AdapterLoader, Loaded
+from loramux_shared.bundle.deployments import current_generation
+from loramux_shared.bundle.reader import Bundle
+from loramux_shared.deployment_file import parse_deployment
+from loramux_shared.faults import Fault, StoreUnavailable
+from loramux_shared.sources.open import open_sources
+from loramux_shared.storage.base import Store
+from loramux_shared.storage.memory import MemoryStore
+from tests.support.adapters import tensors, write_adapter, write_base
+
+TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}"
+
+
+def build_bundles(store: Store, folder: Path, count: int = 1, name: str = "tiny") -> list[str]:
+    """Build a deployment of adapters a0, a1, ... that differ; the first brings a chat template. Their digests."""
+    base = write_base(folder / "base")
+    adapters = {}
+    for number in range(count):
+        path = write_adapter(folder / f"a{number}", tensors(seed=number))
+        if number == 0:
+            (path / "chat_template.jinja").write_text(TEMPLATE)
+        adapters[f"a{number}"] = {"source": "LOCAL", "repo": str(path)}
+    data = {
+        "model_name": name,
+        "build": {
+            "checkpoint_repository": {"source": "LOCAL", "repo": str(base)},
+            "lora_adapters": adapters,
+        },
+    }
+    build(
+        parse_deployment(data).deployment,
+        BuildContext(store, open_sources(local_roots=[folder]), folder / "work"),
+        Progress(adapters),
+    )
+    generation = current_generation(store, name)
+    assert generation is not None
+    return [generation.adapters[f"a{number}"].digest for number in range(count)]
+
+
+@dataclass
+class Handle:
+    """What a load is asked for with."""
+
+    digest: str
+
+
+@dataclass(frozen=True)
+class FakePacked:
+    """A bundle that claims to be packed."""
+
+    bundle: Bundle
+    num_bytes: int = 1000
+
+
+def load(loader: AdapterLoader[Any], digest: str, timeout_s: float = 20) -> Loaded[Any] | Fault:
+    """Load an adapter and wait for what comes of it."""
+    return waiting(loader, digest)(timeout_s)
+
+
+def waiting(loader: AdapterLoader[Any], digest: str) -> Callable[[float], Loaded[Any] | Fault]:
+    """Begin to load an adapter; what is returned waits for the outcome."""
+    outcomes: SimpleQueue[Loaded[Any] | Fault] = SimpleQueue()
+    loader.load(Handle(digest), outcomes.put)
+    return lambda timeout_s: outcomes.get(timeout=timeout_s)
+
+
+class Unsteady(MemoryStore):
+    """A store in memory that can be slow or away, and counts who asks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.away = False
+        self.latency_s = 0.0
+        self.asked: list[str] = []
+        self.at_once = 0
+        """The most requests that were under way together."""
+        self._now = 0
+        self._lock = threading.Lock()
+
+    def get(self, key: str) -> bytes:
+        """Return an object's bytes, later, or not."""
+        with self._lock:
+            self.asked.append(key)
+            self._now += 1
+            self.at_once = max(self.at_once, self._now)
+        try:
+            time.sleep(self.latency_s)
+            if self.away:
+                raise StoreUnavailable(f"{self.uri}: cannot connect to http://store.internal:9000")
+            return super().get(key)
+        finally:
+            with self._lock:
+                self._now -= 1

@@ -1,0 +1,239 @@
+"""The disk tier: what is kept is verified, bounded, whole, and never needed."""
+
+from __future__ import annotations
+
+import os
+import stat
+import threading
+import time
+
+import pytest
+from structlog.testing import capture_logs
+
+from inference_service.serving.adapters.disk import YOUNG_S, DiskTier, open_disk_tier
+from inference_service.serving.adapters.reading import BundleReader, Tier
+from loramux_shared.bundle.manifest import CONFIG_FILE, MANIFEST_FILE, WEIGHTS_FILE, bundle_key
+from loramux_shared.bundle.reader import files_of, parse_manifest
+from tests.support.bundles import Unsteady, build_bundles
+
+FILES = (MANIFEST_FILE, WEIGHTS_FILE, CONFIG_FILE, "chat_template.jinja")
+
+
+@pytest.fixture
+def store(tmp_path):
+    """A store with three bundles; the first has a chat template."""
+    store = Unsteady()
+    store.digests = build_bundles(store, tmp_path / "inputs", 3)
+    return store
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tmp_path / "cache" / "bundles"
+
+
+def keep(store, disk, digest):
+    """Read a bundle as a load does, and keep it."""
+    reader = BundleReader(store, disk)
+    with reader.reading(digest) as found:
+        reader.keep(found)
+    reader.close()
+    return found.tier
+
+
+def size_of(store, digest):
+    """Bytes of a bundle in the store."""
+    return sum(len(data) for key, data in store.objects.items() if digest in key)
+
+
+def test_a_kept_bundle_is_read_without_the_store(store, folder):
+    """The second reading asks the store for nothing and gives the same rows and texts."""
+    digest, disk = store.digests[0], DiskTier(folder, 10**9)
+    assert keep(store, disk, digest) is Tier.STORE
+    asked = len(store.asked)
+    reader = BundleReader(store, disk)
+    with reader.reading(digest) as found:
+        assert found.tier is Tier.DISK
+        assert len(store.asked) == asked
+        with BundleReader(store, None).reading(digest) as other:
+            assert found.bundle.texts == other.bundle.texts
+            for own, its in zip(found.bundle.rows, other.bundle.rows, strict=True):
+                assert own.a.tobytes() == its.a.tobytes()
+                assert own.b.tobytes() == its.b.tobytes()
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("damage", ["flipped", "short", "long", "gone", "folder", "pipe", "link"])
+def test_a_damaged_file_is_found_and_the_bundle_fetched_again(store, folder, tmp_path, name, damage):
+    """Whatever happens to any file of a kept bundle, the store's is served, and kept instead."""
+    digest, disk = store.digests[0], DiskTier(folder, 10**9)
+    keep(store, disk, digest)
+    path = folder / digest / name
+    data = bytearray(path.read_bytes())
+    path.unlink()
+    if damage == "flipped":
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+    elif damage == "short":
+        path.write_bytes(data[:-1])
+    elif damage == "long":
+        path.write_bytes(data + b"\0")
+    elif damage == "folder":
+        path.mkdir()
+    elif damage == "pipe":
+        os.mkfifo(path)
+    elif damage == "link":
+        other = tmp_path / "elsewhere"
+        other.write_bytes(data)
+        path.symlink_to(other)
+    with capture_logs() as logs:
+        assert keep(store, disk, digest) is Tier.STORE
+    assert any("kept bundle" in line["event"] for line in logs)
+    assert keep(store, disk, digest) is Tier.DISK
+
+
+def test_the_oldest_bundles_leave(store, folder):
+    """Above the bound, what was not used for longest leaves; what was read last stays."""
+    first, second, third = store.digests
+    room = size_of(store, first) + size_of(store, second) + size_of(store, third) // 2
+    disk = DiskTier(folder, room)
+    for age, digest in ((300, first), (200, second)):
+        keep(store, disk, digest)
+        os.utime(folder / digest, (time.time() - age,) * 2)
+    assert keep(store, disk, first) is Tier.DISK  # used again
+    keep(store, disk, third)
+    kept = {path.name for path in folder.iterdir()}
+    assert third in kept
+    assert second not in kept
+    assert sum(size_of(store, digest) for digest in kept) <= room
+
+
+def test_what_other_replicas_kept_counts_too(store, folder):
+    """The bound holds for the folder, though each replica knows only what it put there itself."""
+    first, second, third = store.digests
+    room = size_of(store, first) + size_of(store, second) + size_of(store, third) // 2
+    keep(store, DiskTier(folder, room), first)
+    keep(store, DiskTier(folder, room), second)
+    keep(store, DiskTier(folder, room), third)
+    assert sum(size_of(store, path.name) for path in folder.iterdir()) <= room
+
+
+def test_a_bundle_larger_than_the_bound_is_not_kept(store, folder):
+    """It would push out everything else for nothing."""
+    disk = DiskTier(folder, size_of(store, store.digests[0]))
+    keep(store, disk, store.digests[0])
+    assert not folder.exists()
+
+
+def test_leftovers_are_swept_and_work_under_way_is_not(store, folder):
+    """A folder whose writer was killed goes; one that is locked or young stays."""
+    disk = DiskTier(folder, 10**9)
+    keep(store, disk, store.digests[0])
+    old = time.time() - 2 * YOUNG_S
+    left = folder / ".part-left"
+    young = folder / ".part-young"
+    for path in (left, young):
+        path.mkdir()
+        (path / WEIGHTS_FILE).write_bytes(b"half")
+    os.utime(left, (old, old))
+    with disk._writing() as writing:
+        os.utime(writing, (old, old))
+        DiskTier(folder, 10**9).sweep()
+        assert writing.exists()
+        assert young.exists()
+        assert not left.exists()
+    assert keep(store, disk, store.digests[0]) is Tier.DISK
+
+
+def test_a_folder_that_cannot_be_written_is_said_once(store, tmp_path):
+    """Loads go on from the store, and the log says once why nothing is kept."""
+    place = tmp_path / "file"
+    place.write_bytes(b"")
+    disk = DiskTier(place / "bundles", 10**9)
+    with capture_logs() as logs:
+        for digest in store.digests:
+            assert keep(store, disk, digest) is Tier.STORE
+    said = [line for line in logs if "without being kept" in line["event"]]
+    assert len(said) == 1
+    assert "LORAMUX_ADAPTER_DISK_GB" in said[0]["fix"]
+
+
+def test_replicas_share_a_folder(store, folder):
+    """Many that read and keep the same bundles at once, and remove what is damaged, all get right ones."""
+    disks = [DiskTier(folder, 10**9) for _ in range(4)]
+    wrong = []
+
+    def serve(disk):
+        reader = BundleReader(store, disk)
+        for round_number in range(12):
+            for digest in store.digests:
+                with reader.reading(digest) as found:
+                    if found.bundle.digest != digest:
+                        wrong.append(digest)
+                    reader.keep(found)
+                if round_number % 4 == 3:
+                    with open(folder / digest / WEIGHTS_FILE, "r+b") as file:
+                        file.write(b"damage")
+        reader.close()
+
+    def serve_all(disk):
+        try:
+            serve(disk)
+        except FileNotFoundError:
+            serve(disk)  # the bundle that was to be damaged was removed a moment before
+
+    threads = [threading.Thread(target=serve_all, args=(disk,)) for disk in disks]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive()
+    assert not wrong
+    assert not list(folder.glob(".part-*"))
+    for digest in store.digests:
+        keep(store, disks[0], digest)
+        assert keep(store, disks[1], digest) is Tier.DISK
+
+
+def test_texts_come_without_the_weights(store, folder):
+    """The text files of a kept bundle are read though its weights are damaged, and asked of nobody else."""
+    digest, disk = store.digests[0], DiskTier(folder, 10**9)
+    reader = BundleReader(store, disk)
+    from_store = reader.texts(digest)
+    assert bundle_key(digest, WEIGHTS_FILE) not in store.asked
+    keep(store, disk, digest)
+    asked = len(store.asked)
+    assert reader.texts(digest) == from_store != {}
+    assert len(store.asked) == asked
+
+
+def test_files_are_readable_for_others(store, folder):
+    """Replicas of other users may read what is kept, and write nothing there."""
+    disk = DiskTier(folder, 10**9)
+    keep(store, disk, store.digests[0])
+    assert stat.S_IMODE((folder / store.digests[0]).stat().st_mode) == 0o755
+
+
+@pytest.mark.parametrize("digest", ["", "..", "../" + "a" * 61, "A" * 64, "a" * 63])
+def test_what_is_no_digest_is_no_path(folder, digest):
+    """A name that cannot be a digest never becomes a path."""
+    with pytest.raises(ValueError, match="64 hex digits"):
+        DiskTier(folder, 10**9).manifest(digest)
+
+
+def test_a_bundle_without_weights_is_refused(store):
+    """A manifest that names no weights is BUNDLE_CORRUPT before anything else is read."""
+    data = store.objects[bundle_key(store.digests[1], MANIFEST_FILE)]
+    manifest = parse_manifest(data, store.digests[1])
+    less = {name: file for name, file in manifest.files.items() if name != WEIGHTS_FILE}
+    with pytest.raises(Exception, match=f"expected a digest of {WEIGHTS_FILE}"):
+        files_of(manifest.model_copy(update={"files": less}), store.digests[1])
+
+
+def test_a_folder_beside_the_store_gets_no_copies(tmp_path):
+    """Bundles of S3 and of other disks are kept; those of a store on the same disk, or with 0 GB, are not."""
+    cache = tmp_path / "cache" / "loramux"
+    assert open_disk_tier(cache, 1, "s3://bucket/prefix") is not None
+    assert open_disk_tier(cache, 1, "file:///proc") is not None
+    assert open_disk_tier(cache, 1, f"file://{tmp_path}/store") is None
+    assert open_disk_tier(cache, 0, "s3://bucket/prefix") is None

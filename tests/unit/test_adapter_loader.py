@@ -1,0 +1,378 @@
+"""Loads: each ends once, with a result or a named fault, and none holds up another."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+import time
+from queue import SimpleQueue
+
+import pytest
+import torch
+
+from inference_service.serving.adapters.disk import DiskTier
+from inference_service.serving.adapters.loader import LOADS, AdapterLoader, Loaded
+from inference_service.serving.adapters.reading import BundleReader, Tier, _Room
+from inference_service.serving.adapters.recent import Recent
+from inference_service.serving.adapters.texts import AdapterTexts
+from inference_service.serving.adapters.workers import Workers
+from inference_service.serving.text import Text
+from loramux_shared.bundle.manifest import CONFIG_FILE, MANIFEST_FILE, WEIGHTS_FILE, bundle_key
+from loramux_shared.faults import (
+    BundleCorrupt,
+    InternalFault,
+    ProofFailed,
+    ResourcesExhausted,
+    ShuttingDown,
+    StoreUnavailable,
+)
+from tests.support.bundles import TEMPLATE, FakePacked, Handle, Unsteady, build_bundles, load, waiting
+from tests.support.tiny import VOCAB, write_tokenizer
+
+COUNT = 4
+
+
+@pytest.fixture
+def store(tmp_path):
+    """A store with a few bundles."""
+    store = Unsteady()
+    store.digests = build_bundles(store, tmp_path / "inputs", COUNT)
+    return store
+
+
+@pytest.fixture
+def make(store):
+    """Makes loaders that are closed at the end."""
+    made = []
+
+    def make(pack=FakePacked, disk=None, **options):
+        made.append(AdapterLoader(BundleReader(store, disk), pack, **options))
+        return made[-1]
+
+    yield make
+    for loader in made:
+        loader.close()
+
+
+def test_a_load_brings_a_verified_bundle(store, make):
+    """The bundle that was asked for is packed, and the outcome says where it was."""
+    found = load(make(), store.digests[1])
+    assert isinstance(found, Loaded)
+    assert found.packed.bundle.digest == store.digests[1]
+    assert found.tier is Tier.STORE
+    assert 0 < found.seconds < 20
+
+
+def test_loads_of_one_digest_at_once_are_one(store, make):
+    """All who ask are told, the store is asked once; who asks later causes another load."""
+    store.latency_s = 0.1
+    loader, digest = make(), store.digests[0]
+    outcomes = [waiting(loader, digest) for _ in range(8)]
+    packed = {id(outcome(20).packed) for outcome in outcomes}
+    assert len(packed) == 1
+    key = bundle_key(digest, WEIGHTS_FILE)
+    assert store.asked.count(key) == 1
+    load(loader, digest)
+    assert store.asked.count(key) == 2
+
+
+def test_the_host_tier_keeps_what_was_packed(store, make):
+    """Up to its bound what left the device comes back without a read; beyond it, the oldest is read again."""
+    loader = make(host_bytes=2500)
+    first, second, third, _ = store.digests
+    for digest in (first, second):
+        load(loader, digest)
+    asked = len(store.asked)
+    assert load(loader, first).tier is Tier.HOST
+    assert len(store.asked) == asked
+    load(loader, third)
+    assert loader.host_bytes == 2000
+    assert load(loader, first).tier is Tier.HOST
+    assert load(loader, second).tier is Tier.STORE
+    loader.forget(first)
+    assert load(loader, first).tier is Tier.STORE
+
+
+@pytest.mark.parametrize(
+    ("raised", "told"),
+    [
+        (ProofFailed("adapter 'x': other answers"), ProofFailed),
+        (BundleCorrupt("row 3"), BundleCorrupt),
+        (MemoryError(), ResourcesExhausted),
+        (torch.OutOfMemoryError("CUDA out of memory"), ResourcesExhausted),
+        (KeyError("/secret/path"), InternalFault),
+    ],
+)
+def test_a_failure_while_packing_is_told_and_not_kept(store, make, raised, told):
+    """Whatever packing raises ends the load with a named fault that holds nothing of where; the next one works."""
+    failing = [raised]
+
+    def pack(bundle):
+        if failing:
+            raise failing.pop()
+        return FakePacked(bundle)
+
+    loader = make(pack, host_bytes=10**6)
+    outcome = load(loader, store.digests[0])
+    assert type(outcome) is told
+    assert "/secret" not in outcome.message
+    assert isinstance(load(loader, store.digests[0]), Loaded)
+
+
+def test_a_store_that_is_away_is_told_without_its_address(store, make):
+    """The request hears that the store does not answer, and not where it is; when it is back, loads work."""
+    loader = make()
+    store.away = True
+    outcome = load(loader, store.digests[0])
+    assert type(outcome) is StoreUnavailable
+    assert "store.internal" not in str(outcome)
+    assert store.uri not in str(outcome)
+    store.away = False
+    assert isinstance(load(loader, store.digests[0]), Loaded)
+
+
+@pytest.mark.parametrize("name", [MANIFEST_FILE, WEIGHTS_FILE, CONFIG_FILE, "chat_template.jinja"])
+def test_damage_in_the_store_is_never_served(store, make, tmp_path, name):
+    """A flipped bit in any file is BUNDLE_CORRUPT, others load meanwhile, nothing is kept, repair is enough."""
+    digest = store.digests[0]
+    key = bundle_key(digest, name)
+    right = store.objects[key]
+    wrong = bytearray(right)
+    wrong[len(wrong) // 2] ^= 4
+    store.objects[key] = bytes(wrong)
+    loader = make(disk=DiskTier(tmp_path / "bundles", 10**9))
+    assert type(load(loader, digest)) is BundleCorrupt
+    assert isinstance(load(loader, store.digests[1]), Loaded)
+    del store.objects[key]
+    missing = load(loader, digest)
+    assert type(missing) is BundleCorrupt
+    assert store.uri not in missing.message
+    assert not (tmp_path / "bundles" / digest).exists()
+    store.objects[key] = right
+    assert isinstance(load(loader, digest), Loaded)
+
+
+def test_a_slow_store_holds_up_only_what_it_serves(store, make):
+    """While all reads wait for the store, what is in the host tier comes, and other work is done, at once."""
+    loader = make(host_bytes=10**6)
+    load(loader, store.digests[0])
+    store.latency_s = 1.0
+    slow = [waiting(loader, digest) for digest in store.digests[1:]]
+    began = time.monotonic()
+    assert load(loader, store.digests[0]).tier is Tier.HOST
+    outcomes = SimpleQueue()
+    loader.run(lambda: "copied", outcomes.put)
+    assert outcomes.get(timeout=5) == "copied"
+    assert time.monotonic() - began < 0.5
+    assert all(isinstance(outcome(20), Loaded) for outcome in slow)
+
+
+def test_urgent_work_goes_before_packing_that_waits(store, make):
+    """A copy into the bank, which somebody waits for, does not queue behind bundles that are packed."""
+    order, go, begun = [], threading.Event(), threading.Event()
+
+    def pack(bundle):
+        begun.set()
+        go.wait(20)
+        order.append("packed")
+        return FakePacked(bundle)
+
+    loader = make(pack)
+    loads = [waiting(loader, digest) for digest in store.digests]
+    begun.wait(20)
+    deadline = time.monotonic() + 20
+    while loader._work._queue.qsize() < COUNT - 1 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    outcomes = SimpleQueue()
+    loader.run(lambda: order.append("copied"), outcomes.put)
+    go.set()
+    for outcome in loads:
+        outcome(20)
+    assert order == ["packed", "copied", *["packed"] * (COUNT - 1)]
+
+
+def test_other_work_that_fails_is_told(make):
+    """What it raises comes as a fault, and its thread goes on."""
+    loader, outcomes = make(), SimpleQueue()
+
+    def fail():
+        raise InternalFault("no such slot")
+
+    loader.run(fail, outcomes.put)
+    assert isinstance(outcomes.get(timeout=5), InternalFault)
+    loader.run(lambda: 7, outcomes.put)
+    assert outcomes.get(timeout=5) == 7
+
+
+def test_who_cannot_be_told_holds_up_nobody(store, make):
+    """A listener that raises does not keep the others from hearing, nor later loads from working."""
+    store.latency_s = 0.1
+    loader, digest = make(), store.digests[0]
+    loader.load(Handle(digest), lambda _: 1 / 0)
+    assert isinstance(load(loader, digest), Loaded)
+    assert isinstance(load(loader, store.digests[1]), Loaded)
+
+
+def test_whatever_waits_at_the_end_is_told(store, make):
+    """After close every load and every work that did not begin ends with SHUTTING_DOWN, and new ones at once."""
+    store.latency_s = 0.3
+    go = threading.Event()
+    loader = make(lambda bundle: go.wait(20) and FakePacked(bundle))
+    digests = [*store.digests, *(f"{number:064x}" for number in range(3 * LOADS))]
+    outcomes = [waiting(loader, digest) for digest in digests]
+    worked = SimpleQueue()
+    time.sleep(0.5)
+    loader.run(lambda: 1, worked.put)
+    loader.close()
+    go.set()
+    kinds = [type(outcome(20)) for outcome in outcomes]
+    assert ShuttingDown in kinds
+    assert set(kinds) <= {ShuttingDown, Loaded, BundleCorrupt}
+    assert type(worked.get(timeout=5)) in {ShuttingDown, int}
+    assert type(load(loader, store.digests[0])) is ShuttingDown
+
+
+def test_every_load_of_many_ends_once(store, make):
+    """Over random failures, each call of load is answered exactly once."""
+    turn = iter(range(10**6))
+
+    def pack(bundle):
+        if next(turn) % 3 == 0:
+            raise ProofFailed("every third")
+        return FakePacked(bundle)
+
+    loader = make(pack, threads=3, host_bytes=1500)
+    answers = SimpleQueue()
+    calls = 400
+
+    def ask(number):
+        for call in range(calls // 8):
+            name = (number, call)
+            digest = store.digests[(number + call) % COUNT]
+            loader.load(Handle(digest), lambda outcome, name=name: answers.put((name, outcome)))
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    told = [answers.get(timeout=30)[0] for _ in range(calls)]
+    time.sleep(0.1)
+    assert len(set(told)) == calls
+    assert answers.empty()
+
+
+def test_packing_leaves_the_threads_of_the_steps_alone(store, make):
+    """Packing computes with one thread at a lower priority; other threads keep their number of threads."""
+    before = torch.get_num_threads()
+    seen = []
+
+    def pack(bundle):
+        seen.append((torch.get_num_threads(), os.getpriority(os.PRIO_PROCESS, threading.get_native_id())))
+        return FakePacked(bundle)
+
+    own = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+    load(make(pack, niceness=7 + own), store.digests[0])
+    later = []
+    thread = threading.Thread(target=lambda: later.append(torch.get_num_threads()))
+    thread.start()
+    thread.join()
+    assert seen == [(1, 7 + own)]
+    assert (torch.get_num_threads(), later) == (before, [before])
+
+
+def test_many_adapters_are_asked_for_at_once(tmp_path, make, store):
+    """At a latency per request, a store is asked for a dozen bundles at once, and not for all."""
+    store.latency_s = 0.03
+    loader = make()
+    missing = [waiting(loader, f"{number:064x}") for number in range(40)]
+    assert all(isinstance(outcome(20), BundleCorrupt) for outcome in missing)
+    assert LOADS // 2 <= store.at_once <= LOADS
+
+
+def test_reads_share_a_bound_of_memory():
+    """What is under way together stays below the bound; something larger than it goes alone."""
+    room, now, most = _Room(100), [0], [0]
+    lock = threading.Lock()
+
+    def take(size):
+        with room.taken(size):
+            with lock:
+                now[0] += size
+                most[0] = max(most[0], now[0])
+            time.sleep(0.01)
+            with lock:
+                now[0] -= size
+
+    threads = [threading.Thread(target=take, args=(size,)) for size in (40, 60, 30, 70, 99, 1) * 3]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert 0 < most[0] <= 100
+    take(1000)
+    assert most[0] == 1000
+
+
+def test_recent_values_stay_within_their_bound():
+    """The least recently used leave first; one that is larger than the bound replaces nothing."""
+    recent = Recent(10)
+    for name, size in (("a", 4), ("b", 4), ("a", 5)):
+        recent.put(name, name * size, size)
+    assert (recent.size, len(recent), recent.get("a")) == (9, 2, "aaaaa")
+    recent.put("c", "c", 3)
+    assert recent.get("b") is None
+    recent.put("d", "d", 11)
+    assert (recent.get("d"), recent.get("a"), recent.get("c")) == (None, "aaaaa", "c")
+
+
+def test_cancelled_workers_tell_their_futures():
+    """Close cancels what waits and lets what runs end."""
+    workers = Workers("test", 1)
+    go = threading.Event()
+    running, waits = workers.submit(lambda: go.wait(5)), workers.submit(lambda: 1)
+    while not running.running():
+        time.sleep(0.001)
+    workers.close()
+    workers.close()
+    go.set()
+    assert running.result(5)
+    assert waits.cancelled()
+    assert workers.submit(lambda: 1).cancelled()
+
+
+@pytest.fixture
+def texts(store, tmp_path):
+    """The texts of the store's bundles, for a base."""
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    write_tokenizer(folder)
+    texts = AdapterTexts(BundleReader(store, None), Text.load(folder, VOCAB))
+    yield texts
+    texts.close()
+
+
+async def test_texts_do_not_wait_for_weights(store, texts):
+    """A template is there while weights would take long, is read once for all who ask, and then kept."""
+    digest = store.digests[0]
+    assert await texts.texts(digest) == {"chat_template.jinja": TEMPLATE.encode()}
+    store.asked.clear()
+    store.latency_s = 0.1
+    several = await asyncio.gather(*(texts.defaults(digest, "a0") for _ in range(5)))
+    assert all(defaults is several[0] for defaults in several)
+    assert several[0].template is not None
+    assert store.asked == [bundle_key(digest, name) for name in (MANIFEST_FILE, "chat_template.jinja")]
+    assert await texts.defaults(digest, "a0") is several[0]
+    assert len(store.asked) == 2
+
+
+async def test_texts_that_fail_are_read_again(store, texts):
+    """A store that is away, and a caller who leaves, are no answer for the next one."""
+    digest = store.digests[0]
+    store.latency_s, store.away = 0.1, True
+    task = asyncio.create_task(texts.defaults(digest, "a0"))
+    await asyncio.sleep(0.05)
+    task.cancel()
+    with pytest.raises(StoreUnavailable):
+        await texts.defaults(digest, "a0")
+    store.away = False
+    assert (await texts.defaults(digest, "a0")).template is not None
