@@ -150,7 +150,7 @@ class Bench:
         number = next(self._numbers)
         stride = max(1, self._point.loaded // ACTIVE)
         slot = adapter * stride if adapter < ACTIVE else ACTIVE * stride + adapter
-        known = Adapter(f"a{slot}", slot + 1, slot) if self._point.loaded else None
+        known = Adapter(f"a{slot}", slot) if self._point.loaded else None
         own = [] if params is None else [number % VOCAB]
         tokens = own + list(itertools.islice(itertools.cycle(range(2, 1000)), length - len(own)))
         params = params or SamplingParams(temperature=0.7, top_p=0.9, seed=number)

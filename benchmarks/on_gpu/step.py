@@ -269,7 +269,7 @@ def _batch(point: Point) -> Batch:
         chunks.append(Chunk(prompt, point.prompt))
     for row in range(point.batch):
         slot = row % point.active if point.active else None
-        adapter = None if slot is None else Adapter(f"a{slot}", slot + 1, slot)
+        adapter = None if slot is None else Adapter(f"a{slot}", slot)
         sampling = PENALTY if row < point.penalised else SamplingParams()
         seq = Sequence(str(row), [2] * point.context, sampling, adapter)
         seq.blocks, seq.num_computed = order[row * each : (row + 1) * each], point.context - 1

@@ -5,7 +5,8 @@ from __future__ import annotations
 from array import array
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import NamedTuple
+from hashlib import blake2b
+from typing import Final, NamedTuple
 
 from inference_service.core.constraint import Grammar
 from inference_service.core.sampling import SamplingParams
@@ -24,15 +25,28 @@ class FinishReason(Enum):
     """The step that it was part of failed."""
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False, slots=True, weakref_slot=True)
 class Adapter:
-    """What the scheduler knows about a loaded adapter."""
+    """A version of an adapter in a replica, one for each digest, whatever its names are."""
 
-    name: str
-    uid: int
-    """New at every load; part of every prefix-cache key, so that old keys and values are never met again."""
-    slot: int
-    """Its place in the LoRA backend."""
+    digest: str
+    """Of its bundle; part of every prefix-cache key, so that keys and values of another version are never met,
+    and those of one that left and came back are found again."""
+    slot: int | None = None
+    """Its place in the LoRA backend while it is resident; changed on the engine's thread alone."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """What a flow of sequences may have of an engine, beside others."""
+
+    weight: float = 1.0
+    """With twice the weight a flow is served twice the tokens, while others wait."""
+    max_running: int | None = None
+    """Sequences under way at once; None: as many as there are seats."""
+
+
+FAIR: Final = Share()
 
 
 @dataclass(eq=False)
@@ -56,6 +70,12 @@ class Sequence:
 
     cache_salt: str = ""
     """Part of every prefix-cache key, as the adapter is."""
+    model: str = ""
+    """The name that was asked for; empty for the base."""
+    flow: str = ""
+    """Whose tokens are counted together: flows are served in turns, and within one by priority and arrival."""
+    share: Share = FAIR
+    """Of its flow."""
 
     num_prompt: int = field(init=False)
     num_computed: int = 0
@@ -111,13 +131,23 @@ class Sequence:
 
     @property
     def adapter_uid(self) -> int:
-        """The adapter's uid; 0 for the base."""
-        return self.adapter.uid if self.adapter else 0
+        """A number for the adapter's digest; 0 for the base."""
+        if self.adapter is None:
+            return 0
+        return int.from_bytes(blake2b(self.adapter.digest.encode(), digest_size=7).digest()) + 1
 
     @property
     def slot(self) -> int:
-        """The adapter's slot; -1 for the base."""
-        return self.adapter.slot if self.adapter else -1
+        """The adapter's slot; -1 for the base.
+
+        Raises:
+            RuntimeError: the adapter is not resident, so that no step may have this sequence.
+        """
+        if self.adapter is None:
+            return -1
+        if self.adapter.slot is None:
+            raise RuntimeError(f"adapter {self.adapter.digest[:12]} is in a step, and not in the bank")
+        return self.adapter.slot
 
     @property
     def order(self) -> tuple[int, int]:

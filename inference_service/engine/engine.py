@@ -43,7 +43,7 @@ class EngineStats:
 
 @dataclass(frozen=True)
 class SequenceCounts:
-    """How many sequences there are, by the name of their adapter; the base's is empty."""
+    """How many sequences there are, by the name of their model; the base's is empty."""
 
     running: Mapping[str, int]
     waiting: Mapping[str, int]
@@ -100,7 +100,7 @@ class Engine:
     @property
     def sequence_counts(self) -> SequenceCounts:
         """Who runs and who waits; may be asked on another thread."""
-        return SequenceCounts(_by_adapter(self._scheduler.running), _by_adapter(self._scheduler.waiting))
+        return SequenceCounts(_by_model(self._scheduler.running), _by_model(self._scheduler.waiting))
 
     def add(self, seq: Sequence) -> None:
         """Take a sequence in; it ends with one output that has a finish reason, unless it is aborted."""
@@ -196,6 +196,6 @@ def _deadline(seq: Sequence) -> float:
     return math.inf if seq.deadline_s is None else seq.deadline_s
 
 
-def _by_adapter(seqs: list[Sequence]) -> Mapping[str, int]:
+def _by_model(seqs: list[Sequence]) -> Mapping[str, int]:
     """Count; the list is copied at once, since the engine's thread may change it meanwhile."""
-    return Counter(seq.adapter.name if seq.adapter else "" for seq in tuple(seqs))
+    return Counter(seq.model for seq in tuple(seqs))

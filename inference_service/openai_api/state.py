@@ -32,7 +32,7 @@ async def show_load(service: GenerationService, http: HttpRequest) -> Response: 
 def _at_work(service: GenerationService) -> Json:
     sequences, found = service.engine_view.sequence_counts, {}
     for model in service.catalog:
-        inside = model.adapter.name if model.adapter else ""
+        inside = "" if model.name == service.catalog.base_name else model.name
         counts = {"running": sequences.running.get(inside, 0), "waiting": sequences.waiting.get(inside, 0)}
         if any(counts.values()):
             found[model.name] = counts

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
 import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import cast
 
 import structlog
@@ -30,7 +28,7 @@ from inference_service.models.checkpoint import Checkpoint
 from inference_service.models.decoder import Decoder
 from inference_service.proof.replay import replay
 from inference_service.serving.adapter_defaults import read_adapter_defaults
-from inference_service.serving.catalog import Catalog, ServedModel
+from inference_service.serving.catalog import Catalog, ServedModel, shown_source
 from inference_service.serving.engine_thread import EngineThread
 from inference_service.serving.service import GenerationService, ServingLimits
 from inference_service.serving.telemetry.record import Watcher
@@ -45,7 +43,6 @@ from loramux_shared.bundle.deployments import current_generation, list_deploymen
 from loramux_shared.bundle.manifest import Generation
 from loramux_shared.bundle.reader import Bundle, read_bundle
 from loramux_shared.codes import CODES
-from loramux_shared.deployment import Repository, SourceKind
 from loramux_shared.faults import DeploymentNotFound, ResourcesExhausted
 from loramux_shared.settings import InferenceSettings
 from loramux_shared.sources.checkpoint import PlacedBase, with_base
@@ -54,9 +51,6 @@ from loramux_shared.storage.base import Store
 from loramux_shared.wording import listed
 
 log = structlog.get_logger()
-
-# A uid is never used twice in a process; 0 is the base.
-_uids = itertools.count(1)
 
 
 @dataclass(frozen=True)
@@ -96,13 +90,13 @@ def load(settings: InferenceSettings, store: Store, watchers: Sequence[Watcher] 
     backend, model = base.backend, base.model
     warned = _warn_about(base.config, model)
     lora = backend.new_lora()
-    adapters = []
+    adapters: list[ServedModel] = []
     for name, record in generation.adapters.items():
         reading = time.monotonic()
         bundle = read_bundle(store, record.digest)
         served = _load_adapter(name, bundle, lora, model, base.text, settings.block_size)
         load_s = time.monotonic() - reading
-        adapters.append(replace(served, source=_source(record.source), load_s=load_s))
+        adapters.append(replace(served, source=shown_source(record.source), load_s=load_s))
     if generation.merged is not None:  # the only adapter, which was loaded and proved like any other
         lora = backend.new_lora()
         adapters = [_merge(adapters[0], bundle, base.placed, model)]
@@ -128,7 +122,7 @@ def load(settings: InferenceSettings, store: Store, watchers: Sequence[Watcher] 
         max_seq_len=limits.max_seq_len,
         seconds=round(seconds, 2),
     )
-    source = _source(generation.base.source)
+    source = shown_source(generation.base.source)
     described = ServedModel(generation.served_model_name, source=source, load_s=base.load_s, warnings=warned)
     models = [described, *adapters] if generation.serve_base else adapters
     catalog = Catalog(generation.number, generation.served_model_name, models, seconds)
@@ -141,7 +135,9 @@ def load(settings: InferenceSettings, store: Store, watchers: Sequence[Watcher] 
     )
     ends = base.config.eos_token_ids
     serving = ServingLimits(limits.max_seq_len, generation.request_default_max_tokens, ends)
-    return Ready(GenerationService(catalog, base.text, thread, serving, watchers), thread)
+    service = GenerationService(catalog, base.text, thread, serving, watchers)
+    service.apply(generation)
+    return Ready(service, thread)
 
 
 @dataclass(frozen=True)
@@ -169,7 +165,7 @@ def _load_base(generation: Generation, settings: InferenceSettings, sources: Sou
         model = Decoder(config, _checkpoint(placed, backend.dtype, backend.device), backend.operations)
         return _Base(placed, config, text, backend, model, time.monotonic() - reading)
 
-    log.info("fetching the base", source=_source(generation.base.source), cache=str(settings.cache_dir))
+    log.info("fetching the base", source=shown_source(generation.base.source), cache=str(settings.cache_dir))
     try:
         return with_base(generation.base, into, sources, read)
     except ResourcesExhausted as fault:
@@ -207,13 +203,6 @@ def _generation(name: str, store: Store) -> Generation:
     return generation
 
 
-def _source(repository: Repository) -> str:
-    """Say where a model came from, to everybody who may ask; a folder's path is nobody's business."""
-    place = repository.shown
-    place = Path(place).name if repository.source is SourceKind.LOCAL else place
-    return f"{place}@{repository.revision}" if repository.revision else place
-
-
 def _cache_name(generation: Generation) -> str:
     """A folder per set of files: another revision never meets files of this one."""
     source = generation.base.source
@@ -227,7 +216,7 @@ def _load_adapter(
     config = model.config
     weights = pack_adapter(matrices(bundle), config.groups, config.dims.num_layers, model.dtype, lora.home)
     manifest = bundle.manifest
-    adapter = Adapter(name, next(_uids), lora.load(weights))
+    adapter = Adapter(bundle.digest, lora.load(weights))
     if manifest.proof is not None:
         replayed = replay(name, manifest.proof, manifest, adapter, lora, model, block_size)
         log.info("proof holds", adapter=name, effect=replayed.effect, logprob=replayed.logprob)

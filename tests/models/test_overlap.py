@@ -98,7 +98,7 @@ def _engine(
 def _seq(
     prompt: list[int], sampling: SamplingParams, uid: int = 0, deadline_s: float | None = None
 ) -> Sequence:
-    adapter = Adapter(f"a{uid}", uid, uid - 1) if uid else None
+    adapter = Adapter(f"a{uid}", uid - 1) if uid else None
     return Sequence(str(next(_ids)), list(prompt), sampling, adapter, deadline_s=deadline_s)
 
 

@@ -15,7 +15,7 @@ _ids = itertools.count()
 
 
 def _seq(tokens: list[int], uid: int = 0, salt: str = "") -> Sequence:
-    adapter = Adapter(f"a{uid}", uid, uid - 1) if uid else None
+    adapter = Adapter(f"a{uid}", uid - 1) if uid else None
     return Sequence(str(next(_ids)), list(tokens), SamplingParams(), adapter, cache_salt=salt)
 
 

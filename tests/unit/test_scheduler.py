@@ -47,7 +47,7 @@ def _engine(
 
 def _seq(prompt: int, new: int, uid: int = 0, priority: int = 0, deadline_s: float | None = None) -> Sequence:
     number = next(_ids)
-    adapter = Adapter(f"a{uid}", uid, uid - 1) if uid else None
+    adapter = Adapter(f"a{uid}", uid - 1) if uid else None
     tokens = [number * 1000 + index for index in range(prompt)]  # no shared prefixes by accident
     return Sequence(
         str(number), tokens, SamplingParams(max_tokens=new), adapter, priority, deadline_s=deadline_s
