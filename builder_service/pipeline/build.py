@@ -109,6 +109,8 @@ def _generation(
         request_default_max_tokens=runtime.request_default_max_tokens,
         serve_base=runtime.serve_base,
         merge=runtime.merge,
+        aliases=runtime.aliases,
+        limits=runtime.limits,
     )
 
 

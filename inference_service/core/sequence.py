@@ -25,7 +25,7 @@ class FinishReason(Enum):
     """The step that it was part of failed."""
 
 
-@dataclass(eq=False, slots=True)
+@dataclass(eq=False, slots=True, weakref_slot=True)
 class Adapter:
     """A version of an adapter in a replica, one for each digest, whatever its names are."""
 

@@ -7,7 +7,6 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import cast
 
 import structlog
@@ -32,7 +31,7 @@ from inference_service.models.checkpoint import Checkpoint
 from inference_service.models.decoder import Decoder
 from inference_service.proof.replay import replay
 from inference_service.serving.adapter_defaults import read_adapter_defaults
-from inference_service.serving.catalog import Catalog, ServedModel
+from inference_service.serving.catalog import Catalog, ServedModel, shown_source
 from inference_service.serving.engine_thread import EngineThread
 from inference_service.serving.service import GenerationService, ServingLimits
 from inference_service.serving.telemetry.record import Watcher
@@ -47,7 +46,6 @@ from loramux_shared.bundle.deployments import current_generation, list_deploymen
 from loramux_shared.bundle.manifest import AdapterRecord, Generation, Manifest
 from loramux_shared.bundle.reader import Bundle, read_bundle
 from loramux_shared.codes import CODES
-from loramux_shared.deployment import Repository, SourceKind
 from loramux_shared.faults import DeploymentNotFound, ResourcesExhausted
 from loramux_shared.settings import InferenceSettings
 from loramux_shared.sources.checkpoint import PlacedBase, with_base
@@ -122,7 +120,7 @@ def load(settings: InferenceSettings, store: Store, watchers: Sequence[Watcher] 
         max_seq_len=limits.max_seq_len,
         seconds=round(seconds, 2),
     )
-    source = _source(generation.base.source)
+    source = shown_source(generation.base.source)
     described = ServedModel(generation.served_model_name, source=source, load_s=base.load_s, warnings=warned)
     models = [described, *adapters] if generation.serve_base else adapters
     catalog = Catalog(generation.number, generation.served_model_name, models, seconds)
@@ -135,7 +133,9 @@ def load(settings: InferenceSettings, store: Store, watchers: Sequence[Watcher] 
     )
     ends = base.config.eos_token_ids
     serving = ServingLimits(limits.max_seq_len, generation.request_default_max_tokens, ends)
-    return Ready(GenerationService(catalog, base.text, thread, serving, watchers), thread)
+    service = GenerationService(catalog, base.text, thread, serving, watchers)
+    service.apply(generation)
+    return Ready(service, thread)
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,7 @@ def _load_base(generation: Generation, settings: InferenceSettings, sources: Sou
         model = Decoder(config, _checkpoint(placed, backend.dtype, backend.device), backend.operations)
         return _Base(placed, config, text, backend, model, time.monotonic() - reading)
 
-    log.info("fetching the base", source=_source(generation.base.source), cache=str(settings.cache_dir))
+    log.info("fetching the base", source=shown_source(generation.base.source), cache=str(settings.cache_dir))
     try:
         return with_base(generation.base, into, sources, read)
     except ResourcesExhausted as fault:
@@ -199,13 +199,6 @@ def _generation(name: str, store: Store) -> Generation:
             f"no deployment {name!r} in {store.uri}. There: {known}. Build it first: loramux build FILE."
         )
     return generation
-
-
-def _source(repository: Repository) -> str:
-    """Say where a model came from, to everybody who may ask; a folder's path is nobody's business."""
-    place = repository.shown
-    place = Path(place).name if repository.source is SourceKind.LOCAL else place
-    return f"{place}@{repository.revision}" if repository.revision else place
 
 
 def _cache_name(generation: Generation) -> str:

@@ -130,7 +130,7 @@ def test_gateways_read_adapters_alone() -> None:
 
 def test_a_merged_adapter_has_its_name() -> None:
     """An adapter in the weights is counted by its name, and is an adapter to gateways."""
-    merged = ServedModel("only")
+    merged = ServedModel("only", digest="ab" * 32)
     assert lora_info(SequenceCounts({"only": 2}, {}), merged) == ("only", "")
     said = Scrape(replica(SequenceCounts({"only": 2}, {}), (merged,)).render().decode())
     assert said.series("loramux_sequences_running") == [({"model": "only"}, 2)]

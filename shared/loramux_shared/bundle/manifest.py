@@ -24,8 +24,9 @@ from typing import Final, Literal, Self
 from pydantic import Field, ValidationError
 
 from loramux_shared.bundle.proof import Proof
-from loramux_shared.deployment import Dtype, Merge, Model, Repository, StoredName
+from loramux_shared.deployment import Aliases, Dtype, Merge, Model, ModelLimits, Repository, StoredName
 from loramux_shared.faults import BundleCorrupt, Finding
+from loramux_shared.limits import unset
 
 FORMAT_VERSION: Final = 1
 WEIGHTS_FILE = "model.lora_weights.npy"
@@ -152,12 +153,32 @@ class Manifest(Record):
         return tuple(name for _, name in sorted({(row.module_id, row.module) for row in self.rows}))
 
 
+class AdapterSummary(Model):
+    """What can be told of an adapter without a look into its bundle."""
+
+    ranks: tuple[int, ...]
+    """The distinct ranks, ascending."""
+    modules: tuple[str, ...]
+    """The distinct modules, by module id."""
+    tensors_used: int = Field(ge=0)
+    weights_bytes: int = Field(ge=0)
+    """Of A and B of all rows in the storage type, without padding."""
+    bundle_bytes: int = Field(ge=0)
+    """Of all files of the bundle but the manifest."""
+    warnings: tuple[str, ...] = ()
+    """Codes, each once, in the manifest's order."""
+    texts: tuple[str, ...] = ()
+    """Which of `TEXT_FILES` the adapter brings."""
+
+
 class AdapterRecord(Model):
     """An adapter of a generation."""
 
     digest: str = Sha256
     source: Repository
     """With the resolved revision."""
+    summary: AdapterSummary | None = Field(default=None, exclude_if=unset)
+    """None in generations of older releases."""
 
 
 class BaseRecord(Model):
@@ -186,6 +207,9 @@ class Generation(Record):
     request_default_max_tokens: int | None = None
     serve_base: bool = True
     merge: Merge = Merge.AUTO
+    aliases: Aliases = Field(default_factory=dict, exclude_if=unset)
+    """May name adapters that later generations do not have; then the others answer."""
+    limits: ModelLimits = Field(default_factory=ModelLimits, exclude_if=lambda limits: limits == ModelLimits())
 
     @property
     def merged(self) -> str | None:
