@@ -14,9 +14,9 @@ from builder_service.pipeline.output import Output, duplicates
 from builder_service.pipeline.progress import Progress
 from builder_service.pipeline.prove import prove_adapters, require_prover
 from builder_service.pipeline.space import BASE_FILES
-from builder_service.pipeline.validate import ValidAdapter, rulebook
+from builder_service.pipeline.validate import rulebook
 from loramux_shared.bundle.deployments import current_generation, publish_generation
-from loramux_shared.bundle.manifest import AdapterRecord, BaseRecord, Generation
+from loramux_shared.bundle.manifest import AdapterRecord, BaseRecord, Generation, Recipe
 from loramux_shared.bundle.proof import Proof
 from loramux_shared.deployment import Deployment
 from loramux_shared.faults import BundleCorrupt, Fault
@@ -62,9 +62,9 @@ def build(deployment: Deployment, context: BuildContext, progress: Progress) -> 
         before = _served(store, deployment.model_name)
         served = frozenset(record.digest for record in before.adapters.values()) if before else frozenset()
         output = Output(book.dtype, base.record.source.shown, store, served, space, progress, context)
-        digests = output.put_out(groups, proofs)
+        records = output.put_out(groups, proofs)
         progress.check()
-        published = publish_generation(store, _generation(deployment, base.record, book, adapters, digests))
+        published = publish_generation(store, _generation(deployment, base.record, book, records))
         return BuildResult(published, unchanged=before is not None and published.number == before.number)
 
 
@@ -86,8 +86,7 @@ def _generation(
     deployment: Deployment,
     base: BaseRecord,
     book: Rulebook,
-    adapters: Sequence[ValidAdapter],
-    digests: Mapping[str, str],
+    adapters: Mapping[str, AdapterRecord],
 ) -> Generation:
     lora, runtime = deployment.build.lora_configuration, deployment.runtime
     return Generation(
@@ -96,12 +95,7 @@ def _generation(
         create_time=datetime.now(UTC),
         served_model_name=deployment.served_model_name,
         base=base,
-        adapters={
-            adapter.fetched.name: AdapterRecord(
-                digest=digests[adapter.fetched.name], source=adapter.fetched.source
-            )
-            for adapter in adapters
-        },
+        adapters=dict(sorted(adapters.items())),
         max_seq_len=deployment.build.max_seq_len,
         max_lora_rank=lora.max_lora_rank,
         lora_target_modules=lora.lora_target_modules,
@@ -111,6 +105,7 @@ def _generation(
         merge=runtime.merge,
         aliases=runtime.aliases,
         limits=runtime.limits,
+        recipe=Recipe(truncate_to_rank=lora.truncate_to_rank, prove=deployment.build.prove),
     )
 
 

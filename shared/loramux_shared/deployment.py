@@ -44,6 +44,11 @@ class Dtype(StrEnum):
     FLOAT16 = "float16"
     FLOAT32 = "float32"
 
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a value."""
+        return 4 if self is Dtype.FLOAT32 else 2
+
 
 class Merge(StrEnum):
     """When an adapter is merged into the weights."""

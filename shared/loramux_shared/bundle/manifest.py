@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Final, Literal, Self
 
 from pydantic import Field, ValidationError
@@ -35,6 +35,9 @@ MANIFEST_FILE = "manifest.json"
 BUILDS_PREFIX: Final = "builds/"
 TEXT_FILES: Final = ("chat_template.jinja", "generation_config.json", "tokenizer_config.json")
 """What an adapter may bring beside its weights: template, sampling defaults, stop tokens."""
+
+CONVERTER: Final = 1
+"""Raised when the same adapter would be judged otherwise or give another bundle: then all are built again."""
 
 Sha256 = Field(pattern=r"^[0-9a-f]{64}$")
 
@@ -143,6 +146,25 @@ class Manifest(Record):
         return len(self.coverage.used) or 2 * len(self.rows)
 
     @property
+    def weights_bytes(self) -> int:
+        """Bytes of A and B of all rows, without padding."""
+        elements = sum(row.rank * (row.in_features + row.out_features) for row in self.rows)
+        return elements * self.dtype.itemsize
+
+    @property
+    def summary(self) -> AdapterSummary:
+        """What a generation tells of the bundle."""
+        return AdapterSummary(
+            ranks=self.ranks,
+            modules=self.modules,
+            tensors_used=self.tensors_used,
+            weights_bytes=self.weights_bytes,
+            bundle_bytes=sum(file.size for file in self.files.values()),
+            warnings=tuple(dict.fromkeys(warning.code for warning in self.warnings)),
+            texts=tuple(name for name in TEXT_FILES if name in self.files),
+        )
+
+    @property
     def ranks(self) -> tuple[int, ...]:
         """The distinct ranks, ascending."""
         return tuple(sorted({row.rank for row in self.rows}))
@@ -178,7 +200,12 @@ class AdapterRecord(Model):
     source: Repository
     """With the resolved revision."""
     summary: AdapterSummary | None = Field(default=None, exclude_if=unset)
-    """None in generations of older releases."""
+    """None in generations of older releases, as are the next two."""
+    listing: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$", exclude_if=unset)
+    """sha256 of what the source said of the files when it was asked for them: where it says the same again,
+    nothing of the adapter has changed. None where a source says nothing that can be relied on."""
+    converter: int | None = Field(default=None, ge=1, exclude_if=unset)
+    """The builder's rules and arithmetic by which the bundle was made; see `CONVERTER`."""
 
 
 class BaseRecord(Model):
@@ -188,6 +215,13 @@ class BaseRecord(Model):
     """With the resolved revision."""
     files: dict[str, FileDigest]
     """Every file that serving needs, by its path in the repository's subfolder."""
+
+
+class Recipe(Model):
+    """The settings of a build that a generation does not tell otherwise: what comes in later obeys them too."""
+
+    truncate_to_rank: int | None = Field(default=None, ge=1)
+    prove: bool = False
 
 
 class Generation(Record):
@@ -210,6 +244,8 @@ class Generation(Record):
     aliases: Aliases = Field(default_factory=dict, exclude_if=unset)
     """May name adapters that later generations do not have; then the others answer."""
     limits: ModelLimits = Field(default_factory=ModelLimits, exclude_if=lambda limits: limits == ModelLimits())
+    recipe: Recipe | None = Field(default=None, exclude_if=unset)
+    """None in generations of older releases."""
 
     @property
     def merged(self) -> str | None:
@@ -218,8 +254,15 @@ class Generation(Record):
         return next(iter(self.adapters)) if one else None
 
     def same_content(self, other: Generation) -> bool:
-        """True when only number and time differ."""
-        return self == other.model_copy(update={"number": self.number, "create_time": self.create_time})
+        """True when only number and time differ, and what sources say of files that are the same."""
+        return self._content == other._content
+
+    @property
+    def _content(self) -> Generation:
+        adapters = {name: record.model_copy(update={"listing": None}) for name, record in self.adapters.items()}
+        return self.model_copy(
+            update={"number": 1, "create_time": datetime.min.replace(tzinfo=UTC), "adapters": adapters}
+        )
 
 
 class Current(Record):
