@@ -11,9 +11,9 @@ import heapq
 import itertools
 import math
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Final, Generic
 
@@ -21,13 +21,13 @@ import structlog
 
 from inference_service.core.sequence import Adapter
 from inference_service.engine.lanes import Rank
-from inference_service.engine.residents import Bank, Loader, P, Presence, Standing, State
+from inference_service.engine.residents import Arrived, Bank, Loader, P, Presence, Standing, State
 from inference_service.lora.places import Places
 from loramux_shared.faults import Fault, ResourcesExhausted
 
 log = structlog.get_logger()
 
-LOADS: Final = 4
+LOADS: Final = 12
 """Adapters on their way at once: each holds its matrices in the host's memory until it has its place."""
 FIRST_PAUSE_S: Final = 1.0
 LAST_PAUSE_S: Final = 60.0
@@ -44,6 +44,8 @@ class ResidencyStats:
 
     loads: int = 0
     """Adapters that became resident."""
+    loads_by_tier: Counter[str] = field(default_factory=Counter)
+    """Adapters that came to the host's memory, by where they were."""
     failures: int = 0
     evictions: int = 0
     load_seconds: float = 0.0
@@ -150,6 +152,10 @@ class Residency(Generic[P]):
     def capacity(self) -> int:
         """What the bank has."""
         return self._places.num_bytes
+
+    def resident(self) -> list[Adapter]:
+        """Return those that are in the bank."""
+        return [entry.adapter for entry in self._by_slot.values() if entry.state is State.RESIDENT]
 
     def standing(self, adapter: Adapter) -> Standing:
         """Say what is known of an adapter; may be asked on another thread."""
@@ -277,11 +283,12 @@ class Residency(Generic[P]):
         self._on_the_way += 1
         self._loader.load(entry.adapter, lambda what: self._post(partial(self._loaded, entry, what)))
 
-    def _loaded(self, entry: _Entry[P], what: P | Fault) -> None:
+    def _loaded(self, entry: _Entry[P], what: Arrived[P] | Fault) -> None:
         if isinstance(what, Fault):
             self._fail(entry, what)
             return
-        entry.state, entry.packed, entry.num_bytes = State.HELD, what, what.num_bytes
+        self.stats.loads_by_tier[what.tier] += 1
+        entry.state, entry.packed, entry.num_bytes = State.HELD, what.packed, what.packed.num_bytes
         self._held.append(entry)
         self._reconsider(entry)
 

@@ -64,10 +64,24 @@ class Bank(Protocol[P_in]):
         ...
 
 
+class Arrived(Protocol[P_out]):
+    """What a load brought."""
+
+    @property
+    def packed(self) -> P_out:
+        """The adapter in the host's memory."""
+        ...
+
+    @property
+    def tier(self) -> str:
+        """Where it was."""
+        ...
+
+
 class Loader(Protocol[P_out]):
     """Works on threads of its own, on which it also says what came of it, once."""
 
-    def load(self, adapter: Adapter, done: Callable[[P_out | Fault], None]) -> None:
+    def load(self, adapter: Adapter, done: Callable[[Arrived[P_out] | Fault], None]) -> None:
         """Begin to bring an adapter to the host's memory, verified and packed."""
         ...
 

@@ -124,7 +124,9 @@ async def test_generations_between_two_looks_are_passed_over(store):
         assert replica.numbers == [4]
 
 
-@pytest.mark.parametrize("damage", ["pointer", "generation", "half pointer", "missing generation", "no pointer"])
+@pytest.mark.parametrize(
+    "damage", ["pointer", "generation", "half pointer", "missing generation", "no pointer"]
+)
 async def test_what_is_damaged_is_never_applied_and_tried_again(store, damage):
     """A damaged or half-written record is said once, the replica serves on, and repair is enough."""
     publish_generation(store, generation("one", "two"))
@@ -300,7 +302,9 @@ def test_behind_is_unavailable_with_a_time_to_retry():
     assert any("RetryInfo" in detail.type_url for detail in status_of(fault).details)
 
 
-OTHER_BASE = {"base": generation().base.model_copy(update={"files": {"x": FileDigest(size=1, sha256="c" * 64)}})}
+OTHER_BASE = {
+    "base": generation().base.model_copy(update={"files": {"x": FileDigest(size=1, sha256="c" * 64)}})
+}
 SAME_BASE = {
     "base": generation().base.model_copy(
         update={"source": Repository(source=SourceKind.HF, repo="org/base", revision="2")}

@@ -17,7 +17,7 @@ from inference_service.core.sequence import Adapter, FinishReason, Sequence, Ste
 from inference_service.engine.block_manager import BlockManager
 from inference_service.engine.engine import Engine
 from inference_service.engine.residency import FIRST_PAUSE_S, LOADS, Residency
-from inference_service.engine.residents import State
+from inference_service.engine.residents import Arrived, State
 from inference_service.engine.scheduler import SchedulerLimits
 from inference_service.engine.step import Pending
 from inference_service.lora.places import Places
@@ -33,6 +33,14 @@ class Matrices:
 
     digest: str
     num_bytes: int
+
+
+@dataclass(frozen=True)
+class Come:
+    """What a load brings."""
+
+    packed: Matrices
+    tier: str = "store"
 
 
 @dataclass
@@ -79,7 +87,7 @@ class FakeLoader:
         self.loading = 0
         self.most_loading = 0
 
-    def load(self, adapter: Adapter, done: Callable[[Matrices | Fault], None]) -> None:
+    def load(self, adapter: Adapter, done: Callable[[Arrived[Matrices] | Fault], None]) -> None:
         """Begin to load."""
         digest = adapter.digest
         self.loading += 1
@@ -89,7 +97,7 @@ class FakeLoader:
             self.loading -= 1
             self.loaded.append(digest)
             broken = digest in self.broken
-            done(BundleCorrupt(f"bundle {digest}") if broken else Matrices(digest, self.sizes[digest]))
+            done(BundleCorrupt(f"bundle {digest}") if broken else Come(Matrices(digest, self.sizes[digest])))
 
         self.begun.append(end)
 
