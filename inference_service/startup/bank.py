@@ -116,8 +116,7 @@ def preload(bank: Bank, adapters: Sequence[Adapter], inbox: Inbox) -> None:
 
 def preload_later(bank: Bank, adapters: Sequence[Adapter], inbox: Inbox) -> None:
     """Have adapters loaded while others are served, as long as there is room."""
-    for adapter in adapters:
-        inbox.post(partial(bank.residency.prefetch, adapter))
+    inbox.post(partial(bank.residency.prefetch_later, adapters))
 
 
 def _sizes(generation: Generation, item_bytes: int, store: Store) -> dict[str, int]:
