@@ -124,7 +124,7 @@ def load(settings: InferenceSettings, store: Store, watchers: Sequence[Watcher] 
     )
     source = shown_source(generation.base.source)
     described = ServedModel(generation.served_model_name, source=source, load_s=base.load_s, warnings=warned)
-    models = [described, *adapters] if generation.serve_base else adapters
+    models = [described, *adapters]
     catalog = Catalog(generation.number, generation.served_model_name, models, seconds)
     thread = EngineThread(
         engine,
@@ -136,7 +136,7 @@ def load(settings: InferenceSettings, store: Store, watchers: Sequence[Watcher] 
     ends = base.config.eos_token_ids
     serving = ServingLimits(limits.max_seq_len, generation.request_default_max_tokens, ends)
     service = GenerationService(catalog, base.text, thread, serving, watchers)
-    service.apply(generation)
+    service.apply(generation)  # its aliases and limits, and whether the base is served
     return Ready(service, thread)
 
 
