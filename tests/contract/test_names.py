@@ -35,7 +35,7 @@ from loramux_shared.access.guard import Guard
 from loramux_shared.access.keyring import Keyring
 from loramux_shared.bundle.deployments import current_generation
 from loramux_shared.bundle.manifest import Generation
-from loramux_shared.deployment import Deployment, Runtime
+from loramux_shared.deployment import Deployment, ModelLimits, Runtime
 from loramux_shared.limits import Limits
 from loramux_shared.rpc.server import RpcServer
 from loramux_shared.sources.open import open_sources
@@ -211,6 +211,11 @@ async def test_a_replica_catches_up_first(doors: Doors) -> None:
     with pytest.raises(ReplicaBehind) as behind:
         await doors.client.complete("rs", PROMPT, min_generation=2)
     assert behind.value.retry_after_s == 1.0
+    async with grpc.aio.insecure_channel(doors.address) as channel:
+        stub = inference_pb2_grpc.InferenceServiceStub(channel)
+        request = pb.GenerateRequest(model="rs", token_ids=pb.TokenIds(ids=PROMPT))
+        with pytest.raises(grpc.aio.AioRpcError, match="asks for generation 9"):
+            await stub.Generate(request, metadata=(("x-loramux-min-generation", "9"),)).read()
     for refused in (
         await doors.ask("rs", min_generation=2),
         await doors.ask("rs", {"x-loramux-min-generation": "2"}),
@@ -299,26 +304,60 @@ async def test_a_key_has_its_limits_at_both_doors(world: tuple[World, MemoryStor
     await doors.close()
 
 
-async def test_requests_that_wait_are_bounded_by_model(doors: Doors) -> None:
-    """Those that no step has begun with, of one model; they end, and others may wait."""
-    service = doors.ready.service
-    service.limiter.limits = Runtime.model_validate({"limits": {"default": {"max_waiting": 3}}}).limits
+def hold(doors: Doors) -> asyncio.Event:
+    """Keep requests before they are tokenized, until the event is set."""
     gate = asyncio.Event()
 
     async def slowly(_: ServedModel) -> AdapterDefaults:
         await gate.wait()
         return NO_DEFAULTS
 
-    service.naming.defaults_of = slowly
+    doors.ready.service.naming.defaults_of = slowly
     for name in ("rs", "wide"):
-        service.catalog.know(doors.digest(name), defaults=None)
+        doors.ready.service.catalog.know(doors.digest(name), defaults=None)
+    return gate
+
+
+async def until_held(doors: Doors, count: int) -> None:
+    """Wait until so many requests are in work."""
+    async with asyncio.timeout(10):
+        while doors.ready.service.in_work < count:
+            await asyncio.sleep(0.01)
+
+
+def limits(**default: int) -> ModelLimits:
+    """The same for each model."""
+    return ModelLimits(default=Limits(**default))
+
+
+async def test_requests_that_wait_are_bounded_by_model(doors: Doors) -> None:
+    """Those that no step has begun with, of one model; they end, and others may wait."""
+    doors.ready.service.limiter.limits = limits(max_waiting=3)
+    gate = hold(doors)
     waiting = [asyncio.ensure_future(doors.ask("rs")) for _ in range(3)]
-    while service.in_work < 3:
-        await asyncio.sleep(0.01)
+    await until_held(doors, 3)
     assert (await doors.ask("rs")).status_code == 429
     other = asyncio.ensure_future(doors.ask("wide"))
-    await asyncio.sleep(0.05)
+    await until_held(doors, 4)
     gate.set()
     answers = [answer.status_code for answer in await asyncio.gather(*waiting, other)]
     assert answers == [200] * 4
     assert (await doors.ask("rs")).status_code == 200
+
+
+async def test_tokens_of_a_minute_are_not_used_twice(doors: Doors) -> None:
+    """Requests that came while there were some are looked at again before the engine gets them."""
+    doors.ready.service.limiter.limits = limits(tokens_per_minute=4)
+    gate = hold(doors)
+    waiting = [asyncio.ensure_future(doors.ask("rs")) for _ in range(3)]
+    await until_held(doors, 3)
+    gate.set()
+    answers = await asyncio.gather(*waiting)
+    assert sorted(answer.status_code for answer in answers) == [200, 429, 429]
+
+
+async def test_lora_path_beside_model(doors: Doors) -> None:
+    """Taken where both name the same adapter, and refused by name where not."""
+    assert (await doors.ask("rs", lora_path="base:rs")).json()["model"] == "rs"
+    refused = await doors.ask("rs", lora_path="wide")
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "lora_path")
