@@ -84,6 +84,8 @@ class Unsteady(MemoryStore):
 
     def __init__(self) -> None:
         super().__init__()
+        self.digests: list[str] = []
+        """Of the bundles that a test built."""
         self.away = False
         self.latency_s = 0.0
         self.asked: list[str] = []

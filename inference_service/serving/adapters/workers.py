@@ -99,5 +99,6 @@ def _carry_out(item: _Work) -> None:
 def lower_priority(niceness: int) -> None:
     """Let the calling thread, and those that it starts, give way to others, where the system can do so."""
     if niceness and hasattr(os, "setpriority"):
+        thread = threading.get_native_id()
         with suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), niceness)
+            os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + niceness)
