@@ -27,7 +27,7 @@ TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}"
 
 
 def build_bundles(store: Store, folder: Path, count: int = 1, name: str = "tiny") -> list[str]:
-    """Build a deployment of adapters a0, a1, ... that differ; the first brings a chat template. Their digests."""
+    """Build adapters a0, a1, ..., of which the first brings a chat template, and return their digests."""
     base = write_base(folder / "base")
     adapters = {}
     for number in range(count):
@@ -77,6 +77,14 @@ def waiting(loader: AdapterLoader[Any], digest: str) -> Callable[[float], Loaded
     outcomes: SimpleQueue[Loaded[Any] | Fault] = SimpleQueue()
     loader.load(Handle(digest), outcomes.put)
     return lambda timeout_s: outcomes.get(timeout=timeout_s)
+
+
+def settle(loader: AdapterLoader[Any], timeout_s: float = 20) -> None:
+    """Wait until what was loaded is also kept on the disk, which goes on beside the load."""
+    room, deadline = loader._reader._room, time.monotonic() + timeout_s
+    while room._free != room._size:
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
 
 
 class Unsteady(MemoryStore):

@@ -77,6 +77,7 @@ class Replica:
         self.task = None
 
     def take(self, new):
+        """Take a generation over, or fail as often as was asked for."""
         if self.fails:
             self.fails -= 1
             raise ResourcesExhausted("no room")
@@ -84,6 +85,7 @@ class Replica:
 
     @property
     def numbers(self):
+        """Of the generations that were taken over."""
         return [new.number for new in self.took]
 
     async def __aenter__(self):
@@ -359,7 +361,7 @@ STEPS = st.lists(
 @settings(max_examples=40, deadline=None)
 @given(STEPS)
 def test_whatever_happens_numbers_only_grow(steps):
-    """Over any history of a store, what is taken over is whole and newer each time, and in the end the newest."""
+    """Over any history of a store, what is taken over is whole, newer each time, and in the end the newest."""
 
     async def history():
         store = Unsteady()

@@ -1,21 +1,17 @@
-"""Threads for work beside the steps: urgent work first, at a lower priority than the steps."""
+"""Threads for work beside the steps, urgent work first."""
 
 from __future__ import annotations
 
 import itertools
-import os
 import queue
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, Final, TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
-
-NICENESS: Final = 10
-"""Of threads that compute beside the steps: a tenth of a core while steps want all of them. See decision 38."""
 
 
 @dataclass(order=True)
@@ -31,13 +27,10 @@ class _Work:
 class Workers:
     """A few threads that take work in turn. They end with the process: a store that hangs holds up no exit."""
 
-    def __init__(
-        self, name: str, count: int, niceness: int = 0, prepare: Callable[[], object] | None = None
-    ) -> None:
+    def __init__(self, name: str, count: int, prepare: Callable[[], object] | None = None) -> None:
         """Start the threads; each has run prepare when this returns."""
         self._queue: queue.PriorityQueue[_Work] = queue.PriorityQueue()
         self._numbers = itertools.count()
-        self._niceness = niceness
         self._prepare = prepare
         self._ready = threading.Barrier(count + 1)
         self._lock = threading.Lock()
@@ -76,7 +69,6 @@ class Workers:
                 self._queue.put(_Work((0, next(self._numbers)), None))
 
     def _serve(self) -> None:
-        lower_priority(self._niceness)
         if self._prepare is not None:
             self._prepare()
         self._ready.wait()
@@ -94,11 +86,3 @@ def _carry_out(item: _Work) -> None:
         item.future.set_exception(error)
     else:
         item.future.set_result(result)
-
-
-def lower_priority(niceness: int) -> None:
-    """Let the calling thread, and those that it starts, give way to others, where the system can do so."""
-    if niceness and hasattr(os, "setpriority"):
-        thread = threading.get_native_id()
-        with suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + niceness)
