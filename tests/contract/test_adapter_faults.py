@@ -20,8 +20,8 @@ from loramux_shared.storage.open import open_store
 from tests.support.bundles import FakePacked, Unsteady, build_bundles, load, settle, waiting
 from tests.support.s3_gateway import S3Server
 
-# A process that is killed at its n-th touch of the cache folder, for n = 1, 2, ... until one lives. An audit hook
-# sees every open, rename, mkdir and removal before it happens. It forks, so that packages are imported once.
+# Processes that are killed at their n-th touch of the cache folder, for n = 1, 2, ..., until one lives. An audit
+# hook sees every open, rename, mkdir and removal before it happens. They are forks: packages are imported once.
 DIES = """
 import os, signal, sys, pathlib
 from inference_service.serving.adapters.disk import DiskTier
