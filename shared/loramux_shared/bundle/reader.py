@@ -11,6 +11,7 @@ import numpy as np
 from loramux_shared.bundle.manifest import (
     CONFIG_FILE,
     MANIFEST_FILE,
+    REBUILD,
     TEXT_FILES,
     WEIGHTS_FILE,
     FileDigest,
@@ -84,7 +85,7 @@ def verify_file(data: bytes, files: Mapping[str, FileDigest], name: str, digest:
         raise BundleCorrupt(f"{_what(digest, MANIFEST_FILE)}: expected a digest of {name}, found none")
     if len(data) != expected.size:
         raise BundleCorrupt(
-            f"{_what(digest, name)}: expected {expected.size} bytes, found {len(data)}. Rebuild the deployment."
+            f"{_what(digest, name)}: expected {expected.size} bytes, found {len(data)}. {REBUILD}"
         )
     verify(data, expected.sha256, _what(digest, name))
 
@@ -135,7 +136,7 @@ def _decode_row(row: ModuleRow, values: Array, config: Array, what: str) -> Bund
 
 def _expect(found: object, expected: object, what: str) -> None:
     if found != expected:
-        raise BundleCorrupt(f"{what}: expected {expected}, found {found}. Rebuild the deployment.")
+        raise BundleCorrupt(f"{what}: expected {expected}, found {found}. {REBUILD}")
 
 
 def _get(store: Store, digest: str, name: str) -> bytes:
@@ -143,7 +144,7 @@ def _get(store: Store, digest: str, name: str) -> bytes:
         return store.get(bundle_key(digest, name))
     except ObjectMissing as missing:
         raise BundleCorrupt(
-            f"{_what(digest, name)}: expected an object, found none in {store.uri}. Rebuild the deployment."
+            f"{_what(digest, name)}: expected an object, found none in {store.uri}. {REBUILD}"
         ) from missing
 
 
