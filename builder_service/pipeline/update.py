@@ -97,12 +97,20 @@ def changed(
     return before.model_copy(update={"adapters": dict(sorted(adapters.items())), "recipe": recipe})
 
 
-def check_removed(before: Generation, remove: Collection[str]) -> None:
-    """Raise `AdapterNotFound` where a deployment lacks an adapter that is to leave it."""
-    if missing := sorted(set(remove) - before.adapters.keys()):
+def check_update(store: Store, wish: Update) -> None:
+    """Refuse what can be seen to be wrong before an update runs. Blocks.
+
+    Raises:
+        DeploymentNotFound, GenerationMismatch, AdapterNotFound, DeploymentInvalid, BundleCorrupt,
+        StoreUnavailable
+    """
+    before = newest_generation(store, wish.name)
+    require(before, wish.expected_generation)
+    if missing := sorted(set(wish.remove) - before.adapters.keys()):
         raise AdapterNotFound(
             f"deployment {before.deployment} has no adapter {listed(missing)}; it has {listed(before.adapters)}"
         )
+    check_names(changed(before, dict.fromkeys(wish.add), wish.remove))
 
 
 def check_names(wanted: Generation) -> None:
