@@ -40,6 +40,8 @@ class FetchedAdapter:
     findings: tuple[Finding, ...] = ()
     warnings: tuple[Finding, ...] = ()
     """About files that are there and not used."""
+    listing: str | None = None
+    """What the source said of them, see `Resolved.digest`."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,11 @@ class ListedAdapter:
     def size(self) -> int:
         """Bytes that will be fetched."""
         return self.resolved.size(self.wanted)
+
+    @property
+    def digest(self) -> str | None:
+        """What the source says of the files, see `Resolved.digest`; None where they are refused."""
+        return self.resolved.digest(self.wanted) if self.wanted else None
 
 
 @contextmanager
@@ -177,14 +184,15 @@ def fetch_adapter(listed: ListedAdapter, folder: Path, progress: Progress) -> Fe
     """
     name, source, resolved = listed.name, listed.source, listed.resolved
     if listed.findings:
-        return FetchedAdapter(name, folder, _recorded(resolved.repository), {}, listed.findings)
+        return FetchedAdapter(name, folder, recorded(resolved.repository), {}, listed.findings)
     progress.enter(name, Stage.FETCHING, listed.size)
     with about(resolved.repository):
         files = source.fetch(resolved, listed.wanted, folder, progress.counter(name))
     warnings = tuple(extra_files(resolved.files))
-    return FetchedAdapter(name, folder, _recorded(source.pin(resolved, files)), files, warnings=warnings)
+    pinned = recorded(source.pin(resolved, files))
+    return FetchedAdapter(name, folder, pinned, files, warnings=warnings, listing=listed.digest)
 
 
-def _recorded(repository: Repository) -> Repository:
+def recorded(repository: Repository) -> Repository:
     """Return what the generation says about an adapter's origin: nobody fetches it again from there."""
     return repository.model_copy(update={"repo": repository.shown})

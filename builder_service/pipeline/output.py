@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from builder_service.domain.rules import base_warning
 from builder_service.pipeline.context import BuildContext
 from builder_service.pipeline.convert import BuiltBundle, bundle_bytes, convert_adapter
-from builder_service.pipeline.fetch import gathered
+from builder_service.pipeline.fetch import FetchedAdapter, gathered
 from builder_service.pipeline.intake import Identity, identity
 from builder_service.pipeline.progress import Progress, Stage
 from builder_service.pipeline.publish import publish_bundle
 from builder_service.pipeline.space import Space
 from builder_service.pipeline.validate import ValidAdapter
+from loramux_shared.bundle.manifest import CONVERTER, AdapterRecord
 from loramux_shared.bundle.proof import Proof
 from loramux_shared.deployment import Dtype
 from loramux_shared.storage.base import Store
@@ -59,8 +60,8 @@ class Output:
     progress: Progress
     context: BuildContext
 
-    def put_out(self, groups: Sequence[Duplicates], proofs: Sequence[Proof | None]) -> dict[str, str]:
-        """Convert and publish; returns the digests by the adapters' names.
+    def put_out(self, groups: Sequence[Duplicates], proofs: Sequence[Proof | None]) -> dict[str, AdapterRecord]:
+        """Convert and publish; returns what the generation says of the adapters, by their names.
 
         Raises:
             ResourcesExhausted: the disk has no room for a bundle.
@@ -72,10 +73,11 @@ class Output:
                 group.names[0]: pool.submit(self._put_out, group, proof)
                 for group, proof in zip(groups, proofs, strict=True)
             }
-        digests = gathered(futures, self.progress)
-        return {name: digest for group, digest in zip(groups, digests, strict=True) for name in group.names}
+        return {
+            name: record for records in gathered(futures, self.progress) for name, record in records.items()
+        }
 
-    def _put_out(self, group: Duplicates, proof: Proof | None) -> str:
+    def _put_out(self, group: Duplicates, proof: Proof | None) -> dict[str, AdapterRecord]:
         for name in group.names:
             self.progress.enter(name, Stage.CONVERTING)
         size = bundle_bytes(group.first.checked, self.dtype)
@@ -83,10 +85,20 @@ class Output:
             bundle = convert_adapter(group.first, self.dtype, self.progress, proof)
         self._describe(group, bundle)
         publish_bundle(self.store, bundle, group.names, self.served, self.progress)
-        return bundle.digest
+        return {adapter.fetched.name: _record(adapter.fetched, bundle) for adapter in group.adapters}
 
     def _describe(self, group: Duplicates, bundle: BuiltBundle) -> None:
         warning = base_warning(bundle.manifest.base_model_name, self.base)
         for adapter in group.adapters:
             extra = [*([warning] if warning else []), *adapter.fetched.warnings]
             self.progress.describe(adapter.fetched.name, bundle.digest, bundle.manifest, extra)
+
+
+def _record(fetched: FetchedAdapter, bundle: BuiltBundle) -> AdapterRecord:
+    return AdapterRecord(
+        digest=bundle.digest,
+        source=fetched.source,
+        summary=bundle.manifest.summary,
+        listing=fetched.listing,
+        converter=CONVERTER,
+    )

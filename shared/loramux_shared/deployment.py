@@ -33,6 +33,8 @@ class SourceKind(StrEnum):
     AZURE = "AZURE"
     REMOTE_URL = "REMOTE_URL"
     LOCAL = "LOCAL"
+    PUSHED = "PUSHED"
+    """Sent to the builder by PutAdapter; ``repo`` is the name under which it was."""
 
 
 class Dtype(StrEnum):
@@ -41,6 +43,11 @@ class Dtype(StrEnum):
     BFLOAT16 = "bfloat16"
     FLOAT16 = "float16"
     FLOAT32 = "float32"
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a value."""
+        return 4 if self is Dtype.FLOAT32 else 2
 
 
 class Merge(StrEnum):
@@ -63,7 +70,7 @@ class Repository(Model):
     source: SourceKind
     """Where it is fetched from."""
     repo: str = Field(min_length=1, max_length=4096)
-    """``namespace/name`` for HF, an absolute directory for LOCAL, else an address."""
+    """``namespace/name`` for HF, an absolute directory for LOCAL, a name for PUSHED, else an address."""
     revision: str = ""
     """Branch, tag or commit (HF); else a digest: of the archive (REMOTE_URL), or of the files that are used."""
     subfolder: str = ""
@@ -88,7 +95,7 @@ class Repository(Model):
     @property
     def shown(self) -> str:
         """``repo`` for messages, logs and records: without what in an address may be secret."""
-        if self.source in {SourceKind.HF, SourceKind.LOCAL}:
+        if self.source in {SourceKind.HF, SourceKind.LOCAL, SourceKind.PUSHED}:
             return self.repo
         address = re.split(r"[?#]", self.repo, maxsplit=1)[0]
         return re.sub(r"//[^/]*@", "//", address)

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Final, Literal, Self
 
 from pydantic import Field, ValidationError
@@ -32,8 +32,14 @@ WEIGHTS_FILE = "model.lora_weights.npy"
 CONFIG_FILE = "model.lora_config.npy"
 MANIFEST_FILE = "manifest.json"
 BUILDS_PREFIX: Final = "builds/"
+DEPLOYMENTS_PREFIX: Final = "deployments/"
+REBUILD: Final = "Build the deployment again with --verify."
+"""What mends a store: of other builds only what is missing."""
 TEXT_FILES: Final = ("chat_template.jinja", "generation_config.json", "tokenizer_config.json")
 """What an adapter may bring beside its weights: template, sampling defaults, stop tokens."""
+
+CONVERTER: Final = 1
+"""Raised when the same adapter would be judged otherwise or give another bundle: then all are built again."""
 
 Sha256 = Field(pattern=r"^[0-9a-f]{64}$")
 
@@ -61,8 +67,13 @@ class Record(Model):
         except ValidationError as error:
             raise BundleCorrupt(
                 f"{what} is not a {cls.__name__} of format version {FORMAT_VERSION}: "
-                f"{error.error_count()} fields are missing or wrong. Rebuild the deployment."
+                f"{error.error_count()} fields are missing or wrong. {REBUILD}"
             ) from error
+
+
+def _is_unset(value: object) -> bool:
+    """Leave a field out of the canonical bytes: a record without it has the bytes that it always had."""
+    return value is None
 
 
 class FileDigest(Model):
@@ -142,6 +153,26 @@ class Manifest(Record):
         return len(self.coverage.used) or 2 * len(self.rows)
 
     @property
+    def weights_bytes(self) -> int:
+        """Bytes of A and B of all rows, without padding."""
+        elements = sum(row.rank * (row.in_features + row.out_features) for row in self.rows)
+        return elements * self.dtype.itemsize
+
+    @property
+    def summary(self) -> AdapterSummary:
+        """What a generation tells of the bundle."""
+        return AdapterSummary(
+            ranks=self.ranks,
+            modules=self.modules,
+            tensors_used=self.tensors_used,
+            weights_bytes=self.weights_bytes,
+            bundle_bytes=sum(file.size for file in self.files.values()),
+            warnings=tuple(dict.fromkeys(warning.code for warning in self.warnings)),
+            texts=tuple(name for name in TEXT_FILES if name in self.files),
+            base_model_name=self.base_model_name,
+        )
+
+    @property
     def ranks(self) -> tuple[int, ...]:
         """The distinct ranks, ascending."""
         return tuple(sorted({row.rank for row in self.rows}))
@@ -152,12 +183,39 @@ class Manifest(Record):
         return tuple(name for _, name in sorted({(row.module_id, row.module) for row in self.rows}))
 
 
+class AdapterSummary(Model):
+    """What can be told of an adapter without a look into its bundle."""
+
+    ranks: tuple[int, ...]
+    """The distinct ranks, ascending."""
+    modules: tuple[str, ...]
+    """The distinct modules, by module id."""
+    tensors_used: int = Field(ge=0)
+    weights_bytes: int = Field(ge=0)
+    """Of A and B of all rows in the storage type, without padding."""
+    bundle_bytes: int = Field(ge=0)
+    """Of all files of the bundle but the manifest."""
+    warnings: tuple[str, ...] = ()
+    """Codes, each once, in the manifest's order."""
+    texts: tuple[str, ...] = ()
+    """Which of `TEXT_FILES` the adapter brings."""
+    base_model_name: str = ""
+    """What the adapter says that it was trained on."""
+
+
 class AdapterRecord(Model):
     """An adapter of a generation."""
 
     digest: str = Sha256
     source: Repository
     """With the resolved revision."""
+    summary: AdapterSummary | None = Field(default=None, exclude_if=_is_unset)
+    """None in generations of older releases, as are the next two."""
+    listing: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$", exclude_if=_is_unset)
+    """sha256 of what the source said of the files when it was asked for them: where it says the same again,
+    nothing of the adapter has changed. None where a source says nothing that can be relied on."""
+    converter: int | None = Field(default=None, ge=1, exclude_if=_is_unset)
+    """The builder's rules and arithmetic by which the bundle was made; see `CONVERTER`."""
 
 
 class BaseRecord(Model):
@@ -167,6 +225,13 @@ class BaseRecord(Model):
     """With the resolved revision."""
     files: dict[str, FileDigest]
     """Every file that serving needs, by its path in the repository's subfolder."""
+
+
+class Recipe(Model):
+    """The settings of a build that a generation does not tell otherwise: what comes in later obeys them too."""
+
+    truncate_to_rank: int | None = Field(default=None, ge=1)
+    prove: bool = False
 
 
 class Generation(Record):
@@ -186,6 +251,8 @@ class Generation(Record):
     request_default_max_tokens: int | None = None
     serve_base: bool = True
     merge: Merge = Merge.AUTO
+    recipe: Recipe | None = Field(default=None, exclude_if=_is_unset)
+    """None in generations of older releases."""
 
     @property
     def merged(self) -> str | None:
@@ -194,8 +261,15 @@ class Generation(Record):
         return next(iter(self.adapters)) if one else None
 
     def same_content(self, other: Generation) -> bool:
-        """True when only number and time differ."""
-        return self == other.model_copy(update={"number": self.number, "create_time": self.create_time})
+        """True when only number and time differ, and what sources say of files that are the same."""
+        return self._content == other._content
+
+    @property
+    def _content(self) -> Generation:
+        adapters = {name: record.model_copy(update={"listing": None}) for name, record in self.adapters.items()}
+        return self.model_copy(
+            update={"number": 1, "create_time": datetime.min.replace(tzinfo=UTC), "adapters": adapters}
+        )
 
 
 class Current(Record):
@@ -215,9 +289,7 @@ def verify(data: bytes | bytearray | memoryview, sha256: str, what: str) -> None
     """Raise `BundleCorrupt` unless data has this digest."""
     actual = sha256_hex(data)
     if actual != sha256:
-        raise BundleCorrupt(
-            f"{what}: expected sha256 {sha256}, found {actual} ({len(data)} bytes). Rebuild the deployment."
-        )
+        raise BundleCorrupt(f"{what}: expected sha256 {sha256}, found {actual} ({len(data)} bytes). {REBUILD}")
 
 
 def bundle_key(digest: str, file: str) -> str:

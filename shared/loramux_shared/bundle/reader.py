@@ -11,6 +11,7 @@ import numpy as np
 from loramux_shared.bundle.manifest import (
     CONFIG_FILE,
     MANIFEST_FILE,
+    REBUILD,
     TEXT_FILES,
     WEIGHTS_FILE,
     FileDigest,
@@ -118,7 +119,7 @@ def verify_file(data: Bytes, files: Mapping[str, FileDigest], name: str, digest:
     expected = _expected(files, name, digest)
     if len(data) != expected.size:
         raise BundleCorrupt(
-            f"{_what(digest, name)}: expected {expected.size} bytes, found {len(data)}. Rebuild the deployment."
+            f"{_what(digest, name)}: expected {expected.size} bytes, found {len(data)}. {REBUILD}"
         )
     verify(data, expected.sha256, _what(digest, name))
 
@@ -178,7 +179,7 @@ def _decode_row(row: ModuleRow, values: Array, config: Array, what: str) -> Bund
 
 def _expect(found: object, expected: object, what: str) -> None:
     if found != expected:
-        raise BundleCorrupt(f"{what}: expected {expected}, found {found}. Rebuild the deployment.")
+        raise BundleCorrupt(f"{what}: expected {expected}, found {found}. {REBUILD}")
 
 
 def read_file(store: Store, digest: str, name: str) -> bytes:
@@ -192,7 +193,7 @@ def read_file(store: Store, digest: str, name: str) -> bytes:
         return store.get(bundle_key(digest, name))
     except ObjectMissing as missing:
         raise BundleCorrupt(
-            f"{_what(digest, name)}: expected an object, found none in {store.uri}. Rebuild the deployment."
+            f"{_what(digest, name)}: expected an object, found none in {store.uri}. {REBUILD}"
         ) from missing
 
 

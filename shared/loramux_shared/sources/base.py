@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Protocol, TypeAlias
 
-from loramux_shared.bundle.manifest import FileDigest
+from loramux_shared.bundle.manifest import FileDigest, sha256_hex
 from loramux_shared.deployment import Repository
 from loramux_shared.faults import Fault
 
@@ -39,6 +40,13 @@ class SourceFile:
     """What the source says of the content otherwise: ``md5:<hex>``, or ``git:<hex>`` of a blob of git's."""
     version: str = ""
     """What the source calls this state of the file (ETag, generation); no other state is fetched."""
+    settled: bool = field(default=True, compare=False)
+    """False where the file may change once more without getting another version."""
+
+    @property
+    def known(self) -> bool:
+        """Whether the same words of the source mean the same content."""
+        return self.settled and bool(self.sha256 or self.checksum or self.version)
 
 
 @dataclass(frozen=True)
@@ -56,6 +64,14 @@ class Resolved:
     def size(self, names: Iterable[str]) -> int:
         """Return the bytes of these files together."""
         return sum(self.files[name].size for name in names)
+
+    def digest(self, names: Iterable[str]) -> str | None:
+        """Return the sha256 of what the source says of these files; None where it may say so of others too."""
+        said = {name: self.files[name] for name in names}
+        if not all(file.known for file in said.values()):
+            return None
+        table = {name: [file.size, file.sha256 or file.checksum or file.version] for name, file in said.items()}
+        return sha256_hex(json.dumps(table, sort_keys=True, separators=(",", ":")).encode())
 
 
 @contextmanager

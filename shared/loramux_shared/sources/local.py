@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Final
 
 from loramux_shared.bundle.manifest import FileDigest
 from loramux_shared.deployment import Repository
@@ -17,6 +18,8 @@ from loramux_shared.wording import listed
 
 MAX_DEPTH = 2
 """Folders below the repository's that are listed: enough to see where an adapter is."""
+SETTLED_NS: Final = 100_000_000
+"""File systems count time in ticks of some milliseconds: of two writes in one, the second changes no time."""
 
 
 class LocalSource:
@@ -28,16 +31,26 @@ class LocalSource:
     def resolve(
         self, repository: Repository, progress: Progress = unwatched, room: Room = unwatched
     ) -> Resolved:
-        """List a folder; the revision follows from the content, and is known once the files were read."""
+        """List a folder; the revision follows from the content, and is known once the files were read.
+
+        What was written just now is listed once its time says which state it is in.
+        """
         del progress, room
         folder = self._folder(repository)
+        files = self._files(folder)
+        if not all(file.settled for file in files.values()):
+            time.sleep(SETTLED_NS / 1e9)
+            files = self._files(folder)
+        return Resolved(repository, files)
+
+    def _files(self, folder: Path) -> dict[str, SourceFile]:
         files = {}
         with _translated():
             for path in self._walk(folder, MAX_DEPTH):
                 files[path.relative_to(folder).as_posix()] = _listed(path)
                 if len(files) > MAX_FILES:
                     raise SourceRefused(f"LOCAL {folder}: more than {MAX_FILES} files; name a folder in it")
-        return Resolved(repository, files)
+        return files
 
     def fetch(
         self, resolved: Resolved, names: Iterable[str], into: Path, progress: Progress = unwatched
@@ -129,7 +142,9 @@ class LocalSource:
 
 def _listed(path: Path) -> SourceFile:
     status = path.stat()
-    return SourceFile(status.st_size, version=str(status.st_mtime_ns))
+    changed = max(status.st_mtime_ns, status.st_ctime_ns)
+    version = f"{status.st_mtime_ns}-{status.st_ctime_ns}-{status.st_ino}"
+    return SourceFile(status.st_size, version=version, settled=time.time_ns() - changed > SETTLED_NS)
 
 
 @contextmanager
