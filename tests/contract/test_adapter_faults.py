@@ -20,7 +20,7 @@ from loramux_shared.storage.open import open_store
 from tests.support.bundles import FakePacked, Unsteady, build_bundles, load, settle, waiting
 from tests.support.s3_gateway import S3Server
 
-# Processes that are killed at their n-th touch of the cache folder, for n = 1, 2, ..., until one lives. An audit
+# Processes that are killed at their n-th touch of the cache folder for n = 1, 2, ..., until one lives. An audit
 # hook sees every open, rename, mkdir and removal before it happens. They are forks: packages are imported once.
 DIES = """
 import os, signal, sys, pathlib
