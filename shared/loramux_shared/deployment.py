@@ -36,6 +36,8 @@ class SourceKind(StrEnum):
     AZURE = "AZURE"
     REMOTE_URL = "REMOTE_URL"
     LOCAL = "LOCAL"
+    PUSHED = "PUSHED"
+    """Sent to the builder by PutAdapter; ``repo`` is the name under which it was."""
 
 
 class Dtype(StrEnum):
@@ -71,7 +73,7 @@ class Repository(Model):
     source: SourceKind
     """Where it is fetched from."""
     repo: str = Field(min_length=1, max_length=4096)
-    """``namespace/name`` for HF, an absolute directory for LOCAL, else an address."""
+    """``namespace/name`` for HF, an absolute directory for LOCAL, a name for PUSHED, else an address."""
     revision: str = ""
     """Branch, tag or commit (HF); else a digest: of the archive (REMOTE_URL), or of the files that are used."""
     subfolder: str = ""
@@ -96,7 +98,7 @@ class Repository(Model):
     @property
     def shown(self) -> str:
         """``repo`` for messages, logs and records: without what in an address may be secret."""
-        if self.source in {SourceKind.HF, SourceKind.LOCAL}:
+        if self.source in {SourceKind.HF, SourceKind.LOCAL, SourceKind.PUSHED}:
             return self.repo
         address = re.split(r"[?#]", self.repo, maxsplit=1)[0]
         return re.sub(r"//[^/]*@", "//", address)

@@ -71,7 +71,7 @@ class Packer:
             lora.open(-(-packed.num_bytes // ALIGNMENT) * ALIGNMENT, max(packed.max_rank, 1), 1)
             lora.copy(packed, 0)
             lora.enter(0, 0, packed)
-            adapter = Adapter(bundle.digest, 0)
+            adapter = Adapter(bundle.digest, uid=1, slot=0)
             replayed = replay(shown, manifest.proof, manifest, adapter, lora, self._model, self._block_size)
         log.info(
             "proof holds",
@@ -84,4 +84,6 @@ class Packer:
 
 def _beside_the_steps(device: torch.device) -> AbstractContextManager[object]:
     """Compute on a stream of one's own, where there are streams: on the steps' they would wait."""
-    return torch.cuda.stream(torch.cuda.Stream(device)) if device.type == "cuda" else nullcontext()
+    if device.type != "cuda":
+        return nullcontext()
+    return torch.cuda.stream(torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
