@@ -6,7 +6,7 @@ from array import array
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -23,6 +23,7 @@ from inference_service.engine.graph_runner import GraphRunner
 from inference_service.engine.graphs import CudaRecorder, Graph, Recorder
 from inference_service.engine.residents import AlwaysResident
 from inference_service.engine.rows import lay_out
+from inference_service.engine.runner import Runner
 from inference_service.engine.scheduler import SchedulerLimits
 from inference_service.engine.step import Pending
 from inference_service.engine.tape import Tape, TapeRecorder
@@ -270,7 +271,7 @@ def test_adapters_that_come_after_the_recording_give_the_torch_backends_tokens(
 ) -> None:
     """Steps recorded with an empty bank of two slots serve three adapters of other ranks and modules in turn:
     each is copied over the one that left, beside one that stays."""
-    model = ready.engine._engine._runner._model
+    model = cast(Runner, ready.engine._engine._runner)._model
     lora = TritonLora(model.config.groups, LAYERS, torch.float32, model.device)
     weights = {name: _weights_of(world[1], name, model) for name in ("all", "rs", "wide")}
     packed = {name: lora.pack(each) for name, each in weights.items()}
@@ -279,7 +280,7 @@ def test_adapters_that_come_after_the_recording_give_the_torch_backends_tokens(
     limits = SchedulerLimits(max_tokens=16, max_seqs=2, max_adapters=2, max_seq_len=64)
     runner = GraphRunner(model, lora, BLOCKS, BLOCK, limits, CountingRecorder())
     runner.capture()
-    engine = Engine(runner, limits, BlockManager(BLOCKS, BLOCK))
+    engine = Engine(runner, limits, BlockManager(BLOCKS, BLOCK), AlwaysResident())
     plain = world[0].load(world[1], backend="torch", native=False)
     held: dict[int, Adapter] = {}
     for uid, name in enumerate(("all", "rs", "wide"), 1):
@@ -288,14 +289,14 @@ def test_adapters_that_come_after_the_recording_give_the_torch_backends_tokens(
             lora.leave(slot)
         lora.copy(packed[name], slot * half)
         lora.enter(slot, slot * half, packed[name])
-        held[slot] = Adapter(name, uid, slot)
+        held[slot] = Adapter(name, slot)
         found: list[list[int]] = [[] for _ in held]
         for number, adapter in enumerate(held.values()):
             engine.add(EngineSequence(str(number), [5, 6, 7], SamplingParams(max_tokens=2), adapter))
         while not engine.idle:
             for output in engine.step():
                 found[int(output.seq_id)].append(output.token.id)
-        assert found == run_engine(plain, [(adapter.name, [5, 6, 7]) for adapter in held.values()], 2)
+        assert found == run_engine(plain, [(adapter.digest, [5, 6, 7]) for adapter in held.values()], 2)
 
 
 def _weights_of(store: MemoryStore, name: str, model: Decoder) -> AdapterWeights:
