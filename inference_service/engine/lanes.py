@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from itertools import chain
 from typing import Final
 
-from inference_service.core.batch import Chunk
 from inference_service.core.sequence import FAIR, Adapter, Sequence, Share
 
 Key = tuple[str, Adapter | None]
@@ -80,7 +79,8 @@ class Lanes:
 
     def of(self, seq: Sequence) -> Lane:
         """Return the lane of a sequence, which is in it."""
-        return self._lanes[seq.flow, seq.adapter]
+        lane: Lane = seq.lane
+        return lane
 
     def add(self, seq: Sequence) -> Lane:
         """Let a sequence wait in its lane."""
@@ -92,7 +92,7 @@ class Lanes:
             self._by_adapter[seq.adapter][lane] = None
             if seq.adapter is not None and seq.adapter.slot is None:
                 self.uncounted.add(lane)
-        lane.share = seq.share
+        lane.share, seq.lane = seq.share, lane
         self._wait(lane, seq)
         return lane
 
@@ -126,15 +126,6 @@ class Lanes:
             self.uncounted.remove(lane)
             lane.served = max(lane.served, self._least(lane))
             self.lowest = min(self.lowest, lane.served)
-
-    def charge(self, chunk: Chunk) -> None:
-        """Charge a lane for a chunk's rows, save those that are computed again."""
-        seq = chunk.seq
-        rows = chunk.end - max(chunk.start, seq.num_charged)
-        if rows > 0:
-            lane = self.of(seq)
-            lane.served += rows / lane.share.weight
-            seq.num_charged = chunk.end
 
     def is_full(self, lane: Lane) -> bool:
         """Whether as many sequences of its flow are under way, on whatever adapter, as its share allows."""

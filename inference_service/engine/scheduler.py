@@ -140,21 +140,27 @@ class Scheduler:
         """Choose the chunks of the next step; empty when there is nothing to do."""
         step = _Step(self.limits.max_tokens)
         bound = self._bring_in(step)
-        decodes = [seq for seq in self.running if seq.num_pending <= 1]
+        decodes: list[Sequence] = []
+        prompts: list[Sequence] = []
+        for seq in self.running:
+            (prompts if seq.num_pending > 1 else decodes).append(seq)
         if len(decodes) > step.budget:
             decodes.sort(key=lambda seq: self.lanes.of(seq).served)
         for seq in decodes:
             self._continue(seq, step)
-        self._take_turns(step, bound)
+        self._take_turns(step, prompts, bound)
         return Batch(tuple([Chunk(seq, length) for seq, length in step.lengths.items()]))
 
     def commit(self, batch: Batch) -> None:
         """Note that a batch was submitted: for every later step, its keys and values are in the cache."""
         for chunk in batch.chunks:
             seq, drawn = chunk.seq, chunk.samples
-            self.lanes.charge(chunk)
             seq.num_computed += chunk.length
             seq.in_flight += drawn
+            rows = seq.num_computed - seq.num_charged
+            if rows > 0:  # what is computed again costs nothing, nor does what was cached
+                seq.lane.served += min(rows, chunk.length) / seq.lane.share.weight
+                seq.num_charged = seq.num_computed
             self.blocks.register(seq)
 
     def _bring_in(self, step: _Step) -> float:
@@ -192,13 +198,12 @@ class Scheduler:
     def _presence(self, lane: Lane) -> Presence:
         return Presence.RESIDENT if lane.adapter is None else self._residents.presence(lane.adapter)
 
-    def _take_turns(self, step: _Step, bound: float) -> None:
+    def _take_turns(self, step: _Step, prompts: list[Sequence], bound: float) -> None:
         """Share what is left of the budget among prompts under way and those that wait."""
         turns: list[_Turn] = []
-        for seq in self.running:
-            if seq.num_pending > 1 and seq not in step.lengths:
-                lane = self.lanes.of(seq)
-                turns.append((lane.served, 0, seq.order, next(self._numbers), lane, seq))
+        for seq in prompts:
+            lane = self.lanes.of(seq)
+            turns.append((lane.served, 0, seq.order, next(self._numbers), lane, seq))
         turns += [self._turn(lane, step) for lane in self._candidates(bound)]
         heapq.heapify(turns)
         while turns and step.budget:
@@ -254,8 +259,8 @@ class Scheduler:
         """Give a sequence under way its rows; who is furthest ahead gives up the blocks that it lacks."""
         if seq in step.preempted or not step.budget or (seq.in_flight and self._waits_for_its_token(seq)):
             return
-        length = min(seq.num_pending, step.budget)
-        step.give(self.lanes.of(seq), seq, length)
+        step.lengths[seq] = length = min(seq.num_pending, step.budget)
+        step.budget -= length
         while seq not in step.preempted and not self.blocks.grow(seq, seq.num_computed + length):
             step.short = True
             self._preempt(max(self.running, key=self._expendable), step)
