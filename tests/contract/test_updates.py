@@ -338,7 +338,7 @@ async def test_the_history_tells_what_changed(world: World) -> None:
     assert [each.number for each in answer.generations] == [4, 3, 2]
     request = pb.ListGenerationsRequest(name="tiny", page_token=answer.next_page_token)
     assert [each.number for each in (await world.client._builder.ListGenerations(request)).generations] == [1]
-    request.page_token = "x"
+    request.page_token = "x"  # noqa: S105 - of a page
     with pytest.raises(grpc.RpcError) as error:
         await world.client._builder.ListGenerations(request)
     assert isinstance(fault_of(error.value), PageTokenInvalid)
