@@ -269,7 +269,8 @@ def test_adapters_that_come_after_the_recording_give_the_torch_backends_tokens(
 ) -> None:
     """Steps recorded with an empty bank of two slots serve three adapters of other ranks and modules in turn:
     each is copied over the one that left, beside one that stays."""
-    model = ready.engine._engine._runner._model
+    eager: Any = ready.engine._engine._runner
+    model = eager._model
     lora = TritonLora(model.config.groups, LAYERS, torch.float32, model.device)
     weights = {name: _weights_of(world[1], name, model) for name in ("all", "rs", "wide")}
     packed = {name: lora.pack(each) for name, each in weights.items()}
