@@ -8,7 +8,7 @@ on one thread. A GPU hides as much of it as its step takes, for it is one step b
 
 Every sequence decodes in every step that is measured. `mixed` adds a prompt of 256 tokens to each of them,
 `starved` a queue whose head finds its prefix in the cache and no blocks for the rest, `crowded` a queue of
-1,000 sequences whose adapters find no place.
+1,000 sequences whose adapters are on their way.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from types import SimpleNamespace
 from typing import Any, Final, Literal, get_args
 
@@ -36,6 +37,7 @@ from inference_service.engine.block_manager import BlockManager
 from inference_service.engine.engine import Engine
 from inference_service.engine.graph_runner import GraphRunner
 from inference_service.engine.graphs import Graph
+from inference_service.engine.residents import AlwaysResident
 from inference_service.engine.scheduler import SchedulerLimits
 
 Kind = Literal["decode", "mixed", "starved", "crowded"]
@@ -114,7 +116,7 @@ class Bench:
         lora: Any = SimpleNamespace(num_slots=point.loaded)
         runner = GraphRunner(model, lora, blocks, BLOCK_SIZE, limits, _Nothing())
         runner.capture()
-        self._engine = Engine(runner, limits, BlockManager(blocks, BLOCK_SIZE))
+        self._engine = Engine(runner, limits, BlockManager(blocks, BLOCK_SIZE), AlwaysResident())
         self._fill()
         if point.kind == "starved":
             self._add(blocks * BLOCK_SIZE, adapter=0)
@@ -150,13 +152,20 @@ class Bench:
         number = next(self._numbers)
         stride = max(1, self._point.loaded // ACTIVE)
         slot = adapter * stride if adapter < ACTIVE else ACTIVE * stride + adapter
-        known = Adapter(f"a{slot}", slot + 1, slot) if self._point.loaded else None
+        known = _adapter(slot) if self._point.loaded else None
+        if known is not None and adapter >= ACTIVE:
+            known.slot = None  # on its way
         own = [] if params is None else [number % VOCAB]
         tokens = own + list(itertools.islice(itertools.cycle(range(2, 1000)), length - len(own)))
         params = params or SamplingParams(temperature=0.7, top_p=0.9, seed=number)
         seq = EngineSequence(str(number), tokens, params, known)
         self._engine.add(seq)
         return seq
+
+
+@cache
+def _adapter(slot: int) -> Adapter:
+    return Adapter(f"{slot:064x}", slot)
 
 
 def measure(point: Point, profile: cProfile.Profile | None = None) -> Took:

@@ -45,7 +45,7 @@ def main() -> None:
 
 
 def _measure() -> None:
-    models = [ServedModel(f"a{i}", Adapter(f"a{i}", i + 1, i), digest="0" * 64) for i in range(ADAPTERS)]
+    models = [ServedModel(f"a{i}", Adapter("0" * 64, i), digest="0" * 64) for i in range(ADAPTERS)]
     stats = EngineStats(**dict.fromkeys(EngineStats.__dataclass_fields__, 8))
     engine = cast(EngineView, SimpleNamespace(stats=stats, sequence_counts=SequenceCounts({}, {})))
     metrics = Metrics(Catalog(1, "base", [ServedModel("base"), *models]), engine)

@@ -10,6 +10,7 @@ from loramux.builder.v1 import builder_pb2 as pb
 from loramux_shared.deployment import Deployment, Dtype, LoraConfiguration, Merge, Repository
 from loramux_shared.deployment_file import parse_deployment
 from loramux_shared.faults import DeploymentInvalid, Finding
+from loramux_shared.limits import Limits
 from loramux_shared.wording import listed
 
 _PREFIX = "SOURCE_KIND_"
@@ -44,6 +45,9 @@ def deployment_to_message(deployment: Deployment) -> pb.DeploymentSpec:
         prove=build.prove,
         hide_base=not runtime.serve_base,
         merge=_MERGES[runtime.merge],
+        aliases=[pb.Alias(name=name, weights=weights) for name, weights in runtime.aliases.items()],
+        default_limits=_limits_to_message(runtime.limits.default),
+        model_limits={name: _limits_to_message(limits) for name, limits in runtime.limits.models.items()},
     )
 
 
@@ -54,6 +58,7 @@ def deployment_from_message(message: pb.DeploymentSpec) -> Deployment:
         DeploymentInvalid: with one finding per violation.
     """
     adapters = adapters_from_message(message.adapters)
+    _require_distinct("alias", message.aliases)
     lora: dict[str, Any] = {"lora_target_modules": tuple(message.lora_target_modules)}
     if message.lora_dtype:
         lora["dtype"] = DTYPE_NAMES.get(message.lora_dtype, "unknown")
@@ -64,7 +69,15 @@ def deployment_from_message(message: pb.DeploymentSpec) -> Deployment:
         "prove": message.prove,
     }
     merge = next((name for name, value in _MERGES.items() if value == message.merge), "unknown")
-    runtime: dict[str, Any] = {"serve_base": not message.hide_base, "merge": merge}
+    runtime: dict[str, Any] = {
+        "serve_base": not message.hide_base,
+        "merge": merge,
+        "aliases": {alias.name: dict(alias.weights) for alias in message.aliases},
+        "limits": {
+            "default": _limits_fields(message.default_limits),
+            "models": {name: _limits_fields(limits) for name, limits in message.model_limits.items()},
+        },
+    }
     for block, field in (
         (lora, "max_lora_rank"),
         (lora, "truncate_to_rank"),
@@ -78,15 +91,27 @@ def deployment_from_message(message: pb.DeploymentSpec) -> Deployment:
     return parse_deployment(data).deployment
 
 
+def _limits_to_message(limits: Limits) -> pb.Limits:
+    return pb.Limits(**limits.model_dump())
+
+
+def _limits_fields(message: pb.Limits) -> dict[str, Any]:
+    return {field.name: value for field, value in message.ListFields()}
+
+
+def _require_distinct(kind: str, named: Collection[pb.Adapter] | Collection[pb.Alias]) -> None:
+    counted = Counter(item.name for item in named)
+    if twice := sorted(name for name, count in counted.items() if count > 1):
+        raise DeploymentInvalid(f"{kind} names must be distinct; given twice: {listed(twice)}")
+
+
 def adapters_from_message(messages: Collection[pb.Adapter]) -> dict[str, dict[str, Any]]:
     """Return the fields of repositories by the names of their adapters.
 
     Raises:
         DeploymentInvalid: two have one name.
     """
-    counted = Counter(item.name for item in messages)
-    if twice := sorted(name for name, count in counted.items() if count > 1):
-        raise DeploymentInvalid(f"adapter names must be distinct; given twice: {listed(twice)}")
+    _require_distinct("adapter", messages)
     return {item.name: _repository_fields(item.repository) for item in messages}
 
 

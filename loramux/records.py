@@ -89,6 +89,10 @@ class GenerateOptions(TypedDict, total=False):
     """Only requests with the same one share cached prompts."""
     priority: int | None
     """Requests of a higher priority are scheduled first; 0 is the default."""
+    min_generation: int | None
+    """Answer with this generation of the deployment or a later one."""
+    sticky_key: str | None
+    """Where the model is an alias, requests with the same key get the same one of its models."""
 
 
 # The members of the enums below stand in the order of the numbers in the proto files, beginning with 0.
@@ -131,9 +135,11 @@ class Started:
 
     request_id: str
     model: str
+    """Of an alias, the one that was picked."""
     adapter_digest: str
     """sha256 of the bundle's manifest, in hex; empty for the base."""
     generation: int
+    """By which the name was looked up."""
     prompt_tokens: int
 
 
@@ -274,6 +280,8 @@ class AdapterInfo:
     """Whether the store held the bundle already, and its bytes were read back and found right."""
     repaired: bool = False
     """Whether the store held the bundle with other bytes or without some, and they were put again."""
+    kept: bool = False
+    """Whether it is what it was in the served generation, so that nothing was fetched or made."""
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,21 @@ Editors find mistakes with [deployment.schema.json](deployment.schema.json): put
 ```
 
 with the address of your copy into the first line.
+
+Names that stand for several models, and limits of models, are settings of `runtime`. What they do at the doors
+is in [openai.md](openai.md#names); limits of API keys are in [access.md](access.md#limits-of-keys).
+
+```yaml
+{more}```
+"""
+MORE = """\
+runtime:
+  aliases:
+    support: {support-v1: 90, support-v2: 10} # the model `support` is one of them, by weight
+  limits: # of each replica
+    default: {max_waiting: 64} # every model has its own 64
+    models:
+      support-v1: {weight: 4, max_running: 8, tokens_per_minute: 200000} # and max_waiting as above
 """
 IGNORED_HEAD = """\
 ## Keys that mean nothing here
@@ -55,10 +70,11 @@ def page() -> str:
     schema = Deployment.model_json_schema()
     definitions = schema["$defs"]
     models = {"Deployment": schema} | {
-        name: definitions[name] for name in ("Build", "Repository", "LoraConfiguration", "Runtime")
+        name: definitions[name]
+        for name in ("Build", "Repository", "LoraConfiguration", "Runtime", "ModelLimits", "Limits")
     }
     example = (ROOT / "examples" / "deployment.yaml").read_text()
-    parts = [HEAD.format(example=example)]
+    parts = [HEAD.format(example=example, more=MORE)]
     for name, model in models.items():
         rows = [
             (f"`{key}`", type_of(field, definitions), default_of(key, field, model), _meaning(field))

@@ -8,6 +8,7 @@ import statistics
 from array import array
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from typing import Any, Final
 
 import torch
@@ -261,6 +262,11 @@ def run(run: Run) -> None:
     Steps(run, plan).measure()
 
 
+@cache
+def _adapter(slot: int) -> Adapter:
+    return Adapter(f"{slot:064x}", slot)
+
+
 def _blocks(point: Point) -> int:
     return point.batch * -(-point.context // BLOCK_SIZE) + -(-point.prompt // BLOCK_SIZE)
 
@@ -276,7 +282,7 @@ def _batch(point: Point) -> Batch:
         chunks.append(Chunk(prompt, point.prompt))
     for row in range(point.batch):
         slot = row % point.active if point.active else None
-        adapter = None if slot is None else Adapter(f"a{slot}", slot + 1, slot)
+        adapter = None if slot is None else _adapter(slot)
         sampling = PENALTY if row < point.penalised else SamplingParams()
         seq = Sequence(str(row), [2] * point.context, sampling, adapter)
         seq.blocks, seq.num_computed = order[row * each : (row + 1) * each], point.context - 1

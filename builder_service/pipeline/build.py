@@ -108,5 +108,7 @@ def _draft(deployment: Deployment, base: BaseRecord, dtype: Dtype) -> Generation
         request_default_max_tokens=runtime.request_default_max_tokens,
         serve_base=runtime.serve_base,
         merge=runtime.merge,
+        aliases=runtime.aliases,
+        limits=runtime.limits,
         recipe=Recipe(truncate_to_rank=lora.truncate_to_rank, prove=deployment.build.prove),
     )

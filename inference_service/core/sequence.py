@@ -5,10 +5,11 @@ from __future__ import annotations
 from array import array
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import NamedTuple
+from typing import Any, Final, NamedTuple
 
 from inference_service.core.constraint import Grammar
 from inference_service.core.sampling import SamplingParams
+from loramux_shared.faults import Fault
 
 
 class FinishReason(Enum):
@@ -24,15 +25,28 @@ class FinishReason(Enum):
     """The step that it was part of failed."""
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False, slots=True, weakref_slot=True)
 class Adapter:
-    """What the scheduler knows about a loaded adapter."""
+    """A version of an adapter in a replica, one for each digest, whatever its names are."""
 
-    name: str
-    uid: int
-    """New at every load; part of every prefix-cache key, so that old keys and values are never met again."""
-    slot: int
-    """Its place in the LoRA backend."""
+    digest: str
+    """Of its bundle; part of every prefix-cache key, so that keys and values of another version are never met,
+    and those of one that left and came back are found again."""
+    slot: int | None = None
+    """Its place in the LoRA backend while it is resident; changed on the engine's thread alone."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """What a flow of sequences may have of an engine, beside others."""
+
+    weight: float = 1.0
+    """With twice the weight a flow is served twice the tokens, while others wait."""
+    max_running: int | None = None
+    """Sequences under way at once; None: as many as there are seats."""
+
+
+FAIR: Final = Share()
 
 
 @dataclass(eq=False)
@@ -56,6 +70,12 @@ class Sequence:
 
     cache_salt: str = ""
     """Part of every prefix-cache key, as the adapter is."""
+    model: str = ""
+    """The name that it is answered under, the base's included; for those who count."""
+    flow: str = ""
+    """Whose tokens are counted together: flows are served in turns, and within one by priority and arrival."""
+    share: Share = FAIR
+    """Of its flow."""
 
     num_prompt: int = field(init=False)
     num_computed: int = 0
@@ -66,8 +86,10 @@ class Sequence:
     """When the first step that computes it was submitted, on the clock of ``time.monotonic``."""
     blocks: array[int] = field(default_factory=lambda: array("i"))
     """Cache blocks, in the order of the tokens; int32, so that a step copies them as they are."""
-    passed_by: int = 0
-    """Sequences with adapters that were admitted ahead while its own adapter found no place."""
+    num_charged: int = 0
+    """Leading tokens that its flow was charged for; those that are computed again are not charged again."""
+    lane: Any = None
+    """Where the scheduler keeps it, with others of its flow and adapter."""
     num_hashed: int = 0
     """Leading blocks that are registered in the prefix cache."""
     hashes: list[int] = field(default_factory=list)
@@ -110,14 +132,17 @@ class Sequence:
         return self.sampling.prompt_logprobs is not None and len(self.prompt_scores) < self.num_prompt
 
     @property
-    def adapter_uid(self) -> int:
-        """The adapter's uid; 0 for the base."""
-        return self.adapter.uid if self.adapter else 0
-
-    @property
     def slot(self) -> int:
-        """The adapter's slot; -1 for the base."""
-        return self.adapter.slot if self.adapter else -1
+        """The adapter's slot; -1 for the base.
+
+        Raises:
+            RuntimeError: the adapter is not resident, so that no step may have this sequence.
+        """
+        if self.adapter is None:
+            return -1
+        if self.adapter.slot is None:
+            raise RuntimeError(f"adapter {self.adapter.digest[:12]} is in a step, and not in the bank")
+        return self.adapter.slot
 
     @property
     def order(self) -> tuple[int, int]:
@@ -153,3 +178,5 @@ class StepOutput(NamedTuple):
     """True for the first token of an answer."""
     prompt: tuple[Token, ...] = ()
     """With the first output, the tokens of the prompt, where their log probabilities are asked for."""
+    fault: Fault | None = None
+    """Why it failed, where that is known: its adapter cannot be loaded."""

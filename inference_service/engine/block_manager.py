@@ -1,6 +1,6 @@
 """Cache blocks: who holds which, and which hold a known prefix.
 
-A full block is known by ``hash(parent hash, its tokens)``; the parent of a first block is the adapter's uid
+A full block is known by ``hash(parent hash, its tokens)``; the parent of a first block is the adapter's digest
 with the cache salt. Blocks that nobody holds any more keep their content until they are needed for something
 else, least recently used first.
 """
@@ -164,7 +164,8 @@ class BlockManager:
 
 
 def _seed(seq: Sequence) -> int:
-    return _digest(f"{seq.adapter_uid}:{seq.cache_salt}") if seq.cache_salt else seq.adapter_uid
+    digest = seq.adapter.digest if seq.adapter else ""
+    return _digest(f"{digest}:{seq.cache_salt}") if digest or seq.cache_salt else 0
 
 
 def _digest(text: str) -> int:

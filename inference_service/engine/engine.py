@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from inference_service.core.batch import Batch
 from inference_service.core.sequence import FinishReason, Sequence, StepOutput, Token
 from inference_service.engine.block_manager import BlockManager
+from inference_service.engine.residents import Residents
 from inference_service.engine.scheduler import Scheduler, SchedulerLimits
 from inference_service.engine.step import Pending, StepRunner
 
@@ -43,7 +44,7 @@ class EngineStats:
 
 @dataclass(frozen=True)
 class SequenceCounts:
-    """How many sequences there are, by the name of their adapter; the base's is empty."""
+    """How many sequences there are, by the names of models."""
 
     running: Mapping[str, int]
     waiting: Mapping[str, int]
@@ -62,12 +63,14 @@ class Engine:
         runner: StepRunner,
         limits: SchedulerLimits,
         blocks: BlockManager,
+        residency: Residents,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self._residency = residency
         self._runner = runner
         self._limits = limits
         self._blocks = blocks
-        self._scheduler = Scheduler(limits, blocks)
+        self._scheduler = Scheduler(limits, blocks, residency)
         self._seqs: dict[str, Sequence] = {}
         self._under_way: deque[Pending] = deque()
         self._outputs: list[StepOutput] = []  # not handed out yet: a step that raises loses none
@@ -82,10 +85,16 @@ class Engine:
         return not self._seqs
 
     @property
+    def idle_until_s(self) -> float:
+        """When the next step has something to do, on the engine's clock; infinite: when something arrives."""
+        busy = self._scheduler.running or self._under_way or self._outputs or self._scheduler.may_begin
+        return -math.inf if busy else min(self._earliest_s, self._residency.retry_s)
+
+    @property
     def stats(self) -> EngineStats:
         """A snapshot."""
         return EngineStats(
-            waiting=len(self._scheduler.waiting),
+            waiting=self._scheduler.num_waiting,
             running=len(self._scheduler.running),
             blocks_free=self._blocks.num_free,
             blocks_total=self._blocks.num_blocks,
@@ -100,10 +109,18 @@ class Engine:
     @property
     def sequence_counts(self) -> SequenceCounts:
         """Who runs and who waits; may be asked on another thread."""
-        return SequenceCounts(_by_adapter(self._scheduler.running), _by_adapter(self._scheduler.waiting))
+        running, waiting = tuple(self._scheduler.running), self._scheduler.waiting
+        return SequenceCounts(Counter(seq.model for seq in running), Counter(seq.model for seq in waiting))
 
     def add(self, seq: Sequence) -> None:
-        """Take a sequence in; it ends with one output that has a finish reason, unless it is aborted."""
+        """Take a sequence in; it ends with one output that has a finish reason, unless it is aborted.
+
+        One whose adapter could not be loaded a moment ago ends at once.
+        """
+        fault = self._residency.refusal(seq.adapter) if seq.adapter is not None else None
+        if fault is not None:
+            self._outputs.append(StepOutput(seq.id, None, FinishReason.FAILED, fault=fault))
+            return
         self._arrivals += 1
         seq.arrival = self._arrivals
         self._seqs[seq.id] = seq
@@ -120,9 +137,11 @@ class Engine:
         """Submit one batch, and return what the oldest one under way gave if the runner takes no more."""
         self._expire()
         batch = self._scheduler.schedule()
+        self._end_failed_loads()
         if batch.chunks:
             self._begin(batch)
             self._under_way.append(self._runner.submit(batch))
+            self._residency.submitted()
             self._scheduler.commit(batch)
         if len(self._under_way) > (self._runner.depth if batch.chunks else 0):
             self._resolve(self._under_way.popleft())
@@ -133,6 +152,7 @@ class Engine:
     def fail_all(self) -> list[StepOutput]:
         """End every sequence as FAILED, after a step that raised."""
         self._under_way.clear()
+        self._residency.resolved(everything=True)
         self._blocks.forget_all()
         self._end(tuple(self._seqs), FinishReason.FAILED)
         return self._hand_out()
@@ -151,11 +171,21 @@ class Engine:
             self.abort(seq_id)
             self._outputs.append(StepOutput(seq_id, None, reason))
 
+    def _end_failed_loads(self) -> None:
+        """End whoever waits for an adapter that cannot be loaded."""
+        failures = self._residency.failures
+        while failures:
+            adapter, fault = failures.popleft()
+            for seq in self._scheduler.waiting_for(adapter):
+                self.abort(seq.id)
+                self._outputs.append(StepOutput(seq.id, None, FinishReason.FAILED, fault=fault))
+
     def _resolve(self, pending: Pending) -> None:
         """Wait for a step; what it drew for sequences that ended meanwhile is dropped."""
         for seq, token in pending.tokens():
             if self._seqs.get(seq.id) is seq:
                 self._outputs.append(self._append(seq, token))
+        self._residency.resolved()
 
     def _append(self, seq: Sequence, token: Token) -> StepOutput:
         first = len(seq.tokens) == seq.num_prompt
@@ -194,8 +224,3 @@ class Engine:
 
 def _deadline(seq: Sequence) -> float:
     return math.inf if seq.deadline_s is None else seq.deadline_s
-
-
-def _by_adapter(seqs: list[Sequence]) -> Mapping[str, int]:
-    """Count; the list is copied at once, since the engine's thread may change it meanwhile."""
-    return Counter(seq.adapter.name if seq.adapter else "" for seq in tuple(seqs))

@@ -25,10 +25,11 @@ from inference_service.serving.service import GenerationService
 async def chat_completions(service: GenerationService, http: HttpRequest) -> Response:
     """Answer a conversation."""
     body = await read_body(http, ChatBody)
-    chat = Chat(service, body, chat_request(body, service))
+    chat = Chat(service, body, chat_request(body, http.headers))
     if body.stream:
-        return await open_stream(http.receive, chat.chunks())
-    return json_response(await while_connected(http.receive, chat.whole()))
+        return await open_stream(http.receive, chat.chunks(), chat.head)
+    whole = await while_connected(http.receive, chat.whole())
+    return json_response(whole, headers=chat.head.headers)
 
 
 class Chat:
@@ -39,13 +40,13 @@ class Chat:
         self._body = body
         self._request = request
         kind = "chat.completion.chunk" if body.stream else "chat.completion"
-        self._head = Head(f"chatcmpl-{request.id}", kind, body.model)
+        self.head = Head(f"chatcmpl-{request.id}", kind, body.model)
         self._choices: list[ChatChoice] = []
         """Made when the request was accepted: before that, n is only a number that somebody sent."""
 
     def _begin(self, started: Started) -> Json:
         """Begin the answers; return what is told of the prompt."""
-        self._head.begin(started)
+        self.head.begin(started)
         text = self._service.text if self._body.logprobs else None
         ids = bool(self._body.return_token_ids)
         self._choices = [
@@ -77,7 +78,7 @@ class Chat:
                         self._choices[event.index].end(event)
                         ends.append(event)
         choices = [choice.whole() for choice in self._choices]
-        return self._head.body(choices) | {"usage": usage(ends)} | prompt
+        return self.head.body(choices) | {"usage": usage(ends)} | prompt
 
     async def chunks(self) -> AsyncGenerator[Json]:
         """Yield the answers as they come."""
@@ -103,7 +104,7 @@ class Chat:
                 for choice in choices:
                     if self._body.continuous_usage:
                         more["usage"] = tally.usage(choice["index"])
-                    yield self._head.body([choice]) | more | prompt
+                    yield self.head.body([choice]) | more | prompt
                     prompt = {}
         if self._body.include_usage:
-            yield self._head.body([]) | {"usage": usage(ends)}
+            yield self.head.body([]) | {"usage": usage(ends)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
@@ -24,10 +25,11 @@ from inference_service.serving.service import GenerationService
 async def completions(service: GenerationService, http: HttpRequest) -> Response:
     """Complete prompts."""
     body = await read_body(http, CompletionBody)
-    completion = Completion(service, body, completion_requests(body, service))
+    completion = Completion(service, body, completion_requests(body, service, http.headers))
     if body.stream:
-        return await open_stream(http.receive, completion.chunks())
-    return json_response(await while_connected(http.receive, completion.whole()))
+        return await open_stream(http.receive, completion.chunks(), completion.head)
+    whole = await while_connected(http.receive, completion.whole())
+    return json_response(whole, headers=completion.head.headers)
 
 
 class Completion:
@@ -38,7 +40,7 @@ class Completion:
         self._body = body
         self._requests = requests
         self._n = requests[0].n
-        self._head = Head(f"cmpl-{requests[0].id}", "text_completion", body.model)
+        self.head = Head(f"cmpl-{requests[0].id}", "text_completion", body.model)
         self._choices: list[list[CompletionChoice]] = [[] for _ in requests]
         """By prompt; made when its request was accepted: before that, n is only a number that somebody sent."""
         self._prompts: list[tuple[int, ...]] = [() for _ in requests]
@@ -52,7 +54,7 @@ class Completion:
             async for _ in told:
                 pass
         choices = [choice.whole() for answers in self._choices for choice in answers]
-        return self._head.body(choices) | {"usage": usage(self._ends)}
+        return self.head.body(choices) | {"usage": usage(self._ends)}
 
     async def chunks(self) -> AsyncGenerator[Json]:
         """Yield the answers as they come."""
@@ -62,12 +64,15 @@ class Completion:
                 if self._body.continuous_usage:
                     number, index = divmod(choice["index"], self._n)
                     more["usage"] = self._tallies[number].usage(index)
-                yield self._head.body([choice]) | more
+                yield self.head.body([choice]) | more
         if self._body.include_usage:
-            yield self._head.body([]) | {"usage": usage(self._ends)}
+            yield self.head.body([]) | {"usage": usage(self._ends)}
 
     async def _told(self) -> AsyncGenerator[Json]:
-        """Yield every choice that tells something new."""
+        """Yield every choice that tells something new; one version answers all prompts."""
+        if len(self._requests) > 1:
+            served = await self._service.naming.choose(self._requests[0])
+            self._requests = [replace(request, served=served) for request in self._requests]
         async with aclosing(merged([self._service.generate(request) for request in self._requests])) as events:
             async for number, event in events:
                 for choice in self._tell(number, event):
@@ -93,7 +98,7 @@ class Completion:
                 return self._choices[number][event.index].end(event)
 
     def _begin(self, number: int, started: Started) -> None:
-        self._head.begin(started)
+        self.head.begin(started)
         self._prompts[number] = started.prompt_token_ids
         text = self._service.text if self._body.logprobs is not None else None
         indices = range(number * self._n, (number + 1) * self._n)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
@@ -32,6 +33,7 @@ TYPES: Final = {401: "authentication_error", 403: "permission_error", 429: "rate
 """Other statuses below 500 are ``invalid_request_error``, those above ``server_error``."""
 CODES: Final = {
     "PROMPT_TOO_LONG": "context_length_exceeded",
+    "RATE_LIMITED": "rate_limit_exceeded",
     "UNAUTHENTICATED": "invalid_api_key",
     "E_UNKNOWN_FIELD": "unknown_parameter",
     "E_MISSING_FIELD": "missing_required_parameter",
@@ -76,7 +78,7 @@ def error_response(fault: Fault) -> Response:
     """Return the answer to a request that failed."""
     headers, status = {}, status_of(fault)
     if status in (429, 503):
-        headers["retry-after"] = f"{fault.retry_after_s or 1:.0f}"
+        headers["retry-after"] = f"{math.ceil(fault.retry_after_s or 1)}"
     if status == 401:
         headers["www-authenticate"] = "Bearer"
     return json_response(error_body(fault), status, headers)

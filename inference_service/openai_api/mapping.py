@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, Final
 
 from inference_service.core.constraint import Constraint
 from inference_service.openai_api.chat_schema import ChatBody, ChatMessage, NamedTool, ResponseFormat, Tool
@@ -13,6 +14,7 @@ from inference_service.openai_api.forced_call import call_constraint
 from inference_service.openai_api.schema import MAX_CHOICES, CompletionBody, GenerationBody, StructuredOutputs
 from inference_service.openai_api.tagged_calls import END
 from inference_service.serving.bounds import MAX_LOGPROBS
+from inference_service.serving.hints import hinted
 from inference_service.serving.json_size import check_texts
 from inference_service.serving.request import Message, Prompt, Request, told
 from inference_service.serving.service import GenerationService
@@ -20,17 +22,17 @@ from inference_service.serving.turns import role_of
 from loramux_shared.faults import Finding, RequestInvalid
 
 STRUCTURED = "structured_outputs"
+NO_HEADERS: Final[Mapping[str, str]] = MappingProxyType({})
 DEFAULT_TEMPERATURE = 1.0
 DEFAULT_COMPLETION_TOKENS = 16
 """Both are the API's; what a deployment or an adapter says comes before them."""
 
 
-def chat_request(body: ChatBody, service: GenerationService) -> Request:
+def chat_request(body: ChatBody, headers: Mapping[str, str] = NO_HEADERS) -> Request:
     """Return the request of a chat.
 
     Raises:
-        ModelNotFound: no such base or adapter.
-        RequestInvalid: fields contradict each other.
+        RequestInvalid: fields contradict each other, or a header is wrong.
     """
     if body.top_logprobs is not None and not (body.logprobs and 0 <= body.top_logprobs <= MAX_LOGPROBS):
         raise refused("top_logprobs", f"0 to {MAX_LOGPROBS}, and logprobs: true", body.top_logprobs)
@@ -38,7 +40,7 @@ def chat_request(body: ChatBody, service: GenerationService) -> Request:
     one_call = body.parallel_tool_calls is False and bool(tools) and not is_forced(body)
     return _request(
         body,
-        service,
+        headers,
         prompt=messages_of(body.messages),
         max_tokens=_limit(body),
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
@@ -55,12 +57,13 @@ def _limit(body: ChatBody) -> int | None:
     return old if new is None else new
 
 
-def completion_requests(body: CompletionBody, service: GenerationService) -> list[Request]:
+def completion_requests(
+    body: CompletionBody, service: GenerationService, headers: Mapping[str, str] = NO_HEADERS
+) -> list[Request]:
     """Return one request per prompt.
 
     Raises:
-        ModelNotFound: no such base or adapter.
-        RequestInvalid: fields contradict each other.
+        RequestInvalid: fields contradict each other, or a header is wrong.
     """
     if body.best_of is not None and body.best_of != (body.n or 1):
         raise refused("best_of", "the same as n", body.best_of)
@@ -75,7 +78,7 @@ def completion_requests(body: CompletionBody, service: GenerationService) -> lis
     return [
         _request(
             body,
-            service,
+            headers,
             prompt=prompt,
             max_tokens=limit,
             prompt_logprobs=prompt_logprobs,
@@ -85,12 +88,10 @@ def completion_requests(body: CompletionBody, service: GenerationService) -> lis
     ]
 
 
-def _request(body: GenerationBody, service: GenerationService, *, prompt: Prompt, **own: Any) -> Request:
+def _request(body: GenerationBody, headers: Mapping[str, str], *, prompt: Prompt, **own: Any) -> Request:
     """Return a request: fields of a body that it has too by name, then those that mean something else here."""
-    temperature = body.temperature
-    if temperature is None and service.catalog.get(body.model).defaults.temperature is None:
-        temperature = DEFAULT_TEMPERATURE
-    own |= {"prompt": prompt, "temperature": temperature, "priority": -(body.priority or 0)}
+    own |= {"prompt": prompt, "usual_temperature": DEFAULT_TEMPERATURE, "priority": -(body.priority or 0)}
+    own |= hinted(headers, body.min_generation or 0, body.user or "")
     if body.request_id is not None:
         own["id"] = body.request_id
     return Request(**told(body, Request) | own)

@@ -40,9 +40,15 @@ class Head:
     model: str
     created: int = field(default_factory=lambda: int(time.time()))
     fingerprint: str = ""
+    headers: Mapping[str, str] = field(default_factory=dict)
+    """Which version answers, for proxies and logs."""
 
     def begin(self, started: Started) -> None:
-        """Note what answers: the deployment's generation, and the adapter's digest or the base."""
+        """Note what answers: the model, the deployment's generation, and the adapter's digest or the base."""
+        self.model, digest = started.model.name, started.model.digest
+        of_adapter = {"x-loramux-digest": digest} if digest else {}
+        number = str(started.generation)
+        self.headers = {"x-loramux-model": self.model} | of_adapter | {"x-loramux-generation": number}
         self.fingerprint = f"fp_{started.generation}_{started.model.digest[:12] or 'base'}"
 
     def body(self, choices: list[Json]) -> Json:

@@ -126,8 +126,14 @@ class GenerationBody(Body):
     add_special_tokens: bool | None = None
     priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] | None = None
     """Lower is earlier."""
+    lora_path: str | None = None
+    """SGLang's; the adapter that model names."""
+
+    # ours
+    min_generation: Annotated[int, Field(ge=0, lt=2**63)] | None = None
 
     user: str | None = None
+    """Picks among the models of an alias."""
     metadata: dict[str, Any] | None = None
     store: bool | None = None
     service_tier: str | None = None

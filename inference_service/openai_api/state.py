@@ -32,8 +32,8 @@ async def show_load(service: GenerationService, http: HttpRequest) -> Response: 
 def _at_work(service: GenerationService) -> Json:
     sequences, found = service.engine_view.sequence_counts, {}
     for model in service.catalog:
-        inside = model.adapter.name if model.adapter else ""
-        counts = {"running": sequences.running.get(inside, 0), "waiting": sequences.waiting.get(inside, 0)}
+        name = model.name
+        counts = {"running": sequences.running.get(name, 0), "waiting": sequences.waiting.get(name, 0)}
         if any(counts.values()):
             found[model.name] = counts
     return found

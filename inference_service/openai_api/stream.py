@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Coroutine, Mapping
 from contextlib import aclosing
 from typing import Any, TypeVar
 
@@ -12,7 +12,7 @@ from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
 from inference_service.openai_api.errors import error_body
-from inference_service.openai_api.reply import DONE, Json, event
+from inference_service.openai_api.reply import DONE, Head, Json, event
 from loramux_shared.faults import Fault
 
 T = TypeVar("T")
@@ -55,14 +55,15 @@ class EventStream(Response):
     A client that does not read holds up nothing but this stream; one that never does is cut off by `protocol`.
     """
 
-    def __init__(self, first: Json, rest: AsyncGenerator[Json]) -> None:
+    def __init__(self, first: Json, rest: AsyncGenerator[Json], headers: Mapping[str, str]) -> None:
         super().__init__()
+        self._head = [*HEADERS, *((name.encode(), value.encode()) for name, value in headers.items())]
         self._first = first
         self._rest = rest
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002 - ASGI's
         """Send everything; what produces it is closed in every case."""
-        await send({"type": "http.response.start", "status": 200, "headers": list(HEADERS)})
+        await send({"type": "http.response.start", "status": 200, "headers": self._head})
         async with aclosing(self._rest):
             await while_connected(receive, self._send(send))
 
@@ -82,7 +83,7 @@ def _part(data: bytes) -> Message:
     return {"type": "http.response.body", "body": data, "more_body": True}
 
 
-async def open_stream(receive: Receive, bodies: AsyncGenerator[Json]) -> EventStream:
+async def open_stream(receive: Receive, bodies: AsyncGenerator[Json], head: Head) -> EventStream:
     """Wait for the first event, so that a request that is refused gets a status of its own.
 
     Raises:
@@ -94,4 +95,4 @@ async def open_stream(receive: Receive, bodies: AsyncGenerator[Json]) -> EventSt
     except BaseException:
         await bodies.aclose()
         raise
-    return EventStream(first, bodies)
+    return EventStream(first, bodies, head.headers)

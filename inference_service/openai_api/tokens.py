@@ -21,7 +21,9 @@ from inference_service.serving.service import GenerationService
 async def tokenize(service: GenerationService, http: HttpRequest) -> Response:
     """Return the tokens of a text, or of messages as the model's template renders them."""
     body = await read_body(http, TokenizeBody)
-    defaults = service.catalog.get(body.model).defaults if body.model else NO_DEFAULTS
+    defaults = NO_DEFAULTS
+    if body.model:
+        defaults = await service.naming.defaults(service.catalog.resolve(body.model))
     most = countable(service.limits.max_seq_len)
     if body.messages is not None:
         messages = messages_of(body.messages)
@@ -57,7 +59,7 @@ async def detokenize(service: GenerationService, http: HttpRequest) -> Response:
     """Return the text of tokens."""
     body = await read_body(http, DetokenizeBody)
     if body.model:
-        service.catalog.get(body.model)
+        service.catalog.resolve(body.model)
     most = countable(service.limits.max_seq_len)
     if len(body.tokens) > most:
         raise refused("tokens", f"at most {most} ids", len(body.tokens))

@@ -11,6 +11,7 @@ import grpc
 from inference_service.core.sequence import FinishReason, Token
 from inference_service.rpc.prompt import constraint_of, prompt_of, tools_of
 from inference_service.serving.catalog import Catalog, ServedModel
+from inference_service.serving.hints import hinted
 from inference_service.serving.lengths import countable
 from inference_service.serving.request import Delta, Event, Finished, PromptLogprobs, Request, Started
 from inference_service.serving.text import Text
@@ -34,7 +35,7 @@ def request_from_message(
 
     Raises:
         PromptTooLong: there are more token ids than max_seq_len.
-        RequestInvalid: a required field is not set, or one holds JSON text that is none.
+        RequestInvalid: a required field is not set, one holds JSON text that is none, or metadata is wrong.
     """
     unset = [name for name, missing in _required(message) if missing]
     if unset:
@@ -43,12 +44,13 @@ def request_from_message(
     remaining = context.time_remaining()
     cut = message.HasField("truncate_prompt_tokens")
     prompt = prompt_of(message, countable(max_seq_len) if cut else max_seq_len)
+    metadata = {name: value for name, value in context.invocation_metadata() or () if isinstance(value, str)}
     return Request(
         prompt=prompt,
         tools=tools_of(message),
         constraint=constraint_of(message),
         deadline_s=None if remaining is None else time.monotonic() + remaining,
-        **_said(message),
+        **_said(message) | hinted(metadata, message.min_generation, message.sticky_key),
         **_said(message.messages),
         **_said(message.sampling),
     )

@@ -43,6 +43,7 @@ class Answer:
         Raises:
             DeadlineExceeded: the sequence ended so.
             RequestInvalid: its constraint became too complex to follow, or no token may come next.
+            Fault: why its adapter could not be loaded.
             InternalFault: the step that it was part of failed.
         """
         if self.finished or not outputs:
@@ -88,6 +89,8 @@ class Answer:
             raise DeadlineExceeded("the deadline passed before the answer was complete; it was ended.")
         if output.finish is not FinishReason.FAILED:
             return
+        if output.fault is not None:
+            raise output.fault.retold(f"model {self.seq.model!r}: {output.fault.message}")
         if self.seq.grammar is not None and self.seq.grammar.failure:
             finding = Finding(
                 code="E_CONSTRAINT", where=self._constraint, found=self.seq.grammar.failure, fix="Simplify it."

@@ -1,41 +1,76 @@
-"""What is served under which name."""
+"""What is served under which name, while generations come and go."""
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from itertools import chain
+from pathlib import Path
+from typing import Any, Final
+from weakref import WeakValueDictionary
 
 from inference_service.core.sequence import Adapter
 from inference_service.serving.adapter_defaults import NO_DEFAULTS, AdapterDefaults
-from loramux_shared.access.rights import ACCESS
+from inference_service.serving.aliases import choose
+from inference_service.serving.unknown import (
+    LEAST_DIGITS,
+    ambiguous_version,
+    bad_version,
+    model_not_found,
+    version_not_found,
+)
+from loramux_shared.access.rights import ACCESS, Access
+from loramux_shared.bundle.manifest import AdapterRecord, Generation
+from loramux_shared.deployment import Repository, SourceKind
 from loramux_shared.faults import ModelNotFound
-from loramux_shared.wording import listed
+
+EARLIER: Final = 8
+"""Versions of a name before the present one that are still known."""
+_DIGITS: Final = re.compile(rf"[0-9a-f]{{{LEAST_DIGITS},64}}")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ServedModel:
-    """The base, or an adapter on it."""
+    """The base, or a version of an adapter on it, under one of its names."""
 
     name: str
     adapter: Adapter | None = None
-    """None for the base, and for an adapter that is merged into the weights."""
+    """Its handle in the engine, which all names of a digest share; None for the base, and for an adapter that
+    is merged into the weights."""
     source: str = ""
     """The repository that it was built from, with the revision."""
     digest: str = ""
     """The bundle's; empty for the base."""
     ranks: tuple[int, ...] = ()
+    """Like the next two empty while unknown: of an older release's generation, until the adapter was loaded."""
     modules: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
-    defaults: AdapterDefaults = NO_DEFAULTS
+    weights_bytes: int | None = None
+    """Of its matrices, in the storage type; None while it is not known."""
+    defaults: AdapterDefaults | None = NO_DEFAULTS
+    """None while nobody has read them."""
     load_time: datetime = field(default_factory=lambda: datetime.now(UTC))
     load_s: float = 0.0
     """Seconds that reading, checking and packing it took."""
 
 
+@dataclass(frozen=True)
+class Changes:
+    """What a generation made of the names before it."""
+
+    added: tuple[str, ...]
+    switched: tuple[str, ...]
+    """They have another version now."""
+    removed: tuple[str, ...]
+
+
 class Catalog:
-    """The base first, where it is served, then the adapters by name. A caller sees what it may use."""
+    """The base first, where it is served, then the adapters by name. A caller sees what it may use.
+
+    It changes on the event loop alone. A request that has its model keeps it, whatever happens to the name.
+    """
 
     def __init__(
         self, generation: int, base_name: str, models: Iterable[ServedModel], load_s: float = 0.0
@@ -44,12 +79,60 @@ class Catalog:
         self.generation = generation
         self.load_s = load_s
         self.base_name = base_name
+        self.aliases: Mapping[str, Mapping[str, int]] = {}
         ordered = sorted(models, key=lambda model: (model.name != base_name, model.name))
         self._models = {model.name: model for model in ordered}
+        self._base = self._models.get(base_name, ServedModel(base_name))
+        self._earlier: dict[str, tuple[ServedModel, ...]] = {}
+        self._by_digest: dict[str, tuple[str, ...]] = {}
+        self._handles: WeakValueDictionary[str, Adapter] = WeakValueDictionary()
+        """Kept by whoever uses them: a digest that comes back meanwhile has the handle that it had."""
+        for model in self._models.values():
+            self._enter(model)
 
     def __iter__(self) -> Iterator[ServedModel]:
         access = ACCESS.get()
-        return (model for name, model in self._models.items() if access.may_use(name))
+        return (model for model in self.everything if access.may_use(model.name))
+
+    def __len__(self) -> int:
+        return len(self._models)
+
+    def apply(self, generation: Generation) -> Changes:
+        """Take over another generation on the same base, in one step and from its records alone.
+
+        What needs a restart must have been found before: where an adapter is merged into the weights, nothing
+        else can be served on them.
+        """
+        wanted = generation.adapters
+        models = {name: model for name, model in self._models.items() if name != self.base_name}
+        added = [name for name in wanted if name not in models]
+        removed = [name for name in models if name not in wanted]
+        switched = [
+            name for name, model in models.items() if name in wanted and wanted[name].digest != model.digest
+        ]
+        if (added or switched or removed) and not all(model.adapter for model in models.values()):
+            raise ValueError("an adapter is merged into the weights: another generation needs a restart")
+        for name in removed:
+            self._leave(models.pop(name))
+            self._earlier.pop(name, None)
+        for name in switched:
+            self._retire(models[name])
+        now = datetime.now(UTC)
+        for name in (*switched, *added):
+            models[name] = self._registered(name, wanted[name], models, now)
+            self._enter(models[name])
+        self._show(generation, models)
+        return Changes(tuple(added), tuple(switched), tuple(removed))
+
+    @property
+    def everything(self) -> tuple[ServedModel, ...]:
+        """All models, whoever asks; may be asked on another thread."""
+        return tuple(self._models.values())
+
+    def know(self, digest: str, **facts: Any) -> None:
+        """Note what was read of a bundle: fields of its `ServedModel`, under all of its names."""
+        for name in self._by_digest.get(digest, ()):
+            self._models[name] = replace(self._models[name], **facts)
 
     def get(self, name: str) -> ServedModel:
         """Return a model by its exact name.
@@ -59,7 +142,119 @@ class Catalog:
         """
         if name in self._models and ACCESS.get().may_use(name):
             return self._models[name]
-        visible = [model.name for model in self]
-        near = difflib.get_close_matches(name[:128], visible, n=3)
-        meant = f" Did you mean {' or '.join(near)}?" if near else ""
-        raise ModelNotFound(f"no model {name[:128]!r} is served here.{meant} Served: {listed(visible)}.")
+        raise self._not_found(name)
+
+    def resolve(self, asked: str, sticky_key: str = "") -> ServedModel:
+        """Return what answers a request: of an exact name, an alias, ``NAME@DIGEST`` or ``BASE:NAME``.
+
+        Who may not use an alias cannot ask for it, and of its models one answers that the caller may use: by
+        weight, the same one for the same key.
+
+        Raises:
+            ModelNotFound: there is no such name or version, or the caller may not use it.
+            RequestInvalid: it names no version, or several.
+        """
+        access = ACCESS.get()
+        if (found := self._named(asked, sticky_key, access)) is not None:
+            return found
+        of_base = asked.removeprefix(f"{self.base_name}:")
+        if of_base not in (asked, self.base_name):
+            found = self._named(of_base, sticky_key, access)
+        if found is not None:
+            return found
+        raise self._not_found(asked)
+
+    def _named(self, asked: str, sticky_key: str, access: Access) -> ServedModel | None:
+        name, at, prefix = asked.partition("@")
+        if not access.may_use(name):
+            return None
+        if at:
+            return self._version(name, prefix) if name in self._models else None
+        if name in self._models:
+            return self._models[name]
+        weights = {
+            each: weight
+            for each, weight in self.aliases.get(name, {}).items()
+            if weight and each in self._models and access.may_use(each)
+        }
+        return self._models[choose(name, weights, sticky_key)] if weights else None
+
+    def _version(self, name: str, prefix: str) -> ServedModel:
+        if not _DIGITS.fullmatch(prefix):
+            raise bad_version(name, prefix)
+        versions = {
+            each.digest: each for each in (*self._earlier.get(name, ()), self._models[name]) if each.digest
+        }
+        found = [each for digest, each in versions.items() if digest.startswith(prefix)]
+        if not found:
+            raise version_not_found(name, prefix, versions)
+        if len(found) > 1:
+            raise ambiguous_version(name, prefix, [each.digest for each in found])
+        return found[0]
+
+    def _not_found(self, name: str) -> ModelNotFound:
+        access = ACCESS.get()
+        return model_not_found(name, [each for each in (*self._models, *self.aliases) if access.may_use(each)])
+
+    def _registered(
+        self, name: str, record: AdapterRecord, models: Mapping[str, ServedModel], now: datetime
+    ) -> ServedModel:
+        adapter = self._handles.get(record.digest) or Adapter(record.digest)
+        self._handles[record.digest] = adapter
+        source = shown_source(record.source)
+        known = self._known(name, record.digest, models)
+        if known is not None:
+            return replace(known, name=name, adapter=adapter, source=source, load_time=now)
+        summary = record.summary
+        if summary is None:
+            return ServedModel(name, adapter, source, record.digest, defaults=None, load_time=now)
+        return ServedModel(
+            name,
+            adapter,
+            source,
+            record.digest,
+            summary.ranks,
+            summary.modules,
+            summary.warnings,
+            summary.weights_bytes,
+            None if summary.texts else NO_DEFAULTS,
+            now,
+        )
+
+    def _known(self, name: str, digest: str, models: Mapping[str, ServedModel]) -> ServedModel | None:
+        """Return a model of this digest, of which more may have been read than a record says."""
+        namesakes = (models[other] for other in self._by_digest.get(digest, ()) if other in models)
+        candidates = chain(namesakes, self._earlier.get(name, ()))
+        return next((each for each in candidates if each.digest == digest), None)
+
+    def _retire(self, model: ServedModel) -> None:
+        self._leave(model)
+        others = [each for each in self._earlier.get(model.name, ()) if each.digest != model.digest]
+        self._earlier[model.name] = (model, *others)[:EARLIER]
+
+    def _enter(self, model: ServedModel) -> None:
+        if model.adapter is not None:
+            self._handles[model.digest] = model.adapter
+            self._by_digest[model.digest] = (*self._by_digest.get(model.digest, ()), model.name)
+
+    def _leave(self, model: ServedModel) -> None:
+        names = tuple(name for name in self._by_digest.pop(model.digest, ()) if name != model.name)
+        if names:
+            self._by_digest[model.digest] = names
+
+    def _show(self, generation: Generation, models: dict[str, ServedModel]) -> None:
+        """Let everybody see the new names at once."""
+        if self.base_name != generation.served_model_name:
+            self.base_name = generation.served_model_name
+            self._base = replace(self._base, name=self.base_name)
+        first = {self.base_name: self._base} if generation.serve_base else {}
+        self._models = first | dict(sorted(models.items()))
+        self.aliases = generation.aliases
+        self.generation = generation.number
+
+
+def shown_source(repository: Repository) -> str:
+    """Say where a model came from, to everybody who may ask; a folder's path is nobody's business."""
+    place = repository.shown
+    place = Path(place).name if repository.source is SourceKind.LOCAL else place
+    return f"{place}@{repository.revision}" if repository.revision else place

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import queue
 import threading
 import time
 from collections.abc import Awaitable, Callable
@@ -15,6 +14,7 @@ import structlog
 
 from inference_service.core.sequence import Sequence, StepOutput
 from inference_service.engine.engine import Engine, EngineStats, SequenceCounts
+from inference_service.serving.inbox import Inbox
 from inference_service.serving.watchdog import Watchdog
 from loramux_shared.faults import Fault, QueueFull, ReplicaFailed, ShuttingDown
 
@@ -92,6 +92,7 @@ class EngineThread:
         *,
         step_timeout_s: float,
         interval_s: float = 0.0,
+        inbox: Inbox | None = None,
     ) -> None:
         self._engine = engine
         self._probe = probe
@@ -100,7 +101,7 @@ class EngineThread:
         self._interval_s = interval_s
         self._pending: list[StepOutput] = []
         self._sent_s = 0.0
-        self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._inbox = inbox or Inbox()
         self._streams: dict[str, Outputs] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         self._ended: asyncio.Future[str | None] | None = None
@@ -142,7 +143,7 @@ class EngineThread:
     async def stop(self) -> str | None:
         """End the thread after the step in progress, and what is open; return what `ended` does."""
         self.cut()
-        self._inbox.put(None)
+        self._inbox.close()
         return await self.ended()
 
     def submit(self, seqs: Seq[Sequence]) -> Outputs:
@@ -165,13 +166,17 @@ class EngineThread:
         self._begin(seqs[0])
         return outputs
 
+    def post(self, command: Callable[[], None]) -> None:
+        """Have something done on the engine's thread, between two steps; a step follows it."""
+        self._inbox.post(command)
+
     def _begin(self, seq: Sequence) -> None:
         if self._stopped is None:
-            self._inbox.put(partial(self._engine.add, seq))
+            self._inbox.post(partial(self._engine.add, seq))
 
     def _close(self, seq_id: str) -> None:
         del self._streams[seq_id]
-        self._inbox.put(partial(self._engine.abort, seq_id))
+        self._inbox.post(partial(self._engine.abort, seq_id))
 
     def _run(self) -> None:
         late = f"a step did not end within LORAMUX_STEP_TIMEOUT_S={self._step_timeout_s:g}"
@@ -188,7 +193,7 @@ class EngineThread:
     def _work(self, watchdog: Watchdog) -> str | None:
         """Run steps until the thread is to end; return why where that is a failure."""
         while True:
-            if self._receive(wait=self._engine.idle):
+            if self._inbox.receive(self._engine.idle_until_s - time.monotonic()):
                 self._send(self._engine.fail_all())
                 return None
             with watchdog:
@@ -233,21 +238,10 @@ class EngineThread:
                 self.cut(ReplicaFailed(f"the replica fails: {why}. Retry with another replica."))
             self._ended.set_result(why)
 
-    def _receive(self, *, wait: bool) -> bool:
-        """Take what arrived; True when the thread is to end."""
-        try:
-            command = self._inbox.get(block=wait)
-            while command is not None:
-                command()
-                command = self._inbox.get_nowait()
-        except queue.Empty:
-            return False
-        return True
-
     def _send(self, outputs: list[StepOutput]) -> None:
         self._pending += outputs
         now = time.monotonic()
-        urgent = any(output.first or output.finish for output in outputs)
+        urgent = any(output.first or output.finish for output in outputs) or self._engine.idle_until_s > now
         if not self._pending or not (urgent or now - self._sent_s >= self._interval_s):
             return
         pending, self._pending, self._sent_s = self._pending, [], now

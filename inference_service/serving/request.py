@@ -18,16 +18,36 @@ Prompt = str | list[int] | list[Message]
 
 
 @dataclass(frozen=True)
+class Served:
+    """What a name stood for when it was looked up."""
+
+    model: ServedModel
+    generation: int
+    """By which."""
+
+
+@dataclass(frozen=True)
 class Request:
     """A request for one or more answers; None means that the client left it unset."""
 
     model: str
+    """A name, an alias, ``NAME@DIGEST`` or ``BASE:NAME``: see `catalog.Catalog.resolve`."""
     prompt: Prompt
+    min_generation: int = 0
+    """The name is looked up in this generation of the deployment, or in a later one."""
+    sticky_key: str = ""
+    """Requests with the same one get the same model of an alias."""
+    lora_path: str | None = None
+    """The same adapter once more, as SGLang's clients name it; another one is refused."""
+    served: Served | None = None
+    """What answers, where the door has looked it up already: for the prompts of one call together."""
     n: int = 1
     """Answers; the first is the one that a request for one would have, the others have seeds of their own."""
     max_tokens: int | None = None
     """0 only together with prompt_logprobs: the prompt is computed and nothing else."""
     temperature: float | None = None
+    usual_temperature: float = 0.0
+    """Of the door; where neither the request nor the adapter says one."""
     top_p: float | None = None
     top_k: int | None = None
     """0 and -1 are all tokens."""
@@ -79,7 +99,9 @@ class Started:
 
     request_id: str
     model: ServedModel
+    """What answers it to the end."""
     generation: int
+    """By which its name was looked up."""
     prompt_tokens: int
     prompt_token_ids: tuple[int, ...] = ()
 

@@ -9,8 +9,7 @@ from collections.abc import AsyncGenerator, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from hashlib import blake2b
-from typing import Any, Final, TypeVar
+from typing import Any
 
 import numpy as np
 
@@ -20,10 +19,13 @@ from inference_service.core.sequence import Sequence
 from inference_service.serving.adapter_defaults import AdapterDefaults
 from inference_service.serving.answer import Answer
 from inference_service.serving.bounds import check
-from inference_service.serving.catalog import Catalog, ServedModel
+from inference_service.serving.catalog import Catalog, Changes, ServedModel
 from inference_service.serving.constraints import Constraints
 from inference_service.serving.engine_thread import EngineThread, Outputs
-from inference_service.serving.lengths import countable, prompt_too_long
+from inference_service.serving.lengths import countable
+from inference_service.serving.limits import Limiter, Ticket
+from inference_service.serving.naming import Naming
+from inference_service.serving.numbers import drawable, first, of_answer, room
 from inference_service.serving.request import (
     Delta,
     Event,
@@ -39,7 +41,9 @@ from inference_service.serving.telemetry.metrics import Metrics
 from inference_service.serving.telemetry.record import Watcher, following
 from inference_service.serving.telemetry.replica import EngineView
 from inference_service.serving.text import StopTexts, Text
-from loramux_shared.faults import PromptTooLong, RequestInvalid
+from loramux_shared.access.rights import ACCESS
+from loramux_shared.bundle.manifest import Generation
+from loramux_shared.faults import RequestInvalid
 
 __all__ = [
     "Constraint",
@@ -55,9 +59,6 @@ __all__ = [
     "Started",
 ]
 
-N = TypeVar("N", int, float)
-LEAST: Final = 1e-6
-"""Temperatures and top_p between 0 and this mean this: less would divide by what float32 takes for 0."""
 _numbers = itertools.count()
 
 
@@ -95,6 +96,8 @@ class GenerationService:
         self.limits = limits
         self.text = text
         self.metrics = Metrics(catalog, engine)
+        self.naming = Naming(catalog)
+        self.limiter = Limiter()
         self._watchers = (self.metrics, *watchers)
         self._engine = engine
         self.engine_view: EngineView = engine
@@ -105,32 +108,45 @@ class GenerationService:
 
         Raises:
             ModelNotFound: no such base or adapter.
+            ReplicaBehind: there is no such generation here.
             RequestInvalid: a field is out of bounds, or its constraint or messages are refused.
             PromptTooLong: prompt and answer do not fit.
+            RateLimited: the model, or the caller's key, has what its limits allow.
             QueueFull: too many requests wait.
             ReplicaFailed: the engine can go on no more.
             DeadlineExceeded: the deadline passed.
         """
         with following(request, self._watchers) as follower, self._working():
-            model = follower.record.model = self.catalog.get(request.model)
+            served = await self.naming.choose(request)
+            model = follower.record.model = served.model
             check(request, self.text.vocab, self._engine.max_queue, self.limits.max_seq_len)
-            tokens = await self._tokens(request, model.defaults)
-            sampling = self._sampling(request, len(tokens), model.defaults)
-            if request.bad_words:
-                words = await asyncio.to_thread(self.text.bad_words, request.bad_words)
-                sampling = replace(sampling, bad_words=words)
-            grammars = await self._grammars(request, model.defaults)
-            answers = self._answers(request, model, tokens, sampling, grammars)
-            seqs = [answer.seq for answer in answers.values()]
-            follower.submitted(seqs)
-            outputs = self._engine.submit(seqs)
-            try:
-                yield Started(request.id, model, self.catalog.generation, len(tokens), tuple(tokens))
-                async for event in _events(outputs, answers):
-                    follower.see(event)
-                    yield event
-            finally:
-                outputs.close()
+            with self.limiter.admit(model, ACCESS.get()) as ticket:
+                defaults = await self.naming.defaults(model)
+                tokens = await self._tokens(request, defaults)
+                answers = await self._answers(request, model, tokens, defaults, ticket)
+                seqs = [answer.seq for answer in answers.values()]
+                follower.submitted(seqs)
+                ticket.check_tokens()
+                outputs = self._engine.submit(seqs)
+                ticket.submitted(seqs[0])
+                try:
+                    yield Started(request.id, model, served.generation, len(tokens), tuple(tokens))
+                    async for event in _events(outputs, answers):
+                        follower.see(event)
+                        ticket.see(event)
+                        yield event
+                finally:
+                    outputs.close()
+
+    def apply(self, generation: Generation) -> Changes:
+        """Take over a generation on the same base: its names, versions, aliases and limits, in one step.
+
+        Requests that have their model keep it, and what they count against.
+        """
+        changes = self.catalog.apply(generation)
+        self.limiter.limits = generation.limits
+        self.limits = replace(self.limits, default_max_tokens=generation.request_default_max_tokens)
+        return changes
 
     @contextmanager
     def _working(self) -> Iterator[None]:
@@ -140,28 +156,36 @@ class GenerationService:
         finally:
             self.in_work -= 1
 
-    def _answers(
+    async def _answers(
         self,
         request: Request,
         model: ServedModel,
         tokens: list[int],
-        sampling: SamplingParams,
-        grammars: Seq[Grammar | None],
+        defaults: AdapterDefaults,
+        ticket: Ticket,
     ) -> dict[str, Answer]:
         """Return the n answers of a request by the ids of their sequences."""
+        sampling = self._sampling(request, len(tokens), defaults)
+        if request.bad_words:
+            words = await asyncio.to_thread(self.text.bad_words, request.bad_words)
+            sampling = replace(sampling, bad_words=words)
+        grammars = await self._grammars(request, defaults)
         number, where = next(_numbers), request.constraint.where if request.constraint else ""
-        stop_tokens = frozenset(request.stop_token_ids) - self._ends(request, model.defaults)
+        stop_tokens = frozenset(request.stop_token_ids) - self._ends(request, defaults)
         answers: dict[str, Answer] = {}
         for index, grammar in enumerate(grammars):
             seq = Sequence(
                 f"{number}.{index}",
                 list(tokens),
-                _of_answer(sampling, index),
+                of_answer(sampling, index),
                 model.adapter,
                 priority=request.priority,
                 deadline_s=request.deadline_s,
                 grammar=grammar,
                 cache_salt=request.cache_salt or "",
+                model=model.name,
+                flow=ticket.flow,
+                share=ticket.share,
             )
             stops = StopTexts(request.stop, keep=request.include_stop_str_in_output)
             detokenizer = self.text.detokenizer(tokens, skip_special_tokens=request.skip_special_tokens)
@@ -219,35 +243,21 @@ class GenerationService:
         return frozenset() if request.ignore_eos else self.limits.eos_token_ids | defaults.stop_token_ids
 
     def _sampling(self, request: Request, prompt_tokens: int, defaults: AdapterDefaults) -> SamplingParams:
-        room = self._room(request.max_tokens, prompt_tokens)
-        most = min(self.limits.default_max_tokens or room, room)
+        fits = room(request.max_tokens, prompt_tokens, self.limits.max_seq_len)
+        most = min(self.limits.default_max_tokens or fits, fits)
         own: dict[str, Any] = {
             "max_tokens": most if request.max_tokens is None else request.max_tokens,
-            "temperature": _above(LEAST, _first(request.temperature, defaults.temperature, 0.0)),
-            "top_p": _above(LEAST, _first(request.top_p, defaults.top_p, 1.0)),
-            "top_k": min(max(0, _first(request.top_k, defaults.top_k, 0)), self.text.vocab),
+            "temperature": drawable(
+                first(request.temperature, defaults.temperature, request.usual_temperature)
+            ),
+            "top_p": drawable(first(request.top_p, defaults.top_p, 1.0)),
+            "top_k": min(max(0, first(request.top_k, defaults.top_k, 0)), self.text.vocab),
             "seed": secrets.randbits(63) if request.seed is None else request.seed,
             "stop_token_ids": self._ends(request, defaults) | frozenset(request.stop_token_ids),
             "allowed_token_ids": self._allowed(request, defaults),
             "bad_words": {},  # they become tokens on another thread
         }
         return SamplingParams(**told(request, SamplingParams) | own)
-
-    def _room(self, wanted: int | None, prompt_tokens: int) -> int:
-        """Return how many new tokens fit behind a prompt.
-
-        Raises:
-            PromptTooLong: not as many as are wanted.
-        """
-        room = self.limits.max_seq_len - prompt_tokens
-        if room < (0 if wanted == 0 else 1):
-            raise prompt_too_long(prompt_tokens, self.limits.max_seq_len)
-        if wanted is not None and wanted > room:
-            raise PromptTooLong(
-                f"{prompt_tokens} tokens of prompt and {wanted} of answer exceed the longest "
-                f"sequence of {self.limits.max_seq_len}. Shorten the prompt, or ask for at most {room} tokens."
-            )
-        return room
 
 
 async def _events(outputs: Outputs, answers: Mapping[str, Answer]) -> AsyncGenerator[Event]:
@@ -260,22 +270,3 @@ async def _events(outputs: Outputs, answers: Mapping[str, Answer]) -> AsyncGener
                 yield event
             if answer.finished:
                 outputs.drop(seq_id)
-
-
-def _of_answer(sampling: SamplingParams, index: int) -> SamplingParams:
-    """Return the sampling of one answer: only the first scores the prompt, the others have own seeds."""
-    if not index:
-        return sampling
-    seed = int.from_bytes(blake2b(f"{sampling.seed}:{index}".encode(), digest_size=8).digest()) >> 1
-    return replace(sampling, seed=seed, prompt_logprobs=None)
-
-
-def _first(said: N | None, adapters: N | None, default: N) -> N:
-    """Return what the request says, else what the adapter brings."""
-    given = adapters if said is None else said
-    return default if given is None else given
-
-
-def _above(least: float, value: float) -> float:
-    """Return a value that is 0 or not below the least."""
-    return max(least, value) if value else value

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import itertools
-import re
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import cast
+from typing import Any, Final, cast
 
 import structlog
 import torch
 
-from inference_service.backends.base import Backend, LoraBackend
-from inference_service.backends.hold import hold_packed
+from inference_service.backends.base import LoraBackend
 from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import Adapter
 from inference_service.core.sequence import Sequence as EngineSequence
@@ -23,42 +19,33 @@ from inference_service.engine.block_manager import BlockManager
 from inference_service.engine.engine import Engine
 from inference_service.engine.graph_runner import GraphRunner, SegmentedLora
 from inference_service.engine.graphs import CudaRecorder
+from inference_service.engine.residents import AlwaysResident, Residents
 from inference_service.engine.runner import Runner
 from inference_service.engine.scheduler import SchedulerLimits
-from inference_service.lora.loader import matrices
-from inference_service.lora.packed import PackedAdapter
-from inference_service.lora.weights import pack_adapter
-from inference_service.models.checkpoint import Checkpoint
-from inference_service.models.decoder import Decoder
-from inference_service.proof.replay import replay
-from inference_service.serving.adapter_defaults import read_adapter_defaults
+from inference_service.serving.adapter_defaults import AdapterDefaults
 from inference_service.serving.catalog import Catalog, ServedModel
 from inference_service.serving.engine_thread import EngineThread
+from inference_service.serving.inbox import Inbox
 from inference_service.serving.service import GenerationService, ServingLimits
 from inference_service.serving.telemetry.record import Watcher
-from inference_service.serving.text import Text
-from inference_service.startup.choose import choose_backend
+from inference_service.startup.bank import Bank, open_bank, preload, preload_later
+from inference_service.startup.base import Base, load_base
 from inference_service.startup.memory import divide_memory
+from inference_service.startup.merged import merge
 from inference_service.startup.profile import SCRATCH_BLOCKS, CudaMemory, Measured, largest_step, measure
-from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bases.memory import GB
-from loramux_shared.bases.read import read_config
 from loramux_shared.bundle.deployments import current_generation, list_deployments
-from loramux_shared.bundle.manifest import AdapterRecord, Generation, Manifest
-from loramux_shared.bundle.reader import Bundle, read_bundle
-from loramux_shared.codes import CODES
-from loramux_shared.deployment import Repository, SourceKind
-from loramux_shared.faults import DeploymentNotFound, ResourcesExhausted
+from loramux_shared.bundle.manifest import Generation
+from loramux_shared.faults import DeploymentNotFound
 from loramux_shared.settings import InferenceSettings
-from loramux_shared.sources.checkpoint import PlacedBase, with_base
-from loramux_shared.sources.open import Sources, open_sources
+from loramux_shared.sources.open import open_sources
 from loramux_shared.storage.base import Store
 from loramux_shared.wording import listed
 
 log = structlog.get_logger()
 
-# A uid is never used twice in a process; 0 is the base.
-_uids = itertools.count(1)
+IN_STEPS: Final = 64
+"""Adapters that take part in the step by which memory is measured, at most."""
 
 
 @dataclass(frozen=True)
@@ -67,18 +54,27 @@ class Ready:
 
     service: GenerationService
     engine: EngineThread
+    generation: Generation
+    """The one that it was loaded with."""
+    bank: Bank | None
+    """None where an adapter is merged into the weights."""
+
+    def take_over(self, generation: Generation) -> None:
+        """Serve another generation on the same base from now on; on the event loop."""
+        self.service.apply(generation)
 
 
 def load(settings: InferenceSettings, store: Store, watchers: Sequence[Watcher] = ()) -> Ready:
     """Load the deployment's current generation; every byte is verified before it is used.
 
-    Watchers hear of every request that is served.
+    Of its adapters the first ones are loaded, as many as settings say and the bank holds; the others are
+    registered, and loaded when somebody asks for them, or while nobody else needs their place. Watchers hear of
+    every request that is served.
 
     Raises:
         DeploymentNotFound: the store has no such deployment.
-        BundleCorrupt: a digest differs.
-        ProofFailed: an adapter answers otherwise than its proof says.
-        AdapterInvalid: an adapter brings a chat template that cannot be parsed.
+        BundleCorrupt: a record, or the bundle that is merged, has another digest.
+        ProofFailed: the adapter that is merged answers otherwise than its proof says.
         CheckpointInvalid: the base cannot be served.
         ResourcesExhausted: it does not fit this machine.
         Fault: what the store or the base's source raise.
@@ -94,104 +90,123 @@ def load(settings: InferenceSettings, store: Store, watchers: Sequence[Watcher] 
     )
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    base = _load_base(generation, settings, sources)
-    backend, model = base.backend, base.model
-    warned = _warn_about(base.config, model)
-    lora = backend.new_lora()
-    adapters = _load_adapters(generation, store, lora, model, base.text, settings.block_size)
-    if generation.merged is not None:  # the only adapter, which was loaded and proved like any other
-        lora = backend.new_lora()
-        (record,) = generation.adapters.values()
-        adapters = [_merge(adapters[0], read_bundle(store, record.digest), base.placed, model)]
-    blocks, limits = _memory(settings, generation, backend, model, lora, adapters)
-    runner = _runner(backend, model, lora, blocks.num_blocks, blocks.block_size, limits)
+    base = load_base(generation, settings, sources)
+    inbox = Inbox()
+    bank: Bank | None = None
+    models = [base.served(generation)]
+    if generation.merged is not None:
+        models.append(merge(generation, base, store, settings.block_size))
+    else:
+        bank = open_bank(generation, base, store, settings, inbox)
+    catalog = Catalog(generation.number, generation.served_model_name, models)
+    catalog.apply(generation)
+    registered = [model.adapter for model in catalog.everything if model.adapter is not None]
+    fitting = bank.fitting(registered) if bank is not None else []
+    if bank is not None:
+        preload(bank, fitting[: settings.preload], inbox)
+    engine, limits = _engine(settings, generation, base, bank)
+    probe = partial(_run_a_few_tokens, engine, bank)
+    probe()  # so that the first request does not wait for what is made at first use
+    catalog.load_s = time.monotonic() - started
+    _log_loaded(generation, base, bank, engine, limits, registered, catalog.load_s)
+    thread = EngineThread(
+        engine,
+        settings.max_queue,
+        probe,
+        step_timeout_s=settings.step_timeout_s,
+        interval_s=settings.sizes(base.model.device.type).interval_ms / 1e3,
+        inbox=inbox,
+    )
+    ends = base.config.eos_token_ids
+    serving = ServingLimits(limits.max_seq_len, generation.request_default_max_tokens, ends)
+    service = GenerationService(catalog, base.text, thread, serving, watchers)
+    service.apply(generation)  # its limits too
+    if bank is not None:
+        service.naming.defaults_of = partial(_defaults, bank, catalog)
+        preload_later(bank, fitting[settings.preload :], inbox)
+    return Ready(service, thread, generation, bank)
+
+
+async def _defaults(bank: Bank, catalog: Catalog, model: ServedModel) -> AdapterDefaults:
+    """Read what an adapter brings beside its weights, once."""
+    defaults = await bank.texts.defaults(model.digest, model.name)
+    catalog.know(model.digest, defaults=defaults)
+    return defaults
+
+
+def _engine(
+    settings: InferenceSettings, generation: Generation, base: Base, bank: Bank | None
+) -> tuple[Engine, SchedulerLimits]:
+    """Size the cache from what is free, the longest sequence from the cache, and make the engine."""
+    model, backend = base.model, base.backend
+    sizes, block_size = settings.sizes(model.device.type), settings.block_size
+    lora = backend.new_lora() if bank is None else bank.lora
+    residents: Residents = AlwaysResident() if bank is None else bank.residency
+    resident = [] if bank is None else bank.residency.resident()[:IN_STEPS]
+
+    def limits_of(longest: int) -> SchedulerLimits:
+        return SchedulerLimits(sizes.tokens, sizes.seqs, settings.max_batch_adapters, longest)
+
+    def measured(longest: int) -> Measured:
+        of_step = limits_of(longest)
+        batch = largest_step(of_step, resident, block_size)
+        return measure(
+            partial(_runner, base, lora, SCRATCH_BLOCKS, block_size, of_step), batch, CudaMemory(model.device)
+        )
+
+    plan = divide_memory(
+        settings,
+        generation.max_seq_len,
+        model,
+        lora.num_bytes,
+        promised=0 if bank is None else bank.promised,
+        graphs=backend.recordable,
+        measure=measured if model.device.type == "cuda" else None,
+    )
+    limits = limits_of(plan.max_seq_len)
+    blocks = BlockManager(plan.num_blocks, block_size, prefix_cache=settings.prefix_cache)
+    runner = _runner(base, lora, blocks.num_blocks, block_size, limits)
     if backend.recordable:
         _record(runner, model.device)
-    engine = Engine(runner, limits, blocks)
-    _run_a_few_tokens(engine, adapters)  # so that the first request does not wait for what is made at first use
-    seconds = time.monotonic() - started
+    return Engine(runner, limits, blocks, residents), limits
+
+
+def _run_a_few_tokens(engine: Engine, bank: Bank | None) -> None:
+    """Run what works as long as anything does: the base, and an adapter where one is resident."""
+    resident: list[Adapter] = [] if bank is None else bank.residency.resident()
+    for adapter in [None, *resident[:1]]:
+        engine.add(EngineSequence("warm-up", [0, 0], SamplingParams(max_tokens=2), adapter))
+        while not engine.idle:
+            engine.step()
+
+
+def _log_loaded(
+    generation: Generation,
+    base: Base,
+    bank: Bank | None,
+    engine: Engine,
+    limits: SchedulerLimits,
+    registered: Sequence[Adapter],
+    seconds: float,
+) -> None:
+    backend, stats = base.backend, engine.stats
+    facts: dict[str, Any] = {} if bank is None else {"resident": len(bank.residency.resident())}
     log.info(
         "loaded",
         deployment=generation.deployment,
         generation=generation.number,
-        backend=lora.name,
+        backend=backend.new_lora().name if bank is None else bank.lora.name,
         operations=backend.how,
         device=str(backend.device),
         dtype=str(backend.dtype).removeprefix("torch."),
         threads=torch.get_num_threads(),
-        adapters=len(adapters),
+        adapters=len(registered) or len(generation.adapters),
+        **facts,
         merged=generation.merged or "none",
-        kv_tokens=blocks.num_blocks * blocks.block_size,
+        kv_tokens=stats.blocks_total * stats.block_size,
         max_seq_len=limits.max_seq_len,
         seconds=round(seconds, 2),
     )
-    source = _source(generation.base.source)
-    described = ServedModel(generation.served_model_name, source=source, load_s=base.load_s, warnings=warned)
-    models = [described, *adapters] if generation.serve_base else adapters
-    catalog = Catalog(generation.number, generation.served_model_name, models, seconds)
-    thread = EngineThread(
-        engine,
-        settings.max_queue,
-        partial(_run_a_few_tokens, engine, adapters),
-        step_timeout_s=settings.step_timeout_s,
-        interval_s=settings.sizes(model.device.type).interval_ms / 1e3,
-    )
-    ends = base.config.eos_token_ids
-    serving = ServingLimits(limits.max_seq_len, generation.request_default_max_tokens, ends)
-    return Ready(GenerationService(catalog, base.text, thread, serving, watchers), thread)
-
-
-@dataclass(frozen=True)
-class _Base:
-    """A base that was loaded."""
-
-    placed: PlacedBase
-    config: ModelConfig
-    text: Text
-    backend: Backend
-    model: Decoder
-    load_s: float
-
-
-def _load_base(generation: Generation, settings: InferenceSettings, sources: Sources) -> _Base:
-    """Load the base from its source, or from the cache, where what is damaged is fetched again."""
-    into = settings.cache_dir / "checkpoints" / _cache_name(generation)
-
-    def read(placed: PlacedBase) -> _Base:
-        with placed.small_files() as folder:
-            config = read_config(folder, generation.max_seq_len)
-            text = Text.load(folder, config.dims.vocab)
-        backend = choose_backend(settings, config)
-        reading = time.monotonic()
-        model = Decoder(config, _checkpoint(placed, backend.dtype, backend.device), backend.operations)
-        return _Base(placed, config, text, backend, model, time.monotonic() - reading)
-
-    log.info("fetching the base", source=_source(generation.base.source), cache=str(settings.cache_dir))
-    try:
-        return with_base(generation.base, into, sources, read)
-    except ResourcesExhausted as fault:
-        raise ResourcesExhausted(f"LORAMUX_CACHE_DIR={settings.cache_dir}: {fault.message}") from fault
-
-
-def _checkpoint(placed: PlacedBase, dtype: torch.dtype, device: torch.device) -> Checkpoint:
-    return Checkpoint(placed.folder, dtype, device, placed.require)
-
-
-def _warn_about(config: ModelConfig, model: Decoder) -> tuple[str, ...]:
-    """Log what is odd about a base, and return the codes for the list of models."""
-    if config.tied_embeddings == model.config.tied_embeddings:
-        return ()
-    entry = CODES["W_HEAD"]
-    log.warning("base", code=entry.code, found=entry.meaning, fix=entry.cure)
-    return (entry.code,)
-
-
-def _run_a_few_tokens(engine: Engine, adapters: Sequence[ServedModel]) -> None:
-    """Run what works as long as anything does: the base, and an adapter where there is one."""
-    for adapter in [None, *(served.adapter for served in adapters[:1])]:
-        engine.add(EngineSequence("warm-up", [0, 0], SamplingParams(max_tokens=2), adapter))
-        while not engine.idle:
-            engine.step()
 
 
 def _generation(name: str, store: Store) -> Generation:
@@ -204,128 +219,10 @@ def _generation(name: str, store: Store) -> Generation:
     return generation
 
 
-def _source(repository: Repository) -> str:
-    """Say where a model came from, to everybody who may ask; a folder's path is nobody's business."""
-    place = repository.shown
-    place = Path(place).name if repository.source is SourceKind.LOCAL else place
-    return f"{place}@{repository.revision}" if repository.revision else place
-
-
-def _cache_name(generation: Generation) -> str:
-    """A folder per set of files: another revision never meets files of this one."""
-    source = generation.base.source
-    place, revision = (re.sub(r"[^\w.\-]", "_", text) for text in (source.shown, source.revision))
-    return f"{place[-80:]}@{revision[:16] or 'none'}"
-
-
-@dataclass(frozen=True)
-class _Read:
-    """An adapter that was read and packed, and is not in the bank yet."""
-
-    manifest: Manifest
-    texts: Mapping[str, bytes]
-    packed: PackedAdapter
-    seconds: float
-
-
-def _load_adapters(
-    generation: Generation, store: Store, lora: LoraBackend, model: Decoder, text: Text, block_size: int
-) -> list[ServedModel]:
-    """Read all adapters into a bank that is just large enough, and replay their proofs."""
-    read = [_read_adapter(store, record.digest, lora, model) for record in generation.adapters.values()]
-    slots = hold_packed(lora, [each.packed for each in read], generation.max_lora_rank)
-    return [
-        _prove(name, record, each, Adapter(name, next(_uids), slot), lora, model, text, block_size)
-        for (name, record), each, slot in zip(generation.adapters.items(), read, slots, strict=True)
-    ]
-
-
-def _read_adapter(store: Store, digest: str, lora: LoraBackend, model: Decoder) -> _Read:
-    reading = time.monotonic()
-    bundle, config = read_bundle(store, digest), model.config
-    weights = pack_adapter(matrices(bundle), config.groups, config.dims.num_layers, model.dtype, lora.home)
-    return _Read(bundle.manifest, bundle.texts, lora.pack(weights), time.monotonic() - reading)
-
-
-def _prove(
-    name: str,
-    record: AdapterRecord,
-    read: _Read,
-    adapter: Adapter,
-    lora: LoraBackend,
-    model: Decoder,
-    text: Text,
-    block_size: int,
-) -> ServedModel:
-    proving, manifest = time.monotonic(), read.manifest
-    if manifest.proof is not None:
-        replayed = replay(name, manifest.proof, manifest, adapter, lora, model, block_size)
-        log.info("proof holds", adapter=name, effect=replayed.effect, logprob=replayed.logprob)
-    return ServedModel(
-        name,
-        adapter,
-        source=_source(record.source),
-        load_s=read.seconds + time.monotonic() - proving,
-        digest=record.digest,
-        ranks=manifest.ranks,
-        modules=manifest.modules,
-        warnings=tuple(finding.code for finding in manifest.warnings),
-        defaults=read_adapter_defaults(name, read.texts, text),
-    )
-
-
-def _merge(served: ServedModel, bundle: Bundle, placed: PlacedBase, model: Decoder) -> ServedModel:
-    """Merge an adapter into the weights: it is now what the base was."""
-    rows, config = matrices(bundle), model.config
-    checkpoint = _checkpoint(placed, torch.float32, model.device)
-    model.merge(
-        checkpoint, pack_adapter(rows, config.groups, config.dims.num_layers, torch.float32, model.device)
-    )
-    return replace(served, adapter=None)
-
-
-def _memory(
-    settings: InferenceSettings,
-    generation: Generation,
-    backend: Backend,
-    model: Decoder,
-    lora: LoraBackend,
-    adapters: Sequence[ServedModel],
-) -> tuple[BlockManager, SchedulerLimits]:
-    """Size the cache from what is free, and the longest sequence from the cache."""
-    sizes, block_size = settings.sizes(model.device.type), settings.block_size
-
-    def limits(longest: int) -> SchedulerLimits:
-        return SchedulerLimits(sizes.tokens, sizes.seqs, settings.max_batch_adapters, longest)
-
-    def measured(longest: int) -> Measured:
-        of_step = limits(longest)
-        batch = largest_step(of_step, [each.adapter for each in adapters if each.adapter], block_size)
-        scratch = partial(_runner, backend, model, lora, SCRATCH_BLOCKS, block_size, of_step)
-        return measure(scratch, batch, CudaMemory(model.device))
-
-    plan = divide_memory(
-        settings,
-        generation.max_seq_len,
-        model,
-        lora.num_bytes,
-        graphs=backend.recordable,
-        measure=measured if model.device.type == "cuda" else None,
-    )
-    blocks = BlockManager(plan.num_blocks, block_size, prefix_cache=settings.prefix_cache)
-    return blocks, limits(plan.max_seq_len)
-
-
-def _runner(
-    backend: Backend,
-    model: Decoder,
-    lora: LoraBackend,
-    num_blocks: int,
-    block_size: int,
-    limits: SchedulerLimits,
-) -> Runner:
+def _runner(base: Base, lora: LoraBackend, num_blocks: int, block_size: int, limits: SchedulerLimits) -> Runner:
     """Return a runner with a cache of its own; one that can replay steps has recorded none yet."""
-    if backend.recordable:
+    model = base.model
+    if base.backend.recordable:
         segmented = cast(SegmentedLora, lora)  # what `recordable` promises
         return GraphRunner(model, segmented, num_blocks, block_size, limits, CudaRecorder(model.device))
     return Runner(model, lora, num_blocks, block_size)

@@ -28,18 +28,20 @@ def divide_memory(
     model: Decoder,
     adapters: int,
     *,
+    promised: int = 0,
     graphs: bool,
     measure: Callable[[int], Measured] | None = None,
 ) -> MemoryPlan:
     """Plan the memory of a model that is loaded, adapters' bytes included, and log a line per item.
 
+    promised are bytes that will be taken and are not yet; adapters' memory on a CPU comes when it is written.
     measure runs the largest step, with contexts of so many tokens; without it, arithmetic must do.
 
     Raises:
         ResourcesExhausted: it does not fit.
     """
     config, item_bytes, device = model.config, model.dtype.itemsize, model.device
-    free = _free_bytes(device)
+    free = free_bytes(device) - promised
     needs = needs_of(config, item_bytes, adapters, settings, device.type, graphs=graphs)
     cache = cache_of(config, item_bytes, settings, device.type, max_seq_len)
     forecast: dict[str, int] = {}
@@ -57,7 +59,7 @@ def divide_memory(
     return plan
 
 
-def _free_bytes(device: torch.device) -> int:
+def free_bytes(device: torch.device) -> int:
     """Bytes of the device, or of the machine, that nobody uses."""
     if device.type == "cuda":
         return CudaMemory(device).settled()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from pydantic import ValidationError
@@ -17,6 +17,7 @@ from loramux_shared.access.keyring import read_keys_file
 from loramux_shared.access.keys import KeyEntry, digest, explain, new_key, parse_keys
 from loramux_shared.access.rights import Scope
 from loramux_shared.faults import SettingsInvalid
+from loramux_shared.limits import Limits
 
 app = typer.Typer(
     help="Make, list and remove API keys.\n\nExample: loramux keys new --scope infer --file keys.jsonl",
@@ -40,6 +41,18 @@ def new(
         list[str] | None,
         typer.Option("--model", metavar="NAME", help="Only this base or adapter; repeatable."),
     ] = None,
+    weight: Annotated[
+        float | None, typer.Option("--weight", metavar="W", help="Part beside other keys; 1 is usual.")
+    ] = None,
+    max_running: Annotated[
+        int | None, typer.Option("--max-running", metavar="N", help="Answers computed at once, of each model.")
+    ] = None,
+    max_waiting: Annotated[
+        int | None, typer.Option("--max-waiting", metavar="N", help="Requests that wait; more are refused.")
+    ] = None,
+    tokens_per_minute: Annotated[
+        int | None, typer.Option("--tokens-per-minute", metavar="N", help="Of prompts and answers.")
+    ] = None,
     key_id: Annotated[str, typer.Option("--id", metavar="ID", help="Names it in lists; else drawn.")] = "",
     comment: Annotated[str, typer.Option("--comment", metavar="TEXT", help="Whose it is.")] = "",
     file: Annotated[
@@ -54,7 +67,15 @@ def new(
     Example: loramux keys new --scope infer --model my-adapter --file keys.jsonl
     """
     key = new_key()
-    entry = _entry(key, key_id or f"k{secrets.token_hex(4)}", scope, model, comment)
+    said = {
+        "weight": weight,
+        "max_running": max_running,
+        "max_waiting": max_waiting,
+        "tokens_per_minute": tokens_per_minute,
+    }
+    limits = {name: value for name, value in said.items() if value is not None}
+    about = {"id": key_id or f"k{secrets.token_hex(4)}", "scopes": scope, "models": model, "comment": comment}
+    entry = _entry(key, about | ({"limits": limits} if limits else {}))
     if file is not None:
         append_entry(file.expanduser(), entry)
         shell.say(f"{entry.id} is in {file}; the key is not shown again", "dim")
@@ -83,12 +104,13 @@ def list_keys(file: File, as_json: shell.Json = False) -> None:
             entry.id,
             ", ".join(entry.scopes),
             ", ".join(entry.models or ("all",)),
+            _told(entry.limits),
             f"{entry.created:%Y-%m-%d}" if entry.created else "-",
             entry.comment or "-",
         )
         for entry in entries
     ]
-    shell.table(("id", "scopes", "models", "created", "comment"), rows)
+    shell.table(("id", "scopes", "models", "limits", "created", "comment"), rows)
 
 
 @app.command()
@@ -109,10 +131,14 @@ def remove(
         shell.show(f"{key_id} is removed from {file}")
 
 
-def _entry(key: str, key_id: str, scope: list[Scope], model: list[str] | None, comment: str) -> KeyEntry:
+def _told(limits: Limits | None) -> str:
+    said = limits.model_dump().items() if limits else ()
+    return ", ".join(f"{name} {value}" for name, value in said) or "-"
+
+
+def _entry(key: str, about: dict[str, Any]) -> KeyEntry:
     created = datetime.now(UTC).replace(microsecond=0)
-    fields = {"id": key_id, "scopes": scope, "models": model, "comment": comment, "created": created}
     try:
-        return KeyEntry.model_validate(fields | {"sha256": digest(key).hex()})
+        return KeyEntry.model_validate(about | {"sha256": digest(key).hex(), "created": created})
     except ValidationError as error:
         raise SettingsInvalid("; ".join(explain(error))) from error

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection, Iterator
 from enum import StrEnum
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from loramux_shared.limits import Limits, unset
 
 DEFAULT_MAX_LORA_RANK = 64
 
@@ -169,6 +172,25 @@ class Build(Model):
         return value
 
 
+class ModelLimits(Model):
+    """How much of each replica the models may have; those of API keys are in docs/access.md."""
+
+    default: Limits = Field(default_factory=Limits, exclude_if=lambda limits: limits == Limits())
+    """Of each model, where it has none of its own: every model has its own count, not a part of one."""
+    models: dict[Name, Limits] = Field(default_factory=dict, exclude_if=unset)
+    """Of single models, by name; what one does not say is the default's."""
+
+    def of(self, name: str) -> Limits:
+        """Return the limits of a model."""
+        own = self.models.get(name)
+        return self.default if own is None else own.over(self.default)
+
+
+Weight = Annotated[int, Field(ge=0, lt=2**31)]
+Aliases = dict[Name, dict[Name, Weight]]
+"""By alias: the names that it stands for, and the part of the requests that each of them gets."""
+
+
 class Runtime(Model):
     """How it is served."""
 
@@ -181,6 +203,34 @@ class Runtime(Model):
     merge: Merge = Merge.AUTO
     """Whether the one adapter of a deployment that hides its base is merged into the weights at load, and then
     runs at the speed of the base. ``always`` refuses a deployment for which that is impossible."""
+    aliases: Aliases = Field(default_factory=dict)
+    """Names that pick one of several models by weight: ``{support: {support-v1: 90, support-v2: 10}}``.
+    Requests with the same ``user``, or the same ``x-loramux-key``, get the same one; 0 gets none."""
+    limits: ModelLimits = ModelLimits()
+    """How much of each replica the models may have."""
+
+    @field_validator("aliases")
+    @classmethod
+    def _somebody_answers(cls, aliases: Aliases) -> Aliases:
+        for alias, weights in aliases.items():
+            if not any(weights.values()):
+                raise ValueError(f"a model with a weight above 0, unlike alias {alias}")
+        return aliases
+
+
+def wrong_names(aliases: Aliases, limits: ModelLimits, served: Collection[str]) -> Iterator[str]:
+    """Yield what is expected instead of each name in aliases and limits that does not fit the models served."""
+    taken = {name.casefold() for name in served}
+    for alias, weights in aliases.items():
+        if alias.casefold() in taken:
+            yield f"no alias that has the name of another, or of a model, as runtime.aliases.{alias} does"
+        taken.add(alias.casefold())
+        for name in weights:
+            if name not in served:
+                yield f"models of this deployment in runtime.aliases.{alias}, unlike {name}"
+    for name in limits.models:
+        if name not in served:
+            yield f"models of this deployment in runtime.limits.models, unlike {name}"
 
 
 class Deployment(Model):
@@ -202,6 +252,13 @@ class Deployment(Model):
     def _names_are_distinct(self) -> Deployment:
         if self.served_model_name.casefold() in map(str.casefold, self.build.lora_adapters):
             raise ValueError(NAME_TAKEN)
+        return self
+
+    @model_validator(mode="after")
+    def _aliases_and_limits_name_models(self) -> Deployment:
+        served = {self.served_model_name, *self.build.lora_adapters}
+        for expected in wrong_names(self.runtime.aliases, self.runtime.limits, served):
+            raise ValueError(expected)
         return self
 
     @model_validator(mode="after")

@@ -215,7 +215,7 @@ def _unwrap(data: dict[Any, Any]) -> tuple[dict[Any, Any], list[str]]:
 
 def _without_empty(block: dict[Any, Any]) -> dict[Any, Any]:
     """Without the optional blocks that have a key and nothing else."""
-    optional = {"runtime", "lora_adapters", "lora_configuration"}
+    optional = {"runtime", "lora_adapters", "lora_configuration", "aliases", "limits"}
     return {key: value for key, value in block.items() if key not in optional or value is not None}
 
 

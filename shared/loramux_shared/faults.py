@@ -34,6 +34,7 @@
     ├── DeadlineExceeded     DEADLINE_EXCEEDED       DEADLINE_EXCEEDED    the request's deadline passed
     ├── ClientStalled        CLIENT_STALLED          ABORTED              it sent or read too slowly
     ├── QueueFull            QUEUE_FULL              RESOURCE_EXHAUSTED
+    ├── RateLimited          RATE_LIMITED            RESOURCE_EXHAUSTED   a model or a key used its share
     ├── BundleCorrupt        BUNDLE_CORRUPT          DATA_LOSS
     ├── ProofFailed          PROOF_FAILED            DATA_LOSS            a bundle that answers otherwise
     ├── CheckpointInvalid    CHECKPOINT_INVALID      FAILED_PRECONDITION  a base that cannot be served
@@ -100,10 +101,19 @@ class Fault(Exception):
 
     reason: ClassVar[str]
     status: ClassVar[Status]
-    retry_after_s: ClassVar[float | None] = None
+    retry_after_s: float | None = None
+    """After which the same call may succeed; None: nobody knows."""
 
-    def __init__(self, message: str, findings: Sequence[Finding] = (), repository: str = "") -> None:
+    def __init__(
+        self,
+        message: str,
+        findings: Sequence[Finding] = (),
+        repository: str = "",
+        retry_after_s: float | None = None,
+    ) -> None:
         super().__init__(message)
+        if retry_after_s is not None:
+            self.retry_after_s = retry_after_s
         self.message = message
         self.findings = tuple(findings)
         self.repository = repository
@@ -111,7 +121,7 @@ class Fault(Exception):
 
     def retold(self, message: str) -> Self:
         """Return a fault that says the same in other words, and holds nothing of where it happened."""
-        return type(self)(message, self.findings, self.repository)
+        return type(self)(message, self.findings, self.repository, self.retry_after_s)
 
     def __str__(self) -> str:
         return "\n  ".join([self.message, *map(str, self.findings)])
@@ -338,6 +348,14 @@ class QueueFull(Fault):
     """Too many requests wait."""
 
     reason = "QUEUE_FULL"
+    status = Status.RESOURCE_EXHAUSTED
+    retry_after_s = 1.0
+
+
+class RateLimited(Fault):
+    """A model, or the holder of a key, has what its limits allow; others are not concerned."""
+
+    reason = "RATE_LIMITED"
     status = Status.RESOURCE_EXHAUSTED
     retry_after_s = 1.0
 

@@ -201,8 +201,13 @@ class InferenceSettings(Settings):
     """Tokens per step, of prompts and answers together; auto: 1024 on a CPU, 8192 on a GPU."""
     max_batch_seqs: OfDevice = None
     """Sequences per step; auto: 64 on a CPU, 256 on a GPU."""
-    max_batch_adapters: Count = 16
+    max_batch_adapters: Count = 64
     """Distinct adapters per step."""
+    adapter_memory_gb: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """Memory of resident adapters in GB (10^9 bytes); when not given, room for all that are registered at the
+    start and some more, up to a quarter of what weights leave free (on a GPU 30 %)."""
+    preload: Annotated[int, Field(ge=0)] = 16
+    """Adapters that are loaded before the replica says that it is ready; the others follow while it serves."""
     kv_memory_gb: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     """Memory of the KV cache in GB (10^9 bytes); chosen from what is free when not given."""
     block_size: Annotated[Count, AfterValidator(_power_of_two)] = 16

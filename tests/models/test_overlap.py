@@ -18,6 +18,7 @@ from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import Adapter, FinishReason, Sequence, StepOutput, Token
 from inference_service.engine.block_manager import BlockManager
 from inference_service.engine.engine import Engine
+from inference_service.engine.residents import AlwaysResident
 from inference_service.engine.rows import lay_out
 from inference_service.engine.scheduler import SchedulerLimits
 from inference_service.engine.step import Pending
@@ -28,6 +29,7 @@ from tests.support.tiny import ADAPTERS, VOCAB, World, make_world, run_engine
 BLOCK = 4
 TOKENS = 5
 LIMITS = SchedulerLimits(max_tokens=16, max_seqs=4, max_adapters=2, max_seq_len=40)
+HANDLES = [Adapter(f"{number:064x}", number) for number in range(8)]
 _ids = itertools.count()
 
 
@@ -53,7 +55,7 @@ class Device:
         for chunk, context in zip(rows.arrangement.chunks, rows.contexts, strict=True):
             for row in range(context.length):
                 place = _place(context.blocks, chunk.start + row)
-                self.cache[place] = tokens[context.row + row], chunk.seq.adapter_uid
+                self.cache[place] = tokens[context.row + row], _uid(chunk.seq)
         ends = {chunk.seq: chunk.end for chunk in batch.chunks}
         found = [[self.cache[_place(s.blocks, at)] for at in range(ends[s])] for s in rows.sampled]
         self.drawn = {seq: place for place, seq in enumerate(rows.sampled)}
@@ -77,6 +79,10 @@ def _checksum(content: list[tuple[int, int]]) -> int:
     return zlib.crc32(repr(content).encode()) % TOKENS
 
 
+def _uid(seq: Sequence) -> int:
+    return seq.slot + 1
+
+
 def _expected(prompt: list[int], sampling: SamplingParams, uid: int) -> list[int]:
     tokens = list(prompt)
     while len(tokens) < LIMITS.max_seq_len and len(tokens) - len(prompt) < sampling.max_tokens:
@@ -92,13 +98,13 @@ def _engine(
     manager = BlockManager(blocks, BLOCK, prefix_cache=prefix_cache)
     device = Device(depth)
     limits = replace(LIMITS, max_tokens=max_tokens)
-    return Engine(device, limits, manager, clock=lambda: 0.0), device, manager
+    return Engine(device, limits, manager, AlwaysResident(), clock=lambda: 0.0), device, manager
 
 
 def _seq(
     prompt: list[int], sampling: SamplingParams, uid: int = 0, deadline_s: float | None = None
 ) -> Sequence:
-    adapter = Adapter(f"a{uid}", uid, uid - 1) if uid else None
+    adapter = HANDLES[uid - 1] if uid else None
     return Sequence(str(next(_ids)), list(prompt), sampling, adapter, deadline_s=deadline_s)
 
 

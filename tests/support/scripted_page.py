@@ -39,7 +39,7 @@ def models(adapters: Sequence[str]) -> list[ServedModel]:
     """The base and adapters of some ranks."""
     made = [ServedModel("base")]
     for nth, name in enumerate(adapters, start=1):
-        made.append(ServedModel(name, Adapter(name, nth, 0), digest=f"{nth:064x}", ranks=(4, 5 + nth % 3)))
+        made.append(ServedModel(name, Adapter(f"{nth:064x}", 0), digest=f"{nth:064x}", ranks=(4, 5 + nth % 3)))
     return made
 
 
@@ -51,7 +51,7 @@ class ScriptedPage(GenerationService):
     ) -> None:
         """Serve adapters; where says has a None, the answer waits for ever."""
         write_tokenizer(folder)
-        sequences = SequenceCounts({"": 1, adapters[0]: 2}, {adapters[-1]: 2})
+        sequences = SequenceCounts({"base": 1, adapters[0]: 2}, {adapters[-1]: 2})
         engine = cast(EngineThread, SimpleNamespace(max_queue=8, stats=STATS, sequence_counts=sequences))
         catalog = Catalog(7, "base", models(adapters))
         super().__init__(catalog, Text.load(folder, VOCAB), engine, ServingLimits(256, None, frozenset({2})))

@@ -15,7 +15,7 @@ _ids = itertools.count()
 
 
 def _seq(tokens: list[int], uid: int = 0, salt: str = "") -> Sequence:
-    adapter = Adapter(f"a{uid}", uid, uid - 1) if uid else None
+    adapter = Adapter(f"a{uid}") if uid else None  # of another load each time
     return Sequence(str(next(_ids)), list(tokens), SamplingParams(), adapter, cache_salt=salt)
 
 
@@ -42,7 +42,7 @@ def test_a_known_prefix_is_shared_and_its_last_token_is_left_to_compute() -> Non
 
 
 def test_a_prefix_of_another_adapter_is_never_met() -> None:
-    """The same tokens under another adapter's uid, or the base's, find nothing."""
+    """The same tokens under another digest, or the base, find nothing."""
     blocks = BlockManager(16, 4)
     _compute(blocks, _seq(list(range(9)), uid=1))
     for uid in (0, 2):

@@ -15,6 +15,7 @@ from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import FinishReason, Sequence, Token
 from inference_service.engine.block_manager import BlockManager
 from inference_service.engine.engine import Engine
+from inference_service.engine.residents import AlwaysResident
 from inference_service.engine.scheduler import SchedulerLimits
 from inference_service.engine.step import Pending
 from inference_service.serving.engine_thread import EngineThread, Outputs
@@ -40,7 +41,7 @@ class Device:
 
 def _thread(device: Device, step_timeout_s: float = 60.0) -> EngineThread:
     limits = SchedulerLimits(max_tokens=64, max_seqs=8, max_adapters=1, max_seq_len=64)
-    engine = Engine(device, limits, BlockManager(64, 4))
+    engine = Engine(device, limits, BlockManager(64, 4), AlwaysResident())
 
     def probe() -> None:
         engine.add(Sequence("probe", [0], SamplingParams(max_tokens=1)))

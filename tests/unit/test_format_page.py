@@ -9,6 +9,7 @@ import pytest
 
 from loramux_shared.bundle.manifest import (
     AdapterRecord,
+    AdapterSummary,
     BaseRecord,
     Coverage,
     Current,
@@ -19,8 +20,9 @@ from loramux_shared.bundle.manifest import (
     Truncation,
 )
 from loramux_shared.bundle.proof import Effect, Probe, Proof, TokenLogprob
-from loramux_shared.deployment import Model, Repository
+from loramux_shared.deployment import Model, ModelLimits, Repository
 from loramux_shared.faults import Finding
+from loramux_shared.limits import Limits
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "bundle-format.md").read_text(encoding="utf-8")
 
@@ -58,11 +60,14 @@ def test_a_record_has_the_keys_that_the_page_names(record: type[Model], told: se
 
 INSIDE = (
     AdapterRecord,
+    AdapterSummary,
     BaseRecord,
     Coverage,
     Effect,
     FileDigest,
     Finding,
+    Limits,
+    ModelLimits,
     Probe,
     Proof,
     Repository,

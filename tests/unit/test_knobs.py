@@ -46,8 +46,9 @@ UNBOUNDED = {
     "add_generation_prompt", "continue_final_message", "add_special_tokens",
     # with rules of their own in `bounds` and `turns`
     "prompt", "tools", "constraint",
-    # looked up, compared, or the server's own
-    "model", "priority", "deadline_s", "id",
+    # looked up, compared, hashed, or the server's own
+    "model", "lora_path", "min_generation", "sticky_key", "priority", "deadline_s", "id", "served",
+    "usual_temperature",
 }  # fmt: skip
 HTTP_ONLY = {
     # become the prompt or the constraint
@@ -56,8 +57,10 @@ HTTP_ONLY = {
     "max_completion_tokens", "top_logprobs", "best_of", "echo", "stream", "stream_options", "modalities",
     "return_token_ids",
     "request_id",
+    # the key of an alias
+    "user",
     # change nothing
-    "user", "metadata", "store", "service_tier", "safety_identifier",
+    "metadata", "store", "service_tier", "safety_identifier",
     "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention",
 }  # fmt: skip
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
 
 from inference_service.openai_api.chat_schema import ChatBody
-from inference_service.openai_api.mapping import chat_request, completion_requests
+from inference_service.openai_api.mapping import NO_HEADERS, chat_request, completion_requests
 from inference_service.openai_api.schema import CompletionBody
-from inference_service.serving.adapter_defaults import AdapterDefaults
-from inference_service.serving.catalog import Catalog, ServedModel
 from inference_service.serving.request import Request
 from inference_service.serving.service import GenerationService, ServingLimits
 from loramux_shared.faults import RequestInvalid
@@ -20,18 +19,15 @@ TOOLS = [{"type": "function", "function": {"name": "f"}}]
 
 
 class Named(GenerationService):
-    """A service that has names and limits, and cannot answer."""
+    """A service that has limits, and cannot answer."""
 
     def __init__(self, default_max_tokens: int | None = None) -> None:
-        self.catalog = Catalog(
-            1, "base", [ServedModel("base"), ServedModel("calm", defaults=AdapterDefaults(temperature=0.3))]
-        )
         self.limits = ServingLimits(256, default_max_tokens, frozenset({2}))
 
 
-def _chat(service: Named | None = None, **fields: Any) -> Request:
+def _chat(headers: Mapping[str, str] = NO_HEADERS, **fields: Any) -> Request:
     body = {"model": "base", "messages": [{"role": "user", "content": "x"}]} | fields
-    return chat_request(ChatBody.model_validate_json(json.dumps(body)), service or Named())
+    return chat_request(ChatBody.model_validate_json(json.dumps(body)), headers)
 
 
 def _completion(service: Named | None = None, **fields: Any) -> Request:
@@ -40,11 +36,28 @@ def _completion(service: Named | None = None, **fields: Any) -> Request:
     return request
 
 
-def test_an_adapters_own_temperature_comes_before_the_apis() -> None:
-    """What the request says comes first, then what the adapter brings, then 1."""
-    assert _chat().temperature == 1.0
-    assert _chat(model="calm").temperature is None
-    assert _chat(model="calm", temperature=0).temperature == 0
+def test_the_temperature_is_left_to_the_adapter() -> None:
+    """What the request says comes first, then what the adapter brings, then the API's 1."""
+    assert (_chat().temperature, _chat().usual_temperature) == (None, 1.0)
+    assert _chat(temperature=0).temperature == 0
+    assert _completion().usual_temperature == 1.0
+
+
+def test_versions_and_keys_come_in_the_body_and_in_headers() -> None:
+    """Of two generations the higher one counts, and a header's key comes before the user."""
+    asked = _chat({"x-loramux-min-generation": "7", "x-loramux-key": "k"}, user="ann", min_generation=3)
+    assert (asked.min_generation, asked.sticky_key) == (7, "k")
+    asked = _chat({"x-loramux-min-generation": "2"}, user="ann", min_generation=3)
+    assert (asked.min_generation, asked.sticky_key) == (3, "ann")
+    assert (_chat().min_generation, _chat().sticky_key) == (0, "")
+
+
+@pytest.mark.parametrize("said", ["", "-1", "1.5", "seven", "1" * 20, str(2**63)])
+def test_a_header_that_is_no_generation_is_refused_by_name(said: str) -> None:
+    """A typing mistake in a header is no reason to answer with an older version."""
+    with pytest.raises(RequestInvalid) as refused:
+        _chat({"x-loramux-min-generation": said})
+    assert refused.value.findings[0].where.endswith("min-generation") or said == str(2**63)
 
 
 def test_lengths() -> None:

@@ -25,7 +25,7 @@ from loramux_shared.storage.memory import MemoryStore
 from tests.support.tiny import make_world
 
 LIMITS = SchedulerLimits(max_tokens=100, max_seqs=8, max_adapters=2, max_seq_len=64)
-ADAPTERS = [Adapter("a", 1, 0), Adapter("b", 2, 1), Adapter("c", 3, 2)]
+ADAPTERS = [Adapter("a", 0), Adapter("b", 1), Adapter("c", 2)]
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +80,7 @@ def test_the_largest_step_fills_every_bound(limits: SchedulerLimits) -> None:
     assert batch.num_tokens == min(limits.max_tokens, limits.max_seqs * limits.max_seq_len)
     assert {chunk.end for chunk in batch.chunks} == {limits.max_seq_len}
     assert all(chunk.samples for chunk in batch.chunks)
-    names = {chunk.seq.adapter.name for chunk in batch.chunks if chunk.seq.adapter}
+    names = {chunk.seq.adapter.digest for chunk in batch.chunks if chunk.seq.adapter}
     assert len(names) == min(limits.max_adapters, len(ADAPTERS), len(batch.chunks))
     assert all(max(chunk.seq.blocks) < SCRATCH_BLOCKS for chunk in batch.chunks)
     assert all(len(chunk.seq.blocks) * 16 >= limits.max_seq_len for chunk in batch.chunks)

@@ -11,12 +11,14 @@ from hypothesis import strategies as st
 
 from inference_service.core.batch import Batch
 from inference_service.core.sampling import SamplingParams
-from inference_service.core.sequence import Adapter, FinishReason, Sequence, Token
+from inference_service.core.sequence import FAIR, Adapter, FinishReason, Sequence, Share, Token
 from inference_service.engine.block_manager import BlockManager
 from inference_service.engine.engine import Engine
-from inference_service.engine.scheduler import Scheduler, SchedulerLimits
+from inference_service.engine.residents import AlwaysResident
+from inference_service.engine.scheduler import QUANTUM, SchedulerLimits
 from inference_service.engine.step import Pending
 
+ADAPTERS = [Adapter(f"{number:064x}", slot=number) for number in range(40)]
 _ids = itertools.count()
 
 
@@ -42,16 +44,26 @@ def _engine(
     manager = BlockManager(blocks, 4)
     runner = FakeRunner(depth)
     limits = SchedulerLimits(max_tokens, max_seqs, max_adapters, max_seq_len=blocks * 4)
-    return Engine(runner, limits, manager, clock=lambda: 0.0), runner, manager
+    return Engine(runner, limits, manager, AlwaysResident(), clock=lambda: 0.0), runner, manager
 
 
-def _seq(prompt: int, new: int, uid: int = 0, priority: int = 0, deadline_s: float | None = None) -> Sequence:
+def _seq(
+    prompt: int,
+    new: int,
+    uid: int = 0,
+    priority: int = 0,
+    deadline_s: float | None = None,
+    *,
+    flow: str = "",
+    share: Share = FAIR,
+) -> Sequence:
     number = next(_ids)
-    adapter = Adapter(f"a{uid}", uid, uid - 1) if uid else None
     tokens = [number * 1000 + index for index in range(prompt)]  # no shared prefixes by accident
-    return Sequence(
-        str(number), tokens, SamplingParams(max_tokens=new), adapter, priority, deadline_s=deadline_s
-    )
+    sampling = SamplingParams(max_tokens=new)
+    adapter = ADAPTERS[uid - 1] if uid else None
+    seq = Sequence(str(number), tokens, sampling, adapter, priority, deadline_s=deadline_s)
+    seq.flow, seq.share = flow, share
+    return seq
 
 
 def _drain(engine: Engine, steps: int = 3000) -> dict[str, FinishReason]:
@@ -180,64 +192,138 @@ def test_budgets_hold_and_every_request_ends_once(actions: list[object], num_blo
     for batch in runner.batches:
         assert batch.num_tokens <= 16
         assert len(batch.chunks) <= 4
-        assert len({chunk.seq.adapter_uid for chunk in batch.chunks} - {0}) <= 2
+        assert len({chunk.seq.adapter for chunk in batch.chunks} - {None}) <= 2
         assert len({chunk.seq.id for chunk in batch.chunks}) == len(batch.chunks)
 
 
-def _admissible(scheduler: Scheduler, passed: Counter[str]) -> list[str]:
-    """Who is admitted where neither blocks nor rows are short, by one walk; passed counts who was passed by."""
-    limits, running = scheduler.limits, [seq.adapter_uid for seq in scheduler.running]
-    admitted: list[str] = []
-    blocked: Sequence | None = None
-    for seq in scheduler.waiting:
-        if len(running) == limits.max_seqs:
-            break
-        uid, joined = seq.adapter_uid, set(running) - {0}
-        if blocked is None:
-            fits = not uid or uid in joined or len(joined) < limits.max_adapters
-        else:
-            fits = not uid or (uid in joined and passed[blocked.id] < limits.max_seqs)
-            passed[blocked.id] += fits and uid != 0
-        if fits:
-            running.append(uid)
-            admitted.append(seq.id)
-        else:
-            blocked = blocked or seq
-    return admitted
+def _served(runner: FakeRunner) -> Counter[str]:
+    """Rows by flow, over all batches."""
+    rows: Counter[str] = Counter()
+    for batch in runner.batches:
+        for chunk in batch.chunks:
+            rows[chunk.seq.flow] += chunk.length
+    return rows
+
+
+def test_flows_are_served_by_their_weights() -> None:
+    """Of two models that both have more to do than there are seats, one of three times the weight gets three
+    times the tokens, however many requests the other sends."""
+    engine, runner, _ = _engine(max_seqs=4, blocks=200)
+    for _ in range(30):
+        engine.add(_seq(2, 400, flow="light"))
+    for _ in range(8):
+        engine.add(_seq(2, 400, flow="heavy", share=Share(weight=3.0)))
+    for _ in range(600):
+        engine.step()
+    rows = _served(runner)
+    assert rows["heavy"] / rows["light"] == pytest.approx(3.0, rel=0.15)
+
+
+def test_a_model_that_asks_once_does_not_wait_for_endless_streams() -> None:
+    """All seats are taken by endless streams of one model: another's first token comes a few steps later."""
+    engine, _, _ = _engine(max_seqs=32, max_tokens=64, blocks=2000)
+    for _ in range(40):
+        engine.add(_seq(2, 2000, flow="endless"))
+    for _ in range(50):
+        engine.step()
+    asked = _seq(8, 4, flow="once")
+    engine.add(asked)
+    for steps in range(1, 20):
+        outputs = engine.step()
+        if any(output.seq_id == asked.id and output.first for output in outputs):
+            assert steps <= 1 + QUANTUM / 32 + 1
+            return
+    pytest.fail("it waits for the endless streams")
+
+
+def test_of_a_flow_no_more_run_than_its_share_allows() -> None:
+    """max_running holds over all adapters of a flow, and leaves the seats to others."""
+    engine, runner, _ = _engine(max_seqs=4, max_adapters=4)
+    for uid in (1, 2, 1, 2):
+        engine.add(_seq(2, 5, uid=uid, flow="bounded", share=Share(max_running=1)))
+    engine.add(_seq(2, 5, flow="free"))
+    _drain(engine)
+    for batch in runner.batches:
+        assert sum(chunk.seq.flow == "bounded" for chunk in batch.chunks) <= 1
+    assert {chunk.seq.flow for chunk in runner.batches[0].chunks} == {"bounded", "free"}
+
+
+def test_a_flow_that_may_have_no_more_holds_up_nobody_behind_it() -> None:
+    """All seats are taken, and the model that was served least has as many as its share allows: the next one
+    makes room for itself all the same."""
+    engine, _, _ = _engine(max_seqs=4, max_tokens=16, blocks=2000)
+    for _ in range(3):
+        engine.add(_seq(2, 1500, flow="endless"))
+    for _ in range(2):
+        engine.add(_seq(2, 1500, flow="bounded", share=Share(weight=50.0, max_running=1)))
+    for _ in range(20):
+        engine.step()
+    asked = _seq(2, 2, flow="once")
+    engine.add(asked)
+    for _ in range(300):
+        if any(output.seq_id == asked.id and output.first for output in engine.step()):
+            return
+    pytest.fail("it waits for the flow that may have no more")
+
+
+def test_who_was_away_has_saved_nothing_and_owes_nothing() -> None:
+    """A model that comes back after a while begins beside the others: it is neither first for as long as it was
+    away, nor last for what it had long ago."""
+    engine, runner, _ = _engine(max_seqs=2, blocks=400)
+    for _ in range(3):
+        engine.add(_seq(2, 1000, flow="steady"))
+    for _ in range(200):
+        engine.step()
+    for _ in range(3):
+        engine.add(_seq(2, 1000, flow="back"))
+    runner.batches.clear()
+    for _ in range(600):
+        engine.step()
+    rows = _served(runner)
+    assert rows["back"] / rows["steady"] == pytest.approx(1.0, rel=0.25)
 
 
 @settings(max_examples=150, deadline=None)
 @given(
     st.lists(
-        st.tuples(st.integers(0, 3), st.integers(0, 1), st.sampled_from([1, 2, 20])), min_size=8, max_size=40
+        st.tuples(st.integers(0, 5), st.sampled_from(["", "a", "b"]), st.sampled_from([1, 4, 60])),
+        min_size=4,
+        max_size=40,
     ),
     st.integers(2, 5),
-    st.integers(1, 2),
+    st.integers(1, 3),
+    st.integers(20, 200),
+    st.integers(0, 1),
 )
-def test_the_queue_admits_whom_a_walk_through_it_finds(
-    requests: list[tuple[int, int, int]], max_seqs: int, max_adapters: int
+def test_nobody_under_way_gets_far_ahead_of_who_waits(
+    requests: list[tuple[int, str, int]], max_seqs: int, max_adapters: int, num_blocks: int, depth: int
 ) -> None:
-    """Priority, then arrival; an adapter without a place is passed by, but only so often: step after step the
-    queues by adapter give those, in that order, whom one look at each sequence would."""
-    blocks = BlockManager(1000, 4)
-    scheduler = Scheduler(SchedulerLimits(1000, max_seqs, max_adapters, max_seq_len=64), blocks)
-    lifetimes: dict[str, int] = {}
-    passed: Counter[str] = Counter()
-    for arrival, (uid, priority, lifetime) in enumerate(requests):
-        seq = _seq(3, 9, uid, priority)
-        seq.arrival, lifetimes[seq.id] = arrival, lifetime
-        scheduler.add(seq)
-    while scheduler.waiting or scheduler.running:
-        expected = _admissible(scheduler, passed)
-        before = {seq.id for seq in scheduler.running}
-        batch = scheduler.schedule()
-        assert [chunk.seq.id for chunk in batch.chunks if chunk.seq.id not in before] == expected
-        assert scheduler.running == sorted(scheduler.running, key=lambda seq: seq.order)
-        scheduler.commit(batch)
-        for seq in tuple(scheduler.running):
-            seq.tokens.append(1)
-            seq.in_flight -= 1
-            lifetimes[seq.id] -= 1
-            if not lifetimes[seq.id]:
-                scheduler.remove(seq)
+    """Whatever is short (seats, blocks, places among the adapters): a lane under way is ahead of one that waits
+    by a quantum and a step at most, and within a lane those begin first that came first."""
+    engine, runner, blocks = _engine(
+        blocks=num_blocks, max_seqs=max_seqs, max_adapters=max_adapters, max_tokens=16, depth=depth
+    )
+    scheduler = engine._scheduler
+    began: dict[tuple[str, Adapter | None], list[int]] = {}
+    seqs = [_seq(3, new, uid, flow=flow) for uid, flow, new in requests]
+    for seq in seqs:
+        engine.add(seq)
+    while not engine.idle:
+        engine.step()
+        for lane in scheduler.lanes:
+            first = [
+                seq.arrival
+                for seq in lane.running
+                if seq.arrival not in began.get((lane.flow, lane.adapter), [])
+            ]
+            began.setdefault((lane.flow, lane.adapter), []).extend(sorted(first))
+        active = {chunk.seq.adapter for chunk in runner.batches[-1].chunks} - {None}
+        for waits in scheduler.lanes:
+            if not waits.waiting or waits.waiting[0].in_flight:
+                continue
+            crowded = waits.adapter is not None and waits.adapter not in active and len(active) == max_adapters
+            in_the_way = [lane for lane in scheduler.lanes if lane.running and (lane.adapter or not crowded)]
+            assert max([lane.served for lane in in_the_way], default=0.0) - waits.served <= QUANTUM + 2 * 16
+    assert all(order == sorted(order) for order in began.values())
+    assert all(seq.num_generated == new for seq, (_, _, new) in zip(seqs, requests, strict=True))
     assert blocks.num_free == blocks.num_blocks

@@ -123,16 +123,16 @@ def lora_info(sequences: SequenceCounts, *models: ServedModel) -> tuple[str, str
 
 def test_gateways_read_adapters_alone() -> None:
     """The base is no adapter; names are sorted, so that the same state is the same series."""
-    models = [ServedModel("base"), *(ServedModel(name, Adapter(name, 1, 0)) for name in ("b", "a", "c"))]
-    assert lora_info(SequenceCounts({"": 3, "b": 1, "a": 2}, {"c": 1, "": 1}), *models) == ("a,b", "c")
+    models = [ServedModel("base"), *(ServedModel(name, Adapter(name, 0)) for name in ("b", "a", "c"))]
+    assert lora_info(SequenceCounts({"base": 3, "b": 1, "a": 2}, {"c": 1, "base": 1}), *models) == ("a,b", "c")
     assert lora_info(SequenceCounts({}, {}), *models) == ("", "")
 
 
 def test_a_merged_adapter_has_its_name() -> None:
-    """An adapter in the weights is the base to the engine, and itself to everybody else."""
-    merged = ServedModel("only")
-    assert lora_info(SequenceCounts({"": 2}, {}), merged) == ("only", "")
-    said = Scrape(replica(SequenceCounts({"": 2}, {}), (merged,)).render().decode())
+    """An adapter in the weights is counted by its name, and is an adapter to gateways."""
+    merged = ServedModel("only", digest="ab" * 32)
+    assert lora_info(SequenceCounts({"only": 2}, {}), merged) == ("only", "")
+    said = Scrape(replica(SequenceCounts({"only": 2}, {}), (merged,)).render().decode())
     assert said.series("loramux_sequences_running") == [({"model": "only"}, 2)]
 
 

@@ -71,7 +71,7 @@ class Packer:
             lora.open(-(-packed.num_bytes // ALIGNMENT) * ALIGNMENT, max(packed.max_rank, 1), 1)
             lora.copy(packed, 0)
             lora.enter(0, 0, packed)
-            adapter = Adapter(bundle.digest, uid=1, slot=0)
+            adapter = Adapter(bundle.digest, 0)
             replayed = replay(shown, manifest.proof, manifest, adapter, lora, self._model, self._block_size)
         log.info(
             "proof holds",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from typing import Protocol
 
@@ -12,7 +12,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from inference_service.engine.engine import EngineStats, SequenceCounts
-from inference_service.serving.catalog import Catalog
+from inference_service.serving.catalog import Catalog, ServedModel
 
 
 class EngineView(Protocol):
@@ -33,34 +33,31 @@ class ReplicaCollector(Collector):
     """Asks the engine anew at every scrape."""
 
     def __init__(self, catalog: Catalog, engine: EngineView) -> None:
-        self._models = tuple(catalog)
         self._catalog = catalog
         self._engine = engine
-        # By the names that the engine knows; a merged adapter stands where the base was.
-        self._named = {model.adapter.name if model.adapter else "": model.name for model in self._models}
-        self._adapters = {inside: name for inside, name in self._named.items() if name != catalog.base_name}
 
     def collect(self) -> Iterator[Metric]:
         """Yield every family."""
         stats, sequences = self._engine.stats, self._engine.sequence_counts
-        yield from self._sequences(sequences)
+        models = self._catalog.everything
+        yield from self._sequences(sequences, models)
         yield from _memory(stats)
-        yield from self._loaded()
+        yield from self._loaded(models)
         yield from _for_gateways(stats)
         yield self._lora_requests(stats, sequences)
 
-    def _sequences(self, sequences: SequenceCounts) -> Iterator[Metric]:
+    def _sequences(self, sequences: SequenceCounts, models: Sequence[ServedModel]) -> Iterator[Metric]:
         for name, text, counts in (
             ("running", "Sequences that steps compute.", sequences.running),
             ("waiting", "Sequences that wait for a place.", sequences.waiting),
         ):
             family = GaugeMetricFamily(f"loramux_sequences_{name}", text, labels=["model"])
-            for inside, model in self._named.items():
-                family.add_metric([model], counts.get(inside, 0))
+            for model in models:
+                family.add_metric([model.name], counts.get(model.name, 0))
             yield family
 
-    def _loaded(self) -> Iterator[Metric]:
-        adapters = [model for model in self._models if model.name != self._catalog.base_name]
+    def _loaded(self, models: Sequence[ServedModel]) -> Iterator[Metric]:
+        adapters = [model for model in models if model.name != self._catalog.base_name]
         yield GaugeMetricFamily("loramux_adapters_resident", "Adapters in memory.", len(adapters))
         yield GaugeMetricFamily(
             "loramux_load_seconds", "From the start of loading until it was ready.", self._catalog.load_s
@@ -68,13 +65,13 @@ class ReplicaCollector(Collector):
         family = GaugeMetricFamily(
             "loramux_model_load_seconds", "Reading, checking and packing a model.", labels=["model"]
         )
-        for model in self._models:
+        for model in models:
             family.add_metric([model.name], model.load_s)
         yield family
         info = GaugeMetricFamily(
             "loramux_model_info", "1; the base's digest is empty.", labels=["model", "digest"]
         )
-        for model in self._models:
+        for model in models:
             info.add_metric([model.name, model.digest[:12]], 1)
         yield info
         build = GaugeMetricFamily("loramux_build_info", "1.", labels=["version", "generation"])
@@ -87,12 +84,15 @@ class ReplicaCollector(Collector):
             "When this was so, in Unix time; the adapters of sequences, separated by commas.",
             labels=["max_lora", "running_lora_adapters", "waiting_lora_adapters"],
         )
-        running, waiting = self._listed(sequences.running), self._listed(sequences.waiting)
+        base = self._catalog.base_name
+        running, waiting = _listed(sequences.running, base), _listed(sequences.waiting, base)
         family.add_metric([str(stats.max_adapters), running, waiting], time.time())
         return family
 
-    def _listed(self, counts: Mapping[str, int]) -> str:
-        return ",".join(sorted(self._adapters[name] for name in counts if name in self._adapters))
+
+def _listed(counts: Mapping[str, int], base: str) -> str:
+    """Name the adapters that are counted."""
+    return ",".join(sorted(name for name in counts if name != base))
 
 
 def _memory(stats: EngineStats) -> Iterator[Metric]:

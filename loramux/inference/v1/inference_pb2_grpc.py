@@ -102,7 +102,11 @@ class InferenceServiceServicer:
         PROMPT_TOO_LONG: the message gives both numbers. Shorten the
         prompt, or ask for fewer new tokens.
         RESOURCE_EXHAUSTED  QUEUE_FULL: too many requests wait. Retry after the delay.
-        UNAVAILABLE         REPLICA_FAILED: the replica's device or engine works no more, and its process ends. Retry
+        RATE_LIMITED: too many requests of this model or key wait, or its
+        tokens of a minute are used up. Retry after the delay.
+        UNAVAILABLE         REPLICA_BEHIND: the replica does not find the generation that min_generation asks for. Retry
+        after the delay.
+        REPLICA_FAILED: the replica's device or engine works no more, and its process ends. Retry
         with another replica.
         DEADLINE_EXCEEDED   DEADLINE_EXCEEDED: the deadline of the call passed; the sequence was freed. Give it more
         time, or ask for fewer tokens.

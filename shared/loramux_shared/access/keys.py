@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from loramux_shared.access.rights import Access, Scope
 from loramux_shared.faults import SettingsInvalid
+from loramux_shared.limits import Limits
 
 PREFIX = "lmx_"
 """Of every key, so that scanners of repositories and logs can find one that leaked."""
@@ -36,20 +37,22 @@ class KeyEntry(BaseModel):
     scopes: Annotated[tuple[Scope, ...], Field(min_length=1)]
     models: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
     """The served names that `infer` is limited to; the key does not see others."""
+    limits: Limits | None = None
+    """How much of each replica `infer` may have."""
     comment: str = ""
     created: datetime | None = None
 
     @model_validator(mode="after")
-    def _models_need_infer(self) -> Self:
-        if self.models and (Scope.INFER not in self.scopes or Scope.ADMIN in self.scopes):
-            raise ValueError("models limit the scope infer, and admin has no limits")
+    def _limits_need_infer(self) -> Self:
+        if (self.models or self.limits) and (Scope.INFER not in self.scopes or Scope.ADMIN in self.scopes):
+            raise ValueError("models limit the scope infer, as limits do, and admin has no limits")
         return self
 
     @property
     def access(self) -> Access:
         """The rights of who has the key."""
         models = None if self.models is None else frozenset(self.models)
-        return Access(self.id, frozenset(self.scopes), models)
+        return Access(self.id, frozenset(self.scopes), models, self.limits)
 
     def line(self) -> str:
         """Return the entry as a line of a keys file, without its end."""

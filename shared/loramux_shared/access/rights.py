@@ -6,6 +6,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from enum import StrEnum
 
+from loramux_shared.limits import Limits
+
 
 class Scope(StrEnum):
     """What a key is good for."""
@@ -28,6 +30,8 @@ class Access:
     scopes: frozenset[Scope]
     models: frozenset[str] | None = None
     """The served names that inference is limited to; None: all."""
+    limits: Limits | None = None
+    """How much of each replica the key may have."""
 
     def may(self, scope: Scope) -> bool:
         """True where this scope is among the rights."""

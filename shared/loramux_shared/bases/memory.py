@@ -6,7 +6,7 @@ replica then measures what steps take, instead of reasoning.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Final
 
@@ -19,6 +19,13 @@ KV_SHARE: Final = {"cpu": 0.25, "cuda": 0.92}
 """Without kv_memory_gb, the part of what is left that the cache takes: on a GPU the rest is for fragments."""
 MAX_CPU_KV_BYTES: Final = 4 * 10**9
 """And on a CPU no more than that."""
+BANK_SHARE: Final = {"cpu": 0.25, "cuda": 0.3}
+"""Without adapter_memory_gb, the part of what weights leave that the bank of adapters takes at most."""
+BANK_ROOM: Final = 4
+"""Adapters for which there is room beside those that are registered at the start, and a quarter of those."""
+USUAL_RANK: Final = 16
+ALIGNING: Final = 1 << 16
+"""Bytes by which a small adapter may be larger than what is reckoned."""
 GRAPH_BYTES: Final = 8 * 2**20
 """What a CUDA graph of a few hundred launches takes beside its tensors. Reasoned, not measured."""
 RECORDED_ROWS: Final = 512
@@ -173,6 +180,39 @@ def adapter_bytes(config: ModelConfig, item_bytes: int, rank: int) -> int:
     """Return what an adapter takes that has this rank in every module of every layer."""
     features = sum(len(group.modules) * group.in_features + sum(group.out_features) for group in config.groups)
     return item_bytes * rank * config.dims.num_layers * features
+
+
+def plan_bank(
+    sizes: Collection[int], free: int, settings: InferenceSettings, device: str, *, usual: int
+) -> int:
+    """Return the bytes of the bank that holds resident adapters.
+
+    What the settings say; else room for all that are registered and some that will be, up to a share of what is
+    free once weights are loaded. The largest adapter fits in either case.
+
+    Args:
+        sizes: what each registered adapter takes.
+        free: bytes of the device that weights leave.
+        settings: those of the replica.
+        device: cpu or cuda.
+        usual: what an adapter takes that nobody knows yet.
+
+    Raises:
+        ResourcesExhausted: the largest adapter does not fit what the settings say, or what is free.
+    """
+    largest = max(sizes, default=0)
+    if settings.adapter_memory_gb is None:
+        wanted = sum(sizes) * 5 // 4 + BANK_ROOM * max(largest, usual)
+        asked = max(largest + ALIGNING, min(wanted, int(BANK_SHARE[device] * free)))
+    else:
+        asked = int(settings.adapter_memory_gb * GB)
+    if largest > asked or asked > free:
+        raise ResourcesExhausted(
+            f"the bank of adapters has {asked / 1e6:,.1f} MB of the {free / 1e6:,.1f} MB that weights leave, "
+            f"and the largest adapter takes {largest / 1e6:,.1f} MB. Set LORAMUX_ADAPTER_MEMORY_GB to what "
+            "fits both."
+        )
+    return asked
 
 
 def buckets(max_seqs: int) -> Iterator[int]:

@@ -24,8 +24,9 @@ from typing import Final, Literal, Self
 from pydantic import Field, ValidationError
 
 from loramux_shared.bundle.proof import Proof
-from loramux_shared.deployment import Dtype, Merge, Model, Repository, StoredName
+from loramux_shared.deployment import Aliases, Dtype, Merge, Model, ModelLimits, Repository, StoredName
 from loramux_shared.faults import BundleCorrupt, Finding
+from loramux_shared.limits import unset
 
 FORMAT_VERSION: Final = 1
 WEIGHTS_FILE = "model.lora_weights.npy"
@@ -69,11 +70,6 @@ class Record(Model):
                 f"{what} is not a {cls.__name__} of format version {FORMAT_VERSION}: "
                 f"{error.error_count()} fields are missing or wrong. {REBUILD}"
             ) from error
-
-
-def _is_unset(value: object) -> bool:
-    """Leave a field out of the canonical bytes: a record without it has the bytes that it always had."""
-    return value is None
 
 
 class FileDigest(Model):
@@ -209,12 +205,12 @@ class AdapterRecord(Model):
     digest: str = Sha256
     source: Repository
     """With the resolved revision."""
-    summary: AdapterSummary | None = Field(default=None, exclude_if=_is_unset)
+    summary: AdapterSummary | None = Field(default=None, exclude_if=unset)
     """None in generations of older releases, as are the next two."""
-    listing: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$", exclude_if=_is_unset)
+    listing: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$", exclude_if=unset)
     """sha256 of what the source said of the files when it was asked for them: where it says the same again,
     nothing of the adapter has changed. None where a source says nothing that can be relied on."""
-    converter: int | None = Field(default=None, ge=1, exclude_if=_is_unset)
+    converter: int | None = Field(default=None, ge=1, exclude_if=unset)
     """The builder's rules and arithmetic by which the bundle was made; see `CONVERTER`."""
 
 
@@ -251,7 +247,10 @@ class Generation(Record):
     request_default_max_tokens: int | None = None
     serve_base: bool = True
     merge: Merge = Merge.AUTO
-    recipe: Recipe | None = Field(default=None, exclude_if=_is_unset)
+    aliases: Aliases = Field(default_factory=dict, exclude_if=unset)
+    """May name adapters that later generations do not have; then the others answer."""
+    limits: ModelLimits = Field(default_factory=ModelLimits, exclude_if=lambda limits: limits == ModelLimits())
+    recipe: Recipe | None = Field(default=None, exclude_if=unset)
     """None in generations of older releases."""
 
     @property

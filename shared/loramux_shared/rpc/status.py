@@ -90,8 +90,10 @@ def fault_of(error: grpc.RpcError, target: str = "") -> Fault:
     """
     status = rpc_status.from_call(error)
     reason, repository, findings = "", "", []
+    retry_after_s: float | None = None
     for detail in status.details if status else ():
         info, bad = error_details_pb2.ErrorInfo(), error_details_pb2.BadRequest()
+        retry = error_details_pb2.RetryInfo()
         if detail.Unpack(info) and info.domain == DOMAIN:
             reason, repository = info.reason, info.metadata.get(REPOSITORY, "")
         elif detail.Unpack(bad):
@@ -99,9 +101,11 @@ def fault_of(error: grpc.RpcError, target: str = "") -> Fault:
                 Finding(code=item.reason, where=item.field, fix=item.description)
                 for item in bad.field_violations
             ]
+        elif detail.Unpack(retry):
+            retry_after_s = retry.retry_delay.ToNanoseconds() / 1e9
     message = status.message if status else str(error.details())
     if reason in FAULTS:
-        return FAULTS[reason](message, findings, repository)
+        return FAULTS[reason](message, findings, repository, retry_after_s)
     code = error.code()
     if code is grpc.StatusCode.UNAVAILABLE:
         return ServerUnavailable(f"no answer from {target or 'the server'}: {unreachable(target, message)}")

@@ -23,7 +23,7 @@ from inference_service.serving.telemetry.replica import EngineView
 from tests.support.metrics import Scrape
 
 NAMES = Path(__file__).with_name("names.txt")
-MODELS = (ServedModel("base"), ServedModel("pirate", Adapter("pirate", 1, 0), digest="ab" * 32))
+MODELS = (ServedModel("base"), ServedModel("pirate", Adapter("ab" * 32, 0), digest="ab" * 32))
 
 
 def replica(sequences: SequenceCounts, models: tuple[ServedModel, ...] = MODELS) -> Metrics:

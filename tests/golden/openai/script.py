@@ -16,6 +16,7 @@ from inference_service.core.sequence import FinishReason, Token
 from inference_service.engine.engine import SequenceCounts
 from inference_service.openai_api.app import create_app
 from inference_service.serving.catalog import Catalog, ServedModel
+from inference_service.serving.naming import Naming
 from inference_service.serving.request import Delta, Event, Finished, PromptLogprobs, Request, Started
 from inference_service.serving.service import GenerationService, ServingLimits
 from inference_service.serving.text import Text
@@ -90,6 +91,7 @@ class Scripted(GenerationService):
             ServedModel("pirate", digest="0123456789abcdef" * 4),
         ]
         self.catalog = Catalog(7, "tiny", models)
+        self.naming = Naming(self.catalog)
         self.limits = ServingLimits(256, None, frozenset({2}))
         self.text = text
         self.metrics = replica(SequenceCounts({}, {}))

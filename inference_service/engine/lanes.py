@@ -1,0 +1,182 @@
+"""Who is served next: lanes in turns by the tokens that they had, and within a lane priority, then arrival.
+
+Virtual token counters: "Fairness in Serving Large Language Models", Sheng et al., OSDI 2024. A lane's counter
+grows by the rows that are computed for it, divided by its weight, and the lane with the smallest comes first.
+One that had nothing to do begins at the smallest counter of those that are served: nobody saves up.
+"""
+
+from __future__ import annotations
+
+import bisect
+import math
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import Final
+
+from inference_service.core.sequence import FAIR, Adapter, Sequence, Share
+
+Key = tuple[str, Adapter | None]
+Rank = tuple[float, tuple[int, int]]
+"""Counter, then priority and arrival of who waits first: the smaller comes first."""
+MOST_REMEMBERED: Final = 4096
+"""Counters of lanes with nothing to do that are kept, as far as they are ahead of the others."""
+
+
+@dataclass(eq=False)
+class Lane:
+    """The sequences of one flow on one adapter."""
+
+    flow: str
+    adapter: Adapter | None
+    served: float
+    """Tokens that were computed for it, by weight."""
+    share: Share = FAIR
+    waiting: list[Sequence] = field(default_factory=list)
+    running: list[Sequence] = field(default_factory=list)
+    """Both in their order."""
+
+    @property
+    def rank(self) -> Rank:
+        """Of a lane in which somebody waits."""
+        return self.served, self.waiting[0].order
+
+
+class Lanes:
+    """All lanes that have sequences."""
+
+    def __init__(self) -> None:
+        self.uncounted: set[Lane] = set()
+        """Those that wait for their adapters to arrive: their counters begin anew then."""
+        self.lowest = math.inf
+        """No counter of those that wait and can be served is smaller; see `look_through`."""
+        self._lanes: dict[Key, Lane] = {}
+        self._by_adapter: defaultdict[Adapter | None, dict[Lane, None]] = defaultdict(dict)
+        self._running: Counter[str] = Counter()
+        """Sequences under way, by flow."""
+        self._ahead: dict[Key, float] = {}
+
+    def __iter__(self) -> Iterator[Lane]:
+        """Over a copy, for another thread may ask."""
+        return iter(tuple(self._lanes.values()))
+
+    @property
+    def waiting(self) -> Iterator[Lane]:
+        """Those in which somebody waits."""
+        return (lane for lane in self._lanes.values() if lane.waiting)
+
+    def waiting_for(self, adapters: Iterable[Adapter | None]) -> list[Lane]:
+        """Return the lanes of some adapters, None for the base, in which somebody waits."""
+        found = (self._by_adapter.get(adapter, ()) for adapter in adapters)
+        return [lane for lane in chain.from_iterable(found) if lane.waiting]
+
+    def look_through(self) -> list[Lane]:
+        """Return all in which somebody waits who can be served, and note the smallest counter among them."""
+        ready = [lane for lane in self.waiting if lane not in self.uncounted]
+        self.lowest = min((lane.served for lane in ready), default=math.inf)
+        return ready
+
+    def of(self, seq: Sequence) -> Lane:
+        """Return the lane of a sequence, which is in it."""
+        lane: Lane = seq.lane
+        return lane
+
+    def add(self, seq: Sequence) -> Lane:
+        """Let a sequence wait in its lane."""
+        key = seq.flow, seq.adapter
+        lane = self._lanes.get(key)
+        if lane is None:
+            served = max(self._ahead.pop(key, 0.0), self._least())
+            lane = self._lanes[key] = Lane(seq.flow, seq.adapter, served)
+            self._by_adapter[seq.adapter][lane] = None
+            if seq.adapter is not None and seq.adapter.slot is None:
+                self.uncounted.add(lane)
+        lane.share, seq.lane = seq.share, lane
+        self._wait(lane, seq)
+        return lane
+
+    def remove(self, seq: Sequence) -> Lane:
+        """Take a sequence out of its lane, and the lane away with its last one."""
+        lane = self.of(seq)
+        if not self._end(lane, seq):
+            take(lane.waiting, seq)
+        if not lane.running and not lane.waiting:
+            self._forget(lane)
+        return lane
+
+    def start(self, seq: Sequence) -> None:
+        """Move a sequence from those that wait to those that are under way."""
+        lane = self.of(seq)
+        take(lane.waiting, seq)
+        bisect.insort(lane.running, seq, key=order)
+        self._running[lane.flow] += 1
+
+    def stop(self, seq: Sequence) -> None:
+        """Let a sequence wait again."""
+        lane = self.of(seq)
+        self._end(lane, seq)
+        self._wait(lane, seq)
+
+    def count(self, lane: Lane, *, counted: bool) -> None:
+        """Note whether a lane can be served; one that could not be begins anew when it can."""
+        if not counted:
+            self.uncounted.add(lane)
+        elif lane in self.uncounted:
+            self.uncounted.remove(lane)
+            lane.served = max(lane.served, self._least(lane))
+            self.lowest = min(self.lowest, lane.served)
+
+    def is_full(self, lane: Lane) -> bool:
+        """Whether as many sequences of its flow are under way, on whatever adapter, as its share allows."""
+        most = lane.share.max_running
+        return most is not None and self._running[lane.flow] >= most
+
+    def _end(self, lane: Lane, seq: Sequence) -> bool:
+        found = take(lane.running, seq)
+        self._running[lane.flow] -= found
+        if not self._running[lane.flow]:
+            del self._running[lane.flow]
+        return found
+
+    def _wait(self, lane: Lane, seq: Sequence) -> None:
+        bisect.insort(lane.waiting, seq, key=order)
+        if lane not in self.uncounted:
+            self.lowest = min(self.lowest, lane.served)
+
+    def _least(self, but: Lane | None = None) -> float:
+        """The smallest counter of those that can be served; where all of them begin when there are none."""
+        counters = [
+            lane.served for lane in self._lanes.values() if lane not in self.uncounted and lane is not but
+        ]
+        return min(counters, default=0.0)
+
+    def _forget(self, lane: Lane) -> None:
+        key = lane.flow, lane.adapter
+        del self._lanes[key]
+        self.uncounted.discard(lane)
+        del self._by_adapter[lane.adapter][lane]
+        if not self._by_adapter[lane.adapter]:
+            del self._by_adapter[lane.adapter]
+        if not self._lanes:
+            self._ahead.clear()  # nobody is there to be ahead of
+            return
+        self._ahead[key] = lane.served
+        if len(self._ahead) > MOST_REMEMBERED:
+            least = self._least()
+            ahead = sorted(self._ahead.items(), key=lambda item: item[1])[MOST_REMEMBERED // 2 :]
+            self._ahead = {key: served for key, served in ahead if served > least}
+
+
+def order(seq: Sequence) -> tuple[int, int]:
+    """Of a lane: priority, then arrival."""
+    return seq.order
+
+
+def take(ordered: list[Sequence], seq: Sequence) -> bool:
+    """Take a sequence out of where it may be."""
+    place = bisect.bisect_left(ordered, seq.order, key=order)
+    found = place < len(ordered) and ordered[place] is seq
+    if found:
+        del ordered[place]
+    return found

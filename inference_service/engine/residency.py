@@ -1,0 +1,445 @@
+"""Which adapters are in the bank. Plain Python: what it decides, others carry out.
+
+An adapter is absent, or loading (its matrices are on their way to the host's memory), or held (there, without a
+place in the bank), or copying (into its place), or resident. Whatever takes time happens on other threads; what
+came of it is posted to the engine's thread, on which all of this is called.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import math
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Final, Generic
+
+import structlog
+
+from inference_service.core.sequence import Adapter
+from inference_service.engine.lanes import Rank
+from inference_service.engine.residents import Arrived, Bank, Loader, P, Presence, Standing, State
+from inference_service.lora.places import Places
+from loramux_shared.faults import Fault, ResourcesExhausted
+
+log = structlog.get_logger()
+
+LOADS: Final = 12
+"""Adapters on their way at once: each holds its matrices in the host's memory until it has its place."""
+FIRST_PAUSE_S: Final = 1.0
+LAST_PAUSE_S: Final = 60.0
+"""Behind the first load that failed, and behind many: nobody tries again before."""
+_WANTED: Final = 1 << 62
+"""Of those that may leave, who is waited for is as if used after everybody else."""
+_NOBODY: Final[Rank] = (math.inf, (0, 0))
+"""Of an adapter that no sequence waits for."""
+
+
+@dataclass
+class ResidencyStats:
+    """Counters."""
+
+    loads: int = 0
+    """Adapters that became resident."""
+    loads_by_tier: Counter[str] = field(default_factory=Counter)
+    """Adapters that came to the host's memory, by where they were."""
+    failures: int = 0
+    evictions: int = 0
+    load_seconds: float = 0.0
+    """From the beginning of loads to residency, all together."""
+
+
+@dataclass(eq=False)
+class _Entry(Generic[P]):
+    """An adapter that is resident, wanted, pinned, or failed lately."""
+
+    adapter: Adapter
+    state: State = State.ABSENT
+    packed: P | None = None
+    num_bytes: int = 0
+    offset: int = 0
+    slot: int = -1
+    """From the moment that it has a place; `Adapter.slot` is set when it is resident."""
+    starved: bool = False
+    refs: int = 0
+    reading: int = 0
+    """Of the references that were released, those that submitted steps may still need."""
+    waiters: int = 0
+    pinned: bool = False
+    prefetched: bool = False
+    """Wanted as long as there is room that nobody else needs."""
+    used: int = 0
+    """A number that grows with every use of any adapter."""
+    used_s: float | None = None
+    began_s: float = 0.0
+    fault: Fault | None = None
+    pause_s: float = 0.0
+    retry_s: float = -math.inf
+
+    @property
+    def held_fast(self) -> bool:
+        """Whether it must stay where it is."""
+        return bool(self.refs or self.reading or self.pinned) or self.state is not State.RESIDENT
+
+
+class Residency(Generic[P]):
+    """Brings adapters in, and lets those leave that were used longest ago.
+
+    An adapter leaves only where no sequence is under way on it, no submitted step reads it, and it is not
+    pinned; one that sequences wait for leaves only for one that is waited for more urgently. What would have no
+    place even if all but the pinned ones left is a failure. A load that fails ends those who wait for it, see
+    `failures`; the next request tries again after a pause.
+    """
+
+    def __init__(
+        self,
+        places: Places,
+        num_slots: int,
+        bank: Bank[P],
+        loader: Loader[P],
+        post: Callable[[Callable[[], None]], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Begin with an empty bank; post has something called on the engine's thread."""
+        self.stats = ResidencyStats()
+        self.changes = 0
+        """Grows whenever an adapter is wanted, arrives, leaves or fails."""
+        self.failures: deque[tuple[Adapter, Fault]] = deque()
+        """Adapters whose load failed, until the engine has ended those who wait for them."""
+        self._places = places
+        self._bank = bank
+        self._loader = loader
+        self._post = post
+        self._clock = clock
+        self._entries: dict[Adapter, _Entry[P]] = {}
+        self._absent: dict[_Entry[P], None] = {}
+        """Those that are to be loaded; first come first served where ranks say nothing."""
+        self._later: deque[Adapter] = deque()
+        self._held: list[_Entry[P]] = []
+        self._by_slot: dict[int, _Entry[P]] = {}
+        self._free_slots = list(range(num_slots - 1, -1, -1))
+        self._on_the_way = 0
+        self._uses = itertools.count(1)
+        self._submitted = self._resolved = 0
+        self._released: deque[tuple[int, _Entry[P]]] = deque()
+
+    @property
+    def wanting(self) -> bool:
+        """Whether `bring_in` has anything to do."""
+        return bool(self._held or (self._absent and self._on_the_way < LOADS) or self._may_prefetch)
+
+    @property
+    def settled(self) -> bool:
+        """True when nothing is on its way and nothing is to be."""
+        return not self._on_the_way and not self._absent and not self._later
+
+    @property
+    def retry_s(self) -> float:
+        """When a load that failed is to be tried again, on the clock of ``time.monotonic``; infinite: never."""
+        return min((entry.retry_s for entry in self._absent if entry.fault is not None), default=math.inf)
+
+    @property
+    def releasing(self) -> bool:
+        """Whether an adapter that no sequence is under way on may still be read by a step."""
+        return bool(self._released)
+
+    @property
+    def num_bytes(self) -> int:
+        """What resident adapters take of the bank."""
+        return self._places.num_bytes - self._places.num_free
+
+    @property
+    def capacity(self) -> int:
+        """What the bank has."""
+        return self._places.num_bytes
+
+    def resident(self) -> list[Adapter]:
+        """Return those that are in the bank."""
+        return [entry.adapter for entry in self._by_slot.values() if entry.state is State.RESIDENT]
+
+    def standing(self, adapter: Adapter) -> Standing:
+        """Say what is known of an adapter; may be asked on another thread."""
+        return _standing(self._entries.get(adapter) or _Entry(adapter))
+
+    def standings(self) -> list[Standing]:
+        """The same of all that are resident, wanted, pinned, or failed lately."""
+        return [_standing(entry) for entry in tuple(self._entries.values())]
+
+    def presence(self, adapter: Adapter) -> Presence:
+        """Say where an adapter is."""
+        if adapter.slot is not None:
+            return Presence.RESIDENT
+        entry = self._entries.get(adapter)
+        return Presence.STARVED if entry is not None and entry.starved else Presence.ABSENT
+
+    def refusal(self, adapter: Adapter) -> Fault | None:
+        """Return why an adapter's last load failed, as long as nobody is to try again."""
+        entry = self._entries.get(adapter)
+        return entry.fault if entry is not None and entry.retry_s > self._clock() else None
+
+    def want(self, adapter: Adapter) -> None:
+        """Note that one more sequence waits for an adapter."""
+        entry = self._entry(adapter)
+        entry.waiters += 1
+        self._consider(entry)
+
+    def unwant(self, adapter: Adapter) -> None:
+        """Note that it waits no more; what nobody wants is not loaded."""
+        entry = self._entries[adapter]
+        entry.waiters -= 1
+        self._reconsider(entry)
+
+    def pin(self, adapter: Adapter) -> None:
+        """Keep an adapter resident from now on."""
+        entry = self._entry(adapter)
+        entry.pinned = True
+        self._consider(entry)
+
+    def unpin(self, adapter: Adapter) -> None:
+        """Let it leave when others need its place."""
+        if adapter in self._entries:
+            self._entries[adapter].pinned = False
+            self._reconsider(self._entries[adapter])
+
+    def prefetch(self, adapter: Adapter) -> None:
+        """Load an adapter that nobody asked for yet, if there is room that nobody has."""
+        entry = self._entry(adapter)
+        entry.prefetched = entry.state is not State.RESIDENT
+        self._consider(entry)
+
+    def prefetch_later(self, adapters: Iterable[Adapter]) -> None:
+        """The same, one after the other, while nothing else is on its way."""
+        self._later.extend(adapters)
+
+    def drop(self, adapter: Adapter) -> None:
+        """Let an adapter leave now, if it may, and be neither pinned nor prefetched any more."""
+        entry = self._entries.get(adapter)
+        if entry is not None:
+            entry.pinned = entry.prefetched = False
+            if not entry.held_fast and not entry.waiters:
+                self._evict(entry)
+            self._reconsider(entry)
+
+    def acquire(self, adapter: Adapter) -> None:
+        """Note that a sequence is under way on a resident adapter, which stays until it is released."""
+        entry = self._entries[adapter]
+        entry.refs += 1
+        self._touch(entry)
+
+    def release(self, adapter: Adapter) -> None:
+        """Note that the sequence is not any more; steps that were submitted may read the adapter still."""
+        entry = self._entries[adapter]
+        entry.refs -= 1
+        self._touch(entry)
+        if self._submitted > self._resolved:
+            entry.reading += 1
+            self._released.append((self._submitted, entry))
+
+    def submitted(self) -> None:
+        """Note that a step was submitted."""
+        self._submitted += 1
+
+    def resolved(self, *, everything: bool = False) -> None:
+        """Note that the oldest step that was submitted is over, or all are."""
+        self._resolved = self._submitted if everything else self._resolved + 1
+        while self._released and self._released[0][0] <= self._resolved:
+            self._released.popleft()[1].reading -= 1
+
+    def bring_in(self, ranks: Mapping[Adapter, Rank]) -> None:
+        """Begin loads and give places, in the order of those who wait."""
+        if self._absent and self._on_the_way < LOADS:
+            free = LOADS - self._on_the_way
+            now = self._clock()
+            ready = (entry for entry in self._absent if entry.retry_s <= now)
+            for entry in heapq.nsmallest(free, ready, key=lambda each: ranks.get(each.adapter, _NOBODY)):
+                self._load(entry)
+        if self._may_prefetch:
+            self.prefetch(self._later.popleft())
+            for entry in tuple(self._absent):
+                self._load(entry)
+        for entry in sorted(self._held, key=lambda each: ranks.get(each.adapter, _NOBODY)):
+            self._give_place(entry, ranks)
+
+    @property
+    def _may_prefetch(self) -> bool:
+        return bool(self._later) and not self._on_the_way and not self._absent
+
+    def _entry(self, adapter: Adapter) -> _Entry[P]:
+        return self._entries.setdefault(adapter, _Entry(adapter))
+
+    def _touch(self, entry: _Entry[P]) -> None:
+        entry.used, entry.used_s = next(self._uses), self._clock()
+
+    def _is_wanted(self, entry: _Entry[P]) -> bool:
+        return bool(entry.waiters or entry.pinned or entry.prefetched)
+
+    def _consider(self, entry: _Entry[P]) -> None:
+        self.changes += 1
+        if entry.state is State.ABSENT:
+            self._absent[entry] = None
+
+    def _reconsider(self, entry: _Entry[P]) -> None:
+        """Forget what was wanted and is not any more."""
+        if self._is_wanted(entry):
+            return
+        if entry.state is State.HELD:
+            self._let_fall(entry)
+        if entry.state is State.ABSENT:
+            self._absent.pop(entry, None)
+            if entry.fault is None:
+                self._entries.pop(entry.adapter, None)
+
+    def _load(self, entry: _Entry[P]) -> None:
+        del self._absent[entry]
+        entry.state = State.LOADING
+        entry.began_s = self._clock()
+        self._on_the_way += 1
+        self._loader.load(entry.adapter, lambda what: self._post(partial(self._loaded, entry, what)))
+
+    def _loaded(self, entry: _Entry[P], what: Arrived[P] | Fault) -> None:
+        if isinstance(what, Fault):
+            self._fail(entry, what)
+            return
+        self.stats.loads_by_tier[what.tier] += 1
+        self.changes += 1
+        entry.state, entry.packed, entry.num_bytes = State.HELD, what.packed, what.packed.num_bytes
+        self._held.append(entry)
+        self._reconsider(entry)
+
+    def _give_place(self, entry: _Entry[P], ranks: Mapping[Adapter, Rank]) -> None:
+        """Give a held adapter a place, or note that it needs one."""
+        assert entry.packed is not None  # noqa: S101 - it is held
+        rank = ranks.get(entry.adapter, _NOBODY)
+        alone = entry.prefetched and not entry.waiters and not entry.pinned
+        ages = {} if alone else self._ages(rank, ranks)
+        try:
+            spot = self._places.find(entry.num_bytes, ages.get)
+            if spot is None and not alone:
+                self._require_room_without_pins(entry)
+        except Fault as fault:
+            self._fail(entry, fault)
+            return
+        leaving = list(spot.leaving) if spot is not None else []
+        if spot is not None and not self._free_slots and not leaving:
+            oldest = min(ages, key=lambda slot: ages[slot], default=None)
+            spot, leaving = (None, []) if oldest is None else (spot, [oldest])
+        if spot is None:
+            if alone:
+                entry.prefetched = False
+                self._reconsider(entry)
+            entry.starved = not alone
+            return
+        for slot in leaving:
+            self._evict(self._by_slot[slot])
+        self._copy(entry, spot.offset)
+
+    def _ages(self, rank: Rank, ranks: Mapping[Adapter, Rank]) -> dict[int, int]:
+        """When those were used that may leave for one that is waited for with a rank; by their slots."""
+        free = [entry for entry in self._by_slot.values() if not entry.held_fast]
+        ages = {entry.slot: entry.used for entry in free if not entry.waiters}
+        waited = [entry for entry in free if entry.waiters and ranks.get(entry.adapter, _NOBODY) > rank]
+        waited.sort(key=lambda entry: ranks.get(entry.adapter, _NOBODY), reverse=True)
+        return ages | {entry.slot: _WANTED + place for place, entry in enumerate(waited)}
+
+    def _require_room_without_pins(self, entry: _Entry[P]) -> None:
+        """Raise where only pinned adapters are in the way, so that waiting would not help."""
+
+        def age(slot: int) -> int | None:
+            return None if self._by_slot[slot].pinned else 0
+
+        if self._places.find(entry.num_bytes, age) is None:
+            raise ResourcesExhausted(
+                f"an adapter of {entry.num_bytes:,} bytes finds no place in the bank of {self.capacity:,} "
+                "bytes beside those that are pinned. Unpin some, or raise LORAMUX_ADAPTER_MEMORY_GB."
+            )
+
+    def _copy(self, entry: _Entry[P], offset: int) -> None:
+        packed = entry.packed
+        assert packed is not None  # noqa: S101 - it is held
+        entry.slot, entry.offset = self._free_slots.pop(), offset
+        self._by_slot[entry.slot] = entry
+        self._places.take(entry.slot, offset, entry.num_bytes)
+        self._held.remove(entry)
+        entry.state, entry.starved = State.COPYING, False
+        work = partial(self._bank.copy, packed, offset)
+        self._loader.run(work, lambda fault: self._post(partial(self._copied, entry, fault)))
+
+    def _copied(self, entry: _Entry[P], fault: Fault | None) -> None:
+        if fault is not None:
+            self._vacate(entry)
+            self._fail(entry, fault)
+            return
+        assert entry.packed is not None  # noqa: S101 - it was copied
+        try:
+            self._bank.enter(entry.slot, entry.offset, entry.packed)
+        except Fault as refusal:
+            self._vacate(entry)
+            self._fail(entry, refusal)
+            return
+        entry.packed, entry.state, entry.adapter.slot = None, State.RESIDENT, entry.slot
+        self.changes += 1
+        entry.fault, entry.pause_s, entry.retry_s, entry.prefetched = None, 0.0, -math.inf, False
+        self._touch(entry)
+        self._on_the_way -= 1
+        self.stats.loads += 1
+        self.stats.load_seconds += self._clock() - entry.began_s
+
+    def _evict(self, entry: _Entry[P]) -> None:
+        """Take a resident adapter's place away; whoever waits for it waits for its load again."""
+        self.changes += 1
+        entry.adapter.slot = None
+        self._bank.leave(entry.slot)
+        self._vacate(entry)
+        entry.state = State.ABSENT
+        self.stats.evictions += 1
+        if self._is_wanted(entry):
+            self._consider(entry)
+        else:
+            self._reconsider(entry)
+
+    def _vacate(self, entry: _Entry[P]) -> None:
+        self._places.give_back(entry.slot)
+        del self._by_slot[entry.slot]
+        self._free_slots.append(entry.slot)
+        entry.slot = -1
+
+    def _let_fall(self, entry: _Entry[P]) -> None:
+        """Forget the matrices of an adapter on its way."""
+        if entry in self._held:
+            self._held.remove(entry)
+        entry.packed, entry.state, entry.starved = None, State.ABSENT, False
+        self._on_the_way -= 1
+
+    def _fail(self, entry: _Entry[P], fault: Fault) -> None:
+        """Note why a load failed; everybody who waits for it is ended, and nobody tries again for a while."""
+        self.changes += 1
+        self._let_fall(entry)
+        entry.fault, entry.prefetched = fault, False
+        entry.pause_s = min(max(FIRST_PAUSE_S, 2 * entry.pause_s), LAST_PAUSE_S)
+        entry.retry_s = self._clock() + entry.pause_s
+        self.stats.failures += 1
+        self.failures.append((entry.adapter, fault))
+        if entry.pinned:
+            self._consider(entry)
+        log.warning(
+            "adapter cannot be loaded",
+            digest=entry.adapter.digest[:12],
+            reason=fault.reason,
+            problem=str(fault),
+        )
+
+
+def _standing(entry: _Entry[P]) -> Standing:
+    return Standing(
+        entry.adapter,
+        entry.state,
+        entry.num_bytes,
+        entry.refs,
+        entry.waiters,
+        entry.pinned,
+        entry.used_s,
+        entry.fault,
+    )

@@ -1,0 +1,207 @@
+"""What the engine, its residency, and those who carry out what it decides ask of each other."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import Protocol, TypeVar
+
+from inference_service.core.sequence import Adapter
+from inference_service.engine.lanes import Rank
+from loramux_shared.faults import Fault
+
+
+class Presence(Enum):
+    """Where an adapter is, as the scheduler sees it."""
+
+    ABSENT = "absent"
+    """Who waits for it waits for its load."""
+    STARVED = "starved"
+    """It is here, and without a place until others leave theirs."""
+    RESIDENT = "resident"
+
+
+class State(Enum):
+    """Where an adapter is, as an operator sees it."""
+
+    ABSENT = "absent"
+    LOADING = "loading"
+    HELD = "held"
+    COPYING = "copying"
+    RESIDENT = "resident"
+
+
+class Packed(Protocol):
+    """An adapter in the host's memory, as the bank wants it."""
+
+    @property
+    def num_bytes(self) -> int:
+        """What it takes of the bank."""
+        ...
+
+
+P = TypeVar("P", bound=Packed)
+P_in = TypeVar("P_in", bound=Packed, contravariant=True)
+P_out = TypeVar("P_out", bound=Packed, covariant=True)
+
+
+class Bank(Protocol[P_in]):
+    """The memory that steps read adapters from."""
+
+    def copy(self, packed: P_in, offset: int) -> None:
+        """Write an adapter to bytes that nobody reads; on any thread."""
+        ...
+
+    def enter(self, slot: int, offset: int, packed: P_in) -> None:
+        """Let a slot stand for what lies at an offset, from the next step on."""
+        ...
+
+    def leave(self, slot: int) -> None:
+        """Let a slot stand for nothing."""
+        ...
+
+
+class Arrived(Protocol[P_out]):
+    """What a load brought."""
+
+    @property
+    def packed(self) -> P_out:
+        """The adapter in the host's memory."""
+        ...
+
+    @property
+    def tier(self) -> str:
+        """Where it was."""
+        ...
+
+
+class Loader(Protocol[P_out]):
+    """Works on threads of its own, on which it also says what came of it, once."""
+
+    def load(self, adapter: Adapter, done: Callable[[Arrived[P_out] | Fault], None]) -> None:
+        """Begin to bring an adapter to the host's memory, verified and packed."""
+        ...
+
+    def run(self, work: Callable[[], None], done: Callable[[Fault | None], None]) -> None:
+        """Begin to do something else."""
+        ...
+
+
+class Residents(Protocol):
+    """What engine and scheduler ask of it."""
+
+    @property
+    def failures(self) -> deque[tuple[Adapter, Fault]]:
+        """Adapters whose load failed, until the engine has ended those who wait for them."""
+        ...
+
+    @property
+    def retry_s(self) -> float:
+        """When a load that failed is to be tried again, on the clock of ``time.monotonic``; infinite: never."""
+        ...
+
+    @property
+    def wanting(self) -> bool:
+        """Whether `bring_in` has anything to do."""
+        ...
+
+    @property
+    def changes(self) -> int:
+        """A number that grows whenever an adapter is wanted, arrives, leaves or fails."""
+        ...
+
+    @property
+    def releasing(self) -> bool:
+        """Whether an adapter that no sequence is under way on may still be read by a step."""
+        ...
+
+    def presence(self, adapter: Adapter) -> Presence:
+        """Say where an adapter is."""
+        ...
+
+    def refusal(self, adapter: Adapter) -> Fault | None:
+        """Return why an adapter's last load failed, as long as nobody is to try again."""
+        ...
+
+    def want(self, adapter: Adapter) -> None:
+        """Note that one more sequence waits for an adapter."""
+        ...
+
+    def unwant(self, adapter: Adapter) -> None:
+        """Note that it waits no more."""
+        ...
+
+    def acquire(self, adapter: Adapter) -> None:
+        """Note that a sequence is under way on a resident adapter, which stays until it is released."""
+        ...
+
+    def release(self, adapter: Adapter) -> None:
+        """Note that the sequence is not any more; steps that were submitted may read the adapter still."""
+        ...
+
+    def submitted(self) -> None:
+        """Note that a step was submitted."""
+        ...
+
+    def resolved(self, *, everything: bool = False) -> None:
+        """Note that the oldest step that was submitted is over, or all are."""
+        ...
+
+    def bring_in(self, ranks: Mapping[Adapter, Rank]) -> None:
+        """Begin loads and give places, in the order of those who wait."""
+        ...
+
+
+@dataclass(frozen=True)
+class Standing:
+    """What an operator may know of an adapter."""
+
+    adapter: Adapter
+    state: State
+    num_bytes: int
+    """Of the bank; 0 where it was never loaded."""
+    in_flight: int
+    """Sequences under way on it."""
+    waiting: int
+    """Sequences that wait for it or for a seat."""
+    pinned: bool
+    last_used_s: float | None
+    """On the clock of ``time.monotonic``."""
+    failure: Fault | None
+    """Of its last load, if that failed."""
+
+
+class AlwaysResident:
+    """For adapters that have their slots for good: nothing is wanted, and nobody leaves."""
+
+    wanting = releasing = False
+    changes = 0
+    retry_s = math.inf
+
+    def __init__(self) -> None:
+        self.failures: deque[tuple[Adapter, Fault]] = deque()
+
+    def presence(self, adapter: Adapter) -> Presence:
+        """As its slot says."""
+        return Presence.ABSENT if adapter.slot is None else Presence.RESIDENT
+
+    def refusal(self, adapter: Adapter) -> Fault | None:  # noqa: ARG002
+        """None is refused."""
+        return None
+
+    def want(self, adapter: Adapter) -> None:
+        """Nothing to do, as for the others."""
+
+    unwant = acquire = release = want
+
+    def submitted(self) -> None:
+        """Nothing to do."""
+
+    def resolved(self, *, everything: bool = False) -> None:
+        """Nothing to do."""
+
+    def bring_in(self, ranks: Mapping[Adapter, Rank]) -> None:
+        """Nothing to do."""

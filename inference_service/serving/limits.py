@@ -1,0 +1,196 @@
+"""What models and keys may have of a replica: who asks for more is refused here, before the engine.
+
+How the engine's tokens are shared, and how many answers it computes at once, is the scheduler's: it gets the
+flow of a sequence and its share.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Final
+
+from inference_service.core.sequence import FAIR, Share
+from inference_service.core.sequence import Sequence as EngineSequence
+from inference_service.serving.catalog import ServedModel
+from inference_service.serving.request import Delta, Event
+from loramux_shared.access.rights import Access
+from loramux_shared.deployment import ModelLimits
+from loramux_shared.faults import RateLimited
+from loramux_shared.limits import Limits
+
+MINUTE_S: Final = 60.0
+ROUNDING_S: Final = 1e-6
+UNBOUNDED: Final = Limits()
+FEW_METERS: Final = 256
+"""So many are kept without a look at which are idle."""
+
+
+class Meter:
+    """What one model, or one key, has in use.
+
+    Tokens are counted as the time in which they come back: a minute's worth is in use when that is a minute
+    away (the generic cell rate algorithm, a token bucket without a timer).
+    """
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._paid_s = clock()
+        """When all that was used has come back."""
+        self._waiting: set[Ticket] = set()
+        """Requests that no step had begun with when they were last looked at."""
+
+    @property
+    def idle(self) -> bool:
+        """True when a new meter would say the same."""
+        return not self._waiting and self._paid_s <= self._clock()
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that wait for their first step."""
+        self._waiting = {ticket for ticket in self._waiting if not ticket.began}
+        return len(self._waiting)
+
+    def enter(self, ticket: Ticket) -> None:
+        """Count a request."""
+        self._waiting.add(ticket)
+
+    def leave(self, ticket: Ticket) -> None:
+        """Count it no more."""
+        self._waiting.discard(ticket)
+
+    def take(self, tokens: int, per_minute: int) -> None:
+        """Note that tokens were used."""
+        self._paid_s = max(self._paid_s, self._clock()) + tokens * MINUTE_S / per_minute
+
+    def wait_s(self, per_minute: int) -> float:
+        """Return the seconds until there is a token that may be used; 0 while there is one."""
+        wait_s = self._paid_s - self._clock() - MINUTE_S + MINUTE_S / per_minute
+        return wait_s if wait_s > ROUNDING_S else 0.0
+
+
+@dataclass(frozen=True)
+class _Bound:
+    """A meter with its limits, and whose they are."""
+
+    whose: str
+    meter: Meter
+    limits: Limits
+
+    def check_waiting(self) -> None:
+        most = self.limits.max_waiting
+        if most is not None and self.meter.num_waiting >= most:
+            raise RateLimited(f"{most} requests of {self.whose} wait already. Retry in a moment.")
+
+    def check_tokens(self) -> None:
+        most = self.limits.tokens_per_minute
+        if most is not None and (wait_s := self.meter.wait_s(most)):
+            seconds = math.ceil(wait_s)
+            said = f"{self.whose} has used its {most} tokens of a minute. Retry in {seconds} s."
+            raise RateLimited(said, retry_after_s=wait_s)
+
+    def take(self, tokens: int) -> None:
+        if self.limits.tokens_per_minute is not None:
+            self.meter.take(tokens, self.limits.tokens_per_minute)
+
+
+@dataclass(eq=False)
+class Ticket:
+    """One request that was let in."""
+
+    flow: str
+    """Of its sequences: the model's, or the key's own in the model."""
+    share: Share
+    bounds: Sequence[_Bound]
+    _seq: EngineSequence | None = field(default=None, init=False)
+
+    @property
+    def began(self) -> bool:
+        """True from the first step for it."""
+        return self._seq is not None and self._seq.began_s is not None
+
+    def check_tokens(self) -> None:
+        """Look once more, before the engine is given anything.
+
+        Raises:
+            RateLimited: others have used up the tokens of a minute meanwhile.
+        """
+        for bound in self.bounds:
+            bound.check_tokens()
+
+    def submitted(self, first: EngineSequence) -> None:
+        """Note the sequence of the first answer: it has the prompt, and tells when the request begins."""
+        self._seq = first
+        self._take(first.num_prompt)
+
+    def see(self, event: Event) -> None:
+        """Note the tokens of an answer."""
+        if self.bounds and isinstance(event, Delta):
+            self._take(len(event.tokens))
+
+    def _take(self, tokens: int) -> None:
+        for bound in self.bounds:
+            bound.take(tokens)
+
+
+class Limiter:
+    """Lets requests in; used on the event loop alone.
+
+    What one model or key uses is never counted against another. Limits that change hold for new requests.
+    """
+
+    def __init__(self, limits: ModelLimits | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+        self.limits = limits or ModelLimits()
+        self._clock = clock
+        self._meters: dict[tuple[str, str], Meter] = {}
+        self._most_meters = FEW_METERS
+
+    @contextmanager
+    def admit(self, model: ServedModel, access: Access) -> Iterator[Ticket]:
+        """Let a request for a model in, until the end of the block.
+
+        Raises:
+            RateLimited: as many wait as may, or the tokens of a minute are used up.
+        """
+        of_model, of_key = self.limits.of(model.name), access.limits or UNBOUNDED
+        bounds = [
+            _Bound(whose, self._meter(kind, name), limits)
+            for kind, name, whose, limits in (
+                ("model", model.name, f"model {model.name!r}", of_model),
+                ("key", access.key_id, f"the API key {access.key_id!r}", of_key),
+            )
+            if limits.max_waiting is not None or limits.tokens_per_minute is not None
+        ]
+        for bound in bounds:
+            bound.check_waiting()
+            bound.check_tokens()
+        own = of_key.weight is not None or of_key.max_running is not None
+        flow = f"{model.name}/{access.key_id}" if own else model.name
+        ticket = Ticket(flow, _share(of_model, of_key), bounds)
+        for bound in bounds:
+            bound.meter.enter(ticket)
+        try:
+            yield ticket
+        finally:
+            for bound in bounds:
+                bound.meter.leave(ticket)
+
+    def _meter(self, kind: str, name: str) -> Meter:
+        found = self._meters.get((kind, name))
+        if found is None:
+            if len(self._meters) >= self._most_meters:
+                self._meters = {key: meter for key, meter in self._meters.items() if not meter.idle}
+                self._most_meters = max(FEW_METERS, 2 * len(self._meters))
+            found = self._meters[kind, name] = Meter(self._clock)
+        return found
+
+
+def _share(of_model: Limits, of_key: Limits) -> Share:
+    """A key's weight counts within its model, and its own bound beside the model's."""
+    if of_model.weight is of_model.max_running is of_key.weight is of_key.max_running is None:
+        return FAIR
+    running = [most for most in (of_model.max_running, of_key.max_running) if most is not None]
+    return Share((of_model.weight or 1.0) * (of_key.weight or 1.0), min(running, default=None))

@@ -1,0 +1,90 @@
+"""From the name that a request says to what answers it."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+
+from inference_service.serving.adapter_defaults import NO_DEFAULTS, AdapterDefaults
+from inference_service.serving.catalog import Catalog, ServedModel
+from inference_service.serving.request import Request, Served
+from loramux_shared.faults import DeadlineExceeded, Finding, ReplicaBehind, RequestInvalid
+
+CatchUp = Callable[[int], Awaitable[None]]
+"""Takes over a generation of at least this number, or raises `ReplicaBehind`."""
+DefaultsOf = Callable[[ServedModel], Awaitable[AdapterDefaults]]
+"""Returns what an adapter brings beside its weights, read from its bundle where nobody has yet."""
+
+
+class Naming:
+    """Looks names up: after the generation that a request asks for, and once for all that is answered."""
+
+    def __init__(self, catalog: Catalog) -> None:
+        self._catalog = catalog
+        self.catch_up: CatchUp = self._cannot_catch_up
+        self.defaults_of: DefaultsOf = _known_defaults
+
+    async def choose(self, request: Request) -> Served:
+        """Return what answers a request.
+
+        Raises:
+            ReplicaBehind: there is no such generation here.
+            DeadlineExceeded: it did not come before the deadline.
+            ModelNotFound: no such base or adapter.
+            RequestInvalid: the name is that of no single version, or lora_path that of another adapter.
+        """
+        if request.served is not None:
+            return request.served
+        if request.min_generation > self._catalog.generation:
+            await self._wait_for(request.min_generation, request.deadline_s)
+        model = self._catalog.resolve(request.model, request.sticky_key)
+        if request.lora_path is not None and not self._is(model, request.lora_path, request):
+            finding = Finding(
+                code="E_BAD_FIELD",
+                where="lora_path",
+                expected=f"the adapter that model names, {model.name}",
+                found=repr(request.lora_path[:80]),
+                fix="Set model to the adapter, and leave lora_path out.",
+            )
+            raise RequestInvalid("the request names two models.", [finding])
+        return Served(model, self._catalog.generation)
+
+    async def defaults(self, model: ServedModel) -> AdapterDefaults:
+        """Return what an adapter brings beside its weights.
+
+        Raises:
+            Fault: it has to be read, and cannot be.
+        """
+        return await self.defaults_of(model) if model.defaults is None else model.defaults
+
+    async def _wait_for(self, number: int, deadline_s: float | None) -> None:
+        left_s = None if deadline_s is None else max(0.0, deadline_s - time.monotonic())
+        try:
+            async with asyncio.timeout(left_s) as limit:
+                await self.catch_up(number)
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            raise DeadlineExceeded(f"generation {number} did not come before the deadline.") from None
+        if number > self._catalog.generation:
+            raise self._behind(number)
+
+    def _is(self, model: ServedModel, other: str, request: Request) -> bool:
+        if other in (request.model, model.name):
+            return True
+        found = self._catalog.resolve(other, request.sticky_key)
+        return (found.name, found.digest) == (model.name, model.digest)
+
+    async def _cannot_catch_up(self, number: int) -> None:
+        raise self._behind(number)
+
+    def _behind(self, number: int) -> ReplicaBehind:
+        return ReplicaBehind(
+            f"the request asks for generation {number}, and this replica has {self._catalog.generation}. "
+            "Retry in a moment, or look at what the deployment's builder published."
+        )
+
+
+async def _known_defaults(model: ServedModel) -> AdapterDefaults:
+    return model.defaults or NO_DEFAULTS

@@ -1,0 +1,62 @@
+"""What is said of a name that is not served."""
+
+from __future__ import annotations
+
+import difflib
+from bisect import bisect
+from collections.abc import Collection, Sequence
+from typing import Final
+
+from loramux_shared.faults import Finding, ModelNotFound, RequestInvalid
+from loramux_shared.wording import listed
+
+SHOWN: Final = 128
+"""Characters of a name that is repeated."""
+COMPARED: Final = 200
+"""Names, those around it in the order of the alphabet, that a wrong one is compared with."""
+LEAST_DIGITS: Final = 8
+"""Of a digest, where it stands behind a name."""
+TOLD_DIGITS: Final = 12
+
+
+def model_not_found(name: str, names: Sequence[str]) -> ModelNotFound:
+    """Return the fault of a name; names are those that the caller may use."""
+    shown = name[:SHOWN]
+    near = difflib.get_close_matches(shown, _around(shown, names), n=3)
+    meant = f" Did you mean {' or '.join(near)}?" if near else ""
+    return ModelNotFound(f"no model {shown!r} is served here.{meant} Served: {listed(names)}.")
+
+
+def version_not_found(name: str, prefix: str, digests: Collection[str]) -> ModelNotFound:
+    """Return the fault of a version that is not, or no longer, known; digests are those that are."""
+    known = listed([digest[:TOLD_DIGITS] for digest in digests])
+    return ModelNotFound(f"model {name!r} has no version {prefix[:64]} here. Known: {known}.")
+
+
+def ambiguous_version(name: str, prefix: str, digests: Collection[str]) -> RequestInvalid:
+    """Return the fault of digits with which several versions begin."""
+    finding = Finding(
+        code="E_BAD_FIELD",
+        where="model",
+        expected="the first digits of one version",
+        found=f"{prefix}, with which {len(digests)} of {name} begin: {listed(sorted(digests))}",
+        fix="Give more digits.",
+    )
+    return RequestInvalid("the request names a version that is not the only one.", [finding])
+
+
+def bad_version(name: str, prefix: str) -> RequestInvalid:
+    """Return the fault of what stands behind a name and is no beginning of a digest."""
+    finding = Finding(
+        code="E_BAD_FIELD",
+        where="model",
+        expected=f"{name}@ and {LEAST_DIGITS} to 64 hex digits of its digest",
+        found=repr(prefix[:SHOWN]),
+    )
+    return RequestInvalid("the request names no version.", [finding])
+
+
+def _around(name: str, names: Sequence[str]) -> Sequence[str]:
+    ordered = sorted(names)
+    place = max(0, bisect(ordered, name) - COMPARED // 2)
+    return ordered[max(0, min(place, len(ordered) - COMPARED)) :][:COMPARED]

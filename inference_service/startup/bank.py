@@ -1,0 +1,139 @@
+"""The bank of adapters, and everything that brings adapters into it."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Final
+
+import structlog
+
+from inference_service.backends.base import LoraBackend
+from inference_service.core.sequence import Adapter
+from inference_service.engine.residency import Residency
+from inference_service.lora.packed import PackedAdapter
+from inference_service.lora.places import Places
+from inference_service.serving.adapters.disk import DiskTier
+from inference_service.serving.adapters.loader import AdapterLoader
+from inference_service.serving.adapters.packing import Packer
+from inference_service.serving.adapters.reading import BundleReader
+from inference_service.serving.adapters.texts import AdapterTexts
+from inference_service.serving.inbox import Inbox
+from inference_service.startup.base import Base
+from inference_service.startup.memory import free_bytes
+from loramux_shared.bases.memory import GB, USUAL_RANK, adapter_bytes, plan_bank
+from loramux_shared.bundle.manifest import Generation
+from loramux_shared.bundle.reader import read_manifest
+from loramux_shared.settings import InferenceSettings
+from loramux_shared.storage.base import Store
+
+log = structlog.get_logger()
+
+MAX_SLOTS: Final = 4096
+"""Adapters that are resident at once, at most."""
+PACKING: Final = 1.03
+"""What alignment makes of an adapter's matrices, at most, but for the smallest ones."""
+ASKED: Final = 16
+"""Manifests that are read where a generation of an older release does not tell what its adapters take."""
+
+
+@dataclass(frozen=True)
+class Bank:
+    """The adapters of a replica."""
+
+    lora: LoraBackend
+    residency: Residency[PackedAdapter]
+    loader: AdapterLoader[PackedAdapter]
+    texts: AdapterTexts
+    sizes: dict[str, int]
+    """About what each registered adapter takes of the bank, by digest."""
+
+    @property
+    def promised(self) -> int:
+        """Bytes of the host that adapters may take and have not yet: memory that comes when it is written."""
+        cpu = self.lora.home.type == "cpu" and self.lora.name != "triton"
+        return self.residency.capacity - self.residency.num_bytes if cpu else 0
+
+    def close(self) -> None:
+        """End the threads."""
+        self.loader.close()
+        self.texts.close()
+
+    def fitting(self, adapters: Iterable[Adapter]) -> list[Adapter]:
+        """Return the first of them, as many as fit the bank together."""
+        found, left = [], self.residency.capacity
+        for adapter in dict.fromkeys(adapters):
+            left -= self.sizes.get(adapter.digest, 0)
+            if left < 0:
+                break
+            found.append(adapter)
+        return found
+
+
+def open_bank(
+    generation: Generation, base: Base, store: Store, settings: InferenceSettings, inbox: Inbox
+) -> Bank:
+    """Take the memory of the bank, and be ready to bring adapters in.
+
+    Raises:
+        ResourcesExhausted: the largest adapter does not fit it.
+        BundleCorrupt: a manifest that had to be read is damaged.
+        StoreUnavailable: the store does not answer.
+    """
+    config, backend, device = base.model.config, base.backend, base.model.device
+    item_bytes = base.model.dtype.itemsize
+    sizes = _sizes(generation, item_bytes, store)
+    usual = adapter_bytes(config, item_bytes, min(USUAL_RANK, generation.max_lora_rank))
+    num_bytes = plan_bank(sizes.values(), free_bytes(device), settings, device.type, usual=usual)
+    lora = backend.new_lora()
+    lora.open(num_bytes, generation.max_lora_rank, MAX_SLOTS)
+    median = int(statistics.median(sizes.values())) if sizes else usual
+    held = num_bytes // max(1, median)
+    log.info("memory", item="bank of adapters", gb=round(num_bytes / GB, 3), holds_like_the_median=held)
+    disk = DiskTier(settings.cache_dir / "bundles", int(settings.adapter_disk_gb * GB))
+    reader = BundleReader(store, disk if settings.adapter_disk_gb else None)
+    loader = AdapterLoader(
+        reader,
+        Packer(base.model, lora, backend.new_lora, settings.block_size),
+        host_bytes=settings.adapter_host_gb * GB if device.type == "cuda" else 0.0,
+    )
+    loader.run(disk.sweep, lambda _: None)
+    residency = Residency(Places(num_bytes), MAX_SLOTS, lora, loader, inbox.post)
+    return Bank(lora, residency, loader, AdapterTexts(reader, base.text), sizes)
+
+
+def preload(bank: Bank, adapters: Sequence[Adapter], inbox: Inbox) -> None:
+    """Load adapters before anything is served; those that cannot be are left to whoever asks for them."""
+    for adapter in adapters:
+        bank.residency.prefetch(adapter)
+    bank.residency.bring_in({})
+    while not bank.residency.settled:
+        inbox.receive()
+        bank.residency.bring_in({})
+
+
+def preload_later(bank: Bank, adapters: Sequence[Adapter], inbox: Inbox) -> None:
+    """Have adapters loaded while others are served, as long as there is room."""
+    inbox.post(partial(bank.residency.prefetch_later, adapters))
+
+
+def _sizes(generation: Generation, item_bytes: int, store: Store) -> dict[str, int]:
+    """Return about what each adapter takes of the bank, by digest."""
+    found: dict[str, int] = {}
+    unknown: list[str] = []
+    for record in generation.adapters.values():
+        if record.summary is None:
+            unknown.append(record.digest)
+        else:
+            elements = record.summary.weights_bytes // generation.lora_dtype.itemsize
+            found[record.digest] = _packed(elements, item_bytes)
+    for digest in unknown[:ASKED]:
+        manifest = read_manifest(store, digest)
+        found[digest] = _packed(manifest.weights_bytes // manifest.dtype.itemsize, item_bytes)
+    return dict.fromkeys(unknown, max(found.values(), default=0)) | found
+
+
+def _packed(elements: int, item_bytes: int) -> int:
+    return int(elements * item_bytes * PACKING)

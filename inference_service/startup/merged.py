@@ -1,0 +1,70 @@
+"""The one adapter of a deployment that hides its base, as part of the weights."""
+
+from __future__ import annotations
+
+import time
+
+import structlog
+import torch
+
+from inference_service.backends.hold import hold_packed
+from inference_service.core.sequence import Adapter
+from inference_service.lora.loader import matrices
+from inference_service.lora.weights import AdapterWeights, pack_adapter
+from inference_service.proof.replay import replay
+from inference_service.serving.adapter_defaults import read_adapter_defaults
+from inference_service.serving.catalog import ServedModel, shown_source
+from inference_service.startup.base import Base, checkpoint
+from loramux_shared.bundle.manifest import Generation
+from loramux_shared.bundle.reader import Bundle, read_bundle
+from loramux_shared.storage.base import Store
+
+log = structlog.get_logger()
+
+
+def merge(generation: Generation, base: Base, store: Store, block_size: int) -> ServedModel:
+    """Prove the adapter beside the base, as any other, and merge it into the weights.
+
+    Raises:
+        BundleCorrupt: a digest differs.
+        ProofFailed: it answers otherwise than its proof says.
+        AdapterInvalid: it brings a chat template that cannot be parsed.
+        StoreUnavailable: the store does not answer.
+    """
+    [(name, record)] = generation.adapters.items()
+    began = time.monotonic()
+    bundle = read_bundle(store, record.digest)
+    _prove(name, bundle, base, block_size)
+    config, model = base.model.config, base.model
+    exact = pack_adapter(matrices(bundle), config.groups, config.dims.num_layers, torch.float32, model.device)
+    model.merge(checkpoint(base.placed, torch.float32, model.device), exact)
+    summary = bundle.manifest.summary
+    return ServedModel(
+        name,
+        None,
+        shown_source(record.source),
+        record.digest,
+        summary.ranks,
+        summary.modules,
+        summary.warnings,
+        summary.weights_bytes,
+        read_adapter_defaults(name, bundle.texts, base.text),
+        load_s=time.monotonic() - began,
+    )
+
+
+def _prove(name: str, bundle: Bundle, base: Base, block_size: int) -> None:
+    manifest, model = bundle.manifest, base.model
+    if manifest.proof is None:
+        return
+    lora = base.backend.new_lora()
+    weights = _weights(bundle, base, lora.home)
+    packed = lora.pack(weights)
+    [slot] = hold_packed(lora, [packed], packed.max_rank)
+    replayed = replay(name, manifest.proof, manifest, Adapter(bundle.digest, slot), lora, model, block_size)
+    log.info("proof holds", adapter=name, effect=replayed.effect, logprob=replayed.logprob)
+
+
+def _weights(bundle: Bundle, base: Base, home: torch.device) -> AdapterWeights:
+    config = base.model.config
+    return pack_adapter(matrices(bundle), config.groups, config.dims.num_layers, base.model.dtype, home)

@@ -1,0 +1,259 @@
+"""Names while generations come and go: what a request gets, who may ask for it, and what it costs."""
+
+from __future__ import annotations
+
+import tracemalloc
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+
+from inference_service.serving.adapter_defaults import NO_DEFAULTS, AdapterDefaults
+from inference_service.serving.catalog import EARLIER, Catalog, ServedModel
+from loramux_shared.access.rights import ACCESS, Access, Scope
+from loramux_shared.bundle.manifest import AdapterRecord, AdapterSummary, BaseRecord, Generation
+from loramux_shared.deployment import Dtype, Repository, SourceKind
+from loramux_shared.faults import ModelNotFound, RequestInvalid
+
+BASE = ServedModel("base", warnings=("W_HEAD",))
+SUMMARY = AdapterSummary(
+    ranks=(8,), modules=("attn_q",), tensors_used=2, weights_bytes=64, bundle_bytes=99, texts=()
+)
+
+
+def digest(text: str) -> str:
+    """A digest that begins with a text."""
+    return text.encode().hex().ljust(64, "0")
+
+
+def generation(number: int, adapters: Mapping[str, str], **fields: Any) -> Generation:
+    """A generation of adapters, by name, with digests that begin as said."""
+    summary = fields.pop("summary", SUMMARY)
+    source = Repository(source=SourceKind.HF, repo="org/one", revision="main")
+    return Generation(
+        **{
+            "deployment": "d",
+            "number": number,
+            "create_time": datetime.now(UTC),
+            "served_model_name": "base",
+            "base": BaseRecord(source=source, files={}),
+            "adapters": {
+                name: AdapterRecord(digest=digest(begin), source=source, summary=summary)
+                for name, begin in adapters.items()
+            },
+            "max_lora_rank": 64,
+            "lora_dtype": Dtype.BFLOAT16,
+        }
+        | fields
+    )
+
+
+def catalog(adapters: Mapping[str, str], **fields: Any) -> Catalog:
+    """A catalog that has taken over generation 1."""
+    made = Catalog(1, "base", [BASE])
+    made.apply(generation(1, adapters, **fields))
+    return made
+
+
+@contextmanager
+def caller(*models: str) -> Iterator[None]:
+    """A caller who may use these models alone."""
+    token = ACCESS.set(Access("ann", frozenset({Scope.INFER}), frozenset(models)))
+    try:
+        yield
+    finally:
+        ACCESS.reset(token)
+
+
+def test_a_record_is_enough_to_register() -> None:
+    """What a generation says of an adapter is shown before anything of it was read."""
+    model = catalog({"a": "one"}).get("a")
+    assert (model.digest, model.source) == (digest("one"), "org/one@main")
+    assert (model.ranks, model.modules, model.weights_bytes) == ((8,), ("attn_q",), 64)
+    assert model.defaults == NO_DEFAULTS
+    assert model.adapter is not None
+    assert (model.adapter.digest, model.adapter.slot) == (digest("one"), None)
+
+
+def test_what_is_not_known_is_told_once_it_was_read() -> None:
+    """An older generation says nothing of an adapter, and texts have to be read; then every name shows it."""
+    old = catalog({"a": "one", "b": "one", "c": "two"}, summary=None)
+    assert (old.get("a").ranks, old.get("a").defaults) == ((), None)
+    calm = AdapterDefaults(temperature=0.1)
+    old.know(digest("one"), ranks=(4,), defaults=calm, load_s=0.5)
+    assert [old.get(name).ranks for name in "abc"] == [(4,), (4,), ()]
+    assert old.get("b").defaults is calm
+    old.apply(generation(2, {"a": "one", "d": "one"}, summary=None))
+    assert old.get("d").ranks == (4,)
+    texts = SUMMARY.model_copy(update={"texts": ("chat_template.jinja",)})
+    assert catalog({"a": "one"}, summary=texts).get("a").defaults is None
+
+
+def test_a_generation_is_taken_over_in_one_step() -> None:
+    """New names are there, changed ones switched, removed ones gone, and what a request has is what it had."""
+    names = catalog({"keeps": "one", "changes": "two", "goes": "three"})
+    kept, changed = names.get("keeps"), names.get("changes")
+    changes = names.apply(generation(2, {"keeps": "one", "changes": "four", "comes": "five"}))
+    assert (changes.added, changes.switched, changes.removed) == (("comes",), ("changes",), ("goes",))
+    assert names.generation == 2
+    assert [model.name for model in names] == ["base", "changes", "comes", "keeps"]
+    assert names.get("keeps") is kept
+    assert names.get("changes").digest == digest("four")
+    assert changed.digest == digest("two")
+    with pytest.raises(ModelNotFound, match="Served: base, changes, comes, keeps"):
+        names.get("goes")
+
+
+def test_equal_digests_share_a_handle() -> None:
+    """Names are many, what is loaded is one; a version that comes back is what it was while somebody has it."""
+    names = catalog({"a": "one", "b": "one"})
+    handle = names.get("a").adapter
+    assert names.get("b").adapter is handle
+    names.apply(generation(2, {"c": "two"}))
+    names.apply(generation(3, {"d": "one"}))
+    assert names.get("d").adapter is handle
+
+
+def test_the_base_can_be_renamed_and_hidden() -> None:
+    """A generation says how the base is called and whether it is; it stays what it is."""
+    names = catalog({"a": "one"})
+    names.apply(generation(2, {"a": "one", "base": "two"}, served_model_name="other"))
+    assert [model.name for model in names] == ["other", "a", "base"]
+    assert names.get("other").warnings == ("W_HEAD",)
+    assert names.get("base").digest == digest("two")
+    names.apply(generation(3, {"a": "one"}, served_model_name="other", serve_base=False))
+    assert [model.name for model in names] == ["a"]
+    names.apply(generation(4, {"a": "one"}))
+    assert names.get("base").warnings == ("W_HEAD",)
+
+
+def test_nothing_is_served_beside_a_merged_adapter() -> None:
+    """Its weights are the base's: another adapter on them would answer wrongly."""
+    merged = Catalog(1, "base", [ServedModel("only", digest=digest("one"))])
+    merged.apply(generation(2, {"only": "one"}, serve_base=False))
+    assert merged.generation == 2
+    with pytest.raises(ValueError, match="restart"):
+        merged.apply(generation(3, {"only": "two"}, serve_base=False))
+    assert (merged.generation, merged.get("only").digest) == (2, digest("one"))
+
+
+def test_a_version_is_found_by_the_first_digits_of_its_digest() -> None:
+    """The present one and some earlier ones, each once; what is not the beginning of one is refused by name."""
+    names = catalog({"a": "z00", "ab": "else"})
+    for number in range(1, EARLIER + 3):
+        names.apply(generation(number + 1, {"a": f"z{number:02}"}))
+    for number in range(2, EARLIER + 3):
+        assert names.resolve(f"a@{digest(f'z{number:02}')[:8]}").digest == digest(f"z{number:02}")
+    with pytest.raises(ModelNotFound, match=f"has no version {digest('z01')}"):
+        names.resolve(f"a@{digest('z01')}")
+    for wrong in ("", digest("z05")[:6], "z05z05z05", digest("z05").upper(), digest("z05") + "0"):
+        with pytest.raises(RequestInvalid, match="8 to 64 hex digits") as refused:
+            names.resolve(f"a@{wrong}")
+        assert refused.value.findings[0].where == "model"
+    names.apply(generation(99, {"ab": "else"}))
+    with pytest.raises(ModelNotFound, match="Served"):
+        names.resolve(f"a@{digest('z05')}")
+    names.apply(generation(100, {"a": "z99"}))
+    with pytest.raises(ModelNotFound, match=f"Known: {digest('z99')[:12]}\\.$"):
+        names.resolve(f"a@{digest('z05')}")
+
+
+def test_digits_of_several_versions_are_refused() -> None:
+    """Which one was meant is not guessed."""
+    names = catalog({"a": "samesame1"})
+    names.apply(generation(2, {"a": "samesame2"}))
+    with pytest.raises(RequestInvalid, match="Give more digits"):
+        names.resolve(f"a@{digest('samesame')[:16]}")
+    assert names.resolve(f"a@{digest('samesame1')}").digest == digest("samesame1")
+
+
+def test_a_rollback_makes_no_second_version() -> None:
+    """A digest that is served again is the present one, and what was learnt of it is known."""
+    names = catalog({"a": "one"}, summary=None)
+    names.know(digest("one"), ranks=(4,))
+    names.apply(generation(2, {"a": "two"}, summary=None))
+    names.apply(generation(3, {"a": "one"}, summary=None))
+    assert names.get("a").ranks == (4,)
+    assert names.resolve(f"a@{digest('two')[:12]}").digest == digest("two")
+    assert names.resolve(f"a@{digest('one')[:12]}") == names.get("a")
+
+
+def test_the_base_may_stand_before_a_name() -> None:
+    """Only where no model is called so; and never the base for a name that is not there."""
+    names = catalog({"a": "one", "base:b": "two", "b": "three"})
+    assert names.resolve("base:a") is names.get("a")
+    assert names.resolve("base:b").digest == digest("two")
+    assert names.resolve(f"base:a@{digest('one')[:8]}") is names.get("a")
+    for wrong in ("base:", "base:base", "base:c", "other:a", "base:base:a"):
+        with pytest.raises(ModelNotFound):
+            names.resolve(wrong)
+
+
+def test_an_alias_keeps_its_weights_and_its_keys() -> None:
+    """Each key finds one model, on all replicas; all keys and all draws keep to the weights."""
+    weights = {"alias": {"a": 90, "b": 10, "c": 0}}
+    adapters = {"a": "one", "b": "two", "c": "three"}
+    names, other = (catalog(adapters, aliases=weights) for _ in range(2))
+    keys = [f"user-{number}" for number in range(2000)]
+    picked = {key: names.resolve("alias", key).name for key in keys}
+    assert picked == {key: other.resolve("alias", key).name for key in keys}
+    counts = Counter(picked.values())
+    assert counts["c"] == 0
+    assert 140 <= counts["b"] <= 260
+    drawn = Counter(names.resolve("alias").name for _ in range(2000))
+    assert 140 <= drawn["b"] <= 260
+    names.apply(generation(2, adapters, aliases={"alias": {"a": 80, "b": 20}}))
+    moved = [key for key in keys if names.resolve("alias", key).name != picked[key]]
+    assert all(picked[key] == "a" for key in moved)
+    assert 140 <= len(moved) <= 260
+
+
+def test_an_alias_without_its_models_is_no_name() -> None:
+    """A model that is gone gets nothing, and one that has the name of an alias comes first."""
+    names = catalog(
+        {"a": "one"}, aliases={"alias": {"a": 1, "gone": 99}, "a": {"gone": 1}, "empty": {"gone": 1}}
+    )
+    assert names.resolve("alias", "k").name == "a"
+    assert names.resolve("a").name == "a"
+    with pytest.raises(ModelNotFound):
+        names.resolve("empty")
+    with pytest.raises(ModelNotFound):
+        names.get("alias")
+
+
+def test_a_caller_gets_no_model_through_another_name() -> None:
+    """An alias, its models, versions and prefixes all ask the rights; what may not be used does not exist."""
+    adapters = {"a": "one", "b": "two"}
+    names = catalog(adapters, aliases={"alias": {"a": 1, "b": 99}, "secret": {"a": 1}})
+    with caller("alias", "a"):
+        assert {names.resolve("alias", str(key)).name for key in range(50)} == {"a"}
+        assert names.resolve("base:a").name == "a"
+        for hidden in ("b", "base", "base:b", f"b@{digest('two')[:8]}", "secret"):
+            with pytest.raises(ModelNotFound, match=r"Served: a, alias\.$"):
+                names.resolve(hidden)
+    with caller("alias"), pytest.raises(ModelNotFound):
+        names.resolve("alias")
+    with caller("a", "b"), pytest.raises(ModelNotFound):
+        names.resolve("alias")
+
+
+def test_ten_thousand_adapters_are_cheap() -> None:
+    """A registered adapter costs less than 2 KB here, and a switch of one leaves all others what they were."""
+    adapters = {f"adapter-{number:05}": f"d{number:05}" for number in range(10_000)}
+    first = generation(1, adapters)
+    names = Catalog(1, "base", [BASE])
+    tracemalloc.start()
+    before, _ = tracemalloc.get_traced_memory()
+    names.apply(first)
+    after, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert (after - before) / len(adapters) < 2048
+    kept = names.everything
+    assert names.apply(generation(2, adapters | {"adapter-00500": "other"})).switched == ("adapter-00500",)
+    same = [now is then for now, then in zip(names.everything, kept, strict=True)]
+    assert same.count(False) == 1
+    with pytest.raises(ModelNotFound, match="Did you mean adapter-005"):
+        names.get("adapter-0050O")

@@ -1,0 +1,494 @@
+"""Residency: who is in the bank. No model and no threads: what takes time ends when the test says so."""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from inference_service.core.batch import Batch
+from inference_service.core.sampling import SamplingParams
+from inference_service.core.sequence import Adapter, FinishReason, Sequence, StepOutput, Token
+from inference_service.engine.block_manager import BlockManager
+from inference_service.engine.engine import Engine
+from inference_service.engine.residency import FIRST_PAUSE_S, LOADS, Residency
+from inference_service.engine.residents import Arrived, State
+from inference_service.engine.scheduler import SchedulerLimits
+from inference_service.engine.step import Pending
+from inference_service.lora.places import Places
+from loramux_shared.faults import BundleCorrupt, Fault, InternalFault, ResourcesExhausted
+
+UNIT = 64
+_ids = itertools.count()
+
+
+@dataclass(frozen=True)
+class Matrices:
+    """What stands for an adapter's matrices."""
+
+    digest: str
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class Come:
+    """What a load brings."""
+
+    packed: Matrices
+    tier: str = "store"
+
+
+@dataclass
+class FakeBank:
+    """Memory that knows whose its bytes are."""
+
+    size: int
+    bytes_of: dict[int, str] = field(default_factory=dict)
+    """Whose a unit of memory is."""
+    slots: dict[int, tuple[str, int, int]] = field(default_factory=dict)
+    refuses: set[str] = field(default_factory=set)
+
+    def copy(self, packed: Matrices, offset: int) -> None:
+        """Write; nobody who stands in a slot has any of these bytes."""
+        units = range(offset // UNIT, -(-(offset + packed.num_bytes) // UNIT))
+        assert units.stop <= self.size // UNIT
+        for _, start, size in self.slots.values():
+            assert not set(units) & set(range(start // UNIT, -(-(start + size) // UNIT)))
+        self.bytes_of |= dict.fromkeys(units, packed.digest)
+
+    def enter(self, slot: int, offset: int, packed: Matrices) -> None:
+        """Let a slot stand for what was written there."""
+        assert slot not in self.slots
+        if packed.digest in self.refuses:
+            raise InternalFault("not this one")
+        self.slots[slot] = packed.digest, offset, packed.num_bytes
+
+    def leave(self, slot: int) -> None:
+        """Let it stand for nothing."""
+        del self.slots[slot]
+
+    def read(self, slot: int, digest: str) -> None:
+        """What a step does: all bytes are the adapter's."""
+        found, offset, size = self.slots[slot]
+        assert found == digest
+        assert {self.bytes_of[unit] for unit in range(offset // UNIT, -(-(offset + size) // UNIT))} == {digest}
+
+
+class FakeLoader:
+    """Ends what was begun when it is told to, in any order."""
+
+    def __init__(self, sizes: dict[str, int]) -> None:
+        self.sizes = sizes
+        self.broken: set[str] = set()
+        self.begun: list[Callable[[], None]] = []
+        self.loaded: list[str] = []
+        self.loading = 0
+        self.most_loading = 0
+
+    def load(self, adapter: Adapter, done: Callable[[Arrived[Matrices] | Fault], None]) -> None:
+        """Begin to load."""
+        digest = adapter.digest
+        self.loading += 1
+        self.most_loading = max(self.most_loading, self.loading)
+
+        def end() -> None:
+            self.loading -= 1
+            self.loaded.append(digest)
+            broken = digest in self.broken
+            done(BundleCorrupt(f"bundle {digest}") if broken else Come(Matrices(digest, self.sizes[digest])))
+
+        self.begun.append(end)
+
+    def run(self, work: Callable[[], None], done: Callable[[Fault | None], None]) -> None:
+        """Begin to copy: the bytes are written when it ends."""
+
+        def end() -> None:
+            work()
+            done(None)
+
+        self.begun.append(end)
+
+    def end_one(self, which: int = 0) -> None:
+        """End what was begun as the first, or another."""
+        self.begun.pop(which % len(self.begun))()
+
+
+class FakeRunner:
+    """Reads the bank when a step is resolved, as a device does at any time until then."""
+
+    def __init__(self, bank: FakeBank, depth: int) -> None:
+        self.depth = depth
+        self.batches: list[Batch] = []
+        self._bank = bank
+
+    def submit(self, batch: Batch) -> Pending:
+        """Note which slots are read, and whose they are."""
+        reads = [(seq.slot, seq.adapter.digest) for seq, _ in batch.chunks if seq.adapter is not None]
+        seqs = tuple(chunk.seq for chunk in batch.chunks if chunk.samples)
+        self.batches.append(batch)
+
+        def wait() -> list[Token]:
+            for slot, digest in reads:
+                self._bank.read(slot, digest)
+            return [Token(7)] * len(seqs)
+
+        return Pending(seqs, wait)
+
+
+class World:
+    """An engine whose bank has some units, and adapters of so many units each."""
+
+    def __init__(
+        self, units: int, sizes: list[int], depth: int = 0, seqs: int = 4, adapters: int = 3, slots: int = 64
+    ) -> None:
+        self.adapters = [Adapter(f"{number:02x}" * 32) for number in range(len(sizes))]
+        self.loader = FakeLoader(
+            {adapter.digest: size * UNIT for adapter, size in zip(self.adapters, sizes, strict=True)}
+        )
+        self.bank = FakeBank(units * UNIT)
+        self.now_s = 0.0
+        self.commands: deque[Callable[[], None]] = deque()
+        self.residency = Residency(
+            Places(units * UNIT), slots, self.bank, self.loader, self.commands.append, clock=lambda: self.now_s
+        )
+        self.runner = FakeRunner(self.bank, depth)
+        self.blocks = BlockManager(200, 4)
+        limits = SchedulerLimits(16, seqs, adapters, max_seq_len=400)
+        self.engine = Engine(self.runner, limits, self.blocks, self.residency, clock=lambda: self.now_s)
+        self.asked: list[Sequence] = []
+        self.ends: dict[str, StepOutput] = {}
+        self.aborted: set[str] = set()
+
+    def ask(self, number: int | None, new: int = 3, flow: str | None = None) -> Sequence:
+        """Send a request for an adapter, or the base."""
+        name = str(next(_ids))
+        tokens = [int(name) * 1000 + index for index in range(3)]
+        adapter = None if number is None else self.adapters[number]
+        seq = Sequence(name, tokens, SamplingParams(max_tokens=new), adapter)
+        seq.flow = str(number) if flow is None else flow
+        self.asked.append(seq)
+        self.engine.add(seq)
+        return seq
+
+    def step(self, times: int = 1) -> None:
+        """What the engine's thread does: what was posted, then a step."""
+        for _ in range(times):
+            while self.commands:
+                self.commands.popleft()()
+            for output in self.engine.step():
+                if output.finish:
+                    assert output.seq_id not in self.ends
+                    self.ends[output.seq_id] = output
+
+    def settle(self, steps: int = 5000) -> None:
+        """Go on until nobody waits, ending whatever was begun."""
+        for _ in range(steps):
+            self.step()
+            if self.engine.idle and not self.loader.begun and not self.commands:
+                return
+            if self.loader.begun:
+                self.loader.end_one()
+        raise AssertionError("requests never end")
+
+    def abort(self, seq: Sequence) -> None:
+        """Let a request go, unless it ended."""
+        if seq.id not in self.ends:
+            self.engine.abort(seq.id)
+            self.aborted.add(seq.id)
+
+    def resident(self) -> set[int]:
+        """The numbers of those in the bank."""
+        return {number for number, adapter in enumerate(self.adapters) if adapter.slot is not None}
+
+
+def test_a_cold_adapter_waits_for_its_load_and_holds_up_nobody() -> None:
+    """While an adapter loads, others begin and end; then its request is answered."""
+    world = World(4, [1, 1])
+    cold, base = world.ask(0), world.ask(None)
+    world.step(5)
+    assert set(world.ends) == {base.id}
+    world.settle()
+    assert world.ends[cold.id].finish is FinishReason.LENGTH
+
+
+def test_who_was_used_longest_ago_leaves() -> None:
+    """Of those that nobody uses, the bank lets the least recently used go."""
+    world = World(2, [1, 1, 1])
+    for number in (0, 1, 0, 2):
+        world.ask(number)
+        world.settle()
+    assert world.resident() == {0, 2}
+    assert world.residency.stats.evictions == 1
+
+
+def test_what_is_under_way_stays() -> None:
+    """An adapter with a sequence under way is not let go; who needs its place waits for the end."""
+    world = World(1, [1, 1])
+    world.ask(0, new=100)
+    world.step()
+    world.loader.end_one()
+    world.step()
+    world.loader.end_one()
+    world.step(2)
+    waiting = world.ask(1, new=1)
+    for _ in range(20):
+        world.step()
+        if world.loader.begun:
+            world.loader.end_one()
+    assert world.resident() == {0}
+    world.settle()
+    assert world.ends[waiting.id].finish is FinishReason.LENGTH
+
+
+def test_endless_streams_make_room_in_the_bank() -> None:
+    """Streams that never end hold all places: another model gets one all the same, and they go on after it."""
+    world = World(2, [1, 1, 1], seqs=8)
+    endless = [world.ask(0, new=300), world.ask(1, new=300)]
+    for _ in range(6):
+        world.step()
+        while world.loader.begun:
+            world.loader.end_one()
+    asked = world.ask(2, new=2)
+    for _ in range(400):
+        world.step()
+        if world.loader.begun:
+            world.loader.end_one()
+        if asked.id in world.ends:
+            break
+    assert world.ends[asked.id].finish is FinishReason.LENGTH
+    assert not any(seq.id in world.ends for seq in endless)
+    world.settle()
+    assert all(world.ends[seq.id].finish is FinishReason.LENGTH for seq in endless)
+
+
+def test_a_pinned_adapter_stays_and_comes_back_by_itself() -> None:
+    """A pin loads an adapter without a request, and nothing makes it leave until it is unpinned."""
+    world = World(2, [1, 1, 1])
+    world.residency.pin(world.adapters[0])
+    world.settle()
+    for number in (1, 2, 1, 2):
+        world.ask(number)
+        world.settle()
+    assert 0 in world.resident()
+    world.residency.unpin(world.adapters[0])
+    for number in (1, 2):
+        world.ask(number)
+        world.settle()
+    assert world.resident() == {1, 2}
+
+
+def test_what_fits_beside_no_pin_is_refused_by_name() -> None:
+    """An adapter that the pinned ones leave no room for, or that is larger than the bank, fails at once."""
+    world = World(4, [3, 2, 5])
+    world.residency.pin(world.adapters[0])
+    world.settle()
+    small, large = world.ask(1), world.ask(2)
+    world.settle()
+    for seq, said in ((small, "pinned"), (large, "does not fit")):
+        fault = world.ends[seq.id].fault
+        assert isinstance(fault, ResourcesExhausted)
+        assert said in fault.message
+
+
+def test_a_prefetched_adapter_takes_room_that_nobody_has_and_no_other() -> None:
+    """What is loaded on the chance of being asked for makes nobody leave."""
+    world = World(2, [1, 1, 1])
+    world.ask(0)
+    world.settle()
+    for number in (1, 2):
+        world.residency.prefetch(world.adapters[number])
+    world.settle()
+    assert world.resident() == {0, 1}
+    assert world.residency.settled
+
+
+def test_prefetching_later_takes_one_at_a_time_and_only_what_fits() -> None:
+    """A replica fills its bank while nothing else is on its way, and stops where it would have to make room."""
+    world = World(3, [1] * 8)
+    world.residency.prefetch_later(world.adapters)
+    for _ in range(40):
+        world.step()
+        assert len(world.loader.begun) <= 1
+        if world.loader.begun:
+            world.loader.end_one()
+    assert world.resident() == {0, 1, 2}
+    assert world.residency.settled
+    assert world.residency.stats.evictions == 0
+
+
+def test_a_bank_that_refuses_an_adapter_fails_that_one_alone() -> None:
+    """What does not fit the slots' tables is named, its place is free again, and others are served."""
+    world = World(4, [1, 1])
+    refused = world.adapters[0].digest
+    world.bank.refuses = {refused}
+    bad, good = world.ask(0), world.ask(1)
+    world.settle()
+    assert world.ends[bad.id].fault is not None
+    assert world.ends[good.id].finish is FinishReason.LENGTH
+    assert world.residency.num_bytes == UNIT
+
+
+def test_a_failed_load_ends_those_who_wait_and_nobody_else() -> None:
+    """A request says why; for a pause the next ones say the same at once, and then one tries again."""
+    world = World(4, [1, 1])
+    world.loader.broken = {world.adapters[0].digest}
+    waiting, other = [world.ask(0), world.ask(0)], world.ask(1)
+    world.settle()
+    assert all(isinstance(world.ends[seq.id].fault, BundleCorrupt) for seq in waiting)
+    assert world.ends[other.id].fault is None
+    loads = len(world.loader.loaded)
+    early = world.ask(0)
+    world.settle()
+    assert isinstance(world.ends[early.id].fault, BundleCorrupt)
+    assert len(world.loader.loaded) == loads
+    world.loader.broken = set()
+    world.now_s += FIRST_PAUSE_S + 0.1
+    late = world.ask(0)
+    world.settle()
+    assert world.ends[late.id].finish is FinishReason.LENGTH
+    assert world.residency.standing(world.adapters[0]).failure is None
+
+
+def test_the_pause_grows_with_every_failure() -> None:
+    """A load that fails again and again is tried less and less often."""
+    world = World(4, [1])
+    world.loader.broken = {world.adapters[0].digest}
+    for pause_s in (1.0, 2.0, 4.0):
+        world.ask(0)
+        world.settle()
+        assert world.residency.refusal(world.adapters[0]) is not None
+        world.now_s += pause_s + 0.01
+        assert world.residency.refusal(world.adapters[0]) is None
+
+
+def test_a_pinned_adapter_that_failed_is_tried_again_when_nobody_asks() -> None:
+    """The engine wakes up for it."""
+    world = World(4, [1])
+    world.loader.broken = {world.adapters[0].digest}
+    world.residency.pin(world.adapters[0])
+    world.step()
+    world.loader.end_one()
+    world.step()
+    assert world.engine.idle_until_s == pytest.approx(FIRST_PAUSE_S)
+    world.loader.broken = set()
+    world.now_s = FIRST_PAUSE_S + 0.1
+    world.settle()
+    assert world.resident() == {0}
+
+
+def test_an_adapter_that_nobody_waits_for_any_more_is_not_kept() -> None:
+    """Its request is aborted before the load ends: what was loaded is let fall, and takes nobody's place."""
+    world = World(1, [1, 1])
+    world.ask(0)
+    world.settle()
+    gone = world.ask(1)
+    world.step()
+    world.engine.abort(gone.id)
+    while world.loader.begun:
+        world.loader.end_one()
+        world.step()
+    assert world.resident() == {0}
+    assert world.residency.settled
+
+
+def test_only_a_few_adapters_are_on_their_way_at_once() -> None:
+    """However many are asked for, the host's memory holds a few that have no place yet."""
+    world = World(20, [1] * 20, seqs=20, adapters=20)
+    for number in range(20):
+        world.ask(number)
+    world.settle()
+    assert world.loader.most_loading <= LOADS
+    assert len(world.ends) == 20
+
+
+def test_slots_are_as_many_as_there_are() -> None:
+    """With room in bytes and no slot left, one leaves all the same."""
+    world = World(10, [1, 1, 1], slots=2)
+    for number in (0, 1, 2):
+        world.ask(number)
+        world.settle()
+    assert world.resident() == {1, 2}
+
+
+def test_what_is_resident_costs_nothing_more_than_its_entry() -> None:
+    """Adapters that left are forgotten."""
+    world = World(2, [1] * 30)
+    for number in range(30):
+        world.ask(number)
+        world.settle()
+    assert len(world.residency.standings()) == 2
+    assert {each.state for each in world.residency.standings()} == {State.RESIDENT}
+
+
+ASK = st.tuples(st.integers(-1, 6), st.sampled_from([1, 3, 40]), st.sampled_from(["", "f"]))
+OTHER = st.tuples(
+    st.sampled_from(["step", "end", "abort", "break", "mend", "pin", "unpin", "prefetch", "drop", "wait"]),
+    st.integers(0, 6),
+)
+
+
+def _act(world: World, action: tuple[int, int, str] | tuple[str, int]) -> Sequence | None:
+    """Do one thing; return the request, if that was it."""
+    if len(action) == 3:
+        number, new, flow = action
+        return world.ask(None if number < 0 else number, new, flow or None)
+    what, which = action
+    adapter, residency = world.adapters[which], world.residency
+    match what:
+        case "end" if world.loader.begun:
+            world.loader.end_one(which)
+        case "abort" if world.asked:
+            world.abort(world.asked[which % len(world.asked)])
+        case "break":
+            world.loader.broken.add(adapter.digest)
+        case "mend":
+            world.loader.broken.discard(adapter.digest)
+        case "wait":
+            world.now_s += 1.0
+        case "pin" if which < 2:
+            residency.pin(adapter)
+        case "unpin" | "prefetch" | "drop":
+            getattr(residency, what)(adapter)
+        case _:
+            world.step()
+    return None
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.lists(st.one_of(ASK, OTHER), min_size=1, max_size=80),
+    st.lists(st.integers(1, 3), min_size=7, max_size=7),
+    st.integers(3, 8),
+    st.integers(0, 1),
+    st.integers(1, 3),
+)
+def test_every_request_ends_once_on_its_own_digest(
+    actions: list[tuple[int, int, str] | tuple[str, int]],
+    sizes: list[int],
+    units: int,
+    depth: int,
+    adapters: int,
+) -> None:
+    """Whatever the order of arrivals, loads, failures, evictions, pins and aborts: until it is resolved, every
+    step reads the matrices of the digest that its sequences name; every request that is not aborted ends once,
+    and in the end nobody holds anything."""
+    world = World(units, sizes, depth, adapters=adapters)
+    asked = [seq for action in actions if (seq := _act(world, action)) is not None]
+    world.settle()
+    for adapter in world.adapters:
+        world.residency.unpin(adapter)
+    world.settle()
+    assert {seq.id for seq in asked} == set(world.ends) | world.aborted
+    assert all(standing.in_flight == standing.waiting == 0 for standing in world.residency.standings())
+    assert world.blocks.num_free == world.blocks.num_blocks
+    taken = sum(-(-size // UNIT) * UNIT for _, _, size in world.bank.slots.values())
+    assert world.residency.num_bytes == taken
+    for adapter in world.adapters:
+        world.residency.drop(adapter)
+    assert world.residency.num_bytes == 0
+    assert not world.bank.slots
