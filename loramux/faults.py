@@ -1,6 +1,7 @@
 """The named failures that the clients raise; ``Fault`` is the base of them all."""
 
 from loramux_shared.faults import (
+    AdapterExists,
     AdapterInvalid,
     BuildCancelled,
     BuildInProgress,
@@ -14,14 +15,18 @@ from loramux_shared.faults import (
     DeploymentNotFound,
     Fault,
     Finding,
+    GenerationMismatch,
     InternalFault,
     ModelNotFound,
+    NoBuilder,
     PageTokenInvalid,
     PermissionDenied,
     PromptTooLong,
     ProofFailed,
     QueueFull,
+    ReplicaBehind,
     ReplicaFailed,
+    ReplicaPaused,
     RepoGated,
     RepoNotFound,
     RequestIdReused,
@@ -40,6 +45,7 @@ from loramux_shared.faults import (
 from loramux_shared.rpc.status import CallFailed
 
 __all__ = [
+    "AdapterExists",
     "AdapterInvalid",
     "BuildCancelled",
     "BuildInProgress",
@@ -54,14 +60,18 @@ __all__ = [
     "DeploymentNotFound",
     "Fault",
     "Finding",
+    "GenerationMismatch",
     "InternalFault",
     "ModelNotFound",
+    "NoBuilder",
     "PageTokenInvalid",
     "PermissionDenied",
     "PromptTooLong",
     "ProofFailed",
     "QueueFull",
+    "ReplicaBehind",
     "ReplicaFailed",
+    "ReplicaPaused",
     "RepoGated",
     "RepoNotFound",
     "RequestIdReused",

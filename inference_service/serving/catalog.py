@@ -51,6 +51,11 @@ class Catalog:
         access = ACCESS.get()
         return (model for name, model in self._models.items() if access.may_use(name))
 
+    @property
+    def everything(self) -> tuple[ServedModel, ...]:
+        """All models, whoever asks; may be asked on another thread."""
+        return tuple(self._models.values())
+
     def get(self, name: str) -> ServedModel:
         """Return a model by its exact name.
 

@@ -20,9 +20,13 @@
     ├── ServerUnavailable    SERVER_UNAVAILABLE      UNAVAILABLE          seen by a client: no answer
     ├── ShuttingDown         SHUTTING_DOWN           UNAVAILABLE
     ├── ReplicaFailed        REPLICA_FAILED          UNAVAILABLE          its device or engine works no more
+    ├── ReplicaBehind        REPLICA_BEHIND          UNAVAILABLE          it does not serve the generation yet
+    ├── ReplicaPaused        REPLICA_PAUSED          UNAVAILABLE          an operator ended what was under way
     ├── DeploymentNotFound   DEPLOYMENT_NOT_FOUND    NOT_FOUND
     ├── ModelNotFound        MODEL_NOT_FOUND         NOT_FOUND
     ├── RequestIdReused      REQUEST_ID_REUSED       ALREADY_EXISTS
+    ├── AdapterExists        ADAPTER_EXISTS          ALREADY_EXISTS       the name of an adapter is taken
+    ├── GenerationMismatch   GENERATION_MISMATCH     ABORTED              another one than was expected
     ├── BuildInProgress      BUILD_IN_PROGRESS       ABORTED
     ├── BuildInterrupted     BUILD_INTERRUPTED       ABORTED
     ├── BuildCancelled       BUILD_CANCELLED         ABORTED
@@ -34,6 +38,7 @@
     ├── ProofFailed          PROOF_FAILED            DATA_LOSS            a bundle that answers otherwise
     ├── CheckpointInvalid    CHECKPOINT_INVALID      FAILED_PRECONDITION  a base that cannot be served
     ├── ResourcesExhausted   RESOURCES_EXHAUSTED     FAILED_PRECONDITION  it does not fit this machine
+    ├── NoBuilder            NO_BUILDER              FAILED_PRECONDITION  a replica that knows no builder
     ├── SettingsInvalid      SETTINGS_INVALID        FAILED_PRECONDITION
     └── InternalFault        INTERNAL                INTERNAL
 
@@ -238,6 +243,22 @@ class ReplicaFailed(Fault):
     retry_after_s = 1.0
 
 
+class ReplicaBehind(Fault):
+    """The replica does not serve the generation that the request asks for, and could not catch up at once."""
+
+    reason = "REPLICA_BEHIND"
+    status = Status.UNAVAILABLE
+    retry_after_s = 1.0
+
+
+class ReplicaPaused(Fault):
+    """An operator paused the replica, and had what was under way ended."""
+
+    reason = "REPLICA_PAUSED"
+    status = Status.UNAVAILABLE
+    retry_after_s = 1.0
+
+
 class DeploymentNotFound(Fault):
     """No deployment of that name; the message lists those that exist."""
 
@@ -257,6 +278,20 @@ class RequestIdReused(Fault):
 
     reason = "REQUEST_ID_REUSED"
     status = Status.ALREADY_EXISTS
+
+
+class AdapterExists(Fault):
+    """An adapter of that name is served, and was not to be replaced."""
+
+    reason = "ADAPTER_EXISTS"
+    status = Status.ALREADY_EXISTS
+
+
+class GenerationMismatch(Fault):
+    """A change that was meant for one generation met another: somebody else changed the deployment before."""
+
+    reason = "GENERATION_MISMATCH"
+    status = Status.ABORTED
 
 
 class BuildInProgress(Fault):
@@ -334,6 +369,13 @@ class ResourcesExhausted(Fault):
     """The deployment does not fit this machine; the message gives the numbers."""
 
     reason = "RESOURCES_EXHAUSTED"
+    status = Status.FAILED_PRECONDITION
+
+
+class NoBuilder(Fault):
+    """A replica that knows no builder was asked for what only a builder can do."""
+
+    reason = "NO_BUILDER"
     status = Status.FAILED_PRECONDITION
 
 
