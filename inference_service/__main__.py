@@ -15,7 +15,10 @@ import structlog
 
 from inference_service.openai_api import protocol
 from inference_service.openai_api.server import HttpServer
+from inference_service.rpc import adapters as adapters_rpc
+from inference_service.rpc.adapters import AdapterServicer
 from inference_service.rpc.servicer import SERVICE_NAME, InferenceServicer, register
+from inference_service.serving.adapters.fixed import fixed_manager
 from inference_service.serving.telemetry.watchers import open_watchers
 from inference_service.startup.load import load
 from loramux_shared.access.guard import open_guard
@@ -104,10 +107,15 @@ async def serve(settings: InferenceSettings) -> int:
     store = PatientStore(open_store(settings.store), pauses_s=START_PAUSES_S)
     ready = await stop.starting(asyncio.to_thread(load, settings, store, watchers))
     servicer = InferenceServicer(ready.service)
+    adapters = fixed_manager(ready.service.catalog, settings.deployment, lambda: ready.engine.paused)
+    ready.service.metrics.show(adapters)
     stall_s = settings.stall_timeout_s
     server = RpcServer(
         settings.grpc,
-        {SERVICE_NAME: partial(register, servicer)},
+        {
+            SERVICE_NAME: partial(register, servicer),
+            adapters_rpc.SERVICE_NAME: partial(adapters_rpc.register, AdapterServicer(adapters)),
+        },
         guard,
         tracing,
         calls.Patience(read_s=stall_s),
@@ -115,7 +123,7 @@ async def serve(settings: InferenceSettings) -> int:
     doors: dict[str, Door] = {}
     if settings.http:
         patience = protocol.Patience(read_s=stall_s)
-        doors["http"] = HttpServer(settings.http, ready.service, guard, tracing, patience)
+        doors["http"] = HttpServer(settings.http, ready.service, guard, tracing, patience, adapters=adapters)
     doors["grpc"] = server
     bound = {name: await door.start() for name, door in doors.items()}
     ready.engine.start(partial(_refuse, doors.values()))
@@ -123,6 +131,7 @@ async def serve(settings: InferenceSettings) -> int:
     log.info("inference service ready", **bound, guarded_by=guard.shown, deployment=settings.deployment)
     number = await stop.wait_beside(ready.engine.ended())
     drain_s = settings.drain_timeout_s if number else TELL_S
+    ready.engine.resume()  # what stands still could not end
     log.info("draining", signal=number.name if number else "none", timeout_s=drain_s)
     finished = await asyncio.gather(*(door.drain(drain_s, ready.engine.cut) for door in doors.values()))
     stats = ready.engine.stats

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from loramux import faults
     from loramux.client import AsyncClient, Client
+    from loramux.operations import AdapterStatus, ReplicaStatus
     from loramux.records import (
         AdapterInfo,
         AdapterReport,
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "loramux.client": ("AsyncClient", "Client"),
+    "loramux.operations": ("AdapterStatus", "ReplicaStatus"),
     "loramux_shared.deployment": ("Deployment",),
     "loramux_shared.deployment_file": ("load_deployment",),
 }
@@ -46,6 +48,7 @@ _HOMES = {
 __all__ = [
     "AdapterInfo",
     "AdapterReport",
+    "AdapterStatus",
     "AsyncClient",
     "Choice",
     "Client",
@@ -63,6 +66,7 @@ __all__ = [
     "Prompt",
     "PromptLogprobs",
     "PromptToken",
+    "ReplicaStatus",
     "RowReport",
     "Stage",
     "Started",

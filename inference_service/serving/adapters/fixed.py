@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
@@ -72,9 +73,11 @@ class FollowsNothing:
             )
 
 
-def fixed_manager(names: Names) -> AdapterManager:
+def fixed_manager(
+    names: Names, deployment: str = "", paused: Callable[[], bool] = lambda: False
+) -> AdapterManager:
     """Return the manager of adapters that were there at the start and never change."""
     residency = AllResident(names)
     pins = Pins(residency, lambda command: command())
-    facts = Facts("", datetime.now(UTC))
-    return AdapterManager(names, residency, FollowsNothing(names.generation), pins, facts)
+    facts = Facts(deployment, datetime.now(UTC))
+    return AdapterManager(names, residency, FollowsNothing(names.generation), pins, facts, paused=paused)

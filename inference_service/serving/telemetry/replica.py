@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from importlib.metadata import version
 from typing import Protocol
 
@@ -13,10 +12,24 @@ from prometheus_client.registry import Collector
 
 from inference_service.engine.engine import EngineStats, SequenceCounts
 from inference_service.serving.catalog import Catalog
+from inference_service.serving.pausing import PauseMode
 
 
 class EngineView(Protocol):
-    """An engine that can be looked at from outside."""
+    """An engine as doors see it: it can be looked at, and told to stand still."""
+
+    @property
+    def paused(self) -> bool:
+        """Whether it was told to."""
+        ...
+
+    async def pause(self, mode: PauseMode = PauseMode.KEEP) -> None:
+        """Let all sequences stand still; requests that come wait."""
+        ...
+
+    def resume(self) -> None:
+        """Go on."""
+        ...
 
     @property
     def stats(self) -> EngineStats:
@@ -33,64 +46,20 @@ class ReplicaCollector(Collector):
     """Asks the engine anew at every scrape."""
 
     def __init__(self, catalog: Catalog, engine: EngineView) -> None:
-        self._models = tuple(catalog)
         self._catalog = catalog
         self._engine = engine
-        self._adapters = {model.name for model in self._models} - {catalog.base_name}
 
     def collect(self) -> Iterator[Metric]:
         """Yield every family."""
-        stats, sequences = self._engine.stats, self._engine.sequence_counts
-        yield from self._sequences(sequences)
+        stats = self._engine.stats
         yield from _memory(stats)
-        yield from self._loaded()
-        yield from _for_gateways(stats)
-        yield self._lora_requests(stats, sequences)
-
-    def _sequences(self, sequences: SequenceCounts) -> Iterator[Metric]:
-        for name, text, counts in (
-            ("running", "Sequences that steps compute.", sequences.running),
-            ("waiting", "Sequences that wait for a place.", sequences.waiting),
-        ):
-            family = GaugeMetricFamily(f"loramux_sequences_{name}", text, labels=["model"])
-            for model in self._models:
-                family.add_metric([model.name], counts.get(model.name, 0))
-            yield family
-
-    def _loaded(self) -> Iterator[Metric]:
-        adapters = [model for model in self._models if model.name != self._catalog.base_name]
-        yield GaugeMetricFamily("loramux_adapters_resident", "Adapters in memory.", len(adapters))
         yield GaugeMetricFamily(
             "loramux_load_seconds", "From the start of loading until it was ready.", self._catalog.load_s
         )
-        family = GaugeMetricFamily(
-            "loramux_model_load_seconds", "Reading, checking and packing a model.", labels=["model"]
-        )
-        for model in self._models:
-            family.add_metric([model.name], model.load_s)
-        yield family
-        info = GaugeMetricFamily(
-            "loramux_model_info", "1; the base's digest is empty.", labels=["model", "digest"]
-        )
-        for model in self._models:
-            info.add_metric([model.name, model.digest[:12]], 1)
-        yield info
         build = GaugeMetricFamily("loramux_build_info", "1.", labels=["version", "generation"])
         build.add_metric([version("loramux"), str(self._catalog.generation)], 1)
         yield build
-
-    def _lora_requests(self, stats: EngineStats, sequences: SequenceCounts) -> Metric:
-        family = GaugeMetricFamily(
-            "vllm:lora_requests_info",
-            "When this was so, in Unix time; the adapters of sequences, separated by commas.",
-            labels=["max_lora", "running_lora_adapters", "waiting_lora_adapters"],
-        )
-        running, waiting = self._listed(sequences.running), self._listed(sequences.waiting)
-        family.add_metric([str(stats.max_adapters), running, waiting], time.time())
-        return family
-
-    def _listed(self, counts: Mapping[str, int]) -> str:
-        return ",".join(sorted(self._adapters & counts.keys()))
+        yield from _for_gateways(stats)
 
 
 def _memory(stats: EngineStats) -> Iterator[Metric]:
