@@ -9,6 +9,7 @@ import pytest
 
 from loramux_shared.bundle.manifest import (
     AdapterRecord,
+    AdapterSummary,
     BaseRecord,
     Coverage,
     Current,
@@ -16,6 +17,7 @@ from loramux_shared.bundle.manifest import (
     Generation,
     Manifest,
     ModuleRow,
+    Recipe,
     Truncation,
 )
 from loramux_shared.bundle.proof import Effect, Probe, Proof, TokenLogprob
@@ -58,6 +60,7 @@ def test_a_record_has_the_keys_that_the_page_names(record: type[Model], told: se
 
 INSIDE = (
     AdapterRecord,
+    AdapterSummary,
     BaseRecord,
     Coverage,
     Effect,
@@ -65,6 +68,7 @@ INSIDE = (
     Finding,
     Probe,
     Proof,
+    Recipe,
     Repository,
     TokenLogprob,
     Truncation,
