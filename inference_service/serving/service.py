@@ -109,6 +109,7 @@ class GenerationService:
             PromptTooLong: prompt and answer do not fit.
             QueueFull: too many requests wait.
             ReplicaFailed: the engine can go on no more.
+            ReplicaPaused: an operator ended what was under way.
             DeadlineExceeded: the deadline passed.
         """
         with following(request, self._watchers) as follower, self._working():

@@ -103,7 +103,7 @@ class InferenceServiceServicer:
         prompt, or ask for fewer new tokens.
         RESOURCE_EXHAUSTED  QUEUE_FULL: too many requests wait. Retry after the delay.
         UNAVAILABLE         REPLICA_FAILED: the replica's device or engine works no more, and its process ends. Retry
-        with another replica.
+        with another replica. REPLICA_PAUSED: an operator ended what was under way. Retry.
         DEADLINE_EXCEEDED   DEADLINE_EXCEEDED: the deadline of the call passed; the sequence was freed. Give it more
         time, or ask for fewer tokens.
         """
