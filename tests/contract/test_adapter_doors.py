@@ -14,7 +14,6 @@ import pytest
 from inference_service.openai_api.app import create_app
 from inference_service.rpc.adapters import SERVICE_NAME, AdapterServicer, register
 from inference_service.serving.service import GenerationService, ServingLimits
-from inference_service.serving.text import Text
 from loramux import AsyncClient
 from loramux_shared.faults import (
     AdapterExists,
@@ -51,7 +50,7 @@ async def web(replica: Operated, tmp_path: Path) -> AsyncIterator[httpx.AsyncCli
     """A client of its HTTP door."""
     silent = silent_service(tmp_path)
     limits = ServingLimits(64, None, frozenset({2}))
-    service = GenerationService(replica.names, cast(Text, silent.text), silent._engine, limits)
+    service = GenerationService(replica.names, silent.text, silent._engine, limits)
     transport = httpx.ASGITransport(create_app(service, adapters=replica.manager))
     async with httpx.AsyncClient(transport=transport, base_url="http://door") as web:
         yield web
