@@ -154,7 +154,7 @@ async def test_the_settings_are_shown_and_start_greedy(page: Page, tmp_path: Pat
     async with scripted_door(ScriptedPage(tmp_path, ["one"], {})) as url:
         await _open(page, url, 2)
         assert await page.text("#settings") == "temperature 0, max tokens 512"
-        await page.click("summary")
+        await page.click("#ask summary")
         await page.type("#temperature", "0.7")
         await page.type("#seed", "5")
         await page.type("#system", "Be brief.")
@@ -242,6 +242,7 @@ async def test_a_key_without_the_scope_is_told_so(page: Page, tmp_path: Path) ->
     key, entry = new_entry("ann", "infer")
     async with scripted_door(ScriptedPage(tmp_path, ["one"], {}), Keyring(text=lines(entry))) as url:
         await page.open(url)
+        await page.until("document.querySelector('#access').checkVisibility()")
         await page.type("#key", key)
         await page.press("Enter")
         await page.until("document.querySelectorAll('.model').length === 2")
