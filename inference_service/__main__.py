@@ -6,18 +6,19 @@ import argparse
 import asyncio
 import os
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Coroutine
 from dataclasses import asdict
 from functools import partial
-from typing import Final, NoReturn
+from typing import Any, Final, NoReturn
 
 import structlog
 
 from inference_service.openai_api import protocol
 from inference_service.openai_api.server import HttpServer
 from inference_service.rpc.servicer import SERVICE_NAME, InferenceServicer, register
+from inference_service.serving.adapters.follower import Follower
 from inference_service.serving.telemetry.watchers import open_watchers
-from inference_service.startup.load import load
+from inference_service.startup.load import Ready, load
 from loramux_shared.access.guard import open_guard
 from loramux_shared.descriptors import raise_limit
 from loramux_shared.faults import Fault, SettingsInvalid
@@ -26,6 +27,7 @@ from loramux_shared.rpc.listening import require_free
 from loramux_shared.rpc.server import RpcServer
 from loramux_shared.rpc.stopping import Stop
 from loramux_shared.settings import InferenceSettings, load_settings
+from loramux_shared.storage.base import Store
 from loramux_shared.storage.open import open_store
 from loramux_shared.storage.patient import PatientStore
 from loramux_shared.telemetry import log_to_stderr
@@ -120,22 +122,58 @@ async def serve(settings: InferenceSettings) -> int:
         patience = protocol.Patience(read_s=stall_s)
         doors["http"] = HttpServer(settings.http, ready.service, guard, tracing, patience)
     doors["grpc"] = server
+    outdated = asyncio.Event()
+    follower = _follower(settings, store, ready, outdated)
     bound = {name: await door.start() for name, door in doors.items()}
     ready.engine.start(partial(_refuse, doors.values()))
     await server.set_serving(True)
     log.info("inference service ready", **bound, guarded_by=guard.shown, deployment=settings.deployment)
-    number = await stop.wait_beside(ready.engine.ended())
-    drain_s = settings.drain_timeout_s if number else TELL_S
+    following = asyncio.create_task(follower.run(), name="follower")
+    number = await stop.wait_beside(_first(ready.engine.ended(), outdated.wait()))
+    following.cancel()
+    drain_s = settings.drain_timeout_s if number or outdated.is_set() else TELL_S
     log.info("draining", signal=number.name if number else "none", timeout_s=drain_s)
     finished = await asyncio.gather(*(door.drain(drain_s, ready.engine.cut) for door in doors.values()))
     stats = ready.engine.stats
     why = await ready.engine.stop()
+    follower.close()
+    if ready.bank is not None:
+        ready.bank.close()
     if tracing is not None:
         await asyncio.to_thread(tracing.close)
     log.info("inference service stopped", hit_rate=round(stats.prefix_hit_rate, 3), **asdict(stats))
     if why is not None:
         _end_broken(why)
     return 0 if all(finished) else 1
+
+
+def _follower(settings: InferenceSettings, store: Store, ready: Ready, outdated: asyncio.Event) -> Follower:
+    """Return what follows the deployment; outdated is set where a replica is to end when it needs a restart."""
+
+    def stale(reason: str) -> None:
+        if settings.on_base_change == "exit":
+            log.warning("the replica ends, to be started again on the newest generation", reason=reason)
+            outdated.set()
+
+    follower = Follower(
+        store,
+        ready.generation,
+        ready.take_over,
+        interval_s=settings.follow_interval_s,
+        on_stale=stale,
+    )
+    ready.service.naming.catch_up = follower.catch_up
+    return follower
+
+
+async def _first(*works: Coroutine[Any, Any, object]) -> None:
+    """Wait until one of them ends."""
+    tasks = [asyncio.ensure_future(work) for work in works]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in tasks:
+            task.cancel()
 
 
 async def _refuse(doors: Collection[Door]) -> None:

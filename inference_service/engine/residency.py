@@ -12,7 +12,7 @@ import itertools
 import math
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Final, Generic
@@ -115,6 +115,7 @@ class Residency(Generic[P]):
         self._entries: dict[Adapter, _Entry[P]] = {}
         self._absent: dict[_Entry[P], None] = {}
         """Those that are to be loaded; first come first served where ranks say nothing."""
+        self._later: deque[Adapter] = deque()
         self._held: list[_Entry[P]] = []
         self._by_slot: dict[int, _Entry[P]] = {}
         self._free_slots = list(range(num_slots - 1, -1, -1))
@@ -126,12 +127,12 @@ class Residency(Generic[P]):
     @property
     def wanting(self) -> bool:
         """Whether `bring_in` has anything to do."""
-        return bool(self._held) or bool(self._absent and self._on_the_way < LOADS)
+        return bool(self._held or (self._absent and self._on_the_way < LOADS) or self._may_prefetch)
 
     @property
     def settled(self) -> bool:
         """True when nothing is on its way and nothing is to be."""
-        return not self._on_the_way and not self._absent
+        return not self._on_the_way and not self._absent and not self._later
 
     @property
     def retry_s(self) -> float:
@@ -204,8 +205,12 @@ class Residency(Generic[P]):
     def prefetch(self, adapter: Adapter) -> None:
         """Load an adapter that nobody asked for yet, if there is room that nobody has."""
         entry = self._entry(adapter)
-        entry.prefetched = True
+        entry.prefetched = entry.state is not State.RESIDENT
         self._consider(entry)
+
+    def prefetch_later(self, adapters: Iterable[Adapter]) -> None:
+        """The same, one after the other, while nothing else is on its way."""
+        self._later.extend(adapters)
 
     def drop(self, adapter: Adapter) -> None:
         """Let an adapter leave now, if it may, and be neither pinned nor prefetched any more."""
@@ -249,8 +254,16 @@ class Residency(Generic[P]):
             ready = (entry for entry in self._absent if entry.retry_s <= now)
             for entry in heapq.nsmallest(free, ready, key=lambda each: ranks.get(each.adapter, _NOBODY)):
                 self._load(entry)
+        if self._may_prefetch:
+            self.prefetch(self._later.popleft())
+            for entry in tuple(self._absent):
+                self._load(entry)
         for entry in sorted(self._held, key=lambda each: ranks.get(each.adapter, _NOBODY)):
             self._give_place(entry, ranks)
+
+    @property
+    def _may_prefetch(self) -> bool:
+        return bool(self._later) and not self._on_the_way and not self._absent
 
     def _entry(self, adapter: Adapter) -> _Entry[P]:
         return self._entries.setdefault(adapter, _Entry(adapter))
@@ -356,7 +369,12 @@ class Residency(Generic[P]):
             self._fail(entry, fault)
             return
         assert entry.packed is not None  # noqa: S101 - it was copied
-        self._bank.enter(entry.slot, entry.offset, entry.packed)
+        try:
+            self._bank.enter(entry.slot, entry.offset, entry.packed)
+        except Fault as refusal:
+            self._vacate(entry)
+            self._fail(entry, refusal)
+            return
         entry.packed, entry.state, entry.adapter.slot = None, State.RESIDENT, entry.slot
         entry.fault, entry.pause_s, entry.retry_s, entry.prefetched = None, 0.0, -math.inf, False
         self._touch(entry)

@@ -35,7 +35,6 @@ MAX_SLOTS: Final = 4096
 """Adapters that are resident at once, at most."""
 PACKING: Final = 1.03
 """What alignment makes of an adapter's matrices, at most, but for the smallest ones."""
-PACKING_BYTES: Final = 1 << 15
 ASKED: Final = 16
 """Manifests that are read where a generation of an older release does not tell what its adapters take."""
 
@@ -56,6 +55,11 @@ class Bank:
         """Bytes of the host that adapters may take and have not yet: memory that comes when it is written."""
         cpu = self.lora.home.type == "cpu" and self.lora.name != "triton"
         return self.residency.capacity - self.residency.num_bytes if cpu else 0
+
+    def close(self) -> None:
+        """End the threads."""
+        self.loader.close()
+        self.texts.close()
 
     def fitting(self, adapters: Iterable[Adapter]) -> list[Adapter]:
         """Return the first of them, as many as fit the bank together."""
@@ -112,8 +116,7 @@ def preload(bank: Bank, adapters: Sequence[Adapter], inbox: Inbox) -> None:
 
 def preload_later(bank: Bank, adapters: Sequence[Adapter], inbox: Inbox) -> None:
     """Have adapters loaded while others are served, as long as there is room."""
-    for adapter in adapters:
-        inbox.post(partial(bank.residency.prefetch, adapter))
+    inbox.post(partial(bank.residency.prefetch_later, adapters))
 
 
 def _sizes(generation: Generation, item_bytes: int, store: Store) -> dict[str, int]:
@@ -133,4 +136,4 @@ def _sizes(generation: Generation, item_bytes: int, store: Store) -> dict[str, i
 
 
 def _packed(elements: int, item_bytes: int) -> int:
-    return int(elements * item_bytes * PACKING) + PACKING_BYTES
+    return int(elements * item_bytes * PACKING)

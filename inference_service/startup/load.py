@@ -59,6 +59,10 @@ class Ready:
     bank: Bank | None
     """None where an adapter is merged into the weights."""
 
+    def take_over(self, generation: Generation) -> None:
+        """Serve another generation on the same base from now on; on the event loop."""
+        self.service.apply(generation)
+
 
 def load(settings: InferenceSettings, store: Store, watchers: Sequence[Watcher] = ()) -> Ready:
     """Load the deployment's current generation; every byte is verified before it is used.

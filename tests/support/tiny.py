@@ -146,7 +146,13 @@ class World:
 
     def load(self, store: Store, **settings: Any) -> Ready:
         """Load the built deployment."""
-        values = {"deployment": "tiny", "dtype": "float32", "local_roots": (self.root,), "kv_memory_gb": 0.01}
+        values = {
+            "deployment": "tiny",
+            "dtype": "float32",
+            "local_roots": (self.root,),
+            "kv_memory_gb": 0.01,
+            "adapter_disk_gb": 0,  # the folder of this machine's user is nobody's business
+        }
         return load(InferenceSettings(**(values | settings)), store)
 
 

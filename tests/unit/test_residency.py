@@ -21,7 +21,7 @@ from inference_service.engine.residents import Arrived, State
 from inference_service.engine.scheduler import SchedulerLimits
 from inference_service.engine.step import Pending
 from inference_service.lora.places import Places
-from loramux_shared.faults import BundleCorrupt, Fault, ResourcesExhausted
+from loramux_shared.faults import BundleCorrupt, Fault, InternalFault, ResourcesExhausted
 
 UNIT = 64
 _ids = itertools.count()
@@ -51,6 +51,7 @@ class FakeBank:
     bytes_of: dict[int, str] = field(default_factory=dict)
     """Whose a unit of memory is."""
     slots: dict[int, tuple[str, int, int]] = field(default_factory=dict)
+    refuses: set[str] = field(default_factory=set)
 
     def copy(self, packed: Matrices, offset: int) -> None:
         """Write; nobody who stands in a slot has any of these bytes."""
@@ -63,6 +64,8 @@ class FakeBank:
     def enter(self, slot: int, offset: int, packed: Matrices) -> None:
         """Let a slot stand for what was written there."""
         assert slot not in self.slots
+        if packed.digest in self.refuses:
+            raise InternalFault("not this one")
         self.slots[slot] = packed.digest, offset, packed.num_bytes
 
     def leave(self, slot: int) -> None:
@@ -302,6 +305,32 @@ def test_a_prefetched_adapter_takes_room_that_nobody_has_and_no_other() -> None:
     world.settle()
     assert world.resident() == {0, 1}
     assert world.residency.settled
+
+
+def test_prefetching_later_takes_one_at_a_time_and_only_what_fits() -> None:
+    """A replica fills its bank while nothing else is on its way, and stops where it would have to make room."""
+    world = World(3, [1] * 8)
+    world.residency.prefetch_later(world.adapters)
+    for _ in range(40):
+        world.step()
+        assert len(world.loader.begun) <= 1
+        if world.loader.begun:
+            world.loader.end_one()
+    assert world.resident() == {0, 1, 2}
+    assert world.residency.settled
+    assert world.residency.stats.evictions == 0
+
+
+def test_a_bank_that_refuses_an_adapter_fails_that_one_alone() -> None:
+    """What does not fit the slots' tables is named, its place is free again, and others are served."""
+    world = World(4, [1, 1])
+    refused = world.adapters[0].digest
+    world.bank.refuses = {refused}
+    bad, good = world.ask(0), world.ask(1)
+    world.settle()
+    assert world.ends[bad.id].fault is not None
+    assert world.ends[good.id].finish is FinishReason.LENGTH
+    assert world.residency.num_bytes == UNIT
 
 
 def test_a_failed_load_ends_those_who_wait_and_nobody_else() -> None:

@@ -6,6 +6,7 @@ import itertools
 import os
 import queue
 import threading
+import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
@@ -29,7 +30,10 @@ class _Work:
 
 
 class Workers:
-    """A few threads that take work in turn. They end with the process: a store that hangs holds up no exit."""
+    """A few threads that take work in turn, and end when this is closed or forgotten.
+
+    They end with the process: a store that hangs holds up no exit.
+    """
 
     def __init__(
         self, name: str, count: int, niceness: int = 0, prepare: Callable[[], object] | None = None
@@ -37,18 +41,15 @@ class Workers:
         """Start the threads; each has run prepare when this returns."""
         self._queue: queue.PriorityQueue[_Work] = queue.PriorityQueue()
         self._numbers = itertools.count()
-        self._niceness = niceness
-        self._prepare = prepare
-        self._ready = threading.Barrier(count + 1)
+        self._count = count
         self._lock = threading.Lock()
         self._closed = False
-        self._threads = [
-            threading.Thread(target=self._serve, name=f"{name}-{number}", daemon=True)
-            for number in range(count)
-        ]
-        for thread in self._threads:
-            thread.start()
-        self._ready.wait()
+        ready = threading.Barrier(count + 1)
+        for number in range(count):
+            arguments = self._queue, niceness, prepare, ready
+            threading.Thread(target=_serve, args=arguments, name=f"{name}-{number}", daemon=True).start()
+        ready.wait()
+        weakref.finalize(self, _end, self._queue, count)
 
     def submit(self, work: Callable[[], T], *, urgent: bool = False) -> Future[T]:
         """Have a thread do it, urgent work before all that waits; what it raises is the future's.
@@ -72,17 +73,28 @@ class Workers:
             with suppress(queue.Empty):
                 while True:
                     self._queue.get_nowait().future.cancel()
-            for _ in self._threads:
-                self._queue.put(_Work((0, next(self._numbers)), None))
+            _end(self._queue, self._count)
 
-    def _serve(self) -> None:
-        lower_priority(self._niceness)
-        if self._prepare is not None:
-            self._prepare()
-        self._ready.wait()
-        while (item := self._queue.get()).run is not None:
-            _carry_out(item)
-            del item  # else what its future holds would be kept until the next work comes
+
+def _serve(
+    work: queue.PriorityQueue[_Work],
+    niceness: int,
+    prepare: Callable[[], object] | None,
+    ready: threading.Barrier,
+) -> None:
+    """What a thread does; it knows nothing of the `Workers`, so that those can be forgotten."""
+    lower_priority(niceness)
+    if prepare is not None:
+        prepare()
+    ready.wait()
+    while (item := work.get()).run is not None:
+        _carry_out(item)
+        del item  # else what its future holds would be kept until the next work comes
+
+
+def _end(work: queue.PriorityQueue[_Work], count: int) -> None:
+    for _ in range(count):
+        work.put(_Work((-1, 0), None))
 
 
 def _carry_out(item: _Work) -> None:

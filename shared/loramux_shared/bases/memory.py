@@ -24,6 +24,8 @@ BANK_SHARE: Final = {"cpu": 0.25, "cuda": 0.3}
 BANK_ROOM: Final = 4
 """Adapters for which there is room beside those that are registered at the start, and a quarter of those."""
 USUAL_RANK: Final = 16
+ALIGNING: Final = 1 << 16
+"""Bytes by which a small adapter may be larger than what is reckoned."""
 GRAPH_BYTES: Final = 8 * 2**20
 """What a CUDA graph of a few hundred launches takes beside its tensors. Reasoned, not measured."""
 RECORDED_ROWS: Final = 512
@@ -201,13 +203,13 @@ def plan_bank(
     largest = max(sizes, default=0)
     if settings.adapter_memory_gb is None:
         wanted = sum(sizes) * 5 // 4 + BANK_ROOM * max(largest, usual)
-        asked = max(largest, min(wanted, int(BANK_SHARE[device] * free)))
+        asked = max(largest + ALIGNING, min(wanted, int(BANK_SHARE[device] * free)))
     else:
         asked = int(settings.adapter_memory_gb * GB)
     if largest > asked or asked > free:
         raise ResourcesExhausted(
-            f"the bank of adapters has {asked / GB:.2f} GB of the {free / GB:.2f} GB that weights leave, and "
-            f"the largest adapter takes {largest / GB:.3f} GB. Set LORAMUX_ADAPTER_MEMORY_GB to what fits both."
+            f"the bank of adapters has {asked / 1e6:,.1f} MB of the {free / 1e6:,.1f} MB that weights leave, and "
+            f"the largest adapter takes {largest / 1e6:,.1f} MB. Set LORAMUX_ADAPTER_MEMORY_GB to what fits both."
         )
     return asked
 

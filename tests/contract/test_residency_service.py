@@ -1,0 +1,157 @@
+"""A replica whose adapters come and go: what requests see of it, with a tiny model and the real kernels."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+import pytest_asyncio
+
+from inference_service.serving.request import Delta, Request, Started
+from loramux_shared.bundle.deployments import current_generation, publish_generation
+from loramux_shared.bundle.manifest import WEIGHTS_FILE, AdapterRecord, Generation, bundle_key
+from loramux_shared.faults import BundleCorrupt, ModelNotFound
+from loramux_shared.storage.memory import MemoryStore
+from tests.support.service import PROMPT, Service, open_service
+from tests.support.tiny import ADAPTERS, World
+
+NAMES = sorted(ADAPTERS)
+SMALL = 29_000 / 1e9
+"""GB that hold the largest of the tiny adapters alone, or the two others."""
+
+
+def _copy(store: MemoryStore) -> MemoryStore:
+    copy = MemoryStore()
+    for key in store.list(""):
+        copy.put(key, store.get(key))
+    return copy
+
+
+async def _tokens(service: Service, model: str, **fields: Any) -> tuple[str, list[int]]:
+    """The digest that Started named, and the tokens of an answer."""
+    digest, tokens = "", list[int]()
+    request = Request(model, PROMPT, **({"max_tokens": 8, "ignore_eos": True} | fields))
+    async for event in service.ready.service.generate(request):
+        if isinstance(event, Started):
+            digest = event.model.digest
+        elif isinstance(event, Delta):
+            tokens += [token.id for token in event.tokens]
+    return digest, tokens
+
+
+@pytest_asyncio.fixture
+async def expected(world: tuple[World, MemoryStore]) -> AsyncIterator[dict[str, list[int]]]:
+    """The greedy answer of each digest, of a replica that holds all of them."""
+    service = await open_service(world)
+    yield dict([await _tokens(service, name) for name in [*NAMES, "base"]])
+    await service.close()
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+async def test_a_small_bank_serves_every_adapter_in_turn(
+    world: tuple[World, MemoryStore], expected: dict[str, list[int]], backend: str
+) -> None:
+    """In a bank that cannot hold all, requests for all of them at once are answered as in one that can."""
+    service = await open_service(world, adapter_memory_gb=SMALL, preload=0, backend=backend)
+    for _ in range(3):
+        answers = await asyncio.gather(*(_tokens(service, name) for name in [*NAMES, "base"] * 3))
+        assert all(tokens == expected[digest] for digest, tokens in answers)
+    assert service.ready.bank is not None
+    assert service.ready.bank.residency.stats.evictions >= 3
+    await service.close()
+
+
+async def test_what_is_not_preloaded_arrives_while_others_are_served(world: tuple[World, MemoryStore]) -> None:
+    """With room for all, a replica that was ready with one adapter has all of them a moment later, unasked."""
+    service = await open_service(world, preload=1)
+    bank = service.ready.bank
+    assert bank is not None
+    for _ in range(300):
+        if len(bank.residency.resident()) == len(NAMES):
+            break
+        await asyncio.sleep(0.01)
+    assert len(bank.residency.resident()) == len(NAMES)
+    await service.close()
+
+
+async def test_a_corrupt_bundle_is_refused_by_name_and_nobody_else_is(
+    world: tuple[World, MemoryStore], expected: dict[str, list[int]]
+) -> None:
+    """A flipped byte of one adapter: the replica starts, others are answered, and requests for it say why."""
+    store = _copy(world[1])
+    generation = current_generation(store, "tiny")
+    assert generation is not None
+    key = bundle_key(generation.adapters["all"].digest, WEIGHTS_FILE)
+    data = bytearray(store.get(key))
+    data[len(data) // 2] ^= 1
+    store.put(key, bytes(data))
+    service = await open_service((world[0], store))
+    for name in ("all", "wide", "all", "base"):
+        if name == "all":
+            with pytest.raises(BundleCorrupt, match="model 'all'"):
+                await _tokens(service, name)
+        else:
+            digest, tokens = await _tokens(service, name)
+            assert tokens == expected[digest]
+    await service.close()
+
+
+def _published(store: MemoryStore, before: Generation, adapters: dict[str, AdapterRecord]) -> Generation:
+    return publish_generation(store, before.model_copy(update={"adapters": adapters}))
+
+
+async def test_names_switch_under_running_requests(
+    world: tuple[World, MemoryStore], expected: dict[str, list[int]]
+) -> None:
+    """Twenty generations exchange which adapter a name stands for, while requests for it come all the time:
+    each is answered by the digest that its Started names, from the first token to the last, also while the bank
+    is too small for all of them."""
+    store = _copy(world[1])
+    service = await open_service((world[0], store), adapter_memory_gb=SMALL)
+    generation = current_generation(store, "tiny")
+    assert generation is not None
+    digests = {record.digest for record in generation.adapters.values()}
+    going = True
+    answers: list[tuple[str, list[int]]] = []
+
+    async def ask(name: str) -> None:
+        while going:
+            answers.append(await _tokens(service, name))
+
+    asking = [asyncio.create_task(ask(name)) for name in NAMES]
+    records = [generation.adapters[name] for name in NAMES]
+    for turn in range(1, 21):
+        turned = records[turn % 3 :] + records[: turn % 3]
+        generation = _published(store, generation, dict(zip(NAMES, turned, strict=True)))
+        service.ready.take_over(generation)
+        await asyncio.sleep(0.03)
+    going = False
+    await asyncio.gather(*asking)
+    assert {digest for digest, _ in answers} == digests
+    assert all(tokens == expected[digest] for digest, tokens in answers)
+    assert len(answers) > 20
+    digest, _ = await _tokens(service, NAMES[0])
+    assert digest == generation.adapters[NAMES[0]].digest
+    await service.close()
+
+
+async def test_a_name_that_is_gone_is_not_found_and_what_runs_on_it_ends(
+    world: tuple[World, MemoryStore], expected: dict[str, list[int]]
+) -> None:
+    """A removed name is MODEL_NOT_FOUND for new requests; one that began before is answered to its end."""
+    store = _copy(world[1])
+    service = await open_service((world[0], store))
+    generation = current_generation(store, "tiny")
+    assert generation is not None
+    running = asyncio.create_task(_tokens(service, "all", max_tokens=60))
+    await asyncio.sleep(0.02)
+    rest = {name: record for name, record in generation.adapters.items() if name != "all"}
+    service.ready.take_over(_published(store, generation, rest))
+    with pytest.raises(ModelNotFound):
+        await _tokens(service, "all")
+    digest, tokens = await running
+    assert tokens[:8] == expected[digest]
+    assert len(tokens) == 60
+    await service.close()
