@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from loramux.builder.v1 import builder_pb2 as pb
@@ -33,10 +34,7 @@ def deployment_to_message(deployment: Deployment) -> pb.DeploymentSpec:
     return pb.DeploymentSpec(
         model_name=deployment.model_name,
         base=repository_to_message(build.checkpoint_repository),
-        adapters=[
-            pb.Adapter(name=name, repository=repository_to_message(repository))
-            for name, repository in build.lora_adapters.items()
-        ],
+        adapters=adapters_to_message(build.lora_adapters),
         max_seq_len=build.max_seq_len or 0,
         max_lora_rank=build.lora_configuration.max_lora_rank,
         lora_target_modules=build.lora_configuration.lora_target_modules,
@@ -59,16 +57,14 @@ def deployment_from_message(message: pb.DeploymentSpec) -> Deployment:
     Raises:
         DeploymentInvalid: with one finding per violation.
     """
-    for kind, named in (("adapter", message.adapters), ("alias", message.aliases)):
-        counted = Counter(item.name for item in named)
-        if twice := sorted(name for name, count in counted.items() if count > 1):
-            raise DeploymentInvalid(f"{kind} names must be distinct; given twice: {listed(twice)}")
+    adapters = adapters_from_message(message.adapters)
+    _require_distinct("alias", message.aliases)
     lora: dict[str, Any] = {"lora_target_modules": tuple(message.lora_target_modules)}
     if message.lora_dtype:
         lora["dtype"] = DTYPE_NAMES.get(message.lora_dtype, "unknown")
     build: dict[str, Any] = {
         "checkpoint_repository": _repository_fields(message.base),
-        "lora_adapters": {item.name: _repository_fields(item.repository) for item in message.adapters},
+        "lora_adapters": adapters,
         "lora_configuration": lora,
         "prove": message.prove,
     }
@@ -101,6 +97,30 @@ def _limits_to_message(limits: Limits) -> pb.Limits:
 
 def _limits_fields(message: pb.Limits) -> dict[str, Any]:
     return {field.name: value for field, value in message.ListFields()}
+
+
+def _require_distinct(kind: str, named: Collection[pb.Adapter] | Collection[pb.Alias]) -> None:
+    counted = Counter(item.name for item in named)
+    if twice := sorted(name for name, count in counted.items() if count > 1):
+        raise DeploymentInvalid(f"{kind} names must be distinct; given twice: {listed(twice)}")
+
+
+def adapters_from_message(messages: Collection[pb.Adapter]) -> dict[str, dict[str, Any]]:
+    """Return the fields of repositories by the names of their adapters.
+
+    Raises:
+        DeploymentInvalid: two have one name.
+    """
+    _require_distinct("adapter", messages)
+    return {item.name: _repository_fields(item.repository) for item in messages}
+
+
+def adapters_to_message(adapters: Mapping[str, Repository]) -> list[pb.Adapter]:
+    """Return repositories by name as messages."""
+    return [
+        pb.Adapter(name=name, repository=repository_to_message(repository))
+        for name, repository in adapters.items()
+    ]
 
 
 def check_request(adapter: Repository, base: Repository, lora: LoraConfiguration) -> pb.CheckAdapterRequest:

@@ -13,17 +13,24 @@ from typing import Final
 import structlog
 
 from builder_service.builds.failures import Failures
+from builder_service.builds.following import Following
+from builder_service.builds.history import History, history
 from builder_service.builds.journal import Journal, JournalEntry
 from builder_service.builds.keeper import Keeper
 from builder_service.builds.limits import BuildLimits
 from builder_service.builds.meter import BuildMeter
+from builder_service.builds.news import News
 from builder_service.builds.pages import Page, names_of_page
+from builder_service.builds.pushes import Pushes
 from builder_service.builds.request_ids import RequestIds
 from builder_service.builds.running import RunningBuild
-from builder_service.builds.views import DeploymentView, State, stored_view
-from builder_service.pipeline.build import BuildResult, build
+from builder_service.builds.views import DeploymentView, State, served_number, stored_view
+from builder_service.pipeline.build import BuildResult
 from builder_service.pipeline.context import BuildContext
+from builder_service.pipeline.rollback import rollback
+from builder_service.pipeline.update import check_update
 from builder_service.pipeline.validate import check_deployment
+from builder_service.pipeline.wishes import Update
 from loramux_shared.bundle.deployments import is_deployment_name, list_deployments
 from loramux_shared.deployment import Deployment
 from loramux_shared.faults import (
@@ -64,9 +71,12 @@ class Builds:
         self._slots = asyncio.Semaphore(self._limits.running)
         self._builds: dict[str, RunningBuild] = {}
         self._requests = RequestIds()
+        self._news = News()
+        self._following = Following(context.store, self._news, self._running)
         self._tasks: set[asyncio.Task[None]] = set()
         self._keeping: asyncio.Task[None] | None = None
         self._draining = False
+        self.pushes = Pushes(context, self.published)
         self.meter = BuildMeter(self._count_running)
 
     async def recover(self) -> int:
@@ -88,30 +98,83 @@ class Builds:
         self._keeping = asyncio.create_task(keeper.run(), name="journal")
         return len(entries)
 
-    async def build(self, deployment: Deployment, request_id: str = "") -> DeploymentView:
+    async def build(
+        self, deployment: Deployment, request_id: str = "", *, verify: bool = False
+    ) -> DeploymentView:
         """Accept a build, or find the one that was asked for already; answers before it runs.
 
         Raises:
             DeploymentInvalid, RequestIdReused, BuildInProgress, QueueFull, StoreUnavailable, ShuttingDown
         """
         check_deployment(deployment)
-        if self._draining:
-            raise ShuttingDown(
-                "the builder is shutting down and takes no new builds. Retry with its successor."
-            )
-        found = self._find(deployment, request_id)
+        now = datetime.now(UTC)
+        return await self._accepted(
+            JournalEntry(deployment=deployment, verify=verify, request_id=request_id, create_time=now)
+        )
+
+    async def update(self, wish: Update, request_id: str = "") -> DeploymentView:
+        """Accept an update, or find the one that was asked for already; answers before it runs.
+
+        Raises:
+            DeploymentInvalid: the names do not fit together.
+            DeploymentNotFound: there is no such deployment.
+            AdapterNotFound: one that is to leave is not there.
+            GenerationMismatch: the newest generation is another than the expected one.
+            BundleCorrupt: the newest generation cannot be read.
+            RequestIdReused, BuildInProgress, QueueFull, StoreUnavailable, ShuttingDown
+        """
+        entry = JournalEntry(update=wish, request_id=request_id, create_time=datetime.now(UTC))
+        if self._find(entry) is None:
+            await asyncio.to_thread(check_update, self._context.store, wish)
+        return await self._accepted(entry)
+
+    async def rollback(self, name: str, to: int | None, expected: int | None) -> BuildResult:
+        """Publish the content of an older generation; None: of the one before the newest.
+
+        Raises:
+            DeploymentNotFound, GenerationNotFound, GenerationMismatch, BundleCorrupt, StoreUnavailable,
+            ShuttingDown
+        """
+        self._refuse_when_draining()
+        result = await asyncio.to_thread(rollback, name, to, expected, self._context)
+        await self.published(name)
+        return result
+
+    async def history(self, name: str, page_size: int, page_token: str) -> History:
+        """Return a page of a deployment's generations, the newest first; page_size 0 means 20.
+
+        Raises:
+            DeploymentNotFound, PageTokenInvalid, StoreUnavailable
+        """
+        return await asyncio.to_thread(history, self._context.store, name, page_size, page_token)
+
+    async def published(self, name: str) -> None:
+        """Take note of a generation that no build published: what builds said before it is history."""
+        running = self._builds.get(name)
+        if running is not None and running.state is not State.BUILDING:
+            del self._builds[name]
+        await asyncio.to_thread(self._failures.remove, name)
+        self._following.forget(name)
+
+    async def _accepted(self, entry: JournalEntry) -> DeploymentView:
+        self._refuse_when_draining()
+        found = self._find(entry)
         if found is None:
             waiting = self._count_running()
             if waiting >= self._limits.running + self._limits.waiting:
                 raise QueueFull(f"{waiting} builds run or wait, which is the limit. Call again later.")
-            found = self._start(
-                JournalEntry(deployment=deployment, request_id=request_id, create_time=datetime.now(UTC))
-            )
-        self._requests.remember(request_id, found)
+            found = self._start(entry)
+        self._requests.remember(entry.request_id, found)
         await found.accepted.wait()
         if found.refusal is not None:
             raise found.refusal
         return found.view()
+
+    def _refuse_when_draining(self) -> None:
+        if self._draining:
+            raise ShuttingDown(
+                "the builder is shutting down and takes no new builds. Retry with its successor."
+            )
 
     async def cancel(self, name: str) -> DeploymentView:
         """Ask the running build of a deployment to end as FAILED; without one, nothing changes.
@@ -119,8 +182,8 @@ class Builds:
         Raises:
             DeploymentNotFound, StoreUnavailable
         """
-        running = self._builds.get(name)
-        if running is None or running.state is not State.BUILDING:
+        running = self._running(name)
+        if running is None:
             return await self.get(name)
         await running.accepted.wait()
         if running.state is State.BUILDING:
@@ -152,22 +215,27 @@ class Builds:
         views = [await self._view(name) for name in page.names]
         return Page(tuple(view for view in views if view is not None), page.next_token)
 
-    async def watch(self, name: str) -> AsyncIterator[DeploymentView]:
-        """Yield a deployment's state, then each change, until it is ACTIVE or FAILED.
+    async def watch(self, name: str, *, follow: bool = False) -> AsyncIterator[DeploymentView]:
+        """Yield a deployment's state, then each change, until it is ACTIVE or FAILED; with follow, for ever.
 
         Raises:
             DeploymentNotFound, StoreUnavailable, ShuttingDown
         """
-        running = self._builds.get(name)
-        if running is None or running.state is not State.BUILDING:
+        running = self._running(name)
+        if follow:
+            async for view in self._following.follow(name, running.view() if running else await self.get(name)):
+                yield view
+        elif running is None:
             yield await self.get(name)
-            return
-        async for view in running.views():
-            yield view
+        else:
+            async for view in running.views():
+                yield view
 
     async def drain(self, timeout_s: float) -> None:
         """Take no new builds; let the running ones end, and interrupt them when the time is over."""
         self._draining = True
+        self._following.end()
+        self.pushes.stop()
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=timeout_s)
         for running in self._builds.values():
@@ -182,17 +250,17 @@ class Builds:
     def _count_running(self) -> int:
         return sum(running.state is State.BUILDING for running in tuple(self._builds.values()))
 
-    def _find(self, deployment: Deployment, request_id: str) -> RunningBuild | None:
-        known = self._requests.find(request_id, deployment)
+    def _running(self, name: str) -> RunningBuild | None:
+        running = self._builds.get(name)
+        return running if running is not None and running.state is State.BUILDING else None
+
+    def _find(self, entry: JournalEntry) -> RunningBuild | None:
+        known = self._requests.find(entry)
         if known is not None:
             return known
-        running = self._builds.get(deployment.model_name)
-        if running is None or running.state is not State.BUILDING:
-            return None
-        if running.deployment != deployment:
-            raise BuildInProgress(
-                f"another build of {deployment.model_name!r} runs. Watch it, then call again."
-            )
+        running = self._running(entry.name)
+        if running is not None and running.entry.wish != entry.wish:
+            raise BuildInProgress(f"another build of {entry.name!r} runs. Watch it, then call again.")
         return running
 
     def _start(self, entry: JournalEntry) -> RunningBuild:
@@ -200,13 +268,14 @@ class Builds:
         before = self._builds.get(running.name)
         self._builds[running.name] = running
         self._requests.remember(entry.request_id, running)
+        self._news.tell(running.name)
         task = asyncio.create_task(self._run(running, before), name=f"build {running.name}")
         self._tasks.add(task)
         task.add_done_callback(lambda task: self._ended(task, running))
         return running
 
     def _take_up(self, entry: JournalEntry) -> RunningBuild:
-        name, attempt = entry.deployment.model_name, entry.attempt + 1
+        name, attempt = entry.name, entry.attempt + 1
         log.warning("build was interrupted, running it again", deployment=name, attempt=attempt)
         return self._start(entry.model_copy(update={"attempt": attempt}))
 
@@ -237,8 +306,7 @@ class Builds:
 
     async def _accept(self, running: RunningBuild) -> None:
         await asyncio.to_thread(self._journal.write, running.entry)
-        stored = await asyncio.to_thread(stored_view, self._context.store, running.name)
-        running.accept(stored.generation if stored else 0)
+        running.accept(await asyncio.to_thread(served_number, self._context.store, running.name))
 
     async def _work(self, running: RunningBuild) -> BuildResult:
         if running.entry.cancelled:
@@ -253,9 +321,7 @@ class Builds:
         late = BuildTimedOut(f"the build took longer than {timeout_s:g} s, which is the limit of this builder")
         timer = loop.call_later(timeout_s, running.stop, late)
         try:
-            return await loop.run_in_executor(
-                self._pool, build, running.deployment, self._context, running.progress
-            )
+            return await loop.run_in_executor(self._pool, running.entry.run, self._context, running.progress)
         except OSError as error:
             raise ResourcesExhausted(
                 f"the builder's work folder: {error.strerror or type(error).__name__}. "
@@ -267,9 +333,9 @@ class Builds:
 
     async def _take_over(self, entry: JournalEntry) -> bool:
         """Run the build of another builder; True when its entry is not needed any more."""
-        before = self._builds.get(entry.deployment.model_name)
-        if before is not None and before.state is State.BUILDING:
-            return before.deployment == entry.deployment
+        before = self._running(entry.name)
+        if before is not None:
+            return before.entry.wish == entry.wish
         if self._draining:
             return False
         running = self._take_up(entry)
@@ -304,16 +370,18 @@ class Builds:
 
     async def _view(self, name: str) -> DeploymentView | None:
         """Return the newest build of this process while it says more than the store does."""
-        running = self._builds.get(name)
-        if running is not None and running.state is State.BUILDING:
+        if (running := self._running(name)) is not None:
             return running.view()
+        running = self._builds.get(name)
         stored = (
             await asyncio.to_thread(stored_view, self._context.store, name)
             if is_deployment_name(name)
             else None
         )
         number = stored.generation if stored else 0
-        if running is not None and (running.state is State.FAILED or running.generation == number):
+        if running is None or (running.entry.update is not None and running.state is State.ACTIVE):
+            return stored  # of an update, the build knows the adapters that it names
+        if running.state is State.FAILED or running.generation == number:
             return replace(running.view(), generation=number)
         return stored
 

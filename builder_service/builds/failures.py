@@ -44,7 +44,7 @@ class Failures:
         """Keep a failure; where that is not possible, it is only logged."""
         if self._folder is None:
             return
-        path = self._path(self._folder, failed.entry.deployment.model_name)
+        path = self._path(self._folder, failed.entry.name)
         try:
             self._folder.mkdir(mode=0o700, exist_ok=True)
             temporary = path.with_suffix(".tmp")

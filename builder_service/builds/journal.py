@@ -11,12 +11,17 @@ belongs to a builder that is gone, and is taken over by any other one.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from datetime import datetime
 
 import structlog
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from builder_service.pipeline.build import BuildResult, build
+from builder_service.pipeline.context import BuildContext
+from builder_service.pipeline.progress import Progress
+from builder_service.pipeline.update import update
+from builder_service.pipeline.wishes import Update
 from loramux_shared.bundle.manifest import BUILDS_PREFIX, Record
 from loramux_shared.deployment import Deployment
 from loramux_shared.faults import BundleCorrupt
@@ -26,9 +31,12 @@ log = structlog.get_logger()
 
 
 class JournalEntry(Record):
-    """An accepted build."""
+    """An accepted build: of a whole deployment, or an update of one."""
 
-    deployment: Deployment
+    deployment: Deployment | None = None
+    update: Update | None = None
+    verify: bool = False
+    """Whether every byte of the bundles that are kept is to be read back."""
     request_id: str = ""
     create_time: datetime
     attempt: int = Field(default=1, ge=1)
@@ -37,6 +45,38 @@ class JournalEntry(Record):
     """Whether a client wants it to end."""
     beat: int = 0
     """Changes while its builder lives."""
+
+    @model_validator(mode="after")
+    def _is_one(self) -> JournalEntry:
+        if (self.deployment is None) == (self.update is None):
+            raise ValueError("a deployment or an update")
+        return self
+
+    @property
+    def name(self) -> str:
+        """The deployment's name."""
+        return self.update.name if self.update else self._whole.model_name
+
+    @property
+    def adapters(self) -> Collection[str]:
+        """The names of the adapters that are made."""
+        return self.update.add if self.update else self._whole.build.lora_adapters
+
+    @property
+    def wish(self) -> tuple[Deployment | None, Update | None, bool]:
+        """What was asked for: the same for a call that is repeated."""
+        return self.deployment, self.update, self.verify
+
+    @property
+    def _whole(self) -> Deployment:
+        assert self.deployment is not None  # noqa: S101 - the validator's word
+        return self.deployment
+
+    def run(self, context: BuildContext, progress: Progress) -> BuildResult:
+        """Do it. Blocks; raises what `build` and `update` raise."""
+        if self.update is not None:
+            return update(self.update, context, progress, again=self.attempt > 1)
+        return build(self._whole, context, progress, verify=self.verify)
 
 
 class Journal:
@@ -50,7 +90,7 @@ class Journal:
 
     def write(self, entry: JournalEntry) -> None:
         """Record a build before it begins."""
-        name = entry.deployment.model_name
+        name = entry.name
         with self._lock:  # a beat must not bring back an entry that is being removed
             self._store.put(self._key(name), entry.to_bytes())
             self._live[name] = entry
@@ -58,9 +98,9 @@ class Journal:
     def update(self, entry: JournalEntry) -> None:
         """Record what changed about a build, unless it ended meanwhile."""
         with self._lock:
-            if entry.deployment.model_name in self._live:
-                self._store.put(self._key(entry.deployment.model_name), entry.to_bytes())
-                self._live[entry.deployment.model_name] = entry
+            if entry.name in self._live:
+                self._store.put(self._key(entry.name), entry.to_bytes())
+                self._live[entry.name] = entry
 
     def remove(self, name: str) -> None:
         """Forget a build that ended."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import OrderedDict
 from typing import Final
 
+from builder_service.builds.journal import JournalEntry
 from builder_service.builds.running import RunningBuild
-from loramux_shared.deployment import Deployment
 from loramux_shared.faults import RequestIdReused
 
 MAX_REQUEST_IDS: Final = 10_000
@@ -18,16 +18,16 @@ class RequestIds:
     def __init__(self) -> None:
         self._builds: OrderedDict[str, RunningBuild] = OrderedDict()
 
-    def find(self, request_id: str, deployment: Deployment) -> RunningBuild | None:
-        """Return the build of a request id.
+    def find(self, entry: JournalEntry) -> RunningBuild | None:
+        """Return the build of an entry's request id.
 
         Raises:
             RequestIdReused: it was used for another deployment.
         """
-        known = self._builds.get(request_id) if request_id else None
-        if known is not None and known.deployment != deployment:
+        known = self._builds.get(entry.request_id) if entry.request_id else None
+        if known is not None and known.entry.wish != entry.wish:
             raise RequestIdReused(
-                f"request_id {request_id!r} was used for another deployment or content. Draw a new one."
+                f"request_id {entry.request_id!r} was used for another deployment or content. Draw a new one."
             )
         return known
 

@@ -12,7 +12,6 @@ from builder_service.builds.journal import JournalEntry
 from builder_service.builds.views import DeploymentView, State
 from builder_service.pipeline.build import BuildResult
 from builder_service.pipeline.progress import Progress, Stage
-from loramux_shared.deployment import Deployment
 from loramux_shared.faults import Fault, ShuttingDown
 
 WATCH_INTERVAL_S: Final = 0.05
@@ -35,21 +34,16 @@ class RunningBuild:
         """Set once the build is in the journal, or could not be put there."""
         self.refusal: Fault | None = None
         """Why it could not be put there."""
-        self.progress = Progress(entry.deployment.build.lora_adapters, self._changed_in_thread)
+        self.progress = Progress(entry.adapters, self._changed_in_thread)
         self._loop = asyncio.get_running_loop()
         self._update_time = datetime.now(UTC)
         self._notified = True
         self._watchers: set[asyncio.Event] = set()
 
     @property
-    def deployment(self) -> Deployment:
-        """What is built."""
-        return self.entry.deployment
-
-    @property
     def name(self) -> str:
         """The deployment's name."""
-        return self.entry.deployment.model_name
+        return self.entry.name
 
     def stop(self, why: Fault | None = None) -> None:
         """Ask it to end, with one of `progress.STOPS`; without one, it is interrupted."""
@@ -106,9 +100,7 @@ class RunningBuild:
     def failed(cls, kept: FailedBuild) -> RunningBuild:
         """Return a build that failed in an earlier run of the builder."""
         running = cls(kept.entry)
-        for name in {finding.adapter for finding in kept.findings} & set(
-            kept.entry.deployment.build.lora_adapters
-        ):
+        for name in {finding.adapter for finding in kept.findings} & set(kept.entry.adapters):
             running.progress.update(name, stage=Stage.REFUSED)
         running.accepted.set()
         running.state, running.failure, running._update_time = State.FAILED, kept.fault, kept.update_time

@@ -8,7 +8,7 @@ from enum import StrEnum
 
 from builder_service.domain.rules import base_warning
 from builder_service.pipeline.progress import AdapterProgress, Stage
-from loramux_shared.bundle.deployments import current_generation
+from loramux_shared.bundle.deployments import current_generation, is_deployment_name, read_pointer
 from loramux_shared.bundle.manifest import Generation
 from loramux_shared.bundle.reader import read_manifest
 from loramux_shared.faults import BundleCorrupt, Fault
@@ -47,6 +47,37 @@ def stored_view(store: Store, name: str) -> DeploymentView | None:
     except BundleCorrupt as damage:
         now = datetime.now(UTC)
         return DeploymentView(name, State.FAILED, 0, now, now, failure=damage)
+
+
+def stored_light(store: Store, name: str, known: DeploymentView | None = None) -> DeploymentView | None:
+    """Return what the store says about a deployment beside its adapters, or None. Blocks.
+
+    One that is known is returned again while its generation is the served one.
+
+    Raises:
+        StoreUnavailable: the store does not answer.
+    """
+    try:
+        pointer = read_pointer(store, name) if is_deployment_name(name) else None
+        if pointer is None or (known is not None and known.generation == pointer.generation):
+            return known
+        generation = current_generation(store, name)
+    except BundleCorrupt as damage:
+        now = datetime.now(UTC)
+        return DeploymentView(name, State.FAILED, 0, now, now, failure=damage)
+    if generation is None:
+        return None
+    time = generation.create_time
+    return DeploymentView(name, State.ACTIVE, generation.number, time, time)
+
+
+def served_number(store: Store, name: str) -> int:
+    """Return the number of the served generation; 0 where there is none that can be told. Blocks."""
+    try:
+        pointer = read_pointer(store, name)
+    except BundleCorrupt:
+        return 0
+    return pointer.generation if pointer else 0
 
 
 def _view(store: Store, generation: Generation) -> DeploymentView:

@@ -1,26 +1,21 @@
-"""A build: fetch, validate, prove where it is wished, convert, publish."""
+"""A build: describe the base, keep or make its adapters, publish."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from builder_service.domain.rules import Rulebook
-from builder_service.pipeline.base_weights import BaseWeights
 from builder_service.pipeline.context import BuildContext
-from builder_service.pipeline.intake import Intake
-from builder_service.pipeline.output import Output, duplicates
+from builder_service.pipeline.keep import Keeping, same_conditions
+from builder_service.pipeline.making import Workshop, making, workshop
 from builder_service.pipeline.progress import Progress
-from builder_service.pipeline.prove import prove_adapters, require_prover
-from builder_service.pipeline.space import BASE_FILES
-from builder_service.pipeline.validate import rulebook
+from builder_service.pipeline.prove import require_prover
+from builder_service.pipeline.publish import hold
 from loramux_shared.bundle.deployments import current_generation, publish_generation
 from loramux_shared.bundle.manifest import AdapterRecord, BaseRecord, Generation, Recipe
-from loramux_shared.bundle.proof import Proof
-from loramux_shared.deployment import Deployment
+from loramux_shared.deployment import Deployment, Dtype
 from loramux_shared.faults import BundleCorrupt, Fault
-from loramux_shared.sources.base import Room
 from loramux_shared.sources.checkpoint import Base, describe_base
 from loramux_shared.storage.base import Store
 from loramux_shared.storage.patient import PatientStore
@@ -35,8 +30,12 @@ class BuildResult:
     """True when it was the current generation already."""
 
 
-def build(deployment: Deployment, context: BuildContext, progress: Progress) -> BuildResult:
+def build(
+    deployment: Deployment, context: BuildContext, progress: Progress, *, verify: bool = False
+) -> BuildResult:
     """Build a deployment. Blocks; everything is checked before anything is written to the store.
+
+    With verify, every byte of the bundles that are kept is read back.
 
     Raises:
         AdapterInvalid: with every violation of every adapter.
@@ -45,49 +44,55 @@ def build(deployment: Deployment, context: BuildContext, progress: Progress) -> 
     if deployment.build.prove:
         require_prover()
     store = PatientStore(context.store, progress.check)
-    with context.folder() as work:
-        space = context.space(work)
-        room = space.room(BASE_FILES)
-        base = _describe_base(deployment, context, progress, room)
-        weights = BaseWeights(base.record, context.sources, work / "base", lambda _: progress.check(), room)
-        book = rulebook(base.model, deployment.build.lora_configuration, weights)
-        adapters = Intake(book, context, space, work, progress).take_in(deployment.build.lora_adapters)
-        groups = duplicates(adapters)
-        proofs: Sequence[Proof | None] = [None] * len(groups)
-        if deployment.build.prove:
-            firsts = [group.first for group in groups]
-            proofs = prove_adapters(
-                firsts, deployment.build, base.record, context.sources, work, progress, room
-            )
-        before = _served(store, deployment.model_name)
-        served = frozenset(record.digest for record in before.adapters.values()) if before else frozenset()
-        output = Output(book.dtype, base.record.source.shown, store, served, space, progress, context)
-        records = output.put_out(groups, proofs)
+    with workshop(context, store, progress) as shop:
+        base = _describe_base(deployment, shop)
+        before = served_generation(store, deployment.model_name)
+        made = making(shop, base, deployment.build, digests_of(before))
+        draft = _draft(deployment, base.record, made.book.dtype)
+        keeping = Keeping(before if before is not None and same_conditions(before, draft) else None)
+        records = made.make(deployment.build.lora_adapters, keeping, verify=verify)
         progress.check()
-        published = publish_generation(store, _generation(deployment, base.record, book, records))
+        _hold_on(store, before, records.values())
+        wanted = draft.model_copy(update={"adapters": dict(sorted(records.items()))})
+        published = publish_generation(store, wanted)
         return BuildResult(published, unchanged=before is not None and published.number == before.number)
 
 
-def _describe_base(deployment: Deployment, context: BuildContext, progress: Progress, room: Room) -> Base:
-    repository = deployment.build.checkpoint_repository
+def served_generation(store: Store, name: str) -> Generation | None:
+    """Return the served generation, or None where it cannot be read: `publish_generation` replaces that."""
     try:
-        return describe_base(
-            context.sources,
-            repository,
-            lambda _: progress.check(),
-            room,
-            max_seq_len=deployment.build.max_seq_len,
-        )
+        return current_generation(store, name)
+    except BundleCorrupt:
+        return None
+
+
+def digests_of(generation: Generation | None) -> frozenset[str]:
+    """Return the bundles that a generation refers to."""
+    records = generation.adapters.values() if generation else ()
+    return frozenset(record.digest for record in records)
+
+
+def _hold_on(store: Store, before: Generation | None, records: Iterable[AdapterRecord]) -> None:
+    """Keep `loramux gc` from kept bundles to which the served generation refers no more."""
+    now = served_generation(store, before.deployment) if before is not None else None
+    if before is not None and (now is None or now.number != before.number):
+        held = digests_of(before) - digests_of(now)
+        hold(store, {record.digest for record in records} & held)
+
+
+def _describe_base(deployment: Deployment, shop: Workshop) -> Base:
+    repository, wanted = deployment.build.checkpoint_repository, deployment.build.max_seq_len
+    check = shop.progress.check
+    try:
+        base = describe_base(shop.context.sources, repository, lambda _: check(), shop.room, max_seq_len=wanted)
     except Fault as fault:
         raise fault.retold(f"base checkpoint: {fault.message}") from fault
+    shop.context.bases.remember(base, wanted)
+    return base
 
 
-def _generation(
-    deployment: Deployment,
-    base: BaseRecord,
-    book: Rulebook,
-    adapters: Mapping[str, AdapterRecord],
-) -> Generation:
+def _draft(deployment: Deployment, base: BaseRecord, dtype: Dtype) -> Generation:
+    """Return the generation without its adapters."""
     lora, runtime = deployment.build.lora_configuration, deployment.runtime
     return Generation(
         deployment=deployment.model_name,
@@ -95,11 +100,11 @@ def _generation(
         create_time=datetime.now(UTC),
         served_model_name=deployment.served_model_name,
         base=base,
-        adapters=dict(sorted(adapters.items())),
+        adapters={},
         max_seq_len=deployment.build.max_seq_len,
         max_lora_rank=lora.max_lora_rank,
         lora_target_modules=lora.lora_target_modules,
-        lora_dtype=book.dtype,
+        lora_dtype=dtype,
         request_default_max_tokens=runtime.request_default_max_tokens,
         serve_base=runtime.serve_base,
         merge=runtime.merge,
@@ -107,10 +112,3 @@ def _generation(
         limits=runtime.limits,
         recipe=Recipe(truncate_to_rank=lora.truncate_to_rank, prove=deployment.build.prove),
     )
-
-
-def _served(store: Store, name: str) -> Generation | None:
-    try:
-        return current_generation(store, name)
-    except BundleCorrupt:  # replaced by publish_generation
-        return None

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
+from builder_service.pipeline.known_bases import KnownBases
 from builder_service.pipeline.space import Ledger, Space
 from loramux_shared.sources.open import Sources
 from loramux_shared.storage.base import Store
@@ -40,6 +41,9 @@ class BuildContext:
     """Held by whoever computes, of all builds: more than there are cores would hinder each other."""
     heavy: threading.Lock = field(default_factory=threading.Lock)
     """Held by whoever needs memory for large tensors."""
+    bases: KnownBases = field(default_factory=KnownBases)
+    """What was read of the bases of earlier builds."""
+    _publishing: dict[str, threading.Lock] = field(default_factory=dict)
     _ledger: Ledger = field(default_factory=Ledger)
 
     @contextmanager
@@ -47,6 +51,12 @@ class BuildContext:
         """A folder for one build, removed at its end whatever happens."""
         with tempfile.TemporaryDirectory(prefix=self._prefix, dir=self.place()) as name:
             yield Path(name)
+
+    @contextmanager
+    def publishing(self, deployment: str) -> Iterator[None]:
+        """Let changes of a deployment that exists follow each other here, rather than meet in the store."""
+        with self._publishing.setdefault(deployment, threading.Lock()):
+            yield
 
     def space(self, folder: Path) -> Space:
         """Return what a build may write into its folder."""

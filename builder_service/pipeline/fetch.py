@@ -184,15 +184,15 @@ def fetch_adapter(listed: ListedAdapter, folder: Path, progress: Progress) -> Fe
     """
     name, source, resolved = listed.name, listed.source, listed.resolved
     if listed.findings:
-        return FetchedAdapter(name, folder, _recorded(resolved.repository), {}, listed.findings)
+        return FetchedAdapter(name, folder, recorded(resolved.repository), {}, listed.findings)
     progress.enter(name, Stage.FETCHING, listed.size)
     with about(resolved.repository):
         files = source.fetch(resolved, listed.wanted, folder, progress.counter(name))
     warnings = tuple(extra_files(resolved.files))
-    pinned = _recorded(source.pin(resolved, files))
+    pinned = recorded(source.pin(resolved, files))
     return FetchedAdapter(name, folder, pinned, files, warnings=warnings, listing=listed.digest)
 
 
-def _recorded(repository: Repository) -> Repository:
+def recorded(repository: Repository) -> Repository:
     """Return what the generation says about an adapter's origin: nobody fetches it again from there."""
     return repository.model_copy(update={"repo": repository.shown})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -14,11 +14,10 @@ from builder_service.domain.file_rules import WEIGHTS
 from builder_service.domain.rules import CheckedAdapter, Rulebook
 from builder_service.domain.safetensors_header import HeaderInvalid, read_header
 from builder_service.pipeline.context import BuildContext
-from builder_service.pipeline.fetch import FetchedAdapter, ListedAdapter, fetch_adapter, gathered, list_adapters
+from builder_service.pipeline.fetch import FetchedAdapter, ListedAdapter, fetch_adapter, gathered
 from builder_service.pipeline.progress import Progress, Stage
 from builder_service.pipeline.space import Space
 from builder_service.pipeline.validate import ValidAdapter, check_fetched, refuse_any
-from loramux_shared.deployment import Repository
 
 HEAVY_FILE: Final = 32 << 20
 HEAVY_BYTES: Final = 8 << 20
@@ -40,24 +39,33 @@ class Intake:
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _checks: dict[Identity, Future[CheckedAdapter]] = field(default_factory=dict)
 
-    def take_in(self, adapters: Mapping[str, Repository]) -> list[ValidAdapter]:
-        """Fetch and validate adapters; by name.
+    def take_in(self, listed: Sequence[ListedAdapter]) -> list[ValidAdapter]:
+        """Fetch and validate adapters; in their order.
 
         Raises:
             AdapterInvalid: with every violation of every adapter.
             ResourcesExhausted: the disk has no room for them.
             Fault: what sources raise, of all adapters.
         """
-        with list_adapters(adapters, self.context.sources, self.space, self.progress) as listed:
-            self.space.check(sum(adapter.size for adapter in listed), "the adapters")
-            with ThreadPoolExecutor(self.context.parallel_adapters, "intake") as pool:
-                futures = {
-                    adapter.name: pool.submit(self._take_in, adapter, self.work / f"adapter-{i}")
-                    for i, adapter in enumerate(listed)
-                }
-            taken = gathered(futures, self.progress)
+        self.space.check(sum(adapter.size for adapter in listed), "the adapters")
+        with ThreadPoolExecutor(self.context.parallel_adapters, "intake") as pool:
+            futures = {
+                adapter.name: pool.submit(self._take_in, adapter, self.work / f"adapter-{i}")
+                for i, adapter in enumerate(listed)
+            }
+        taken = gathered(futures, self.progress)
         refuse_any({adapter.fetched.name: adapter.checked for adapter in taken})
         return taken
+
+    def judge(self, fetched: FetchedAdapter) -> ValidAdapter:
+        """Validate an adapter that is in the work folder already.
+
+        Raises:
+            AdapterInvalid: with every violation.
+        """
+        checked = self._check(fetched)
+        refuse_any({fetched.name: checked})
+        return ValidAdapter(fetched, checked)
 
     def _take_in(self, listed: ListedAdapter, folder: Path) -> ValidAdapter:
         with self.space.writing(listed.size, f"adapter {listed.name!r}"):

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any, Final
 
-from loramux_shared.bundle.manifest import Manifest
+from loramux_shared.bundle.manifest import AdapterRecord, Manifest
 from loramux_shared.faults import BuildCancelled, BuildInterrupted, BuildTimedOut, Fault, Finding
 
 STOPS: Final = (BuildInterrupted, BuildCancelled, BuildTimedOut)
@@ -49,6 +49,8 @@ class AdapterProgress:
     warnings: tuple[Finding, ...] = ()
     reused: bool = False
     repaired: bool = False
+    kept: bool = False
+    """Whether it is what it was in the served generation, so that nothing was fetched or made."""
 
     def described(self, digest: str, manifest: Manifest, extra: Iterable[Finding] = ()) -> AdapterProgress:
         """Return it with what a manifest says."""
@@ -60,6 +62,25 @@ class AdapterProgress:
             tensors_used=manifest.tensors_used,
             bundle_bytes=sum(file.size for file in manifest.files.values()),
             warnings=(*manifest.warnings, *extra),
+        )
+
+    def settled(
+        self, record: AdapterRecord, extra: Iterable[Finding] = (), *, read_back: bool = False
+    ) -> AdapterProgress:
+        """Return it as done, with what a generation says; of its warnings that is the codes."""
+        summary = record.summary
+        said = replace(self, stage=Stage.DONE, digest=record.digest, kept=True, reused=read_back)
+        if summary is None:
+            return replace(said, warnings=tuple(extra))
+        return replace(
+            said,
+            bytes_done=summary.bundle_bytes,
+            bytes_total=summary.bundle_bytes,
+            ranks=summary.ranks,
+            modules=summary.modules,
+            tensors_used=summary.tensors_used,
+            bundle_bytes=summary.bundle_bytes,
+            warnings=(*(Finding(code=code) for code in summary.warnings), *extra),
         )
 
 
@@ -128,4 +149,14 @@ class Progress:
         self.check()
         with self._lock:
             self._adapters[name] = self._adapters[name].described(digest, manifest, extra)
+        self._changed()
+
+    def settle(
+        self, name: str, record: AdapterRecord, extra: Iterable[Finding] = (), *, read_back: bool = False
+    ) -> None:
+        """Say that an adapter stays what it was."""
+        self.check()
+        with self._lock:
+            settled = self._adapters[name].settled(record, extra, read_back=read_back)
+            self._adapters[name], self._done[name] = settled, settled.bytes_done
         self._changed()

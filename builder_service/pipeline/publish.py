@@ -9,6 +9,8 @@ import structlog
 from builder_service.pipeline.convert import BuiltBundle
 from builder_service.pipeline.progress import Progress, Stage
 from loramux_shared.bundle.manifest import MANIFEST_FILE, bundle_key
+from loramux_shared.bundle.reader import read_manifest
+from loramux_shared.faults import BundleCorrupt
 from loramux_shared.storage.base import ObjectMissing, Store
 
 log = structlog.get_logger()
@@ -53,3 +55,17 @@ def _stored_manifest(store: Store, bundle: BuiltBundle) -> bytes | None:
         return store.get(bundle_key(bundle.digest, MANIFEST_FILE))
     except ObjectMissing:
         return None
+
+
+def hold(store: Store, digests: Collection[str]) -> None:
+    """Make bundles young again, which a generation is about to refer to and the served one does not.
+
+    Raises:
+        BundleCorrupt: one of them is not there any more.
+    """
+    for digest in sorted(digests):
+        manifest = read_manifest(store, digest)
+        store.put(bundle_key(digest, MANIFEST_FILE), manifest.to_bytes())
+        there = set(store.list(bundle_key(digest, "")))
+        if lost := sorted(name for name in manifest.files if bundle_key(digest, name) not in there):
+            raise BundleCorrupt(f"bundle {digest[:12]}: {lost[0]} is not in {store.uri}. Build again.")

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
 from datetime import datetime
 
 from google.protobuf.timestamp_pb2 import Timestamp
+from pydantic import ValidationError
 
+from builder_service.builds.history import GenerationView
+from builder_service.builds.pushes import Chunk, Pushed, Upload
 from builder_service.builds.views import DeploymentView
 from builder_service.pipeline.check import ADAPTER, AdapterReport
 from builder_service.pipeline.progress import AdapterProgress
+from builder_service.pipeline.wishes import Update
 from loramux.builder.v1 import builder_pb2 as pb
 from loramux.messages import (
     DTYPES,
+    adapters_from_message,
     deployment_from_message,
     finding_to_message,
     repository_to_message,
 )
 from loramux_shared.bundle.manifest import ModuleRow
 from loramux_shared.deployment import Deployment
-from loramux_shared.faults import Fault
+from loramux_shared.deployment_file import findings_of
+from loramux_shared.faults import DeploymentInvalid, Fault, RequestInvalid
 
 
 def deployment_message(view: DeploymentView) -> pb.Deployment:
@@ -32,6 +39,64 @@ def deployment_message(view: DeploymentView) -> pb.Deployment:
         adapters=map(_adapter_message, view.adapters),
         failure=None if view.failure is None else _failure_message(view.failure),
         unchanged=view.unchanged,
+    )
+
+
+def update_of(request: pb.UpdateDeploymentRequest) -> Update:
+    """Return the update that a request asks for.
+
+    Raises:
+        DeploymentInvalid: with one finding per violation.
+    """
+    add = adapters_from_message(request.add)
+    fields = {"name": request.name, "add": add, "remove": tuple(request.remove)}
+    try:
+        return Update.model_validate(fields | {"expected_generation": request.expected_generation or None})
+    except ValidationError as error:
+        raise DeploymentInvalid("the update breaks rules", findings_of(error, Update)) from error
+
+
+async def parts_of(requests: AsyncIterator[pb.PutAdapterRequest]) -> AsyncIterator[Upload | Chunk]:
+    """Yield what an upload consists of.
+
+    Raises:
+        RequestInvalid: a message is neither an upload nor a chunk.
+    """
+    async for request in requests:
+        match request.WhichOneof("part"):
+            case "upload":
+                sent = request.upload
+                yield Upload(sent.deployment, sent.name, sent.config, sent.expected_generation or None)
+            case "chunk":
+                yield Chunk(request.chunk.file, request.chunk.data)
+            case _:
+                raise RequestInvalid("PutAdapter: expected an upload or a chunk in a message, found neither.")
+
+
+def pushed_message(pushed: Pushed) -> pb.PutAdapterResponse:
+    """Return what came of a push as a message."""
+    return pb.PutAdapterResponse(
+        digest=pushed.record.digest,
+        generation=pushed.result.generation.number,
+        unchanged=pushed.result.unchanged,
+        adapter=_adapter_message(pushed.adapter),
+    )
+
+
+def generation_message(view: GenerationView) -> pb.Generation:
+    """Return a generation as a message."""
+    return pb.Generation(
+        number=view.number,
+        create_time=_timestamp(view.create_time) if view.create_time else None,
+        served=view.served,
+        adapters=view.adapters,
+        changes=[
+            pb.AdapterChange(name=change.name, digest=change.digest, digest_before=change.before)
+            for change in view.changes
+        ],
+        change_count=view.change_count,
+        other_settings=view.other_settings,
+        damage=view.damage,
     )
 
 
@@ -94,6 +159,7 @@ def _adapter_message(adapter: AdapterProgress) -> pb.AdapterBuild:
         warnings=map(finding_to_message, adapter.warnings),
         reused=adapter.reused,
         repaired=adapter.repaired,
+        kept=adapter.kept,
     )
 
 

@@ -10,7 +10,15 @@ import grpc
 from builder_service.builds.builds import Builds
 from builder_service.pipeline.check import Checks
 from builder_service.pipeline.progress import AdapterProgress
-from builder_service.rpc.mapping import checked_deployment, deployment_message, report_message
+from builder_service.rpc.mapping import (
+    checked_deployment,
+    deployment_message,
+    generation_message,
+    parts_of,
+    pushed_message,
+    report_message,
+    update_of,
+)
 from loramux.builder.v1 import builder_pb2 as pb
 from loramux.builder.v1 import builder_pb2_grpc
 from loramux.messages import deployment_from_message
@@ -35,8 +43,42 @@ class BuilderServicer(builder_pb2_grpc.BuilderServiceServicer):
         """Accept a build."""
         del context
         deployment = deployment_from_message(request.deployment)
-        view = await self._builds.build(deployment, request.request_id)
+        view = await self._builds.build(deployment, request.request_id, verify=request.verify)
         return pb.BuildDeploymentResponse(deployment=deployment_message(view))
+
+    async def UpdateDeployment(  # noqa: N802 - the rpc's name
+        self, request: pb.UpdateDeploymentRequest, context: grpc.aio.ServicerContext
+    ) -> pb.UpdateDeploymentResponse:
+        """Accept an update."""
+        del context
+        view = await self._builds.update(update_of(request), request.request_id)
+        return pb.UpdateDeploymentResponse(deployment=deployment_message(view))
+
+    async def RollbackDeployment(  # noqa: N802 - the rpc's name
+        self, request: pb.RollbackDeploymentRequest, context: grpc.aio.ServicerContext
+    ) -> pb.RollbackDeploymentResponse:
+        """Publish an older generation's content."""
+        del context
+        to, expected = request.to or None, request.expected_generation or None
+        result = await self._builds.rollback(request.name, to, expected)
+        return pb.RollbackDeploymentResponse(generation=result.generation.number, unchanged=result.unchanged)
+
+    async def ListGenerations(  # noqa: N802 - the rpc's name
+        self, request: pb.ListGenerationsRequest, context: grpc.aio.ServicerContext
+    ) -> pb.ListGenerationsResponse:
+        """Return a page of generations."""
+        del context
+        found = await self._builds.history(request.name, request.page_size, request.page_token)
+        return pb.ListGenerationsResponse(
+            generations=map(generation_message, found.views), next_page_token=found.next_token
+        )
+
+    async def PutAdapter(  # noqa: N802 - the rpc's name
+        self, requests: AsyncIterator[pb.PutAdapterRequest], context: grpc.aio.ServicerContext
+    ) -> pb.PutAdapterResponse:
+        """Take a pushed adapter."""
+        del context
+        return pushed_message(await self._builds.pushes.put(parts_of(requests)))
 
     async def GetDeployment(  # noqa: N802 - the rpc's name
         self, request: pb.GetDeploymentRequest, context: grpc.aio.ServicerContext
@@ -62,7 +104,7 @@ class BuilderServicer(builder_pb2_grpc.BuilderServiceServicer):
         """Stream a deployment's states."""
         del context
         known: Mapping[str, AdapterProgress] = {}
-        async for view in self._builds.watch(request.name):
+        async for view in self._builds.watch(request.name, follow=request.follow):
             shown = view
             if request.changes_only:
                 changed = tuple(each for each in view.adapters if known.get(each.name) != each)

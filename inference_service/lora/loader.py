@@ -16,9 +16,12 @@ from loramux_shared.deployment import Dtype
 
 def matrices(bundle: Bundle) -> Iterator[Matrices]:
     """Yield the rows of a bundle, each in the bundle's storage type; they share its memory."""
-    dtype = bundle.manifest.dtype
-    for row in bundle.rows:
-        yield Matrices(row.row.layer, row.row.module, _tensor(row.a, dtype), _tensor(row.b, dtype))
+    table = _tensor(bundle.table, bundle.manifest.dtype)
+    for index, row in enumerate(bundle.manifest.rows):
+        at, split = index * table.shape[1], row.rank * row.in_features
+        a = table.as_strided((row.rank, row.in_features), (row.in_features, 1), at)
+        b = table.as_strided((row.out_features, row.rank), (row.rank, 1), at + split)
+        yield Matrices(row.layer, row.module, a, b)
 
 
 def _tensor(array: Array, dtype: Dtype) -> Tensor:

@@ -48,9 +48,7 @@ class Slots:
         """
         self.require_within(packed, offset)
         if not 0 <= slot < self.num_slots or slot in self._touched:
-            raise InternalFault(
-                f"slot {slot} cannot be given away: it is taken, or not one of {self.num_slots}"
-            )
+            raise InternalFault(f"slot {slot} cannot be taken: it is, or it is not one of {self.num_slots}")
         if packed.max_rank > self.max_rank:
             raise InternalFault(
                 f"an adapter of rank {packed.max_rank} cannot enter a bank that was opened for {self.max_rank}"

@@ -84,7 +84,6 @@ class Catalog:
         self._models = {model.name: model for model in ordered}
         self._base = self._models.get(base_name, ServedModel(base_name))
         self._earlier: dict[str, tuple[ServedModel, ...]] = {}
-        self._names = sorted(self._models)
         self._by_digest: dict[str, tuple[str, ...]] = {}
         self._handles: WeakValueDictionary[str, Adapter] = WeakValueDictionary()
         """Kept by whoever uses them: a digest that comes back meanwhile has the handle that it had."""
@@ -195,7 +194,7 @@ class Catalog:
 
     def _not_found(self, name: str) -> ModelNotFound:
         access = ACCESS.get()
-        return model_not_found(name, [each for each in self._names if access.may_use(each)])
+        return model_not_found(name, [each for each in (*self._models, *self.aliases) if access.may_use(each)])
 
     def _registered(
         self, name: str, record: AdapterRecord, models: Mapping[str, ServedModel], now: datetime
@@ -245,12 +244,12 @@ class Catalog:
 
     def _show(self, generation: Generation, models: dict[str, ServedModel]) -> None:
         """Let everybody see the new names at once."""
-        self._base = replace(self._base, name=generation.served_model_name)
-        self.base_name = self._base.name
+        if self.base_name != generation.served_model_name:
+            self.base_name = generation.served_model_name
+            self._base = replace(self._base, name=self.base_name)
         first = {self.base_name: self._base} if generation.serve_base else {}
         self._models = first | dict(sorted(models.items()))
         self.aliases = generation.aliases
-        self._names = sorted([*self._models, *self.aliases])
         self.generation = generation.number
 
 

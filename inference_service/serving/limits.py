@@ -23,6 +23,7 @@ from loramux_shared.faults import RateLimited
 from loramux_shared.limits import Limits
 
 MINUTE_S: Final = 60.0
+ROUNDING_S: Final = 1e-6
 UNBOUNDED: Final = Limits()
 FEW_METERS: Final = 256
 """So many are kept without a look at which are idle."""
@@ -66,9 +67,9 @@ class Meter:
         self._paid_s = max(self._paid_s, self._clock()) + tokens * MINUTE_S / per_minute
 
     def wait_s(self, per_minute: int) -> float:
-        """Return the seconds until a token may be used; 0 while a minute's worth is not in use."""
-        over_s = self._paid_s - self._clock() - MINUTE_S
-        return over_s + MINUTE_S / per_minute if over_s >= 0 else 0.0
+        """Return the seconds until there is a token that may be used; 0 while there is one."""
+        wait_s = self._paid_s - self._clock() - MINUTE_S + MINUTE_S / per_minute
+        return wait_s if wait_s > ROUNDING_S else 0.0
 
 
 @dataclass(frozen=True)

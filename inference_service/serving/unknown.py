@@ -20,7 +20,7 @@ TOLD_DIGITS: Final = 12
 
 
 def model_not_found(name: str, names: Sequence[str]) -> ModelNotFound:
-    """Return the fault of a name; names, in order, are those that the caller may use."""
+    """Return the fault of a name; names are those that the caller may use."""
     shown = name[:SHOWN]
     near = difflib.get_close_matches(shown, _around(shown, names), n=3)
     meant = f" Did you mean {' or '.join(near)}?" if near else ""
@@ -57,5 +57,6 @@ def bad_version(name: str, prefix: str) -> RequestInvalid:
 
 
 def _around(name: str, names: Sequence[str]) -> Sequence[str]:
-    place = max(0, bisect(names, name) - COMPARED // 2)
-    return names[max(0, min(place, len(names) - COMPARED)) :][:COMPARED]
+    ordered = sorted(names)
+    place = max(0, bisect(ordered, name) - COMPARED // 2)
+    return ordered[max(0, min(place, len(ordered) - COMPARED)) :][:COMPARED]

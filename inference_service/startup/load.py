@@ -93,14 +93,13 @@ def load(settings: InferenceSettings, store: Store, watchers: Sequence[Watcher] 
     base = load_base(generation, settings, sources)
     inbox = Inbox()
     bank: Bank | None = None
+    models = [base.served(generation)]
     if generation.merged is not None:
-        models = [merge(generation, base, store, settings.block_size)]
-        catalog = Catalog(generation.number, generation.served_model_name, models)
+        models.append(merge(generation, base, store, settings.block_size))
     else:
         bank = open_bank(generation, base, store, settings, inbox)
-        models = [base.served(generation)] if generation.serve_base else []
-        catalog = Catalog(generation.number, generation.served_model_name, models)
-        catalog.apply(generation)
+    catalog = Catalog(generation.number, generation.served_model_name, models)
+    catalog.apply(generation)
     registered = [model.adapter for model in catalog.everything if model.adapter is not None]
     fitting = bank.fitting(registered) if bank is not None else []
     if bank is not None:
@@ -121,7 +120,7 @@ def load(settings: InferenceSettings, store: Store, watchers: Sequence[Watcher] 
     ends = base.config.eos_token_ids
     serving = ServingLimits(limits.max_seq_len, generation.request_default_max_tokens, ends)
     service = GenerationService(catalog, base.text, thread, serving, watchers)
-    service.apply(generation)
+    service.apply(generation)  # its limits too
     if bank is not None:
         service.naming.defaults_of = partial(_defaults, bank, catalog)
         preload_later(bank, fitting[settings.preload :], inbox)

@@ -133,7 +133,7 @@ def remove(
 
 def _told(limits: Limits | None) -> str:
     said = limits.model_dump().items() if limits else ()
-    return ", ".join(f"{name} {value:g}" for name, value in said) or "-"
+    return ", ".join(f"{name} {value}" for name, value in said) or "-"
 
 
 def _entry(key: str, about: dict[str, Any]) -> KeyEntry:

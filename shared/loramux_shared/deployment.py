@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection, Iterator
 from enum import StrEnum
 from typing import Annotated, Any
 
@@ -35,6 +36,8 @@ class SourceKind(StrEnum):
     AZURE = "AZURE"
     REMOTE_URL = "REMOTE_URL"
     LOCAL = "LOCAL"
+    PUSHED = "PUSHED"
+    """Sent to the builder by PutAdapter; ``repo`` is the name under which it was."""
 
 
 class Dtype(StrEnum):
@@ -70,7 +73,7 @@ class Repository(Model):
     source: SourceKind
     """Where it is fetched from."""
     repo: str = Field(min_length=1, max_length=4096)
-    """``namespace/name`` for HF, an absolute directory for LOCAL, else an address."""
+    """``namespace/name`` for HF, an absolute directory for LOCAL, a name for PUSHED, else an address."""
     revision: str = ""
     """Branch, tag or commit (HF); else a digest: of the archive (REMOTE_URL), or of the files that are used."""
     subfolder: str = ""
@@ -95,7 +98,7 @@ class Repository(Model):
     @property
     def shown(self) -> str:
         """``repo`` for messages, logs and records: without what in an address may be secret."""
-        if self.source in {SourceKind.HF, SourceKind.LOCAL}:
+        if self.source in {SourceKind.HF, SourceKind.LOCAL, SourceKind.PUSHED}:
             return self.repo
         address = re.split(r"[?#]", self.repo, maxsplit=1)[0]
         return re.sub(r"//[^/]*@", "//", address)
@@ -215,6 +218,21 @@ class Runtime(Model):
         return aliases
 
 
+def wrong_names(aliases: Aliases, limits: ModelLimits, served: Collection[str]) -> Iterator[str]:
+    """Yield what is expected instead of each name in aliases and limits that does not fit the models served."""
+    taken = {name.casefold() for name in served}
+    for alias, weights in aliases.items():
+        if alias.casefold() in taken:
+            yield f"no alias that has the name of another, or of a model, as runtime.aliases.{alias} does"
+        taken.add(alias.casefold())
+        for name in weights:
+            if name not in served:
+                yield f"models of this deployment in runtime.aliases.{alias}, unlike {name}"
+    for name in limits.models:
+        if name not in served:
+            yield f"models of this deployment in runtime.limits.models, unlike {name}"
+
+
 class Deployment(Model):
     """A deployment: what the file says, with every default filled in."""
 
@@ -238,16 +256,9 @@ class Deployment(Model):
 
     @model_validator(mode="after")
     def _aliases_and_limits_name_models(self) -> Deployment:
-        served = [self.served_model_name, *self.build.lora_adapters]
-        taken = {name.casefold() for name in served}
-        for alias, weights in self.runtime.aliases.items():
-            if alias.casefold() in taken:
-                raise ValueError(f"no alias that has the name of a model, as runtime.aliases.{alias} does")
-            taken.add(alias.casefold())
-            if strangers := [name for name in weights if name not in served]:
-                raise ValueError(f"models of this deployment in runtime.aliases.{alias}, unlike {strangers[0]}")
-        if strangers := [name for name in self.runtime.limits.models if name not in served]:
-            raise ValueError(f"models of this deployment in runtime.limits.models, unlike {strangers[0]}")
+        served = {self.served_model_name, *self.build.lora_adapters}
+        for expected in wrong_names(self.runtime.aliases, self.runtime.limits, served):
+            raise ValueError(expected)
         return self
 
     @model_validator(mode="after")

@@ -22,8 +22,11 @@
     ├── ReplicaFailed        REPLICA_FAILED          UNAVAILABLE          its device or engine works no more
     ├── ReplicaBehind        REPLICA_BEHIND          UNAVAILABLE          it does not serve the generation yet
     ├── DeploymentNotFound   DEPLOYMENT_NOT_FOUND    NOT_FOUND
+    ├── GenerationNotFound   GENERATION_NOT_FOUND    NOT_FOUND
+    ├── AdapterNotFound      ADAPTER_NOT_FOUND       NOT_FOUND            no such adapter in a deployment
     ├── ModelNotFound        MODEL_NOT_FOUND         NOT_FOUND
     ├── RequestIdReused      REQUEST_ID_REUSED       ALREADY_EXISTS
+    ├── GenerationMismatch   GENERATION_MISMATCH     ABORTED              another one than was expected
     ├── BuildInProgress      BUILD_IN_PROGRESS       ABORTED
     ├── BuildInterrupted     BUILD_INTERRUPTED       ABORTED
     ├── BuildCancelled       BUILD_CANCELLED         ABORTED
@@ -264,6 +267,20 @@ class DeploymentNotFound(Fault):
     status = Status.NOT_FOUND
 
 
+class GenerationNotFound(Fault):
+    """A deployment has no generation of that number; the message lists those that it has."""
+
+    reason = "GENERATION_NOT_FOUND"
+    status = Status.NOT_FOUND
+
+
+class AdapterNotFound(Fault):
+    """A deployment has no adapter of that name; the message says which it has."""
+
+    reason = "ADAPTER_NOT_FOUND"
+    status = Status.NOT_FOUND
+
+
 class ModelNotFound(Fault):
     """No base or adapter of that name; the message lists those that are served."""
 
@@ -276,6 +293,13 @@ class RequestIdReused(Fault):
 
     reason = "REQUEST_ID_REUSED"
     status = Status.ALREADY_EXISTS
+
+
+class GenerationMismatch(Fault):
+    """A change that was meant for one generation met another: somebody else changed the deployment before."""
+
+    reason = "GENERATION_MISMATCH"
+    status = Status.ABORTED
 
 
 class BuildInProgress(Fault):

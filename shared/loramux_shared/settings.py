@@ -229,7 +229,7 @@ class InferenceSettings(Settings):
     adapter_host_gb: float = Field(default=8, ge=0, allow_inf_nan=False)
     """GB (10^9 bytes) of pinned host memory on a GPU machine for adapters that left the device."""
     adapter_threads: Count = 1
-    """Threads that check, pack and prove adapters beside the steps, at a lower priority."""
+    """Threads that pack and prove adapters beside the steps."""
     follow_interval_s: float = Field(default=5, ge=0, allow_inf_nan=False)
     """Seconds between two looks at the deployment's current generation; 0: the one of the start is served."""
     on_base_change: Literal["stay", "exit"] = "stay"

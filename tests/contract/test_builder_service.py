@@ -137,14 +137,14 @@ async def test_a_build_is_answered_at_once_and_watched_to_its_end(running):
 
 
 async def test_the_same_content_is_unchanged(running):
-    """A second build of the same content is ACTIVE with unchanged, the same generation and reused bundles."""
+    """A second build of the same content is ACTIVE with unchanged, the same generation and kept adapters."""
     await running.build(running.deployment("one"))
     await running.watch()
     before = dict(running.store.objects)
     await running.build(running.deployment("one"))
     last = (await running.watch())[-1]
     assert (last.state, last.unchanged, last.generation) == (State.STATE_ACTIVE, True, 1)
-    assert last.adapters[0].reused
+    assert (last.adapters[0].kept, last.adapters[0].reused) == (True, False)
     assert running.store.objects == before
 
 

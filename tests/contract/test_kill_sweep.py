@@ -18,7 +18,8 @@ from builder_service.builds.views import State
 from builder_service.pipeline.build import build
 from builder_service.pipeline.context import BuildContext
 from builder_service.pipeline.progress import Progress
-from loramux_shared.bundle.deployments import current_generation, generation_numbers, read_generation
+from loramux_shared.bundle.claims import generation_numbers
+from loramux_shared.bundle.deployments import current_generation, read_generation
 from loramux_shared.bundle.manifest import Generation
 from loramux_shared.bundle.reader import read_bundle
 from loramux_shared.deployment import Deployment

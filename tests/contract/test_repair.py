@@ -31,10 +31,11 @@ def wish(tmp_path: Path) -> Deployment:
     return parse_deployment({"model_name": "tiny", "build": made}).deployment
 
 
-def built(wish: Deployment, store: Store, folder: Path) -> AdapterProgress:
+def built(wish: Deployment, store: Store, folder: Path, *, verify: bool = True) -> AdapterProgress:
     """Build, and return what the build says of its adapter."""
     progress = Progress(["one"])
-    build(wish, BuildContext(store, open_sources(local_roots=[folder]), folder / "work"), progress)
+    context = BuildContext(store, open_sources(local_roots=[folder]), folder / "work")
+    build(wish, context, progress, verify=verify)
     return progress.adapters[0]
 
 

@@ -12,12 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loramux_shared.bundle.deployments import (
-    claimed_numbers,
-    current_generation,
-    generation_numbers,
-    publish_generation,
-)
+from loramux_shared.bundle.claims import claimed_numbers, generation_numbers
+from loramux_shared.bundle.deployments import current_generation, publish_generation
 from loramux_shared.bundle.manifest import BaseRecord, Current, Generation, current_key, generation_key
 from loramux_shared.deployment import Dtype, Repository, SourceKind
 from loramux_shared.faults import BundleCorrupt

@@ -9,12 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from loramux_shared.bundle.deployments import (
-    claimed_numbers,
-    current_generation,
-    generation_numbers,
-    read_generation,
-)
+from loramux_shared.bundle.claims import claimed_numbers, generation_numbers
+from loramux_shared.bundle.deployments import current_generation, read_generation
 from loramux_shared.storage.open import open_store
 from tests.support.s3_gateway import S3Server
 

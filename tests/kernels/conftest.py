@@ -1,10 +1,39 @@
-"""Where kernels are tested."""
+"""Where kernels are tested, and the backends that hold adapters."""
+
+import ctypes
 
 import pytest
 import torch
+
+from inference_service.backends.base import LoraBackend
+from inference_service.backends.native import NativeLora
+from inference_service.backends.torch import TorchLora
+from inference_service.backends.triton import TritonLora
+from inference_service.kernels.cpu.build import load
+from inference_service.kernels.cpu.ops import CpuOps
+from tests.kernels.lora_case import GROUPS, LAYERS
 
 
 @pytest.fixture(scope="session")
 def device() -> str:
     """Where kernels are tested: the GPU, or the interpreter's CPU."""
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    """The compiled operations of this machine."""
+    built = load(tmp_path_factory.mktemp("compiled"))
+    if built.library is None:
+        pytest.skip(built.how)
+    return built.library
+
+
+@pytest.fixture(params=["native", "torch", "triton"])
+def lora(request: pytest.FixtureRequest, device: str) -> LoraBackend:
+    """Each backend, with nothing in it."""
+    if request.param == "native":
+        return NativeLora(CpuOps(request.getfixturevalue("compiled"), torch.float32), GROUPS, LAYERS)
+    if request.param == "torch":
+        return TorchLora(GROUPS, torch.float32, torch.device(device))
+    return TritonLora(GROUPS, LAYERS, torch.float32, torch.device(device))

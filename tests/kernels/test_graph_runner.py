@@ -6,27 +6,35 @@ from array import array
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from inference_service.backends.triton import TritonLora
 from inference_service.core.batch import Batch, Chunk
 from inference_service.core.sampling import SamplingParams
+from inference_service.core.sequence import Adapter, Token
 from inference_service.core.sequence import Sequence as EngineSequence
-from inference_service.core.sequence import Token
 from inference_service.engine.block_manager import BlockManager
 from inference_service.engine.engine import Engine
 from inference_service.engine.graph_runner import GraphRunner
 from inference_service.engine.graphs import CudaRecorder, Graph, Recorder
 from inference_service.engine.residents import AlwaysResident
 from inference_service.engine.rows import lay_out
+from inference_service.engine.runner import Runner
 from inference_service.engine.scheduler import SchedulerLimits
 from inference_service.engine.step import Pending
 from inference_service.engine.tape import Tape, TapeRecorder
+from inference_service.lora.loader import matrices
+from inference_service.lora.places import taken_by
+from inference_service.lora.weights import AdapterWeights, pack_adapter
+from inference_service.models.decoder import Decoder
 from inference_service.startup.load import Ready
 from loramux_shared.bases.memory import buckets, mixed_buckets
+from loramux_shared.bundle.deployments import current_generation
+from loramux_shared.bundle.reader import read_bundle
 from loramux_shared.storage.memory import MemoryStore
 from tests.support.launches import per_layer, per_step
 from tests.support.tiny import VOCAB, World, make_world, run_engine
@@ -77,7 +85,7 @@ class CountingRecorder:
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[World, MemoryStore]:
     world, store = make_world(tmp_path_factory.mktemp("tiny")), MemoryStore()
-    world.build(store)
+    world.build(store, max_lora_rank=16)
     return world, store
 
 
@@ -256,6 +264,46 @@ def test_a_decode_step_has_few_launches(runner: GraphRunner, recorder: CountingR
     assert per_step(base, LAYERS) == per_step(with_adapters, LAYERS) == 15
     decodes = names[-2 * len(list(buckets(4))) :]
     assert {len(each) for each in decodes} == {len(base), len(with_adapters)}
+
+
+def test_adapters_that_come_after_the_recording_give_the_torch_backends_tokens(
+    world: tuple[World, MemoryStore], ready: Ready
+) -> None:
+    """Steps recorded with an empty bank of two slots serve three adapters of other ranks and modules in turn:
+    each is copied over the one that left, beside one that stays."""
+    model = cast(Runner, ready.engine._engine._runner)._model
+    lora = TritonLora(model.config.groups, LAYERS, torch.float32, model.device)
+    weights = {name: _weights_of(world[1], name, model) for name in ("all", "rs", "wide")}
+    packed = {name: lora.pack(each) for name, each in weights.items()}
+    half = max(taken_by(each.num_bytes) for each in packed.values())
+    lora.open(2 * half, 16, 2)
+    limits = SchedulerLimits(max_tokens=16, max_seqs=2, max_adapters=2, max_seq_len=64)
+    runner = GraphRunner(model, lora, BLOCKS, BLOCK, limits, CountingRecorder())
+    runner.capture()
+    engine = Engine(runner, limits, BlockManager(BLOCKS, BLOCK), AlwaysResident())
+    plain = world[0].load(world[1], backend="torch", native=False)
+    held: dict[int, Adapter] = {}
+    for uid, name in enumerate(("all", "rs", "wide"), 1):
+        slot = uid % 2
+        if slot in held:
+            lora.leave(slot)
+        lora.copy(packed[name], slot * half)
+        lora.enter(slot, slot * half, packed[name])
+        held[slot] = Adapter(name, slot)
+        found: list[list[int]] = [[] for _ in held]
+        for number, adapter in enumerate(held.values()):
+            engine.add(EngineSequence(str(number), [5, 6, 7], SamplingParams(max_tokens=2), adapter))
+        while not engine.idle:
+            for output in engine.step():
+                found[int(output.seq_id)].append(output.token.id)
+        assert found == run_engine(plain, [(adapter.digest, [5, 6, 7]) for adapter in held.values()], 2)
+
+
+def _weights_of(store: MemoryStore, name: str, model: Decoder) -> AdapterWeights:
+    generation = current_generation(store, "tiny")
+    assert generation is not None
+    rows = matrices(read_bundle(store, generation.adapters[name].digest))
+    return pack_adapter(rows, model.config.groups, LAYERS, torch.float32, torch.device("cpu"))
 
 
 def test_recording_touches_no_cache(ready: Ready) -> None:

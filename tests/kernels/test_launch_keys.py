@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from inference_service.backends.triton import TritonLora
 from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import Sequence
 from inference_service.engine import graph_runner
@@ -22,7 +23,10 @@ from inference_service.engine.residents import AlwaysResident
 from inference_service.engine.scheduler import SchedulerLimits
 from inference_service.engine.tape import TapeRecorder
 from inference_service.kernels.launch import Launch
+from inference_service.lora.weights import Matrices, pack_adapter
 from inference_service.startup.load import Ready
+from loramux_shared.bases.config import ModelConfig
+from loramux_shared.bundle.modules import BY_NAME
 from loramux_shared.storage.memory import MemoryStore
 from tests.support.tiny import make_world
 
@@ -73,7 +77,7 @@ def noted(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[Key]]:
 def ready(tmp_path_factory: pytest.TempPathFactory) -> Ready:
     """A base and adapters with the kernels for GPUs, interpreted."""
     world, store = make_world(tmp_path_factory.mktemp("tiny")), MemoryStore()
-    world.build(store)
+    world.build(store, max_lora_rank=16)
     return world.load(store, backend="triton")
 
 
@@ -90,8 +94,20 @@ def run(ready: Ready, runner: GraphRunner, requests: list[tuple[str, int, Sampli
         engine.step()
 
 
+def replace_first(lora: TritonLora, config: ModelConfig) -> None:
+    """Let the adapter in the first slot leave, for one of another rank and another module."""
+    hidden, kv = config.dims.features(BY_NAME["attn_k"])
+    rows = [Matrices(1, "attn_k", torch.ones(1, hidden), torch.ones(kv, 1))]
+    groups, layers = config.groups, config.dims.num_layers
+    packed = lora.pack(pack_adapter(rows, groups, layers, torch.float32, torch.device("cpu")))
+    lora.leave(0)
+    lora.copy(packed, 0)
+    lora.enter(0, 0, packed)
+
+
 def test_traffic_launches_what_the_start_has_launched(ready: Ready, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Prompts of all lengths, beside decodes or alone, with graphs or too large for one, scored or not."""
+    """Prompts of all lengths, beside decodes or alone, with graphs or too large for one, scored or not; and an
+    adapter that came after the start."""
     monkeypatch.setattr(graph_runner, "RECORDED_ROWS", RECORDED)
     eager: Any = ready.engine._engine._runner
     runner = GraphRunner(eager._model, eager._lora, BLOCKS, BLOCK, LIMITS, TapeRecorder())
@@ -99,6 +115,7 @@ def test_traffic_launches_what_the_start_has_launched(ready: Ready, monkeypatch:
         run(ready, runner, [("base", 1, SamplingParams(max_tokens=2))])
     with noted(monkeypatch) as known:
         runner.capture()
+    replace_first(eager._lora, eager._model.config)
     draw = random.Random(0)
     kinds = [
         SamplingParams(max_tokens=2, temperature=0.8, top_p=0.9, seed=1),

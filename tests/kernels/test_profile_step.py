@@ -18,7 +18,7 @@ LIMITS = SchedulerLimits(max_tokens=24, max_seqs=3, max_adapters=2, max_seq_len=
 def test_the_largest_step_runs_before_anything_is_recorded(tmp_path: Path) -> None:
     """Prompts and decodes of two adapters and the base, with contexts far longer than the scratch cache."""
     world, store = make_world(tmp_path), MemoryStore()
-    world.build(store)
+    world.build(store, max_lora_rank=16)
     ready = world.load(store, backend="triton")
     plain = ready.engine._engine._runner
     assert isinstance(plain, Runner)

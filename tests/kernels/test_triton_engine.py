@@ -17,7 +17,7 @@ def test_the_triton_backend_gives_the_tokens_of_the_torch_backend(
     """Base and three adapters of mixed ranks in one batch, prefill (whole or in chunks) and decode."""
     world = make_world(tmp_path)
     store = MemoryStore()
-    world.build(store)
+    world.build(store, max_lora_rank=16)
     requests = [
         (name, [7 + 3 * index + place for place in range(5 + 9 * index)])
         for index, name in enumerate(("base", *ADAPTERS, "base"))

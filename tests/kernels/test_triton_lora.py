@@ -1,170 +1,125 @@
-"""The triton backend: adapters that come one after the other, and launches that outlive a step."""
+"""The triton backend: launches that outlive a step, and the adapters that it had."""
 
 from __future__ import annotations
 
 import gc
+import random
 import weakref
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 
-from inference_service.backends.torch import TorchLora
+from inference_service.backends.hold import hold
 from inference_service.backends.triton import TritonLora
 from inference_service.kernels.launch import Launch, intercepted
 from inference_service.kernels.sgmv import DECODE_TILE, SegmentCapacity, Segments, pack_segments
-from inference_service.lora.bank import GROWTH
-from inference_service.lora.segments import Arrangement, Segment
-from inference_service.lora.weights import AdapterWeights, Matrices, pack_adapter
-from loramux_shared.bases.groups import layer_groups
+from tests.kernels.lora_case import ADAPTERS, GROUPS, LAYERS, Resident, adapter, added, arrangement
 
-GROUPS = layer_groups(hidden=48, intermediate=80, q=48, kv=16)
-LAYERS = 2
-DIMS = {
-    module: (shape.in_features, out)
-    for shape in GROUPS
-    for module, out in zip(shape.modules, shape.out_features, strict=True)
-}
-ADAPTERS: list[Mapping[str, int]] = [
-    {"attn_q": 8, "attn_v": 8},
-    dict.fromkeys(DIMS, 4) | {"attn_q": 12, "mlp_gate": 2},
-    {"attn_dense": 5, "mlp_4h_to_h": 16},
-    {"mlp_h_to_4h": 3},
-    {"attn_k": 1, "mlp_4h_to_h": 7},
-]
-"""The ranks of the modules."""
+ROWS = 8
 
 
-def adapter(ranks: Mapping[str, int], seed: int, layers: Sequence[int] = range(LAYERS)) -> AdapterWeights:
-    """A random adapter."""
-    generator = torch.Generator().manual_seed(seed)
-    rows = [
-        Matrices(
-            layer,
-            module,
-            torch.randn(rank, DIMS[module][0], generator=generator) * 0.3,
-            torch.randn(DIMS[module][1], rank, generator=generator) * 0.3,
-        )
-        for layer in layers
-        for module, rank in ranks.items()
-    ]
-    return pack_adapter(rows, GROUPS, LAYERS, torch.float32, torch.device("cpu"))
+@pytest.fixture
+def lora(device: str) -> TritonLora:
+    """An empty bank."""
+    return TritonLora(GROUPS, LAYERS, torch.float32, torch.device(device))
 
 
-def arrangement(lengths: Mapping[int, int], base: int = 2) -> Arrangement:
-    """So many rows of each slot, behind rows of the base."""
-    segments, start = [], base
-    for slot, length in lengths.items():
-        segments.append(Segment(slot, start, start + length))
-        start += length
-    return Arrangement((), tuple(segments))
+class Recorded:
+    """The launches of all linears of a step of some rows, which is filled anew and replayed."""
+
+    def __init__(self, lora: TritonLora, device: str) -> None:
+        self._segments = Segments.allocate(SegmentCapacity(ROWS, lora.num_slots, DECODE_TILE), device)
+        self._linears = [(layer, shape.name) for layer in range(LAYERS) for shape in GROUPS]
+        shapes = [shape for _ in range(LAYERS) for shape in GROUPS]
+        self.inputs = [torch.randn(ROWS, shape.in_features, device=device) for shape in shapes]
+        self.outputs = [torch.zeros(ROWS, sum(shape.out_features), device=device) for shape in shapes]
+        self._tape: list[Launch] = []
+        with intercepted(self._tape.append):
+            lora.use(self._segments)
+            for (layer, name), x, out in zip(self._linears, self.inputs, self.outputs, strict=True):
+                lora.apply(x, out, layer, name)
+
+    def replay(self, lengths: Mapping[int, int]) -> None:
+        """Run it for so many rows of each slot."""
+        slots = [slot for slot, length in lengths.items() for _ in range(length)]
+        self._segments.load(torch.from_numpy(pack_segments(self._segments.capacity, np.array(slots))))
+        for out in self.outputs:
+            out.zero_()
+        for launch in self._tape:
+            launch()
+
+    def expect_right(self, lengths: Mapping[int, int], bank: Resident) -> None:
+        """Replay, and compare with what the adapters in their slots add."""
+        self.replay(lengths)
+        step = arrangement(lengths, base=0)
+        for (layer, name), x, out in zip(self._linears, self.inputs, self.outputs, strict=True):
+            expected = added(x.cpu(), step, bank.held, layer, name).float()
+            torch.testing.assert_close(out.cpu(), expected, rtol=1e-5, atol=1e-5)
 
 
-def expect_equal(ours: TritonLora, theirs: TorchLora, step: Arrangement, device: str) -> None:
-    """Both backends add the same in every linear, and nothing to the base's rows."""
-    ours.begin(step)
-    theirs.begin(step)
-    for layer in range(LAYERS):
-        for shape in GROUPS:
-            x = torch.randn(step.segments[-1].end + 1, shape.in_features)
-            out = torch.randn(len(x), sum(shape.out_features))
-            found, expected = out.to(device, copy=True), out.clone()
-            ours.apply(x.to(device), found, layer, shape.name)
-            theirs.apply(x, expected, layer, shape.name)
-            torch.testing.assert_close(found.cpu(), expected, rtol=1e-5, atol=1e-5)
-            assert torch.equal(found[:2].cpu(), out[:2])
+def bank_of(lora: TritonLora, num_slots: int) -> Resident:
+    """A bank with room for that many adapters on all modules."""
+    return Resident(lora, num_slots * lora.pack(adapter(ADAPTERS[1], 0)).num_bytes, num_slots)
 
 
-def test_adapters_may_be_loaded_between_steps(device: str) -> None:
-    """One after the other, of other ranks and modules each time; those before stay what they were."""
-    ours = TritonLora(GROUPS, torch.float32, torch.device(device))
-    theirs = TorchLora(GROUPS, torch.device("cpu"))
-    for slot, ranks in enumerate(ADAPTERS):
-        weights = adapter(ranks, seed=slot, layers=[0] if slot == 3 else range(LAYERS))
-        assert ours.load(weights) == theirs.load(weights) == slot
-        lengths = dict.fromkeys(range(slot, -1, -1), 1) | {slot: 3}
-        expect_equal(ours, theirs, arrangement(lengths), device)
-    expect_equal(ours, theirs, arrangement({0: 20, 4: 1, 1: 17}), device)
-    assert ours.num_slots == len(ADAPTERS)
+def test_a_step_recorded_in_an_empty_bank_serves_whoever_comes(lora: TritonLora, device: str) -> None:
+    """Launches recorded before there was any adapter are right for whatever is in the slots at a replay.
+
+    Elsewhere a grid frozen at the recording's number of segments, ranks or linears dropped adapters silently.
+    """
+    bank = bank_of(lora, 4)
+    recorded = Recorded(lora, device)
+    draw = random.Random(1)
+    for seed in range(8):
+        bank.bring(adapter(ADAPTERS[seed % len(ADAPTERS)], seed))
+        slots = draw.sample(sorted(bank.held), draw.randint(1, min(3, len(bank.held))))
+        recorded.expect_right({slot: draw.randint(1, 2) for slot in slots}, bank)
+    assert len(bank.held) == 4
 
 
-def test_the_weights_are_not_kept(device: str) -> None:
-    """An adapter is in the bank's memory alone, whose size is known: what it needs and room to grow."""
-    lora = TritonLora(GROUPS, torch.float32, torch.device(device))
-    assert lora.num_bytes == 0
-    needed = 0
-    for slot in range(6):
-        weights = adapter(ADAPTERS[1], seed=slot)
-        group = weights.layers[0]["qkv"]
-        needed += sum(
-            part.nbytes
-            for layer in weights.layers
-            for g in layer.values()
-            for part in (g.a, *g.b)
-            if part is not None
-        )
-        kept = weakref.ref(group)
-        lora.load(weights)
-        del weights, group
+def test_a_recorded_step_with_a_slot_that_was_left_adds_nothing(lora: TritonLora, device: str) -> None:
+    """Neither the adapter that was there, whose bytes are still in the arena, nor the one beside it."""
+    bank = bank_of(lora, 3)
+    recorded = Recorded(lora, device)
+    gone, stays = bank.bring(adapter(ADAPTERS[1], 0)), bank.bring(adapter(ADAPTERS[1], 1))
+    recorded.replay({gone: 2, stays: 1})
+    assert all(out[:3].any() for out in recorded.outputs)
+    bank.send_away(gone)
+    recorded.replay({gone: 2, stays: 1, 2: 1})
+    for out in recorded.outputs:
+        assert not out[:2].any()
+        assert not out[3:].any()
+        assert out[2].any()
+
+
+def test_the_weights_are_not_kept(lora: TritonLora) -> None:
+    """An adapter is in the bank's memory alone, whose size does not change."""
+    bank = bank_of(lora, 3)
+    size = lora.num_bytes
+    for seed in range(4):
+        packed = lora.pack(adapter(ADAPTERS[1], seed))
+        kept = weakref.ref(packed.matrices)
+        offset = seed % 3 * packed.num_bytes
+        if seed == 3:
+            lora.leave(0)
+        lora.copy(packed, offset)
+        lora.enter(seed % 3, offset, packed)
+        del packed
         gc.collect()
         assert kept() is None
-        tables = LAYERS * sum(len(shape.modules) for shape in GROUPS) * 3 * 8 * 2 * (slot + 1)
-        assert needed < lora.num_bytes <= needed * GROWTH + tables
+        assert lora.num_bytes == size
+    assert not bank.held
 
 
-def test_a_recorded_step_serves_more_adapters_at_replay(device: str) -> None:
-    """Launches recorded with one adapter are right for any later step of their capacity, and count no segments.
-
-    Elsewhere a grid frozen at the recording's number of segments dropped adapters silently.
-    """
-    lora = TritonLora(GROUPS, torch.float32, torch.device(device))
-    theirs = TorchLora(GROUPS, torch.device("cpu"))
-    for slot, ranks in enumerate(ADAPTERS):
-        weights = adapter(ranks, seed=slot)
-        lora.load(weights)
-        theirs.load(weights)
-    capacity = SegmentCapacity(8, lora.num_slots, DECODE_TILE)
-    segments = Segments.allocate(capacity, device)
-    inputs = {shape.name: torch.randn(8, shape.in_features, device=device) for shape in GROUPS}
-    outputs = {shape.name: torch.zeros(8, sum(shape.out_features), device=device) for shape in GROUPS}
-
-    fill(segments, [1])
-    tape: list[Launch] = []
-    with intercepted(tape.append):
-        lora.use(segments)
-        for shape in GROUPS:
-            lora.apply(inputs[shape.name], outputs[shape.name], 1, shape.name)
-    other = Segments.allocate(SegmentCapacity(2, lora.num_slots, DECODE_TILE), device)
-    lora.use(other)  # another capacity comes between, with memory of its own
-
-    for slots in ([0, 1, 2, 4], [1], [3, 3, 3, 0, 2, 2, 1, 4]):
-        lengths = {slot: slots.count(slot) for slot in slots}
-        fill(segments, [slot for slot, length in lengths.items() for _ in range(length)])
-        theirs.begin(arrangement(lengths, base=0))
-        for out in outputs.values():
-            out.zero_()
-        for launch in tape:
-            launch()
-        for shape in GROUPS:
-            expected = torch.zeros(8, sum(shape.out_features))
-            theirs.apply(inputs[shape.name].cpu(), expected, 1, shape.name)
-            torch.testing.assert_close(outputs[shape.name].cpu(), expected, rtol=1e-5, atol=1e-5)
-
-
-def fill(segments: Segments, slots: Sequence[int]) -> None:
-    """Load a step whose row i has the adapter in slots[i]."""
-    segments.load(torch.from_numpy(pack_segments(segments.capacity, np.array(slots))))
-
-
-def test_the_launches_of_a_step_depend_on_its_capacity_alone(device: str) -> None:
+def test_the_launches_of_a_step_depend_on_its_capacity_alone(lora: TritonLora, device: str) -> None:
     """Steps of other adapters, and of fewer rows than the capacity has, have the same grids."""
-    lora = TritonLora(GROUPS, torch.float32, torch.device(device))
-    for slot, ranks in enumerate(ADAPTERS):
-        lora.load(adapter(ranks, seed=slot))
+    hold(lora, *(adapter(ranks, seed=slot) for slot, ranks in enumerate(ADAPTERS)))
     x, out = torch.zeros(16, 48, device=device), torch.zeros(16, 80, device=device)
     seen = []
-    for rows in ({0: 1}, {1: 15}, {3: 9}, dict.fromkeys(range(5), 1)):
+    for rows in ({0: 1}, {1: 15}, {4: 9}, dict.fromkeys(range(5), 1)):
         grids: list[tuple[int, ...]] = []
         with intercepted(lambda launch, grids=grids: grids.append(launch.grid)):
             lora.begin(arrangement(rows))
@@ -175,14 +130,39 @@ def test_the_launches_of_a_step_depend_on_its_capacity_alone(device: str) -> Non
     assert seen[3] > seen[0]  # which has room for one adapter, whatever is loaded
 
 
-def test_a_linear_that_no_adapter_touches_has_no_launch(device: str) -> None:
-    """Its output is left alone."""
-    lora = TritonLora(GROUPS, torch.float32, torch.device(device))
-    lora.load(adapter({"attn_q": 2}, seed=0, layers=[1]))
+def test_what_is_launched_does_not_follow_the_number_of_slots(device: str) -> None:
+    """Three slots or three thousand, nearly all empty: the same grids, the same workspace, the same step."""
+    grids: list[list[tuple[int, ...]]] = []
+    sizes = []
+    for num_slots in (3, 3000):
+        lora = TritonLora(GROUPS, LAYERS, torch.float32, torch.device(device))
+        bank_of(lora, num_slots).bring(adapter(ADAPTERS[1], 0))
+        x, out = torch.zeros(16, 48, device=device), torch.zeros(16, 80, device=device)
+        of_bank: list[tuple[int, ...]] = []
+        with intercepted(lambda launch, of_bank=of_bank: of_bank.append(launch.grid)):
+            lora.begin(arrangement({0: 2}))
+            lora.apply(x, out, 0, "qkv")
+        grids.append(of_bank)
+        sizes.append([len(workspace) for workspace in lora._workspaces.values()])
+    assert grids[0] == grids[1] != []
+    assert sizes[0] == sizes[1]
+    for capacity in (SegmentCapacity(64, slots, DECODE_TILE, active=16) for slots in (16, 3000)):
+        assert (capacity.segments, capacity.packed_size) == (20, 64 + 24 + 20 + 4)
+
+
+def test_a_linear_that_no_adapter_of_the_step_touches_has_no_launch(lora: TritonLora, device: str) -> None:
+    """Its output is left alone; a step that is recorded has one, for whoever comes later."""
+    hold(lora, adapter({"attn_q": 2}, seed=0, layers=[1]))
     launched: list[Launch] = []
     x: Tensor = torch.zeros(4, 48, device=device)
+    outs: Sequence[Tensor] = torch.zeros(4, 80, device=device), torch.zeros(4, 48, device=device)
     with intercepted(launched.append):
         lora.begin(arrangement({0: 1}))
-        lora.apply(x, torch.zeros(4, 80, device=device), 0, "qkv")
-        lora.apply(x, torch.zeros(4, 48, device=device), 1, "o")
-    assert launched == []
+        lora.apply(x, outs[0], 0, "qkv")
+        lora.apply(x, outs[1], 1, "o")
+        assert launched == []
+        lora.apply(x, outs[0], 1, "qkv")
+        assert len(launched) == 2
+        lora.use(Segments.allocate(SegmentCapacity(4, 1, DECODE_TILE), device))
+        lora.apply(x, outs[1], 1, "o")
+    assert len(launched) == 4

@@ -27,7 +27,7 @@ TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}"
 
 
 def build_bundles(store: Store, folder: Path, count: int = 1, name: str = "tiny") -> list[str]:
-    """Build a deployment of adapters a0, a1, ... that differ; the first brings a chat template. Their digests."""
+    """Build adapters a0, a1, ..., of which the first brings a chat template, and return their digests."""
     base = write_base(folder / "base")
     adapters = {}
     for number in range(count):
@@ -79,11 +79,21 @@ def waiting(loader: AdapterLoader[Any], digest: str) -> Callable[[float], Loaded
     return lambda timeout_s: outcomes.get(timeout=timeout_s)
 
 
+def settle(loader: AdapterLoader[Any], timeout_s: float = 20) -> None:
+    """Wait until what was loaded is also kept on the disk, which goes on beside the load."""
+    room, deadline = loader._reader._room, time.monotonic() + timeout_s
+    while room._free != room._size:
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
 class Unsteady(MemoryStore):
     """A store in memory that can be slow or away, and counts who asks."""
 
     def __init__(self) -> None:
         super().__init__()
+        self.digests: list[str] = []
+        """Of the bundles that a test built."""
         self.away = False
         self.latency_s = 0.0
         self.asked: list[str] = []

@@ -172,7 +172,7 @@ def test_replicas_share_a_folder(store, folder):
                         wrong.append(digest)
                     reader.keep(found)
                 if round_number % 4 == 3:
-                    with open(folder / digest / WEIGHTS_FILE, "r+b") as file:
+                    with (folder / digest / WEIGHTS_FILE).open("r+b") as file:
                         file.write(b"damage")
         reader.close()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import threading
 import time
 from queue import SimpleQueue
@@ -105,7 +104,7 @@ def test_the_host_tier_keeps_what_was_packed(store, make):
     ],
 )
 def test_a_failure_while_packing_is_told_and_not_kept(store, make, raised, told):
-    """Whatever packing raises ends the load with a named fault that holds nothing of where; the next one works."""
+    """Whatever packing raises ends the load with a named fault that leaks nothing; the next one works."""
     failing = [raised]
 
     def pack(bundle):
@@ -215,7 +214,7 @@ def test_who_cannot_be_told_holds_up_nobody(store, make):
 
 
 def test_whatever_waits_at_the_end_is_told(store, make):
-    """After close every load and every work that did not begin ends with SHUTTING_DOWN, and new ones at once."""
+    """After close, whatever did not begin ends with SHUTTING_DOWN, and what is new at once."""
     store.latency_s = 0.3
     go = threading.Event()
     loader = make(lambda bundle: go.wait(20) and FakePacked(bundle))
@@ -262,21 +261,19 @@ def test_every_load_of_many_ends_once(store, make):
 
 
 def test_packing_leaves_the_threads_of_the_steps_alone(store, make):
-    """Packing computes with one thread at a lower priority; other threads keep their number of threads."""
+    """Packing computes with one thread; those of others, also of threads that begin later, stay as many."""
     before = torch.get_num_threads()
-    seen = []
+    seen, later = [], []
 
     def pack(bundle):
-        seen.append((torch.get_num_threads(), os.getpriority(os.PRIO_PROCESS, threading.get_native_id())))
+        seen.append(torch.get_num_threads())
         return FakePacked(bundle)
 
-    own = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
-    load(make(pack, niceness=7 + own), store.digests[0])
-    later = []
+    load(make(pack), store.digests[0])
     thread = threading.Thread(target=lambda: later.append(torch.get_num_threads()))
     thread.start()
     thread.join()
-    assert seen == [(1, 7 + own)]
+    assert seen == [1]
     assert (torch.get_num_threads(), later) == (before, [before])
 
 

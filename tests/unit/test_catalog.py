@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 import tracemalloc
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -239,10 +238,9 @@ def test_a_caller_gets_no_model_through_another_name() -> None:
 
 
 def test_ten_thousand_adapters_are_cheap() -> None:
-    """Memory of what is registered, and the time of a first and of a small change; bars, not measurements."""
+    """A registered adapter costs less than 2 KB here, and a switch of one leaves all others what they were."""
     adapters = {f"adapter-{number:05}": f"d{number:05}" for number in range(10_000)}
     first = generation(1, adapters)
-    second = generation(2, adapters | {"adapter-00500": "other"})
     names = Catalog(1, "base", [BASE])
     tracemalloc.start()
     before, _ = tracemalloc.get_traced_memory()
@@ -250,12 +248,9 @@ def test_ten_thousand_adapters_are_cheap() -> None:
     after, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert (after - before) / len(adapters) < 2048
-    kept = names.get("adapter-00501")
-    started = time.perf_counter()
-    assert names.apply(second).switched == ("adapter-00500",)
-    assert time.perf_counter() - started < 0.5
-    assert names.get("adapter-00501") is kept
-    started = time.perf_counter()
+    kept = names.everything
+    assert names.apply(generation(2, adapters | {"adapter-00500": "other"})).switched == ("adapter-00500",)
+    same = [now is then for now, then in zip(names.everything, kept, strict=True)]
+    assert same.count(False) == 1
     with pytest.raises(ModelNotFound, match="Did you mean adapter-005"):
         names.get("adapter-0050O")
-    assert time.perf_counter() - started < 0.2

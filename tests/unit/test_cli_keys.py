@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import stat
 import sys
 from collections.abc import Iterator
@@ -85,6 +86,24 @@ def test_keys_are_listed_and_removed(tmp_path: Path, monkeypatch: pytest.MonkeyP
         ["bob", "infer", "all"],
     ]
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_key_with_limits(tmp_path: Path) -> None:
+    """They are in its line and in the list; one that no key can have ends in a line and exit 2."""
+    path = tmp_path / "keys.jsonl"
+    limits = ("--weight", "0.5", "--max-running", "2", "--max-waiting", "3", "--tokens-per-minute", "4000")
+    assert run("keys", "new", "--scope", "infer", *limits, "--file", str(path))[0] == 0
+    [entry] = parse_keys(path.read_text(), "f")
+    said = {"weight": 0.5, "max_running": 2, "max_waiting": 3, "tokens_per_minute": 4000}
+    assert entry.limits is not None
+    assert entry.limits.model_dump() == said
+    _, text, _ = run("keys", "list", "--file", str(path), "--json")
+    assert json.loads(text)["keys"][0]["limits"] == said
+    _, text, _ = run("keys", "list", "--file", str(path))
+    assert "weight 0.5" in " ".join(text.split())
+    code, _, errors = run("keys", "new", "--scope", "infer", "--weight", "0")
+    assert (code, errors.count("\n")) == (2, 1)
+    assert "limits.weight: " in errors
 
 
 def test_what_keys_refuses(tmp_path: Path) -> None:

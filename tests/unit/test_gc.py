@@ -12,7 +12,8 @@ from builder_service.pipeline.build import build
 from builder_service.pipeline.context import BuildContext
 from builder_service.pipeline.progress import Progress
 from loramux.cli.main import app
-from loramux_shared.bundle.deployments import current_generation, generation_numbers
+from loramux_shared.bundle.claims import generation_numbers
+from loramux_shared.bundle.deployments import current_generation
 from loramux_shared.bundle.gc import Kind, check_grace, find_orphans, remove
 from loramux_shared.bundle.manifest import MANIFEST_FILE, bundle_key, claim_key, generation_key
 from loramux_shared.bundle.reader import read_bundle

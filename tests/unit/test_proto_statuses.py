@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from builder_service.builds.builds import Builds
+from builder_service.builds.pushes import Pushes
 from builder_service.pipeline.check import Checks
 from inference_service.rpc.mapping import request_from_message
 from inference_service.serving.service import GenerationService
@@ -40,6 +41,10 @@ RPCS: dict[str, tuple[Callable[..., Any], ...]] = {
     "WatchDeployment": (Builds.watch,),
     "CancelBuild": (Builds.cancel,),
     "CheckAdapter": (Checks.check,),
+    "UpdateDeployment": (Builds.update,),
+    "RollbackDeployment": (Builds.rollback,),
+    "ListGenerations": (Builds.history,),
+    "PutAdapter": (Pushes.put,),
     "Generate": (request_from_message, GenerationService.generate),
     "ListModels": (),
 }

@@ -8,12 +8,8 @@ import pytest
 from builder_service.pipeline.build import build
 from builder_service.pipeline.context import BuildContext
 from builder_service.pipeline.progress import Progress
-from loramux_shared.bundle.deployments import (
-    current_generation,
-    generation_numbers,
-    list_deployments,
-    publish_generation,
-)
+from loramux_shared.bundle.claims import generation_numbers
+from loramux_shared.bundle.deployments import current_generation, list_deployments, publish_generation
 from loramux_shared.bundle.manifest import Manifest, bundle_key, current_key, generation_key, sha256_hex
 from loramux_shared.bundle.reader import read_bundle
 from loramux_shared.deployment_file import parse_deployment

@@ -60,12 +60,13 @@ def shrink_tile(
     """y[plane, p, r] of the entries start..end and one tile of the slot's rows; see ``shrink_kernel``."""
     # The slot's rows over all slices are one axis: a tile may hold rows of q, k and v, and reads x once.
     o_r = i_r * BLOCK_R + tl.arange(0, BLOCK_R)  # [BLOCK_R]
-    o_row = tl.zeros([BLOCK_R], tl.int64)  # [BLOCK_R] first element of the row
+    o_row = tl.zeros([BLOCK_R], tl.int64)  # [BLOCK_R] first element of the row, in multiples of ROW
     first = 0
     for i in tl.static_range(N_SLICES):
-        element = tl.multiple_of(tl.load(p_slot + 3 * i + 1).to(tl.int64), ROW)
-        o_row = tl.where(o_r >= first, element + (o_r - first).to(tl.int64) * stride_a, o_row)
+        begin = tl.load(p_slot + 3 * i + 1).to(tl.int64) // ROW
+        o_row = tl.where(o_r >= first, begin + (o_r - first).to(tl.int64) * (stride_a // ROW), o_row)
         first += tl.load(p_slot + 3 * i).to(tl.int32)
+    o_row *= ROW  # said last: what the compiler knows of a multiple does not get through a choice
     m_r = o_r < rows  # [BLOCK_R]
 
     first_k = i_plane * blocks_k * BLOCK_K  # known to be a multiple of BLOCK_K: loads along K are vectors

@@ -15,7 +15,7 @@ import torch
 
 from inference_service.serving.adapters.reading import BundleReader, Found, Tier
 from inference_service.serving.adapters.recent import Recent
-from inference_service.serving.adapters.workers import NICENESS, Workers
+from inference_service.serving.adapters.workers import Workers
 from loramux_shared.bundle.reader import Bundle
 from loramux_shared.faults import Fault, InternalFault, ResourcesExhausted, ShuttingDown
 
@@ -64,7 +64,7 @@ class AdapterLoader(Generic[P]):
 
     What `load` and `run` are given is called exactly once for every call, on one of these threads, with a
     result or a fault. pack makes a verified bundle into what the backend copies, and proves it; it runs on
-    ``threads`` threads, which give way to the steps. Nothing is tried again here: the caller decides that.
+    ``threads`` threads. Nothing is tried again here: the caller decides that.
     """
 
     def __init__(
@@ -74,16 +74,15 @@ class AdapterLoader(Generic[P]):
         *,
         host_bytes: float = 0,
         threads: int = 1,
-        niceness: int = NICENESS,
     ) -> None:
         self._reader = reader
         self._pack = pack
         self._host: Recent[P] = Recent(host_bytes)
         self._lock = threading.Lock()
         self._waiting: dict[str, list[Callable[[Loaded[P] | Fault], None]]] = {}
-        self._reads = Workers("bundles", LOADS, niceness)
+        self._reads = Workers("bundles", LOADS)
         # One thread computes: teams of several would wait for each other, and take the cores from the steps.
-        self._work = Workers("adapters", threads, niceness, prepare=partial(torch.set_num_threads, 1))
+        self._work = Workers("adapters", threads, prepare=partial(torch.set_num_threads, 1))
         torch.set_num_threads(torch.get_num_threads())  # of threads that are not yet begun; see decision 38
 
     @property

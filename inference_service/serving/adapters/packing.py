@@ -84,4 +84,6 @@ class Packer:
 
 def _beside_the_steps(device: torch.device) -> AbstractContextManager[object]:
     """Compute on a stream of one's own, where there are streams: on the steps' they would wait."""
-    return torch.cuda.stream(torch.cuda.Stream(device)) if device.type == "cuda" else nullcontext()
+    if device.type != "cuda":
+        return nullcontext()
+    return torch.cuda.stream(torch.cuda.Stream(device))  # type: ignore[no-untyped-call]

@@ -13,7 +13,7 @@ from typing import Final
 import structlog
 
 from inference_service.serving.adapters.disk import DiskTier
-from inference_service.serving.adapters.workers import NICENESS, Workers
+from inference_service.serving.adapters.workers import Workers
 from loramux_shared.bundle.manifest import MANIFEST_FILE, WEIGHTS_FILE, Manifest
 from loramux_shared.bundle.npy import Bytes
 from loramux_shared.bundle.reader import (
@@ -61,7 +61,7 @@ class BundleReader:
     def __init__(self, store: Store, disk: DiskTier | None) -> None:
         self._store = store
         self._disk = disk
-        self._requests = Workers("bundle-files", REQUESTS, NICENESS)
+        self._requests = Workers("bundle-files", REQUESTS)
         self._room = _Room(AT_ONCE_BYTES)
         if disk is not None:
             self._requests.submit(disk.sweep)

@@ -27,7 +27,8 @@ def _merging(old: Generation, new: Generation) -> str | None:
     """An adapter that is part of the weights cannot leave them; one that could be is as right beside them."""
     if old.merged is None:
         return "its adapter is to be merged into the weights" if new.merge is Merge.ALWAYS else None
-    if new.merged is None or new.adapters[new.merged] != old.adapters[old.merged] or new.merged != old.merged:
+    digest = old.adapters[old.merged].digest
+    if new.merged != old.merged or new.adapters[old.merged].digest != digest:
         return f"adapter {old.merged} is merged into the weights, and is to be replaced or joined by others"
     return None
 

@@ -1,9 +1,8 @@
-"""Threads for work beside the steps: urgent work first, at a lower priority than the steps."""
+"""Threads for work beside the steps, urgent work first."""
 
 from __future__ import annotations
 
 import itertools
-import os
 import queue
 import threading
 import weakref
@@ -11,12 +10,9 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, Final, TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
-
-NICENESS: Final = 10
-"""Of threads that compute beside the steps: a tenth of a core while steps want all of them. See decision 38."""
 
 
 @dataclass(order=True)
@@ -35,9 +31,7 @@ class Workers:
     They end with the process: a store that hangs holds up no exit.
     """
 
-    def __init__(
-        self, name: str, count: int, niceness: int = 0, prepare: Callable[[], object] | None = None
-    ) -> None:
+    def __init__(self, name: str, count: int, prepare: Callable[[], object] | None = None) -> None:
         """Start the threads; each has run prepare when this returns."""
         self._queue: queue.PriorityQueue[_Work] = queue.PriorityQueue()
         self._numbers = itertools.count()
@@ -46,7 +40,7 @@ class Workers:
         self._closed = False
         ready = threading.Barrier(count + 1)
         for number in range(count):
-            arguments = self._queue, niceness, prepare, ready
+            arguments = self._queue, prepare, ready
             threading.Thread(target=_serve, args=arguments, name=f"{name}-{number}", daemon=True).start()
         ready.wait()
         weakref.finalize(self, _end, self._queue, count)
@@ -78,12 +72,10 @@ class Workers:
 
 def _serve(
     work: queue.PriorityQueue[_Work],
-    niceness: int,
     prepare: Callable[[], object] | None,
     ready: threading.Barrier,
 ) -> None:
     """What a thread does; it knows nothing of the `Workers`, so that those can be forgotten."""
-    lower_priority(niceness)
     if prepare is not None:
         prepare()
     ready.wait()
@@ -106,10 +98,3 @@ def _carry_out(item: _Work) -> None:
         item.future.set_exception(error)
     else:
         item.future.set_result(result)
-
-
-def lower_priority(niceness: int) -> None:
-    """Let the calling thread, and those that it starts, give way to others, where the system can do so."""
-    if niceness and hasattr(os, "setpriority"):
-        with suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), niceness)

@@ -66,6 +66,11 @@ class Record:
         return self.answers[0].seq.num_prompt if self.answers else 0
 
     @property
+    def temperature(self) -> float | None:
+        """What tokens are drawn with: the request's, the adapter's or the door's; None while nobody knows."""
+        return self.answers[0].seq.sampling.temperature if self.answers else self.request.temperature
+
+    @property
     def cached_tokens(self) -> int:
         """Of the prompt, tokens that the prefix cache held."""
         return self.answers[0].seq.num_cached if self.answers else 0

@@ -90,7 +90,7 @@ def _attributes(record: Record, operation: str) -> Mapping[str, AttributeValue]:
         "gen_ai.request.model": request.model[:128],
         "gen_ai.request.choice.count": request.n,
         "gen_ai.request.max_tokens": request.max_tokens,
-        "gen_ai.request.temperature": request.temperature,
+        "gen_ai.request.temperature": record.temperature,
         "gen_ai.request.top_p": request.top_p,
         "gen_ai.request.seed": request.seed,
         "gen_ai.response.id": request.id,

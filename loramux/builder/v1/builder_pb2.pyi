@@ -19,6 +19,7 @@ class SourceKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     SOURCE_KIND_AZURE: _ClassVar[SourceKind]
     SOURCE_KIND_REMOTE_URL: _ClassVar[SourceKind]
     SOURCE_KIND_LOCAL: _ClassVar[SourceKind]
+    SOURCE_KIND_PUSHED: _ClassVar[SourceKind]
 
 class Dtype(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -39,6 +40,7 @@ SOURCE_KIND_GCS: SourceKind
 SOURCE_KIND_AZURE: SourceKind
 SOURCE_KIND_REMOTE_URL: SourceKind
 SOURCE_KIND_LOCAL: SourceKind
+SOURCE_KIND_PUSHED: SourceKind
 DTYPE_UNSPECIFIED: Dtype
 DTYPE_BFLOAT16: Dtype
 DTYPE_FLOAT16: Dtype
@@ -140,18 +142,146 @@ class Limits(_message.Message):
     def __init__(self, weight: _Optional[float] = ..., max_running: _Optional[int] = ..., max_waiting: _Optional[int] = ..., tokens_per_minute: _Optional[int] = ...) -> None: ...
 
 class BuildDeploymentRequest(_message.Message):
-    __slots__ = ("deployment", "request_id")
+    __slots__ = ("deployment", "request_id", "verify")
     DEPLOYMENT_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    VERIFY_FIELD_NUMBER: _ClassVar[int]
     deployment: DeploymentSpec
     request_id: str
-    def __init__(self, deployment: _Optional[_Union[DeploymentSpec, _Mapping]] = ..., request_id: _Optional[str] = ...) -> None: ...
+    verify: bool
+    def __init__(self, deployment: _Optional[_Union[DeploymentSpec, _Mapping]] = ..., request_id: _Optional[str] = ..., verify: _Optional[bool] = ...) -> None: ...
 
 class BuildDeploymentResponse(_message.Message):
     __slots__ = ("deployment",)
     DEPLOYMENT_FIELD_NUMBER: _ClassVar[int]
     deployment: Deployment
     def __init__(self, deployment: _Optional[_Union[Deployment, _Mapping]] = ...) -> None: ...
+
+class UpdateDeploymentRequest(_message.Message):
+    __slots__ = ("name", "add", "remove", "expected_generation", "request_id")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    ADD_FIELD_NUMBER: _ClassVar[int]
+    REMOVE_FIELD_NUMBER: _ClassVar[int]
+    EXPECTED_GENERATION_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    add: _containers.RepeatedCompositeFieldContainer[Adapter]
+    remove: _containers.RepeatedScalarFieldContainer[str]
+    expected_generation: int
+    request_id: str
+    def __init__(self, name: _Optional[str] = ..., add: _Optional[_Iterable[_Union[Adapter, _Mapping]]] = ..., remove: _Optional[_Iterable[str]] = ..., expected_generation: _Optional[int] = ..., request_id: _Optional[str] = ...) -> None: ...
+
+class UpdateDeploymentResponse(_message.Message):
+    __slots__ = ("deployment",)
+    DEPLOYMENT_FIELD_NUMBER: _ClassVar[int]
+    deployment: Deployment
+    def __init__(self, deployment: _Optional[_Union[Deployment, _Mapping]] = ...) -> None: ...
+
+class RollbackDeploymentRequest(_message.Message):
+    __slots__ = ("name", "to", "expected_generation")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    TO_FIELD_NUMBER: _ClassVar[int]
+    EXPECTED_GENERATION_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    to: int
+    expected_generation: int
+    def __init__(self, name: _Optional[str] = ..., to: _Optional[int] = ..., expected_generation: _Optional[int] = ...) -> None: ...
+
+class RollbackDeploymentResponse(_message.Message):
+    __slots__ = ("generation", "unchanged")
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
+    UNCHANGED_FIELD_NUMBER: _ClassVar[int]
+    generation: int
+    unchanged: bool
+    def __init__(self, generation: _Optional[int] = ..., unchanged: _Optional[bool] = ...) -> None: ...
+
+class ListGenerationsRequest(_message.Message):
+    __slots__ = ("name", "page_size", "page_token")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    PAGE_SIZE_FIELD_NUMBER: _ClassVar[int]
+    PAGE_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    page_size: int
+    page_token: str
+    def __init__(self, name: _Optional[str] = ..., page_size: _Optional[int] = ..., page_token: _Optional[str] = ...) -> None: ...
+
+class ListGenerationsResponse(_message.Message):
+    __slots__ = ("generations", "next_page_token")
+    GENERATIONS_FIELD_NUMBER: _ClassVar[int]
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    generations: _containers.RepeatedCompositeFieldContainer[Generation]
+    next_page_token: str
+    def __init__(self, generations: _Optional[_Iterable[_Union[Generation, _Mapping]]] = ..., next_page_token: _Optional[str] = ...) -> None: ...
+
+class Generation(_message.Message):
+    __slots__ = ("number", "create_time", "served", "adapters", "changes", "change_count", "other_settings", "damage")
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    CREATE_TIME_FIELD_NUMBER: _ClassVar[int]
+    SERVED_FIELD_NUMBER: _ClassVar[int]
+    ADAPTERS_FIELD_NUMBER: _ClassVar[int]
+    CHANGES_FIELD_NUMBER: _ClassVar[int]
+    CHANGE_COUNT_FIELD_NUMBER: _ClassVar[int]
+    OTHER_SETTINGS_FIELD_NUMBER: _ClassVar[int]
+    DAMAGE_FIELD_NUMBER: _ClassVar[int]
+    number: int
+    create_time: _timestamp_pb2.Timestamp
+    served: bool
+    adapters: int
+    changes: _containers.RepeatedCompositeFieldContainer[AdapterChange]
+    change_count: int
+    other_settings: bool
+    damage: str
+    def __init__(self, number: _Optional[int] = ..., create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., served: _Optional[bool] = ..., adapters: _Optional[int] = ..., changes: _Optional[_Iterable[_Union[AdapterChange, _Mapping]]] = ..., change_count: _Optional[int] = ..., other_settings: _Optional[bool] = ..., damage: _Optional[str] = ...) -> None: ...
+
+class AdapterChange(_message.Message):
+    __slots__ = ("name", "digest", "digest_before")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_BEFORE_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    digest: str
+    digest_before: str
+    def __init__(self, name: _Optional[str] = ..., digest: _Optional[str] = ..., digest_before: _Optional[str] = ...) -> None: ...
+
+class PutAdapterRequest(_message.Message):
+    __slots__ = ("upload", "chunk")
+    UPLOAD_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_FIELD_NUMBER: _ClassVar[int]
+    upload: AdapterUpload
+    chunk: FileChunk
+    def __init__(self, upload: _Optional[_Union[AdapterUpload, _Mapping]] = ..., chunk: _Optional[_Union[FileChunk, _Mapping]] = ...) -> None: ...
+
+class AdapterUpload(_message.Message):
+    __slots__ = ("deployment", "name", "config", "expected_generation")
+    DEPLOYMENT_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    CONFIG_FIELD_NUMBER: _ClassVar[int]
+    EXPECTED_GENERATION_FIELD_NUMBER: _ClassVar[int]
+    deployment: str
+    name: str
+    config: bytes
+    expected_generation: int
+    def __init__(self, deployment: _Optional[str] = ..., name: _Optional[str] = ..., config: _Optional[bytes] = ..., expected_generation: _Optional[int] = ...) -> None: ...
+
+class FileChunk(_message.Message):
+    __slots__ = ("file", "data")
+    FILE_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    file: str
+    data: bytes
+    def __init__(self, file: _Optional[str] = ..., data: _Optional[bytes] = ...) -> None: ...
+
+class PutAdapterResponse(_message.Message):
+    __slots__ = ("digest", "generation", "unchanged", "adapter")
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
+    UNCHANGED_FIELD_NUMBER: _ClassVar[int]
+    ADAPTER_FIELD_NUMBER: _ClassVar[int]
+    digest: str
+    generation: int
+    unchanged: bool
+    adapter: AdapterBuild
+    def __init__(self, digest: _Optional[str] = ..., generation: _Optional[int] = ..., unchanged: _Optional[bool] = ..., adapter: _Optional[_Union[AdapterBuild, _Mapping]] = ...) -> None: ...
 
 class GetDeploymentRequest(_message.Message):
     __slots__ = ("name",)
@@ -182,12 +312,14 @@ class ListDeploymentsResponse(_message.Message):
     def __init__(self, deployments: _Optional[_Iterable[_Union[Deployment, _Mapping]]] = ..., next_page_token: _Optional[str] = ...) -> None: ...
 
 class WatchDeploymentRequest(_message.Message):
-    __slots__ = ("name", "changes_only")
+    __slots__ = ("name", "changes_only", "follow")
     NAME_FIELD_NUMBER: _ClassVar[int]
     CHANGES_ONLY_FIELD_NUMBER: _ClassVar[int]
+    FOLLOW_FIELD_NUMBER: _ClassVar[int]
     name: str
     changes_only: bool
-    def __init__(self, name: _Optional[str] = ..., changes_only: _Optional[bool] = ...) -> None: ...
+    follow: bool
+    def __init__(self, name: _Optional[str] = ..., changes_only: _Optional[bool] = ..., follow: _Optional[bool] = ...) -> None: ...
 
 class WatchDeploymentResponse(_message.Message):
     __slots__ = ("deployment",)
@@ -238,7 +370,7 @@ class Deployment(_message.Message):
     def __init__(self, name: _Optional[str] = ..., state: _Optional[_Union[Deployment.State, str]] = ..., generation: _Optional[int] = ..., create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., update_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., adapters: _Optional[_Iterable[_Union[AdapterBuild, _Mapping]]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ..., unchanged: _Optional[bool] = ...) -> None: ...
 
 class AdapterBuild(_message.Message):
-    __slots__ = ("name", "stage", "bytes_done", "bytes_total", "digest", "ranks", "modules", "tensors_used", "bundle_bytes", "warnings", "reused", "repaired")
+    __slots__ = ("name", "stage", "bytes_done", "bytes_total", "digest", "ranks", "modules", "tensors_used", "bundle_bytes", "warnings", "reused", "repaired", "kept")
     class Stage(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         STAGE_UNSPECIFIED: _ClassVar[AdapterBuild.Stage]
@@ -271,6 +403,7 @@ class AdapterBuild(_message.Message):
     WARNINGS_FIELD_NUMBER: _ClassVar[int]
     REUSED_FIELD_NUMBER: _ClassVar[int]
     REPAIRED_FIELD_NUMBER: _ClassVar[int]
+    KEPT_FIELD_NUMBER: _ClassVar[int]
     name: str
     stage: AdapterBuild.Stage
     bytes_done: int
@@ -283,7 +416,8 @@ class AdapterBuild(_message.Message):
     warnings: _containers.RepeatedCompositeFieldContainer[Finding]
     reused: bool
     repaired: bool
-    def __init__(self, name: _Optional[str] = ..., stage: _Optional[_Union[AdapterBuild.Stage, str]] = ..., bytes_done: _Optional[int] = ..., bytes_total: _Optional[int] = ..., digest: _Optional[str] = ..., ranks: _Optional[_Iterable[int]] = ..., modules: _Optional[_Iterable[str]] = ..., tensors_used: _Optional[int] = ..., bundle_bytes: _Optional[int] = ..., warnings: _Optional[_Iterable[_Union[Finding, _Mapping]]] = ..., reused: _Optional[bool] = ..., repaired: _Optional[bool] = ...) -> None: ...
+    kept: bool
+    def __init__(self, name: _Optional[str] = ..., stage: _Optional[_Union[AdapterBuild.Stage, str]] = ..., bytes_done: _Optional[int] = ..., bytes_total: _Optional[int] = ..., digest: _Optional[str] = ..., ranks: _Optional[_Iterable[int]] = ..., modules: _Optional[_Iterable[str]] = ..., tensors_used: _Optional[int] = ..., bundle_bytes: _Optional[int] = ..., warnings: _Optional[_Iterable[_Union[Finding, _Mapping]]] = ..., reused: _Optional[bool] = ..., repaired: _Optional[bool] = ..., kept: _Optional[bool] = ...) -> None: ...
 
 class Finding(_message.Message):
     __slots__ = ("code", "adapter", "where", "expected", "found", "fix")

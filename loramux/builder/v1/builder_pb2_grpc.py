@@ -68,6 +68,26 @@ class BuilderServiceStub:
                 request_serializer=loramux_dot_builder_dot_v1_dot_builder__pb2.ListDeploymentsRequest.SerializeToString,
                 response_deserializer=loramux_dot_builder_dot_v1_dot_builder__pb2.ListDeploymentsResponse.FromString,
                 _registered_method=True)
+        self.UpdateDeployment = channel.unary_unary(
+                '/loramux.builder.v1.BuilderService/UpdateDeployment',
+                request_serializer=loramux_dot_builder_dot_v1_dot_builder__pb2.UpdateDeploymentRequest.SerializeToString,
+                response_deserializer=loramux_dot_builder_dot_v1_dot_builder__pb2.UpdateDeploymentResponse.FromString,
+                _registered_method=True)
+        self.RollbackDeployment = channel.unary_unary(
+                '/loramux.builder.v1.BuilderService/RollbackDeployment',
+                request_serializer=loramux_dot_builder_dot_v1_dot_builder__pb2.RollbackDeploymentRequest.SerializeToString,
+                response_deserializer=loramux_dot_builder_dot_v1_dot_builder__pb2.RollbackDeploymentResponse.FromString,
+                _registered_method=True)
+        self.ListGenerations = channel.unary_unary(
+                '/loramux.builder.v1.BuilderService/ListGenerations',
+                request_serializer=loramux_dot_builder_dot_v1_dot_builder__pb2.ListGenerationsRequest.SerializeToString,
+                response_deserializer=loramux_dot_builder_dot_v1_dot_builder__pb2.ListGenerationsResponse.FromString,
+                _registered_method=True)
+        self.PutAdapter = channel.stream_unary(
+                '/loramux.builder.v1.BuilderService/PutAdapter',
+                request_serializer=loramux_dot_builder_dot_v1_dot_builder__pb2.PutAdapterRequest.SerializeToString,
+                response_deserializer=loramux_dot_builder_dot_v1_dot_builder__pb2.PutAdapterResponse.FromString,
+                _registered_method=True)
         self.WatchDeployment = channel.unary_stream(
                 '/loramux.builder.v1.BuilderService/WatchDeployment',
                 request_serializer=loramux_dot_builder_dot_v1_dot_builder__pb2.WatchDeploymentRequest.SerializeToString,
@@ -111,9 +131,11 @@ class BuilderServiceServicer:
         """Starts a build and answers at once with the deployment in BUILDING.
 
         Repeating the call is safe: the same request_id answers with the same build, and
-        so does the same deployment while its build runs. Later it is built again: bundles
-        that the store has are read back instead of put, and where nothing differs no
-        generation is published (unchanged).
+        so does the same deployment while its build runs. Later it is built again: adapters
+        that are what they were in the served generation are kept, bundles that the store
+        has are read back instead of put, and where nothing differs no generation is
+        published (unchanged). Adapters that the message does not name leave the deployment,
+        those that were pushed or added by an update too.
 
         INVALID_ARGUMENT  DEPLOYMENT_INVALID: the message breaks a rule of the deployment
         file; the violations name the fields. Correct them.
@@ -148,9 +170,91 @@ class BuilderServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def UpdateDeployment(self, request, context):
+        """Makes the next generation from the newest one: adapters come in, take the place of
+        others, or leave. It is a build, and answers at once with the deployment in BUILDING;
+        its adapters are those that it adds. Adapters that it does not name stay what they
+        are, and are not even looked at. Updates that race lose nothing: one that finds
+        another generation in the end is made again from that, unless it expected another.
+
+        Repeating the call is safe, as with BuildDeployment.
+
+        INVALID_ARGUMENT  DEPLOYMENT_INVALID: the message breaks a rule of the deployment
+        file; the violations name the fields. Correct them.
+        NOT_FOUND         DEPLOYMENT_NOT_FOUND: the message lists those that exist.
+        ADAPTER_NOT_FOUND: an adapter to remove is not there; the message lists those that are.
+        ALREADY_EXISTS    REQUEST_ID_REUSED: the request_id was used for something else.
+        Draw a new one.
+        ABORTED           GENERATION_MISMATCH: the newest generation is another than the expected one. Look at
+        it, then repeat with its number. BUILD_IN_PROGRESS: another build of this deployment
+        runs. Watch it, then call again.
+        RESOURCE_EXHAUSTED  QUEUE_FULL: too many builds wait. Retry.
+        DATA_LOSS         BUNDLE_CORRUPT: the newest generation cannot be read. Build the deployment again.
+        UNAVAILABLE       STORE_UNAVAILABLE: the object store does not answer. Retry.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RollbackDeployment(self, request, context):
+        """Makes the content of an older generation the newest one, base and settings included, and answers when it
+        is published. That generation's bundles are looked for first. Repeating the call with the same number is
+        safe; without a number it goes back and forth.
+
+        NOT_FOUND    DEPLOYMENT_NOT_FOUND: the message lists those that exist.
+        GENERATION_NOT_FOUND: the message lists those that the deployment has.
+        ABORTED      GENERATION_MISMATCH: the newest generation is another than the expected one.
+        DATA_LOSS    BUNDLE_CORRUPT: that generation, or a bundle of it, is not whole any more. Choose another.
+        UNAVAILABLE  STORE_UNAVAILABLE: retry.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListGenerations(self, request, context):
+        """Lists the generations of a deployment, the newest first, with what changed in each.
+
+        NOT_FOUND         DEPLOYMENT_NOT_FOUND: the message lists those that exist.
+        INVALID_ARGUMENT  PAGE_TOKEN_INVALID: use the next_page_token of the last answer.
+        UNAVAILABLE       STORE_UNAVAILABLE: retry.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PutAdapter(self, request_iterator, context):
+        """Takes an adapter that lies nowhere, and answers when the generation is published in which it is. It comes
+        under the same rules as one from a repository, and has the same digest; nothing is unpickled.
+        The first message is the upload, all others are chunks. A client that pauses too long between two
+        messages is cut off. Repeating the call is safe: the same files change nothing. An update keeps what was
+        pushed; a build keeps it where its deployment names it, as SOURCE_KIND_PUSHED.
+
+        INVALID_ARGUMENT     ADAPTER_INVALID: it breaks rules; the violations are all of them.
+        DEPLOYMENT_INVALID: the name cannot be an adapter's of this deployment.
+        REQUEST_INVALID: a chunk is of no file of an adapter, or too large.
+        NOT_FOUND            DEPLOYMENT_NOT_FOUND: the message lists those that exist.
+        REPO_NOT_FOUND, REVISION_NOT_FOUND: of the base, whose config is read again.
+        PERMISSION_DENIED    REPO_GATED, SOURCE_REFUSED: likewise.
+        ABORTED              GENERATION_MISMATCH: the newest generation is another than the expected one, or has
+        another base since the upload began. SOURCE_CHANGED: of the base. Push it again.
+        RESOURCE_EXHAUSTED   QUEUE_FULL: too many adapters are being pushed. Retry.
+        FAILED_PRECONDITION  RESOURCES_EXHAUSTED: the builder's disk is full. CHECKPOINT_INVALID: the base is not
+        served by this release. SETTINGS_INVALID: the deployment wants proofs, for which this
+        builder lacks torch.
+        DATA_LOSS            BUNDLE_CORRUPT: the newest generation, or the base, is not what was recorded.
+        UNAVAILABLE          STORE_UNAVAILABLE, SOURCE_UNAVAILABLE: retry.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def WatchDeployment(self, request, context):
         """Streams the state of a deployment: the current state at once, then every change,
         until it is ACTIVE or FAILED. After a broken stream the same call goes on.
+
+        With follow it stays open for ever, and tells every build of this builder and every
+        generation, also one that another builder published, which is seen within seconds.
+        Between builds its messages have no adapters.
 
         NOT_FOUND    DEPLOYMENT_NOT_FOUND: the message lists those that exist.
         UNAVAILABLE  STORE_UNAVAILABLE: retry.
@@ -206,6 +310,26 @@ def add_BuilderServiceServicer_to_server(servicer, server):
                     servicer.ListDeployments,
                     request_deserializer=loramux_dot_builder_dot_v1_dot_builder__pb2.ListDeploymentsRequest.FromString,
                     response_serializer=loramux_dot_builder_dot_v1_dot_builder__pb2.ListDeploymentsResponse.SerializeToString,
+            ),
+            'UpdateDeployment': grpc.unary_unary_rpc_method_handler(
+                    servicer.UpdateDeployment,
+                    request_deserializer=loramux_dot_builder_dot_v1_dot_builder__pb2.UpdateDeploymentRequest.FromString,
+                    response_serializer=loramux_dot_builder_dot_v1_dot_builder__pb2.UpdateDeploymentResponse.SerializeToString,
+            ),
+            'RollbackDeployment': grpc.unary_unary_rpc_method_handler(
+                    servicer.RollbackDeployment,
+                    request_deserializer=loramux_dot_builder_dot_v1_dot_builder__pb2.RollbackDeploymentRequest.FromString,
+                    response_serializer=loramux_dot_builder_dot_v1_dot_builder__pb2.RollbackDeploymentResponse.SerializeToString,
+            ),
+            'ListGenerations': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListGenerations,
+                    request_deserializer=loramux_dot_builder_dot_v1_dot_builder__pb2.ListGenerationsRequest.FromString,
+                    response_serializer=loramux_dot_builder_dot_v1_dot_builder__pb2.ListGenerationsResponse.SerializeToString,
+            ),
+            'PutAdapter': grpc.stream_unary_rpc_method_handler(
+                    servicer.PutAdapter,
+                    request_deserializer=loramux_dot_builder_dot_v1_dot_builder__pb2.PutAdapterRequest.FromString,
+                    response_serializer=loramux_dot_builder_dot_v1_dot_builder__pb2.PutAdapterResponse.SerializeToString,
             ),
             'WatchDeployment': grpc.unary_stream_rpc_method_handler(
                     servicer.WatchDeployment,
@@ -323,6 +447,114 @@ class BuilderService:
             '/loramux.builder.v1.BuilderService/ListDeployments',
             loramux_dot_builder_dot_v1_dot_builder__pb2.ListDeploymentsRequest.SerializeToString,
             loramux_dot_builder_dot_v1_dot_builder__pb2.ListDeploymentsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UpdateDeployment(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/loramux.builder.v1.BuilderService/UpdateDeployment',
+            loramux_dot_builder_dot_v1_dot_builder__pb2.UpdateDeploymentRequest.SerializeToString,
+            loramux_dot_builder_dot_v1_dot_builder__pb2.UpdateDeploymentResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RollbackDeployment(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/loramux.builder.v1.BuilderService/RollbackDeployment',
+            loramux_dot_builder_dot_v1_dot_builder__pb2.RollbackDeploymentRequest.SerializeToString,
+            loramux_dot_builder_dot_v1_dot_builder__pb2.RollbackDeploymentResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListGenerations(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/loramux.builder.v1.BuilderService/ListGenerations',
+            loramux_dot_builder_dot_v1_dot_builder__pb2.ListGenerationsRequest.SerializeToString,
+            loramux_dot_builder_dot_v1_dot_builder__pb2.ListGenerationsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PutAdapter(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_unary(
+            request_iterator,
+            target,
+            '/loramux.builder.v1.BuilderService/PutAdapter',
+            loramux_dot_builder_dot_v1_dot_builder__pb2.PutAdapterRequest.SerializeToString,
+            loramux_dot_builder_dot_v1_dot_builder__pb2.PutAdapterResponse.FromString,
             options,
             channel_credentials,
             insecure,

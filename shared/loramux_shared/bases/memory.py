@@ -208,8 +208,9 @@ def plan_bank(
         asked = int(settings.adapter_memory_gb * GB)
     if largest > asked or asked > free:
         raise ResourcesExhausted(
-            f"the bank of adapters has {asked / 1e6:,.1f} MB of the {free / 1e6:,.1f} MB that weights leave, and "
-            f"the largest adapter takes {largest / 1e6:,.1f} MB. Set LORAMUX_ADAPTER_MEMORY_GB to what fits both."
+            f"the bank of adapters has {asked / 1e6:,.1f} MB of the {free / 1e6:,.1f} MB that weights leave, "
+            f"and the largest adapter takes {largest / 1e6:,.1f} MB. Set LORAMUX_ADAPTER_MEMORY_GB to what "
+            "fits both."
         )
     return asked
 

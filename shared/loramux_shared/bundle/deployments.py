@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import re
-import secrets
 import time
 from collections.abc import Callable
-from functools import partial
 from typing import Final, TypeVar
 
 import structlog
 
+from loramux_shared.bundle.claims import MAX_CLAIMS, claim_number, generation_numbers
 from loramux_shared.bundle.manifest import (
+    DEPLOYMENTS_PREFIX,
+    REBUILD,
     Current,
     Generation,
-    claim_key,
     current_key,
     generation_key,
     sha256_hex,
 )
 from loramux_shared.faults import BundleCorrupt, StoreUnavailable
 from loramux_shared.storage.base import ObjectMissing, Store
+from loramux_shared.wording import listed
 
 log = structlog.get_logger()
 
@@ -28,13 +29,7 @@ T = TypeVar("T")
 
 READ_AGAIN_S: Final = (0.02, 0.05, 0.1)
 """Pauses before a pointer that does not fit is read again."""
-MAX_CLAIMS: Final = 100
-"""Rounds with other builders before one gives up."""
-
-_PREFIX = "deployments/"
 _CURRENT = re.compile(r"deployments/([^/]+)/current\.json")
-_CLAIM = re.compile(r"deployments/[^/]+/claims/([0-9]{8,})-([0-9a-f]{16})")
-_GENERATION = re.compile(r"deployments/[^/]+/generations/([0-9]{8,})\.json")
 
 
 def is_deployment_name(name: str) -> bool:
@@ -44,7 +39,12 @@ def is_deployment_name(name: str) -> bool:
 
 def list_deployments(store: Store) -> list[str]:
     """Return the names of the deployments that have a generation, in order."""
-    return sorted({match[1] for key in store.list(_PREFIX) if (match := _CURRENT.fullmatch(key))})
+    return sorted({match[1] for key in store.list(DEPLOYMENTS_PREFIX) if (match := _CURRENT.fullmatch(key))})
+
+
+def stored_deployments(store: Store) -> str:
+    """Return the names of the deployments for a message."""
+    return listed(list_deployments(store))
 
 
 def current_generation(store: Store, name: str) -> Generation | None:
@@ -86,7 +86,7 @@ def read_pointer(store: Store, name: str) -> Current | None:
     what = f"deployment {name}: current.json"
     current = Current.from_bytes(data, what=what)
     if current.to_bytes() != data:
-        raise BundleCorrupt(f"{what}: not in its canonical form. Rebuild the deployment.")
+        raise BundleCorrupt(f"{what}: not in its canonical form. {REBUILD}")
     return current
 
 
@@ -101,21 +101,13 @@ def read_generation(store: Store, name: str, number: int, *, sha256: str | None 
     try:
         data = store.get(generation_key(name, number))
     except ObjectMissing as missing:
-        raise BundleCorrupt(
-            f"{what}: expected an object, found none in {store.uri}. Rebuild the deployment."
-        ) from missing
+        raise BundleCorrupt(f"{what}: expected an object, found none in {store.uri}. {REBUILD}") from missing
     generation = Generation.from_bytes(data, sha256=sha256, what=what)
     if (generation.deployment, generation.number) != (name, number):
         raise BundleCorrupt(
             f"{what}: expected itself, found generation {generation.number} of {generation.deployment}"
         )
     return generation
-
-
-def generation_numbers(store: Store, name: str) -> list[int]:
-    """Return the numbers of a deployment's generations, ascending, served or not."""
-    keys = store.list(f"{_PREFIX}{name}/generations/")
-    return sorted(int(match[1]) for key in keys if (match := _GENERATION.fullmatch(key)))
 
 
 def publish_generation(store: Store, generation: Generation) -> Generation:
@@ -137,11 +129,11 @@ def publish_generation(store: Store, generation: Generation) -> Generation:
         return current
     published = _left_behind(store, generation, current.number if current else 0)
     if published is None:
-        number, claim = _claim_number(store, name, current.number if current else 0)
+        number, claim = claim_number(store, name, current.number if current else 0)
         published = generation.model_copy(update={"number": number})
         store.put(generation_key(name, number), published.to_bytes())
         store.delete(claim)
-    _point_at_highest(store, published)
+    point_at_highest(store, published)
     return published
 
 
@@ -151,42 +143,12 @@ def _left_behind(store: Store, generation: Generation, served: int) -> Generatio
     numbers = generation_numbers(store, name)
     if not numbers or numbers[-1] <= served:
         return None
-    left = _unless_damaged(lambda: _canonical(store, name, numbers[-1]))
+    left = read_whole(store, name, numbers[-1])
     return left if left is not None and left.same_content(generation) else None
 
 
-def _claim_number(store: Store, name: str, served: int) -> tuple[int, str]:
-    """Return a number that no other builder will use, and the key of the claim to it.
-
-    Of two builders that claim one number, the one that lists later sees the other's claim, or its
-    generation, and gives way; both may. Only who is alone with a claim, after it was put, has the number.
-    """
-    token, ahead = secrets.token_hex(8), 0
-    for _ in range(MAX_CLAIMS):
-        # In this order: a claim is only removed once its generation is there.
-        claims = claimed_numbers(store, name)
-        number = max([served, *claims, *generation_numbers(store, name)]) + 1 + ahead
-        claim = claim_key(name, number, token)
-        store.put(claim, b"")
-        tokens = claimed_numbers(store, name).get(number, [])
-        if tokens == [token] and number not in generation_numbers(store, name):
-            return number, claim
-        store.delete(claim)
-        ahead = sum(other < token for other in tokens)  # each of those that meet here goes on elsewhere
-    raise StoreUnavailable(f"{store.uri}: too many builders publish {name!r} at once. Build again later.")
-
-
-def claimed_numbers(store: Store, name: str) -> dict[int, list[str]]:
-    """Return the tokens of the builders that claim numbers of a deployment, in order."""
-    found: dict[int, list[str]] = {}
-    for key in store.list(f"{_PREFIX}{name}/claims/"):
-        if match := _CLAIM.fullmatch(key):
-            found.setdefault(int(match[1]), []).append(match[2])
-    return found
-
-
-def _point_at_highest(store: Store, published: Generation) -> None:
-    """Let the pointer name the highest generation, ours or another's: its bundles are there.
+def point_at_highest(store: Store, published: Generation) -> Generation:
+    """Let the pointer name the highest generation, ours or another's, and return that: its bundles are there.
 
     Of several builders, the one that puts the pointer last looks again after it, so that it is right in
     the end.
@@ -196,7 +158,7 @@ def _point_at_highest(store: Store, published: Generation) -> None:
         highest = _highest(store, published)
         wanted = Current(generation=highest.number, sha256=sha256_hex(highest.to_bytes()))
         if _unless_damaged(lambda: read_pointer(store, name)) == wanted:
-            return
+            return highest
         store.put(current_key(name), wanted.to_bytes())
     raise StoreUnavailable(f"{store.uri}: too many builders publish {name!r} at once. Build again later.")
 
@@ -205,10 +167,15 @@ def _highest(store: Store, published: Generation) -> Generation:
     for number in reversed(generation_numbers(store, published.deployment)):
         if number <= published.number:
             break
-        other = _unless_damaged(partial(_canonical, store, published.deployment, number))
+        other = read_whole(store, published.deployment, number)
         if other is not None:
             return other
     return published
+
+
+def read_whole(store: Store, name: str, number: int) -> Generation | None:
+    """Return a generation that no pointer vouches for, or None where it is not whole."""
+    return _unless_damaged(lambda: _canonical(store, name, number))
 
 
 def _canonical(store: Store, name: str, number: int) -> Generation:

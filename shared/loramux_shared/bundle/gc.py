@@ -14,7 +14,8 @@ from enum import StrEnum
 from itertools import groupby
 from typing import Final
 
-from loramux_shared.bundle.deployments import generation_numbers, read_generation, read_pointer
+from loramux_shared.bundle.claims import generation_numbers
+from loramux_shared.bundle.deployments import read_generation, read_pointer
 from loramux_shared.bundle.manifest import BUILDS_PREFIX, MANIFEST_FILE, generation_key
 from loramux_shared.faults import BuildInProgress
 from loramux_shared.storage.base import Entry, Store

@@ -33,6 +33,9 @@ WEIGHTS_FILE = "model.lora_weights.npy"
 CONFIG_FILE = "model.lora_config.npy"
 MANIFEST_FILE = "manifest.json"
 BUILDS_PREFIX: Final = "builds/"
+DEPLOYMENTS_PREFIX: Final = "deployments/"
+REBUILD: Final = "Build the deployment again with --verify."
+"""What mends a store: of other builds only what is missing."""
 TEXT_FILES: Final = ("chat_template.jinja", "generation_config.json", "tokenizer_config.json")
 """What an adapter may bring beside its weights: template, sampling defaults, stop tokens."""
 
@@ -65,7 +68,7 @@ class Record(Model):
         except ValidationError as error:
             raise BundleCorrupt(
                 f"{what} is not a {cls.__name__} of format version {FORMAT_VERSION}: "
-                f"{error.error_count()} fields are missing or wrong. Rebuild the deployment."
+                f"{error.error_count()} fields are missing or wrong. {REBUILD}"
             ) from error
 
 
@@ -162,6 +165,7 @@ class Manifest(Record):
             bundle_bytes=sum(file.size for file in self.files.values()),
             warnings=tuple(dict.fromkeys(warning.code for warning in self.warnings)),
             texts=tuple(name for name in TEXT_FILES if name in self.files),
+            base_model_name=self.base_model_name,
         )
 
     @property
@@ -191,6 +195,8 @@ class AdapterSummary(Model):
     """Codes, each once, in the manifest's order."""
     texts: tuple[str, ...] = ()
     """Which of `TEXT_FILES` the adapter brings."""
+    base_model_name: str = ""
+    """What the adapter says that it was trained on."""
 
 
 class AdapterRecord(Model):
@@ -282,9 +288,7 @@ def verify(data: bytes | bytearray | memoryview, sha256: str, what: str) -> None
     """Raise `BundleCorrupt` unless data has this digest."""
     actual = sha256_hex(data)
     if actual != sha256:
-        raise BundleCorrupt(
-            f"{what}: expected sha256 {sha256}, found {actual} ({len(data)} bytes). Rebuild the deployment."
-        )
+        raise BundleCorrupt(f"{what}: expected sha256 {sha256}, found {actual} ({len(data)} bytes). {REBUILD}")
 
 
 def bundle_key(digest: str, file: str) -> str:

@@ -11,6 +11,7 @@ import numpy as np
 from loramux_shared.bundle.manifest import (
     CONFIG_FILE,
     MANIFEST_FILE,
+    REBUILD,
     TEXT_FILES,
     WEIGHTS_FILE,
     FileDigest,
@@ -42,7 +43,10 @@ class Bundle:
 
     digest: str
     manifest: Manifest
+    table: Array
+    """(rows, elements): A and B of each row, one after the other, then zeros."""
     rows: tuple[BundleRow, ...]
+    """Views of the table."""
     texts: Mapping[str, bytes] = field(default_factory=dict)
     """What the adapter brings beside its weights, by the names of `TEXT_FILES`."""
 
@@ -106,8 +110,8 @@ def assemble(digest: str, manifest: Manifest, files: Mapping[str, Bytes]) -> Bun
     Raises:
         BundleCorrupt: they do not say what the manifest says.
     """
-    rows = decode(manifest, files[WEIGHTS_FILE], files[CONFIG_FILE], _what(digest))
-    return Bundle(digest, manifest, rows, {name: bytes(files[name]) for name in texts_of(manifest)})
+    table, rows = decode(manifest, files[WEIGHTS_FILE], files[CONFIG_FILE], _what(digest))
+    return Bundle(digest, manifest, table, rows, {name: bytes(files[name]) for name in texts_of(manifest)})
 
 
 def verify_file(data: Bytes, files: Mapping[str, FileDigest], name: str, digest: str) -> None:
@@ -115,7 +119,7 @@ def verify_file(data: Bytes, files: Mapping[str, FileDigest], name: str, digest:
     expected = _expected(files, name, digest)
     if len(data) != expected.size:
         raise BundleCorrupt(
-            f"{_what(digest, name)}: expected {expected.size} bytes, found {len(data)}. Rebuild the deployment."
+            f"{_what(digest, name)}: expected {expected.size} bytes, found {len(data)}. {REBUILD}"
         )
     verify(data, expected.sha256, _what(digest, name))
 
@@ -127,8 +131,10 @@ def _expected(files: Mapping[str, FileDigest], name: str, digest: str) -> FileDi
     return expected
 
 
-def decode(manifest: Manifest, weights: Bytes | Path, config: Bytes | Path, what: str) -> tuple[BundleRow, ...]:
-    """Return the rows of two npy files, cross-checked against the manifest.
+def decode(
+    manifest: Manifest, weights: Bytes | Path, config: Bytes | Path, what: str
+) -> tuple[Array, tuple[BundleRow, ...]]:
+    """Return the table and the rows of two npy files, cross-checked against the manifest.
 
     Raises:
         BundleCorrupt: shapes, config rows or padding differ from what the manifest says.
@@ -138,7 +144,7 @@ def decode(manifest: Manifest, weights: Bytes | Path, config: Bytes | Path, what
     _expect(table.shape, (len(manifest.rows), manifest.row_width), f"{what}: shape of {WEIGHTS_FILE}")
     _expect(columns.shape, (len(manifest.rows), manifest.config_columns), f"{what}: shape of {CONFIG_FILE}")
     _check_manifest(manifest, what)
-    return tuple(
+    return table, tuple(
         _decode_row(row, table[i], columns[i], f"{what}: row {i}") for i, row in enumerate(manifest.rows)
     )
 
@@ -164,7 +170,7 @@ def _decode_row(row: ModuleRow, values: Array, config: Array, what: str) -> Bund
     split, length = row.rank * row.in_features, row.rank * (row.in_features + row.out_features)
     if length > len(values):
         raise BundleCorrupt(f"{what}: expected {length} elements for {row}, found {len(values)}")
-    if np.any(values[length:].view(np.uint8)):
+    if np.count_nonzero(values.view(np.uint8)[length * values.itemsize :]):
         raise BundleCorrupt(f"{what}: expected zeros after element {length}, found something else")
     a = values[:split].reshape(row.rank, row.in_features)
     b = values[split:length].reshape(row.out_features, row.rank)
@@ -173,7 +179,7 @@ def _decode_row(row: ModuleRow, values: Array, config: Array, what: str) -> Bund
 
 def _expect(found: object, expected: object, what: str) -> None:
     if found != expected:
-        raise BundleCorrupt(f"{what}: expected {expected}, found {found}. Rebuild the deployment.")
+        raise BundleCorrupt(f"{what}: expected {expected}, found {found}. {REBUILD}")
 
 
 def read_file(store: Store, digest: str, name: str) -> bytes:
@@ -187,7 +193,7 @@ def read_file(store: Store, digest: str, name: str) -> bytes:
         return store.get(bundle_key(digest, name))
     except ObjectMissing as missing:
         raise BundleCorrupt(
-            f"{_what(digest, name)}: expected an object, found none in {store.uri}. Rebuild the deployment."
+            f"{_what(digest, name)}: expected an object, found none in {store.uri}. {REBUILD}"
         ) from missing
 
 

@@ -81,7 +81,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc
         """Wrap the handler of a call, unless it is health or reflection.
 
         Requests are one message, but are taken as streams: else gRPC waits for the message before it calls us,
-        for as long as the client likes.
+        for as long as the client likes. Of a method that wants a stream, each message has to come in time.
         """
         handler = await continuation(details)
         if handler is None or details.method.startswith("/grpc."):
@@ -94,6 +94,10 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc
             return grpc.stream_stream_rpc_method_handler(
                 self._stream(handler.unary_stream, details.method), **serializers
             )
+        if handler.request_streaming:
+            return grpc.stream_unary_rpc_method_handler(
+                self._upload(handler.stream_unary, details.method), **serializers
+            )
         return grpc.stream_unary_rpc_method_handler(
             self._unary(handler.unary_unary, details.method), **serializers
         )
@@ -104,6 +108,17 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc
                 return await call(await self._read(context), context)
 
         return handler
+
+    def _upload(self, call: Callable[..., Awaitable[Any]], method: str) -> Callable[..., Awaitable[Any]]:
+        async def handler(_requests: Any, context: grpc.aio.ServicerContext) -> Any:
+            async with self._guard(context, method):
+                return await call(self._messages(context), context)
+
+        return handler
+
+    async def _messages(self, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
+        while (message := await self._next(context)) is not grpc.aio.EOF:
+            yield message
 
     def _stream(self, call: Callable[..., AsyncGenerator[Any]], method: str) -> Callable[..., Awaitable[None]]:
         async def handler(_requests: Any, context: grpc.aio.ServicerContext) -> None:
@@ -117,11 +132,17 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc
         return handler
 
     async def _read(self, context: grpc.aio.ServicerContext) -> Any:
+        request = await self._next(context)
+        if request is grpc.aio.EOF:
+            raise RequestInvalid("the call has no request; expected one message.")
+        return request
+
+    async def _next(self, context: grpc.aio.ServicerContext) -> Any:
         try:
             async with asyncio.timeout(self._patience.send_s) as limit:
                 self._reading.add(limit)
                 try:
-                    request = await context.read()
+                    return await context.read()
                 finally:
                     self._reading.discard(limit)
         except TimeoutError:
@@ -129,9 +150,6 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc
             raise ClientStalled(f"the request did not arrive within {self._patience.send_s:g} s.") from None
         except DecodeError:
             raise RequestInvalid("the request is no message of this method.") from None
-        if request is grpc.aio.EOF:
-            raise RequestInvalid("the call has no request; expected one message.")
-        return request
 
     async def _write(self, context: grpc.aio.ServicerContext, response: Any) -> None:
         try:

@@ -14,6 +14,7 @@ from loramux_shared.sources.bucket import Bucket, BucketSource
 from loramux_shared.sources.https import Https
 from loramux_shared.sources.hub import HubSource
 from loramux_shared.sources.local import LocalSource
+from loramux_shared.sources.pushed import PushedSource
 from loramux_shared.sources.secrets import Secrets
 from loramux_shared.sources.url import UrlSource
 
@@ -59,6 +60,7 @@ def open_sources(
             SourceKind.AZURE: BucketSource(open_azure, secrets),
             SourceKind.REMOTE_URL: UrlSource(Https(Guard(allowed_hosts)), secrets, work_dir),
             SourceKind.LOCAL: LocalSource(local_roots),
+            SourceKind.PUSHED: PushedSource(),
         },
         work_dir,
     )

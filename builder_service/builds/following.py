@@ -1,0 +1,78 @@
+"""Deployments followed: what this builder does with them, and every generation, whoever published it."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
+from dataclasses import replace
+from typing import Final
+
+import structlog
+
+from builder_service.builds.news import News
+from builder_service.builds.running import RunningBuild
+from builder_service.builds.views import DeploymentView, State, stored_light
+from loramux_shared.faults import ShuttingDown, StoreUnavailable
+from loramux_shared.storage.base import Store
+
+log = structlog.get_logger()
+
+POLL_S: Final = 2.0
+"""Between two looks at the store, for what other builders publish."""
+
+
+class Following:
+    """The followers of this builder's deployments; of one deployment they share the looks at the store."""
+
+    def __init__(self, store: Store, news: News, running: Callable[[str], RunningBuild | None]) -> None:
+        """Follow deployments; running returns the build of one that runs, if one does."""
+        self._store = store
+        self._news = news
+        self._running = running
+        self._looks: dict[str, tuple[float, DeploymentView | None]] = {}
+        self._ending = False
+
+    def end(self) -> None:
+        """End all streams, for the builder stops."""
+        self._ending = True
+        self._news.tell_all()
+
+    def forget(self, name: str) -> None:
+        """Look at the store anew: a deployment has another generation."""
+        self._looks.pop(name, None)
+        self._news.tell(name)
+
+    async def follow(self, name: str, first: DeploymentView) -> AsyncIterator[DeploymentView]:
+        """Yield a state, then each change of builds, and each generation, without an end.
+
+        Raises:
+            ShuttingDown: the builder stops.
+        """
+        told: DeploymentView = first
+        with self._news.listen(name) as news:
+            yield replace(first, adapters=())
+            while not self._ending:
+                news.clear()
+                if (build := self._running(name)) is not None:
+                    async for told in build.views():
+                        yield told
+                stored = await self._look(name)
+                if stored is not None and stored.generation != told.generation:
+                    told = stored
+                    yield stored
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(news.wait(), POLL_S)
+        raise ShuttingDown("the builder stops. Follow its successor.")
+
+    async def _look(self, name: str) -> DeploymentView | None:
+        """Return what the store says, seldom enough; None where it says nothing."""
+        at, found = self._looks.get(name, (0.0, None))
+        if time.monotonic() - at > POLL_S / 2:
+            try:
+                found = await asyncio.to_thread(stored_light, self._store, name, found)
+            except StoreUnavailable as fault:
+                log.warning("cannot look for generations", deployment=name, problem=fault.message)
+            self._looks[name] = time.monotonic(), found
+        return None if found is None or found.state is State.FAILED else found

@@ -1,0 +1,123 @@
+"""The generations of a deployment, and what changed in each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Final
+
+from loramux_shared.bundle.claims import generation_numbers
+from loramux_shared.bundle.deployments import (
+    is_deployment_name,
+    read_generation,
+    read_pointer,
+    stored_deployments,
+)
+from loramux_shared.bundle.manifest import Generation
+from loramux_shared.faults import BundleCorrupt, DeploymentNotFound, PageTokenInvalid
+from loramux_shared.storage.base import Store
+
+PAGE: Final = 20
+MAX_PAGE: Final = 100
+MAX_CHANGES: Final = 1000
+"""Of one generation that are told."""
+
+
+@dataclass(frozen=True)
+class AdapterChange:
+    """What happened to an adapter between two generations; without a digest it was not there."""
+
+    name: str
+    digest: str = ""
+    before: str = ""
+
+
+@dataclass(frozen=True)
+class GenerationView:
+    """A generation beside the one before it that is still there."""
+
+    number: int
+    create_time: datetime | None
+    served: bool
+    adapters: int = 0
+    changes: tuple[AdapterChange, ...] = ()
+    """By name, the first of them."""
+    change_count: int = 0
+    other_settings: bool = False
+    damage: str = ""
+
+
+@dataclass(frozen=True)
+class History:
+    """A part of the generations of a deployment, the newest first."""
+
+    views: tuple[GenerationView, ...]
+    next_token: str
+    """Empty on the last page."""
+
+
+def history(store: Store, name: str, page_size: int, page_token: str) -> History:
+    """Return a page of a deployment's generations; page_size 0 means `PAGE`. Blocks.
+
+    Raises:
+        DeploymentNotFound, PageTokenInvalid, StoreUnavailable
+    """
+    if page_token and not (page_token.isascii() and page_token.isdecimal() and len(page_token) < 20):
+        raise PageTokenInvalid("page_token: use the next_page_token of the last answer")
+    numbers = generation_numbers(store, name) if is_deployment_name(name) else []
+    if not numbers:
+        raise DeploymentNotFound(f"no deployment {name[:128]!r}; there are {stored_deployments(store)}")
+    left = [number for number in reversed(numbers) if not page_token or number < int(page_token)]
+    page = left[: min(page_size or PAGE, MAX_PAGE)]
+    served = _served(store, name)
+    views, after = list[GenerationView](), _read(store, name, page[0]) if page else None
+    for number, below in zip(page, [*left[1:], None], strict=False):
+        before = _read(store, name, below) if below is not None else None
+        views.append(_view(number, after, before, served))
+        after = before
+    return History(tuple(views), str(page[-1]) if len(left) > len(page) else "")
+
+
+def _view(
+    number: int, generation: Generation | str | None, before: Generation | str | None, served: int
+) -> GenerationView:
+    if not isinstance(generation, Generation):
+        return GenerationView(number, None, number == served, damage=generation or "it is gone")
+    older = before if isinstance(before, Generation) else None
+    changes = _changes(generation, older)
+    settings = {"adapters": generation.adapters, "number": number, "create_time": generation.create_time}
+    return GenerationView(
+        number,
+        generation.create_time,
+        number == served,
+        len(generation.adapters),
+        tuple(changes[:MAX_CHANGES]),
+        len(changes),
+        older is not None and older.model_copy(update=settings) != generation,
+    )
+
+
+def _changes(generation: Generation, before: Generation | None) -> list[AdapterChange]:
+    now = {name: record.digest for name, record in generation.adapters.items()}
+    then = {name: record.digest for name, record in before.adapters.items()} if before else {}
+    return [
+        AdapterChange(name, now.get(name, ""), then.get(name, ""))
+        for name in sorted(now.keys() | then.keys())
+        if now.get(name) != then.get(name)
+    ]
+
+
+def _read(store: Store, name: str, number: int) -> Generation | str:
+    """Return a generation, or why it cannot be read."""
+    try:
+        return read_generation(store, name, number)
+    except BundleCorrupt as damage:
+        return damage.message
+
+
+def _served(store: Store, name: str) -> int:
+    try:
+        pointer = read_pointer(store, name)
+    except BundleCorrupt:
+        return 0
+    return pointer.generation if pointer else 0

@@ -1,0 +1,178 @@
+"""Adapters that clients push: received into the work folder, made and published while the client waits."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Final
+
+from pydantic import TypeAdapter, ValidationError
+
+from builder_service.domain.file_rules import CONFIG, WEIGHTS
+from builder_service.pipeline.build import BuildResult
+from builder_service.pipeline.context import BuildContext
+from builder_service.pipeline.making import Workshop, workshop
+from builder_service.pipeline.progress import AdapterProgress, Progress
+from builder_service.pipeline.push import PushedAdapter
+from builder_service.pipeline.update import push
+from loramux_shared.bundle.changes import newest_generation, require
+from loramux_shared.bundle.manifest import AdapterRecord
+from loramux_shared.deployment import NAME_RULE, Name
+from loramux_shared.faults import (
+    BuildInterrupted,
+    ClientStalled,
+    DeploymentInvalid,
+    Finding,
+    QueueFull,
+    RequestInvalid,
+    ResourcesExhausted,
+    ShuttingDown,
+)
+from loramux_shared.storage.patient import PatientStore
+
+RUNNING: Final = 4
+"""Pushed adapters that are made at once; others wait."""
+OPEN: Final = 64
+"""Uploads that are open at once."""
+UPLOAD_S: Final = 600.0
+"""For a whole upload."""
+
+_NAME: Final[TypeAdapter[str]] = TypeAdapter(Name)
+
+
+@dataclass(frozen=True)
+class Upload:
+    """What is about to be sent."""
+
+    deployment: str
+    name: str
+    config: bytes = b""
+    expected_generation: int | None = None
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A piece of a file; of the weights where it has no name."""
+
+    file: str
+    data: bytes
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """What came of a push."""
+
+    result: BuildResult
+    record: AdapterRecord
+    adapter: AdapterProgress
+
+
+class Pushes:
+    """Takes pushed adapters. Lives on the event loop; everything that blocks runs in threads."""
+
+    def __init__(self, context: BuildContext, published: Callable[[str], Awaitable[None]]) -> None:
+        """Tell published about each deployment that has another generation."""
+        self._context = context
+        self._published = published
+        self._pool = ThreadPoolExecutor(RUNNING, "push")
+        self._open: set[Progress] = set()
+        self._stopped = False
+
+    async def put(self, parts: AsyncIterator[Upload | Chunk]) -> Pushed:
+        """Receive an adapter and publish it in the next generation of its deployment.
+
+        Raises:
+            RequestInvalid: the first part is no upload, another one is, or a chunk is of no file.
+            DeploymentInvalid, DeploymentNotFound, GenerationMismatch, AdapterInvalid, QueueFull, ShuttingDown,
+            StoreUnavailable
+            ClientStalled: the upload took too long.
+            ResourcesExhausted: the disk is full.
+            SettingsInvalid: the deployment wants proofs, and this builder has no torch.
+            CheckpointInvalid: the base is not served by this release.
+            RepoNotFound, RevisionNotFound, RepoGated, SourceRefused, SourceChanged, SourceUnavailable,
+            BundleCorrupt: what the base's source raises, whose config is read once.
+        """
+        if self._stopped:
+            raise ShuttingDown("the builder is shutting down. Retry with its successor.")
+        if len(self._open) >= OPEN:
+            raise QueueFull(f"{OPEN} adapters are being pushed, which is the limit. Push again later.")
+        upload = await anext(parts, None)
+        if not isinstance(upload, Upload):
+            raise RequestInvalid("the first message of PutAdapter: expected an upload, found something else.")
+        _check_name(upload.name)
+        progress = Progress([upload.name])
+        self._open.add(progress)
+        try:
+            return await self._put(upload, parts, progress)
+        except BuildInterrupted as fault:
+            raise ShuttingDown("the builder stopped during the push. Retry with its successor.") from fault
+        except OSError as error:
+            problem = error.strerror or type(error).__name__
+            raise ResourcesExhausted(f"the builder's work folder: {problem}. Free some space.") from error
+        finally:
+            progress.stop()
+            self._open.discard(progress)
+
+    def stop(self) -> None:
+        """Take no new pushes, and end those that run."""
+        self._stopped = True
+        for progress in self._open:
+            progress.stop()
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    async def _put(self, upload: Upload, parts: AsyncIterator[Upload | Chunk], progress: Progress) -> Pushed:
+        await asyncio.to_thread(self._look, upload)
+        store = PatientStore(self._context.store, progress.check)
+        with workshop(self._context, store, progress) as shop:
+            adapter = PushedAdapter(upload.deployment, upload.name, shop.work / "adapter-0", shop.space)
+            try:
+                async with asyncio.timeout(UPLOAD_S):
+                    await _receive(adapter, upload, parts, progress)
+            except TimeoutError:
+                raise ClientStalled(f"the upload took longer than {UPLOAD_S:g} s.") from None
+            making = self._pool.submit(push, adapter, shop, upload.expected_generation)
+            result, record = await _until_done(making, shop)
+        if not result.unchanged:
+            await self._published(upload.deployment)
+        return Pushed(result, record, progress.adapters[0])
+
+    def _look(self, upload: Upload) -> None:
+        """Refuse what can be refused before anything is sent."""
+        require(newest_generation(self._context.store, upload.deployment), upload.expected_generation)
+
+
+async def _receive(
+    adapter: PushedAdapter, upload: Upload, parts: AsyncIterator[Upload | Chunk], progress: Progress
+) -> None:
+    if upload.config:
+        await asyncio.to_thread(adapter.write, CONFIG, upload.config)
+    async for part in parts:
+        if isinstance(part, Upload):
+            raise RequestInvalid("PutAdapter: expected chunks after the first message, found another upload.")
+        progress.advance(adapter.name, len(part.data))
+        await asyncio.to_thread(adapter.write, part.file or WEIGHTS, part.data)
+
+
+async def _until_done(
+    making: Future[tuple[BuildResult, AdapterRecord]], shop: Workshop
+) -> tuple[BuildResult, AdapterRecord]:
+    """Wait for a thread; where nobody waits any more, until it has noticed: its folder goes then."""
+    waiting = asyncio.wrap_future(making)
+    try:
+        return await asyncio.shield(waiting)
+    except asyncio.CancelledError:
+        shop.progress.stop()
+        await asyncio.gather(waiting, return_exceptions=True)
+        raise
+
+
+def _check_name(name: str) -> None:
+    try:
+        _NAME.validate_python(name)
+    except ValidationError as error:
+        finding = Finding(
+            code="E_BAD_FIELD", where="name", expected="a name", found=repr(name[:80]), fix=NAME_RULE
+        )
+        raise DeploymentInvalid("the adapter's name cannot be one", [finding]) from error

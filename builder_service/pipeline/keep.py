@@ -1,0 +1,174 @@
+"""Keep: adapters that are what they were in the served generation; they are neither fetched nor converted."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Final, TypeAlias
+
+import structlog
+
+from builder_service.domain.file_rules import extra_files
+from builder_service.domain.rules import base_warning
+from builder_service.pipeline.fetch import ListedAdapter, recorded
+from builder_service.pipeline.progress import Progress
+from loramux_shared.bundle.manifest import (
+    CONFIG_FILE,
+    CONVERTER,
+    MANIFEST_FILE,
+    WEIGHTS_FILE,
+    AdapterRecord,
+    Generation,
+    bundle_key,
+)
+from loramux_shared.bundle.reader import read_manifest
+from loramux_shared.deployment import Repository, SourceKind
+from loramux_shared.faults import BundleCorrupt, Finding
+from loramux_shared.storage.base import Store
+
+log = structlog.get_logger()
+
+PARALLEL: Final = 16
+"""Bundles that are looked at at once: each look is a request."""
+_PINNED: Final = {
+    SourceKind.HF: re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}"),
+    SourceKind.REMOTE_URL: re.compile(r"[0-9a-f]{64}"),
+}
+"""Revisions that mean one content for ever, before anybody was asked."""
+
+Place: TypeAlias = tuple[SourceKind, str, str, str | None]
+"""Kind, address and folder of a repository, with what says its state."""
+
+
+@dataclass(frozen=True)
+class Kept:
+    """An adapter that stays as it was."""
+
+    name: str
+    record: AdapterRecord
+    warnings: tuple[Finding, ...] = ()
+    """About files of its repository that are not used."""
+
+
+@dataclass
+class Keeping:
+    """The adapters of the served generation that a build with the same base and settings may keep."""
+
+    before: Generation | None
+    """None where nothing may be kept."""
+    _by_revision: dict[Place, AdapterRecord] = field(default_factory=dict)
+    _by_listing: dict[Place, AdapterRecord] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for record in self.before.adapters.values() if self.before else ():
+            if record.converter == CONVERTER and record.summary is not None:
+                self._by_revision[_place(record.source, record.source.revision)] = record
+                self._by_listing[_place(record.source, record.listing)] = record
+
+    def unasked(self, name: str, repository: Repository) -> Kept | None:
+        """Return an adapter whose repository need not even be listed: it was built at this very revision."""
+        pinned = _PINNED.get(repository.source)
+        if repository.source is not SourceKind.PUSHED and not (
+            pinned and pinned.fullmatch(repository.revision)
+        ):
+            return None
+        found = self._by_revision.get(_place(repository, repository.revision))
+        if found is None and repository.source is SourceKind.PUSHED and not repository.revision:
+            found = self._pushed(repository)
+        return Kept(name, _from(found, repository)) if found else None
+
+    def listed(self, adapter: ListedAdapter) -> Kept | None:
+        """Return an adapter of whose files its source says what it said when they were built."""
+        asked, says = adapter.resolved.repository, adapter.digest
+        found = self._by_listing.get(_place(asked, says)) if says else None
+        if found is None:
+            return None
+        if asked.source not in _PINNED and asked.revision not in ("", found.source.revision):
+            return None  # the source will say that it has no such content
+        extra = tuple(extra_files(adapter.resolved.files))
+        return Kept(adapter.name, _from(found, asked), extra)
+
+    def _pushed(self, repository: Repository) -> AdapterRecord | None:
+        """Return the one that was pushed under this name last."""
+        same = (r for r in self._by_revision.values() if r.source.source is SourceKind.PUSHED)
+        return next((record for record in same if record.source.repo == repository.repo), None)
+
+
+def same_conditions(one: Generation, other: Generation) -> bool:
+    """True when an adapter gives the same bundle, or breaks the same rules, in both."""
+    return _conditions(one) == _conditions(other)
+
+
+def _conditions(generation: Generation) -> tuple[object, ...]:
+    return (
+        generation.base.files,
+        generation.max_lora_rank,
+        generation.lora_target_modules,
+        generation.lora_dtype,
+        generation.recipe,
+    )
+
+
+def _place(repository: Repository, state: str | None) -> Place:
+    return repository.source, repository.shown, repository.subfolder, state
+
+
+def _from(record: AdapterRecord, repository: Repository) -> AdapterRecord:
+    """Return a record as of a repository: of another commit with the same files, or with another secret."""
+    revision = repository.revision if repository.source in _PINNED else record.source.revision
+    source = recorded(repository).model_copy(update={"revision": revision})
+    return record.model_copy(update={"source": source})
+
+
+def keep(
+    store: Store, found: Iterable[Kept], base: str, progress: Progress, *, verify: bool
+) -> dict[str, AdapterRecord]:
+    """Return the records of those whose bundles are in the store, and tell that they are done.
+
+    With verify every byte of them is read back, and one that differs is not kept. Without, it is enough that
+    all files are there.
+
+    Raises:
+        StoreUnavailable: the store does not answer.
+    """
+    wanted = list(found)
+    whole = _whole if verify else _there
+    digests = list({each.record.digest: each.record for each in wanted}.values())
+    with ThreadPoolExecutor(PARALLEL, "keep") as pool:
+        fit = dict(zip([r.digest for r in digests], pool.map(lambda r: whole(store, r), digests), strict=True))
+    kept = [each for each in wanted if fit[each.record.digest]]
+    for each in kept:
+        named = each.record.summary.base_model_name if each.record.summary else ""
+        warning = base_warning(named, base)
+        extra = [*([warning] if warning else []), *each.warnings]
+        progress.settle(each.name, each.record, extra, read_back=verify)
+    return {each.name: each.record for each in kept}
+
+
+def _there(store: Store, record: AdapterRecord) -> bool:
+    texts = record.summary.texts if record.summary else ()
+    there = set(store.list(bundle_key(record.digest, "")))
+    lost = {
+        bundle_key(record.digest, name) for name in (MANIFEST_FILE, WEIGHTS_FILE, CONFIG_FILE, *texts)
+    } - there
+    if lost:
+        log.warning("bundle is not whole, making it again", digest=record.digest, lost=sorted(lost))
+    return not lost
+
+
+def _whole(store: Store, record: AdapterRecord) -> bool:
+    try:
+        manifest = read_manifest(store, record.digest)
+    except BundleCorrupt as damage:
+        log.warning("bundle is damaged, making it again", problem=damage.message)
+        return False
+    differ = [
+        name
+        for name, file in manifest.files.items()
+        if store.sha256(bundle_key(record.digest, name)) != file.sha256
+    ]
+    if differ:
+        log.warning("bundle is damaged, making it again", digest=record.digest, differ=differ)
+    return not differ

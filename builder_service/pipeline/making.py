@@ -1,0 +1,124 @@
+"""Making: the adapters of one build, from their repositories to what the generation says of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from builder_service.domain.rules import Rulebook
+from builder_service.pipeline.base_weights import BaseWeights
+from builder_service.pipeline.context import BuildContext
+from builder_service.pipeline.fetch import FetchedAdapter, list_adapters
+from builder_service.pipeline.intake import Intake
+from builder_service.pipeline.keep import Keeping, keep
+from builder_service.pipeline.output import Output, duplicates
+from builder_service.pipeline.progress import Progress
+from builder_service.pipeline.prove import prove_adapters
+from builder_service.pipeline.space import BASE_FILES, Space
+from builder_service.pipeline.validate import ValidAdapter, rulebook
+from loramux_shared.bundle.manifest import AdapterRecord, BaseRecord
+from loramux_shared.bundle.proof import Proof
+from loramux_shared.deployment import Build, Repository
+from loramux_shared.sources.base import Room
+from loramux_shared.sources.checkpoint import Base
+from loramux_shared.storage.base import Store
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """Where one build works, and with what."""
+
+    context: BuildContext
+    store: Store
+    work: Path
+    space: Space
+    progress: Progress
+
+    @property
+    def room(self) -> Room:
+        """Counts what is written of the base."""
+        return self.space.room(BASE_FILES)
+
+    def weights(self, base: BaseRecord) -> BaseWeights:
+        """Return the base's own files, which are fetched when they are asked for."""
+        sources, progress = self.context.sources, self.progress
+        return BaseWeights(base, sources, self.work / "base", lambda _: progress.check(), self.room)
+
+
+@contextmanager
+def workshop(context: BuildContext, store: Store, progress: Progress) -> Iterator[Workshop]:
+    """Open a workshop; its folder goes when it is left."""
+    with context.folder() as work:
+        yield Workshop(context, store, work, context.space(work), progress)
+
+
+@dataclass(frozen=True)
+class Making:
+    """Makes adapters for one base under the settings of one deployment."""
+
+    shop: Workshop
+    base: Base
+    settings: Build
+    """Of which the adapters are not looked at."""
+    book: Rulebook
+    served: frozenset[str]
+    """Digests that the served generation refers to."""
+
+    def make(
+        self, adapters: Mapping[str, Repository], keeping: Keeping, *, verify: bool = False
+    ) -> dict[str, AdapterRecord]:
+        """Keep what is what it was, make the rest; everything is checked before anything is put.
+
+        Raises:
+            AdapterInvalid: with every violation of every adapter.
+            Fault: what sources and the store raise.
+        """
+        unasked = [kept for name, each in adapters.items() if (kept := keeping.unasked(name, each))]
+        base, progress, shop = self.base.record.source.shown, self.shop.progress, self.shop
+        records = keep(shop.store, unasked, base, progress, verify=verify)
+        asked = {name: each for name, each in adapters.items() if name not in records}
+        with list_adapters(asked, shop.context.sources, shop.space, progress) as listed:
+            found = [kept for each in listed if (kept := keeping.listed(each))]
+            records |= keep(shop.store, found, base, progress, verify=verify)
+            valid = self._intake().take_in([each for each in listed if each.name not in records])
+        return records | self._put_out(valid)
+
+    def make_fetched(self, fetched: FetchedAdapter) -> AdapterRecord:
+        """Make an adapter whose files are in the work folder already.
+
+        Raises:
+            AdapterInvalid: with every violation.
+            Fault: what the base's source and the store raise.
+        """
+        return self._put_out([self._intake().judge(fetched)])[fetched.name]
+
+    def _intake(self) -> Intake:
+        shop = self.shop
+        return Intake(self.book, shop.context, shop.space, shop.work, shop.progress)
+
+    def _put_out(self, adapters: Sequence[ValidAdapter]) -> dict[str, AdapterRecord]:
+        shop, base = self.shop, self.base.record
+        groups = duplicates(adapters)
+        proofs: Sequence[Proof | None] = [None] * len(groups)
+        if self.settings.prove:
+            firsts = [group.first for group in groups]
+            sources = shop.context.sources
+            proofs = prove_adapters(firsts, self.settings, base, sources, shop.work, shop.progress, shop.room)
+        output = Output(
+            self.book.dtype,
+            base.source.shown,
+            shop.store,
+            self.served,
+            shop.space,
+            shop.progress,
+            shop.context,
+        )
+        return output.put_out(groups, proofs)
+
+
+def making(shop: Workshop, base: Base, settings: Build, served: frozenset[str]) -> Making:
+    """Return what makes adapters for a base under a deployment's settings."""
+    book = rulebook(base.model, settings.lora_configuration, shop.weights(base.record))
+    return Making(shop, base, settings, book, served)

@@ -1,0 +1,73 @@
+"""A pushed adapter: files that a client sends, in a folder of the builder."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+from builder_service.domain.file_rules import CONFIG, TOKEN_FILES, WEIGHTS, file_findings
+from builder_service.domain.text_rules import too_large
+from builder_service.pipeline.fetch import MAX_BYTES, FetchedAdapter
+from builder_service.pipeline.space import Space
+from loramux_shared.bundle.manifest import TEXT_FILES, FileDigest
+from loramux_shared.deployment import Repository, SourceKind
+from loramux_shared.faults import AdapterInvalid, RequestInvalid
+from loramux_shared.sources.files import content_digest, disk_errors
+from loramux_shared.wording import listed
+
+NAMES: Final = (CONFIG, WEIGHTS, *sorted({*TEXT_FILES, *TOKEN_FILES}))
+"""The files that can be pushed."""
+MAX_SMALL: Final = 64 << 20
+"""Bytes of a file that is not the weights."""
+
+
+@dataclass
+class PushedAdapter:
+    """An adapter that comes in piece by piece, and is hashed on the way."""
+
+    deployment: str
+    name: str
+    folder: Path
+    space: Space
+    _sizes: dict[str, int] = field(default_factory=dict)
+    _hashes: dict[str, hashlib._Hash] = field(default_factory=dict)
+
+    def write(self, file: str, data: bytes) -> None:
+        """Append to a file.
+
+        Raises:
+            RequestInvalid: it is none of `NAMES`, or too large.
+            ResourcesExhausted: the disk is full, or a build may not write as much.
+        """
+        if file not in NAMES:
+            raise RequestInvalid(f"file {file[:128]!r}: expected one of {listed(NAMES, len(NAMES))}")
+        size = self._sizes.get(file, 0) + len(data)
+        most = MAX_BYTES if file == WEIGHTS else MAX_SMALL
+        if size > most:
+            raise RequestInvalid(f"file {file}: more than {most} bytes. An adapter has at most {MAX_BYTES}.")
+        self.space.room(f"adapter {self.name!r}")(len(data))
+        self._sizes[file] = size
+        self._hashes.setdefault(file, hashlib.sha256()).update(data)
+        with disk_errors():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with (self.folder / file).open("ab") as sink:
+                sink.write(data)
+
+    def fetched(self) -> FetchedAdapter:
+        """Return the adapter as if it had been fetched.
+
+        Raises:
+            AdapterInvalid: files are missing or too large.
+        """
+        if findings := [*file_findings(self._sizes), *too_large(self._sizes)]:
+            named = [finding.model_copy(update={"adapter": self.name}) for finding in findings]
+            raise AdapterInvalid(f"{self.name}: these are not the files of an adapter", named)
+        files = {
+            name: FileDigest(size=size, sha256=self._hashes[name].hexdigest())
+            for name, size in self._sizes.items()
+        }
+        revision = content_digest(files)
+        source = Repository(source=SourceKind.PUSHED, repo=self.name, revision=revision)
+        return FetchedAdapter(self.name, self.folder, source, files)

@@ -1,0 +1,184 @@
+"""An update: adapters made for the base of the newest generation, and a generation that follows from that."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping
+
+import structlog
+
+from builder_service.pipeline.build import BuildResult, digests_of
+from builder_service.pipeline.context import BuildContext
+from builder_service.pipeline.keep import Keeping, keep, same_conditions
+from builder_service.pipeline.making import Making, Workshop, making, workshop
+from builder_service.pipeline.progress import Progress
+from builder_service.pipeline.prove import require_prover
+from builder_service.pipeline.push import PushedAdapter
+from builder_service.pipeline.wishes import Update
+from loramux_shared.bundle.changes import newest_generation, publish_change, require
+from loramux_shared.bundle.manifest import AdapterRecord, Generation, Recipe
+from loramux_shared.deployment import NAME_TAKEN, Build, LoraConfiguration, Merge
+from loramux_shared.faults import AdapterNotFound, DeploymentInvalid, Finding, GenerationMismatch
+from loramux_shared.storage.base import Store
+from loramux_shared.storage.patient import PatientStore
+from loramux_shared.wording import listed
+
+log = structlog.get_logger()
+
+
+class Moved(Exception):
+    """The newest generation has another base or other settings than the one that adapters were made for."""
+
+
+def update(wish: Update, context: BuildContext, progress: Progress, *, again: bool = False) -> BuildResult:
+    """Make what comes in and publish the generation that follows. Blocks.
+
+    Adapters that the wish does not name are not even resolved. With again, an earlier run was killed, and may
+    have published it.
+
+    Raises:
+        GenerationMismatch: the newest generation is another than the wish expects.
+        AdapterInvalid: with every violation of every adapter.
+        DeploymentInvalid: the names do not fit together.
+        Fault: what the base, a source or the store raises.
+    """
+    store = PatientStore(context.store, progress.check)
+    known: Generation | None = None
+    while True:
+        before = known = newest_generation(store, wish.name, known)
+        if not again:
+            require(before, wish.expected_generation)
+        check_names(changed(before, dict.fromkeys(wish.add), wish.remove))
+        records: dict[str, AdapterRecord] = {}
+        if wish.add:
+            with workshop(context, store, progress) as shop:
+                records = _making(shop, before).make(wish.add, Keeping(before))
+        try:
+            return _publish(
+                context, store, before, records, wish.remove, wish.expected_generation, progress.check, again
+            )
+        except Moved:
+            log.info("the base or the settings changed meanwhile, making it again", deployment=wish.name)
+
+
+def push(pushed: PushedAdapter, shop: Workshop, expected: int | None) -> tuple[BuildResult, AdapterRecord]:
+    """Make an adapter whose files are here and publish the generation that follows. Blocks.
+
+    Raises:
+        GenerationMismatch: the newest generation is another one, or has another base now.
+        AdapterInvalid: with every violation.
+        DeploymentInvalid: the name is taken.
+        Fault: what the base's source and the store raise.
+    """
+    store, check = shop.store, shop.progress.check
+    before = newest_generation(store, pushed.deployment)
+    require(before, expected)
+    check_names(changed(before, {pushed.name: None}, ()))
+    fetched = pushed.fetched()
+    there = Keeping(before).unasked(pushed.name, fetched.source)
+    found = keep(store, [there], before.base.source.shown, shop.progress, verify=False) if there else {}
+    record = found.get(pushed.name) or _making(shop, before).make_fetched(fetched)
+    try:
+        result = _publish(shop.context, store, before, {pushed.name: record}, (), expected, check, again=False)
+    except Moved as moved:
+        raise GenerationMismatch(
+            f"deployment {pushed.deployment}: its base or settings changed while the adapter was made. "
+            "Push it again."
+        ) from moved
+    return result, record
+
+
+def changed(
+    before: Generation, records: Mapping[str, AdapterRecord | None], remove: Collection[str]
+) -> Generation:
+    """Return a generation with other adapters; of a record that is not known yet, only the name counts."""
+    adapters = {name: record for name, record in before.adapters.items() if name not in remove} | dict(records)
+    recipe = before.recipe or (Recipe() if records else None)
+    return before.model_copy(update={"adapters": dict(sorted(adapters.items())), "recipe": recipe})
+
+
+def check_update(store: Store, wish: Update) -> None:
+    """Refuse what can be seen to be wrong before an update runs. Blocks.
+
+    Raises:
+        DeploymentNotFound, GenerationMismatch, AdapterNotFound, DeploymentInvalid, BundleCorrupt,
+        StoreUnavailable
+    """
+    before = newest_generation(store, wish.name)
+    require(before, wish.expected_generation)
+    if missing := sorted(set(wish.remove) - before.adapters.keys()):
+        raise AdapterNotFound(
+            f"deployment {before.deployment} has no adapter {listed(missing)}; it has {listed(before.adapters)}"
+        )
+    check_names(changed(before, dict.fromkeys(wish.add), wish.remove))
+
+
+def check_names(wanted: Generation) -> None:
+    """Raise `DeploymentInvalid` where the names of a deployment's models do not fit together."""
+    counts = Counter(map(str.casefold, wanted.adapters))
+    base = wanted.served_model_name.casefold()
+    findings = [
+        _finding(name, NAME_TAKEN if name.casefold() == base else "names that differ in more than case")
+        for name in wanted.adapters
+        if counts[name.casefold()] > 1 or name.casefold() == base
+    ]
+    if not wanted.serve_base and not wanted.adapters:
+        findings.append(_finding("", "at least one adapter where runtime.serve_base is false"))
+    if wanted.merge is Merge.ALWAYS and len(wanted.adapters) != 1:
+        findings.append(_finding("", "one adapter where runtime.merge is always"))
+    if findings:
+        raise DeploymentInvalid(f"deployment {wanted.deployment}: its names do not fit together", findings)
+
+
+def _finding(adapter: str, expected: str) -> Finding:
+    where = f"adapters.{adapter}" if adapter else "adapters"
+    return Finding(code="E_BAD_FIELD", where=where, expected=expected, found=adapter)
+
+
+def _making(shop: Workshop, before: Generation) -> Making:
+    settings = _settings_of(before)
+    if settings.prove:
+        require_prover()
+    base = shop.context.bases.recall(before.base, before.max_seq_len, shop.weights(before.base))
+    return making(shop, base, settings, digests_of(before))
+
+
+def _settings_of(generation: Generation) -> Build:
+    recipe = generation.recipe or Recipe()
+    return Build(
+        checkpoint_repository=generation.base.source,
+        max_seq_len=generation.max_seq_len,
+        lora_configuration=LoraConfiguration(
+            max_lora_rank=generation.max_lora_rank,
+            truncate_to_rank=recipe.truncate_to_rank,
+            lora_target_modules=generation.lora_target_modules,
+            dtype=generation.lora_dtype,
+        ),
+        prove=recipe.prove,
+    )
+
+
+def _publish(
+    context: BuildContext,
+    store: Store,
+    before: Generation,
+    records: Mapping[str, AdapterRecord],
+    remove: Collection[str],
+    expected: int | None,
+    check: Callable[[], None],
+    again: bool,
+) -> BuildResult:
+    def change(current: Generation) -> Generation:
+        if records and not same_conditions(before, current):
+            raise Moved
+        wanted = changed(current, records, remove)
+        check_names(wanted)
+        return wanted
+
+    name = before.deployment
+    check()
+    with context.publishing(name):
+        generation, new = publish_change(
+            store, name, change, expected=expected, again=again, known=before, check=check
+        )
+    return BuildResult(generation, unchanged=not new)

@@ -1,0 +1,88 @@
+"""News of generations from a builder, in the moment in which they are published."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable
+from typing import Final
+
+import grpc
+import structlog
+
+from loramux.builder.v1 import builder_pb2
+from loramux.builder.v1.builder_pb2_grpc import BuilderServiceStub
+from loramux.connection import Calls, Credentials
+from loramux_shared.faults import Fault
+from loramux_shared.rpc.status import fault_of
+
+log = structlog.get_logger()
+
+FIRST_PAUSE_S: Final = 1.0
+LONGEST_PAUSE_S: Final = 60.0
+
+_stub: Callable[[grpc.aio.Channel], object] = BuilderServiceStub
+
+
+class BuilderNews:
+    """Watches a deployment at a builder, and calls heard whenever it tells of another generation.
+
+    A builder that is away, or ends the stream, is called again at growing intervals: what it would have told is
+    found in the store later. The key and the certificates are those that clients read from the environment.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        deployment: str,
+        heard: Callable[[], None],
+        *,
+        first_pause_s: float = FIRST_PAUSE_S,
+    ) -> None:
+        self._address = address
+        self._deployment = deployment
+        self._heard = heard
+        self._first_pause_s = first_pause_s
+        self._pause_s = first_pause_s
+        self._generation: int | None = None
+        self._away = False
+
+    async def run(self) -> None:
+        """Listen until cancelled.
+
+        Raises:
+            SettingsInvalid: the address, the key or a certificate cannot be used.
+        """
+        credentials = Credentials()
+        async with credentials.channel(self._address, grpc.aio) as channel:
+            calls = Calls(_stub(channel), credentials)
+            while True:
+                await self._listen(calls)
+                await asyncio.sleep(self._pause_s * random.uniform(0.5, 1.0))  # noqa: S311 - no secret
+                self._pause_s = min(self._pause_s * 2, LONGEST_PAUSE_S)
+
+    async def _listen(self, calls: Calls) -> None:
+        request = builder_pb2.WatchDeploymentRequest(name=self._deployment, changes_only=True, follow=True)
+        try:
+            async for response in calls.WatchDeployment(request):
+                self._take(response.deployment.generation)
+        except grpc.RpcError as error:
+            self._lost(fault_of(error, self._address))
+
+    def _take(self, generation: int) -> None:
+        if self._away:
+            log.info("the builder tells of generations again", builder=self._address)
+        self._away, self._pause_s = False, self._first_pause_s
+        if generation != self._generation:
+            self._generation = generation
+            self._heard()
+
+    def _lost(self, fault: Fault) -> None:
+        if not self._away:
+            log.warning(
+                "the builder tells of no generations, the store is asked instead",
+                builder=self._address,
+                reason=fault.reason,
+                problem=fault.message,
+            )
+        self._away = True

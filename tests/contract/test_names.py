@@ -1,0 +1,363 @@
+"""Names, versions, aliases and limits through both doors, on a real engine, from a deployment file on."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from functools import partial
+from typing import Any
+
+import grpc
+import httpx
+import pytest
+import pytest_asyncio
+
+from builder_service.pipeline.build import build
+from builder_service.pipeline.context import BuildContext
+from builder_service.pipeline.progress import Progress
+from inference_service.core.sequence import Sequence
+from inference_service.openai_api.server import HttpServer
+from inference_service.rpc.servicer import SERVICE_NAME, InferenceServicer, register
+from inference_service.serving.adapter_defaults import NO_DEFAULTS, AdapterDefaults
+from inference_service.serving.catalog import ServedModel
+from inference_service.serving.request import Delta, Request, Started
+from inference_service.serving.service import GenerationService
+from inference_service.serving.telemetry.record import Record
+from inference_service.startup.load import Ready
+from loramux.client import AsyncClient
+from loramux.faults import ModelNotFound, RateLimited, ReplicaBehind
+from loramux.inference.v1 import inference_pb2 as pb
+from loramux.inference.v1 import inference_pb2_grpc
+from loramux.messages import deployment_from_message, deployment_to_message
+from loramux_shared.access.guard import Guard
+from loramux_shared.access.keyring import Keyring
+from loramux_shared.bundle.deployments import current_generation
+from loramux_shared.bundle.manifest import Generation
+from loramux_shared.deployment import Deployment, ModelLimits, Runtime
+from loramux_shared.limits import Limits
+from loramux_shared.rpc.server import RpcServer
+from loramux_shared.sources.open import open_sources
+from loramux_shared.storage.memory import MemoryStore
+from tests.support.access import lines, new_entry
+from tests.support.service import until_free
+from tests.support.tiny import World
+
+RUNTIME = {
+    "served_model_name": "base",
+    "aliases": {"alias": {"rs": 50, "wide": 50}, "one": {"rs": 1, "wide": 0}},
+    "limits": {"models": {"all": {"weight": 2, "max_running": 1, "tokens_per_minute": 10}}},
+}
+PROMPT = [5, 6, 7, 8]
+ASKED = {"max_tokens": 4, "temperature": 0, "ignore_eos": True}
+
+
+def built(world: World) -> tuple[MemoryStore, Deployment]:
+    """A store into which a deployment was built that came as a message, with names and limits."""
+    runtime = Runtime.model_validate(RUNTIME)
+    said = world.deployment().model_copy(update={"runtime": runtime})
+    deployment, store = deployment_from_message(deployment_to_message(said)), MemoryStore()
+    build(
+        deployment,
+        BuildContext(store, open_sources(local_roots=[world.root])),
+        Progress(deployment.build.lora_adapters),
+    )
+    return store, deployment
+
+
+class Doors:
+    """Both doors of a replica, and what it serves."""
+
+    def __init__(self, ready: Ready, generation: Generation, guard: Guard) -> None:
+        self.ready = ready
+        self.generation = generation
+        services = {SERVICE_NAME: partial(register, InferenceServicer(ready.service))}
+        self.rpc = RpcServer("127.0.0.1:0", services, guard)
+        self.web = HttpServer("127.0.0.1:0", ready.service, guard)
+
+    async def start(self) -> None:
+        """Listen."""
+        self.http = httpx.AsyncClient(base_url=f"http://{await self.web.start()}", timeout=60)
+        self.address = await self.rpc.start()
+        self.client = AsyncClient(self.address)
+        self.ready.engine.start()
+        await self.rpc.set_serving(True)
+
+    async def close(self) -> None:
+        """Let everything go."""
+        await until_free(self.ready)
+        await self.client.close()
+        await self.http.aclose()
+        await self.web.drain(5)
+        await self.rpc.drain(5)
+        await self.ready.engine.stop()
+
+    def digest(self, name: str) -> str:
+        """The digest that a name had at the start."""
+        return self.generation.adapters[name].digest
+
+    def later(self, number: int, **digests: str) -> Generation:
+        """A later generation, in which names have the digests of others."""
+        adapters = {name: self.generation.adapters[other] for name, other in digests.items()}
+        return self.generation.model_copy(update={"number": number, "adapters": adapters})
+
+    async def ask(self, model: str, headers: dict[str, str] | None = None, **fields: Any) -> httpx.Response:
+        """Complete a prompt over HTTP."""
+        body = ASKED | {"model": model, "prompt": PROMPT, "return_token_ids": True} | fields
+        return await self.http.post("/v1/completions", json=body, headers=headers)
+
+    async def tokens(self, model: str) -> list[int]:
+        """The greedy tokens of a model."""
+        request = Request(model, PROMPT, max_tokens=4, temperature=0, ignore_eos=True)
+        events = [event async for event in self.ready.service.generate(request)]
+        return [token.id for event in events if isinstance(event, Delta) for token in event.tokens]
+
+
+@pytest_asyncio.fixture
+async def doors(world: tuple[World, MemoryStore]) -> AsyncIterator[Doors]:
+    """Both doors of a replica of the deployment."""
+    store, _ = built(world[0])
+    generation = current_generation(store, "tiny")
+    assert generation is not None
+    opened = Doors(world[0].load(store, stream_interval_ms=0), generation, Guard())
+    await opened.start()
+    yield opened
+    await opened.close()
+
+
+def test_what_the_file_says_is_in_the_generation(world: tuple[World, MemoryStore]) -> None:
+    """Aliases and limits travel as a message and in the record, whose bytes without them are older ones."""
+    store, deployment = built(world[0])
+    assert deployment.runtime == Runtime.model_validate(RUNTIME)
+    generation = current_generation(store, "tiny")
+    assert generation is not None
+    assert generation.aliases == RUNTIME["aliases"]
+    assert generation.limits.of("all") == Limits(weight=2, max_running=1, tokens_per_minute=10)
+    plain = current_generation(world[1], "tiny")
+    assert plain is not None
+    assert not {"aliases", "limits"} & json.loads(plain.to_bytes()).keys()
+
+
+async def test_a_request_ends_on_the_version_that_it_began_with(doors: Doors) -> None:
+    """A name that switches meanwhile is another version for the next request, and a removed one is none."""
+    service = doors.ready.service
+    expected = {name: await doors.tokens(name) for name in ("rs", "wide")}
+    assert expected["rs"] != expected["wide"]
+    events = service.generate(Request("rs", PROMPT, max_tokens=4, temperature=0, ignore_eos=True))
+    started = await anext(events)
+    assert isinstance(started, Started)
+    changes = service.apply(doors.later(2, rs="wide"))
+    assert (changes.switched, set(changes.removed)) == (("rs",), {"all", "wide"})
+    rest = [event async for event in events]
+    said = [token.id for event in rest if isinstance(event, Delta) for token in event.tokens]
+    assert (said, started.model.digest, started.generation) == (expected["rs"], doors.digest("rs"), 1)
+    answer = await doors.ask("rs")
+    assert answer.json()["choices"][0]["token_ids"] == expected["wide"]
+    assert answer.headers["x-loramux-digest"] == doors.digest("wide")
+    assert answer.headers["x-loramux-generation"] == "2"
+    old = await doors.client.complete(f"rs@{doors.digest('rs')[:10]}", PROMPT, max_tokens=4, ignore_eos=True)
+    assert (list(old.token_ids), old.started.adapter_digest) == (expected["rs"], doors.digest("rs"))
+    with pytest.raises(ModelNotFound):
+        await doors.client.complete("wide", PROMPT)
+
+
+async def test_http_says_who_answers(doors: Doors) -> None:
+    """By its name in the body, and in headers of whole answers and of streams; the base has no digest."""
+    for fields in ({}, {"stream": True}):
+        answer = await doors.ask("one", **fields)
+        assert answer.headers["x-loramux-model"] == "rs"
+        assert answer.headers["x-loramux-digest"] == doors.digest("rs")
+        assert answer.headers["x-loramux-generation"] == "1"
+        assert '"model":"rs"' in answer.text
+    messages = [{"role": "user", "content": "x"}]
+    tokenized = await doors.http.post("/tokenize", json={"model": "one", "prompt": "AB"})
+    assert tokenized.json()["count"] == 2
+    answer = await doors.ask("base")
+    assert answer.headers["x-loramux-model"] == "base"
+    assert "x-loramux-digest" not in answer.headers
+    refused = await doors.http.post("/v1/chat/completions", json={"model": "none", "messages": messages})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (404, "model")
+    assert "x-loramux-model" not in refused.headers
+
+
+async def test_an_alias_sticks_to_a_user_at_both_doors(doors: Doors) -> None:
+    """A user, a header, a field and metadata are one key."""
+    channel = grpc.aio.insecure_channel(doors.address)
+    stub = inference_pb2_grpc.InferenceServiceStub(channel)
+    picked = set()
+    for key in ("ann", "bob", "cid", "dan", "eve", "fay", "gil", "hal"):
+        by_user = (await doors.ask("alias", user=key)).json()["model"]
+        by_header = (await doors.ask("alias", {"x-loramux-key": key}, user="other")).json()["model"]
+        by_field = (await doors.client.complete("alias", PROMPT, max_tokens=1, sticky_key=key)).started.model
+        request = pb.GenerateRequest(model="alias", token_ids=pb.TokenIds(ids=PROMPT), sticky_key="other")
+        first = await stub.Generate(request, metadata=(("x-loramux-key", key),)).read()
+        assert {by_user, by_header, by_field, first.started.model} == {by_user}
+        picked.add(by_user)
+    assert picked == {"rs", "wide"}
+    await channel.close()
+
+
+async def test_all_prompts_of_a_call_are_answered_by_one_version(doors: Doors) -> None:
+    """An alias is asked once for all of them."""
+    answer = (await doors.ask("alias", prompt=[PROMPT] * 16)).json()
+    expected = await doors.tokens(answer["model"])
+    assert [choice["token_ids"] for choice in answer["choices"]] == [expected] * 16
+
+
+async def test_a_replica_catches_up_first(doors: Doors) -> None:
+    """Where it can; and what it cannot find is REPLICA_BEHIND, with the time to retry."""
+    service = doors.ready.service
+    with pytest.raises(ReplicaBehind) as behind:
+        await doors.client.complete("rs", PROMPT, min_generation=2)
+    assert behind.value.retry_after_s == 1.0
+    async with grpc.aio.insecure_channel(doors.address) as channel:
+        stub = inference_pb2_grpc.InferenceServiceStub(channel)
+        request = pb.GenerateRequest(model="rs", token_ids=pb.TokenIds(ids=PROMPT))
+        with pytest.raises(grpc.aio.AioRpcError, match="asks for generation 9"):
+            await stub.Generate(request, metadata=(("x-loramux-min-generation", "9"),)).read()
+    for refused in (
+        await doors.ask("rs", min_generation=2),
+        await doors.ask("rs", {"x-loramux-min-generation": "2"}),
+    ):
+        assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
+        assert refused.json()["error"]["code"] == "replica_behind"
+
+    async def catch_up(number: int) -> None:
+        service.apply(doors.later(number, rs="wide", new="rs"))
+
+    service.naming.catch_up = catch_up
+    answer = await doors.ask("new", {"x-loramux-min-generation": "2"}, min_generation=1)
+    assert (answer.status_code, answer.headers["x-loramux-generation"]) == (200, "2")
+    told = await doors.client.complete("rs", PROMPT, max_tokens=1, min_generation=3)
+    assert (told.started.generation, told.started.adapter_digest) == (3, doors.digest("wide"))
+    assert (await doors.ask("rs", {"x-loramux-min-generation": "x"})).status_code == 400
+
+
+async def test_a_model_at_its_limit_is_refused_alone(doors: Doors) -> None:
+    """429 as OpenAI's clients know it, RESOURCE_EXHAUSTED with RetryInfo, and the others answer."""
+    assert (await doors.ask("all")).status_code == 200
+    assert (await doors.ask("all")).status_code == 200
+    refused = await doors.ask("all")
+    error = refused.json()["error"]
+    assert (refused.status_code, error["type"], error["code"]) == (
+        429,
+        "rate_limit_error",
+        "rate_limit_exceeded",
+    )
+    assert 1 <= int(refused.headers["retry-after"]) <= 60
+    with pytest.raises(RateLimited) as limited:
+        await doors.client.complete("all", PROMPT)
+    assert limited.value.retry_after_s is not None
+    assert 30 < limited.value.retry_after_s <= 42
+    assert (await doors.ask("rs")).status_code == 200
+    doors.ready.service.apply(doors.generation.model_copy(update={"number": 2, "limits": Runtime().limits}))
+    assert (await doors.ask("all")).status_code == 200
+    counted = await doors.http.get("/metrics")
+    assert 'loramux_requests_total{model="all",outcome="RATE_LIMITED"} 2.0' in counted.text
+
+
+class Noted:
+    """Notes the sequences of requests that ended."""
+
+    def __init__(self) -> None:
+        self.seqs: list[Sequence] = []
+
+    def began(self, record: Record) -> None:
+        """Hear nothing."""
+
+    def said(self, record: Record, delta: Delta) -> None:
+        """Hear nothing."""
+
+    def ended(self, record: Record) -> None:
+        """Note them."""
+        self.seqs += [answer.seq for answer in record.answers]
+
+
+async def test_the_engine_is_told_flow_and_share(doors: Doors) -> None:
+    """What the deployment file says of a model reaches its sequences."""
+    made, noted = doors.ready.service, Noted()
+    service = GenerationService(made.catalog, made.text, doors.ready.engine, made.limits, [noted])
+    service.apply(doors.generation)
+    for model in ("all", "base", "one"):
+        async with aclosing(service.generate(Request(model, PROMPT, max_tokens=1))) as events:
+            async for _ in events:
+                pass
+    told = [(seq.model, seq.flow, seq.share.weight, seq.share.max_running) for seq in noted.seqs]
+    assert told == [("all", "all", 2.0, 1), ("", "", 1.0, None), ("rs", "rs", 1.0, None)]
+
+
+async def test_a_key_has_its_limits_at_both_doors(world: tuple[World, MemoryStore]) -> None:
+    """What one holder may have together, whichever door; the other holder is not concerned."""
+    generation = current_generation(world[1], "tiny")
+    assert generation is not None
+    (ann, of_ann), (bob, of_bob) = new_entry("ann", "infer"), new_entry("bob", "infer")
+    of_ann = of_ann.model_copy(update={"limits": Limits(tokens_per_minute=8)})
+    doors = Doors(world[0].load(world[1]), generation, Guard(Keyring(text=lines(of_ann, of_bob))))
+    await doors.start()
+    headers = [{"authorization": f"Bearer {key}"} for key in (ann, bob)]
+    assert [(await doors.ask("rs", each)).status_code for each in headers] == [200, 200]
+    assert [(await doors.ask("wide", each)).status_code for each in headers] == [429, 200]
+    async with AsyncClient(doors.address, api_key=ann) as client:
+        with pytest.raises(RateLimited, match="the API key 'ann'"):
+            await client.complete("base", PROMPT)
+    await doors.close()
+
+
+def hold(doors: Doors) -> asyncio.Event:
+    """Keep requests before they are tokenized, until the event is set."""
+    gate = asyncio.Event()
+
+    async def slowly(_: ServedModel) -> AdapterDefaults:
+        await gate.wait()
+        return NO_DEFAULTS
+
+    doors.ready.service.naming.defaults_of = slowly
+    for name in ("rs", "wide"):
+        doors.ready.service.catalog.know(doors.digest(name), defaults=None)
+    return gate
+
+
+async def until_held(doors: Doors, count: int) -> None:
+    """Wait until so many requests are in work."""
+    async with asyncio.timeout(10):
+        while doors.ready.service.in_work < count:
+            await asyncio.sleep(0.01)
+
+
+def limits(**default: int) -> ModelLimits:
+    """The same for each model."""
+    return ModelLimits(default=Limits(**default))
+
+
+async def test_requests_that_wait_are_bounded_by_model(doors: Doors) -> None:
+    """Those that no step has begun with, of one model; they end, and others may wait."""
+    doors.ready.service.limiter.limits = limits(max_waiting=3)
+    gate = hold(doors)
+    waiting = [asyncio.ensure_future(doors.ask("rs")) for _ in range(3)]
+    await until_held(doors, 3)
+    assert (await doors.ask("rs")).status_code == 429
+    other = asyncio.ensure_future(doors.ask("wide"))
+    await until_held(doors, 4)
+    gate.set()
+    answers = [answer.status_code for answer in await asyncio.gather(*waiting, other)]
+    assert answers == [200] * 4
+    assert (await doors.ask("rs")).status_code == 200
+
+
+async def test_tokens_of_a_minute_are_not_used_twice(doors: Doors) -> None:
+    """Requests that came while there were some are looked at again before the engine gets them."""
+    doors.ready.service.limiter.limits = limits(tokens_per_minute=4)
+    gate = hold(doors)
+    waiting = [asyncio.ensure_future(doors.ask("rs")) for _ in range(3)]
+    await until_held(doors, 3)
+    gate.set()
+    answers = await asyncio.gather(*waiting)
+    assert sorted(answer.status_code for answer in answers) == [200, 429, 429]
+
+
+async def test_lora_path_beside_model(doors: Doors) -> None:
+    """Taken where both name the same adapter, and refused by name where not."""
+    assert (await doors.ask("rs", lora_path="base:rs")).json()["model"] == "rs"
+    refused = await doors.ask("rs", lora_path="wide")
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "lora_path")

@@ -1,0 +1,192 @@
+"""Changes of one deployment at once, with builds beside them: nothing that was answered gets lost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
+from functools import partial
+from itertools import pairwise
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from loramux_shared.bundle.changes import newest_generation, publish_change
+from loramux_shared.bundle.claims import claimed_numbers, generation_numbers
+from loramux_shared.bundle.deployments import current_generation, publish_generation, read_generation
+from loramux_shared.bundle.manifest import AdapterRecord, BaseRecord, Generation
+from loramux_shared.deployment import Dtype, Repository, SourceKind
+from loramux_shared.faults import GenerationMismatch
+from loramux_shared.storage.base import Store
+from loramux_shared.storage.memory import MemoryStore
+from tests.support.turns import Race
+
+STALE, LONG = timedelta(milliseconds=1), timedelta(seconds=15)
+
+
+def record(name: str) -> AdapterRecord:
+    """An adapter, whose digest follows from its name."""
+    source = Repository(source=SourceKind.HF, repo=f"org/{name}", revision="0" * 40)
+    return AdapterRecord(digest=(name.encode().hex() + "0" * 64)[:64], source=source)
+
+
+def generation(*names: str) -> Generation:
+    """What a build says: these adapters and no others."""
+    return Generation(
+        deployment="tiny",
+        number=1,
+        create_time=datetime(2026, 1, 1, tzinfo=UTC),
+        served_model_name="tiny",
+        base=BaseRecord(source=Repository(source=SourceKind.HF, repo="org/base", revision="0" * 40), files={}),
+        adapters={name: record(name) for name in names},
+        max_lora_rank=8,
+        lora_dtype=Dtype.BFLOAT16,
+    )
+
+
+def adding(name: str) -> Callable[[Generation], Generation]:
+    """The change that an adapter comes in."""
+
+    def change(before: Generation) -> Generation:
+        adapters = {**before.adapters, name: record(name)}
+        return before.model_copy(update={"adapters": dict(sorted(adapters.items()))})
+
+    return change
+
+
+def add(name: str, store: Store, stale: timedelta = LONG) -> int:
+    """Publish that an adapter comes in; returns the generation."""
+    return publish_change(store, "tiny", adding(name), stale=stale)[0].number
+
+
+def rebuild(store: Store) -> int:
+    """Publish a build of a file that knows of two adapters."""
+    return publish_generation(store, generation("first", "built")).number
+
+
+def started() -> MemoryStore:
+    """A store with one generation."""
+    store = MemoryStore()
+    publish_generation(store, generation("first"))
+    return store
+
+
+def served(store: Store) -> Generation:
+    """What a replica would serve."""
+    found = current_generation(store, "tiny")
+    assert found is not None
+    return found
+
+
+def check_history(store: MemoryStore, builds: int = 0) -> None:
+    """Every generation is the one before it with one adapter more, or one of the builds."""
+    numbers = generation_numbers(store, "tiny")
+    chain = [read_generation(store, "tiny", number) for number in numbers]
+    others = 0
+    for before, after in pairwise(chain):
+        came = after.adapters.keys() - before.adapters.keys()
+        if "built" in came:
+            others += 1
+            assert set(after.adapters) == {"first", "built"}
+        else:
+            assert before.adapters.keys() <= after.adapters.keys()
+            assert len(came) == 1
+    assert others == builds
+    assert served(store).number == numbers[-1]
+    assert claimed_numbers(store, "tiny") == {}
+
+
+def race(*names: str, dies_at: int | None = None, stale: timedelta = LONG) -> Race[int]:
+    """Changes that each add an adapter."""
+    store = started()
+    return Race(store, [partial(add, name, stale=stale) for name in names], lambda: served(store), dies_at)
+
+
+def operations_of_one() -> int:
+    """How many operations a change needs that is alone."""
+    alone = race("one")
+    alone.run([])
+    return alone.turns[0].count
+
+
+def test_every_order_with_two_switches_keeps_both_changes() -> None:
+    """Whenever one change is stopped and another goes on, both adapters are served in the end."""
+    count = operations_of_one()
+    assert count < 25
+    for first in range(count + 1):
+        for second in range(1, count + 2):
+            both = race("one", "two")
+            both.run([(0, first), (1, second), (0, 2)])
+            assert set(served(both.store).adapters) == {"first", "one", "two"}
+            check_history(both.store)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 2), st.integers(1, 4)), max_size=25))
+def test_any_order_of_three_changes_keeps_all(schedule: list[tuple[int, int]]) -> None:
+    """Three changes whose operations are mixed at random: all three adapters are served, none twice."""
+    three = race("one", "two", "three")
+    three.run(schedule)
+    assert set(served(three.store).adapters) == {"first", "one", "two", "three"}
+    check_history(three.store)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 2), st.integers(1, 4)), max_size=25))
+def test_a_build_among_changes_is_before_or_after_each(schedule: list[tuple[int, int]]) -> None:
+    """A build that runs beside two changes: each generation follows from the one below it, in any order."""
+    store = started()
+    works = [partial(add, "one"), rebuild, partial(add, "two")]
+    Race(store, works, lambda: served(store)).run(schedule)
+    check_history(store, builds=1)
+
+
+def test_a_change_killed_at_any_operation_hinders_nobody() -> None:
+    """One change dies at each of its operations: the other gets through, and the first one's retry does too."""
+    for dies_at in range(operations_of_one()):
+        for before in (0, dies_at // 2, dies_at + 1):
+            two = race("one", "two", dies_at=dies_at, stale=STALE)
+            two.run([(0, before), (1, 4)])
+            again, _ = publish_change(two.store, "tiny", adding("one"), expected=None, again=True, stale=STALE)
+            assert set(served(two.store).adapters) == {"first", "one", "two"}
+            assert again.number == served(two.store).number
+
+
+def test_a_killed_change_is_found_done_whatever_was_expected() -> None:
+    """Killed after its generation was written: the retry finds it, though another generation was expected."""
+    for dies_at in range(operations_of_one()):
+        store = started()
+        first = partial(publish_change, name="tiny", change=adding("one"), expected=1, stale=STALE)
+        Race(store, [first], partial(served, store), dies_at).run([])
+        found, _ = publish_change(store, "tiny", adding("one"), expected=1, again=True, stale=STALE)
+        assert found.number == served(store).number
+        assert generation_numbers(store, "tiny") == [1, found.number]
+
+
+def test_of_two_that_expect_one_generation_one_is_refused() -> None:
+    """Optimistic concurrency: in every order with one switch exactly one change is published."""
+
+    def attempt(name: str, store: Store) -> bool:
+        try:
+            publish_change(store, "tiny", adding(name), expected=1)
+        except GenerationMismatch:
+            return False
+        return True
+
+    for first in range(operations_of_one() + 1):
+        store = started()
+        works = [partial(attempt, "one"), partial(attempt, "two")]
+        done = Race(store, works, partial(served, store)).run([(0, first), (1, 3)])
+        assert sorted(map(bool, done)) == [False, True]
+        assert len(served(store).adapters) == 2
+
+
+def test_many_real_threads_keep_all_changes() -> None:
+    """Eight changes and two builders' worth of no-ops in free threads: eight adapters come in, one by one."""
+    store = started()
+    names = [f"a{i}" for i in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda name: add(name, store), names))
+    assert set(served(store).adapters) == {"first", *names}
+    check_history(store)
+    assert add("a3", store) == newest_generation(store, "tiny").number  # nothing to change

@@ -1,0 +1,122 @@
+"""Random adapters for a small model, what they add in float64, and a bank that holds them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from inference_service.backends.base import LoraBackend
+from inference_service.lora.places import Places
+from inference_service.lora.segments import Arrangement, Segment
+from inference_service.lora.weights import AdapterWeights, Matrices, pack_adapter
+from loramux_shared.bases.groups import layer_groups
+
+GROUPS = layer_groups(hidden=48, intermediate=80, q=48, kv=16)
+LAYERS = 2
+DIMS = {
+    module: (shape.in_features, out)
+    for shape in GROUPS
+    for module, out in zip(shape.modules, shape.out_features, strict=True)
+}
+ADAPTERS: list[Mapping[str, int]] = [
+    {"attn_q": 8, "attn_v": 8},
+    dict.fromkeys(DIMS, 4) | {"attn_q": 12, "mlp_gate": 2},
+    {"attn_dense": 5, "mlp_4h_to_h": 16},
+    {"mlp_h_to_4h": 3},
+    {"attn_k": 1, "mlp_4h_to_h": 7},
+]
+"""The ranks of the modules."""
+MAX_RANK = 16
+
+
+def adapter(ranks: Mapping[str, int], seed: int, layers: Sequence[int] = range(LAYERS)) -> AdapterWeights:
+    """A random adapter."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = [
+        Matrices(
+            layer,
+            module,
+            torch.randn(rank, DIMS[module][0], generator=generator) * 0.3,
+            torch.randn(DIMS[module][1], rank, generator=generator) * 0.3,
+        )
+        for layer in layers
+        for module, rank in ranks.items()
+    ]
+    return pack_adapter(rows, GROUPS, LAYERS, torch.float32, torch.device("cpu"))
+
+
+def arrangement(lengths: Mapping[int, int], base: int = 2) -> Arrangement:
+    """So many rows of each slot, behind rows of the base; long runs come last, as in the engine."""
+    segments, start = [], base
+    for slot, length in lengths.items():
+        segments.append(Segment(slot, start, start + length))
+        start += length
+    return Arrangement((), tuple(segments))
+
+
+def added(x: Tensor, step: Arrangement, held: Mapping[int, AdapterWeights], layer: int, name: str) -> Tensor:
+    """What the adapters in their slots add to a linear's output, in float64."""
+    (shape,) = (shape for shape in GROUPS if shape.name == name)
+    out = torch.zeros(len(x), sum(shape.out_features), dtype=torch.float64)
+    for segment in step.segments:
+        group = held[segment.slot].layers[layer].get(name)
+        rows = slice(segment.start, segment.end)
+        for index, (first, size) in enumerate(zip(shape.out_offsets, shape.out_features, strict=True)):
+            if group is not None and group.a[index] is not None:
+                product = x[rows].double() @ group.a[index].double().t() @ group.b[index].double()
+                out[rows, first : first + size] = product
+    return out
+
+
+def expect_right(
+    lora: LoraBackend, step: Arrangement, held: Mapping[int, AdapterWeights], device: str = "cpu"
+) -> None:
+    """A backend adds in every linear what the adapters in their slots do, and nothing to the base's rows."""
+    lora.begin(step)
+    for layer in range(LAYERS):
+        for shape in GROUPS:
+            x = torch.randn(step.segments[-1].end + 1, shape.in_features)
+            out = torch.randn(len(x), sum(shape.out_features))
+            found = out.to(device, copy=True)
+            lora.apply(x.to(device), found, layer, shape.name)
+            update = added(x, step, held, layer, shape.name)
+            torch.testing.assert_close(found.cpu(), (out + update).float(), rtol=1e-5, atol=1e-5)
+            assert torch.equal(found[:2].cpu(), out[:2])
+
+
+class Resident:
+    """A bank with whoever is in it, kept as its owner would."""
+
+    def __init__(self, lora: LoraBackend, num_bytes: int, num_slots: int) -> None:
+        lora.open(num_bytes, MAX_RANK, num_slots)
+        self.lora = lora
+        self.places = Places(num_bytes)
+        self.held: dict[int, AdapterWeights] = {}
+        self._clock = 0
+        self._used: dict[int, int] = {}
+
+    def bring(self, weights: AdapterWeights) -> int:
+        """Bring an adapter in; those that were used longest ago leave for it. Return its slot."""
+        packed = self.lora.pack(weights)
+        if len(self.held) == self.lora.num_slots:
+            self.send_away(min(self.held, key=self._used.__getitem__))
+        place = self.places.find(packed.num_bytes, self._used.__getitem__)
+        assert place is not None
+        for slot in place.leaving:
+            self.send_away(slot)
+        slot = min(set(range(self.lora.num_slots)) - self.held.keys())
+        self.places.take(slot, place.offset, packed.num_bytes)
+        self.lora.copy(packed, place.offset)
+        self.lora.enter(slot, place.offset, packed)
+        self.held[slot] = weights
+        self._clock += 1
+        self._used[slot] = self._clock
+        return slot
+
+    def send_away(self, slot: int) -> None:
+        """Let an adapter leave."""
+        self.lora.leave(slot)
+        self.places.give_back(slot)
+        del self.held[slot]

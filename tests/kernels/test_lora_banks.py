@@ -1,0 +1,177 @@
+"""All backends: adapters come, leave and are replaced, in memory that never moves."""
+
+from __future__ import annotations
+
+import ctypes
+import random
+import sys
+from collections.abc import Callable
+
+import psutil
+import pytest
+import torch
+
+from inference_service.backends.base import LoraBackend
+from inference_service.backends.hold import hold
+from inference_service.backends.native import NativeLora
+from inference_service.kernels.cpu.ops import CpuOps
+from inference_service.lora.places import taken_by
+from inference_service.lora.weights import Matrices, pack_adapter
+from loramux_shared.bases.groups import layer_groups
+from loramux_shared.faults import InternalFault
+from tests.kernels.lora_case import (
+    ADAPTERS,
+    GROUPS,
+    LAYERS,
+    MAX_RANK,
+    Resident,
+    adapter,
+    arrangement,
+    expect_right,
+)
+
+
+def test_adapters_come_and_go_and_each_adds_what_it_is(lora: LoraBackend, device: str) -> None:
+    """Ranks, modules and layers change, places are used again, and those that stay are what they were."""
+    device = device if lora.name != "native" else "cpu"
+    draw = random.Random(0)
+    sizes = [taken_by(lora.pack(adapter(ranks, seed=0)).num_bytes) for ranks in ADAPTERS]
+    bank = Resident(lora, max(sizes) + sum(sizes) // 3, num_slots=4)
+    arena = lora.num_bytes
+    seen = set()
+    for seed in range(16):
+        layers = [draw.randrange(LAYERS)] if seed % 5 == 4 else range(LAYERS)
+        slot = bank.bring(adapter(draw.choice(ADAPTERS), seed, layers))
+        others = sorted(bank.held.keys() - {slot})
+        expect_right(lora, arrangement(dict.fromkeys(others, 1) | {slot: 3}), bank.held, device)
+        seen |= {slot}
+    assert len(bank.held) > 1
+    expect_right(lora, arrangement(dict.fromkeys(others, 1) | {slot: 20}), bank.held, device)
+    assert seen == set(range(4))
+    assert lora.num_bytes == arena
+
+
+def test_a_slot_that_changed_hands_is_the_new_ones(lora: LoraBackend, device: str) -> None:
+    """The same slots in one step and the next, another adapter in one of them: nothing of the old is kept."""
+    device = device if lora.name != "native" else "cpu"
+    first, second, other = (adapter(ADAPTERS[1], seed) for seed in range(3))
+    bank = Resident(lora, 3 * taken_by(lora.pack(first).num_bytes), num_slots=2)
+    assert (bank.bring(first), bank.bring(other)) == (0, 1)
+    step = arrangement({0: 1, 1: 1})
+    expect_right(lora, step, bank.held, device)
+    bank.send_away(0)
+    assert bank.bring(second) == 0
+    expect_right(lora, step, bank.held, device)
+
+
+def test_nobody_gets_another_adapter_for_one_that_left(lora: LoraBackend) -> None:
+    """Whether a slot was left or never entered, a step with it is an error that names the slot."""
+    bank = Resident(lora, 2 * taken_by(lora.pack(adapter(ADAPTERS[1], 0)).num_bytes), num_slots=3)
+    bank.bring(adapter(ADAPTERS[1], 0))
+    bank.bring(adapter(ADAPTERS[1], 1))
+    bank.send_away(0)
+    for slot in (0, 2, 3, -1):
+        with pytest.raises(InternalFault, match=f"rows of slot {slot}, which holds no adapter"):
+            lora.begin(arrangement({slot: 1, 1: 1}))
+
+
+REFUSED: dict[str, Callable[[LoraBackend], None]] = {
+    "open already": lambda lora: lora.open(64, 1, 1),
+    "slot 0 cannot be taken": lambda lora: lora.enter(0, 0, lora.pack(adapter(ADAPTERS[3], 0))),
+    "slot 2 cannot be taken": lambda lora: lora.enter(2, 0, lora.pack(adapter(ADAPTERS[3], 0))),
+    "rank 17 cannot enter": lambda lora: lora.enter(1, 0, lora.pack(adapter({"attn_k": 17}, 0, [1]))),
+    "slot 1 holds no adapter": lambda lora: lora.leave(1),
+    "cannot lie at 32 ": lambda lora: lora.copy(lora.pack(adapter(ADAPTERS[3], 0)), 32),
+    "cannot lie at -64 ": lambda lora: lora.enter(1, -64, lora.pack(adapter(ADAPTERS[3], 0))),
+    "must lie within them": lambda lora: lora.copy(lora.pack(adapter(ADAPTERS[1], 0)), 64 * 100),
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_what_a_bank_cannot_do_is_refused(lora: LoraBackend, message: str) -> None:
+    """Before anything is written; the adapter that is in it stays what it was."""
+    weights = adapter(ADAPTERS[3], 7)
+    packed = lora.pack(weights)
+    lora.open(64 * 100, MAX_RANK, 2)
+    lora.copy(packed, 0)
+    lora.enter(0, 0, packed)
+    with pytest.raises(InternalFault, match=message):
+        REFUSED[message](lora)
+    if lora.name != "triton" or not torch.cuda.is_available():
+        expect_right(lora, arrangement({0: 2}), {0: weights})
+
+
+def test_a_held_bank_is_just_large_enough(lora: LoraBackend, device: str) -> None:
+    """For those that stay: each in the slot of its number."""
+    device = device if lora.name != "native" else "cpu"
+    weights = [adapter(ranks, seed) for seed, ranks in enumerate(ADAPTERS)]
+    assert hold(lora, *weights) == [0, 1, 2, 3, 4]
+    needed = sum(taken_by(lora.pack(each).num_bytes) for each in weights)
+    assert needed <= lora.num_bytes <= needed + 5 * 15 * 8 * 7 * LAYERS
+    expect_right(lora, arrangement(dict.fromkeys(range(5), 1)), dict(enumerate(weights)), device)
+
+
+def test_native_memory_is_taken_when_it_is_touched(compiled: ctypes.CDLL) -> None:
+    """An arena of gigabytes and slots by the thousand cost next to nothing until they are used."""
+    if sys.platform != "linux":
+        pytest.skip("other systems count memory otherwise")
+    lora, process = NativeLora(CpuOps(compiled, torch.float32), GROUPS, LAYERS), psutil.Process()
+    before = process.memory_info().rss
+    lora.open(4 << 30, 64, 50_000)
+    packed = lora.pack(adapter(ADAPTERS[1], 0))
+    lora.copy(packed, 3 << 30)
+    lora.enter(49_999, 3 << 30, packed)
+    assert process.memory_info().rss - before < 32 << 20
+    assert lora.num_bytes > 4 << 30
+
+
+class Counting(CpuOps):
+    """Counts products of adapters."""
+
+    products = 0
+
+    def lora(self, *args: object, **kwargs: object) -> None:
+        """Count, and compute."""
+        self.products += 1
+        super().lora(*args, **kwargs)
+
+
+def test_a_linear_that_no_adapter_of_the_step_touches_costs_no_call(compiled: ctypes.CDLL) -> None:
+    """Whoever else is in the bank."""
+    ops = Counting(compiled, torch.float32)
+    lora = NativeLora(ops, GROUPS, LAYERS)
+    everything, one = adapter(ADAPTERS[1], 0), adapter({"attn_q": 2}, 1, layers=[1])
+    hold(lora, everything, one)
+    expect_right(lora, arrangement({1: 3}), {1: one})
+    assert ops.products == 1
+    expect_right(lora, arrangement({1: 3, 0: 1}), {0: everything, 1: one})
+    assert ops.products == 1 + LAYERS * len(GROUPS)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packing_takes_rows_and_types_as_they_come(compiled: ctypes.CDLL, dtype: torch.dtype) -> None:
+    """Dims that are multiples of nothing, odd ranks, another type: what is packed is what was given."""
+    groups = layer_groups(hidden=50, intermediate=33, q=50, kv=7)
+    dims = {
+        module: (shape.in_features, out)
+        for shape in groups
+        for module, out in zip(shape.modules, shape.out_features, strict=True)
+    }
+    rows = [
+        Matrices(
+            0, module, torch.randn(rank, inside).to(torch.bfloat16), torch.randn(out, rank).to(torch.bfloat16)
+        )
+        for rank, (module, (inside, out)) in enumerate(dims.items(), 1)
+    ]
+    weights = pack_adapter(rows, groups, 1, torch.float32, torch.device("cpu"))
+    lora = NativeLora(CpuOps(compiled, dtype), groups, 1)
+    hold(lora, weights)
+    lora.begin(arrangement({0: 5}, base=0))
+    for shape in groups:
+        x = torch.randn(5, shape.in_features).to(dtype)
+        out = torch.zeros(5, sum(shape.out_features), dtype=dtype)
+        lora.apply(x, out, 0, shape.name)
+        group = weights.layers[0][shape.name]
+        pairs = zip(group.a, group.b, strict=True)
+        expected = torch.cat([x.double() @ a.double().t() @ b.double() for a, b in pairs], dim=1)
+        assert (out.double() - expected).norm() < (1e-5 if dtype is torch.float32 else 2e-2) * expected.norm()

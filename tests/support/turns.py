@@ -1,0 +1,126 @@
+"""Builders of one store that take turns: each of their operations waits until the test lets it happen."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Generic, TypeVar
+
+from loramux_shared.storage.base import Entry, Store
+from loramux_shared.storage.memory import MemoryStore
+
+WAIT_S = 20
+
+T = TypeVar("T")
+
+
+class Killed(BaseException):
+    """What kill -9 does, as far as a thread can show it."""
+
+
+class Turns:
+    """A store for one builder, whose every operation waits for its turn."""
+
+    def __init__(self, store: MemoryStore, dies_at: int | None = None) -> None:
+        self.store, self.uri = store, store.uri
+        self.dies_at = dies_at
+        self.count = 0
+        self.go = threading.Semaphore(0)
+        self.parked = threading.Semaphore(0)
+
+    def _turn(self) -> None:
+        self.parked.release()
+        assert self.go.acquire(timeout=WAIT_S)
+        self.count += 1
+        if self.dies_at is not None and self.count > self.dies_at:
+            raise Killed
+
+    def get(self, key: str) -> bytes:
+        """Read at one's turn."""
+        self._turn()
+        return self.store.get(key)
+
+    def put(self, key: str, data: bytes | Path) -> None:
+        """Write at one's turn."""
+        self._turn()
+        self.store.put(key, data)
+
+    def take(self, key: str, file: Path) -> None:
+        """Move at one's turn."""
+        self._turn()
+        self.store.take(key, file)
+
+    def sha256(self, key: str) -> str | None:
+        """Look at one's turn."""
+        self._turn()
+        return self.store.sha256(key)
+
+    def list(self, prefix: str) -> Iterator[str]:
+        """List at one's turn."""
+        self._turn()
+        return iter(list(self.store.list(prefix)))
+
+    def entries(self, prefix: str) -> Iterator[Entry]:
+        """List at one's turn."""
+        self._turn()
+        return iter(list(self.store.entries(prefix)))
+
+    def delete(self, key: str) -> None:
+        """Remove at one's turn."""
+        self._turn()
+        self.store.delete(key)
+
+
+class Race(Generic[T]):
+    """Builders that do one thing each, one operation at a time, in an order that the test says."""
+
+    def __init__(
+        self,
+        store: MemoryStore,
+        works: Sequence[Callable[[Store], T]],
+        after_each: Callable[[], object],
+        dies_at: int | None = None,
+    ) -> None:
+        """With dies_at the first of them is killed after so many operations."""
+        self.store, self.after_each = store, after_each
+        self.pool = ThreadPoolExecutor(len(works))
+        self.turns = [Turns(store, dies_at if i == 0 else None) for i in range(len(works))]
+        self.results: list[Future[T | None]] = [
+            self.pool.submit(self._do, turns, work) for turns, work in zip(self.turns, works, strict=True)
+        ]
+        for turns in self.turns:
+            assert turns.parked.acquire(timeout=WAIT_S)
+
+    def _do(self, turns: Turns, work: Callable[[Store], T]) -> T | None:
+        try:
+            return work(turns)
+        except Killed:
+            return None
+        finally:
+            turns.parked.release()
+
+    def step(self, i: int) -> bool:
+        """Let one builder do one operation; False when it has ended."""
+        if self.results[i].done():
+            return False
+        self.turns[i].go.release()
+        assert self.turns[i].parked.acquire(timeout=WAIT_S)
+        return True
+
+    def run(self, schedule: Sequence[tuple[int, int]]) -> list[T | None]:
+        """Let builders do as many operations as the schedule says, then all to their ends; None: killed."""
+        for i, operations in schedule:
+            for _ in range(operations):
+                if not self.step(i):
+                    break
+                self.after_each()
+        left = set(range(len(self.turns)))
+        while left:  # in turn: one may wait for another's claim
+            for i in sorted(left, reverse=True):
+                if not self.step(i):
+                    left.discard(i)
+                self.after_each()
+        self.pool.shutdown()
+        return [result.result() for result in self.results]

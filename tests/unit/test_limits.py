@@ -1,0 +1,184 @@
+"""Limits of models and keys, on a clock that stands still until it is moved."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import Any
+
+import pytest
+
+from inference_service.core.sampling import SamplingParams
+from inference_service.core.sequence import FAIR, Sequence, Share, Token
+from inference_service.serving.catalog import ServedModel
+from inference_service.serving.limits import FEW_METERS, Limiter, Ticket
+from inference_service.serving.request import Delta
+from loramux_shared.access.rights import EVERYTHING, Access, Scope
+from loramux_shared.deployment import ModelLimits
+from loramux_shared.faults import RateLimited
+from loramux_shared.limits import Limits
+
+BASE = ServedModel("base")
+A, B = (ServedModel(name, digest=name * 64) for name in "ab")
+
+
+class World:
+    """A limiter, and a clock."""
+
+    def __init__(self, **limits: Any) -> None:
+        self.now_s = 100.0
+        self.limiter = Limiter(ModelLimits.model_validate(limits), lambda: self.now_s)
+        self.stack = ExitStack()
+
+    def enter(self, model: ServedModel = A, access: Access = EVERYTHING) -> Ticket:
+        """Let a request in that stays."""
+        return self.stack.enter_context(self.limiter.admit(model, access))
+
+    def ask(self, prompt: int, answer: int, model: ServedModel = A, access: Access = EVERYTHING) -> None:
+        """Let a request in, answer it and let it go."""
+        with self.limiter.admit(model, access) as ticket:
+            ticket.check_tokens()
+            ticket.submitted(sequence(prompt))
+            for _ in range(answer):
+                ticket.see(Delta("x", (Token(5),)))
+
+    def refused(self, model: ServedModel = A, access: Access = EVERYTHING) -> RateLimited:
+        """Return why a request is not let in."""
+        with pytest.raises(RateLimited) as caught, self.limiter.admit(model, access):
+            pass
+        return caught.value
+
+
+def sequence(prompt: int = 1, *, began: bool = False) -> Sequence:
+    """A sequence that waits, or that a step has begun with."""
+    seq = Sequence("0", [5] * prompt, SamplingParams(max_tokens=1))
+    seq.began_s = 1.0 if began else None
+    return seq
+
+
+def holder(key_id: str, **limits: Any) -> Access:
+    """Who has a key with limits."""
+    return Access(key_id, frozenset({Scope.INFER}), None, Limits(**limits))
+
+
+def test_without_limits_nothing_is_counted() -> None:
+    """Nobody pays for what is not used."""
+    world = World()
+    for _ in range(1000):
+        world.ask(1000, 10)
+    assert world.enter().share is FAIR
+    assert not world.limiter._meters
+
+
+def test_so_many_requests_of_a_model_may_wait() -> None:
+    """One more is refused; one that began, or went away, waits no more; others are not concerned."""
+    world = World(models={"a": {"max_waiting": 2}})
+    first = world.enter()
+    with world.limiter.admit(A, EVERYTHING) as second:
+        second.submitted(sequence())
+        assert "2 requests of model 'a' wait" in world.refused().message
+        world.enter(B)
+        world.enter(BASE)
+    world.enter()
+    assert world.refused().retry_after_s == 1.0
+    first.submitted(sequence(began=True))
+    world.enter()
+    world.refused()
+    world.stack.close()
+    world.enter()
+
+
+def test_the_default_is_each_models_own() -> None:
+    """What a model does not say is the default's; every model has its own count."""
+    world = World(default={"max_waiting": 1}, models={"a": {"max_waiting": 2}, "base": {"weight": 2}})
+    for model in (A, A, B, BASE):
+        world.enter(model)
+    for model in (A, B, BASE):
+        world.refused(model)
+
+
+def test_tokens_of_a_minute_come_back_with_time() -> None:
+    """Prompts and answers count; what was used too much is waited for, and the refusal says how long."""
+    world = World(models={"a": {"tokens_per_minute": 60}})
+    world.ask(prompt=20, answer=39)
+    world.ask(prompt=1, answer=10)  # one token was left, and it runs to its end
+    fault = world.refused()
+    assert fault.retry_after_s == pytest.approx(11)
+    assert "60 tokens of a minute. Retry in 11 s" in fault.message
+    world.ask(1000, 1000, B)
+    world.now_s += 10.5
+    assert world.refused().retry_after_s == pytest.approx(0.5)
+    world.now_s += 0.5
+    world.ask(1, 0)
+    world.refused()
+    world.now_s += 3600  # no more than a minute's worth is ever saved
+    world.ask(30, 30)
+    world.refused()
+
+
+def test_tokens_that_others_used_meanwhile_are_seen_before_the_engine() -> None:
+    """Many requests that came together are not all let through by what was left when they came."""
+    world = World(models={"a": {"tokens_per_minute": 60}})
+    first, second = world.enter(), world.enter()
+    first.check_tokens()
+    first.submitted(sequence(60))
+    with pytest.raises(RateLimited):
+        second.check_tokens()
+
+
+def test_a_key_has_limits_of_its_own_in_all_models_together() -> None:
+    """Who holds it is refused, whatever the model; others of the same models are not."""
+    ann, bob = holder("ann", max_waiting=1, tokens_per_minute=60), holder("bob", max_waiting=1)
+    world = World()
+    world.enter(A, ann)
+    assert "the API key 'ann'" in world.refused(B, ann).message
+    world.enter(A, bob)
+    world.enter(B)
+    world.stack.close()
+    world.ask(60, 0, A, ann)
+    world.refused(B, ann)
+    world.ask(60, 0, A, bob)
+
+
+def test_both_the_models_and_the_keys_limits_hold() -> None:
+    """A key opens no model that is at its limits."""
+    world = World(models={"a": {"tokens_per_minute": 60}})
+    world.ask(60, 0)
+    assert "model 'a'" in world.refused(A, holder("ann", tokens_per_minute=1000)).message
+
+
+def test_what_the_engine_is_told() -> None:
+    """A flow is the model's, or the key's where it has a share; weights multiply; the lower bound holds."""
+    world = World(default={"max_running": 8}, models={"a": {"weight": 3}})
+    plain, base = world.enter(), world.enter(BASE)
+    assert (plain.flow, plain.share) == ("a", Share(3.0, 8))
+    assert (base.flow, base.share) == ("", Share(1.0, 8))
+    ticket = world.enter(A, holder("ann", weight=0.5, max_running=2))
+    assert (ticket.flow, ticket.share) == ("a/ann", Share(1.5, 2))
+    ticket = world.enter(BASE, holder("bob", max_running=20))
+    assert (ticket.flow, ticket.share) == ("/bob", Share(1.0, 8))
+    assert world.enter(A, holder("cid", tokens_per_minute=9)).flow == "a"
+
+
+def test_new_limits_hold_for_new_requests() -> None:
+    """At once, and what was used before still counts."""
+    world = World(models={"a": {"tokens_per_minute": 60}})
+    world.ask(120, 0)
+    world.refused()
+    world.limiter.limits = ModelLimits()
+    world.ask(1, 0)
+    world.limiter.limits = ModelLimits(models={"a": Limits(tokens_per_minute=60, max_waiting=1)})
+    world.refused()
+    world.now_s += 61
+    world.enter()
+    world.refused()
+
+
+def test_meters_of_what_is_idle_are_forgotten() -> None:
+    """A name that comes, is used once and goes leaves nothing behind; one in use does not go."""
+    world = World(default={"tokens_per_minute": 600, "max_waiting": 1})
+    world.enter(A)
+    for number in range(20 * FEW_METERS):
+        world.ask(1, 0, ServedModel(f"step-{number}", digest="c" * 64))
+        world.now_s += 0.1
+    assert len(world.limiter._meters) <= 2 * FEW_METERS
+    world.refused(A)

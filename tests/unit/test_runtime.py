@@ -1,0 +1,146 @@
+"""Aliases and limits: in the deployment file, as a message, in a generation, and of a key."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+import yaml
+
+from loramux.builder.v1 import builder_pb2 as pb
+from loramux.messages import deployment_from_message, deployment_to_message
+from loramux_shared.access.keys import parse_keys
+from loramux_shared.bundle.manifest import BaseRecord, Generation
+from loramux_shared.deployment import Deployment, Dtype, ModelLimits, Repository, Runtime, SourceKind
+from loramux_shared.deployment_file import parse_deployment
+from loramux_shared.faults import DeploymentInvalid, SettingsInvalid
+from loramux_shared.limits import Limits
+from scripts.deployment_doc import MORE
+from tests.support.access import new_entry
+
+ADAPTERS = ("support-v1", "support-v2")
+
+
+def parsed(runtime: Any, name: str = "d") -> Deployment:
+    """A deployment of two adapters with a runtime block."""
+    repository = {"source": "HF", "repo": "org/one"}
+    build = {"checkpoint_repository": repository, "lora_adapters": dict.fromkeys(ADAPTERS, repository)}
+    return parse_deployment({"model_name": name, "build": build, "runtime": runtime}).deployment
+
+
+def test_the_example_of_the_page_means_what_it_says() -> None:
+    """What a model does not say is the default's; one that is not named has the default."""
+    runtime = parsed(yaml.safe_load(MORE)["runtime"]).runtime
+    assert runtime.aliases == {"support": {"support-v1": 90, "support-v2": 10}}
+    assert runtime.limits.of("support-v2") == runtime.limits.of("d") == Limits(max_waiting=64)
+    own = Limits(weight=4, max_running=8, max_waiting=64, tokens_per_minute=200000)
+    assert runtime.limits.of("support-v1") == own
+
+
+def test_blocks_may_be_empty() -> None:
+    """As other optional blocks may."""
+    assert parsed({"aliases": None, "limits": None}).runtime == Runtime()
+
+
+@pytest.mark.parametrize(
+    ("runtime", "where", "said"),
+    [
+        ({"aliases": {"a": {}}}, "runtime.aliases", "a weight above 0, unlike alias a"),
+        ({"aliases": {"a": {"support-v1": 0}}}, "runtime.aliases", "a weight above 0, unlike alias a"),
+        ({"aliases": {"a": {"support-v1": -1}}}, "runtime.aliases.a.support-v1", "greater than or equal to 0"),
+        ({"aliases": {"a b": {"support-v1": 1}}}, "runtime.aliases.a b", "match pattern"),
+        ({"aliases": {"a": {"gone": 1}}}, "deployment", "runtime.aliases.a, unlike gone"),
+        ({"aliases": {"a": {"support-v1": 1}, "b": {"a": 1}}}, "deployment", "runtime.aliases.b, unlike a"),
+        ({"aliases": {"Support-V1": {"support-v2": 1}}}, "deployment", "as runtime.aliases.Support-V1 does"),
+        ({"aliases": {"D": {"support-v2": 1}}}, "deployment", "as runtime.aliases.D does"),
+        ({"aliases": {"a": {"d": 1}, "A": {"d": 1}}}, "deployment", "as runtime.aliases.A does"),
+        ({"limits": {"models": {"gone": {}}}}, "deployment", "runtime.limits.models, unlike gone"),
+        ({"limits": {"default": {"weight": 0}}}, "runtime.limits.default.weight", "greater than 0"),
+        ({"limits": {"default": {"max_waiting": 0}}}, "runtime.limits.default.max_waiting", "or equal to 1"),
+        ({"limits": {"models": {"d": {"weigth": 1}}}}, "runtime.limits.models.d.weigth", "one of weight"),
+    ],
+)
+def test_what_is_refused(runtime: Any, where: str, said: str) -> None:
+    """Each by its place, and with what is expected."""
+    with pytest.raises(DeploymentInvalid) as refused:
+        parsed(runtime)
+    [finding] = refused.value.findings
+    assert finding.where == where
+    assert said in finding.expected
+
+
+def test_a_message_says_the_same() -> None:
+    """Whatever is said, and what is not."""
+    runtime = {
+        "aliases": {"a": {"support-v1": 1, "support-v2": 0}},
+        "limits": {"default": {"weight": 0.5}, "models": {"d": {"tokens_per_minute": 2**40}, "support-v1": {}}},
+    }
+    for deployment in (parsed(runtime), parsed({})):
+        assert deployment_from_message(deployment_to_message(deployment)) == deployment
+
+
+def test_an_alias_comes_once_in_a_message() -> None:
+    """Of two that differ none is taken silently."""
+    message = deployment_to_message(parsed({}))
+    for weight in (1, 2):
+        message.aliases.append(pb.Alias(name="a", weights={"d": weight}))
+    with pytest.raises(DeploymentInvalid, match="alias names must be distinct; given twice: a"):
+        deployment_from_message(message)
+
+
+def generation(**fields: Any) -> Generation:
+    """A generation without adapters."""
+    source = Repository(source=SourceKind.HF, repo="org/one")
+    return Generation(
+        deployment="d",
+        number=1,
+        create_time=datetime(2026, 1, 1, tzinfo=UTC),
+        served_model_name="d",
+        base=BaseRecord(source=source, files={}),
+        adapters={},
+        max_lora_rank=64,
+        lora_dtype=Dtype.BFLOAT16,
+        **fields,
+    )
+
+
+def test_a_record_without_them_has_the_bytes_that_it_had() -> None:
+    """Older releases wrote no such fields, and digests of what they wrote must hold."""
+    plain = generation()
+    assert {"aliases", "limits"}.isdisjoint(json.loads(plain.to_bytes()))
+    assert generation(aliases={}, limits=ModelLimits()).to_bytes() == plain.to_bytes()
+    said = generation(aliases={"a": {"d": 1}}, limits=ModelLimits(models={"d": Limits(weight=2)}))
+    data = json.loads(said.to_bytes())
+    assert (data["aliases"], data["limits"]) == ({"a": {"d": 1}}, {"models": {"d": {"weight": 2.0}}})
+    assert Generation.from_bytes(said.to_bytes()) == said
+    assert not said.same_content(plain)
+
+
+def test_a_key_has_limits() -> None:
+    """They are part of its line, and of the rights of who shows it; an older line has none."""
+    _, entry = new_entry("ci", "infer")
+    limited = entry.model_copy(update={"limits": Limits(weight=0.5, max_waiting=3)})
+    [read] = parse_keys(limited.line(), "f")
+    assert read == limited
+    assert read.access.limits == Limits(weight=0.5, max_waiting=3)
+    assert json.loads(limited.line())["limits"] == {"weight": 0.5, "max_waiting": 3}
+    assert "limits" not in entry.line()
+    assert entry.access.limits is None
+
+
+@pytest.mark.parametrize(
+    ("scopes", "limits", "said"),
+    [
+        (["admin"], {"weight": 1}, "admin has no limits"),
+        (["build"], {"weight": 1}, "as limits do"),
+        (["infer"], {"weight": -1}, "line 1: limits.weight: "),
+        (["infer"], {"max_wait": 1}, "line 1: limits.max_wait: "),
+    ],
+)
+def test_limits_that_no_key_can_have(scopes: list[str], limits: dict[str, Any], said: str) -> None:
+    """The line is refused, by its number and field."""
+    line = json.dumps({"id": "a", "sha256": "0" * 64, "scopes": scopes, "limits": limits})
+    with pytest.raises(SettingsInvalid, match=said):
+        parse_keys(line, "f")
