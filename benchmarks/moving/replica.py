@@ -16,7 +16,7 @@ from benchmarks.moving.forge import RANK, Forge
 from benchmarks.serving import BASE
 from inference_service.core.sequence import StepOutput
 from inference_service.serving.request import Delta, Request, Started
-from inference_service.startup.bank import PACKING, PACKING_BYTES
+from inference_service.startup.bank import PACKING
 from inference_service.startup.load import Ready, load
 from loramux_shared.bases.memory import GB, adapter_bytes
 from loramux_shared.bases.read import read_config
@@ -31,8 +31,8 @@ _seeds = count()
 
 def bank_gb(adapters: int, item_bytes: int = 2) -> float:
     """Return the GB that a bank of so many adapters has; rank 16 on all seven modules."""
-    size = adapter_bytes(read_config(BASE), item_bytes, RANK) * PACKING + PACKING_BYTES
-    return (adapters * size + PACKING_BYTES) / GB
+    size = adapter_bytes(read_config(BASE), item_bytes, RANK) * PACKING
+    return adapters * size / GB
 
 
 def prompt(tokens: int = PROMPT) -> list[int]:
