@@ -25,7 +25,7 @@ from typing import Final
 
 import structlog
 
-from benchmarks.moving import churn, turns
+from benchmarks.moving import churn, fair, latency, registered, turns
 from benchmarks.moving.figures import Figure
 from benchmarks.moving.forge import Forge
 
@@ -33,6 +33,10 @@ Section = Callable[[Forge, int], Awaitable[list[Figure]]]
 SECTIONS: Final[Mapping[str, Section]] = {
     "turns": turns.measure,
     "churn": churn.measure,
+    "registered": registered.measure,
+    "many": registered.measure_many,
+    "fair": fair.measure,
+    "latency": latency.measure,
 }
 
 
