@@ -1,9 +1,9 @@
 """Adapters that come and go: what a replica promises of them, measured beside its bars.
 
-Sections are named on the command line; without a name, all are measured. The base is the demo's, adapters have
-rank 16 on all seven modules in bfloat16, replicas listen on 127.0.0.1. Most figures are ratios of two sides that
-were measured in turn, so that a busy moment hits both; a figure of a machine that does much else is worth little.
-The exit status is 1 when a bar is missed.
+Sections are named on the command line; without a name, all are measured. The base is the demo's, adapters
+have rank 16 on all seven modules in bfloat16, replicas listen on 127.0.0.1. Most figures are ratios of two
+sides that were measured in turn, so that a busy moment hits both; a figure of a machine that does much else
+is worth little. The exit status is 1 when a bar is missed.
 
     python -m benchmarks.residency
     python -m benchmarks.residency turns churn --rounds 5 --json

@@ -1,8 +1,9 @@
 """Steady streams while 10 adapters a second are loaded and evicted, and while the same requests load nothing.
 
 What loads is a request for one token of one adapter after the other; without loads the same requests name
-adapters that are resident, so that the rows that they add to steps are on both sides. Seen at the engine (between the
-ends of its steps, on a replica in this process) and at a client over gRPC (between messages, of a process).
+adapters that are resident, so that the rows that they add to steps are on both sides. Seen at the engine
+(between the ends of its steps, on a replica in this process) and at a client over gRPC (between messages, of
+a process).
 """
 
 from __future__ import annotations

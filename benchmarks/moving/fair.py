@@ -1,7 +1,7 @@
 """One model with 64 endless streams, while 20 others ask once: their first tokens against a server with room.
 
-The other side has the same 64 streams in its steps, and seats for all the rest: what is compared is the wait for a
-seat, at the same size of a batch. Told beside it: an idle server, whose steps have no other rows.
+The other side has the same 64 streams in its steps, and seats for all the rest: what is compared is the wait
+for a seat, at the same size of a batch. Told beside it: an idle server, whose steps have no other rows.
 """
 
 from __future__ import annotations

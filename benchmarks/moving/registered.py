@@ -1,7 +1,8 @@
 """What adapters cost that are registered and not active: 2,000 and 8 active against 8, and 10,000 against 16.
 
-Only the active ones have bundles. Starts are those of processes, each measured alone and in turn with its peer; steps
-are those of two replicas in this process, one at a time, in the engine's thread's own time on a processor.
+Only the active ones have bundles. Starts are those of processes, each measured alone and in turn with its
+peer; steps are those of two replicas in this process, one at a time, in the engine's thread's own time on a
+processor.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """16 adapters in turn over 8 places, 8 streams: what waiting for loads adds to the first token.
 
-Every stream asks the next adapter of the sixteen, again and again. With least recently used leaving first this is
-the worst order there is: nearly every request meets an adapter that has just left.
+Every stream asks the next adapter of the sixteen, again and again. With least recently used leaving first
+this is the worst order there is: nearly every request meets an adapter that has just left.
 """
 
 from __future__ import annotations
