@@ -8,7 +8,7 @@ on one thread. A GPU hides as much of it as its step takes, for it is one step b
 
 Every sequence decodes in every step that is measured. `mixed` adds a prompt of 256 tokens to each of them,
 `starved` a queue whose head finds its prefix in the cache and no blocks for the rest, `crowded` a queue of
-1,000 sequences whose adapters find no place.
+1,000 sequences whose adapters are on their way.
 """
 
 from __future__ import annotations
@@ -153,6 +153,8 @@ class Bench:
         stride = max(1, self._point.loaded // ACTIVE)
         slot = adapter * stride if adapter < ACTIVE else ACTIVE * stride + adapter
         known = _adapter(slot) if self._point.loaded else None
+        if known is not None and adapter >= ACTIVE:
+            known.slot = None  # on its way
         own = [] if params is None else [number % VOCAB]
         tokens = own + list(itertools.islice(itertools.cycle(range(2, 1000)), length - len(own)))
         params = params or SamplingParams(temperature=0.7, top_p=0.9, seed=number)

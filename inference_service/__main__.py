@@ -15,6 +15,7 @@ import structlog
 
 from inference_service.openai_api import protocol
 from inference_service.openai_api.server import HttpServer
+from inference_service.rpc.builder_news import BuilderNews
 from inference_service.rpc.servicer import SERVICE_NAME, InferenceServicer, register
 from inference_service.serving.adapters.follower import Follower
 from inference_service.serving.telemetry.watchers import open_watchers
@@ -128,9 +129,13 @@ async def serve(settings: InferenceSettings) -> int:
     ready.engine.start(partial(_refuse, doors.values()))
     await server.set_serving(True)
     log.info("inference service ready", **bound, guarded_by=guard.shown, deployment=settings.deployment)
-    following = asyncio.create_task(follower.run(), name="follower")
+    following = [asyncio.create_task(follower.run(), name="follower")]
+    if settings.builder:
+        news = BuilderNews(settings.builder, settings.deployment, follower.nudge)
+        following.append(asyncio.create_task(news.run(), name="news"))
     number = await stop.wait_beside(_first(ready.engine.ended(), outdated.wait()))
-    following.cancel()
+    for task in following:
+        task.cancel()
     drain_s = settings.drain_timeout_s if number or outdated.is_set() else TELL_S
     log.info("draining", signal=number.name if number else "none", timeout_s=drain_s)
     finished = await asyncio.gather(*(door.drain(drain_s, ready.engine.cut) for door in doors.values()))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from loramux import faults
     from loramux.client import AsyncClient, Client
+    from loramux.generations import AdapterChange, ChangeKind, GenerationInfo, PushInfo, RollbackInfo
     from loramux.records import (
         AdapterInfo,
         AdapterReport,
@@ -39,14 +40,17 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "loramux.client": ("AsyncClient", "Client"),
+    "loramux.generations": ("AdapterChange", "ChangeKind", "GenerationInfo", "PushInfo", "RollbackInfo"),
     "loramux_shared.deployment": ("Deployment",),
     "loramux_shared.deployment_file": ("load_deployment",),
 }
 
 __all__ = [
+    "AdapterChange",
     "AdapterInfo",
     "AdapterReport",
     "AsyncClient",
+    "ChangeKind",
     "Choice",
     "Client",
     "Completion",
@@ -58,11 +62,14 @@ __all__ = [
     "FinishReason",
     "Finished",
     "GenerateOptions",
+    "GenerationInfo",
     "Message",
     "ModelInfo",
     "Prompt",
     "PromptLogprobs",
     "PromptToken",
+    "PushInfo",
+    "RollbackInfo",
     "RowReport",
     "Stage",
     "Started",

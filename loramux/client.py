@@ -16,8 +16,7 @@ task) is cancelled on the server, which frees its sequence.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Generator, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, Callable, Generator
 from functools import cached_property
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
@@ -26,7 +25,8 @@ import grpc
 
 from loramux.builder.v1 import builder_pb2
 from loramux.builder.v1.builder_pb2_grpc import BuilderServiceStub
-from loramux.connection import Calls, CredentialOptions, Credentials
+from loramux.changes import AsyncChanges, Changes
+from loramux.connection import Calls, CredentialOptions, Credentials, named
 from loramux.inference.v1 import inference_pb2
 from loramux.inference.v1.inference_pb2_grpc import InferenceServiceStub
 from loramux.mapping import Watched, completion_of, deployment_of, event_of, model_of, report_of
@@ -34,7 +34,7 @@ from loramux.messages import check_request, deployment_to_message
 from loramux.records import AdapterReport, Completion, DeploymentInfo, Event, GenerateOptions, ModelInfo, Prompt
 from loramux.requests import generate_request
 from loramux_shared.deployment import Deployment, LoraConfiguration, Repository
-from loramux_shared.rpc.status import CallFailed, fault_of
+from loramux_shared.rpc.status import CallFailed
 from loramux_shared.spelling import parse_repository
 
 INFERENCE = "127.0.0.1:50052"
@@ -49,18 +49,11 @@ _builder_stub: Callable[[Any], Any] = BuilderServiceStub
 _T = TypeVar("_T")
 
 
-@contextmanager
-def _named(target: str) -> Iterator[None]:
-    """Turn what grpc raises into a named fault."""
-    try:
-        yield
-    except grpc.RpcError as error:
-        raise fault_of(error, target) from error
-
-
-def _build_request(deployment: Deployment, request_id: str | None) -> builder_pb2.BuildDeploymentRequest:
+def _build_request(
+    deployment: Deployment, request_id: str | None, verify: bool
+) -> builder_pb2.BuildDeploymentRequest:
     spec = deployment_to_message(deployment)
-    return builder_pb2.BuildDeploymentRequest(deployment=spec, request_id=request_id or "")
+    return builder_pb2.BuildDeploymentRequest(deployment=spec, request_id=request_id or "", verify=verify)
 
 
 def _check_request(
@@ -70,8 +63,8 @@ def _check_request(
     return check_request(named[0], named[1], lora)
 
 
-def _watch_request(name: str) -> builder_pb2.WatchDeploymentRequest:
-    return builder_pb2.WatchDeploymentRequest(name=name, changes_only=True)
+def _watch_request(name: str, follow: bool) -> builder_pb2.WatchDeploymentRequest:
+    return builder_pb2.WatchDeploymentRequest(name=name, changes_only=True, follow=follow)
 
 
 class _Addresses:
@@ -100,7 +93,7 @@ class _Addresses:
         return Calls(stub(channel), self._credentials)
 
 
-class Client(_Addresses):
+class Client(_Addresses, Changes):
     """The client for threads; one may be shared by many."""
 
     @cached_property
@@ -126,7 +119,7 @@ class Client(_Addresses):
 
     def models(self) -> list[ModelInfo]:
         """Return the base, then the adapters by name."""
-        with _named(self.inference):
+        with named(self.inference):
             answer = self._inference.ListModels(inference_pb2.ListModelsRequest(), timeout=self.timeout_s)
         return [model_of(model) for model in answer.models]
 
@@ -145,16 +138,26 @@ class Client(_Addresses):
         """Return the whole answer, or all n of them as ``choices``."""
         return completion_of(list(self.generate(model, prompt, timeout_s=timeout_s, **options)))
 
-    def build(self, deployment: Deployment, request_id: str | None = None) -> DeploymentInfo:
-        """Start a build; returns at once. Repeating it is safe."""
-        request = _build_request(deployment, request_id)
-        with _named(self.builder):
+    def build(
+        self, deployment: Deployment, request_id: str | None = None, *, verify: bool = False
+    ) -> DeploymentInfo:
+        """Start a build; returns at once. Repeating it is safe.
+
+        With verify, every byte of the bundles that are kept is read back.
+        """
+        request = _build_request(deployment, request_id, verify)
+        with named(self.builder):
             answer = self._builder.BuildDeployment(request, timeout=self.timeout_s)
         return deployment_of(answer.deployment)
 
-    def watch(self, name: str, *, timeout_s: float | None = None) -> Generator[DeploymentInfo, None, None]:
-        """Stream a deployment's state: as it is, then every change, until ACTIVE or FAILED."""
-        request = _watch_request(name)
+    def watch(
+        self, name: str, *, follow: bool = False, timeout_s: float | None = None
+    ) -> Generator[DeploymentInfo, None, None]:
+        """Stream a deployment's state: as it is, then every change, until ACTIVE or FAILED.
+
+        With follow it goes on for ever, and tells of every generation; adapters only while builds run.
+        """
+        request = _watch_request(name, follow)
         return self._stream(
             lambda: self._builder.WatchDeployment(request, timeout=timeout_s), self.builder, Watched().state_of
         )
@@ -162,14 +165,14 @@ class Client(_Addresses):
     def cancel(self, name: str) -> DeploymentInfo:
         """Ask the running build of a deployment to end; returns at once. Watch it to know how it ended."""
         request = builder_pb2.CancelBuildRequest(name=name)
-        with _named(self.builder):
+        with named(self.builder):
             answer = self._builder.CancelBuild(request, timeout=self.timeout_s)
         return deployment_of(answer.deployment)
 
     def deployment(self, name: str) -> DeploymentInfo:
         """Return a deployment and its newest build."""
         request = builder_pb2.GetDeploymentRequest(name=name)
-        with _named(self.builder):
+        with named(self.builder):
             answer = self._builder.GetDeployment(request, timeout=self.timeout_s)
         return deployment_of(answer.deployment)
 
@@ -178,7 +181,7 @@ class Client(_Addresses):
         found: list[DeploymentInfo] = []
         request = builder_pb2.ListDeploymentsRequest()
         while True:
-            with _named(self.builder):
+            with named(self.builder):
                 answer = self._builder.ListDeployments(request, timeout=self.timeout_s)
             found += map(deployment_of, answer.deployments)
             if not answer.next_page_token:
@@ -197,7 +200,7 @@ class Client(_Addresses):
 
         Both may be words, see `loramux_shared.spelling`: ``"org/name@main"``, ``"./folder"``, ``"s3://bucket/prefix"``.
         """
-        with _named(self.builder):
+        with named(self.builder):
             answer = self._builder.CheckAdapter(_check_request(adapter, base, lora), timeout=timeout_s)
         return report_of(answer.report)
 
@@ -207,7 +210,7 @@ class Client(_Addresses):
     ) -> Generator[_T, None, None]:
         call = start()
         try:
-            with _named(target):
+            with named(target):
                 for message in call:
                     if (record := decode(message)) is not None:
                         yield record
@@ -215,7 +218,7 @@ class Client(_Addresses):
             call.cancel()
 
 
-class AsyncClient(_Addresses):
+class AsyncClient(_Addresses, AsyncChanges):
     """The client for asyncio, with the methods of `Client`."""
 
     # A channel belongs to the loop that runs when it is made, so it is made at the first call.
@@ -243,7 +246,7 @@ class AsyncClient(_Addresses):
     async def models(self) -> list[ModelInfo]:
         """Return the base, then the adapters by name."""
         request = inference_pb2.ListModelsRequest()
-        with _named(self.inference):
+        with named(self.inference):
             answer = await self._inference.ListModels(request, timeout=self.timeout_s)
         return [model_of(model) for model in answer.models]
 
@@ -263,16 +266,23 @@ class AsyncClient(_Addresses):
         events = self.generate(model, prompt, timeout_s=timeout_s, **options)
         return completion_of([event async for event in events])
 
-    async def build(self, deployment: Deployment, request_id: str | None = None) -> DeploymentInfo:
-        """Start a build; returns at once. Repeating it is safe."""
-        request = _build_request(deployment, request_id)
-        with _named(self.builder):
+    async def build(
+        self, deployment: Deployment, request_id: str | None = None, *, verify: bool = False
+    ) -> DeploymentInfo:
+        """Start a build; returns at once. Repeating it is safe.
+
+        With verify, every byte of the bundles that are kept is read back.
+        """
+        request = _build_request(deployment, request_id, verify)
+        with named(self.builder):
             answer = await self._builder.BuildDeployment(request, timeout=self.timeout_s)
         return deployment_of(answer.deployment)
 
-    def watch(self, name: str, *, timeout_s: float | None = None) -> AsyncGenerator[DeploymentInfo, None]:
-        """Stream a deployment's state: as it is, then every change, until ACTIVE or FAILED."""
-        request = _watch_request(name)
+    def watch(
+        self, name: str, *, follow: bool = False, timeout_s: float | None = None
+    ) -> AsyncGenerator[DeploymentInfo, None]:
+        """Stream a deployment's state: as it is, then every change, until ACTIVE or FAILED, or for ever."""
+        request = _watch_request(name, follow)
         return self._stream(
             lambda: self._builder.WatchDeployment(request, timeout=timeout_s), self.builder, Watched().state_of
         )
@@ -280,14 +290,14 @@ class AsyncClient(_Addresses):
     async def cancel(self, name: str) -> DeploymentInfo:
         """Ask the running build of a deployment to end; returns at once. Watch it to know how it ended."""
         request = builder_pb2.CancelBuildRequest(name=name)
-        with _named(self.builder):
+        with named(self.builder):
             answer = await self._builder.CancelBuild(request, timeout=self.timeout_s)
         return deployment_of(answer.deployment)
 
     async def deployment(self, name: str) -> DeploymentInfo:
         """Return a deployment and its newest build."""
         request = builder_pb2.GetDeploymentRequest(name=name)
-        with _named(self.builder):
+        with named(self.builder):
             answer = await self._builder.GetDeployment(request, timeout=self.timeout_s)
         return deployment_of(answer.deployment)
 
@@ -296,7 +306,7 @@ class AsyncClient(_Addresses):
         found: list[DeploymentInfo] = []
         request = builder_pb2.ListDeploymentsRequest()
         while True:
-            with _named(self.builder):
+            with named(self.builder):
                 answer = await self._builder.ListDeployments(request, timeout=self.timeout_s)
             found += map(deployment_of, answer.deployments)
             if not answer.next_page_token:
@@ -312,7 +322,7 @@ class AsyncClient(_Addresses):
         timeout_s: float | None = CHECK_TIMEOUT_S,
     ) -> AdapterReport:
         """Check an adapter against a base as a build would; nothing is written."""
-        with _named(self.builder):
+        with named(self.builder):
             answer = await self._builder.CheckAdapter(_check_request(adapter, base, lora), timeout=timeout_s)
         return report_of(answer.report)
 
@@ -322,7 +332,7 @@ class AsyncClient(_Addresses):
     ) -> AsyncGenerator[_T, None]:
         call = start()
         try:
-            with _named(target):
+            with named(target):
                 async for message in call:
                     if (record := decode(message)) is not None:
                         yield record

@@ -7,15 +7,18 @@ the environment: ``LORAMUX_API_KEY``, ``LORAMUX_TLS_CA``, ``LORAMUX_CLIENT_CERT`
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, TypedDict
 
 import grpc
+from google.protobuf.message import Message
 
 from loramux_shared.faults import RequestInvalid, SettingsInvalid
 from loramux_shared.rpc.options import CLIENT_OPTIONS, MAX_REQUEST_BYTES
+from loramux_shared.rpc.status import fault_of
 
 API_KEY: Final = "LORAMUX_API_KEY"
 TLS_SCHEME: Final = "grpcs://"
@@ -92,13 +95,23 @@ class Calls:
         method = getattr(self._stub, name)
 
         def call(request: Any, timeout: float | None = None) -> Any:
-            if (size := request.ByteSize()) > MAX_REQUEST_BYTES:
+            size = request.ByteSize() if isinstance(request, Message) else 0  # else a stream of messages
+            if size > MAX_REQUEST_BYTES:
                 raise RequestInvalid(
                     f"the request has {size} bytes; a server takes at most {MAX_REQUEST_BYTES}. Send less."
                 )
             return method(request, timeout=timeout, metadata=self._metadata)
 
         return call
+
+
+@contextmanager
+def named(target: str) -> Iterator[None]:
+    """Turn what grpc raises into a named fault."""
+    try:
+        yield
+    except grpc.RpcError as error:
+        raise fault_of(error, target) from error
 
 
 def _read(path: Path) -> bytes:

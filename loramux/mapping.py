@@ -139,7 +139,7 @@ def deployment_of(message: builder_pb2.Deployment) -> DeploymentInfo:
         generation=message.generation or None,
         create_time=_time(message.create_time),
         update_time=_time(message.update_time),
-        adapters=tuple(map(_adapter, message.adapters)),
+        adapters=tuple(map(adapter_of, message.adapters)),
         failure=_fault(message.failure) if message.HasField("failure") else None,
         unchanged=message.unchanged,
     )
@@ -150,15 +150,20 @@ class Watched:
 
     def __init__(self) -> None:
         self._adapters: dict[str, AdapterInfo] = {}
+        self._building = False
 
     def state_of(self, message: builder_pb2.WatchDeploymentResponse) -> DeploymentInfo:
         """Return the whole state after a message; an adapter that did not change is the same object."""
         info = deployment_of(message.deployment)
+        if not self._building:
+            self._adapters = {}  # of the build before
+        self._building = info.state is DeploymentState.BUILDING
         self._adapters |= {adapter.name: adapter for adapter in info.adapters}
         return replace(info, adapters=tuple(self._adapters.values()))
 
 
-def _adapter(message: builder_pb2.AdapterBuild) -> AdapterInfo:
+def adapter_of(message: builder_pb2.AdapterBuild) -> AdapterInfo:
+    """Return the build of an adapter."""
     return AdapterInfo(
         name=message.name,
         stage=_member(Stage, message.stage),
@@ -172,6 +177,7 @@ def _adapter(message: builder_pb2.AdapterBuild) -> AdapterInfo:
         warnings=_findings(message.warnings),
         reused=message.reused,
         repaired=message.repaired,
+        kept=message.kept,
     )
 
 

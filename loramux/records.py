@@ -282,6 +282,8 @@ class AdapterInfo:
     """Whether the store held the bundle already, and its bytes were read back and found right."""
     repaired: bool = False
     """Whether the store held the bundle with other bytes or without some, and they were put again."""
+    kept: bool = False
+    """Whether it is what it was in the served generation, so that nothing was fetched or made."""
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from dataclasses import replace
 import grpc
 
 from builder_service.builds.builds import Builds
+from builder_service.builds.views import State
 from builder_service.pipeline.check import Checks
 from builder_service.pipeline.progress import AdapterProgress
 from builder_service.rpc.mapping import (
@@ -108,7 +109,8 @@ class BuilderServicer(builder_pb2_grpc.BuilderServiceServicer):
             shown = view
             if request.changes_only:
                 changed = tuple(each for each in view.adapters if known.get(each.name) != each)
-                known = {each.name: each for each in view.adapters}
+                # Of a stream that goes on, the next build begins anew.
+                known = {each.name: each for each in view.adapters if view.state is State.BUILDING}
                 shown = replace(view, adapters=changed)
             yield pb.WatchDeploymentResponse(deployment=deployment_message(shown))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from array import array
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from inference_service.core.constraint import Grammar
 from inference_service.core.sampling import SamplingParams
@@ -88,6 +88,8 @@ class Sequence:
     """Cache blocks, in the order of the tokens; int32, so that a step copies them as they are."""
     num_charged: int = 0
     """Leading tokens that its flow was charged for; those that are computed again are not charged again."""
+    lane: Any = None
+    """Where the scheduler keeps it, with others of its flow and adapter."""
     num_hashed: int = 0
     """Leading blocks that are registered in the prefix cache."""
     hashes: list[int] = field(default_factory=list)

@@ -8,11 +8,13 @@ One that had nothing to do begins at the smallest counter of those that are serv
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterator
+import math
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Final
 
-from inference_service.core.batch import Chunk
 from inference_service.core.sequence import FAIR, Adapter, Sequence, Share
 
 Key = tuple[str, Adapter | None]
@@ -47,7 +49,12 @@ class Lanes:
     def __init__(self) -> None:
         self.uncounted: set[Lane] = set()
         """Those that wait for their adapters to arrive: their counters begin anew then."""
+        self.lowest = math.inf
+        """No counter of those that wait and can be served is smaller; see `look_through`."""
         self._lanes: dict[Key, Lane] = {}
+        self._by_adapter: defaultdict[Adapter | None, dict[Lane, None]] = defaultdict(dict)
+        self._running: Counter[str] = Counter()
+        """Sequences under way, by flow."""
         self._ahead: dict[Key, float] = {}
 
     def __iter__(self) -> Iterator[Lane]:
@@ -59,9 +66,21 @@ class Lanes:
         """Those in which somebody waits."""
         return (lane for lane in self._lanes.values() if lane.waiting)
 
+    def waiting_for(self, adapters: Iterable[Adapter | None]) -> list[Lane]:
+        """Return the lanes of some adapters, None for the base, in which somebody waits."""
+        found = (self._by_adapter.get(adapter, ()) for adapter in adapters)
+        return [lane for lane in chain.from_iterable(found) if lane.waiting]
+
+    def look_through(self) -> list[Lane]:
+        """Return all in which somebody waits who can be served, and note the smallest counter among them."""
+        ready = [lane for lane in self.waiting if lane not in self.uncounted]
+        self.lowest = min((lane.served for lane in ready), default=math.inf)
+        return ready
+
     def of(self, seq: Sequence) -> Lane:
         """Return the lane of a sequence, which is in it."""
-        return self._lanes[seq.flow, seq.adapter]
+        lane: Lane = seq.lane
+        return lane
 
     def add(self, seq: Sequence) -> Lane:
         """Let a sequence wait in its lane."""
@@ -70,14 +89,17 @@ class Lanes:
         if lane is None:
             served = max(self._ahead.pop(key, 0.0), self._least())
             lane = self._lanes[key] = Lane(seq.flow, seq.adapter, served)
-        lane.share = seq.share
-        bisect.insort(lane.waiting, seq, key=order)
+            self._by_adapter[seq.adapter][lane] = None
+            if seq.adapter is not None and seq.adapter.slot is None:
+                self.uncounted.add(lane)
+        lane.share, seq.lane = seq.share, lane
+        self._wait(lane, seq)
         return lane
 
     def remove(self, seq: Sequence) -> Lane:
         """Take a sequence out of its lane, and the lane away with its last one."""
         lane = self.of(seq)
-        if not take(lane.running, seq):
+        if not self._end(lane, seq):
             take(lane.waiting, seq)
         if not lane.running and not lane.waiting:
             self._forget(lane)
@@ -88,12 +110,13 @@ class Lanes:
         lane = self.of(seq)
         take(lane.waiting, seq)
         bisect.insort(lane.running, seq, key=order)
+        self._running[lane.flow] += 1
 
     def stop(self, seq: Sequence) -> None:
         """Let a sequence wait again."""
         lane = self.of(seq)
-        take(lane.running, seq)
-        bisect.insort(lane.waiting, seq, key=order)
+        self._end(lane, seq)
+        self._wait(lane, seq)
 
     def count(self, lane: Lane, *, counted: bool) -> None:
         """Note whether a lane can be served; one that could not be begins anew when it can."""
@@ -102,19 +125,24 @@ class Lanes:
         elif lane in self.uncounted:
             self.uncounted.remove(lane)
             lane.served = max(lane.served, self._least(lane))
+            self.lowest = min(self.lowest, lane.served)
 
-    def charge(self, chunk: Chunk) -> None:
-        """Charge a lane for a chunk's rows, save those that are computed again."""
-        seq = chunk.seq
-        rows = chunk.end - max(chunk.start, seq.num_charged)
-        if rows > 0:
-            lane = self.of(seq)
-            lane.served += rows / lane.share.weight
-            seq.num_charged = chunk.end
+    def is_full(self, lane: Lane) -> bool:
+        """Whether as many sequences of its flow are under way, on whatever adapter, as its share allows."""
+        most = lane.share.max_running
+        return most is not None and self._running[lane.flow] >= most
 
-    def running_of(self, flow: str) -> int:
-        """Sequences of a flow that are under way, on whatever adapter."""
-        return sum(len(lane.running) for lane in self._lanes.values() if lane.flow == flow)
+    def _end(self, lane: Lane, seq: Sequence) -> bool:
+        found = take(lane.running, seq)
+        self._running[lane.flow] -= found
+        if not self._running[lane.flow]:
+            del self._running[lane.flow]
+        return found
+
+    def _wait(self, lane: Lane, seq: Sequence) -> None:
+        bisect.insort(lane.waiting, seq, key=order)
+        if lane not in self.uncounted:
+            self.lowest = min(self.lowest, lane.served)
 
     def _least(self, but: Lane | None = None) -> float:
         """The smallest counter of those that can be served; where all of them begin when there are none."""
@@ -127,6 +155,9 @@ class Lanes:
         key = lane.flow, lane.adapter
         del self._lanes[key]
         self.uncounted.discard(lane)
+        del self._by_adapter[lane.adapter][lane]
+        if not self._by_adapter[lane.adapter]:
+            del self._by_adapter[lane.adapter]
         if not self._lanes:
             self._ahead.clear()  # nobody is there to be ahead of
             return

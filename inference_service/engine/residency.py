@@ -105,6 +105,8 @@ class Residency(Generic[P]):
     ) -> None:
         """Begin with an empty bank; post has something called on the engine's thread."""
         self.stats = ResidencyStats()
+        self.changes = 0
+        """Grows whenever an adapter is wanted, arrives, leaves or fails."""
         self.failures: deque[tuple[Adapter, Fault]] = deque()
         """Adapters whose load failed, until the engine has ended those who wait for them."""
         self._places = places
@@ -275,6 +277,7 @@ class Residency(Generic[P]):
         return bool(entry.waiters or entry.pinned or entry.prefetched)
 
     def _consider(self, entry: _Entry[P]) -> None:
+        self.changes += 1
         if entry.state is State.ABSENT:
             self._absent[entry] = None
 
@@ -301,6 +304,7 @@ class Residency(Generic[P]):
             self._fail(entry, what)
             return
         self.stats.loads_by_tier[what.tier] += 1
+        self.changes += 1
         entry.state, entry.packed, entry.num_bytes = State.HELD, what.packed, what.packed.num_bytes
         self._held.append(entry)
         self._reconsider(entry)
@@ -376,6 +380,7 @@ class Residency(Generic[P]):
             self._fail(entry, refusal)
             return
         entry.packed, entry.state, entry.adapter.slot = None, State.RESIDENT, entry.slot
+        self.changes += 1
         entry.fault, entry.pause_s, entry.retry_s, entry.prefetched = None, 0.0, -math.inf, False
         self._touch(entry)
         self._on_the_way -= 1
@@ -384,6 +389,7 @@ class Residency(Generic[P]):
 
     def _evict(self, entry: _Entry[P]) -> None:
         """Take a resident adapter's place away; whoever waits for it waits for its load again."""
+        self.changes += 1
         entry.adapter.slot = None
         self._bank.leave(entry.slot)
         self._vacate(entry)
@@ -409,6 +415,7 @@ class Residency(Generic[P]):
 
     def _fail(self, entry: _Entry[P], fault: Fault) -> None:
         """Note why a load failed; everybody who waits for it is ended, and nobody tries again for a while."""
+        self.changes += 1
         self._let_fall(entry)
         entry.fault, entry.prefetched = fault, False
         entry.pause_s = min(max(FIRST_PAUSE_S, 2 * entry.pause_s), LAST_PAUSE_S)

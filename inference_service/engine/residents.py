@@ -109,6 +109,11 @@ class Residents(Protocol):
         ...
 
     @property
+    def changes(self) -> int:
+        """A number that grows whenever an adapter is wanted, arrives, leaves or fails."""
+        ...
+
+    @property
     def releasing(self) -> bool:
         """Whether an adapter that no sequence is under way on may still be read by a step."""
         ...
@@ -173,6 +178,7 @@ class AlwaysResident:
     """For adapters that have their slots for good: nothing is wanted, and nobody leaves."""
 
     wanting = releasing = False
+    changes = 0
     retry_s = math.inf
 
     def __init__(self) -> None:

@@ -56,7 +56,7 @@ def row_params(seq: Sequence, generated: int) -> RowParams:
 
 
 def _token(logits: Tensor, shaped: Tensor, token: int, seq: Sequence) -> Token:
-    """Return a token with the log probabilities that are asked for; shaped is what was made of logits [vocab]."""
+    """Return a token, scored as it is asked for: by logits [vocab], or by what was made of them, shaped."""
     count = seq.sampling.logprobs
     if count is None:
         return Token(token)

@@ -104,6 +104,8 @@ class Scheduler:
         self.num_waiting = 0
         self.preemptions = 0
         self._residents = residents
+        self._seen = -1
+        self._starved: list[Lane] = []
         self._watermark = max(1, int(limits.watermark * blocks.num_blocks))
         self._numbers = itertools.count()
 
@@ -115,7 +117,7 @@ class Scheduler:
     @property
     def may_begin(self) -> bool:
         """Whether somebody waits whose adapter is in the bank."""
-        return any(_is_ready(lane.adapter) for lane in self.lanes.waiting)
+        return any(lane.adapter is None or lane.adapter.slot is not None for lane in self.lanes.waiting)
 
     def waiting_for(self, adapter: Adapter) -> list[Sequence]:
         """Return those that wait for an adapter."""
@@ -138,21 +140,27 @@ class Scheduler:
         """Choose the chunks of the next step; empty when there is nothing to do."""
         step = _Step(self.limits.max_tokens)
         bound = self._bring_in(step)
-        decodes = [seq for seq in self.running if seq.num_pending <= 1]
+        decodes: list[Sequence] = []
+        prompts: list[Sequence] = []
+        for seq in self.running:
+            (prompts if seq.num_pending > 1 else decodes).append(seq)
         if len(decodes) > step.budget:
             decodes.sort(key=lambda seq: self.lanes.of(seq).served)
         for seq in decodes:
             self._continue(seq, step)
-        self._take_turns(step, bound)
+        self._take_turns(step, prompts, bound)
         return Batch(tuple([Chunk(seq, length) for seq, length in step.lengths.items()]))
 
     def commit(self, batch: Batch) -> None:
         """Note that a batch was submitted: for every later step, its keys and values are in the cache."""
         for chunk in batch.chunks:
             seq, drawn = chunk.seq, chunk.samples
-            self.lanes.charge(chunk)
             seq.num_computed += chunk.length
             seq.in_flight += drawn
+            rows = seq.num_computed - seq.num_charged
+            if rows > 0:  # what is computed again costs nothing, nor does what was cached
+                seq.lane.served += min(rows, chunk.length) / seq.lane.share.weight
+                seq.num_charged = seq.num_computed
             self.blocks.register(seq)
 
     def _bring_in(self, step: _Step) -> float:
@@ -161,19 +169,9 @@ class Scheduler:
         Returns the counter from which on nobody begins on an adapter, since somebody waits for a place in the
         bank that those who are so far ahead are to leave.
         """
-        if not self._residents.wanting and not self.lanes.uncounted:
-            return math.inf
-        waiting = [(lane, lane.adapter) for lane in self.lanes.waiting if lane.adapter is not None]
-        ranks: dict[Adapter, Rank] = {}
-        for lane, adapter in waiting:
-            ranks[adapter] = min(ranks.get(adapter, lane.rank), lane.rank)
-        self._residents.bring_in(ranks)
-        starved = []
-        for lane, adapter in waiting:
-            presence = self._residents.presence(adapter)
-            self.lanes.count(lane, counted=presence is not Presence.ABSENT)
-            if presence is Presence.STARVED:
-                starved.append(lane)
+        if self._residents.wanting or self._residents.changes != self._seen:
+            self._look_for_adapters()
+        starved = [lane for lane in self._starved if lane.waiting and self._presence(lane) is Presence.STARVED]
         if not starved:
             return math.inf
         first = min(starved, key=lambda lane: lane.rank)
@@ -182,13 +180,30 @@ class Scheduler:
             self._displace(furthest.adapter, step)
         return first.served + QUANTUM
 
-    def _take_turns(self, step: _Step, bound: float) -> None:
+    def _look_for_adapters(self) -> None:
+        """Say who waits for which adapter, and note who can be served now."""
+        waiting = [(lane, lane.adapter) for lane in self.lanes.waiting if lane.adapter is not None]
+        ranks: dict[Adapter, Rank] = {}
+        for lane, adapter in waiting:
+            ranks[adapter] = min(ranks.get(adapter, lane.rank), lane.rank)
+        self._residents.bring_in(ranks)
+        self._starved = []
+        for lane, _ in waiting:
+            presence = self._presence(lane)
+            self.lanes.count(lane, counted=presence is not Presence.ABSENT)
+            if presence is Presence.STARVED:
+                self._starved.append(lane)
+        self._seen = self._residents.changes
+
+    def _presence(self, lane: Lane) -> Presence:
+        return Presence.RESIDENT if lane.adapter is None else self._residents.presence(lane.adapter)
+
+    def _take_turns(self, step: _Step, prompts: list[Sequence], bound: float) -> None:
         """Share what is left of the budget among prompts under way and those that wait."""
         turns: list[_Turn] = []
-        for seq in self.running:
-            if seq.num_pending > 1 and seq not in step.lengths:
-                lane = self.lanes.of(seq)
-                turns.append((lane.served, 0, seq.order, next(self._numbers), lane, seq))
+        for seq in prompts:
+            lane = self.lanes.of(seq)
+            turns.append((lane.served, 0, seq.order, next(self._numbers), lane, seq))
         turns += [self._turn(lane, step) for lane in self._candidates(bound)]
         heapq.heapify(turns)
         while turns and step.budget:
@@ -207,20 +222,35 @@ class Scheduler:
         return step.counter(lane), 1, lane.waiting[0].order, next(self._numbers), lane, None
 
     def _candidates(self, bound: float) -> list[Lane]:
-        """Lanes of which one may be admitted: of those whose adapters find no place, only the first may ask."""
+        """Lanes of which one may be admitted.
+
+        Where seats or places of adapters are short, of those who lack one only the first may ask, and only when
+        somebody is far enough ahead: a step does not walk through a thousand who wait.
+        """
         if not self.num_waiting:
             return []
-        ready = [
-            lane
-            for lane in self.lanes.waiting
-            if lane.adapter is None or (_is_ready(lane.adapter) and lane.served < bound)
-        ]
+        seated = len(self.running) < self.limits.max_seqs
         active = self._active()
-        if len(active) < self.limits.max_adapters:
-            return ready
-        joining = [lane for lane in ready if lane.adapter is None or lane.adapter in active]
-        others = [lane for lane in ready if lane.adapter is not None and lane.adapter not in active]
+        if seated and len(active) < self.limits.max_adapters:
+            return self._ready(bound)
+        joining = self.lanes.waiting_for([None, *active]) if seated else []
+        joining = [lane for lane in joining if self._may_begin(lane, bound)]
+        if math.isinf(self.lanes.lowest):
+            return joining
+        most = max([self.lanes.of(seq).served for seq in self.running], default=0.0)
+        if most - self.lanes.lowest < QUANTUM:
+            return joining
+        others = [lane for lane in self._ready(bound) if lane not in joining]
         return [*joining, min(others, key=lambda lane: lane.rank)] if others else joining
+
+    def _ready(self, bound: float) -> list[Lane]:
+        return [lane for lane in self.lanes.look_through() if self._may_begin(lane, bound)]
+
+    def _may_begin(self, lane: Lane, bound: float) -> bool:
+        """Whether nothing that only the lane itself can change is in its way."""
+        if lane.waiting[0].in_flight or self.lanes.is_full(lane):
+            return False
+        return lane.adapter is None or (lane.adapter.slot is not None and lane.served < bound)
 
     def _active(self) -> set[Adapter]:
         return {seq.adapter for seq in self.running if seq.adapter is not None}
@@ -229,8 +259,8 @@ class Scheduler:
         """Give a sequence under way its rows; who is furthest ahead gives up the blocks that it lacks."""
         if seq in step.preempted or not step.budget or (seq.in_flight and self._waits_for_its_token(seq)):
             return
-        length = min(seq.num_pending, step.budget)
-        step.give(self.lanes.of(seq), seq, length)
+        step.lengths[seq] = length = min(seq.num_pending, step.budget)
+        step.budget -= length
         while seq not in step.preempted and not self.blocks.grow(seq, seq.num_computed + length):
             step.short = True
             self._preempt(max(self.running, key=self._expendable), step)
@@ -244,12 +274,8 @@ class Scheduler:
 
     def _admit(self, lane: Lane, step: _Step) -> _Outcome:
         """Begin with the first of a lane, if everything that it needs is there or is made room for."""
-        seq, share = lane.waiting[0], lane.share
-        if seq.in_flight or seq in step.preempted:
-            return _Outcome.PASSED
-        if share.max_running is not None and self.lanes.running_of(lane.flow) >= share.max_running:
-            return _Outcome.PASSED
-        if not self._finds_place(lane, step):
+        seq = lane.waiting[0]
+        if seq in step.preempted or self.lanes.is_full(lane) or not self._finds_place(lane, step):
             return _Outcome.PASSED
         while len(self.running) >= self.limits.max_seqs:
             if not self._make_room(lane, step):
@@ -336,7 +362,3 @@ class Scheduler:
         self.blocks.release(seq)
         if seq.adapter is not None:
             self._residents.release(seq.adapter)
-
-
-def _is_ready(adapter: Adapter | None) -> bool:
-    return adapter is None or adapter.slot is not None

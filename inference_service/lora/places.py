@@ -6,7 +6,7 @@ from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 from loramux_shared.faults import InternalFault, ResourcesExhausted
 
@@ -28,8 +28,7 @@ class Place:
     """The occupants, in the order of their addresses."""
 
 
-@dataclass(frozen=True)
-class _Taken:
+class _Taken(NamedTuple):
     """An occupant's bytes."""
 
     start: int
@@ -37,8 +36,7 @@ class _Taken:
     owner: int
 
 
-@dataclass(frozen=True)
-class _Extent:
+class _Extent(NamedTuple):
     """A hole, or what an occupant could be made to leave."""
 
     start: int

@@ -26,17 +26,20 @@ def build(
     prove: Annotated[
         bool, typer.Option("--prove", help="Also record what each adapter should answer.")
     ] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Read back what is kept, and mend what is damaged.")
+    ] = False,
     as_json: shell.JsonLines = False,
 ) -> None:
     """Fetch, check, convert and publish a file's adapters.
 
-    Repeating it is safe: bundles that the store has are read back, and not
-    published again. With --json the first line and the last tell all adapters,
-    those between the ones that changed.
+    Repeating it is safe: adapters that are what they were are kept. With --json
+    the first line and the last tell all adapters, those between the ones that
+    changed.
 
     Example: loramux build deployment.yaml
     """
-    run_build(builder, wished(read_deployment(file).deployment, truncate_to, prove), as_json)
+    run_build(builder, wished(read_deployment(file).deployment, truncate_to, prove), as_json, verify)
 
 
 @shell.command
@@ -61,10 +64,10 @@ def wished(deployment: Deployment, truncate_to: int | None, prove: bool) -> Depl
     return deployment.model_copy(update={"build": deployment.build.model_copy(update=update)})
 
 
-def run_build(builder: str, deployment: Deployment, as_json: bool) -> None:
+def run_build(builder: str, deployment: Deployment, as_json: bool, verify: bool = False) -> None:
     """Build, and show it."""
     try:
-        asyncio.run(_build(builder, deployment, as_json))
+        asyncio.run(_build(builder, deployment, as_json, verify))
     except KeyboardInterrupt:
         shell.say("the builder goes on; the same command shows it again")
         raise
@@ -78,25 +81,28 @@ def read_deployment(path: shell.File) -> DeploymentFile:
     return read
 
 
-async def _build(address: str, deployment: Deployment, as_json: bool) -> None:
+async def _build(address: str, deployment: Deployment, as_json: bool, verify: bool) -> None:
     async with AsyncClient(builder=address) as client:
         if as_json:
-            await follow_build(client, deployment, BuildLines().tell)
+            await follow_build(client, deployment, BuildLines().tell, verify)
         else:
-            show_built(await build_with_bars(client, deployment))
+            show_built(await build_with_bars(client, deployment, verify))
 
 
-async def build_with_bars(client: AsyncClient, deployment: Deployment) -> DeploymentInfo:
+async def build_with_bars(client: AsyncClient, deployment: Deployment, verify: bool = False) -> DeploymentInfo:
     """Build a deployment, show its progress on stderr; raises what it failed with."""
     with BuildView() as view:
-        return await follow_build(client, deployment, view.update)
+        return await follow_build(client, deployment, view.update, verify)
 
 
 async def follow_build(
-    client: AsyncClient, deployment: Deployment, tell: Callable[[DeploymentInfo], None]
+    client: AsyncClient,
+    deployment: Deployment,
+    tell: Callable[[DeploymentInfo], None],
+    verify: bool = False,
 ) -> DeploymentInfo:
     """Build a deployment, tell all its states and return the last; raises what it failed with."""
-    tell(await client.build(deployment))
+    tell(await client.build(deployment, verify=verify))
     return await follow(client, deployment.model_name, tell)
 
 

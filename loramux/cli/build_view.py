@@ -141,6 +141,8 @@ def _stage(adapter: AdapterInfo) -> str:
         return adapter.stage.value
     if adapter.repaired:
         return "done, was damaged in the store"
+    if adapter.kept:
+        return "done, as it was"
     return "done, was in the store" if adapter.reused else adapter.stage.value
 
 
@@ -184,7 +186,8 @@ def _show_warnings(adapters: Sequence[AdapterInfo]) -> None:
         for warning in adapter.warnings:
             found.setdefault(warning.code, {}).setdefault(adapter.name, []).append(warning)
     for by_adapter in found.values():
-        first, *others = by_adapter
+        # Of adapters that were kept, only the code is known.
+        first, *others = sorted(by_adapter, key=lambda name: not any(each.where for each in by_adapter[name]))
         for warning in by_adapter[first]:
             shell.say(f"warning: {warning.model_copy(update={'adapter': warning.adapter or first})}", "yellow")
         if others:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
+from itertools import groupby
 from typing import Annotated, Final
 
 import typer
@@ -13,10 +14,11 @@ from rich.filesize import decimal
 from loramux.cli import shell
 from loramux.cli.documents import emit
 from loramux.cli.services import StoreFlag
-from loramux_shared.bundle.gc import Orphan, check_grace, find_orphans, remove
+from loramux_shared.bundle.gc import Kept, Orphan, Retention, check_grace, find_orphans, remove
 from loramux_shared.faults import SettingsInvalid
 from loramux_shared.settings import BuilderSettings, load_settings
 from loramux_shared.storage.open import open_store
+from loramux_shared.wording import listed
 
 _UNITS: Final = {"d": "days", "h": "hours", "m": "minutes", "s": "seconds"}
 
@@ -30,30 +32,38 @@ def gc(
     ] = "24h",
     keep: Annotated[
         int | None,
-        typer.Option("--keep", min=0, metavar="N", help="Keep N generations before the served one; else all."),
+        typer.Option("--keep", min=0, metavar="N", help="Keep N generations before the served one."),
+    ] = None,
+    keep_for: Annotated[
+        str | None,
+        typer.Option("--keep-for", metavar="TIME", help="Keep what was published within: 30d, 12h."),
     ] = None,
     as_json: shell.Json = False,
 ) -> None:
     """List what nothing in a store refers to, or remove it.
 
     Builds that were killed, failed at the end or were cancelled leave bundles that
-    no generation refers to. What a generation refers to is never removed.
+    no generation refers to. What a generation refers to is never removed; without
+    --keep and --keep-for all generations stay, and a rollback may name any.
 
     Example: loramux gc --store s3://models/loramux --delete
     """
-    spared = _duration(grace)
+    spared = _duration("--grace", grace)
+    retention = Retention(keep, None if keep_for is None else _duration("--keep-for", keep_for))
     opened = open_store(load_settings(BuilderSettings, store=store).store)
     if delete:
         check_grace(opened, spared)
     with shell.working(f"looking through {opened.uri}"):
-        found = find_orphans(opened, grace=spared, now=datetime.now(UTC), keep=keep)
+        found = find_orphans(opened, grace=spared, now=datetime.now(UTC), retention=retention)
     if found.old and not as_json:
         _show(found.old)
     with shell.working(f"removing from {opened.uri}"):
         gone = [orphan for orphan in found.old if delete and remove(opened, orphan)]
     if as_json:
-        emit({"store": opened.uri, "orphans": _fields(found.old, gone), "spared": _fields(found.young, ())})
+        fields = {"orphans": _fields(found.old, gone), "spared": _fields(found.young, ()), "kept": found.kept}
+        emit({"store": opened.uri} | fields)
         return
+    _tell_kept(found.kept)
     _sum(opened.uri, found.old, gone if delete else None)
     if found.young:
         shell.show(f"{_counted(found.young)} younger than {grace}: spared")
@@ -99,15 +109,26 @@ def _sum(uri: str, old: Sequence[Orphan], gone: Sequence[Orphan] | None) -> None
             shell.show(f"{len(old) - len(gone)} needed again meanwhile, spared")
 
 
+def _tell_kept(kept: Sequence[Kept]) -> None:
+    """Print why generations stay, a line for each deployment and reason."""
+    for (name, why), found in groupby(kept, key=lambda each: (each.deployment, each.why)):
+        some = list(found)
+        numbers = listed([str(each.number) for each in some])
+        most = max(each.bundles for each in some)
+        bundles = f"{most} bundle{'s'[: most != 1]}" if len(some) == 1 else f"up to {most} bundles each"
+        stay = f"generation {numbers} stays" if len(some) == 1 else f"generations {numbers} stay"
+        shell.show(f"{name}: {stay}: {why}; {bundles}")
+
+
 def _counted(orphans: Sequence[Orphan]) -> str:
     size = decimal(sum(orphan.size for orphan in orphans))
     return f"{len(orphans)} orphan{'s'[: len(orphans) != 1]}, {size},"
 
 
-def _duration(text: str) -> timedelta:
+def _duration(flag: str, text: str) -> timedelta:
     match = re.fullmatch(r"(\d{1,6}(?:\.\d+)?)([dhms])", text)
     if match:
         return timedelta(**{_UNITS[match[2]]: float(match[1])})
     if text == "0":
         return timedelta()
-    raise SettingsInvalid(f"--grace={text}: expected a number and d, h, m or s, for example 24h")
+    raise SettingsInvalid(f"{flag}={text}: expected a number and d, h, m or s, for example 24h")

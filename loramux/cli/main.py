@@ -14,12 +14,14 @@ from loramux.cli import keys, shell
 from loramux.cli.bench import bench
 from loramux.cli.build import build, prove
 from loramux.cli.cancel import cancel
+from loramux.cli.change import add, push, remove
 from loramux.cli.chat import chat
 from loramux.cli.check import check
 from loramux.cli.demo import demo
 from loramux.cli.deployments import deployments, watch
 from loramux.cli.doctor import doctor
 from loramux.cli.gc import gc
+from loramux.cli.history import history, rollback
 from loramux.cli.import_bundle import import_bundle
 from loramux.cli.services import builder, serve
 from loramux.cli.serving import health, models
@@ -35,7 +37,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["--help", "-h"]},
 )
 for function in (
-    *(demo, up, build, watch, cancel, deployments, check, prove, import_bundle, gc),
+    *(demo, up, build, watch, cancel, deployments, check, prove, import_bundle),
+    *(add, remove, push, history, rollback, gc),
     *(models, chat, bench, serve, builder, health, doctor),
 ):
     app.command()(function)

@@ -63,16 +63,29 @@ def serve(
     backend: shell.Backend = None,
     dtype: shell.Dtype = None,
     threads: shell.Threads = None,
+    builder: Annotated[
+        str | None,
+        typer.Option(
+            "--builder", metavar="HOST:PORT", help="A builder that tells of new adapters, and makes them."
+        ),
+    ] = None,
+    on_base_change: Annotated[
+        str | None,
+        typer.Option("--on-base-change", metavar="stay|exit", help="When a generation needs a restart."),
+    ] = None,
     keys_file: KeysFile = None,
     insecure: Insecure = False,
 ) -> None:
     """Run the inference service of a deployment until SIGTERM.
 
-    Flags that are not given come from the environment, then from the defaults.
+    It follows the deployment: adapters that are added, replaced or removed are
+    served so a moment later. Flags that are not given come from the environment,
+    then from the defaults.
 
     Example: loramux serve --deployment my-model --store s3://models/loramux
     """
     engine = {"backend": backend, "dtype": dtype, "threads": threads}
+    engine |= {"builder": builder, "on-base-change": on_base_change}
     argv = inference_command(deployment, store, grpc, local_root or (), engine, http)
     become([*argv, *door_flags(keys_file, insecure)])
 

@@ -83,7 +83,11 @@ async def start_builder(tree: ProcessTree, plan: UpPlan) -> None:
 async def start_inference(tree: ProcessTree, plan: UpPlan) -> None:
     """Start the inference service and wait until it is ready, which takes as long as the base loads."""
     name = plan.deployment.model_name
-    argv = inference_command(name, plan.store, plan.inference, plan.local_roots, plan.engine, plan.http)
+    engine = {
+        **plan.engine,
+        "builder": reachable(plan.builder),
+    }  # so that what is added later is served at once
+    argv = inference_command(name, plan.store, plan.inference, plan.local_roots, engine, plan.http)
     with shell.step(f"inference service on {plan.inference}"):
         await tree.serve("inference", argv)
 

@@ -16,6 +16,7 @@ import psutil
 import pytest
 
 from loramux import Client
+from loramux.faults import ModelNotFound
 from loramux.records import Delta, Finished, Started
 from tests.e2e.real import EXAMPLES, deployment
 from tests.support.s3_gateway import free_port
@@ -23,11 +24,14 @@ from tests.support.s3_gateway import free_port
 READY_S = 120
 
 
+LORAMUX = Path(sys.executable).parent / "loramux"
+
+
 @contextmanager
-def _up(folder: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
+def _up(folder: Path, builder: str = "") -> Iterator[tuple[subprocess.Popen[str], str]]:
     """Run `loramux up` until it is ready; yields the process and the inference address."""
-    grpc, builder = (f"127.0.0.1:{free_port()}" for _ in range(2))
-    command = [Path(sys.executable).parent / "loramux", "up", EXAMPLES / "deployment.yaml"]
+    grpc, builder = f"127.0.0.1:{free_port()}", builder or f"127.0.0.1:{free_port()}"
+    command = [LORAMUX, "up", EXAMPLES / "deployment.yaml"]
     command += ["--store", f"file://{folder}/store", "--grpc", grpc, "--builder", builder]
     log = folder / "up.log"
     with log.open("w") as output:
@@ -71,6 +75,43 @@ def test_up_serves_until_a_signal_and_finishes_its_streams(tmp_path: Path, numbe
         assert process.wait(30) == 0
     assert children
     assert not _left(children)
+
+
+def _changed(builder: str, *words: str | Path) -> int:
+    """Run a command that changes the deployment; return the generation that it names."""
+    command = [LORAMUX, *words, "--builder", builder, "--json"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert ended.returncode == 0, ended.stderr
+    return int(re.findall(r'"generation": ?([0-9]+)', ended.stdout)[-1])
+
+
+def test_what_is_changed_is_served_without_a_restart(tmp_path: Path) -> None:
+    """Pushed, removed and rolled back by commands: the next request that names the generation finds it so, and
+    a stream that began before ends on what it began with."""
+    deployment()
+    builder = f"127.0.0.1:{free_port()}"
+    with _up(tmp_path, builder) as (_, grpc), Client(grpc) as client:
+
+        def ask(model: str, generation: int) -> Started:
+            events = list(client.generate(model, "Hello", max_tokens=4, min_generation=generation))
+            assert isinstance(events[0], Started)
+            assert isinstance(events[-1], Finished)
+            return events[0]
+
+        pirate = ask("pirate", 1)
+        running = client.generate("pirate", "Tell me about the sea.", max_tokens=100, ignore_eos=True)
+        assert isinstance(next(running), Started)
+        pushed = _changed(builder, "push", EXAMPLES / "adapters" / "bard", "--name", "pirate")
+        changed = ask("pirate", pushed)
+        assert changed.generation == pushed > pirate.generation
+        assert changed.adapter_digest == ask("bard", pushed).adapter_digest != pirate.adapter_digest
+        assert isinstance(list(running)[-1], Finished)
+        removed = _changed(builder, "remove", "json")
+        with pytest.raises(ModelNotFound):
+            ask("json", removed)
+        back = _changed(builder, "rollback", deployment().model_name, "--to", str(pirate.generation))
+        assert ask("pirate", back).adapter_digest == pirate.adapter_digest
+        ask("json", back)
 
 
 def test_a_killed_parent_takes_its_children_along(tmp_path: Path) -> None:

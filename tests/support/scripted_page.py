@@ -51,7 +51,7 @@ class ScriptedPage(GenerationService):
     ) -> None:
         """Serve adapters; where says has a None, the answer waits for ever."""
         write_tokenizer(folder)
-        sequences = SequenceCounts({"": 1, adapters[0]: 2}, {adapters[-1]: 2})
+        sequences = SequenceCounts({"base": 1, adapters[0]: 2}, {adapters[-1]: 2})
         engine = cast(EngineThread, SimpleNamespace(max_queue=8, stats=STATS, sequence_counts=sequences))
         catalog = Catalog(7, "base", models(adapters))
         super().__init__(catalog, Text.load(folder, VOCAB), engine, ServingLimits(256, None, frozenset({2})))

@@ -21,6 +21,7 @@ from inference_service.core.sequence import Sequence as EngineSequence
 from inference_service.startup.load import Ready, load
 from loramux_shared.deployment import Deployment
 from loramux_shared.deployment_file import parse_deployment
+from loramux_shared.faults import Fault
 from loramux_shared.settings import InferenceSettings
 from loramux_shared.sources.open import open_sources
 from loramux_shared.storage.base import Store
@@ -154,6 +155,16 @@ class World:
             "adapter_disk_gb": 0,  # the folder of this machine's user is nobody's business
         }
         return load(InferenceSettings(**(values | settings)), store)
+
+
+def refusal(ready: Ready, name: str) -> Fault | None:
+    """Why an adapter that was to be loaded before the start is not resident."""
+    adapter = ready.service.catalog.get(name).adapter
+    assert adapter is not None
+    assert ready.bank is not None
+    standing = ready.bank.residency.standing(adapter)
+    assert (standing.failure is None) == (adapter.slot is not None)
+    return standing.failure
 
 
 def make_world(root: Path, **config: Any) -> World:

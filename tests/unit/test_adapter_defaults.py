@@ -14,6 +14,7 @@ from builder_service.pipeline.context import BuildContext
 from builder_service.pipeline.progress import Progress
 from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import FinishReason
+from inference_service.serving.adapter_defaults import AdapterDefaults
 from inference_service.serving.service import Finished, Request, Started
 from inference_service.startup.load import Ready
 from loramux_shared.bundle.deployments import current_generation
@@ -75,19 +76,22 @@ def ready(world: World, store: MemoryStore) -> Ready:
     return world.load(store)
 
 
+def defaults(ready: Ready, model: str) -> AdapterDefaults:
+    """What a model brings beside its weights, as a request for it finds out."""
+    return asyncio.run(ready.service.naming.defaults(ready.service.catalog.get(model)))
+
+
 def prompt(ready: Ready, model: str) -> str:
     """The chat prompt of a model, as text."""
     service = ready.service
-    tokens = asyncio.run(
-        service.text.encode_messages(MESSAGES, 256, service.catalog.get(model).defaults.template)
-    )
+    template = defaults(ready, model).template
+    tokens = asyncio.run(service.text.encode_messages(MESSAGES, 256, template))
     return "".join(service.text._tokenizer.id_to_token(token) for token in tokens)
 
 
 def sampling(ready: Ready, model: str, **fields: Any) -> SamplingParams:
     """How a request to a model is sampled."""
-    defaults = ready.service.catalog.get(model).defaults
-    return ready.service._sampling(Request(model, "x", **fields), 1, defaults)
+    return ready.service._sampling(Request(model, "x", **fields), 1, defaults(ready, model))
 
 
 def test_every_file_is_in_the_bundle_byte_for_byte(world: World, store: MemoryStore) -> None:
@@ -110,7 +114,7 @@ def test_a_text_file_that_was_changed_in_the_store_is_refused(world: World, stor
     assert generation is not None
     other.put(bundle_key(generation.adapters["wide"].digest, TEXT_FILES[0]), b"{{ messages }}")
     with pytest.raises(BundleCorrupt, match="chat_template"):
-        world.load(other)
+        defaults(world.load(other), "wide")
 
 
 def test_each_model_has_its_own_template(ready: Ready) -> None:
@@ -177,16 +181,16 @@ async def test_an_answer_ends_at_the_adapters_own_stop_token(world: World, store
     [{"chat_template": "{% if %}"}, {"tokenizer_config": {"chat_template": "{{ messages"}}],
     ids=["jinja", "tokenizer"],
 )
-def test_a_template_that_cannot_be_parsed_keeps_the_replica_from_starting(
-    world: World, files: dict[str, Any]
-) -> None:
-    """The builder has no jinja; the replica refuses with the adapter's name and the file's."""
+def test_a_template_that_cannot_be_parsed_refuses_the_adapter(world: World, files: dict[str, Any]) -> None:
+    """The builder has no jinja; the replica refuses requests with the adapter's name and the file's."""
     write(world.adapters["all"], **files)
     store = MemoryStore()
     world.build(store)
     write(world.adapters["all"])
+    ready = world.load(store)
     with pytest.raises(AdapterInvalid, match="'all' brings a") as error:
-        world.load(store)
+        defaults(ready, "all")
+    assert defaults(ready, "wide").top_k == 7
     [finding] = error.value.findings
     assert (finding.code, finding.adapter, finding.where in TEXT_FILES) == ("E_BAD_TEXT", "all", True)
 

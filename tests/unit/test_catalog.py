@@ -156,6 +156,9 @@ def test_a_version_is_found_by_the_first_digits_of_its_digest() -> None:
     names.apply(generation(99, {"ab": "else"}))
     with pytest.raises(ModelNotFound, match="Served"):
         names.resolve(f"a@{digest('z05')}")
+    names.apply(generation(100, {"a": "z99"}))
+    with pytest.raises(ModelNotFound, match=f"Known: {digest('z99')[:12]}\\.$"):
+        names.resolve(f"a@{digest('z05')}")
 
 
 def test_digits_of_several_versions_are_refused() -> None:

@@ -11,10 +11,11 @@ from typer.testing import CliRunner
 from builder_service.pipeline.build import build
 from builder_service.pipeline.context import BuildContext
 from builder_service.pipeline.progress import Progress
+from builder_service.pipeline.rollback import rollback
 from loramux.cli.main import app
 from loramux_shared.bundle.claims import generation_numbers
 from loramux_shared.bundle.deployments import current_generation
-from loramux_shared.bundle.gc import Kind, check_grace, find_orphans, remove
+from loramux_shared.bundle.gc import Kind, Retention, check_grace, find_orphans, remove
 from loramux_shared.bundle.manifest import MANIFEST_FILE, bundle_key, claim_key, generation_key
 from loramux_shared.bundle.reader import read_bundle
 from loramux_shared.deployment_file import parse_deployment
@@ -120,13 +121,61 @@ def test_generations_beyond_those_that_are_kept(tmp_path):
     store = MemoryStore()
     for names in (["one"], ["two"], ["three"], ["two", "three"]):
         publish(tmp_path, store, *names)
-    found = find_orphans(store, grace=DAY, now=LATER, keep=1)
+    found = find_orphans(store, grace=DAY, now=LATER, retention=Retention(1))
     assert [orphan.kind for orphan in found.old] == [Kind.GENERATION, Kind.GENERATION, Kind.BUNDLE]
     for orphan in found.old:
         assert remove(store, orphan)
     assert generation_numbers(store, "tiny") == [3, 4]
-    assert find_orphans(store, grace=DAY, now=LATER, keep=0).old[0].name == generation_key("tiny", 3)
-    assert find_orphans(store, grace=DAY, now=LATER, keep=9).old == ()
+    assert find_orphans(store, grace=DAY, now=LATER, retention=Retention(0)).old[0].name == generation_key(
+        "tiny", 3
+    )
+    assert find_orphans(store, grace=DAY, now=LATER, retention=Retention(9)).old == ()
+
+
+def test_what_stays_says_why(tmp_path):
+    """A number, an age, or both: what either rule keeps stays; each generation says for what reason."""
+    store = MemoryStore()
+    for names in (["one"], ["two"], ["three"], ["two", "three"]):
+        publish(tmp_path, store, *names)
+    for number, days in ((1, 40), (2, 20), (3, 10)):
+        store.modified[generation_key("tiny", number)] = LATER - days * DAY
+
+    def kept(retention: Retention) -> dict[int, str]:
+        found = find_orphans(store, grace=DAY, now=LATER, retention=retention)
+        return {each.number: each.why for each in found.kept}
+
+    assert kept(Retention(1)) == {4: "served", 3: "one of the 1 before the served one"}
+    month = "published in the last 30 days"
+    assert kept(Retention(age=30 * DAY)) == {4: "served", 3: month, 2: month}
+    assert kept(Retention(1, 30 * DAY)) == {4: "served", 3: "one of the 1 before the served one", 2: month}
+    assert set(kept(Retention())) == {1, 2, 3, 4}
+    [served, *_] = find_orphans(store, grace=DAY, now=LATER).kept
+    assert (served.deployment, served.bundles) == ("tiny", 2)
+
+
+def test_nothing_of_a_deployment_goes_while_it_is_built(tmp_path):
+    """An update may refer to bundles of any generation, as long as it is in the journal."""
+    store = MemoryStore()
+    for names in (["one"], ["two"], ["three"]):
+        publish(tmp_path, store, *names)
+    store.put("builds/other/0123.json", b"")
+    assert len(find_orphans(store, grace=DAY, now=LATER, retention=Retention(0)).old) == 4
+    store.put("builds/tiny/0123.json", b"")
+    found = find_orphans(store, grace=DAY, now=LATER, retention=Retention(0))
+    assert found.old == ()
+    assert {each.why for each in found.kept} == {"served", "its deployment is being built"}
+
+
+def test_a_rollback_makes_its_bundles_young(tmp_path):
+    """A removal that was about to begin lets the bundles be to which a rollback refers from now on."""
+    store = MemoryStore()
+    publish(tmp_path, store, "one")
+    publish(tmp_path, store, "two")
+    going = find_orphans(store, grace=DAY, now=LATER, retention=Retention(0)).old
+    context = BuildContext(store, open_sources(local_roots=[tmp_path]), tmp_path / "work")
+    rollback("tiny", 1, None, context)
+    assert [remove(store, orphan) for orphan in going if orphan.kind is Kind.BUNDLE] == [False]
+    read_bundle(store, digest(store, "one"))
 
 
 def test_a_damaged_generation_stops_everything(tmp_path):
@@ -137,7 +186,9 @@ def test_a_damaged_generation_stops_everything(tmp_path):
     store.put(generation_key("tiny", 1), b"{}")
     with pytest.raises(BundleCorrupt, match="deployment tiny: generation 1"):
         find_orphans(store, grace=DAY, now=LATER)
-    assert {orphan.kind for orphan in find_orphans(store, grace=DAY, now=LATER, keep=0).old} == {
+    assert {
+        orphan.kind for orphan in find_orphans(store, grace=DAY, now=LATER, retention=Retention(0)).old
+    } == {
         Kind.GENERATION,
         Kind.BUNDLE,
     }
@@ -162,6 +213,7 @@ def test_the_command(tmp_path):
     store.delete(generation_key("tiny", 1))
     run = CliRunner().invoke
     said = run(app, ["gc", "--store", address]).stdout
+    assert "tiny: generation 2 stays: served; 1 bundle" in said
     assert "nothing to remove" in said
     assert "younger than 24h: spared" in said
     listed = run(app, ["gc", "--store", address, "--grace", "0"])

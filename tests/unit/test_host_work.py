@@ -70,8 +70,8 @@ def test_blocks_are_copied_as_they_are() -> None:
 @pytest.mark.parametrize("kind", ["starved", "crowded"])
 @pytest.mark.parametrize("context", [256, 4096])
 def test_a_queue_costs_a_step_next_to_nothing(kind: host.Kind, context: int) -> None:
-    """Neither a head that waits for blocks, however long the prefix that it finds, nor a thousand that wait for
-    their adapters."""
+    """Neither a head that waits for blocks, however long the prefix that it finds, nor a thousand whose
+    adapters are on their way."""
     alone = instructions(Point("decode", SEQS, context, loaded=64))
     assert instructions(Point(kind, SEQS, context, loaded=64)) < alone + 50 * SEQS
 

@@ -9,6 +9,7 @@ import pytest
 
 from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import FAIR, Sequence, Share, Token
+from inference_service.openai_api.errors import error_response
 from inference_service.serving.catalog import ServedModel
 from inference_service.serving.limits import FEW_METERS, Limiter, Ticket
 from inference_service.serving.request import Delta
@@ -113,6 +114,15 @@ def test_tokens_of_a_minute_come_back_with_time() -> None:
     world.now_s += 3600  # no more than a minute's worth is ever saved
     world.ask(30, 30)
     world.refused()
+
+
+@pytest.mark.parametrize(("seconds", "said"), [(0.2, "1"), (1.0, "1"), (1.2, "2"), (41.0, "41")])
+def test_nobody_is_told_to_come_back_too_early(seconds: float, said: str) -> None:
+    """HTTP has whole seconds; a fault that is retold keeps its own."""
+    fault = RateLimited("later", retry_after_s=seconds)
+    assert error_response(fault).headers["retry-after"] == said
+    assert fault.retold("much later").retry_after_s == seconds
+    assert RateLimited("later").retry_after_s == 1.0
 
 
 def test_tokens_that_others_used_meanwhile_are_seen_before_the_engine() -> None:

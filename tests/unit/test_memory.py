@@ -90,13 +90,14 @@ def test_needs_follow_the_model_and_the_settings(tmp_path: Path) -> None:
 
 
 def test_the_start_logs_a_line_per_item(tmp_path: Path) -> None:
-    """Weights, adapters, activations, graphs, the cache and what is left, in GB."""
+    """The bank, weights, adapters, activations, graphs, the cache and what is left, in GB."""
     world, store = make_world(tmp_path), MemoryStore()
     world.build(store)
     with capture_logs() as logs:
         ready = world.load(store, kv_memory_gb=0.01)
     sizes = {entry["item"]: entry["gb"] for entry in logs if entry["event"] == "memory"}
     assert list(sizes) == [
+        "bank of adapters",
         "weights",
         "adapters",
         "activations",

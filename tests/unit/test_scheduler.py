@@ -248,6 +248,24 @@ def test_of_a_flow_no_more_run_than_its_share_allows() -> None:
     assert {chunk.seq.flow for chunk in runner.batches[0].chunks} == {"bounded", "free"}
 
 
+def test_a_flow_that_may_have_no_more_holds_up_nobody_behind_it() -> None:
+    """All seats are taken, and the model that was served least has as many as its share allows: the next one
+    makes room for itself all the same."""
+    engine, _, _ = _engine(max_seqs=4, max_tokens=16, blocks=2000)
+    for _ in range(3):
+        engine.add(_seq(2, 1500, flow="endless"))
+    for _ in range(2):
+        engine.add(_seq(2, 1500, flow="bounded", share=Share(weight=50.0, max_running=1)))
+    for _ in range(20):
+        engine.step()
+    asked = _seq(2, 2, flow="once")
+    engine.add(asked)
+    for _ in range(300):
+        if any(output.seq_id == asked.id and output.first for output in engine.step()):
+            return
+    pytest.fail("it waits for the flow that may have no more")
+
+
 def test_who_was_away_has_saved_nothing_and_owes_nothing() -> None:
     """A model that comes back after a while begins beside the others: it is neither first for as long as it was
     away, nor last for what it had long ago."""

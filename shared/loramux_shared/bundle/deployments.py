@@ -153,14 +153,19 @@ def point_at_highest(store: Store, published: Generation) -> Generation:
     Of several builders, the one that puts the pointer last looks again after it, so that it is right in
     the end.
     """
-    name = published.deployment
+    name, highest, wanted = published.deployment, published, _pointer_to(published)
     for _ in range(MAX_CLAIMS):
-        highest = _highest(store, published)
-        wanted = Current(generation=highest.number, sha256=sha256_hex(highest.to_bytes()))
+        found = _highest(store, published)
+        if found.number != highest.number:
+            highest, wanted = found, _pointer_to(found)
         if _unless_damaged(lambda: read_pointer(store, name)) == wanted:
             return highest
         store.put(current_key(name), wanted.to_bytes())
     raise StoreUnavailable(f"{store.uri}: too many builders publish {name!r} at once. Build again later.")
+
+
+def _pointer_to(generation: Generation) -> Current:
+    return Current(generation=generation.number, sha256=sha256_hex(generation.to_bytes()))
 
 
 def _highest(store: Store, published: Generation) -> Generation:

@@ -1,13 +1,14 @@
 """What in a store nothing refers to any more, and its removal.
 
 Never removed is what a generation that stays refers to, what is younger than the grace period, a generation
-that is served or newer than the served one, and what is not in the form that this format has.
+that is served or newer than the served one, any generation of a deployment that is being built, and what is not
+in the form that this format has.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from enum import StrEnum
@@ -16,7 +17,7 @@ from typing import Final
 
 from loramux_shared.bundle.claims import generation_numbers
 from loramux_shared.bundle.deployments import read_generation, read_pointer
-from loramux_shared.bundle.manifest import BUILDS_PREFIX, MANIFEST_FILE, generation_key
+from loramux_shared.bundle.manifest import BUILDS_PREFIX, DEPLOYMENTS_PREFIX, MANIFEST_FILE, generation_key
 from loramux_shared.faults import BuildInProgress
 from loramux_shared.storage.base import Entry, Store
 
@@ -59,44 +60,108 @@ class Orphan:
 
 
 @dataclass(frozen=True)
+class Kept:
+    """A generation that stays, and with it all bundles to which it refers."""
+
+    deployment: str
+    number: int
+    why: str
+    bundles: int
+
+
+@dataclass(frozen=True)
+class Retention:
+    """Which generations before the served one stay, for a rollback: those that either rule keeps."""
+
+    count: int | None = None
+    """So many; None: no rule."""
+    age: timedelta | None = None
+    """Those that were published within this time; None: no rule. Without any rule all stay."""
+
+    def why(self, distance: int, age: timedelta) -> str | None:
+        """Return why a generation stays that is so many before the served one, and so old; None: it goes."""
+        if self.count is None and self.age is None:
+            return "all are kept, unless --keep or --keep-for is given"
+        if self.count is not None and distance <= self.count:
+            return f"one of the {self.count} before the served one"
+        if self.age is not None and age < self.age:
+            return f"published in the last {self.age.total_seconds() / 86400:g} days"
+        return None
+
+
+@dataclass(frozen=True)
 class Orphans:
-    """What nothing refers to."""
+    """What nothing refers to, and what stays."""
 
     old: tuple[Orphan, ...]
     """Those that may be removed."""
     young: tuple[Orphan, ...]
     """Those of the grace period: a build may be about to refer to them."""
+    kept: tuple[Kept, ...] = ()
+    """By deployment, the newest first."""
 
 
-def find_orphans(store: Store, *, grace: timedelta, now: datetime, keep: int | None = None) -> Orphans:
-    """Return what nothing refers to; with keep, also generations older than that many before the served one.
+ALL: Final = Retention()
+
+
+def find_orphans(store: Store, *, grace: timedelta, now: datetime, retention: Retention = ALL) -> Orphans:
+    """Return what nothing refers to, and generations that no rule keeps.
 
     Raises:
         BundleCorrupt: a pointer or a generation that stays cannot be read, so that nobody knows to what it
             refers.
         StoreUnavailable: the store does not answer.
     """
-    # Bundles first: one that a generation refers to from now on is seen to be referred to.
+    # In this order: a build is in the journal before it looks which bundles it may keep, and a bundle that a
+    # generation refers to from now on is seen to be referred to.
+    building = {key.split("/")[1] for key in store.list(BUILDS_PREFIX) if key.count("/") > 1}
     bundles = [entry for entry in store.entries("bundles/") if _BUNDLE.fullmatch(entry.key)]
-    records = list(store.entries("deployments/"))
+    records = list(store.entries(DEPLOYMENTS_PREFIX))
     names = sorted({match[1] for entry in records if (match := _DEPLOYMENT.fullmatch(entry.key))})
-    expired, referred = list[Orphan](), set[str]()
+    expired, kept, referred = list[Orphan](), list[Kept](), set[str]()
+    entries = {entry.key: entry for entry in records}
     for name in names:
-        beyond = _beyond(store, name, keep)
-        found = [
-            Orphan(Kind.GENERATION, entry.key, f"older than the {keep} that are kept", (entry,))
-            for entry in records
-            if entry.key in beyond
-        ]
-        going = {orphan.name for orphan in found if now - orphan.modified >= grace}
-        expired += found
-        for number in generation_numbers(store, name):
-            if generation_key(name, number) not in going:
-                generation = read_generation(store, name, number)
-                referred |= {record.digest for record in generation.adapters.values()}
+        for number, why in _judged(store, name, entries, retention, now, building=name in building).items():
+            entry = entries.get(generation_key(name, number))
+            if why is None and entry is not None:
+                expired.append(Orphan(Kind.GENERATION, entry.key, "no rule keeps it for a rollback", (entry,)))
+                if now - entry.modified >= grace:
+                    continue
+            generation = read_generation(store, name, number)
+            digests = {record.digest for record in generation.adapters.values()}
+            kept.append(Kept(name, number, why or "younger than the grace period", len(digests)))
+            referred |= digests
     orphans = [*expired, *_claims(store, records), *_bundles(bundles, referred)]
     old = tuple(orphan for orphan in orphans if now - orphan.modified >= grace)
-    return Orphans(old, tuple(orphan for orphan in orphans if orphan not in old))
+    return Orphans(old, tuple(orphan for orphan in orphans if orphan not in old), tuple(kept))
+
+
+def _judged(
+    store: Store,
+    name: str,
+    entries: Mapping[str, Entry],
+    retention: Retention,
+    now: datetime,
+    *,
+    building: bool,
+) -> dict[int, str | None]:
+    """Return why each generation of a deployment stays, the newest first; None: nothing keeps it."""
+    pointer = read_pointer(store, name)
+    numbers = generation_numbers(store, name)[::-1]
+    served = pointer.generation if pointer is not None else 0
+    judged, distance = dict[int, str | None](), 0
+    for number in numbers:
+        entry = entries.get(generation_key(name, number))
+        if number == served:
+            judged[number] = "served"
+        elif number > served:
+            judged[number] = "newer than the served one"
+        elif building or entry is None:
+            judged[number] = "its deployment is being built"
+        else:
+            distance += 1
+            judged[number] = retention.why(distance, now - entry.modified)
+    return judged
 
 
 def check_grace(store: Store, grace: timedelta) -> None:
@@ -123,15 +188,6 @@ def remove(store: Store, orphan: Orphan) -> bool:
     for entry in orphan.entries:
         store.delete(entry.key)
     return True
-
-
-def _beyond(store: Store, name: str, keep: int | None) -> set[str]:
-    """Return the keys of the generations that are older than those that are kept."""
-    pointer = read_pointer(store, name) if keep is not None else None
-    if pointer is None or keep is None:
-        return set()
-    older = [number for number in generation_numbers(store, name) if number < pointer.generation]
-    return {generation_key(name, number) for number in older[: max(0, len(older) - keep)]}
 
 
 def _claims(store: Store, records: list[Entry]) -> Iterator[Orphan]:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Final, Literal, Self
 
 from pydantic import Field, ValidationError
@@ -213,6 +213,10 @@ class AdapterRecord(Model):
     converter: int | None = Field(default=None, ge=1, exclude_if=unset)
     """The builder's rules and arithmetic by which the bundle was made; see `CONVERTER`."""
 
+    def same_but_listing(self, other: AdapterRecord) -> bool:
+        """True when only what a source says of the same files differs."""
+        return self is other or self == other.model_copy(update={"listing": self.listing})
+
 
 class BaseRecord(Model):
     """The base checkpoint of a generation."""
@@ -261,13 +265,11 @@ class Generation(Record):
 
     def same_content(self, other: Generation) -> bool:
         """True when only number and time differ, and what sources say of files that are the same."""
-        return self._content == other._content
-
-    @property
-    def _content(self) -> Generation:
-        adapters = {name: record.model_copy(update={"listing": None}) for name, record in self.adapters.items()}
-        return self.model_copy(
-            update={"number": 1, "create_time": datetime.min.replace(tzinfo=UTC), "adapters": adapters}
+        if self.adapters.keys() != other.adapters.keys():
+            return False
+        aside = {"number": self.number, "create_time": self.create_time, "adapters": {}}
+        return self.model_copy(update={"adapters": {}}) == other.model_copy(update=aside) and all(
+            record.same_but_listing(other.adapters[name]) for name, record in self.adapters.items()
         )
 
 

@@ -22,30 +22,31 @@ MODELS = {
     "Llama-3-70B": layer_groups(hidden=8192, intermediate=28672, q=8192, kv=1024),
 }
 STEPS = ((1, 1, 1), (8, 8, 8), (64, 64, 64), (64, 64, 8), (64, 1000, 8), (64, 1000, 1))
-"""Rows that the decode step may have, adapters that are loaded, adapters that it has, with a row each."""
-RANKS = (8, 16, 64)
+"""Rows that the decode step may have, slots that there are, adapters that it has, with a row each."""
+RANKS = ((8, 8), (16, 16), (64, 64), (8, 64), (16, 64))
+"""Of the adapters, and the ceiling that the bank was opened for."""
 ACTIVE = 16
 """Adapters that a step may have, as is usual."""
 ARCHITECTURE = 90
 HEADER = (
-    f"{'model':<13} {'linear':<8} {'rank':>4} {'rows':>4} {'loaded':>6} {'active':>6} "
+    f"{'model':<13} {'linear':<8} {'rank':>4} {'of':>3} {'rows':>4} {'slots':>6} {'active':>6} "
     f"{'planes':>6} {'shrink':>6} {'launched':>8} {'expand':>6} {'launched':>8}"
 )
 
 
-def line(model: str, shape: GroupShape, rank: int, step: tuple[int, int, int]) -> str:
+def line(model: str, shape: GroupShape, rank: int, ceiling: int, step: tuple[int, int, int]) -> str:
     """Planes, and programs that work of those that are launched, of both launches; bf16."""
-    rows, loaded, active = step
+    rows, num_slots, active = step
     slices = Slices(shape.out_offsets, shape.out_features)
-    most = rank * len(shape.modules)
-    segments = SegmentCapacity(rows, loaded, DECODE_TILE, active=max(ACTIVE, active)).segments
+    own, most = rank * len(shape.modules), ceiling * len(shape.modules)
+    segments = SegmentCapacity(rows, num_slots, DECODE_TILE, active=max(ACTIVE, active)).segments
     where = ARCHITECTURE, Phase.DECODE, torch.bfloat16
     first = shrink_config(*where, in_features=shape.in_features, max_rows=most, segments=segments)
     planes, _ = first.planes(shape.in_features, first.tiles(most, active))
-    second = expand_config(*where, slices=slices, max_rank=rank, segments=segments)
+    second = expand_config(*where, slices=slices, max_rank=ceiling, segments=segments)
     return (
-        f"{model:<13} {shape.name:<8} {rank:>4} {rows:>4} {loaded:>6} {active:>6} "
-        f"{planes:>6} {first.programs(shape.in_features, most, active):>6} "
+        f"{model:<13} {shape.name:<8} {rank:>4} {ceiling:>3} {rows:>4} {num_slots:>6} {active:>6} "
+        f"{planes:>6} {first.tiles(own, active) * planes:>6} "
         f"{first.grid(shape.in_features, most, segments):>8} "
         f"{second.programs(slices, active):>6} {second.programs(slices, segments):>8}"
     )
@@ -56,9 +57,9 @@ def lines() -> Iterator[str]:
     yield HEADER
     for model, groups in MODELS.items():
         for shape in groups:
-            for rank in RANKS:
+            for rank, ceiling in RANKS:
                 for step in STEPS:
-                    yield line(model, shape, rank, step)
+                    yield line(model, shape, rank, ceiling, step)
 
 
 if __name__ == "__main__":

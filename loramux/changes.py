@@ -1,0 +1,239 @@
+"""The client's half of changes: adapters in and out of a deployment, generations back and forth.
+
+::
+
+    with Client() as client:
+        client.push("my-model", "support", "./trained")           # serves it in seconds
+        client.update("my-model", {"legal": "org/legal@v2"}, remove=["old"])
+        client.rollback("my-model")
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
+from itertools import chain
+from pathlib import Path
+from typing import Any, Final, TypeAlias
+
+from loramux.builder.v1 import builder_pb2 as pb
+from loramux.connection import named
+from loramux.generations import (
+    GenerationInfo,
+    PushInfo,
+    RollbackInfo,
+    generation_of,
+    push_of,
+    rollback_of,
+)
+from loramux.mapping import deployment_of
+from loramux.messages import adapters_to_message
+from loramux.records import DeploymentInfo
+from loramux_shared.deployment import Repository
+from loramux_shared.faults import RequestInvalid
+from loramux_shared.sources.files import PIECE, pieces_of
+from loramux_shared.spelling import parse_repository
+
+PUSH_TIMEOUT_S: Final = 600.0
+"""A push sends the adapter, and waits until it is published."""
+CONFIG: Final = "adapter_config.json"
+WEIGHTS: Final = "adapter_model.safetensors"
+FILES: Final = (
+    CONFIG,
+    "added_tokens.json",
+    "chat_template.jinja",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    WEIGHTS,
+)
+"""What is sent of a folder, the weights last."""
+
+Adapters: TypeAlias = Mapping[str, Repository | str]
+"""Repositories by the names of adapters, or words for them; see `loramux_shared.spelling`."""
+Files: TypeAlias = Path | str | Mapping[str, bytes]
+"""A folder as PEFT's save_pretrained writes it, or the contents of its files by their names."""
+
+
+def _update_request(
+    name: str, add: Adapters, remove: Iterable[str], expected: int | None, request_id: str | None
+) -> pb.UpdateDeploymentRequest:
+    repositories = {
+        adapter: parse_repository(each) if isinstance(each, str) else each for adapter, each in add.items()
+    }
+    return pb.UpdateDeploymentRequest(
+        name=name,
+        add=adapters_to_message(repositories),
+        remove=remove,
+        expected_generation=expected or 0,
+        request_id=request_id or "",
+    )
+
+
+def _messages(deployment: str, name: str, expected: int | None, files: Files) -> Iterator[pb.PutAdapterRequest]:
+    """Return the messages of an upload, which read the files piece by piece.
+
+    Raises:
+        RequestInvalid: there is no such folder, or a file of it may not be read; before the first message.
+    """
+    contents = _of_memory(files) if isinstance(files, Mapping) else _of_folder(Path(files))
+    upload = pb.AdapterUpload(deployment=deployment, name=name, expected_generation=expected or 0)
+    return chain([pb.PutAdapterRequest(upload=upload)], map(_chunk, contents))
+
+
+def _chunk(piece: tuple[str, bytes]) -> pb.PutAdapterRequest:
+    file, data = piece
+    return pb.PutAdapterRequest(chunk=pb.FileChunk(file="" if file == WEIGHTS else file, data=data))
+
+
+def _of_memory(files: Mapping[str, bytes]) -> Iterator[tuple[str, bytes]]:
+    for file, data in sorted(files.items(), key=lambda item: item[0] == WEIGHTS):
+        for at in range(0, len(data), PIECE):
+            yield file, data[at : at + PIECE]
+
+
+def _of_folder(folder: Path) -> Iterator[tuple[str, bytes]]:
+    folder = folder.expanduser()
+    if not folder.is_dir():
+        raise RequestInvalid(f"{folder}: expected a folder with {CONFIG} and {WEIGHTS}, found none.")
+    paths = [folder / file for file in FILES if (folder / file).is_file()]
+    if locked := [path for path in paths if not os.access(path, os.R_OK)]:
+        raise RequestInvalid(f"{locked[0]}: it may not be read. Make it readable.")
+    return ((path.name, piece) for path in paths for piece in pieces_of(path))
+
+
+async def _in_threads(messages: Iterator[pb.PutAdapterRequest]) -> AsyncIterator[pb.PutAdapterRequest]:
+    while (message := await asyncio.to_thread(next, messages, None)) is not None:
+        yield message
+
+
+class Changes:
+    """The calls of `Client` that change a deployment."""
+
+    builder: str
+    timeout_s: float | None
+    _builder: Any
+
+    def update(
+        self,
+        name: str,
+        add: Adapters | None = None,
+        remove: Iterable[str] = (),
+        *,
+        expected_generation: int | None = None,
+        request_id: str | None = None,
+    ) -> DeploymentInfo:
+        """Start an update: adapters come in, take the place of others, or leave; returns at once.
+
+        With expected_generation it is refused where another one is the newest.
+        """
+        request = _update_request(name, add or {}, remove, expected_generation, request_id)
+        with named(self.builder):
+            answer = self._builder.UpdateDeployment(request, timeout=self.timeout_s)
+        return deployment_of(answer.deployment)
+
+    def push(
+        self,
+        deployment: str,
+        name: str,
+        files: Files,
+        *,
+        expected_generation: int | None = None,
+        timeout_s: float | None = PUSH_TIMEOUT_S,
+    ) -> PushInfo:
+        """Send an adapter that lies nowhere; returns when the generation is published in which it is."""
+        messages = _messages(deployment, name, expected_generation, files)
+        with named(self.builder):
+            answer = self._builder.PutAdapter(messages, timeout=timeout_s)
+        return push_of(answer)
+
+    def rollback(
+        self, name: str, to: int | None = None, *, expected_generation: int | None = None
+    ) -> RollbackInfo:
+        """Serve the content of an older generation again; of the one before the newest when not given."""
+        request = pb.RollbackDeploymentRequest(
+            name=name, to=to or 0, expected_generation=expected_generation or 0
+        )
+        with named(self.builder):
+            return rollback_of(self._builder.RollbackDeployment(request, timeout=self.timeout_s))
+
+    def history(self, name: str, limit: int | None = None) -> list[GenerationInfo]:
+        """Return the generations of a deployment, the newest first; at most so many."""
+        found: list[GenerationInfo] = []
+        token = ""
+        while limit is None or len(found) < limit:
+            request = pb.ListGenerationsRequest(
+                name=name, page_token=token, page_size=min(limit - len(found), 100) if limit else 0
+            )
+            with named(self.builder):
+                answer = self._builder.ListGenerations(request, timeout=self.timeout_s)
+            found += map(generation_of, answer.generations)
+            token = answer.next_page_token
+            if not token:
+                break
+        return found
+
+
+class AsyncChanges:
+    """The calls of `AsyncClient` that change a deployment, with the methods of `Changes`."""
+
+    builder: str
+    timeout_s: float | None
+    _builder: Any
+
+    async def update(
+        self,
+        name: str,
+        add: Adapters | None = None,
+        remove: Iterable[str] = (),
+        *,
+        expected_generation: int | None = None,
+        request_id: str | None = None,
+    ) -> DeploymentInfo:
+        """Start an update: adapters come in, take the place of others, or leave; returns at once."""
+        request = _update_request(name, add or {}, remove, expected_generation, request_id)
+        with named(self.builder):
+            answer = await self._builder.UpdateDeployment(request, timeout=self.timeout_s)
+        return deployment_of(answer.deployment)
+
+    async def push(
+        self,
+        deployment: str,
+        name: str,
+        files: Files,
+        *,
+        expected_generation: int | None = None,
+        timeout_s: float | None = PUSH_TIMEOUT_S,
+    ) -> PushInfo:
+        """Send an adapter that lies nowhere; returns when the generation is published in which it is."""
+        messages = _in_threads(_messages(deployment, name, expected_generation, files))
+        with named(self.builder):
+            answer = await self._builder.PutAdapter(messages, timeout=timeout_s)
+        return push_of(answer)
+
+    async def rollback(
+        self, name: str, to: int | None = None, *, expected_generation: int | None = None
+    ) -> RollbackInfo:
+        """Serve the content of an older generation again; of the one before the newest when not given."""
+        request = pb.RollbackDeploymentRequest(
+            name=name, to=to or 0, expected_generation=expected_generation or 0
+        )
+        with named(self.builder):
+            return rollback_of(await self._builder.RollbackDeployment(request, timeout=self.timeout_s))
+
+    async def history(self, name: str, limit: int | None = None) -> list[GenerationInfo]:
+        """Return the generations of a deployment, the newest first; at most so many."""
+        found: list[GenerationInfo] = []
+        token = ""
+        while limit is None or len(found) < limit:
+            request = pb.ListGenerationsRequest(
+                name=name, page_token=token, page_size=min(limit - len(found), 100) if limit else 0
+            )
+            with named(self.builder):
+                answer = await self._builder.ListGenerations(request, timeout=self.timeout_s)
+            found += map(generation_of, answer.generations)
+            token = answer.next_page_token
+            if not token:
+                break
+        return found

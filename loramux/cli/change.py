@@ -1,0 +1,198 @@
+"""``loramux add``, ``remove`` and ``push``: a deployment changed adapter by adapter."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.filesize import decimal
+
+from loramux.cli import shell
+from loramux.cli.build import follow
+from loramux.cli.build_lines import BuildLines
+from loramux.cli.build_view import BuildView, show_built
+from loramux.cli.documents import emit
+from loramux.client import BUILDER, AsyncClient, Client
+from loramux.records import DeploymentInfo
+from loramux_shared.deployment import Repository, SourceKind
+from loramux_shared.faults import BuildInProgress, DeploymentInvalid, DeploymentNotFound, Finding
+from loramux_shared.spelling import parse_repository
+from loramux_shared.wording import listed
+
+SomeDeployment = Annotated[
+    str,
+    typer.Option("--deployment", "-d", metavar="NAME", help="Default: the only one that the builder has."),
+]
+Expected = Annotated[
+    int | None,
+    typer.Option("--expect", metavar="N", min=1, help="Refuse unless N is the newest generation."),
+]
+Adapter = Annotated[str, typer.Argument(metavar="NAME", help="The adapter's; clients ask for it.")]
+Adapters = Annotated[list[str], typer.Argument(metavar="NAME...", help="The adapters.", show_default=False)]
+Repo = Annotated[
+    str, typer.Argument(metavar="REPO", help="org/name[@rev], a path, s3:// gs:// azure:// https://")
+]
+Source = Annotated[
+    SourceKind | None,
+    typer.Option("--source", metavar="KIND", help="HF, S3, GCS, AZURE, REMOTE_URL, LOCAL; else as REPO looks."),
+]
+Revision = Annotated[str, typer.Option("--revision", metavar="REV", help="Branch, tag, commit or digest.")]
+Subfolder = Annotated[str, typer.Option("--subfolder", metavar="DIR", help="Inside the repository.")]
+Secret = Annotated[str, typer.Option("--secret", metavar="NAME", help="The secret that opens the repository.")]
+Folder = Annotated[Path, typer.Argument(metavar="DIR", help="What PEFT saved.", show_default=False)]
+OwnName = Annotated[str, typer.Option("--name", metavar="NAME", help="The adapter's; default: the folder's.")]
+
+
+@shell.command
+def add(
+    name: Adapter,
+    repo: Repo,
+    deployment: SomeDeployment = "",
+    builder: shell.Builder = BUILDER,
+    source: Source = None,
+    revision: Revision = "",
+    subfolder: Subfolder = "",
+    secret: Secret = "",
+    expect: Expected = None,
+    as_json: shell.JsonLines = False,
+) -> None:
+    """Add an adapter to a deployment, or replace one.
+
+    Nothing else of the deployment is fetched or made again.
+
+    Example: loramux add support my-org/support-lora@v2 --deployment my-model
+    """
+    repository = named_repository(repo, source, revision, subfolder, secret)
+    run_update(builder, deployment, {name: repository}, [], expect, as_json)
+
+
+@shell.command
+def remove(
+    names: Adapters,
+    deployment: SomeDeployment = "",
+    builder: shell.Builder = BUILDER,
+    expect: Expected = None,
+    as_json: shell.JsonLines = False,
+) -> None:
+    """Remove adapters from a deployment.
+
+    Requests that run end on them; a rollback brings them back.
+
+    Example: loramux remove old older --deployment my-model
+    """
+    run_update(builder, deployment, {}, names, expect, as_json)
+
+
+@shell.command
+def push(
+    folder: Folder,
+    name: OwnName = "",
+    deployment: SomeDeployment = "",
+    builder: shell.Builder = BUILDER,
+    expect: Expected = None,
+    as_json: shell.Json = False,
+) -> None:
+    """Send an adapter of this machine to a deployment.
+
+    The builder needs no access to the folder.
+
+    Example: loramux push ./trained --name support --deployment my-model
+    """
+    called = name or folder.resolve().name
+    with Client(builder=builder) as client:
+        wanted = deployment or only_deployment(client)
+        with shell.working(f"sending {folder}"):
+            pushed = client.push(wanted, called, folder, expected_generation=expect)
+    if as_json:
+        emit({"deployment": wanted, "pushed": pushed})
+        return
+    for warning in pushed.adapter.warnings:
+        shell.say(f"warning: {warning.model_copy(update={'adapter': called})}", "yellow")
+    unchanged = ", unchanged" if pushed.unchanged else ""
+    made = f"{shell.digest(pushed.digest)}, {decimal(pushed.adapter.bundle_bytes)}"
+    shell.show(f"{called}: {made}, in generation {pushed.generation} of {wanted}{unchanged}")
+
+
+def named_repository(
+    repo: str, source: SourceKind | None, revision: str, subfolder: str, secret: str
+) -> Repository:
+    """Return the repository that a word and flags name.
+
+    Raises:
+        DeploymentInvalid: they name none.
+    """
+    try:
+        found = Repository(source=source, repo=repo) if source else parse_repository(repo)
+        flags = {"revision": revision, "subfolder": subfolder, "runtime_secret_name": secret}
+        given = {field: value for field, value in flags.items() if value}
+        return Repository.model_validate(found.model_dump() | given)
+    except ValueError as error:
+        finding = Finding(
+            code="E_BAD_FIELD", where="repository", expected="a repository", found=repr(repo[:80])
+        )
+        raise DeploymentInvalid("the words and flags name no repository", [finding]) from error
+
+
+def only_deployment(client: Client) -> str:
+    """Return the one deployment that a builder has.
+
+    Raises:
+        DeploymentNotFound: it has none, or several.
+    """
+    names = [info.name for info in client.deployments()]
+    if len(names) != 1:
+        raise DeploymentNotFound(
+            f"which deployment? {client.builder} has {listed(names)}. Say --deployment NAME."
+        )
+    return names[0]
+
+
+def run_update(
+    builder: str,
+    deployment: str,
+    add: Mapping[str, Repository],
+    remove: list[str],
+    expected: int | None,
+    as_json: bool,
+) -> None:
+    """Update a deployment and show it; where another build of it runs, after that."""
+    if not deployment:
+        with Client(builder=builder) as client, shell.working(f"asking {builder}"):
+            deployment = only_deployment(client)
+    try:
+        info = asyncio.run(_update(builder, deployment, add, remove, expected, as_json))
+    except KeyboardInterrupt:
+        shell.say(f"the builder goes on; `loramux watch {deployment}` shows it")
+        raise
+    if not as_json:
+        show_built(info)
+
+
+async def _update(
+    builder: str,
+    deployment: str,
+    add: Mapping[str, Repository],
+    remove: list[str],
+    expected: int | None,
+    as_json: bool,
+) -> DeploymentInfo:
+    async with AsyncClient(builder=builder) as client:
+
+        async def asked(tell: Callable[[DeploymentInfo], None]) -> DeploymentInfo:
+            while True:
+                try:
+                    tell(await client.update(deployment, add, remove, expected_generation=expected))
+                except BuildInProgress:
+                    shell.say(f"another build of {deployment} runs, waiting for its end")
+                    async for _ in client.watch(deployment):
+                        pass
+                else:
+                    return await follow(client, deployment, tell)
+
+        if as_json:
+            return await asked(BuildLines().tell)
+        with BuildView() as view:
+            return await asked(view.update)

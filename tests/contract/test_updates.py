@@ -1,0 +1,388 @@
+"""Deployments that change adapter by adapter, over gRPC: updates, pushes, rollbacks, and their history."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Iterable
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+from builder_service.builds.builds import Builds
+from builder_service.builds.limits import BuildLimits
+from builder_service.pipeline.check import Checks
+from builder_service.pipeline.context import BuildContext
+from builder_service.rpc.servicer import SERVICE_NAME, BuilderServicer
+from loramux.builder.v1 import builder_pb2 as pb
+from loramux.client import AsyncClient
+from loramux.records import DeploymentInfo, DeploymentState
+from loramux_shared.bundle.changes import publish_change
+from loramux_shared.bundle.deployments import current_generation
+from loramux_shared.bundle.manifest import WEIGHTS_FILE, Generation, bundle_key
+from loramux_shared.bundle.reader import read_manifest
+from loramux_shared.deployment import Deployment, Repository, SourceKind
+from loramux_shared.deployment_file import parse_deployment
+from loramux_shared.faults import (
+    AdapterInvalid,
+    AdapterNotFound,
+    BundleCorrupt,
+    ClientStalled,
+    DeploymentInvalid,
+    DeploymentNotFound,
+    GenerationMismatch,
+    GenerationNotFound,
+    PageTokenInvalid,
+    RepoNotFound,
+    RequestIdReused,
+    RequestInvalid,
+)
+from loramux_shared.rpc.calls import Patience
+from loramux_shared.rpc.server import RpcServer
+from loramux_shared.rpc.status import fault_of
+from loramux_shared.sources.open import open_sources
+from loramux_shared.storage.memory import MemoryStore
+from tests.support.adapters import tensors, write_adapter, write_base
+
+NAMES = ("one", "two", "three")
+
+
+class Gated(MemoryStore):
+    """Puts of bundles wait until the gate is open."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.waiting = threading.Event(), threading.Event()
+        self.gate.set()
+
+    def put(self, key: str, data: bytes | Path) -> None:
+        """Store when the gate is open."""
+        if key.startswith("bundles/") and not self.gate.is_set():
+            self.waiting.set()
+            assert self.gate.wait(20)
+        super().put(key, data)
+
+
+class World:
+    """A served builder, a base and three adapters."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.store = folder, Gated()
+        write_base(folder / "base")
+        for seed, name in enumerate(NAMES):
+            write_adapter(folder / name, tensors(seed=seed))
+        self.context = BuildContext(self.store, open_sources(local_roots=[folder]), folder / "work")
+        self.builds = Builds(self.context, BuildLimits())
+        self.client: AsyncClient = None  # type: ignore[assignment]  # until it is served
+
+    def repository(self, name: str) -> Repository:
+        """A folder of an adapter."""
+        return Repository(source=SourceKind.LOCAL, repo=str(self.folder / name))
+
+    def deployment(self, *names: str, **build: Any) -> Deployment:
+        """A deployment of adapters below the folder."""
+        local = {name: self.repository(name).model_dump() for name in names}
+        made = {"checkpoint_repository": self.repository("base").model_dump(), "lora_adapters": local}
+        return parse_deployment({"model_name": "tiny", "build": made | build}).deployment
+
+    async def build(self, deployment: Deployment) -> DeploymentInfo:
+        """Build to the end."""
+        await self.client.build(deployment)
+        return await self.ended()
+
+    async def update(self, *names: str, remove: Iterable[str] = (), **fields: Any) -> DeploymentInfo:
+        """Update to the end."""
+        await self.client.update("tiny", {name: self.repository(name) for name in names}, remove, **fields)
+        return await self.ended()
+
+    async def ended(self) -> DeploymentInfo:
+        """The last state of the deployment; raises what it failed with."""
+        *_, last = [info async for info in self.client.watch("tiny")]
+        if last.state is DeploymentState.FAILED and last.failure:
+            raise last.failure
+        return last
+
+    @property
+    def served(self) -> Generation:
+        """What a replica reads."""
+        found = current_generation(self.store, "tiny")
+        assert found is not None
+        return found
+
+
+@pytest.fixture
+async def world(tmp_path: Path) -> AsyncIterator[World]:
+    """A world with a deployment of one adapter, which is generation 1."""
+    made = World(tmp_path)
+    services = {SERVICE_NAME: BuilderServicer(made.builds, Checks(made.context)).register}
+    server = RpcServer("127.0.0.1:0", services, patience=Patience(send_s=2))
+    async with AsyncClient(builder=await server.start()) as client:
+        made.client = client
+        await made.build(made.deployment("one"))
+        yield made
+        await made.builds.drain(5)
+        await server.drain(5)
+
+
+async def test_an_update_adds_and_removes(world: World) -> None:
+    """The next generation has what came in, without what left, and the rest as it was."""
+    one = world.served.adapters["one"]
+    done = await world.update("two")
+    assert (done.state, done.generation, [each.name for each in done.adapters]) == ("active", 2, ["two"])
+    assert world.served.adapters["one"] == one
+    assert [each.name for each in (await world.client.deployment("tiny")).adapters] == ["one", "two"]
+    done = await world.update("three", remove=["one"])
+    assert (done.generation, list(world.served.adapters)) == (3, ["three", "two"])
+    assert world.served.recipe is not None
+
+
+async def test_an_update_is_what_a_build_would_be(world: World) -> None:
+    """Digest and record of an adapter are the same whether it was added or built."""
+    await world.update("two")
+    added = world.served.adapters["two"]
+    await world.build(world.deployment("one", "two"))
+    assert world.served.number == 2
+    assert world.served.adapters["two"] == added
+
+
+async def test_an_update_that_changes_nothing_is_unchanged(world: World) -> None:
+    """No generation is published, and the adapter is reported as kept."""
+    done = await world.update("one")
+    assert (done.unchanged, done.generation, done.adapters[0].kept) == (True, 1, True)
+
+
+async def test_what_an_update_is_refused_for(world: World) -> None:
+    """Names, numbers and adapters that do not fit are named before anything is published."""
+    with pytest.raises(AdapterNotFound, match="no adapter nine; it has one"):
+        await world.update(remove=["nine"])
+    with pytest.raises(DeploymentNotFound, match="tiny"):
+        await world.client.update("other", {"two": world.repository("two")})
+    with pytest.raises(GenerationMismatch, match="expected generation 7, found 1"):
+        await world.update("two", expected_generation=7)
+    with pytest.raises(DeploymentInvalid, match="fit together"):
+        await world.client.update("tiny", {"ONE": world.repository("two")})
+    with pytest.raises(DeploymentInvalid):
+        await world.client.update("tiny")
+    with pytest.raises(DeploymentInvalid):
+        await world.client.update("tiny", {"two": world.repository("two")}, ["two"])
+    write_adapter(world.folder / "bad", use_dora=True)
+    with pytest.raises(AdapterInvalid, match="E_DORA"):
+        await world.update("bad")
+    with pytest.raises(RepoNotFound):
+        await world.update("missing")
+    assert world.served.number == 1
+
+
+async def test_a_repeated_update_is_one(world: World) -> None:
+    """The same request_id leads to the same update; for another it is refused."""
+    await world.update("two", request_id="r1")
+    await world.update("two", request_id="r1")
+    assert world.served.number == 2
+    with pytest.raises(RequestIdReused):
+        await world.update("three", request_id="r1")
+
+
+async def test_an_update_is_made_again_when_the_settings_changed_meanwhile(world: World) -> None:
+    """Another builder publishes other settings while an adapter is made: it is made again for those."""
+    world.store.gate.clear()
+    await world.client.update("tiny", {"two": world.repository("two")})
+    await asyncio.to_thread(world.store.waiting.wait, 20)
+    change = {"lora_dtype": "float32", "max_lora_rank": 32}
+    other = Generation.model_validate(world.served.model_dump() | change)
+    await asyncio.to_thread(publish_change, world.store, "tiny", lambda _: other)
+    world.store.gate.set()
+    done = await world.ended()
+    assert (done.generation, world.served.max_lora_rank, list(world.served.adapters)) == (3, 32, ["one", "two"])
+    assert read_manifest(world.store, world.served.adapters["two"].digest).dtype == "float32"
+
+
+async def test_a_pushed_adapter_is_what_its_folder_would_be(world: World) -> None:
+    """Same digest as the folder's; pushing it again changes nothing; an update keeps it."""
+    pushed = await world.client.push("tiny", "two", world.folder / "two")
+    assert (pushed.generation, pushed.unchanged, world.served.adapters["two"].digest) == (
+        2,
+        False,
+        pushed.digest,
+    )
+    again = await world.client.push("tiny", "two", world.folder / "two")
+    assert (again.generation, again.unchanged, again.digest) == (2, True, pushed.digest)
+    await world.update("three")
+    assert world.served.adapters["two"].digest == pushed.digest
+    done = await world.update("two")  # now from its folder
+    assert (done.generation, world.served.adapters["two"].digest) == (4, pushed.digest)
+
+
+async def test_a_build_keeps_a_pushed_adapter_that_its_file_names(world: World) -> None:
+    """source: PUSHED means what was pushed under that name; a file without it drops the adapter."""
+    pushed = await world.client.push("tiny", "two", world.folder / "two")
+    named = world.deployment("one")
+    adapters = {**named.build.lora_adapters, "2": Repository(source=SourceKind.PUSHED, repo="two")}
+    build = named.build.model_copy(update={"lora_adapters": adapters})
+    await world.build(named.model_copy(update={"build": build}))
+    assert world.served.adapters["2"].digest == pushed.digest
+    await world.build(world.deployment("one"))
+    assert list(world.served.adapters) == ["one"]
+    with pytest.raises(RepoNotFound, match="Push it again"):
+        await world.build(named.model_copy(update={"build": build}))
+
+
+async def test_what_a_push_is_refused_for(world: World) -> None:
+    """Rules, names and expectations hold as they do for repositories."""
+    write_adapter(world.folder / "bad", use_dora=True)
+    (world.folder / "empty").mkdir()
+    with pytest.raises(AdapterInvalid, match="E_DORA"):
+        await world.client.push("tiny", "bad", world.folder / "bad")
+    with pytest.raises(AdapterInvalid, match="E_NO_CONFIG"):
+        await world.client.push("tiny", "empty", world.folder / "empty")
+    with pytest.raises(DeploymentInvalid, match="name"):
+        await world.client.push("tiny", "no/name", world.folder / "two")
+    with pytest.raises(DeploymentInvalid, match="fit together"):
+        await world.client.push("tiny", "TINY", world.folder / "two")
+    with pytest.raises(GenerationMismatch):
+        await world.client.push("tiny", "two", world.folder / "two", expected_generation=9)
+    with pytest.raises(DeploymentNotFound):
+        await world.client.push("other", "two", world.folder / "two")
+    assert world.served.number == 1
+    assert not list((world.folder / "work").glob("loramux-build-*"))
+
+
+async def parts(*messages: pb.PutAdapterRequest, pause_s: float = 0) -> AsyncIterator[pb.PutAdapterRequest]:
+    """An upload as a client of its own would send it."""
+    for message in messages:
+        yield message
+        await asyncio.sleep(pause_s)
+
+
+UPLOAD = pb.PutAdapterRequest(upload=pb.AdapterUpload(deployment="tiny", name="two", config=b"{}"))
+
+
+def chunk(file: str, data: bytes = b"x") -> pb.PutAdapterRequest:
+    """A piece of a file."""
+    return pb.PutAdapterRequest(chunk=pb.FileChunk(file=file, data=data))
+
+
+@pytest.mark.parametrize(
+    ("messages", "pause_s", "reason"),
+    [
+        pytest.param((chunk(""),), 0.0, RequestInvalid, id="a chunk first"),
+        pytest.param((), 0.0, RequestInvalid, id="nothing"),
+        pytest.param((UPLOAD, UPLOAD), 0.0, RequestInvalid, id="two uploads"),
+        pytest.param((UPLOAD, pb.PutAdapterRequest()), 0.0, RequestInvalid, id="an empty message"),
+        pytest.param((UPLOAD, chunk("adapter_model.bin")), 0.0, RequestInvalid, id="a pickle"),
+        pytest.param((UPLOAD, chunk("../../etc/passwd")), 0.0, RequestInvalid, id="a path"),
+        pytest.param((UPLOAD, chunk("")), 0.0, AdapterInvalid, id="no safetensors"),
+        pytest.param((UPLOAD, chunk("")), 30.0, ClientStalled, id="a client that stalls"),
+    ],
+)
+async def test_what_an_upload_may_not_be(
+    world: World, messages: Any, pause_s: float, reason: type[Exception]
+) -> None:
+    """A client that sends something else, or nothing more, is told so, and nothing is left of it."""
+    call = world.client._builder.PutAdapter(parts(*messages, pause_s=pause_s))
+    with pytest.raises(grpc.RpcError) as error:
+        await call
+    assert isinstance(fault_of(error.value), reason)
+    assert world.served.number == 1
+    assert not list((world.folder / "work").glob("loramux-build-*"))
+
+
+async def test_a_rollback_serves_what_was_served(world: World) -> None:
+    """The content of an older generation under a new number; without a number, of the one before."""
+    first = world.served
+    await world.update("two", remove=["one"])
+    back = await world.client.rollback("tiny")
+    assert (back.generation, back.unchanged) == (3, False)
+    assert world.served.same_content(first)
+    again = await world.client.rollback("tiny", to=1)
+    assert (again.generation, again.unchanged) == (3, True)
+    assert (await world.client.rollback("tiny")).generation == 4
+    assert list(world.served.adapters) == ["two"]
+
+
+async def test_what_a_rollback_is_refused_for(world: World) -> None:
+    """Generations that there are not, that changed, or whose bundles are gone."""
+    with pytest.raises(GenerationNotFound, match="no generation before the newest; it has 1"):
+        await world.client.rollback("tiny")
+    with pytest.raises(GenerationNotFound, match="no generation 5; it has 1"):
+        await world.client.rollback("tiny", to=5)
+    with pytest.raises(DeploymentNotFound):
+        await world.client.rollback("other")
+    one = world.served.adapters["one"].digest
+    await world.update("two", remove=["one"])
+    with pytest.raises(GenerationMismatch):
+        await world.client.rollback("tiny", to=1, expected_generation=1)
+    world.store.delete(bundle_key(one, WEIGHTS_FILE))
+    with pytest.raises(BundleCorrupt):
+        await world.client.rollback("tiny", to=1)
+    assert world.served.number == 2
+
+
+async def test_the_history_tells_what_changed(world: World) -> None:
+    """Newest first, page by page, each against the one before it."""
+    await world.update("two")
+    await world.update("three", remove=["one"])
+    await world.build(world.deployment("one", lora_configuration={"max_lora_rank": 32}))
+    found = await world.client.history("tiny")
+    assert [each.number for each in found] == [4, 3, 2, 1]
+    assert [each.served for each in found] == [True, False, False, False]
+    assert [[(c.name, c.kind) for c in each.changes] for each in found[1:]] == [
+        [("one", "removed"), ("three", "added")],
+        [("two", "added")],
+        [("one", "added")],
+    ]
+    assert [each.other_settings for each in found] == [True, False, False, False]
+    assert [each.adapters for each in found] == [1, 2, 2, 1]
+    answer = await world.client._builder.ListGenerations(pb.ListGenerationsRequest(name="tiny", page_size=3))
+    assert [each.number for each in answer.generations] == [4, 3, 2]
+    request = pb.ListGenerationsRequest(name="tiny", page_token=answer.next_page_token)
+    assert [each.number for each in (await world.client._builder.ListGenerations(request)).generations] == [1]
+    request.page_token = "x"  # noqa: S105 - of a page
+    with pytest.raises(grpc.RpcError) as error:
+        await world.client._builder.ListGenerations(request)
+    assert isinstance(fault_of(error.value), PageTokenInvalid)
+    with pytest.raises(DeploymentNotFound):
+        await world.client.history("other")
+
+
+async def test_a_follower_hears_of_every_generation(world: World) -> None:
+    """A stream that stays: builds, pushes, rollbacks, and what another builder published."""
+    heard: list[int] = []
+
+    async def listen() -> None:
+        async for info in world.client.watch("tiny", follow=True):
+            if info.state is DeploymentState.ACTIVE and info.generation not in heard:
+                heard.append(info.generation or 0)
+
+    async def until(number: int) -> None:
+        async with asyncio.timeout(20):
+            while number not in heard:
+                await asyncio.sleep(0.01)
+
+    listening = asyncio.create_task(listen())
+    await until(1)
+    await world.update("two")
+    await until(2)
+    await world.client.push("tiny", "three", world.folder / "three")
+    await until(3)
+    await world.client.rollback("tiny")
+    await until(4)
+    published, _ = await asyncio.to_thread(
+        publish_change, world.store, "tiny", lambda before: before.model_copy(update={"max_lora_rank": 16})
+    )
+    await until(published.number)
+    listening.cancel()
+    await asyncio.gather(listening, return_exceptions=True)
+    assert heard == [1, 2, 3, 4, 5]
+
+
+async def test_updates_that_race_on_one_builder_lose_nothing(world: World) -> None:
+    """Pushes beside each other, each from the generation that it found: all adapters are there."""
+    for seed in range(6):
+        write_adapter(world.folder / f"p{seed}", tensors(seed=10 + seed))
+    await asyncio.gather(
+        *(world.client.push("tiny", f"p{seed}", world.folder / f"p{seed}") for seed in range(6))
+    )
+    assert set(world.served.adapters) == {"one", *(f"p{seed}" for seed in range(6))}
+    assert world.served.number == 7

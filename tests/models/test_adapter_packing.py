@@ -1,0 +1,85 @@
+"""Adapters are proved beside the steps, once, before anything of them is handed out."""
+
+from __future__ import annotations
+
+import pytest
+from structlog.testing import capture_logs
+
+from inference_service.models.checkpoint import Checkpoint
+from inference_service.models.decoder import Decoder
+from inference_service.serving.adapters.loader import AdapterLoader, Loaded
+from inference_service.serving.adapters.packing import Packer
+from inference_service.serving.adapters.reading import BundleReader
+from inference_service.startup.choose import choose_backend
+from loramux_shared.bases.read import read_config
+from loramux_shared.bundle.deployments import current_generation
+from loramux_shared.faults import BundleCorrupt, ProofFailed
+from loramux_shared.settings import InferenceSettings
+from loramux_shared.storage.memory import MemoryStore
+from tests.models.test_proof import build_into, scale, tampered
+from tests.support.bundles import load
+from tests.support.tiny import World, make_world
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[World, MemoryStore]:
+    """A tiny Llama with three adapters and their proofs."""
+    world, store = make_world(tmp_path_factory.mktemp("tiny")), MemoryStore()
+    build_into(store, world)
+    return world, store
+
+
+@pytest.fixture(params=["native", "torch"])
+def loader_of(request, world):
+    """Makes loaders of a store, for a backend."""
+    base = world[0].base
+    config = read_config(base)
+    settings = InferenceSettings(deployment="tiny", dtype="float32", backend=request.param, device="cpu")
+    backend = choose_backend(settings, config)
+    model = Decoder(config, Checkpoint(base, backend.dtype, backend.device), backend.operations)
+    made = []
+
+    def make(store):
+        packer = Packer(model, backend.new_lora(), backend.new_lora, 16)
+        made.append(AdapterLoader(BundleReader(store, None), packer))
+        return made[-1]
+
+    yield make
+    for loader in made:
+        loader.close()
+
+
+def digest_of(store, name):
+    """The digest of an adapter of the current generation."""
+    return current_generation(store, "tiny").adapters[name].digest
+
+
+def test_an_adapter_is_proved_once(world, loader_of):
+    """The first load replays its proof, a later one does not; both are packed alike."""
+    store = world[1]
+    loader, digest = loader_of(store), digest_of(store, "all")
+    with capture_logs() as logs:
+        first, second = load(loader, digest), load(loader, digest)
+    assert isinstance(first, Loaded)
+    assert isinstance(second, Loaded)
+    assert first.packed.matrices.equal(second.packed.matrices)
+    assert [line["adapter"] for line in logs if line["event"] == "proof holds"] == [digest[:12]]
+
+
+def test_an_adapter_that_answers_otherwise_is_not_handed_out(world, loader_of):
+    """A row that is one percent off is PROOF_FAILED, every time, and others are not held up."""
+    store = tampered(world[1], "rs", scale(1, 1.01))
+    loader = loader_of(store)
+    for _ in range(2):
+        outcome = load(loader, digest_of(store, "rs"))
+        assert type(outcome) is ProofFailed
+    assert isinstance(load(loader, digest_of(store, "wide")), Loaded)
+
+
+def test_an_adapter_of_another_base_is_named(world, loader_of, tmp_path):
+    """Rows that the base has no place for are BUNDLE_CORRUPT."""
+    other, store = make_world(tmp_path, num_hidden_layers=3), MemoryStore()
+    other.build(store)
+    outcome = load(loader_of(store), digest_of(store, "wide"))
+    assert type(outcome) is BundleCorrupt
+    assert "no place" in outcome.message

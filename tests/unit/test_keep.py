@@ -1,0 +1,257 @@
+"""Builds of deployments that stand already: what did not change is neither fetched nor read nor made."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from builder_service.pipeline.build import build
+from builder_service.pipeline.context import BuildContext
+from builder_service.pipeline.progress import AdapterProgress, Progress
+from builder_service.pipeline.update import update
+from builder_service.pipeline.wishes import Update
+from loramux_shared.bundle.changes import publish_change
+from loramux_shared.bundle.manifest import CONVERTER, FileDigest, Generation, bundle_key
+from loramux_shared.bundle.reader import read_bundle
+from loramux_shared.deployment import Deployment, Repository, SourceKind
+from loramux_shared.deployment_file import parse_deployment
+from loramux_shared.sources.base import Progress as Watch
+from loramux_shared.sources.base import Resolved, Room, unwatched
+from loramux_shared.sources.local import LocalSource
+from loramux_shared.sources.open import Sources
+from loramux_shared.storage.base import Entry
+from loramux_shared.storage.memory import MemoryStore
+from tests.support.adapters import tensors, write_adapter, write_base
+
+MANY = 100
+
+
+class CountingSource(LocalSource):
+    """Counts what is listed and fetched, by the folder's name."""
+
+    def __init__(self, roots: list[Path]) -> None:
+        super().__init__(roots)
+        self.listed, self.fetched = Counter[str](), Counter[str]()
+
+    def resolve(self, repository: Repository, progress: Watch = unwatched, room: Room = unwatched) -> Resolved:
+        """List, and count."""
+        self.listed[Path(repository.repo).name] += 1
+        return super().resolve(repository, progress, room)
+
+    def fetch(
+        self, resolved: Resolved, names: Iterable[str], into: Path, progress: Watch = unwatched
+    ) -> dict[str, FileDigest]:
+        """Fetch, and count bytes."""
+        files = super().fetch(resolved, names, into, progress)
+        self.fetched[Path(resolved.repository.repo).name] += sum(file.size for file in files.values())
+        return files
+
+
+class CountingStore(MemoryStore):
+    """Counts operations and bytes of bundles."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read, self.written, self.looks = 0, 0, 0
+
+    def get(self, key: str) -> bytes:
+        """Read, and count."""
+        data = super().get(key)
+        self.read += len(data) if key.startswith("bundles/") else 0
+        return data
+
+    def put(self, key: str, data: bytes | Path) -> None:
+        """Write, and count."""
+        super().put(key, data)
+        self.written += len(self.objects[key]) if key.startswith("bundles/") else 0
+
+    def sha256(self, key: str) -> str | None:
+        """Read back, and count."""
+        self.read += len(self.objects.get(key, b""))
+        return super().sha256(key)
+
+    def list(self, prefix: str) -> Iterator[str]:
+        """List, and count."""
+        self.looks += prefix.startswith("bundles/")
+        return super().list(prefix)
+
+    def entries(self, prefix: str) -> Iterator[Entry]:
+        """List, and count."""
+        self.looks += prefix.startswith("bundles/")
+        for key in super().list(prefix):
+            yield Entry(key, len(self.objects[key]), self.modified[key])
+
+
+class World:
+    """A base, adapters, and a builder whose work is counted."""
+
+    def __init__(self, folder: Path, count: int) -> None:
+        self.folder = folder
+        write_base(folder / "base")
+        self.names = [f"a{i:03}" for i in range(count)]
+        for seed, name in enumerate(self.names):
+            write_adapter(folder / name, tensors(seed=seed))
+        self.source, self.store = CountingSource([folder]), CountingStore()
+        sources = Sources({SourceKind.LOCAL: self.source}, folder / "work")
+        self.context = BuildContext(self.store, sources, folder / "work")
+
+    def repository(self, name: str) -> Repository:
+        """An adapter's folder."""
+        return Repository(source=SourceKind.LOCAL, repo=str(self.folder / name))
+
+    def deployment(self, *, also: Iterable[str] = (), **lora: object) -> Deployment:
+        """A deployment of all adapters."""
+        local = {name: self.repository(name).model_dump() for name in (*self.names, *also)}
+        made = {"checkpoint_repository": self.repository("base").model_dump(), "lora_adapters": local}
+        return parse_deployment({"model_name": "d", "build": made | {"lora_configuration": lora}}).deployment
+
+    def build(self, deployment: Deployment, *, verify: bool = False) -> dict[str, AdapterProgress]:
+        """Build; returns what is told of the adapters."""
+        self.reset()
+        progress = Progress(deployment.build.lora_adapters)
+        build(deployment, self.context, progress, verify=verify)
+        return {adapter.name: adapter for adapter in progress.adapters}
+
+    def reset(self) -> None:
+        """Count anew."""
+        self.source.listed.clear()
+        self.source.fetched.clear()
+        self.store.read = self.store.written = self.store.looks = 0
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    """Two adapters that were built."""
+    made = World(tmp_path, 2)
+    made.build(made.deployment())
+    return made
+
+
+def test_a_build_with_one_change_does_the_work_of_one(tmp_path: Path) -> None:
+    """Of a hundred adapters one is new: its files alone are fetched, its bundle alone is written or read."""
+    many, one = World(tmp_path / "many", MANY), World(tmp_path / "one", 1)
+    many.build(many.deployment())
+    one.build(one.deployment())
+    first = one.store.written
+    write_adapter(many.folder / "new", tensors(seed=1000))
+    told = many.build(many.deployment(also=["new"]))
+    assert set(many.source.fetched) == {"new", "base"}
+    assert many.store.written == pytest.approx(
+        first, rel=0.01
+    )  # a manifest names the files, whose hashes differ
+    assert many.store.read == 0
+    assert many.store.looks == MANY
+    assert [name for name, adapter in told.items() if not adapter.kept] == ["new"]
+
+
+def test_an_update_does_not_even_list_the_others(tmp_path: Path) -> None:
+    """Nothing of the other adapters, and nothing of the base: neither listed, nor fetched, nor looked for."""
+    many = World(tmp_path, MANY)
+    many.build(many.deployment())
+    write_adapter(many.folder / "new", tensors(seed=1000))
+    many.reset()
+    wish = Update(name="d", add={"new": many.repository("new")})
+    result = update(wish, many.context, Progress(["new"]))
+    assert len(result.generation.adapters) == MANY + 1
+    assert many.source.listed == {"new": 1}
+    assert set(many.source.fetched) == {"new"}
+    assert many.store.looks == many.store.read == 0
+    read_bundle(many.store, result.generation.adapters["new"].digest)
+
+
+def test_a_builder_that_starts_reads_a_base_once_for_updates(world: World) -> None:
+    """Without an earlier build in the process, the base's config is verified against its record, once."""
+    world.context = replace(world.context, bases=type(world.context.bases)())
+    for name in ("x", "y"):
+        write_adapter(world.folder / name, tensors(seed=ord(name)))
+        update(Update(name="d", add={name: world.repository(name)}), world.context, Progress([name]))
+    assert world.source.listed == {"base": 1, "a000": 1, "a001": 1, "x": 1, "y": 1}
+
+
+def touch(path: Path) -> None:
+    """Change a file's time."""
+    later = time.time_ns() + 1_000_000_000
+    os.utime(path, ns=(later, later))
+
+
+CHANGES: dict[str, tuple[Callable[[World], Deployment], bool]] = {
+    "nothing": (lambda world: world.deployment(), True),
+    "a file that was written again": (
+        lambda world: (touch(world.folder / "a000" / "adapter_config.json"), world.deployment())[1],
+        False,
+    ),
+    "another ceiling": (lambda world: world.deployment(max_lora_rank=32), False),
+    "another type": (lambda world: world.deployment(dtype="float32"), False),
+    "another base": (
+        lambda world: (write_base(world.folder / "base", rms_norm_eps=1e-3), world.deployment())[1],
+        False,
+    ),
+    "a file of the adapter more": (
+        lambda world: (
+            (world.folder / "a000" / "chat_template.jinja").write_text("x"),
+            world.deployment(),
+        )[1],
+        False,
+    ),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_makes_an_adapter_anew(world: World, change: str) -> None:
+    """Whatever could change the bundle does: files, base, settings. Nothing else."""
+    made, kept = CHANGES[change]
+    assert world.build(made(world))["a000"].kept is kept
+
+
+def test_another_converter_makes_all_anew(world: World) -> None:
+    """A release whose rules or arithmetic differ keeps no adapter of another one."""
+
+    def by_another(before: Generation) -> Generation:
+        others = {
+            name: record.model_copy(update={"converter": CONVERTER + 1})
+            for name, record in before.adapters.items()
+        }
+        return before.model_copy(update={"adapters": others})
+
+    publish_change(world.store, "d", by_another)
+    assert not any(adapter.kept for adapter in world.build(world.deployment()).values())
+    assert all(adapter.kept for adapter in world.build(world.deployment()).values())
+
+
+def test_an_adapter_that_was_renamed_is_kept(world: World) -> None:
+    """The name is the deployment's; the bundle is the same."""
+    deployment = world.deployment()
+    adapters = {"other": deployment.build.lora_adapters["a000"]}
+    build = deployment.build.model_copy(update={"lora_adapters": adapters})
+    told = world.build(deployment.model_copy(update={"build": build}))
+    assert told["other"].kept
+    assert world.source.fetched["a000"] == 0
+
+
+@pytest.mark.parametrize("file", ["manifest.json", "model.lora_weights.npy", "model.lora_config.npy"])
+def test_a_bundle_that_is_not_whole_is_made_again(world: World, file: str) -> None:
+    """A build without verify sees that a file is lost, and puts it back."""
+    digest = world.build(world.deployment())["a000"].digest
+    world.store.delete(bundle_key(digest, file))
+    told = world.build(world.deployment())
+    assert (told["a000"].kept, told["a000"].repaired, told["a001"].kept) == (False, True, True)
+    read_bundle(world.store, digest)
+
+
+def test_damage_is_found_by_a_build_that_verifies(world: World) -> None:
+    """A flipped bit is no lost file: a plain build keeps the bundle, one with verify reads all and mends it."""
+    digest = world.build(world.deployment())["a000"].digest
+    key = bundle_key(digest, "model.lora_weights.npy")
+    data = world.store.objects[key]
+    world.store.objects[key] = data[:-1] + bytes([data[-1] ^ 1])
+    assert world.build(world.deployment())["a000"].kept
+    told = world.build(world.deployment(), verify=True)
+    assert (told["a000"].kept, told["a000"].repaired) == (False, True)
+    assert (told["a001"].kept, told["a001"].reused) == (True, True)
+    read_bundle(world.store, digest)
