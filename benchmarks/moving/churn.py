@@ -16,7 +16,7 @@ from contextlib import asynccontextmanager
 from benchmarks.moving.figures import Figure, percentile, ratio, shown
 from benchmarks.moving.forge import Forge
 from benchmarks.moving.replica import Local, bank_gb, prompt, replica
-from benchmarks.moving.server import first_token_s, read_gaps, server
+from benchmarks.moving.server import first_token_s, server, streams
 from loramux import AsyncClient
 
 STREAMS = 8
@@ -38,47 +38,39 @@ async def measure(forge: Forge, rounds: int) -> list[Figure]:
 
 
 async def _at_the_engine(forge: Forge, names: list[str], rounds: int) -> list[Figure]:
-    async with replica(forge, "churn", adapter_memory_gb=bank_gb(PLACES)) as local:
-        async with local.streams([names[number % STEADY] for number in range(STREAMS)]):
+    steady = [names[number % STEADY] for number in range(STREAMS)]
+    async with (
+        replica(forge, "churn", adapter_memory_gb=bank_gb(PLACES)) as local,
+        local.streams(steady),
+    ):
 
-            async def ask(name: str) -> object:
-                return await local.ask(name, tokens=1)
+        async def ask(name: str) -> object:
+            return await local.ask(name, tokens=1)
 
-            async def gaps(some: list[str]) -> list[float]:
-                with local.steps() as steps:
-                    async with _asking(ask, some):
-                        await asyncio.sleep(ROUND_S)
-                return steps.gaps_s
+        async def gaps(some: list[str]) -> list[float]:
+            with local.steps() as steps:
+                async with _asking(ask, some):
+                    await asyncio.sleep(ROUND_S)
+            return steps.gaps_s
 
-            return await _compare("at the engine", names, rounds, gaps, lambda: _loads(local))
+        return await _compare("at the engine", names, rounds, gaps, lambda: _loads(local))
 
 
 async def _at_the_client(forge: Forge, names: list[str], rounds: int) -> list[Figure]:
     with server(forge, "churn", adapter_memory_gb=bank_gb(PLACES), stream_interval_ms=0) as running:
         async with AsyncClient(inference=running.grpc) as client:
-            found: list[float] = []
-            begun = [asyncio.Event() for _ in range(STREAMS)]
-            streams = [
-                asyncio.create_task(read_gaps(client, names[number % STEADY], prompt(), found, event))
-                for number, event in enumerate(begun)
-            ]
-            await asyncio.gather(*(event.wait() for event in begun))
+            async with streams(client, [names[number % STEADY] for number in range(STREAMS)]) as found:
 
-            async def ask(name: str) -> object:
-                return await first_token_s(client, name, prompt(1))
+                async def ask(name: str) -> object:
+                    return await first_token_s(client, name, prompt(1))
 
-            async def gaps(some: list[str]) -> list[float]:
-                found.clear()
-                async with _asking(ask, some):
-                    await asyncio.sleep(ROUND_S)
-                return list(found)
+                async def gaps(some: list[str]) -> list[float]:
+                    found.clear()
+                    async with _asking(ask, some):
+                        await asyncio.sleep(ROUND_S)
+                    return list(found)
 
-            try:
                 return await _compare("at a client over gRPC", names, rounds, gaps)
-            finally:
-                for stream in streams:
-                    stream.cancel()
-                await asyncio.gather(*streams, return_exceptions=True)
 
 
 async def _compare(

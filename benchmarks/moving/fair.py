@@ -14,7 +14,7 @@ from typing import Final
 from benchmarks.moving.figures import Figure, ratio, shown
 from benchmarks.moving.forge import Forge
 from benchmarks.moving.replica import Local, bank_gb, prompt, replica
-from benchmarks.moving.server import first_token_s, read_gaps, server
+from benchmarks.moving.server import first_token_s, server, streams
 from loramux import AsyncClient
 
 STREAMS: Final = 64
@@ -63,19 +63,12 @@ async def _over_grpc(forge: Forge, names: list[str], rounds: int) -> list[Figure
 
 async def _beside_streams(address: str, names: list[str]) -> float:
     async with AsyncClient(inference=address) as client:
-        begun = [asyncio.Event() for _ in range(STREAMS)]
-        streams = [asyncio.create_task(read_gaps(client, names[0], prompt(), [], event)) for event in begun]
-        await asyncio.gather(*(event.wait() for event in begun))
+        async with streams(client, [names[0]] * STREAMS):
 
-        async def ask(name: str) -> float:
-            return await first_token_s(client, name, prompt(), NEW)
+            async def ask(name: str) -> float:
+                return await first_token_s(client, name, prompt(), NEW)
 
-        try:
             return await _others(ask, names[1:])
-        finally:
-            for stream in streams:
-                stream.cancel()
-            await asyncio.gather(*streams, return_exceptions=True)
 
 
 def _asks(local: Local) -> Ask:

@@ -111,7 +111,7 @@ async def _ask_about(grpc: str, http: str, names: list[str]) -> list[Figure]:
             scrape = await web.get(f"http://{http}/metrics")
             scrapes.append(time.perf_counter() - began)
             began = time.perf_counter()
-            models = await client.list_models()
+            models = await client.models()
             lists.append(time.perf_counter() - began)
             began = time.perf_counter()
             listing = await web.get(f"http://{http}/v1/models")
@@ -125,7 +125,7 @@ async def _ask_about(grpc: str, http: str, names: list[str]) -> list[Figure]:
     return [
         Figure("/metrics, 16 of 10,000 used: size", len(scrape.content), "B", SCRAPE_BYTES),
         Figure("/metrics, 16 of 10,000 used: time", min(scrapes) * 1e3, "ms", SCRAPE_MS, "the best of five"),
-        Figure("ListModels", min(lists) * 1e3, "ms", None, f"{len(list(models))} models"),
+        Figure("ListModels", min(lists) * 1e3, "ms", None, f"{len(models)} models"),
         Figure("/v1/models", min(listings) * 1e3, "ms", None, f"{size:.1f} MB"),
         Figure("loramux models", took, "s", None, f"{lines} lines"),
     ]

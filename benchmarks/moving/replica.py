@@ -7,7 +7,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
-from itertools import count
+from itertools import count, pairwise
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,10 @@ from loramux_shared.storage.base import Store
 
 PROMPT = 64
 """Tokens."""
-KV_GB = 0.6
+KV_GB = 1.0
+ENDLESS = 8000
+"""New tokens: no round sees the end of them."""
+BEGIN_S = 120.0
 _seeds = count()
 
 
@@ -53,7 +56,7 @@ class Steps:
     @property
     def gaps_s(self) -> list[float]:
         """Between the ends of two steps: what lies between two tokens of a stream that decodes."""
-        return [after - before for before, after in zip(self.ended_s, self.ended_s[1:], strict=False)]
+        return [after - before for before, after in pairwise(self.ended_s)]
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,7 @@ class Local:
                 digest = event.model.digest
             if isinstance(event, Delta):
                 times.append(time.perf_counter())
-        gaps = tuple(after - before for before, after in zip(times, times[1:], strict=False))
+        gaps = tuple(after - before for before, after in pairwise(times))
         return Answered(digest, times[0] - began, gaps)
 
     @contextmanager
@@ -105,9 +108,8 @@ class Local:
             engine.step = step  # type: ignore[method-assign]
 
     @asynccontextmanager
-    async def streams(self, models: list[str], new: int = 100_000) -> AsyncIterator[list[Answered]]:
+    async def streams(self, models: list[str], new: int = ENDLESS) -> AsyncIterator[None]:
         """Keep one endless stream per model running; yield when all have begun."""
-        answered: list[Answered] = []
         begun = asyncio.Semaphore(0)
 
         async def stream(model: str) -> None:
@@ -119,10 +121,11 @@ class Local:
                     first = False
 
         tasks = [asyncio.create_task(stream(model)) for model in models]
-        for _ in tasks:
-            await begun.acquire()
         try:
-            yield answered
+            async with asyncio.timeout(BEGIN_S):
+                for _ in tasks:
+                    await begun.acquire()
+            yield
         finally:
             for task in tasks:
                 task.cancel()

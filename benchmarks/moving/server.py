@@ -8,14 +8,15 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
 import httpx
 
 from benchmarks.moving.figures import memory_mb
 from benchmarks.moving.forge import Forge
+from benchmarks.moving.replica import BEGIN_S, ENDLESS, prompt
 from benchmarks.serving import BASE, ROOT
 from loramux import AsyncClient
 from loramux.cli.tree import free_address
@@ -32,7 +33,7 @@ class Server:
         command = [sys.executable, "-m", "inference_service", "--store", f"file://{forge.work}/store"]
         command += ["--deployment", deployment, "--grpc", self.grpc, "--http", self.http]
         command += ["--local-root", str(BASE), "--local-root", str(forge.work)]
-        usual = {"kv_memory_gb": "0.6", "cache_dir": str(forge.work / cache), "log_format": "json"}
+        usual = {"kv_memory_gb": "1.0", "cache_dir": str(forge.work / cache), "log_format": "json"}
         usual |= {name: str(value) for name, value in settings.items()}
         environment = os.environ | {f"LORAMUX_{name.upper()}": value for name, value in usual.items()}
         self.log = forge.work / f"{deployment}-{self.grpc.rpartition(':')[2]}.log"
@@ -87,10 +88,10 @@ def server(forge: Forge, deployment: str, cache: str = "cache", **settings: obje
         running.stop()
 
 
-async def first_token_s(client: AsyncClient, model: str, prompt: list[int], new: int = 1) -> float:
+async def first_token_s(client: AsyncClient, model: str, tokens: list[int], new: int = 1) -> float:
     """Ask over gRPC; return the seconds to the first token."""
     began = time.perf_counter()
-    events = client.generate(model, prompt, max_tokens=new, ignore_eos=True)
+    events = client.generate(model, tokens, max_tokens=new, ignore_eos=True)
     found = 0.0
     async for event in events:
         if isinstance(event, Delta) and not found:
@@ -99,11 +100,11 @@ async def first_token_s(client: AsyncClient, model: str, prompt: list[int], new:
 
 
 async def read_gaps(
-    client: AsyncClient, model: str, prompt: list[int], gaps: list[float], begun: asyncio.Event
+    client: AsyncClient, model: str, tokens: list[int], gaps: list[float], begun: asyncio.Event
 ) -> None:
     """Read an endless stream until cancelled; note the seconds between its messages."""
     last = 0.0
-    async for event in client.generate(model, prompt, max_tokens=100_000, ignore_eos=True):
+    async for event in client.generate(model, tokens, max_tokens=ENDLESS, ignore_eos=True):
         if isinstance(event, Delta):
             now = time.perf_counter()
             if last:
@@ -117,3 +118,22 @@ def log_of(folder: Path, event: str) -> list[dict[str, object]]:
     lines = (line for path in folder.glob("*.log") for line in path.read_text().splitlines())
     parsed = (json.loads(line) for line in lines if line.startswith("{"))
     return [line for line in parsed if line.get("event") == event]
+
+
+@asynccontextmanager
+async def streams(client: AsyncClient, models: Sequence[str]) -> AsyncIterator[list[float]]:
+    """Keep one endless stream per model running; yield, when all have begun, the seconds between their messages."""
+    gaps: list[float] = []
+    begun = [asyncio.Event() for _ in models]
+    tasks = [
+        asyncio.create_task(read_gaps(client, model, prompt(), gaps, event))
+        for model, event in zip(models, begun, strict=True)
+    ]
+    try:
+        async with asyncio.timeout(BEGIN_S):
+            await asyncio.gather(*(event.wait() for event in begun))
+        yield gaps
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
