@@ -53,7 +53,7 @@ async def _at_the_engine(forge: Forge, names: list[str], rounds: int) -> list[Fi
                     await asyncio.sleep(ROUND_S)
             return steps.gaps_s
 
-        return await _compare("at the engine", names, rounds, gaps, lambda: _loads(local))
+        return await _compare("at the engine", names, rounds, ask, gaps, lambda: _loads(local))
 
 
 async def _at_the_client(forge: Forge, names: list[str], rounds: int) -> list[Figure]:
@@ -70,24 +70,26 @@ async def _at_the_client(forge: Forge, names: list[str], rounds: int) -> list[Fi
                         await asyncio.sleep(ROUND_S)
                     return list(found)
 
-                return await _compare("at a client over gRPC", names, rounds, gaps)
+                return await _compare("at a client over gRPC", names, rounds, ask, gaps)
 
 
 async def _compare(
     where: str,
     names: list[str],
     rounds: int,
+    ask: Ask,
     gaps: Callable[[list[str]], Awaitable[list[float]]],
     loads: Callable[[], int] | None = None,
 ) -> list[Figure]:
     """Measure gaps with loads and without, in turn."""
-    steady, cold = names[:STEADY], names[STEADY:]
+    steady, cold = names[STEADY:PLACES], names[PLACES:]
     p99: dict[str, list[float]] = {"cold": [], "steady": []}
     p50: dict[str, list[float]] = {"cold": [], "steady": []}
-    await gaps(steady)
     done = 0
     for _ in range(rounds):
         for kind, some in {"steady": steady, "cold": cold}.items():
+            if kind == "steady":
+                await asyncio.gather(*map(ask, some))  # they may have left meanwhile
             before = loads() if loads else 0
             found = await gaps(some)
             done += (loads() if loads else 0) - before

@@ -82,7 +82,7 @@ class Forge:
         return publish_generation(self.store, self.built.model_copy(update=fields))
 
     def deploy(self, deployment: str, real: int, registered: int = 0) -> list[str]:
-        """Publish so many real adapters, and ghosts up to a number of all; return the names of the real ones."""
+        """Publish so many real adapters, and ghosts up to a number of all; return the real ones' names."""
         known = self.records(real)
         known += self.ghosts(real, max(0, registered - real))
         names = [f"a{number:05d}" for number in range(len(known))]

@@ -116,7 +116,7 @@ async def _ask_about(grpc: str, http: str, names: list[str]) -> list[Figure]:
             began = time.perf_counter()
             listing = await web.get(f"http://{http}/v1/models")
             listings.append(time.perf_counter() - began)
-    command = [str(Path(sys.executable).parent / "loramux"), "models", "--inference", grpc]
+    command = [str(Path(sys.executable).parent / "loramux"), "models", "--grpc", grpc]
     began = time.perf_counter()
     told = await asyncio.to_thread(subprocess.run, command, check=True, capture_output=True)
     took = time.perf_counter() - began

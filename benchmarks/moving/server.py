@@ -122,7 +122,7 @@ def log_of(folder: Path, event: str) -> list[dict[str, object]]:
 
 @asynccontextmanager
 async def streams(client: AsyncClient, models: Sequence[str]) -> AsyncIterator[list[float]]:
-    """Keep one endless stream per model running; yield, when all have begun, the seconds between their messages."""
+    """Run an endless stream per model; yield, when all have begun, the seconds between their messages."""
     gaps: list[float] = []
     begun = [asyncio.Event() for _ in models]
     tasks = [

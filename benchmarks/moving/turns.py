@@ -56,7 +56,8 @@ async def _round(local: Local, names: list[str], requests: int) -> float:
 
     async def stream() -> None:
         for name in turns:
-            firsts.append((await local.ask(name, NEW)).first_s)
+            answered = await local.ask(name, NEW)
+            firsts.append(answered.first_s)
 
     await asyncio.gather(*(stream() for _ in range(STREAMS)))
     return statistics.median(firsts)
