@@ -15,11 +15,12 @@ import structlog
 
 from inference_service.openai_api import protocol
 from inference_service.openai_api.server import HttpServer
-from inference_service.rpc.builder_news import BuilderNews
+from inference_service.operators import Operators
+from inference_service.rpc import adapters as adapters_rpc
+from inference_service.rpc.adapters import AdapterServicer
 from inference_service.rpc.servicer import SERVICE_NAME, InferenceServicer, register
-from inference_service.serving.adapters.follower import Follower
 from inference_service.serving.telemetry.watchers import open_watchers
-from inference_service.startup.load import Ready, load
+from inference_service.startup.load import load
 from loramux_shared.access.guard import open_guard
 from loramux_shared.descriptors import raise_limit
 from loramux_shared.faults import Fault, SettingsInvalid
@@ -28,7 +29,6 @@ from loramux_shared.rpc.listening import require_free
 from loramux_shared.rpc.server import RpcServer
 from loramux_shared.rpc.stopping import Stop
 from loramux_shared.settings import InferenceSettings, load_settings
-from loramux_shared.storage.base import Store
 from loramux_shared.storage.open import open_store
 from loramux_shared.storage.patient import PatientStore
 from loramux_shared.telemetry import log_to_stderr
@@ -110,10 +110,15 @@ async def serve(settings: InferenceSettings) -> int:
     store = PatientStore(open_store(settings.store), pauses_s=START_PAUSES_S)
     ready = await stop.starting(asyncio.to_thread(load, settings, store, watchers))
     servicer = InferenceServicer(ready.service)
+    operators = Operators(settings, store, ready)
+    adapters = operators.manager
     stall_s = settings.stall_timeout_s
     server = RpcServer(
         settings.grpc,
-        {SERVICE_NAME: partial(register, servicer)},
+        {
+            SERVICE_NAME: partial(register, servicer),
+            adapters_rpc.SERVICE_NAME: partial(adapters_rpc.register, AdapterServicer(adapters)),
+        },
         guard,
         tracing,
         calls.Patience(read_s=stall_s),
@@ -121,27 +126,21 @@ async def serve(settings: InferenceSettings) -> int:
     doors: dict[str, Door] = {}
     if settings.http:
         patience = protocol.Patience(read_s=stall_s)
-        doors["http"] = HttpServer(settings.http, ready.service, guard, tracing, patience)
+        doors["http"] = HttpServer(settings.http, ready.service, guard, tracing, patience, adapters=adapters)
     doors["grpc"] = server
-    outdated = asyncio.Event()
-    follower = _follower(settings, store, ready, outdated)
     bound = {name: await door.start() for name, door in doors.items()}
     ready.engine.start(partial(_refuse, doors.values()))
     await server.set_serving(True)
     log.info("inference service ready", **bound, guarded_by=guard.shown, deployment=settings.deployment)
-    following = [asyncio.create_task(follower.run(), name="follower")]
-    if settings.builder:
-        news = BuilderNews(settings.builder, settings.deployment, follower.nudge)
-        following.append(asyncio.create_task(news.run(), name="news"))
-    number = await stop.wait_beside(_first(ready.engine.ended(), outdated.wait()))
-    for task in following:
-        task.cancel()
-    drain_s = settings.drain_timeout_s if number or outdated.is_set() else TELL_S
+    operators.begin()
+    number = await stop.wait_beside(_first(ready.engine.ended(), operators.outdated.wait()))
+    await operators.end()
+    drain_s = settings.drain_timeout_s if number or operators.outdated.is_set() else TELL_S
+    ready.engine.resume()  # what stands still could not end
     log.info("draining", signal=number.name if number else "none", timeout_s=drain_s)
     finished = await asyncio.gather(*(door.drain(drain_s, ready.engine.cut) for door in doors.values()))
     stats = ready.engine.stats
     why = await ready.engine.stop()
-    follower.close()
     if ready.bank is not None:
         ready.bank.close()
     if tracing is not None:
@@ -150,25 +149,6 @@ async def serve(settings: InferenceSettings) -> int:
     if why is not None:
         _end_broken(why)
     return 0 if all(finished) else 1
-
-
-def _follower(settings: InferenceSettings, store: Store, ready: Ready, outdated: asyncio.Event) -> Follower:
-    """Return what follows the deployment; outdated is set where a replica is to end when it needs a restart."""
-
-    def stale(reason: str) -> None:
-        if settings.on_base_change == "exit":
-            log.warning("the replica ends, to be started again on the newest generation", reason=reason)
-            outdated.set()
-
-    follower = Follower(
-        store,
-        ready.generation,
-        ready.take_over,
-        interval_s=settings.follow_interval_s,
-        on_stale=stale,
-    )
-    ready.service.naming.catch_up = follower.catch_up
-    return follower
 
 
 async def _first(*works: Coroutine[Any, Any, object]) -> None:

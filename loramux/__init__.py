@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from loramux import faults
     from loramux.client import AsyncClient, Client
     from loramux.generations import AdapterChange, ChangeKind, GenerationInfo, PushInfo, RollbackInfo
+    from loramux.operations import AdapterStatus, ReplicaStatus
     from loramux.records import (
         AdapterInfo,
         AdapterReport,
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "loramux.client": ("AsyncClient", "Client"),
     "loramux.generations": ("AdapterChange", "ChangeKind", "GenerationInfo", "PushInfo", "RollbackInfo"),
+    "loramux.operations": ("AdapterStatus", "ReplicaStatus"),
     "loramux_shared.deployment": ("Deployment",),
     "loramux_shared.deployment_file": ("load_deployment",),
 }
@@ -49,6 +51,7 @@ __all__ = [
     "AdapterChange",
     "AdapterInfo",
     "AdapterReport",
+    "AdapterStatus",
     "AsyncClient",
     "ChangeKind",
     "Choice",
@@ -69,6 +72,7 @@ __all__ = [
     "PromptLogprobs",
     "PromptToken",
     "PushInfo",
+    "ReplicaStatus",
     "RollbackInfo",
     "RowReport",
     "Stage",

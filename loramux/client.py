@@ -31,6 +31,7 @@ from loramux.inference.v1 import inference_pb2
 from loramux.inference.v1.inference_pb2_grpc import InferenceServiceStub
 from loramux.mapping import Watched, completion_of, deployment_of, event_of, model_of, report_of
 from loramux.messages import check_request, deployment_to_message
+from loramux.operations import AsyncOperations, Operations, adapter_stub
 from loramux.records import AdapterReport, Completion, DeploymentInfo, Event, GenerateOptions, ModelInfo, Prompt
 from loramux.requests import generate_request
 from loramux_shared.deployment import Deployment, LoraConfiguration, Repository
@@ -93,12 +94,16 @@ class _Addresses:
         return Calls(stub(channel), self._credentials)
 
 
-class Client(_Addresses, Changes):
+class Client(Operations, Changes, _Addresses):
     """The client for threads; one may be shared by many."""
 
     @cached_property
     def _inference(self) -> Any:
         return self._connect(_inference_stub, self.inference, grpc)
+
+    @cached_property
+    def _adapters(self) -> Any:
+        return self._connect(adapter_stub, self.inference, grpc)
 
     @cached_property
     def _builder(self) -> Any:
@@ -218,13 +223,17 @@ class Client(_Addresses, Changes):
             call.cancel()
 
 
-class AsyncClient(_Addresses, AsyncChanges):
+class AsyncClient(AsyncOperations, AsyncChanges, _Addresses):
     """The client for asyncio, with the methods of `Client`."""
 
     # A channel belongs to the loop that runs when it is made, so it is made at the first call.
     @cached_property
     def _inference(self) -> Any:
         return self._connect(_inference_stub, self.inference, grpc.aio)
+
+    @cached_property
+    def _adapters(self) -> Any:
+        return self._connect(adapter_stub, self.inference, grpc.aio)
 
     @cached_property
     def _builder(self) -> Any:

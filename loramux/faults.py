@@ -1,6 +1,7 @@
 """The named failures that the clients raise; ``Fault`` is the base of them all."""
 
 from loramux_shared.faults import (
+    AdapterExists,
     AdapterInvalid,
     BuildCancelled,
     BuildInProgress,
@@ -14,8 +15,10 @@ from loramux_shared.faults import (
     DeploymentNotFound,
     Fault,
     Finding,
+    GenerationMismatch,
     InternalFault,
     ModelNotFound,
+    NoBuilder,
     PageTokenInvalid,
     PermissionDenied,
     PromptTooLong,
@@ -24,6 +27,7 @@ from loramux_shared.faults import (
     RateLimited,
     ReplicaBehind,
     ReplicaFailed,
+    ReplicaPaused,
     RepoGated,
     RepoNotFound,
     RequestIdReused,
@@ -42,6 +46,7 @@ from loramux_shared.faults import (
 from loramux_shared.rpc.status import CallFailed
 
 __all__ = [
+    "AdapterExists",
     "AdapterInvalid",
     "BuildCancelled",
     "BuildInProgress",
@@ -56,8 +61,10 @@ __all__ = [
     "DeploymentNotFound",
     "Fault",
     "Finding",
+    "GenerationMismatch",
     "InternalFault",
     "ModelNotFound",
+    "NoBuilder",
     "PageTokenInvalid",
     "PermissionDenied",
     "PromptTooLong",
@@ -66,6 +73,7 @@ __all__ = [
     "RateLimited",
     "ReplicaBehind",
     "ReplicaFailed",
+    "ReplicaPaused",
     "RepoGated",
     "RepoNotFound",
     "RequestIdReused",

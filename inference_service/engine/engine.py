@@ -91,6 +91,11 @@ class Engine:
         return -math.inf if busy else min(self._earliest_s, self._residency.retry_s)
 
     @property
+    def resting_until_s(self) -> float:
+        """When `rest` has something to do, on the engine's clock; infinite: when something arrives."""
+        return -math.inf if self._under_way or self._outputs else self._earliest_s
+
+    @property
     def stats(self) -> EngineStats:
         """A snapshot."""
         return EngineStats(
@@ -147,6 +152,13 @@ class Engine:
             self._resolve(self._under_way.popleft())
         for pending in self._under_way:
             pending.finish()
+        return self._hand_out()
+
+    def rest(self) -> list[StepOutput]:
+        """Resolve what is under way and begin nothing; sequences stay as they are, until their deadlines."""
+        while self._under_way:
+            self._resolve(self._under_way.popleft())
+        self._expire()
         return self._hand_out()
 
     def fail_all(self) -> list[StepOutput]:

@@ -11,6 +11,7 @@ import heapq
 import itertools
 import math
 import time
+from bisect import bisect_left
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -32,6 +33,8 @@ LOADS: Final = 12
 FIRST_PAUSE_S: Final = 1.0
 LAST_PAUSE_S: Final = 60.0
 """Behind the first load that failed, and behind many: nobody tries again before."""
+LOAD_BUCKETS_S: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 15.0, 60.0)
+"""Of the histogram of loads."""
 _WANTED: Final = 1 << 62
 """Of those that may leave, who is waited for is as if used after everybody else."""
 _NOBODY: Final[Rank] = (math.inf, (0, 0))
@@ -50,6 +53,16 @@ class ResidencyStats:
     evictions: int = 0
     load_seconds: float = 0.0
     """From the beginning of loads to residency, all together."""
+    load_counts: list[int] = field(default_factory=lambda: [0] * (len(LOAD_BUCKETS_S) + 1))
+    """Loads by how long they took: up to each of `LOAD_BUCKETS_S`, above the one before; then longer."""
+    waits: int = 0
+    """Sequences whose adapter was not resident when they came."""
+
+    def loaded(self, seconds: float) -> None:
+        """Count a load."""
+        self.loads += 1
+        self.load_seconds += seconds
+        self.load_counts[bisect_left(LOAD_BUCKETS_S, seconds)] += 1
 
 
 @dataclass(eq=False)
@@ -184,6 +197,7 @@ class Residency(Generic[P]):
         """Note that one more sequence waits for an adapter."""
         entry = self._entry(adapter)
         entry.waiters += 1
+        self.stats.waits += entry.state is not State.RESIDENT
         self._consider(entry)
 
     def unwant(self, adapter: Adapter) -> None:
@@ -384,8 +398,7 @@ class Residency(Generic[P]):
         entry.fault, entry.pause_s, entry.retry_s, entry.prefetched = None, 0.0, -math.inf, False
         self._touch(entry)
         self._on_the_way -= 1
-        self.stats.loads += 1
-        self.stats.load_seconds += self._clock() - entry.began_s
+        self.stats.loaded(self._clock() - entry.began_s)
 
     def _evict(self, entry: _Entry[P]) -> None:
         """Take a resident adapter's place away; whoever waits for it waits for its load again."""

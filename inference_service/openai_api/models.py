@@ -4,28 +4,41 @@ from __future__ import annotations
 
 import asyncio
 from importlib.metadata import version
+from typing import Final
 
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
+from inference_service.openai_api.operators import manager_of
 from inference_service.openai_api.reply import Json, json_response
+from inference_service.serving.adapters.manager import AdapterManager
 from inference_service.serving.catalog import ServedModel
 from inference_service.serving.service import GenerationService
 from inference_service.serving.telemetry.metrics import CONTENT_TYPE
 from loramux_shared.faults import Finding, RequestInvalid
 
+FEW: Final = 100
+"""Models that are described at once."""
 
-async def list_models(service: GenerationService, http: HttpRequest) -> Response:  # noqa: ARG001
+
+async def list_models(service: GenerationService, http: HttpRequest) -> Response:
     """List the base, where it is served, and the adapters."""
-    return json_response({"object": "list", "data": [_model(model, service) for model in service.catalog]})
+    models, adapters = list(service.catalog), manager_of(http)
+
+    def write() -> Response:
+        data = [_model(model, service, adapters) for model in models]
+        return json_response({"object": "list", "data": data})
+
+    # Of thousands it takes a while, in which others are served.
+    return await asyncio.to_thread(write) if len(models) > FEW else write()
 
 
 async def get_model(service: GenerationService, http: HttpRequest) -> Response:
     """Describe one model."""
-    return json_response(_model(service.catalog.get(http.path_params["model"]), service))
+    return json_response(_model(service.catalog.get(http.path_params["model"]), service, manager_of(http)))
 
 
-def _model(model: ServedModel, service: GenerationService) -> Json:
+def _model(model: ServedModel, service: GenerationService, adapters: AdapterManager) -> Json:
     catalog = service.catalog
     base = model.name == catalog.base_name
     return {
@@ -38,6 +51,7 @@ def _model(model: ServedModel, service: GenerationService) -> Json:
         "max_model_len": service.limits.max_seq_len,
         "generation": catalog.generation,
         "digest": model.digest or None,
+        "tier": adapters.place_of(model).value,
         "ranks": list(model.ranks),
         "modules": list(model.modules),
         "warnings": list(model.warnings),

@@ -12,6 +12,7 @@ from uvicorn.server import ServerState
 from inference_service.openai_api.app import create_app
 from inference_service.openai_api.connections import Connections
 from inference_service.openai_api.protocol import USUAL, BoundedHttp, Patience
+from inference_service.serving.adapters.manager import AdapterManager
 from inference_service.serving.service import GenerationService
 from loramux_shared.access.guard import NOBODY_GUARDS, Guard
 from loramux_shared.descriptors import connections_of_a_door
@@ -35,10 +36,11 @@ class HttpServer:
         tracing: DoorSpans | None = None,
         patience: Patience = USUAL,
         max_connections: int | None = None,
+        adapters: AdapterManager | None = None,
     ) -> None:
         """Serve at most max_connections at once; what the limit on open files allows when not given."""
         self.address = address
-        self._front = create_app(service, guard.keyring, tracing)
+        self._front = create_app(service, guard.keyring, tracing, adapters)
         config = uvicorn.Config(
             self._front,
             log_config=None,

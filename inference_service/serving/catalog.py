@@ -124,15 +124,15 @@ class Catalog:
         self._show(generation, models)
         return Changes(tuple(added), tuple(switched), tuple(removed))
 
-    @property
-    def everything(self) -> tuple[ServedModel, ...]:
-        """All models, whoever asks; may be asked on another thread."""
-        return tuple(self._models.values())
-
     def know(self, digest: str, **facts: Any) -> None:
         """Note what was read of a bundle: fields of its `ServedModel`, under all of its names."""
         for name in self._by_digest.get(digest, ()):
             self._models[name] = replace(self._models[name], **facts)
+
+    @property
+    def everything(self) -> tuple[ServedModel, ...]:
+        """All models, whoever asks; may be asked on another thread."""
+        return tuple(self._models.values())
 
     def get(self, name: str) -> ServedModel:
         """Return a model by its exact name.

@@ -12,11 +12,12 @@ from typing import Final
 
 import structlog
 
-from inference_service.core.sequence import Sequence, StepOutput
+from inference_service.core.sequence import FinishReason, Sequence, StepOutput
 from inference_service.engine.engine import Engine, EngineStats, SequenceCounts
 from inference_service.serving.inbox import Inbox
+from inference_service.serving.pausing import ENDED, LOOK_S, Held, PauseMode
 from inference_service.serving.watchdog import Watchdog
-from loramux_shared.faults import Fault, QueueFull, ReplicaFailed, ShuttingDown
+from loramux_shared.faults import Fault, QueueFull, ReplicaFailed, ReplicaPaused, ShuttingDown
 
 CUT: Final = "the server shut down before the answer was complete. Retry with another replica."
 PROBE_PAUSES_S: Final = (0.0, 0.5)
@@ -108,6 +109,16 @@ class EngineThread:
         self._before_cut: Callable[[], Awaitable[None]] | None = None
         self._stopped: Fault | None = None
         self._ending: asyncio.Task[None] | None = None
+        self._held: Held | None = None
+        self._pausing = False
+        self._resting = False
+        """What the thread knows of it."""
+        self._rested: list[Callable[[], None]] = []
+
+    @property
+    def paused(self) -> bool:
+        """True from a call of `pause` to the next one of `resume`."""
+        return self._pausing
 
     @property
     def stats(self) -> EngineStats:
@@ -163,8 +174,58 @@ class EngineThread:
             raise QueueFull(f"{self.max_queue} requests wait already. Retry in a moment, or add a replica.")
         outputs = Outputs(seqs, self._close)
         self._streams |= {seq.id: outputs for seq in seqs}
-        self._begin(seqs[0])
+        if self._held is not None:
+            self._held.seqs.append(seqs[0])
+        else:
+            self._begin(seqs[0])
         return outputs
+
+    async def pause(self, mode: PauseMode = PauseMode.KEEP) -> None:
+        """Let all sequences stand still, and return when no step is under way; requests that come wait.
+
+        Deadlines pass meanwhile, and whoever goes away is let go. `resume` goes on with all the others.
+        """
+        self._pausing = True
+        if mode is PauseMode.ABORT:
+            for outputs in set(self._streams.values()):
+                outputs.fail(ReplicaPaused(ENDED))
+        elif mode is PauseMode.WAIT and not self._resting:
+            await self._until_ended()
+        if self._pausing and self._stopped is None:
+            rested = asyncio.get_running_loop().create_future()
+            self._inbox.post(partial(self._rest, rested))
+            ended = asyncio.ensure_future(self.ended())
+            await asyncio.wait({rested, ended}, return_when=asyncio.FIRST_COMPLETED)
+            ended.cancel()
+
+    def resume(self) -> None:
+        """Go on; nothing happens where nothing stands still."""
+        self._pausing = False
+        self._let_in()
+        self._inbox.post(self._go_on)
+
+    async def _until_ended(self) -> None:
+        """Wait until the requests that are under way have ended; hold those back that come meanwhile."""
+        held = self._held = self._held or Held()
+        while self._held is held and len(self._streams) > len(held.seqs) and self._stopped is None:
+            for seq in held.late(time.monotonic()):
+                self._deliver([StepOutput(seq.id, None, FinishReason.DEADLINE)])
+            held.seqs = [seq for seq in held.seqs if seq.id in self._streams]
+            await asyncio.sleep(LOOK_S)
+        self._let_in()
+
+    def _let_in(self) -> None:
+        held, self._held = self._held, None
+        for seq in held.seqs if held is not None else ():
+            if seq.id in self._streams:
+                self._begin(seq)
+
+    def _rest(self, rested: asyncio.Future[None]) -> None:
+        self._resting = True
+        self._rested.append(partial(_tell, rested))
+
+    def _go_on(self) -> None:
+        self._resting = False
 
     def post(self, command: Callable[[], None]) -> None:
         """Have something done on the engine's thread, between two steps; a step follows it."""
@@ -193,18 +254,26 @@ class EngineThread:
     def _work(self, watchdog: Watchdog) -> str | None:
         """Run steps until the thread is to end; return why where that is a failure."""
         while True:
-            if self._inbox.receive(self._engine.idle_until_s - time.monotonic()):
+            until_s = self._engine.resting_until_s if self._resting else self._engine.idle_until_s
+            if self._inbox.receive(until_s - time.monotonic()):
                 self._send(self._engine.fail_all())
                 return None
             with watchdog:
                 try:
-                    outputs = self._engine.step()
+                    outputs = self._engine.rest() if self._resting else self._engine.step()
                 except Exception as error:  # every request must end, whatever a step raised
                     log.exception("step failed", running=self._engine.stats.running)
                     outputs = self._engine.fail_all()
                     if not self._recovers():
                         return f"no step succeeds any more, since one raised {type(error).__name__}"
             self._send(outputs)
+            self._tell_rested()
+
+    def _tell_rested(self) -> None:
+        rested, self._rested = self._rested, []
+        for tell in rested:
+            if self._loop is not None and not self._loop.is_closed():
+                self._loop.call_soon_threadsafe(tell)
 
     def _recovers(self) -> bool:
         """Whether what is known to work still does: errors of a CUDA context stay for the life of a process."""
@@ -242,6 +311,7 @@ class EngineThread:
         self._pending += outputs
         now = time.monotonic()
         urgent = any(output.first or output.finish for output in outputs) or self._engine.idle_until_s > now
+        urgent = urgent or self._resting
         if not self._pending or not (urgent or now - self._sent_s >= self._interval_s):
             return
         pending, self._pending, self._sent_s = self._pending, [], now
@@ -253,3 +323,8 @@ class EngineThread:
             stream = self._streams.get(output.seq_id)
             for seq in stream.put(output) if stream is not None else ():
                 self._begin(seq)
+
+
+def _tell(rested: asyncio.Future[None]) -> None:
+    if not rested.done():
+        rested.set_result(None)

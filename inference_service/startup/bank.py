@@ -15,7 +15,7 @@ from inference_service.core.sequence import Adapter
 from inference_service.engine.residency import Residency
 from inference_service.lora.packed import PackedAdapter
 from inference_service.lora.places import Places
-from inference_service.serving.adapters.disk import DiskTier
+from inference_service.serving.adapters.disk import open_disk_tier
 from inference_service.serving.adapters.loader import AdapterLoader
 from inference_service.serving.adapters.packing import Packer
 from inference_service.serving.adapters.reading import BundleReader
@@ -92,14 +92,14 @@ def open_bank(
     median = int(statistics.median(sizes.values())) if sizes else usual
     held = num_bytes // max(1, median)
     log.info("memory", item="bank of adapters", gb=round(num_bytes / GB, 3), holds_like_the_median=held)
-    disk = DiskTier(settings.cache_dir / "bundles", int(settings.adapter_disk_gb * GB))
-    reader = BundleReader(store, disk if settings.adapter_disk_gb else None)
+    disk = open_disk_tier(settings.cache_dir, settings.adapter_disk_gb, store.uri)
+    reader = BundleReader(store, disk)
     loader = AdapterLoader(
         reader,
         Packer(base.model, lora, backend.new_lora, settings.block_size),
         host_bytes=settings.adapter_host_gb * GB if device.type == "cuda" else 0.0,
+        threads=settings.adapter_threads,
     )
-    loader.run(disk.sweep, lambda _: None)
     residency = Residency(Places(num_bytes), MAX_SLOTS, lora, loader, inbox.post)
     return Bank(lora, residency, loader, AdapterTexts(reader, base.text), sizes)
 

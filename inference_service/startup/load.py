@@ -58,10 +58,8 @@ class Ready:
     """The one that it was loaded with."""
     bank: Bank | None
     """None where an adapter is merged into the weights."""
-
-    def take_over(self, generation: Generation) -> None:
-        """Serve another generation on the same base from now on; on the event loop."""
-        self.service.apply(generation)
+    dtype: str
+    """Of computation."""
 
 
 def load(settings: InferenceSettings, store: Store, watchers: Sequence[Watcher] = ()) -> Ready:
@@ -125,7 +123,7 @@ def load(settings: InferenceSettings, store: Store, watchers: Sequence[Watcher] 
     if bank is not None:
         service.naming.defaults_of = partial(_defaults, bank, catalog)
         preload_later(bank, fitting[settings.preload :], inbox)
-    return Ready(service, thread, generation, bank)
+    return Ready(service, thread, generation, bank, str(base.backend.dtype).removeprefix("torch."))
 
 
 async def _defaults(bank: Bank, catalog: Catalog, model: ServedModel) -> AdapterDefaults:

@@ -21,11 +21,13 @@
     ├── ShuttingDown         SHUTTING_DOWN           UNAVAILABLE
     ├── ReplicaFailed        REPLICA_FAILED          UNAVAILABLE          its device or engine works no more
     ├── ReplicaBehind        REPLICA_BEHIND          UNAVAILABLE          it does not serve the generation yet
+    ├── ReplicaPaused        REPLICA_PAUSED          UNAVAILABLE          an operator ended what was under way
     ├── DeploymentNotFound   DEPLOYMENT_NOT_FOUND    NOT_FOUND
     ├── GenerationNotFound   GENERATION_NOT_FOUND    NOT_FOUND
     ├── AdapterNotFound      ADAPTER_NOT_FOUND       NOT_FOUND            no such adapter in a deployment
     ├── ModelNotFound        MODEL_NOT_FOUND         NOT_FOUND
     ├── RequestIdReused      REQUEST_ID_REUSED       ALREADY_EXISTS
+    ├── AdapterExists        ADAPTER_EXISTS          ALREADY_EXISTS       the name of an adapter is taken
     ├── GenerationMismatch   GENERATION_MISMATCH     ABORTED              another one than was expected
     ├── BuildInProgress      BUILD_IN_PROGRESS       ABORTED
     ├── BuildInterrupted     BUILD_INTERRUPTED       ABORTED
@@ -39,6 +41,7 @@
     ├── ProofFailed          PROOF_FAILED            DATA_LOSS            a bundle that answers otherwise
     ├── CheckpointInvalid    CHECKPOINT_INVALID      FAILED_PRECONDITION  a base that cannot be served
     ├── ResourcesExhausted   RESOURCES_EXHAUSTED     FAILED_PRECONDITION  it does not fit this machine
+    ├── NoBuilder            NO_BUILDER              FAILED_PRECONDITION  a replica that knows no builder
     ├── SettingsInvalid      SETTINGS_INVALID        FAILED_PRECONDITION
     └── InternalFault        INTERNAL                INTERNAL
 
@@ -260,6 +263,14 @@ class ReplicaBehind(Fault):
     retry_after_s = 1.0
 
 
+class ReplicaPaused(Fault):
+    """An operator paused the replica, and had what was under way ended."""
+
+    reason = "REPLICA_PAUSED"
+    status = Status.UNAVAILABLE
+    retry_after_s = 1.0
+
+
 class DeploymentNotFound(Fault):
     """No deployment of that name; the message lists those that exist."""
 
@@ -292,6 +303,13 @@ class RequestIdReused(Fault):
     """A request id that was used for another deployment."""
 
     reason = "REQUEST_ID_REUSED"
+    status = Status.ALREADY_EXISTS
+
+
+class AdapterExists(Fault):
+    """An adapter of that name is served, and was not to be replaced."""
+
+    reason = "ADAPTER_EXISTS"
     status = Status.ALREADY_EXISTS
 
 
@@ -385,6 +403,13 @@ class ResourcesExhausted(Fault):
     """The deployment does not fit this machine; the message gives the numbers."""
 
     reason = "RESOURCES_EXHAUSTED"
+    status = Status.FAILED_PRECONDITION
+
+
+class NoBuilder(Fault):
+    """A replica that knows no builder was asked for what only a builder can do."""
+
+    reason = "NO_BUILDER"
     status = Status.FAILED_PRECONDITION
 
 

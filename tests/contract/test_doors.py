@@ -26,12 +26,16 @@ from builder_service.rpc.servicer import SERVICE_NAME as BUILDER
 from builder_service.rpc.servicer import BuilderServicer
 from inference_service.openai_api.app import ENDPOINTS, create_app
 from inference_service.openai_api.errors import error_body
+from inference_service.rpc.adapters import SERVICE_NAME as ADAPTERS
+from inference_service.rpc.adapters import AdapterServicer
+from inference_service.rpc.adapters import register as register_adapters
 from inference_service.rpc.servicer import SERVICE_NAME as INFERENCE
 from inference_service.rpc.servicer import InferenceServicer, register
+from inference_service.serving.adapters.fixed import fixed_manager
 from inference_service.serving.service import GenerationService
 from loramux import AsyncClient
 from loramux.builder.v1 import builder_pb2
-from loramux.inference.v1 import inference_pb2
+from loramux.inference.v1 import adapters_pb2, inference_pb2
 from loramux_shared.access.guard import Guard
 from loramux_shared.access.keyring import Keyring
 from loramux_shared.faults import ModelNotFound, PermissionDenied, Unauthenticated
@@ -64,7 +68,7 @@ def builder_servicer(folder: Path) -> BuilderServicer:
     return BuilderServicer(Builds(context, BuildLimits(running=1)), Checks(context))
 
 
-@pytest.fixture(params=[BUILDER, INFERENCE])
+@pytest.fixture(params=[BUILDER, INFERENCE, ADAPTERS])
 async def guarded(
     request: pytest.FixtureRequest, tmp_path: Path, service: GenerationService
 ) -> AsyncIterator[Any]:
@@ -72,6 +76,7 @@ async def guarded(
     add = {
         BUILDER: builder_servicer(tmp_path).register,
         INFERENCE: partial(register, InferenceServicer(service)),
+        ADAPTERS: partial(register_adapters, AdapterServicer(fixed_manager(service.catalog))),
     }[request.param]
     server = RpcServer("127.0.0.1:0", {request.param: add}, Guard(RING))
     async with grpc.aio.insecure_channel(await server.start()) as channel:
@@ -124,10 +129,11 @@ async def outcome(channel: grpc.aio.Channel, path: str, key: str | None) -> str:
 async def test_every_rpc_asks_for_a_key_of_its_scope(guarded: Any) -> None:
     """No key or a wrong one is UNAUTHENTICATED, another scope PERMISSION_DENIED, and admin opens everything."""
     service, channel = guarded
-    own, foreign = ("build", "infer") if service == BUILDER else ("infer", "build")
+    own = {BUILDER: "build", INFERENCE: "infer", ADAPTERS: "admin"}[service]
+    foreign = "infer" if service == BUILDER else "build"
     methods = await methods_of(channel, KEYS[own])
     assert set(methods) == {service, HEALTH, REFLECTION}
-    declared = builder_pb2 if service == BUILDER else inference_pb2
+    declared = {BUILDER: builder_pb2, INFERENCE: inference_pb2, ADAPTERS: adapters_pb2}[service]
     [descriptor] = declared.DESCRIPTOR.services_by_name.values()
     assert sorted(methods[service]) == sorted(method.name for method in descriptor.methods)
     for name, expected in (
@@ -164,10 +170,15 @@ async def test_health_is_told_without_a_key(guarded: Any) -> None:
 
 @pytest.mark.parametrize("endpoint", ENDPOINTS, ids=lambda each: f"{each.method} {each.path}")
 async def test_every_route_asks_for_a_key(endpoint: Any, service: GenerationService) -> None:
-    """Every route but health and the page asks for a key: of metrics for figures, of infer for all others."""
+    """Every route but health and the page asks for one: of metrics, of admin for adapters, of infer else."""
     transport = httpx.ASGITransport(app=create_app(service, RING))
-    path = endpoint.path.replace("{model:path}", "base")
-    own, foreign = ("metrics", "infer") if path in ("/metrics", "/load") else ("infer", "metrics")
+    path = endpoint.path.replace("{model:path}", "base").replace("{name:path}", "wide")
+    figures, operators = (
+        ("/metrics", "/load"),
+        ("/v1/adapters", "/v1/rollback", "/pause", "/resume", "/is_paused"),
+    )
+    own = "metrics" if path in figures else "admin" if path.startswith(operators) or "lora" in path else "infer"
+    foreign = "metrics" if own == "infer" else "infer"
     async with httpx.AsyncClient(transport=transport, base_url="http://door") as web:
         answers = [
             await web.request(endpoint.method, path, headers=bearer(key))

@@ -141,14 +141,16 @@ async def test_gateways_see_who_runs_and_who_waits(door: OpenAIDoor) -> None:
     assert before <= when <= time.time()
     running, waiting = (labels[f"{state}_lora_adapters"] for state in ("running", "waiting"))
     assert labels["max_lora"] == "64"
-    assert sorted(filter(None, [*running.split(","), *waiting.split(",")])) == ["all", "rs", "wide"]
+    assert running == "all,rs,wide"
+    assert 1 <= len(waiting.split(",")) <= 2
+    assert set(waiting.split(",")) < {"all", "rs", "wide"}
     assert sum(value for _, value in busy.series("loramux_sequences_running")) == 2
     assert sum(value for _, value in busy.series("loramux_sequences_waiting")) == 2
     await asyncio.gather(*tasks)
     await door.until_free()
     idle = await scrape(door)
     [(labels, _)] = idle.series("vllm:lora_requests_info")
-    assert labels == {"max_lora": "64", "running_lora_adapters": "", "waiting_lora_adapters": ""}
+    assert labels == {"max_lora": "64", "running_lora_adapters": "all,rs,wide", "waiting_lora_adapters": ""}
     assert idle.value("vllm:kv_cache_usage_perc") == idle.value("vllm:num_requests_running") == 0
     stats = door.ready.engine.stats
     config = {"block_size": str(stats.block_size), "num_gpu_blocks": str(stats.blocks_total)}

@@ -125,7 +125,7 @@ async def test_names_switch_under_running_requests(
     for turn in range(1, 21):
         turned = records[turn % 3 :] + records[: turn % 3]
         generation = _published(store, generation, dict(zip(NAMES, turned, strict=True)))
-        service.ready.take_over(generation)
+        service.ready.service.apply(generation)
         await asyncio.sleep(0.03)
     going = False
     await asyncio.gather(*asking)
@@ -148,7 +148,7 @@ async def test_a_name_that_is_gone_is_not_found_and_what_runs_on_it_ends(
     running = asyncio.create_task(_tokens(service, "all", max_tokens=60))
     await asyncio.sleep(0.02)
     rest = {name: record for name, record in generation.adapters.items() if name != "all"}
-    service.ready.take_over(_published(store, generation, rest))
+    service.ready.service.apply(_published(store, generation, rest))
     with pytest.raises(ModelNotFound):
         await _tokens(service, "all")
     digest, tokens = await running

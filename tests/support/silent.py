@@ -11,6 +11,7 @@ from inference_service.engine.engine import EngineStats, SequenceCounts
 from inference_service.rpc.servicer import SERVICE_NAME, InferenceServicer, register
 from inference_service.serving.catalog import Catalog, ServedModel
 from inference_service.serving.engine_thread import EngineThread
+from inference_service.serving.pausing import PauseMode
 from inference_service.serving.service import GenerationService, ServingLimits
 from inference_service.serving.text import Text
 from loramux_shared.access.guard import NOBODY_GUARDS, Guard
@@ -18,6 +19,20 @@ from loramux_shared.rpc.server import RpcServer
 from tests.support.tiny import VOCAB, write_tokenizer
 
 MODELS = ("base", "all", "rs", "wide")
+
+
+class SilentEngine(SimpleNamespace):
+    """Holds nothing, and notes how it is told to stand still."""
+
+    paused = False
+
+    async def pause(self, mode: PauseMode = PauseMode.KEEP) -> None:
+        """Note it."""
+        self.paused, self.mode = True, mode
+
+    def resume(self) -> None:
+        """Note it."""
+        self.paused = False
 
 
 def silent_service(folder: Path) -> GenerationService:
@@ -36,9 +51,7 @@ def silent_service(folder: Path) -> GenerationService:
         prefix_tokens_hit=0,
         tokens_generated=0,
     )
-    engine = cast(
-        EngineThread, SimpleNamespace(max_queue=8, stats=stats, sequence_counts=SequenceCounts({}, {}))
-    )
+    engine = cast(EngineThread, SilentEngine(max_queue=8, stats=stats, sequence_counts=SequenceCounts({}, {})))
     return GenerationService(catalog, Text.load(folder, VOCAB), engine, ServingLimits(64, None, frozenset({2})))
 
 

@@ -264,7 +264,11 @@ class Http:
 
     def __init__(self, ring: Keyring) -> None:
         self.rights: list[Access] = []
-        self.app = AccessMiddleware(self._app, ring, {"/admin": Scope.ADMIN, "/health": None})
+        self.app = AccessMiddleware(self._app, ring, self._scope_of)
+
+    @staticmethod
+    def _scope_of(path: str) -> Scope | None:
+        return {"/admin": Scope.ADMIN, "/health": None}.get(path, Scope.INFER)
 
     async def _app(self, _scope: Any, _receive: Any, send: Any) -> None:
         self.rights.append(ACCESS.get())

@@ -16,6 +16,7 @@ from builder_service.builds.builds import Builds
 from builder_service.builds.pushes import Pushes
 from builder_service.pipeline.check import Checks
 from inference_service.rpc.mapping import request_from_message
+from inference_service.serving.adapters.manager import AdapterManager
 from inference_service.serving.service import GenerationService
 from loramux_shared.faults import FAULTS
 from loramux_shared.rpc import calls
@@ -47,6 +48,15 @@ RPCS: dict[str, tuple[Callable[..., Any], ...]] = {
     "PutAdapter": (Pushes.put,),
     "Generate": (request_from_message, GenerationService.generate),
     "ListModels": (),
+    "ListAdapters": (AdapterManager.list,),
+    "GetAdapter": (AdapterManager.get,),
+    "PinAdapter": (AdapterManager.pin,),
+    "UnpinAdapter": (AdapterManager.unpin,),
+    "LoadAdapter": (AdapterManager.load,),
+    "UnloadAdapter": (AdapterManager.unload,),
+    "RollbackReplica": (AdapterManager.roll_back,),
+    "GetReplica": (AdapterManager.replica,),
+    "WatchReplica": (AdapterManager.watch,),
 }
 """What each rpc calls, whose docstrings say what it raises."""
 CLASSES = {kind.__name__: reason for reason, kind in FAULTS.items()}

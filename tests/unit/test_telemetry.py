@@ -122,10 +122,11 @@ def lora_info(sequences: SequenceCounts, *models: ServedModel) -> tuple[str, str
 
 
 def test_gateways_read_adapters_alone() -> None:
-    """The base is no adapter; names are sorted, so that the same state is the same series."""
+    """Ready are those in the bank, whether they run or not, in the order of their names; the base is none."""
     models = [ServedModel("base"), *(ServedModel(name, Adapter(name, 0)) for name in ("b", "a", "c"))]
-    assert lora_info(SequenceCounts({"base": 3, "b": 1, "a": 2}, {"c": 1, "base": 1}), *models) == ("a,b", "c")
-    assert lora_info(SequenceCounts({}, {}), *models) == ("", "")
+    busy = SequenceCounts({"base": 3, "b": 1}, {"c": 1, "base": 1})
+    assert lora_info(busy, *models) == ("a,b,c", "c")
+    assert lora_info(SequenceCounts({}, {}), *models) == ("a,b,c", "")
 
 
 def test_a_merged_adapter_has_its_name() -> None:

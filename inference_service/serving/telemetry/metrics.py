@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Final
 
 from prometheus_client import (
     CollectorRegistry,
     Counter,
-    Histogram,
     ProcessCollector,
     disable_created_metrics,
     generate_latest,
 )
 
+from inference_service.serving.adapters.fixed import fixed_manager
+from inference_service.serving.adapters.manager import AdapterManager
 from inference_service.serving.catalog import Catalog
 from inference_service.serving.request import Delta
+from inference_service.serving.telemetry.adapters import (
+    AdapterCollector,
+    AdapterSeries,
+    Limits,
+    no_limits,
+)
+from inference_service.serving.telemetry.model_series import Counted, ModelSeries, Timed
 from inference_service.serving.telemetry.record import Record
 from inference_service.serving.telemetry.replica import EngineView, ReplicaCollector
 
@@ -30,6 +37,19 @@ REQUEST_BUCKETS: Final = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320)
 disable_created_metrics()  # type: ignore[no-untyped-call]
 
 
+REQUESTS: Final = Counted("loramux_requests", "Requests that ended.", "outcome")
+ANSWERS: Final = Counted("loramux_answers", "Complete answers; a request may want several.", "finish")
+PROMPT: Final = Counted("loramux_prompt_tokens", "Tokens of prompts that were computed or cached.")
+CACHED: Final = Counted("loramux_cached_prompt_tokens", "Of them, tokens that the prefix cache held.")
+GENERATED: Final = Counted("loramux_generated_tokens", "Tokens of answers.")
+QUEUE: Final = Timed("loramux_queue_seconds", "Until the first step for it, of requests.", WAIT_BUCKETS)
+TTFT: Final = Timed(
+    "loramux_time_to_first_token_seconds", "From arrival to the first token, of requests.", WAIT_BUCKETS
+)
+PACE: Final = Timed("loramux_time_per_output_token_seconds", "Between tokens, mean of an answer.", PACE_BUCKETS)
+DURATION: Final = Timed("loramux_request_seconds", "From arrival to end, of requests.", REQUEST_BUCKETS)
+
+
 class Metrics:
     """Watches requests, and tells what it saw and what the engine holds.
 
@@ -41,56 +61,42 @@ class Metrics:
         self._registry = CollectorRegistry()
         self._registry.register(ReplicaCollector(catalog, engine))
         ProcessCollector(registry=self._registry)
-        self._requests = self._counter("requests", "Requests that ended.", "outcome")
         self._responses = Counter(
             "loramux_http_responses", "Answers of the HTTP door.", ("status",), registry=self._registry
         )
-        self._answers = self._counter("answers", "Complete answers; a request may want several.", "finish")
-        self._prompt = self._counter("prompt_tokens", "Tokens of prompts that were computed or cached.")
-        self._cached = self._counter("cached_prompt_tokens", "Of them, tokens that the prefix cache held.")
-        self._generated = self._counter("generated_tokens", "Tokens of answers.")
-        self._said: dict[str, Counter] = {}
-        self._queue = self._histogram("queue", "Until the first step for it, of requests.", WAIT_BUCKETS)
-        self._ttft = self._histogram(
-            "time_to_first_token", "From arrival to the first token, of requests.", WAIT_BUCKETS
+        self._models = ModelSeries(
+            (REQUESTS, ANSWERS, PROMPT, CACHED, GENERATED), (QUEUE, TTFT, PACE, DURATION)
         )
-        self._pace = self._histogram(
-            "time_per_output_token", "Between tokens, mean of an answer.", PACE_BUCKETS
-        )
-        self._duration = self._histogram("request", "From arrival to end, of requests.", REQUEST_BUCKETS)
+        self._adapters = AdapterSeries(catalog, engine, fixed_manager(catalog))
+        self._registry.register(AdapterCollector(self._adapters))
 
-    def _counter(self, name: str, text: str, *labels: str) -> Counter:
-        return Counter(f"loramux_{name}", text, ("model", *labels), registry=self._registry)
-
-    def _histogram(self, name: str, text: str, buckets: Sequence[float]) -> Histogram:
-        return Histogram(f"loramux_{name}_seconds", text, ("model",), registry=self._registry, buckets=buckets)
+    def show(self, adapters: AdapterManager, limits: Limits = no_limits) -> None:
+        """Tell from now on what a manager knows of adapters, and the limits of models by their names."""
+        self._adapters.show(adapters, limits)
 
     def began(self, record: Record) -> None:
         """Count a prompt, and observe how long it waited."""
         model = _model(record)
-        self._prompt.labels(model).inc(record.prompt_tokens)
-        self._cached.labels(model).inc(record.cached_tokens)
-        _observe(self._queue, model, record.queue_s)
-        _observe(self._ttft, model, record.ttft_s)
+        self._models.count(PROMPT.name, model, record.prompt_tokens)
+        self._models.count(CACHED.name, model, record.cached_tokens)
+        self._observe(QUEUE, model, record.queue_s)
+        self._observe(TTFT, model, record.ttft_s)
 
     def said(self, record: Record, delta: Delta) -> None:
         """Count tokens."""
-        model = _model(record)
-        if model not in self._said:  # `labels` takes longer than all the rest
-            self._said[model] = self._generated.labels(model)
-        self._said[model].inc(len(delta.tokens))
+        self._models.count(GENERATED.name, _model(record), len(delta.tokens))
 
     def ended(self, record: Record) -> None:
         """Count a request and its answers, and observe how long they took."""
         model = _model(record)
-        self._requests.labels(model, record.outcome).inc()
+        self._models.count(REQUESTS.name, model, said=record.outcome)
         if record.first_s is None:
             return
-        _observe(self._duration, model, record.duration_s)
+        self._observe(DURATION, model, record.duration_s)
         for answer in record.answers:
             if answer.finish is not None:
-                self._answers.labels(model, answer.finish.value).inc()
-            _observe(self._pace, model, answer.pace_s)
+                self._models.count(ANSWERS.name, model, said=answer.finish.value)
+            self._observe(PACE, model, answer.pace_s)
 
     def responded(self, status: int) -> None:
         """Count an answer of the HTTP door; what it refuses itself never becomes a request here."""
@@ -98,13 +104,13 @@ class Metrics:
 
     def render(self) -> bytes:
         """Return everything, as CONTENT_TYPE says."""
-        return generate_latest(self._registry)
+        more = self._models.render() + self._adapters.render()
+        return generate_latest(self._registry) + more.encode()
+
+    def _observe(self, family: Timed, model: str, seconds: float | None) -> None:
+        if seconds is not None:
+            self._models.observe(family.name, model, seconds)
 
 
 def _model(record: Record) -> str:
     return record.model.name if record.model else ""
-
-
-def _observe(histogram: Histogram, model: str, seconds: float | None) -> None:
-    if seconds is not None:
-        histogram.labels(model).observe(seconds)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from importlib.metadata import version
 from typing import Protocol
 
@@ -12,11 +11,25 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from inference_service.engine.engine import EngineStats, SequenceCounts
-from inference_service.serving.catalog import Catalog, ServedModel
+from inference_service.serving.catalog import Catalog
+from inference_service.serving.pausing import PauseMode
 
 
 class EngineView(Protocol):
-    """An engine that can be looked at from outside."""
+    """An engine as doors see it: it can be looked at, and told to stand still."""
+
+    @property
+    def paused(self) -> bool:
+        """Whether it was told to."""
+        ...
+
+    async def pause(self, mode: PauseMode = PauseMode.KEEP) -> None:
+        """Let all sequences stand still; requests that come wait."""
+        ...
+
+    def resume(self) -> None:
+        """Go on."""
+        ...
 
     @property
     def stats(self) -> EngineStats:
@@ -38,61 +51,15 @@ class ReplicaCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """Yield every family."""
-        stats, sequences = self._engine.stats, self._engine.sequence_counts
-        models = self._catalog.everything
-        yield from self._sequences(sequences, models)
+        stats = self._engine.stats
         yield from _memory(stats)
-        yield from self._loaded(models)
-        yield from _for_gateways(stats)
-        yield self._lora_requests(stats, sequences)
-
-    def _sequences(self, sequences: SequenceCounts, models: Sequence[ServedModel]) -> Iterator[Metric]:
-        for name, text, counts in (
-            ("running", "Sequences that steps compute.", sequences.running),
-            ("waiting", "Sequences that wait for a place.", sequences.waiting),
-        ):
-            family = GaugeMetricFamily(f"loramux_sequences_{name}", text, labels=["model"])
-            for model in models:
-                family.add_metric([model.name], counts.get(model.name, 0))
-            yield family
-
-    def _loaded(self, models: Sequence[ServedModel]) -> Iterator[Metric]:
-        adapters = [model for model in models if model.name != self._catalog.base_name]
-        yield GaugeMetricFamily("loramux_adapters_resident", "Adapters in memory.", len(adapters))
         yield GaugeMetricFamily(
             "loramux_load_seconds", "From the start of loading until it was ready.", self._catalog.load_s
         )
-        family = GaugeMetricFamily(
-            "loramux_model_load_seconds", "Reading, checking and packing a model.", labels=["model"]
-        )
-        for model in models:
-            family.add_metric([model.name], model.load_s)
-        yield family
-        info = GaugeMetricFamily(
-            "loramux_model_info", "1; the base's digest is empty.", labels=["model", "digest"]
-        )
-        for model in models:
-            info.add_metric([model.name, model.digest[:12]], 1)
-        yield info
         build = GaugeMetricFamily("loramux_build_info", "1.", labels=["version", "generation"])
         build.add_metric([version("loramux"), str(self._catalog.generation)], 1)
         yield build
-
-    def _lora_requests(self, stats: EngineStats, sequences: SequenceCounts) -> Metric:
-        family = GaugeMetricFamily(
-            "vllm:lora_requests_info",
-            "When this was so, in Unix time; the adapters of sequences, separated by commas.",
-            labels=["max_lora", "running_lora_adapters", "waiting_lora_adapters"],
-        )
-        base = self._catalog.base_name
-        running, waiting = _listed(sequences.running, base), _listed(sequences.waiting, base)
-        family.add_metric([str(stats.max_adapters), running, waiting], time.time())
-        return family
-
-
-def _listed(counts: Mapping[str, int], base: str) -> str:
-    """Name the adapters that are counted."""
-    return ",".join(sorted(name for name in counts if name != base))
+        yield from _for_gateways(stats)
 
 
 def _memory(stats: EngineStats) -> Iterator[Metric]:

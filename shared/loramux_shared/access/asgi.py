@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, TypeAlias
 
 from loramux_shared.access.keyring import Keyring, bearer
@@ -19,18 +19,18 @@ App: TypeAlias = Callable[[Message, Receive, Send], Awaitable[None]]
 class AccessMiddleware:
     """Lets a request in whose key has the scope of its path; what is refused is told as OpenAI's API does."""
 
-    def __init__(self, app: App, keyring: Keyring, scopes: Mapping[str, Scope | None]) -> None:
-        """Wrap an ASGI application; None opens a path to everybody, and one that is not named needs infer."""
+    def __init__(self, app: App, keyring: Keyring, scope_of: Callable[[str], Scope | None]) -> None:
+        """Wrap an ASGI application; scope_of says what a path needs, and None opens it to everybody."""
         self._app = app
         self._keyring = keyring
-        self._scopes = scopes
+        self._scope_of = scope_of
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """Answer a request, or refuse it before anything of its body is read."""
         if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
             return
-        wanted = self._scopes.get(scope["path"], Scope.INFER)
+        wanted = self._scope_of(scope["path"])
         if wanted is None and scope["type"] == "http":
             await self._app(scope, receive, send)
             return

@@ -16,6 +16,7 @@ HEALTH: Final = "grpc.health.v1.Health"
 """Open: orchestrators ask it, and it tells nothing else."""
 SCOPES: Final[Mapping[str, Scope | None]] = {
     "loramux.inference.v1.InferenceService": Scope.INFER,
+    "loramux.inference.v1.AdapterService": Scope.ADMIN,
     "loramux.builder.v1.BuilderService": Scope.BUILD,
     "grpc.reflection.v1alpha.ServerReflection": None,
 }

@@ -15,6 +15,7 @@ from builder_service.builds.views import State
 from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import Adapter, FinishReason, Sequence, Token
 from inference_service.engine.engine import EngineStats, SequenceCounts
+from inference_service.serving.adapters.fixed import fixed_manager
 from inference_service.serving.catalog import Catalog, ServedModel
 from inference_service.serving.request import Delta, Finished, Request
 from inference_service.serving.telemetry.metrics import Metrics
@@ -47,6 +48,7 @@ def replica(sequences: SequenceCounts, models: tuple[ServedModel, ...] = MODELS)
 def everything() -> Scrape:
     """Serve one request, and scrape."""
     metrics = replica(SequenceCounts({}, {}))
+    metrics.show(fixed_manager(Catalog(1, "base", MODELS)), lambda model: {"weight": 2.0} if model else {})
     with following(Request("pirate", "Hi"), [metrics]) as follower:
         follower.record.model = MODELS[1]
         follower.submitted([Sequence("0", [1, 2], SamplingParams())])

@@ -1,0 +1,182 @@
+"""What operators do with adapters over HTTP: vLLM's two routes, and ours for the page."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Annotated, Final
+
+from pydantic import Field
+from starlette.requests import Request as HttpRequest
+from starlette.responses import PlainTextResponse, Response
+
+from inference_service.openai_api.body import read_body
+from inference_service.openai_api.errors import error_body, error_response, status_of
+from inference_service.openai_api.reply import Json, json_response
+from inference_service.openai_api.schema import Body
+from inference_service.serving.adapters.manager import MAX_PAGE, PAGE, AdapterManager
+from inference_service.serving.adapters.views import AdapterView, ReplicaView
+from inference_service.serving.service import GenerationService
+from loramux_shared.faults import AdapterExists, Fault, Finding, PermissionDenied, RequestInvalid
+
+VLLM_TYPES: Final = {400: "BadRequestError", 404: "NotFoundError"}
+"""Other statuses have the reason of the fault."""
+Name = Annotated[str, Field(min_length=1, max_length=256)]
+Path = Annotated[str, Field(min_length=1, max_length=4096)]
+
+
+class LoadBody(Body):
+    """vLLM's request for an adapter."""
+
+    lora_name: Name
+    lora_path: Path
+    """A repository, a bucket, an address, a path of the builder's machine, or ``bundle:DIGEST``."""
+    load_inplace: bool | None = None
+    """Give a name that is taken another version."""
+
+
+class UnloadBody(Body):
+    """vLLM's request to let an adapter go."""
+
+    lora_name: Name
+    lora_int_id: int | None = None
+    """Accepted; adapters have no numbers here."""
+
+
+class RollbackBody(Body):
+    """Which generation is to be served again."""
+
+    to: Annotated[int, Field(ge=1)] | None = None
+    """Unset: the one before the served one."""
+
+
+def manager_of(http: HttpRequest) -> AdapterManager:
+    """Return the manager that the application was made with."""
+    manager: AdapterManager = http.app.state.adapters
+    return manager
+
+
+def refuse_other_sites(http: HttpRequest) -> None:
+    """Refuse what a page of another site has a browser send; only needed where there is no JSON to read.
+
+    Raises:
+        PermissionDenied: the browser says that it is so.
+    """
+    if http.headers.get("sec-fetch-site", "none") not in ("none", "same-origin"):
+        raise PermissionDenied("a page of another site may not do this. Call it from this server's own page.")
+
+
+async def load_lora_adapter(service: GenerationService, http: HttpRequest) -> Response:  # noqa: ARG001
+    """Add an adapter, or give its name another version; answers when it is served."""
+    body = await read_body(http, LoadBody)
+    try:
+        loaded = await manager_of(http).load(body.lora_name, body.lora_path, replace=bool(body.load_inplace))
+    except Fault as fault:
+        return _refused(fault)
+    alone = "" if loaded.everywhere else " It is in this replica alone, and not in the deployment."
+    headers = {
+        "x-loramux-digest": loaded.adapter.digest,
+        "x-loramux-generation": str(loaded.adapter.generation),
+    }
+    said = f"Success: LoRA adapter '{body.lora_name}' added successfully.{alone}"
+    return PlainTextResponse(said, headers=headers)
+
+
+async def unload_lora_adapter(service: GenerationService, http: HttpRequest) -> Response:  # noqa: ARG001
+    """Take an adapter's name away; answers when it is served no more."""
+    body = await read_body(http, UnloadBody)
+    try:
+        await manager_of(http).unload(body.lora_name)
+    except Fault as fault:
+        return _refused(fault)
+    return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
+
+
+def _refused(fault: Fault) -> Response:
+    """Tell a fault as OpenAI's clients and as vLLM's read it."""
+    status = 400 if isinstance(fault, AdapterExists) else status_of(fault)
+    kind = "InvalidUserInput" if isinstance(fault, AdapterExists) else VLLM_TYPES.get(status, fault.reason)
+    told = error_body(fault)
+    flat = {"object": "error", "message": told["error"]["message"], "type": kind, "param": None, "code": status}
+    headers = dict(error_response(fault).headers)
+    kept = {name: value for name, value in headers.items() if name in ("retry-after", "www-authenticate")}
+    return json_response(told | flat, status, kept)
+
+
+async def list_adapters(service: GenerationService, http: HttpRequest) -> Response:  # noqa: ARG001
+    """List adapters with where they are, a page at a time, and how the replica is."""
+    manager, asked = manager_of(http), http.query_params
+    page = manager.list(asked.get("page_token", ""), _page_size(asked.get("page_size")))
+    body = {
+        "object": "list",
+        "data": [_adapter(view) for view in page.adapters],
+        "next_page_token": page.next_page,
+        "replica": _replica(manager.replica()),
+    }
+    return json_response(body)
+
+
+async def pin_adapter(service: GenerationService, http: HttpRequest) -> Response:  # noqa: ARG001
+    """Keep an adapter's name resident, whatever version it stands for."""
+    refuse_other_sites(http)
+    return json_response(_adapter(manager_of(http).pin(http.path_params["name"])))
+
+
+async def unpin_adapter(service: GenerationService, http: HttpRequest) -> Response:  # noqa: ARG001
+    """Let an adapter's name leave when others need its place."""
+    refuse_other_sites(http)
+    return json_response(_adapter(manager_of(http).unpin(http.path_params["name"])))
+
+
+async def roll_back(service: GenerationService, http: HttpRequest) -> Response:  # noqa: ARG001
+    """Have an older generation published again; answers when it is served."""
+    body = await read_body(http, RollbackBody)
+    # Given up by its client, it goes on: what was published is served.
+    generation = await asyncio.shield(manager_of(http).roll_back(body.to))
+    return json_response({"generation": generation})
+
+
+def _page_size(text: str | None) -> int:
+    if text is None:
+        return PAGE
+    if not text.isdecimal() or not text.isascii() or not 1 <= int(text[:6]) <= MAX_PAGE:
+        expected = f"1 to {MAX_PAGE}"
+        finding = Finding(code="E_BAD_FIELD", where="page_size", expected=expected, found=repr(text[:20]))
+        raise RequestInvalid("the page cannot be that large.", [finding])
+    return int(text)
+
+
+def _adapter(view: AdapterView) -> Json:
+    failure = view.failure
+    return {
+        "id": view.name,
+        "object": "adapter",
+        "digest": view.digest,
+        "resident_digest": view.resident_digest or None,
+        "generation": view.generation,
+        "tier": view.place.value,
+        "residency": view.state.value,
+        "pinned": view.pinned,
+        "in_flight": view.in_flight,
+        "waiting": view.waiting,
+        "bytes": view.num_bytes,
+        "last_used": int(view.last_used.timestamp()) if view.last_used else None,
+        "last_failure": {"reason": failure.reason, "message": failure.message} if failure else None,
+        "only_here": view.only_here,
+    }
+
+
+def _replica(view: ReplicaView) -> Json:
+    return {
+        "deployment": view.deployment,
+        "generation": view.generation,
+        "newest_generation": view.newest,
+        "state": view.state,
+        "reason": view.reason,
+        "paused": view.paused,
+        "bank_bytes": view.bank_bytes,
+        "bank_bytes_used": view.bank_used,
+        "registered": view.registered,
+        "resident": view.resident,
+        "arriving": view.arriving,
+        "pinned": view.pinned,
+    }

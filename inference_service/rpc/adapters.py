@@ -1,0 +1,150 @@
+"""The gRPC door to adapters, for operators."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from datetime import datetime
+from typing import Final
+
+import grpc
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from inference_service.engine.residents import State
+from inference_service.serving.adapters.manager import AdapterManager
+from inference_service.serving.adapters.views import AdapterView, Place, ReplicaView
+from loramux.inference.v1 import adapters_pb2 as pb
+from loramux.inference.v1 import adapters_pb2_grpc
+
+SERVICE_NAME: Final = pb.DESCRIPTOR.services_by_name["AdapterService"].full_name
+TIERS: Final = {Place.STORE: pb.TIER_STORE, Place.HOST: pb.TIER_HOST, Place.DEVICE: pb.TIER_DEVICE}
+RESIDENCIES: Final = {
+    State.ABSENT: pb.RESIDENCY_ABSENT,
+    State.LOADING: pb.RESIDENCY_LOADING,
+    State.HELD: pb.RESIDENCY_HELD,
+    State.COPYING: pb.RESIDENCY_COPYING,
+    State.RESIDENT: pb.RESIDENCY_RESIDENT,
+}
+
+
+class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
+    """Translates messages and nothing else; faults become statuses in the server's interceptor."""
+
+    def __init__(self, adapters: AdapterManager) -> None:
+        self._adapters = adapters
+
+    async def ListAdapters(  # noqa: N802 - grpc's name
+        self, request: pb.ListAdaptersRequest, _context: grpc.aio.ServicerContext
+    ) -> pb.ListAdaptersResponse:
+        """List adapters by name."""
+        page = self._adapters.list(request.page_token, request.page_size)
+        adapters = map(adapter_message, page.adapters)
+        return pb.ListAdaptersResponse(adapters=adapters, next_page_token=page.next_page)
+
+    async def GetAdapter(  # noqa: N802 - grpc's name
+        self, request: pb.GetAdapterRequest, _context: grpc.aio.ServicerContext
+    ) -> pb.GetAdapterResponse:
+        """Return one adapter."""
+        return pb.GetAdapterResponse(adapter=adapter_message(self._adapters.get(request.name)))
+
+    async def PinAdapter(  # noqa: N802 - grpc's name
+        self, request: pb.PinAdapterRequest, _context: grpc.aio.ServicerContext
+    ) -> pb.PinAdapterResponse:
+        """Keep a name resident."""
+        return pb.PinAdapterResponse(adapter=adapter_message(self._adapters.pin(request.name)))
+
+    async def UnpinAdapter(  # noqa: N802 - grpc's name
+        self, request: pb.UnpinAdapterRequest, _context: grpc.aio.ServicerContext
+    ) -> pb.UnpinAdapterResponse:
+        """Let a name leave."""
+        return pb.UnpinAdapterResponse(adapter=adapter_message(self._adapters.unpin(request.name)))
+
+    async def LoadAdapter(  # noqa: N802 - grpc's name
+        self, request: pb.LoadAdapterRequest, _context: grpc.aio.ServicerContext
+    ) -> pb.LoadAdapterResponse:
+        """Add an adapter, or give a name another version."""
+        loaded = await self._adapters.load(request.name, request.path, replace=request.replace)
+        return pb.LoadAdapterResponse(adapter=adapter_message(loaded.adapter), everywhere=loaded.everywhere)
+
+    async def UnloadAdapter(  # noqa: N802 - grpc's name
+        self, request: pb.UnloadAdapterRequest, _context: grpc.aio.ServicerContext
+    ) -> pb.UnloadAdapterResponse:
+        """Take a name away."""
+        return pb.UnloadAdapterResponse(generation=await self._adapters.unload(request.name))
+
+    async def RollbackReplica(  # noqa: N802 - grpc's name
+        self, request: pb.RollbackReplicaRequest, _context: grpc.aio.ServicerContext
+    ) -> pb.RollbackReplicaResponse:
+        """Have an older generation published again."""
+        to = request.to if request.HasField("to") else None
+        return pb.RollbackReplicaResponse(generation=await self._adapters.roll_back(to))
+
+    async def GetReplica(  # noqa: N802 - grpc's name
+        self, _request: pb.GetReplicaRequest, _context: grpc.aio.ServicerContext
+    ) -> pb.GetReplicaResponse:
+        """Say how the replica is."""
+        return pb.GetReplicaResponse(replica=replica_message(self._adapters.replica()))
+
+    async def WatchReplica(  # noqa: N802 - grpc's name
+        self, _request: pb.WatchReplicaRequest, _context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[pb.WatchReplicaResponse]:
+        """Say how the replica is, again at every change."""
+        async with aclosing(self._adapters.watch()) as views:
+            async for view in views:
+                yield pb.WatchReplicaResponse(replica=replica_message(view))
+
+
+def register(servicer: AdapterServicer, server: grpc.aio.Server) -> None:
+    """Add the service to a server."""
+    adapters_pb2_grpc.add_AdapterServiceServicer_to_server(servicer, server)  # type: ignore[no-untyped-call]
+
+
+def adapter_message(view: AdapterView) -> pb.AdapterState:
+    """Return an adapter as a message."""
+    failure = view.failure
+    return pb.AdapterState(
+        name=view.name,
+        digest=view.digest,
+        resident_digest=view.resident_digest,
+        generation=view.generation,
+        tier=TIERS[view.place],
+        residency=RESIDENCIES[view.state],
+        pinned=view.pinned,
+        in_flight=view.in_flight,
+        waiting=view.waiting,
+        bytes=view.num_bytes,
+        last_used=_time(view.last_used),
+        last_failure=pb.LoadFailure(reason=failure.reason, message=failure.message) if failure else None,
+        only_here=view.only_here,
+    )
+
+
+def replica_message(view: ReplicaView) -> pb.ReplicaState:
+    """Return a replica as a message."""
+    return pb.ReplicaState(
+        deployment=view.deployment,
+        generation=view.generation,
+        newest_generation=view.newest,
+        state=view.state,
+        reason=view.reason,
+        paused=view.paused,
+        bank_bytes=view.bank_bytes,
+        bank_bytes_used=view.bank_used,
+        registered=view.registered,
+        resident=view.resident,
+        arriving=view.arriving,
+        pinned=view.pinned,
+        loads=view.loads,
+        load_failures=view.failures,
+        evictions=view.evictions,
+        start_time=_time(view.started),
+        version=view.version,
+    )
+
+
+def _time(moment: datetime | None) -> Timestamp | None:
+    if moment is None:
+        return None
+    message = Timestamp()
+    message.FromDatetime(moment)
+    return message

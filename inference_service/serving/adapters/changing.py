@@ -1,0 +1,132 @@
+"""How a door changes what is served: through a builder or, for bundles, in this replica alone."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from inference_service.serving.adapters.paths import digest_of, repository_of
+from inference_service.serving.adapters.ports import Bundles, Follower, Names, Publisher
+from inference_service.serving.adapters.registry import Registry
+from loramux_shared.deployment import Repository
+from loramux_shared.faults import AdapterExists, Finding, GenerationMismatch, NoBuilder, RequestInvalid
+
+ATTEMPTS: Final = 5
+"""To add a name that must be new, while others change the deployment."""
+
+
+class Changing:
+    """Changes names, and returns when this replica serves the change.
+
+    A replica does not convert: what is not a bundle yet is given to a builder, which publishes the next
+    generation, so that a change through one replica reaches all of them and survives restarts.
+    """
+
+    def __init__(
+        self,
+        names: Names,
+        follower: Follower,
+        registry: Registry | None = None,
+        bundles: Bundles | None = None,
+        publisher: Publisher | None = None,
+    ) -> None:
+        """Change names; registry is None where they never change, publisher where no builder is known."""
+        self._names = names
+        self._follower = follower
+        self._registry = registry
+        self._bundles = bundles
+        self._publisher = publisher
+
+    async def add(self, name: str, path: str, *, replace: bool = False) -> bool:
+        """Add a name, or give it another version; return whether a generation of the deployment has it.
+
+        Raises:
+            RequestInvalid: the path names no adapter, or the name cannot be an adapter's of this replica.
+            AdapterExists: the name is taken, and is not to be replaced.
+            NoBuilder: the path names no bundle, and no builder is known; or no name can change here.
+            GenerationMismatch: others changed the deployment all the time.
+            ReplicaBehind: it was published, and this replica does not serve it yet.
+            BundleCorrupt: of bundle:DIGEST, the store has no such bundle.
+            StoreUnavailable: it does not answer.
+        """
+        digest = digest_of(path)
+        if name == self._names.base_name:
+            raise RequestInvalid(f"{name!r} is the base; an adapter needs a name of its own.")
+        if digest is not None:
+            await self._load_bundle(name, digest, replace=replace)
+            return False
+        await self._publish(name, repository_of(path), replace=replace)
+        return True
+
+    async def remove(self, name: str) -> int | None:
+        """Take a name away; return the generation that lacks it, or None where this replica alone had it.
+
+        Raises:
+            NoBuilder: a generation has it, and no builder is known.
+            ReplicaBehind: the generation was published, and this replica does not serve it yet.
+        """
+        if self._registry is not None and self._registry.is_own(name):
+            self._registry.remove(name)
+            return None
+        generation = await self._builder().remove(name)
+        await self._follower.catch_up(generation)
+        return generation
+
+    async def roll_back(self, to: int | None) -> int:
+        """Have an older generation published again; return its new number.
+
+        Raises:
+            NoBuilder: no builder is known.
+            ReplicaBehind: the generation was published, and this replica does not serve it yet.
+        """
+        generation = await self._builder().roll_back(to)
+        await self._follower.catch_up(generation)
+        return generation
+
+    def _builder(self) -> Publisher:
+        if self._publisher is None:
+            raise NoBuilder(
+                "this replica knows no builder, which alone can change the deployment. Start it with "
+                "--builder HOST:PORT, or load a bundle that the store has: bundle:DIGEST."
+            )
+        return self._publisher
+
+    def _taken(self, name: str) -> bool:
+        return any(model.name == name for model in self._names.everything)
+
+    def _require_free(self, name: str, *, replace: bool) -> None:
+        if not replace and self._taken(name):
+            raise AdapterExists(
+                f"The lora adapter '{name}' has already been loaded. Say load_inplace (replace), or unload it."
+            )
+
+    async def _publish(self, name: str, repository: Repository, *, replace: bool) -> None:
+        """Have the builder add a name; one that must be new is added to the very generation that lacks it."""
+        builder = self._builder()
+        for attempt in range(ATTEMPTS):
+            self._require_free(name, replace=replace)
+            served = self._names.generation
+            try:
+                number = await builder.add(name, repository, None if replace else served)
+            except GenerationMismatch:
+                if attempt == ATTEMPTS - 1:
+                    raise
+                await self._follower.catch_up(served + 1)
+            else:
+                await self._follower.catch_up(number)
+                return
+
+    async def _load_bundle(self, name: str, digest: str, *, replace: bool) -> None:
+        if self._registry is None or self._bundles is None:
+            raise NoBuilder("the names of this replica never change. Serve the bundle from another one.")
+        self._require_free(name, replace=replace)
+        record = await self._bundles.record(digest)
+        self._require_free(name, replace=replace)
+        if self._taken(name) and not self._registry.is_own(name):
+            found = Finding(
+                code="E_BAD_FIELD",
+                where="lora_name",
+                found="a name of the deployment",
+                fix="Load the bundle under another name, or change the deployment through a builder.",
+            )
+            raise RequestInvalid("a bundle is loaded into this replica alone.", [found])
+        self._registry.add(name, record)

@@ -1,0 +1,83 @@
+"""The adapters of a replica that has all of them from its start, and for good."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from inference_service.core.sequence import Adapter
+from inference_service.engine.residency import ResidencyStats
+from inference_service.engine.residents import Standing, State
+from inference_service.serving.adapters.manager import AdapterManager
+from inference_service.serving.adapters.pins import Pins
+from inference_service.serving.adapters.ports import Names
+from inference_service.serving.adapters.views import Facts
+from loramux_shared.faults import ReplicaBehind
+
+
+class AllResident:
+    """Adapters that have their slots for good: whatever is asked of them is so already."""
+
+    num_bytes = capacity = 0
+
+    def __init__(self, names: Names) -> None:
+        self._names = names
+        self.stats = ResidencyStats()
+
+    def standing(self, adapter: Adapter) -> Standing:
+        """Resident, and used by who knows whom."""
+        return Standing(adapter, State.RESIDENT, 0, 0, 0, pinned=False, last_used_s=None, failure=None)
+
+    def standings(self) -> list[Standing]:
+        """All of them."""
+        adapters = dict.fromkeys(model.adapter for model in self._names.everything)
+        return [self.standing(adapter) for adapter in adapters if adapter is not None]
+
+    def pin(self, adapter: Adapter) -> None:
+        """Nothing to do, as for the others."""
+
+    unpin = prefetch = drop = pin
+
+
+@dataclass(frozen=True)
+class FixedStanding:
+    """Of a replica that follows nothing."""
+
+    generation: int
+    state: str = "fixed"
+    stale: str = ""
+
+    @property
+    def newest(self) -> int:
+        """It looks for no other."""
+        return self.generation
+
+
+class FollowsNothing:
+    """Serves the generation of its start."""
+
+    def __init__(self, generation: int) -> None:
+        self.standing = FixedStanding(generation)
+
+    async def catch_up(self, number: int) -> None:
+        """Return where it is new enough already.
+
+        Raises:
+            ReplicaBehind: it is not, and will never be.
+        """
+        if number > self.standing.generation:
+            raise ReplicaBehind(
+                f"expected generation {number} or a newer one, this replica serves "
+                f"{self.standing.generation} and follows no deployment. Retry with another replica."
+            )
+
+
+def fixed_manager(
+    names: Names, deployment: str = "", paused: Callable[[], bool] = lambda: False
+) -> AdapterManager:
+    """Return the manager of adapters that were there at the start and never change."""
+    residency = AllResident(names)
+    pins = Pins(residency, lambda command: command())
+    facts = Facts(deployment, datetime.now(UTC))
+    return AdapterManager(names, residency, FollowsNothing(names.generation), pins, facts, paused=paused)

@@ -1,0 +1,267 @@
+"""What doors can do with adapters: look at them, pin them, have them loaded and unloaded."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+from bisect import bisect_right
+from collections.abc import AsyncGenerator, Callable
+from datetime import UTC, datetime, timedelta
+from importlib.metadata import version
+from typing import Final
+
+from inference_service.core.sequence import Adapter
+from inference_service.engine.residents import State
+from inference_service.serving.adapters.changing import Changing
+from inference_service.serving.adapters.pins import Pins
+from inference_service.serving.adapters.ports import Bundles, Follower, Names, Publisher, Residency
+from inference_service.serving.adapters.registry import Registry
+from inference_service.serving.adapters.views import (
+    PLACES,
+    AdapterPage,
+    AdapterView,
+    Facts,
+    Loaded,
+    Place,
+    ReplicaView,
+)
+from inference_service.serving.catalog import ServedModel
+from loramux_shared.access.rights import ACCESS
+from loramux_shared.bundle.manifest import Generation
+from loramux_shared.faults import PageTokenInvalid, RequestInvalid
+
+PAGE: Final = 100
+MAX_PAGE: Final = 1000
+"""Names of a page."""
+MAX_TOKEN: Final = 256
+"""Characters of a page token: it is a name."""
+WATCH_S: Final = 0.1
+"""Between two looks at what a watcher is told."""
+BLIND: Final = "the store cannot be read; the server's log says why"
+
+
+class AdapterManager:
+    """The adapters of a replica, for operators. Used on the event loop alone."""
+
+    def __init__(
+        self,
+        names: Names,
+        residency: Residency,
+        follower: Follower,
+        pins: Pins,
+        facts: Facts,
+        *,
+        registry: Registry | None = None,
+        bundles: Bundles | None = None,
+        publisher: Publisher | None = None,
+        paused: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """Manage what is there; registry is None where names never change, publisher without a builder."""
+        self._names = names
+        self._residency = residency
+        self._follower = follower
+        self._pins = pins
+        self.facts = facts
+        self._registry = registry
+        self._changing = Changing(names, follower, registry, bundles, publisher)
+        self._paused = paused
+
+    @property
+    def residency(self) -> Residency:
+        """Which adapters are in the bank."""
+        return self._residency
+
+    def take(self, generation: Generation) -> None:
+        """Take over a generation, in one step; the follower calls this."""
+        if self._registry is None:
+            raise RuntimeError("the names of this replica never change")
+        self._registry.take(generation)
+
+    def place_of(self, model: ServedModel) -> Place:
+        """Say where a model's matrices are; costs next to nothing."""
+        if model.adapter is None:
+            return Place.DEVICE
+        return PLACES[self._residency.standing(model.adapter).state]
+
+    def is_pinned(self, name: str) -> bool:
+        """True for a name that is pinned."""
+        return name in self._pins
+
+    def list(self, after: str = "", limit: int = PAGE) -> AdapterPage:
+        """Return the adapters behind a name, in the order of their names; only those are looked at.
+
+        Raises:
+            PageTokenInvalid: after is no name that any answer gave.
+        """
+        if len(after) > MAX_TOKEN:
+            raise PageTokenInvalid("expected the next_page_token of the last answer, found something longer.")
+        models, access = self._names.everything, ACCESS.get()
+        first = 1 if models and models[0].name == self._names.base_name else 0
+        begin = bisect_right(models, after, lo=first, key=lambda model: model.name)
+        visible = (models[at] for at in range(begin, len(models)) if access.may_use(models[at].name))
+        found = list(itertools.islice(visible, min(limit or PAGE, MAX_PAGE) + 1))
+        page = found[: min(limit or PAGE, MAX_PAGE)]
+        more = page[-1].name if len(found) > len(page) else ""
+        return AdapterPage(tuple(map(self._view, page)), more)
+
+    def get(self, name: str) -> AdapterView:
+        """Return one adapter.
+
+        Raises:
+            ModelNotFound: there is no such name.
+            RequestInvalid: it is the base's.
+        """
+        return self._view(self._adapter(name))
+
+    def pin(self, name: str) -> AdapterView:
+        """Keep a name resident, whatever version it stands for; its load begins now if it is not there.
+
+        Raises:
+            ModelNotFound: there is no such name.
+            RequestInvalid: it is the base's, or the adapter is merged into the weights, which nothing leaves.
+        """
+        model = self._adapter(name)
+        if model.adapter is None:
+            raise RequestInvalid(f"{name!r} is merged into the base's weights and cannot leave; pin nothing.")
+        self._pins.pin(name, model.adapter)
+        return self._view(model)
+
+    def unpin(self, name: str) -> AdapterView:
+        """Let a name leave when others need its place; repeating it changes nothing.
+
+        Raises:
+            ModelNotFound: there is no such name.
+            RequestInvalid: it is the base's.
+        """
+        model = self._adapter(name)
+        self._pins.unpin(name)
+        return self._view(model)
+
+    async def load(self, name: str, path: str, *, replace: bool = False) -> Loaded:
+        """Have an adapter built and published, or a bundle registered, and return when it is served here.
+
+        Raises:
+            RequestInvalid: the path names no adapter, or the name cannot be an adapter's of this replica.
+            AdapterExists: the name is taken, and is not to be replaced.
+            NoBuilder: the path names no bundle, and this replica knows no builder; or no name can change here.
+            GenerationMismatch: others changed the deployment all the time. Try again.
+            ReplicaBehind: it was published, and this replica does not serve it yet.
+            BundleCorrupt: of bundle:DIGEST, the store has no such bundle.
+            StoreUnavailable: it does not answer.
+        """
+        everywhere = await self._changing.add(name, path, replace=replace)
+        model = self._adapter(name)
+        if model.adapter is not None:
+            self._pins.prefetch(model.adapter)
+        return Loaded(self._view(model), everywhere)
+
+    async def unload(self, name: str) -> int | None:
+        """Take a name away; return the generation that lacks it, or None where this replica alone had it.
+
+        Requests that are under way end on the version that they began with.
+
+        Raises:
+            ModelNotFound: there is no such name.
+            RequestInvalid: it is the base's.
+            NoBuilder: a generation has it, and this replica knows no builder.
+            ReplicaBehind: the generation was published, and this replica does not serve it yet.
+        """
+        self._adapter(name)
+        return await self._changing.remove(name)
+
+    async def roll_back(self, to: int | None = None) -> int:
+        """Have an older generation published again, and return its new number when it is served here.
+
+        Raises:
+            NoBuilder: this replica knows no builder.
+            ReplicaBehind: the generation was published, and this replica does not serve it yet.
+        """
+        return await self._changing.roll_back(to)
+
+    def replica(self) -> ReplicaView:
+        """Say how the replica is; costs no more than there are adapters in the bank or on their way."""
+        standing, stats = self._follower.standing, self._residency.stats
+        states = [each.state for each in self._residency.standings()]
+        resident = states.count(State.RESIDENT)
+        served_base = any(model.name == self._names.base_name for model in self._names.everything[:1])
+        return ReplicaView(
+            deployment=self.facts.deployment,
+            generation=standing.generation,
+            newest=standing.newest,
+            state=str(standing.state),
+            reason=standing.stale or (BLIND if str(standing.state) == "blind" else ""),
+            paused=self._paused(),
+            bank_bytes=self._residency.capacity,
+            bank_used=self._residency.num_bytes,
+            registered=len(self._names.everything) - served_base,
+            resident=resident,
+            arriving=len(states) - resident - states.count(State.ABSENT),
+            pinned=len(self._pins),
+            loads=stats.loads,
+            failures=stats.failures,
+            evictions=stats.evictions,
+            started=self.facts.started,
+            version=version("loramux"),
+        )
+
+    async def watch(self) -> AsyncGenerator[ReplicaView]:
+        """Yield how the replica is: at once, and again whenever `ReplicaView.standing` changes."""
+        told: tuple[object, ...] | None = None
+        while True:
+            view = self.replica()
+            if view.standing != told:
+                told = view.standing
+                yield view
+            await asyncio.sleep(WATCH_S)
+
+    def _adapter(self, name: str) -> ServedModel:
+        if name == self._names.base_name:
+            raise RequestInvalid(f"{name!r} is the base; expected the name of an adapter.")
+        return self._names.get(name)
+
+    def _view(self, model: ServedModel) -> AdapterView:
+        own = self._registry is not None and self._registry.is_own(model.name)
+        if model.adapter is None:
+            return AdapterView(
+                model.name,
+                model.digest,
+                model.digest,
+                self._names.generation,
+                Place.DEVICE,
+                State.RESIDENT,
+                pinned=True,
+                in_flight=0,
+                waiting=0,
+                num_bytes=0,
+                last_used=None,
+                failure=None,
+                only_here=own,
+            )
+        standing = self._residency.standing(model.adapter)
+        return AdapterView(
+            model.name,
+            model.digest,
+            self._resident_digest(model.name, model.adapter),
+            self._names.generation,
+            PLACES[standing.state],
+            standing.state,
+            pinned=model.name in self._pins,
+            in_flight=standing.in_flight,
+            waiting=standing.waiting,
+            num_bytes=standing.num_bytes,
+            last_used=_wall_time(standing.last_used_s),
+            failure=standing.failure,
+            only_here=own,
+        )
+
+    def _resident_digest(self, name: str, adapter: Adapter) -> str:
+        before = self._registry.version_before(name) if self._registry is not None else None
+        found = next((each for each in (adapter, before) if each is not None and each.slot is not None), None)
+        return found.digest if found is not None else ""
+
+
+def _wall_time(monotonic_s: float | None) -> datetime | None:
+    if monotonic_s is None:
+        return None
+    return datetime.now(UTC) - timedelta(seconds=time.monotonic() - monotonic_s)

@@ -1,0 +1,257 @@
+"""What operators ask of a replica: records of adapters and replicas, and both clients' calls for them."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Callable, Generator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, TypeVar
+
+import grpc
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from loramux.inference.v1 import adapters_pb2 as pb
+from loramux.inference.v1.adapters_pb2_grpc import AdapterServiceStub
+from loramux_shared.faults import FAULTS, Fault, InternalFault
+from loramux_shared.rpc.status import fault_of
+
+# The generated stubs have no types; what they answer is typed here.
+adapter_stub: Callable[[Any], Any] = AdapterServiceStub
+BUILD_TIMEOUT_S = 3600.0
+"""Of calls that wait for a build."""
+_PAGE = 1000
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class AdapterStatus:
+    """A registered adapter of a replica."""
+
+    name: str
+    digest: str
+    """The version that the name stands for."""
+    resident_digest: str
+    """The version of the name that is in the bank; empty where there is none."""
+    generation: int
+    tier: str
+    """store, host or device."""
+    residency: str
+    """absent, loading, held, copying or resident."""
+    pinned: bool
+    in_flight: int
+    waiting: int
+    num_bytes: int
+    last_used: datetime | None
+    last_failure: Fault | None
+    """Why its last load failed."""
+    only_here: bool
+    """Whether it was loaded into this replica alone."""
+
+
+@dataclass(frozen=True)
+class ReplicaStatus:
+    """A replica."""
+
+    deployment: str
+    generation: int
+    newest_generation: int
+    state: str
+    """fixed, current, stale or blind."""
+    reason: str
+    """Why it is stale or blind."""
+    paused: bool
+    bank_bytes: int
+    bank_bytes_used: int
+    registered: int
+    resident: int
+    arriving: int
+    pinned: int
+    loads: int
+    load_failures: int
+    evictions: int
+    start_time: datetime | None
+    version: str
+
+
+def adapter_of(message: pb.AdapterState) -> AdapterStatus:
+    """Return an adapter."""
+    return AdapterStatus(
+        name=message.name,
+        digest=message.digest,
+        resident_digest=message.resident_digest,
+        generation=message.generation,
+        tier=_word(pb.Tier, message.tier),
+        residency=_word(pb.Residency, message.residency),
+        pinned=message.pinned,
+        in_flight=message.in_flight,
+        waiting=message.waiting,
+        num_bytes=message.bytes,
+        last_used=_time(message.last_used),
+        last_failure=_failure(message.last_failure) if message.HasField("last_failure") else None,
+        only_here=message.only_here,
+    )
+
+
+def replica_of(message: pb.ReplicaState) -> ReplicaStatus:
+    """Return a replica."""
+    fields = {name: getattr(message, name) for name in ReplicaStatus.__dataclass_fields__}
+    return ReplicaStatus(**fields | {"start_time": _time(message.start_time)})
+
+
+def _word(kind: Any, number: int) -> str:
+    """Return the last word of an enum's value; of one that is not known here its number."""
+    return kind.Name(number).rpartition("_")[2].lower() if number in kind.values() else str(number)
+
+
+def _failure(message: pb.LoadFailure) -> Fault:
+    return FAULTS.get(message.reason, InternalFault)(message.message)
+
+
+def _time(message: Timestamp) -> datetime | None:
+    return message.ToDatetime(UTC) if message.ByteSize() else None
+
+
+@contextmanager
+def _named(target: str) -> Iterator[None]:
+    try:
+        yield
+    except grpc.RpcError as error:
+        raise fault_of(error, target) from error
+
+
+class Operations:
+    """What `loramux.Client` can do with the adapters of a replica; it wants a key with the scope admin."""
+
+    inference: str
+    timeout_s: float | None
+    _adapters: Any
+    _stream: Callable[..., Generator[Any, None, None]]
+
+    def _operate(self, method: str, request: Any, timeout_s: float | None) -> Any:
+        with _named(self.inference):
+            return getattr(self._adapters, method)(request, timeout=timeout_s)
+
+    def adapters(self) -> list[AdapterStatus]:
+        """Return all adapters, by name."""
+        found: list[AdapterStatus] = []
+        token = ""
+        while True:
+            request = pb.ListAdaptersRequest(page_size=_PAGE, page_token=token)
+            answer = self._operate("ListAdapters", request, self.timeout_s)
+            found += map(adapter_of, answer.adapters)
+            token = answer.next_page_token
+            if not token:
+                return found
+
+    def adapter(self, name: str) -> AdapterStatus:
+        """Return one adapter."""
+        return adapter_of(self._operate("GetAdapter", pb.GetAdapterRequest(name=name), self.timeout_s).adapter)
+
+    def pin(self, name: str) -> AdapterStatus:
+        """Keep a name resident, whatever version it stands for."""
+        return adapter_of(self._operate("PinAdapter", pb.PinAdapterRequest(name=name), self.timeout_s).adapter)
+
+    def unpin(self, name: str) -> AdapterStatus:
+        """Let a name leave when others need its place."""
+        request = pb.UnpinAdapterRequest(name=name)
+        return adapter_of(self._operate("UnpinAdapter", request, self.timeout_s).adapter)
+
+    def load(
+        self, name: str, path: str, *, replace: bool = False, timeout_s: float | None = BUILD_TIMEOUT_S
+    ) -> AdapterStatus:
+        """Have an adapter built, published and served; ``bundle:DIGEST`` is loaded into this replica alone."""
+        request = pb.LoadAdapterRequest(name=name, path=path, replace=replace)
+        return adapter_of(self._operate("LoadAdapter", request, timeout_s).adapter)
+
+    def unload(self, name: str, *, timeout_s: float | None = BUILD_TIMEOUT_S) -> None:
+        """Take a name away; requests under way end on the version that they began with."""
+        self._operate("UnloadAdapter", pb.UnloadAdapterRequest(name=name), timeout_s)
+
+    def rollback_replica(self, to: int | None = None, *, timeout_s: float | None = BUILD_TIMEOUT_S) -> int:
+        """Have an older generation published again; return its new number once this replica serves it."""
+        answer = self._operate("RollbackReplica", pb.RollbackReplicaRequest(to=to), timeout_s)
+        return int(answer.generation)
+
+    def replica(self) -> ReplicaStatus:
+        """Say how the replica is."""
+        return replica_of(self._operate("GetReplica", pb.GetReplicaRequest(), self.timeout_s).replica)
+
+    def watch_replica(self, *, timeout_s: float | None = None) -> Generator[ReplicaStatus, None, None]:
+        """Stream how the replica is: at once, then every change."""
+        return self._stream(
+            lambda: self._adapters.WatchReplica(pb.WatchReplicaRequest(), timeout=timeout_s),
+            self.inference,
+            lambda message: replica_of(message.replica),
+        )
+
+
+class AsyncOperations:
+    """What `loramux.AsyncClient` can do with the adapters of a replica, with the methods of `Operations`."""
+
+    inference: str
+    timeout_s: float | None
+    _adapters: Any
+    _stream: Callable[..., AsyncGenerator[Any, None]]
+
+    async def _operate(self, method: str, request: Any, timeout_s: float | None) -> Any:
+        with _named(self.inference):
+            return await getattr(self._adapters, method)(request, timeout=timeout_s)
+
+    async def adapters(self) -> list[AdapterStatus]:
+        """Return all adapters, by name."""
+        found: list[AdapterStatus] = []
+        token = ""
+        while True:
+            request = pb.ListAdaptersRequest(page_size=_PAGE, page_token=token)
+            answer = await self._operate("ListAdapters", request, self.timeout_s)
+            found += map(adapter_of, answer.adapters)
+            token = answer.next_page_token
+            if not token:
+                return found
+
+    async def adapter(self, name: str) -> AdapterStatus:
+        """Return one adapter."""
+        answer = await self._operate("GetAdapter", pb.GetAdapterRequest(name=name), self.timeout_s)
+        return adapter_of(answer.adapter)
+
+    async def pin(self, name: str) -> AdapterStatus:
+        """Keep a name resident, whatever version it stands for."""
+        answer = await self._operate("PinAdapter", pb.PinAdapterRequest(name=name), self.timeout_s)
+        return adapter_of(answer.adapter)
+
+    async def unpin(self, name: str) -> AdapterStatus:
+        """Let a name leave when others need its place."""
+        answer = await self._operate("UnpinAdapter", pb.UnpinAdapterRequest(name=name), self.timeout_s)
+        return adapter_of(answer.adapter)
+
+    async def load(
+        self, name: str, path: str, *, replace: bool = False, timeout_s: float | None = BUILD_TIMEOUT_S
+    ) -> AdapterStatus:
+        """Have an adapter built, published and served; ``bundle:DIGEST`` is loaded into this replica alone."""
+        request = pb.LoadAdapterRequest(name=name, path=path, replace=replace)
+        return adapter_of((await self._operate("LoadAdapter", request, timeout_s)).adapter)
+
+    async def unload(self, name: str, *, timeout_s: float | None = BUILD_TIMEOUT_S) -> None:
+        """Take a name away; requests under way end on the version that they began with."""
+        await self._operate("UnloadAdapter", pb.UnloadAdapterRequest(name=name), timeout_s)
+
+    async def rollback_replica(
+        self, to: int | None = None, *, timeout_s: float | None = BUILD_TIMEOUT_S
+    ) -> int:
+        """Have an older generation published again; return its new number once this replica serves it."""
+        answer = await self._operate("RollbackReplica", pb.RollbackReplicaRequest(to=to), timeout_s)
+        return int(answer.generation)
+
+    async def replica(self) -> ReplicaStatus:
+        """Say how the replica is."""
+        answer = await self._operate("GetReplica", pb.GetReplicaRequest(), self.timeout_s)
+        return replica_of(answer.replica)
+
+    def watch_replica(self, *, timeout_s: float | None = None) -> AsyncGenerator[ReplicaStatus, None]:
+        """Stream how the replica is: at once, then every change."""
+        return self._stream(
+            lambda: self._adapters.WatchReplica(pb.WatchReplicaRequest(), timeout=timeout_s),
+            self.inference,
+            lambda message: replica_of(message.replica),
+        )

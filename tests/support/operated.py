@@ -1,0 +1,281 @@
+"""A replica for tests of what operators do: real manager, pins and registry; no engine, store or builder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+
+from inference_service.core.sequence import Adapter
+from inference_service.engine.residency import ResidencyStats
+from inference_service.engine.residents import Standing, State
+from inference_service.serving.adapters.manager import AdapterManager
+from inference_service.serving.adapters.pins import Pins
+from inference_service.serving.adapters.registry import Registry
+from inference_service.serving.adapters.views import Facts
+from inference_service.serving.catalog import Catalog, ServedModel
+from loramux_shared.bundle.manifest import AdapterRecord, BaseRecord, Generation
+from loramux_shared.deployment import Dtype, Repository, SourceKind
+from loramux_shared.faults import (
+    BundleCorrupt,
+    Fault,
+    GenerationMismatch,
+    ModelNotFound,
+    ReplicaBehind,
+)
+
+
+def digest_of(number: int) -> str:
+    """A digest of its own for each number."""
+    return f"{number:064x}"
+
+
+def record(number: int) -> AdapterRecord:
+    """A version."""
+    return AdapterRecord(
+        digest=digest_of(number), source=Repository(source=SourceKind.HF, repo=f"org/lora-{number}")
+    )
+
+
+def generation(number: int, adapters: Mapping[str, int]) -> Generation:
+    """A generation whose adapters have numbered versions."""
+    return Generation(
+        deployment="demo",
+        number=number,
+        create_time=datetime(2026, 1, 2, tzinfo=UTC),
+        served_model_name="base",
+        base=BaseRecord(source=Repository(source=SourceKind.HF, repo="org/base"), files={}),
+        adapters={name: record(version) for name, version in adapters.items()},
+        max_lora_rank=64,
+        lora_dtype=Dtype.BFLOAT16,
+    )
+
+
+@dataclass(frozen=True)
+class FakeChanges:
+    """What a generation made of the names."""
+
+    added: tuple[str, ...]
+    switched: tuple[str, ...]
+    removed: tuple[str, ...]
+
+
+class FakeNames(Catalog):
+    """A catalog that takes over generations, with one handle for each digest."""
+
+    def __init__(self, started: Generation) -> None:
+        super().__init__(0, "base", [])
+        self.handles: dict[str, Adapter] = {}
+        self.apply(started)
+
+    def apply(self, generation: Generation) -> FakeChanges:
+        """Take over a generation."""
+        before = {model.name: model.digest for model in self.everything if model.digest}
+        after = {name: each.digest for name, each in generation.adapters.items()}
+        models = [ServedModel("base")]
+        for name in sorted(after):
+            adapter = self.handles.setdefault(after[name], Adapter(after[name]))
+            models.append(ServedModel(name, adapter, digest=after[name], ranks=(4, 8)))
+        self._models = {model.name: model for model in models}
+        self.generation = generation.number
+        return FakeChanges(
+            tuple(after.keys() - before.keys()),
+            tuple(name for name in before if name in after and after[name] != before[name]),
+            tuple(before.keys() - after.keys()),
+        )
+
+
+class FakeResidency:
+    """Loads at once what is pinned or prefetched, unless it is told to fail."""
+
+    capacity = 1000
+
+    def __init__(self) -> None:
+        self.stats = ResidencyStats()
+        self.calls: list[tuple[str, str]] = []
+        """What was asked for, by the last digits of the digest."""
+        self.known: dict[Adapter, Standing] = {}
+        self.fails: Fault | None = None
+        self.looked_at = 0
+
+    @property
+    def num_bytes(self) -> int:
+        """What is resident."""
+        return sum(each.num_bytes for each in self.known.values() if each.state is State.RESIDENT)
+
+    def standing(self, adapter: Adapter) -> Standing:
+        """Say what is known."""
+        self.looked_at += 1
+        absent = Standing(adapter, State.ABSENT, 0, 0, 0, pinned=False, last_used_s=None, failure=None)
+        return self.known.get(adapter, absent)
+
+    def standings(self) -> list[Standing]:
+        """The same of all."""
+        return list(self.known.values())
+
+    def hold(self, adapter: Adapter, *, in_flight: int = 0, used_s: float | None = None) -> None:
+        """Have an adapter resident."""
+        adapter.slot = len(self.known)
+        self.stats.loads += 1
+        self.known[adapter] = Standing(
+            adapter, State.RESIDENT, 100, in_flight, 0, pinned=False, last_used_s=used_s, failure=None
+        )
+
+    def pin(self, adapter: Adapter) -> None:
+        """Load it."""
+        self._note("pin", adapter)
+        self._bring(adapter)
+
+    def unpin(self, adapter: Adapter) -> None:
+        """Note it."""
+        self._note("unpin", adapter)
+
+    def prefetch(self, adapter: Adapter) -> None:
+        """Load it."""
+        self._note("prefetch", adapter)
+        self._bring(adapter)
+
+    def drop(self, adapter: Adapter) -> None:
+        """Let it leave."""
+        self._note("drop", adapter)
+        adapter.slot = None
+        self.known.pop(adapter, None)
+
+    def _note(self, what: str, adapter: Adapter) -> None:
+        self.calls.append((what, adapter.digest.lstrip("0")))
+
+    def _bring(self, adapter: Adapter) -> None:
+        if self.fails is not None:
+            self.stats.failures += 1
+            self.known[adapter] = Standing(
+                adapter, State.ABSENT, 0, 0, 0, pinned=True, last_used_s=None, failure=self.fails
+            )
+        elif adapter not in self.known:
+            self.hold(adapter)
+
+
+@dataclass
+class FakeStanding:
+    """Where the replica is."""
+
+    generation: int
+    newest: int
+    state: str = "current"
+    stale: str = ""
+
+
+class FakeDeployment:
+    """A deployment with its builder, and a replica that follows it when it is asked to."""
+
+    def __init__(self, started: Generation) -> None:
+        self.history = [started]
+        self.standing = FakeStanding(started.number, started.number)
+        self.manager: AdapterManager | None = None
+        self.asked: list[tuple[str, Repository, int | None]] = []
+        self.racing: list[Mapping[str, int]] = []
+        """What others publish right before the next changes."""
+        self.refuses: Fault | None = None
+
+    @property
+    def newest(self) -> Generation:
+        """The one that is served."""
+        return self.history[-1]
+
+    def publish(self, adapters: Mapping[str, AdapterRecord]) -> int:
+        """Publish a generation."""
+        number = self.newest.number + 1
+        self.history.append(self.newest.model_copy(update={"number": number, "adapters": dict(adapters)}))
+        return number
+
+    async def add(self, name: str, repository: Repository, expected: int | None) -> int:
+        """Publish one more, or another version."""
+        self.asked.append((name, repository, expected))
+        self._race()
+        if expected not in (None, self.newest.number):
+            raise GenerationMismatch(f"expected {expected}, found {self.newest.number}")
+        return self.publish(self.newest.adapters | {name: record(1000 + len(self.history))})
+
+    async def remove(self, name: str) -> int:
+        """Publish one less."""
+        self._race()
+        if name not in self.newest.adapters:
+            raise ModelNotFound(f"no adapter {name!r} in the deployment")
+        return self.publish({other: each for other, each in self.newest.adapters.items() if other != name})
+
+    async def roll_back(self, to: int | None) -> int:
+        """Publish an older one."""
+        self._race()
+        return self.publish(self.history[-2 if to is None else to - 1].adapters)
+
+    async def catch_up(self, number: int) -> None:
+        """Take the newest over."""
+        if self.newest.number < number:
+            raise ReplicaBehind(f"expected {number}, found {self.newest.number}")
+        assert self.manager is not None
+        self.manager.take(self.newest)
+        self.standing.generation = self.standing.newest = self.newest.number
+
+    def _race(self) -> None:
+        if self.refuses is not None:
+            raise self.refuses
+        if self.racing:
+            self.publish({name: record(version) for name, version in self.racing.pop(0).items()})
+
+
+class FakeBundles:
+    """A store with one bundle."""
+
+    def __init__(self, *digests: str) -> None:
+        self.digests = set(digests)
+
+    async def record(self, digest: str) -> AdapterRecord:
+        """Describe it."""
+        if digest not in self.digests:
+            raise BundleCorrupt(f"the store has no bundle {digest[:12]}")
+        source = Repository(source=SourceKind.HF, repo="org/pushed")
+        return AdapterRecord(digest=digest, source=source)
+
+
+@dataclass
+class Operated:
+    """A manager, and what it manages."""
+
+    names: FakeNames
+    residency: FakeResidency
+    deployment: FakeDeployment
+    manager: AdapterManager
+    pauses: list[bool] = field(default_factory=lambda: [False])
+
+    def adapter(self, name: str) -> Adapter:
+        """The handle of a name."""
+        found = self.names.get(name).adapter
+        assert found is not None
+        return found
+
+
+def operated(
+    adapters: Mapping[str, int] | Iterable[str] = ("one", "two"),
+    *,
+    builder: bool = True,
+    bundles: tuple[str, ...] = (),
+) -> Operated:
+    """A replica at generation 1; names have versions of their numbers."""
+    versions = dict(adapters) if isinstance(adapters, Mapping) else {}
+    versions = versions or {name: number for number, name in enumerate(adapters, start=1)}
+    started = generation(1, versions)
+    names, residency, deployment = FakeNames(started), FakeResidency(), FakeDeployment(started)
+    pins = Pins(residency, lambda command: command())
+    pauses = [False]
+    manager = AdapterManager(
+        names,
+        residency,
+        deployment,
+        pins,
+        Facts("demo", datetime.now(UTC), dtype="bfloat16", max_lora_rank=64),
+        registry=Registry(names, started, pins),
+        bundles=FakeBundles(*bundles),
+        publisher=deployment if builder else None,
+        paused=lambda: pauses[0],
+    )
+    deployment.manager = manager
+    return Operated(names, residency, deployment, manager, pauses)

@@ -1,0 +1,329 @@
+"""What operators can do with adapters, and how names keep their pins while versions come and go."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+from inference_service.engine.residents import State
+from inference_service.serving.adapters.fixed import fixed_manager
+from inference_service.serving.adapters.paths import digest_of as digest_in
+from inference_service.serving.adapters.paths import repository_of
+from inference_service.serving.adapters.views import Place
+from inference_service.serving.catalog import Catalog, ServedModel
+from loramux_shared.access.rights import ACCESS, Access, Scope
+from loramux_shared.deployment import SourceKind
+from loramux_shared.faults import (
+    AdapterExists,
+    AdapterInvalid,
+    BundleCorrupt,
+    GenerationMismatch,
+    ModelNotFound,
+    NoBuilder,
+    PageTokenInvalid,
+    ReplicaBehind,
+    RequestInvalid,
+)
+from tests.support.operated import digest_of, generation, operated
+
+
+def test_pages_give_every_name_once_and_look_at_no_other() -> None:
+    """Of 10,000 names a page of ten looks at ten; all pages together are all names in their order."""
+    names = [f"lora-{number:05}" for number in range(10_000)]
+    replica = operated(names)
+    page = replica.manager.list(limit=10)
+    assert [each.name for each in page.adapters] == names[:10]
+    assert replica.residency.looked_at == 10
+    found, after = [], ""
+    while True:
+        page = replica.manager.list(after, 1000)
+        found += [each.name for each in page.adapters]
+        after = page.next_page
+        if not after:
+            break
+    assert found == names
+    with pytest.raises(PageTokenInvalid):
+        replica.manager.list("x" * 300)
+
+
+def test_a_page_goes_on_where_its_name_was_removed() -> None:
+    """The token is a name; the next page begins behind it though it is there no more."""
+    replica = operated(["a", "b", "c", "d"])
+    first = replica.manager.list(limit=2)
+    replica.manager.take(generation(2, {"a": 1, "c": 3, "d": 4}))
+    assert [each.name for each in replica.manager.list(first.next_page).adapters] == ["c", "d"]
+
+
+def test_a_key_of_some_models_sees_those() -> None:
+    """Also an admin key can be limited; pages of it are as full as others."""
+    replica = operated(["a", "b", "c", "d"])
+    token = ACCESS.set(Access("k", frozenset({Scope.ADMIN}), frozenset({"b", "d"})))
+    try:
+        page = replica.manager.list(limit=2)
+        assert ([each.name for each in page.adapters], page.next_page) == (["b", "d"], "")
+        with pytest.raises(ModelNotFound):
+            replica.manager.pin("a")
+    finally:
+        ACCESS.reset(token)
+
+
+def test_a_view_says_where_an_adapter_is() -> None:
+    """Where it is, since when it was not used, how many use it, and why it could not be loaded."""
+    replica = operated()
+    assert replica.manager.get("one").place is Place.STORE
+    replica.residency.hold(replica.adapter("one"), in_flight=3, used_s=time.monotonic() - 60)
+    view = replica.manager.get("one")
+    assert (view.place, view.state, view.in_flight, view.num_bytes) == (Place.DEVICE, State.RESIDENT, 3, 100)
+    assert view.digest == view.resident_digest == digest_of(1)
+    assert view.last_used is not None
+    assert 59 < (datetime.now(UTC) - view.last_used).total_seconds() < 65
+    replica.residency.fails = BundleCorrupt("two is damaged")
+    failed = replica.manager.pin("two")
+    assert failed.failure is not None
+    assert (failed.place, failed.failure.reason, failed.pinned) == (Place.STORE, "BUNDLE_CORRUPT", True)
+
+
+def test_the_base_is_no_adapter() -> None:
+    """It cannot be asked for, pinned, loaded over or unloaded; an unknown name is not found."""
+    manager = operated().manager
+    for ask in (manager.get, manager.pin, manager.unpin):
+        with pytest.raises(RequestInvalid):
+            ask("base")
+        with pytest.raises(ModelNotFound):
+            ask("nobody")
+
+
+def test_a_pin_follows_its_name() -> None:
+    """The new version is pinned before the old one is let go; unpinning lets the present one go."""
+    replica = operated()
+    replica.manager.pin("one")
+    replica.manager.take(generation(2, {"one": 11, "two": 2}))
+    replica.manager.unpin("one")
+    replica.manager.unpin("one")
+    assert replica.residency.calls == [("pin", "1"), ("pin", "b"), ("unpin", "1"), ("unpin", "b")]
+    assert not replica.manager.get("one").pinned
+
+
+def test_names_of_one_version_share_its_pin() -> None:
+    """The version is let go when the last of its pinned names is."""
+    replica = operated({"a": 1, "b": 1})
+    for name in ("a", "b"):
+        replica.manager.pin(name)
+    replica.manager.unpin("a")
+    assert ("unpin", "1") not in replica.residency.calls
+    replica.manager.unpin("b")
+    assert replica.residency.calls[-1] == ("unpin", "1")
+
+
+def test_the_successor_of_a_resident_version_is_brought_in() -> None:
+    """And that of one that nobody uses is not; until it is there the view tells the old one."""
+    replica = operated()
+    replica.residency.hold(replica.adapter("one"))
+    replica.manager.take(generation(2, {"one": 11, "two": 12}))
+    assert replica.residency.calls == [("prefetch", "b")]
+    replica.adapter("one").slot = None
+    view = replica.manager.get("one")
+    assert (view.digest, view.resident_digest, view.generation) == (digest_of(11), digest_of(1), 2)
+
+
+def test_a_removed_name_leaves_unless_another_stands_for_its_version() -> None:
+    """What no name stands for may leave at once; its pin is forgotten."""
+    replica = operated({"a": 1, "b": 1, "c": 3})
+    replica.manager.pin("a")
+    replica.manager.pin("c")
+    replica.manager.take(generation(2, {"b": 1}))
+    assert replica.residency.calls[2:] == [("unpin", "1"), ("unpin", "3"), ("drop", "3")]
+    assert replica.manager.replica().pinned == 0
+
+
+async def test_a_load_is_published_and_served_when_it_returns() -> None:
+    """The builder is given the repository; then the name is served here, and brought in."""
+    replica = operated()
+    loaded = await replica.manager.load("three", "hf://org/three@main")
+    [(name, repository, expected)] = replica.deployment.asked
+    assert (name, repository.repo, repository.revision, expected) == ("three", "org/three", "main", 1)
+    assert loaded.everywhere
+    assert replica.manager.replica().generation == 2
+    assert loaded.adapter.generation == 2
+    assert replica.residency.calls == [("prefetch", loaded.adapter.digest.lstrip("0"))]
+
+
+async def test_a_taken_name_is_replaced_only_when_that_is_said() -> None:
+    """With the words that clients look for; replacing takes what is newest, whatever this replica serves."""
+    replica = operated()
+    with pytest.raises(AdapterExists, match="has already been loaded"):
+        await replica.manager.load("one", "org/one")
+    before = replica.manager.get("one").digest
+    loaded = await replica.manager.load("one", "org/one", replace=True)
+    assert loaded.adapter.digest != before
+    assert replica.deployment.asked[0][2] is None
+
+
+async def test_a_new_name_that_others_took_meanwhile_is_taken() -> None:
+    """Another replica's load of the name wins; another's of another name costs one more attempt."""
+    replica = operated()
+    replica.deployment.racing = [{"one": 1, "two": 2, "other": 9}]
+    await replica.manager.load("three", "org/three")
+    assert set(replica.deployment.newest.adapters) == {"one", "two", "three", "other"}
+    replica.deployment.racing = [{"four": 9}]
+    with pytest.raises(AdapterExists):
+        await replica.manager.load("four", "org/four")
+    replica.deployment.racing = [{f"r{number}": number} for number in range(9)]
+    with pytest.raises(GenerationMismatch):
+        await replica.manager.load("five", "org/five")
+
+
+async def test_what_the_builder_refuses_arrives() -> None:
+    """With its reason, and nothing has changed."""
+    replica = operated()
+    replica.deployment.refuses = AdapterInvalid("no LoRA")
+    with pytest.raises(AdapterInvalid):
+        await replica.manager.load("three", "org/three")
+    assert replica.manager.replica().generation == 1
+
+
+async def test_without_a_builder_only_bundles_are_loaded() -> None:
+    """And the answer says that they are in this replica alone; a generation that has the name takes it over."""
+    digest = digest_of(77)
+    replica = operated(builder=False, bundles=(digest,))
+    for attempt in (
+        replica.manager.load("three", "org/three"),
+        replica.manager.unload("one"),
+        replica.manager.roll_back(),
+    ):
+        with pytest.raises(NoBuilder, match="--builder"):
+            await attempt
+    loaded = await replica.manager.load("mine", f"bundle:{digest}")
+    assert (loaded.everywhere, loaded.adapter.only_here, loaded.adapter.digest) == (False, True, digest)
+    with pytest.raises(AdapterExists):
+        await replica.manager.load("mine", f"bundle:{digest}")
+    with pytest.raises(RequestInvalid, match="lora_name"):
+        await replica.manager.load("one", f"bundle:{digest}", replace=True)
+    with pytest.raises(BundleCorrupt):
+        await replica.manager.load("other", f"bundle:{digest_of(78)}")
+    replica.manager.take(generation(2, {"one": 1}))
+    assert replica.manager.get("mine").only_here
+    replica.manager.take(generation(3, {"one": 1, "mine": 5}))
+    assert not replica.manager.get("mine").only_here
+    assert replica.manager.get("mine").digest == digest_of(5)
+
+
+async def test_what_is_unloaded_is_gone_when_it_returns() -> None:
+    """Through the builder where a generation has it; from this replica alone where it alone has it."""
+    digest = digest_of(77)
+    replica = operated(bundles=(digest,))
+    assert await replica.manager.unload("one") == 2
+    await replica.manager.load("mine", f"bundle:{digest}")
+    assert await replica.manager.unload("mine") is None
+    for name in ("one", "mine"):
+        with pytest.raises(ModelNotFound):
+            replica.manager.get(name)
+    with pytest.raises(ModelNotFound):
+        await replica.manager.unload("one")
+
+
+async def test_a_rollback_is_served_when_it_returns() -> None:
+    """As a new generation with the content of the one before."""
+    replica = operated()
+    await replica.manager.load("one", "org/bad", replace=True)
+    assert await replica.manager.roll_back() == 3
+    assert replica.manager.get("one").digest == digest_of(1)
+
+
+async def test_watchers_hear_of_changes_once() -> None:
+    """The state at once; then a pause, a generation; and nothing while nothing changes."""
+    replica = operated()
+    watch = replica.manager.watch()
+    assert (await anext(watch)).generation == 1
+    waiting = asyncio.ensure_future(anext(watch))
+    await asyncio.sleep(0.25)
+    assert not waiting.done()
+    replica.pauses[0] = True
+    assert (await waiting).paused
+    await replica.deployment.catch_up(replica.deployment.publish({}))
+    view = await anext(watch)
+    assert (view.generation, view.registered) == (2, 0)
+    await watch.aclose()
+
+
+def test_a_replica_that_is_stale_or_blind_says_why() -> None:
+    """A restart that is needed in its words; of the store no address."""
+    replica = operated()
+    replica.deployment.standing.state, replica.deployment.standing.stale = "stale", "another base"
+    assert replica.manager.replica().reason == "another base"
+    replica.deployment.standing.state, replica.deployment.standing.stale = "blind", ""
+    assert "the store cannot be read" in replica.manager.replica().reason
+
+
+async def test_a_fixed_replica_serves_what_it_has() -> None:
+    """All is resident, pins change nothing, and nothing can be loaded or waited for."""
+    models = [ServedModel("base"), ServedModel("merged", digest=digest_of(9))]
+    manager = fixed_manager(Catalog(4, "base", models))
+    assert manager.get("merged").place is Place.DEVICE
+    with pytest.raises(RequestInvalid, match="merged"):
+        manager.pin("merged")
+    with pytest.raises(NoBuilder):
+        await manager.load("x", f"bundle:{digest_of(1)}")
+    with pytest.raises(RuntimeError):
+        manager.take(generation(5, {}))
+    view = manager.replica()
+    assert (view.state, view.generation, view.registered, view.resident) == ("fixed", 4, 1, 0)
+
+
+async def test_a_replica_that_cannot_catch_up_says_so() -> None:
+    """What was published and is not served here is no success."""
+    replica = operated()
+
+    async def nothing(name: str) -> int:
+        return 99
+
+    replica.deployment.remove = nothing  # type: ignore[method-assign]
+    with pytest.raises(ReplicaBehind):
+        await replica.manager.unload("one")
+
+
+@pytest.mark.parametrize(
+    ("path", "kind", "repo"),
+    [
+        ("org/name", SourceKind.HF, "org/name"),
+        ("hf://org/name", SourceKind.HF, "org/name"),
+        ("huggingface://org/name", SourceKind.HF, "org/name"),
+        ("hf:org/name", SourceKind.HF, "org/name"),
+        ("s3://bucket/prefix", SourceKind.S3, "s3://bucket/prefix"),
+        ("gs://bucket/prefix", SourceKind.GCS, "gs://bucket/prefix"),
+        ("azure://account/container/path", SourceKind.AZURE, "azure://account/container/path"),
+        ("https://host/adapter.tar.gz", SourceKind.REMOTE_URL, "https://host/adapter.tar.gz"),
+        ("/models/lora", SourceKind.LOCAL, "/models/lora"),
+    ],
+)
+def test_paths_are_repositories(path: str, kind: SourceKind, repo: str) -> None:
+    """As controllers and trainers write them."""
+    found = repository_of(path)
+    assert (found.source, found.repo) == (kind, repo)
+
+
+def test_a_folder_of_this_machine_means_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A relative path is a repository's name, also where the replica has such a folder."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "org" / "name").mkdir(parents=True)
+    assert repository_of("org/name").source is SourceKind.HF
+
+
+@pytest.mark.parametrize("path", ["", ".", "../x", "~/x", "/a/../etc", "ftp://x/y", "a b", "file:///x", "x\0y"])
+def test_what_is_no_path_is_refused(path: str) -> None:
+    """By name, with what is expected."""
+    with pytest.raises(RequestInvalid, match="lora_path"):
+        repository_of(path)
+
+
+def test_bundles_are_named_by_whole_digests() -> None:
+    """Nothing shorter, nothing longer, and no other letters."""
+    assert digest_in(f"bundle:{digest_of(3)}") == digest_of(3)
+    assert digest_in("org/name") is None
+    for wrong in ("bundle:", "bundle:abc", f"bundle:{digest_of(3)}0", f"bundle:{'G' * 64}"):
+        with pytest.raises(RequestInvalid):
+            digest_in(wrong)
