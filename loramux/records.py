@@ -49,6 +49,8 @@ class GenerateOptions(TypedDict, total=False):
     """Go on past the end-of-sequence token."""
     logprobs: int | None
     """Log probability of each token, and of this many of the most likely ones beside it."""
+    logprobs_mode: str | None
+    """raw, the model's own, or processed, those that tokens are drawn by; the server's setting, else raw."""
     prompt_logprobs: int | None
     """The same for the tokens of the prompt."""
     n: int | None

@@ -5,6 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Literal
+
+LogprobsMode = Literal["raw", "processed"]
+"""raw: the model's own, before whatever a request does to its logits; processed: of what a token is drawn from,
+after penalties, bias, masks, temperature, min-p, top-k and top-p, as vLLM calls them."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,8 @@ class SamplingParams:
     """By how many, and which, the last tokens of the answer are: those that may not come next."""
     logprobs: int | None = None
     """How many of the most likely tokens are reported with their log probability; None reports nothing."""
+    logprobs_mode: LogprobsMode = "raw"
+    """Of the tokens of the answer; those of the prompt are always raw."""
     prompt_logprobs: int | None = None
     """The same for the tokens of the prompt; 0 reports them alone."""
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from inference_service.core.constraint import unpacked
 from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import Sequence, Token
-from inference_service.engine.logprobs import report
+from inference_service.engine.logprobs import processed, report
 from inference_service.kernels.sampling import RowParams, draw
 
 
@@ -26,18 +26,24 @@ def sample(logits: Tensor, seqs: Seq[Sequence]) -> list[Token]:
 
     A draw depends on the request's seed and on how many tokens it has, and on nothing else in the batch, so the
     same request gives the same answer in any company and after a preemption, and for the same logits on every
-    backend. Log probabilities are those of logits, before whatever the request does to them.
+    backend. Log probabilities are those of logits, before whatever the request does to them, or where it asks
+    for it those that the token was drawn by.
     """
     ids = logits.argmax(dim=-1).tolist()
     impossible = set()
+    shaped_rows: dict[int, Tensor] = {}
     for row, seq in enumerate(seqs):
         shaped = shapes(seq, seq.num_known)
         if shaped or not seq.sampling.greedy:
-            own = (shape(logits[row], seq) if shaped else logits[row].float()).numpy(force=True)
+            after = shape(logits[row], seq) if shaped else logits[row].float()
+            own = after.numpy(force=True)
             ids[row] = draw(own, row_params(seq, seq.num_known))
+            shaped_rows[row] = after
             if shaped and np.isneginf(own).all():
                 impossible.add(row)
-    tokens = [_token(logits, row, ids[row], seq) for row, seq in enumerate(seqs)]
+    tokens = [
+        _token(logits[row], shaped_rows.get(row, logits[row]), ids[row], seq) for row, seq in enumerate(seqs)
+    ]
     for row in impossible:
         tokens[row] = replace(tokens[row], impossible=True)
     return tokens
@@ -49,9 +55,14 @@ def row_params(seq: Sequence, generated: int) -> RowParams:
     return RowParams(params.temperature, params.top_k, params.top_p, params.min_p, params.seed, generated)
 
 
-def _token(logits: Tensor, row: int, token: int, seq: Sequence) -> Token:
+def _token(logits: Tensor, shaped: Tensor, token: int, seq: Sequence) -> Token:
+    """Return a token, scored as it is asked for: by logits [vocab], or by what was made of them, shaped."""
     count = seq.sampling.logprobs
-    return Token(token) if count is None else report(logits[row : row + 1], [token], count)[0]
+    if count is None:
+        return Token(token)
+    if seq.sampling.logprobs_mode == "processed":
+        logits = processed(shaped[None], torch.tensor([token], device=logits.device), [seq.sampling])[0]
+    return report(logits[None], [token], count)[0]
 
 
 def shapes(seq: Sequence, generated: int) -> bool:

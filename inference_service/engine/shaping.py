@@ -78,10 +78,21 @@ class Shaper:
         here = {seq for _, seq in found}
         return [Shaped(row, seq, self._place(seq, here), seq.num_generated) for row, seq in found]
 
-    def draw(self, logits: Tensor, ids: Tensor, rows: Seq[Shaped]) -> None:
-        """Draw the tokens ids of rows of logits [N, vocab], which stay as they are."""
+    def draw(self, logits: Tensor, ids: Tensor, rows: Seq[Shaped]) -> dict[int, Tensor]:
+        """Draw the tokens ids of rows of logits [N, vocab], which stay as they are.
+
+        Returns what was made of the logits [vocab], by row, where their log probabilities are asked for.
+        """
+        kept: dict[int, Tensor] = {}
         for first in range(0, len(rows), PIECE):
-            sample_shaped(logits, self.tables(rows[first : first + PIECE]), self.state, ids)
+            piece = rows[first : first + PIECE]
+            tables = self.tables(piece)
+            sample_shaped(logits, tables, self.state, ids)
+            for place, row in enumerate(piece):
+                params = row.seq.sampling
+                if params.logprobs is not None and params.logprobs_mode == "processed":
+                    kept[row.row] = tables.shaped[place]
+        return kept
 
     def tables(self, rows: Seq[Shaped]) -> ShapingTables:
         """Return what a draw of these rows reads."""

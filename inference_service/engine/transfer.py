@@ -9,8 +9,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from inference_service.core.sampling import LogprobsMode
 from inference_service.core.sequence import Sequence, Token
-from inference_service.engine.logprobs import scores, tokens_of
+from inference_service.engine.logprobs import PIECE, processed, scores, tokens_of
 from inference_service.engine.shaping import Shaped, Shaper
 
 
@@ -42,14 +43,15 @@ class Reading:
         self._late: list[Shaped] = []
         for row in rows:
             (self._late if row.seq.grammar is not None and row.seq.in_flight else now).append(row)
-        shaper.draw(logits, ids, now)
+        self._made = shaper.draw(logits, ids, now)
+        """Of rows whose logits are shaped: what their log probabilities are of."""
         self._copies = None if self._late else self._copy()
 
     @torch.inference_mode()
     def finish(self) -> Callable[[], list[Token]]:
         """Draw what was put off; the tokens before are known now. The result waits for those of this step."""
         if self._copies is None:
-            self._shaper.draw(self._logits, self._ids, self._late)
+            self._made |= self._shaper.draw(self._logits, self._ids, self._late)
             self._copies = self._copy()
         return self._copies
 
@@ -60,17 +62,23 @@ class Reading:
     def _copy(self) -> Callable[[], list[Token]]:
         """Begin to copy tokens and scores; the result waits for them."""
         logits, ids, num = self._logits, self._ids, len(self._seqs)
-        counts: dict[int, list[int]] = {}
+        groups: dict[tuple[int, LogprobsMode], list[int]] = {}
         for row, seq in enumerate(self._seqs):
             if seq.sampling.logprobs is not None:
-                counts.setdefault(seq.sampling.logprobs, []).append(row)
+                groups.setdefault((seq.sampling.logprobs, seq.sampling.logprobs_mode), []).append(row)
         drawn = to_host(ids[:num])
         impossible = to_host(self._shaper.state.impossible[:num]) if self._shaped else None
         scored = []
-        for count, rows in counts.items():
-            index = to_device(rows, ids.device)
-            parts = scores(logits.index_select(0, index), ids.index_select(0, index), count)
-            scored.append((rows, [to_host(part) for part in parts]))
+        for (count, mode), rows in groups.items():
+            size = len(rows) if mode == "raw" else PIECE
+            for first in range(0, len(rows), size):
+                some = rows[first : first + size]
+                index = to_device(some, ids.device)
+                own, drawn_ids = logits.index_select(0, index), ids.index_select(0, index)
+                if mode == "processed":
+                    own = self._processed(own, drawn_ids, some)
+                scored.append((some, [to_host(part) for part in scores(own, drawn_ids, count)]))
+        self._made.clear()
         done = _mark(ids.device)
 
         def wait() -> list[Token]:
@@ -84,6 +92,14 @@ class Reading:
             return tokens
 
         return wait
+
+    def _processed(self, logits: Tensor, ids: Tensor, rows: Seq[int]) -> Tensor:
+        """Return what rows were drawn from; logits are theirs, ids their tokens."""
+        shaped = logits.float()
+        for place, row in enumerate(rows):
+            if row in self._made:
+                shaped[place] = self._made[row]
+        return processed(shaped, ids, [self._seqs[row].sampling for row in rows])
 
 
 def _mark(device: torch.device) -> Callable[[], None]:

@@ -131,6 +131,8 @@ class GenerationBody(Body):
 
     # ours
     min_generation: Annotated[int, Field(ge=0, lt=2**63)] | None = None
+    logprobs_mode: str | None = None
+    """raw or processed; vLLM has it as a flag of the server."""
 
     user: str | None = None
     """Picks among the models of an alias."""

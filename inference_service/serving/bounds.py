@@ -7,8 +7,9 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, islice
-from typing import Any, Final
+from typing import Any, Final, get_args
 
+from inference_service.core.sampling import LogprobsMode
 from inference_service.serving.lengths import check_ids, countable
 from inference_service.serving.request import Message, Request
 from inference_service.serving.turns import Rule, rules_of_the_end, rules_of_tools, rules_of_turns
@@ -31,6 +32,7 @@ class Number:
 
 
 MAX_LOGPROBS: Final = 20
+LOGPROBS_MODES: Final[tuple[str, ...]] = get_args(LogprobsMode)
 NUMBERS: Final[Mapping[str, Number]] = {
     "n": Number(1, 128),
     "max_tokens": Number(0),
@@ -151,6 +153,8 @@ def _others(request: Request) -> Iterator[Rule]:
     most = math.inf if request.max_tokens is None else request.max_tokens
     yield (request.min_tokens or 0) > most, "min_tokens", "0 to max_tokens", request.min_tokens
     yield request.truncate_prompt_tokens == 0, "truncate_prompt_tokens", "-1, or at least 1", 0
+    mode = request.logprobs_mode
+    yield mode is not None and mode not in LOGPROBS_MODES, "logprobs_mode", " or ".join(LOGPROBS_MODES), mode
     yield request.allowed_token_ids == (), "allowed_token_ids", "at least one token", "none"
     wild = [value for value in request.logit_bias.values() if not -MAX_BIAS <= value <= MAX_BIAS]
     yield bool(wild), "logit_bias", f"{-MAX_BIAS:g} to {MAX_BIAS:g}", wild[:5]

@@ -69,8 +69,10 @@ class Request:
     """No others, but for the end of a text that its constraint lets end."""
     logprobs: int | None = None
     """Log probability of each token of the answers, and of so many of the most likely ones beside it."""
+    logprobs_mode: str | None = None
+    """raw or processed, see `LogprobsMode`; None: what the server's settings say."""
     prompt_logprobs: int | None = None
-    """The same for the tokens of the prompt; 0 is their own alone."""
+    """The same for the tokens of the prompt, always raw; 0 is their own alone."""
     constraint: Constraint | None = None
     skip_special_tokens: bool = True
     """Leave special tokens out of the text."""

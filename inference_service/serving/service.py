@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from inference_service.core.constraint import Constraint, Grammar, packed
-from inference_service.core.sampling import SamplingParams
+from inference_service.core.sampling import LogprobsMode, SamplingParams
 from inference_service.core.sequence import Sequence
 from inference_service.serving.adapter_defaults import AdapterDefaults
 from inference_service.serving.answer import Answer
@@ -98,6 +98,8 @@ class GenerationService:
         self.metrics = Metrics(catalog, engine)
         self.naming = Naming(catalog)
         self.limiter = Limiter()
+        self.logprobs_mode: LogprobsMode = "raw"
+        """Of requests that say none."""
         self._watchers = (self.metrics, *watchers)
         self._engine = engine
         self.engine_view: EngineView = engine
@@ -256,6 +258,7 @@ class GenerationService:
             "seed": secrets.randbits(63) if request.seed is None else request.seed,
             "stop_token_ids": self._ends(request, defaults) | frozenset(request.stop_token_ids),
             "allowed_token_ids": self._allowed(request, defaults),
+            "logprobs_mode": request.logprobs_mode or self.logprobs_mode,
             "bad_words": {},  # they become tokens on another thread
         }
         return SamplingParams(**told(request, SamplingParams) | own)

@@ -236,6 +236,9 @@ class InferenceSettings(Settings):
     """When a generation needs a restart (another base, other limits): serve on, or drain and end with 0."""
     builder: Destination | None = None
     """HOST:PORT of a builder (or grpcs://HOST:PORT) that tells of new generations as they come."""
+    logprobs_mode: Literal["raw", "processed"] = "raw"
+    """Log probabilities of answers where a request says none: raw are the model's own; processed are those that
+    a token is drawn by, after penalties, bias, temperature and the rest (vLLM's processed_logprobs)."""
     log_prompts: bool = False
     """Write prompts and answers to the log."""
 

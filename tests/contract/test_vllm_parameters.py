@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import re
 from collections.abc import AsyncIterator
 from typing import Any
@@ -371,6 +372,46 @@ async def test_one_structure_is_asked_for_at_a_time(door: OpenAIDoor) -> None:
     fields = {"tools": [{"type": "function", "function": {"name": "f"}}]}
     assert await refusal(door, CHAT, **asked, **fields) == ("structured_outputs", "invalid_value")
     assert await texts(door, CHAT, **asked, response_format={"type": "text"}) == ["a"]
+
+
+@BOTH
+async def test_log_probabilities_are_those_that_are_asked_for(door: OpenAIDoor, path: str) -> None:
+    """Processed ones are divided by the temperature: those of one answer differ as the temperature says."""
+    few = {"allowed_token_ids": [40, 41], "temperature": 4.0, "seed": 1, "max_tokens": 1}
+    few |= {"logprobs": True, "top_logprobs": 20} if path == CHAT else {"logprobs": 20}
+    raw, processed = [
+        _best(await whole(door, path, **few, **mode), path) for mode in ({}, {"logprobs_mode": "processed"})
+    ]
+    assert sum(math.exp(value) for value in raw.values()) < 1.0
+    likely = {token: value for token, value in processed.items() if value > -9999}
+    assert len(likely) == 2
+    assert sum(math.exp(value) for value in likely.values()) == pytest.approx(1.0, abs=1e-5)
+    assert await refusal(door, path, **few, logprobs_mode="raw_logits") == ("logprobs_mode", "invalid_value")
+
+
+@BOTH
+async def test_a_server_has_its_own_mode(door: OpenAIDoor, path: str) -> None:
+    """What its settings say holds for requests that say nothing, and for no others."""
+    asked = {"temperature": 4.0, "seed": 1, "max_tokens": 1}
+    asked |= {"logprobs": True, "top_logprobs": 3} if path == CHAT else {"logprobs": 3}
+    raw, processed = [
+        _best(await whole(door, path, **asked, logprobs_mode=mode), path) for mode in ("raw", "processed")
+    ]
+    assert raw != processed
+    door.ready.service.logprobs_mode = "processed"
+    try:
+        assert _best(await whole(door, path, **asked), path) == processed
+        assert _best(await whole(door, path, **asked, logprobs_mode="raw"), path) == raw
+    finally:
+        door.ready.service.logprobs_mode = "raw"
+
+
+def _best(answer: Any, path: str) -> dict[str, float]:
+    """The most likely tokens in the place of an answer's first one."""
+    scores = answer["choices"][0]["logprobs"]
+    if path == CHAT:
+        return {each["token"]: each["logprob"] for each in scores["content"][0]["top_logprobs"]}
+    return dict(scores["top_logprobs"][0])
 
 
 @BOTH

@@ -86,6 +86,7 @@ REQUESTS = st.fixed_dictionaries(
                 "min_tokens": st.integers(0, 8),
                 "stop_token_ids": st.frozensets(tokens, max_size=4),
                 "logprobs": st.just(2),
+                "logprobs_mode": st.sampled_from(["raw", "processed"]),
             },
         ),
     }
@@ -168,6 +169,34 @@ def test_tokens_in_flight_are_counted(device: str, requests: list[dict[str, Any]
     assert pending is not None
     resolve(ahead, pending)
     assert [seq.tokens for seq in ahead] == [seq.tokens for seq in known]
+
+
+@pytest.mark.parametrize("own", [{"temperature": 0.7, "top_k": 5}, {"temperature": 0.0}], ids=str)
+def test_processed_log_probabilities_are_those_of_the_host(device: str, own: dict[str, Any]) -> None:
+    """With a grammar and without; rows that nothing is done to, and raw ones, beside them."""
+    usual: dict[str, Any] = {"seed": 3, "logprobs": 4, **own}
+    shaping: dict[str, Any] = {"logit_bias": {8: 4.0, 9: -3.0}, "repetition_penalty": 1.3}
+    requests = [
+        {
+            "prompt": [3, 4],
+            "answer": [5],
+            "grammar": grammar,
+            "sampling": {**usual, **shape, "logprobs_mode": mode},
+        }
+        for mode in ("raw", "processed")
+        for shape in ({}, shaping)
+        for grammar in (None, [*range(30)])
+    ][:SEQS]
+    seqs = [seq_of(request) for request in requests]
+    logits = logits_of(len(seqs), device)
+    expected = sampler.sample(logits.cpu(), seqs)
+    ids = torch.tensor([token.id for token in expected], dtype=torch.int32, device=device)
+    found = Reading(logits, ids, seqs, Shaper(SEQS, VOCAB, logits.device)).wait()
+    assert [token.id for token in found] == [token.id for token in expected]
+    for one, other in zip(found, expected, strict=True):
+        assert one.logprob == pytest.approx(other.logprob, abs=1e-5)
+        assert dict(one.top) == pytest.approx(dict(other.top), abs=1e-5)
+        assert one.rank == other.rank
 
 
 def append(seq: EngineSequence, token: int) -> None:

@@ -45,7 +45,7 @@ UNBOUNDED = {
     "ignore_eos", "include_stop_str_in_output", "skip_special_tokens",
     "add_generation_prompt", "continue_final_message", "add_special_tokens",
     # with rules of their own in `bounds` and `turns`
-    "prompt", "tools", "constraint",
+    "prompt", "tools", "constraint", "logprobs_mode",
     # looked up, compared, hashed, or the server's own
     "model", "lora_path", "min_generation", "sticky_key", "priority", "deadline_s", "id", "served",
     "usual_temperature",

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 
-from inference_service.core.sequence import Token
-from inference_service.engine.logprobs import report
+from inference_service.core.sampling import SamplingParams
+from inference_service.core.sequence import Sequence, Token
+from inference_service.engine.logprobs import processed, report
+from inference_service.engine.sampler import sample
+from inference_service.kernels.sampling import RowParams
+from inference_service.kernels.sampling.reference import distribution
 from inference_service.openai_api.logprobs import prompt_logprobs
 from inference_service.serving.text import Text
 from tests.support.tiny import VOCAB, write_tokenizer
@@ -33,3 +38,53 @@ def test_what_the_door_lists_has_the_same_ranks(tmp_path: Path) -> None:
     assert first is None
     assert scored is not None
     assert {token: entry["rank"] for token, entry in scored.items()} == {"40": 1, "41": 1, "42": 3}
+
+
+DRAWS = (
+    {},
+    {"top_k": 3},
+    {"top_p": 0.7},
+    {"min_p": 0.2},
+    {"top_k": 5, "top_p": 0.8, "min_p": 0.05},
+)
+
+
+@pytest.mark.parametrize("draw", DRAWS, ids=str)
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 2.5])
+def test_processed_are_those_of_the_distribution(draw: dict[str, float], temperature: float) -> None:
+    """After temperature, of the tokens that take part; the others cannot come."""
+    logits = torch.randn(1, VOCAB, generator=torch.Generator().manual_seed(0)) * 3
+    params = SamplingParams(temperature=temperature, **draw)  # type: ignore[arg-type]
+    mass = distribution(logits[0], RowParams(temperature, **draw))  # type: ignore[arg-type]
+    token = int(mass.argmax())
+    found = torch.log_softmax(processed(logits, torch.tensor([token]), [params])[0], dim=-1).double()
+    torch.testing.assert_close(found.exp(), mass / mass.sum(), rtol=1e-5, atol=1e-7)
+
+
+def test_a_drawn_token_always_takes_part() -> None:
+    """Where a draw rounds otherwise at the edge of top-p, its token has a probability all the same."""
+    logits = torch.tensor([[5.0, 0.0, -1.0]])
+    params = SamplingParams(temperature=1.0, top_p=0.5)
+    assert processed(logits, torch.tensor([0]), [params])[0].isfinite().tolist() == [True, False, False]
+    assert processed(logits, torch.tensor([2]), [params])[0].isfinite().tolist() == [True, False, True]
+
+
+def test_a_request_gets_the_log_probabilities_that_it_asks_for() -> None:
+    """Raw ones whatever is done to the logits; processed ones after bias and temperature, greedy without it."""
+    logits = torch.tensor([[1.0, 3.0, 2.0, 0.0]])
+    bias = {2: 4.0}
+
+    def score(**sampling: object) -> Token:
+        params = SamplingParams(logit_bias=bias, logprobs=4, **sampling)  # type: ignore[arg-type]
+        [token] = sample(logits, [Sequence("s", [0], params)])
+        return token
+
+    raw = torch.log_softmax(logits[0], dim=-1)
+    biased = logits[0] + torch.tensor([0.0, 0.0, 4.0, 0.0])
+    for sampling, expected in (
+        ({"temperature": 0.5}, raw),
+        ({"temperature": 0.5, "logprobs_mode": "processed"}, torch.log_softmax(biased / 0.5, dim=-1)),
+        ({"logprobs_mode": "processed"}, torch.log_softmax(biased, dim=-1)),
+    ):
+        found = dict(score(**sampling).top)
+        torch.testing.assert_close(torch.tensor([found[token] for token in range(4)]), expected)

@@ -1,0 +1,131 @@
+"""What adapters cost that are registered and not active: 2,000 and 8 active against 8, and 10,000 against 16.
+
+Only the active ones have bundles. Starts are those of processes, each measured alone and in turn with its
+peer; steps are those of two replicas in this process, one at a time, in the engine's thread's own time on a
+processor.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Final
+
+import httpx
+
+from benchmarks.moving.figures import Figure, ratio, shown
+from benchmarks.moving.forge import Forge
+from benchmarks.moving.replica import Local, bank_gb, replica
+from benchmarks.moving.server import server
+from loramux import AsyncClient
+
+ACTIVE: Final = 8
+REGISTERED: Final = 2000
+STEPS: Final = 60
+STEP_BAR: Final = 1.02
+START_BAR: Final = 1.2
+BYTES_BAR: Final = 8000
+FEW: Final = 16
+MANY: Final = 10_000
+MANY_START_S: Final = 3.0
+SCRAPE_BYTES: Final = 1e6
+SCRAPE_MS: Final = 20.0
+ASKED: Final = 5
+"""Times for everything that is asked of a running replica."""
+
+
+async def measure(forge: Forge, rounds: int) -> list[Figure]:
+    """2,000 registered, 8 active."""
+    names = forge.deploy("few", ACTIVE)
+    forge.deploy("registered", ACTIVE, REGISTERED)
+    bank = bank_gb(ACTIVE)
+    steps = await _steps(forge, names, rounds, bank)
+    starts: dict[str, list[tuple[float, float]]] = {"few": [], "registered": []}
+    for _ in range(rounds):
+        for deployment, found in starts.items():
+            with server(forge, deployment, adapter_memory_gb=bank, preload=ACTIVE) as running:
+                found.append((running.loaded_s, running.memory_mb))
+    seconds = {name: [start for start, _ in found] for name, found in starts.items()}
+    memory = {name: statistics.median(mb for _, mb in found) for name, found in starts.items()}
+    each = (memory["registered"] - memory["few"]) * 1e6 / (REGISTERED - ACTIVE)
+    note = f"{shown(seconds['registered'])}; with 8 {shown(seconds['few'], unit='s')}"
+    return [
+        *steps,
+        Figure("start, 2,000 / 8", ratio(seconds["registered"], seconds["few"]), "x", START_BAR, note),
+        Figure("memory per registered adapter", each, "B", BYTES_BAR, f"{memory['few']:.0f} MB with 8"),
+    ]
+
+
+async def _steps(forge: Forge, names: list[str], rounds: int, bank: float) -> list[Figure]:
+    found: dict[str, list[float]] = {"few": [], "registered": []}
+    async with (
+        replica(forge, "few", adapter_memory_gb=bank, preload=ACTIVE) as few,
+        replica(forge, "registered", adapter_memory_gb=bank, preload=ACTIVE) as many,
+    ):
+        for _ in range(2 * rounds):
+            for deployment, local in {"few": few, "registered": many}.items():
+                found[deployment].append(await _step_s(local, names))
+    note = f"{shown(found['registered'], 1e3)}; with 8 {shown(found['few'], 1e3, 'ms of CPU')}"
+    return [Figure("step, 2,000 / 8 registered", ratio(found["registered"], found["few"]), "x", STEP_BAR, note)]
+
+
+async def _step_s(local: Local, names: list[str]) -> float:
+    """Return the median of the engine's thread's time for a step that decodes one token of each adapter."""
+    async with local.streams(names):
+        with local.steps() as steps:
+            while len(steps.cpu_s) < STEPS:
+                await asyncio.sleep(0.05)
+    return statistics.median(steps.cpu_s)
+
+
+async def measure_many(forge: Forge, rounds: int) -> list[Figure]:
+    """10,000 registered: the start, and what is asked about all of them."""
+    names = forge.deploy("sixteen", FEW)
+    forge.deploy("many", FEW, MANY)
+    starts: dict[str, list[float]] = {"sixteen": [], "many": []}
+    figures: list[Figure] = []
+    bank = bank_gb(FEW)
+    for number in range(rounds):
+        for deployment, found in starts.items():
+            with server(forge, deployment, adapter_memory_gb=bank) as running:
+                found.append(running.loaded_s)
+                if deployment == "many" and not number:
+                    figures += await _ask_about(running.grpc, running.http, names)
+    beyond = statistics.median(a - b for a, b in zip(starts["many"], starts["sixteen"], strict=True))
+    note = f"{shown(starts['many'])}; of 16 {shown(starts['sixteen'], unit='s')}"
+    return [Figure("start of 10,000 beyond that of 16", beyond, "s", MANY_START_S, note), *figures]
+
+
+async def _ask_about(grpc: str, http: str, names: list[str]) -> list[Figure]:
+    """Use some adapters, then ask for metrics and lists."""
+    async with AsyncClient(inference=grpc) as client, httpx.AsyncClient(timeout=60) as web:
+        for name in names:
+            await client.complete(name, "the river", max_tokens=2)
+        scrapes, listings, lists = [], [], []
+        for _ in range(ASKED):
+            began = time.perf_counter()
+            scrape = await web.get(f"http://{http}/metrics")
+            scrapes.append(time.perf_counter() - began)
+            began = time.perf_counter()
+            models = await client.models()
+            lists.append(time.perf_counter() - began)
+            began = time.perf_counter()
+            listing = await web.get(f"http://{http}/v1/models")
+            listings.append(time.perf_counter() - began)
+    command = [str(Path(sys.executable).parent / "loramux"), "models", "--grpc", grpc]
+    began = time.perf_counter()
+    told = await asyncio.to_thread(subprocess.run, command, check=True, capture_output=True)
+    took = time.perf_counter() - began
+    lines = len(told.stdout.splitlines())
+    size = len(listing.content) / 1e6
+    return [
+        Figure("/metrics, 16 of 10,000 used: size", len(scrape.content), "B", SCRAPE_BYTES),
+        Figure("/metrics, 16 of 10,000 used: time", min(scrapes) * 1e3, "ms", SCRAPE_MS, "the best of five"),
+        Figure("ListModels", min(lists) * 1e3, "ms", None, f"{len(models)} models"),
+        Figure("/v1/models", min(listings) * 1e3, "ms", None, f"{size:.1f} MB"),
+        Figure("loramux models", took, "s", None, f"{lines} lines"),
+    ]
