@@ -367,6 +367,7 @@ class Builds:
             self._tasks.add(forgetting)
             forgetting.add_done_callback(self._tasks.discard)
         self.meter.ended(running)
+        self._following.forget(running.name)
 
     async def _view(self, name: str) -> DeploymentView | None:
         """Return the newest build of this process while it says more than the store does."""
