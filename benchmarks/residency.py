@@ -25,7 +25,7 @@ from typing import Final
 
 import structlog
 
-from benchmarks.moving import churn, fair, latency, registered, turns
+from benchmarks.moving import changes, churn, fair, fleet, latency, registered, turns
 from benchmarks.moving.figures import Figure
 from benchmarks.moving.forge import Forge
 
@@ -37,6 +37,10 @@ SECTIONS: Final[Mapping[str, Section]] = {
     "many": registered.measure_many,
     "fair": fair.measure,
     "latency": latency.measure,
+    "push": changes.measure_push,
+    "add": changes.measure_add,
+    "fleet": fleet.measure,
+    "rollback": fleet.measure_rollback,
 }
 
 

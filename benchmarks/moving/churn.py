@@ -58,19 +58,21 @@ async def _at_the_engine(forge: Forge, names: list[str], rounds: int) -> list[Fi
 
 async def _at_the_client(forge: Forge, names: list[str], rounds: int) -> list[Figure]:
     with server(forge, "churn", adapter_memory_gb=bank_gb(PLACES), stream_interval_ms=0) as running:
-        async with AsyncClient(inference=running.grpc) as client:
-            async with streams(client, [names[number % STEADY] for number in range(STREAMS)]) as found:
+        async with (
+            AsyncClient(inference=running.grpc) as client,
+            streams(client, [names[number % STEADY] for number in range(STREAMS)]) as found,
+        ):
 
-                async def ask(name: str) -> object:
-                    return await first_token_s(client, name, prompt(1))
+            async def ask(name: str) -> object:
+                return await first_token_s(client, name, prompt(1))
 
-                async def gaps(some: list[str]) -> list[float]:
-                    found.clear()
-                    async with _asking(ask, some):
-                        await asyncio.sleep(ROUND_S)
-                    return list(found)
+            async def gaps(some: list[str]) -> list[float]:
+                found.clear()
+                async with _asking(ask, some):
+                    await asyncio.sleep(ROUND_S)
+                return list(found)
 
-                return await _compare("at a client over gRPC", names, rounds, ask, gaps)
+            return await _compare("at a client over gRPC", names, rounds, ask, gaps)
 
 
 async def _compare(

@@ -62,13 +62,12 @@ async def _over_grpc(forge: Forge, names: list[str], rounds: int) -> list[Figure
 
 
 async def _beside_streams(address: str, names: list[str]) -> float:
-    async with AsyncClient(inference=address) as client:
-        async with streams(client, [names[0]] * STREAMS):
+    async with AsyncClient(inference=address) as client, streams(client, [names[0]] * STREAMS):
 
-            async def ask(name: str) -> float:
-                return await first_token_s(client, name, prompt(), NEW)
+        async def ask(name: str) -> float:
+            return await first_token_s(client, name, prompt(), NEW)
 
-            return await _others(ask, names[1:])
+        return await _others(ask, names[1:])
 
 
 def _asks(local: Local) -> Ask:

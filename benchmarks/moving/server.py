@@ -88,10 +88,12 @@ def server(forge: Forge, deployment: str, cache: str = "cache", **settings: obje
         running.stop()
 
 
-async def first_token_s(client: AsyncClient, model: str, tokens: list[int], new: int = 1) -> float:
+async def first_token_s(
+    client: AsyncClient, model: str, tokens: list[int], new: int = 1, min_generation: int | None = None
+) -> float:
     """Ask over gRPC; return the seconds to the first token."""
     began = time.perf_counter()
-    events = client.generate(model, tokens, max_tokens=new, ignore_eos=True)
+    events = client.generate(model, tokens, max_tokens=new, ignore_eos=True, min_generation=min_generation)
     found = 0.0
     async for event in events:
         if isinstance(event, Delta) and not found:
