@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import statistics
 from collections.abc import Awaitable, Callable
-from typing import Final
+from typing import Any, Final
 
 from benchmarks.moving.figures import Figure, ratio, shown
 from benchmarks.moving.forge import Forge
@@ -54,7 +54,7 @@ async def _over_grpc(forge: Forge, names: list[str], rounds: int) -> list[Figure
     found: dict[int, list[float]] = {SEATS: [], ROOM: []}
     for _ in range(rounds):
         for seats, firsts in found.items():
-            settings = {"adapter_memory_gb": bank_gb(OTHERS + 1), "preload": OTHERS + 1}
+            settings: dict[str, Any] = {"adapter_memory_gb": bank_gb(OTHERS + 1), "preload": OTHERS + 1}
             with server(forge, "fair", max_batch_seqs=seats, **settings) as running:
                 firsts.append(await _beside_streams(running.grpc, names))
     note = f"{shown(found[SEATS], 1e3)}; with room {shown(found[ROOM], 1e3, 'ms')}"

@@ -224,12 +224,12 @@ def _publish(fleet: Fleet, publish: Publish, changed: dict[str, AdapterRecord]) 
 
 
 async def _open(
-    forge: Forge, publish: Publish, records: list[AdapterRecord], replicas: int = REPLICAS, **settings: object
+    forge: Forge, publish: Publish, records: list[AdapterRecord], replicas: int = REPLICAS, **settings: Any
 ) -> tuple[Fleet, Callable[[], Awaitable[None]]]:
     """Start replicas on a first generation; the second result stops them."""
     first = dict(zip(NAMES, records, strict=False))
     publish(first)
-    usual = {"follow_interval_s": FOLLOW_S, "kv_memory_gb": 0.1, "threads": 1}
+    usual: dict[str, Any] = {"follow_interval_s": FOLLOW_S, "kv_memory_gb": 0.1, "threads": 1}
     servers = await asyncio.gather(
         *(asyncio.to_thread(Server, forge, "fleet", **usual | settings) for _ in range(replicas))
     )

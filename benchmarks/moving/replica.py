@@ -136,7 +136,7 @@ class Local:
 
 def settings_of(forge: Forge, deployment: str, cache: str = "cache", **fields: Any) -> InferenceSettings:
     """Return the settings of a replica of the forge's store."""
-    usual = {"kv_memory_gb": KV_GB, "stream_interval_ms": 0, "cache_dir": forge.work / cache}
+    usual: dict[str, Any] = {"kv_memory_gb": KV_GB, "stream_interval_ms": 0, "cache_dir": forge.work / cache}
     usual |= {"local_roots": (BASE,), "store": f"file://{forge.work}/store", "deployment": deployment}
     return InferenceSettings(**usual | fields)
 
@@ -154,5 +154,4 @@ async def replica(
     finally:
         await ready.engine.stop()
         if ready.bank is not None:
-            ready.bank.loader.close()
-            ready.bank.texts.close()
+            ready.bank.close()

@@ -31,6 +31,7 @@ async def server_info(service: GenerationService, http: HttpRequest) -> Response
             "model": service.catalog.base_name,
             "dtype": facts.dtype or None,
             "max_model_len": service.limits.max_seq_len,
+            "logprobs_mode": f"{service.logprobs_mode}_logprobs",
         },
         "parallel_config": {"world_size": 1, "tensor_parallel_size": 1, "data_parallel_size": 1},
         "lora_config": {"max_loras": stats.max_adapters, "max_lora_rank": facts.max_lora_rank or None},
