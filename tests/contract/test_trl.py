@@ -1,4 +1,4 @@
-"""The real trainer's client and rollout worker: a new adapter at each step, and the tokens that it trains on."""
+"""The real trainer's client and rollout worker: an adapter at each step, and the tokens that it trains on."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ async def test_every_step_is_answered_by_its_own_version(world: World, url: str)
     expected: list[str] = []
     tracing = aiohttp.TraceConfig()
 
-    async def ended(session: Any, context: Any, params: Any) -> None:  # noqa: ARG001
+    async def ended(session: Any, context: Any, params: Any) -> None:
         rollouts.digests.append(params.response.headers["x-loramux-digest"])
 
     tracing.on_request_end.append(ended)
