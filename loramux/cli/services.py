@@ -76,11 +76,9 @@ def serve(
     keys_file: KeysFile = None,
     insecure: Insecure = False,
 ) -> None:
-    """Run the inference service of a deployment until SIGTERM.
+    """Run the inference service of a deployment, and follow its changes, until SIGTERM.
 
-    It follows the deployment: adapters that are added, replaced or removed are
-    served so a moment later. Flags that are not given come from the environment,
-    then from the defaults.
+    Flags that are not given come from the environment, then from the defaults.
 
     Example: loramux serve --deployment my-model --store s3://models/loramux
     """

@@ -255,6 +255,17 @@ async def test_who_joins_a_look_that_began_too_early_gets_another(store):
             await first
 
 
+async def test_a_look_that_is_just_over_is_not_taken_for_one_under_way(store):
+    """Who comes between the end of a look and the moment in which it is forgotten looks anew."""
+    async with Replica(store, interval_s=3600.0) as replica:
+        over = asyncio.create_task(asyncio.sleep(0))
+        await over
+        replica.follower._looking = over
+        published = publish_generation(store, generation("one", "two"))
+        await replica.follower.catch_up(published.number)
+        assert replica.follower.standing.generation == 2
+
+
 async def test_looks_that_requests_ask_for_are_spaced(store):
     """A client that asks for the impossible in a loop does not make the replica ask the store in a loop."""
     async with Replica(store, interval_s=3600.0, spacing_s=0.1) as replica:

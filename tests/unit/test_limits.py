@@ -161,11 +161,11 @@ def test_what_the_engine_is_told() -> None:
     world = World(default={"max_running": 8}, models={"a": {"weight": 3}})
     plain, base = world.enter(), world.enter(BASE)
     assert (plain.flow, plain.share) == ("a", Share(3.0, 8))
-    assert (base.flow, base.share) == ("", Share(1.0, 8))
+    assert (base.flow, base.share) == ("base", Share(1.0, 8))
     ticket = world.enter(A, holder("ann", weight=0.5, max_running=2))
     assert (ticket.flow, ticket.share) == ("a/ann", Share(1.5, 2))
     ticket = world.enter(BASE, holder("bob", max_running=20))
-    assert (ticket.flow, ticket.share) == ("/bob", Share(1.0, 8))
+    assert (ticket.flow, ticket.share) == ("base/bob", Share(1.0, 8))
     assert world.enter(A, holder("cid", tokens_per_minute=9)).flow == "a"
 
 

@@ -144,13 +144,14 @@ class Follower:
 
     async def _look(self) -> None:
         """Look once; who comes while a look is under way waits for that one."""
-        if self._looking is None:
+        if self._looking is None or self._looking.done():  # one that is done is taken away a moment later
             self._looking = asyncio.create_task(self._look_once())
             self._looking.add_done_callback(self._looked)
         await asyncio.shield(self._looking)
 
-    def _looked(self, _: asyncio.Task[None]) -> None:
-        self._looking = None
+    def _looked(self, look: asyncio.Task[None]) -> None:
+        if self._looking is look:
+            self._looking = None
 
     async def _look_once(self) -> None:
         await asyncio.sleep(self._looked_s + self._spacing_s - time.monotonic())
