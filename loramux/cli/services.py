@@ -76,7 +76,7 @@ def serve(
     keys_file: KeysFile = None,
     insecure: Insecure = False,
 ) -> None:
-    """Run the inference service of a deployment, and follow its changes, until SIGTERM.
+    """Run the inference service of a deployment until SIGTERM.
 
     Flags that are not given come from the environment, then from the defaults.
 
