@@ -56,8 +56,8 @@ def _one_shot(service: str) -> bool:
 
 @pytest.mark.parametrize("service", SERVICES)
 def test_the_services_start_with_these_settings(service: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every LORAMUX_* variable of compose is a setting of its service, with a value that is allowed, or one of a
-    client, which a replica is of its builder."""
+    """Every LORAMUX_* variable of compose is a setting of its service, with a value that is allowed, or a
+    client's, which a replica is of its builder."""
     for name in [name for name in os.environ if name.startswith(PREFIX)]:
         monkeypatch.delenv(name)
     environment = _environment(service)
