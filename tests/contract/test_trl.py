@@ -135,7 +135,7 @@ def open_loop(url: str, version: Any) -> Any:
 def digest_of(url: str, name: str) -> str:
     """The digest of a name, as operators are told it."""
     listed = requests.get(f"{url}/v1/adapters", params={"page_size": 100}, timeout=10).json()["data"]
-    [found] = [each for each in listed if each["name"] == name]
+    [found] = [each for each in listed if each["id"] == name]
     return str(found["digest"])
 
 
