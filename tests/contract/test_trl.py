@@ -1,4 +1,4 @@
-"""The real trainer's client and rollout worker: a new adapter at each step, and the tokens that it trains on."""
+"""The trainer's own client and rollout loop: a new adapter at each step, and the tokens that it trains on."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def open_loop(url: str, version: Any) -> Any:
     return _AsyncRolloutLoop(
         model_name="base",
         dataset=[{"prompt": "unused"}],
-        reward_funcs=[len],
+        reward_funcs=[no_reward],
         processing_class=SimpleNamespace(response_template="unused"),
         eos_token_ids=[2],
         rollout_buffer=queue.Queue(),
@@ -130,6 +130,11 @@ def open_loop(url: str, version: Any) -> Any:
         max_tokens=6,
         temperature=TEMPERATURE,
     )
+
+
+def no_reward(**_: Any) -> list[float]:
+    """Nothing is scored here."""
+    return []
 
 
 def digest_of(url: str, name: str) -> str:
@@ -162,7 +167,7 @@ async def test_every_step_is_answered_by_its_own_version(world: World, url: str)
     expected: list[str] = []
     tracing = aiohttp.TraceConfig()
 
-    async def ended(session: Any, context: Any, params: Any) -> None:  # noqa: ARG001
+    async def ended(session: Any, context: Any, params: Any) -> None:
         rollouts.digests.append(params.response.headers["x-loramux-digest"])
 
     tracing.on_request_end.append(ended)
