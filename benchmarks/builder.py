@@ -123,20 +123,20 @@ def run_copy_bundles(folder: Path, uri: str, work: Path) -> int:
     return size * len(names)
 
 
-def run_build(folder: Path, uri: str, work: Path) -> int:
+def run_build(folder: Path, uri: str, work: Path, *, verify: bool = False) -> int:
     """Build and publish the deployment."""
     wanted = deployment(folder)
     context = BuildContext(store=open_store(uri), sources=open_sources(local_roots=[folder]), work_dir=work)
     progress = Progress(wanted.build.lora_adapters)
-    build(wanted, context, progress)
+    build(wanted, context, progress, verify=verify)
     return sum(adapter.bundle_bytes for adapter in progress.adapters)
 
 
 def run_build_again(folder: Path, uri: str, work: Path) -> int:
-    """Build what the store holds already: everything is converted, and what is stored is read back."""
+    """Build what the store holds already, with verify: nothing is made, and what is stored is read back."""
     run_build(folder, uri, work)
     begin = time.perf_counter()
-    size = run_build(folder, uri, work)
+    size = run_build(folder, uri, work, verify=True)
     run_build_again.took = time.perf_counter() - begin  # type: ignore[attr-defined]
     return size
 

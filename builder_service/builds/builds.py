@@ -3,42 +3,34 @@
 from __future__ import annotations
 
 import asyncio
-import builtins
-from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Final
 
 import structlog
 
 from builder_service.builds.failures import Failures
-from builder_service.builds.following import Following
-from builder_service.builds.history import History, history
 from builder_service.builds.journal import Journal, JournalEntry
 from builder_service.builds.keeper import Keeper
 from builder_service.builds.limits import BuildLimits
 from builder_service.builds.meter import BuildMeter
-from builder_service.builds.news import News
-from builder_service.builds.pages import Page, names_of_page
 from builder_service.builds.pushes import Pushes
 from builder_service.builds.request_ids import RequestIds
 from builder_service.builds.running import RunningBuild
-from builder_service.builds.views import DeploymentView, State, served_number, stored_view
+from builder_service.builds.shown import Shown
+from builder_service.builds.views import DeploymentView, State, served_number
 from builder_service.pipeline.build import BuildResult
 from builder_service.pipeline.context import BuildContext
 from builder_service.pipeline.rollback import rollback
 from builder_service.pipeline.update import check_update
 from builder_service.pipeline.validate import check_deployment
 from builder_service.pipeline.wishes import Update
-from loramux_shared.bundle.deployments import is_deployment_name, list_deployments
 from loramux_shared.deployment import Deployment
 from loramux_shared.faults import (
     BuildCancelled,
     BuildInProgress,
     BuildInterrupted,
     BuildTimedOut,
-    DeploymentNotFound,
     Fault,
     InternalFault,
     QueueFull,
@@ -46,7 +38,6 @@ from loramux_shared.faults import (
     ShuttingDown,
     StoreUnavailable,
 )
-from loramux_shared.wording import listed
 
 log = structlog.get_logger()
 
@@ -57,10 +48,11 @@ STOP_GRACE_S: Final = 15.0
 CANCELLED: Final = "a client cancelled the build; what was served before is served still"
 
 
-class Builds:
+class Builds(Shown):
     """All builds of this process. Lives on the event loop; everything that blocks runs in threads."""
 
     def __init__(self, context: BuildContext, limits: BuildLimits | None = None) -> None:
+        super().__init__(context.store)
         self._context = context
         self._limits = limits or BuildLimits()
         self._journal = Journal(context.store, context.owner or "builder")
@@ -69,10 +61,7 @@ class Builds:
         )
         self._pool = ThreadPoolExecutor(self._limits.running, "build")
         self._slots = asyncio.Semaphore(self._limits.running)
-        self._builds: dict[str, RunningBuild] = {}
         self._requests = RequestIds()
-        self._news = News()
-        self._following = Following(context.store, self._news, self._running)
         self._tasks: set[asyncio.Task[None]] = set()
         self._keeping: asyncio.Task[None] | None = None
         self._draining = False
@@ -140,14 +129,6 @@ class Builds:
         await self.published(name)
         return result
 
-    async def history(self, name: str, page_size: int, page_token: str) -> History:
-        """Return a page of a deployment's generations, the newest first; page_size 0 means 20.
-
-        Raises:
-            DeploymentNotFound, PageTokenInvalid, StoreUnavailable
-        """
-        return await asyncio.to_thread(history, self._context.store, name, page_size, page_token)
-
     async def published(self, name: str) -> None:
         """Take note of a generation that no build published: what builds said before it is history."""
         running = self._builds.get(name)
@@ -192,45 +173,6 @@ class Builds:
             running.stop(BuildCancelled(CANCELLED))
         return running.view()
 
-    async def get(self, name: str) -> DeploymentView:
-        """Return a deployment.
-
-        Raises:
-            DeploymentNotFound: the message lists those that exist.
-            StoreUnavailable: the store does not answer.
-        """
-        view = await self._view(name)
-        if view is not None:
-            return view
-        names = await self._names()
-        raise DeploymentNotFound(f"no deployment {name[:128]!r}; there are {listed(names)}")
-
-    async def list(self, page_size: int, page_token: str) -> Page:
-        """Return deployments by name; page_size 0 means 100.
-
-        Raises:
-            PageTokenInvalid, StoreUnavailable
-        """
-        page = names_of_page(await self._names(), page_size, page_token)
-        views = [await self._view(name) for name in page.names]
-        return Page(tuple(view for view in views if view is not None), page.next_token)
-
-    async def watch(self, name: str, *, follow: bool = False) -> AsyncIterator[DeploymentView]:
-        """Yield a deployment's state, then each change, until it is ACTIVE or FAILED; with follow, for ever.
-
-        Raises:
-            DeploymentNotFound, StoreUnavailable, ShuttingDown
-        """
-        running = self._running(name)
-        if follow:
-            async for view in self._following.follow(name, running.view() if running else await self.get(name)):
-                yield view
-        elif running is None:
-            yield await self.get(name)
-        else:
-            async for view in running.views():
-                yield view
-
     async def drain(self, timeout_s: float) -> None:
         """Take no new builds; let the running ones end, and interrupt them when the time is over."""
         self._draining = True
@@ -249,10 +191,6 @@ class Builds:
 
     def _count_running(self) -> int:
         return sum(running.state is State.BUILDING for running in tuple(self._builds.values()))
-
-    def _running(self, name: str) -> RunningBuild | None:
-        running = self._builds.get(name)
-        return running if running is not None and running.state is State.BUILDING else None
 
     def _find(self, entry: JournalEntry) -> RunningBuild | None:
         known = self._requests.find(entry)
@@ -367,24 +305,4 @@ class Builds:
             self._tasks.add(forgetting)
             forgetting.add_done_callback(self._tasks.discard)
         self.meter.ended(running)
-
-    async def _view(self, name: str) -> DeploymentView | None:
-        """Return the newest build of this process while it says more than the store does."""
-        if (running := self._running(name)) is not None:
-            return running.view()
-        running = self._builds.get(name)
-        stored = (
-            await asyncio.to_thread(stored_view, self._context.store, name)
-            if is_deployment_name(name)
-            else None
-        )
-        number = stored.generation if stored else 0
-        if running is None or (running.entry.update is not None and running.state is State.ACTIVE):
-            return stored  # of an update, the build knows the adapters that it names
-        if running.state is State.FAILED or running.generation == number:
-            return replace(running.view(), generation=number)
-        return stored
-
-    async def _names(self) -> builtins.list[str]:
-        stored = await asyncio.to_thread(list_deployments, self._context.store)
-        return sorted({*stored, *self._builds})
+        self._following.forget(running.name)

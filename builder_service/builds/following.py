@@ -12,7 +12,7 @@ from typing import Final
 import structlog
 
 from builder_service.builds.news import News
-from builder_service.builds.running import RunningBuild
+from builder_service.builds.running import WATCH_INTERVAL_S, RunningBuild
 from builder_service.builds.views import DeploymentView, State, stored_light
 from loramux_shared.faults import ShuttingDown, StoreUnavailable
 from loramux_shared.storage.base import Store
@@ -50,20 +50,33 @@ class Following:
         Raises:
             ShuttingDown: the builder stops.
         """
-        told: DeploymentView = first
+        told, said, build = first.generation, replace(first, adapters=()), None
+        yield said
         with self._news.listen(name) as news:
-            yield replace(first, adapters=())
-            while not self._ending:
-                news.clear()
-                if (build := self._running(name)) is not None:
-                    async for told in build.views():
-                        yield told
-                stored = await self._look(name)
-                if stored is not None and stored.generation != told.generation:
-                    told = stored
-                    yield stored
-                with suppress(TimeoutError):
-                    await asyncio.wait_for(news.wait(), POLL_S)
+            try:
+                while not self._ending:
+                    news.clear()
+                    build = build or self._running(name)
+                    if build is not None:
+                        build.watchers.add(news)
+                        told = max(told, build.generation)  # others may publish while it runs
+                        view = replace(build.view(), generation=told)
+                        if view != said:
+                            said = view
+                            yield view
+                        if view.state is not State.BUILDING or build.interrupted:
+                            build.watchers.discard(news)
+                            build = None
+                    stored = await self._look(name)
+                    if stored is not None and stored.generation > told:
+                        told, said = stored.generation, stored
+                        yield stored
+                    with suppress(TimeoutError):
+                        await asyncio.wait_for(news.wait(), POLL_S)
+                    await asyncio.sleep(WATCH_INTERVAL_S if build else 0)
+            finally:
+                if build is not None:
+                    build.watchers.discard(news)
         raise ShuttingDown("the builder stops. Follow its successor.")
 
     async def _look(self, name: str) -> DeploymentView | None:

@@ -38,7 +38,8 @@ class RunningBuild:
         self._loop = asyncio.get_running_loop()
         self._update_time = datetime.now(UTC)
         self._notified = True
-        self._watchers: set[asyncio.Event] = set()
+        self.watchers: set[asyncio.Event] = set()
+        """Set at each change."""
 
     @property
     def name(self) -> str:
@@ -131,7 +132,7 @@ class RunningBuild:
             ShuttingDown: the builder stops before the build ends.
         """
         changed = asyncio.Event()
-        self._watchers.add(changed)
+        self.watchers.add(changed)
         try:
             while True:
                 changed.clear()
@@ -146,7 +147,7 @@ class RunningBuild:
                 await changed.wait()
                 await asyncio.sleep(WATCH_INTERVAL_S)
         finally:
-            self._watchers.discard(changed)
+            self.watchers.discard(changed)
 
     def _changed_in_thread(self) -> None:
         if self._notified:  # one wake-up for all the changes until the loop gets to it
@@ -156,5 +157,5 @@ class RunningBuild:
     def _changed(self) -> None:
         self._notified = True
         self._update_time = datetime.now(UTC)
-        for watcher in self._watchers:
+        for watcher in self.watchers:
             watcher.set()

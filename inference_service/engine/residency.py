@@ -11,10 +11,8 @@ import heapq
 import itertools
 import math
 import time
-from bisect import bisect_left
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Final, Generic
 
@@ -22,6 +20,7 @@ import structlog
 
 from inference_service.core.sequence import Adapter
 from inference_service.engine.lanes import Rank
+from inference_service.engine.residency_entry import Entry, ResidencyStats, standing_of
 from inference_service.engine.residents import Arrived, Bank, Loader, P, Presence, Standing, State
 from inference_service.lora.places import Places
 from loramux_shared.faults import Fault, ResourcesExhausted
@@ -33,69 +32,10 @@ LOADS: Final = 12
 FIRST_PAUSE_S: Final = 1.0
 LAST_PAUSE_S: Final = 60.0
 """Behind the first load that failed, and behind many: nobody tries again before."""
-LOAD_BUCKETS_S: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 15.0, 60.0)
-"""Of the histogram of loads."""
 _WANTED: Final = 1 << 62
 """Of those that may leave, who is waited for is as if used after everybody else."""
 _NOBODY: Final[Rank] = (math.inf, (0, 0))
 """Of an adapter that no sequence waits for."""
-
-
-@dataclass
-class ResidencyStats:
-    """Counters."""
-
-    loads: int = 0
-    """Adapters that became resident."""
-    loads_by_tier: Counter[str] = field(default_factory=Counter)
-    """Adapters that came to the host's memory, by where they were."""
-    failures: int = 0
-    evictions: int = 0
-    load_seconds: float = 0.0
-    """From the beginning of loads to residency, all together."""
-    load_counts: list[int] = field(default_factory=lambda: [0] * (len(LOAD_BUCKETS_S) + 1))
-    """Loads by how long they took: up to each of `LOAD_BUCKETS_S`, above the one before; then longer."""
-    waits: int = 0
-    """Sequences whose adapter was not resident when they came."""
-
-    def loaded(self, seconds: float) -> None:
-        """Count a load."""
-        self.loads += 1
-        self.load_seconds += seconds
-        self.load_counts[bisect_left(LOAD_BUCKETS_S, seconds)] += 1
-
-
-@dataclass(eq=False)
-class _Entry(Generic[P]):
-    """An adapter that is resident, wanted, pinned, or failed lately."""
-
-    adapter: Adapter
-    state: State = State.ABSENT
-    packed: P | None = None
-    num_bytes: int = 0
-    offset: int = 0
-    slot: int = -1
-    """From the moment that it has a place; `Adapter.slot` is set when it is resident."""
-    starved: bool = False
-    refs: int = 0
-    reading: int = 0
-    """Of the references that were released, those that submitted steps may still need."""
-    waiters: int = 0
-    pinned: bool = False
-    prefetched: bool = False
-    """Wanted as long as there is room that nobody else needs."""
-    used: int = 0
-    """A number that grows with every use of any adapter."""
-    used_s: float | None = None
-    began_s: float = 0.0
-    fault: Fault | None = None
-    pause_s: float = 0.0
-    retry_s: float = -math.inf
-
-    @property
-    def held_fast(self) -> bool:
-        """Whether it must stay where it is."""
-        return bool(self.refs or self.reading or self.pinned) or self.state is not State.RESIDENT
 
 
 class Residency(Generic[P]):
@@ -127,17 +67,17 @@ class Residency(Generic[P]):
         self._loader = loader
         self._post = post
         self._clock = clock
-        self._entries: dict[Adapter, _Entry[P]] = {}
-        self._absent: dict[_Entry[P], None] = {}
+        self._entries: dict[Adapter, Entry[P]] = {}
+        self._absent: dict[Entry[P], None] = {}
         """Those that are to be loaded; first come first served where ranks say nothing."""
         self._later: deque[Adapter] = deque()
-        self._held: list[_Entry[P]] = []
-        self._by_slot: dict[int, _Entry[P]] = {}
+        self._held: list[Entry[P]] = []
+        self._by_slot: dict[int, Entry[P]] = {}
         self._free_slots = list(range(num_slots - 1, -1, -1))
         self._on_the_way = 0
         self._uses = itertools.count(1)
         self._submitted = self._resolved = 0
-        self._released: deque[tuple[int, _Entry[P]]] = deque()
+        self._released: deque[tuple[int, Entry[P]]] = deque()
 
     @property
     def wanting(self) -> bool:
@@ -175,11 +115,11 @@ class Residency(Generic[P]):
 
     def standing(self, adapter: Adapter) -> Standing:
         """Say what is known of an adapter; may be asked on another thread."""
-        return _standing(self._entries.get(adapter) or _Entry(adapter))
+        return standing_of(self._entries.get(adapter) or Entry(adapter))
 
     def standings(self) -> list[Standing]:
         """The same of all that are resident, wanted, pinned, or failed lately."""
-        return [_standing(entry) for entry in tuple(self._entries.values())]
+        return [standing_of(entry) for entry in tuple(self._entries.values())]
 
     def presence(self, adapter: Adapter) -> Presence:
         """Say where an adapter is."""
@@ -281,21 +221,21 @@ class Residency(Generic[P]):
     def _may_prefetch(self) -> bool:
         return bool(self._later) and not self._on_the_way and not self._absent
 
-    def _entry(self, adapter: Adapter) -> _Entry[P]:
-        return self._entries.setdefault(adapter, _Entry(adapter))
+    def _entry(self, adapter: Adapter) -> Entry[P]:
+        return self._entries.setdefault(adapter, Entry(adapter))
 
-    def _touch(self, entry: _Entry[P]) -> None:
+    def _touch(self, entry: Entry[P]) -> None:
         entry.used, entry.used_s = next(self._uses), self._clock()
 
-    def _is_wanted(self, entry: _Entry[P]) -> bool:
+    def _is_wanted(self, entry: Entry[P]) -> bool:
         return bool(entry.waiters or entry.pinned or entry.prefetched)
 
-    def _consider(self, entry: _Entry[P]) -> None:
+    def _consider(self, entry: Entry[P]) -> None:
         self.changes += 1
         if entry.state is State.ABSENT:
             self._absent[entry] = None
 
-    def _reconsider(self, entry: _Entry[P]) -> None:
+    def _reconsider(self, entry: Entry[P]) -> None:
         """Forget what was wanted and is not any more."""
         if self._is_wanted(entry):
             return
@@ -306,14 +246,14 @@ class Residency(Generic[P]):
             if entry.fault is None:
                 self._entries.pop(entry.adapter, None)
 
-    def _load(self, entry: _Entry[P]) -> None:
+    def _load(self, entry: Entry[P]) -> None:
         del self._absent[entry]
         entry.state = State.LOADING
         entry.began_s = self._clock()
         self._on_the_way += 1
         self._loader.load(entry.adapter, lambda what: self._post(partial(self._loaded, entry, what)))
 
-    def _loaded(self, entry: _Entry[P], what: Arrived[P] | Fault) -> None:
+    def _loaded(self, entry: Entry[P], what: Arrived[P] | Fault) -> None:
         if isinstance(what, Fault):
             self._fail(entry, what)
             return
@@ -323,7 +263,7 @@ class Residency(Generic[P]):
         self._held.append(entry)
         self._reconsider(entry)
 
-    def _give_place(self, entry: _Entry[P], ranks: Mapping[Adapter, Rank]) -> None:
+    def _give_place(self, entry: Entry[P], ranks: Mapping[Adapter, Rank]) -> None:
         """Give a held adapter a place, or note that it needs one."""
         assert entry.packed is not None  # noqa: S101 - it is held
         rank = ranks.get(entry.adapter, _NOBODY)
@@ -358,7 +298,7 @@ class Residency(Generic[P]):
         waited.sort(key=lambda entry: ranks.get(entry.adapter, _NOBODY), reverse=True)
         return ages | {entry.slot: _WANTED + place for place, entry in enumerate(waited)}
 
-    def _require_room_without_pins(self, entry: _Entry[P]) -> None:
+    def _require_room_without_pins(self, entry: Entry[P]) -> None:
         """Raise where only pinned adapters are in the way, so that waiting would not help."""
 
         def age(slot: int) -> int | None:
@@ -370,7 +310,7 @@ class Residency(Generic[P]):
                 "bytes beside those that are pinned. Unpin some, or raise LORAMUX_ADAPTER_MEMORY_GB."
             )
 
-    def _copy(self, entry: _Entry[P], offset: int) -> None:
+    def _copy(self, entry: Entry[P], offset: int) -> None:
         packed = entry.packed
         assert packed is not None  # noqa: S101 - it is held
         entry.slot, entry.offset = self._free_slots.pop(), offset
@@ -381,7 +321,7 @@ class Residency(Generic[P]):
         work = partial(self._bank.copy, packed, offset)
         self._loader.run(work, lambda fault: self._post(partial(self._copied, entry, fault)))
 
-    def _copied(self, entry: _Entry[P], fault: Fault | None) -> None:
+    def _copied(self, entry: Entry[P], fault: Fault | None) -> None:
         if fault is not None:
             self._vacate(entry)
             self._fail(entry, fault)
@@ -400,7 +340,7 @@ class Residency(Generic[P]):
         self._on_the_way -= 1
         self.stats.loaded(self._clock() - entry.began_s)
 
-    def _evict(self, entry: _Entry[P]) -> None:
+    def _evict(self, entry: Entry[P]) -> None:
         """Take a resident adapter's place away; whoever waits for it waits for its load again."""
         self.changes += 1
         entry.adapter.slot = None
@@ -413,20 +353,20 @@ class Residency(Generic[P]):
         else:
             self._reconsider(entry)
 
-    def _vacate(self, entry: _Entry[P]) -> None:
+    def _vacate(self, entry: Entry[P]) -> None:
         self._places.give_back(entry.slot)
         del self._by_slot[entry.slot]
         self._free_slots.append(entry.slot)
         entry.slot = -1
 
-    def _let_fall(self, entry: _Entry[P]) -> None:
+    def _let_fall(self, entry: Entry[P]) -> None:
         """Forget the matrices of an adapter on its way."""
         if entry in self._held:
             self._held.remove(entry)
         entry.packed, entry.state, entry.starved = None, State.ABSENT, False
         self._on_the_way -= 1
 
-    def _fail(self, entry: _Entry[P], fault: Fault) -> None:
+    def _fail(self, entry: Entry[P], fault: Fault) -> None:
         """Note why a load failed; everybody who waits for it is ended, and nobody tries again for a while."""
         self.changes += 1
         self._let_fall(entry)
@@ -443,16 +383,3 @@ class Residency(Generic[P]):
             reason=fault.reason,
             problem=str(fault),
         )
-
-
-def _standing(entry: _Entry[P]) -> Standing:
-    return Standing(
-        entry.adapter,
-        entry.state,
-        entry.num_bytes,
-        entry.refs,
-        entry.waiters,
-        entry.pinned,
-        entry.used_s,
-        entry.fault,
-    )

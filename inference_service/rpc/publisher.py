@@ -1,65 +1,100 @@
-"""A builder that changes the replica's deployment, as operators at the replica ask for it."""
+"""A builder, as a replica asks it to change its deployment."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Final
+from collections.abc import AsyncIterator, Iterable, Mapping
+from typing import Final, Protocol
 
-from loramux.client import AsyncClient
 from loramux.records import DeploymentInfo, DeploymentState
 from loramux_shared.deployment import Repository
-from loramux_shared.faults import BuildInProgress
+from loramux_shared.faults import BuildInProgress, InternalFault
 
-PATIENCE: Final = 10
-"""Builds of others that an update waits for."""
+ATTEMPTS: Final = 20
+"""To begin an update while others of the same deployment run, each of which is waited for."""
+
+
+class Published(Protocol):
+    """What a rollback published."""
+
+    @property
+    def generation(self) -> int:
+        """Its number."""
+        ...
+
+
+class BuilderClient(Protocol):
+    """What of `loramux.AsyncClient` is used here."""
+
+    async def update(
+        self,
+        name: str,
+        add: Mapping[str, Repository | str] | None = None,
+        remove: Iterable[str] = (),
+        *,
+        expected_generation: int | None = None,
+        request_id: str | None = None,
+    ) -> DeploymentInfo:
+        """Start an update."""
+        ...
+
+    def watch(self, name: str) -> AsyncIterator[DeploymentInfo]:
+        """Stream the state of a deployment until its newest build has ended."""
+        ...
+
+    async def rollback(self, name: str, to: int | None = None) -> Published:
+        """Publish an older generation again."""
+        ...
 
 
 class BuilderPublisher:
-    """Publishes generations through a builder; each call returns when its generation is there."""
+    """Publishes generations of one deployment, and answers when they are there."""
 
-    def __init__(self, client: AsyncClient, deployment: str) -> None:
+    def __init__(self, client: BuilderClient, deployment: str) -> None:
         self._client = client
         self._deployment = deployment
 
     async def add(self, name: str, repository: Repository, expected: int | None) -> int:
-        """Publish a generation that has an adapter more, or another version of it; return its number.
-
-        Raises:
-            GenerationMismatch: expected is given, and it is not the newest.
-            Fault: what the builder found.
-        """
-        return await self._update({name: repository}, (), expected)
+        """Publish a generation that has an adapter more, or another version of it; return its number."""
+        return await self._update(add={name: repository}, expected=expected)
 
     async def remove(self, name: str) -> int:
         """Publish a generation without an adapter; return its number."""
-        return await self._update({}, (name,), None)
+        return await self._update(remove=(name,))
 
     async def roll_back(self, to: int | None) -> int:
-        """Publish an older generation again, the one before where to is None; return the new number."""
+        """Publish an older generation again; return the new number."""
         return (await self._client.rollback(self._deployment, to)).generation
 
     async def _update(
-        self, add: Mapping[str, Repository], remove: tuple[str, ...], expected: int | None
+        self,
+        add: Mapping[str, Repository | str] | None = None,
+        remove: Iterable[str] = (),
+        expected: int | None = None,
     ) -> int:
-        for _ in range(PATIENCE):
+        left = ATTEMPTS
+        while True:
             try:
-                state = await self._client.update(self._deployment, add, remove, expected_generation=expected)
+                await self._client.update(self._deployment, add, remove, expected_generation=expected)
+                break
             except BuildInProgress:
-                async for _ in self._client.watch(self._deployment):
-                    pass
-            else:
-                return await self._ended(state)
-        raise BuildInProgress(f"others build {self._deployment!r} all the time. Try again later.")
+                left -= 1
+                if not left:
+                    raise
+                await self._until_built()  # of others: how it ends is not ours to tell
+        return _number(await self._until_built())
 
-    async def _ended(self, state: DeploymentInfo) -> int:
-        """Wait for the end of a build; return the generation that is served then.
+    async def _until_built(self) -> DeploymentInfo:
+        last = None
+        async for info in self._client.watch(self._deployment):
+            last = info
+        if last is None:
+            raise InternalFault("the builder told nothing of the build. Please report it.")
+        return last
 
-        Raises:
-            Fault: why it failed.
-        """
-        if state.state is DeploymentState.BUILDING:
-            async for change in self._client.watch(self._deployment):
-                state = change
-        if state.failure is not None:
-            raise state.failure
-        return state.generation or 0
+
+def _number(info: DeploymentInfo) -> int:
+    if info.state is DeploymentState.FAILED and info.failure is not None:
+        raise info.failure
+    if info.generation is None:
+        raise InternalFault("the builder told no generation of a build that ended. Please report it.")
+    return info.generation

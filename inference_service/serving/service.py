@@ -116,6 +116,7 @@ class GenerationService:
             RateLimited: the model, or the caller's key, has what its limits allow.
             QueueFull: too many requests wait.
             ReplicaFailed: the engine can go on no more.
+            ReplicaPaused: an operator ended what was under way.
             DeadlineExceeded: the deadline passed.
         """
         with following(request, self._watchers) as follower, self._working():

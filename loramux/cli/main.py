@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from loramux.cli import keys, shell
+from loramux.cli.adapters import pin, rollout, unpin
 from loramux.cli.bench import bench
 from loramux.cli.build import build, prove
 from loramux.cli.cancel import cancel
@@ -38,8 +39,8 @@ app = typer.Typer(
 )
 for function in (
     *(demo, up, build, watch, cancel, deployments, check, prove, import_bundle),
-    *(add, remove, push, history, rollback, gc),
-    *(models, chat, bench, serve, builder, health, doctor),
+    *(add, remove, push, history, rollback, rollout, gc),
+    *(models, pin, unpin, chat, bench, serve, builder, health, doctor),
 ):
     app.command()(function)
 app.add_typer(keys.app, name="keys")

@@ -15,8 +15,9 @@ from loramux.cli.documents import emit
 from loramux.cli.exits import Exit
 from loramux.client import INFERENCE, Client
 from loramux.connection import Credentials
-from loramux_shared.faults import ServerUnavailable
-from loramux_shared.rpc.status import fault_of
+from loramux.operations import AdapterStatus
+from loramux_shared.faults import PermissionDenied, ServerUnavailable, Unauthenticated
+from loramux_shared.rpc.status import CallFailed, fault_of
 
 CHECK_S = 5.0
 POLL_S = 0.1
@@ -24,17 +25,21 @@ SERVING = "SERVING"
 
 
 @shell.command
-def models(grpc: shell.Grpc = INFERENCE, as_json: shell.Json = False) -> None:
+def models(address: shell.Grpc = INFERENCE, as_json: shell.Json = False) -> None:
     """List the models that are served: base first, then adapters.
+
+    With a key that has the scope admin, also where each is.
 
     Example: loramux models --grpc 127.0.0.1:50052
     """
-    with Client(inference=grpc) as client, shell.working("asking for the models"):
+    with Client(inference=address) as client, shell.working("asking for the models"):
         found = client.models()
+        adapters = _adapters(client)
     if as_json:
-        emit({"models": found})
+        emit({"models": found} | ({"adapters": adapters} if adapters is not None else {}))
         return
     headers = ("model", "base", "rank", "modules", "digest", "warnings")
+    where = {each.name: each for each in adapters or ()}
     rows = [
         (
             model.name,
@@ -43,10 +48,30 @@ def models(grpc: shell.Grpc = INFERENCE, as_json: shell.Json = False) -> None:
             shell.modules(model.modules),
             shell.digest(model.digest),
             ", ".join(model.warnings) or "-",
+            *(_where(where.get(model.name)) if adapters is not None else ()),
         )
         for model in found
     ]
-    shell.table(headers, rows)
+    shell.table((*headers, *(("tier", "pinned", "in use") if adapters is not None else ())), rows)
+
+
+def _adapters(client: Client) -> list[AdapterStatus] | None:
+    """Return where adapters are, or None where the key may not know, or the server is older than this."""
+    try:
+        return client.adapters()
+    except (PermissionDenied, Unauthenticated):
+        return None
+    except CallFailed as fault:
+        if fault.code is grpc.StatusCode.UNIMPLEMENTED:
+            return None
+        raise
+
+
+def _where(adapter: AdapterStatus | None) -> tuple[str, str, str]:
+    if adapter is None:
+        return ("device", "-", "-")
+    tier = f"{adapter.tier}: {adapter.last_failure.reason}" if adapter.last_failure else adapter.tier
+    return (tier, "yes" if adapter.pinned else "-", str(adapter.in_flight + adapter.waiting))
 
 
 @shell.command

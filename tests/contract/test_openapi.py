@@ -39,6 +39,7 @@ KEYWORDS = {
     "exclusiveMaximum": int,
     "items": dict,
     "maxItems": int,
+    "maxLength": int,
     "minItems": int,
     "minLength": int,
     "minimum": int,
@@ -95,7 +96,10 @@ def test_the_table_of_the_docs_names_the_same_routes() -> None:
     table = DOCS[DOCS.index("## Routes") : DOCS.index("<a id=")]
     told = {(method, path) for method, path in re.findall(r"`(GET|POST) (/[^`]*)`", table)}
     served = {
-        (each.method, re.sub(r"^/page/.*", "/page/*", each.path).replace("{model:path}", "{id}"))
+        (
+            each.method,
+            re.sub(r"^/page/.*", "/page/*", each.path).replace("{model:path}", "{id}").replace(":path}", "}"),
+        )
         for each in ENDPOINTS
     }
     assert told == served

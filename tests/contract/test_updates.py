@@ -349,9 +349,11 @@ async def test_the_history_tells_what_changed(world: World) -> None:
 async def test_a_follower_hears_of_every_generation(world: World) -> None:
     """A stream that stays: builds, pushes, rollbacks, and what another builder published."""
     heard: list[int] = []
+    seen: list[tuple[str, int]] = []
 
     async def listen() -> None:
         async for info in world.client.watch("tiny", follow=True):
+            seen.append((str(info.state), info.generation or 0))
             if info.state is DeploymentState.ACTIVE and info.generation not in heard:
                 heard.append(info.generation or 0)
 
@@ -372,9 +374,19 @@ async def test_a_follower_hears_of_every_generation(world: World) -> None:
         publish_change, world.store, "tiny", lambda before: before.model_copy(update={"max_lora_rank": 16})
     )
     await until(published.number)
+    world.store.gate.clear()
+    await world.client.update("tiny", {"three": world.repository("three")})
+    await asyncio.to_thread(
+        publish_change, world.store, "tiny", lambda before: before.model_copy(update={"max_lora_rank": 64})
+    )
+    async with asyncio.timeout(20):  # while the update runs
+        while seen[-1] != ("building", 6):
+            await asyncio.sleep(0.01)
+    world.store.gate.set()
+    await until(7)
     listening.cancel()
     await asyncio.gather(listening, return_exceptions=True)
-    assert heard == [1, 2, 3, 4, 5]
+    assert heard == [1, 2, 3, 4, 5, 6, 7]
 
 
 async def test_updates_that_race_on_one_builder_lose_nothing(world: World) -> None:

@@ -13,7 +13,8 @@ from loramux_shared.faults import InternalFault, RequestInvalid
 from tests.e2e.test_page import DONE
 from tests.support.access import lines, new_entry
 from tests.support.browser import CHROMIUM, CTRL, Page, browser
-from tests.support.looks import overflow
+from tests.support.looks import faint, nameless, overflow
+from tests.support.operated import operated
 from tests.support.scripted_page import ScriptedPage, scripted_door
 
 pytestmark = [
@@ -153,7 +154,7 @@ async def test_the_settings_are_shown_and_start_greedy(page: Page, tmp_path: Pat
     async with scripted_door(ScriptedPage(tmp_path, ["one"], {})) as url:
         await _open(page, url, 2)
         assert await page.text("#settings") == "temperature 0, max tokens 512"
-        await page.click("summary")
+        await page.click("#ask summary")
         await page.type("#temperature", "0.7")
         await page.type("#seed", "5")
         await page.type("#system", "Be brief.")
@@ -202,3 +203,49 @@ async def test_the_panel_rests_while_nobody_looks(page: Page, tmp_path: Path) ->
         assert await page.eval(looks) <= before + 1  # one was under way
         await page.eval(hide % "false")
         await page.until(f"{looks} >= {before + 2}")
+
+
+async def test_an_admin_key_pins_loads_and_rolls_back(page: Page, tmp_path: Path) -> None:
+    """Beside each name stand its version and where it is; what is done is told, and the list follows."""
+    replica = operated(["one", "two"])
+    service = ScriptedPage(tmp_path, ["one", "two"], {})
+    service.catalog = replica.names
+    told = "document.querySelector('#operated').textContent"
+    async with scripted_door(service, adapters=replica.manager) as url:
+        await _open(page, url, 3)
+        assert await page.texts(".model .version") == ["000000 ○", "000000 ○"]
+        await page.click("#operate summary")
+        await page.until("document.querySelector('#replica').textContent.includes('generation 1, current')")
+        await page.click("#pin")
+        await page.until(f"{told} === 'Pinned: one, two.'")
+        await page.until("document.querySelectorAll('.tier')[1].textContent === '●'")
+        await page.type("#load-name", "three")
+        await page.type("#load-path", "org/three")
+        await page.press("Enter")
+        await page.until("document.querySelectorAll('.model').length === 4")
+        await page.click("#roll-back")
+        await page.until(f"{told}.startsWith('Click again')")
+        assert replica.names.generation == 2
+        await page.click("#roll-back")
+        await page.until("document.querySelectorAll('.model').length === 3")
+        await page.until(f"{told} === 'Served as generation 3.'")
+        assert await page.eval("document.querySelector('#server').getBoundingClientRect().bottom") <= 800
+        for width, height in ((1280, 800), (390, 844)):
+            await page.appear(width, height)
+            assert await overflow(page) == 0
+            assert await faint(page) == []
+            assert await nameless(page) == []
+
+
+async def test_a_key_without_the_scope_is_told_so(page: Page, tmp_path: Path) -> None:
+    """In the panel, when it is opened; the rest of the page goes on."""
+    key, entry = new_entry("ann", "infer")
+    async with scripted_door(ScriptedPage(tmp_path, ["one"], {}), Keyring(text=lines(entry))) as url:
+        await page.open(url)
+        await page.until("document.querySelector('#access').checkVisibility()")
+        await page.type("#key", key)
+        await page.press("Enter")
+        await page.until("document.querySelectorAll('.model').length === 2")
+        await page.click("#operate summary")
+        await page.until("document.querySelector('#operated').textContent.includes('admin')")
+        assert await page.text("#link") == "connected"

@@ -12,6 +12,7 @@ from typing import cast
 from inference_service.core.sequence import Adapter, FinishReason, Token
 from inference_service.engine.engine import EngineStats, SequenceCounts
 from inference_service.openai_api.server import HttpServer
+from inference_service.serving.adapters.manager import AdapterManager
 from inference_service.serving.catalog import Catalog, ServedModel
 from inference_service.serving.engine_thread import EngineThread
 from inference_service.serving.request import Delta, Event, Finished, Request, Started
@@ -82,8 +83,10 @@ class ScriptedPage(GenerationService):
 
 
 @asynccontextmanager
-async def scripted_door(service: ScriptedPage, keyring: Keyring | None = None) -> AsyncIterator[str]:
+async def scripted_door(
+    service: ScriptedPage, keyring: Keyring | None = None, adapters: AdapterManager | None = None
+) -> AsyncIterator[str]:
     """Serve it on a free port; yields its URL."""
-    server = HttpServer("127.0.0.1:0", service, Guard(keyring))
+    server = HttpServer("127.0.0.1:0", service, Guard(keyring), adapters=adapters)
     yield f"http://{await server.start()}"
     await server.drain(0.1)

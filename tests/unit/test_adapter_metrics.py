@@ -8,7 +8,7 @@ from typing import cast
 import pytest
 
 from inference_service.engine.engine import EngineStats, SequenceCounts
-from inference_service.engine.residency import LOAD_BUCKETS_S, ResidencyStats
+from inference_service.engine.residency_entry import LOAD_BUCKETS_S, ResidencyStats
 from inference_service.serving.catalog import ServedModel
 from inference_service.serving.request import Request
 from inference_service.serving.telemetry.adapters import MOST as MOST_ADAPTERS

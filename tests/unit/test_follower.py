@@ -327,7 +327,6 @@ SAME_BASE = {
         (SAME_BASE, None),
         (OTHER_BASE, "another base"),
         ({"max_seq_len": 100}, "another max_seq_len: 100 instead of none"),
-        ({"request_default_max_tokens": 5}, "another request_default_max_tokens: 5"),
         ({"max_lora_rank": 17}, "a larger max_lora_rank: 17 instead of 16"),
         ({"serve_base": False}, None),
         ({"serve_base": False, "merge": Merge.ALWAYS}, "is to be merged"),

@@ -17,6 +17,7 @@ from loramux_shared.bundle.manifest import (
     Generation,
     Manifest,
     ModuleRow,
+    Recipe,
     Truncation,
 )
 from loramux_shared.bundle.proof import Effect, Probe, Proof, TokenLogprob
@@ -70,6 +71,7 @@ INSIDE = (
     ModelLimits,
     Probe,
     Proof,
+    Recipe,
     Repository,
     TokenLogprob,
     Truncation,

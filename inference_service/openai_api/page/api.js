@@ -25,6 +25,12 @@ export async function getJson(path, signal) {
   return (await ask(path, { signal })).json();
 }
 
+/** Send a body, or none, and return the answer. Throws Refused. */
+export async function postJson(path, body) {
+  const headers = body && { "content-type": "application/json" };
+  return ask(path, { method: "POST", body: body && JSON.stringify(body), headers });
+}
+
 /** Send a body, and yield the events of the stream that comes back. Throws Refused, and AbortError. */
 export async function* events(path, body, signal) {
   const headers = { "content-type": "application/json" };

@@ -2,6 +2,7 @@
 
 import { Answer } from "./answer.js";
 import { getJson, hasKey, useKey } from "./api.js";
+import { Operate } from "./operate.js";
 import { Panel } from "./panel.js";
 import { Picker } from "./picker.js";
 
@@ -14,6 +15,7 @@ const $ = (selector) => document.querySelector(selector);
 const picker = new Picker();
 const panel = new Panel(found, lost);
 const empty = $("#empty");
+new Operate(() => picker.chosen, found);
 let running = null; // the AbortController of the answers under way
 
 function link(state, text) {

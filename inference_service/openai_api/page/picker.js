@@ -4,6 +4,7 @@ import { element, middle } from "./dom.js";
 
 const FILTER_FROM = 9; // models: as many fit in the list without scrolling
 const CHOSEN_AT_FIRST = 4;
+const TIERS = { device: ["●", "in memory"], host: ["◐", "being loaded"], store: ["○", "loaded when asked"] };
 
 export class Picker {
   #models = [];
@@ -119,10 +120,20 @@ function row(model) {
   const name = middle(model.id, "name");
   const ranks = model.parent ? `r ${span(model.ranks)}` : "base";
   const rank = element("span", { className: "rank", title: "rank" }, ranks);
-  return element("label", { className: "model", title: model.id }, box, name, rank);
+  return element("label", { className: "model", title: model.id }, box, name, rank, ...version(model));
+}
+
+/** The beginning of an adapter's digest, and a mark for where it is. */
+function version(model) {
+  if (!model.digest) return [];
+  const [mark, where] = TIERS[model.tier] ?? ["", model.tier];
+  const title = `version ${model.digest.slice(0, 12)}, ${where}`;
+  const sign = element("span", { className: "tier", role: "img", ariaLabel: where }, mark);
+  return [element("span", { className: "version", title }, model.digest.slice(0, 6), " ", sign)];
 }
 
 function span(ranks) {
+  if (!ranks.length) return "–";
   const [lowest, highest] = [Math.min(...ranks), Math.max(...ranks)];
   return lowest === highest ? `${lowest}` : `${lowest}–${highest}`;
 }

@@ -25,13 +25,13 @@ class StoredBundles:
             StoreUnavailable: the store does not answer.
         """
         try:
-            await asyncio.to_thread(read_manifest, self._store, digest)
+            manifest = await asyncio.to_thread(read_manifest, self._store, digest)
         except StoreUnavailable as fault:
             raise fault.retold("the store does not answer, so the bundle cannot be read. Retry.") from fault
         except BundleCorrupt as fault:
             raise fault.retold(
                 f"the store has no bundle {digest[:12]} whose manifest is right. Build it, or name another."
             ) from fault
-        # Where it came from is told by no bundle; it is shown as `bundle:DIGEST`, and is stored nowhere.
-        source = Repository(source=SourceKind.LOCAL, repo=f"/bundle:{digest}")
-        return AdapterRecord(digest=digest, source=source)
+        # Where it came from is told by no bundle, and this record is stored nowhere.
+        source = Repository(source=SourceKind.PUSHED, repo=f"bundle:{digest}")
+        return AdapterRecord(digest=digest, source=source, summary=manifest.summary)

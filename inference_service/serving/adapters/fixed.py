@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from inference_service.core.sequence import Adapter
-from inference_service.engine.residency import ResidencyStats
+from inference_service.engine.residency_entry import ResidencyStats
 from inference_service.engine.residents import Standing, State
 from inference_service.serving.adapters.manager import AdapterManager
 from inference_service.serving.adapters.pins import Pins

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from inference_service.core.sequence import Adapter
-from inference_service.engine.residency import ResidencyStats
+from inference_service.engine.residency_entry import ResidencyStats
 from inference_service.engine.residents import Standing
 from inference_service.serving.catalog import ServedModel
 from loramux_shared.bundle.manifest import AdapterRecord, Generation

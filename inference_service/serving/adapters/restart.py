@@ -14,10 +14,8 @@ def needs_restart(old: Generation, new: Generation) -> str | None:
     """
     if new.base.files != old.base.files:
         return f"another base: {new.base.source.shown} instead of {old.base.source.shown}"
-    for field in ("max_seq_len", "request_default_max_tokens"):
-        before, after = getattr(old, field), getattr(new, field)
-        if before != after:
-            return f"another {field}: {_shown(after)} instead of {_shown(before)}"
+    if new.max_seq_len != old.max_seq_len:
+        return f"another max_seq_len: {_shown(new.max_seq_len)} instead of {_shown(old.max_seq_len)}"
     if new.max_lora_rank > old.max_lora_rank:
         return f"a larger max_lora_rank: {new.max_lora_rank} instead of {old.max_lora_rank}"
     return _merging(old, new)

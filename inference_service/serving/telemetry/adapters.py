@@ -13,7 +13,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from inference_service.engine.engine import SequenceCounts
-from inference_service.engine.residency import LOAD_BUCKETS_S
+from inference_service.engine.residency_entry import LOAD_BUCKETS_S
 from inference_service.engine.residents import State
 from inference_service.serving.adapters.manager import AdapterManager
 from inference_service.serving.adapters.views import PLACES, Place

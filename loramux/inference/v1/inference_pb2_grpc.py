@@ -108,6 +108,7 @@ class InferenceServiceServicer:
         after the delay.
         REPLICA_FAILED: the replica's device or engine works no more, and its process ends. Retry
         with another replica.
+        REPLICA_PAUSED: an operator ended what was under way. Retry.
         DEADLINE_EXCEEDED   DEADLINE_EXCEEDED: the deadline of the call passed; the sequence was freed. Give it more
         time, or ask for fewer tokens.
         """

@@ -22,6 +22,10 @@ CUT: Final = "the server shut down before the call was complete. Retry with anot
 DRAIN_SEND_S: Final = 1.0
 """For the rest of a request once the server drains."""
 
+LINGER_S: Final = 2.0
+LINGER_BYTES: Final = 256 << 20
+"""What is read of an upload after it was refused."""
+
 log = structlog.get_logger()
 
 
@@ -112,7 +116,12 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc
     def _upload(self, call: Callable[..., Awaitable[Any]], method: str) -> Callable[..., Awaitable[Any]]:
         async def handler(_requests: Any, context: grpc.aio.ServicerContext) -> Any:
             async with self._guard(context, method):
-                return await call(self._messages(context), context)
+                try:
+                    return await call(self._messages(context), context)
+                except Fault as fault:
+                    if not self.draining and not isinstance(fault, ClientStalled):
+                        await _linger(context)
+                    raise
 
         return handler
 
@@ -199,6 +208,15 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc
         self._open.discard(task)
         if not self._open:
             self._idle.set()
+
+
+async def _linger(context: grpc.aio.ServicerContext) -> None:
+    """Read on for a moment: a client that is cut off while it sends may hear nothing of why."""
+    left = LINGER_BYTES
+    with suppress(TimeoutError, DecodeError, RequestInvalid):
+        async with asyncio.timeout(LINGER_S):
+            while left > 0 and (message := await context.read()) is not grpc.aio.EOF:
+                left -= message.ByteSize()
 
 
 def _internal(method: str) -> InternalFault:

@@ -1,0 +1,98 @@
+"""What a builder tells of its deployments: from the builds that run, and from the store."""
+
+from __future__ import annotations
+
+import asyncio
+import builtins
+from collections.abc import AsyncIterator
+from dataclasses import replace
+
+from builder_service.builds.following import Following
+from builder_service.builds.history import History, history
+from builder_service.builds.news import News
+from builder_service.builds.pages import Page, names_of_page
+from builder_service.builds.running import RunningBuild
+from builder_service.builds.views import DeploymentView, State, stored_view
+from loramux_shared.bundle.deployments import is_deployment_name, list_deployments
+from loramux_shared.faults import DeploymentNotFound
+from loramux_shared.storage.base import Store
+from loramux_shared.wording import listed
+
+
+class Shown:
+    """The half of `Builds` that changes nothing."""
+
+    def __init__(self, store: Store) -> None:
+        """Know of no build yet."""
+        self._store = store
+        self._builds: dict[str, RunningBuild] = {}
+        self._news = News()
+        self._following = Following(store, self._news, self._running)
+
+    async def get(self, name: str) -> DeploymentView:
+        """Return a deployment.
+
+        Raises:
+            DeploymentNotFound: the message lists those that exist.
+            StoreUnavailable: the store does not answer.
+        """
+        view = await self._view(name)
+        if view is not None:
+            return view
+        names = await self._names()
+        raise DeploymentNotFound(f"no deployment {name[:128]!r}; there are {listed(names)}")
+
+    async def list(self, page_size: int, page_token: str) -> Page:
+        """Return deployments by name; page_size 0 means 100.
+
+        Raises:
+            PageTokenInvalid, StoreUnavailable
+        """
+        page = names_of_page(await self._names(), page_size, page_token)
+        views = [await self._view(name) for name in page.names]
+        return Page(tuple(view for view in views if view is not None), page.next_token)
+
+    async def watch(self, name: str, *, follow: bool = False) -> AsyncIterator[DeploymentView]:
+        """Yield a deployment's state, then each change, until it is ACTIVE or FAILED; with follow, for ever.
+
+        Raises:
+            DeploymentNotFound, StoreUnavailable, ShuttingDown
+        """
+        running = self._running(name)
+        if follow:
+            async for view in self._following.follow(name, running.view() if running else await self.get(name)):
+                yield view
+        elif running is None:
+            yield await self.get(name)
+        else:
+            async for view in running.views():
+                yield view
+
+    async def history(self, name: str, page_size: int, page_token: str) -> History:
+        """Return a page of a deployment's generations, the newest first; page_size 0 means 20.
+
+        Raises:
+            DeploymentNotFound, PageTokenInvalid, StoreUnavailable
+        """
+        return await asyncio.to_thread(history, self._store, name, page_size, page_token)
+
+    def _running(self, name: str) -> RunningBuild | None:
+        running = self._builds.get(name)
+        return running if running is not None and running.state is State.BUILDING else None
+
+    async def _view(self, name: str) -> DeploymentView | None:
+        """Return the newest build of this process while it says more than the store does."""
+        if (running := self._running(name)) is not None:
+            return running.view()
+        running = self._builds.get(name)
+        stored = await asyncio.to_thread(stored_view, self._store, name) if is_deployment_name(name) else None
+        number = stored.generation if stored else 0
+        if running is None or (running.entry.update is not None and running.state is State.ACTIVE):
+            return stored  # of an update, the build knows the adapters that it names
+        if running.state is State.FAILED or running.generation == number:
+            return replace(running.view(), generation=number)
+        return stored
+
+    async def _names(self) -> builtins.list[str]:
+        stored = await asyncio.to_thread(list_deployments, self._store)
+        return sorted({*stored, *self._builds})

@@ -1,0 +1,229 @@
+"""``loramux pin``, ``unpin`` and ``rollout``: adapters of running replicas."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Final
+
+import typer
+
+from loramux.cli import shell
+from loramux.cli.documents import emit, emit_line
+from loramux.cli.exits import Exit
+from loramux.client import INFERENCE, AsyncClient, Client
+from loramux.operations import AdapterStatus, ReplicaStatus
+from loramux_shared.faults import (
+    Fault,
+    PermissionDenied,
+    SettingsInvalid,
+    Status,
+    Unauthenticated,
+)
+
+RETRY_S: Final = 1.0
+"""Before a replica that does not answer is asked again: it may be on its way."""
+DNS: Final = "dns:///"
+
+Name = Annotated[str, typer.Argument(metavar="NAME", help="The adapter.", show_default=False)]
+
+
+@shell.command
+def pin(name: Name, grpc: shell.Grpc = INFERENCE, as_json: shell.Json = False) -> None:
+    """Keep an adapter in a replica's memory.
+
+    Whatever version its name stands for, until it is unpinned or the replica ends.
+
+    Example: loramux pin support
+    """
+    with Client(inference=grpc) as client:
+        _show(client.pin(name), as_json=as_json)
+
+
+@shell.command
+def unpin(name: Name, grpc: shell.Grpc = INFERENCE, as_json: shell.Json = False) -> None:
+    """Let an adapter leave a replica's memory again.
+
+    Example: loramux unpin support
+    """
+    with Client(inference=grpc) as client:
+        _show(client.unpin(name), as_json=as_json)
+
+
+def _show(adapter: AdapterStatus, *, as_json: bool) -> None:
+    if as_json:
+        emit({"adapter": adapter})
+        return
+    pinned = "pinned" if adapter.pinned else "not pinned"
+    shell.show(f"{adapter.name}: {pinned}, {shell.digest(adapter.digest)}, {adapter.residency}")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What is known of a replica during a rollout."""
+
+    replica: str
+    status: ReplicaStatus | None
+    problem: str = ""
+    """Why it does not answer, or cannot take the generation over."""
+
+
+@shell.command
+def rollout(
+    deployment: Annotated[
+        str, typer.Argument(metavar="DEPLOYMENT", help="The deployment.", show_default=False)
+    ],
+    replicas: Annotated[
+        str, typer.Option("--replicas", metavar="LIST", help="HOST:PORT,... or dns:///NAME:PORT")
+    ] = INFERENCE,
+    generation: Annotated[
+        int | None, typer.Option("--generation", metavar="N", min=1, help="Else the newest that any saw.")
+    ] = None,
+    timeout_s: Annotated[
+        float, typer.Option("--timeout", metavar="SECONDS", min=0, help="Give up after so long.")
+    ] = 120.0,
+    as_json: shell.JsonLines = False,
+) -> None:
+    """Watch replicas until all serve a generation.
+
+    The exit status is 3 where that takes too long.
+
+    Example: loramux rollout my-model --replicas dns:///replicas:50052
+    """
+    addresses = resolve(replicas)
+    watch = Rollout(deployment, addresses, generation, as_json=as_json)
+    done = asyncio.run(watch.run(timeout_s))
+    watch.summarize(done=done)
+    if not done:
+        raise typer.Exit(Exit.FAILED if watch.hopeless else Exit.UNAVAILABLE)
+
+
+def resolve(replicas: str) -> tuple[str, ...]:
+    """Return the addresses that a list, or a name of many addresses, stands for.
+
+    Raises:
+        SettingsInvalid: there is none, or one has no port.
+    """
+    if replicas.startswith(DNS):
+        host, _, port = replicas.removeprefix(DNS).rpartition(":")
+        try:
+            found = socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)
+        except (OSError, ValueError):
+            raise SettingsInvalid(f"{replicas}: expected dns:///NAME:PORT of a name that resolves.") from None
+        hosts = dict.fromkeys(str(address[4][0]) for address in found)
+        return tuple(f"[{host}]:{port}" if ":" in host else f"{host}:{port}" for host in hosts)
+    addresses = tuple(dict.fromkeys(each.strip() for each in replicas.split(",") if each.strip()))
+    if not addresses or not all(each.rpartition(":")[2].isdecimal() for each in addresses):
+        raise SettingsInvalid(f"{replicas or 'nothing'}: expected HOST:PORT,... or dns:///NAME:PORT.")
+    return addresses
+
+
+class Rollout:
+    """Watches replicas at the same time, and tells of each when it changes."""
+
+    def __init__(
+        self, deployment: str, addresses: Sequence[str], generation: int | None, *, as_json: bool
+    ) -> None:
+        self._deployment = deployment
+        self._wanted = generation
+        self._as_json = as_json
+        self._known: dict[str, Progress] = {each: Progress(each, None) for each in addresses}
+        self._changed = asyncio.Event()
+
+    @property
+    def goal(self) -> int | None:
+        """The generation that all are to serve; None while nobody answered."""
+        seen = [each.status.newest_generation for each in self._known.values() if each.status]
+        return self._wanted or max(seen, default=None)
+
+    @property
+    def hopeless(self) -> bool:
+        """True where a replica that answers says that waiting will not help."""
+        return any(each.status and each.status.state in ("stale", "fixed") for each in self._late())
+
+    async def run(self, timeout_s: float) -> bool:
+        """Watch until all serve the generation; False when the time ran out."""
+        tasks = [asyncio.create_task(self._watch(address)) for address in self._known]
+        try:
+            async with asyncio.timeout(timeout_s):
+                while not all(each.status for each in self._known.values()) or self._late():
+                    if (failed := next((each for each in tasks if each.done()), None)) is not None:
+                        failed.result()
+                    await self._changed.wait()
+                    self._changed.clear()
+        except TimeoutError:
+            return False
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+        return True
+
+    def summarize(self, *, done: bool) -> None:
+        """Tell how it ended."""
+        goal = self.goal
+        if self._as_json:
+            emit_line({"done": done, "generation": goal, "replicas": list(self._known.values())})
+            return
+        if done:
+            many = len(self._known)
+            shell.show(f"generation {goal} is served by {many} {'replica' if many == 1 else 'replicas'}")
+            return
+        for each in self._late():
+            served = f"serves {each.status.generation}" if each.status else "did not answer"
+            why = f": {each.problem}" if each.problem else ""
+            shell.say(f"{each.replica} {served}{why}")
+
+    def _late(self) -> list[Progress]:
+        goal = self.goal or 0
+        return [each for each in self._known.values() if not each.status or each.status.generation < goal]
+
+    async def _watch(self, address: str) -> None:
+        try:
+            while True:
+                await self._listen(address)
+                await asyncio.sleep(RETRY_S)
+        finally:
+            self._changed.set()
+
+    async def _listen(self, address: str) -> None:
+        """Tell of a replica until its stream ends; raises what trying again does not help against."""
+        try:
+            async with AsyncClient(inference=address) as client:
+                async for status in client.watch_replica():
+                    self._check(address, status)
+                    self._tell(Progress(address, status, status.reason))
+        except (PermissionDenied, Unauthenticated, SettingsInvalid):
+            raise
+        except Fault as fault:
+            if fault.status is not Status.UNAVAILABLE:
+                raise
+            self._tell(Progress(address, None, fault.message))
+
+    def _check(self, address: str, status: ReplicaStatus) -> None:
+        if status.deployment != self._deployment:
+            said = f"expected a replica of {self._deployment!r}, found one of {status.deployment!r}"
+            raise SettingsInvalid(f"{address}: {said}.")
+
+    def _tell(self, progress: Progress) -> None:
+        before = self._known[progress.replica]
+        self._known[progress.replica] = progress
+        self._changed.set()
+        status = progress.status
+        said, said_before = _said(progress), _said(before)
+        if said == said_before:
+            return
+        if self._as_json:
+            emit_line({"replica": progress.replica, "status": status, "problem": progress.problem})
+        else:
+            shell.say(f"{time.strftime('%H:%M:%S')} {progress.replica} {said}")
+
+
+def _said(progress: Progress) -> str:
+    if progress.status is None:
+        return f"does not answer: {progress.problem}" if progress.problem else ""
+    why = f": {progress.problem}" if progress.problem else ""
+    return f"serves {progress.status.generation}, {progress.status.state}{why}"

@@ -1,0 +1,217 @@
+"""Adapters through both doors: what operators, controllers and trainers send, and what they are told."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from functools import partial
+from pathlib import Path
+from typing import cast
+
+import httpx
+import pytest
+
+from inference_service.openai_api.app import create_app
+from inference_service.rpc.adapters import SERVICE_NAME, AdapterServicer, register
+from inference_service.serving.service import GenerationService, ServingLimits
+from loramux import AsyncClient
+from loramux_shared.faults import (
+    AdapterExists,
+    AdapterInvalid,
+    BundleCorrupt,
+    ModelNotFound,
+    NoBuilder,
+    ReplicaBehind,
+    RequestInvalid,
+)
+from loramux_shared.rpc.server import RpcServer
+from tests.support.operated import Operated, digest_of, generation, operated
+from tests.support.silent import SilentEngine, silent_service
+
+
+@pytest.fixture
+def replica() -> Operated:
+    """Two adapters, a builder, and a bundle that no generation has."""
+    return operated(bundles=(digest_of(77),))
+
+
+@pytest.fixture
+async def client(replica: Operated) -> AsyncIterator[AsyncClient]:
+    """A client of its gRPC door."""
+    servicer = AdapterServicer(replica.manager)
+    server = RpcServer("127.0.0.1:0", {SERVICE_NAME: partial(register, servicer)})
+    async with AsyncClient(await server.start()) as client:
+        yield client
+    await server.drain(1)
+
+
+@pytest.fixture
+async def web(replica: Operated, tmp_path: Path) -> AsyncIterator[httpx.AsyncClient]:
+    """A client of its HTTP door."""
+    silent = silent_service(tmp_path)
+    limits = ServingLimits(64, None, frozenset({2}))
+    service = GenerationService(replica.names, silent.text, silent._engine, limits)
+    transport = httpx.ASGITransport(create_app(service, adapters=replica.manager))
+    async with httpx.AsyncClient(transport=transport, base_url="http://door") as web:
+        yield web
+
+
+async def test_adapters_over_grpc(client: AsyncClient, replica: Operated) -> None:
+    """Every field of a view arrives; pins, loads and rollbacks do what they say."""
+    replica.residency.hold(replica.adapter("one"), in_flight=2, used_s=0.0)
+    one, two = await client.adapters()
+    assert (one.name, one.digest, one.tier, one.residency) == ("one", digest_of(1), "device", "resident")
+    assert (one.in_flight, one.num_bytes, one.resident_digest) == (2, 100, digest_of(1))
+    assert one.last_used is not None
+    assert (two.tier, two.residency, two.last_used) == ("store", "absent", None)
+    replica.residency.fails = BundleCorrupt("two is damaged")
+    pinned = await client.pin("two")
+    assert pinned.last_failure is not None
+    assert (pinned.pinned, pinned.last_failure.reason) == (True, "BUNDLE_CORRUPT")
+    assert not (await client.unpin("two")).pinned
+    replica.residency.fails = None
+    assert (await client.load("three", "org/three")).generation == 2
+    await client.unload("three")
+    assert await client.rollback_replica() == 4
+    assert (await client.adapter("three")).name == "three"
+    only_here = await client.load("mine", f"bundle:{digest_of(77)}")
+    assert only_here.only_here
+
+
+async def test_many_adapters_come_in_pages(client: AsyncClient, replica: Operated) -> None:
+    """The client asks for all of them."""
+    names = {f"lora-{number:04}": number + 1 for number in range(2_500)}
+    replica.manager.take(generation(2, names))
+    assert [each.name for each in await client.adapters()] == list(names)
+
+
+async def test_failures_over_grpc_have_their_reason(client: AsyncClient, replica: Operated) -> None:
+    """The manager's own, and the builder's."""
+    for call, kind in (
+        (client.adapter("nobody"), ModelNotFound),
+        (client.pin("base"), RequestInvalid),
+        (client.load("one", "org/one"), AdapterExists),
+        (client.load("x", "no path"), RequestInvalid),
+    ):
+        with pytest.raises(kind):
+            await call
+    replica.deployment.refuses = AdapterInvalid("no LoRA")
+    with pytest.raises(AdapterInvalid):
+        await client.load("x", "org/x")
+    replica.deployment.refuses = ReplicaBehind("not yet")
+    with pytest.raises(ReplicaBehind):
+        await client.unload("one")
+
+
+async def test_a_replica_is_watched_over_grpc(client: AsyncClient, replica: Operated) -> None:
+    """The state at once, then a new generation."""
+    watch = client.watch_replica()
+    assert ((await anext(watch)).generation, (await client.replica()).deployment) == (1, "demo")
+    await client.load("three", "org/three")
+    assert (await anext(watch)).generation == 2
+    await watch.aclose()
+
+
+async def test_vllms_words_are_said(web: httpx.AsyncClient) -> None:
+    """Exactly 200 and vLLM's sentence; a taken name is 400 with the type and words that clients look for."""
+    body = {"lora_name": "three", "lora_path": "hf://org/three", "load_inplace": False}
+    answer = await web.post("/v1/load_lora_adapter", json=body)
+    assert (answer.status_code, answer.text) == (200, "Success: LoRA adapter 'three' added successfully.")
+    assert answer.headers["x-loramux-generation"] == "2"
+    taken = await web.post("/v1/load_lora_adapter", json=body)
+    told = taken.json()
+    assert (taken.status_code, told["type"], told["code"]) == (400, "InvalidUserInput", 400)
+    assert "has already been loaded" in told["message"]
+    assert told["error"]["code"] == "adapter_exists"
+    again = await web.post("/v1/load_lora_adapter", json=body | {"load_inplace": True})
+    assert again.status_code == 200
+    assert again.headers["x-loramux-digest"] != answer.headers["x-loramux-digest"]
+    listed = {each["id"]: each for each in (await web.get("/v1/models")).json()["data"]}
+    assert listed["three"]["digest"] == again.headers["x-loramux-digest"]
+    assert listed["three"]["parent"] == "base"
+    gone = await web.post("/v1/unload_lora_adapter", json={"lora_name": "three"})
+    assert (gone.status_code, gone.text) == (200, "Success: LoRA adapter 'three' removed successfully.")
+    missing = await web.post("/v1/unload_lora_adapter", json={"lora_name": "three"})
+    assert (missing.status_code, missing.json()["type"]) == (404, "NotFoundError")
+
+
+async def test_a_bundle_is_said_to_be_here_alone(web: httpx.AsyncClient) -> None:
+    """In the answer to its load."""
+    body = {"lora_name": "mine", "lora_path": f"bundle:{digest_of(77)}"}
+    answer = await web.post("/v1/load_lora_adapter", json=body)
+    assert answer.status_code == 200
+    assert "in this replica alone" in answer.text
+
+
+async def test_without_a_builder_the_cure_is_told(tmp_path: Path) -> None:
+    """400, with what to do; our own error beside vLLM's."""
+    app = create_app(silent_service(tmp_path), adapters=operated(builder=False).manager)
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://door") as web:
+        answer = await web.post("/v1/load_lora_adapter", json={"lora_name": "x", "lora_path": "org/x"})
+    assert answer.status_code == 400
+    assert "--builder" in answer.json()["message"]
+    assert answer.json()["error"]["code"] == NoBuilder.reason.lower()
+
+
+async def test_the_page_lists_pins_and_rolls_back(web: httpx.AsyncClient, replica: Operated) -> None:
+    """As JSON, in pages."""
+    first = (await web.get("/v1/adapters", params={"page_size": 1})).json()
+    assert ([each["id"] for each in first["data"]], first["replica"]["registered"]) == (["one"], 2)
+    rest = (await web.get("/v1/adapters", params={"page_token": first["next_page_token"]})).json()
+    assert ([each["id"] for each in rest["data"]], rest["next_page_token"]) == (["two"], "")
+    assert (await web.post("/v1/adapters/one/pin")).json()["pinned"]
+    models = (await web.get("/v1/models")).json()["data"]
+    assert {each["id"]: each["tier"] for each in models} == {"base": "device", "one": "device", "two": "store"}
+    assert not (await web.post("/v1/adapters/one/unpin")).json()["pinned"]
+    await replica.manager.load("one", "org/bad", replace=True)
+    assert (await web.post("/v1/rollback", json={})).json() == {"generation": 3}
+    assert replica.manager.get("one").digest == digest_of(1)
+    for size in ("0", "1001", "x", "-1", "99999999999"):
+        assert (await web.get("/v1/adapters", params={"page_size": size})).status_code == 400
+
+
+async def test_a_page_of_another_site_changes_nothing(web: httpx.AsyncClient, replica: Operated) -> None:
+    """Where there is no body that a browser would ask about first, its own word counts."""
+    for path in ("/v1/adapters/one/pin", "/v1/adapters/one/unpin", "/pause", "/resume"):
+        answer = await web.post(path, headers={"sec-fetch-site": "cross-site"})
+        assert answer.status_code == 403, path
+    assert replica.residency.calls == []
+
+
+async def test_trainers_are_told_who_it_is(web: httpx.AsyncClient) -> None:
+    """World size, and the configuration as far as they read it."""
+    assert (await web.get("/get_world_size")).json() == {"world_size": 1}
+    info = (await web.get("/server_info", params={"config_format": "json"})).json()["vllm_config"]
+    assert info["model_config"]["dtype"] == "bfloat16"
+    assert info["lora_config"] == {"max_loras": 4, "max_lora_rank": 64}
+    assert (await web.get("/server_info", params={"config_format": "text"})).status_code == 400
+
+
+@pytest.mark.parametrize(
+    ("query", "mode"),
+    [
+        ("?mode=keep", "keep"),
+        ("", "abort"),
+        ("?mode=wait", "wait"),
+        ("?wait_for_inflight_requests=true", "wait"),
+    ],
+)
+async def test_trainers_pause_and_resume(tmp_path: Path, query: str, mode: str) -> None:
+    """With vLLM's modes, and its own default."""
+    service = silent_service(tmp_path)
+    engine = cast(SilentEngine, service._engine)
+    transport = httpx.ASGITransport(create_app(service, adapters=operated().manager))
+    async with httpx.AsyncClient(transport=transport, base_url="http://door") as web:
+        assert (await web.post(f"/pause{query}")).json() == {"status": "paused"}
+        assert (engine.mode, (await web.get("/is_paused")).json()) == (mode, {"is_paused": True})
+        assert (await web.post("/resume")).json() == {"status": "resumed"}
+        assert (await web.get("/is_paused")).json() == {"is_paused": False}
+        assert (await web.post("/pause?mode=never")).status_code == 400
+
+
+async def test_racing_loads_of_a_name_have_one_winner(web: httpx.AsyncClient, replica: Operated) -> None:
+    """Two at once: one is added, the other is told that the name is taken."""
+    body = {"lora_name": "new", "lora_path": "org/new"}
+    answers = await asyncio.gather(*(web.post("/v1/load_lora_adapter", json=body) for _ in range(2)))
+    assert sorted(answer.status_code for answer in answers) == [200, 400]
+    assert len(replica.deployment.history) == 2

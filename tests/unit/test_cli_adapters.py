@@ -1,0 +1,137 @@
+"""``loramux models``, ``pin``, ``unpin`` and ``rollout`` against real doors to scripted replicas."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from inference_service.rpc.adapters import SERVICE_NAME, AdapterServicer, register
+from loramux.cli.adapters import resolve
+from loramux.cli.main import app
+from loramux.inference.v1 import inference_pb2_grpc
+from loramux_shared.access.guard import NOBODY_GUARDS, Guard
+from loramux_shared.faults import SettingsInvalid
+from loramux_shared.rpc.server import RpcServer
+from tests.support.access import keyring
+from tests.support.fake_services import FakeInference
+from tests.support.operated import Operated, operated
+
+KEYS, RING = keyring("infer", "admin")
+
+
+def run(*args: str) -> tuple[int, str, str]:
+    """Run a command in this process."""
+    result = CliRunner().invoke(app, args)
+    return result.exit_code, result.stdout, result.stderr
+
+
+@contextmanager
+def door(replica: Operated, guard: Guard = NOBODY_GUARDS) -> Iterator[tuple[str, Callable[..., Any]]]:
+    """A replica's gRPC door in a thread of its own: its address, and what has something done in its loop."""
+    add: Any = inference_pb2_grpc.add_InferenceServiceServicer_to_server
+    services = {
+        SERVICE_NAME: partial(register, AdapterServicer(replica.manager)),
+        "loramux.inference.v1.InferenceService": lambda server: add(FakeInference(), server),
+    }
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, daemon=True)
+    thread.start()
+
+    async def open_it() -> RpcServer:
+        server = RpcServer("127.0.0.1:0", services, guard)
+        await server.start()
+        return server
+
+    def do(work: Any) -> Any:
+        return asyncio.run_coroutine_threadsafe(work, loop).result(10)
+
+    server = do(open_it())
+    yield server.address, do
+    do(server.drain(0.1))
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join(10)
+
+
+def test_a_pin_is_told() -> None:
+    """As a line and as a document; a name that is not served fails."""
+    with door(operated()) as (address, _):
+        assert run("pin", "one", "--grpc", address) == (0, "one: pinned, 000000000000, resident\n", "")
+        code, text, _ = run("unpin", "one", "--grpc", address, "--json")
+        assert (code, json.loads(text)["adapter"]["pinned"]) == (0, False)
+        assert run("pin", "nobody", "--grpc", address)[0] == 1
+
+
+def test_models_say_where_they_are() -> None:
+    """With a key that may know it; another one gets the list alone."""
+    replica = operated(["lora1", "lora2"])
+    replica.residency.hold(replica.adapter("lora1"))
+    replica.manager.pin("lora1")
+    with door(replica, Guard(RING)) as (address, _):
+        code, text, _ = run("--api-key", KEYS["admin"], "models", "--grpc", address)
+        head, _, first, second = text.splitlines()
+        assert code == 0
+        assert head.split()[-4:] == ["tier", "pinned", "in", "use"]
+        assert (first.split()[-3:], second.split()[-3:]) == (["device", "yes", "0"], ["store", "-", "0"])
+        code, text, _ = run("--api-key", KEYS["infer"], "models", "--grpc", address)
+        assert (code, "tier" in text) == (0, False)
+        code, text, _ = run("--api-key", KEYS["admin"], "models", "--grpc", address, "--json")
+        assert [each["name"] for each in json.loads(text)["adapters"]] == ["lora1", "lora2"]
+
+
+def test_a_rollout_ends_when_all_serve_the_generation() -> None:
+    """A line for every change of every replica, and one at the end."""
+    first, second = operated(), operated()
+    with door(first) as (one, do), door(second) as (two, also):
+        do(first.manager.load("x", "org/x"))
+        timer = threading.Timer(0.5, lambda: also(second.manager.load("x", "org/x")))
+        timer.start()
+        code, text, said = run("rollout", "demo", "--replicas", f"{one},{two}", "--timeout", "30")
+        timer.join()
+    assert (code, text) == (0, "generation 2 is served by 2 replicas\n")
+    assert [line.split(" ", 1)[1] for line in said.splitlines() if two in line] == [
+        f"{two} serves 1, current",
+        f"{two} serves 2, current",
+    ]
+
+
+def test_a_rollout_that_takes_too_long() -> None:
+    """Status 3 with who is late; 1 where a replica says that it will never come."""
+    replica = operated()
+    with door(replica) as (address, _):
+        code, _, said = run("rollout", "demo", "--replicas", address, "--generation", "2", "--timeout", "0.5")
+        assert (code, f"{address} serves 1" in said) == (3, True)
+        code, text, _ = run(
+            "rollout", "demo", "--replicas", f"{address},127.0.0.1:1", "--timeout", "0.5", "--json"
+        )
+        last = json.loads(text.splitlines()[-1])
+        assert (code, last["done"], len(last["replicas"])) == (3, False, 2)
+        replica.deployment.standing.state, replica.deployment.standing.newest = "stale", 2
+        replica.deployment.standing.stale = "another base"
+        code, _, said = run("rollout", "demo", "--replicas", address, "--timeout", "0.5")
+        assert (code, "another base" in said) == (1, True)
+
+
+def test_a_rollout_of_something_else() -> None:
+    """A replica of another deployment is a mistake, and is told at once; a key is asked for."""
+    with door(operated()) as (address, _):
+        code, _, said = run("rollout", "other", "--replicas", address)
+        assert (code, "found one of 'demo'" in said) == (2, True)
+    with door(operated(), Guard(RING)) as (address, _):
+        assert run("--api-key", KEYS["infer"], "rollout", "demo", "--replicas", address)[0] == 4
+
+
+def test_replicas_are_a_list_or_a_name() -> None:
+    """Each once; a name stands for all of its addresses."""
+    assert resolve("a:1, b:2,a:1") == ("a:1", "b:2")
+    assert "127.0.0.1:50052" in resolve("dns:///localhost:50052")
+    for wrong in ("", ",", "a", "a:b", "dns:///", "dns:///localhost", "dns:///no.such.host.invalid:1"):
+        with pytest.raises(SettingsInvalid):
+            resolve(wrong)
