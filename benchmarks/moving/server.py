@@ -13,6 +13,7 @@ from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
 import httpx
+import psutil
 
 from benchmarks.moving.figures import memory_mb
 from benchmarks.moving.forge import Forge
@@ -44,6 +45,8 @@ class Server:
         self._wait_until_ready()
         self.start_s = time.perf_counter() - began
         """With the imports."""
+        self.start_cpu_s = self.cpu_s
+        """Of processors, until then: what a machine that does much else tells all the same."""
 
     @property
     def loaded_s(self) -> float:
@@ -55,6 +58,12 @@ class Server:
     def memory_mb(self) -> float:
         """Resident memory that is not a file's."""
         return memory_mb(self.pid)
+
+    @property
+    def cpu_s(self) -> float:
+        """Seconds of processors that it has had."""
+        times = psutil.Process(self.pid).cpu_times()
+        return times.user + times.system
 
     def _wait_until_ready(self) -> None:
         until = time.monotonic() + 180

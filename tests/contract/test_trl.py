@@ -1,4 +1,4 @@
-"""The real trainer's client and rollout worker: an adapter at each step, and the tokens that it trains on."""
+"""The trainer's own client and rollout loop: a new adapter at each step, and the tokens that it trains on."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def open_loop(url: str, version: Any) -> Any:
     return _AsyncRolloutLoop(
         model_name="base",
         dataset=[{"prompt": "unused"}],
-        reward_funcs=[len],
+        reward_funcs=[no_reward],
         processing_class=SimpleNamespace(response_template="unused"),
         eos_token_ids=[2],
         rollout_buffer=queue.Queue(),
@@ -132,10 +132,15 @@ def open_loop(url: str, version: Any) -> Any:
     )
 
 
+def no_reward(**_: Any) -> list[float]:
+    """Nothing is scored here."""
+    return []
+
+
 def digest_of(url: str, name: str) -> str:
     """The digest of a name, as operators are told it."""
     listed = requests.get(f"{url}/v1/adapters", params={"page_size": 100}, timeout=10).json()["data"]
-    [found] = [each for each in listed if each["name"] == name]
+    [found] = [each for each in listed if each["id"] == name]
     return str(found["digest"])
 
 
