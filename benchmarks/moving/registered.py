@@ -72,7 +72,8 @@ async def _steps(forge: Forge, names: list[str], rounds: int, bank: float) -> li
             for deployment, local in {"few": few, "registered": many}.items():
                 found[deployment].append(await _step_s(local, names))
     note = f"{shown(found['registered'], 1e3)}; with 8 {shown(found['few'], 1e3, 'ms of CPU')}"
-    return [Figure("step, 2,000 / 8 registered", ratio(found["registered"], found["few"]), "x", STEP_BAR, note)]
+    best = min(found["registered"]) / min(found["few"])  # what others do to a processor only adds
+    return [Figure("step, 2,000 / 8 registered, best rounds", best, "x", STEP_BAR, note)]
 
 
 async def _step_s(local: Local, names: list[str]) -> float:
