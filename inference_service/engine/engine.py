@@ -85,11 +85,6 @@ class Engine:
         return not self._seqs
 
     @property
-    def busy(self) -> bool:
-        """True while sequences are under way; may be asked on another thread."""
-        return bool(self._scheduler.running)
-
-    @property
     def idle_until_s(self) -> float:
         """When the next step has something to do, on the engine's clock; infinite: when something arrives."""
         busy = self._scheduler.running or self._under_way or self._outputs or self._scheduler.may_begin

@@ -20,7 +20,6 @@ from inference_service.serving.adapters.loader import AdapterLoader
 from inference_service.serving.adapters.packing import Packer
 from inference_service.serving.adapters.reading import BundleReader
 from inference_service.serving.adapters.texts import AdapterTexts
-from inference_service.serving.adapters.workers import Pace
 from inference_service.serving.inbox import Inbox
 from inference_service.startup.base import Base
 from inference_service.startup.memory import free_bytes
@@ -48,8 +47,6 @@ class Bank:
     residency: Residency[PackedAdapter]
     loader: AdapterLoader[PackedAdapter]
     texts: AdapterTexts
-    pace: Pace
-    """Of what brings adapters in, beside the steps."""
     sizes: dict[str, int]
     """About what each registered adapter takes of the bank, by digest."""
 
@@ -96,8 +93,7 @@ def open_bank(
     held = num_bytes // max(1, median)
     log.info("memory", item="bank of adapters", gb=round(num_bytes / GB, 3), holds_like_the_median=held)
     disk = open_disk_tier(settings.cache_dir, settings.adapter_disk_gb, store.uri)
-    pace = Pace()
-    reader = BundleReader(store, disk, pace)
+    reader = BundleReader(store, disk)
     loader = AdapterLoader(
         reader,
         Packer(base.model, lora, backend.new_lora, settings.block_size),
@@ -105,7 +101,7 @@ def open_bank(
         threads=settings.adapter_threads,
     )
     residency = Residency(Places(num_bytes), MAX_SLOTS, lora, loader, inbox.post)
-    return Bank(lora, residency, loader, AdapterTexts(reader, base.text), pace, sizes)
+    return Bank(lora, residency, loader, AdapterTexts(reader, base.text), sizes)
 
 
 def preload(bank: Bank, adapters: Sequence[Adapter], inbox: Inbox) -> None:

@@ -122,7 +122,6 @@ def load(settings: InferenceSettings, store: Store, watchers: Sequence[Watcher] 
     service.apply(generation)  # its limits too
     if bank is not None:
         service.naming.defaults_of = partial(_defaults, bank, catalog)
-        bank.pace.steps_run = lambda: engine.busy
         preload_later(bank, fitting[settings.preload :], inbox)
     return Ready(service, thread, generation, bank, str(base.backend.dtype).removeprefix("torch."))
 

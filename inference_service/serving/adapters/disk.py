@@ -11,7 +11,7 @@ import stat
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
@@ -20,7 +20,7 @@ import numpy as np
 import structlog
 
 from loramux_shared.bases.memory import GB
-from loramux_shared.bundle.manifest import MANIFEST_FILE, PIECE, Manifest
+from loramux_shared.bundle.manifest import MANIFEST_FILE, Manifest
 from loramux_shared.bundle.npy import Bytes
 from loramux_shared.bundle.reader import parse_manifest, verify_file
 from loramux_shared.faults import BundleCorrupt, ResourcesExhausted
@@ -81,18 +81,13 @@ class DiskTier:
             self._remove_damaged(digest, damage.message)
         return None
 
-    def files(
-        self, digest: str, manifest: Manifest, names: Sequence[str], rest: Callable[[], object] = lambda: None
-    ) -> dict[str, Bytes] | None:
-        """Return files of a bundle, each verified; None where one is not here. A damaged bundle is removed.
-
-        rest is called now and then, for whoever computes beside others.
-        """
+    def files(self, digest: str, manifest: Manifest, names: Sequence[str]) -> dict[str, Bytes] | None:
+        """Return files of a bundle, each verified; None where one is not here. A damaged bundle is removed."""
         found: dict[str, Bytes] = {}
         try:
             for name in names:
-                found[name] = self._read(digest, name, manifest.files[name].size + 1, rest)
-                verify_file(found[name], manifest.files, name, digest, rest)
+                found[name] = self._read(digest, name, manifest.files[name].size + 1)
+                verify_file(found[name], manifest.files, name, digest)
         except OSError as error:
             self._be_rid_of(digest, error)
         except BundleCorrupt as damage:
@@ -133,9 +128,7 @@ class DiskTier:
             raise ValueError("a digest has 64 hex digits")
         return self._folder / digest
 
-    def _read(
-        self, digest: str, name: str, at_most: int, rest: Callable[[], object] = lambda: None
-    ) -> memoryview:
+    def _read(self, digest: str, name: str, at_most: int) -> memoryview:
         """Return a regular file's content, at most so many bytes of it, in memory that nobody else sees."""
         path = self._path(digest) / name
         with open(path, "rb", buffering=0, opener=_no_link) as file:
@@ -145,9 +138,8 @@ class DiskTier:
             # Of numpy, which does not write zeros first.
             data = np.empty(min(found.st_size, at_most), np.uint8).data
             filled = 0
-            while filled < len(data) and (count := file.readinto(data[filled : filled + PIECE])):
+            while filled < len(data) and (count := file.readinto(data[filled:])):
                 filled += count
-                rest()
             return data[:filled]
 
     @contextmanager

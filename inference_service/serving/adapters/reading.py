@@ -13,7 +13,7 @@ from typing import Final
 import structlog
 
 from inference_service.serving.adapters.disk import DiskTier
-from inference_service.serving.adapters.workers import Pace, Workers
+from inference_service.serving.adapters.workers import Workers
 from loramux_shared.bundle.manifest import MANIFEST_FILE, WEIGHTS_FILE, Manifest
 from loramux_shared.bundle.npy import Bytes
 from loramux_shared.bundle.reader import (
@@ -58,10 +58,9 @@ class Found:
 class BundleReader:
     """Reads bundles for many threads at once, within a bound of memory."""
 
-    def __init__(self, store: Store, disk: DiskTier | None, pace: Pace | None = None) -> None:
+    def __init__(self, store: Store, disk: DiskTier | None) -> None:
         self._store = store
         self._disk = disk
-        self._rest = (pace or Pace()).rest
         self._requests = Workers("bundle-files", REQUESTS)
         self._room = _Room(AT_ONCE_BYTES)
         if disk is not None:
@@ -88,7 +87,7 @@ class BundleReader:
             return None
         names = files_of(manifest, digest)
         room.enter_context(self._room.taken(_size(manifest)))
-        files = self._disk.files(digest, manifest, names, self._rest)
+        files = self._disk.files(digest, manifest, names)
         if files is None:
             room.close()
             return None
@@ -130,7 +129,7 @@ class BundleReader:
 
     def _fetch(self, digest: str, manifest: Manifest, name: str) -> bytes:
         data = self._get(digest, name)
-        verify_file(data, manifest.files, name, digest, self._rest)
+        verify_file(data, manifest.files, name, digest)
         return data
 
     def _get(self, digest: str, name: str) -> bytes:

@@ -5,31 +5,14 @@ from __future__ import annotations
 import itertools
 import queue
 import threading
-import time
 import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, Final, TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
-
-
-REST_S: Final = 0.001
-"""Between two pieces of work: what a load takes of the cores is spread over several steps."""
-
-
-class Pace:
-    """How work beside the steps gives way to them: it rests between its pieces while they are computed."""
-
-    def __init__(self) -> None:
-        self.steps_run: Callable[[], bool] = lambda: False
-
-    def rest(self) -> None:
-        """Rest a moment, unless nobody is hindered."""
-        if self.steps_run():
-            time.sleep(REST_S)
 
 
 @dataclass(order=True)

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
 from datetime import datetime
 from typing import Final, Literal, Self
 
@@ -40,8 +39,6 @@ REBUILD: Final = "Build the deployment again with --verify."
 TEXT_FILES: Final = ("chat_template.jinja", "generation_config.json", "tokenizer_config.json")
 """What an adapter may bring beside its weights: template, sampling defaults, stop tokens."""
 
-PIECE: Final = 1 << 20
-"""Bytes that are hashed at once by whoever rests between them: half a millisecond."""
 CONVERTER: Final = 1
 """Raised when the same adapter would be judged otherwise or give another bundle: then all are built again."""
 
@@ -284,22 +281,14 @@ class Current(Record):
     """Of the generation's bytes."""
 
 
-def sha256_hex(data: bytes | bytearray | memoryview, rest: Callable[[], object] | None = None) -> str:
-    """Return the sha256 of data in hex; rest is called after each `PIECE`, for who computes beside others."""
-    if rest is None:
-        return hashlib.sha256(data).hexdigest()
-    view, found = memoryview(data), hashlib.sha256()
-    for start in range(0, len(view), PIECE):
-        found.update(view[start : start + PIECE])
-        rest()
-    return found.hexdigest()
+def sha256_hex(data: bytes | bytearray | memoryview) -> str:
+    """Return the sha256 of data in hex."""
+    return hashlib.sha256(data).hexdigest()
 
 
-def verify(
-    data: bytes | bytearray | memoryview, sha256: str, what: str, rest: Callable[[], object] | None = None
-) -> None:
+def verify(data: bytes | bytearray | memoryview, sha256: str, what: str) -> None:
     """Raise `BundleCorrupt` unless data has this digest."""
-    actual = sha256_hex(data, rest)
+    actual = sha256_hex(data)
     if actual != sha256:
         raise BundleCorrupt(f"{what}: expected sha256 {sha256}, found {actual} ({len(data)} bytes). {REBUILD}")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -114,23 +114,14 @@ def assemble(digest: str, manifest: Manifest, files: Mapping[str, Bytes]) -> Bun
     return Bundle(digest, manifest, table, rows, {name: bytes(files[name]) for name in texts_of(manifest)})
 
 
-def verify_file(
-    data: Bytes,
-    files: Mapping[str, FileDigest],
-    name: str,
-    digest: str,
-    rest: Callable[[], object] | None = None,
-) -> None:
-    """Raise `BundleCorrupt` unless a file has the size and the digest that the manifest names.
-
-    rest is called now and then, for whoever computes beside others.
-    """
+def verify_file(data: Bytes, files: Mapping[str, FileDigest], name: str, digest: str) -> None:
+    """Raise `BundleCorrupt` unless a file has the size and the digest that the manifest names."""
     expected = _expected(files, name, digest)
     if len(data) != expected.size:
         raise BundleCorrupt(
             f"{_what(digest, name)}: expected {expected.size} bytes, found {len(data)}. {REBUILD}"
         )
-    verify(data, expected.sha256, _what(digest, name), rest)
+    verify(data, expected.sha256, _what(digest, name))
 
 
 def _expected(files: Mapping[str, FileDigest], name: str, digest: str) -> FileDigest:
