@@ -41,6 +41,9 @@ BROKEN: Final = 5
 """The exit status of a replica whose device or engine works no more."""
 TELL_S: Final = 1.0
 """For clients to read why their requests end, before a broken replica ends itself."""
+SWITCH_S: Final = 0.0005
+"""How long the engine's thread waits for the interpreter at most, while another one packs an adapter; 5 ms are
+Python's own. See docs/performance.md."""
 START_PAUSES_S: Final = (1.0,)
 """Before a store that did not answer is asked once more; whoever runs this starts it again."""
 FLAGS = {
@@ -101,6 +104,7 @@ async def serve(settings: InferenceSettings) -> int:
     """Load, listen, and drain at SIGTERM or SIGINT, or end when the engine can go on no more."""
     stop = Stop()
     raise_limit()
+    sys.setswitchinterval(SWITCH_S)
     addresses = [address for address in (settings.grpc, settings.http) if address]
     guard = open_guard(settings, *addresses)
     for address in addresses:
