@@ -160,5 +160,5 @@ async def test_it_can_be_used_by_many(page: Page) -> None:
         assert await faint(page) == [], name
         assert await nameless(page) == [], name
         await page.click("summary")
-    lefts = "new Set([...document.querySelectorAll('main section, main form, article')].map("
+    lefts = "new Set([...document.querySelectorAll('main section, main .panel, article')].map("
     assert await page.eval(f"{lefts}(each) => each.getBoundingClientRect().left)).size") == 1  # one column

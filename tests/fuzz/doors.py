@@ -22,12 +22,17 @@ from builder_service.pipeline.context import BuildContext
 from builder_service.rpc.servicer import SERVICE_NAME as BUILDER
 from builder_service.rpc.servicer import BuilderServicer
 from inference_service.openai_api.chat_schema import ChatBody, TokenizeBody
+from inference_service.openai_api.operators import LoadBody, RollbackBody, UnloadBody
 from inference_service.openai_api.schema import Body, CompletionBody, DetokenizeBody
 from inference_service.openai_api.server import HttpServer
+from inference_service.rpc import adapters
+from inference_service.rpc.adapters import SERVICE_NAME as ADAPTERS
+from inference_service.rpc.adapters import AdapterServicer
 from inference_service.rpc.servicer import SERVICE_NAME as INFERENCE
 from inference_service.rpc.servicer import InferenceServicer, register
+from inference_service.serving.adapters.fixed import fixed_manager
 from loramux.builder.v1 import builder_pb2
-from loramux.inference.v1 import inference_pb2
+from loramux.inference.v1 import adapters_pb2, inference_pb2
 from loramux_shared.deployment import SourceKind
 from loramux_shared.faults import FAULTS, Fault
 from loramux_shared.rpc.server import RpcServer
@@ -69,6 +74,7 @@ SAMPLED: dict[str, Any] = {
     "allowed_token_ids": [*range(3, 99)],
     "include_stop_str_in_output": True,
 }
+ENDLESS = f"/{ADAPTERS}/WatchReplica"
 BODIES: Mapping[str, tuple[type[Body], dict[str, Any]]] = {
     "/v1/chat/completions": (
         ChatBody,
@@ -85,6 +91,9 @@ BODIES: Mapping[str, tuple[type[Body], dict[str, Any]]] = {
     ),
     "/tokenize": (TokenizeBody, {"model": "rs", "messages": TURNS, "tools": [TOOL]}),
     "/detokenize": (DetokenizeBody, {"model": "rs", "tokens": [5, 6, 7]}),
+    "/v1/load_lora_adapter": (LoadBody, {"lora_name": "new", "lora_path": "org/new", "load_inplace": True}),
+    "/v1/unload_lora_adapter": (UnloadBody, {"lora_name": "rs", "lora_int_id": 1}),
+    "/v1/rollback": (RollbackBody, {"to": 1}),
 }
 """Of each route that takes a body, its kind and a valid one."""
 
@@ -134,10 +143,33 @@ def messages(folder: Path) -> dict[str, list[Message]]:
             ask(model="all", token_ids=inference_pb2.TokenIds(ids=[5, 6]), constraint=schema),
         ],
         f"/{INFERENCE}/ListModels": [inference_pb2.ListModelsRequest()],
+        f"/{ADAPTERS}/ListAdapters": [adapters_pb2.ListAdaptersRequest(page_size=2)],
+        f"/{ADAPTERS}/GetAdapter": [adapters_pb2.GetAdapterRequest(name="wide")],
+        f"/{ADAPTERS}/PinAdapter": [adapters_pb2.PinAdapterRequest(name="wide")],
+        f"/{ADAPTERS}/UnpinAdapter": [adapters_pb2.UnpinAdapterRequest(name="wide")],
+        f"/{ADAPTERS}/LoadAdapter": [adapters_pb2.LoadAdapterRequest(name="new", path="org/new", replace=True)],
+        f"/{ADAPTERS}/UnloadAdapter": [adapters_pb2.UnloadAdapterRequest(name="rs")],
+        f"/{ADAPTERS}/RollbackReplica": [adapters_pb2.RollbackReplicaRequest(to=1)],
+        f"/{ADAPTERS}/GetReplica": [adapters_pb2.GetReplicaRequest()],
+        ENDLESS: [adapters_pb2.WatchReplicaRequest()],
         f"/{BUILDER}/BuildDeployment": [builder_pb2.BuildDeploymentRequest(deployment=spec)],
         f"/{BUILDER}/GetDeployment": [builder_pb2.GetDeploymentRequest(name="tiny")],
         f"/{BUILDER}/ListDeployments": [builder_pb2.ListDeploymentsRequest(page_size=2)],
         f"/{BUILDER}/WatchDeployment": [builder_pb2.WatchDeploymentRequest(name="tiny")],
+        f"/{BUILDER}/UpdateDeployment": [
+            builder_pb2.UpdateDeploymentRequest(
+                name="tiny", add=[builder_pb2.Adapter(name="two", repository=adapter)], request_id="r"
+            )
+        ],
+        f"/{BUILDER}/RollbackDeployment": [builder_pb2.RollbackDeploymentRequest(name="tiny", to=1)],
+        f"/{BUILDER}/ListGenerations": [builder_pb2.ListGenerationsRequest(name="tiny", page_size=2)],
+        f"/{BUILDER}/PutAdapter": [
+            builder_pb2.PutAdapterRequest(
+                upload=builder_pb2.AdapterUpload(
+                    deployment="tiny", name="three", config=(folder / "one/adapter_config.json").read_bytes()
+                )
+            )
+        ],
         f"/{BUILDER}/CancelBuild": [builder_pb2.CancelBuildRequest(name="tiny")],
         f"/{BUILDER}/CheckAdapter": [
             builder_pb2.CheckAdapterRequest(
@@ -172,7 +204,9 @@ class Doors:
         call = self.channels[path.split("/")[1]].unary_stream(path)(request, timeout=30)
         with suppress(grpc.aio.AioRpcError):
             async for _ in call:
-                pass
+                if path == ENDLESS:
+                    call.cancel()
+                    return "OK"
         if await call.code() is grpc.StatusCode.OK:
             return "OK"
         fault = await self._fault(call)
@@ -182,6 +216,19 @@ class Doors:
     async def _fault(self, call: Any) -> Fault:
         trailers = [await call.initial_metadata(), await call.trailing_metadata()]
         return fault_of(grpc.aio.AioRpcError(await call.code(), *trailers, await call.details()))
+
+
+VALID: Mapping[str, str] = {
+    "/v1/load_lora_adapter": "no_builder",
+    "/v1/unload_lora_adapter": "no_builder",
+    "/v1/rollback": "no_builder",
+    f"/{ADAPTERS}/LoadAdapter": "NO_BUILDER",
+    f"/{ADAPTERS}/UnloadAdapter": "NO_BUILDER",
+    f"/{ADAPTERS}/RollbackReplica": "NO_BUILDER",
+    f"/{BUILDER}/PutAdapter": "ADAPTER_INVALID",
+}
+"""What valid requests are answered that cannot succeed here: the replica knows no builder, and an upload has
+more than one message."""
 
 
 @asynccontextmanager
@@ -197,8 +244,10 @@ async def open_doors(folder: Path) -> AsyncIterator[Doors]:
     context = BuildContext(MemoryStore(), Sources({SourceKind.LOCAL: LocalSource([folder])}), folder / "work")
     builds, checks = Builds(context, BuildLimits(running=1)), Checks(context)
     http = HttpServer("127.0.0.1:0", ready.service)
+    operators = AdapterServicer(fixed_manager(ready.service.catalog))
     servers = {
         INFERENCE: RpcServer("127.0.0.1:0", {INFERENCE: partial(register, InferenceServicer(ready.service))}),
+        ADAPTERS: RpcServer("127.0.0.1:0", {ADAPTERS: partial(adapters.register, operators)}),
         BUILDER: RpcServer("127.0.0.1:0", {BUILDER: BuilderServicer(builds, checks).register}),
     }
     ready.engine.start()
@@ -207,10 +256,11 @@ async def open_doors(folder: Path) -> AsyncIterator[Doors]:
     async with httpx.AsyncClient(base_url=url, timeout=30) as web:
         doors = Doors(web, channels, messages(folder))
         for path, (_, body) in BODIES.items():
-            assert await doors.post(path, json.dumps(body).encode()) == "OK", path
+            assert await doors.post(path, json.dumps(body).encode()) == VALID.get(path, "OK"), path
         for path, requests in doors.messages.items():
             for request in requests:
-                assert await doors.call(path, request.SerializeToString()) == "OK", path
+                found = await doors.call(path, request.SerializeToString())
+                assert found == VALID.get(path, "OK"), (path, found)
         yield doors
     await asyncio.gather(*(channel.close() for channel in channels.values()))
     checks.stop()

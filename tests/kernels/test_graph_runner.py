@@ -330,8 +330,9 @@ class Copies(TorchDispatchMode):
 def test_one_copy_fills_the_buffers_of_a_step(ready: Ready, runner: GraphRunner) -> None:
     """Tokens, their sources, positions, tables, segments and sampling: one copy, and only of what is used."""
     seqs = []
-    for place, name in enumerate(("base", "all", "rs")):
-        adapter = ready.service.catalog.get(name).adapter
+    adapters = [ready.service.catalog.get(name).adapter for name in ("all", "rs")]
+    in_order = sorted(filter(None, adapters), key=lambda adapter: adapter.slot or 0)
+    for place, (name, adapter) in enumerate([("base", None), ("one", in_order[0]), ("other", in_order[1])]):
         seq = EngineSequence(name, [3, 4, 5 + place], SamplingParams(temperature=1.0, seed=place), adapter)
         seq.blocks, seq.num_computed = array("i", [place]), 2
         seqs.append(seq)

@@ -216,6 +216,8 @@ def test_preemption_and_prefix_hits_change_no_token(answers: Answers) -> None:
     assert run_engine(ready, answers.requests, NEW) == answers.expected
     assert run_engine(ready, answers.requests, NEW) == answers.expected
     assert ready.engine.stats.preemptions > 0
+    for _ in range(2):  # alone, so that nobody needs its blocks meanwhile
+        assert run_engine(ready, answers.requests[:1], NEW) == answers.expected[:1]
     assert ready.engine.stats.prefix_tokens_hit > 0
 
 
