@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -116,11 +117,14 @@ class Race(Generic[T]):
                 if not self.step(i):
                     break
                 self.after_each()
-        left = set(range(len(self.turns)))
+        left, stretches = set(range(len(self.turns))), random.Random(0)
         while left:  # in turn: one may wait for another's claim
             for i in sorted(left, reverse=True):
-                if not self.step(i):
-                    left.discard(i)
-                self.after_each()
+                # Uneven, as the pauses of builders are: one operation each would keep those that met in step.
+                for _ in range(stretches.randint(1, 8)):
+                    if not self.step(i):
+                        left.discard(i)
+                        break
+                    self.after_each()
         self.pool.shutdown()
         return [result.result() for result in self.results]
