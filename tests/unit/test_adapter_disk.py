@@ -118,6 +118,38 @@ def test_what_other_replicas_kept_counts_too(store, folder):
     assert sum(size_of(store, path.name) for path in folder.iterdir()) <= room
 
 
+def test_what_is_put_while_the_folder_is_counted_counts(store, folder, monkeypatch):
+    """A bundle comes that the start's sweep does not see: the bound holds all the same."""
+    first, second, third = store.digests
+    room = size_of(store, first) + size_of(store, second) + size_of(store, third) // 2
+    for digest in (first, second):
+        keep(store, DiskTier(folder, room), digest)
+    counted, go_on, disk = threading.Event(), threading.Event(), DiskTier(folder, room)
+    kept = disk._kept
+
+    def slow():
+        yield from kept()
+        counted.set()
+        assert go_on.wait(10)
+
+    monkeypatch.setattr(disk, "_kept", slow)
+    sweep = threading.Thread(target=disk.sweep)
+    sweep.start()
+    assert counted.wait(10)
+    reader = BundleReader(store, None)
+    with reader.reading(third) as found:
+        put = threading.Thread(target=disk.put, args=(third, found.manifest, found.files))
+        put.start()
+        while not (folder / third).exists():
+            time.sleep(0.001)
+        put.join(0.05)
+        go_on.set()
+        sweep.join()
+        put.join()
+    reader.close()
+    assert sum(size_of(store, path.name) for path in folder.iterdir()) <= room
+
+
 def test_a_bundle_larger_than_the_bound_is_not_kept(store, folder):
     """It would push out everything else for nothing."""
     disk = DiskTier(folder, size_of(store, store.digests[0]))

@@ -65,6 +65,7 @@ class DiskTier:
     def __init__(self, folder: Path, max_bytes: int) -> None:
         self._folder = folder
         self._max_bytes = max_bytes
+        self._tidying = threading.Lock()
         self._lock = threading.Lock()
         self._bytes = 0
         """What is there, as far as this process knows."""
@@ -195,25 +196,29 @@ class DiskTier:
             self._bytes -= size
 
     def _make_room(self, added: int) -> None:
-        """Count what was added; where it is too much, count everything, and remove the oldest."""
-        now = time.monotonic()
-        with self._lock:
-            self._bytes += added
-            due = self._bytes > self._max_bytes or now - self._counted_s > COUNT_EVERY_S
+        """Count what was added; where it is too much, count everything, and remove the oldest.
+
+        One at a time: what is put while another counts would be neither in that count nor beside it.
+        """
+        with self._tidying:
+            now = time.monotonic()
+            with self._lock:
+                self._bytes += added
+                due = self._bytes > self._max_bytes or now - self._counted_s > COUNT_EVERY_S
             if not due:
                 return
             self._counted_s = now
-        found = sorted(self._kept())
-        total = sum(size for _, _, size in found)
-        with self._lock:
-            self._bytes = total
-        if total <= self._max_bytes:
-            return
-        for _, path, size in found:
-            if total <= self._max_bytes * KEPT:
+            found = sorted(self._kept())
+            total = sum(size for _, _, size in found)
+            with self._lock:
+                self._bytes = total
+            if total <= self._max_bytes:
                 return
-            self._remove(path)
-            total -= size
+            for _, path, size in found:
+                if total <= self._max_bytes * KEPT:
+                    return
+                self._remove(path)
+                total -= size
 
     def _kept(self) -> Iterator[tuple[float, Path, int]]:
         """Yield when each bundle was used last, where it is, and its bytes."""
