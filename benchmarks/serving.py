@@ -149,8 +149,17 @@ class Server:
 
     def stop(self) -> None:
         """End it as an operator does."""
-        self._process.terminate()
-        self._process.wait(30)
+        end_process(self._process)
+
+
+def end_process(process: subprocess.Popen[bytes]) -> None:
+    """Terminate a process, or kill it where it does not end."""
+    process.terminate()
+    try:
+        process.wait(30)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 def build_deployment(work: Path, names: Sequence[str], store: str) -> None:

@@ -71,6 +71,14 @@ def _update_request(
     )
 
 
+def _rollback_request(name: str, to: int | None, expected: int | None) -> pb.RollbackDeploymentRequest:
+    return pb.RollbackDeploymentRequest(name=name, to=to or 0, expected_generation=expected or 0)
+
+
+def _history_request(name: str, token: str, left: int | None) -> pb.ListGenerationsRequest:
+    return pb.ListGenerationsRequest(name=name, page_token=token, page_size=min(left or 0, 100))
+
+
 def _messages(deployment: str, name: str, expected: int | None, files: Files) -> Iterator[pb.PutAdapterRequest]:
     """Return the messages of an upload, which read the files piece by piece.
 
@@ -152,9 +160,7 @@ class Changes:
         self, name: str, to: int | None = None, *, expected_generation: int | None = None
     ) -> RollbackInfo:
         """Serve the content of an older generation again; of the one before the newest when not given."""
-        request = pb.RollbackDeploymentRequest(
-            name=name, to=to or 0, expected_generation=expected_generation or 0
-        )
+        request = _rollback_request(name, to, expected_generation)
         with named(self.builder):
             return rollback_of(self._builder.RollbackDeployment(request, timeout=self.timeout_s))
 
@@ -163,9 +169,7 @@ class Changes:
         found: list[GenerationInfo] = []
         token = ""
         while limit is None or len(found) < limit:
-            request = pb.ListGenerationsRequest(
-                name=name, page_token=token, page_size=min(limit - len(found), 100) if limit else 0
-            )
+            request = _history_request(name, token, limit and limit - len(found))
             with named(self.builder):
                 answer = self._builder.ListGenerations(request, timeout=self.timeout_s)
             found += map(generation_of, answer.generations)
@@ -216,9 +220,7 @@ class AsyncChanges:
         self, name: str, to: int | None = None, *, expected_generation: int | None = None
     ) -> RollbackInfo:
         """Serve the content of an older generation again; of the one before the newest when not given."""
-        request = pb.RollbackDeploymentRequest(
-            name=name, to=to or 0, expected_generation=expected_generation or 0
-        )
+        request = _rollback_request(name, to, expected_generation)
         with named(self.builder):
             return rollback_of(await self._builder.RollbackDeployment(request, timeout=self.timeout_s))
 
@@ -227,9 +229,7 @@ class AsyncChanges:
         found: list[GenerationInfo] = []
         token = ""
         while limit is None or len(found) < limit:
-            request = pb.ListGenerationsRequest(
-                name=name, page_token=token, page_size=min(limit - len(found), 100) if limit else 0
-            )
+            request = _history_request(name, token, limit and limit - len(found))
             with named(self.builder):
                 answer = await self._builder.ListGenerations(request, timeout=self.timeout_s)
             found += map(generation_of, answer.generations)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from enum import StrEnum
 
 from loramux.builder.v1 import builder_pb2 as pb
-from loramux.mapping import adapter_of
+from loramux.mapping import adapter_of, time_of
 from loramux.records import AdapterInfo
 
 
@@ -75,7 +75,7 @@ def generation_of(message: pb.Generation) -> GenerationInfo:
     """Return a generation."""
     return GenerationInfo(
         number=message.number,
-        create_time=message.create_time.ToDatetime(UTC) if message.HasField("create_time") else None,
+        create_time=time_of(message.create_time),
         served=message.served,
         adapters=message.adapters,
         changes=tuple(map(_change, message.changes)),

@@ -125,7 +125,7 @@ def model_of(message: pb.Model) -> ModelInfo:
         ranks=tuple(message.ranks),
         modules=tuple(message.modules),
         warnings=tuple(message.warnings),
-        load_time=_time(message.load_time),
+        load_time=time_of(message.load_time),
         generation=message.generation,
         max_seq_len=message.max_seq_len,
     )
@@ -137,8 +137,8 @@ def deployment_of(message: builder_pb2.Deployment) -> DeploymentInfo:
         name=message.name,
         state=_member(DeploymentState, message.state),
         generation=message.generation or None,
-        create_time=_time(message.create_time),
-        update_time=_time(message.update_time),
+        create_time=time_of(message.create_time),
+        update_time=time_of(message.update_time),
         adapters=tuple(map(adapter_of, message.adapters)),
         failure=_fault(message.failure) if message.HasField("failure") else None,
         unchanged=message.unchanged,
@@ -210,7 +210,8 @@ def _findings(messages: Iterable[builder_pb2.Finding]) -> tuple[Finding, ...]:
     return tuple(map(finding_from_message, messages))
 
 
-def _time(message: Timestamp) -> datetime | None:
+def time_of(message: Timestamp) -> datetime | None:
+    """Return a moment; None where there is none."""
     return message.ToDatetime(UTC) if message.ByteSize() else None
 
 

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable, Generator, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, Callable, Generator
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from typing import Any, TypeVar
+from datetime import datetime
+from typing import Any
 
-import grpc
-from google.protobuf.timestamp_pb2 import Timestamp
-
+from loramux.connection import named
 from loramux.inference.v1 import adapters_pb2 as pb
 from loramux.inference.v1.adapters_pb2_grpc import AdapterServiceStub
+from loramux.mapping import time_of
 from loramux_shared.faults import FAULTS, Fault, InternalFault
-from loramux_shared.rpc.status import fault_of
 
 # The generated stubs have no types; what they answer is typed here.
 adapter_stub: Callable[[Any], Any] = AdapterServiceStub
 BUILD_TIMEOUT_S = 3600.0
 """Of calls that wait for a build."""
 _PAGE = 1000
-_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -87,7 +83,7 @@ def adapter_of(message: pb.AdapterState) -> AdapterStatus:
         in_flight=message.in_flight,
         waiting=message.waiting,
         num_bytes=message.bytes,
-        last_used=_time(message.last_used),
+        last_used=time_of(message.last_used),
         last_failure=_failure(message.last_failure) if message.HasField("last_failure") else None,
         only_here=message.only_here,
     )
@@ -96,7 +92,7 @@ def adapter_of(message: pb.AdapterState) -> AdapterStatus:
 def replica_of(message: pb.ReplicaState) -> ReplicaStatus:
     """Return a replica."""
     fields = {name: getattr(message, name) for name in ReplicaStatus.__dataclass_fields__}
-    return ReplicaStatus(**fields | {"start_time": _time(message.start_time)})
+    return ReplicaStatus(**fields | {"start_time": time_of(message.start_time)})
 
 
 def _word(kind: Any, number: int) -> str:
@@ -108,18 +104,6 @@ def _failure(message: pb.LoadFailure) -> Fault:
     return FAULTS.get(message.reason, InternalFault)(message.message)
 
 
-def _time(message: Timestamp) -> datetime | None:
-    return message.ToDatetime(UTC) if message.ByteSize() else None
-
-
-@contextmanager
-def _named(target: str) -> Iterator[None]:
-    try:
-        yield
-    except grpc.RpcError as error:
-        raise fault_of(error, target) from error
-
-
 class Operations:
     """What `loramux.Client` can do with the adapters of a replica; it wants a key with the scope admin."""
 
@@ -129,7 +113,7 @@ class Operations:
     _stream: Callable[..., Generator[Any, None, None]]
 
     def _operate(self, method: str, request: Any, timeout_s: float | None) -> Any:
-        with _named(self.inference):
+        with named(self.inference):
             return getattr(self._adapters, method)(request, timeout=timeout_s)
 
     def adapters(self) -> list[AdapterStatus]:
@@ -195,7 +179,7 @@ class AsyncOperations:
     _stream: Callable[..., AsyncGenerator[Any, None]]
 
     async def _operate(self, method: str, request: Any, timeout_s: float | None) -> Any:
-        with _named(self.inference):
+        with named(self.inference):
             return await getattr(self._adapters, method)(request, timeout=timeout_s)
 
     async def adapters(self) -> list[AdapterStatus]:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from benchmarks.moving.forge import Forge
-from benchmarks.serving import BASE, ROOT
+from benchmarks.serving import BASE, ROOT, end_process
 from loramux.cli.tree import free_address
 
 LOOPBACK = "127.0.0.1:0"
@@ -49,11 +49,7 @@ class Builder:
 
     def stop(self) -> None:
         """End it as an operator does."""
-        self._process.terminate()
-        try:
-            self._process.wait(30)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
+        end_process(self._process)
 
 
 @contextmanager

@@ -18,7 +18,7 @@ import psutil
 from benchmarks.moving.figures import memory_mb
 from benchmarks.moving.forge import Forge
 from benchmarks.moving.replica import BEGIN_S, ENDLESS, prompt
-from benchmarks.serving import BASE, ROOT
+from benchmarks.serving import BASE, ROOT, end_process
 from loramux import AsyncClient
 from loramux.cli.tree import free_address
 from loramux.records import Delta
@@ -80,11 +80,7 @@ class Server:
 
     def stop(self) -> None:
         """End it as an operator does."""
-        self._process.terminate()
-        try:
-            self._process.wait(30)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
+        end_process(self._process)
 
 
 @contextmanager

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Final
 
+from builder_service.builds.pages import UNKNOWN_PAGE
 from loramux_shared.bundle.claims import generation_numbers
 from loramux_shared.bundle.deployments import (
     is_deployment_name,
@@ -63,7 +64,7 @@ def history(store: Store, name: str, page_size: int, page_token: str) -> History
         DeploymentNotFound, PageTokenInvalid, StoreUnavailable
     """
     if page_token and not (page_token.isascii() and page_token.isdecimal() and len(page_token) < 20):
-        raise PageTokenInvalid("page_token: use the next_page_token of the last answer")
+        raise PageTokenInvalid(UNKNOWN_PAGE)
     numbers = generation_numbers(store, name) if is_deployment_name(name) else []
     if not numbers:
         raise DeploymentNotFound(f"no deployment {name[:128]!r}; there are {stored_deployments(store)}")

@@ -14,6 +14,7 @@ from loramux_shared.faults import PageTokenInvalid
 
 PAGE: Final = 100
 MAX_PAGE: Final = 1000
+UNKNOWN_PAGE: Final = "page_token: use the next_page_token of the last answer"
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ def _name_in(token: str) -> str:
     try:
         name = base64.b64decode(token, altchars=b"-_", validate=True).decode()
     except (binascii.Error, ValueError) as error:
-        raise PageTokenInvalid("page_token: use the next_page_token of the last answer") from error
+        raise PageTokenInvalid(UNKNOWN_PAGE) from error
     if not is_deployment_name(name):
-        raise PageTokenInvalid("page_token: use the next_page_token of the last answer")
+        raise PageTokenInvalid(UNKNOWN_PAGE)
     return name

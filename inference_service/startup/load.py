@@ -119,7 +119,7 @@ def load(settings: InferenceSettings, store: Store, watchers: Sequence[Watcher] 
     serving = ServingLimits(limits.max_seq_len, generation.request_default_max_tokens, ends)
     service = GenerationService(catalog, base.text, thread, serving, watchers)
     service.logprobs_mode = settings.logprobs_mode
-    service.apply(generation)  # its limits too
+    service.limiter.limits = generation.limits
     if bank is not None:
         service.naming.defaults_of = partial(_defaults, bank, catalog)
         preload_later(bank, fitting[settings.preload :], inbox)
