@@ -13,7 +13,7 @@ from loramux_shared.bundle.manifest import BaseRecord, FileDigest
 from loramux_shared.faults import BundleCorrupt, CheckpointInvalid
 from loramux_shared.sources.base import Progress, Room, unwatched
 from loramux_shared.sources.checkpoint import INDEX, WEIGHTS
-from loramux_shared.sources.files import hash_file
+from loramux_shared.sources.files import hash_if_there
 from loramux_shared.sources.open import Sources
 
 MAX_INDEX: Final = 64 << 20
@@ -89,7 +89,7 @@ class BaseWeights:
         source = self._sources.of(self._base.source)
         folder = source.place(self._base.source, {name: expected}, self._cache, self._progress, self._room)
         path = folder / name
-        if not path.is_file() or hash_file(path, lambda _: self._progress(0)) != expected:
+        if hash_if_there(path, lambda _: self._progress(0)) != expected:
             raise BundleCorrupt(
                 f"base: {name} changed while the build ran: expected sha256 {expected.sha256}. Build again."
             )

@@ -14,11 +14,11 @@ from torch import Tensor
 from inference_service.models.shard import ShardInvalid, read_shard
 from loramux_shared.bundle.manifest import FileDigest
 from loramux_shared.faults import CheckpointInvalid
-from loramux_shared.sources.files import hash_file
+from loramux_shared.sources.files import hash_if_there
 
 INDEX = "model.safetensors.index.json"
-Verify = Callable[[str, FileDigest], None]
-"""Told what was read of a file, by its name; raises unless that is the file that was meant."""
+Verify = Callable[[str, FileDigest | None], None]
+"""Told what was read of a file, by its name, or that none is there; raises unless that is what was meant."""
 
 
 class Tensors(Protocol):
@@ -44,7 +44,7 @@ class Tensors(Protocol):
         ...
 
 
-def unverified(_name: str, _found: FileDigest) -> None:
+def unverified(_name: str, _found: FileDigest | None) -> None:
     """Take a file as it is."""
 
 
@@ -65,7 +65,7 @@ class Checkpoint:
         self._where: dict[str, Path] = {}
         self._held: dict[str, Tensor] = {}
         self._others: dict[str, str] = {}
-        for path in _files(folder):
+        for path in _files(folder, verify):
             try:
                 with safe_open(path, framework="pt") as file:
                     self._where |= dict.fromkeys(file.keys(), path)
@@ -114,23 +114,27 @@ class Checkpoint:
 
     def _refuse(self, path: Path, error: Exception | str) -> NoReturn:
         """Refuse a file that cannot be read: because it is another one than was meant, or as it is."""
-        if path.is_file():
-            self._verify(path.name, hash_file(path))
+        self._verify(path.name, hash_if_there(path))
         raise CheckpointInvalid(f"{path.name} is not a readable safetensors file: {error}")
 
 
-def _files(folder: Path) -> list[Path]:
+def _files(folder: Path, verify: Verify) -> list[Path]:
     index = folder / INDEX
     if not index.exists():
         single = folder / "model.safetensors"
         if not single.exists():
+            for absent in (index, single):
+                verify(absent.name, None)
             raise CheckpointInvalid(f"the base checkpoint has neither model.safetensors nor {INDEX}.")
         return [single]
     try:
         names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
     except (json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
         raise CheckpointInvalid(f"{INDEX} is no index: expected an object with weight_map.") from error
-    missing = [name for name in names if Path(name).name != name or not (folder / name).exists()]
-    if missing:
-        raise CheckpointInvalid(f"{INDEX} names {missing[0]}, which is not in the checkpoint.")
+    for name in names:
+        plain = Path(name).name == name
+        if not plain or not (folder / name).exists():
+            if plain:
+                verify(name, None)
+            raise CheckpointInvalid(f"{INDEX} names {name}, which is not in the checkpoint.")
     return [folder / name for name in names]

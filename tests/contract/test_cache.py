@@ -14,8 +14,10 @@ import pytest
 from loramux_shared.bundle.manifest import BaseRecord
 from loramux_shared.deployment import Repository, SourceKind
 from loramux_shared.faults import BundleCorrupt, Fault, ResourcesExhausted
+from loramux_shared.sources import files
 from loramux_shared.sources.bucket import BucketSource
 from loramux_shared.sources.checkpoint import describe_base, fetch_base
+from loramux_shared.sources.files import pieces_of
 from loramux_shared.sources.hub import HubSource
 from loramux_shared.sources.open import Sources
 from loramux_shared.sources.retry import Patience
@@ -49,13 +51,13 @@ def hub() -> Iterator[Hub]:
 @pytest.fixture(params=["hub", "bucket"])
 def remote(request: pytest.FixtureRequest, tmp_path: Path) -> Remote:
     """The same base on a hub and in a bucket, which are cached by different code."""
-    files = {path.name: path.read_bytes() for path in write_base(tmp_path / "base").iterdir()}
+    contents = {path.name: path.read_bytes() for path in write_base(tmp_path / "base").iterdir()}
     if request.param == "hub":
         hub: Hub = request.getfixturevalue("hub")
-        hub.repos["org/base"] = HubRepo({"main": "c" * 40}, files, lfs=("model.safetensors",))
+        hub.repos["org/base"] = HubRepo({"main": "c" * 40}, contents, lfs=("model.safetensors",))
         source = HubSource(Secrets(None, {}), endpoint=hub.endpoint, patience=QUICK)
         return Remote(Sources({SourceKind.HF: source}), Repository(source="HF", repo="org/base"))
-    bucket = BucketSource(lambda *_: (FakeBucket(files), "/one/"), Secrets(None, {}), QUICK)
+    bucket = BucketSource(lambda *_: (FakeBucket(contents), "/one/"), Secrets(None, {}), QUICK)
     return Remote(Sources({SourceKind.S3: bucket}), Repository(source="S3", repo="s3://bucket/one"))
 
 
@@ -133,6 +135,25 @@ def test_what_killed_replicas_left_is_swept(remote: Remote, tmp_path: Path) -> N
         os.utime(left, (time.time() - 2 * 24 * 3600,) * 2)
     remote.fetch(tmp_path / "cache")
     assert (old.exists(), copies.exists(), young.exists()) == (False, False, True)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_file_that_another_replica_takes_away(
+    remote: Remote, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """What is removed between a look and the reading, to be fetched again, is read again."""
+    folder = remote.fetch(tmp_path / "cache")
+    taken: list[Path] = []
+
+    def late(path: Path) -> Iterator[bytes]:
+        if path.name == name and not taken:
+            path.unlink()
+            taken.append(path)
+        return pieces_of(path)
+
+    monkeypatch.setattr(files, "pieces_of", late)
+    assert remote.fetch(tmp_path / "cache") == folder
+    assert taken == [folder / name]
 
 
 def test_replicas_that_start_together_share_a_cache(remote: Remote, tmp_path: Path) -> None:

@@ -171,7 +171,12 @@ def cut_off(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-@pytest.mark.parametrize("change", [zeroed, cut_off])
+def taken_away(path: Path) -> None:
+    """As by another replica, which found it damaged and fetches it again."""
+    path.unlink()
+
+
+@pytest.mark.parametrize("change", [zeroed, cut_off, taken_away])
 @pytest.mark.parametrize("name", [WEIGHTS, "config.json", "tokenizer.json"])
 def test_what_is_read_is_verified(tmp_path: Path, name: str, change: Any) -> None:
     """A file that changed after the build, even after it was looked at, is refused when it is read."""

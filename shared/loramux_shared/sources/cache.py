@@ -15,7 +15,7 @@ import structlog
 
 from loramux_shared.bundle.manifest import FileDigest
 from loramux_shared.sources.base import Progress, unwatched
-from loramux_shared.sources.files import PART, SCRATCH, disk_errors, hash_file, inside
+from loramux_shared.sources.files import PART, SCRATCH, disk_errors, hash_if_there, inside
 
 log = structlog.get_logger()
 
@@ -48,7 +48,7 @@ def missing_files(cache: Path, folder: Path, files: Mapping[str, FileDigest]) ->
 def differs(path: Path, expected: FileDigest, progress: Progress = unwatched) -> str:
     """Return what is at a path instead of a file, for a message; nothing where the file is there."""
     try:
-        found = hash_file(path, progress) if path.is_file() else None
+        found = hash_if_there(path, progress)
     except OSError as error:
         return f"a file that cannot be read ({error.strerror})"
     if found is None:

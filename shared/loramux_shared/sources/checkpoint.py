@@ -19,7 +19,7 @@ from loramux_shared.deployment import Repository, SourceKind
 from loramux_shared.faults import BundleCorrupt, CheckpointInvalid
 from loramux_shared.sources.base import Progress, Resolved, Room, Source, about, unwatched
 from loramux_shared.sources.cache import alone, differs, discard, open_cache
-from loramux_shared.sources.files import hash_file, hash_pieces, inside, pieces_of, scratch, whole
+from loramux_shared.sources.files import hash_if_there, hash_pieces, inside, pieces_of, scratch, whole
 from loramux_shared.sources.open import Sources
 from loramux_shared.wording import listed
 
@@ -101,7 +101,7 @@ class PlacedBase:
     def require(self, name: str, found: FileDigest | None) -> None:
         """Raise `BundleCorrupt` unless that is the file that was recorded; one of the cache is removed."""
         expected, path = self.record.files.get(name), inside(self.folder, name)
-        if expected is not None and found == expected:
+        if found == expected:
             return
         if expected is not None:
             with alone(self.cache):
@@ -117,8 +117,7 @@ class PlacedBase:
     def verify(self, progress: Progress = unwatched) -> Path:
         """Return the folder once each file was verified where it is."""
         for name in self.record.files:
-            path = inside(self.folder, name)
-            self.require(name, hash_file(path, progress) if path.is_file() else None)
+            self.require(name, hash_if_there(inside(self.folder, name), progress))
         return self.folder
 
     @contextmanager
@@ -127,13 +126,19 @@ class PlacedBase:
         with scratch(self.cache) as folder:
             for name in self.record.files:
                 if name in SMALL_FILES:
-                    path = self.folder / name
-                    if not path.is_file():
-                        self.require(name, None)
-                    with whole(folder / name) as sink:
-                        found = hash_pieces(pieces_of(path), unwatched, sink)
-                    self.require(name, found)
+                    self.require(name, _copied(self.folder / name, folder / name))
             yield folder
+
+
+def _copied(path: Path, into: Path) -> FileDigest | None:
+    """Copy a file and return what was copied; nothing where none is, or where another process mends it."""
+    if not path.is_file():
+        return None
+    try:
+        with whole(into) as sink:
+            return hash_pieces(pieces_of(path), unwatched, sink)
+    except FileNotFoundError:
+        return None
 
 
 def with_base(

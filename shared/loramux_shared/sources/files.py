@@ -35,6 +35,14 @@ def hash_file(path: Path, progress: Progress = unwatched) -> FileDigest:
     return hash_pieces(pieces_of(path), progress)
 
 
+def hash_if_there(path: Path, progress: Progress = unwatched) -> FileDigest | None:
+    """Return what a file is; nothing where none is, or where another process takes it away meanwhile."""
+    try:
+        return hash_file(path, progress) if path.is_file() else None
+    except FileNotFoundError:
+        return None
+
+
 def hash_pieces(pieces: Iterable[bytes], progress: Progress, sink: IO[bytes] | None = None) -> FileDigest:
     """Return what pieces together are, and write them where a sink is given."""
     digest, size = hashlib.sha256(), 0
