@@ -8,9 +8,10 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from inference_service.lora.weights import AdapterWeights, GroupWeights
+from inference_service.lora.weights import AdapterWeights, Placed, arrange
 from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bases.read import read_fields
+from loramux_shared.bundle.modules import BY_NAME
 
 ARCHITECTURE: Final = "LlamaForCausalLM"
 LLAMA_8B: Final[dict[str, Any]] = {
@@ -82,11 +83,12 @@ class RandomTensors:
 
 def random_adapter(config: ModelConfig, rank: int, dtype: torch.dtype) -> AdapterWeights:
     """Rank ``rank`` in every module of every layer, in the host's memory; all layers share theirs."""
-    layer = {
-        group.name: GroupWeights(
-            a=tuple(torch.randn(rank, group.in_features, dtype=dtype) * SCALE for _ in group.modules),
-            b=tuple(torch.randn(rank, out, dtype=dtype) * SCALE for out in group.out_features),
-        )
-        for group in config.groups
-    }
-    return AdapterWeights((layer,) * config.dims.num_layers)
+    rows: list[Placed] = []
+    first = 0
+    for group in config.groups:
+        for module, out in zip(group.modules, group.out_features, strict=True):
+            rows.append(Placed(0, BY_NAME[module].id, rank, group.in_features, out, first))
+            first += rank * (group.in_features + out)
+    every = [row._replace(layer=layer) for layer in range(config.dims.num_layers) for row in rows]
+    values = torch.randn(first, dtype=dtype) * SCALE
+    return arrange(values, every, config.groups, config.dims.num_layers)

@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 import torch
 from torch import Tensor
 
-from inference_service.lora.weights import Matrices
+from inference_service.lora.weights import AdapterWeights, Placed, arrange
+from loramux_shared.bases.groups import GroupShape
 from loramux_shared.bundle.npy import Array
 from loramux_shared.bundle.reader import Bundle
 from loramux_shared.deployment import Dtype
 
 
-def matrices(bundle: Bundle) -> Iterator[Matrices]:
-    """Yield the rows of a bundle, each in the bundle's storage type; they share its memory."""
-    table = _tensor(bundle.table, bundle.manifest.dtype)
-    for index, row in enumerate(bundle.manifest.rows):
-        at, split = index * table.shape[1], row.rank * row.in_features
-        a = table.as_strided((row.rank, row.in_features), (row.in_features, 1), at)
-        b = table.as_strided((row.out_features, row.rank), (row.rank, 1), at + split)
-        yield Matrices(row.layer, row.module, a, b)
+def load_adapter(
+    bundle: Bundle, groups: tuple[GroupShape, ...], num_layers: int, dtype: torch.dtype, device: torch.device
+) -> AdapterWeights:
+    """Return a bundle's matrices in a type and on a device; what is of both already is not copied.
+
+    Raises:
+        BundleCorrupt: it has rows that the base has no place for.
+    """
+    table, width = _tensor(bundle.table, bundle.manifest.dtype), bundle.table.shape[1]
+    rows = (
+        Placed(row.layer, row.module_id, row.rank, row.in_features, row.out_features, index * width)
+        for index, row in enumerate(bundle.manifest.rows)
+    )
+    return arrange(table.to(device, dtype).view(-1), rows, groups, num_layers)
 
 
 def _tensor(array: Array, dtype: Dtype) -> Tensor:

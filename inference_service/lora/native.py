@@ -6,11 +6,10 @@ from typing import Final
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from inference_service.kernels.cpu.ops import ADAPTER_FIELDS, CpuOps, Table
-from inference_service.lora.packed import Layout, Numbers, PackedAdapter, ranks_of
-from inference_service.lora.weights import AdapterWeights
+from inference_service.kernels.cpu.ops import ADAPTER_FIELDS, PIECE_FIELDS, CpuOps, Table
+from inference_service.lora.packed import Layout, PackedAdapter
+from inference_service.lora.weights import AdapterWeights, Numbers
 from loramux_shared.bases.groups import GroupShape
 
 LANES: Final = 16
@@ -25,27 +24,28 @@ def native_layout(shapes: tuple[GroupShape, ...], units: int) -> Layout:
 
 def pack_native(weights: AdapterWeights, layout: Layout, ops: CpuOps) -> PackedAdapter:
     """Pack an adapter; the table is [layers * groups, ADAPTER_FIELDS]."""
-    ranks = ranks_of(weights, layout.shapes)
-    first_a, first_b, numel = layout.places(ranks)
-    matrices = torch.empty(numel, dtype=ops.dtype)
-    pieces: list[tuple[int, ...]] = []
-    alive: list[Tensor] = []
-    to = matrices.data_ptr()
-    places = np.stack([first_a, first_b], axis=-1) * matrices.itemsize + to
-    for layer, placed in zip(weights.layers, places.tolist(), strict=True):
-        for shape, first in zip(layout.shapes, layout.firsts, strict=True):
-            group = layer.get(shape.name)
-            if group is None:
-                continue
-            for index, (a, b) in enumerate(zip(group.a, group.b, strict=True), first):
-                if a is not None and b is not None:
-                    for kind, part in enumerate((a.to(ops.dtype), b.to(ops.dtype))):
-                        alive.append(part)
-                        pieces.append((part.data_ptr(), *part.stride(), *part.shape, kind, placed[index][kind]))
-    if pieces:
-        ops.pack(Table(np.array(pieces, dtype=np.int64)))
-    table = _table(ranks, first_a * matrices.itemsize, first_b * matrices.itemsize, layout)
-    return PackedAdapter(matrices, table, ranks, layout.linears(ranks))
+    first_a, first_b, numel = layout.places(weights.ranks)
+    matrices, values = torch.empty(numel, dtype=ops.dtype), weights.values.to(ops.dtype)
+    size = matrices.itemsize
+    adapted = np.nonzero(weights.ranks)
+    rank, inside, outside = (
+        weights.ranks[adapted],
+        layout.in_features[adapted[1]],
+        layout.out_features[adapted[1]],
+    )
+    pieces = np.empty((len(rank), 2, PIECE_FIELDS), dtype=np.int64)
+    for kind, firsts, to, fields in (
+        (0, weights.first_a, first_a, (inside, 1, rank, inside)),
+        (1, weights.first_b, first_b, (1, rank, rank, outside)),  # transposed
+    ):
+        pieces[:, kind, 0] = values.data_ptr() + firsts[adapted] * size
+        for field, each in enumerate((*fields, kind), 1):
+            pieces[:, kind, field] = each
+        pieces[:, kind, 6] = matrices.data_ptr() + to[adapted] * size
+    if len(rank):
+        ops.pack(Table(pieces.reshape(-1, PIECE_FIELDS)))
+    table = _table(weights.ranks, first_a * size, first_b * size, layout)
+    return PackedAdapter(matrices, table, weights.ranks, layout.linears(weights.ranks))
 
 
 def _table(ranks: Numbers, first_a: Numbers, first_b: Numbers, layout: Layout) -> Numbers:

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from inference_service.lora.weights import AdapterWeights
+from inference_service.lora.weights import AdapterWeights, Numbers
 from loramux_shared.bases.groups import GroupShape
 
-Numbers = npt.NDArray[np.int64]
 ROUND: Final = 16
 """Elements: every matrix of a piece begins at a multiple, so that it can be read in vectors."""
 
@@ -43,18 +42,6 @@ class PackedAdapter:
         return int(self.ranks.max(initial=0))
 
 
-def ranks_of(weights: AdapterWeights, shapes: tuple[GroupShape, ...]) -> Numbers:
-    """Return the rank of every module of every layer, 0 where it is not adapted."""
-    nothing = {shape.name: (0,) * len(shape.modules) for shape in shapes}
-    return np.array(
-        [
-            [rank for name, none in nothing.items() for rank in (layer[name].ranks if name in layer else none)]
-            for layer in weights.layers
-        ],
-        dtype=np.int64,
-    ).reshape(len(weights.layers), -1)
-
-
 class Layout:
     """How the matrices of an adapter follow one another: per layer and group A of all slices, then each B."""
 
@@ -66,9 +53,13 @@ class Layout:
         self.shapes: Final = shapes
         self.firsts: Final = [sum(sizes[:index]) for index in range(len(sizes))]
         """The first module of each group."""
-        self.strides: Final = _up(np.repeat([shape.in_features for shape in shapes], sizes), width)
+        self.in_features: Final = np.repeat([shape.in_features for shape in shapes], sizes)
+        """[modules]"""
+        self.out_features: Final = np.array([out for shape in shapes for out in shape.out_features])
+        """[modules]"""
+        self.strides: Final = _up(self.in_features, width)
         """[modules]: elements from row to row of A."""
-        self._columns = _up(np.array([out for shape in shapes for out in shape.out_features]), columns)
+        self._columns = _up(self.out_features, columns)
         self._ranks = ranks
         order: list[int] = []
         for first, size in zip(self.firsts, sizes, strict=True):
@@ -103,7 +94,7 @@ def pack_flat(
     Its fields are the rank, the first element of A [rank, in], whose rows are rounded up to `ROUND` elements,
     and the first of B [rank, out].
     """
-    ranks = ranks_of(weights, layout.shapes)
+    ranks = weights.ranks
     first_a, first_b, numel = layout.places(ranks)
     matrices = torch.empty(numel, dtype=dtype, pin_memory=pinned)
     zeros = torch.zeros(max(ROUND, *layout.strides.tolist()), dtype=dtype)

@@ -4,12 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
 
-import torch
+import numpy as np
+import numpy.typing as npt
 from torch import Tensor
 
 from loramux_shared.bases.groups import GroupShape
+from loramux_shared.bundle.modules import BY_ID, BY_NAME
 from loramux_shared.faults import BundleCorrupt
+
+Numbers = npt.NDArray[np.int64]
+
+
+class Placed(NamedTuple):
+    """A module of a layer, and where its matrices lie: A [rank, in], then B [out, rank], each row by row."""
+
+    layer: int
+    module_id: int
+    rank: int
+    in_features: int
+    out_features: int
+    first: int
+    """Element of A's beginning."""
 
 
 @dataclass(frozen=True)
@@ -21,83 +39,78 @@ class GroupWeights:
     b: tuple[Tensor | None, ...]
     """Per slice B transposed, [rank, out] in whatever order of memory, scale included; None as in ``a``."""
 
-    @property
-    def ranks(self) -> tuple[int, ...]:
-        """The rank of each slice; 0 where it is not adapted."""
-        return tuple(0 if b is None else b.shape[0] for b in self.b)
-
 
 @dataclass(frozen=True)
 class AdapterWeights:
-    """All of an adapter: per layer, the groups that it touches."""
+    """All of an adapter as it lies somewhere; its arrays are [layers, modules], in the order of the groups."""
 
-    layers: tuple[dict[str, GroupWeights], ...]
+    values: Tensor
+    """[elements]: the scale is in B; what is between the matrices does not matter."""
+    ranks: Numbers
+    """0 where a module is not adapted."""
+    first_a: Numbers
+    """Where A [rank, in] begins."""
+    first_b: Numbers
+    """Where B [out, rank] begins."""
+    groups: tuple[GroupShape, ...]
 
-    @property
-    def num_bytes(self) -> int:
-        """Memory of all matrices."""
-        groups = [group for layer in self.layers for group in layer.values()]
-        return sum(part.nbytes for group in groups for part in (*group.a, *group.b) if part is not None)
+    @cached_property
+    def layers(self) -> tuple[dict[str, GroupWeights], ...]:
+        """Per layer, views of the groups that are adapted."""
+        places = zip(self.ranks.tolist(), self.first_a.tolist(), self.first_b.tolist(), strict=True)
+        return tuple(self._layer(*place) for place in places)
+
+    def _layer(self, ranks: list[int], first_a: list[int], first_b: list[int]) -> dict[str, GroupWeights]:
+        found: dict[str, GroupWeights] = {}
+        at = 0
+        for shape in self.groups:
+            own, inside = range(at, at + len(shape.modules)), shape.in_features
+            at = own.stop
+            if not any(ranks[module] for module in own):
+                continue
+            a, b = [], []
+            for module, out in zip(own, shape.out_features, strict=True):
+                rank = ranks[module]
+                a.append(self.values.as_strided((rank, inside), (inside, 1), first_a[module]) if rank else None)
+                b.append(self.values.as_strided((rank, out), (1, rank), first_b[module]) if rank else None)
+            found[shape.name] = GroupWeights(tuple(a), tuple(b))
+        return found
 
 
-@dataclass(frozen=True)
-class Matrices:
-    """A row of a bundle as tensors."""
-
-    layer: int
-    module: str
-    a: Tensor
-    """[rank, in]"""
-    b: Tensor
-    """[out, rank], scale included."""
-
-
-def pack_adapter(
-    rows: Iterable[Matrices],
-    groups: tuple[GroupShape, ...],
-    num_layers: int,
-    dtype: torch.dtype,
-    device: torch.device,
+def arrange(
+    values: Tensor, rows: Iterable[Placed], groups: tuple[GroupShape, ...], num_layers: int
 ) -> AdapterWeights:
-    """Arrange the rows of a bundle; rows that are of the type and on the device already are not copied.
+    """Arrange matrices that lie in values; nothing is copied.
 
     Raises:
         BundleCorrupt: a row for a layer or module that the base does not have, or of other dims; a row twice.
     """
-    found: dict[tuple[int, str], Matrices] = {}
+    features = [(group.in_features, out) for group in groups for out in group.out_features]
+    names = [module for group in groups for module in group.modules]
+    columns = {BY_NAME[name].id: index for index, name in enumerate(names)}
+    fields = [[(0, 0, 0)] * len(names) for _ in range(num_layers)]
+    strange: list[Placed] = []
     for row in rows:
-        if (row.layer, row.module) in found:
+        layer, module_id, rank, inside, outside, first = row
+        column = columns.get(module_id)
+        if column is None or layer >= num_layers:
+            strange.append(row)
+            continue
+        if fields[layer][column][0]:
             raise BundleCorrupt(
-                f"the bundle holds layer {row.layer} {row.module} twice. Rebuild the deployment."
+                f"the bundle holds layer {layer} {names[column]} twice. Rebuild the deployment."
             )
-        found[row.layer, row.module] = row
-    layers = []
-    for layer in range(num_layers):
-        packed: dict[str, GroupWeights] = {}
-        for group in groups:
-            parts = [found.pop((layer, module), None) for module in group.modules]
-            for part, out in zip(parts, group.out_features, strict=True):
-                if part is not None:
-                    _check_dims(part, group.in_features, out)
-            if any(part is not None for part in parts):
-                packed[group.name] = GroupWeights(
-                    a=tuple(None if part is None else part.a.to(device, dtype) for part in parts),
-                    b=tuple(None if part is None else part.b.to(device, dtype).t() for part in parts),
-                )
-        layers.append(packed)
-    if found:
-        layer, module = next(iter(found))
+        if (inside, outside) != features[column]:
+            raise BundleCorrupt(
+                f"layer {layer} {names[column]}: the base expects (in, out) = {features[column]}, "
+                f"the bundle holds {inside, outside}. Rebuild the deployment for this base."
+            )
+        fields[layer][column] = rank, first, first + rank * inside
+    if strange:
         raise BundleCorrupt(
-            f"the bundle holds {len(found)} rows that the base has no place for, for example layer {layer} "
-            f"{module}; the base has {num_layers} layers. Rebuild the deployment for this base."
+            f"the bundle holds {len(strange)} rows that the base has no place for, for example layer "
+            f"{strange[0].layer} {BY_ID[strange[0].module_id].name}; the base has {num_layers} layers. "
+            "Rebuild the deployment for this base."
         )
-    return AdapterWeights(tuple(layers))
-
-
-def _check_dims(row: Matrices, in_features: int, out_features: int) -> None:
-    found = (row.a.shape[1], row.b.shape[0])
-    if found != (in_features, out_features):
-        raise BundleCorrupt(
-            f"layer {row.layer} {row.module}: the base expects (in, out) = {(in_features, out_features)}, "
-            f"the bundle holds {found}. Rebuild the deployment for this base."
-        )
+    ranks, first_a, first_b = np.moveaxis(np.array(fields, dtype=np.int64), -1, 0)
+    return AdapterWeights(values, ranks, first_a, first_b, groups)

@@ -9,8 +9,7 @@ import torch
 
 from inference_service.backends.hold import hold_packed
 from inference_service.core.sequence import Adapter
-from inference_service.lora.loader import matrices
-from inference_service.lora.weights import AdapterWeights, pack_adapter
+from inference_service.lora.loader import load_adapter
 from inference_service.proof.replay import replay
 from inference_service.serving.adapter_defaults import read_adapter_defaults
 from inference_service.serving.catalog import ServedModel, shown_source
@@ -36,7 +35,7 @@ def merge(generation: Generation, base: Base, store: Store, block_size: int) -> 
     bundle = read_bundle(store, record.digest)
     _prove(name, bundle, base, block_size)
     config, model = base.model.config, base.model
-    exact = pack_adapter(matrices(bundle), config.groups, config.dims.num_layers, torch.float32, model.device)
+    exact = load_adapter(bundle, config.groups, config.dims.num_layers, torch.float32, model.device)
     model.merge(checkpoint(base.placed, torch.float32, model.device), exact)
     summary = bundle.manifest.summary
     return ServedModel(
@@ -58,13 +57,9 @@ def _prove(name: str, bundle: Bundle, base: Base, block_size: int) -> None:
     if manifest.proof is None:
         return
     lora = base.backend.new_lora()
-    weights = _weights(bundle, base, lora.home)
+    config = model.config
+    weights = load_adapter(bundle, config.groups, config.dims.num_layers, model.dtype, lora.home)
     packed = lora.pack(weights)
     [slot] = hold_packed(lora, [packed], packed.max_rank)
     replayed = replay(name, manifest.proof, manifest, Adapter(bundle.digest, slot), lora, model, block_size)
     log.info("proof holds", adapter=name, effect=replayed.effect, logprob=replayed.logprob)
-
-
-def _weights(bundle: Bundle, base: Base, home: torch.device) -> AdapterWeights:
-    config = base.model.config
-    return pack_adapter(matrices(bundle), config.groups, config.dims.num_layers, base.model.dtype, home)

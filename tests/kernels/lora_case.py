@@ -10,8 +10,9 @@ from torch import Tensor
 from inference_service.backends.base import LoraBackend
 from inference_service.lora.places import Places
 from inference_service.lora.segments import Arrangement, Segment
-from inference_service.lora.weights import AdapterWeights, Matrices, pack_adapter
+from inference_service.lora.weights import AdapterWeights
 from loramux_shared.bases.groups import layer_groups
+from tests.support.weights import adapter_of
 
 GROUPS = layer_groups(hidden=48, intermediate=80, q=48, kv=16)
 LAYERS = 2
@@ -35,7 +36,7 @@ def adapter(ranks: Mapping[str, int], seed: int, layers: Sequence[int] = range(L
     """A random adapter."""
     generator = torch.Generator().manual_seed(seed)
     rows = [
-        Matrices(
+        (
             layer,
             module,
             torch.randn(rank, DIMS[module][0], generator=generator) * 0.3,
@@ -44,7 +45,7 @@ def adapter(ranks: Mapping[str, int], seed: int, layers: Sequence[int] = range(L
         for layer in layers
         for module, rank in ranks.items()
     ]
-    return pack_adapter(rows, GROUPS, LAYERS, torch.float32, torch.device("cpu"))
+    return adapter_of(rows, GROUPS, LAYERS)
 
 
 def arrangement(lengths: Mapping[int, int], base: int = 2) -> Arrangement:

@@ -27,9 +27,9 @@ from inference_service.engine.runner import Runner
 from inference_service.engine.scheduler import SchedulerLimits
 from inference_service.engine.step import Pending
 from inference_service.engine.tape import Tape, TapeRecorder
-from inference_service.lora.loader import matrices
+from inference_service.lora.loader import load_adapter
 from inference_service.lora.places import taken_by
-from inference_service.lora.weights import AdapterWeights, pack_adapter
+from inference_service.lora.weights import AdapterWeights
 from inference_service.models.decoder import Decoder
 from inference_service.startup.load import Ready
 from loramux_shared.bases.memory import buckets, mixed_buckets
@@ -302,8 +302,8 @@ def test_adapters_that_come_after_the_recording_give_the_torch_backends_tokens(
 def _weights_of(store: MemoryStore, name: str, model: Decoder) -> AdapterWeights:
     generation = current_generation(store, "tiny")
     assert generation is not None
-    rows = matrices(read_bundle(store, generation.adapters[name].digest))
-    return pack_adapter(rows, model.config.groups, LAYERS, torch.float32, torch.device("cpu"))
+    bundle = read_bundle(store, generation.adapters[name].digest)
+    return load_adapter(bundle, model.config.groups, LAYERS, torch.float32, torch.device("cpu"))
 
 
 def test_recording_touches_no_cache(ready: Ready) -> None:

@@ -23,12 +23,12 @@ from inference_service.engine.residents import AlwaysResident
 from inference_service.engine.scheduler import SchedulerLimits
 from inference_service.engine.tape import TapeRecorder
 from inference_service.kernels.launch import Launch
-from inference_service.lora.weights import Matrices, pack_adapter
 from inference_service.startup.load import Ready
 from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bundle.modules import BY_NAME
 from loramux_shared.storage.memory import MemoryStore
 from tests.support.tiny import make_world
+from tests.support.weights import adapter_of
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels tell of themselves when interpreted")
 
@@ -97,9 +97,8 @@ def run(ready: Ready, runner: GraphRunner, requests: list[tuple[str, int, Sampli
 def replace_first(lora: TritonLora, config: ModelConfig) -> None:
     """Let the adapter in the first slot leave, for one of another rank and another module."""
     hidden, kv = config.dims.features(BY_NAME["attn_k"])
-    rows = [Matrices(1, "attn_k", torch.ones(1, hidden), torch.ones(kv, 1))]
-    groups, layers = config.groups, config.dims.num_layers
-    packed = lora.pack(pack_adapter(rows, groups, layers, torch.float32, torch.device("cpu")))
+    rows = [(1, "attn_k", torch.ones(1, hidden), torch.ones(kv, 1))]
+    packed = lora.pack(adapter_of(rows, config.groups, config.dims.num_layers))
     lora.leave(0)
     lora.copy(packed, 0)
     lora.enter(0, 0, packed)

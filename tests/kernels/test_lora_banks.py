@@ -16,7 +16,6 @@ from inference_service.backends.hold import hold
 from inference_service.backends.native import NativeLora
 from inference_service.kernels.cpu.ops import CpuOps
 from inference_service.lora.places import taken_by
-from inference_service.lora.weights import Matrices, pack_adapter
 from loramux_shared.bases.groups import layer_groups
 from loramux_shared.faults import InternalFault
 from tests.kernels.lora_case import (
@@ -29,6 +28,7 @@ from tests.kernels.lora_case import (
     arrangement,
     expect_right,
 )
+from tests.support.weights import adapter_of
 
 
 def test_adapters_come_and_go_and_each_adds_what_it_is(lora: LoraBackend, device: str) -> None:
@@ -158,12 +158,10 @@ def test_packing_takes_rows_and_types_as_they_come(compiled: ctypes.CDLL, dtype:
         for module, out in zip(shape.modules, shape.out_features, strict=True)
     }
     rows = [
-        Matrices(
-            0, module, torch.randn(rank, inside).to(torch.bfloat16), torch.randn(out, rank).to(torch.bfloat16)
-        )
+        (0, module, torch.randn(rank, inside).to(torch.bfloat16), torch.randn(out, rank).to(torch.bfloat16))
         for rank, (module, (inside, out)) in enumerate(dims.items(), 1)
     ]
-    weights = pack_adapter(rows, groups, 1, torch.float32, torch.device("cpu"))
+    weights = adapter_of(rows, groups, 1)
     lora = NativeLora(CpuOps(compiled, dtype), groups, 1)
     hold(lora, weights)
     lora.begin(arrangement({0: 5}, base=0))

@@ -13,7 +13,6 @@ from torch import Tensor
 from builder_service.pipeline.build import build
 from builder_service.pipeline.context import BuildContext
 from builder_service.pipeline.progress import Progress
-from inference_service.lora.weights import AdapterWeights, GroupWeights
 from inference_service.models.checkpoint import Checkpoint
 from inference_service.models.decoder import Decoder
 from inference_service.models.weights import Layer
@@ -26,6 +25,7 @@ from loramux_shared.faults import DeploymentInvalid, ModelNotFound
 from loramux_shared.sources.open import open_sources
 from loramux_shared.storage.memory import MemoryStore
 from tests.support.tiny import World, make_world, run_engine
+from tests.support.weights import adapter_of
 
 PROMPTS = [[5 + 7 * turn + place for place in range(3 + 11 * turn)] for turn in range(5)]
 
@@ -101,14 +101,13 @@ def test_a_merge_holds_no_layer_twice(world: World) -> None:
     config = read_config(world.base)
     model = Decoder(config, Checkpoint(world.base, torch.float32, torch.device("cpu")))
     watched = Watched(Checkpoint(world.base, torch.float32, torch.device("cpu")), model._layers)
-    groups = {
-        group.name: GroupWeights(
-            tuple(torch.ones(1, group.in_features) for _ in group.modules),
-            tuple(torch.ones(1, out) for out in group.out_features),
-        )
+    rows = [
+        (layer, module, torch.ones(1, group.in_features), torch.ones(out, 1))
+        for layer in range(config.dims.num_layers)
         for group in config.groups
-    }
-    model.merge(watched, AdapterWeights((groups,) * config.dims.num_layers))
+        for module, out in zip(group.modules, group.out_features, strict=True)
+    ]
+    model.merge(watched, adapter_of(rows, config.groups, config.dims.num_layers))
     assert watched.alive == dict.fromkeys(range(config.dims.num_layers), 0)
     assert len(model._layers) == config.dims.num_layers
 

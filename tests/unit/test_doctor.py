@@ -13,7 +13,6 @@ import torch
 from structlog.testing import capture_logs
 from typer.testing import CliRunner
 
-from inference_service.lora.weights import Matrices, pack_adapter
 from loramux.cli.main import app
 from loramux.doctor import installed
 from loramux.doctor.machine import look_at_inference, look_at_machine, look_at_store
@@ -26,6 +25,7 @@ from loramux_shared.settings import InferenceSettings
 from loramux_shared.storage.memory import MemoryStore
 from tests.support.fake_services import Fakes
 from tests.support.tiny import make_world
+from tests.support.weights import adapter_of
 from tests.unit.test_model_config import HUB_CONFIGS
 
 SETTINGS = InferenceSettings(deployment="none")
@@ -84,12 +84,17 @@ def test_an_adapter_takes_what_is_said(base: Path) -> None:
     """The bytes of an adapter are those that the engine's own packing takes."""
     config = read_config(base)
     rows = [
-        Matrices(layer, module.name, torch.zeros(8, inside), torch.zeros(outside, 8))
+        (
+            layer,
+            module.name,
+            torch.zeros(8, inside, dtype=torch.bfloat16),
+            torch.zeros(outside, 8, dtype=torch.bfloat16),
+        )
         for layer in range(config.dims.num_layers)
         for module in MODULES
         for inside, outside in [config.dims.features(module)]
     ]
-    packed = pack_adapter(rows, config.groups, config.dims.num_layers, torch.bfloat16, torch.device("cpu"))
+    packed = adapter_of(rows, config.groups, config.dims.num_layers)
     tensors = [
         tensor
         for layer in packed.layers

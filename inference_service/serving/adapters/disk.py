@@ -11,7 +11,7 @@ import stat
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
@@ -20,9 +20,9 @@ import numpy as np
 import structlog
 
 from loramux_shared.bases.memory import GB
-from loramux_shared.bundle.manifest import MANIFEST_FILE, Manifest
+from loramux_shared.bundle.manifest import MANIFEST_FILE, FileDigest, Manifest
 from loramux_shared.bundle.npy import Bytes
-from loramux_shared.bundle.reader import parse_manifest, verify_file
+from loramux_shared.bundle.reader import parse_manifest
 from loramux_shared.faults import BundleCorrupt, ResourcesExhausted
 from loramux_shared.sources.cache import discard
 from loramux_shared.sources.files import PART
@@ -36,6 +36,9 @@ COUNT_EVERY_S: Final = 60.0
 """Other replicas write into the same folder: it is counted again after so long, when something is put."""
 YOUNG_S: Final = 60.0
 """A folder that is being made is not yet locked for a moment; so young ones are left alone."""
+
+Verify = Callable[[Bytes, Mapping[str, FileDigest], str, str], None]
+"""Raises `BundleCorrupt` unless a file's bytes are those that the manifest of a digest names."""
 
 _NO_FILE: Final = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EINVAL, errno.ENXIO}
 """What opening something says that is not there, or is no file."""
@@ -82,13 +85,15 @@ class DiskTier:
             self._remove_damaged(digest, damage.message)
         return None
 
-    def files(self, digest: str, manifest: Manifest, names: Sequence[str]) -> dict[str, Bytes] | None:
+    def files(
+        self, digest: str, manifest: Manifest, names: Sequence[str], verify: Verify
+    ) -> dict[str, Bytes] | None:
         """Return files of a bundle, each verified; None where one is not here. A damaged bundle is removed."""
         found: dict[str, Bytes] = {}
         try:
             for name in names:
                 found[name] = self._read(digest, name, manifest.files[name].size + 1)
-                verify_file(found[name], manifest.files, name, digest)
+                verify(found[name], manifest.files, name, digest)
         except OSError as error:
             self._be_rid_of(digest, error)
         except BundleCorrupt as damage:

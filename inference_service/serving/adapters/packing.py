@@ -13,10 +13,9 @@ import torch
 
 from inference_service.backends.base import LoraBackend
 from inference_service.core.sequence import Adapter
-from inference_service.lora.loader import matrices
+from inference_service.lora.loader import load_adapter
 from inference_service.lora.packed import PackedAdapter
 from inference_service.lora.places import ALIGNMENT
-from inference_service.lora.weights import pack_adapter
 from inference_service.models.decoder import Decoder
 from inference_service.proof.replay import replay
 from loramux_shared.bundle.reader import Bundle
@@ -52,8 +51,8 @@ class Packer:
             ProofFailed: the adapter answers otherwise than its proof says.
         """
         config = self._model.config
-        weights = pack_adapter(
-            matrices(bundle), config.groups, config.dims.num_layers, self._model.dtype, self._lora.home
+        weights = load_adapter(
+            bundle, config.groups, config.dims.num_layers, self._model.dtype, self._lora.home
         )
         packed = self._lora.pack(weights)
         if bundle.digest not in self._proved:

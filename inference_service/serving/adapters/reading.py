@@ -13,6 +13,7 @@ from typing import Final
 import structlog
 
 from inference_service.serving.adapters.disk import DiskTier
+from inference_service.serving.adapters.known import KnownWeights
 from inference_service.serving.adapters.workers import Workers
 from loramux_shared.bundle.manifest import MANIFEST_FILE, WEIGHTS_FILE, Manifest
 from loramux_shared.bundle.npy import Bytes
@@ -23,7 +24,6 @@ from loramux_shared.bundle.reader import (
     parse_manifest,
     read_file,
     texts_of,
-    verify_file,
 )
 from loramux_shared.faults import BundleCorrupt, StoreUnavailable
 from loramux_shared.storage.base import Store
@@ -63,6 +63,7 @@ class BundleReader:
         self._disk = disk
         self._requests = Workers("bundle-files", REQUESTS)
         self._room = _Room(AT_ONCE_BYTES)
+        self._known = KnownWeights()
         if disk is not None:
             self._requests.submit(disk.sweep)
 
@@ -87,7 +88,7 @@ class BundleReader:
             return None
         names = files_of(manifest, digest)
         room.enter_context(self._room.taken(_size(manifest)))
-        files = self._disk.files(digest, manifest, names)
+        files = self._disk.files(digest, manifest, names, self._known.verify)
         if files is None:
             room.close()
             return None
@@ -121,7 +122,7 @@ class BundleReader:
         """
         manifest = self._disk.manifest(digest) if self._disk else None
         if manifest is not None and self._disk is not None:
-            files = self._disk.files(digest, manifest, texts_of(manifest))
+            files = self._disk.files(digest, manifest, texts_of(manifest), self._known.verify)
             if files is not None:
                 return {name: bytes(data) for name, data in files.items()}
         manifest = parse_manifest(self._get(digest, MANIFEST_FILE), digest)
@@ -129,7 +130,7 @@ class BundleReader:
 
     def _fetch(self, digest: str, manifest: Manifest, name: str) -> bytes:
         data = self._get(digest, name)
-        verify_file(data, manifest.files, name, digest)
+        self._known.verify(data, manifest.files, name, digest)
         return data
 
     def _get(self, digest: str, name: str) -> bytes:

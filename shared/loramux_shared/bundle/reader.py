@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 
@@ -45,10 +44,13 @@ class Bundle:
     manifest: Manifest
     table: Array
     """(rows, elements): A and B of each row, one after the other, then zeros."""
-    rows: tuple[BundleRow, ...]
-    """Views of the table."""
     texts: Mapping[str, bytes] = field(default_factory=dict)
     """What the adapter brings beside its weights, by the names of `TEXT_FILES`."""
+
+    @property
+    def rows(self) -> tuple[BundleRow, ...]:
+        """Views of the table."""
+        return tuple(map(_row, self.manifest.rows, self.table))
 
 
 def read_manifest(store: Store, digest: str) -> Manifest:
@@ -105,13 +107,19 @@ def texts_of(manifest: Manifest) -> tuple[str, ...]:
 
 
 def assemble(digest: str, manifest: Manifest, files: Mapping[str, Bytes]) -> Bundle:
-    """Return a bundle of its files, each of which was verified; its rows are views of the weights.
+    """Return a bundle of its files, each of which was verified; its table is a view of the weights.
 
     Raises:
-        BundleCorrupt: they do not say what the manifest says.
+        BundleCorrupt: shapes, config rows or padding differ from what the manifest says.
     """
-    table, rows = decode(manifest, files[WEIGHTS_FILE], files[CONFIG_FILE], _what(digest))
-    return Bundle(digest, manifest, table, rows, {name: bytes(files[name]) for name in texts_of(manifest)})
+    what = _what(digest)
+    table = read_weights(files[WEIGHTS_FILE], manifest.dtype, f"{what}: {WEIGHTS_FILE}")
+    columns = read_config(files[CONFIG_FILE], f"{what}: {CONFIG_FILE}")
+    _expect(table.shape, (len(manifest.rows), manifest.row_width), f"{what}: shape of {WEIGHTS_FILE}")
+    _expect(columns.shape, (len(manifest.rows), manifest.config_columns), f"{what}: shape of {CONFIG_FILE}")
+    _check_manifest(manifest, what)
+    _check_rows(manifest.rows, table, columns, what)
+    return Bundle(digest, manifest, table, {name: bytes(files[name]) for name in texts_of(manifest)})
 
 
 def verify_file(data: Bytes, files: Mapping[str, FileDigest], name: str, digest: str) -> None:
@@ -131,24 +139,6 @@ def _expected(files: Mapping[str, FileDigest], name: str, digest: str) -> FileDi
     return expected
 
 
-def decode(
-    manifest: Manifest, weights: Bytes | Path, config: Bytes | Path, what: str
-) -> tuple[Array, tuple[BundleRow, ...]]:
-    """Return the table and the rows of two npy files, cross-checked against the manifest.
-
-    Raises:
-        BundleCorrupt: shapes, config rows or padding differ from what the manifest says.
-    """
-    table = read_weights(weights, manifest.dtype, f"{what}: {WEIGHTS_FILE}")
-    columns = read_config(config, f"{what}: {CONFIG_FILE}")
-    _expect(table.shape, (len(manifest.rows), manifest.row_width), f"{what}: shape of {WEIGHTS_FILE}")
-    _expect(columns.shape, (len(manifest.rows), manifest.config_columns), f"{what}: shape of {CONFIG_FILE}")
-    _check_manifest(manifest, what)
-    return table, tuple(
-        _decode_row(row, table[i], columns[i], f"{what}: row {i}") for i, row in enumerate(manifest.rows)
-    )
-
-
 def _check_manifest(manifest: Manifest, what: str) -> None:
     """Check what a manifest says against itself."""
     places = [(row.layer, row.module_id) for row in manifest.rows]
@@ -164,14 +154,27 @@ def _check_manifest(manifest: Manifest, what: str) -> None:
     _expect(says, not any(row.norm_ba for row in manifest.rows), f"{what}: warning W_ZERO_B")
 
 
-def _decode_row(row: ModuleRow, values: Array, config: Array, what: str) -> BundleRow:
-    expected = [row.module_id, row.layer, row.rank, 0][: len(config)]
-    _expect(config.tolist(), expected, f"{what}: config")
+def _check_rows(rows: Sequence[ModuleRow], table: Array, columns: Array, what: str) -> None:
+    """Check each row of both files: quickly where all is well, since a load waits for it."""
+    expected = [[row.module_id, row.layer, row.rank, 0][: columns.shape[1]] for row in rows]
+    if (found := columns.tolist()) != expected:
+        for index, pair in enumerate(zip(found, expected, strict=True)):
+            _expect(*pair, f"{what}: row {index}: config")
+    values, size = table.view(np.uint8), table.itemsize
+    for index, row in enumerate(rows):
+        length = row.rank * (row.in_features + row.out_features)
+        if length > table.shape[1]:
+            raise BundleCorrupt(
+                f"{what}: row {index}: expected {length} elements for {row}, found {table.shape[1]}"
+            )
+        if np.count_nonzero(values[index, length * size :]):
+            raise BundleCorrupt(
+                f"{what}: row {index}: expected zeros after element {length}, found something else"
+            )
+
+
+def _row(row: ModuleRow, values: Array) -> BundleRow:
     split, length = row.rank * row.in_features, row.rank * (row.in_features + row.out_features)
-    if length > len(values):
-        raise BundleCorrupt(f"{what}: expected {length} elements for {row}, found {len(values)}")
-    if np.count_nonzero(values.view(np.uint8)[length * values.itemsize :]):
-        raise BundleCorrupt(f"{what}: expected zeros after element {length}, found something else")
     a = values[:split].reshape(row.rank, row.in_features)
     b = values[split:length].reshape(row.out_features, row.rank)
     return BundleRow(row, a, b)

@@ -1,0 +1,27 @@
+"""Adapters of matrices that are at hand, without a bundle."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from inference_service.lora.weights import AdapterWeights, Placed, arrange
+from loramux_shared.bases.groups import GroupShape
+from loramux_shared.bundle.modules import BY_NAME
+
+Row = tuple[int, str, Tensor, Tensor]
+"""Layer, module, A [rank, in], B [out, rank]."""
+
+
+def adapter_of(rows: Iterable[Row], groups: tuple[GroupShape, ...], num_layers: int) -> AdapterWeights:
+    """Arrange matrices, each pair behind a gap of three elements, as no bundle has them."""
+    parts: list[Tensor] = []
+    placed = []
+    first = 0
+    for layer, module, a, b in rows:
+        parts += [a.new_full((3,), torch.nan), a.reshape(-1), b.reshape(-1)]
+        placed.append(Placed(layer, BY_NAME[module].id, a.shape[0], a.shape[1], b.shape[0], first + 3))
+        first += 3 + a.numel() + b.numel()
+    return arrange(torch.cat(parts) if parts else torch.empty(0), placed, groups, num_layers)

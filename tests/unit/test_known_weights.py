@@ -1,0 +1,60 @@
+"""Weights that were verified once are known again, and only those."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+
+import pytest
+
+from inference_service.serving.adapters import known
+from inference_service.serving.adapters.known import KnownWeights
+from loramux_shared.bundle.manifest import CONFIG_FILE, WEIGHTS_FILE, FileDigest
+from loramux_shared.bundle.npy import Bytes
+from loramux_shared.bundle.reader import verify_file
+from loramux_shared.faults import BundleCorrupt
+
+DATA = bytes(range(256)) * 40
+FILES = {
+    name: FileDigest(size=len(DATA), sha256=hashlib.sha256(DATA).hexdigest())
+    for name in (WEIGHTS_FILE, CONFIG_FILE)
+}
+DIGEST = "d" * 64
+
+
+@pytest.fixture
+def hashed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """The names of files that sha256 was computed of."""
+    names: list[str] = []
+
+    def noted(data: Bytes, files: Mapping[str, FileDigest], name: str, digest: str) -> None:
+        names.append(name)
+        verify_file(data, files, name, digest)
+
+    monkeypatch.setattr(known, "verify_file", noted)
+    return names
+
+
+def test_the_slower_digest_is_computed_once(hashed: list[str]) -> None:
+    """Of weights; small files are hashed as before, and other bundles' bytes are not known."""
+    weights = KnownWeights()
+    for _ in range(3):
+        weights.verify(DATA, FILES, WEIGHTS_FILE, DIGEST)
+        weights.verify(memoryview(DATA), FILES, CONFIG_FILE, DIGEST)
+    assert hashed.count(WEIGHTS_FILE) == 1
+    assert hashed.count(CONFIG_FILE) == 3
+    weights.verify(DATA, FILES, WEIGHTS_FILE, "e" * 64)
+    assert hashed.count(WEIGHTS_FILE) == 2
+
+
+@pytest.mark.parametrize("damaged", [DATA[:-1], DATA + b"\0", b"", DATA[:99] + b"?" + DATA[100:]])
+@pytest.mark.parametrize("before", [0, 1, 2])
+def test_damage_is_found_whatever_came_before(damaged: bytes, before: int) -> None:
+    """Before the first good reading and after it; and what is damaged never becomes known."""
+    weights = KnownWeights()
+    for _ in range(before):
+        weights.verify(DATA, FILES, WEIGHTS_FILE, DIGEST)
+    for _ in range(2):
+        with pytest.raises(BundleCorrupt, match="expected"):
+            weights.verify(damaged, FILES, WEIGHTS_FILE, DIGEST)
+    weights.verify(DATA, FILES, WEIGHTS_FILE, DIGEST)
