@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import pytest
 
@@ -23,7 +23,7 @@ DIGEST = "d" * 64
 
 
 @pytest.fixture
-def hashed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+def hashed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of files that sha256 was computed of."""
     names: list[str] = []
 
