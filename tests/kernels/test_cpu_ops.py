@@ -91,12 +91,17 @@ def _error(found: Tensor, expected: Tensor) -> float:
     ("K", "outs"), [(63, (48,)), (576, (576, 192, 192)), (100, (33, 1)), (1000, (512, 40))]
 )
 def test_lora_adds_each_adapter_to_its_own_rows(
-    library: object, dtype: torch.dtype, threads: int, K: int, outs: tuple[int, ...]
+    monkeypatch: pytest.MonkeyPatch,
+    library: object,
+    dtype: torch.dtype,
+    threads: int,
+    K: int,
+    outs: tuple[int, ...],
 ) -> None:
     """Mixed ranks, slices that are not adapted, segments of 1 to 70 rows; base rows keep every bit."""
     torch.manual_seed(K)
     ops = CpuOps(library, dtype)  # type: ignore[arg-type]
-    ops.threads = threads
+    monkeypatch.setattr(CpuOps, "threads", threads)
     ranks = [[(8, 16, 5)[i % 3] for i in range(len(outs))], [64, 0, 3][: len(outs)], [1] * len(outs)]
     lengths = [(0, 3), (1, 70), (2, 1), (0, 33), (1, 4)]
     rows = 5 + sum(length for _, length in lengths)
@@ -280,12 +285,12 @@ def test_what_a_row_attends_to_does_not_depend_on_the_others(
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("threads", [1, 2])
 def test_what_an_adapter_adds_to_a_row_does_not_depend_on_the_others(
-    library: object, dtype: torch.dtype, threads: int
+    monkeypatch: pytest.MonkeyPatch, library: object, dtype: torch.dtype, threads: int
 ) -> None:
     """Bit for bit: in a segment of 70 rows, and alone."""
     torch.manual_seed(0)
     ops = CpuOps(library, dtype)  # type: ignore[arg-type]
-    ops.threads = threads
+    monkeypatch.setattr(CpuOps, "threads", threads)
     x, a, b = (torch.randn(*shape).to(dtype) for shape in ((70, 1000), (13, 1000), (13, 300)))
     packed = packed_by(ops, a, 0), packed_by(ops, b, 1)
     fields = [packed[0].data_ptr(), 13, 1, 13, packed[1].data_ptr(), 0, 300, *[0] * 8]

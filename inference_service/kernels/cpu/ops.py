@@ -70,7 +70,6 @@ class CpuOps:
         self.dtype = dtype
         self.units = 2 if dtype is torch.bfloat16 else 1
         """Values per 4-byte unit."""
-        self.threads = torch.get_num_threads()
         functions = {name: getattr(library, f"{name}_{DTYPES[dtype]}") for name in _SIGNATURES}
         for name, function in functions.items():
             function.argtypes, function.restype = [_TYPES[letter] for letter in _SIGNATURES[name]], None
@@ -97,6 +96,11 @@ class CpuOps:
             x.data_ptr(), x.stride(0), x.shape[1], out.data_ptr(), out.stride(0), adapters, apart,
             segments.address, len(segments.values), workspace.data_ptr(), workspace.stride(0), self.threads,
         )  # fmt: skip
+
+    @property
+    def threads(self) -> int:
+        """Those that the calling thread may compute with."""
+        return torch.get_num_threads()
 
     def pack(self, pieces: Table) -> None:
         """Pack the matrices of a table [pieces, PIECE_FIELDS], without holding the interpreter's lock."""
