@@ -50,11 +50,13 @@ class Plan:
     """Adapters of a step where many more are loaded."""
     prompts: tuple[int, ...]
     """Rows of a prompt in a step that decodes too."""
+    drafted: int
+    """Tokens of a draft, in the smallest batch."""
 
 
-FULL: Final = Plan(LLAMA_8B, (0, 1, 8, 16, 64), (1, 8, 32, 64, 128), (512, 4096), 8, (64, 448, 2048))
-QUICK: Final = Plan(LLAMA_8B, (0, 8, 64), (1, 32), (512,), 8, (448,))
-REHEARSAL: Final = Plan(TINY, (0, 2), (2,), (20,), 1, (5,))
+FULL: Final = Plan(LLAMA_8B, (0, 1, 8, 16, 64), (1, 8, 32, 64, 128), (512, 4096), 8, (64, 448, 2048), 7)
+QUICK: Final = Plan(LLAMA_8B, (0, 8, 64), (1, 32), (512,), 8, (448,), 7)
+REHEARSAL: Final = Plan(TINY, (0, 2), (2,), (20,), 1, (5,), 1)
 PENALTY: Final = SamplingParams(repetition_penalty=1.1, frequency_penalty=0.1)
 
 
@@ -70,6 +72,8 @@ class Point:
     """Rows of a prompt, which is the base's, in the same step."""
     penalised: int = 0
     """Rows whose tokens are drawn with penalties."""
+    drafted: int = 0
+    """Tokens that prompt lookup drafted behind each row, and that the same step verifies."""
 
 
 @dataclass
@@ -146,7 +150,8 @@ class Steps:
         recorder = TimedRecorder(self._device, self._device.recorder())
         most = max(_blocks(point) for point in points)
         rows = max(self._plan.batches) + max(self._plan.prompts)
-        runner = self._runner(most, max(self._plan.batches) + 1, recorder, rows)
+        seqs = max(self._plan.batches) + 1 + self._plan.drafted
+        runner = self._runner(most, seqs, recorder, rows)
         # Before anything is recorded, the runner launches every step from Python.
         eager = {point: self._drive(runner, point, EAGER_STEPS) for point in points if self._run.left_s > 0}
         runner.capture()
@@ -193,7 +198,9 @@ class Steps:
             longer = [replace(point, prompt=prompt) for prompt in self._plan.prompts]
             points += [each for each in longer if self._fits(each)]
             points.append(replace(point, penalised=point.batch // 2))
-        return points
+        smallest = min(self._plan.batches), self._plan.contexts[0]
+        alone = [point for point in points if point == Point(loaded, point.active, *smallest)]
+        return points + [replace(point, drafted=self._plan.drafted) for point in alone]
 
     @property
     def _usual(self) -> int:
@@ -207,7 +214,7 @@ class Steps:
         return self._bytes_per_token * BLOCK_SIZE * _blocks(point) < free - RESERVE_BYTES
 
     def _runner(self, num_blocks: int, max_seqs: int, recorder: Recorder, most_rows: int) -> GraphRunner:
-        longest = max(*self._plan.contexts, *self._plan.prompts)
+        longest = max(*self._plan.contexts, *self._plan.prompts) + self._plan.drafted
         limits = SchedulerLimits(
             max_tokens=most_rows, max_seqs=max_seqs, max_adapters=max_seqs, max_seq_len=longest
         )
@@ -268,12 +275,12 @@ def _adapter(slot: int) -> Adapter:
 
 
 def _blocks(point: Point) -> int:
-    return point.batch * -(-point.context // BLOCK_SIZE) + -(-point.prompt // BLOCK_SIZE)
+    return point.batch * -(-(point.context + point.drafted) // BLOCK_SIZE) + -(-point.prompt // BLOCK_SIZE)
 
 
 def _batch(point: Point) -> Batch:
     """Sequences of one context, all of it but the last token in the cache, whose blocks are scattered."""
-    each = -(-point.context // BLOCK_SIZE)
+    each = -(-(point.context + point.drafted) // BLOCK_SIZE)
     order = array("i", torch.randperm(_blocks(point)).tolist())
     chunks = []
     if point.prompt:
@@ -286,5 +293,6 @@ def _batch(point: Point) -> Batch:
         sampling = PENALTY if row < point.penalised else SamplingParams()
         seq = Sequence(str(row), [2] * point.context, sampling, adapter)
         seq.blocks, seq.num_computed = order[row * each : (row + 1) * each], point.context - 1
-        chunks.append(Chunk(seq, 1))
-    return Batch(tuple(chunks))
+        chunks.append(Chunk(seq, 1 + point.drafted, point.drafted))
+    drafts = {chunk.seq: [2] * chunk.drafted for chunk in chunks if chunk.drafted}
+    return Batch(tuple(chunks), drafts)

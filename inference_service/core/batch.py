@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from inference_service.core.sequence import Sequence
@@ -13,6 +14,8 @@ class Chunk(NamedTuple):
 
     seq: Sequence
     length: int
+    drafted: int = 0
+    """Of its tokens, those at the end that are expected and not known; each is verified by a draw behind it."""
 
     @property
     def start(self) -> int:
@@ -26,8 +29,8 @@ class Chunk(NamedTuple):
 
     @property
     def samples(self) -> bool:
-        """True when the chunk reaches the sequence's end, so that a token is drawn from its last row."""
-        return self.length == self.seq.num_pending
+        """True when the chunk reaches the sequence's end, so that a token is drawn from the row there."""
+        return self.length - self.drafted == self.seq.num_pending
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,8 @@ class Batch:
     """The chunks of one step."""
 
     chunks: tuple[Chunk, ...]
+    drafts: Mapping[Sequence, list[int]] = field(default_factory=dict)
+    """The tokens that are expected behind those that are known, of the chunks that have some."""
 
     @property
     def num_tokens(self) -> int:

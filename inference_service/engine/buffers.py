@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 from typing import Any, Final, TypeVar
 
@@ -143,7 +142,7 @@ class StepBuffers:
         view["sources"][:] = self._own
         sources = np.array(rows.sources, dtype=np.int32)
         np.copyto(view["sources"][: len(sources)], sources, where=sources != KNOWN)
-        _fill_sampling(view["sampling"].reshape(-1, FIELDS), rows.sampled)
+        _fill_sampling(view["sampling"].reshape(-1, FIELDS), rows)
         if self._segment_capacity is not None:
             slots = np.full(len(rows.tokens), -1)
             for segment in rows.arrangement.segments:
@@ -154,12 +153,13 @@ class StepBuffers:
         return first + len(tables)
 
 
-def _fill_sampling(fields: npt.NDArray[np.int32], seqs: Seq[Sequence]) -> None:
+def _fill_sampling(fields: npt.NDArray[np.int32], rows: Rows) -> None:
     """Fill fields [capacity, FIELDS] for the sequences that draw a token; the rest is padding."""
-    num = len(seqs)
-    packed = b"".join([_drawing(seq) for seq in seqs])
+    num = len(rows.sampled)
+    packed = b"".join([_drawing(seq) for seq in rows.sampled])
     fields[:num] = np.frombuffer(packed, np.int32).reshape(num, FIELDS)
-    fields[:num, GENERATED] = [seq.num_generated for seq in seqs]
+    fields[:num, GENERATED] = [seq.num_generated for seq in rows.sampled]
+    fields[:num, GENERATED] += np.array(rows.ahead, np.int32)
     fields[num:] = Kind.PADDING
 
 

@@ -6,7 +6,7 @@ import math
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from inference_service.core.batch import Batch
 from inference_service.core.sequence import FinishReason, Sequence, StepOutput, Token
@@ -35,6 +35,10 @@ class EngineStats:
     """Of those, tokens whose keys and values were cached."""
     tokens_generated: int
     """Tokens of answers, those of answers under way included."""
+    tokens_drafted: int = 0
+    """Tokens that prompt lookup drafted."""
+    tokens_accepted: int = 0
+    """Of those, tokens of answers."""
 
     @property
     def prefix_hit_rate(self) -> float:
@@ -68,6 +72,8 @@ class Engine:
     ) -> None:
         self._residency = residency
         self._runner = runner
+        if runner.depth:  # what a step verifies, the one behind it would have to know already
+            limits = replace(limits, speculative_tokens=0)
         self._limits = limits
         self._blocks = blocks
         self._scheduler = Scheduler(limits, blocks, residency)
@@ -109,6 +115,8 @@ class Engine:
             prefix_tokens_queried=self._blocks.stats.queried,
             prefix_tokens_hit=self._blocks.stats.hit,
             tokens_generated=self._generated,
+            tokens_drafted=self._scheduler.lookup.drafted,
+            tokens_accepted=self._scheduler.lookup.accepted,
         )
 
     @property
@@ -194,9 +202,17 @@ class Engine:
 
     def _resolve(self, pending: Pending) -> None:
         """Wait for a step; what it drew for sequences that ended meanwhile is dropped."""
+        accepted = dict.fromkeys(pending.drafts, -1)
         for seq, token in pending.tokens():
-            if self._seqs.get(seq.id) is seq:
-                self._outputs.append(self._append(seq, token))
+            if self._seqs.get(seq.id) is not seq:
+                continue
+            if seq in accepted:
+                accepted[seq] += 1
+                if accepted[seq]:
+                    self._scheduler.accept(seq)
+            self._outputs.append(self._append(seq, token))
+        for seq, count in accepted.items():
+            self._scheduler.lookup.learn(seq, len(pending.drafts[seq]), max(0, count))
         self._residency.resolved()
 
     def _append(self, seq: Sequence, token: Token) -> StepOutput:

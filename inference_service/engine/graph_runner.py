@@ -105,7 +105,7 @@ class GraphRunner(Runner):
         else:
             self._compute(buffers, segments)
         reading = Reading(self._logits[: len(rows.sampled)], self._ids, rows.sampled, self._shaper)
-        return Pending(tuple(rows.sampled), reading.wait, reading.finish)
+        return Pending(tuple(rows.sampled), reading.wait, reading.finish, rows.drafts)
 
     def _compute(self, buffers: StepBuffers, segments: Segments | None) -> None:
         """Go from static tensors to the drawn tokens: what graphs hold."""

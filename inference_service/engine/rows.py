@@ -28,9 +28,13 @@ class Rows:
     contexts: list[Context]
     """One per chunk."""
     sampled: list[Sequence]
-    """Those for which a token is drawn."""
+    """Those for which a token is drawn; one that has a draft once more for each of its tokens."""
+    ahead: list[int]
+    """How many tokens of its draft stand before each draw."""
     last_rows: list[int]
     """The row that each of them is drawn from."""
+    drafts: Mapping[Sequence, list[int]]
+    """What is verified."""
     scored: dict[Sequence, range]
     """Those whose prompt is scored, with the rows behind which stands a token of it that has no score yet."""
 
@@ -42,7 +46,7 @@ class Rows:
 
 def lay_out(batch: Batch, drawn: Mapping[Sequence, int]) -> Rows:
     """Lay a batch out; drawn gives each sequence's place among those that the step before drew a token for."""
-    rows = Rows(arrange(batch), [], [], [], [], [], [], {})
+    rows = Rows(arrange(batch), [], [], [], [], [], [], [], batch.drafts, {})
     for chunk in rows.arrangement.chunks:
         seq, row, start, length = chunk.seq, len(rows.tokens), chunk.start, chunk.length
         end = start + length
@@ -53,10 +57,14 @@ def lay_out(batch: Batch, drawn: Mapping[Sequence, int]) -> Rows:
             rows.sources.append(drawn[seq])
         else:
             rows.tokens.extend(seq.tokens[start:end])
+            if chunk.drafted:
+                rows.tokens.extend(batch.drafts[seq])
             rows.sources.extend([KNOWN] * length)
-        if end == seq.length:
-            rows.sampled.append(seq)
-            rows.last_rows.append(row + length - 1)
+        if chunk.samples:
+            for ahead in range(chunk.drafted + 1):
+                rows.sampled.append(seq)
+                rows.ahead.append(ahead)
+                rows.last_rows.append(row + length - 1 - chunk.drafted + ahead)
         if seq.scores_prompt:
             rows.scored[seq] = _scored(chunk, row)
     return rows

@@ -53,11 +53,11 @@ class Runner:
         def finish() -> None:
             if rows.sampled and not tokens:
                 with torch.inference_mode():
-                    tokens.extend(sample(logits, rows.sampled))
+                    tokens.extend(sample(logits, rows.sampled, rows.ahead))
                     ids = [token.id for token in tokens]
                     self._ids = torch.tensor(ids, dtype=torch.int64, device=logits.device)
 
-        return Pending(tuple(rows.sampled), lambda: tokens, finish)
+        return Pending(tuple(rows.sampled), lambda: tokens, finish, rows.drafts)
 
     def _forward(self, rows: Rows) -> Tensor:
         """Return the logits [N, vocab] of the last rows of those that are sampled."""

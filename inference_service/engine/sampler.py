@@ -21,8 +21,10 @@ from inference_service.engine.logprobs import processed, report
 from inference_service.kernels.sampling import RowParams, draw
 
 
-def sample(logits: Tensor, seqs: Seq[Sequence]) -> list[Token]:
+def sample(logits: Tensor, seqs: Seq[Sequence], ahead: Seq[int] | None = None) -> list[Token]:
     """Draw one token per row of logits [N, vocab]; row i belongs to seqs[i], whose tokens are known.
+
+    With ahead, the draw is the one that comes so many tokens later: those in between are drafted.
 
     A draw depends on the request's seed and on how many tokens it has, and on nothing else in the batch, so the
     same request gives the same answer in any company and after a preemption, and for the same logits on every
@@ -32,12 +34,12 @@ def sample(logits: Tensor, seqs: Seq[Sequence]) -> list[Token]:
     ids = logits.argmax(dim=-1).tolist()
     impossible = set()
     shaped_rows: dict[int, Tensor] = {}
-    for row, seq in enumerate(seqs):
+    for row, (seq, more) in enumerate(zip(seqs, ahead or [0] * len(seqs), strict=True)):
         shaped = shapes(seq, seq.num_known)
         if shaped or not seq.sampling.greedy:
             after = shape(logits[row], seq) if shaped else logits[row].float()
             own = after.numpy(force=True)
-            ids[row] = draw(own, row_params(seq, seq.num_known))
+            ids[row] = draw(own, row_params(seq, seq.num_known + more))
             shaped_rows[row] = after
             if shaped and np.isneginf(own).all():
                 impossible.add(row)

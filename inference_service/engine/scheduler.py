@@ -15,7 +15,9 @@ from inference_service.core.batch import Batch, Chunk
 from inference_service.core.sequence import Adapter, Sequence
 from inference_service.engine.block_manager import BlockManager
 from inference_service.engine.lanes import Lane, Lanes, Rank, order, take
+from inference_service.engine.lookup import Lookup
 from inference_service.engine.residents import Presence, Residents
+from inference_service.engine.sampler import shapes
 
 QUANTUM: Final = 128.0
 """Tokens, by weight, that a lane under way is ahead of one that finds no place before it makes room for it.
@@ -36,6 +38,8 @@ class SchedulerLimits:
     """Tokens of a sequence, prompt and answer together."""
     watermark: float = 0.01
     """Part of the blocks that admission leaves free, for the growth of those under way."""
+    speculative_tokens: int = 0
+    """Tokens that are drafted for a step that has no other rows than one; with more rows fewer. 0: none."""
 
     def reached(self, seq: Sequence, length: int) -> bool:
         """True when a sequence ends by its limit at so many tokens of prompt and answer."""
@@ -59,6 +63,7 @@ class _Step:
     budget: int
     lengths: dict[Sequence, int] = field(default_factory=dict)
     preempted: set[Sequence] = field(default_factory=set)
+    drafts: dict[Sequence, list[int]] = field(default_factory=dict)
     short: bool = False
     """Whether those under way lacked blocks, so that nobody new may take some."""
     ahead: dict[Lane, float] = field(default_factory=dict)
@@ -103,6 +108,7 @@ class Scheduler:
         """Most urgent first, then oldest."""
         self.num_waiting = 0
         self.preemptions = 0
+        self.lookup = Lookup()
         self._residents = residents
         self._seen = -1
         self._starved: list[Lane] = []
@@ -149,19 +155,53 @@ class Scheduler:
         for seq in decodes:
             self._continue(seq, step)
         self._take_turns(step, prompts, bound)
-        return Batch(tuple([Chunk(seq, length) for seq, length in step.lengths.items()]))
+        if self.limits.speculative_tokens:
+            self._draft(step)
+        drafts = step.drafts
+        return Batch(
+            tuple([Chunk(seq, length, len(drafts.get(seq, ()))) for seq, length in step.lengths.items()]),
+            drafts,
+        )
 
     def commit(self, batch: Batch) -> None:
         """Note that a batch was submitted: for every later step, its keys and values are in the cache."""
         for chunk in batch.chunks:
             seq, drawn = chunk.seq, chunk.samples
-            seq.num_computed += chunk.length
+            seq.num_computed += chunk.length - chunk.drafted
             seq.in_flight += drawn
             rows = seq.num_computed - seq.num_charged
             if rows > 0:  # what is computed again costs nothing, nor does what was cached
                 seq.lane.served += min(rows, chunk.length) / seq.lane.share.weight
                 seq.num_charged = seq.num_computed
             self.blocks.register(seq)
+
+    def accept(self, seq: Sequence) -> None:
+        """Note that one more token of a draft held: it was computed, and the one behind it was drawn."""
+        seq.num_computed += 1
+        seq.num_charged += 1
+        seq.in_flight += 1
+        seq.lane.served += 1 / seq.lane.share.weight
+
+    def _draft(self, step: _Step) -> None:
+        """Fill a small step with drafts of those that decode; they take nobody's rows or blocks."""
+        rows = sum(step.lengths.values())
+        room = min(self.limits.speculative_tokens + 1 - rows, self.limits.max_seqs - rows, step.budget)
+        for seq in self.running if room > 0 and not step.short else ():
+            if (
+                step.lengths.get(seq) != 1
+                or seq.num_pending != 1
+                or seq.in_flight
+                or shapes(seq, seq.num_known)
+            ):
+                continue
+            left = min(seq.sampling.max_tokens - seq.num_known, self.limits.max_seq_len - len(seq.tokens)) - 1
+            draft = self.lookup.draft(seq, min(room, left)) if min(room, left) > 0 else []
+            reach = len(seq.tokens) + len(draft)
+            needed = self.blocks.blocks_for(reach) - len(seq.blocks)
+            if draft and needed + self._watermark <= self.blocks.num_free and self.blocks.grow(seq, reach):
+                step.drafts[seq] = draft
+                step.lengths[seq] += len(draft)
+                room -= len(draft)
 
     def _bring_in(self, step: _Step) -> float:
         """Let adapters arrive in the order of those who wait for them.

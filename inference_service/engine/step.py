@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from inference_service.core.batch import Batch
 from inference_service.core.sequence import Sequence, Token
+from inference_service.engine.lookup import verified
 
 
 @dataclass(frozen=True)
@@ -15,7 +16,7 @@ class Pending:
     """A step that was submitted; the device may still be at work on it."""
 
     seqs: tuple[Sequence, ...]
-    """Those for which it draws a token."""
+    """Those for which it draws a token; one that has a draft once more for each of its tokens."""
     wait: Callable[[], list[Token]]
     """Waits for the tokens, one per sequence."""
     finish: Callable[[], object] = lambda: None
@@ -24,10 +25,14 @@ class Pending:
     Called once these are, before the next step is submitted; a second call does nothing.
     """
 
+    drafts: Mapping[Sequence, list[int]] = field(default_factory=dict)
+    """What it verifies."""
+
     def tokens(self) -> list[tuple[Sequence, Token]]:
-        """Wait for the step; return the new token of every sequence for which it draws one."""
+        """Wait for the step; return the new tokens of every sequence for which it draws some."""
         self.finish()
-        return list(zip(self.seqs, self.wait(), strict=True))
+        drawn = zip(self.seqs, self.wait(), strict=True)
+        return list(verified(drawn, self.drafts) if self.drafts else drawn)
 
 
 class StepRunner(Protocol):

@@ -144,7 +144,13 @@ def _engine(
     resident = [] if bank is None else bank.residency.resident()[:IN_STEPS]
 
     def limits_of(longest: int) -> SchedulerLimits:
-        return SchedulerLimits(sizes.tokens, sizes.seqs, settings.max_batch_adapters, longest)
+        return SchedulerLimits(
+            sizes.tokens,
+            sizes.seqs,
+            settings.max_batch_adapters,
+            longest,
+            speculative_tokens=settings.speculative_tokens,
+        )
 
     def measured(longest: int) -> Measured:
         of_step = limits_of(longest)
@@ -223,8 +229,14 @@ def _runner(base: Base, lora: LoraBackend, num_blocks: int, block_size: int, lim
     model = base.model
     if base.backend.recordable:
         segmented = cast(SegmentedLora, lora)  # what `recordable` promises
-        return GraphRunner(model, segmented, num_blocks, block_size, limits, CudaRecorder(model.device))
-    return Runner(model, lora, num_blocks, block_size)
+        runner: Runner = GraphRunner(
+            model, segmented, num_blocks, block_size, limits, CudaRecorder(model.device)
+        )
+    else:
+        runner = Runner(model, lora, num_blocks, block_size)
+    if limits.speculative_tokens:
+        runner.depth = 0  # a draft follows tokens that are known
+    return runner
 
 
 def _record(runner: Runner, device: torch.device) -> None:

@@ -212,6 +212,9 @@ class InferenceSettings(Settings):
     """Memory of the KV cache in GB (10^9 bytes); chosen from what is free when not given."""
     block_size: Annotated[Count, AfterValidator(_power_of_two)] = 16
     """Tokens per block of the KV cache; a power of two."""
+    speculative_tokens: Annotated[int, Field(ge=0, le=256)] = 0
+    """Tokens that are guessed from what a request said before, and verified, in a step of one sequence; in one
+    of more sequences fewer. Answers stay what they are; those that repeat their prompt come faster. 0: none."""
     max_queue: Count = 1024
     """Requests that wait; one more is answered QUEUE_FULL."""
     step_timeout_s: float = Field(default=300, gt=0, allow_inf_nan=False)

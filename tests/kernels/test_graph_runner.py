@@ -21,6 +21,7 @@ from inference_service.engine.block_manager import BlockManager
 from inference_service.engine.engine import Engine
 from inference_service.engine.graph_runner import GraphRunner
 from inference_service.engine.graphs import CudaRecorder, Graph, Recorder
+from inference_service.engine.lookup import Lookup
 from inference_service.engine.residents import AlwaysResident
 from inference_service.engine.rows import lay_out
 from inference_service.engine.runner import Runner
@@ -358,3 +359,30 @@ def test_there_are_graphs_for_few_and_for_many_rows() -> None:
     assert list(buckets(4)) == [1, 2, 4]
     assert list(buckets(8)) == [1, 2, 4, 8]
     assert list(buckets(36)) == [1, 2, 4, 8, 16, 24, 32, 36]
+
+
+def test_drafts_are_verified_row_by_row(
+    world: tuple[World, MemoryStore],
+    ready: Ready,
+    recorder: CountingRecorder,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Tokens that are drawn behind a draft's are those that a step each would have given, sampled ones too."""
+    requests, drawn = [REQUESTS[0], REQUESTS[1]], {"temperature": 1.0, "seed": 3}
+    expected = run_engine(world[0].load(world[1], backend="torch", native=False), requests, 8, **drawn)
+    known = {tuple(prompt): answer for (_, prompt), answer in zip(requests, expected, strict=True)}
+
+    def draft(lookup: Lookup, seq: EngineSequence, most: int) -> list[int]:
+        found(lookup, seq, most)  # what it learns is about this sequence
+        right = known[tuple(seq.tokens[: seq.num_prompt])][seq.num_known :][:most]
+        return [*right[:-1], (right[-1] + 1) % VOCAB] if seq.num_known % 2 else right
+
+    found = Lookup.draft
+    monkeypatch.setattr(Lookup, "draft", draft)
+    limits = replace(LIMITS, speculative_tokens=3)
+    runner = _runner(ready, recorder, limits)
+    runner.depth = 0
+    ready.engine._engine = Engine(runner, limits, BlockManager(BLOCKS, BLOCK), AlwaysResident())
+    assert run_engine(ready, requests, 8, **drawn) == expected
+    stats = ready.engine.stats
+    assert stats.tokens_drafted > stats.tokens_accepted > 3

@@ -18,6 +18,7 @@ from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import Adapter, FinishReason, Sequence, StepOutput, Token
 from inference_service.engine.block_manager import BlockManager
 from inference_service.engine.engine import Engine
+from inference_service.engine.lookup import Lookup
 from inference_service.engine.residents import AlwaysResident
 from inference_service.engine.rows import lay_out
 from inference_service.engine.scheduler import SchedulerLimits
@@ -38,9 +39,12 @@ class Device:
     """A runner whose model reads its cache as attention does: the next token is a checksum of what it finds.
 
     It works in the order of submission, like a stream, and its tokens are looked at when they are waited for.
+    One that has a memory draws by the last tokens alone, so that it says again what it said before; of the
+    others it sees that they are right.
     """
 
     depth: int
+    memory: int = 0
     cache: dict[int, tuple[int, int]] = field(default_factory=dict)
     drawn: dict[Sequence, int] = field(default_factory=dict)
     ids: list[int] = field(default_factory=list)
@@ -56,10 +60,15 @@ class Device:
             for row in range(context.length):
                 place = _place(context.blocks, chunk.start + row)
                 self.cache[place] = tokens[context.row + row], _uid(chunk.seq)
-        ends = {chunk.seq: chunk.end for chunk in batch.chunks}
-        found = [[self.cache[_place(s.blocks, at)] for at in range(ends[s])] for s in rows.sampled]
+        ends = {chunk.seq: chunk.end - chunk.drafted for chunk in batch.chunks}
+        draws = zip(rows.sampled, rows.ahead, strict=True)
+        found = [[self.cache[_place(s.blocks, at)] for at in range(ends[s] + more)] for s, more in draws]
         self.drawn = {seq: place for place, seq in enumerate(rows.sampled)}
-        ids = self.ids = [_checksum(content) for content in found]
+        if self.memory:
+            for seq, more, content in zip(rows.sampled, rows.ahead, found, strict=True):
+                expected = [*seq.tokens, *batch.drafts.get(seq, [])[:more]]
+                assert [token for token, _ in content][: len(expected)] == expected
+        ids = self.ids = [_checksum(content[-self.memory :]) for content in found]
         self.lengths.append({chunk.seq.id: chunk.length for chunk in batch.chunks})
         broken = self.broken
 
@@ -68,7 +77,7 @@ class Device:
                 raise RuntimeError
             return [Token(token) for token in ids]
 
-        return Pending(tuple(rows.sampled), wait)
+        return Pending(tuple(rows.sampled), wait, drafts=rows.drafts)
 
 
 def _place(blocks: Iterable[int], position: int) -> int:
@@ -83,21 +92,27 @@ def _uid(seq: Sequence) -> int:
     return seq.slot + 1
 
 
-def _expected(prompt: list[int], sampling: SamplingParams, uid: int) -> list[int]:
+def _expected(prompt: list[int], sampling: SamplingParams, uid: int, memory: int = 0) -> list[int]:
     tokens = list(prompt)
     while len(tokens) < LIMITS.max_seq_len and len(tokens) - len(prompt) < sampling.max_tokens:
-        tokens.append(_checksum([(token, uid) for token in tokens]))
+        tokens.append(_checksum([(token, uid) for token in tokens[-memory:]]))
         if tokens[-1] in sampling.stop_token_ids:
             break
     return tokens[len(prompt) :]
 
 
 def _engine(
-    depth: int, blocks: int = 64, *, prefix_cache: bool = True, max_tokens: int = 16
+    depth: int,
+    blocks: int = 64,
+    *,
+    prefix_cache: bool = True,
+    max_tokens: int = 16,
+    speculative: int = 0,
+    memory: int = 0,
 ) -> tuple[Engine, Device, BlockManager]:
     manager = BlockManager(blocks, BLOCK, prefix_cache=prefix_cache)
-    device = Device(depth)
-    limits = replace(LIMITS, max_tokens=max_tokens)
+    device = Device(depth, memory)
+    limits = replace(LIMITS, max_tokens=max_tokens, speculative_tokens=speculative)
     return Engine(device, limits, manager, AlwaysResident(), clock=lambda: 0.0), device, manager
 
 
@@ -119,7 +134,7 @@ def _drain(engine: Engine) -> list[StepOutput]:
 
 REQUEST = st.tuples(
     st.integers(1, 20),  # tokens of the prompt
-    st.integers(1, 12),  # new tokens at most
+    st.integers(1, 30),  # new tokens at most
     st.integers(0, 3),  # adapter
     st.sampled_from([frozenset(), frozenset({3}), frozenset({0, 1})]),  # stop tokens
     st.booleans(),  # one of few prompts, so that prefixes meet
@@ -133,13 +148,27 @@ REQUEST = st.tuples(
     st.booleans(),
     st.integers(0, 1),
     st.sampled_from([2, 16]),  # tokens of a step: fewer than sequences, or enough for prompts beside them
+    st.sampled_from([(0, 0), (0, 0), (1, 2), (3, 1), (3, 2), (9, 2)]),  # tokens of a draft; memory
 )
 def test_every_answer_is_what_the_model_says(
-    actions: list[object], blocks: int, prefix_cache: bool, depth: int, max_tokens: int
+    actions: list[object],
+    blocks: int,
+    prefix_cache: bool,
+    depth: int,
+    max_tokens: int,
+    drafts: tuple[int, int],
 ) -> None:
-    """With prompts in chunks, adapters, preemption, stop tokens and aborts at any step, no request is answered
-    otherwise than alone, each ends once, and all blocks come back."""
-    engine, _, manager = _engine(depth, blocks, prefix_cache=prefix_cache, max_tokens=max_tokens)
+    """With prompts in chunks, adapters, preemption, stop tokens, drafts and aborts at any step, no request is
+    answered otherwise than alone, each ends once, and all blocks come back."""
+    speculative, memory = drafts
+    engine, _, manager = _engine(
+        depth,
+        blocks,
+        prefix_cache=prefix_cache,
+        max_tokens=max_tokens,
+        speculative=speculative,
+        memory=memory,
+    )
     added: dict[str, tuple[list[int], SamplingParams, int]] = {}
     outputs: list[StepOutput] = []
     aborted: set[str] = set()
@@ -163,11 +192,46 @@ def test_every_answer_is_what_the_model_says(
     for seq_id, (prompt, sampling, uid) in added.items():
         mine = [output for output in outputs if output.seq_id == seq_id]
         answer = [output.token.id for output in mine if output.token]
-        expected = _expected(prompt, sampling, uid)
+        expected = _expected(prompt, sampling, uid, memory)
         assert answer == (expected[: len(answer)] if seq_id in aborted else expected)
         assert [output.first for output in mine] == [True, *[False] * (len(mine) - 1)][: len(mine)]
         assert sum(output.finish is not None for output in mine) == (seq_id not in aborted)
     assert manager.num_free == manager.num_blocks
+
+
+def test_what_was_said_before_comes_in_few_steps() -> None:
+    """Of a model that goes in a circle, steps after the first round give as many tokens as a draft allows."""
+    engine, device, _ = _engine(0, speculative=3, memory=1)
+    engine.add(_seq([1, 2], SamplingParams(max_tokens=30)))
+    outputs = _drain(engine)
+    assert [output.token.id for output in outputs if output.token] == _expected(
+        [1, 2], SamplingParams(max_tokens=30), 0, 1
+    )
+    stats = engine.stats
+    assert len(device.lengths) + stats.tokens_accepted == stats.tokens_generated == 30
+    assert stats.tokens_accepted > 15
+    assert max(lengths.popitem()[1] for lengths in device.lengths[1:]) == 4
+
+
+def test_drafts_take_no_rows_of_others() -> None:
+    """Several sequences share the rows of a draft; as many sequences as it has rows have none."""
+    for count, most in ((1, 4), (2, 4), (3, 4), (4, 4)):
+        engine, device, _ = _engine(0, speculative=3, memory=1)
+        for number in range(count):
+            engine.add(_seq([number, 2], SamplingParams(max_tokens=30)))
+        _drain(engine)
+        decodes = [lengths for lengths in device.lengths if len(lengths) == count][1:]
+        assert max(sum(lengths.values()) for lengths in decodes) == most
+        if count == 4:
+            assert set().union(*(lengths.values() for lengths in decodes)) == {1}
+
+
+def test_a_token_that_nobody_knows_yet_is_not_followed_by_a_draft() -> None:
+    """A runner that is a step ahead verifies nothing."""
+    engine, _, _ = _engine(1, speculative=3, memory=1)
+    engine.add(_seq([1, 2], SamplingParams(max_tokens=30)))
+    _drain(engine)
+    assert engine.stats.tokens_drafted == 0
 
 
 def test_the_next_step_is_submitted_before_the_token_is_seen() -> None:
@@ -311,6 +375,43 @@ def test_the_torch_runner_gives_the_same_tokens_at_both_depths(
         assert stats.blocks_free == stats.blocks_total
     assert answers[0] == answers[1] == answers[2] == answers[3]
     assert any(len(answer) < 14 for answer in answers[0])
+
+
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0, "seed": 5}], ids=["greedy", "drawn"])
+def test_the_torch_runner_gives_the_same_tokens_with_drafts(
+    world: tuple[World, MemoryStore], sampling: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Base and adapters, alone and together; drafts are right, wrong, or wrong from somewhere on."""
+    draw = random.Random(8)
+    requests = [(model, [draw.randrange(3, VOCAB) for _ in range(9)]) for model in ("base", *ADAPTERS)]
+    expected = run_engine(world[0].load(world[1], native=False, block_size=8), requests, 40, **sampling)
+    known = {tuple(prompt): answer for (_, prompt), answer in zip(requests, expected, strict=True)}
+
+    def draft(lookup: Lookup, seq: Sequence, most: int) -> list[int]:
+        found(lookup, seq, most)  # what it learns is about this sequence
+        right = known[tuple(seq.tokens[: seq.num_prompt])][seq.num_known :][:most]
+        wrong = draw.randrange(2 * len(right) + 1)
+        return [token if at < wrong else (token + 1) % VOCAB for at, token in enumerate(right)]
+
+    found = Lookup.draft
+    monkeypatch.setattr(Lookup, "draft", draft)
+    ready = world[0].load(world[1], native=False, block_size=8, speculative_tokens=6)
+    assert [run_engine(ready, [request], 40, logprobs=2, **sampling)[0] for request in requests] == expected
+    assert run_engine(ready, requests, 40, **sampling) == expected
+    stats = ready.engine.stats
+    assert stats.tokens_drafted > 1.3 * stats.tokens_accepted > 100
+    assert stats.blocks_free == stats.blocks_total
+
+
+def test_what_shapes_its_logits_is_not_drafted(world: tuple[World, MemoryStore]) -> None:
+    """A penalty looks at the tokens in between; the answer is that of a replica without drafts."""
+    requests = [("base", [5, 6, 7, 8] * 4)]
+    answers = []
+    for drafts in (0, 6):
+        ready = world[0].load(world[1], native=False, speculative_tokens=drafts)
+        answers.append(run_engine(ready, requests, 30, presence_penalty=-2.0))
+        assert ready.engine.stats.tokens_drafted == 0
+    assert answers[0] == answers[1]
 
 
 def test_the_torch_runner_takes_tokens_in_flight_from_the_device(world: tuple[World, MemoryStore]) -> None:

@@ -128,7 +128,8 @@ class FakeRunner:
 
     def submit(self, batch: Batch) -> Pending:
         """Note which slots are read, and whose they are."""
-        reads = [(seq.slot, seq.adapter.digest) for seq, _ in batch.chunks if seq.adapter is not None]
+        seqs_of = [chunk.seq for chunk in batch.chunks]
+        reads = [(seq.slot, seq.adapter.digest) for seq in seqs_of if seq.adapter is not None]
         seqs = tuple(chunk.seq for chunk in batch.chunks if chunk.samples)
         self.batches.append(batch)
 

@@ -73,6 +73,8 @@ def _memory(stats: EngineStats) -> Iterator[Metric]:
         ("preemptions", "Sequences that gave their blocks back and were computed again.", stats.preemptions),
         ("prefix_cache_queried_tokens", "Tokens of admitted sequences.", stats.prefix_tokens_queried),
         ("prefix_cache_hit_tokens", "Of them, tokens that were cached.", stats.prefix_tokens_hit),
+        ("drafted_tokens", "Tokens that prompt lookup guessed and a step verified.", stats.tokens_drafted),
+        ("accepted_tokens", "Of them, tokens of answers.", stats.tokens_accepted),
     ):
         yield CounterMetricFamily(f"loramux_{name}", text, value)
 
