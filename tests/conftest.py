@@ -18,8 +18,12 @@ if not torch.cuda.is_available():
     # Without a GPU, kernels run in Triton's interpreter, which must be chosen before anything imports Triton.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from tests.support import interpreter
 from tests.support.fake_services import Fakes, deployment_text
 from tests.support.s3_gateway import S3Server, s3_gateway
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    interpreter.quicken()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
