@@ -1,9 +1,9 @@
 """Triton's interpreter, without what it does again and again: a third of the time, and the same bits.
 
-At every launch, and at every call of ``tl.sum`` or another helper, it looks for the builtins among all names of
-its language and patches them; at every operation it makes the same types anew, broadcasts shapes that are equal,
-and computes in 64 bits whether integers overflow, of which it says nothing. Here it looks once, patches once for
-each launch, keeps types, and leaves the rest.
+At every launch, and at every call of ``tl.sum`` or another helper, it looks for the builtins among all names
+of its language and patches them; at every operation it makes the same types anew, broadcasts shapes that are
+equal, and computes in 64 bits whether integers overflow, of which it says nothing. Here it looks once, patches
+once for each launch, keeps types, and leaves the rest.
 """
 
 from __future__ import annotations
