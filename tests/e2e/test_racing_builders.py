@@ -16,6 +16,7 @@ from loramux_shared.bundle.manifest import Current, Generation, current_key, gen
 from loramux_shared.faults import BundleCorrupt
 from loramux_shared.storage.base import Store
 from loramux_shared.storage.memory import MemoryStore
+from tests.support.examples import examples
 from tests.support.generations import generation
 from tests.support.turns import Race
 
@@ -73,7 +74,7 @@ def test_every_order_with_two_switches_keeps_both_generations():
             Published(2).run([(0, first), (1, second), (0, 2 * count)])
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(50), deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 2), st.integers(1, 4)), max_size=25))
 def test_any_order_of_three_builders_keeps_all_generations(schedule):
     """Three builders whose operations are mixed at random end with three generations, the highest served."""

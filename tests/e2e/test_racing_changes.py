@@ -18,6 +18,7 @@ from loramux_shared.bundle.manifest import Generation
 from loramux_shared.faults import GenerationMismatch
 from loramux_shared.storage.base import Store
 from loramux_shared.storage.memory import MemoryStore
+from tests.support.examples import examples
 from tests.support.generations import generation, record
 from tests.support.turns import Race
 
@@ -101,7 +102,7 @@ def test_every_order_with_two_switches_keeps_both_changes() -> None:
             check_history(both.store)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(30), deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 2), st.integers(1, 4)), max_size=25))
 def test_any_order_of_three_changes_keeps_all(schedule: list[tuple[int, int]]) -> None:
     """Three changes whose operations are mixed at random: all three adapters are served, none twice."""
@@ -111,7 +112,7 @@ def test_any_order_of_three_changes_keeps_all(schedule: list[tuple[int, int]]) -
     check_history(three.store)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(30), deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 2), st.integers(1, 4)), max_size=25))
 def test_a_build_among_changes_is_before_or_after_each(schedule: list[tuple[int, int]]) -> None:
     """A build that runs beside two changes: each generation follows from the one below it, in any order."""
