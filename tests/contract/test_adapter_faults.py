@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -57,22 +58,46 @@ while status:
     assert status in (0, signal.SIGKILL), status
 print(number)
 """
+# Processes whose files may have so many bytes, which ends them or fails their writes: forks again.
 FILLS = """
-import resource, signal, sys, pathlib
+import json, os, resource, signal, sys, pathlib, traceback
 from inference_service.serving.adapters.disk import DiskTier
 from inference_service.serving.adapters.loader import AdapterLoader, Loaded
 from inference_service.serving.adapters.reading import BundleReader
 from loramux_shared.storage.local import LocalStore
 from tests.support.bundles import FakePacked, load, settle
-root, store, limit, kills, *digests = sys.argv[1:]
-signal.signal(signal.SIGXFSZ, signal.SIG_DFL if kills == "yes" else signal.SIG_IGN)
-reader = BundleReader(LocalStore(pathlib.Path(store)), DiskTier(pathlib.Path(root), 10**9))
-loader = AdapterLoader(reader, FakePacked)
-resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), int(limit)))
-for digest in digests:
-    assert isinstance(load(loader, digest), Loaded)
-    settle(loader)
+root, store, cases, *digests = sys.argv[1:]
+
+def lives(case):
+    limit, kills = case.split("-")
+    signal.signal(signal.SIGXFSZ, signal.SIG_DFL if kills == "yes" else signal.SIG_IGN)
+    reader = BundleReader(LocalStore(pathlib.Path(store)), DiskTier(pathlib.Path(root) / case, 10**9))
+    loader = AdapterLoader(reader, FakePacked)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), int(limit)))
+    for digest in digests:
+        assert isinstance(load(loader, digest), Loaded)
+        settle(loader)
+
+found = {}
+for case in cases.split():
+    reads, writes = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.dup2(writes, 1)
+        status = 0
+        try:
+            lives(case)
+        except BaseException:
+            status, problem = 1, traceback.format_exc()
+            print(problem)
+        sys.stdout.flush()
+        os._exit(status)
+    os.close(writes)
+    said = open(reads).read()
+    found[case] = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), said
+print(json.dumps(found))
 """
+LIMITS = (0, 1, 200, 1000)
 
 
 @pytest.fixture
@@ -128,19 +153,37 @@ def test_kill_9_at_any_touch_of_the_disk_leaves_no_wrong_bundle(local, tmp_path,
     assert left > 5  # it was killed in the middle of writing, too
 
 
-@pytest.mark.parametrize("limit", [0, 1, 200, 1000])
+def filled(caches: Path, store: Path, cases: str, digests: list[str]) -> dict[str, tuple[int, str]]:
+    """How processes of limits ended, and what they said; each has a cache of its own."""
+    done = in_a_process(FILLS, caches, store, cases, *digests)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found: dict[str, tuple[int, str]] = json.loads(done.stdout)
+    return found
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory) -> tuple[LocalStore, Path, list[str], dict[str, tuple[int, str]]]:
+    """A store with two bundles, and what became of processes on disks of all sizes that load them."""
+    folder = tmp_path_factory.mktemp("full")
+    store = LocalStore(folder / "store")
+    digests = build_bundles(store, folder / "inputs", 2)
+    cases = " ".join(f"{limit}-{kills}" for limit in LIMITS for kills in ("no", "yes"))
+    return store, folder, digests, filled(folder, folder / "store", cases, digests)
+
+
+@pytest.mark.parametrize("limit", LIMITS)
 @pytest.mark.parametrize("kills", ["no", "yes"])
-def test_a_disk_that_takes_no_more_fails_no_load(local, tmp_path, limit, kills):
+def test_a_disk_that_takes_no_more_fails_no_load(full, limit, kills):
     """When a write stops in the middle, or ends the process there, loads go on and half a file is never one."""
-    store, folder, digests = local
-    cache = tmp_path / "cache"
-    done = in_a_process(FILLS, cache, folder, limit, kills, *digests)
+    store, folder, digests, found = full
+    cache = folder / f"{limit}-{kills}"
+    status, said = found[cache.name]
     if kills == "no":
-        assert done.returncode == 0, done.stderr[-2000:]
-        assert done.stdout.count("without being kept") == 1
+        assert status == 0, said
+        assert said.count("without being kept") == 1
         assert not list(cache.glob(".part-*"))
     else:
-        assert done.returncode < 0
+        assert status < 0
     assert serves(store, cache, digests) == [Tier.STORE] * 2
     assert serves(store, cache, digests) == [Tier.DISK] * 2
 
@@ -180,10 +223,10 @@ def test_what_is_on_the_disk_outlives_the_store(tmp_path):
 def test_two_processes_share_a_cache(local, tmp_path):
     """Two replicas that start with one empty cache both serve, and leave one whole copy of each bundle."""
     store, folder, digests = local
-    cache = tmp_path / "cache"
+    cache = tmp_path / f"{10**9}-no"
     with ThreadPoolExecutor(2) as pool:
-        done = list(pool.map(lambda _: in_a_process(FILLS, cache, folder, 10**9, "no", *digests), range(2)))
-    assert [each.returncode for each in done] == [0, 0], done[0].stderr[-2000:] + done[1].stderr[-2000:]
+        done = list(pool.map(lambda _: filled(tmp_path, folder, cache.name, digests), range(2)))
+    assert [each[cache.name][0] for each in done] == [0, 0], done
     assert sorted(path.name for path in cache.iterdir()) == sorted(digests)
     assert serves(store, cache, digests) == [Tier.DISK] * 2
 

@@ -5,8 +5,10 @@ import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from huggingface_hub import file_download
 from structlog.testing import capture_logs
 
 from loramux_shared.bundle.manifest import FileDigest
@@ -259,8 +261,10 @@ def test_a_changed_download_is_fetched_again(hub, tmp_path):
     assert not weights.exists()
 
 
-def test_nothing_stays_open(hub, tmp_path):
+def test_nothing_stays_open(hub, tmp_path, monkeypatch):
     """Refused, cancelled and broken downloads leave no connection and no file, though failures are kept."""
+    # The hub's client rests between its own attempts.
+    monkeypatch.setattr(file_download, "time", SimpleNamespace(sleep=lambda _: None))
     hub.repos["org/large"] = HubRepo({"main": COMMIT}, {"large": bytes(3 << 20)})
     hf = source(hub)
     resolved = hf.resolve(repo("org/large"))

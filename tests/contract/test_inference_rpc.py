@@ -324,5 +324,5 @@ async def test_a_failing_step_ends_every_request_and_the_next_one_works(door: Do
 
 def test_the_folder_of_the_base_is_not_copied(world: tuple[World, MemoryStore], tmp_path: Path) -> None:
     """A LOCAL base is verified and read where it is."""
-    world[0].load(world[1], cache_dir=tmp_path)
+    world[0].load(world[1], cache_dir=tmp_path, native=False)
     assert not list(tmp_path.rglob("*.safetensors"))

@@ -82,7 +82,7 @@ async def test_a_grpc_door_takes_so_many_connections(doors: Doors) -> None:
     for reader, _ in held:
         await reader.readexactly(9)
     reader, writer = await connect(doors.rpc.address)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(20):
         assert await reader.read() == b""
     for _, each in [*held, (reader, writer)]:
         each.close()
@@ -118,11 +118,11 @@ def test_idle_connections_do_not_stop_the_doors() -> None:
             assert process.stdout is not None
             addresses = json.loads(process.stdout.readline())
             host, port = addresses["http"].rsplit(":", 1)
-            idle = [socket.create_connection((host, int(port)), timeout=5) for _ in range(300)]
-            assert httpx.get(f"http://{addresses['http']}/health", timeout=5).status_code == 200
+            idle = [socket.create_connection((host, int(port)), timeout=20) for _ in range(300)]
+            assert httpx.get(f"http://{addresses['http']}/health", timeout=20).status_code == 200
             with grpc.insecure_channel(addresses["grpc"]) as channel:
                 health = health_pb2_grpc.HealthStub(channel)
-                status = health.Check(health_pb2.HealthCheckRequest(), timeout=5).status
+                status = health.Check(health_pb2.HealthCheckRequest(), timeout=20).status
             assert status == health_pb2.HealthCheckResponse.SERVING
             for each in idle:
                 each.close()

@@ -95,7 +95,7 @@ def test_a_signal_ends_a_start_that_waits(
         process.send_signal(number)
         began = time.monotonic()
         assert process.wait(10) == 128 + number
-        assert time.monotonic() - began < 2
+        assert time.monotonic() - began < 10
 
 
 @pytest.mark.sweep
@@ -123,7 +123,7 @@ def test_a_pause_before_a_source_is_asked_again_can_be_ended() -> None:
     began = time.monotonic()
     with pytest.raises(BuildCancelled):
         Patience(wait_s=30).call(attempt, progress)
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 10
 
 
 @pytest.mark.parametrize("door", ["grpc", "http"])

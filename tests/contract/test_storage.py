@@ -14,7 +14,9 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
+import boto3
 import pytest
 
 from loramux_shared.bundle.manifest import sha256_hex
@@ -258,13 +260,20 @@ def test_prefixes_separate_stores(aws: S3Server) -> None:
 
 
 def test_long_lists_have_all_pages(aws: S3Server) -> None:
-    """More keys than a page of S3 holds (1000) are all listed, in order."""
-    bucket = aws.new_bucket()
-    store = S3Store(bucket)
-    keys = [f"k/{number:04d}" for number in range(1010)]
+    """Keys beyond the first page, here of ten and usually of a thousand, are all listed, in order."""
+    client, asked = boto3.client("s3"), []
+
+    def tens(params: dict[str, Any], **_: Any) -> dict[str, Any]:
+        asked.append(params)
+        return params | {"MaxKeys": 10}
+
+    client.meta.events.register("provide-client-params.s3.ListObjectsV2", tens)
+    store = S3Store(aws.new_bucket(), client=client)
+    keys = [f"k/{number:04d}" for number in range(35)]
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda key: store.put(key, b""), keys))
     assert list(store.list("k/")) == keys
+    assert len(asked) == 4
 
 
 def _all_calls_fail(store: Store) -> list[str]:

@@ -11,6 +11,7 @@ from typing import Any
 import grpc
 import pytest
 
+from builder_service.builds import following
 from builder_service.builds.builds import Builds
 from builder_service.builds.limits import BuildLimits
 from builder_service.pipeline.check import Checks
@@ -346,8 +347,9 @@ async def test_the_history_tells_what_changed(world: World) -> None:
         await world.client.history("other")
 
 
-async def test_a_follower_hears_of_every_generation(world: World) -> None:
+async def test_a_follower_hears_of_every_generation(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """A stream that stays: builds, pushes, rollbacks, and what another builder published."""
+    monkeypatch.setattr(following, "POLL_S", 0.1)
     heard: list[int] = []
     seen: list[tuple[str, int]] = []
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
 from peft import PeftModel
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
@@ -18,7 +16,6 @@ from loramux_shared.deployment import Deployment
 from loramux_shared.deployment_file import load_deployment
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
-NEW_TOKENS = 64
 _QUESTIONS = (
     "What is the capital of France?",
     "Tell me about the sea.",
@@ -67,28 +64,19 @@ def prompts(base: Path, *, every: int = 1) -> list[list[int]]:
     return [tokenizer.encode(text).ids for text in (*chats, *_TEXTS)[::-1][::every]]
 
 
-def oracle_answers(found: Deployment, asked: list[list[int]], cache: Path) -> dict[str, list[list[int]]]:
-    """Greedy answers of every model to every prompt in float32, computed once per test run."""
-    with FileLock(f"{cache}.lock"):
-        if not cache.exists():
-            cache.write_text(json.dumps(_compute(found, asked)))
-        answers: dict[str, list[list[int]]] = json.loads(cache.read_text())
-    return answers
-
-
-def _compute(found: Deployment, asked: list[list[int]]) -> dict[str, list[list[int]]]:
+def oracle_answers(found: Deployment, asked: list[list[int]], new: int) -> dict[str, list[list[int]]]:
+    """Greedy answers of so many tokens of every model to every prompt in float32."""
     base = Path(found.build.checkpoint_repository.repo)
     model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
-    answers = {found.served_model_name: _generate(model, asked)}
+    answers = {found.served_model_name: _generate(model, asked, new)}
     for name, repository in found.build.lora_adapters.items():
-        adapted = PeftModel.from_pretrained(
-            AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), repository.repo
-        ).eval()
-        answers[name] = _generate(adapted, asked)
+        adapted = PeftModel.from_pretrained(model, repository.repo).eval()
+        answers[name] = _generate(adapted, asked, new)
+        model = adapted.unload()  # the base as it was
     return answers
 
 
-def _generate(model: Any, asked: list[list[int]]) -> list[list[int]]:
+def _generate(model: Any, asked: list[list[int]], new: int) -> list[list[int]]:
     longest = max(map(len, asked))
     ids = torch.zeros(len(asked), longest, dtype=torch.int64)
     mask = torch.zeros_like(ids)
@@ -98,8 +86,8 @@ def _generate(model: Any, asked: list[list[int]]) -> list[list[int]]:
     out = model.generate(
         input_ids=ids,
         attention_mask=mask,
-        max_new_tokens=NEW_TOKENS,
-        min_new_tokens=NEW_TOKENS,
+        max_new_tokens=new,
+        min_new_tokens=new,
         do_sample=False,
         eos_token_id=None,
         pad_token_id=0,

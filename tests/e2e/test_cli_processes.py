@@ -220,8 +220,11 @@ def test_up_with_keys_needs_one_itself(
     assert process.wait(DEADLINE_S) == 0
 
 
-def test_up_serves_until_sigterm(launch: Launch, deployment: Callable[..., str]) -> None:
-    """``up`` builds, serves, says what to try; SIGTERM lets an open stream finish and leaves nothing behind."""
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_up_serves_until_a_signal(
+    launch: Launch, deployment: Callable[..., str], number: signal.Signals
+) -> None:
+    """``up`` builds, serves, says what to try; a signal lets an open stream finish, and nothing is left."""
     process = launch("up", deployment("tiny", "lora1", "lora2"))
     text = read_until(process, "InferenceService/Generate")
     assert "lora1    8, 16" in text
@@ -233,7 +236,7 @@ def test_up_serves_until_sigterm(launch: Launch, deployment: Callable[..., str])
     with Client(found[1]) as client:
         events = client.generate("lora1", "slow")
         next(events)
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(number)
         assert len([event for event in events if isinstance(event, Delta)]) == 5
     assert process.wait(DEADLINE_S) == 0
     assert_gone(children)

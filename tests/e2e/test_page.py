@@ -31,7 +31,7 @@ pytestmark = [
 ARTIFACTS = Path(os.environ.get("TEST_ARTIFACTS", Path(__file__).resolve().parents[1] / "artifacts"))
 """Where the pictures of the page are kept."""
 PROMPT = "Tell me about the sea."
-TOKENS = 48
+TOKENS = 24
 DONE = "document.querySelector('#stop').disabled && document.querySelector('article')"
 
 

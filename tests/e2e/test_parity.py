@@ -1,10 +1,11 @@
 """The demo's model and adapters through builder, store and engine, against transformers and PEFT in float32.
 
-Every fifth of twenty prompts; all of them with ``--sweep``.
+Four of twenty prompts and 32 tokens, which fill two blocks of the cache; with ``--sweep`` all of them and 64.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,7 +20,8 @@ from loramux_shared.sources.open import open_sources
 from loramux_shared.storage.base import Store
 from loramux_shared.storage.local import LocalStore
 from loramux_shared.storage.open import open_store
-from tests.e2e.real import EXAMPLES, NEW_TOKENS, deployment, in_float32, oracle_answers, prompts
+from tests.e2e.real import EXAMPLES, deployment, in_float32, oracle_answers, prompts
+from tests.support.once import made_once
 from tests.support.s3_gateway import S3Server
 from tests.support.tiny import run_engine
 
@@ -28,16 +30,24 @@ MIXED = 8
 
 
 @pytest.fixture(scope="module")
-def asked(pytestconfig: pytest.Config) -> list[list[int]]:
-    every = 1 if pytestconfig.getoption("--sweep") else 5
-    return prompts(Path(deployment().build.checkpoint_repository.repo), every=every)
+def sweeps(pytestconfig: pytest.Config) -> bool:
+    return bool(pytestconfig.getoption("--sweep"))
 
 
 @pytest.fixture(scope="module")
-def expected(asked: list[list[int]], tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[list[int]]]:
-    shared = tmp_path_factory.getbasetemp()
-    folder = shared.parent if shared.name.startswith("popen-") else shared
-    return oracle_answers(deployment(), asked, folder / "oracle.json")
+def asked(sweeps: bool) -> list[list[int]]:
+    return prompts(Path(deployment().build.checkpoint_repository.repo), every=1 if sweeps else 5)
+
+
+@pytest.fixture(scope="module")
+def expected(
+    asked: list[list[int]], sweeps: bool, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, list[list[int]]]:
+    def write(path: Path) -> None:
+        path.write_text(json.dumps(oracle_answers(deployment(), asked, 64 if sweeps else 32)))
+
+    answers: dict[str, list[list[int]]] = json.loads(made_once(tmp_path_factory, "oracle", write).read_text())
+    return answers
 
 
 def _ready(store: Store) -> Ready:
@@ -63,7 +73,8 @@ def _mixed_batches(ready: Ready, asked: Sequence[Sequence[int]], expected: dict[
     for start in range(0, len(pairs), MIXED):
         batch = pairs[start : start + MIXED]
         assert len({model for model, _ in batch}) == len(models)
-        answers = run_engine(ready, [(model, asked[place]) for model, place in batch], NEW_TOKENS)
+        new = len(expected[batch[0][0]][0])
+        answers = run_engine(ready, [(model, asked[place]) for model, place in batch], new)
         for (model, place), answer in zip(batch, answers, strict=True):
             assert answer == expected[model][place], (model, place)
 
@@ -76,13 +87,14 @@ def test_mixed_batches_equal_peft(
 
 
 def test_each_alone_equals_peft(
-    tmp_path: Path, asked: list[list[int]], expected: dict[str, list[list[int]]]
+    tmp_path: Path, asked: list[list[int]], expected: dict[str, list[list[int]]], sweeps: bool
 ) -> None:
-    """One request at a time, every token is PEFT's."""
+    """One request at a time, every token is PEFT's: each model with a prompt of its own, or with all."""
     ready = _ready(LocalStore(tmp_path))
-    for model, answers in expected.items():
-        for place, prompt in enumerate(asked):
-            assert run_engine(ready, [(model, prompt)], NEW_TOKENS)[0] == answers[place], (model, place)
+    for number, (model, answers) in enumerate(expected.items()):
+        for place in range(len(asked)) if sweeps else [number % len(asked)]:
+            answer = run_engine(ready, [(model, asked[place])], len(answers[place]))[0]
+            assert answer == answers[place], (model, place)
 
 
 def test_bundles_from_an_s3_server_give_the_same_tokens(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC, datetime
 from functools import partial
 
 import pytest
@@ -13,27 +12,18 @@ from hypothesis import strategies as st
 
 from loramux_shared.bundle.claims import claimed_numbers, generation_numbers
 from loramux_shared.bundle.deployments import current_generation, publish_generation
-from loramux_shared.bundle.manifest import BaseRecord, Current, Generation, current_key, generation_key
-from loramux_shared.deployment import Dtype, Repository, SourceKind
+from loramux_shared.bundle.manifest import Current, Generation, current_key, generation_key
 from loramux_shared.faults import BundleCorrupt
 from loramux_shared.storage.base import Store
 from loramux_shared.storage.memory import MemoryStore
+from tests.support.examples import examples
+from tests.support.generations import generation
 from tests.support.turns import Race
 
 
-def generation(max_seq_len: int) -> Generation:
+def of_length(max_seq_len: int) -> Generation:
     """Another content for every length."""
-    return Generation(
-        deployment="tiny",
-        number=1,
-        create_time=datetime(2026, 1, 1, tzinfo=UTC),
-        served_model_name="tiny",
-        base=BaseRecord(source=Repository(source=SourceKind.HF, repo="org/base", revision="0" * 40), files={}),
-        adapters={},
-        max_seq_len=max_seq_len,
-        max_lora_rank=8,
-        lora_dtype=Dtype.BFLOAT16,
-    )
+    return generation(max_seq_len=max_seq_len)
 
 
 class Published:
@@ -41,8 +31,8 @@ class Published:
 
     def __init__(self, count: int, dies_at: int | None = None) -> None:
         self.store = MemoryStore()
-        publish_generation(self.store, generation(100))
-        works = [partial(publish_generation, generation=generation(101 + i)) for i in range(count)]
+        publish_generation(self.store, of_length(100))
+        works = [partial(publish_generation, generation=of_length(101 + i)) for i in range(count)]
         self.race: Race[Generation] = Race(self.store, works, self.check_readers, dies_at)
 
     def run(self, schedule: Sequence[tuple[int, int]]) -> None:
@@ -84,7 +74,7 @@ def test_every_order_with_two_switches_keeps_both_generations():
             Published(2).run([(0, first), (1, second), (0, 2 * count)])
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(50), deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 2), st.integers(1, 4)), max_size=25))
 def test_any_order_of_three_builders_keeps_all_generations(schedule):
     """Three builders whose operations are mixed at random end with three generations, the highest served."""
@@ -97,7 +87,7 @@ def test_a_builder_killed_at_any_operation_hinders_nobody():
         for before in (0, dies_at // 2, dies_at + 1):
             both = Published(2, dies_at)
             both.run([(0, before), (1, 4)])
-            again = publish_generation(both.store, generation(101))
+            again = publish_generation(both.store, of_length(101))
             served = current_generation(both.store, "tiny")
             assert served is not None
             assert served.number == max(generation_numbers(both.store, "tiny"))
@@ -108,7 +98,7 @@ def test_many_real_threads_keep_all_generations():
     """Eight builders in free threads publish eight generations with eight numbers."""
     store = MemoryStore()
     with ThreadPoolExecutor(8) as pool:
-        published = list(pool.map(lambda i: publish_generation(store, generation(i)), range(101, 109)))
+        published = list(pool.map(lambda i: publish_generation(store, of_length(i)), range(101, 109)))
     assert sorted(found.number for found in published) == generation_numbers(store, "tiny")
     assert len({found.number for found in published}) == 8
     served = current_generation(store, "tiny")
@@ -147,7 +137,7 @@ def test_a_torn_pointer_is_read_again(mix):
     """A pointer that does not fit is read again and found whole; one that stays torn is BUNDLE_CORRUPT."""
     store: Store = Torn(0, mix)
     assert isinstance(store, Torn)
-    published = publish_generation(store, generation(101))
+    published = publish_generation(store, of_length(101))
     store.torn = 2
     assert current_generation(store, "tiny") == published
     store.torn = 100

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from functools import partial
 from itertools import pairwise
 
@@ -14,34 +14,15 @@ from hypothesis import strategies as st
 from loramux_shared.bundle.changes import newest_generation, publish_change
 from loramux_shared.bundle.claims import claimed_numbers, generation_numbers
 from loramux_shared.bundle.deployments import current_generation, publish_generation, read_generation
-from loramux_shared.bundle.manifest import AdapterRecord, BaseRecord, Generation
-from loramux_shared.deployment import Dtype, Repository, SourceKind
+from loramux_shared.bundle.manifest import Generation
 from loramux_shared.faults import GenerationMismatch
 from loramux_shared.storage.base import Store
 from loramux_shared.storage.memory import MemoryStore
+from tests.support.examples import examples
+from tests.support.generations import generation, record
 from tests.support.turns import Race
 
 STALE, LONG = timedelta(milliseconds=1), timedelta(seconds=15)
-
-
-def record(name: str) -> AdapterRecord:
-    """An adapter, whose digest follows from its name."""
-    source = Repository(source=SourceKind.HF, repo=f"org/{name}", revision="0" * 40)
-    return AdapterRecord(digest=(name.encode().hex() + "0" * 64)[:64], source=source)
-
-
-def generation(*names: str) -> Generation:
-    """What a build says: these adapters and no others."""
-    return Generation(
-        deployment="tiny",
-        number=1,
-        create_time=datetime(2026, 1, 1, tzinfo=UTC),
-        served_model_name="tiny",
-        base=BaseRecord(source=Repository(source=SourceKind.HF, repo="org/base", revision="0" * 40), files={}),
-        adapters={name: record(name) for name in names},
-        max_lora_rank=8,
-        lora_dtype=Dtype.BFLOAT16,
-    )
 
 
 def adding(name: str) -> Callable[[Generation], Generation]:
@@ -121,7 +102,7 @@ def test_every_order_with_two_switches_keeps_both_changes() -> None:
             check_history(both.store)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(30), deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 2), st.integers(1, 4)), max_size=25))
 def test_any_order_of_three_changes_keeps_all(schedule: list[tuple[int, int]]) -> None:
     """Three changes whose operations are mixed at random: all three adapters are served, none twice."""
@@ -131,7 +112,7 @@ def test_any_order_of_three_changes_keeps_all(schedule: list[tuple[int, int]]) -
     check_history(three.store)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(30), deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 2), st.integers(1, 4)), max_size=25))
 def test_a_build_among_changes_is_before_or_after_each(schedule: list[tuple[int, int]]) -> None:
     """A build that runs beside two changes: each generation follows from the one below it, in any order."""

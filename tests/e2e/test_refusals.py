@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -54,15 +55,22 @@ class Bench:
         return [path for path in (self.folder / "store").rglob("*") if path.is_file()]
 
 
-@pytest.fixture
-def bench(tmp_path: Path) -> Iterator[Bench]:
-    write_base(tmp_path / "base")
-    write_adapter(tmp_path / "adapters" / "good", tensors())
-    port = free_port()
-    with builder(tmp_path, port):
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+    folder, port = tmp_path_factory.mktemp("bench"), free_port()
+    with builder(folder, port):
         address = f"127.0.0.1:{port}"
         subprocess.run([LORAMUX, "health", address, "--wait", "20"], check=True, capture_output=True)
-        yield Bench(tmp_path, address)
+        yield Bench(folder, address)
+
+
+@pytest.fixture
+def bench(running: Bench) -> Bench:
+    for name in ("adapters", "store"):
+        shutil.rmtree(running.folder / name, ignore_errors=True)
+    write_base(running.folder / "base")
+    write_adapter(running.folder / "adapters" / "good", tensors())
+    return running
 
 
 def _rank(folder: Path) -> None:

@@ -59,19 +59,19 @@ def _left(children: list[psutil.Process]) -> list[psutil.Process]:
     return [child for child in alive if child.status() != psutil.STATUS_ZOMBIE]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.sweep)])
 def test_up_serves_until_a_signal_and_finishes_its_streams(tmp_path: Path, number: signal.Signals) -> None:
     """A stream that is open at SIGTERM or Ctrl-C comes to its end, the exit status is 0, no process is left."""
     names = set(deployment().build.lora_adapters)
     with _up(tmp_path) as (process, grpc), Client(grpc) as client:
         children = _children(process)
         assert {model.name for model in client.models()} >= names
-        stream = client.generate("pirate", "Tell me about the sea.", max_tokens=120, ignore_eos=True)
+        stream = client.generate("pirate", "Tell me about the sea.", max_tokens=60, ignore_eos=True)
         assert isinstance(next(stream), Started)
         os.kill(process.pid, number)
         events = list(stream)
         assert isinstance(events[-1], Finished)
-        assert sum(len(event.token_ids) for event in events if isinstance(event, Delta)) == 120
+        assert sum(len(event.token_ids) for event in events if isinstance(event, Delta)) == 60
         assert process.wait(30) == 0
     assert children
     assert not _left(children)
@@ -114,6 +114,7 @@ def test_what_is_changed_is_served_without_a_restart(tmp_path: Path) -> None:
         ask("json", back)
 
 
+@pytest.mark.sweep  # with scripted services, started by the same code, in test_cli_processes
 def test_a_killed_parent_takes_its_children_along(tmp_path: Path) -> None:
     """kill -9 of `loramux up` leaves no service behind."""
     deployment()

@@ -1,6 +1,7 @@
 """Where kernels are tested, and the backends that hold adapters."""
 
 import ctypes
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,9 +22,9 @@ def device() -> str:
 
 
 @pytest.fixture(scope="session")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+def compiled(native_folder: Path) -> ctypes.CDLL:
     """The compiled operations of this machine."""
-    built = load(tmp_path_factory.mktemp("compiled"))
+    built = load(native_folder)
     if built.library is None:
         pytest.skip(built.how)
     return built.library

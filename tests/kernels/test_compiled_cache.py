@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from inference_service.kernels.cpu.build import Built, load
+from inference_service.kernels.cpu.build import DIGEST_SIZE, Built, load
 from inference_service.kernels.cpu.check import first_wrong
 from inference_service.startup.choose import check_triton_cache
 from loramux_shared.faults import SettingsInvalid
@@ -24,17 +24,22 @@ STRANGER = 12345
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder after a first start."""
-    folder = tmp_path_factory.mktemp("cache") / "native"
-    assert load(folder).library is not None
-    return folder
+def compiler(native_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One that is quick: it hands out what the real one made."""
+    (made,) = native_folder.iterdir()
+    folder = tmp_path_factory.mktemp("compiler")
+    (folder / "made.so").write_bytes(made.read_bytes()[DIGEST_SIZE:])
+    script = f'#!/bin/sh\nwhile [ "$1" != -o ]; do shift; done\ncp {folder}/made.so "$2"\n'
+    (folder / "quick").write_text(script)
+    (folder / "quick").chmod(0o755)
+    return folder / "quick"
 
 
 @pytest.fixture
-def kept(built: Path, tmp_path: Path) -> Path:
-    """The one file in a copy of it."""
-    shutil.copytree(built, tmp_path / "native", copy_function=shutil.copy2)
+def kept(compiler: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The one file in a folder after a first start."""
+    monkeypatch.setenv("CXX", str(compiler))
+    assert load(tmp_path / "native").how == "compiled with quick"
     (file,) = (tmp_path / "native").iterdir()
     return file
 

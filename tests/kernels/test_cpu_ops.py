@@ -17,6 +17,7 @@ from inference_service.kernels.cpu.check import first_wrong
 from inference_service.kernels.cpu.ops import ADAPTER_FIELDS, BLOCK, Chunks, CpuOps, Table
 from inference_service.kernels.cpu.processors import kinds_of_machine, kinds_that_run
 from inference_service.kernels.rows import Activation
+from tests.support.once import made_once
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1.2e-2}
 DTYPES = [torch.float32, torch.bfloat16]
@@ -29,9 +30,7 @@ def beforehand(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of what an image holds."""
     if not any(map(shutil.which, COMPILERS)):
         pytest.skip("no C++ compiler")
-    folder = tmp_path_factory.mktemp("images") / "beforehand"
-    compile_beforehand(folder)
-    return folder
+    return made_once(tmp_path_factory, "beforehand", compile_beforehand)
 
 
 @pytest.fixture(scope="module", params=["native", *(kind.name for kind in kinds_of_machine())])
@@ -42,7 +41,7 @@ def library(request: pytest.FixtureRequest) -> object:
             pytest.skip(f"the processor is not {request.param}")
         (path,) = request.getfixturevalue("beforehand").glob(f"ops-{request.param}-*.so")
         return ctypes.CDLL(str(path))
-    built = load(request.getfixturevalue("tmp_path_factory").mktemp("native"))
+    built = load(request.getfixturevalue("native_folder"))
     if built.library is None:
         pytest.skip(built.how)
     return built.library

@@ -203,11 +203,13 @@ def test_what_does_not_fit_is_refused(message: str) -> None:
         REFUSALS[message]()
 
 
-def test_the_packages_need_no_triton() -> None:
-    """CPU machines import the packages and use the references without Triton."""
+def test_no_package_needs_triton() -> None:
+    """CPU machines import all packages, these and the others, and use the references without Triton."""
     code = (
         "import sys; sys.modules['triton'] = None; "
         "from inference_service.kernels.rows import reference as rows; "
-        "from inference_service.kernels.sampling import reference as sampling"
+        "from inference_service.kernels.sampling import reference as sampling; "
+        "from inference_service.kernels.sgmv import reference as sgmv; "
+        "from inference_service.kernels import attention"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,5 +1,6 @@
 """What the compiler makes of the fused kernel's waiting: the interpreter shows no races, the code does."""
 
+import json
 import os
 import re
 import subprocess
@@ -11,11 +12,13 @@ import pytest
 from inference_service.kernels.launch import ARCHITECTURES
 
 PRINT = """
-import sys
+import json, sys
 from tests.kernels.aot import compiled, variants
-for variant in variants(int(sys.argv[1]), ["sgmv"]):
-    if variant.name.startswith("sgmv.fused"):
-        print(compiled(int(sys.argv[1]), variant).asm["ptx"], end="\\f")
+found = {}
+for architecture in map(int, sys.argv[1:]):
+    fused = [each for each in variants(architecture, ["sgmv"]) if each.name.startswith("sgmv.fused")]
+    found[architecture] = [compiled(architecture, variant).asm["ptx"] for variant in fused]
+print(json.dumps(found))
 """
 EVENTS = {
     "store": r"st\.global",
@@ -30,18 +33,25 @@ SHRINK = ["barrier", "store", "barrier", "release"]
 EXPAND = ["barrier", "acquire", "barrier", "load_y", "barrier", "store", "barrier", "leave", "barrier", "clear"]
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_y_is_released_and_acquired_between_barriers(architecture: int) -> None:
-    """Threads store y, meet, release; acquire, meet, load y; meet, leave: and no load of y is moved forward."""
+@pytest.fixture(scope="module")
+def compiled() -> dict[str, list[str]]:
+    """The code of each fused kernel, by architecture."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     printed = subprocess.run(
-        [sys.executable, "-c", PRINT, str(architecture)],
+        [sys.executable, "-c", PRINT, *map(str, ARCHITECTURES)],
         env=environment | {"TRITON_DEFAULT_FP_FUSION": "1"},
         check=True,
         stdout=subprocess.PIPE,
         text=True,
     ).stdout
-    codes = printed.split("\f")[:-1]
+    found: dict[str, list[str]] = json.loads(printed.splitlines()[-1])
+    return found
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_y_is_released_and_acquired_between_barriers(compiled: dict[str, list[str]], architecture: int) -> None:
+    """Threads store y, meet, release; acquire, meet, load y; meet, leave: and no load of y is moved forward."""
+    codes = compiled[str(architecture)]
     event = re.compile("|".join(f"(?P<{name}>{pattern})" for name, pattern in EVENTS.items()))
     for code in codes:
         order = [name for name, _ in groupby(match.lastgroup for match in event.finditer(code))]

@@ -24,6 +24,7 @@ from inference_service.kernels.launch import Launch, intercepted
 from inference_service.kernels.sampling import ShapingTables, pack_shapes, plan_shaped
 from inference_service.kernels.sampling.shaping import PIECE, ShapedRow, ShapingState
 from loramux_shared.bases.memory import shaping_bytes
+from tests.support.examples import examples
 
 VOCAB = 2100
 """Two tiles, and no whole words of a mask."""
@@ -92,7 +93,10 @@ REQUESTS = st.fixed_dictionaries(
     }
 )
 LISTS = st.lists(REQUESTS, min_size=1, max_size=SEQS)
-quick = settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+TRIED: dict[str, Any] = {
+    "deadline": None,
+    "suppress_health_check": [HealthCheck.function_scoped_fixture],
+}
 
 
 def seq_of(request: dict[str, Any]) -> EngineSequence:
@@ -116,7 +120,7 @@ def drawn(shaper: Shaper, logits: Tensor, seqs: Sequence[EngineSequence]) -> lis
     return Reading(logits, ids, seqs, shaper).wait()
 
 
-@quick
+@settings(max_examples=examples(40), **TRIED)
 @given(LISTS, st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
 def test_shaped_logits_are_those_of_the_host_bit_by_bit(
     device: str, requests: list[dict[str, Any]], dtype: torch.dtype
@@ -142,7 +146,7 @@ def test_shaped_logits_are_those_of_the_host_bit_by_bit(
     ]
 
 
-@quick
+@settings(max_examples=examples(15), **TRIED)
 @given(LISTS, st.integers(0, 9))
 def test_tokens_in_flight_are_counted(device: str, requests: list[dict[str, Any]], seed: int) -> None:
     """Five steps, each submitted before the tokens of the one before are known: they are those of the host."""

@@ -18,7 +18,7 @@ from loramux_shared.rpc import calls
 from loramux_shared.rpc.server import RpcServer
 from tests.golden.openai.script import Case, Scripted
 from tests.support.raw_http import RawClient
-from tests.support.tiny import VOCAB, write_tokenizer
+from tests.support.tokens import VOCAB, write_tokenizer
 
 MODEL = "tiny"
 BOUND = 8

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig
 
 from builder_service.pipeline.build import build
@@ -25,8 +24,9 @@ from loramux_shared.faults import Fault
 from loramux_shared.settings import InferenceSettings
 from loramux_shared.sources.open import open_sources
 from loramux_shared.storage.base import Store
+from tests.support.tokens import VOCAB as VOCAB
+from tests.support.tokens import write_tokenizer as write_tokenizer
 
-VOCAB = 199
 ADAPTERS: dict[str, dict[str, Any]] = {
     "wide": {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]},
     "all": {
@@ -69,15 +69,6 @@ def make_checkpoint(
         table.weight.div_(getattr(table, "scalar_embed_scale", 1.0))  # else Gemma repeats the last token
     model.to(dtype).save_pretrained(folder, max_shard_size=max_shard_size)
     write_tokenizer(folder)
-
-
-def write_tokenizer(folder: Path) -> None:
-    """Save a tokenizer of one token per byte-like piece."""
-    vocab = {f"<{index}>": index for index in range(3)} | {chr(32 + i): 3 + i for i in range(VOCAB - 3)}
-    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<0>"))  # noqa: S106 - a token of text
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    tokenizer.save(str(folder / "tokenizer.json"))
 
 
 def make_adapter(base: Path, folder: Path, seed: int, **config: Any) -> None:

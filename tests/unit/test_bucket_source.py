@@ -127,7 +127,7 @@ def test_a_source_says_when_to_come_back():
     began = time.monotonic()
     with pytest.raises(SourceUnavailable):
         source(bucket, Patience(answer_s=20)).resolve(REPO)
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began < 10
 
 
 def test_a_slow_transfer_is_given_up(tmp_path):

@@ -26,11 +26,11 @@ def _settings(tmp_path: Path, **settings: object) -> InferenceSettings:
     return InferenceSettings.model_validate({"deployment": "tiny", "cache_dir": tmp_path} | settings)
 
 
-def test_native_can_be_asked_for(config: ModelConfig, tmp_path: Path) -> None:
+def test_native_can_be_asked_for(config: ModelConfig, native_folder: Path) -> None:
     """It means a CPU, on a machine with a GPU too, and its steps are not recorded."""
-    if build.load(tmp_path / "native").library is None:
+    if build.load(native_folder).library is None:
         pytest.skip("no C++ compiler")
-    chosen = choose_backend(_settings(tmp_path, backend="native"), config)
+    chosen = choose_backend(_settings(native_folder.parent, backend="native"), config)
     assert isinstance(chosen.new_lora(), NativeLora)
     assert (chosen.device.type, chosen.recordable) == ("cpu", False)
 

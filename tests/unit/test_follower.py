@@ -302,7 +302,7 @@ async def test_a_nudge_is_followed_at_once(store):
 async def test_a_replica_that_follows_nothing_says_so(store):
     """With interval 0 nothing is read, and who wants more is told to go elsewhere."""
     async with Replica(store, interval_s=0.0) as replica:
-        await asyncio.wait_for(replica.task, 1)
+        await asyncio.wait_for(replica.task, 10)
         publish_generation(store, generation("one", "two"))
         with pytest.raises(ReplicaBehind, match="follows no deployment"):
             await replica.follower.catch_up(2)

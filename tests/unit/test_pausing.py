@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 
 import pytest
@@ -14,27 +15,39 @@ from inference_service.serving.pausing import PauseMode
 from loramux_shared.faults import ReplicaPaused, ShuttingDown
 from tests.unit.test_engine_thread import Device, _end, _ids, _submit, _thread
 
+HELD_AT = 3
+
 
 class Counting(Device):
-    """Counts its steps."""
+    """Counts its steps, and waits in the third until it is let go."""
 
     def __init__(self, depth: int = 0) -> None:
         super().__init__()
         self.depth = depth
         self.steps = 0
+        self.go = threading.Event()
         self.before_step = self._count
 
     def _count(self, _: object) -> None:
         self.steps += 1
-        time.sleep(0.002)
+        if self.steps == HELD_AT:
+            assert self.go.wait(20)
 
 
 async def _running(device: Counting, thread: EngineThread) -> asyncio.Task[FinishReason]:
-    """A request that is under way."""
+    """A request in the middle of a step."""
     task = asyncio.create_task(_end(_submit(thread, new=30)))
-    while device.steps < 3:
+    while device.steps < HELD_AT:
         await asyncio.sleep(0.002)
     return task
+
+
+async def _asked_to_pause(thread: EngineThread, mode: PauseMode) -> asyncio.Task[None]:
+    """A pause that was asked for, and has not come yet."""
+    pause = asyncio.create_task(thread.pause(mode))
+    await asyncio.sleep(0)
+    assert thread.paused
+    return pause
 
 
 @pytest.mark.parametrize("depth", [0, 1])
@@ -44,7 +57,9 @@ async def test_what_is_kept_stands_still_and_goes_on(depth: int) -> None:
     thread = _thread(device)
     thread.start()
     task = await _running(device, thread)
-    await thread.pause(PauseMode.KEEP)
+    pause = await _asked_to_pause(thread, PauseMode.KEEP)
+    device.go.set()
+    await pause
     steps = device.steps
     late = asyncio.create_task(_end(_submit(thread)))
     await asyncio.sleep(0.1)
@@ -62,7 +77,9 @@ async def test_what_is_under_way_is_ended_when_that_is_said() -> None:
     thread = _thread(device)
     thread.start()
     task = await _running(device, thread)
-    await thread.pause(PauseMode.ABORT)
+    pause = await _asked_to_pause(thread, PauseMode.ABORT)
+    device.go.set()
+    await pause
     with pytest.raises(ReplicaPaused):
         await task
     late = asyncio.create_task(_end(_submit(thread)))
@@ -73,34 +90,23 @@ async def test_what_is_under_way_is_ended_when_that_is_said() -> None:
     assert await thread.stop() is None
 
 
-async def test_what_is_under_way_may_end_first() -> None:
-    """The pause returns behind its end; who came meanwhile has not begun, and goes on afterwards."""
+@pytest.mark.parametrize("called_off", [False, True])
+async def test_what_is_under_way_may_end_first(called_off: bool) -> None:
+    """The pause returns behind its end, or when it is called off; who came meanwhile has not begun, and goes on
+    afterwards."""
     device = Counting()
     thread = _thread(device)
     thread.start()
     task = await _running(device, thread)
-    pause = asyncio.create_task(thread.pause(PauseMode.WAIT))
-    await asyncio.sleep(0)
+    pause = await _asked_to_pause(thread, PauseMode.WAIT)
     late = asyncio.create_task(_end(_submit(thread)))
+    if called_off:
+        thread.resume()
+        await pause
+    device.go.set()
     await pause
-    assert task.done()
-    assert not late.done()
+    assert (task.done(), late.done()) == (not called_off, False)
     thread.resume()
-    assert await late is FinishReason.LENGTH
-    assert await thread.stop() is None
-
-
-async def test_a_pause_that_waits_can_be_called_off() -> None:
-    """Who was held back begins at once."""
-    device = Counting()
-    thread = _thread(device)
-    thread.start()
-    task = await _running(device, thread)
-    pause = asyncio.create_task(thread.pause(PauseMode.WAIT))
-    await asyncio.sleep(0)
-    late = asyncio.create_task(_end(_submit(thread)))
-    thread.resume()
-    await pause
     assert await asyncio.gather(task, late) == [FinishReason.LENGTH] * 2
     assert await thread.stop() is None
 
@@ -112,10 +118,12 @@ async def test_deadlines_pass_while_nothing_moves(mode: PauseMode) -> None:
     thread = _thread(device)
     thread.start()
     task = await _running(device, thread)
-    pause = asyncio.create_task(thread.pause(mode))
-    await asyncio.sleep(0)
+    pause = await _asked_to_pause(thread, mode)
+    if mode is PauseMode.KEEP:
+        device.go.set()
     seq = Sequence(f"{next(_ids)}", [5, 6], SamplingParams(max_tokens=2), deadline_s=time.monotonic() + 0.03)
     assert await _end(thread.submit([seq])) is FinishReason.DEADLINE
+    device.go.set()
     await pause
     thread.resume()
     assert await task is FinishReason.LENGTH
@@ -141,10 +149,12 @@ async def test_a_stop_ends_a_pause() -> None:
     thread = _thread(device)
     thread.start()
     task = await _running(device, thread)
-    pause = asyncio.create_task(thread.pause(PauseMode.WAIT))
+    pause = await _asked_to_pause(thread, PauseMode.WAIT)
+    stopped = asyncio.create_task(thread.stop())
     await asyncio.sleep(0)
-    assert await thread.stop() is None
-    async with asyncio.timeout(5):
+    device.go.set()
+    assert await stopped is None
+    async with asyncio.timeout(20):
         await pause
     with pytest.raises(ShuttingDown):
         await task

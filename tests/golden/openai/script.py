@@ -22,7 +22,7 @@ from inference_service.serving.service import GenerationService, ServingLimits
 from inference_service.serving.text import Text
 from loramux_shared.faults import InternalFault
 from tests.golden.metrics.script import replica
-from tests.support.tiny import VOCAB, write_tokenizer
+from tests.support.tokens import VOCAB, write_tokenizer
 
 FOLDER = Path(__file__).parent
 PATHS = {"chat": "/v1/chat/completions", "completion": "/v1/completions"}

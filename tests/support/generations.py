@@ -1,0 +1,33 @@
+"""Generations of a deployment as a build would publish them."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any
+
+from loramux_shared.bundle.manifest import AdapterRecord, BaseRecord, Generation
+from loramux_shared.deployment import Dtype, Repository, SourceKind
+
+
+def _source(name: str) -> Repository:
+    return Repository(source=SourceKind.HF, repo=f"org/{name}", revision="0" * 40)
+
+
+def record(name: str) -> AdapterRecord:
+    """An adapter, whose digest follows from its name."""
+    return AdapterRecord(digest=(name.encode().hex() + "0" * 64)[:64], source=_source(name))
+
+
+def generation(*names: str, **fields: Any) -> Generation:
+    """What a build says: these adapters and no others."""
+    return Generation(
+        deployment="tiny",
+        number=1,
+        create_time=datetime(2026, 1, 1, tzinfo=UTC),
+        served_model_name="tiny",
+        base=BaseRecord(source=_source("base"), files={}),
+        adapters={name: record(name) for name in names},
+        max_lora_rank=8,
+        lora_dtype=Dtype.BFLOAT16,
+        **fields,
+    )
