@@ -56,6 +56,11 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+def pytest_unconfigure() -> None:
+    """Let libraries find at their end that all of theirs is gone."""
+    gc.unfreeze()
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _soon_settled() -> Iterator[None]:
     """Folders that a test has just written are listed after 20 ms, two ticks of any file system here."""
