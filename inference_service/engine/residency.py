@@ -10,9 +10,11 @@ from __future__ import annotations
 import heapq
 import itertools
 import math
+import queue
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from functools import partial
 from typing import Final, Generic
 
@@ -55,8 +57,13 @@ class Residency(Generic[P]):
         loader: Loader[P],
         post: Callable[[Callable[[], None]], None],
         clock: Callable[[], float] = time.monotonic,
+        *,
+        wait_s: float = 0.0,
     ) -> None:
-        """Begin with an empty bank; post has something called on the engine's thread."""
+        """Begin with an empty bank; post has something called on the engine's thread.
+
+        `bring_in` waits at most wait_s for copies, where they are so quick that nobody should miss a step.
+        """
         self.stats = ResidencyStats()
         self.changes = 0
         """Grows whenever an adapter is wanted, arrives, leaves or fails."""
@@ -67,6 +74,10 @@ class Residency(Generic[P]):
         self._loader = loader
         self._post = post
         self._clock = clock
+        self._wait_s = wait_s
+        self._copying = 0
+        self._copies: queue.SimpleQueue[tuple[Entry[P], Fault | None]] = queue.SimpleQueue()
+        """Those that have ended."""
         self._entries: dict[Adapter, Entry[P]] = {}
         self._absent: dict[Entry[P], None] = {}
         """Those that are to be loaded; first come first served where ranks say nothing."""
@@ -216,6 +227,8 @@ class Residency(Generic[P]):
                 self._load(entry)
         for entry in sorted(self._held, key=lambda each: ranks.get(each.adapter, _NOBODY)):
             self._give_place(entry, ranks)
+        if self._wait_s:
+            self._end_copies(self._wait_s)
 
     @property
     def _may_prefetch(self) -> bool:
@@ -318,8 +331,23 @@ class Residency(Generic[P]):
         self._places.take(entry.slot, offset, entry.num_bytes)
         self._held.remove(entry)
         entry.state, entry.starved = State.COPYING, False
-        work = partial(self._bank.copy, packed, offset)
-        self._loader.run(work, lambda fault: self._post(partial(self._copied, entry, fault)))
+        self._copying += 1
+
+        def done(fault: Fault | None) -> None:
+            self._copies.put((entry, fault))
+            self._post(self._end_copies)
+
+        self._loader.run(partial(self._bank.copy, packed, offset), done)
+
+    def _end_copies(self, wait_s: float = 0.0) -> None:
+        """Take in what was copied, or is within so many seconds."""
+        until_s = time.monotonic() + wait_s
+        with suppress(queue.Empty):
+            while self._copying:
+                left_s = until_s - time.monotonic()
+                ended = self._copies.get(timeout=left_s) if left_s > 0 else self._copies.get_nowait()
+                self._copying -= 1
+                self._copied(*ended)
 
     def _copied(self, entry: Entry[P], fault: Fault | None) -> None:
         if fault is not None:

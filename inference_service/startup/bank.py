@@ -35,6 +35,8 @@ MAX_SLOTS: Final = 4096
 """Adapters that are resident at once, at most."""
 PACKING: Final = 1.03
 """What alignment makes of an adapter's matrices, at most, but for the smallest ones."""
+COPY_WAIT_S: Final = 0.005
+"""Of a step, for adapters that are being copied into a bank on a CPU: ten megabytes take half a millisecond."""
 ASKED: Final = 16
 """Manifests that are read where a generation of an older release does not tell what its adapters take."""
 
@@ -100,7 +102,8 @@ def open_bank(
         host_bytes=settings.adapter_host_gb * GB if device.type == "cuda" else 0.0,
         threads=settings.adapter_threads,
     )
-    residency = Residency(Places(num_bytes), MAX_SLOTS, lora, loader, inbox.post)
+    wait_s = COPY_WAIT_S if device.type == "cpu" else 0.0
+    residency = Residency(Places(num_bytes), MAX_SLOTS, lora, loader, inbox.post, wait_s=wait_s)
     return Bank(lora, residency, loader, AdapterTexts(reader, base.text), sizes)
 
 

@@ -1,8 +1,10 @@
-"""Residency: who is in the bank. No model and no threads: what takes time ends when the test says so."""
+"""Residency: who is in the bank. No model: what takes time ends when the test says so."""
 
 from __future__ import annotations
 
 import itertools
+import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -145,7 +147,14 @@ class World:
     """An engine whose bank has some units, and adapters of so many units each."""
 
     def __init__(
-        self, units: int, sizes: list[int], depth: int = 0, seqs: int = 4, adapters: int = 3, slots: int = 64
+        self,
+        units: int,
+        sizes: list[int],
+        depth: int = 0,
+        seqs: int = 4,
+        adapters: int = 3,
+        slots: int = 64,
+        wait_s: float = 0.0,
     ) -> None:
         self.adapters = [Adapter(f"{number:02x}" * 32) for number in range(len(sizes))]
         self.loader = FakeLoader(
@@ -155,7 +164,13 @@ class World:
         self.now_s = 0.0
         self.commands: deque[Callable[[], None]] = deque()
         self.residency = Residency(
-            Places(units * UNIT), slots, self.bank, self.loader, self.commands.append, clock=lambda: self.now_s
+            Places(units * UNIT),
+            slots,
+            self.bank,
+            self.loader,
+            self.commands.append,
+            clock=lambda: self.now_s,
+            wait_s=wait_s,
         )
         self.runner = FakeRunner(self.bank, depth)
         self.blocks = BlockManager(200, 4)
@@ -215,6 +230,43 @@ def test_a_cold_adapter_waits_for_its_load_and_holds_up_nobody() -> None:
     assert set(world.ends) == {base.id}
     world.settle()
     assert world.ends[cold.id].finish is FinishReason.LENGTH
+
+
+def test_who_is_copied_at_once_misses_no_step() -> None:
+    """A copy ends on another thread while a step waits for it, and the step has the rows."""
+    world = World(4, [1, 1], wait_s=20.0)
+    copied = threading.Event()
+
+    def run(work: Callable[[], None], done: Callable[[Fault | None], None]) -> None:
+        def copy() -> None:
+            work()
+            copied.wait(0.05)
+            done(None)
+
+        threading.Thread(target=copy).start()
+
+    world.loader.run = run  # type: ignore[method-assign]
+    began = time.monotonic()
+    asked = [world.ask(0, new=1), world.ask(1, new=1)]
+    world.step()
+    world.loader.end_one()
+    world.loader.end_one()
+    world.step()
+    assert set(world.ends) == {each.id for each in asked}
+    assert time.monotonic() - began < 10
+
+
+def test_a_copy_that_takes_long_is_not_waited_for() -> None:
+    """A step goes on without it, for those who are there, and takes it in when it has come."""
+    world = World(4, [1], wait_s=0.02)
+    cold, base = world.ask(0, new=1), world.ask(None, new=1)
+    world.step()
+    world.loader.end_one()
+    world.step(3)
+    assert set(world.ends) == {base.id}
+    world.loader.end_one()
+    world.step()
+    assert set(world.ends) == {base.id, cold.id}
 
 
 def test_who_was_used_longest_ago_leaves() -> None:
