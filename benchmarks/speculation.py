@@ -106,7 +106,9 @@ async def measure(sizes: list[int], streams: list[int], rounds: int, folder: Pat
     forge = Forge(folder)
     names = forge.deploy("speculation", 1)
     async with AsyncExitStack() as stack:
-        plain = await stack.enter_async_context(replica(forge, "speculation", kv_memory_gb=KV_GB))
+        plain = await stack.enter_async_context(
+            replica(forge, "speculation", kv_memory_gb=KV_GB, speculative_tokens=0)
+        )
         for size in sizes:
             drafting = await stack.enter_async_context(
                 replica(forge, "speculation", kv_memory_gb=KV_GB, speculative_tokens=size)

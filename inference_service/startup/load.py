@@ -149,7 +149,7 @@ def _engine(
             sizes.seqs,
             settings.max_batch_adapters,
             longest,
-            speculative_tokens=settings.speculative_tokens,
+            speculative_tokens=sizes.speculative,
         )
 
     def measured(longest: int) -> Measured:

@@ -99,7 +99,7 @@ SHOWN: Final = Field(json_schema_extra={"default": "auto"})
 OfDevice = Annotated[Count | None, BeforeValidator(_of_device), SHOWN]
 """A number, or ``auto`` (None): what the kind of device has in `STEP_SIZES`."""
 
-IntervalOfDevice = Annotated[Annotated[int, Field(ge=0)] | None, BeforeValidator(_of_device), SHOWN]
+CountOfDevice = Annotated[Annotated[int, Field(ge=0)] | None, BeforeValidator(_of_device), SHOWN]
 """The same, and 0."""
 
 
@@ -110,11 +110,12 @@ class StepSizes:
     tokens: int
     seqs: int
     interval_ms: int
+    speculative: int
 
 
-STEP_SIZES: Final = {"cpu": StepSizes(1024, 64, 40), "cuda": StepSizes(8192, 256, 10)}
+STEP_SIZES: Final = {"cpu": StepSizes(1024, 64, 40, 8), "cuda": StepSizes(8192, 256, 10, 0)}
 """By kind of device. A GPU computes hundreds of rows in the time that it takes to read its weights, and leaves
-the cores of its host to the doors, so that tokens may be sent sooner."""
+the cores of its host to the doors, so that tokens may be sent sooner; drafts would cost it the step ahead."""
 
 
 class Settings(BaseSettings):
@@ -212,16 +213,17 @@ class InferenceSettings(Settings):
     """Memory of the KV cache in GB (10^9 bytes); chosen from what is free when not given."""
     block_size: Annotated[Count, AfterValidator(_power_of_two)] = 16
     """Tokens per block of the KV cache; a power of two."""
-    speculative_tokens: Annotated[int, Field(ge=0, le=256)] = 0
+    speculative_tokens: CountOfDevice = None
     """Tokens that are guessed from what a request said before, and verified, in a step of one sequence; in one
-    of more sequences fewer. Answers stay what they are; those that repeat their prompt come faster. 0: none."""
+    of more sequences fewer. Answers stay what they are; those that repeat their prompt come faster. 0: none;
+    auto: 8 on a CPU, 0 on a GPU."""
     max_queue: Count = 1024
     """Requests that wait; one more is answered QUEUE_FULL."""
     step_timeout_s: float = Field(default=300, gt=0, allow_inf_nan=False)
     """Seconds that one step may take, kernels that it compiles included; then the replica ends with exit 5."""
     prefix_cache: bool = True
     """Keep the blocks of earlier prompts, for prompts that begin alike."""
-    stream_interval_ms: IntervalOfDevice = None
+    stream_interval_ms: CountOfDevice = None
     """Tokens of running answers are sent together at this interval, first and last ones at once; 0: each;
     auto: 40 on a CPU, 10 on a GPU."""
     cache_dir: HomePath = Path("~/.cache/loramux")
@@ -252,6 +254,7 @@ class InferenceSettings(Settings):
             tokens=_first(self.max_batch_tokens, usual.tokens),
             seqs=_first(self.max_batch_seqs, usual.seqs),
             interval_ms=_first(self.stream_interval_ms, usual.interval_ms),
+            speculative=_first(self.speculative_tokens, usual.speculative),
         )
 
 

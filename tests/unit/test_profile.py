@@ -177,6 +177,7 @@ def test_sizes_follow_the_device_unless_they_are_set() -> None:
         "max_batch_tokens": "tokens",
         "max_batch_seqs": "seqs",
         "stream_interval_ms": "interval_ms",
+        "speculative_tokens": "speculative",
     }.items():
         told = list(_numbers(InferenceSettings.model_fields[name].description or ""))[-2:]
         assert told == [getattr(STEP_SIZES[device], part) for device in ("cpu", "cuda")]
