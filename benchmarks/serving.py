@@ -125,7 +125,8 @@ class Server:
         store = f"file://{work}/store"
         build_deployment(work, names, store)
         command = [sys.executable, "-m", "inference_service", "--store", store, "--deployment", "bench"]
-        command += ["--grpc", self.address, "--local-root", str(BASE), *flags]
+        # All have one deployment, in turn: none follows it to the adapters of the next.
+        command += ["--grpc", self.address, "--local-root", str(BASE), "--follow-interval-s", "0", *flags]
         self._log = work / f"server-{len(names)}.log"
         started = time.perf_counter()
         with self._log.open("w") as log:
