@@ -22,6 +22,7 @@ from benchmarks.on_gpu.machine import ROOT
 from benchmarks.on_gpu.model import LLAMA_1B, TINY
 from benchmarks.on_gpu.run import Run
 from benchmarks.on_gpu.targets import OF_BASE
+from benchmarks.serving import end_process
 from loramux import AsyncClient
 from loramux.bench import drive as bench
 from loramux.bench.figures import Figures, report
@@ -110,12 +111,7 @@ def _started(work: Path, deployment: str, plan: Plan) -> Iterator[_Starting]:
     try:
         yield _Starting(process, log)
     finally:
-        process.terminate()
-        try:
-            process.wait(30)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        end_process(process)
 
 
 def _wait(starting: _Starting, ends_s: float) -> str:

@@ -195,7 +195,8 @@ class Scheduler:
             ):
                 continue
             left = min(seq.sampling.max_tokens - seq.num_known, self.limits.max_seq_len - len(seq.tokens)) - 1
-            draft = self.lookup.draft(seq, min(room, left)) if min(room, left) > 0 else []
+            most = min(room, left)
+            draft = self.lookup.draft(seq, most) if most > 0 else []
             reach = len(seq.tokens) + len(draft)
             needed = self.blocks.blocks_for(reach) - len(seq.blocks)
             if draft and needed + self._watermark <= self.blocks.num_free and self.blocks.grow(seq, reach):

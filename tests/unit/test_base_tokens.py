@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from builder_service.pipeline.base_tokens import BaseTokens
 from loramux_shared.bundle.manifest import FileDigest
 from loramux_shared.faults import Finding
-from loramux_shared.sources.files import hash_file
+from loramux_shared.sources.files import hash_if_there
 
 WORDS = ("a", "b", "c", "ab")
 ENDS = {"bos_token": "<s>", "eos_token": "</s>"}
@@ -33,7 +33,7 @@ def tokenizer(kind: str = "BPE") -> PreTrainedTokenizerFast:
 
 def files(folder: Path) -> dict[str, FileDigest]:
     """Return what is in a folder."""
-    return {path.name: hash_file(path) for path in folder.iterdir()}
+    return {path.name: hash_if_there(path) for path in folder.iterdir()}
 
 
 @pytest.fixture

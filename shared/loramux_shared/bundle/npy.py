@@ -144,8 +144,8 @@ def _bounded(pieces: Iterable[bytes | int]) -> Iterator[bytes]:
             yield piece
 
 
-def read_weights(data: Bytes | Path, dtype: Dtype, what: str) -> Array:
-    """Return the weights as ``(R, C)`` in the storage type; a path is mapped, not read.
+def read_weights(data: Bytes, dtype: Dtype, what: str) -> Array:
+    """Return the weights as ``(R, C)`` in the storage type.
 
     Raises:
         BundleCorrupt: the header or the size is not that of such a file.
@@ -154,7 +154,7 @@ def read_weights(data: Bytes | Path, dtype: Dtype, what: str) -> Array:
     return array.view(NUMPY_TYPES[dtype])
 
 
-def read_config(data: Bytes | Path, what: str) -> Array:
+def read_config(data: Bytes, what: str) -> Array:
     """Return the config as ``(R, 3 or 4)`` int32.
 
     Raises:
@@ -163,14 +163,8 @@ def read_config(data: Bytes | Path, what: str) -> Array:
     return _read(data, CONFIG_DESCR, what)
 
 
-def _read(data: Bytes | Path, descr: str, what: str) -> Array:
-    if isinstance(data, Path):
-        with data.open("rb") as file:
-            head = file.read(_MAX_HEADER)
-        size = data.stat().st_size
-    else:
-        head, size = bytes(data[:_MAX_HEADER]), len(data)
-    header = parse_header(head, what)
+def _read(data: Bytes, descr: str, what: str) -> Array:
+    header = parse_header(bytes(data[:_MAX_HEADER]), what)
     if header.descr != descr or len(header.shape) != 3 or header.shape[0] != 1 or 0 in header.shape:
         raise BundleCorrupt(
             f"{what}: expected type {descr} and shape (1, rows, columns) without zeros, "
@@ -178,14 +172,9 @@ def _read(data: Bytes | Path, descr: str, what: str) -> Array:
         )
     kind = np.dtype(descr)
     expected = header.offset + kind.itemsize * header.shape[1] * header.shape[2]
-    if size != expected:
-        raise BundleCorrupt(f"{what}: expected {expected} bytes for shape {header.shape}, found {size}")
-    flat: Array
-    if isinstance(data, Path):
-        flat = np.memmap(data, dtype=kind, mode="r", offset=header.offset)
-    else:
-        flat = np.frombuffer(data, dtype=kind, offset=header.offset)
-    return flat.reshape(header.shape[1:])
+    if len(data) != expected:
+        raise BundleCorrupt(f"{what}: expected {expected} bytes for shape {header.shape}, found {len(data)}")
+    return np.frombuffer(data, dtype=kind, offset=header.offset).reshape(header.shape[1:])
 
 
 def parse_header(head: bytes, what: str) -> Header:

@@ -19,7 +19,7 @@ from loramux_shared.deployment import Repository, SourceKind
 from loramux_shared.faults import BundleCorrupt, CheckpointInvalid
 from loramux_shared.sources.base import Progress, Resolved, Room, Source, about, unwatched
 from loramux_shared.sources.cache import alone, differs, discard, open_cache
-from loramux_shared.sources.files import hash_if_there, hash_pieces, inside, pieces_of, scratch, whole
+from loramux_shared.sources.files import hash_if_there, inside, scratch, whole
 from loramux_shared.sources.open import Sources
 from loramux_shared.wording import listed
 
@@ -126,19 +126,10 @@ class PlacedBase:
         with scratch(self.cache) as folder:
             for name in self.record.files:
                 if name in SMALL_FILES:
-                    self.require(name, _copied(self.folder / name, folder / name))
+                    with whole(folder / name) as sink:
+                        found = hash_if_there(self.folder / name, unwatched, sink)
+                    self.require(name, found)
             yield folder
-
-
-def _copied(path: Path, into: Path) -> FileDigest | None:
-    """Copy a file and return what was copied; nothing where none is, or where another process mends it."""
-    if not path.is_file():
-        return None
-    try:
-        with whole(into) as sink:
-            return hash_pieces(pieces_of(path), unwatched, sink)
-    except FileNotFoundError:
-        return None
 
 
 def with_base(

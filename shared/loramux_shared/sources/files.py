@@ -30,15 +30,15 @@ SCRATCH: Final = "loramux-build-scratch-"
 """Begins as the builder's work folders do, which are swept at its start."""
 
 
-def hash_file(path: Path, progress: Progress = unwatched) -> FileDigest:
-    """Return what a file is."""
-    return hash_pieces(pieces_of(path), progress)
+def hash_if_there(
+    path: Path, progress: Progress = unwatched, sink: IO[bytes] | None = None
+) -> FileDigest | None:
+    """Return what a file is, and copy it where a sink is given.
 
-
-def hash_if_there(path: Path, progress: Progress = unwatched) -> FileDigest | None:
-    """Return what a file is; nothing where none is, or where another process takes it away meanwhile."""
+    Nothing where none is, or where another process takes it away meanwhile.
+    """
     try:
-        return hash_file(path, progress) if path.is_file() else None
+        return hash_pieces(pieces_of(path), progress, sink) if path.is_file() else None
     except FileNotFoundError:
         return None
 
