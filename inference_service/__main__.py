@@ -20,7 +20,7 @@ from inference_service.rpc import adapters as adapters_rpc
 from inference_service.rpc.adapters import AdapterServicer
 from inference_service.rpc.servicer import SERVICE_NAME, InferenceServicer, register
 from inference_service.serving.telemetry.watchers import open_watchers
-from inference_service.startup.load import load
+from inference_service.startup.load import load_apart
 from loramux_shared.access.guard import open_guard
 from loramux_shared.descriptors import raise_limit
 from loramux_shared.faults import Fault, SettingsInvalid
@@ -112,7 +112,7 @@ async def serve(settings: InferenceSettings) -> int:
     tracing = open_tracing("loramux-inference")
     watchers = open_watchers(tracing.tracer if tracing else None, log_prompts=settings.log_prompts)
     store = PatientStore(open_store(settings.store), pauses_s=START_PAUSES_S)
-    ready = await stop.starting(asyncio.to_thread(load, settings, store, watchers))
+    ready = await stop.starting(load_apart(settings, store, watchers))
     servicer = InferenceServicer(ready.service)
     operators = Operators(settings, store, ready)
     adapters = operators.manager

@@ -17,7 +17,7 @@ from benchmarks.serving import BASE
 from inference_service.core.sequence import StepOutput
 from inference_service.serving.request import Delta, Request, Started
 from inference_service.startup.bank import PACKING
-from inference_service.startup.load import Ready, load
+from inference_service.startup.load import Ready, load_apart
 from loramux_shared.bases.memory import GB, adapter_bytes
 from loramux_shared.bases.read import read_config
 from loramux_shared.settings import InferenceSettings
@@ -147,7 +147,7 @@ async def replica(
 ) -> AsyncIterator[Local]:
     """Load a deployment and serve it in this process."""
     settings = settings_of(forge, deployment, cache, **fields)
-    ready = await asyncio.to_thread(load, settings, store or forge.store)
+    ready = await load_apart(settings, store or forge.store)
     ready.engine.start()
     try:
         yield Local(ready)

@@ -94,8 +94,10 @@ class EngineThread:
         step_timeout_s: float,
         interval_s: float = 0.0,
         inbox: Inbox | None = None,
+        after_step: Callable[[], None] | None = None,
     ) -> None:
         self._engine = engine
+        self._after_step = after_step
         self._probe = probe
         self._step_timeout_s = step_timeout_s
         self.max_queue = max_queue
@@ -268,6 +270,8 @@ class EngineThread:
                         return f"no step succeeds any more, since one raised {type(error).__name__}"
             self._send(outputs)
             self._tell_rested()
+            if self._after_step is not None:
+                self._after_step()
 
     def _tell_rested(self) -> None:
         rested, self._rested = self._rested, []

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, cast
@@ -22,6 +24,7 @@ from inference_service.engine.graphs import CudaRecorder
 from inference_service.engine.residents import AlwaysResident, Residents
 from inference_service.engine.runner import Runner
 from inference_service.engine.scheduler import SchedulerLimits
+from inference_service.kernels.cpu.spin import Spinning
 from inference_service.serving.adapter_defaults import AdapterDefaults
 from inference_service.serving.catalog import Catalog, ServedModel
 from inference_service.serving.engine_thread import EngineThread
@@ -60,6 +63,16 @@ class Ready:
     """None where an adapter is merged into the weights."""
     dtype: str
     """Of computation."""
+
+
+async def load_apart(settings: InferenceSettings, store: Store, watchers: Sequence[Watcher] = ()) -> Ready:
+    """Do what `load` does, in a thread that ends with it: one that lived on would keep its team of OpenMP's.
+
+    With more of their threads than cores, those of a step would sleep between operations
+    (`kernels/cpu/spin.py`).
+    """
+    with ThreadPoolExecutor(1, "load") as thread:
+        return await asyncio.get_running_loop().run_in_executor(thread, load, settings, store, watchers)
 
 
 def load(settings: InferenceSettings, store: Store, watchers: Sequence[Watcher] = ()) -> Ready:
@@ -114,6 +127,7 @@ def load(settings: InferenceSettings, store: Store, watchers: Sequence[Watcher] 
         step_timeout_s=settings.step_timeout_s,
         interval_s=settings.sizes(base.model.device.type).interval_ms / 1e3,
         inbox=inbox,
+        after_step=Spinning(settings.spin).look if base.model.device.type == "cpu" else None,
     )
     ends = base.config.eos_token_ids
     serving = ServingLimits(limits.max_seq_len, generation.request_default_max_tokens, ends)

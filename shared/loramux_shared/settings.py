@@ -196,6 +196,9 @@ class InferenceSettings(Settings):
     """Use compiled operations on a CPU; they are compiled at the first start where a C++ compiler is found."""
     threads: Count | None = None
     """Threads that compute on the CPU; as many as cores when not given."""
+    spin: Literal["auto", "always", "never"] = "auto"
+    """Whether the threads of a step on a CPU wait for each other awake: faster on cores that nothing else
+    wants, slower on others. auto: awake until they wait for cores."""
     deterministic: bool = False
     """Answer the same, bit for bit, in any company and after prefix hits; on a CPU with compiled operations."""
     max_batch_tokens: OfDevice = None

@@ -1,0 +1,121 @@
+"""How the threads of a step wait for each other."""
+
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from inference_service.kernels.cpu.spin import LOOK_S, REST_S, Spin, Spinning
+
+S = 10**9
+
+
+class Machine:
+    """A clock, the kernel's counts of two threads, and the switch."""
+
+    def __init__(self, tasks: Path, spin: Spin = "auto") -> None:
+        self.tasks, self.now_s, self.asleep = tasks, 0.0, False
+        self._counts = {str(threading.get_native_id()): [0, 0], "other": [0, 0]}
+        self.spinning = Spinning(spin, self._switch, tasks, lambda: self.now_s)
+        self._write()
+
+    def passes(self, ran: float, waited: float, seconds: float = LOOK_S) -> bool:
+        """Let the engine's thread run, and the other one wait, for parts of some seconds; look."""
+        self.now_s += seconds
+        mine, other = self._counts.values()
+        mine[0] += int(ran * seconds * S)
+        other[1] += int(waited * seconds * S)
+        self._write()
+        self.spinning.look()
+        return self.asleep
+
+    def _switch(self, *, live: bool) -> None:
+        self.asleep = live
+
+    def _write(self) -> None:
+        for name, (ran, waited) in self._counts.items():
+            (self.tasks / name).mkdir(exist_ok=True)
+            (self.tasks / name / "schedstat").write_text(f"{ran} {waited} 7\n")
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Machine:
+    """One whose threads did nothing yet."""
+    return Machine(tmp_path)
+
+
+def test_threads_sleep_while_they_wait_for_cores(machine: Machine) -> None:
+    """They spin on free cores, sleep when a look finds others there, and spin again when those are gone."""
+    assert [machine.passes(ran=1.0, waited=0.02) for _ in range(3)] == [False] * 3
+    assert machine.passes(ran=0.7, waited=0.7)
+    assert machine.passes(ran=0.5, waited=0.5, seconds=REST_S)
+    assert not machine.passes(ran=1.0, waited=0.1, seconds=REST_S)
+
+
+def test_between_the_two_thresholds_everything_stays(machine: Machine) -> None:
+    """What is too little to sleep for is enough to sleep on: nothing flickers."""
+    machine.passes(ran=1.0, waited=0.0)
+    assert not machine.passes(ran=1.0, waited=0.55)
+    assert machine.passes(ran=1.0, waited=0.8)
+    assert machine.passes(ran=1.0, waited=0.55, seconds=REST_S)
+
+
+def test_an_idle_engine_learns_nothing(machine: Machine) -> None:
+    """Others that wait while there are hardly any steps are none of its business."""
+    machine.passes(ran=1.0, waited=0.0)
+    assert not machine.passes(ran=0.01, waited=1.0)
+
+
+def test_threads_sleep_where_the_kernel_does_not_count(machine: Machine) -> None:
+    """What cannot be told is not risked."""
+    for file in machine.tasks.glob("*/schedstat"):
+        file.unlink()
+    machine._write = lambda: None  # type: ignore[method-assign]
+    assert machine.passes(ran=1.0, waited=0.0)
+
+
+@pytest.mark.parametrize(("spin", "asleep"), [("always", False), ("never", True)])
+def test_a_setting_decides_once(tmp_path: Path, spin: Spin, asleep: bool) -> None:
+    """Whoever says always or never gets it, whatever happens on the cores."""
+    machine = Machine(tmp_path, spin)
+    assert [machine.passes(ran=0.5, waited=waited) for waited in (0.9, 0.9, 0.0)] == [asleep] * 3
+
+
+def test_nothing_is_read_before_it_is_time(machine: Machine) -> None:
+    """A step between two looks costs a look at the clock."""
+    machine.passes(ran=1.0, waited=0.0)
+    assert not machine.passes(ran=0.5, waited=9.0, seconds=LOOK_S / 2)
+
+
+PROGRAM = """
+import resource, threading, time, torch
+from inference_service.kernels.cpu.spin import IdleTeams
+torch.set_num_threads(max(2, torch.get_num_threads()))
+switch, found = IdleTeams(), []
+
+def slept(values):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_nvcsw
+    for _ in range(300):
+        values.add_(1)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_nvcsw - before
+
+def run():
+    values = torch.zeros(2**19)
+    for live in (False, True, True, False):
+        switch(live=live)
+        found.append(min(slept(values) for _ in range(3)))
+
+engine = threading.Thread(target=run)
+engine.start()
+engine.join()
+print(*found)
+"""
+
+
+def test_idle_teams_make_the_others_sleep() -> None:
+    """With them, threads that wait for each other give up their cores; without, and after them, they do not."""
+    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True)
+    spun, slept, still, again = map(int, done.stdout.split())
+    assert max(spun, again) * 3 < min(slept, still)
