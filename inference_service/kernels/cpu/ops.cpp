@@ -361,84 +361,113 @@ template <class T> void pack(const Piece* pieces, int64_t count) {
 
 struct Chunk { int64_t row, length, end; const int32_t* blocks; };
 
-// One kv head, up to TILE query rows that share it; row i of the tile may see positions [from[i], to[i]).
+// s[row][position] = q[row] . k[position] of WIDE blocks, for the TALL rows of a tile.
+template <class T, int TALL, int WIDE>
+inline void score(const T* const* q, const T* keys, const int32_t* blocks, int64_t k_block, int units, float (*s)[SPAN]) {
+  constexpr int P = Unit<T>::P;
+  const T* k[WIDE];
+  vf sums[WIDE][TALL] = {};
+  for (int b = 0; b < WIDE; ++b) k[b] = keys + blocks[b] * k_block;
+  for (int d = 0; d < units; ++d) {
+    vu w[WIDE];
+    for (int b = 0; b < WIDE; ++b) w[b] = load<vu>(k[b] + d * LANES * P);
+    for (int i = 0; i < TALL; ++i) {
+      const vu each = broadcast(q[i] + d * P);
+      for (int b = 0; b < WIDE; ++b) sums[b][i] = Unit<T>::fma(sums[b][i], each, w[b]);
+    }
+  }
+  for (int b = 0; b < WIDE; ++b)
+    for (int i = 0; i < TALL; ++i) store(s[i] + b * BLOCK, sums[b][i]);
+}
+
+// Turns the scores of a row at `count` positions, of which it may see [low, high), into weights that are e^(score - best),
+// in units; returns what the row's sums so far are to be multiplied by. A row that sees none of them gets zeros.
+template <class T>
+inline float weigh(float* s, int count, int low, int high, float scale, float softcap, float& best, float& total, uint32_t* p) {
+  for (int j = 0; j < count; j += LANES) store(s + j, load<vf>(s + j) * scale);
+  if (softcap > 0)
+    for (int j = low; j < high; ++j) s[j] = softcap * std::tanh(s[j] / softcap);
+  for (int j = 0; j < std::min(low, count); ++j) s[j] = -INFINITY;
+  for (int j = std::max(high, 0); j < count; ++j) s[j] = -INFINITY;
+  vf tops = load<vf>(s);
+  for (int j = LANES; j < count; j += LANES) {
+    const vf raw = load<vf>(s + j);
+    tops = raw > tops ? raw : tops;
+  }
+  float each[LANES], top = best;
+  store(each, tops);
+  for (float one : each) top = std::max(top, one);
+  if (top == -INFINITY) { std::memset(p, 0, count / Unit<T>::P * sizeof *p); return 1.0f; }
+  const float shrink = best == top ? 1.0f : best == -INFINITY ? 0.0f : std::exp(best - top);
+  best = top;
+  vf added = {};
+  T* to = reinterpret_cast<T*>(p);
+  for (int j = 0; j < count; j += LANES) {
+    const vf raw = load<vf>(s + j);
+    const vi seen = raw != splat(-INFINITY);
+    const vf value = floats(bits(exp16(raw - splat(top))) & vu(seen));
+    added += value;
+    store16(to + j, value);
+  }
+  total = total * shrink + sum(added);
+  return shrink;
+}
+
+// acc[row][WIDE * LANES] += weights . values of the blocks, for the TALL rows of a tile.
+template <class T, int TALL, int WIDE>
+inline void gather(const uint32_t (*p)[SPAN], const T* values, const int32_t* blocks, int spans, int64_t v_block, int padded,
+                   float (*acc)[512], int column) {
+  constexpr int P = Unit<T>::P;
+  vf part[TALL][WIDE];
+  for (int i = 0; i < TALL; ++i)
+    for (int c = 0; c < WIDE; ++c) part[i][c] = load<vf>(acc[i] + column + c * LANES);
+  for (int b = 0; b < spans; ++b) {
+    const T* v = values + blocks[b] * v_block + int64_t(column) * P;
+    for (int u = 0; u < BLOCK / P; ++u) {
+      vu w[WIDE];
+      for (int c = 0; c < WIDE; ++c) w[c] = load<vu>(v + (int64_t(u) * padded + c * LANES) * P);
+      for (int i = 0; i < TALL; ++i) {
+        const vu weight = broadcast(&p[i][b * (BLOCK / P) + u]);
+        for (int c = 0; c < WIDE; ++c) part[i][c] = Unit<T>::fma(part[i][c], weight, w[c]);
+      }
+    }
+  }
+  for (int i = 0; i < TALL; ++i)
+    for (int c = 0; c < WIDE; ++c) store(acc[i] + column + c * LANES, part[i][c]);
+}
+
+// One kv head, up to TALL query rows that share it; row i of the tile may see positions [from[i], to[i]). Where there are
+// fewer rows, q[i] of the others is any row: what they give is not looked at.
 template <class T, int TALL>
 void attend(const T* const* q, int rows, const int64_t* from, const int64_t* to, const T* keys, const T* values,
             const int32_t* blocks, int dim, float scale, float softcap, T* const* out) {
   constexpr int P = Unit<T>::P;
   const int padded = round_up(dim, LANES);
   const int64_t k_block = int64_t(dim) * BLOCK, v_block = int64_t(padded) * BLOCK;
-  float acc[TALL][512];
-  float best[TALL], total[TALL];
+  float acc[TALL][512], s[TALL][SPAN], best[TALL], total[TALL];
+  uint32_t p[TALL][SPAN] = {};
   int64_t first = to[0], last = 0;
-  for (int i = 0; i < rows; ++i) {
+  for (int i = 0; i < TALL; ++i) {
     best[i] = -INFINITY; total[i] = 0;
     std::memset(acc[i], 0, padded * sizeof(float));
-    first = std::min(first, from[i]); last = std::max(last, to[i]);
+    if (i < rows) { first = std::min(first, from[i]); last = std::max(last, to[i]); }
   }
   // From a multiple of SPAN, so that a row is rescaled at the same positions whichever rows share its tile.
   for (int64_t start = first / SPAN * SPAN; start < last; start += SPAN) {
     const int spans = int(std::min<int64_t>(SPAN, round_up(int(last - start), BLOCK))) / BLOCK;
-    float s[TALL][SPAN];
-    for (int b = 0; b < spans; ++b) {
-      const T* k = keys + blocks[start / BLOCK + b] * k_block;
-      vf sums[TALL] = {};
-      for (int d = 0; d < dim / P; ++d) {
-        vu w = load<vu>(k + d * LANES * P);
-        for (int i = 0; i < TALL; ++i)
-          sums[i] = Unit<T>::fma(sums[i], broadcast(q[i < rows ? i : 0] + d * P), w);
-      }
-      for (int i = 0; i < rows; ++i) store(s[i] + b * BLOCK, sums[i]);
-    }
-    uint32_t p[TALL][SPAN];
+    const int32_t* here = blocks + start / BLOCK;
+    int b = 0;
+    for (; b + 2 <= spans; b += 2) score<T, TALL, 2>(q, keys, here + b, k_block, dim / P, reinterpret_cast<float(*)[SPAN]>(s[0] + b * BLOCK));
+    if (b < spans) score<T, TALL, 1>(q, keys, here + b, k_block, dim / P, reinterpret_cast<float(*)[SPAN]>(s[0] + b * BLOCK));
     for (int i = 0; i < rows; ++i) {
-      float top = best[i];
       const int low = int(std::max<int64_t>(0, from[i] - start)), high = int(std::min<int64_t>(spans * BLOCK, to[i] - start));
-      for (int j = 0; j < spans * BLOCK; ++j) s[i][j] *= scale;
-      if (softcap > 0)
-        for (int j = low; j < high; ++j) s[i][j] = softcap * std::tanh(s[i][j] / softcap);
-      for (int j = 0; j < std::min(low, spans * BLOCK); ++j) s[i][j] = -INFINITY;
-      for (int j = std::max(high, 0); j < spans * BLOCK; ++j) s[i][j] = -INFINITY;
-      for (int j = 0; j < spans * BLOCK; ++j) top = std::max(top, s[i][j]);
-      if (top == -INFINITY) { std::memset(p[i], 0, sizeof p[i]); continue; }
-      const float shrink = best[i] == -INFINITY ? 0.0f : std::exp(best[i] - top);
-      best[i] = top;
-      vf added = {};
-      float e[SPAN];
-      for (int j = 0; j < spans * BLOCK; j += LANES) {
-        vf raw = load<vf>(s[i] + j);
-        vf value = exp16(raw - splat(top));
-        vi seen = raw != splat(-INFINITY);
-        value = floats(bits(value) & vu(seen));
-        added += value;
-        store(e + j, value);
-      }
-      total[i] = total[i] * shrink + sum(added);
+      const float shrink = weigh<T>(s[i], spans * BLOCK, low, high, scale, softcap, best[i], total[i], p[i]);
       if (shrink != 1.0f)
         for (int d = 0; d < padded; d += LANES) store(acc[i] + d, load<vf>(acc[i] + d) * shrink);
-      to_units(e, spans * BLOCK, p[i], static_cast<T*>(nullptr));
     }
-    for (int b = 0; b < spans; ++b) {
-      const T* v = values + blocks[start / BLOCK + b] * v_block;
-      for (int i = 0; i < rows; i += 4)
-        for (int d = 0; d < padded; d += 2 * LANES) {
-          const int wide = std::min(2, (padded - d) / LANES), tall = std::min(4, rows - i);
-          vf part[4][2] = {};
-          for (int t = 0; t < tall; ++t)
-            for (int c = 0; c < wide; ++c) part[t][c] = load<vf>(acc[i + t] + d + c * LANES);
-          for (int u = 0; u < BLOCK / P; ++u) {
-            const T* w = v + (int64_t(u) * padded + d) * P;
-            vu w0 = load<vu>(w), w1 = wide > 1 ? load<vu>(w + LANES * P) : vu{};
-            for (int t = 0; t < 4; ++t) {
-              vu weight = vu{} + p[t < tall ? i + t : i][b * (BLOCK / P) + u];
-              part[t][0] = Unit<T>::fma(part[t][0], weight, w0);
-              part[t][1] = Unit<T>::fma(part[t][1], weight, w1);
-            }
-          }
-          for (int t = 0; t < tall; ++t)
-            for (int c = 0; c < wide; ++c) store(acc[i + t] + d + c * LANES, part[t][c]);
-        }
-    }
+    int d = 0;
+    for (; d + 2 * LANES <= padded; d += 2 * LANES) gather<T, TALL, 2>(p, values, here, spans, v_block, padded, acc, d);
+    if (d < padded) gather<T, TALL, 1>(p, values, here, spans, v_block, padded, acc, d);
   }
   for (int i = 0; i < rows; ++i)
     for (int d = 0; d < dim; ++d) narrow(out[i][d], acc[i][d] / total[i]);
@@ -466,6 +495,7 @@ void attention(const T* q, int64_t ldq, T* out, const Chunk* chunks, int64_t cou
     const int rows = int(std::min<int64_t>(TILE, chunk.length * group - task.first));
     const T* from_q[TILE]; T* to_out[TILE];
     int64_t from[TILE], to[TILE];
+    for (int i = rows; i < TILE; ++i) from_q[i] = q + chunk.row * ldq + task.head * group * dim;
     for (int i = 0; i < rows; ++i) {  // neighbours in a tile are the heads of one token: they see the same keys
       const int64_t token = (task.first + i) / group, head = task.head * group + (task.first + i) % group;
       from_q[i] = q + (chunk.row + token) * ldq + head * dim;
