@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from inference_service.backends.base import Attention, Turn
+from inference_service.backends.long_chunks import split
 from inference_service.backends.torch import TorchOperations
 from inference_service.kernels.attention import Context
-from inference_service.kernels.cpu.ops import ADAPTER_FIELDS, BLOCK, Chunks, CpuOps, Table
+from inference_service.kernels.cpu.ops import ADAPTER_FIELDS, BLOCK, Chunks, CpuOps, Planned, Table
 from inference_service.kernels.rows import Activation
 from inference_service.layers.norm import RMSNorm
 from inference_service.lora.arena import Arena
@@ -29,9 +30,11 @@ from loramux_shared.bundle.modules import BaseDims
 class NativeOperations(TorchOperations):
     """With compiled operations where there are some, on a CPU."""
 
-    def __init__(self, ops: CpuOps, dims: BaseDims) -> None:
+    def __init__(self, ops: CpuOps, dims: BaseDims, long_rows: int | None = None) -> None:
+        """Take the operations, and the rows from which on a chunk attends by torch's products."""
         super().__init__(dims, ops.dtype, torch.device("cpu"))
         self.ops = ops
+        self._long_rows = long_rows
 
     def norm(self, hidden: Tensor, norm: RMSNorm, delta: Tensor | None, delta_norm: RMSNorm | None) -> Tensor:
         """The sum and its norm in one pass."""
@@ -45,7 +48,8 @@ class NativeOperations(TorchOperations):
 
     def attention(self, contexts: Sequence[Context], block_size: int) -> Attention:
         """Over the cache where it lies."""
-        return NativeAttention(self.ops, contexts, block_size, self._num_heads, self._kv_heads)
+        heads = self._num_heads, self._kv_heads
+        return NativeAttention(self.ops, contexts, block_size, *heads, self._long_rows)
 
     def new_cache(self, num_rows: int) -> tuple[Tensor, Tensor]:
         """In the order in which the compiled attention reads it."""
@@ -53,10 +57,16 @@ class NativeOperations(TorchOperations):
 
 
 class NativeAttention:
-    """With the compiled operations: nothing is gathered, nothing is copied."""
+    """With the compiled operations: nothing is gathered or copied, but for long chunks where that pays."""
 
     def __init__(
-        self, ops: CpuOps, contexts: Sequence[Context], block_size: int, num_heads: int, num_kv_heads: int
+        self,
+        ops: CpuOps,
+        contexts: Sequence[Context],
+        block_size: int,
+        num_heads: int,
+        num_kv_heads: int,
+        long_rows: int | None = None,
     ) -> None:
         self._ops = ops
         self._num_heads = num_heads
@@ -64,7 +74,7 @@ class NativeAttention:
         self._group = num_heads // num_kv_heads
         parts = block_size // BLOCK
         rows: list[int] = []
-        planned = []
+        planned: list[Planned] = []
         for context in contexts:
             blocks = context.blocks
             positions = range(context.end - context.length, context.end)
@@ -76,6 +86,8 @@ class NativeAttention:
             planned.append((context.row, context.length, context.end, small))
         self._cache_rows = torch.tensor(rows, dtype=torch.int64)
         self._chunks = Chunks.make(planned)
+        short, self._long = split(planned, long_rows, ops.dtype)
+        self._short = Chunks.make(short) if self._long else self._chunks
 
     def turn(self, cos: Tensor, sin: Tensor) -> Turn:
         """float32 [T, rotary]."""
@@ -96,9 +108,14 @@ class NativeAttention:
         q = heads[:, : self._num_heads]
         k, v = heads[:, self._num_heads : self._rotated], heads[:, self._rotated :]
         self._ops.rope_write(q, k, v, *turn, self._cache_rows, keys, values)
-        return self._ops.attention(
-            q, self._chunks, keys, values, self._group, spec.scale, spec.softcap or 0.0, spec.window or 0
+        bounded = spec.window is not None or spec.softcap is not None
+        chunks, long = (self._chunks, []) if bounded else (self._short, self._long)
+        out = self._ops.attention(
+            q, chunks, keys, values, self._group, spec.scale, spec.softcap or 0.0, spec.window or 0
         )
+        for chunk in long:
+            chunk.attend(self._ops, q, keys, values, spec.scale, out)
+        return out
 
     def _normed(self, heads: Tensor, norm: RMSNorm) -> Tensor:
         """Norm the heads of queries and keys, not those of values."""

@@ -9,6 +9,7 @@ import torch
 
 from inference_service.backends.base import Backend
 from inference_service.backends.deterministic import DeterministicOperations
+from inference_service.backends.long_chunks import rows_from_which_torch_is_faster
 from inference_service.backends.native import NativeLora, NativeOperations
 from inference_service.backends.torch import TorchLora, TorchOperations
 from inference_service.backends.triton import TritonLora, TritonOperations
@@ -16,6 +17,7 @@ from inference_service.kernels.attention import MIN_BLOCK_SIZE
 from inference_service.kernels.cpu import build
 from inference_service.kernels.cpu.ops import BLOCK, DTYPES, MAX_HEAD_DIM, CpuOps
 from loramux_shared.bases.config import ModelConfig
+from loramux_shared.bundle.modules import BaseDims
 from loramux_shared.faults import SettingsInvalid
 from loramux_shared.private import open_folder
 from loramux_shared.settings import InferenceSettings, require_triton
@@ -42,7 +44,7 @@ def choose_backend(settings: InferenceSettings, config: ModelConfig) -> Backend:
         )
     ops, how = _native(settings, config, dtype, device)
     if ops is not None:
-        operations = (DeterministicOperations if settings.deterministic else NativeOperations)(ops, dims)
+        operations, how = _native_operations(ops, dims, how, settings)
         return Backend(device, dtype, operations, lambda: NativeLora(ops, groups, dims.num_layers), how)
     if settings.backend == "native":
         raise SettingsInvalid(
@@ -51,6 +53,17 @@ def choose_backend(settings: InferenceSettings, config: ModelConfig) -> Backend:
     _refuse_deterministic(settings, how)
     plain = TorchOperations(dims, dtype, device, config.windows)
     return Backend(device, dtype, plain, lambda: TorchLora(groups, dtype, device), how)
+
+
+def _native_operations(
+    ops: CpuOps, dims: BaseDims, how: str, settings: InferenceSettings
+) -> tuple[NativeOperations, str]:
+    """Return operations that attend as is fastest on this machine, and for the start line how."""
+    if settings.deterministic:
+        return DeterministicOperations(ops, dims), how
+    rows = rows_from_which_torch_is_faster(ops, dims)
+    told = "" if rows is None else f"; {rows} rows of a prompt and more attend by torch's products"
+    return NativeOperations(ops, dims, rows), how + told
 
 
 def _refuse_deterministic(settings: InferenceSettings, how: str) -> None:

@@ -129,13 +129,14 @@ class PagedAttention:
     ) -> Tensor:
         """A chunk of one sequence: [length, heads, d]."""
         query = q[plan.rows].transpose(0, 1)[None]
-        keys = k_cache.index_select(1, plan.index).repeat_interleave(self._groups, dim=0)[None]
-        values = v_cache.index_select(1, plan.index).repeat_interleave(self._groups, dim=0)[None]
+        keys, values = (cache.index_select(1, plan.index)[None] for cache in (k_cache, v_cache))
         if spec.softcap is None:
             out = scaled_dot_product_attention(
-                query, keys, values, attn_mask=plan.mask, is_causal=plan.mask is None, scale=spec.scale
-            )
+                query, keys, values,
+                attn_mask=plan.mask, is_causal=plan.mask is None, scale=spec.scale, enable_gqa=True,
+            )  # fmt: skip
             return out[0].transpose(0, 1)
+        keys, values = (part.repeat_interleave(self._groups, dim=1) for part in (keys, values))
         scores = _capped(query @ keys.transpose(-1, -2), spec.scale, spec.softcap)
         mask = torch.ones_like(scores, dtype=torch.bool).tril() if plan.mask is None else plan.mask
         scores = scores.masked_fill(~mask, float("-inf"))

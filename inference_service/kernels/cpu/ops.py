@@ -34,6 +34,10 @@ _SIGNATURES = {
 """Argument types of each operation: pointer, int64, float."""
 
 
+Planned = tuple[int, int, int, Sequence[int]]
+"""Of a context: first row, rows, its length with them, cache blocks of BLOCK positions."""
+
+
 class Table:
     """An int64 array and where it lies; asked for once, since numpy takes a microsecond to tell."""
 
@@ -51,14 +55,14 @@ class Chunks:
     """All block lists, one after the other; the table points into it."""
 
     @classmethod
-    def make(cls, contexts: Sequence[tuple[int, int, int, Sequence[int]]]) -> Chunks:
-        """Plan contexts of (first row, rows, context length, cache blocks of BLOCK positions)."""
+    def make(cls, contexts: Sequence[Planned]) -> Chunks:
+        """Plan contexts."""
         every, planned = array("i"), []
         for row, length, end, own in contexts:
             planned.append((row, length, end, len(every)))
             every.extend(own)
         blocks = np.array(every, dtype=np.int32)
-        table = np.array(planned, dtype=np.int64)
+        table = np.array(planned, dtype=np.int64).reshape(-1, 4)
         table[:, 3] = blocks.ctypes.data + blocks.itemsize * table[:, 3]
         return cls(Table(table), blocks)
 
@@ -117,7 +121,10 @@ class CpuOps:
         softcap: float,
         window: int,
     ) -> Tensor:
-        """Return what q [T, heads, d] attends to, [T, heads * d]; window 0 is all, softcap 0 is none."""
+        """Return what q [T, heads, d] attends to, [T, heads * d]; window 0 is all, softcap 0 is none.
+
+        Rows of no chunk are not written.
+        """
         kv_heads, num_blocks = keys.shape[:2]
         rows, heads, dim = q.shape
         out = torch.empty(rows, heads * dim, dtype=q.dtype)
@@ -177,6 +184,16 @@ class CpuOps:
         blocks = num_rows // BLOCK
         padded = -(-dim // BLOCK) * BLOCK
         return self._zeros((kv_heads, blocks, dim * BLOCK)), self._zeros((kv_heads, blocks, padded * BLOCK))
+
+    def in_order(self, keys: Tensor, values: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+        """Return keys and values [kv, positions, d] of cache blocks [kv, blocks, d * BLOCK]."""
+        kv_heads, blocks = keys.shape[:2]
+        units = keys.view(kv_heads, blocks, dim // self.units, BLOCK, self.units)
+        pairs = values.view(kv_heads, blocks, BLOCK // self.units, -1, self.units)[:, :, :, :dim]
+        return (
+            units.transpose(2, 3).reshape(kv_heads, blocks * BLOCK, dim),
+            pairs.transpose(3, 4).reshape(kv_heads, blocks * BLOCK, dim),
+        )
 
     def _zeros(self, shape: tuple[int, ...]) -> Tensor:
         bits = np.zeros(shape, dtype=np.int16 if self.dtype is torch.bfloat16 else np.float32)

@@ -1,0 +1,92 @@
+"""Attention of long chunks by torch's products, where they are faster than the compiled operation.
+
+The compiled one computes with the vectors of a processor. torch's libraries also know its matrix units (AMX),
+and AVX2 better than we do; but they want the context in one piece, which pays from some number of rows on.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from inference_service.kernels.cpu.ops import BLOCK, Chunks, CpuOps, Planned
+from loramux_shared.bundle.modules import BaseDims
+
+SIZES: Final = (8, 32, 128)
+"""Rows of chunks that are tried, in a context of `CONTEXT` tokens."""
+CONTEXT: Final = 1024
+GAIN: Final = 0.8
+"""Of the compiled operation's time, which torch's must stay below: another choice is not worth other bits."""
+ROUNDS: Final = 3
+
+
+@dataclass(frozen=True)
+class LongChunk:
+    """A chunk that attends to everything before it."""
+
+    rows: slice
+    blocks: Tensor
+    """[n], of BLOCK positions."""
+    seen: int
+    """Positions, its own included."""
+    mask: Tensor | None
+    """[length, seen]: 0, and -inf where a row may not look; None where a chunk sees nothing before itself."""
+
+    @classmethod
+    def make(cls, planned: Planned, dtype: torch.dtype) -> LongChunk:
+        """Plan (first row, rows, context length, cache blocks of BLOCK positions)."""
+        row, length, end, blocks = planned
+        used = torch.tensor(blocks[: -(-end // BLOCK)], dtype=torch.int64)
+        mask = torch.full((length, end), float("-inf"), dtype=dtype).triu_(end - length + 1)
+        return cls(slice(row, row + length), used, end, None if end == length else mask)
+
+    def attend(self, ops: CpuOps, q: Tensor, keys: Tensor, values: Tensor, scale: float, out: Tensor) -> None:
+        """Write what q [T, heads, d] attends to in the cache of `CpuOps.new_cache` to the rows of out."""
+        own = ops.in_order(keys[:, self.blocks], values[:, self.blocks], q.shape[2])
+        own_keys, own_values = (part[None, :, : self.seen] for part in own)
+        query = q[self.rows].transpose(0, 1)[None]
+        found = scaled_dot_product_attention(
+            query, own_keys, own_values,
+            attn_mask=self.mask, is_causal=self.mask is None, scale=scale, enable_gqa=True,
+        )  # fmt: skip
+        out[self.rows] = found[0].transpose(0, 1).flatten(1)
+
+
+def rows_from_which_torch_is_faster(ops: CpuOps, dims: BaseDims) -> int | None:
+    """Measure on this machine, in some hundredths of a second; None where it is not."""
+    faster = [rows for rows in SIZES if _is_faster(ops, dims, rows)]
+    return min(faster) if SIZES[-1] in faster else None
+
+
+def _is_faster(ops: CpuOps, dims: BaseDims, rows: int) -> bool:
+    heads, kv_heads, dim = dims.num_heads, dims.num_kv_heads, dims.head_dim
+    q = torch.randn(rows, heads, dim).to(ops.dtype)
+    keys, values = (cache.normal_() for cache in ops.new_cache(kv_heads, CONTEXT, dim))
+    planned = (0, rows, CONTEXT, range(CONTEXT // BLOCK))
+    chunks, chunk, out = Chunks.make([planned]), LongChunk.make(planned, ops.dtype), q.flatten(1)
+    compiled = _least_s(lambda: ops.attention(q, chunks, keys, values, heads // kv_heads, 1.0, 0.0, 0))
+    return _least_s(lambda: chunk.attend(ops, q, keys, values, 1.0, out)) < GAIN * compiled
+
+
+def _least_s(work: Callable[[], object]) -> float:
+    """Seconds of the fastest of some rounds."""
+    times = []
+    for _ in range(ROUNDS):
+        began = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - began)
+    return min(times)
+
+
+def split(
+    planned: Sequence[Planned], rows: int | None, dtype: torch.dtype
+) -> tuple[list[Planned], list[LongChunk]]:
+    """Return the contexts for the compiled operation, and those of at least so many rows for torch's."""
+    long = [each for each in planned if rows is not None and each[1] >= rows]
+    return [each for each in planned if each not in long], [LongChunk.make(each, dtype) for each in long]

@@ -1,0 +1,111 @@
+"""Attention of long chunks by torch's products, over the cache of the compiled operations."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from inference_service.backends.long_chunks import rows_from_which_torch_is_faster
+from inference_service.backends.native import NativeAttention
+from inference_service.kernels.attention import Context
+from inference_service.kernels.cpu.build import load
+from inference_service.kernels.cpu.ops import CpuOps
+from loramux_shared.bases.attention import AttentionSpec
+from loramux_shared.bundle.modules import BaseDims
+
+BLOCKS = 12
+CONTEXTS = [Context(0, 1, [3], 9), Context(1, 40, [7, 1, 4, 9], 61), Context(41, 20, [2, 10], 20)]
+"""One that decodes, a chunk with a past, and a whole prompt."""
+ROWS = 61
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1.2e-2}
+
+
+@pytest.fixture
+def ops(request: pytest.FixtureRequest, native_folder: Path) -> CpuOps:
+    """The operations of this machine, for one dtype."""
+    built = load(native_folder)
+    if built.library is None:
+        pytest.skip(built.how)
+    return CpuOps(built.library, request.param)
+
+
+def attended(ops: CpuOps, spec: AttentionSpec, heads: int, kv: int, dim: int, long_rows: int | None) -> Tensor:
+    """What a step attends to in a cache that is NaN wherever nothing was written."""
+    torch.manual_seed(0)
+    keys, values = ops.new_cache(kv, 16 * BLOCKS, dim)
+    for context in CONTEXTS:  # the past, written as steps do
+        past = context.end - context.length
+        if past:
+            _attend(ops, [Context(0, past, context.blocks, past)], keys, values, heads, spec, None)
+    poisoned = sorted(set(range(BLOCKS)) - {block for context in CONTEXTS for block in context.blocks})
+    keys[:, poisoned], values[:, poisoned] = torch.nan, torch.nan
+    return _attend(ops, CONTEXTS, keys, values, heads, spec, long_rows)
+
+
+def _attend(
+    ops: CpuOps,
+    contexts: list[Context],
+    keys: Tensor,
+    values: Tensor,
+    heads: int,
+    spec: AttentionSpec,
+    long_rows: int | None,
+) -> Tensor:
+    rows, kv = sum(context.length for context in contexts), len(keys)
+    dim = keys.shape[2] // 16
+    fused = torch.randn(rows, heads + 2 * kv, dim).to(ops.dtype)
+    attention = NativeAttention(ops, contexts, 16, heads, kv, long_rows)
+    turn = attention.turn(torch.ones(rows, 1, dim), torch.zeros(rows, 1, dim))
+    return attention(fused, turn, keys, values, spec)
+
+
+@pytest.mark.parametrize("ops", [torch.float32, torch.bfloat16], indirect=True)
+@pytest.mark.parametrize(("heads", "kv", "dim"), [(4, 2, 16), (3, 1, 24), (5, 5, 64)])
+@pytest.mark.parametrize("rows", [1, 20, 30])
+def test_long_chunks_attend_as_short_ones_do(ops: CpuOps, heads: int, kv: int, dim: int, rows: int) -> None:
+    """Whichever go to torch's products, a step gives what the compiled operation gives of all of them."""
+    spec = AttentionSpec(dim**-0.5)
+    expected = attended(ops, spec, heads, kv, dim, None).double()
+    found = attended(ops, spec, heads, kv, dim, rows).double()
+    assert (found - expected).norm() / expected.norm() < TOLERANCE[ops.dtype]
+
+
+@pytest.mark.parametrize("ops", [torch.bfloat16], indirect=True)
+@pytest.mark.parametrize("spec", [AttentionSpec(0.2, window=16), AttentionSpec(0.2, softcap=5.0)])
+def test_layers_with_windows_and_caps_stay_compiled(ops: CpuOps, spec: AttentionSpec) -> None:
+    """With them the answer has every bit that it has when no chunk counts as long."""
+    assert torch.equal(attended(ops, spec, 4, 2, 16, None), attended(ops, spec, 4, 2, 16, 1))
+
+
+class Paced(CpuOps):
+    """Compiled attention that takes so long as is said, by rows."""
+
+    def __init__(self, ops: CpuOps, seconds: dict[int, float]) -> None:
+        self.__dict__ |= ops.__dict__
+        self.seconds = seconds
+
+    def attention(self, q: Tensor, *_args: Any, **_fields: Any) -> Tensor:
+        """Take the time."""
+        time.sleep(self.seconds[len(q)])
+        return q
+
+
+@pytest.mark.parametrize("ops", [torch.float32], indirect=True)
+@pytest.mark.parametrize(
+    ("seconds", "rows"),
+    [
+        ({8: 0.0, 32: 0.0, 128: 0.0}, None),
+        ({8: 0.0, 32: 0.0, 128: 0.1}, 128),
+        ({8: 0.1, 32: 0.1, 128: 0.1}, 8),
+        ({8: 0.1, 32: 0.1, 128: 0.0}, None),
+    ],
+)
+def test_the_faster_one_is_chosen(ops: CpuOps, seconds: dict[int, float], rows: int | None) -> None:
+    """By measurement: torch's products from the fewest rows on at which they win, and only if many rows win."""
+    dims = BaseDims(num_layers=1, hidden=32, num_heads=2, num_kv_heads=1, head_dim=16, intermediate=32, vocab=8)
+    assert rows_from_which_torch_is_faster(Paced(ops, seconds), dims) == rows
