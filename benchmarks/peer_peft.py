@@ -1,47 +1,46 @@
-"""The peer of serving.py: transformers + PEFT, one static batch that mixes adapters, no server.
+"""transformers + PEFT, one static batch that mixes adapters, no server.
 
-Reads a JSON object from stdin (names of adapters, loads as [batch size, prompts], new tokens), prints tokens
-per second of each load, best of three.
+Arguments: the base's folder, that of the adapters, and the names of those that are loaded.
 """
 
 from __future__ import annotations
 
-import json
+import math
 import sys
 import time
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks.peer import Load, answer
+
 
 def main() -> None:
-    """Measure every load."""
-    base, adapters = map(Path, sys.argv[1:3])
-    given = json.load(sys.stdin)
-    names = given["names"]
+    """Load, then measure."""
+    base, adapters, *names = sys.argv[1:]
     tokenizer = AutoTokenizer.from_pretrained(base, padding_side="left")
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).eval()
     if names:
-        model = PeftModel.from_pretrained(model, adapters / names[0], adapter_name=names[0])
+        model = PeftModel.from_pretrained(model, Path(adapters) / names[0], adapter_name=names[0])
         for name in names[1:]:
-            model.load_adapter(adapters / name, adapter_name=name)
+            model.load_adapter(Path(adapters) / name, adapter_name=name)
         model.eval()
-    speeds = []
-    for size, prompts in given["loads"]:
-        batch = tokenizer(prompts, return_tensors="pt", padding=True)
-        extra = {"adapter_names": [names[index % len(names)] for index in range(size)]} if names else {}
-        best = 0.0
-        for _ in range(3):
-            started = time.perf_counter()
-            out = model.generate(
-                **batch, **extra, max_new_tokens=given["new"], min_new_tokens=given["new"], do_sample=False
-            )
-            tokens = (out.shape[1] - batch["input_ids"].shape[1]) * size
-            best = max(best, tokens / (time.perf_counter() - started))
-        speeds.append(best)
-    print(json.dumps(speeds))
+    answer(partial(measure, tokenizer, model, names))
+
+
+def measure(tokenizer: Any, model: Any, names: list[str], load: Load) -> tuple[float, float]:
+    """Generate for as many prompts as are to be open at once, as one batch; the first token is not seen."""
+    size, new = load["concurrency"], load["new"]
+    batch = tokenizer(load["prompts"][:size], return_tensors="pt", padding=True)
+    extra = {"adapter_names": [names[index % len(names)] for index in range(size)]} if names else {}
+    started = time.perf_counter()
+    out = model.generate(**batch, **extra, max_new_tokens=new, min_new_tokens=new, do_sample=False)
+    tokens = (out.shape[1] - batch["input_ids"].shape[1]) * size
+    return tokens / (time.perf_counter() - started), math.nan
 
 
 if __name__ == "__main__":
