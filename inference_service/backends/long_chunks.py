@@ -63,8 +63,8 @@ class LongChunk:
 def rows_from_which_torch_is_faster(ops: CpuOps, dims: BaseDims) -> int | None:
     """Measure on this machine; None where it is not.
 
-    On one thread and by its own time, which other work does not lengthen: some hundredths of a second, or tenths
-    where heads are many.
+    On one thread and by its own time, which other work does not lengthen: some hundredths of a second, or
+    tenths where heads are many.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
