@@ -82,9 +82,7 @@ class Operators:
         ready.service.naming.catch_up = self.follower.catch_up
         self._client = AsyncClient(builder=settings.builder) if settings.builder else None
         self.manager = _manager(settings, store, ready, self.follower, self._client)
-        ready.service.metrics.show(
-            self.manager, lambda model: ready.service.limiter.limits.of(model).model_dump()
-        )
+        ready.service.metrics.show(self.manager, lambda: ready.service.limiter.limits, settings.metrics_models)
 
     def begin(self) -> None:
         """Follow the deployment from now on, and listen to the builder where one is known."""

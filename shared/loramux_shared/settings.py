@@ -244,6 +244,8 @@ class InferenceSettings(Settings):
     logprobs_mode: Literal["raw", "processed"] = "raw"
     """Log probabilities of answers where a request says none: raw are the model's own; processed are those that
     a token is drawn by, after penalties, bias, temperature and the rest (vLLM's processed_logprobs)."""
+    metrics_models: Count = 1000
+    """Models that have series of their own in `/metrics`; what the rest count is that of the model (others)."""
     log_prompts: bool = False
     """Write prompts and answers to the log."""
 

@@ -1,0 +1,114 @@
+"""Eight streams while `/metrics` of 1,000 models in use is read every two seconds, and while nobody reads it.
+
+The models are names of a few bundles, each asked once, so that all have their series. What reads them is a
+process of its own; the streams are read over gRPC. Both sides take turns.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import statistics
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Final
+
+from benchmarks.moving.figures import Figure, percentile, ratio, shown
+from benchmarks.moving.forge import Forge
+from benchmarks.moving.replica import bank_gb
+from benchmarks.moving.server import server, streams
+from loramux import AsyncClient
+
+STREAMS: Final = 8
+USED: Final = 1000
+AT_ONCE: Final = 32
+EVERY_S: Final = 2.0
+SCRAPES: Final = 3
+"""Of a round."""
+IDLE: Final = 20
+"""Scrapes before the streams begin."""
+CPU_MS: Final = 20.0
+SLOWER: Final = 1.03
+GAP_STEPS: Final = 3.0
+READER: Final = """
+import sys, time, urllib.request
+for line in sys.stdin:
+    began = time.perf_counter()
+    size = len(urllib.request.urlopen(line.strip()).read())
+    print(size, time.perf_counter() - began, flush=True)
+"""
+"""Reads an address when it is told to, and says how many bytes came in how many seconds."""
+
+Scrape = Callable[[], Awaitable[tuple[int, float]]]
+
+
+async def measure(forge: Forge, rounds: int) -> list[Figure]:
+    """Compare rounds with scrapes and without."""
+    names = [f"customer-support-{number:05d}" for number in range(USED)]
+    known = forge.records(STREAMS)
+    forge.publish("scraped", {name: known[number % STREAMS] for number, name in enumerate(names)})
+    with server(
+        forge, "scraped", adapter_memory_gb=bank_gb(STREAMS), preload=STREAMS, stream_interval_ms=0
+    ) as running:
+        async with (
+            AsyncClient(inference=running.grpc) as client,
+            _reader(f"http://{running.http}/metrics") as read,
+        ):
+            for first in range(0, USED, AT_ONCE):
+                some = names[first : first + AT_ONCE]
+                await asyncio.gather(*(client.complete(name, "the river", max_tokens=2) for name in some))
+            await read()
+            before_s = running.cpu_s
+            for _ in range(IDLE):
+                size, _ = await read()
+            cpu_ms = (running.cpu_s - before_s) / IDLE * 1e3
+            idle = Figure(
+                "a scrape of an idle replica, nothing changed",
+                cpu_ms,
+                "ms",
+                CPU_MS,
+                f"of processors; {size / 1e6:.2f} MB",
+            )
+            async with streams(client, names[:STREAMS]) as gaps:
+                return [idle, *await _compare(gaps, read, rounds)]
+
+
+async def _compare(gaps: list[float], read: Scrape, rounds: int) -> list[Figure]:
+    found: dict[bool, list[list[float]]] = {True: [], False: []}
+    for number in range(rounds):
+        for scraped in (number % 2 == 0, number % 2 == 1):
+            gaps.clear()
+            for _ in range(SCRAPES):
+                await asyncio.sleep(EVERY_S / 2)
+                seconds = (await read())[1] if scraped else 0.0
+                await asyncio.sleep(EVERY_S / 2 - seconds)
+            found[scraped].append(list(gaps))
+    step_s = statistics.median(percentile(each, 0.5) for each in found[False])
+    pace = {scraped: [len(each) / SCRAPES / EVERY_S for each in found[scraped]] for scraped in found}
+    longest = {scraped: [max(each) / step_s for each in found[scraped]] for scraped in found}
+    note = f"with {shown(pace[True])}; without {shown(pace[False], unit='tokens/s')}"
+    gap_note = f"with {shown(longest[True])}; without {shown(longest[False])}; a step has {step_s * 1e3:.0f} ms"
+    return [
+        Figure("tokens a second, without scrapes / with", ratio(pace[False], pace[True]), "x", SLOWER, note),
+        Figure("longest gap with scrapes", statistics.median(longest[True]), "steps", GAP_STEPS, gap_note),
+    ]
+
+
+@asynccontextmanager
+async def _reader(address: str) -> AsyncIterator[Scrape]:
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", READER, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE
+    )
+    told, said = process.stdin, process.stdout
+    assert told is not None and said is not None  # noqa: S101, PT018 - they are pipes
+
+    async def read() -> tuple[int, float]:
+        told.write(f"{address}\n".encode())
+        size, seconds = (await said.readline()).split()
+        return int(size), float(seconds)
+
+    try:
+        yield read
+    finally:
+        told.close()
+        await process.wait()
