@@ -71,6 +71,7 @@ class Operators:
         self.outdated = asyncio.Event()
         """Set where a replica is to end when it needs a restart."""
         self._settings = settings
+        self._ready = ready
         self._tasks: list[asyncio.Task[None]] = []
         self.follower = Follower(
             store,
@@ -101,6 +102,8 @@ class Operators:
 
     def _take(self, generation: Generation) -> None:
         self.manager.take(generation)
+        sizes = self._settings.sizes(self._ready.device, generation.speculative_tokens)
+        self._ready.engine.draft(sizes.speculative)
 
     def _stale(self, reason: str) -> None:
         if self._settings.on_base_change == "exit":
