@@ -15,7 +15,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Final
 
-from benchmarks.moving.figures import Figure, percentile, ratio, shown
+from benchmarks.moving.figures import Figure, percentile, ratio
 from benchmarks.moving.forge import Forge
 from benchmarks.moving.replica import bank_gb
 from benchmarks.moving.server import Server, server, streams
@@ -25,8 +25,8 @@ STREAMS: Final = 8
 USED: Final = 1000
 AT_ONCE: Final = 32
 EVERY_S: Final = 2.0
-SCRAPES: Final = 3
-"""Of a round."""
+SLOTS: Final = 4
+"""Of a round, of each side, in turn: one scrape lies in the middle of one, or none."""
 IDLE: Final = 20
 """Scrapes before the streams begin."""
 CPU_MS: Final = 20.0
@@ -76,39 +76,38 @@ async def measure(forge: Forge, rounds: int) -> list[Figure]:
 
 
 async def _compare(running: Server, gaps: list[float], read: Scrape, rounds: int) -> list[Figure]:
-    found: dict[bool, list[_Round]] = {True: [], False: []}
-    for number in range(rounds):
+    found: dict[bool, list[_Slot]] = {True: [], False: []}
+    for number in range(rounds * SLOTS):
         for scraped in (number % 2 == 0, number % 2 == 1):
-            found[scraped].append(await _round(running, gaps, read if scraped else None))
+            found[scraped].append(await _slot(running, gaps, read if scraped else None))
     step_s = statistics.median(percentile(each.gaps, 0.5) for each in found[False])
     cost = {scraped: [each.token_cpu_s for each in found[scraped]] for scraped in found}
-    pace = {scraped: [len(each.gaps) / SCRAPES / EVERY_S for each in found[scraped]] for scraped in found}
+    pace = {scraped: [len(each.gaps) / EVERY_S for each in found[scraped]] for scraped in found}
     longest = {scraped: [max(each.gaps) / step_s for each in found[scraped]] for scraped in found}
-    cost_note = f"with {shown(cost[True], 1e3)}; without {shown(cost[False], 1e3, 'ms')}"
-    note = f"with {shown(pace[True])}; without {shown(pace[False], unit='tokens/s')}"
-    gap_note = f"with {shown(longest[True])}; without {shown(longest[False])}; a step has {step_s * 1e3:.0f} ms"
+    token = f"{statistics.median(cost[False]) * 1e3:.1f} ms without"
+    tokens = f"{statistics.median(pace[False]):.0f} tokens/s without"
+    usual = f"{statistics.median(longest[False]):.2f} without; the longest {max(longest[True]):.2f}"
     return [
-        Figure("a token with scrapes / without", ratio(cost[True], cost[False]), "x", SLOWER, cost_note),
-        Figure("the same by the wall clock", ratio(pace[False], pace[True]), "x", None, note),
-        Figure("longest gap with scrapes", statistics.median(longest[True]), "steps", GAP_STEPS, gap_note),
+        Figure("a token with scrapes / without", ratio(cost[True], cost[False]), "x", SLOWER, token),
+        Figure("the same by the wall clock", ratio(pace[False], pace[True]), "x", None, tokens),
+        Figure("longest gap with scrapes", statistics.median(longest[True]), "steps", GAP_STEPS, usual),
     ]
 
 
 @dataclass(frozen=True)
-class _Round:
+class _Slot:
     gaps: list[float]
     token_cpu_s: float
     """Of the replica's processors, for a token."""
 
 
-async def _round(running: Server, gaps: list[float], read: Scrape | None) -> _Round:
+async def _slot(running: Server, gaps: list[float], read: Scrape | None) -> _Slot:
     gaps.clear()
     before_s = running.cpu_s
-    for _ in range(SCRAPES):
-        await asyncio.sleep(EVERY_S / 2)
-        seconds = (await read())[1] if read else 0.0
-        await asyncio.sleep(EVERY_S / 2 - seconds)
-    return _Round(list(gaps), (running.cpu_s - before_s) / len(gaps))
+    await asyncio.sleep(EVERY_S / 2)
+    seconds = (await read())[1] if read else 0.0
+    await asyncio.sleep(EVERY_S / 2 - seconds)
+    return _Slot(list(gaps), (running.cpu_s - before_s) / len(gaps))
 
 
 @asynccontextmanager
