@@ -1,4 +1,4 @@
-"""What watching requests costs: per piece of an answer, per request, per scrape of a replica of 300 adapters.
+"""What watching requests costs: per piece of an answer, per request, per scrape with 1,000 adapters in use.
 
 Prints a table; no model is run.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import os
 import statistics
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ import structlog
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 
+from inference_service.__main__ import SWITCH_S
 from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import Adapter, FinishReason, Token
 from inference_service.core.sequence import Sequence as EngineSequence
@@ -31,11 +33,14 @@ from inference_service.serving.telemetry.request_log import RequestLog
 from inference_service.serving.telemetry.traces import RequestSpans
 from loramux_shared.tracing.otel import Tracing
 
-ADAPTERS, PIECES, ROUNDS = 300, 2000, 50
+ADAPTERS, PIECES, ROUNDS, SCRAPES = 1000, 2000, 50, 9
+BARS_MS = {0: 20, 16: 20, ADAPTERS: 100}
+"""Of a scrape, by the adapters that were used since the last one."""
 
 
 def main() -> None:
     """Measure everything."""
+    sys.setswitchinterval(SWITCH_S)
     with Path(os.devnull).open("w") as nowhere:
         structlog.configure(
             processors=[structlog.processors.TimeStamper(fmt="iso"), structlog.processors.JSONRenderer()],
@@ -63,11 +68,18 @@ def _measure() -> None:
     tracing.close()
     for model in models:
         _request(model, [metrics], pieces=3)
-    scrape_s, gap_s = asyncio.run(_scrape(metrics))
-    series = sum(not line.startswith(b"#") for line in metrics.render().splitlines())
-    print(
-        f"\n{series} series: {scrape_s * 1e3:.0f} ms a scrape, the loop stands still for {gap_s * 1e3:.0f} ms"
-    )
+    data = metrics.render()
+    series = sum(not line.startswith(b"#") for line in data.splitlines())
+    told = f"{series} series, {len(data) / 1e6:.2f} MB"
+    print(f"\n{told:38} {'ms of CPU':>13} {'at most':>9} {'ms loop still':>15}")
+    for used, bar_ms in BARS_MS.items():
+        scrapes = []
+        for _ in range(SCRAPES):
+            for model in models[:used]:
+                _request(model, [metrics], pieces=3)
+            scrapes.append(asyncio.run(_scrape(metrics)))
+        cpu_ms, gap_ms = (statistics.median(each) * 1e3 for each in zip(*scrapes, strict=True))
+        print(f"a scrape, {used:4} used since the last one {cpu_ms:13.1f} {bar_ms:9} {gap_ms:15.1f}")
 
 
 class _Nowhere(SpanExporter):
@@ -96,7 +108,7 @@ def _request(model: ServedModel, watchers: list[Watcher], pieces: int = PIECES) 
 
 
 async def _scrape(metrics: Metrics) -> tuple[float, float]:
-    """Return the seconds of a scrape on a thread, and the longest in which the event loop did nothing."""
+    """Return the thread's seconds for a scrape, and the longest in which the event loop did nothing."""
     gaps: list[float] = []
 
     async def tick() -> None:
@@ -106,15 +118,18 @@ async def _scrape(metrics: Metrics) -> tuple[float, float]:
             gaps.append(time.perf_counter() - last)
             last += gaps[-1]
 
+    def render() -> float:
+        before_s = time.thread_time()
+        metrics.render()
+        return time.thread_time() - before_s
+
     ticking = asyncio.create_task(tick())
     await asyncio.sleep(0.05)
     gaps.clear()
-    started = time.perf_counter()
-    await asyncio.to_thread(metrics.render)
-    seconds = time.perf_counter() - started
+    cpu_s = await asyncio.to_thread(render)
     await asyncio.sleep(0.01)
     ticking.cancel()
-    return seconds, max(gaps)
+    return cpu_s, max(gaps)
 
 
 if __name__ == "__main__":

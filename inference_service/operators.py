@@ -71,6 +71,7 @@ class Operators:
         self.outdated = asyncio.Event()
         """Set where a replica is to end when it needs a restart."""
         self._settings = settings
+        self._ready = ready
         self._tasks: list[asyncio.Task[None]] = []
         self.follower = Follower(
             store,
@@ -82,9 +83,7 @@ class Operators:
         ready.service.naming.catch_up = self.follower.catch_up
         self._client = AsyncClient(builder=settings.builder) if settings.builder else None
         self.manager = _manager(settings, store, ready, self.follower, self._client)
-        ready.service.metrics.show(
-            self.manager, lambda model: ready.service.limiter.limits.of(model).model_dump()
-        )
+        ready.service.metrics.show(self.manager, lambda: ready.service.limiter.limits, settings.metrics_models)
 
     def begin(self) -> None:
         """Follow the deployment from now on, and listen to the builder where one is known."""
@@ -103,6 +102,8 @@ class Operators:
 
     def _take(self, generation: Generation) -> None:
         self.manager.take(generation)
+        sizes = self._settings.sizes(self._ready.device, generation.speculative_tokens)
+        self._ready.engine.draft(sizes.speculative)
 
     def _stale(self, reason: str) -> None:
         if self._settings.on_base_change == "exit":

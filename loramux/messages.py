@@ -40,6 +40,7 @@ def deployment_to_message(deployment: Deployment) -> pb.DeploymentSpec:
         lora_target_modules=build.lora_configuration.lora_target_modules,
         served_model_name=runtime.served_model_name or "",
         request_default_max_tokens=runtime.request_default_max_tokens or 0,
+        speculative_tokens=runtime.speculative_tokens,
         lora_dtype=DTYPES[build.lora_configuration.dtype],
         truncate_to_rank=build.lora_configuration.truncate_to_rank or 0,
         prove=build.prove,
@@ -87,6 +88,8 @@ def deployment_from_message(message: pb.DeploymentSpec) -> Deployment:
     ):
         if value := getattr(message, field):
             block[field] = value
+    if message.HasField("speculative_tokens"):  # 0 is said, too
+        runtime["speculative_tokens"] = message.speculative_tokens
     data = {"model_name": message.model_name, "build": build, "runtime": runtime}
     return parse_deployment(data).deployment
 

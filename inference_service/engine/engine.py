@@ -72,8 +72,6 @@ class Engine:
     ) -> None:
         self._residency = residency
         self._runner = runner
-        if runner.depth:  # what a step verifies, the one behind it would have to know already
-            limits = replace(limits, speculative_tokens=0)
         self._limits = limits
         self._blocks = blocks
         self._scheduler = Scheduler(limits, blocks, residency)
@@ -84,6 +82,13 @@ class Engine:
         self._arrivals = 0
         self._generated = 0
         self._clock = clock
+        self.draft(limits.speculative_tokens)
+
+    def draft(self, tokens: int) -> None:
+        """Draft up to so many tokens a step from now on; none with a runner that is a step ahead."""
+        if self._runner.depth:  # what a step verifies, the one behind it would have to know already
+            tokens = 0
+        self._scheduler.limits = replace(self._limits, speculative_tokens=tokens)
 
     @property
     def idle(self) -> bool:

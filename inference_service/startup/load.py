@@ -63,6 +63,8 @@ class Ready:
     """None where an adapter is merged into the weights."""
     dtype: str
     """Of computation."""
+    device: str
+    """Its kind: cpu or cuda."""
 
 
 async def load_apart(settings: InferenceSettings, store: Store, watchers: Sequence[Watcher] = ()) -> Ready:
@@ -137,7 +139,8 @@ def load(settings: InferenceSettings, store: Store, watchers: Sequence[Watcher] 
     if bank is not None:
         service.naming.defaults_of = partial(_defaults, bank, catalog)
         preload_later(bank, fitting[settings.preload :], inbox)
-    return Ready(service, thread, generation, bank, str(base.backend.dtype).removeprefix("torch."))
+    dtype = str(base.backend.dtype).removeprefix("torch.")
+    return Ready(service, thread, generation, bank, dtype, base.model.device.type)
 
 
 async def _defaults(bank: Bank, catalog: Catalog, model: ServedModel) -> AdapterDefaults:
@@ -152,7 +155,8 @@ def _engine(
 ) -> tuple[Engine, SchedulerLimits]:
     """Size the cache from what is free, the longest sequence from the cache, and make the engine."""
     model, backend = base.model, base.backend
-    sizes, block_size = settings.sizes(model.device.type), settings.block_size
+    sizes = settings.sizes(model.device.type, generation.speculative_tokens)
+    block_size = settings.block_size
     lora = backend.new_lora() if bank is None else bank.lora
     residents: Residents = AlwaysResident() if bank is None else bank.residency
     resident = [] if bank is None else bank.residency.resident()[:IN_STEPS]

@@ -198,6 +198,10 @@ class Runtime(Model):
     """The base's name; ``model_name`` when not given."""
     request_default_max_tokens: int | None = Field(default=None, ge=1)
     """New tokens of a request that sets no limit; as many as fit when not given."""
+    speculative_tokens: int | None = Field(default=None, ge=0, lt=2**31)
+    """Tokens that are guessed from what a request said before, and verified, in a step of one sequence: for
+    answers that repeat their prompt. 0: none. A replica's ``LORAMUX_SPECULATIVE_TOKENS`` comes first; where
+    neither says it, 8 on a CPU and none on a GPU."""
     serve_base: bool = True
     """False: the adapters only; the base's name is then unknown to clients."""
     merge: Merge = Merge.AUTO

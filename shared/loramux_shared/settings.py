@@ -219,7 +219,7 @@ class InferenceSettings(Settings):
     speculative_tokens: CountOfDevice = None
     """Tokens that are guessed from what a request said before, and verified, in a step of one sequence; in one
     of more sequences fewer. Answers stay what they are; those that repeat their prompt come faster. 0: none;
-    auto: 8 on a CPU, 0 on a GPU."""
+    auto: what the deployment's runtime says, else 8 on a CPU, 0 on a GPU."""
     max_queue: Count = 1024
     """Requests that wait; one more is answered QUEUE_FULL."""
     step_timeout_s: float = Field(default=300, gt=0, allow_inf_nan=False)
@@ -247,17 +247,19 @@ class InferenceSettings(Settings):
     logprobs_mode: Literal["raw", "processed"] = "raw"
     """Log probabilities of answers where a request says none: raw are the model's own; processed are those that
     a token is drawn by, after penalties, bias, temperature and the rest (vLLM's processed_logprobs)."""
+    metrics_models: Count = 1000
+    """Models that have series of their own in `/metrics`; what the rest count is that of the model (others)."""
     log_prompts: bool = False
     """Write prompts and answers to the log."""
 
-    def sizes(self, device: str) -> StepSizes:
-        """Return the sizes of steps on a kind of device, cpu or cuda."""
+    def sizes(self, device: str, speculative: int | None = None) -> StepSizes:
+        """Return the sizes of steps on a device, cpu or cuda; speculative is what the deployment says."""
         usual = STEP_SIZES[device]
         return StepSizes(
             tokens=_first(self.max_batch_tokens, usual.tokens),
             seqs=_first(self.max_batch_seqs, usual.seqs),
             interval_ms=_first(self.stream_interval_ms, usual.interval_ms),
-            speculative=_first(self.speculative_tokens, usual.speculative),
+            speculative=_first(self.speculative_tokens, _first(speculative, usual.speculative)),
         )
 
 

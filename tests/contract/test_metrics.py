@@ -10,8 +10,11 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
+from inference_service.operators import Operators
+from inference_service.serving.request import Request
 from loramux import AsyncClient
 from loramux_shared.faults import Fault
+from loramux_shared.settings import InferenceSettings
 from loramux_shared.storage.memory import MemoryStore
 from tests.golden.metrics.script import NAMES, names
 from tests.support.metrics import Scrape
@@ -179,3 +182,18 @@ async def test_series_do_not_grow_with_requests(door: OpenAIDoor) -> None:
 
     first = [line for line in await ask() if not line.startswith("vllm:lora")]
     assert [line for line in await ask() if not line.startswith("vllm:lora")] == first
+
+
+async def test_a_setting_bounds_the_models_with_series(world: tuple[World, MemoryStore]) -> None:
+    """What models count beyond it is told as that of the others."""
+    ready = world[0].load(world[1])
+    operators = Operators(InferenceSettings(deployment="tiny", metrics_models=1), world[1], ready)
+    ready.engine.start()
+    for model in ("rs", "all", "wide"):
+        async for _ in ready.service.generate(Request(model, PROMPT, max_tokens=2)):
+            pass
+    await operators.end()
+    await ready.engine.stop()
+    said = Scrape(ready.service.metrics.render().decode())
+    assert said.series("loramux_prompt_tokens_total") == [({"model": "rs"}, 40), ({"model": "(others)"}, 80)]
+    assert len(said.series("loramux_model_info")) == 1

@@ -47,6 +47,7 @@ from tests.support.tiny import World
 
 RUNTIME = {
     "served_model_name": "base",
+    "speculative_tokens": 0,
     "aliases": {"alias": {"rs": 50, "wide": 50}, "one": {"rs": 1, "wide": 0}},
     "limits": {"models": {"all": {"weight": 2, "max_running": 1, "tokens_per_minute": 10}}},
 }
@@ -128,16 +129,17 @@ async def doors(world: tuple[World, MemoryStore]) -> AsyncIterator[Doors]:
 
 
 def test_what_the_file_says_is_in_the_generation(world: tuple[World, MemoryStore]) -> None:
-    """Aliases and limits travel as a message and in the record, whose bytes without them are older ones."""
+    """Aliases, limits and drafts travel as a message and in the record; bytes without them are older ones."""
     store, deployment = built(world[0])
     assert deployment.runtime == Runtime.model_validate(RUNTIME)
     generation = current_generation(store, "tiny")
     assert generation is not None
     assert generation.aliases == RUNTIME["aliases"]
+    assert generation.speculative_tokens == 0
     assert generation.limits.of("all") == Limits(weight=2, max_running=1, tokens_per_minute=10)
     plain = current_generation(world[1], "tiny")
     assert plain is not None
-    assert not {"aliases", "limits"} & json.loads(plain.to_bytes()).keys()
+    assert not {"aliases", "limits", "speculative_tokens"} & json.loads(plain.to_bytes()).keys()
 
 
 async def test_a_request_ends_on_the_version_that_it_began_with(doors: Doors) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import cast
 
@@ -11,13 +12,14 @@ from inference_service.engine.engine import EngineStats, SequenceCounts
 from inference_service.engine.residency_entry import LOAD_BUCKETS_S, ResidencyStats
 from inference_service.serving.catalog import ServedModel
 from inference_service.serving.request import Request
-from inference_service.serving.telemetry.adapters import MOST as MOST_ADAPTERS
 from inference_service.serving.telemetry.metrics import Metrics
-from inference_service.serving.telemetry.model_series import LATELY_S, Counted, ModelSeries, Timed
-from inference_service.serving.telemetry.model_series import MOST as MOST_MODELS
+from inference_service.serving.telemetry.model_series import LATELY_S, OTHERS, Counted, ModelSeries, Timed
 from inference_service.serving.telemetry.record import following
 from inference_service.serving.telemetry.replica import EngineView
 from inference_service.serving.telemetry.text_format import label
+from loramux_shared.deployment import ModelLimits
+from loramux_shared.limits import Limits
+from tests.support.instructions import instructions
 from tests.support.metrics import Scrape
 from tests.support.operated import Operated, operated
 
@@ -41,6 +43,18 @@ def use(metrics: Metrics, model: ServedModel) -> None:
         follower.record.model = model
 
 
+def observe(metrics: Metrics, model: ServedModel) -> None:
+    """A request for a model that is answered: a value of every histogram."""
+    use(metrics, model)
+    for name in ("request", "queue", "time_to_first_token", "time_per_output_token"):
+        metrics._models.observe(f"loramux_{name}_seconds", model.name, 1.0)
+
+
+def scrape(series: ModelSeries) -> Scrape:
+    """What series of models say."""
+    return Scrape(b"".join(series.parts()).decode())
+
+
 def test_what_is_only_registered_has_no_series() -> None:
     """Of 10,000 names a scrape tells their number, and of those in memory everything."""
     replica = operated([f"lora-{number:05}" for number in range(10_000)])
@@ -60,24 +74,94 @@ def test_what_is_only_registered_has_no_series() -> None:
 
 
 def test_a_scrape_has_a_bound_whatever_is_in_memory() -> None:
-    """With all of 10,000 resident and used, it is below 1 MB, and tells of those that were used last."""
-    replica = operated([f"customer-support-{number:05}" for number in range(10_000)])
+    """With 1,000 resident and used, it tells of as many as are set: of those that began first what they counted
+    and of the others the sum, of those that were used last where they are."""
+    replica = operated([f"customer-support-{number:05}" for number in range(1000)])
     metrics = metrics_of(replica)
+    metrics.show(replica.manager, most=20)
     for number, model in enumerate(replica.names.everything[1:]):
         assert model.adapter is not None
         replica.residency.hold(model.adapter, used_s=float(number))
-        use(metrics, model)
-        metrics._models.observe("loramux_request_seconds", model.name, 1.0)
-        metrics._models.observe("loramux_queue_seconds", model.name, 1.0)
-        metrics._models.observe("loramux_time_to_first_token_seconds", model.name, 1.0)
-        metrics._models.observe("loramux_time_per_output_token_seconds", model.name, 1.0)
+        observe(metrics, model)
     data = metrics.render()
-    assert len(data) < 1_000_000
+    assert len(data) < 21 * 6000 + 40_000  # 6 KB for a model, and a thousand names for gateways
     said = Scrape(data.decode())
-    assert len(said.series("vllm:lora_adapter_loaded")) == MOST_ADAPTERS
-    assert len(said.series("loramux_request_seconds_count")) == MOST_MODELS
-    assert said.series("loramux_requests_total")[-1][0]["model"] == "customer-support-09999"
-    assert said.value("vllm:num_gpu_loaded_lora_adapters") == 10_000
+    assert len(said.series("vllm:lora_adapter_loaded")) == 19  # and the base
+    assert said.series("vllm:lora_adapter_loaded")[-1][0]["adapter_name"] == "customer-support-00999"
+    counts = {labels["model"]: value for labels, value in said.series("loramux_request_seconds_count")}
+    assert counts == {f"customer-support-{number:05}": 1 for number in range(20)} | {OTHERS: 980}
+    assert said.value("vllm:num_gpu_loaded_lora_adapters") == 1000
+
+
+def test_a_scrape_writes_what_changed() -> None:
+    """Of 200 models in use it writes the lines of those that were used since the last one, and no others."""
+    replica = operated([f"lora-{number:03}" for number in range(200)])
+    metrics, models = metrics_of(replica), replica.names.everything[1:]
+    for model in models:
+        replica.residency.hold(replica.adapter(model.name))
+        observe(metrics, model)
+    metrics.render()
+    work = {}
+    for used in (0, 4, 200):
+        for model in models[:used]:
+            observe(metrics, model)
+        work[used] = instructions(metrics.render)
+    assert work[4] - work[0] < 1.1 * (work[200] - work[0]) * 4 / 200
+    assert work[0] < work[200] / 5
+
+
+def test_a_scrape_says_what_is_so_now() -> None:
+    """However little changed since the last one: a pin, a place, who runs, limits, a version."""
+    replica = operated({"one": 1, "two": 2})
+    running: dict[str, int] = {}
+    waiting: dict[str, int] = {}
+    metrics, limits = metrics_of(replica, SequenceCounts(running, waiting)), [ModelLimits()]
+    metrics.show(replica.manager, lambda: limits[0])
+    replica.residency.hold(replica.adapter("one"))
+
+    def said() -> set[str]:
+        return set(metrics.render().decode().splitlines())
+
+    before = said()
+    replica.manager.pin("one")
+    loaded = 'vllm:lora_adapter_loaded{adapter_name="one",level="gpu",pinned='
+    assert {f'{loaded}"false"}} 1', f'{loaded}"true"}} 1'} == {
+        line for line in before ^ said() if loaded in line
+    }
+    running["one"] = 2
+    waiting["two"] = 1
+    limits[0] = ModelLimits(models={"one": Limits(max_running=3)})
+    replica.residency.hold(replica.adapter("two"))
+    replica.names._models["one"] = replace(replica.names.get("one"), load_s=0.5)
+    assert said() >= {
+        'loramux_sequences_running{model="one"} 2',
+        'loramux_sequences_waiting{model="two"} 1',
+        'loramux_model_limit{model="one",limit="max_running"} 3',
+        'loramux_model_load_seconds{model="one"} 0.5',
+        'vllm:lora_adapter_loaded{adapter_name="two",level="gpu",pinned="false"} 1',
+    }
+    running.clear()
+    assert 'loramux_sequences_running{model="one"} 0' in said()
+
+
+def test_a_place_that_becomes_free_is_given_away() -> None:
+    """A model that finds no room counts for the others until one was not used for an hour."""
+    now = [0.0]
+    series = ModelSeries([ASKED], [TOOK], clock=lambda: now[0])
+    series.most = 2
+    for model in ("a", "b", "c", "d", "c"):
+        series.count(ASKED.name, model, said="OK")
+        series.observe(TOOK.name, model, 0.5)
+    for name in ("loramux_asked_total", "loramux_took_seconds_count"):
+        found = {labels["model"]: value for labels, value in scrape(series).series(name)}
+        assert found == {"a": 1, "b": 1, OTHERS: 3}
+    now[0] = LATELY_S
+    series.count(ASKED.name, "b", said="OK")
+    series.count(ASKED.name, "c", said="OK")
+    now[0] += 1
+    series.count(ASKED.name, "c", said="OK")
+    found = {labels["model"]: value for labels, value in scrape(series).series("loramux_asked_total")}
+    assert found == {"b": 2, OTHERS: 4, "c": 1}
 
 
 def test_counters_of_a_model_only_grow_or_begin_anew() -> None:
@@ -89,12 +173,12 @@ def test_counters_of_a_model_only_grow_or_begin_anew() -> None:
     series.observe(TOOK.name, "a", 0.5)
     now[0] = LATELY_S - 1
     series.count(ASKED.name, "b", said="OK")
-    assert Scrape(series.render()).value("loramux_asked_total", model="a", outcome="OK") == 3
+    assert scrape(series).value("loramux_asked_total", model="a", outcome="OK") == 3
     now[0] = LATELY_S + 1
-    said = Scrape(series.render())
+    said = scrape(series)
     assert [labels["model"] for labels, _ in said.series("loramux_asked_total")] == ["b"]
     series.count(ASKED.name, "a", said="OK")
-    assert Scrape(series.render()).value("loramux_asked_total", model="a", outcome="OK") == 1
+    assert scrape(series).value("loramux_asked_total", model="a", outcome="OK") == 1
 
 
 def test_a_histogram_adds_up() -> None:
@@ -102,7 +186,7 @@ def test_a_histogram_adds_up() -> None:
     series = ModelSeries([ASKED], [TOOK])
     for seconds in (0.05, 0.1, 0.5, 3.0):
         series.observe(TOOK.name, "a", seconds)
-    said = Scrape(series.render())
+    said = scrape(series)
     buckets = [(labels["le"], value) for labels, value in said.series("loramux_took_seconds_bucket")]
     assert buckets == [("0.1", 2), ("1.0", 3), ("+Inf", 4)]
     assert said.value("loramux_took_seconds_sum", model="a") == pytest.approx(3.65)
@@ -114,7 +198,7 @@ def test_every_name_can_be_read_again(name: str) -> None:
     """What is special in the format is escaped."""
     series = ModelSeries([ASKED], [])
     series.count(ASKED.name, name, said=name)
-    assert Scrape(series.render()).series("loramux_asked_total") == [({"model": name, "outcome": name}, 1)]
+    assert scrape(series).series("loramux_asked_total") == [({"model": name, "outcome": name}, 1)]
     assert "\n" not in label(name)
 
 

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-from types import FrameType
-from typing import Any
-
 import pytest
 
 from benchmarks import host
 from benchmarks.host import BLOCK_SIZE, Bench, Point
+from tests.support import instructions as support
 
 SEQS = 12
 BASE = Point("decode", SEQS, context=256, loaded=64)
@@ -17,22 +14,8 @@ BASE = Point("decode", SEQS, context=256, loaded=64)
 
 def instructions(point: Point) -> float:
     """Count the interpreter's instructions of a step, over as many steps as sequences take to need a block."""
-    bench, count = Bench(point), 0
-
-    def trace(frame: FrameType, event: str, argument: Any) -> Any:
-        nonlocal count
-        frame.f_trace_opcodes, frame.f_trace_lines = True, False
-        count += event == "opcode"
-        return trace
-
-    before = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        for _ in range(BLOCK_SIZE):
-            bench.step()
-    finally:
-        sys.settrace(before)
-    return count / BLOCK_SIZE
+    bench = Bench(point)
+    return support.instructions(lambda: [bench.step() for _ in range(BLOCK_SIZE)]) / BLOCK_SIZE
 
 
 @pytest.fixture(scope="module")

@@ -173,6 +173,11 @@ def test_sizes_follow_the_device_unless_they_are_set() -> None:
     )
     for device, usual in STEP_SIZES.items():
         assert given.sizes(device) == replace(usual, seqs=3, interval_ms=0)
+    assert given.sizes("cuda", speculative=4).speculative == 4
+    assert given.sizes("cpu", speculative=0).speculative == 0
+    for tokens in (0, 3):
+        own = InferenceSettings(deployment="tiny", speculative_tokens=tokens)
+        assert own.sizes("cpu", speculative=4).speculative == tokens
     for name, part in {
         "max_batch_tokens": "tokens",
         "max_batch_seqs": "seqs",

@@ -1,4 +1,4 @@
-"""Aliases and limits: in the deployment file, as a message, in a generation, and of a key."""
+"""Aliases, limits and drafts: in the deployment file, as a message, in a generation, and of a key."""
 
 from __future__ import annotations
 
@@ -56,6 +56,7 @@ def test_blocks_may_be_empty() -> None:
         ({"aliases": {"Support-V1": {"support-v2": 1}}}, "deployment", "as runtime.aliases.Support-V1 does"),
         ({"aliases": {"D": {"support-v2": 1}}}, "deployment", "as runtime.aliases.D does"),
         ({"aliases": {"a": {"d": 1}, "A": {"d": 1}}}, "deployment", "as runtime.aliases.A does"),
+        ({"speculative_tokens": -1}, "runtime.speculative_tokens", "greater than or equal to 0"),
         ({"limits": {"models": {"gone": {}}}}, "deployment", "runtime.limits.models, unlike gone"),
         ({"limits": {"default": {"weight": 0}}}, "runtime.limits.default.weight", "greater than 0"),
         ({"limits": {"default": {"max_waiting": 0}}}, "runtime.limits.default.max_waiting", "or equal to 1"),
@@ -77,7 +78,9 @@ def test_a_message_says_the_same() -> None:
         "aliases": {"a": {"support-v1": 1, "support-v2": 0}},
         "limits": {"default": {"weight": 0.5}, "models": {"d": {"tokens_per_minute": 2**40}, "support-v1": {}}},
     }
-    for deployment in (parsed(runtime), parsed({})):
+    drafts = [parsed({"speculative_tokens": tokens}) for tokens in (0, 5, None)]
+    assert [deployment.runtime.speculative_tokens for deployment in drafts] == [0, 5, None]
+    for deployment in (parsed(runtime), parsed({}), *drafts):
         assert deployment_from_message(deployment_to_message(deployment)) == deployment
 
 
@@ -109,8 +112,9 @@ def generation(**fields: Any) -> Generation:
 def test_a_record_without_them_has_the_bytes_that_it_had() -> None:
     """Older releases wrote no such fields, and digests of what they wrote must hold."""
     plain = generation()
-    assert {"aliases", "limits"}.isdisjoint(json.loads(plain.to_bytes()))
+    assert {"aliases", "limits", "speculative_tokens"}.isdisjoint(json.loads(plain.to_bytes()))
     assert generation(aliases={}, limits=ModelLimits()).to_bytes() == plain.to_bytes()
+    assert json.loads(generation(speculative_tokens=0).to_bytes())["speculative_tokens"] == 0
     said = generation(aliases={"a": {"d": 1}}, limits=ModelLimits(models={"d": Limits(weight=2)}))
     data = json.loads(said.to_bytes())
     assert (data["aliases"], data["limits"]) == ({"a": {"d": 1}}, {"models": {"d": {"weight": 2.0}}})

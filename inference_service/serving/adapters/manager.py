@@ -66,6 +66,7 @@ class AdapterManager:
         self._registry = registry
         self._changing = Changing(names, follower, registry, bundles, publisher)
         self._paused = paused
+        self._version = version("loramux")
 
     @property
     def residency(self) -> Residency:
@@ -202,7 +203,7 @@ class AdapterManager:
             failures=stats.failures,
             evictions=stats.evictions,
             started=self.facts.started,
-            version=version("loramux"),
+            version=self._version,
         )
 
     async def watch(self) -> AsyncGenerator[ReplicaView]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Final
+from itertools import chain
+from typing import Final, NamedTuple
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.metrics_core import Metric
@@ -18,49 +18,103 @@ from inference_service.engine.residents import State
 from inference_service.serving.adapters.manager import AdapterManager
 from inference_service.serving.adapters.views import PLACES, Place
 from inference_service.serving.catalog import Catalog, ServedModel
+from inference_service.serving.telemetry.model_series import MOST
 from inference_service.serving.telemetry.replica import EngineView
-from inference_service.serving.telemetry.text_format import bounds_of, gauges
+from inference_service.serving.telemetry.text_format import Lines, bounds_of, families, head, sample
+from loramux_shared.deployment import ModelLimits
 
-MOST: Final = 500
-"""Models that have series of their own: those that were used last."""
 MOST_NAMED: Final = 2000
 """Names in one label."""
 LEVELS: Final = {Place.DEVICE: "gpu", Place.HOST: "cpu"}
 """vLLM's words; on a machine without a GPU the bank is the host's, and what is in it is ready all the same."""
+INFO: Final = "vllm:lora_requests_info"
+HEADS: Final = tuple(
+    head(name, "gauge", text)
+    for name, text in (
+        ("loramux_sequences_running", "Sequences that steps compute."),
+        ("loramux_sequences_waiting", "Sequences that wait for a place."),
+        ("loramux_model_load_seconds", "Reading, checking and packing a model."),
+        ("loramux_model_info", "1; the base's digest is empty."),
+        ("loramux_model_limit", "Limits that are set."),
+        (
+            "vllm:lora_adapter_loaded",
+            "1; the level is gpu where the adapter is ready to be computed with, cpu on its way there.",
+        ),
+    )
+)
+"""Of the families that have a series for each model; the last name is vLLM's."""
+INFO_HEAD: Final = head(
+    INFO, "gauge", "When this was so, in Unix time; adapters that are ready, and those that sequences wait for."
+)
 
-Limits = Callable[[str], Mapping[str, float]]
-"""The limits of a model: weight, max_running and so on, those that are set."""
+UNLIMITED: Final = ModelLimits()
+LimitsNow = Callable[[], ModelLimits]
+"""The limits of models: the same object as long as they are the same."""
 
 
-def no_limits(model: str) -> Mapping[str, float]:  # noqa: ARG001 - it has none
+def no_limits() -> ModelLimits:
     """None is set."""
-    return {}
+    return UNLIMITED
 
 
-@dataclass(frozen=True)
-class _Shown:
+class _Shown(NamedTuple):
     model: ServedModel
     place: Place
     used_s: float
 
 
+class _Facts(NamedTuple):
+    """What the lines of a model say."""
+
+    model: ServedModel
+    running: int
+    waiting: int
+    level: str | None
+    """None for the base, and for what is not in memory."""
+    pinned: bool
+    limits: ModelLimits
+
+    def lines(self) -> Lines:
+        model, named = self.model, {"model": self.model.name}
+        limits = self.limits.of(model.name).model_dump()
+        loaded = {"adapter_name": model.name, "level": self.level or "", "pinned": str(self.pinned).lower()}
+        return (
+            sample("loramux_sequences_running", named, self.running),
+            sample("loramux_sequences_waiting", named, self.waiting),
+            sample("loramux_model_load_seconds", named, model.load_s),
+            sample("loramux_model_info", named | {"digest": model.digest[:12]}, 1),
+            b"".join(
+                sample("loramux_model_limit", named | {"limit": limit}, value)
+                for limit, value in limits.items()
+            ),
+            sample("vllm:lora_adapter_loaded", loaded, 1) if self.level else b"",
+        )
+
+
 class AdapterSeries:
-    """Series of the models that are in memory or at work; there are none of those that are only registered."""
+    """Series of the models that are in memory or at work; there are none of those that are only registered.
+
+    A model's lines are written when something that they say is not what it was at the last scrape.
+    """
 
     def __init__(self, catalog: Catalog, engine: EngineView, adapters: AdapterManager) -> None:
+        self.most = MOST
+        """Models that have series of their own: those that were used last."""
         self._catalog = catalog
         self._engine = engine
         self.adapters = adapters
-        self._limits: Limits = no_limits
+        self._limits: LimitsNow = no_limits
+        self._written: Mapping[str, tuple[_Facts, Lines]] = {}
 
-    def show(self, adapters: AdapterManager, limits: Limits) -> None:
+    def show(self, adapters: AdapterManager, limits: LimitsNow) -> None:
         """Ask these from now on."""
         self.adapters, self._limits = adapters, limits
 
-    def render(self) -> str:
+    def parts(self) -> Iterator[bytes]:
         """Return everything, as Prometheus reads it."""
         shown, sequences = self._shown(), self._engine.sequence_counts
-        return "".join((*self._models(shown[:MOST], sequences), *self._for_gateways(shown, sequences)))
+        lines = self._lines(shown[: self.most], sequences)
+        return chain(families(HEADS, lines), (INFO_HEAD, self._info(shown, sequences)))
 
     def _shown(self) -> list[_Shown]:
         """Those in memory and at work, used last first; a scrape looks at each name once and no longer."""
@@ -75,62 +129,34 @@ class AdapterSeries:
                     found.append(_Shown(model, PLACES[standing.state], standing.last_used_s or 0.0))
         return sorted(found, key=lambda each: -each.used_s)
 
-    def _models(self, shown: list[_Shown], sequences: SequenceCounts) -> Iterator[str]:
-        models = sorted((each.model for each in shown), key=lambda model: model.name)
-        for name, text, counts in (
-            ("running", "Sequences that steps compute.", sequences.running),
-            ("waiting", "Sequences that wait for a place.", sequences.waiting),
-        ):
-            rows = (({"model": model.name}, counts.get(model.name, 0)) for model in models)
-            yield from gauges(f"loramux_sequences_{name}", text, rows)
-        yield from gauges(
-            "loramux_model_load_seconds",
-            "Reading, checking and packing a model.",
-            (({"model": model.name}, model.load_s) for model in models),
-        )
-        yield from gauges(
-            "loramux_model_info",
-            "1; the base's digest is empty.",
-            (({"model": model.name, "digest": model.digest[:12]}, 1) for model in models),
-        )
-        yield from gauges(
-            "loramux_model_limit",
-            "Limits that are set.",
-            (
-                ({"model": model.name, "limit": limit}, value)
-                for model in models
-                for limit, value in self._limits(model.name).items()
-            ),
-        )
+    def _lines(self, shown: list[_Shown], sequences: SequenceCounts) -> list[Lines]:
+        before, limits, written = self._written, self._limits(), {}
+        for each in sorted(shown, key=lambda each: each.model.name):
+            name = each.model.name
+            facts = _Facts(
+                each.model,
+                sequences.running.get(name, 0),
+                sequences.waiting.get(name, 0),
+                LEVELS.get(each.place) if name != self._catalog.base_name else None,
+                self.adapters.is_pinned(name),
+                limits,
+            )
+            kept = before.get(name)
+            written[name] = kept if kept is not None and kept[0] == facts else (facts, facts.lines())
+        self._written = written
+        return [lines for _, lines in written.values()]
 
-    def _for_gateways(self, shown: list[_Shown], sequences: SequenceCounts) -> Iterator[str]:
-        """Yield the names that vLLM gave them; of the base there are none."""
-        adapters = [each for each in shown if each.model.name != self._catalog.base_name]
-        yield from gauges(
-            "vllm:lora_adapter_loaded",
-            "1; the level is gpu where the adapter is ready to be computed with, cpu on its way there.",
-            (
-                (self._loaded_labels(each), 1)
-                for each in sorted(adapters[:MOST], key=lambda each: each.model.name)
-                if each.place in LEVELS
-            ),
-        )
-        ready = {each.model.name for each in adapters if each.place is Place.DEVICE}
-        waiting = {each.model.name for each in adapters} & sequences.waiting.keys()
+    def _info(self, shown: list[_Shown], sequences: SequenceCounts) -> bytes:
+        """Return the adapters that are ready, and those that are waited for; of the base there is nothing."""
+        places = {each.model.name: each.place for each in shown if each.model.name != self._catalog.base_name}
+        ready = sorted(name for name, place in places.items() if place is Place.DEVICE)
+        waiting = sorted(places.keys() & sequences.waiting.keys())
         labels = {
             "max_lora": str(self._engine.stats.max_adapters),
-            "running_lora_adapters": ",".join(sorted(ready)[:MOST_NAMED]),
-            "waiting_lora_adapters": ",".join(sorted(waiting)[:MOST_NAMED]),
+            "running_lora_adapters": ",".join(ready[:MOST_NAMED]),
+            "waiting_lora_adapters": ",".join(waiting[:MOST_NAMED]),
         }
-        yield from gauges(
-            "vllm:lora_requests_info",
-            "When this was so, in Unix time; adapters that are ready, and those that sequences wait for.",
-            [(labels, time.time())],
-        )
-
-    def _loaded_labels(self, each: _Shown) -> dict[str, str]:
-        pinned = str(self.adapters.is_pinned(each.model.name)).lower()
-        return {"adapter_name": each.model.name, "level": LEVELS[each.place], "pinned": pinned}
+        return sample(INFO, labels, time.time())
 
 
 class AdapterCollector(Collector):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Final
 
 from prometheus_client import (
@@ -19,10 +20,10 @@ from inference_service.serving.request import Delta
 from inference_service.serving.telemetry.adapters import (
     AdapterCollector,
     AdapterSeries,
-    Limits,
+    LimitsNow,
     no_limits,
 )
-from inference_service.serving.telemetry.model_series import Counted, ModelSeries, Timed
+from inference_service.serving.telemetry.model_series import MOST, Counted, ModelSeries, Timed
 from inference_service.serving.telemetry.record import Record
 from inference_service.serving.telemetry.replica import EngineView, ReplicaCollector
 
@@ -70,9 +71,10 @@ class Metrics:
         self._adapters = AdapterSeries(catalog, engine, fixed_manager(catalog))
         self._registry.register(AdapterCollector(self._adapters))
 
-    def show(self, adapters: AdapterManager, limits: Limits = no_limits) -> None:
-        """Tell from now on what a manager knows of adapters, and the limits of models by their names."""
+    def show(self, adapters: AdapterManager, limits: LimitsNow = no_limits, most: int = MOST) -> None:
+        """Tell from now on what a manager knows of adapters, and the limits of models; of most of them."""
         self._adapters.show(adapters, limits)
+        self._adapters.most = self._models.most = most
 
     def began(self, record: Record) -> None:
         """Count a prompt, and observe how long it waited."""
@@ -104,8 +106,8 @@ class Metrics:
 
     def render(self) -> bytes:
         """Return everything, as CONTENT_TYPE says."""
-        more = self._models.render() + self._adapters.render()
-        return generate_latest(self._registry) + more.encode()
+        library = generate_latest(self._registry)
+        return b"".join(chain((library,), self._models.parts(), self._adapters.parts()))
 
     def _observe(self, family: Timed, model: str, seconds: float | None) -> None:
         if seconds is not None:

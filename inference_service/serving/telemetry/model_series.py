@@ -5,15 +5,17 @@ from __future__ import annotations
 import threading
 import time
 from bisect import bisect_left
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-from inference_service.serving.telemetry.text_format import bounds_of, head, histogram, label
+from inference_service.serving.telemetry.text_format import Lines, bounds_of, families, head, histogram, sample
 
-MOST: Final = 100
-"""Models that have series: with some 66 each, a scrape stays below 1 MB."""
+MOST: Final = 1000
+"""Models that have series of their own, some 66 each with 5 KB, unless a setting says otherwise."""
+OTHERS: Final = "(others)"
+"""What the rest of them is called: no adapter can have this name."""
 LATELY_S: Final = 3600.0
 """A model that was not used for so long has none."""
 
@@ -46,20 +48,20 @@ class _Times:
 
 @dataclass
 class _Model:
-    used_s: float
-    counts: dict[tuple[str, str], int] = field(default_factory=dict)
+    used_s: float = 0.0
+    counts: defaultdict[str, dict[str, int]] = field(default_factory=lambda: defaultdict(dict))
     times: dict[str, _Times] = field(default_factory=dict)
-
-    def copy(self) -> _Model:
-        times = {name: _Times(list(each.counts), each.total) for name, each in self.times.items()}
-        return _Model(self.used_s, dict(self.counts), times)
+    changes: int = 0
+    written: tuple[int, Lines] = (0, ())
+    """Its lines, and how many changes are in them."""
 
 
 class ModelSeries:
-    """Counts on the event loop, and writes on any thread.
+    """Counts on the event loop, and writes on any thread: of each model only what changed since it last did.
 
-    A model that was not used for an hour, or that is not among the MOST used last, loses its series; when it is
-    used again they begin at 0, which Prometheus takes for a counter that was reset, as after a restart.
+    A model that was not used for an hour loses its series; when it is used again they begin at 0, which
+    Prometheus takes for a counter that was reset, as after a restart. A model for which there is no room is
+    counted as one of OTHERS, so sums over models are right.
     """
 
     def __init__(
@@ -68,17 +70,24 @@ class ModelSeries:
         histograms: Sequence[Timed],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self.most = MOST
         self._counters = tuple(counters)
         self._histograms = {each.name: each for each in histograms}
+        self._bounds = {each.name: bounds_of(each.buckets) for each in histograms}
+        self._heads = (
+            *(head(f"{each.name}_total", "counter", each.text) for each in counters),
+            *(head(each.name, "histogram", each.text) for each in histograms),
+        )
         self._clock = clock
         self._models: OrderedDict[str, _Model] = OrderedDict()
+        """Used last is last."""
         self._lock = threading.Lock()
 
     def count(self, name: str, model: str, amount: int = 1, said: str = "") -> None:
         """Add to a counter; said is the value of its own label."""
         with self._lock:
-            counts = self._used(model).counts
-            counts[name, said] = counts.get((name, said), 0) + amount
+            counts = self._used(model).counts[name]
+            counts[said] = counts.get(said, 0) + amount
 
     def observe(self, name: str, model: str, seconds: float) -> None:
         """Add to a histogram."""
@@ -90,38 +99,51 @@ class ModelSeries:
             times[name].counts[bisect_left(buckets, seconds)] += 1
             times[name].total += seconds
 
-    def render(self) -> str:
+    def parts(self) -> Iterator[bytes]:
         """Return everything that is kept, as Prometheus reads it."""
         with self._lock:
-            oldest_s = self._clock() - LATELY_S
-            for model in [name for name, each in self._models.items() if each.used_s < oldest_s]:
-                del self._models[model]
-            models = {label(name): each.copy() for name, each in self._models.items()}
-        return "".join((*self._counter_lines(models), *self._histogram_lines(models)))
+            self._drop_idle()
+            models = list(self._models.items())
+        return families(self._heads, [self._lines(name, model) for name, model in models])
 
     def _used(self, model: str) -> _Model:
         found = self._models.get(model)
         if found is None:
-            found = self._models[model] = _Model(0.0)
-            if len(self._models) > MOST:
-                self._models.popitem(last=False)
+            self._drop_idle()
+            if len(self._models) - (OTHERS in self._models) >= self.most:
+                model = OTHERS
+            found = self._models.setdefault(model, _Model())
         self._models.move_to_end(model)
         found.used_s = self._clock()
+        found.changes += 1
         return found
 
-    def _counter_lines(self, models: Mapping[str, _Model]) -> Iterator[str]:
-        for family in self._counters:
-            yield head(f"{family.name}_total", "counter", family.text)
-            for model, each in models.items():
-                for (name, said), value in each.counts.items():
-                    if name == family.name:
-                        more = f',{family.label}="{label(said)}"' if family.label else ""
-                        yield f'{name}_total{{model="{model}"{more}}} {value}\n'
+    def _drop_idle(self) -> None:
+        oldest_s = self._clock() - LATELY_S
+        while self._models and next(iter(self._models.values())).used_s < oldest_s:
+            self._models.popitem(last=False)
 
-    def _histogram_lines(self, models: Mapping[str, _Model]) -> Iterator[str]:
-        for family in self._histograms.values():
-            yield head(family.name, "histogram", family.text)
-            bounds = bounds_of(family.buckets)
-            for model, each in models.items():
-                if (times := each.times.get(family.name)) is not None:
-                    yield histogram(family.name, model, bounds, times.counts, times.total)
+    def _lines(self, name: str, model: _Model) -> Lines:
+        with self._lock:
+            changes, lines = model.written
+            if changes == model.changes:
+                return lines
+            changes = model.changes
+            counts = {family: dict(each) for family, each in model.counts.items()}
+            times = {family: _Times(list(each.counts), each.total) for family, each in model.times.items()}
+        lines = (
+            *(_counter(family, name, counts.get(family.name, {})) for family in self._counters),
+            *(self._histogram(family, name, times.get(family)) for family in self._histograms),
+        )
+        model.written = changes, lines
+        return lines
+
+    def _histogram(self, family: str, model: str, times: _Times | None) -> bytes:
+        return histogram(family, model, self._bounds[family], times.counts, times.total) if times else b""
+
+
+def _counter(family: Counted, model: str, counts: Mapping[str, int]) -> bytes:
+    name = f"{family.name}_total"
+    if not family.label:
+        return b"".join(sample(name, {"model": model}, value) for value in counts.values())
+    return b"".join(sample(name, {"model": model, family.label: said}, value) for said, value in counts.items())

@@ -48,6 +48,7 @@ class ReplicaCollector(Collector):
     def __init__(self, catalog: Catalog, engine: EngineView) -> None:
         self._catalog = catalog
         self._engine = engine
+        self._version = version("loramux")
 
     def collect(self) -> Iterator[Metric]:
         """Yield every family."""
@@ -57,7 +58,7 @@ class ReplicaCollector(Collector):
             "loramux_load_seconds", "From the start of loading until it was ready.", self._catalog.load_s
         )
         build = GaugeMetricFamily("loramux_build_info", "1.", labels=["version", "generation"])
-        build.add_metric([version("loramux"), str(self._catalog.generation)], 1)
+        build.add_metric([self._version, str(self._catalog.generation)], 1)
         yield build
         yield from _for_gateways(stats)
 

@@ -72,7 +72,7 @@ class Adapter(_message.Message):
     def __init__(self, name: _Optional[str] = ..., repository: _Optional[_Union[Repository, _Mapping]] = ...) -> None: ...
 
 class DeploymentSpec(_message.Message):
-    __slots__ = ("model_name", "base", "adapters", "max_seq_len", "max_lora_rank", "lora_target_modules", "served_model_name", "request_default_max_tokens", "lora_dtype", "truncate_to_rank", "prove", "hide_base", "merge", "aliases", "default_limits", "model_limits")
+    __slots__ = ("model_name", "base", "adapters", "max_seq_len", "max_lora_rank", "lora_target_modules", "served_model_name", "request_default_max_tokens", "lora_dtype", "truncate_to_rank", "prove", "hide_base", "merge", "aliases", "default_limits", "model_limits", "speculative_tokens")
     class ModelLimitsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -96,6 +96,7 @@ class DeploymentSpec(_message.Message):
     ALIASES_FIELD_NUMBER: _ClassVar[int]
     DEFAULT_LIMITS_FIELD_NUMBER: _ClassVar[int]
     MODEL_LIMITS_FIELD_NUMBER: _ClassVar[int]
+    SPECULATIVE_TOKENS_FIELD_NUMBER: _ClassVar[int]
     model_name: str
     base: Repository
     adapters: _containers.RepeatedCompositeFieldContainer[Adapter]
@@ -112,7 +113,8 @@ class DeploymentSpec(_message.Message):
     aliases: _containers.RepeatedCompositeFieldContainer[Alias]
     default_limits: Limits
     model_limits: _containers.MessageMap[str, Limits]
-    def __init__(self, model_name: _Optional[str] = ..., base: _Optional[_Union[Repository, _Mapping]] = ..., adapters: _Optional[_Iterable[_Union[Adapter, _Mapping]]] = ..., max_seq_len: _Optional[int] = ..., max_lora_rank: _Optional[int] = ..., lora_target_modules: _Optional[_Iterable[str]] = ..., served_model_name: _Optional[str] = ..., request_default_max_tokens: _Optional[int] = ..., lora_dtype: _Optional[_Union[Dtype, str]] = ..., truncate_to_rank: _Optional[int] = ..., prove: _Optional[bool] = ..., hide_base: _Optional[bool] = ..., merge: _Optional[_Union[Merge, str]] = ..., aliases: _Optional[_Iterable[_Union[Alias, _Mapping]]] = ..., default_limits: _Optional[_Union[Limits, _Mapping]] = ..., model_limits: _Optional[_Mapping[str, Limits]] = ...) -> None: ...
+    speculative_tokens: int
+    def __init__(self, model_name: _Optional[str] = ..., base: _Optional[_Union[Repository, _Mapping]] = ..., adapters: _Optional[_Iterable[_Union[Adapter, _Mapping]]] = ..., max_seq_len: _Optional[int] = ..., max_lora_rank: _Optional[int] = ..., lora_target_modules: _Optional[_Iterable[str]] = ..., served_model_name: _Optional[str] = ..., request_default_max_tokens: _Optional[int] = ..., lora_dtype: _Optional[_Union[Dtype, str]] = ..., truncate_to_rank: _Optional[int] = ..., prove: _Optional[bool] = ..., hide_base: _Optional[bool] = ..., merge: _Optional[_Union[Merge, str]] = ..., aliases: _Optional[_Iterable[_Union[Alias, _Mapping]]] = ..., default_limits: _Optional[_Union[Limits, _Mapping]] = ..., model_limits: _Optional[_Mapping[str, Limits]] = ..., speculative_tokens: _Optional[int] = ...) -> None: ...
 
 class Alias(_message.Message):
     __slots__ = ("name", "weights")

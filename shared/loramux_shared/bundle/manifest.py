@@ -249,6 +249,7 @@ class Generation(Record):
     lora_target_modules: tuple[str, ...] = ()
     lora_dtype: Dtype
     request_default_max_tokens: int | None = None
+    speculative_tokens: int | None = Field(default=None, ge=0, exclude_if=unset)
     serve_base: bool = True
     merge: Merge = Merge.AUTO
     aliases: Aliases = Field(default_factory=dict, exclude_if=unset)

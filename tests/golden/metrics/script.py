@@ -21,6 +21,8 @@ from inference_service.serving.request import Delta, Finished, Request
 from inference_service.serving.telemetry.metrics import Metrics
 from inference_service.serving.telemetry.record import following
 from inference_service.serving.telemetry.replica import EngineView
+from loramux_shared.deployment import ModelLimits
+from loramux_shared.limits import Limits
 from tests.support.metrics import Scrape
 
 NAMES = Path(__file__).with_name("names.txt")
@@ -48,7 +50,7 @@ def replica(sequences: SequenceCounts, models: tuple[ServedModel, ...] = MODELS)
 def everything() -> Scrape:
     """Serve one request, and scrape."""
     metrics = replica(SequenceCounts({}, {}))
-    metrics.show(fixed_manager(Catalog(1, "base", MODELS)), lambda model: {"weight": 2.0} if model else {})
+    metrics.show(fixed_manager(Catalog(1, "base", MODELS)), lambda: ModelLimits(default=Limits(weight=2.0)))
     with following(Request("pirate", "Hi"), [metrics]) as follower:
         follower.record.model = MODELS[1]
         follower.submitted([Sequence("0", [1, 2], SamplingParams())])

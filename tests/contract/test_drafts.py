@@ -1,0 +1,84 @@
+"""How many tokens are drafted: what the deployment says from now on, unless the replica was told."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from inference_service.operators import Operators
+from inference_service.serving.request import Request
+from inference_service.startup.load import Ready
+from loramux_shared.bundle.deployments import current_generation, publish_generation
+from loramux_shared.settings import InferenceSettings
+from loramux_shared.storage.memory import MemoryStore
+from tests.support.metrics import Scrape
+from tests.support.tiny import World, make_world
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return make_world(tmp_path_factory.mktemp("drafts"), initializer_range=0.02)
+
+
+class Replica:
+    """A replica of a deployment whose runtime changes."""
+
+    def __init__(self, world: World, said: int | None, **settings: Any) -> None:
+        self._store = MemoryStore()
+        world.build(self._store)
+        self.publish(said)
+        self._ready: Ready = world.load(self._store, **settings)
+        self._operators = Operators(InferenceSettings(deployment="tiny", **settings), self._store, self._ready)
+        self._ready.engine.start()
+
+    def publish(self, speculative_tokens: int | None) -> int:
+        """Publish a generation; return its number."""
+        newest = current_generation(self._store, "tiny")
+        assert newest is not None
+        changed = newest.model_copy(update={"speculative_tokens": speculative_tokens})
+        return publish_generation(self._store, changed).number
+
+    async def follow(self, speculative_tokens: int | None) -> None:
+        """Publish, and take it over."""
+        await self._operators.follower.catch_up(self.publish(speculative_tokens))
+
+    async def drafted(self) -> float:
+        """How many tokens were drafted for a request whose answer says the same again and again."""
+        before = self._count()
+        request = Request("base", [5, 6, 7, 8] * 8, max_tokens=100, temperature=0, ignore_eos=True)
+        async for _ in self._ready.service.generate(request):
+            pass
+        return self._count() - before
+
+    def _count(self) -> float:
+        said = Scrape(self._ready.service.metrics.render().decode())
+        return said.value("loramux_drafted_tokens_total")
+
+    async def stop(self) -> None:
+        """Let everything go."""
+        await self._operators.end()
+        await self._ready.engine.stop()
+
+
+async def test_a_deployment_says_how_many(world: World) -> None:
+    """0 drafts nothing; another generation counts from the next step on; unsaid, a CPU drafts by itself."""
+    replica = Replica(world, 0)
+    found = [await replica.drafted()]
+    for tokens in (4, 0, None):
+        await replica.follow(tokens)
+        found.append(await replica.drafted())
+    await replica.stop()
+    assert [drafted > 0 for drafted in found] == [False, True, False, True]
+
+
+@pytest.mark.parametrize("own", [0, 4])
+async def test_what_the_replica_was_told_comes_first(world: World, own: int) -> None:
+    """Whatever the deployment says, at the start and later."""
+    replica = Replica(world, 4 - own, speculative_tokens=own)
+    found = [await replica.drafted()]
+    await replica.follow(None)
+    await replica.follow(4 - own)
+    found.append(await replica.drafted())
+    await replica.stop()
+    assert [drafted > 0 for drafted in found] == [own > 0] * 2
