@@ -15,8 +15,9 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
+from benchmarks.doors.clients import MODEL
 from benchmarks.on_gpu.checkpoint import write_tokenizer
-from inference_service.__main__ import SWITCH_S
+from inference_service.__main__ import SWITCH_S, keep_what_is_loaded
 from inference_service.core.batch import Batch
 from inference_service.core.sequence import Token
 from inference_service.engine.block_manager import BlockManager
@@ -35,7 +36,6 @@ from loramux_shared.descriptors import raise_limit
 from loramux_shared.rpc.server import RpcServer
 from loramux_shared.telemetry import log_to_stderr
 
-MODEL: Final = "base"
 VOCAB: Final = 512
 SEATS: Final = 4096
 LONGEST: Final = 8192
@@ -86,6 +86,7 @@ async def serve(step_s: float, interval_s: float) -> None:
         rpc = RpcServer("127.0.0.1:0", {SERVICE_NAME: partial(register, InferenceServicer(made))})
         http = HttpServer("127.0.0.1:0", made)
         addresses = {"grpc": await rpc.start(), "http": await http.start()}
+        keep_what_is_loaded()
         thread.start()
         await rpc.set_serving(True)
         print(json.dumps(addresses), flush=True)
