@@ -12,6 +12,8 @@ from loramux_shared.faults import Fault
 
 SLICE: Final = 32
 """Streams that are woken at once; as many as this are never made to wait for each other."""
+YIELDS: Final = 4
+"""How much longer than usual they wait at most for requests that come."""
 
 
 class Outputs:
@@ -70,14 +72,17 @@ class Delivery:
     """Wakes streams in slices, first and last tokens before the others; between two slices it rests.
 
     A stream that is woken costs the loop some 100 us, and gRPC takes one new call in two turns of the loop. So
-    it rests as long as a slice took: whatever else there is has at least half of the loop, and what comes
-    together at a stream meanwhile is one message. The interval follows the number of streams by itself.
+    it rests as long as a slice took, and up to YIELDS times longer while requests come: whatever else there is
+    has at least half of the loop, and what comes together at a stream meanwhile is one message. The interval
+    follows the number of streams by itself.
     """
 
     def __init__(self) -> None:
         self._urgent: dict[Outputs, None] = {}
         self._others: dict[Outputs, None] = {}
         self._resting = False
+        self.came = False
+        """Whether a request came since the last slice."""
 
     def add(self, stream: Outputs, *, urgent: bool) -> None:
         """Let a stream wait for its turn; `begin` follows."""
@@ -101,8 +106,13 @@ class Delivery:
 
     def _rest(self, began_s: float) -> None:
         loop = asyncio.get_running_loop()
-        loop.call_later(loop.time() - began_s, self._go_on)
+        took_s = loop.time() - began_s
+        loop.call_later(took_s, self._go_on, took_s, YIELDS)
 
-    def _go_on(self) -> None:
-        self._resting = False
-        self.begin()
+    def _go_on(self, took_s: float, yields: int) -> None:
+        if self.came and yields and not self._urgent:
+            self.came = False
+            asyncio.get_running_loop().call_later(took_s, self._go_on, took_s, yields - 1)
+        else:
+            self._resting = False
+            self.begin()

@@ -130,6 +130,7 @@ class EngineThread:
             raise QueueFull(f"{self.max_queue} requests wait already. Retry in a moment, or add a replica.")
         outputs = Outputs(seqs, self._close)
         self._streams |= {seq.id: outputs for seq in seqs}
+        self._delivery.came = True
         if self._held is not None:
             self._held.seqs.append(seqs[0])
         else:
