@@ -60,6 +60,8 @@ class EngineThread:
         self._delivery = Delivery()
         self._inbox = inbox or Inbox()
         self._streams: dict[str, Outputs] = {}
+        self._under_way: set[str] = set()
+        """Sequences of streams that have not ended, for all that is known here."""
         self._loop: asyncio.AbstractEventLoop | None = None
         self._ended: asyncio.Future[str | None] | None = None
         self._before_cut: Callable[[], Awaitable[None]] | None = None
@@ -126,16 +128,28 @@ class EngineThread:
         """
         if self._stopped is not None:
             raise self._stopped.retold(self._stopped.message)
-        if len(self._streams) + len(seqs) - self._engine.stats.running > self.max_queue:
-            raise QueueFull(f"{self.max_queue} requests wait already. Retry in a moment, or add a replica.")
+        self._require_room(len(seqs))
         outputs = Outputs(seqs, self._close)
         self._streams |= {seq.id: outputs for seq in seqs}
+        self._under_way |= {seq.id for seq in seqs}
         self._delivery.came = True
         if self._held is not None:
             self._held.seqs.append(seqs[0])
         else:
             self._begin(seqs[0])
         return outputs
+
+    def _require_room(self, new: int) -> None:
+        """Refuse sequences that would wait behind a full queue.
+
+        Those that no step has seen wait only where there are more of them than free seats. A step may find no
+        blocks for some; while it leaves as many as the queue holds, nobody is let in for a seat.
+        """
+        stats = self._engine.stats
+        unseated = len(self._under_way) + new - stats.running
+        free = max(0, stats.seats - stats.running) if stats.left < self.max_queue else 0
+        if min(unseated, max(stats.left, unseated - free)) > self.max_queue:
+            raise QueueFull(f"{self.max_queue} requests wait already. Retry in a moment, or add a replica.")
 
     async def pause(self, mode: PauseMode = PauseMode.KEEP) -> None:
         """Let all sequences stand still, and return when no step is under way; requests that come wait.
@@ -194,6 +208,7 @@ class EngineThread:
 
     def _close(self, seq_id: str) -> None:
         del self._streams[seq_id]
+        self._under_way.discard(seq_id)
         self._inbox.post(partial(self._engine.abort, seq_id))
 
     def _run(self) -> None:
@@ -284,6 +299,8 @@ class EngineThread:
             stream = self._streams.get(seq_id)
             if stream is None:
                 continue
+            if outputs[-1].finish is not None:
+                self._under_way.discard(seq_id)
             for seq in stream.put(outputs):
                 self._begin(seq)
             if paced:

@@ -13,6 +13,7 @@ import grpc
 import structlog
 from google.protobuf.message import DecodeError
 
+from loramux_shared.arrival import ARRIVED_S
 from loramux_shared.faults import ClientStalled, Fault, InternalFault, RequestInvalid, ShuttingDown
 from loramux_shared.rpc.status import abort
 from loramux_shared.rpc.traced import traced
@@ -91,6 +92,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc
         Requests are one message, but are taken as streams: else gRPC waits for the message before it calls us,
         for as long as the client likes. Of a method that wants a stream, each message has to come in time.
         """
+        ARRIVED_S.set(time.monotonic())  # each call is a task of its own, so nobody has to take this back
         handler = await continuation(details)
         if handler is None or details.method.startswith("/grpc."):
             return handler
