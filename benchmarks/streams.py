@@ -44,8 +44,8 @@ NEW_TOKENS: Final = 4
 """... and their tokens."""
 BAR_S: Final = 1.0
 BAR_STREAMS: Final = 1000
-GROWTH_BAR: Final = 1.3
-"""Times as much processor may a message take at the most streams as at a tenth of them."""
+GROWTH_BAR: Final = 2.5
+"""Times as long may half of the first tokens take where twice as many begin."""
 TTFT: Final = "loramux_time_to_first_token_seconds"
 
 
@@ -106,13 +106,15 @@ class Point:
     def __str__(self) -> str:
         steady = self.steady
         rest = f"{steady.gap_p50_s * 1e3:>8.0f}{steady.gap_p99_s * 1e3:>8.0f}{steady.messages_per_s:>9.0f}"
-        return f"{self.clients:<8}{self.streams:>6}{self.begin}  {self.beside}  {rest}{self.cpu:>7.2f}{steady.cpu:>7.2f}"
+        cores = f"{self.cpu:>7.2f}{steady.cpu:>7.2f}"
+        return f"{self.clients:<8}{self.streams:>6}{self.begin}  {self.beside}  {rest}{cores}"
 
 
+_FIRSTS: Final = "     p50     p99    mean  server"
 HEADING: Final = (
     f"{'':14}{'all begin, ms':^32}  {f'{NEW} beside them, ms':^32}  {'a stream, ms':^16}{'':9}{'cores':^14}\n"
-    f"{'clients':<8}{'N':>6}{'p50     p99    mean  server'.rjust(32)}  {'p50     p99    mean  server'.rjust(32)}"
-    f"{'p50     p99'.rjust(18)}{'msg/s':>9}{'server':>7}{'client':>7}"
+    f"{'clients':<8}{'N':>6}{_FIRSTS:>32}  {_FIRSTS:>32}  {'p50':>8}{'p99':>8}"
+    f"{'msg/s':>9}{'server':>7}{'client':>7}"
 )
 
 
@@ -172,11 +174,15 @@ def _firsts(found: Sequence[float], before: tuple[float, float], after: tuple[fl
 def figures(points: Sequence[Point]) -> list[Figure]:
     """Return what has bars."""
     found = []
+    by_key = {(point.clients, point.streams): point for point in points}
     for point in points:
+        name = f"{point.clients}, {point.streams}"
         if point.streams == BAR_STREAMS:
-            name = f"{point.clients}, {point.streams} streams: p99 to the first token"
-            found.append(Figure(f"{name}, all begin", point.begin.p99_s, "s", BAR_S))
-            found.append(Figure(f"{name}, {NEW} beside them", point.beside.p99_s, "s", BAR_S))
+            found.append(Figure(f"{name}: p99, all begin", point.begin.p99_s, "s", BAR_S))
+            found.append(Figure(f"{name}: p99, {NEW} beside them", point.beside.p99_s, "s", BAR_S))
+        if half := by_key.get((point.clients, point.streams // 2)):
+            growth = point.begin.p50_s / half.begin.p50_s
+            found.append(Figure(f"{name}: p50, all begin, against {half.streams}", growth, "x", GROWTH_BAR))
     return found
 
 

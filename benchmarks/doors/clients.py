@@ -72,7 +72,9 @@ class HttpDoor:
         """Ask for a stream."""
         body: dict[str, Any] = {"model": MODEL, "prompt": PROMPT, "max_tokens": tokens}
         data = json.dumps(body | {"ignore_eos": True, "stream": True}).encode()
-        head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-type: application/json"
+        head = (
+            b"POST /v1/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-type: application/json"
+        )
         reader, writer = await asyncio.open_connection(self._host, int(self._port))
         try:
             writer.write(b"%s\r\ncontent-length: %d\r\n\r\n%s" % (head, len(data), data))

@@ -72,9 +72,7 @@ def service(folder: Path, step_s: float, interval_s: float) -> tuple[GenerationS
     thread = EngineThread(engine, SEATS, lambda: None, step_timeout_s=60, interval_s=interval_s)
     catalog = Catalog(1, MODEL, [ServedModel(MODEL)])
     bounds = ServingLimits(LONGEST, None, frozenset())
-    return GenerationService(
-        catalog, Text.load(folder, VOCAB), thread, bounds, open_watchers()
-    ), thread
+    return GenerationService(catalog, Text.load(folder, VOCAB), thread, bounds, open_watchers()), thread
 
 
 async def serve(step_s: float, interval_s: float) -> None:

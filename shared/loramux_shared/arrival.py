@@ -27,4 +27,5 @@ def arrived_at(sock: Any) -> float:
         info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _LAST_DATA_RECV + 4)
     except OSError:  # it was closed, or is none of TCP
         return now
-    return now - struct.unpack_from("=I", info, _LAST_DATA_RECV)[0] / 1e3
+    [ago_ms] = struct.unpack_from("=I", info, _LAST_DATA_RECV)
+    return now - int(ago_ms) / 1e3

@@ -124,7 +124,9 @@ async def test_every_token_comes_once_and_in_order(streams: int) -> None:
 
 
 @pytest.mark.parametrize(("streams", "together"), [(SLICE, True), (SLICE + 1, False)])
-async def test_a_first_token_takes_others_along_only_where_they_are_few(streams: int, *, together: bool) -> None:
+async def test_a_first_token_takes_others_along_only_where_they_are_few(
+    streams: int, *, together: bool
+) -> None:
     """With many streams some always begin or end: that must not wake all the others."""
     thread = _thread(3600.0)
     thread._sent_s = float("inf")

@@ -171,7 +171,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc
 
     @asynccontextmanager
     async def _patient(self) -> AsyncIterator[asyncio.Timeout]:
-        """End a call one of whose messages waits too long; a timer for each message would be a tenth of its cost."""
+        """End a call one of whose messages waits too long; a timer for each would be a tenth of its cost."""
         self._look()
         try:
             async with asyncio.timeout(None) as limit:
