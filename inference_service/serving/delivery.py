@@ -12,6 +12,8 @@ from loramux_shared.faults import Fault
 
 SLICE: Final = 32
 """Streams that are woken at once; as many as this are never made to wait for each other."""
+LONGEST_REST_S: Final = 0.1
+"""Where something else held the loop up in the middle of a slice."""
 YIELDS: Final = 4
 """How much longer than usual they wait at most for requests that come."""
 
@@ -106,7 +108,7 @@ class Delivery:
 
     def _rest(self, began_s: float) -> None:
         loop = asyncio.get_running_loop()
-        took_s = loop.time() - began_s
+        took_s = min(loop.time() - began_s, LONGEST_REST_S)
         loop.call_later(took_s, self._go_on, took_s, YIELDS)
 
     def _go_on(self, took_s: float, yields: int) -> None:

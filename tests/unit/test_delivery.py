@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import Counter
 
 import pytest
@@ -80,6 +81,21 @@ async def test_what_comes_while_a_stream_waits_is_one_message() -> None:
     stream.put([StepOutput("0", Token(9), FinishReason.LENGTH)])
     delivery.add(stream, urgent=True)
     assert [output.token for output in await stream.get()] == [Token(9)]
+
+
+async def test_whoever_holds_the_loop_up_delays_deliveries_by_no_more_than_a_rest() -> None:
+    """A slice that took long because of somebody else is not paid for as long again."""
+    delivery, streams = Delivery(), [_stream(number) for number in range(2 * SLICE)]
+    woken = _Woken(streams)
+    await asyncio.sleep(0)
+    for each in streams:
+        delivery.add(each, urgent=False)
+    asyncio.get_running_loop().call_soon(time.sleep, 1.0)
+    delivery.begin()
+    await asyncio.sleep(0)
+    began = time.monotonic()
+    await asyncio.gather(*woken.tasks)
+    assert time.monotonic() - began < 0.6
 
 
 async def test_requests_that_come_are_waited_for_and_not_without_end() -> None:
