@@ -76,7 +76,7 @@ def service(folder: Path, step_s: float, interval_s: float) -> tuple[GenerationS
 
 
 async def serve(step_s: float, interval_s: float) -> None:
-    """Serve for ever."""
+    """Serve until it is cancelled."""
     raise_limit()
     sys.setswitchinterval(SWITCH_S)
     with tempfile.TemporaryDirectory(prefix="loramux-doors-") as folder:
@@ -88,7 +88,11 @@ async def serve(step_s: float, interval_s: float) -> None:
         thread.start()
         await rpc.set_serving(True)
         print(json.dumps(addresses), flush=True)
-        await thread.ended()
+        try:
+            await thread.ended()
+        finally:
+            await asyncio.gather(rpc.drain(0), http.drain(0))
+            await thread.stop()
 
 
 def main() -> None:
