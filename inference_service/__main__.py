@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import os
 import sys
 from collections.abc import Collection, Coroutine
@@ -133,6 +134,7 @@ async def serve(settings: InferenceSettings) -> int:
         doors["http"] = HttpServer(settings.http, ready.service, guard, tracing, patience, adapters=adapters)
     doors["grpc"] = server
     bound = {name: await door.start() for name, door in doors.items()}
+    keep_what_is_loaded()
     ready.engine.start(partial(_refuse, doors.values()))
     await server.set_serving(True)
     log.info("inference service ready", **bound, guarded_by=guard.shown, deployment=settings.deployment)
@@ -153,6 +155,12 @@ async def serve(settings: InferenceSettings) -> int:
     if why is not None:
         _end_broken(why)
     return 0 if all(finished) else 1
+
+
+def keep_what_is_loaded() -> None:
+    """Let the garbage collector look no more at what there is: 370,000 objects, which took it 200 ms."""
+    gc.collect()
+    gc.freeze()
 
 
 async def _first(*works: Coroutine[Any, Any, object]) -> None:

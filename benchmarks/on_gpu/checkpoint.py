@@ -50,7 +50,7 @@ def write_base(folder: Path, shape: dict[str, Any], device: torch.device) -> Non
         for norm in ("input_layernorm", "post_attention_layernorm"):
             tensors[f"{at}.{norm}.weight"] = torch.ones(dims.hidden, dtype=torch.bfloat16)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    _write_tokenizer(folder / "tokenizer.json", dims.vocab)
+    write_tokenizer(folder / "tokenizer.json", dims.vocab)
 
 
 def write_adapter(folder: Path, shape: dict[str, Any], rank: int, device: torch.device) -> None:
@@ -95,7 +95,7 @@ def _draw(shape: tuple[int, int], device: torch.device) -> Tensor:
     return torch.randn(shape, dtype=torch.bfloat16, device=device).mul_(SCALE).cpu()
 
 
-def _write_tokenizer(path: Path, vocab: int) -> None:
+def write_tokenizer(path: Path, vocab: int) -> None:
     """A token per word of the benchmark's prompts, and made-up words up to the size of the vocabulary."""
     words = [*SPECIAL, *WORDS]
     words += [f"w{index}" for index in range(len(words), vocab)]

@@ -39,6 +39,10 @@ class EngineStats:
     """Tokens that prompt lookup drafted."""
     tokens_accepted: int = 0
     """Of those, tokens of answers."""
+    left: int = 0
+    """Sequences that the last step left waiting; `waiting` has those too that came since."""
+    seats: int = 0
+    """Sequences that may run at once."""
 
     @property
     def prefix_hit_rate(self) -> float:
@@ -81,6 +85,7 @@ class Engine:
         self._earliest_s = math.inf  # no deadline of a sequence comes before
         self._arrivals = 0
         self._generated = 0
+        self._left = 0
         self._clock = clock
         self.draft(limits.speculative_tokens)
 
@@ -122,6 +127,8 @@ class Engine:
             tokens_generated=self._generated,
             tokens_drafted=self._scheduler.lookup.drafted,
             tokens_accepted=self._scheduler.lookup.accepted,
+            left=self._left,
+            seats=self._limits.max_seqs,
         )
 
     @property
@@ -155,6 +162,7 @@ class Engine:
         """Submit one batch, and return what the oldest one under way gave if the runner takes no more."""
         self._expire()
         batch = self._scheduler.schedule()
+        self._left = self._scheduler.num_waiting
         self._end_failed_loads()
         if batch.chunks:
             self._begin(batch)

@@ -115,9 +115,9 @@ class Connections:
             sock.close()
 
     def _has_room(self) -> bool:
-        held = self._held()
-        if len(held) + len(self._opening) < self._bound:
+        if len(self._state.connections) + len(self._opening) < self._bound:
             return True
+        held = self._held()
         unused = [(since, each) for each in held if (since := each.unused_since) is not None]
         self._say("connections are at their bound", bound=self._bound, unused=len(unused))
         if not unused:

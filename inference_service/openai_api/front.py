@@ -16,9 +16,12 @@ from structlog.contextvars import bound_contextvars
 
 from inference_service.openai_api.errors import error_response
 from inference_service.serving.bounds import SANE_ID
+from loramux_shared.arrival import ARRIVED_S
 from loramux_shared.faults import ShuttingDown
 
 log = structlog.get_logger()
+ARRIVED: Final = "arrived_s"
+"""Of a scope's state: when the request came."""
 DRAINING: Final = "the server is shutting down and takes no new requests. Retry with another replica."
 CUT: Final = "the server shut down before the answer was complete. Retry with another replica."
 
@@ -58,6 +61,7 @@ class Front:
         assert task is not None  # noqa: S101 - a coroutine runs in one
         self._open.add(task)
         self._idle.clear()
+        ARRIVED_S.set(scope.get("state", {}).get(ARRIVED))
         try:
             with bound_contextvars(request_id=answer.request_id):
                 if self.draining:

@@ -18,8 +18,9 @@ from pydantic_core import to_json
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from inference_service.openai_api.errors import error_body, refused_body, status_of
-from inference_service.openai_api.front import DRAINING
+from inference_service.openai_api.front import ARRIVED, DRAINING
 from inference_service.openai_api.reply import Json
+from loramux_shared.arrival import arrived_at
 from loramux_shared.faults import ShuttingDown
 
 MAX_HEAD_BYTES: Final = 64 * 1024
@@ -175,6 +176,7 @@ class BoundedHttp(HttpToolsProtocol):
             self._reject(400, "invalid_http", f"more than {MAX_PIPELINED} requests wait for an answer.")
         self._in_head, self._since_body = False, 0
         queued = self._busy()
+        self.scope["state"][ARRIVED] = arrived_at(self.transport.get_extra_info("socket"))
         super().on_headers_complete()
         self._wait(math.inf if queued else self._patience.body_s)
 

@@ -128,9 +128,10 @@ def _prompt(request: Request, vocab: int) -> Iterator[Rule]:
 
 def _numbers(request: Request, most: Mapping[str, int]) -> Iterator[Rule]:
     for name, usual in NUMBERS.items():
-        bound = replace(usual, high=min(usual.high, most.get(name, usual.high)))
         value = getattr(request, name)
-        yield value is not None and not bound.low <= value <= bound.high, name, str(bound), value
+        if value is not None:
+            bound = replace(usual, high=min(usual.high, most.get(name, usual.high)))
+            yield not bound.low <= value <= bound.high, name, str(bound), value
 
 
 def _lists(request: Request, vocab: int) -> Iterator[Rule]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from collections.abc import Sequence as Seq
 from functools import partial
 from typing import Final
@@ -14,6 +14,7 @@ import structlog
 
 from inference_service.core.sequence import FinishReason, Sequence, StepOutput
 from inference_service.engine.engine import Engine, EngineStats, SequenceCounts
+from inference_service.serving.delivery import SLICE, Delivery, Outputs
 from inference_service.serving.inbox import Inbox
 from inference_service.serving.pausing import ENDED, LOOK_S, Held, PauseMode
 from inference_service.serving.watchdog import Watchdog
@@ -26,54 +27,6 @@ PROBE_PAUSES_S: Final = (0.0, 0.5)
 log = structlog.get_logger()
 
 
-class Outputs:
-    """The outputs of the sequences of one request, as they come; used on the event loop only."""
-
-    def __init__(self, seqs: Seq[Sequence], on_close: Callable[[str], None]) -> None:
-        self._open = {seq.id for seq in seqs}
-        self._later = list(seqs[1:])
-        self._on_close = on_close
-        self._waiting: list[StepOutput] = []
-        self._arrived = asyncio.Event()
-        self._failure: Fault | None = None
-
-    def put(self, output: StepOutput) -> list[Sequence]:
-        """Hand over an output; return the sequences that were to wait for it."""
-        self._waiting.append(output)
-        self._arrived.set()
-        later, self._later = self._later, []
-        return later
-
-    async def get(self) -> list[StepOutput]:
-        """Wait for the next outputs; there are none behind the last one with a finish reason.
-
-        Raises:
-            Fault: that of `fail`.
-        """
-        await self._arrived.wait()
-        if self._failure is not None:
-            raise self._failure
-        self._arrived.clear()
-        outputs, self._waiting = self._waiting, []
-        return outputs
-
-    def fail(self, fault: Fault) -> None:
-        """End with a fault what has not ended yet; the first one counts."""
-        self._failure = self._failure or fault
-        self._arrived.set()
-
-    def drop(self, seq_id: str) -> None:
-        """Let one sequence go; when it has not ended yet, it is freed at the next step."""
-        if seq_id in self._open:
-            self._open.remove(seq_id)
-            self._on_close(seq_id)
-
-    def close(self) -> None:
-        """Let all sequences go."""
-        for seq_id in tuple(self._open):
-            self.drop(seq_id)
-
-
 class EngineThread:
     """Runs steps while there is work; hands every output to the stream of its sequence.
 
@@ -82,7 +35,8 @@ class EngineThread:
     A step that raises ends its sequences. Then the probe runs steps that are known to work: where it fails too,
     or a step takes longer than step_timeout_s, the engine can go on no more, and `ended` says so.
     Outputs are handed over together every interval_s, because a door that wakes up for every token takes the
-    cores from the steps; the first and the last of a sequence go at once, with all that wait.
+    cores from the steps; the first and the last of a sequence go at once. With them goes all that waits, unless
+    there are so many streams that some would always begin or end: see `Delivery`.
     """
 
     def __init__(
@@ -102,10 +56,14 @@ class EngineThread:
         self._step_timeout_s = step_timeout_s
         self.max_queue = max_queue
         self._interval_s = interval_s
-        self._pending: list[StepOutput] = []
+        self._pending: dict[str, list[StepOutput]] = {}
+        """By the ids of sequences."""
         self._sent_s = 0.0
+        self._delivery = Delivery()
         self._inbox = inbox or Inbox()
         self._streams: dict[str, Outputs] = {}
+        self._under_way: set[str] = set()
+        """Sequences of streams that have not ended, for all that is known here."""
         self._loop: asyncio.AbstractEventLoop | None = None
         self._ended: asyncio.Future[str | None] | None = None
         self._before_cut: Callable[[], Awaitable[None]] | None = None
@@ -172,15 +130,28 @@ class EngineThread:
         """
         if self._stopped is not None:
             raise self._stopped.retold(self._stopped.message)
-        if len(self._streams) + len(seqs) - self._engine.stats.running > self.max_queue:
-            raise QueueFull(f"{self.max_queue} requests wait already. Retry in a moment, or add a replica.")
+        self._require_room(len(seqs))
         outputs = Outputs(seqs, self._close)
         self._streams |= {seq.id: outputs for seq in seqs}
+        self._under_way |= {seq.id for seq in seqs}
+        self._delivery.came = True
         if self._held is not None:
             self._held.seqs.append(seqs[0])
         else:
             self._begin(seqs[0])
         return outputs
+
+    def _require_room(self, new: int) -> None:
+        """Refuse sequences that would wait behind a full queue.
+
+        Those that no step has seen wait only where there are more of them than free seats. A step may find no
+        blocks for some; while it leaves as many as the queue holds, nobody is let in for a seat.
+        """
+        stats = self._engine.stats
+        unseated = len(self._under_way) + new - stats.running
+        free = max(0, stats.seats - stats.running) if stats.left < self.max_queue else 0
+        if min(unseated, max(stats.left, unseated - free)) > self.max_queue:
+            raise QueueFull(f"{self.max_queue} requests wait already. Retry in a moment, or add a replica.")
 
     async def pause(self, mode: PauseMode = PauseMode.KEEP) -> None:
         """Let all sequences stand still, and return when no step is under way; requests that come wait.
@@ -211,7 +182,7 @@ class EngineThread:
         held = self._held = self._held or Held()
         while self._held is held and len(self._streams) > len(held.seqs) and self._stopped is None:
             for seq in held.late(time.monotonic()):
-                self._deliver([StepOutput(seq.id, None, FinishReason.DEADLINE)])
+                self._deliver({seq.id: [StepOutput(seq.id, None, FinishReason.DEADLINE)]})
             held.seqs = [seq for seq in held.seqs if seq.id in self._streams]
             await asyncio.sleep(LOOK_S)
         self._let_in()
@@ -243,6 +214,7 @@ class EngineThread:
 
     def _close(self, seq_id: str) -> None:
         del self._streams[seq_id]
+        self._under_way.discard(seq_id)
         self._inbox.post(partial(self._engine.abort, seq_id))
 
     def _run(self) -> None:
@@ -316,21 +288,34 @@ class EngineThread:
             self._ended.set_result(why)
 
     def _send(self, outputs: list[StepOutput]) -> None:
-        self._pending += outputs
-        now = time.monotonic()
-        urgent = any(output.first or output.finish for output in outputs) or self._engine.idle_until_s > now
-        urgent = urgent or self._resting
-        if not self._pending or not (urgent or now - self._sent_s >= self._interval_s):
-            return
-        pending, self._pending, self._sent_s = self._pending, [], now
-        if self._loop is not None and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._deliver, pending)
-
-    def _deliver(self, outputs: list[StepOutput]) -> None:
         for output in outputs:
-            stream = self._streams.get(output.seq_id)
-            for seq in stream.put(output) if stream is not None else ():
+            self._pending.setdefault(output.seq_id, []).append(output)
+        now = time.monotonic()
+        urgent = {output.seq_id for output in outputs if output.first or output.finish}
+        together = len(self._streams) <= SLICE and bool(urgent)
+        at_rest = self._resting or self._engine.idle_until_s > now
+        if together or at_rest or now - self._sent_s >= self._interval_s:
+            sent, self._pending, self._sent_s = self._pending, {}, now
+        else:
+            sent = {seq_id: self._pending.pop(seq_id) for seq_id in urgent}
+        if sent and self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._deliver, sent)
+
+    def _deliver(self, sent: Mapping[str, list[StepOutput]]) -> None:
+        paced = len(self._streams) > SLICE
+        for seq_id, outputs in sent.items():
+            stream = self._streams.get(seq_id)
+            if stream is None:
+                continue
+            if outputs[-1].finish is not None:
+                self._under_way.discard(seq_id)
+            for seq in stream.put(outputs):
                 self._begin(seq)
+            if paced:
+                self._delivery.add(stream, urgent=outputs[0].first or outputs[-1].finish is not None)
+            else:
+                stream.wake()
+        self._delivery.begin()
 
 
 def _tell(rested: asyncio.Future[None]) -> None:

@@ -21,7 +21,8 @@ from inference_service.serving.answer import Answer
 from inference_service.serving.bounds import check
 from inference_service.serving.catalog import Catalog, Changes, ServedModel
 from inference_service.serving.constraints import Constraints
-from inference_service.serving.engine_thread import EngineThread, Outputs
+from inference_service.serving.delivery import Outputs
+from inference_service.serving.engine_thread import EngineThread
 from inference_service.serving.lengths import countable
 from inference_service.serving.limits import Limiter, Ticket
 from inference_service.serving.naming import Naming

@@ -228,7 +228,7 @@ class InferenceSettings(Settings):
     """Keep the blocks of earlier prompts, for prompts that begin alike."""
     stream_interval_ms: CountOfDevice = None
     """Tokens of running answers are sent together at this interval, first and last ones at once; 0: each;
-    auto: 40 on a CPU, 10 on a GPU."""
+    auto: 40 on a CPU, 10 on a GPU. With hundreds of answers under way it is longer by itself."""
     cache_dir: HomePath = Path("~/.cache/loramux")
     """Holds base checkpoints and bundles that were fetched, and what was compiled. Replicas may share it."""
     adapter_disk_gb: float = Field(default=20, ge=0, allow_inf_nan=False)

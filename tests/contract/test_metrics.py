@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections.abc import AsyncIterator
 from typing import Any
@@ -19,6 +20,7 @@ from loramux_shared.storage.memory import MemoryStore
 from tests.golden.metrics.script import NAMES, names
 from tests.support.metrics import Scrape
 from tests.support.openai_door import OpenAIDoor, open_door, openai_world
+from tests.support.raw_http import JSON, RawClient
 from tests.support.silent import silent_server
 from tests.support.tiny import World
 
@@ -70,6 +72,20 @@ async def test_requests_are_counted_by_model(door: OpenAIDoor) -> None:
     assert said.series("loramux_answers_total")[0][0] == {"model": "rs", "finish": "length"}
     assert said.value("loramux_cached_prompt_tokens_total", model="rs") == 32  # the second request's two blocks
     assert said.value("loramux_requests_total", outcome="OK", model="rs") == 2
+
+
+async def test_time_counts_from_arrival_at_the_socket(door: OpenAIDoor) -> None:
+    """A request that comes while the event loop is busy has waited, though nobody could read it."""
+    body = json.dumps(ASKED | {"model": "wide", "max_tokens": 1}).encode()
+    client = await RawClient.open(door.server.address)
+    head = b"POST /v1/completions HTTP/1.1\r\n" + JSON + b"Content-Length: %d\r\n\r\n" % len(body)
+    client.writer.write(head + body)  # it is sent at once
+    time.sleep(0.3)
+    assert (await client.answer())[0] == 200
+    client.close()
+    said = await scrape(door)
+    assert said.value("loramux_time_to_first_token_seconds_sum", model="wide") > 0.25
+    assert said.value("loramux_request_seconds_sum", model="wide") > 0.25
 
 
 async def test_times_are_those_of_the_request(door: OpenAIDoor) -> None:

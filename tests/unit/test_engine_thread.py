@@ -18,8 +18,9 @@ from inference_service.engine.engine import Engine
 from inference_service.engine.residents import AlwaysResident
 from inference_service.engine.scheduler import SchedulerLimits
 from inference_service.engine.step import Pending
-from inference_service.serving.engine_thread import EngineThread, Outputs
-from loramux_shared.faults import ReplicaFailed
+from inference_service.serving.delivery import Outputs
+from inference_service.serving.engine_thread import EngineThread
+from loramux_shared.faults import QueueFull, ReplicaFailed
 
 _ids = itertools.count()
 
@@ -169,3 +170,67 @@ async def test_a_mistake_outside_a_step_ends_every_request_too() -> None:
     with pytest.raises(ReplicaFailed):
         await _end(outputs)
     assert await thread.ended() == "its thread failed"
+
+
+def _seats(max_seqs: int, max_queue: int, device: Device) -> EngineThread:
+    limits = SchedulerLimits(max_tokens=512, max_seqs=max_seqs, max_adapters=1, max_seq_len=64)
+    engine = Engine(device, limits, BlockManager(1024, 4), AlwaysResident())
+    return EngineThread(engine, max_queue, lambda: None, step_timeout_s=60)
+
+
+async def _until(true: Callable[[], bool]) -> None:
+    async with asyncio.timeout(20):
+        while not true():
+            await asyncio.sleep(0.002)
+
+
+async def test_those_who_will_find_a_seat_do_not_wait() -> None:
+    """An idle replica takes as many at once as it has seats and places to wait, and refuses the next one."""
+    thread = _seats(64, 32, Device())
+    outputs = [_submit(thread) for _ in range(64 + 32)]
+    with pytest.raises(QueueFull):
+        _submit(thread)
+    thread.start()
+    assert {await _end(each) for each in outputs} == {FinishReason.LENGTH}
+    assert await _end(_submit(thread)) is FinishReason.LENGTH
+    assert await thread.stop() is None
+
+
+async def test_a_full_queue_refuses_at_once_and_one_that_ends_makes_room() -> None:
+    """With all seats taken, as many wait as the queue holds, whether or not a step has seen them."""
+    device, go = Device(), threading.Event()
+    steps = itertools.count()
+    device.before_step = lambda _: next(steps) == 0 or go.wait(20)
+    thread = _seats(2, 3, device)
+    running = [_submit(thread, new=30) for _ in range(2)]
+    thread.start()
+    await _until(lambda: thread.stats.running == 2)
+    waiting = [_submit(thread) for _ in range(3)]
+    for _ in range(2):
+        with pytest.raises(QueueFull):
+            _submit(thread)
+    waiting.pop().close()
+    waiting.append(_submit(thread))
+    with pytest.raises(QueueFull):
+        _submit(thread)
+    go.set()
+    assert {await _end(each) for each in (*running, *waiting)} == {FinishReason.LENGTH}
+    assert await thread.stop() is None
+
+
+async def test_free_seats_that_a_step_cannot_fill_let_nobody_in() -> None:
+    """Where blocks run out before seats, those that a step left waiting fill the queue."""
+    limits = SchedulerLimits(max_tokens=64, max_seqs=8, max_adapters=1, max_seq_len=64, watermark=0.0)
+    device, go = Device(), threading.Event()
+    device.before_step = lambda _: go.wait(20)
+    engine = Engine(device, limits, BlockManager(8, 4), AlwaysResident())
+    thread = EngineThread(engine, 2, lambda: None, step_timeout_s=60)
+    taken = [_submit(thread, prompt=20) for _ in range(3)]
+    thread.start()
+    await _until(lambda: thread.stats.left == 2)
+    assert thread.stats.seats - thread.stats.running == 7
+    with pytest.raises(QueueFull):
+        _submit(thread)
+    go.set()
+    assert {await _end(each) for each in taken} == {FinishReason.LENGTH}
+    assert await thread.stop() is None

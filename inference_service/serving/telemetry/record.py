@@ -14,6 +14,7 @@ from inference_service.core.sequence import FinishReason
 from inference_service.core.sequence import Sequence as EngineSequence
 from inference_service.serving.catalog import ServedModel
 from inference_service.serving.request import Delta, Event, Finished, Request
+from loramux_shared.arrival import ARRIVED_S
 from loramux_shared.faults import Fault, InternalFault
 
 OK: Final = "OK"
@@ -49,7 +50,8 @@ class Record:
     """None: there is no such model."""
     answers: list[AnswerRecord] = field(default_factory=list)
     """Empty until the prompt is tokenized and the constraint compiled."""
-    arrived_s: float = field(default_factory=time.monotonic)
+    arrived_s: float = field(default_factory=lambda: ARRIVED_S.get() or time.monotonic())
+    """When the call that brought it came, as near to the socket as its door can tell."""
     submitted_s: float | None = None
     """When it was given to the engine."""
     first_s: float | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import grpc
 import structlog
 from google.protobuf.message import DecodeError
 
+from loramux_shared.arrival import ARRIVED_S
 from loramux_shared.faults import ClientStalled, Fault, InternalFault, RequestInvalid, ShuttingDown
 from loramux_shared.rpc.status import abort
 from loramux_shared.rpc.traced import traced
@@ -51,6 +53,9 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc
         self.draining = False
         self._open: set[asyncio.Task[Any]] = set()
         self._reading: set[asyncio.Timeout] = set()
+        self._writing: dict[asyncio.Timeout, float] = {}
+        """Since when a message waits for its client to make room."""
+        self._looking = False
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -87,6 +92,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc
         Requests are one message, but are taken as streams: else gRPC waits for the message before it calls us,
         for as long as the client likes. Of a method that wants a stream, each message has to come in time.
         """
+        ARRIVED_S.set(time.monotonic())  # each call is a task of its own, so nobody has to take this back
         handler = await continuation(details)
         if handler is None or details.method.startswith("/grpc."):
             return handler
@@ -133,10 +139,13 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc
         async def handler(_requests: Any, context: grpc.aio.ServicerContext) -> None:
             async with (
                 self._guard(context, method),
+                self._patient() as limit,
                 aclosing(call(await self._read(context), context)) as responses,
             ):
                 async for response in responses:
-                    await self._write(context, response)
+                    self._writing[limit] = time.monotonic()
+                    await context.write(response)
+                    del self._writing[limit]
 
         return handler
 
@@ -160,14 +169,37 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc
         except DecodeError:
             raise RequestInvalid("the request is no message of this method.") from None
 
-    async def _write(self, context: grpc.aio.ServicerContext, response: Any) -> None:
+    @asynccontextmanager
+    async def _patient(self) -> AsyncIterator[asyncio.Timeout]:
+        """End a call one of whose messages waits too long; a timer for each would be a tenth of its cost."""
+        self._look()
         try:
-            async with asyncio.timeout(self._patience.read_s):
-                await context.write(response)
+            async with asyncio.timeout(None) as limit:
+                yield limit
         except TimeoutError:
+            if not limit.expired():
+                raise
             raise ClientStalled(
                 f"the client took nothing of the answer for {self._patience.read_s:g} s; it was ended."
             ) from None
+        finally:
+            self._writing.pop(limit, None)
+
+    def _look(self) -> None:
+        """Look at what is written, again and again while calls are open."""
+        if self._looking:
+            return
+        loop, late_s = asyncio.get_running_loop(), time.monotonic() - self._patience.read_s
+        for limit in [limit for limit, since_s in self._writing.items() if since_s <= late_s]:
+            del self._writing[limit]
+            limit.reschedule(loop.time())
+        if self._open:
+            self._looking = True
+            loop.call_later(min(1.0, self._patience.read_s / 4), self._look_again)
+
+    def _look_again(self) -> None:
+        self._looking = False
+        self._look()
 
     @asynccontextmanager
     async def _guard(self, context: grpc.aio.ServicerContext, method: str) -> AsyncIterator[None]:

@@ -18,10 +18,10 @@ HANDSHAKE_S = 10
 """From a connection to its first settings, TLS included; gRPC's default is 120 s."""
 IDLE_S = 120
 """A connection without calls is closed after this time; clients open another when they call again."""
-MAX_STREAMS = 256
+MAX_STREAMS = 1024
 """Calls of one connection at once; its client holds more back. Those that it resets count until they are
 cleared away, so that nobody fills the server by opening and resetting; more are reset themselves."""
-MAX_WAITING = 128 * MAX_STREAMS
+MAX_WAITING = 32 * MAX_STREAMS
 """Calls of a method that wait for its handler. Above gRPC's default of 1000, which a flood reaches at once, it
 cancels calls of anybody."""
 

@@ -1,0 +1,125 @@
+"""Outputs on their way to the streams of requests; used on the event loop only."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
+from typing import Final
+
+from inference_service.core.sequence import Sequence, StepOutput
+from loramux_shared.faults import Fault
+
+SLICE: Final = 32
+"""Streams that are woken at once; as many as this are never made to wait for each other."""
+TURNS: Final = 4
+"""Of the loop, in which a slice becomes messages: a stream over HTTP passes three tasks."""
+LONGEST_REST_S: Final = 0.1
+"""Where something else held the loop up in the middle of a slice."""
+YIELDS: Final = 4
+"""How much longer than usual they wait at most for requests that come."""
+
+
+class Outputs:
+    """The outputs of the sequences of one request, as they come."""
+
+    def __init__(self, seqs: Seq[Sequence], on_close: Callable[[str], None]) -> None:
+        self._open = {seq.id for seq in seqs}
+        self._later = list(seqs[1:])
+        self._on_close = on_close
+        self._waiting: list[StepOutput] = []
+        self._arrived = asyncio.Event()
+        self._failure: Fault | None = None
+
+    def put(self, outputs: Seq[StepOutput]) -> list[Sequence]:
+        """Keep outputs until it is woken; return the sequences that were to wait for them."""
+        self._waiting += outputs
+        later, self._later = self._later, []
+        return later
+
+    def wake(self) -> None:
+        """Hand over what was put."""
+        if self._waiting:
+            self._arrived.set()
+
+    async def get(self) -> list[StepOutput]:
+        """Wait for the next outputs; there are none behind the last one with a finish reason.
+
+        Raises:
+            Fault: that of `fail`.
+        """
+        await self._arrived.wait()
+        if self._failure is not None:
+            raise self._failure
+        self._arrived.clear()
+        outputs, self._waiting = self._waiting, []
+        return outputs
+
+    def fail(self, fault: Fault) -> None:
+        """End with a fault what has not ended yet; the first one counts."""
+        self._failure = self._failure or fault
+        self._arrived.set()
+
+    def drop(self, seq_id: str) -> None:
+        """Let one sequence go; when it has not ended yet, it is freed at the next step."""
+        if seq_id in self._open:
+            self._open.remove(seq_id)
+            self._on_close(seq_id)
+
+    def close(self) -> None:
+        """Let all sequences go."""
+        for seq_id in tuple(self._open):
+            self.drop(seq_id)
+
+
+class Delivery:
+    """Wakes streams in slices, first and last tokens before the others; between two slices it rests.
+
+    A stream that is woken costs the loop some 100 us, and gRPC takes one new call in two turns of the loop. So
+    it rests as long as a slice took, and up to YIELDS times longer while requests come: whatever else there is
+    has at least half of the loop, and what comes together at a stream meanwhile is one message. The interval
+    follows the number of streams by itself.
+    """
+
+    def __init__(self) -> None:
+        self._urgent: dict[Outputs, None] = {}
+        self._others: dict[Outputs, None] = {}
+        self._resting = False
+        self.came = False
+        """Whether a request came since the last slice."""
+
+    def add(self, stream: Outputs, *, urgent: bool) -> None:
+        """Let a stream wait for its turn; `begin` follows."""
+        if urgent:
+            self._others.pop(stream, None)
+            self._urgent[stream] = None
+        elif stream not in self._urgent:
+            self._others[stream] = None
+
+    def begin(self) -> None:
+        """Wake the first slice, unless one was woken a moment ago."""
+        if not self._resting and (self._urgent or self._others):
+            self._resting = True
+            loop = asyncio.get_running_loop()
+            for _ in range(SLICE):
+                if streams := self._urgent or self._others:
+                    stream = next(iter(streams))
+                    del streams[stream]
+                    stream.wake()
+            self._rest(loop.time(), TURNS)
+
+    def _rest(self, began_s: float, turns: int) -> None:
+        loop = asyncio.get_running_loop()
+        if turns:
+            loop.call_soon(self._rest, began_s, turns - 1)  # behind the tasks that were woken
+            return
+        took_s = min(loop.time() - began_s, LONGEST_REST_S)
+        loop.call_later(took_s, self._go_on, took_s, YIELDS)
+
+    def _go_on(self, took_s: float, yields: int) -> None:
+        if self.came and yields and not self._urgent:
+            self.came = False
+            asyncio.get_running_loop().call_later(took_s, self._go_on, took_s, yields - 1)
+        else:
+            self._resting = False
+            self.begin()
