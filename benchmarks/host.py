@@ -37,8 +37,8 @@ from inference_service.engine.block_manager import BlockManager
 from inference_service.engine.engine import Engine
 from inference_service.engine.graph_runner import GraphRunner
 from inference_service.engine.graphs import Graph
+from inference_service.engine.plan import SchedulerLimits
 from inference_service.engine.residents import AlwaysResident
-from inference_service.engine.scheduler import SchedulerLimits
 
 Kind = Literal["decode", "mixed", "starved", "crowded"]
 BLOCK_SIZE: Final = 16
