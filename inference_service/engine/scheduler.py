@@ -225,6 +225,8 @@ class Scheduler:
         if rows > 0:
             plan.give(seq, rows)
             self._grow(seq, plan)
+        if plan.left(seq):
+            plan.budget = 0
 
     def _give_shorter(self, long: Sequence, plan: Plan) -> None:
         """Give half of what is left to prompts of a lane that are shorter than one of it, shortest first."""
