@@ -18,8 +18,10 @@ LONGEST_S: Final = 0.5
 """What a step aims to take in which nobody decodes: who comes meanwhile waits for its end."""
 LOOK: Final = 32
 """Steps with prompts after which one decodes alone, so that what this takes stays known."""
-FIRST: Final = 32
-"""Rows of prompts beside streams while nothing is known; afterwards up to twice the most of late."""
+FIRST: Final = 64
+"""Rows of prompts beside streams while nothing is known."""
+GROWTH: Final = 4
+"""Times the most rows that a step had of late are no guess yet; with more, what was learned of few may mislead."""
 HEAVIEST: Final = 64
 """Rows of a step that count, at most, so that a few large steps do not outweigh all others."""
 KEPT: Final = 0.998
@@ -99,7 +101,7 @@ class Pace:
         decode_s = self._decode_s.get(decodes.bit_length())
         if decode_s is None or self._since_look >= LOOK:
             return Room(0, 0.0)
-        return Room(max(FIRST, 2 * self._most), (TIMES - 1) * decode_s)
+        return Room(max(FIRST, GROWTH * self._most), (TIMES - 1) * decode_s)
 
     def rows(self, context: int, seconds: float) -> float:
         """Return how many rows behind a context fit a time; one at least, so that everybody goes on."""
