@@ -41,8 +41,9 @@ _Turn = tuple[float, int, tuple[int, int], int, Lane, Sequence | None]
 class Scheduler:
     """Mixes decode and prefill under one token budget.
 
-    Sequences that decode come first. Then prompts under way and those that wait take turns by `Lanes`: the
-    lane that was served least comes first, and within a lane the most urgent, then the oldest. A lane lets
+    Sequences that decode come first. Then prompts under way and those that wait take turns by `Lanes`, in the
+    time that `Pace` leaves them: the lane that was served least comes first, and within a lane the most urgent,
+    then the oldest, which leaves half of what it would take to shorter ones of its lane. A lane lets
     others pass while its adapter is not resident, or finds no place among the `max_adapters` of a step.
 
     Whoever finds no seat, no blocks, no place among the adapters or none in the bank is served nothing, while
