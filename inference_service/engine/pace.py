@@ -21,7 +21,7 @@ LOOK: Final = 32
 FIRST: Final = 64
 """Rows of prompts beside streams while nothing is known."""
 GROWTH: Final = 4
-"""Times the most rows that a step had of late are no guess yet; with more, what was learned of few may mislead."""
+"""Times as many as a step had of late, at most: what was learned of few rows may mislead about many."""
 HEAVIEST: Final = 64
 """Rows of a step that count, at most, so that a few large steps do not outweigh all others."""
 KEPT: Final = 0.998

@@ -22,6 +22,8 @@ from inference_service.engine.residents import Presence, Residents
 QUANTUM: Final = 128.0
 """Tokens, by weight, that a lane under way is ahead of one that finds no place before it makes room for it.
 With less, sequences would be computed again too often; with more, the others would wait longer."""
+SHORTER: Final = 0.75
+"""Part that a prompt which would take all that is left of a step leaves to shorter ones of its lane."""
 
 
 class _Outcome(Enum):
@@ -43,7 +45,7 @@ class Scheduler:
 
     Sequences that decode come first. Then prompts under way and those that wait take turns by `Lanes`, in the
     time that `Pace` leaves them: the lane that was served least comes first, and within a lane the most urgent,
-    then the oldest, which leaves half of what it would take to shorter ones of its lane. A lane lets
+    then the oldest, which leaves most of what it would take to shorter ones of its lane. A lane lets
     others pass while its adapter is not resident, or finds no place among the `max_adapters` of a step.
 
     Whoever finds no seat, no blocks, no place among the adapters or none in the bank is served nothing, while
@@ -217,7 +219,7 @@ class Scheduler:
         return plan.counter(lane), 1, lane.waiting[0].order, next(self._numbers), lane, None
 
     def _give(self, seq: Sequence, plan: Plan) -> None:
-        """Give a prompt what finds room; one that would take all of it leaves half to shorter ones."""
+        """Give a prompt what finds room; one that would take all of it leaves some to shorter ones."""
         if seq in plan.preempted:
             return
         if plan.fitting(seq) < plan.left(seq):
@@ -230,14 +232,14 @@ class Scheduler:
             plan.budget = 0
 
     def _give_shorter(self, long: Sequence, plan: Plan) -> None:
-        """Give half of what is left to prompts of a lane that are shorter than one of it, shortest first."""
-        budget, seconds = plan.budget, plan.seconds
-        plan.budget, plan.seconds = budget // 2, seconds / 2
+        """Give SHORTER of what is left to prompts of a lane that are shorter than one of it, shortest first."""
+        kept, kept_s = math.ceil((1 - SHORTER) * plan.budget), (1 - SHORTER) * plan.seconds
+        plan.budget, plan.seconds = plan.budget - kept, plan.seconds - kept_s
         shorter = self._shorter(long, plan)
         while not plan.full and (seq := next(shorter, None)) is not None:
             plan.give(seq, plan.fitting(seq))
-        plan.budget += budget - budget // 2
-        plan.seconds += seconds / 2
+        plan.budget += kept
+        plan.seconds += kept_s
 
     def _shorter(self, long: Sequence, plan: Plan) -> Iterator[Sequence]:
         """Yield them, those under way and those that wait, which begin for it; none that is less urgent."""

@@ -178,7 +178,7 @@ def test_a_short_request_passes_long_prompts_of_its_own_model() -> None:
     assert not any(seq.num_known for seq in long)
 
 
-def test_short_requests_without_end_leave_half_to_the_oldest() -> None:
+def test_short_requests_without_end_leave_a_quarter_to_the_oldest() -> None:
     """So the long prompts that came before them go on, one after the other."""
     machine = Machine(token_s=0.0)
     engine = _streaming(machine)
@@ -188,9 +188,9 @@ def test_short_requests_without_end_leave_half_to_the_oldest() -> None:
         if not any(seq.num_prompt == 64 for seq in engine._scheduler.waiting):
             _add(engine, *(_seq(64) for _ in range(4)))
         engine.step()
-        assert next(steps) < 1000
+        assert next(steps) < 2000
     rows = _rows(machine)
-    assert 0.45 < sum(rows[seq] for seq in long) / sum(rows.values()) < 0.6
+    assert 0.2 < sum(rows[seq] for seq in long) / sum(rows.values()) < 0.3
 
 
 def test_less_urgent_requests_do_not_pass_however_short_they_are() -> None:
