@@ -140,7 +140,11 @@ class Pace:
         self._since_look = 0
 
     def _learn_rows(self, load: Load, took_s: float) -> None:
-        decode_s = self._decode_s.get(max(1, load.decodes).bit_length(), 0.0)
+        """Take what a step took beyond a decode as its rows' cost; if that is unknown, only of many."""
+        decode_s = self._decode_s.get(max(1, load.decodes).bit_length())
+        if decode_s is None and (load.decodes or load.rows < HEAVIEST):
+            return  # a first use, or next to one
+        decode_s = decode_s or 0.0
         per_row_s = max(0.0, took_s - decode_s) / load.rows
         context = load.area / load.rows
         usual_s = self._row_s + self._token_s * context

@@ -355,7 +355,7 @@ def test_the_torch_runner_gives_the_same_tokens_at_both_depths(
     models = ("base", *ADAPTERS)
     requests = [
         (models[index % 4], [draw.randrange(3, VOCAB) for _ in range(draw.randrange(1, 30))])
-        for index in range(6)
+        for index in range(12)
     ]
     token_bytes = 2 * 2 * 2 * 8 * 4
     answers = []
