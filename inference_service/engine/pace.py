@@ -16,8 +16,10 @@ TIMES: Final = 2.5
 """What a step with prompts aims to take, against one that only decodes the same sequences."""
 LONGEST_S: Final = 0.5
 """What a step aims to take in which nobody decodes: who comes meanwhile waits for its end."""
-LOOK: Final = 32
+LOOK: Final = 16
 """Steps with prompts after which one decodes alone, so that what this takes stays known."""
+LEAST: Final = 8
+"""Rows that a prompt has whatever they cost, where it has any: everybody goes on, and short ones soon begin."""
 FIRST: Final = 64
 """Rows of prompts beside streams while nothing is known."""
 GROWTH: Final = 4
@@ -104,11 +106,11 @@ class Pace:
         return Room(max(FIRST, GROWTH * self._most), (TIMES - 1) * decode_s)
 
     def rows(self, context: int, seconds: float) -> float:
-        """Return how many rows behind a context fit a time; one at least, so that everybody goes on."""
+        """Return how many rows behind a context fit a time; LEAST where they do not."""
         row_s, token_s = self._row_s + self._token_s * context, self._token_s
         # The root of rows * (row_s + token_s * rows / 2) = seconds, in a form that holds for token_s = 0.
         root = row_s + math.sqrt(row_s * row_s + 2 * token_s * max(0.0, seconds) / self._drift)
-        return max(1.0, 2 * seconds / self._drift / root) if root else math.inf
+        return max(LEAST, 2 * seconds / self._drift / root) if root else math.inf
 
     def cost_s(self, context: int, rows: int) -> float:
         """Return what rows behind a context are expected to take."""
@@ -133,9 +135,9 @@ class Pace:
         self._under_way.clear()
 
     def _learn_decode(self, decodes: int, took_s: float) -> None:
-        """Follow what is faster at once, for the half, and what is slower reluctantly: that may be chance."""
+        """Follow what is faster sooner than what is slower, which may be chance."""
         known = self._decode_s.get(decodes.bit_length(), took_s)
-        part = 0.5 if took_s < known else 0.125
+        part = 0.5 if took_s < known else 0.25
         self._decode_s[decodes.bit_length()] = known + part * (took_s - known)
         self._since_look = 0
 
