@@ -30,6 +30,8 @@ KEPT: Final = 0.998
 """Of what was known of the cost of rows, at every step with prompts: some 500 of them are remembered."""
 SPREAD: Final = 256.0
 """Tokens by which contexts must differ before what was measured says anything of their cost."""
+STALL: Final = 3.0
+"""Times longer than expected, from which on a step is believed only when the next of its kind is as well."""
 DRIFT: Final = 0.2
 """Part that one step has in how much slower than usual the machine is now."""
 
@@ -95,6 +97,8 @@ class Pace:
         self._sums = _Sums()
         self._row_s = self._token_s = 0.0
         self._drift = 1.0
+        self._stalled = [False, False]
+        """Whether the last step that decoded, and the last with prompts, took far longer than expected."""
 
     def room(self, decodes: int) -> Room:
         """Return what prompts may have beside so many sequences that decode; nothing, for a look at these."""
@@ -137,9 +141,17 @@ class Pace:
     def _learn_decode(self, decodes: int, took_s: float) -> None:
         """Follow what is faster sooner than what is slower, which may be chance."""
         known = self._decode_s.get(decodes.bit_length(), took_s)
+        self._since_look = 0
+        if self._stood_still(took_s, known, rows=False):
+            return
         part = 0.5 if took_s < known else 0.25
         self._decode_s[decodes.bit_length()] = known + part * (took_s - known)
-        self._since_look = 0
+
+    def _stood_still(self, took_s: float, expected_s: float, *, rows: bool) -> bool:
+        """Whether a step says nothing, for the machine did something else; twice in a row it is believed."""
+        stalled = took_s > STALL * expected_s and not self._stalled[rows]
+        self._stalled[rows] = stalled
+        return stalled
 
     def _learn_rows(self, load: Load, took_s: float) -> None:
         """Take what a step took beyond a decode as its rows' cost; if that is unknown, only of many."""
@@ -151,6 +163,8 @@ class Pace:
         context = load.area / load.rows
         usual_s = self._row_s + self._token_s * context
         if usual_s:
+            if self._stood_still(per_row_s, usual_s * self._drift, rows=True):
+                return
             self._drift += DRIFT * (min(max(per_row_s / usual_s, 0.25), 4.0) - self._drift)
         self._sums.add(min(load.rows, HEAVIEST), context, per_row_s)
         self._row_s, self._token_s = self._sums.line()

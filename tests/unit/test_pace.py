@@ -13,7 +13,7 @@ from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import Sequence, Token
 from inference_service.engine.block_manager import BlockManager
 from inference_service.engine.engine import Engine
-from inference_service.engine.pace import LONGEST_S, TIMES, Load, Pace
+from inference_service.engine.pace import LONGEST_S, LOOK, TIMES, Load, Pace
 from inference_service.engine.plan import SchedulerLimits
 from inference_service.engine.residents import AlwaysResident
 from inference_service.engine.step import Pending
@@ -118,6 +118,30 @@ def test_a_machine_that_becomes_slower_is_followed() -> None:
         for _ in range(200):
             engine.step()
         assert max(machine.took_s[-100:]) < 3.2 * machine.step_s
+
+
+def test_a_machine_that_stood_still_once_is_not_taken_for_a_slow_one() -> None:
+    """After steps of two seconds, one with a prompt and one without, prompts have nearly what they had."""
+    machine = Machine()
+    engine = _streaming(machine)
+    _add(engine, _seq(8000))
+    for _ in range(40):
+        engine.step()
+    decode_s = machine.step_s
+    usual = sorted(machine.took_s[-20:])[10]
+    for look in (False, True):
+        while (engine._scheduler.pace._since_look >= LOOK) is not look:
+            engine.step()
+        machine.step_s = 2.0
+        engine.step()
+        assert (machine.batches[-1].num_tokens == STREAMS) is look
+        machine.step_s = decode_s
+    times = []
+    for _ in range(20):
+        engine.step()
+        times.append(machine.took_s[-1])
+    assert sorted(times)[10] == pytest.approx(usual, rel=0.1)
+    assert max(times) < 3.2 * decode_s
 
 
 def test_where_rows_are_cheap_prompts_have_the_whole_budget() -> None:
