@@ -11,8 +11,10 @@ from dataclasses import dataclass, replace
 from inference_service.core.batch import Batch
 from inference_service.core.sequence import FinishReason, Sequence, StepOutput, Token
 from inference_service.engine.block_manager import BlockManager
+from inference_service.engine.lookup import accept
+from inference_service.engine.plan import SchedulerLimits
 from inference_service.engine.residents import Residents
-from inference_service.engine.scheduler import Scheduler, SchedulerLimits
+from inference_service.engine.scheduler import Scheduler
 from inference_service.engine.step import Pending, StepRunner
 
 
@@ -165,10 +167,10 @@ class Engine:
         self._left = self._scheduler.num_waiting
         self._end_failed_loads()
         if batch.chunks:
-            self._begin(batch)
+            now_s = self._begin(batch)
             self._under_way.append(self._runner.submit(batch))
             self._residency.submitted()
-            self._scheduler.commit(batch)
+            self._scheduler.commit(batch, now_s)
         if len(self._under_way) > (self._runner.depth if batch.chunks else 0):
             self._resolve(self._under_way.popleft())
         for pending in self._under_way:
@@ -185,15 +187,18 @@ class Engine:
     def fail_all(self) -> list[StepOutput]:
         """End every sequence as FAILED, after a step that raised."""
         self._under_way.clear()
+        self._scheduler.pace.forget_steps()
         self._residency.resolved(everything=True)
         self._blocks.forget_all()
         self._end(tuple(self._seqs), FinishReason.FAILED)
         return self._hand_out()
 
-    def _begin(self, batch: Batch) -> None:
+    def _begin(self, batch: Batch) -> float:
+        now_s = self._clock()
         for chunk in batch.chunks:
             if chunk.seq.began_s is None:
-                chunk.seq.began_s = self._clock()
+                chunk.seq.began_s = now_s
+        return now_s
 
     def _hand_out(self) -> list[StepOutput]:
         outputs, self._outputs = self._outputs, []
@@ -216,13 +221,15 @@ class Engine:
     def _resolve(self, pending: Pending) -> None:
         """Wait for a step; what it drew for sequences that ended meanwhile is dropped."""
         accepted = dict.fromkeys(pending.drafts, -1)
-        for seq, token in pending.tokens():
+        tokens = pending.tokens()
+        self._scheduler.pace.resolved(self._clock())
+        for seq, token in tokens:
             if self._seqs.get(seq.id) is not seq:
                 continue
             if seq in accepted:
                 accepted[seq] += 1
                 if accepted[seq]:
-                    self._scheduler.accept(seq)
+                    accept(seq)
             self._outputs.append(self._append(seq, token))
         for seq, count in accepted.items():
             self._scheduler.lookup.learn(seq, len(pending.drafts[seq]), max(0, count))

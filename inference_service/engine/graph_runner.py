@@ -14,9 +14,9 @@ from inference_service.core.batch import Batch
 from inference_service.engine.buffers import StepBuffers, StepCapacity, StepMemory
 from inference_service.engine.graphs import Graph, Recorder
 from inference_service.engine.logprobs import score_prompt
+from inference_service.engine.plan import SchedulerLimits
 from inference_service.engine.rows import Rows, lay_out
 from inference_service.engine.runner import Runner
-from inference_service.engine.scheduler import SchedulerLimits
 from inference_service.engine.shaping import Shaper
 from inference_service.engine.step import Pending
 from inference_service.engine.transfer import Reading

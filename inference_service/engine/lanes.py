@@ -10,10 +10,10 @@ from __future__ import annotations
 import bisect
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import Final
+from typing import Any, Final
 
 from inference_service.core.sequence import FAIR, Adapter, Sequence, Share
 
@@ -36,6 +36,8 @@ class Lane:
     waiting: list[Sequence] = field(default_factory=list)
     running: list[Sequence] = field(default_factory=list)
     """Both in their order."""
+    by_length: list[Sequence] = field(default_factory=list)
+    """Those that wait, the most urgent first, then those of the shortest prompts."""
 
     @property
     def rank(self) -> Rank:
@@ -51,6 +53,12 @@ class Lanes:
         """Those that wait for their adapters to arrive: their counters begin anew then."""
         self.lowest = math.inf
         """No counter of those that wait and can be served is smaller; see `look_through`."""
+        self.active: Counter[Adapter] = Counter()
+        """Sequences under way, by adapter."""
+        self.under_way: dict[Lane, None] = {}
+        """Lanes that have some."""
+        self._smallest: float | None = None
+        """What `_least` said, while that holds."""
         self._lanes: dict[Key, Lane] = {}
         self._by_adapter: defaultdict[Adapter | None, dict[Lane, None]] = defaultdict(dict)
         self._running: Counter[str] = Counter()
@@ -100,7 +108,7 @@ class Lanes:
         """Take a sequence out of its lane, and the lane away with its last one."""
         lane = self.of(seq)
         if not self._end(lane, seq):
-            take(lane.waiting, seq)
+            _leave(lane, seq)
         if not lane.running and not lane.waiting:
             self._forget(lane)
         return lane
@@ -108,9 +116,12 @@ class Lanes:
     def start(self, seq: Sequence) -> None:
         """Move a sequence from those that wait to those that are under way."""
         lane = self.of(seq)
-        take(lane.waiting, seq)
+        _leave(lane, seq)
         bisect.insort(lane.running, seq, key=order)
         self._running[lane.flow] += 1
+        self.under_way[lane] = None
+        if lane.adapter is not None:
+            self.active[lane.adapter] += 1
 
     def stop(self, seq: Sequence) -> None:
         """Let a sequence wait again."""
@@ -120,12 +131,17 @@ class Lanes:
 
     def count(self, lane: Lane, *, counted: bool) -> None:
         """Note whether a lane can be served; one that could not be begins anew when it can."""
-        if not counted:
+        if not counted and lane not in self.uncounted:
             self.uncounted.add(lane)
-        elif lane in self.uncounted:
+            self.changed()
+        elif counted and lane in self.uncounted:
+            lane.served = max(lane.served, self._least())
             self.uncounted.remove(lane)
-            lane.served = max(lane.served, self._least(lane))
             self.lowest = min(self.lowest, lane.served)
+
+    def changed(self) -> None:
+        """Note that counters grew."""
+        self._smallest = None
 
     def is_full(self, lane: Lane) -> bool:
         """Whether as many sequences of its flow are under way, on whatever adapter, as its share allows."""
@@ -133,27 +149,33 @@ class Lanes:
         return most is not None and self._running[lane.flow] >= most
 
     def _end(self, lane: Lane, seq: Sequence) -> bool:
-        found = take(lane.running, seq)
-        self._running[lane.flow] -= found
-        if not self._running[lane.flow]:
-            del self._running[lane.flow]
-        return found
+        if not take(lane.running, seq):
+            return False
+        _one_less(self._running, lane.flow)
+        if lane.adapter is not None:
+            _one_less(self.active, lane.adapter)
+        if not lane.running:
+            del self.under_way[lane]
+        return True
 
     def _wait(self, lane: Lane, seq: Sequence) -> None:
         bisect.insort(lane.waiting, seq, key=order)
+        bisect.insort(lane.by_length, seq, key=_length)
         if lane not in self.uncounted:
             self.lowest = min(self.lowest, lane.served)
 
-    def _least(self, but: Lane | None = None) -> float:
+    def _least(self) -> float:
         """The smallest counter of those that can be served; where all of them begin when there are none."""
-        counters = [
-            lane.served for lane in self._lanes.values() if lane not in self.uncounted and lane is not but
-        ]
-        return min(counters, default=0.0)
+        if self._smallest is None:
+            counters = (lane.served for lane in self._lanes.values() if lane not in self.uncounted)
+            self._smallest = min(counters, default=None)
+        return self._smallest or 0.0
 
     def _forget(self, lane: Lane) -> None:
         key = lane.flow, lane.adapter
         del self._lanes[key]
+        if lane.served == self._smallest:
+            self.changed()
         self.uncounted.discard(lane)
         del self._by_adapter[lane.adapter][lane]
         if not self._by_adapter[lane.adapter]:
@@ -173,10 +195,25 @@ def order(seq: Sequence) -> tuple[int, int]:
     return seq.order
 
 
-def take(ordered: list[Sequence], seq: Sequence) -> bool:
+def take(ordered: list[Sequence], seq: Sequence, key: Callable[[Sequence], Any] = order) -> bool:
     """Take a sequence out of where it may be."""
-    place = bisect.bisect_left(ordered, seq.order, key=order)
+    place = bisect.bisect_left(ordered, key(seq), key=key)
     found = place < len(ordered) and ordered[place] is seq
     if found:
         del ordered[place]
     return found
+
+
+def _length(seq: Sequence) -> tuple[int, int, int]:
+    return -seq.priority, seq.num_prompt, seq.arrival
+
+
+def _leave(lane: Lane, seq: Sequence) -> None:
+    take(lane.waiting, seq)
+    take(lane.by_length, seq, _length)
+
+
+def _one_less(counts: Counter[Any], key: object) -> None:
+    counts[key] -= 1
+    if not counts[key]:
+        del counts[key]

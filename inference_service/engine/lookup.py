@@ -17,6 +17,9 @@ from typing import Final
 from weakref import WeakKeyDictionary
 
 from inference_service.core.sequence import Sequence, Token
+from inference_service.engine.block_manager import BlockManager
+from inference_service.engine.plan import Plan, SchedulerLimits
+from inference_service.engine.sampler import shapes
 
 LOOKED_UP: Final = 3
 """Tokens that must have stood together before. Fewer do so by chance too often, more miss what was changed."""
@@ -65,6 +68,35 @@ class Lookup:
         missing, period = min(most, said.size) - len(found), len(said.tokens) - behind
         return found + [found[at % period] for at in range(period, period + missing)] if missing else found
 
+    def fill(
+        self,
+        plan: Plan,
+        running: Iterable[Sequence],
+        limits: SchedulerLimits,
+        blocks: BlockManager,
+        watermark: int,
+    ) -> None:
+        """Fill a small step with drafts of those that decode; they take nobody's rows or blocks."""
+        rows = sum(plan.lengths.values())
+        room = min(limits.speculative_tokens + 1, limits.max_seqs, limits.max_tokens) - rows
+        for seq in running if room > 0 else ():
+            if (
+                plan.lengths.get(seq) != 1
+                or seq.num_pending != 1
+                or seq.in_flight
+                or shapes(seq, seq.num_known)
+            ):
+                continue
+            left = min(seq.sampling.max_tokens - seq.num_known, limits.max_seq_len - len(seq.tokens)) - 1
+            most = min(room, left)
+            draft = self.draft(seq, most) if most > 0 else []
+            reach = len(seq.tokens) + len(draft)
+            needed = blocks.blocks_for(reach) - len(seq.blocks)
+            if draft and needed + watermark <= blocks.num_free and blocks.grow(seq, reach):
+                plan.drafts[seq] = draft
+                plan.lengths[seq] += len(draft)
+                room -= len(draft)
+
     def learn(self, seq: Sequence, drafted: int, accepted: int) -> None:
         """Note how much of a draft held."""
         self.drafted += drafted
@@ -76,6 +108,14 @@ class Lookup:
         else:
             said.size = max(1, drafted // 2)
             said.resting, said.rest = said.rest, min(2 * said.rest, LONGEST_REST)
+
+
+def accept(seq: Sequence) -> None:
+    """Note that one more token of a draft held: it was computed, and the one behind it was drawn."""
+    seq.num_computed += 1
+    seq.num_charged += 1
+    seq.in_flight += 1
+    seq.lane.served += 1 / seq.lane.share.weight
 
 
 def verified(

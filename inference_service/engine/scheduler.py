@@ -6,44 +6,24 @@ import bisect
 import heapq
 import itertools
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
 from enum import Enum
 from typing import Final
 
-from inference_service.core.batch import Batch, Chunk
+from inference_service.core.batch import Batch
 from inference_service.core.sequence import Adapter, Sequence
 from inference_service.engine.block_manager import BlockManager
 from inference_service.engine.lanes import Lane, Lanes, Rank, order, take
 from inference_service.engine.lookup import Lookup
+from inference_service.engine.pace import NOTHING, Pace
+from inference_service.engine.plan import Plan, SchedulerLimits
 from inference_service.engine.residents import Presence, Residents
-from inference_service.engine.sampler import shapes
 
 QUANTUM: Final = 128.0
 """Tokens, by weight, that a lane under way is ahead of one that finds no place before it makes room for it.
 With less, sequences would be computed again too often; with more, the others would wait longer."""
-
-
-@dataclass(frozen=True)
-class SchedulerLimits:
-    """Bounds of one step."""
-
-    max_tokens: int
-    """Rows of a forward pass."""
-    max_seqs: int
-    """Sequences that are under way at once."""
-    max_adapters: int
-    """Distinct adapters among them."""
-    max_seq_len: int
-    """Tokens of a sequence, prompt and answer together."""
-    watermark: float = 0.01
-    """Part of the blocks that admission leaves free, for the growth of those under way."""
-    speculative_tokens: int = 0
-    """Tokens that are drafted for a step that has no other rows than one; with more rows fewer. 0: none."""
-
-    def reached(self, seq: Sequence, length: int) -> bool:
-        """True when a sequence ends by its limit at so many tokens of prompt and answer."""
-        return length - seq.num_prompt >= seq.sampling.max_tokens or length >= self.max_seq_len
+SHORTER: Final = 0.75
+"""Part that a prompt which would take all that is left of a step leaves to shorter ones of its lane."""
 
 
 class _Outcome(Enum):
@@ -56,30 +36,6 @@ class _Outcome(Enum):
     """Not now, and nobody behind it."""
 
 
-@dataclass
-class _Step:
-    """A step while it is put together."""
-
-    budget: int
-    lengths: dict[Sequence, int] = field(default_factory=dict)
-    preempted: set[Sequence] = field(default_factory=set)
-    drafts: dict[Sequence, list[int]] = field(default_factory=dict)
-    short: bool = False
-    """Whether those under way lacked blocks, so that nobody new may take some."""
-    ahead: dict[Lane, float] = field(default_factory=dict)
-    """What lanes are given in this step, which they are charged for when it was submitted."""
-
-    def counter(self, lane: Lane) -> float:
-        """What a lane was served, this step included."""
-        return lane.served + self.ahead.get(lane, 0.0)
-
-    def give(self, lane: Lane, seq: Sequence, rows: int) -> None:
-        """Let a step have rows of a sequence."""
-        self.lengths[seq] = rows
-        self.budget -= rows
-        self.ahead[lane] = self.ahead.get(lane, 0.0) + rows / lane.share.weight
-
-
 _Turn = tuple[float, int, tuple[int, int], int, Lane, Sequence | None]
 """Counter, those under way first, order, a tie-breaker; and a prompt under way, or None for who waits next."""
 
@@ -87,8 +43,9 @@ _Turn = tuple[float, int, tuple[int, int], int, Lane, Sequence | None]
 class Scheduler:
     """Mixes decode and prefill under one token budget.
 
-    Sequences that decode come first. Then prompts under way and those that wait take turns by `Lanes`: the
-    lane that was served least comes first, and within a lane the most urgent, then the oldest. A lane lets
+    Sequences that decode come first. Then prompts under way and those that wait take turns by `Lanes`, in the
+    time that `Pace` leaves them: the lane that was served least comes first, and within a lane the most urgent,
+    then the oldest, which leaves most of what it would take to shorter ones of its lane. A lane lets
     others pass while its adapter is not resident, or finds no place among the `max_adapters` of a step.
 
     Whoever finds no seat, no blocks, no place among the adapters or none in the bank is served nothing, while
@@ -109,6 +66,8 @@ class Scheduler:
         self.num_waiting = 0
         self.preemptions = 0
         self.lookup = Lookup()
+        self.pace = Pace()
+        self._load = NOTHING
         self._residents = residents
         self._seen = -1
         self._starved: list[Lane] = []
@@ -144,67 +103,39 @@ class Scheduler:
 
     def schedule(self) -> Batch:
         """Choose the chunks of the next step; empty when there is nothing to do."""
-        step = _Step(self.limits.max_tokens)
-        bound = self._bring_in(step)
+        plan = Plan(self.limits.max_tokens, self.pace)
+        plan.bound = self._bring_in(plan)
         decodes: list[Sequence] = []
-        prompts: list[Sequence] = []
         for seq in self.running:
-            (prompts if seq.num_pending > 1 else decodes).append(seq)
-        if len(decodes) > step.budget:
+            one = len(seq.tokens) + seq.in_flight - seq.num_computed <= 1  # num_pending, for all in every step
+            (decodes if one else plan.prompts).append(seq)
+        if len(decodes) > plan.budget:
             decodes.sort(key=lambda seq: self.lanes.of(seq).served)
-        for seq in decodes:
-            self._continue(seq, step)
-        self._take_turns(step, prompts, bound)
-        if self.limits.speculative_tokens:
-            self._draft(step)
-        drafts = step.drafts
-        return Batch(
-            tuple([Chunk(seq, length, len(drafts.get(seq, ()))) for seq, length in step.lengths.items()]),
-            drafts,
-        )
+        self._decode(decodes, plan)
+        if plan.prompts or self.num_waiting:
+            plan.limit(len(plan.lengths))
+            self._take_turns(plan)
+        self._load = plan.load()
+        if self.limits.speculative_tokens and not plan.short:
+            self.lookup.fill(plan, self.running, self.limits, self.blocks, self._watermark)
+        return plan.batch()
 
-    def commit(self, batch: Batch) -> None:
+    def commit(self, batch: Batch, now_s: float) -> None:
         """Note that a batch was submitted: for every later step, its keys and values are in the cache."""
-        for chunk in batch.chunks:
-            seq, drawn = chunk.seq, chunk.samples
-            seq.num_computed += chunk.length - chunk.drafted
+        self.pace.submitted(self._load, now_s)
+        self.lanes.changed()
+        for seq, length, drafted in batch.chunks:
+            known = length - drafted
+            drawn = known == len(seq.tokens) + seq.in_flight - seq.num_computed
+            seq.num_computed += known
             seq.in_flight += drawn
             rows = seq.num_computed - seq.num_charged
             if rows > 0:  # what is computed again costs nothing, nor does what was cached
-                seq.lane.served += min(rows, chunk.length) / seq.lane.share.weight
+                seq.lane.served += min(rows, length) / seq.lane.share.weight
                 seq.num_charged = seq.num_computed
             self.blocks.register(seq)
 
-    def accept(self, seq: Sequence) -> None:
-        """Note that one more token of a draft held: it was computed, and the one behind it was drawn."""
-        seq.num_computed += 1
-        seq.num_charged += 1
-        seq.in_flight += 1
-        seq.lane.served += 1 / seq.lane.share.weight
-
-    def _draft(self, step: _Step) -> None:
-        """Fill a small step with drafts of those that decode; they take nobody's rows or blocks."""
-        rows = sum(step.lengths.values())
-        room = min(self.limits.speculative_tokens + 1 - rows, self.limits.max_seqs - rows, step.budget)
-        for seq in self.running if room > 0 and not step.short else ():
-            if (
-                step.lengths.get(seq) != 1
-                or seq.num_pending != 1
-                or seq.in_flight
-                or shapes(seq, seq.num_known)
-            ):
-                continue
-            left = min(seq.sampling.max_tokens - seq.num_known, self.limits.max_seq_len - len(seq.tokens)) - 1
-            most = min(room, left)
-            draft = self.lookup.draft(seq, most) if most > 0 else []
-            reach = len(seq.tokens) + len(draft)
-            needed = self.blocks.blocks_for(reach) - len(seq.blocks)
-            if draft and needed + self._watermark <= self.blocks.num_free and self.blocks.grow(seq, reach):
-                step.drafts[seq] = draft
-                step.lengths[seq] += len(draft)
-                room -= len(draft)
-
-    def _bring_in(self, step: _Step) -> float:
+    def _bring_in(self, plan: Plan) -> float:
         """Let adapters arrive in the order of those who wait for them.
 
         Returns the counter from which on nobody begins on an adapter, since somebody waits for a place in the
@@ -216,9 +147,9 @@ class Scheduler:
         if not starved:
             return math.inf
         first = min(starved, key=lambda lane: lane.rank)
-        furthest = self._furthest(first, step, lambda lane: lane.adapter is not None)
+        furthest = self._furthest(first, plan, lambda lane: lane.adapter is not None)
         if furthest is not None and not self._residents.releasing:
-            self._displace(furthest.adapter, step)
+            self._displace(furthest.adapter, plan)
         return first.served + QUANTUM
 
     def _look_for_adapters(self) -> None:
@@ -239,134 +170,184 @@ class Scheduler:
     def _presence(self, lane: Lane) -> Presence:
         return Presence.RESIDENT if lane.adapter is None else self._residents.presence(lane.adapter)
 
-    def _take_turns(self, step: _Step, prompts: list[Sequence], bound: float) -> None:
-        """Share what is left of the budget among prompts under way and those that wait."""
+    def _decode(self, decodes: list[Sequence], plan: Plan) -> None:
+        """Give those that decode their row; who is furthest ahead gives up the blocks that they lack."""
+        size, lengths, reached = self.blocks.block_size, plan.lengths, self.limits.reached
+        for seq in decodes:
+            if not plan.budget:
+                return
+            if seq in plan.preempted or (seq.in_flight and reached(seq, seq.length)):
+                continue
+            lengths[seq] = 1
+            plan.budget -= 1
+            if seq.num_computed >= len(seq.blocks) * size:
+                self._grow(seq, plan)
+
+    def _grow(self, seq: Sequence, plan: Plan) -> None:
+        """Take the blocks that a sequence lacks for its rows from who is furthest ahead."""
+        while seq not in plan.preempted and not self.blocks.grow(seq, seq.num_computed + plan.lengths[seq]):
+            plan.short = True
+            furthest = max(self.lanes.under_way, key=lambda lane: (lane.served, lane.running[-1].order))
+            self._preempt(furthest.running[-1], plan)
+
+    def _take_turns(self, plan: Plan) -> None:
+        """Share what is left of a step among prompts under way and those that wait."""
         turns: list[_Turn] = []
-        for seq in prompts:
+        for seq in plan.prompts:
             lane = self.lanes.of(seq)
             turns.append((lane.served, 0, seq.order, next(self._numbers), lane, seq))
-        turns += [self._turn(lane, step) for lane in self._candidates(bound)]
+        turns += [self._turn(lane, plan) for lane in self._candidates(plan)]
         heapq.heapify(turns)
-        while turns and step.budget:
+        while turns and not plan.full:
             *_, lane, prompt = heapq.heappop(turns)
             if prompt is not None:
-                self._continue(prompt, step)
+                self._give(prompt, plan)
                 continue
-            outcome = _Outcome.BLOCKED if step.short else self._admit(lane, step)
+            if not lane.waiting:
+                continue
+            seq = lane.waiting[0]
+            outcome = self._admit(seq, plan)
             if outcome is _Outcome.BLOCKED:
                 turns = [turn for turn in turns if turn[-1] is not None]
                 heapq.heapify(turns)
-            elif outcome is _Outcome.ADMITTED and lane.waiting:
-                heapq.heappush(turns, self._turn(lane, step))
+            elif outcome is _Outcome.ADMITTED:
+                self._give(seq, plan)
+                if lane.waiting:
+                    heapq.heappush(turns, self._turn(lane, plan))
 
-    def _turn(self, lane: Lane, step: _Step) -> _Turn:
-        return step.counter(lane), 1, lane.waiting[0].order, next(self._numbers), lane, None
+    def _turn(self, lane: Lane, plan: Plan) -> _Turn:
+        return plan.counter(lane), 1, lane.waiting[0].order, next(self._numbers), lane, None
 
-    def _candidates(self, bound: float) -> list[Lane]:
-        """Lanes of which one may be admitted.
-
-        Where seats or places of adapters are short, of those who lack one only the first may ask, and only when
-        somebody is far enough ahead: a step does not walk through a thousand who wait.
-        """
-        if not self.num_waiting:
-            return []
-        seated = len(self.running) < self.limits.max_seqs
-        active = self._active()
-        if seated and len(active) < self.limits.max_adapters:
-            return self._ready(bound)
-        joining = self.lanes.waiting_for([None, *active]) if seated else []
-        joining = [lane for lane in joining if self._may_begin(lane, bound)]
-        if math.isinf(self.lanes.lowest):
-            return joining
-        most = max([self.lanes.of(seq).served for seq in self.running], default=0.0)
-        if most - self.lanes.lowest < QUANTUM:
-            return joining
-        others = [lane for lane in self._ready(bound) if lane not in joining]
-        return [*joining, min(others, key=lambda lane: lane.rank)] if others else joining
-
-    def _ready(self, bound: float) -> list[Lane]:
-        return [lane for lane in self.lanes.look_through() if self._may_begin(lane, bound)]
-
-    def _may_begin(self, lane: Lane, bound: float) -> bool:
-        """Whether nothing that only the lane itself can change is in its way."""
-        if lane.waiting[0].in_flight or self.lanes.is_full(lane):
-            return False
-        return lane.adapter is None or (lane.adapter.slot is not None and lane.served < bound)
-
-    def _active(self) -> set[Adapter]:
-        return {seq.adapter for seq in self.running if seq.adapter is not None}
-
-    def _continue(self, seq: Sequence, step: _Step) -> None:
-        """Give a sequence under way its rows; who is furthest ahead gives up the blocks that it lacks."""
-        if seq in step.preempted or not step.budget or (seq.in_flight and self._waits_for_its_token(seq)):
+    def _give(self, seq: Sequence, plan: Plan) -> None:
+        """Give a prompt what finds room; one that would take all of it leaves some to shorter ones."""
+        if seq in plan.preempted:
             return
-        step.lengths[seq] = length = min(seq.num_pending, step.budget)
-        step.budget -= length
-        while seq not in step.preempted and not self.blocks.grow(seq, seq.num_computed + length):
-            step.short = True
-            self._preempt(max(self.running, key=self._expendable), step)
+        if plan.fitting(seq) < plan.left(seq):
+            self._give_shorter(seq, plan)
+        rows = plan.fitting(seq)
+        if rows > 0:
+            plan.give(seq, rows)
+            self._grow(seq, plan)
+        if plan.left(seq):
+            plan.budget = 0
 
-    def _expendable(self, seq: Sequence) -> tuple[float, tuple[int, int]]:
-        """Grows with how far the lane is ahead, and within it with how little urgent a sequence is."""
-        return self.lanes.of(seq).served, seq.order
+    def _give_shorter(self, long: Sequence, plan: Plan) -> None:
+        """Give SHORTER of what is left to prompts of a lane that are shorter than one of it, shortest first."""
+        kept, kept_s = math.ceil((1 - SHORTER) * plan.budget), (1 - SHORTER) * plan.seconds
+        plan.budget, plan.seconds = plan.budget - kept, plan.seconds - kept_s
+        shorter = self._shorter(long, plan)
+        while not plan.full and (seq := next(shorter, None)) is not None:
+            plan.give(seq, plan.fitting(seq))
+        plan.budget += kept
+        plan.seconds += kept_s
 
-    def _waits_for_its_token(self, seq: Sequence) -> bool:
-        return self.limits.reached(seq, seq.length)
+    def _shorter(self, long: Sequence, plan: Plan) -> Iterator[Sequence]:
+        """Yield them, those under way and those that wait, which begin for it; none that is less urgent."""
+        lane, left = self.lanes.of(long), plan.left(long)
+        others = (seq for seq in plan.prompts if seq.lane is lane and seq not in plan.preempted)
+        under_way = [seq for seq in others if seq.priority >= long.priority and 0 < plan.left(seq) < left]
+        under_way.sort(key=plan.left, reverse=True)
+        while True:
+            shortest = plan.left(under_way[-1]) if under_way else left
+            waits = lane.by_length[0] if lane.waiting else None
+            if (
+                waits is not None
+                and waits.priority >= long.priority
+                and waits.num_prompt < shortest
+                and self._may_begin(lane, waits, plan)
+                and self._admit(waits, plan) is _Outcome.ADMITTED
+            ):
+                yield waits
+            elif under_way:
+                yield under_way.pop()
+            else:
+                return
 
-    def _admit(self, lane: Lane, step: _Step) -> _Outcome:
-        """Begin with the first of a lane, if everything that it needs is there or is made room for."""
-        seq = lane.waiting[0]
-        if seq in step.preempted or self.lanes.is_full(lane) or not self._finds_place(lane, step):
+    def _candidates(self, plan: Plan) -> list[Lane]:
+        """Lanes of which one may be admitted, as many as there are seats and places of adapters, and one more.
+
+        Where either is short, the one that is more may ask only when somebody is far enough ahead: a step does
+        not walk through a thousand who wait.
+        """
+        if not self.num_waiting or plan.short:
+            return []
+        seats = max(0, self.limits.max_seqs - len(self.running))
+        places = max(0, self.limits.max_adapters - len(self.lanes.active)) if seats else 0
+        joining = self.lanes.waiting_for([None, *self.lanes.active]) if seats else []
+        joining = [lane for lane in joining if self._may_begin(lane, lane.waiting[0], plan)]
+        if not places:
+            if math.isinf(self.lanes.lowest):
+                return joining
+            most = max((lane.served for lane in self.lanes.under_way), default=0.0)
+            if most - self.lanes.lowest < QUANTUM:
+                return joining
+        known = set(joining)
+        others = [lane for lane in self.lanes.look_through() if lane not in known]
+        others = [lane for lane in others if self._may_begin(lane, lane.waiting[0], plan)]
+        return joining + heapq.nsmallest(places + 1, others, key=lambda lane: lane.rank)
+
+    def _may_begin(self, lane: Lane, seq: Sequence, plan: Plan) -> bool:
+        """Whether nothing that only the lane itself can change is in the way of one that waits in it."""
+        if seq.in_flight or self.lanes.is_full(lane):
+            return False
+        return lane.adapter is None or (lane.adapter.slot is not None and lane.served < plan.bound)
+
+    def _admit(self, seq: Sequence, plan: Plan) -> _Outcome:
+        """Begin with one that waits, if everything that it needs is there or is made room for."""
+        lane = self.lanes.of(seq)
+        if plan.short:
+            return _Outcome.BLOCKED
+        if seq in plan.preempted or self.lanes.is_full(lane) or not self._finds_place(lane, plan):
             return _Outcome.PASSED
         while len(self.running) >= self.limits.max_seqs:
-            if not self._make_room(lane, step):
+            if not self._make_room(lane, plan):
                 return _Outcome.BLOCKED
         while not self._start(seq):
-            if not self._make_room(lane, step):
+            if not self._make_room(lane, plan):
                 return _Outcome.BLOCKED
         self._waits_no_more(seq)
         self.lanes.start(seq)
         bisect.insort(self.running, seq, key=order)
+        plan.prompts.append(seq)
         if seq.adapter is not None:
             self._residents.acquire(seq.adapter)
-        step.give(lane, seq, min(seq.num_pending, step.budget))
         return _Outcome.ADMITTED
 
-    def _finds_place(self, lane: Lane, step: _Step) -> bool:
+    def _finds_place(self, lane: Lane, plan: Plan) -> bool:
         """Whether its adapter may take part, if need be in the place of one that is far ahead."""
-        active = self._active()
+        active = self.lanes.active
         if lane.adapter is None or lane.adapter in active or len(active) < self.limits.max_adapters:
             return True
-        furthest = self._furthest(lane, step, lambda other: other.adapter is not None)
+        furthest = self._furthest(lane, plan, lambda other: other.adapter is not None)
         if furthest is not None:
-            self._displace(furthest.adapter, step)
+            self._displace(furthest.adapter, plan)
         return furthest is not None
 
-    def _make_room(self, lane: Lane, step: _Step) -> bool:
+    def _make_room(self, lane: Lane, plan: Plan) -> bool:
         """Preempt one sequence of the lane that is furthest ahead of this one, if any is far enough."""
-        furthest = self._furthest(lane, step, lambda _: True)
+        furthest = self._furthest(lane, plan, lambda _: True)
         if furthest is not None:
-            self._preempt(furthest.running[-1], step)
+            self._preempt(furthest.running[-1], plan)
         return furthest is not None
 
-    def _furthest(self, lane: Lane, step: _Step, may: Callable[[Lane], bool]) -> Lane | None:
+    def _furthest(self, lane: Lane, plan: Plan, may: Callable[[Lane], bool]) -> Lane | None:
         """The lane under way that is furthest ahead of another, by a QUANTUM at least; None if none is."""
-        under_way = {self.lanes.of(seq) for seq in self.running} - {lane}
-        furthest = max(filter(may, under_way), key=lambda each: each.served, default=None)
-        if furthest is None or furthest.served - step.counter(lane) < QUANTUM:
+        under_way = (other for other in self.lanes.under_way if other is not lane and may(other))
+        furthest = max(under_way, key=lambda other: other.served, default=None)
+        if furthest is None or furthest.served - plan.counter(lane) < QUANTUM:
             return None
         return furthest
 
-    def _displace(self, adapter: Adapter | None, step: _Step) -> None:
+    def _displace(self, adapter: Adapter | None, plan: Plan) -> None:
         """Preempt all that are under way on an adapter."""
         for seq in [seq for seq in self.running if seq.adapter is adapter]:
-            self._preempt(seq, step)
+            self._preempt(seq, plan)
 
-    def _preempt(self, seq: Sequence, step: _Step) -> None:
+    def _preempt(self, seq: Sequence, plan: Plan) -> None:
         """Let a sequence under way wait again, also if the step has rows of it already."""
-        step.preempted.add(seq)
-        rows = step.lengths.pop(seq, 0)
-        step.budget += rows
+        plan.preempted.add(seq)
+        rows = plan.lengths.pop(seq, 0)
+        plan.budget += rows
         take(self.running, seq)
         self._let_go(seq)
         self.lanes.stop(seq)

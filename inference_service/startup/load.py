@@ -21,9 +21,9 @@ from inference_service.engine.block_manager import BlockManager
 from inference_service.engine.engine import Engine
 from inference_service.engine.graph_runner import GraphRunner, SegmentedLora
 from inference_service.engine.graphs import CudaRecorder
+from inference_service.engine.plan import SchedulerLimits
 from inference_service.engine.residents import AlwaysResident, Residents
 from inference_service.engine.runner import Runner
-from inference_service.engine.scheduler import SchedulerLimits
 from inference_service.kernels.cpu.spin import Spinning
 from inference_service.serving.adapter_defaults import AdapterDefaults
 from inference_service.serving.catalog import Catalog, ServedModel

@@ -13,7 +13,7 @@ from inference_service.core.batch import Batch, Chunk
 from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import Adapter
 from inference_service.core.sequence import Sequence as EngineSequence
-from inference_service.engine.scheduler import SchedulerLimits
+from inference_service.engine.plan import SchedulerLimits
 from inference_service.engine.step import StepRunner
 from loramux_shared.bases.memory import GB
 from loramux_shared.faults import ResourcesExhausted

@@ -202,7 +202,8 @@ class InferenceSettings(Settings):
     deterministic: bool = False
     """Answer the same, bit for bit, in any company and after prefix hits; on a CPU with compiled operations."""
     max_batch_tokens: OfDevice = None
-    """Tokens per step, of prompts and answers together; auto: 1024 on a CPU, 8192 on a GPU."""
+    """Tokens per step, of prompts and answers together, at most: beside running answers, prompts have fewer, so
+    that steps stay short. auto: 1024 on a CPU, 8192 on a GPU."""
     max_batch_seqs: OfDevice = None
     """Sequences per step; auto: 64 on a CPU, 256 on a GPU."""
     max_batch_adapters: Count = 64

@@ -22,10 +22,10 @@ from inference_service.engine.engine import Engine
 from inference_service.engine.graph_runner import GraphRunner
 from inference_service.engine.graphs import CudaRecorder, Graph, Recorder
 from inference_service.engine.lookup import Lookup
+from inference_service.engine.plan import SchedulerLimits
 from inference_service.engine.residents import AlwaysResident
 from inference_service.engine.rows import lay_out
 from inference_service.engine.runner import Runner
-from inference_service.engine.scheduler import SchedulerLimits
 from inference_service.engine.step import Pending
 from inference_service.engine.tape import Tape, TapeRecorder
 from inference_service.lora.loader import load_adapter

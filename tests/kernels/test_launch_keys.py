@@ -19,8 +19,8 @@ from inference_service.engine import graph_runner
 from inference_service.engine.block_manager import BlockManager
 from inference_service.engine.engine import Engine
 from inference_service.engine.graph_runner import GraphRunner
+from inference_service.engine.plan import SchedulerLimits
 from inference_service.engine.residents import AlwaysResident
-from inference_service.engine.scheduler import SchedulerLimits
 from inference_service.engine.tape import TapeRecorder
 from inference_service.kernels.launch import Launch
 from inference_service.startup.load import Ready

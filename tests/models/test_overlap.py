@@ -19,9 +19,9 @@ from inference_service.core.sequence import Adapter, FinishReason, Sequence, Ste
 from inference_service.engine.block_manager import BlockManager
 from inference_service.engine.engine import Engine
 from inference_service.engine.lookup import Lookup
+from inference_service.engine.plan import SchedulerLimits
 from inference_service.engine.residents import AlwaysResident
 from inference_service.engine.rows import lay_out
-from inference_service.engine.scheduler import SchedulerLimits
 from inference_service.engine.step import Pending
 from inference_service.startup.load import Ready
 from loramux_shared.storage.memory import MemoryStore
@@ -355,7 +355,7 @@ def test_the_torch_runner_gives_the_same_tokens_at_both_depths(
     models = ("base", *ADAPTERS)
     requests = [
         (models[index % 4], [draw.randrange(3, VOCAB) for _ in range(draw.randrange(1, 30))])
-        for index in range(6)
+        for index in range(12)
     ]
     token_bytes = 2 * 2 * 2 * 8 * 4
     answers = []

@@ -2,20 +2,75 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
+
 import pytest
 
 from benchmarks import host
-from benchmarks.host import BLOCK_SIZE, Bench, Point
-from tests.support import instructions as support
+from benchmarks.host import ACTIVE, BLOCK_SIZE, Bench, Point
+from inference_service.core.batch import Batch
+from inference_service.core.sampling import SamplingParams
+from inference_service.core.sequence import Adapter, Sequence, Token
+from inference_service.engine.block_manager import BlockManager
+from inference_service.engine.engine import Engine
+from inference_service.engine.plan import SchedulerLimits
+from inference_service.engine.residents import AlwaysResident
+from inference_service.engine.step import Pending
+from tests.support.instructions import instructions as count
 
 SEQS = 12
+ANSWER = 4
+"""Tokens."""
 BASE = Point("decode", SEQS, context=256, loaded=64)
 
 
 def instructions(point: Point) -> float:
     """Count the interpreter's instructions of a step, over as many steps as sequences take to need a block."""
-    bench = Bench(point)
-    return support.instructions(lambda: [bench.step() for _ in range(BLOCK_SIZE)]) / BLOCK_SIZE
+    return counted(Bench(point).step, BLOCK_SIZE)
+
+
+def counted(step: Callable[[], object], steps: int) -> float:
+    """Count the interpreter's instructions of a step, over some."""
+    return count(lambda: [step() for _ in range(steps)]) / steps
+
+
+class Immediate:
+    """A runner that draws a token at once."""
+
+    depth = 0
+
+    def submit(self, batch: Batch) -> Pending:
+        """Begin a step that is over."""
+        seqs = tuple(chunk.seq for chunk in batch.chunks if chunk.samples)
+        return Pending(seqs, lambda: [Token(7)] * len(seqs))
+
+
+def coming_and_going(seqs: int, *, waiting: int, lanes: int, adapters: int) -> Callable[[], None]:
+    """Return a step of an engine whose sequences end after ANSWER tokens, each followed by another."""
+    limits = SchedulerLimits(4 * seqs, seqs, ACTIVE, max_seq_len=64)
+    blocks = BlockManager(8 * seqs, BLOCK_SIZE, prefix_cache=False)
+    engine = Engine(Immediate(), limits, blocks, AlwaysResident(), clock=lambda: 0.0)
+    known = [Adapter(f"{number:064x}", number) for number in range(adapters)]
+    numbers = itertools.count()
+
+    def add() -> None:
+        number = next(numbers)
+        new = ANSWER if number >= seqs else 1 + number % ANSWER  # so that as many end in every step
+        seq = Sequence(str(number), [1, 2], SamplingParams(max_tokens=new), known[number % adapters])
+        seq.flow = str(number % lanes)
+        engine.add(seq)
+
+    def step() -> None:
+        for output in engine.step():
+            if output.finish:
+                add()
+
+    for _ in range(seqs + waiting):
+        add()
+    for _ in range(4 * ANSWER):
+        step()
+    return step
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +95,20 @@ def test_a_step_costs_what_its_sequences_do(usual: float, other: Point) -> None:
 def test_a_step_costs_no_more_than_its_share_with_more_sequences(usual: float) -> None:
     """Nothing is quadratic: four times the sequences are at most four times the work."""
     assert instructions(Point("decode", 4 * SEQS, context=256, loaded=64)) < 4 * usual
+
+
+@pytest.mark.parametrize("lanes", [1, 1000], ids=["one lane", "a lane each"])
+def test_admission_costs_what_is_admitted(lanes: int) -> None:
+    """A quarter of the sequences ends in every step, and others come: four times as many are as much more work,
+    whether they share a lane or have one each."""
+    few, many = (coming_and_going(seqs, waiting=4, lanes=lanes, adapters=ACTIVE) for seqs in (24, 96))
+    assert counted(many, ANSWER) < 4.4 * counted(few, ANSWER)
+
+
+def test_who_finds_no_place_costs_the_others_little() -> None:
+    """Of 400 that wait for places of adapters, a step asks as many as there are places, and one more."""
+    few, many = (coming_and_going(24, waiting=count, lanes=1, adapters=count) for count in (100, 400))
+    assert counted(many, ANSWER) < 2 * counted(few, ANSWER)
 
 
 def test_blocks_are_copied_as_they_are() -> None:

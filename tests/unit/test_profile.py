@@ -13,8 +13,8 @@ from structlog.testing import capture_logs
 
 from inference_service.core.batch import Batch
 from inference_service.core.sequence import Adapter, Sequence, Token
+from inference_service.engine.plan import SchedulerLimits
 from inference_service.engine.runner import Runner
-from inference_service.engine.scheduler import SchedulerLimits
 from inference_service.engine.step import Pending
 from inference_service.startup.load import Ready
 from inference_service.startup.memory import divide_memory

@@ -18,9 +18,9 @@ from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import Adapter, FinishReason, Sequence, StepOutput, Token
 from inference_service.engine.block_manager import BlockManager
 from inference_service.engine.engine import Engine
+from inference_service.engine.plan import SchedulerLimits
 from inference_service.engine.residency import FIRST_PAUSE_S, LOADS, Residency
 from inference_service.engine.residents import Arrived, State
-from inference_service.engine.scheduler import SchedulerLimits
 from inference_service.engine.step import Pending
 from inference_service.lora.places import Places
 from loramux_shared.faults import BundleCorrupt, Fault, InternalFault, ResourcesExhausted

@@ -14,8 +14,9 @@ from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import FAIR, Adapter, FinishReason, Sequence, Share, Token
 from inference_service.engine.block_manager import BlockManager
 from inference_service.engine.engine import Engine
+from inference_service.engine.plan import SchedulerLimits
 from inference_service.engine.residents import AlwaysResident
-from inference_service.engine.scheduler import QUANTUM, SchedulerLimits
+from inference_service.engine.scheduler import QUANTUM
 from inference_service.engine.step import Pending
 
 ADAPTERS = [Adapter(f"{number:064x}", slot=number) for number in range(40)]
@@ -84,6 +85,7 @@ def test_decodes_come_before_a_long_prompt_and_share_its_step() -> None:
     short, long = _seq(3, 20), _seq(20, 1)
     engine.add(short)
     engine.step()
+    engine.step()  # what it takes to decode alone is known now
     engine.add(long)
     engine.step()
     lengths = {chunk.seq.id: chunk.length for chunk in runner.batches[-1].chunks}

@@ -1,0 +1,172 @@
+"""How much of a step prompts may have beside streams, learned from what steps took. No tensors, no clock.
+
+A row of a prompt costs more the longer the context that it attends to, and by how much depends on the machine,
+the model and the kernels. So steps say it: what one that only decodes takes, by how many sequences it has; and
+what the others took beyond that, by their rows and where they stood.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from dataclasses import dataclass
+from typing import Final, NamedTuple
+
+TIMES: Final = 2.5
+"""What a step with prompts aims to take, against one that only decodes the same sequences."""
+LONGEST_S: Final = 0.5
+"""What a step aims to take in which nobody decodes: who comes meanwhile waits for its end."""
+LOOK: Final = 16
+"""Steps with prompts after which one decodes alone, so that what this takes stays known."""
+LEAST: Final = 8
+"""Rows that a prompt has whatever they cost, where it has any: everybody goes on, and short ones soon begin."""
+FIRST: Final = 64
+"""Rows of prompts beside streams while nothing is known."""
+GROWTH: Final = 4
+"""Times as many as a step had of late, at most: what was learned of few rows may mislead about many."""
+HEAVIEST: Final = 64
+"""Rows of a step that count, at most, so that a few large steps do not outweigh all others."""
+KEPT: Final = 0.998
+"""Of what was known of the cost of rows, at every step with prompts: some 500 of them are remembered."""
+SPREAD: Final = 256.0
+"""Tokens by which contexts must differ before what was measured says anything of their cost."""
+STALL: Final = 3.0
+"""Times longer than expected, from which on a step is believed only when the next of its kind is as well."""
+DRIFT: Final = 0.2
+"""Part that one step has in how much slower than usual the machine is now."""
+
+
+class Load(NamedTuple):
+    """What a step computes."""
+
+    decodes: int
+    """Sequences with one row."""
+    rows: int
+    """Of prompts."""
+    area: float
+    """Sum over these rows of the tokens that each attends to."""
+
+
+NOTHING: Final = Load(0, 0, 0.0)
+
+
+class Room(NamedTuple):
+    """What prompts may have of a step."""
+
+    rows: float
+    seconds: float
+
+
+@dataclass
+class _Sums:
+    """Of a linear regression of seconds per row on context, over steps that fade."""
+
+    weight: float = 0.0
+    context: float = 0.0
+    square: float = 0.0
+    seconds: float = 0.0
+    product: float = 0.0
+
+    def add(self, weight: float, context: float, seconds: float) -> None:
+        """Take in a step."""
+        self.weight = self.weight * KEPT + weight
+        self.context = self.context * KEPT + weight * context
+        self.square = self.square * KEPT + weight * context * context
+        self.seconds = self.seconds * KEPT + weight * seconds
+        self.product = self.product * KEPT + weight * context * seconds
+
+    def line(self) -> tuple[float, float]:
+        """Return the seconds of a row without a context, and what each token of a context adds."""
+        context, seconds = self.context / self.weight, self.seconds / self.weight
+        spread = self.square / self.weight - context * context
+        slope = (self.product / self.weight - context * seconds) / (spread + SPREAD * SPREAD)
+        slope = min(max(0.0, slope), seconds / context if context else 0.0)
+        return seconds - slope * context, slope
+
+
+class Pace:
+    """Learns what steps take, and says what prompts may have of the next one."""
+
+    def __init__(self) -> None:
+        self._under_way: deque[tuple[Load, float]] = deque()
+        self._resolved_s = -math.inf
+        self._decode_s: dict[int, float] = {}
+        """What a step takes that only decodes, by the bits of the number of its sequences."""
+        self._since_look = 0
+        self._most = 0.0
+        self._sums = _Sums()
+        self._row_s = self._token_s = 0.0
+        self._drift = 1.0
+        self._stalled = [False, False]
+        """Whether the last step that decoded, and the last with prompts, took far longer than expected."""
+
+    def room(self, decodes: int) -> Room:
+        """Return what prompts may have beside so many sequences that decode; nothing, for a look at these."""
+        if not decodes:
+            return Room(math.inf, LONGEST_S)
+        decode_s = self._decode_s.get(decodes.bit_length())
+        if decode_s is None or self._since_look >= LOOK:
+            return Room(0, 0.0)
+        return Room(max(FIRST, GROWTH * self._most), (TIMES - 1) * decode_s)
+
+    def rows(self, context: int, seconds: float) -> float:
+        """Return how many rows behind a context fit a time; LEAST where they do not."""
+        row_s, token_s = self._row_s + self._token_s * context, self._token_s
+        # The root of rows * (row_s + token_s * rows / 2) = seconds, in a form that holds for token_s = 0.
+        root = row_s + math.sqrt(row_s * row_s + 2 * token_s * max(0.0, seconds) / self._drift)
+        return max(LEAST, 2 * seconds / self._drift / root) if root else math.inf
+
+    def cost_s(self, context: int, rows: int) -> float:
+        """Return what rows behind a context are expected to take."""
+        return self._drift * rows * (self._row_s + self._token_s * (context + rows / 2))
+
+    def submitted(self, load: Load, now_s: float) -> None:
+        """Note that a step began."""
+        self._under_way.append((load, now_s))
+
+    def resolved(self, now_s: float) -> None:
+        """Note that the oldest step that was submitted is over; its time began when the one before ended."""
+        load, began_s = self._under_way.popleft()
+        took_s = now_s - max(began_s, self._resolved_s)
+        self._resolved_s = now_s
+        if load.rows:
+            self._learn_rows(load, took_s)
+        else:
+            self._learn_decode(load.decodes, took_s)
+
+    def forget_steps(self) -> None:
+        """Note that no step is under way any more, for one failed."""
+        self._under_way.clear()
+
+    def _learn_decode(self, decodes: int, took_s: float) -> None:
+        """Follow what is faster sooner than what is slower, which may be chance."""
+        known = self._decode_s.get(decodes.bit_length(), took_s)
+        self._since_look = 0
+        if self._stood_still(took_s, known, rows=False):
+            return
+        part = 0.5 if took_s < known else 0.25
+        self._decode_s[decodes.bit_length()] = known + part * (took_s - known)
+
+    def _stood_still(self, took_s: float, expected_s: float, *, rows: bool) -> bool:
+        """Whether a step says nothing, for the machine did something else; twice in a row it is believed."""
+        stalled = took_s > STALL * expected_s and not self._stalled[rows]
+        self._stalled[rows] = stalled
+        return stalled
+
+    def _learn_rows(self, load: Load, took_s: float) -> None:
+        """Take what a step took beyond a decode as its rows' cost; if that is unknown, only of many."""
+        decode_s = self._decode_s.get(max(1, load.decodes).bit_length())
+        if decode_s is None and (load.decodes or load.rows < HEAVIEST):
+            return  # a first use, or next to one
+        decode_s = decode_s or 0.0
+        per_row_s = max(0.0, took_s - decode_s) / load.rows
+        context = load.area / load.rows
+        usual_s = self._row_s + self._token_s * context
+        if usual_s:
+            if self._stood_still(per_row_s, usual_s * self._drift, rows=True):
+                return
+            self._drift += DRIFT * (min(max(per_row_s / usual_s, 0.25), 4.0) - self._drift)
+        self._sums.add(min(load.rows, HEAVIEST), context, per_row_s)
+        self._row_s, self._token_s = self._sums.line()
+        self._most = max(self._most * KEPT, load.rows)
+        self._since_look += bool(load.decodes)

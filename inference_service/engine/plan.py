@@ -1,0 +1,104 @@
+"""A step while it is put together, and its bounds."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from inference_service.core.batch import Batch, Chunk
+from inference_service.core.sequence import Sequence
+from inference_service.engine.lanes import Lane
+from inference_service.engine.pace import Load, Pace
+
+
+@dataclass(frozen=True)
+class SchedulerLimits:
+    """Bounds of one step."""
+
+    max_tokens: int
+    """Rows of a forward pass."""
+    max_seqs: int
+    """Sequences that are under way at once."""
+    max_adapters: int
+    """Distinct adapters among them."""
+    max_seq_len: int
+    """Tokens of a sequence, prompt and answer together."""
+    watermark: float = 0.01
+    """Part of the blocks that admission leaves free, for the growth of those under way."""
+    speculative_tokens: int = 0
+    """Tokens that are drafted for a step that has no other rows than one; with more rows fewer. 0: none."""
+
+    def reached(self, seq: Sequence, length: int) -> bool:
+        """True when a sequence ends by its limit at so many tokens of prompt and answer."""
+        return length - seq.num_prompt >= seq.sampling.max_tokens or length >= self.max_seq_len
+
+
+@dataclass
+class Plan:
+    """What a step has so far, and what is left of it."""
+
+    budget: int
+    """Rows that are left."""
+    pace: Pace
+    seconds: float = math.inf
+    """That are left for prompts."""
+    bound: float = math.inf
+    """The counter from which on nobody begins on an adapter."""
+    lengths: dict[Sequence, int] = field(default_factory=dict)
+    prompts: list[Sequence] = field(default_factory=list)
+    """Under way when the step began, or admitted into it; in the order of those under way."""
+    preempted: set[Sequence] = field(default_factory=set)
+    drafts: dict[Sequence, list[int]] = field(default_factory=dict)
+    short: bool = False
+    """Whether those under way lacked blocks, so that nobody new may take some."""
+    crowded: bool = False
+    """Whether somebody found no place among the adapters, so that nobody else would who needs one."""
+    ahead: dict[Lane, float] = field(default_factory=dict)
+    """What lanes are given in this step, which they are charged for when it was submitted."""
+
+    @property
+    def full(self) -> bool:
+        """Whether no prompt finds room any more."""
+        return self.budget <= 0 or self.seconds < 0
+
+    def counter(self, lane: Lane) -> float:
+        """What a lane was served, this step included."""
+        return lane.served + self.ahead.get(lane, 0.0)
+
+    def limit(self, decodes: int) -> None:
+        """Let prompts have what the pace says, beside so many that decode."""
+        room = self.pace.room(decodes)
+        self.budget, self.seconds = int(min(self.budget, room.rows)), room.seconds
+
+    def fitting(self, seq: Sequence) -> int:
+        """Rows of a prompt that find room, beside those that it has."""
+        given = self.lengths.get(seq, 0)
+        rows = self.pace.rows(seq.num_computed + given, self.seconds)
+        return int(min(seq.num_pending - given, self.budget, rows))
+
+    def left(self, seq: Sequence) -> int:
+        """Rows of a prompt that it has not been given."""
+        return seq.num_pending - self.lengths.get(seq, 0)
+
+    def give(self, seq: Sequence, rows: int) -> None:
+        """Let a step have rows of a prompt, behind those that it has."""
+        given, lane = self.lengths.get(seq, 0), seq.lane
+        self.lengths[seq] = given + rows
+        self.ahead[lane] = self.ahead.get(lane, 0.0) + rows / lane.share.weight
+        self.budget -= rows
+        self.seconds -= self.pace.cost_s(seq.num_computed + given, rows)
+
+    def load(self) -> Load:
+        """Return what it computes, for the pace."""
+        chunks = [(self.lengths[seq], seq.num_computed) for seq in self.prompts if seq in self.lengths]
+        rows = sum(length for length, _ in chunks)
+        area = sum(length * (start + length / 2) for length, start in chunks)
+        return Load(len(self.lengths) - len(chunks), rows, area)
+
+    def batch(self) -> Batch:
+        """Return it as it is."""
+        if not self.drafts:
+            return Batch(tuple([Chunk(seq, length) for seq, length in self.lengths.items()]))
+        drafted = self.drafts
+        chunks = [Chunk(seq, length, len(drafted.get(seq, ()))) for seq, length in self.lengths.items()]
+        return Batch(tuple(chunks), drafted)

@@ -1,0 +1,228 @@
+"""Chunks of prompts follow what steps take: engines whose runner takes the time that a machine would."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from dataclasses import dataclass, field
+
+import pytest
+
+from inference_service.core.batch import Batch
+from inference_service.core.sampling import SamplingParams
+from inference_service.core.sequence import Sequence, Token
+from inference_service.engine.block_manager import BlockManager
+from inference_service.engine.engine import Engine
+from inference_service.engine.pace import LONGEST_S, LOOK, TIMES, Load, Pace
+from inference_service.engine.plan import SchedulerLimits
+from inference_service.engine.residents import AlwaysResident
+from inference_service.engine.step import Pending
+
+STREAMS = 8
+LONG = 2000
+_ids = itertools.count()
+
+
+@dataclass
+class Machine:
+    """A runner, and the clock that it moves."""
+
+    depth: int = 0
+    step_s: float = 0.02
+    row_s: float = 0.0006
+    token_s: float = 5e-7
+    """Of each token that a row of a prompt attends to."""
+    now_s: float = 0.0
+    free_s: float = 0.0
+    batches: list[Batch] = field(default_factory=list)
+    took_s: list[float] = field(default_factory=list)
+
+    def submit(self, batch: Batch) -> Pending:
+        """Be at work on a batch, behind the one before."""
+        prompts = [chunk for chunk in batch.chunks if chunk.seq.num_pending > 1]
+        rows = sum(chunk.length * self.row_s for chunk in prompts)
+        area = sum(chunk.length * (chunk.start + chunk.end) / 2 for chunk in prompts)
+        took_s = self.step_s + rows + area * self.token_s
+        self.free_s = end_s = max(self.now_s, self.free_s) + took_s
+        self.batches.append(batch)
+        self.took_s.append(took_s)
+        seqs = tuple(chunk.seq for chunk in batch.chunks if chunk.samples)
+
+        def wait() -> list[Token]:
+            self.now_s = max(self.now_s, end_s)
+            return [Token(7)] * len(seqs)
+
+        return Pending(seqs, wait)
+
+
+def _engine(machine: Machine, max_tokens: int = 1024, max_seqs: int = 64) -> Engine:
+    limits = SchedulerLimits(max_tokens, max_seqs, max_adapters=2, max_seq_len=8192)
+    blocks = BlockManager(4096, 16)
+    return Engine(machine, limits, blocks, AlwaysResident(), clock=lambda: machine.now_s)
+
+
+def _seq(prompt: int, new: int = 1, priority: int = 0) -> Sequence:
+    number = next(_ids)
+    return Sequence(str(number), [number] * prompt, SamplingParams(max_tokens=new), priority=priority)
+
+
+def _add(engine: Engine, *seqs: Sequence) -> tuple[Sequence, ...]:
+    for seq in seqs:
+        engine.add(seq)
+    return seqs
+
+
+def _streaming(machine: Machine) -> Engine:
+    """Return an engine with streams that decode, and a runner that has forgotten how they began."""
+    engine = _engine(machine)
+    _add(engine, *(_seq(8, 8000) for _ in range(STREAMS)))
+    for _ in range(10):
+        engine.step()
+    machine.batches.clear()
+    machine.took_s.clear()
+    return engine
+
+
+def _rows(machine: Machine) -> Counter[Sequence]:
+    """Rows of prompts, over all batches: the first step of a stream is none."""
+    rows: Counter[Sequence] = Counter()
+    for batch in machine.batches:
+        rows.update({chunk.seq: chunk.length for chunk in batch.chunks if chunk.length > 1})
+    return rows
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+@pytest.mark.parametrize(
+    ("row_s", "token_s"), [(0.0006, 5e-7), (0.0002, 2e-8), (0.002, 0.0)], ids=["steep", "flat", "slow"]
+)
+def test_a_step_beside_streams_takes_a_small_multiple(depth: int, row_s: float, token_s: float) -> None:
+    """Whatever rows and their contexts cost: hardly a step is three times as long as one that only decodes, and
+    the time that prompts may have is used."""
+    machine = Machine(depth, row_s=row_s, token_s=token_s)
+    engine = _streaming(machine)
+    long = _add(engine, *(_seq(LONG) for _ in range(4)))
+    while any(not seq.num_known for seq in long):
+        engine.step()
+    times = sorted(took / machine.step_s for took in machine.took_s)
+    assert times[int(0.99 * len(times))] < 3.0
+    assert times[len(times) // 2] == pytest.approx(TIMES, rel=0.1)
+
+
+def test_a_machine_that_becomes_slower_is_followed() -> None:
+    """When all of it takes three times as long, steps with prompts keep their proportion after some of them."""
+    machine = Machine()
+    engine = _streaming(machine)
+    _add(engine, *(_seq(8000) for _ in range(2)))
+    for slower in (1, 3):
+        machine.step_s, machine.row_s, machine.token_s = 0.02 * slower, 0.0006 * slower, 5e-7 * slower
+        for _ in range(200):
+            engine.step()
+        assert max(machine.took_s[-100:]) < 3.2 * machine.step_s
+
+
+def test_a_machine_that_stood_still_once_is_not_taken_for_a_slow_one() -> None:
+    """After steps of two seconds, one with a prompt and one without, prompts have nearly what they had."""
+    machine = Machine()
+    engine = _streaming(machine)
+    _add(engine, _seq(8000))
+    for _ in range(40):
+        engine.step()
+    decode_s = machine.step_s
+    usual = sorted(machine.took_s[-20:])[10]
+    for look in (False, True):
+        while (engine._scheduler.pace._since_look >= LOOK) is not look:
+            engine.step()
+        machine.step_s = 2.0
+        engine.step()
+        assert (machine.batches[-1].num_tokens == STREAMS) is look
+        machine.step_s = decode_s
+    times = []
+    for _ in range(20):
+        engine.step()
+        times.append(machine.took_s[-1])
+    assert sorted(times)[10] == pytest.approx(usual, rel=0.1)
+    assert max(times) < 3.2 * decode_s
+
+
+def test_where_rows_are_cheap_prompts_have_the_whole_budget() -> None:
+    """On a device whose steps take the same whatever is in them, nothing is held back for long."""
+    machine = Machine(depth=1, row_s=1e-7, token_s=0.0)
+    engine = _streaming(machine)
+    _add(engine, *(_seq(8000) for _ in range(4)))
+    for _ in range(20):
+        engine.step()
+    assert max(batch.num_tokens for batch in machine.batches) == 1024
+
+
+def test_with_nobody_decoding_a_step_is_full_but_not_endless() -> None:
+    """Prompts alone have the whole budget, as far as whoever comes meanwhile can wait for the step's end."""
+    for row_s, full in ((0.0001, True), (0.005, False)):
+        machine = Machine(row_s=row_s, token_s=0.0)
+        engine = _engine(machine)
+        _add(engine, _seq(8000))
+        for _ in range(7):
+            engine.step()
+        assert (machine.batches[1].num_tokens == 1024) is full
+        assert max(machine.took_s[1:]) <= LONGEST_S + machine.step_s
+
+
+def test_prompts_go_on_where_a_row_costs_more_than_they_may_have() -> None:
+    """A few rows a step are what they always get."""
+    machine = Machine(row_s=0.5)
+    engine = _streaming(machine)
+    [long] = _add(engine, _seq(300))
+    for _ in range(50):
+        engine.step()
+    assert long.num_known
+
+
+def test_a_step_that_failed_is_not_waited_for() -> None:
+    """After it, what steps take is told of the steps that follow."""
+    pace = Pace()
+    pace.submitted(Load(8, 0, 0.0), 1.0)
+    pace.forget_steps()
+    pace.submitted(Load(8, 0, 0.0), 5.0)
+    pace.resolved(5.02)
+    assert pace.room(8).seconds == pytest.approx((TIMES - 1) * 0.02)
+
+
+def test_a_short_request_passes_long_prompts_of_its_own_model() -> None:
+    """Four long prompts are under way, or wait before it: its first token comes all the same."""
+    machine = Machine()
+    engine = _streaming(machine)
+    long = _add(engine, *(_seq(8000) for _ in range(4)))
+    for _ in range(50):
+        engine.step()
+    for _ in range(10):
+        came_s = machine.now_s
+        [short] = _add(engine, _seq(64))
+        while not short.num_known:
+            engine.step()
+        assert machine.now_s - came_s < 1.0
+    assert not any(seq.num_known for seq in long)
+
+
+def test_short_requests_without_end_leave_a_quarter_to_the_oldest() -> None:
+    """So the long prompts that came before them go on, one after the other."""
+    machine = Machine(token_s=0.0)
+    engine = _streaming(machine)
+    long = _add(engine, *(_seq(LONG) for _ in range(3)))
+    steps = itertools.count()
+    while any(not seq.num_known for seq in long):
+        if not any(seq.num_prompt == 64 for seq in engine._scheduler.waiting):
+            _add(engine, *(_seq(64) for _ in range(4)))
+        engine.step()
+        assert next(steps) < 2000
+    rows = _rows(machine)
+    assert 0.15 < sum(rows[seq] for seq in long) / sum(rows.values()) < 0.3
+
+
+def test_less_urgent_requests_do_not_pass_however_short_they_are() -> None:
+    """What is shared is shared among the equally urgent."""
+    machine = Machine()
+    engine = _streaming(machine)
+    [long] = _add(engine, _seq(LONG, priority=1))
+    [short] = _add(engine, _seq(8))
+    while not long.num_known:
+        engine.step()
+        assert long.num_known or not short.num_computed
