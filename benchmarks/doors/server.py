@@ -22,8 +22,8 @@ from inference_service.core.batch import Batch
 from inference_service.core.sequence import Token
 from inference_service.engine.block_manager import BlockManager
 from inference_service.engine.engine import Engine
-from inference_service.engine.residents import AlwaysResident
 from inference_service.engine.plan import SchedulerLimits
+from inference_service.engine.residents import AlwaysResident
 from inference_service.engine.step import Pending
 from inference_service.openai_api.server import HttpServer
 from inference_service.rpc.servicer import SERVICE_NAME, InferenceServicer, register

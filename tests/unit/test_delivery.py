@@ -12,8 +12,8 @@ from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import FinishReason, Sequence, StepOutput, Token
 from inference_service.engine.block_manager import BlockManager
 from inference_service.engine.engine import Engine
-from inference_service.engine.residents import AlwaysResident
 from inference_service.engine.plan import SchedulerLimits
+from inference_service.engine.residents import AlwaysResident
 from inference_service.serving.delivery import SLICE, Delivery, Outputs
 from inference_service.serving.engine_thread import EngineThread
 from tests.unit.test_engine_thread import Device, _submit
