@@ -116,7 +116,7 @@ class Spinning:
         self._clock = clock
         self._asleep = spin == "never"
         self._switch(live=self._asleep)
-        self._due_s = clock() + LOOK_S if spin == "auto" and torch.get_num_threads() > 1 else math.inf
+        self._due_s = clock() + LOOK_S if spin == "auto" else math.inf
         self._before: Waited | None = None
 
     def look(self) -> None:
