@@ -7,10 +7,12 @@ from typing import Final
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
+from torch.nn.functional import linear, pad
 
-SIZES: Final = (1024, 512, 256, 128, 64, 32, 24, *range(16, 0, -1))
+SIZES: Final = (1024, 768, 512, 384, 256, 192, 128, 96, 64, 48, 32, 24, *range(16, 0, -1))
 """Rows of a product on a CPU: for every other number of them oneDNN compiles half a megabyte, and keeps it."""
+PADDING: Final = 24
+"""Rows that a product may have too many: they take as long as reading the weights once more for a rest."""
 
 
 class Linear:
@@ -42,19 +44,23 @@ class Linear:
 
 
 def in_pieces(product: Callable[[Tensor], Tensor], x: Tensor, sizes: Sequence[int]) -> Tensor:
-    """Return a product [T, out] of x [T, in], in pieces of the sizes, which fall; the last may be padded."""
+    """Return a product [T, out] of x [T, in], in pieces of the sizes, which fall.
+
+    The last piece is padded where that is cheaper than one more, or no size is small enough.
+    """
     if len(x) in (0, *sizes):
         return product(x)
     parts, at = [], 0
     while at < len(x):
         left = len(x) - at
-        size = next((size for size in sizes if size <= left), sizes[-1])
+        size = next((size for size in reversed(sizes) if left <= size <= left + PADDING), None)
+        size = size or next((size for size in sizes if size <= left), sizes[-1])
         rows = x[at : at + size]
         missing = size - len(rows)
-        padded = torch.cat([rows, rows.new_zeros(missing, x.shape[1])]) if missing else rows
+        padded = pad(rows, (0, 0, 0, missing)) if missing else rows
         parts.append(product(padded)[: len(rows)])
         at += size
-    return torch.cat(parts)
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _onednn_takes(dtype: torch.dtype) -> bool:

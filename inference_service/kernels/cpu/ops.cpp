@@ -442,6 +442,12 @@ inline void gather(const uint32_t (*p)[SPAN], const T* values, const int32_t* bl
     for (int c = 0; c < WIDE; ++c) store(acc[i] + column + c * LANES, part[i][c]);
 }
 
+// Fetches the first lines of blocks: the processor finds the others by itself, but not the next block.
+template <class T> inline void announce(const T* data, const int32_t* blocks, int64_t count, int64_t size) {
+  for (int64_t b = 0; b < count; ++b)
+    for (int line = 0; line < 4; ++line) __builtin_prefetch(reinterpret_cast<const char*>(data + blocks[b] * size) + 64 * line);
+}
+
 // One kv head, up to TALL query rows that share it; row i of the tile may see positions [from[i], to[i]). Where there are
 // fewer rows, q[i] of the others is any row: what they give is not looked at.
 template <class T, int TALL>
@@ -462,6 +468,11 @@ void attend(const T* const* q, int rows, const int64_t* from, const int64_t* to,
   for (int64_t start = first / SPAN * SPAN; start < last; start += SPAN) {
     const int spans = int(std::min<int64_t>(SPAN, round_up(int(last - start), BLOCK))) / BLOCK;
     const int32_t* here = blocks + start / BLOCK;
+    if (TALL < TILE) {  // few rows: what they read is read once, and comes from memory
+      announce(values, here, spans, v_block);
+      const int64_t left = round_up(int(last - start), BLOCK) / BLOCK - spans;
+      announce(keys, here + spans, std::min<int64_t>(left, SPAN / BLOCK), k_block);
+    }
     int b = 0;
     for (; b + 2 <= spans; b += 2) score<T, TALL, 2>(q, keys, here + b, k_block, dim / P, reinterpret_cast<float(*)[SPAN]>(s[0] + b * BLOCK));
     if (b < spans) score<T, TALL, 1>(q, keys, here + b, k_block, dim / P, reinterpret_cast<float(*)[SPAN]>(s[0] + b * BLOCK));
@@ -472,6 +483,8 @@ void attend(const T* const* q, int rows, const int64_t* from, const int64_t* to,
         for (int d = 0; d < padded; d += LANES) store(acc[i] + d, load<vf>(acc[i] + d) * shrink);
     }
     int d = 0;
+    if (TALL < TILE)
+      for (; d + 4 * LANES <= padded; d += 4 * LANES) gather<T, TALL, 4>(p, values, here, spans, v_block, padded, acc, d);
     for (; d + 2 * LANES <= padded; d += 2 * LANES) gather<T, TALL, 2>(p, values, here, spans, v_block, padded, acc, d);
     if (d < padded) gather<T, TALL, 1>(p, values, here, spans, v_block, padded, acc, d);
   }
