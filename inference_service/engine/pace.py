@@ -14,6 +14,11 @@ from typing import Final, NamedTuple
 
 TIMES: Final = 2.5
 """What a step with prompts aims to take, against one that only decodes the same sequences."""
+TIMES_OF_BRIEF: Final = 5.0
+"""The same where all prompts under way are brief: they are over soon, and with less of a step for them seats
+would stand half empty, and first tokens come late."""
+BRIEF: Final = 512
+"""Tokens of a brief prompt that were not cached, at most."""
 LONGEST_S: Final = 0.5
 """What a step aims to take in which nobody decodes: who comes meanwhile waits for its end."""
 LOOK: Final = 16
@@ -100,14 +105,17 @@ class Pace:
         self._stalled = [False, False]
         """Whether the last step that decoded, and the last with prompts, took far longer than expected."""
 
-    def room(self, decodes: int) -> Room:
-        """Return what prompts may have beside so many sequences that decode; nothing, for a look at these."""
+    def room(self, decodes: int, times: float = TIMES) -> Room:
+        """Return what prompts may have beside so many sequences that decode; nothing, for a look at these.
+
+        A step aims to take so many times one that only decodes.
+        """
         if not decodes:
             return Room(math.inf, LONGEST_S)
         decode_s = self._decode_s.get(decodes.bit_length())
         if decode_s is None or self._since_look >= LOOK:
             return Room(0, 0.0)
-        return Room(max(FIRST, GROWTH * self._most), (TIMES - 1) * decode_s)
+        return Room(max(FIRST, GROWTH * self._most), (times - 1) * decode_s)
 
     def rows(self, context: int, seconds: float) -> float:
         """Return how many rows behind a context fit a time; LEAST where they do not."""

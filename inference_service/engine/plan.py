@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from inference_service.core.batch import Batch, Chunk
 from inference_service.core.sequence import Sequence
 from inference_service.engine.lanes import Lane
-from inference_service.engine.pace import Load, Pace
+from inference_service.engine.pace import BRIEF, TIMES, TIMES_OF_BRIEF, Load, Pace
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,8 @@ class Plan:
 
     def limit(self, decodes: int) -> None:
         """Let prompts have what the pace says, beside so many that decode."""
-        room = self.pace.room(decodes)
+        brief = all(seq.num_prompt - seq.num_cached <= BRIEF for seq in self.prompts)
+        room = self.pace.room(decodes, TIMES_OF_BRIEF if brief else TIMES)
         self.budget, self.seconds = int(min(self.budget, room.rows)), room.seconds
 
     def fitting(self, seq: Sequence) -> int:

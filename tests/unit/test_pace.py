@@ -13,7 +13,7 @@ from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import Sequence, Token
 from inference_service.engine.block_manager import BlockManager
 from inference_service.engine.engine import Engine
-from inference_service.engine.pace import LONGEST_S, LOOK, TIMES, Load, Pace
+from inference_service.engine.pace import BRIEF, LONGEST_S, LOOK, TIMES, TIMES_OF_BRIEF, Load, Pace
 from inference_service.engine.plan import SchedulerLimits
 from inference_service.engine.residents import AlwaysResident
 from inference_service.engine.step import Pending
@@ -106,6 +106,18 @@ def test_a_step_beside_streams_takes_a_small_multiple(depth: int, row_s: float, 
     times = sorted(took / machine.step_s for took in machine.took_s)
     assert times[int(0.99 * len(times))] < 3.0
     assert times[len(times) // 2] == pytest.approx(TIMES, rel=0.1)
+
+
+def test_brief_prompts_have_more_of_a_step() -> None:
+    """Without a long prompt under way, steps take up to five times one that decodes; with one they do not."""
+    machine = Machine()
+    engine = _streaming(machine)
+    for beside, times in ((0, TIMES_OF_BRIEF), (1, TIMES)):
+        _add(engine, *(_seq(8000) for _ in range(beside)))
+        for _ in range(40):
+            _add(engine, *(_seq(BRIEF - 12) for _ in range(2)))
+            engine.step()
+        assert max(machine.took_s[-20:]) / machine.step_s == pytest.approx(times, rel=0.2)
 
 
 def test_a_machine_that_becomes_slower_is_followed() -> None:
