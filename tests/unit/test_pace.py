@@ -108,16 +108,16 @@ def test_a_step_beside_streams_takes_a_small_multiple(depth: int, row_s: float, 
     assert times[len(times) // 2] == pytest.approx(TIMES, rel=0.1)
 
 
-def test_brief_prompts_have_more_of_a_step() -> None:
+@pytest.mark.parametrize(("long", "times"), [(0, TIMES_OF_BRIEF), (1, TIMES)])
+def test_brief_prompts_have_more_of_a_step(long: int, times: float) -> None:
     """Without a long prompt under way, steps take up to five times one that decodes; with one they do not."""
     machine = Machine()
     engine = _streaming(machine)
-    for beside, times in ((0, TIMES_OF_BRIEF), (1, TIMES)):
-        _add(engine, *(_seq(8000) for _ in range(beside)))
-        for _ in range(40):
-            _add(engine, *(_seq(BRIEF - 12) for _ in range(2)))
-            engine.step()
-        assert max(machine.took_s[-20:]) / machine.step_s == pytest.approx(times, rel=0.2)
+    _add(engine, *(_seq(LONG) for _ in range(long)))
+    for _ in range(60):
+        engine.step()
+        _add(engine, _seq(BRIEF // 2))
+    assert max(machine.took_s[30:]) / machine.step_s == pytest.approx(times, rel=0.15)
 
 
 def test_a_machine_that_becomes_slower_is_followed() -> None:
