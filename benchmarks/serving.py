@@ -4,8 +4,8 @@ Random adapters (rank 16 on all seven projections unless said otherwise) on the 
 random words, 64 new tokens each, greedy, end-of-sequence ignored; 16, 16 and 48 requests at concurrency 1, 8
 and 32. Beside the servers, in turn with them: their engine alone, and as the peer transformers + PEFT with a
 static mixed batch and no server; any OpenAI-compatible URL can be another. Nothing is drafted unless
-LORAMUX_SPECULATIVE_TOKENS says so. Figures are medians over rounds; a table is printed last, ratios beside their
-bars, and the exit status is 1 where one is missed.
+LORAMUX_SPECULATIVE_TOKENS says so. Figures are medians over rounds; a table is printed last, ratios beside
+their bars, and the exit status is 1 where one is missed.
 
     python -m benchmarks.serving
     python -m benchmarks.serving --peer-url http://127.0.0.1:8000/v1 --peer-models base,lora1,lora2
