@@ -15,7 +15,7 @@ from pathlib import Path
 
 from benchmarks.peer import Load, answer
 from inference_service.core.sampling import SamplingParams
-from inference_service.core.sequence import Adapter, Sequence
+from inference_service.core.sequence import Sequence
 from inference_service.startup.load import Ready, load
 from loramux_shared.settings import InferenceSettings
 from loramux_shared.storage.open import open_store
@@ -36,7 +36,7 @@ def measure(ready: Ready, load: Load) -> tuple[float, float]:
     """Keep so many sequences under way until all have ended; tokens are encoded before."""
     engine, inbox = ready.engine._engine, ready.engine._inbox
     encode = ready.service.text.encode_prompt
-    adapters = [_adapter(ready, name) for name in load["models"]]
+    adapters = [ready.service.catalog.resolve(name).adapter for name in load["models"]]
     waiting = deque(
         Sequence(
             f"{next(_numbers)}",
@@ -62,10 +62,6 @@ def measure(ready: Ready, load: Load) -> tuple[float, float]:
             if output.finish:
                 del began[output.seq_id]
     return tokens / (time.perf_counter() - started), statistics.median(firsts)
-
-
-def _adapter(ready: Ready, name: str) -> Adapter | None:
-    return next(model.adapter for model in ready.service.catalog.everything if model.name == name)
 
 
 if __name__ == "__main__":

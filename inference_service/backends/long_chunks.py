@@ -15,8 +15,8 @@ from typing import Final
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
+from inference_service.kernels.attention import attend_chunk
 from inference_service.kernels.cpu.ops import BLOCK, Chunks, CpuOps, Planned
 from loramux_shared.bundle.modules import BaseDims
 
@@ -45,19 +45,16 @@ class LongChunk:
         """Plan (first row, rows, context length, cache blocks of BLOCK positions)."""
         row, length, end, blocks = planned
         used = torch.tensor(blocks[: -(-end // BLOCK)], dtype=torch.int64)
-        mask = torch.full((length, end), float("-inf"), dtype=dtype).triu_(end - length + 1)
-        return cls(slice(row, row + length), used, end, None if end == length else mask)
+        mask = None
+        if end > length:
+            mask = torch.full((length, end), float("-inf"), dtype=dtype).triu_(end - length + 1)
+        return cls(slice(row, row + length), used, end, mask)
 
     def attend(self, ops: CpuOps, q: Tensor, keys: Tensor, values: Tensor, scale: float, out: Tensor) -> None:
         """Write what q [T, heads, d] attends to in the cache of `CpuOps.new_cache` to the rows of out."""
         own = ops.in_order(keys[:, self.blocks], values[:, self.blocks], q.shape[2])
-        own_keys, own_values = (part[None, :, : self.seen] for part in own)
-        query = q[self.rows].transpose(0, 1)[None]
-        found = scaled_dot_product_attention(
-            query, own_keys, own_values,
-            attn_mask=self.mask, is_causal=self.mask is None, scale=scale, enable_gqa=True,
-        )  # fmt: skip
-        out[self.rows] = found[0].transpose(0, 1).flatten(1)
+        own_keys, own_values = (part[:, : self.seen] for part in own)
+        out[self.rows] = attend_chunk(q[self.rows], own_keys, own_values, self.mask, scale).flatten(1)
 
 
 def rows_from_which_torch_is_faster(ops: CpuOps, dims: BaseDims) -> int | None:
@@ -99,5 +96,11 @@ def split(
     planned: Sequence[Planned], rows: int | None, dtype: torch.dtype
 ) -> tuple[list[Planned], list[LongChunk]]:
     """Return the contexts for the compiled operation, and those of at least so many rows for torch's."""
-    long = [each for each in planned if rows is not None and each[1] >= rows]
-    return [each for each in planned if each not in long], [LongChunk.make(each, dtype) for each in long]
+    short: list[Planned] = []
+    long: list[LongChunk] = []
+    for each in planned:
+        if rows is None or each[1] < rows:
+            short.append(each)
+        else:
+            long.append(LongChunk.make(each, dtype))
+    return short, long

@@ -21,7 +21,6 @@ from loramux_shared.bundle.modules import BaseDims
 BLOCKS = 12
 CONTEXTS = [Context(0, 1, [3], 9), Context(1, 40, [7, 1, 4, 9], 61), Context(41, 20, [2, 10], 20)]
 """One that decodes, a chunk with a past, and a whole prompt."""
-ROWS = 61
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1.2e-2}
 
 

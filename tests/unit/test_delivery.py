@@ -38,13 +38,19 @@ class _Woken:
         self.order.append(number)
 
 
-async def test_a_slice_is_woken_at_once_and_the_loop_has_its_turns_between_two() -> None:
-    """Others on the loop wait for one slice and never for all streams."""
-    delivery, streams = Delivery(), [_stream(number) for number in range(3 * SLICE)]
+async def _ready(count: int) -> tuple[Delivery, list[Outputs], _Woken]:
+    """Return a delivery that has not begun, its streams, and who waits for them."""
+    delivery, streams = Delivery(), [_stream(number) for number in range(count)]
     woken = _Woken(streams)
     await asyncio.sleep(0)
     for each in streams:
         delivery.add(each, urgent=False)
+    return delivery, streams, woken
+
+
+async def test_a_slice_is_woken_at_once_and_the_loop_has_its_turns_between_two() -> None:
+    """Others on the loop wait for one slice and never for all streams."""
+    delivery, streams, woken = await _ready(3 * SLICE)
     delivery.begin()
     seen = []
     while len(woken.order) < len(streams):
@@ -57,11 +63,7 @@ async def test_a_slice_is_woken_at_once_and_the_loop_has_its_turns_between_two()
 
 async def test_first_and_last_tokens_pass_all_others() -> None:
     """Also those whose stream waited for its turn already; within both, who came first is first."""
-    delivery, streams = Delivery(), [_stream(number) for number in range(3 * SLICE)]
-    woken = _Woken(streams)
-    await asyncio.sleep(0)
-    for each in streams:
-        delivery.add(each, urgent=False)
+    delivery, streams, woken = await _ready(3 * SLICE)
     for each in streams[-2:]:
         delivery.add(each, urgent=True)
         delivery.add(each, urgent=False)
@@ -85,11 +87,7 @@ async def test_what_comes_while_a_stream_waits_is_one_message() -> None:
 
 async def test_whoever_holds_the_loop_up_delays_deliveries_by_no_more_than_a_rest() -> None:
     """A slice that took long because of somebody else is not paid for as long again."""
-    delivery, streams = Delivery(), [_stream(number) for number in range(2 * SLICE)]
-    woken = _Woken(streams)
-    await asyncio.sleep(0)
-    for each in streams:
-        delivery.add(each, urgent=False)
+    delivery, _streams, woken = await _ready(2 * SLICE)
     asyncio.get_running_loop().call_soon(time.sleep, 1.0)
     delivery.begin()
     await asyncio.sleep(0)
@@ -100,11 +98,7 @@ async def test_whoever_holds_the_loop_up_delays_deliveries_by_no_more_than_a_res
 
 async def test_requests_that_come_are_waited_for_and_not_without_end() -> None:
     """While requests come at every turn of the loop, deliveries still go on."""
-    delivery, streams = Delivery(), [_stream(number) for number in range(2 * SLICE)]
-    woken = _Woken(streams)
-    await asyncio.sleep(0)
-    for each in streams:
-        delivery.add(each, urgent=False)
+    delivery, streams, woken = await _ready(2 * SLICE)
     delivery.begin()
     async with asyncio.timeout(20):
         while len(woken.order) < len(streams):

@@ -22,7 +22,7 @@ from inference_service.kernels.attention.layout import (
     AttentionTables,
     pack_tables,
 )
-from inference_service.kernels.attention.paged import Context, PagedAttention
+from inference_service.kernels.attention.paged import Context, PagedAttention, attend_chunk
 from inference_service.kernels.attention.tuning import prefill_tile
 
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
     "Inputs",
     "PagedAttention",
     "attend",
+    "attend_chunk",
     "pack_tables",
     "plan",
     "prefill_tile",

@@ -128,19 +128,27 @@ class PagedAttention:
         self, q: Tensor, k_cache: Tensor, v_cache: Tensor, spec: AttentionSpec, plan: _Prefill
     ) -> Tensor:
         """A chunk of one sequence: [length, heads, d]."""
-        query = q[plan.rows].transpose(0, 1)[None]
-        keys, values = (cache.index_select(1, plan.index)[None] for cache in (k_cache, v_cache))
+        keys, values = (cache.index_select(1, plan.index) for cache in (k_cache, v_cache))
         if spec.softcap is None:
-            out = scaled_dot_product_attention(
-                query, keys, values,
-                attn_mask=plan.mask, is_causal=plan.mask is None, scale=spec.scale, enable_gqa=True,
-            )  # fmt: skip
-            return out[0].transpose(0, 1)
-        keys, values = (part.repeat_interleave(self._groups, dim=1) for part in (keys, values))
+            return attend_chunk(q[plan.rows], keys, values, plan.mask, spec.scale)
+        query = q[plan.rows].transpose(0, 1)[None]
+        keys, values = (part.repeat_interleave(self._groups, dim=0)[None] for part in (keys, values))
         scores = _capped(query @ keys.transpose(-1, -2), spec.scale, spec.softcap)
         mask = torch.ones_like(scores, dtype=torch.bool).tril() if plan.mask is None else plan.mask
         scores = scores.masked_fill(~mask, float("-inf"))
         return (torch.softmax(scores, dim=-1) @ values)[0].transpose(0, 1)
+
+
+def attend_chunk(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """Return what q [length, heads, d] attends to among keys and values [kv heads, seen, d], like q.
+
+    The mask [length, seen] is torch's; None where a chunk sees itself and nothing before.
+    """
+    out = scaled_dot_product_attention(
+        q.transpose(0, 1)[None], keys[None], values[None],
+        attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=True,
+    )  # fmt: skip
+    return out[0].transpose(0, 1)
 
 
 def _plan(
