@@ -49,8 +49,16 @@ class Attention(Protocol):
 class Operations(Protocol):
     """The operations of one kind of device; T rows of all sequences stand one after the other."""
 
+    def new_linear(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
+        """Return a linear of a weight [out, in], in the layout that is read fastest."""
+        ...
+
     def linear(self, layer: Linear, x: Tensor) -> Tensor:
         """Return what a linear makes of x [T, in], [T, out]."""
+        ...
+
+    def adapted(self, layer: Linear, x: Tensor, lora: StepLora, index: int, group: str) -> Tensor:
+        """Return [T, out] of a group of layer ``index``, with what adapters add to it."""
         ...
 
     def angles(self, rope: Rope, positions: Tensor) -> tuple[Tensor, Tensor]:

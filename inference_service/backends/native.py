@@ -9,12 +9,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from inference_service.backends.base import Attention, Turn
+from inference_service.backends.base import Attention, StepLora, Turn
 from inference_service.backends.long_chunks import split
 from inference_service.backends.torch import TorchOperations
 from inference_service.kernels.attention import Context
-from inference_service.kernels.cpu.ops import ADAPTER_FIELDS, BLOCK, Chunks, CpuOps, Planned, Table
+from inference_service.kernels.cpu.ops import (
+    ADAPTER_FIELDS,
+    BLOCK,
+    NO_ADAPTERS,
+    Adapters,
+    Chunks,
+    CpuOps,
+    Planned,
+    Table,
+)
 from inference_service.kernels.rows import Activation
+from inference_service.layers.linear import Linear
 from inference_service.layers.norm import RMSNorm
 from inference_service.lora.arena import Arena
 from inference_service.lora.native import ADDRESSES, native_layout, pack_native
@@ -36,6 +46,17 @@ class NativeOperations(TorchOperations):
         self.ops = ops
         self._long_rows = long_rows
 
+    def new_linear(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
+        """With a compiled product, where that is the fastest here."""
+        tiles = self.ops.tiles(weight) if self.ops.multiplies else None
+        return Linear(weight, bias) if tiles is None else NativeLinear(self.ops, weight, tiles, bias)
+
+    def adapted(self, layer: Linear, x: Tensor, lora: StepLora, index: int, group: str) -> Tensor:
+        """In one call, where both are compiled."""
+        if isinstance(layer, NativeLinear) and isinstance(lora, NativeLora):
+            return layer.adapted(x, lora.adapters(index, group))
+        return super().adapted(layer, x, lora, index, group)
+
     def norm(self, hidden: Tensor, norm: RMSNorm, delta: Tensor | None, delta_norm: RMSNorm | None) -> Tensor:
         """The sum and its norm in one pass."""
         if delta is not None and delta_norm is not None:
@@ -54,6 +75,22 @@ class NativeOperations(TorchOperations):
     def new_cache(self, num_rows: int) -> tuple[Tensor, Tensor]:
         """In the order in which the compiled attention reads it."""
         return self.ops.new_cache(self._kv_heads, num_rows, self._head_dim)
+
+
+class NativeLinear(Linear):
+    """A linear with its weights in tiles, which a compiled product reads from front to back."""
+
+    def __init__(self, ops: CpuOps, weight: Tensor, tiles: Tensor, bias: Tensor | None) -> None:
+        self.out_features, self.in_features = weight.shape
+        self._ops, self._tiles, self._bias = ops, tiles, bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return [T, out]."""
+        return self.adapted(x, NO_ADAPTERS)
+
+    def adapted(self, x: Tensor, adapters: Adapters) -> Tensor:
+        """Return [T, out] with what adapters add to it."""
+        return self._ops.linear(x, self._tiles, self._bias, self.out_features, adapters)
 
 
 class NativeAttention:
@@ -148,6 +185,7 @@ class NativeLora:
         """Of the step's adapters together, a bit for each linear that one of them adds to."""
         self._segments = Table(np.zeros((0, 3), dtype=np.int64))
         self._workspace = torch.empty(0, 1)
+        self._step = NO_ADAPTERS
 
     @property
     def num_bytes(self) -> int:
@@ -197,10 +235,17 @@ class NativeLora:
         rows = segments[-1].end
         if self._workspace.shape[0] < rows or self._workspace.shape[1] < self._most_rows:
             self._workspace = torch.empty(rows, self._most_rows)
+        self._step = Adapters.of(0, self._segments, self._workspace, len(self._linears))
 
     def apply(self, x: Tensor, out: Tensor, layer: int, group: str) -> None:
         """Add to out [T, all slices] what the adapters make of x [T, in]; base rows are not touched."""
+        adapters = self.adapters(layer, group)
+        if adapters.number:
+            self._ops.lora(x, out, adapters)
+
+    def adapters(self, layer: int, group: str) -> Adapters:
+        """Return those of the step that add to a linear."""
         linear = self._linears[layer, group]
-        if self._touched >> linear & 1:
-            adapters = self._address + linear * ADAPTER_FIELDS * self._table.itemsize
-            self._ops.lora(x, out, adapters, self._segments, self._workspace, len(self._linears))
+        if not self._touched >> linear & 1:
+            return NO_ADAPTERS
+        return Adapters(self._address + linear * ADAPTER_FIELDS * self._table.itemsize, *self._step[1:])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding, gelu, silu
 
-from inference_service.backends.base import Attention, Turn
+from inference_service.backends.base import Attention, StepLora, Turn
 from inference_service.kernels.attention import Context, PagedAttention
 from inference_service.kernels.rows import Activation
 from inference_service.layers.linear import Linear
@@ -46,9 +46,19 @@ class TorchOperations:
         self._device = device
         self._windows = windows
 
+    def new_linear(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
+        """With the library's product."""
+        return Linear(weight, bias)
+
     def linear(self, layer: Linear, x: Tensor) -> Tensor:
         """All rows at once."""
         return layer(x)
+
+    def adapted(self, layer: Linear, x: Tensor, lora: StepLora, index: int, group: str) -> Tensor:
+        """One after the other."""
+        out = self.linear(layer, x)
+        lora.apply(x, out, index, group)
+        return out
 
     def angles(self, rope: Rope, positions: Tensor) -> tuple[Tensor, Tensor]:
         """All positions at once."""

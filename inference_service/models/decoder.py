@@ -45,12 +45,12 @@ class Decoder:
         """
         self.dtype, self.device = checkpoint.dtype, checkpoint.device
         self._operations = operations or TorchOperations(config.dims, self.dtype, self.device, config.windows)
-        weights = Weights(checkpoint, config, self.dtype)
+        weights = Weights(checkpoint, config, self.dtype, self._operations.new_linear)
         self._embedding, head = weights.tables()
         self.config = replace(config, tied_embeddings=head is self._embedding)
         self._layers = [weights.layer(index) for index in range(config.dims.num_layers)]
         self._norm = weights.final_norm()
-        self._head = Linear(head)
+        self._head = self._operations.new_linear(head)
         self._ropes = tuple(Rope(spec, self.dtype, self.device) for spec in config.ropes)
         # Rounded as the weights are: Gemma was trained with a scale in bfloat16.
         self._scale = float(torch.tensor(config.embedding_scale, dtype=self.dtype))
@@ -61,7 +61,7 @@ class Decoder:
         W + BA is summed in float32 and rounded once. The old layers go first: a file of the checkpoint, which
         may be all of it, is in memory while it is read.
         """
-        weights = Weights(checkpoint, self.config, self.dtype, adapter)
+        weights = Weights(checkpoint, self.config, self.dtype, self._operations.new_linear, adapter)
         self._layers.clear()
         for index in range(self.config.dims.num_layers):
             self._layers.append(weights.layer(index))
@@ -111,7 +111,6 @@ class Decoder:
         return logits if cap is None else self._operations.softcap(logits, cap)
 
     def _linear(self, layer: Linear, x: Tensor, lora: StepLora | None, index: int, group: str) -> Tensor:
-        out = self._operations.linear(layer, x)
-        if lora is not None:
-            lora.apply(x, out, index, group)
-        return out
+        if lora is None:
+            return self._operations.linear(layer, x)
+        return self._operations.adapted(layer, x, lora, index, group)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -43,6 +44,7 @@ class Weights:
         checkpoint: Tensors,
         config: ModelConfig,
         dtype: torch.dtype,
+        new_linear: Callable[[Tensor, Tensor | None], Linear],
         merged: AdapterWeights | None = None,
     ) -> None:
         """Read from a checkpoint, which may be in a wider type than dtype; merged is added to the linears.
@@ -52,6 +54,7 @@ class Weights:
         self._checkpoint = checkpoint
         self._config = config
         self._dtype = dtype
+        self._new_linear = new_linear
         self._merged = merged
         names = config.names
         found = checkpoint.first([f"{prefix}{names.final_norm}.weight" for prefix in names.prefixes])
@@ -116,7 +119,7 @@ class Weights:
         if merged is not None:
             weight = _merge(weight, merged, shape)
         biases = [self._get(f"{at}{name}.bias", (out,)) for name, out in parts] if bias else []
-        return Linear(weight.to(self._dtype), _cat(biases).to(self._dtype) if biases else None)
+        return self._new_linear(weight.to(self._dtype), _cat(biases).to(self._dtype) if biases else None)
 
     def _qk_norm(self, at: str) -> RMSNorm | None:
         names, dims = self._config.names, self._config.dims

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import gelu, rms_norm, scaled_dot_product_attention, silu
 
-from inference_service.kernels.cpu.ops import BLOCK, Chunks, CpuOps, Table
+from inference_service.kernels.cpu.ops import BLOCK, Adapters, Chunks, CpuOps, Table
 
 TOLERANCE: Final = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
 """Of the norm of the difference, relative."""
@@ -27,7 +27,8 @@ Pair = tuple[Tensor, Tensor]
 def first_wrong(library: ctypes.CDLL) -> str | None:
     """Return the name of an operation that is missing or computes something else; None if all are right."""
     checks: dict[str, Callable[[CpuOps, torch.Generator], Pair]] = {
-        "rms_norm": _norm, "silu": _silu, "gelu_tanh": _gelu, "lora": _lora, "attention": _attention,
+        "rms_norm": _norm, "silu": _silu, "gelu_tanh": _gelu, "linear": _linear, "lora": _lora,
+        "attention": _attention,
     }  # fmt: skip
     for dtype, tolerance in TOLERANCE.items():
         try:
@@ -73,8 +74,16 @@ def _lora(ops: CpuOps, generator: torch.Generator) -> Pair:
     adapter = Table(np.array([[first, 5, 1, 5, second, 0, 24, *[0] * 8]], dtype=np.int64))
     out = torch.zeros(ROWS, 24, dtype=ops.dtype)
     segments = Table(np.array([[0, 0, ROWS]], dtype=np.int64))
-    ops.lora(x, out, adapter.address, segments, torch.empty(ROWS, 5))
+    workspace = torch.empty(ROWS, 5)
+    ops.lora(x, out, Adapters.of(adapter.address, segments, workspace))
     return out, x.double() @ a.double().t() @ b.double()
+
+
+def _linear(ops: CpuOps, generator: torch.Generator) -> Pair:
+    x, weight, bias = (_random(ops, generator, *shape) for shape in ((ROWS, 40), (200, 40), (200,)))
+    tiles = ops.tiles(weight)
+    found = x if tiles is None else ops.linear(x, tiles, bias, 200)
+    return found, x.double() @ weight.double().t() + bias.double()
 
 
 def _attention(ops: CpuOps, generator: torch.Generator) -> Pair:

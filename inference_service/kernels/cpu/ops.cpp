@@ -1,5 +1,5 @@
-// The parts of a decoder step that are not plain matrix products, for CPUs: LoRA with exact ranks, paged
-// attention in place, and the element-wise steps between. float32 and bfloat16; sums are float32.
+// The parts of a decoder step, for CPUs: products with LoRA of exact ranks, paged attention in place, and the
+// element-wise steps between. float32 and bfloat16; sums are float32.
 //
 // A "unit" is 4 bytes: one float, or two bfloat16 that are multiplied together (vdpbf16ps where there is one).
 // A "lane vector" is 16 units. Layouts, with P = 1 (float32) or 2 (bfloat16) values per unit:
@@ -7,10 +7,13 @@
 //   V cache block of 16 positions:  [16 / P][head_dim padded to 16][P]
 //   LoRA A:                         [rows][K padded to 16 P]
 //   LoRA B of a slice:              [columns / 16, rounded up][ceil(rank / P)][16 columns][P]
+//   weights of a linear:            the same, with K / P in place of ceil(rank / P)
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <memory>
 #include <vector>
 #include <omp.h>
 #ifdef __AVX512F__
@@ -49,6 +52,23 @@ inline vf multiply_add(vf acc, vf a, vf b) {
 }
 
 struct bf16 { uint16_t raw; };
+
+// Whether products have the vectors that they were written for.
+template <class T> struct Multiplies;
+template <> struct Multiplies<float> {
+#ifdef __AVX512F__
+  static constexpr bool well = true;
+#else
+  static constexpr bool well = false;
+#endif
+};
+template <> struct Multiplies<bf16> {
+#ifdef __AVX512BF16__
+  static constexpr bool well = true;
+#else
+  static constexpr bool well = false;
+#endif
+};
 
 inline float widen(float x) { return x; }
 inline float widen(bf16 x) { uint32_t u = uint32_t(x.raw) << 16; float f; std::memcpy(&f, &u, 4); return f; }
@@ -215,6 +235,14 @@ inline void to_units(const float* y, int rank, uint32_t* to, bf16*) {
 constexpr int TOKENS_PER_TASK = 16;
 constexpr int COLUMNS_PER_TASK = 256;
 constexpr double WORK_OF_ONE_THREAD = 60000;  // products; less is done before a second thread has woken up
+constexpr int ROWS_KEPT = 64;                 // of a product, whose sums wait between two blocks of K
+constexpr int64_t UNITS_OF_BLOCK = 2048;      // of K: three tiles of them stay in a core's second cache
+constexpr int AHEAD = 32;                     // units of weights that are fetched before they are used
+#ifdef __AVX512F__
+constexpr int TALL_PRODUCT = 8, WIDE_PRODUCT = 3;  // rows and tiles of columns at a time: their sums fill the registers
+#else
+constexpr int TALL_PRODUCT = 4, WIDE_PRODUCT = 1;
+#endif
 
 // Runs task(i) for i in [0, count) on up to threads threads.
 template <class F> inline void each(int64_t count, int threads, F task) {
@@ -269,64 +297,156 @@ void expand_task(const LoraTask& task, const Segment& seg, const Adapter& adapte
   }
 }
 
-// A slot's adapters of all linears are side by side: from one slot's to the next are apart of them.
+// y[T][N] = x[T][K] w^T + bias, where w is in tiles as B is, of K instead of ranks.
+template <class T> struct Product {
+  const T* x; int64_t ldx, rows, K;
+  const T *w, *bias;
+  T* out; int64_t ldo, N;
+};
+
+// TALL rows and WIDE tiles of 16 columns, over a block of K. A row's sums run over K in order: what it gives does not depend
+// on the rows beside it.
+template <class T, int TALL, int WIDE>
+inline void product_tile(const T* x, int64_t ldx, const T* w, int64_t tile, int units, const T* bias, float* kept, bool first,
+                         bool last, T* out, int64_t ldo, int valid) {
+  constexpr int P = Unit<T>::P;
+  vf acc[TALL][WIDE];
+  for (int t = 0; t < TALL; ++t)
+    for (int c = 0; c < WIDE; ++c) acc[t][c] = first ? vf{} : load<vf>(kept + (t * WIDE + c) * LANES);
+  for (int u = 0; u < units; ++u) {
+    vu each[WIDE];
+    for (int c = 0; c < WIDE; ++c) {
+      each[c] = load<vu>(w + c * tile + u * LANES * P);
+      __builtin_prefetch(w + c * tile + (u + AHEAD) * LANES * P, 0, 2);
+    }
+    for (int t = 0; t < TALL; ++t) {
+      const vu value = broadcast(x + t * ldx + u * P);
+      for (int c = 0; c < WIDE; ++c) acc[t][c] = Unit<T>::fma(acc[t][c], value, each[c]);
+    }
+  }
+  for (int t = 0; t < TALL; ++t)
+    for (int c = 0; c < WIDE; ++c) {
+      const int here = std::min(LANES, valid - c * LANES);
+      T* to = out + t * ldo + c * LANES;
+      if (!last) {
+        store(kept + (t * WIDE + c) * LANES, acc[t][c]);
+      } else if (here == LANES) {
+        store16(to, bias ? acc[t][c] + load16(bias + c * LANES) : acc[t][c]);
+      } else if (here > 0) {
+        T edge[LANES] = {};
+        if (bias) std::memcpy(edge, bias + c * LANES, here * sizeof(T));
+        store16(edge, acc[t][c] + load16(edge));
+        std::memcpy(to, edge, here * sizeof(T));
+      }
+    }
+}
+
+template <class T, int TALL, int WIDE>
+inline void product_rest(int rows, const T* x, int64_t ldx, const T* w, int64_t tile, int units, const T* bias, float* kept,
+                         bool first, bool last, T* out, int64_t ldo, int valid) {
+  if (rows == TALL) return product_tile<T, TALL, WIDE>(x, ldx, w, tile, units, bias, kept, first, last, out, ldo, valid);
+  if constexpr (TALL > 1) product_rest<T, TALL - 1, WIDE>(rows, x, ldx, w, tile, units, bias, kept, first, last, out, ldo, valid);
+}
+
+// WIDE tiles of columns from `column` on, of all rows.
+template <class T, int WIDE> void product_panel(const Product<T>& p, int64_t column) {
+  constexpr int P = Unit<T>::P;
+  const int64_t units = p.K / P, tile = units * LANES * P;
+  const T* w = p.w + column / LANES * tile;
+  const T* bias = p.bias ? p.bias + column : nullptr;
+  const int valid = int(p.N - column);
+  float kept[ROWS_KEPT * WIDE * LANES];
+  for (int64_t begin = 0; begin < p.rows; begin += ROWS_KEPT)
+    for (int64_t u = 0; u < units; u += UNITS_OF_BLOCK) {
+      const int some = int(std::min(UNITS_OF_BLOCK, units - u));
+      const bool first = u == 0, last = u + some == units;
+      const int64_t end = std::min(p.rows, begin + ROWS_KEPT);
+      for (int64_t t = begin; t < end; t += TALL_PRODUCT)
+        product_rest<T, TALL_PRODUCT, WIDE>(int(std::min<int64_t>(TALL_PRODUCT, end - t)), p.x + t * p.ldx + u * P, p.ldx,
+                                            w + u * LANES * P, tile, some, bias, kept + (t - begin) * WIDE * LANES, first, last,
+                                            p.out + t * p.ldo + column, p.ldo, valid);
+    }
+}
+
+// Tasks [0, count) of a team: each thread does its own share from front to back, then helps with the others', so that a thread
+// whose core is taken away holds nobody up.
+class Shares {
+  struct alignas(64) Share { std::atomic<int64_t> next; int64_t end; };
+  std::unique_ptr<Share[]> shares;
+  int64_t room = 0, threads = 0;
+
+ public:
+  void part(int64_t count, int64_t among) {
+    if (among > room) shares.reset(new Share[room = among]);
+    threads = among;
+    for (int64_t i = 0; i < among; ++i) {
+      shares[i].next.store(count * i / among, std::memory_order_relaxed);
+      shares[i].end = count * (i + 1) / among;
+    }
+  }
+  template <class F> void take(F task) {
+    const int64_t own = threads > 1 ? omp_get_thread_num() : 0;
+    for (int64_t i = 0; i < threads; ++i) {
+      Share& share = shares[(own + i) % threads];
+      for (int64_t at; (at = share.next.fetch_add(1, std::memory_order_relaxed)) < share.end;) task(at);
+    }
+  }
+};
+
+// What a linear and its adapters make of x, or, without w, what the adapters add to out. A slot's adapters of all linears are
+// side by side: from one slot's to the next are apart of them. Threads take turns at rows of A, at columns of w, and, when all
+// of those are done, at columns of B.
 template <class T>
-void lora(const T* x, int64_t ldx, int64_t K, T* out, int64_t ldo, const Adapter* adapters, int64_t apart,
-          const Segment* segments, int64_t count, float* y, int64_t ldy, int64_t threads) {
-  auto shrink = [=](const LoraTask& task) {
-    const Segment& seg = segments[task.segment];
-    shrink_task<T>(task, seg, adapters[seg.adapter * apart], x, ldx, K, y, ldy);
-  };
-  auto expand = [=](const LoraTask& task) {
-    const Segment& seg = segments[task.segment];
-    expand_task<T>(task, seg, adapters[seg.adapter * apart], y, ldy, out, ldo);
-  };
+void linear(const Product<T>& base, const Adapter* adapters, int64_t apart, const Segment* segments, int64_t count, float* y,
+            int64_t ldy, int64_t threads) {
   static thread_local std::vector<LoraTask> tasks, shrinks, expands;
-  tasks.clear();
-  double work = 0;
+  tasks.clear(); shrinks.clear(); expands.clear();
+  double work = base.w ? double(base.rows) * base.K * base.N : 0;
   for (int64_t s = 0; s < count; ++s) {
     const Segment& seg = segments[s];
     if (!adapters[seg.adapter * apart].rows) continue;
-    work += double(seg.length) * adapters[seg.adapter * apart].rows * K;
+    work += double(seg.length) * adapters[seg.adapter * apart].rows * base.K;
     for (int64_t f = 0; f < seg.length; f += TOKENS_PER_TASK)
       tasks.push_back({s, f, std::min<int64_t>(TOKENS_PER_TASK, seg.length - f), 0, 0, 0});
   }
-  const int64_t wholes = tasks.size();
   if (work < WORK_OF_ONE_THREAD) threads = 1;
-  if (threads == 1 || wholes >= threads) {  // a run of tokens at a time, both products, without a barrier between
-    const LoraTask* list = tasks.data();
-    each(wholes, int(threads), [=](int64_t i) {
-      LoraTask task = list[i];
-      const Adapter& adapter = adapters[segments[task.segment].adapter * apart];
-      task.size = adapter.rows;
-      shrink(task);
-      for (task.slice = 0; task.slice < adapter.slices; ++task.slice) {
-        task.size = adapter.slice[task.slice].columns;
-        if (adapter.slice[task.slice].rank) expand(task);
-      }
-    });
-    return;
-  }
-  shrinks.clear();
-  expands.clear();
-  for (const LoraTask& whole : tasks) {  // fewer runs than threads: share the rows of A, then the columns of B
+  const bool shared = int64_t(tasks.size()) < threads;  // fewer runs of tokens than threads: share the rows of A, and columns of B
+  for (const LoraTask& whole : tasks) {
     const Adapter& adapter = adapters[segments[whole.segment].adapter * apart];
-    const int64_t rows = round_up(int((adapter.rows + threads - 1) / threads), 4);
+    const int64_t rows = shared ? round_up(int((adapter.rows + threads - 1) / threads), 4) : adapter.rows;
     for (int64_t r = 0; r < adapter.rows; r += rows)
       shrinks.push_back({whole.segment, whole.first, whole.tokens, 0, r, std::min(rows, adapter.rows - r)});
-    for (int64_t i = 0; i < adapter.slices; ++i)
-      for (int64_t c = 0; c < adapter.slice[i].columns && adapter.slice[i].rank; c += COLUMNS_PER_TASK)
-        expands.push_back({whole.segment, whole.first, whole.tokens, i, c,
-                           std::min<int64_t>(COLUMNS_PER_TASK, adapter.slice[i].columns - c)});
+    for (int64_t i = 0; i < adapter.slices; ++i) {
+      const int64_t columns = adapter.slice[i].rank ? adapter.slice[i].columns : 0, some = shared ? COLUMNS_PER_TASK : columns;
+      for (int64_t c = 0; c < columns; c += some)
+        expands.push_back({whole.segment, whole.first, whole.tokens, i, c, std::min(some, columns - c)});
+    }
   }
+  const int64_t tiles = base.w ? (base.N + LANES - 1) / LANES : 0;
+  const int64_t wide = tiles / WIDE_PRODUCT >= 2 * threads ? WIDE_PRODUCT : 1;
+  const int64_t panels = tiles / wide, all = panels + tiles % wide;
   const LoraTask *first = shrinks.data(), *second = expands.data();
   const int64_t firsts = shrinks.size(), seconds = expands.size();
-#pragma omp parallel num_threads(int(threads))
+  static thread_local Shares shrinking, multiplying, expanding;
+  shrinking.part(firsts, threads), multiplying.part(all, threads), expanding.part(seconds, threads);
+  Shares *one = &shrinking, *two = &multiplying, *three = &expanding;  // of this thread, for all of them
+#pragma omp parallel num_threads(int(threads)) if (threads > 1)
   {
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t i = 0; i < firsts; ++i) shrink(first[i]);
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t i = 0; i < seconds; ++i) expand(second[i]);
+    one->take([=](int64_t i) {
+      const Segment& seg = segments[first[i].segment];
+      shrink_task<T>(first[i], seg, adapters[seg.adapter * apart], base.x, base.ldx, base.K, y, ldy);
+    });
+    two->take([=](int64_t i) {
+      if (i < panels && wide > 1) product_panel<T, WIDE_PRODUCT>(base, i * wide * LANES);
+      else product_panel<T, 1>(base, (i < panels ? i : panels * wide + i - panels) * LANES);
+    });
+    if (seconds) {
+#pragma omp barrier
+      three->take([=](int64_t i) {
+        const Segment& seg = segments[second[i].segment];
+        expand_task<T>(second[i], seg, adapters[seg.adapter * apart], y, ldy, base.out, base.ldo);
+      });
+    }
   }
 }
 
@@ -617,12 +737,13 @@ template <class T, bool GELU> void gated(const T* in, T* out, int64_t rows, int6
 }  // namespace
 
 #define EXPORT(T, SUFFIX)                                                                                             \
-  extern "C" void lora_##SUFFIX(const void* x, int64_t ldx, int64_t K, void* out, int64_t ldo, const void* adapters,  \
-                                int64_t apart, const void* segments, int64_t count, void* y, int64_t ldy,             \
-                                int64_t threads) {                                                                    \
-    lora<T>((const T*)x, ldx, K, (T*)out, ldo, (const Adapter*)adapters, apart, (const Segment*)segments, count,      \
-            (float*)y, ldy, threads);                                                                                 \
+  extern "C" void linear_##SUFFIX(const void* x, int64_t ldx, int64_t rows, int64_t K, const void* w, const void* bias,\
+                                  void* out, int64_t ldo, int64_t N, const void* adapters, int64_t apart,             \
+                                  const void* segments, int64_t count, void* y, int64_t ldy, int64_t threads) {       \
+    linear<T>({(const T*)x, ldx, rows, K, (const T*)w, (const T*)bias, (T*)out, ldo, N}, (const Adapter*)adapters,    \
+              apart, (const Segment*)segments, count, (float*)y, ldy, threads);                                       \
   }                                                                                                                   \
+  extern "C" int64_t multiplies_##SUFFIX() { return Multiplies<T>::well; }                                            \
   extern "C" void pack_##SUFFIX(const void* pieces, int64_t count) { pack<T>((const Piece*)pieces, count); }          \
   extern "C" void attention_##SUFFIX(const void* q, int64_t ldq, void* out, const void* chunks, int64_t count,        \
                                      const void* keys, const void* values, int64_t num_blocks, int64_t kv_heads,      \

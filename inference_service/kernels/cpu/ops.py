@@ -9,21 +9,25 @@ import ctypes
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from inference_service.kernels.rows import Activation
 
 BLOCK = 16
 """Positions of a cache block in the compiled attention; the engine's blocks are multiples of it."""
+LANES = 16
+"""Columns of a tile of weights."""
 MAX_HEAD_DIM = 512
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 _TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float}
 _SIGNATURES = {
-    "lora": "piipipipipii",
+    "linear": "piiipppiipipipii",
     "pack": "pi",
     "attention": "pippippiiiiffii",
     "rope_write": "pppiiiiiipppppii",
@@ -67,6 +71,30 @@ class Chunks:
         return cls(Table(table), blocks)
 
 
+class Adapters(NamedTuple):
+    """The adapters of a step in one linear, as the compiled operation takes them."""
+
+    address: int
+    """Of the first slot's ADAPTER_FIELDS."""
+    apart: int
+    """How many times as many the next slot's lie behind."""
+    segments: int
+    """The address of [S, 3]: slot, first row, rows."""
+    number: int
+    workspace: int
+    """The address of float32 [T, most ranks]."""
+    stride: int
+
+    @classmethod
+    def of(cls, address: int, segments: Table, workspace: Tensor, apart: int = 1) -> Adapters:
+        """Describe segments [S, 3] and a workspace [T, most ranks]."""
+        number = len(segments.values)
+        return cls(address, apart, segments.address, number, workspace.data_ptr(), workspace.stride(0))
+
+
+NO_ADAPTERS = Adapters(0, 0, 0, 0, 0, 0)
+
+
 class CpuOps:
     """The operations for one dtype."""
 
@@ -77,29 +105,51 @@ class CpuOps:
         functions = {name: getattr(library, f"{name}_{DTYPES[dtype]}") for name in _SIGNATURES}
         for name, function in functions.items():
             function.argtypes, function.restype = [_TYPES[letter] for letter in _SIGNATURES[name]], None
-        self._lora, self._pack = functions["lora"], functions["pack"]
+        self.multiplies = bool(getattr(library, f"multiplies_{DTYPES[dtype]}")()) and not (
+            dtype is torch.bfloat16 and torch.cpu._is_amx_tile_supported()
+        )
+        """Whether `linear` is the fastest product here: with AVX-512. Without, or with AMX, oneDNN's is."""
+        self._linear, self._pack = functions["linear"], functions["pack"]
         self._attention = functions["attention"]
         self._rope_write, self._rms_norm = functions["rope_write"], functions["rms_norm"]
         self._gated = {"silu": functions["silu"], "gelu_tanh": functions["gelu_tanh"]}
 
-    def lora(
+    def linear(
         self,
         x: Tensor,
-        out: Tensor,
-        adapters: int,
-        segments: Table,
-        workspace: Tensor,
-        apart: int = 1,
-    ) -> None:
-        """Add to out [T, N] what adapters make of x [T, K].
+        tiles: Tensor,
+        bias: Tensor | None,
+        columns: int,
+        adapters: Adapters = NO_ADAPTERS,
+    ) -> Tensor:
+        """Return x W^T + b [T, columns] of x [T, K] and what `tiles` made of W, with what adapters add.
 
-        adapters is the address of the first slot's ADAPTER_FIELDS, the next slot's lie ``apart`` times as many
-        behind; segments is a table [S, 3] of slot, first row and rows, workspace float32 [T, most ranks].
+        The sums of a row run over K in order: its bits depend on nothing but the row and the weights.
         """
-        self._lora(
-            x.data_ptr(), x.stride(0), x.shape[1], out.data_ptr(), out.stride(0), adapters, apart,
-            segments.address, len(segments.values), workspace.data_ptr(), workspace.stride(0), self.threads,
+        out = torch.empty(len(x), columns, dtype=x.dtype)
+        self._products(x, tiles.data_ptr(), None if bias is None else bias.data_ptr(), out, adapters)
+        return out
+
+    def lora(self, x: Tensor, out: Tensor, adapters: Adapters) -> None:
+        """Add to out [T, N] what adapters make of x [T, K]."""
+        self._products(x, None, None, out, adapters)
+
+    def _products(
+        self, x: Tensor, tiles: int | None, bias: int | None, out: Tensor, adapters: Adapters
+    ) -> None:
+        rows, width = x.shape
+        self._linear(
+            x.data_ptr(), x.stride(0), rows, width, tiles, bias, out.data_ptr(), out.stride(0), out.shape[1],
+            *adapters, self.threads,
         )  # fmt: skip
+
+    def tiles(self, weight: Tensor) -> Tensor | None:
+        """Return a weight [N, K] as `linear` reads it; None where K is no multiple of a unit's values."""
+        rows, width = weight.shape
+        if width % self.units:
+            return None
+        padded = pad(weight, (0, 0, 0, -rows % LANES)) if rows % LANES else weight
+        return padded.view(-1, LANES, width // self.units, self.units).transpose(1, 2).contiguous()
 
     @property
     def threads(self) -> int:
