@@ -8,6 +8,7 @@
             if isinstance(event, Delta):
                 print(event.text, end="", flush=True)
     Client("grpcs://models.example.com:50052", api_key="lmx_...")
+    Client("dns:///replicas:50052")    # or ["10.0.0.4:50052", "10.0.0.5:50052"]: see `loramux.fleet`
 
 Every failure is a class of `loramux.faults`. A stream that is left early (``break``, ``close``, a cancelled
 task) is cancelled on the server, which frees its sequence.
@@ -16,17 +17,19 @@ task) is cancelled on the server, which frees its sequence.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Generator
+from collections.abc import AsyncGenerator, Callable, Generator, Sequence
 from functools import cached_property
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
 
 import grpc
 
+from loramux.addresses import Members, is_many, split
 from loramux.builder.v1 import builder_pb2
 from loramux.builder.v1.builder_pb2_grpc import BuilderServiceStub
 from loramux.changes import AsyncChanges, Changes
 from loramux.connection import Calls, CredentialOptions, Credentials, named
+from loramux.fleet import AsyncFleetCalls, Fleet, FleetCalls
 from loramux.inference.v1 import inference_pb2
 from loramux.inference.v1.inference_pb2_grpc import InferenceServiceStub
 from loramux.mapping import Watched, completion_of, deployment_of, event_of, model_of, report_of
@@ -71,22 +74,31 @@ def _watch_request(name: str, follow: bool) -> builder_pb2.WatchDeploymentReques
 class _Addresses:
     """Where the services are, and how they let us in (see `loramux.connection`).
 
-    timeout_s is the deadline of every call that is no stream.
+    timeout_s is the deadline of every call that is no stream. inference may be several replicas, see
+    `loramux.addresses`: a request goes to one that has its model, and to another where that does not answer.
     """
+
+    _kind: Any
 
     def __init__(
         self,
-        inference: str = INFERENCE,
+        inference: str | Sequence[str] = INFERENCE,
         builder: str = BUILDER,
         *,
         timeout_s: float | None = 30.0,
         **credentials: Unpack[CredentialOptions],
     ) -> None:
-        self.inference = inference
+        self.inference = inference if isinstance(inference, str) else ",".join(inference)
         self.builder = builder
         self.timeout_s = timeout_s
         self._credentials = Credentials(**credentials)
         self._channels: list[Any] = []
+        self._fleet: Fleet | None = None  # what has one address is called without detours
+        if is_many(self.inference):
+            self._fleet = Fleet(Members(split(self.inference)), self._credentials, self._kind)
+
+    def _all_channels(self) -> list[Any]:
+        return self._channels + (self._fleet.close() if self._fleet else [])
 
     def _connect(self, stub: Callable[[Any], Any], address: str, kind: Any) -> Any:
         channel = self._credentials.channel(address, kind)
@@ -97,12 +109,18 @@ class _Addresses:
 class Client(Operations, Changes, _Addresses):
     """The client for threads; one may be shared by many."""
 
+    _kind = grpc
+
     @cached_property
     def _inference(self) -> Any:
+        if self._fleet:
+            return FleetCalls(self._fleet, _inference_stub)
         return self._connect(_inference_stub, self.inference, grpc)
 
     @cached_property
     def _adapters(self) -> Any:
+        if self._fleet:
+            return FleetCalls(self._fleet, adapter_stub)
         return self._connect(adapter_stub, self.inference, grpc)
 
     @cached_property
@@ -119,7 +137,7 @@ class Client(Operations, Changes, _Addresses):
 
     def close(self) -> None:
         """Close the connections; open streams end with `CallFailed`."""
-        for channel in self._channels:
+        for channel in self._all_channels():
             channel.close()
 
     def models(self) -> list[ModelInfo]:
@@ -226,13 +244,19 @@ class Client(Operations, Changes, _Addresses):
 class AsyncClient(AsyncOperations, AsyncChanges, _Addresses):
     """The client for asyncio, with the methods of `Client`."""
 
+    _kind = grpc.aio
+
     # A channel belongs to the loop that runs when it is made, so it is made at the first call.
     @cached_property
     def _inference(self) -> Any:
+        if self._fleet:
+            return AsyncFleetCalls(self._fleet, _inference_stub)
         return self._connect(_inference_stub, self.inference, grpc.aio)
 
     @cached_property
     def _adapters(self) -> Any:
+        if self._fleet:
+            return AsyncFleetCalls(self._fleet, adapter_stub)
         return self._connect(adapter_stub, self.inference, grpc.aio)
 
     @cached_property
@@ -249,7 +273,7 @@ class AsyncClient(AsyncOperations, AsyncChanges, _Addresses):
 
     async def close(self) -> None:
         """Close the connections; open streams end with `CallFailed`."""
-        for channel in self._channels:
+        for channel in self._all_channels():
             await channel.close()
 
     async def models(self) -> list[ModelInfo]:

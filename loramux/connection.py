@@ -1,6 +1,7 @@
 """How the clients reach a service: addresses, keys, TLS.
 
-``HOST:PORT`` is a connection in the clear and ``grpcs://HOST:PORT`` one with TLS. What is not given comes from
+``HOST:PORT`` is a connection in the clear and ``grpcs://HOST:PORT`` one with TLS; of many replicas see
+`loramux.addresses`. What is not given comes from
 the environment: ``LORAMUX_API_KEY``, ``LORAMUX_TLS_CA``, ``LORAMUX_CLIENT_CERT`` and ``LORAMUX_CLIENT_KEY``.
 """
 
@@ -16,12 +17,16 @@ from typing import Any, Final, TypedDict
 import grpc
 from google.protobuf.message import Message
 
+from loramux.addresses import TLS_SCHEME
 from loramux_shared.faults import RequestInvalid, SettingsInvalid
 from loramux_shared.rpc.options import CLIENT_OPTIONS, MAX_REQUEST_BYTES
 from loramux_shared.rpc.status import fault_of
 
 API_KEY: Final = "LORAMUX_API_KEY"
-TLS_SCHEME: Final = "grpcs://"
+GENERATE: Final = "Generate"
+MODEL_HEADER: Final = "x-loramux-model"
+"""What proxies choose a replica by: the model that a request names."""
+MAX_HEADER: Final = 256
 
 
 class CredentialOptions(TypedDict, total=False):
@@ -61,8 +66,8 @@ class Credentials:
             raise SettingsInvalid("the API key has characters that no key has; copy it again.")
         return (("authorization", f"Bearer {self.api_key}"),)
 
-    def channel(self, address: str, kind: Any = grpc) -> Any:
-        """Return a channel; kind is ``grpc`` or ``grpc.aio``.
+    def channel(self, address: str, kind: Any = grpc, options: tuple[tuple[str, str | int], ...] = ()) -> Any:
+        """Return a channel; kind is ``grpc`` or ``grpc.aio``, options come before the usual ones.
 
         Raises:
             SettingsInvalid: a file of TLS cannot be read, or the address is one of HTTP or has no port.
@@ -71,8 +76,8 @@ class Credentials:
         if address.startswith(("http://", "https://")) or ":" not in target:
             raise SettingsInvalid(f"{address}: expected HOST:PORT of a gRPC door, or {TLS_SCHEME}HOST:PORT.")
         if target == address:
-            return kind.insecure_channel(address, CLIENT_OPTIONS)
-        return kind.secure_channel(target, self._tls(), CLIENT_OPTIONS)
+            return kind.insecure_channel(address, (*options, *CLIENT_OPTIONS))
+        return kind.secure_channel(target, self._tls(), (*options, *CLIENT_OPTIONS))
 
     def _tls(self) -> Any:
         if (self.client_cert is None) != (self.client_key is None):
@@ -85,7 +90,7 @@ class Credentials:
 
 
 class Calls:
-    """The methods of a stub: each call carries the key, and a request is no larger than a server takes."""
+    """The methods of a stub: each call carries the key and its model, and is no larger than a server takes."""
 
     def __init__(self, stub: Any, credentials: Credentials) -> None:
         self._stub = stub
@@ -100,9 +105,16 @@ class Calls:
                 raise RequestInvalid(
                     f"the request has {size} bytes; a server takes at most {MAX_REQUEST_BYTES}. Send less."
                 )
-            return method(request, timeout=timeout, metadata=self._metadata)
+            model = _model_header(request.model) if name == GENERATE else ()
+            return method(request, timeout=timeout, metadata=(*self._metadata, *model))
 
         return call
+
+
+def _model_header(model: str) -> tuple[tuple[str, str], ...]:
+    """Return the header for a name; none for what no header may hold, and no model is called."""
+    fits = len(model) <= MAX_HEADER and model.isascii() and model.isprintable()
+    return ((MODEL_HEADER, model),) if fits else ()
 
 
 @contextmanager

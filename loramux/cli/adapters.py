@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import Annotated, Final
 
 import typer
 
+from loramux.addresses import look_up, split
 from loramux.cli import shell
 from loramux.cli.documents import emit, emit_line
 from loramux.cli.exits import Exit
@@ -26,7 +26,6 @@ from loramux_shared.faults import (
 
 RETRY_S: Final = 1.0
 """Before a replica that does not answer is asked again: it may be on its way."""
-DNS: Final = "dns:///"
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="The adapter.", show_default=False)]
 
@@ -105,20 +104,10 @@ def resolve(replicas: str) -> tuple[str, ...]:
     """Return the addresses that a list, or a name of many addresses, stands for.
 
     Raises:
-        SettingsInvalid: there is none, or one has no port.
+        SettingsInvalid: there is none, one has no port, or a name does not resolve.
     """
-    if replicas.startswith(DNS):
-        host, _, port = replicas.removeprefix(DNS).rpartition(":")
-        try:
-            found = socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)
-        except (OSError, ValueError):
-            raise SettingsInvalid(f"{replicas}: expected dns:///NAME:PORT of a name that resolves.") from None
-        hosts = dict.fromkeys(str(address[4][0]) for address in found)
-        return tuple(f"[{host}]:{port}" if ":" in host else f"{host}:{port}" for host in hosts)
-    addresses = tuple(dict.fromkeys(each.strip() for each in replicas.split(",") if each.strip()))
-    if not addresses or not all(each.rpartition(":")[2].isdecimal() for each in addresses):
-        raise SettingsInvalid(f"{replicas or 'nothing'}: expected HOST:PORT,... or dns:///NAME:PORT.")
-    return addresses
+    found = (address for part in split(replicas) for address in look_up(part))
+    return tuple(dict.fromkeys(address.target for address in found))
 
 
 class Rollout:

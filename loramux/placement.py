@@ -1,0 +1,159 @@
+"""Which of several replicas a stream goes to.
+
+Every model has an order of the replicas, by rendezvous hashing: the same in all processes, and a replica that
+leaves moves its own models only. A stream goes to the first of the order that has room for it, as far as one
+client can see:
+
+- A model that many ask for may go to the first ``k`` of its order: a client begins somewhere among them, always at
+  the same place, and goes on to the next as soon as that one has its share of the streams. So what is popular fills
+  what is unpopular leaves free, and finds itself resident there.
+- No replica has many more streams than the mean: ``1.25 m + sqrt(1.25 m)``, which comes near to 1.25 where there
+  are many, and does not send few streams away from where their adapters are.
+
+Replicas that failed lately come last. There is no gRPC in here.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import threading
+import time
+from collections.abc import Callable, Collection, Iterable, Sequence
+from hashlib import blake2b
+from typing import Final
+
+BOUND: Final = 1.25
+"""Times the mean of open streams."""
+SHARE: Final = 0.8
+"""Of the mean: so many streams a replica has before its popular models go to others too."""
+PIECES: Final = 1.5
+"""Times log2 of the number of replicas: the more there are, the further the fullest is from the mean, and the
+smaller are the pieces that popular models are divided into."""
+MEMORY: Final = 10_000
+"""Requests after which what is known of models counts for the half."""
+FEW: Final = 1000
+"""Requests before which nothing much is known of models."""
+VARIETY: Final = 4
+"""Models that a client asks for, per replica that one of them may be spread over: who asks few sees nothing of
+what others do, and is better off with all clients of that model in one place."""
+ORDERS: Final = 4096
+"""Models whose orders are kept."""
+
+
+def order(model: str, replicas: Iterable[str]) -> tuple[str, ...]:
+    """Return the replicas in the order of a model."""
+    key = blake2b(model.encode(errors="surrogatepass"), digest_size=32).digest()
+    return tuple(sorted(replicas, key=lambda each: (_weight(key, each), each)))
+
+
+def _weight(key: bytes, replica: str) -> bytes:
+    return blake2b(replica.encode(), key=key, digest_size=8).digest()
+
+
+class Placement:
+    """The open streams of a client, by replica; safe for threads.
+
+    spot, from 0 to below 1, is where this client begins among the replicas of a popular model.
+    """
+
+    def __init__(
+        self,
+        replicas: Iterable[str] = (),
+        spot: float | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._spot = random.random() if spot is None else spot  # noqa: S311 - spreads clients, guards nothing
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._replicas = tuple(replicas)
+        self._open = dict.fromkeys(self._replicas, 0)
+        self._total = 0
+        self._down: dict[str, float] = {}
+        """When those that failed may be asked again."""
+        self._orders: dict[str, tuple[str, ...]] = {}
+        self._asked: dict[str, int] = {}
+        self._asked_total = 0
+
+    def replace(self, replicas: Sequence[str]) -> None:
+        """Take streams to these from now on; those that others have go on."""
+        with self._lock:
+            if self._replicas == tuple(replicas):
+                return
+            self._replicas = tuple(replicas)
+            self._orders.clear()
+            kept = {each: count for each, count in self._open.items() if count}
+            self._open = dict.fromkeys(self._replicas, 0) | kept
+            self._down = {each: until for each, until in self._down.items() if each in self._open}
+
+    def is_gone(self, replica: str) -> bool:
+        """Whether a replica is none of ours any more, and has no streams."""
+        with self._lock:
+            return replica not in self._open
+
+    def take(self, model: str, tried: Collection[str] = ()) -> str | None:
+        """Return the replica of a new stream, none of those that were tried; None when there is no other."""
+        with self._lock:
+            usable = self._usable(model, tried)
+            if not usable:
+                return None
+            replica = self._choose(usable, self._copies(model, len(usable)))
+            self._open[replica] += 1
+            self._total += 1
+            return replica
+
+    def give(self, replica: str) -> None:
+        """Note the end of a stream."""
+        with self._lock:
+            self._open[replica] -= 1
+            self._total -= 1
+            if not self._open[replica] and replica not in self._replicas:
+                del self._open[replica]
+
+    def failed(self, replica: str, pause_s: float) -> None:
+        """Ask others first for so long."""
+        with self._lock:
+            if replica in self._open:
+                self._down[replica] = self._clock() + pause_s
+
+    def _usable(self, model: str, tried: Collection[str]) -> Sequence[str]:
+        ordered = self._orders.get(model)
+        if ordered is None:
+            if len(self._orders) >= ORDERS:
+                self._orders.clear()
+            ordered = self._orders[model] = order(model, self._replicas)
+        if not self._down and not tried:
+            return ordered
+        now = self._clock()
+        self._down = {each: until for each, until in self._down.items() if until > now}
+        others = [each for each in ordered if each not in tried]
+        return [each for each in others if each not in self._down] or others
+
+    def _choose(self, usable: Sequence[str], copies: int) -> str:
+        """Return the first of the order that has room."""
+        count = self._open.__getitem__
+        mean = (self._total + 1) / len(usable)
+        share = math.ceil(SHARE * mean)
+        begin = int(self._spot * copies)
+        best = usable[begin]
+        if count(best) < share:
+            return best
+        if copies > 1:
+            homes = (*usable[begin:copies], *usable[:begin])
+            best = next((each for each in homes if count(each) < share), None) or min(homes, key=count)
+        most = math.ceil(BOUND * mean + math.sqrt(BOUND * mean))
+        if count(best) < most:
+            return best
+        return next((each for each in usable if count(each) < most), None) or min(usable, key=count)
+
+    def _copies(self, model: str, replicas: int) -> int:
+        """Count a request for a model, and return how many replicas it may be spread over."""
+        asked = self._asked.get(model, 0)
+        self._asked[model] = asked + 1
+        self._asked_total += 1
+        if self._asked_total >= MEMORY:
+            self._asked = {each: count // 2 for each, count in self._asked.items() if count > 1}
+            self._asked_total //= 2
+        part = asked / max(self._asked_total, FEW)
+        wanted = math.ceil(part * replicas * PIECES * math.log2(replicas))
+        return max(1, min(wanted, replicas, len(self._asked) // VARIETY))
