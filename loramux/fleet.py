@@ -1,7 +1,7 @@
 """Several replicas as if they were one: what the clients call where they were given more than one address.
 
-Each replica has a channel of its own, whose health gRPC watches by itself (`HEALTHY`): a call on one that is away
-or NOT_SERVING fails at once and unsent. `loramux.placement` chooses, `loramux.trip` asks the next one.
+Each replica has a channel of its own, whose health gRPC watches by itself (`HEALTHY`): a call on one that is
+away or NOT_SERVING fails at once and unsent. `loramux.placement` chooses, `loramux.trip` asks the next one.
 """
 
 from __future__ import annotations

@@ -4,10 +4,10 @@ Every model has an order of the replicas, by rendezvous hashing: the same in all
 leaves moves its own models only. A stream goes to the first of the order that has room for it, as far as one
 client can see:
 
-- A model that many ask for may go to the first ``k`` of its order: a client begins somewhere among them, always at
-  the same place, and goes on to the next as soon as that one has its share of the streams. So what is popular fills
-  what is unpopular leaves free, and finds itself resident there.
-- No replica has many more streams than the mean: ``1.25 m + sqrt(1.25 m)``, which comes near to 1.25 where there
+- A popular model may go to the first ``k`` of its order: a client begins somewhere among them, always at the
+  same place, and goes on to the next as soon as that one has its share of the streams. So popular models fill
+  what the others leave free, and find themselves resident there.
+- No replica has many more streams than the mean: ``1.25 m + sqrt(1.25 m)``, which comes near to 1.25 where they
   are many, and does not send few streams away from where their adapters are.
 
 Replicas that failed lately come last. There is no gRPC in here.
@@ -27,7 +27,7 @@ BOUND: Final = 1.25
 """Times the mean of open streams."""
 SHARE: Final = 0.8
 """Of the mean: so many streams a replica has before its popular models go to others too."""
-PIECES: Final = 1.5
+PIECES: Final = 2.0
 """Times log2 of the number of replicas: the more there are, the further the fullest is from the mean, and the
 smaller are the pieces that popular models are divided into."""
 MEMORY: Final = 10_000
@@ -51,11 +51,49 @@ def _weight(key: bytes, replica: str) -> bytes:
     return blake2b(replica.encode(), key=key, digest_size=8).digest()
 
 
-class Placement:
-    """The open streams of a client, by replica; safe for threads.
+class Popularity:
+    """What one client knows of how much models are asked for."""
 
-    spot, from 0 to below 1, is where this client begins among the replicas of a popular model.
+    def __init__(self) -> None:
+        self._asked: dict[str, int] = {}
+        self._total = 0
+
+    def copies(self, model: str, replicas: int) -> int:
+        """Count a request for a model, and return over how many replicas it may be spread."""
+        asked = self._asked.get(model, 0)
+        self._asked[model] = asked + 1
+        self._total += 1
+        if self._total >= MEMORY:
+            self._asked = {each: count // 2 for each, count in self._asked.items() if count > 1}
+            self._total //= 2
+        part = asked / max(self._total, FEW)
+        wanted = math.ceil(part * replicas * PIECES * math.log2(replicas))
+        return max(1, min(wanted, replicas, len(self._asked) // VARIETY))
+
+
+def choose(ordered: Sequence[str], load: Callable[[str], int], total: int, copies: int, spot: float) -> str:
+    """Return the first of a model's order that has room.
+
+    load is how many streams a replica has, and total how many all of them have; copies is over how many of the
+    first the model may be spread, and spot, from 0 to below 1, where this client begins among those.
     """
+    mean = (total + 1) / len(ordered)
+    share = math.ceil(SHARE * mean)
+    begin = int(spot * copies)
+    best = ordered[begin]
+    if load(best) < share:
+        return best
+    if copies > 1:
+        homes = (*ordered[begin:copies], *ordered[:begin])
+        best = next((each for each in homes if load(each) < share), None) or min(homes, key=load)
+    most = math.ceil(BOUND * mean + math.sqrt(BOUND * mean))
+    if load(best) < most:
+        return best
+    return next((each for each in ordered if load(each) < most), None) or min(ordered, key=load)
+
+
+class Placement:
+    """The open streams of a client, by replica; safe for threads. spot is that of `choose`."""
 
     def __init__(
         self,
@@ -72,8 +110,7 @@ class Placement:
         self._down: dict[str, float] = {}
         """When those that failed may be asked again."""
         self._orders: dict[str, tuple[str, ...]] = {}
-        self._asked: dict[str, int] = {}
-        self._asked_total = 0
+        self._popularity = Popularity()
 
     def replace(self, replicas: Sequence[str]) -> None:
         """Take streams to these from now on; those that others have go on."""
@@ -97,7 +134,8 @@ class Placement:
             usable = self._usable(model, tried)
             if not usable:
                 return None
-            replica = self._choose(usable, self._copies(model, len(usable)))
+            copies = self._popularity.copies(model, len(usable))
+            replica = choose(usable, self._open.__getitem__, self._total, copies, self._spot)
             self._open[replica] += 1
             self._total += 1
             return replica
@@ -128,32 +166,3 @@ class Placement:
         self._down = {each: until for each, until in self._down.items() if until > now}
         others = [each for each in ordered if each not in tried]
         return [each for each in others if each not in self._down] or others
-
-    def _choose(self, usable: Sequence[str], copies: int) -> str:
-        """Return the first of the order that has room."""
-        count = self._open.__getitem__
-        mean = (self._total + 1) / len(usable)
-        share = math.ceil(SHARE * mean)
-        begin = int(self._spot * copies)
-        best = usable[begin]
-        if count(best) < share:
-            return best
-        if copies > 1:
-            homes = (*usable[begin:copies], *usable[:begin])
-            best = next((each for each in homes if count(each) < share), None) or min(homes, key=count)
-        most = math.ceil(BOUND * mean + math.sqrt(BOUND * mean))
-        if count(best) < most:
-            return best
-        return next((each for each in usable if count(each) < most), None) or min(usable, key=count)
-
-    def _copies(self, model: str, replicas: int) -> int:
-        """Count a request for a model, and return how many replicas it may be spread over."""
-        asked = self._asked.get(model, 0)
-        self._asked[model] = asked + 1
-        self._asked_total += 1
-        if self._asked_total >= MEMORY:
-            self._asked = {each: count // 2 for each, count in self._asked.items() if count > 1}
-            self._asked_total //= 2
-        part = asked / max(self._asked_total, FEW)
-        wanted = math.ceil(part * replicas * PIECES * math.log2(replicas))
-        return max(1, min(wanted, replicas, len(self._asked) // VARIETY))

@@ -17,7 +17,8 @@ from loramux_shared.faults import (
 )
 
 TRIES: Final = 4
-"""Replicas that may refuse a request, or keep it waiting for nothing; what is known to be away does not count."""
+"""Replicas that may refuse a request, or keep it waiting for nothing; those that are known to be away are not
+counted."""
 QUICK_S: Final = 0.5
 """What is known to be away, is told in less."""
 MOST_PAUSE_S: Final = 30.0

@@ -1,0 +1,372 @@
+"""Both clients over several replicas: real servers on loopback, whose wires can be cut."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from typer.testing import CliRunner
+
+from loramux import AsyncClient, Client, Delta, Started, faults
+from loramux.addresses import Address, Members
+from loramux.cli.main import app
+from loramux.connection import Credentials
+from loramux.fleet import AsyncFleetCalls, Fleet, FleetCalls
+from loramux.inference.v1 import inference_pb2 as pb
+from loramux.inference.v1.inference_pb2_grpc import InferenceServiceStub
+from loramux.placement import order
+from loramux_shared.access.guard import Guard
+from tests.support.access import NOBODY, Certificates
+from tests.support.replicas import MODELS, Replicas, replicas
+
+TEXT = "the grey sea sings (0)"
+
+
+@pytest.fixture
+def three() -> Iterator[Replicas]:
+    """Three replicas."""
+    with replicas(3) as made:
+        yield made
+
+
+@pytest.fixture
+def client(three: Replicas) -> Iterator[Client]:
+    """A client of all of them."""
+    with Client(three.addresses, timeout_s=10) as made:
+        yield made
+
+
+def until(true: Callable[[], Any], within_s: float = 10.0) -> None:
+    """Wait until something is so."""
+    ends = time.monotonic() + within_s
+    while not true():
+        assert time.monotonic() < ends, "it did not come true"
+        time.sleep(0.01)
+
+
+def homes(three: Replicas, model: str) -> tuple[str, ...]:
+    """The replicas in the order of a model."""
+    return order(model, three.addresses)
+
+
+def reading(client: Client, model: str, prompt: str) -> tuple[threading.Thread, list[Any]]:
+    """A thread that reads an answer, and what it read, a fault at the end."""
+    seen: list[Any] = []
+
+    def read() -> None:
+        try:
+            seen.extend(client.generate(model, prompt))
+        except faults.Fault as fault:
+            seen.append(fault)
+
+    thread = threading.Thread(target=read, daemon=True)
+    thread.start()
+    return thread, seen
+
+
+async def test_a_model_stays_where_it_is(three: Replicas, client: Client) -> None:
+    """Every answer of a model comes from the first of its order, to both clients, and names it to proxies."""
+    async with AsyncClient(",".join(three.addresses)) as aio:
+        for model in MODELS:
+            assert (await aio.complete(model, "hi")).text == TEXT
+            for _ in range(3):
+                answer = await asyncio.to_thread(client.complete, model, "hi")
+                assert (answer.text, answer.started.model) == (TEXT, model)
+    for address in three.addresses:
+        expected = [model for model in MODELS for _ in range(4) if homes(three, model)[0] == address]
+        assert three[address].headers == expected
+
+
+def test_one_address_names_its_model_too(three: Replicas) -> None:
+    """The header is for proxies; a name that no header may hold is not put into one."""
+    with Client(three.addresses[0], timeout_s=5) as single:
+        single.complete("lora1", "hi")
+        for name in ("größer", "x" * 5000, "a\nb"):
+            with pytest.raises(faults.ModelNotFound):
+                single.complete(name, "hi")
+    assert three.services[0].headers == ["lora1"]
+
+
+def test_streams_go_on_to_the_next_at_the_bound(three: Replicas, client: Client) -> None:
+    """Of 24 streams of one model no replica has more than the bound; as they end, the first has room again."""
+    with ExitStack() as stack:
+        for _ in range(24):
+            events = client.generate("lora1", "wait")
+            stack.callback(events.close)
+            assert isinstance(next(events), Started)
+        first, second, third = (three[address].open for address in homes(three, "lora1"))
+        assert first == 14
+        assert first + second + third == 24
+    until(lambda: not any(service.open for service in three.services))
+    client.complete("lora1", "hi")
+    assert three[homes(three, "lora1")[0]].requests[-1].text == "hi"
+
+
+def test_a_replica_that_is_not_serving_gets_nothing_new(three: Replicas, client: Client) -> None:
+    """What it has goes on, new requests go to the next, and it has its models again when it serves."""
+    first, second, _ = homes(three, "lora1")
+    thread, seen = reading(client, "lora1", "slow")
+    until(lambda: three[first].open)
+    three.serving(first, False)
+    until(lambda: client.complete("lora1", "hi") and len(three[second].requests))
+    before = len(three[first].requests)
+    client.complete("lora1", "hi")
+    assert len(three[first].requests) == before
+    three.serving(first, True)
+    until(lambda: client.complete("lora1", "hi") and len(three[first].requests) > before)
+    thread.join(10)
+    assert "".join(each.text for each in seen if isinstance(each, Delta)) == TEXT
+
+
+def test_what_had_no_token_is_answered_elsewhere(three: Replicas, client: Client) -> None:
+    """A replica that goes after it took the request; nobody sees that there were two."""
+    first, second, _ = homes(three, "lora1")
+    three[first].silences.add("hi")
+    thread, seen = reading(client, "lora1", "hi")
+    until(lambda: three[first].open)
+    three.cut(first)
+    thread.join(10)
+    assert [type(each).__name__ for each in seen] == ["Started", *["Delta"] * 5, "Finished"]
+    assert len(three[second].requests) == 1
+
+
+def test_what_had_tokens_is_unavailable(three: Replicas, client: Client) -> None:
+    """It is not begun again, and the fault says when to try."""
+    first, *_ = homes(three, "lora1")
+    thread, seen = reading(client, "lora1", "wait")
+    until(lambda: len(seen) >= 2)
+    three.cut(first)
+    thread.join(10)
+    *events, fault = seen
+    assert [type(each) for each in events] == [Started, Delta]
+    assert isinstance(fault, faults.ServerUnavailable)
+    assert fault.retry_after_s
+    assert sum(three.counts) == 1
+    assert client.complete("lora1", "hi").text == TEXT
+
+
+async def test_the_same_on_an_event_loop(three: Replicas) -> None:
+    """Without a token answered elsewhere, with one unavailable."""
+    first, *_ = homes(three, "lora1")
+    three[first].silences.add("hi")
+    async with AsyncClient(three.addresses) as aio:
+        lost = asyncio.create_task(aio.complete("lora1", "wait"))
+        saved = asyncio.create_task(aio.complete("lora1", "hi"))
+        await asyncio.to_thread(until, lambda: three[first].open == 2)
+        await asyncio.sleep(0.1)  # the first token arrives
+        three.cut(first)
+        assert (await saved).text == TEXT
+        with pytest.raises(faults.ServerUnavailable):
+            await lost
+
+
+def test_a_replica_that_comes_back_is_used_again(three: Replicas, client: Client) -> None:
+    """Its connection is made anew by itself."""
+    first, *_ = homes(three, "lora1")
+    client.complete("lora1", "hi")
+    three.cut(first)
+    assert client.complete("lora1", "hi").text == TEXT
+    three.mend(first)
+    before = len(three[first].requests)
+    until(lambda: client.complete("lora1", "hi") and len(three[first].requests) > before)
+
+
+def test_what_is_refused_is_asked_elsewhere(three: Replicas, client: Client) -> None:
+    """And not again there before its time; what no other can do better is raised as it is."""
+    first, second, _ = homes(three, "lora1")
+    three[first].refuses = faults.QueueFull("full", retry_after_s=60)
+    for _ in range(3):
+        assert client.complete("lora1", "hi").text == TEXT
+    assert (len(three[first].requests), len(three[second].requests)) == (1, 3)
+    three[second].refuses = faults.RequestInvalid("no")
+    with pytest.raises(faults.RequestInvalid):
+        client.complete("lora1", "hi")
+    assert sum(three.counts) == 5
+
+
+def test_nobody_there_is_a_named_fault() -> None:
+    """For streams and calls, in all spellings; one that takes connections and is silent is not waited for."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        hole = f"127.0.0.1:{silent.getsockname()[1]}"
+        with Client(["127.0.0.1:1", hole, "127.0.0.1:2"]) as client:
+            with pytest.raises(faults.ServerUnavailable, match="none of 3 replicas"):
+                client.complete("lora1", "hi")
+            with pytest.raises(faults.ServerUnavailable, match="none of 3 replicas"):
+                client.models()
+    with (
+        Client("dns:///no.such.host.invalid:1") as client,
+        pytest.raises(faults.ServerUnavailable, match="resolves"),
+    ):
+        client.models()
+    with pytest.raises(faults.SettingsInvalid, match="a: expected"):
+        Client("a,b:1")
+
+
+def test_a_deadline_bounds_all_tries(three: Replicas) -> None:
+    """Also those that come after a replica failed."""
+    for address in three.addresses:
+        three[address].silences.add("hi")
+    with Client(three.addresses) as client:
+        thread = threading.Timer(0.3, three.cut, [homes(three, "lora1")[0]])
+        thread.start()
+        with pytest.raises(faults.CallFailed) as caught:
+            client.complete("lora1", "hi", timeout_s=0.8)
+        assert caught.value.code is grpc.StatusCode.DEADLINE_EXCEEDED
+    assert sum(three.counts) == 2
+
+
+def test_closing_ends_open_streams(three: Replicas) -> None:
+    """With a name, and nothing is asked again elsewhere."""
+    client = Client(three.addresses)
+    thread, seen = reading(client, "lora1", "silent")
+    until(lambda: sum(three.counts))
+    client.close()
+    thread.join(10)
+    assert isinstance(seen[-1], faults.CallFailed)
+    with pytest.raises(faults.CallFailed, match="closed"):
+        client.complete("lora1", "hi")
+    assert sum(three.counts) == 1
+
+
+async def test_closing_ends_open_async_streams(three: Replicas) -> None:
+    """The same on an event loop."""
+    client = AsyncClient(three.addresses)
+    task = asyncio.create_task(client.complete("lora1", "silent"))
+    await asyncio.to_thread(until, lambda: sum(three.counts))
+    await client.close()
+    with pytest.raises(faults.CallFailed, match="closed"):
+        await task
+    assert sum(three.counts) == 1
+
+
+async def test_a_cancelled_task_leaves_nothing(three: Replicas) -> None:
+    """Its stream ends on the server, and counts no more."""
+    async with AsyncClient(three.addresses) as client:
+        for prompt in ("silent", "wait"):
+            task = asyncio.create_task(client.complete("lora1", prompt))
+            await asyncio.to_thread(until, lambda: any(service.open for service in three.services))
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            await asyncio.to_thread(until, lambda: not any(service.open for service in three.services))
+        assert open_streams(client) == 0
+
+
+def test_threads_share_a_client(three: Replicas, client: Client) -> None:
+    """Every answer is whole while replicas come and go, and in the end nothing is counted."""
+    done = threading.Event()
+
+    def disturb() -> None:
+        while not done.is_set():
+            for address in three.addresses:
+                three.serving(address, False)
+                done.wait(0.05)
+                three.serving(address, True)
+                done.wait(0.05)
+
+    disturber = threading.Thread(target=disturb)
+    disturber.start()
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda n: client.complete(MODELS[n % 3], "hi").text, range(96)))
+    done.set()
+    disturber.join()
+    assert answers == [TEXT] * 96
+    assert open_streams(client) == 0
+
+
+def open_streams(client: Client | AsyncClient) -> int:
+    """What a client counts."""
+    assert client._fleet is not None
+    return client._fleet._placement._total
+
+
+def fleet_of(three: Replicas, kind: Any) -> tuple[Fleet, list[str], list[float]]:
+    """A fleet behind a name: whom the name stands for now, and the clock by which it is looked up."""
+    there, now = [three.addresses[0]], [0.0]
+    members = Members(["dns:///replicas:1"], lambda _: [Address(each) for each in there], lambda: now[0])
+    return Fleet(members, Credentials(**NOBODY), kind), there, now
+
+
+def test_a_name_is_followed(three: Replicas) -> None:
+    """Who is new behind it gets requests, and who is gone none; its streams end as they would."""
+    fleet, there, now = fleet_of(three, grpc)
+    calls: Any = FleetCalls(fleet, InferenceServiceStub)
+
+    def ask(text: str) -> Any:
+        return calls.Generate(pb.GenerateRequest(model="lora1", text=text), timeout=10)
+
+    running = ask("slow")
+    assert next(running).HasField("started")
+    there[:] = three.addresses[1:]
+    now[0] = 60.0
+    until(lambda: len(list(ask("hi"))) and sum(three.counts[1:]))
+    before = three.counts[0]
+    list(ask("hi"))
+    assert three.counts[0] == before
+    assert len(list(running)) == 6
+    list(ask("hi"))
+    assert set(fleet._links) <= set(three.addresses[1:])
+    for channel in fleet.close():
+        channel.close()
+
+
+async def test_a_name_is_followed_on_an_event_loop(three: Replicas) -> None:
+    """A failure makes it look sooner than usual."""
+    fleet, there, now = fleet_of(three, grpc.aio)
+    calls: Any = AsyncFleetCalls(fleet, InferenceServiceStub)
+
+    async def ask() -> int:
+        return len([each async for each in calls.Generate(pb.GenerateRequest(model="base", text="hi"))])
+
+    assert await ask() == 7
+    there[:] = [three.addresses[1]]
+    three.cut(three.addresses[0])
+    now[0] = 1.5
+    with suppress(faults.ServerUnavailable):
+        await ask()
+    async with asyncio.timeout(10):
+        while not three.counts[1]:
+            with suppress(faults.ServerUnavailable):
+                await ask()
+            await asyncio.sleep(0.01)
+    assert set(fleet._links) == {three.addresses[1]}
+    for channel in fleet.close():
+        await channel.close()
+
+
+def test_a_name_with_tls(tmp_path: Path) -> None:
+    """A certificate for the name is enough, whatever the addresses behind it."""
+    certificates = Certificates(tmp_path)
+    certificates.issue("server", certificates.ours, "localhost")
+    options = NOBODY | {"tls_ca": tmp_path / "ours.pem"}
+    with replicas(1, Guard(tls=certificates.server)) as one:
+        port = one.addresses[0].rpartition(":")[2]
+        with Client(f"grpcs://dns:///localhost:{port}", timeout_s=10, **options) as client:
+            assert client.complete("lora1", "hi").text == TEXT
+        with (
+            Client(f"grpcs://127.0.0.1:{port},grpcs://127.0.0.1:1", timeout_s=10, **options) as client,
+            pytest.raises(faults.ServerUnavailable),
+        ):
+            client.complete("lora1", "hi")
+
+
+def test_commands_take_lists(three: Replicas) -> None:
+    """Models are those of some replica; a load is spread over all."""
+    where = ",".join(three.addresses)
+    three.cut(three.addresses[0])
+    done = CliRunner().invoke(app, ["models", "--grpc", where, "--json"])
+    assert [each["name"] for each in json.loads(done.stdout)["models"]] == list(MODELS)
+    done = CliRunner().invoke(app, ["bench", "--grpc", where, "--requests", "24", "--warmup", "0", "--json"])
+    figures = json.loads(done.stdout)["report"]["all"]
+    assert (figures["requests"], figures["errors"]) == (24, {})
+    assert sum(map(bool, three.counts)) >= 2

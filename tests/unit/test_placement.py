@@ -1,0 +1,198 @@
+"""Which replica a stream goes to."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from loramux.placement import Placement, Popularity, choose, order
+from loramux.trip import TRIES, Trip
+from loramux_shared.faults import (
+    Fault,
+    ModelNotFound,
+    QueueFull,
+    ReplicaBehind,
+    ServerUnavailable,
+    ShuttingDown,
+)
+from tests.support.examples import examples
+
+REPLICAS = tuple(f"10.0.0.{number}:50052" for number in range(1, 6))
+names = st.text(min_size=1, max_size=12)
+fleets = st.lists(
+    st.sampled_from([f"r{number}:1" for number in range(12)]), min_size=2, max_size=12, unique=True
+)
+
+
+def test_the_order_is_the_same_everywhere() -> None:
+    """Whatever the process, the machine and the order of the list: other clients rely on it."""
+    assert order("support", REPLICAS) == order("support", REPLICAS[::-1])
+    found = ["".join(each[7] for each in order(model, REPLICAS)) for model in ("support", "legal", "größer")]
+    assert found == ["15234", "51423", "41532"]
+
+
+@settings(max_examples=examples(50))
+@given(names, fleets)
+def test_who_leaves_moves_its_own_models_only(model: str, fleet: list[str]) -> None:
+    """The order of the others stays as it was."""
+    before = order(model, fleet)
+    for gone in fleet:
+        assert order(model, [each for each in fleet if each != gone]) == tuple(r for r in before if r != gone)
+
+
+def test_models_are_spread_evenly() -> None:
+    """Of 5,000 models each of five replicas is the first of about a thousand."""
+    first = Counter(order(f"model-{number}", REPLICAS)[0] for number in range(5000))
+    assert all(900 < count < 1100 for count in first.values())
+
+
+@settings(max_examples=examples(50))
+@given(st.lists(st.tuples(names, st.integers(0, 3)), max_size=120), fleets, st.floats(0, 0.999))
+def test_no_replica_has_many_more_than_the_mean(
+    steps: list[tuple[str, int]], fleet: list[str], spot: float
+) -> None:
+    """Whatever is asked for and whatever ends: a stream finds a replica that is not above the bound."""
+    placement, held = Placement(fleet, spot), []
+    for model, ends in steps:
+        replica = placement.take(model)
+        held.append(replica)
+        mean = len(held) / len(fleet)
+        assert Counter(held)[replica] <= math.ceil(1.25 * mean + math.sqrt(1.25 * mean))
+        for _ in range(min(ends, len(held)) if ends > 1 else 0):
+            placement.give(held.pop(0))
+
+
+@given(names, fleets)
+@settings(max_examples=examples(20))
+def test_one_after_the_other_a_model_stays_where_it_is(model: str, fleet: list[str]) -> None:
+    """Who asks few models finds each at one replica, from every client."""
+    for spot in (0.0, 0.9):
+        placement = Placement(fleet, spot)
+        for _ in range(30):
+            replica = placement.take(model)
+            assert replica == order(model, fleet)[0]
+            placement.give(replica)
+
+
+def test_popular_models_are_at_several_replicas() -> None:
+    """Of many models the one with half the requests, begun elsewhere by each client; others are not."""
+    popularity = Popularity()
+    for number in range(2000):
+        popularity.copies("popular", 10)
+        popularity.copies(f"other-{number % 400}", 10)
+    assert popularity.copies("popular", 10) == 10
+    assert popularity.copies("other-1", 10) == 1
+    assert popularity.copies("popular", 1) == 1
+    ordered = order("popular", REPLICAS)
+    idle = dict.fromkeys(REPLICAS, 0)
+    chosen = [choose(ordered, idle.__getitem__, 0, 5, spot / 10) for spot in range(10)]
+    assert chosen == [each for each in ordered for _ in range(2)]
+
+
+def test_a_popular_model_goes_on_where_its_share_is_taken() -> None:
+    """Past the first of its replicas that has its share; a model of one place goes on at the bound only."""
+    ordered = ("a", "b", "c", "d")
+    load = {"a": 8, "b": 4, "c": 12, "d": 8}
+    assert choose(ordered, load.__getitem__, 32, 2, 0.0) == "b"
+    assert choose(ordered, load.__getitem__, 32, 1, 0.0) == "a"
+    assert choose(ordered, (load | {"a": 17}).__getitem__, 41, 1, 0.0) == "b"
+
+
+def test_popularity_is_forgotten() -> None:
+    """What is asked for no more is spread no more, and costs nothing."""
+    popularity = Popularity()
+    for number in range(60_000):
+        popularity.copies("old" if number < 5000 else f"new-{number % 50}", 10)
+    assert popularity.copies("old", 10) == 1
+    assert len(popularity._asked) < 60
+
+
+def test_replicas_that_failed_come_last() -> None:
+    """For as long as was said; and where all have failed, each may be asked again."""
+    now = [0.0]
+    placement = Placement(REPLICAS, 0.0, lambda: now[0])
+    first, second, *others = order("support", REPLICAS)
+    placement.failed(first, 2.0)
+    assert placement.take("support") == second
+    now[0] = 2.0
+    assert placement.take("support") == first
+    for each in REPLICAS:
+        placement.failed(each, 2.0)
+    assert placement.take("support", [first, second]) == others[0]
+    assert placement.take("support", REPLICAS) is None
+
+
+def test_those_that_left_get_nothing_new() -> None:
+    """They are gone once their streams have ended; one that came back has what it had."""
+    placement = Placement(REPLICAS, 0.0)
+    first, second, *_ = order("support", REPLICAS)
+    assert placement.take("support") == first
+    placement.replace([each for each in REPLICAS if each != first])
+    assert placement.take("support") == second
+    assert not placement.is_gone(first)
+    placement.replace(REPLICAS)
+    placement.replace([second])
+    placement.give(first)
+    assert placement.is_gone(first)
+
+
+def trip(placement: Placement, repeat: bool = True) -> Trip:
+    """A request for ``support`` without a deadline."""
+    return Trip(placement, "support", None, repeat=repeat)
+
+
+def travel(placement: Placement, fault: Fault) -> tuple[list[str], Fault]:
+    """Whom a request asks when all fail so, and what it ends with."""
+    way, asked = trip(placement), []
+    try:
+        while True:
+            asked.append(way.begin())
+            way.failed(fault)
+    except Fault as raised:
+        return asked, raised
+
+
+def test_a_trip_asks_everyone_once() -> None:
+    """Of those that cannot be reached; the fault says how many they were, and leaves nothing counted."""
+    placement = Placement(REPLICAS, 0.0)
+    asked, fault = travel(placement, ServerUnavailable("down"))
+    assert asked == list(order("support", REPLICAS))
+    assert fault.message == "none of 5 replicas took it; the last: down"
+    assert not any(placement._open.values())
+
+
+@pytest.mark.parametrize("fault", [QueueFull("full"), ShuttingDown("leaving"), ReplicaBehind("behind")])
+def test_few_are_asked_that_refuse(fault: Fault) -> None:
+    """A fleet that is full is not asked from end to end by every request."""
+    asked, raised = travel(Placement(REPLICAS), fault)
+    assert len(asked) == TRIES < len(REPLICAS)
+    assert type(raised) is type(fault)
+
+
+def test_what_another_cannot_help_is_raised() -> None:
+    """A model that is not served, an answer that had begun, and what may not be done twice."""
+    for fault, repeat, answered in (
+        (ModelNotFound("no model"), True, False),
+        (ServerUnavailable("cut"), True, True),
+        (ServerUnavailable("cut"), False, False),
+    ):
+        way = trip(Placement(REPLICAS), repeat)
+        way.begin()
+        with pytest.raises(type(fault)) as caught:
+            way.failed(fault, answered=answered)
+        assert caught.value is fault
+
+
+def test_what_concerns_one_adapter_is_nothing_of_the_replica() -> None:
+    """A replica that is behind keeps its other models; one that is full is left alone as long as it says."""
+    placement = Placement(REPLICAS, 0.0)
+    first, second, *_ = order("support", REPLICAS)
+    for fault, found in ((ReplicaBehind("behind"), first), (QueueFull("full"), second)):
+        way = trip(placement)
+        way.begin()
+        way.failed(fault)
+        assert trip(placement).begin() == found
