@@ -31,10 +31,16 @@ HEALTHY: Final = json.dumps(
         "healthCheckConfig": {"serviceName": "loramux.inference.v1.InferenceService"},
     }
 )
+PING_S: Final = 10
+PING_TIMEOUT_S: Final = 5
+"""A replica that hangs is left sooner than where there is no other."""
 OPTIONS: Final = (
     ("grpc.service_config", HEALTHY),
     ("grpc.service_config_disable_resolution", 1),
     ("grpc.min_reconnect_backoff_ms", CONNECT_S * 1000),
+    ("grpc.keepalive_time_ms", PING_S * 1000),
+    ("grpc.keepalive_timeout_ms", PING_TIMEOUT_S * 1000),
+    ("grpc.http2.ping_timeout_ms", PING_TIMEOUT_S * 1000),
 )
 STREAMS: Final = (GENERATE, "WatchReplica")
 REPEATED: Final = ("Generate", "Get", "List", "Pin", "Unpin", "Watch")

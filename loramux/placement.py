@@ -20,6 +20,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
+from functools import lru_cache
 from hashlib import blake2b
 from typing import Final
 
@@ -37,11 +38,12 @@ FEW: Final = 1000
 VARIETY: Final = 4
 """Models that a client asks for, per replica that one of them may be spread over: who asks few sees nothing of
 what others do, and is better off with all clients of that model in one place."""
-ORDERS: Final = 4096
+ORDERS: Final = 16_384
 """Models whose orders are kept."""
 
 
-def order(model: str, replicas: Iterable[str]) -> tuple[str, ...]:
+@lru_cache(ORDERS)
+def order(model: str, replicas: tuple[str, ...]) -> tuple[str, ...]:
     """Return the replicas in the order of a model."""
     key = blake2b(model.encode(errors="surrogatepass"), digest_size=32).digest()
     return tuple(sorted(replicas, key=lambda each: (_weight(key, each), each)))
@@ -54,7 +56,8 @@ def _weight(key: bytes, replica: str) -> bytes:
 class Popularity:
     """What one client knows of how much models are asked for."""
 
-    def __init__(self) -> None:
+    def __init__(self, pieces: float = PIECES) -> None:
+        self._pieces = pieces
         self._asked: dict[str, int] = {}
         self._total = 0
 
@@ -67,7 +70,7 @@ class Popularity:
             self._asked = {each: count // 2 for each, count in self._asked.items() if count > 1}
             self._total //= 2
         part = asked / max(self._total, FEW)
-        wanted = math.ceil(part * replicas * PIECES * math.log2(replicas))
+        wanted = math.ceil(part * replicas * self._pieces * math.log2(replicas))
         return max(1, min(wanted, replicas, len(self._asked) // VARIETY))
 
 
@@ -109,7 +112,6 @@ class Placement:
         self._total = 0
         self._down: dict[str, float] = {}
         """When those that failed may be asked again."""
-        self._orders: dict[str, tuple[str, ...]] = {}
         self._popularity = Popularity()
 
     def replace(self, replicas: Sequence[str]) -> None:
@@ -118,7 +120,6 @@ class Placement:
             if self._replicas == tuple(replicas):
                 return
             self._replicas = tuple(replicas)
-            self._orders.clear()
             kept = {each: count for each, count in self._open.items() if count}
             self._open = dict.fromkeys(self._replicas, 0) | kept
             self._down = {each: until for each, until in self._down.items() if each in self._open}
@@ -155,11 +156,7 @@ class Placement:
                 self._down[replica] = self._clock() + pause_s
 
     def _usable(self, model: str, tried: Collection[str]) -> Sequence[str]:
-        ordered = self._orders.get(model)
-        if ordered is None:
-            if len(self._orders) >= ORDERS:
-                self._orders.clear()
-            ordered = self._orders[model] = order(model, self._replicas)
+        ordered = order(model, self._replicas)
         if not self._down and not tried:
             return ordered
         now = self._clock()

@@ -6,7 +6,7 @@ see `World.ideal`. The exit status is 1 when what ships misses a bar: 0.9 of the
 above 1.25 times the mean in any 20 seconds.
 
     python -m benchmarks.fleet
-    python -m benchmarks.fleet client ray --routers 1 10 --seed 2
+    python -m benchmarks.fleet client ray --routers 1 10 100 --seed 2
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ POLICIES: Final[Mapping[str, Policy]] = {
 }
 BARRED: Final = {"client": (1, 10), "ray": (1, 10), "envoy": (1,)}
 """What ships, and how many routers are to meet the bars; more are told for their own sake."""
-ROUTERS: Final = (1, 10, 100)
+ROUTERS: Final = (1, 10)
+AWAY_ROUTERS: Final = 10
 MISSING_BAR: Final = 0.1
 LOAD_BAR: Final = 1.25
 ADAPTER_MB: Final = 37
@@ -73,7 +74,7 @@ def simulate(world: World, task: tuple[str, int]) -> Point:
     """Run a policy, and where one departure is of interest that too."""
     name, routers = task
     found = Simulation(world, POLICIES[name], routers).run()
-    if routers == max(ROUTERS):
+    if routers != AWAY_ROUTERS:
         return Point(name, routers, found, None)
     without = Simulation(world, POLICIES[name], routers, ABSENT).run()
     return Point(name, routers, found, without.loads - found.loads)

@@ -88,16 +88,9 @@ class Rendezvous(Counted):
         super().__init__(world, view, number)
         self._bound = bound
 
-    def members(self, here: Sequence[int]) -> None:
-        """Forget the orders."""
-        super().members(here)
-        self._orders: dict[int, list[int]] = {}
-
     def choose(self, model: int) -> int:
         """Return the first of the order that has room."""
-        ordered = self._orders.get(model)
-        if ordered is None:
-            ordered = self._orders[model] = list(map(int, order(str(model), map(str, self.here))))
+        ordered = list(map(int, order(str(model), tuple(map(str, self.here)))))
         if self._bound == math.inf:
             return ordered[0]
         most = math.ceil(self._bound * (self.total + 1) / len(self.here))
@@ -110,7 +103,7 @@ def bounded(world: World, view: View, number: int) -> Router:
 
 
 class Envoy(Counted):
-    """Envoy's ring hash with ``hash_balance_factor: 125``.
+    """Envoy's ring hash with a ``hash_balance_factor``.
 
     As in its thread_aware_lb_impl.cc: a host takes a request when it has no more than ``ceil(1.25 x mean)``
     before it, else one is searched in a random order that the hash seeds; where there is none, the one least
@@ -118,6 +111,7 @@ class Envoy(Counted):
     """
 
     RING = 16_384
+    PERCENT = 125
 
     def members(self, here: Sequence[int]) -> None:
         """Lay the ring out again."""
@@ -130,7 +124,7 @@ class Envoy(Counted):
     def choose(self, model: int) -> int:
         """Return the ring's host, or where the jumps lead."""
         host = self._hosts[bisect(self._keys, _hash(f"adapter-{model}")) % len(self._hosts)]
-        slots = max(1, math.ceil(((self.total + 1) * 125 + 99) // 100 / len(self.here)))
+        slots = max(1, math.ceil(((self.total + 1) * self.PERCENT + 99) // 100 / len(self.here)))
         if self.active[host] <= slots:
             return host
         jumps = self._jumps.get(model)
@@ -170,8 +164,10 @@ class Ray(Counted):
 class SpreadEnvoy(Envoy):
     """An Envoy whose hash key is of a popular model one of several, drawn anew for each request."""
 
+    PERCENT = 124
+
     def __init__(self, world: World, view: View, number: int) -> None:
-        self._popularity = Popularity()
+        self._popularity = Popularity(pieces=1.0)
         super().__init__(world, view, number)
 
     def choose(self, model: int) -> int:

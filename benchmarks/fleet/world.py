@@ -32,9 +32,9 @@ class World:
     service_s: float = 2.0
     spread: float = 1.0
     """Of the logarithm of a service time."""
-    warm: int = 200_000
+    warm: int = 150_000
     """Requests before anything counts."""
-    requests: int = 200_000
+    requests: int = 150_000
     window_s: float = 20.0
     """Over which a replica's load is taken."""
     seed: int = 1

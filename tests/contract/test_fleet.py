@@ -21,7 +21,8 @@ from loramux import AsyncClient, Client, Delta, Started, faults
 from loramux.addresses import Address, Members
 from loramux.cli.main import app
 from loramux.connection import Credentials
-from loramux.fleet import AsyncFleetCalls, Fleet, FleetCalls
+from loramux.fleet import REPEATED, STREAMS, AsyncFleetCalls, Fleet, FleetCalls
+from loramux.inference.v1 import adapters_pb2
 from loramux.inference.v1 import inference_pb2 as pb
 from loramux.inference.v1.inference_pb2_grpc import InferenceServiceStub
 from loramux.placement import order
@@ -56,7 +57,7 @@ def until(true: Callable[[], Any], within_s: float = 10.0) -> None:
 
 def homes(three: Replicas, model: str) -> tuple[str, ...]:
     """The replicas in the order of a model."""
-    return order(model, three.addresses)
+    return order(model, tuple(three.addresses))
 
 
 def reading(client: Client, model: str, prompt: str) -> tuple[threading.Thread, list[Any]]:
@@ -200,7 +201,7 @@ def test_nobody_there_is_a_named_fault() -> None:
         hole = f"127.0.0.1:{silent.getsockname()[1]}"
         with Client(["127.0.0.1:1", hole, "127.0.0.1:2"]) as client:
             with pytest.raises(faults.ServerUnavailable, match="none of 3 replicas"):
-                client.complete("lora1", "hi")
+                client.complete("lora1", "hi", timeout_s=12)
             with pytest.raises(faults.ServerUnavailable, match="none of 3 replicas"):
                 client.models()
     with (
@@ -370,3 +371,12 @@ def test_commands_take_lists(three: Replicas) -> None:
     figures = json.loads(done.stdout)["report"]["all"]
     assert (figures["requests"], figures["errors"]) == (24, {})
     assert sum(map(bool, three.counts)) >= 2
+
+
+def test_what_is_repeated() -> None:
+    """A method is the same when it is called twice, or asks one replica alone; all streams are read as such."""
+    services = [each for file in (pb, adapters_pb2) for each in file.DESCRIPTOR.services_by_name.values()]
+    methods = [method for service in services for method in service.methods]
+    once = {method.name for method in methods if not method.name.startswith(REPEATED)}
+    assert once == {"LoadAdapter", "UnloadAdapter", "RollbackReplica"}
+    assert {method.name for method in methods if method.server_streaming} == set(STREAMS)

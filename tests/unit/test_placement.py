@@ -39,9 +39,11 @@ def test_the_order_is_the_same_everywhere() -> None:
 @given(names, fleets)
 def test_who_leaves_moves_its_own_models_only(model: str, fleet: list[str]) -> None:
     """The order of the others stays as it was."""
-    before = order(model, fleet)
+    before = order(model, tuple(fleet))
     for gone in fleet:
-        assert order(model, [each for each in fleet if each != gone]) == tuple(r for r in before if r != gone)
+        assert order(model, tuple(each for each in fleet if each != gone)) == tuple(
+            r for r in before if r != gone
+        )
 
 
 def test_models_are_spread_evenly() -> None:
@@ -74,7 +76,7 @@ def test_one_after_the_other_a_model_stays_where_it_is(model: str, fleet: list[s
         placement = Placement(fleet, spot)
         for _ in range(30):
             replica = placement.take(model)
-            assert replica == order(model, fleet)[0]
+            assert replica == order(model, tuple(fleet))[0]
             placement.give(replica)
 
 
