@@ -34,7 +34,9 @@ def copied(world: Built) -> Built:
 
 
 @asynccontextmanager
-async def open_replica(world: Built, guard: Guard = NOBODY_GUARDS, **settings: Any) -> AsyncIterator[OpenAIDoor]:
+async def open_replica(
+    world: Built, guard: Guard = NOBODY_GUARDS, **settings: Any
+) -> AsyncIterator[OpenAIDoor]:
     """Serve a world on a free port, and follow its deployment."""
     values = {"stream_interval_ms": 0, "follow_interval_s": 0.05} | settings
     ready = world[0].load(world[1], **values)

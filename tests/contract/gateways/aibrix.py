@@ -1,7 +1,7 @@
 """AIBrix's adapter controller, written from its main of September 2026.
 
-Sources: pkg/controller/modeladapter/{modeladapter_controller,lora_client,utils}.go. Kubernetes is left out: pods are
-replicas with labels, and a reconcile is called by the test instead of every 10 s.
+Sources: pkg/controller/modeladapter/{modeladapter_controller,lora_client,utils}.go. Kubernetes is left out:
+pods are replicas with labels, and a reconcile is called by the test instead of every 10 s.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Controller:
     calls: list[str] = field(default_factory=list)
 
     async def reconcile(self, adapter: ModelAdapter, pods: list[Pod]) -> None:
-        """Bring the adapter to the pods; each of them is looked at again, whether it was done already or not."""
+        """Bring the adapter to the pods; each of them is looked at again, done or not."""
         assert adapter.artifact_url.startswith(SCHEMES)
         active = [pod for pod in pods if LABELS.items() <= pod.labels.items()]
         adapter.instances = [pod for pod in adapter.instances if pod in active]

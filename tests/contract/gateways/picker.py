@@ -1,8 +1,8 @@
 """The endpoint picker's eyes and rules, written from llm-d-router's main of September 2026.
 
-Sources, below pkg/epp/framework/plugins/: datalayer/extractor/metrics/{extractor,spec,factories}.go for what is read of
-a scrape, scheduling/scorer/{loraaffinity,loraloadstate,queuedepth,kvcacheutilization}/ for what is made of it. The
-gateway-api-inference-extension's own picker (v1) reads a part of it by the same rules.
+Sources, below pkg/epp/framework/plugins/: datalayer/extractor/metrics/{extractor,spec,factories}.go for what is
+read of a scrape, scheduling/scorer/{loraaffinity,loraloadstate,queuedepth,kvcacheutilization}/ for what follows.
+The picker of the gateway-api-inference-extension (v1) reads a part of it by the same rules.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def by_affinity(model: str, endpoint: Endpoint) -> float:
 
 
 def by_load_state(model: str, endpoint: Endpoint) -> float:
-    """In memory, on its way, room, somebody idle who could leave, nothing; the base goes where few adapters are."""
+    """In memory, on its way, room, one that could leave, nothing; the base goes where few adapters are."""
     if model == endpoint.base:
         return SCALE * max(endpoint.slots - endpoint.gpu_loaded, 0) / endpoint.slots
     level, _ = endpoint.loaded.get(model, ("", False))

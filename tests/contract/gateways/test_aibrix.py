@@ -66,7 +66,9 @@ async def test_an_adapter_comes_to_every_pod_and_leaves(
     assert adapter.instances == [first, second]
     for door in fleet:
         asked = {"prompt": "hello", "max_tokens": 4, "temperature": 0}
-        fresh, rs = [(await door.post("/v1/completions", model=name, **asked)).json() for name in ("fresh", "rs")]
+        fresh, rs = [
+            (await door.post("/v1/completions", model=name, **asked)).json() for name in ("fresh", "rs")
+        ]
         assert fresh["choices"] == rs["choices"]
     await controller.delete(adapter)
     for door in fleet:
@@ -75,7 +77,7 @@ async def test_an_adapter_comes_to_every_pod_and_leaves(
 
 
 async def test_labels_change(fleet: list[OpenAIDoor], controller: Controller, chatty: Built) -> None:
-    """A pod that is no longer selected keeps its adapter and is not called; a selected one is looked at again."""
+    """A pod that is no longer selected keeps its adapter and is not called; a selected one is looked at."""
     adapter = ModelAdapter("fresh", str(chatty[0].adapters["rs"]))
     pods = [Pod(door.url) for door in fleet]
     del pods[0].labels["adapter.model.aibrix.ai/enabled"]
