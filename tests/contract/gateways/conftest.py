@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.support.fleet import Built
 from tests.support.openai_door import openai_world
+from tests.support.replicas import Built
 
 
 @pytest.fixture(scope="session")

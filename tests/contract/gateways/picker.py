@@ -1,7 +1,7 @@
 """The endpoint picker's eyes and rules, written from llm-d-router's main of September 2026.
 
 Sources, below pkg/epp/framework/plugins/: datalayer/extractor/metrics/{extractor,spec,factories}.go for what is
-read of a scrape, scheduling/scorer/{loraaffinity,loraloadstate,queuedepth,kvcacheutilization}/ for what follows.
+read of a scrape, and scheduling/scorer/{loraaffinity,loraloadstate,queuedepth,kvcacheutilization}/.
 The picker of the gateway-api-inference-extension (v1) reads a part of it by the same rules.
 """
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest_asyncio
 
 from tests.contract.gateways.picker import Endpoint, pick, read
-from tests.support.fleet import Built, open_fleet
 from tests.support.openai_door import OpenAIDoor
+from tests.support.replicas import Built, open_fleet
 
 HOMES = ("all", "rs", "wide")
 """The adapter that each of the replicas has."""

@@ -10,8 +10,8 @@ import pytest
 import pytest_asyncio
 
 from tests.contract.gateways.production_stack import PAYLOADS, STATS, LoraController, LoraRefused, Router
-from tests.support.fleet import Built, copied, open_builder, open_fleet, open_replica
 from tests.support.openai_door import OpenAIDoor
+from tests.support.replicas import Built, copied, open_builder, open_fleet, open_replica
 
 
 @pytest_asyncio.fixture

@@ -16,8 +16,8 @@ import httpx
 import pytest_asyncio
 from openai import AsyncOpenAI
 
-from tests.support.fleet import Built, open_fleet
 from tests.support.openai_door import OpenAIDoor
+from tests.support.replicas import Built, open_fleet
 from tests.support.s3_gateway import free_port
 
 GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 6}
