@@ -27,7 +27,9 @@ async def fleet(chatty: Built) -> AsyncIterator[Fleet]:
         replicas = dict(zip(HOMES, doors, strict=True))
         for name, door in replicas.items():
             assert (await door.post(f"/v1/adapters/{name}/pin")).status_code == 200
-            while name not in (await look(door)).active:
+            for _ in range(500):
+                if name in (await look(door)).active:
+                    break
                 await asyncio.sleep(0.01)
         yield replicas
 
