@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.support.openai_door import openai_world
-from tests.support.replicas import Built
+from tests.support.served_replicas import Built
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,7 @@ from loramux_shared.deployment import SourceKind
 from tests.contract.gateways.aibrix import LABELS, TRIES, Controller, LoadingFailed, ModelAdapter, Pod
 from tests.support.access import keyring
 from tests.support.openai_door import OpenAIDoor
-from tests.support.replicas import Built, copied, open_builder, open_fleet, open_replica
+from tests.support.served_replicas import Built, copied, open_builder, open_fleet, open_replica
 
 KEYS, RING = keyring("admin", "infer")
 LOAD = "POST /v1/load_lora_adapter"

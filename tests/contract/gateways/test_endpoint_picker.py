@@ -10,7 +10,7 @@ import pytest_asyncio
 
 from tests.contract.gateways.picker import Endpoint, pick, read
 from tests.support.openai_door import OpenAIDoor
-from tests.support.replicas import Built, open_fleet
+from tests.support.served_replicas import Built, open_fleet
 
 HOMES = ("all", "rs", "wide")
 """The adapter that each of the replicas has."""

@@ -16,7 +16,7 @@ from loramux_shared.access.guard import Guard
 from loramux_shared.access.keyring import Keyring
 from tests.support.access import lines, new_entry
 from tests.support.openai_door import OpenAIDoor
-from tests.support.replicas import Built, open_replica
+from tests.support.served_replicas import Built, open_replica
 
 HEADER = "X-Gateway-Model-Name"
 """What a route matches, and passes on."""

@@ -11,7 +11,7 @@ import pytest_asyncio
 
 from tests.contract.gateways.production_stack import PAYLOADS, STATS, LoraController, LoraRefused, Router
 from tests.support.openai_door import OpenAIDoor
-from tests.support.replicas import Built, copied, open_builder, open_fleet, open_replica
+from tests.support.served_replicas import Built, copied, open_builder, open_fleet, open_replica
 
 
 @pytest_asyncio.fixture

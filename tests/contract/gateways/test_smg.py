@@ -17,8 +17,8 @@ import pytest_asyncio
 from openai import AsyncOpenAI
 
 from tests.support.openai_door import OpenAIDoor
-from tests.support.replicas import Built, open_fleet
 from tests.support.s3_gateway import free_port
+from tests.support.served_replicas import Built, open_fleet
 
 GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 6}
 ADAPTER: dict[str, Any] = {"extra_body": {"lora_path": "rs"}}
