@@ -74,6 +74,8 @@ ENDPOINTS: Final = (
     Endpoint("POST", "/ping", models.health, None, media=()),
     Endpoint("GET", "/state", state.show_state),
     Endpoint("GET", "/load", state.show_load, Scope.METRICS),
+    Endpoint("GET", "/loads", state.show_loads, Scope.METRICS),
+    Endpoint("GET", "/v1/loads", state.show_loads, Scope.METRICS),
     Endpoint("GET", "/metrics", models.show_metrics, Scope.METRICS, media=("text/plain",)),
     *(Endpoint("GET", path, handler, None, media=()) for path, handler in page_files().items()),
 )

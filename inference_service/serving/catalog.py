@@ -28,6 +28,7 @@ from loramux_shared.faults import ModelNotFound
 
 EARLIER: Final = 8
 """Versions of a name before the present one that are still known."""
+_PUBLISHED: Final = re.compile(r"publishers/[a-z0-9-]{1,63}/models/(.+)")
 _DIGITS: Final = re.compile(rf"[0-9a-f]{{{LEAST_DIGITS},64}}")
 
 
@@ -145,7 +146,9 @@ class Catalog:
         raise self._not_found(name)
 
     def resolve(self, asked: str, sticky_key: str = "") -> ServedModel:
-        """Return what answers a request: of an exact name, an alias, ``NAME@DIGEST`` or ``BASE:NAME``.
+        """Return what answers a request: of an exact name, an alias, ``NAME@DIGEST``, or another spelling.
+
+        ``BASE:NAME`` is Ray Serve's and SGLang's, ``publishers/NAMESPACE/models/NAME`` that of KServe's routes.
 
         Who may not use an alias cannot ask for it, and of its models one answers that the caller may use: by
         weight, the same one for the same key.
@@ -155,14 +158,18 @@ class Catalog:
             RequestInvalid: it names no version, or several.
         """
         access = ACCESS.get()
-        if (found := self._named(asked, sticky_key, access)) is not None:
-            return found
+        for name in self._spellings(asked):
+            if (found := self._named(name, sticky_key, access)) is not None:
+                return found
+        raise self._not_found(asked)
+
+    def _spellings(self, asked: str) -> Iterator[str]:
+        yield asked
         of_base = asked.removeprefix(f"{self.base_name}:")
         if of_base not in (asked, self.base_name):
-            found = self._named(of_base, sticky_key, access)
-        if found is not None:
-            return found
-        raise self._not_found(asked)
+            yield of_base
+        if published := _PUBLISHED.fullmatch(asked):
+            yield published[1]
 
     def _named(self, asked: str, sticky_key: str, access: Access) -> ServedModel | None:
         name, at, prefix = asked.partition("@")

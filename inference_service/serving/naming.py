@@ -39,16 +39,25 @@ class Naming:
         if request.min_generation > self._catalog.generation:
             await self._wait_for(request.min_generation, request.deadline_s)
         model = self._catalog.resolve(request.model, request.sticky_key)
-        if request.lora_path is not None and not self._is(model, request.lora_path, request):
+        if request.lora_path is not None:
+            model = self._beside(model, request.lora_path, request)
+        return Served(model, self._catalog.generation)
+
+    def _beside(self, model: ServedModel, path: str, request: Request) -> ServedModel:
+        """Return what model and lora_path name together: one adapter twice, or the base and an adapter."""
+        if path in (request.model, model.name):
+            return model
+        found = self._catalog.resolve(path, request.sticky_key)
+        if model.name != self._catalog.base_name and (found.name, found.digest) != (model.name, model.digest):
             finding = Finding(
                 code="E_BAD_FIELD",
                 where="lora_path",
                 expected=f"the adapter that model names, {model.name}",
-                found=repr(request.lora_path[:80]),
+                found=repr(path[:80]),
                 fix="Set model to the adapter, and leave lora_path out.",
             )
             raise RequestInvalid("the request names two models.", [finding])
-        return Served(model, self._catalog.generation)
+        return found
 
     async def defaults(self, model: ServedModel) -> AdapterDefaults:
         """Return what an adapter brings beside its weights.
@@ -69,12 +78,6 @@ class Naming:
             raise DeadlineExceeded(f"generation {number} did not come before the deadline.") from None
         if number > self._catalog.generation:
             raise self._behind(number)
-
-    def _is(self, model: ServedModel, other: str, request: Request) -> bool:
-        if other in (request.model, model.name):
-            return True
-        found = self._catalog.resolve(other, request.sticky_key)
-        return (found.name, found.digest) == (model.name, model.digest)
 
     async def _cannot_catch_up(self, number: int) -> None:
         raise self._behind(number)

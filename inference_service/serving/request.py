@@ -38,7 +38,7 @@ class Request:
     sticky_key: str = ""
     """Requests with the same one get the same model of an alias."""
     lora_path: str | None = None
-    """The same adapter once more, as SGLang's clients name it; another one is refused."""
+    """An adapter of the base that model names, or the same adapter once more; SGLang's clients name it so."""
     served: Served | None = None
     """What answers, where the door has looked it up already: for the prompts of one call together."""
     n: int = 1

@@ -174,7 +174,7 @@ async def test_every_route_asks_for_a_key(endpoint: Any, service: GenerationServ
     transport = httpx.ASGITransport(app=create_app(service, RING))
     path = endpoint.path.replace("{model:path}", "base").replace("{name:path}", "wide")
     figures, operators = (
-        ("/metrics", "/load"),
+        ("/metrics", "/load", "/loads", "/v1/loads"),
         ("/v1/adapters", "/v1/rollback", "/pause", "/resume", "/is_paused"),
     )
     own = "metrics" if path in figures else "admin" if path.startswith(operators) or "lora" in path else "infer"

@@ -361,7 +361,8 @@ async def test_tokens_of_a_minute_are_not_used_twice(doors: Doors) -> None:
 
 
 async def test_lora_path_beside_model(doors: Doors) -> None:
-    """Taken where both name the same adapter, and refused by name where not."""
-    assert (await doors.ask("rs", lora_path="base:rs")).json()["model"] == "rs"
+    """Taken where it is of the base, or where both name the same adapter, and refused by name where not."""
+    for model in ("base", "rs"):
+        assert (await doors.ask(model, lora_path="base:rs")).json()["model"] == "rs"
     refused = await doors.ask("rs", lora_path="wide")
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, "lora_path")

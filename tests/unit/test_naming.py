@@ -11,7 +11,7 @@ from inference_service.serving.adapter_defaults import NO_DEFAULTS, AdapterDefau
 from inference_service.serving.catalog import Catalog, ServedModel
 from inference_service.serving.naming import Naming
 from inference_service.serving.request import Request
-from loramux_shared.faults import DeadlineExceeded, ReplicaBehind, RequestInvalid
+from loramux_shared.faults import DeadlineExceeded, ModelNotFound, ReplicaBehind, RequestInvalid
 from tests.unit.test_catalog import BASE, digest, generation
 
 
@@ -82,10 +82,19 @@ async def test_lora_path_may_say_the_same_again(model: str, path: str) -> None:
     assert (await names.choose(Request(model, "x", lora_path=path))).model.name == "a"
 
 
-async def test_lora_path_of_another_adapter_is_refused() -> None:
-    """What stands in two places is not guessed: not the base with an adapter, not two names of one digest."""
+async def test_lora_path_names_an_adapter_of_the_base() -> None:
+    """As SGLang has it: model is the base, and lora_path what is added to it."""
     names, _ = naming("b")
-    for model, path in (("base", "a"), ("a", "b"), ("a", "base")):
+    for path in ("a", "base:a", "alias"):
+        assert (await names.choose(Request("base", "x", lora_path=path))).model.name == "a"
+    with pytest.raises(ModelNotFound):
+        await names.choose(Request("base", "x", lora_path="nobody"))
+
+
+async def test_lora_path_of_another_adapter_is_refused() -> None:
+    """What stands in two places is not guessed: not two adapters, not two names of one digest."""
+    names, _ = naming("b")
+    for model, path in (("a", "b"), ("a", "base")):
         with pytest.raises(RequestInvalid) as refused:
             await names.choose(Request(model, "x", lora_path=path))
         assert refused.value.findings[0].where == "lora_path"

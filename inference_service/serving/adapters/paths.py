@@ -13,6 +13,8 @@ from loramux_shared.spelling import parse_repository
 BUNDLE: Final = "bundle:"
 """Of a bundle that the store has: ``bundle:`` and its digest."""
 _HUBS: Final = ("huggingface://", "hf://", "huggingface:")
+_GCS: Final = "gcs://"
+"""AIBrix's spelling of ``gs://``."""
 _DIGEST: Final = re.compile(r"[0-9a-f]{64}")
 EXPECTED: Final = (
     "org/name[@revision], hf://, huggingface://, s3://, gs://, azure:// or https://, an absolute path of the "
@@ -40,6 +42,7 @@ def repository_of(path: str) -> Repository:
     Raises:
         RequestInvalid: it names none.
     """
+    path = f"gs://{path.removeprefix(_GCS)}" if path.startswith(_GCS) else path
     word = next((f"hf:{path.removeprefix(hub)}" for hub in _HUBS if path.startswith(hub)), path)
     if word == path and not path.startswith("/") and "://" not in path and not path.startswith("hf:"):
         word = f"hf:{path}"  # else a folder of that name would be meant, where there is one

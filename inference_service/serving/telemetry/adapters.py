@@ -16,10 +16,10 @@ from inference_service.engine.engine import SequenceCounts
 from inference_service.engine.residency_entry import LOAD_BUCKETS_S
 from inference_service.engine.residents import State
 from inference_service.serving.adapters.manager import AdapterManager
-from inference_service.serving.adapters.views import PLACES, Place
+from inference_service.serving.adapters.views import PLACES, Place, ReplicaView
 from inference_service.serving.catalog import Catalog, ServedModel
 from inference_service.serving.telemetry.model_series import MOST
-from inference_service.serving.telemetry.replica import EngineView
+from inference_service.serving.telemetry.replica import MODEL_LABEL, EngineView, of_model
 from inference_service.serving.telemetry.text_format import Lines, bounds_of, families, head, sample
 from loramux_shared.deployment import ModelLimits
 
@@ -110,6 +110,16 @@ class AdapterSeries:
         """Ask these from now on."""
         self.adapters, self._limits = adapters, limits
 
+    @property
+    def base_name(self) -> str:
+        """The served base."""
+        return self._catalog.base_name
+
+    @property
+    def most_per_step(self) -> int:
+        """Adapters that may share a step."""
+        return self._engine.stats.max_adapters
+
     def parts(self) -> Iterator[bytes]:
         """Return everything, as Prometheus reads it."""
         shown, sequences = self._shown(), self._engine.sequence_counts
@@ -179,10 +189,19 @@ class AdapterCollector(Collector):
             ("loramux_generation", "The deployment's generation that is served.", view.generation),
             ("loramux_newest_generation", "The newest generation that was seen.", view.newest),
             ("loramux_paused", "1 while an operator lets all sequences stand still.", view.paused),
-            ("vllm:num_gpu_loaded_lora_adapters", "Versions that are ready to compute with.", view.resident),
-            ("vllm:num_cpu_loaded_lora_adapters", "Versions on their way there.", view.arriving),
         ):
             yield GaugeMetricFamily(name, text, value)
+        for name, text, value in (
+            ("num_gpu_loaded_lora_adapters", "Versions that are ready to compute with.", view.resident),
+            ("num_cpu_loaded_lora_adapters", "Versions on their way there.", view.arriving),
+            (
+                "max_gpu_lora_adapters",
+                "Versions as those that are ready that there is room for.",
+                self._room(view),
+            ),
+        ):
+            family = GaugeMetricFamily(f"vllm:{name}", text, labels=[MODEL_LABEL])
+            yield of_model(family, self._series.base_name, value)
         for name, text, value in (
             ("loads", "Versions that came into the bank.", stats.loads),
             ("load_failures", "Loads that failed.", stats.failures),
@@ -197,15 +216,22 @@ class AdapterCollector(Collector):
         yield state
         yield _load_seconds(stats.load_counts, stats.load_seconds)
 
+    def _room(self, view: ReplicaView) -> int:
+        """Return how many as large as those in it the bank holds; of an empty one, as many as a step takes."""
+        if not view.bank_used:
+            return self._series.most_per_step
+        return max(view.resident, view.resident * view.bank_bytes // view.bank_used)
+
 
 def _load_seconds(counts: list[int], total: float) -> Metric:
     added, buckets = 0, []
     for bound, count in zip(bounds_of(LOAD_BUCKETS_S), counts, strict=True):
         added += count
         buckets.append((bound, float(added)))
-    return HistogramMetricFamily(
+    family = HistogramMetricFamily(
         "vllm:lora_adapter_load_seconds",
         "From the begin of a load until the version is in the bank.",
-        buckets=buckets,
-        sum_value=total,
+        labels=["transition"],
     )
+    family.add_metric(["load"], buckets, total)
+    return family

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from importlib.metadata import version
-from typing import Protocol
+from typing import Final, Protocol, TypeVar
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
@@ -13,6 +13,16 @@ from prometheus_client.registry import Collector
 from inference_service.engine.engine import EngineStats, SequenceCounts
 from inference_service.serving.catalog import Catalog
 from inference_service.serving.pausing import PauseMode
+
+MODEL_LABEL: Final = "model_name"
+"""Of vLLM's families that are of a whole replica: the served base, by which gateways tell replicas apart."""
+Family = TypeVar("Family", GaugeMetricFamily, CounterMetricFamily)
+
+
+def of_model(family: Family, model: str, value: float) -> Family:
+    """Give a family its only sample."""
+    family.add_metric([model], value)
+    return family
 
 
 class EngineView(Protocol):
@@ -60,7 +70,7 @@ class ReplicaCollector(Collector):
         build = GaugeMetricFamily("loramux_build_info", "1.", labels=["version", "generation"])
         build.add_metric([self._version, str(self._catalog.generation)], 1)
         yield build
-        yield from _for_gateways(stats)
+        yield from _for_gateways(stats, self._catalog.base_name)
 
 
 def _memory(stats: EngineStats) -> Iterator[Metric]:
@@ -80,15 +90,21 @@ def _memory(stats: EngineStats) -> Iterator[Metric]:
         yield CounterMetricFamily(f"loramux_{name}", text, value)
 
 
-def _for_gateways(stats: EngineStats) -> Iterator[Metric]:
-    """Yield the names that vLLM gave them, which inference gateways read."""
-    used = stats.blocks_total - stats.blocks_free
+def _for_gateways(stats: EngineStats, base: str) -> Iterator[Metric]:
+    """Yield the names that vLLM gave them, which inference gateways read, some those of earlier versions."""
+    usage = (stats.blocks_total - stats.blocks_free) / stats.blocks_total
     for name, text, value in (
         ("num_requests_waiting", "Sequences that wait for a place.", stats.waiting),
         ("num_requests_running", "Sequences that steps compute.", stats.running),
-        ("kv_cache_usage_perc", "Part of the cache's blocks that is used, 0 to 1.", used / stats.blocks_total),
+        ("kv_cache_usage_perc", "Part of the cache's blocks that is used, 0 to 1.", usage),
+        ("gpu_cache_usage_perc", "The same under its earlier name.", usage),
     ):
-        yield GaugeMetricFamily(f"vllm:{name}", text, value)
+        yield of_model(GaugeMetricFamily(f"vllm:{name}", text, labels=[MODEL_LABEL]), base, value)
+    for name, text, value in (
+        ("gpu_prefix_cache_queries", "Tokens of admitted sequences.", stats.prefix_tokens_queried),
+        ("gpu_prefix_cache_hits", "Of them, tokens that were cached.", stats.prefix_tokens_hit),
+    ):
+        yield of_model(CounterMetricFamily(f"vllm:{name}", text, labels=[MODEL_LABEL]), base, value)
     config = GaugeMetricFamily("vllm:cache_config_info", "1.", labels=["block_size", "num_gpu_blocks"])
     config.add_metric([str(stats.block_size), str(stats.blocks_total)], 1)
     yield config

@@ -1,0 +1,79 @@
+"""Replicas with what operators see, and a builder that they ask, in this process and on sockets of its own."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from builder_service.builds.builds import Builds
+from builder_service.builds.limits import BuildLimits
+from builder_service.pipeline.check import Checks
+from builder_service.pipeline.context import BuildContext
+from builder_service.rpc.servicer import SERVICE_NAME, BuilderServicer
+from inference_service.openai_api.server import HttpServer
+from inference_service.operators import Operators
+from loramux_shared.access.guard import NOBODY_GUARDS, Guard
+from loramux_shared.rpc.server import RpcServer
+from loramux_shared.settings import InferenceSettings
+from loramux_shared.sources.open import open_sources
+from loramux_shared.storage.memory import MemoryStore
+from tests.support.openai_door import OpenAIDoor
+from tests.support.tiny import World
+
+Built = tuple[World, MemoryStore]
+
+
+def copied(world: Built) -> Built:
+    """The same world with a store of its own, which may change."""
+    store = MemoryStore()
+    for key in world[1].list(""):
+        store.put(key, world[1].get(key))
+    return world[0], store
+
+
+@asynccontextmanager
+async def open_replica(
+    world: Built, guard: Guard = NOBODY_GUARDS, **settings: Any
+) -> AsyncIterator[OpenAIDoor]:
+    """Serve a world on a free port, and follow its deployment."""
+    values = {"stream_interval_ms": 0, "follow_interval_s": 0.05} | settings
+    ready = world[0].load(world[1], **values)
+    operators = Operators(InferenceSettings(deployment="tiny", **values), world[1], ready)
+    server = HttpServer("127.0.0.1:0", ready.service, guard, adapters=operators.manager)
+    await server.start()
+    ready.engine.start()
+    operators.begin()
+    door = OpenAIDoor(ready, server)
+    try:
+        yield door
+    finally:
+        await operators.end()
+        await door.http.aclose()
+        await door.openai.close()
+        await server.drain(5)
+        await ready.engine.stop()
+
+
+@asynccontextmanager
+async def open_fleet(world: Built, count: int, **settings: Any) -> AsyncIterator[list[OpenAIDoor]]:
+    """Serve a world with several replicas."""
+    async with AsyncExitStack() as stack:
+        yield [await stack.enter_async_context(open_replica(world, **settings)) for _ in range(count)]
+
+
+@asynccontextmanager
+async def open_builder(world: Built, folder: Path) -> AsyncIterator[str]:
+    """Run a builder of a world that reads below its root; yields its address."""
+    context = BuildContext(world[1], open_sources(local_roots=[world[0].root]), folder)
+    builds = Builds(context, BuildLimits(running=1))
+    server = RpcServer("127.0.0.1:0", {SERVICE_NAME: BuilderServicer(builds, Checks(context)).register})
+    address = await server.start()
+    await builds.recover()
+    await server.set_serving(True)
+    try:
+        yield address
+    finally:
+        await builds.drain(5)
+        await server.drain(5)
