@@ -45,7 +45,9 @@ def envoy(
         str | None, typer.Option("--tls-name", metavar="NAME", help="The name in these certificates.")
     ] = None,
 ) -> None:
-    """Print the configuration of an Envoy before replicas: each model has its replica.
+    """Print the configuration of an Envoy before replicas.
+
+    Each model has a replica; docs/fleet.md says what that means.
 
     Example: loramux envoy 10.0.0.4 10.0.0.5 > envoy.yaml && envoy -c envoy.yaml
     """

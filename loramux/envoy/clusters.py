@@ -19,7 +19,7 @@ BALANCE_PERCENT: Final = 125
 RING_SIZE: Final = 16384
 """Places on the ring: with ten replicas, their parts differ by some percent."""
 BUFFER_BYTES: Final = 256 * 1024
-"""Of an answer that its client does not read; then its replica has to wait, and cuts it off as without Envoy."""
+"""Of an answer that its client does not read; then its replica waits, and cuts it off as without Envoy."""
 STREAM_WINDOW_BYTES: Final = 64 * 1024
 CONNECTION_WINDOW_BYTES: Final = 64 * 1024 * 1024
 """A thousand streams that nobody reads hold up no other stream of the connection."""
@@ -57,20 +57,25 @@ def http_cluster(fleet: Fleet) -> Json:
 
 
 def _cluster(
-    name: str, hosts: Sequence[tuple[Place, str | None]], tls: Tls | None, *, protocol: Json, idle_s: int, check: Json
+    name: str,
+    hosts: Sequence[tuple[Place, str | None]],
+    tls: Tls | None,
+    *,
+    protocol: Json,
+    idle_s: int,
+    check: Json,
 ) -> Json:
     named = any(place.is_name for place, _ in hosts)
     return {
         "name": name,
-        "type": "STRICT_DNS" if named else "STATIC",
-        **({"dns_refresh_rate": "1s"} if named else {}),
+        **(RESOLVED if named else {"type": "STATIC"}),
         "connect_timeout": "1s",
         "per_connection_buffer_limit_bytes": BUFFER_BYTES,
         "lb_policy": "RING_HASH",
         "ring_hash_lb_config": {"minimum_ring_size": RING_SIZE},
         "common_lb_config": {
             "healthy_panic_threshold": {"value": 0},
-            "update_merge_window": "0.1s",  # Envoy waits a second with what it learns of health
+            "update_merge_window": "0s",  # else threads hear of a replica's end a second late
             "consistent_hashing_lb_config": {"hash_balance_factor": BALANCE_PERCENT},
         },
         "health_checks": [_health_check(check)],
@@ -94,6 +99,16 @@ def _cluster(
     }
 
 
+RESOLVED: Final[Json] = {
+    "cluster_type": {
+        "name": "envoy.cluster.dns",
+        "typed_config": {
+            "@type": f"{TYPE}.clusters.dns.v3.DnsCluster",
+            "dns_refresh_rate": "1s",
+            "dns_lookup_family": "V4_PREFERRED",
+        },
+    }
+}
 BREAKERS: Final = ("max_connections", "max_pending_requests", "max_requests", "max_retries")
 OUTLIERS: Final[Json] = {
     # Only what a replica does not say itself: no connection, a reset, or no token in time.

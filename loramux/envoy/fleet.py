@@ -42,7 +42,7 @@ class Replica:
 
     @property
     def ring_key(self) -> str | None:
-        """What places it on the rings of both doors, so that a model has one replica at both; None: its address."""
+        """What places it on the rings, the same at both doors, so that a model has one replica; None: addresses."""
         return None if self.all_of_name else f"{self.grpc.host}:{self.grpc.port}"
 
 
@@ -69,7 +69,7 @@ class Fleet:
 
 
 def replica_of(text: str, grpc_port: int, http_port: int) -> Replica:
-    """Return the replica of ``HOST``, ``HOST:GRPC`` or ``HOST:GRPC:HTTP``; behind ``dns:///``, of all of a name.
+    """Return the replica of ``HOST``, ``HOST:GRPC`` or ``HOST:GRPC:HTTP``; behind ``dns:///``, all of a name.
 
     Raises:
         SettingsInvalid: it is none of these.
@@ -81,8 +81,11 @@ def replica_of(text: str, grpc_port: int, http_port: int) -> Replica:
             "10.0.0.4 or dns:///replicas."
         )
     host = found["host"].strip("[]")
-    ports = [int(found[name] or usual) for name, usual in (("grpc", grpc_port), ("http", http_port))]
-    return Replica(*(Place(host, _port(port, text)) for port in ports), all_of_name=text.startswith(DNS))
+    grpc, http = (
+        Place(host, _port(int(found[name] or usual), text))
+        for name, usual in (("grpc", grpc_port), ("http", http_port))
+    )
+    return Replica(grpc, http, all_of_name=text.startswith(DNS))
 
 
 def listen_of(text: str) -> Place:
@@ -117,7 +120,7 @@ def require_distinct(fleet: Fleet) -> None:
     ports = (fleet.grpc.port, fleet.http.port, fleet.admin_port)
     if len(set(ports)) < len(ports):
         raise SettingsInvalid(
-            f"Envoy needs three ports for gRPC, HTTP and its admin page; given are {', '.join(map(str, ports))}."
+            f"gRPC, HTTP and the admin page need three ports; given are {', '.join(map(str, ports))}."
         )
 
 

@@ -7,15 +7,20 @@ from typing import Any, Final
 from loramux.envoy.clusters import BUFFER_BYTES
 from loramux.envoy.fleet import Fleet, Place
 from loramux.envoy.model import HEADER, filters_of_json, filters_of_protobuf
-from loramux_shared.rpc.options import IDLE_S, MAX_MESSAGE_BYTES, MAX_STREAMS, PING_S, PING_TIMEOUT_S
+from loramux_shared.rpc.options import IDLE_S, MAX_REQUEST_BYTES, MAX_STREAMS, PING_S, PING_TIMEOUT_S
 
 Json = dict[str, Any]
 
 TYPE: Final = "type.googleapis.com/envoy.extensions"
 UPLOAD_WINDOW_BYTES: Final = 1024 * 1024
 UPLOADS_WINDOW_BYTES: Final = 16 * 1024 * 1024
+BODY_BYTES: Final = MAX_REQUEST_BYTES + 64 * 1024
+"""Of a request, kept until its answer begins: the largest that replicas take, in its frame."""
 HTTP_IDLE_S: Final = 65
-RETRIES: Final = 3
+RETRIES: Final = 5
+BACK_OFF: Final = {"base_interval": "0.05s", "max_interval": "1s"}
+"""Five tries last about a second. Where all others have as much as they may, a replica that was killed is chosen
+again until three connections have failed, which is known sooner."""
 SELECTIONS: Final = 32
 """Draws of a replica that has not had the request yet: of two, all fail once in 2^32."""
 GENERATE: Final = "/loramux.inference.v1.InferenceService/"
@@ -112,7 +117,7 @@ def _listener(
 def _route(prefix: str, cluster: str, retry: Json) -> Json:
     return {
         "match": {"prefix": prefix},
-        "request_body_buffer_limit": MAX_MESSAGE_BYTES,
+        "request_body_buffer_limit": BODY_BYTES,
         "route": {
             "cluster": cluster,
             "timeout": "0s",
@@ -128,6 +133,7 @@ def _retry(on: str, first_token_s: float = 0) -> Json:
         "retry_on": on,
         **({"retriable_status_codes": [503]} if REFUSED in on else {}),
         "num_retries": RETRIES,
+        "retry_back_off": BACK_OFF,
         **({"per_try_timeout": f"{first_token_s:g}s"} if first_token_s else {}),
         "retry_host_predicate": [
             {
@@ -182,7 +188,7 @@ LOCAL_REPLIES: Final = {
         ),
         _error(
             413,
-            f"the body is larger than {MAX_MESSAGE_BYTES} bytes. Send less.",
+            f"the body is larger than {MAX_REQUEST_BYTES} bytes. Send less.",
             "invalid_request_error",
             "request_too_large",
         ),

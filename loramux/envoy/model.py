@@ -17,7 +17,7 @@ function envoy_on_request(request)
   local headers = request:headers()
   local body = request:streamInfo():dynamicMetadata():get("{METADATA}") or {{}}
   if headers:get("{HEADER}") == nil and type(body.model) == "string" and #body.model <= 512
-      and not body.model:find("%c") then
+      and not body.model:find("[^ -~]") then
     headers:add("{HEADER}", body.model)
   end
   headers:remove("x-envoy-upstream-rq-per-try-timeout-ms")
@@ -27,8 +27,8 @@ function envoy_on_request(request)
 end
 """
 OF_PROTOBUF: Final = f"""\
--- The model is field 1 of a GenerateRequest, and serializers begin with it: 5 bytes of gRPC's frame, then the tag
--- 0x0a, the length in one or two bytes, and the name. What looks otherwise goes to any replica.
+-- The model is field 1 of a GenerateRequest, and serializers begin with it: 5 bytes of gRPC's frame, then the
+-- tag 0x0a, the length in one or two bytes, and the name. What looks otherwise goes to any replica.
 function envoy_on_request(request)
   local headers = request:headers()
   if headers:get("{HEADER}") ~= nil or headers:get(":path") ~= "{GENERATE}" then
@@ -45,7 +45,7 @@ function envoy_on_request(request)
     length, begin = length - 128 + 128 * more, 9
   end
   local model = head:sub(begin, begin + length - 1)
-  if compressed == 0 and tag == 10 and length > 0 and #model == length and not model:find("%c") then
+  if compressed == 0 and tag == 10 and length > 0 and #model == length and not model:find("[^ -~]") then
     request:headers():add("{HEADER}", model)
   end
 end

