@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Final
 
 from loramux.envoy.fleet import Fleet, Place, Tls
@@ -27,48 +28,53 @@ HTTP_IDLE_S: Final = 30
 """A replica closes a connection that has been unused for 65 s; Envoy does so first."""
 
 
+@dataclass(frozen=True)
+class _Door:
+    """What is different between the two doors of replicas."""
+
+    name: str
+    protocol: Json
+    alpn: str
+    idle_s: int
+    check: Json
+
+
+_GRPC: Final = _Door(
+    "replicas_grpc",
+    protocol={
+        "http2_protocol_options": {
+            "initial_stream_window_size": STREAM_WINDOW_BYTES,
+            "initial_connection_window_size": CONNECTION_WINDOW_BYTES,
+            "connection_keepalive": {"interval": f"{PING_TIMEOUT_S}s", "timeout": f"{PING_TIMEOUT_S}s"},
+        }
+    },
+    alpn="h2",
+    idle_s=IDLE_S // 2,
+    check={"grpc_health_check": {}},
+)
+_HTTP: Final = _Door(
+    "replicas_http",
+    protocol={"http_protocol_options": {}},
+    alpn="http/1.1",
+    idle_s=HTTP_IDLE_S,
+    check={"http_health_check": {"path": "/health"}},
+)
+
+
 def grpc_cluster(fleet: Fleet) -> Json:
     """Return the gRPC doors."""
-    http2 = {
-        "initial_stream_window_size": STREAM_WINDOW_BYTES,
-        "initial_connection_window_size": CONNECTION_WINDOW_BYTES,
-        "connection_keepalive": {"interval": f"{PING_TIMEOUT_S}s", "timeout": f"{PING_TIMEOUT_S}s"},
-    }
-    return _cluster(
-        "replicas_grpc",
-        [(replica.grpc, replica.ring_key) for replica in fleet.replicas],
-        fleet.tls,
-        protocol={"http2_protocol_options": http2},
-        idle_s=IDLE_S // 2,
-        check={"grpc_health_check": {}},
-    )
+    return _cluster(_GRPC, [(replica.grpc, replica.ring_key) for replica in fleet.replicas], fleet.tls)
 
 
 def http_cluster(fleet: Fleet) -> Json:
     """Return the HTTP doors."""
-    return _cluster(
-        "replicas_http",
-        [(replica.http, replica.ring_key) for replica in fleet.replicas],
-        fleet.tls,
-        protocol={"http_protocol_options": {}},
-        idle_s=HTTP_IDLE_S,
-        check={"http_health_check": {"path": "/health"}},
-    )
+    return _cluster(_HTTP, [(replica.http, replica.ring_key) for replica in fleet.replicas], fleet.tls)
 
 
-def _cluster(
-    name: str,
-    hosts: Sequence[tuple[Place, str | None]],
-    tls: Tls | None,
-    *,
-    protocol: Json,
-    idle_s: int,
-    check: Json,
-) -> Json:
-    named = any(place.is_name for place, _ in hosts)
+def _cluster(door: _Door, hosts: Sequence[tuple[Place, str | None]], tls: Tls | None) -> Json:
     return {
-        "name": name,
-        **(RESOLVED if named else {"type": "STATIC"}),
+        "name": door.name,
+        **(RESOLVED if any(place.is_name for place, _ in hosts) else {"type": "STATIC"}),
         "connect_timeout": "1s",
         "per_connection_buffer_limit_bytes": BUFFER_BYTES,
         "lb_policy": "RING_HASH",
@@ -78,22 +84,13 @@ def _cluster(
             "update_merge_window": "0s",  # else threads hear of a replica's end a second late
             "consistent_hashing_lb_config": {"hash_balance_factor": BALANCE_PERCENT},
         },
-        "health_checks": [_health_check(check)],
+        "health_checks": [HEALTH | door.check],
         "outlier_detection": OUTLIERS,
         "circuit_breakers": {"thresholds": [dict.fromkeys(BREAKERS, UNBOUNDED)]},
-        "upstream_connection_options": {
-            "tcp_keepalive": {"keepalive_time": 30, "keepalive_interval": 10, "keepalive_probes": 3}
-        },
-        "typed_extension_protocol_options": {
-            HTTP_OPTIONS: {
-                "@type": f"type.googleapis.com/{HTTP_OPTIONS}",
-                "common_http_protocol_options": {"idle_timeout": f"{idle_s}s"},
-                "explicit_http_config": protocol,
-            }
-        },
-        **({"transport_socket": _tls(tls)} if tls is not None else {}),
+        **_connections(door),
+        **({"transport_socket": _tls(tls, door.alpn)} if tls is not None else {}),
         "load_assignment": {
-            "cluster_name": name,
+            "cluster_name": door.name,
             "endpoints": [{"lb_endpoints": [_endpoint(*host) for host in hosts]}],
         },
     }
@@ -127,14 +124,25 @@ OUTLIERS: Final[Json] = {
 }
 
 
-def _health_check(check: Json) -> Json:
+HEALTH: Final[Json] = {
+    "timeout": "2s",
+    "interval": "1s",
+    "no_traffic_interval": "1s",
+    "unhealthy_threshold": 2,
+    "healthy_threshold": 1,
+}
+
+
+def _connections(door: _Door) -> Json:
+    options = {
+        "@type": f"type.googleapis.com/{HTTP_OPTIONS}",
+        "common_http_protocol_options": {"idle_timeout": f"{door.idle_s}s"},
+        "explicit_http_config": door.protocol,
+    }
+    keepalive = {"keepalive_time": 30, "keepalive_interval": 10, "keepalive_probes": 3}
     return {
-        "timeout": "2s",
-        "interval": "1s",
-        "no_traffic_interval": "1s",
-        "unhealthy_threshold": 2,
-        "healthy_threshold": 1,
-        **check,
+        "upstream_connection_options": {"tcp_keepalive": keepalive},
+        "typed_extension_protocol_options": {HTTP_OPTIONS: options},
     }
 
 
@@ -144,17 +152,18 @@ def _endpoint(place: Place, key: str | None) -> Json:
     return endpoint | ({"metadata": {"filter_metadata": {"envoy.lb": {"hash_key": key}}}} if key else {})
 
 
-def _tls(tls: Tls) -> Json:
+def _tls(tls: Tls, alpn: str) -> Json:
     return {
         "name": "envoy.transport_sockets.tls",
         "typed_config": {
             "@type": f"{TYPE}.transport_sockets.tls.v3.UpstreamTlsContext",
             "sni": tls.name,
             "common_tls_context": {
+                "alpn_protocols": [alpn],
                 "validation_context": {
                     "trusted_ca": {"filename": tls.ca},
                     "match_typed_subject_alt_names": [{"san_type": "DNS", "matcher": {"exact": tls.name}}],
-                }
+                },
             },
         },
     }

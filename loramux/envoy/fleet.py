@@ -42,7 +42,7 @@ class Replica:
 
     @property
     def ring_key(self) -> str | None:
-        """What places it on the rings, the same at both doors, so that a model has one replica; None: addresses."""
+        """Its name on the rings of both doors, so that a model has one replica; None: its addresses."""
         return None if self.all_of_name else f"{self.grpc.host}:{self.grpc.port}"
 
 

@@ -19,8 +19,8 @@ BODY_BYTES: Final = MAX_REQUEST_BYTES + 64 * 1024
 HTTP_IDLE_S: Final = 65
 RETRIES: Final = 5
 BACK_OFF: Final = {"base_interval": "0.05s", "max_interval": "1s"}
-"""Five tries last about a second. Where all others have as much as they may, a replica that was killed is chosen
-again until three connections have failed, which is known sooner."""
+"""Five tries last about a second. Where all others have as much as they may, a replica that was killed is
+chosen again until three connections have failed, which is known sooner."""
 SELECTIONS: Final = 32
 """Draws of a replica that has not had the request yet: of two, all fail once in 2^32."""
 GENERATE: Final = "/loramux.inference.v1.InferenceService/"
@@ -79,13 +79,7 @@ def http_listener(fleet: Fleet) -> Json:
 def _listener(
     name: str, place: Place, protocol: Json, idle_s: int, routes: list[Json], filters: list[Json], log: Json
 ) -> Json:
-    router = {
-        "name": "envoy.filters.http.router",
-        "typed_config": {
-            "@type": f"{TYPE}.filters.http.router.v3.Router",
-            "suppress_envoy_headers": True,
-        },
-    }
+    hosts = [{"name": name, "domains": ["*"], "routes": routes}]
     manager = {
         "@type": f"{TYPE}.filters.network.http_connection_manager.v3.HttpConnectionManager",
         "stat_prefix": name,
@@ -98,11 +92,8 @@ def _listener(
         "request_timeout": "60s",
         "stream_idle_timeout": "0s",
         "access_log": [_access_log(log)],
-        "http_filters": [*filters, router],
-        "route_config": {
-            "name": name,
-            "virtual_hosts": [{"name": name, "domains": ["*"], "routes": routes}],
-        },
+        "http_filters": [*filters, ROUTER],
+        "route_config": {"name": name, "virtual_hosts": hosts},
     }
     chain = {"filters": [{"name": "envoy.filters.network.http_connection_manager", "typed_config": manager}]}
     return {
@@ -112,6 +103,12 @@ def _listener(
         "per_connection_buffer_limit_bytes": BUFFER_BYTES,
         "filter_chains": [chain],
     }
+
+
+ROUTER: Final = {
+    "name": "envoy.filters.http.router",
+    "typed_config": {"@type": f"{TYPE}.filters.http.router.v3.Router", "suppress_envoy_headers": True},
+}
 
 
 def _route(prefix: str, cluster: str, retry: Json) -> Json:

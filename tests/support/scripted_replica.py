@@ -14,6 +14,7 @@ from inference_service.serving.catalog import Catalog, ServedModel
 from inference_service.serving.naming import Naming
 from inference_service.serving.request import Delta, Event, Finished, Request, Started
 from inference_service.serving.text import Text
+from loramux_shared.access.guard import NOBODY_GUARDS, Guard
 from loramux_shared.rpc.server import RpcServer
 from tests.golden.openai.script import Case, Scripted
 from tests.support.tokens import VOCAB, write_tokenizer
@@ -56,10 +57,11 @@ class Named(Scripted):
 class ScriptedReplica:
     """Such a service, and both of its doors."""
 
-    def __init__(self, folder: Path, name: str) -> None:
+    def __init__(self, folder: Path, name: str, guard: Guard = NOBODY_GUARDS) -> None:
         self.service = Named(folder, name)
-        self.http = HttpServer("127.0.0.1:0", self.service)
-        self.grpc = RpcServer("127.0.0.1:0", {SERVICE_NAME: partial(register, InferenceServicer(self.service))})
+        services = {SERVICE_NAME: partial(register, InferenceServicer(self.service))}
+        self.http = HttpServer("127.0.0.1:0", self.service, guard)
+        self.grpc = RpcServer("127.0.0.1:0", services, guard)
 
     @property
     def doors(self) -> tuple[str, str]:

@@ -111,7 +111,7 @@ def fault_of(error: grpc.RpcError, target: str = "") -> Fault:
     code = error.code()
     if code is grpc.StatusCode.INTERNAL and RESET in message:
         return ServerUnavailable(
-            f"{target or 'the server'} broke off: the server behind it has gone away in the middle of the answer. "
+            f"{target or 'the server'} broke off: the server behind it went away in the middle of the answer. "
             f"Ask again ({message})."
         )
     if code is grpc.StatusCode.UNAVAILABLE:
