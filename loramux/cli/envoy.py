@@ -35,7 +35,11 @@ def envoy(
     first_token_s: Annotated[
         float,
         typer.Option(
-            "--first-token", metavar="SECONDS", min=0, help="Then a stream tries another replica; 0: never."
+            "--first-token",
+            metavar="SECONDS",
+            min=0,
+            max=86400,
+            help="Then a stream tries another replica; 0: never.",
         ),
     ] = 120.0,
     tls_ca: Annotated[

@@ -7,6 +7,7 @@ from typing import Any, Final
 from loramux.envoy.clusters import BUFFER_BYTES
 from loramux.envoy.fleet import Fleet, Place
 from loramux.envoy.model import HEADER, filters_of_json, filters_of_protobuf
+from loramux.envoy.replies import LOCAL_REPLIES
 from loramux_shared.rpc.options import IDLE_S, MAX_REQUEST_BYTES, MAX_STREAMS, PING_S, PING_TIMEOUT_S
 
 Json = dict[str, Any]
@@ -28,6 +29,8 @@ COMPLETIONS: Final = ("/v1/chat/completions", "/v1/completions")
 NOT_BEGUN: Final = "connect-failure,refused-stream"
 BEGUN: Final = f"{NOT_BEGUN},reset"
 """Also where a replica may have begun, for its work is lost with it, and nobody has seen any of it."""
+GONE: Final = "unavailable,cancelled"
+"""Cancelled is what gRPC says by itself of a call that arrives at the very moment in which its server ends."""
 REFUSED: Final = "retriable-status-codes"
 LOG: Final = {
     "time": "%START_TIME%",
@@ -51,8 +54,8 @@ LOG: Final = {
 def grpc_listener(fleet: Fleet) -> Json:
     """Return the gRPC door."""
     routes = [
-        _route(GENERATE, "replicas_grpc", _retry(f"{BEGUN},unavailable", fleet.first_token_s)),
-        _route("/", "replicas_grpc", _retry(f"{NOT_BEGUN},unavailable")),
+        _route(GENERATE, "replicas_grpc", _retry(f"{BEGUN},{GONE}", fleet.first_token_s)),
+        _route("/", "replicas_grpc", _retry(f"{NOT_BEGUN},{GONE}")),
     ]
     http2 = {
         "max_concurrent_streams": MAX_STREAMS,
@@ -131,7 +134,7 @@ def _retry(on: str, first_token_s: float = 0) -> Json:
         **({"retriable_status_codes": [503]} if REFUSED in on else {}),
         "num_retries": RETRIES,
         "retry_back_off": BACK_OFF,
-        **({"per_try_timeout": f"{first_token_s:g}s"} if first_token_s else {}),
+        **({"per_try_timeout": f"{first_token_s:.3f}s"} if first_token_s else {}),
         "retry_host_predicate": [
             {
                 "name": "envoy.retry_host_predicates.previous_hosts",
@@ -150,51 +153,3 @@ def _access_log(fields: Json) -> Json:
             "log_format": {"json_format": fields},
         },
     }
-
-
-def _error(status: int, message: str, kind: str, code: str, **more: Any) -> Json:
-    return {
-        "filter": {
-            "status_code_filter": {
-                "comparison": {"op": "EQ", "value": {"default_value": status, "runtime_key": "unused"}}
-            }
-        },
-        "body_format_override": {
-            "json_format": {"error": {"message": message, "type": kind, "param": None, "code": code}}
-        },
-        **more,
-    }
-
-
-AGAIN: Final = {"header": {"key": "retry-after", "value": "1"}, "append_action": "OVERWRITE_IF_EXISTS_OR_ADD"}
-LOCAL_REPLIES: Final = {
-    "mappers": [
-        _error(
-            503,
-            "no replica answered (%RESPONSE_CODE_DETAILS%). Retry; then see which are SERVING: loramux health.",
-            "server_error",
-            "server_unavailable",
-            headers_to_add=[AGAIN],
-        ),
-        _error(
-            504,
-            "no replica had a token in time (%RESPONSE_CODE_DETAILS%). Retry; then see why they are slow.",
-            "server_error",
-            "deadline_exceeded",
-            headers_to_add=[AGAIN],
-        ),
-        _error(
-            413,
-            f"the body is larger than {MAX_REQUEST_BYTES} bytes. Send less.",
-            "invalid_request_error",
-            "request_too_large",
-        ),
-        _error(
-            408,
-            "the request did not arrive in time. Send it without pauses.",
-            "invalid_request_error",
-            "client_stalled",
-        ),
-    ]
-}
-"""What Envoy answers by itself, in the shape of all errors of that door."""

@@ -5,84 +5,19 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
 
 import grpc
 import httpx
 import pytest
 import pytest_asyncio
-from openai import AsyncOpenAI
 
-from inference_service.openai_api import protocol
-from loramux import AsyncClient
-from loramux.envoy.fleet import Tls
 from loramux.faults import ServerUnavailable, ShuttingDown
 from loramux.inference.v1 import inference_pb2 as pb
-from loramux_shared.access.guard import NOBODY_GUARDS, Guard
-from loramux_shared.rpc import calls
-from tests.support.access import Certificates, keyring
-from tests.support.endless import Endless, doors_of
-from tests.support.fleet import Proxy, fleet_of, until
-from tests.support.scripted_replica import MODELS, ScriptedReplica
+from tests.support.scripted_fleet import Fleet, behind_envoy
+from tests.support.scripted_replica import MODELS
 
 GENERATE = "/loramux.inference.v1.InferenceService/Generate"
-
-
-class Fleet:
-    """Three replicas, Envoy, and its clients."""
-
-    def __init__(self, folder: Path, guard: Guard = NOBODY_GUARDS) -> None:
-        self.replicas = {name: ScriptedReplica(folder, name, guard) for name in ("one", "two", "three")}
-        self.folder = folder
-
-    async def start(self, host: str = "127.0.0.1", tls: Tls | None = None) -> None:
-        """Listen; Envoy finds the replicas by a name of this machine."""
-        await asyncio.gather(*(replica.start() for replica in self.replicas.values()))
-        doors = [
-            tuple(door.replace("127.0.0.1", host) for door in each.doors) for each in self.replicas.values()
-        ]
-        self.proxy = Proxy(fleet_of(doors, first_token_s=1, tls=tls), self.folder)
-        self.client = AsyncClient(self.proxy.grpc)
-        self.web = httpx.AsyncClient(base_url=self.proxy.url, timeout=20)
-        self.openai = AsyncOpenAI(base_url=f"{self.proxy.url}/v1", api_key="none", max_retries=0, timeout=20)
-        await asyncio.to_thread(self.proxy.start)
-
-    async def stop(self) -> None:
-        """End everything."""
-        for replica in self.replicas.values():
-            replica.service.tokens.set()
-            replica.service.ends.set()
-        await self.client.close()
-        await self.web.aclose()
-        await self.openai.close()
-        self.proxy.stop()
-        await asyncio.gather(*(replica.drain() for replica in self.replicas.values()))
-
-    async def until_healthy(self, doors: int) -> None:
-        """Wait until so many doors get traffic."""
-        await asyncio.to_thread(self.proxy.until_healthy, doors)
-        await asyncio.sleep(0.1)  # for its threads to hear of it
-
-    async def who(self, model: str) -> str:
-        """The replica that answers a model over gRPC."""
-        return (await self.client.complete(model, "HELLO")).text
-
-    async def who_over_http(self, model: str, **more: object) -> str:
-        """The same of OpenAI's API."""
-        answer = await self.web.post("/v1/completions", json={"model": model, "prompt": "HELLO"} | more)
-        return str(answer.json()["choices"][0]["text"])
-
-
-@asynccontextmanager
-async def behind_envoy(made: Fleet, **options: Any) -> AsyncIterator[Fleet]:
-    """Start a fleet, and stop it."""
-    try:
-        await made.start(**options)
-        yield made
-    finally:
-        await made.stop()
 
 
 @pytest_asyncio.fixture
@@ -184,7 +119,7 @@ async def test_a_replica_that_leaves_is_left_in_peace(fleet: Fleet) -> None:
 async def test_what_is_refused_is_asked_elsewhere(fleet: Fleet) -> None:
     """A replica that drains before Envoy knows it: its refusal reaches nobody, however large the request."""
     draining = fleet.replicas[await fleet.who("lora1")]
-    await asyncio.gather(draining.grpc.refuse(), draining.http.refuse())
+    draining.service.refuses = ShuttingDown("the server is shutting down.")
     large = {"model": "lora1", "prompt": "A" * 6_000_000}
     answer = await fleet.web.post("/v1/completions", json=large)
     others = {answer.json()["choices"][0]["text"], (await fleet.client.complete("lora1", large["prompt"])).text}
@@ -205,13 +140,15 @@ async def test_without_replicas_errors_have_names(fleet: Fleet) -> None:
     assert (error["type"], error["code"]) == ("server_error", "server_unavailable")
 
 
-async def test_what_all_refuse_may_be_asked_again(fleet: Fleet) -> None:
-    """After the last try the client is told UNAVAILABLE, with a time to retry after."""
+async def test_what_all_refuse_keeps_its_reason(fleet: Fleet) -> None:
+    """After the last try the client hears what a replica said, with a time to retry after."""
     for replica in fleet.replicas.values():
-        await replica.grpc.refuse()
-    with pytest.raises((ShuttingDown, ServerUnavailable)) as caught:
+        replica.service.refuses = ShuttingDown("the server is shutting down.")
+    with pytest.raises(ShuttingDown) as caught:
         await fleet.who("lora1")
     assert caught.value.retry_after_s is not None
+    answer = await fleet.web.post("/v1/completions", json={"model": "lora1", "prompt": "HELLO"})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "shutting_down")
 
 
 async def test_nothing_is_sent_before_the_first_token(fleet: Fleet) -> None:
@@ -244,65 +181,6 @@ async def test_nothing_is_sent_before_the_first_token(fleet: Fleet) -> None:
         await asyncio.gather(*begun)
         async for _ in call:
             pass
-
-
-async def test_replicas_with_tls_and_keys(tmp_path: Path) -> None:
-    """Envoy asks replicas for the certificate of a name, passes keys on, and needs none for itself."""
-    certificates = Certificates(tmp_path)
-    keys, ring = keyring("infer")
-    guarded = Fleet(tmp_path, Guard(ring, certificates.server))
-    tls = Tls(str(tmp_path / "ours.pem"), "localhost")
-    async with (
-        behind_envoy(guarded, tls=tls),
-        AsyncClient(guarded.proxy.grpc, api_key=keys["infer"]) as client,
-    ):
-        assert (await client.complete("lora1", "HELLO")).text in guarded.replicas
-        headers = {"authorization": f"Bearer {keys['infer']}"}
-        answer = await guarded.web.get("/v1/models", headers=headers)
-        assert answer.json()["data"][0]["id"] == MODELS[0]
-        assert (await guarded.web.get("/v1/models")).status_code == 401
-
-
-async def test_a_certificate_of_another_name_is_no_replica(tmp_path: Path) -> None:
-    """What shows a certificate for another name gets no traffic."""
-    replica = ScriptedReplica(tmp_path, "one", Guard(None, Certificates(tmp_path).server))
-    await replica.start()
-    tls = Tls(str(tmp_path / "ours.pem"), "elsewhere.example.com")
-    envoy = Proxy(fleet_of([replica.doors], tls=tls), tmp_path)
-    await asyncio.to_thread(envoy.start, healthy=False)
-    await asyncio.to_thread(until, lambda: envoy.counter("ssl.fail_verify_san") > 1)
-    assert not envoy.healthy()
-    envoy.stop()
-    await replica.drain()
-
-
-async def test_replicas_have_names(tmp_path: Path) -> None:
-    """Replicas that are given by name are found."""
-    async with behind_envoy(Fleet(tmp_path), host="localhost") as made:
-        assert await made.who("lora1") == await made.who_over_http("lora1")
-
-
-async def test_a_client_that_does_not_read_is_cut_off(tmp_path: Path) -> None:
-    """Envoy keeps little of an answer that nobody reads: its replica has to wait, as it would without Envoy."""
-    endless = Endless(tmp_path)
-    http, rpc = doors_of(endless, http=protocol.Patience(read_s=0.5), rpc=calls.Patience(read_s=0.5))
-    await http.start()
-    await rpc.start()
-    await rpc.set_serving(True)
-    envoy = Proxy(fleet_of([(rpc.address, http.address)]), tmp_path)
-    await asyncio.to_thread(envoy.start)
-    body = {"model": "tiny", "prompt": "HELLO", "stream": True}
-    async with (
-        AsyncClient(envoy.grpc) as client,
-        httpx.AsyncClient(base_url=envoy.url) as web,
-        web.stream("POST", "/v1/completions", json=body),
-    ):
-        stream = client.generate("tiny", "HELLO")
-        await anext(stream)
-        assert endless.open == 2
-        await endless.until(0, within_s=20)
-    envoy.stop()
-    await asyncio.gather(http.drain(0), rpc.drain(0))
 
 
 async def test_the_log_has_no_prompt(fleet: Fleet) -> None:

@@ -15,6 +15,7 @@ from inference_service.serving.naming import Naming
 from inference_service.serving.request import Delta, Event, Finished, Request, Started
 from inference_service.serving.text import Text
 from loramux_shared.access.guard import NOBODY_GUARDS, Guard
+from loramux_shared.faults import Fault
 from loramux_shared.rpc.server import RpcServer
 from tests.golden.openai.script import Case, Scripted
 from tests.support.tokens import VOCAB, write_tokenizer
@@ -32,6 +33,8 @@ class Named(Scripted):
         self.naming = Naming(self.catalog)
         self.name = name
         self.asked = self.open = 0
+        self.refuses: Fault | None = None
+        """What every request ends with."""
         self.tokens = asyncio.Event()
         """Not set: requests are taken, and have no token."""
         self.tokens.set()
@@ -41,6 +44,8 @@ class Named(Scripted):
     async def generate(self, request: Request) -> AsyncGenerator[Event]:
         """Answer once there are tokens."""
         model = self.catalog.get(request.model)
+        if self.refuses is not None:
+            raise self.refuses
         self.asked += 1
         self.open += 1
         try:
