@@ -20,7 +20,7 @@ from loramux_shared.rpc.server import RpcServer
 from tests.golden.openai.script import Case, Scripted
 from tests.support.tokens import VOCAB, write_tokenizer
 
-MODELS = ("base", *(f"lora{number}" for number in range(8)))
+MODELS = ("base", *(f"lora{number}" for number in range(47)))
 
 
 class Named(Scripted):
