@@ -14,8 +14,8 @@ from loramux_shared.access.guard import Guard
 from loramux_shared.rpc import calls
 from tests.support.access import Certificates, keyring
 from tests.support.endless import Endless, doors_of
-from tests.support.fleet import Proxy, fleet_of, until
-from tests.support.scripted_fleet import Fleet, behind_envoy
+from tests.support.fleet import until
+from tests.support.scripted_fleet import Fleet, behind_envoy, envoy_of
 from tests.support.scripted_replica import MODELS, ScriptedReplica
 
 
@@ -41,11 +41,9 @@ async def test_a_certificate_of_another_name_is_no_replica(tmp_path: Path) -> No
     replica = ScriptedReplica(tmp_path, "one", Guard(None, Certificates(tmp_path).server))
     await replica.start()
     tls = Tls(str(tmp_path / "ours.pem"), "elsewhere.example.com")
-    envoy = Proxy(fleet_of([replica.doors], tls=tls), tmp_path)
-    await asyncio.to_thread(envoy.start, healthy=False)
-    await asyncio.to_thread(until, lambda: envoy.counter("ssl.fail_verify_san") > 1)
-    assert not envoy.healthy()
-    envoy.stop()
+    async with envoy_of(replica.doors, folder=tmp_path, tls=tls) as envoy:
+        await asyncio.to_thread(until, lambda: envoy.counter("ssl.fail_verify_san") > 1)
+        assert not envoy.healthy()
     await replica.drain()
 
 
@@ -62,10 +60,9 @@ async def test_a_client_that_does_not_read_is_cut_off(tmp_path: Path) -> None:
     await http.start()
     await rpc.start()
     await rpc.set_serving(True)
-    envoy = Proxy(fleet_of([(rpc.address, http.address)]), tmp_path)
-    await asyncio.to_thread(envoy.start)
     body = {"model": "tiny", "prompt": "HELLO", "stream": True}
     async with (
+        envoy_of((rpc.address, http.address), folder=tmp_path) as envoy,
         AsyncClient(envoy.grpc) as client,
         httpx.AsyncClient(base_url=envoy.url) as web,
         web.stream("POST", "/v1/completions", json=body),
@@ -74,5 +71,4 @@ async def test_a_client_that_does_not_read_is_cut_off(tmp_path: Path) -> None:
         await anext(stream)
         assert endless.open == 2
         await endless.until(0, within_s=20)
-    envoy.stop()
     await asyncio.gather(http.drain(0), rpc.drain(0))
