@@ -38,6 +38,7 @@ golden: $(VENV)/.test
 	$(BIN)/python -m tests.golden.kernels.grids
 	$(BIN)/python -m tests.golden.openai.write
 	$(BIN)/python -m tests.golden.metrics.write
+	$(BIN)/loramux envoy inference inference-2 --listen-grpc 0.0.0.0:50052 --listen-http 0.0.0.0:8000 > deploy/envoy/envoy.yaml
 
 docs: $(VENV)/.test
 	$(BIN)/python -m scripts.docs

@@ -27,7 +27,7 @@ from loramux_shared.descriptors import raise_limit
 from loramux_shared.faults import Fault, SettingsInvalid
 from loramux_shared.rpc.calls import Patience
 from loramux_shared.rpc.server import RpcServer
-from loramux_shared.rpc.stopping import Stop
+from loramux_shared.rpc.stopping import Stop, leave
 from loramux_shared.settings import BuilderSettings, load_settings
 from loramux_shared.sources.open import open_sources
 from loramux_shared.storage.open import open_store
@@ -37,7 +37,7 @@ from loramux_shared.tracing.setup import open_tracing
 log = structlog.get_logger()
 
 FLAGS: Final = (
-    *("store", "grpc", "work_dir", "secrets_dir", "drain_timeout_s", "max_concurrent_builds"),
+    *("store", "grpc", "work_dir", "secrets_dir", "drain_delay_s", "drain_timeout_s", "max_concurrent_builds"),
     *("parallel_adapters", "build_timeout_s", "max_build_gb", "keys_file"),
 )
 """Settings that a flag of the same name sets."""
@@ -101,6 +101,7 @@ async def serve(settings: BuilderSettings) -> None:
     )
     number = await stop.wait()
     log.info("draining", signal=number.name, timeout_s=settings.drain_timeout_s)
+    await leave([server], settings.drain_delay_s)
     checks.stop()
     # The watchers' streams end with the builds, so the builds must end first.
     draining = asyncio.create_task(builds.drain(settings.drain_timeout_s))

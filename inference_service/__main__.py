@@ -28,7 +28,7 @@ from loramux_shared.faults import Fault, SettingsInvalid
 from loramux_shared.rpc import calls
 from loramux_shared.rpc.listening import require_free
 from loramux_shared.rpc.server import RpcServer
-from loramux_shared.rpc.stopping import Stop
+from loramux_shared.rpc.stopping import Stop, leave
 from loramux_shared.settings import InferenceSettings, load_settings
 from loramux_shared.storage.open import open_store
 from loramux_shared.storage.patient import PatientStore
@@ -140,6 +140,8 @@ async def serve(settings: InferenceSettings) -> int:
     log.info("inference service ready", **bound, guarded_by=guard.shown, deployment=settings.deployment)
     operators.begin()
     number = await stop.wait_beside(_first(ready.engine.ended(), operators.outdated.wait()))
+    if number or operators.outdated.is_set():
+        await leave(doors.values(), settings.drain_delay_s, ready.engine.ended())
     await operators.end()
     drain_s = settings.drain_timeout_s if number or operators.outdated.is_set() else TELL_S
     ready.engine.resume()  # what stands still could not end

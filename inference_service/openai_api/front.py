@@ -23,6 +23,7 @@ log = structlog.get_logger()
 ARRIVED: Final = "arrived_s"
 """Of a scope's state: when the request came."""
 DRAINING: Final = "the server is shutting down and takes no new requests. Retry with another replica."
+HEALTH: Final = ("/health", "/ping")
 CUT: Final = "the server shut down before the answer was complete. Retry with another replica."
 
 
@@ -33,7 +34,7 @@ class Front:
         """Stand before an application; responded hears the status of every answer."""
         self._app = app
         self._responded = responded
-        self.draining = False
+        self.draining = self.leaving = False
         self._open: set[asyncio.Task[Any]] = set()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -64,7 +65,7 @@ class Front:
         ARRIVED_S.set(scope.get("state", {}).get(ARRIVED))
         try:
             with bound_contextvars(request_id=answer.request_id):
-                if self.draining:
+                if self.draining or (self.leaving and scope["path"] in HEALTH):
                     await error_response(ShuttingDown(DRAINING))(scope, receive, answer.send)
                 else:
                     await self._app(scope, receive, answer.send)

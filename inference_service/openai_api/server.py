@@ -73,6 +73,10 @@ class HttpServer:
         self._connections.start(listener)
         return self.address
 
+    async def leave(self) -> None:
+        """Answer health with 503 from now on, and go on taking requests."""
+        self._front.leaving = True
+
     async def refuse(self) -> None:
         """Answer every new request, health included, with 503 from now on."""
         self._front.draining = True

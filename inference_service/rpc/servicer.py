@@ -8,7 +8,7 @@ from contextlib import aclosing
 import grpc
 
 from inference_service.rpc.mapping import event_to_messages, model_to_message, request_from_message
-from inference_service.serving.service import GenerationService
+from inference_service.serving.service import GenerationService, Started
 from loramux.inference.v1 import inference_pb2 as pb
 from loramux.inference.v1 import inference_pb2_grpc
 
@@ -24,13 +24,20 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     async def Generate(  # noqa: N802 - grpc's name
         self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[pb.GenerateResponse]:
-        """Stream the events of an answer."""
+        """Stream the events of an answer.
+
+        `Started` waits for the event behind it: a proxy may send a call elsewhere until its answer begins.
+        """
         asked = request_from_message(request, context, self._service.limits.max_seq_len)
         events = self._service.generate(asked)
+        held: list[pb.GenerateResponse] = []
         async with aclosing(events):
             async for event in events:
-                for message in event_to_messages(event, self._service.text):
-                    yield message
+                held += event_to_messages(event, self._service.text)
+                if not isinstance(event, Started):
+                    for message in held:
+                        yield message
+                    held = []
 
     async def ListModels(  # noqa: N802 - grpc's name
         self,

@@ -21,6 +21,7 @@ from loramux.cli.check import check
 from loramux.cli.demo import demo
 from loramux.cli.deployments import deployments, watch
 from loramux.cli.doctor import doctor
+from loramux.cli.envoy import envoy
 from loramux.cli.gc import gc
 from loramux.cli.history import history, rollback
 from loramux.cli.import_bundle import import_bundle
@@ -40,7 +41,7 @@ app = typer.Typer(
 for function in (
     *(demo, up, build, watch, cancel, deployments, check, prove, import_bundle),
     *(add, remove, push, history, rollback, rollout, gc),
-    *(models, pin, unpin, chat, bench, serve, builder, health, doctor),
+    *(models, pin, unpin, chat, bench, serve, builder, envoy, health, doctor),
 ):
     app.command()(function)
 app.add_typer(keys.app, name="keys")

@@ -150,8 +150,11 @@ class Settings(BaseSettings):
     """The private key (PEM) of tls_cert."""
     tls_client_ca: HomePath | None = None
     """Clients must show a certificate that one of these authorities (PEM) signed."""
+    drain_delay_s: float = Field(default=0, ge=0, allow_inf_nan=False)
+    """Seconds after SIGTERM in which health says no and requests are still taken, so that proxies turn away
+    before any is refused."""
     drain_timeout_s: float = Field(default=30, ge=0, allow_inf_nan=False)
-    """Seconds that running work may take to end after SIGTERM before it is cut off."""
+    """Seconds that running work may take to end after SIGTERM and drain_delay_s before it is cut off."""
     stall_timeout_s: float = Field(default=30, gt=0, allow_inf_nan=False)
     """Seconds that an answer may wait for a client that does not read; then it is cut off."""
     log_format: LogFormat = "auto"

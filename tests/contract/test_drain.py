@@ -12,12 +12,14 @@ import grpc
 import httpx
 import pytest
 import pytest_asyncio
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from inference_service.rpc.servicer import SERVICE_NAME
 from loramux import AsyncClient
 from loramux.inference.v1 import inference_pb2 as pb
 from loramux_shared.faults import ShuttingDown
 from loramux_shared.rpc.status import fault_of
+from loramux_shared.rpc.stopping import leave
 from tests.support.endless import MODEL, Doors
 from tests.support.raw_http import JSON
 
@@ -56,6 +58,38 @@ async def test_a_grpc_call_that_is_cut_is_told_so(doors: Doors) -> None:
                 pass
         assert not await draining
     await doors.http.drain(0)
+
+
+async def test_a_server_that_leaves_goes_on(doors: Doors) -> None:
+    """Health says no at both doors at once, to those who watch it too; requests are taken until the drain."""
+    await doors.rpc.set_serving(True)
+    async with (
+        grpc.aio.insecure_channel(doors.rpc.address) as channel,
+        httpx.AsyncClient(base_url=f"http://{doors.http.address}") as web,
+    ):
+        health = health_pb2_grpc.HealthStub(channel)
+        watch = health.Watch(health_pb2.HealthCheckRequest())
+        assert (await watch.read()).status == health_pb2.HealthCheckResponse.SERVING
+        leaving = asyncio.create_task(leave([doors.http, doors.rpc], 3600))
+        assert (await watch.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
+        for path in ("/health", "/ping"):
+            answer = await web.get(path)
+            assert (answer.status_code, answer.json()["error"]["code"]) == (503, "shutting_down")
+        assert (await web.get("/v1/models")).status_code == 200
+        async with AsyncClient(doors.rpc.address) as client:
+            events = client.generate(MODEL, "WAIT")
+            assert (await anext(events)).model == MODEL
+            assert not leaving.done()
+            leaving.cancel()
+            await doors.rpc.drain(0)
+            with pytest.raises(ShuttingDown):
+                _ = [event async for event in events]
+        await doors.http.drain(0)
+
+
+async def test_a_server_that_breaks_leaves_no_longer() -> None:
+    """Nobody waits for proxies where there is nothing left to ask."""
+    await asyncio.wait_for(leave([], 3600, asyncio.sleep(0)), 10)
 
 
 async def test_an_unfinished_body_does_not_hold_a_drain(doors: Doors) -> None:

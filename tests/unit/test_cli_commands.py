@@ -19,6 +19,7 @@ WITHOUT_JSON = {
     "demo": "a show for people; up and bench are for machines",
     "serve": "becomes the service, whose log is JSON on stderr",
     "builder": "becomes the service, whose log is JSON on stderr",
+    "envoy": "prints YAML, for Envoy",
 }
 
 

@@ -94,7 +94,10 @@ def test_prometheus_scrapes_both_services() -> None:
 
 def test_the_services_are_a_profile_of_their_own() -> None:
     """Nobody who did not ask for metrics gets these services, and what they mount exists."""
-    assert [name for name, service in SERVICES.items() if service.get("profiles")] == ["prometheus", "grafana"]
+    assert [name for name, service in SERVICES.items() if service.get("profiles") == ["metrics"]] == [
+        "prometheus",
+        "grafana",
+    ]
     for name in ("prometheus", "grafana"):
         assert SERVICES[name]["profiles"] == ["metrics"]
         sources = [volume.split(":")[0] for volume in SERVICES[name]["volumes"]]

@@ -90,8 +90,9 @@ class InferenceServiceServicer:
     def Generate(self, request, context):
         """Streams one Started; PromptLogprobs, where the request asks for them; then for each
         of the n answers any number of Delta and one Finished. Events of different answers
-        come in any mixture; index tells them apart. A stream that ends with OK has had the
-        Finished of every answer; every other end is an error status. Closing the stream
+        come in any mixture; index tells them apart. Nothing is sent before the first token,
+        so that until then a proxy may ask another replica. A stream that ends with OK has had
+        the Finished of every answer; every other end is an error status. Closing the stream
         frees the sequences at the next step. Clients ignore events that they do not know.
 
         NOT_FOUND           MODEL_NOT_FOUND: the message lists the models that are served.

@@ -92,6 +92,11 @@ class RpcServer:
         if ready:
             notify(READY)
 
+    async def leave(self) -> None:
+        """Be NOT_SERVING from now on, and go on taking calls."""
+        notify(STOPPING)
+        await self.set_serving(False)
+
     async def refuse(self) -> None:
         """Take no new calls, and be NOT_SERVING from now on."""
         self._interceptor.drain()

@@ -19,6 +19,8 @@ from loramux_shared.rpc.unreachable import unreachable
 DOMAIN = "loramux"
 REPOSITORY = "repository"
 """The key of ErrorInfo's metadata that holds `Fault.repository`."""
+RESET = "RST_STREAM"
+"""In gRPC's message where a proxy lost the server behind it; no server of ours ends a call so."""
 # A status travels in a trailer, and clients refuse trailers above 8 KiB.
 MAX_STATUS_BYTES = 6 * 1024
 
@@ -107,6 +109,11 @@ def fault_of(error: grpc.RpcError, target: str = "") -> Fault:
     if reason in FAULTS:
         return FAULTS[reason](message, findings, repository, retry_after_s)
     code = error.code()
+    if code is grpc.StatusCode.INTERNAL and RESET in message:
+        return ServerUnavailable(
+            f"{target or 'the server'} broke off: the server behind it went away in the middle of the answer. "
+            f"Ask again ({message})."
+        )
     if code is grpc.StatusCode.UNAVAILABLE:
         return ServerUnavailable(f"no answer from {target or 'the server'}: {unreachable(target, message)}")
     if code is grpc.StatusCode.UNIMPLEMENTED:

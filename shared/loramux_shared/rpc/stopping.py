@@ -6,14 +6,37 @@ import asyncio
 import os
 import signal
 import sys
-from collections.abc import Coroutine
-from typing import Any, TypeVar
+from collections.abc import Collection, Coroutine
+from typing import Any, Protocol, TypeVar
 
 import structlog
 
 log = structlog.get_logger()
 
 T = TypeVar("T")
+
+
+class Door(Protocol):
+    """What can say that it is about to close."""
+
+    async def leave(self) -> None:
+        """Say so to whoever asks for health, and go on."""
+        ...
+
+
+async def leave(
+    doors: Collection[Door], delay_s: float, sooner: Coroutine[Any, Any, object] | None = None
+) -> None:
+    """Give proxies time to turn away before anything is refused; it is over when sooner ends."""
+    if delay_s:
+        log.info("leaving", delay_s=delay_s)
+        for door in doors:
+            await door.leave()
+    waits: list[Coroutine[Any, Any, object]] = [asyncio.sleep(delay_s), *([sooner] if sooner else [])]
+    tasks = [asyncio.ensure_future(work) for work in waits]
+    await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    for task in tasks:
+        task.cancel()
 
 
 class Stop:

@@ -1,0 +1,156 @@
+"""Replicas as processes behind the real Envoy: what their ends do to those who ask."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import httpx
+import pytest
+
+from loramux import Client, Finished
+from loramux.faults import Fault, ServerUnavailable
+from loramux_shared.storage.local import LocalStore
+from tests.support.fleet import Proxy, Running, fleet_of, proxy, running, until
+from tests.support.tiny import World, make_world
+
+MODELS = ("base", "all", "rs", "wide")
+FEW, MANY = (60, 4), (530, 8)
+"""Calls, and streams that are open meanwhile."""
+
+
+@dataclass
+class Fleet:
+    """Replicas and Envoy."""
+
+    replicas: list[Running]
+    proxy: Proxy
+
+    def victim(self) -> Running:
+        """The replica that answers an adapter."""
+        with Client(self.proxy.grpc) as client:
+            client.complete("all", "HELLO", max_tokens=1)
+        [line] = self.proxy.requests(1)
+        return next(each for each in self.replicas if line["replica"] == each.grpc)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    """A tiny model that is built."""
+    world = make_world(tmp_path_factory.mktemp("envoy"))
+    world.build(LocalStore(world.root / "store"))
+    return world
+
+
+@pytest.fixture(scope="module")
+def started(world: World, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
+    """Three replicas."""
+    folder = tmp_path_factory.mktemp("fleet")
+    with (
+        running(world, folder, 3) as replicas,
+        proxy(fleet_of(each.doors for each in replicas), folder) as envoy,
+    ):
+        yield Fleet(replicas, envoy)
+
+
+@pytest.fixture
+def fleet(started: Fleet) -> Fleet:
+    """At least two of them, for a test that ends one."""
+    ended = [replica for replica in started.replicas if not replica.alive]
+    if len(ended) > 1:
+        for replica in ended:
+            replica.start()
+        for replica in ended:
+            replica.until_ready()
+        started.proxy.until_healthy(6)
+    return started
+
+
+def _ask(envoy: Proxy, number: int) -> None:
+    """Ask a model at one door or the other."""
+    model = MODELS[number // 2 % 4]
+    if number % 2:
+        body = {"model": model, "prompt": "HELLO", "max_tokens": 16, "ignore_eos": True}
+        httpx.post(f"{envoy.url}/v1/completions", json=body, timeout=60).raise_for_status()
+        return
+    with Client(envoy.grpc) as client:
+        client.complete(model, "HELLO", max_tokens=16, ignore_eos=True, timeout_s=60)
+
+
+def _stream(envoy: Proxy, number: int) -> int:
+    """The answers of a long stream that came to their end."""
+    with Client(envoy.grpc) as client:
+        events = client.generate(
+            MODELS[number % 4], "HELLO", max_tokens=240, n=8, ignore_eos=True, timeout_s=120
+        )
+        return sum(isinstance(event, Finished) for event in events)
+
+
+@pytest.mark.parametrize(("calls", "streams"), [FEW, pytest.param(*MANY, marks=pytest.mark.sweep)])
+def test_nobody_notices_a_replica_that_stops(fleet: Fleet, calls: int, streams: int) -> None:
+    """One SIGTERM among calls of both doors and open streams: none fails, and the replica ends with 0."""
+    leaving = fleet.victim()
+    with ThreadPoolExecutor(12) as pool:
+        long = [pool.submit(_stream, fleet.proxy, number) for number in range(streams)]
+        until(lambda: leaving.load() > 0)
+        short = []
+        for number in range(calls):
+            if number == calls // 4:
+                leaving.signal(signal.SIGTERM)
+            short.append(pool.submit(_ask, fleet.proxy, number))
+            short[-1].exception(timeout=60) if number % 4 == 0 else None
+        assert not [fault for future in short if (fault := future.exception())]
+        assert [future.result() for future in long] == [8] * streams
+    assert leaving.process.wait(60) == 0
+    lines = fleet.proxy.requests(calls + streams)
+    assert {line["status"] for line in lines} == {200}
+    assert not any(line["attempts"] > 1 for line in lines), "the delay before the drain spares retries"
+
+
+@pytest.mark.parametrize("calls", [8, pytest.param(100, marks=pytest.mark.sweep)])
+def test_a_replica_that_is_killed_takes_only_what_it_had_begun(fleet: Fleet, calls: int) -> None:
+    """SIGKILL: what had no token is answered elsewhere, at both doors; a stream with tokens is UNAVAILABLE."""
+    dying = fleet.victim()
+    with Client(fleet.proxy.grpc) as client, ThreadPoolExecutor(calls) as pool:
+        begun = client.generate("all", "HELLO", max_tokens=240, n=32, ignore_eos=True, timeout_s=60)
+        next(begun)
+        dying.pause()
+        waiting: list[Future[None]] = [pool.submit(_ask, fleet.proxy, number) for number in range(calls)]
+        until(lambda: sum(each.load() for each in fleet.replicas if each.alive) > 1)
+        time.sleep(0.5)  # for those of other replicas to end
+        held = dying.load() - 1
+        dying.signal(signal.SIGKILL)
+        assert not [fault for future in waiting if (fault := future.exception())]
+        with pytest.raises(ServerUnavailable) as caught:
+            list(begun)
+        assert isinstance(caught.value, Fault)
+        assert caught.value.retry_after_s is not None
+    lines = fleet.proxy.requests(calls + 1)
+    assert held > 0
+    assert sum(line["attempts"] > 1 for line in lines) >= held
+
+
+@pytest.mark.sweep
+def test_a_replica_that_stands_still_is_left(fleet: Fleet) -> None:
+    """SIGSTOP, as of a machine that is gone: its health fails, and what waits there is answered elsewhere."""
+    still = fleet.victim()
+    with Client(fleet.proxy.grpc) as client, ThreadPoolExecutor(8) as pool:
+        begun = client.generate("all", "HELLO", max_tokens=240, n=32, ignore_eos=True, timeout_s=120)
+        next(begun)
+        still.pause()
+        waiting = [pool.submit(_ask, fleet.proxy, 2 * number) for number in range(8)]
+        time.sleep(0.5)
+        still.signal(signal.SIGSTOP)
+        try:
+            assert not [fault for future in waiting if (fault := future.exception())]
+            with pytest.raises(ServerUnavailable):
+                list(begun)
+            for number in range(20):
+                _ask(fleet.proxy, number)
+        finally:
+            still.process.kill()
+            still.process.wait(10)
+    fleet.proxy.requests(29)

