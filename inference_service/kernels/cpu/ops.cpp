@@ -81,11 +81,16 @@ inline vf load16(const float* p) { return load<vf>(p); }
 inline vf load16(const bf16* p) { return floats(__builtin_convertvector(load<vh>(p), vu) << 16); }
 inline void store16(float* p, vf x) { store(p, x); }
 inline void store16(bf16* p, vf x) {
+#ifdef __AVX512BF16__
+  __m512 all; std::memcpy(&all, &x, sizeof all);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(all));
+#else
   vu u = bits(x);
   vu rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
   vi nan = x != x;
   vu result = (vu(nan) & 0x7fc0) | (~vu(nan) & rounded);
   store(p, __builtin_convertvector(result, vh));
+#endif
 }
 
 template <class T> struct Unit;
@@ -109,11 +114,16 @@ template <> struct Unit<bf16> {
   }
 };
 inline vu broadcast(const void* unit) { uint32_t u; std::memcpy(&u, unit, 4); return vu{} + u; }
-inline float sum(vf v) {
+inline float sum(vf v) {  // of halves, of their halves, and so on
+#ifdef __AVX512F__
+  __m512 all; std::memcpy(&all, &v, sizeof all);
+  return _mm512_reduce_add_ps(all);
+#else
   float s[LANES]; store(s, v);
   for (int w = LANES / 2; w; w /= 2)
     for (int i = 0; i < w; ++i) s[i] += s[i + w];
   return s[0];
+#endif
 }
 inline int round_up(int x, int to) { return (x + to - 1) / to * to; }
 
