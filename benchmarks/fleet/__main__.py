@@ -27,7 +27,7 @@ from benchmarks.fleet.policies import (
     Random,
     Ray,
     Rendezvous,
-    SpreadEnvoy,
+    Ring,
     bounded,
 )
 from benchmarks.fleet.world import Found, Policy, Simulation, World
@@ -41,7 +41,7 @@ POLICIES: Final[Mapping[str, Policy]] = {
     "client": Client,
     "ray": Ray,
     "envoy": Envoy,
-    "envoy spread": SpreadEnvoy,
+    "ring": Ring,
 }
 BARRED: Final = {"client": (1, 10), "ray": (1, 10), "envoy": (1,)}
 """What ships, and how many routers are to meet the bars; more are told for their own sake."""

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from hashlib import blake2b
 
 from benchmarks.fleet.world import Router, View, World
+from loramux.envoy.clusters import BALANCE_PERCENT, RING_SIZE
 from loramux.placement import Placement, Popularity, order
 
 
@@ -102,7 +103,7 @@ def bounded(world: World, view: View, number: int) -> Router:
     return Rendezvous(world, view, number, 1.25)
 
 
-class Envoy(Counted):
+class Ring(Counted):
     """Envoy's ring hash with a ``hash_balance_factor``.
 
     As in its thread_aware_lb_impl.cc: a host takes a request when it has no more than ``ceil(1.25 x mean)``
@@ -110,13 +111,12 @@ class Envoy(Counted):
     above takes it.
     """
 
-    RING = 16_384
     PERCENT = 125
 
     def members(self, here: Sequence[int]) -> None:
         """Lay the ring out again."""
         super().members(here)
-        each = math.ceil(self.RING / len(here))
+        each = math.ceil(RING_SIZE / len(here))
         points = sorted((_hash(f"{replica}_{point}"), replica) for replica in here for point in range(each))
         self._keys, self._hosts = [key for key, _ in points], [host for _, host in points]
         self._jumps: dict[int, list[int]] = {}
@@ -161,19 +161,19 @@ class Ray(Counted):
         return min(two, key=self.view.in_flight.__getitem__)
 
 
-class SpreadEnvoy(Envoy):
-    """An Envoy whose hash key is of a popular model one of several, drawn anew for each request."""
+class Envoy(Ring):
+    """An Envoy as `loramux.envoy` configures it: a popular model has several places, one drawn for each request."""
 
-    PERCENT = 124
+    PERCENT = BALANCE_PERCENT
 
     def __init__(self, world: World, view: View, number: int) -> None:
         self._popularity = Popularity(pieces=1.0)
         super().__init__(world, view, number)
 
     def choose(self, model: int) -> int:
-        """Return the ring's host of one of the model's keys."""
-        copies = self._popularity.copies(str(model), len(self.here))
-        return super().choose(model + self.world.adapters * self.draw.randrange(copies))
+        """Return the host of one of the model's places."""
+        places = self._popularity.copies(str(model), len(self.here))
+        return super().choose(model + self.world.adapters * self.draw.randrange(places))
 
 
 def _hash(text: str) -> int:

@@ -15,7 +15,7 @@ TYPE: Final = "type.googleapis.com/envoy.extensions"
 HTTP_OPTIONS: Final = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions"
 UNBOUNDED: Final = 65536
 """Of a circuit breaker: replicas say themselves when they are full, by name."""
-BALANCE_PERCENT: Final = 125
+BALANCE_PERCENT: Final = 124
 """What a replica may have of the mean of all, before the next one gets the rest of its models."""
 RING_SIZE: Final = 16384
 """Places on the ring: with ten replicas, their parts differ by some percent."""

@@ -7,6 +7,7 @@ from typing import Any, Final
 from loramux.envoy.clusters import BUFFER_BYTES
 from loramux.envoy.fleet import Fleet, Place
 from loramux.envoy.model import HEADER, filters_of_json, filters_of_protobuf
+from loramux.envoy.place import PLACE, filter_of_places, told_by
 from loramux.envoy.replies import LOCAL_REPLIES
 from loramux_shared.rpc.options import IDLE_S, MAX_REQUEST_BYTES, MAX_STREAMS, PING_S, PING_TIMEOUT_S
 
@@ -39,6 +40,7 @@ LOG: Final = {
     "method": "%REQ(:METHOD)%",
     "path": "%PATH(NQ)%",
     "model": f"%REQ({HEADER.upper()})%",
+    "place": f"%REQ({PLACE.upper()})%",
     "replica": "%UPSTREAM_HOST%",
     "attempts": "%UPSTREAM_REQUEST_ATTEMPT_COUNT%",
     "status": "%RESPONSE_CODE%",
@@ -82,7 +84,7 @@ def http_listener(fleet: Fleet) -> Json:
 def _listener(
     name: str, place: Place, protocol: Json, idle_s: int, routes: list[Json], filters: list[Json], log: Json
 ) -> Json:
-    hosts = [{"name": name, "domains": ["*"], "routes": routes}]
+    hosts = [{"name": name, "domains": ["*"], "response_headers_to_add": [told_by()], "routes": routes}]
     manager = {
         "@type": f"{TYPE}.filters.network.http_connection_manager.v3.HttpConnectionManager",
         "stat_prefix": name,
@@ -95,7 +97,7 @@ def _listener(
         "request_timeout": "60s",
         "stream_idle_timeout": "0s",
         "access_log": [_access_log(log)],
-        "http_filters": [*filters, ROUTER],
+        "http_filters": [*filters, filter_of_places(), ROUTER],
         "route_config": {"name": name, "virtual_hosts": hosts},
     }
     chain = {"filters": [{"name": "envoy.filters.network.http_connection_manager", "typed_config": manager}]}
@@ -122,7 +124,7 @@ def _route(prefix: str, cluster: str, retry: Json) -> Json:
             "cluster": cluster,
             "timeout": "0s",
             "idle_timeout": "0s",
-            "hash_policy": [{"header": {"header_name": HEADER}}],
+            "hash_policy": [{"header": {"header_name": PLACE}}],
             "retry_policy": retry,
         },
     }

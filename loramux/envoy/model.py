@@ -69,16 +69,17 @@ def filters_of_json(first_token_s: float) -> list[Json]:
                 "request_rules": {"rules": rules},
             },
         },
-        _lua(OF_JSON.replace("FIRST_TOKEN_MS", str(round(first_token_s * 1000)))),
+        lua(OF_JSON.replace("FIRST_TOKEN_MS", str(round(first_token_s * 1000)))),
     ]
 
 
 def filters_of_protobuf() -> list[Json]:
     """Return the filters of the gRPC door."""
-    return [_lua(OF_PROTOBUF)]
+    return [lua(OF_PROTOBUF)]
 
 
-def _lua(text: str) -> Json:
+def lua(text: str) -> Json:
+    """Return the filter of a program."""
     return {
         "name": "envoy.filters.http.lua",
         "typed_config": {

@@ -68,6 +68,24 @@ async def test_a_popular_model_spreads(fleet: Fleet) -> None:
         await stream.aclose()
 
 
+async def test_what_most_ask_for_has_several_places(fleet: Fleet) -> None:
+    """As many as there are replicas; another model keeps its one, whatever clients say, and they hear of none."""
+    for model in MODELS:
+        await fleet.who_over_http(model)
+    headers = {"x-loramux-place": "mine"}
+    for model in (["base"] * 60 + ["lora1"]) * 10:
+        await fleet.web.post("/v1/completions", json={"model": model, "prompt": "HELLO"}, headers=headers)
+    answer = await fleet.web.get("/v1/models", headers=headers)
+    assert not [name for name in answer.headers if name.startswith("x-loramux")]
+    lines = await asyncio.to_thread(fleet.proxy.requests, len(MODELS) + 611)
+    homes: dict[tuple[str, str], set[str]] = {}
+    for line in lines:
+        homes.setdefault((line["model"], line["place"]), set()).add(line["replica"])
+    assert {place for model, place in homes if model == "base"} == {"base", "base 2", "base 3"}
+    assert {place for model, place in homes if model != "base"} == {None, *MODELS[1:]}
+    assert all(len(replicas) == 1 for replicas in homes.values())
+
+
 async def test_a_replica_without_tokens_is_left(fleet: Fleet) -> None:
     """What it has not begun is answered elsewhere, at both doors, and it gets no more, for all its health."""
     slow = fleet.replicas[await fleet.who("lora1")]
