@@ -195,6 +195,33 @@ def test_what_is_refused_is_asked_elsewhere(three: Replicas, client: Client) -> 
     assert sum(three.counts) == 5
 
 
+def test_calls_that_meet_the_end_of_their_replica(three: Replicas, client: Client) -> None:
+    """Those of a fleet are answered elsewhere; with one address they are unavailable, and none is cancelled."""
+    first, *_ = homes(three, "lora1")
+    ended = threading.Event()
+
+    def ask(client: Client) -> list[faults.Fault]:
+        seen: list[faults.Fault] = []
+        while not ended.is_set():
+            try:
+                client.complete("lora1", "hi")
+            except faults.Fault as fault:
+                seen.append(fault)
+        return seen
+
+    with Client(first) as single, ThreadPoolExecutor(12) as pool:
+        of_fleet = [pool.submit(ask, client) for _ in range(4)]
+        of_single = [pool.submit(ask, single) for _ in range(8)]
+        until(lambda: len(three[first].requests) > 100)
+        three.drain(first)
+        until(lambda: sum(three.counts) > len(three[first].requests) + 100)
+        ended.set()
+    assert not [fault for each in of_fleet for fault in each.result()]
+    told = [fault for each in of_single for fault in each.result()]
+    assert {type(fault) for fault in told} <= {faults.ShuttingDown, faults.ServerUnavailable}
+    assert all(fault.retry_after_s for fault in told)
+
+
 def test_nobody_there_is_a_named_fault() -> None:
     """For streams and calls, in all spellings; one that takes connections and is silent is not waited for."""
     with socket.create_server(("127.0.0.1", 0)) as silent:

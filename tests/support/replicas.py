@@ -113,6 +113,10 @@ class Replicas:
         """Set a replica's health."""
         self._do(self._servers[self.addresses.index(address)].set_serving(ready))
 
+    def drain(self, address: str) -> None:
+        """End a replica as SIGTERM does."""
+        self._do(self._servers[self.addresses.index(address)].drain(5))
+
     def cut(self, address: str) -> None:
         """Take a replica away."""
         self._loop.call_soon_threadsafe(self.wires[self.addresses.index(address)].cut)

@@ -21,6 +21,9 @@ REPOSITORY = "repository"
 """The key of ErrorInfo's metadata that holds `Fault.repository`."""
 RESET = "RST_STREAM"
 """In gRPC's message where a proxy lost the server behind it; no server of ours ends a call so."""
+DROPPED = "CANCELLED"
+"""All of gRPC's message for a call that came as its server stopped, which no code of ours hears of; what a client
+cancels itself has a sentence."""
 # A status travels in a trailer, and clients refuse trailers above 8 KiB.
 MAX_STATUS_BYTES = 6 * 1024
 
@@ -114,6 +117,8 @@ def fault_of(error: grpc.RpcError, target: str = "") -> Fault:
             f"{target or 'the server'} broke off: the server behind it went away in the middle of the answer. "
             f"Ask again ({message})."
         )
+    if code is grpc.StatusCode.CANCELLED and message == DROPPED:
+        return ServerUnavailable(f"{target or 'the server'} ended as the call came to it. Ask again.")
     if code is grpc.StatusCode.UNAVAILABLE:
         return ServerUnavailable(f"no answer from {target or 'the server'}: {unreachable(target, message)}")
     if code is grpc.StatusCode.UNIMPLEMENTED:
