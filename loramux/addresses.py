@@ -78,6 +78,16 @@ def look_up(part: str) -> tuple[Address, ...]:
     return tuple(Address(f"{scheme}{each}:{port}", name) for each in bracketed)
 
 
+def resolve(words: str) -> tuple[Address, ...]:
+    """Return the replicas behind a list, each once.
+
+    Raises:
+        SettingsInvalid: there is none, one has no port, or a name does not resolve.
+    """
+    found = (address for part in split(words) for address in look_up(part))
+    return tuple({each.target: each for each in found}.values())
+
+
 class Members:
     """The replicas of a fleet; names among them are looked up again while they are used, in a thread."""
 

@@ -36,6 +36,7 @@ class CredentialOptions(TypedDict, total=False):
     tls_ca: str | Path | None
     client_cert: str | Path | None
     client_key: str | Path | None
+    tls_name: str | None
 
 
 def _variable(name: str) -> Callable[[], str | None]:
@@ -52,6 +53,8 @@ class Credentials:
     client_cert: str | Path | None = field(default_factory=_variable("LORAMUX_CLIENT_CERT"))
     """A certificate chain (PEM), where the server asks clients for one."""
     client_key: str | Path | None = field(default_factory=_variable("LORAMUX_CLIENT_KEY"))
+    tls_name: str | None = None
+    """That the server's certificate is for; None: its address."""
 
     @property
     def metadata(self) -> tuple[tuple[str, str], ...]:
@@ -77,7 +80,8 @@ class Credentials:
             raise SettingsInvalid(f"{address}: expected HOST:PORT of a gRPC door, or {TLS_SCHEME}HOST:PORT.")
         if target == address:
             return kind.insecure_channel(address, (*options, *CLIENT_OPTIONS))
-        return kind.secure_channel(target, self._tls(), (*options, *CLIENT_OPTIONS))
+        name = (("grpc.ssl_target_name_override", self.tls_name),) if self.tls_name else ()
+        return kind.secure_channel(target, self._tls(), (*options, *name, *CLIENT_OPTIONS))
 
     def _tls(self) -> Any:
         if (self.client_cert is None) != (self.client_key is None):

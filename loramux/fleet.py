@@ -11,7 +11,7 @@ import json
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 import grpc
@@ -100,8 +100,8 @@ class Fleet:
             link = self._links.get(target)
             if link is None:
                 name = next((each.name for each in self._where if each.target == target), "")
-                override = (("grpc.ssl_target_name_override", name),) if name else ()
-                channel = self._credentials.channel(target, self._kind, (*OPTIONS, *override))
+                credentials = replace(self._credentials, tls_name=name) if name else self._credentials
+                channel = credentials.channel(target, self._kind, OPTIONS)
                 link = self._links[target] = Link(channel)
             if stub not in link.calls:
                 link.calls[stub] = Calls(stub(link.channel), self._credentials)

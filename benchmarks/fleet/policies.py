@@ -162,7 +162,7 @@ class Ray(Counted):
 
 
 class Envoy(Ring):
-    """An Envoy as `loramux.envoy` configures it: a popular model has several places, one drawn for each request."""
+    """Envoy as `loramux.envoy` configures it: a popular model has several places, and one is drawn."""
 
     PERCENT = BALANCE_PERCENT
 

@@ -10,7 +10,7 @@ from typing import Annotated, Final
 
 import typer
 
-from loramux.addresses import look_up, split
+from loramux.addresses import Address, resolve
 from loramux.cli import shell
 from loramux.cli.documents import emit, emit_line
 from loramux.cli.exits import Exit
@@ -92,34 +92,24 @@ def rollout(
 
     Example: loramux rollout my-model --replicas dns:///replicas:50052
     """
-    addresses = resolve(replicas)
-    watch = Rollout(deployment, addresses, generation, as_json=as_json)
+    watch = Rollout(deployment, resolve(replicas), generation, as_json=as_json)
     done = asyncio.run(watch.run(timeout_s))
     watch.summarize(done=done)
     if not done:
         raise typer.Exit(Exit.FAILED if watch.hopeless else Exit.UNAVAILABLE)
 
 
-def resolve(replicas: str) -> tuple[str, ...]:
-    """Return the addresses that a list, or a name of many addresses, stands for.
-
-    Raises:
-        SettingsInvalid: there is none, one has no port, or a name does not resolve.
-    """
-    found = (address for part in split(replicas) for address in look_up(part))
-    return tuple(dict.fromkeys(address.target for address in found))
-
-
 class Rollout:
     """Watches replicas at the same time, and tells of each when it changes."""
 
     def __init__(
-        self, deployment: str, addresses: Sequence[str], generation: int | None, *, as_json: bool
+        self, deployment: str, addresses: Sequence[Address], generation: int | None, *, as_json: bool
     ) -> None:
         self._deployment = deployment
         self._wanted = generation
         self._as_json = as_json
-        self._known: dict[str, Progress] = {each: Progress(each, None) for each in addresses}
+        self._addresses = addresses
+        self._known: dict[str, Progress] = {each.target: Progress(each.target, None) for each in addresses}
         self._changed = asyncio.Event()
 
     @property
@@ -135,7 +125,7 @@ class Rollout:
 
     async def run(self, timeout_s: float) -> bool:
         """Watch until all serve the generation; False when the time ran out."""
-        tasks = [asyncio.create_task(self._watch(address)) for address in self._known]
+        tasks = [asyncio.create_task(self._watch(address)) for address in self._addresses]
         try:
             async with asyncio.timeout(timeout_s):
                 while not all(each.status for each in self._known.values()) or self._late():
@@ -170,7 +160,7 @@ class Rollout:
         goal = self.goal or 0
         return [each for each in self._known.values() if not each.status or each.status.generation < goal]
 
-    async def _watch(self, address: str) -> None:
+    async def _watch(self, address: Address) -> None:
         try:
             while True:
                 await self._listen(address)
@@ -178,19 +168,19 @@ class Rollout:
         finally:
             self._changed.set()
 
-    async def _listen(self, address: str) -> None:
+    async def _listen(self, address: Address) -> None:
         """Tell of a replica until its stream ends; raises what trying again does not help against."""
         try:
-            async with AsyncClient(inference=address) as client:
+            async with AsyncClient(inference=address.target, tls_name=address.name) as client:
                 async for status in client.watch_replica():
-                    self._check(address, status)
-                    self._tell(Progress(address, status, status.reason))
+                    self._check(address.target, status)
+                    self._tell(Progress(address.target, status, status.reason))
         except (PermissionDenied, Unauthenticated, SettingsInvalid):
             raise
         except Fault as fault:
             if fault.status is not Status.UNAVAILABLE:
                 raise
-            self._tell(Progress(address, None, fault.message))
+            self._tell(Progress(address.target, None, fault.message))
 
     def _check(self, address: str, status: ReplicaStatus) -> None:
         if status.deployment != self._deployment:

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Final
 
 import typer
 
+from loramux.addresses import Address, is_many, resolve
 from loramux.cli import shell
 from loramux.cli.doctor_view import show
 from loramux.cli.documents import emit
@@ -115,7 +116,7 @@ def examine(store: str | None, grpc: str, builder: str, base: Path | None, kv_gb
         uri, cache_dir, inference = store or DEFAULT_STORE, DEFAULT_CACHE, fault.message
         problems.append(fault.message)
     with shell.working("asking the store and the services"):
-        places = (look_at_store(uri), *asyncio.run(_services(grpc, builder)))
+        places = (look_at_store(uri), *asyncio.run(services(grpc, builder)))
     if store and not places[0].ok:
         problems.append(f"store {store}: {places[0].state}")
     if base and isinstance(inference, str):
@@ -147,15 +148,21 @@ def _sizes(
     return sizes_of(config, settings, inference.free_bytes, inference.dtype, inference.device, graphs=graphs)
 
 
-async def _services(grpc: str, builder: str) -> tuple[Place, Place]:
-    return await asyncio.gather(_service("builder", builder), _service("inference", grpc))
-
-
-async def _service(name: str, address: str) -> Place:
+async def services(grpc: str, builder: str) -> list[Place]:
+    """Return the health of the builder, and of each replica of a list or a name."""
     try:
-        status = await check(address)
+        replicas = resolve(grpc) if is_many(grpc) else (Address(grpc),)
+    except SettingsInvalid as fault:
+        return [await _service("builder", Address(builder)), Place("inference", grpc, fault.message, ok=False)]
+    asked = [_service("builder", Address(builder)), *(_service("inference", each) for each in replicas)]
+    return await asyncio.gather(*asked)
+
+
+async def _service(name: str, address: Address) -> Place:
+    try:
+        status = await check(address.target, tls_name=address.name)
     except ServerUnavailable:
-        return Place(name, address, "nothing answers there", ok=False)
+        return Place(name, address.target, "nothing answers there", ok=False)
     except Fault as fault:
-        return Place(name, address, fault.message, ok=False)
-    return Place(name, address, status, ok=status == SERVING)
+        return Place(name, address.target, fault.message, ok=False)
+    return Place(name, address.target, status, ok=status == SERVING)

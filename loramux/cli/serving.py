@@ -114,9 +114,9 @@ async def _health(address: str, service: str, wait_s: float) -> str:
         await asyncio.sleep(POLL_S)
 
 
-async def check(address: str, service: str = "") -> str:
+async def check(address: str, service: str = "", tls_name: str | None = None) -> str:
     """Return a server's health, for example ``SERVING``."""
-    async with Credentials().channel(address, grpc.aio) as channel:
+    async with Credentials(tls_name=tls_name).channel(address, grpc.aio) as channel:
         stub = health_pb2_grpc.HealthStub(channel)
         try:
             answer = await stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=CHECK_S)

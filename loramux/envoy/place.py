@@ -12,9 +12,9 @@ HOST: Final = "x-loramux-host"
 """Which replica answered; no client sees it."""
 
 PLACES: Final = f"""\
--- A model has a place on the ring for each log2(replicas)-th part of one replica's share of all requests, and one of
--- them is drawn for each request. Every worker counts what it sees itself, and after 10000 requests keeps the half of
--- all counts: it never holds more names, and forgets who is asked no more. Replicas are those that answered.
+-- A model has a place on the ring for each log2(replicas)-th part of one replica's share of all requests; one
+-- is drawn for each request. Every worker counts what it sees, and after 10000 requests keeps the half of all
+-- counts: it never holds more names, and forgets what is asked no more. Replicas are those that answered.
 local asked, total = {{}}, 0
 local hosts, seen, replicas = {{}}, 0, 1
 

@@ -69,7 +69,7 @@ async def test_a_popular_model_spreads(fleet: Fleet) -> None:
 
 
 async def test_what_most_ask_for_has_several_places(fleet: Fleet) -> None:
-    """As many as there are replicas; another model keeps its one, whatever clients say, and they hear of none."""
+    """As many as there are replicas; another model keeps its one. What clients say of places is not heeded."""
     for model in MODELS:
         await fleet.who_over_http(model)
     headers = {"x-loramux-place": "mine"}

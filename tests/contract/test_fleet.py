@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 
 from loramux import AsyncClient, Client, Delta, Started, faults
 from loramux.addresses import Address, Members
+from loramux.cli.doctor import services
 from loramux.cli.main import app
 from loramux.connection import Credentials
 from loramux.fleet import REPEATED, STREAMS, AsyncFleetCalls, Fleet, FleetCalls
@@ -399,6 +400,26 @@ def test_commands_take_lists(three: Replicas) -> None:
     figures = json.loads(done.stdout)["report"]["all"]
     assert (figures["requests"], figures["errors"]) == (48, {})
     assert sum(map(bool, three.counts)) >= 2
+
+
+async def test_the_doctor_asks_all(three: Replicas, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each replica of a list, and those of a name by its certificate; that a name stands for none is told."""
+    certificates = Certificates(tmp_path)
+    certificates.issue("server", certificates.ours, "localhost")
+    monkeypatch.setenv("LORAMUX_TLS_CA", str(tmp_path / "ours.pem"))
+    three.cut(three.addresses[1])
+
+    async def told(where: str) -> list[tuple[str, str]]:
+        places = await services(where, "127.0.0.1:1")
+        return [(each.address, each.state) for each in places if each.name == "inference"]
+
+    states = ("SERVING", "nothing answers there", "SERVING")
+    assert await told(",".join(three.addresses)) == list(zip(three.addresses, states, strict=True))
+    with replicas(1, Guard(tls=certificates.server)) as one:
+        port = one.addresses[0].rpartition(":")[2]
+        assert (f"grpcs://127.0.0.1:{port}", "SERVING") in await told(f"grpcs://dns:///localhost:{port}")
+    [(_, state)] = await told("dns:///no.such.host.invalid:1")
+    assert "expected dns:///NAME:PORT of a name that resolves" in state
 
 
 def test_what_is_repeated() -> None:

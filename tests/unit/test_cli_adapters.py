@@ -8,19 +8,21 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
 from inference_service.rpc.adapters import SERVICE_NAME, AdapterServicer, register
-from loramux.cli.adapters import resolve
+from loramux.addresses import Address, resolve
+from loramux.cli.adapters import Rollout
 from loramux.cli.main import app
 from loramux.inference.v1 import inference_pb2_grpc
 from loramux_shared.access.guard import NOBODY_GUARDS, Guard
 from loramux_shared.faults import SettingsInvalid
 from loramux_shared.rpc.server import RpcServer
-from tests.support.access import keyring
+from tests.support.access import Certificates, keyring
 from tests.support.fake_services import FakeInference
 from tests.support.operated import Operated, operated
 
@@ -102,6 +104,16 @@ def test_a_rollout_ends_when_all_serve_the_generation() -> None:
     ]
 
 
+def test_a_rollout_by_a_name_with_tls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A certificate for the name is enough, whatever the addresses behind it."""
+    certificates = Certificates(tmp_path)
+    certificates.issue("server", certificates.ours, "localhost")
+    monkeypatch.setenv("LORAMUX_TLS_CA", str(tmp_path / "ours.pem"))
+    with door(operated(), Guard(tls=certificates.server)) as (address, _):
+        [found] = [each for each in resolve(f"grpcs://dns:///localhost:{address[10:]}") if "127" in each.target]
+        assert asyncio.run(Rollout("demo", [found], None, as_json=False).run(10))
+
+
 def test_a_rollout_that_takes_too_long() -> None:
     """Status 3 with who is late; 1 where a replica says that it will never come."""
     replica = operated()
@@ -130,8 +142,8 @@ def test_a_rollout_of_something_else() -> None:
 
 def test_replicas_are_a_list_or_a_name() -> None:
     """Each once; a name stands for all of its addresses."""
-    assert resolve("a:1, b:2,a:1") == ("a:1", "b:2")
-    assert "127.0.0.1:50052" in resolve("dns:///localhost:50052")
+    assert resolve("a:1, b:2,a:1") == (Address("a:1"), Address("b:2"))
+    assert Address("127.0.0.1:50052") in resolve("dns:///localhost:50052")
     for wrong in ("", ",", "a", "a:b", "dns:///", "dns:///localhost", "dns:///no.such.host.invalid:1"):
         with pytest.raises(SettingsInvalid):
             resolve(wrong)

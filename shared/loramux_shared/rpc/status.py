@@ -22,7 +22,7 @@ REPOSITORY = "repository"
 RESET = "RST_STREAM"
 """In gRPC's message where a proxy lost the server behind it; no server of ours ends a call so."""
 DROPPED = "CANCELLED"
-"""All of gRPC's message for a call that came as its server stopped, which no code of ours hears of; what a client
+"""All of gRPC's message where a call came as its server stopped, of which no code of ours hears; what a client
 cancels itself has a sentence."""
 # A status travels in a trailer, and clients refuse trailers above 8 KiB.
 MAX_STATUS_BYTES = 6 * 1024
