@@ -19,7 +19,7 @@ import structlog
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 
-from inference_service.__main__ import SWITCH_S
+from inference_service.replica import SWITCH_S
 from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import Adapter, FinishReason, Token
 from inference_service.core.sequence import Sequence as EngineSequence

@@ -11,16 +11,12 @@ import argparse
 import asyncio
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Final
 
 import structlog
 
+from builder_service.builder import Builder
 from builder_service.builds.builds import Builds
-from builder_service.builds.limits import BuildLimits
-from builder_service.pipeline.check import Checks
-from builder_service.pipeline.context import BuildContext
-from builder_service.pipeline.identity import claim_identity
 from builder_service.rpc.servicer import SERVICE_NAME, BuilderServicer
 from loramux_shared.access.guard import open_guard
 from loramux_shared.descriptors import raise_limit
@@ -29,8 +25,6 @@ from loramux_shared.rpc.calls import Patience
 from loramux_shared.rpc.server import RpcServer
 from loramux_shared.rpc.stopping import Stop, leave
 from loramux_shared.settings import BuilderSettings, load_settings
-from loramux_shared.sources.open import open_sources
-from loramux_shared.storage.open import open_store
 from loramux_shared.telemetry import log_to_stderr
 from loramux_shared.tracing.setup import open_tracing
 
@@ -64,31 +58,15 @@ async def serve(settings: BuilderSettings) -> None:
     stop = Stop()
     raise_limit()
     guard = open_guard(settings, settings.grpc)
-    context = BuildContext(
-        store=open_store(settings.store),
-        sources=open_sources(
-            local_roots=settings.local_roots,
-            allowed_hosts=settings.allowed_hosts,
-            secrets_dir=settings.secrets_dir,
-            work_dir=settings.work_dir,
-        ),
-        work_dir=settings.work_dir,
-        parallel_adapters=settings.parallel_adapters,
-        max_build_bytes=int(settings.max_build_gb * 1e9) if settings.max_build_gb else None,
-    )
-    identity = claim_identity(context.place())
-    context = replace(context, owner=identity.name)
-    await asyncio.to_thread(context.sweep)
-    builds = Builds(
-        context, BuildLimits(running=settings.max_concurrent_builds, timeout_s=settings.build_timeout_s)
-    )
-    checks = Checks(context)
+    builder = await Builder.open(settings)
+    builds, checks, identity = builder.builds, builder.checks, builder.identity
+    store = builder.context.store.uri
     tracing = open_tracing("loramux-builder")
     patience = Patience(read_s=settings.stall_timeout_s)
     services = {SERVICE_NAME: BuilderServicer(builds, checks).register}
     server = RpcServer(settings.grpc, services, guard, tracing, patience)
     metrics = builds.meter.listen(settings.metrics, insecure=settings.insecure) if settings.metrics else "off"
-    log.info("reading the journal", store=context.store.uri, builder=identity.name)
+    log.info("reading the journal", store=store, builder=identity.name)
     address, recovered = await stop.starting(_start(server, builds))
     log.info(
         "builder service ready",
@@ -96,7 +74,7 @@ async def serve(settings: BuilderSettings) -> None:
         grpc=address,
         metrics=metrics,
         guarded_by=guard.shown,
-        store=context.store.uri,
+        store=store,
         builds_taken_up=recovered,
     )
     number = await stop.wait()

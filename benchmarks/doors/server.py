@@ -17,7 +17,7 @@ from typing import Final
 
 from benchmarks.doors.clients import MODEL
 from benchmarks.on_gpu.checkpoint import write_tokenizer
-from inference_service.__main__ import SWITCH_S, keep_what_is_loaded
+from inference_service.replica import SWITCH_S, keep_what_is_loaded
 from inference_service.core.batch import Batch
 from inference_service.core.sequence import Token
 from inference_service.engine.block_manager import BlockManager

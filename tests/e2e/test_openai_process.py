@@ -19,7 +19,7 @@ import httpx
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from inference_service.__main__ import BROKEN
+from inference_service.replica import BROKEN
 from loramux import Client
 from loramux.cli.exits import Exit
 from loramux.faults import ReplicaFailed

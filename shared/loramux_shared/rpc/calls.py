@@ -87,30 +87,32 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler]],
         details: grpc.HandlerCallDetails,
     ) -> grpc.RpcMethodHandler:
-        """Wrap the handler of a call, unless it is health or reflection.
-
-        Requests are one message, but are taken as streams: else gRPC waits for the message before it calls us,
-        for as long as the client likes. Of a method that wants a stream, each message has to come in time.
-        """
+        """Wrap the handler of a call, unless it is health or reflection."""
         ARRIVED_S.set(time.monotonic())  # each call is a task of its own, so nobody has to take this back
         handler = await continuation(details)
         if handler is None or details.method.startswith("/grpc."):
             return handler
+        return self.wrap(handler, details.method)
+
+    def wrap(self, handler: grpc.RpcMethodHandler, method: str) -> grpc.RpcMethodHandler:
+        """Return a handler that passes here what it does.
+
+        Requests are one message, but are taken as streams: else gRPC waits for the message before it calls us,
+        for as long as the client likes. Of a method that wants a stream, each message has to come in time.
+        """
         serializers = {
             "request_deserializer": bounded(handler.request_deserializer),
             "response_serializer": handler.response_serializer,
         }
         if handler.response_streaming:
             return grpc.stream_stream_rpc_method_handler(
-                self._stream(handler.unary_stream, details.method), **serializers
+                self._stream(handler.unary_stream, method), **serializers
             )
         if handler.request_streaming:
             return grpc.stream_unary_rpc_method_handler(
-                self._upload(handler.stream_unary, details.method), **serializers
+                self._upload(handler.stream_unary, method), **serializers
             )
-        return grpc.stream_unary_rpc_method_handler(
-            self._unary(handler.unary_unary, details.method), **serializers
-        )
+        return grpc.stream_unary_rpc_method_handler(self._unary(handler.unary_unary, method), **serializers)
 
     def _unary(self, call: Callable[..., Awaitable[Any]], method: str) -> Callable[..., Awaitable[Any]]:
         async def handler(_requests: Any, context: grpc.aio.ServicerContext) -> Any:

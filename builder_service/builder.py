@@ -1,0 +1,52 @@
+"""A builder without its door: where it works, what it builds and checks."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, replace
+from typing import Self
+
+from builder_service.builds.builds import Builds
+from builder_service.builds.limits import BuildLimits
+from builder_service.pipeline.check import Checks
+from builder_service.pipeline.context import BuildContext
+from builder_service.pipeline.identity import Identity, claim_identity
+from loramux_shared.settings import BuilderSettings
+from loramux_shared.sources.open import open_sources
+from loramux_shared.storage.open import open_store
+
+
+@dataclass(frozen=True)
+class Builder:
+    """What settings name, ready to build."""
+
+    context: BuildContext
+    identity: Identity
+    builds: Builds
+    checks: Checks
+
+    @classmethod
+    async def open(cls, settings: BuilderSettings) -> Self:
+        """Take a work folder, and clear away what builders left there.
+
+        Raises:
+            ResourcesExhausted: there is no room for another builder.
+            Fault: what the store raises.
+        """
+        context = BuildContext(
+            store=open_store(settings.store),
+            sources=open_sources(
+                local_roots=settings.local_roots,
+                allowed_hosts=settings.allowed_hosts,
+                secrets_dir=settings.secrets_dir,
+                work_dir=settings.work_dir,
+            ),
+            work_dir=settings.work_dir,
+            parallel_adapters=settings.parallel_adapters,
+            max_build_bytes=int(settings.max_build_gb * 1e9) if settings.max_build_gb else None,
+        )
+        identity = claim_identity(context.place())
+        context = replace(context, owner=identity.name)
+        await asyncio.to_thread(context.sweep)
+        limits = BuildLimits(running=settings.max_concurrent_builds, timeout_s=settings.build_timeout_s)
+        return cls(context, identity, Builds(context, limits), Checks(context))

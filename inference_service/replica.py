@@ -1,0 +1,98 @@
+"""A replica without its doors: what is loaded, followed and computed, whoever lets requests in."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+import sys
+from collections.abc import Awaitable, Callable
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Final, NoReturn, Self
+
+import structlog
+
+from inference_service.operators import Operators
+from inference_service.serving.telemetry.watchers import open_watchers
+from inference_service.startup.load import Ready, load_apart
+from loramux_shared.settings import InferenceSettings
+from loramux_shared.storage.open import open_store
+from loramux_shared.storage.patient import PatientStore
+from loramux_shared.tracing.setup import open_tracing
+
+if TYPE_CHECKING:
+    from loramux_shared.tracing.otel import Tracing
+
+log = structlog.get_logger()
+
+BROKEN: Final = 5
+"""The exit status of a replica whose device or engine works no more."""
+TELL_S: Final = 1.0
+"""For clients to read why their requests end, before a broken replica ends itself."""
+SWITCH_S: Final = 0.0005
+"""How long the engine's thread waits for the interpreter at most, while another one packs an adapter; 5 ms are
+Python's own. See docs/performance.md."""
+START_PAUSES_S: Final = (1.0,)
+"""Before a store that did not answer is asked once more; whoever runs this starts it again."""
+
+
+@dataclass(frozen=True)
+class Replica:
+    """A loaded deployment, and what operators see of it."""
+
+    ready: Ready
+    operators: Operators
+    tracing: Tracing | None
+
+    @classmethod
+    async def load(cls, settings: InferenceSettings) -> Self:
+        """Load what settings name; nothing is computed or followed before `begin`.
+
+        Raises:
+            Fault: what `load_apart` raises.
+        """
+        sys.setswitchinterval(SWITCH_S)
+        tracing = open_tracing("loramux-inference")
+        watchers = open_watchers(tracing.tracer if tracing else None, log_prompts=settings.log_prompts)
+        store = PatientStore(open_store(settings.store), pauses_s=START_PAUSES_S)
+        ready = await load_apart(settings, store, watchers)
+        return cls(ready, Operators(settings, store, ready), tracing)
+
+    def begin(self, on_failure: Callable[[], Awaitable[None]]) -> None:
+        """Compute; on_failure is awaited before the requests of a broken engine are told."""
+        keep_what_is_loaded()
+        self.ready.engine.start(on_failure)
+
+    async def until_over(self) -> None:
+        """Wait until the engine ended, or the replica is to be started again on a newer generation."""
+        works = (self.ready.engine.ended(), self.operators.outdated.wait())
+        tasks = [asyncio.ensure_future(work) for work in works]
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in tasks:
+                task.cancel()
+
+    async def stop(self) -> str | None:
+        """Stop computing; returns why the engine is broken, where it is."""
+        stats = self.ready.engine.stats
+        why = await self.ready.engine.stop()
+        if self.ready.bank is not None:
+            self.ready.bank.close()
+        if self.tracing is not None:
+            await asyncio.to_thread(self.tracing.close)
+        log.info("inference service stopped", hit_rate=round(stats.prefix_hit_rate, 3), **asdict(stats))
+        return why
+
+
+def end_broken(why: str) -> NoReturn:
+    """End at once: a step may hang for good, and a broken device may hang or abort whatever cleans up."""
+    log.critical("the replica is broken and ends; start it again", why=why, status=BROKEN)
+    sys.stderr.flush()
+    os._exit(BROKEN)
+
+
+def keep_what_is_loaded() -> None:
+    """Let the garbage collector look no more at what there is: 370,000 objects, which took it 200 ms."""
+    gc.collect()
+    gc.freeze()

@@ -1,0 +1,101 @@
+"""The inference service as a deployment: one replica of Ray's is one of ours."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
+from functools import partial
+from typing import Any
+
+import structlog
+
+from inference_service.openai_api.app import create_app
+from inference_service.replica import TELL_S, Replica, end_broken
+from inference_service.rpc import adapters as adapters_rpc
+from inference_service.rpc.adapters import AdapterServicer
+from inference_service.rpc.servicer import InferenceServicer, register
+from loramux_shared.access.guard import open_guard
+from loramux_shared.descriptors import raise_limit
+from loramux_shared.faults import ReplicaFailed
+from loramux_shared.settings import InferenceSettings, load_settings
+from loramux_shared.telemetry import log_to_stderr
+from ray_service.asgi import answered
+from ray_service.bridge import Bridge
+from ray_service.calls import End, HttpCall, Messages, RpcCall
+
+log = structlog.get_logger()
+
+
+class Engine:
+    """Loads when Ray makes it; ends its process when it can compute no more, and Ray makes another."""
+
+    async def __init__(self, values: Mapping[str, Any]) -> None:  # type: ignore[misc]  # Ray awaits it
+        """Load what settings name; those that are not given come from the node's environment.
+
+        Raises:
+            Fault: it cannot be served.
+        """
+        settings = load_settings(InferenceSettings, **values)
+        log_to_stderr(settings.log_format)
+        raise_limit()
+        guard = open_guard(settings)
+        self._replica = replica = await Replica.load(settings)
+        self._over = ""
+        ready, manager = replica.ready, replica.operators.manager
+        services = (
+            partial(register, InferenceServicer(ready.service)),
+            partial(adapters_rpc.register, AdapterServicer(manager)),
+        )
+        self._bridge = Bridge(services, guard, replica.tracing, insecure=settings.insecure)
+        self._local_only = guard.keyring is None and not settings.insecure
+        self._front = create_app(ready.service, guard.keyring, replica.tracing, manager)
+        replica.begin(self._refuse)
+        replica.operators.begin()
+        self._watching = asyncio.create_task(self._watch())
+        log.info("inference service ready", guarded_by=guard.shown, deployment=settings.deployment)
+
+    async def rpc(self, call: RpcCall) -> AsyncGenerator[list[bytes] | End]:
+        """Answer a call of gRPC; the first part comes with the first token."""
+        async with aclosing(self._bridge.run(call)) as parts:
+            async for part in parts:
+                yield part
+
+    async def http(self, call: HttpCall) -> AsyncGenerator[Messages]:
+        """Answer a request of HTTP; the first part comes with the first of the body."""
+        async with aclosing(answered(self._front, call, local_only=self._local_only)) as parts:
+            async for part in parts:
+                yield part
+
+    async def base_name(self) -> AsyncGenerator[str]:
+        """Tell what the base is called: its requests may go to any replica."""
+        yield self._replica.ready.service.catalog.base_name
+
+    async def check_health(self) -> None:
+        """Tell Ray whether to go on with this replica.
+
+        Raises:
+            ReplicaFailed: the engine broke, or a generation needs a restart.
+        """
+        if self._over:
+            raise ReplicaFailed(self._over)
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """Count the sequences that run and that wait, for `scaling`."""
+        stats = self._replica.ready.engine.stats
+        return {"running": stats.running, "waiting": stats.waiting}
+
+    async def _refuse(self) -> None:
+        self._over = "the engine works no more."
+        self._front.draining = True
+
+    async def _watch(self) -> None:
+        """End with the engine; Ray starts another replica."""
+        ready, operators = self._replica.ready, self._replica.operators
+        await self._replica.until_over()
+        self._over = self._over or "a generation needs a restart."
+        if operators.outdated.is_set():
+            return  # Ray lets requests end, and then this process
+        await asyncio.sleep(TELL_S)
+        why = await ready.engine.ended()
+        end_broken(why or self._over)

@@ -1,0 +1,84 @@
+"""``grpc.health.v1`` in Ray's gRPC doors, which have none of their own."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Callable
+from typing import Final
+
+import grpc
+from grpc_health.v1 import health_pb2 as pb
+from grpc_health.v1 import health_pb2_grpc
+from ray import serve
+from ray.exceptions import RayError
+from ray.serve._private.common import ReplicaState
+from ray.serve.exceptions import RayServeException
+
+from ray_service.names import APP, BUILDER, BUILDER_APP, ENGINE
+
+PARTS: Final = {
+    "": (APP, ENGINE),
+    "loramux.inference.v1.InferenceService": (APP, ENGINE),
+    "loramux.inference.v1.AdapterService": (APP, ENGINE),
+    "loramux.builder.v1.BuilderService": (BUILDER_APP, BUILDER),
+}
+"""The application and the deployment behind each service, and behind the whole."""
+LOOK_S: Final = 1.0
+"""Between two looks at what runs, however many ask."""
+STATUS: Final = pb.HealthCheckResponse
+
+
+class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # grpc has no types here
+    """SERVING while Ray's controller knows a replica that runs, and the door does not drain."""
+
+    def __init__(self, open_: Callable[[], bool]) -> None:
+        """open_ says whether the door takes new calls."""
+        self._open = open_
+        self._looked_s = 0.0
+        self._running: frozenset[tuple[str, str]] = frozenset()
+        self._look = asyncio.Lock()
+
+    async def Check(  # noqa: N802 - grpc's name
+        self, request: pb.HealthCheckRequest, context: grpc.aio.ServicerContext
+    ) -> pb.HealthCheckResponse:
+        """Say how a service is."""
+        if request.service not in PARTS:
+            await context.abort(grpc.StatusCode.NOT_FOUND, "no such service here.")
+        return STATUS(status=await self._status(request.service))
+
+    async def Watch(  # noqa: N802 - grpc's name
+        self, request: pb.HealthCheckRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncGenerator[pb.HealthCheckResponse]:
+        """Say how a service is, again at every change."""
+        del context
+        told: int | None = None
+        while True:
+            known = request.service in PARTS
+            status = await self._status(request.service) if known else STATUS.SERVICE_UNKNOWN
+            if status != told:
+                told = status
+                yield STATUS(status=status)
+            await asyncio.sleep(LOOK_S)
+
+    async def _status(self, service: str) -> int:
+        async with self._look:
+            if time.monotonic() - self._looked_s > LOOK_S:
+                self._running = await asyncio.to_thread(_running)
+                self._looked_s = time.monotonic()
+        serving = self._open() and PARTS[service] in self._running
+        return int(STATUS.SERVING if serving else STATUS.NOT_SERVING)
+
+
+def _running() -> frozenset[tuple[str, str]]:
+    """Return the deployments of which a replica runs, with their applications."""
+    try:
+        applications = serve.status().applications
+    except (RayError, RayServeException):
+        return frozenset()
+    return frozenset(
+        (app, name)
+        for app, overview in applications.items()
+        for name, deployment in overview.deployments.items()
+        if deployment.replica_states.get(ReplicaState.RUNNING)
+    )

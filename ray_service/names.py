@@ -1,0 +1,23 @@
+"""What Ray calls our parts, and where its doors find them."""
+
+from __future__ import annotations
+
+from typing import Final
+
+APP: Final = "loramux"
+"""The application that serves a deployment, where a caller names none."""
+BUILDER_APP: Final = "loramux-builder"
+ENGINE: Final = "Engine"
+BUILDER: Final = "Builder"
+DOOR: Final = "Door"
+SERVICERS: Final = "ray_service.proxies.add_services"
+"""What Ray's gRPC doors are to call: `grpc_servicer_functions` of Serve's options."""
+
+
+def key_of(model: str, base: str) -> str:
+    """Return by what the requests of a model go to the same replica; empty: they go to any, as the base's do.
+
+    ``NAME@DIGEST`` and ``BASE:NAME`` go where NAME does.
+    """
+    name = model.removeprefix(f"{base}:").partition("@")[0]
+    return "" if name == base else name
