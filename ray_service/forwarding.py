@@ -47,7 +47,7 @@ class Forwarder:
         if self._handle is None:
             try:
                 handle = await asyncio.to_thread(serve.get_deployment_handle, self._deployment, self._app)
-            except RayServeException:
+            except (KeyError, RayServeException):  # without such a deployment, and without Serve
                 raise ServerUnavailable(
                     f"this cluster runs no application {self._app!r} with a deployment {self._deployment!r}. "
                     "Deploy it (loramux ray deploy), or name another as metadata `application`."

@@ -12,7 +12,6 @@ from grpc_health.v1 import health_pb2 as pb
 from grpc_health.v1 import health_pb2_grpc
 from ray import serve
 from ray.exceptions import RayError
-from ray.serve._private.common import ReplicaState
 from ray.serve.exceptions import RayServeException
 
 from ray_service.names import APP, BUILDER, BUILDER_APP, ENGINE
@@ -80,5 +79,5 @@ def _running() -> frozenset[tuple[str, str]]:
         (app, name)
         for app, overview in applications.items()
         for name, deployment in overview.deployments.items()
-        if deployment.replica_states.get(ReplicaState.RUNNING)
+        if any(count for state, count in deployment.replica_states.items() if state == "RUNNING")
     )

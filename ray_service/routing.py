@@ -12,9 +12,7 @@ from collections.abc import Sequence
 from hashlib import blake2b
 from typing import Final
 
-from ray.serve._private.request_router.common import PendingRequest
-from ray.serve._private.request_router.replica_wrapper import RunningReplica
-from ray.serve.request_router import RequestRouter
+from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 
 BOUND: Final = 1.25
 """A replica passes a model's request on when it has so many times what replicas have on average ..."""

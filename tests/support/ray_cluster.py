@@ -14,11 +14,10 @@ from typing import Any, Final
 import ray
 from ray import serve
 from ray.cluster_utils import Cluster
-from ray.serve.schema import ApplicationStatus
-from ray.util.state import list_actors
+from ray.serve.api import RunTarget
 
-from ray_service.app import Options, build
-from ray_service.names import APP, ENGINE, SERVICERS
+from ray_service.app import Options, build, build_builder
+from ray_service.names import APP, BUILDER_APP, ENGINE, SERVICERS
 
 ROOT: Final = Path(__file__).parents[2]
 STORE_BYTES: Final = 100 * 1024 * 1024
@@ -34,7 +33,7 @@ PATIENCE_S: Final = 90.0
 
 
 class RayFleet:
-    """Two nodes; the first has Serve's doors, and no replica of ours where `engine` is asked for as a resource."""
+    """Two nodes, of which the first has the doors."""
 
     def __init__(self) -> None:
         self._folder = Path(tempfile.mkdtemp(prefix="lmx-", dir="/tmp"))  # sockets want short paths
@@ -42,7 +41,7 @@ class RayFleet:
         environment = ENVIRONMENT | {"RAY_TMPDIR": str(self._folder)}
         self._before = {name: os.environ.get(name) for name in environment}
         os.environ.update(environment)
-        node = {"num_cpus": 4, "object_store_memory": STORE_BYTES, "node_ip_address": "127.0.0.1"}
+        node = {"num_cpus": 4, "object_store_memory": STORE_BYTES}
         head = {**node, "include_dashboard": False}
         self.cluster = Cluster(initialize_head=True, head_node_args=head)
         self.second = self.cluster.add_node(**node)
@@ -68,21 +67,31 @@ class RayFleet:
         """Where HTTP is."""
         return f"http://127.0.0.1:{self.http}"
 
-    def run(self, settings: Mapping[str, Any], **options: Any) -> None:
-        """Deploy, and wait until it runs."""
-        app = build(Options(settings=dict(settings), **options))
-        serve.run(app, name=APP, route_prefix="/", blocking=False)
-        self.until(lambda: serve.status().applications[APP].status == ApplicationStatus.RUNNING)
+    def run(
+        self, settings: Mapping[str, Any], builder: Mapping[str, Any] | None = None, **options: Any
+    ) -> None:
+        """Deploy an engine, and a builder where its settings are given, and wait until they run."""
+        targets = [RunTarget(build(Options(settings=dict(settings), **options)), APP)]
+        if builder is not None:
+            targets.append(RunTarget(build_builder(dict(builder)), BUILDER_APP, route_prefix=None))
+        serve.run_many(targets)
 
-    def replicas(self) -> int:
+    def running(self) -> int:
         """How many replicas of the engine run."""
         states = serve.status().applications[APP].deployments[ENGINE].replica_states
-        return int(states.get("RUNNING", 0))
+        return sum(count for state, count in states.items() if state == "RUNNING")
 
-    def pids(self) -> dict[str, int]:
-        """The processes of the engine's replicas, by their nodes."""
-        actors = list_actors(filters=[("state", "=", "ALIVE")])
-        return {each.name: each.pid for each in actors if f"#{ENGINE}#" in (each.name or "")}
+    def ask(self, question: Callable[[Any], Any]) -> list[Any]:
+        """What a function, not one of a module, returns in the process of each replica, given its `Engine`."""
+
+        def within(actor: Any) -> Any:
+            engine = actor._replica_impl._user_callable_wrapper._callable
+            return None if engine is None else question(engine)  # None: it starts
+
+        names = [each["name"] for each in ray.util.list_named_actors(all_namespaces=True)]
+        actors = [ray.get_actor(name, "serve") for name in names if f"#{ENGINE}#" in name]
+        answers = ray.get([actor.__ray_call__.remote(within) for actor in actors])
+        return [answer for answer in answers if answer is not None]
 
     def until(self, true: Callable[[], bool], patience_s: float = PATIENCE_S) -> None:
         """Wait until something is true."""

@@ -1,0 +1,280 @@
+"""The services on a Ray cluster of two nodes: three replicas of a tiny real model, and a builder."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from typing import Any
+
+import grpc
+import httpx
+import pytest
+import pytest_asyncio
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from transformers import LlamaConfig
+
+from inference_service.openai_api.server import HttpServer
+from inference_service.rpc.servicer import SERVICE_NAME, InferenceServicer, register
+from loramux.client import Client
+from loramux.faults import ModelNotFound, ReplicaFailed, RequestInvalid
+from loramux.inference.v1 import inference_pb2 as pb
+from loramux.inference.v1 import inference_pb2_grpc
+from loramux.records import Completion, Delta, Event
+from loramux_shared.rpc.server import RpcServer
+from loramux_shared.storage.open import open_store
+from tests.support.openai_door import TEMPLATE
+from tests.support.ray_cluster import RayFleet
+from tests.support.tiny import SIZES, World, make_world_of
+
+pytestmark = pytest.mark.xdist_group("ray")
+
+NAMES = [f"a{index}" for index in range(8)]
+PROMPT = "The party of the first part"
+ASKED: dict[str, Any] = {"max_tokens": 12, "ignore_eos": True, "logprobs": 2, "timeout_s": 60}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    """A tiny model with a chat template, and eight adapters, which are built."""
+    root = tmp_path_factory.mktemp("ray")
+    kinds = {name: {"r": 4, "target_modules": ["q_proj", "v_proj"]} for name in NAMES}
+    made = make_world_of(root, LlamaConfig(**SIZES), kinds)
+    (made.base / "chat_template.jinja").write_text(TEMPLATE)
+    made.build(open_store(f"file://{root}/store"))
+    return made
+
+
+def settings_of(world: World) -> dict[str, Any]:
+    """What a replica is told."""
+    return {
+        "deployment": "tiny",
+        "store": f"file://{world.root}/store",
+        "dtype": "float32",
+        "backend": "torch",
+        "native": False,
+        "threads": 1,
+        "kv_memory_gb": 0.01,
+        "adapter_disk_gb": 0,
+        "local_roots": [str(world.root)],
+        "cache_dir": str(world.root / "cache"),
+        "follow_interval_s": 0.2,
+        "log_format": "json",
+    }
+
+
+@pytest.fixture(scope="module")
+def fleet(world: World) -> Iterator[RayFleet]:
+    """The cluster, with all that runs on it."""
+    running = RayFleet()
+    try:
+        builder = {"store": f"file://{world.root}/store", "local_roots": [str(world.root)]}
+        running.run(settings_of(world), builder, replicas=3, num_cpus=1)
+        yield running
+    finally:
+        running.close()
+
+
+@pytest.fixture
+def client(fleet: RayFleet) -> Iterator[Client]:
+    """A client of ours at Ray's door."""
+    with Client(fleet.rpc, fleet.rpc, timeout_s=60) as opened:
+        yield opened
+
+
+def together(events: list[Event]) -> list[object]:
+    """What an answer says, whenever it came; deltas are cut where time cuts them."""
+    deltas = [event for event in events if isinstance(event, Delta)]
+    return [
+        "".join(each.text for each in deltas),
+        [token for each in deltas for token in each.token_ids],
+        [each for delta in deltas for each in delta.logprobs],
+        [(event.reason, event.usage.completion_tokens) for event in events if hasattr(event, "reason")],
+        [(event.model, event.adapter_digest) for event in events if hasattr(event, "adapter_digest")],
+    ]
+
+
+def said(body: dict[str, Any]) -> dict[str, Any]:
+    """An answer without what differs between two requests."""
+    return {name: value for name, value in body.items() if name not in ("id", "created")}
+
+
+class Single:
+    """The same service as a process of its own has it."""
+
+    def __init__(self, grpc_address: str, http: httpx.AsyncClient) -> None:
+        self.grpc = grpc_address
+        self.http = http
+
+
+@pytest_asyncio.fixture
+async def single(world: World) -> Any:
+    """A service beside Ray's, with our own doors."""
+    ready = world.load(open_store(f"file://{world.root}/store"), backend="torch", native=False, threads=1)
+    server = RpcServer("127.0.0.1:0", {SERVICE_NAME: partial(register, InferenceServicer(ready.service))})
+    http = HttpServer("127.0.0.1:0", ready.service)
+    addresses = await server.start(), await http.start()
+    ready.engine.start()
+    await server.set_serving(True)
+    async with httpx.AsyncClient(base_url=f"http://{addresses[1]}", timeout=60) as opened:
+        yield Single(addresses[0], opened)
+    await server.drain(5)
+    await http.drain(5)
+    await ready.engine.stop()
+
+
+async def test_answers_equal_those_of_a_single_service(fleet: RayFleet, single: Single) -> None:
+    """Through both of Ray's doors, streamed or not, the base and adapters say what one process says."""
+    from loramux.client import AsyncClient
+
+    async def events(address: str, model: str) -> list[object]:
+        async with AsyncClient(address, timeout_s=60) as opened:
+            return together([event async for event in opened.generate(model, PROMPT, **ASKED)])
+
+    for model in ("base", "a1", "a5"):
+        assert await events(fleet.rpc, model) == await events(single.grpc, model)
+    async with httpx.AsyncClient(base_url=fleet.url, timeout=60) as ray_http:
+        body = {
+            "messages": [{"role": "user", "content": "Hi"}],
+            "max_tokens": 9,
+            "temperature": 0,
+            "logprobs": True,
+        }
+        for model in ("base", "a2"):
+            asked = body | {"model": model}
+            answers = [await http.post("/v1/chat/completions", json=asked) for http in (ray_http, single.http)]
+            assert said(answers[0].json()) == said(answers[1].json())
+            streamed = [
+                await http.post("/v1/chat/completions", json=asked | {"stream": True})
+                for http in (ray_http, single.http)
+            ]
+            assert text_of(streamed[0]) == text_of(streamed[1])
+            assert streamed[0].headers["x-loramux-digest" if model != "base" else "x-loramux-model"]
+
+
+def text_of(response: httpx.Response) -> tuple[str, str]:
+    """The text of a stream, and how it ends."""
+    *events, end, _ = response.text.split("\n\n")
+    import json
+
+    chunks = [json.loads(event.removeprefix("data: ")) for event in events]
+    text = "".join(chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks)
+    return text, end
+
+
+def test_what_is_refused_has_its_reason_and_no_stack_trace(fleet: RayFleet, client: Client) -> None:
+    """A refusal is the one of our own doors, with its details, whichever door of Ray's tells it."""
+    with pytest.raises(ModelNotFound, match="Served: base, a0"):
+        client.complete("nobody", PROMPT)
+    with pytest.raises(RequestInvalid) as caught:
+        client.complete("a1", PROMPT, temperature=-1)
+    assert [finding.where for finding in caught.value.findings] == ["temperature"]
+    answer = httpx.post(f"{fleet.url}/v1/completions", json={"model": "a1", "prompt": "x", "n": 0})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "n")
+    assert answer.headers.get_list("x-request-id", split_commas=True) == [answer.headers["x-request-id"]]
+    with grpc.insecure_channel(fleet.rpc) as channel:
+        stub = inference_pb2_grpc.InferenceServiceStub(channel)
+        request = pb.GenerateRequest(model="a1", text=PROMPT)
+        with pytest.raises(grpc.RpcError) as refused:
+            list(stub.Generate(request, metadata=[("application", "other")], timeout=20))
+        assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
+        assert "'other'" in refused.value.details()
+        assert "Traceback" not in refused.value.details()
+
+
+def test_health_is_told_as_our_own_doors_tell_it(fleet: RayFleet) -> None:
+    """grpc.health.v1 knows our services at Ray's door, and only those; HTTP has /health."""
+    with grpc.insecure_channel(fleet.rpc) as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+        for name in ("", "loramux.inference.v1.InferenceService", "loramux.builder.v1.BuilderService"):
+            answer = stub.Check(health_pb2.HealthCheckRequest(service=name), timeout=20)
+            assert answer.status == health_pb2.HealthCheckResponse.SERVING
+        with pytest.raises(grpc.RpcError) as refused:
+            stub.Check(health_pb2.HealthCheckRequest(service="nothing"), timeout=20)
+        assert refused.value.code() is grpc.StatusCode.NOT_FOUND
+    assert httpx.get(f"{fleet.url}/health").status_code == 200
+
+
+def test_a_model_is_answered_where_its_adapter_is(fleet: RayFleet, client: Client) -> None:
+    """Each of eight adapters is answered by one or two of three replicas, at both doors; the base by all."""
+
+    def by_model(engine: Any) -> dict[str, int]:
+        lines = engine._replica.ready.service.metrics.render().decode().splitlines()
+        found = [line for line in lines if line.startswith("loramux_requests_total{")]
+        return {line.split('model="')[1].split('"')[0]: float(line.rpartition(" ")[2]) for line in found}
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda index: client.complete(NAMES[index % 8], PROMPT, max_tokens=2, timeout_s=60), range(64)))
+        list(pool.map(lambda _: client.complete("base", PROMPT, max_tokens=2, timeout_s=60), range(24)))
+    with httpx.Client(base_url=fleet.url, timeout=60) as http:
+        for name in (*NAMES, *(f"base:{name}" for name in NAMES)):
+            http.post(
+                "/v1/completions", json={"model": name, "prompt": "x", "max_tokens": 2}
+            ).raise_for_status()
+    counts = fleet.ask(by_model)
+    assert len(counts) == 3
+    for name in NAMES:
+        assert 1 <= sum(count.get(name, 0) > 0 for count in counts) <= 2
+    assert sum(count.get("base", 0) > 0 for count in counts) == 3
+
+
+def test_a_killed_replica_takes_with_it_what_had_begun(fleet: RayFleet, client: Client) -> None:
+    """What had no token yet is answered by another replica; what had is told UNAVAILABLE and when to retry."""
+    expected = client.complete("a3", PROMPT, **ASKED)
+    begun = [client.generate("a3", PROMPT, max_tokens=200, ignore_eos=True, n=4, timeout_s=60) for _ in range(3)]
+    for events in begun:
+        next(events), next(events)  # Started, and a first token
+    pause = httpx.post(f"{fleet.url}/pause?mode=keep", headers={"x-loramux-model": "a3"})
+    assert pause.status_code == 200
+    [victim] = [
+        pid
+        for pid, paused in fleet.ask(lambda engine: (os.getpid(), engine._replica.ready.engine.paused))
+        if paused
+    ]
+    with ThreadPoolExecutor(12) as pool:
+        waiting: list[Future[Completion]] = [
+            pool.submit(client.complete, "a3", PROMPT, **ASKED) for _ in range(6)
+        ]
+        body = {"model": "a3", "prompt": PROMPT, "max_tokens": 12, "ignore_eos": True, "temperature": 0}
+        plain = [
+            pool.submit(httpx.post, f"{fleet.url}/v1/completions", json=body, timeout=60) for _ in range(3)
+        ]
+        fleet.until(lambda: sum(fleet.ask(lambda engine: engine._replica.ready.service.in_work)) >= 12)
+        os.kill(victim, signal.SIGKILL)
+        for each in waiting:
+            assert each.result().text == expected.text
+        for answer in plain:
+            assert answer.result().json()["choices"][0]["text"] == expected.text
+    for events in begun:
+        with pytest.raises(ReplicaFailed) as caught:
+            list(events)
+        assert caught.value.retry_after_s == 1.0
+        assert "Traceback" not in caught.value.message
+    assert client.complete("a3", PROMPT, **ASKED).text == expected.text
+
+
+def test_a_generation_comes_while_it_is_served(fleet: RayFleet, client: Client, world: World) -> None:
+    """An adapter that is pushed through Ray's door to the builder is served by every replica, without a deploy."""
+    stop, failures = threading.Event(), []
+
+    def traffic() -> None:
+        while not stop.is_set():
+            try:
+                client.complete("a0", PROMPT, max_tokens=4, timeout_s=60)
+            except Exception as error:  # noqa: BLE001 - each is told
+                failures.append(error)
+
+    beside = threading.Thread(target=traffic)
+    beside.start()
+    try:
+        pushed = client.push("tiny", "fresh", world.adapters["a1"])
+        answer = client.complete("fresh", PROMPT, min_generation=pushed.generation, **ASKED)
+    finally:
+        stop.set()
+        beside.join()
+    assert answer.text == client.complete("a1", PROMPT, **ASKED).text
+    assert not failures
+    fleet.until(lambda: set(fleet.ask(lambda engine: engine._replica.ready.service.catalog.generation)) == {2})
