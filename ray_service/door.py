@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import MutableMapping
+from collections.abc import AsyncGenerator, MutableMapping
 from contextlib import aclosing
 from typing import Any, Final
 
@@ -14,12 +14,12 @@ from starlette.types import Receive, Scope, Send
 
 from inference_service.openai_api.errors import error_body, error_response
 from inference_service.openai_api.reply import event
+from inference_service.openai_api.stream import while_connected
 from loramux_shared.faults import Fault
 from loramux_shared.rpc.options import MAX_REQUEST_BYTES
 from ray_service.calls import HttpCall, Messages
 from ray_service.forwarding import ONCE, PAUSES_S, Forwarder
-from ray_service.names import ENGINE
-from ray_service.proxies import MODEL
+from ray_service.names import ENGINE, MODEL
 
 RETRIED: Final = frozenset({"/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize"})
 """What may be asked twice, beside everything that only reads."""
@@ -28,55 +28,65 @@ SCOPE: Final = ("type", "http_version", "method", "scheme", "headers", "query_st
 
 
 class Door:
-    """The application that Ray's HTTP doors call."""
+    """The application that Ray's HTTP doors call, where they do not hand on themselves (`http_proxies`)."""
 
     def __init__(self, _engine: object) -> None:
         """Hand on to the engine of the same application; the argument lets Ray deploy both together."""
         self._replicas = Forwarder(ENGINE, serve.get_replica_context().app_name)
 
-    async def __call__(self, http: Request) -> Response:  # noqa: ARG002 - it is in the scope too
-        """Answer a request."""
-        return Forwarded(self._replicas)
+    async def __call__(self, http: Request) -> Response:
+        """Answer a request; Ray adds its id itself, the one that it gave to the replica."""
+        return Forwarded(self._replicas, http.scope.get("root_path", ""), without=REQUEST_ID)
 
 
 class Forwarded(Response):
-    """The answer of a replica."""
+    """The answer of a replica, to a request below a prefix, without one of its headers."""
 
-    def __init__(self, replicas: Forwarder) -> None:
+    def __init__(self, replicas: Forwarder, prefix: str, without: bytes = b"") -> None:
         super().__init__()
         self._replicas = replicas
+        self._prefix = prefix.rstrip("/")
+        self._without = without
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Hand the request on, and the answer back; what fails on the way is told as our own door tells it."""
-        sent = _Sent(send)
+        sent = _Sent(send, self._without)
         try:
-            call = HttpCall(_scope(scope), await _body(Request(scope, receive)), _peer(scope))
-            key = await self._replicas.key(_model(scope, call.body))
-            path, method = call.scope["path"], call.scope["method"]
-            pauses_s = PAUSES_S if path in RETRIED or method in ("GET", "HEAD") else ONCE
-            parts = self._replicas.stream("http", call, key=key, pauses_s=pauses_s, elsewhere=_elsewhere)
-            async with aclosing(parts):
-                async for messages in parts:
-                    for message in messages:
-                        await sent(message)
+            await self._forward(scope, receive, sent)
         except ClientDisconnect:
             return
         except Fault as fault:
             await sent.fail(fault, scope, receive)
 
+    async def _forward(self, scope: Scope, receive: Receive, sent: _Sent) -> None:
+        body = await _body(Request(scope, receive))
+        call = HttpCall(_scope(scope, self._prefix), body, _peer(scope))
+        key = await self._replicas.key(_model(scope, body))
+        again = call.scope["path"] in RETRIED or scope["method"] in ("GET", "HEAD")
+        pauses_s = PAUSES_S if again else ONCE
+        parts = self._replicas.stream("http", call, key=key, pauses_s=pauses_s, elsewhere=_elsewhere)
+        await while_connected(receive, _send(parts, sent))
+
+
+async def _send(parts: AsyncGenerator[Messages], sent: _Sent) -> None:
+    async with aclosing(parts):
+        async for messages in parts:
+            for message in messages:
+                await sent(message)
+
 
 class _Sent:
     """What a client was sent of an answer."""
 
-    def __init__(self, send: Send) -> None:
+    def __init__(self, send: Send, without: bytes) -> None:
         self._send = send
+        self._without = without
         self._begun = self._events = False
 
     async def __call__(self, message: MutableMapping[str, Any]) -> None:
         if message["type"] == "http.response.start":
             self._begun = True
-            # Ray's door adds the request's id itself: the one that it gave to the replica.
-            message["headers"] = [pair for pair in message["headers"] if pair[0] != REQUEST_ID]
+            message["headers"] = [pair for pair in message["headers"] if pair[0] != self._without]
             kind = dict(message["headers"]).get(b"content-type", b"")
             self._events = kind.startswith(b"text/event-stream")
         await self._send(message)
@@ -91,9 +101,9 @@ class _Sent:
             raise fault
 
 
-def _scope(scope: Scope) -> dict[str, Any]:
+def _scope(scope: Scope, prefix: str) -> dict[str, Any]:
     """Return what the application of a replica reads; the path without the prefix that Ray routes by."""
-    path = scope["path"].removeprefix(scope.get("root_path", "").rstrip("/")) or "/"
+    path = scope["path"].removeprefix(prefix) or "/"
     return {name: scope[name] for name in SCOPE if name in scope} | {
         "path": path,
         "raw_path": path.encode(),

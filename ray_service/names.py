@@ -10,8 +10,12 @@ BUILDER_APP: Final = "loramux-builder"
 ENGINE: Final = "Engine"
 BUILDER: Final = "Builder"
 DOOR: Final = "Door"
-SERVICERS: Final = "ray_service.proxies.add_services"
+SERVICERS: Final = "ray_service.grpc_proxies.add_services"
 """What Ray's gRPC doors are to call: `grpc_servicer_functions` of Serve's options."""
+MODEL: Final = "x-loramux-model"
+"""The header, or metadata, by which a request is routed where its body or message does not name a model."""
+MIDDLEWARES: Final = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "ray_service.http_proxies.middlewares"}
+"""The variable of a node by which Ray's HTTP doors are to hand on to replicas themselves."""
 
 
 def key_of(model: str, base: str) -> str:

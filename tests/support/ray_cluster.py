@@ -17,12 +17,13 @@ from ray.cluster_utils import Cluster
 from ray.serve.api import RunTarget
 
 from ray_service.app import Options, build, build_builder
-from ray_service.names import APP, BUILDER_APP, ENGINE, SERVICERS
+from ray_service.names import APP, BUILDER_APP, ENGINE, MIDDLEWARES, SERVICERS
 
 ROOT: Final = Path(__file__).parents[2]
 STORE_BYTES: Final = 100 * 1024 * 1024
 """Ray's object store of a node; what we send through it is small."""
 ENVIRONMENT: Final = {
+    **MIDDLEWARES,
     "PYTHONPATH": f"{ROOT}:{ROOT / 'shared'}",
     "OMP_NUM_THREADS": "1",
     "RAY_USAGE_STATS_ENABLED": "0",

@@ -27,12 +27,10 @@ from ray_service.bridge import Handlers, Register
 from ray_service.calls import End, RpcCall, host_of
 from ray_service.forwarding import LOST, ONCE, PAUSES_S, Forwarder
 from ray_service.health import Health
-from ray_service.names import APP, BUILDER, BUILDER_APP, ENGINE
+from ray_service.names import APP, BUILDER, BUILDER_APP, ENGINE, MODEL
 
 APPLICATION: Final = "application"
 """Ray's metadata that names an application."""
-MODEL: Final = "x-loramux-model"
-"""The metadata that says by what a call is routed, where its message does not."""
 RETRIED: Final = "/loramux.inference.v1.InferenceService/"
 """Calls that may be made twice."""
 
@@ -80,7 +78,7 @@ class Doors(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no types 
         pauses_s = PAUSES_S if method.startswith(RETRIED) else ONCE
         call = _call(method, request.SerializeToString(), context)
         parts = forwarder.stream("rpc", call, key=key, pauses_s=pauses_s, elsewhere=_elsewhere)
-        with self._counted():
+        with counted(self._proxy):
             async with aclosing(parts):
                 async for part in parts:
                     if isinstance(part, End):
@@ -100,7 +98,7 @@ class Doors(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no types 
         """Hand message after message to the call that reads them, which may end before the last one."""
         name = uuid.uuid4().hex
         parts = self._builder.stream("rpc", _call(method, b"", context, name), pauses_s=ONCE)
-        with self._counted():
+        with counted(self._proxy):
             async with aclosing(parts):
                 await anext(parts)  # it reads
                 sending = asyncio.create_task(self._send(name, messages))
@@ -133,13 +131,15 @@ class Doors(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no types 
             self._engines[app] = known
         return known
 
-    @contextmanager
-    def _counted(self) -> Iterator[None]:
-        self._proxy._ongoing_requests_start()
-        try:
-            yield
-        finally:
-            self._proxy._ongoing_requests_end()
+
+@contextmanager
+def counted(proxy: Any) -> Iterator[None]:
+    """Count a call as one that a door of Ray's waits for before it ends."""
+    proxy._ongoing_requests_start()
+    try:
+        yield
+    finally:
+        proxy._ongoing_requests_end()
 
 
 def _ours() -> dict[str, grpc.RpcMethodHandler]:

@@ -1,0 +1,44 @@
+"""OpenAI's API in Ray's own HTTP doors: they hand on to the replicas, and need no `Door` on the way.
+
+A node's variable makes its door call `middlewares` (`names.MIDDLEWARES`). Without it, Ray's door calls a
+`Door`: one more process that every token passes, and that takes with it what it hands on when its node ends.
+Which application a path belongs to is what Ray's door knows; that is no public interface of Ray.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from starlette.middleware import Middleware
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from ray_service.door import Forwarded
+from ray_service.forwarding import Forwarder
+from ray_service.grpc_proxies import counted
+from ray_service.names import DOOR, ENGINE
+
+
+def middlewares() -> list[Middleware]:
+    """Return what Ray's HTTP door is to put before its own application."""
+    return [Middleware(HandOn)]
+
+
+class HandOn:
+    """Answers what is for an application of ours, and leaves the rest to Ray."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        """Stand before an application; Ray's own is in the middleware that gives requests their ids."""
+        self._app = app
+        self._proxy: Any = getattr(app, "_app", app)
+        self._replicas: dict[str, Forwarder] = {}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request."""
+        found = self._proxy.proxy_router.match_route(scope["path"]) if scope["type"] == "http" else None
+        if found is None or scope["path"].startswith("/-/") or found[1].deployment_name != DOOR:
+            await self._app(scope, receive, send)
+            return
+        prefix, handle = found[:2]
+        replicas = self._replicas.setdefault(handle.app_name, Forwarder(ENGINE, handle.app_name))
+        with counted(self._proxy):
+            await Forwarded(replicas, prefix)(scope, receive, send)
