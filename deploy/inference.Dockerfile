@@ -10,9 +10,12 @@ COPY builder_service builder_service
 COPY examples examples
 COPY inference_service inference_service
 COPY loramux loramux
+COPY ray_service ray_service
 COPY shared shared
 ARG PIP_EXTRA_INDEX_URL
-RUN python -m venv /opt/loramux && /opt/loramux/bin/pip install --no-cache-dir '.[inference,gcs,azure,otel]'
+# For the nodes of a Ray cluster: --build-arg EXTRAS=ray,gcs,azure,otel
+ARG EXTRAS=inference,gcs,azure,otel
+RUN python -m venv /opt/loramux && /opt/loramux/bin/pip install --no-cache-dir ".[$EXTRAS]"
 # The operations of CPUs, for every processor that may run the image: it has no C++ compiler itself. Not in /source,
 # where the sources would be imported.
 RUN cd / && /opt/loramux/bin/python -m inference_service.kernels.cpu.build

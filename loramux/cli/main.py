@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from loramux.cli import keys, shell
+from loramux.cli import keys, ray, shell
 from loramux.cli.adapters import pin, rollout, unpin
 from loramux.cli.bench import bench
 from loramux.cli.build import build, prove
@@ -45,6 +45,7 @@ for function in (
 ):
     app.command()(function)
 app.add_typer(keys.app, name="keys")
+app.add_typer(ray.app, name="ray")
 
 
 def _version(wanted: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 import socket
 import tempfile
@@ -26,6 +27,7 @@ ENVIRONMENT: Final = {
     **MIDDLEWARES,
     "PYTHONPATH": f"{ROOT}:{ROOT / 'shared'}",
     "OMP_NUM_THREADS": "1",
+    "RAY_AUTH_MODE": "token",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_SERVE_ENABLE_TASK_EVENTS": "0",
     "RAY_DEDUP_LOGS": "0",
@@ -39,7 +41,7 @@ class RayFleet:
     def __init__(self) -> None:
         self._folder = Path(tempfile.mkdtemp(prefix="lmx-", dir="/tmp"))  # sockets want short paths
         (self._folder / "ray").mkdir()
-        environment = ENVIRONMENT | {"RAY_TMPDIR": str(self._folder)}
+        environment = ENVIRONMENT | {"RAY_TMPDIR": str(self._folder), "RAY_AUTH_TOKEN": secrets.token_hex(16)}
         self._before = {name: os.environ.get(name) for name in environment}
         os.environ.update(environment)
         node = {"num_cpus": 4, "object_store_memory": STORE_BYTES}

@@ -1,0 +1,184 @@
+"""``loramux ray``: a deployment on a Ray cluster."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import json
+import os
+import secrets
+import sys
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+import typer
+
+from loramux.cli import shell
+from loramux.cli.build import build_with_bars, read_deployment
+from loramux.cli.build_view import show_built
+from loramux.cli.documents import emit
+from loramux.cli.hints import reachable
+from loramux.cli.preflight import UpPlan, preflight
+from loramux.cli.tree import ProcessTree, free_address, run_tree
+from loramux.cli.up import DEFAULT_STORE, OPENAI, keep, ready_fields, show_ready
+from loramux.client import INFERENCE, AsyncClient
+from loramux_shared.faults import SettingsInvalid
+
+app = typer.Typer(
+    help="Serve a deployment on a Ray cluster.\n\nExample: loramux ray up deployment.yaml",
+    no_args_is_help=True,
+)
+
+Replicas = Annotated[int, typer.Option("--replicas", metavar="N", min=1, help="Of the engine, at least.")]
+MaxReplicas = Annotated[
+    int | None, typer.Option("--max-replicas", metavar="N", min=1, help="At most; else always --replicas.")
+]
+Gpus = Annotated[float, typer.Option("--num-gpus", metavar="N", min=0, help="Of each replica.")]
+Cpus = Annotated[
+    float | None, typer.Option("--num-cpus", metavar="N", min=0, help="Of each replica: its threads on a CPU.")
+]
+Http = Annotated[str, typer.Option("--http", metavar="HOST:PORT", help="Ray's HTTP doors.")]
+Grpc = Annotated[str, typer.Option("--grpc", metavar="HOST:PORT", help="Ray's gRPC doors.")]
+
+
+@app.command()
+@shell.command
+def up(
+    file: shell.File,
+    store: shell.Store = DEFAULT_STORE,
+    grpc: Grpc = "",
+    http: Http = "",
+    replicas: Replicas = 1,
+    max_replicas: MaxReplicas = None,
+    num_cpus: Cpus = None,
+    num_gpus: Gpus = 0,
+    backend: shell.Backend = None,
+    dtype: shell.Dtype = None,
+    as_json: shell.Json = False,
+) -> None:
+    """Start a Ray cluster here, build a file and serve it, until Ctrl-C.
+
+    Addresses that are not given are 127.0.0.1:50052 (gRPC, builder included) and
+    :8000 (OpenAI's API), or free ports.
+
+    Example: loramux ray up deployment.yaml --replicas 2
+    """
+    _require_ray()
+    grpc = grpc or free_address(INFERENCE)
+    plan = UpPlan(
+        deployment=read_deployment(file).deployment,
+        store=store,
+        builder=grpc,
+        inference=grpc,
+        engine={"backend": backend, "dtype": dtype},
+        http=http or free_address(OPENAI),
+    )
+    preflight(plan)
+    most = max_replicas or replicas
+    each = num_cpus or max(1, (os.cpu_count() or 1) // most)
+    options = {"replicas": replicas, "max_replicas": max_replicas, "num_cpus": each, "num_gpus": num_gpus}
+    cpus = round(most * each + 0.5) + 1  # the builder's
+    os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(16))  # Ray runs what it is sent
+    run_tree(functools.partial(_up, plan=plan, options=options, cpus=cpus, as_json=as_json))
+
+
+async def _up(tree: ProcessTree, plan: UpPlan, options: Mapping[str, Any], cpus: int, as_json: bool) -> None:
+    file = tree.folder / "address"
+    with shell.step("Ray cluster"):
+        await tree.serve("ray", [*_ray("head", plan), "--cpus", str(cpus), "--address-file", str(file)])
+    address = file.read_text()
+    async with AsyncClient(inference=reachable(plan.inference), builder=reachable(plan.builder)) as client:
+        await _bring_up(tree, client, plan, address, options, builds=True, as_json=as_json)
+        models = await client.models()
+    if as_json:
+        emit(ready_fields(plan, models, tree.folder))
+    else:
+        show_ready(plan, models, tree.folder)
+    await keep(tree)
+
+
+@app.command()
+@shell.command
+def deploy(
+    file: shell.File,
+    address: Annotated[
+        str, typer.Option("--address", metavar="ADDRESS", help="Of the cluster: HOST:PORT, or auto on a node.")
+    ] = "auto",
+    store: Annotated[str, typer.Option("--store", metavar="URI", help="That all nodes reach.")] = "",
+    grpc: Grpc = INFERENCE,
+    http: Http = "0.0.0.0:8000",
+    builder: Annotated[
+        str, typer.Option("--builder", metavar="HOST:PORT", help="One elsewhere; else the cluster gets one.")
+    ] = "",
+    replicas: Replicas = 1,
+    max_replicas: MaxReplicas = None,
+    num_cpus: Cpus = None,
+    num_gpus: Gpus = 0,
+    backend: shell.Backend = None,
+    dtype: shell.Dtype = None,
+) -> None:
+    """Build a file, and serve it on a Ray cluster that runs; loramux[ray] is installed on its nodes.
+
+    Ray opens its doors once: where they are open, --http and --grpc only say
+    where. Keys and other settings are LORAMUX_ variables of the nodes.
+
+    Example: loramux ray deploy deployment.yaml --store s3://bucket/prefix
+    """
+    _require_ray()
+    if not store:
+        raise SettingsInvalid("--store is not given; expected one that all nodes of the cluster reach.")
+    plan = UpPlan(
+        deployment=read_deployment(file).deployment,
+        store=store,
+        builder=builder or grpc,
+        inference=grpc,
+        engine={"backend": backend, "dtype": dtype},
+        http=http,
+    )
+    options = {"replicas": replicas, "max_replicas": max_replicas, "num_gpus": num_gpus}
+    options |= {} if num_cpus is None else {"num_cpus": num_cpus}
+    run_tree(functools.partial(_deploy, plan=plan, address=address, options=options, builds=not builder))
+
+
+async def _deploy(
+    tree: ProcessTree, plan: UpPlan, address: str, options: Mapping[str, Any], builds: bool
+) -> None:
+    async with AsyncClient(inference=reachable(plan.inference), builder=reachable(plan.builder)) as client:
+        await _bring_up(tree, client, plan, address, options, builds=builds, as_json=False)
+    shell.show(f"{plan.deployment.model_name} is served on the cluster at {address}", "bold green")
+
+
+async def _bring_up(
+    tree: ProcessTree,
+    client: AsyncClient,
+    plan: UpPlan,
+    address: str,
+    options: Mapping[str, Any],
+    *,
+    builds: bool,
+    as_json: bool,
+) -> None:
+    """Run the builder where it is to be there, build, and run the engine."""
+    command = [*_ray("deploy", plan), "--address", address]
+    roots = [str(os.path.realpath(folder.expanduser())) for folder in plan.local_roots]
+    common = {"store": plan.store, "local_roots": roots}
+    if builds:
+        with shell.step("builder service"):
+            await tree.run("deploy-builder", [*command, "--builder", json.dumps(common)])
+    built = await build_with_bars(client, plan.deployment)
+    if not as_json:
+        show_built(built)
+    said = {name: value for name, value in plan.engine.items() if value is not None}
+    settings = common | said | {"deployment": plan.deployment.model_name, "builder": reachable(plan.builder)}
+    with shell.step("inference service"):
+        await tree.run("deploy", [*command, "--options", json.dumps({**options, "settings": settings})])
+
+
+def _ray(command: str, plan: UpPlan) -> list[str]:
+    doors = ["--grpc", plan.inference, "--http", plan.http or OPENAI]
+    return [sys.executable, "-m", "ray_service", command, *doors]
+
+
+def _require_ray() -> None:
+    if importlib.util.find_spec("ray") is None:
+        raise SettingsInvalid("this needs Ray, not installed here: pip install 'loramux[ray]'")

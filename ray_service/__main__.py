@@ -1,0 +1,154 @@
+"""``python -m ray_service head | deploy``: what ``loramux ray`` runs, since nothing else here imports Ray."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+import ray
+import structlog
+from pydantic import ValidationError
+from ray import serve
+from ray.exceptions import RayError
+from ray.serve.api import RunTarget
+from ray.serve.exceptions import RayServeException
+
+from loramux_shared.faults import Fault, ServerUnavailable, SettingsInvalid
+from loramux_shared.notify import READY, notify
+from loramux_shared.rpc.stopping import Stop
+from loramux_shared.telemetry import log_to_stderr
+from ray_service.app import Options, build, build_builder
+from ray_service.names import APP, BUILDER_APP, MIDDLEWARES, SERVICERS
+
+log = structlog.get_logger()
+
+STORE_BYTES: Final = 200 * 1024 * 1024
+"""Ray's object store on a machine that is tried out; what passes it is small."""
+QUIET: Final = {"RAY_USAGE_STATS_ENABLED": "0"}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit status."""
+    given = _parser().parse_args(arguments)
+    log_to_stderr()
+    try:
+        asyncio.run(head(given)) if given.command == "head" else deploy(given)
+    except SettingsInvalid as fault:
+        return _say(fault, 2)
+    except Fault as fault:
+        return _say(fault, 1)
+    return 0
+
+
+async def head(given: argparse.Namespace) -> None:
+    """Be a cluster of one node until SIGTERM or SIGINT; what Ray starts ends with this process."""
+    os.environ.update(QUIET | MIDDLEWARES)
+    stop = Stop()
+    folder = tempfile.mkdtemp(prefix="loramux-ray-", dir="/tmp")  # Ray's sockets want short paths
+    try:
+        ray.init(
+            num_cpus=given.cpus,
+            object_store_memory=STORE_BYTES,
+            include_dashboard=False,
+            log_to_driver=True,
+            _temp_dir=folder,
+        )
+        _start(given)
+        address = ray.get_runtime_context().gcs_address
+        await asyncio.to_thread(given.address_file.write_text, address)
+        log.info("Ray cluster ready", address=address, grpc=given.grpc, http=given.http)
+        notify(READY)
+        await stop.wait()
+        serve.shutdown()  # type: ignore[no-untyped-call]
+        ray.shutdown()
+    finally:
+        _remove(Path(folder))
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder that what ends may still write to for a moment."""
+    for _ in range(50):
+        shutil.rmtree(folder, ignore_errors=True)
+        time.sleep(0.1)
+        if not folder.exists():
+            return
+
+
+def deploy(given: argparse.Namespace) -> None:
+    """Run applications on a cluster that exists; returns when they run.
+
+    Raises:
+        ServerUnavailable: there is no such cluster, or an application does not come up.
+        SettingsInvalid: the options of an application are wrong.
+    """
+    try:
+        ray.init(address=given.address, log_to_driver=False)
+        _start(given)
+        serve.run_many(_targets(given))
+    except (ConnectionError, RayError, RayServeException, RuntimeError) as error:
+        first = str(error).strip().partition("\n")[0][:500]
+        raise ServerUnavailable(f"Ray at {given.address}: {first}. `serve status` there says more.") from error
+
+
+def _targets(given: argparse.Namespace) -> list[RunTarget]:
+    targets = []
+    if given.builder is not None:
+        targets.append(RunTarget(build_builder(given.builder), BUILDER_APP, route_prefix=None))
+    if given.options is not None:
+        try:
+            options = Options(**given.options)
+        except ValidationError as error:
+            wrong = [f"{each['loc'][0]}: {each['msg']}" for each in error.errors(include_url=False)]
+            raise SettingsInvalid("; ".join(wrong)) from error
+        targets.append(RunTarget(build(options), APP))
+    return targets
+
+
+def _start(given: argparse.Namespace) -> None:
+    """Open Ray's doors, where they are not open already: then they stay as they are."""
+    host, _, port = given.http.rpartition(":")
+    serve.start(
+        proxy_location="EveryNode",
+        http_options={"host": host, "port": int(port)},
+        grpc_options={
+            "port": int(given.grpc.rpartition(":")[2]),
+            "grpc_servicer_functions": [SERVICERS],
+            "enable_reflection": False,  # Ray's asks nobody for a key
+        },
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m ray_service", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    first = commands.add_parser("head", help="be a cluster of one node")
+    first.add_argument("--cpus", type=int, help="what Ray counts, whatever there is")
+    first.add_argument("--address-file", type=Path, required=True, help="where the address is written")
+    second = commands.add_parser("deploy", help="run applications on a cluster")
+    second.add_argument("--address", required=True, help="of the cluster: HOST:PORT, auto or ray://HOST:PORT")
+    second.add_argument("--builder", type=json.loads, help="settings of a builder, as JSON")
+    second.add_argument("--options", type=json.loads, help="`ray_service.app.Options`, as JSON")
+    for each in (first, second):
+        each.add_argument(
+            "--grpc", required=True, help="HOST:PORT of Ray's gRPC doors; the host is Ray's choice"
+        )
+        each.add_argument("--http", required=True, help="HOST:PORT of Ray's HTTP doors")
+    return parser
+
+
+def _say(fault: Fault, status: int) -> int:
+    sys.stderr.write(f"ray_service: {fault.reason}: {fault}\n")
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

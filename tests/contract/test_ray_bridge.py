@@ -1,0 +1,116 @@
+"""A replica as Ray's doors call it, without Ray: keys, the first part, statuses."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from functools import partial
+from typing import Any
+
+import pytest
+import pytest_asyncio
+from google.rpc import error_details_pb2, status_pb2
+
+from inference_service.openai_api.app import create_app
+from inference_service.rpc.servicer import InferenceServicer, register
+from loramux.inference.v1 import inference_pb2 as pb
+from loramux_shared.access.guard import NOBODY_GUARDS, Guard
+from loramux_shared.access.keyring import Keyring
+from loramux_shared.access.keys import KeyEntry, digest, new_key
+from loramux_shared.access.rights import Scope
+from loramux_shared.storage.memory import MemoryStore
+from ray_service.asgi import answered
+from ray_service.bridge import Bridge
+from ray_service.calls import End, HttpCall, RpcCall
+from tests.support.service import PROMPT, Service, open_service
+from tests.support.tiny import World
+
+GENERATE = "/loramux.inference.v1.InferenceService/Generate"
+KEY = new_key()
+
+
+@pytest_asyncio.fixture
+async def service(world: tuple[World, MemoryStore]) -> AsyncIterator[Service]:
+    """A loaded service."""
+    opened = await open_service(world)
+    yield opened
+    await opened.close()
+
+
+def bridge_of(service: Service, guard: Guard = NOBODY_GUARDS, *, insecure: bool = False) -> Bridge:
+    """The services of a replica."""
+    servicer = InferenceServicer(service.ready.service)
+    return Bridge([partial(register, servicer)], guard, None, insecure=insecure)
+
+
+async def call(
+    bridge: Bridge, method: str = GENERATE, key: str = "", peer: str = "127.0.0.1", **fields: Any
+) -> list[list[bytes] | End]:
+    """The parts of an answer."""
+    tokens = pb.TokenIds(ids=PROMPT)
+    request = pb.GenerateRequest(**({"model": "base", "token_ids": tokens} | fields))
+    metadata = (("authorization", f"Bearer {key}"),) if key else ()
+    asked = RpcCall(method, request.SerializeToString(), metadata, 20.0, peer)
+    return [part async for part in bridge.run(asked)]
+
+
+def reason_of(end: list[bytes] | End) -> str:
+    """Why a call ended."""
+    assert isinstance(end, End)
+    [details] = [value for name, value in end.trailing if name == "grpc-status-details-bin"]
+    info = error_details_pb2.ErrorInfo()
+    assert any(detail.Unpack(info) for detail in status_pb2.Status.FromString(details).details)
+    return info.reason
+
+
+async def test_the_first_part_comes_with_the_first_token(service: Service) -> None:
+    """Nothing is told before there is a token, so that another replica may still answer."""
+    first, *rest = await call(bridge_of(service), sampling=pb.SamplingParams(max_tokens=6, ignore_eos=True))
+    assert isinstance(first, list)
+    kinds = [pb.GenerateResponse.FromString(message).WhichOneof("event") for message in first]
+    assert kinds[:2] == ["started", "delta"]
+    assert pb.GenerateResponse.FromString(rest[-1][-1]).WhichOneof("event") == "finished"
+
+
+async def test_a_refusal_is_the_one_of_our_door(service: Service) -> None:
+    """A fault comes as its status with details, an unknown method as UNIMPLEMENTED, nonsense as REQUEST_INVALID."""
+    bridge = bridge_of(service)
+    assert reason_of((await call(bridge, model="nobody"))[0]) == "MODEL_NOT_FOUND"
+    [unknown] = await call(bridge, "/loramux.inference.v1.InferenceService/Nothing")
+    assert isinstance(unknown, End)
+    assert unknown.code == 12
+    [nonsense] = [part async for part in bridge.run(RpcCall(GENERATE, b"\xff", (), None, "127.0.0.1"))]
+    assert reason_of(nonsense) == "REQUEST_INVALID"
+
+
+async def test_keys_and_their_scopes_hold(service: Service) -> None:
+    """With keys a call needs one that may do it; with one it may come from anywhere."""
+    sha = digest(KEY).hex()
+    line = KeyEntry(id="one", sha256=sha, scopes=(Scope.INFER,), models=("wide",)).line()
+    bridge = bridge_of(service, Guard(Keyring(None, line)))
+    assert reason_of((await call(bridge))[0]) == "UNAUTHENTICATED"
+    assert reason_of((await call(bridge, key=KEY))[0]) == "MODEL_NOT_FOUND"  # the base is not for it
+    assert isinstance((await call(bridge, key=KEY, model="wide", peer="10.0.0.7"))[0], list)
+
+
+async def test_without_keys_other_machines_are_refused(service: Service) -> None:
+    """Where nobody has to show a key, both doors answer this machine alone, unless that is said otherwise."""
+    assert reason_of((await call(bridge_of(service), peer="10.0.0.7"))[0]) == "PERMISSION_DENIED"
+    assert isinstance((await call(bridge_of(service, insecure=True), peer="10.0.0.7"))[0], list)
+    app = create_app(service.ready.service)
+    scope = {"type": "http", "method": "GET", "path": "/v1/models", "headers": [], "query_string": b""}
+    statuses = []
+    for local_only in (True, False):
+        parts = answered(app, HttpCall(scope, b"", "10.0.0.7"), local_only=local_only)
+        statuses += [part[0]["status"] async for part in parts]
+    assert statuses == [403, 200]
+
+
+async def test_a_call_that_is_let_go_is_freed(service: Service) -> None:
+    """When a door closes a call, its sequence leaves the engine."""
+    request = pb.GenerateRequest(
+        model="base", token_ids=pb.TokenIds(ids=PROMPT), sampling=pb.SamplingParams(max_tokens=200)
+    )
+    parts = bridge_of(service).run(RpcCall(GENERATE, request.SerializeToString(), (), None, "127.0.0.1"))
+    await anext(parts)
+    await parts.aclose()
+    await service.until_free()
