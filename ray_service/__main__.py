@@ -16,7 +16,6 @@ from typing import Final
 
 import ray
 import structlog
-from pydantic import ValidationError
 from ray import serve
 from ray.exceptions import RayError
 from ray.serve.api import RunTarget
@@ -26,7 +25,7 @@ from loramux_shared.faults import Fault, ServerUnavailable, SettingsInvalid
 from loramux_shared.notify import READY, notify
 from loramux_shared.rpc.stopping import Stop
 from loramux_shared.telemetry import log_to_stderr
-from ray_service.app import Options, build, build_builder
+from ray_service.app import build, build_builder
 from ray_service.names import APP, BUILDER_APP, MIDDLEWARES, SERVICERS
 
 log = structlog.get_logger()
@@ -104,12 +103,7 @@ def _targets(given: argparse.Namespace) -> list[RunTarget]:
     if given.builder is not None:
         targets.append(RunTarget(build_builder(given.builder), BUILDER_APP, route_prefix=None))
     if given.options is not None:
-        try:
-            options = Options(**given.options)
-        except ValidationError as error:
-            wrong = [f"{each['loc'][0]}: {each['msg']}" for each in error.errors(include_url=False)]
-            raise SettingsInvalid("; ".join(wrong)) from error
-        targets.append(RunTarget(build(options), APP))
+        targets.append(RunTarget(build(given.options), APP))
     return targets
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ray import serve
 from ray.serve import Application
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
 
-from loramux_shared.settings import BuilderSettings, InferenceSettings
+from loramux_shared.faults import SettingsInvalid
+from loramux_shared.settings import BuilderSettings, InferenceSettings, load_settings
 from ray_service.builder import BuilderReplica
 from ray_service.door import Door
 from ray_service.engine import Engine
@@ -44,10 +45,18 @@ class Options(BaseModel):
     """Processes that read HTTP requests for Ray's doors; one for each node keeps them near."""
 
 
-def build(options: Options) -> Application:
-    """Return the application of a deployment: the engine, and what reads HTTP requests."""
-    settings = {"deployment": "unnamed", **options.settings}
-    drain_s = InferenceSettings(**settings).drain_timeout_s
+def build(args: dict[str, Any]) -> Application:
+    """Return the application of a deployment, the engine and what reads HTTP requests; args are `Options`.
+
+    Raises:
+        SettingsInvalid: an option, or a setting, is unknown or has a wrong value.
+    """
+    try:
+        options = Options(**args)
+    except ValidationError as error:
+        wrong = [f"{each['loc'][0]}: {each['msg']}" for each in error.errors(include_url=False)]
+        raise SettingsInvalid(f"options of the application: {'; '.join(wrong)}.") from error
+    drain_s = load_settings(InferenceSettings, **options.settings).drain_timeout_s
     engine = serve.deployment(
         name=ENGINE,
         max_ongoing_requests=options.max_requests,
@@ -70,8 +79,12 @@ def build(options: Options) -> Application:
 
 
 def build_builder(options: dict[str, Any]) -> Application:
-    """Return the application of a builder; options are its settings, and the rest the node's variables."""
-    drain_s = BuilderSettings(**options).drain_timeout_s
+    """Return the application of a builder; options are settings, of which the others are the nodes' variables.
+
+    Raises:
+        SettingsInvalid: one is unknown or has a wrong value.
+    """
+    drain_s = load_settings(BuilderSettings, **options).drain_timeout_s
     builder = serve.deployment(
         name=BUILDER,
         num_replicas=1,

@@ -6,7 +6,6 @@ from collections.abc import AsyncIterator
 from functools import partial
 from typing import Any
 
-import pytest
 import pytest_asyncio
 from google.rpc import error_details_pb2, status_pb2
 
@@ -72,7 +71,7 @@ async def test_the_first_part_comes_with_the_first_token(service: Service) -> No
 
 
 async def test_a_refusal_is_the_one_of_our_door(service: Service) -> None:
-    """A fault comes as its status with details, an unknown method as UNIMPLEMENTED, nonsense as REQUEST_INVALID."""
+    """A fault comes as its status with details, an unknown method as UNIMPLEMENTED."""
     bridge = bridge_of(service)
     assert reason_of((await call(bridge, model="nobody"))[0]) == "MODEL_NOT_FOUND"
     [unknown] = await call(bridge, "/loramux.inference.v1.InferenceService/Nothing")

@@ -15,7 +15,6 @@ import httpx
 import pytest
 import pytest_asyncio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from transformers import LlamaConfig
 
 from inference_service.openai_api.server import HttpServer
 from inference_service.rpc.servicer import SERVICE_NAME, InferenceServicer, register
@@ -26,44 +25,19 @@ from loramux.inference.v1 import inference_pb2_grpc
 from loramux.records import Completion, Delta, Event
 from loramux_shared.rpc.server import RpcServer
 from loramux_shared.storage.open import open_store
-from tests.support.openai_door import TEMPLATE
-from tests.support.ray_cluster import RayFleet
-from tests.support.tiny import SIZES, World, make_world_of
+from tests.support.ray_cluster import NAMES, RayFleet, ray_world, settings_of
+from tests.support.tiny import World
 
 pytestmark = pytest.mark.xdist_group("ray")
 
-NAMES = [f"a{index}" for index in range(8)]
 PROMPT = "The party of the first part"
 ASKED: dict[str, Any] = {"max_tokens": 12, "ignore_eos": True, "logprobs": 2, "timeout_s": 60}
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    """A tiny model with a chat template, and eight adapters, which are built."""
-    root = tmp_path_factory.mktemp("ray")
-    kinds = {name: {"r": 4, "target_modules": ["q_proj", "v_proj"]} for name in NAMES}
-    made = make_world_of(root, LlamaConfig(**SIZES), kinds)
-    (made.base / "chat_template.jinja").write_text(TEMPLATE)
-    made.build(open_store(f"file://{root}/store"))
-    return made
-
-
-def settings_of(world: World) -> dict[str, Any]:
-    """What a replica is told."""
-    return {
-        "deployment": "tiny",
-        "store": f"file://{world.root}/store",
-        "dtype": "float32",
-        "backend": "torch",
-        "native": False,
-        "threads": 1,
-        "kv_memory_gb": 0.01,
-        "adapter_disk_gb": 0,
-        "local_roots": [str(world.root)],
-        "cache_dir": str(world.root / "cache"),
-        "follow_interval_s": 0.2,
-        "log_format": "json",
-    }
+    """A tiny model and eight adapters, built."""
+    return ray_world(tmp_path_factory.mktemp("ray"))
 
 
 @pytest.fixture(scope="module")

@@ -14,12 +14,18 @@ from typing import Any, Final
 
 import ray
 from ray import serve
+from ray._raylet import Config  # type: ignore[attr-defined]
 from ray.cluster_utils import Cluster
 from ray.serve.api import RunTarget
+from transformers import LlamaConfig
 
-from ray_service.app import Options, build, build_builder
+from loramux_shared.storage.open import open_store
+from ray_service.app import build, build_builder
 from ray_service.names import APP, BUILDER_APP, ENGINE, MIDDLEWARES, SERVICERS
+from tests.support.openai_door import TEMPLATE
+from tests.support.tiny import SIZES, World, make_world_of
 
+NAMES: Final = [f"a{index}" for index in range(8)]
 ROOT: Final = Path(__file__).parents[2]
 STORE_BYTES: Final = 100 * 1024 * 1024
 """Ray's object store of a node; what we send through it is small."""
@@ -28,6 +34,7 @@ ENVIRONMENT: Final = {
     "PYTHONPATH": f"{ROOT}:{ROOT / 'shared'}",
     "OMP_NUM_THREADS": "1",
     "RAY_AUTH_MODE": "token",
+    "RAY_AUTH_TOKEN": secrets.token_hex(16),
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_SERVE_ENABLE_TASK_EVENTS": "0",
     "RAY_DEDUP_LOGS": "0",
@@ -38,12 +45,14 @@ PATIENCE_S: Final = 90.0
 class RayFleet:
     """Two nodes, of which the first has the doors."""
 
-    def __init__(self) -> None:
+    def __init__(self, **variables: str) -> None:
+        """Start it; variables are those of the nodes, an empty one for none."""
         self._folder = Path(tempfile.mkdtemp(prefix="lmx-", dir="/tmp"))  # sockets want short paths
         (self._folder / "ray").mkdir()
-        environment = ENVIRONMENT | {"RAY_TMPDIR": str(self._folder), "RAY_AUTH_TOKEN": secrets.token_hex(16)}
+        environment = ENVIRONMENT | {"RAY_TMPDIR": str(self._folder)} | variables
         self._before = {name: os.environ.get(name) for name in environment}
         os.environ.update(environment)
+        Config.initialize("")  # Ray reads its variables when it is imported
         node = {"num_cpus": 4, "object_store_memory": STORE_BYTES}
         head = {**node, "include_dashboard": False}
         self.cluster = Cluster(initialize_head=True, head_node_args=head)
@@ -74,7 +83,7 @@ class RayFleet:
         self, settings: Mapping[str, Any], builder: Mapping[str, Any] | None = None, **options: Any
     ) -> None:
         """Deploy an engine, and a builder where its settings are given, and wait until they run."""
-        targets = [RunTarget(build(Options(settings=dict(settings), **options)), APP)]
+        targets = [RunTarget(build({"settings": dict(settings), **options}), APP)]
         if builder is not None:
             targets.append(RunTarget(build_builder(dict(builder)), BUILDER_APP, route_prefix=None))
         serve.run_many(targets)
@@ -114,6 +123,33 @@ class RayFleet:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+
+
+def ray_world(root: Path) -> World:
+    """Make a tiny model with a chat template and eight adapters, and build them into a store below a folder."""
+    kinds = {name: {"r": 4, "target_modules": ["q_proj", "v_proj"]} for name in NAMES}
+    made = make_world_of(root, LlamaConfig(**SIZES), kinds)
+    (made.base / "chat_template.jinja").write_text(TEMPLATE)
+    made.build(open_store(f"file://{root}/store"))
+    return made
+
+
+def settings_of(world: World) -> dict[str, Any]:
+    """What a replica is told."""
+    return {
+        "deployment": "tiny",
+        "store": f"file://{world.root}/store",
+        "dtype": "float32",
+        "backend": "torch",
+        "native": False,
+        "threads": 1,
+        "kv_memory_gb": 0.01,
+        "adapter_disk_gb": 0,
+        "local_roots": [str(world.root)],
+        "cache_dir": str(world.root / "cache"),
+        "follow_interval_s": 0.2,
+        "log_format": "json",
+    }
 
 
 def free_port() -> int:

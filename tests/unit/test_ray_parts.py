@@ -11,8 +11,8 @@ from ray.exceptions import ActorDiedError, RayTaskError
 from ray.serve.exceptions import BackPressureError
 from ray.serve.schema import ServeDeploySchema
 
-from loramux_shared.faults import InternalFault, PermissionDenied, QueueFull, ReplicaFailed
-from ray_service.app import Options
+from loramux_shared.faults import InternalFault, PermissionDenied, QueueFull, ReplicaFailed, SettingsInvalid
+from ray_service.app import Options, build
 from ray_service.calls import host_of, require_local
 from ray_service.forwarding import _fault
 from ray_service.names import MIDDLEWARES, SERVICERS, key_of
@@ -87,6 +87,19 @@ def test_without_keys_only_this_machine_is_answered(peer, host, let_in):
         require_local(host)
 
 
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        ({"settings": {"deployment": "d"}, "replica": 2}, "replica: Extra"),
+        ({"settings": {"treads": 2}}, "treads"),
+    ],
+)
+def test_options_and_settings_that_nobody_knows_stop_a_deploy(args, said):
+    """What is misspelt is named before anything starts."""
+    with pytest.raises(SettingsInvalid, match=said):
+        build(args)
+
+
 def test_errors_of_ray_are_faults_of_ours_and_say_nothing_of_it():
     """A lost replica may be asked again, a full one later; what a replica raised stays in the log."""
     lost, full = _fault(ActorDiedError()), _fault(BackPressureError(9, 8))
@@ -97,7 +110,7 @@ def test_errors_of_ray_are_faults_of_ours_and_say_nothing_of_it():
 
 
 def test_the_config_files_say_what_the_code_reads():
-    """Serve takes the file, both applications take their arguments, and KubeRay's manifest has the same config."""
+    """Serve takes the file, both applications their arguments, and KubeRay's manifest has the same config."""
     config = yaml.safe_load((DEPLOY / "serve.yaml").read_text())
     ServeDeploySchema(**config)
     builder, engine = config["applications"]

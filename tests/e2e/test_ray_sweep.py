@@ -1,0 +1,180 @@
+"""The long ones on a Ray cluster: nodes and engines that go under traffic, replicas that follow the load."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import ray
+import yaml
+from ray.serve.context import _get_global_client
+from ray.serve.schema import ServeDeploySchema
+
+from loramux.client import Client
+from loramux.faults import Fault
+from loramux.records import Delta
+from ray_service.names import APP, MIDDLEWARES
+from tests.support.ray_cluster import NAMES, ROOT, RayFleet, ray_world, settings_of
+from tests.support.tiny import World
+
+pytestmark = [pytest.mark.sweep, pytest.mark.xdist_group("ray"), pytest.mark.timeout(400)]
+
+LONG: dict[str, Any] = {"max_tokens": 120, "ignore_eos": True, "timeout_s": 90}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    """A tiny model and eight adapters, built."""
+    return ray_world(tmp_path_factory.mktemp("ray"))
+
+
+class Traffic:
+    """Requests at both doors, one after the other in each of some threads, and how they ended."""
+
+    def __init__(self, fleet: RayFleet, threads: int = 6) -> None:
+        self.ends: Counter[str] = Counter()
+        self._fleet = fleet
+        self._stop = threading.Event()
+        self._threads = [threading.Thread(target=self._run, args=(index,)) for index in range(threads)]
+        for thread in self._threads:
+            thread.start()
+
+    def end(self) -> Counter[str]:
+        """Stop; how often each end came."""
+        self._stop.set()
+        for thread in self._threads:
+            thread.join()
+        return self.ends
+
+    def _run(self, index: int) -> None:
+        names = ["base", *NAMES][index:] + ["base", *NAMES][:index]
+        number = 0
+        with (
+            Client(self._fleet.rpc) as client,
+            httpx.Client(base_url=self._fleet.url, timeout=90) as http,
+        ):
+            while not self._stop.is_set():
+                number += 1
+                model = names[number % len(names)]
+                self.ends[self._rpc(client, model) if index % 2 else self._http(http, model)] += 1
+
+    def _rpc(self, client: Client, model: str) -> str:
+        tokens = 0
+        try:
+            for event in client.generate(model, "Whereas", **LONG):
+                tokens += len(event.token_ids) if isinstance(event, Delta) else 0
+        except Fault as fault:
+            return f"gRPC {fault.reason} retry={fault.retry_after_s} begun={tokens > 0}"
+        return "OK" if tokens == LONG["max_tokens"] else f"gRPC {tokens} tokens"
+
+    def _http(self, http: httpx.Client, model: str) -> str:
+        body = {"model": model, "prompt": "Whereas", "max_tokens": 120, "ignore_eos": True, "stream": True}
+        answer = http.post("/v1/completions", json=body)
+        if answer.status_code != 200:
+            return f"HTTP {answer.status_code} {answer.text[:80]}"
+        if answer.text.endswith("data: [DONE]\n\n"):
+            return "OK"
+        return f"HTTP cut, replica_failed={'replica_failed' in answer.text}"
+
+
+ALLOWED = {
+    "OK",
+    "gRPC REPLICA_FAILED retry=1.0 begun=True",
+    "HTTP cut, replica_failed=True",
+}
+"""Ends of requests while a replica or a node goes: only what had begun is told so."""
+
+
+@contextmanager
+def fleet_of(world: World, **variables: str) -> Iterator[RayFleet]:
+    """Three replicas on two nodes."""
+    running = RayFleet(**variables)
+    try:
+        running.run(settings_of(world), replicas=3, num_cpus=1.5)
+        yield running
+    finally:
+        running.close()
+
+
+def test_an_engine_that_breaks_and_a_node_that_goes_cost_what_had_begun(world: World) -> None:
+    """Under traffic only answers with tokens end with UNAVAILABLE, and new replicas come."""
+    quickly = {
+        "RAY_health_check_period_ms": "500",
+        "RAY_health_check_timeout_ms": "1000",
+        "RAY_health_check_failure_threshold": "3",
+    }
+    with fleet_of(world, **quickly) as fleet:
+        before = set(fleet.ask(lambda _: os.getpid()))
+        assert len(set(fleet.ask(lambda _: ray.get_runtime_context().get_node_id()))) == 2
+        traffic = Traffic(fleet)
+        time.sleep(3)
+        victim = min(before)
+        fleet.ask(lambda engine: engine._replica.ready.engine._end("tested") if os.getpid() == victim else None)
+        fleet.until(lambda: gone(victim))
+        fleet.until(lambda: fleet.running() == 3)
+        time.sleep(3)
+        assert set(traffic.end()) <= ALLOWED, traffic.ends
+        traffic = Traffic(fleet)
+        time.sleep(3)
+        fleet.cluster.remove_node(fleet.second, allow_graceful=False)
+        time.sleep(15)
+        fleet.until(lambda: fleet.running() >= 2)
+        assert set(traffic.end()) <= ALLOWED, traffic.ends
+        print(traffic.ends)  # noqa: T201 - the table of docs/fleet.md
+
+
+def gone(pid: int) -> bool:
+    """True when there is no such process any more."""
+    return not Path(f"/proc/{pid}").exists()
+
+
+def test_replicas_follow_what_runs_and_waits(world: World) -> None:
+    """By Serve's config file one replica becomes two under two requests for many answers, then one again."""
+    config = yaml.safe_load((ROOT / "deploy/ray/serve.yaml").read_text())
+    app = next(each for each in config["applications"] if each["name"] == APP)
+    app["args"] |= {"settings": settings_of(world), "max_replicas": 2, "num_cpus": 1, "num_gpus": 0}
+    scaling = {
+        "min_replicas": 1,
+        "max_replicas": 2,
+        "target_ongoing_requests": 6,
+        "upscale_delay_s": 1,
+        "downscale_delay_s": 3,
+        "look_back_period_s": 2,
+        "policy": {"policy_function": "ray_service.scaling:by_sequences"},
+    }
+    app["deployments"] = [{"name": "Engine", "autoscaling_config": scaling}]
+    # Without the variable, a `Door` hands on what HTTP brings.
+    fleet = RayFleet(**dict.fromkeys(MIDDLEWARES, ""))
+    try:
+        _get_global_client().deploy_apps(ServeDeploySchema(applications=[app]), _blocking=True)
+        seen, failures, stop = {fleet.running()}, [], threading.Event()
+
+        def ask() -> None:
+            while not stop.is_set():
+                body = {"model": "a1", "prompt": "Whereas", "max_tokens": 200, "ignore_eos": True, "n": 8}
+                answer = httpx.post(f"{fleet.url}/v1/completions", json=body, timeout=90)
+                if answer.status_code != 200 or len(answer.json()["choices"]) != 8:
+                    failures.append(answer.text)
+
+        threads = [threading.Thread(target=ask) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        fleet.until(lambda: fleet.running() == 2)
+        seen.add(2)
+        time.sleep(2)
+        stop.set()
+        for thread in threads:
+            thread.join()
+        fleet.until(lambda: fleet.running() == 1)
+        assert seen == {1, 2}
+        assert not failures
+    finally:
+        fleet.close()
