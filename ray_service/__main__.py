@@ -6,10 +6,7 @@ import argparse
 import asyncio
 import json
 import os
-import shutil
 import sys
-import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
@@ -32,6 +29,8 @@ log = structlog.get_logger()
 
 STORE_BYTES: Final = 200 * 1024 * 1024
 """Ray's object store on a machine that is tried out; what passes it is small."""
+ADDRESS: Final = "address"
+"""The file that holds the cluster's address."""
 QUIET: Final = {"RAY_USAGE_STATS_ENABLED": "0"}
 
 
@@ -52,34 +51,21 @@ async def head(given: argparse.Namespace) -> None:
     """Be a cluster of one node until SIGTERM or SIGINT; what Ray starts ends with this process."""
     os.environ.update(QUIET | MIDDLEWARES)
     stop = Stop()
-    folder = tempfile.mkdtemp(prefix="loramux-ray-", dir="/tmp")  # Ray's sockets want short paths
-    try:
-        ray.init(
-            num_cpus=given.cpus,
-            object_store_memory=STORE_BYTES,
-            include_dashboard=False,
-            log_to_driver=True,
-            _temp_dir=folder,
-        )
-        _start(given)
-        address = ray.get_runtime_context().gcs_address
-        await asyncio.to_thread(given.address_file.write_text, address)
-        log.info("Ray cluster ready", address=address, grpc=given.grpc, http=given.http)
-        notify(READY)
-        await stop.wait()
-        serve.shutdown()  # type: ignore[no-untyped-call]
-        ray.shutdown()
-    finally:
-        _remove(Path(folder))
-
-
-def _remove(folder: Path) -> None:
-    """Remove a folder that what ends may still write to for a moment."""
-    for _ in range(50):
-        shutil.rmtree(folder, ignore_errors=True)
-        time.sleep(0.1)
-        if not folder.exists():
-            return
+    ray.init(
+        num_cpus=given.cpus,
+        object_store_memory=STORE_BYTES,
+        include_dashboard=False,
+        log_to_driver=True,
+        _temp_dir=str(given.folder),
+    )
+    _start(given)
+    address = ray.get_runtime_context().gcs_address
+    (given.folder / ADDRESS).write_text(address)
+    log.info("Ray cluster ready", address=address, grpc=given.grpc, http=given.http)
+    notify(READY)
+    await stop.wait()
+    serve.shutdown()  # type: ignore[no-untyped-call]
+    ray.shutdown()
 
 
 def deploy(given: argparse.Namespace) -> None:
@@ -126,7 +112,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     first = commands.add_parser("head", help="be a cluster of one node")
     first.add_argument("--cpus", type=int, help="what Ray counts, whatever there is")
-    first.add_argument("--address-file", type=Path, required=True, help="where the address is written")
+    first.add_argument("--folder", type=Path, required=True, help="for Ray's files, and for its address")
     second = commands.add_parser("deploy", help="run applications on a cluster")
     second.add_argument("--address", required=True, help="of the cluster: HOST:PORT, auto or ray://HOST:PORT")
     second.add_argument("--builder", type=json.loads, help="settings of a builder, as JSON")

@@ -8,7 +8,9 @@ import json
 import os
 import secrets
 import sys
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -52,8 +54,6 @@ def up(
     max_replicas: MaxReplicas = None,
     num_cpus: Cpus = None,
     num_gpus: Gpus = 0,
-    backend: shell.Backend = None,
-    dtype: shell.Dtype = None,
     as_json: shell.Json = False,
 ) -> None:
     """Start a Ray cluster here, build a file and serve it, until Ctrl-C.
@@ -70,7 +70,6 @@ def up(
         store=store,
         builder=grpc,
         inference=grpc,
-        engine={"backend": backend, "dtype": dtype},
         http=http or free_address(OPENAI),
     )
     preflight(plan)
@@ -79,14 +78,18 @@ def up(
     options = {"replicas": replicas, "max_replicas": max_replicas, "num_cpus": each, "num_gpus": num_gpus}
     cpus = round(most * each + 0.5) + 1  # the builder's
     os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(16))  # Ray runs what it is sent
-    run_tree(functools.partial(_up, plan=plan, options=options, cpus=cpus, as_json=as_json))
+    # Ray's sockets want short paths, and its last process writes until it ends.
+    with tempfile.TemporaryDirectory(prefix="loramux-ray-", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        head = ["--cpus", str(cpus), "--folder", folder]
+        run_tree(functools.partial(_up, plan=plan, options=options, head=head, as_json=as_json))
 
 
-async def _up(tree: ProcessTree, plan: UpPlan, options: Mapping[str, Any], cpus: int, as_json: bool) -> None:
-    file = tree.folder / "address"
+async def _up(
+    tree: ProcessTree, plan: UpPlan, options: Mapping[str, Any], head: Sequence[str], as_json: bool
+) -> None:
     with shell.step("Ray cluster"):
-        await tree.serve("ray", [*_ray("head", plan), "--cpus", str(cpus), "--address-file", str(file)])
-    address = file.read_text()
+        await tree.serve("ray", [*_ray("head", plan), *head])
+    address = (Path(head[-1]) / "address").read_text()
     async with AsyncClient(inference=reachable(plan.inference), builder=reachable(plan.builder)) as client:
         await _bring_up(tree, client, plan, address, options, builds=True, as_json=as_json)
         models = await client.models()
@@ -102,7 +105,7 @@ async def _up(tree: ProcessTree, plan: UpPlan, options: Mapping[str, Any], cpus:
 def deploy(
     file: shell.File,
     address: Annotated[
-        str, typer.Option("--address", metavar="ADDRESS", help="Of the cluster: HOST:PORT, or auto on a node.")
+        str, typer.Option("--address", metavar="ADDRESS", help="Of the cluster; auto on a node.")
     ] = "auto",
     store: Annotated[str, typer.Option("--store", metavar="URI", help="That all nodes reach.")] = "",
     grpc: Grpc = INFERENCE,
@@ -114,13 +117,12 @@ def deploy(
     max_replicas: MaxReplicas = None,
     num_cpus: Cpus = None,
     num_gpus: Gpus = 0,
-    backend: shell.Backend = None,
-    dtype: shell.Dtype = None,
+    as_json: shell.Json = False,
 ) -> None:
-    """Build a file, and serve it on a Ray cluster that runs; loramux[ray] is installed on its nodes.
+    """Build a file, and serve it on a Ray cluster that runs.
 
-    Ray opens its doors once: where they are open, --http and --grpc only say
-    where. Keys and other settings are LORAMUX_ variables of the nodes.
+    Its nodes have loramux[ray], and LORAMUX_ variables for keys and the rest.
+    Where Ray's doors are open already, --http and --grpc only say where.
 
     Example: loramux ray deploy deployment.yaml --store s3://bucket/prefix
     """
@@ -132,20 +134,27 @@ def deploy(
         store=store,
         builder=builder or grpc,
         inference=grpc,
-        engine={"backend": backend, "dtype": dtype},
         http=http,
     )
     options = {"replicas": replicas, "max_replicas": max_replicas, "num_gpus": num_gpus}
     options |= {} if num_cpus is None else {"num_cpus": num_cpus}
-    run_tree(functools.partial(_deploy, plan=plan, address=address, options=options, builds=not builder))
+    here = not builder
+    run_tree(
+        functools.partial(_deploy, plan=plan, address=address, options=options, builds=here, as_json=as_json)
+    )
 
 
 async def _deploy(
-    tree: ProcessTree, plan: UpPlan, address: str, options: Mapping[str, Any], builds: bool
+    tree: ProcessTree, plan: UpPlan, address: str, options: Mapping[str, Any], *, builds: bool, as_json: bool
 ) -> None:
     async with AsyncClient(inference=reachable(plan.inference), builder=reachable(plan.builder)) as client:
-        await _bring_up(tree, client, plan, address, options, builds=builds, as_json=False)
-    shell.show(f"{plan.deployment.model_name} is served on the cluster at {address}", "bold green")
+        await _bring_up(tree, client, plan, address, options, builds=builds, as_json=as_json)
+        models = await client.models()
+    name = plan.deployment.model_name
+    if as_json:
+        emit({"deployment": name, "address": address, "models": [model.name for model in models]})
+    else:
+        shell.show(f"{name} is served on the cluster at {address}", "bold green")
 
 
 async def _bring_up(
@@ -168,8 +177,7 @@ async def _bring_up(
     built = await build_with_bars(client, plan.deployment)
     if not as_json:
         show_built(built)
-    said = {name: value for name, value in plan.engine.items() if value is not None}
-    settings = common | said | {"deployment": plan.deployment.model_name, "builder": reachable(plan.builder)}
+    settings = common | {"deployment": plan.deployment.model_name, "builder": reachable(plan.builder)}
     with shell.step("inference service"):
         await tree.run("deploy", [*command, "--options", json.dumps({**options, "settings": settings})])
 
