@@ -1,27 +1,26 @@
-"""Which replica gets a request: the one that a model belongs to, while it has no more to do than others.
+"""Which replica gets a request: the rule of our own client (`loramux.placement`), in Ray's terms.
 
-Each model ranks the replicas by a hash of both names, so every door ranks them alike without being told, an
-adapter is loaded where its requests go, and a replica that comes or goes moves those models alone that it gets
-or had.
+Every door of Ray's orders the replicas of a model alike without being told, so an adapter is loaded where its
+requests go, and a replica that comes or goes moves those models alone that it gets or had.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
-from hashlib import blake2b
-from typing import Final
+from typing import Any
 
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 
-BOUND: Final = 1.25
-"""A replica passes a model's request on when it has so many times what replicas have on average ..."""
-FREE: Final = 8
-"""... and more than this: as long as there is little to do, a model stays where it is."""
+from loramux.placement import Popularity, choose, order
 
 
 class AffineRouter(RequestRouter):
     """Ray's `multiplexed_model_id` is the model; requests without one go to the less busy of two."""
+
+    def initialize_state(self, **_: Any) -> None:
+        """Know nothing yet of how much models are asked for."""
+        self._popularity = Popularity()
+        self._spot = random.random()  # noqa: S311 - spreads doors, guards nothing
 
     async def choose_replicas(
         self,
@@ -35,17 +34,9 @@ class AffineRouter(RequestRouter):
         if not model:
             two = random.sample(candidate_replicas, min(2, len(candidate_replicas)))
             return [two, candidate_replicas]
-        ranked = sorted(candidate_replicas, key=lambda each: rank(model, each.replica_id.unique_id))
-        loads = [self.replica_queue_len_cache.get(each.replica_id) or 0 for each in ranked]
-        return [[ranked[index]] for index in order(loads)]
-
-
-def rank(model: str, replica: str) -> bytes:
-    """Return a number that is drawn for a model and a replica; the smallest is the model's first choice."""
-    return blake2b(f"{model}\0{replica}".encode(), digest_size=8).digest()
-
-
-def order(loads: Sequence[int]) -> list[int]:
-    """Return in which order ranked replicas are tried: by rank, those beyond the bound last."""
-    bound = max(FREE, BOUND * (sum(loads) + 1) / max(1, len(loads)))
-    return sorted(range(len(loads)), key=lambda index: (loads[index] > bound, index))
+        named = {each.replica_id.unique_id: each for each in candidate_replicas}
+        loads = {name: self.replica_queue_len_cache.get(each.replica_id) or 0 for name, each in named.items()}
+        ordered = order(model, tuple(sorted(named)))
+        copies = self._popularity.copies(model, len(ordered))
+        first = choose(ordered, loads.__getitem__, sum(loads.values()), copies, self._spot)
+        return [[named[first]], *([named[name]] for name in ordered if name != first)]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -22,13 +22,11 @@ from loramux.client import Client
 from loramux.faults import ModelNotFound, ReplicaFailed, RequestInvalid
 from loramux.inference.v1 import inference_pb2 as pb
 from loramux.inference.v1 import inference_pb2_grpc
-from loramux.records import Completion, Delta, Event
+from loramux.records import Delta, Event
 from loramux_shared.rpc.server import RpcServer
 from loramux_shared.storage.open import open_store
 from tests.support.ray_cluster import NAMES, RayFleet, ray_world, settings_of
 from tests.support.tiny import World
-
-pytestmark = pytest.mark.xdist_group("ray")
 
 PROMPT = "The party of the first part"
 ASKED: dict[str, Any] = {"max_tokens": 12, "ignore_eos": True, "logprobs": 2, "timeout_s": 60}
@@ -199,41 +197,58 @@ def test_a_model_is_answered_where_its_adapter_is(fleet: RayFleet, client: Clien
     assert sum(count.get("base", 0) > 0 for count in counts) == 3
 
 
+def switched(fleet: RayFleet, path: str, *, paused: bool) -> None:
+    """Pause every replica, or resume it, at Ray's door: by keys, until one has led to each."""
+    for key in range(60):
+        httpx.post(f"{fleet.url}{path}", headers={"x-loramux-model": f"key {key}"}).raise_for_status()
+        if all(each is paused for each in fleet.ask(lambda engine: engine._replica.ready.engine.paused)):
+            return
+    raise AssertionError(f"{path} did not reach every replica")
+
+
 def test_a_killed_replica_takes_with_it_what_had_begun(fleet: RayFleet, client: Client) -> None:
     """What had no token yet is answered by another replica; what had is told UNAVAILABLE and when to retry."""
-    expected = client.complete("a3", PROMPT, **ASKED)
-    begun = [
-        client.generate("a3", PROMPT, max_tokens=200, ignore_eos=True, n=4, timeout_s=60) for _ in range(3)
-    ]
-    for events in begun:
+    expected = {name: client.complete(name, PROMPT, **ASKED).text for name in NAMES}
+    begun = {
+        name: client.generate(name, PROMPT, max_tokens=200, ignore_eos=True, n=4, timeout_s=60)
+        for name in NAMES
+    }
+    for events in begun.values():
         next(events), next(events)  # Started, and a first token
-    pause = httpx.post(f"{fleet.url}/pause?mode=keep", headers={"x-loramux-model": "a3"})
-    assert pause.status_code == 200
-    [victim] = [
-        pid
-        for pid, paused in fleet.ask(lambda engine: (os.getpid(), engine._replica.ready.engine.paused))
-        if paused
-    ]
-    with ThreadPoolExecutor(12) as pool:
-        waiting: list[Future[Completion]] = [
-            pool.submit(client.complete, "a3", PROMPT, **ASKED) for _ in range(3)
-        ]
-        body = {"model": "a3", "prompt": PROMPT, "max_tokens": 12, "ignore_eos": True, "temperature": 0}
-        plain = [
-            pool.submit(httpx.post, f"{fleet.url}/v1/completions", json=body, timeout=60) for _ in range(2)
-        ]
-        fleet.until(lambda: sum(fleet.ask(lambda engine: engine._replica.ready.service.in_work)) >= 8)
+    switched(fleet, "/pause?mode=keep", paused=True)
+    at_work = fleet.ask(lambda engine: (engine._replica.ready.service.in_work, os.getpid()))
+    under_way = sum(count for count, _ in at_work)
+    victim_had, victim = max(at_work)
+    with ThreadPoolExecutor(24) as pool:
+        waiting = {name: pool.submit(client.complete, name, PROMPT, **ASKED) for name in NAMES}
+        body = {"prompt": PROMPT, "max_tokens": 12, "ignore_eos": True, "temperature": 0}
+        plain = {
+            name: pool.submit(
+                httpx.post, f"{fleet.url}/v1/completions", json=body | {"model": name}, timeout=60
+            )
+            for name in NAMES
+        }
+        fleet.until(
+            lambda: sum(fleet.ask(lambda engine: engine._replica.ready.service.in_work)) == under_way + 16
+        )
         os.kill(victim, signal.SIGKILL)
-        for each in waiting:
-            assert each.result().text == expected.text
-        for answer in plain:
-            assert answer.result().json()["choices"][0]["text"] == expected.text
-    for events in begun:
-        with pytest.raises(ReplicaFailed) as caught:
-            list(events)
-        assert caught.value.retry_after_s == 1.0
-        assert "Traceback" not in caught.value.message
-    assert client.complete("a3", PROMPT, **ASKED).text == expected.text
+        switched(fleet, "/resume", paused=False)
+        assert {name: each.result().text for name, each in waiting.items()} == expected
+        texts = {name: each.result().json()["choices"][0]["text"] for name, each in plain.items()}
+        assert texts == expected
+    ends = [end_of(events) for events in begun.values()]
+    assert victim_had > 0
+    assert ends.count("the replica ended before the answer did. Retry. 1 s") == victim_had
+    assert ends.count("") == len(begun) - victim_had
+
+
+def end_of(events: Generator[Event, None, None]) -> str:
+    """How a stream ends."""
+    try:
+        list(events)
+    except ReplicaFailed as fault:
+        return f"{fault.message} {fault.retry_after_s:g} s"
+    return ""
 
 
 def test_a_generation_comes_while_it_is_served(fleet: RayFleet, client: Client, world: World) -> None:

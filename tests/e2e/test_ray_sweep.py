@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
+import signal
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -12,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 import ray
 import yaml
@@ -22,10 +27,10 @@ from loramux.client import Client
 from loramux.faults import Fault
 from loramux.records import Delta
 from ray_service.names import APP, MIDDLEWARES
-from tests.support.ray_cluster import NAMES, ROOT, RayFleet, ray_world, settings_of
+from tests.support.ray_cluster import NAMES, ROOT, RayFleet, free_port, ray_world, settings_of
 from tests.support.tiny import World
 
-pytestmark = [pytest.mark.sweep, pytest.mark.xdist_group("ray"), pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.sweep, pytest.mark.timeout(400)]
 
 LONG: dict[str, Any] = {"max_tokens": 120, "ignore_eos": True, "timeout_s": 90}
 
@@ -178,3 +183,44 @@ def test_replicas_follow_what_runs_and_waits(world: World) -> None:
         assert not failures
     finally:
         fleet.close()
+
+
+def test_a_cluster_to_try_is_one_command(world: World, tmp_path: Path) -> None:
+    """`loramux ray up` builds and serves at both doors, takes an adapter while it does, and leaves nothing."""
+    file = tmp_path / "deployment.yaml"
+    adapters = {name: {"source": "LOCAL", "repo": str(world.adapters[name])} for name in NAMES[:2]}
+    base = {"source": "LOCAL", "repo": str(world.base)}
+    file.write_text(
+        yaml.safe_dump(
+            {"model_name": "tiny", "build": {"checkpoint_repository": base, "lora_adapters": adapters}}
+        )
+    )
+    program = [sys.executable, "-c", "from loramux.cli.entry import main; main()", "ray"]
+    variables = {"PYTHONPATH": f"{ROOT}:{ROOT / 'shared'}", "LORAMUX_BACKEND": "torch", "LORAMUX_NATIVE": "0"}
+    up = [*program, "up", str(file), "--store", f"file://{tmp_path}/store", "--json"]
+    doors = [f"127.0.0.1:{free_port()}" for _ in range(2)]
+    process = subprocess.Popen(
+        [*up, "--grpc", doors[0], "--http", doors[1]],
+        env=os.environ | variables,
+        text=True,
+        stdout=subprocess.PIPE,
+    )
+    try:
+        assert process.stdout
+        document = "".join(iter(process.stdout.readline, "}\n")) + "}"
+        assert json.loads(document)["models"] == ["tiny", *NAMES[:2]]
+        started = psutil.Process(process.pid).children(recursive=True)
+        with Client(doors[0], doors[0]) as client:
+            pushed = client.push("tiny", "fresh", world.adapters["a5"])
+            answer = client.complete(
+                "fresh", "Hi", max_tokens=4, min_generation=pushed.generation, timeout_s=60
+            )
+        assert answer.started.generation == 2
+        body = {"model": "a1", "prompt": "Hi", "max_tokens": 4}
+        assert httpx.post(f"http://{doors[1]}/v1/completions", json=body, timeout=60).status_code == 200
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 0
+        assert not psutil.wait_procs(started, timeout=20)[1]
+    finally:
+        process.kill()
+        process.communicate()

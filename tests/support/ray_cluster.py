@@ -9,6 +9,7 @@ import socket
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -16,6 +17,7 @@ import ray
 from ray import serve
 from ray._raylet import Config  # type: ignore[attr-defined]
 from ray.cluster_utils import Cluster
+from ray.exceptions import RayError
 from ray.serve.api import RunTarget
 from transformers import LlamaConfig
 
@@ -101,8 +103,13 @@ class RayFleet:
             return None if engine is None else question(engine)  # None: it starts
 
         names = [each["name"] for each in ray.util.list_named_actors(all_namespaces=True)]
-        actors = [ray.get_actor(name, "serve") for name in names if f"#{ENGINE}#" in name]
-        answers = ray.get([actor.__ray_call__.remote(within) for actor in actors])
+        answers = []
+        for name in names:
+            if f"#{ENGINE}#" in name:
+                with suppress(RayError, ValueError):  # it has just ended
+                    answers.append(
+                        ray.get(ray.get_actor(name, "serve").__ray_call__.remote(within), timeout=30)
+                    )
         return [answer for answer in answers if answer is not None]
 
     def until(self, true: Callable[[], bool], patience_s: float = PATIENCE_S) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +17,7 @@ from ray_service.app import Options, build
 from ray_service.calls import host_of, require_local
 from ray_service.forwarding import _fault
 from ray_service.names import MIDDLEWARES, SERVICERS, key_of
-from ray_service.routing import order, rank
+from ray_service.routing import AffineRouter
 from ray_service.scaling import by_sequences
 
 DEPLOY = Path(__file__).parents[2] / "deploy" / "ray"
@@ -33,22 +34,43 @@ def test_requests_of_an_adapter_have_its_name_as_key_however_it_is_written():
     ]
 
 
-def test_a_replica_that_leaves_moves_its_own_models_alone():
-    """Of 300 models on four replicas, those of the other three stay, and each replica has its share."""
-    replicas = ["r1", "r2", "r3", "r4"]
-    home = {model: min(replicas, key=lambda each: rank(model, each)) for model in map(str, range(300))}
-    left = {model: min(replicas[:3], key=lambda each: rank(model, each)) for model in home}
-    assert all(left[model] == home[model] for model in home if home[model] != "r4")
-    assert all(50 < list(home.values()).count(each) < 100 for each in replicas)
+def tried(model: str, loads: dict[str, int]) -> list[list[str]]:
+    """The replicas in the order in which a door of Ray's tries them."""
+    router = AffineRouter.__new__(AffineRouter)
+    router.initialize_state()
+    router._replica_queue_len_cache = loads  # type: ignore[assignment]
+    replicas = [SimpleNamespace(replica_id=Name(name)) for name in loads]
+    asked = SimpleNamespace(
+        metadata=SimpleNamespace(multiplexed_model_id=model), routing_context=SimpleNamespace()
+    )
+    groups = asyncio.run(router.choose_replicas(replicas, asked))
+    return [[each.replica_id for each in group] for group in groups]
 
 
-@pytest.mark.parametrize(
-    ("loads", "tried"),
-    [([8, 0, 0], [0, 1, 2]), ([9, 0, 0], [1, 2, 0]), ([30, 30, 30], [0, 1, 2]), ([40, 30, 20], [1, 2, 0])],
-)
-def test_a_model_moves_on_when_its_replica_has_more_than_others(loads, tried):
-    """The first choice stays it up to eight requests, and up to a quarter more than the average."""
-    assert order(loads) == tried
+class Name(str):
+    """A replica's id, as Ray has it."""
+
+    @property
+    def unique_id(self) -> str:
+        """The name of one in its deployment."""
+        return str(self)
+
+
+def test_a_model_has_a_replica_at_every_door_while_that_has_room():
+    """Doors that know nothing of each other send a model to the same one, while it has no more to do."""
+    idle = {"r1": 0, "r2": 0, "r3": 0}
+    homes = [tried(f"a{index}", idle) for index in range(60)]
+    assert homes == [tried(f"a{index}", dict(reversed(idle.items()))) for index in range(60)]
+    assert {groups[0][0] for groups in homes} == set(idle)
+    [home], [next_one], _ = homes[0]
+    assert tried("a0", idle | {home: 30, next_one: 10})[0] == [next_one]
+    assert tried("a0", {"r1": 20, "r2": 20, "r3": 20})[0] == [home]
+
+
+def test_the_base_has_no_replica_of_its_own():
+    """Requests without a model's key go to the less busy of two that are drawn, then to any."""
+    two, rest = tried("", {"r1": 0, "r2": 0, "r3": 0})
+    assert (len(two), sorted(rest)) == (2, ["r1", "r2", "r3"])
 
 
 def test_there_are_as_many_replicas_as_hold_what_runs_and_waits():
