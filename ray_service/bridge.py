@@ -53,11 +53,11 @@ class Bridge:
         self._local_only = guard.keyring is None and not insecure
 
     async def run(self, call: RpcCall, uploads: Uploads | None = None) -> AsyncGenerator[list[bytes] | End]:
-        """Yield the messages of an answer, those together that come together, and a status that is not OK."""
+        """Yield the parts of an answer, of which the first comes with the first token."""
         context = CallContext(call, uploads)
         task = asyncio.create_task(self._answer(call, context))
         try:
-            while (part := await context.told.get()) is not None:
+            async for part in context.parts():
                 yield part
             await task
         finally:

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
-from typing import Any, Final, NoReturn
+from collections.abc import AsyncGenerator, Callable
+from typing import Any, NoReturn
 
 import grpc
 
-from loramux.inference.v1 import inference_pb2 as pb
 from ray_service.calls import End, Metadata, RpcCall
 
 Uploads = asyncio.Queue[bytes | None]
 """The messages of a request in several; None ends them."""
-HELD: Final = ("started", "prompt_logprobs")
-"""Events that wait for the first token: as long as nothing was told, another replica may answer."""
 
 
 class CallContext:
@@ -24,12 +21,11 @@ class CallContext:
     def __init__(self, call: RpcCall, uploads: Uploads | None) -> None:
         self.method = call.method
         self.invocation_metadata = Details(call.metadata)
-        self.told: asyncio.Queue[list[bytes] | End | None] = asyncio.Queue()
+        self._told: asyncio.Queue[bytes | End | None] = asyncio.Queue()
         """What the answer has so far; None ends it."""
         self._requests = uploads or _one(call.request)
         self._deadline_s = None if call.timeout_s is None else time.monotonic() + call.timeout_s
         self._trailing: Metadata = ()
-        self._held: list[bytes] = []
         self._parse: Callable[[bytes], Any] = bytes
         self._serialize: Callable[[Any], bytes] = bytes
 
@@ -44,24 +40,32 @@ class CallContext:
         return grpc.aio.EOF if data is None else self._parse(data)
 
     async def write(self, message: Any) -> None:
-        """Tell a message, or keep it until there is a token."""
-        self._held.append(self._serialize(message))
-        if not isinstance(message, pb.GenerateResponse) or message.WhichOneof("event") not in HELD:
-            self._flush()
+        """Tell a message."""
+        self._told.put_nowait(self._serialize(message))
 
     def close(self) -> None:
         """End the answer."""
-        self._flush()
-        self.told.put_nowait(None)
+        self._told.put_nowait(None)
+
+    async def parts(self) -> AsyncGenerator[list[bytes] | End]:
+        """Yield what is told to the end: messages that came together, and a status that is not OK."""
+        told: list[bytes | End | None] = []
+        while None not in told:
+            told = [await self._told.get()]
+            while not self._told.empty():
+                told.append(self._told.get_nowait())
+            if messages := [each for each in told if isinstance(each, bytes)]:
+                yield messages
+            for end in (each for each in told if isinstance(each, End)):
+                yield end
 
     def set_trailing_metadata(self, trailing: Metadata) -> None:
         """Tell this with the status."""
         self._trailing = tuple(tuple(pair) for pair in trailing)  # type: ignore[misc]  # pairs
 
     async def abort(self, code: grpc.StatusCode, details: str) -> NoReturn:
-        """End the call with a status; what was held is told no more."""
-        self._held = []
-        self.told.put_nowait(End(code.value[0], details, self._trailing))
+        """End the call with a status."""
+        self._told.put_nowait(End(code.value[0], details, self._trailing))
         raise grpc.aio.AbortError
 
     def time_remaining(self) -> float | None:
@@ -71,11 +75,6 @@ class CallContext:
     def cancelled(self) -> bool:
         """False: a call that is cancelled ends here, whoever asks."""
         return False
-
-    def _flush(self) -> None:
-        if self._held:
-            self.told.put_nowait(self._held)
-            self._held = []
 
 
 class Details(tuple[tuple[str, str | bytes], ...]):
