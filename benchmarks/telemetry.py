@@ -19,11 +19,11 @@ import structlog
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 
-from inference_service.replica import SWITCH_S
 from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import Adapter, FinishReason, Token
 from inference_service.core.sequence import Sequence as EngineSequence
 from inference_service.engine.engine import EngineStats, SequenceCounts
+from inference_service.replica import SWITCH_S
 from inference_service.serving.catalog import Catalog, ServedModel
 from inference_service.serving.request import Delta, Finished, Request
 from inference_service.serving.telemetry.metrics import Metrics

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, Callable
 from typing import Any, Final, cast
 
@@ -19,6 +20,8 @@ log = structlog.get_logger()
 
 PAUSES_S: Final = (0.0, 0.2, 0.5, 1.0, 2.0)
 """Before each further try: Ray may take a moment to see that a replica is gone."""
+BASE_S: Final = 60.0
+"""A deploy may give the base another name; replicas are asked again after this time."""
 ONCE: Final[tuple[float, ...]] = ()
 LOST: Final = "the replica ended before the answer did. Retry."
 FAILED: Final = "loramux failed inside; the server's log has the details. Please report it."
@@ -31,7 +34,9 @@ class Forwarder:
         self._deployment = deployment
         self._app = app
         self._handle: DeploymentHandle[Any] | None = None
-        self._base: str | None = None
+        self._base = ""
+        self._asked_s: float | None = None
+        """When a replica last said what the base is called."""
 
     @property
     def app(self) -> str:
@@ -59,10 +64,12 @@ class Forwarder:
         """Return by what the requests of a model are routed."""
         if not model:
             return ""
-        if self._base is None:
+        now_s = time.monotonic()
+        if self._asked_s is None or now_s - self._asked_s > BASE_S:
+            self._asked_s = now_s  # others go by the old name meanwhile
             async for name in self.stream("base_name"):
                 self._base = name
-        return key_of(model, self._base or "")
+        return key_of(model, self._base)
 
     async def stream(
         self,

@@ -21,8 +21,9 @@ from grpc_health.v1 import health_pb2_grpc
 
 from loramux.builder.v1 import builder_pb2_grpc
 from loramux.inference.v1 import adapters_pb2_grpc, inference_pb2_grpc
-from loramux_shared.faults import InternalFault
+from loramux_shared.faults import InternalFault, RequestInvalid
 from loramux_shared.rpc.calls import CallInterceptor
+from loramux_shared.rpc.options import MAX_REQUEST_BYTES
 from ray_service.bridge import Handlers, Register
 from ray_service.calls import End, RpcCall, host_of
 from ray_service.forwarding import LOST, ONCE, PAUSES_S, Forwarder
@@ -76,7 +77,10 @@ class Doors(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no types 
         forwarder = await self._forwarder(method, context)
         key = "" if forwarder is self._builder else await forwarder.key(_model(request, context))
         pauses_s = PAUSES_S if method.startswith(RETRIED) else ONCE
-        call = _call(method, request.SerializeToString(), context)
+        data = request.SerializeToString()
+        if len(data) > MAX_REQUEST_BYTES:  # Ray's servers take 2 GB
+            raise RequestInvalid(f"the request is larger than {MAX_REQUEST_BYTES} bytes.")
+        call = _call(method, data, context)
         parts = forwarder.stream("rpc", call, key=key, pauses_s=pauses_s, elsewhere=_elsewhere)
         with counted(self._proxy):
             async with aclosing(parts):

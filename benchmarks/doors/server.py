@@ -17,7 +17,6 @@ from typing import Final
 
 from benchmarks.doors.clients import MODEL
 from benchmarks.on_gpu.checkpoint import write_tokenizer
-from inference_service.replica import SWITCH_S, keep_what_is_loaded
 from inference_service.core.batch import Batch
 from inference_service.core.sequence import Token
 from inference_service.engine.block_manager import BlockManager
@@ -26,6 +25,7 @@ from inference_service.engine.plan import SchedulerLimits
 from inference_service.engine.residents import AlwaysResident
 from inference_service.engine.step import Pending
 from inference_service.openai_api.server import HttpServer
+from inference_service.replica import SWITCH_S, keep_what_is_loaded
 from inference_service.rpc.servicer import SERVICE_NAME, InferenceServicer, register
 from inference_service.serving.catalog import Catalog, ServedModel
 from inference_service.serving.engine_thread import EngineThread
