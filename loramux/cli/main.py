@@ -95,3 +95,7 @@ def main() -> None:
     """Run the command line; `loramux.cli.exits` has the exit codes."""
     sys.excepthook = tell_uncaught
     typer.main.get_command(app)(usual(sys.argv[1:]), prog_name="loramux")
+
+
+if __name__ == "__main__":
+    main()
