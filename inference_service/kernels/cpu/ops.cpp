@@ -148,6 +148,8 @@ struct Slice { int64_t rank; const void* b; int64_t column; int64_t columns; };
 struct Adapter { const void* a; int64_t rows; int64_t slices; Slice slice[3]; };
 struct Segment { int64_t adapter; int64_t first; int64_t length; };
 
+constexpr int PAGE_AHEAD = 64;  // lane vectors in a page: the processor does not fetch beyond the end of one by itself
+
 // y[t][row] = x[t] . a[row] for TOKENS tokens and ROWS rows; units is K / P, a multiple of 16 in a.
 template <class T, int TOKENS, int ROWS>
 inline void shrink_tile(const T* const* x, const T* a, int64_t stride, int full, const T (*tail)[32], bool has_tail,
@@ -159,6 +161,7 @@ inline void shrink_tile(const T* const* x, const T* a, int64_t stride, int full,
     for (int r = 0; r < ROWS; ++r) {
       w[r] = load<vu>(a + r * stride + i * STEP);
       if (ROWS > 1) __builtin_prefetch(a + (r + ROWS) * stride + i * STEP);  // the next rows
+      else __builtin_prefetch(a + r * stride + (i + PAGE_AHEAD) * STEP, 0, 2);
     }
     for (int t = 0; t < TOKENS; ++t) {
       vu v = load<vu>(x[t] + i * STEP);
@@ -201,6 +204,7 @@ inline void expand_tile(const uint32_t* y, int64_t ldy, int units, const T* b, T
     for (int c = 0; c < WIDE; ++c) {
       w[c] = load<vu>(b + (c * units + u) * LANES * P);
       if (WIDE > 1) __builtin_prefetch(b + ((c + 2 * WIDE) * units + u) * LANES * P);
+      else __builtin_prefetch(b + (c * units + u + PAGE_AHEAD) * LANES * P, 0, 2);
     }
     for (int t = 0; t < TOKENS; ++t) {
       vu v = vu{} + y[t * ldy + u];
