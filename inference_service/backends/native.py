@@ -22,6 +22,8 @@ from inference_service.kernels.cpu.ops import (
     CpuOps,
     Planned,
     Table,
+    Tiled,
+    adapters_of,
 )
 from inference_service.kernels.rows import Activation
 from inference_service.layers.linear import Linear
@@ -48,13 +50,13 @@ class NativeOperations(TorchOperations):
 
     def new_linear(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
         """With a compiled product, where that is the fastest here."""
-        tiles = self.ops.tiles(weight) if self.ops.multiplies else None
-        return Linear(weight, bias) if tiles is None else NativeLinear(self.ops, weight, tiles, bias)
+        tiled = self.ops.tiled(weight, bias) if self.ops.multiplies else None
+        return Linear(weight, bias) if tiled is None else NativeLinear(self.ops, weight, tiled)
 
     def adapted(self, layer: Linear, x: Tensor, lora: StepLora, index: int, group: str) -> Tensor:
         """In one call, where both are compiled."""
         if isinstance(layer, NativeLinear) and isinstance(lora, NativeLora):
-            return layer.adapted(x, lora.adapters(index, group))
+            return layer(x, lora.adapters(index, group))
         return super().adapted(layer, x, lora, index, group)
 
     def norm(self, hidden: Tensor, norm: RMSNorm, delta: Tensor | None, delta_norm: RMSNorm | None) -> Tensor:
@@ -80,17 +82,13 @@ class NativeOperations(TorchOperations):
 class NativeLinear(Linear):
     """A linear with its weights in tiles, which a compiled product reads from front to back."""
 
-    def __init__(self, ops: CpuOps, weight: Tensor, tiles: Tensor, bias: Tensor | None) -> None:
+    def __init__(self, ops: CpuOps, weight: Tensor, tiled: Tiled) -> None:
         self.out_features, self.in_features = weight.shape
-        self._ops, self._tiles, self._bias = ops, tiles, bias
+        self._ops, self._tiled = ops, tiled
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """Return [T, out]."""
-        return self.adapted(x, NO_ADAPTERS)
-
-    def adapted(self, x: Tensor, adapters: Adapters) -> Tensor:
-        """Return [T, out] with what adapters add to it."""
-        return self._ops.linear(x, self._tiles, self._bias, self.out_features, adapters)
+    def __call__(self, x: Tensor, adapters: Adapters = NO_ADAPTERS) -> Tensor:
+        """Return [T, out], with what adapters add to it."""
+        return self._ops.linear(x, self._tiled, adapters)
 
 
 class NativeAttention:
@@ -171,21 +169,18 @@ class NativeLora:
     def __init__(self, ops: CpuOps, groups: tuple[GroupShape, ...], num_layers: int) -> None:
         self._ops = ops
         self._layout = native_layout(groups, ops.units)
-        self._linears = {
-            (layer, group.name): layer * len(groups) + index
-            for layer in range(num_layers)
-            for index, group in enumerate(groups)
-        }
+        self._names = [(layer, group.name) for layer in range(num_layers) for group in groups]
+        self._linears: dict[tuple[int, str], tuple[int, int]] = {}
+        """The bit of each in ``_touched``, and where the first slot's fields are."""
         self._slots = Slots()
         self._arena = Arena(0)
-        self._table = np.zeros((0, len(self._linears), ADAPTER_FIELDS), dtype=np.int64)
-        self._address = 0
+        self._table = np.zeros((0, len(self._names), ADAPTER_FIELDS), dtype=np.int64)
         self._most_rows = 0
         self._touched = 0
         """Of the step's adapters together, a bit for each linear that one of them adds to."""
         self._segments = Table(np.zeros((0, 3), dtype=np.int64))
         self._workspace = torch.empty(0, 1)
-        self._step = NO_ADAPTERS
+        self._step = NO_ADAPTERS[1:]
 
     @property
     def num_bytes(self) -> int:
@@ -201,8 +196,10 @@ class NativeLora:
         """Reserve addresses; memory is taken when it is touched."""
         self._slots.open(num_bytes, max_rank, num_slots)
         self._arena = Arena(num_bytes)
-        table = Table(np.zeros((num_slots, len(self._linears), ADAPTER_FIELDS), dtype=np.int64))
-        self._table, self._address = table.values, table.address
+        table = Table(np.zeros((num_slots, len(self._names), ADAPTER_FIELDS), dtype=np.int64))
+        self._table = table.values
+        for index, name in enumerate(self._names):
+            self._linears[name] = 1 << index, table.address + index * ADAPTER_FIELDS * self._table.itemsize
         self._most_rows = max_rank * max(len(group.modules) for group in self._layout.shapes)
 
     def pack(self, weights: AdapterWeights) -> PackedAdapter:
@@ -235,17 +232,14 @@ class NativeLora:
         rows = segments[-1].end
         if self._workspace.shape[0] < rows or self._workspace.shape[1] < self._most_rows:
             self._workspace = torch.empty(rows, self._most_rows)
-        self._step = Adapters.of(0, self._segments, self._workspace, len(self._linears))
+        self._step = adapters_of(0, self._segments, self._workspace, len(self._names))[1:]
 
     def apply(self, x: Tensor, out: Tensor, layer: int, group: str) -> None:
         """Add to out [T, all slices] what the adapters make of x [T, in]; base rows are not touched."""
-        adapters = self.adapters(layer, group)
-        if adapters.number:
-            self._ops.lora(x, out, adapters)
+        if self._linears[layer, group][0] & self._touched:
+            self._ops.lora(x, out, self.adapters(layer, group))
 
     def adapters(self, layer: int, group: str) -> Adapters:
         """Return those of the step that add to a linear."""
-        linear = self._linears[layer, group]
-        if not self._touched >> linear & 1:
-            return NO_ADAPTERS
-        return Adapters(self._address + linear * ADAPTER_FIELDS * self._table.itemsize, *self._step[1:])
+        bit, address = self._linears[layer, group]
+        return (address, *self._step) if bit & self._touched else NO_ADAPTERS

@@ -14,7 +14,7 @@ from torch import Tensor
 from inference_service.backends.torch import ACTIVATIONS
 from inference_service.kernels.cpu.build import COMPILERS, compile_beforehand, load
 from inference_service.kernels.cpu.check import first_wrong
-from inference_service.kernels.cpu.ops import ADAPTER_FIELDS, BLOCK, Adapters, Chunks, CpuOps, Table
+from inference_service.kernels.cpu.ops import ADAPTER_FIELDS, BLOCK, Chunks, CpuOps, Table, adapters_of
 from inference_service.kernels.cpu.processors import kinds_of_machine, kinds_that_run
 from inference_service.kernels.rows import Activation
 from tests.support.once import made_once
@@ -132,7 +132,7 @@ def test_lora_adds_each_adapter_to_its_own_rows(
     beside[:, 1] = table
     adapters = Table(beside)
     address = adapters.address + ADAPTER_FIELDS * 8
-    here = Adapters.of(address, Table(np.array(segments, dtype=np.int64)), workspace, apart=3)
+    here = adapters_of(address, Table(np.array(segments, dtype=np.int64)), workspace, apart=3)
     ops.lora(x, out, here)
     assert torch.equal(out[:5].view(torch.uint8), before[:5].view(torch.uint8))
     assert _error(out[5:] - before[5:], expected[5:] - before[5:].double()) < 3 * TOLERANCE[dtype]
@@ -151,16 +151,16 @@ def test_a_linear_multiplies(
     ops = CpuOps(library, dtype)  # type: ignore[arg-type]
     x = torch.full((rows, width + 3), torch.nan, dtype=dtype)[:, :width].copy_(torch.randn(rows, width))
     weight, bias = torch.randn(columns, width).to(dtype), torch.randn(columns).to(dtype) if biased else None
-    tiles = ops.tiles(weight)
-    assert tiles is not None
-    found = ops.linear(x, tiles, bias, columns)
+    tiled = ops.tiled(weight, bias)
+    assert tiled is not None
+    found = ops.linear(x, tiled)
     expected = x.double() @ weight.double().t() + (0 if bias is None else bias.double())
     assert _error(found, expected) < TOLERANCE[dtype]
 
 
 def test_a_width_that_is_no_whole_unit_is_left_to_others(library: object) -> None:
     """Two values of bfloat16 are multiplied together."""
-    assert CpuOps(library, torch.bfloat16).tiles(torch.ones(4, 3)) is None  # type: ignore[arg-type]
+    assert CpuOps(library, torch.bfloat16).tiled(torch.ones(4, 3)) is None  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -175,18 +175,18 @@ def test_a_row_of_a_linear_and_its_adapters_depends_on_no_other(
     x, weight, a, b = (
         torch.randn(*shape).to(dtype) for shape in ((70, 1000), (300, 1000), (13, 1000), (13, 300))
     )
-    tiles, packed = ops.tiles(weight), (packed_by(ops, a, 0), packed_by(ops, b, 1))
-    assert tiles is not None
+    tiled, packed = ops.tiled(weight), (packed_by(ops, a, 0), packed_by(ops, b, 1))
+    assert tiled is not None
     fields = [packed[0].data_ptr(), 13, 1, 13, packed[1].data_ptr(), 0, 300, *[0] * 8]
     table = Table(np.array([fields], dtype=np.int64))
 
     def made(x: Tensor, first: int, at_once: bool) -> Tensor:
         segments = Table(np.array([[0, first, len(x) - first]], dtype=np.int64))
         workspace = torch.full((len(x), 13), torch.nan)
-        adapters = Adapters.of(table.address, segments, workspace)
+        adapters = adapters_of(table.address, segments, workspace)
         if at_once:
-            return ops.linear(x, tiles, None, 300, adapters)
-        out = ops.linear(x, tiles, None, 300)
+            return ops.linear(x, tiled, adapters)
+        out = ops.linear(x, tiled)
         ops.lora(x, out, adapters)
         return out
 
@@ -194,7 +194,7 @@ def test_a_row_of_a_linear_and_its_adapters_depends_on_no_other(
     assert torch.equal(made(x, 5, False), together)
     assert torch.equal(torch.cat([made(row, 0, True) for row in torch.split(x[5:], 1)]), together[5:])
     assert torch.equal(torch.cat([made(rows, 0, True) for rows in torch.split(x[5:], 6)]), together[5:])
-    assert torch.equal(ops.linear(x[:5], tiles, None, 300), together[:5])
+    assert torch.equal(ops.linear(x[:5], tiled), together[:5])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -359,7 +359,7 @@ def test_what_an_adapter_adds_to_a_row_does_not_depend_on_the_others(
         out = torch.zeros(len(x), 300, dtype=dtype)
         segments = Table(np.array([[0, 0, len(x)]], dtype=np.int64))
         workspace = torch.empty(len(x), 13)
-        ops.lora(x, out, Adapters.of(table.address, segments, workspace))
+        ops.lora(x, out, adapters_of(table.address, segments, workspace))
         return out
 
     assert torch.equal(torch.cat([added(row) for row in torch.split(x, 1)]), added(x))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import gelu, rms_norm, scaled_dot_product_attention, silu
 
-from inference_service.kernels.cpu.ops import BLOCK, Adapters, Chunks, CpuOps, Table
+from inference_service.kernels.cpu.ops import BLOCK, Chunks, CpuOps, Table, adapters_of
 
 TOLERANCE: Final = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
 """Of the norm of the difference, relative."""
@@ -75,14 +75,14 @@ def _lora(ops: CpuOps, generator: torch.Generator) -> Pair:
     out = torch.zeros(ROWS, 24, dtype=ops.dtype)
     segments = Table(np.array([[0, 0, ROWS]], dtype=np.int64))
     workspace = torch.empty(ROWS, 5)
-    ops.lora(x, out, Adapters.of(adapter.address, segments, workspace))
+    ops.lora(x, out, adapters_of(adapter.address, segments, workspace))
     return out, x.double() @ a.double().t() @ b.double()
 
 
 def _linear(ops: CpuOps, generator: torch.Generator) -> Pair:
     x, weight, bias = (_random(ops, generator, *shape) for shape in ((ROWS, 40), (200, 40), (200,)))
-    tiles = ops.tiles(weight)
-    found = x if tiles is None else ops.linear(x, tiles, bias, 200)
+    tiled = ops.tiled(weight, bias)
+    found = x if tiled is None else ops.linear(x, tiled)
     return found, x.double() @ weight.double().t() + bias.double()
 
 

@@ -9,7 +9,6 @@ import ctypes
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -71,28 +70,29 @@ class Chunks:
         return cls(Table(table), blocks)
 
 
-class Adapters(NamedTuple):
-    """The adapters of a step in one linear, as the compiled operation takes them."""
+class Tiled:
+    """A weight [N, K] as `CpuOps.linear` reads it and its bias [N], and where they lie."""
 
-    address: int
-    """Of the first slot's ADAPTER_FIELDS."""
-    apart: int
-    """How many times as many the next slot's lie behind."""
-    segments: int
-    """The address of [S, 3]: slot, first row, rows."""
-    number: int
-    workspace: int
-    """The address of float32 [T, most ranks]."""
-    stride: int
-
-    @classmethod
-    def of(cls, address: int, segments: Table, workspace: Tensor, apart: int = 1) -> Adapters:
-        """Describe segments [S, 3] and a workspace [T, most ranks]."""
-        number = len(segments.values)
-        return cls(address, apart, segments.address, number, workspace.data_ptr(), workspace.stride(0))
+    def __init__(self, tiles: Tensor, bias: Tensor | None, columns: int) -> None:
+        self.columns = columns
+        self._kept = tiles, bias
+        self.address: int = tiles.data_ptr()
+        self.bias: int | None = None if bias is None else bias.data_ptr()
 
 
-NO_ADAPTERS = Adapters(0, 0, 0, 0, 0, 0)
+Adapters = tuple[int, int, int, int, int, int]
+"""The adapters of a step in one linear, as the compiled operation takes them: `adapters_of`."""
+NO_ADAPTERS: Adapters = (0, 0, 0, 0, 0, 0)
+
+
+def adapters_of(address: int, segments: Table, workspace: Tensor, apart: int = 1) -> Adapters:
+    """Describe the adapters of segments [S, 3] of slot, first row, rows; whoever calls keeps all of it.
+
+    address is that of the first slot's ADAPTER_FIELDS, the next slot's lie ``apart`` times as many behind;
+    workspace is float32 [T, most ranks].
+    """
+    count = len(segments.values)
+    return (address, apart, segments.address, count, workspace.data_ptr(), workspace.stride(0))
 
 
 class CpuOps:
@@ -114,42 +114,35 @@ class CpuOps:
         self._rope_write, self._rms_norm = functions["rope_write"], functions["rms_norm"]
         self._gated = {"silu": functions["silu"], "gelu_tanh": functions["gelu_tanh"]}
 
-    def linear(
-        self,
-        x: Tensor,
-        tiles: Tensor,
-        bias: Tensor | None,
-        columns: int,
-        adapters: Adapters = NO_ADAPTERS,
-    ) -> Tensor:
-        """Return x W^T + b [T, columns] of x [T, K] and what `tiles` made of W, with what adapters add.
+    def linear(self, x: Tensor, weight: Tiled, adapters: Adapters = NO_ADAPTERS) -> Tensor:
+        """Return x W^T + b [T, N] of x [T, K], with what adapters add.
 
         The sums of a row run over K in order: its bits depend on nothing but the row and the weights.
         """
-        out = torch.empty(len(x), columns, dtype=x.dtype)
-        self._products(x, tiles.data_ptr(), None if bias is None else bias.data_ptr(), out, adapters)
+        (rows, width), columns = x.shape, weight.columns
+        out = torch.empty(rows, columns, dtype=self.dtype)
+        self._linear(
+            x.data_ptr(), x.stride(0), rows, width, weight.address, weight.bias, out.data_ptr(), columns,
+            columns, *adapters, self.threads,
+        )  # fmt: skip
         return out
 
     def lora(self, x: Tensor, out: Tensor, adapters: Adapters) -> None:
         """Add to out [T, N] what adapters make of x [T, K]."""
-        self._products(x, None, None, out, adapters)
-
-    def _products(
-        self, x: Tensor, tiles: int | None, bias: int | None, out: Tensor, adapters: Adapters
-    ) -> None:
         rows, width = x.shape
         self._linear(
-            x.data_ptr(), x.stride(0), rows, width, tiles, bias, out.data_ptr(), out.stride(0), out.shape[1],
+            x.data_ptr(), x.stride(0), rows, width, None, None, out.data_ptr(), out.stride(0), out.shape[1],
             *adapters, self.threads,
         )  # fmt: skip
 
-    def tiles(self, weight: Tensor) -> Tensor | None:
-        """Return a weight [N, K] as `linear` reads it; None where K is no multiple of a unit's values."""
+    def tiled(self, weight: Tensor, bias: Tensor | None = None) -> Tiled | None:
+        """Return a weight [N, K] and its bias for `linear`; None where K is no multiple of a unit's values."""
         rows, width = weight.shape
         if width % self.units:
             return None
         padded = pad(weight, (0, 0, 0, -rows % LANES)) if rows % LANES else weight
-        return padded.view(-1, LANES, width // self.units, self.units).transpose(1, 2).contiguous()
+        tiles = padded.view(-1, LANES, width // self.units, self.units).transpose(1, 2).contiguous()
+        return Tiled(tiles, bias, rows)
 
     @property
     def threads(self) -> int:
