@@ -21,7 +21,7 @@ for top in sys.argv[2:]:
 
 
 def test_a_wheel_stays_out_of_other_projects_way(tmp_path: Path) -> None:
-    """It installs four packages and no `shared`; every module works beside another project that has one."""
+    """It installs five packages and no `shared`; every module works beside another project that has one."""
     built = subprocess.run(
         [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", tmp_path],
         cwd=ROOT, capture_output=True, text=True, check=False,
@@ -31,7 +31,7 @@ def test_a_wheel_stays_out_of_other_projects_way(tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         tops = {name.partition("/")[0] for name in archive.namelist() if ".dist-info/" not in name}
         archive.extractall(tmp_path / "site")
-    assert tops == {"loramux", "loramux_shared", "builder_service", "inference_service"}
+    assert tops == {"loramux", "loramux_shared", "builder_service", "inference_service", "ray_service"}
     other = tmp_path / "other" / "shared"
     other.mkdir(parents=True)
     (other / "__init__.py").write_text('OURS = "another project\'s"\n')
