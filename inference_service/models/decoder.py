@@ -20,7 +20,8 @@ from inference_service.layers.norm import RMSNorm
 from inference_service.layers.rope import Rope
 from inference_service.lora.weights import AdapterWeights
 from inference_service.models.checkpoint import Tensors
-from inference_service.models.weights import Weights
+from inference_service.models.weights import Layer, Weights
+from loramux_shared.bases.attention import QueryGrowth
 from loramux_shared.bases.config import ModelConfig
 
 
@@ -54,6 +55,7 @@ class Decoder:
         self._ropes = tuple(Rope(spec, self.dtype, self.device) for spec in config.ropes)
         # Rounded as the weights are: Gemma was trained with a scale in bfloat16.
         self._scale = float(torch.tensor(config.embedding_scale, dtype=self.dtype))
+        self._growths = _growths(config.query_growth, config.max_positions).to(self.device, self.dtype)
 
     def merge(self, checkpoint: Tensors, adapter: AdapterWeights) -> None:
         """Add an adapter to the weights for good; the checkpoint, in float32, is the one that they came from.
@@ -88,18 +90,23 @@ class Decoder:
         """Run tokens [T] at positions [T]; return what the head reads of some rows [N, hidden]."""
         ops, config = self._operations, self.config
         turns = [attention.turn(*ops.angles(rope, positions)) for rope in self._ropes]
+        growth = self._growth(positions)
         hidden = ops.embed(tokens, self._embedding, self._scale)
         delta: Tensor | None = None
         delta_norm: RMSNorm | None = None
         for index, layer in enumerate(self._layers):
-            x = ops.norm(hidden, layer.input_norm, delta, delta_norm)
-            heads = self._linear(layer.qkv, x, lora, index, "qkv").view(len(x), -1, config.dims.head_dim)
+            x = self._add(hidden, layer.input_norm, delta, delta_norm)
+            qkv = self._prepared(self._linear(layer.qkv, x, lora, index, "qkv"), layer, growth)
+            heads = qkv.view(len(x), -1, config.dims.head_dim)
             turn, keys, values = turns[layer.rope], cache.keys[index], cache.values[index]
             attended = attention(heads, turn, keys, values, layer.attention, layer.qk_norm)
-            delta = self._linear(layer.o, attended, lora, index, "o")
-            x = ops.norm(hidden, layer.mlp_norm, delta, layer.attention_out_norm)
+            delta = self._scaled(self._linear(layer.o, attended, lora, index, "o"))
+            x = self._add(hidden, layer.mlp_norm, delta, layer.attention_out_norm)
             gated = ops.gated(self._linear(layer.gate_up, x, lora, index, "gate_up"), config.activation)
-            delta, delta_norm = self._linear(layer.down, gated, lora, index, "down"), layer.mlp_out_norm
+            delta, delta_norm = (
+                self._scaled(self._linear(layer.down, gated, lora, index, "down")),
+                layer.mlp_out_norm,
+            )
         last = None if delta is None else delta[last_rows]
         return ops.norm(hidden[last_rows], self._norm, last, delta_norm)
 
@@ -107,10 +114,49 @@ class Decoder:
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the logits [N, vocab] of rows [N, hidden]."""
         logits = self._operations.linear(self._head, hidden)
+        if self.config.logit_divisor != 1.0:
+            logits /= self.config.logit_divisor
         cap = self.config.logit_softcap
         return logits if cap is None else self._operations.softcap(logits, cap)
+
+    def _add(
+        self, hidden: Tensor, norm: RMSNorm | None, delta: Tensor | None, delta_norm: RMSNorm | None
+    ) -> Tensor:
+        """Add delta to hidden in place; return what the next linear reads."""
+        if norm is not None:
+            return self._operations.norm(hidden, norm, delta, delta_norm)
+        if delta is not None:
+            hidden += delta if delta_norm is None else self._operations.norm(delta, delta_norm, None, None)
+        return hidden
+
+    def _scaled(self, delta: Tensor) -> Tensor:
+        scale = self.config.residual_scale
+        return delta if scale == 1.0 else delta.mul_(scale)
+
+    def _growth(self, positions: Tensor) -> Tensor | None:
+        """What queries at positions [T] are multiplied with [T, 1]; None: nothing."""
+        spec = self.config.query_growth
+        return None if spec is None else self._growths.index_select(0, positions // spec.length)[:, None]
+
+    def _prepared(self, qkv: Tensor, layer: Layer, growth: Tensor | None) -> Tensor:
+        """Norm and scale queries and keys in place, as far as attention does not."""
+        dims = self.config.dims
+        q = dims.num_heads * dims.head_dim
+        queries, keys = qkv[:, :q], qkv[:, q : q + dims.num_kv_heads * dims.head_dim]
+        if layer.row_norms is not None:
+            for rows, norm in zip((queries, keys), layer.row_norms, strict=True):
+                rows.copy_(self._operations.norm(rows.contiguous(), norm, None, None))
+        if growth is not None:
+            queries *= growth
+        return qkv
 
     def _linear(self, layer: Linear, x: Tensor, lora: StepLora | None, index: int, group: str) -> Tensor:
         if lora is None:
             return self._operations.linear(layer, x)
         return self._operations.adapted(layer, x, lora, index, group)
+
+
+def _growths(spec: QueryGrowth | None, max_positions: int) -> Tensor:
+    """Return what queries are multiplied with, by their position // length."""
+    steps = 0 if spec is None else (max_positions - 1) // spec.length + 1
+    return 1 + (0.0 if spec is None else spec.beta) * torch.log1p(torch.arange(steps).float())

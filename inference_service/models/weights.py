@@ -24,13 +24,15 @@ class Layer:
     attention: AttentionSpec
     rope: int
     """Index into the decoder's ropes."""
-    input_norm: RMSNorm
+    input_norm: RMSNorm | None
     qkv: Linear
+    row_norms: tuple[RMSNorm, RMSNorm] | None
+    """Of queries and of keys, where they are normed all heads together."""
     qk_norm: RMSNorm | None
     """Of the heads of queries and keys, side by side."""
     o: Linear
     attention_out_norm: RMSNorm | None
-    mlp_norm: RMSNorm
+    mlp_norm: RMSNorm | None
     gate_up: Linear
     down: Linear
     mlp_out_norm: RMSNorm | None
@@ -97,12 +99,13 @@ class Weights:
         return Layer(
             attention=spec.attention,
             rope=config.ropes.index(spec.rope),
-            input_norm=self._norm(at + names.input_norm),
+            input_norm=self._optional_norm(at, names.input_norm),
             qkv=fused(qkv, names.qkv, config.qkv_bias),
+            row_norms=self._row_norms(at),
             qk_norm=self._qk_norm(at),
             o=fused(o, (names.o,), config.o_bias),
             attention_out_norm=self._optional_norm(at, names.attention_out_norm),
-            mlp_norm=self._norm(at + names.mlp_norm),
+            mlp_norm=self._optional_norm(at, names.mlp_norm),
             gate_up=fused(gate_up, names.gate_up, config.mlp_bias),
             down=fused(down, (names.down,), config.mlp_bias),
             mlp_out_norm=self._optional_norm(at, names.mlp_out_norm),
@@ -123,17 +126,24 @@ class Weights:
 
     def _qk_norm(self, at: str) -> RMSNorm | None:
         names, dims = self._config.names, self._config.dims
-        if names.q_norm is None or names.k_norm is None:
+        if names.q_norm is None or names.k_norm is None or not self._config.qk_norm_of_heads:
             return None
         q, k = (self._get(f"{at}{name}.weight", (dims.head_dim,)) for name in (names.q_norm, names.k_norm))
         weight = torch.cat([q.expand(dims.num_heads, -1), k.expand(dims.num_kv_heads, -1)])
         return RMSNorm(weight.to(self._dtype), self._config.norm_eps, self._config.norm_offset)
 
+    def _row_norms(self, at: str) -> tuple[RMSNorm, RMSNorm] | None:
+        names, dims = self._config.names, self._config.dims
+        if names.q_norm is None or names.k_norm is None or self._config.qk_norm_of_heads:
+            return None
+        q = self._norm(at + names.q_norm, dims.num_heads * dims.head_dim)
+        return q, self._norm(at + names.k_norm, dims.num_kv_heads * dims.head_dim)
+
     def _optional_norm(self, at: str, name: str | None) -> RMSNorm | None:
         return None if name is None else self._norm(at + name)
 
-    def _norm(self, name: str) -> RMSNorm:
-        weight = self._get(f"{name}.weight", (self._config.dims.hidden,))
+    def _norm(self, name: str, width: int | None = None) -> RMSNorm:
+        weight = self._get(f"{name}.weight", (width or self._config.dims.hidden,))
         return RMSNorm(weight.to(self._dtype), self._config.norm_eps, self._config.norm_offset)
 
     def _get(self, name: str, shape: tuple[int, ...]) -> Tensor:

@@ -17,7 +17,7 @@ from torch.nn.functional import gelu, silu
 from inference_service.layers.rope import frequencies
 from inference_service.models.checkpoint import Checkpoint
 from inference_service.proof.adapter_source import AdapterFactors
-from loramux_shared.bases.attention import AttentionSpec
+from loramux_shared.bases.attention import AttentionSpec, QueryGrowth
 from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bases.rope import RopeSpec
 
@@ -63,7 +63,7 @@ class Reference:
             self._layer(index, everyone)
         norm = self._get(names.final_norm, (dims.hidden,))
         for run in everyone:
-            logits = head @ self._normed(run.hidden[-1], norm)
+            logits = head @ self._normed(run.hidden[-1], norm) / config.logit_divisor
             cap = config.logit_softcap
             run.logits = logits if cap is None else torch.tanh(logits / cap) * cap
         return runs
@@ -89,27 +89,42 @@ class Reference:
             for name in (names.input_norm, names.attention_out_norm, names.mlp_norm, names.mlp_out_norm)
             if name is not None
         }
-        heads = {name: self._get(at + name, (dims.head_dim,)) for name in (names.q_norm, names.k_norm) if name}
+        q_norm, k_norm = self._qk_norms(at)
         qkv = self._linear(at, names.qkv, (q, kv, kv), dims.hidden, config.qkv_bias)
         out = self._linear(at, (names.o,), (dims.hidden,), q, config.o_bias)
         gate_up = self._linear(at, names.gate_up, (dims.intermediate,) * 2, dims.hidden, config.mlp_bias)
         down = self._linear(at, (names.down,), (dims.hidden,), dims.intermediate, config.mlp_bias)
         for run in runs:
-            x = self._normed(run.hidden, norms[names.input_norm])
+            x = self._maybe_normed(run.hidden, norms, names.input_norm)
             parts = _project(run, index, QKV, x, qkv, (q, kv, kv))
-            queries, keys, values = (part.view(len(x), -1, dims.head_dim).transpose(0, 1) for part in parts)
-            if names.q_norm and names.k_norm:
-                queries = self._normed(queries, heads[names.q_norm])
-                keys = self._normed(keys, heads[names.k_norm])
-            queries, keys = (_rotate(part, spec.rope) for part in (queries, keys))
+            normed = self._heads(parts[0], q_norm), self._heads(parts[1], k_norm)
+            queries, keys = (_rotate(part, spec.rope) for part in normed)
+            queries, values = _grown(queries, config.query_growth), self._heads(parts[2], None)
             seen = _attend(queries, keys, values, spec.attention).transpose(0, 1).reshape(len(x), q)
             (y,) = _project(run, index, ("attn_dense",), seen, out, (dims.hidden,))
-            run.hidden = run.hidden + self._maybe_normed(y, norms, names.attention_out_norm)
-            x = self._normed(run.hidden, norms[names.mlp_norm])
+            y = self._maybe_normed(y * config.residual_scale, norms, names.attention_out_norm)
+            run.hidden = run.hidden + y
+            x = self._maybe_normed(run.hidden, norms, names.mlp_norm)
             gate, up = _project(run, index, GATE_UP, x, gate_up, (dims.intermediate,) * 2)
             active = silu(gate) if config.activation == "silu" else gelu(gate, approximate="tanh")
             (y,) = _project(run, index, ("mlp_4h_to_h",), active * up, down, (dims.hidden,))
-            run.hidden = run.hidden + self._maybe_normed(y, norms, names.mlp_out_norm)
+            y = self._maybe_normed(y * config.residual_scale, norms, names.mlp_out_norm)
+            run.hidden = run.hidden + y
+
+    def _qk_norms(self, at: str) -> tuple[Tensor | None, Tensor | None]:
+        """Weights of queries and keys, of a head or of all heads; None where there are none."""
+        names, dims = self._config.names, self._config.dims
+        q, k = (1, 1) if self._config.qk_norm_of_heads else (dims.num_heads, dims.num_kv_heads)
+        return (
+            None if names.q_norm is None else self._get(at + names.q_norm, (q * dims.head_dim,)),
+            None if names.k_norm is None else self._get(at + names.k_norm, (k * dims.head_dim,)),
+        )
+
+    def _heads(self, x: Tensor, norm: Tensor | None) -> Tensor:
+        """Norm x [T, all heads together] in parts as long as the norm; return [heads, T, head_dim]."""
+        if norm is not None:
+            x = self._normed(x.reshape(len(x), -1, len(norm)), norm)
+        return x.reshape(len(x), -1, self._config.dims.head_dim).transpose(0, 1)
 
     def _maybe_normed(self, x: Tensor, norms: Mapping[str, Tensor], name: str | None) -> Tensor:
         return x if name is None else self._normed(x, norms[name])
@@ -160,6 +175,14 @@ def _rotate(x: Tensor, spec: RopeSpec) -> Tensor:
     cos, sin = angles.cos() * spec.scaling.magnitude, angles.sin() * spec.scaling.magnitude
     first, second = x[..., : spec.dim // 2], x[..., spec.dim // 2 : spec.dim]
     return torch.cat([first * cos - second * sin, second * cos + first * sin, x[..., spec.dim :]], dim=-1)
+
+
+def _grown(queries: Tensor, spec: QueryGrowth | None) -> Tensor:
+    """Multiply queries [heads, T, head_dim] with what their positions say."""
+    if spec is None:
+        return queries
+    positions = torch.arange(queries.shape[1])
+    return queries * (1 + spec.beta * torch.log(1 + torch.floor(positions / spec.length)))[:, None]
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:

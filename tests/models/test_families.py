@@ -15,12 +15,15 @@ from transformers import (
     Gemma2Config,
     Gemma3Config,
     Gemma3TextConfig,
+    GraniteConfig,
     LlamaConfig,
     MistralConfig,
+    Olmo2Config,
     Phi3Config,
     PreTrainedConfig,
     Qwen2Config,
     Qwen3Config,
+    SmolLM3Config,
 )
 
 from inference_service.core.sampling import SamplingParams
@@ -154,9 +157,54 @@ CASES = {
         max_seq_len=128,
         shortest=21,
     ),
+    "granite": Case(
+        GraniteConfig(
+            **SIZES,
+            attention_bias=True,
+            mlp_bias=True,
+            embedding_multiplier=3.0,
+            residual_multiplier=0.4,
+            attention_multiplier=0.2,
+            logits_scaling=5.0,
+        ),
+        ADAPTERS,
+    ),
+    "smollm3": Case(
+        SmolLM3Config(
+            **SIZES | {"num_hidden_layers": 3},
+            no_rope_layers=[1, 0, 1],
+            sliding_window=WINDOW,
+            mlp_bias=True,
+            pad_token_id=0,
+        ),
+        ADAPTERS,
+    ),
+    "smollm3-windows": Case(
+        SmolLM3Config(
+            **SIZES | {"tie_word_embeddings": True},
+            no_rope_layer_interval=2,
+            use_sliding_window=True,
+            sliding_window=WINDOW,
+            attention_bias=True,
+            pad_token_id=0,
+        ),
+        ADAPTERS,
+    ),
+    "olmo2": Case(Olmo2Config(**SIZES, attention_bias=True, pad_token_id=0), ADAPTERS),
 }
 
-EACH_FAMILY = ("llama-yarn", "mistral", "qwen2-windows", "qwen3", "gemma2", "gemma3", "phi4-mini")
+EACH_FAMILY = (
+    "llama-yarn",
+    "mistral",
+    "qwen2-windows",
+    "qwen3",
+    "gemma2",
+    "gemma3",
+    "phi4-mini",
+    "granite",
+    "smollm3-windows",
+    "olmo2",
+)
 """One case of each family, with what is special in its layers."""
 
 

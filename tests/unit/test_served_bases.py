@@ -29,9 +29,9 @@ from tests.unit.test_model_config import HUB_CONFIGS
 SETTINGS = InferenceSettings(deployment="none")
 LONGROPE = {"rope_type": "longrope", "short_factor": [1.0, 1.0], "long_factor": [2.0]}
 REFUSED: dict[str, dict[str, Any]] = {
-    "Granite": {"architectures": ["GraniteForCausalLM"], "model_type": "granite", "logits_scaling": 8.0},
-    "SmolLM3": {"architectures": ["SmolLM3ForCausalLM"], "model_type": "smollm3"},
-    "OLMo 2": {"architectures": ["Olmo2ForCausalLM"], "model_type": "olmo2"},
+    "Cohere": {"architectures": ["CohereForCausalLM"], "model_type": "cohere", "logit_scale": 0.0625},
+    "GLM": {"architectures": ["GlmForCausalLM"], "model_type": "glm"},
+    "OLMo": {"architectures": ["OlmoForCausalLM"], "model_type": "olmo"},
     "Mixtral": {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "num_local_experts": 8},
     "bitsandbytes": {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}},
     "contradiction": {"model_type": "mistral"},
@@ -79,8 +79,8 @@ def test_the_doctor_asks_the_same_reader() -> None:
     gemma = {"architectures": ["Gemma2ForCausalLM"], "model_type": "gemma2"}
     linears = sizes_of(gemma | {"tie_word_embeddings": False}, SETTINGS, 10**11).weights_bytes
     assert linears - sizes_of(gemma, SETTINGS, 10**11).weights_bytes == 2 * 256000 * 2304
-    with pytest.raises(CheckpointInvalid, match="GraniteForCausalLM is not supported"):
-        sizes_of(BASE_CONFIG | REFUSED["Granite"], SETTINGS, 10**11)
+    with pytest.raises(CheckpointInvalid, match="CohereForCausalLM is not supported"):
+        sizes_of(BASE_CONFIG | REFUSED["Cohere"], SETTINGS, 10**11)
 
 
 VALUES: st.SearchStrategy[Any] = st.recursive(

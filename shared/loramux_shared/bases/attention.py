@@ -15,3 +15,11 @@ class AttentionSpec:
     """Positions that a row sees, its own included; None: all."""
     softcap: float | None = None
     """Bound that the scaled products approach, by tanh."""
+
+
+@dataclass(frozen=True)
+class QueryGrowth:
+    """Queries that are multiplied with 1 + beta * log(1 + position // length)."""
+
+    beta: float
+    length: int

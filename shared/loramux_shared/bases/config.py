@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from loramux_shared.bases.attention import AttentionSpec
+from loramux_shared.bases.attention import AttentionSpec, QueryGrowth
 from loramux_shared.bases.groups import GroupShape, layer_groups
 from loramux_shared.bases.rope import RopeSpec
 from loramux_shared.bundle.modules import BaseDims
@@ -23,14 +23,14 @@ class TensorNames:
     """Of an untied head: the first that exists is taken."""
     layer: str = "layers.{index}."
     """Before the names below."""
-    input_norm: str = "input_layernorm"
+    input_norm: str | None = "input_layernorm"
     qkv: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
     """Three linears, or one that holds their rows one after the other."""
     q_norm: str | None = None
     k_norm: str | None = None
     o: str = "self_attn.o_proj"
     attention_out_norm: str | None = None
-    mlp_norm: str = "post_attention_layernorm"
+    mlp_norm: str | None = "post_attention_layernorm"
     gate_up: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
     """Two linears, or one that holds the rows of both."""
     down: str = "mlp.down_proj"
@@ -47,7 +47,7 @@ class LayerSpec:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A decoder of norm, attention, norm, gated MLP."""
+    """A decoder of attention and gated MLPs, with norms before or after them, or both."""
 
     architecture: str
     dims: BaseDims
@@ -62,13 +62,19 @@ class ModelConfig:
     names: TensorNames = TensorNames()
     norm_offset: float = 0.0
     """Added to the weights of every norm."""
+    qk_norm_of_heads: bool = True
+    """Whether queries and keys are normed head by head, or all heads of a row together."""
+    query_growth: QueryGrowth | None = None
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
     activation: Literal["silu", "gelu_tanh"] = "silu"
     embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    """Of what attention and MLP give, before it is added."""
     logit_softcap: float | None = None
     """Bound that the logits approach, by tanh."""
+    logit_divisor: float = 1.0
 
     @property
     def groups(self) -> tuple[GroupShape, ...]:

@@ -14,6 +14,8 @@ from loramux_shared.bases.rope import RopeSpec
 from loramux_shared.bases.rope_config import read_rope
 from loramux_shared.faults import CheckpointInvalid
 
+ReadRope = Callable[[HfConfig, int, int], tuple[RopeSpec, int]]
+"""From the config, the size of a head and the longest sequence of the model."""
 LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
@@ -44,13 +46,12 @@ def llama_like(
     max_positions: int = 2048,
     tied: bool = False,
     sizes: Mapping[str, int] | None = None,
-    rope: Callable[[HfConfig, int, int], tuple[RopeSpec, int]] = read_rope,
+    rope: ReadRope = read_rope,
 ) -> ModelConfig:
     """Return a decoder with nothing special; a family replaces what it does otherwise.
 
     max_positions, tied and sizes are what transformers means where the config does not say; rope returns the
-    rotation and the longest sequence that it serves, from the config, the size of a head and the longest
-    sequence of the model.
+    rotation and the longest sequence that it serves.
     """
     dims = read_dims(config, sizes or {})
     spec, longest = rope(config, dims.head_dim, config.size("max_position_embeddings", max_positions))
@@ -77,6 +78,18 @@ def windowed(
         else layer
         for layer, kind in zip(layers, types, strict=True)
     )
+
+
+def refuse_windows(config: HfConfig, model: ModelConfig) -> None:
+    """Refuse the windows of a family that has none.
+
+    transformers computes without them, and drops what is behind one from its cache all the same.
+    """
+    window = config.integer_or_none("sliding_window", None)
+    if window is not None and window < model.max_positions:
+        config.require("sliding_window", None)
+    if "sliding_attention" in layer_types(config, len(model.layers), lambda _: False):
+        config.require("layer_types", None)
 
 
 def layer_types(config: HfConfig, num_layers: int, slides: Callable[[int], bool]) -> list[str]:

@@ -49,7 +49,14 @@ class LongRope:
     magnitude: float
 
 
-Scaling = Linear | Llama3 | Yarn | LongRope
+@dataclass(frozen=True)
+class Still:
+    """No frequency at all: positions turn nothing."""
+
+    magnitude: float = 1.0
+
+
+Scaling = Linear | Llama3 | Yarn | LongRope | Still
 """How frequencies are stretched for longer contexts."""
 
 

@@ -13,7 +13,9 @@ ROPE_KINDS: Final = ("default", "linear", "dynamic", "llama3", "yarn", "longrope
 _ORIGINAL: Final = "original_max_position_embeddings"
 
 
-def read_rope(config: HfConfig, head_dim: int, max_positions: int) -> tuple[RopeSpec, int]:
+def read_rope(
+    config: HfConfig, head_dim: int, max_positions: int, default_theta: float = 10000.0
+) -> tuple[RopeSpec, int]:
     """Return the rope that all layers share, and the longest sequence that it serves.
 
     Of two blocks ``rope_scaling`` counts, unless it is empty, and what stands in a block counts before what
@@ -23,7 +25,7 @@ def read_rope(config: HfConfig, head_dim: int, max_positions: int) -> tuple[Rope
     refuse_partial(block, config)
     original = config.size(_ORIGINAL, block.size(_ORIGINAL, max_positions))
     scaling, longest = read_scaling(block, head_dim, max_positions, original)
-    theta = block.number("rope_theta", config.number("rope_theta", 10000.0))
+    theta = block.number("rope_theta", config.number("rope_theta", default_theta))
     return rope_spec(head_dim, theta, scaling), longest
 
 

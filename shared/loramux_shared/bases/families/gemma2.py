@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 
 from loramux_shared.bases.config import ModelConfig, TensorNames
-from loramux_shared.bases.family import Architecture, Family, llama_like, windowed
+from loramux_shared.bases.family import Architecture, Family, ReadRope, llama_like, windowed
 from loramux_shared.bases.hf_config import HfConfig
-from loramux_shared.bases.rope import RopeSpec
 from loramux_shared.bases.rope_config import read_rope
 
 SIZES = {
@@ -32,7 +31,7 @@ def gemma_like(
     *,
     max_positions: int,
     sizes: Mapping[str, int],
-    rope: Callable[[HfConfig, int, int], tuple[RopeSpec, int]] = read_rope,
+    rope: ReadRope = read_rope,
 ) -> ModelConfig:
     """Return what Gemma 2 and 3 have in common."""
     config.require("hidden_activation", "gelu_pytorch_tanh")
