@@ -19,6 +19,7 @@ from transformers import (
     LlamaConfig,
     MistralConfig,
     Olmo2Config,
+    Olmo3Config,
     Phi3Config,
     PreTrainedConfig,
     Qwen2Config,
@@ -190,6 +191,19 @@ CASES = {
         ),
         ADAPTERS,
     ),
+    "olmo3": Case(
+        Olmo3Config(
+            **SIZES | {"num_hidden_layers": 4},
+            sliding_window=WINDOW,
+            attention_bias=True,
+            rope_parameters={
+                "full_attention": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            },
+            pad_token_id=0,
+        ),
+        ADAPTERS,
+    ),
     "olmo2": Case(Olmo2Config(**SIZES, attention_bias=True, pad_token_id=0), ADAPTERS),
 }
 
@@ -204,6 +218,7 @@ EACH_FAMILY = (
     "granite",
     "smollm3-windows",
     "olmo2",
+    "olmo3",
 )
 """One case of each family, with what is special in its layers."""
 

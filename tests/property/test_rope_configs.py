@@ -17,11 +17,15 @@ from transformers import AutoConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RotaryEmbedding
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RotaryEmbedding
+from transformers.models.granite.modeling_granite import GraniteRotaryEmbedding
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.models.mistral.modeling_mistral import MistralRotaryEmbedding
+from transformers.models.olmo2.modeling_olmo2 import Olmo2RotaryEmbedding
+from transformers.models.olmo3.modeling_olmo3 import Olmo3RotaryEmbedding
 from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
+from transformers.models.smollm3.modeling_smollm3 import SmolLM3RotaryEmbedding
 
 from inference_service.layers.rope import frequencies
 from loramux_shared.bases.config import ModelConfig
@@ -38,6 +42,10 @@ ROTARY = {
     "gemma2": ("Gemma2ForCausalLM", Gemma2RotaryEmbedding),
     "gemma3_text": ("Gemma3ForCausalLM", Gemma3RotaryEmbedding),
     "phi3": ("Phi3ForCausalLM", Phi3RotaryEmbedding),
+    "granite": ("GraniteForCausalLM", GraniteRotaryEmbedding),
+    "smollm3": ("SmolLM3ForCausalLM", SmolLM3RotaryEmbedding),
+    "olmo2": ("Olmo2ForCausalLM", Olmo2RotaryEmbedding),
+    "olmo3": ("Olmo3ForCausalLM", Olmo3RotaryEmbedding),
 }
 MAX_POSITIONS = 256
 LONG = {"short_factor": [1.0, 1.5, 2.0, 2.5], "long_factor": [4.0, 5.0, 6.0, 7.0]}
@@ -105,7 +113,7 @@ def transformers_ropes(folder: Path, long: bool) -> dict[str, tuple[torch.Tensor
         rotary = ROTARY[config.model_type][1](config)
     except (KeyError, TypeError, ValueError, AttributeError, StrictDataclassError):
         return None
-    if config.model_type == "gemma3_text":
+    if config.model_type in ("gemma3_text", "olmo3"):
         return {
             kind: (getattr(rotary, f"{kind}_inv_freq"), getattr(rotary, f"{kind}_attention_scaling"))
             for kind in rotary.layer_types
@@ -120,7 +128,7 @@ def our_ropes(model: ModelConfig) -> dict[str, tuple[torch.Tensor, float]]:
     ropes = {}
     for layer in model.layers:
         kind = "full_attention" if layer.attention.window is None else "sliding_attention"
-        kind = kind if model.architecture == "Gemma3ForCausalLM" else ""
+        kind = kind if model.architecture in ("Gemma3ForCausalLM", "Olmo3ForCausalLM") else ""
         ropes[kind] = (frequencies(layer.rope), layer.rope.scaling.magnitude)
     return ropes
 
@@ -154,7 +162,7 @@ def test_rope_is_read_as_transformers_reads_it(folder: Path, model_type: str, fi
 
 def _places() -> dict[str, tuple[str, dict[str, Any]]]:
     """Configs that people write, which must be served."""
-    generic = [name for name in ROTARY if name not in ("phi3", "gemma3_text")]
+    generic = [name for name in ROTARY if name not in ("phi3", "gemma3_text", "olmo3")]
     cases: dict[str, tuple[str, dict[str, Any]]] = {}
     for family in generic:
         for name in ("yarn", "yarn-of-a-class", "linear", "linear-by-type", "llama3", "longrope"):
@@ -174,6 +182,8 @@ def _places() -> dict[str, tuple[str, dict[str, Any]]]:
         both = {"rope_scaling": BLOCKS[name], "rope_parameters": BLOCKS["default"]}
         cases[f"phi3-both-{name}"] = ("phi3", both)
     for name in ("linear", "linear-by-type", "yarn", "llama3"):
+        cases[f"olmo3-scaling-{name}"] = ("olmo3", {"rope_scaling": BLOCKS[name], "rope_theta": 3000.0})
+        cases[f"olmo3-nested-{name}"] = ("olmo3", {"rope_parameters": {"full_attention": BLOCKS[name]}})
         cases[f"gemma3-scaling-{name}"] = ("gemma3_text", {"rope_scaling": BLOCKS[name]})
         both = {"rope_scaling": BLOCKS[name], "rope_parameters": NESTED}
         cases[f"gemma3-both-{name}"] = ("gemma3_text", both)

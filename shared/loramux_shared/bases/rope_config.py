@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Final
+from typing import Any, Final
 
 from loramux_shared.bases.hf_config import HfConfig
 from loramux_shared.bases.rope import Linear, Llama3, LongRope, RopeSpec, Scaling, Yarn
 from loramux_shared.faults import CheckpointInvalid
 
 ROPE_KINDS: Final = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
+_OF_LAYERS: Final = tuple(kind for kind in ROPE_KINDS if kind != "longrope")
 _ORIGINAL: Final = "original_max_position_embeddings"
 
 
@@ -27,6 +28,25 @@ def read_rope(
     scaling, longest = read_scaling(block, head_dim, max_positions, original)
     theta = block.number("rope_theta", config.number("rope_theta", default_theta))
     return rope_spec(head_dim, theta, scaling), longest
+
+
+def read_rope_of(config: HfConfig, kind: str, dim: int, longest: int, default_theta: float) -> RopeSpec:
+    """Return the rope of one type of layers, of a family whose types have their own.
+
+    ``rope_scaling`` is about the full ones, and counts before their block. A type that stands only as ``type``
+    does not count against the default that transformers puts there.
+    """
+    blocks = config.block("rope_parameters")
+    fields: dict[str, Any] = {"rope_type": "default"}
+    if blocks.fields.get(kind) is not None:
+        fields = dict(blocks.block(kind).fields)
+    if kind == "full_attention":
+        fields.update(config.block("rope_scaling").fields)
+    fields["truncate"] = blocks.flag("truncate", default=True)  # transformers looks for it beside the blocks
+    block = HfConfig(fields, config.architecture, config.max_seq_len)
+    refuse_partial(block, config)
+    scaling, _ = read_scaling(block, dim, longest, block.size(_ORIGINAL, longest), _OF_LAYERS)
+    return rope_spec(dim, block.number("rope_theta", default_theta), scaling)
 
 
 def rope_block(config: HfConfig) -> HfConfig:

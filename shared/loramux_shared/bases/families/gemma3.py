@@ -6,16 +6,14 @@ Of a checkpoint with images (``Gemma3ForConditionalGeneration``) the text decode
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bases.families.gemma2 import NAMES, SIZES, gemma_like
 from loramux_shared.bases.family import Architecture, Family, layer_types, windowed
 from loramux_shared.bases.hf_config import HfConfig
 from loramux_shared.bases.rope import RopeSpec
-from loramux_shared.bases.rope_config import ROPE_KINDS, read_scaling, refuse_partial, rope_spec
+from loramux_shared.bases.rope_config import read_rope_of
 
-KINDS = tuple(kind for kind in ROPE_KINDS if kind != "longrope")
 THETAS = {
     "full_attention": ("rope_theta", 1_000_000.0),
     "sliding_attention": ("rope_local_base_freq", 10_000.0),
@@ -58,24 +56,8 @@ def _full_rope(config: HfConfig, dim: int, longest: int) -> tuple[RopeSpec, int]
 
 
 def _rope(config: HfConfig, kind: str, dim: int, longest: int) -> RopeSpec:
-    """The rope of one type of layers; ``rope_scaling`` is about the full ones, and counts before their block.
-
-    A type that stands only as ``type`` does not count against the default that transformers puts there.
-    """
-    blocks = config.block("rope_parameters")
-    fields: dict[str, Any] = {"rope_type": "default"}
-    if blocks.fields.get(kind) is not None:
-        fields = dict(blocks.block(kind).fields)
-    if kind == "full_attention":
-        fields.update(config.block("rope_scaling").fields)
-    fields["truncate"] = blocks.flag("truncate", default=True)  # transformers looks for it beside the blocks
-    block = HfConfig(fields, config.architecture, config.max_seq_len)
-    refuse_partial(block, config)
-    scaling, _ = read_scaling(
-        block, dim, longest, block.size("original_max_position_embeddings", longest), KINDS
-    )
     key, theta = THETAS[kind]
-    return rope_spec(dim, block.number("rope_theta", config.number(key, theta)), scaling)
+    return read_rope_of(config, kind, dim, longest, config.number(key, theta))
 
 
 FAMILY = Family(
