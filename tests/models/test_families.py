@@ -17,6 +17,8 @@ from transformers import (
     Gemma3TextConfig,
     GraniteConfig,
     LlamaConfig,
+    Ministral3Config,
+    Mistral3Config,
     MistralConfig,
     Olmo2Config,
     Olmo3Config,
@@ -69,6 +71,19 @@ VISION = {
     "image_size": 28,
     "patch_size": 14,
 }
+MINISTRAL = {
+    "head_dim": 16,
+    "rope_parameters": {
+        "rope_type": "yarn",
+        "rope_theta": 1e4,
+        "factor": 8.0,
+        "original_max_position_embeddings": 20,
+        "llama_4_scaling_beta": 0.5,
+    },
+    "pad_token_id": 0,
+}
+PIXTRAL = {"model_type": "pixtral", **VISION, "head_dim": 8}
+OF_TEXT = {"all": ADAPTERS["all"] | {"target_modules": r".*language_model.*\.(q_proj|o_proj|down_proj)"}}
 FACTORS = [1.0 + 0.1 * index for index in range(4)]
 LONGROPE = {
     "rope_type": "longrope",
@@ -140,7 +155,7 @@ CASES = {
             image_token_index=VOCAB - 1,
             eos_token_id=2,
         ),
-        {"all": ADAPTERS["all"] | {"target_modules": r".*language_model.*\.(q_proj|o_proj|down_proj)"}},
+        OF_TEXT,
     ),
     "phi3": Case(Phi3Config(**SIZES, sliding_window=WINDOW, pad_token_id=0), PHI_ADAPTERS),
     "phi4-mini": Case(
@@ -204,6 +219,24 @@ CASES = {
         ),
         ADAPTERS,
     ),
+    "ministral3": Case(Ministral3Config(**SIZES | MINISTRAL, sliding_window=WINDOW), ADAPTERS),
+    "ministral3-images": Case(
+        Mistral3Config(
+            text_config=SIZES | MINISTRAL | {"model_type": "ministral3"},
+            vision_config=PIXTRAL,
+            image_token_index=VOCAB - 1,
+            tie_word_embeddings=False,
+        ),
+        OF_TEXT,
+    ),
+    "mistral3-images": Case(
+        Mistral3Config(
+            text_config=SIZES | {"model_type": "mistral", "sliding_window": None},
+            vision_config=PIXTRAL,
+            image_token_index=VOCAB - 1,
+        ),
+        OF_TEXT,
+    ),
     "olmo2": Case(Olmo2Config(**SIZES, attention_bias=True, pad_token_id=0), ADAPTERS),
 }
 
@@ -219,6 +252,7 @@ EACH_FAMILY = (
     "smollm3-windows",
     "olmo2",
     "olmo3",
+    "ministral3",
 )
 """One case of each family, with what is special in its layers."""
 

@@ -19,6 +19,7 @@ from transformers.models.gemma2.modeling_gemma2 import Gemma2RotaryEmbedding
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RotaryEmbedding
 from transformers.models.granite.modeling_granite import GraniteRotaryEmbedding
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers.models.ministral3.modeling_ministral3 import Ministral3RotaryEmbedding
 from transformers.models.mistral.modeling_mistral import MistralRotaryEmbedding
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RotaryEmbedding
 from transformers.models.olmo3.modeling_olmo3 import Olmo3RotaryEmbedding
@@ -46,6 +47,7 @@ ROTARY = {
     "smollm3": ("SmolLM3ForCausalLM", SmolLM3RotaryEmbedding),
     "olmo2": ("Olmo2ForCausalLM", Olmo2RotaryEmbedding),
     "olmo3": ("Olmo3ForCausalLM", Olmo3RotaryEmbedding),
+    "ministral3": ("Ministral3ForCausalLM", Ministral3RotaryEmbedding),
 }
 MAX_POSITIONS = 256
 LONG = {"short_factor": [1.0, 1.5, 2.0, 2.5], "long_factor": [4.0, 5.0, 6.0, 7.0]}
@@ -162,7 +164,7 @@ def test_rope_is_read_as_transformers_reads_it(folder: Path, model_type: str, fi
 
 def _places() -> dict[str, tuple[str, dict[str, Any]]]:
     """Configs that people write, which must be served."""
-    generic = [name for name in ROTARY if name not in ("phi3", "gemma3_text", "olmo3")]
+    generic = [name for name in ROTARY if name not in ("phi3", "gemma3_text", "olmo3", "ministral3")]
     cases: dict[str, tuple[str, dict[str, Any]]] = {}
     for family in generic:
         for name in ("yarn", "yarn-of-a-class", "linear", "linear-by-type", "llama3", "longrope"):
@@ -181,6 +183,11 @@ def _places() -> dict[str, tuple[str, dict[str, Any]]]:
             cases[f"phi3-outside-{place}-{name}"] = ("phi3", {place: BLOCKS[name]} | outside)
         both = {"rope_scaling": BLOCKS[name], "rope_parameters": BLOCKS["default"]}
         cases[f"phi3-both-{name}"] = ("phi3", both)
+    for name in ("yarn", "yarn-of-a-class", "yarn-mscale", "llama3"):
+        block = BLOCKS[name] | {"llama_4_scaling_beta": 0.1}
+        cases[f"ministral3-scaling-{name}"] = ("ministral3", {"rope_scaling": block})
+        cases[f"ministral3-parameters-{name}"] = ("ministral3", {"rope_parameters": block})
+    cases["ministral3-of-a-class"] = ("ministral3", {})
     for name in ("linear", "linear-by-type", "yarn", "llama3"):
         cases[f"olmo3-scaling-{name}"] = ("olmo3", {"rope_scaling": BLOCKS[name], "rope_theta": 3000.0})
         cases[f"olmo3-nested-{name}"] = ("olmo3", {"rope_parameters": {"full_attention": BLOCKS[name]}})

@@ -9,7 +9,13 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    LlamaConfig,
+    PreTrainedConfig,
+)
 
 from builder_service.pipeline.build import build
 from builder_service.pipeline.context import BuildContext
@@ -60,7 +66,7 @@ def make_checkpoint(
 ) -> None:
     """Save a random model, with a tokenizer."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    model = _class_of(config).from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:  # norms and biases begin as ones and zeros, which say nothing
@@ -74,7 +80,7 @@ def make_checkpoint(
 def make_adapter(base: Path, folder: Path, seed: int, **config: Any) -> None:
     """Save an adapter with random A and B."""
     model = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32),
+        _loaded(base),
         LoraConfig(task_type="CAUSAL_LM", **config),
     )
     generator = torch.Generator().manual_seed(seed)
@@ -85,9 +91,18 @@ def make_adapter(base: Path, folder: Path, seed: int, **config: Any) -> None:
     model.save_pretrained(folder)
 
 
+def _class_of(config: PreTrainedConfig) -> Any:
+    text = type(config) in AutoModelForCausalLM._model_mapping
+    return AutoModelForCausalLM if text else AutoModelForImageTextToText
+
+
+def _loaded(base: Path) -> Any:
+    return _class_of(AutoConfig.from_pretrained(base)).from_pretrained(base, dtype=torch.float32)
+
+
 def oracle(base: Path, adapter: Path | None) -> Any:
     """The model as transformers and PEFT run it, in float32."""
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    model = _loaded(base).eval()
     return model if adapter is None else PeftModel.from_pretrained(model, adapter).eval()
 
 

@@ -24,7 +24,7 @@ def read_rope(
     """
     block = rope_block(config)
     refuse_partial(block, config)
-    original = config.size(_ORIGINAL, block.size(_ORIGINAL, max_positions))
+    original = original_positions(config, block, max_positions)
     scaling, longest = read_scaling(block, head_dim, max_positions, original)
     theta = block.number("rope_theta", config.number("rope_theta", default_theta))
     return rope_spec(head_dim, theta, scaling), longest
@@ -47,6 +47,11 @@ def read_rope_of(config: HfConfig, kind: str, dim: int, longest: int, default_th
     refuse_partial(block, config)
     scaling, _ = read_scaling(block, dim, longest, block.size(_ORIGINAL, longest), _OF_LAYERS)
     return rope_spec(dim, block.number("rope_theta", default_theta), scaling)
+
+
+def original_positions(config: HfConfig, block: HfConfig, max_positions: int) -> int:
+    """Return the longest sequence that the model was first trained for."""
+    return config.size(_ORIGINAL, block.size(_ORIGINAL, max_positions))
 
 
 def rope_block(config: HfConfig) -> HfConfig:
