@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import Gemma2Config, LlamaConfig, PreTrainedConfig, Qwen3Config
+from transformers import Gemma2Config, GraniteConfig, LlamaConfig, Olmo2Config, PreTrainedConfig, Qwen3Config
 
 from inference_service.backends.deterministic import agreeing_sizes
 from inference_service.core.sampling import SamplingParams
@@ -31,6 +31,8 @@ FAMILIES: dict[str, PreTrainedConfig] = {
         attn_logit_softcapping=2.0,
         final_logit_softcapping=3.0,
     ),
+    "granite": GraniteConfig(**SIZES, residual_multiplier=0.3, embedding_multiplier=3.0, logits_scaling=7.0),
+    "olmo2": Olmo2Config(**SIZES, pad_token_id=0),
 }
 Asked = list[tuple[str, list[int]]]
 
