@@ -103,10 +103,8 @@ class Decoder:
             delta = self._scaled(self._linear(layer.o, attended, lora, index, "o"))
             x = self._add(hidden, layer.mlp_norm, delta, layer.attention_out_norm)
             gated = ops.gated(self._linear(layer.gate_up, x, lora, index, "gate_up"), config.activation)
-            delta, delta_norm = (
-                self._scaled(self._linear(layer.down, gated, lora, index, "down")),
-                layer.mlp_out_norm,
-            )
+            delta = self._scaled(self._linear(layer.down, gated, lora, index, "down"))
+            delta_norm = layer.mlp_out_norm
         last = None if delta is None else delta[last_rows]
         return ops.norm(hidden[last_rows], self._norm, last, delta_norm)
 
@@ -130,6 +128,7 @@ class Decoder:
         return hidden
 
     def _scaled(self, delta: Tensor) -> Tensor:
+        """Scale what is about to be added, in place."""
         scale = self.config.residual_scale
         return delta if scale == 1.0 else delta.mul_(scale)
 
