@@ -139,6 +139,8 @@ class Decoder:
 
     def _prepared(self, qkv: Tensor, layer: Layer, growth: Tensor | None) -> Tensor:
         """Norm and scale queries and keys in place, as far as attention does not."""
+        if layer.row_norms is None and growth is None:
+            return qkv
         dims = self.config.dims
         q = dims.num_heads * dims.head_dim
         queries, keys = qkv[:, :q], qkv[:, q : q + dims.num_kv_heads * dims.head_dim]
