@@ -14,22 +14,30 @@ from tests.kernels.aot import PACKAGES, Variant, covering, variants
 PORTABLE_SHARED = 99 * 1024
 """Bytes that a program may have on every architecture from sm_80 on (163 KB on sm_80, 227 KB on sm_90)."""
 
+USUAL, SELDOM = ARCHITECTURES[:2], ARCHITECTURES[2:]
+"""Those of every run, and those of a sweep."""
+
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("package", PACKAGES)
-def test_configurations_take_what_the_table_says_and_none_spills(package: str) -> None:
+@pytest.mark.parametrize("architectures", [USUAL, pytest.param(SELDOM, marks=pytest.mark.sweep)], ids=str)
+def test_configurations_take_what_the_table_says_and_none_spills(
+    package: str, architectures: tuple[int, ...]
+) -> None:
     """Every entry has no stack and portable shared memory; what it takes is known (else: make golden)."""
-    found = printed([package])
+    found = printed([package], architectures)
     names = {
         (v.name, v.dtype, architecture)
-        for architecture in ARCHITECTURES
+        for architecture in architectures
         for v in variants(architecture, [package])
     }
     assert {(line.name, line.dtype, line.architecture) for line in found} == names
     assert len(found) == len(names)
     assert [str(line) for line in found if line.stack != 0 or line.shared > PORTABLE_SHARED] == []
 
-    golden = [str(line) for line in kept() if package_of(line) == package]
+    golden = [
+        str(line) for line in kept() if package_of(line) == package and line.architecture in architectures
+    ]
     changes = list(difflib.unified_diff(golden, [*map(str, found)], "golden", "compiled", lineterm="", n=0))
     assert not changes, "make golden, and read the diff:\n" + "\n".join(changes)
 
