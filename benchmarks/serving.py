@@ -169,7 +169,7 @@ def end_process(process: subprocess.Popen[bytes]) -> None:
 
 
 def build_deployment(work: Path, names: Sequence[str], store: str) -> None:
-    """Build a deployment of these adapters through the builder service's own pipeline."""
+    """Build `deployment_of` these adapters through the builder service's own pipeline."""
     from builder_service.pipeline.build import build
     from builder_service.pipeline.context import BuildContext
     from builder_service.pipeline.progress import Progress
@@ -177,17 +177,19 @@ def build_deployment(work: Path, names: Sequence[str], store: str) -> None:
     from loramux_shared.sources.open import open_sources
     from loramux_shared.storage.open import open_store
 
+    context = BuildContext(open_store(store), open_sources(local_roots=[work, BASE]))
+    build(parse_deployment(deployment_of(work, names)).deployment, context, Progress(names))
+
+
+def deployment_of(work: Path, names: Sequence[str]) -> dict[str, object]:
+    """Return a deployment file's content: the demo's base, and adapters of a folder."""
     adapters = {name: {"source": "LOCAL", "repo": str(work / "adapters" / name)} for name in names}
-    data = {
+    base = {"source": "LOCAL", "repo": str(BASE)}
+    return {
         "model_name": "bench",
-        "build": {
-            "checkpoint_repository": {"source": "LOCAL", "repo": str(BASE)},
-            "lora_adapters": adapters,
-        },
+        "build": {"checkpoint_repository": base, "lora_adapters": adapters},
         "runtime": {"served_model_name": "base"},
     }
-    context = BuildContext(open_store(store), open_sources(local_roots=[work, BASE]))
-    build(parse_deployment(data).deployment, context, Progress(adapters))
 
 
 Run = Callable[[int, int, int], Awaitable[Figures]]

@@ -15,6 +15,7 @@ import structlog
 from inference_service.operators import Operators
 from inference_service.serving.telemetry.watchers import open_watchers
 from inference_service.startup.load import Ready, load_apart
+from loramux_shared.rpc.stopping import first_of
 from loramux_shared.settings import InferenceSettings
 from loramux_shared.storage.open import open_store
 from loramux_shared.storage.patient import PatientStore
@@ -65,13 +66,7 @@ class Replica:
 
     async def until_over(self) -> None:
         """Wait until the engine ended, or the replica is to be started again on a newer generation."""
-        works = (self.ready.engine.ended(), self.operators.outdated.wait())
-        tasks = [asyncio.ensure_future(work) for work in works]
-        try:
-            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for task in tasks:
-                task.cancel()
+        await first_of(self.ready.engine.ended(), self.operators.outdated.wait())
 
     async def stop(self) -> str | None:
         """Stop computing; returns why the engine is broken, where it is."""

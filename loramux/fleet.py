@@ -121,12 +121,16 @@ class Fleet:
             return [link.channel for link in self._links.values()]
 
 
-class FleetCalls:
+class _Calls:
     """The methods of a service, as those of one server."""
 
     def __init__(self, fleet: Fleet, stub: Callable[[Any], Any]) -> None:
         self._fleet = fleet
         self._stub = stub
+
+
+class FleetCalls(_Calls):
+    """For threads."""
 
     def __getattr__(self, method: str) -> Callable[..., Any]:
         def call(request: Any, timeout: float | None = None) -> Any:
@@ -148,12 +152,8 @@ class FleetCalls:
         return call
 
 
-class AsyncFleetCalls:
-    """The same on an event loop."""
-
-    def __init__(self, fleet: Fleet, stub: Callable[[Any], Any]) -> None:
-        self._fleet = fleet
-        self._stub = stub
+class AsyncFleetCalls(_Calls):
+    """On an event loop."""
 
     def __getattr__(self, method: str) -> Callable[..., Any]:
         def call(request: Any, timeout: float | None = None) -> Any:

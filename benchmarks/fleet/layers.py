@@ -31,7 +31,7 @@ import envoy
 import httpx
 import psutil
 
-from benchmarks.serving import BASE, ROOT, build_deployment, end_process, make_adapters
+from benchmarks.serving import BASE, ROOT, build_deployment, deployment_of, end_process, make_adapters
 from loramux import AsyncClient
 from loramux.cli.tree import free_address
 from loramux.envoy.config import render
@@ -83,10 +83,7 @@ class Machine:
         self.names = make_adapters(work / "adapters", ADAPTERS, 16)
         self.store = f"file://{work}/store"
         build_deployment(work, self.names, self.store)
-        adapters = {name: {"source": "LOCAL", "repo": f"./adapters/{name}"} for name in self.names}
-        build = {"checkpoint_repository": {"source": "LOCAL", "repo": str(BASE)}, "lora_adapters": adapters}
-        text = {"model_name": "bench", "build": build, "runtime": {"served_model_name": "base"}}
-        (work / "deployment.yaml").write_text(json.dumps(text))
+        (work / "deployment.yaml").write_text(json.dumps(deployment_of(work, self.names)))
 
     @contextmanager
     def one(self) -> Iterator[Doors]:

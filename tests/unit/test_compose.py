@@ -5,8 +5,6 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
-import subprocess
-import sys
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,7 @@ from loramux_shared.settings import (
     load_settings,
 )
 from loramux_shared.storage.open import open_store
+from tests.support.commands import assert_takes
 
 ROOT = Path(__file__).parents[2]
 COMPOSE_TEXT = (ROOT / "docker-compose.yml").read_text(encoding="utf-8")
@@ -201,14 +200,7 @@ def test_commands_exist() -> None:
     commands = [RAW["build"]["command"], *(RAW[name]["healthcheck"]["test"][1:] for name in SERVICES)]
     assert {command[0] for command in commands} <= set(PROJECT["scripts"])
     for _, name, *arguments in commands:
-        said = subprocess.run(
-            [Path(sys.executable).with_name("loramux"), name, "--help"],
-            capture_output=True,
-            text=True,
-            env=os.environ | {"COLUMNS": "200", "NO_COLOR": "1"},
-        )
-        assert said.returncode == 0, said.stderr
-        assert all(flag in said.stdout for flag in arguments if flag.startswith("--"))
+        assert_takes(name, arguments)
 
 
 def _requirements(extra: str) -> set[str]:

@@ -53,23 +53,6 @@ inline vf multiply_add(vf acc, vf a, vf b) {
 
 struct bf16 { uint16_t raw; };
 
-// Whether products have the vectors that they were written for.
-template <class T> struct Multiplies;
-template <> struct Multiplies<float> {
-#ifdef __AVX512F__
-  static constexpr bool well = true;
-#else
-  static constexpr bool well = false;
-#endif
-};
-template <> struct Multiplies<bf16> {
-#ifdef __AVX512BF16__
-  static constexpr bool well = true;
-#else
-  static constexpr bool well = false;
-#endif
-};
-
 inline float widen(float x) { return x; }
 inline float widen(bf16 x) { uint32_t u = uint32_t(x.raw) << 16; float f; std::memcpy(&f, &u, 4); return f; }
 inline void narrow(float& to, float x) { to = x; }
@@ -96,10 +79,20 @@ inline void store16(bf16* p, vf x) {
 template <class T> struct Unit;
 template <> struct Unit<float> {
   static constexpr int P = 1;
+#ifdef __AVX512F__
+  static constexpr bool multiplies = true;  // products have the vectors that they were written for
+#else
+  static constexpr bool multiplies = false;
+#endif
   static inline vf fma(vf acc, vu a, vu b) { return multiply_add(acc, floats(a), floats(b)); }
 };
 template <> struct Unit<bf16> {
   static constexpr int P = 2;
+#ifdef __AVX512BF16__
+  static constexpr bool multiplies = true;
+#else
+  static constexpr bool multiplies = false;
+#endif
   static inline vf fma(vf acc, vu a, vu b) {
 #ifdef __AVX512BF16__
     __m512 r; std::memcpy(&r, &acc, 64);
@@ -757,7 +750,7 @@ template <class T, bool GELU> void gated(const T* in, T* out, int64_t rows, int6
     linear<T>({(const T*)x, ldx, rows, K, (const T*)w, (const T*)bias, (T*)out, ldo, N}, (const Adapter*)adapters,    \
               apart, (const Segment*)segments, count, (float*)y, ldy, threads);                                       \
   }                                                                                                                   \
-  extern "C" int64_t multiplies_##SUFFIX() { return Multiplies<T>::well; }                                            \
+  extern "C" int64_t multiplies_##SUFFIX() { return Unit<T>::multiplies; }                                            \
   extern "C" void pack_##SUFFIX(const void* pieces, int64_t count) { pack<T>((const Piece*)pieces, count); }          \
   extern "C" void attention_##SUFFIX(const void* q, int64_t ldq, void* out, const void* chunks, int64_t count,        \
                                      const void* keys, const void* values, int64_t num_blocks, int64_t kv_heads,      \

@@ -33,10 +33,17 @@ async def leave(
         for door in doors:
             await door.leave()
     waits: list[Coroutine[Any, Any, object]] = [asyncio.sleep(delay_s), *([sooner] if sooner else [])]
-    tasks = [asyncio.ensure_future(work) for work in waits]
-    await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-    for task in tasks:
-        task.cancel()
+    await first_of(*waits)
+
+
+async def first_of(*works: Coroutine[Any, Any, object]) -> None:
+    """Wait until one of them ends, and cancel the others."""
+    tasks = [asyncio.ensure_future(work) for work in works]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in tasks:
+            task.cancel()
 
 
 class Stop:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from loramux_shared.deployment_file import parse_deployment
 from loramux_shared.settings import CLIENT_VARIABLES, PREFIX, BuilderSettings, InferenceSettings, load_settings
 from loramux_shared.storage.open import open_store
 from tests.golden.metrics.script import NAMES
+from tests.support.commands import assert_takes
 from tests.unit.kubernetes.manifests import (
     KUBERNETES,
     OVERLAYS,
@@ -342,11 +341,4 @@ def test_commands_exist() -> None:
     ]
     assert len(ran) == 2
     for _, name, *arguments in ran:
-        said = subprocess.run(
-            [Path(sys.executable).with_name("loramux"), name, "--help"],
-            capture_output=True,
-            text=True,
-            env=os.environ | {"COLUMNS": "200", "NO_COLOR": "1"},
-        )
-        assert said.returncode == 0, said.stderr
-        assert all(flag in said.stdout for flag in arguments if flag.startswith("--"))
+        assert_takes(name, arguments)
