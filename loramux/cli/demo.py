@@ -16,7 +16,7 @@ from loramux.cli.hints import program, show_lines_to_try
 from loramux.cli.preflight import UpPlan, preflight
 from loramux.cli.race import race, show_summary
 from loramux.cli.tree import ProcessTree, free_address, run_tree
-from loramux.cli.up import OPENAI, keep, show_ready, start_builder, start_inference
+from loramux.cli.up import OPENAI, keep, start_builder, start_inference
 from loramux.client import BUILDER, INFERENCE, AsyncClient
 from loramux_shared.deployment import SourceKind
 from loramux_shared.faults import SettingsInvalid
@@ -73,8 +73,7 @@ async def _demo(
         shell.show(f"{prompt}   ({len(models)} models at the same time)", "bold")
         show_summary(await race(client, models, prompt, max_tokens))
     if stay:
-        show_ready(plan, models, tree.folder)
-        await keep(tree)
+        await keep(tree, plan, models)
     else:
         shell.show()
         shell.show(f"{program('loramux')} demo --keep goes on serving; then, in another terminal,")

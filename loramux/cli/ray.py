@@ -22,7 +22,7 @@ from loramux.cli.documents import emit
 from loramux.cli.hints import reachable
 from loramux.cli.preflight import UpPlan, preflight
 from loramux.cli.tree import ProcessTree, free_address, run_tree
-from loramux.cli.up import DEFAULT_STORE, OPENAI, keep, ready_fields, show_ready
+from loramux.cli.up import DEFAULT_STORE, OPENAI, keep
 from loramux.client import INFERENCE, AsyncClient
 from loramux_shared.faults import SettingsInvalid
 
@@ -93,11 +93,7 @@ async def _up(
     async with AsyncClient(inference=reachable(plan.inference), builder=reachable(plan.builder)) as client:
         await _bring_up(tree, client, plan, address, options, builds=True, as_json=as_json)
         models = await client.models()
-    if as_json:
-        emit(ready_fields(plan, models, tree.folder))
-    else:
-        show_ready(plan, models, tree.folder)
-    await keep(tree)
+    await keep(tree, plan, models, as_json=as_json)
 
 
 @app.command()

@@ -66,11 +66,7 @@ async def _up(tree: ProcessTree, plan: UpPlan, as_json: bool) -> None:
             show_built(built)
         await start_inference(tree, plan)
         models = await client.models()
-    if as_json:
-        emit(ready_fields(plan, models, tree.folder))
-    else:
-        show_ready(plan, models, tree.folder)
-    await keep(tree)
+    await keep(tree, plan, models, as_json=as_json)
 
 
 async def start_builder(tree: ProcessTree, plan: UpPlan) -> None:
@@ -92,8 +88,12 @@ async def start_inference(tree: ProcessTree, plan: UpPlan) -> None:
         await tree.serve("inference", argv)
 
 
-async def keep(tree: ProcessTree) -> None:
-    """Stay until a signal ends the tree."""
+async def keep(tree: ProcessTree, plan: UpPlan, models: Sequence[ModelInfo], *, as_json: bool = False) -> None:
+    """Say where everything is, and stay until a signal ends the tree."""
+    if as_json:
+        emit(ready_fields(plan, models, tree.folder))
+    else:
+        show_ready(plan, models, tree.folder)
     tree.ready = True
     notify(READY)
     shell.say("serving until Ctrl-C", "dim")
