@@ -91,4 +91,4 @@ def random_adapter(config: ModelConfig, rank: int, dtype: torch.dtype) -> Adapte
             first += rank * (group.in_features + out)
     every = [row._replace(layer=layer) for layer in range(config.dims.num_layers) for row in rows]
     values = torch.randn(first, dtype=dtype) * SCALE
-    return arrange(values, every, config.groups, config.dims.num_layers)
+    return arrange(values, every, config.layer_groups)

@@ -7,22 +7,23 @@ from builder_service.domain.config_fields import FILE
 from builder_service.domain.grouping import Grouping
 from builder_service.domain.peft_names import ends
 from builder_service.domain.tensor_rules import Pair
-from loramux_shared.bundle.modules import BaseDims
+from loramux_shared.bases.config import ModelConfig
 from loramux_shared.faults import Finding
 
 
-def legal_findings(pairs: list[Pair], config: AdapterConfig, dims: BaseDims) -> list[Finding]:
+def legal_findings(pairs: list[Pair], config: AdapterConfig, base: ModelConfig) -> list[Finding]:
     """Return the warnings about an adapter that can be served."""
     leaves = {pair.key.leaf for pair in pairs}
     return [
-        *_narrow_heads(leaves, dims),
+        *_narrow_heads(leaves, base),
         *_no_rank(pairs, config),
         *_alpha_order(pairs, config),
         *_targets(pairs, leaves, config),
     ]
 
 
-def _narrow_heads(leaves: set[str], dims: BaseDims) -> list[Finding]:
+def _narrow_heads(leaves: set[str], base: ModelConfig) -> list[Finding]:
+    dims = base.dims
     heads = dims.num_heads * dims.head_dim
     if "o_proj" not in leaves or heads == dims.hidden:
         return []

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Final
@@ -20,8 +20,9 @@ from builder_service.domain.file_rules import KEYS_FILE
 from builder_service.domain.grouping import Grouping
 from builder_service.domain.peft_names import ALL_LINEAR
 from builder_service.domain.safetensors_header import READABLE, Tensor, TensorFile
+from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bundle.manifest import CONFIG_FILE, WEIGHTS_FILE
-from loramux_shared.bundle.modules import BY_ID, FUSED, BaseDims, Module
+from loramux_shared.bundle.modules import BY_ID, FUSED, Module
 from loramux_shared.bundle.npy import Array, Header, parse_header
 from loramux_shared.faults import BundleCorrupt, Finding
 
@@ -76,10 +77,26 @@ class _Row:
     module_id: int
     layer: int
     rank: int
+    features: tuple[tuple[int, int], ...] = ()
+    """(in, out) of each of its modules in the base."""
 
     @property
     def modules(self) -> tuple[Module, ...]:
         return _FUSED_ROWS.get(self.module_id) or (BY_ID[self.module_id],)
+
+    @property
+    def features_in(self) -> int:
+        return self.features[0][0]
+
+    @property
+    def outs(self) -> tuple[int, ...]:
+        return tuple(out for _, out in self.features)
+
+    def placed(self, base: ModelConfig) -> _Row | None:
+        """Return the row with the shapes of its modules; None where the base has no such place."""
+        found = [base.features(module.name, self.layer) for module in self.modules]
+        there = tuple(each for each in found if each is not None)
+        return replace(self, features=there) if len(there) == len(found) else None
 
 
 @dataclass(frozen=True)
@@ -100,7 +117,7 @@ class _Table:
         return self.offset + (row * self.width + element) * self.itemsize
 
 
-def read_npy_adapter(folder: Path, dims: BaseDims) -> NpyAdapter:
+def read_npy_adapter(folder: Path, base: ModelConfig) -> NpyAdapter:
     """Read a folder with the two files; sizes, dims and values are for the rules of all adapters to check."""
     config_path = next(folder / name for name in CONFIG_FILES if (folder / name).exists())
     try:
@@ -110,11 +127,11 @@ def read_npy_adapter(folder: Path, dims: BaseDims) -> NpyAdapter:
         where, _, problem = error.message.partition(": ")
         return NpyAdapter(None, (_bad_npy(where, problem),))
     report = Grouping()
-    rows = [row for row in _rows(config, report) if _is_sound(row, table, dims, report)]
+    rows = [row for row in _rows(config, base, report) if _is_sound(row, table, report)]
     found = report.findings()
     if any(not finding.code.startswith("W_") for finding in found):
         return NpyAdapter(None, tuple(found))
-    tensors = [tensor for row in rows for tensor in _tensors(row, table, dims)]
+    tensors = [tensor for row in rows for tensor in _tensors(row, table)]
     return NpyAdapter(TensorFile(table.path, {tensor.name: tensor for tensor in tensors}), tuple(found))
 
 
@@ -154,7 +171,7 @@ def _expect_size(path: Path, header: Header, itemsize: int) -> None:
         raise BundleCorrupt(f"{path.name}: expected {expected} bytes for shape {header.shape}, found {found}")
 
 
-def _rows(config: Array, report: Grouping) -> Iterator[_Row]:
+def _rows(config: Array, base: ModelConfig, report: Grouping) -> Iterator[_Row]:
     """Yield the rows of modules that are served; report the others."""
     seen: Counter[tuple[int, int]] = Counter()
     for index, values in enumerate(config.tolist()):
@@ -179,12 +196,20 @@ def _rows(config: Array, report: Grouping) -> Iterator[_Row]:
             expected, found = f"layer {layer} {row.modules[0].name} once", "twice"
             report.add("E_PAIR", place, cause=module_id, expected=expected, found=found, fix=fix)
         seen.update(places)
-        yield row
+        placed = row.placed(base)
+        if placed is not None:
+            yield placed
+            continue
+        beyond = layer >= base.dims.num_layers
+        expected = f"layers 0 to {base.dims.num_layers - 1}" if beyond else "a module that the layer has"
+        fix = "The adapter is for another base."
+        found = f"layer {layer} {row.modules[0].name}"
+        report.add("E_LAYER" if beyond else "E_MODULE", place, expected=expected, found=found, fix=fix)
 
 
-def _is_sound(row: _Row, table: _Table, dims: BaseDims, report: Grouping) -> bool:
+def _is_sound(row: _Row, table: _Table, report: Grouping) -> bool:
     """Check that a row holds what its dims say and zeros behind it."""
-    length = row.rank * (dims.features(row.modules[0])[0] + _out(row, dims))
+    length = row.rank * (row.features_in + sum(row.outs))
     name = "+".join(module.name for module in row.modules)
     if length > table.width:
         report.add(
@@ -206,7 +231,7 @@ def _is_sound(row: _Row, table: _Table, dims: BaseDims, report: Grouping) -> boo
             fix="The adapter was converted for another base, or the row holds more than A and B.",
         )
         return False
-    if lower := _lower_rank(row, table, dims):
+    if lower := _lower_rank(row, table):
         report.add(
             "E_RANK_SHAPE",
             f"row {row.index}",
@@ -226,25 +251,19 @@ _ORDER_IS_NOT_RECORDED: Final = (
 )
 
 
-def _out(row: _Row, dims: BaseDims) -> int:
-    return sum(dims.features(module)[1] for module in row.modules)
-
-
-def _lower_rank(row: _Row, table: _Table, dims: BaseDims) -> int:
+def _lower_rank(row: _Row, table: _Table) -> int:
     """Return the rank that a row has, if it claims another one over padding; else 0.
 
     Read with a rank too high, the first rows of B would be the last of A, and the padding the end of B. A row
     of zeros is what it says, and so is a fused one whose last parts are not adapted.
     """
-    features_in = dims.features(row.modules[0])[0]
-    unit = features_in + _out(row, dims)
+    unit = row.features_in + sum(row.outs)
     if row.rank == 1 or not _is_zero(table, row.index, (row.rank - 1) * unit, row.rank * unit):
         return 0
     kind = f"u{table.itemsize}"
     values = np.fromfile(table.path, kind, row.rank * unit, offset=table.at(row.index, 0))
     end = int(np.flatnonzero(values)[-1]) + 1 if values.any() else 0
-    outs = accumulate(dims.features(module)[1] for module in row.modules)
-    ends = [0, *(row.rank * (features_in + out) for out in outs)]
+    ends = [0, *(row.rank * (row.features_in + out) for out in accumulate(row.outs))]
     return 0 if any(at - row.rank < end <= at for at in ends) else -(-end // unit)
 
 
@@ -259,14 +278,12 @@ def _is_zero(table: _Table, row: int, start: int, stop: int) -> bool:
     return True
 
 
-def _tensors(row: _Row, table: _Table, dims: BaseDims) -> Iterator[Tensor]:
+def _tensors(row: _Row, table: _Table) -> Iterator[Tensor]:
     """Yield A and B of each module of a row; those of a fused row share A, and have B's rows in turn."""
-    features_in, first = dims.features(row.modules[0])[0], row.rank * dims.features(row.modules[0])[0]
-    for module in row.modules:
-        out = dims.features(module)[1]
-        group = "self_attn" if module.name.startswith("attn") else "mlp"
-        name = f"base_model.model.model.layers.{row.layer}.{group}.{module.hf}.lora_"
-        yield _tensor(f"{name}A.weight", table, row.index, 0, (row.rank, features_in))
+    first = row.rank * row.features_in
+    for module, out in zip(row.modules, row.outs, strict=True):
+        name = f"base_model.model.model.layers.{row.layer}.{module.path}.lora_"
+        yield _tensor(f"{name}A.weight", table, row.index, 0, (row.rank, row.features_in))
         yield _tensor(f"{name}B.weight", table, row.index, first, (out, row.rank))
         first += out * row.rank
 

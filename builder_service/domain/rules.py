@@ -115,19 +115,19 @@ def check_tensors(
     progress: Callable[[int], None],
 ) -> CheckedAdapter:
     """Check tensors under a config, beside what was found already."""
-    dims, report = book.limits.dims, Grouping()
-    tensors = sort_tensors(file, dims, report)
+    base, report = book.limits.base, Grouping()
+    tensors = sort_tensors(file, base, report)
     pairs = tensors.pairs
     config, unread = config.read(pair.key.name for pair in pairs)
     check_pairs(pairs, config, book.limits, report)
     redundant = check_full_tensors(file, tensors.fulls, config.modules_to_save, book.base, report)
-    values = check_values(file, pairs, config, dims, book.dtype, report, progress)
+    values = check_values(file, pairs, config, base, book.dtype, report, progress)
     found += [*unread, *report.findings()]
     if not pairs and not any(_is_error(finding) for finding in found):
         found.append(_nothing(config))
     if any(_is_error(finding) for finding in found):
         return CheckedAdapter(tuple(found), file)
-    found += [*values.warnings, *redundant_warning(redundant), *legal_findings(pairs, config, dims)]
+    found += [*values.warnings, *redundant_warning(redundant), *legal_findings(pairs, config, base)]
     return CheckedAdapter(
         tuple(found),
         file,

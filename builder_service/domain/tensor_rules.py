@@ -12,7 +12,8 @@ from builder_service.domain.full_tensors import EMBED_FIX, FullTensor
 from builder_service.domain.grouping import Grouping
 from builder_service.domain.safetensors_header import READABLE, Tensor, TensorFile
 from builder_service.domain.tensor_names import FullKey, LoraKey, RefusedKey, nearest_key, parse_key
-from loramux_shared.bundle.modules import BY_HF, BaseDims, Module
+from loramux_shared.bases.config import ModelConfig
+from loramux_shared.bundle.modules import BY_HF, BY_NAME, Module
 
 _MERGE: Final = "Merge it into the base (merge_and_unload) and serve a full model."
 _KEY_FIXES: Final = {
@@ -44,7 +45,7 @@ EMPTY_FIX: Final = (
 class AdapterLimits:
     """What a deployment asks of its adapters."""
 
-    dims: BaseDims
+    base: ModelConfig
     max_rank: int
     target_modules: frozenset[str]
     """TensorRT-LLM's names; empty: all."""
@@ -63,13 +64,18 @@ class Pair:
         """The pair in words."""
         return self.key.place
 
-    def parts(self, dims: BaseDims) -> Iterator[tuple[Module, tuple[int, int]]]:
+    def features(self, base: ModelConfig) -> list[tuple[int, int]] | None:
+        """Return (in, out) of each of its modules; None where the base has no such place."""
+        found = [base.features(module.name, self.key.layer) for module in self.key.modules]
+        there = [each for each in found if each is not None]
+        return there if len(there) == len(found) else None
+
+    def parts(self, base: ModelConfig) -> Iterator[tuple[Module, tuple[int, int]]]:
         """Yield each module with the rows of B that are its own."""
         start = 0
-        for module in self.key.modules:
-            end = start + dims.features(module)[1]
-            yield module, (start, end)
-            start = end
+        for module, (_, out) in zip(self.key.modules, self.features(base) or (), strict=True):
+            yield module, (start, start + out)
+            start += out
 
 
 @dataclass(frozen=True)
@@ -81,16 +87,16 @@ class Sorted:
     fulls: list[FullTensor]
 
 
-def sort_tensors(file: TensorFile, dims: BaseDims, report: Grouping) -> Sorted:
+def sort_tensors(file: TensorFile, base: ModelConfig, report: Grouping) -> Sorted:
     """Tell what each tensor of a file is; report what cannot be used."""
     sides: dict[tuple[int, str], list[tuple[LoraKey, Tensor]]] = defaultdict(list)
     infixes: dict[str, str] = {}
     fulls = []
     for name, tensor in file.tensors.items():
-        parsed = parse_key(name, dims.fused)
+        parsed = parse_key(name, base.dims.fused)
         match parsed:
             case RefusedKey():
-                _refuse(parsed, name, dims, report)
+                _refuse(parsed, name, base, report)
             case FullKey():
                 fulls.append(FullTensor(parsed, tensor))
             case LoraKey():
@@ -131,13 +137,13 @@ def check_pairs(pairs: list[Pair], config: AdapterConfig, limits: AdapterLimits,
         _check_place(pair, limits, report)
 
 
-def _refuse(key: RefusedKey, name: str, dims: BaseDims, report: Grouping) -> None:
+def _refuse(key: RefusedKey, name: str, base: ModelConfig, report: Grouping) -> None:
     if key.code != "E_UNKNOWN_KEY":
         fix = _FIXES_BY_CAUSE.get(key.cause) or _KEY_FIXES.get(key.code, _MERGE)
         found = key.cause or _FOUND[key.code]
         report.add(key.code, name, cause=key.cause, expected=_SERVED, found=found, fix=fix)
         return
-    near = nearest_key(name, dims.fused)
+    near = nearest_key(name, base.dims.fused)
     fix = (
         f"Rename the keys: this one to {near}."
         if near
@@ -230,14 +236,24 @@ def _check_rank(pair: Pair, config: AdapterConfig, limits: AdapterLimits, report
 
 
 def _check_place(pair: Pair, limits: AdapterLimits, report: Grouping) -> None:
-    dims, modules = limits.dims, pair.key.modules
-    if pair.key.layer >= dims.num_layers:
+    base, modules = limits.base, pair.key.modules
+    features = pair.features(base)
+    if pair.key.layer >= base.dims.num_layers:
         report.add(
             "E_LAYER",
             pair.place,
-            expected=f"layers 0 to {dims.num_layers - 1}",
+            expected=f"layers 0 to {base.dims.num_layers - 1}",
             found=f"layer {pair.key.layer}",
             fix="The adapter is for a deeper base.",
+        )
+    elif features is None:
+        report.add(
+            "E_MODULE",
+            pair.place,
+            cause=("absent", pair.key.leaf),
+            expected=f"modules that this layer of the base has: {_listed(base, pair.key.layer)}",
+            found=pair.key.leaf,
+            fix="The adapter was trained on another base.",
         )
     beyond = [module.name for module in modules if module.name not in limits.target_modules]
     if limits.target_modules and beyond:
@@ -249,8 +265,10 @@ def _check_place(pair: Pair, limits: AdapterLimits, report: Grouping) -> None:
             found=", ".join(beyond),
             fix=f"Add {', '.join(beyond)} to lora_target_modules.",
         )
+    if features is None:
+        return
     found = (pair.a.shape[1], pair.b.shape[0])
-    expected = (dims.features(modules[0])[0], sum(dims.features(module)[1] for module in modules))
+    expected = (features[0][0], sum(out for _, out in features))
     if found != expected:
         report.add(
             "E_DIMS",
@@ -260,3 +278,9 @@ def _check_place(pair: Pair, limits: AdapterLimits, report: Grouping) -> None:
             found=f"in={found[0]} out={found[1]}",
             fix="The adapter was trained on another base.",
         )
+
+
+def _listed(base: ModelConfig, layer: int) -> str:
+    """Name the modules of a layer as Hugging Face does."""
+    names = [module for group in base.layer_groups[layer] for module in group.modules]
+    return ", ".join(BY_NAME[name].hf for name in names)

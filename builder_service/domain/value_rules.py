@@ -14,7 +14,8 @@ from builder_service.domain.adapter_config import AdapterConfig
 from builder_service.domain.grouping import Grouping
 from builder_service.domain.safetensors_header import READABLE, Tensor, TensorFile
 from builder_service.domain.tensor_rules import Pair
-from loramux_shared.bundle.modules import BaseDims, Module
+from loramux_shared.bases.config import ModelConfig
+from loramux_shared.bundle.modules import Module
 from loramux_shared.bundle.norms import Norms, row_norms
 from loramux_shared.bundle.npy import NUMPY_TYPES, Array, cast
 from loramux_shared.deployment import Dtype
@@ -66,7 +67,7 @@ def check_values(
     file: TensorFile,
     pairs: list[Pair],
     config: AdapterConfig,
-    dims: BaseDims,
+    base: ModelConfig,
     dtype: Dtype,
     report: Grouping,
     progress: Callable[[int], None],
@@ -74,7 +75,7 @@ def check_values(
     """Read every A and B once; report what cannot be stored."""
     sums, parts = _Sums(), []
     for pair in pairs:
-        if pair.key.layer >= dims.num_layers:  # refused already, and a hostile file has thousands of them
+        if pair.key.layer >= base.dims.num_layers:  # refused already, and a hostile file has thousands of them
             progress(pair.a.size + pair.b.size)
             continue
         scale = _scale(pair, config)
@@ -84,10 +85,10 @@ def check_values(
         progress(pair.a.size)
         b = _stored(file, pair.b, scale, dtype, sums, report)
         progress(pair.b.size)
-        if a is not None and b is not None and not report and _fits(pair, dims):
+        if a is not None and b is not None and not report and _fits(pair, base):
             parts += [
                 Part(pair, module, rows, scale, row_norms(a, b[slice(*rows)]))
-                for module, rows in pair.parts(dims)
+                for module, rows in pair.parts(base)
             ]
     parts.sort(key=lambda part: (part.pair.key.layer, part.module.id))
     return Values(parts, _warnings(sums, parts, dtype) if pairs else [])
@@ -98,10 +99,12 @@ def _scale(pair: Pair, config: AdapterConfig) -> float:
     return float(np.float32(config.scale_of(pair.key.name, rank))) if rank else 1.0
 
 
-def _fits(pair: Pair, dims: BaseDims) -> bool:
+def _fits(pair: Pair, base: ModelConfig) -> bool:
     a, b = pair.a.shape, pair.b.shape
-    rows = sum(dims.features(module)[1] for module in pair.key.modules)
-    return len(a) == len(b) == 2 and a[0] == b[1] and b[0] == rows
+    features = pair.features(base)
+    if features is None or len(a) != 2 or len(b) != 2:
+        return False
+    return a[0] == b[1] and b[0] == sum(out for _, out in features)
 
 
 def _stored(

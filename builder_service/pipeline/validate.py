@@ -52,9 +52,9 @@ def rulebook(model: ModelConfig, lora: LoraConfiguration, base: BaseWeights) -> 
     """Return the rules of a deployment, from its base and its ceilings."""
     targets = {part for name in lora.lora_target_modules for part in FUSED_NAMES.get(name, (name,))}
     max_rank = UNLIMITED if lora.truncate_to_rank else lora.max_lora_rank
-    limits = AdapterLimits(model.dims, max_rank, frozenset(targets))
+    limits = AdapterLimits(model, max_rank, frozenset(targets))
     dtype = lora.dtype or storage_dtype(model)
-    tokens = BaseTokens(base.files, base.fetch, limits.dims.vocab)
+    tokens = BaseTokens(base.files, base.fetch, limits.base.dims.vocab)
     return Rulebook(limits, (model.architecture,), dtype, base, tokens, lora.truncate_to_rank)
 
 
@@ -111,7 +111,7 @@ def check_fetched(adapter: FetchedAdapter, book: Rulebook, progress: Progress) -
     else:
         checked = _check_npy(folder, book, count)
     texts = {name: (folder / name).read_bytes() for name in TEXT_FILES if name in adapter.files}
-    found = [*check_texts(texts, book.limits.dims.vocab), *_token_findings(adapter, book)]
+    found = [*check_texts(texts, book.limits.base.dims.vocab), *_token_findings(adapter, book)]
     checked = replace(checked, findings=(*checked.findings, *found))
     if checked.errors or book.truncate_to_rank is None:
         return checked
@@ -119,7 +119,7 @@ def check_fetched(adapter: FetchedAdapter, book: Rulebook, progress: Progress) -
 
 
 def _check_npy(folder: Path, book: Rulebook, progress: Callable[[int], None]) -> CheckedAdapter:
-    npy = read_npy_adapter(folder, book.limits.dims)
+    npy = read_npy_adapter(folder, book.limits.base)
     if npy.file is None:
         return CheckedAdapter(npy.findings)
     checked = check_tensors(npy.file, FOLDED, book, list(npy.findings), progress)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -14,9 +16,11 @@ from loramux_shared.deployment import Dtype
 
 
 def load_adapter(
-    bundle: Bundle, groups: tuple[GroupShape, ...], num_layers: int, dtype: torch.dtype, device: torch.device
+    bundle: Bundle, layers: Sequence[tuple[GroupShape, ...]], dtype: torch.dtype, device: torch.device
 ) -> AdapterWeights:
-    """Return a bundle's matrices in a type and on a device; what is of both already is not copied.
+    """Return a bundle's matrices for layers with these groups, in a type and on a device.
+
+    What is of both already is not copied.
 
     Raises:
         BundleCorrupt: it has rows that the base has no place for.
@@ -26,7 +30,7 @@ def load_adapter(
         Placed(row.layer, row.module_id, row.rank, row.in_features, row.out_features, index * width)
         for index, row in enumerate(bundle.manifest.rows)
     )
-    return arrange(table.to(device, dtype).view(-1), rows, groups, num_layers)
+    return arrange(table.to(device, dtype).view(-1), rows, layers)
 
 
 def _tensor(array: Array, dtype: Dtype) -> Tensor:

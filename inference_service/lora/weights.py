@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from loramux_shared.bases.groups import GroupShape
+from loramux_shared.bases.groups import GroupShape, distinct
 from loramux_shared.bundle.modules import BY_ID, BY_NAME
 from loramux_shared.faults import BundleCorrupt
 
@@ -77,23 +77,22 @@ class AdapterWeights:
         return found
 
 
-def arrange(
-    values: Tensor, rows: Iterable[Placed], groups: tuple[GroupShape, ...], num_layers: int
-) -> AdapterWeights:
-    """Arrange matrices that lie in values; nothing is copied.
+def arrange(values: Tensor, rows: Iterable[Placed], layers: Sequence[tuple[GroupShape, ...]]) -> AdapterWeights:
+    """Arrange matrices that lie in values, for layers with these groups; nothing is copied.
 
     Raises:
         BundleCorrupt: a row for a layer or module that the base does not have, or of other dims; a row twice.
     """
-    features = [(group.in_features, out) for group in groups for out in group.out_features]
+    groups = distinct(layers)
     names = [module for group in groups for module in group.modules]
-    columns = {BY_NAME[name].id: index for index, name in enumerate(names)}
-    fields = [[(0, 0, 0)] * len(names) for _ in range(num_layers)]
+    features = [(group.in_features, out) for group in groups for out in group.out_features]
+    columns = _columns(groups, layers)
+    fields = [[(0, 0, 0)] * len(names) for _ in layers]
     strange: list[Placed] = []
     for row in rows:
         layer, module_id, rank, inside, outside, first = row
-        column = columns.get(module_id)
-        if column is None or layer >= num_layers:
+        column = columns[layer].get(module_id) if layer < len(layers) else None
+        if column is None:
             strange.append(row)
             continue
         if fields[layer][column][0]:
@@ -109,8 +108,25 @@ def arrange(
     if strange:
         raise BundleCorrupt(
             f"the bundle holds {len(strange)} rows that the base has no place for, for example layer "
-            f"{strange[0].layer} {BY_ID[strange[0].module_id].name}; the base has {num_layers} layers. "
+            f"{strange[0].layer} {BY_ID[strange[0].module_id].name}; the base has {len(layers)} layers. "
             "Rebuild the deployment for this base."
         )
     ranks, first_a, first_b = np.moveaxis(np.array(fields, dtype=np.int64), -1, 0)
     return AdapterWeights(values, ranks, first_a, first_b, groups)
+
+
+def _columns(groups: tuple[GroupShape, ...], layers: Sequence[tuple[GroupShape, ...]]) -> list[dict[int, int]]:
+    """Return per layer, by the ids of its modules, where they stand among those of all groups."""
+    firsts, first = {}, 0
+    for group in groups:
+        firsts[group] = first
+        first += len(group.modules)
+    tables = {
+        own: {
+            BY_NAME[module].id: firsts[group] + index
+            for group in own
+            for index, module in enumerate(group.modules)
+        }
+        for own in dict.fromkeys(layers)
+    }
+    return [tables[own] for own in layers]

@@ -7,7 +7,7 @@ together, and the adapters from theirs.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -15,22 +15,15 @@ from torch import Tensor
 from inference_service.backends.base import Attention, Operations, StepLora
 from inference_service.backends.torch import TorchOperations
 from inference_service.kernels.attention import Context
-from inference_service.layers.linear import Linear
 from inference_service.layers.norm import RMSNorm
 from inference_service.layers.rope import Rope
 from inference_service.lora.weights import AdapterWeights
 from inference_service.models.checkpoint import Tensors
-from inference_service.models.weights import Layer, Weights
+from inference_service.models.layer import read_layer
+from inference_service.models.reader import Reader
+from inference_service.models.step import Cache, Step
 from loramux_shared.bases.attention import QueryGrowth
 from loramux_shared.bases.config import ModelConfig
-
-
-@dataclass(frozen=True)
-class KVCache:
-    """Keys and values of all layers; the layout within a layer is the attention's."""
-
-    keys: tuple[Tensor, ...]
-    values: tuple[Tensor, ...]
 
 
 class Decoder:
@@ -46,11 +39,11 @@ class Decoder:
         """
         self.dtype, self.device = checkpoint.dtype, checkpoint.device
         self._operations = operations or TorchOperations(config.dims, self.dtype, self.device, config.windows)
-        weights = Weights(checkpoint, config, self.dtype, self._operations.new_linear)
-        self._embedding, head = weights.tables()
+        reader = Reader(checkpoint, config, self.dtype, self._operations.new_linear)
+        self._embedding, head = reader.tables()
         self.config = replace(config, tied_embeddings=head is self._embedding)
-        self._layers = [weights.layer(index) for index in range(config.dims.num_layers)]
-        self._norm = weights.final_norm()
+        self._layers = [read_layer(reader.layer(index)) for index in range(config.dims.num_layers)]
+        self._norm = reader.norm(config.names.final_norm)
         self._head = self._operations.new_linear(head)
         self._ropes = tuple(Rope(spec, self.dtype, self.device) for spec in config.ropes)
         # Rounded as the weights are: Gemma was trained with a scale in bfloat16.
@@ -63,15 +56,14 @@ class Decoder:
         W + BA is summed in float32 and rounded once. The old layers go first: a file of the checkpoint, which
         may be all of it, is in memory while it is read.
         """
-        weights = Weights(checkpoint, self.config, self.dtype, self._operations.new_linear, adapter)
+        reader = Reader(checkpoint, self.config, self.dtype, self._operations.new_linear, adapter)
         self._layers.clear()
         for index in range(self.config.dims.num_layers):
-            self._layers.append(weights.layer(index))
+            self._layers.append(read_layer(reader.layer(index)))
 
-    def new_cache(self, num_rows: int) -> KVCache:
+    def new_cache(self, num_rows: int) -> Cache:
         """Return an empty cache of num_rows tokens, a multiple of the block size."""
-        pairs = [self._operations.new_cache(num_rows) for _ in self._layers]
-        return KVCache(tuple(keys for keys, _ in pairs), tuple(values for _, values in pairs))
+        return Cache(tuple(layer.mixer.new_cache(self._operations, num_rows) for layer in self._layers))
 
     def attention(self, contexts: Sequence[Context], block_size: int) -> Attention:
         """Plan the attention of a step."""
@@ -84,26 +76,21 @@ class Decoder:
         positions: Tensor,
         last_rows: Tensor,
         attention: Attention,
-        cache: KVCache,
+        cache: Cache,
         lora: StepLora | None,
     ) -> Tensor:
         """Run tokens [T] at positions [T]; return what the head reads of some rows [N, hidden]."""
-        ops, config = self._operations, self.config
-        turns = [attention.turn(*ops.angles(rope, positions)) for rope in self._ropes]
-        growth = self._growth(positions)
+        ops = self._operations
+        turns = tuple(attention.turn(*ops.angles(rope, positions)) for rope in self._ropes)
+        step = Step(ops, attention, cache, lora, turns, self._growth(positions))
         hidden = ops.embed(tokens, self._embedding, self._scale)
         delta: Tensor | None = None
         delta_norm: RMSNorm | None = None
-        for index, layer in enumerate(self._layers):
+        for layer in self._layers:
             x = self._add(hidden, layer.input_norm, delta, delta_norm)
-            qkv = self._prepared(self._linear(layer.qkv, x, lora, index, "qkv"), layer, growth)
-            heads = qkv.view(len(x), -1, config.dims.head_dim)
-            turn, keys, values = turns[layer.rope], cache.keys[index], cache.values[index]
-            attended = attention(heads, turn, keys, values, layer.attention, layer.qk_norm)
-            delta = self._scaled(self._linear(layer.o, attended, lora, index, "o"))
-            x = self._add(hidden, layer.mlp_norm, delta, layer.attention_out_norm)
-            gated = ops.gated(self._linear(layer.gate_up, x, lora, index, "gate_up"), config.activation)
-            delta = self._scaled(self._linear(layer.down, gated, lora, index, "down"))
+            delta = self._scaled(layer.mixer(step, x))
+            x = self._add(hidden, layer.mlp_norm, delta, layer.mixer_out_norm)
+            delta = self._scaled(layer.mlp(step, x))
             delta_norm = layer.mlp_out_norm
         last = None if delta is None else delta[last_rows]
         return ops.norm(hidden[last_rows], self._norm, last, delta_norm)
@@ -136,25 +123,6 @@ class Decoder:
         """What queries at positions [T] are multiplied with [T, 1]; None: nothing."""
         spec = self.config.query_growth
         return None if spec is None else self._growths.index_select(0, positions // spec.length)[:, None]
-
-    def _prepared(self, qkv: Tensor, layer: Layer, growth: Tensor | None) -> Tensor:
-        """Norm and scale queries and keys in place, as far as attention does not."""
-        if layer.row_norms is None and growth is None:
-            return qkv
-        dims = self.config.dims
-        q = dims.num_heads * dims.head_dim
-        queries, keys = qkv[:, :q], qkv[:, q : q + dims.num_kv_heads * dims.head_dim]
-        if layer.row_norms is not None:
-            for rows, norm in zip((queries, keys), layer.row_norms, strict=True):
-                rows.copy_(self._operations.norm(rows.contiguous(), norm, None, None))
-        if growth is not None:
-            queries *= growth
-        return qkv
-
-    def _linear(self, layer: Linear, x: Tensor, lora: StepLora | None, index: int, group: str) -> Tensor:
-        if lora is None:
-            return self._operations.linear(layer, x)
-        return self._operations.adapted(layer, x, lora, index, group)
 
 
 def _growths(spec: QueryGrowth | None, max_positions: int) -> Tensor:

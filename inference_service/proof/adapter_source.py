@@ -19,7 +19,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from loramux_shared.bundle.modules import BY_ID, BY_NAME, BaseDims
+from loramux_shared.bases.config import ModelConfig
+from loramux_shared.bundle.modules import BY_ID
+from loramux_shared.faults import AdapterInvalid
 
 # What a leaf of a checkpoint adapts, in the order of its output rows.
 _PARTS: Final = {
@@ -58,16 +60,16 @@ AdapterFactors = Mapping[tuple[int, str], Factors]
 """By layer and TensorRT-LLM's name of the module."""
 
 
-def read_adapter(folder: Path, dims: BaseDims, truncate_to: int | None = None) -> AdapterFactors:
+def read_adapter(folder: Path, base: ModelConfig, truncate_to: int | None = None) -> AdapterFactors:
     """Read the files of an adapter that the builder accepted."""
     peft = (folder / "adapter_config.json").exists()
-    found = _read_peft(folder, dims) if peft else _read_npy(folder, dims)
+    found = _read_peft(folder, base) if peft else _read_npy(folder, base)
     if truncate_to is None:
         return found
     return {place: _truncated(factors, truncate_to) for place, factors in found.items()}
 
 
-def _read_peft(folder: Path, dims: BaseDims) -> dict[tuple[int, str], Factors]:
+def _read_peft(folder: Path, base: ModelConfig) -> dict[tuple[int, str], Factors]:
     config = json.loads((folder / "adapter_config.json").read_bytes())
     sides: dict[tuple[int, str, str], dict[str, Tensor]] = {}
     for key, tensor in load_file(folder / "adapter_model.safetensors").items():
@@ -79,7 +81,7 @@ def _read_peft(folder: Path, dims: BaseDims) -> dict[tuple[int, str], Factors]:
     found = {}
     for (layer, leaf, name), pair in sides.items():
         scaled = pair["B"] * _scale(config, name, len(pair["A"]))
-        for module, b in _split(_PARTS[leaf], scaled, dims):
+        for module, b in _split(_PARTS[leaf], layer, scaled, base):
             found[layer, module] = Factors(pair["A"], b)
     return found
 
@@ -94,14 +96,14 @@ def _scale(config: dict[str, Any], name: str, rank: int) -> float:
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
-def _split(modules: tuple[str, ...], b: Tensor, dims: BaseDims) -> list[tuple[str, Tensor]]:
+def _split(modules: tuple[str, ...], layer: int, b: Tensor, base: ModelConfig) -> list[tuple[str, Tensor]]:
     if len(modules) == 1:
         return [(modules[0], b)]
-    sizes = [dims.features(BY_NAME[module])[1] for module in modules]
+    sizes = [_features(base, module, layer)[1] for module in modules]
     return list(zip(modules, torch.split(b, sizes), strict=True))
 
 
-def _read_npy(folder: Path, dims: BaseDims) -> dict[tuple[int, str], Factors]:
+def _read_npy(folder: Path, base: ModelConfig) -> dict[tuple[int, str], Factors]:
     """Read what another TensorRT-LLM converter wrote: B is scaled already."""
     names = ("model.lora_config.npy", "model.lora_keys.npy")
     config = np.load(next(folder / name for name in names if (folder / name).exists()))
@@ -113,12 +115,19 @@ def _read_npy(folder: Path, dims: BaseDims) -> dict[tuple[int, str], Factors]:
     ):
         values = _floats(row)
         modules = _NPY_FUSED.get(module_id) or (BY_ID[module_id].name,)
-        features = dims.features(BY_NAME[modules[0]])[0]
-        out = sum(dims.features(BY_NAME[module])[1] for module in modules)
+        features = _features(base, modules[0], layer)[0]
+        out = sum(_features(base, module, layer)[1] for module in modules)
         a = values[: rank * features].reshape(rank, features)
         b = values[rank * features : rank * (features + out)].reshape(out, rank)
-        for module, part in _split(modules, b, dims):
+        for module, part in _split(modules, layer, b, base):
             found[layer, module] = Factors(a, part)
+    return found
+
+
+def _features(base: ModelConfig, module: str, layer: int) -> tuple[int, int]:
+    found = base.features(module, layer)
+    if found is None:
+        raise AdapterInvalid(f"layer {layer} of the base has no {module}")
     return found
 
 

@@ -19,6 +19,7 @@ from inference_service.models.checkpoint import Checkpoint
 from inference_service.proof.adapter_source import AdapterFactors
 from loramux_shared.bases.attention import AttentionSpec, QueryGrowth
 from loramux_shared.bases.config import ModelConfig
+from loramux_shared.bases.layers import AttentionLayer, MlpLayer
 from loramux_shared.bases.rope import RopeSpec
 
 QKV, GATE_UP = ("attn_q", "attn_k", "attn_v"), ("mlp_h_to_4h", "mlp_gate")
@@ -59,8 +60,10 @@ class Reference:
             for name, adapter in adapters.items()
         }
         everyone = [run for each in runs.values() for run in each]
-        for index in range(dims.num_layers):
-            self._layer(index, everyone)
+        for index, spec in enumerate(config.layers):
+            at = names.layer.format(index=index)
+            self._attention(index, at, spec.mixer, everyone)
+            self._mlp(index, at, spec.mlp, everyone)
         norm = self._get(names.final_norm, (dims.hidden,))
         for run in everyone:
             logits = head @ self._normed(run.hidden[-1], norm) / config.logit_divisor
@@ -80,54 +83,57 @@ class Reference:
         tables = [self._checkpoint.get(name, shape) for name in wanted]
         return tables[0], tables[-1]
 
-    def _layer(self, index: int, runs: Sequence[Run]) -> None:
-        config, names, dims = self._config, self._config.names, self._config.dims
-        at, spec = names.layer.format(index=index), config.layers[index]
-        q, kv = dims.num_heads * dims.head_dim, dims.num_kv_heads * dims.head_dim
-        norms = {
-            name: self._get(at + name, (dims.hidden,))
-            for name in (names.input_norm, names.attention_out_norm, names.mlp_norm, names.mlp_out_norm)
-            if name is not None
-        }
-        q_norm, k_norm = self._qk_norms(at)
-        qkv = self._linear(at, names.qkv, (q, kv, kv), dims.hidden, config.qkv_bias)
-        out = self._linear(at, (names.o,), (dims.hidden,), q, config.o_bias)
-        gate_up = self._linear(at, names.gate_up, (dims.intermediate,) * 2, dims.hidden, config.mlp_bias)
-        down = self._linear(at, (names.down,), (dims.hidden,), dims.intermediate, config.mlp_bias)
+    def _attention(self, index: int, at: str, spec: AttentionLayer, runs: Sequence[Run]) -> None:
+        config, names, hidden = self._config, self._config.names, self._config.dims.hidden
+        q, kv = spec.q_features, spec.kv_features
+        before, behind = self._optional(at, names.input_norm), self._optional(at, names.attention_out_norm)
+        q_norm, k_norm = self._qk_norms(at, spec)
+        qkv = self._linear(at, names.qkv, (q, kv, kv), hidden, config.qkv_bias)
+        out = self._linear(at, (names.o,), (hidden,), q, config.o_bias)
         for run in runs:
-            x = self._maybe_normed(run.hidden, norms, names.input_norm)
+            x = self._maybe_normed(run.hidden, before)
             parts = _project(run, index, QKV, x, qkv, (q, kv, kv))
-            normed = self._heads(parts[0], q_norm), self._heads(parts[1], k_norm)
+            normed = self._heads(parts[0], q_norm, spec), self._heads(parts[1], k_norm, spec)
             queries, keys = (_rotate(part, spec.rope) for part in normed)
-            queries, values = _grown(queries, config.query_growth), self._heads(parts[2], None)
+            queries, values = _grown(queries, config.query_growth), self._heads(parts[2], None, spec)
             seen = _attend(queries, keys, values, spec.attention).transpose(0, 1).reshape(len(x), q)
-            (y,) = _project(run, index, ("attn_dense",), seen, out, (dims.hidden,))
-            y = self._maybe_normed(y * config.residual_scale, norms, names.attention_out_norm)
-            run.hidden = run.hidden + y
-            x = self._maybe_normed(run.hidden, norms, names.mlp_norm)
-            gate, up = _project(run, index, GATE_UP, x, gate_up, (dims.intermediate,) * 2)
-            active = silu(gate) if config.activation == "silu" else gelu(gate, approximate="tanh")
-            (y,) = _project(run, index, ("mlp_4h_to_h",), active * up, down, (dims.hidden,))
-            y = self._maybe_normed(y * config.residual_scale, norms, names.mlp_out_norm)
-            run.hidden = run.hidden + y
+            (y,) = _project(run, index, ("attn_dense",), seen, out, (hidden,))
+            run.hidden = run.hidden + self._maybe_normed(y * config.residual_scale, behind)
 
-    def _qk_norms(self, at: str) -> tuple[Tensor | None, Tensor | None]:
+    def _mlp(self, index: int, at: str, spec: MlpLayer, runs: Sequence[Run]) -> None:
+        config, names, hidden = self._config, self._config.names, self._config.dims.hidden
+        before, behind = self._optional(at, names.mlp_norm), self._optional(at, names.mlp_out_norm)
+        halves = (spec.intermediate, spec.intermediate)
+        gate_up = self._linear(at, names.gate_up, halves, hidden, config.mlp_bias)
+        down = self._linear(at, (names.down,), (hidden,), spec.intermediate, config.mlp_bias)
+        for run in runs:
+            x = self._maybe_normed(run.hidden, before)
+            gate, up = _project(run, index, GATE_UP, x, gate_up, halves)
+            active = silu(gate) if config.activation == "silu" else gelu(gate, approximate="tanh")
+            (y,) = _project(run, index, ("mlp_4h_to_h",), active * up, down, (hidden,))
+            run.hidden = run.hidden + self._maybe_normed(y * config.residual_scale, behind)
+
+    def _qk_norms(self, at: str, spec: AttentionLayer) -> tuple[Tensor | None, Tensor | None]:
         """Weights of queries and keys, of a head or of all heads; None where there are none."""
-        names, dims = self._config.names, self._config.dims
-        q, k = (1, 1) if self._config.qk_norm_of_heads else (dims.num_heads, dims.num_kv_heads)
+        names, of_heads = self._config.names, self._config.qk_norm_of_heads
+        q, k = (spec.head_dim, spec.head_dim) if of_heads else (spec.q_features, spec.kv_features)
         return (
-            None if names.q_norm is None else self._get(at + names.q_norm, (q * dims.head_dim,)),
-            None if names.k_norm is None else self._get(at + names.k_norm, (k * dims.head_dim,)),
+            None if names.q_norm is None else self._get(at + names.q_norm, (q,)),
+            None if names.k_norm is None else self._get(at + names.k_norm, (k,)),
         )
 
-    def _heads(self, x: Tensor, norm: Tensor | None) -> Tensor:
+    def _heads(self, x: Tensor, norm: Tensor | None, spec: AttentionLayer) -> Tensor:
         """Norm x [T, all heads together] in parts as long as the norm; return [heads, T, head_dim]."""
         if norm is not None:
             x = self._normed(x.reshape(len(x), -1, len(norm)), norm)
-        return x.reshape(len(x), -1, self._config.dims.head_dim).transpose(0, 1)
+        return x.reshape(len(x), -1, spec.head_dim).transpose(0, 1)
 
-    def _maybe_normed(self, x: Tensor, norms: Mapping[str, Tensor], name: str | None) -> Tensor:
-        return x if name is None else self._normed(x, norms[name])
+    def _optional(self, at: str, name: str | None) -> Tensor | None:
+        """Weights of a norm, where there is one."""
+        return None if name is None else self._get(at + name, (self._config.dims.hidden,))
+
+    def _maybe_normed(self, x: Tensor, norm: Tensor | None) -> Tensor:
+        return x if norm is None else self._normed(x, norm)
 
     def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
         root = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self._config.norm_eps)

@@ -137,9 +137,9 @@ _CURE: Final = "Build the deployment again; if it stays, this replica computes w
 def _in_order(
     rows: Sequence[ModuleRow], effects: Sequence[Effect], model: Decoder
 ) -> list[tuple[ModuleRow, Effect]]:
-    modules = [module for group in model.config.groups for module in group.modules]
+    layers = [[module for group in groups for module in group.modules] for groups in model.config.layer_groups]
     pairs = zip(rows, effects, strict=True)
-    return sorted(pairs, key=lambda pair: (pair[0].layer, modules.index(pair[0].module)))
+    return sorted(pairs, key=lambda pair: (pair[0].layer, layers[pair[0].layer].index(pair[0].module)))
 
 
 def _expect_sound(name: str, proof: Proof, manifest: Manifest, vocab: int) -> None:

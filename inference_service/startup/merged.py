@@ -35,7 +35,7 @@ def merge(generation: Generation, base: Base, store: Store, block_size: int) -> 
     bundle = read_bundle(store, record.digest)
     _prove(name, bundle, base, block_size)
     config, model = base.model.config, base.model
-    exact = load_adapter(bundle, config.groups, config.dims.num_layers, torch.float32, model.device)
+    exact = load_adapter(bundle, config.layer_groups, torch.float32, model.device)
     model.merge(checkpoint(base.placed, torch.float32, model.device), exact)
     summary = bundle.manifest.summary
     return ServedModel(
@@ -58,7 +58,7 @@ def _prove(name: str, bundle: Bundle, base: Base, block_size: int) -> None:
         return
     lora = base.backend.new_lora()
     config = model.config
-    weights = load_adapter(bundle, config.groups, config.dims.num_layers, model.dtype, lora.home)
+    weights = load_adapter(bundle, config.layer_groups, model.dtype, lora.home)
     packed = lora.pack(weights)
     [slot] = hold_packed(lora, [packed], packed.max_rank)
     replayed = replay(name, manifest.proof, manifest, Adapter(bundle.digest, slot), lora, model, block_size)

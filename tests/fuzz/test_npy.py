@@ -53,7 +53,7 @@ def _renumbered(data: bytes, rng: Random) -> bytes:
 
 def checked(folder: Path, rules: Rulebook) -> tuple[NpyAdapter, CheckedAdapter | None]:
     """Read a folder, and check what is in it."""
-    npy = read_npy_adapter(folder, rules.limits.dims)
+    npy = read_npy_adapter(folder, rules.limits.base)
     if npy.file is None:
         return npy, None
     return npy, check_tensors(npy.file, FOLDED, rules, list(npy.findings), lambda _: None)

@@ -45,7 +45,7 @@ def adapter(ranks: Mapping[str, int], seed: int, layers: Sequence[int] = range(L
         for layer in layers
         for module, rank in ranks.items()
     ]
-    return adapter_of(rows, GROUPS, LAYERS)
+    return adapter_of(rows, (GROUPS,) * LAYERS)
 
 
 def arrangement(lengths: Mapping[int, int], base: int = 2) -> Arrangement:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from array import array
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
@@ -304,17 +305,17 @@ def _weights_of(store: MemoryStore, name: str, model: Decoder) -> AdapterWeights
     generation = current_generation(store, "tiny")
     assert generation is not None
     bundle = read_bundle(store, generation.adapters[name].digest)
-    return load_adapter(bundle, model.config.groups, LAYERS, torch.float32, torch.device("cpu"))
+    return load_adapter(bundle, model.config.layer_groups, torch.float32, torch.device("cpu"))
 
 
 def test_recording_touches_no_cache(ready: Ready) -> None:
     """Graphs may be recorded again while the cache holds prefixes, and a token is in flight."""
     runner = _runner(ready, CountingRecorder(), replace(LIMITS, max_seqs=1))
     runner._ids.fill_(9)
-    for part in (*runner._cache.keys, *runner._cache.values):
+    for part in itertools.chain.from_iterable(runner._cache.layers):
         part.fill_(0.5)
     runner.capture()
-    assert all((part == 0.5).all() for part in (*runner._cache.keys, *runner._cache.values))
+    assert all((part == 0.5).all() for part in itertools.chain.from_iterable(runner._cache.layers))
     assert runner._ids.tolist() == [9]
 
 

@@ -25,7 +25,6 @@ from inference_service.engine.tape import TapeRecorder
 from inference_service.kernels.launch import Launch
 from inference_service.startup.load import Ready
 from loramux_shared.bases.config import ModelConfig
-from loramux_shared.bundle.modules import BY_NAME
 from loramux_shared.storage.memory import MemoryStore
 from tests.support.tiny import make_world
 from tests.support.weights import adapter_of
@@ -96,9 +95,9 @@ def run(ready: Ready, runner: GraphRunner, requests: list[tuple[str, int, Sampli
 
 def replace_first(lora: TritonLora, config: ModelConfig) -> None:
     """Let the adapter in the first slot leave, for one of another rank and another module."""
-    hidden, kv = config.dims.features(BY_NAME["attn_k"])
+    hidden, kv = config.dims.hidden, config.layers[0].mixer.kv_features
     rows = [(1, "attn_k", torch.ones(1, hidden), torch.ones(kv, 1))]
-    packed = lora.pack(adapter_of(rows, config.groups, config.dims.num_layers))
+    packed = lora.pack(adapter_of(rows, config.layer_groups))
     lora.leave(0)
     lora.copy(packed, 0)
     lora.enter(0, 0, packed)

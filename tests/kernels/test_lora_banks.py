@@ -161,7 +161,7 @@ def test_packing_takes_rows_and_types_as_they_come(compiled: ctypes.CDLL, dtype:
         (0, module, torch.randn(rank, inside).to(torch.bfloat16), torch.randn(out, rank).to(torch.bfloat16))
         for rank, (module, (inside, out)) in enumerate(dims.items(), 1)
     ]
-    weights = adapter_of(rows, groups, 1)
+    weights = adapter_of(rows, [groups])
     lora = NativeLora(CpuOps(compiled, dtype), groups, 1)
     hold(lora, weights)
     lora.begin(arrangement({0: 5}, base=0))

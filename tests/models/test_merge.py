@@ -15,7 +15,7 @@ from builder_service.pipeline.context import BuildContext
 from builder_service.pipeline.progress import Progress
 from inference_service.models.checkpoint import Checkpoint
 from inference_service.models.decoder import Decoder
-from inference_service.models.weights import Layer
+from inference_service.models.layer import Layer
 from inference_service.startup.load import Ready
 from loramux_shared.bases.read import read_config
 from loramux_shared.bundle.deployments import current_generation
@@ -86,7 +86,7 @@ class Watched:
         self.dtype, self.device = inner.dtype, inner.device
         self.has, self.first = inner.has, inner.first
         self._inner = inner
-        self._old = [weakref.ref(layer.down) for layer in layers]
+        self._old = [weakref.ref(layer.mlp) for layer in layers]
         self.alive: dict[int, int] = {}
 
     def get(self, name: str, shape: tuple[int, ...]) -> Tensor:
@@ -107,7 +107,7 @@ def test_a_merge_holds_no_layer_twice(world: World) -> None:
         for group in config.groups
         for module, out in zip(group.modules, group.out_features, strict=True)
     ]
-    model.merge(watched, adapter_of(rows, config.groups, config.dims.num_layers))
+    model.merge(watched, adapter_of(rows, config.layer_groups))
     assert watched.alive == dict.fromkeys(range(config.dims.num_layers), 0)
     assert len(model._layers) == config.dims.num_layers
 

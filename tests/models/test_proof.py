@@ -152,7 +152,7 @@ def test_the_reference_is_transformers_and_peft(world: World, name: str | None) 
     """Its logits are those of transformers with PEFT, in float32, so a proof is about what was trained."""
     config = read_config(world.base)
     tokens = [[5, 9, 60, 7, 33, 120, 4], [8, 3]]
-    adapter = read_adapter(world.adapters[name], config.dims) if name else {}
+    adapter = read_adapter(world.adapters[name], config) if name else {}
     runs = Reference(config, world.base).run(tokens, {"it": adapter})["it"]
     model = oracle(world.base, world.adapters[name] if name else None)
     for sequence, run in zip(tokens, runs, strict=True):

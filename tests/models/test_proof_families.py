@@ -20,7 +20,7 @@ def test_the_reference_is_transformers_and_peft(case, tmp_path: Path) -> None:
     world = make_world_of(tmp_path, case.config, {"all": case.adapters["all"]}, case.max_seq_len)
     config = read_config(world.base, case.max_seq_len)
     tokens = [5 + (index * 37) % 180 for index in range(60)]
-    adapter = read_adapter(world.adapters["all"], config.dims)
+    adapter = read_adapter(world.adapters["all"], config)
     [run] = Reference(config, world.base).run([tokens], {"all": adapter})["all"]
     with torch.no_grad():
         expected = oracle(world.base, world.adapters["all"])(torch.tensor([tokens])).logits[0, -1]

@@ -129,9 +129,9 @@ def our_ropes(model: ModelConfig) -> dict[str, tuple[torch.Tensor, float]]:
     """The same, as a replica computes them."""
     ropes = {}
     for layer in model.layers:
-        kind = "full_attention" if layer.attention.window is None else "sliding_attention"
+        kind = "full_attention" if layer.mixer.attention.window is None else "sliding_attention"
         kind = kind if model.architecture in ("Gemma3ForCausalLM", "Olmo3ForCausalLM") else ""
-        ropes[kind] = (frequencies(layer.rope), layer.rope.scaling.magnitude)
+        ropes[kind] = (frequencies(layer.mixer.rope), layer.mixer.rope.scaling.magnitude)
     return ropes
 
 

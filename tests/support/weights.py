@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ Row = tuple[int, str, Tensor, Tensor]
 """Layer, module, A [rank, in], B [out, rank]."""
 
 
-def adapter_of(rows: Iterable[Row], groups: tuple[GroupShape, ...], num_layers: int) -> AdapterWeights:
+def adapter_of(rows: Iterable[Row], layers: Sequence[tuple[GroupShape, ...]]) -> AdapterWeights:
     """Arrange matrices, each pair behind a gap of three elements, as no bundle has them."""
     parts: list[Tensor] = []
     placed = []
@@ -24,4 +24,4 @@ def adapter_of(rows: Iterable[Row], groups: tuple[GroupShape, ...], num_layers: 
         parts += [a.new_full((3,), torch.nan), a.reshape(-1), b.reshape(-1)]
         placed.append(Placed(layer, BY_NAME[module].id, a.shape[0], a.shape[1], b.shape[0], first + 3))
         first += 3 + a.numel() + b.numel()
-    return arrange(torch.cat(parts) if parts else torch.empty(0), placed, groups, num_layers)
+    return arrange(torch.cat(parts) if parts else torch.empty(0), placed, layers)

@@ -22,7 +22,7 @@ def book(
     dtype: Dtype = Dtype.BFLOAT16, max_rank: int = 64, modules: tuple[str, ...] = (), **config: Any
 ) -> Rulebook:
     """Rules of a deployment of the small base."""
-    limits = AdapterLimits(read_fields(BASE_CONFIG | config).dims, max_rank, frozenset(modules))
+    limits = AdapterLimits(read_fields(BASE_CONFIG | config), max_rank, frozenset(modules))
     return Rulebook(limits, ("LlamaForCausalLM",), dtype)
 
 

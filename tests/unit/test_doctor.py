@@ -17,9 +17,9 @@ from loramux.cli.main import app
 from loramux.doctor import installed
 from loramux.doctor.machine import look_at_inference, look_at_machine, look_at_store
 from loramux.doctor.sizes import read_base, sizes_of
+from loramux_shared.bases.groups import features_of
 from loramux_shared.bases.memory import MemoryPlan, cache_of, needs_of, plan_on
 from loramux_shared.bases.read import read_config, read_fields
-from loramux_shared.bundle.modules import MODULES
 from loramux_shared.faults import CheckpointInvalid, ResourcesExhausted
 from loramux_shared.settings import InferenceSettings
 from loramux_shared.storage.memory import MemoryStore
@@ -86,15 +86,14 @@ def test_an_adapter_takes_what_is_said(base: Path) -> None:
     rows = [
         (
             layer,
-            module.name,
+            module,
             torch.zeros(8, inside, dtype=torch.bfloat16),
             torch.zeros(outside, 8, dtype=torch.bfloat16),
         )
         for layer in range(config.dims.num_layers)
-        for module in MODULES
-        for inside, outside in [config.dims.features(module)]
+        for module, (inside, outside) in features_of(config.layer_groups[layer]).items()
     ]
-    packed = adapter_of(rows, config.groups, config.dims.num_layers)
+    packed = adapter_of(rows, config.layer_groups)
     tensors = [
         tensor
         for layer in packed.layers

@@ -51,9 +51,7 @@ class Packer:
             ProofFailed: the adapter answers otherwise than its proof says.
         """
         config = self._model.config
-        weights = load_adapter(
-            bundle, config.groups, config.dims.num_layers, self._model.dtype, self._lora.home
-        )
+        weights = load_adapter(bundle, config.layer_groups, self._model.dtype, self._lora.home)
         packed = self._lora.pack(weights)
         if bundle.digest not in self._proved:
             self._prove(bundle, packed)

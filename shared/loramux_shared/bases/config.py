@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
-from loramux_shared.bases.attention import AttentionSpec, QueryGrowth
-from loramux_shared.bases.groups import GroupShape, layer_groups
+from loramux_shared.bases.attention import QueryGrowth
+from loramux_shared.bases.groups import GroupShape, distinct, features_of, named_apart
+from loramux_shared.bases.layers import LayerSpec
 from loramux_shared.bases.rope import RopeSpec
 from loramux_shared.bundle.modules import BaseDims
 
@@ -35,14 +37,6 @@ class TensorNames:
     """Two linears, or one that holds the rows of both."""
     down: str = "mlp.down_proj"
     mlp_out_norm: str | None = None
-
-
-@dataclass(frozen=True)
-class LayerSpec:
-    """What layers may differ in."""
-
-    attention: AttentionSpec
-    rope: RopeSpec
 
 
 @dataclass(frozen=True)
@@ -76,19 +70,31 @@ class ModelConfig:
     """Bound that the logits approach, by tanh."""
     logit_divisor: float = 1.0
 
-    @property
-    def groups(self) -> tuple[GroupShape, ...]:
-        """The fused linears of a layer."""
-        dims = self.dims
-        q, kv = dims.num_heads * dims.head_dim, dims.num_kv_heads * dims.head_dim
-        return layer_groups(dims.hidden, dims.intermediate, q, kv)
+    @cached_property
+    def layer_groups(self) -> tuple[tuple[GroupShape, ...], ...]:
+        """The fused linears of each layer; those that differ have different names."""
+        return named_apart(layer.groups(self.dims.hidden) for layer in self.layers)
 
-    @property
+    @cached_property
+    def groups(self) -> tuple[GroupShape, ...]:
+        """The distinct fused linears of all layers."""
+        return distinct(self.layer_groups)
+
+    @cached_property
     def windows(self) -> tuple[int | None, ...]:
         """The distinct attention windows of the layers."""
-        return tuple(dict.fromkeys(layer.attention.window for layer in self.layers))
+        return tuple(dict.fromkeys(layer.mixer.attention.window for layer in self.layers))
 
-    @property
+    @cached_property
     def ropes(self) -> tuple[RopeSpec, ...]:
         """The distinct rotations of the layers."""
-        return tuple(dict.fromkeys(layer.rope for layer in self.layers))
+        return tuple(dict.fromkeys(layer.mixer.rope for layer in self.layers))
+
+    def features(self, module: str, layer: int) -> tuple[int, int] | None:
+        """Return (in, out) of a module, by its bundle name, in a layer; None where there is no such module."""
+        return self._features[layer].get(module) if 0 <= layer < len(self.layers) else None
+
+    @cached_property
+    def _features(self) -> tuple[dict[str, tuple[int, int]], ...]:
+        tables = {groups: features_of(groups) for groups in dict.fromkeys(self.layer_groups)}
+        return tuple(tables[groups] for groups in self.layer_groups)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from loramux_shared.bases.attention import AttentionSpec
-from loramux_shared.bases.config import LayerSpec, ModelConfig
+from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bases.dims import read_dims
 from loramux_shared.bases.hf_config import HfConfig
+from loramux_shared.bases.layers import AttentionLayer, LayerSpec, MlpLayer
 from loramux_shared.bases.rope import RopeSpec
 from loramux_shared.bases.rope_config import read_rope
 from loramux_shared.faults import CheckpointInvalid
@@ -55,10 +56,13 @@ def llama_like(
     """
     dims = read_dims(config, sizes or {})
     spec, longest = rope(config, dims.head_dim, config.size("max_position_embeddings", max_positions))
+    mixer = AttentionLayer(
+        AttentionSpec(dims.head_dim**-0.5), spec, dims.num_heads, dims.num_kv_heads, dims.head_dim
+    )
     return ModelConfig(
         architecture=config.architecture,
         dims=dims,
-        layers=(LayerSpec(AttentionSpec(dims.head_dim**-0.5), spec),) * dims.num_layers,
+        layers=(LayerSpec(mixer, MlpLayer(dims.intermediate)),) * dims.num_layers,
         max_positions=longest,
         norm_eps=config.number("rms_norm_eps", 1e-6),
         dtype=config.text("dtype", config.text("torch_dtype", "")).removeprefix("torch."),
@@ -73,9 +77,7 @@ def windowed(
     """Give a window to the layers that slide: as ``layer_types`` says, else those that slides(index) names."""
     types = layer_types(config, len(layers), slides)
     return tuple(
-        replace(layer, attention=replace(layer.attention, window=window))
-        if kind == "sliding_attention"
-        else layer
+        layer.attending(window=window) if kind == "sliding_attention" else layer
         for layer, kind in zip(layers, types, strict=True)
     )
 

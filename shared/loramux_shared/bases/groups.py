@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import itertools
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -24,10 +27,48 @@ class GroupShape:
 
 def layer_groups(hidden: int, intermediate: int, q: int, kv: int) -> tuple[GroupShape, ...]:
     """Return the groups of a Llama-like layer; q and kv are the widths of all heads together."""
+    return (*attention_groups(hidden, q, kv), *mlp_groups(hidden, intermediate))
+
+
+def attention_groups(hidden: int, q: int, kv: int) -> tuple[GroupShape, ...]:
+    """Return those of its attention."""
     return (
         GroupShape("qkv", ("attn_q", "attn_k", "attn_v"), hidden, (q, kv, kv)),
         GroupShape("o", ("attn_dense",), q, (hidden,)),
+    )
+
+
+def mlp_groups(hidden: int, intermediate: int) -> tuple[GroupShape, ...]:
+    """Return those of its gated MLP."""
+    return (
         # gate_proj is mlp_h_to_4h and up_proj is mlp_gate: crossed, as in TensorRT-LLM
         GroupShape("gate_up", ("mlp_h_to_4h", "mlp_gate"), hidden, (intermediate, intermediate)),
         GroupShape("down", ("mlp_4h_to_h",), intermediate, (hidden,)),
     )
+
+
+def named_apart(layers: Iterable[tuple[GroupShape, ...]]) -> tuple[tuple[GroupShape, ...], ...]:
+    """Return the groups of each layer with different names for different shapes."""
+    named: dict[GroupShape, GroupShape] = {}
+    uses: Counter[str] = Counter()
+    each = tuple(layers)
+    for shape in itertools.chain.from_iterable(dict.fromkeys(each)):
+        if shape not in named:
+            uses[shape.name] += 1
+            count = uses[shape.name]
+            named[shape] = shape if count == 1 else replace(shape, name=f"{shape.name}.{count}")
+    return tuple(tuple([named[shape] for shape in layer]) for layer in each)
+
+
+def distinct(layers: Iterable[tuple[GroupShape, ...]]) -> tuple[GroupShape, ...]:
+    """Return every group once, in the order in which layers have them."""
+    return tuple(dict.fromkeys(itertools.chain.from_iterable(dict.fromkeys(layers))))
+
+
+def features_of(groups: Iterable[GroupShape]) -> dict[str, tuple[int, int]]:
+    """Return (in, out) of every module of some groups."""
+    return {
+        module: (group.in_features, out)
+        for group in groups
+        for module, out in zip(group.modules, group.out_features, strict=True)
+    }

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import Final
 
 from loramux_shared.bases.config import ModelConfig
+from loramux_shared.bases.groups import GroupShape
 from loramux_shared.faults import ResourcesExhausted
 from loramux_shared.settings import InferenceSettings
 
@@ -126,7 +128,7 @@ def needs_of(
 ) -> Needs:
     """Count what a model in numbers of item_bytes needs; adapters is what its adapters take, in bytes."""
     dims, sizes = config.dims, settings.sizes(device)
-    linears = sum(group.in_features * sum(group.out_features) for group in config.groups)
+    linears = sum(group.in_features * sum(group.out_features) for group in _every_group(config))
     embeddings = dims.vocab * dims.hidden * (1 if config.tied_embeddings else 2)
     widest = max(2 * group.in_features + 2 * sum(group.out_features) for group in config.groups)
     row = item_bytes * (2 * dims.hidden + widest)
@@ -138,7 +140,7 @@ def needs_of(
     recorded = num_graphs * GRAPH_BYTES + held * row + 2 * logits * item_bytes
     recorded += shaping_bytes(sizes.seqs, dims.vocab)
     return Needs(
-        weights=item_bytes * (dims.num_layers * linears + embeddings),
+        weights=item_bytes * (linears + embeddings),
         adapters=adapters,
         activations=sizes.tokens * row + logits * (item_bytes + 8),
         graphs=recorded if graphs else 0,
@@ -164,10 +166,9 @@ def cache_of(
     max_seq_len: int | None = None,
 ) -> Cache:
     """Return what the cache of a model is asked to hold; max_seq_len is what the deployment promises."""
-    dims = config.dims
     longest = min(max_seq_len or config.max_positions, config.max_positions)
     return Cache(
-        token_bytes=2 * dims.num_layers * dims.num_kv_heads * dims.head_dim * item_bytes,
+        token_bytes=2 * item_bytes * sum(layer.mixer.kv_features for layer in config.layers),
         block_size=settings.block_size,
         longest=longest,
         most=settings.sizes(device).seqs * longest,
@@ -178,8 +179,9 @@ def cache_of(
 
 def adapter_bytes(config: ModelConfig, item_bytes: int, rank: int) -> int:
     """Return what an adapter takes that has this rank in every module of every layer."""
-    features = sum(len(group.modules) * group.in_features + sum(group.out_features) for group in config.groups)
-    return item_bytes * rank * config.dims.num_layers * features
+    groups = _every_group(config)
+    features = sum(len(group.modules) * group.in_features + sum(group.out_features) for group in groups)
+    return item_bytes * rank * features
 
 
 def plan_bank(
@@ -228,6 +230,11 @@ def mixed_buckets(max_tokens: int) -> Iterator[int]:
         yield size
         size *= 2
     yield max_tokens
+
+
+def _every_group(config: ModelConfig) -> Iterator[GroupShape]:
+    """Yield the fused linears of all layers."""
+    return chain.from_iterable(config.layer_groups)
 
 
 def _shown(needs: Needs) -> str:

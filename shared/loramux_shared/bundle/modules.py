@@ -19,16 +19,23 @@ class Module:
     name: str
     hf: str
     """Hugging Face's leaf name in a Llama-like decoder."""
+    parent: str
+    """What holds it within the layer."""
+
+    @property
+    def path(self) -> str:
+        """Its name within the layer."""
+        return f"{self.parent}.{self.hf}"
 
 
 MODULES = (
-    Module(1, "attn_q", "q_proj"),
-    Module(2, "attn_k", "k_proj"),
-    Module(3, "attn_v", "v_proj"),
-    Module(4, "attn_dense", "o_proj"),
-    Module(5, "mlp_h_to_4h", "gate_proj"),
-    Module(6, "mlp_4h_to_h", "down_proj"),
-    Module(7, "mlp_gate", "up_proj"),
+    Module(1, "attn_q", "q_proj", "self_attn"),
+    Module(2, "attn_k", "k_proj", "self_attn"),
+    Module(3, "attn_v", "v_proj", "self_attn"),
+    Module(4, "attn_dense", "o_proj", "self_attn"),
+    Module(5, "mlp_h_to_4h", "gate_proj", "mlp"),
+    Module(6, "mlp_4h_to_h", "down_proj", "mlp"),
+    Module(7, "mlp_gate", "up_proj", "mlp"),
 )
 BY_ID = {module.id: module for module in MODULES}
 BY_NAME = {module.name: module for module in MODULES}
@@ -54,16 +61,3 @@ class BaseDims:
     vocab: int
     fused: frozenset[str] = frozenset()
     """The fused projections that the base has, by their leaf names."""
-
-    def features(self, module: Module) -> tuple[int, int]:
-        """Return (in, out) of a module."""
-        q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        return {
-            "q_proj": (self.hidden, q),
-            "k_proj": (self.hidden, kv),
-            "v_proj": (self.hidden, kv),
-            "o_proj": (q, self.hidden),
-            "gate_proj": (self.hidden, self.intermediate),
-            "down_proj": (self.intermediate, self.hidden),
-            "up_proj": (self.hidden, self.intermediate),
-        }[module.hf]

@@ -41,7 +41,7 @@ def gemma_like(
     scale = config.positive("query_pre_attn_scalar", 256.0) ** -0.5
     return replace(
         model,
-        layers=tuple(replace(layer, attention=replace(layer.attention, scale=scale)) for layer in model.layers),
+        layers=tuple(layer.attending(scale=scale) for layer in model.layers),
         names=NAMES,
         norm_offset=1.0,
         qkv_bias=bias,
@@ -55,9 +55,7 @@ def _read(config: HfConfig) -> ModelConfig:
     model = gemma_like(config, max_positions=8192, sizes=SIZES | {"vocab_size": 256000})
     softcap = config.number_or_none("attn_logit_softcapping", 50.0)
     window = config.integer_or_none("sliding_window", 4096)
-    capped = tuple(
-        replace(layer, attention=replace(layer.attention, softcap=softcap)) for layer in model.layers
-    )
+    capped = tuple(layer.attending(softcap=softcap) for layer in model.layers)
     return replace(
         model,
         layers=windowed(capped, config, window, lambda index: index % 2 == 0),

@@ -17,7 +17,7 @@ def _read(config: HfConfig) -> ModelConfig:
     scale = config.positive("attention_multiplier", 1.0)
     return replace(
         model,
-        layers=tuple(replace(layer, attention=replace(layer.attention, scale=scale)) for layer in model.layers),
+        layers=tuple(layer.attending(scale=scale) for layer in model.layers),
         qkv_bias=bias,
         o_bias=bias,
         mlp_bias=config.flag("mlp_bias", default=False),

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from loramux_shared.bases.config import LayerSpec, ModelConfig
+from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bases.family import Architecture, Family, llama_like, windowed
 from loramux_shared.bases.hf_config import HfConfig
+from loramux_shared.bases.layers import LayerSpec
 
 
 def _read(config: HfConfig) -> ModelConfig:

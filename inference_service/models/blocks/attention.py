@@ -1,0 +1,64 @@
+"""Attention of grouped heads."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from inference_service.backends.base import Operations
+from inference_service.models.reader import LayerReader
+from inference_service.models.step import LayerCache, Step
+from loramux_shared.bases.layers import AttentionLayer
+
+
+class AttentionBlock:
+    """Attends over the cache, which it writes."""
+
+    def __init__(self, reader: LayerReader, spec: AttentionLayer) -> None:
+        """Read the weights.
+
+        Raises:
+            CheckpointInvalid: a tensor is missing, or has another shape than the config implies.
+        """
+        config, names = reader.config, reader.config.names
+        self._index = reader.index
+        self._spec = spec
+        self._qkv_group, self._o_group = (reader.group(name).name for name in ("attn_q", "attn_dense"))
+        self._rope = config.ropes.index(spec.rope)
+        self._qkv = reader.linear("attn_q", names.qkv, bias=config.qkv_bias)
+        self._o = reader.linear("attn_dense", (names.o,), bias=config.o_bias)
+        self._head_norm = self._row_norms = None
+        if names.q_norm is not None and names.k_norm is not None:
+            if config.qk_norm_of_heads:
+                self._head_norm = reader.head_norm(names.q_norm, names.k_norm, spec)
+            else:
+                self._row_norms = (
+                    reader.norm(names.q_norm, spec.q_features),
+                    reader.norm(names.k_norm, spec.kv_features),
+                )
+
+    def new_cache(self, operations: Operations, num_rows: int) -> LayerCache:
+        """Return an empty cache of num_rows tokens, a multiple of the block size."""
+        return operations.new_cache(num_rows)
+
+    def __call__(self, step: Step, x: Tensor) -> Tensor:
+        """Return [T, hidden] for x [T, hidden]."""
+        spec = self._spec
+        qkv = self._prepared(step, step.linear(self._qkv, x, self._index, self._qkv_group))
+        heads = qkv.view(len(x), -1, spec.head_dim)
+        keys, values = step.cache.layers[self._index]
+        turn = step.turns[self._rope]
+        attended = step.attention(heads, turn, keys, values, spec.attention, self._head_norm)
+        return step.linear(self._o, attended, self._index, self._o_group)
+
+    def _prepared(self, step: Step, qkv: Tensor) -> Tensor:
+        """Norm and scale queries and keys in place, as far as attention does not."""
+        if self._row_norms is None and step.growth is None:
+            return qkv
+        q = self._spec.q_features
+        queries, keys = qkv[:, :q], qkv[:, q : q + self._spec.kv_features]
+        if self._row_norms is not None:
+            for rows, norm in zip((queries, keys), self._row_norms, strict=True):
+                rows.copy_(step.operations.norm(rows.contiguous(), norm, None, None))
+        if step.growth is not None:
+            queries *= step.growth
+        return qkv

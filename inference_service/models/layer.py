@@ -1,0 +1,60 @@
+"""One layer of a decoder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from inference_service.backends.base import Operations
+from inference_service.layers.norm import RMSNorm
+from inference_service.models.blocks.attention import AttentionBlock
+from inference_service.models.blocks.mlp import MlpBlock
+from inference_service.models.reader import LayerReader
+from inference_service.models.step import LayerCache, Step
+
+
+class Block(Protocol):
+    """A part of a layer."""
+
+    def __call__(self, step: Step, x: Tensor) -> Tensor:
+        """Return what is added to the hidden rows [T, hidden], from them normed."""
+        ...
+
+
+class Mixer(Block, Protocol):
+    """The part that mixes the rows of a sequence, and keeps what later rows need."""
+
+    def new_cache(self, operations: Operations, num_rows: int) -> LayerCache:
+        """Return an empty cache of num_rows tokens, a multiple of the block size."""
+        ...
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A mixer and what follows it, with norms before or behind them, or both."""
+
+    input_norm: RMSNorm | None
+    mixer: Mixer
+    mixer_out_norm: RMSNorm | None
+    mlp_norm: RMSNorm | None
+    mlp: Block
+    mlp_out_norm: RMSNorm | None
+
+
+def read_layer(reader: LayerReader) -> Layer:
+    """Read a layer.
+
+    Raises:
+        CheckpointInvalid: a tensor is missing, or has another shape than the config implies.
+    """
+    names, spec = reader.config.names, reader.config.layers[reader.index]
+    return Layer(
+        input_norm=reader.optional_norm(names.input_norm),
+        mixer=AttentionBlock(reader, spec.mixer),
+        mixer_out_norm=reader.optional_norm(names.attention_out_norm),
+        mlp_norm=reader.optional_norm(names.mlp_norm),
+        mlp=MlpBlock(reader),
+        mlp_out_norm=reader.optional_norm(names.mlp_out_norm),
+    )

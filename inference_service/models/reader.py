@@ -1,0 +1,150 @@
+"""The weights of a decoder, from where its checkpoint keeps them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from inference_service.layers.linear import Linear
+from inference_service.layers.norm import RMSNorm
+from inference_service.lora.weights import AdapterWeights, GroupWeights
+from inference_service.models.checkpoint import Tensors
+from loramux_shared.bases.config import ModelConfig
+from loramux_shared.bases.groups import GroupShape
+from loramux_shared.bases.layers import AttentionLayer
+
+
+class Reader:
+    """Reads the parts of a decoder."""
+
+    def __init__(
+        self,
+        checkpoint: Tensors,
+        config: ModelConfig,
+        dtype: torch.dtype,
+        new_linear: Callable[[Tensor, Tensor | None], Linear],
+        merged: AdapterWeights | None = None,
+    ) -> None:
+        """Read from a checkpoint, which may be in a wider type than dtype; merged is added to the linears.
+
+        The sum is made in the checkpoint's type, and rounded once.
+        """
+        self.config = config
+        self.new_linear = new_linear
+        self._checkpoint = checkpoint
+        self._dtype = dtype
+        self._merged = merged
+        names = config.names
+        found = checkpoint.first([f"{prefix}{names.final_norm}.weight" for prefix in names.prefixes])
+        self._prefix = found.removesuffix(f"{names.final_norm}.weight")
+
+    def tables(self) -> tuple[Tensor, Tensor]:
+        """Embeddings and head, both [vocab, hidden]; of a tied model they are one tensor.
+
+        As in transformers, a checkpoint counts before its config: what is tied may stand under either name, and
+        where it stands under both with different values it is not tied.
+        """
+        config, checkpoint = self.config, self._checkpoint
+        embedding = f"{self._prefix}{config.names.embedding}.weight"
+        head = checkpoint.first([f"{name}.weight" for name in config.names.heads])
+        if config.tied_embeddings and not (checkpoint.has(embedding) and checkpoint.has(head)):
+            only = self._table(head if checkpoint.has(head) else embedding)
+            return only, only
+        first, last = self._table(embedding), self._table(head)
+        return first, first if config.tied_embeddings and torch.equal(first, last) else last
+
+    def _table(self, name: str) -> Tensor:
+        dims = self.config.dims
+        return self._checkpoint.get(name, (dims.vocab, dims.hidden)).to(self._dtype)
+
+    def layer(self, index: int) -> LayerReader:
+        """Return a reader of one layer."""
+        merged = self._merged.layers[index] if self._merged else {}
+        at = self.config.names.layer.format(index=index)
+        return LayerReader(self, index, at, self.config.layer_groups[index], merged)
+
+    def has(self, name: str) -> bool:
+        """Whether there is a tensor behind the prefix."""
+        return self._checkpoint.has(self._prefix + name)
+
+    def get(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """Return a tensor behind the prefix, in the checkpoint's type."""
+        return self._checkpoint.get(self._prefix + name, shape)
+
+    def rounded(self, tensor: Tensor) -> Tensor:
+        """Return a tensor in the type that is computed in."""
+        return tensor.to(self._dtype)
+
+    def norm(self, name: str, width: int | None = None) -> RMSNorm:
+        """Return a norm of rows of ``hidden``, or of another width."""
+        weight = self.get(f"{name}.weight", (width or self.config.dims.hidden,))
+        return RMSNorm(self.rounded(weight), self.config.norm_eps, self.config.norm_offset)
+
+
+@dataclass(frozen=True)
+class LayerReader:
+    """Reads the parts of a layer, by their names within it."""
+
+    reader: Reader
+    index: int
+    at: str
+    """Before the names of its tensors."""
+    groups: tuple[GroupShape, ...]
+    merged: dict[str, GroupWeights] = field(default_factory=dict)
+    """What is added, by the names of groups."""
+
+    @property
+    def config(self) -> ModelConfig:
+        """The decoder's."""
+        return self.reader.config
+
+    def group(self, module: str) -> GroupShape:
+        """Return the fused linear that has a module, by its bundle name."""
+        return next(group for group in self.groups if module in group.modules)
+
+    def linear(self, module: str, names: tuple[str, ...], *, bias: bool = False) -> Linear:
+        """Return the fused linear that has a module; names are those of its slices, or of one for all."""
+        shape = self.group(module)
+        outs = shape.out_features
+        sizes = outs if len(names) == len(outs) else (sum(outs),)
+        parts = list(zip(names, sizes, strict=True))
+        weight = _cat([self.get(f"{name}.weight", (out, shape.in_features)) for name, out in parts])
+        if shape.name in self.merged:
+            weight = _merge(weight, self.merged[shape.name], shape)
+        biases = [self.get(f"{name}.bias", (out,)) for name, out in parts] if bias else []
+        rounded = self.reader.rounded
+        return self.reader.new_linear(rounded(weight), rounded(_cat(biases)) if biases else None)
+
+    def norm(self, name: str, width: int | None = None) -> RMSNorm:
+        """Return a norm."""
+        return self.reader.norm(self.at + name, width)
+
+    def optional_norm(self, name: str | None) -> RMSNorm | None:
+        """Return a norm, where there is one."""
+        return None if name is None else self.norm(name)
+
+    def head_norm(self, q_norm: str, k_norm: str, spec: AttentionLayer) -> RMSNorm:
+        """Return the norms of all heads of queries and keys, side by side."""
+        q, k = (self.get(f"{name}.weight", (spec.head_dim,)) for name in (q_norm, k_norm))
+        weight = torch.cat([q.expand(spec.num_heads, -1), k.expand(spec.num_kv_heads, -1)])
+        return RMSNorm(self.reader.rounded(weight), self.config.norm_eps, self.config.norm_offset)
+
+    def get(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """Return a tensor, in the checkpoint's type."""
+        return self.reader.get(self.at + name, shape)
+
+
+def _merge(weight: Tensor, adapter: GroupWeights, shape: GroupShape) -> Tensor:
+    """Return weight [out, in] with the products of the adapter's slices added."""
+    merged = weight.clone()
+    for a, b, offset, size in zip(adapter.a, adapter.b, shape.out_offsets, shape.out_features, strict=True):
+        if a is not None and b is not None:
+            merged[offset : offset + size].addmm_(b.t().to(weight), a.to(weight))
+    return merged
+
+
+def _cat(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

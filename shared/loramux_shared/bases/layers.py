@@ -1,0 +1,67 @@
+"""What decoder layers are made of. Layers of one decoder may differ in all of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from loramux_shared.bases.attention import AttentionSpec
+from loramux_shared.bases.groups import GroupShape, attention_groups, mlp_groups
+from loramux_shared.bases.rope import RopeSpec
+
+
+@dataclass(frozen=True)
+class AttentionLayer:
+    """Attention of grouped heads."""
+
+    attention: AttentionSpec
+    rope: RopeSpec
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+
+    @property
+    def q_features(self) -> int:
+        """Width of the queries of all heads together."""
+        return self.num_heads * self.head_dim
+
+    @property
+    def kv_features(self) -> int:
+        """Width of the keys of all heads together, and of the values."""
+        return self.num_kv_heads * self.head_dim
+
+    def groups(self, hidden: int) -> tuple[GroupShape, ...]:
+        """Return its fused linears."""
+        return attention_groups(hidden, self.q_features, self.kv_features)
+
+
+@dataclass(frozen=True)
+class MlpLayer:
+    """A gated MLP."""
+
+    intermediate: int
+
+    def groups(self, hidden: int) -> tuple[GroupShape, ...]:
+        """Return its fused linears."""
+        return mlp_groups(hidden, self.intermediate)
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """What mixes the rows of a sequence, and what follows for each row alone."""
+
+    mixer: AttentionLayer
+    mlp: MlpLayer
+
+    def groups(self, hidden: int) -> tuple[GroupShape, ...]:
+        """Return the fused linears of both, in the order of computation."""
+        return (*self.mixer.groups(hidden), *self.mlp.groups(hidden))
+
+    def attending(self, **changes: Any) -> LayerSpec:
+        """Return the layer with other fields of its `AttentionSpec`."""
+        attention = replace(self.mixer.attention, **changes)
+        return replace(self, mixer=replace(self.mixer, attention=attention))
+
+    def turning(self, rope: RopeSpec) -> LayerSpec:
+        """Return the layer with another rotation."""
+        return replace(self, mixer=replace(self.mixer, rope=rope))
