@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Final, Literal, TypeAlias
 
-from loramux_shared.bundle.modules import BY_HF, FUSED, Module
+from loramux_shared.bundle.modules import BY_PATH, FUSED_PATHS, Module
 
 # Names that wrappers of the trained model leave in the keys, wherever they stand.
 _WRAPPERS: Final = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
@@ -22,10 +22,6 @@ _DECODERS: Final = (
     "model.language_model.model.",
     "",
 )
-_GROUPS: Final = {
-    "self_attn": ("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj"),
-    "mlp": ("gate_proj", "up_proj", "down_proj", "gate_up_proj"),
-}
 MAX_KEY: Final = 512
 """Characters; what is longer is no name of a module."""
 _KEPT: Final = 8192
@@ -68,8 +64,8 @@ class LoraKey:
     """The A or the B of a module of a layer."""
 
     layer: int
-    leaf: str
-    """The last part of the module's name: ``q_proj``, or ``qkv_proj`` where the base has that."""
+    path: str
+    """The module within the layer: ``self_attn.q_proj``, or ``self_attn.qkv_proj`` in a base that has it."""
     side: Literal["A", "B"]
     name: str
     """The module's name in the base: what PEFT's patterns are matched against."""
@@ -79,7 +75,12 @@ class LoraKey:
     @property
     def modules(self) -> tuple[Module, ...]:
         """The modules that it adapts, in the order of its output rows: several of a fused projection."""
-        return FUSED.get(self.leaf) or (BY_HF[self.leaf],)
+        return FUSED_PATHS.get(self.path) or (BY_PATH[self.path],)
+
+    @property
+    def leaf(self) -> str:
+        """Its last part."""
+        return self.path.rpartition(".")[2]
 
     @property
     def place(self) -> str:
@@ -158,8 +159,8 @@ def _lora_key(match: re.Match[str], fused: Set[str]) -> LoraKey | RefusedKey:
         return RefusedKey("E_UNKNOWN_KEY", "")
     if place["decoder"] not in _DECODERS:
         return RefusedKey("E_PREFIX", place["decoder"].rstrip("."))
-    group, _, leaf = place["path"].rpartition(".")
-    if leaf not in _GROUPS.get(group, ()) or (leaf in FUSED and leaf not in fused):
-        return RefusedKey("E_MODULE", place["path"])
+    path = place["path"]
+    if path not in BY_PATH and not (path in FUSED_PATHS and path.rpartition(".")[2] in fused):
+        return RefusedKey("E_MODULE", path)
     side: Literal["A", "B"] = "A" if match["side"] == "A" else "B"
-    return LoraKey(int(place["layer"]), leaf, side, match["module"], match["infix"] or "")
+    return LoraKey(int(place["layer"]), path, side, match["module"], match["infix"] or "")

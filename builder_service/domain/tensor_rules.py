@@ -13,13 +13,13 @@ from builder_service.domain.grouping import Grouping
 from builder_service.domain.safetensors_header import READABLE, Tensor, TensorFile
 from builder_service.domain.tensor_names import FullKey, LoraKey, RefusedKey, nearest_key, parse_key
 from loramux_shared.bases.config import ModelConfig
-from loramux_shared.bundle.modules import BY_HF, BY_NAME, Module
+from loramux_shared.bases.groups import GroupShape
+from loramux_shared.bundle.modules import BY_NAME, Module
 
 _MERGE: Final = "Merge it into the base (merge_and_unload) and serve a full model."
 _KEY_FIXES: Final = {
     "E_CONTAINER": "Convert it to PEFT's form: adapter_config.json and lora_A, lora_B by the base's own names.",
     "E_PREFIX": "Only layers of the text decoder are served: train with exclude_modules for the others.",
-    "E_MODULE": f"Served are {', '.join(BY_HF)}, and fused projections where the base has them.",
     "E_EMBED": EMBED_FIX,
     "E_MLX": "MLX stores A and B transposed, with an absolute scale: convert it to PEFT's form.",
     "E_MOE": f"Train without the experts and routers (exclude_modules), or: {_MERGE}",
@@ -102,7 +102,7 @@ def sort_tensors(file: TensorFile, base: ModelConfig, report: Grouping) -> Sorte
             case LoraKey():
                 _check_storage(tensor, report)
                 infixes.setdefault(parsed.infix, name)
-                sides[parsed.layer, parsed.leaf].append((parsed, tensor))
+                sides[parsed.layer, parsed.path].append((parsed, tensor))
     if len(infixes) > 1:
         report.add(
             "E_ADAPTER_INFIX",
@@ -139,7 +139,8 @@ def check_pairs(pairs: list[Pair], config: AdapterConfig, limits: AdapterLimits,
 
 def _refuse(key: RefusedKey, name: str, base: ModelConfig, report: Grouping) -> None:
     if key.code != "E_UNKNOWN_KEY":
-        fix = _FIXES_BY_CAUSE.get(key.cause) or _KEY_FIXES.get(key.code, _MERGE)
+        fixes = _KEY_FIXES | {"E_MODULE": f"The base has {_listed(base.groups)}."}
+        fix = _FIXES_BY_CAUSE.get(key.cause) or fixes.get(key.code, _MERGE)
         found = key.cause or _FOUND[key.code]
         report.add(key.code, name, cause=key.cause, expected=_SERVED, found=found, fix=fix)
         return
@@ -251,7 +252,7 @@ def _check_place(pair: Pair, limits: AdapterLimits, report: Grouping) -> None:
             "E_MODULE",
             pair.place,
             cause=("absent", pair.key.leaf),
-            expected=f"modules that this layer of the base has: {_listed(base, pair.key.layer)}",
+            expected=f"modules that this layer of the base has: {_listed(base.layer_groups[pair.key.layer])}",
             found=pair.key.leaf,
             fix="The adapter was trained on another base.",
         )
@@ -280,7 +281,7 @@ def _check_place(pair: Pair, limits: AdapterLimits, report: Grouping) -> None:
         )
 
 
-def _listed(base: ModelConfig, layer: int) -> str:
-    """Name the modules of a layer as Hugging Face does."""
-    names = [module for group in base.layer_groups[layer] for module in group.modules]
-    return ", ".join(BY_NAME[name].hf for name in names)
+def _listed(groups: tuple[GroupShape, ...]) -> str:
+    """Name modules as Hugging Face does."""
+    names = dict.fromkeys(BY_NAME[module].hf for group in groups for module in group.modules)
+    return ", ".join(names)

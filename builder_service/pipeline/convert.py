@@ -21,6 +21,7 @@ from loramux_shared.bundle.manifest import (
     FileDigest,
     Manifest,
     sha256_hex,
+    version_of,
 )
 from loramux_shared.bundle.npy import (
     NUMPY_TYPES,
@@ -88,6 +89,7 @@ def convert_adapter(
         CONFIG_FILE: _written(config, config_pieces(table), fetched.name),
     }
     manifest = Manifest(
+        format_version=version_of(rows),
         dtype=dtype,
         rows=tuple(rows),
         row_width=width,

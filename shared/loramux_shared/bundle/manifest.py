@@ -18,17 +18,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from datetime import datetime
 from typing import Final, Literal, Self
 
 from pydantic import Field, ValidationError
 
+from loramux_shared.bundle.modules import TENSORRT_LLM
 from loramux_shared.bundle.proof import Proof
 from loramux_shared.deployment import Aliases, Dtype, Merge, Model, ModelLimits, Repository, StoredName
 from loramux_shared.faults import BundleCorrupt, Finding
 from loramux_shared.limits import unset
 
 FORMAT_VERSION: Final = 1
+"""Of records; a manifest with modules beyond TensorRT-LLM's seven is of version 2."""
 WEIGHTS_FILE = "model.lora_weights.npy"
 CONFIG_FILE = "model.lora_config.npy"
 MANIFEST_FILE = "manifest.json"
@@ -67,7 +70,7 @@ class Record(Model):
             return cls.model_validate_json(data)
         except ValidationError as error:
             raise BundleCorrupt(
-                f"{what} is not a {cls.__name__} of format version {FORMAT_VERSION}: "
+                f"{what} is not a {cls.__name__} of a format version that is known: "
                 f"{error.error_count()} fields are missing or wrong. {REBUILD}"
             ) from error
 
@@ -122,7 +125,7 @@ class Coverage(Model):
 class Manifest(Record):
     """What a bundle holds; rows are in the order of the npy files, sorted by (layer, module_id)."""
 
-    format_version: Literal[1] = FORMAT_VERSION
+    format_version: Literal[1, 2] = FORMAT_VERSION
     dtype: Dtype
     rows: tuple[ModuleRow, ...]
     row_width: int = Field(ge=1)
@@ -285,6 +288,11 @@ class Current(Record):
 def sha256_hex(data: bytes | bytearray | memoryview) -> str:
     """Return the sha256 of data in hex."""
     return hashlib.sha256(data).hexdigest()
+
+
+def version_of(rows: Iterable[ModuleRow]) -> Literal[1, 2]:
+    """Return the version of the format that a bundle of such rows is of."""
+    return 1 if all(row.module_id in TENSORRT_LLM for row in rows) else 2
 
 
 def verify(data: bytes | bytearray | memoryview, sha256: str, what: str) -> None:

@@ -1,7 +1,7 @@
-"""The modules that an adapter can target, and their dims in a base checkpoint.
+"""The modules that an adapter can target.
 
-Ids and names are TensorRT-LLM's. Mind the cross: ``gate_proj`` is ``mlp_h_to_4h`` (5) and ``up_proj`` is
-``mlp_gate`` (7).
+Ids and names up to 18 are TensorRT-LLM's; those from 100 on are our own, and are in bundles of version 2 alone.
+Mind the cross: ``gate_proj`` is ``mlp_h_to_4h`` (5) and ``up_proj`` is ``mlp_gate`` (7).
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ class Module:
     id: int
     name: str
     hf: str
-    """Hugging Face's leaf name in a Llama-like decoder."""
+    """Hugging Face's name of it within its parent."""
     parent: str
-    """What holds it within the layer."""
+    """What holds it within the layer; empty: the layer itself."""
 
     @property
     def path(self) -> str:
         """Its name within the layer."""
-        return f"{self.parent}.{self.hf}"
+        return f"{self.parent}.{self.hf}".lstrip(".")
 
 
 MODULES = (
@@ -36,16 +36,28 @@ MODULES = (
     Module(5, "mlp_h_to_4h", "gate_proj", "mlp"),
     Module(6, "mlp_4h_to_h", "down_proj", "mlp"),
     Module(7, "mlp_gate", "up_proj", "mlp"),
+    Module(100, "delta_qkv", "in_proj_qkv", "linear_attn"),
+    Module(101, "delta_z", "in_proj_z", "linear_attn"),
+    Module(102, "delta_b", "in_proj_b", "linear_attn"),
+    Module(103, "delta_a", "in_proj_a", "linear_attn"),
+    Module(104, "delta_out", "out_proj", "linear_attn"),
+    Module(110, "layer_input_gate", "per_layer_input_gate", ""),
+    Module(111, "layer_input_projection", "per_layer_projection", ""),
 )
 BY_ID = {module.id: module for module in MODULES}
 BY_NAME = {module.name: module for module in MODULES}
+BY_PATH = {module.path: module for module in MODULES}
 BY_HF = {module.hf: module for module in MODULES}
+TENSORRT_LLM: Final = frozenset(range(1, 8))
+"""Ids of the modules that bundles of version 1 have."""
 
 FUSED: Final[Mapping[str, tuple[Module, ...]]] = {
     "qkv_proj": (BY_HF["q_proj"], BY_HF["k_proj"], BY_HF["v_proj"]),
     "gate_up_proj": (BY_HF["gate_proj"], BY_HF["up_proj"]),
 }
 """Projections that are one matrix in some bases: its output rows are those of these modules, in this order."""
+FUSED_PATHS: Final = {f"{modules[0].parent}.{name}": modules for name, modules in FUSED.items()}
+"""The same by their names within the layer."""
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from loramux_shared.bundle.manifest import (
     ModuleRow,
     bundle_key,
     verify,
+    version_of,
 )
 from loramux_shared.bundle.modules import BY_ID
 from loramux_shared.bundle.npy import Array, Bytes, read_config, read_weights
@@ -147,6 +148,7 @@ def _check_manifest(manifest: Manifest, what: str) -> None:
     for i, row in enumerate(manifest.rows):
         module = BY_ID.get(row.module_id)
         _expect(row.module, module.name if module else "a module that is served", f"{what}: row {i}: module")
+    _expect(manifest.format_version, version_of(manifest.rows), f"{what}: format_version")
     used, redundant = manifest.coverage.used, manifest.coverage.redundant
     if list(used + redundant) != [*sorted(set(used) - set(redundant)), *sorted(set(redundant))]:
         raise BundleCorrupt(f"{what}: expected tensors by their keys, each once, sorted")
