@@ -162,23 +162,6 @@ def _is_error(finding: Finding) -> bool:
     return not finding.code.startswith("W_")
 
 
-def base_warning(adapter_says: str, base: str) -> Finding | None:
-    """Return a warning when an adapter names another base than the one it will run on; its shapes fit."""
-    if adapter_says and _plain_name(adapter_says) == _plain_name(base):
-        return None
-    fix = "Its shapes fit. Make sure that it was trained on this base."
-    found = shown(adapter_says) or "no name"
-    return Finding(
-        code="W_BASE", where=f"{CONFIG}: base_model_name_or_path", expected=base, found=found, fix=fix
-    )
-
-
-def _plain_name(name: str) -> str:
-    """The last part of a repository or path, without what quantised copies add."""
-    last = name.rstrip("/").rpartition("/")[2].lower()
-    return re.sub(r"(-unsloth)?(-bnb-4bit)?$", "", last)
-
-
 def _base_findings(config: AdapterConfig, book: Rulebook) -> list[Finding]:
     """A class of another family is another base, whatever its name."""
     said = _family(config.base_model_class[:LONGEST])

@@ -8,10 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Final
 
-from builder_service.domain.rules import base_warning
+from builder_service.domain.base_names import base_warning
 from builder_service.pipeline.base_weights import BaseWeights
 from builder_service.pipeline.context import BuildContext
 from builder_service.pipeline.fetch import fetch_adapters
+from builder_service.pipeline.lineage import Lineages
 from builder_service.pipeline.progress import Progress
 from builder_service.pipeline.space import BASE_FILES
 from builder_service.pipeline.validate import check_deployment, check_fetched, rulebook
@@ -70,7 +71,11 @@ def check_one(deployment: Deployment, context: BuildContext, progress: Progress)
         [fetched] = fetch_adapters(deployment.build.lora_adapters, context.sources, space, work, progress)
         checked = check_fetched(fetched, book, progress)
         rows = tuple(planned.row for planned in checked.rows)
-        named = base_warning(checked.base_model_name, base.record.source.shown) if rows else None
+        named = (
+            _base_warning(checked.base_model_name, base.record.source, fetched.source, context)
+            if rows
+            else None
+        )
         found = [*checked.findings, *([named] if named else []), *fetched.warnings]
         found.sort(key=lambda finding: finding.code.startswith("W_"))
         return AdapterReport(
@@ -83,6 +88,10 @@ def check_one(deployment: Deployment, context: BuildContext, progress: Progress)
             _bundle_bytes(rows, book.dtype),
             checked.base_model_name,
         )
+
+
+def _base_warning(named: str, base: Repository, adapter: Repository, context: BuildContext) -> Finding | None:
+    return base_warning(named, base.shown, Lineages(context.sources).of(named, base, [adapter]))
 
 
 def _bundle_bytes(rows: tuple[ModuleRow, ...], dtype: Dtype) -> int:

@@ -10,8 +10,8 @@ from typing import Final, TypeAlias
 
 import structlog
 
+from builder_service.domain.base_names import base_warning
 from builder_service.domain.file_rules import extra_files
-from builder_service.domain.rules import base_warning
 from builder_service.pipeline.fetch import ListedAdapter, recorded
 from builder_service.pipeline.progress import Progress
 from loramux_shared.bundle.manifest import (
@@ -141,7 +141,7 @@ def keep(
     kept = [each for each in wanted if fit[each.record.digest]]
     for each in kept:
         named = each.record.summary.base_model_name if each.record.summary else ""
-        warning = base_warning(named, base)
+        warning = base_warning(named, base, each.record.lineage)
         extra = [*([warning] if warning else []), *each.warnings]
         progress.settle(each.name, each.record, extra, read_back=verify)
     return {each.name: each.record for each in kept}

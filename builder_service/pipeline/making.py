@@ -13,6 +13,7 @@ from builder_service.pipeline.context import BuildContext
 from builder_service.pipeline.fetch import FetchedAdapter, list_adapters
 from builder_service.pipeline.intake import Intake
 from builder_service.pipeline.keep import Keeping, keep
+from builder_service.pipeline.lineage import Lineages
 from builder_service.pipeline.output import Output, duplicates
 from builder_service.pipeline.progress import Progress
 from builder_service.pipeline.prove import prove_adapters
@@ -108,12 +109,13 @@ class Making:
             proofs = prove_adapters(firsts, self.settings, base, sources, shop.work, shop.progress, shop.room)
         output = Output(
             self.book.dtype,
-            base.source.shown,
+            base.source,
             shop.store,
             self.served,
             shop.space,
             shop.progress,
             shop.context,
+            Lineages(shop.context.sources),
         )
         return output.put_out(groups, proofs)
 

@@ -6,18 +6,19 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from builder_service.domain.rules import base_warning
+from builder_service.domain.base_names import base_warning
 from builder_service.pipeline.context import BuildContext
 from builder_service.pipeline.convert import BuiltBundle, bundle_bytes, convert_adapter
 from builder_service.pipeline.fetch import FetchedAdapter, gathered
 from builder_service.pipeline.intake import Identity, identity
+from builder_service.pipeline.lineage import Lineages
 from builder_service.pipeline.progress import Progress, Stage
 from builder_service.pipeline.publish import publish_bundle
 from builder_service.pipeline.space import Space
 from builder_service.pipeline.validate import ValidAdapter
-from loramux_shared.bundle.manifest import CONVERTER, AdapterRecord
+from loramux_shared.bundle.manifest import CONVERTER, AdapterRecord, Descent
 from loramux_shared.bundle.proof import Proof
-from loramux_shared.deployment import Dtype
+from loramux_shared.deployment import Dtype, Repository
 from loramux_shared.storage.base import Store
 
 
@@ -51,14 +52,14 @@ class Output:
     """The outgoing bundles of one build, all of whose adapters are valid."""
 
     dtype: Dtype
-    base: str
-    """The base's repository, as it is shown."""
+    base: Repository
     store: Store
     served: frozenset[str]
     """Digests that the served generation refers to."""
     space: Space
     progress: Progress
     context: BuildContext
+    lineages: Lineages
 
     def put_out(self, groups: Sequence[Duplicates], proofs: Sequence[Proof | None]) -> dict[str, AdapterRecord]:
         """Convert and publish; returns what the generation says of the adapters, by their names.
@@ -83,22 +84,25 @@ class Output:
         size = bundle_bytes(group.first.checked, self.dtype)
         with self.space.writing(size, f"the bundle of adapter {group.names[0]!r}"), self.context.compute:
             bundle = convert_adapter(group.first, self.dtype, self.progress, proof)
-        self._describe(group, bundle)
+        sources = [adapter.fetched.source for adapter in group.adapters]
+        lineage = self.lineages.of(bundle.manifest.base_model_name, self.base, sources)
+        self._describe(group, bundle, lineage)
         publish_bundle(self.store, bundle, group.names, self.served, self.progress)
-        return {adapter.fetched.name: _record(adapter.fetched, bundle) for adapter in group.adapters}
+        return {adapter.fetched.name: _record(adapter.fetched, bundle, lineage) for adapter in group.adapters}
 
-    def _describe(self, group: Duplicates, bundle: BuiltBundle) -> None:
-        warning = base_warning(bundle.manifest.base_model_name, self.base)
+    def _describe(self, group: Duplicates, bundle: BuiltBundle, lineage: tuple[Descent, ...]) -> None:
+        warning = base_warning(bundle.manifest.base_model_name, self.base.shown, lineage)
         for adapter in group.adapters:
             extra = [*([warning] if warning else []), *adapter.fetched.warnings]
             self.progress.describe(adapter.fetched.name, bundle.digest, bundle.manifest, extra)
 
 
-def _record(fetched: FetchedAdapter, bundle: BuiltBundle) -> AdapterRecord:
+def _record(fetched: FetchedAdapter, bundle: BuiltBundle, lineage: tuple[Descent, ...]) -> AdapterRecord:
     return AdapterRecord(
         digest=bundle.digest,
         source=fetched.source,
         summary=bundle.manifest.summary,
         listing=fetched.listing,
         converter=CONVERTER,
+        lineage=lineage,
     )

@@ -109,8 +109,8 @@ _WARNED: Final = (
      "See that they do not change what the adapter computes."),
     ("W_ODENSE", "o_proj where heads x head_dim differs from hidden: TensorRT-LLM could not read these rows",
      "Nothing; loramux serves them."),
-    ("W_BASE", "the adapter names another base than the deployment; its shapes fit",
-     "See that it was trained on this base."),
+    ("W_BASE", "the adapter names another base than the deployment, and they are not the same in two formats, "
+     "by name or by what the hub says; its shapes fit", "See that it was trained on this base."),
     ("W_REDUNDANT_EMBED", "whole matrices that are equal to the base's own, value by value, are left out",
      "Nothing."),
     ("W_EXTRA_FILES", "checkpoints, optimizer states and other weights beside the adapter are not used",

@@ -3,7 +3,9 @@
 A script rather than a test, because it needs the kernels as the compiler sees them and the tests import them
 for the interpreter. Prints one line per kernel, type and architecture, in the order of the golden table:
 
-    python -m tests.kernels.aot [PACKAGE ...] [sm_ARCHITECTURE ...]
+    python -m tests.kernels.aot [--one] [PACKAGE ...] [sm_ARCHITECTURE ...]
+
+With `--one`, one of each kernel.
 """
 
 import importlib
@@ -11,7 +13,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations, product
 from pathlib import Path
@@ -114,10 +116,8 @@ def covering(
     return chosen
 
 
-def compiled(architecture: int, variant: Variant) -> Any:
-    """Compile one variant."""
-    import triton
-    from triton.backends.compiler import GPUTarget
+def source_of(variant: Variant) -> Any:
+    """Return what Triton compiles of one variant."""
     from triton.compiler import ASTSource
 
     names = variant.kernel.arg_names
@@ -132,10 +132,18 @@ def compiled(architecture: int, variant: Variant) -> Any:
         for i, name in enumerate(names)
         if signature[name] != "constexpr" and name not in variant.unaligned and "fp" not in signature[name][:2]
     }
-    source = ASTSource(
+    return ASTSource(
         fn=variant.kernel, signature=signature, constexprs=dict(variant.constants), attrs=attributes
     )
-    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=dict(variant.options))
+
+
+def compiled(architecture: int, variant: Variant) -> Any:
+    """Compile one variant."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    target = GPUTarget("cuda", architecture, 32)
+    return triton.compile(source_of(variant), target=target, options=dict(variant.options))
 
 
 def usage(cubin: bytes) -> dict[str, int]:
@@ -151,12 +159,21 @@ def usage(cubin: bytes) -> dict[str, int]:
     return {name: int(value) for name, value in re.findall(r"\b(REG|STACK):(\d+)", text)}
 
 
-def lines(packages: Collection[str], architectures: Collection[int]) -> Iterator[str]:
-    """Compile and yield the packages' lines; what several names share is compiled once."""
+def one_of_each(found: Iterable[Variant]) -> list[Variant]:
+    """Return the first variant of each kernel."""
+    first: dict[Any, Variant] = {}
+    for variant in found:
+        first.setdefault(variant.kernel, variant)
+    return [*first.values()]
+
+
+def lines(packages: Collection[str], architectures: Collection[int], *, one: bool = False) -> Iterator[str]:
+    """Compile and yield the lines of packages, or one of each kernel; what names share is compiled once."""
     made: dict[tuple[int, str], Line] = {}
     found = []
     for architecture in architectures:
-        for variant in variants(architecture, packages):
+        ships = variants(architecture, packages)
+        for variant in one_of_each(ships) if one else ships:
             key = architecture, repr(replace(variant, name=""))
             if key not in made:
                 result = compiled(architecture, variant)
@@ -169,8 +186,8 @@ def lines(packages: Collection[str], architectures: Collection[int]) -> Iterator
 def main() -> None:
     """Print the lines of all packages and architectures, or of those named on the command line."""
     architectures = [int(word[3:]) for word in sys.argv[1:] if word.startswith("sm_")]
-    packages = [word for word in sys.argv[1:] if not word.startswith("sm_")]
-    for line in lines(packages or PACKAGES, architectures or ARCHITECTURES):
+    packages = [word for word in sys.argv[1:] if not word.startswith(("sm_", "--"))]
+    for line in lines(packages or PACKAGES, architectures or ARCHITECTURES, one="--one" in sys.argv):
         sys.stdout.write(line + "\n")
 
 

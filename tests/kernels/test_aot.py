@@ -8,38 +8,64 @@ from itertools import combinations, product
 import pytest
 
 from inference_service.kernels.launch import ARCHITECTURES
+from tests.golden.kernels import sources
 from tests.golden.kernels.write import kept, package_of, printed
-from tests.kernels.aot import PACKAGES, Variant, covering, variants
+from tests.kernels.aot import PACKAGES, Line, Variant, covering, variants
 
 PORTABLE_SHARED = 99 * 1024
 """Bytes that a program may have on every architecture from sm_80 on (163 KB on sm_80, 227 KB on sm_90)."""
 
-USUAL, SELDOM = ARCHITECTURES[:2], ARCHITECTURES[2:]
-"""Those of every run, and those of a sweep."""
+USUAL = 90
+"""The architecture that one of each kernel is compiled for at every run."""
 
 
-@pytest.mark.timeout(600)
-@pytest.mark.parametrize("package", PACKAGES)
-@pytest.mark.parametrize("architectures", [USUAL, pytest.param(SELDOM, marks=pytest.mark.sweep)], ids=str)
-def test_configurations_take_what_the_table_says_and_none_spills(
-    package: str, architectures: tuple[int, ...]
-) -> None:
-    """Every entry has no stack and portable shared memory; what it takes is known (else: make golden)."""
-    found = printed([package], architectures)
-    names = {
-        (v.name, v.dtype, architecture)
-        for architecture in architectures
-        for v in variants(architecture, [package])
-    }
-    assert {(line.name, line.dtype, line.architecture) for line in found} == names
-    assert len(found) == len(names)
-    assert [str(line) for line in found if line.stack != 0 or line.shared > PORTABLE_SHARED] == []
-
-    golden = [
-        str(line) for line in kept() if package_of(line) == package and line.architecture in architectures
-    ]
-    changes = list(difflib.unified_diff(golden, [*map(str, found)], "golden", "compiled", lineterm="", n=0))
+def assert_equal(found: list[str], golden: list[str]) -> None:
+    """Lines are what was written down."""
+    changes = [*difflib.unified_diff(golden, found, "golden", "found", lineterm="", n=0)]
     assert not changes, "make golden, and read the diff:\n" + "\n".join(changes)
+
+
+def assert_as_kept(found: list[Line]) -> None:
+    """The table has these lines, each once."""
+    names = {(line.name, line.dtype, line.architecture) for line in found}
+    assert len(found) == len(names)
+    golden = [str(line) for line in kept() if (line.name, line.dtype, line.architecture) in names]
+    assert_equal([*map(str, found)], golden)
+
+
+def test_the_table_has_every_configuration_and_none_spills() -> None:
+    """Every entry of the tuning tables is in the table of resources; no stack, and portable shared memory."""
+    table = kept()
+    ships = {(v.name, v.dtype, architecture) for architecture in ARCHITECTURES for v in variants(architecture)}
+    assert {(line.name, line.dtype, line.architecture) for line in table} == ships
+    assert len(table) == len(ships)
+    assert [str(line) for line in table if line.stack != 0 or line.shared > PORTABLE_SHARED] == []
+
+
+@pytest.mark.timeout(900)
+def test_the_table_is_of_these_kernels() -> None:
+    """It was made by this compiler of these sources; another compiler makes the same of all of them."""
+    golden, found = sources.KEPT.read_text().splitlines(), sources.found()
+    if golden[0] != found[0]:
+        golden, found = [*map(str, kept())], [*map(str, printed(PACKAGES))]
+    assert_equal(found, golden)
+
+
+def test_one_of_each_kernel_takes_what_the_table_says() -> None:
+    """The real compiler, at every run: registers, stack and shared memory are known."""
+    found = printed(PACKAGES, [USUAL], "--one")
+    assert {package_of(line) for line in found} == {*PACKAGES}
+    assert_as_kept(found)
+
+
+@pytest.mark.sweep
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("package", PACKAGES)
+def test_every_configuration_takes_what_the_table_says(package: str) -> None:
+    """All of them, whatever is known of their sources."""
+    found = printed([package])
+    assert len(found) == sum(package_of(line) == package for line in kept())
+    assert_as_kept(found)
 
 
 @pytest.mark.parametrize("package", PACKAGES)

@@ -35,6 +35,11 @@ class HubRepo:
     """How often a file is sent with a flipped bit."""
     listed: dict[str, Any] = field(default_factory=dict)
     """What the listing says of every file instead."""
+    card: dict[str, Any] = field(default_factory=dict)
+    """What the model's card says."""
+    tags: tuple[str, ...] = ()
+    status: int = 0
+    """Answered to every question about it, where it is not 0."""
     lfs: tuple[str, ...] = ()
     """Files that the hub keeps as LFS objects."""
 
@@ -100,6 +105,9 @@ class _Handler(BaseHTTPRequestHandler):
             return
         match = _INFO.fullmatch(path) or _FILE.fullmatch(path)
         repo = self.hub.repos.get(match["repo"]) if match else None
+        if repo and repo.status:
+            self._answer(repo.status, b"", send_body)
+            return
         opened = repo and (not repo.token or self.headers.get("Authorization") == f"Bearer {repo.token}")
         if match is None or repo is None or not (opened or repo.gated):
             self._error(401, "RepoNotFound", send_body)
@@ -119,6 +127,8 @@ class _Handler(BaseHTTPRequestHandler):
                 "id": match["repo"],
                 "sha": commit,
                 "siblings": [_sibling(repo, file) for file in repo.files],
+                "cardData": repo.card,
+                "tags": repo.tags,
             }
             self._answer(200, json.dumps(body).encode(), send_body, **{"Content-Type": "application/json"})
         elif path not in repo.files:

@@ -8,7 +8,7 @@ import pytest
 
 from builder_service.domain.adapter_config import AdapterConfig
 from builder_service.domain.file_rules import file_findings
-from builder_service.domain.rules import CheckedAdapter, Rulebook, base_warning, check_adapter
+from builder_service.domain.rules import CheckedAdapter, Rulebook, check_adapter
 from builder_service.domain.tensor_names import LoraKey, RefusedKey, parse_key
 from builder_service.domain.tensor_rules import AdapterLimits
 from loramux_shared.bases.read import read_fields
@@ -140,21 +140,6 @@ def test_known_prefixes(text):
 def test_unknown_keys(text):
     """Nothing is guessed from the last part of a key."""
     assert parse_key(text) == RefusedKey("E_UNKNOWN_KEY", "")
-
-
-@pytest.mark.parametrize(
-    ("adapter", "base", "warns"),
-    [
-        ("org/tiny", "org/tiny", False),
-        ("unsloth/Llama-3.2-1B-unsloth-bnb-4bit", "meta-llama/Llama-3.2-1B", False),
-        ("/root/models/Llama-3.2-1B/", "meta-llama/Llama-3.2-1B", False),
-        ("org/other", "org/tiny", True),
-        ("", "org/tiny", True),
-    ],
-)
-def test_base_names(adapter, base, warns):
-    """Copies of a base under other names are the base; anything else is worth a warning."""
-    assert (base_warning(adapter, base) is not None) == warns
 
 
 Q = f"{ROOT}layers.0.self_attn.q_proj"

@@ -202,6 +202,15 @@ class AdapterSummary(Model):
     """What the adapter says that it was trained on."""
 
 
+class Descent(Model):
+    """What a hub says that a model was made from."""
+
+    model: str
+    relation: Literal["quantized", "finetune", "merge", "adapter", ""]
+    """How; empty where the hub does not say."""
+    parent: str
+
+
 class AdapterRecord(Model):
     """An adapter of a generation."""
 
@@ -215,10 +224,13 @@ class AdapterRecord(Model):
     nothing of the adapter has changed. None where a source says nothing that can be relied on."""
     converter: int | None = Field(default=None, ge=1, exclude_if=unset)
     """The builder's rules and arithmetic by which the bundle was made; see `CONVERTER`."""
+    lineage: tuple[Descent, ...] = Field(default=(), exclude_if=lambda lineage: not lineage)
+    """Where the adapter names another base than the deployment's: what a hub said of the two, if asked."""
 
-    def same_but_listing(self, other: AdapterRecord) -> bool:
-        """True when only what a source says of the same files differs."""
-        return self is other or self == other.model_copy(update={"listing": self.listing})
+    def same_but_said(self, other: AdapterRecord) -> bool:
+        """True when only what sources say of the same files and bases differs."""
+        said = {"listing": self.listing, "lineage": self.lineage}
+        return self is other or self == other.model_copy(update=said)
 
 
 class BaseRecord(Model):
@@ -273,7 +285,7 @@ class Generation(Record):
             return False
         aside = {"number": self.number, "create_time": self.create_time, "adapters": {}}
         return self.model_copy(update={"adapters": {}}) == other.model_copy(update=aside) and all(
-            record.same_but_listing(other.adapters[name]) for name, record in self.adapters.items()
+            record.same_but_said(other.adapters[name]) for name, record in self.adapters.items()
         )
 
 

@@ -25,8 +25,8 @@ from huggingface_hub.errors import (
 from huggingface_hub.hf_api import RepoSibling
 from tqdm import tqdm  # type: ignore[import-untyped,unused-ignore]
 
-from loramux_shared.bundle.manifest import FileDigest
-from loramux_shared.deployment import Repository
+from loramux_shared.bundle.manifest import Descent, FileDigest
+from loramux_shared.deployment import Repository, SourceKind
 from loramux_shared.faults import (
     BundleCorrupt,
     Fault,
@@ -40,11 +40,14 @@ from loramux_shared.sources.base import MAX_BYTES, Progress, Resolved, Room, Sou
 from loramux_shared.sources.cache import missing_files
 from loramux_shared.sources.checksum import checked_file
 from loramux_shared.sources.files import disk_errors, disk_fault, inside, is_text, scratch
+from loramux_shared.sources.hub_card import MODEL, descent_of
 from loramux_shared.sources.retry import Busy, Pace, Patience
 from loramux_shared.sources.secrets import Secrets, warn_unset
 
 TOKEN_VARIABLE: Final = "HF_TOKEN"  # noqa: S105 - the variable's name
 TIMEOUT_S: Final = 20.0
+ASIDE_S: Final = 5.0
+"""For an answer that a build can do without."""
 COMMIT: Final = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 _SHA256: Final = re.compile(r"[0-9a-f]{64}")
 SLACK: Final = 16 << 20
@@ -153,6 +156,18 @@ class HubSource:
             room(files[name].size)
             self._download(repository, name, files[name].size, folder, progress)
         return folder / repository.subfolder
+
+    def descent(self, model: str) -> tuple[Descent, ...]:
+        """Return what the hub tells everybody that a model was made from: it is asked once, without a token.
+
+        Raises:
+            RepoNotFound, RepoGated, SourceUnavailable
+        """
+        if not MODEL.fullmatch(model):
+            return ()
+        api = HfApi(endpoint=self._endpoint, token=False)
+        with _translated(Repository(source=SourceKind.HF, repo=model), ""):
+            return descent_of(model, api.model_info(model, timeout=ASIDE_S))
 
     def _fetched(self, resolved: Resolved, name: str, into: Path, progress: Progress) -> FileDigest:
         """Download a file, once more where it is not what was listed, and return what it is."""

@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from loramux_shared.bundle.manifest import Descent
 from loramux_shared.deployment import Repository, SourceKind
 from loramux_shared.faults import SourceRefused
 from loramux_shared.sources.addresses import Guard
@@ -26,6 +27,15 @@ class Sources:
         self._sources = dict(sources)
         self.work_dir = work_dir
         """Holds what is fetched only to be looked at; the system's temporary folder when not given."""
+
+    def descent(self, model: str) -> tuple[Descent, ...]:
+        """Return what the hub says that a model of that name was made from; nothing where there is no hub.
+
+        Raises:
+            RepoNotFound, RepoGated, SourceUnavailable
+        """
+        hub = self._sources.get(SourceKind.HF)
+        return hub.descent(model) if isinstance(hub, HubSource) else ()
 
     def of(self, repository: Repository) -> Source:
         """Return the source of a repository, or raise `SourceRefused`."""

@@ -1,37 +1,30 @@
 """Keep what the compiler makes of every kernel: registers, stack and shared memory.
 
-Rewrites the lines of all packages of kernels, or of those named on the command line; others stay:
+Rewrites the lines of all packages of kernels, or of those named on the command line; others stay. Where
+all are compiled, `sources.txt` has what they were made of:
 
     python -m tests.golden.kernels.write [PACKAGE ...]
 """
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from collections.abc import Collection
 from pathlib import Path
 
 from inference_service.kernels.launch import ARCHITECTURES
+from tests.golden.kernels import sources
 from tests.kernels.aot import PACKAGES, Line
 
 TABLE = Path(__file__).with_name("resources.txt")
 
 
-def printed(packages: Collection[str], architectures: Collection[int] = ARCHITECTURES) -> list[Line]:
+def printed(
+    packages: Collection[str], architectures: Collection[int] = ARCHITECTURES, *options: str
+) -> list[Line]:
     """Compile packages, in a process in which kernels are not made for the interpreter."""
-    chosen = [*packages, *(f"sm_{architecture}" for architecture in architectures)]
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    text = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.aot", *chosen],
-        cwd=Path(__file__).parents[3],
-        env=environment | {"TRITON_DEFAULT_FP_FUSION": "1"},
-        check=True,
-        stdout=subprocess.PIPE,
-        text=True,
-    ).stdout
-    return [Line.parse(line) for line in text.splitlines()]
+    chosen = [*options, *packages, *(f"sm_{architecture}" for architecture in architectures)]
+    return [*map(Line.parse, sources.run("tests.kernels.aot", chosen))]
 
 
 def kept() -> list[Line]:
@@ -45,12 +38,17 @@ def package_of(line: Line) -> str:
 
 
 def main() -> None:
-    """Rewrite the lines of some packages or of all; lines of packages that do not exist any more go."""
+    """Rewrite the lines of some packages or of all; lines of packages that do not exist any more go.
+
+    What all is made of is written where all is made.
+    """
     wanted = sys.argv[1:] or PACKAGES
     old = kept() if TABLE.exists() else []
     stay = [line for line in old if package_of(line) not in wanted and package_of(line) in PACKAGES]
     found = sorted([*stay, *printed(wanted)], key=Line.order)
     TABLE.write_text("\n".join([Line.HEADER, *map(str, found)]) + "\n")
+    if wanted == PACKAGES:
+        sources.KEPT.write_text("\n".join(sources.found()) + "\n")
 
 
 if __name__ == "__main__":

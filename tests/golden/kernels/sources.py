@@ -1,0 +1,69 @@
+"""Say what the table of resources was made of: kernels that did not change need not be compiled to know it.
+
+What the compiler makes of a kernel follows from its source and that of what it calls, from the values that are
+constants of it, from the target and from the compiler's version. One line per kernel and architecture has the
+digest of all these. Triton's own cache asks for the same. Prints them:
+
+    python -m tests.golden.kernels.sources
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+from collections import defaultdict
+from collections.abc import Collection, Iterator
+from pathlib import Path
+
+from inference_service.kernels.launch import ARCHITECTURES
+from tests.kernels.aot import PACKAGES, Variant, source_of, variants
+
+KEPT = Path(__file__).with_name("sources.txt")
+ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {
+    "TRITON_DEFAULT_FP_FUSION": "1"
+}
+"""Of processes in which kernels are not made for the interpreter, and are compiled as everywhere."""
+
+
+def lines() -> Iterator[str]:
+    """Yield the compiler's version, and a line for each kernel and architecture."""
+    import triton
+
+    yield f"triton {triton.__version__}"
+    for package in PACKAGES:
+        for architecture in ARCHITECTURES:
+            yield from (
+                f"{name:<30} sm_{architecture:<3} {digest}" for name, digest in _of(package, architecture)
+            )
+
+
+def _of(package: str, architecture: int) -> Iterator[tuple[str, str]]:
+    ships: defaultdict[str, list[Variant]] = defaultdict(list)
+    for variant in variants(architecture, [package]):
+        ships[f"{package}.{variant.kernel.__name__}"].append(variant)
+    for name, found in sorted(ships.items()):
+        made_of = sorted(f"{v.name} {v.dtype} {source_of(v).hash()} {sorted(v.options.items())}" for v in found)
+        yield name, hashlib.sha256("\n".join(made_of).encode()).hexdigest()[:16]
+
+
+def run(module: str, arguments: Collection[str] = ()) -> list[str]:
+    """Return the lines that a module prints where kernels are as the compiler sees them."""
+    return subprocess.run(
+        [sys.executable, "-m", module, *arguments],
+        cwd=Path(__file__).parents[3],
+        env=ENVIRONMENT,
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+    ).stdout.splitlines()
+
+
+def found() -> list[str]:
+    """The lines of what is here."""
+    return run("tests.golden.kernels.sources")
+
+
+if __name__ == "__main__":
+    sys.stdout.writelines(f"{line}\n" for line in lines())

@@ -1,0 +1,123 @@
+"""Names of bases in adapters: copies in other formats are the base, and a hub knows the rest."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from huggingface_hub.hf_api import ModelInfo
+
+from builder_service.domain.base_names import base_warning, plain_name
+from loramux_shared.bundle.manifest import Descent
+from loramux_shared.sources.hub_card import MOST, descent_of
+
+
+def descent(model: str, relation: str, parent: str) -> Descent:
+    """What the hub says."""
+    return Descent.model_validate({"model": model, "relation": relation, "parent": parent})
+
+
+@pytest.mark.parametrize(
+    "copy",
+    [
+        "Qwen/Qwen3-8B",
+        "unsloth/Qwen3-8B",
+        "unsloth/Qwen3-8B-bnb-4bit",
+        "unsloth/Qwen3-8B-unsloth-bnb-4bit",
+        "unsloth/Qwen3-8B-GGUF",
+        "unsloth/Qwen3-8B-BF16",
+        "Qwen/Qwen3-8B-AWQ",
+        "Qwen/Qwen3-8B-GPTQ",
+        "Qwen/Qwen3-8B-GPTQ-Int4",
+        "Qwen/Qwen3-8B-FP8",
+        "RedHatAI/Qwen3-8B-FP8-dynamic",
+        "RedHatAI/Qwen3-8B-quantized.w4a16",
+        "org/Qwen3-8B-W4A16-G128",
+        "mlx-community/Qwen3-8B-MLX-4bit",
+        "mlx-community/Qwen3-8B-4bit",
+        "nvidia/Qwen3-8B-NVFP4",
+        "org/qwen3-8b-Q4_K_M-GGUF",
+        "/root/models/Qwen3-8B/",
+    ],
+)
+def test_a_copy_in_another_format_is_the_base(copy: str) -> None:
+    """Whoever made it, and whichever of the two the adapter names."""
+    assert base_warning(copy, "Qwen/Qwen3-8B") is None
+    assert base_warning("Qwen/Qwen3-8B", copy) is None
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        "",
+        "Qwen/Qwen3-14B",
+        "Qwen/Qwen3-8B-Base",
+        "org/Qwen3-8B-dynamic",
+        "org/Qwen3-8B-unsloth",
+        "google/Qwen3-8B-qat-q4_0-gguf",
+        "org/4bit-Qwen3-8B",
+        "AWQ",
+    ],
+)
+def test_anything_else_is_worth_a_warning(other: str) -> None:
+    """Another size, another training, no name; words of a format alone are a name."""
+    warning = base_warning(other, "Qwen/Qwen3-8B")
+    assert warning is not None
+    assert (warning.code, warning.expected, warning.found) == ("W_BASE", "Qwen/Qwen3-8B", other or "no name")
+
+
+def test_a_name_of_formats_alone_stays() -> None:
+    """Nothing is left of no name."""
+    assert plain_name("org/AWQ-4bit") == "awq"
+
+
+def test_quantised_copies_by_the_hub_are_the_base() -> None:
+    """Over several steps, and from the side of the deployment too."""
+    steps = [
+        descent("org/mine", "quantized", "lab/Copy-8B"),
+        descent("lab/Copy-8B", "quantized", "Qwen/Qwen3-8B"),
+    ]
+    for order in (steps, steps[::-1]):
+        assert base_warning("org/mine", "Qwen/Qwen3-8B", order) is None
+        assert base_warning("Qwen/Qwen3-8B-AWQ", "org/mine", order) is None
+
+
+@pytest.mark.parametrize(
+    ("relation", "words"),
+    [
+        ("finetune", "org/mine is a finetune of Qwen/Qwen3-8B, as the hub says"),
+        ("merge", "org/mine is a merge of Qwen/Qwen3-8B, as the hub says"),
+        ("adapter", "org/mine is an adapter of Qwen/Qwen3-8B, as the hub says"),
+        ("", "org/mine is derived from Qwen/Qwen3-8B, as the hub says"),
+    ],
+)
+def test_other_relatives_are_named(relation: str, words: str) -> None:
+    """They compute otherwise than the base; the warning says what they are."""
+    warning = base_warning("org/mine", "Qwen/Qwen3-8B", [descent("org/mine", relation, "Qwen/Qwen3-8B")])
+    assert warning is not None
+    assert warning.found == f"org/mine; {words}"
+
+
+@pytest.mark.parametrize(
+    ("card", "tags", "expected"),
+    [
+        (
+            {"base_model": "a/b", "base_model_relation": "quantized"},
+            ["base_model:a/b", "base_model:finetune:a/b"],
+            [("quantized", "a/b")],
+        ),
+        ({"base_model": ["a/b"]}, ["en", "base_model:a/b", "base_model:quantized:a/b"], [("quantized", "a/b")]),
+        ({}, ["base_model:finetune:a/b"], [("finetune", "a/b")]),
+        ({"base_model": ["a/b", "c/d"]}, ["base_model:merge:a/b"], [("merge", "a/b"), ("", "c/d")]),
+        ({"base_model": "a/b", "base_model_relation": ["x"]}, [], [("", "a/b")]),
+        ({"base_model": ["../x", 7, None, "a b/c", "a/" + "b" * 97]}, ["base_model:x:y:z", "base_model:"], []),
+        ({}, [], []),
+        ({"base_model": [f"a/{i}" for i in range(99)]}, [], [("", f"a/{i}") for i in range(MOST)]),
+    ],
+)
+def test_cards_and_tags_are_read(
+    card: dict[str, Any], tags: list[str], expected: list[tuple[str, str]]
+) -> None:
+    """The card's word counts before the hub's; what is no model's name is not repeated."""
+    info = ModelInfo(id="org/mine", cardData=card, tags=tags)
+    assert [(each.relation, each.parent) for each in descent_of("org/mine", info)] == expected
