@@ -207,6 +207,7 @@ _PREFILL: Final[dict[str, Any]] = {
     "tile": PREFILL_TILE,
 }
 _HEADS: Final = attention_case.Heads(32, 8, 128)
+_OF_64: Final = attention_case.Heads(64, 8, 64)
 CHECKS: Final[dict[str, Check]] = {
     "sgmv qkv, mixed ranks": sgmv(fused=False, **_DECODE),
     "sgmv qkv, mixed ranks, one launch": sgmv(fused=True, **_DECODE),
@@ -222,6 +223,8 @@ CHECKS: Final[dict[str, Check]] = {
         [(1, 4000), (33, 4033), (1, 20)], attention_case.Heads(48, 8, 96), window=3000, softcap=50.0
     ),
     "attention, window and cap": attention([(1, 3000), (512, 2048)], _HEADS, window=1024, softcap=50.0),
+    "attention, sinks": attention([(1, 4000), (33, 4033), (1, 20)], _OF_64, sinks=True),
+    "attention, sinks and window": attention([(1, 3000), (512, 2048)], _OF_64, window=128, sinks=True),
     "norm, gate, embedding, cap": row_kernels(64, 4096, 14336),
     "sampler, 128256 tokens": sampler(128256),
 }

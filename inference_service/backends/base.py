@@ -38,10 +38,12 @@ class Attention(Protocol):
         values: Tensor,
         spec: AttentionSpec,
         norm: RMSNorm | None = None,
+        sinks: Tensor | None = None,
     ) -> Tensor:
         """Return [T, heads * d] of the heads of queries, keys and values, side by side [T, all heads, d].
 
-        Queries and keys are normed first, where the layer has a norm for them.
+        Queries and keys are normed first, where the layer has a norm for them. Sinks, float32 [query heads],
+        are scores of what every row sees besides, and which has no value.
         """
         ...
 

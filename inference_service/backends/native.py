@@ -136,6 +136,7 @@ class NativeAttention:
         values: Tensor,
         spec: AttentionSpec,
         norm: RMSNorm | None = None,
+        sinks: Tensor | None = None,
     ) -> Tensor:
         """Rotate in place, write the cache, attend over it where it lies."""
         if norm is not None:
@@ -143,10 +144,10 @@ class NativeAttention:
         q = heads[:, : self._num_heads]
         k, v = heads[:, self._num_heads : self._rotated], heads[:, self._rotated :]
         self._ops.rope_write(q, k, v, *turn, self._cache_rows, keys, values)
-        bounded = spec.window is not None or spec.softcap is not None
+        bounded = spec.window is not None or spec.softcap is not None or sinks is not None
         chunks, long = (self._chunks, []) if bounded else (self._short, self._long)
         out = self._ops.attention(
-            q, chunks, keys, values, self._group, spec.scale, spec.softcap or 0.0, spec.window or 0
+            q, chunks, keys, values, self._group, spec.scale, spec.softcap or 0.0, spec.window or 0, sinks
         )
         for chunk in long:
             chunk.attend(self._ops, q, keys, values, spec.scale, out)

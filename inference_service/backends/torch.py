@@ -117,12 +117,13 @@ class TorchAttention:
         values: Tensor,
         spec: AttentionSpec,
         norm: RMSNorm | None = None,
+        sinks: Tensor | None = None,
     ) -> Tensor:
         """Rotate queries and keys together, then gather and attend."""
         heads = _normed(heads, self._rotated, norm)
         qk = rotate(heads[:, : self._rotated], *turn)
         q, k = qk[:, : self._num_heads], qk[:, self._num_heads :]
-        out = self._plan(q, k, heads[:, self._rotated :], keys, values, spec)
+        out = self._plan(q, k, heads[:, self._rotated :], keys, values, spec, sinks)
         return out.reshape(len(heads), -1)
 
 

@@ -112,10 +112,12 @@ class TritonAttention:
         values: Tensor,
         spec: AttentionSpec,
         norm: RMSNorm | None = None,
+        sinks: Tensor | None = None,
     ) -> Tensor:
         """Rows that belong to no chunk are 0."""
         inputs = Inputs(heads, *turn, keys, values)
-        return attend(inputs, self._tables, spec, None if norm is None else norm.of_heads).flatten(1)
+        head_norm = None if norm is None else norm.of_heads
+        return attend(inputs, self._tables, spec, head_norm, sinks).flatten(1)
 
 
 class TritonLora:

@@ -88,6 +88,7 @@ class Reference:
         q, kv = spec.q_features, spec.kv_features
         before, behind = self._optional(at, names.input_norm), self._optional(at, names.attention_out_norm)
         q_norm, k_norm = self._qk_norms(at, spec)
+        sinks = self._sinks(at, spec)
         qkv = self._linear(at, names.qkv, (q, kv, kv), hidden, config.qkv_bias)
         out = self._linear(at, (names.o,), (hidden,), q, config.o_bias)
         for run in runs:
@@ -96,7 +97,7 @@ class Reference:
             normed = self._heads(parts[0], q_norm, spec), self._heads(parts[1], k_norm, spec)
             queries, keys = (_rotate(part, spec.rope) for part in normed)
             queries, values = _grown(queries, config.query_growth), self._heads(parts[2], None, spec)
-            seen = _attend(queries, keys, values, spec.attention).transpose(0, 1).reshape(len(x), q)
+            seen = _attend(queries, keys, values, sinks, spec.attention).transpose(0, 1).reshape(len(x), q)
             (y,) = _project(run, index, ("attn_dense",), seen, out, (hidden,))
             run.hidden = run.hidden + self._maybe_normed(y * config.residual_scale, behind)
 
@@ -121,6 +122,13 @@ class Reference:
             None if names.q_norm is None else self._get(at + names.q_norm, (q,)),
             None if names.k_norm is None else self._get(at + names.k_norm, (k,)),
         )
+
+    def _sinks(self, at: str, spec: AttentionLayer) -> Tensor:
+        """What every query of a head sees besides; without sinks, what weighs nothing."""
+        name = self._config.names.sinks
+        if name is None:
+            return torch.full((spec.num_heads,), float("-inf"))
+        return self._checkpoint.get(f"{self._prefix}{at}{name}", (spec.num_heads,))
 
     def _heads(self, x: Tensor, norm: Tensor | None, spec: AttentionLayer) -> Tensor:
         """Norm x [T, all heads together] in parts as long as the norm; return [heads, T, head_dim]."""
@@ -191,8 +199,8 @@ def _grown(queries: Tensor, spec: QueryGrowth | None) -> Tensor:
     return queries * (1 + spec.beta * torch.log(1 + torch.floor(positions / spec.length)))[:, None]
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
-    """Causal attention of q [heads, T, d] over k and v [kv heads, T, d]."""
+def _attend(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, spec: AttentionSpec) -> Tensor:
+    """Causal attention of q [heads, T, d] over k and v [kv heads, T, d], and sinks [heads] of no value."""
     groups = len(q) // len(k)
     k, v = k.repeat_interleave(groups, dim=0), v.repeat_interleave(groups, dim=0)
     scores = q @ k.transpose(1, 2) * spec.scale
@@ -202,4 +210,6 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
     hidden = columns > rows
     if spec.window is not None:
         hidden |= columns <= rows - spec.window
-    return torch.softmax(scores.masked_fill(hidden, float("-inf")), dim=-1) @ v
+    scores = scores.masked_fill(hidden, float("-inf"))
+    beside = sinks[:, None, None].expand(-1, len(rows), 1)
+    return torch.softmax(torch.cat([scores, beside], dim=-1), dim=-1)[..., :-1] @ v

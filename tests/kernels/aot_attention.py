@@ -15,6 +15,7 @@ TYPES = {
     "p_items": "*i32",
     "p_merges": "*i32",
     "p_blocks": "*i32",
+    "p_sinks": "*fp32",
     "stride_kv": "i64",
     "scale": "fp32",
     "softcap": "fp32",
@@ -35,6 +36,7 @@ LAYERS: Final[dict[str, tuple[Any, ...]]] = {
     "softcap": (True, False),
     "window": (False, True),
     "pieces": (True, False),
+    "sinks": (False, True),
 }
 NORMS: Final[dict[str, tuple[Any, ...]]] = {**WHERE, "norm": ("none", "one", "of heads")}
 
@@ -65,7 +67,8 @@ def attends(row: Mapping[str, Any]) -> Iterator[Variant]:
     """Yield decode and prefill of one of `LAYERS`."""
     absent = [name for name in ("softcap", "window") if not row[name]]
     absent += () if row["pieces"] else ("p_partial", "p_lse")
-    words = [name for name in ("softcap", "window", "pieces") if row[name]]
+    absent += () if row["sinks"] else ("p_sinks",)
+    words = [name for name in ("softcap", "window", "pieces", "sinks") if row[name]]
     for name, config in zip(("decode", "prefill"), _configs(row), strict=True):
         decodes = name == "decode"
         constants = {

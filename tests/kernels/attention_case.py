@@ -76,10 +76,11 @@ class Case:
     spec: AttentionSpec
     norm: HeadNorm | None
     layout: Layout
+    sinks: Tensor | None = None
 
     def planned(self) -> tuple[Tensor, list[Launch]]:
         """The launches, with NaN in everything that they write but the cache."""
-        out, launches = plan(self.inputs, self.tables, self.spec, self.norm)
+        out, launches = plan(self.inputs, self.tables, self.spec, self.norm, self.sinks)
         poison(launches)
         return out, launches
 
@@ -133,7 +134,10 @@ class Case:
             s = q @ k.repeat_interleave(group, 0).transpose(1, 2) * self.spec.scale
             if self.spec.softcap is not None:
                 s = self.spec.softcap * torch.tanh(s / self.spec.softcap)
-            weights = s.masked_fill(~seen, -torch.inf).softmax(-1)
+            s = s.masked_fill(~seen, -torch.inf)
+            if self.sinks is not None:
+                s = torch.cat([s, self.sinks.double()[:, None, None].expand(-1, len(q[0]), 1)], dim=-1)
+            weights = s.softmax(-1)[..., : context.end]
             # What no row sees is NaN in the cache, and 0 * NaN is NaN here too.
             out[mine] = (weights @ v.repeat_interleave(group, 0).nan_to_num()).transpose(0, 1)
         return out
@@ -147,6 +151,7 @@ def make_case(
     device: str = "cpu",
     window: int | None = None,
     softcap: float | None = None,
+    sinks: bool = False,
 ) -> Case:
     """Random heads and histories; everything else of the cache is NaN, and so are padding rows."""
     torch.manual_seed(sum(end for _, end in layout.chunks) * 100 + heads.dim)
@@ -165,7 +170,8 @@ def make_case(
     tables.load(torch.from_numpy(pack_tables(capacity, contexts)))
     spec = AttentionSpec(heads.dim**-0.5, window, softcap)
     inputs = _inputs(capacity.rows, blocks * layout.block_size, heads, dtype, device)
-    case = Case(inputs, tables, contexts, spec, _norm(heads, dtype, device), layout)
+    beside = (torch.randn(heads.queries) * 3).to(device) if sinks else None
+    case = Case(inputs, tables, contexts, spec, _norm(heads, dtype, device), layout, beside)
     fill(case)
     return case
 
@@ -195,7 +201,7 @@ def reloaded(case: Case, layout: Layout) -> Case:
     """The same tensors with another content, as before the next step."""
     contexts = layout.contexts(case.inputs.keys.shape[1] // layout.block_size)
     case.tables.load(torch.from_numpy(pack_tables(case.tables.capacity, contexts)))
-    other = Case(case.inputs, case.tables, contexts, case.spec, case.norm, layout)
+    other = Case(case.inputs, case.tables, contexts, case.spec, case.norm, layout, case.sinks)
     fill(other)
     return other
 

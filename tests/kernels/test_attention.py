@@ -45,6 +45,14 @@ CASES: dict[str, dict[str, Any]] = {
         "softcap": 5.0,
         "window": 140,
     },
+    "sinks": {"layout": Layout([(1, 1), (1, 40), (9, 30)], padding=1), "heads": Heads(8, 1, 64), "sinks": True},
+    "sinks, a cap and a window in pieces": {
+        "layout": Layout([(1, 290), (17, 150)]),
+        "heads": Heads(4, 1, 32),
+        "softcap": 5.0,
+        "window": 200,
+        "sinks": True,
+    },
     "one norm for all heads": {"layout": Layout([(1, 17), (4, 4)], padding=1), "heads": Heads(norm="shared")},
     "a norm for every head": {
         "layout": Layout([(1, 17), (4, 20)]),
@@ -95,10 +103,17 @@ LONG: dict[str, dict[str, Any]] = {
         "heads": Heads(2, 1, 16),
         "window": 200,
     },
+    "rows that see nothing of a piece but their sinks": {
+        "layout": Layout([(100, 1800)]),
+        "heads": Heads(1, 1, 16),
+        "window": 530,
+        "sinks": True,
+    },
     "a tile that ends in a row of its own": {
         "layout": Layout([(33, 1200), (65, 2000)]),
         "heads": Heads(4, 1),
         "dtype": torch.float16,
+        "sinks": True,
     },
 }
 

@@ -86,6 +86,9 @@ REFUSALS: dict[str, Callable[[Case], Case]] = {
     "norm does not fit 8 heads of 16": lambda case: replace(
         case, norm=HeadNorm(torch.ones(7, 16, device=case.inputs.keys.device), 1e-5)
     ),
+    "sinks must be of 6 query heads, got 5": lambda case: replace(
+        case, sinks=torch.ones(5, device=case.inputs.keys.device)
+    ),
     "tables must be on": lambda case: replace(
         case, tables=AttentionTables.allocate(case.tables.capacity, "meta")
     ),

@@ -30,9 +30,14 @@ def _norms(dtype: torch.dtype, device: str) -> dict[str, RMSNorm | None]:
     return {"none": None, "of heads": RMSNorm(weight, 1e-5), "with an offset": RMSNorm(weight, 1e-5, 1.0)}
 
 
-@pytest.mark.parametrize("norm", ["none", "of heads", "with an offset"])
+@pytest.mark.parametrize(
+    ("norm", "cap", "sunk"),
+    [("none", 8.0, True), ("of heads", 8.0, False), ("with an offset", 8.0, False), ("none", None, True)],
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_the_layer_gives_what_the_torch_layer_gives(norm: str, dtype: torch.dtype, device: str) -> None:
+def test_the_layer_gives_what_the_torch_layer_gives(
+    norm: str, cap: float | None, sunk: bool, dtype: torch.dtype, device: str
+) -> None:
     """Keys are rounded where torch rounds them: to the same bits in float16 (bf16 is truncated here)."""
     torch.manual_seed(7)
     place = torch.device(device)
@@ -40,17 +45,18 @@ def test_the_layer_gives_what_the_torch_layer_gives(norm: str, dtype: torch.dtyp
     cache = torch.randn(2, KV, CACHE_ROWS, DIM).to(place, dtype)
     positions = torch.cat([torch.arange(c.end - c.length, c.end) for c in CONTEXTS]).to(place)
     rope = Rope(RopeSpec(DIM - 8, 1e4), dtype, place)
-    spec = AttentionSpec(DIM**-0.5, window=30, softcap=8.0)
+    spec = AttentionSpec(DIM**-0.5, window=30, softcap=cap)
     capacity = AttentionCapacity(ROWS, len(CONTEXTS), 4, BLOCK_SIZE, tile=8)
     tables = AttentionTables.allocate(capacity, place)
     tables.load(torch.from_numpy(pack_tables(capacity, CONTEXTS)))
     paged = PagedAttention(CONTEXTS, BLOCK_SIZE, HEADS // KV, dtype, place, (spec.window,))
     layers: list[Attention] = [TorchAttention(paged, HEADS, KV), TritonAttention(tables)]
     norms = _norms(dtype, device)
+    sinks = torch.randn(HEADS).to(place) if sunk else None
     caches, outs = [cache.clone() for _ in layers], []
     for layer, (keys, values) in zip(layers, caches, strict=True):
         turn = layer.turn(*rope.at(positions))
-        outs.append(layer(heads.clone(), turn, keys, values, spec, norms[norm]))
+        outs.append(layer(heads.clone(), turn, keys, values, spec, norms[norm], sinks))
 
     exact = {"rtol": 0, "atol": 0} if dtype is torch.float16 else {"rtol": 1e-5, "atol": 1e-6}
     if (

@@ -199,9 +199,11 @@ def test_a_row_of_a_linear_and_its_adapters_depends_on_no_other(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("heads", "kv", "dim"), [(9, 3, 64), (6, 2, 8), (4, 4, 80), (8, 1, 256)])
-@pytest.mark.parametrize(("window", "softcap"), [(0, 0.0), (24, 0.0), (0, 5.0)])
+@pytest.mark.parametrize(
+    ("window", "softcap", "sunk"), [(0, 0.0, False), (24, 0.0, True), (0, 5.0, False), (0, 0.0, True)]
+)
 def test_attention_over_a_paged_cache(
-    library: object, dtype: torch.dtype, heads: int, kv: int, dim: int, window: int, softcap: float
+    library: object, dtype: torch.dtype, heads: int, kv: int, dim: int, window: int, softcap: float, sunk: bool
 ) -> None:
     """Decode rows and chunks of prompts in one call, written through rope, over scattered blocks."""
     torch.manual_seed(dim)
@@ -212,6 +214,7 @@ def test_attention_over_a_paged_cache(
     values.fill_(3.0)
     order = torch.randperm(64).tolist()
     contexts, queries, expected, row = [], [], [], 0
+    sinks = torch.randn(heads) * 3 if sunk else None
     for length, end in shapes:
         blocks = [order.pop() for _ in range(-(-end // BLOCK))]
         q, k, v = (torch.randn(end, n, dim).to(dtype) for n in (heads, kv, kv))
@@ -224,14 +227,15 @@ def test_attention_over_a_paged_cache(
         ops.rope_write(parts[0], parts[1], parts[2], cos, sin, cache_rows, keys, values)
         contexts.append((row, length, end, blocks))
         queries.append(q[end - length :])
-        expected.append(_attend(q[end - length :], k, v, window, softcap))
+        expected.append(_attend(q[end - length :], k, v, window, softcap, sinks))
         row += length
     query = torch.cat(queries)
-    found = ops.attention(query, Chunks.make(contexts), keys, values, heads // kv, dim**-0.5, softcap, window)
+    chunks = Chunks.make(contexts)
+    found = ops.attention(query, chunks, keys, values, heads // kv, dim**-0.5, softcap, window, sinks)
     assert _error(found, torch.cat(expected)) < TOLERANCE[dtype]
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, window: int, softcap: float) -> Tensor:
+def _attend(q: Tensor, k: Tensor, v: Tensor, window: int, softcap: float, sinks: Tensor | None) -> Tensor:
     group = q.shape[1] // k.shape[1]
     keys, values = (part.double().repeat_interleave(group, dim=1) for part in (k, v))
     scores = torch.einsum("qhd,khd->hqk", q.double(), keys) * q.shape[2] ** -0.5
@@ -240,7 +244,10 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, window: int, softcap: float) -> Ten
     at = torch.arange(len(k) - len(q), len(k))[:, None]
     seen = torch.arange(len(k))[None, :]
     hidden = (seen > at) | ((seen <= at - window) if window else torch.zeros(1, 1, dtype=torch.bool))
-    weights = scores.masked_fill(hidden, -torch.inf).softmax(dim=-1)
+    scores = scores.masked_fill(hidden, -torch.inf)
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.double()[:, None, None].expand(-1, len(q), 1)], dim=-1)
+    weights = scores.softmax(dim=-1)[..., : len(k)]
     return torch.einsum("hqk,khd->qhd", weights, values).reshape(len(q), -1)
 
 
@@ -313,10 +320,10 @@ def test_gated(library: object, dtype: torch.dtype, width: int, activation: Acti
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("window", "softcap"), [(0, 0.0), (24, 0.0), (100, 5.0)])
+@pytest.mark.parametrize(("window", "softcap", "sunk"), [(0, 0.0, False), (24, 0.0, True), (100, 5.0, False)])
 @pytest.mark.parametrize("group", [1, 3])
 def test_what_a_row_attends_to_does_not_depend_on_the_others(
-    library: object, dtype: torch.dtype, window: int, softcap: float, group: int
+    library: object, dtype: torch.dtype, window: int, softcap: float, sunk: bool, group: int
 ) -> None:
     """Bit for bit: every row of a prompt of 150, in one chunk, in chunks of 7, and alone."""
     torch.manual_seed(group)
@@ -326,6 +333,7 @@ def test_what_a_row_attends_to_does_not_depend_on_the_others(
     parts = [torch.randn(rows, heads, dim).to(dtype) for heads in (kv * group, kv, kv)]
     fused = torch.cat(parts, dim=1)
     q, k, v = torch.split(fused, [kv * group, kv, kv], dim=1)
+    sinks = torch.randn(kv * group) if sunk else None
     ops.rope_write(q, k, v, torch.ones(rows, dim), torch.zeros(rows, dim), torch.arange(rows), keys, values)
 
     def attended(length: int) -> Tensor:
@@ -334,7 +342,7 @@ def test_what_a_row_attends_to_does_not_depend_on_the_others(
             (start, min(length, rows - start), min(start + length, rows), [*range(10)]) for start in starts
         ]
         chunks = Chunks.make(contexts)
-        return ops.attention(q, chunks, keys, values, group, dim**-0.5, softcap, window)
+        return ops.attention(q, chunks, keys, values, group, dim**-0.5, softcap, window, sinks)
 
     whole = attended(rows)
     for length in (1, 7, 64):

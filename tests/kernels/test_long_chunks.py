@@ -33,17 +33,25 @@ def ops(request: pytest.FixtureRequest, native_folder: Path) -> CpuOps:
     return CpuOps(built.library, request.param)
 
 
-def attended(ops: CpuOps, spec: AttentionSpec, heads: int, kv: int, dim: int, long_rows: int | None) -> Tensor:
+def attended(
+    ops: CpuOps,
+    spec: AttentionSpec,
+    heads: int,
+    kv: int,
+    dim: int,
+    long_rows: int | None,
+    sinks: Tensor | None = None,
+) -> Tensor:
     """What a step attends to in a cache that is NaN wherever nothing was written."""
     torch.manual_seed(0)
     keys, values = ops.new_cache(kv, 16 * BLOCKS, dim)
     for context in CONTEXTS:  # the past, written as steps do
         past = context.end - context.length
         if past:
-            _attend(ops, [Context(0, past, context.blocks, past)], keys, values, heads, spec, None)
+            _attend(ops, [Context(0, past, context.blocks, past)], keys, values, heads, spec, None, sinks)
     poisoned = sorted(set(range(BLOCKS)) - {block for context in CONTEXTS for block in context.blocks})
     keys[:, poisoned], values[:, poisoned] = torch.nan, torch.nan
-    return _attend(ops, CONTEXTS, keys, values, heads, spec, long_rows)
+    return _attend(ops, CONTEXTS, keys, values, heads, spec, long_rows, sinks)
 
 
 def _attend(
@@ -54,13 +62,14 @@ def _attend(
     heads: int,
     spec: AttentionSpec,
     long_rows: int | None,
+    sinks: Tensor | None,
 ) -> Tensor:
     rows, kv = sum(context.length for context in contexts), len(keys)
     dim = keys.shape[2] // 16
     fused = torch.randn(rows, heads + 2 * kv, dim).to(ops.dtype)
     attention = NativeAttention(ops, contexts, 16, heads, kv, long_rows)
     turn = attention.turn(torch.ones(rows, 1, dim), torch.zeros(rows, 1, dim))
-    return attention(fused, turn, keys, values, spec)
+    return attention(fused, turn, keys, values, spec, sinks=sinks)
 
 
 @pytest.mark.parametrize("ops", [torch.float32, torch.bfloat16], indirect=True)
@@ -75,10 +84,19 @@ def test_long_chunks_attend_as_short_ones_do(ops: CpuOps, heads: int, kv: int, d
 
 
 @pytest.mark.parametrize("ops", [torch.bfloat16], indirect=True)
-@pytest.mark.parametrize("spec", [AttentionSpec(0.2, window=16), AttentionSpec(0.2, softcap=5.0)])
-def test_layers_with_windows_and_caps_stay_compiled(ops: CpuOps, spec: AttentionSpec) -> None:
+@pytest.mark.parametrize(
+    ("spec", "sinks"),
+    [
+        (AttentionSpec(0.2, window=16), None),
+        (AttentionSpec(0.2, softcap=5.0), None),
+        (AttentionSpec(0.2), torch.tensor([1.0, -2.0, 0.0, 3.0])),
+    ],
+)
+def test_layers_with_windows_caps_and_sinks_stay_compiled(
+    ops: CpuOps, spec: AttentionSpec, sinks: Tensor | None
+) -> None:
     """With them the answer has every bit that it has when no chunk counts as long."""
-    assert torch.equal(attended(ops, spec, 4, 2, 16, None), attended(ops, spec, 4, 2, 16, 1))
+    assert torch.equal(attended(ops, spec, 4, 2, 16, None, sinks), attended(ops, spec, 4, 2, 16, 1, sinks))
 
 
 class Paced(CpuOps):

@@ -21,7 +21,11 @@ MAX_GRID = 65535
 
 
 def attend(
-    inputs: Inputs, tables: AttentionTables, spec: AttentionSpec, norm: HeadNorm | None = None
+    inputs: Inputs,
+    tables: AttentionTables,
+    spec: AttentionSpec,
+    norm: HeadNorm | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Norm and rotate queries and keys, write keys and values to the cache, attend: [T, query heads, d].
 
@@ -32,18 +36,24 @@ def attend(
         tables: which rows see what; all chunks lie within the rows of the inputs.
         spec: how the layer attends.
         norm: of queries and keys, if the layer has one.
+        sinks: fp32 [query heads], if the layer has them: scores of what every row sees besides, and which has
+            no value.
 
     Raises:
         ValueError: when shapes, dtypes, strides or devices do not fit.
     """
-    out, launches = plan(inputs, tables, spec, norm)
+    out, launches = plan(inputs, tables, spec, norm, sinks)
     for launch in launches:
         launch()
     return out
 
 
 def plan(
-    inputs: Inputs, tables: AttentionTables, spec: AttentionSpec, norm: HeadNorm | None = None
+    inputs: Inputs,
+    tables: AttentionTables,
+    spec: AttentionSpec,
+    norm: HeadNorm | None = None,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, list[Launch]]:
     """The launches of ``attend``, and where they leave the result.
 
@@ -54,8 +64,13 @@ def plan(
 
     require_device(inputs.heads, interpreted=triton_kernels.INTERPRETED)
     _check_tables(inputs, tables)
+    if sinks is not None:
+        require(sinks, "sinks", dims=1, dtype=torch.float32, device=inputs.heads.device)
+        if len(sinks) != inputs.num_heads:
+            raise ValueError(f"sinks must be of {inputs.num_heads} query heads, got {len(sinks)}")
     q, out = (inputs.heads.new_empty(len(inputs.heads), inputs.num_heads, inputs.head_dim) for _ in range(2))
-    planner = _Planner(triton_kernels, inputs, tables, q, out, _weights(spec, tables.capacity.context))
+    weights = {"p_sinks": sinks, **_weights(spec, tables.capacity.context)}
+    planner = _Planner(triton_kernels, inputs, tables, q, out, weights)
     return out, [planner.rope(norm), *planner.attend()]
 
 
@@ -70,7 +85,7 @@ class _Planner:
     q: Tensor
     out: Tensor
     weights: dict[str, Any]
-    """What makes weights of products: scale, softcap, window."""
+    """What makes weights of products: sinks, scale, softcap, window."""
 
     def rope(self, norm: HeadNorm | None) -> Launch:
         """Norm, rotate, write."""

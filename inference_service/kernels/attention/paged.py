@@ -87,26 +87,43 @@ class PagedAttention:
             self._plans[window] = plans[outgrown]
 
     def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, spec: AttentionSpec
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        spec: AttentionSpec,
+        sinks: Tensor | None = None,
     ) -> Tensor:
-        """Write k and v [T, kv, d] to the cache [kv, rows, d], and return what q [T, heads, d] attends to."""
+        """Write k and v [T, kv, d] to the cache [kv, rows, d], and return what q [T, heads, d] attends to.
+
+        sinks [heads] are scores of what every row sees besides, and which has no value.
+        """
         k_cache.index_copy_(1, self.write_rows, k.transpose(0, 1))
         v_cache.index_copy_(1, self.write_rows, v.transpose(0, 1))
         plan = self._plans[spec.window]
         out = torch.empty_like(q) if plan.prefills else q
         for prefill in plan.prefills:
-            out[prefill.rows] = self._prefill(q, k_cache, v_cache, spec, prefill)
+            out[prefill.rows] = self._prefill(q, k_cache, v_cache, spec, prefill, sinks)
         if plan.decode is not None:
             order = self._decode_rows
             in_order = self._all_decode and len(order) == len(q)
-            decoded = self._decode(q if in_order else q[order], k_cache, v_cache, spec, plan.decode)
+            rows = q if in_order else q[order]
+            decoded = self._decode(rows, k_cache, v_cache, spec, plan.decode, sinks)
             if in_order:
                 return decoded
             out[order] = decoded
         return out
 
     def _decode(
-        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, spec: AttentionSpec, plan: _Decode
+        self,
+        q: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        spec: AttentionSpec,
+        plan: _Decode,
+        sinks: Tensor | None,
     ) -> Tensor:
         """One query row per sequence: [D, heads, d]."""
         num, heads, dim = q.shape
@@ -120,23 +137,32 @@ class PagedAttention:
         if spec.softcap is None:
             scores = torch.baddbmm(mask, query, keys.transpose(1, 2), alpha=spec.scale)
         else:
-            scores = _capped(torch.bmm(query, keys.transpose(1, 2)), spec.scale, spec.softcap) + mask
-        out = torch.bmm(torch.softmax(scores, dim=-1), values)
+            scores = _scores(torch.bmm(query, keys.transpose(1, 2)), spec) + mask
+        if sinks is not None:
+            sinks = sinks.view(kv, 1, self._groups, 1).expand(-1, num, -1, -1).reshape(kv * num, -1, 1)
+        out = torch.bmm(_weights(scores, sinks), values)
         return out.view(kv, num, self._groups, dim).transpose(0, 1).reshape(num, heads, dim)
 
     def _prefill(
-        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, spec: AttentionSpec, plan: _Prefill
+        self,
+        q: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        spec: AttentionSpec,
+        plan: _Prefill,
+        sinks: Tensor | None,
     ) -> Tensor:
         """A chunk of one sequence: [length, heads, d]."""
         keys, values = (cache.index_select(1, plan.index) for cache in (k_cache, v_cache))
-        if spec.softcap is None:
+        if spec.softcap is None and sinks is None:
             return attend_chunk(q[plan.rows], keys, values, plan.mask, spec.scale)
         query = q[plan.rows].transpose(0, 1)[None]
         keys, values = (part.repeat_interleave(self._groups, dim=0)[None] for part in (keys, values))
-        scores = _capped(query @ keys.transpose(-1, -2), spec.scale, spec.softcap)
+        scores = _scores(query @ keys.transpose(-1, -2), spec)
         mask = torch.ones_like(scores, dtype=torch.bool).tril() if plan.mask is None else plan.mask
         scores = scores.masked_fill(~mask, float("-inf"))
-        return (torch.softmax(scores, dim=-1) @ values)[0].transpose(0, 1)
+        weights = _weights(scores, None if sinks is None else sinks[:, None, None])
+        return (weights @ values)[0].transpose(0, 1)
 
 
 def attend_chunk(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float) -> Tensor:
@@ -205,5 +231,15 @@ def _mask(context: Context, window: int | None, device: torch.device) -> Tensor 
     return causal if window is None else causal & (columns > rows - window)
 
 
-def _capped(products: Tensor, scale: float, softcap: float) -> Tensor:
-    return torch.tanh(products * (scale / softcap)) * softcap
+def _weights(scores: Tensor, sinks: Tensor | None) -> Tensor:
+    """The softmax of scores [..., seen] beside sinks [..., 1]."""
+    if sinks is None:
+        return torch.softmax(scores, dim=-1)
+    column = sinks.to(scores).expand(*scores.shape[:-1], 1)
+    return torch.softmax(torch.cat([scores, column], dim=-1), dim=-1)[..., :-1]
+
+
+def _scores(products: Tensor, spec: AttentionSpec) -> Tensor:
+    if spec.softcap is None:
+        return products * spec.scale
+    return torch.tanh(products * (spec.scale / spec.softcap)) * spec.softcap

@@ -10,6 +10,7 @@ scaled with.
 import triton
 import triton.language as tl
 
+LOG2_E = tl.constexpr(1.4426950408889634)
 INTERPRETED: bool = triton.knobs.runtime.interpret
 """Whether the kernels below were made for the interpreter, which computes bf16 wrongly without UPCAST."""
 
@@ -165,6 +166,7 @@ def attend_kernel(
     p_values,  # as p_keys
     p_items,  # int32 [items, 8]
     p_blocks,  # int32
+    p_sinks,  # fp32 [H], or None: scores of what every row sees besides, and which has no value
     scale,
     softcap,  # or None
     window,  # or None
@@ -216,6 +218,10 @@ def attend_kernel(
     b_acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     b_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     b_sum = tl.zeros([BLOCK_M], tl.float32)
+    if p_sinks is not None:  # noqa: SIM102 - the compiler knows this
+        if piece == 0:  # of several pieces, the first has it
+            b_max = tl.load(p_sinks + o_head, mask=m_m, other=0.0) * LOG2_E
+            b_sum += 1.0
     p_keys += i_h.to(tl.int64) * stride_kv
     p_values += i_h.to(tl.int64) * stride_kv
     p_blocks += first_block

@@ -576,10 +576,11 @@ template <class T> inline void announce(const T* data, const int32_t* blocks, in
 }
 
 // One kv head, up to TALL query rows that share it; row i of the tile may see positions [from[i], to[i]). Where there are
-// fewer rows, q[i] of the others is any row: what they give is not looked at.
+// fewer rows, q[i] of the others is any row: what they give is not looked at. Where there are sinks, sink[i] is the score
+// of what row i sees besides, and which has no value.
 template <class T, int TALL>
 void attend(const T* const* q, int rows, const int64_t* from, const int64_t* to, const T* keys, const T* values,
-            const int32_t* blocks, int dim, float scale, float softcap, T* const* out) {
+            const int32_t* blocks, int dim, float scale, float softcap, const float* sink, T* const* out) {
   constexpr int P = Unit<T>::P;
   const int padded = round_up(dim, LANES);
   const int64_t k_block = int64_t(dim) * BLOCK, v_block = int64_t(padded) * BLOCK;
@@ -587,7 +588,7 @@ void attend(const T* const* q, int rows, const int64_t* from, const int64_t* to,
   uint32_t p[TALL][SPAN] = {};
   int64_t first = to[0], last = 0;
   for (int i = 0; i < TALL; ++i) {
-    best[i] = -INFINITY; total[i] = 0;
+    best[i] = sink ? sink[i] : -INFINITY; total[i] = sink ? 1 : 0;
     std::memset(acc[i], 0, padded * sizeof(float));
     if (i < rows) { first = std::min(first, from[i]); last = std::max(last, to[i]); }
   }
@@ -622,7 +623,7 @@ void attend(const T* const* q, int rows, const int64_t* from, const int64_t* to,
 template <class T>
 void attention(const T* q, int64_t ldq, T* out, const Chunk* chunks, int64_t count, const T* keys, const T* values,
                int64_t num_blocks, int64_t kv_heads, int64_t group, int64_t dim, float scale, float softcap,
-               int64_t window, int64_t threads) {
+               int64_t window, int64_t threads, const float* sinks) {
   struct Task { int32_t chunk, head, first; };
   const int64_t padded = round_up(int(dim), LANES);
   const int64_t k_head = num_blocks * BLOCK * dim, v_head = num_blocks * BLOCK * padded;
@@ -641,6 +642,7 @@ void attention(const T* q, int64_t ldq, T* out, const Chunk* chunks, int64_t cou
     const int rows = int(std::min<int64_t>(TILE, chunk.length * group - task.first));
     const T* from_q[TILE]; T* to_out[TILE];
     int64_t from[TILE], to[TILE];
+    float sink[TILE] = {};
     for (int i = rows; i < TILE; ++i) from_q[i] = q + chunk.row * ldq + task.head * group * dim;
     for (int i = 0; i < rows; ++i) {  // neighbours in a tile are the heads of one token: they see the same keys
       const int64_t token = (task.first + i) / group, head = task.head * group + (task.first + i) % group;
@@ -648,10 +650,12 @@ void attention(const T* q, int64_t ldq, T* out, const Chunk* chunks, int64_t cou
       to_out[i] = out + ((chunk.row + token) * heads + head) * dim;
       to[i] = chunk.end - chunk.length + token + 1;
       from[i] = window > 0 ? std::max<int64_t>(0, to[i] - window) : 0;
+      if (sinks) sink[i] = sinks[head];
     }
     const T *k = keys + task.head * k_head, *v = values + task.head * v_head;
-    if (rows > 4) attend<T, 8>(from_q, rows, from, to, k, v, chunk.blocks, int(dim), scale, softcap, to_out);
-    else attend<T, 4>(from_q, rows, from, to, k, v, chunk.blocks, int(dim), scale, softcap, to_out);
+    const float* own = sinks ? sink : nullptr;
+    if (rows > 4) attend<T, 8>(from_q, rows, from, to, k, v, chunk.blocks, int(dim), scale, softcap, own, to_out);
+    else attend<T, 4>(from_q, rows, from, to, k, v, chunk.blocks, int(dim), scale, softcap, own, to_out);
   });
   delete[] list;
 }
@@ -755,9 +759,9 @@ template <class T, bool GELU> void gated(const T* in, T* out, int64_t rows, int6
   extern "C" void attention_##SUFFIX(const void* q, int64_t ldq, void* out, const void* chunks, int64_t count,        \
                                      const void* keys, const void* values, int64_t num_blocks, int64_t kv_heads,      \
                                      int64_t group, int64_t dim, float scale, float softcap, int64_t window,          \
-                                     int64_t threads) {                                                               \
+                                     int64_t threads, const void* sinks) {                                            \
     attention<T>((const T*)q, ldq, (T*)out, (const Chunk*)chunks, count, (const T*)keys, (const T*)values,            \
-                 num_blocks, kv_heads, group, dim, scale, softcap, window, threads);                                  \
+                 num_blocks, kv_heads, group, dim, scale, softcap, window, threads, (const float*)sinks);             \
   }                                                                                                                   \
   extern "C" void rope_write_##SUFFIX(void* q, void* k, const void* v, int64_t ld, int64_t rows, int64_t heads,       \
                                       int64_t kv_heads, int64_t dim, int64_t rotary, const void* cos,                 \

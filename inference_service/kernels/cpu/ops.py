@@ -28,7 +28,7 @@ _TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float}
 _SIGNATURES = {
     "linear": "piiipppiipipipii",
     "pack": "pi",
-    "attention": "pippippiiiiffii",
+    "attention": "pippippiiiiffiip",
     "rope_write": "pppiiiiiipppppii",
     "rms_norm": "pppipiiffi",
     "silu": "ppiii",
@@ -163,8 +163,11 @@ class CpuOps:
         scale: float,
         softcap: float,
         window: int,
+        sinks: Tensor | None = None,
     ) -> Tensor:
         """Return what q [T, heads, d] attends to, [T, heads * d]; window 0 is all, softcap 0 is none.
+
+        sinks, float32 [heads], are scores of what every row sees besides, and which has no value.
 
         Rows of no chunk are not written.
         """
@@ -174,7 +177,7 @@ class CpuOps:
         self._attention(
             q.data_ptr(), q.stride(0), out.data_ptr(), chunks.table.address, len(chunks.table.values),
             keys.data_ptr(), values.data_ptr(), num_blocks, kv_heads, group, dim, scale, softcap, window,
-            self.threads,
+            self.threads, None if sinks is None else sinks.data_ptr(),
         )  # fmt: skip
         return out
 

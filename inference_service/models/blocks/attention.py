@@ -26,6 +26,9 @@ class AttentionBlock:
         self._rope = config.ropes.index(spec.rope)
         self._qkv = reader.linear("attn_q", names.qkv, bias=config.qkv_bias)
         self._o = reader.linear("attn_dense", (names.o,), bias=config.o_bias)
+        self._sinks = None
+        if names.sinks is not None:
+            self._sinks = reader.get(names.sinks, (spec.num_heads,)).float()
         self._head_norm = self._row_norms = None
         if names.q_norm is not None and names.k_norm is not None:
             if config.qk_norm_of_heads:
@@ -47,7 +50,7 @@ class AttentionBlock:
         heads = qkv.view(len(x), -1, spec.head_dim)
         keys, values = step.cache.layers[self._index]
         turn = step.turns[self._rope]
-        attended = step.attention(heads, turn, keys, values, spec.attention, self._head_norm)
+        attended = step.attention(heads, turn, keys, values, spec.attention, self._head_norm, self._sinks)
         return step.linear(self._o, attended, self._index, self._o_group)
 
     def _prepared(self, step: Step, qkv: Tensor) -> Tensor:

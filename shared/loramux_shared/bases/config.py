@@ -30,6 +30,8 @@ class TensorNames:
     """Three linears, or one that holds their rows one after the other."""
     q_norm: str | None = None
     k_norm: str | None = None
+    sinks: str | None = None
+    """The whole name of [query heads]: scores of what every row sees besides, and which has no value."""
     o: str = "self_attn.o_proj"
     attention_out_norm: str | None = None
     mlp_norm: str | None = "post_attention_layernorm"
