@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from inference_service.kernels.cpu import build
 from inference_service.kernels.cpu.build import DIGEST_SIZE, Built, load
 from inference_service.kernels.cpu.check import first_wrong
 from inference_service.startup.choose import check_triton_cache
@@ -66,6 +67,24 @@ def assert_works(built: Built) -> None:
 def sealed(code: bytes) -> bytes:
     """What a stranger who has read the source writes: the digest fits."""
     return hashlib.sha256(code).digest() + code
+
+
+@needs_compiler
+def test_what_was_compiled_from_another_header_is_not_used(
+    kept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file's name has the digest of all that is compiled, not of ops.cpp alone."""
+    source = tmp_path / "source"
+    source.mkdir()
+    for path in build.SOURCE.parent.glob("*.[ch]*"):
+        shutil.copy(path, source)
+    monkeypatch.setattr(build, "SOURCE", source / build.SOURCE.name)
+    assert_works(load(kept.parent))
+    assert len(list(kept.parent.iterdir())) == 1
+    with (source / "vectors.h").open("a") as header:
+        header.write("// another\n")
+    assert_works(load(kept.parent))
+    assert len(list(kept.parent.iterdir())) == 2
 
 
 @needs_compiler

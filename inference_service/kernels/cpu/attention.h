@@ -1,0 +1,213 @@
+// Paged attention over the cache where it lies, and what writes to it.
+//
+//   K cache block of 16 positions:  [head_dim / P][16 positions][P]
+//   V cache block of 16 positions:  [16 / P][head_dim padded to 16][P]
+#pragma once
+#include "vectors.h"
+
+namespace {
+
+constexpr int BLOCK = 16;  // positions of a cache block
+constexpr int TILE = 8;    // query rows that are computed together
+constexpr int SPAN = 64;   // positions between two rescalings of the softmax
+
+struct Chunk { int64_t row, length, end; const int32_t* blocks; };
+
+// s[row][position] = q[row] . k[position] of WIDE blocks, for the TALL rows of a tile.
+template <class T, int TALL, int WIDE>
+inline void score(const T* const* q, const T* keys, const int32_t* blocks, int64_t k_block, int units, float (*s)[SPAN]) {
+  constexpr int P = Unit<T>::P;
+  const T* k[WIDE];
+  vf sums[WIDE][TALL] = {};
+  for (int b = 0; b < WIDE; ++b) k[b] = keys + blocks[b] * k_block;
+  for (int d = 0; d < units; ++d) {
+    vu w[WIDE];
+    for (int b = 0; b < WIDE; ++b) w[b] = load<vu>(k[b] + d * LANES * P);
+    for (int i = 0; i < TALL; ++i) {
+      const vu each = broadcast(q[i] + d * P);
+      for (int b = 0; b < WIDE; ++b) sums[b][i] = Unit<T>::fma(sums[b][i], each, w[b]);
+    }
+  }
+  for (int b = 0; b < WIDE; ++b)
+    for (int i = 0; i < TALL; ++i) store(s[i] + b * BLOCK, sums[b][i]);
+}
+
+// Turns the scores of a row at `count` positions, of which it may see [low, high), into weights that are e^(score - best),
+// in units; returns what the row's sums so far are to be multiplied by. A row that sees none of them gets zeros.
+template <class T>
+inline float weigh(float* s, int count, int low, int high, float scale, float softcap, float& best, float& total, uint32_t* p) {
+  for (int j = 0; j < count; j += LANES) store(s + j, load<vf>(s + j) * scale);
+  if (softcap > 0)
+    for (int j = low; j < high; ++j) s[j] = softcap * std::tanh(s[j] / softcap);
+  for (int j = 0; j < std::min(low, count); ++j) s[j] = -INFINITY;
+  for (int j = std::max(high, 0); j < count; ++j) s[j] = -INFINITY;
+  vf tops = load<vf>(s);
+  for (int j = LANES; j < count; j += LANES) {
+    const vf raw = load<vf>(s + j);
+    tops = raw > tops ? raw : tops;
+  }
+  float each[LANES], top = best;
+  store(each, tops);
+  for (float one : each) top = std::max(top, one);
+  if (top == -INFINITY) { std::memset(p, 0, count / Unit<T>::P * sizeof *p); return 1.0f; }
+  const float shrink = best == top ? 1.0f : best == -INFINITY ? 0.0f : std::exp(best - top);
+  best = top;
+  vf added = {};
+  T* to = reinterpret_cast<T*>(p);
+  for (int j = 0; j < count; j += LANES) {
+    const vf raw = load<vf>(s + j);
+    const vi seen = raw != splat(-INFINITY);
+    const vf value = floats(bits(exp16(raw - splat(top))) & vu(seen));
+    added += value;
+    store16(to + j, value);
+  }
+  total = total * shrink + sum(added);
+  return shrink;
+}
+
+// acc[row][WIDE * LANES] += weights . values of the blocks, for the TALL rows of a tile.
+template <class T, int TALL, int WIDE>
+inline void gather(const uint32_t (*p)[SPAN], const T* values, const int32_t* blocks, int spans, int64_t v_block, int padded,
+                   float (*acc)[512], int column) {
+  constexpr int P = Unit<T>::P;
+  vf part[TALL][WIDE];
+  for (int i = 0; i < TALL; ++i)
+    for (int c = 0; c < WIDE; ++c) part[i][c] = load<vf>(acc[i] + column + c * LANES);
+  for (int b = 0; b < spans; ++b) {
+    const T* v = values + blocks[b] * v_block + int64_t(column) * P;
+    for (int u = 0; u < BLOCK / P; ++u) {
+      vu w[WIDE];
+      for (int c = 0; c < WIDE; ++c) w[c] = load<vu>(v + (int64_t(u) * padded + c * LANES) * P);
+      for (int i = 0; i < TALL; ++i) {
+        const vu weight = broadcast(&p[i][b * (BLOCK / P) + u]);
+        for (int c = 0; c < WIDE; ++c) part[i][c] = Unit<T>::fma(part[i][c], weight, w[c]);
+      }
+    }
+  }
+  for (int i = 0; i < TALL; ++i)
+    for (int c = 0; c < WIDE; ++c) store(acc[i] + column + c * LANES, part[i][c]);
+}
+
+// Fetches the first lines of blocks: the processor finds the others by itself, but not the next block.
+template <class T> inline void announce(const T* data, const int32_t* blocks, int64_t count, int64_t size) {
+  for (int64_t b = 0; b < count; ++b)
+    for (int line = 0; line < 4; ++line) __builtin_prefetch(reinterpret_cast<const char*>(data + blocks[b] * size) + 64 * line);
+}
+
+// One kv head, up to TALL query rows that share it; row i of the tile may see positions [from[i], to[i]). Where there are
+// fewer rows, q[i] of the others is any row: what they give is not looked at. Where there are sinks, sink[i] is the score
+// of what row i sees besides, and which has no value.
+template <class T, int TALL>
+void attend(const T* const* q, int rows, const int64_t* from, const int64_t* to, const T* keys, const T* values,
+            const int32_t* blocks, int dim, float scale, float softcap, const float* sink, T* const* out) {
+  constexpr int P = Unit<T>::P;
+  const int padded = round_up(dim, LANES);
+  const int64_t k_block = int64_t(dim) * BLOCK, v_block = int64_t(padded) * BLOCK;
+  float acc[TALL][512], s[TALL][SPAN], best[TALL], total[TALL];
+  uint32_t p[TALL][SPAN] = {};
+  int64_t first = to[0], last = 0;
+  for (int i = 0; i < TALL; ++i) {
+    best[i] = sink ? sink[i] : -INFINITY; total[i] = sink ? 1 : 0;
+    std::memset(acc[i], 0, padded * sizeof(float));
+    if (i < rows) { first = std::min(first, from[i]); last = std::max(last, to[i]); }
+  }
+  // From a multiple of SPAN, so that a row is rescaled at the same positions whichever rows share its tile.
+  for (int64_t start = first / SPAN * SPAN; start < last; start += SPAN) {
+    const int spans = int(std::min<int64_t>(SPAN, round_up(int(last - start), BLOCK))) / BLOCK;
+    const int32_t* here = blocks + start / BLOCK;
+    if (TALL < TILE) {  // few rows: what they read is read once, and comes from memory
+      announce(values, here, spans, v_block);
+      const int64_t left = round_up(int(last - start), BLOCK) / BLOCK - spans;
+      announce(keys, here + spans, std::min<int64_t>(left, SPAN / BLOCK), k_block);
+    }
+    int b = 0;
+    for (; b + 2 <= spans; b += 2) score<T, TALL, 2>(q, keys, here + b, k_block, dim / P, reinterpret_cast<float(*)[SPAN]>(s[0] + b * BLOCK));
+    if (b < spans) score<T, TALL, 1>(q, keys, here + b, k_block, dim / P, reinterpret_cast<float(*)[SPAN]>(s[0] + b * BLOCK));
+    for (int i = 0; i < rows; ++i) {
+      const int low = int(std::max<int64_t>(0, from[i] - start)), high = int(std::min<int64_t>(spans * BLOCK, to[i] - start));
+      const float shrink = weigh<T>(s[i], spans * BLOCK, low, high, scale, softcap, best[i], total[i], p[i]);
+      if (shrink != 1.0f)
+        for (int d = 0; d < padded; d += LANES) store(acc[i] + d, load<vf>(acc[i] + d) * shrink);
+    }
+    int d = 0;
+    if (TALL < TILE)
+      for (; d + 4 * LANES <= padded; d += 4 * LANES) gather<T, TALL, 4>(p, values, here, spans, v_block, padded, acc, d);
+    for (; d + 2 * LANES <= padded; d += 2 * LANES) gather<T, TALL, 2>(p, values, here, spans, v_block, padded, acc, d);
+    if (d < padded) gather<T, TALL, 1>(p, values, here, spans, v_block, padded, acc, d);
+  }
+  for (int i = 0; i < rows; ++i)
+    for (int d = 0; d < dim; ++d) narrow(out[i][d], acc[i][d] / total[i]);
+}
+
+template <class T>
+void attention(const T* q, int64_t ldq, T* out, const Chunk* chunks, int64_t count, const T* keys, const T* values,
+               int64_t num_blocks, int64_t kv_heads, int64_t group, int64_t dim, float scale, float softcap,
+               int64_t window, int64_t threads, const float* sinks) {
+  struct Task { int32_t chunk, head, first; };
+  const int64_t padded = round_up(int(dim), LANES);
+  const int64_t k_head = num_blocks * BLOCK * dim, v_head = num_blocks * BLOCK * padded;
+  int64_t tasks = 0;
+  for (int64_t c = 0; c < count; ++c) tasks += kv_heads * ((chunks[c].length * group + TILE - 1) / TILE);
+  Task* list = new Task[tasks];
+  int64_t made = 0;
+  for (int64_t c = 0; c < count; ++c)
+    for (int64_t h = 0; h < kv_heads; ++h)
+      for (int64_t first = 0; first < chunks[c].length * group; first += TILE)
+        list[made++] = {int32_t(c), int32_t(h), int32_t(first)};
+  const int64_t heads = kv_heads * group;
+  each(tasks, int(threads), [=](int64_t index) {
+    const Task& task = list[index];
+    const Chunk& chunk = chunks[task.chunk];
+    const int rows = int(std::min<int64_t>(TILE, chunk.length * group - task.first));
+    const T* from_q[TILE]; T* to_out[TILE];
+    int64_t from[TILE], to[TILE];
+    float sink[TILE] = {};
+    for (int i = rows; i < TILE; ++i) from_q[i] = q + chunk.row * ldq + task.head * group * dim;
+    for (int i = 0; i < rows; ++i) {  // neighbours in a tile are the heads of one token: they see the same keys
+      const int64_t token = (task.first + i) / group, head = task.head * group + (task.first + i) % group;
+      from_q[i] = q + (chunk.row + token) * ldq + head * dim;
+      to_out[i] = out + ((chunk.row + token) * heads + head) * dim;
+      to[i] = chunk.end - chunk.length + token + 1;
+      from[i] = window > 0 ? std::max<int64_t>(0, to[i] - window) : 0;
+      if (sinks) sink[i] = sinks[head];
+    }
+    const T *k = keys + task.head * k_head, *v = values + task.head * v_head;
+    const float* own = sinks ? sink : nullptr;
+    if (rows > 4) attend<T, 8>(from_q, rows, from, to, k, v, chunk.blocks, int(dim), scale, softcap, own, to_out);
+    else attend<T, 4>(from_q, rows, from, to, k, v, chunk.blocks, int(dim), scale, softcap, own, to_out);
+  });
+  delete[] list;
+}
+
+// Rotates q in place and writes rotated k, and v, to the cache rows; cos and sin are [rows][rotary], the first half
+// of sin negated.
+template <class T>
+void rope_write(T* q, T* k, const T* v, int64_t ld, int64_t rows, int64_t heads, int64_t kv_heads, int64_t dim,
+                int64_t rotary, const float* cos, const float* sin, const int64_t* cache_rows, T* keys, T* values,
+                int64_t num_blocks, int64_t threads) {
+  constexpr int P = Unit<T>::P;
+  const int64_t padded = round_up(int(dim), LANES), half = rotary / 2;
+  auto rotate = [=](T* x, int64_t row) {
+    const float *c = cos + row * rotary, *s = sin + row * rotary;
+    for (int64_t i = 0; i < half; ++i) {
+      const float low = widen(x[i]), high = widen(x[i + half]);
+      narrow(x[i], low * c[i] + high * s[i]);
+      narrow(x[i + half], high * c[i + half] + low * s[i + half]);
+    }
+  };
+  each(rows, rows < 8 ? 1 : int(threads), [=](int64_t row) {
+    for (int64_t h = 0; h < heads; ++h) rotate(q + row * ld + h * dim, row);
+    const int64_t block = cache_rows[row] / BLOCK, at = cache_rows[row] % BLOCK;
+    for (int64_t h = 0; h < kv_heads; ++h) {
+      T* key = k + row * ld + h * dim;
+      rotate(key, row);
+      T* to = keys + (h * num_blocks + block) * BLOCK * dim;
+      for (int64_t d = 0; d < dim; ++d) to[(d / P * LANES + at) * P + d % P] = key[d];
+      to = values + (h * num_blocks + block) * BLOCK * padded;
+      const T* value = v + row * ld + h * dim;
+      for (int64_t d = 0; d < dim; ++d) to[(at / P * padded + d) * P + at % P] = value[d];
+    }
+  });
+}
+
+}  // namespace

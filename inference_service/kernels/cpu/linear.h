@@ -1,0 +1,96 @@
+// A linear and its adapters in one call, shared among threads.
+#pragma once
+#include <atomic>
+#include <memory>
+#include <vector>
+
+#include "lora.h"
+#include "product.h"
+
+namespace {
+
+constexpr double WORK_OF_ONE_THREAD = 60000;  // products; less is done before a second thread has woken up
+
+// Tasks [0, count) of a team: each thread does its own share from front to back, then helps with the others', so that a thread
+// whose core is taken away holds nobody up.
+class Shares {
+  struct alignas(64) Share { std::atomic<int64_t> next; int64_t end; };
+  std::unique_ptr<Share[]> shares;
+  int64_t room = 0, threads = 0;
+
+ public:
+  void part(int64_t count, int64_t among) {
+    if (among > room) shares.reset(new Share[room = among]);
+    threads = among;
+    for (int64_t i = 0; i < among; ++i) {
+      shares[i].next.store(count * i / among, std::memory_order_relaxed);
+      shares[i].end = count * (i + 1) / among;
+    }
+  }
+  template <class F> void take(F task) {
+    const int64_t own = threads > 1 ? omp_get_thread_num() : 0;
+    for (int64_t i = 0; i < threads; ++i) {
+      Share& share = shares[(own + i) % threads];
+      for (int64_t at; (at = share.next.fetch_add(1, std::memory_order_relaxed)) < share.end;) task(at);
+    }
+  }
+};
+
+// What a linear and its adapters make of x, or, without w, what the adapters add to out. A slot's adapters of all linears are
+// side by side: from one slot's to the next are apart of them. Threads take turns at rows of A, at columns of w, and, when all
+// of those are done, at columns of B.
+template <class T>
+void linear(const Product<T>& base, const Adapter* adapters, int64_t apart, const Segment* segments, int64_t count, float* y,
+            int64_t ldy, int64_t threads) {
+  static thread_local std::vector<LoraTask> tasks, shrinks, expands;
+  tasks.clear(); shrinks.clear(); expands.clear();
+  double work = base.w ? double(base.rows) * base.K * base.N : 0;
+  for (int64_t s = 0; s < count; ++s) {
+    const Segment& seg = segments[s];
+    if (!adapters[seg.adapter * apart].rows) continue;
+    work += double(seg.length) * adapters[seg.adapter * apart].rows * base.K;
+    for (int64_t f = 0; f < seg.length; f += TOKENS_PER_TASK)
+      tasks.push_back({s, f, std::min<int64_t>(TOKENS_PER_TASK, seg.length - f), 0, 0, 0});
+  }
+  if (work < WORK_OF_ONE_THREAD) threads = 1;
+  const bool shared = int64_t(tasks.size()) < threads;  // fewer runs of tokens than threads: share the rows of A, and columns of B
+  for (const LoraTask& whole : tasks) {
+    const Adapter& adapter = adapters[segments[whole.segment].adapter * apart];
+    const int64_t rows = shared ? round_up(int((adapter.rows + threads - 1) / threads), 4) : adapter.rows;
+    for (int64_t r = 0; r < adapter.rows; r += rows)
+      shrinks.push_back({whole.segment, whole.first, whole.tokens, 0, r, std::min(rows, adapter.rows - r)});
+    for (int64_t i = 0; i < adapter.slices; ++i) {
+      const int64_t columns = adapter.slice[i].rank ? adapter.slice[i].columns : 0, some = shared ? COLUMNS_PER_TASK : columns;
+      for (int64_t c = 0; c < columns; c += some)
+        expands.push_back({whole.segment, whole.first, whole.tokens, i, c, std::min(some, columns - c)});
+    }
+  }
+  const int64_t tiles = base.w ? (base.N + LANES - 1) / LANES : 0;
+  const int64_t wide = tiles / WIDE_PRODUCT >= 2 * threads ? WIDE_PRODUCT : 1;
+  const int64_t panels = tiles / wide, all = panels + tiles % wide;
+  const LoraTask *first = shrinks.data(), *second = expands.data();
+  const int64_t firsts = shrinks.size(), seconds = expands.size();
+  static thread_local Shares shrinking, multiplying, expanding;
+  shrinking.part(firsts, threads), multiplying.part(all, threads), expanding.part(seconds, threads);
+  Shares *one = &shrinking, *two = &multiplying, *three = &expanding;  // of this thread, for all of them
+#pragma omp parallel num_threads(int(threads)) if (threads > 1)
+  {
+    one->take([=](int64_t i) {
+      const Segment& seg = segments[first[i].segment];
+      shrink_task<T>(first[i], seg, adapters[seg.adapter * apart], base.x, base.ldx, base.K, y, ldy);
+    });
+    two->take([=](int64_t i) {
+      if (i < panels && wide > 1) product_panel<T, WIDE_PRODUCT>(base, i * wide * LANES);
+      else product_panel<T, 1>(base, (i < panels ? i : panels * wide + i - panels) * LANES);
+    });
+    if (seconds) {
+#pragma omp barrier
+      three->take([=](int64_t i) {
+        const Segment& seg = segments[second[i].segment];
+        expand_task<T>(second[i], seg, adapters[seg.adapter * apart], y, ldy, base.out, base.ldo);
+      });
+    }
+  }
+}
+
+}  // namespace

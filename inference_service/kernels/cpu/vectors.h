@@ -1,0 +1,139 @@
+// Vectors of 16 floats or units, in float32 and bfloat16, and what all operations need beside them; sums are float32.
+//
+// A "unit" is 4 bytes: one float, or two bfloat16 that are multiplied together (vdpbf16ps where there is one).
+// A "lane vector" is 16 units. P is the values of a unit: 1 (float32) or 2 (bfloat16).
+#pragma once
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <omp.h>
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
+typedef float vf __attribute__((vector_size(64)));
+typedef int32_t vi __attribute__((vector_size(64)));
+typedef uint32_t vu __attribute__((vector_size(64)));
+typedef uint16_t vh __attribute__((vector_size(32)));
+
+namespace {
+
+constexpr int LANES = 16;
+
+template <class V> inline V load(const void* p) { V v; std::memcpy(&v, p, sizeof v); return v; }
+template <class V> inline void store(void* p, V v) { std::memcpy(p, &v, sizeof v); }
+inline vf splat(float x) { return vf{} + x; }
+inline vf floats(vu u) { vf f; std::memcpy(&f, &u, sizeof f); return f; }
+inline vu bits(vf f) { vu u; std::memcpy(&u, &f, sizeof u); return u; }
+
+// acc + a * b, said aloud: left to the compiler (-ffp-contract), it is one rounding in one loop and two in another, and
+// what a row gives would depend on how many rows are computed together.
+inline vf multiply_add(vf acc, vf a, vf b) {
+#if defined(__AVX512F__)
+  __m512 r, x, y; std::memcpy(&r, &acc, 64); std::memcpy(&x, &a, 64); std::memcpy(&y, &b, 64);
+  r = _mm512_fmadd_ps(x, y, r);
+  std::memcpy(&acc, &r, 64);
+  return acc;
+#else
+  return acc + a * b;
+#endif
+}
+
+struct bf16 { uint16_t raw; };
+
+inline float widen(float x) { return x; }
+inline float widen(bf16 x) { uint32_t u = uint32_t(x.raw) << 16; float f; std::memcpy(&f, &u, 4); return f; }
+inline void narrow(float& to, float x) { to = x; }
+inline void narrow(bf16& to, float x) {
+  uint32_t u; std::memcpy(&u, &x, 4);
+  to.raw = x != x ? 0x7fc0 : uint16_t((u + 0x7fff + ((u >> 16) & 1)) >> 16);
+}
+inline vf load16(const float* p) { return load<vf>(p); }
+inline vf load16(const bf16* p) { return floats(__builtin_convertvector(load<vh>(p), vu) << 16); }
+inline void store16(float* p, vf x) { store(p, x); }
+inline void store16(bf16* p, vf x) {
+#ifdef __AVX512BF16__
+  __m512 all; std::memcpy(&all, &x, sizeof all);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(all));
+#else
+  vu u = bits(x);
+  vu rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+  vi nan = x != x;
+  vu result = (vu(nan) & 0x7fc0) | (~vu(nan) & rounded);
+  store(p, __builtin_convertvector(result, vh));
+#endif
+}
+
+template <class T> struct Unit;
+template <> struct Unit<float> {
+  static constexpr int P = 1;
+#ifdef __AVX512F__
+  static constexpr bool multiplies = true;  // products have the vectors that they were written for
+#else
+  static constexpr bool multiplies = false;
+#endif
+  static inline vf fma(vf acc, vu a, vu b) { return multiply_add(acc, floats(a), floats(b)); }
+};
+template <> struct Unit<bf16> {
+  static constexpr int P = 2;
+#ifdef __AVX512BF16__
+  static constexpr bool multiplies = true;
+#else
+  static constexpr bool multiplies = false;
+#endif
+  static inline vf fma(vf acc, vu a, vu b) {
+#ifdef __AVX512BF16__
+    __m512 r; std::memcpy(&r, &acc, 64);
+    __m512bh x, y; std::memcpy(&x, &a, 64); std::memcpy(&y, &b, 64);
+    r = _mm512_dpbf16_ps(r, x, y);
+    std::memcpy(&acc, &r, 64);
+    return acc;
+#else
+    acc = multiply_add(acc, floats(a << 16), floats(b << 16));
+    return multiply_add(acc, floats(a & 0xffff0000u), floats(b & 0xffff0000u));
+#endif
+  }
+};
+inline vu broadcast(const void* unit) { uint32_t u; std::memcpy(&u, unit, 4); return vu{} + u; }
+inline float sum(vf v) {  // of halves, of their halves, and so on
+#ifdef __AVX512F__
+  __m512 all; std::memcpy(&all, &v, sizeof all);
+  return _mm512_reduce_add_ps(all);
+#else
+  float s[LANES]; store(s, v);
+  for (int w = LANES / 2; w; w /= 2)
+    for (int i = 0; i < w; ++i) s[i] += s[i + w];
+  return s[0];
+#endif
+}
+inline int round_up(int x, int to) { return (x + to - 1) / to * to; }
+
+// e^x for x <= 0, relative error below 2e-7: 2^n times a polynomial on [-ln2/2, ln2/2].
+inline vf exp16(vf x) {
+  vf low = splat(-87.0f);
+  x = x < low ? low : x;
+  vf magic = splat(12582912.0f);
+  vf n = (x * 1.44269504088896341f + magic) - magic;
+  vf r = multiply_add(x, n, splat(-0.693359375f));
+  r = multiply_add(r, n, splat(2.12194440e-4f));
+  vf p = splat(1.9875691500e-4f);
+  for (float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f})
+    p = multiply_add(splat(c), p, r);
+  p = multiply_add(r + 1.0f, p * r, r);
+  vi e = (__builtin_convertvector(n, vi) + 127) << 23;
+  vf scale; std::memcpy(&scale, &e, 64);
+  return p * scale;
+}
+
+// Runs task(i) for i in [0, count) on up to threads threads.
+template <class F> inline void each(int64_t count, int threads, F task) {
+  if (threads < 2 || count < 2) {
+    for (int64_t i = 0; i < count; ++i) task(i);
+    return;
+  }
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
+  for (int64_t i = 0; i < count; ++i) task(i);
+}
+
+}  // namespace
