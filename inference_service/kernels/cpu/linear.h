@@ -40,7 +40,7 @@ class Shares {
 // side by side: from one slot's to the next are apart of them. Threads take turns at rows of A, at columns of w, and, when all
 // of those are done, at columns of B.
 template <class T>
-void linear(const Product<T>& base, const Adapter* adapters, int64_t apart, const Segment* segments, int64_t count, float* y,
+void linear(Product<T> base, const Adapter* adapters, int64_t apart, const Segment* segments, int64_t count, float* y,
             int64_t ldy, int64_t threads) {
   static thread_local std::vector<LoraTask> tasks, shrinks, expands;
   tasks.clear(); shrinks.clear(); expands.clear();
@@ -65,6 +65,8 @@ void linear(const Product<T>& base, const Adapter* adapters, int64_t apart, cons
         expands.push_back({whole.segment, whole.first, whole.tokens, i, c, std::min(some, columns - c)});
     }
   }
+  static thread_local RoundedRows rounding;
+  if (base.bits && Unit<T>::P == 2) rounding.round(base.x, base.ldx, base.rows, base.K), base.rounded = &rounding;
   const int64_t tiles = base.w ? (base.N + LANES - 1) / LANES : 0;
   const int64_t wide = tiles / WIDE_PRODUCT >= 2 * threads ? WIDE_PRODUCT : 1;
   const int64_t panels = tiles / wide, all = panels + tiles % wide;

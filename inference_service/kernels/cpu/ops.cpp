@@ -6,10 +6,12 @@
 
 #define EXPORT(T, SUFFIX)                                                                                             \
   extern "C" void linear_##SUFFIX(const void* x, int64_t ldx, int64_t rows, int64_t K, const void* w, const void* bias,\
-                                  void* out, int64_t ldo, int64_t N, const void* adapters, int64_t apart,             \
-                                  const void* segments, int64_t count, void* y, int64_t ldy, int64_t threads) {       \
-    linear<T>({(const T*)x, ldx, rows, K, (const T*)w, (const T*)bias, (T*)out, ldo, N}, (const Adapter*)adapters,    \
-              apart, (const Segment*)segments, count, (float*)y, ldy, threads);                                       \
+                                  int64_t bits, const void* scales, int64_t group, void* out, int64_t ldo, int64_t N, \
+                                  const void* adapters, int64_t apart, const void* segments, int64_t count, void* y,  \
+                                  int64_t ldy, int64_t threads) {                                                     \
+    linear<T>({(const T*)x, ldx, rows, K, (const uint8_t*)w, (const T*)bias, bits, (const bf16*)scales, group,        \
+               (T*)out, ldo, N, nullptr}, (const Adapter*)adapters, apart, (const Segment*)segments, count, (float*)y, ldy,    \
+              threads);                                                                                               \
   }                                                                                                                   \
   extern "C" int64_t multiplies_##SUFFIX() { return Unit<T>::multiplies; }                                            \
   extern "C" void pack_##SUFFIX(const void* pieces, int64_t count) { pack<T>((const Piece*)pieces, count); }          \

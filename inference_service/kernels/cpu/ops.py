@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from inference_service.kernels.rows import Activation
+from inference_service.layers.quantized import Quantized
 
 BLOCK = 16
 """Positions of a cache block in the compiled attention; the engine's blocks are multiples of it."""
@@ -26,7 +27,7 @@ MAX_HEAD_DIM = 512
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 _TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float}
 _SIGNATURES = {
-    "linear": "piiipppiipipipii",
+    "linear": "piiippipipiipipipii",
     "pack": "pi",
     "attention": "pippippiiiiffiip",
     "rope_write": "pppiiiiiipppppii",
@@ -73,11 +74,22 @@ class Chunks:
 class Tiled:
     """A weight [N, K] as `CpuOps.linear` reads it and its bias [N], and where they lie."""
 
-    def __init__(self, tiles: Tensor, bias: Tensor | None, columns: int) -> None:
+    def __init__(
+        self, tiles: Tensor, bias: Tensor | None, columns: int, scales: Tensor | None = None, bits: int = 0, group: int = 0
+    ) -> None:
+        """Take tiles, and of integers of so many bits the scales; group values of K share one, 0: all."""
         self.columns = columns
-        self._kept = tiles, bias
-        self.address: int = tiles.data_ptr()
-        self.bias: int | None = None if bias is None else bias.data_ptr()
+        self._kept = tiles, bias, scales
+        self.arguments = (
+            tiles.data_ptr(), None if bias is None else bias.data_ptr(),
+            bits, None if scales is None else scales.data_ptr(), group,
+        )  # fmt: skip
+        """As the compiled operation takes them."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of all of it."""
+        return sum(part.nbytes for part in self._kept if part is not None)
 
 
 Adapters = tuple[int, int, int, int, int, int]
@@ -122,8 +134,8 @@ class CpuOps:
         (rows, width), columns = x.shape, weight.columns
         out = torch.empty(rows, columns, dtype=self.dtype)
         self._linear(
-            x.data_ptr(), x.stride(0), rows, width, weight.address, weight.bias, out.data_ptr(), columns,
-            columns, *adapters, self.threads,
+            x.data_ptr(), x.stride(0), rows, width, *weight.arguments, out.data_ptr(), columns, columns,
+            *adapters, self.threads,
         )  # fmt: skip
         return out
 
@@ -131,7 +143,8 @@ class CpuOps:
         """Add to out [T, N] what adapters make of x [T, K]."""
         rows, width = x.shape
         self._linear(
-            x.data_ptr(), x.stride(0), rows, width, None, None, out.data_ptr(), out.stride(0), out.shape[1],
+            x.data_ptr(), x.stride(0), rows, width, None, None, 0, None, 0, out.data_ptr(), out.stride(0),
+            out.shape[1],
             *adapters, self.threads,
         )  # fmt: skip
 
@@ -143,6 +156,17 @@ class CpuOps:
         padded = pad(weight, (0, 0, 0, -rows % LANES)) if rows % LANES else weight
         tiles = padded.view(-1, LANES, width // self.units, self.units).transpose(1, 2).contiguous()
         return Tiled(tiles, bias, rows)
+
+    def tiled_integers(self, weight: Quantized, bias: Tensor | None = None) -> Tiled | None:
+        """The same of integers, which are multiplied as they are, their sums then by the scales."""
+        rows, width = weight.values.shape
+        if width % (8 if weight.bits == 4 else 4) or weight.group % self.units:
+            return None
+        values, scales = (pad(part, (0, 0, 0, -rows % LANES)) for part in (weight.values, weight.scales))
+        units = values.view(-1, LANES, width // self.units, self.units).transpose(1, 2)
+        tiles = _nibbles(units) if weight.bits == 4 else units.contiguous()
+        by_tile = scales.view(-1, LANES, scales.shape[1]).transpose(1, 2).contiguous()
+        return Tiled(tiles, bias, rows, by_tile, weight.bits, weight.group)
 
     @property
     def threads(self) -> int:
@@ -244,6 +268,14 @@ class CpuOps:
     def _zeros(self, shape: tuple[int, ...]) -> Tensor:
         bits = np.zeros(shape, dtype=np.int16 if self.dtype is torch.bfloat16 else np.float32)
         return torch.from_numpy(bits).view(self.dtype)
+
+
+def _nibbles(units: Tensor) -> Tensor:
+    """Return int32 [tiles, K / 8, LANES] of values [tiles, K / P, LANES, P] from -8 to 7, as packed.h says."""
+    per_unit = units.shape[-1]
+    words = (units.to(torch.int32) & 15).view(len(units), -1, 8 // per_unit, LANES, per_unit)
+    shifts = 4 * torch.arange(8 // per_unit)[:, None, None] + 16 * torch.arange(per_unit)
+    return (words << shifts).sum((2, 4), dtype=torch.int32)
 
 
 ADAPTER_FIELDS = 15

@@ -1,87 +1,142 @@
-// Products with weights in tiles: [columns / 16, rounded up][K / P][16 columns][P].
+// Products with weights in tiles: [columns / 16, rounded up][K / P][16 columns][P], or integers (packed.h).
 #pragma once
-#include "vectors.h"
+#include "packed.h"
 
 namespace {
 
 constexpr int ROWS_KEPT = 64;                 // of a product, whose sums wait between two blocks of K
 constexpr int64_t UNITS_OF_BLOCK = 2048;      // of K: three tiles of them stay in a core's second cache
-constexpr int AHEAD = 32;                     // units of weights that are fetched before they are used
+constexpr int AHEAD = 32;                     // vectors of weights that are fetched before they are used
 #ifdef __AVX512F__
 constexpr int TALL_PRODUCT = 8, WIDE_PRODUCT = 3;  // rows and tiles of columns at a time: their sums fill the registers
 #else
 constexpr int TALL_PRODUCT = 4, WIDE_PRODUCT = 1;
 #endif
 
-// y[T][N] = x[T][K] w^T + bias, where w is in tiles as B is, of K instead of ranks.
+// y[T][N] = x[T][K] w^T + bias. Integers of 8 or 4 bits have scales [tiles][K / group][16 columns]; 0 bits are whole values.
 template <class T> struct Product {
   const T* x; int64_t ldx, rows, K;
-  const T *w, *bias;
+  const uint8_t* w; const T* bias;
+  int64_t bits; const bf16* scales; int64_t group;
   T* out; int64_t ldo, N;
+  const RoundedRows* rounded;
 };
 
-// TALL rows and WIDE tiles of 16 columns, over a block of K. A row's sums run over K in order: what it gives does not depend
-// on the rows beside it.
-template <class T, int TALL, int WIDE>
-inline void product_tile(const T* x, int64_t ldx, const T* w, int64_t tile, int units, const T* bias, float* kept, bool first,
-                         bool last, T* out, int64_t ldo, int valid) {
-  constexpr int P = Unit<T>::P;
-  vf acc[TALL][WIDE];
+// sums[t][c] (+)= x[t] . w of TALL rows and WIDE tiles of 16 columns, over units of K in order, with so many left to the
+// end of the tiles: what a row gives does not depend on the rows beside it.
+template <class U, class W, int TALL, int WIDE>
+__attribute__((noinline)) void sum_tiles(const typename U::Value* x, int64_t ldx, const uint8_t* w, int64_t tile, int units,
+                                         int left, float* sums, bool fresh) {
+  typedef typename U::Sum Sum;
+  Sum acc[TALL][WIDE];
   for (int t = 0; t < TALL; ++t)
-    for (int c = 0; c < WIDE; ++c) acc[t][c] = first ? vf{} : load<vf>(kept + (t * WIDE + c) * LANES);
-  for (int u = 0; u < units; ++u) {
-    vu each[WIDE];
-    for (int c = 0; c < WIDE; ++c) {
-      each[c] = load<vu>(w + c * tile + u * LANES * P);
-      __builtin_prefetch(w + c * tile + (u + AHEAD) * LANES * P, 0, 2);
-    }
-    for (int t = 0; t < TALL; ++t) {
-      const vu value = broadcast(x + t * ldx + u * P);
-      for (int c = 0; c < WIDE; ++c) acc[t][c] = Unit<T>::fma(acc[t][c], value, each[c]);
+    for (int c = 0; c < WIDE; ++c) acc[t][c] = fresh ? Sum{} : load<Sum>(sums + (t * WIDE + c) * LANES);
+  for (int u = 0; u < units; u += W::UNITS, w += sizeof(vu)) {
+    const int64_t ahead = AHEAD * sizeof(vu) + (u + AHEAD * W::UNITS < left ? 0 : (WIDE - 1) * tile);  // at last of the next tiles
+    for (int c = 0; c < WIDE; ++c) __builtin_prefetch(w + c * tile + ahead, 0, 2);
+    for (int i = 0; i < W::UNITS; ++i) {
+      vu each[WIDE];
+      for (int c = 0; c < WIDE; ++c) each[c] = W::unit(w + c * tile, i);
+      for (int t = 0; t < TALL; ++t) {
+        const vu value = broadcast(x + t * ldx + (u + i) * U::P);
+        for (int c = 0; c < WIDE; ++c) acc[t][c] = U::fma(acc[t][c], value, each[c]);
+      }
     }
   }
   for (int t = 0; t < TALL; ++t)
-    for (int c = 0; c < WIDE; ++c) {
-      const int here = std::min(LANES, valid - c * LANES);
+    for (int c = 0; c < WIDE; ++c) store(sums + (t * WIDE + c) * LANES, acc[t][c]);
+}
+
+template <class U, class W, int TALL, int WIDE>
+inline void sum_rows(int rows, const typename U::Value* x, int64_t ldx, const uint8_t* w, int64_t tile, int units, int left,
+                     float* sums, bool fresh) {
+  if (rows == TALL) return sum_tiles<U, W, TALL, WIDE>(x, ldx, w, tile, units, left, sums, fresh);
+  if constexpr (TALL > 1) sum_rows<U, W, TALL - 1, WIDE>(rows, x, ldx, w, tile, units, left, sums, fresh);
+}
+
+// The same of whole weights of a panel, from unit u on.
+template <class T, int WIDE> struct WholePanel {
+  const Product<T>& p; int64_t column;
+  void add(int64_t t, int rows, int64_t u, int some, float* sums) const {
+    constexpr int P = Unit<T>::P;
+    const int64_t tile = p.K / P * sizeof(vu);
+    sum_rows<Unit<T>, Whole, TALL_PRODUCT, WIDE>(rows, p.x + t * p.ldx + u * P, p.ldx, p.w + column / LANES * tile + u * sizeof(vu),
+                                                 tile, some, int(p.K / P - u), sums, u == 0);
+  }
+};
+
+// And of integers as W, group by group, times their scales.
+template <class T, class W, int WIDE> struct IntegerPanel {
+  typedef typename Integers<T>::Units U;
+  const Product<T>& p; int64_t column;
+  void add(int64_t t, int rows, int64_t u, int some, float* sums) const {
+    const int64_t tile = p.K / U::P / W::UNITS * sizeof(vu), scales = p.K / p.group * LANES;
+    const uint8_t* w = p.w + column / LANES * tile + u / W::UNITS * sizeof(vu);
+    alignas(64) float part[TALL_PRODUCT * WIDE * LANES];
+    for (int g = 0, here; g < some; g += here) {
+      here = int(std::min<int64_t>({p.group / U::P, ROUNDED / U::P, some - g}));
+      const int64_t k = (u + g) * U::P;
+      sum_rows<U, W, TALL_PRODUCT, WIDE>(rows, x(t) + k, ldx(), w + g / W::UNITS * sizeof(vu), tile, here, int((p.K - k) / U::P), part, true);
+      for (int i = 0; i < rows; ++i)
+        for (int c = 0; c < WIDE; ++c) {
+          float* to = sums + (i * WIDE + c) * LANES;
+          const vf scale = load16(p.scales + (column / LANES + c) * scales + k / p.group * LANES);
+          store(to, multiply_add(k ? load<vf>(to) : vf{}, value(part + (i * WIDE + c) * LANES, t + i, k), scale));
+        }
+    }
+  }
+
+ private:
+  const float* x(int64_t t, float*) const { return p.x + t * p.ldx; }
+  const int16_t* x(int64_t t, int16_t*) const { return p.rounded->row(t); }
+  const typename U::Value* x(int64_t t) const { return x(t, static_cast<typename U::Value*>(nullptr)); }
+  int64_t ldx() const { return p.rounded ? p.K : p.ldx; }
+  vf value(const float* part, int64_t row, int64_t k) const {
+    return p.rounded ? __builtin_convertvector(load<vi>(part), vf) * p.rounded->steps_of(row)[k / ROUNDED] : load<vf>(part);
+  }
+};
+
+template <class T>
+inline void write_sums(int rows, int wide, const float* sums, const T* bias, T* out, int64_t ldo, int valid) {
+  for (int t = 0; t < rows; ++t)
+    for (int c = 0; c < wide; ++c, sums += LANES) {
       T* to = out + t * ldo + c * LANES;
-      if (!last) {
-        store(kept + (t * WIDE + c) * LANES, acc[t][c]);
-      } else if (here == LANES) {
-        store16(to, bias ? acc[t][c] + load16(bias + c * LANES) : acc[t][c]);
+      const vf sum = load<vf>(sums);
+      const int here = std::min(LANES, valid - c * LANES);
+      if (here == LANES) {
+        store16(to, bias ? sum + load16(bias + c * LANES) : sum);
       } else if (here > 0) {
         T edge[LANES] = {};
         if (bias) std::memcpy(edge, bias + c * LANES, here * sizeof(T));
-        store16(edge, acc[t][c] + load16(edge));
+        store16(edge, sum + load16(edge));
         std::memcpy(to, edge, here * sizeof(T));
       }
     }
 }
 
-template <class T, int TALL, int WIDE>
-inline void product_rest(int rows, const T* x, int64_t ldx, const T* w, int64_t tile, int units, const T* bias, float* kept,
-                         bool first, bool last, T* out, int64_t ldo, int valid) {
-  if (rows == TALL) return product_tile<T, TALL, WIDE>(x, ldx, w, tile, units, bias, kept, first, last, out, ldo, valid);
-  if constexpr (TALL > 1) product_rest<T, TALL - 1, WIDE>(rows, x, ldx, w, tile, units, bias, kept, first, last, out, ldo, valid);
-}
-
 // WIDE tiles of columns from `column` on, of all rows.
-template <class T, int WIDE> void product_panel(const Product<T>& p, int64_t column) {
-  constexpr int P = Unit<T>::P;
-  const int64_t units = p.K / P, tile = units * LANES * P;
-  const T* w = p.w + column / LANES * tile;
+template <class T, int WIDE, class Panel> void product_panel(const Product<T>& p, int64_t column, const Panel& panel) {
+  const int64_t units = p.K / Unit<T>::P;
   const T* bias = p.bias ? p.bias + column : nullptr;
-  const int valid = int(p.N - column);
   float kept[ROWS_KEPT * WIDE * LANES];
   for (int64_t begin = 0; begin < p.rows; begin += ROWS_KEPT)
     for (int64_t u = 0; u < units; u += UNITS_OF_BLOCK) {
       const int some = int(std::min(UNITS_OF_BLOCK, units - u));
-      const bool first = u == 0, last = u + some == units;
       const int64_t end = std::min(p.rows, begin + ROWS_KEPT);
-      for (int64_t t = begin; t < end; t += TALL_PRODUCT)
-        product_rest<T, TALL_PRODUCT, WIDE>(int(std::min<int64_t>(TALL_PRODUCT, end - t)), p.x + t * p.ldx + u * P, p.ldx,
-                                            w + u * LANES * P, tile, some, bias, kept + (t - begin) * WIDE * LANES, first, last,
-                                            p.out + t * p.ldo + column, p.ldo, valid);
+      for (int64_t t = begin; t < end; t += TALL_PRODUCT) {
+        const int rows = int(std::min<int64_t>(TALL_PRODUCT, end - t));
+        float* sums = kept + (t - begin) * WIDE * LANES;
+        panel.add(t, rows, u, some, sums);
+        if (u + some == units) write_sums(rows, WIDE, sums, bias, p.out + t * p.ldo + column, p.ldo, int(p.N - column));
+      }
     }
+}
+
+template <class T, int WIDE> void product_panel(const Product<T>& p, int64_t column) {
+  typedef typename Integers<T>::Units U;
+  if (p.bits == 8) product_panel<T, WIDE>(p, column, IntegerPanel<T, Bits8<U>, WIDE>{p, column});
+  else if (p.bits == 4) product_panel<T, WIDE>(p, column, IntegerPanel<T, Bits4<U>, WIDE>{p, column});
+  else product_panel<T, WIDE>(p, column, WholePanel<T, WIDE>{p, column});
 }
 
 }  // namespace

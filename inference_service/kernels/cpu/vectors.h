@@ -67,6 +67,8 @@ inline void store16(bf16* p, vf x) {
 
 template <class T> struct Unit;
 template <> struct Unit<float> {
+  typedef float Value;
+  typedef vf Sum;
   static constexpr int P = 1;
 #ifdef __AVX512F__
   static constexpr bool multiplies = true;  // products have the vectors that they were written for
@@ -76,6 +78,8 @@ template <> struct Unit<float> {
   static inline vf fma(vf acc, vu a, vu b) { return multiply_add(acc, floats(a), floats(b)); }
 };
 template <> struct Unit<bf16> {
+  typedef bf16 Value;
+  typedef vf Sum;
   static constexpr int P = 2;
 #ifdef __AVX512BF16__
   static constexpr bool multiplies = true;
