@@ -17,6 +17,7 @@ from inference_service.serving.text import Text
 from inference_service.startup.choose import choose_backend
 from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bases.formats.scheme import Quantization
+from loramux_shared.bases.memory import widening
 from loramux_shared.bases.read import read_config
 from loramux_shared.bundle.manifest import Generation
 from loramux_shared.codes import CODES
@@ -64,6 +65,8 @@ def load_base(generation: Generation, settings: InferenceSettings, sources: Sour
             config = read_config(folder, generation.max_seq_len)
             text = Text.load(folder, config.dims.vocab)
         backend = choose_backend(settings, config)
+        if told := widening(config, placed.record.weights_bytes, str(backend.dtype).removeprefix("torch.")):
+            log.info("the base's weights are of few bits", weights=told)
         reading = time.monotonic()
         model = Decoder(
             config,
