@@ -16,11 +16,13 @@ from builder_service.pipeline.lineage import Lineages
 from builder_service.pipeline.progress import Progress
 from builder_service.pipeline.space import BASE_FILES
 from builder_service.pipeline.validate import check_deployment, check_fetched, rulebook
+from loramux_shared.bases.memory import ITEM_BYTES, widening
 from loramux_shared.bundle.manifest import FileDigest, ModuleRow
 from loramux_shared.bundle.npy import CONFIG_DESCR, DESCR, NUMPY_TYPES, header_bytes
+from loramux_shared.codes import CODES
 from loramux_shared.deployment import Deployment, Dtype, Repository
 from loramux_shared.faults import BuildInterrupted, Fault, Finding, ResourcesExhausted, ShuttingDown
-from loramux_shared.sources.checkpoint import describe_base
+from loramux_shared.sources.checkpoint import Base, describe_base
 
 ADAPTER: Final = "adapter"
 """The name of the one adapter of a check."""
@@ -77,6 +79,7 @@ def check_one(deployment: Deployment, context: BuildContext, progress: Progress)
             else None
         )
         found = [*checked.findings, *([named] if named else []), *fetched.warnings]
+        found += _widened(base)
         found.sort(key=lambda finding: finding.code.startswith("W_"))
         return AdapterReport(
             fetched.source,
@@ -92,6 +95,13 @@ def check_one(deployment: Deployment, context: BuildContext, progress: Progress)
 
 def _base_warning(named: str, base: Repository, adapter: Repository, context: BuildContext) -> Finding | None:
     return base_warning(named, base.shown, Lineages(context.sources).of(named, base, [adapter]))
+
+
+def _widened(base: Base) -> list[Finding]:
+    """Return what replicas will need for a base of few bits."""
+    dtype = base.model.dtype if base.model.dtype in ITEM_BYTES else "bfloat16"
+    told = widening(base.model, base.record.weights_bytes, dtype)
+    return [Finding(code="W_WIDENED", where="base", found=told, fix=CODES["W_WIDENED"].cure)] if told else []
 
 
 def _bundle_bytes(rows: tuple[ModuleRow, ...], dtype: Dtype) -> int:

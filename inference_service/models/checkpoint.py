@@ -11,7 +11,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from inference_service.models.formats.find import Found
+from inference_service.models.formats.packed import Packed, widened
+from inference_service.models.formats.pieces import FLOATS, Pieces
 from inference_service.models.shard import ShardInvalid, read_shard
+from loramux_shared.bases.formats.scheme import Quantization
 from loramux_shared.bundle.manifest import FileDigest
 from loramux_shared.faults import CheckpointInvalid
 from loramux_shared.sources.files import hash_if_there
@@ -57,11 +61,18 @@ class Checkpoint:
     """
 
     def __init__(
-        self, folder: Path, dtype: torch.dtype, device: torch.device, verify: Verify = unverified
+        self,
+        folder: Path,
+        dtype: torch.dtype,
+        device: torch.device,
+        verify: Verify = unverified,
+        quantization: Quantization | None = None,
     ) -> None:
+        """Read a folder; quantization says how weights are kept that are widened to the dtype."""
         self.dtype = dtype
         self.device = device
         self._verify = verify
+        self._quantization = quantization
         self._where: dict[str, Path] = {}
         self._held: dict[str, Tensor] = {}
         self._others: dict[str, str] = {}
@@ -71,34 +82,60 @@ class Checkpoint:
                     self._where |= dict.fromkeys(file.keys(), path)
             except (SafetensorError, OSError) as error:
                 self._refuse(path, error)
+        self._found = None if quantization is None else Found(quantization.format, self._where)
 
     def has(self, name: str) -> bool:
-        """Whether there is such a tensor."""
-        return name in self._where
+        """Whether there is such a tensor, as it is or of few bits."""
+        return name in self._where or (self._found is not None and name in self._found)
 
     def first(self, names: Sequence[str]) -> str:
         """Return the first name that is there; the first at all when none is, for the message of `get`."""
-        return next((name for name in names if name in self._where), names[0])
+        return next((name for name in names if self.has(name)), names[0])
 
     def get(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """Return a tensor in the serving dtype.
+        """Return a tensor in the serving dtype, widened if it is of few bits.
 
         Raises:
-            CheckpointInvalid: it is not there, or has another shape, or is quantised.
+            CheckpointInvalid: it is not there, or has another shape, or is kept in a way that is not read.
             Fault: what verify raises.
         """
+        packed = self.packed(name, shape)
+        if packed is not None:
+            return widened(packed, self.dtype).to(self.device)
+        tensor = self._take(name)
+        if tensor.dtype not in FLOATS:
+            raise CheckpointInvalid(
+                f"{name}: {str(tensor.dtype).removeprefix('torch.')} is not supported; supported: bfloat16, "
+                "float16, float32, and what a quantization_config describes, with its scales beside it."
+            )
+        if tuple(tensor.shape) != shape:
+            raise CheckpointInvalid(f"{name}: config.json implies shape {shape}, found {tuple(tensor.shape)}.")
+        return tensor.to(self.device, self.dtype)
+
+    def packed(self, name: str, shape: tuple[int, ...]) -> Packed | None:
+        """Return a weight of few bits as the file keeps it, instead of `get`; None where it is kept as it is.
+
+        Raises:
+            CheckpointInvalid: its tensors do not go together.
+            Fault: what verify raises.
+        """
+        if self._quantization is None or self._found is None or name not in self._found:
+            return None
+        tensors = {role: self._take(each) for role, each in self._found.parts(name).items()}
+        return self._found.open(Pieces(name, shape, self._quantization, tensors))
+
+    def _take(self, name: str) -> Tensor:
+        """Return a tensor as the file has it."""
         if name not in self._where:
             raise CheckpointInvalid(f"the base checkpoint lacks the tensor {name}. Is the download complete?")
         if name not in self._held and name not in self._others:
             self._load(self._where[name])
         if name in self._others:
             raise CheckpointInvalid(
-                f"{name}: {self._others[name]} is not supported; supported: bfloat16, float16, float32."
+                f"{name}: {self._others[name]} is not supported; supported: bfloat16, float16, float32, and "
+                "what is read of a quantization_config."
             )
-        tensor = self._held.pop(name)
-        if tuple(tensor.shape) != shape:
-            raise CheckpointInvalid(f"{name}: config.json implies shape {shape}, found {tuple(tensor.shape)}.")
-        return tensor.to(self.device, self.dtype)
+        return self._held.pop(name)
 
     def _load(self, path: Path) -> None:
         try:

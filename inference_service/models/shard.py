@@ -19,9 +19,19 @@ from torch import Tensor
 
 from loramux_shared.bundle.manifest import FileDigest
 
-TYPES: Final = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-"""What is served, by safetensors' names."""
-OTHERS: Final = {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "I8": "int8", "U8": "uint8"}
+TYPES: Final = {
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "I32": torch.int32,
+    "I64": torch.int64,
+}
+"""What is read, by safetensors' names: weights, and of what those of few bits are made."""
+OTHERS: Final = {"F8_E5M2": "float8_e5m2", "I16": "int16", "F64": "float64"}
 """Names that people know of some that are not."""
 MAX_HEADER: Final = 100 << 20
 PIECE: Final = 1 << 20
@@ -37,7 +47,7 @@ class Shard:
 
     tensors: dict[str, Tensor]
     others: dict[str, str]
-    """Types of the tensors that are not of a served type, and were not kept."""
+    """Types of the tensors that are of none of `TYPES`, and were not kept."""
     digest: FileDigest
     """Of all bytes that were read."""
 

@@ -43,7 +43,9 @@ class Reference:
 
     def __init__(self, config: ModelConfig, folder: Path) -> None:
         self._config = config
-        self._checkpoint = Checkpoint(folder, torch.float32, torch.device("cpu"))
+        self._checkpoint = Checkpoint(
+            folder, torch.float32, torch.device("cpu"), quantization=config.quantization
+        )
         names = config.names
         found = self._checkpoint.first([f"{prefix}{names.final_norm}.weight" for prefix in names.prefixes])
         self._prefix = found.removesuffix(f"{names.final_norm}.weight")

@@ -16,6 +16,8 @@ from inference_service.serving.catalog import ServedModel, shown_source
 from inference_service.serving.text import Text
 from inference_service.startup.choose import choose_backend
 from loramux_shared.bases.config import ModelConfig
+from loramux_shared.bases.formats.scheme import Quantization
+from loramux_shared.bases.memory import widening
 from loramux_shared.bases.read import read_config
 from loramux_shared.bundle.manifest import Generation
 from loramux_shared.codes import CODES
@@ -63,8 +65,14 @@ def load_base(generation: Generation, settings: InferenceSettings, sources: Sour
             config = read_config(folder, generation.max_seq_len)
             text = Text.load(folder, config.dims.vocab)
         backend = choose_backend(settings, config)
+        if told := widening(config, placed.record.weights_bytes, str(backend.dtype).removeprefix("torch.")):
+            log.info("the base's weights are of few bits", weights=told)
         reading = time.monotonic()
-        model = Decoder(config, checkpoint(placed, backend.dtype, backend.device), backend.operations)
+        model = Decoder(
+            config,
+            checkpoint(placed, backend.dtype, backend.device, config.quantization),
+            backend.operations,
+        )
         return Base(placed, config, text, backend, model, time.monotonic() - reading)
 
     log.info("fetching the base", source=shown_source(generation.base.source), cache=str(settings.cache_dir))
@@ -74,9 +82,11 @@ def load_base(generation: Generation, settings: InferenceSettings, sources: Sour
         raise ResourcesExhausted(f"LORAMUX_CACHE_DIR={settings.cache_dir}: {fault.message}") from fault
 
 
-def checkpoint(placed: PlacedBase, dtype: torch.dtype, device: torch.device) -> Checkpoint:
+def checkpoint(
+    placed: PlacedBase, dtype: torch.dtype, device: torch.device, quantization: Quantization | None
+) -> Checkpoint:
     """Open the base's weights, once more."""
-    return Checkpoint(placed.folder, dtype, device, placed.require)
+    return Checkpoint(placed.folder, dtype, device, placed.require, quantization)
 
 
 def _warn_about(config: ModelConfig, model: Decoder) -> tuple[str, ...]:

@@ -36,7 +36,8 @@ def merge(generation: Generation, base: Base, store: Store, block_size: int) -> 
     _prove(name, bundle, base, block_size)
     config, model = base.model.config, base.model
     exact = load_adapter(bundle, config.layer_groups, torch.float32, model.device)
-    model.merge(checkpoint(base.placed, torch.float32, model.device), exact)
+    tensors = checkpoint(base.placed, torch.float32, model.device, config.quantization)
+    model.merge(tensors, exact)
     summary = bundle.manifest.summary
     return ServedModel(
         name,

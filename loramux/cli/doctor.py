@@ -27,7 +27,7 @@ from loramux.doctor.machine import (
     look_at_machine,
     look_at_store,
 )
-from loramux.doctor.sizes import Sizes, read_base, sizes_of
+from loramux.doctor.sizes import Sizes, read_base, sizes_of, weight_files_bytes
 from loramux_shared.faults import Fault, ServerUnavailable, SettingsInvalid
 from loramux_shared.settings import InferenceSettings, load_settings
 
@@ -129,7 +129,7 @@ def examine(store: str | None, grpc: str, builder: str, base: Path | None, kv_gb
         machine=machine,
         inference=inference,
         places=places,
-        base=_sizes(config, settings, inference, machine) if base else None,
+        base=_sizes(base, config, settings, inference, machine) if base else None,
     )
 
 
@@ -140,12 +140,18 @@ def _inference(config: dict[str, Any]) -> Inference | str:
 
 
 def _sizes(
-    config: dict[str, Any], settings: InferenceSettings, inference: Inference | str, machine: Machine
+    base: Path,
+    config: dict[str, Any],
+    settings: InferenceSettings,
+    inference: Inference | str,
+    machine: Machine,
 ) -> Sizes:
+    files = weight_files_bytes(base)
     if isinstance(inference, str):
-        return sizes_of(config, settings, machine.memory_bytes)
+        return sizes_of(config, settings, machine.memory_bytes, file_bytes=files)
     graphs = (inference.device, inference.backend) == ("cuda", "triton")
-    return sizes_of(config, settings, inference.free_bytes, inference.dtype, inference.device, graphs=graphs)
+    free, dtype, device = inference.free_bytes, inference.dtype, inference.device
+    return sizes_of(config, settings, free, dtype, device, graphs=graphs, file_bytes=files)
 
 
 async def services(grpc: str, builder: str) -> list[Place]:

@@ -50,6 +50,8 @@ def _show_inference(found: Diagnosis) -> None:
 def _show_sizes(sizes: Sizes) -> None:
     weights, left = decimal(sizes.weights_bytes), decimal(sizes.free_bytes)
     _line("weights", f"{weights} as {sizes.dtype}; {left} are free")
+    if sizes.widened:
+        _line("", sizes.widened)
     _line("steps", f"{decimal(sizes.steps_bytes)} for the largest")
     _line("KV cache", f"{decimal(sizes.kv_bytes)}: {sizes.kv_tokens} tokens of {decimal(sizes.kv_token_bytes)}")
     if sizes.refusal:

@@ -8,7 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from loramux_shared.bases.memory import ITEM_BYTES, MemoryPlan, adapter_bytes, cache_of, needs_of, plan_on
+from loramux_shared.bases.memory import (
+    ITEM_BYTES,
+    MemoryPlan,
+    adapter_bytes,
+    cache_of,
+    needs_of,
+    plan_on,
+    widening,
+)
 from loramux_shared.bases.read import read_fields
 from loramux_shared.faults import CheckpointInvalid, ResourcesExhausted
 from loramux_shared.settings import InferenceSettings
@@ -34,6 +42,8 @@ class Sizes:
     free_bytes: int
     weights_bytes: int
     """Without norms and biases."""
+    widened: str
+    """What widening them at load takes; empty where they are kept as they are served."""
     steps_bytes: int
     """What the largest step needs."""
     kv_bytes: int
@@ -68,6 +78,12 @@ def read_base(path: Path) -> dict[str, Any]:
     return config
 
 
+def weight_files_bytes(path: Path) -> int | None:
+    """Return the bytes of the weights beside a config; None where there are none."""
+    files = [file.stat().st_size for file in (path if path.is_dir() else path.parent).glob("*.safetensors")]
+    return sum(files) if files else None
+
+
 def sizes_of(
     fields: Mapping[str, Any],
     settings: InferenceSettings,
@@ -76,10 +92,12 @@ def sizes_of(
     device: str = "cpu",
     *,
     graphs: bool = False,
+    file_bytes: int | None = None,
 ) -> Sizes:
     """Return the sizes of a base, of which a ``config.json`` has these fields, as a replica will plan them.
 
-    free_bytes are those of the device before anything is loaded, and graphs says whether steps are recorded.
+    free_bytes are those of the device before anything is loaded, graphs says whether steps are recorded, and
+    file_bytes are those of the base's weights, where they are there.
 
     Raises:
         CheckpointInvalid: the base is not served.
@@ -99,6 +117,7 @@ def sizes_of(
         dtype=dtype,
         free_bytes=free_bytes,
         weights_bytes=needs.weights,
+        widened=widening(config, file_bytes, dtype),
         steps_bytes=steps,
         kv_bytes=plan.kv_bytes,
         kv_is_set=cache.kv_bytes is not None,

@@ -126,6 +126,8 @@ _WARNED: Final = (
 _BASE: Final = (
     ("W_HEAD", "the config ties the head to the embeddings, and the checkpoint has another `lm_head.weight`, "
      "which is served", "Set `tie_word_embeddings` to false, or remove the tensor if it is a leftover."),
+    ("W_WIDENED", "the base's weights are kept in 8 or 4 bits; a replica widens them at load, exactly, to the "
+     "type that it serves in", "Nothing, if replicas have that memory."),
 )  # fmt: skip
 
 CODES: Final = {

@@ -345,7 +345,7 @@ def test_other_types_and_shards_give_the_same_tokens(tmp_path: Path, dtype: str,
     assert run_engine(world.load(store), [("base", prompt)], NEW) == [expected]
 
 
-def test_quantised_and_missing_tensors_are_refused_by_name(tmp_path: Path) -> None:
+def test_undescribed_and_missing_tensors_are_refused_by_name(tmp_path: Path) -> None:
     """Bytes without their scales would be served as nonsense, and an untied head is not to be guessed."""
     make_checkpoint(tmp_path, CASES["qwen2"].config)
     device = torch.device("cpu")

@@ -319,11 +319,7 @@ def test_older_configs_mean_what_transformers_takes_them_for(tmp_path: Path, nam
         ({"rope_scaling": {"rope_type": "axial"}}, "'axial' is not supported; supported: default, linear"),
         ({"rope_scaling": {"rope_type": "linear"}}, "factor: expected a number, found None"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
-        (
-            {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}},
-            "quantization_config",
-        ),
-        ({"text_config": {"quantization_config": {"quant_method": "awq"}}}, "quantization_config"),
+        ({"text_config": {"quantization_config": {"quant_method": "hqq"}}}, "quant_method 'hqq'"),
         ({"eos_token_id": "</s>"}, "eos_token_id: expected a token or a list of tokens, found '</s>'"),
         ({"sliding_window": 4096}, "sliding_window 4096 is not supported for LlamaForCausalLM"),
         ({"layer_types": ["sliding_attention"] * 32}, "layer_types .* not supported for LlamaForCausalLM"),

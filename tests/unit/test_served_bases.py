@@ -33,7 +33,7 @@ REFUSED: dict[str, dict[str, Any]] = {
     "GLM": {"architectures": ["GlmForCausalLM"], "model_type": "glm"},
     "OLMo": {"architectures": ["OlmoForCausalLM"], "model_type": "olmo"},
     "Mixtral": {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "num_local_experts": 8},
-    "bitsandbytes": {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}},
+    "three bits": {"quantization_config": {"quant_method": "gptq", "bits": 3}},
     "contradiction": {"model_type": "mistral"},
     "activation": {"hidden_act": "relu"},
     "rope": {"rope_scaling": {"rope_type": "axial"}},

@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import Literal
 
 from loramux_shared.bases.attention import QueryGrowth
+from loramux_shared.bases.formats.scheme import Quantization
 from loramux_shared.bases.groups import GroupShape, distinct, features_of, named_apart
 from loramux_shared.bases.layers import LayerSpec
 from loramux_shared.bases.rope import RopeSpec
@@ -71,6 +72,8 @@ class ModelConfig:
     logit_softcap: float | None = None
     """Bound that the logits approach, by tanh."""
     logit_divisor: float = 1.0
+    quantization: Quantization | None = None
+    """How its linears are kept; None: as they are served."""
 
     @cached_property
     def layer_groups(self) -> tuple[tuple[GroupShape, ...], ...]:

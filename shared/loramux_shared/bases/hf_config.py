@@ -14,9 +14,12 @@ from loramux_shared.faults import CheckpointInvalid
 class HfConfig:
     """The fields of a decoder. A key that is absent gives the default; so does null, unless it means None."""
 
-    def __init__(self, fields: Mapping[str, Any], architecture: str, max_seq_len: int | None = None) -> None:
-        """Take the fields; max_seq_len is what the deployment asks for, if it does."""
+    def __init__(
+        self, fields: Mapping[str, Any], architecture: str, max_seq_len: int | None = None, at: str = ""
+    ) -> None:
+        """Take the fields; max_seq_len is what the deployment asks for, if it does, at where a block stands."""
         self.fields = fields
+        self.at = at
         self.architecture = architecture
         self.max_seq_len = max_seq_len
 
@@ -32,7 +35,7 @@ class HfConfig:
         value = self._get(key, default)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise CheckpointInvalid(
-                f"config.json: {key}: expected a positive integer, found {value!r}. "
+                f"config.json: {self.at}{key}: expected a positive integer, found {value!r}. "
                 "The base must be a decoder checkpoint in Hugging Face format."
             )
         return value
@@ -96,7 +99,7 @@ class HfConfig:
         value = self._get(key, {})
         if not isinstance(value, dict):
             raise self._unexpected(key, "an object")
-        return HfConfig(value, self.architecture, self.max_seq_len)
+        return HfConfig(value, self.architecture, self.max_seq_len, f"{self.at}{key}." if self.at else "")
 
     def require(self, key: str, *served: Any) -> None:
         """Refuse any other value of a key than these; the first is meant where it is absent or null."""
@@ -104,7 +107,7 @@ class HfConfig:
         if value not in served:
             names = ", ".join(json.dumps(item) for item in served)
             raise CheckpointInvalid(
-                f"config.json: {key} {json.dumps(value)} is not supported for {self.architecture}; "
+                f"config.json: {self.at}{key} {json.dumps(value)} is not supported for {self.architecture}; "
                 f"supported: {names}."
             )
 
@@ -113,7 +116,9 @@ class HfConfig:
         return default if value is None else value
 
     def _unexpected(self, key: str, expected: str) -> CheckpointInvalid:
-        return CheckpointInvalid(f"config.json: {key}: expected {expected}, found {self.fields.get(key)!r}.")
+        return CheckpointInvalid(
+            f"config.json: {self.at}{key}: expected {expected}, found {self.fields.get(key)!r}."
+        )
 
 
 def _is_number(value: Any) -> bool:

@@ -117,6 +117,24 @@ def plan_on(device: str, free: int, needs: Needs, cache: Cache) -> MemoryPlan:
     return plan_memory(free, needs, cache, share=KV_SHARE[device], ceiling=ceiling)
 
 
+def count_weights(config: ModelConfig) -> int:
+    """Return how many numbers the weights of a model are, without norms and biases."""
+    linears = sum(group.in_features * sum(group.out_features) for group in _every_group(config))
+    return linears + config.dims.vocab * config.dims.hidden * (1 if config.tied_embeddings else 2)
+
+
+def widening(config: ModelConfig, file_bytes: int | None, dtype: str) -> str:
+    """Return what the weights take that are widened to a type at load; empty where none are.
+
+    file_bytes are those of the files, where they are known.
+    """
+    if config.quantization is None:
+        return ""
+    kept = "" if file_bytes is None else f"{_size(file_bytes)} in the files, "
+    memory = _size(ITEM_BYTES[dtype] * count_weights(config))
+    return f"widened from {config.quantization.shown} at load: {kept}{memory} in memory as {dtype}"
+
+
 def needs_of(
     config: ModelConfig,
     item_bytes: int,
@@ -128,8 +146,6 @@ def needs_of(
 ) -> Needs:
     """Count what a model in numbers of item_bytes needs; adapters is what its adapters take, in bytes."""
     dims, sizes = config.dims, settings.sizes(device)
-    linears = sum(group.in_features * sum(group.out_features) for group in _every_group(config))
-    embeddings = dims.vocab * dims.hidden * (1 if config.tied_embeddings else 2)
     widest = max(2 * group.in_features + 2 * sum(group.out_features) for group in config.groups)
     row = item_bytes * (2 * dims.hidden + widest)
     # A sampled row's logits are there once more in float32 when log probabilities are asked for.
@@ -140,7 +156,7 @@ def needs_of(
     recorded = num_graphs * GRAPH_BYTES + held * row + 2 * logits * item_bytes
     recorded += shaping_bytes(sizes.seqs, dims.vocab)
     return Needs(
-        weights=item_bytes * (linears + embeddings),
+        weights=item_bytes * count_weights(config),
         adapters=adapters,
         activations=sizes.tokens * row + logits * (item_bytes + 8),
         graphs=recorded if graphs else 0,
@@ -239,3 +255,7 @@ def _every_group(config: ModelConfig) -> Iterator[GroupShape]:
 
 def _shown(needs: Needs) -> str:
     return f"{needs.weights / GB:.2f} GB of weights and {needs.adapters / GB:.2f} GB of adapters"
+
+
+def _size(count: int) -> str:
+    return f"{count / GB:.1f} GB" if count >= GB else f"{count / 1e6:.1f} MB"

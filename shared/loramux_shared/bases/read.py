@@ -10,6 +10,7 @@ from typing import Any
 from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bases.families import load_families
 from loramux_shared.bases.family import Architecture, Family, token_ids
+from loramux_shared.bases.formats.read import read_quantization
 from loramux_shared.bases.geometry import refuse_other_geometry
 from loramux_shared.bases.hf_config import HfConfig, read_json
 from loramux_shared.faults import CheckpointInvalid
@@ -40,17 +41,13 @@ def read_fields(
     """
     architecture, family = _named(fields)
     text = fields.get("text_config")
-    for block in (fields, text if isinstance(text, dict) else {}):
-        if block.get("quantization_config"):
-            raise CheckpointInvalid(
-                "config.json: quantization_config is not supported; supported are weights in bfloat16, "
-                "float16 or float32."
-            )
+    levels = fields, text if isinstance(text, dict) else {}
+    quantization = read_quantization(*levels, architecture=architecture.name)
     decoder = _decoder(fields) if architecture.nested else dict(fields)
     refuse_other_geometry(decoder)
     model = family.read(HfConfig(decoder, architecture.name, max_seq_len))
     ends = token_ids((generation or {}).get("eos_token_id"))
-    return replace(model, eos_token_ids=ends or model.eos_token_ids)
+    return replace(model, eos_token_ids=ends or model.eos_token_ids, quantization=quantization)
 
 
 def _named(fields: Mapping[str, Any]) -> tuple[Architecture, Family]:

@@ -241,6 +241,11 @@ class BaseRecord(Model):
     files: dict[str, FileDigest]
     """Every file that serving needs, by its path in the repository's subfolder."""
 
+    @property
+    def weights_bytes(self) -> int:
+        """Bytes of the files of weights."""
+        return sum(file.size for name, file in self.files.items() if name.endswith(".safetensors"))
+
 
 class Recipe(Model):
     """The settings of a build that a generation does not tell otherwise: what comes in later obeys them too."""

@@ -1,0 +1,55 @@
+"""GPTQ (arXiv 2210.17323), as AutoGPTQ and gptqmodel keep it."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from inference_service.models.formats.pieces import FLOATS, Pieces
+from inference_service.models.formats.words import NUMBERS, WORD, bits_of, groups_of, unpacked
+
+ONES: Final = {4: 0x11111111, 8: 0x01010101}
+"""One in each number of a word."""
+
+
+class Gptq:
+    """Columns packed along rows, with zero points for each group of rows; what it keeps is turned."""
+
+    turned, matrices = False, 1
+
+    def __init__(self, pieces: Pieces) -> None:
+        """Take the tensors.
+
+        Raises:
+            CheckpointInvalid: they do not go together.
+        """
+        self.pieces = pieces
+        self.rows, self.columns = rows, columns = pieces.matrix()
+        self._words = pieces.take("qweight", (torch.int32,))
+        words = self._words.shape[0] if self._words.dim() else 0
+        self._bits = bits = bits_of(pieces, "qweight", words, columns)
+        pieces.take("qweight", (torch.int32,), (words, rows))
+        self._scales = pieces.take("scales", FLOATS)
+        groups = self._scales.shape[0] if self._scales.dim() else 0
+        self._scales = pieces.take("scales", FLOATS, (groups, rows)).float()
+        zeros = pieces.take("qzeros", (torch.int32,), (groups, -(-rows * bits // WORD)))
+        if pieces.quantization.zeros_less_one:
+            zeros = zeros + ONES[bits]  # carries included, as gptqmodel stores and reads them
+        self._zeros = unpacked(zeros, bits)[:, :rows].float()
+        self.scheme = pieces.scheme(NUMBERS[bits], [rows, groups], rows, columns)
+        index = groups_of(pieces, "g_idx", columns, groups)
+        if index is None and pieces.quantization.columns_are_ordered:
+            raise pieces.invalid(
+                "g_idx", "expected the group of each column, which desc_act implies, found none."
+            )
+        in_turn = torch.arange(columns) // (self.scheme.columns or columns)
+        self._groups = in_turn if index is None else index
+
+    def part(self, matrix: int, begin: int, end: int) -> Tensor:
+        """Return rows in float32."""
+        del matrix
+        rows = unpacked(self._words[:, begin:end].t(), self._bits)[:, : self.columns].float()
+        zeros, scales = self._zeros[:, begin:end].t(), self._scales[:, begin:end].t()
+        return rows.sub_(zeros.index_select(1, self._groups)).mul_(scales.index_select(1, self._groups))

@@ -1,0 +1,66 @@
+"""``pack-quantized`` of compressed-tensors: integers of 4 or 8 bits, in words."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from inference_service.models.formats.packed import grids, has_zeros, spread
+from inference_service.models.formats.pieces import FLOATS, WHOLE, Pieces
+from inference_service.models.formats.words import NUMBERS, WORD, bits_of, groups_of, unpacked
+
+
+class PackQuantized:
+    """Rows packed along columns, less half their range: of compressed-tensors."""
+
+    turned, matrices = False, 1
+
+    def __init__(self, pieces: Pieces) -> None:
+        """Take the tensors.
+
+        Raises:
+            CheckpointInvalid: they do not go together.
+        """
+        self.pieces = pieces
+        self.rows, self.columns = rows, columns = pieces.matrix()
+        self._words = pieces.take("weight_packed", (torch.int32,))
+        words = self._words.shape[-1] if self._words.dim() else 0
+        self._bits = bits_of(pieces, "weight_packed", words, columns)
+        pieces.take("weight_packed", (torch.int32,), (rows, words))
+        said = pieces.take("weight_shape", WHOLE, (2,)).tolist()
+        if said != [rows, columns]:
+            raise pieces.invalid("weight_shape", f"config.json implies {[rows, columns]}, found {said}.")
+        self._scales = grids(pieces, pieces.take("weight_scale", FLOATS).float())[0]
+        down, across = self._scales.shape
+        packed = "weight_zero_point" in pieces.tensors
+        self._zeros = self._unpacked_zeros(down, across) if packed else None
+        numbers = NUMBERS[self._bits]
+        self.scheme = pieces.scheme(numbers, [down, across], rows, columns, has_zeros(self._zeros))
+        self._groups = groups_of(pieces, "weight_g_idx", columns, across) if down == rows else None
+
+    def _unpacked_zeros(self, down: int, across: int) -> Tensor:
+        """Return zero points [down, across], which are packed along rows."""
+        words = -(-down * self._bits // WORD)
+        zeros = self.pieces.take(
+            "weight_zero_point", (torch.int32, torch.int8), (words, across), (down, across)
+        )
+        if zeros.dtype == torch.int8:
+            return zeros.float()
+        return unpacked(zeros.t(), self._bits)[:, :down].t().float() - self._half
+
+    @property
+    def _half(self) -> int:
+        return 1 << (self._bits - 1)
+
+    def part(self, matrix: int, begin: int, end: int) -> Tensor:
+        """Return rows in float32."""
+        del matrix
+        rows = unpacked(self._words[begin:end], self._bits)[:, : self.columns].float().sub_(self._half)
+        if self._zeros is not None:
+            rows -= self._spread(self._zeros, begin, end)
+        return rows.mul_(self._spread(self._scales, begin, end))
+
+    def _spread(self, scales: Tensor, begin: int, end: int) -> Tensor:
+        if self._groups is None:
+            return spread(scales, self.scheme, begin, end, self.columns)
+        return scales[begin:end].index_select(1, self._groups)

@@ -1,0 +1,91 @@
+"""``compressed-tensors``, the format of llm-compressor: groups of linears, each with a scheme of its own."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from loramux_shared.bases.formats.scheme import Numbers, Quantization, WeightScheme
+from loramux_shared.bases.hf_config import HfConfig
+from loramux_shared.faults import CheckpointInvalid
+
+_BITS: Final[dict[str, dict[tuple[str, int], Numbers]]] = {
+    "pack-quantized": {("int", 4): "int4", ("int", 8): "int8"},
+    "int-quantized": {("int", 8): "int8"},
+    "float-quantized": {("float", 8): "fp8"},
+    "naive-quantized": {("int", 8): "int8", ("float", 8): "fp8"},
+}
+"""What is read of a compressor, by the type and bits of weights."""
+
+
+def read_compressed(config: HfConfig) -> Quantization:
+    """Read the groups. Of which one a linear is, its tensors show: targets and ignore lists are not asked.
+
+    Raises:
+        CheckpointInvalid: a group, or something beside the weights, is not read.
+    """
+    config.require("kv_cache_scheme", None)
+    config.block("sparsity_config").require("format", "dense")
+    config.block("transform_config").require("config_groups", {})
+    groups = config.block("config_groups")
+    if not groups.fields:
+        raise CheckpointInvalid(f"config.json: {config.at}config_groups: expected a group, found none.")
+    overall = config.fields.get("format")
+    read = [_group(groups.block(name), overall) for name in groups.fields]
+    return Quantization(
+        "compressed-tensors",
+        tuple(dict.fromkeys(scheme for scheme, _ in read)),
+        rounds_activations=any(rounds for _, rounds in read),
+    )
+
+
+def _group(group: HfConfig, overall: Any) -> tuple[WeightScheme, bool]:
+    """Return the scheme of a group, and whether it rounds activations."""
+    group = HfConfig({"format": overall, **_said(group.fields)}, group.architecture, at=group.at)
+    group.require("output_activations", None)
+    group.require("format", *_BITS)
+    weights = group.block("weights")
+    weights.require("dynamic", False)
+    served = _BITS[group.text("format", next(iter(_BITS)))]
+    kept = weights.text("type", "int"), weights.size("num_bits", 8)
+    if kept not in served:
+        names = ", ".join(f"{kind} of {bits} bits" for kind, bits in served)
+        raise CheckpointInvalid(
+            f"config.json: {weights.at}num_bits: {kept[0]} of {kept[1]} bits is not supported in "
+            f"{group.text('format', '')}; supported: {names}."
+        )
+    rows, columns = _shared(weights)
+    symmetric = weights.flag("symmetric", default=True)
+    scheme = WeightScheme(served[kept], rows, columns, zero_points=not symmetric)
+    return scheme, group.fields.get("input_activations") is not None
+
+
+def _shared(weights: HfConfig) -> tuple[int | None, int | None]:
+    """Return the rows and columns that share a scale."""
+    size = weights.integer("group_size", 0)
+    inferred = "group" if size > 0 else "channel" if size else "tensor"
+    weights.require("strategy", inferred, "tensor", "channel", "group", "block")
+    strategy = weights.text("strategy", inferred)
+    if strategy == "block":
+        rows, columns = block_of(weights, "block_structure")
+        return rows, columns
+    if strategy == "group":
+        return 1, weights.size("group_size")
+    return (1 if strategy == "channel" else None), None
+
+
+def block_of(config: HfConfig, key: str) -> tuple[int, int]:
+    """Return the rows and columns of a block.
+
+    Raises:
+        CheckpointInvalid: it is no pair of positive integers.
+    """
+    block = config.array(key) or []
+    if len(block) != 2 or not all(type(size) is int and size > 0 for size in block):
+        raise CheckpointInvalid(
+            f"config.json: {config.at}{key}: expected two positive integers, found {config.fields.get(key)!r}."
+        )
+    return block[0], block[1]
+
+
+def _said(fields: Any) -> dict[str, Any]:
+    return {key: value for key, value in fields.items() if value is not None}

@@ -1,0 +1,252 @@
+"""Weights of few bits are widened to what the format's own library says, bit for bit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+from inference_service.models.checkpoint import Checkpoint
+from inference_service.models.formats import packed
+from loramux_shared.bases.formats.read import read_quantization
+from loramux_shared.faults import CheckpointInvalid
+from tests.support.lowbit import KINDS
+
+WRITTEN = Path(__file__).parents[1] / "golden" / "formats"
+CPU = torch.device("cpu")
+
+
+def described(config: dict[str, Any]) -> Any:
+    """How weights are kept, as a base's config says it."""
+    return read_quantization({"quantization_config": config}, architecture="LlamaForCausalLM")
+
+
+def checkpoint(
+    folder: Path, tensors: dict[str, Tensor], config: dict[str, Any], dtype: torch.dtype
+) -> Checkpoint:
+    """A checkpoint of these tensors."""
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
+    return Checkpoint(folder, dtype, CPU, quantization=described(config))
+
+
+def read_written(name: str) -> tuple[dict[str, Any], dict[str, Tensor], Tensor]:
+    """The config, the tensors and the widened weight of a file of `tests/golden/formats`."""
+    with safe_open(WRITTEN / f"{name}.safetensors", framework="pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - it is no mapping
+        config = json.loads(file.metadata()["config"])
+    [widened] = [tensors.pop(key) for key in list(tensors) if key.startswith("widened.")]
+    return config, tensors, widened
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in WRITTEN.glob("*.safetensors")))
+def test_a_weight_is_what_its_library_says(tmp_path: Path, name: str) -> None:
+    """In the type in which that library widens it."""
+    config, tensors, widened = read_written(name)
+    found = checkpoint(tmp_path, tensors, config, widened.dtype).get("layer.weight", tuple(widened.shape))
+    assert found.dtype == widened.dtype
+    assert torch.equal(found, widened)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(
+    ("block", "shape", "grid"),
+    [
+        ([16, 32], (48, 96), (3, 3)),
+        ([16, 32], (3, 48, 96), (3, 3, 3)),
+        (None, (48, 96), ()),
+        (None, (48, 96), (48, 1)),
+    ],
+)
+def test_fp8_is_what_transformers_says(
+    tmp_path: Path, block: list[int] | None, shape: tuple[int, ...], grid: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    """In blocks, of one matrix or of experts; per tensor; per row."""
+    weight, scale = torch.randn(shape).to(torch.float8_e4m3fn), torch.rand(grid) + 0.01
+    config = {"quant_method": "fp8", "weight_block_size": block}
+    name, suffix = ("layer.weight", "_scale_inv") if len(shape) == 2 else ("experts.down_proj", "_scale_inv")
+    tensors = {name: weight, name + suffix: scale}
+    expected = Fp8Dequantize(None)._dequantize_one(weight, scale.reshape(grid or (1, 1)), dtype)
+    assert torch.equal(checkpoint(tmp_path, tensors, config, dtype).get(name, shape), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float8_e8m0fnu])
+def test_scales_that_are_exponents_are_powers_of_two(tmp_path: Path, dtype: torch.dtype) -> None:
+    """As ``scale_fmt`` ue8m0 has them, in either type."""
+    weight = torch.randn(32, 64).to(torch.float8_e4m3fn)
+    scale = torch.randint(110, 140, (2, 2), dtype=torch.uint8)
+    config = {"quant_method": "fp8", "weight_block_size": [16, 32], "scale_fmt": "ue8m0"}
+    tensors = {"layer.weight": weight, "layer.weight_scale_inv": scale.view(dtype)}
+    expected = Fp8Dequantize(None)._dequantize_one(weight, scale, torch.float32)
+    assert torch.equal(
+        checkpoint(tmp_path, tensors, config, torch.float32).get("layer.weight", (32, 64)), expected
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_mxfp4_is_what_transformers_says(tmp_path: Path, dtype: torch.dtype) -> None:
+    """Experts are turned from [out, in] to [in, out], and what stands beside them is read as it is."""
+    blocks = torch.randint(0, 256, (3, 24, 2, 16), dtype=torch.uint8)
+    scales = torch.randint(100, 150, (3, 24, 2), dtype=torch.uint8)
+    bias = torch.randn(3, 24)
+    tensors = {
+        "experts.gate_up_proj_blocks": blocks,
+        "experts.gate_up_proj_scales": scales,
+        "experts.gate_up_proj_bias": bias,
+    }
+    read = checkpoint(tmp_path, tensors, {"quant_method": "mxfp4"}, dtype)
+    expected = convert_moe_packed_tensors(blocks, scales, dtype=dtype)
+    assert torch.equal(read.get("experts.gate_up_proj", (3, 64, 24)), expected)
+    assert torch.equal(read.get("experts.gate_up_proj_bias", (3, 24)), bias.to(dtype))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_weight_that_takes_several_chunks_is_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """What is beside a chunk, a block or a word is no matter of where chunks begin."""
+    monkeypatch.setattr(packed, "CHUNK", 1)
+    tensors, widened = KINDS[kind].keep(torch.randn(600, 80, generator=torch.Generator().manual_seed(0)))
+    named = {f"layer.{name}": tensor for name, tensor in tensors.items()}
+    read = checkpoint(tmp_path, named, KINDS[kind].config, torch.float32)
+    assert torch.equal(read.get("layer.weight", (600, 80)), widened)
+
+
+def test_what_is_kept_as_it_is_is_served_as_it_is(tmp_path: Path) -> None:
+    """Whatever a config says of it: a linear that is not of few bits, and one that is."""
+    plain, (tensors, _) = torch.randn(16, 32), KINDS["gptq"].keep(torch.randn(16, 32))
+    named = {f"two.{name}": tensor for name, tensor in tensors.items()} | {"one.weight": plain}
+    read = checkpoint(tmp_path, named, KINDS["gptq"].config, torch.float32)
+    assert read.has("two.weight")
+    assert read.first(["three.weight", "two.weight"]) == "two.weight"
+    assert not read.has("three.weight")
+    assert torch.equal(read.get("one.weight", (16, 32)), plain)
+
+
+def _scaled(name: str, factor: float) -> Any:
+    def change(tensors: dict[str, Tensor]) -> None:
+        tensors[name] = tensors[name] * factor
+
+    return change
+
+
+def _without(name: str) -> Any:
+    def change(tensors: dict[str, Tensor]) -> None:
+        del tensors[name]
+
+    return change
+
+
+def _to(name: str, value: Any) -> Any:
+    def change(tensors: dict[str, Tensor]) -> None:
+        tensors[name] = value(tensors[name]) if callable(value) else value
+
+    return change
+
+
+def _state(**fields: Any) -> Any:
+    def change(tensors: dict[str, Tensor]) -> None:
+        name = "weight.quant_state.bitsandbytes__nf4"
+        state = json.loads(bytes(tensors[name].tolist())) | fields
+        tensors[name] = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "told"),
+    [
+        ("fp8", _without("weight_scale_inv"), "float8_e4m3fn is not supported; .* with its scales beside it"),
+        ("fp8", _scaled("weight_scale_inv", float("nan")), "found values beyond it, or none at all"),
+        ("fp8", _to("weight_scale_inv", torch.ones(2, 2)), r"implies scales \[2, 3\] or \[1, 1\] or \[48, 1\]"),
+        ("fp8", _to("weight_scale_inv", torch.ones(4, 2, 3)), "expected a grid of scales"),
+        ("fp8", _to("weight_scale", torch.ones(2, 3)), "expected one of weight_scale_inv and weight_scale"),
+        ("fp8", _to("weight", lambda weight: weight.bfloat16()), "expected float8_e4m3fn, found bfloat16"),
+        ("fp8", _to("weight", lambda weight: weight[1:]), r"expected shape \(48, 80\), found \(47, 80\)"),
+        ("pack-quantized", _without("weight_scale"), "weight_scale: expected the tensor, found none"),
+        ("pack-quantized", _without("weight_zero_point"), "no such weight for int4 without zero points"),
+        (
+            "pack-quantized",
+            _to("weight_shape", torch.tensor([48, 79])),
+            r"implies \[48, 80\], found \[48, 79\]",
+        ),
+        (
+            "pack-quantized",
+            _to("weight_packed", torch.zeros(48, 20).int()),
+            "80 numbers of int4, found 20 words",
+        ),
+        (
+            "pack-quantized",
+            _to("weight_zero_point", torch.zeros(5, 5).int()),
+            "weight_zero_point: expected shape",
+        ),
+        (
+            "pack-quantized",
+            _to("weight_g_idx", torch.full((80,), 5)),
+            "expected groups from 0 to 4, found 5 to 5",
+        ),
+        (
+            "pack-quantized",
+            _to("weight_global_scale", torch.ones(1)),
+            "stands beside layer.weight, and is not read",
+        ),
+        ("pack-quantized", _to("weight_scale", torch.ones(48, 4)), r"expected shape \(6, 4\) or \(48, 4\)"),
+        (
+            "int-quantized",
+            _to("weight_zero_point", torch.ones(48, 1).char()),
+            "no such weight for int8 with zero",
+        ),
+        ("int-quantized", _to("k_scale", torch.ones(1)), "layer.k_scale: it stands beside"),
+        ("gptq", _without("g_idx"), "which desc_act implies"),
+        ("gptq", _to("g_idx", torch.full((80,), -2).int()), "found -2 to -2"),
+        ("gptq", _to("qzeros", lambda zeros: zeros[:, :1]), r"expected shape \(5, 6\)"),
+        ("gptq", _to("scales", torch.ones(0, 48)), r"qzeros: expected shape \(0, 6\), found \(5, 6\)"),
+        ("gptq", _scaled("scales", float("inf")), "found values beyond it, or none at all"),
+        ("gptq", _to("qweight", lambda words: words.long()), "expected int32, found int64"),
+        ("awq", _without("qzeros"), "qzeros: expected the tensor"),
+        ("awq", _to("scales", torch.tensor(1.0)), r"scales: expected shape \(0, 48\)"),
+        ("nf4", _without("weight.nested_quant_map"), "weight.nested_quant_map: expected the tensor"),
+        ("nf4", _to("weight.quant_map", torch.linspace(-1, 1, 16)), "the sixteen numbers of nf4, found others"),
+        ("nf4", _to("weight", lambda data: data[1:]), "expected 1920 bytes, found 1919"),
+        ("nf4", _state(blocksize=0), "blocksize: expected a power of two, found 0"),
+        ("nf4", _state(nested_offset="1"), "nested_offset: expected a number"),
+        ("nf4", _state(dtype="int8"), "dtype: expected float32, bfloat16, float16, found 'int8'"),
+        ("nf4", _state(shape=[80, 48]), r"shape: expected \[48, 80\], found \[80, 48\]"),
+        ("nf4", _to("weight.quant_state.bitsandbytes__nf4", torch.zeros(3).byte()), "expected JSON"),
+        ("int8", _to("SCB", torch.ones(80)), r"SCB: expected shape \(48,\) or \(48, 1\)"),
+        ("int8", _to("weight_format", torch.tensor(1).byte()), "expected 0, rows side by side"),
+    ],
+)
+def test_hostile_tensors_are_refused_by_name(tmp_path: Path, kind: str, change: Any, told: str) -> None:
+    """With what was found and what was expected; nothing is guessed, and nothing is left over."""
+    tensors, _ = KINDS[kind].keep(torch.randn(48, 80, generator=torch.Generator().manual_seed(0)))
+    change(tensors)
+    named = {f"layer.{name}": tensor for name, tensor in tensors.items()}
+    with pytest.raises(CheckpointInvalid, match=told):
+        checkpoint(tmp_path, named, KINDS[kind].config, torch.float32).get("layer.weight", (48, 80))
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"experts.gate_up_proj_scales": torch.full((2, 8, 1), 255).byte()}, "found 255, which is no number"),
+        ({"experts.gate_up_proj_scales": torch.zeros(2, 8, 2).byte()}, r"expected shape \(2, 8, 1\)"),
+        ({"experts.gate_up_proj_blocks": torch.zeros(2, 8, 1, 8).byte()}, r"expected shape \(2, 8, 1, 16\)"),
+    ],
+)
+def test_hostile_experts_are_refused_by_name(tmp_path: Path, change: dict[str, Tensor], told: str) -> None:
+    """With what was found and what was expected."""
+    tensors = {
+        "experts.gate_up_proj_blocks": torch.zeros(2, 8, 1, 16).byte(),
+        "experts.gate_up_proj_scales": torch.zeros(2, 8, 1).byte(),
+    }
+    read = checkpoint(tmp_path, tensors | change, {"quant_method": "mxfp4"}, torch.float32)
+    with pytest.raises(CheckpointInvalid, match=told):
+        read.get("experts.gate_up_proj", (2, 32, 8))

@@ -1,0 +1,175 @@
+"""What a base's ``quantization_config`` says, as the hub has them, and what of it is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from loramux_shared.bases.config import ModelConfig
+from loramux_shared.bases.formats.scheme import Quantization, WeightScheme
+from loramux_shared.bases.memory import widening
+from loramux_shared.bases.read import read_fields
+from loramux_shared.faults import CheckpointInvalid
+from tests.support.adapters import BASE_CONFIG
+
+INT4 = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 128}
+FP8 = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "channel"}
+COMPRESSED: dict[str, Any] = {
+    "quant_method": "compressed-tensors",
+    "format": "pack-quantized",
+    "config_groups": {
+        "group_0": {"targets": ["Linear"], "weights": INT4 | {"dynamic": False}, "input_activations": None}
+    },
+    "ignore": ["lm_head"],
+    "kv_cache_scheme": None,
+    "sparsity_config": {},
+}
+MIXED = COMPRESSED | {
+    "format": "mixed-precision",
+    "config_groups": {
+        "group_0": {"targets": ["re:.*mlp.*"], "weights": INT4, "format": "pack-quantized"},
+        "group_1": {
+            "targets": ["re:.*self_attn.*"],
+            "weights": FP8,
+            "input_activations": {"num_bits": 8, "type": "float", "dynamic": True, "strategy": "token"},
+            "format": "float-quantized",
+        },
+    },
+}
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": True, "sym": True}
+NF4 = {
+    "_load_in_4bit": True,
+    "_load_in_8bit": False,
+    "bnb_4bit_compute_dtype": "bfloat16",
+    "bnb_4bit_quant_type": "nf4",
+    "bnb_4bit_use_double_quant": True,
+    "llm_int8_skip_modules": ["lm_head"],
+    "load_in_4bit": True,
+    "load_in_8bit": False,
+    "quant_method": "bitsandbytes",
+}
+GROUPS_OF_128 = WeightScheme("int4", 1, 128)
+WITH_ZEROS = WeightScheme("int4", 1, 128, zero_points=True)
+PER_TENSOR, PER_ROW = WeightScheme("fp8"), WeightScheme("fp8", rows=1)
+READ: dict[str, tuple[dict[str, Any], Quantization]] = {
+    "Qwen3 FP8": (
+        {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]},
+        Quantization("fp8", (WeightScheme("fp8", 128, 128), PER_TENSOR, PER_ROW), rounds_activations=True),
+    ),
+    "Ministral 3": (
+        {"activation_scheme": "static", "quant_method": "fp8", "weight_block_size": None},
+        Quantization("fp8", (PER_TENSOR, PER_ROW), rounds_activations=True),
+    ),
+    "Llama 3.1 FP8": (
+        {"activation_scale_ub": 1200.0, "modules_to_not_convert": ["lm_head"], "quant_method": "fbgemm_fp8"},
+        Quantization("fp8", (PER_ROW,), rounds_activations=True),
+    ),
+    "W4A16": (COMPRESSED, Quantization("compressed-tensors", (GROUPS_OF_128,))),
+    "groups": (MIXED, Quantization("compressed-tensors", (GROUPS_OF_128, PER_ROW), rounds_activations=True)),
+    "GPTQ": (GPTQ, Quantization("gptq", (WITH_ZEROS,), columns_are_ordered=True, zeros_less_one=True)),
+    "gptqmodel": (
+        GPTQ
+        | {
+            "desc_act": False,
+            "checkpoint_format": "gptq_v2",
+            "dynamic": {"+:.*down.*": {"bits": 8}, "-:x": {}},
+        },
+        Quantization("gptq", (WITH_ZEROS, WeightScheme("int8", 1, 128, zero_points=True))),
+    ),
+    "AWQ": (
+        {"bits": 4, "group_size": 128, "quant_method": "awq", "version": "GEMM", "zero_point": True},
+        Quantization("awq", (WITH_ZEROS,)),
+    ),
+    "nf4": (NF4, Quantization("bitsandbytes", (WeightScheme("nf4"),))),
+    "int8": (
+        {"load_in_8bit": True, "llm_int8_threshold": 6.0},
+        Quantization("bitsandbytes", (WeightScheme("int8", rows=1),), rounds_activations=True),
+    ),
+    "gpt-oss": (
+        {"modules_to_not_convert": ["model.layers.*.self_attn"], "quant_method": "mxfp4"},
+        Quantization("mxfp4", (WeightScheme("mxfp4", 1, 32),)),
+    ),
+}
+
+
+def read(config: Any) -> ModelConfig:
+    return read_fields(BASE_CONFIG | {"quantization_config": config})
+
+
+@pytest.mark.parametrize("name", READ)
+def test_what_a_config_says_is_read(name: str) -> None:
+    """Of each format, as checkpoints have it."""
+    config, expected = READ[name]
+    assert read(config).quantization == expected
+
+
+def test_the_old_name_of_compressed_tensors_is_read_too() -> None:
+    """Its first checkpoints say it under another key."""
+    found = read_fields(BASE_CONFIG | {"compression_config": COMPRESSED})
+    assert found.quantization == READ["W4A16"][1]
+
+
+def _group(**change: Any) -> dict[str, Any]:
+    group = COMPRESSED["config_groups"]["group_0"]
+    weights = group["weights"] | {
+        key: value for key, value in change.items() if key in INT4 or key == "dynamic"
+    }
+    rest = {key: value for key, value in change.items() if key not in weights}
+    return COMPRESSED | {"config_groups": {"group_0": group | rest | {"weights": weights}}}
+
+
+@pytest.mark.parametrize(
+    ("config", "told"),
+    [
+        (
+            {"quant_method": "hqq"},
+            "quant_method 'hqq' is not supported; supported: fp8, fbgemm_fp8, compressed",
+        ),
+        ({"quant_method": ["gptq"]}, r"quant_method \['gptq'\] is not supported"),
+        ("gptq", "quantization_config: expected an object, found 'gptq'"),
+        (
+            GPTQ | {"bits": 3},
+            r"quantization_config\.bits 3 is not supported for LlamaForCausalLM; supported: 4, 8",
+        ),
+        (GPTQ | {"group_size": 0}, "group_size: expected a positive integer, or -1 for rows, found 0"),
+        (GPTQ | {"checkpoint_format": "marlin"}, 'checkpoint_format "marlin" is not supported'),
+        (GPTQ | {"dynamic": {"+:x": {"bits": 2}}}, "bits 2 is not supported"),
+        ({"quant_method": "awq", "bits": 4, "version": "gemv"}, 'version "gemv" is not supported'),
+        ({"quant_method": "awq", "bits": 4, "zero_point": False}, "zero_point false is not supported"),
+        ({"quant_method": "bitsandbytes"}, "expected one of both to be true"),
+        (NF4 | {"bnb_4bit_quant_type": "af4"}, 'bnb_4bit_quant_type "af4" is not supported'),
+        ({"quant_method": "fp8", "weight_block_size": [128, 0]}, "weight_block_size: expected two positive"),
+        ({"quant_method": "fp8", "expert_dtype": "fp4"}, 'expert_dtype "fp4" is not supported'),
+        (COMPRESSED | {"kv_cache_scheme": {"num_bits": 8}}, "kv_cache_scheme .* is not supported"),
+        (
+            COMPRESSED | {"sparsity_config": {"format": "sparse-24-bitmask"}},
+            r"sparsity_config\.format .*bitmask",
+        ),
+        (COMPRESSED | {"transform_config": {"config_groups": {"R1": {}}}}, r"transform_config\.config_groups"),
+        (COMPRESSED | {"format": "nvfp4-pack-quantized"}, 'format "nvfp4-pack-quantized" is not supported'),
+        (COMPRESSED | {"config_groups": {}}, "config_groups: expected a group, found none"),
+        (
+            _group(num_bits=3),
+            "int of 3 bits is not supported in pack-quantized; supported: int of 4 bits, int of 8",
+        ),
+        (_group(dynamic=True), "weights.dynamic true is not supported"),
+        (_group(strategy="tensor_group"), 'strategy "tensor_group" is not supported'),
+        (_group(group_size=-3, strategy="group"), "group_size: expected a positive integer, found -3"),
+        (_group(output_activations={"num_bits": 8}), "output_activations .* is not supported"),
+    ],
+)
+def test_what_is_not_read_is_refused_by_name(config: Any, told: str) -> None:
+    """With what was found, and what would be read."""
+    with pytest.raises(CheckpointInvalid, match=told):
+        read(config)
+
+
+def test_what_widening_takes_is_told() -> None:
+    """With the bytes of the files where they are known; nothing of a base that is kept as it is served."""
+    model = read(GPTQ)
+    assert widening(model, 1_234_567_890, "bfloat16").startswith(
+        "widened from gptq (int4) at load: 1.2 GB in the files, "
+    )
+    assert "in the files" not in widening(model, None, "float32")
+    assert widening(read_fields(BASE_CONFIG), 10**9, "bfloat16") == ""
