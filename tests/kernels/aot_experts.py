@@ -5,6 +5,7 @@ from typing import Any
 
 from inference_service.kernels.experts import triton_kernels, tuning
 from inference_service.kernels.rows.tuning import TILE as ROW_TILE
+from inference_service.kernels.sgmv import PREFILL_TILE
 from tests.kernels.aot import Variant, with_halves
 
 DTYPES = {2: "bf16", 4: "fp32"}
@@ -16,8 +17,18 @@ TYPES = {
     "p_places": "*i32",
     "p_tiles": "*i32",
     "p_rows": "*i32",
+    "p_slots": "*i32",
+    "p_token_ids": "*i32",
+    "p_seg_start": "*i32",
+    "p_seg_slot": "*i32",
+    "p_pass_start": "*i32",
+    "p_end": "*i32",
     "alpha": "fp32",
     "limit": "fp32",
+}
+UNALIGNED = {
+    *("E", "P", "k", "tiles", "slot_stride", "expert_stride"),
+    *("p_tiles", "p_rows", "p_seg_start", "p_seg_slot", "p_end"),
 }
 COUNTS = {"usual": (128, 8), "most": (tuning.MAX_EXPERTS, 16)}
 """Experts, and those of a token."""
@@ -58,6 +69,10 @@ def _sorts() -> Iterator[Variant]:
         sizes = {"TILE": tuning.TILE[load], "BLOCK_E": tuning.block_of(experts), "BLOCK_P": tuning.SORT_BLOCK}
         name = f"experts.sort {load.value} {name}"
         yield _variant(name, triton_kernels.sort_kernel, "bf16", sizes, options)
+    sizes = {"TILE": PREFILL_TILE, "BLOCK_P": tuning.SORT_BLOCK}
+    yield _variant("experts.segments", triton_kernels.segments_kernel, "bf16", sizes, options)
+    sizes, options = {"BLOCK": tuning.SLOT_BLOCK}, {"num_warps": 1}
+    yield _variant("experts.slots", triton_kernels.slots_kernel, "bf16", sizes, options)
 
 
 def _variant(name: str, kernel: Any, dtype: str, constants: dict[str, Any], options: dict[str, int]) -> Variant:
@@ -68,5 +83,5 @@ def _variant(name: str, kernel: Any, dtype: str, constants: dict[str, Any], opti
         constants=constants,
         options=options,
         types=TYPES,
-        unaligned={"E", "P", "k", "tiles", "p_tiles", "p_rows"},
+        unaligned=UNALIGNED,
     )

@@ -190,3 +190,62 @@ def combine_kernel(
         weight = tl.load(p_weights + i_t * k + j)
         b_out += weight * tl.load(p_y + place * stride_y + o_n, mask=m_n, other=0.0).to(tl.float32)
     tl.store(p_out + i_t * stride_out + o_n, b_out.to(p_out.dtype.element_ty), mask=m_n)
+
+
+@triton.jit(do_not_specialize_on_alignment=["p_seg_start", "p_seg_slot", "p_end"])
+def slots_kernel(
+    p_token_ids,  # int32 [entries of the step]
+    p_seg_start,  # int32 [segments + 1]
+    p_seg_slot,  # int32 [segments]
+    p_end,  # int32 [1]: segments of the step
+    p_slots,  # int32 [T]
+    BLOCK: tl.constexpr,
+):
+    """slots[token] = its adapter's slot, of tokens that have one. One program per segment."""
+    i_s = tl.program_id(0)
+    if i_s >= tl.load(p_end):
+        return
+    start, end, slot = tl.load(p_seg_start + i_s), tl.load(p_seg_start + i_s + 1), tl.load(p_seg_slot + i_s)
+    for i in range(start, end, BLOCK):
+        o_entry = i + tl.arange(0, BLOCK)
+        o_t = tl.load(p_token_ids + o_entry, mask=o_entry < end, other=0)
+        tl.store(p_slots + o_t, tl.zeros([BLOCK], tl.int32) + slot, mask=o_entry < end)
+
+
+@triton.jit(do_not_specialize=["P", "slot_stride", "expert_stride"])
+def segments_kernel(
+    p_tokens,  # int32 [P]
+    p_experts,  # int32 [P]
+    p_slots,  # int32 [T]
+    p_token_ids,  # int32 [P]
+    p_seg_start,  # int32 [segments + 1]
+    p_seg_slot,  # int32 [segments]
+    p_pass_start,  # int32 [3]: 0, segments of the step, P
+    P,
+    slot_stride,
+    expert_stride,
+    TILE: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    """Segments of places with one adapter and one expert, which end at multiples of TILE too. One program."""
+    o = tl.arange(0, BLOCK_P)
+    at = 0
+    for i_p in range(0, P, BLOCK_P):
+        o_p = i_p + o
+        m_p = o_p < P
+        tl.store(p_token_ids + o_p, o_p, mask=m_p)
+        b_slot = tl.load(p_slots + tl.load(p_tokens + o_p, mask=m_p, other=0))
+        b_expert = tl.load(p_experts + o_p, mask=m_p, other=0)
+        m_before = m_p & (o_p > 0)
+        b_before = tl.load(p_slots + tl.load(p_tokens + o_p - 1, mask=m_before, other=0))
+        b_other = tl.load(p_experts + o_p - 1, mask=m_before, other=0)
+        b_new = (b_slot != b_before) | (b_expert != b_other) | (o_p % TILE == 0)
+        b_count = (b_new & m_p).to(tl.int32)
+        b_index = at + tl.cumsum(b_count, 0) - 1
+        tl.store(p_seg_start + b_index, o_p, mask=b_count != 0)
+        tl.store(p_seg_slot + b_index, b_slot * slot_stride + b_expert * expert_stride, mask=b_count != 0)
+        at += tl.sum(b_count, 0)
+    tl.store(p_seg_start + at, P)
+    tl.store(p_pass_start, 0)
+    tl.store(p_pass_start + 1, at)
+    tl.store(p_pass_start + 2, P)

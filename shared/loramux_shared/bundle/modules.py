@@ -36,6 +36,9 @@ MODULES = (
     Module(5, "mlp_h_to_4h", "gate_proj", "mlp"),
     Module(6, "mlp_4h_to_h", "down_proj", "mlp"),
     Module(7, "mlp_gate", "up_proj", "mlp"),
+    Module(13, "moe_h_to_4h", "gate_proj", "mlp.experts"),
+    Module(14, "moe_4h_to_h", "down_proj", "mlp.experts"),
+    Module(15, "moe_gate", "up_proj", "mlp.experts"),
     Module(100, "delta_qkv", "in_proj_qkv", "linear_attn"),
     Module(101, "delta_z", "in_proj_z", "linear_attn"),
     Module(102, "delta_b", "in_proj_b", "linear_attn"),
@@ -47,7 +50,7 @@ MODULES = (
 BY_ID = {module.id: module for module in MODULES}
 BY_NAME = {module.name: module for module in MODULES}
 BY_PATH = {module.path: module for module in MODULES}
-BY_HF = {module.hf: module for module in MODULES}
+BY_HF = {module.hf: module for module in reversed(MODULES)}
 TENSORRT_LLM: Final = frozenset(range(1, 8))
 """Ids of the modules that bundles of version 1 have."""
 
