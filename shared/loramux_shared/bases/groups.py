@@ -98,6 +98,15 @@ def expert_groups(num: int, hidden: int, intermediate: int) -> tuple[GroupShape,
     return tuple(found)
 
 
+def shared_groups(hidden: int, intermediate: int) -> tuple[GroupShape, ...]:
+    """Return those of an expert that all rows have, and of its gate."""
+    return (
+        GroupShape("shared_gate_up", ("shared_h_to_4h", "shared_gate"), hidden, (intermediate, intermediate)),
+        GroupShape("shared_down", ("shared_4h_to_h",), intermediate, (hidden,)),
+        GroupShape("shared_expert_gate", ("shared_expert_gate",), hidden, (1,)),
+    )
+
+
 def group_of(name: str, expert: int) -> str:
     """Return the name of an expert's group."""
     return f"{expert}.{name}"

@@ -46,6 +46,10 @@ MODULES = (
     Module(104, "delta_out", "out_proj", "linear_attn"),
     Module(110, "layer_input_gate", "per_layer_input_gate", ""),
     Module(111, "layer_input_projection", "per_layer_projection", ""),
+    Module(120, "shared_h_to_4h", "gate_proj", "mlp.shared_expert"),
+    Module(121, "shared_4h_to_h", "down_proj", "mlp.shared_expert"),
+    Module(122, "shared_gate", "up_proj", "mlp.shared_expert"),
+    Module(123, "shared_expert_gate", "shared_expert_gate", "mlp"),
 )
 BY_ID = {module.id: module for module in MODULES}
 BY_NAME = {module.name: module for module in MODULES}
