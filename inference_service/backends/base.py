@@ -9,7 +9,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from inference_service.backends.experts import Grouped
 from inference_service.kernels.attention import Context
+from inference_service.kernels.experts import ByExpert, Routed
 from inference_service.kernels.rows import Activation
 from inference_service.layers.linear import Linear
 from inference_service.layers.norm import RMSNorm
@@ -83,6 +85,30 @@ class Operations(Protocol):
         """Return tanh(logits / cap) * cap, for which logits may be reused."""
         ...
 
+    def new_grouped(self, weights: Sequence[Tensor], biases: Sequence[Tensor] | None = None) -> Grouped:
+        """Return a linear of each expert, of weights [out, in] and biases [out]."""
+        ...
+
+    def route(self, logits: Tensor, top_k: int, *, renormalised: bool) -> Routed:
+        """Return the experts with the largest logits [T, E], and their probabilities."""
+        ...
+
+    def by_expert(self, routed: Routed, num_experts: int) -> ByExpert:
+        """Sort the pairs of a token and an expert."""
+        ...
+
+    def combine(self, y: Tensor, routed: Routed, pairs: ByExpert) -> Tensor:
+        """Return the weighted sums [T, N] of each token's places of y [pairs, N]."""
+        ...
+
+    def clamped(self, gate_up: Tensor, alpha: float, limit: float) -> Tensor:
+        """Return (up + 1) * gate * sigmoid(alpha * gate) [T, I] of both side by side, clamped before."""
+        ...
+
+    def add_gated(self, out: Tensor, x: Tensor, gate: Tensor) -> Tensor:
+        """Add x [T, N] times the sigmoid of gate [T, 1] to out [T, N] in place, and return it."""
+        ...
+
     def attention(self, contexts: Sequence[Context], block_size: int) -> Attention:
         """Plan the attention of a step."""
         ...
@@ -105,6 +131,10 @@ class StepLora(Protocol):
 
     def apply(self, x: Tensor, out: Tensor, layer: int, group: str) -> None:
         """Add to out [T, all slices] what the adapters make of x [T, in]; base rows are not touched."""
+        ...
+
+    def apply_experts(self, x: Tensor, out: Tensor, layer: int, group: str, pairs: ByExpert) -> None:
+        """The same of each place's expert: out [pairs, all slices] and x [pairs, in] are by place."""
         ...
 
 

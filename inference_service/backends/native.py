@@ -25,17 +25,18 @@ from inference_service.kernels.cpu.ops import (
     Tiled,
     adapters_of,
 )
+from inference_service.kernels.experts import ByExpert
 from inference_service.kernels.rows import Activation
 from inference_service.layers.linear import Linear
 from inference_service.layers.norm import RMSNorm
 from inference_service.lora.arena import Arena
 from inference_service.lora.native import ADDRESSES, native_layout, pack_native
 from inference_service.lora.packed import PackedAdapter
-from inference_service.lora.segments import Arrangement
-from inference_service.lora.slots import Slots
+from inference_service.lora.segments import Arrangement, runs_by_expert
+from inference_service.lora.slots import Slots, experts_of
 from inference_service.lora.weights import AdapterWeights
 from loramux_shared.bases.attention import AttentionSpec
-from loramux_shared.bases.groups import GroupShape
+from loramux_shared.bases.groups import GROUPS_APART, GroupShape, group_of
 from loramux_shared.bundle.modules import BaseDims
 
 
@@ -171,6 +172,7 @@ class NativeLora:
         self._ops = ops
         self._layout = native_layout(groups, ops.units)
         self._names = [(layer, group.name) for layer in range(num_layers) for group in groups]
+        self._of_experts = experts_of(groups, num_layers)
         self._linears: dict[tuple[int, str], tuple[int, int]] = {}
         """The bit of each in ``_touched``, and where the first slot's fields are."""
         self._slots = Slots()
@@ -179,6 +181,7 @@ class NativeLora:
         self._most_rows = 0
         self._touched = 0
         """Of the step's adapters together, a bit for each linear that one of them adds to."""
+        self._arrangement = Arrangement((), ())
         self._segments = Table(np.zeros((0, 3), dtype=np.int64))
         self._workspace = torch.empty(0, 1)
         self._step = NO_ADAPTERS[1:]
@@ -227,6 +230,7 @@ class NativeLora:
     def begin(self, arrangement: Arrangement) -> None:
         """Prepare for the rows of a step."""
         segments = arrangement.segments
+        self._arrangement = arrangement
         self._touched = self._slots.touched([segment.slot for segment in segments])
         rows_of = [(segment.slot, segment.start, segment.length) for segment in segments]
         self._segments = Table(np.array(rows_of, dtype=np.int64))
@@ -239,6 +243,16 @@ class NativeLora:
         """Add to out [T, all slices] what the adapters make of x [T, in]; base rows are not touched."""
         if self._linears[layer, group][0] & self._touched:
             self._ops.lora(x, out, self.adapters(layer, group))
+
+    def apply_experts(self, x: Tensor, out: Tensor, layer: int, group: str, pairs: ByExpert) -> None:
+        """In one call: to the compiled operation, an expert of an adapter is an adapter of its own."""
+        if not self._touched & self._of_experts[layer]:
+            return
+        runs = runs_by_expert(self._arrangement.segments, pairs)
+        runs[:, 1] = runs[:, 0] * len(self._names) + runs[:, 1] * GROUPS_APART
+        _, address = self._linears[layer, group_of(group, 0)]
+        workspace = torch.empty(len(x), self._most_rows)
+        self._ops.lora(x, out, adapters_of(address, Table(runs[:, 1:]), workspace))
 
     def adapters(self, layer: int, group: str) -> Adapters:
         """Return those of the step that add to a linear."""

@@ -11,17 +11,19 @@ from torch import Tensor
 from torch.nn.functional import embedding, gelu, silu
 
 from inference_service.backends.base import Attention, StepLora, Turn
+from inference_service.backends.experts import ExpertOperations
 from inference_service.kernels.attention import Context, PagedAttention
+from inference_service.kernels.experts import ByExpert
 from inference_service.kernels.rows import Activation
 from inference_service.layers.linear import Linear
 from inference_service.layers.norm import RMSNorm
 from inference_service.layers.rope import Rope, rotate
 from inference_service.lora.packed import Layout, PackedAdapter, pack_flat
-from inference_service.lora.segments import Arrangement, Segment
+from inference_service.lora.segments import Arrangement, Segment, runs_by_expert
 from inference_service.lora.slots import Slots
 from inference_service.lora.weights import AdapterWeights
 from loramux_shared.bases.attention import AttentionSpec
-from loramux_shared.bases.groups import GroupShape
+from loramux_shared.bases.groups import GROUPS_APART, GroupShape, group_of
 from loramux_shared.bundle.modules import BaseDims
 
 ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
@@ -30,7 +32,7 @@ ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
 }
 
 
-class TorchOperations:
+class TorchOperations(ExpertOperations):
     """In plain torch, on any device."""
 
     def __init__(
@@ -274,6 +276,16 @@ class TorchLora:
             part = self._adapters[segment.slot].part(layer, index)
             if part is not None:
                 rows = slice(segment.start, segment.end)
+                _add(x[rows], out[rows], part.a, part.b, part.ranks, None, self._layout.shapes[index])
+
+    def apply_experts(self, x: Tensor, out: Tensor, layer: int, group: str, pairs: ByExpert) -> None:
+        """One adapter of one expert after the other."""
+        first_group = self._groups[group_of(group, 0)]
+        for slot, expert, first, length in runs_by_expert((*self._short, *self._long), pairs).tolist():
+            index = first_group + expert * GROUPS_APART
+            part = self._adapters[slot].part(layer, index)
+            if part is not None:
+                rows = slice(first, first + length)
                 _add(x[rows], out[rows], part.a, part.b, part.ranks, None, self._layout.shapes[index])
 
     def _apply_short(self, x: Tensor, out: Tensor, layer: int, index: int) -> None:

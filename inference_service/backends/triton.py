@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Final
 
 import numpy as np
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from inference_service.backends.base import Attention, Turn
+from inference_service.backends.grouped import GroupedOperations
 from inference_service.backends.torch import TorchOperations
 from inference_service.kernels import rows
 from inference_service.kernels.attention import (
@@ -21,10 +22,13 @@ from inference_service.kernels.attention import (
     pack_tables,
     prefill_tile,
 )
+from inference_service.kernels.experts import ByExpert
+from inference_service.kernels.experts.segments import allocate, capacity_of, fill, slots_of
 from inference_service.kernels.rows import Activation
 from inference_service.kernels.sgmv import (
     DECODE_TILE,
     PREFILL_TILE,
+    Group,
     SegmentCapacity,
     Segments,
     lora_apply,
@@ -35,9 +39,10 @@ from inference_service.layers.norm import RMSNorm
 from inference_service.lora.bank import Bank
 from inference_service.lora.packed import PackedAdapter
 from inference_service.lora.segments import LONG_SEGMENT, Arrangement
+from inference_service.lora.slots import experts_of
 from inference_service.lora.weights import AdapterWeights
 from loramux_shared.bases.attention import AttentionSpec
-from loramux_shared.bases.groups import GroupShape
+from loramux_shared.bases.groups import MODULES_APART, GroupShape
 from loramux_shared.bundle.modules import BaseDims
 
 MIN_ENTRIES: Final = 16
@@ -45,7 +50,7 @@ EVERY: Final = -1
 """A bit for each linear."""
 
 
-class TritonOperations(TorchOperations):
+class TritonOperations(GroupedOperations, TorchOperations):
     """One launch each, on a GPU or in Triton's interpreter."""
 
     def __init__(self, dims: BaseDims, dtype: torch.dtype, device: torch.device) -> None:
@@ -140,6 +145,11 @@ class TritonLora:
             for index, group in enumerate(groups)
         }
         self._bank = Bank(groups, num_layers, dtype, device)
+        self._of_experts = experts_of(groups, num_layers)
+        self._slots_of_tokens: Tensor | None = None
+        """int32 [T] of the step, once a layer has asked."""
+        self._by_expert: tuple[ByExpert, Segments] | None = None
+        """Of the layer that asked last."""
         self._segments: dict[SegmentCapacity, Segments] = {}
         self._workspaces: dict[SegmentCapacity, Tensor] = {}
         """Of each capacity its own, for a graph would not notice that larger memory took its place."""
@@ -203,16 +213,49 @@ class TritonLora:
         self._touched = EVERY
         capacity = segments.capacity
         if capacity not in self._workspaces:
-            of_layer = [group for (layer, _), group in self._bank.groups.items() if layer == 0]  # all are alike
-            needed = max(workspace_numel(group, segments) for group in of_layer)
-            self._workspaces[capacity] = torch.empty(needed, dtype=torch.float32, device=self._device)
-        self._step = segments
+            self._workspaces[capacity] = self._new_workspace(segments, self._bank.groups.values())
+        self._step, self._slots_of_tokens, self._by_expert = segments, None, None
+
+    def _new_workspace(self, segments: Segments, groups: Iterable[Group]) -> Tensor:
+        """Memory for any of these linears."""
+        needed = max(workspace_numel(group, segments) for group in groups)
+        return torch.empty(needed, dtype=torch.float32, device=self._device)
 
     def apply(self, x: Tensor, out: Tensor, layer: int, group: str) -> None:
         """Add to out [T, all slices] what the adapters make of x [T, in]; base rows are not touched."""
         linear = layer, group
         if self._step is not None and self._touched >> self._linears[linear] & 1:
             lora_apply(x, out, self._bank.groups[linear], self._step, self._workspaces[self._step.capacity])
+
+    def apply_experts(self, x: Tensor, out: Tensor, layer: int, group: str, pairs: ByExpert) -> None:
+        """The same of each place's expert, with segments that are made on the device once per layer."""
+        if self._step is not None and self._touched & self._of_experts[layer]:
+            segments = self._segments_of(pairs, self._step)
+            workspace = self._workspaces[segments.capacity]
+            lora_apply(x, out, self._bank.experts[layer, group], segments, workspace)
+
+    def _segments_of(self, pairs: ByExpert, step: Segments) -> Segments:
+        """The segments of a layer's pairs."""
+        if self._by_expert is not None and self._by_expert[0] is pairs:
+            return self._by_expert[1]
+        places, bank = len(pairs.tokens), self._bank
+        if self._slots_of_tokens is None:
+            self._slots_of_tokens = slots_of(step, places // pairs.top_k, nobody=self.num_slots)
+        numbers = self.num_slots * bank.slot_stride + (bank.num_experts - 1) * MODULES_APART + 1
+        capacity = capacity_of(step.capacity, places, bank.num_experts, numbers)
+        if capacity not in self._segments:
+            self._segments[capacity] = allocate(capacity, self._device)
+            self._workspaces[capacity] = self._new_workspace(self._segments[capacity], bank.experts.values())
+        segments = self._segments[capacity]
+        fill(
+            segments,
+            pairs,
+            self._slots_of_tokens,
+            slot_stride=bank.slot_stride,
+            expert_stride=MODULES_APART,
+        )
+        self._by_expert = pairs, segments
+        return segments
 
 
 def _class_of(number: int) -> int:

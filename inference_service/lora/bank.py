@@ -12,7 +12,7 @@ from inference_service.kernels.sgmv.layout import ROW
 from inference_service.lora.packed import Layout, PackedAdapter, pack_flat
 from inference_service.lora.slots import Slots
 from inference_service.lora.weights import AdapterWeights
-from loramux_shared.bases.groups import GroupShape
+from loramux_shared.bases.groups import GROUPS_APART, GroupShape, name_of_all
 
 
 class Bank:
@@ -29,6 +29,9 @@ class Bank:
         self.slots: Final = Slots()
         self.groups: dict[tuple[int, str], Group] = {}
         """By layer and name, once it is open."""
+        self.experts: dict[tuple[int, str], Group] = {}
+        """The same of those of all experts, in which each of a slot's is a slot of its own."""
+        self.num_experts: Final = sum(1 for shape in shapes if shape.expert is not None) // GROUPS_APART
         self._layout = Layout(shapes)
         self._num_layers = num_layers
         self._dtype = dtype
@@ -50,12 +53,29 @@ class Bank:
         shapes, modules = self._layout.shapes, len(self._layout.strides)
         numel = max(ROW, num_bytes // self._dtype.itemsize)
         self._arena = torch.empty(numel, dtype=self._dtype, device=self._device)
-        table = num_slots, self._num_layers, modules, 3
+        table = num_slots + (self.num_experts > 0), self._num_layers, modules, 3  # the last slot is nobody's
         self._table = torch.zeros(table, dtype=torch.int64, device=self._device)
         for layer in range(self._num_layers):
             for shape, first in zip(shapes, self._layout.firsts, strict=True):
+                if shape.expert is not None:
+                    self._open_experts(layer, shape, first, max_rank)
+                    continue
                 of_group = self._table[:, layer, first : first + len(shape.modules)]
                 self.groups[layer, shape.name] = _group(self._arena, of_group, shape, max_rank)
+
+    @property
+    def slot_stride(self) -> int:
+        """Modules from a slot to the next: how experts of a slot are numbered, `MODULES_APART` each."""
+        return self._num_layers * len(self._layout.strides)
+
+    def _open_experts(self, layer: int, shape: GroupShape, first: int, max_rank: int) -> None:
+        """Number the experts of all slots by their first modules: one table, whose rows overlap."""
+        if shape.expert != 0:
+            return
+        begin, slices = layer * len(self._layout.strides) + first, len(shape.modules)
+        size = self._table.numel() // 3 - begin - slices + 1
+        of_all = self._table.as_strided((size, slices, 3), (3, 3, 1), 3 * begin)
+        self.experts[layer, name_of_all(shape.name)] = _group(self._arena, of_all, shape, max_rank)
 
     def pack(self, weights: AdapterWeights) -> PackedAdapter:
         """Pack an adapter, into pinned memory where there is a GPU.

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
+
 from inference_service.core.batch import Batch, Chunk
+from inference_service.kernels.experts import ByExpert
 
 # Rows of one adapter from which on two matrix products of its own cost less than a share of the packed one.
 LONG_SEGMENT = 16
@@ -59,3 +64,18 @@ def arrange(batch: Batch) -> Arrangement:
         start += rows[slot]
         chunks += groups[slot]
     return Arrangement(tuple(chunks), tuple(segments))
+
+
+def runs_by_expert(segments: Sequence[Segment], pairs: ByExpert) -> npt.NDArray[np.int64]:
+    """Return runs of places [n, 4] that have one expert and one adapter: slot, expert, first place, places."""
+    tokens, experts = pairs.tokens.numpy(), pairs.experts.numpy()
+    slots = np.full(max(segments[-1].end, int(tokens.max()) + 1), -1)
+    for segment in segments:
+        slots[segment.start : segment.end] = segment.slot
+    owners = slots[tokens]
+    new = np.ones(len(owners), dtype=bool)
+    new[1:] = (np.diff(owners) != 0) | (np.diff(experts) != 0)
+    firsts = np.flatnonzero(new)
+    lengths = np.diff(firsts, append=len(owners))
+    runs = np.stack([owners[firsts], experts[firsts], firsts, lengths], axis=1)
+    return runs[runs[:, 0] >= 0]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from inference_service.lora.packed import PackedAdapter
 from inference_service.lora.places import ALIGNMENT
+from loramux_shared.bases.groups import GroupShape
 from loramux_shared.faults import InternalFault
 
 
@@ -77,3 +78,9 @@ class Slots:
                 raise InternalFault(f"a step has rows of slot {slot}, which holds no adapter")
             bits |= self._touched[slot]
         return bits
+
+
+def experts_of(groups: Sequence[GroupShape], num_layers: int) -> list[int]:
+    """Return for each layer the bits, as in `Slots.touched`, of the linears that are experts'."""
+    of_layer = sum(1 << index for index, group in enumerate(groups) if group.expert is not None)
+    return [of_layer << layer * len(groups) for layer in range(num_layers)]

@@ -28,6 +28,8 @@ class Placed(NamedTuple):
     out_features: int
     first: int
     """Element of A's beginning."""
+    expert: int | None = None
+    """Whose module it is, of a mixture."""
 
 
 @dataclass(frozen=True)
@@ -90,8 +92,8 @@ def arrange(values: Tensor, rows: Iterable[Placed], layers: Sequence[tuple[Group
     fields = [[(0, 0, 0)] * len(names) for _ in layers]
     strange: list[Placed] = []
     for row in rows:
-        layer, module_id, rank, inside, outside, first = row
-        column = columns[layer].get(module_id) if layer < len(layers) else None
+        layer, module_id, rank, inside, outside, first, expert = row
+        column = columns[layer].get((module_id, expert)) if layer < len(layers) else None
         if column is None:
             strange.append(row)
             continue
@@ -115,15 +117,17 @@ def arrange(values: Tensor, rows: Iterable[Placed], layers: Sequence[tuple[Group
     return AdapterWeights(values, ranks, first_a, first_b, groups)
 
 
-def _columns(groups: tuple[GroupShape, ...], layers: Sequence[tuple[GroupShape, ...]]) -> list[dict[int, int]]:
-    """Return per layer, by the ids of its modules, where they stand among those of all groups."""
+def _columns(
+    groups: tuple[GroupShape, ...], layers: Sequence[tuple[GroupShape, ...]]
+) -> list[dict[tuple[int, int | None], int]]:
+    """Return per layer, by id and expert, where its modules stand among those of all groups."""
     firsts, first = {}, 0
     for group in groups:
         firsts[group] = first
         first += len(group.modules)
     tables = {
         own: {
-            BY_NAME[module].id: firsts[group] + index
+            (BY_NAME[module].id, group.expert): firsts[group] + index
             for group in own
             for index, module in enumerate(group.modules)
         }

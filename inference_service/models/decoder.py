@@ -39,7 +39,7 @@ class Decoder:
         """
         self.dtype, self.device = checkpoint.dtype, checkpoint.device
         self._operations = operations or TorchOperations(config.dims, self.dtype, self.device, config.windows)
-        reader = Reader(checkpoint, config, self.dtype, self._operations.new_linear)
+        reader = Reader(checkpoint, config, self.dtype, self._operations)
         self._embedding, head = reader.tables()
         self.config = replace(config, tied_embeddings=head is self._embedding)
         self._layers = [read_layer(reader.layer(index)) for index in range(config.dims.num_layers)]
@@ -56,7 +56,7 @@ class Decoder:
         W + BA is summed in float32 and rounded once. The old layers go first: a file of the checkpoint, which
         may be all of it, is in memory while it is read.
         """
-        reader = Reader(checkpoint, self.config, self.dtype, self._operations.new_linear, adapter)
+        reader = Reader(checkpoint, self.config, self.dtype, self._operations, adapter)
         self._layers.clear()
         for index in range(self.config.dims.num_layers):
             self._layers.append(read_layer(reader.layer(index)))

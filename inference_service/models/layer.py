@@ -10,9 +10,11 @@ from torch import Tensor
 from inference_service.backends.base import Operations
 from inference_service.layers.norm import RMSNorm
 from inference_service.models.blocks.attention import AttentionBlock
+from inference_service.models.blocks.experts import ExpertsBlock
 from inference_service.models.blocks.mlp import MlpBlock
 from inference_service.models.reader import LayerReader
 from inference_service.models.step import LayerCache, Step
+from loramux_shared.bases.layers import ExpertsLayer, MlpLayer
 
 
 class Block(Protocol):
@@ -55,6 +57,10 @@ def read_layer(reader: LayerReader) -> Layer:
         mixer=AttentionBlock(reader, spec.mixer),
         mixer_out_norm=reader.optional_norm(names.attention_out_norm),
         mlp_norm=reader.optional_norm(names.mlp_norm),
-        mlp=MlpBlock(reader),
+        mlp=_read_mlp(reader, spec.mlp),
         mlp_out_norm=reader.optional_norm(names.mlp_out_norm),
     )
+
+
+def _read_mlp(reader: LayerReader, spec: MlpLayer | ExpertsLayer) -> Block:
+    return ExpertsBlock(reader, spec) if isinstance(spec, ExpertsLayer) else MlpBlock.of_layer(reader)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from inference_service.backends.base import Operations
 from inference_service.layers.linear import Linear
 from inference_service.layers.norm import RMSNorm
 from inference_service.lora.weights import AdapterWeights, GroupWeights
@@ -25,7 +25,7 @@ class Reader:
         checkpoint: Tensors,
         config: ModelConfig,
         dtype: torch.dtype,
-        new_linear: Callable[[Tensor, Tensor | None], Linear],
+        operations: Operations,
         merged: AdapterWeights | None = None,
     ) -> None:
         """Read from a checkpoint, which may be in a wider type than dtype; merged is added to the linears.
@@ -33,7 +33,7 @@ class Reader:
         The sum is made in the checkpoint's type, and rounded once.
         """
         self.config = config
-        self.new_linear = new_linear
+        self.operations = operations
         self._checkpoint = checkpoint
         self._dtype = dtype
         self._merged = merged
@@ -101,6 +101,15 @@ class LayerReader:
         """The decoder's."""
         return self.reader.config
 
+    @property
+    def operations(self) -> Operations:
+        """Of the device."""
+        return self.reader.operations
+
+    def with_merged(self, weight: Tensor, shape: GroupShape) -> Tensor:
+        """Return the weight [out, in] of a group with what is added to it."""
+        return _merge(weight, self.merged[shape.name], shape) if shape.name in self.merged else weight
+
     def group(self, module: str) -> GroupShape:
         """Return the fused linear that has a module, by its bundle name."""
         return next(group for group in self.groups if module in group.modules)
@@ -111,12 +120,15 @@ class LayerReader:
         outs = shape.out_features
         sizes = outs if len(names) == len(outs) else (sum(outs),)
         parts = list(zip(names, sizes, strict=True))
-        weight = _cat([self.get(f"{name}.weight", (out, shape.in_features)) for name, out in parts])
-        if shape.name in self.merged:
-            weight = _merge(weight, self.merged[shape.name], shape)
-        biases = [self.get(f"{name}.bias", (out,)) for name, out in parts] if bias else []
+        weight = self.cat([(f"{name}.weight", (out, shape.in_features)) for name, out in parts])
+        weight = self.with_merged(weight, shape)
+        biases = self.cat([(f"{name}.bias", (out,)) for name, out in parts]) if bias else None
         rounded = self.reader.rounded
-        return self.reader.new_linear(rounded(weight), rounded(_cat(biases)) if biases else None)
+        return self.operations.new_linear(rounded(weight), None if biases is None else rounded(biases))
+
+    def has(self, name: str) -> bool:
+        """Whether the layer has a tensor."""
+        return self.reader.has(self.at + name)
 
     def norm(self, name: str, width: int | None = None) -> RMSNorm:
         """Return a norm."""
@@ -132,6 +144,11 @@ class LayerReader:
         weight = torch.cat([q.expand(spec.num_heads, -1), k.expand(spec.num_kv_heads, -1)])
         return RMSNorm(self.reader.rounded(weight), self.config.norm_eps, self.config.norm_offset)
 
+    def cat(self, tensors: list[tuple[str, tuple[int, ...]]]) -> Tensor:
+        """Return tensors of these names and shapes, one behind the other."""
+        parts = [self.get(name, shape) for name, shape in tensors]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
     def get(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """Return a tensor, in the checkpoint's type."""
         return self.reader.get(self.at + name, shape)
@@ -144,7 +161,3 @@ def _merge(weight: Tensor, adapter: GroupWeights, shape: GroupShape) -> Tensor:
         if a is not None and b is not None:
             merged[offset : offset + size].addmm_(b.t().to(weight), a.to(weight))
     return merged
-
-
-def _cat(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts)

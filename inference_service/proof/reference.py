@@ -19,8 +19,9 @@ from inference_service.models.checkpoint import Checkpoint
 from inference_service.proof.adapter_source import AdapterFactors
 from loramux_shared.bases.attention import AttentionSpec, QueryGrowth
 from loramux_shared.bases.config import ModelConfig
-from loramux_shared.bases.layers import AttentionLayer, MlpLayer
+from loramux_shared.bases.layers import AttentionLayer, ExpertsLayer, MlpLayer
 from loramux_shared.bases.rope import RopeSpec
+from loramux_shared.faults import CheckpointInvalid
 
 QKV, GATE_UP = ("attn_q", "attn_k", "attn_v"), ("mlp_h_to_4h", "mlp_gate")
 
@@ -42,7 +43,13 @@ class Reference:
     """Computes sequences under adapters."""
 
     def __init__(self, config: ModelConfig, folder: Path) -> None:
+        """Begin with a base.
+
+        Raises:
+            CheckpointInvalid: it has layers that are not written a second time.
+        """
         self._config = config
+        self._mlps = [_dense(layer.mlp) for layer in config.layers]
         self._checkpoint = Checkpoint(
             folder, torch.float32, torch.device("cpu"), quantization=config.quantization
         )
@@ -65,7 +72,7 @@ class Reference:
         for index, spec in enumerate(config.layers):
             at = names.layer.format(index=index)
             self._attention(index, at, spec.mixer, everyone)
-            self._mlp(index, at, spec.mlp, everyone)
+            self._mlp(index, at, self._mlps[index], everyone)
         norm = self._get(names.final_norm, (dims.hidden,))
         for run in everyone:
             logits = head @ self._normed(run.hidden[-1], norm) / config.logit_divisor
@@ -162,6 +169,15 @@ class Reference:
 
     def _get(self, name: str, shape: tuple[int, ...], kind: str = "weight") -> Tensor:
         return self._checkpoint.get(f"{self._prefix}{name}.{kind}", shape)
+
+
+def _dense(spec: MlpLayer | ExpertsLayer) -> MlpLayer:
+    if isinstance(spec, ExpertsLayer):
+        raise CheckpointInvalid(
+            "the base is a mixture of experts: which of them a row has may change by rounding alone, so a "
+            "replica could not be held to a proof. Build without prove."
+        )
+    return spec
 
 
 def _project(

@@ -23,6 +23,7 @@ from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import Adapter, Token
 from inference_service.core.sequence import Sequence as EngineSequence
 from inference_service.engine.runner import Runner
+from inference_service.kernels.experts import ByExpert
 from inference_service.lora.segments import Arrangement
 from inference_service.models.decoder import Decoder
 from inference_service.proof.fingerprint import difference, effect_of
@@ -97,6 +98,10 @@ class _Recorder:
         for module, part in zip(shape.modules, parts, strict=True):
             self.added[layer, module] = part
         self._inner.apply(x, out, layer, group)
+
+    def apply_experts(self, x: Tensor, out: Tensor, layer: int, group: str, pairs: ByExpert) -> None:
+        """Add what the adapter makes of x: which experts a row has is not known to a proof."""
+        self._inner.apply_experts(x, out, layer, group, pairs)
 
 
 def replay(

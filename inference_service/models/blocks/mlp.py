@@ -7,22 +7,31 @@ from torch import Tensor
 from inference_service.models.reader import LayerReader
 from inference_service.models.step import Step
 
+Place = tuple[str, tuple[str, ...]]
+"""A module of a fused linear, and the names of its tensors, as `LayerReader.linear` takes them."""
+
 
 class MlpBlock:
     """activation(gate x) * up x, and down again."""
 
-    def __init__(self, reader: LayerReader) -> None:
-        """Read the weights.
+    def __init__(self, reader: LayerReader, gate_up: Place, down: Place, *, bias: bool) -> None:
+        """Read the weights of two linears.
 
         Raises:
             CheckpointInvalid: a tensor is missing, or has another shape than the config implies.
         """
-        config = reader.config
         self._index = reader.index
-        self._activation = config.activation
-        self._up_group, self._down_group = (reader.group(name).name for name in ("mlp_gate", "mlp_4h_to_h"))
-        self._gate_up = reader.linear("mlp_gate", config.names.gate_up, bias=config.mlp_bias)
-        self._down = reader.linear("mlp_4h_to_h", (config.names.down,), bias=config.mlp_bias)
+        self._activation = reader.config.activation
+        self._up_group, self._down_group = (reader.group(module).name for module, _ in (gate_up, down))
+        self._gate_up = reader.linear(*gate_up, bias=bias)
+        self._down = reader.linear(*down, bias=bias)
+
+    @classmethod
+    def of_layer(cls, reader: LayerReader) -> MlpBlock:
+        """Read that of a layer."""
+        config = reader.config
+        names, bias = config.names, config.mlp_bias
+        return cls(reader, ("mlp_gate", names.gate_up), ("mlp_4h_to_h", (names.down,)), bias=bias)
 
     def __call__(self, step: Step, x: Tensor) -> Tensor:
         """Return [T, hidden] for x [T, hidden]."""

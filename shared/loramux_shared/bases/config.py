@@ -40,11 +40,18 @@ class TensorNames:
     """Two linears, or one that holds the rows of both."""
     down: str = "mlp.down_proj"
     mlp_out_norm: str | None = None
+    router: str = "mlp.gate"
+    """Of a mixture."""
+    experts: str = "mlp.experts"
+    """Before the number of an expert and its ``gate_proj``, ``up_proj`` and ``down_proj``; or before
+    ``gate_up_proj`` and ``down_proj`` of all experts in one, which have no ``.weight``."""
+    shared_expert: str = "mlp.shared_expert"
+    """The one that all rows have; the name of its gate ends in ``_gate``."""
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A decoder of attention and gated MLPs, with norms before or after them, or both."""
+    """A decoder of attention and gated MLPs or mixtures, with norms before or after them, or both."""
 
     architecture: str
     dims: BaseDims

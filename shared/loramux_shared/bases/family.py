@@ -17,6 +17,8 @@ from loramux_shared.faults import CheckpointInvalid
 
 ReadRope = Callable[[HfConfig, int, int], tuple[RopeSpec, int]]
 """From the config, the size of a head and the longest sequence of the model."""
+EXPERTS = frozenset({"num_local_experts", "num_experts", "moe_intermediate_size"})
+"""Keys of mixtures of experts."""
 LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
@@ -39,6 +41,8 @@ class Family:
     architectures: tuple[Architecture, ...]
     read: Callable[[HfConfig], ModelConfig]
     """Raises CheckpointInvalid for what the family does not serve."""
+    describes: frozenset[str] = frozenset()
+    """Keys of a config that would be refused as another geometry, and that ``read`` reads."""
 
 
 def llama_like(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Any, Final
 
 from loramux_shared.faults import CheckpointInvalid
@@ -52,15 +52,15 @@ _KINDS: Final[tuple[tuple[str, tuple[str, ...]], ...]] = (
 )
 
 
-def refuse_other_geometry(fields: Mapping[str, Any]) -> None:
-    """Raise for a base that adapters of this version cannot be served on.
+def refuse_other_geometry(fields: Mapping[str, Any], described: Set[str]) -> None:
+    """Raise for a base that adapters of this version cannot be served on; some keys are described elsewhere.
 
     Raises:
         CheckpointInvalid: with the kind of base and the key that tells it.
     """
     for kind, keys in _KINDS:
         for key in keys:
-            if _says(fields.get(key)):
+            if key not in described and _says(fields.get(key)):
                 raise CheckpointInvalid(_refusal(kind, key, fields[key]))
     for key in ("layer_types", "block_types"):
         kinds = fields.get(key)

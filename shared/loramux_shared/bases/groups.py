@@ -6,6 +6,7 @@ import itertools
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import Final
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,8 @@ class GroupShape:
     in_features: int
     out_features: tuple[int, ...]
     """Columns of each slice."""
+    expert: int | None = None
+    """Which expert's it is, of a mixture."""
 
     @property
     def out_offsets(self) -> tuple[int, ...]:
@@ -72,3 +75,43 @@ def features_of(groups: Iterable[GroupShape]) -> dict[str, tuple[int, int]]:
         for group in groups
         for module, out in zip(group.modules, group.out_features, strict=True)
     }
+
+
+EXPERTS_GATE_UP: Final = "experts_gate_up"
+EXPERTS_DOWN: Final = "experts_down"
+GROUPS_APART: Final = 2
+"""Groups from one of an expert to the same of the next expert."""
+MODULES_APART: Final = 3
+
+
+def expert_groups(num: int, hidden: int, intermediate: int) -> tuple[GroupShape, ...]:
+    """Return the groups of a mixture: of each expert two, which lie side by side."""
+    found = []
+    for expert in range(num):
+        gate_up, down = group_of(EXPERTS_GATE_UP, expert), group_of(EXPERTS_DOWN, expert)
+        both = intermediate, intermediate
+        found += [
+            # crossed as above
+            GroupShape(gate_up, ("moe_h_to_4h", "moe_gate"), hidden, both, expert),
+            GroupShape(down, ("moe_4h_to_h",), intermediate, (hidden,), expert),
+        ]
+    return tuple(found)
+
+
+def shared_groups(hidden: int, intermediate: int) -> tuple[GroupShape, ...]:
+    """Return those of an expert that all rows have, and of its gate."""
+    return (
+        GroupShape("shared_gate_up", ("shared_h_to_4h", "shared_gate"), hidden, (intermediate, intermediate)),
+        GroupShape("shared_down", ("shared_4h_to_h",), intermediate, (hidden,)),
+        GroupShape("shared_expert_gate", ("shared_expert_gate",), hidden, (1,)),
+    )
+
+
+def group_of(name: str, expert: int) -> str:
+    """Return the name of an expert's group."""
+    return f"{expert}.{name}"
+
+
+def name_of_all(name: str) -> str:
+    """Return what the groups of all experts are called together that are called like this one."""
+    return name.partition(".")[2]

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from loramux_shared.bases.attention import AttentionSpec
-from loramux_shared.bases.groups import GroupShape, attention_groups, mlp_groups
+from loramux_shared.bases.groups import GroupShape, attention_groups, expert_groups, mlp_groups, shared_groups
 from loramux_shared.bases.rope import RopeSpec
 
 
@@ -47,11 +47,40 @@ class MlpLayer:
 
 
 @dataclass(frozen=True)
+class ClampedGate:
+    """(up + 1) * gate * sigmoid(alpha * gate), both clamped to the limit before, the gate from above alone."""
+
+    alpha: float
+    limit: float
+
+
+@dataclass(frozen=True)
+class ExpertsLayer:
+    """Gated MLPs of which a router chooses a few for every row, and perhaps one that all rows have."""
+
+    num: int
+    top_k: int
+    intermediate: int
+    """Of each."""
+    renormalised: bool = True
+    """Whether the weights of those that were chosen sum to 1."""
+    shared: int | None = None
+    """What is the same of the one that all rows have, as far as a gate of its own lets it through."""
+    gate: ClampedGate | None = None
+    """None: that of the model's activation."""
+
+    def groups(self, hidden: int) -> tuple[GroupShape, ...]:
+        """Return its fused linears: two of each expert, and those of the one for all rows."""
+        routed = expert_groups(self.num, hidden, self.intermediate)
+        return routed if self.shared is None else (*routed, *shared_groups(hidden, self.shared))
+
+
+@dataclass(frozen=True)
 class LayerSpec:
     """What mixes the rows of a sequence, and what follows for each row alone."""
 
     mixer: AttentionLayer
-    mlp: MlpLayer
+    mlp: MlpLayer | ExpertsLayer
 
     def groups(self, hidden: int) -> tuple[GroupShape, ...]:
         """Return the fused linears of both, in the order of computation."""

@@ -44,7 +44,7 @@ def read_fields(
     levels = fields, text if isinstance(text, dict) else {}
     quantization = read_quantization(*levels, architecture=architecture.name)
     decoder = _decoder(fields) if architecture.nested else dict(fields)
-    refuse_other_geometry(decoder)
+    refuse_other_geometry(decoder, family.describes)
     model = family.read(HfConfig(decoder, architecture.name, max_seq_len))
     ends = token_ids((generation or {}).get("eos_token_id"))
     return replace(model, eos_token_ids=ends or model.eos_token_ids, quantization=quantization)

@@ -36,6 +36,9 @@ MODULES = (
     Module(5, "mlp_h_to_4h", "gate_proj", "mlp"),
     Module(6, "mlp_4h_to_h", "down_proj", "mlp"),
     Module(7, "mlp_gate", "up_proj", "mlp"),
+    Module(13, "moe_h_to_4h", "gate_proj", "mlp.experts"),
+    Module(14, "moe_4h_to_h", "down_proj", "mlp.experts"),
+    Module(15, "moe_gate", "up_proj", "mlp.experts"),
     Module(100, "delta_qkv", "in_proj_qkv", "linear_attn"),
     Module(101, "delta_z", "in_proj_z", "linear_attn"),
     Module(102, "delta_b", "in_proj_b", "linear_attn"),
@@ -43,11 +46,15 @@ MODULES = (
     Module(104, "delta_out", "out_proj", "linear_attn"),
     Module(110, "layer_input_gate", "per_layer_input_gate", ""),
     Module(111, "layer_input_projection", "per_layer_projection", ""),
+    Module(120, "shared_h_to_4h", "gate_proj", "mlp.shared_expert"),
+    Module(121, "shared_4h_to_h", "down_proj", "mlp.shared_expert"),
+    Module(122, "shared_gate", "up_proj", "mlp.shared_expert"),
+    Module(123, "shared_expert_gate", "shared_expert_gate", "mlp"),
 )
 BY_ID = {module.id: module for module in MODULES}
 BY_NAME = {module.name: module for module in MODULES}
 BY_PATH = {module.path: module for module in MODULES}
-BY_HF = {module.hf: module for module in MODULES}
+BY_HF = {module.hf: module for module in reversed(MODULES)}
 TENSORRT_LLM: Final = frozenset(range(1, 8))
 """Ids of the modules that bundles of version 1 have."""
 

@@ -1,0 +1,115 @@
+"""Gated MLPs of which a router chooses a few for every row."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Final
+
+from torch import Tensor
+
+from inference_service.kernels.experts import Routed
+from inference_service.models.blocks.mlp import MlpBlock
+from inference_service.models.reader import LayerReader
+from inference_service.models.step import Step
+from loramux_shared.bases.groups import EXPERTS_DOWN, EXPERTS_GATE_UP, GroupShape, name_of_all
+from loramux_shared.bases.layers import ExpertsLayer
+
+LEAVES: Final = {
+    EXPERTS_GATE_UP: ("gate_up_proj", "gate_proj", "up_proj"),
+    EXPERTS_DOWN: ("down_proj", "down_proj"),
+}
+"""Of all experts in one tensor, and of each."""
+
+
+class Experts:
+    """All experts of a layer, and what they make of rows that were routed to them."""
+
+    def __init__(self, reader: LayerReader, spec: ExpertsLayer) -> None:
+        """Read the weights.
+
+        Raises:
+            CheckpointInvalid: a tensor is missing, or has another shape than the config implies.
+        """
+        self._index, self._spec = reader.index, spec
+        self._activation = reader.config.activation
+        shapes = [group for group in reader.groups if group.expert is not None]
+        of_up, of_down = shapes[0::2], shapes[1::2]
+        self._up_group, self._down_group = name_of_all(of_up[0].name), name_of_all(of_down[0].name)
+        new_grouped = reader.operations.new_grouped
+        self._gate_up = new_grouped(_weights(reader, of_up, EXPERTS_GATE_UP))
+        self._down = new_grouped(_weights(reader, of_down, EXPERTS_DOWN))
+
+    def __call__(self, step: Step, x: Tensor, routed: Routed) -> Tensor:
+        """Return [T, hidden] for x [T, hidden]."""
+        ops, lora, gate = step.operations, step.lora, self._spec.gate
+        pairs = ops.by_expert(routed, self._spec.num)
+        rows = x if lora is None else x.index_select(0, pairs.tokens)
+        gate_up = self._gate_up(rows, pairs, of_tokens=lora is None)
+        if lora is not None:
+            lora.apply_experts(rows, gate_up, self._index, self._up_group, pairs)
+        if gate is None:
+            gated = ops.gated(gate_up, self._activation)
+        else:
+            gated = ops.clamped(gate_up, gate.alpha, gate.limit)
+        y = self._down(gated, pairs)
+        if lora is not None:
+            lora.apply_experts(gated, y, self._index, self._down_group, pairs)
+        return ops.combine(y, routed, pairs)
+
+
+class ExpertsBlock:
+    """A router and its experts, and perhaps an expert that all rows have."""
+
+    def __init__(self, reader: LayerReader, spec: ExpertsLayer) -> None:
+        """Read the weights.
+
+        Raises:
+            CheckpointInvalid: a tensor is missing, or has another shape than the config implies.
+        """
+        config, self._spec = reader.config, spec
+        router = reader.get(f"{config.names.router}.weight", (spec.num, config.dims.hidden))
+        self._router = reader.operations.new_linear(reader.reader.rounded(router))
+        self._experts = Experts(reader, spec)
+        self._shared = None if spec.shared is None else SharedExpert(reader)
+
+    def __call__(self, step: Step, x: Tensor) -> Tensor:
+        """Return [T, hidden] for x [T, hidden]."""
+        logits = step.operations.linear(self._router, x)
+        routed = step.operations.route(logits, self._spec.top_k, renormalised=self._spec.renormalised)
+        out = self._experts(step, x, routed)
+        return out if self._shared is None else self._shared.add(step, x, out)
+
+
+class SharedExpert:
+    """An expert that all rows have, as far as its gate lets it through."""
+
+    def __init__(self, reader: LayerReader) -> None:
+        """Read the weights."""
+        name, self._index = reader.config.names.shared_expert, reader.index
+        both = f"{name}.gate_proj", f"{name}.up_proj"
+        down = "shared_4h_to_h", (f"{name}.down_proj",)
+        self._mlp = MlpBlock(reader, ("shared_gate", both), down, bias=False)
+        self._gate = reader.linear("shared_expert_gate", (f"{name}_gate",))
+        self._gate_group = reader.group("shared_expert_gate").name
+
+    def add(self, step: Step, x: Tensor, out: Tensor) -> Tensor:
+        """Add to out [T, hidden] what it makes of x [T, hidden]."""
+        gate = step.linear(self._gate, x, self._index, self._gate_group)
+        return step.operations.add_gated(out, self._mlp(step, x), gate)
+
+
+def _weights(reader: LayerReader, shapes: list[GroupShape], group: str) -> list[Tensor]:
+    """Return the weight [out, in] of each expert's group, from one tensor of all or from those of each."""
+    name, outs, inside = reader.config.names.experts, shapes[0].out_features, shapes[0].in_features
+    of_all, *leaves = LEAVES[group]
+    every: Iterable[Tensor]
+    if reader.has(f"{name}.{of_all}"):
+        every = reader.get(f"{name}.{of_all}", (len(shapes), sum(outs), inside)).unbind()
+    else:
+        parts = [(leaf, (out, inside)) for leaf, out in zip(leaves, outs, strict=True)]
+        every = (
+            reader.cat([(f"{name}.{expert}.{leaf}.weight", shape) for leaf, shape in parts])
+            for expert in range(len(shapes))
+        )
+    rounded = reader.reader.rounded
+    return [rounded(reader.with_merged(weight, shape)) for weight, shape in zip(every, shapes, strict=True)]

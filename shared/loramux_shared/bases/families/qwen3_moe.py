@@ -1,0 +1,54 @@
+"""Qwen 3, mixtures of experts: as Qwen 3, with experts in most layers instead of one MLP."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from loramux_shared.bases.config import ModelConfig
+from loramux_shared.bases.families.qwen3 import NAMES
+from loramux_shared.bases.family import EXPERTS, Architecture, Family, llama_like
+from loramux_shared.bases.hf_config import HfConfig
+from loramux_shared.bases.layers import ExpertsLayer, LayerSpec
+from loramux_shared.faults import CheckpointInvalid
+
+
+def _read(config: HfConfig) -> ModelConfig:
+    config.require("hidden_act", "silu")
+    sizes = {"num_attention_heads": 32, "num_key_value_heads": 4, "intermediate_size": 6144}
+    model = llama_like(config, max_positions=32768, sizes=sizes)
+    window = None
+    if config.flag("use_sliding_window", default=False):
+        window = config.integer_or_none("sliding_window", 4096)
+    layers = [layer.attending(window=window) for layer in model.layers]
+    experts = read_experts(config, renormalised=config.flag("norm_topk_prob", default=False))
+    bias = config.flag("attention_bias", default=False)
+    return replace(model, layers=with_experts(config, layers, experts), names=NAMES, qkv_bias=bias, o_bias=bias)
+
+
+def read_experts(config: HfConfig, *, renormalised: bool, shared: int | None = None) -> ExpertsLayer:
+    """Read the sizes of a mixture; transformers writes the number of experts under either name.
+
+    Raises:
+        CheckpointInvalid: a size is no positive integer, or a row has more experts than there are.
+    """
+    name = "num_local_experts" if config.fields.get("num_experts") is None else "num_experts"
+    num, top_k = config.size(name, 128), config.size("num_experts_per_tok", 8)
+    if top_k > num:
+        raise CheckpointInvalid(
+            f"config.json: num_experts_per_tok: expected at most {name} {num}, found {top_k}."
+        )
+    return ExpertsLayer(num, top_k, config.size("moe_intermediate_size", 768), renormalised, shared)
+
+
+def with_experts(config: HfConfig, layers: Sequence[LayerSpec], experts: ExpertsLayer) -> tuple[LayerSpec, ...]:
+    """Put a mixture into every layer but those that the config keeps dense."""
+    dense = config.array("mlp_only_layers") or []
+    every = config.size("decoder_sparse_step", 1)
+    return tuple(
+        layer if index in dense or (index + 1) % every else replace(layer, mlp=experts)
+        for index, layer in enumerate(layers)
+    )
+
+
+FAMILY = Family((Architecture("Qwen3MoeForCausalLM", "qwen3_moe"),), _read, describes=EXPERTS)

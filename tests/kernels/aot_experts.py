@@ -1,0 +1,87 @@
+"""What the tuning table of the kernels for mixtures of experts ships."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from inference_service.kernels.experts import triton_kernels, tuning
+from inference_service.kernels.rows.tuning import TILE as ROW_TILE
+from inference_service.kernels.sgmv import PREFILL_TILE
+from tests.kernels.aot import Variant, with_halves
+
+DTYPES = {2: "bf16", 4: "fp32"}
+TYPES = {
+    "p_ids": "*i32",
+    "p_weights": "*fp32",
+    "p_tokens": "*i32",
+    "p_experts": "*i32",
+    "p_places": "*i32",
+    "p_tiles": "*i32",
+    "p_rows": "*i32",
+    "p_slots": "*i32",
+    "p_token_ids": "*i32",
+    "p_seg_start": "*i32",
+    "p_seg_slot": "*i32",
+    "p_pass_start": "*i32",
+    "p_end": "*i32",
+    "alpha": "fp32",
+    "limit": "fp32",
+}
+UNALIGNED = {
+    *("E", "P", "k", "tiles", "slot_stride", "expert_stride"),
+    *("p_tiles", "p_rows", "p_seg_start", "p_seg_slot", "p_end"),
+}
+COUNTS = {"usual": (128, 8), "most": (tuning.MAX_EXPERTS, 16)}
+"""Experts, and those of a token."""
+
+
+def variants(architecture: int) -> Iterator[Variant]:
+    """Yield every entry; they are the same for all architectures."""
+    yield from with_halves(architecture, _entries())
+    yield from _sorts()
+
+
+def _entries() -> Iterator[Variant]:
+    for (load, itemsize), config in tuning.GROUPED.items():
+        options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+        blocks = {"BLOCK_M": tuning.TILE[load], "BLOCK_N": config.block_n, "BLOCK_K": config.block_k}
+        for form, absent in {"rows bias": {}, "plain": {"p_rows": None, "p_bias": None}}.items():
+            name, constants = f"experts.grouped {load.value} {form}", {**blocks, **absent, "UPCAST": False}
+            yield _variant(name, triton_kernels.grouped_kernel, DTYPES[itemsize], constants, options)
+    for itemsize, dtype in DTYPES.items():
+        tile = ROW_TILE[itemsize]
+        constants, options = {"BLOCK": tile.block}, {"num_warps": tile.num_warps}
+        yield _variant("experts.clamped", triton_kernels.clamped_kernel, dtype, constants, options)
+        yield _variant("experts.combine", triton_kernels.combine_kernel, dtype, constants, options)
+        for name, (experts, top_k) in COUNTS.items():
+            sizes = {
+                "BLOCK_E": tuning.block_of(experts),
+                "BLOCK_K": tuning.block_of(top_k),
+                "RENORMALISED": True,
+            }
+            options = {"num_warps": tuning.ROUTE_WARPS}
+            yield _variant(f"experts.route {name}", triton_kernels.route_kernel, dtype, sizes, options)
+
+
+def _sorts() -> Iterator[Variant]:
+    """Numbers alone, of no model's type."""
+    options = {"num_warps": tuning.SORT_WARPS}
+    for load, (name, (experts, _)) in zip(tuning.Load, COUNTS.items(), strict=True):
+        sizes = {"TILE": tuning.TILE[load], "BLOCK_E": tuning.block_of(experts), "BLOCK_P": tuning.SORT_BLOCK}
+        name = f"experts.sort {load.value} {name}"
+        yield _variant(name, triton_kernels.sort_kernel, "bf16", sizes, options)
+    sizes = {"TILE": PREFILL_TILE, "BLOCK_P": tuning.SORT_BLOCK}
+    yield _variant("experts.segments", triton_kernels.segments_kernel, "bf16", sizes, options)
+    sizes, options = {"BLOCK": tuning.SLOT_BLOCK}, {"num_warps": 1}
+    yield _variant("experts.slots", triton_kernels.slots_kernel, "bf16", sizes, options)
+
+
+def _variant(name: str, kernel: Any, dtype: str, constants: dict[str, Any], options: dict[str, int]) -> Variant:
+    return Variant(
+        name=name,
+        kernel=kernel,
+        dtype=dtype,
+        constants=constants,
+        options=options,
+        types=TYPES,
+        unaligned=UNALIGNED,
+    )

@@ -1,0 +1,99 @@
+"""All backends: adapters of experts, with ranks of their own for each, beside the base and each other."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from torch import Tensor
+
+from inference_service.backends.base import LoraBackend
+from inference_service.backends.experts import ExpertOperations
+from inference_service.backends.grouped import GroupedOperations
+from inference_service.backends.hold import hold
+from inference_service.backends.native import NativeLora
+from inference_service.backends.torch import TorchLora
+from inference_service.backends.triton import TritonLora
+from inference_service.kernels.cpu.ops import CpuOps
+from inference_service.kernels.experts import Routed
+from inference_service.lora.segments import Arrangement, Segment
+from inference_service.lora.weights import AdapterWeights, Placed, arrange
+from loramux_shared.bases.groups import EXPERTS_DOWN, EXPERTS_GATE_UP, expert_groups, group_of, layer_groups
+from loramux_shared.bundle.modules import BY_NAME
+
+NUM, TOP_K, LAYERS = 6, 2, 2
+EXPERTS = expert_groups(NUM, 48, 40)
+GROUPS = (*layer_groups(hidden=48, intermediate=80, q=48, kv=16), *EXPERTS)
+
+
+def adapter(seed: int, ranks: tuple[int, ...]) -> AdapterWeights:
+    """One that adapts modules of experts with the ranks, drawn for each, in the second layer."""
+    draw, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    parts: list[Tensor] = []
+    rows, first = [], 0
+    for group in EXPERTS:
+        for module, out in zip(group.modules, group.out_features, strict=True):
+            if rank := draw.choice(ranks):
+                size = rank * (group.in_features + out)
+                parts.append(torch.randn(size, generator=generator) * 0.3)
+                place = Placed(1, BY_NAME[module].id, rank, group.in_features, out, first, group.expert)
+                rows.append(place)
+                first += size
+    return arrange(torch.cat(parts), rows, (GROUPS,) * LAYERS)
+
+
+def added(x: Tensor, experts: list[int], owners: list[AdapterWeights | None], name: str) -> Tensor:
+    """What adapters add to rows [P, in], each of one expert, in float64."""
+    rows = []
+    for row, expert, owner in zip(x.double(), experts, owners, strict=True):
+        (shape,) = (group for group in EXPERTS if group.name == group_of(name, expert))
+        group = None if owner is None else owner.layers[1].get(shape.name)
+        slices = [torch.zeros(out, dtype=torch.float64) for out in shape.out_features]
+        if group is not None:
+            for index, (a, b) in enumerate(zip(group.a, group.b, strict=True)):
+                if a is not None and b is not None:
+                    slices[index] = row @ a.double().t() @ b.double()
+        rows.append(torch.cat(slices))
+    return torch.stack(rows)
+
+
+@pytest.fixture(params=["native", "torch", "triton"])
+def backend(request: pytest.FixtureRequest, device: str) -> tuple[LoraBackend, ExpertOperations, str]:
+    """Each backend, and who sorts pairs for it."""
+    if request.param == "native":
+        ops = CpuOps(request.getfixturevalue("compiled"), torch.float32)
+        return NativeLora(ops, GROUPS, LAYERS), ExpertOperations(), "cpu"
+    if request.param == "torch":
+        return TorchLora(GROUPS, torch.float32, torch.device("cpu")), ExpertOperations(), "cpu"
+    return TritonLora(GROUPS, LAYERS, torch.float32, torch.device(device)), GroupedOperations(), device
+
+
+@pytest.mark.parametrize("lengths", [(3, 1, 2), (2, 20, 1)], ids=["short", "long"])
+def test_each_pair_gets_what_its_adapter_has_for_its_expert(
+    backend: tuple[LoraBackend, ExpertOperations, str], lengths: tuple[int, int, int]
+) -> None:
+    """Rows of base, adapters and padding side by side in an expert's tile; other layers get nothing."""
+    lora, operations, device = backend
+    held = [adapter(0, (0, 3, 8)), adapter(1, (0, 0, 1)), adapter(2, (5, 16))]
+    hold(lora, *held)
+    segments, start = [], 2
+    for slot, length in zip((2, 0, 1), lengths, strict=True):
+        segments.append(Segment(slot, start, start + length))
+        start += length
+    lora.begin(Arrangement((), tuple(segments)))
+    owners: list[AdapterWeights | None] = [None] * (start + 3)
+    for segment in segments:
+        owners[segment.start : segment.end] = [held[segment.slot]] * segment.length
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.rand(len(owners), NUM, generator=generator).topk(TOP_K).indices.to(device, torch.int32)
+    pairs = operations.by_expert(Routed(ids, torch.ones_like(ids, dtype=torch.float32)), NUM)
+    of_places = [owners[token] for token in pairs.tokens.tolist()]
+    for name, width, columns in ((EXPERTS_GATE_UP, 48, 80), (EXPERTS_DOWN, 40, 48)):
+        x, out = (torch.randn(len(of_places), size, generator=generator) for size in (width, columns))
+        expected = out + added(x, pairs.experts.tolist(), of_places, name)
+        found, untouched = out.to(device, copy=True), out.to(device, copy=True)
+        lora.apply_experts(x.to(device), found, 1, name, pairs)
+        torch.testing.assert_close(found.cpu(), expected.float(), rtol=1e-5, atol=1e-5)
+        lora.apply_experts(x.to(device), untouched, 0, name, pairs)
+        assert torch.equal(untouched.cpu(), out)

@@ -1,0 +1,255 @@
+"""Mixtures of experts: the reference against transformers, the kernels against the reference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import GptOssConfig, Qwen3_5MoeTextConfig, Qwen3MoeConfig
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssMLP
+from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import Qwen3_5MoeSparseMoeBlock
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
+
+from inference_service.kernels.experts import (
+    ByExpert,
+    Routed,
+    by_expert,
+    clamped,
+    combine,
+    grouped,
+    reference,
+    route,
+)
+from inference_service.kernels.experts.tuning import TILE, Load, load_of
+from inference_service.kernels.launch import Launch, intercepted
+from inference_service.kernels.rows.reference import gated
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
+"""Of the norm of the difference, relative."""
+SIZES: dict[str, Any] = {"hidden_size": 24, "hidden_act": "silu"}
+EXPERTS = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 20}
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+def randomised(block: torch.nn.Module) -> dict[str, Tensor]:
+    """Fill a block with random weights, and return them by name."""
+    with torch.no_grad():
+        for parameter in block.parameters():
+            parameter.copy_(torch.randn(parameter.shape) * 0.3)
+    return dict(block.named_parameters())
+
+
+def experts(
+    x: Tensor,
+    routed: Routed,
+    act: Callable[[Tensor], Tensor],
+    weights: tuple[Tensor, Tensor],
+    biases: tuple[Tensor | None, Tensor | None] = (None, None),
+) -> Tensor:
+    """All of a mixture by the reference, in float64."""
+    each = x[:, None].expand(-1, routed.ids.shape[1], -1)
+    hidden = act(reference.grouped(each, routed.ids, weights[0], biases[0], torch.float64))
+    return reference.combine(
+        reference.grouped(hidden, routed.ids, weights[1], biases[1], torch.float64), routed, torch.float64
+    )
+
+
+def silu_gated(both: Tensor) -> Tensor:
+    """Gate and up, side by side, of the usual experts."""
+    return gated(both, "silu", torch.float64)
+
+
+@pytest.mark.parametrize("renormalised", [True, False])
+def test_the_reference_is_qwen_3_moe(renormalised: bool) -> None:
+    """Softmax over all experts, then the largest, renormalised or not."""
+    block: Any = Qwen3MoeSparseMoeBlock(Qwen3MoeConfig(**SIZES, **EXPERTS, norm_topk_prob=renormalised))
+    w = randomised(block)
+    x = torch.randn(11, 24)
+    routed = reference.route(x @ w["gate.weight"].T, 3, renormalised=renormalised)
+    found = experts(x, routed, silu_gated, (w["experts.gate_up_proj"], w["experts.down_proj"]))
+    torch.testing.assert_close(found.float(), block(x[None])[0], atol=2e-5, rtol=1e-5)
+
+
+def test_the_reference_is_qwen_3_5_moe() -> None:
+    """With an expert that every token has, as far as its gate lets it."""
+    config = Qwen3_5MoeTextConfig(**SIZES, **EXPERTS, shared_expert_intermediate_size=16)
+    block: Any = Qwen3_5MoeSparseMoeBlock(config)
+    w = randomised(block)
+    x = torch.randn(11, 24)
+    routed = reference.route(x @ w["gate.weight"].T, 3, renormalised=True)
+    found = experts(x, routed, silu_gated, (w["experts.gate_up_proj"], w["experts.down_proj"])).float()
+    found += torch.sigmoid(x @ w["shared_expert_gate.weight"].T) * block.shared_expert(x)
+    torch.testing.assert_close(found, block(x[None])[0], atol=2e-5, rtol=1e-5)
+
+
+def test_the_reference_is_gpt_oss() -> None:
+    """The softmax of the chosen logits alone; biases, and gate and up that are clamped and lie in turns."""
+    config = GptOssConfig(hidden_size=24, intermediate_size=20, num_local_experts=8, num_experts_per_tok=3)
+    block: Any = GptOssMLP(config)
+    w = randomised(block)
+    x = torch.randn(11, 24) * 3
+    routed = reference.route(x @ w["router.weight"].T + w["router.bias"], 3, renormalised=True)
+    gate_up, bias = w["experts.gate_up_proj"], w["experts.gate_up_proj_bias"]
+    sides = torch.cat([torch.arange(0, 40, 2), torch.arange(1, 40, 2)])
+    found = experts(
+        x,
+        routed,
+        lambda both: reference.clamped(both, 1.702, 7.0, torch.float64),
+        (gate_up.mT[:, sides], w["experts.down_proj"].mT),
+        (bias[:, sides], w["experts.down_proj_bias"]),
+    )
+    torch.testing.assert_close(found.float(), block(x[None])[0][0], atol=1e-4, rtol=1e-5)
+
+
+def poisoned(launch: Launch) -> None:
+    """Enqueue a launch whose outputs hold nonsense before."""
+    for name in ("p_out", "p_weights", "p_ids", "p_tokens", "p_experts", "p_places", "p_tiles"):
+        tensor = launch.arguments.get(name)
+        if tensor is not None and name in WRITTEN[launch.kernel.fn.__name__]:
+            tensor.fill_(torch.nan if tensor.is_floating_point() else 1 << 20)
+    launch.enqueue()
+
+
+WRITTEN = {
+    "route_kernel": ("p_ids", "p_weights"),
+    "sort_kernel": ("p_tokens", "p_experts", "p_places", "p_tiles"),
+    "grouped_kernel": ("p_out",),
+    "clamped_kernel": ("p_out",),
+    "combine_kernel": ("p_out",),
+}
+
+
+@pytest.mark.parametrize("renormalised", [True, False])
+@pytest.mark.parametrize(("num_experts", "top_k"), [(1, 1), (5, 5), (60, 4), (128, 8)])
+def test_routes_are_those_of_the_reference(
+    num_experts: int, top_k: int, renormalised: bool, device: str
+) -> None:
+    """The same experts, the largest first, with weights that are exact in float32."""
+    logits = (torch.randn(5, num_experts + 3) * 4).to(device)[:, :num_experts]
+    with intercepted(poisoned):
+        found = route(logits, top_k, renormalised=renormalised)
+    expected = reference.route(logits, top_k, renormalised=renormalised)
+    assert found.ids.tolist() == expected.ids.tolist()
+    torch.testing.assert_close(found.weights, expected.weights, atol=1e-7, rtol=2e-6)
+
+
+def test_a_row_of_nonsense_is_routed_to_experts_that_there_are(device: str) -> None:
+    """Padding may hold anything: what it is routed to is read all the same."""
+    logits = torch.randn(3, 6, device=device)
+    logits[0], logits[1, 2:] = torch.nan, float("-inf")
+    found = route(logits, 4, renormalised=True)
+    assert found.ids.min() >= 0
+    assert found.ids.max() < 6
+    assert found.ids[2].tolist() == reference.route(logits, 4, renormalised=True).ids[2].tolist()
+
+
+def ids_of(tokens: int, num_experts: int, top_k: int, device: str) -> Tensor:
+    """Experts of tokens, some of which nobody asks for."""
+    weight = torch.rand(num_experts) * (torch.rand(num_experts) > 0.3) + 1e-9
+    return torch.multinomial(weight.expand(tokens, -1), top_k).to(device, torch.int32)
+
+
+@pytest.mark.parametrize(("tokens", "num_experts", "top_k"), [(1, 1, 1), (3, 128, 8), (50, 7, 3), (700, 5, 2)])
+def test_pairs_are_sorted_by_expert_and_stay_in_order(
+    tokens: int, num_experts: int, top_k: int, device: str
+) -> None:
+    """Each pair has one place; tiles hold the places of one expert each, all of them, and never too many."""
+    ids = ids_of(tokens, num_experts, top_k, device)
+    with intercepted(poisoned):
+        found = by_expert(ids, num_experts)
+    order = torch.sort(ids.flatten(), stable=True).indices
+    assert found.tokens.tolist() == (order // top_k).tolist()
+    assert found.places[order].tolist() == list(range(ids.numel()))
+    assert found.experts.tolist() == ids.flatten()[order].tolist()
+    covered, tile = [], TILE[load_of(ids.numel(), num_experts)]
+    for expert, first, end in found.tiles.tolist():
+        assert 0 <= end - first <= tile
+        covered += range(first, end)
+        assert {int(found.experts[place]) for place in range(first, end)} <= {expert}
+    assert covered == list(range(ids.numel()))
+
+
+def made(tokens: int, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, Tensor, Routed, ByExpert]:
+    """x [T, 40], weight [6, 70, 40], bias, and pairs of 6 experts of which each token has 2."""
+    x, weight, bias = (torch.randn(shape).to(device, dtype) for shape in ((tokens, 40), (6, 70, 40), (6, 70)))
+    ids = ids_of(tokens, 6, 2, device)
+    routed = Routed(ids, torch.rand(tokens, 2, device=device))
+    return x, weight, bias, routed, by_expert(ids, 6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tokens", [1, 9, 70])
+def test_a_grouped_product_equals_one_product_per_pair(tokens: int, dtype: torch.dtype, device: str) -> None:
+    """Of few and of many tokens, with x by token and by place, with and without a bias."""
+    x, weight, bias, routed, pairs = made(tokens, dtype, device)
+    assert load_of(2 * tokens, 6) is (Load.MANY if tokens == 70 else Load.FEW)
+    each = x[:, None].expand(-1, 2, -1)
+    for found, with_bias in (
+        (grouped(x, weight, pairs, bias, of_tokens=True), bias),
+        (grouped(x[pairs.tokens.long()], weight, pairs), None),
+    ):
+        expected = reference.grouped(each, routed.ids, weight, with_bias, torch.float64).flatten(0, 1)
+        assert _error(found[pairs.places.long()], expected) < TOLERANCE[dtype]
+
+
+def test_a_token_gives_the_same_bits_whoever_is_beside_it(device: str) -> None:
+    """Its experts may have other tokens or none, in the same tile or in others."""
+    x, weight, bias, routed, pairs = made(9, torch.float32, device)
+    together = grouped(x, weight, pairs, bias, of_tokens=True)[pairs.places.long()].view(9, 2, -1)
+    for token in (0, 4, 8):
+        alone = by_expert(routed.ids[token : token + 1], 6)
+        found = grouped(x[token : token + 1], weight, alone, bias, of_tokens=True)[alone.places.long()]
+        assert torch.equal(found, together[token])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_pairs_are_combined_by_their_weights(dtype: torch.dtype, device: str) -> None:
+    """In float32, with one rounding, from wherever their places are."""
+    _, _, _, routed, pairs = made(9, dtype, device)
+    y = torch.randn(18, 600).to(device, dtype)
+    with intercepted(poisoned):
+        found = combine(y, routed, pairs)
+    expected = reference.combine(y[pairs.places.long()].view(9, 2, -1), routed, torch.float64)
+    assert _error(found, expected) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gates_are_clamped(dtype: torch.dtype, device: str) -> None:
+    """From above, and up from both sides; far gates neither overflow nor become NaN."""
+    both = (torch.randn(3, 2 * 520) * 8).to(device, dtype)
+    both[0, :4] = torch.tensor([60.0, -60.0, -2000.0, 2000.0], dtype=dtype)
+    with intercepted(poisoned):
+        found = clamped(both, 1.702, 7.0)
+    assert _error(found, reference.clamped(both, 1.702, 7.0, torch.float64)) < TOLERANCE[dtype]
+
+
+def test_what_does_not_fit_is_refused(device: str) -> None:
+    """By name, before anything is launched."""
+    x, weight, bias, routed, pairs = made(9, torch.float32, device)
+    refused: list[tuple[Callable[[], Any], str]] = [
+        (lambda: route(x, 41, renormalised=True), "top_k"),
+        (lambda: route(x.T, 2, renormalised=True), "contiguous"),
+        (lambda: by_expert(routed.ids.long(), 6), "int32"),
+        (lambda: by_expert(routed.ids, 2000), "experts"),
+        (lambda: grouped(x, weight, pairs), "18 rows"),
+        (lambda: grouped(x, weight[:, :, :39], pairs, of_tokens=True), "weight"),
+        (lambda: grouped(x, weight, pairs, bias[:, 1:], of_tokens=True), "bias"),
+        (lambda: grouped(x[:8], weight, pairs, of_tokens=True), "9 rows"),
+        (lambda: clamped(x[:, 1:], 1.0, 1.0), "even"),
+        (lambda: combine(x, routed, pairs), "rows"),
+    ]
+    for call, message in refused:
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+def _error(found: Tensor, expected: Tensor) -> float:
+    return float((found.double() - expected).norm() / expected.norm())
