@@ -42,6 +42,7 @@ from inference_service.engine.graphs import Graph
 from inference_service.engine.plan import SchedulerLimits
 from inference_service.engine.residents import AlwaysResident
 from inference_service.kernels.sgmv import Segments
+from loramux_shared.bases.attention import HeadCounts
 
 Kind = Literal["decode", "mixed", "starved", "crowded"]
 BLOCK_SIZE: Final = 16
@@ -117,11 +118,10 @@ class Bench:
         longest = blocks * BLOCK_SIZE if point.kind == "starved" else point.context + 2 * PROMPT
         rows = max(ROWS, point.seqs + PROMPT)
         limits = SchedulerLimits(rows, point.seqs + 4, ACTIVE, longest, watermark=0.0)
-        dims = SimpleNamespace(head_dim=128, num_heads=32, num_kv_heads=8, vocab=VOCAB)
         model: Any = SimpleNamespace(
             device=torch.device("cpu"),
             dtype=torch.float32,
-            config=SimpleNamespace(dims=dims),
+            config=SimpleNamespace(dims=SimpleNamespace(vocab=VOCAB), heads=(HeadCounts(32, 8, 128),)),
             new_cache=lambda _: None,
         )
         lora: Any = SimpleNamespace(num_slots=point.loaded)

@@ -114,7 +114,7 @@ class Steps:
         self._run, self._plan, self._device = run, plan, run.device
         self._config = config_of(plan.shape)
         dims, where, dtype = self._config.dims, run.device.where, run.device.dtype
-        operations = TritonOperations(dims, dtype, where)
+        operations = TritonOperations(self._config.heads, dtype, where)
         self._model = Decoder(self._config, RandomTensors(dtype, where), operations)
         self._lora = TritonLora(self._config.groups, dims.num_layers, dtype, where)
         self._adapter = self._lora.pack(random_adapter(self._config, RANK, dtype))

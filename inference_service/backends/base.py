@@ -19,7 +19,7 @@ from inference_service.layers.rope import Rope
 from inference_service.lora.packed import PackedAdapter
 from inference_service.lora.segments import Arrangement
 from inference_service.lora.weights import AdapterWeights
-from loramux_shared.bases.attention import AttentionSpec
+from loramux_shared.bases.attention import AttentionSpec, HeadCounts
 
 Turn = tuple[Tensor, Tensor]
 """cos and sin of the step's rows, in the form that an `Attention` made them."""
@@ -44,8 +44,9 @@ class Attention(Protocol):
     ) -> Tensor:
         """Return [T, heads * d] of the heads of queries, keys and values, side by side [T, all heads, d].
 
-        Queries and keys are normed first, where the layer has a norm for them. Sinks, float32 [query heads],
-        are scores of what every row sees besides, and which has no value.
+        There are queries alone where the layer reads another's keys and values. The first heads, as many as
+        the norm has weights, are normed first. Sinks, float32 [query heads], are scores of what every row sees
+        besides, and which has no value.
         """
         ...
 
@@ -113,7 +114,7 @@ class Operations(Protocol):
         """Plan the attention of a step."""
         ...
 
-    def new_cache(self, num_rows: int) -> tuple[Tensor, Tensor]:
+    def new_cache(self, num_rows: int, heads: HeadCounts) -> tuple[Tensor, Tensor]:
         """Return empty keys and values of one layer, for num_rows tokens, a multiple of the block size."""
         ...
 

@@ -17,7 +17,6 @@ from inference_service.backends.native import NativeLinear, NativeOperations
 from inference_service.kernels.cpu.ops import CpuOps
 from inference_service.layers.linear import SIZES, Linear, in_pieces
 from inference_service.layers.rope import Rope
-from loramux_shared.bundle.modules import BaseDims
 from loramux_shared.faults import SettingsInvalid
 
 MOST_PRODUCTS: Final = 2**30
@@ -34,8 +33,8 @@ Product = Callable[[Tensor], Tensor]
 class DeterministicOperations(NativeOperations):
     """Compiled operations, products of few sizes, and the rest in pieces that are always the same."""
 
-    def __init__(self, ops: CpuOps, dims: BaseDims) -> None:
-        super().__init__(ops, dims)
+    def __init__(self, ops: CpuOps) -> None:
+        super().__init__(ops)
         self._sizes: dict[tuple[int, int, bool], tuple[int, ...]] = {}
 
     def linear(self, layer: Linear, x: Tensor) -> Tensor:

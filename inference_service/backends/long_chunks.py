@@ -18,7 +18,7 @@ from torch import Tensor
 
 from inference_service.kernels.attention import attend_chunk
 from inference_service.kernels.cpu.ops import BLOCK, Chunks, CpuOps, Planned
-from loramux_shared.bundle.modules import BaseDims
+from loramux_shared.bases.attention import HeadCounts
 
 SIZES: Final = (128, 32, 8)
 """Rows of chunks that are tried, in a context of `CONTEXT` tokens."""
@@ -57,8 +57,8 @@ class LongChunk:
         out[self.rows] = attend_chunk(q[self.rows], own_keys, own_values, self.mask, scale).flatten(1)
 
 
-def rows_from_which_torch_is_faster(ops: CpuOps, dims: BaseDims) -> int | None:
-    """Measure on this machine; None where it is not.
+def rows_from_which_torch_is_faster(ops: CpuOps, heads: Sequence[HeadCounts]) -> int | None:
+    """Measure on this machine, with the heads of all layers; None where it is not.
 
     On one thread and by its own time, which other work does not lengthen: some hundredths of a second, or
     tenths where heads are many.
@@ -66,19 +66,22 @@ def rows_from_which_torch_is_faster(ops: CpuOps, dims: BaseDims) -> int | None:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        faster = list(itertools.takewhile(partial(_is_faster, ops, dims), SIZES))
+        faster = list(itertools.takewhile(partial(_is_faster, ops, heads), SIZES))
     finally:
         torch.set_num_threads(threads)
     return faster[-1] if faster else None
 
 
-def _is_faster(ops: CpuOps, dims: BaseDims, rows: int) -> bool:
-    heads, kv_heads, dim = dims.num_heads, dims.num_kv_heads, dims.head_dim
-    q = torch.randn(rows, heads, dim).to(ops.dtype)
-    keys, values = (cache.normal_() for cache in ops.new_cache(kv_heads, CONTEXT, dim))
+def _is_faster(ops: CpuOps, heads: Sequence[HeadCounts], rows: int) -> bool:
+    return all(_is_faster_with(ops, each, rows) for each in heads)
+
+
+def _is_faster_with(ops: CpuOps, heads: HeadCounts, rows: int) -> bool:
+    q = torch.randn(rows, heads.queries, heads.dim).to(ops.dtype)
+    keys, values = (cache.normal_() for cache in ops.new_cache(heads.kv, CONTEXT, heads.dim))
     planned = (0, rows, CONTEXT, range(CONTEXT // BLOCK))
     chunks, chunk, out = Chunks.make([planned]), LongChunk.make(planned, ops.dtype), q.flatten(1)
-    compiled = _least_s(lambda: ops.attention(q, chunks, keys, values, heads // kv_heads, 1.0, 0.0, 0))
+    compiled = _least_s(lambda: ops.attention(q, chunks, keys, values, heads.group, 1.0, 0.0, 0))
     return _least_s(lambda: chunk.attend(ops, q, keys, values, 1.0, out)) < GAIN * compiled
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from inference_service.backends.base import Attention, StepLora, Turn
 from inference_service.backends.long_chunks import split
-from inference_service.backends.torch import TorchOperations
+from inference_service.backends.torch import TorchOperations, normed, parts
 from inference_service.kernels.attention import Context
 from inference_service.kernels.cpu.ops import (
     ADAPTER_FIELDS,
@@ -35,17 +36,16 @@ from inference_service.lora.packed import PackedAdapter
 from inference_service.lora.segments import Arrangement, runs_by_expert
 from inference_service.lora.slots import Slots, experts_of
 from inference_service.lora.weights import AdapterWeights
-from loramux_shared.bases.attention import AttentionSpec
+from loramux_shared.bases.attention import AttentionSpec, HeadCounts
 from loramux_shared.bases.groups import GROUPS_APART, GroupShape, group_of
-from loramux_shared.bundle.modules import BaseDims
 
 
 class NativeOperations(TorchOperations):
     """With compiled operations where there are some, on a CPU."""
 
-    def __init__(self, ops: CpuOps, dims: BaseDims, long_rows: int | None = None) -> None:
+    def __init__(self, ops: CpuOps, long_rows: int | None = None) -> None:
         """Take the operations, and the rows from which on a chunk attends by torch's products."""
-        super().__init__(dims, ops.dtype, torch.device("cpu"))
+        super().__init__(ops.dtype, torch.device("cpu"))
         self.ops = ops
         self._long_rows = long_rows
 
@@ -72,12 +72,11 @@ class NativeOperations(TorchOperations):
 
     def attention(self, contexts: Sequence[Context], block_size: int) -> Attention:
         """Over the cache where it lies."""
-        heads = self._num_heads, self._kv_heads
-        return NativeAttention(self.ops, contexts, block_size, *heads, self._long_rows)
+        return NativeAttention(self.ops, contexts, block_size, self._long_rows)
 
-    def new_cache(self, num_rows: int) -> tuple[Tensor, Tensor]:
+    def new_cache(self, num_rows: int, heads: HeadCounts) -> tuple[Tensor, Tensor]:
         """In the order in which the compiled attention reads it."""
-        return self.ops.new_cache(self._kv_heads, num_rows, self._head_dim)
+        return self.ops.new_cache(heads.kv, num_rows, heads.dim)
 
 
 class NativeLinear(Linear):
@@ -96,19 +95,10 @@ class NativeAttention:
     """With the compiled operations: nothing is gathered or copied, but for long chunks where that pays."""
 
     def __init__(
-        self,
-        ops: CpuOps,
-        contexts: Sequence[Context],
-        block_size: int,
-        num_heads: int,
-        num_kv_heads: int,
-        long_rows: int | None = None,
+        self, ops: CpuOps, contexts: Sequence[Context], block_size: int, long_rows: int | None = None
     ) -> None:
         self._ops = ops
-        self._num_heads = num_heads
-        self._rotated = num_heads + num_kv_heads
-        self._group = num_heads // num_kv_heads
-        parts = block_size // BLOCK
+        small_blocks = block_size // BLOCK
         rows: list[int] = []
         planned: list[Planned] = []
         for context in contexts:
@@ -116,8 +106,8 @@ class NativeAttention:
             positions = range(context.end - context.length, context.end)
             rows += [blocks[at // block_size] * block_size + at % block_size for at in positions]
             small = blocks
-            if parts > 1:
-                each = np.add.outer(np.array(blocks) * parts, np.arange(parts))
+            if small_blocks > 1:
+                each = np.add.outer(np.array(blocks) * small_blocks, np.arange(small_blocks))
                 small = array("i", each.astype(np.int32).tobytes())
             planned.append((context.row, context.length, context.end, small))
         self._cache_rows = torch.tensor(rows, dtype=torch.int64)
@@ -140,26 +130,31 @@ class NativeAttention:
         sinks: Tensor | None = None,
     ) -> Tensor:
         """Rotate in place, write the cache, attend over it where it lies."""
+        queries, rotated = parts(heads, len(keys), spec)
         if norm is not None:
-            heads = self._normed(heads, norm)
-        q = heads[:, : self._num_heads]
-        k, v = heads[:, self._num_heads : self._rotated], heads[:, self._rotated :]
+            heads = normed(heads, len(norm.weight), partial(self._normed, norm))
+        q, k, v = heads[:, :queries], heads[:, queries:rotated], heads[:, rotated:]
         self._ops.rope_write(q, k, v, *turn, self._cache_rows, keys, values)
         bounded = spec.window is not None or spec.softcap is not None or sinks is not None
         chunks, long = (self._chunks, []) if bounded else (self._short, self._long)
         out = self._ops.attention(
-            q, chunks, keys, values, self._group, spec.scale, spec.softcap or 0.0, spec.window or 0, sinks
+            q,
+            chunks,
+            keys,
+            values,
+            queries // len(keys),
+            spec.scale,
+            spec.softcap or 0.0,
+            spec.window or 0,
+            sinks,
         )
         for chunk in long:
             chunk.attend(self._ops, q, keys, values, spec.scale, out)
         return out
 
-    def _normed(self, heads: Tensor, norm: RMSNorm) -> Tensor:
-        """Norm the heads of queries and keys, not those of values."""
-        rotated = heads[:, : self._rotated]
-        rows = rotated.reshape(-1, rotated.shape[-1])
-        normed = self._ops.rms_norm(rows, None, norm.weight, norm.eps, norm.offset)
-        return torch.cat([normed.view_as(rotated), heads[:, self._rotated :]], dim=1)
+    def _normed(self, norm: RMSNorm, heads: Tensor) -> Tensor:
+        rows = heads.reshape(-1, heads.shape[-1])
+        return self._ops.rms_norm(rows, None, norm.weight, norm.eps, norm.offset).view_as(heads)
 
 
 class NativeLora:

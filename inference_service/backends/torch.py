@@ -22,9 +22,8 @@ from inference_service.lora.packed import Layout, PackedAdapter, pack_flat
 from inference_service.lora.segments import Arrangement, Segment, runs_by_expert
 from inference_service.lora.slots import Slots
 from inference_service.lora.weights import AdapterWeights
-from loramux_shared.bases.attention import AttentionSpec
+from loramux_shared.bases.attention import AttentionSpec, HeadCounts
 from loramux_shared.bases.groups import GROUPS_APART, GroupShape, group_of
-from loramux_shared.bundle.modules import BaseDims
 
 ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
     "silu": silu,
@@ -36,14 +35,9 @@ class TorchOperations(ExpertOperations):
     """In plain torch, on any device."""
 
     def __init__(
-        self,
-        dims: BaseDims,
-        dtype: torch.dtype,
-        device: torch.device,
-        windows: Sequence[int | None] = (None,),
+        self, dtype: torch.dtype, device: torch.device, windows: Sequence[int | None] = (None,)
     ) -> None:
-        """Take the sizes of the model, and the windows of its layers."""
-        self._num_heads, self._kv_heads, self._head_dim = dims.num_heads, dims.num_kv_heads, dims.head_dim
+        """Take the windows of the model's layers."""
         self._dtype = dtype
         self._device = device
         self._windows = windows
@@ -88,13 +82,11 @@ class TorchOperations(ExpertOperations):
 
     def attention(self, contexts: Sequence[Context], block_size: int) -> Attention:
         """Gather the contexts, once for all layers of a window."""
-        groups = self._num_heads // self._kv_heads
-        plan = PagedAttention(contexts, block_size, groups, self._dtype, self._device, self._windows)
-        return TorchAttention(plan, self._num_heads, self._kv_heads)
+        return TorchAttention(PagedAttention(contexts, block_size, self._dtype, self._device, self._windows))
 
-    def new_cache(self, num_rows: int) -> tuple[Tensor, Tensor]:
+    def new_cache(self, num_rows: int, heads: HeadCounts) -> tuple[Tensor, Tensor]:
         """[kv heads, rows, d] each."""
-        shape = self._kv_heads, num_rows, self._head_dim
+        shape = heads.kv, num_rows, heads.dim
         keys, values = (torch.zeros(shape, dtype=self._dtype, device=self._device) for _ in range(2))
         return keys, values
 
@@ -102,10 +94,8 @@ class TorchOperations(ExpertOperations):
 class TorchAttention:
     """In plain torch."""
 
-    def __init__(self, plan: PagedAttention, num_heads: int, num_kv_heads: int) -> None:
+    def __init__(self, plan: PagedAttention) -> None:
         self._plan = plan
-        self._num_heads = num_heads
-        self._rotated = num_heads + num_kv_heads
 
     def turn(self, cos: Tensor, sin: Tensor) -> Turn:
         """As they are."""
@@ -122,16 +112,26 @@ class TorchAttention:
         sinks: Tensor | None = None,
     ) -> Tensor:
         """Rotate queries and keys together, then gather and attend."""
-        heads = _normed(heads, self._rotated, norm)
-        qk = rotate(heads[:, : self._rotated], *turn)
-        q, k = qk[:, : self._num_heads], qk[:, self._num_heads :]
-        out = self._plan(q, k, heads[:, self._rotated :], keys, values, spec, sinks)
+        queries, rotated = parts(heads, len(keys), spec)
+        if norm is not None:
+            heads = normed(heads, len(norm.weight), norm)
+        qk = rotate(heads[:, :rotated], *turn)
+        q, k, v = qk[:, :queries], qk[:, queries:], heads[:, rotated:]
+        out = self._plan(q, k, v, keys, values, spec, sinks)
         return out.reshape(len(heads), -1)
 
 
-def _normed(heads: Tensor, rotated: int, norm: RMSNorm | None) -> Tensor:
-    """Norm the heads of queries and keys [T, all heads, d], not those of values."""
-    return heads if norm is None else torch.cat([norm(heads[:, :rotated]), heads[:, rotated:]], dim=1)
+def parts(heads: Tensor, kv: int, spec: AttentionSpec) -> tuple[int, int]:
+    """Return how many heads [T, heads, d] are of queries, and how many of queries and keys."""
+    count = heads.shape[1]
+    return (count - 2 * kv, count - kv) if spec.keys_of is None else (count, count)
+
+
+def normed(heads: Tensor, count: int, norm: Callable[[Tensor], Tensor]) -> Tensor:
+    """Norm the first of the heads [T, heads, d]."""
+    if count == heads.shape[1]:
+        return norm(heads)
+    return torch.cat([norm(heads[:, :count]), heads[:, count:]], dim=1)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Final
 
 import numpy as np
@@ -17,10 +17,11 @@ from inference_service.kernels.attention import (
     AttentionCapacity,
     AttentionTables,
     Context,
+    Cut,
     Inputs,
     attend,
+    cut_of,
     pack_tables,
-    prefill_tile,
 )
 from inference_service.kernels.experts import ByExpert
 from inference_service.kernels.experts.segments import allocate, capacity_of, fill, slots_of
@@ -41,9 +42,8 @@ from inference_service.lora.packed import PackedAdapter
 from inference_service.lora.segments import LONG_SEGMENT, Arrangement
 from inference_service.lora.slots import experts_of
 from inference_service.lora.weights import AdapterWeights
-from loramux_shared.bases.attention import AttentionSpec
+from loramux_shared.bases.attention import AttentionSpec, HeadCounts
 from loramux_shared.bases.groups import MODULES_APART, GroupShape
-from loramux_shared.bundle.modules import BaseDims
 
 MIN_ENTRIES: Final = 16
 EVERY: Final = -1
@@ -53,8 +53,14 @@ EVERY: Final = -1
 class TritonOperations(GroupedOperations, TorchOperations):
     """One launch each, on a GPU or in Triton's interpreter."""
 
-    def __init__(self, dims: BaseDims, dtype: torch.dtype, device: torch.device) -> None:
-        super().__init__(dims, dtype, device)
+    def __init__(self, heads: Sequence[HeadCounts], dtype: torch.dtype, device: torch.device) -> None:
+        """Take the distinct heads of the model's layers.
+
+        Raises:
+            ValueError: there is no tile for them.
+        """
+        super().__init__(dtype, device)
+        self._cuts = {each: cut_of(device, dtype, each) for each in heads}
         self._tables: dict[AttentionCapacity, AttentionTables] = {}
 
     def embed(self, tokens: Tensor, table: Tensor, scale: float) -> Tensor:
@@ -82,28 +88,29 @@ class TritonOperations(GroupedOperations, TorchOperations):
         num_rows = max(context.row + context.length for context in contexts)
         longest = max(-(-context.end // block_size) for context in contexts)
         mixed = any(context.length > 1 for context in contexts)
-        tile = prefill_tile(self._device, self._dtype, self._head_dim, self._num_heads // self._kv_heads)
-        capacity = AttentionCapacity(
-            rows=_class_of(num_rows),
-            chunks=_class_of(len(contexts)),
-            blocks_per_chunk=_class_of(longest),
-            block_size=block_size,
-            tile=tile if mixed else None,
-            kv_heads=self._kv_heads,
-        )
-        if capacity not in self._tables:
-            self._tables[capacity] = AttentionTables.allocate(capacity, self._device)
-        tables = self._tables[capacity]
-        tables.load(torch.from_numpy(pack_tables(capacity, contexts)))
-        return TritonAttention(tables)
+        tables: dict[Cut, AttentionTables] = {}
+        for cut in dict.fromkeys(self._cuts.values()):
+            capacity = AttentionCapacity(
+                rows=_class_of(num_rows),
+                chunks=_class_of(len(contexts)),
+                blocks_per_chunk=_class_of(longest),
+                block_size=block_size,
+                tile=cut.tile if mixed else None,
+                kv_heads=cut.kv_heads,
+            )
+            if capacity not in self._tables:
+                self._tables[capacity] = AttentionTables.allocate(capacity, self._device)
+            tables[cut] = self._tables[capacity]
+            tables[cut].load(torch.from_numpy(pack_tables(capacity, contexts)))
+        return TritonAttention({heads: tables[cut] for heads, cut in self._cuts.items()})
 
 
 class TritonAttention:
     """With the kernels for GPUs: norm, rotation and write in one launch, then one to three that attend."""
 
-    def __init__(self, tables: AttentionTables) -> None:
-        """Take the tables, which hold the step by the time that the launches run."""
-        self._tables = tables
+    def __init__(self, tables: Mapping[HeadCounts, AttentionTables]) -> None:
+        """Take the tables of layers by their heads; they hold the step by the time that the launches run."""
+        self.tables = tables
 
     def turn(self, cos: Tensor, sin: Tensor) -> Turn:
         """[T, rotary]."""
@@ -120,9 +127,9 @@ class TritonAttention:
         sinks: Tensor | None = None,
     ) -> Tensor:
         """Rows that belong to no chunk are 0."""
-        inputs = Inputs(heads, *turn, keys, values)
-        head_norm = None if norm is None else norm.of_heads
-        return attend(inputs, self._tables, spec, head_norm, sinks).flatten(1)
+        inputs = Inputs(heads, *turn, keys, values, writes=spec.keys_of is None)
+        tables, head_norm = self.tables[inputs.counts], None if norm is None else norm.of_heads
+        return attend(inputs, tables, spec, head_norm, sinks).flatten(1)
 
 
 class TritonLora:

@@ -13,7 +13,7 @@ from torch import Tensor
 from inference_service.core.sequence import Sequence
 from inference_service.engine.rows import KNOWN, Rows
 from inference_service.engine.sampler import row_params, shapes
-from inference_service.kernels.attention import AttentionCapacity, AttentionTables, pack_tables
+from inference_service.kernels.attention import AttentionCapacity, AttentionTables, Cut, pack_tables
 from inference_service.kernels.packing import aligned, sections
 from inference_service.kernels.sampling import SamplingTables
 from inference_service.kernels.sampling.layout import FIELDS, GENERATED, Kind, packed_row
@@ -31,32 +31,35 @@ class StepCapacity:
     rows: int
     seqs: int
     """Sequences that have rows, and of which each may draw a token."""
-    tile: int | None
-    """Rows of a chunk that a program of attention takes; None: a step that decodes, one row per sequence."""
+    mixed: bool
+    """Whether chunks may have more rows than one; else a step decodes, one row per sequence."""
     max_seqs: int
     """Tokens that the step before may have drawn."""
     blocks_per_seq: int
     """Cache blocks of the longest sequence."""
     block_size: int
-    kv_heads: int
-    """Of the model: what attention's items are balanced for."""
+    cuts: tuple[Cut, ...]
+    """Those of the model's layers: each has tables for attention of its own."""
     slots: int
     """Slots for adapters, in use or not; 0: there are none."""
     active: int
     """Distinct adapters in one step at most."""
 
     @property
-    def attention(self) -> AttentionCapacity:
-        """Of the attention's tables."""
-        rows, seqs, blocks = self.rows, self.seqs, self.blocks_per_seq
-        return AttentionCapacity(rows, seqs, blocks, self.block_size, self.tile, kv_heads=self.kv_heads)
+    def attention(self) -> tuple[AttentionCapacity, ...]:
+        """Of the attention's tables, in the order of the cuts."""
+        sizes = self.rows, self.seqs, self.blocks_per_seq, self.block_size
+        return tuple(
+            AttentionCapacity(*sizes, cut.tile if self.mixed else None, kv_heads=cut.kv_heads)
+            for cut in self.cuts
+        )
 
     @property
     def segments(self) -> SegmentCapacity | None:
         """Of the adapters' segments; None without adapters."""
         if not self.slots:
             return None
-        tile = DECODE_TILE if self.tile is None else PREFILL_TILE
+        tile = PREFILL_TILE if self.mixed else DECODE_TILE
         return SegmentCapacity(self.rows, self.slots, tile, active=self.active)
 
     @property
@@ -70,14 +73,19 @@ class StepCapacity:
                 "last_rows": self.seqs,
                 "sampling": FIELDS * self.seqs,
                 "segments": self.segments.packed_size if self.segments else 0,
-                "attention": self.attention.packed_size,
+                **{name: each.packed_size for name, each in zip(self.tables, self.attention, strict=True)},
             }
         )
 
     @property
+    def tables(self) -> list[str]:
+        """Names of the sections of the attention's tables."""
+        return [f"attention {index}" for index in range(len(self.cuts))]
+
+    @property
     def size(self) -> int:
         """int32 elements of all arrays."""
-        end: int = self.sections["attention"].stop
+        end: int = self.sections[self.tables[-1]].stop
         return end
 
 
@@ -102,7 +110,8 @@ class StepBuffers:
         self._inputs = memory.packed[: memory.drawn_size + capacity.rows]
         self._packed = memory.packed[memory.drawn_size : memory.drawn_size + capacity.size]
         self._sections = capacity.sections
-        self._attention_capacity, self._segment_capacity = capacity.attention, capacity.segments
+        self._attention_capacities, self._segment_capacity = capacity.attention, capacity.segments
+        self._tables = capacity.tables
         self._own = np.arange(memory.drawn_size, memory.drawn_size + capacity.rows, dtype=np.int32)
         """The source of every row whose token is known: the row's own."""
         view = {name: self._packed[where] for name, where in self._sections.items()}
@@ -112,7 +121,10 @@ class StepBuffers:
         self.last_rows = view["last_rows"]
         """int32 [seqs]: the row that each token is drawn from."""
         device = memory.packed.device
-        self.attention = _in(view["attention"], AttentionTables.allocate(self._attention_capacity, device))
+        self.attention = {
+            cut: _in(view[name], AttentionTables.allocate(each, device))
+            for cut, name, each in zip(capacity.cuts, self._tables, self._attention_capacities, strict=True)
+        }
         self.segments: Segments | None = None
         if self._segment_capacity is not None:
             self.segments = _in(view["segments"], Segments.allocate(self._segment_capacity, device))
@@ -127,13 +139,13 @@ class StepBuffers:
         return self._inputs.index_select(0, self._sources)
 
     def load(self, rows: Rows) -> None:
-        """Fill all of them for a step of at most ``capacity.rows`` rows, with one copy."""
+        """Fill all of them for a step of at most ``capacity.rows`` rows, with a copy for every cut."""
         host = torch.empty(len(self._packed), dtype=torch.int32, pin_memory=self._packed.device.type == "cuda")
-        used = self._pack(rows, host.numpy())
-        self._packed[:used].copy_(host[:used], non_blocking=True)
+        for used in self._pack(rows, host.numpy()):
+            self._packed[used].copy_(host[used], non_blocking=True)
 
-    def _pack(self, rows: Rows, host: npt.NDArray[np.int32]) -> int:
-        """Fill the host's copy; return how many elements of it are used."""
+    def _pack(self, rows: Rows, host: npt.NDArray[np.int32]) -> list[slice]:
+        """Fill the host's copy; return what of it is used."""
         view = {name: host[where] for name, where in self._sections.items()}
         known = {"tokens": rows.tokens, "positions": rows.positions, "last_rows": rows.last_rows}
         for name, values in known.items():
@@ -148,9 +160,12 @@ class StepBuffers:
             for segment in rows.arrangement.segments:
                 slots[segment.start : segment.end] = segment.slot
             pack_segments(self._segment_capacity, slots, out=view["segments"])
-        tables = pack_tables(self._attention_capacity, rows.contexts, out=view["attention"])
-        first: int = self._sections["attention"].start
-        return first + len(tables)
+        used, first = [], 0
+        for name, capacity in zip(self._tables, self._attention_capacities, strict=True):
+            tables = pack_tables(capacity, rows.contexts, out=view[name])
+            used.append(slice(first, self._sections[name].start + len(tables)))
+            first = self._sections[name].stop
+        return used
 
 
 def _fill_sampling(fields: npt.NDArray[np.int32], rows: Rows) -> None:

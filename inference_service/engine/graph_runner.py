@@ -20,7 +20,7 @@ from inference_service.engine.runner import Runner
 from inference_service.engine.shaping import Shaper
 from inference_service.engine.step import Pending
 from inference_service.engine.transfer import Reading
-from inference_service.kernels.attention import prefill_tile
+from inference_service.kernels.attention import cut_of
 from inference_service.kernels.sampling import sample
 from inference_service.kernels.sgmv import Segments
 from inference_service.models.decoder import Decoder
@@ -58,15 +58,15 @@ class GraphRunner(Runner):
         self._segmented = lora
         self._limits = limits
         self._recorder = recorder
-        dims = model.config.dims
-        self._tile = prefill_tile(model.device, model.dtype, dims.head_dim, dims.num_heads // dims.num_kv_heads)
+        vocab = model.config.dims.vocab
+        self._cuts = {each: cut_of(model.device, model.dtype, each) for each in model.config.heads}
         largest = max(capacity.size for capacity in self._capacities())
-        self._memory = StepMemory(limits.max_seqs, largest, dims.vocab, model.device)
+        self._memory = StepMemory(limits.max_seqs, largest, vocab, model.device)
         self._ids = self._memory.drawn
-        self._shaper = Shaper(limits.max_seqs, dims.vocab, model.device)
+        self._shaper = Shaper(limits.max_seqs, vocab, model.device)
         self._buffers: dict[StepCapacity, StepBuffers] = {}
         self._graphs: dict[tuple[StepCapacity, bool], Graph] = {}
-        shape = limits.max_seqs, dims.vocab
+        shape = limits.max_seqs, vocab
         self._logits = torch.empty(shape, dtype=model.dtype, device=model.device)
 
     @torch.inference_mode()
@@ -86,7 +86,7 @@ class GraphRunner(Runner):
             buffers.load(padding)
             for segments in [None] if buffers.segments is None else [buffers.segments, None]:
                 work = partial(self._compute, buffers, segments)
-                if capacity.tile is None or capacity.rows <= RECORDED_ROWS:
+                if not capacity.mixed or capacity.rows <= RECORDED_ROWS:
                     self._graphs[capacity, segments is not None] = self._recorder.capture(work)
                 else:
                     work()
@@ -121,11 +121,12 @@ class GraphRunner(Runner):
     def _hidden(self, buffers: StepBuffers, segments: Segments | None, rows: Tensor) -> Tensor:
         if segments is not None:
             self._segmented.use(segments)
+        attention = TritonAttention({heads: buffers.attention[cut] for heads, cut in self._cuts.items()})
         return self._model.hidden(
             buffers.tokens(),
             buffers.positions,
             rows,
-            TritonAttention(buffers.attention),
+            attention,
             self._cache,
             self._lora if segments is not None else None,
         )
@@ -156,11 +157,11 @@ class GraphRunner(Runner):
         return StepCapacity(
             rows=rows,
             seqs=min(rows, self._limits.max_seqs),
-            tile=self._tile if mixed else None,
+            mixed=mixed,
             max_seqs=self._limits.max_seqs,
             blocks_per_seq=-(-self._limits.max_seq_len // self._block_size),
             block_size=self._block_size,
-            kv_heads=self._model.config.dims.num_kv_heads,
+            cuts=tuple(dict.fromkeys(self._cuts.values())),
             slots=self._segmented.num_slots,
             active=self._limits.max_adapters,
         )

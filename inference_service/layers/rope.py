@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from loramux_shared.bases.rope import Linear, Llama3, LongRope, RopeSpec, Still, Yarn
+from loramux_shared.bases.rope import Linear, Llama3, LongRope, Proportional, RopeSpec, Still, Yarn
 
 
 def frequencies(spec: RopeSpec) -> Tensor:
@@ -19,6 +19,8 @@ def frequencies(spec: RopeSpec) -> Tensor:
             return freqs / factor
         case LongRope(factors):
             return freqs / torch.tensor(factors)
+        case Proportional(pairs, factor):
+            return torch.where(torch.arange(len(freqs)) < pairs, freqs / factor, 0.0)
         case Still():
             return torch.zeros_like(freqs)
         case Llama3() as llama3:

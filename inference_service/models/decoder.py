@@ -38,7 +38,7 @@ class Decoder:
             CheckpointInvalid: a tensor is missing or has another shape than config.json implies.
         """
         self.dtype, self.device = checkpoint.dtype, checkpoint.device
-        self._operations = operations or TorchOperations(config.dims, self.dtype, self.device, config.windows)
+        self._operations = operations or TorchOperations(self.dtype, self.device, config.windows)
         reader = Reader(checkpoint, config, self.dtype, self._operations)
         self._embedding, head = reader.tables()
         self.config = replace(config, tied_embeddings=head is self._embedding)

@@ -17,7 +17,6 @@ from inference_service.kernels.attention import MIN_BLOCK_SIZE
 from inference_service.kernels.cpu import build
 from inference_service.kernels.cpu.ops import BLOCK, DTYPES, MAX_HEAD_DIM, CpuOps
 from loramux_shared.bases.config import ModelConfig
-from loramux_shared.bundle.modules import BaseDims
 from loramux_shared.faults import SettingsInvalid
 from loramux_shared.private import open_folder
 from loramux_shared.settings import InferenceSettings, require_triton
@@ -31,39 +30,39 @@ def choose_backend(settings: InferenceSettings, config: ModelConfig) -> Backend:
     """
     device = _device(settings)
     dtype = _dtype(settings, config, device)
-    dims, groups = config.dims, config.groups
+    groups, num_layers = config.groups, config.dims.num_layers
     if _uses_triton(settings, device):
         _refuse_deterministic(settings, "triton kernels")
         return Backend(
             device,
             dtype,
-            TritonOperations(dims, dtype, device),
-            lambda: TritonLora(groups, dims.num_layers, dtype, device),
+            TritonOperations(config.heads, dtype, device),
+            lambda: TritonLora(groups, num_layers, dtype, device),
             "triton kernels",
             recordable=device.type == "cuda",  # the interpreter runs them too, and records nothing
         )
     ops, how = _native(settings, config, dtype, device)
     if ops is not None:
-        operations, how = _native_operations(ops, dims, how, settings)
-        return Backend(device, dtype, operations, lambda: NativeLora(ops, groups, dims.num_layers), how)
+        operations, how = _native_operations(ops, config, how, settings)
+        return Backend(device, dtype, operations, lambda: NativeLora(ops, groups, num_layers), how)
     if settings.backend == "native":
         raise SettingsInvalid(
             f"LORAMUX_BACKEND=native, but a replica would run on {how}. Change that, or set auto."
         )
     _refuse_deterministic(settings, how)
-    plain = TorchOperations(dims, dtype, device, config.windows)
+    plain = TorchOperations(dtype, device, config.windows)
     return Backend(device, dtype, plain, lambda: TorchLora(groups, dtype, device), how)
 
 
 def _native_operations(
-    ops: CpuOps, dims: BaseDims, how: str, settings: InferenceSettings
+    ops: CpuOps, config: ModelConfig, how: str, settings: InferenceSettings
 ) -> tuple[NativeOperations, str]:
     """Return operations that attend as is fastest on this machine, and for the start line how."""
     if settings.deterministic:
-        return DeterministicOperations(ops, dims), how
-    rows = rows_from_which_torch_is_faster(ops, dims)
+        return DeterministicOperations(ops), how
+    rows = rows_from_which_torch_is_faster(ops, config.heads)
     told = "" if rows is None else f"; {rows} rows of a prompt and more attend by torch's products"
-    return NativeOperations(ops, dims, rows), how + told
+    return NativeOperations(ops, rows), how + told
 
 
 def _refuse_deterministic(settings: InferenceSettings, how: str) -> None:
@@ -104,7 +103,8 @@ def _native(
         return None, "torch operations (LORAMUX_NATIVE=false)"
     if settings.backend == "torch":
         return None, "torch operations"
-    if dtype not in DTYPES or settings.block_size % BLOCK or not 0 < config.dims.head_dim <= MAX_HEAD_DIM:
+    widest = max(heads.dim for heads in config.heads)
+    if dtype not in DTYPES or settings.block_size % BLOCK or not 0 < widest <= MAX_HEAD_DIM:
         return None, f"torch operations (compiled ones take {BLOCK} | block_size, float32 and bfloat16)"
     built = build.load(settings.cache_dir / "native")
     return (CpuOps(built.library, dtype) if built.library else None), built.how

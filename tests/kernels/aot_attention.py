@@ -28,7 +28,7 @@ KV = 8
 WHERE: Final[dict[str, tuple[Any, ...]]] = {
     "architecture": ARCHITECTURES,
     "dtype": tuple(ITEMSIZES),
-    "dim": (64, 80, 96, 128, 256),
+    "dim": (64, 80, 96, 128, 256, 512),
 }
 LAYERS: Final[dict[str, tuple[Any, ...]]] = {
     **WHERE,
@@ -90,6 +90,7 @@ def _rope(row: Mapping[str, Any]) -> Variant:
     config, dim, norm = _bucket(tuning.ROPE, row), row["dim"], row["norm"]
     # A part of the larger heads is turned.
     constants = {"H": 4 * KV, "KV": KV, "ROTARY": dim // 2 if dim > 128 else dim, "BLOCK_H": config.block}
+    constants |= {"NORMED": 0 if norm == "none" else 5 * KV}
     constants |= {"ROUND_NORM": norm == "of heads"} | ({"p_norm": None} if norm == "none" else {})
     return _variant(f"rope_write {dim} norm {norm}", triton_kernels.rope_write_kernel, row, constants, config)
 

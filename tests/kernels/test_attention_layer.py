@@ -1,13 +1,19 @@
-"""The layer that launches attention's kernels, against the one in plain torch."""
+"""The layers that attend, on every backend, against the one in plain torch."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
+from torch import Tensor
 
 from inference_service.backends.base import Attention
+from inference_service.backends.native import NativeAttention
 from inference_service.backends.torch import TorchAttention
-from inference_service.backends.triton import TritonAttention
+from inference_service.backends.triton import TritonAttention, TritonOperations
 from inference_service.kernels.attention import (
     AttentionCapacity,
     AttentionTables,
@@ -15,24 +21,49 @@ from inference_service.kernels.attention import (
     PagedAttention,
     pack_tables,
 )
+from inference_service.kernels.cpu.build import load
+from inference_service.kernels.cpu.ops import CpuOps
 from inference_service.layers.norm import RMSNorm
 from inference_service.layers.rope import Rope
-from loramux_shared.bases.attention import AttentionSpec
+from loramux_shared.bases.attention import AttentionSpec, HeadCounts
 from loramux_shared.bases.rope import RopeSpec
 
-HEADS, KV, DIM, BLOCK_SIZE = 6, 2, 24, 16
+COUNTS, BLOCK_SIZE = HeadCounts(6, 2, 24), 16
+LARGE = HeadCounts(4, 1, 512)
 CONTEXTS = [Context(0, 1, [5, 1, 3], 40), Context(1, 9, [2, 0], 20), Context(10, 1, [4], 1)]
 ROWS, CACHE_ROWS = 11, 6 * BLOCK_SIZE
+POSITIONS = torch.cat([torch.arange(c.end - c.length, c.end) for c in CONTEXTS])
+Pair = tuple[Tensor, Tensor]
 
 
 def _norms(dtype: torch.dtype, device: str) -> dict[str, RMSNorm | None]:
-    weight = (torch.randn(HEADS + KV, DIM) + 1).to(device, dtype)
-    return {"none": None, "of heads": RMSNorm(weight, 1e-5), "with an offset": RMSNorm(weight, 1e-5, 1.0)}
+    heads = COUNTS.queries + COUNTS.kv
+    weight = (torch.randn(heads, COUNTS.dim) + 1).to(device, dtype)
+    every = torch.cat([weight, torch.ones_like(weight[: COUNTS.kv])])
+    return {
+        "none": None,
+        "of heads": RMSNorm(weight, 1e-5),
+        "with an offset": RMSNorm(weight, 1e-5, 1.0),
+        "of values too": RMSNorm(every, 1e-5),
+    }
+
+
+def _tables(counts: HeadCounts, device: torch.device) -> Mapping[HeadCounts, AttentionTables]:
+    capacity = AttentionCapacity(ROWS, len(CONTEXTS), 4, BLOCK_SIZE, tile=4)
+    tables = AttentionTables.allocate(capacity, device)
+    tables.load(torch.from_numpy(pack_tables(capacity, CONTEXTS)))
+    return {counts: tables}
 
 
 @pytest.mark.parametrize(
     ("norm", "cap", "sunk"),
-    [("none", 8.0, True), ("of heads", 8.0, False), ("with an offset", 8.0, False), ("none", None, True)],
+    [
+        ("none", 8.0, True),
+        ("of heads", 8.0, False),
+        ("with an offset", 8.0, False),
+        ("of values too", 8.0, False),
+        ("none", None, True),
+    ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_the_layer_gives_what_the_torch_layer_gives(
@@ -40,22 +71,18 @@ def test_the_layer_gives_what_the_torch_layer_gives(
 ) -> None:
     """Keys are rounded where torch rounds them: to the same bits in float16 (bf16 is truncated here)."""
     torch.manual_seed(7)
-    place = torch.device(device)
-    heads = torch.randn(ROWS, HEADS + 2 * KV, DIM).to(place, dtype)
-    cache = torch.randn(2, KV, CACHE_ROWS, DIM).to(place, dtype)
-    positions = torch.cat([torch.arange(c.end - c.length, c.end) for c in CONTEXTS]).to(place)
-    rope = Rope(RopeSpec(DIM - 8, 1e4), dtype, place)
-    spec = AttentionSpec(DIM**-0.5, window=30, softcap=cap)
-    capacity = AttentionCapacity(ROWS, len(CONTEXTS), 4, BLOCK_SIZE, tile=8)
-    tables = AttentionTables.allocate(capacity, place)
-    tables.load(torch.from_numpy(pack_tables(capacity, CONTEXTS)))
-    paged = PagedAttention(CONTEXTS, BLOCK_SIZE, HEADS // KV, dtype, place, (spec.window,))
-    layers: list[Attention] = [TorchAttention(paged, HEADS, KV), TritonAttention(tables)]
+    place, (queries, kv, dim) = torch.device(device), (COUNTS.queries, COUNTS.kv, COUNTS.dim)
+    heads = torch.randn(ROWS, queries + 2 * kv, dim).to(place, dtype)
+    cache = torch.randn(2, kv, CACHE_ROWS, dim).to(place, dtype)
+    rope = Rope(RopeSpec(dim - 8, 1e4), dtype, place)
+    spec = AttentionSpec(dim**-0.5, window=30, softcap=cap)
+    paged = PagedAttention(CONTEXTS, BLOCK_SIZE, dtype, place, (spec.window,))
+    layers: list[Attention] = [TorchAttention(paged), TritonAttention(_tables(COUNTS, place))]
     norms = _norms(dtype, device)
-    sinks = torch.randn(HEADS).to(place) if sunk else None
+    sinks = torch.randn(COUNTS.queries).to(place) if sunk else None
     caches, outs = [cache.clone() for _ in layers], []
     for layer, (keys, values) in zip(layers, caches, strict=True):
-        turn = layer.turn(*rope.at(positions))
+        turn = layer.turn(*rope.at(POSITIONS.to(place)))
         outs.append(layer(heads.clone(), turn, keys, values, spec, norms[norm], sinks))
 
     exact = {"rtol": 0, "atol": 0} if dtype is torch.float16 else {"rtol": 1e-5, "atol": 1e-6}
@@ -65,5 +92,61 @@ def test_the_layer_gives_what_the_torch_layer_gives(
         exact = {"rtol": torch.finfo(dtype).eps, "atol": torch.finfo(dtype).tiny}
     torch.testing.assert_close(caches[1], caches[0], **exact)
     tolerance = 3e-3 if dtype is torch.float16 else 1e-5
-    assert outs[1].shape == (ROWS, HEADS * DIM)
+    assert outs[1].shape == (ROWS, queries * dim)
     assert (outs[1] - outs[0]).norm() <= tolerance * outs[0].norm()
+
+
+def _attended(layer: Attention, counts: HeadCounts, cache: Pair, rope: Rope, norm: RMSNorm) -> Pair:
+    """What a layer attends to with keys and values of its own, and then one that reads them."""
+    torch.manual_seed(3)
+    own = torch.randn(ROWS, counts.queries + 2 * counts.kv, counts.dim)
+    spec, turn = AttentionSpec(counts.dim**-0.5), layer.turn(*rope.at(POSITIONS))
+    first = layer(own, turn, *cache, spec, norm)
+    queries = torch.randn(ROWS, counts.queries, counts.dim)
+    held = [each.clone() for each in cache]
+    of_queries = RMSNorm(norm.weight[: counts.queries], norm.eps)
+    second = layer(queries, turn, *cache, replace(spec, keys_of=0), of_queries)
+    assert all(torch.equal(now, then) for now, then in zip(cache, held, strict=True))
+    return first, second
+
+
+@pytest.mark.parametrize("counts", [COUNTS, LARGE], ids=str)
+def test_a_layer_reads_what_another_wrote(counts: HeadCounts, native_folder: Path) -> None:
+    """Queries alone, normed and turned, attend to keys and values of the step and before it, and write none."""
+    built = load(native_folder)
+    place, kv, dim = torch.device("cpu"), counts.kv, counts.dim
+    caches = [(torch.zeros(kv, CACHE_ROWS, dim), torch.zeros(kv, CACHE_ROWS, dim)) for _ in range(2)]
+    plain = TorchAttention(PagedAttention(CONTEXTS, BLOCK_SIZE, torch.float32, place))
+    layers: list[tuple[Attention, Pair]] = [
+        (plain, caches[0]),
+        (TritonAttention(_tables(counts, place)), caches[1]),
+    ]
+    if built.library is not None:
+        ops = CpuOps(built.library, torch.float32)
+        layers.append((NativeAttention(ops, CONTEXTS, BLOCK_SIZE), ops.new_cache(kv, CACHE_ROWS, dim)))
+    rope = Rope(RopeSpec(dim, 1e4), torch.float32, place)
+    norm = RMSNorm(torch.randn(counts.queries + 2 * kv, dim) + 1, 1e-5)
+    expected, *others = [_attended(layer, counts, cache, rope, norm) for layer, cache in layers]
+    for found in others:
+        for mine, theirs in zip(found, expected, strict=True):
+            assert (mine - theirs).norm() <= 1e-5 * theirs.norm()
+
+
+def test_layers_of_other_heads_have_tables_of_their_own(device: str) -> None:
+    """Where the tile or the heads of keys differ; those that share both share tables."""
+    place, dtype = torch.device(device), torch.float16
+    alike = HeadCounts(12, 2, 24), HeadCounts(12, 2, 48)
+    operations = TritonOperations([COUNTS, LARGE, *alike], dtype, place)
+    attention = operations.attention(CONTEXTS, BLOCK_SIZE)
+    assert isinstance(attention, TritonAttention)
+    found = attention.tables
+    assert found[alike[0]] is found[alike[1]]
+    assert len({id(tables) for tables in found.values()}) == 3
+    assert [found[counts].capacity.kv_heads for counts in (COUNTS, LARGE)] == [2, 1]
+    for counts in found:
+        heads = torch.randn(ROWS, counts.queries + 2 * counts.kv, counts.dim).to(place, dtype)
+        keys, values = operations.new_cache(CACHE_ROWS, counts)
+        rope = Rope(RopeSpec(counts.dim, 1e4), dtype, place)
+        turn = attention.turn(*rope.at(POSITIONS.to(place)))
+        out = attention(heads, turn, keys, values, AttentionSpec(1.0))
+        assert out.shape == (ROWS, counts.queries * counts.dim)

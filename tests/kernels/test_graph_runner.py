@@ -348,7 +348,8 @@ def test_one_copy_fills_the_buffers_of_a_step(ready: Ready, runner: GraphRunner)
     assert buffers.tokens().tolist() == [5, 77, 7, 0]
     assert buffers.positions.tolist() == [2, 3, 2, 0]
     assert buffers.last_rows.tolist() == [0, 1, 2, 0]
-    assert buffers.attention.cache_rows.tolist() == [2, BLOCK + 3, 2 * BLOCK + 2, -1]
+    (tables,) = buffers.attention.values()
+    assert tables.cache_rows.tolist() == [2, BLOCK + 3, 2 * BLOCK + 2, -1]
     assert buffers.segments is not None
     assert buffers.segments.token_ids[:2].tolist() == [1, 2]
     assert buffers.sampling.rows[:, 0].tolist() == [2, 2, 2, 0]

@@ -15,8 +15,7 @@ from inference_service.backends.native import NativeAttention
 from inference_service.kernels.attention import Context
 from inference_service.kernels.cpu.build import load
 from inference_service.kernels.cpu.ops import CpuOps
-from loramux_shared.bases.attention import AttentionSpec
-from loramux_shared.bundle.modules import BaseDims
+from loramux_shared.bases.attention import AttentionSpec, HeadCounts
 
 BLOCKS = 12
 CONTEXTS = [Context(0, 1, [3], 9), Context(1, 40, [7, 1, 4, 9], 61), Context(41, 20, [2, 10], 20)]
@@ -67,7 +66,7 @@ def _attend(
     rows, kv = sum(context.length for context in contexts), len(keys)
     dim = keys.shape[2] // 16
     fused = torch.randn(rows, heads + 2 * kv, dim).to(ops.dtype)
-    attention = NativeAttention(ops, contexts, 16, heads, kv, long_rows)
+    attention = NativeAttention(ops, contexts, 16, long_rows)
     turn = attention.turn(torch.ones(rows, 1, dim), torch.zeros(rows, 1, dim))
     return attention(fused, turn, keys, values, spec, sinks=sinks)
 
@@ -126,5 +125,4 @@ class Paced(CpuOps):
 )
 def test_the_faster_one_is_chosen(ops: CpuOps, seconds: dict[int, float], rows: int | None) -> None:
     """By measurement: torch's products from the fewest rows on at which they win, and only if many rows win."""
-    dims = BaseDims(num_layers=1, hidden=32, num_heads=2, num_kv_heads=1, head_dim=16, intermediate=32, vocab=8)
-    assert rows_from_which_torch_is_faster(Paced(ops, seconds), dims) == rows
+    assert rows_from_which_torch_is_faster(Paced(ops, seconds), [HeadCounts(2, 1, 16)]) == rows

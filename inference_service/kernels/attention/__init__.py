@@ -2,7 +2,7 @@
 
 ::
 
-    rope_write   heads [T, H + 2 KV, d]   -> q [T, H, d]; keys and values of the step to the cache
+    rope_write   heads [T, H + 2 KV, d]   -> q [T, H, d]; those of keys and values, if any, to the cache
     attend       q, the cache             -> out of the chunks of one row, or pieces of it
     attend       q, the cache             -> the same of longer chunks; where the capacity has any
     merge        pieces                   -> out; where contexts may be too long for one program
@@ -23,18 +23,20 @@ from inference_service.kernels.attention.layout import (
     pack_tables,
 )
 from inference_service.kernels.attention.paged import Context, PagedAttention, attend_chunk
-from inference_service.kernels.attention.tuning import prefill_tile
+from inference_service.kernels.attention.tuning import Cut, cut_of, prefill_tile
 
 __all__ = [
     "MIN_BLOCK_SIZE",
     "AttentionCapacity",
     "AttentionTables",
     "Context",
+    "Cut",
     "HeadNorm",
     "Inputs",
     "PagedAttention",
     "attend",
     "attend_chunk",
+    "cut_of",
     "pack_tables",
     "plan",
     "prefill_tile",

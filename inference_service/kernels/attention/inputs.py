@@ -7,14 +7,16 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from inference_service.kernels.launch import require
+from loramux_shared.bases.attention import HeadCounts
 
 
 @dataclass(frozen=True)
 class HeadNorm:
-    """x / rms(x) * (offset + weight) of every head of queries and keys."""
+    """x / rms(x) * (offset + weight) of heads of queries, keys and values."""
 
     weight: Tensor
-    """[d], or [query heads + kv heads, d], where what is normed is rounded first unless there is an offset."""
+    """[d] of all queries and keys, or [n, d] of the first n heads, where what is normed is rounded first unless
+    there is an offset."""
     eps: float
     offset: float = 0.0
 
@@ -24,7 +26,7 @@ class Inputs:
     """The tensors of one layer in one step."""
 
     heads: Tensor
-    """[T, query heads + 2 kv heads, d]: queries, keys and values; only read."""
+    """[T, query heads + 2 kv heads, d]: queries, keys and values, or queries alone; only read."""
     cos: Tensor
     """[T, rotary] of `Rope.at`"""
     sin: Tensor
@@ -33,6 +35,8 @@ class Inputs:
     """[kv heads, cache rows, d]"""
     values: Tensor
     """As keys."""
+    writes: bool = True
+    """Whether the heads have keys and values, for the cache."""
 
     def __post_init__(self) -> None:
         dtype, device = self.heads.dtype, self.heads.device
@@ -61,9 +65,19 @@ class Inputs:
         return self.keys.shape[0]
 
     @property
+    def written_heads(self) -> int:
+        """Heads of keys, and of values, among the heads."""
+        return self.kv_heads if self.writes else 0
+
+    @property
     def num_heads(self) -> int:
         """Heads of queries."""
-        return self.heads.shape[1] - 2 * self.kv_heads
+        return self.heads.shape[1] - 2 * self.written_heads
+
+    @property
+    def counts(self) -> HeadCounts:
+        """What tables depend on."""
+        return HeadCounts(self.num_heads, self.kv_heads, self.head_dim)
 
     @property
     def head_dim(self) -> int:

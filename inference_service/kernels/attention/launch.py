@@ -90,14 +90,7 @@ class _Planner:
     def rope(self, norm: HeadNorm | None) -> Launch:
         """Norm, rotate, write."""
         at, config = self.inputs, self._config(tuning.ROPE)
-        heads = at.num_heads + at.kv_heads
         per_head = norm is not None and norm.weight.dim() == 2
-        if norm is not None:
-            require(norm.weight, "norm", dims=2 if per_head else 1, device=self.q.device)
-            if norm.weight.shape != ((heads, at.head_dim) if per_head else (at.head_dim,)):
-                raise ValueError(
-                    f"norm does not fit {heads} heads of {at.head_dim}, got {tuple(norm.weight.shape)}"
-                )
         arguments = {
             "p_heads": at.heads,
             "p_q": self.q,
@@ -116,7 +109,8 @@ class _Planner:
             "stride_kv": at.keys.stride(0),
             "stride_cache": at.keys.stride(1),
             "H": at.num_heads,
-            "KV": at.kv_heads,
+            "KV": at.written_heads,
+            "NORMED": self._normed(norm),
             "D": at.head_dim,
             "ROTARY": at.rotary,
             "ROUND_NORM": norm is not None and per_head and not norm.offset,
@@ -126,6 +120,18 @@ class _Planner:
         }
         grid = len(at.heads), -(-at.heads.shape[1] // config.block)
         return Launch(self.kernels.rope_write_kernel, grid, arguments)
+
+    def _normed(self, norm: HeadNorm | None) -> int:
+        """Return how many heads are normed: those of queries and keys, or also those of values."""
+        if norm is None:
+            return 0
+        at, shape = self.inputs, tuple(norm.weight.shape)
+        require(norm.weight, "norm", dims=min(len(shape), 2), device=self.q.device)
+        turned = at.num_heads + at.written_heads
+        count = shape[0] if len(shape) == 2 else turned
+        if shape[-1] != at.head_dim or not turned <= count <= at.heads.shape[1]:
+            raise ValueError(f"norm does not fit {turned} heads of {at.head_dim}, got {shape}")
+        return count
 
     def attend(self) -> list[Launch]:
         """Attend for chunks of one row, and for longer ones where there may be any; merge what may be cut."""

@@ -63,13 +63,11 @@ class PagedAttention:
         self,
         contexts: Sequence[Context],
         block_size: int,
-        groups: int,
         dtype: torch.dtype,
         device: torch.device,
         windows: Sequence[int | None] = (None,),
     ) -> None:
-        """Plan a step; groups is the number of query heads per kv head, windows are those of the layers."""
-        self._groups = groups
+        """Plan a step; windows are those of the layers."""
         rows = [_cache_rows(context, block_size) for context in contexts]
         self.write_rows = torch.cat([r[c.end - c.length :] for r, c in zip(rows, contexts, strict=True)]).to(
             device
@@ -98,10 +96,12 @@ class PagedAttention:
     ) -> Tensor:
         """Write k and v [T, kv, d] to the cache [kv, rows, d], and return what q [T, heads, d] attends to.
 
-        sinks [heads] are scores of what every row sees besides, and which has no value.
+        Of a layer that reads another's, k and v are not looked at. sinks [heads] are scores of what every row
+        sees besides, and which has no value.
         """
-        k_cache.index_copy_(1, self.write_rows, k.transpose(0, 1))
-        v_cache.index_copy_(1, self.write_rows, v.transpose(0, 1))
+        if spec.keys_of is None:
+            k_cache.index_copy_(1, self.write_rows, k.transpose(0, 1))
+            v_cache.index_copy_(1, self.write_rows, v.transpose(0, 1))
         plan = self._plans[spec.window]
         out = torch.empty_like(q) if plan.prefills else q
         for prefill in plan.prefills:
@@ -127,21 +127,22 @@ class PagedAttention:
     ) -> Tensor:
         """One query row per sequence: [D, heads, d]."""
         num, heads, dim = q.shape
-        kv = heads // self._groups
+        kv = len(k_cache)
+        group = heads // kv
         length = plan.table.shape[1]
         flat = plan.table.view(-1)
         keys = k_cache.index_select(1, flat).view(kv * num, length, dim)
         values = v_cache.index_select(1, flat).view(kv * num, length, dim)
-        query = q.view(num, kv, self._groups, dim).transpose(0, 1).reshape(kv * num, self._groups, dim)
+        query = q.view(num, kv, group, dim).transpose(0, 1).reshape(kv * num, group, dim)
         mask = plan.mask.repeat(kv, 1).unsqueeze(1)
         if spec.softcap is None:
             scores = torch.baddbmm(mask, query, keys.transpose(1, 2), alpha=spec.scale)
         else:
             scores = _scores(torch.bmm(query, keys.transpose(1, 2)), spec) + mask
         if sinks is not None:
-            sinks = sinks.view(kv, 1, self._groups, 1).expand(-1, num, -1, -1).reshape(kv * num, -1, 1)
+            sinks = sinks.view(kv, 1, group, 1).expand(-1, num, -1, -1).reshape(kv * num, -1, 1)
         out = torch.bmm(_weights(scores, sinks), values)
-        return out.view(kv, num, self._groups, dim).transpose(0, 1).reshape(num, heads, dim)
+        return out.view(kv, num, group, dim).transpose(0, 1).reshape(num, heads, dim)
 
     def _prefill(
         self,
@@ -157,7 +158,8 @@ class PagedAttention:
         if spec.softcap is None and sinks is None:
             return attend_chunk(q[plan.rows], keys, values, plan.mask, spec.scale)
         query = q[plan.rows].transpose(0, 1)[None]
-        keys, values = (part.repeat_interleave(self._groups, dim=0)[None] for part in (keys, values))
+        group = query.shape[1] // len(keys)
+        keys, values = (part.repeat_interleave(group, dim=0)[None] for part in (keys, values))
         scores = _scores(query @ keys.transpose(-1, -2), spec)
         mask = torch.ones_like(scores, dtype=torch.bool).tril() if plan.mask is None else plan.mask
         scores = scores.masked_fill(~mask, float("-inf"))

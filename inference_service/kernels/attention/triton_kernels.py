@@ -24,7 +24,7 @@ def rope_write_kernel(
     p_values,  # as p_keys
     p_cos,  # [T, ROTARY]
     p_sin,  # [T, ROTARY], the first half negated
-    p_norm,  # [H + KV, D] or [D], or None
+    p_norm,  # [NORMED, D] or [D], or None
     p_cache_rows,  # int32 [T]
     eps,
     offset,  # added to the weights of the norm
@@ -34,14 +34,15 @@ def rope_write_kernel(
     stride_kv,
     stride_cache,
     H: tl.constexpr,
-    KV: tl.constexpr,
+    KV: tl.constexpr,  # 0: there are queries alone
+    NORMED: tl.constexpr,  # heads that are normed
     D: tl.constexpr,
     ROTARY: tl.constexpr,
     ROUND_NORM: tl.constexpr,  # whether what is normed is rounded before it is multiplied with the weight
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """q = turn(norm(q)); keys[cache row] = turn(norm(k)); values[cache row] = v.
+    """q = turn(norm(q)); keys[cache row] = turn(norm(k)); values[cache row] = v, or norm(v).
 
     One program per (row, tile of heads). Every rounding is one of the torch path's. Padding rows write no key
     and no value, and their output, which no other kernel writes, is 0.
@@ -63,14 +64,15 @@ def rope_write_kernel(
     if p_norm is not None:
         b_rms = tl.rsqrt(tl.sum(b_x * b_x, axis=1) / D + eps)[:, None]
         p_weight = p_norm + o_h[:, None] * stride_norm
-        b_weight = tl.load(p_weight + o_d[None, :], mask=m_heads & m_turned, other=0.0).to(tl.float32)
+        m_normed = (o_h < NORMED)[:, None]
+        b_weight = tl.load(p_weight + o_d[None, :], mask=m_heads & m_normed, other=0.0).to(tl.float32)
         b_pair_weight = tl.load(p_weight + o_pair[None, :], mask=m_pair, other=0.0).to(tl.float32)
         b_normed, b_pair = b_x * b_rms, b_pair * b_rms
         if ROUND_NORM:
             b_normed, b_pair = b_normed.to(dtype).to(tl.float32), b_pair.to(dtype).to(tl.float32)
         b_normed = (b_normed * (b_weight + offset)).to(dtype).to(tl.float32)
         b_pair = (b_pair * (b_pair_weight + offset)).to(dtype).to(tl.float32)
-        b_x = tl.where(m_turned, b_normed, b_x)
+        b_x = tl.where(m_normed, b_normed, b_x)
 
     o_turn = i_t * stride_turn + o_d
     b_cos = tl.load(p_cos + o_turn, mask=o_d < ROTARY, other=1.0).to(tl.float32)[None, :]

@@ -17,8 +17,9 @@ import torch
 
 from inference_service.kernels.attention.balance import Balance
 from inference_service.kernels.launch import ARCHITECTURES, architecture_of
+from loramux_shared.bases.attention import HeadCounts
 
-MAX_HEAD_DIM: Final = 256
+MAX_HEAD_DIM: Final = 512
 DECODE_BALANCE: Final = Balance(programs=256, min_span=128)
 """About two programs per multiprocessor keep a GPU busy with reading."""
 PREFILL_BALANCE: Final = Balance(programs=128, min_span=512)
@@ -58,11 +59,13 @@ _DECODE: Table[TileConfig] = {
         64: TileConfig(16, 128, num_warps=4, num_stages=5),
         128: TileConfig(16, 64, num_warps=4, num_stages=5),
         256: TileConfig(16, 32, num_warps=4, num_stages=5),
+        512: TileConfig(16, 16, num_warps=8, num_stages=5),
     },
     4: {
         64: TileConfig(16, 32, num_warps=4, num_stages=2),
         128: TileConfig(16, 16, num_warps=4, num_stages=2),
         256: TileConfig(16, 16, num_warps=4, num_stages=2),
+        512: TileConfig(16, 16, num_warps=4, num_stages=1),
     },
 }
 _PREFILL: Table[TileConfig] = {
@@ -70,20 +73,27 @@ _PREFILL: Table[TileConfig] = {
         64: TileConfig(128, 64, num_warps=8, num_stages=3),
         128: TileConfig(128, 64, num_warps=8, num_stages=3),
         256: TileConfig(64, 32, num_warps=8, num_stages=3),
+        512: TileConfig(32, 16, num_warps=8, num_stages=3),
     },
     4: {
         # One stage, and few rows: near 64, 80 and 128 registers ptxas prefers a few bytes of stack to more.
         64: TileConfig(32, 32, num_warps=8, num_stages=1),
         128: TileConfig(16, 16, num_warps=8, num_stages=1),
         256: TileConfig(16, 16, num_warps=8, num_stages=1),
+        512: TileConfig(16, 16, num_warps=4, num_stages=1),
     },
 }
 _ROPE = {
     64: SmallConfig(16, num_warps=4),
     128: SmallConfig(8, num_warps=4),
     256: SmallConfig(4, num_warps=4),
+    512: SmallConfig(2, num_warps=4),
 }
-_MERGE = {128: SmallConfig(16, num_warps=4), 256: SmallConfig(8, num_warps=4)}
+_MERGE = {
+    128: SmallConfig(16, num_warps=4),
+    256: SmallConfig(8, num_warps=4),
+    512: SmallConfig(4, num_warps=4),
+}
 # mma of sm_80 has the queries in registers, and would spill with more tokens at a time.
 _PREFILL_80: Table[TileConfig] = {
     **_PREFILL,
@@ -106,6 +116,25 @@ def config_of(tables: Tables[Config], device: torch.device, dtype: torch.dtype, 
         raise ValueError(f"heads have at most {MAX_HEAD_DIM} dimensions, got {head_dim}")
     buckets = tables[architecture_of(device)][dtype.itemsize]
     return buckets[next(key for key in buckets if head_dim <= key)]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What a step's tables depend on beside the step: layers with the same share them."""
+
+    tile: int
+    """Rows of a chunk that one program of prefill takes."""
+    kv_heads: int
+    """An item is a program for each."""
+
+
+def cut_of(device: torch.device, dtype: torch.dtype, heads: HeadCounts) -> Cut:
+    """Return how steps are cut for layers with such heads.
+
+    Raises:
+        ValueError: as `prefill_tile`.
+    """
+    return Cut(prefill_tile(device, dtype, heads.dim, heads.group), heads.kv)
 
 
 def prefill_tile(device: torch.device, dtype: torch.dtype, head_dim: int, group: int) -> int:

@@ -75,7 +75,13 @@ class Tiled:
     """A weight [N, K] as `CpuOps.linear` reads it and its bias [N], and where they lie."""
 
     def __init__(
-        self, tiles: Tensor, bias: Tensor | None, columns: int, scales: Tensor | None = None, bits: int = 0, group: int = 0
+        self,
+        tiles: Tensor,
+        bias: Tensor | None,
+        columns: int,
+        scales: Tensor | None = None,
+        bits: int = 0,
+        group: int = 0,
     ) -> None:
         """Take tiles, and of integers of so many bits the scales; group values of K share one, 0: all."""
         self.columns = columns

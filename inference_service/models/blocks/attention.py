@@ -41,7 +41,7 @@ class AttentionBlock:
 
     def new_cache(self, operations: Operations, num_rows: int) -> LayerCache:
         """Return an empty cache of num_rows tokens, a multiple of the block size."""
-        return operations.new_cache(num_rows)
+        return operations.new_cache(num_rows, self._spec.heads)
 
     def __call__(self, step: Step, x: Tensor) -> Tensor:
         """Return [T, hidden] for x [T, hidden]."""

@@ -6,6 +6,22 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
+class HeadCounts:
+    """The heads of a layer."""
+
+    queries: int
+    kv: int
+    """Of keys, and of values."""
+    dim: int
+    """Dimensions of each."""
+
+    @property
+    def group(self) -> int:
+        """Query heads that share a head of keys."""
+        return self.queries // self.kv
+
+
+@dataclass(frozen=True)
 class AttentionSpec:
     """How a layer attends."""
 
@@ -15,6 +31,8 @@ class AttentionSpec:
     """Positions that a row sees, its own included; None: all."""
     softcap: float | None = None
     """Bound that the scaled products approach, by tanh."""
+    keys_of: int | None = None
+    """The layer whose keys and values are read, for this one has none; None: its own, which it writes."""
 
 
 @dataclass(frozen=True)

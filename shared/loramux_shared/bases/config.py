@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
-from loramux_shared.bases.attention import QueryGrowth
+from loramux_shared.bases.attention import HeadCounts, QueryGrowth
 from loramux_shared.bases.formats.scheme import Quantization
 from loramux_shared.bases.groups import GroupShape, distinct, features_of, named_apart
 from loramux_shared.bases.layers import LayerSpec
@@ -91,6 +91,11 @@ class ModelConfig:
     def groups(self) -> tuple[GroupShape, ...]:
         """The distinct fused linears of all layers."""
         return distinct(self.layer_groups)
+
+    @cached_property
+    def heads(self) -> tuple[HeadCounts, ...]:
+        """The distinct heads of the layers."""
+        return tuple(dict.fromkeys(layer.mixer.heads for layer in self.layers))
 
     @cached_property
     def windows(self) -> tuple[int | None, ...]:

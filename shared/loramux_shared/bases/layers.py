@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from loramux_shared.bases.attention import AttentionSpec
+from loramux_shared.bases.attention import AttentionSpec, HeadCounts
 from loramux_shared.bases.groups import GroupShape, attention_groups, expert_groups, mlp_groups, shared_groups
 from loramux_shared.bases.rope import RopeSpec
 
@@ -19,6 +19,11 @@ class AttentionLayer:
     num_heads: int
     num_kv_heads: int
     head_dim: int
+
+    @property
+    def heads(self) -> HeadCounts:
+        """How many heads, of which size."""
+        return HeadCounts(self.num_heads, self.num_kv_heads, self.head_dim)
 
     @property
     def q_features(self) -> int:

@@ -56,7 +56,17 @@ class Still:
     magnitude: float = 1.0
 
 
-Scaling = Linear | Llama3 | Yarn | LongRope | Still
+@dataclass(frozen=True)
+class Proportional:
+    """The first pairs alone, with the frequencies that they have among all; the others do not turn."""
+
+    pairs: int
+    factor: float
+    """That frequencies are divided by."""
+    magnitude: float = 1.0
+
+
+Scaling = Linear | Llama3 | Yarn | LongRope | Still | Proportional
 """How frequencies are stretched for longer contexts."""
 
 
