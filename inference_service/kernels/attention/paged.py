@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from inference_service.core.sequence import NOWHERE
 from loramux_shared.bases.attention import AttentionSpec
 
 
@@ -29,6 +30,15 @@ class Context(NamedTuple):
     """The sequence's cache blocks."""
     end: int
     """Tokens of context, the chunk included."""
+    tables: tuple[Sequence[int], ...] = ()
+    """Cache blocks for each group of layers that see equally far; none: all have the same. GONE stands for those
+    that no row of the chunk sees."""
+    slot: int = NOWHERE
+    """Where the sequence's state is."""
+
+    def table(self, group: int) -> Sequence[int]:
+        """The cache blocks of a group of layers."""
+        return self.tables[group] if self.tables else self.blocks
 
 
 @dataclass(frozen=True)
