@@ -92,8 +92,8 @@ class Sequence:
     began_s: float | None = None
     """When the first step that computes it was submitted, on the clock of ``time.monotonic``."""
     blocks: array[int] = field(default_factory=lambda: array("i"))
-    """Cache blocks, in the order of the tokens; int32, so that a step copies them as they are. Of layers that see
-    equally far: those of the first group of them."""
+    """Cache blocks, in the order of the tokens; int32, so that a step copies them as they are. Of layers that
+    see equally far: those of the first group of them."""
     tables: tuple[array[int], ...] = ()
     """The blocks of every group of layers, the first included; GONE where no later row sees one."""
     room: int = 0

@@ -1,7 +1,7 @@
 """What sequences hold of the cache, kind by kind: blocks of keys and values, and recurrent states.
 
-Layers that see equally far are a group with blocks of its own (`block_groups.py`); a base with layers that carry
-a state has slots for it (`state_slots.py`). A prefix is found where every kind can serve it.
+Layers that see equally far are a group with blocks of its own (`block_groups.py`); a base with layers that
+carry a state has slots for it (`state_slots.py`). A prefix is found where every kind can serve it.
 """
 
 from __future__ import annotations
@@ -92,9 +92,9 @@ class BlockManager:
         """Give a sequence that holds nothing its prefix, as far as it is found, and room for its tokens.
 
         `num_computed` is set to what was found. The last token is always left to compute, since its row gives
-        the next one; and the whole prompt while log probabilities of it are asked for, since those come from its
-        rows. Layers with a window have room for what it sees and for a step of so many rows; `grow` gives it to
-        them as rows come.
+        the next one; and the whole prompt while log probabilities of it are asked for, since those come from
+        its rows. Layers with a window have room for what it sees and for a step of so many rows; `grow` gives
+        it to them as rows come.
 
         Returns:
             False, with nothing changed, when there are not as many blocks, or none of what must stay spare.

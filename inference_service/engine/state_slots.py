@@ -1,10 +1,11 @@
 """The states of layers that carry one from token to token: a slot for each sequence under way, and snapshots.
 
-A state cannot be cut back, so a prefix is found only where a snapshot of it was taken: at the end of a chunk, and
-of a block. Three places are worth one. Every `spacing` tokens, so that a long prompt which others share is found
-in part. The last full block of a prompt, where the next turn of a conversation goes on, unless the one before is
-so near that little is saved. And the place up to which blocks were found but no state was: somebody else had the
-same prefix, so others will have it too ("Marconi: Prefix Caching for the Era of Hybrid LLMs", Pan et al., 2024).
+A state cannot be cut back, so a prefix is found only where a snapshot of it was taken: at the end of a chunk,
+and of a block. Three places are worth one. Every `spacing` tokens, so that a long prompt which others share is
+found in part. The last full block of a prompt, where the next turn of a conversation goes on, unless the one
+before is so near that little is saved. And the place up to which blocks were found but no state was: somebody
+else had the same prefix, so others will have it too ("Marconi: Prefix Caching for the Era of Hybrid LLMs", Pan
+et al., 2024).
 """
 
 from __future__ import annotations

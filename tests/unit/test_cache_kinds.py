@@ -184,7 +184,8 @@ def _drain(engine: Engine, manager: BlockManager) -> list[StepOutput]:
 
 
 def _expect_sound(engine: Engine, manager: BlockManager) -> None:
-    """Every block is free or held as often as tables have it; what later rows see is there, and nothing else."""
+    """Every block is free or held as often as tables have it; what later rows see is there, and nothing
+    else."""
     running = engine._scheduler.running
     for place, group in enumerate(manager.groups):
         pool = group.pool
@@ -206,9 +207,9 @@ def _expect_sound(engine: Engine, manager: BlockManager) -> None:
 @settings(max_examples=examples(120), deadline=None)
 @given(BASES, st.lists(st.one_of(REQUESTS, st.just("step"), st.integers(0, 9)), min_size=1, max_size=30))
 def test_every_answer_is_what_the_model_says(base: Base, actions: list[object]) -> None:
-    """Whatever layers see, and however little memory there is: with prompts in chunks, shared prefixes, adapters,
-    preemption, stop tokens and aborts at any step, no request is answered otherwise than alone; no block is held
-    twice, none is released that a row needs, and everything comes back at the end."""
+    """Whatever layers see, and however little memory there is: with prompts in chunks, shared prefixes,
+    adapters, preemption, stop tokens and aborts at any step, no request is answered otherwise than alone; no
+    block is held twice, none is released that a row needs, and everything comes back at the end."""
     engine, _, manager = base.engine()
     added: dict[str, tuple[list[int], SamplingParams, int]] = {}
     outputs: list[StepOutput] = []

@@ -31,8 +31,8 @@ class Context(NamedTuple):
     end: int
     """Tokens of context, the chunk included."""
     tables: tuple[Sequence[int], ...] = ()
-    """Cache blocks for each group of layers that see equally far; none: all have the same. GONE stands for those
-    that no row of the chunk sees."""
+    """Cache blocks for each group of layers that see equally far; none: all have the same. GONE stands for
+    those that no row of the chunk sees."""
     slot: int = NOWHERE
     """Where the sequence's state is."""
 
