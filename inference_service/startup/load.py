@@ -187,7 +187,7 @@ def _engine(
         measure=measured if model.device.type == "cuda" else None,
     )
     limits = limits_of(plan.max_seq_len)
-    blocks = BlockManager(plan.num_blocks, block_size, prefix_cache=settings.prefix_cache)
+    blocks = BlockManager(plan.blocks, block_size, model.config.windows, prefix_cache=settings.prefix_cache)
     runner = _runner(base, lora, blocks.num_blocks, block_size, limits)
     if backend.recordable:
         _record(runner, model.device)
