@@ -45,7 +45,7 @@ def test_the_layer_gives_what_the_torch_layer_gives(norm: str, dtype: torch.dtyp
     tables = AttentionTables.allocate(capacity, place)
     tables.load(torch.from_numpy(pack_tables(capacity, CONTEXTS)))
     paged = PagedAttention(CONTEXTS, BLOCK_SIZE, HEADS // KV, dtype, place, (spec.window,))
-    layers: list[Attention] = [TorchAttention(paged, HEADS, KV), TritonAttention(tables)]
+    layers: list[Attention] = [TorchAttention(paged, HEADS, KV), TritonAttention(tables, (spec.window,))]
     norms = _norms(dtype, device)
     caches, outs = [cache.clone() for _ in layers], []
     for layer, (keys, values) in zip(layers, caches, strict=True):

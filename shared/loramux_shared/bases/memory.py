@@ -64,7 +64,8 @@ class MemoryPlan:
     snapshots: int = 0
     """Slots for states beside those of the sequences that may run."""
     spacing: int | None = None
-    """Blocks between two of them, so that all are used where all blocks are by one prompt; None: there are none."""
+    """Blocks between two of them, so that all are used where all blocks are by one prompt; None: there are
+    none."""
 
 
 def plan_memory(
