@@ -121,7 +121,9 @@ class Bench:
         model: Any = SimpleNamespace(
             device=torch.device("cpu"),
             dtype=torch.float32,
-            config=SimpleNamespace(dims=SimpleNamespace(vocab=VOCAB), heads=(HeadCounts(32, 8, 128),)),
+            config=SimpleNamespace(
+                dims=SimpleNamespace(vocab=VOCAB), heads=(HeadCounts(32, 8, 128),), windows=(None,)
+            ),
             new_cache=lambda _: None,
         )
         lora: Any = SimpleNamespace(num_slots=point.loaded)

@@ -110,8 +110,10 @@ class Operations(Protocol):
         """Add x [T, N] times the sigmoid of gate [T, 1] to out [T, N] in place, and return it."""
         ...
 
-    def attention(self, contexts: Sequence[Context], block_size: int) -> Attention:
-        """Plan the attention of a step."""
+    def attention(
+        self, contexts: Sequence[Context], block_size: int, windows: Sequence[int | None]
+    ) -> Attention:
+        """Plan the attention of a step, for groups of layers with these windows."""
         ...
 
     def new_cache(self, num_rows: int, heads: HeadCounts) -> tuple[Tensor, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -11,8 +12,9 @@ import torch
 from torch import Tensor
 
 from inference_service.backends.base import Attention, StepLora, Turn
-from inference_service.backends.long_chunks import split
+from inference_service.backends.long_chunks import LongChunk, split
 from inference_service.backends.torch import TorchOperations, normed, parts
+from inference_service.core.sequence import GONE
 from inference_service.kernels.attention import Context
 from inference_service.kernels.cpu.ops import (
     ADAPTER_FIELDS,
@@ -70,9 +72,11 @@ class NativeOperations(TorchOperations):
         """In one pass."""
         return self.ops.gated(gate_up, activation)
 
-    def attention(self, contexts: Sequence[Context], block_size: int) -> Attention:
+    def attention(
+        self, contexts: Sequence[Context], block_size: int, windows: Sequence[int | None]
+    ) -> Attention:
         """Over the cache where it lies."""
-        return NativeAttention(self.ops, contexts, block_size, self._long_rows)
+        return NativeAttention(self.ops, contexts, block_size, self._long_rows, windows)
 
     def new_cache(self, num_rows: int, heads: HeadCounts) -> tuple[Tensor, Tensor]:
         """In the order in which the compiled attention reads it."""
@@ -91,29 +95,68 @@ class NativeLinear(Linear):
         return self._ops.linear(x, self._tiled, adapters)
 
 
+@dataclass(frozen=True)
+class _Plan:
+    """What the rows of a step see, for the layers of a group."""
+
+    cache_rows: Tensor
+    """[T]: where their keys and values go."""
+    chunks: Chunks
+    short: Chunks
+    """Those that do not attend by torch's products, where that is possible."""
+    long: list[LongChunk]
+
+    @classmethod
+    def make(
+        cls,
+        contexts: Sequence[Context],
+        group: int,
+        block_size: int,
+        dtype: torch.dtype,
+        long_rows: int | None,
+    ) -> _Plan:
+        """Plan a group of layers."""
+        rows: list[int] = []
+        planned: list[Planned] = []
+        for context in contexts:
+            blocks = context.table(group)
+            positions = range(context.end - context.length, context.end)
+            rows += [blocks[at // block_size] * block_size + at % block_size for at in positions]
+            planned.append((context.row, context.length, context.end, _small(blocks, block_size // BLOCK)))
+        chunks = Chunks.make(planned)
+        short, long = split(planned, long_rows, dtype)
+        return cls(torch.tensor(rows, dtype=torch.int64), chunks, Chunks.make(short) if long else chunks, long)
+
+
+def _small(blocks: Sequence[int], parts: int) -> Sequence[int]:
+    """Return the compiled operation's blocks, of which an engine's block has so many parts.
+
+    It begins at a multiple of some blocks and gives what is before the window no weight, but reads it: that
+    must be there. So the sequence's own last block stands for those that are gone.
+    """
+    if parts == 1 and blocks[0] != GONE:
+        return blocks
+    each = np.array(blocks, dtype=np.int32)
+    each[each == GONE] = blocks[-1]
+    return array("i", np.add.outer(each * parts, np.arange(parts, dtype=np.int32)).astype(np.int32).tobytes())
+
+
 class NativeAttention:
     """With the compiled operations: nothing is gathered or copied, but for long chunks where that pays."""
 
     def __init__(
-        self, ops: CpuOps, contexts: Sequence[Context], block_size: int, long_rows: int | None = None
+        self,
+        ops: CpuOps,
+        contexts: Sequence[Context],
+        block_size: int,
+        long_rows: int | None = None,
+        windows: Sequence[int | None] = (None,),
     ) -> None:
         self._ops = ops
-        small_blocks = block_size // BLOCK
-        rows: list[int] = []
-        planned: list[Planned] = []
-        for context in contexts:
-            blocks = context.blocks
-            positions = range(context.end - context.length, context.end)
-            rows += [blocks[at // block_size] * block_size + at % block_size for at in positions]
-            small = blocks
-            if small_blocks > 1:
-                each = np.add.outer(np.array(blocks) * small_blocks, np.arange(small_blocks))
-                small = array("i", each.astype(np.int32).tobytes())
-            planned.append((context.row, context.length, context.end, small))
-        self._cache_rows = torch.tensor(rows, dtype=torch.int64)
-        self._chunks = Chunks.make(planned)
-        short, self._long = split(planned, long_rows, ops.dtype)
-        self._short = Chunks.make(short) if self._long else self._chunks
+        self._plans = {
+            window: _Plan.make(contexts, group, block_size, ops.dtype, long_rows)
+            for group, window in enumerate(windows)
+        }
 
     def turn(self, cos: Tensor, sin: Tensor) -> Turn:
         """float32 [T, rotary]."""
@@ -134,9 +177,10 @@ class NativeAttention:
         if norm is not None:
             heads = normed(heads, len(norm.weight), partial(self._normed, norm))
         q, k, v = heads[:, :queries], heads[:, queries:rotated], heads[:, rotated:]
-        self._ops.rope_write(q, k, v, *turn, self._cache_rows, keys, values)
+        plan = self._plans[spec.window]
+        self._ops.rope_write(q, k, v, *turn, plan.cache_rows, keys, values)
         bounded = spec.window is not None or spec.softcap is not None or sinks is not None
-        chunks, long = (self._chunks, []) if bounded else (self._short, self._long)
+        chunks, long = (plan.chunks, []) if bounded else (plan.short, plan.long)
         out = self._ops.attention(
             q,
             chunks,

@@ -34,13 +34,10 @@ ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
 class TorchOperations(ExpertOperations):
     """In plain torch, on any device."""
 
-    def __init__(
-        self, dtype: torch.dtype, device: torch.device, windows: Sequence[int | None] = (None,)
-    ) -> None:
-        """Take the windows of the model's layers."""
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        """Take what is computed in, and where."""
         self._dtype = dtype
         self._device = device
-        self._windows = windows
 
     def new_linear(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
         """With the library's product."""
@@ -80,9 +77,11 @@ class TorchOperations(ExpertOperations):
         """Three operations."""
         return torch.tanh(logits / cap) * cap
 
-    def attention(self, contexts: Sequence[Context], block_size: int) -> Attention:
+    def attention(
+        self, contexts: Sequence[Context], block_size: int, windows: Sequence[int | None]
+    ) -> Attention:
         """Gather the contexts, once for all layers of a window."""
-        return TorchAttention(PagedAttention(contexts, block_size, self._dtype, self._device, self._windows))
+        return TorchAttention(PagedAttention(contexts, block_size, self._dtype, self._device, windows))
 
     def new_cache(self, num_rows: int, heads: HeadCounts) -> tuple[Tensor, Tensor]:
         """[kv heads, rows, d] each."""

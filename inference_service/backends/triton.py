@@ -83,7 +83,9 @@ class TritonOperations(GroupedOperations, TorchOperations):
         rows.softcap(logits, cap)
         return logits
 
-    def attention(self, contexts: Sequence[Context], block_size: int) -> Attention:
+    def attention(
+        self, contexts: Sequence[Context], block_size: int, windows: Sequence[int | None]
+    ) -> Attention:
         """From tables that are kept for steps of the same size class."""
         num_rows = max(context.row + context.length for context in contexts)
         longest = max(-(-context.end // block_size) for context in contexts)
@@ -97,20 +99,30 @@ class TritonOperations(GroupedOperations, TorchOperations):
                 block_size=block_size,
                 tile=cut.tile if mixed else None,
                 kv_heads=cut.kv_heads,
+                groups=len(windows),
             )
             if capacity not in self._tables:
                 self._tables[capacity] = AttentionTables.allocate(capacity, self._device)
             tables[cut] = self._tables[capacity]
             tables[cut].load(torch.from_numpy(pack_tables(capacity, contexts)))
-        return TritonAttention({heads: tables[cut] for heads, cut in self._cuts.items()})
+        return TritonAttention({heads: tables[cut] for heads, cut in self._cuts.items()}, windows)
 
 
 class TritonAttention:
     """With the kernels for GPUs: norm, rotation and write in one launch, then one to three that attend."""
 
-    def __init__(self, tables: Mapping[HeadCounts, AttentionTables]) -> None:
-        """Take the tables of layers by their heads; they hold the step by the time that the launches run."""
-        self.tables = tables
+    def __init__(
+        self, tables: Mapping[HeadCounts, AttentionTables], windows: Sequence[int | None] = (None,)
+    ) -> None:
+        """Take the tables of layers by their heads, and the windows of the groups that they hold.
+
+        They hold the step by the time that the launches run.
+        """
+        self.tables = {
+            (heads, window): each.of(group)
+            for heads, each in tables.items()
+            for group, window in enumerate(windows)
+        }
 
     def turn(self, cos: Tensor, sin: Tensor) -> Turn:
         """[T, rotary]."""
@@ -128,7 +140,7 @@ class TritonAttention:
     ) -> Tensor:
         """Rows that belong to no chunk are 0."""
         inputs = Inputs(heads, *turn, keys, values, writes=spec.keys_of is None)
-        tables, head_norm = self.tables[inputs.counts], None if norm is None else norm.of_heads
+        tables, head_norm = self.tables[inputs.counts, spec.window], None if norm is None else norm.of_heads
         return attend(inputs, tables, spec, head_norm, sinks).flatten(1)
 
 

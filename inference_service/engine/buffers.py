@@ -40,6 +40,8 @@ class StepCapacity:
     block_size: int
     cuts: tuple[Cut, ...]
     """Those of the model's layers: each has tables for attention of its own."""
+    groups: int
+    """Of layers whose cache blocks are apart."""
     slots: int
     """Slots for adapters, in use or not; 0: there are none."""
     active: int
@@ -50,7 +52,7 @@ class StepCapacity:
         """Of the attention's tables, in the order of the cuts."""
         sizes = self.rows, self.seqs, self.blocks_per_seq, self.block_size
         return tuple(
-            AttentionCapacity(*sizes, cut.tile if self.mixed else None, kv_heads=cut.kv_heads)
+            AttentionCapacity(*sizes, cut.tile if self.mixed else None, cut.kv_heads, self.groups)
             for cut in self.cuts
         )
 
@@ -139,13 +141,13 @@ class StepBuffers:
         return self._inputs.index_select(0, self._sources)
 
     def load(self, rows: Rows) -> None:
-        """Fill all of them for a step of at most ``capacity.rows`` rows, with a copy for every cut."""
+        """Fill all of them for a step of at most ``capacity.rows`` rows, with a copy for every part in use."""
         host = torch.empty(len(self._packed), dtype=torch.int32, pin_memory=self._packed.device.type == "cuda")
-        for used in self._pack(rows, host.numpy()):
-            self._packed[used].copy_(host[used], non_blocking=True)
+        for part in self._pack(rows, host.numpy()):
+            self._packed[part].copy_(host[part], non_blocking=True)
 
     def _pack(self, rows: Rows, host: npt.NDArray[np.int32]) -> list[slice]:
-        """Fill the host's copy; return what of it is used."""
+        """Fill the host's copy; return the parts of it that are used."""
         view = {name: host[where] for name, where in self._sections.items()}
         known = {"tokens": rows.tokens, "positions": rows.positions, "last_rows": rows.last_rows}
         for name, values in known.items():
@@ -162,8 +164,9 @@ class StepBuffers:
             pack_segments(self._segment_capacity, slots, out=view["segments"])
         used, first = [], 0
         for name, capacity in zip(self._tables, self._attention_capacities, strict=True):
-            tables = pack_tables(capacity, rows.contexts, out=view[name])
-            used.append(slice(first, self._sections[name].start + len(tables)))
+            at: int = self._sections[name].start
+            begin, *others = capacity.used(pack_tables(capacity, rows.contexts, out=view[name]))
+            used += [slice(first, at + begin.stop), *(slice(at + p.start, at + p.stop) for p in others)]
             first = self._sections[name].stop
         return used
 

@@ -50,7 +50,7 @@ def choose_backend(settings: InferenceSettings, config: ModelConfig) -> Backend:
             f"LORAMUX_BACKEND=native, but a replica would run on {how}. Change that, or set auto."
         )
     _refuse_deterministic(settings, how)
-    plain = TorchOperations(dtype, device, config.windows)
+    plain = TorchOperations(dtype, device)
     return Backend(device, dtype, plain, lambda: TorchLora(groups, dtype, device), how)
 
 

@@ -77,7 +77,7 @@ def test_the_layer_gives_what_the_torch_layer_gives(
     rope = Rope(RopeSpec(dim - 8, 1e4), dtype, place)
     spec = AttentionSpec(dim**-0.5, window=30, softcap=cap)
     paged = PagedAttention(CONTEXTS, BLOCK_SIZE, dtype, place, (spec.window,))
-    layers: list[Attention] = [TorchAttention(paged), TritonAttention(_tables(COUNTS, place))]
+    layers: list[Attention] = [TorchAttention(paged), TritonAttention(_tables(COUNTS, place), (spec.window,))]
     norms = _norms(dtype, device)
     sinks = torch.randn(COUNTS.queries).to(place) if sunk else None
     caches, outs = [cache.clone() for _ in layers], []
@@ -137,11 +137,11 @@ def test_layers_of_other_heads_have_tables_of_their_own(device: str) -> None:
     place, dtype = torch.device(device), torch.float16
     alike = HeadCounts(12, 2, 24), HeadCounts(12, 2, 48)
     operations = TritonOperations([COUNTS, LARGE, *alike], dtype, place)
-    attention = operations.attention(CONTEXTS, BLOCK_SIZE)
+    attention = operations.attention(CONTEXTS, BLOCK_SIZE, (None,))
     assert isinstance(attention, TritonAttention)
-    found = attention.tables
-    assert found[alike[0]] is found[alike[1]]
-    assert len({id(tables) for tables in found.values()}) == 3
+    found = {counts: tables for (counts, _), tables in attention.tables.items()}
+    assert found[alike[0]].packed is found[alike[1]].packed
+    assert len({id(tables.packed) for tables in found.values()}) == 3
     assert [found[counts].capacity.kv_heads for counts in (COUNTS, LARGE)] == [2, 1]
     for counts in found:
         heads = torch.randn(ROWS, counts.queries + 2 * counts.kv, counts.dim).to(place, dtype)
