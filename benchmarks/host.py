@@ -121,7 +121,7 @@ class Bench:
         model: Any = SimpleNamespace(
             device=torch.device("cpu"),
             dtype=torch.float32,
-            config=SimpleNamespace(dims=dims),
+            config=SimpleNamespace(dims=dims, windows=(None,)),
             new_cache=lambda _: None,
         )
         lora: Any = SimpleNamespace(num_slots=point.loaded)

@@ -83,8 +83,10 @@ class Operations(Protocol):
         """Return tanh(logits / cap) * cap, for which logits may be reused."""
         ...
 
-    def attention(self, contexts: Sequence[Context], block_size: int) -> Attention:
-        """Plan the attention of a step."""
+    def attention(
+        self, contexts: Sequence[Context], block_size: int, windows: Sequence[int | None]
+    ) -> Attention:
+        """Plan the attention of a step, for groups of layers with these windows."""
         ...
 
     def new_cache(self, num_rows: int) -> tuple[Tensor, Tensor]:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from inference_service.backends.base import Attention, StepLora, Turn
-from inference_service.backends.long_chunks import split
+from inference_service.backends.long_chunks import LongChunk, split
 from inference_service.backends.torch import TorchOperations
+from inference_service.core.sequence import GONE
 from inference_service.kernels.attention import Context
 from inference_service.kernels.cpu.ops import (
     ADAPTER_FIELDS,
@@ -69,10 +71,12 @@ class NativeOperations(TorchOperations):
         """In one pass."""
         return self.ops.gated(gate_up, activation)
 
-    def attention(self, contexts: Sequence[Context], block_size: int) -> Attention:
+    def attention(
+        self, contexts: Sequence[Context], block_size: int, windows: Sequence[int | None]
+    ) -> Attention:
         """Over the cache where it lies."""
         heads = self._num_heads, self._kv_heads
-        return NativeAttention(self.ops, contexts, block_size, *heads, self._long_rows)
+        return NativeAttention(self.ops, contexts, block_size, *heads, self._long_rows, windows)
 
     def new_cache(self, num_rows: int) -> tuple[Tensor, Tensor]:
         """In the order in which the compiled attention reads it."""
@@ -91,6 +95,52 @@ class NativeLinear(Linear):
         return self._ops.linear(x, self._tiled, adapters)
 
 
+@dataclass(frozen=True)
+class _Plan:
+    """What the rows of a step see, for the layers of a group."""
+
+    cache_rows: Tensor
+    """[T]: where their keys and values go."""
+    chunks: Chunks
+    short: Chunks
+    """Those that do not attend by torch's products, where that is possible."""
+    long: list[LongChunk]
+
+    @classmethod
+    def make(
+        cls,
+        contexts: Sequence[Context],
+        group: int,
+        block_size: int,
+        dtype: torch.dtype,
+        long_rows: int | None,
+    ) -> _Plan:
+        """Plan a group of layers."""
+        rows: list[int] = []
+        planned: list[Planned] = []
+        for context in contexts:
+            blocks = context.table(group)
+            positions = range(context.end - context.length, context.end)
+            rows += [blocks[at // block_size] * block_size + at % block_size for at in positions]
+            planned.append((context.row, context.length, context.end, _small(blocks, block_size // BLOCK)))
+        chunks = Chunks.make(planned)
+        short, long = split(planned, long_rows, dtype)
+        return cls(torch.tensor(rows, dtype=torch.int64), chunks, Chunks.make(short) if long else chunks, long)
+
+
+def _small(blocks: Sequence[int], parts: int) -> Sequence[int]:
+    """Return the compiled operation's blocks, of which an engine's block has so many parts.
+
+    It begins at a multiple of some blocks and gives what is before the window no weight, but reads it: that
+    must be there. So the sequence's own last block stands for those that are gone.
+    """
+    if parts == 1 and blocks[0] != GONE:
+        return blocks
+    each = np.array(blocks, dtype=np.int32)
+    each[each == GONE] = blocks[-1]
+    return array("i", np.add.outer(each * parts, np.arange(parts, dtype=np.int32)).astype(np.int32).tobytes())
+
+
 class NativeAttention:
     """With the compiled operations: nothing is gathered or copied, but for long chunks where that pays."""
 
@@ -102,27 +152,16 @@ class NativeAttention:
         num_heads: int,
         num_kv_heads: int,
         long_rows: int | None = None,
+        windows: Sequence[int | None] = (None,),
     ) -> None:
         self._ops = ops
         self._num_heads = num_heads
         self._rotated = num_heads + num_kv_heads
         self._group = num_heads // num_kv_heads
-        parts = block_size // BLOCK
-        rows: list[int] = []
-        planned: list[Planned] = []
-        for context in contexts:
-            blocks = context.blocks
-            positions = range(context.end - context.length, context.end)
-            rows += [blocks[at // block_size] * block_size + at % block_size for at in positions]
-            small = blocks
-            if parts > 1:
-                each = np.add.outer(np.array(blocks) * parts, np.arange(parts))
-                small = array("i", each.astype(np.int32).tobytes())
-            planned.append((context.row, context.length, context.end, small))
-        self._cache_rows = torch.tensor(rows, dtype=torch.int64)
-        self._chunks = Chunks.make(planned)
-        short, self._long = split(planned, long_rows, ops.dtype)
-        self._short = Chunks.make(short) if self._long else self._chunks
+        self._plans = {
+            window: _Plan.make(contexts, group, block_size, ops.dtype, long_rows)
+            for group, window in enumerate(windows)
+        }
 
     def turn(self, cos: Tensor, sin: Tensor) -> Turn:
         """float32 [T, rotary]."""
@@ -143,9 +182,10 @@ class NativeAttention:
             heads = self._normed(heads, norm)
         q = heads[:, : self._num_heads]
         k, v = heads[:, self._num_heads : self._rotated], heads[:, self._rotated :]
-        self._ops.rope_write(q, k, v, *turn, self._cache_rows, keys, values)
+        plan = self._plans[spec.window]
+        self._ops.rope_write(q, k, v, *turn, plan.cache_rows, keys, values)
         bounded = spec.window is not None or spec.softcap is not None or sinks is not None
-        chunks, long = (self._chunks, []) if bounded else (self._short, self._long)
+        chunks, long = (plan.chunks, []) if bounded else (plan.short, plan.long)
         out = self._ops.attention(
             q, chunks, keys, values, self._group, spec.scale, spec.softcap or 0.0, spec.window or 0, sinks
         )

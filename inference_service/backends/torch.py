@@ -33,18 +33,11 @@ ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
 class TorchOperations:
     """In plain torch, on any device."""
 
-    def __init__(
-        self,
-        dims: BaseDims,
-        dtype: torch.dtype,
-        device: torch.device,
-        windows: Sequence[int | None] = (None,),
-    ) -> None:
-        """Take the sizes of the model, and the windows of its layers."""
+    def __init__(self, dims: BaseDims, dtype: torch.dtype, device: torch.device) -> None:
+        """Take the sizes of the model."""
         self._num_heads, self._kv_heads, self._head_dim = dims.num_heads, dims.num_kv_heads, dims.head_dim
         self._dtype = dtype
         self._device = device
-        self._windows = windows
 
     def new_linear(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
         """With the library's product."""
@@ -84,10 +77,12 @@ class TorchOperations:
         """Three operations."""
         return torch.tanh(logits / cap) * cap
 
-    def attention(self, contexts: Sequence[Context], block_size: int) -> Attention:
+    def attention(
+        self, contexts: Sequence[Context], block_size: int, windows: Sequence[int | None]
+    ) -> Attention:
         """Gather the contexts, once for all layers of a window."""
         groups = self._num_heads // self._kv_heads
-        plan = PagedAttention(contexts, block_size, groups, self._dtype, self._device, self._windows)
+        plan = PagedAttention(contexts, block_size, groups, self._dtype, self._device, windows)
         return TorchAttention(plan, self._num_heads, self._kv_heads)
 
     def new_cache(self, num_rows: int) -> tuple[Tensor, Tensor]:

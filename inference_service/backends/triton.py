@@ -72,7 +72,9 @@ class TritonOperations(TorchOperations):
         rows.softcap(logits, cap)
         return logits
 
-    def attention(self, contexts: Sequence[Context], block_size: int) -> Attention:
+    def attention(
+        self, contexts: Sequence[Context], block_size: int, windows: Sequence[int | None]
+    ) -> Attention:
         """From tables that are kept for steps of the same size class."""
         num_rows = max(context.row + context.length for context in contexts)
         longest = max(-(-context.end // block_size) for context in contexts)
@@ -85,20 +87,21 @@ class TritonOperations(TorchOperations):
             block_size=block_size,
             tile=tile if mixed else None,
             kv_heads=self._kv_heads,
+            groups=len(windows),
         )
         if capacity not in self._tables:
             self._tables[capacity] = AttentionTables.allocate(capacity, self._device)
         tables = self._tables[capacity]
         tables.load(torch.from_numpy(pack_tables(capacity, contexts)))
-        return TritonAttention(tables)
+        return TritonAttention(tables, windows)
 
 
 class TritonAttention:
     """With the kernels for GPUs: norm, rotation and write in one launch, then one to three that attend."""
 
-    def __init__(self, tables: AttentionTables) -> None:
-        """Take the tables, which hold the step by the time that the launches run."""
-        self._tables = tables
+    def __init__(self, tables: AttentionTables, windows: Sequence[int | None] = (None,)) -> None:
+        """Take the tables, which hold the step by the time that the launches run, and the groups' windows."""
+        self._tables = {window: tables.of(group) for group, window in enumerate(windows)}
 
     def turn(self, cos: Tensor, sin: Tensor) -> Turn:
         """[T, rotary]."""
@@ -117,7 +120,7 @@ class TritonAttention:
         """Rows that belong to no chunk are 0."""
         inputs = Inputs(heads, *turn, keys, values)
         head_norm = None if norm is None else norm.of_heads
-        return attend(inputs, self._tables, spec, head_norm, sinks).flatten(1)
+        return attend(inputs, self._tables[spec.window], spec, head_norm, sinks).flatten(1)
 
 
 class TritonLora:

@@ -40,6 +40,9 @@ class Batch:
     chunks: tuple[Chunk, ...]
     drafts: Mapping[Sequence, list[int]] = field(default_factory=dict)
     """The tokens that are expected behind those that are known, of the chunks that have some."""
+    copies: tuple[Mapping[int, int], ...] = ()
+    """What is copied among the slots of states before the step: those that are written, with those that are
+    read. All of a mapping are read before any is written, and mappings follow one another."""
 
     @property
     def num_tokens(self) -> int:

@@ -11,6 +11,13 @@ from inference_service.core.constraint import Grammar
 from inference_service.core.sampling import SamplingParams
 from loramux_shared.faults import Fault
 
+GONE: Final = -1
+"""In a table of cache blocks: no later row sees this one, and it is another's by now."""
+NOWHERE: Final = -1
+"""The slot of a state that nobody has."""
+NEVER: Final = 2**62
+"""A position that no sequence comes to."""
+
 
 class FinishReason(Enum):
     """Why a sequence ended."""
@@ -85,13 +92,24 @@ class Sequence:
     began_s: float | None = None
     """When the first step that computes it was submitted, on the clock of ``time.monotonic``."""
     blocks: array[int] = field(default_factory=lambda: array("i"))
-    """Cache blocks, in the order of the tokens; int32, so that a step copies them as they are."""
+    """Cache blocks, in the order of the tokens; int32, so that a step copies them as they are. Of layers that
+    see equally far: those of the first group of them."""
+    tables: tuple[array[int], ...] = ()
+    """The blocks of every group of layers, the first included; GONE where no later row sees one."""
+    room: int = 0
+    """Leading tokens for which every group has blocks."""
+    state_slot: int = NOWHERE
+    """Where its state is, in bases whose layers carry one from token to token."""
+    stop: int = NEVER
+    """A position where a chunk of it must end, for its state to be kept."""
+    stops: list[int] = field(default_factory=list)
+    """Those beside the regular ones, which its beginning chose."""
     num_charged: int = 0
     """Leading tokens that its flow was charged for; those that are computed again are not charged again."""
     lane: Any = None
     """Where the scheduler keeps it, with others of its flow and adapter."""
-    num_hashed: int = 0
-    """Leading blocks that are registered in the prefix cache."""
+    num_full: int = 0
+    """Leading blocks that are full and whose tokens are known: those that the prefix cache has heard of."""
     hashes: list[int] = field(default_factory=list)
     """Prefix hashes of leading full blocks, as far as they were asked for; they outlast the blocks."""
     drawing: bytes = b""

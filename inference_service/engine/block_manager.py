@@ -1,17 +1,24 @@
-"""Cache blocks: who holds which, and which hold a known prefix.
+"""What sequences hold of the cache, kind by kind: blocks of keys and values, and recurrent states.
 
-A full block is known by ``hash(parent hash, its tokens)``; the parent of a first block is the adapter's digest
-with the cache salt. Blocks that nobody holds any more keep their content until they are needed for something
-else, least recently used first.
+Layers that see equally far are a group with blocks of its own (`block_groups.py`); a base with layers that
+carry a state has slots for it (`state_slots.py`). A prefix is found where every kind can serve it.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from array import array
+from collections.abc import Mapping
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
-from hashlib import blake2b
+from itertools import cycle
+from typing import Protocol
 
-from inference_service.core.sequence import Sequence
+from inference_service.core.sequence import NEVER, Sequence
+from inference_service.engine.block_groups import BlockGroup
+from inference_service.engine.block_pool import BlockPool
+from inference_service.engine.prefixes import prefix_key
+from inference_service.engine.state_slots import StateSlots
+from loramux_shared.bases.cache import window_blocks
 
 
 @dataclass
@@ -29,144 +36,194 @@ class _Refusal:
     seq: Sequence
     releases: int
     """How often blocks had been released by then."""
-    missing: int | None
-    """The prefix hash of the first block that was not found; None where all were."""
+    missing: tuple[BlockPool, int] | None
+    """A pool without the block behind those that were found, and its key; None where all have it."""
+
+
+class _Kind(Protocol):
+    """Of what a cache keeps."""
+
+    def longest(self, seq: Sequence, most: int) -> int:
+        """Leading blocks of a sequence, most at most, behind which this kind can serve its rows."""
+        ...
 
 
 class BlockManager:
-    """Hands out the blocks of the key-value cache.
+    """Hands out the cache, and finds what it holds of prefixes."""
 
-    Invariant: every block is held (reference count > 0), or free; a free block that holds a known prefix stays
-    findable until it is handed out again.
-    """
-
-    def __init__(self, num_blocks: int, block_size: int, *, prefix_cache: bool = True) -> None:
-        self.num_blocks = num_blocks
+    def __init__(
+        self,
+        num_blocks: int | Seq[int],
+        block_size: int,
+        windows: Seq[int | None] = (None,),
+        *,
+        states: StateSlots | None = None,
+        prefix_cache: bool = True,
+    ) -> None:
+        """Take the blocks of each group of layers, in the order of their windows; one number is for all."""
+        numbers = [num_blocks] * len(windows) if isinstance(num_blocks, int) else num_blocks
+        sizes = zip(numbers, windows, strict=True)
+        self.groups = tuple(BlockGroup(number, block_size, window) for number, window in sizes)
+        self.states = states
         self.block_size = block_size
         self.stats = CacheStats()
+        self._sliding = [place for place, group in enumerate(self.groups) if group.window is not None]
         self._prefix_cache = prefix_cache
-        self._refs = [0] * num_blocks
-        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
-        self._by_hash: dict[int, int] = {}
-        self._hash_of: dict[int, int] = {}
         self._releases = 0
         self._refused: _Refusal | None = None
 
     @property
+    def num_blocks(self) -> int:
+        """Of the largest group: those that see everything, where there are such layers."""
+        return max(group.pool.num_blocks for group in self.groups)
+
+    @property
     def num_free(self) -> int:
-        """Blocks that nobody holds."""
-        return len(self._free)
+        """Of as many, those that nobody holds; of several groups the fullest says which part that is."""
+        if len(self.groups) == 1:
+            return self.groups[0].pool.num_free
+        return int(min(group.pool.num_free / group.pool.num_blocks for group in self.groups) * self.num_blocks)
 
     def blocks_for(self, num_tokens: int) -> int:
         """Blocks that num_tokens fill."""
         return -(-num_tokens // self.block_size)
 
-    def admit(self, seq: Sequence) -> None:
-        """Give a sequence without blocks those that hold its prefix, and set ``num_computed``.
+    def start(self, seq: Sequence, rows: int, spare: float | None = None) -> bool:
+        """Give a sequence that holds nothing its prefix, as far as it is found, and room for its tokens.
 
-        The last token is always left to compute, since its row gives the next one; and the whole prompt while
-        log probabilities of it are asked for, since those come from its rows.
+        `num_computed` is set to what was found. The last token is always left to compute, since its row gives
+        the next one; and the whole prompt while log probabilities of it are asked for, since those come from
+        its rows. Layers with a window have room for what it sees and for a step of so many rows; `grow` gives
+        it to them as rows come.
+
+        Returns:
+            False, with nothing changed, when there are not as many blocks, or none of what must stay spare.
         """
-        for index in range(self._usable(seq)):
-            block = self._by_hash.get(self._hash(seq, index))
-            if block is None:
-                break
-            self._hold(block)
-            seq.blocks.append(block)
-            seq.num_hashed = index + 1
-        seq.num_computed = seq.num_hashed * self.block_size
-
-    def refuse(self, seq: Sequence) -> None:
-        """Take back what `admit` gave to a sequence that does not fit, and remember that it did not."""
-        missing = seq.num_hashed
-        self.release(seq)
-        key = self._hash(seq, missing) if missing < self._usable(seq) else None
-        self._refused = _Refusal(seq, self._releases, key)
+        if not seq.tables:
+            seq.tables = (seq.blocks, *(array("i") for _ in self.groups[1:]))
+        usable = self._usable(seq)
+        known = found = _agreed(self.groups, seq, usable)
+        if self.states is not None:
+            found = _agreed((*self.groups, self.states), seq, known)
+        for group, table in zip(self.groups, seq.tables, strict=True):
+            group.hold(seq, table, found)
+        seq.num_full, seq.num_computed = found, found * self.block_size
+        if not all(group.fits(need, spare) for group, need in self._needs(seq, rows)):
+            self._refuse(seq, found, usable)
+            return False
+        for group, table in zip(self.groups, seq.tables, strict=True):
+            if group.window is None:
+                group.grow(table, self.blocks_for(len(seq.tokens)) - len(table))
+        seq.room = min(map(len, seq.tables)) * self.block_size
+        if self.states is not None:
+            self.states.begin(seq, found, known)
+        self.stats.queried += len(seq.tokens)
+        self.stats.hit += seq.num_computed
+        return True
 
     def still_refused(self, seq: Sequence) -> bool:
         """True when this sequence was refused last, and since then no block was released or found for it."""
         last = self._refused
-        if last is None or last.seq is not seq:
+        if last is None or last.seq is not seq or last.releases != self._releases:
             return False
-        return last.releases == self._releases and last.missing not in self._by_hash
+        return last.missing is None or last.missing[1] not in last.missing[0]
 
-    def count(self, seq: Sequence) -> None:
-        """Count an admission in the statistics."""
-        self.stats.queried += len(seq.tokens)
-        self.stats.hit += seq.num_computed
-
-    def grow(self, seq: Sequence, num_tokens: int) -> bool:
+    def grow(self, seq: Sequence, num_tokens: int, spare: float | None = None) -> bool:
         """Make room for the first num_tokens of a sequence; False, with nothing changed, when there is none."""
-        if num_tokens <= len(seq.blocks) * self.block_size:
+        if num_tokens <= seq.room:
             return True
-        missing = self.blocks_for(num_tokens) - len(seq.blocks)
-        if missing > len(self._free):
+        count = self.blocks_for(num_tokens)
+        each = [
+            (group, table, count - len(table)) for group, table in zip(self.groups, seq.tables, strict=True)
+        ]
+        if not all(missing <= 0 or group.fits(missing, spare) for group, _, missing in each):
             return False
-        for _ in range(missing):
-            block, _ = self._free.popitem(last=False)
-            self._forget(block)
-            self._refs[block] = 1
-            seq.blocks.append(block)
+        for group, table, missing in each:
+            group.grow(table, missing)
+        seq.room = count * self.block_size
         return True
 
     def register(self, seq: Sequence) -> None:
-        """Make the full, computed blocks of a sequence findable, as far as their tokens are known."""
-        if not self._prefix_cache or seq.num_computed < (seq.num_hashed + 1) * self.block_size:
+        """Make the full, computed blocks of a sequence findable, as far as their tokens are known.
+
+        Those that no later row sees are given back, and where its state is wanted it is kept.
+        """
+        if seq.num_computed < (seq.num_full + 1) * self.block_size:
             return
         known = min(seq.num_computed, len(seq.tokens))
-        while (seq.num_hashed + 1) * self.block_size <= known:
-            key, block = self._hash(seq, seq.num_hashed), seq.blocks[seq.num_hashed]
-            if key not in self._by_hash:
-                self._by_hash[key] = block
-                self._hash_of[block] = key
-            seq.num_hashed += 1
+        while (seq.num_full + 1) * self.block_size <= known:
+            if self._prefix_cache:
+                key = prefix_key(seq, seq.num_full, self.block_size)
+                for group, table in zip(self.groups, seq.tables, strict=True):
+                    group.pool.note(key, table[seq.num_full])
+            seq.num_full += 1
+        for place in self._sliding:
+            self._releases += self.groups[place].leave_behind(seq.tables[place], known)
+        if self.states is not None:
+            self.states.reached(seq)
 
     def release(self, seq: Sequence) -> None:
-        """Take all blocks of a sequence back; its tail is reused first, its prefix last."""
-        for block in reversed(seq.blocks):
-            self._refs[block] -= 1
-            if not self._refs[block]:
-                self._free[block] = None
-                if block not in self._hash_of:
-                    self._free.move_to_end(block, last=False)
-        del seq.blocks[:]
-        seq.num_computed = seq.num_hashed = 0
+        """Take everything that a sequence holds back."""
+        for group, table in zip(self.groups, seq.tables, strict=False):
+            group.release(table)
+        if self.states is not None:
+            self.states.release(seq)
+        seq.num_computed = seq.num_full = seq.room = 0
+        seq.stop = NEVER
         self._releases += 1
 
+    def keep(self) -> None:
+        """Keep the states that the last step left, where they are wanted; before anybody is given a slot."""
+        if self.states is not None:
+            self.states.keep()
+
+    def copies(self) -> tuple[Mapping[int, int], ...]:
+        """What the next step must copy among states before it begins, as `Batch` has it."""
+        return () if self.states is None else self.states.copies()
+
     def forget_all(self) -> None:
-        """Let no block be found again: what they hold is in doubt after a step that failed."""
-        self._by_hash.clear()
-        self._hash_of.clear()
+        """Let nothing be found again: what it holds is in doubt after a step that failed."""
+        for group in self.groups:
+            group.pool.forget_all()
+        if self.states is not None:
+            self.states.forget_all()
 
-    def _hold(self, block: int) -> None:
-        if not self._refs[block]:
-            del self._free[block]
-        self._refs[block] += 1
+    def _needs(self, seq: Sequence, rows: int) -> list[tuple[BlockGroup, int]]:
+        """How many blocks more each group must have before a sequence begins."""
+        whole = self.blocks_for(len(seq.tokens))
+        needs = []
+        for group, table in zip(self.groups, seq.tables, strict=True):
+            missing = whole - len(table)
+            if group.window is not None:
+                held = len(table) - group.first_seen(seq.num_computed)
+                missing = min(missing, window_blocks(group.window, rows, self.block_size) - held)
+            needs.append((group, missing))
+        return needs
 
-    def _forget(self, block: int) -> None:
-        key = self._hash_of.pop(block, None)
-        if key is not None:
-            del self._by_hash[key]
+    def _refuse(self, seq: Sequence, found: int, usable: int) -> None:
+        """Take back what a sequence was given that does not fit, and remember that it did not."""
+        lacking = (group.pool for group in self.groups if found < usable and not group.knows(seq, found))
+        pool = next(lacking, None)
+        for group, table in zip(self.groups, seq.tables, strict=True):
+            group.release(table)
+        seq.num_computed = seq.num_full = 0
+        self._releases += 1
+        missing = None if pool is None else (pool, prefix_key(seq, found, self.block_size))
+        self._refused = _Refusal(seq, self._releases, missing)
 
     def _usable(self, seq: Sequence) -> int:
         """Leading blocks that a sequence may take from the prefix cache."""
         cached = self._prefix_cache and not seq.scores_prompt
         return (len(seq.tokens) - 1) // self.block_size if cached else 0
 
-    def _hash(self, seq: Sequence, index: int) -> int:
-        """The prefix hash of a full block; a sequence keeps it, for its tokens only become more."""
-        known, size = seq.hashes, self.block_size
-        while len(known) <= index:
-            parent = known[-1] if known else _seed(seq)
-            tokens = seq.tokens[len(known) * size : (len(known) + 1) * size]
-            known.append(_digest(",".join(map(str, (parent, *tokens)))))
-        return known[index]
 
-
-def _seed(seq: Sequence) -> int:
-    digest = seq.adapter.digest if seq.adapter else ""
-    return _digest(f"{digest}:{seq.cache_salt}") if digest or seq.cache_salt else 0
-
-
-def _digest(text: str) -> int:
-    return int.from_bytes(blake2b(text.encode(), digest_size=16).digest())
+def _agreed(kinds: Seq[_Kind], seq: Sequence, most: int) -> int:
+    """Return the most leading blocks behind which every kind can serve."""
+    agreed = 0
+    for kind in cycle(kinds):
+        if agreed == len(kinds) or not most:
+            break
+        found = kind.longest(seq, most)
+        agreed = agreed + 1 if found == most else 1
+        most = found
+    return most

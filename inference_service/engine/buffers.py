@@ -40,6 +40,8 @@ class StepCapacity:
     block_size: int
     kv_heads: int
     """Of the model: what attention's items are balanced for."""
+    groups: int
+    """Of layers whose cache blocks are apart."""
     slots: int
     """Slots for adapters, in use or not; 0: there are none."""
     active: int
@@ -49,7 +51,8 @@ class StepCapacity:
     def attention(self) -> AttentionCapacity:
         """Of the attention's tables."""
         rows, seqs, blocks = self.rows, self.seqs, self.blocks_per_seq
-        return AttentionCapacity(rows, seqs, blocks, self.block_size, self.tile, kv_heads=self.kv_heads)
+        size, tile = self.block_size, self.tile
+        return AttentionCapacity(rows, seqs, blocks, size, tile, self.kv_heads, self.groups)
 
     @property
     def segments(self) -> SegmentCapacity | None:
@@ -127,13 +130,13 @@ class StepBuffers:
         return self._inputs.index_select(0, self._sources)
 
     def load(self, rows: Rows) -> None:
-        """Fill all of them for a step of at most ``capacity.rows`` rows, with one copy."""
+        """Fill all of them for a step of at most ``capacity.rows`` rows, a copy for each group of layers."""
         host = torch.empty(len(self._packed), dtype=torch.int32, pin_memory=self._packed.device.type == "cuda")
-        used = self._pack(rows, host.numpy())
-        self._packed[:used].copy_(host[:used], non_blocking=True)
+        for part in self._pack(rows, host.numpy()):
+            self._packed[part].copy_(host[part], non_blocking=True)
 
-    def _pack(self, rows: Rows, host: npt.NDArray[np.int32]) -> int:
-        """Fill the host's copy; return how many elements of it are used."""
+    def _pack(self, rows: Rows, host: npt.NDArray[np.int32]) -> list[slice]:
+        """Fill the host's copy; return the parts of it that are used."""
         view = {name: host[where] for name, where in self._sections.items()}
         known = {"tokens": rows.tokens, "positions": rows.positions, "last_rows": rows.last_rows}
         for name, values in known.items():
@@ -149,8 +152,9 @@ class StepBuffers:
                 slots[segment.start : segment.end] = segment.slot
             pack_segments(self._segment_capacity, slots, out=view["segments"])
         tables = pack_tables(self._attention_capacity, rows.contexts, out=view["attention"])
-        first: int = self._sections["attention"].start
-        return first + len(tables)
+        at: int = self._sections["attention"].start
+        first, *others = self._attention_capacity.used(tables)
+        return [slice(0, at + first.stop), *(slice(at + part.start, at + part.stop) for part in others)]
 
 
 def _fill_sampling(fields: npt.NDArray[np.int32], rows: Rows) -> None:

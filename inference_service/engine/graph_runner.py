@@ -16,7 +16,7 @@ from inference_service.engine.graphs import Graph, Recorder
 from inference_service.engine.logprobs import score_prompt
 from inference_service.engine.plan import SchedulerLimits
 from inference_service.engine.rows import Rows, lay_out
-from inference_service.engine.runner import Runner
+from inference_service.engine.runner import Blocks, Runner
 from inference_service.engine.shaping import Shaper
 from inference_service.engine.step import Pending
 from inference_service.engine.transfer import Reading
@@ -48,12 +48,13 @@ class GraphRunner(Runner):
         self,
         model: Decoder,
         lora: SegmentedLora,
-        num_blocks: int,
+        num_blocks: int | Blocks,
         block_size: int,
         limits: SchedulerLimits,
         recorder: Recorder,
+        slots: int = 0,
     ) -> None:
-        super().__init__(model, lora, num_blocks, block_size)
+        super().__init__(model, lora, num_blocks, block_size, slots)
         self.depth = 1
         self._segmented = lora
         self._limits = limits
@@ -125,7 +126,7 @@ class GraphRunner(Runner):
             buffers.tokens(),
             buffers.positions,
             rows,
-            TritonAttention(buffers.attention),
+            TritonAttention(buffers.attention, self._model.config.windows),
             self._cache,
             self._lora if segments is not None else None,
         )
@@ -161,6 +162,7 @@ class GraphRunner(Runner):
             blocks_per_seq=-(-self._limits.max_seq_len // self._block_size),
             block_size=self._block_size,
             kv_heads=self._model.config.dims.num_kv_heads,
+            groups=len(self._model.config.windows),
             slots=self._segmented.num_slots,
             active=self._limits.max_adapters,
         )

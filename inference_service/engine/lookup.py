@@ -74,7 +74,6 @@ class Lookup:
         running: Iterable[Sequence],
         limits: SchedulerLimits,
         blocks: BlockManager,
-        watermark: int,
     ) -> None:
         """Fill a small step with drafts of those that decode; they take nobody's rows or blocks."""
         rows = sum(plan.lengths.values())
@@ -90,9 +89,7 @@ class Lookup:
             left = min(seq.sampling.max_tokens - seq.num_known, limits.max_seq_len - len(seq.tokens)) - 1
             most = min(room, left)
             draft = self.draft(seq, most) if most > 0 else []
-            reach = len(seq.tokens) + len(draft)
-            needed = blocks.blocks_for(reach) - len(seq.blocks)
-            if draft and needed + watermark <= blocks.num_free and blocks.grow(seq, reach):
+            if draft and blocks.grow(seq, len(seq.tokens) + len(draft), limits.watermark):
                 plan.drafts[seq] = draft
                 plan.lengths[seq] += len(draft)
                 room -= len(draft)

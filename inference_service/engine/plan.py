@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from inference_service.core.batch import Batch, Chunk
 from inference_service.core.sequence import Sequence
+from inference_service.engine.block_manager import BlockManager
 from inference_service.engine.lanes import Lane
 from inference_service.engine.pace import BRIEF, TIMES, TIMES_OF_BRIEF, Load, Pace
 
@@ -75,11 +76,11 @@ class Plan:
         """Rows of a prompt that find room, beside those that it has."""
         given = self.lengths.get(seq, 0)
         rows = self.pace.rows(seq.num_computed + given, self.seconds)
-        return int(min(seq.num_pending - given, self.budget, rows))
+        return int(min(self.left(seq), self.budget, rows))
 
     def left(self, seq: Sequence) -> int:
-        """Rows of a prompt that it has not been given."""
-        return seq.num_pending - self.lengths.get(seq, 0)
+        """Rows of a prompt that it has not been given, up to where its chunk must end."""
+        return min(seq.num_pending, seq.stop - seq.num_computed) - self.lengths.get(seq, 0)
 
     def give(self, seq: Sequence, rows: int) -> None:
         """Let a step have rows of a prompt, behind those that it has."""
@@ -96,10 +97,13 @@ class Plan:
         area = sum(length * (start + length / 2) for length, start in chunks)
         return Load(len(self.lengths) - len(chunks), rows, area)
 
-    def batch(self) -> Batch:
-        """Return it as it is."""
+    def batch(self, blocks: BlockManager) -> Batch:
+        """Return it as it is, with what must be copied in the cache before it."""
+        if not self.lengths:
+            return Batch(())
         if not self.drafts:
-            return Batch(tuple([Chunk(seq, length) for seq, length in self.lengths.items()]))
+            chunks = [Chunk(seq, length) for seq, length in self.lengths.items()]
+            return Batch(tuple(chunks), copies=blocks.copies())
         drafted = self.drafts
         chunks = [Chunk(seq, length, len(drafted.get(seq, ()))) for seq, length in self.lengths.items()]
-        return Batch(tuple(chunks), drafted)
+        return Batch(tuple(chunks), drafted, blocks.copies())

@@ -50,7 +50,7 @@ def lay_out(batch: Batch, drawn: Mapping[Sequence, int]) -> Rows:
     for chunk in rows.arrangement.chunks:
         seq, row, start, length = chunk.seq, len(rows.tokens), chunk.start, chunk.length
         end = start + length
-        rows.contexts.append(Context(row, length, seq.blocks, end))
+        rows.contexts.append(Context(row, length, seq.blocks, end, seq.tables, seq.state_slot))
         rows.positions.extend(range(start, end))
         if start == len(seq.tokens):
             rows.tokens.append(0)

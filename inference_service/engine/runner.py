@@ -16,17 +16,26 @@ from inference_service.engine.sampler import sample
 from inference_service.engine.step import Pending
 from inference_service.engine.transfer import to_device
 from inference_service.models.decoder import Decoder
+from inference_service.models.step import CacheSize
+
+Blocks = tuple[int, ...]
+"""Of each group of layers that see equally far."""
 
 
 class Runner:
     """Runs batches through a model and its cache, operation by operation."""
 
-    def __init__(self, model: Decoder, lora: StepLora, num_blocks: int, block_size: int) -> None:
+    def __init__(
+        self, model: Decoder, lora: StepLora, num_blocks: int | Blocks, block_size: int, slots: int = 0
+    ) -> None:
+        """Make a cache: blocks of every group of layers, one number for all of them, and slots of states."""
+        windows = len(model.config.windows)
+        blocks = (num_blocks,) * windows if isinstance(num_blocks, int) else num_blocks
         self.depth = 1 if model.device.type == "cuda" else 0
         self._model = model
         self._lora = lora
         self._block_size = block_size
-        self._cache = model.new_cache(num_blocks * block_size)
+        self._cache = model.new_cache(CacheSize(tuple([number * block_size for number in blocks]), slots))
         self._drawn: dict[Sequence, int] = {}
         self._ids = torch.empty(0, dtype=torch.int64, device=model.device)
 
@@ -40,6 +49,9 @@ class Runner:
     @torch.inference_mode()
     def submit(self, batch: Batch) -> Pending:
         """Begin a step."""
+        for copies in batch.copies:
+            slots = to_device([*copies.values(), *copies], self._model.device)
+            self._cache.copy_states(slots[: len(copies)], slots[len(copies) :])
         rows = lay_out(batch, self._drawn)
         pending = self._step(rows)
         self._drawn = {seq: place for place, seq in enumerate(rows.sampled)}

@@ -71,7 +71,6 @@ class Scheduler:
         self._residents = residents
         self._seen = -1
         self._starved: list[Lane] = []
-        self._watermark = max(1, int(limits.watermark * blocks.num_blocks))
         self._numbers = itertools.count()
 
     @property
@@ -103,6 +102,7 @@ class Scheduler:
 
     def schedule(self) -> Batch:
         """Choose the chunks of the next step; empty when there is nothing to do."""
+        self.blocks.keep()
         plan = Plan(self.limits.max_tokens, self.pace)
         plan.bound = self._bring_in(plan)
         decodes: list[Sequence] = []
@@ -117,8 +117,8 @@ class Scheduler:
             self._take_turns(plan)
         self._load = plan.load()
         if self.limits.speculative_tokens and not plan.short:
-            self.lookup.fill(plan, self.running, self.limits, self.blocks, self._watermark)
-        return plan.batch()
+            self.lookup.fill(plan, self.running, self.limits, self.blocks)
+        return plan.batch(self.blocks)
 
     def commit(self, batch: Batch, now_s: float) -> None:
         """Note that a batch was submitted: for every later step, its keys and values are in the cache."""
@@ -172,7 +172,7 @@ class Scheduler:
 
     def _decode(self, decodes: list[Sequence], plan: Plan) -> None:
         """Give those that decode their row; who is furthest ahead gives up the blocks that they lack."""
-        size, lengths, reached = self.blocks.block_size, plan.lengths, self.limits.reached
+        lengths, reached = plan.lengths, self.limits.reached
         for seq in decodes:
             if not plan.budget:
                 return
@@ -180,7 +180,7 @@ class Scheduler:
                 continue
             lengths[seq] = 1
             plan.budget -= 1
-            if seq.num_computed >= len(seq.blocks) * size:
+            if seq.num_computed >= seq.room:
                 self._grow(seq, plan)
 
     def _grow(self, seq: Sequence, plan: Plan) -> None:
@@ -238,6 +238,7 @@ class Scheduler:
         shorter = self._shorter(long, plan)
         while not plan.full and (seq := next(shorter, None)) is not None:
             plan.give(seq, plan.fitting(seq))
+            self._grow(seq, plan)
         plan.budget += kept
         plan.seconds += kept_s
 
@@ -355,17 +356,12 @@ class Scheduler:
         self.preemptions += 1
 
     def _start(self, seq: Sequence) -> bool:
-        """Give a sequence blocks for its whole context; False, with nothing changed, when it does not fit."""
+        """Give a sequence room for its whole context; False, with nothing changed, when it does not fit."""
         if self.blocks.still_refused(seq):
             return False
-        self.blocks.admit(seq)
-        needed = self.blocks.blocks_for(len(seq.tokens)) - len(seq.blocks)
-        reserve = self._watermark if self.running else 0
-        if needed + reserve > self.blocks.num_free:
-            self.blocks.refuse(seq)
+        spare = self.limits.watermark if self.running else None
+        if not self.blocks.start(seq, self.limits.max_tokens, spare):
             return False
-        self.blocks.grow(seq, len(seq.tokens))
-        self.blocks.count(seq)
         if not seq.num_generated:
             seq.num_cached = seq.num_computed
         return True

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from inference_service.lora.weights import AdapterWeights
 from inference_service.models.checkpoint import Tensors
 from inference_service.models.layer import read_layer
 from inference_service.models.reader import Reader
-from inference_service.models.step import Cache, Step
+from inference_service.models.step import Cache, CacheSize, Step
 from loramux_shared.bases.attention import QueryGrowth
 from loramux_shared.bases.config import ModelConfig
 
@@ -38,7 +39,7 @@ class Decoder:
             CheckpointInvalid: a tensor is missing or has another shape than config.json implies.
         """
         self.dtype, self.device = checkpoint.dtype, checkpoint.device
-        self._operations = operations or TorchOperations(config.dims, self.dtype, self.device, config.windows)
+        self._operations = operations or TorchOperations(config.dims, self.dtype, self.device)
         reader = Reader(checkpoint, config, self.dtype, self._operations.new_linear)
         self._embedding, head = reader.tables()
         self.config = replace(config, tied_embeddings=head is self._embedding)
@@ -61,13 +62,16 @@ class Decoder:
         for index in range(self.config.dims.num_layers):
             self._layers.append(read_layer(reader.layer(index)))
 
-    def new_cache(self, num_rows: int) -> Cache:
-        """Return an empty cache of num_rows tokens, a multiple of the block size."""
-        return Cache(tuple(layer.mixer.new_cache(self._operations, num_rows) for layer in self._layers))
+    def new_cache(self, size: CacheSize) -> Cache:
+        """Return an empty cache."""
+        mixers = [layer.mixer for layer in self._layers]
+        caches = [mixer.new_cache(self._operations, size) for mixer in mixers]
+        states = [cache for mixer, cache in zip(mixers, caches, strict=True) if mixer.stateful]
+        return Cache(tuple(caches), tuple(chain.from_iterable(states)))
 
     def attention(self, contexts: Sequence[Context], block_size: int) -> Attention:
         """Plan the attention of a step."""
-        return self._operations.attention(contexts, block_size)
+        return self._operations.attention(contexts, block_size, self.config.windows)
 
     @torch.inference_mode()
     def hidden(

@@ -12,7 +12,7 @@ from inference_service.layers.norm import RMSNorm
 from inference_service.models.blocks.attention import AttentionBlock
 from inference_service.models.blocks.mlp import MlpBlock
 from inference_service.models.reader import LayerReader
-from inference_service.models.step import LayerCache, Step
+from inference_service.models.step import CacheSize, LayerCache, Step
 
 
 class Block(Protocol):
@@ -26,8 +26,13 @@ class Block(Protocol):
 class Mixer(Block, Protocol):
     """The part that mixes the rows of a sequence, and keeps what later rows need."""
 
-    def new_cache(self, operations: Operations, num_rows: int) -> LayerCache:
-        """Return an empty cache of num_rows tokens, a multiple of the block size."""
+    @property
+    def stateful(self) -> bool:
+        """Whether what it keeps is a state of each sequence, in slots, instead of its tokens, in blocks."""
+        ...
+
+    def new_cache(self, operations: Operations, size: CacheSize) -> LayerCache:
+        """Return an empty cache."""
         ...
 
 

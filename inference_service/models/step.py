@@ -14,10 +14,28 @@ LayerCache = tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
+class CacheSize:
+    """How much layers keep."""
+
+    rows: tuple[int, ...]
+    """Tokens of each group of layers that see equally far, multiples of the block size; in the order of the
+    windows of the config."""
+    slots: int = 0
+    """Of the states of sequences, in layers that carry one."""
+
+
+@dataclass(frozen=True)
 class Cache:
     """What all layers keep of their sequences."""
 
     layers: tuple[LayerCache, ...]
+    states: tuple[Tensor, ...] = ()
+    """Those of their tensors that are states [slots, ...]."""
+
+    def copy_states(self, read: Tensor, written: Tensor) -> None:
+        """Copy states from slots [n] to others [n]; all are read before any is written."""
+        for state in self.states:
+            state.index_copy_(0, written, state.index_select(0, read))
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ def choose_backend(settings: InferenceSettings, config: ModelConfig) -> Backend:
             f"LORAMUX_BACKEND=native, but a replica would run on {how}. Change that, or set auto."
         )
     _refuse_deterministic(settings, how)
-    plain = TorchOperations(dims, dtype, device, config.windows)
+    plain = TorchOperations(dims, dtype, device)
     return Backend(device, dtype, plain, lambda: TorchLora(groups, dtype, device), how)
 
 

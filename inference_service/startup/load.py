@@ -23,7 +23,7 @@ from inference_service.engine.graph_runner import GraphRunner, SegmentedLora
 from inference_service.engine.graphs import CudaRecorder
 from inference_service.engine.plan import SchedulerLimits
 from inference_service.engine.residents import AlwaysResident, Residents
-from inference_service.engine.runner import Runner
+from inference_service.engine.runner import Blocks, Runner
 from inference_service.kernels.cpu.spin import Spinning
 from inference_service.serving.adapter_defaults import AdapterDefaults
 from inference_service.serving.catalog import Catalog, ServedModel
@@ -187,8 +187,8 @@ def _engine(
         measure=measured if model.device.type == "cuda" else None,
     )
     limits = limits_of(plan.max_seq_len)
-    blocks = BlockManager(plan.num_blocks, block_size, prefix_cache=settings.prefix_cache)
-    runner = _runner(base, lora, blocks.num_blocks, block_size, limits)
+    blocks = BlockManager(plan.blocks, block_size, model.config.windows, prefix_cache=settings.prefix_cache)
+    runner = _runner(base, lora, plan.blocks, block_size, limits)
     if backend.recordable:
         _record(runner, model.device)
     return Engine(runner, limits, blocks, residents), limits
@@ -242,16 +242,23 @@ def _generation(name: str, store: Store) -> Generation:
     return generation
 
 
-def _runner(base: Base, lora: LoraBackend, num_blocks: int, block_size: int, limits: SchedulerLimits) -> Runner:
+def _runner(
+    base: Base,
+    lora: LoraBackend,
+    num_blocks: int | Blocks,
+    block_size: int,
+    limits: SchedulerLimits,
+    slots: int = 0,
+) -> Runner:
     """Return a runner with a cache of its own; one that can replay steps has recorded none yet."""
     model = base.model
     if base.backend.recordable:
         segmented = cast(SegmentedLora, lora)  # what `recordable` promises
         runner: Runner = GraphRunner(
-            model, segmented, num_blocks, block_size, limits, CudaRecorder(model.device)
+            model, segmented, num_blocks, block_size, limits, CudaRecorder(model.device), slots
         )
     else:
-        runner = Runner(model, lora, num_blocks, block_size)
+        runner = Runner(model, lora, num_blocks, block_size, slots)
     if limits.speculative_tokens:
         runner.depth = 0  # a draft follows tokens that are known
     return runner

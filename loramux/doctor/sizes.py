@@ -38,17 +38,16 @@ class Sizes:
     """What the largest step needs."""
     kv_bytes: int
     """0 where it does not fit."""
+    kv_tokens: int
+    """That the cache holds."""
     kv_is_set: bool
     """Whether a setting says its size; else it is smaller once adapters are loaded."""
     kv_token_bytes: int
+    kv_behind_bytes: int
+    """Of them, what a token takes that is behind the windows of layers which have one."""
     fits: tuple[Fit, ...]
     refusal: str
     """What a replica would say; empty where it would start."""
-
-    @property
-    def kv_tokens(self) -> int:
-        """Tokens that the cache holds."""
-        return self.kv_bytes // self.kv_token_bytes
 
 
 def read_base(path: Path) -> dict[str, Any]:
@@ -90,10 +89,10 @@ def sizes_of(
     steps, room, refusal = needs.activations + needs.graphs, 0, ""
     try:
         plan = plan_on(device, free_bytes - needs.weights, needs, cache)
-        asked = min(cache.kv_bytes or plan.kv_bytes, cache.most * cache.token_bytes)
+        asked = min(cache.kv_bytes or plan.kv_bytes, cache.num_bytes(cache.most))
         room = free_bytes - needs.weights - steps - asked
     except ResourcesExhausted as fault:
-        plan, refusal = MemoryPlan(0, 0, 0), fault.message
+        plan, refusal = MemoryPlan((), 0, 0, 0), fault.message
     each = {rank: adapter_bytes(config, item, rank) for rank in RANKS}
     return Sizes(
         dtype=dtype,
@@ -101,8 +100,10 @@ def sizes_of(
         weights_bytes=needs.weights,
         steps_bytes=steps,
         kv_bytes=plan.kv_bytes,
+        kv_tokens=plan.tokens,
         kv_is_set=cache.kv_bytes is not None,
         kv_token_bytes=cache.token_bytes,
+        kv_behind_bytes=cache.behind_bytes,
         fits=tuple(Fit(rank, size, room // size) for rank, size in each.items()),
         refusal=refusal,
     )

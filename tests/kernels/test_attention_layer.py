@@ -50,7 +50,7 @@ def test_the_layer_gives_what_the_torch_layer_gives(
     tables = AttentionTables.allocate(capacity, place)
     tables.load(torch.from_numpy(pack_tables(capacity, CONTEXTS)))
     paged = PagedAttention(CONTEXTS, BLOCK_SIZE, HEADS // KV, dtype, place, (spec.window,))
-    layers: list[Attention] = [TorchAttention(paged, HEADS, KV), TritonAttention(tables)]
+    layers: list[Attention] = [TorchAttention(paged, HEADS, KV), TritonAttention(tables, (spec.window,))]
     norms = _norms(dtype, device)
     sinks = torch.randn(HEADS).to(place) if sunk else None
     caches, outs = [cache.clone() for _ in layers], []

@@ -67,7 +67,7 @@ def _attend(
     rows, kv = sum(context.length for context in contexts), len(keys)
     dim = keys.shape[2] // 16
     fused = torch.randn(rows, heads + 2 * kv, dim).to(ops.dtype)
-    attention = NativeAttention(ops, contexts, 16, heads, kv, long_rows)
+    attention = NativeAttention(ops, contexts, 16, heads, kv, long_rows, (spec.window,))
     turn = attention.turn(torch.ones(rows, 1, dim), torch.zeros(rows, 1, dim))
     return attention(fused, turn, keys, values, spec, sinks=sinks)
 

@@ -10,7 +10,8 @@ import pytest
 from safetensors import safe_open
 from structlog.testing import capture_logs
 
-from loramux_shared.bases.memory import GB, Cache, Needs, needs_of, plan_memory
+from loramux_shared.bases.cache import Cache, Kept
+from loramux_shared.bases.memory import GB, Needs, needs_of, plan_memory
 from loramux_shared.bases.read import read_config
 from loramux_shared.faults import ResourcesExhausted
 from loramux_shared.settings import InferenceSettings
@@ -18,21 +19,21 @@ from loramux_shared.storage.memory import MemoryStore
 from tests.support.tiny import SIZES, make_world
 
 NEEDS = Needs(weights=16 * 10**9, adapters=10**9, activations=2 * 10**9, graphs=10**9)
-CACHE = Cache(token_bytes=131072, block_size=16, longest=8192, most=64 * 8192, whole=True)
+CACHE = Cache((Kept(None, 131072),), block_size=16, longest=8192, seqs=64, rows=2048, whole=True)
 """Of Llama-3 8B in bfloat16, for 64 sequences."""
 
 
 def test_the_cache_takes_its_share_of_what_steps_leave() -> None:
     """63 GB free, 3 GB for steps: 90 % of 60 GB, in whole blocks."""
     plan = plan_memory(63 * 10**9, NEEDS, CACHE, share=0.9)
-    assert plan.num_blocks == 54 * 10**9 // 131072 // 16
-    assert plan.kv_bytes == plan.num_blocks * 16 * 131072
+    assert plan.blocks == (54 * 10**9 // 131072 // 16,)
+    assert plan.kv_bytes == plan.blocks[0] * 16 * 131072
     assert plan.max_seq_len == 8192
 
 
 def test_the_cache_is_not_larger_than_its_use_or_its_ceiling() -> None:
     """What all sequences at their longest need is enough; a ceiling is not exceeded."""
-    assert plan_memory(10**12, NEEDS, CACHE, share=0.9).num_blocks == 64 * 8192 // 16
+    assert plan_memory(10**12, NEEDS, CACHE, share=0.9).blocks == (64 * 8192 // 16,)
     plan = plan_memory(10**12, NEEDS, CACHE, share=0.9, ceiling=4 * 10**9)
     assert 4 * 10**9 - 16 * 131072 < plan.kv_bytes <= 4 * 10**9
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -35,6 +35,8 @@ class AttentionCapacity:
     """Rows of a chunk that one program of prefill takes, see `prefill_tile`; None: chunks have one row."""
     kv_heads: int = 8
     """Heads of keys: an item is a program for each. Only how finely contexts are cut depends on it."""
+    groups: int = 1
+    """Groups of layers whose cache blocks are apart."""
 
     def __post_init__(self) -> None:
         sizes = (
@@ -42,6 +44,7 @@ class AttentionCapacity:
             self.chunks,
             self.blocks_per_chunk,
             self.kv_heads,
+            self.groups,
             1 if self.tile is None else self.tile,
         )
         if min(sizes) < 1:
@@ -100,13 +103,25 @@ class AttentionCapacity:
         """Where each array lies in the one int32 buffer of a step; the blocks, seldom all used, come last."""
         return sections(
             {
-                "cache_rows": self.rows,
+                "cache_rows": self.groups * self.rows,
                 "decodes": ITEM_FIELDS * self.decode_items,
                 "prefills": ITEM_FIELDS * self.prefill_items,
                 "merges": MERGE_FIELDS * self.merges,
-                "blocks": self.chunks * self.blocks_per_chunk,
+                "blocks": self.groups * self.most_blocks,
             }
         )
+
+    @property
+    def most_blocks(self) -> int:
+        """Blocks of all contexts of a step, at most."""
+        return self.chunks * self.blocks_per_chunk
+
+    def used(self, packed: npt.NDArray[np.int32]) -> tuple[slice, ...]:
+        """The parts of the buffer that hold something, where `pack_tables` returned this."""
+        first = self.sections["blocks"].start
+        behind = [first + group * self.most_blocks for group in range(1, self.groups)]
+        num = len(packed) - (behind[-1] if behind else first)
+        return slice(0, first + num), *(slice(start, start + num) for start in behind)
 
     @property
     def _decodes(self) -> tuple[int, int, int]:
@@ -143,14 +158,16 @@ def pack_tables(
     chunks = np.array([(c.row, c.length, c.end) for c in contexts], dtype=np.int64).reshape(-1, 3)
     row, length, end = chunks.T
     first_block = np.cumsum([0, *needed], dtype=np.int64)[:-1]
-    for context, count, first in zip(contexts, needed, first_block.tolist(), strict=True):
-        section["blocks"][first : first + count] = context.blocks[:count]
-
     section["cache_rows"].fill(NOWHERE)
     chunk, within = runs(length)
     positions = (end - length)[chunk] + within
-    blocks = section["blocks"][first_block[chunk] + positions // capacity.block_size]
-    section["cache_rows"][row[chunk] + within] = blocks * capacity.block_size + positions % capacity.block_size
+    for group in range(capacity.groups):
+        blocks = section["blocks"][group * capacity.most_blocks :]
+        for context, count, first in zip(contexts, needed, first_block.tolist(), strict=True):
+            blocks[first : first + count] = context.table(group)[:count]
+        own = blocks[first_block[chunk] + positions // capacity.block_size]
+        own_rows = own * capacity.block_size + positions % capacity.block_size
+        section["cache_rows"][group * capacity.rows + row[chunk] + within] = own_rows
     units = Units(row, length, end - length, first_block)
     one = length == 1
     decodes, merges = DECODE_BALANCE.shared(_of(units, one), capacity.kv_heads, 0)
@@ -162,7 +179,8 @@ def pack_tables(
         _fill(section["prefills"], prefills)
         merges = np.concatenate([merges, more])
     _fill(section["merges"], merges)
-    return packed[: capacity.sections["blocks"].start + sum(needed)]
+    unused = capacity.most_blocks - sum(needed)
+    return packed[: capacity.packed_size - unused]
 
 
 def _of(units: Units, chosen: npt.NDArray[np.bool_]) -> Units:
@@ -195,8 +213,9 @@ def _check_fits(capacity: AttentionCapacity, contexts: Sequence[Context], needed
             raise ValueError(f"a chunk of {context.length} rows, but room for decoding alone")
         if count > capacity.blocks_per_chunk:
             raise ValueError(f"a context of {count} blocks, but room for {capacity.blocks_per_chunk}")
-        if count > len(context.blocks):
-            raise ValueError(f"{context.end} tokens need {count} blocks, got {len(context.blocks)}")
+        least = min(len(context.table(group)) for group in range(capacity.groups))
+        if count > least:
+            raise ValueError(f"{context.end} tokens need {count} blocks, got {least}")
 
 
 @dataclass(frozen=True)
@@ -207,7 +226,7 @@ class AttentionTables:
     packed: Tensor = field(repr=False)
     """int32: the arrays below, in one buffer."""
     cache_rows: Tensor
-    """int32 [rows]: where a row's key and value go, or NOWHERE."""
+    """int32 [groups * rows]: where a row's key and value go, or NOWHERE."""
     decodes: Tensor
     """int32 [decode items, 8] of `Balance.shared`: the chunks of one row; no rows: no item."""
     prefills: Tensor
@@ -215,7 +234,7 @@ class AttentionTables:
     merges: Tensor
     """int32 [merges, 4], likewise: rows that are in pieces; no pieces: nothing to merge."""
     blocks: Tensor
-    """int32 [chunks * blocks_per_chunk]: the cache blocks of all contexts, one after the other."""
+    """int32 [groups * chunks * blocks_per_chunk]: the cache blocks of all contexts, one after the other."""
 
     @classmethod
     def allocate(cls, capacity: AttentionCapacity, device: torch.device | str) -> AttentionTables:
@@ -233,6 +252,15 @@ class AttentionTables:
         )
         tables.load(torch.from_numpy(pack_tables(capacity, [])))
         return tables
+
+    def of(self, group: int) -> AttentionTables:
+        """The tables of one group of layers, in the same memory."""
+        rows, blocks = self.capacity.rows, self.capacity.most_blocks
+        return replace(
+            self,
+            cache_rows=self.cache_rows[group * rows : (group + 1) * rows],
+            blocks=self.blocks[group * blocks : (group + 1) * blocks],
+        )
 
     def load(self, packed: Tensor) -> None:
         """Take over what ``pack_tables`` made: one copy, asynchronous when ``packed`` is pinned."""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from inference_service.core.sequence import NOWHERE
 from loramux_shared.bases.attention import AttentionSpec
 
 
@@ -29,6 +30,15 @@ class Context(NamedTuple):
     """The sequence's cache blocks."""
     end: int
     """Tokens of context, the chunk included."""
+    tables: tuple[Sequence[int], ...] = ()
+    """Cache blocks for each group of layers that see equally far; none: all have the same. GONE stands for
+    those that no row of the chunk sees."""
+    slot: int = NOWHERE
+    """Where the sequence's state is."""
+
+    def table(self, group: int) -> Sequence[int]:
+        """The cache blocks of a group of layers."""
+        return self.tables[group] if self.tables else self.blocks
 
 
 @dataclass(frozen=True)
@@ -52,6 +62,8 @@ class _Decode:
 class _Plan:
     """What the rows of a step see, for layers of one window."""
 
+    write_rows: Tensor
+    """[T]: where their keys and values go in the cache."""
     decode: _Decode | None
     prefills: tuple[_Prefill, ...]
 
@@ -70,21 +82,15 @@ class PagedAttention:
     ) -> None:
         """Plan a step; groups is the number of query heads per kv head, windows are those of the layers."""
         self._groups = groups
-        rows = [_cache_rows(context, block_size) for context in contexts]
-        self.write_rows = torch.cat([r[c.end - c.length :] for r, c in zip(rows, contexts, strict=True)]).to(
-            device
-        )
         decodes = [context.row for context in contexts if context.length == 1]
         self._decode_rows = torch.tensor(decodes, dtype=torch.int64, device=device)
         self._all_decode = len(decodes) == len(contexts)
         longest = max(context.end for context in contexts)
-        plans: dict[int | None, _Plan] = {}
         self._plans: dict[int | None, _Plan] = {}
-        for window in windows:
+        for group, window in enumerate(windows):
             outgrown = window if window is not None and window < longest else None
-            if outgrown not in plans:
-                plans[outgrown] = _plan(contexts, rows, outgrown, dtype, device)
-            self._plans[window] = plans[outgrown]
+            rows = [_cache_rows(context, group, block_size) for context in contexts]
+            self._plans[window] = _plan(contexts, rows, outgrown, dtype, device)
 
     def __call__(
         self,
@@ -100,9 +106,9 @@ class PagedAttention:
 
         sinks [heads] are scores of what every row sees besides, and which has no value.
         """
-        k_cache.index_copy_(1, self.write_rows, k.transpose(0, 1))
-        v_cache.index_copy_(1, self.write_rows, v.transpose(0, 1))
         plan = self._plans[spec.window]
+        k_cache.index_copy_(1, plan.write_rows, k.transpose(0, 1))
+        v_cache.index_copy_(1, plan.write_rows, v.transpose(0, 1))
         out = torch.empty_like(q) if plan.prefills else q
         for prefill in plan.prefills:
             out[prefill.rows] = self._prefill(q, k_cache, v_cache, spec, prefill, sinks)
@@ -196,7 +202,8 @@ def _plan(
         for context, index in zip(contexts, seen, strict=True)
         if context.length > 1
     )
-    return _Plan(_decode(decodes, dtype, device) if decodes else None, prefills)
+    written = torch.cat([index[c.end - c.length :] for index, c in zip(rows, contexts, strict=True)])
+    return _Plan(written.to(device), _decode(decodes, dtype, device) if decodes else None, prefills)
 
 
 def _decode(seen: Sequence[Tensor], dtype: torch.dtype, device: torch.device) -> _Decode:
@@ -214,9 +221,9 @@ def _first_seen(context: Context, window: int | None) -> int:
     return 0 if window is None else max(0, context.end - context.length - window + 1)
 
 
-def _cache_rows(context: Context, block_size: int) -> Tensor:
+def _cache_rows(context: Context, group: int, block_size: int) -> Tensor:
     """[end]: the cache row of every position of the context."""
-    blocks = torch.from_numpy(np.array(context.blocks, dtype=np.int64))
+    blocks = torch.from_numpy(np.array(context.table(group), dtype=np.int64))
     return (blocks[:, None] * block_size + torch.arange(block_size)).view(-1)[: context.end]
 
 

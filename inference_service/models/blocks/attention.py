@@ -6,12 +6,14 @@ from torch import Tensor
 
 from inference_service.backends.base import Operations
 from inference_service.models.reader import LayerReader
-from inference_service.models.step import LayerCache, Step
+from inference_service.models.step import CacheSize, LayerCache, Step
 from loramux_shared.bases.layers import AttentionLayer
 
 
 class AttentionBlock:
     """Attends over the cache, which it writes."""
+
+    stateful = False
 
     def __init__(self, reader: LayerReader, spec: AttentionLayer) -> None:
         """Read the weights.
@@ -24,6 +26,7 @@ class AttentionBlock:
         self._spec = spec
         self._qkv_group, self._o_group = (reader.group(name).name for name in ("attn_q", "attn_dense"))
         self._rope = config.ropes.index(spec.rope)
+        self._window = config.windows.index(spec.attention.window)
         self._qkv = reader.linear("attn_q", names.qkv, bias=config.qkv_bias)
         self._o = reader.linear("attn_dense", (names.o,), bias=config.o_bias)
         self._sinks = None
@@ -39,9 +42,9 @@ class AttentionBlock:
                     reader.norm(names.k_norm, spec.kv_features),
                 )
 
-    def new_cache(self, operations: Operations, num_rows: int) -> LayerCache:
-        """Return an empty cache of num_rows tokens, a multiple of the block size."""
-        return operations.new_cache(num_rows)
+    def new_cache(self, operations: Operations, size: CacheSize) -> LayerCache:
+        """Return an empty cache of keys and values."""
+        return operations.new_cache(size.rows[self._window])
 
     def __call__(self, step: Step, x: Tensor) -> Tensor:
         """Return [T, hidden] for x [T, hidden]."""

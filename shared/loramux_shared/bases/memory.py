@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Final
 
+from loramux_shared.bases.cache import Cache, kept_by
 from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bases.groups import GroupShape
 from loramux_shared.faults import ResourcesExhausted
@@ -50,29 +51,21 @@ class Needs:
 
 
 @dataclass(frozen=True)
-class Cache:
-    """What the cache is asked to hold."""
-
-    token_bytes: int
-    """Keys and values of a token, of all layers."""
-    block_size: int
-    longest: int
-    """Tokens of the longest sequence that may be asked for."""
-    most: int
-    """Tokens of all sequences that are served at once."""
-    whole: bool
-    """Whether a sequence of the longest kind must fit, rather than be cut to what does."""
-    kv_bytes: int | None = None
-    """Its size, where the settings say it."""
-
-
-@dataclass(frozen=True)
 class MemoryPlan:
     """What fits."""
 
-    num_blocks: int
+    blocks: tuple[int, ...]
+    """Of the cache, for each group of layers."""
     max_seq_len: int
     kv_bytes: int
+    """Of the cache, states included."""
+    tokens: int
+    """Whose keys and values the cache holds."""
+    snapshots: int = 0
+    """Slots for states beside those of the sequences that may run."""
+    spacing: int | None = None
+    """Blocks between two of them, so that all are used where all blocks are by one prompt; None: there are
+    none."""
 
 
 def plan_memory(
@@ -89,22 +82,30 @@ def plan_memory(
     steps = needs.activations + needs.graphs
     left = free - steps
     budget = int(share * max(0, left)) if ceiling is None else min(int(share * max(0, left)), ceiling)
-    budget = min(budget if cache.kv_bytes is None else cache.kv_bytes, cache.most * cache.token_bytes)
+    budget = min(budget if cache.kv_bytes is None else cache.kv_bytes, cache.num_bytes(cache.most))
     if left <= 0 or budget > left:
         raise ResourcesExhausted(
             f"beside {_shown(needs)}, {free / GB:.2f} GB are free; steps need {steps / GB:.2f} GB and the "
             f"key-value cache {budget / GB:.2f} GB. Lower LORAMUX_KV_MEMORY_GB, LORAMUX_MAX_BATCH_TOKENS or "
             "LORAMUX_MAX_BATCH_SEQS, or serve fewer adapters."
         )
-    num_blocks = budget // cache.token_bytes // cache.block_size
-    capacity = num_blocks * cache.block_size
+    count = max(0, cache.fitting(budget))
+    capacity = cache.capacity(count)
     if capacity < min(cache.longest, 2 * cache.block_size) or (cache.whole and capacity < cache.longest):
         raise ResourcesExhausted(
-            f"the key-value cache holds {capacity} tokens ({budget / GB:.2f} GB at {cache.token_bytes} bytes a "
-            f"token, beside {_shown(needs)}), and one sequence of max_seq_len={cache.longest} does not fit. "
-            "Raise LORAMUX_KV_MEMORY_GB or lower max_seq_len."
+            f"the key-value cache holds {capacity} tokens ({budget / GB:.2f} GB at {_each(cache)}, beside "
+            f"{_shown(needs)}), and one sequence of max_seq_len={cache.longest} does not fit. "
+            f"Raise LORAMUX_KV_MEMORY_GB or lower max_seq_len."
         )
-    return MemoryPlan(num_blocks, min(cache.longest, capacity), capacity * cache.token_bytes)
+    snapshots = cache.kept_states(count)
+    return MemoryPlan(
+        cache.blocks(count),
+        capacity,
+        cache.num_bytes(count),
+        tokens=max(cache.blocks(count)) * cache.block_size,
+        snapshots=snapshots,
+        spacing=-(-count // snapshots) if snapshots else None,
+    )
 
 
 def plan_on(device: str, free: int, needs: Needs, cache: Cache) -> MemoryPlan:
@@ -166,14 +167,16 @@ def cache_of(
     max_seq_len: int | None = None,
 ) -> Cache:
     """Return what the cache of a model is asked to hold; max_seq_len is what the deployment promises."""
-    longest = min(max_seq_len or config.max_positions, config.max_positions)
+    sizes = settings.sizes(device)
     return Cache(
-        token_bytes=2 * item_bytes * sum(layer.mixer.kv_features for layer in config.layers),
+        groups=kept_by(config, item_bytes),
         block_size=settings.block_size,
-        longest=longest,
-        most=settings.sizes(device).seqs * longest,
+        longest=min(max_seq_len or config.max_positions, config.max_positions),
+        seqs=sizes.seqs,
+        rows=sizes.tokens,
         whole=max_seq_len is not None,
         kv_bytes=int(settings.kv_memory_gb * GB) if settings.kv_memory_gb else None,
+        snapshots=settings.prefix_cache,
     )
 
 
@@ -235,6 +238,11 @@ def mixed_buckets(max_tokens: int) -> Iterator[int]:
 def _every_group(config: ModelConfig) -> Iterator[GroupShape]:
     """Yield the fused linears of all layers."""
     return chain.from_iterable(config.layer_groups)
+
+
+def _each(cache: Cache) -> str:
+    states = f", and {cache.seqs} states of {cache.state_bytes} bytes" if cache.state_bytes else ""
+    return f"{cache.token_bytes} bytes a token{states}"
 
 
 def _shown(needs: Needs) -> str:

@@ -1,0 +1,78 @@
+"""The keys and values of layers that see equally far: one pool of blocks, and of each sequence one table."""
+
+from __future__ import annotations
+
+from array import array
+
+from inference_service.core.sequence import GONE, Sequence
+from inference_service.engine.block_pool import BlockPool
+from inference_service.engine.prefixes import prefix_key
+
+
+class BlockGroup:
+    """The blocks of the layers of one window; None sees everything.
+
+    A table is in the order of the tokens. Of layers with a window it has GONE in the place of blocks that no
+    later row sees: they were given back, or never taken.
+    """
+
+    def __init__(self, num_blocks: int, block_size: int, window: int | None = None) -> None:
+        self.pool = BlockPool(num_blocks)
+        self.window = window
+        self._block_size = block_size
+
+    def first_seen(self, position: int) -> int:
+        """The first block that rows from a position on see."""
+        return 0 if self.window is None else max(0, position - self.window + 1) // self._block_size
+
+    def longest(self, seq: Sequence, most: int) -> int:
+        """Leading blocks, most at most, behind which rows find everything that they see."""
+        if self.window is None:
+            return next((index for index in range(most) if not self.knows(seq, index)), most)
+        length = most
+        for index in range(most - 1, -1, -1):
+            if not self.knows(seq, index):
+                length = index
+            elif index <= self.first_seen(length * self._block_size):
+                return length
+        return length
+
+    def knows(self, seq: Sequence, index: int) -> bool:
+        """Whether the block at a place of a sequence can be found."""
+        return prefix_key(seq, index, self._block_size) in self.pool
+
+    def hold(self, seq: Sequence, table: array[int], count: int) -> None:
+        """Let a sequence without blocks have those of its leading ``count`` that rows behind them see."""
+        first = self.first_seen(count * self._block_size)
+        table.extend([GONE] * first)
+        for index in range(first, count):
+            table.append(self.pool.hold(prefix_key(seq, index, self._block_size)))
+
+    def fits(self, missing: int, spare: float | None) -> bool:
+        """Whether so many blocks are free, and a part of all beside them, a block at least, unless it is
+        None."""
+        rest = 0 if spare is None else max(1, int(spare * self.pool.num_blocks))
+        return missing + rest <= self.pool.num_free
+
+    def grow(self, table: array[int], missing: int) -> None:
+        """Take so many blocks more."""
+        for _ in range(missing):
+            table.append(self.pool.take())
+
+    def leave_behind(self, table: array[int], position: int) -> bool:
+        """Give back the blocks that no row from a position on sees; tell whether there were any."""
+        behind = self.first_seen(position)
+        first = behind
+        while first and table[first - 1] != GONE:
+            first -= 1
+        for index in range(first, behind):
+            self.pool.release(table[index])
+            table[index] = GONE
+        return first < behind
+
+    def release(self, table: array[int]) -> None:
+        """Give all blocks of a table back; its tail is reused first, its beginning last."""
+        for block in reversed(table):
+            if block != GONE:
+                self.pool.release(block)
+        del table[:]

@@ -1,0 +1,30 @@
+"""By what a prefix is known: ``hash(parent hash, the tokens of a block)``.
+
+The parent of a first block is the adapter's digest with the cache salt, so that keys and values, and states, of
+another version are never met, and those of an adapter that left and came back are found again.
+"""
+
+from __future__ import annotations
+
+from hashlib import blake2b
+
+from inference_service.core.sequence import Sequence
+
+
+def prefix_key(seq: Sequence, index: int, block_size: int) -> int:
+    """The key of the first ``index + 1`` blocks of a sequence; it keeps it, for its tokens only become more."""
+    known = seq.hashes
+    while len(known) <= index:
+        parent = known[-1] if known else _seed(seq)
+        tokens = seq.tokens[len(known) * block_size : (len(known) + 1) * block_size]
+        known.append(_digest(",".join(map(str, (parent, *tokens)))))
+    return known[index]
+
+
+def _seed(seq: Sequence) -> int:
+    digest = seq.adapter.digest if seq.adapter else ""
+    return _digest(f"{digest}:{seq.cache_salt}") if digest or seq.cache_salt else 0
+
+
+def _digest(text: str) -> int:
+    return int.from_bytes(blake2b(text.encode(), digest_size=16).digest())

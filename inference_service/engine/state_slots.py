@@ -1,0 +1,126 @@
+"""The states of layers that carry one from token to token: a slot for each sequence under way, and snapshots.
+
+A state cannot be cut back, so a prefix is found only where a snapshot of it was taken: at the end of a chunk,
+and of a block. Three places are worth one. Every `spacing` tokens, so that a long prompt which others share is
+found in part. The last full block of a prompt, where the next turn of a conversation goes on, unless the one
+before is so near that little is saved. And the place up to which blocks were found but no state was: somebody
+else had the same prefix, so others will have it too ("Marconi: Prefix Caching for the Era of Hybrid LLMs", Pan
+et al., 2024).
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import Final
+
+from inference_service.core.sequence import NEVER, NOWHERE, Sequence
+from inference_service.engine.prefixes import prefix_key
+
+NEAR: Final = 4
+"""A prompt's last block has no snapshot of its own where one lies within a spacing divided by this."""
+
+
+class StateSlots:
+    """Hands out slots; those that no sequence has hold snapshots, and the least recently used goes first.
+
+    Copies between slots are noted, and made by the runner before its next step: those of one mapping are all
+    read before any is written, and mappings follow one another.
+    """
+
+    def __init__(self, num_slots: int, block_size: int, spacing: int | None) -> None:
+        """Take a slot for each sequence that may run, and those for snapshots.
+
+        Args:
+            num_slots: all of them.
+            block_size: tokens of a block.
+            spacing: blocks between two snapshots of a long prompt; None: nothing is kept.
+        """
+        self.num_slots = num_slots
+        self._block_size = block_size
+        self._spacing = None if spacing is None else spacing * block_size
+        self._free = list(range(num_slots))
+        self._snapshots: OrderedDict[int, int] = OrderedDict()
+        self._due: list[tuple[Sequence, int, int]] = []
+        self._copies: list[dict[int, int]] = [{}]
+
+    @property
+    def num_free(self) -> int:
+        """Slots that no sequence has."""
+        return len(self._free) + len(self._snapshots)
+
+    def longest(self, seq: Sequence, most: int) -> int:
+        """Leading blocks, most at most, whose state was kept."""
+        keys = ((count, prefix_key(seq, count - 1, self._block_size)) for count in range(most, 0, -1))
+        return next((count for count, key in keys if key in self._snapshots), 0)
+
+    def begin(self, seq: Sequence, found: int, known: int) -> None:
+        """Give a sequence a slot, with the state of the blocks that were found; blocks of known were, too."""
+        key = prefix_key(seq, found - 1, self._block_size) if found else None
+        if key is not None:
+            self._snapshots.move_to_end(key)
+        seq.state_slot = self._take()
+        if key is not None and key in self._snapshots:  # else the sequence has its very slot
+            self._copies[-1][seq.state_slot] = self._snapshots[key]
+        seq.stops = self._wanted(seq, known * self._block_size)
+        seq.stop = self._next(seq)
+
+    def reached(self, seq: Sequence) -> None:
+        """Note where a step that was submitted leaves a sequence: its state is kept before the next one."""
+        if seq.num_computed < seq.stop:
+            return
+        if seq.num_computed == seq.stop:
+            self._due.append((seq, seq.state_slot, seq.stop))
+        seq.stop = self._next(seq)
+
+    def keep(self) -> None:
+        """Give the states that the last step left, and whose tokens are known by now, slots of their own."""
+        kept: dict[int, int] = {}
+        for seq, slot, position in self._due:
+            if position > len(seq.tokens) or not self.num_free:
+                continue
+            key = prefix_key(seq, position // self._block_size - 1, self._block_size)
+            if key not in self._snapshots:
+                self._snapshots[key] = self._take()
+                kept[self._snapshots[key]] = slot
+            self._snapshots.move_to_end(key)
+        self._due.clear()
+        self._copies += [kept, {}]
+
+    def copies(self) -> tuple[Mapping[int, int], ...]:
+        """Return what is to be copied, the slots that are written with those that are read, and forget it."""
+        made = tuple(filter(None, self._copies))
+        self._copies = [{}]
+        return made
+
+    def release(self, seq: Sequence) -> None:
+        """Take a sequence's slot back, if it has one."""
+        if seq.state_slot != NOWHERE:
+            self._free.append(seq.state_slot)
+            seq.state_slot = NOWHERE
+
+    def forget_all(self) -> None:
+        """Let no snapshot be found, and copy nothing."""
+        self._free += self._snapshots.values()
+        self._snapshots.clear()
+        self._due.clear()
+        self._copies = [{}]
+
+    def _take(self) -> int:
+        """A slot that no sequence has: a free one, or else that of the snapshot which was used longest ago."""
+        return self._free.pop() if self._free else self._snapshots.popitem(last=False)[1]
+
+    def _wanted(self, seq: Sequence, known: int) -> list[int]:
+        """Where a sequence should leave its state, beside every spacing."""
+        if self._spacing is None:
+            return []
+        last = (len(seq.tokens) - 1) // self._block_size * self._block_size
+        before = max(known, last // self._spacing * self._spacing)
+        return [known] + [last] * (last - before >= self._spacing / NEAR)
+
+    def _next(self, seq: Sequence) -> int:
+        """The first position behind what is computed where a state is wanted."""
+        if self._spacing is None:
+            return NEVER
+        regular = (seq.num_computed // self._spacing + 1) * self._spacing
+        return min([regular, *(stop for stop in seq.stops if stop > seq.num_computed)])

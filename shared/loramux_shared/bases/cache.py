@@ -1,0 +1,129 @@
+"""What layers keep of a sequence, and how a cache is divided among them.
+
+Layers that see equally far are a group with blocks of its own; layers that carry a state have a slot of it for
+every sequence, and slots for snapshots of prefixes. Everything follows from one number, the blocks of a group
+that sees everything: a group with a window has as many, or what all sequences at once hold of it where that is
+less. A sequence holds no more blocks of a window than it holds of everything, so neither ever lacks blocks that
+the other still has: no other division serves more tokens.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from dataclasses import dataclass
+from typing import Final
+
+from loramux_shared.bases.config import ModelConfig
+
+SNAPSHOTS: Final = 3
+"""Bytes of keys and values for each of snapshots of states."""
+SLACK: Final = 64
+"""A group with a window has one block more for so many: admission leaves some free for those under way."""
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What the layers of a group keep of a token."""
+
+    window: int | None
+    """Positions that they see; None: all."""
+    token_bytes: int
+
+
+@dataclass(frozen=True)
+class Cache:
+    """What the cache is asked to hold."""
+
+    groups: tuple[Kept, ...]
+    """In the order of the model's windows."""
+    block_size: int
+    longest: int
+    """Tokens of the longest sequence that may be asked for."""
+    seqs: int
+    """Sequences that are served at once."""
+    rows: int
+    """Of a step."""
+    whole: bool
+    """Whether a sequence of the longest kind must fit, rather than be cut to what does."""
+    kv_bytes: int | None = None
+    """Its size, where the settings say it."""
+    state_bytes: int = 0
+    """A sequence's state, of all layers that carry one."""
+    snapshots: bool = True
+    """Whether prefixes are kept at all."""
+
+    @property
+    def token_bytes(self) -> int:
+        """Of a token that all layers see."""
+        return sum(group.token_bytes for group in self.groups)
+
+    @property
+    def behind_bytes(self) -> int:
+        """Of a token that is behind all windows."""
+        return sum(group.token_bytes for group in self.groups if group.window is None)
+
+    @property
+    def most(self) -> int:
+        """Blocks of all sequences at their longest."""
+        return self.seqs * self.longest // self.block_size
+
+    def blocks(self, count: int) -> tuple[int, ...]:
+        """The blocks of each group, where one that sees everything has so many."""
+        return tuple(min(count, self._enough(group.window)) for group in self.groups)
+
+    def kept_states(self, count: int) -> int:
+        """Snapshots of states beside so many blocks."""
+        if not self.state_bytes or not self.snapshots:
+            return 0
+        return self._block_bytes(count) // SNAPSHOTS // self.state_bytes
+
+    def num_bytes(self, count: int) -> int:
+        """All of it, where a group that sees everything has so many blocks."""
+        return self._block_bytes(count) + (self.seqs + self.kept_states(count)) * self.state_bytes
+
+    def fitting(self, num_bytes: int) -> int:
+        """The most blocks with which it takes no more than that; below 0: not even the sequences' states
+        fit."""
+        return bisect_right(range(self.most + 1), num_bytes, key=self.num_bytes) - 1
+
+    def capacity(self, count: int) -> int:
+        """Tokens of the longest sequence that may run alone, up to the longest that may be asked for."""
+        alone = [
+            self._alone(number, group) for number, group in zip(self.blocks(count), self.groups, strict=True)
+        ]
+        return min(alone)
+
+    def _block_bytes(self, count: int) -> int:
+        pairs = zip(self.blocks(count), self.groups, strict=True)
+        return self.block_size * sum(number * group.token_bytes for number, group in pairs)
+
+    def _enough(self, window: int | None) -> int:
+        """Blocks that are never lacking: what all sequences hold, each at its place, beside the rows of a
+        step."""
+        if window is None:
+            return self.most
+        held = self.seqs * (window_blocks(window, 1, self.block_size) + 1)
+        enough = held + -(-self.rows // self.block_size)
+        return min(self.most, enough + enough // SLACK + 1)
+
+    def _alone(self, number: int, group: Kept) -> int:
+        if group.window is not None and number >= window_blocks(group.window, self.rows, self.block_size):
+            return self.longest
+        return min(self.longest, number * self.block_size)
+
+
+def window_blocks(window: int, rows: int, block_size: int) -> int:
+    """Return how many blocks a sequence holds at most of a window, in a step with so many rows of it.
+
+    What the first row sees, the rows, a block at each end that is not whole, and one more: a block is given
+    back when the next one is full.
+    """
+    return (window + rows - 3) // block_size + 3
+
+
+def kept_by(config: ModelConfig, item_bytes: int) -> tuple[Kept, ...]:
+    """Return what the groups of a model's layers keep, in the order of its windows."""
+    kept = dict.fromkeys(config.windows, 0)
+    for layer in config.layers:
+        kept[layer.mixer.attention.window] += 2 * layer.mixer.kv_features * item_bytes
+    return tuple(Kept(window, token_bytes) for window, token_bytes in kept.items())

@@ -1,0 +1,244 @@
+"""Caches by kind: blocks of layers that see only so far, and states that are carried from token to token."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import zlib
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from inference_service.core.batch import Batch
+from inference_service.core.sampling import SamplingParams
+from inference_service.core.sequence import GONE, Adapter, Sequence, StepOutput, Token
+from inference_service.engine.block_manager import BlockManager
+from inference_service.engine.engine import Engine
+from inference_service.engine.plan import SchedulerLimits
+from inference_service.engine.residents import AlwaysResident
+from inference_service.engine.rows import lay_out
+from inference_service.engine.state_slots import StateSlots
+from inference_service.engine.step import Pending
+from inference_service.kernels.attention import Context
+from loramux_shared.bases.cache import window_blocks
+from tests.support.examples import examples
+
+BLOCK = 4
+TOKENS = 5
+SEQS = 4
+LONGEST = 64
+HANDLES = [Adapter(f"{number:064x}", number) for number in range(3)]
+Windows = tuple[int | None, ...]
+_ids = itertools.count()
+
+
+@dataclass
+class Device:
+    """A runner whose layers read their caches as attention and a recurrence do; tokens are checksums of it.
+
+    It works in the order of submission, like a stream: what a block or a slot holds is what was written last.
+    """
+
+    depth: int
+    windows: Windows
+    stateful: bool
+    caches: list[dict[int, tuple[int, int]]] = field(default_factory=lambda: [{}, {}, {}])
+    states: dict[int, int] = field(default_factory=dict)
+    drawn: dict[Sequence, int] = field(default_factory=dict)
+    ids: list[int] = field(default_factory=list)
+    lengths: list[dict[str, int]] = field(default_factory=list)
+    copied: list[Mapping[int, int]] = field(default_factory=list)
+
+    def submit(self, batch: Batch) -> Pending:
+        """Copy states, write the rows' tokens, read what the last ones see."""
+        for copies in batch.copies:
+            self.states |= {to: self.states[source] for to, source in copies.items()}
+        self.copied += batch.copies
+        rows = lay_out(batch, self.drawn)
+        given = zip(rows.tokens, rows.sources, strict=True)
+        tokens = [token if source < 0 else self.ids[source] for token, source in given]
+        seen = {}
+        for chunk, context in zip(rows.arrangement.chunks, rows.contexts, strict=True):
+            uid, start = chunk.seq.slot + 1, context.end - context.length
+            own = tokens[context.row : context.row + context.length]
+            for group, cache in zip(range(len(self.windows)), self.caches, strict=False):
+                cache |= {_place(context, group, start + at): (token, uid) for at, token in enumerate(own)}
+            if self.stateful:
+                assert context.slot >= 0
+                state = self.states[context.slot] if start else 0
+                for token in own:
+                    state = _next_state(state, token, uid)
+                self.states[context.slot] = state
+            seen[chunk.seq] = context
+        self.ids = [self._draw(seen[seq], ahead) for seq, ahead in zip(rows.sampled, rows.ahead, strict=True)]
+        self.drawn = {seq: place for place, seq in enumerate(rows.sampled)}
+        self.lengths.append({chunk.seq.id: chunk.length for chunk in batch.chunks})
+        ids = self.ids
+        return Pending(tuple(rows.sampled), lambda: [Token(token) for token in ids], drafts=rows.drafts)
+
+    def _draw(self, context: Context, ahead: int) -> int:
+        del ahead  # nothing is drafted here
+        found = [
+            tuple(self.caches[group][_place(context, group, at)] for at in _seen(context.end, window))
+            for group, window in enumerate(self.windows)
+        ]
+        return _checksum(found, self.states[context.slot] if self.stateful else 0)
+
+
+def _seen(end: int, window: int | None) -> range:
+    return range(0 if window is None else max(0, end - window), end)
+
+
+def _place(context: Context, group: int, position: int) -> int:
+    block = context.table(group)[position // BLOCK]
+    assert block != GONE
+    return block * BLOCK + position % BLOCK
+
+
+def _checksum(found: list[tuple[tuple[int, int], ...]], state: int) -> int:
+    return zlib.crc32(repr((found, state)).encode()) % TOKENS
+
+
+def _next_state(state: int, token: int, uid: int) -> int:
+    return zlib.crc32(repr((state, token, uid)).encode())
+
+
+def _expected(
+    prompt: list[int], sampling: SamplingParams, uid: int, windows: Windows, stateful: bool
+) -> list[int]:
+    tokens, state = list(prompt), 0
+    for token in prompt:
+        state = _next_state(state, token, uid)
+    while len(tokens) < LONGEST and len(tokens) - len(prompt) < sampling.max_tokens:
+        found = [tuple((tokens[at], uid) for at in _seen(len(tokens), window)) for window in windows]
+        tokens.append(_checksum(found, state if stateful else 0))
+        state = _next_state(state, tokens[-1], uid)
+        if tokens[-1] in sampling.stop_token_ids:
+            break
+    return tokens[len(prompt) :]
+
+
+@dataclass(frozen=True)
+class Base:
+    """What an engine serves, and with how much."""
+
+    windows: Windows = (None,)
+    snapshots: int | None = None
+    """None: its layers carry no state."""
+    blocks: int = 24
+    sliding: int = 0
+    """Blocks of layers with a window, beside those that one sequence needs."""
+    rows: int = 16
+    depth: int = 0
+    prefix_cache: bool = True
+    spacing: int = 2
+
+    def engine(self) -> tuple[Engine, Device, BlockManager]:
+        """Make one."""
+        sizes = [
+            self.blocks if window is None else window_blocks(window, self.rows, BLOCK) + self.sliding
+            for window in self.windows
+        ]
+        states = None
+        if self.snapshots is not None:
+            spacing = self.spacing if self.prefix_cache and self.snapshots else None
+            states = StateSlots(SEQS + self.snapshots, BLOCK, spacing)
+        manager = BlockManager(sizes, BLOCK, self.windows, states=states, prefix_cache=self.prefix_cache)
+        device = Device(self.depth, self.windows, self.snapshots is not None)
+        limits = SchedulerLimits(self.rows, SEQS, 2, LONGEST)
+        engine = Engine(device, limits, manager, AlwaysResident(), clock=lambda: 0.0)
+        return engine, device, manager
+
+
+BASES = st.builds(
+    Base,
+    windows=st.sampled_from([(None,), (5,), (None, 6), (3, None), (9, None, 2), (1, 8)]),
+    snapshots=st.sampled_from([None, 0, 1, 3, 9]),
+    blocks=st.integers(16, 30),
+    sliding=st.integers(0, 24),
+    rows=st.sampled_from([2, 7, 16]),
+    depth=st.integers(0, 1),
+    prefix_cache=st.booleans(),
+    spacing=st.integers(1, 4),
+)
+REQUESTS = st.tuples(
+    st.integers(1, 50),  # tokens of the prompt
+    st.integers(1, 30),  # new tokens at most
+    st.integers(0, 2),  # adapter
+    st.sampled_from([frozenset(), frozenset({3}), frozenset({0, 1})]),  # stop tokens
+    st.integers(0, 50),  # leading tokens that it shares with others
+)
+
+
+def _drain(engine: Engine, manager: BlockManager) -> list[StepOutput]:
+    outputs: list[StepOutput] = []
+    for _ in range(2000):
+        if engine.idle:
+            return outputs
+        outputs += engine.step()
+        _expect_sound(engine, manager)
+    raise AssertionError("the engine did not come to an end")
+
+
+def _expect_sound(engine: Engine, manager: BlockManager) -> None:
+    """Every block is free or held as often as tables have it; what later rows see is there, and nothing
+    else."""
+    running = engine._scheduler.running
+    for place, group in enumerate(manager.groups):
+        pool = group.pool
+        held = Counter(block for seq in running for block in seq.tables[place] if block != GONE)
+        assert {block: refs for block, refs in enumerate(pool._refs) if refs} == held
+        assert pool.num_free == pool.num_blocks - len(held)
+        for seq in running:
+            known = min(seq.num_computed, len(seq.tokens))
+            gone = [index for index, block in enumerate(seq.tables[place]) if block == GONE]
+            assert gone == list(range(len(gone)))
+            least = group.first_seen(max(0, known - 1) // BLOCK * BLOCK)
+            assert least <= len(gone) <= group.first_seen(known)
+    if manager.states is not None:
+        slots = [seq.state_slot for seq in running]
+        others = [*manager.states._free, *manager.states._snapshots.values()]
+        assert sorted(slots + others) == list(range(manager.states.num_slots))
+
+
+@settings(max_examples=examples(120), deadline=None)
+@given(BASES, st.lists(st.one_of(REQUESTS, st.just("step"), st.integers(0, 9)), min_size=1, max_size=30))
+def test_every_answer_is_what_the_model_says(base: Base, actions: list[object]) -> None:
+    """Whatever layers see, and however little memory there is: with prompts in chunks, shared prefixes,
+    adapters, preemption, stop tokens and aborts at any step, no request is answered otherwise than alone; no
+    block is held twice, none is released that a row needs, and everything comes back at the end."""
+    engine, _, manager = base.engine()
+    added: dict[str, tuple[list[int], SamplingParams, int]] = {}
+    outputs: list[StepOutput] = []
+    aborted: set[str] = set()
+    common = [random.Random(0).randrange(TOKENS) for _ in range(50)]
+    for action in actions:
+        if action == "step":
+            outputs += engine.step()
+            _expect_sound(engine, manager)
+        elif isinstance(action, int):
+            ended = aborted | {output.seq_id for output in outputs if output.finish}
+            for seq_id in [seq_id for seq_id in added if seq_id not in ended][action : action + 1]:
+                engine.abort(seq_id)
+                aborted.add(seq_id)
+        elif isinstance(action, tuple):
+            length, new, uid, stops, shared = action
+            draw = random.Random(next(_ids))
+            prompt = [*common[:shared], *(draw.randrange(TOKENS) for _ in range(length))][:length]
+            sampling = SamplingParams(max_tokens=new, stop_token_ids=stops)
+            seq = Sequence(str(next(_ids)), prompt, sampling, HANDLES[uid - 1] if uid else None)
+            added[seq.id] = list(prompt), sampling, uid
+            engine.add(seq)
+    outputs += _drain(engine, manager)
+    for seq_id, (prompt, sampling, uid) in added.items():
+        mine = [output for output in outputs if output.seq_id == seq_id]
+        answer = [output.token.id for output in mine if output.token]
+        expected = _expected(prompt, sampling, uid, base.windows, base.snapshots is not None)
+        assert answer == (expected[: len(answer)] if seq_id in aborted else expected)
+        assert sum(output.finish is not None for output in mine) == (seq_id not in aborted)
+    assert all(group.pool.num_free == group.pool.num_blocks for group in manager.groups)
+    if manager.states is not None:
+        assert manager.states.num_free == manager.states.num_slots
