@@ -107,15 +107,16 @@ class _Planner:
         sizes = {"p_values": at.value_dim, "p_reads": at.key_dim, "p_weights": config.tile}
         prepared = {name: self.x.new_empty(*shape, size, dtype=torch.float32) for name, size in sizes.items()}
         prepared["p_total"] = self.x.new_empty(shape, dtype=torch.float32)
-        tiled = {"BLOCK_T": config.tile, "PRECISION": config.precision}
+        tiled = {"BLOCK_T": config.tile, "PRECISION": config.precision, "num_stages": tuning.NUM_STAGES}
         prepare = {
             **self._rows,
             **prepared,
             **tiled,
             "p_tiles": tables.tiles,
-            "BLOCK_V": _block(at.value_dim),
+            "BLOCK_D": config.block_d,
             "LEVELS": config.tile.bit_length() - 1,
             "SOLVE_PRECISION": config.solve_precision,
+            "UPCAST": self.kernels.INTERPRETED,
             "num_warps": config.prepare_warps,
         }
         scan = {

@@ -1,4 +1,4 @@
-"""The gated delta rule in plain torch, row by row and in tiles of rows; also what runs where there is no kernel.
+"""The gated delta rule in plain torch, row by row and in tiles of rows: also what runs without kernels.
 
 A state S [key dim, value dim] of a head is decayed, corrected by what a row's value differs from what its key
 finds, and read with the row's query:
@@ -25,7 +25,7 @@ TILE = 64
 
 
 class Heads(NamedTuple):
-    """The rows of one or several sequences for the delta rule, in the type of the states: [N, heads, L, ...]."""
+    """Rows of one or several sequences for the delta rule, in the type of the states: [N, heads, L, ...]."""
 
     q: Tensor
     """[..., key dim], with the scale of the products."""
@@ -76,10 +76,10 @@ def convolved(rows: Tensor, weight: Tensor) -> Tensor:
 
 
 def heads_of(inputs: Inputs, rows: Tensor, index: Tensor) -> Heads:
-    """Part what was convolved [N, L, channels] into heads; index [N, L] says which rows of the step they are."""
+    """Part what was convolved [N, L, channels] into heads; index [N, L] says which rows of the step it is."""
     kind = inputs.states.recurrent.dtype
     keys = inputs.key_heads * inputs.key_dim
-    parts = rows.to(kind).split([keys, keys, rows.shape[2] - 2 * keys], dim=2)
+    parts = torch.split(rows.to(kind), [keys, keys, rows.shape[2] - 2 * keys], dim=2)
     q, k, v = (
         part.unflatten(2, (-1, dim)).transpose(1, 2)
         for part, dim in zip(parts, (inputs.key_dim, inputs.key_dim, inputs.value_dim), strict=True)
@@ -111,7 +111,7 @@ def recurrent(heads: Heads, state: Tensor) -> tuple[Tensor, Tensor]:
 def chunked(heads: Heads, state: Tensor, tile: int = TILE) -> tuple[Tensor, Tensor]:
     """Return what `recurrent` does, with products of so many rows at a time."""
     outs = []
-    for parts in zip(*(part.split(tile, dim=2) for part in heads), strict=True):
+    for parts in zip(*(torch.split(part, tile, dim=2) for part in heads), strict=True):
         q, k, v, g, beta = parts
         total = g.cumsum(-1)
         # What is left at row i of what was written at row j; above the diagonal it would be more than it was.
@@ -119,7 +119,7 @@ def chunked(heads: Heads, state: Tensor, tile: int = TILE) -> tuple[Tensor, Tens
         system = (k * beta[..., None]) @ k.mT * left
         both = torch.cat([v * beta[..., None], k * (beta * total.exp())[..., None]], dim=-1)
         solved = torch.linalg.solve_triangular(system, both, upper=False, unitriangular=True)
-        corrections, reads = solved.split([v.shape[-1], k.shape[-1]], dim=-1)
+        corrections, reads = torch.split(solved, [v.shape[-1], k.shape[-1]], dim=-1)
         written = corrections - reads @ state
         outs.append((q * total.exp()[..., None]) @ state + (q @ k.mT * left) @ written)
         kept = k * (total[..., -1:] - total).exp()[..., None]

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 INTERPRETED: bool = triton.knobs.runtime.interpret
-"""Whether the kernels below were made for the interpreter."""
+"""Whether the kernels below were made for the interpreter, which computes bf16 wrongly without UPCAST."""
 
 
 @triton.jit
@@ -118,7 +118,7 @@ def step_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """Chunks of one row: out = norm(S^T q) * silu(z), and the states behind it. One program per (chunk, head)."""
+    """Chunks of one row: out = norm(S^T q) * silu(z), and their states. One program per (chunk, head)."""
     p_chunk, i_h = p_chunks + tl.program_id(0) * 4, tl.program_id(1)
     row, length = tl.load(p_chunk).to(tl.int64), tl.load(p_chunk + 1)
     slot, fresh = tl.load(p_chunk + 2).to(tl.int64), tl.load(p_chunk + 3)
@@ -167,6 +167,25 @@ def _inverse(b_below, BLOCK_T: tl.constexpr, LEVELS: tl.constexpr, PRECISION: tl
 
 
 @triton.jit
+def _keys(p_keys, mask, UPCAST: tl.constexpr):
+    """Queries or keys [rows, BLOCK_K] as they are, and what makes each row's length 1.
+
+    Products are of what is stored, without a rounding in between, and scaled afterwards.
+    """
+    b_keys = tl.load(p_keys, mask=mask, other=0.0)
+    b_wide = b_keys.to(tl.float32)
+    b_scale = tl.rsqrt(tl.sum(b_wide * b_wide, axis=1) + 1e-6)
+    return b_wide if UPCAST else b_keys, b_scale
+
+
+@triton.jit
+def _solved(p_from, p_to, b_inverse, b_scale, mask, PRECISION: tl.constexpr):
+    """Write the inverse times scaled rows [BLOCK_T, BLOCK_D]."""
+    b_rows = tl.load(p_from, mask=mask, other=0.0).to(tl.float32) * b_scale[:, None]
+    tl.store(p_to, tl.dot(b_inverse, b_rows, input_precision=PRECISION), mask=mask)
+
+
+@triton.jit
 def prepare_kernel(
     p_x,  # [T, channels] of `conv_kernel`
     p_b,  # [T, H]
@@ -188,19 +207,20 @@ def prepare_kernel(
     V: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,  # dimensions of a key or a value that are computed together
     LEVELS: tl.constexpr,  # BLOCK_T is 2 to this power
     PRECISION: tl.constexpr,
     SOLVE_PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):
     """All of a tile that does not need the state. One program per (tile, head)."""
     p_tile, i_h = p_tiles + tl.program_id(0) * 2, tl.program_id(1)
     row, rows = tl.load(p_tile).to(tl.int64), tl.load(p_tile + 1)
     if rows > 0:
         dtype = p_x.dtype.element_ty
-        o_t, o_k, o_v = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_V)
+        o_t, o_k = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_K)
         o_row, m_t = row + o_t, o_t < rows
-        m_tk, m_tv = m_t[:, None] & (o_k < K)[None, :], m_t[:, None] & (o_v < V)[None, :]
+        m_tk = m_t[:, None] & (o_k < K)[None, :]
         b_a = tl.load(p_a + o_row * stride_a + i_h, mask=m_t, other=0.0).to(tl.float32)
         b_g = tl.load(p_decay + i_h) * _softplus(b_a + tl.load(p_dt_bias + i_h))
         b_total = tl.cumsum(tl.where(m_t, b_g, 0.0), axis=0)  # [BLOCK_T]
@@ -210,27 +230,30 @@ def prepare_kernel(
 
         p_rows = p_x + o_row[:, None] * channels
         p_keys = p_rows + (H // GROUP + i_h // GROUP) * K + o_k[None, :]
-        b_k = tl.load(p_keys, mask=m_tk, other=0.0).to(tl.float32)  # [BLOCK_T, BLOCK_K]
-        b_k = b_k * tl.rsqrt(tl.sum(b_k * b_k, axis=1) + 1e-6)[:, None]
+        b_k, b_k_scale = _keys(p_keys, m_tk, UPCAST)  # [BLOCK_T, BLOCK_K], [BLOCK_T]
         m_lower = o_t[:, None] >= o_t[None, :]
         b_left = tl.exp(tl.where(m_lower, b_total[:, None] - b_total[None, :], 0.0))
-        b_left = tl.where(m_lower, b_left, 0.0)  # [BLOCK_T, BLOCK_T]
-        b_below = tl.dot(b_k * b_beta[:, None], tl.trans(b_k), input_precision=PRECISION) * b_left
+        b_left = tl.where(m_lower, b_left, 0.0) * b_k_scale[None, :]  # [BLOCK_T, BLOCK_T]
+        b_below = tl.dot(b_k, tl.trans(b_k), input_precision=PRECISION) * b_left * (b_beta * b_k_scale)[:, None]
         b_below = tl.where(o_t[:, None] > o_t[None, :], b_below, 0.0)
         b_inverse = _inverse(b_below, BLOCK_T, LEVELS, SOLVE_PRECISION)
 
-        b_reads = b_k * (b_beta * tl.exp(b_total))[:, None]
-        b_reads = tl.dot(b_inverse, b_reads, input_precision=PRECISION)
-        tl.store(p_reads + (o_row[:, None] * H + i_h) * K + o_k[None, :], b_reads, mask=m_tk)
-        p_v = p_rows + 2 * (H // GROUP) * K + i_h * V + o_v[None, :]
-        b_v = tl.load(p_v, mask=m_tv, other=0.0).to(tl.float32) * b_beta[:, None]  # [BLOCK_T, BLOCK_V]
-        b_v = tl.dot(b_inverse, b_v, input_precision=PRECISION)
-        tl.store(p_values + (o_row[:, None] * H + i_h) * V + o_v[None, :], b_v, mask=m_tv)
-        b_q = tl.load(p_rows + i_h // GROUP * K + o_k[None, :], mask=m_tk, other=0.0).to(tl.float32)
-        b_q = b_q * (tl.rsqrt(tl.sum(b_q * b_q, axis=1) + 1e-6) * scale)[:, None]
-        b_weights = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * b_left
-        p_to = p_weights + (o_row[:, None] * H + i_h) * BLOCK_T + o_t[None, :]
-        tl.store(p_to, b_weights, mask=m_t[:, None])
+        b_q, b_q_scale = _keys(p_rows + i_h // GROUP * K + o_k[None, :], m_tk, UPCAST)
+        b_weights = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+        b_weights = b_weights * b_left * (b_q_scale * scale)[:, None]
+        o_head = o_row[:, None] * H + i_h
+        tl.store(p_weights + o_head * BLOCK_T + o_t[None, :], b_weights, mask=m_t[:, None])
+        b_scale = b_k_scale * b_beta * tl.exp(b_total)
+        for i_d in range(0, K, BLOCK_D):
+            o_d = i_d + tl.arange(0, BLOCK_D)
+            p_from = p_rows + (H // GROUP + i_h // GROUP) * K + o_d[None, :]
+            p_to = p_reads + o_head * K + o_d[None, :]
+            _solved(p_from, p_to, b_inverse, b_scale, m_t[:, None] & (o_d < K)[None, :], PRECISION)
+        for i_d in range(0, V, BLOCK_D):
+            o_d = i_d + tl.arange(0, BLOCK_D)
+            p_from = p_rows + 2 * (H // GROUP) * K + i_h * V + o_d[None, :]
+            p_to = p_values + o_head * V + o_d[None, :]
+            _solved(p_from, p_to, b_inverse, b_beta, m_t[:, None] & (o_d < V)[None, :], PRECISION)
 
 
 @triton.jit

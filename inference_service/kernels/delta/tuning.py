@@ -33,6 +33,8 @@ class TileConfig:
 
     tile: int
     """Rows that are computed together."""
+    block_d: int
+    """Dimensions of a key or a value that `prepare_kernel` computes together."""
     block_v: int
     """Columns of the state that a program of the scan takes."""
     precision: Precision
@@ -44,11 +46,13 @@ class TileConfig:
 
 
 CONV: Final = ConvConfig(block_t=16, block_c=128, num_warps=4)
+NUM_STAGES: Final = 1
+"""Of all: what a program of a tile holds leaves no room for the next one."""
 STEP_WARPS: Final = 8
 """A state of 128 x 128 is 64 registers of each thread."""
 TILES: Final[Mapping[int, TileConfig]] = {
-    2: TileConfig(64, 32, "tf32", "tf32x3", prepare_warps=8, scan_warps=8),
-    4: TileConfig(16, 32, "ieee", "ieee", prepare_warps=8, scan_warps=8),
+    2: TileConfig(32, 32, 32, "tf32", "tf32x3", prepare_warps=8, scan_warps=8),
+    4: TileConfig(16, 32, 16, "ieee", "ieee", prepare_warps=8, scan_warps=8),
 }
 """By the bytes of an element. fp32 uses no tensor cores: small tiles."""
 GATE_BLOCK_T: Final = 16
