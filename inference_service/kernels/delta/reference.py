@@ -81,7 +81,7 @@ def heads_of(inputs: Inputs, rows: Tensor, index: Tensor) -> Heads:
     keys = inputs.key_heads * inputs.key_dim
     parts = torch.split(rows.to(kind), [keys, keys, rows.shape[2] - 2 * keys], dim=2)
     q, k, v = (
-        part.unflatten(2, (-1, dim)).transpose(1, 2)
+        part.reshape(*part.shape[:2], -1, dim).transpose(1, 2)
         for part, dim in zip(parts, (inputs.key_dim, inputs.key_dim, inputs.value_dim), strict=True)
     )
     shared = inputs.value_heads // inputs.key_heads
