@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -14,6 +16,7 @@ from transformers.models.qwen3_5.modeling_qwen3_5 import (
     torch_recurrent_gated_delta_rule,
 )
 
+from inference_service.kernels.cpu.ops import CpuOps, Table
 from inference_service.kernels.delta import (
     DeltaCapacity,
     DeltaStates,
@@ -28,7 +31,7 @@ from inference_service.kernels.delta import (
 )
 from inference_service.kernels.delta.reference import Heads
 from inference_service.kernels.launch import Launch, intercepted
-from tests.kernels.delta_case import case, wrong
+from tests.kernels.delta_case import STEPS, case, inputs_of, layer, wrong
 
 SIZES = {"shared": (2, 4, 16, 8), "odd": (3, 3, 24, 40)}
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
@@ -123,3 +126,42 @@ def test_kernels_compute_the_reference(name: str, sizes: str, dtype: torch.dtype
     """Outputs and states, over tiles that are full and not; padding and other slots are left alone."""
     width = 4 if sizes == "shared" else 3
     assert wrong(name, case(name, SIZES[sizes], width, dtype, device), by_kernels) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("name", STEPS)
+def test_the_compiled_operation_computes_the_reference(
+    compiled: ctypes.CDLL, name: str, sizes: str, dtype: torch.dtype
+) -> None:
+    """Outputs and states, over strips that are full and not; other slots are left alone."""
+    ops = CpuOps(compiled, dtype)
+
+    def compute(inputs: Inputs, chunks: Sequence[StateChunk]) -> Tensor:
+        out = ops.gated_delta(inputs, Table(np.array(chunks, dtype=np.int64)))
+        covered = {row for chunk in chunks for row in range(chunk.row, chunk.row + chunk.length)}
+        out[[row for row in range(len(out)) if row not in covered]] = 0
+        return out
+
+    assert wrong(name, case(name, SIZES[sizes], 4, dtype, "cpu"), compute) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_compiled_operation_does_not_see_chunks(
+    compiled: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch, threads: int
+) -> None:
+    """A sequence has the same bits at once and row by row, beside others and alone."""
+    monkeypatch.setattr(CpuOps, "threads", threads)
+    ops = CpuOps(compiled, torch.bfloat16)
+    weights, states = layer((8, 16, 32, 80), 4, torch.bfloat16, "cpu")
+    inputs = inputs_of(90, (8, 16, 32, 80), weights, states)
+
+    def compute(*chunks: StateChunk) -> Tensor:
+        return ops.gated_delta(inputs, Table(np.array(chunks, dtype=np.int64)))
+
+    whole = compute(StateChunk(10, 80, 3, fresh=True), StateChunk(0, 10, 1, fresh=True))[10:]
+    after = states.recurrent[3].clone()
+    parts = [compute(StateChunk(10, 66, 2, fresh=True))[10:76]]
+    parts += [compute(StateChunk(row, 1, 2, fresh=False))[row : row + 1] for row in range(76, 90)]
+    assert torch.equal(torch.cat(parts), whole)
+    assert torch.equal(states.recurrent[2], after)

@@ -1,4 +1,4 @@
-"""Compiles ops.cpp once per source, compiler and processor, and loads it.
+"""Compiles ops.cpp and its headers once per source, compiler and processor, and loads it.
 
 ``python -m inference_service.kernels.cpu.build`` compiles it beforehand, beside the source, for every kind of
 processor of this kind of machine: for an image, which has no compiler when it runs.
@@ -27,6 +27,7 @@ from inference_service.kernels.cpu.processors import Kind, kinds_of_machine, kin
 from loramux_shared.private import private_folder, read_private
 
 SOURCE = Path(__file__).with_name("ops.cpp")
+"""It includes all headers beside it."""
 BEFOREHAND = Path(__file__).with_name("beforehand")
 """Holds what was compiled beforehand: who could write there could change this file too."""
 FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-std=c++17", "-fopenmp", "-shared", "-fPIC")
@@ -78,8 +79,13 @@ def _made_beforehand(folder: Path) -> Built | None:
 
 def _place(folder: Path, kind: Kind) -> Path:
     """A name that changes with the source and the flags, so that what another version left is not met."""
-    key = hashlib.sha256(SOURCE.read_bytes() + repr(_flags(kind)).encode()).hexdigest()[:16]
+    key = hashlib.sha256(_source() + repr(_flags(kind)).encode()).hexdigest()[:16]
     return folder / f"ops-{kind.name}-{key}.so"
+
+
+def _source() -> bytes:
+    headers = sorted(SOURCE.parent.glob("*.h"))
+    return b"\0".join(path.read_bytes() for path in (SOURCE, *headers))
 
 
 def _flags(kind: Kind) -> list[str]:
@@ -160,7 +166,7 @@ def _run(command: list[str]) -> None:
 def _key(compiler: str) -> str:
     """A name that changes with the source, the flags, the compiler and the processor."""
     stat = Path(compiler).resolve().stat()
-    parts = [SOURCE.read_bytes(), repr((FLAGS, compiler, stat.st_size, stat.st_mtime_ns)).encode()]
+    parts = [_source(), repr((FLAGS, compiler, stat.st_size, stat.st_mtime_ns)).encode()]
     parts.append(_processor().encode())
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
 
