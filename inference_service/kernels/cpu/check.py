@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import gelu, rms_norm, scaled_dot_product_attention, silu
 
 from inference_service.kernels.cpu.ops import BLOCK, Chunks, CpuOps, Table, adapters_of
+from inference_service.kernels.delta import DeltaStates, DeltaWeights, Inputs, StateChunk, reference
 
 TOLERANCE: Final = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
 """Of the norm of the difference, relative."""
@@ -28,7 +29,7 @@ def first_wrong(library: ctypes.CDLL) -> str | None:
     """Return the name of an operation that is missing or computes something else; None if all are right."""
     checks: dict[str, Callable[[CpuOps, torch.Generator], Pair]] = {
         "rms_norm": _norm, "silu": _silu, "gelu_tanh": _gelu, "linear": _linear, "lora": _lora,
-        "attention": _attention,
+        "attention": _attention, "delta_rule": _delta_rule,
     }  # fmt: skip
     for dtype, tolerance in TOLERANCE.items():
         try:
@@ -100,6 +101,24 @@ def _attention(ops: CpuOps, generator: torch.Generator) -> Pair:
     q, k, v = (part.double().transpose(0, 1) for part in (q, k, v))
     expected = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     return found, expected.transpose(0, 1).reshape(ROWS, HEADS * DIM)
+
+
+def _delta_rule(ops: CpuOps, generator: torch.Generator) -> Pair:
+    """A state that begins and one that goes on; what is wrong in a state shows in the rows behind it."""
+    channels = 2 * KV_HEADS * DIM + HEADS * DIM
+    qkv, z, b, a = (_random(ops, generator, ROWS, width) for width in (channels, HEADS * DIM, HEADS, HEADS))
+    conv, norm = _random(ops, generator, 4, channels), _random(ops, generator, DIM)
+    decay, dt_bias = -torch.rand(HEADS, generator=generator), torch.rand(HEADS, generator=generator)
+    weights = DeltaWeights(conv, decay, dt_bias, norm, 1e-6)
+    chunks = [StateChunk(0, 9, 1, fresh=True), StateChunk(9, ROWS - 9, 0, fresh=False)]
+
+    def outs(compute: Callable[[Inputs], Tensor]) -> Tensor:
+        states = DeltaStates.allocate(2, (3, channels), (HEADS, DIM, DIM), qkv)
+        return torch.cat([compute(Inputs(qkv, z, b, a, weights, states)) for _ in range(2)])
+
+    table = Table(np.array(chunks, dtype=np.int64))
+    expected = outs(lambda inputs: reference.gated_delta(inputs, chunks))
+    return outs(lambda inputs: ops.gated_delta(inputs, table)), expected
 
 
 if __name__ == "__main__":

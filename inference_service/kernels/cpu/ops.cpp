@@ -4,6 +4,8 @@
 #include "linear.h"
 #include "rows.h"
 
+#include "delta.h"
+
 #define EXPORT(T, SUFFIX)                                                                                             \
   extern "C" void linear_##SUFFIX(const void* x, int64_t ldx, int64_t rows, int64_t K, const void* w, const void* bias,\
                                   int64_t bits, const void* scales, int64_t group, void* out, int64_t ldo, int64_t N, \
@@ -38,6 +40,16 @@
   }                                                                                                                   \
   extern "C" void gelu_tanh_##SUFFIX(const void* in, void* out, int64_t rows, int64_t width, int64_t threads) {       \
     gated<T, true>((const T*)in, (T*)out, rows, width, threads);                                                      \
+  }                                                                                                                   \
+  extern "C" void delta_rule_##SUFFIX(const void* qkv, int64_t ld_qkv, const void* z, int64_t ld_z, const void* b,    \
+                                      int64_t ld_b, const void* a, int64_t ld_a, const void* conv, const void* decay, \
+                                      const void* dt_bias, const void* norm, void* rows, void* states, void* x,       \
+                                      void* out, int64_t channels, int64_t width, int64_t key_heads, int64_t heads,   \
+                                      int64_t K, int64_t V, float eps, const void* chunks, int64_t count,             \
+                                      int64_t threads) {                                                              \
+    delta_rule<T>({(const T*)qkv, ld_qkv, (const T*)z, ld_z, (const T*)b, ld_b, (const T*)a, ld_a, (const T*)conv,    \
+                   (const float*)decay, (const float*)dt_bias, (const T*)norm, (T*)rows, (float*)states, (T*)x,       \
+                   (T*)out, channels, width, key_heads, heads, K, V, eps}, (const DeltaChunk*)chunks, count, threads);\
   }
 
 EXPORT(float, float32)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from inference_service.kernels.delta import Inputs
 from inference_service.kernels.rows import Activation
 from inference_service.layers.quantized import Quantized
 
@@ -24,6 +25,7 @@ BLOCK = 16
 LANES = 16
 """Columns of a tile of weights."""
 MAX_HEAD_DIM = 512
+MAX_CONV_WIDTH = 8
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 _TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float}
 _SIGNATURES = {
@@ -34,6 +36,7 @@ _SIGNATURES = {
     "rms_norm": "pppipiiffi",
     "silu": "ppiii",
     "gelu_tanh": "ppiii",
+    "delta_rule": "pipipipippppppppiiiiiifpii",
 }
 """Argument types of each operation: pointer, int64, float."""
 
@@ -130,6 +133,7 @@ class CpuOps:
         self._linear, self._pack = functions["linear"], functions["pack"]
         self._attention = functions["attention"]
         self._rope_write, self._rms_norm = functions["rope_write"], functions["rms_norm"]
+        self._delta_rule = functions["delta_rule"]
         self._gated = {"silu": functions["silu"], "gelu_tanh": functions["gelu_tanh"]}
 
     def linear(self, x: Tensor, weight: Tiled, adapters: Adapters = NO_ADAPTERS) -> Tensor:
@@ -253,6 +257,27 @@ class CpuOps:
         rows, both = gate_up.shape
         out = torch.empty(rows, both // 2, dtype=gate_up.dtype)
         self._gated[activation](gate_up.data_ptr(), out.data_ptr(), rows, both // 2, self.threads)
+        return out
+
+    def gated_delta(self, inputs: Inputs, chunks: Table) -> Tensor:
+        """Return [T, value heads * value dim] of chunks [chunks, 4] of `StateChunk`, and take their states on.
+
+        Rows of no chunk are not written. The sums of a row run over its sequence in order: its bits do not
+        depend on how the rows come in chunks.
+        """
+        qkv, states, weights = inputs.qkv, inputs.states, inputs.weights
+        if inputs.width > MAX_CONV_WIDTH:
+            raise ValueError(f"the convolution sees at most {MAX_CONV_WIDTH} rows, got {inputs.width}")
+        rows = torch.empty(qkv.shape, dtype=self.dtype)
+        out = torch.empty(inputs.z.shape, dtype=self.dtype)
+        columns = (qkv, inputs.z, inputs.b, inputs.a)
+        held = (weights.conv, weights.decay, weights.dt_bias, weights.norm, states.conv, states.recurrent)
+        self._delta_rule(
+            *(part for tensor in columns for part in (tensor.data_ptr(), tensor.stride(0))),
+            *(tensor.data_ptr() for tensor in (*held, rows, out)),
+            qkv.shape[1], inputs.width, inputs.key_heads, inputs.value_heads, inputs.key_dim, inputs.value_dim,
+            weights.eps, chunks.address, len(chunks.values), self.threads,
+        )  # fmt: skip
         return out
 
     def new_cache(self, kv_heads: int, num_rows: int, dim: int) -> tuple[Tensor, Tensor]:

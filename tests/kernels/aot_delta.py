@@ -1,0 +1,72 @@
+"""What the tuning tables of the gated delta rule ship, for heads that are served."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from inference_service.kernels.delta import triton_kernels, tuning
+from tests.kernels.aot import Variant, with_halves
+
+TYPES = {
+    "p_decay": "*fp32",
+    "p_dt_bias": "*fp32",
+    "p_total": "*fp32",
+    "p_values": "*fp32",
+    "p_reads": "*fp32",
+    "p_weights": "*fp32",
+    "p_chunks": "*i32",
+    "p_tiles": "*i32",
+    "eps": "fp32",
+    "scale": "fp32",
+}
+STATES = {"p_states": "*fp32"}
+DTYPES = {"bf16": 2, "fp32": 4}
+DIM = 128
+"""Of keys and of values: the largest that is served, and what all of Qwen 3.5 have."""
+WIDTH = 4
+
+
+def variants(architecture: int) -> Iterator[Variant]:
+    """Yield every entry of the tables; they are the same for all architectures."""
+    yield from with_halves(architecture, _entries())
+
+
+def _entries() -> Iterator[Variant]:
+    for dtype, itemsize in DTYPES.items():
+        conv, tiles = tuning.CONV, tuning.TILES[itemsize]
+        for name, block_t in (("decode", 1), ("mixed", conv.block_t)):
+            sizes = {"WIDTH": WIDTH, "BLOCK_T": block_t, "BLOCK_W": WIDTH, "BLOCK_C": conv.block_c}
+            yield _variant(f"conv {name}", triton_kernels.conv_kernel, dtype, sizes, conv.num_warps, TYPES)
+        heads = {"H": 32, "GROUP": 2, "K": DIM, "V": DIM, "BLOCK_K": DIM, "BLOCK_V": DIM}
+        tiled = {"BLOCK_T": tiles.tile, "PRECISION": tiles.precision}
+        solve = {"LEVELS": tiles.tile.bit_length() - 1, "SOLVE_PRECISION": tiles.solve_precision}
+        solve |= {"UPCAST": False, "BLOCK_D": tiles.block_d}
+        for name, kernel, constants, warps in (
+            ("step alone", triton_kernels.step_kernel, {"ALONE": True}, tuning.STEP_WARPS),
+            ("step mixed", triton_kernels.step_kernel, {"ALONE": False}, tuning.STEP_WARPS),
+            ("prepare", triton_kernels.prepare_kernel, tiled | solve, tiles.prepare_warps),
+            ("scan", triton_kernels.scan_kernel, tiled | {"BLOCK_V": tiles.block_v}, tiles.scan_warps),
+            ("gate", triton_kernels.gate_kernel, {"BLOCK_T": tuning.GATE_BLOCK_T}, tuning.GATE_WARPS),
+        ):
+            taken = {k: v for k, v in (heads | constants).items() if k in kernel.arg_names}
+            yield _variant(name, kernel, dtype, taken, warps, TYPES | STATES)
+
+
+def _variant(
+    name: str,
+    kernel: Any,
+    dtype: str,
+    constants: Mapping[str, Any],
+    num_warps: int,
+    types: Mapping[str, str],
+) -> Variant:
+    return Variant(
+        name=f"delta.{name}",
+        kernel=kernel,
+        dtype=dtype,
+        constants=constants,
+        options={"num_warps": num_warps, "num_stages": tuning.NUM_STAGES},
+        types=types,
+        unaligned={"stride_b", "stride_a"},
+    )

@@ -1,0 +1,92 @@
+"""Random layers of the gated delta rule, and what steps make of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from inference_service.kernels.delta import DeltaStates, DeltaWeights, Inputs, StateChunk, reference
+
+SLOTS = 5
+Compute = Callable[[Inputs, Sequence[StateChunk]], Tensor]
+Sizes = tuple[int, int, int, int]
+"""Key heads, value heads, key dim, value dim."""
+STEPS: dict[str, list[list[StateChunk]]] = {
+    "decode": [[StateChunk(0, 1, 3, True), StateChunk(1, 1, 0, False), StateChunk(2, 1, 4, False)]],
+    "prefill, then decode": [
+        [StateChunk(0, 3, 2, True), StateChunk(3, 70, 1, True)],
+        [StateChunk(0, 1, 1, False), StateChunk(1, 1, 2, False)],
+    ],
+    "both together": [
+        [StateChunk(0, 2, 4, False), StateChunk(2, 1, 3, False), StateChunk(3, 33, 1, True)],
+        [StateChunk(1, 16, 1, False), StateChunk(17, 1, 4, False)],
+    ],
+}
+"""Of each case the chunks of its steps; row 0 of the last one is padding."""
+
+
+def layer(sizes: Sizes, width: int, dtype: torch.dtype, device: str) -> tuple[DeltaWeights, DeltaStates]:
+    """Weights, and states that are random: of two sequences that are in no step, and all others."""
+    key_heads, heads, key_dim, value_dim = sizes
+    channels = 2 * key_heads * key_dim + heads * value_dim
+    weights = DeltaWeights(
+        conv=torch.randn(width, channels).to(device, dtype) / width**0.5,
+        decay=-torch.rand(heads, device=device).exp(),
+        dt_bias=torch.randn(heads, device=device),
+        norm=torch.randn(value_dim).to(device, dtype),
+        eps=1e-6,
+    )
+    states = DeltaStates(
+        torch.randn(SLOTS, width - 1, channels).to(device, dtype),
+        torch.randn(SLOTS, heads, key_dim, value_dim, device=device) / key_dim**0.5,
+    )
+    return weights, states
+
+
+def inputs_of(rows: int, sizes: Sizes, weights: DeltaWeights, states: DeltaStates) -> Inputs:
+    """Random rows, as columns of a fused linear with NaN beside them."""
+    heads, values = sizes[1], sizes[1] * sizes[3]
+    channels = weights.conv.shape[1]
+    parts = [channels, values, heads, heads, 7]
+    wide = torch.randn(rows, sum(parts)).to(weights.norm)
+    wide[:, -7:] = torch.nan
+    qkv, z, b, a, _ = wide.split(parts, dim=1)
+    return Inputs(qkv, z, b, a, weights, states)
+
+
+def run_steps(name: str, inputs: list[Inputs], compute: Compute) -> list[Tensor]:
+    """Compute the steps of a case one after the other; states that begin hold NaN before."""
+    outs = []
+    for each, chunks in zip(inputs, STEPS[name], strict=True):
+        for chunk in chunks:
+            if chunk.fresh:
+                each.states.conv[chunk.slot] = torch.nan
+                each.states.recurrent[chunk.slot] = torch.nan
+        outs.append(compute(each, chunks))
+    return outs
+
+
+def case(name: str, sizes: Sizes, width: int, dtype: torch.dtype, device: str) -> list[Inputs]:
+    """The inputs of the steps of a case."""
+    torch.manual_seed(0)
+    weights, states = layer(sizes, width, dtype, device)
+    ends = [max(chunk.row + chunk.length for chunk in chunks) for chunks in STEPS[name]]
+    return [inputs_of(end, sizes, weights, states) for end in ends]
+
+
+def wrong(name: str, inputs: list[Inputs], compute: Compute) -> float:
+    """The largest difference from the reference, of outputs and states, relative to the largest value."""
+    states = inputs[0].states
+    own = DeltaStates(states.conv.clone(), states.recurrent.clone())
+    expected = run_steps(name, [replace(each, states=own) for each in inputs], reference.gated_delta)
+    found = run_steps(name, inputs, compute)
+    pairs = [*zip(found, expected, strict=True), (states.conv, own.conv), (states.recurrent, own.recurrent)]
+    return max(_difference(*pair) for pair in pairs)
+
+
+def _difference(found: Tensor, expected: Tensor) -> float:
+    difference = (found.double() - expected.double()).abs().max()
+    return float(difference / expected.double().abs().max())

@@ -1,0 +1,167 @@
+"""The gated delta rule: the reference against transformers, and everything else against the reference."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from transformers import Qwen3_5TextConfig
+from transformers.models.qwen3_5.modeling_qwen3_5 import (
+    Qwen3_5GatedDeltaNet,
+    torch_chunk_gated_delta_rule,
+    torch_recurrent_gated_delta_rule,
+)
+
+from inference_service.kernels.cpu.ops import CpuOps, Table
+from inference_service.kernels.delta import (
+    DeltaCapacity,
+    DeltaStates,
+    DeltaTables,
+    DeltaWeights,
+    Inputs,
+    StateChunk,
+    delta_tile,
+    gated_delta,
+    pack_delta,
+    reference,
+)
+from inference_service.kernels.delta.reference import Heads
+from inference_service.kernels.launch import Launch, intercepted
+from tests.kernels.delta_case import STEPS, case, inputs_of, layer, wrong
+
+SIZES = {"shared": (2, 4, 16, 8), "odd": (3, 3, 24, 40)}
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
+
+
+def _heads(length: int) -> Heads:
+    torch.manual_seed(length)
+    q, k, v = torch.randn(3, 2, 3, length, 16).unbind()
+    k = torch.nn.functional.normalize(k + 2, dim=-1)  # keys that are alike: where an inverse by powers fails
+    return Heads(q / 4, k, v, -torch.rand(2, 3, length).exp() / 9, torch.rand(2, 3, length))
+
+
+@pytest.mark.parametrize("length", [1, 5, 64, 130])
+def test_both_forms_are_those_of_transformers(length: int) -> None:
+    """Row by row and in tiles, with a state before; the tiles may have any size."""
+    heads, state = _heads(length), torch.randn(2, 3, 16, 16)
+    q, k, v, g, beta = (part.transpose(1, 2) for part in heads)
+    for rule in (torch_recurrent_gated_delta_rule, torch_chunk_gated_delta_rule):
+        expected = rule(q * 4, k, v, g, beta, initial_state=state, output_final_state=True)
+        for found in (
+            reference.recurrent(heads, state),
+            reference.chunked(heads, state),
+            reference.chunked(heads, state, tile=16),
+        ):
+            torch.testing.assert_close(found[0].transpose(1, 2), expected[0], atol=2e-5, rtol=1e-4)
+            torch.testing.assert_close(found[1], expected[1], atol=2e-5, rtol=1e-4)
+
+
+def test_a_layer_is_that_of_transformers() -> None:
+    """From the linears in front to the one behind, in chunks of several lengths that follow one another."""
+    config = Qwen3_5TextConfig(
+        hidden_size=32,
+        linear_num_key_heads=2,
+        linear_num_value_heads=4,
+        linear_key_head_dim=16,
+        linear_value_head_dim=8,
+    )
+    torch.manual_seed(0)
+    module = Qwen3_5GatedDeltaNet(config, 0)
+    with torch.no_grad():
+        for parameter in (module.norm.weight, module.dt_bias):
+            parameter.normal_()
+        hidden = torch.randn(1, 110, 32)
+        expected = module(hidden)
+        linears = (module.in_proj_qkv, module.in_proj_z, module.in_proj_b, module.in_proj_a)
+        rows = [linear(hidden[0]) for linear in linears]
+        taps = module.conv1d.weight.squeeze(1).t().contiguous()
+        decay = -module.A_log.exp()
+        weights = DeltaWeights(taps, decay, module.dt_bias.detach(), module.norm.weight.detach(), 1e-6)
+        states = DeltaStates.allocate(1, (3, 96), (4, 16, 8), hidden)
+        first, outs = 0, []
+        for length in (1, 2, 67, 1, 39):
+            qkv, z, b, a = (part[first : first + length] for part in rows)
+            inputs = Inputs(qkv, z, b, a, weights, states)
+            outs.append(reference.gated_delta(inputs, [StateChunk(0, length, 0, fresh=first == 0)]))
+            first += length
+        torch.testing.assert_close(module.out_proj(torch.cat(outs)), expected[0], atol=2e-5, rtol=1e-4)
+
+
+def by_kernels(inputs: Inputs, chunks: Sequence[StateChunk]) -> Tensor:
+    """With tables that have room for more, and memory that holds NaN before."""
+    rows = len(inputs.qkv)
+    device = inputs.qkv.device
+    if all(chunk.length == 1 for chunk in chunks) and len(chunks) == rows:
+        tables = DeltaTables.allocate(DeltaCapacity(rows + 2, rows + 2), device)
+    else:
+        capacity = DeltaCapacity(rows + 3, len(chunks) + 2, delta_tile(inputs.qkv.dtype))
+        tables = DeltaTables.allocate(capacity, device)
+    tables.load(torch.from_numpy(pack_delta(tables.capacity, chunks)))
+    with intercepted(_poisoned):
+        return gated_delta(inputs, tables)
+
+
+def _poisoned(launch: Launch) -> None:
+    """Enqueue a launch with NaN in what it has to write first."""
+    written = {"conv_kernel": ["p_out"], "prepare_kernel": ["p_values", "p_reads", "p_weights", "p_total"]}
+    for name in written.get(launch.kernel.fn.__name__, []):
+        launch.arguments[name].fill_(torch.nan)
+    launch.enqueue()
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "dtype"),
+    [
+        ("decode", "odd", torch.bfloat16),
+        ("decode", "shared", torch.float32),
+        ("prefill, then decode", "odd", torch.float32),
+        ("both together", "shared", torch.bfloat16),
+    ],
+)
+def test_kernels_compute_the_reference(name: str, sizes: str, dtype: torch.dtype, device: str) -> None:
+    """Outputs and states, over tiles that are full and not; padding and other slots are left alone."""
+    width = 4 if sizes == "shared" else 3
+    assert wrong(name, case(name, SIZES[sizes], width, dtype, device), by_kernels) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("name", STEPS)
+def test_the_compiled_operation_computes_the_reference(
+    compiled: ctypes.CDLL, name: str, sizes: str, dtype: torch.dtype
+) -> None:
+    """Outputs and states, over strips that are full and not; other slots are left alone."""
+    ops = CpuOps(compiled, dtype)
+
+    def compute(inputs: Inputs, chunks: Sequence[StateChunk]) -> Tensor:
+        out = ops.gated_delta(inputs, Table(np.array(chunks, dtype=np.int64)))
+        covered = {row for chunk in chunks for row in range(chunk.row, chunk.row + chunk.length)}
+        out[[row for row in range(len(out)) if row not in covered]] = 0
+        return out
+
+    assert wrong(name, case(name, SIZES[sizes], 4, dtype, "cpu"), compute) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_compiled_operation_does_not_see_chunks(
+    compiled: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch, threads: int
+) -> None:
+    """A sequence has the same bits at once and row by row, beside others and alone."""
+    monkeypatch.setattr(CpuOps, "threads", threads)
+    ops = CpuOps(compiled, torch.bfloat16)
+    weights, states = layer((8, 16, 32, 80), 4, torch.bfloat16, "cpu")
+    inputs = inputs_of(90, (8, 16, 32, 80), weights, states)
+
+    def compute(*chunks: StateChunk) -> Tensor:
+        return ops.gated_delta(inputs, Table(np.array(chunks, dtype=np.int64)))
+
+    whole = compute(StateChunk(10, 80, 3, fresh=True), StateChunk(0, 10, 1, fresh=True))[10:]
+    after = states.recurrent[3].clone()
+    parts = [compute(StateChunk(10, 66, 2, fresh=True))[10:76]]
+    parts += [compute(StateChunk(row, 1, 2, fresh=False))[row : row + 1] for row in range(76, 90)]
+    assert torch.equal(torch.cat(parts), whole)
+    assert torch.equal(states.recurrent[2], after)
