@@ -16,6 +16,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Collection, Iterator
 from pathlib import Path
+from typing import Any
 
 from inference_service.kernels.launch import ARCHITECTURES
 from tests.kernels.aot import PACKAGES, Variant, source_of, variants
@@ -42,10 +43,20 @@ def lines() -> Iterator[str]:
 def _of(package: str, architecture: int) -> Iterator[tuple[str, str]]:
     ships: defaultdict[str, list[Variant]] = defaultdict(list)
     for variant in variants(architecture, [package]):
+        _wherever_it_stands(variant.kernel)
         ships[f"{package}.{variant.kernel.__name__}"].append(variant)
     for name, found in sorted(ships.items()):
         made_of = sorted(f"{v.name} {v.dtype} {source_of(v).hash()} {sorted(v.options.items())}" for v in found)
         yield name, hashlib.sha256("\n".join(made_of).encode()).hexdigest()[:16]
+
+
+def _wherever_it_stands(kernel: Any) -> None:
+    """Lines above a kernel and what it calls, which Triton counts, make nothing else of it."""
+    from triton.runtime.jit import JITCallable
+
+    for function in kernel.__globals__.values():
+        if isinstance(function, JITCallable):
+            function.starting_line_number = 0
 
 
 def run(module: str, arguments: Collection[str] = ()) -> list[str]:
@@ -63,6 +74,14 @@ def run(module: str, arguments: Collection[str] = ()) -> list[str]:
 def found() -> list[str]:
     """The lines of what is here."""
     return run("tests.golden.kernels.sources")
+
+
+def write(packages: Collection[str]) -> None:
+    """Keep those of packages; those of others stay where they are still true."""
+    old = set(KEPT.read_text().splitlines())
+    version, *lines = found()
+    keep = [line for line in lines if line.partition(".")[0] in packages or line in old]
+    KEPT.write_text("\n".join([version, *keep]) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Keep what the compiler makes of every kernel: registers, stack and shared memory.
 
-Rewrites the lines of all packages of kernels, or of those named on the command line; others stay. Where
-all are compiled, `sources.txt` has what they were made of:
+Rewrites the lines of all packages of kernels, or of those named on the command line; others stay. What
+they were made of goes into `sources.txt`:
 
     python -m tests.golden.kernels.write [PACKAGE ...]
 """
@@ -38,17 +38,13 @@ def package_of(line: Line) -> str:
 
 
 def main() -> None:
-    """Rewrite the lines of some packages or of all; lines of packages that do not exist any more go.
-
-    What all is made of is written where all is made.
-    """
+    """Rewrite the lines of some packages or of all; lines of packages that do not exist any more go."""
     wanted = sys.argv[1:] or PACKAGES
     old = kept() if TABLE.exists() else []
     stay = [line for line in old if package_of(line) not in wanted and package_of(line) in PACKAGES]
     found = sorted([*stay, *printed(wanted)], key=Line.order)
     TABLE.write_text("\n".join([Line.HEADER, *map(str, found)]) + "\n")
-    if wanted == PACKAGES:
-        sources.KEPT.write_text("\n".join(sources.found()) + "\n")
+    sources.write(wanted)
 
 
 if __name__ == "__main__":
