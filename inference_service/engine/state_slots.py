@@ -85,7 +85,8 @@ class StateSlots:
                 kept[self._snapshots[key]] = slot
             self._snapshots.move_to_end(key)
         self._due.clear()
-        self._copies += [kept, {}]
+        if kept:
+            self._copies += [kept, {}]
 
     def copies(self) -> tuple[Mapping[int, int], ...]:
         """Return what is to be copied, the slots that are written with those that are read, and forget it."""

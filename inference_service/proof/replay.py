@@ -161,11 +161,11 @@ def _run(probes: Sequence[Probe], adapter: Adapter, lora: StepLora, model: Decod
     for index, probe in enumerate(probes):
         seq = EngineSequence(f"probe {index}", list(probe.tokens), sampling, adapter)
         need = math.ceil(len(probe.tokens) / block)
-        seq.blocks = array("i", range(blocks, blocks + need))
+        seq.blocks, seq.state_slot = array("i", range(blocks, blocks + need)), index
         blocks += need
         seqs.append(seq)
         chunks.append(Chunk(seq, len(probe.tokens)))
-    answers = dict(Runner(model, lora, blocks, block).run(Batch(tuple(chunks))))
+    answers = dict(Runner(model, lora, blocks, block, len(probes)).run(Batch(tuple(chunks))))
     return [answers[seq] for seq in seqs]
 
 

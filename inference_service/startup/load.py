@@ -17,7 +17,6 @@ from inference_service.backends.base import LoraBackend
 from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import Adapter
 from inference_service.core.sequence import Sequence as EngineSequence
-from inference_service.engine.block_manager import BlockManager
 from inference_service.engine.engine import Engine
 from inference_service.engine.graph_runner import GraphRunner, SegmentedLora
 from inference_service.engine.graphs import CudaRecorder
@@ -33,7 +32,7 @@ from inference_service.serving.service import GenerationService, ServingLimits
 from inference_service.serving.telemetry.record import Watcher
 from inference_service.startup.bank import Bank, open_bank, preload, preload_later
 from inference_service.startup.base import Base, load_base
-from inference_service.startup.memory import divide_memory
+from inference_service.startup.memory import blocks_of, divide_memory
 from inference_service.startup.merged import merge
 from inference_service.startup.profile import SCRATCH_BLOCKS, CudaMemory, Measured, largest_step, measure
 from loramux_shared.bases.memory import GB
@@ -167,7 +166,8 @@ def _engine(
             sizes.seqs,
             settings.max_batch_adapters,
             longest,
-            speculative_tokens=sizes.speculative,
+            # a state that took in a token which did not hold cannot be cut back
+            speculative_tokens=0 if model.config.state_bytes(1) else sizes.speculative,
         )
 
     def measured(longest: int) -> Measured:
@@ -187,8 +187,8 @@ def _engine(
         measure=measured if model.device.type == "cuda" else None,
     )
     limits = limits_of(plan.max_seq_len)
-    blocks = BlockManager(plan.blocks, block_size, model.config.windows, prefix_cache=settings.prefix_cache)
-    runner = _runner(base, lora, plan.blocks, block_size, limits)
+    blocks = blocks_of(plan, model.config, settings)
+    runner = _runner(base, lora, plan.blocks, block_size, limits, plan.slots)
     if backend.recordable:
         _record(runner, model.device)
     return Engine(runner, limits, blocks, residents), limits
@@ -248,7 +248,7 @@ def _runner(
     num_blocks: int | Blocks,
     block_size: int,
     limits: SchedulerLimits,
-    slots: int = 0,
+    slots: int = 1,
 ) -> Runner:
     """Return a runner with a cache of its own; one that can replay steps has recorded none yet."""
     model = base.model

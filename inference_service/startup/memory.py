@@ -14,8 +14,11 @@ import psutil
 import structlog
 import torch
 
+from inference_service.engine.block_manager import BlockManager
+from inference_service.engine.state_slots import StateSlots
 from inference_service.models.decoder import Decoder
 from inference_service.startup.profile import CudaMemory, Measured
+from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bases.memory import GB, MemoryPlan, cache_of, needs_of, plan_on
 from loramux_shared.settings import InferenceSettings
 
@@ -57,6 +60,14 @@ def divide_memory(
         planned = {"planned_gb": round(forecast[item] / GB, 3)} if item in forecast else {}
         log.info("memory", item=item, gb=round(size / GB, 3), **planned)
     return plan
+
+
+def blocks_of(plan: MemoryPlan, config: ModelConfig, settings: InferenceSettings) -> BlockManager:
+    """Return the blocks and slots that were planned, all of them free."""
+    size = settings.block_size
+    states = StateSlots(plan.slots, size, plan.spacing) if plan.slots else None
+    kept = settings.prefix_cache
+    return BlockManager(plan.blocks, size, config.windows, states=states, prefix_cache=kept)
 
 
 def free_bytes(device: torch.device) -> int:

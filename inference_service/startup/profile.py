@@ -120,6 +120,7 @@ def largest_step(limits: SchedulerLimits, adapters: Sequence[Adapter], block_siz
             models[number % len(models)],
             num_computed=longest - 1 - more,
             blocks=blocks,
+            state_slot=0,
         )
         chunks.append(Chunk(seq, 1 + more))
     return Batch(tuple(chunks))

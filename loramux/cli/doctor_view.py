@@ -53,7 +53,10 @@ def _show_sizes(sizes: Sizes) -> None:
     if sizes.widened:
         _line("", sizes.widened)
     _line("steps", f"{decimal(sizes.steps_bytes)} for the largest")
-    _line("KV cache", f"{decimal(sizes.kv_bytes)}: {sizes.kv_tokens} tokens of {decimal(sizes.kv_token_bytes)}")
+    token, behind = sizes.kv_token_bytes, sizes.kv_behind_bytes
+    each = decimal(token) + (f", {decimal(behind)} behind the windows of layers" if behind < token else "")
+    states = f", {sizes.state_slots} states of {decimal(sizes.state_bytes)}" if sizes.state_bytes else ""
+    _line("KV cache", f"{decimal(sizes.kv_bytes)}: {sizes.kv_tokens} tokens of {each}{states}")
     if sizes.refusal:
         shell.show(f"it does not fit: {sizes.refusal}", "yellow")
     rows = [(str(fit.rank), decimal(fit.adapter_bytes), str(fit.adapters)) for fit in sizes.fits]

@@ -55,6 +55,10 @@ class Sizes:
     kv_token_bytes: int
     kv_behind_bytes: int
     """Of them, what a token takes that is behind the windows of layers which have one."""
+    state_bytes: int
+    """What a sequence takes beside its tokens; 0 where no layer carries a state."""
+    state_slots: int
+    """For as many, snapshots of prefixes included."""
     fits: tuple[Fit, ...]
     refusal: str
     """What a replica would say; empty where it would start."""
@@ -123,6 +127,8 @@ def sizes_of(
         kv_is_set=cache.kv_bytes is not None,
         kv_token_bytes=cache.token_bytes,
         kv_behind_bytes=cache.behind_bytes,
+        state_bytes=cache.state_bytes,
+        state_slots=plan.slots,
         fits=tuple(Fit(rank, size, room // size) for rank, size in each.items()),
         refusal=refusal,
     )

@@ -242,3 +242,127 @@ def test_every_answer_is_what_the_model_says(base: Base, actions: list[object]) 
     assert all(group.pool.num_free == group.pool.num_blocks for group in manager.groups)
     if manager.states is not None:
         assert manager.states.num_free == manager.states.num_slots
+
+
+def _run(engine: Engine, manager: BlockManager, prompt: list[int], new: int = 1, uid: int = 0) -> Sequence:
+    """Answer a request that is alone, and return it as it was at its end."""
+    sampling = SamplingParams(max_tokens=new)
+    seq = Sequence(str(next(_ids)), list(prompt), sampling, HANDLES[uid - 1] if uid else None)
+    engine.add(seq)
+    _drain(engine, manager)
+    return seq
+
+
+def test_what_is_behind_a_window_is_given_back_while_a_sequence_runs() -> None:
+    """However long it becomes, it holds what its window and a step's rows take, and of everything all."""
+    engine, _, manager = Base((8, None), blocks=16, rows=8, prefix_cache=False).engine()
+    engine.add(Sequence("long", list(range(40)), SamplingParams(max_tokens=24)))
+    held = []
+    while not engine.idle:
+        engine.step()
+        held.append([group.pool.num_blocks - group.pool.num_free for group in manager.groups])
+    assert max(sliding for sliding, _ in held) <= window_blocks(8, 8, BLOCK) == 6
+    assert held[-2] == [3, 16]
+    assert held[-1] == [0, 0]
+
+
+def test_a_prefix_is_found_where_a_window_can_still_see_what_it_needs() -> None:
+    """A sliding layer needs the last blocks before the place alone; where they are gone a shorter prefix is
+    found, or none."""
+    engine, _, manager = Base((None, 6), blocks=30, sliding=4, rows=16).engine()
+    prompt = list(range(41))
+    assert _run(engine, manager, prompt).num_cached == 0
+    again = _run(engine, manager, prompt)
+    assert again.num_cached == 40
+    _run(engine, manager, list(range(100, 140)))  # takes over the sliding blocks, of everything others are free
+    keys = [manager.groups[1].knows(again, index) for index in range(10)]
+    assert not all(keys)
+    found = _run(engine, manager, prompt).num_cached
+    assert found < 40
+    assert all(manager.groups[0].knows(again, index) for index in range(10))
+
+
+def test_a_sequence_of_any_length_runs_where_all_layers_slide() -> None:
+    """Its cache is that of a window."""
+    engine, _, manager = Base((8,), rows=4).engine()
+    assert manager.num_blocks == window_blocks(8, 4, BLOCK) == 5
+    assert len(_run(engine, manager, list(range(50)), new=14).tokens) == 64
+
+
+def test_a_prompt_is_found_by_the_state_at_its_last_full_block() -> None:
+    """The state there is kept, for who asks the same or goes on; the chunk before ends there."""
+    engine, device, manager = Base(snapshots=3, spacing=8).engine()
+    prompt = list(range(15))
+    assert _run(engine, manager, prompt).num_cached == 0
+    assert [*device.lengths[0].values(), *device.lengths[1].values()] == [12, 3]
+    assert _run(engine, manager, [*prompt, 1, 2]).num_cached == 12
+    assert _run(engine, manager, prompt, uid=1).num_cached == 0
+
+
+def test_where_two_prompts_part_a_third_one_begins() -> None:
+    """The second finds blocks and no state, so it leaves one there."""
+    engine, _, manager = Base(snapshots=4, spacing=8).engine()
+    common = list(range(12))
+    found = [_run(engine, manager, [*common, *[20 + number] * 14]).num_cached for number in range(3)]
+    assert found == [0, 0, 12]
+
+
+def test_a_long_prompt_leaves_states_on_its_way() -> None:
+    """Every spacing of blocks: who shares its beginning finds the last one before they part."""
+    engine, _, manager = Base(snapshots=9, spacing=2, rows=7).engine()
+    prompt = list(range(40))
+    _run(engine, manager, prompt)
+    assert _run(engine, manager, [*prompt[:21], 50, 51, 52]).num_cached == 16
+    assert _run(engine, manager, [*prompt[:35], 50]).num_cached == 32
+
+
+def test_the_state_that_was_used_longest_ago_makes_room() -> None:
+    """Sequences come first: where they have no other slot, the snapshot goes that nobody asked for longest."""
+    states = StateSlots(3, BLOCK, 4)
+    seqs = [Sequence(str(number), [number] * 9, SamplingParams()) for number in range(5)]
+    for seq in seqs[:2]:
+        states.begin(seq, 0, 0)
+        seq.num_computed = seq.stop
+        states.reached(seq)
+        states.keep()
+        states.release(seq)
+    again = Sequence("again", [0] * 9, SamplingParams())
+    states.begin(again, states.longest(again, 2), 2)
+    assert states.copies()[-1] == {again.state_slot: states._snapshots[again.hashes[1]]}
+    states.begin(seqs[2], 0, 0)
+    assert [states.longest(seq, 2) for seq in seqs[:2]] == [2, 0]
+    states.begin(seqs[3], 0, 0)
+    assert states.num_free == 0
+    assert [states.longest(seq, 2) for seq in seqs[:2]] == [0, 0]
+
+
+def test_a_sequence_takes_over_the_last_snapshot_where_no_other_slot_is_left() -> None:
+    """Nothing is copied then."""
+    states = StateSlots(1, BLOCK, 4)
+    first, second = (Sequence(str(number), [7] * 9, SamplingParams()) for number in range(2))
+    states.begin(first, 0, 0)
+    first.num_computed = first.stop
+    states.reached(first)
+    states.release(first)
+    states.keep()
+    states.copies()
+    assert states.longest(second, 2) == 2
+    states.begin(second, 2, 2)
+    assert (second.state_slot, states.copies()) == (0, ())
+
+
+def test_after_a_failed_step_no_state_is_trusted() -> None:
+    """Neither one that was kept nor one that was about to be, and all slots come back."""
+    engine, _, manager = Base(snapshots=3, spacing=1).engine()
+    prompt = list(range(20))
+    _run(engine, manager, prompt)
+    failing = Sequence("failing", [*prompt, 1, 2], SamplingParams(max_tokens=9))
+    engine.add(failing)
+    engine.step()
+    engine.fail_all()
+    assert manager.states is not None
+    manager.keep()
+    assert manager.states.longest(failing, 5) == 0
+    assert manager.states.num_free == manager.states.num_slots
+    assert manager.copies() == ()
+    assert _run(engine, manager, prompt).num_cached == 0

@@ -125,5 +125,5 @@ def kept_by(config: ModelConfig, item_bytes: int) -> tuple[Kept, ...]:
     """Return what the groups of a model's layers keep, in the order of its windows."""
     kept = dict.fromkeys(config.windows, 0)
     for layer in config.layers:
-        kept[layer.mixer.attention.window] += 2 * layer.mixer.kv_features * item_bytes
+        kept[layer.mixer.attention.window] += layer.mixer.kept_features * item_bytes
     return tuple(Kept(window, token_bytes) for window, token_bytes in kept.items())

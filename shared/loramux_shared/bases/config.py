@@ -107,6 +107,10 @@ class ModelConfig:
         """The distinct rotations of the layers."""
         return tuple(dict.fromkeys(layer.mixer.rope for layer in self.layers))
 
+    def state_bytes(self, item_bytes: int) -> int:
+        """Return what layers carry from token to token for a sequence; 0 where none does."""
+        return sum(layer.mixer.state_bytes(item_bytes) for layer in self.layers)
+
     def features(self, module: str, layer: int) -> tuple[int, int] | None:
         """Return (in, out) of a module, by its bundle name, in a layer; None where there is no such module."""
         return self._features[layer].get(module) if 0 <= layer < len(self.layers) else None

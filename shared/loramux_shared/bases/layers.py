@@ -35,6 +35,15 @@ class AttentionLayer:
         """Width of the keys of all heads together, and of the values."""
         return self.num_kv_heads * self.head_dim
 
+    @property
+    def kept_features(self) -> int:
+        """Numbers that it keeps of a token, for later ones to see."""
+        return 2 * self.kv_features
+
+    def state_bytes(self, item_bytes: int) -> int:  # noqa: ARG002 - mixers that carry a state have some
+        """Return what it keeps of a sequence however long that is, where numbers take item_bytes."""
+        return 0
+
     def groups(self, hidden: int) -> tuple[GroupShape, ...]:
         """Return its fused linears."""
         return attention_groups(hidden, self.q_features, self.kv_features)

@@ -61,11 +61,10 @@ class MemoryPlan:
     """Of the cache, states included."""
     tokens: int
     """Whose keys and values the cache holds."""
-    snapshots: int = 0
-    """Slots for states beside those of the sequences that may run."""
+    slots: int = 0
+    """For states: one for each sequence that may run, and the snapshots' of prefixes."""
     spacing: int | None = None
-    """Blocks between two of them, so that all are used where all blocks are by one prompt; None: there are
-    none."""
+    """Blocks between two snapshots: all are used where one prompt has all blocks. None: there are none."""
 
 
 def plan_memory(
@@ -103,7 +102,7 @@ def plan_memory(
         capacity,
         cache.num_bytes(count),
         tokens=max(cache.blocks(count)) * cache.block_size,
-        snapshots=snapshots,
+        slots=cache.seqs + snapshots if cache.state_bytes else 0,
         spacing=-(-count // snapshots) if snapshots else None,
     )
 
@@ -192,6 +191,7 @@ def cache_of(
         rows=sizes.tokens,
         whole=max_seq_len is not None,
         kv_bytes=int(settings.kv_memory_gb * GB) if settings.kv_memory_gb else None,
+        state_bytes=config.state_bytes(item_bytes),
         snapshots=settings.prefix_cache,
     )
 
