@@ -49,8 +49,7 @@ class BlockGroup:
             table.append(self.pool.hold(prefix_key(seq, index, self._block_size)))
 
     def fits(self, missing: int, spare: float | None) -> bool:
-        """Whether so many blocks are free, and a part of all beside them, a block at least, unless it is
-        None."""
+        """Whether so many blocks are free, and beside them a part of all, one at least; None: no others."""
         rest = 0 if spare is None else max(1, int(spare * self.pool.num_blocks))
         return missing + rest <= self.pool.num_free
 

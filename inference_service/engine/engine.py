@@ -92,8 +92,7 @@ class Engine:
         self.draft(limits.speculative_tokens)
 
     def draft(self, tokens: int) -> None:
-        """Draft up to so many tokens a step from now on; none with a runner that is a step ahead, or with
-        states.
+        """Draft up to so many tokens a step from now on; none with a runner a step ahead, or with states.
 
         What a step verifies, the one behind it would have to know already; and a state that took in a token
         which did not hold cannot be cut back.

@@ -23,7 +23,7 @@ from inference_service.engine.rows import lay_out
 from inference_service.engine.state_slots import StateSlots
 from inference_service.engine.step import Pending
 from inference_service.kernels.attention import Context
-from loramux_shared.bases.cache import window_blocks
+from loramux_shared.bases.cache import Cache, Kept, window_blocks
 from tests.support.examples import examples
 
 BLOCK = 4
@@ -184,8 +184,7 @@ def _drain(engine: Engine, manager: BlockManager) -> list[StepOutput]:
 
 
 def _expect_sound(engine: Engine, manager: BlockManager) -> None:
-    """Every block is free or held as often as tables have it; what later rows see is there, and nothing
-    else."""
+    """Every block is free or held as often as tables have it; what later rows see is there, and no more."""
     running = engine._scheduler.running
     for place, group in enumerate(manager.groups):
         pool = group.pool
@@ -316,6 +315,17 @@ def test_a_long_prompt_leaves_states_on_its_way() -> None:
     assert _run(engine, manager, [*prompt[:35], 50]).num_cached == 32
 
 
+def test_states_and_windows_agree_on_a_place() -> None:
+    """Where a window lacks a block before the last state, an earlier state is taken that both can serve."""
+    engine, _, manager = Base((None, 6), snapshots=9, spacing=2, sliding=20).engine()
+    prompt = list(range(40))
+    first = _run(engine, manager, prompt)
+    pool = manager.groups[1].pool
+    pool._key_of.pop(pool._by_key.pop(first.hashes[4]))
+    assert manager.groups[1].longest(first, 7) == 7
+    assert _run(engine, manager, [*prompt[:29], 50]).num_cached == 16
+
+
 def test_the_state_that_was_used_longest_ago_makes_room() -> None:
     """Sequences come first: where they have no other slot, the snapshot goes that nobody asked for longest."""
     states = StateSlots(3, BLOCK, 4)
@@ -356,13 +366,44 @@ def test_after_a_failed_step_no_state_is_trusted() -> None:
     engine, _, manager = Base(snapshots=3, spacing=1).engine()
     prompt = list(range(20))
     _run(engine, manager, prompt)
-    failing = Sequence("failing", [*prompt, 1, 2], SamplingParams(max_tokens=9))
+    failing = Sequence("failing", [*prompt, *range(30, 40)], SamplingParams(max_tokens=9))
     engine.add(failing)
     engine.step()
     engine.fail_all()
     assert manager.states is not None
     manager.keep()
-    assert manager.states.longest(failing, 5) == 0
+    assert manager.states.longest(failing, 7) == 0
     assert manager.states.num_free == manager.states.num_slots
     assert manager.copies() == ()
     assert _run(engine, manager, prompt).num_cached == 0
+
+
+@settings(max_examples=examples(25), deadline=None)
+@given(
+    st.lists(st.one_of(REQUESTS, st.just("step")), min_size=4, max_size=30),
+    st.integers(16, 60),
+    st.sampled_from([(None, 6), (3, None), (9, None, 2)]),
+    st.sampled_from([2, 7, 16]),
+    st.integers(0, 1),
+)
+def test_planned_windows_never_lack_blocks(
+    actions: list[object], blocks: int, windows: Windows, rows: int, depth: int
+) -> None:
+    """With the blocks that a plan gives to groups, an engine does step by step what it would do without
+    windows: nobody waits, and nobody is preempted, for layers that slide."""
+    steps = []
+    for seen in (windows, (None,)):
+        cache = Cache(tuple(Kept(window, 1) for window in seen), BLOCK, LONGEST, SEQS, rows, whole=True)
+        manager = BlockManager(cache.blocks(blocks), BLOCK, seen, prefix_cache=False)
+        device = Device(depth, seen, stateful=False)
+        engine = Engine(device, SchedulerLimits(rows, SEQS, 2, LONGEST), manager, AlwaysResident(), lambda: 0.0)
+        for number, action in enumerate(actions):
+            if isinstance(action, tuple):
+                length, new, uid, *_ = action
+                sampling = SamplingParams(max_tokens=new)
+                engine.add(Sequence(str(number), [1] * length, sampling, HANDLES[uid - 1] if uid else None))
+            else:
+                engine.step()
+        _drain(engine, manager)
+        steps.append((device.lengths, engine.stats.preemptions))
+    assert steps[0] == steps[1]

@@ -82,8 +82,7 @@ class Cache:
         return self._block_bytes(count) + (self.seqs + self.kept_states(count)) * self.state_bytes
 
     def fitting(self, num_bytes: int) -> int:
-        """The most blocks with which it takes no more than that; below 0: not even the sequences' states
-        fit."""
+        """The most blocks with which it takes no more than that; below 0: not even the states fit."""
         return bisect_right(range(self.most + 1), num_bytes, key=self.num_bytes) - 1
 
     def capacity(self, count: int) -> int:
@@ -98,8 +97,7 @@ class Cache:
         return self.block_size * sum(number * group.token_bytes for number, group in pairs)
 
     def _enough(self, window: int | None) -> int:
-        """Blocks that are never lacking: what all sequences hold, each at its place, beside the rows of a
-        step."""
+        """Blocks that are never lacking: what all sequences hold, each at its place, and a step's rows."""
         if window is None:
             return self.most
         held = self.seqs * (window_blocks(window, 1, self.block_size) + 1)

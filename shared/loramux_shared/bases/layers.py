@@ -38,7 +38,7 @@ class AttentionLayer:
     @property
     def kept_features(self) -> int:
         """Numbers that it keeps of a token, for later ones to see."""
-        return 2 * self.kv_features
+        return 2 * self.kv_features if self.attention.keys_of is None else 0
 
     def state_bytes(self, item_bytes: int) -> int:  # noqa: ARG002 - mixers that carry a state have some
         """Return what it keeps of a sequence however long that is, where numbers take item_bytes."""
