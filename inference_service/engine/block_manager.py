@@ -93,7 +93,7 @@ class BlockManager:
 
         `num_computed` is set to what was found. The last token is always left to compute, since its row gives
         the next one; and the whole prompt while log probabilities of it are asked for, since those come from
-        its rows. Layers with a window have room for what it sees and for a step of so many rows; `grow` gives
+        its rows. Layers with a window must have room for what it sees and for so many rows; `grow` gives
         it to them as rows come.
 
         Returns:
@@ -102,13 +102,13 @@ class BlockManager:
         if not seq.tables:
             seq.tables = (seq.blocks, *(array("i") for _ in self.groups[1:]))
         usable = self._usable(seq)
-        known = found = _agreed(self.groups, seq, usable)
-        if self.states is not None:
-            found = _agreed((*self.groups, self.states), seq, known)
-        for group, table in zip(self.groups, seq.tables, strict=True):
-            group.hold(seq, table, found)
+        known = _agreed(self.groups, seq, usable) if usable else 0
+        found = known if self.states is None else _agreed((*self.groups, self.states), seq, known)
+        if found:
+            for group, table in zip(self.groups, seq.tables, strict=True):
+                group.hold(seq, table, found)
         seq.num_full, seq.num_computed = found, found * self.block_size
-        if not all(group.fits(need, spare) for group, need in self._needs(seq, rows)):
+        if not self._fits(seq, rows, spare):
             self._refuse(seq, found, usable)
             return False
         for group, table in zip(self.groups, seq.tables, strict=True):
@@ -188,17 +188,17 @@ class BlockManager:
         if self.states is not None:
             self.states.forget_all()
 
-    def _needs(self, seq: Sequence, rows: int) -> list[tuple[BlockGroup, int]]:
-        """How many blocks more each group must have before a sequence begins."""
+    def _fits(self, seq: Sequence, rows: int, spare: float | None) -> bool:
+        """Whether every group has the blocks that a sequence must find before it begins."""
         whole = self.blocks_for(len(seq.tokens))
-        needs = []
         for group, table in zip(self.groups, seq.tables, strict=True):
             missing = whole - len(table)
             if group.window is not None:
                 held = len(table) - group.first_seen(seq.num_computed)
                 missing = min(missing, window_blocks(group.window, rows, self.block_size) - held)
-            needs.append((group, missing))
-        return needs
+            if not group.fits(missing, spare):
+                return False
+        return True
 
     def _refuse(self, seq: Sequence, found: int, usable: int) -> None:
         """Take back what a sequence was given that does not fit, and remember that it did not."""

@@ -303,7 +303,7 @@ class Scheduler:
         while len(self.running) >= self.limits.max_seqs:
             if not self._make_room(lane, plan):
                 return _Outcome.BLOCKED
-        while not self._start(seq):
+        while not self._start(seq, plan.budget):
             if not self._make_room(lane, plan):
                 return _Outcome.BLOCKED
         self._waits_no_more(seq)
@@ -355,12 +355,15 @@ class Scheduler:
         self._waits(seq)
         self.preemptions += 1
 
-    def _start(self, seq: Sequence) -> bool:
-        """Give a sequence room for its whole context; False, with nothing changed, when it does not fit."""
+    def _start(self, seq: Sequence, rows: int) -> bool:
+        """Give a sequence room for its whole context; False, with nothing changed, when it does not fit.
+
+        rows are those that are left of the step.
+        """
         if self.blocks.still_refused(seq):
             return False
         spare = self.limits.watermark if self.running else None
-        if not self.blocks.start(seq, self.limits.max_tokens, spare):
+        if not self.blocks.start(seq, rows, spare):
             return False
         if not seq.num_generated:
             seq.num_cached = seq.num_computed

@@ -164,7 +164,8 @@ def pack_tables(
     for group in range(capacity.groups):
         blocks = section["blocks"][group * capacity.most_blocks :]
         for context, count, first in zip(contexts, needed, first_block.tolist(), strict=True):
-            blocks[first : first + count] = context.table(group)[:count]
+            table = context.tables[group] if context.tables else context.blocks
+            blocks[first : first + count] = table[:count]
         own = blocks[first_block[chunk] + positions // capacity.block_size]
         own_rows = own * capacity.block_size + positions % capacity.block_size
         section["cache_rows"][group * capacity.rows + row[chunk] + within] = own_rows
@@ -213,7 +214,7 @@ def _check_fits(capacity: AttentionCapacity, contexts: Sequence[Context], needed
             raise ValueError(f"a chunk of {context.length} rows, but room for decoding alone")
         if count > capacity.blocks_per_chunk:
             raise ValueError(f"a context of {count} blocks, but room for {capacity.blocks_per_chunk}")
-        least = min(len(context.table(group)) for group in range(capacity.groups))
+        least = min(map(len, context.tables or (context.blocks,)))
         if count > least:
             raise ValueError(f"{context.end} tokens need {count} blocks, got {least}")
 
