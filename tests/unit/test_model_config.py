@@ -138,7 +138,7 @@ HUB_CONFIGS: dict[str, dict[str, Any]] = {
         "torch_dtype": "bfloat16",
         "vision_config": {"model_type": "gemma4_vision"},
     },
-    "gemma-4-31b": {
+    "gemma-4-short": {
         "architectures": ["Gemma4ForConditionalGeneration"],
         "model_type": "gemma4",
         "eos_token_id": [1, 106],
@@ -152,7 +152,7 @@ HUB_CONFIGS: dict[str, dict[str, Any]] = {
             "model_type": "gemma4_text",
             "num_attention_heads": 32,
             "num_global_key_value_heads": 4,
-            "num_hidden_layers": 60,
+            "num_hidden_layers": 24,
             "num_key_value_heads": 16,
             "sliding_window": 1024,
             "use_bidirectional_attention": "vision",
