@@ -46,6 +46,7 @@ _KNOWN_REFUSALS: Final = tuple(
         ("E_CONTAINER", "NeMo", r"\.(adapter_layer\.|lora_\w+_adapter\.|linear_(in|out)\.weight$)"),
         ("E_CONTAINER", "diffusers or kohya", r"\.lora(\.|_)(up|down)\.weight$|^lora_(unet|te\d?)_"),
         ("E_EMBED", "", r"lora_embedding_|trainable_tokens"),
+        ("E_MODULE", "per_layer_model_projection", r"\.per_layer_model_projection\."),
         ("E_DORA", "", r"lora_magnitude_vector|weight_m_wdecomp"),
         ("E_BIAS", "", r"\.bias$"),
         ("E_VARIANT", "KaSA", r"lora_diag"),

@@ -19,6 +19,7 @@ from inference_service.kernels.attention import Context
 from inference_service.layers.norm import RMSNorm
 from inference_service.layers.rope import Rope
 from inference_service.lora.weights import AdapterWeights
+from inference_service.models.blocks.inputs import Inputs
 from inference_service.models.checkpoint import Tensors
 from inference_service.models.layer import read_layer
 from inference_service.models.reader import Reader
@@ -46,6 +47,7 @@ class Decoder:
         self._layers = [read_layer(reader.layer(index)) for index in range(config.dims.num_layers)]
         self._norm = reader.norm(config.names.final_norm)
         self._head = self._operations.new_linear(head)
+        self._inputs = None if config.inputs is None else Inputs(reader, config.inputs)
         self._ropes = tuple(Rope(spec, self.dtype, self.device) for spec in config.ropes)
         # Rounded as the weights are: Gemma was trained with a scale in bfloat16.
         self._scale = float(torch.tensor(config.embedding_scale, dtype=self.dtype))
@@ -86,8 +88,9 @@ class Decoder:
         """Run tokens [T] at positions [T]; return what the head reads of some rows [N, hidden]."""
         ops = self._operations
         turns = tuple(attention.turn(*ops.angles(rope, positions)) for rope in self._ropes)
-        step = Step(ops, attention, cache, lora, turns, self._growth(positions))
         hidden = ops.embed(tokens, self._embedding, self._scale)
+        inputs = None if self._inputs is None else self._inputs(ops, tokens, hidden)
+        step = Step(ops, attention, cache, lora, turns, self._growth(positions))
         delta: Tensor | None = None
         delta_norm: RMSNorm | None = None
         for layer in self._layers:
@@ -96,6 +99,12 @@ class Decoder:
             x = self._add(hidden, layer.mlp_norm, delta, layer.mixer_out_norm)
             delta = self._scaled(layer.mlp(step, x))
             delta_norm = layer.mlp_out_norm
+            if layer.inputs is not None and inputs is not None:
+                x = self._add(hidden, None, delta, delta_norm)
+                delta, delta_norm = layer.inputs(step, x, inputs), layer.inputs.out_norm
+            if layer.scalar is not None:
+                hidden = self._add(hidden, None, delta, delta_norm).mul_(layer.scalar)
+                delta = delta_norm = None
         last = None if delta is None else delta[last_rows]
         return ops.norm(hidden[last_rows], self._norm, last, delta_norm)
 

@@ -11,6 +11,7 @@ from inference_service.backends.base import Operations
 from inference_service.layers.norm import RMSNorm
 from inference_service.models.blocks.attention import AttentionBlock
 from inference_service.models.blocks.experts import ExpertsBlock
+from inference_service.models.blocks.inputs import InputBlock
 from inference_service.models.blocks.mlp import MlpBlock
 from inference_service.models.reader import LayerReader
 from inference_service.models.step import CacheSize, LayerCache, Step
@@ -48,6 +49,9 @@ class Layer:
     mlp_norm: RMSNorm | None
     mlp: Block
     mlp_out_norm: RMSNorm | None
+    inputs: InputBlock | None
+    scalar: float | None
+    """What hidden rows are multiplied with behind it."""
 
 
 def read_layer(reader: LayerReader) -> Layer:
@@ -57,6 +61,7 @@ def read_layer(reader: LayerReader) -> Layer:
         CheckpointInvalid: a tensor is missing, or has another shape than the config implies.
     """
     names, spec = reader.config.names, reader.config.layers[reader.index]
+    scalar = None if names.scalar is None else float(reader.reader.rounded(reader.get(names.scalar, (1,))))
     return Layer(
         input_norm=reader.optional_norm(names.input_norm),
         mixer=AttentionBlock(reader, spec.mixer),
@@ -64,6 +69,8 @@ def read_layer(reader: LayerReader) -> Layer:
         mlp_norm=reader.optional_norm(names.mlp_norm),
         mlp=_read_mlp(reader, spec.mlp),
         mlp_out_norm=reader.optional_norm(names.mlp_out_norm),
+        inputs=None if spec.inputs is None else InputBlock(reader),
+        scalar=scalar,
     )
 
 

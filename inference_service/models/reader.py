@@ -139,10 +139,17 @@ class LayerReader:
         return None if name is None else self.norm(name)
 
     def head_norm(self, q_norm: str, k_norm: str, spec: AttentionLayer) -> RMSNorm:
-        """Return the norms of all heads of queries and keys, side by side."""
-        q, k = (self.get(f"{name}.weight", (spec.head_dim,)) for name in (q_norm, k_norm))
-        weight = torch.cat([q.expand(spec.num_heads, -1), k.expand(spec.num_kv_heads, -1)])
-        return RMSNorm(self.reader.rounded(weight), self.config.norm_eps, self.config.norm_offset)
+        """Return the norms of all heads of queries, keys and values that are normed, side by side."""
+        counts = {q_norm: spec.num_heads}
+        if spec.attention.keys_of is None:
+            counts[k_norm] = spec.num_kv_heads
+        shape = (spec.head_dim,)
+        weights = [self.get(f"{name}.weight", shape).expand(count, -1) for name, count in counts.items()]
+        if spec.values_normed and spec.attention.keys_of is None:
+            plain = torch.full_like(weights[0][:1], 1.0 - self.config.norm_offset)
+            weights.append(plain.expand(spec.num_kv_heads, -1))
+        weight = self.reader.rounded(torch.cat(weights))
+        return RMSNorm(weight, self.config.norm_eps, self.config.norm_offset)
 
     def cat(self, tensors: list[tuple[str, tuple[int, ...]]]) -> Tensor:
         """Return tensors of these names and shapes, one behind the other."""

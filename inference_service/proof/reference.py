@@ -19,7 +19,7 @@ from inference_service.models.checkpoint import Checkpoint
 from inference_service.proof.adapter_source import AdapterFactors
 from loramux_shared.bases.attention import AttentionSpec, QueryGrowth
 from loramux_shared.bases.config import ModelConfig
-from loramux_shared.bases.layers import AttentionLayer, ExpertsLayer, MlpLayer
+from loramux_shared.bases.layers import AttentionLayer, ExpertsLayer, InputLayer, MlpLayer
 from loramux_shared.bases.rope import RopeSpec
 from loramux_shared.faults import CheckpointInvalid
 
@@ -37,6 +37,10 @@ class Run:
     """What the adapter added to each module's output at the last position, [out]."""
     logits: Tensor = field(default_factory=lambda: torch.empty(0))
     """[vocab], behind the last position."""
+    kept: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """Keys and values [kv heads, T, head_dim] of layers, for those that read another's."""
+    inputs: Tensor = field(default_factory=lambda: torch.empty(0))
+    """[T, layers, width]: what tokens give to layers."""
 
 
 class Reference:
@@ -69,10 +73,16 @@ class Reference:
             for name, adapter in adapters.items()
         }
         everyone = [run for each in runs.values() for run in each]
+        self._give_inputs(sequences, everyone)
         for index, spec in enumerate(config.layers):
             at = names.layer.format(index=index)
             self._attention(index, at, spec.mixer, everyone)
             self._mlp(index, at, self._mlps[index], everyone)
+            self._let_inputs_in(index, at, spec.inputs, everyone)
+            if names.scalar is not None:
+                scalar = self._checkpoint.get(f"{self._prefix}{at}{names.scalar}", (1,))
+                for run in everyone:
+                    run.hidden = run.hidden * scalar
         norm = self._get(names.final_norm, (dims.hidden,))
         for run in everyone:
             logits = head @ self._normed(run.hidden[-1], norm) / config.logit_divisor
@@ -94,18 +104,20 @@ class Reference:
 
     def _attention(self, index: int, at: str, spec: AttentionLayer, runs: Sequence[Run]) -> None:
         config, names, hidden = self._config, self._config.names, self._config.dims.hidden
-        q, kv = spec.q_features, spec.kv_features
+        q, slices = spec.q_features, spec.groups(hidden)[0].out_features
         before, behind = self._optional(at, names.input_norm), self._optional(at, names.attention_out_norm)
         q_norm, k_norm = self._qk_norms(at, spec)
         sinks = self._sinks(at, spec)
-        qkv = self._linear(at, names.qkv, (q, kv, kv), hidden, config.qkv_bias)
+        qkv = self._linear(at, names.qkv[: len(slices)], slices, hidden, config.qkv_bias)
         out = self._linear(at, (names.o,), (hidden,), q, config.o_bias)
         for run in runs:
             x = self._maybe_normed(run.hidden, before)
-            parts = _project(run, index, QKV, x, qkv, (q, kv, kv))
-            normed = self._heads(parts[0], q_norm, spec), self._heads(parts[1], k_norm, spec)
-            queries, keys = (_rotate(part, spec.rope) for part in normed)
-            queries, values = _grown(queries, config.query_growth), self._heads(parts[2], None, spec)
+            parts = _project(run, index, QKV[: len(slices)], x, qkv, slices)
+            queries = _grown(_rotate(self._heads(parts[0], q_norm, spec), spec.rope), config.query_growth)
+            if spec.attention.keys_of is None:
+                keys, values = self._heads(parts[1], k_norm, spec), self._heads(parts[-1], None, spec)
+                run.kept[index] = _rotate(keys, spec.rope), self._values(values, spec)
+            keys, values = run.kept[index if spec.attention.keys_of is None else spec.attention.keys_of]
             seen = _attend(queries, keys, values, sinks, spec.attention).transpose(0, 1).reshape(len(x), q)
             (y,) = _project(run, index, ("attn_dense",), seen, out, (hidden,))
             run.hidden = run.hidden + self._maybe_normed(y * config.residual_scale, behind)
@@ -119,17 +131,52 @@ class Reference:
         for run in runs:
             x = self._maybe_normed(run.hidden, before)
             gate, up = _project(run, index, GATE_UP, x, gate_up, halves)
-            active = silu(gate) if config.activation == "silu" else gelu(gate, approximate="tanh")
-            (y,) = _project(run, index, ("mlp_4h_to_h",), active * up, down, (hidden,))
+            (y,) = _project(run, index, ("mlp_4h_to_h",), self._active(gate) * up, down, (hidden,))
             run.hidden = run.hidden + self._maybe_normed(y * config.residual_scale, behind)
+
+    def _give_inputs(self, sequences: Sequence[Sequence[int]], runs: Sequence[Run]) -> None:
+        """Make what tokens give to layers; runs are those of the sequences in their order, again and again."""
+        config, spec, names = self._config, self._config.inputs, self._config.names.inputs
+        if spec is None:
+            return
+        hidden, width = config.dims.hidden, config.dims.num_layers * spec.width
+        table = self._get(names.table, (spec.vocab, width))
+        projection, norm = self._get(names.projection, (width, hidden)), self._get(names.norm, (spec.width,))
+        for place, run in enumerate(runs):
+            shape = len(run.hidden), config.dims.num_layers, spec.width
+            given = table[list(sequences[place % len(sequences)])].view(shape) * spec.width**0.5
+            projected = (run.hidden @ projection.T).view(shape) * hidden**-0.5
+            run.inputs = (self._normed(projected, norm) + given) / 2**0.5
+
+    def _let_inputs_in(self, index: int, at: str, spec: InputLayer | None, runs: Sequence[Run]) -> None:
+        if spec is None:
+            return
+        names, hidden, width = self._config.names.inputs, self._config.dims.hidden, spec.width
+        gate = self._linear(at, (names.gate,), (width,), hidden, False)
+        projection = self._linear(at, (names.layer_projection,), (hidden,), width, False)
+        norm = self._get(at + names.out_norm, (hidden,))
+        for run in runs:
+            (x,) = _project(run, index, ("layer_input_gate",), run.hidden, gate, (width,))
+            x = self._active(x) * run.inputs[:, index]
+            (y,) = _project(run, index, ("layer_input_projection",), x, projection, (hidden,))
+            run.hidden = run.hidden + self._normed(y, norm)
+
+    def _active(self, x: Tensor) -> Tensor:
+        return silu(x) if self._config.activation == "silu" else gelu(x, approximate="tanh")
+
+    def _values(self, values: Tensor, spec: AttentionLayer) -> Tensor:
+        """Norm values [kv heads, T, head_dim], where they are normed at all."""
+        plain = torch.tensor(1.0 - self._config.norm_offset)
+        return self._normed(values, plain) if spec.values_normed else values
 
     def _qk_norms(self, at: str, spec: AttentionLayer) -> tuple[Tensor | None, Tensor | None]:
         """Weights of queries and keys, of a head or of all heads; None where there are none."""
         names, of_heads = self._config.names, self._config.qk_norm_of_heads
         q, k = (spec.head_dim, spec.head_dim) if of_heads else (spec.q_features, spec.kv_features)
+        k = k if spec.attention.keys_of is None else 0
         return (
             None if names.q_norm is None else self._get(at + names.q_norm, (q,)),
-            None if names.k_norm is None else self._get(at + names.k_norm, (k,)),
+            None if names.k_norm is None or not k else self._get(at + names.k_norm, (k,)),
         )
 
     def _sinks(self, at: str, spec: AttentionLayer) -> Tensor:

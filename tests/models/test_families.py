@@ -15,6 +15,8 @@ from transformers import (
     Gemma2Config,
     Gemma3Config,
     Gemma3TextConfig,
+    Gemma4Config,
+    Gemma4TextConfig,
     GraniteConfig,
     LlamaConfig,
     Ministral3Config,
@@ -84,6 +86,14 @@ MINISTRAL = {
 }
 PIXTRAL = {"model_type": "pixtral", **VISION, "head_dim": 8}
 OF_TEXT = {"all": ADAPTERS["all"] | {"target_modules": r".*language_model.*\.(q_proj|o_proj|down_proj)"}}
+GEMMA_4 = {"head_dim": 16, "global_head_dim": 32, "sliding_window": WINDOW, "tie_word_embeddings": True}
+OF_INPUTS = {
+    "inputs": {
+        "r": 3,
+        "lora_alpha": 9,
+        "target_modules": ["per_layer_input_gate", "per_layer_projection", "k_proj"],
+    }
+}
 FACTORS = [1.0 + 0.1 * index for index in range(4)]
 LONGROPE = {
     "rope_type": "longrope",
@@ -153,6 +163,36 @@ CASES = {
             vision_config=VISION,
             mm_tokens_per_image=4,
             image_token_index=VOCAB - 1,
+            eos_token_id=2,
+        ),
+        OF_TEXT,
+    ),
+    "gemma4-small": Case(
+        Gemma4TextConfig(
+            **SIZES
+            | GEMMA_4
+            | {"num_hidden_layers": 5, "use_double_wide_mlp": True, "num_kv_shared_layers": 3},
+            layer_types=[*["sliding_attention", "full_attention"] * 2, "full_attention"],
+            hidden_size_per_layer_input=8,
+            vocab_size_per_layer_input=VOCAB,
+            final_logit_softcapping=1.0,
+            attention_bias=True,
+        ),
+        ADAPTERS | OF_INPUTS,
+    ),
+    "gemma4-images": Case(
+        Gemma4Config(
+            text_config=SIZES
+            | GEMMA_4
+            | {
+                "num_hidden_layers": 4,
+                "layer_types": ["sliding_attention", "full_attention"] * 2,
+                "attention_k_eq_v": True,
+                "num_global_key_value_heads": 3,
+                "hidden_size_per_layer_input": 0,
+                "use_bidirectional_attention": "vision",
+            },
+            vision_config=VISION | {"num_key_value_heads": 2, "head_dim": 8, "pooling_kernel_size": 1},
             eos_token_id=2,
         ),
         OF_TEXT,
@@ -247,6 +287,8 @@ EACH_FAMILY = (
     "qwen3",
     "gemma2",
     "gemma3",
+    "gemma4-small",
+    pytest.param("gemma4-images", marks=pytest.mark.sweep),
     "phi4-mini",
     "granite",
     "smollm3-windows",
@@ -308,7 +350,7 @@ def test_the_kernels_for_gpus_answer_the_same(answers: Answers) -> None:
 def test_preemption_and_prefix_hits_change_no_token(answers: Answers) -> None:
     """With a cache too small for all, and again with what is left of the prefixes in it."""
     config = read_config(answers.world.base)
-    token_bytes = 2 * config.dims.num_layers * config.dims.num_kv_heads * config.dims.head_dim * 4
+    token_bytes = 2 * 4 * sum(layer.mixer.kv_features for layer in config.layers)
     # where all layers slide, one sequence holds little, and a step of few rows is enough for it
     tokens, rows = (152, 1024) if None in config.windows else (64, 16)
     ready = answers.world.load(

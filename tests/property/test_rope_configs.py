@@ -17,6 +17,7 @@ from transformers import AutoConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RotaryEmbedding
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RotaryEmbedding
+from transformers.models.gemma4.modeling_gemma4 import Gemma4TextRotaryEmbedding
 from transformers.models.granite.modeling_granite import GraniteRotaryEmbedding
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.models.ministral3.modeling_ministral3 import Ministral3RotaryEmbedding
@@ -42,6 +43,7 @@ ROTARY = {
     "qwen3": ("Qwen3ForCausalLM", Qwen3RotaryEmbedding),
     "gemma2": ("Gemma2ForCausalLM", Gemma2RotaryEmbedding),
     "gemma3_text": ("Gemma3ForCausalLM", Gemma3RotaryEmbedding),
+    "gemma4_text": ("Gemma4ForCausalLM", Gemma4TextRotaryEmbedding),
     "phi3": ("Phi3ForCausalLM", Phi3RotaryEmbedding),
     "granite": ("GraniteForCausalLM", GraniteRotaryEmbedding),
     "smollm3": ("SmolLM3ForCausalLM", SmolLM3RotaryEmbedding),
@@ -68,7 +70,11 @@ BLOCKS: dict[str, dict[str, Any]] = {
     "longrope": {"rope_type": "longrope", **LONG, "original_max_position_embeddings": 100},
     "su": {"type": "su", **LONG, "original_max_position_embeddings": 100},
     "old-yarn": {"type": "yarn", "factor": 2.0, **LONG},
+    "proportional": {"rope_type": "proportional", "rope_theta": 2e6, "partial_rotary_factor": 0.25},
+    "proportional-factor": {"rope_type": "proportional", "rope_theta": 2e4, "factor": 3.0},
 }
+OF_LAYERS = ("gemma3_text", "gemma4_text", "olmo3")
+"""Families with a rope for each type of layers."""
 NESTED = {"full_attention": BLOCKS["linear"], "sliding_attention": BLOCKS["default"]}
 
 
@@ -113,13 +119,13 @@ def transformers_ropes(folder: Path, long: bool) -> dict[str, tuple[torch.Tensor
     try:
         config = AutoConfig.from_pretrained(folder)
         rotary = ROTARY[config.model_type][1](config)
+        if config.model_type in OF_LAYERS:
+            return {
+                kind: (getattr(rotary, f"{kind}_inv_freq"), getattr(rotary, f"{kind}_attention_scaling"))
+                for kind in rotary.layer_types
+            }
     except (KeyError, TypeError, ValueError, AttributeError, StrictDataclassError):
         return None
-    if config.model_type in ("gemma3_text", "olmo3"):
-        return {
-            kind: (getattr(rotary, f"{kind}_inv_freq"), getattr(rotary, f"{kind}_attention_scaling"))
-            for kind in rotary.layer_types
-        }
     if rotary.rope_type == "longrope" and long:
         return {"": ROPE_INIT_FUNCTIONS["longrope"](config, seq_len=MAX_POSITIONS)}
     return {"": (rotary.inv_freq, rotary.attention_scaling)}
@@ -130,7 +136,7 @@ def our_ropes(model: ModelConfig) -> dict[str, tuple[torch.Tensor, float]]:
     ropes = {}
     for layer in model.layers:
         kind = "full_attention" if layer.mixer.attention.window is None else "sliding_attention"
-        kind = kind if model.architecture in ("Gemma3ForCausalLM", "Olmo3ForCausalLM") else ""
+        kind = kind if model.architecture in [ROTARY[name][0] for name in OF_LAYERS] else ""
         ropes[kind] = (frequencies(layer.mixer.rope), layer.mixer.rope.scaling.magnitude)
     return ropes
 
@@ -164,7 +170,7 @@ def test_rope_is_read_as_transformers_reads_it(folder: Path, model_type: str, fi
 
 def _places() -> dict[str, tuple[str, dict[str, Any]]]:
     """Configs that people write, which must be served."""
-    generic = [name for name in ROTARY if name not in ("phi3", "gemma3_text", "olmo3", "ministral3")]
+    generic = [name for name in ROTARY if name not in ("phi3", *OF_LAYERS, "ministral3")]
     cases: dict[str, tuple[str, dict[str, Any]]] = {}
     for family in generic:
         for name in ("yarn", "yarn-of-a-class", "linear", "linear-by-type", "llama3", "longrope"):
@@ -196,6 +202,10 @@ def _places() -> dict[str, tuple[str, dict[str, Any]]]:
         cases[f"gemma3-both-{name}"] = ("gemma3_text", both)
         one = {"rope_parameters": {"full_attention": BLOCKS[name]}, "rope_local_base_freq": 20000.0}
         cases[f"gemma3-nested-{name}"] = ("gemma3_text", one)
+    for name in ("linear", "proportional", "proportional-factor"):
+        nested = {"full_attention": {"rope_theta": 1e5} | BLOCKS[name], "sliding_attention": BLOCKS["default"]}
+        cases[f"gemma4-nested-{name}"] = ("gemma4_text", {"rope_parameters": nested})
+    cases["gemma4-of-a-class"] = ("gemma4_text", {})
     cases["gemma3-flat"] = ("gemma3_text", {"rope_parameters": BLOCKS["linear"], "rope_theta": 3000.0})
     return cases
 

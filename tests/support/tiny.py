@@ -71,6 +71,9 @@ def make_checkpoint(
         for parameter in model.parameters():
             if parameter.dim() == 1:  # norms and biases begin as ones and zeros, which say nothing
                 parameter.add_(torch.randn(parameter.shape) * 0.2)
+        for name, buffer in model.named_buffers():
+            if name.endswith("layer_scalar"):  # and so does this
+                buffer.add_(torch.randn(1) * 0.2)
         table = model.get_input_embeddings()
         table.weight.div_(getattr(table, "scalar_embed_scale", 1.0))  # else Gemma repeats the last token
     model.to(dtype).save_pretrained(folder, max_shard_size=max_shard_size)

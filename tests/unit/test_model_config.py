@@ -15,6 +15,7 @@ from loramux_shared.bases.read import read_config
 from loramux_shared.faults import CheckpointInvalid
 
 # As the hub has them: written by transformers 4, and by people.
+GEMMA_4 = {"architectures": ["Gemma4ForCausalLM"]}
 HUB_CONFIGS: dict[str, dict[str, Any]] = {
     "Llama-3.1": {
         "architectures": ["LlamaForCausalLM"],
@@ -115,6 +116,51 @@ HUB_CONFIGS: dict[str, dict[str, Any]] = {
         "torch_dtype": "bfloat16",
         "vocab_size": 262144,
     },
+    "gemma-4-e2b": {
+        "architectures": ["Gemma4ForConditionalGeneration"],
+        "model_type": "gemma4",
+        "audio_config": {"model_type": "gemma4_audio"},
+        "eos_token_id": [1, 106],
+        "text_config": {
+            "enable_moe_block": False,
+            "final_logit_softcapping": 30.0,
+            "global_head_dim": 512,
+            "hidden_size": 1536,
+            "intermediate_size": 6144,
+            "layer_types": [*["sliding_attention"] * 4, "full_attention"] * 7,
+            "model_type": "gemma4_text",
+            "num_global_key_value_heads": None,
+            "num_hidden_layers": 35,
+            "num_key_value_heads": 1,
+            "num_kv_shared_layers": 20,
+            "use_double_wide_mlp": True,
+        },
+        "torch_dtype": "bfloat16",
+        "vision_config": {"model_type": "gemma4_vision"},
+    },
+    "gemma-4-short": {
+        "architectures": ["Gemma4ForConditionalGeneration"],
+        "model_type": "gemma4",
+        "eos_token_id": [1, 106],
+        "text_config": {
+            "attention_k_eq_v": True,
+            "final_logit_softcapping": 30.0,
+            "hidden_size": 5376,
+            "hidden_size_per_layer_input": 0,
+            "intermediate_size": 21504,
+            "max_position_embeddings": 262144,
+            "model_type": "gemma4_text",
+            "num_attention_heads": 32,
+            "num_global_key_value_heads": 4,
+            "num_hidden_layers": 24,
+            "num_key_value_heads": 16,
+            "sliding_window": 1024,
+            "use_bidirectional_attention": "vision",
+        },
+        "torch_dtype": "bfloat16",
+        "vision_config": {"model_type": "gemma4_vision"},
+    },
+    "gemma-4-text": {"architectures": ["Gemma4ForCausalLM"], "model_type": "gemma4_text", "eos_token_id": 1},
     "Phi-4-mini": {
         "architectures": ["Phi3ForCausalLM"],
         "model_type": "phi3",
@@ -364,6 +410,25 @@ def test_older_configs_mean_what_transformers_takes_them_for(tmp_path: Path, nam
             'model_type "llama" is not supported for Mistral3ForConditionalGeneration; supported: "mistral"',
         ),
         ({"architectures": ["Olmo3ForCausalLM"], "hidden_act": "gelu"}, 'hidden_act "gelu"'),
+        (
+            {"architectures": ["Gemma4UnifiedForConditionalGeneration"]},
+            "Gemma4UnifiedForCond.* is not supported",
+        ),
+        ({**GEMMA_4, "use_bidirectional_attention": "all"}, 'use_bidirectional_attention "all"'),
+        ({**GEMMA_4, "enable_moe_block": True}, "enable_moe_block true"),
+        ({**GEMMA_4, "hidden_activation": "silu"}, 'hidden_activation "silu"'),
+        ({**GEMMA_4, "rope_scaling": {"rope_type": "linear"}}, "rope_scaling .* not supported for Gemma4"),
+        ({**GEMMA_4, "rope_parameters": {"full_attention": {}}}, "rope_theta: expected a number, found None"),
+        ({**GEMMA_4, "num_kv_shared_layers": 30}, "with keys of its own, found sliding_attention"),
+        ({**GEMMA_4, "num_kv_shared_layers": 33}, "num_kv_shared_layers 33: .* found none"),
+        ({**GEMMA_4, "num_kv_shared_layers": -1}, "num_kv_shared_layers -1"),
+        ({**GEMMA_4, "per_layer_config": {"00": {"head_dim": 64}}}, "per_layer_config: .* found different"),
+        ({**GEMMA_4, "per_layer_config": {"31": {"skip": ["mlp"]}}}, "per_layer_config: .* found skip"),
+        (
+            {**GEMMA_4, "attention_k_eq_v": True, "num_global_key_value_heads": 3},
+            "full_attention: expected a divisor of num_attention_heads 32, found 3",
+        ),
+        ({**GEMMA_4, "vocab_size_per_layer_input": 9}, "expected at least vocab_size 128256, found 9"),
         ({"architectures": ["Olmo3ForCausalLM"], "rope_scaling": {"rope_type": "longrope"}}, "'longrope'"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from inference_service.backends.base import Operations
@@ -23,11 +24,13 @@ class AttentionBlock:
         """
         config, names = reader.config, reader.config.names
         self._index = reader.index
+        self._cache = self._index if spec.attention.keys_of is None else spec.attention.keys_of
         self._spec = spec
         self._qkv_group, self._o_group = (reader.group(name).name for name in ("attn_q", "attn_dense"))
         self._rope = config.ropes.index(spec.rope)
         self._window = config.windows.index(spec.attention.window)
-        self._qkv = reader.linear("attn_q", names.qkv, bias=config.qkv_bias)
+        projected = names.qkv[: len(reader.group("attn_q").modules)]
+        self._qkv = reader.linear("attn_q", projected, bias=config.qkv_bias)
         self._o = reader.linear("attn_dense", (names.o,), bias=config.o_bias)
         self._sinks = None
         if names.sinks is not None:
@@ -43,7 +46,9 @@ class AttentionBlock:
                 )
 
     def new_cache(self, operations: Operations, size: CacheSize) -> LayerCache:
-        """Return an empty cache of keys and values."""
+        """Return an empty cache of keys and values; none where another layer's are read."""
+        if self._spec.attention.keys_of is not None:
+            return ()
         return operations.new_cache(size.rows[self._window], self._spec.heads)
 
     def __call__(self, step: Step, x: Tensor) -> Tensor:
@@ -51,7 +56,9 @@ class AttentionBlock:
         spec = self._spec
         qkv = self._prepared(step, step.linear(self._qkv, x, self._index, self._qkv_group))
         heads = qkv.view(len(x), -1, spec.head_dim)
-        keys, values = step.cache.layers[self._index]
+        if spec.values_are_keys and spec.attention.keys_of is None:
+            heads = torch.cat([heads, heads[:, spec.num_heads :]], dim=1)
+        keys, values = step.cache.layers[self._cache]
         turn = step.turns[self._rope]
         attended = step.attention(heads, turn, keys, values, spec.attention, self._head_norm, self._sinks)
         return step.linear(self._o, attended, self._index, self._o_group)

@@ -9,9 +9,22 @@ from typing import Literal
 from loramux_shared.bases.attention import HeadCounts, QueryGrowth
 from loramux_shared.bases.formats.scheme import Quantization
 from loramux_shared.bases.groups import GroupShape, distinct, features_of, named_apart
-from loramux_shared.bases.layers import LayerSpec
+from loramux_shared.bases.layers import InputLayer, LayerSpec
 from loramux_shared.bases.rope import RopeSpec
 from loramux_shared.bundle.modules import BaseDims
+
+
+@dataclass(frozen=True)
+class InputNames:
+    """Where a checkpoint keeps the tensors of what tokens give to layers."""
+
+    table: str = "embed_tokens_per_layer"
+    projection: str = "per_layer_model_projection"
+    norm: str = "per_layer_projection_norm"
+    gate: str = "per_layer_input_gate"
+    """This and the following are a layer's."""
+    layer_projection: str = "per_layer_projection"
+    out_norm: str = "post_per_layer_input_norm"
 
 
 @dataclass(frozen=True)
@@ -47,6 +60,9 @@ class TensorNames:
     ``gate_up_proj`` and ``down_proj`` of all experts in one, which have no ``.weight``."""
     shared_expert: str = "mlp.shared_expert"
     """The one that all rows have; the name of its gate ends in ``_gate``."""
+    scalar: str | None = None
+    """The whole name of [1]: what hidden rows are multiplied with behind a layer."""
+    inputs: InputNames = InputNames()
 
 
 @dataclass(frozen=True)
@@ -110,6 +126,11 @@ class ModelConfig:
     def state_bytes(self, item_bytes: int) -> int:
         """Return what layers carry from token to token for a sequence; 0 where none does."""
         return sum(layer.mixer.state_bytes(item_bytes) for layer in self.layers)
+
+    @property
+    def inputs(self) -> InputLayer | None:
+        """What tokens give to layers; all have the same or nothing."""
+        return self.layers[0].inputs
 
     def features(self, module: str, layer: int) -> tuple[int, int] | None:
         """Return (in, out) of a module, by its bundle name, in a layer; None where there is no such module."""

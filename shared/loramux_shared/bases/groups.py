@@ -33,10 +33,10 @@ def layer_groups(hidden: int, intermediate: int, q: int, kv: int) -> tuple[Group
     return (*attention_groups(hidden, q, kv), *mlp_groups(hidden, intermediate))
 
 
-def attention_groups(hidden: int, q: int, kv: int) -> tuple[GroupShape, ...]:
-    """Return those of its attention."""
+def attention_groups(hidden: int, q: int, kv: int, slices: int = 3) -> tuple[GroupShape, ...]:
+    """Return those of its attention; slices is how many of queries, keys and values it projects."""
     return (
-        GroupShape("qkv", ("attn_q", "attn_k", "attn_v"), hidden, (q, kv, kv)),
+        GroupShape("qkv", ("attn_q", "attn_k", "attn_v")[:slices], hidden, (q, kv, kv)[:slices]),
         GroupShape("o", ("attn_dense",), q, (hidden,)),
     )
 
@@ -47,6 +47,14 @@ def mlp_groups(hidden: int, intermediate: int) -> tuple[GroupShape, ...]:
         # gate_proj is mlp_h_to_4h and up_proj is mlp_gate: crossed, as in TensorRT-LLM
         GroupShape("gate_up", ("mlp_h_to_4h", "mlp_gate"), hidden, (intermediate, intermediate)),
         GroupShape("down", ("mlp_4h_to_h",), intermediate, (hidden,)),
+    )
+
+
+def input_groups(hidden: int, width: int) -> tuple[GroupShape, ...]:
+    """Return those of what tokens give to a layer."""
+    return (
+        GroupShape("layer_input_gate", ("layer_input_gate",), hidden, (width,)),
+        GroupShape("layer_input_projection", ("layer_input_projection",), width, (hidden,)),
     )
 
 

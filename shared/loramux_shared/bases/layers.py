@@ -6,7 +6,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from loramux_shared.bases.attention import AttentionSpec, HeadCounts
-from loramux_shared.bases.groups import GroupShape, attention_groups, expert_groups, mlp_groups, shared_groups
+from loramux_shared.bases.groups import (
+    GroupShape,
+    attention_groups,
+    expert_groups,
+    input_groups,
+    mlp_groups,
+    shared_groups,
+)
 from loramux_shared.bases.rope import RopeSpec
 
 
@@ -19,6 +26,10 @@ class AttentionLayer:
     num_heads: int
     num_kv_heads: int
     head_dim: int
+    values_are_keys: bool = False
+    """Whether what is projected for the keys serves as values too, without the keys' norm and rotation."""
+    values_normed: bool = False
+    """Whether each head of values is normed, by its size alone."""
 
     @property
     def heads(self) -> HeadCounts:
@@ -32,8 +43,8 @@ class AttentionLayer:
 
     @property
     def kv_features(self) -> int:
-        """Width of the keys of all heads together, and of the values."""
-        return self.num_kv_heads * self.head_dim
+        """Width of the keys of all heads together, and of the values; 0 where another's are read."""
+        return 0 if self.attention.keys_of is not None else self.num_kv_heads * self.head_dim
 
     @property
     def kept_features(self) -> int:
@@ -46,7 +57,8 @@ class AttentionLayer:
 
     def groups(self, hidden: int) -> tuple[GroupShape, ...]:
         """Return its fused linears."""
-        return attention_groups(hidden, self.q_features, self.kv_features)
+        slices = 1 if self.attention.keys_of is not None else 2 if self.values_are_keys else 3
+        return attention_groups(hidden, self.q_features, self.kv_features, slices)
 
 
 @dataclass(frozen=True)
@@ -90,15 +102,31 @@ class ExpertsLayer:
 
 
 @dataclass(frozen=True)
+class InputLayer:
+    """What the tokens give to a layer directly, as far as the hidden rows let it in."""
+
+    width: int
+    """Of what a token gives to each layer."""
+    vocab: int
+    """Tokens in the table of it."""
+
+    def groups(self, hidden: int) -> tuple[GroupShape, ...]:
+        """Return its linears."""
+        return input_groups(hidden, self.width)
+
+
+@dataclass(frozen=True)
 class LayerSpec:
     """What mixes the rows of a sequence, and what follows for each row alone."""
 
     mixer: AttentionLayer
     mlp: MlpLayer | ExpertsLayer
+    inputs: InputLayer | None = None
 
     def groups(self, hidden: int) -> tuple[GroupShape, ...]:
-        """Return the fused linears of both, in the order of computation."""
-        return (*self.mixer.groups(hidden), *self.mlp.groups(hidden))
+        """Return the fused linears of all, in the order of computation."""
+        inputs = () if self.inputs is None else self.inputs.groups(hidden)
+        return (*self.mixer.groups(hidden), *self.mlp.groups(hidden), *inputs)
 
     def attending(self, **changes: Any) -> LayerSpec:
         """Return the layer with other fields of its `AttentionSpec`."""

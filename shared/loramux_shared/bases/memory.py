@@ -120,7 +120,10 @@ def plan_on(device: str, free: int, needs: Needs, cache: Cache) -> MemoryPlan:
 def count_weights(config: ModelConfig) -> int:
     """Return how many numbers the weights of a model are, without norms and biases."""
     linears = sum(group.in_features * sum(group.out_features) for group in _every_group(config))
-    return linears + config.dims.vocab * config.dims.hidden * (1 if config.tied_embeddings else 2)
+    tables = config.dims.vocab * config.dims.hidden * (1 if config.tied_embeddings else 2)
+    if config.inputs is not None:
+        tables += config.dims.num_layers * config.inputs.width * (config.inputs.vocab + config.dims.hidden)
+    return linears + tables
 
 
 def widening(config: ModelConfig, file_bytes: int | None, dtype: str) -> str:
@@ -146,8 +149,9 @@ def needs_of(
 ) -> Needs:
     """Count what a model in numbers of item_bytes needs; adapters is what its adapters take, in bytes."""
     dims, sizes = config.dims, settings.sizes(device)
+    given = 0 if config.inputs is None else dims.num_layers * config.inputs.width
     widest = max(2 * group.in_features + 2 * sum(group.out_features) for group in config.groups)
-    row = item_bytes * (2 * dims.hidden + widest)
+    row = item_bytes * (2 * dims.hidden + max(widest, 2 * given) + given)
     # A sampled row's logits are there once more in float32 when log probabilities are asked for.
     logits = sizes.seqs * dims.vocab
     recorded_rows = [size for size in mixed_buckets(sizes.tokens) if size <= RECORDED_ROWS]

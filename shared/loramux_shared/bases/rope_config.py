@@ -6,7 +6,7 @@ import math
 from typing import Any, Final
 
 from loramux_shared.bases.hf_config import HfConfig
-from loramux_shared.bases.rope import Linear, Llama3, LongRope, RopeSpec, Scaling, Yarn
+from loramux_shared.bases.rope import Linear, Llama3, LongRope, Proportional, RopeSpec, Scaling, Yarn
 from loramux_shared.faults import CheckpointInvalid
 
 ROPE_KINDS: Final = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
@@ -44,6 +44,11 @@ def read_rope_of(config: HfConfig, kind: str, dim: int, longest: int, default_th
         fields.update(config.block("rope_scaling").fields)
     fields["truncate"] = blocks.flag("truncate", default=True)  # transformers looks for it beside the blocks
     block = HfConfig(fields, config.architecture, config.max_seq_len)
+    if _kind_of(block) == "proportional":
+        scaling: Scaling = Proportional(
+            int(rotated_part(block, config) * dim // 2), block.positive("factor", 1.0)
+        )
+        return rope_spec(dim, block.number("rope_theta", default_theta), scaling)
     refuse_partial(block, config)
     scaling, _ = read_scaling(block, dim, longest, block.size(_ORIGINAL, longest), _OF_LAYERS)
     return rope_spec(dim, block.number("rope_theta", default_theta), scaling)
@@ -94,7 +99,7 @@ def read_scaling(
     block: HfConfig, dim: int, max_positions: int, original: int, kinds: tuple[str, ...] = ROPE_KINDS
 ) -> tuple[Scaling, int]:
     """Return how a block stretches the frequencies, and the longest sequence that it serves."""
-    kind = block.text("rope_type", block.text("type", "default"))
+    kind = _kind_of(block)
     if kind not in kinds:
         raise CheckpointInvalid(
             f"config.json: rope scaling {kind!r} is not supported; supported: {', '.join(kinds)}."
@@ -109,6 +114,10 @@ def read_scaling(
     if kind == "longrope":
         return read_longrope(block, dim, max_positions, original)
     return Linear(), max_positions  # "dynamic" changes only sequences longer than max_positions
+
+
+def _kind_of(block: HfConfig) -> str:
+    return block.text("rope_type", block.text("type", "default"))
 
 
 def _yarn(block: HfConfig, original: int, ratio: float) -> Yarn:
