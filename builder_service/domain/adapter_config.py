@@ -36,6 +36,8 @@ class AdapterConfig:
     layers_to_transform: tuple[int, ...] | int = ()
     layers_pattern: tuple[str, ...] = ()
     modules_to_save: tuple[str, ...] = ()
+    target_parameters: tuple[str, ...] = ()
+    """Parameters of experts, by ends of their names."""
     base_model_name: str = ""
     base_model_revision: str = ""
     base_model_class: str = ""
@@ -152,6 +154,7 @@ def _config(fields: dict[str, Any]) -> AdapterConfig:
         layers_to_transform=layers if isinstance(layers, int) else tuple(layers or ()),
         layers_pattern=(pattern,) if isinstance(pattern, str) else tuple(pattern),
         modules_to_save=tuple(fields.get("modules_to_save") or ()),
+        target_parameters=tuple(fields.get("target_parameters") or ()),
         base_model_name=fields.get("base_model_name_or_path") or "",
         base_model_revision=fields.get("revision") or "",
         base_model_class=str(mapping.get("base_model_class") or "") if isinstance(mapping, dict) else "",
