@@ -142,6 +142,14 @@ def _unstacked(
     for pair in pairs:
         if pair.key.holds_all:
             of_layers[pair.key.layer][pair.key.path] = pair
+    if parameters and not of_layers:
+        report.add(
+            "E_TARGET_PARAMS",
+            "adapter_config.json: target_parameters",
+            expected="tensors of experts that the base has; without experts, target_modules alone",
+            found=f"{', '.join(parameters)}, and no such tensors",
+            fix=_MERGE,
+        )
     found = [pair for pair in pairs if not pair.key.holds_all]
     tensors = dict(file.tensors)
     views: dict[str, View] = {}
