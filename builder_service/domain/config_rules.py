@@ -24,7 +24,7 @@ _VARIANTS: Final = (
     "use_bdlora",
     "use_qalora",
 )
-_EXPERTS: Final = re.compile(r"(?:.*\.)?experts\.(?:gate_up_proj|down_proj)")
+_EXPERTS: Final = re.compile(r"(?:.*\.)?(?:gate_up_proj|down_proj)")
 MAX_NAME: Final = 512
 """Characters."""
 _MLX_KEYS: Final = ("fine_tune_type", "lora_parameters")

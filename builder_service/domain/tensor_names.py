@@ -55,7 +55,7 @@ _KNOWN_REFUSALS: Final = tuple(
 _MIXTURE: Final = re.compile(
     r"\.experts?\.|\.shared_experts?\.|block_sparse_moe|\.mlp\.(gate|router)\.|\.router\."
 )
-_OF_EXPERTS: Final = re.compile(r"(?:mlp\.)?experts(?:\.(?P<expert>[0-9]{1,5}))?(?:\.(?P<leaf>\w+))?")
+_OF_EXPERTS: Final = re.compile(r"(?:mlp\.)?experts(?:\.(?P<expert>0|[1-9][0-9]{0,4}))?(?:\.(?P<leaf>\w+))?")
 """Modules of single experts, and what PEFT wraps around the parameters of all."""
 INNER: Final = f"{EXPERTS}.base_layer"
 """Where PEFT wraps two parameters of a module, one wrapper is in the other."""
