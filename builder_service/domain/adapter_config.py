@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Any, Final
 
 from builder_service.domain.config_fields import PATTERNED, bad_config, bad_fields, unknown_fields
-from builder_service.domain.config_rules import refusals
+from builder_service.domain.config_rules import parameters_of_experts, refusals
 from builder_service.domain.patterns import BOUNDS, PatternsInvalid, Reading, read_names
 from builder_service.domain.peft_names import ALL_LINEAR
 from builder_service.domain.sandbox import TooCostly
@@ -36,6 +36,8 @@ class AdapterConfig:
     layers_to_transform: tuple[int, ...] | int = ()
     layers_pattern: tuple[str, ...] = ()
     modules_to_save: tuple[str, ...] = ()
+    target_parameters: tuple[str, ...] = ()
+    """Parameters of experts, by ends of their names."""
     base_model_name: str = ""
     base_model_revision: str = ""
     base_model_class: str = ""
@@ -152,6 +154,7 @@ def _config(fields: dict[str, Any]) -> AdapterConfig:
         layers_to_transform=layers if isinstance(layers, int) else tuple(layers or ()),
         layers_pattern=(pattern,) if isinstance(pattern, str) else tuple(pattern),
         modules_to_save=tuple(fields.get("modules_to_save") or ()),
+        target_parameters=parameters_of_experts(fields.get("target_parameters")),
         base_model_name=fields.get("base_model_name_or_path") or "",
         base_model_revision=fields.get("revision") or "",
         base_model_class=str(mapping.get("base_model_class") or "") if isinstance(mapping, dict) else "",

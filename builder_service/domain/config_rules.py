@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, Final
 
 from builder_service.domain.strict_json import quoted, shown
@@ -23,6 +24,9 @@ _VARIANTS: Final = (
     "use_bdlora",
     "use_qalora",
 )
+_EXPERTS: Final = re.compile(r"(?:.*\.)?(?:gate_up_proj|down_proj)")
+MAX_NAME: Final = 512
+"""Characters."""
 _MLX_KEYS: Final = ("fine_tune_type", "lora_parameters")
 
 
@@ -60,14 +64,21 @@ def _methods(fields: dict[str, Any]) -> list[Finding]:
     ):
         if fields.get(key):
             found.append(_refused(code, key, "unset", shown(fields[key]), fix))
-    if parameters := fields.get("target_parameters"):
+    if (parameters := fields.get("target_parameters")) and not parameters_of_experts(parameters):
         found.append(_target_parameters(parameters))
     return found
 
 
+def parameters_of_experts(value: Any) -> tuple[str, ...]:
+    """Return ``target_parameters`` where all are of experts, which rows can be made of; else none."""
+    names = [name for name in value if isinstance(name, str)] if isinstance(value, list) else []
+    served = [name for name in names if len(name) <= MAX_NAME and _EXPERTS.fullmatch(name)]
+    return tuple(served) if isinstance(value, list) and len(served) == len(value) else ()
+
+
 def _target_parameters(parameters: Any) -> Finding:
     """Experts have parameters without a module; to name a projection's weight like that is a roundabout."""
-    expected = "unset, and projections of attention and MLP in target_modules"
+    expected = "experts.gate_up_proj, experts.down_proj; of projections target_modules instead"
     names = [name for name in parameters if isinstance(name, str)] if isinstance(parameters, list) else []
     fix = _MERGE
     if names and not any("expert" in name or "router" in name or ".gate" in name for name in names):

@@ -57,13 +57,13 @@ def _alpha_order(pairs: list[Pair], config: AdapterConfig) -> list[Finding]:
 def _targets(pairs: list[Pair], leaves: set[str], config: AdapterConfig) -> list[Finding]:
     """PEFT does not mind a target that matches no module; people do."""
     where, targets = f"{FILE}: target_modules", config.target_modules
-    if targets is None:
+    if targets is None and not config.target_parameters:
         listed = ", ".join(sorted(leaves))
         expected = "names or a pattern; PEFT's choice where there are none depends on its version"
         fix = f"Set it to the modules that were trained; the tensors are of {listed}, and all are taken."
         return [Finding(code="W_TARGETS", where=where, expected=expected, found="none", fix=fix)]
     matched = {end for pair in pairs for end in ends(pair.key.name)}
-    missing = [name for name in targets if isinstance(targets, tuple) and name not in matched]
+    missing = [name for name in targets or () if isinstance(targets, tuple) and name not in matched]
     if not missing:
         return []
     listed = ", ".join(name[:80] for name in missing[:5])

@@ -22,7 +22,7 @@ from builder_service.domain.peft_names import ALL_LINEAR
 from builder_service.domain.safetensors_header import READABLE, Tensor, TensorFile
 from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bundle.manifest import CONFIG_FILE, WEIGHTS_FILE
-from loramux_shared.bundle.modules import BY_ID, FUSED, Module
+from loramux_shared.bundle.modules import BY_ID, FUSED, OF_EXPERTS, Module
 from loramux_shared.bundle.npy import Array, Header, parse_header
 from loramux_shared.faults import BundleCorrupt, Finding
 
@@ -174,17 +174,18 @@ def _expect_size(path: Path, header: Header, itemsize: int) -> None:
 def _rows(config: Array, base: ModelConfig, report: Grouping) -> Iterator[_Row]:
     """Yield the rows of modules that are served; report the others."""
     seen: Counter[tuple[int, int]] = Counter()
+    served = {*BY_ID, *_FUSED_ROWS} - OF_EXPERTS  # such rows do not say of which expert they are
     for index, values in enumerate(config.tolist()):
         module_id, layer, rank, is_dora = values
         place = f"row {index}"
         if is_dora:
             report.add("E_DORA", place, cause=is_dora, expected="is_dora 0", found=str(is_dora), fix=_MERGE)
-        if module_id not in BY_ID and module_id not in _FUSED_ROWS:
+        if module_id not in served:
             name = _UNSERVED.get(module_id, "no module of TensorRT-LLM")
             code = "E_MOE" if "moe" in name or "expert" in name or "router" in name else "E_MODULE"
-            found, served = f"{module_id} ({name})", ", ".join(map(str, sorted({*BY_ID, *_FUSED_ROWS})))
+            found, ids = f"{module_id} ({name})", ", ".join(map(str, sorted(served)))
             fix = f"Leave these rows out of the training, or: {_MERGE}"
-            report.add(code, place, cause=module_id, expected=f"module ids {served}", found=found, fix=fix)
+            report.add(code, place, cause=module_id, expected=f"module ids {ids}", found=found, fix=fix)
             continue
         if rank < 1 or layer < 0:
             report.add("E_BAD_NPY", place, expected="a layer and a rank", found=f"{layer}, {rank}", fix=_AGAIN)

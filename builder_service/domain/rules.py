@@ -19,6 +19,7 @@ from builder_service.domain.safetensors_header import HeaderInvalid, TensorFile,
 from builder_service.domain.strict_json import shown
 from builder_service.domain.tensor_rules import EMPTY_FIX, AdapterLimits, check_pairs, sort_tensors
 from builder_service.domain.value_rules import Part, check_values
+from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bundle.manifest import Coverage, FileDigest, ModuleRow
 from loramux_shared.deployment import Dtype
 from loramux_shared.faults import Finding
@@ -96,9 +97,9 @@ def check_adapter(
     # A config that says nothing lets every rule about the tensors alone speak too.
     config = parsed.config or AdapterConfig(rank=None, alpha=1.0, target_modules=ALL_LINEAR)
     try:
-        file = read_header(folder / WEIGHTS, MAX_TENSORS)
+        file = read_header(folder / WEIGHTS, most_tensors(book.limits.base))
     except TooManyTensors as error:
-        return CheckedAdapter((*found, *config.read(())[1], _too_many(str(error))))
+        return CheckedAdapter((*found, *config.read(())[1], _too_many(str(error), book.limits.base)))
     except HeaderInvalid as error:
         return CheckedAdapter((*found, *config.read(())[1], _no_header(str(error))))
     found += _base_findings(config, book)
@@ -116,8 +117,8 @@ def check_tensors(
 ) -> CheckedAdapter:
     """Check tensors under a config, beside what was found already."""
     base, report = book.limits.base, Grouping()
-    tensors = sort_tensors(file, base, report)
-    pairs = tensors.pairs
+    tensors = sort_tensors(file, base, report, config.target_parameters)
+    pairs, file = tensors.pairs, tensors.file
     config, unread = config.read(pair.key.name for pair in pairs)
     check_pairs(pairs, config, book.limits, report)
     redundant = check_full_tensors(file, tensors.fulls, config.modules_to_save, book.base, report)
@@ -135,7 +136,7 @@ def check_tensors(
         config.base_model_name,
         config.base_model_revision,
         Coverage(
-            used=tuple(sorted(tensor.name for pair in pairs for tensor in (pair.a, pair.b))),
+            used=tuple(sorted({file.origin(tensor.name) for pair in pairs for tensor in (pair.a, pair.b)})),
             redundant=redundant,
         ),
     )
@@ -154,6 +155,7 @@ def _planned(part: Part) -> PlannedRow:
         norm_a=part.norms.a,
         norm_b=part.norms.b,
         norm_ba=part.norms.ba,
+        expert=part.pair.key.expert,
     )
     return PlannedRow(row, a.name, b.name, part.b_rows)
 
@@ -191,11 +193,16 @@ def _nothing(config: AdapterConfig) -> Finding:
     return Finding(code="E_EMPTY_WEIGHTS", where=WEIGHTS, expected="tensors", found="none", fix=EMPTY_FIX)
 
 
-def _too_many(count: str) -> Finding:
-    fix = "Only adapters of experts have so many, and they are not served: merge it into the base."
-    return Finding(
-        code="E_TENSORS", where=WEIGHTS, expected=f"at most {MAX_TENSORS} tensors", found=count, fix=fix
-    )
+def most_tensors(base: ModelConfig) -> int:
+    """Return how many tensors an adapter may have: A and B of all modules, and some more."""
+    modules = sum(len(group.modules) for groups in base.layer_groups for group in groups)
+    return max(MAX_TENSORS, 3 * modules)
+
+
+def _too_many(count: str, base: ModelConfig) -> Finding:
+    fix = "Only adapters of experts have so many, and the base has none: merge it, or take the right base."
+    most = f"at most {most_tensors(base)} tensors"
+    return Finding(code="E_TENSORS", where=WEIGHTS, expected=most, found=count, fix=fix)
 
 
 def _no_header(problem: str) -> Finding:

@@ -92,6 +92,10 @@ class TensorFile:
         for start in range(begin, stop, elements):
             yield self._elements(tensor, start, min(elements, stop - start))
 
+    def origin(self, name: str) -> str:
+        """Return the name in the file of the tensor that another one is a part of: its own."""
+        return name
+
     def _elements(self, tensor: Tensor, start: int, count: int) -> Array:
         kind = READABLE[tensor.dtype]
         values: Array = np.empty(count, kind)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Final, Literal, TypeAlias
 
-from loramux_shared.bundle.modules import BY_PATH, FUSED_PATHS, Module
+from loramux_shared.bundle.modules import BY_PATH, EXPERTS, FUSED_OF_EXPERTS, FUSED_PATHS, OF_EXPERTS, Module
 
 # Names that wrappers of the trained model leave in the keys, wherever they stand.
 _WRAPPERS: Final = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
@@ -51,13 +51,15 @@ _KNOWN_REFUSALS: Final = tuple(
         ("E_BIAS", "", r"\.bias$"),
         ("E_VARIANT", "KaSA", r"lora_diag"),
         ("E_VARIANT", "VeLoRA", r"lora_velora_"),
-        (
-            "E_MOE",
-            "",
-            r"\.experts?\.|\.shared_experts?\.|block_sparse_moe|\.mlp\.(gate|router)\.|\.router\.",
-        ),
     )
 )
+_MIXTURE: Final = re.compile(
+    r"\.experts?\.|\.shared_experts?\.|block_sparse_moe|\.mlp\.(gate|router)\.|\.router\."
+)
+_OF_EXPERTS: Final = re.compile(r"(?:mlp\.)?experts(?:\.(?P<expert>0|[1-9][0-9]{0,4}))?(?:\.(?P<leaf>\w+))?")
+"""Modules of single experts, and what PEFT wraps around the parameters of all."""
+INNER: Final = f"{EXPERTS}.base_layer"
+"""Where PEFT wraps two parameters of a module, one wrapper is in the other."""
 
 
 @dataclass(frozen=True)
@@ -72,11 +74,15 @@ class LoraKey:
     """The module's name in the base: what PEFT's patterns are matched against."""
     infix: str
     """The adapter's name that raw state dicts have in their keys; else empty."""
+    expert: int | None = None
+    """Whose it is, of a mixture."""
+    of_parameter: bool = False
+    """Whether it was trained as a part of a parameter, and not as a module."""
 
     @property
     def modules(self) -> tuple[Module, ...]:
         """The modules that it adapts, in the order of its output rows: several of a fused projection."""
-        return FUSED_PATHS.get(self.path) or (BY_PATH[self.path],)
+        return FUSED_PATHS.get(self.path) or FUSED_OF_EXPERTS.get(self.path) or (BY_PATH[self.path],)
 
     @property
     def leaf(self) -> str:
@@ -86,7 +92,13 @@ class LoraKey:
     @property
     def place(self) -> str:
         """The module in words."""
-        return f"layer {self.layer} {self.leaf}"
+        expert = "" if self.expert is None else f"expert {self.expert} "
+        return f"layer {self.layer} {expert}{self.leaf}"
+
+    @property
+    def holds_all(self) -> bool:
+        """Whether it adapts a parameter of all experts, and the key does not say which."""
+        return self.path in (EXPERTS, INNER)
 
 
 @dataclass(frozen=True)
@@ -112,16 +124,18 @@ class RefusedKey:
 ParsedKey: TypeAlias = LoraKey | FullKey | RefusedKey
 
 
-def parse_key(key: str, fused: Set[str] = frozenset()) -> ParsedKey:
-    """Return what a key stands for, in a base with these fused projections."""
-    return RefusedKey("E_UNKNOWN_KEY", "") if len(key) > MAX_KEY else _parse(key, frozenset(fused))
+def parse_key(key: str, fused: Set[str] = frozenset(), *, experts: bool = False) -> ParsedKey:
+    """Return what a key stands for, in a base with these fused projections, and with experts or without."""
+    return RefusedKey("E_UNKNOWN_KEY", "") if len(key) > MAX_KEY else _parse(key, frozenset(fused), experts)
 
 
 @lru_cache(maxsize=_KEPT)
-def _parse(key: str, fused: frozenset[str]) -> ParsedKey:
+def _parse(key: str, fused: frozenset[str], experts: bool) -> ParsedKey:
     for code, cause, pattern in _KNOWN_REFUSALS:
         if pattern.search(key):
             return RefusedKey(code, cause)
+    if _MIXTURE.search(key) and not experts:
+        return RefusedKey("E_MOE", "")
     plain = ".".join(part for part in key.split(".") if part not in _WRAPPERS).removeprefix("module.")
     name = plain.removeprefix(_ROOT)
     if match := _LORA.fullmatch(name):
@@ -160,8 +174,20 @@ def _lora_key(match: re.Match[str], fused: Set[str]) -> LoraKey | RefusedKey:
         return RefusedKey("E_UNKNOWN_KEY", "")
     if place["decoder"] not in _DECODERS:
         return RefusedKey("E_PREFIX", place["decoder"].rstrip("."))
-    path = place["path"]
-    if path not in BY_PATH and not (path in FUSED_PATHS and path.rpartition(".")[2] in fused):
-        return RefusedKey("E_MODULE", path)
+    path, expert = place["path"], None
+    if own := _OF_EXPERTS.fullmatch(path):
+        path = ".".join(part for part in (EXPERTS, own["leaf"]) if part)
+        expert = None if own["expert"] is None else int(own["expert"])
+    if not _is_known(path, expert, fused):
+        return RefusedKey("E_MOE" if _MIXTURE.search(f".{match['module']}.") else "E_MODULE", path)
     side: Literal["A", "B"] = "A" if match["side"] == "A" else "B"
-    return LoraKey(int(place["layer"]), path, side, match["module"], match["infix"] or "")
+    return LoraKey(int(place["layer"]), path, side, match["module"], match["infix"] or "", expert)
+
+
+def _is_known(path: str, expert: int | None, fused: Set[str]) -> bool:
+    """Whether there is such a module of a layer, or of an expert, or a wrapper of all experts' parameters."""
+    if path in (EXPERTS, INNER) or (path in BY_PATH and BY_PATH[path].id in OF_EXPERTS):
+        return (path in BY_PATH) is (expert is not None)
+    if expert is not None:
+        return False
+    return path in BY_PATH or (path in FUSED_PATHS and path.rpartition(".")[2] in fused)

@@ -11,9 +11,11 @@ from builder_service.domain.adapter_config import AdapterConfig
 from builder_service.domain.full_tensors import EMBED_FIX, FullTensor
 from builder_service.domain.grouping import Grouping
 from builder_service.domain.safetensors_header import READABLE, Tensor, TensorFile
+from builder_service.domain.stacked import Unstacked, View, parameters_of, unstack
 from builder_service.domain.tensor_names import FullKey, LoraKey, RefusedKey, nearest_key, parse_key
 from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bases.groups import GroupShape
+from loramux_shared.bases.layers import ExpertsLayer
 from loramux_shared.bundle.modules import BY_NAME, Module
 
 _MERGE: Final = "Merge it into the base (merge_and_unload) and serve a full model."
@@ -64,6 +66,12 @@ class Pair:
         """The pair in words."""
         return self.key.place
 
+    @property
+    def order(self) -> tuple[int, int, int]:
+        """What pairs are sorted by."""
+        expert = -1 if self.key.expert is None else self.key.expert
+        return self.key.layer, self.key.modules[0].id, expert
+
     def features(self, base: ModelConfig) -> list[tuple[int, int]] | None:
         """Return (in, out) of each of its modules; None where the base has no such place."""
         found = [base.features(module.name, self.key.layer) for module in self.key.modules]
@@ -83,17 +91,25 @@ class Sorted:
     """The tensors of a file by what they are; every other one was reported."""
 
     pairs: list[Pair]
-    """By (layer, module id)."""
+    """By layer, module id and expert."""
     fulls: list[FullTensor]
+    file: TensorFile
+    """To read them from."""
 
 
-def sort_tensors(file: TensorFile, base: ModelConfig, report: Grouping) -> Sorted:
-    """Tell what each tensor of a file is; report what cannot be used."""
-    sides: dict[tuple[int, str], list[tuple[LoraKey, Tensor]]] = defaultdict(list)
+def sort_tensors(
+    file: TensorFile, base: ModelConfig, report: Grouping, parameters: tuple[str, ...] = ()
+) -> Sorted:
+    """Tell what each tensor of a file is; report what cannot be used.
+
+    parameters are ``target_parameters`` of the config.
+    """
+    sides: dict[tuple[int, str, int | None], list[tuple[LoraKey, Tensor]]] = defaultdict(list)
     infixes: dict[str, str] = {}
     fulls = []
+    experts = any(isinstance(layer.mlp, ExpertsLayer) for layer in base.layers)
     for name, tensor in file.tensors.items():
-        parsed = parse_key(name, base.dims.fused)
+        parsed = parse_key(name, base.dims.fused, experts=experts)
         match parsed:
             case RefusedKey():
                 _refuse(parsed, name, base, report)
@@ -102,7 +118,7 @@ def sort_tensors(file: TensorFile, base: ModelConfig, report: Grouping) -> Sorte
             case LoraKey():
                 _check_storage(tensor, report)
                 infixes.setdefault(parsed.infix, name)
-                sides[parsed.layer, parsed.path].append((parsed, tensor))
+                sides[parsed.layer, parsed.path, parsed.expert].append((parsed, tensor))
     if len(infixes) > 1:
         report.add(
             "E_ADAPTER_INFIX",
@@ -111,10 +127,85 @@ def sort_tensors(file: TensorFile, base: ModelConfig, report: Grouping) -> Sorte
             found=", ".join(sorted(name or "(no name)" for name in infixes)),
             fix="Save one adapter: save_pretrained(selected_adapters=[...]).",
         )
-    pairs = [pair for entries in sides.values() if (pair := _pair(entries, report)) is not None]
-    pairs.sort(key=lambda pair: (pair.key.layer, pair.key.modules[0].id))
+    found = [pair for entries in sides.values() if (pair := _pair(entries, report)) is not None]
+    file, pairs = _unstacked(file, found, base, parameters, report)
+    pairs.sort(key=lambda pair: pair.order)
     _once_each(pairs, report)
-    return Sorted(pairs, fulls)
+    return Sorted(pairs, fulls, file)
+
+
+def _unstacked(
+    file: TensorFile, pairs: list[Pair], base: ModelConfig, parameters: tuple[str, ...], report: Grouping
+) -> tuple[TensorFile, list[Pair]]:
+    """Return pairs of single experts for those of all, and the file to read them from."""
+    of_layers: dict[int, dict[str, Pair]] = defaultdict(dict)
+    for pair in pairs:
+        if pair.key.holds_all:
+            of_layers[pair.key.layer][pair.key.path] = pair
+    if parameters and not of_layers:
+        report.add(
+            "E_TARGET_PARAMS",
+            "adapter_config.json: target_parameters",
+            expected="tensors of experts that the base has; without experts, target_modules alone",
+            found=f"{', '.join(parameters)}, and no such tensors",
+            fix=_MERGE,
+        )
+    found = [pair for pair in pairs if not pair.key.holds_all]
+    tensors = dict(file.tensors)
+    views: dict[str, View] = {}
+    for layer, own in of_layers.items():
+        spec = base.layers[layer].mlp if layer < len(base.layers) else None
+        keys = parameters_of({path: pair.key for path, pair in own.items()}, parameters)
+        for path, pair in own.items():
+            if not isinstance(spec, ExpertsLayer):
+                _refuse_layer(pair, base, report)
+            elif keys is None:
+                _refuse_parameters(pair, parameters, report)
+            elif _is_stack(pair, spec.num, report):
+                for key, a, b, seen in unstack(keys[path], pair.a, pair.b, spec, base):
+                    found.append(Pair(key, a, b))
+                    tensors |= {a.name: a, b.name: b}
+                    views |= dict(zip((a.name, b.name), seen, strict=True))
+    return (Unstacked(file.path, tensors, file, views) if views else file), found
+
+
+def _refuse_layer(pair: Pair, base: ModelConfig, report: Grouping) -> None:
+    deepest = pair.key.layer < len(base.layers)
+    report.add(
+        "E_MODULE" if deepest else "E_LAYER",
+        pair.place,
+        expected="a layer with experts",
+        found="one without" if deepest else f"a base of {len(base.layers)} layers",
+        fix="The adapter was trained on another base.",
+    )
+
+
+def _refuse_parameters(pair: Pair, parameters: tuple[str, ...], report: Grouping) -> None:
+    report.add(
+        "E_TARGET_PARAMS",
+        pair.place,
+        expected="tensors of those parameters of experts that target_parameters names, and of all of them",
+        found=f"target_parameters {', '.join(parameters) or 'unset'}, and others in the tensors",
+        fix="Correct target_parameters in adapter_config.json: it tells whose tensors these are.",
+    )
+
+
+def _is_stack(pair: Pair, num: int, report: Grouping) -> bool:
+    """Whether A has rows and B columns of so many experts; empty ones are reported elsewhere."""
+    a, b = pair.a.shape, pair.b.shape
+    if 0 in a or 0 in b:
+        return False
+    if len(a) == 2 and len(b) == 2 and a[0] == b[1] and a[0] % num == 0:
+        return True
+    report.add(
+        "E_RANK_SHAPE",
+        pair.place,
+        cause=(pair.key.path, a, b),
+        expected=f"lora_A ({num} experts * rank, in) and lora_B (out, rank * {num} experts)",
+        found=f"lora_A {a} and lora_B {b}",
+        fix="The adapter was trained on a base with another number of experts.",
+    )
+    return False
 
 
 def check_pairs(pairs: list[Pair], config: AdapterConfig, limits: AdapterLimits, report: Grouping) -> None:
@@ -185,10 +276,10 @@ def _pair(entries: list[tuple[LoraKey, Tensor]], report: Grouping) -> Pair | Non
 
 def _once_each(pairs: list[Pair], report: Grouping) -> None:
     """A fused projection and a part of it in one layer would adapt that part twice."""
-    seen: dict[tuple[int, int], Pair] = {}
+    seen: dict[tuple[int, int, int | None], Pair] = {}
     for pair in pairs:
         for module in pair.key.modules:
-            other = seen.setdefault((pair.key.layer, module.id), pair)
+            other = seen.setdefault((pair.key.layer, module.id, pair.key.expert), pair)
             if other is not pair:
                 report.add(
                     "E_PAIR",
@@ -202,7 +293,7 @@ def _once_each(pairs: list[Pair], report: Grouping) -> None:
 
 def _check_targets(pair: Pair, config: AdapterConfig, report: Grouping) -> None:
     """PEFT loads the tensors of modules that the config chooses, and drops the others without a word."""
-    if field := config.left_out_by(pair.key.name):
+    if not pair.key.of_parameter and (field := config.left_out_by(pair.key.name)):
         report.add(
             "E_TARGETS",
             pair.place,
@@ -268,6 +359,16 @@ def _check_place(pair: Pair, limits: AdapterLimits, report: Grouping) -> None:
         )
     if features is None:
         return
+    spec = base.layers[pair.key.layer].mlp
+    if pair.key.expert is not None and isinstance(spec, ExpertsLayer) and pair.key.expert >= spec.num:
+        report.add(
+            "E_MODULE",
+            pair.place,
+            cause="no such expert",
+            expected=f"experts 0 to {spec.num - 1}",
+            found=f"expert {pair.key.expert}",
+            fix="The adapter was trained on another base.",
+        )
     found = (pair.a.shape[1], pair.b.shape[0])
     expected = (features[0][0], sum(out for _, out in features))
     if found != expected:

@@ -59,7 +59,7 @@ class Values:
     """What reading all the numbers showed."""
 
     parts: list[Part]
-    """By (layer, module id); complete where nothing was reported."""
+    """As rows of a bundle are sorted; complete where nothing was reported."""
     warnings: list[Finding]
 
 
@@ -90,7 +90,7 @@ def check_values(
                 Part(pair, module, rows, scale, row_norms(a, b[slice(*rows)]))
                 for module, rows in pair.parts(base)
             ]
-    parts.sort(key=lambda part: (part.pair.key.layer, part.module.id))
+    parts.sort(key=lambda part: (part.pair.key.layer, part.module.id, part.pair.order[-1]))
     return Values(parts, _warnings(sums, parts, dtype) if pairs else [])
 
 

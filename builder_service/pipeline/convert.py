@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
 import numpy as np
 
@@ -35,7 +35,6 @@ from loramux_shared.bundle.proof import Proof
 from loramux_shared.deployment import Dtype
 from loramux_shared.faults import InternalFault
 
-CONFIG_COLUMNS: Final = 4
 PIECE: Final = 1 << 18
 """Elements that are converted at once; what fits a core's cache."""
 FOLDER: Final = "bundle"
@@ -80,7 +79,8 @@ def convert_adapter(
     weights, config = fetched.folder / FOLDER / WEIGHTS_FILE, fetched.folder / FOLDER / CONFIG_FILE
     texts = [name for name in TEXT_FILES if name in fetched.files]
     progress.enter(fetched.name, Stage.CONVERTING, sum(file.size for file in fetched.files.values()))
-    table = np.array([[row.module_id, row.layer, row.rank, 0] for row in rows], np.int32)
+    columns = columns_of(checked)
+    table = np.array([row.columns(columns) for row in rows], np.int32)
 
     counted = _rows(checked, dtype, progress.counter(fetched.name))
     content = weights_pieces(dtype, count=len(rows), width=width, rows=counted)
@@ -93,7 +93,7 @@ def convert_adapter(
         dtype=dtype,
         rows=tuple(rows),
         row_width=width,
-        config_columns=CONFIG_COLUMNS,
+        config_columns=columns,
         files=files | {name: fetched.files[name] for name in texts},
         inputs={name: fetched.files[name] for name in weight_files(fetched.files)},
         coverage=checked.coverage,
@@ -115,7 +115,12 @@ def bundle_bytes(checked: CheckedAdapter, dtype: Dtype) -> int:
     """Return the size of a bundle's npy files, headers aside."""
     rows = [planned.row for planned in checked.rows]
     width = max((row.rank * (row.in_features + row.out_features) for row in rows), default=0)
-    return len(rows) * (width * NUMPY_TYPES[dtype].itemsize + 4 * CONFIG_COLUMNS)
+    return len(rows) * (width * NUMPY_TYPES[dtype].itemsize + 4 * columns_of(checked))
+
+
+def columns_of(checked: CheckedAdapter) -> Literal[4, 5]:
+    """Return the columns of the config file: one more where a row is of an expert's module."""
+    return 4 if all(planned.row.expert is None for planned in checked.rows) else 5
 
 
 def _rows(checked: CheckedAdapter, dtype: Dtype, count: Callable[[int], None]) -> Iterator[Iterator[Array]]:

@@ -81,7 +81,7 @@ class _Scratch:
 
     def add_copy(self, planned: PlannedRow, a: Array, b: Array) -> PlannedRow:
         """Add A and B of a row."""
-        name = f"{planned.row.layer}.{planned.row.module}"
+        name = ".".join(map(str, planned.row.place))
         self._add(f"{name}.A", a)
         self._add(f"{name}.B", b)
         return replace(planned, a=f"{name}.A", b=f"{name}.B", b_rows=(0, b.shape[0]))

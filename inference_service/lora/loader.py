@@ -27,7 +27,7 @@ def load_adapter(
     """
     table, width = _tensor(bundle.table, bundle.manifest.dtype), bundle.table.shape[1]
     rows = (
-        Placed(row.layer, row.module_id, row.rank, row.in_features, row.out_features, index * width)
+        Placed(row.layer, row.module_id, row.rank, row.in_features, row.out_features, index * width, row.expert)
         for index, row in enumerate(bundle.manifest.rows)
     )
     return arrange(table.to(device, dtype).view(-1), rows, layers)

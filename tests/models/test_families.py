@@ -28,6 +28,7 @@ from transformers import (
     PreTrainedConfig,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
     SmolLM3Config,
 )
 
@@ -64,6 +65,25 @@ PHI_ADAPTERS: dict[str, dict[str, Any]] = {
     },
     "rs": ADAPTERS["rs"],
 }
+MOE_ADAPTERS: dict[str, dict[str, Any]] = {
+    "wide": ADAPTERS["wide"],
+    "all": {
+        "r": 3,
+        "lora_alpha": 7,
+        "target_modules": ["q_proj", "o_proj"],
+        "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+        "rank_pattern": {r"1\.mlp\.experts\.gate_up_proj": 5, "q_proj": 12},
+        "alpha_pattern": {"mlp.experts.down_proj": 3},
+    },
+    "rs": {
+        "r": 2,
+        "lora_alpha": 5,
+        "use_rslora": True,
+        "target_modules": [],
+        "target_parameters": ["experts.down_proj"],
+    },
+}
+EXPERTS: dict[str, Any] = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 20}
 GEMMA = {"head_dim": 16, "num_hidden_layers": 3, "tie_word_embeddings": True, "sliding_window": WINDOW}
 VISION = {
     "hidden_size": 16,
@@ -139,6 +159,18 @@ CASES = {
         ADAPTERS,
     ),
     "qwen3": Case(Qwen3Config(**SIZES, head_dim=16, attention_bias=True), ADAPTERS),
+    "qwen3-moe": Case(Qwen3MoeConfig(**SIZES | EXPERTS, head_dim=16, norm_topk_prob=True), MOE_ADAPTERS),
+    "qwen3-moe-dense": Case(
+        Qwen3MoeConfig(
+            **SIZES | EXPERTS | {"num_hidden_layers": 4},
+            attention_bias=True,
+            decoder_sparse_step=2,
+            mlp_only_layers=[3],
+            use_sliding_window=True,
+            sliding_window=WINDOW,
+        ),
+        ADAPTERS,
+    ),
     "gemma2": Case(
         Gemma2Config(
             **SIZES | GEMMA, query_pre_attn_scalar=20, attn_logit_softcapping=2.0, final_logit_softcapping=1.0

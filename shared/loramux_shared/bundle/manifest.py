@@ -111,6 +111,17 @@ class ModuleRow(Model):
     """Of their product: how much the adapter changes this module."""
     truncation: Truncation | None = None
     """Set where the row approximates one of a higher rank, which the deployment asked for."""
+    expert: int | None = Field(default=None, ge=0, exclude_if=unset)
+    """Whose module it is, of a mixture; absent of other modules."""
+
+    @property
+    def place(self) -> tuple[int, int, int]:
+        """What a bundle has at most one row for, and what rows are sorted by."""
+        return self.layer, self.module_id, -1 if self.expert is None else self.expert
+
+    def columns(self, count: int) -> list[int]:
+        """Return the first so many of what the config file says of it."""
+        return [self.module_id, self.layer, self.rank, 0, self.place[-1]][:count]
 
 
 class Coverage(Model):
@@ -123,14 +134,14 @@ class Coverage(Model):
 
 
 class Manifest(Record):
-    """What a bundle holds; rows are in the order of the npy files, sorted by (layer, module_id)."""
+    """What a bundle holds; rows are in the order of the npy files, sorted by their places."""
 
     format_version: Literal[1, 2] = FORMAT_VERSION
     dtype: Dtype
     rows: tuple[ModuleRow, ...]
     row_width: int = Field(ge=1)
     """Elements per row of the weights, padding included."""
-    config_columns: Literal[3, 4] = 4
+    config_columns: Literal[3, 4, 5] = 4
     files: dict[str, FileDigest]
     """The two npy files, and those of `TEXT_FILES` that the adapter brings."""
     inputs: dict[str, FileDigest]

@@ -57,6 +57,8 @@ BY_PATH = {module.path: module for module in MODULES}
 BY_HF = {module.hf: module for module in reversed(MODULES)}
 TENSORRT_LLM: Final = frozenset(range(1, 8))
 """Ids of the modules that bundles of version 1 have."""
+OF_EXPERTS: Final = frozenset({13, 14, 15})
+"""Ids of the modules of each expert of a mixture, which TensorRT-LLM has too."""
 
 FUSED: Final[Mapping[str, tuple[Module, ...]]] = {
     "qkv_proj": (BY_HF["q_proj"], BY_HF["k_proj"], BY_HF["v_proj"]),
@@ -65,6 +67,13 @@ FUSED: Final[Mapping[str, tuple[Module, ...]]] = {
 """Projections that are one matrix in some bases: its output rows are those of these modules, in this order."""
 FUSED_PATHS: Final = {f"{modules[0].parent}.{name}": modules for name, modules in FUSED.items()}
 """The same by their names within the layer."""
+EXPERTS: Final = "mlp.experts"
+"""What holds the experts of a layer, whatever a base calls it."""
+FUSED_OF_EXPERTS: Final = {
+    f"{EXPERTS}.gate_up_proj": (BY_NAME["moe_h_to_4h"], BY_NAME["moe_gate"]),
+    f"{EXPERTS}.down_proj": (BY_NAME["moe_4h_to_h"],),
+}
+"""The parameters that hold a matrix of each expert, and the modules whose rows each matrix has."""
 
 
 @dataclass(frozen=True)

@@ -102,7 +102,7 @@ def weights_pieces(
 
 
 def config_pieces(rows: Array) -> Iterator[bytes | int]:
-    """Yield the config file from ``(R, 4)`` integers: module id, layer, rank, is_dora."""
+    """Yield the config file: module id, layer, rank, is_dora, and the expert where some are of experts."""
     yield header_bytes(CONFIG_DESCR, (1, *rows.shape))
     yield rows.astype(CONFIG_DESCR).tobytes()
 
@@ -155,7 +155,7 @@ def read_weights(data: Bytes, dtype: Dtype, what: str) -> Array:
 
 
 def read_config(data: Bytes, what: str) -> Array:
-    """Return the config as ``(R, 3 or 4)`` int32.
+    """Return the config as ``(R, 3 to 5)`` int32.
 
     Raises:
         BundleCorrupt: the header or the size is not that of such a file.

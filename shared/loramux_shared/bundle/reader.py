@@ -20,7 +20,7 @@ from loramux_shared.bundle.manifest import (
     verify,
     version_of,
 )
-from loramux_shared.bundle.modules import BY_ID
+from loramux_shared.bundle.modules import BY_ID, OF_EXPERTS
 from loramux_shared.bundle.npy import Array, Bytes, read_config, read_weights
 from loramux_shared.faults import BundleCorrupt
 from loramux_shared.storage.base import ObjectMissing, Store
@@ -142,12 +142,13 @@ def _expected(files: Mapping[str, FileDigest], name: str, digest: str) -> FileDi
 
 def _check_manifest(manifest: Manifest, what: str) -> None:
     """Check what a manifest says against itself."""
-    places = [(row.layer, row.module_id) for row in manifest.rows]
+    places = [row.place for row in manifest.rows]
     if places != sorted(set(places)):
-        raise BundleCorrupt(f"{what}: expected rows sorted by (layer, module), each once")
+        raise BundleCorrupt(f"{what}: expected rows sorted by (layer, module, expert), each once")
     for i, row in enumerate(manifest.rows):
         module = BY_ID.get(row.module_id)
         _expect(row.module, module.name if module else "a module that is served", f"{what}: row {i}: module")
+        _expect(row.expert is not None, row.module_id in OF_EXPERTS, f"{what}: row {i}: says an expert")
     _expect(manifest.format_version, version_of(manifest.rows), f"{what}: format_version")
     used, redundant = manifest.coverage.used, manifest.coverage.redundant
     if list(used + redundant) != [*sorted(set(used) - set(redundant)), *sorted(set(redundant))]:
@@ -158,7 +159,7 @@ def _check_manifest(manifest: Manifest, what: str) -> None:
 
 def _check_rows(rows: Sequence[ModuleRow], table: Array, columns: Array, what: str) -> None:
     """Check each row of both files: quickly where all is well, since a load waits for it."""
-    expected = [[row.module_id, row.layer, row.rank, 0][: columns.shape[1]] for row in rows]
+    expected = [row.columns(columns.shape[1]) for row in rows]
     if (found := columns.tolist()) != expected:
         for index, pair in enumerate(zip(found, expected, strict=True)):
             _expect(*pair, f"{what}: row {index}: config")
