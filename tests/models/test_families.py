@@ -15,6 +15,7 @@ from transformers import (
     Gemma2Config,
     Gemma3Config,
     Gemma3TextConfig,
+    GptOssConfig,
     GraniteConfig,
     LlamaConfig,
     Ministral3Config,
@@ -84,6 +85,11 @@ MINISTRAL = {
 }
 PIXTRAL = {"model_type": "pixtral", **VISION, "head_dim": 8}
 OF_TEXT = {"all": ADAPTERS["all"] | {"target_modules": r".*language_model.*\.(q_proj|o_proj|down_proj)"}}
+OF_ATTENTION = {
+    "wide": ADAPTERS["wide"],
+    "all": ADAPTERS["all"] | {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]},
+    "rs": ADAPTERS["rs"] | {"target_modules": ["o_proj"]},
+}
 FACTORS = [1.0 + 0.1 * index for index in range(4)]
 LONGROPE = {
     "rope_type": "longrope",
@@ -237,6 +243,26 @@ CASES = {
         ),
         OF_TEXT,
     ),
+    "gpt-oss": Case(
+        GptOssConfig(
+            **SIZES | {"num_hidden_layers": 3},
+            head_dim=16,
+            num_local_experts=6,
+            num_experts_per_tok=3,
+            sliding_window=WINDOW,
+            swiglu_alpha=1.3,
+            swiglu_limit=1.5,
+            rope_parameters={
+                "rope_type": "yarn",
+                "rope_theta": 1e4,
+                "factor": 8.0,
+                "original_max_position_embeddings": 32,
+                "truncate": False,
+            },
+            pad_token_id=0,
+        ),
+        OF_ATTENTION,
+    ),
     "olmo2": Case(Olmo2Config(**SIZES, attention_bias=True, pad_token_id=0), ADAPTERS),
 }
 
@@ -253,6 +279,7 @@ EACH_FAMILY = (
     "olmo2",
     "olmo3",
     "ministral3",
+    "gpt-oss",
 )
 """One case of each family, with what is special in its layers."""
 
