@@ -245,10 +245,10 @@ CASES = {
     ),
     "gpt-oss": Case(
         GptOssConfig(
-            **SIZES | {"num_hidden_layers": 3},
+            **SIZES,
             head_dim=16,
-            num_local_experts=6,
-            num_experts_per_tok=3,
+            num_local_experts=4,
+            num_experts_per_tok=2,
             sliding_window=WINDOW,
             swiglu_alpha=1.3,
             swiglu_limit=1.5,
