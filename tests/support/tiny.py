@@ -69,7 +69,9 @@ def make_checkpoint(
     model = _class_of(config).from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.dim() == 1 or name.endswith("_bias"):  # norms and biases begin as ones and zeros, which say nothing
+            if parameter.dim() == 1 or name.endswith(
+                "_bias"
+            ):  # norms and biases begin as ones and zeros, which say nothing
                 parameter.add_(torch.randn(parameter.shape) * 0.2)
         table = model.get_input_embeddings()
         table.weight.div_(getattr(table, "scalar_embed_scale", 1.0))  # else Gemma repeats the last token

@@ -114,9 +114,7 @@ def _grouped(reader: LayerReader, spec: ExpertsLayer, shapes: list[GroupShape], 
     return reader.operations.new_grouped(weights, biases)
 
 
-def _weights(
-    reader: LayerReader, spec: ExpertsLayer, shapes: list[GroupShape], group: str
-) -> Iterable[Tensor]:
+def _weights(reader: LayerReader, spec: ExpertsLayer, shapes: list[GroupShape], group: str) -> Iterable[Tensor]:
     """Return the weight [out, in] of each expert's group, from one tensor of all or from those of each."""
     name, outs, inside = reader.config.names.experts, shapes[0].out_features, shapes[0].in_features
     of_all, *leaves = LEAVES[group]

@@ -7,9 +7,10 @@ from functools import partial
 from typing import Any, Final
 
 from loramux_shared.bases.config import ModelConfig, TensorNames
+from loramux_shared.bases.families.qwen3_moe import read_experts
 from loramux_shared.bases.family import EXPERTS, Architecture, Family, llama_like, windowed
 from loramux_shared.bases.hf_config import HfConfig
-from loramux_shared.bases.layers import ClampedGate, ExpertsLayer
+from loramux_shared.bases.layers import ClampedGate
 from loramux_shared.bases.rope_config import read_rope, with_rope
 
 NAMES: Final = TensorNames(sinks="self_attn.sinks", router="mlp.router")
@@ -30,9 +31,8 @@ def _read(config: HfConfig) -> ModelConfig:
     rope = partial(read_rope, default_theta=150_000.0)
     model = llama_like(with_rope(config, ROPE), max_positions=131072, sizes=SIZES, rope=rope)
     window = config.integer_or_none("sliding_window", 128)
-    experts = ExpertsLayer(
-        num=config.size("num_local_experts", config.size("num_experts", 128)),
-        top_k=config.size("num_experts_per_tok", 4),
+    experts = replace(
+        read_experts(config, renormalised=True, default_top_k=4),
         intermediate=model.dims.intermediate,
         gate=ClampedGate(config.number("swiglu_alpha", 1.702), config.number("swiglu_limit", 7.0)),
         bias=True,
