@@ -85,10 +85,22 @@ MINISTRAL = {
 }
 PIXTRAL = {"model_type": "pixtral", **VISION, "head_dim": 8}
 OF_TEXT = {"all": ADAPTERS["all"] | {"target_modules": r".*language_model.*\.(q_proj|o_proj|down_proj)"}}
-OF_ATTENTION = {
-    "wide": ADAPTERS["wide"],
-    "all": ADAPTERS["all"] | {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]},
-    "rs": ADAPTERS["rs"] | {"target_modules": ["o_proj"]},
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+OF_EXPERTS: dict[str, dict[str, Any]] = {
+    "wide": {"r": 8, "lora_alpha": 16, "target_modules": ATTENTION, "rank_pattern": {"q_proj": 12}},
+    "all": {
+        "r": 3,
+        "lora_alpha": 5,
+        "target_modules": ATTENTION,
+        "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+    },
+    "rs": {
+        "r": 2,
+        "lora_alpha": 3,
+        "use_rslora": True,
+        "target_modules": [],
+        "target_parameters": ["mlp.experts.gate_up_proj"],
+    },
 }
 FACTORS = [1.0 + 0.1 * index for index in range(4)]
 LONGROPE = {
@@ -261,7 +273,7 @@ CASES = {
             },
             pad_token_id=0,
         ),
-        OF_ATTENTION,
+        OF_EXPERTS,
     ),
     "olmo2": Case(Olmo2Config(**SIZES, attention_bias=True, pad_token_id=0), ADAPTERS),
 }

@@ -110,7 +110,7 @@ def _grouped(reader: LayerReader, spec: ExpertsLayer, shapes: list[GroupShape], 
         name = f"{reader.config.names.experts}.{LEAVES[group][0]}_bias"
         outs = shapes[0].out_features
         of_all = reader.get(name, (len(shapes), sum(outs)))
-        biases = [rounded(_in_order(bias, len(outs) if spec.by_column else 1)) for bias in of_all]
+        biases = [rounded(_in_order(bias, len(outs) if spec.in_turns else 1)) for bias in of_all]
     return reader.operations.new_grouped(weights, biases)
 
 
@@ -119,7 +119,7 @@ def _weights(reader: LayerReader, spec: ExpertsLayer, shapes: list[GroupShape], 
     name, outs, inside = reader.config.names.experts, shapes[0].out_features, shapes[0].in_features
     of_all, *leaves = LEAVES[group]
     every: Iterable[Tensor]
-    if spec.by_column:
+    if spec.in_turns:
         columns = reader.get(f"{name}.{of_all}", (len(shapes), inside, sum(outs)))
         every = (_in_order(weight.t(), len(outs)) for weight in columns)
     elif reader.has(f"{name}.{of_all}"):

@@ -36,7 +36,7 @@ def _read(config: HfConfig) -> ModelConfig:
         intermediate=model.dims.intermediate,
         gate=ClampedGate(config.number("swiglu_alpha", 1.702), config.number("swiglu_limit", 7.0)),
         bias=True,
-        by_column=True,
+        in_turns=True,
     )
     layers = windowed(model.layers, config, window, lambda index: index % 2 == 0)
     bias = config.flag("attention_bias", default=True)
