@@ -17,6 +17,7 @@ from transformers import (
     Gemma3TextConfig,
     Gemma4Config,
     Gemma4TextConfig,
+    GptOssConfig,
     GraniteConfig,
     LlamaConfig,
     Ministral3Config,
@@ -113,6 +114,23 @@ OF_INPUTS = {
         "lora_alpha": 9,
         "target_modules": ["per_layer_input_gate", "per_layer_projection", "k_proj"],
     }
+}
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+OF_EXPERTS: dict[str, dict[str, Any]] = {
+    "wide": {"r": 8, "lora_alpha": 16, "target_modules": ATTENTION, "rank_pattern": {"q_proj": 12}},
+    "all": {
+        "r": 3,
+        "lora_alpha": 5,
+        "target_modules": ATTENTION,
+        "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+    },
+    "rs": {
+        "r": 2,
+        "lora_alpha": 3,
+        "use_rslora": True,
+        "target_modules": [],
+        "target_parameters": ["mlp.experts.gate_up_proj"],
+    },
 }
 FACTORS = [1.0 + 0.1 * index for index in range(4)]
 LONGROPE = {
@@ -309,6 +327,26 @@ CASES = {
         ),
         OF_TEXT,
     ),
+    "gpt-oss": Case(
+        GptOssConfig(
+            **SIZES,
+            head_dim=16,
+            num_local_experts=4,
+            num_experts_per_tok=2,
+            sliding_window=WINDOW,
+            swiglu_alpha=1.3,
+            swiglu_limit=1.5,
+            rope_parameters={
+                "rope_type": "yarn",
+                "rope_theta": 1e4,
+                "factor": 8.0,
+                "original_max_position_embeddings": 32,
+                "truncate": False,
+            },
+            pad_token_id=0,
+        ),
+        OF_EXPERTS,
+    ),
     "olmo2": Case(Olmo2Config(**SIZES, attention_bias=True, pad_token_id=0), ADAPTERS),
 }
 
@@ -327,6 +365,7 @@ EACH_FAMILY = (
     "olmo2",
     "olmo3",
     "ministral3",
+    "gpt-oss",
 )
 """One case of each family, with what is special in its layers."""
 

@@ -18,6 +18,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RotaryEmbedding
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RotaryEmbedding
 from transformers.models.gemma4.modeling_gemma4 import Gemma4TextRotaryEmbedding
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRotaryEmbedding
 from transformers.models.granite.modeling_granite import GraniteRotaryEmbedding
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.models.ministral3.modeling_ministral3 import Ministral3RotaryEmbedding
@@ -49,6 +50,7 @@ ROTARY = {
     "smollm3": ("SmolLM3ForCausalLM", SmolLM3RotaryEmbedding),
     "olmo2": ("Olmo2ForCausalLM", Olmo2RotaryEmbedding),
     "olmo3": ("Olmo3ForCausalLM", Olmo3RotaryEmbedding),
+    "gpt_oss": ("GptOssForCausalLM", GptOssRotaryEmbedding),
     "ministral3": ("Ministral3ForCausalLM", Ministral3RotaryEmbedding),
 }
 MAX_POSITIONS = 256
@@ -194,6 +196,8 @@ def _places() -> dict[str, tuple[str, dict[str, Any]]]:
         cases[f"ministral3-scaling-{name}"] = ("ministral3", {"rope_scaling": block})
         cases[f"ministral3-parameters-{name}"] = ("ministral3", {"rope_parameters": block})
     cases["ministral3-of-a-class"] = ("ministral3", {})
+    cases["gpt_oss-of-a-class"] = ("gpt_oss", {})
+    cases["gpt_oss-theta-of-a-class"] = ("gpt_oss", {"rope_theta": 5000.0})
     for name in ("linear", "linear-by-type", "yarn", "llama3"):
         cases[f"olmo3-scaling-{name}"] = ("olmo3", {"rope_scaling": BLOCKS[name], "rope_theta": 3000.0})
         cases[f"olmo3-nested-{name}"] = ("olmo3", {"rope_parameters": {"full_attention": BLOCKS[name]}})

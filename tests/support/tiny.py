@@ -68,8 +68,10 @@ def make_checkpoint(
     torch.manual_seed(0)
     model = _class_of(config).from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 1:  # norms and biases begin as ones and zeros, which say nothing
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 1 or name.endswith(
+                "_bias"
+            ):  # norms and biases begin as ones and zeros, which say nothing
                 parameter.add_(torch.randn(parameter.shape) * 0.2)
         for name, buffer in model.named_buffers():
             if name.endswith("layer_scalar"):  # and so does this

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Final
 
+import torch
 from torch import Tensor
 
+from inference_service.backends.experts import Grouped
 from inference_service.kernels.experts import Routed
 from inference_service.models.blocks.mlp import MlpBlock
 from inference_service.models.reader import LayerReader
@@ -35,9 +37,8 @@ class Experts:
         shapes = [group for group in reader.groups if group.expert is not None]
         of_up, of_down = shapes[0::2], shapes[1::2]
         self._up_group, self._down_group = name_of_all(of_up[0].name), name_of_all(of_down[0].name)
-        new_grouped = reader.operations.new_grouped
-        self._gate_up = new_grouped(_weights(reader, of_up, EXPERTS_GATE_UP))
-        self._down = new_grouped(_weights(reader, of_down, EXPERTS_DOWN))
+        self._gate_up = _grouped(reader, spec, of_up, EXPERTS_GATE_UP)
+        self._down = _grouped(reader, spec, of_down, EXPERTS_DOWN)
 
     def __call__(self, step: Step, x: Tensor, routed: Routed) -> Tensor:
         """Return [T, hidden] for x [T, hidden]."""
@@ -67,8 +68,10 @@ class ExpertsBlock:
             CheckpointInvalid: a tensor is missing, or has another shape than the config implies.
         """
         config, self._spec = reader.config, spec
-        router = reader.get(f"{config.names.router}.weight", (spec.num, config.dims.hidden))
-        self._router = reader.operations.new_linear(reader.reader.rounded(router))
+        router, rounded = config.names.router, reader.reader.rounded
+        weight = rounded(reader.get(f"{router}.weight", (spec.num, config.dims.hidden)))
+        bias = rounded(reader.get(f"{router}.bias", (spec.num,))) if spec.bias else None
+        self._router = reader.operations.new_linear(weight, bias)
         self._experts = Experts(reader, spec)
         self._shared = None if spec.shared is None else SharedExpert(reader)
 
@@ -98,12 +101,28 @@ class SharedExpert:
         return step.operations.add_gated(out, self._mlp(step, x), gate)
 
 
-def _weights(reader: LayerReader, shapes: list[GroupShape], group: str) -> list[Tensor]:
+def _grouped(reader: LayerReader, spec: ExpertsLayer, shapes: list[GroupShape], group: str) -> Grouped:
+    """Return the linears of all experts, with what is added to them."""
+    rounded, biases = reader.reader.rounded, None
+    every = zip(_weights(reader, spec, shapes, group), shapes, strict=True)
+    weights = [rounded(reader.with_merged(weight, shape)) for weight, shape in every]
+    if spec.bias:
+        name = f"{reader.config.names.experts}.{LEAVES[group][0]}_bias"
+        outs = shapes[0].out_features
+        of_all = reader.get(name, (len(shapes), sum(outs)))
+        biases = [rounded(_in_order(bias, len(outs) if spec.in_turns else 1)) for bias in of_all]
+    return reader.operations.new_grouped(weights, biases)
+
+
+def _weights(reader: LayerReader, spec: ExpertsLayer, shapes: list[GroupShape], group: str) -> Iterable[Tensor]:
     """Return the weight [out, in] of each expert's group, from one tensor of all or from those of each."""
     name, outs, inside = reader.config.names.experts, shapes[0].out_features, shapes[0].in_features
     of_all, *leaves = LEAVES[group]
     every: Iterable[Tensor]
-    if reader.has(f"{name}.{of_all}"):
+    if spec.in_turns:
+        columns = reader.get(f"{name}.{of_all}", (len(shapes), inside, sum(outs)))
+        every = (_in_order(weight.t(), len(outs)) for weight in columns)
+    elif reader.has(f"{name}.{of_all}"):
         every = reader.get(f"{name}.{of_all}", (len(shapes), sum(outs), inside)).unbind()
     else:
         parts = [(leaf, (out, inside)) for leaf, out in zip(leaves, outs, strict=True)]
@@ -111,5 +130,9 @@ def _weights(reader: LayerReader, shapes: list[GroupShape], group: str) -> list[
             reader.cat([(f"{name}.{expert}.{leaf}.weight", shape) for leaf, shape in parts])
             for expert in range(len(shapes))
         )
-    rounded = reader.reader.rounded
-    return [rounded(reader.with_merged(weight, shape)) for weight, shape in zip(every, shapes, strict=True)]
+    return every
+
+
+def _in_order(rows: Tensor, slices: int) -> Tensor:
+    """Return rows of slices that come in turn, slice by slice, in memory of their own."""
+    return torch.cat([rows[index::slices] for index in range(slices)]).contiguous()

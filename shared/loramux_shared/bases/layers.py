@@ -94,8 +94,11 @@ class ExpertsLayer:
     """What is the same of the one that all rows have, as far as a gate of its own lets it through."""
     gate: ClampedGate | None = None
     """None: that of the model's activation."""
+    bias: bool = False
+    """Of the router, and of the linears of every expert."""
     in_turns: bool = False
-    """Whether a checkpoint, and so an adapter, has a row of a gate and one of up in turns."""
+    """Whether a checkpoint has weights [experts, in, out], and of gate and up a column of each in turns, as an
+    adapter's B has rows."""
 
     def groups(self, hidden: int) -> tuple[GroupShape, ...]:
         """Return its fused linears: two of each expert, and those of the one for all rows."""

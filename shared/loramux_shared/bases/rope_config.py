@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, Final
 
 from loramux_shared.bases.hf_config import HfConfig
@@ -57,6 +58,13 @@ def read_rope_of(config: HfConfig, kind: str, dim: int, longest: int, default_th
 def original_positions(config: HfConfig, block: HfConfig, max_positions: int) -> int:
     """Return the longest sequence that the model was first trained for."""
     return config.size(_ORIGINAL, block.size(_ORIGINAL, max_positions))
+
+
+def with_rope(config: HfConfig, block: Mapping[str, Any]) -> HfConfig:
+    """Return a config with a block of rope, if it has none."""
+    if config.fields.get("rope_scaling") or config.fields.get("rope_parameters") is not None:
+        return config
+    return HfConfig({**config.fields, "rope_parameters": block}, config.architecture, config.max_seq_len)
 
 
 def rope_block(config: HfConfig) -> HfConfig:

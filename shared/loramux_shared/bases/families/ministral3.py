@@ -9,7 +9,7 @@ from loramux_shared.bases.attention import QueryGrowth
 from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bases.family import Architecture, Family, llama_like, windowed
 from loramux_shared.bases.hf_config import HfConfig
-from loramux_shared.bases.rope_config import original_positions, rope_block
+from loramux_shared.bases.rope_config import original_positions, rope_block, with_rope
 
 MAX_POSITIONS: Final = 262144
 SIZES: Final = {"num_key_value_heads": 8, "head_dim": 128}
@@ -28,9 +28,7 @@ ROPE: Final[dict[str, Any]] = {
 def _read(config: HfConfig) -> ModelConfig:
     config.require("hidden_act", "silu")
     config.require("layer_types", None)
-    if config.fields.get("rope_parameters") is None:
-        fields = {**config.fields, "rope_parameters": ROPE}
-        config = HfConfig(fields, config.architecture, config.max_seq_len)
+    config = with_rope(config, ROPE)
     model = llama_like(config, max_positions=MAX_POSITIONS, sizes=SIZES)
     block = rope_block(config)
     length = original_positions(config, block, config.size("max_position_embeddings", MAX_POSITIONS))

@@ -26,14 +26,16 @@ def _read(config: HfConfig) -> ModelConfig:
     return replace(model, layers=with_experts(config, layers, experts), names=NAMES, qkv_bias=bias, o_bias=bias)
 
 
-def read_experts(config: HfConfig, *, renormalised: bool, shared: int | None = None) -> ExpertsLayer:
+def read_experts(
+    config: HfConfig, *, renormalised: bool, shared: int | None = None, default_top_k: int = 8
+) -> ExpertsLayer:
     """Read the sizes of a mixture; transformers writes the number of experts under either name.
 
     Raises:
         CheckpointInvalid: a size is no positive integer, or a row has more experts than there are.
     """
     name = "num_local_experts" if config.fields.get("num_experts") is None else "num_experts"
-    num, top_k = config.size(name, 128), config.size("num_experts_per_tok", 8)
+    num, top_k = config.size(name, 128), config.size("num_experts_per_tok", default_top_k)
     if top_k > num:
         raise CheckpointInvalid(
             f"config.json: num_experts_per_tok: expected at most {name} {num}, found {top_k}."
