@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,15 +55,16 @@ def _in_turn(weight: Tensor) -> Tensor:
     return torch.arange(weight.shape[1]) // GROUP
 
 
-def fp8(weight: Tensor) -> Kept:
-    """Blocks of 32 x 32, the last of which are smaller."""
-    down, across = (-(-size // 32) for size in weight.shape)
+def fp8(weight: Tensor, block: int = 32) -> Kept:
+    """Square blocks, of which the last may be smaller."""
+    down, across = (-(-size // block) for size in weight.shape)
     scale = torch.empty(down, across)
     whole = torch.empty_like(weight)
     numbers = torch.empty_like(weight, dtype=torch.float8_e4m3fn)
     for row in range(down):
         for column in range(across):
-            at = slice(32 * row, 32 * row + 32), slice(32 * column, 32 * column + 32)
+            rows, columns = block * row, block * column
+            at = slice(rows, rows + block), slice(columns, columns + block)
             scale[row, column] = weight[at].abs().max() / 448
             numbers[at] = (weight[at] / scale[row, column]).to(torch.float8_e4m3fn)
             whole[at] = numbers[at].float() * scale[row, column]
@@ -79,6 +81,20 @@ def pack_quantized(weight: Tensor) -> Kept:
         "weight_shape": torch.tensor(weight.shape),
     }
     return tensors, whole
+
+
+def pack_symmetric(weight: Tensor) -> Kept:
+    """Groups of 16 without zero points."""
+    grouped = weight.unflatten(1, (-1, GROUP))
+    scale = (grouped.abs().amax(2) / 7).half()
+    each = scale.float().repeat_interleave(GROUP, dim=1)
+    numbers = torch.round(weight / each)
+    tensors = {
+        "weight_packed": _words(numbers + 8, 4),
+        "weight_scale": scale,
+        "weight_shape": torch.tensor(weight.shape),
+    }
+    return tensors, numbers * each
 
 
 def int_quantized(weight: Tensor) -> Kept:
@@ -173,11 +189,16 @@ def _compressed(format_: str, activations: Any = None, **weights: Any) -> dict[s
     }
 
 
+WHOLE_BLOCKS = Kind({"quant_method": "fp8", "weight_block_size": [16, 16]}, partial(fp8, block=16))
+"""Which transformers reads too: it takes no block that is smaller than the others."""
 KINDS = {
     "fp8": Kind({"quant_method": "fp8", "weight_block_size": [32, 32], "activation_scheme": "dynamic"}, fp8),
     "pack-quantized": Kind(
         _compressed("pack-quantized", num_bits=4, strategy="group", group_size=GROUP, symmetric=False),
         pack_quantized,
+    ),
+    "pack-symmetric": Kind(
+        _compressed("pack-quantized", num_bits=4, strategy="group", group_size=GROUP), pack_symmetric
     ),
     "int-quantized": Kind(
         _compressed("int-quantized", {"num_bits": 8, "dynamic": True}, num_bits=8, strategy="channel"),
