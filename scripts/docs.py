@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from scripts import api_doc, deployment_doc, errors_doc, settings_doc
+from scripts import api_doc, deployment_doc, errors_doc, models_doc, settings_doc
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 PAGES: dict[str, Callable[[], str]] = {
@@ -14,6 +14,7 @@ PAGES: dict[str, Callable[[], str]] = {
     "deployment-file.md": deployment_doc.page,
     "deployment.schema.json": deployment_doc.json_schema,
     "errors.md": errors_doc.page,
+    "models.md": models_doc.page,
     "settings.md": settings_doc.page,
 }
 

@@ -12,10 +12,11 @@ import yaml
 
 from loramux.builder.v1 import builder_pb2
 from loramux.inference.v1 import inference_pb2
+from loramux_shared.bases.families import load_families
 from loramux_shared.deployment import Deployment
 from loramux_shared.deployment_file import IGNORED_KEYS
 from loramux_shared.settings import BuilderSettings, InferenceSettings, variable
-from scripts import api_doc, deployment_doc, settings_doc
+from scripts import api_doc, deployment_doc, models_doc, settings_doc
 from scripts.pages import type_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -64,6 +65,26 @@ def test_every_setting_is_explained() -> None:
         for name, field in kind.model_fields.items():
             assert field.description, name
             assert f"| `{variable(name)}` |" in page
+
+
+def test_every_architecture_has_its_row_and_its_modules() -> None:
+    """Each stands once among the families, and is small enough for its modules to be told."""
+    families, modules = models_doc.families(), models_doc.modules()
+    for name, (architecture, family) in load_families().items():
+        [row] = [line for line in families.splitlines() if f"`{name}`" in line.split("|")[1]]
+        assert family.models in row
+        assert models_doc.small(architecture).architecture == name
+    assert "`self_attn.q_proj`" in modules
+    assert "`self_attn.qkv_proj`, `mlp.gate_up_proj` | `Phi3ForCausalLM` |" in modules
+
+
+def test_what_stands_around_a_table_stays() -> None:
+    """A page without the marks is not written at all."""
+    page = "before\n<!-- a: `make docs` -->\nold\n<!-- end of a -->\nafter\n"
+    assert models_doc.replaced(page, "a", "new\n") == page.replace("old", "new")
+    for broken in (page.replace("end of a", "end of b"), page.replace("a: `", "b: `")):
+        with pytest.raises(ValueError, match=r"docs/models\.md: expected <!-- a"):
+            models_doc.replaced(broken, "a", "new\n")
 
 
 @pytest.mark.parametrize(

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 from transformers import AutoConfig
 
-from loramux_shared.bases.families import load_families
 from loramux_shared.bases.read import read_config
 from loramux_shared.faults import CheckpointInvalid
 
@@ -486,13 +484,6 @@ def test_what_is_not_served_is_refused_by_name(tmp_path: Path, change: dict[str,
     _write_config(tmp_path, **HUB_CONFIGS["Llama-3.1"] | {"rope_scaling": None} | unnamed | change)
     with pytest.raises(CheckpointInvalid, match=told):
         read_config(tmp_path)
-
-
-def test_the_page_about_models_names_every_architecture() -> None:
-    """What is served and what is documented are the same list."""
-    page = (Path(__file__).parents[2] / "docs" / "models.md").read_text()
-    rows = "".join(line.split("|")[1] for line in page.splitlines() if line.startswith("| `"))
-    assert set(re.findall(r"`(\w+)`", rows)) == set(load_families())
 
 
 def _write_config(folder: Path, **fields: Any) -> None:

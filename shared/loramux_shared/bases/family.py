@@ -43,6 +43,10 @@ class Family:
     """Raises CheckpointInvalid for what the family does not serve."""
     describes: frozenset[str] = frozenset()
     """Keys of a config that would be refused as another geometry, and that ``read`` reads."""
+    models: str = ""
+    """Who has it, for people; ``docs/models.md`` has both lines."""
+    serves: str = ""
+    """What of these models is served, beside what a Llama has."""
 
 
 def llama_like(

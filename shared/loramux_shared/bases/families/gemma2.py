@@ -63,4 +63,9 @@ def _read(config: HfConfig) -> ModelConfig:
     )
 
 
-FAMILY = Family((Architecture("Gemma2ForCausalLM", "gemma2"),), _read)
+FAMILY = Family(
+    (Architecture("Gemma2ForCausalLM", "gemma2"),),
+    _read,
+    models="Gemma 2",
+    serves="scaled embeddings, norms around each block, GeGLU, both soft caps, alternating windows",
+)

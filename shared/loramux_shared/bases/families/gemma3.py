@@ -66,4 +66,7 @@ FAMILY = Family(
         Architecture("Gemma3ForConditionalGeneration", "gemma3", nested=True),
     ),
     _read,
+    models="Gemma 3",
+    serves="as Gemma 2, norms of query and key heads, another rope in layers that slide; of a model with "
+    "images the text decoder",
 )

@@ -177,5 +177,8 @@ FAMILY = Family(
         Architecture("Gemma4ForConditionalGeneration", "gemma4", nested=True),
     ),
     _read,
-    DESCRIBES,
+    models="Gemma 4, dense",
+    serves="as Gemma 3; layers of two head sizes, which may share keys and values, or take keys for values; inputs "
+    "of tokens for every layer; of a model with images and sound the text decoder",
+    describes=DESCRIBES,
 )

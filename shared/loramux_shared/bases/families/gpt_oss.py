@@ -50,4 +50,10 @@ def _read(config: HfConfig) -> ModelConfig:
     )
 
 
-FAMILY = Family((Architecture("GptOssForCausalLM", "gpt_oss"),), _read, describes=EXPERTS)
+FAMILY = Family(
+    (Architecture("GptOssForCausalLM", "gpt_oss"),),
+    _read,
+    models="gpt-oss",
+    serves="sinks, every other layer slides, YaRN, mixtures of experts with biases and a clamped gate",
+    describes=EXPERTS,
+)

@@ -27,4 +27,9 @@ def _read(config: HfConfig) -> ModelConfig:
     )
 
 
-FAMILY = Family((Architecture("GraniteForCausalLM", "granite"),), _read)
+FAMILY = Family(
+    (Architecture("GraniteForCausalLM", "granite"),),
+    _read,
+    models="Granite 3, dense",
+    serves="factors of embeddings, attention, residuals and logits; biases",
+)

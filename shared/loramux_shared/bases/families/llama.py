@@ -18,4 +18,9 @@ def _read(config: HfConfig) -> ModelConfig:
     return replace(model, qkv_bias=bias, o_bias=bias, mlp_bias=mlp_bias)
 
 
-FAMILY = Family((Architecture("LlamaForCausalLM", "llama"),), _read)
+FAMILY = Family(
+    (Architecture("LlamaForCausalLM", "llama"),),
+    _read,
+    models="Llama 2 and 3, SmolLM2, TinyLlama, Yi",
+    serves="biases, tied heads, a head size apart",
+)

@@ -41,4 +41,9 @@ def _read(config: HfConfig) -> ModelConfig:
     )
 
 
-FAMILY = Family((Architecture("Ministral3ForCausalLM", "ministral3"),), _read)
+FAMILY = Family(
+    (Architecture("Ministral3ForCausalLM", "ministral3"),),
+    _read,
+    models="Ministral 3, text alone",
+    serves="YaRN, queries that grow with their position, one window or none",
+)

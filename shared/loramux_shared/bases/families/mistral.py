@@ -17,4 +17,9 @@ def _read(config: HfConfig) -> ModelConfig:
     return replace(model, layers=windowed(model.layers, config, window, lambda _: True))
 
 
-FAMILY = Family((Architecture("MistralForCausalLM", "mistral"),), _read)
+FAMILY = Family(
+    (Architecture("MistralForCausalLM", "mistral"),),
+    _read,
+    models="Mistral 7B, Nemo",
+    serves="one sliding window for all layers, or none",
+)

@@ -22,4 +22,9 @@ def _read(config: HfConfig) -> ModelConfig:
     )
 
 
-FAMILY = Family((Architecture("Mistral3ForConditionalGeneration", "mistral3", nested=True),), _read)
+FAMILY = Family(
+    (Architecture("Mistral3ForConditionalGeneration", "mistral3", nested=True),),
+    _read,
+    models="Mistral Small 3.1 and 3.2, Ministral 3",
+    serves="the text decoder, as `MistralForCausalLM` or `Ministral3ForCausalLM`",
+)

@@ -40,4 +40,10 @@ def _read(config: HfConfig) -> ModelConfig:
     return model
 
 
-FAMILY = Family((Architecture("Olmo2ForCausalLM", "olmo2"),), _read)
+FAMILY = Family(
+    (Architecture("Olmo2ForCausalLM", "olmo2"),),
+    _read,
+    models="OLMo 2",
+    serves="norms behind attention and MLP alone, norms of all query and of all key heads together; biases of "
+    "attention",
+)

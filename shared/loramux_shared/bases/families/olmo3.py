@@ -36,4 +36,9 @@ def _full_rope(config: HfConfig, dim: int, longest: int) -> tuple[RopeSpec, int]
     return read_rope_of(config, "full_attention", dim, longest, theta), longest
 
 
-FAMILY = Family((Architecture("Olmo3ForCausalLM", "olmo3"),), _read)
+FAMILY = Family(
+    (Architecture("Olmo3ForCausalLM", "olmo3"),),
+    _read,
+    models="OLMo 3",
+    serves="as OLMo 2, three layers of four slide, with a rope of their own",
+)

@@ -43,4 +43,9 @@ def _rope(config: HfConfig, head_dim: int, max_positions: int) -> tuple[RopeSpec
     return rope_spec(dim, theta, scaling), longest
 
 
-FAMILY = Family((Architecture("Phi3ForCausalLM", "phi3"),), _read)
+FAMILY = Family(
+    (Architecture("Phi3ForCausalLM", "phi3"),),
+    _read,
+    models="Phi-3 mini and medium, Phi-3.5 mini, Phi-4, Phi-4-mini",
+    serves="fused projections, one window, partial rotation, LongRoPE",
+)

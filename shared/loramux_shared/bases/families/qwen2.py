@@ -25,4 +25,9 @@ def qwen_windows(model: ModelConfig, config: HfConfig) -> tuple[LayerSpec, ...]:
     return windowed(model.layers, config, window, lambda index: index >= first)
 
 
-FAMILY = Family((Architecture("Qwen2ForCausalLM", "qwen2"),), _read)
+FAMILY = Family(
+    (Architecture("Qwen2ForCausalLM", "qwen2"),),
+    _read,
+    models="Qwen 2 and 2.5, dense",
+    serves="biases on q, k, v; windows by `use_sliding_window`, `max_window_layers`, `layer_types`",
+)

@@ -20,4 +20,9 @@ def _read(config: HfConfig) -> ModelConfig:
     return replace(model, layers=layers, names=NAMES, qkv_bias=bias, o_bias=bias)
 
 
-FAMILY = Family((Architecture("Qwen3ForCausalLM", "qwen3"),), _read)
+FAMILY = Family(
+    (Architecture("Qwen3ForCausalLM", "qwen3"),),
+    _read,
+    models="Qwen 3, dense",
+    serves="norms of query and key heads, a head size apart, windows as Qwen 2",
+)

@@ -46,4 +46,9 @@ def _turned(config: HfConfig, num_layers: int) -> list[bool]:
     return [bool(item) for item in said[:num_layers]]
 
 
-FAMILY = Family((Architecture("SmolLM3ForCausalLM", "smollm3"),), _read)
+FAMILY = Family(
+    (Architecture("SmolLM3ForCausalLM", "smollm3"),),
+    _read,
+    models="SmolLM 3",
+    serves="layers without rope, which slide by `use_sliding_window`; biases",
+)

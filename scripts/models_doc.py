@@ -1,0 +1,81 @@
+"""The tables of docs/models.md, from the families of bases and the modules of their layers."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+from loramux_shared.bases.config import ModelConfig
+from loramux_shared.bases.families import load_families
+from loramux_shared.bases.family import Architecture, Family
+from loramux_shared.bases.read import read_fields
+from loramux_shared.bundle.modules import BY_NAME, FUSED_PATHS
+from scripts.pages import table
+
+PAGE: Final = Path(__file__).resolve().parent.parent / "docs" / "models.md"
+SIZES: Final = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_hidden_layers": 8,
+    "vocab_size": 32,
+}
+"""Of a config that says nothing else: all else is as the family's class has it."""
+
+
+def page() -> str:
+    """Return the page as it is, with new tables between its marks."""
+    text = PAGE.read_text()
+    for name, make in TABLES.items():
+        text = replaced(text, name, make())
+    return text
+
+
+def replaced(text: str, name: str, between: str) -> str:
+    """Return a page with something else between the marks of a name."""
+    begin, end = f"<!-- {name}: `make docs` -->\n", f"<!-- end of {name} -->\n"
+    before, found, rest = text.partition(begin)
+    _, found_too, after = rest.partition(end)
+    if not (found and found_too):
+        raise ValueError(f"docs/models.md: expected {begin.strip()} and then {end.strip()}")
+    return "".join((before, begin, between, end, after))
+
+
+def families() -> str:
+    """Return a row for each family."""
+    names: defaultdict[Family, list[str]] = defaultdict(list)
+    for architecture, family in load_families().values():
+        names[family].append(f"`{architecture.name}`")
+        if not (family.models and family.serves):
+            raise ValueError(f"{architecture.name}: its Family lacks the words for docs/models.md")
+    rows = [(", ".join(each), family.models, family.serves) for family, each in names.items()]
+    return table(("architecture", "models", "what is served"), rows)
+
+
+def modules() -> str:
+    """Return a row for each set of modules that bases have, the most frequent one first."""
+    having: defaultdict[tuple[str, ...], list[str]] = defaultdict(list)
+    for name, (architecture, _) in load_families().items():
+        having[_modules(small(architecture))].append(f"`{name}`")
+    usual, *others = sorted(having, key=lambda each: -len(having[each]))
+    rows = [(", ".join(each), ", ".join(having[each])) for each in others]
+    return table(("modules", "of"), [(", ".join(usual), "all others" if others else "all"), *rows])
+
+
+def small(architecture: Architecture) -> ModelConfig:
+    """Return a small decoder of an architecture, as its family reads it."""
+    fields: dict[str, Any] = {"architectures": [architecture.name], "model_type": architecture.model_type}
+    return read_fields(fields | ({"text_config": SIZES} if architecture.nested else SIZES))
+
+
+def _modules(model: ModelConfig) -> tuple[str, ...]:
+    """Return what adapters of a base may have, in the order of computation; what is fused comes last."""
+    named = dict.fromkeys(name for group in model.groups for name in group.modules)
+    fused = [path for path in FUSED_PATHS if path.rpartition(".")[2] in model.dims.fused]
+    return tuple(f"`{path}`" for path in (*(BY_NAME[name].path for name in named), *fused))
+
+
+TABLES: Final[dict[str, Callable[[], str]]] = {"families": families, "modules": modules}
