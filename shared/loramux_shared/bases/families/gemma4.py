@@ -178,7 +178,7 @@ FAMILY = Family(
     ),
     _read,
     models="Gemma 4, dense",
-    serves="as Gemma 3; layers of two head sizes, which may share keys and values, or take keys for values; inputs "
-    "of tokens for every layer; of a model with images and sound the text decoder",
+    serves="as Gemma 3; layers of two head sizes, which may share keys and values, or take keys for values; "
+    "inputs of tokens for every layer; of a model with images and sound the text decoder",
     describes=DESCRIBES,
 )
