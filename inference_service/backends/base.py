@@ -11,6 +11,7 @@ from torch import Tensor
 
 from inference_service.backends.experts import Grouped
 from inference_service.kernels.attention import Context
+from inference_service.kernels.delta import DeltaInputs
 from inference_service.kernels.experts import ByExpert, Routed
 from inference_service.kernels.rows import Activation
 from inference_service.layers.linear import Linear
@@ -20,9 +21,15 @@ from inference_service.lora.packed import PackedAdapter
 from inference_service.lora.segments import Arrangement
 from inference_service.lora.weights import AdapterWeights
 from loramux_shared.bases.attention import AttentionSpec, HeadCounts
+from loramux_shared.faults import InternalFault
 
 Turn = tuple[Tensor, Tensor]
 """cos and sin of the step's rows, in the form that an `Attention` made them."""
+
+
+Recurrence = Callable[[DeltaInputs], Tensor]
+"""How a step takes the states of its sequences on, in all layers that carry one: returns
+[T, value heads * value dim] of a gated delta rule, whose states are behind the step's rows then."""
 
 
 class Attention(Protocol):
@@ -49,6 +56,15 @@ class Attention(Protocol):
         besides, and which has no value.
         """
         ...
+
+
+def no_recurrence(_inputs: DeltaInputs) -> Tensor:
+    """Stand for what a step has no states for.
+
+    Raises:
+        InternalFault: a layer carries one.
+    """
+    raise InternalFault("a layer carries a state, and the step has planned for none")
 
 
 class Operations(Protocol):
@@ -114,6 +130,14 @@ class Operations(Protocol):
         self, contexts: Sequence[Context], block_size: int, windows: Sequence[int | None]
     ) -> Attention:
         """Plan the attention of a step, for groups of layers with these windows."""
+        ...
+
+    def gate(self, x: Tensor, gate: Tensor) -> Tensor:
+        """Return x [T, N] times the sigmoid of gate [T, N]."""
+        ...
+
+    def recurrence(self, contexts: Sequence[Context]) -> Recurrence:
+        """Plan how a step takes the states of its sequences on."""
         ...
 
     def new_cache(self, num_rows: int, heads: HeadCounts) -> tuple[Tensor, Tensor]:

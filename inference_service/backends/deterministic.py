@@ -54,6 +54,11 @@ class DeterministicOperations(NativeOperations):
         cos, sin = (torch.cat(part)[rows] for part in zip(*parts, strict=True))
         return cos, sin
 
+    def gate(self, x: Tensor, gate: Tensor) -> Tensor:
+        """Row by row."""
+        pairs = zip(torch.split(x, 1), torch.split(gate, 1), strict=True)
+        return torch.cat([super(DeterministicOperations, self).gate(*pair) for pair in pairs])
+
     def softcap(self, logits: Tensor, cap: float) -> Tensor:
         """Row by row."""
         return torch.cat(

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from inference_service.backends.base import Attention, StepLora, Turn
+from inference_service.backends.base import Attention, Recurrence, StepLora, Turn
 from inference_service.backends.long_chunks import LongChunk, split
 from inference_service.backends.torch import TorchOperations, normed, parts
 from inference_service.core.sequence import GONE
@@ -28,6 +28,7 @@ from inference_service.kernels.cpu.ops import (
     Tiled,
     adapters_of,
 )
+from inference_service.kernels.delta import StateChunk
 from inference_service.kernels.experts import ByExpert
 from inference_service.kernels.rows import Activation
 from inference_service.layers.linear import Linear
@@ -77,6 +78,11 @@ class NativeOperations(TorchOperations):
     ) -> Attention:
         """Over the cache where it lies."""
         return NativeAttention(self.ops, contexts, block_size, self._long_rows, windows)
+
+    def recurrence(self, contexts: Sequence[Context]) -> Recurrence:
+        """In one call for each layer."""
+        chunks = np.array([StateChunk.of(context) for context in contexts], dtype=np.int64)
+        return partial(self.ops.gated_delta, chunks=Table(chunks))
 
     def new_cache(self, num_rows: int, heads: HeadCounts) -> tuple[Tensor, Tensor]:
         """In the order in which the compiled attention reads it."""

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding, gelu, silu
 
-from inference_service.backends.base import Attention, StepLora, Turn
+from inference_service.backends.base import Attention, Recurrence, StepLora, Turn
 from inference_service.backends.experts import ExpertOperations
 from inference_service.kernels.attention import Context, PagedAttention
+from inference_service.kernels.delta import DeltaInputs, StateChunk, reference
 from inference_service.kernels.experts import ByExpert
 from inference_service.kernels.rows import Activation
 from inference_service.layers.linear import Linear
@@ -77,6 +78,15 @@ class TorchOperations(ExpertOperations):
         """Three operations."""
         return torch.tanh(logits / cap) * cap
 
+    def gate(self, x: Tensor, gate: Tensor) -> Tensor:
+        """Two operations."""
+        return x * torch.sigmoid(gate)
+
+    def recurrence(self, contexts: Sequence[Context]) -> Recurrence:
+        """Single rows together, longer chunks one after the other."""
+        chunks = [StateChunk.of(context) for context in contexts]
+        return partial(_gated_delta, chunks)
+
     def attention(
         self, contexts: Sequence[Context], block_size: int, windows: Sequence[int | None]
     ) -> Attention:
@@ -88,6 +98,10 @@ class TorchOperations(ExpertOperations):
         shape = heads.kv, num_rows, heads.dim
         keys, values = (torch.zeros(shape, dtype=self._dtype, device=self._device) for _ in range(2))
         return keys, values
+
+
+def _gated_delta(chunks: Sequence[StateChunk], inputs: DeltaInputs) -> Tensor:
+    return reference.gated_delta(inputs, chunks)
 
 
 class TorchAttention:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Final
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from inference_service.backends.base import Attention, Turn
+from inference_service.backends.base import Attention, Recurrence, Turn
 from inference_service.backends.grouped import GroupedOperations
 from inference_service.backends.torch import TorchOperations
 from inference_service.kernels import rows
@@ -22,6 +23,14 @@ from inference_service.kernels.attention import (
     attend,
     cut_of,
     pack_tables,
+)
+from inference_service.kernels.delta import (
+    DeltaCapacity,
+    DeltaTables,
+    StateChunk,
+    delta_tile,
+    gated_delta,
+    pack_delta,
 )
 from inference_service.kernels.experts import ByExpert
 from inference_service.kernels.experts.segments import allocate, capacity_of, fill, slots_of
@@ -61,6 +70,7 @@ class TritonOperations(GroupedOperations, TorchOperations):
         """
         super().__init__(dtype, device)
         self._cuts = {each: cut_of(device, dtype, each) for each in heads}
+        self._deltas: dict[DeltaCapacity, DeltaTables] = {}
         self._tables: dict[AttentionCapacity, AttentionTables] = {}
 
     def embed(self, tokens: Tensor, table: Tensor, scale: float) -> Tensor:
@@ -82,6 +92,20 @@ class TritonOperations(GroupedOperations, TorchOperations):
         """In place."""
         rows.softcap(logits, cap)
         return logits
+
+    def recurrence(self, contexts: Sequence[Context]) -> Recurrence:
+        """With kernels, from tables that are kept for steps of the same size class."""
+        chunks = [StateChunk.of(context) for context in contexts]
+        size = _class_of(len(chunks))
+        capacity = DeltaCapacity(size, size)
+        if any(chunk.length > 1 for chunk in chunks):
+            rows = _class_of(sum(chunk.length for chunk in chunks))
+            capacity = DeltaCapacity(rows, size, delta_tile(self._dtype))
+        if capacity not in self._deltas:
+            self._deltas[capacity] = DeltaTables.allocate(capacity, self._device)
+        tables = self._deltas[capacity]
+        tables.load(torch.from_numpy(pack_delta(capacity, chunks)))
+        return partial(gated_delta, tables=tables)
 
     def attention(
         self, contexts: Sequence[Context], block_size: int, windows: Sequence[int | None]

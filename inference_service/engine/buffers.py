@@ -14,12 +14,13 @@ from inference_service.core.sequence import Sequence
 from inference_service.engine.rows import KNOWN, Rows
 from inference_service.engine.sampler import row_params, shapes
 from inference_service.kernels.attention import AttentionCapacity, AttentionTables, Cut, pack_tables
+from inference_service.kernels.delta import DeltaCapacity, DeltaTables, StateChunk, pack_delta
 from inference_service.kernels.packing import aligned, sections
 from inference_service.kernels.sampling import SamplingTables
 from inference_service.kernels.sampling.layout import FIELDS, GENERATED, Kind, packed_row
 from inference_service.kernels.sgmv import DECODE_TILE, PREFILL_TILE, SegmentCapacity, Segments, pack_segments
 
-Tables = TypeVar("Tables", AttentionTables, Segments)
+Tables = TypeVar("Tables", AttentionTables, DeltaTables, Segments)
 
 _PADDING: Final = np.full(FIELDS, Kind.PADDING, np.int32).tobytes()
 
@@ -42,6 +43,8 @@ class StepCapacity:
     """Those of the model's layers: each has tables for attention of its own."""
     groups: int
     """Of layers whose cache blocks are apart."""
+    delta_tile: int | None
+    """Rows of a longer chunk that go through a state together; None: no layer carries one."""
     slots: int
     """Slots for adapters, in use or not; 0: there are none."""
     active: int
@@ -55,6 +58,15 @@ class StepCapacity:
             AttentionCapacity(*sizes, cut.tile if self.mixed else None, cut.kv_heads, self.groups)
             for cut in self.cuts
         )
+
+    @property
+    def delta(self) -> DeltaCapacity | None:
+        """Of the tables of states; None where no layer carries one."""
+        if self.delta_tile is None:
+            return None
+        if not self.mixed:
+            return DeltaCapacity(self.rows, self.rows)
+        return DeltaCapacity(self.rows, self.seqs, self.delta_tile)
 
     @property
     def segments(self) -> SegmentCapacity | None:
@@ -75,6 +87,7 @@ class StepCapacity:
                 "last_rows": self.seqs,
                 "sampling": FIELDS * self.seqs,
                 "segments": self.segments.packed_size if self.segments else 0,
+                "delta": self.delta.packed_size if self.delta else 0,
                 **{name: each.packed_size for name, each in zip(self.tables, self.attention, strict=True)},
             }
         )
@@ -113,6 +126,7 @@ class StepBuffers:
         self._packed = memory.packed[memory.drawn_size : memory.drawn_size + capacity.size]
         self._sections = capacity.sections
         self._attention_capacities, self._segment_capacity = capacity.attention, capacity.segments
+        self._delta_capacity = capacity.delta
         self._tables = capacity.tables
         self._own = np.arange(memory.drawn_size, memory.drawn_size + capacity.rows, dtype=np.int32)
         """The source of every row whose token is known: the row's own."""
@@ -130,6 +144,9 @@ class StepBuffers:
         self.segments: Segments | None = None
         if self._segment_capacity is not None:
             self.segments = _in(view["segments"], Segments.allocate(self._segment_capacity, device))
+        self.delta: DeltaTables | None = None
+        if self._delta_capacity is not None:
+            self.delta = _in(view["delta"], DeltaTables.allocate(self._delta_capacity, device))
         scratch = memory.sampling
         rows = view["sampling"].view(-1, FIELDS)
         self.sampling = SamplingTables(
@@ -162,6 +179,9 @@ class StepBuffers:
             for segment in rows.arrangement.segments:
                 slots[segment.start : segment.end] = segment.slot
             pack_segments(self._segment_capacity, slots, out=view["segments"])
+        if self._delta_capacity is not None:
+            chunks = [StateChunk.of(context) for context in rows.contexts]
+            pack_delta(self._delta_capacity, chunks, out=view["delta"])
         used, first = [], 0
         for name, capacity in zip(self._tables, self._attention_capacities, strict=True):
             at: int = self._sections[name].start

@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from inference_service.backends.base import LoraBackend
+from inference_service.backends.base import LoraBackend, no_recurrence
 from inference_service.backends.triton import TritonAttention
 from inference_service.core.batch import Batch
 from inference_service.engine.buffers import StepBuffers, StepCapacity, StepMemory
@@ -21,6 +21,7 @@ from inference_service.engine.shaping import Shaper
 from inference_service.engine.step import Pending
 from inference_service.engine.transfer import Reading
 from inference_service.kernels.attention import cut_of
+from inference_service.kernels.delta import delta_tile, gated_delta
 from inference_service.kernels.sampling import sample
 from inference_service.kernels.sgmv import Segments
 from inference_service.models.decoder import Decoder
@@ -61,6 +62,7 @@ class GraphRunner(Runner):
         self._recorder = recorder
         vocab = model.config.dims.vocab
         self._cuts = {each: cut_of(model.device, model.dtype, each) for each in model.config.heads}
+        self._delta_tile = delta_tile(model.dtype) if model.config.state_bytes(1) else None
         largest = max(capacity.size for capacity in self._capacities())
         self._memory = StepMemory(limits.max_seqs, largest, vocab, model.device)
         self._ids = self._memory.drawn
@@ -131,6 +133,7 @@ class GraphRunner(Runner):
             attention,
             self._cache,
             self._lora if segments is not None else None,
+            no_recurrence if buffers.delta is None else partial(gated_delta, tables=buffers.delta),
         )
 
     def _draw(self, buffers: StepBuffers, hidden: Tensor) -> None:
@@ -165,6 +168,7 @@ class GraphRunner(Runner):
             block_size=self._block_size,
             cuts=tuple(dict.fromkeys(self._cuts.values())),
             groups=len(self._model.config.windows),
+            delta_tile=self._delta_tile,
             slots=self._segmented.num_slots,
             active=self._limits.max_adapters,
         )

@@ -75,6 +75,7 @@ class Runner:
         """Return the logits [N, vocab] of the last rows of those that are sampled."""
         model = self._model
         attention = model.attention(rows.contexts, self._block_size)
+        recurrence = model.recurrence(rows.contexts)
         lora = self._lora if rows.arrangement.segments else None
         if lora:
             lora.begin(rows.arrangement)
@@ -84,7 +85,7 @@ class Runner:
         tokens, sources, positions, last_rows = torch.split(packed, [len(each) for each in given])
         if rows.in_flight:
             tokens = torch.where(sources >= 0, self._ids[sources.clamp(min=0)], tokens)
-        hidden = model.hidden(tokens, positions, last_rows, attention, self._cache, lora)
+        hidden = model.hidden(tokens, positions, last_rows, attention, self._cache, lora, recurrence)
         at = len(rows.last_rows)
         for seq, scored in rows.scored.items():
             score_prompt(seq, hidden[at : at + len(scored)], model.logits)

@@ -13,7 +13,7 @@ from inference_service.lora.weights import AdapterWeights, Numbers
 from loramux_shared.bases.groups import GroupShape
 
 LANES: Final = 16
-ADDRESSES: Final = [0, 4, 8, 12]
+ADDRESSES: Final = [0, *range(4, ADAPTER_FIELDS, 4)]
 """Which of an adapter's fields in a linear are addresses: A's, and B's of each slice."""
 
 

@@ -13,7 +13,7 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from inference_service.backends.base import Attention, Operations, StepLora
+from inference_service.backends.base import Attention, Operations, Recurrence, StepLora, no_recurrence
 from inference_service.backends.torch import TorchOperations
 from inference_service.kernels.attention import Context
 from inference_service.layers.norm import RMSNorm
@@ -44,6 +44,7 @@ class Decoder:
         reader = Reader(checkpoint, config, self.dtype, self._operations)
         self._embedding, head = reader.tables()
         self.config = replace(config, tied_embeddings=head is self._embedding)
+        self._stateful = config.state_bytes(1) > 0
         self._layers = [read_layer(reader.layer(index)) for index in range(config.dims.num_layers)]
         self._norm = reader.norm(config.names.final_norm)
         self._head = self._operations.new_linear(head)
@@ -75,6 +76,10 @@ class Decoder:
         """Plan the attention of a step."""
         return self._operations.attention(contexts, block_size, self.config.windows)
 
+    def recurrence(self, contexts: Sequence[Context]) -> Recurrence:
+        """Plan how a step takes states of its sequences on."""
+        return self._operations.recurrence(contexts) if self._stateful else no_recurrence
+
     @torch.inference_mode()
     def hidden(
         self,
@@ -84,13 +89,14 @@ class Decoder:
         attention: Attention,
         cache: Cache,
         lora: StepLora | None,
+        recurrence: Recurrence = no_recurrence,
     ) -> Tensor:
         """Run tokens [T] at positions [T]; return what the head reads of some rows [N, hidden]."""
         ops = self._operations
         turns = tuple(attention.turn(*ops.angles(rope, positions)) for rope in self._ropes)
         hidden = ops.embed(tokens, self._embedding, self._scale)
         inputs = None if self._inputs is None else self._inputs(ops, tokens, hidden)
-        step = Step(ops, attention, cache, lora, turns, self._growth(positions))
+        step = Step(ops, attention, cache, lora, turns, self._growth(positions), recurrence)
         delta: Tensor | None = None
         delta_norm: RMSNorm | None = None
         for layer in self._layers:

@@ -10,12 +10,13 @@ from torch import Tensor
 from inference_service.backends.base import Operations
 from inference_service.layers.norm import RMSNorm
 from inference_service.models.blocks.attention import AttentionBlock
+from inference_service.models.blocks.delta import DeltaBlock
 from inference_service.models.blocks.experts import ExpertsBlock
 from inference_service.models.blocks.inputs import InputBlock
 from inference_service.models.blocks.mlp import MlpBlock
 from inference_service.models.reader import LayerReader
 from inference_service.models.step import CacheSize, LayerCache, Step
-from loramux_shared.bases.layers import ExpertsLayer, MlpLayer
+from loramux_shared.bases.layers import AttentionLayer, DeltaLayer, ExpertsLayer, MlpLayer
 
 
 class Block(Protocol):
@@ -64,7 +65,7 @@ def read_layer(reader: LayerReader) -> Layer:
     scalar = None if names.scalar is None else float(reader.reader.rounded(reader.get(names.scalar, (1,))))
     return Layer(
         input_norm=reader.optional_norm(names.input_norm),
-        mixer=AttentionBlock(reader, spec.mixer),
+        mixer=_read_mixer(reader, spec.mixer),
         mixer_out_norm=reader.optional_norm(names.attention_out_norm),
         mlp_norm=reader.optional_norm(names.mlp_norm),
         mlp=_read_mlp(reader, spec.mlp),
@@ -72,6 +73,10 @@ def read_layer(reader: LayerReader) -> Layer:
         inputs=None if spec.inputs is None else InputBlock(reader),
         scalar=scalar,
     )
+
+
+def _read_mixer(reader: LayerReader, spec: AttentionLayer | DeltaLayer) -> Mixer:
+    return DeltaBlock(reader, spec) if isinstance(spec, DeltaLayer) else AttentionBlock(reader, spec)
 
 
 def _read_mlp(reader: LayerReader, spec: MlpLayer | ExpertsLayer) -> Block:

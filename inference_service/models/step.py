@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from inference_service.backends.base import Attention, Operations, StepLora, Turn
+from inference_service.backends.base import Attention, Operations, Recurrence, StepLora, Turn, no_recurrence
 from inference_service.layers.linear import Linear
 
 LayerCache = tuple[Tensor, ...]
@@ -50,6 +50,7 @@ class Step:
     """Of each of the decoder's ropes."""
     growth: Tensor | None
     """What queries are multiplied with [T, 1]; None: nothing."""
+    recurrence: Recurrence = no_recurrence
 
     def linear(self, layer: Linear, x: Tensor, index: int, group: str) -> Tensor:
         """Return what a fused linear of layer ``index`` makes of x [T, in], adapters included."""

@@ -16,14 +16,16 @@ from torch.nn.functional import gelu, silu
 
 from inference_service.layers.rope import frequencies
 from inference_service.models.checkpoint import Checkpoint
+from inference_service.proof import delta
 from inference_service.proof.adapter_source import AdapterFactors
 from loramux_shared.bases.attention import AttentionSpec, QueryGrowth
 from loramux_shared.bases.config import ModelConfig
-from loramux_shared.bases.layers import AttentionLayer, ExpertsLayer, InputLayer, MlpLayer
+from loramux_shared.bases.layers import AttentionLayer, DeltaLayer, ExpertsLayer, InputLayer, MlpLayer
 from loramux_shared.bases.rope import RopeSpec
 from loramux_shared.faults import CheckpointInvalid
 
 QKV, GATE_UP = ("attn_q", "attn_k", "attn_v"), ("mlp_h_to_4h", "mlp_gate")
+DELTA = ("delta_qkv", "delta_z", "delta_b", "delta_a")
 
 
 @dataclass
@@ -76,7 +78,10 @@ class Reference:
         self._give_inputs(sequences, everyone)
         for index, spec in enumerate(config.layers):
             at = names.layer.format(index=index)
-            self._attention(index, at, spec.mixer, everyone)
+            if isinstance(spec.mixer, DeltaLayer):
+                self._delta(index, at, spec.mixer, everyone)
+            else:
+                self._attention(index, at, spec.mixer, everyone)
             self._mlp(index, at, self._mlps[index], everyone)
             self._let_inputs_in(index, at, spec.inputs, everyone)
             if names.scalar is not None:
@@ -113,14 +118,34 @@ class Reference:
         for run in runs:
             x = self._maybe_normed(run.hidden, before)
             parts = _project(run, index, QKV[: len(slices)], x, qkv, slices)
+            parts[0], gate = _parted(parts[0], spec)
             queries = _grown(_rotate(self._heads(parts[0], q_norm, spec), spec.rope), config.query_growth)
             if spec.attention.keys_of is None:
                 keys, values = self._heads(parts[1], k_norm, spec), self._heads(parts[-1], None, spec)
                 run.kept[index] = _rotate(keys, spec.rope), self._values(values, spec)
             keys, values = run.kept[index if spec.attention.keys_of is None else spec.attention.keys_of]
             seen = _attend(queries, keys, values, sinks, spec.attention).transpose(0, 1).reshape(len(x), q)
-            (y,) = _project(run, index, ("attn_dense",), seen, out, (hidden,))
+            (y,) = _project(run, index, ("attn_dense",), seen * gate, out, (hidden,))
             run.hidden = run.hidden + self._maybe_normed(y * config.residual_scale, behind)
+
+    def _delta(self, index: int, at: str, spec: DeltaLayer, runs: Sequence[Run]) -> None:
+        names, hidden = self._config.names, self._config.dims.hidden
+        own, heads = names.delta, (spec.value_heads,)
+        outs = (spec.channels, spec.value_features, *heads, *heads)
+        before = self._optional(at, names.input_norm)
+        inputs = self._linear(at, own.inputs, outs, hidden, bias=False)
+        out = self._linear(at, (own.out,), (hidden,), spec.value_features, bias=False)
+        whole = f"{self._prefix}{at}"
+        taps = self._checkpoint.get(whole + own.conv, (spec.channels, 1, spec.conv_width))[:, 0]
+        decay, dt_bias = (self._checkpoint.get(whole + name, heads) for name in (own.decay, own.dt_bias))
+        norm = self._get(at + own.norm, (spec.value_dim,))
+        for run in runs:
+            qkv, z, b, a = _project(run, index, DELTA, self._maybe_normed(run.hidden, before), inputs, outs)
+            x = delta.taken_in(qkv, taps)
+            x = delta.recalled(spec, x, delta.written(b), delta.kept(a, decay, dt_bias))
+            x = delta.gated(x, z, norm, self._config.norm_eps)
+            (y,) = _project(run, index, ("delta_out",), x, out, (hidden,))
+            run.hidden = run.hidden + y
 
     def _mlp(self, index: int, at: str, spec: MlpLayer, runs: Sequence[Run]) -> None:
         config, names, hidden = self._config, self._config.names, self._config.dims.hidden
@@ -225,6 +250,14 @@ def _dense(spec: MlpLayer | ExpertsLayer) -> MlpLayer:
             "replica could not be held to a proof. Build without prove."
         )
     return spec
+
+
+def _parted(queries: Tensor, spec: AttentionLayer) -> tuple[Tensor, Tensor | float]:
+    """Part the queries of all heads from what each head's output is multiplied with."""
+    if not spec.gated:
+        return queries, 1.0
+    both = queries.view(len(queries), spec.num_heads, 2, spec.head_dim)
+    return both[:, :, 0].flatten(1), torch.sigmoid(both[:, :, 1].flatten(1))
 
 
 def _project(

@@ -8,10 +8,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from inference_service.kernels.delta import DeltaStates, DeltaWeights, Inputs, StateChunk, reference
+from inference_service.kernels.delta import DeltaInputs, DeltaStates, DeltaWeights, StateChunk, reference
 
 SLOTS = 5
-Compute = Callable[[Inputs, Sequence[StateChunk]], Tensor]
+Compute = Callable[[DeltaInputs, Sequence[StateChunk]], Tensor]
 Sizes = tuple[int, int, int, int]
 """Key heads, value heads, key dim, value dim."""
 STEPS: dict[str, list[list[StateChunk]]] = {
@@ -46,7 +46,7 @@ def layer(sizes: Sizes, width: int, dtype: torch.dtype, device: str) -> tuple[De
     return weights, states
 
 
-def inputs_of(rows: int, sizes: Sizes, weights: DeltaWeights, states: DeltaStates) -> Inputs:
+def inputs_of(rows: int, sizes: Sizes, weights: DeltaWeights, states: DeltaStates) -> DeltaInputs:
     """Random rows, as columns of a fused linear with NaN beside them."""
     heads, values = sizes[1], sizes[1] * sizes[3]
     channels = weights.conv.shape[1]
@@ -54,10 +54,10 @@ def inputs_of(rows: int, sizes: Sizes, weights: DeltaWeights, states: DeltaState
     wide = torch.randn(rows, sum(parts)).to(weights.norm)
     wide[:, -7:] = torch.nan
     qkv, z, b, a, _ = wide.split(parts, dim=1)
-    return Inputs(qkv, z, b, a, weights, states)
+    return DeltaInputs(qkv, z, b, a, weights, states)
 
 
-def run_steps(name: str, inputs: list[Inputs], compute: Compute) -> list[Tensor]:
+def run_steps(name: str, inputs: list[DeltaInputs], compute: Compute) -> list[Tensor]:
     """Compute the steps of a case one after the other; states that begin hold NaN before."""
     outs = []
     for each, chunks in zip(inputs, STEPS[name], strict=True):
@@ -69,7 +69,7 @@ def run_steps(name: str, inputs: list[Inputs], compute: Compute) -> list[Tensor]
     return outs
 
 
-def case(name: str, sizes: Sizes, width: int, dtype: torch.dtype, device: str) -> list[Inputs]:
+def case(name: str, sizes: Sizes, width: int, dtype: torch.dtype, device: str) -> list[DeltaInputs]:
     """The inputs of the steps of a case."""
     torch.manual_seed(0)
     weights, states = layer(sizes, width, dtype, device)
@@ -77,7 +77,7 @@ def case(name: str, sizes: Sizes, width: int, dtype: torch.dtype, device: str) -
     return [inputs_of(end, sizes, weights, states) for end in ends]
 
 
-def wrong(name: str, inputs: list[Inputs], compute: Compute) -> float:
+def wrong(name: str, inputs: list[DeltaInputs], compute: Compute) -> float:
     """The largest difference from the reference, of outputs and states, relative to the largest value."""
     states = inputs[0].states
     own = DeltaStates(states.conv.clone(), states.recurrent.clone())

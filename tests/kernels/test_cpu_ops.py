@@ -177,7 +177,7 @@ def test_a_row_of_a_linear_and_its_adapters_depends_on_no_other(
     )
     tiled, packed = ops.tiled(weight), (packed_by(ops, a, 0), packed_by(ops, b, 1))
     assert tiled is not None
-    fields = [packed[0].data_ptr(), 13, 1, 13, packed[1].data_ptr(), 0, 300, *[0] * 8]
+    fields = [packed[0].data_ptr(), 13, 1, 13, packed[1].data_ptr(), 0, 300, *[0] * 12]
     table = Table(np.array([fields], dtype=np.int64))
 
     def made(x: Tensor, first: int, at_once: bool) -> Tensor:
@@ -360,7 +360,7 @@ def test_what_an_adapter_adds_to_a_row_does_not_depend_on_the_others(
     monkeypatch.setattr(CpuOps, "threads", threads)
     x, a, b = (torch.randn(*shape).to(dtype) for shape in ((70, 1000), (13, 1000), (13, 300)))
     packed = packed_by(ops, a, 0), packed_by(ops, b, 1)
-    fields = [packed[0].data_ptr(), 13, 1, 13, packed[1].data_ptr(), 0, 300, *[0] * 8]
+    fields = [packed[0].data_ptr(), 13, 1, 13, packed[1].data_ptr(), 0, 300, *[0] * 12]
     table = Table(np.array([fields], dtype=np.int64))
 
     def added(x: Tensor) -> Tensor:

@@ -19,10 +19,10 @@ from transformers.models.qwen3_5.modeling_qwen3_5 import (
 from inference_service.kernels.cpu.ops import CpuOps, Table
 from inference_service.kernels.delta import (
     DeltaCapacity,
+    DeltaInputs,
     DeltaStates,
     DeltaTables,
     DeltaWeights,
-    Inputs,
     StateChunk,
     delta_tile,
     gated_delta,
@@ -85,13 +85,13 @@ def test_a_layer_is_that_of_transformers() -> None:
         first, outs = 0, []
         for length in (1, 2, 67, 1, 39):
             qkv, z, b, a = (part[first : first + length] for part in rows)
-            inputs = Inputs(qkv, z, b, a, weights, states)
+            inputs = DeltaInputs(qkv, z, b, a, weights, states)
             outs.append(reference.gated_delta(inputs, [StateChunk(0, length, 0, fresh=first == 0)]))
             first += length
         torch.testing.assert_close(module.out_proj(torch.cat(outs)), expected[0], atol=2e-5, rtol=1e-4)
 
 
-def by_kernels(inputs: Inputs, chunks: Sequence[StateChunk]) -> Tensor:
+def by_kernels(inputs: DeltaInputs, chunks: Sequence[StateChunk]) -> Tensor:
     """With tables that have room for more, and memory that holds NaN before."""
     rows = len(inputs.qkv)
     device = inputs.qkv.device
@@ -137,7 +137,7 @@ def test_the_compiled_operation_computes_the_reference(
     """Outputs and states, over strips that are full and not; other slots are left alone."""
     ops = CpuOps(compiled, dtype)
 
-    def compute(inputs: Inputs, chunks: Sequence[StateChunk]) -> Tensor:
+    def compute(inputs: DeltaInputs, chunks: Sequence[StateChunk]) -> Tensor:
         out = ops.gated_delta(inputs, Table(np.array(chunks, dtype=np.int64)))
         covered = {row for chunk in chunks for row in range(chunk.row, chunk.row + chunk.length)}
         out[[row for row in range(len(out)) if row not in covered]] = 0

@@ -28,6 +28,7 @@ from transformers import (
     Phi3Config,
     PreTrainedConfig,
     Qwen2Config,
+    Qwen3_5TextConfig,
     Qwen3Config,
     Qwen3MoeConfig,
     SmolLM3Config,
@@ -139,6 +140,34 @@ LONGROPE = {
     "short_factor": FACTORS[:3],
     "long_factor": [4 * factor for factor in FACTORS[:3]],
     "partial_rotary_factor": 0.75,
+}
+
+
+QWEN_DELTA = {
+    "head_dim": 16,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 8,
+    "linear_conv_kernel_dim": 3,
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 1e3,
+        "partial_rotary_factor": 0.5,
+        "mrope_section": [2, 1, 1],
+    },
+}
+DELTA_ADAPTERS: dict[str, dict[str, Any]] = {
+    "wide": {"r": 8, "lora_alpha": 16, "target_modules": ["in_proj_qkv", "q_proj", "out_proj"]},
+    "all": {
+        "r": 4,
+        "lora_alpha": 10,
+        "target_modules": r".*\.(in_proj_(qkv|z|b|a)|out_proj|[qkvo]_proj|(gate|up|down)_proj)",
+        "rank_pattern": {"in_proj_z": 12, r"layers\.0\.linear_attn\.in_proj_b": 2},
+        "alpha_pattern": {"in_proj_a": 3},
+    },
+    "rs": {"r": 5, "lora_alpha": 7, "use_rslora": True, "target_modules": ["in_proj_a", "down_proj"]},
 }
 
 
@@ -347,6 +376,15 @@ CASES = {
         ),
         OF_EXPERTS,
     ),
+    "qwen3_5": Case(
+        Qwen3_5TextConfig(
+            **SIZES | {"num_hidden_layers": 3},
+            **QWEN_DELTA,
+            attention_bias=True,
+            pad_token_id=0,
+        ),
+        DELTA_ADAPTERS,
+    ),
     "olmo2": Case(Olmo2Config(**SIZES, attention_bias=True, pad_token_id=0), ADAPTERS),
 }
 
@@ -366,6 +404,7 @@ EACH_FAMILY = (
     "olmo3",
     "ministral3",
     "gpt-oss",
+    "qwen3_5",
 )
 """One case of each family, with what is special in its layers."""
 

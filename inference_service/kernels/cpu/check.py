@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import gelu, rms_norm, scaled_dot_product_attention, silu
 
 from inference_service.kernels.cpu.ops import BLOCK, Chunks, CpuOps, Table, adapters_of
-from inference_service.kernels.delta import DeltaStates, DeltaWeights, Inputs, StateChunk, reference
+from inference_service.kernels.delta import DeltaInputs, DeltaStates, DeltaWeights, StateChunk, reference
 
 TOLERANCE: Final = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
 """Of the norm of the difference, relative."""
@@ -72,7 +72,7 @@ def _lora(ops: CpuOps, generator: torch.Generator) -> Pair:
     first, second = packed.data_ptr(), packed[5 * 64 :].data_ptr()
     pieces = [(a.data_ptr(), 40, 1, 5, 40, 0, first), (b.data_ptr(), 24, 1, 5, 24, 1, second)]
     ops.pack(Table(np.array(pieces, dtype=np.int64)))
-    adapter = Table(np.array([[first, 5, 1, 5, second, 0, 24, *[0] * 8]], dtype=np.int64))
+    adapter = Table(np.array([[first, 5, 1, 5, second, 0, 24, *[0] * 12]], dtype=np.int64))
     out = torch.zeros(ROWS, 24, dtype=ops.dtype)
     segments = Table(np.array([[0, 0, ROWS]], dtype=np.int64))
     workspace = torch.empty(ROWS, 5)
@@ -112,9 +112,9 @@ def _delta_rule(ops: CpuOps, generator: torch.Generator) -> Pair:
     weights = DeltaWeights(conv, decay, dt_bias, norm, 1e-6)
     chunks = [StateChunk(0, 9, 1, fresh=True), StateChunk(9, ROWS - 9, 0, fresh=False)]
 
-    def outs(compute: Callable[[Inputs], Tensor]) -> Tensor:
+    def outs(compute: Callable[[DeltaInputs], Tensor]) -> Tensor:
         states = DeltaStates.allocate(2, (3, channels), (HEADS, DIM, DIM), qkv)
-        return torch.cat([compute(Inputs(qkv, z, b, a, weights, states)) for _ in range(2)])
+        return torch.cat([compute(DeltaInputs(qkv, z, b, a, weights, states)) for _ in range(2)])
 
     table = Table(np.array(chunks, dtype=np.int64))
     expected = outs(lambda inputs: reference.gated_delta(inputs, chunks))

@@ -2,6 +2,9 @@
 // corrected row by row, and the norm and gate of what is read from it. Sums are float32, each over its index in order:
 // what a row gives depends on the rows of its sequence alone, not on how they come in chunks.
 #pragma once
+#include <vector>
+
+#include "vectors.h"
 
 namespace {
 

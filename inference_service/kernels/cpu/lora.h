@@ -10,7 +10,7 @@
 namespace {
 
 struct Slice { int64_t rank; const void* b; int64_t column; int64_t columns; };
-struct Adapter { const void* a; int64_t rows; int64_t slices; Slice slice[3]; };
+struct Adapter { const void* a; int64_t rows; int64_t slices; Slice slice[4]; };
 struct Segment { int64_t adapter; int64_t first; int64_t length; };
 
 constexpr int PAGE_AHEAD = 64;  // lane vectors in a page: the processor does not fetch beyond the end of one by itself

@@ -1,10 +1,9 @@
 // The parts of a decoder step, for CPUs: products with LoRA of exact ranks, paged attention in place, and the
 // element-wise steps between; each header has one kind of them.
 #include "attention.h"
+#include "delta.h"
 #include "linear.h"
 #include "rows.h"
-
-#include "delta.h"
 
 #define EXPORT(T, SUFFIX)                                                                                             \
   extern "C" void linear_##SUFFIX(const void* x, int64_t ldx, int64_t rows, int64_t K, const void* w, const void* bias,\

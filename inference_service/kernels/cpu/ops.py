@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from inference_service.kernels.delta import Inputs
+from inference_service.kernels.delta import DeltaInputs
 from inference_service.kernels.rows import Activation
 from inference_service.layers.quantized import Quantized
 
@@ -259,7 +259,7 @@ class CpuOps:
         self._gated[activation](gate_up.data_ptr(), out.data_ptr(), rows, both // 2, self.threads)
         return out
 
-    def gated_delta(self, inputs: Inputs, chunks: Table) -> Tensor:
+    def gated_delta(self, inputs: DeltaInputs, chunks: Table) -> Tensor:
         """Return [T, value heads * value dim] of chunks [chunks, 4] of `StateChunk`, and take their states on.
 
         Rows of no chunk are not written. The sums of a row run over its sequence in order: its bits do not
@@ -309,8 +309,8 @@ def _nibbles(units: Tensor) -> Tensor:
     return (words << shifts).sum((2, 4), dtype=torch.int32)
 
 
-ADAPTER_FIELDS = 15
-"""int64 values of an adapter in a group's table: A, rows, slices, and three times rank, B, column, columns."""
+ADAPTER_FIELDS = 19
+"""int64 values of an adapter in a group's table: A, rows, slices, and four times rank, B, column, columns."""
 PIECE_FIELDS = 7
 """int64 values of a matrix that is packed: where it lies, its strides, rows and columns, 1 for B or 0 for A,
 and where it goes: A [rows, K] as rows that are padded to whole lane vectors of 16 units, B [rank, out] as

@@ -14,17 +14,17 @@ deterministic: no atomics, and a fixed order of summation.
 This package needs torch alone; Triton is imported at the first launch.
 """
 
-from inference_service.kernels.delta.inputs import DeltaStates, DeltaWeights, Inputs, StateChunk
+from inference_service.kernels.delta.inputs import DeltaInputs, DeltaStates, DeltaWeights, StateChunk
 from inference_service.kernels.delta.launch import gated_delta, plan
 from inference_service.kernels.delta.layout import DeltaCapacity, DeltaTables, pack_delta
 from inference_service.kernels.delta.tuning import delta_tile
 
 __all__ = [
     "DeltaCapacity",
+    "DeltaInputs",
     "DeltaStates",
     "DeltaTables",
     "DeltaWeights",
-    "Inputs",
     "StateChunk",
     "delta_tile",
     "gated_delta",

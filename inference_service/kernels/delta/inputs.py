@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from inference_service.kernels.attention import Context
 from inference_service.kernels.launch import require
 
 L2_EPS = 1e-6
@@ -25,6 +26,11 @@ class StateChunk(NamedTuple):
     """Of the states: its place is read before the first row, and written behind the last."""
     fresh: bool
     """Whether the sequence begins here: what the slot holds is not read, and counts as zeros."""
+
+    @classmethod
+    def of(cls, context: Context) -> StateChunk:
+        """Describe the chunk of a context."""
+        return cls(context.row, context.length, context.slot, context.end == context.length)
 
 
 @dataclass(frozen=True)
@@ -64,7 +70,7 @@ class DeltaWeights:
 
 
 @dataclass(frozen=True)
-class Inputs:
+class DeltaInputs:
     """The rows of one layer in one step: columns of fused linears, with any stride between rows."""
 
     qkv: Tensor

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from inference_service.kernels.delta import tuning
-from inference_service.kernels.delta.inputs import Inputs
+from inference_service.kernels.delta.inputs import DeltaInputs
 from inference_service.kernels.delta.layout import DeltaTables
 from inference_service.kernels.launch import Launch, require_device
 
@@ -17,7 +17,7 @@ MAX_GRID = 65535
 """Programs along the second and third axis of a grid."""
 
 
-def gated_delta(inputs: Inputs, tables: DeltaTables) -> Tensor:
+def gated_delta(inputs: DeltaInputs, tables: DeltaTables) -> Tensor:
     """Return [T, value heads * value dim] of the rows, and take the states of their sequences behind them.
 
     Rows that belong to no chunk are 0.
@@ -31,7 +31,7 @@ def gated_delta(inputs: Inputs, tables: DeltaTables) -> Tensor:
     return out
 
 
-def plan(inputs: Inputs, tables: DeltaTables) -> tuple[Tensor, list[Launch]]:
+def plan(inputs: DeltaInputs, tables: DeltaTables) -> tuple[Tensor, list[Launch]]:
     """The launches of ``gated_delta``, and where they leave the result.
 
     They depend on capacities and addresses alone, so that they stay right for whatever the tables hold when
@@ -55,7 +55,7 @@ class _Planner:
 
     kernels: Any
     """The module of kernels."""
-    inputs: Inputs
+    inputs: DeltaInputs
     tables: DeltaTables
     x: Tensor
     """[T, channels]: what was convolved."""
@@ -188,7 +188,7 @@ class _Planner:
         }
 
 
-def _check(inputs: Inputs, tables: DeltaTables) -> None:
+def _check(inputs: DeltaInputs, tables: DeltaTables) -> None:
     capacity = tables.capacity
     if tables.packed.device != inputs.qkv.device:
         raise ValueError(f"tables must be on {inputs.qkv.device}, got {tables.packed.device}")

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import conv1d, silu, softplus
 
-from inference_service.kernels.delta.inputs import L2_EPS, Inputs, StateChunk
+from inference_service.kernels.delta.inputs import L2_EPS, DeltaInputs, StateChunk
 
 TILE = 64
 """Rows that are computed together."""
@@ -38,7 +38,7 @@ class Heads(NamedTuple):
     beta: Tensor
 
 
-def gated_delta(inputs: Inputs, chunks: Sequence[StateChunk]) -> Tensor:
+def gated_delta(inputs: DeltaInputs, chunks: Sequence[StateChunk]) -> Tensor:
     """Return [T, value heads * value dim] of the rows, and take the states of their sequences behind them.
 
     Rows that belong to no chunk are 0.
@@ -55,7 +55,7 @@ def gated_delta(inputs: Inputs, chunks: Sequence[StateChunk]) -> Tensor:
     return out
 
 
-def _advance(inputs: Inputs, chunks: list[StateChunk], index: Tensor) -> Tensor:
+def _advance(inputs: DeltaInputs, chunks: list[StateChunk], index: Tensor) -> Tensor:
     """Return the output [N, L, ...] of chunks of the same length, by their rows [N, L]."""
     states, device = inputs.states, index.device
     slots = torch.tensor([chunk.slot for chunk in chunks], device=device)
@@ -75,7 +75,7 @@ def convolved(rows: Tensor, weight: Tensor) -> Tensor:
     return silu(conv1d(rows.transpose(1, 2), taps, groups=len(taps))).transpose(1, 2)
 
 
-def heads_of(inputs: Inputs, rows: Tensor, index: Tensor) -> Heads:
+def heads_of(inputs: DeltaInputs, rows: Tensor, index: Tensor) -> Heads:
     """Part what was convolved [N, L, channels] into heads; index [N, L] says which rows of the step it is."""
     kind = inputs.states.recurrent.dtype
     keys = inputs.key_heads * inputs.key_dim
@@ -127,7 +127,7 @@ def chunked(heads: Heads, state: Tensor, tile: int = TILE) -> tuple[Tensor, Tens
     return torch.cat(outs, dim=2), state
 
 
-def _gated(inputs: Inputs, out: Tensor, index: Tensor) -> Tensor:
+def _gated(inputs: DeltaInputs, out: Tensor, index: Tensor) -> Tensor:
     """Norm the output [N, L, heads, value dim] head by head, and gate it: [N, L, heads * value dim]."""
     kind = inputs.states.recurrent.dtype
     wide = out.to(kind)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from inference_service.kernels.packing import aligned, sections
 
-MAX_SLICES = 3
+MAX_SLICES = 4
 ROW = 16
 """Elements: rows of A and blocks of B begin at multiples, so that both are read in vectors."""
 COUNTER_STRIDE = 8

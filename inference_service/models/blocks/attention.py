@@ -54,14 +54,27 @@ class AttentionBlock:
     def __call__(self, step: Step, x: Tensor) -> Tensor:
         """Return [T, hidden] for x [T, hidden]."""
         spec = self._spec
-        qkv = self._prepared(step, step.linear(self._qkv, x, self._index, self._qkv_group))
+        qkv = step.linear(self._qkv, x, self._index, self._qkv_group)
+        gate = None
+        if spec.gated:
+            qkv, gate = self._parted(qkv)
+        qkv = self._prepared(step, qkv)
         heads = qkv.view(len(x), -1, spec.head_dim)
         if spec.values_are_keys and spec.attention.keys_of is None:
             heads = torch.cat([heads, heads[:, spec.num_heads :]], dim=1)
         keys, values = step.cache.layers[self._cache]
         turn = step.turns[self._rope]
         attended = step.attention(heads, turn, keys, values, spec.attention, self._head_norm, self._sinks)
+        if gate is not None:
+            attended = step.operations.gate(attended, gate)
         return step.linear(self._o, attended, self._index, self._o_group)
+
+    def _parted(self, qkv: Tensor) -> tuple[Tensor, Tensor]:
+        """Part queries from gates, of which each head has its own behind it: rows without gates, and gates."""
+        spec, rows = self._spec, len(qkv)
+        both = qkv[:, : 2 * spec.q_features].view(rows, spec.num_heads, 2, spec.head_dim)
+        queries, gate = (both[:, :, part].reshape(rows, -1) for part in range(2))
+        return torch.cat([queries, qkv[:, 2 * spec.q_features :]], dim=1), gate
 
     def _prepared(self, step: Step, qkv: Tensor) -> Tensor:
         """Norm and scale queries and keys in place, as far as attention does not."""

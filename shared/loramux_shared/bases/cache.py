@@ -122,6 +122,6 @@ def window_blocks(window: int, rows: int, block_size: int) -> int:
 def kept_by(config: ModelConfig, item_bytes: int) -> tuple[Kept, ...]:
     """Return what the groups of a model's layers keep, in the order of its windows."""
     kept = dict.fromkeys(config.windows, 0)
-    for layer in config.layers:
-        kept[layer.mixer.attention.window] += layer.mixer.kept_features * item_bytes
+    for mixer in config.attentions:
+        kept[mixer.attention.window] += mixer.kept_features * item_bytes
     return tuple(Kept(window, token_bytes) for window, token_bytes in kept.items())

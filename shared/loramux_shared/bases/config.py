@@ -9,7 +9,7 @@ from typing import Literal
 from loramux_shared.bases.attention import HeadCounts, QueryGrowth
 from loramux_shared.bases.formats.scheme import Quantization
 from loramux_shared.bases.groups import GroupShape, distinct, features_of, named_apart
-from loramux_shared.bases.layers import InputLayer, LayerSpec
+from loramux_shared.bases.layers import AttentionLayer, InputLayer, LayerSpec
 from loramux_shared.bases.rope import RopeSpec
 from loramux_shared.bundle.modules import BaseDims
 
@@ -25,6 +25,19 @@ class InputNames:
     """This and the following are a layer's."""
     layer_projection: str = "per_layer_projection"
     out_norm: str = "post_per_layer_input_norm"
+
+
+@dataclass(frozen=True)
+class DeltaNames:
+    """Those of a gated delta rule; of what is no linear and no norm the whole names."""
+
+    inputs: tuple[str, ...] = tuple(f"linear_attn.in_proj_{part}" for part in ("qkv", "z", "b", "a"))
+    conv: str = "linear_attn.conv1d.weight"
+    decay: str = "linear_attn.A_log"
+    """The logarithm of how fast a state decays."""
+    dt_bias: str = "linear_attn.dt_bias"
+    norm: str = "linear_attn.norm"
+    out: str = "linear_attn.out_proj"
 
 
 @dataclass(frozen=True)
@@ -52,6 +65,7 @@ class TensorNames:
     gate_up: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
     """Two linears, or one that holds the rows of both."""
     down: str = "mlp.down_proj"
+    delta: DeltaNames = DeltaNames()
     mlp_out_norm: str | None = None
     router: str = "mlp.gate"
     """Of a mixture."""
@@ -109,19 +123,24 @@ class ModelConfig:
         return distinct(self.layer_groups)
 
     @cached_property
+    def attentions(self) -> tuple[AttentionLayer, ...]:
+        """The mixers of the layers that attend."""
+        return tuple(layer.mixer for layer in self.layers if isinstance(layer.mixer, AttentionLayer))
+
+    @cached_property
     def heads(self) -> tuple[HeadCounts, ...]:
         """The distinct heads of the layers."""
-        return tuple(dict.fromkeys(layer.mixer.heads for layer in self.layers))
+        return tuple(dict.fromkeys(mixer.heads for mixer in self.attentions))
 
     @cached_property
     def windows(self) -> tuple[int | None, ...]:
         """The distinct attention windows of the layers."""
-        return tuple(dict.fromkeys(layer.mixer.attention.window for layer in self.layers))
+        return tuple(dict.fromkeys(mixer.attention.window for mixer in self.attentions))
 
     @cached_property
     def ropes(self) -> tuple[RopeSpec, ...]:
         """The distinct rotations of the layers."""
-        return tuple(dict.fromkeys(layer.mixer.rope for layer in self.layers))
+        return tuple(dict.fromkeys(mixer.rope for mixer in self.attentions))
 
     def state_bytes(self, item_bytes: int) -> int:
         """Return what layers carry from token to token for a sequence; 0 where none does."""

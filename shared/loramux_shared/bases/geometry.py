@@ -63,7 +63,7 @@ def refuse_other_geometry(fields: Mapping[str, Any], described: Set[str]) -> Non
             if key not in described and _says(fields.get(key)):
                 raise CheckpointInvalid(_refusal(kind, key, fields[key]))
     for key in ("layer_types", "block_types"):
-        kinds = fields.get(key)
+        kinds = None if key in described else fields.get(key)
         if isinstance(kinds, list) and (others := sorted({str(item) for item in kinds} - _ATTENTION)):
             raise CheckpointInvalid(_refusal("hybrid of attention and recurrent layers", key, others))
 

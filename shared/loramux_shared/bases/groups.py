@@ -33,10 +33,16 @@ def layer_groups(hidden: int, intermediate: int, q: int, kv: int) -> tuple[Group
     return (*attention_groups(hidden, q, kv), *mlp_groups(hidden, intermediate))
 
 
-def attention_groups(hidden: int, q: int, kv: int, slices: int = 3) -> tuple[GroupShape, ...]:
-    """Return those of its attention; slices is how many of queries, keys and values it projects."""
+def attention_groups(
+    hidden: int, q: int, kv: int, slices: int = 3, *, gated: bool = False
+) -> tuple[GroupShape, ...]:
+    """Return those of its attention; slices is how many of queries, keys and values it projects.
+
+    Where it is gated, each head of queries has its gate behind it.
+    """
+    outs = (2 * q if gated else q, kv, kv)
     return (
-        GroupShape("qkv", ("attn_q", "attn_k", "attn_v")[:slices], hidden, (q, kv, kv)[:slices]),
+        GroupShape("qkv", ("attn_q", "attn_k", "attn_v")[:slices], hidden, outs[:slices]),
         GroupShape("o", ("attn_dense",), q, (hidden,)),
     )
 
@@ -55,6 +61,15 @@ def input_groups(hidden: int, width: int) -> tuple[GroupShape, ...]:
     return (
         GroupShape("layer_input_gate", ("layer_input_gate",), hidden, (width,)),
         GroupShape("layer_input_projection", ("layer_input_projection",), width, (hidden,)),
+    )
+
+
+def delta_groups(hidden: int, channels: int, values: int, heads: int) -> tuple[GroupShape, ...]:
+    """Return those of a gated delta rule; channels are those of its convolution, heads those of values."""
+    inputs = "delta_qkv", "delta_z", "delta_b", "delta_a"
+    return (
+        GroupShape("delta_in", inputs, hidden, (channels, values, heads, heads)),
+        GroupShape("delta_out", ("delta_out",), values, (hidden,)),
     )
 
 

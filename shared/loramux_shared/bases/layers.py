@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -9,6 +10,7 @@ from loramux_shared.bases.attention import AttentionSpec, HeadCounts
 from loramux_shared.bases.groups import (
     GroupShape,
     attention_groups,
+    delta_groups,
     expert_groups,
     input_groups,
     mlp_groups,
@@ -30,6 +32,8 @@ class AttentionLayer:
     """Whether what is projected for the keys serves as values too, without the keys' norm and rotation."""
     values_normed: bool = False
     """Whether each head of values is normed, by its size alone."""
+    gated: bool = False
+    """Whether what each head attends to is multiplied with the sigmoid of a gate, which its query brings."""
 
     @property
     def heads(self) -> HeadCounts:
@@ -58,7 +62,53 @@ class AttentionLayer:
     def groups(self, hidden: int) -> tuple[GroupShape, ...]:
         """Return its fused linears."""
         slices = 1 if self.attention.keys_of is not None else 2 if self.values_are_keys else 3
-        return attention_groups(hidden, self.q_features, self.kv_features, slices)
+        return attention_groups(hidden, self.q_features, self.kv_features, slices, gated=self.gated)
+
+
+@dataclass(frozen=True)
+class DeltaLayer:
+    """A gated delta rule: a convolution over a few rows, then a state of each value head."""
+
+    key_heads: int
+    value_heads: int
+    """A multiple: consecutive ones share a head of keys."""
+    key_dim: int
+    value_dim: int
+    conv_width: int
+    """Rows that the convolution sees, the row itself included."""
+
+    @property
+    def channels(self) -> int:
+        """Width of the queries, keys and values of all heads together."""
+        return 2 * self.key_heads * self.key_dim + self.value_features
+
+    @property
+    def value_features(self) -> int:
+        """Width of the values of all heads together."""
+        return self.value_heads * self.value_dim
+
+    @property
+    def conv_shape(self) -> tuple[int, int]:
+        """Of the rows that the convolution keeps of a sequence."""
+        return self.conv_width - 1, self.channels
+
+    @property
+    def state_shape(self) -> tuple[int, int, int]:
+        """Of a sequence's state."""
+        return self.value_heads, self.key_dim, self.value_dim
+
+    @property
+    def kept_features(self) -> int:
+        """Numbers that it keeps of a token, for later ones to see."""
+        return 0
+
+    def state_bytes(self, item_bytes: int) -> int:
+        """Return what it keeps of a sequence however long that is, where numbers take item_bytes."""
+        return math.prod(self.conv_shape) * item_bytes + math.prod(self.state_shape) * 4
+
+    def groups(self, hidden: int) -> tuple[GroupShape, ...]:
+        """Return its fused linears."""
+        return delta_groups(hidden, self.channels, self.value_features, self.value_heads)
 
 
 @dataclass(frozen=True)
@@ -124,7 +174,7 @@ class InputLayer:
 class LayerSpec:
     """What mixes the rows of a sequence, and what follows for each row alone."""
 
-    mixer: AttentionLayer
+    mixer: AttentionLayer | DeltaLayer
     mlp: MlpLayer | ExpertsLayer
     inputs: InputLayer | None = None
 
@@ -134,10 +184,20 @@ class LayerSpec:
         return (*self.mixer.groups(hidden), *self.mlp.groups(hidden), *inputs)
 
     def attending(self, **changes: Any) -> LayerSpec:
-        """Return the layer with other fields of its `AttentionSpec`."""
+        """Return the layer with other fields of its `AttentionSpec`, if it attends."""
+        if not isinstance(self.mixer, AttentionLayer):
+            return self
         attention = replace(self.mixer.attention, **changes)
         return replace(self, mixer=replace(self.mixer, attention=attention))
 
+    def gated(self) -> LayerSpec:
+        """Return the layer with a gate for what each head attends to, if it attends."""
+        if not isinstance(self.mixer, AttentionLayer):
+            return self
+        return replace(self, mixer=replace(self.mixer, gated=True))
+
     def turning(self, rope: RopeSpec) -> LayerSpec:
-        """Return the layer with another rotation."""
+        """Return the layer with another rotation, if it attends."""
+        if not isinstance(self.mixer, AttentionLayer):
+            return self
         return replace(self, mixer=replace(self.mixer, rope=rope))

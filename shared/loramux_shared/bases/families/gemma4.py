@@ -106,7 +106,7 @@ def _mixer(config: HfConfig, model: ModelConfig, types: list[str], kind: str) ->
     """Return how layers of a type attend."""
     slides = kind == SLIDING
     sizes = _sizes(config, types, kind)
-    usual = model.layers[0].mixer
+    usual = model.attentions[0]
     dim, kv = sizes.size("head_dim", usual.head_dim), sizes.size("num_key_value_heads", usual.num_kv_heads)
     if usual.num_heads % kv:
         raise CheckpointInvalid(

@@ -20,7 +20,7 @@ def _read(config: HfConfig) -> ModelConfig:
     model = llama_like(config, max_positions=32768, tied=True, sizes={"num_key_value_heads": 4}, rope=ROPE)
     turned = _turned(config, len(model.layers))
     layers = tuple(
-        layer if turns else layer.turning(replace(layer.mixer.rope, scaling=Still()))
+        layer if turns else layer.turning(replace(model.ropes[0], scaling=Still()))
         for layer, turns in zip(model.layers, turned, strict=True)
     )
     if config.flag("use_sliding_window", default=False):
