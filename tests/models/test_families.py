@@ -55,6 +55,8 @@ from tests.support.tiny import (
 )
 
 NEW = 16
+SNAPSHOTS = 2
+"""Of states, where layers carry some: for a cache as small as that of the test below."""
 WINDOW = 24
 PHI_ADAPTERS: dict[str, dict[str, Any]] = {
     "wide": {"r": 8, "lora_alpha": 16, "target_modules": ["qkv_proj"]},
@@ -460,11 +462,16 @@ def test_the_kernels_for_gpus_answer_the_same(answers: Answers) -> None:
 def test_preemption_and_prefix_hits_change_no_token(answers: Answers) -> None:
     """With a cache too small for all, and again with what is left of the prefixes in it."""
     config = read_config(answers.world.base)
-    token_bytes = 2 * 4 * sum(layer.mixer.kv_features for layer in config.layers)
+    token_bytes = 4 * sum(layer.mixer.kept_features for layer in config.layers)
     # where all layers slide, one sequence holds little, and a step of few rows is enough for it
     tokens, rows = (152, 1024) if None in config.windows else (64, 16)
+    states = (len(answers.requests) + SNAPSHOTS) * config.state_bytes(4)
     ready = answers.world.load(
-        answers.store, kv_memory_gb=tokens * token_bytes / 1e9, block_size=8, max_batch_tokens=rows
+        answers.store,
+        kv_memory_gb=(tokens * token_bytes + states) / 1e9,
+        block_size=8,
+        max_batch_tokens=rows,
+        max_batch_seqs=len(answers.requests),
     )
     assert run_engine(ready, answers.requests, NEW) == answers.expected
     assert run_engine(ready, answers.requests, NEW) == answers.expected
