@@ -66,8 +66,8 @@ _REFUSED: Final = (
      _MERGE),
     ("E_ALORA", "it is active after its invocation tokens only", "Train plain LoRA."),
     ("E_REPLICATION", "`layer_replication`: layers that the base does not have", _MERGE),
-    ("E_TARGET_PARAMS", "`target_parameters` other than `gate_up_proj` and `down_proj` of experts, or of a base "
-     "without experts, or without their tensors", _MERGE),
+    ("E_TARGET_PARAMS", "`target_parameters` other than `gate_up_proj` and `down_proj` of experts, or without "
+     "their tensors, or for a base without experts", _MERGE),
     ("E_MOE", "tensors of routers, or of experts that the base does not have", _MERGE),
     ("E_INIT", "PiSSA, OLoRA, CorDA, LoRA-GA, LoftQ: the initialisation changed the base",
      "Save again with `path_initial_model_for_weight_conversion`; a LoftQ adapter needs its own base."),

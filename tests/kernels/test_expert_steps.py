@@ -1,4 +1,4 @@
-"""Recorded steps of a mixture of experts: routed anew at every replay, with adapters of experts beside the base."""
+"""Recorded steps of a mixture: routed anew at every replay, with adapters of experts beside the base."""
 
 from __future__ import annotations
 
