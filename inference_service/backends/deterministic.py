@@ -65,6 +65,17 @@ class DeterministicOperations(NativeOperations):
             [super(DeterministicOperations, self).softcap(row, cap) for row in torch.split(logits, 1)]
         )
 
+    def clamped(self, gate_up: Tensor, alpha: float, limit: float) -> Tensor:
+        """Row by row."""
+        rows = torch.split(gate_up, 1)
+        return torch.cat([super(DeterministicOperations, self).clamped(row, alpha, limit) for row in rows])
+
+    def add_gated(self, out: Tensor, x: Tensor, gate: Tensor) -> Tensor:
+        """Row by row."""
+        for parts in zip(torch.split(out, 1), torch.split(x, 1), torch.split(gate, 1), strict=True):
+            super().add_gated(*parts)
+        return out
+
 
 def agreeing_sizes(
     product: Product, in_features: int, out_features: int, dtype: torch.dtype

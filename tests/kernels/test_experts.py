@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,8 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssMLP
 from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import Qwen3_5MoeSparseMoeBlock
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
+from inference_service.backends.deterministic import DeterministicOperations
+from inference_service.kernels.cpu.ops import CpuOps
 from inference_service.kernels.experts import (
     ByExpert,
     Routed,
@@ -229,6 +232,21 @@ def test_gates_are_clamped(dtype: torch.dtype, device: str) -> None:
     with intercepted(poisoned):
         found = clamped(both, 1.702, 7.0)
     assert _error(found, reference.clamped(both, 1.702, 7.0, torch.float64)) < TOLERANCE[dtype]
+
+
+def test_deterministic_operations_of_experts_see_one_row(compiled: ctypes.CDLL) -> None:
+    """Bit for bit, whoever is beside it; torch computes the last few values of all another way."""
+    ops = DeterministicOperations(CpuOps(compiled, torch.float32))
+    logits, gate_up, gate, x = (torch.randn(23, size) * 3 for size in (60, 2 * 21, 1, 21))
+    together = ops.route(logits, 4, renormalised=False)
+    clamped_rows, gated_rows = ops.clamped(gate_up, 1.702, 7.0), ops.add_gated(x.clone(), x, gate)
+    for row in range(23):
+        alone = slice(row, row + 1)
+        routed = ops.route(logits[alone], 4, renormalised=False)
+        assert torch.equal(routed.ids[0], together.ids[row])
+        assert torch.equal(routed.weights[0], together.weights[row])
+        assert torch.equal(ops.clamped(gate_up[alone], 1.702, 7.0)[0], clamped_rows[row])
+        assert torch.equal(ops.add_gated(x[alone].clone(), x[alone], gate[alone])[0], gated_rows[row])
 
 
 def test_what_does_not_fit_is_refused(device: str) -> None:

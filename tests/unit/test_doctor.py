@@ -131,7 +131,7 @@ def test_the_doctors_figures_are_those_of_the_plan(
     name: str, device: str, dtype: str, kv_memory_gb: float | None
 ) -> None:
     """A replica with as many adapters as are said to fit starts with this cache, one with one more does not."""
-    settings, free = InferenceSettings(deployment="none", kv_memory_gb=kv_memory_gb), 10**11
+    settings, free = InferenceSettings(deployment="none", kv_memory_gb=kv_memory_gb), 10**12
     config, item = read_fields(HUB_CONFIGS[name]), getattr(torch, dtype).itemsize
     sizes = sizes_of(HUB_CONFIGS[name], settings, free, dtype, device, graphs=device == "cuda")
 

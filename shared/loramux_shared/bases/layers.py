@@ -155,6 +155,10 @@ class ExpertsLayer:
         routed = expert_groups(self.num, hidden, self.intermediate)
         return routed if self.shared is None else (*routed, *shared_groups(hidden, self.shared))
 
+    def widest(self, hidden: int) -> int:
+        """Return the numbers that a row is in at once: as often as it has experts, before and behind each."""
+        return self.top_k * (2 * hidden + 3 * self.intermediate)
+
 
 @dataclass(frozen=True)
 class InputLayer:

@@ -14,6 +14,7 @@ from typing import Final
 from loramux_shared.bases.cache import Cache, kept_by
 from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bases.groups import GroupShape
+from loramux_shared.bases.layers import ExpertsLayer
 from loramux_shared.faults import ResourcesExhausted
 from loramux_shared.settings import InferenceSettings
 
@@ -150,7 +151,11 @@ def needs_of(
     """Count what a model in numbers of item_bytes needs; adapters is what its adapters take, in bytes."""
     dims, sizes = config.dims, settings.sizes(device)
     given = 0 if config.inputs is None else dims.num_layers * config.inputs.width
-    widest = max(2 * group.in_features + 2 * sum(group.out_features) for group in config.groups)
+    mixtures = [layer.mlp for layer in config.layers if isinstance(layer.mlp, ExpertsLayer)]
+    widest = max(
+        *(2 * group.in_features + 2 * sum(group.out_features) for group in config.groups),
+        *(mixture.widest(dims.hidden) for mixture in mixtures),
+    )
     row = item_bytes * (2 * dims.hidden + max(widest, 2 * given) + given)
     # A sampled row's logits are there once more in float32 when log probabilities are asked for.
     logits = sizes.seqs * dims.vocab
@@ -201,8 +206,11 @@ def cache_of(
 
 
 def adapter_bytes(config: ModelConfig, item_bytes: int, rank: int) -> int:
-    """Return what an adapter takes that has this rank in every module of every layer."""
-    groups = _every_group(config)
+    """Return what an adapter takes that has this rank in every module of every layer, experts aside.
+
+    Few adapters have experts, and those that do take a hundred times as much.
+    """
+    groups = [group for group in _every_group(config) if group.expert is None]
     features = sum(len(group.modules) * group.in_features + sum(group.out_features) for group in groups)
     return item_bytes * rank * features
 
