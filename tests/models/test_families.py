@@ -230,6 +230,18 @@ CASES = {
         ),
         ADAPTERS | OF_INPUTS,
     ),
+    "gemma4-experts": Case(
+        Gemma4TextConfig(
+            **SIZES | GEMMA_4,
+            layer_types=["sliding_attention", "full_attention"],
+            hidden_size_per_layer_input=0,
+            enable_moe_block=True,
+            num_experts=8,
+            top_k_experts=3,
+            moe_intermediate_size=20,
+        ),
+        ADAPTERS,
+    ),
     "gemma4-images": Case(
         Gemma4Config(
             text_config=SIZES
@@ -358,6 +370,7 @@ EACH_FAMILY = (
     "gemma2",
     "gemma3",
     "gemma4-small",
+    pytest.param("gemma4-experts", marks=pytest.mark.sweep),
     pytest.param("gemma4-images", marks=pytest.mark.sweep),
     "phi4-mini",
     "granite",
