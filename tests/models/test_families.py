@@ -132,6 +132,14 @@ OF_EXPERTS: dict[str, dict[str, Any]] = {
         "target_parameters": ["mlp.experts.gate_up_proj"],
     },
 }
+BESIDE: dict[str, Any] = {
+    "r": 3,
+    "lora_alpha": 5,
+    "target_modules": [*ATTENTION, "gate_proj", "down_proj"],
+    "target_parameters": ["experts.gate_up_proj", "experts.down_proj"],
+    "rank_pattern": {"down_proj": 5},
+}
+"""Of an MLP and of the experts beside it."""
 FACTORS = [1.0 + 0.1 * index for index in range(4)]
 LONGROPE = {
     "rope_type": "longrope",
@@ -240,7 +248,7 @@ CASES = {
             top_k_experts=3,
             moe_intermediate_size=20,
         ),
-        ADAPTERS,
+        {"rs": ADAPTERS["rs"], "all": BESIDE},
     ),
     "gemma4-images": Case(
         Gemma4Config(
