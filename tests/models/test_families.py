@@ -229,8 +229,8 @@ CASES = {
         Gemma4TextConfig(
             **SIZES
             | GEMMA_4
-            | {"num_hidden_layers": 5, "use_double_wide_mlp": True, "num_kv_shared_layers": 3},
-            layer_types=[*["sliding_attention", "full_attention"] * 2, "full_attention"],
+            | {"num_hidden_layers": 4, "use_double_wide_mlp": True, "num_kv_shared_layers": 2},
+            layer_types=["sliding_attention", "full_attention"] * 2,
             hidden_size_per_layer_input=8,
             vocab_size_per_layer_input=VOCAB,
             final_logit_softcapping=1.0,

@@ -13,7 +13,6 @@ from loramux_shared.bases.read import read_config
 from tests.models.test_families import CASES
 from tests.support.tiny import make_world_of, oracle
 
-
 DENSE = {name: case for name, case in CASES.items() if "target_parameters" not in case.adapters["all"]}
 """Of mixtures there are no proofs."""
 
