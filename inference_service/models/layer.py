@@ -10,6 +10,7 @@ from torch import Tensor
 from inference_service.backends.base import Operations
 from inference_service.layers.norm import RMSNorm
 from inference_service.models.blocks.attention import AttentionBlock
+from inference_service.models.blocks.beside import BesideBlock
 from inference_service.models.blocks.delta import DeltaBlock
 from inference_service.models.blocks.experts import ExpertsBlock
 from inference_service.models.blocks.inputs import InputBlock
@@ -62,12 +63,13 @@ def read_layer(reader: LayerReader) -> Layer:
         CheckpointInvalid: a tensor is missing, or has another shape than the config implies.
     """
     names, spec = reader.config.names, reader.config.layers[reader.index]
+    norms_itself = isinstance(spec.mlp, ExpertsLayer) and spec.mlp.beside is not None
     scalar = None if names.scalar is None else float(reader.reader.rounded(reader.get(names.scalar, (1,))))
     return Layer(
         input_norm=reader.optional_norm(names.input_norm),
         mixer=_read_mixer(reader, spec.mixer),
         mixer_out_norm=reader.optional_norm(names.attention_out_norm),
-        mlp_norm=reader.optional_norm(names.mlp_norm),
+        mlp_norm=None if norms_itself else reader.optional_norm(names.mlp_norm),
         mlp=_read_mlp(reader, spec.mlp),
         mlp_out_norm=reader.optional_norm(names.mlp_out_norm),
         inputs=None if spec.inputs is None else InputBlock(reader),
@@ -80,4 +82,6 @@ def _read_mixer(reader: LayerReader, spec: AttentionLayer | DeltaLayer) -> Mixer
 
 
 def _read_mlp(reader: LayerReader, spec: MlpLayer | ExpertsLayer) -> Block:
-    return ExpertsBlock(reader, spec) if isinstance(spec, ExpertsLayer) else MlpBlock.of_layer(reader)
+    if isinstance(spec, MlpLayer):
+        return MlpBlock.of_layer(reader)
+    return ExpertsBlock(reader, spec) if spec.beside is None else BesideBlock(reader, spec)

@@ -135,6 +135,14 @@ OF_EXPERTS: dict[str, dict[str, Any]] = {
         "target_parameters": ["mlp.experts.gate_up_proj"],
     },
 }
+BESIDE: dict[str, Any] = {
+    "r": 3,
+    "lora_alpha": 5,
+    "target_modules": [*ATTENTION, "gate_proj", "down_proj"],
+    "target_parameters": ["experts.gate_up_proj", "experts.down_proj"],
+    "rank_pattern": {"down_proj": 5},
+}
+"""Of an MLP and of the experts beside it."""
 FACTORS = [1.0 + 0.1 * index for index in range(4)]
 LONGROPE = {
     "rope_type": "longrope",
@@ -252,14 +260,26 @@ CASES = {
         Gemma4TextConfig(
             **SIZES
             | GEMMA_4
-            | {"num_hidden_layers": 5, "use_double_wide_mlp": True, "num_kv_shared_layers": 3},
-            layer_types=[*["sliding_attention", "full_attention"] * 2, "full_attention"],
+            | {"num_hidden_layers": 4, "use_double_wide_mlp": True, "num_kv_shared_layers": 2},
+            layer_types=["sliding_attention", "full_attention"] * 2,
             hidden_size_per_layer_input=8,
             vocab_size_per_layer_input=VOCAB,
             final_logit_softcapping=1.0,
             attention_bias=True,
         ),
         ADAPTERS | OF_INPUTS,
+    ),
+    "gemma4-experts": Case(
+        Gemma4TextConfig(
+            **SIZES | GEMMA_4,
+            layer_types=["sliding_attention", "full_attention"],
+            hidden_size_per_layer_input=0,
+            enable_moe_block=True,
+            num_experts=8,
+            top_k_experts=3,
+            moe_intermediate_size=20,
+        ),
+        {"rs": ADAPTERS["rs"], "all": BESIDE},
     ),
     "gemma4-images": Case(
         Gemma4Config(
@@ -398,6 +418,7 @@ EACH_FAMILY = (
     "gemma2",
     "gemma3",
     "gemma4-small",
+    pytest.param("gemma4-experts", marks=pytest.mark.sweep),
     pytest.param("gemma4-images", marks=pytest.mark.sweep),
     "phi4-mini",
     "granite",

@@ -41,6 +41,18 @@ class DeltaNames:
 
 
 @dataclass(frozen=True)
+class BesideNames:
+    """Where a checkpoint keeps what a mixture has that stands beside an MLP."""
+
+    mlp_out_norm: str = "post_feedforward_layernorm_1"
+    experts_norm: str = "pre_feedforward_layernorm_2"
+    experts_out_norm: str = "post_feedforward_layernorm_2"
+    router_scale: str = "router.scale"
+    """The whole name of [hidden], as the next one of [experts]."""
+    expert_scale: str = "router.per_expert_scale"
+
+
+@dataclass(frozen=True)
 class TensorNames:
     """Where a checkpoint keeps the tensors, without ``.weight``; a norm that is None does not exist."""
 
@@ -74,6 +86,7 @@ class TensorNames:
     ``gate_up_proj`` and ``down_proj`` of all experts in one, which have no ``.weight``."""
     shared_expert: str = "mlp.shared_expert"
     """The one that all rows have; the name of its gate ends in ``_gate``."""
+    beside: BesideNames = BesideNames()
     scalar: str | None = None
     """The whole name of [1]: what hidden rows are multiplied with behind a layer."""
     inputs: InputNames = InputNames()

@@ -149,10 +149,14 @@ class ExpertsLayer:
     in_turns: bool = False
     """Whether a checkpoint has weights [experts, in, out], and of gate and up a column of each in turns, as an
     adapter's B has rows."""
+    beside: int | None = None
+    """What is the same of an MLP that all rows have as well; both have norms of their own then."""
 
     def groups(self, hidden: int) -> tuple[GroupShape, ...]:
         """Return its fused linears: two of each expert, and those of the one for all rows."""
         routed = expert_groups(self.num, hidden, self.intermediate)
+        if self.beside is not None:
+            routed = (*mlp_groups(hidden, self.beside), *routed)
         return routed if self.shared is None else (*routed, *shared_groups(hidden, self.shared))
 
     def widest(self, hidden: int) -> int:

@@ -1,8 +1,9 @@
 """Gemma 4, text: layers of two sizes, which may share keys and values, and inputs of tokens for every layer.
 
 As Gemma 3 with plain norms, values normed too, no scale of products, and a rope that turns a part of larger
-heads. Of a checkpoint with images and sound (``Gemma4ForConditionalGeneration``) the text decoder is served:
-rows of text see what was before them, whatever ``use_bidirectional_attention`` says of images.
+heads; some have a mixture of experts beside each MLP. Of a checkpoint with images and sound
+(``Gemma4ForConditionalGeneration``) the text decoder is served: rows of text see what was before them, whatever
+``use_bidirectional_attention`` says of images.
 """
 
 from __future__ import annotations
@@ -12,9 +13,9 @@ from typing import Any, Final
 
 from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bases.families.gemma2 import NAMES
-from loramux_shared.bases.family import Architecture, Family, layer_types, llama_like
+from loramux_shared.bases.family import EXPERTS, Architecture, Family, layer_types, llama_like
 from loramux_shared.bases.hf_config import HfConfig
-from loramux_shared.bases.layers import AttentionLayer, InputLayer, LayerSpec, MlpLayer
+from loramux_shared.bases.layers import AttentionLayer, ExpertsLayer, InputLayer, LayerSpec, MlpLayer
 from loramux_shared.bases.rope import RopeSpec
 from loramux_shared.bases.rope_config import read_rope_of
 from loramux_shared.faults import CheckpointInvalid
@@ -34,15 +35,7 @@ ROPES: Final[dict[str, dict[str, Any]]] = {
     SLIDING: {"rope_type": "default", "rope_theta": 10_000.0},
 }
 """Where a config has none at all."""
-DESCRIBES: Final = frozenset(
-    {
-        "global_head_dim",
-        "moe_intermediate_size",
-        "num_experts",
-        "num_global_key_value_heads",
-        "per_layer_config",
-    }
-)
+DESCRIBES: Final = EXPERTS | {"global_head_dim", "num_global_key_value_heads", "per_layer_config"}
 OF_LAYERS: Final = ("head_dim", "num_key_value_heads")
 """What layers may differ in by ``per_layer_config``."""
 
@@ -50,7 +43,6 @@ OF_LAYERS: Final = ("head_dim", "num_key_value_heads")
 def _read(config: HfConfig) -> ModelConfig:
     config.require("hidden_activation", "gelu_pytorch_tanh")
     config.require("use_bidirectional_attention", "vision")
-    config.require("enable_moe_block", False)
     config.require("rope_scaling", None)
     model = llama_like(config, max_positions=131072, tied=True, sizes=SIZES, rope=_rope_of_full)
     bias = config.flag("attention_bias", default=False)
@@ -60,6 +52,8 @@ def _read(config: HfConfig) -> ModelConfig:
         heads=("lm_head", "language_model.lm_head"),
         q_norm="self_attn.q_norm",
         k_norm="self_attn.k_norm",
+        router="router.proj",
+        experts="experts",
         scalar="layer_scalar",
     )
     return replace(
@@ -86,12 +80,12 @@ def _layers(config: HfConfig, model: ModelConfig) -> tuple[LayerSpec, ...]:
         )
     last = {kind: index for index, kind in enumerate(own)}
     double = config.flag("use_double_wide_mlp", default=False)
-    inputs, layers = _inputs(config, model), []
+    inputs, experts, layers = _inputs(config, model), _experts(config), []
     for index, kind in enumerate(types):
         shares = index >= unshared
-        layer = LayerSpec(
-            mixers[kind], MlpLayer(model.dims.intermediate * (2 if double and shares else 1)), inputs
-        )
+        width = model.dims.intermediate * (2 if double and shares else 1)
+        mlp = MlpLayer(width) if experts is None else replace(experts, beside=width)
+        layer = LayerSpec(mixers[kind], mlp, inputs)
         layers.append(layer.attending(keys_of=last[kind] if shares else None))
     return tuple(layers)
 
@@ -159,6 +153,18 @@ def _inputs(config: HfConfig, model: ModelConfig) -> InputLayer | None:
     return InputLayer(width, found) if width else None
 
 
+def _experts(config: HfConfig) -> ExpertsLayer | None:
+    """Return the mixture that stands beside the MLP of every layer."""
+    if not config.flag("enable_moe_block", default=False):
+        return None
+    num, top_k = config.size("num_experts"), config.size("top_k_experts")
+    if top_k > num:
+        raise CheckpointInvalid(
+            f"config.json: top_k_experts: expected at most num_experts {num}, found {top_k}."
+        )
+    return ExpertsLayer(num, top_k, config.size("moe_intermediate_size"))
+
+
 def _rope_of_full(config: HfConfig, dim: int, longest: int) -> tuple[RopeSpec, int]:
     return _rope(config, FULL, dim, longest), longest
 
@@ -177,8 +183,9 @@ FAMILY = Family(
         Architecture("Gemma4ForConditionalGeneration", "gemma4", nested=True),
     ),
     _read,
-    models="Gemma 4, dense",
+    models="Gemma 4",
     serves="as Gemma 3; layers of two head sizes, which may share keys and values, or take keys for values; "
-    "inputs of tokens for every layer; of a model with images and sound the text decoder",
+    "inputs of tokens for every layer; a mixture of experts beside each MLP; of a model with images and sound "
+    "the text decoder",
     describes=DESCRIBES,
 )
