@@ -48,10 +48,10 @@ class BlockGroup:
         for index in range(first, count):
             table.append(self.pool.hold(prefix_key(seq, index, self._block_size)))
 
-    def fits(self, missing: int, spare: float | None) -> bool:
-        """Whether so many blocks are free, and beside them a part of all, one at least; None: no others."""
+    def to_give(self, spare: float | None) -> int:
+        """Blocks that are free, without a part of all that must stay so, one at least; None: all are."""
         rest = 0 if spare is None else max(1, int(spare * self.pool.num_blocks))
-        return missing + rest <= self.pool.num_free
+        return self.pool.num_free - rest
 
     def grow(self, table: array[int], missing: int) -> None:
         """Take so many blocks more."""

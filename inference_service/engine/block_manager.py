@@ -73,6 +73,11 @@ class BlockManager:
         self._refused: _Refusal | None = None
 
     @property
+    def slides(self) -> bool:
+        """Whether any layer has a window."""
+        return bool(self._sliding)
+
+    @property
     def num_blocks(self) -> int:
         """Of the largest group: those that see everything, where there are such layers."""
         return max(group.pool.num_blocks for group in self.groups)
@@ -88,13 +93,13 @@ class BlockManager:
         """Blocks that num_tokens fill."""
         return -(-num_tokens // self.block_size)
 
-    def start(self, seq: Sequence, rows: int, spare: float | None = None) -> bool:
+    def start(self, seq: Sequence, spare: float | None = None) -> bool:
         """Give a sequence that holds nothing its prefix, as far as it is found, and room for its tokens.
 
         `num_computed` is set to what was found. The last token is always left to compute, since its row gives
         the next one; and the whole prompt while log probabilities of it are asked for, since those come from
-        its rows. Layers with a window must have room for what it sees and for so many rows; `grow` gives
-        it to them as rows come.
+        its rows. Of layers with a window there must be as many blocks as it sees, which `grow` takes as rows
+        come.
 
         Returns:
             False, with nothing changed, when there are not as many blocks, or none of what must stay spare.
@@ -108,7 +113,7 @@ class BlockManager:
             for group, table in zip(self.groups, seq.tables, strict=True):
                 group.hold(seq, table, found)
         seq.num_full, seq.num_computed = found, found * self.block_size
-        if not self._fits(seq, rows, spare):
+        if not self._fits(seq, spare):
             self._refuse(seq, found, usable)
             return False
         for group, table in zip(self.groups, seq.tables, strict=True):
@@ -136,12 +141,17 @@ class BlockManager:
         each = [
             (group, table, count - len(table)) for group, table in zip(self.groups, seq.tables, strict=True)
         ]
-        if not all(missing <= 0 or group.fits(missing, spare) for group, _, missing in each):
+        if not all(missing <= 0 or missing <= group.to_give(spare) for group, _, missing in each):
             return False
         for group, table, missing in each:
             group.grow(table, missing)
         seq.room = count * self.block_size
         return True
+
+    def reach(self, seq: Sequence, spare: float | None) -> int:
+        """Leading tokens of a sequence up to which layers with a window have blocks, or find free ones."""
+        sliding = [(self.groups[place], len(seq.tables[place])) for place in self._sliding]
+        return min([NEVER, *(held + group.to_give(spare) for group, held in sliding)]) * self.block_size
 
     def register(self, seq: Sequence) -> None:
         """Make the full, computed blocks of a sequence findable, as far as their tokens are known.
@@ -188,15 +198,15 @@ class BlockManager:
         if self.states is not None:
             self.states.forget_all()
 
-    def _fits(self, seq: Sequence, rows: int, spare: float | None) -> bool:
+    def _fits(self, seq: Sequence, spare: float | None) -> bool:
         """Whether every group has the blocks that a sequence must find before it begins."""
         whole = self.blocks_for(len(seq.tokens))
         for group, table in zip(self.groups, seq.tables, strict=True):
             missing = whole - len(table)
             if group.window is not None:
                 held = len(table) - group.first_seen(seq.num_computed)
-                missing = min(missing, window_blocks(group.window, rows, self.block_size) - held)
-            if not group.fits(missing, spare):
+                missing = min(missing, window_blocks(group.window, self.block_size, self.block_size) - held)
+            if missing > group.to_give(spare):
                 return False
         return True
 

@@ -224,12 +224,21 @@ class Scheduler:
             return
         if plan.fitting(seq) < plan.left(seq):
             self._give_shorter(seq, plan)
-        rows = plan.fitting(seq)
+        rows = self._fitting(seq, plan)
         if rows > 0:
             plan.give(seq, rows)
             self._grow(seq, plan)
         if plan.left(seq):
             plan.budget = 0
+
+    def _fitting(self, seq: Sequence, plan: Plan) -> int:
+        """Rows of a prompt that find room, in layers with a window too; one makes room for itself."""
+        rows = plan.fitting(seq)
+        if not self.blocks.slides or rows <= 0:
+            return rows
+        spare = self.limits.watermark if len(self.running) > 1 else None
+        reached = seq.num_computed + plan.lengths.get(seq, 0)
+        return min(rows, max(1, self.blocks.reach(seq, spare) - reached))
 
     def _give_shorter(self, long: Sequence, plan: Plan) -> None:
         """Give SHORTER of what is left to prompts of a lane that are shorter than one of it, shortest first."""
@@ -237,7 +246,7 @@ class Scheduler:
         plan.budget, plan.seconds = plan.budget - kept, plan.seconds - kept_s
         shorter = self._shorter(long, plan)
         while not plan.full and (seq := next(shorter, None)) is not None:
-            plan.give(seq, plan.fitting(seq))
+            plan.give(seq, self._fitting(seq, plan))
             self._grow(seq, plan)
         plan.budget += kept
         plan.seconds += kept_s
@@ -303,7 +312,7 @@ class Scheduler:
         while len(self.running) >= self.limits.max_seqs:
             if not self._make_room(lane, plan):
                 return _Outcome.BLOCKED
-        while not self._start(seq, plan.budget):
+        while not self._start(seq):
             if not self._make_room(lane, plan):
                 return _Outcome.BLOCKED
         self._waits_no_more(seq)
@@ -355,15 +364,12 @@ class Scheduler:
         self._waits(seq)
         self.preemptions += 1
 
-    def _start(self, seq: Sequence, rows: int) -> bool:
-        """Give a sequence room for its whole context; False, with nothing changed, when it does not fit.
-
-        rows are those that are left of the step.
-        """
+    def _start(self, seq: Sequence) -> bool:
+        """Give a sequence room for its whole context; False, with nothing changed, when it does not fit."""
         if self.blocks.still_refused(seq):
             return False
         spare = self.limits.watermark if self.running else None
-        if not self.blocks.start(seq, rows, spare):
+        if not self.blocks.start(seq, spare):
             return False
         if not seq.num_generated:
             seq.num_cached = seq.num_computed

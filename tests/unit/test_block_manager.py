@@ -11,7 +11,6 @@ from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import Adapter, Sequence
 from inference_service.engine.block_manager import BlockManager
 
-ROWS = 64
 _ids = itertools.count()
 
 
@@ -22,7 +21,7 @@ def _seq(tokens: list[int], uid: int = 0, salt: str = "") -> Sequence:
 
 def _compute(blocks: BlockManager, seq: Sequence) -> None:
     """Admit a sequence and pretend that a step computed all of it."""
-    assert blocks.start(seq, ROWS)
+    assert blocks.start(seq)
     seq.num_computed = len(seq.tokens)
     blocks.register(seq)
 
@@ -33,11 +32,11 @@ def test_a_known_prefix_is_shared_and_its_last_token_is_left_to_compute() -> Non
     first = _seq([1, 2, 3, 4, 5, 6, 7, 8])
     _compute(blocks, first)
     second = _seq([1, 2, 3, 4, 5, 6, 7, 8])
-    assert blocks.start(second, ROWS)
+    assert blocks.start(second)
     assert second.num_computed == 4
     assert second.blocks[:1] == first.blocks[:1]
     longer = _seq([1, 2, 3, 4, 5, 6, 7, 8, 9])
-    assert blocks.start(longer, ROWS)
+    assert blocks.start(longer)
     assert longer.num_computed == 8
 
 
@@ -47,7 +46,7 @@ def test_a_prefix_of_another_adapter_is_never_met() -> None:
     _compute(blocks, _seq(list(range(9)), uid=1))
     for uid in (0, 2):
         other = _seq(list(range(9)), uid)
-        assert blocks.start(other, ROWS)
+        assert blocks.start(other)
         assert other.num_computed == 0
 
 
@@ -59,14 +58,14 @@ def test_released_blocks_are_found_until_they_are_needed() -> None:
     blocks.release(first)
     assert blocks.num_free == 4
     again = _seq(list(range(9)))
-    assert blocks.start(again, ROWS)
+    assert blocks.start(again)
     assert again.num_computed == 8
     blocks.release(again)
     other = _seq(list(range(100, 116)))
     _compute(blocks, other)
     blocks.release(other)
     once_more = _seq(list(range(9)))
-    assert blocks.start(once_more, ROWS)
+    assert blocks.start(once_more)
     assert once_more.num_computed == 0
 
 
@@ -74,12 +73,12 @@ def test_growing_beyond_what_is_free_changes_nothing() -> None:
     """A refused growth leaves the sequence and the free list as they were."""
     blocks = BlockManager(2, 4)
     seq = _seq(list(range(6)))
-    assert blocks.start(seq, ROWS)
+    assert blocks.start(seq)
     assert not blocks.grow(seq, 9)
     assert len(seq.blocks) == 2
     blocks.release(seq)
     longer = _seq(list(range(12)))
-    assert not blocks.start(longer, ROWS)
+    assert not blocks.start(longer)
     assert not longer.blocks
     assert blocks.num_free == 2
 
@@ -89,10 +88,10 @@ def test_a_sequence_that_did_not_fit_is_tried_again_when_something_has_changed()
     blocks = BlockManager(6, 4)
     other, running = _seq(list(range(50, 58))), _seq(list(range(9)))
     for seq in (other, running):
-        assert blocks.start(seq, ROWS)
+        assert blocks.start(seq)
     head = _seq(list(range(20)))
     assert not blocks.still_refused(head)
-    assert not blocks.start(head, ROWS)
+    assert not blocks.start(head)
     assert not head.blocks
     assert blocks.still_refused(head)
     assert not blocks.still_refused(_seq(list(range(20))))
@@ -102,7 +101,7 @@ def test_a_sequence_that_did_not_fit_is_tried_again_when_something_has_changed()
     running.num_computed = 9
     blocks.register(running)
     assert not blocks.still_refused(head)
-    assert not blocks.start(head, ROWS)
+    assert not blocks.start(head)
     assert blocks.still_refused(head)
     blocks.release(other)
     assert not blocks.still_refused(head)
@@ -120,7 +119,7 @@ def test_prefix_hashes_outlast_a_preemption() -> None:
     known = list(seq.hashes)
     assert len(known) == 3
     blocks.release(seq)
-    assert blocks.start(seq, ROWS)
+    assert blocks.start(seq)
     assert (seq.num_computed, seq.hashes) == (12, known)
 
 
@@ -149,7 +148,7 @@ def test_blocks_balance_and_contents_are_never_mixed(
             blocks.release(held.pop(0))
             continue
         seq = _seq(tokens, uid, salt)
-        if not blocks.start(seq, ROWS):
+        if not blocks.start(seq):
             continue
         for index in range(seq.num_computed // 4):
             assert content[seq.blocks[index]] == (uid, salt, tuple(tokens[: index * 4 + 4]))

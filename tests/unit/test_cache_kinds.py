@@ -139,7 +139,7 @@ class Base:
     def engine(self) -> tuple[Engine, Device, BlockManager]:
         """Make one."""
         sizes = [
-            self.blocks if window is None else window_blocks(window, self.rows, BLOCK) + self.sliding
+            self.blocks if window is None else window_blocks(window, BLOCK, BLOCK) + self.sliding
             for window in self.windows
         ]
         states = None
@@ -386,15 +386,16 @@ def test_after_a_failed_step_no_state_is_trusted() -> None:
     st.sampled_from([2, 7, 16]),
     st.integers(0, 1),
 )
-def test_planned_windows_never_lack_blocks(
+def test_windows_with_enough_blocks_never_lack_any(
     actions: list[object], blocks: int, windows: Windows, rows: int, depth: int
 ) -> None:
-    """With the blocks that a plan gives to groups, an engine does step by step what it would do without
-    windows: nobody waits, and nobody is preempted, for layers that slide."""
+    """With what is said to be enough, an engine does step by step what it would do without windows: nobody
+    waits, and nobody is preempted, for layers that slide."""
     steps = []
     for seen in (windows, (None,)):
         cache = Cache(tuple(Kept(window, 1) for window in seen), BLOCK, LONGEST, SEQS, rows, whole=True)
-        manager = BlockManager(cache.blocks(blocks), BLOCK, seen, prefix_cache=False)
+        sizes = [blocks if window is None else min(blocks, cache.enough(window)) for window in seen]
+        manager = BlockManager(sizes, BLOCK, seen, prefix_cache=False)
         device = Device(depth, seen, stateful=False)
         engine = Engine(device, SchedulerLimits(rows, SEQS, 2, LONGEST), manager, AlwaysResident(), lambda: 0.0)
         for number, action in enumerate(actions):

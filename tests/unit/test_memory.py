@@ -7,16 +7,20 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors import safe_open
 from structlog.testing import capture_logs
 
-from loramux_shared.bases.cache import Cache, Kept
-from loramux_shared.bases.memory import GB, Needs, needs_of, plan_memory
-from loramux_shared.bases.read import read_config
+from loramux_shared.bases.cache import Cache, Kept, window_blocks
+from loramux_shared.bases.memory import GB, Needs, cache_of, needs_of, plan_memory
+from loramux_shared.bases.read import read_config, read_fields
 from loramux_shared.faults import ResourcesExhausted
 from loramux_shared.settings import InferenceSettings
 from loramux_shared.storage.memory import MemoryStore
+from tests.support.examples import examples
 from tests.support.tiny import SIZES, make_world
+from tests.unit.test_model_config import HUB_CONFIGS
 
 NEEDS = Needs(weights=16 * 10**9, adapters=10**9, activations=2 * 10**9, graphs=10**9)
 CACHE = Cache((Kept(None, 131072),), block_size=16, longest=8192, seqs=64, rows=2048, whole=True)
@@ -80,11 +84,11 @@ def test_needs_follow_the_model_and_the_settings(tmp_path: Path) -> None:
     with safe_open(str(base / "model.safetensors"), "pt") as file:
         tensors = [file.get_tensor(name) for name in file.keys()]  # noqa: SIM118 - no mapping
     matrices = sum(tensor.nbytes for tensor in tensors if tensor.dim() == 2)
-    settings = InferenceSettings(deployment="tiny", max_batch_tokens=100, max_batch_seqs=8)
-    needs = needs_of(config, 4, 77, settings, "cpu", graphs=False)
+    wanted = InferenceSettings(deployment="tiny", max_batch_tokens=100, max_batch_seqs=8)
+    needs = needs_of(config, 4, 77, wanted, "cpu", graphs=False)
     assert (needs.weights, needs.adapters, needs.graphs) == (matrices, 77, 0)
-    assert needs_of(config, 2, 77, settings, "cpu", graphs=False).weights == matrices / 2
-    wider = settings.model_copy(update={"max_batch_tokens": 200})
+    assert needs_of(config, 2, 77, wanted, "cpu", graphs=False).weights == matrices / 2
+    wider = wanted.model_copy(update={"max_batch_tokens": 200})
     more = needs_of(config, 4, 77, wider, "cpu", graphs=True)
     assert more.activations - needs.activations >= 100 * 4 * (2 * SIZES["intermediate_size"])
     assert more.graphs > 0
@@ -110,3 +114,91 @@ def test_the_start_logs_a_line_per_item(tmp_path: Path) -> None:
     stats = ready.engine.stats
     assert sizes["key-value cache"] == round(stats.blocks_total * 16 * 2 * 2 * 2 * 8 * 4 / GB, 3)
     assert sizes["left"] > 0
+
+
+def _at_once(cache: Cache, blocks: tuple[int, ...], length: int) -> int:
+    """How many sequences of a length fit into blocks of groups."""
+    whole = -(-length // cache.block_size)
+    fitting = [
+        number // (whole if group.window is None else min(whole, window_blocks(group.window, 1, 16)))
+        for group, number in zip(cache.groups, blocks, strict=True)
+    ]
+    return min(cache.seqs, *fitting)
+
+
+@settings(max_examples=examples(60), deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.integers(16, 8192), st.integers(1, 64)),
+        min_size=1,
+        max_size=2,
+        unique_by=lambda group: group[0],
+    ),
+    st.integers(1, 64),
+    st.integers(64, 131072),
+    st.integers(1, 256),
+    st.floats(0.01, 1.0),
+    st.floats(0.0, 1.0),
+)
+def test_a_division_serves_half_of_what_the_best_one_for_any_length_would(
+    sliding: list[tuple[int, int]], everything: int, longest: int, seqs: int, memory: float, length: float
+) -> None:
+    """Of groups with windows, as many sequences as could be served, short or long, in what memory there is; all
+    of them where there is enough for all."""
+    groups = (Kept(None, 1024 * everything), *(Kept(window, 1024 * each) for window, each in sliding))
+    cache = Cache(groups, 16, longest, seqs, rows=1024, whole=False)
+    budget = int(memory * cache.num_bytes(cache.most))
+    count = cache.fitting(budget)
+    blocks = cache.blocks(count)
+    assert cache.num_bytes(count) <= budget
+    if cache.capacity(count) < longest:
+        return
+    tokens = max(1, int(longest * length))
+    best = next((number for number in range(seqs, 0, -1) if _bytes_of(cache, tokens, number) <= budget), 0)
+    assert 2 * _at_once(cache, blocks, tokens) + 2 >= best
+
+
+def _bytes_of(cache: Cache, length: int, number: int) -> int:
+    """What so many sequences of a length hold, in bytes."""
+    whole = -(-length // 16)
+    each = [
+        group.token_bytes
+        * 16
+        * (whole if group.window is None else min(whole, window_blocks(group.window, 1, 16)))
+        for group in cache.groups
+    ]
+    return number * sum(each)
+
+
+def test_gemma_3_has_room_for_more_than_it_had_without_windows() -> None:
+    """In 20 GB, with all seats of a GPU: its sliding layers took most of every token."""
+    config = read_fields(HUB_CONFIGS["gemma-3-4b"])
+    cache = cache_of(config, 2, InferenceSettings(deployment="none"), "cuda")
+    plan = plan_memory(25 * 10**9, NEEDS, replace(cache, kv_bytes=20 * 10**9), share=0.9)
+    assert plan.kv_bytes <= 20 * 10**9
+    assert plan.tokens > 3 * (20 * 10**9 // cache.token_bytes)
+    assert plan.blocks[0] < plan.blocks[1] / 5
+
+
+def test_states_have_slots_for_all_sequences_and_the_rest_for_snapshots() -> None:
+    """A quarter of what the sequences' states leave; spaced so that one prompt that fills the cache has them
+    all."""
+    cache = replace(CACHE, kv_bytes=20 * 10**9, state_bytes=50 * 10**6)
+    plan = plan_memory(63 * 10**9, NEEDS, cache, share=0.9)
+    tokens = plan.blocks[0] * 16 * 131072
+    snapshots = plan.slots - 64
+    assert plan.kv_bytes == tokens + plan.slots * 50 * 10**6
+    assert 0 <= 20 * 10**9 - plan.kv_bytes < 16 * 131072 + 50 * 10**6
+    assert snapshots == tokens // 3 // (50 * 10**6)
+    assert plan.spacing is not None
+    assert snapshots - 1 <= plan.blocks[0] // plan.spacing <= snapshots
+    assert plan_memory(63 * 10**9, NEEDS, replace(cache, kv_bytes=plan.kv_bytes), share=0.9) == plan
+    alone = plan_memory(63 * 10**9, NEEDS, replace(cache, snapshots=False), share=0.9)
+    assert (alone.slots, alone.spacing) == (64, None)
+
+
+def test_states_that_do_not_fit_are_refused_with_the_numbers() -> None:
+    """Of as many sequences as may run, before there is a token."""
+    cache = replace(CACHE, kv_bytes=10**9, state_bytes=50 * 10**6)
+    with pytest.raises(ResourcesExhausted, match="64 states of 50000000 bytes"):
+        plan_memory(63 * 10**9, NEEDS, cache, share=0.9)

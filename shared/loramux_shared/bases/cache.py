@@ -1,14 +1,17 @@
 """What layers keep of a sequence, and how a cache is divided among them.
 
 Layers that see equally far are a group with blocks of its own; layers that carry a state have a slot of it for
-every sequence, and slots for snapshots of prefixes. Everything follows from one number, the blocks of a group
-that sees everything: a group with a window has as many, or what all sequences at once hold of it where that is
-less. A sequence holds no more blocks of a window than it holds of everything, so neither ever lacks blocks that
-the other still has: no other division serves more tokens.
+every sequence, and slots for snapshots of prefixes. All sizes follow from one number, the blocks of a group
+that sees everything. A group with a window has what all sequences at once hold of it, where there is memory for
+that. Where there is not, the best division depends on how long sequences are: short ones want as many blocks of
+every group, the longest ones few of a window. A group with a window then has `Cache.share` of the blocks, with
+which either kind finds the same part of what its best division would serve: more than half, and so does any
+other.
 """
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from dataclasses import dataclass
 from typing import Final
@@ -69,7 +72,16 @@ class Cache:
 
     def blocks(self, count: int) -> tuple[int, ...]:
         """The blocks of each group, where one that sees everything has so many."""
-        return tuple(min(count, self._enough(group.window)) for group in self.groups)
+        return tuple(self._blocks(group.window, count) for group in self.groups)
+
+    def share(self, window: int) -> float:
+        """Blocks of a group with a window, for each of one that sees everything, where memory is scarce.
+
+        With B bytes in all and t of a token, B / t tokens of short sequences can be served; of the longest,
+        which hold a part h of their tokens in a group, B / sum(t h). This is the ratio of both.
+        """
+        longest = sum(group.token_bytes * self._held(group.window) for group in self.groups)
+        return max(longest / self.token_bytes, self._held(window))
 
     def kept_states(self, count: int) -> int:
         """Snapshots of states beside so many blocks."""
@@ -87,16 +99,10 @@ class Cache:
 
     def capacity(self, count: int) -> int:
         """Tokens of the longest sequence that may run alone, up to the longest that may be asked for."""
-        alone = [
-            self._alone(number, group) for number, group in zip(self.blocks(count), self.groups, strict=True)
-        ]
-        return min(alone)
+        sizes = zip(self.groups, self.blocks(count), strict=True)
+        return min(self._alone(group.window, number) for group, number in sizes)
 
-    def _block_bytes(self, count: int) -> int:
-        pairs = zip(self.blocks(count), self.groups, strict=True)
-        return self.block_size * sum(number * group.token_bytes for number, group in pairs)
-
-    def _enough(self, window: int | None) -> int:
+    def enough(self, window: int | None) -> int:
         """Blocks that are never lacking: what all sequences hold, each at its place, and a step's rows."""
         if window is None:
             return self.most
@@ -104,8 +110,26 @@ class Cache:
         enough = held + -(-self.rows // self.block_size)
         return min(self.most, enough + enough // SLACK + 1)
 
-    def _alone(self, number: int, group: Kept) -> int:
-        if group.window is not None and number >= window_blocks(group.window, self.rows, self.block_size):
+    def _block_bytes(self, count: int) -> int:
+        pairs = zip(self.blocks(count), self.groups, strict=True)
+        return self.block_size * sum(number * group.token_bytes for number, group in pairs)
+
+    def _blocks(self, window: int | None, count: int) -> int:
+        if window is None:
+            return count
+        scarce = max(
+            math.ceil(self.share(window) * count), window_blocks(window, self.block_size, self.block_size)
+        )
+        return min(count, scarce, self.enough(window))
+
+    def _held(self, window: int | None) -> float:
+        """The part of its tokens that the longest sequence holds."""
+        if window is None:
+            return 1.0
+        return min(1.0, window_blocks(window, 1, self.block_size) * self.block_size / self.longest)
+
+    def _alone(self, window: int | None, number: int) -> int:
+        if window is not None and number >= window_blocks(window, self.block_size, self.block_size):
             return self.longest
         return min(self.longest, number * self.block_size)
 
