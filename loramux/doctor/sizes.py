@@ -120,7 +120,7 @@ def sizes_of(
         dtype=dtype,
         free_bytes=free_bytes,
         weights_bytes=needs.weights,
-        widened=widening(config, file_bytes, dtype),
+        widened="" if settings.quantization else widening(config, file_bytes, dtype),
         steps_bytes=steps,
         kv_bytes=plan.kv_bytes,
         kv_tokens=plan.tokens,
