@@ -82,7 +82,7 @@ class Int4Linear(Linear):
         self._bias = bias
         self._group = weight.group
         codes = (weight.values + 8).to(torch.uint8)
-        self._packed = torch._convert_weight_to_int4pack(codes[:, ::2] << 4 | codes[:, 1::2], K_TILES)
+        self._tiles = torch._convert_weight_to_int4pack(codes[:, ::2] << 4 | codes[:, 1::2], K_TILES)
         zeros = torch.zeros_like(weight.scales)
         self._scales: Tensor = torch.stack([weight.scales, zeros], dim=-1).transpose(0, 1).contiguous()
 
@@ -98,5 +98,5 @@ class Int4Linear(Linear):
 
     def product(self, x: Tensor) -> Tensor:
         """Return [T, out]."""
-        out: Tensor = torch._weight_int4pack_mm(x, self._packed, self._group, self._scales)
+        out: Tensor = torch._weight_int4pack_mm(x, self._tiles, self._group, self._scales)
         return out if self._bias is None else out.add_(self._bias)

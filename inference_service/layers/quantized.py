@@ -14,8 +14,8 @@ from loramux_shared.rounding import INT4_GROUP, Rounding
 STEPS8: Final = 127
 STEPS4: Final = (-8.8, -8.4, -8.0, -7.6, -7.2, -6.8, 7.0, 7.4, 8.0, 8.5)
 """What the largest value of a group may be in its steps; which is nearest is tried. There is a -8 and no 8."""
-PIECE: Final = 1 << 22
-"""Values that are widened at once."""
+PIECE: Final = 1 << 19
+"""Values that are rounded, or widened, at once: they stay in a cache."""
 
 
 @dataclass(frozen=True)
@@ -45,26 +45,35 @@ def quantize(weight: Tensor, quantization: Rounding) -> Quantized | None:
 
     Scales are rounded to bfloat16 first, and values to what is nearest with those.
     """
-    rows, width = weight.shape
-    if quantization is Rounding.INT8:
-        parts = weight.float().view(rows, 1, width)
-        scales = _usable(parts.abs().amax(-1) / STEPS8)
-        return Quantized(_rounded(parts, scales, -STEPS8, STEPS8).view(rows, width), scales, 8)
-    if quantization is not Rounding.INT4 or width % INT4_GROUP:
+    width = weight.shape[1]
+    bits = {Rounding.INT8: 8, Rounding.INT4: 4}.get(quantization)
+    group = INT4_GROUP if bits == 4 else width
+    if bits is None or width % group:
         return None
-    parts = weight.float().view(rows, width // INT4_GROUP, INT4_GROUP)
-    scales = _nearest4(parts)
-    return Quantized(_rounded(parts, scales, -8, 7).view(rows, width), scales, 4)
+    scales_of, low, high = (_scales8, -STEPS8, STEPS8) if bits == 8 else (_scales4, -8, 7)
+    values, scales = [], []
+    for some in torch.split(weight, max(1, PIECE // width)):
+        parts = some.to(torch.float32, copy=True).view(len(some), width // group, group)
+        scales.append(scales_of(parts))
+        steps = parts.div_(scales[-1].float()[..., None]).round_().clamp_(low, high)
+        values.append(steps.to(torch.int8).view(len(some), width))
+    return Quantized(torch.cat(values), torch.cat(scales), bits)
 
 
-def _nearest4(parts: Tensor) -> Tensor:
-    """Return the scales [..., groups] that lose least of parts [..., groups, values], in the sum of squares."""
+def _scales8(parts: Tensor) -> Tensor:
+    """Return the scales [rows, 1] with which the largest of parts [rows, 1, values] is the last step."""
+    return _usable(parts.abs().amax(-1) / STEPS8)
+
+
+def _scales4(parts: Tensor) -> Tensor:
+    """Return the scales [rows, groups] that lose least of parts [rows, groups, values], in squares."""
     largest = parts.gather(-1, parts.abs().argmax(-1, keepdim=True)).squeeze(-1)
     best = torch.full_like(largest, torch.inf)
     scales = torch.ones_like(largest, dtype=torch.bfloat16)
     for steps in STEPS4:
         tried = _usable(largest / steps)
-        lost = (_rounded(parts, tried, -8, 7) * tried.float()[..., None] - parts).square_().sum(-1)
+        wide = tried.float()[..., None]
+        lost = (parts / wide).round_().clamp_(-8, 7).mul_(wide).sub_(parts).square_().sum(-1)
         scales = torch.where(lost < best, tried, scales)
         best = torch.minimum(lost, best)
     return scales
@@ -73,10 +82,6 @@ def _nearest4(parts: Tensor) -> Tensor:
 def _usable(scales: Tensor) -> Tensor:
     narrow = scales.bfloat16()
     return torch.where(narrow == 0, torch.ones_like(narrow), narrow)
-
-
-def _rounded(parts: Tensor, scales: Tensor, low: int, high: int) -> Tensor:
-    return (parts / scales.float()[..., None]).round_().clamp_(low, high).to(torch.int8)
 
 
 class QuantizedLinear(Linear):

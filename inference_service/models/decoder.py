@@ -48,6 +48,7 @@ class Decoder:
             CheckpointInvalid: a tensor is missing or has another shape than config.json implies.
         """
         self.dtype, self.device = checkpoint.dtype, checkpoint.device
+        self.rounding = quantization
         self._operations = operations or TorchOperations(self.dtype, self.device)
         reader = Reader(checkpoint, config, self.dtype, self._operations, quantization=quantization)
         self._embedding, head = reader.tables()

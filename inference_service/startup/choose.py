@@ -21,7 +21,6 @@ from inference_service.layers.quantizing import require_able
 from loramux_shared.bases.config import ModelConfig
 from loramux_shared.faults import SettingsInvalid
 from loramux_shared.private import open_folder
-from loramux_shared.rounding import Rounding
 from loramux_shared.settings import InferenceSettings, require_triton
 
 
@@ -32,7 +31,7 @@ def choose_backend(settings: InferenceSettings, config: ModelConfig) -> Backend:
         SettingsInvalid: the machine does not have what the settings ask for.
     """
     chosen = _kernels(settings, config)
-    quantization = settings.quantization or Rounding.NONE
+    quantization = settings.rounding
     require_able(quantization, chosen.device, chosen.dtype)
     return replace(chosen, quantization=quantization)
 

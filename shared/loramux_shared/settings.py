@@ -260,6 +260,11 @@ class InferenceSettings(Settings):
     log_prompts: bool = False
     """Write prompts and answers to the log."""
 
+    @property
+    def rounding(self) -> Rounding:
+        """What weights are rounded to."""
+        return self.quantization or Rounding.NONE
+
     def sizes(self, device: str, speculative: int | None = None) -> StepSizes:
         """Return the sizes of steps on a device, cpu or cuda; speculative is what the deployment says."""
         usual = STEP_SIZES[device]

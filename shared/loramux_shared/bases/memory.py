@@ -170,7 +170,7 @@ def needs_of(
     recorded = num_graphs * GRAPH_BYTES + held * row + 2 * logits * item_bytes
     recorded += shaping_bytes(sizes.seqs, dims.vocab)
     return Needs(
-        weights=weights_bytes(config, item_bytes, device, settings.quantization or Rounding.NONE),
+        weights=weights_bytes(config, item_bytes, device, settings.rounding),
         adapters=adapters,
         activations=sizes.tokens * row + logits * (item_bytes + 8),
         graphs=recorded if graphs else 0,
