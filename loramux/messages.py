@@ -11,6 +11,7 @@ from loramux_shared.deployment import Deployment, Dtype, LoraConfiguration, Merg
 from loramux_shared.deployment_file import parse_deployment
 from loramux_shared.faults import DeploymentInvalid, Finding
 from loramux_shared.limits import Limits
+from loramux_shared.rounding import Rounding
 from loramux_shared.wording import listed
 
 _PREFIX = "SOURCE_KIND_"
@@ -19,6 +20,12 @@ DTYPES = {
     Dtype.BFLOAT16: pb.DTYPE_BFLOAT16,
     Dtype.FLOAT16: pb.DTYPE_FLOAT16,
     Dtype.FLOAT32: pb.DTYPE_FLOAT32,
+}
+_QUANTIZATIONS = {
+    Rounding.NONE: pb.QUANTIZATION_UNSPECIFIED,
+    Rounding.FP8: pb.QUANTIZATION_FP8,
+    Rounding.INT8: pb.QUANTIZATION_INT8,
+    Rounding.INT4: pb.QUANTIZATION_INT4,
 }
 _MERGES = {
     Merge.AUTO: pb.MERGE_UNSPECIFIED,
@@ -46,6 +53,7 @@ def deployment_to_message(deployment: Deployment) -> pb.DeploymentSpec:
         prove=build.prove,
         hide_base=not runtime.serve_base,
         merge=_MERGES[runtime.merge],
+        quantization=_QUANTIZATIONS[runtime.quantization],
         aliases=[pb.Alias(name=name, weights=weights) for name, weights in runtime.aliases.items()],
         default_limits=_limits_to_message(runtime.limits.default),
         model_limits={name: _limits_to_message(limits) for name, limits in runtime.limits.models.items()},
@@ -70,9 +78,13 @@ def deployment_from_message(message: pb.DeploymentSpec) -> Deployment:
         "prove": message.prove,
     }
     merge = next((name for name, value in _MERGES.items() if value == message.merge), "unknown")
+    quantization = next(
+        (name for name, value in _QUANTIZATIONS.items() if value == message.quantization), "unknown"
+    )
     runtime: dict[str, Any] = {
         "serve_base": not message.hide_base,
         "merge": merge,
+        "quantization": quantization,
         "aliases": {alias.name: dict(alias.weights) for alias in message.aliases},
         "limits": {
             "default": _limits_fields(message.default_limits),

@@ -107,6 +107,7 @@ def _draft(deployment: Deployment, base: BaseRecord, dtype: Dtype) -> Generation
         lora_dtype=dtype,
         request_default_max_tokens=runtime.request_default_max_tokens,
         speculative_tokens=runtime.speculative_tokens,
+        quantization=runtime.quantization,
         serve_base=runtime.serve_base,
         merge=runtime.merge,
         aliases=runtime.aliases,

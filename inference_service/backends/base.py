@@ -22,6 +22,7 @@ from inference_service.lora.segments import Arrangement
 from inference_service.lora.weights import AdapterWeights
 from loramux_shared.bases.attention import AttentionSpec, HeadCounts
 from loramux_shared.faults import InternalFault
+from loramux_shared.rounding import Rounding
 
 Turn = tuple[Tensor, Tensor]
 """cos and sin of the step's rows, in the form that an `Attention` made them."""
@@ -70,8 +71,13 @@ def no_recurrence(_inputs: DeltaInputs) -> Tensor:
 class Operations(Protocol):
     """The operations of one kind of device; T rows of all sequences stand one after the other."""
 
-    def new_linear(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
-        """Return a linear of a weight [out, in], in the layout that is read fastest."""
+    def new_linear(
+        self, weight: Tensor, bias: Tensor | None = None, quantization: Rounding = Rounding.NONE
+    ) -> Linear:
+        """Return a linear of a weight [out, in], rounded to fewer bits, in the layout that is read fastest.
+
+        It stays as it is where its sizes do not allow the rounding.
+        """
         ...
 
     def linear(self, layer: Linear, x: Tensor) -> Tensor:
@@ -102,8 +108,16 @@ class Operations(Protocol):
         """Return tanh(logits / cap) * cap, for which logits may be reused."""
         ...
 
-    def new_grouped(self, weights: Sequence[Tensor], biases: Sequence[Tensor] | None = None) -> Grouped:
-        """Return a linear of each expert, of weights [out, in] and biases [out]."""
+    def new_grouped(
+        self,
+        weights: Sequence[Tensor],
+        biases: Sequence[Tensor] | None = None,
+        quantization: Rounding = Rounding.NONE,
+    ) -> Grouped:
+        """Return a linear of each expert, of weights [out, in] and biases [out], rounded as those of others.
+
+        Kernels that take all experts at once do not round them.
+        """
         ...
 
     def route(self, logits: Tensor, top_k: int, *, renormalised: bool) -> Routed:
@@ -236,6 +250,8 @@ class Backend:
     """Makes an empty home for adapters."""
     how: str
     """For the start line: where the operations come from."""
+    quantization: Rounding = Rounding.NONE
+    """What the weights of linears are rounded to."""
     recordable: bool = False
     """Whether steps can be recorded and replayed: launches follow from buffers that stay where they are, and
     `new_lora` makes a `SegmentedLora`."""

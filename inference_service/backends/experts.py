@@ -10,6 +10,7 @@ from torch import Tensor
 
 from inference_service.kernels.experts import ByExpert, Routed, host, reference
 from inference_service.layers.linear import Linear
+from loramux_shared.rounding import Rounding
 
 
 class Grouped(Protocol):
@@ -23,7 +24,9 @@ class Grouped(Protocol):
 class ExpertOperations:
     """What a backend does about experts that has linears alone."""
 
-    def new_linear(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
+    def new_linear(
+        self, weight: Tensor, bias: Tensor | None = None, quantization: Rounding = Rounding.NONE
+    ) -> Linear:
         """Return a linear of a weight [out, in]."""
         raise NotImplementedError
 
@@ -31,10 +34,16 @@ class ExpertOperations:
         """Return what a linear makes of x [T, in], [T, out]."""
         raise NotImplementedError
 
-    def new_grouped(self, weights: Sequence[Tensor], biases: Sequence[Tensor] | None = None) -> Grouped:
+    def new_grouped(
+        self,
+        weights: Sequence[Tensor],
+        biases: Sequence[Tensor] | None = None,
+        quantization: Rounding = Rounding.NONE,
+    ) -> Grouped:
         """Return a linear of each weight [out, in]."""
         every: Sequence[Tensor | None] = biases or [None] * len(weights)
-        linears = [self.new_linear(weight, bias) for weight, bias in zip(weights, every, strict=True)]
+        pairs = zip(weights, every, strict=True)
+        linears = [self.new_linear(weight, bias, quantization) for weight, bias in pairs]
         return OneByOne(linears, self.linear)
 
     def route(self, logits: Tensor, top_k: int, *, renormalised: bool) -> Routed:

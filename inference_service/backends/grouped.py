@@ -10,12 +10,18 @@ from torch import Tensor
 from inference_service.backends.experts import ExpertOperations, Grouped
 from inference_service.kernels import experts
 from inference_service.kernels.experts import ByExpert, Routed
+from loramux_shared.rounding import Rounding
 
 
 class GroupedOperations(ExpertOperations):
     """What a backend does about experts that has grouped products."""
 
-    def new_grouped(self, weights: Sequence[Tensor], biases: Sequence[Tensor] | None = None) -> Grouped:
+    def new_grouped(
+        self,
+        weights: Sequence[Tensor],
+        biases: Sequence[Tensor] | None = None,
+        quantization: Rounding = Rounding.NONE,  # noqa: ARG002 - the kernel multiplies whole values
+    ) -> Grouped:
         """Return a linear of each weight [out, in], all in one piece."""
         return AtOnce(torch.stack([*weights]), None if biases is None else torch.stack([*biases]))
 

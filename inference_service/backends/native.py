@@ -33,6 +33,7 @@ from inference_service.kernels.experts import ByExpert
 from inference_service.kernels.rows import Activation
 from inference_service.layers.linear import Linear
 from inference_service.layers.norm import RMSNorm
+from inference_service.layers.quantized import quantize
 from inference_service.lora.arena import Arena
 from inference_service.lora.native import ADDRESSES, native_layout, pack_native
 from inference_service.lora.packed import PackedAdapter
@@ -41,6 +42,7 @@ from inference_service.lora.slots import Slots, experts_of
 from inference_service.lora.weights import AdapterWeights
 from loramux_shared.bases.attention import AttentionSpec, HeadCounts
 from loramux_shared.bases.groups import GROUPS_APART, GroupShape, group_of
+from loramux_shared.rounding import Rounding
 
 
 class NativeOperations(TorchOperations):
@@ -52,10 +54,17 @@ class NativeOperations(TorchOperations):
         self.ops = ops
         self._long_rows = long_rows
 
-    def new_linear(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
+    def new_linear(
+        self, weight: Tensor, bias: Tensor | None = None, quantization: Rounding = Rounding.NONE
+    ) -> Linear:
         """With a compiled product, where that is the fastest here."""
-        tiled = self.ops.tiled(weight, bias) if self.ops.multiplies else None
-        return Linear(weight, bias) if tiled is None else NativeLinear(self.ops, weight, tiled)
+        if not self.ops.multiplies:
+            return super().new_linear(weight, bias, quantization)
+        quantized = quantize(weight, quantization)
+        tiled = self.ops.tiled_integers(quantized, bias) if quantized else self.ops.tiled(weight, bias)
+        if tiled is None:
+            return super().new_linear(weight, bias, quantization)
+        return NativeLinear(self.ops, weight, tiled)
 
     def adapted(self, layer: Linear, x: Tensor, lora: StepLora, index: int, group: str) -> Tensor:
         """In one call, where both are compiled."""

@@ -18,6 +18,7 @@ from inference_service.kernels.experts import ByExpert
 from inference_service.kernels.rows import Activation
 from inference_service.layers.linear import Linear
 from inference_service.layers.norm import RMSNorm
+from inference_service.layers.quantizing import new_linear
 from inference_service.layers.rope import Rope, rotate
 from inference_service.lora.packed import Layout, PackedAdapter, pack_flat
 from inference_service.lora.segments import Arrangement, Segment, runs_by_expert
@@ -25,6 +26,7 @@ from inference_service.lora.slots import Slots
 from inference_service.lora.weights import AdapterWeights
 from loramux_shared.bases.attention import AttentionSpec, HeadCounts
 from loramux_shared.bases.groups import GROUPS_APART, GroupShape, group_of
+from loramux_shared.rounding import Rounding
 
 ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
     "silu": silu,
@@ -40,9 +42,11 @@ class TorchOperations(ExpertOperations):
         self._dtype = dtype
         self._device = device
 
-    def new_linear(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
-        """With the library's product."""
-        return Linear(weight, bias)
+    def new_linear(
+        self, weight: Tensor, bias: Tensor | None = None, quantization: Rounding = Rounding.NONE
+    ) -> Linear:
+        """With the library's products."""
+        return new_linear(weight, bias, quantization)
 
     def linear(self, layer: Linear, x: Tensor) -> Tensor:
         """All rows at once."""

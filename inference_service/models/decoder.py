@@ -26,28 +26,37 @@ from inference_service.models.reader import Reader
 from inference_service.models.step import Cache, CacheSize, Step
 from loramux_shared.bases.attention import QueryGrowth
 from loramux_shared.bases.config import ModelConfig
+from loramux_shared.rounding import Rounding
 
 
 class Decoder:
     """Turns token ids into logits."""
 
-    def __init__(self, config: ModelConfig, checkpoint: Tensors, operations: Operations | None = None) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        checkpoint: Tensors,
+        operations: Operations | None = None,
+        quantization: Rounding = Rounding.NONE,
+    ) -> None:
         """Load the weights of a checkpoint, to be run with the operations of the device, or else with torch's.
 
+        Those of linears are rounded as quantization says; embeddings, norms, biases and adapters are not.
         Whether the head is tied is decided by the checkpoint, and `config` of this decoder says it.
 
         Raises:
             CheckpointInvalid: a tensor is missing or has another shape than config.json implies.
         """
         self.dtype, self.device = checkpoint.dtype, checkpoint.device
+        self.rounding = quantization
         self._operations = operations or TorchOperations(self.dtype, self.device)
-        reader = Reader(checkpoint, config, self.dtype, self._operations)
+        reader = Reader(checkpoint, config, self.dtype, self._operations, quantization=quantization)
         self._embedding, head = reader.tables()
         self.config = replace(config, tied_embeddings=head is self._embedding)
         self._stateful = config.state_bytes(1) > 0
         self._layers = [read_layer(reader.layer(index)) for index in range(config.dims.num_layers)]
         self._norm = reader.norm(config.names.final_norm)
-        self._head = self._operations.new_linear(head)
+        self._head = self._operations.new_linear(head, quantization=quantization.of_head)
         self._inputs = None if config.inputs is None else Inputs(reader, config.inputs)
         self._ropes = tuple(Rope(spec, self.dtype, self.device) for spec in config.ropes)
         # Rounded as the weights are: Gemma was trained with a scale in bfloat16.

@@ -15,6 +15,7 @@ from inference_service.models.checkpoint import Tensors
 from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bases.groups import GroupShape
 from loramux_shared.bases.layers import AttentionLayer
+from loramux_shared.rounding import Rounding
 
 
 class Reader:
@@ -27,13 +28,15 @@ class Reader:
         dtype: torch.dtype,
         operations: Operations,
         merged: AdapterWeights | None = None,
+        quantization: Rounding = Rounding.NONE,
     ) -> None:
         """Read from a checkpoint, which may be in a wider type than dtype; merged is added to the linears.
 
-        The sum is made in the checkpoint's type, and rounded once.
+        The sum is made in the checkpoint's type, and rounded once, and that of linears again where it is said.
         """
         self.config = config
         self.operations = operations
+        self.quantization = quantization
         self._checkpoint = checkpoint
         self._dtype = dtype
         self._merged = merged
@@ -124,7 +127,8 @@ class LayerReader:
         weight = self.with_merged(weight, shape)
         biases = self.cat([(f"{name}.bias", (out,)) for name, out in parts]) if bias else None
         rounded = self.reader.rounded
-        return self.operations.new_linear(rounded(weight), None if biases is None else rounded(biases))
+        added = None if biases is None else rounded(biases)
+        return self.operations.new_linear(rounded(weight), added, self.reader.quantization)
 
     def has(self, name: str) -> bool:
         """Whether the layer has a tensor."""

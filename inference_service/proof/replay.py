@@ -31,6 +31,7 @@ from loramux_shared.bundle.manifest import Manifest, ModuleRow
 from loramux_shared.bundle.proof import Effect, Probe, Proof
 from loramux_shared.deployment import Dtype
 from loramux_shared.faults import ProofFailed
+from loramux_shared.rounding import Rounding
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,13 @@ STORING: Final[Mapping[Dtype, Tolerance]] = {
     Dtype.BFLOAT16: Tolerance(logprob=0.02, effect=0.05),
 }
 """Beside it, by the bundle's type."""
+ROUNDING: Final[Mapping[Rounding, Tolerance]] = {
+    Rounding.NONE: Tolerance(logprob=0.0, effect=0.0),
+    Rounding.INT8: Tolerance(logprob=0.4, effect=0.3),
+    Rounding.FP8: Tolerance(logprob=1.0, effect=0.5),
+    Rounding.INT4: Tolerance(logprob=4.0, effect=3.0),
+}
+"""And by what the base's weights are rounded to; at 4 bits only a gross error shows. Not measured for fp8."""
 _TORCH: Final = {
     torch.float32: Dtype.FLOAT32,
     torch.float16: Dtype.FLOAT16,
@@ -112,7 +120,7 @@ def replay(
     Raises:
         ProofFailed: the adapter answers otherwise; the message names it, the worst difference and the limit.
     """
-    allowed = COMPUTING[_TORCH[model.dtype]] + STORING[manifest.dtype]
+    allowed = COMPUTING[_TORCH[model.dtype]] + STORING[manifest.dtype] + ROUNDING[model.rounding]
     _expect_sound(name, proof, manifest, model.config.dims.vocab)
     ends = torch.tensor([len(probe.tokens) for probe in proof.probes]).cumsum(0) - 1
     recorder = _Recorder(lora, ends.tolist(), model)

@@ -22,6 +22,7 @@ from loramux_shared.bases.read import read_config
 from loramux_shared.bundle.manifest import Generation
 from loramux_shared.codes import CODES
 from loramux_shared.faults import ResourcesExhausted
+from loramux_shared.rounding import Rounding
 from loramux_shared.settings import InferenceSettings
 from loramux_shared.sources.checkpoint import PlacedBase, with_base
 from loramux_shared.sources.open import Sources
@@ -65,13 +66,15 @@ def load_base(generation: Generation, settings: InferenceSettings, sources: Sour
             config = read_config(folder, generation.max_seq_len)
             text = Text.load(folder, config.dims.vocab)
         backend = choose_backend(settings, config)
-        if told := widening(config, placed.record.weights_bytes, str(backend.dtype).removeprefix("torch.")):
+        told = widening(config, placed.record.weights_bytes, str(backend.dtype).removeprefix("torch."))
+        if told and backend.quantization is Rounding.NONE:
             log.info("the base's weights are of few bits", weights=told)
         reading = time.monotonic()
         model = Decoder(
             config,
             checkpoint(placed, backend.dtype, backend.device, config.quantization),
             backend.operations,
+            backend.quantization,
         )
         return Base(placed, config, text, backend, model, time.monotonic() - reading)
 

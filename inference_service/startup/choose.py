@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from inference_service.backends.triton import TritonLora, TritonOperations
 from inference_service.kernels.attention import MIN_BLOCK_SIZE
 from inference_service.kernels.cpu import build
 from inference_service.kernels.cpu.ops import BLOCK, DTYPES, MAX_HEAD_DIM, CpuOps
+from inference_service.layers.quantizing import require_able
 from loramux_shared.bases.config import ModelConfig
 from loramux_shared.faults import SettingsInvalid
 from loramux_shared.private import open_folder
@@ -28,6 +30,13 @@ def choose_backend(settings: InferenceSettings, config: ModelConfig) -> Backend:
     Raises:
         SettingsInvalid: the machine does not have what the settings ask for.
     """
+    chosen = _kernels(settings, config)
+    quantization = settings.rounding
+    require_able(quantization, chosen.device, chosen.dtype)
+    return replace(chosen, quantization=quantization)
+
+
+def _kernels(settings: InferenceSettings, config: ModelConfig) -> Backend:
     device = _device(settings)
     dtype = _dtype(settings, config, device)
     groups, num_layers = config.groups, config.dims.num_layers

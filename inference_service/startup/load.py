@@ -35,6 +35,7 @@ from inference_service.startup.base import Base, load_base
 from inference_service.startup.memory import blocks_of, divide_memory
 from inference_service.startup.merged import merge
 from inference_service.startup.profile import SCRATCH_BLOCKS, CudaMemory, Measured, largest_step, measure
+from inference_service.startup.rounding import agree, weights_told
 from loramux_shared.bases.memory import GB
 from loramux_shared.bundle.deployments import current_generation, list_deployments
 from loramux_shared.bundle.manifest import Generation
@@ -93,7 +94,7 @@ def load(settings: InferenceSettings, store: Store, watchers: Sequence[Watcher] 
     """
     started = time.monotonic()
     log.info("reading the deployment", deployment=settings.deployment, store=store.uri)
-    generation = _generation(settings.deployment, store)
+    settings, generation = agree(settings, _generation(settings.deployment, store))
     sources = open_sources(
         local_roots=settings.local_roots,
         allowed_hosts=settings.allowed_hosts,
@@ -222,6 +223,7 @@ def _log_loaded(
         operations=backend.how,
         device=str(backend.device),
         dtype=str(backend.dtype).removeprefix("torch."),
+        weights=weights_told(base),
         threads=torch.get_num_threads(),
         adapters=len(registered) or len(generation.adapters),
         **facts,

@@ -19,6 +19,7 @@ from loramux_shared.bases.memory import (
 )
 from loramux_shared.bases.read import read_fields
 from loramux_shared.faults import CheckpointInvalid, ResourcesExhausted
+from loramux_shared.rounding import Rounding
 from loramux_shared.settings import InferenceSettings
 
 RANKS: Final = (8, 16, 32, 64)
@@ -120,7 +121,7 @@ def sizes_of(
         dtype=dtype,
         free_bytes=free_bytes,
         weights_bytes=needs.weights,
-        widened=widening(config, file_bytes, dtype),
+        widened=widening(config, file_bytes, dtype) if settings.rounding is Rounding.NONE else "",
         steps_bytes=steps,
         kv_bytes=plan.kv_bytes,
         kv_tokens=plan.tokens,

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from loramux_shared.limits import Limits, unset
+from loramux_shared.rounding import Rounding
 
 DEFAULT_MAX_LORA_RANK = 64
 
@@ -207,6 +208,10 @@ class Runtime(Model):
     merge: Merge = Merge.AUTO
     """Whether the one adapter of a deployment that hides its base is merged into the weights at load, and then
     runs at the speed of the base. ``always`` refuses a deployment for which that is impossible."""
+    quantization: Rounding = Rounding.NONE
+    """What the weights of the base's linears are rounded to when a replica loads them: ``none``, ``fp8`` (on
+    GPUs), ``int8`` or ``int4``. Adapters stay as they are, and none is merged into such weights. A replica's
+    ``LORAMUX_QUANTIZATION`` comes first."""
     aliases: Aliases = Field(default_factory=dict)
     """Names that pick one of several models by weight: ``{support: {support-v1: 90, support-v2: 10}}``.
     Requests with the same ``user``, or the same ``x-loramux-key``, get the same one; 0 gets none."""
@@ -272,6 +277,12 @@ class Deployment(Model):
             raise ValueError("at least one adapter where runtime.serve_base is false")
         if runtime.merge is Merge.ALWAYS and (adapters != 1 or runtime.serve_base):
             raise ValueError("one adapter and runtime.serve_base: false where runtime.merge is always")
+        return self
+
+    @model_validator(mode="after")
+    def _nothing_is_merged_and_rounded(self) -> Deployment:
+        if self.runtime.merge is Merge.ALWAYS and self.runtime.quantization is not Rounding.NONE:
+            raise ValueError("runtime.quantization: none where runtime.merge is always")
         return self
 
 

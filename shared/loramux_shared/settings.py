@@ -17,6 +17,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from loramux_shared.faults import SettingsInvalid
 from loramux_shared.near import nearest
+from loramux_shared.rounding import Rounding
 from loramux_shared.sources.secrets import ENVIRONMENT_PREFIX as SECRET_PREFIX
 from loramux_shared.telemetry import LogFormat
 
@@ -195,6 +196,9 @@ class InferenceSettings(Settings):
     """Where the model runs; auto: CUDA when there is a device, and the backend is not native."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """The type of weights and activations; auto: the checkpoint's where the device computes well in it."""
+    quantization: Rounding | None = None
+    """What the weights of the base's linears are rounded to when they are loaded: none, fp8 (on GPUs), int8 or
+    int4; adapters are not. When not given, what the deployment's runtime says, else none."""
     native: bool = True
     """Use compiled operations on a CPU; they are compiled at the first start where a C++ compiler is found."""
     threads: Count | None = None
@@ -255,6 +259,11 @@ class InferenceSettings(Settings):
     """Models that have series of their own in `/metrics`; what the rest count is that of the model (others)."""
     log_prompts: bool = False
     """Write prompts and answers to the log."""
+
+    @property
+    def rounding(self) -> Rounding:
+        """What weights are rounded to."""
+        return self.quantization or Rounding.NONE
 
     def sizes(self, device: str, speculative: int | None = None) -> StepSizes:
         """Return the sizes of steps on a device, cpu or cuda; speculative is what the deployment says."""

@@ -86,19 +86,12 @@ class Tiled:
         bits: int = 0,
         group: int = 0,
     ) -> None:
-        """Take tiles, and of integers of so many bits the scales; group values of K share one, 0: all."""
+        """Take tiles, and of integers of so many bits the scales, each of which group values of K share."""
         self.columns = columns
         self._kept = tiles, bias, scales
-        self.arguments = (
-            tiles.data_ptr(), None if bias is None else bias.data_ptr(),
-            bits, None if scales is None else scales.data_ptr(), group,
-        )  # fmt: skip
+        weight, added, scaled = (None if part is None else part.data_ptr() for part in self._kept)
+        self.arguments = weight, added, bits, scaled, group
         """As the compiled operation takes them."""
-
-    @property
-    def num_bytes(self) -> int:
-        """Memory of all of it."""
-        return sum(part.nbytes for part in self._kept if part is not None)
 
 
 Adapters = tuple[int, int, int, int, int, int]

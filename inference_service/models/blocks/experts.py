@@ -111,7 +111,7 @@ def _grouped(reader: LayerReader, spec: ExpertsLayer, shapes: list[GroupShape], 
         outs = shapes[0].out_features
         of_all = reader.get(name, (len(shapes), sum(outs)))
         biases = [rounded(_in_order(bias, len(outs) if spec.in_turns else 1)) for bias in of_all]
-    return reader.operations.new_grouped(weights, biases)
+    return reader.operations.new_grouped(weights, biases, reader.reader.quantization)
 
 
 def _weights(reader: LayerReader, spec: ExpertsLayer, shapes: list[GroupShape], group: str) -> Iterable[Tensor]:

@@ -18,6 +18,8 @@ def needs_restart(old: Generation, new: Generation) -> str | None:
         return f"another max_seq_len: {_shown(new.max_seq_len)} instead of {_shown(old.max_seq_len)}"
     if new.max_lora_rank > old.max_lora_rank:
         return f"a larger max_lora_rank: {new.max_lora_rank} instead of {old.max_lora_rank}"
+    if new.quantization is not old.quantization:
+        return f"weights rounded to {new.quantization} instead of {old.quantization}"
     return _merging(old, new)
 
 

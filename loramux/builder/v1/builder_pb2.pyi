@@ -33,6 +33,13 @@ class Merge(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     MERGE_UNSPECIFIED: _ClassVar[Merge]
     MERGE_NEVER: _ClassVar[Merge]
     MERGE_ALWAYS: _ClassVar[Merge]
+
+class Quantization(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    QUANTIZATION_UNSPECIFIED: _ClassVar[Quantization]
+    QUANTIZATION_FP8: _ClassVar[Quantization]
+    QUANTIZATION_INT8: _ClassVar[Quantization]
+    QUANTIZATION_INT4: _ClassVar[Quantization]
 SOURCE_KIND_UNSPECIFIED: SourceKind
 SOURCE_KIND_HF: SourceKind
 SOURCE_KIND_S3: SourceKind
@@ -48,6 +55,10 @@ DTYPE_FLOAT32: Dtype
 MERGE_UNSPECIFIED: Merge
 MERGE_NEVER: Merge
 MERGE_ALWAYS: Merge
+QUANTIZATION_UNSPECIFIED: Quantization
+QUANTIZATION_FP8: Quantization
+QUANTIZATION_INT8: Quantization
+QUANTIZATION_INT4: Quantization
 
 class Repository(_message.Message):
     __slots__ = ("source", "repo", "revision", "subfolder", "runtime_secret_name")
@@ -72,7 +83,7 @@ class Adapter(_message.Message):
     def __init__(self, name: _Optional[str] = ..., repository: _Optional[_Union[Repository, _Mapping]] = ...) -> None: ...
 
 class DeploymentSpec(_message.Message):
-    __slots__ = ("model_name", "base", "adapters", "max_seq_len", "max_lora_rank", "lora_target_modules", "served_model_name", "request_default_max_tokens", "lora_dtype", "truncate_to_rank", "prove", "hide_base", "merge", "aliases", "default_limits", "model_limits", "speculative_tokens")
+    __slots__ = ("model_name", "base", "adapters", "max_seq_len", "max_lora_rank", "lora_target_modules", "served_model_name", "request_default_max_tokens", "lora_dtype", "truncate_to_rank", "prove", "hide_base", "merge", "aliases", "default_limits", "model_limits", "speculative_tokens", "quantization")
     class ModelLimitsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -97,6 +108,7 @@ class DeploymentSpec(_message.Message):
     DEFAULT_LIMITS_FIELD_NUMBER: _ClassVar[int]
     MODEL_LIMITS_FIELD_NUMBER: _ClassVar[int]
     SPECULATIVE_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    QUANTIZATION_FIELD_NUMBER: _ClassVar[int]
     model_name: str
     base: Repository
     adapters: _containers.RepeatedCompositeFieldContainer[Adapter]
@@ -114,7 +126,8 @@ class DeploymentSpec(_message.Message):
     default_limits: Limits
     model_limits: _containers.MessageMap[str, Limits]
     speculative_tokens: int
-    def __init__(self, model_name: _Optional[str] = ..., base: _Optional[_Union[Repository, _Mapping]] = ..., adapters: _Optional[_Iterable[_Union[Adapter, _Mapping]]] = ..., max_seq_len: _Optional[int] = ..., max_lora_rank: _Optional[int] = ..., lora_target_modules: _Optional[_Iterable[str]] = ..., served_model_name: _Optional[str] = ..., request_default_max_tokens: _Optional[int] = ..., lora_dtype: _Optional[_Union[Dtype, str]] = ..., truncate_to_rank: _Optional[int] = ..., prove: _Optional[bool] = ..., hide_base: _Optional[bool] = ..., merge: _Optional[_Union[Merge, str]] = ..., aliases: _Optional[_Iterable[_Union[Alias, _Mapping]]] = ..., default_limits: _Optional[_Union[Limits, _Mapping]] = ..., model_limits: _Optional[_Mapping[str, Limits]] = ..., speculative_tokens: _Optional[int] = ...) -> None: ...
+    quantization: Quantization
+    def __init__(self, model_name: _Optional[str] = ..., base: _Optional[_Union[Repository, _Mapping]] = ..., adapters: _Optional[_Iterable[_Union[Adapter, _Mapping]]] = ..., max_seq_len: _Optional[int] = ..., max_lora_rank: _Optional[int] = ..., lora_target_modules: _Optional[_Iterable[str]] = ..., served_model_name: _Optional[str] = ..., request_default_max_tokens: _Optional[int] = ..., lora_dtype: _Optional[_Union[Dtype, str]] = ..., truncate_to_rank: _Optional[int] = ..., prove: _Optional[bool] = ..., hide_base: _Optional[bool] = ..., merge: _Optional[_Union[Merge, str]] = ..., aliases: _Optional[_Iterable[_Union[Alias, _Mapping]]] = ..., default_limits: _Optional[_Union[Limits, _Mapping]] = ..., model_limits: _Optional[_Mapping[str, Limits]] = ..., speculative_tokens: _Optional[int] = ..., quantization: _Optional[_Union[Quantization, str]] = ...) -> None: ...
 
 class Alias(_message.Message):
     __slots__ = ("name", "weights")

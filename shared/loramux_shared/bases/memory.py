@@ -16,6 +16,7 @@ from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bases.groups import GroupShape
 from loramux_shared.bases.layers import ExpertsLayer
 from loramux_shared.faults import ResourcesExhausted
+from loramux_shared.rounding import Rounding
 from loramux_shared.settings import InferenceSettings
 
 ITEM_BYTES: Final = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -122,9 +123,13 @@ def count_weights(config: ModelConfig) -> int:
     """Return how many numbers the weights of a model are, without norms and biases."""
     linears = sum(group.in_features * sum(group.out_features) for group in _every_group(config))
     tables = config.dims.vocab * config.dims.hidden * (1 if config.tied_embeddings else 2)
-    if config.inputs is not None:
-        tables += config.dims.num_layers * config.inputs.width * (config.inputs.vocab + config.dims.hidden)
-    return linears + tables
+    return linears + tables + _count_inputs(config)
+
+
+def _count_inputs(config: ModelConfig) -> int:
+    if config.inputs is None:
+        return 0
+    return config.dims.num_layers * config.inputs.width * (config.inputs.vocab + config.dims.hidden)
 
 
 def widening(config: ModelConfig, file_bytes: int | None, dtype: str) -> str:
@@ -165,11 +170,31 @@ def needs_of(
     recorded = num_graphs * GRAPH_BYTES + held * row + 2 * logits * item_bytes
     recorded += shaping_bytes(sizes.seqs, dims.vocab)
     return Needs(
-        weights=item_bytes * count_weights(config),
+        weights=weights_bytes(config, item_bytes, device, settings.rounding),
         adapters=adapters,
         activations=sizes.tokens * row + logits * (item_bytes + 8),
         graphs=recorded if graphs else 0,
     )
+
+
+def weights_bytes(config: ModelConfig, item_bytes: int, device: str, quantization: Rounding) -> int:
+    """Return what the matrices of a base take, without biases and norms.
+
+    Embeddings that are the head too are there once on a GPU, unless the head is rounded; a CPU has a copy. The
+    experts of a GPU are not rounded.
+    """
+    linears, experts = 0, 0
+    for group in _every_group(config):
+        count = group.in_features * sum(group.out_features)
+        if group.expert is None or device == "cpu":
+            linears += count
+        else:
+            experts += count
+    table, of_head = config.dims.vocab * config.dims.hidden, quantization.of_head
+    shared = config.tied_embeddings and device == "cuda" and of_head is Rounding.NONE
+    head = 0 if shared else of_head.weight_bytes(table, item_bytes)
+    whole = experts + table + _count_inputs(config)
+    return quantization.weight_bytes(linears, item_bytes) + item_bytes * whole + head
 
 
 def shaping_bytes(max_seqs: int, vocab: int) -> int:

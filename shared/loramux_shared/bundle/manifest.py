@@ -29,6 +29,7 @@ from loramux_shared.bundle.proof import Proof
 from loramux_shared.deployment import Aliases, Dtype, Merge, Model, ModelLimits, Repository, StoredName
 from loramux_shared.faults import BundleCorrupt, Finding
 from loramux_shared.limits import unset
+from loramux_shared.rounding import Rounding
 
 FORMAT_VERSION: Final = 1
 """Of records; a manifest with modules beyond TensorRT-LLM's seven is of version 2."""
@@ -281,6 +282,7 @@ class Generation(Record):
     lora_dtype: Dtype
     request_default_max_tokens: int | None = None
     speculative_tokens: int | None = Field(default=None, ge=0, exclude_if=unset)
+    quantization: Rounding = Field(default=Rounding.NONE, exclude_if=lambda kind: kind is Rounding.NONE)
     serve_base: bool = True
     merge: Merge = Merge.AUTO
     aliases: Aliases = Field(default_factory=dict, exclude_if=unset)

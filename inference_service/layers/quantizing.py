@@ -1,0 +1,53 @@
+"""Which linear a rounded weight becomes on a device."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from inference_service.layers.linear import Linear
+from inference_service.layers.on_gpu import Fp8Linear, Int4Linear, Int8Linear
+from inference_service.layers.quantized import QuantizedLinear, quantize
+from loramux_shared.faults import SettingsInvalid
+from loramux_shared.rounding import Rounding
+
+CAPABILITY: Final = {Rounding.FP8: (8, 9), Rounding.INT8: (8, 0), Rounding.INT4: (8, 0)}
+"""Of a GPU, at least."""
+
+
+def new_linear(weight: Tensor, bias: Tensor | None, quantization: Rounding) -> Linear:
+    """Return a linear of a weight [out, in] by torch's operations; it stays as it is where it must."""
+    if quantization is Rounding.FP8:
+        return Fp8Linear(weight, bias) if Fp8Linear.takes(weight) else Linear(weight, bias)
+    quantized = quantize(weight, quantization)
+    if quantized is None:
+        return Linear(weight, bias)
+    if not weight.is_cuda:
+        return QuantizedLinear(quantized, bias)
+    if quantization is Rounding.INT8:
+        return Int8Linear(quantized, bias)
+    return Int4Linear(quantized, bias) if Int4Linear.takes(quantized) else QuantizedLinear(quantized, bias)
+
+
+def require_able(quantization: Rounding, device: torch.device, dtype: torch.dtype) -> None:
+    """Raise where a device cannot multiply weights that are rounded so.
+
+    Raises:
+        SettingsInvalid: it cannot.
+    """
+    if quantization is Rounding.NONE or (device.type == "cpu" and quantization is not Rounding.FP8):
+        return
+    needed = ".".join(map(str, CAPABILITY[quantization]))
+    found, cure = "a CPU", "int8 or int4"
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        if capability >= CAPABILITY[quantization] and dtype is torch.bfloat16:
+            return
+        found = f"capability {capability[0]}.{capability[1]} and {str(dtype).removeprefix('torch.')}"
+        cure = "none, or LORAMUX_DTYPE=bfloat16 where that is what is missing"
+    raise SettingsInvalid(
+        f"LORAMUX_QUANTIZATION={quantization} (or runtime.quantization of the deployment) needs a GPU of "
+        f"capability {needed} that computes in bfloat16, found {found}. Set {cure}."
+    )

@@ -1,0 +1,47 @@
+"""What the weights of a replica's base are rounded to."""
+
+from __future__ import annotations
+
+import structlog
+
+from inference_service.startup.base import Base
+from loramux_shared.bases.memory import GB, weights_bytes
+from loramux_shared.bundle.manifest import Generation
+from loramux_shared.deployment import Merge
+from loramux_shared.faults import SettingsInvalid
+from loramux_shared.rounding import Rounding
+from loramux_shared.settings import InferenceSettings
+
+log = structlog.get_logger()
+
+
+def agree(settings: InferenceSettings, generation: Generation) -> tuple[InferenceSettings, Generation]:
+    """Return the settings with what weights are rounded to, and the generation: those take in no adapter.
+
+    Raises:
+        SettingsInvalid: the deployment asks for that.
+    """
+    quantization = settings.quantization or generation.quantization
+    settings = settings.model_copy(update={"quantization": quantization})
+    if quantization is Rounding.NONE or generation.merged is None:
+        return settings, generation
+    if generation.merge is Merge.ALWAYS:
+        raise SettingsInvalid(
+            f"LORAMUX_QUANTIZATION={quantization}, but runtime.merge of the deployment is always, and what is "
+            "merged would be rounded with the weights. Set none, or build it with merge: auto."
+        )
+    log.info("the adapter is served beside the weights", weights=quantization, adapter=generation.merged)
+    return settings, generation.model_copy(update={"merge": Merge.NEVER})
+
+
+def weights_told(base: Base) -> str:
+    """Return what the matrices of the base take, and would take."""
+    backend, config = base.backend, base.model.config
+    rounded, whole = (
+        weights_bytes(config, backend.dtype.itemsize, backend.device.type, kind) / GB
+        for kind in (backend.quantization, Rounding.NONE)
+    )
+    dtype = str(backend.dtype).removeprefix("torch.")
+    if backend.quantization is Rounding.NONE:
+        return f"{dtype}: {whole:.2f} GB"
+    return f"{backend.quantization}: {rounded:.2f} GB ({dtype}: {whole:.2f} GB)"

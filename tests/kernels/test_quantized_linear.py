@@ -1,0 +1,210 @@
+"""Weights of 8 and 4 bits: what they are rounded to, and products with them against integer arithmetic."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from inference_service.kernels.cpu import build
+from inference_service.kernels.cpu.ops import CpuOps
+from inference_service.layers.linear import Linear
+from inference_service.layers.on_gpu import FP8, LARGEST_FP8, Int8Linear, rounded_fp8
+from inference_service.layers.quantized import Quantized, QuantizedLinear, quantize
+from inference_service.layers.quantizing import new_linear, require_able
+from loramux_shared.faults import SettingsInvalid
+from loramux_shared.rounding import Rounding
+
+INTEGERS = [Rounding.INT8, Rounding.INT4]
+DTYPES = [torch.float32, torch.bfloat16]
+PART = 512
+"""Values of a row of bfloat16 that are rounded to 16 bits together."""
+
+
+@pytest.fixture(scope="module")
+def library(request: pytest.FixtureRequest) -> object:
+    """The operations as this machine compiles them; those of other processors are checked by `first_wrong`."""
+    built = build.load(request.getfixturevalue("native_folder"))
+    if built.library is None:
+        pytest.skip(built.how)
+    return built.library
+
+
+def _quantized(rows: int, width: int, quantization: Rounding) -> Quantized:
+    found = quantize(torch.randn(rows, width) * torch.rand(rows, 1), quantization)
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize("quantization", INTEGERS)
+def test_a_weight_is_off_by_half_a_step_at_most(quantization: Rounding) -> None:
+    """Of its own group's scale, and the largest by no more; rows of zeros stay zero."""
+    torch.manual_seed(0)
+    weight = torch.randn(30, 96) * torch.logspace(-6, 3, 30)[:, None]
+    weight[7] = 0
+    found = quantize(weight, quantization)
+    assert found is not None
+    steps = found.scales.float().abs().repeat_interleave(found.group, dim=1)
+    bound = 0.51 if quantization is Rounding.INT8 else 1.3  # of 4 bits, those at the end may be cut off
+    assert ((found.widened() - weight).abs() <= bound * steps).all()
+    assert torch.equal(found.widened()[7], weight[7])
+    relative = (found.widened() - weight).norm(dim=1) / weight.norm(dim=1).clamp(min=1e-30)
+    assert relative.max() < (0.012 if quantization is Rounding.INT8 else 0.11)
+
+
+def test_what_is_no_whole_number_of_groups_stays_as_it_is() -> None:
+    """A width of 40 has no groups of 32; nor is anything rounded that nobody asked for."""
+    weight = torch.randn(6, 40)
+    assert quantize(weight, Rounding.INT4) is None
+    assert type(new_linear(weight, None, Rounding.INT4)) is Linear
+    assert type(new_linear(weight, None, Rounding.NONE)) is Linear
+    assert type(new_linear(weight, None, Rounding.INT8)) is QuantizedLinear
+
+
+def _in_integers(x: Tensor, weight: Quantized) -> Tensor:
+    """The product in torch's integers, as `packed.h` says it for bfloat16: float32 before it is narrowed."""
+    total = torch.zeros(len(x), len(weight.values))
+    width = x.shape[1]
+    for begin in range(0, width, min(PART, weight.group)):
+        end = min(begin + min(PART, weight.group), width)
+        part = x[:, begin // PART * PART : min(begin // PART * PART + PART, width)].double()
+        step = torch.exp2(torch.floor(torch.log2(part.abs().amax(1, keepdim=True).clamp(min=2**-112))) - 14)
+        rounded = (x[:, begin:end].double() / step).round().long()
+        sums = (rounded @ weight.values[:, begin:end].long().t()).to(torch.float32)
+        scales = weight.scales[:, begin // weight.group].double()
+        total = ((sums * step.float()).double() * scales + total.double()).float()
+    return total
+
+
+@pytest.mark.parametrize("quantization", INTEGERS)
+@pytest.mark.parametrize(
+    ("rows", "width", "columns"), [(1, 64, 1), (3, 544, 17), (9, 576, 200), (70, 96, 48), (5, 4416, 20)]
+)
+def test_the_product_in_bfloat16_is_that_of_integers(
+    library: object, quantization: Rounding, rows: int, width: int, columns: int
+) -> None:
+    """Bit for bit, over rows of many magnitudes, widths of several parts, and columns that fill no tile."""
+    torch.manual_seed(rows)
+    ops, weight = CpuOps(library, torch.bfloat16), _quantized(columns, width, quantization)  # type: ignore[arg-type]
+    scales = torch.exp2(torch.randint(-9, 9, (rows, width)))
+    x = torch.full((rows, width + 3), torch.nan).bfloat16()[:, :width].copy_(torch.randn(rows, width) * scales)
+    x[0] = 0
+    tiled = ops.tiled_integers(weight)
+    assert tiled is not None
+    assert torch.equal(ops.linear(x, tiled), _in_integers(x, weight).bfloat16())
+
+
+@pytest.mark.parametrize("quantization", INTEGERS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "width", "columns"), [(1, 32, 5), (20, 576, 100), (9, 4416, 33)])
+def test_native_and_torch_agree(
+    library: object, quantization: Rounding, dtype: torch.dtype, rows: int, width: int, columns: int
+) -> None:
+    """Both with the widened weight in float64 but for the rounding of their own sums, bias included."""
+    torch.manual_seed(columns)
+    ops, weight = CpuOps(library, dtype), _quantized(columns, width, quantization)  # type: ignore[arg-type]
+    x, bias = torch.randn(rows, width).to(dtype), torch.randn(columns).to(dtype)
+    expected = x.double() @ weight.widened().double().t() + bias.double()
+    tiled = ops.tiled_integers(weight, bias)
+    assert tiled is not None
+    for found in (ops.linear(x, tiled), QuantizedLinear(weight, bias)(x)):
+        assert found.dtype is dtype
+        error = (found.double() - expected).norm() / expected.norm()
+        assert error < (2e-6 if dtype is torch.float32 else 3e-3)
+
+
+@pytest.mark.parametrize("quantization", INTEGERS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_row_depends_on_no_other(
+    library: object,
+    monkeypatch: pytest.MonkeyPatch,
+    quantization: Rounding,
+    dtype: torch.dtype,
+    threads: int,
+) -> None:
+    """Alone and in company: the same bits."""
+    torch.manual_seed(0)
+    monkeypatch.setattr(CpuOps, "threads", threads)
+    ops, weight = CpuOps(library, dtype), _quantized(300, 1024, quantization)  # type: ignore[arg-type]
+    tiled, x = ops.tiled_integers(weight), torch.randn(70, 1024).to(dtype)
+    assert tiled is not None
+    together = ops.linear(x, tiled)
+    for size in (1, 6, 13):
+        assert torch.equal(torch.cat([ops.linear(rows, tiled) for rows in torch.split(x, size)]), together)
+
+
+@pytest.mark.parametrize("value", [torch.inf, torch.nan])
+def test_what_is_not_finite_is_not_hidden(library: object, value: float) -> None:
+    """In its row: integers have neither, and a broken activation must not look like an answer."""
+    ops, weight = CpuOps(library, torch.bfloat16), _quantized(16, 64, Rounding.INT8)  # type: ignore[arg-type]
+    x = torch.randn(3, 64).bfloat16()
+    x[1, 5] = value
+    tiled = ops.tiled_integers(weight)
+    assert tiled is not None
+    found = ops.linear(x, tiled)
+    assert found[1].isnan().all()
+    assert found[[0, 2]].isfinite().all()
+
+
+def test_widths_that_fill_no_vector_are_left_to_others(library: object) -> None:
+    """Four values of 8 bits stand together in each column, eight of 4 bits."""
+    ops = CpuOps(library, torch.bfloat16)  # type: ignore[arg-type]
+    assert ops.tiled_integers(_quantized(4, 6, Rounding.INT8)) is None
+    assert ops.tiled_integers(_quantized(4, 12, Rounding.INT8)) is not None
+
+
+def test_rows_in_fp8_lose_a_sixteenth_at_most() -> None:
+    """Three bits of fraction, and none beyond the largest."""
+    torch.manual_seed(0)
+    rows = torch.randn(9, 64) * torch.logspace(-4, 4, 9)[:, None]
+    rows[3] = 0
+    values, scales = rounded_fp8(rows)
+    assert values.dtype is FP8
+    assert values.float().abs().max() == LARGEST_FP8
+    large = rows.abs() > rows.abs().amax(1, keepdim=True) / 2**12
+    assert ((values.float() * scales - rows).abs()[large] <= rows.abs()[large] / 16).all()
+    assert torch.equal(values[3].float(), rows[3])
+
+
+def test_the_packed_product_of_gpus_is_the_same_here() -> None:
+    """Of 8 bits, for few rows and for many: torch has that operation on a CPU too."""
+    torch.manual_seed(0)
+    weight, bias = _quantized(40, 64, Rounding.INT8), torch.randn(40).bfloat16()
+    on_gpu, here = Int8Linear(weight, bias), QuantizedLinear(weight, bias)
+    for rows in (1, 16, 17):
+        x = torch.randn(rows, 64).bfloat16()
+        assert (on_gpu(x) - here(x)).norm() / here(x).norm() < 6e-3
+
+
+@pytest.mark.parametrize(
+    ("quantization", "device", "capability", "dtype", "why"),
+    [
+        ("fp8", "cpu", None, torch.bfloat16, "needs a GPU of capability 8.9 .* found a CPU. Set int8 or int4"),
+        ("fp8", "cuda", (8, 0), torch.bfloat16, "found capability 8.0 and bfloat16. Set none"),
+        ("int4", "cuda", (7, 5), torch.float16, "capability 8.0 .* found capability 7.5 and float16"),
+        ("int8", "cuda", (9, 0), torch.float32, "found capability 9.0 and float32"),
+    ],
+)
+def test_what_a_device_cannot_do_is_refused_by_name(
+    monkeypatch: pytest.MonkeyPatch,
+    quantization: str,
+    device: str,
+    capability: tuple[int, int] | None,
+    dtype: torch.dtype,
+    why: str,
+) -> None:
+    """Before anything is loaded, with what was found and what to set."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    with pytest.raises(SettingsInvalid, match=f"LORAMUX_QUANTIZATION={quantization} .*{why}"):
+        require_able(Rounding(quantization), torch.device(device), dtype)
+
+
+def test_what_a_device_can_do_is_not_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Integers on any CPU, all of it on a GPU of today, nothing anywhere."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    for kind in INTEGERS:
+        require_able(kind, torch.device("cpu"), torch.float16)
+    for kind in Rounding:
+        require_able(kind, torch.device("cuda"), torch.bfloat16)
+    require_able(Rounding.NONE, torch.device("cpu"), torch.float16)

@@ -1,0 +1,159 @@
+"""Bases whose linears are rounded to 8 and 4 bits at load: answers, adapters, proofs, and who asks for it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from structlog.testing import capture_logs
+
+from builder_service.pipeline.build import build
+from builder_service.pipeline.context import BuildContext
+from builder_service.pipeline.progress import Progress
+from inference_service.layers.quantized import quantize
+from inference_service.serving.adapters.restart import needs_restart
+from inference_service.startup.load import Ready
+from loramux_shared.bundle.deployments import current_generation
+from loramux_shared.deployment import Deployment
+from loramux_shared.deployment_file import parse_deployment
+from loramux_shared.faults import DeploymentInvalid, SettingsInvalid
+from loramux_shared.rounding import Rounding
+from loramux_shared.sources.open import open_sources
+from loramux_shared.storage.memory import MemoryStore
+from tests.support.tiny import VOCAB, World, make_world, next_logprobs, oracle, oracle_tokens, run_engine
+
+INTEGERS = ["int8", "int4"]
+NEW = 12
+PROMPTS = {"base": 3, "wide": 17, "all": 40, "rs": 9}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}
+    return make_world(tmp_path_factory.mktemp("tiny"), **sizes)
+
+
+@pytest.fixture(scope="module")
+def store(world: World) -> MemoryStore:
+    """Adapters with proofs, in float32."""
+    return _built(world, {"prove": True}, {})
+
+
+def _built(world: World, changes: dict[str, Any], runtime: dict[str, Any]) -> MemoryStore:
+    data = world.deployment().model_dump(mode="json")
+    data["build"] |= changes
+    data["runtime"] |= runtime
+    deployment = Deployment.model_validate(data)
+    store = MemoryStore()
+    context = BuildContext(store, open_sources(local_roots=[world.root]))
+    build(deployment, context, Progress(deployment.build.lora_adapters))
+    return store
+
+
+def _requests() -> list[tuple[str, list[int]]]:
+    return [(model, [(5 + 7 * place) % VOCAB for place in range(size)]) for model, size in PROMPTS.items()]
+
+
+def _loaded(world: World, store: MemoryStore, **settings: object) -> tuple[Ready, dict[str, Any]]:
+    """A replica, and what it logs when it is ready."""
+    with capture_logs() as logs:
+        ready = world.load(store, **settings)
+    return ready, next(entry for entry in logs if entry["event"] == "loaded")
+
+
+def _rounded_oracle(world: World, adapter: Path | None, quantization: str) -> Any:
+    """transformers and PEFT, with the weights of linears rounded as ours are and widened again."""
+    model = oracle(world.base, adapter)
+    for name, parameter in model.named_parameters():
+        leaf = name.removesuffix(".weight").removesuffix(".base_layer").rpartition(".")[2]
+        kind = Rounding(quantization)
+        kind = kind.of_head if leaf == "lm_head" else kind
+        if leaf.endswith("_proj") or leaf == "lm_head":
+            found = quantize(parameter.detach(), kind)
+            assert found is not None
+            with torch.no_grad():
+                parameter.copy_(found.widened())
+    return model
+
+
+@pytest.mark.parametrize("quantization", INTEGERS)
+def test_answers_are_those_of_the_rounded_weights_token_for_token(
+    world: World, store: MemoryStore, quantization: str
+) -> None:
+    """In float32, base and adapters in one batch, compiled and by torch: nothing else is rounded."""
+    expected = [
+        oracle_tokens(_rounded_oracle(world, world.adapters.get(model), quantization), prompt, NEW)
+        for model, prompt in _requests()
+    ]
+    for backend in ("auto", "torch"):
+        ready, told = _loaded(world, store, quantization=quantization, backend=backend, device="cpu")
+        assert run_engine(ready, _requests(), NEW) == expected
+        assert told["weights"].startswith(f"{quantization}: ")
+
+
+def _logprobs(ready: Ready) -> torch.Tensor:
+    rows = next_logprobs(ready, _requests())
+    return torch.tensor([[row[token] for token in range(VOCAB)] for row in rows])
+
+
+@pytest.mark.parametrize(("quantization", "bound"), [("int8", 0.07), ("int4", 0.7)])
+def test_log_probabilities_stay_within_what_the_bits_explain(
+    world: World, store: MemoryStore, quantization: str, bound: float
+) -> None:
+    """Of their spread in a model of random weights: 0.05 with 8 bits, 0.5 with 4; in bfloat16 too."""
+    for dtype in ("float32", "bfloat16"):
+        whole, rounded = (
+            _logprobs(_loaded(world, store, quantization=kind, dtype=dtype)[0])
+            for kind in ("none", quantization)
+        )
+        spread = (whole - whole.mean(1, keepdim=True)).norm()
+        off = float((rounded - whole).norm() / spread)
+        assert bound / 5 < off < bound + (0.02 if dtype == "bfloat16" else 0)
+
+
+def test_answers_depend_on_nothing_around_them(world: World, store: MemoryStore) -> None:
+    """LORAMUX_DETERMINISTIC with rounded weights: alone and together, the same log probabilities."""
+    for quantization in INTEGERS:
+        ready, _ = _loaded(world, store, quantization=quantization, dtype="bfloat16", deterministic=True)
+        together = next_logprobs(ready, _requests())
+        assert [next_logprobs(ready, [request])[0] for request in _requests()] == together
+
+
+def test_the_deployment_says_it_and_a_replica_may_say_otherwise(world: World) -> None:
+    """`runtime.quantization` reaches the replica, where LORAMUX_QUANTIZATION comes first; a change restarts."""
+    store = _built(world, {}, {"quantization": "int8"})
+    assert _loaded(world, store)[1]["weights"].startswith("int8: ")
+    assert _loaded(world, store, quantization="none")[1]["weights"].startswith("float32: ")
+    before, after = (current_generation(each, "tiny") for each in (_built(world, {}, {}), store))
+    assert before is not None
+    assert after is not None
+    assert needs_restart(before, after) == "weights rounded to int8 instead of none"
+
+
+def _alone(runtime: dict[str, Any], world: World) -> MemoryStore:
+    adapters = world.deployment().model_dump(mode="json")["build"]["lora_adapters"]
+    return _built(world, {"lora_adapters": {"all": adapters["all"]}}, {"serve_base": False} | runtime)
+
+
+def test_an_adapter_is_not_merged_into_rounded_weights(world: World, store: MemoryStore) -> None:
+    """It would be rounded with them: it stays beside them, and answers as where the base is served too."""
+    request: Sequence[tuple[str, list[int]]] = [("all", _requests()[2][1])]
+    ready, told = _loaded(world, _alone({}, world), quantization="int8")
+    assert told["merged"] == "none"
+    beside, _ = _loaded(world, store, quantization="int8")
+    assert run_engine(ready, request, NEW) == run_engine(beside, request, NEW)
+
+
+def test_who_asks_for_both_is_refused(world: World) -> None:
+    """By the replica where it says one of them, by the deployment's rules where one file says both."""
+    with pytest.raises(SettingsInvalid, match=r"LORAMUX_QUANTIZATION=int8, but runtime\.merge .* is always"):
+        world.load(_alone({"merge": "always"}, world), quantization="int8")
+    data = world.deployment().model_dump(mode="json")
+    data["build"]["lora_adapters"].popitem()
+    data["build"]["lora_adapters"].popitem()
+    data["runtime"] |= {"serve_base": False, "merge": "always", "quantization": "int4"}
+    with pytest.raises(DeploymentInvalid, match=r"quantization: none where runtime\.merge is always"):
+        parse_deployment(data)
