@@ -164,7 +164,7 @@ def _state(**fields: Any) -> Any:
     ("kind", "change", "told"),
     [
         ("fp8", _without("weight_scale_inv"), "float8_e4m3fn is not supported; .* with its scales beside it"),
-        ("fp8", _scaled("weight_scale_inv", float("nan")), "found values beyond it, or none at all"),
+        ("fp8", _scaled("weight_scale_inv", float("nan")), "found nan to nan"),
         ("fp8", _to("weight_scale_inv", torch.ones(2, 2)), r"implies scales \[2, 3\] or \[1, 1\] or \[48, 1\]"),
         ("fp8", _to("weight_scale_inv", torch.ones(4, 2, 3)), "expected a grid of scales"),
         ("fp8", _to("weight_scale", torch.ones(2, 3)), "expected one of weight_scale_inv and weight_scale"),
@@ -208,7 +208,7 @@ def _state(**fields: Any) -> Any:
         ("gptq", _to("g_idx", torch.full((80,), -2).int()), "found -2 to -2"),
         ("gptq", _to("qzeros", lambda zeros: zeros[:, :1]), r"expected shape \(5, 6\)"),
         ("gptq", _to("scales", torch.ones(0, 48)), r"qzeros: expected shape \(0, 6\), found \(5, 6\)"),
-        ("gptq", _scaled("scales", float("inf")), "found values beyond it, or none at all"),
+        ("gptq", _scaled("scales", float("inf")), "found nan to nan"),
         ("gptq", _to("qweight", lambda words: words.long()), "expected int32, found int64"),
         ("awq", _without("qzeros"), "qzeros: expected the tensor"),
         ("awq", _to("scales", torch.tensor(1.0)), r"scales: expected shape \(0, 48\)"),
