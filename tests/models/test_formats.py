@@ -197,7 +197,7 @@ def _state(**fields: Any) -> Any:
             _to("weight_global_scale", torch.ones(1)),
             "stands beside layer.weight, and is not read",
         ),
-        ("pack-quantized", _to("weight_scale", torch.ones(48, 4)), r"expected shape \(6, 4\) or \(48, 4\)"),
+        ("pack-quantized", _to("weight_scale", torch.ones(48, 4)), r"expected shape \(6, 4\)"),
         (
             "int-quantized",
             _to("weight_zero_point", torch.ones(48, 1).char()),

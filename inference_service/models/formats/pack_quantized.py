@@ -40,12 +40,11 @@ class PackQuantized:
 
     def _unpacked_zeros(self, down: int, across: int) -> Tensor:
         """Return zero points [down, across], which are packed along rows."""
+        zeros = self.pieces.maybe("weight_zero_point")
+        if zeros is not None and zeros.dtype == torch.int8:  # one by one
+            return self.pieces.take("weight_zero_point", (torch.int8,), (down, across)).float()
         words = -(-down * self._bits // WORD)
-        zeros = self.pieces.take(
-            "weight_zero_point", (torch.int32, torch.int8), (words, across), (down, across)
-        )
-        if zeros.dtype == torch.int8:
-            return zeros.float()
+        zeros = self.pieces.take("weight_zero_point", (torch.int32,), (words, across))
         return unpacked(zeros.t(), self._bits)[:, :down].t() - self._half
 
     @property
