@@ -10,6 +10,7 @@ import torch
 from structlog.testing import capture_logs
 from transformers import LlamaConfig
 
+from builder_service.pipeline.build import build
 from builder_service.pipeline.check import check_one
 from builder_service.pipeline.context import BuildContext
 from builder_service.pipeline.progress import Progress
@@ -18,6 +19,7 @@ from inference_service.proof.reference import Reference
 from loramux.doctor.sizes import read_base, sizes_of, weight_files_bytes
 from loramux_shared.bases.memory import count_weights
 from loramux_shared.bases.read import read_config
+from loramux_shared.deployment import Deployment
 from loramux_shared.settings import InferenceSettings
 from loramux_shared.sources.open import open_sources
 from loramux_shared.storage.memory import MemoryStore
@@ -69,6 +71,18 @@ def test_proofs_are_computed_with_the_widened_weights(kept: Kept) -> None:
         [runs[base]] = Reference(config, base).run([PROMPT], {"all": adapter})["all"]
     found, expected = runs.values()
     assert torch.equal(found.logits, expected.logits)
+
+
+@pytest.mark.parametrize("kept", ["nf4"], indirect=True)
+def test_an_adapter_is_merged_into_the_widened_weights(kept: Kept) -> None:
+    """In float32, into what the base is served with."""
+    data = kept.world.deployment().model_dump(mode="json")
+    data["build"]["lora_adapters"] = {"all": data["build"]["lora_adapters"]["all"]}
+    data["runtime"] |= {"serve_base": False}
+    deployment, store = Deployment.model_validate(data), MemoryStore()
+    build(deployment, BuildContext(store, open_sources(local_roots=[kept.world.root])), Progress(["all"]))
+    expected = oracle_tokens(oracle(kept.widened, kept.world.adapters["all"]), PROMPT, NEW)
+    assert run_engine(kept.world.load(store), [("all", PROMPT)], NEW) == [expected]
 
 
 def test_transformers_reads_the_same_from_the_same_files(plain: World, tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ STATE: Final = {f"weight.quant_state.bitsandbytes__{numbers}": numbers for numbe
 TYPES: Final = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
 PER_127: Final = 7.874015718698502e-3
 """1 / 127, as which bitsandbytes writes it."""
+BLOCKS: Final = frozenset(1 << power for power in range(5, 13))
 FLAT: Final = 0
 """``weight_format`` of rows side by side; the others were for GPUs of one kind."""
 
@@ -135,8 +136,10 @@ def _state(pieces: Pieces, role: str) -> dict[str, Any]:
 
 def _block(state: dict[str, Any], key: str, pieces: Pieces) -> int:
     size = state.get(key)
-    if type(size) is not int or size < 2 or size & (size - 1):
-        raise pieces.invalid("weight.quant_state", f"{key}: expected a power of two, found {size!r}.")
+    if type(size) is not int or size not in BLOCKS:
+        raise pieces.invalid(
+            "weight.quant_state", f"{key}: expected a power of two up to 4096, found {size!r}."
+        )
     return size
 
 

@@ -86,7 +86,7 @@ class Shared:
             grid = grid[torch.arange(begin, begin + rows) // (self.of.rows or 1)]
         if self.group_of is not None:
             return part, grid.index_select(1, self.group_of)
-        width = self.of.columns or columns
+        width = min(self.of.columns or columns, columns)
         if grid.shape[1] * width == columns:
             return part.view(rows, -1, width), grid[:, :, None]
         return part, grid.repeat_interleave(width, dim=1)[:, :columns]
