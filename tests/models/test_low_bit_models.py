@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from structlog.testing import capture_logs
-from transformers import LlamaConfig
+from transformers import GptOssConfig, LlamaConfig, Qwen3MoeConfig
 
 from builder_service.pipeline.build import build
 from builder_service.pipeline.check import check_one
@@ -23,7 +23,7 @@ from loramux_shared.deployment import Deployment
 from loramux_shared.settings import InferenceSettings
 from loramux_shared.sources.open import open_sources
 from loramux_shared.storage.memory import MemoryStore
-from tests.support.lowbit import KINDS, WHOLE_BLOCKS, keep
+from tests.support.lowbit import EXPERTS, KINDS, WHOLE_BLOCKS, keep
 from tests.support.tiny import SIZES, World, make_checkpoint, make_world, oracle, oracle_tokens, run_engine
 
 NEW = 10
@@ -85,9 +85,36 @@ def test_an_adapter_is_merged_into_the_widened_weights(kept: Kept) -> None:
     assert run_engine(kept.world.load(store), [("all", PROMPT)], NEW) == [expected]
 
 
-def test_transformers_reads_the_same_from_the_same_files(plain: World, tmp_path: Path) -> None:
-    """Of FP8, which it widens by itself where there is no GPU."""
-    keep(plain.base, WHOLE_BLOCKS, tmp_path / "kept", tmp_path / "widened")
+OTHERS = {
+    "fp8": (LlamaConfig(**SIZES), WHOLE_BLOCKS),
+    "fp8-experts": (
+        Qwen3MoeConfig(
+            **SIZES | {"hidden_size": 64},
+            head_dim=16,
+            num_experts=4,
+            num_experts_per_tok=2,
+            moe_intermediate_size=32,
+        ),
+        WHOLE_BLOCKS,
+    ),
+    "mxfp4": (
+        GptOssConfig(
+            **SIZES | {"hidden_size": 64, "intermediate_size": 32, "pad_token_id": 0},
+            head_dim=16,
+            num_local_experts=4,
+            num_experts_per_tok=2,
+        ),
+        EXPERTS,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_transformers_reads_the_same_from_the_same_files(tmp_path: Path, name: str) -> None:
+    """Of the formats that it widens by itself where there is no GPU, experts included."""
+    config, kind = OTHERS[name]
+    make_checkpoint(tmp_path / "base", config)
+    keep(tmp_path / "base", kind, tmp_path / "kept", tmp_path / "widened")
     store, world = MemoryStore(), World(tmp_path / "kept", {}, tmp_path)
     world.build(store)
     expected = oracle_tokens(oracle(world.base, None), PROMPT, NEW)
