@@ -7,13 +7,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig
+from structlog.testing import capture_logs
+from transformers import GptOssConfig, LlamaConfig, Qwen3MoeConfig
 
+from builder_service.pipeline.build import build
+from builder_service.pipeline.check import check_one
+from builder_service.pipeline.context import BuildContext
+from builder_service.pipeline.progress import Progress
 from inference_service.proof.adapter_source import read_adapter
 from inference_service.proof.reference import Reference
+from loramux.doctor.sizes import read_base, sizes_of, weight_files_bytes
+from loramux_shared.bases.memory import count_weights
 from loramux_shared.bases.read import read_config
+from loramux_shared.deployment import Deployment
+from loramux_shared.settings import InferenceSettings
+from loramux_shared.sources.open import open_sources
 from loramux_shared.storage.memory import MemoryStore
-from tests.support.lowbit import KINDS, WHOLE_BLOCKS, keep
+from tests.support.lowbit import EXPERTS, KINDS, WHOLE_BLOCKS, keep
 from tests.support.tiny import SIZES, World, make_checkpoint, make_world, oracle, oracle_tokens, run_engine
 
 NEW = 10
@@ -63,9 +73,48 @@ def test_proofs_are_computed_with_the_widened_weights(kept: Kept) -> None:
     assert torch.equal(found.logits, expected.logits)
 
 
-def test_transformers_reads_the_same_from_the_same_files(plain: World, tmp_path: Path) -> None:
-    """Of FP8, which it widens by itself where there is no GPU."""
-    keep(plain.base, WHOLE_BLOCKS, tmp_path / "kept", tmp_path / "widened")
+@pytest.mark.parametrize("kept", ["nf4"], indirect=True)
+def test_an_adapter_is_merged_into_the_widened_weights(kept: Kept) -> None:
+    """In float32, into what the base is served with."""
+    data = kept.world.deployment().model_dump(mode="json")
+    data["build"]["lora_adapters"] = {"all": data["build"]["lora_adapters"]["all"]}
+    data["runtime"] |= {"serve_base": False}
+    deployment, store = Deployment.model_validate(data), MemoryStore()
+    build(deployment, BuildContext(store, open_sources(local_roots=[kept.world.root])), Progress(["all"]))
+    expected = oracle_tokens(oracle(kept.widened, kept.world.adapters["all"]), PROMPT, NEW)
+    assert run_engine(kept.world.load(store), [("all", PROMPT)], NEW) == [expected]
+
+
+OTHERS = {
+    "fp8": (LlamaConfig(**SIZES), WHOLE_BLOCKS),
+    "fp8-experts": (
+        Qwen3MoeConfig(
+            **SIZES | {"hidden_size": 64},
+            head_dim=16,
+            num_experts=4,
+            num_experts_per_tok=2,
+            moe_intermediate_size=32,
+        ),
+        WHOLE_BLOCKS,
+    ),
+    "mxfp4": (
+        GptOssConfig(
+            **SIZES | {"hidden_size": 64, "intermediate_size": 32, "pad_token_id": 0},
+            head_dim=16,
+            num_local_experts=4,
+            num_experts_per_tok=2,
+        ),
+        EXPERTS,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_transformers_reads_the_same_from_the_same_files(tmp_path: Path, name: str) -> None:
+    """Of the formats that it widens by itself where there is no GPU, experts included."""
+    config, kind = OTHERS[name]
+    make_checkpoint(tmp_path / "base", config)
+    keep(tmp_path / "base", kind, tmp_path / "kept", tmp_path / "widened")
     store, world = MemoryStore(), World(tmp_path / "kept", {}, tmp_path)
     world.build(store)
     expected = oracle_tokens(oracle(world.base, None), PROMPT, NEW)
@@ -98,3 +147,29 @@ def test_libraries_answer_the_same_from_the_same_files(tmp_path: Path, name: str
         module.quantization_enabled = False
     expected = oracle_tokens(model, PROMPT, NEW)
     assert run_engine(world.load(store), [("base", PROMPT)], NEW) == [expected]
+
+
+def test_what_widening_takes_is_told_beforehand(plain: World, tmp_path: Path) -> None:
+    """By a check, by the doctor and by a start, with the bytes of the files and of memory."""
+    keep(plain.base, KINDS["gptq"], tmp_path / "kept", tmp_path / "widened")
+    store = MemoryStore()
+    world = replace(
+        plain, base=tmp_path / "kept", root=tmp_path.parent, adapters={"all": plain.adapters["all"]}
+    )
+    world.build(store)
+    files = (world.base / "model.safetensors").stat().st_size / 1e6
+    memory = 4 * count_weights(read_config(world.base)) / 1e6
+    told = (
+        f"widened from gptq (int4) at load: {files:.1f} MB in the files, {memory:.1f} MB in memory as float32"
+    )
+    with capture_logs() as logs:
+        world.load(store)
+    assert [log["weights"] for log in logs if "weights" in log] == [told]
+    context = BuildContext(MemoryStore(), open_sources(local_roots=[world.root]), tmp_path / "work")
+    report = check_one(world.deployment(), context, Progress(["all"]))
+    assert [finding.found for finding in report.findings if finding.code == "W_WIDENED"] == [told]
+    settings = InferenceSettings(deployment="none")
+    sizes = sizes_of(
+        read_base(world.base), settings, 10**9, "float32", file_bytes=weight_files_bytes(world.base)
+    )
+    assert sizes.widened == told

@@ -14,6 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 GROUP = 16
+LINEARS = ("_proj.weight",)
+EXPERTS_IN_3D = ("experts.gate_up_proj", "experts.down_proj")
 NF4 = (
     "-1 -.6961928009986877 -.5250730514526367 -.39491748809814453 -.28444138169288635 -.18477343022823334 "
     "-.09105003625154495 0 .07958029955625534 .16093020141124725 .24611230194568634 .33791524171829224 "
@@ -177,6 +179,20 @@ def int8(weight: Tensor) -> Kept:
     return tensors, numbers * largest[:, None] * 7.874015718698502e-3
 
 
+def mxfp4(weight: Tensor) -> Kept:
+    """Experts [experts, in, out], kept turned, in blocks of 32 along what they read."""
+    values = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    values = torch.cat([values, -values])
+    blocks = weight.transpose(1, 2).unflatten(-1, (-1, 32))
+    exponents = torch.ceil(torch.log2(blocks.abs().amax(-1) / 6))
+    powers = torch.exp2(exponents)[..., None]
+    numbers = ((blocks / powers)[..., None] - values).abs().argmin(-1)
+    whole = (values[numbers] * powers).flatten(-2).transpose(1, 2)
+    codes = numbers.to(torch.uint8)
+    packed = codes[..., 0::2] | codes[..., 1::2] << 4
+    return {"blocks": packed, "scales": (exponents + 127).to(torch.uint8)}, whole
+
+
 def _compressed(format_: str, activations: Any = None, **weights: Any) -> dict[str, Any]:
     group = {"targets": ["Linear"], "weights": weights, "input_activations": activations}
     return {
@@ -191,6 +207,8 @@ def _compressed(format_: str, activations: Any = None, **weights: Any) -> dict[s
 
 WHOLE_BLOCKS = Kind({"quant_method": "fp8", "weight_block_size": [16, 16]}, partial(fp8, block=16))
 """Which transformers reads too: it takes no block that is smaller than the others."""
+EXPERTS = Kind({"quant_method": "mxfp4"}, mxfp4)
+"""Of gpt-oss, in 3-D."""
 KINDS = {
     "fp8": Kind({"quant_method": "fp8", "weight_block_size": [32, 32], "activation_scheme": "dynamic"}, fp8),
     "pack-quantized": Kind(
@@ -217,11 +235,14 @@ def keep(base: Path, kind: Kind, into: Path, widened: Path) -> None:
     """Write a checkpoint with its projections kept in another way, and one with the weights that these mean."""
     tensors = load_file(base / "model.safetensors")
     kept, whole = dict(tensors), dict(tensors)
+    experts = kind is EXPERTS
+    names = EXPERTS_IN_3D if experts else LINEARS
     for name, tensor in tensors.items():
-        if name.endswith("_proj.weight"):
+        if name.endswith(names):
             del kept[name]
             parts, whole[name] = kind.keep(tensor)
-            kept |= {name.removesuffix("weight") + part: value for part, value in parts.items()}
+            stem = f"{name}_" if experts else name.removesuffix("weight")
+            kept |= {stem + part: value for part, value in parts.items()}
     config = json.loads((base / "config.json").read_bytes())
     for folder, content, more in ((into, kept, {"quantization_config": kind.config}), (widened, whole, {})):
         folder.mkdir()

@@ -7,12 +7,12 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from inference_service.models.formats.packed import spread
+from inference_service.models.formats.packed import Shared
 from inference_service.models.formats.pieces import FLOATS, Pieces
-from inference_service.models.formats.words import WORD, unpacked
+from inference_service.models.formats.words import WORD
 
-ORDER: Final = (0, 4, 1, 5, 2, 6, 3, 7)
-"""Where the eight numbers of a word are, from its lowest four bits on."""
+ORDER: Final = (0, 2, 4, 6, 1, 3, 5, 7)
+"""Which of eight rows the numbers of a word are of, from its lowest four bits on."""
 
 
 class Awq:
@@ -34,19 +34,21 @@ class Awq:
         self._words = pieces.take("qweight", (torch.int32,), (columns, words))
         scales = pieces.take("scales", FLOATS)
         groups = scales.shape[0] if scales.dim() else 0
-        self._scales = pieces.take("scales", FLOATS, (groups, rows)).float().t()
+        scales = pieces.take("scales", FLOATS, (groups, rows)).float().t()
         zeros = pieces.take("qzeros", (torch.int32,), (groups, words))
-        self._zeros = self._ordered(zeros)
         self.scheme = pieces.scheme("int4", [rows, groups], rows, columns)
+        self._shared = Shared(self.scheme, scales, _ordered(zeros))
 
     def part(self, matrix: int, begin: int, end: int) -> Tensor:
         """Return rows in float32."""
         del matrix
-        rows = self._ordered(self._words[:, begin // 8 : end // 8])
-        rows -= spread(self._zeros, self.scheme, begin, end, self.columns)
-        return rows.mul_(spread(self._scales, self.scheme, begin, end, self.columns))
+        return self._shared.apply(_ordered(self._words[:, begin // 8 : end // 8]), begin)
 
-    def _ordered(self, words: Tensor) -> Tensor:
-        """Return the numbers of words [n, m] as [m * 8, n], in the order of the rows."""
-        numbers = unpacked(words, 4).view(*words.shape, 8)[..., list(ORDER)]
-        return numbers.flatten(1).t().float()
+
+def _ordered(words: Tensor) -> Tensor:
+    """Return the numbers of words [n, m] in float32 [8 * m, n], in the order of the rows."""
+    turned = words.t().contiguous()
+    numbers = torch.empty(len(turned), len(ORDER), len(words))
+    for place, row in enumerate(ORDER):
+        numbers[:, row] = (turned >> 4 * place) & 15
+    return numbers.flatten(0, 1)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from inference_service.models.formats.pieces import Pieces
+from inference_service.models.formats.words import looked_up, pairs
 from loramux_shared.bases.formats.scheme import Numbers
 from loramux_shared.faults import CheckpointInvalid
 
@@ -26,6 +27,7 @@ STATE: Final = {f"weight.quant_state.bitsandbytes__{numbers}": numbers for numbe
 TYPES: Final = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
 PER_127: Final = 7.874015718698502e-3
 """1 / 127, as which bitsandbytes writes it."""
+BLOCKS: Final = frozenset(1 << power for power in range(5, 13))
 FLAT: Final = 0
 """``weight_format`` of rows side by side; the others were for GPUs of one kind."""
 
@@ -53,9 +55,8 @@ class FourBits:
         self._block, self._dtype = _block(state, "blocksize", pieces), TYPES[_type_of(state, pieces)]
         numbers: Numbers = "nf4" if STATE[role] == "nf4" else "fp4"
         self.scheme = pieces.scheme(numbers, [1, 1], self.rows, self.columns)
-        self._table = torch.tensor(TABLES[numbers])
         given = pieces.take("weight.quant_map", (torch.float32,), (16,))
-        if not torch.equal(given, self._table):
+        if not torch.equal(given, torch.tensor(TABLES[numbers])):
             raise pieces.invalid(
                 "weight.quant_map", f"expected the sixteen numbers of {numbers}, found others."
             )
@@ -83,12 +84,11 @@ class FourBits:
         """Return rows in float32."""
         del matrix
         first, last = begin * self.columns, end * self.columns
-        data = self._data[first // 2 : -(-last // 2)]
-        numbers = torch.stack((data >> 4, data & 15), dim=-1).flatten()[: last - first]
+        table = pairs(TABLES[self.scheme.numbers], upper_first=True)
+        values = looked_up(self._data[first // 2 : -(-last // 2)], table)[: last - first]
         block = first // self._block
         largest = self._largest[block : -(-last // self._block)].repeat_interleave(self._block)
-        largest = largest[first - block * self._block :][: last - first]
-        values = self._table[numbers.int()].mul_(largest)
+        values.mul_(largest[first - block * self._block :][: last - first])
         return values.to(self._dtype).float().view(end - begin, self.columns)
 
 
@@ -136,8 +136,10 @@ def _state(pieces: Pieces, role: str) -> dict[str, Any]:
 
 def _block(state: dict[str, Any], key: str, pieces: Pieces) -> int:
     size = state.get(key)
-    if type(size) is not int or size < 2 or size & (size - 1):
-        raise pieces.invalid("weight.quant_state", f"{key}: expected a power of two, found {size!r}.")
+    if type(size) is not int or size not in BLOCKS:
+        raise pieces.invalid(
+            "weight.quant_state", f"{key}: expected a power of two up to 4096, found {size!r}."
+        )
     return size
 
 

@@ -7,6 +7,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from inference_service.models.formats.packed import Shared
 from inference_service.models.formats.pieces import FLOATS, Pieces
 from inference_service.models.formats.words import NUMBERS, WORD, bits_of, groups_of, unpacked
 
@@ -31,25 +32,22 @@ class Gptq:
         words = self._words.shape[0] if self._words.dim() else 0
         self._bits = bits = bits_of(pieces, "qweight", words, columns)
         pieces.take("qweight", (torch.int32,), (words, rows))
-        self._scales = pieces.take("scales", FLOATS)
-        groups = self._scales.shape[0] if self._scales.dim() else 0
-        self._scales = pieces.take("scales", FLOATS, (groups, rows)).float()
+        scales = pieces.take("scales", FLOATS)
+        groups = scales.shape[0] if scales.dim() else 0
+        scales = pieces.take("scales", FLOATS, (groups, rows)).float().t()
         zeros = pieces.take("qzeros", (torch.int32,), (groups, -(-rows * bits // WORD)))
         if pieces.quantization.zeros_less_one:
             zeros = zeros + ONES[bits]  # carries included, as gptqmodel stores and reads them
-        self._zeros = unpacked(zeros, bits)[:, :rows].float()
         self.scheme = pieces.scheme(NUMBERS[bits], [rows, groups], rows, columns)
-        index = groups_of(pieces, "g_idx", columns, groups)
-        if index is None and pieces.quantization.columns_are_ordered:
+        index = groups_of(pieces, "g_idx", self.scheme, groups)
+        if index is None and "g_idx" not in pieces.tensors and pieces.quantization.columns_are_ordered:
             raise pieces.invalid(
                 "g_idx", "expected the group of each column, which desc_act implies, found none."
             )
-        in_turn = torch.arange(columns) // (self.scheme.columns or columns)
-        self._groups = in_turn if index is None else index
+        self._shared = Shared(self.scheme, scales, unpacked(zeros, bits)[:, :rows].t(), index)
 
     def part(self, matrix: int, begin: int, end: int) -> Tensor:
         """Return rows in float32."""
         del matrix
-        rows = unpacked(self._words[:, begin:end].t(), self._bits)[:, : self.columns].float()
-        zeros, scales = self._zeros[:, begin:end].t(), self._scales[:, begin:end].t()
-        return rows.sub_(zeros.index_select(1, self._groups)).mul_(scales.index_select(1, self._groups))
+        numbers = unpacked(self._words[:, begin:end].t(), self._bits)[:, : self.columns]
+        return self._shared.apply(numbers, begin)

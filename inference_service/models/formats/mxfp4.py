@@ -8,13 +8,12 @@ import torch
 from torch import Tensor
 
 from inference_service.models.formats.pieces import Pieces
+from inference_service.models.formats.words import NO_NUMBER, looked_up, pairs, powers
 
 VALUES: Final = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 """E2M1, by its bits."""
 BYTES: Final = 16
 """Of a block."""
-NO_NUMBER: Final = 255
-"""Of E8M0."""
 
 
 class Mxfp4:
@@ -43,11 +42,8 @@ class Mxfp4:
         self._scales = pieces.take("weight_scales", (torch.uint8,), grid)
         if bool((self._scales == NO_NUMBER).any()):
             raise pieces.invalid("weight_scales", f"expected exponents, found {NO_NUMBER}, which is no number.")
-        self._values = torch.tensor(VALUES)
 
     def part(self, matrix: int, begin: int, end: int) -> Tensor:
         """Return rows of an expert in float32."""
-        data = self._blocks[matrix, begin:end]
-        numbers = self._values[torch.stack((data & 15, data >> 4), dim=-1).flatten(-2).int()]
-        exponents = self._scales[matrix, begin:end, :, None].int() - 127
-        return torch.ldexp(numbers, exponents).flatten(1)
+        numbers = looked_up(self._blocks[matrix, begin:end], pairs(VALUES))
+        return numbers.mul_(powers(self._scales[matrix, begin:end, :, None])).flatten(1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from inference_service.models.formats.packed import grids, has_zeros, spread
+from inference_service.models.formats.packed import Shared, grids, has_zeros
 from inference_service.models.formats.pieces import FLOATS, WHOLE, Pieces
 from inference_service.models.formats.words import NUMBERS, WORD, bits_of, groups_of, unpacked
 
@@ -30,23 +30,22 @@ class PackQuantized:
         said = pieces.take("weight_shape", WHOLE, (2,)).tolist()
         if said != [rows, columns]:
             raise pieces.invalid("weight_shape", f"config.json implies {[rows, columns]}, found {said}.")
-        self._scales = grids(pieces, pieces.take("weight_scale", FLOATS).float())[0]
-        down, across = self._scales.shape
-        packed = "weight_zero_point" in pieces.tensors
-        self._zeros = self._unpacked_zeros(down, across) if packed else None
-        numbers = NUMBERS[self._bits]
-        self.scheme = pieces.scheme(numbers, [down, across], rows, columns, has_zeros(self._zeros))
-        self._groups = groups_of(pieces, "weight_g_idx", columns, across) if down == rows else None
+        scales = grids(pieces, pieces.take("weight_scale", FLOATS).float())[0]
+        down, across = scales.shape
+        zeros = self._unpacked_zeros(down, across) if "weight_zero_point" in pieces.tensors else None
+        self.scheme = pieces.scheme(NUMBERS[self._bits], [down, across], rows, columns, has_zeros(zeros))
+        self._shared = Shared(
+            self.scheme, scales, zeros, groups_of(pieces, "weight_g_idx", self.scheme, across)
+        )
 
     def _unpacked_zeros(self, down: int, across: int) -> Tensor:
         """Return zero points [down, across], which are packed along rows."""
+        zeros = self.pieces.maybe("weight_zero_point")
+        if zeros is not None and zeros.dtype == torch.int8:  # one by one
+            return self.pieces.take("weight_zero_point", (torch.int8,), (down, across)).float()
         words = -(-down * self._bits // WORD)
-        zeros = self.pieces.take(
-            "weight_zero_point", (torch.int32, torch.int8), (words, across), (down, across)
-        )
-        if zeros.dtype == torch.int8:
-            return zeros.float()
-        return unpacked(zeros.t(), self._bits)[:, :down].t().float() - self._half
+        zeros = self.pieces.take("weight_zero_point", (torch.int32,), (words, across))
+        return unpacked(zeros.t(), self._bits)[:, :down].t() - self._half
 
     @property
     def _half(self) -> int:
@@ -55,12 +54,5 @@ class PackQuantized:
     def part(self, matrix: int, begin: int, end: int) -> Tensor:
         """Return rows in float32."""
         del matrix
-        rows = unpacked(self._words[begin:end], self._bits)[:, : self.columns].float().sub_(self._half)
-        if self._zeros is not None:
-            rows -= self._spread(self._zeros, begin, end)
-        return rows.mul_(self._spread(self._scales, begin, end))
-
-    def _spread(self, scales: Tensor, begin: int, end: int) -> Tensor:
-        if self._groups is None:
-            return spread(scales, self.scheme, begin, end, self.columns)
-        return scales[begin:end].index_select(1, self._groups)
+        numbers = unpacked(self._words[begin:end], self._bits)[:, : self.columns].sub_(self._half)
+        return self._shared.apply(numbers, begin)

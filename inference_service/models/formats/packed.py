@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Final, Protocol
 
 import torch
 from torch import Tensor
 
-from inference_service.models.formats.pieces import Pieces
+from inference_service.models.formats.pieces import Pieces, named
 from loramux_shared.bases.formats.scheme import WeightScheme
 
-CHUNK: Final = 1 << 21
-"""Numbers that are widened at once: beside the weight, some ten megabytes each of what comes between."""
-ROWS: Final = 256
-"""Chunks are of multiples of it, so that none begins within a word or a block."""
+CHUNK: Final = 1 << 18
+"""Numbers that are widened at once: what comes between takes a megabyte each, and stays near the processor."""
+ROWS: Final = 8
+"""Chunks are of multiples of it, so that none begins within a word."""
 
 
 class Packed(Protocol):
@@ -40,19 +41,55 @@ def widened(packed: Packed, dtype: torch.dtype) -> Tensor:
     Raises:
         CheckpointInvalid: it has values that are no numbers, or none of the type.
     """
-    shape = packed.pieces.shape
+    shape, limit = packed.pieces.shape, torch.finfo(dtype).max
     out = torch.empty(shape, dtype=dtype)
     views = out.view(packed.matrices, *shape[-2:])
     step = max(ROWS, CHUNK // max(1, packed.columns) // ROWS * ROWS)
     for matrix, view in enumerate(views.transpose(1, 2) if packed.turned else views):
         for begin in range(0, packed.rows, step):
             end = min(begin + step, packed.rows)
-            view[begin:end] = packed.part(matrix, begin, end)
-            if not bool(view[begin:end].isfinite().all()):
+            part = packed.part(matrix, begin, end)
+            low, high = map(float, part.aminmax())
+            if not (-limit <= low and high <= limit):  # written so that NaN fails too
                 raise packed.pieces.invalid(
-                    "weight", f"expected numbers of {dtype}, found values beyond it, or none at all."
+                    "weight", f"expected finite numbers of {named(dtype)}, found {low} to {high}."
                 )
+            view[begin:end] = part
     return out
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What the numbers of a matrix share with others: a scale, and a zero point where there are some."""
+
+    of: WeightScheme
+    scales: Tensor
+    """[down, across]"""
+    zeros: Tensor | None = None
+    """[down, across]"""
+    group_of: Tensor | None = None
+    """The group of each column, where groups are not of columns that follow each other."""
+
+    def apply(self, part: Tensor, begin: int) -> Tensor:
+        """Return rows from begin on [n, columns], less their zero points and times their scales, in place."""
+        if self.zeros is not None:
+            numbers, zeros = self._over(part, self.zeros, begin)
+            numbers.sub_(zeros)
+        numbers, scales = self._over(part, self.scales, begin)
+        numbers.mul_(scales)
+        return part
+
+    def _over(self, part: Tensor, grid: Tensor, begin: int) -> tuple[Tensor, Tensor]:
+        """Return rows and what they share, in shapes that go together."""
+        rows, columns = part.shape
+        if len(grid) > 1:
+            grid = grid[torch.arange(begin, begin + rows) // (self.of.rows or 1)]
+        if self.group_of is not None:
+            return part, grid.index_select(1, self.group_of)
+        width = min(self.of.columns or columns, columns)
+        if grid.shape[1] * width == columns:
+            return part.view(rows, -1, width), grid[:, :, None]
+        return part, grid.repeat_interleave(width, dim=1)[:, :columns]
 
 
 def grids(pieces: Pieces, scales: Tensor) -> Tensor:
@@ -70,16 +107,6 @@ def grids(pieces: Pieces, scales: Tensor) -> Tensor:
     if len(shape) == len(matrices) + 2 and shape[:-2] == matrices:
         return scales.reshape(count, *shape[-2:])
     raise pieces.invalid("scales", f"expected a grid of scales for {pieces.shape}, found shape {shape}.")
-
-
-def spread(scales: Tensor, of: WeightScheme, begin: int, end: int, columns: int) -> Tensor:
-    """Return scales, or zero points, [down, across] for each number of some rows, or for all to share."""
-    down, across = scales.shape
-    if down > 1:
-        scales = scales[torch.arange(begin, end) // (of.rows or 1)]
-    if across > 1:
-        scales = scales.repeat_interleave(of.columns or 1, dim=1)[:, :columns]
-    return scales
 
 
 def has_zeros(zeros: Tensor | None) -> bool | None:

@@ -42,8 +42,8 @@ class Pieces:
         if tensor is None:
             raise self.invalid(role, "expected the tensor, found none. Is the download complete?")
         if tensor.dtype not in types:
-            names = ", ".join(_named(each) for each in types)
-            raise self.invalid(role, f"expected {names}, found {_named(tensor.dtype)}.")
+            names = ", ".join(named(each) for each in types)
+            raise self.invalid(role, f"expected {names}, found {named(tensor.dtype)}.")
         if shapes and tuple(tensor.shape) not in shapes:
             expected = " or ".join(str(shape) for shape in dict.fromkeys(shapes))
             raise self.invalid(role, f"expected shape {expected}, found {tuple(tensor.shape)}.")
@@ -90,5 +90,6 @@ class Pieces:
         return CheckpointInvalid(f"{self.name} ({self.quantization.shown}): {role}: {what}")
 
 
-def _named(dtype: torch.dtype) -> str:
+def named(dtype: torch.dtype) -> str:
+    """Return the name of a type, for people."""
     return str(dtype).removeprefix("torch.")
