@@ -34,6 +34,11 @@ _PARTS: Final = {
     "down_proj": ("mlp_4h_to_h",),
     "qkv_proj": ("attn_q", "attn_k", "attn_v"),
     "gate_up_proj": ("mlp_h_to_4h", "mlp_gate"),
+    "in_proj_qkv": ("delta_qkv",),
+    "in_proj_z": ("delta_z",),
+    "in_proj_b": ("delta_b",),
+    "in_proj_a": ("delta_a",),
+    "out_proj": ("delta_out",),
 }
 _KEY: Final = re.compile(
     r"(?:base_model\.model\.)?(?P<name>(?:.+\.)?layers\.(?P<layer>\d+)\.\w+\.(?P<leaf>\w+))"
@@ -57,7 +62,7 @@ class Factors:
 
 
 AdapterFactors = Mapping[tuple[int, str], Factors]
-"""By layer and TensorRT-LLM's name of the module."""
+"""By layer and the name of the module."""
 
 
 def read_adapter(folder: Path, base: ModelConfig, truncate_to: int | None = None) -> AdapterFactors:

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from inference_service.kernels.sgmv import fused_kernel, triton_kernels, tuning
-from inference_service.kernels.sgmv.layout import COUNTER_STRIDE
+from inference_service.kernels.sgmv.layout import COUNTER_STRIDE, MAX_SLICES
 from tests.kernels.aot import Variant, with_halves
 
 TYPES = {
@@ -20,8 +20,13 @@ TYPES = {
 }
 # As the launcher specialises: what is not a multiple of 16 in general.
 UNALIGNED = {*triton_kernels.PLANE_SCALARS, *triton_kernels.SEGMENT_POINTERS}
-# A fused qkv: the widest table, and slices that differ.
-GROUP = {"OFFSETS": (0, 4096, 5120), "SIZES": (4096, 1024, 1024), "ALIGNMENT": 16, "N_SLICES": 3}
+# What a gated delta rule reads: the widest table, and slices that differ.
+GROUP = {
+    "OFFSETS": (0, 8192, 12288, 12320),
+    "SIZES": (8192, 4096, 32, 32),
+    "ALIGNMENT": 16,
+    "N_SLICES": MAX_SLICES,
+}
 DTYPES = {2: "bf16", 4: "fp32"}
 Tiles = tuning.ShrinkConfig | tuning.ExpandConfig
 
@@ -36,7 +41,7 @@ def entries(architecture: int) -> Iterator[Variant]:
     shrinks = tuning.SHRINK[architecture]
     for (phase, itemsize), buckets in shrinks.items():
         for bucket, c in buckets.items():
-            tiles = {"N_SLICES": 3, "BLOCK_T": c.block_t, "BLOCK_R": c.block_r, "BLOCK_K": c.block_k}
+            tiles = {"N_SLICES": MAX_SLICES, "BLOCK_T": c.block_t, "BLOCK_R": c.block_r, "BLOCK_K": c.block_k}
             name = f"sgmv.shrink {phase.value} {bucket}"
             yield _variant(name, triton_kernels.shrink_kernel, itemsize, c, tiles)
     for (phase, itemsize), expands in tuning.EXPAND[architecture].items():

@@ -9,6 +9,7 @@ from tests.kernels.aot import Variant
 GROUPS = (
     {"OFFSETS": (0,), "SIZES": (8192,), "N_SLICES": 1},
     {"OFFSETS": (0, 14336), "SIZES": (14336, 14336), "N_SLICES": 2},
+    {"OFFSETS": (0, 4096, 5120), "SIZES": (4096, 1024, 1024), "N_SLICES": 3},
     aot_sgmv.GROUP,
 )
 

@@ -8,7 +8,15 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import Gemma2Config, GraniteConfig, LlamaConfig, Olmo2Config, PreTrainedConfig, Qwen3Config
+from transformers import (
+    Gemma2Config,
+    GraniteConfig,
+    LlamaConfig,
+    Olmo2Config,
+    PreTrainedConfig,
+    Qwen3_5TextConfig,
+    Qwen3Config,
+)
 
 from inference_service.backends.deterministic import agreeing_sizes
 from inference_service.core.sampling import SamplingParams
@@ -18,9 +26,10 @@ from inference_service.layers.linear import in_pieces
 from inference_service.startup.load import Ready
 from loramux_shared.faults import SettingsInvalid
 from loramux_shared.storage.memory import MemoryStore
+from tests.models.test_families import QWEN_DELTA
 from tests.support.tiny import ADAPTERS, SIZES, VOCAB, World, make_world_of
 
-NEW = 26
+NEW, SEQS = 26, 64
 MODELS = ("base", *ADAPTERS)
 WINDOWED = {"head_dim": 16, "num_hidden_layers": 2, "sliding_window": 24}
 FAMILIES: dict[str, PreTrainedConfig] = {
@@ -33,6 +42,7 @@ FAMILIES: dict[str, PreTrainedConfig] = {
     ),
     "granite": GraniteConfig(**SIZES, residual_multiplier=0.3, embedding_multiplier=3.0, logits_scaling=7.0),
     "olmo2": Olmo2Config(**SIZES, pad_token_id=0),
+    "qwen3_5": Qwen3_5TextConfig(**SIZES | {"num_hidden_layers": 3}, **QWEN_DELTA, pad_token_id=0),
 }
 Asked = list[tuple[str, list[int]]]
 
@@ -92,8 +102,10 @@ def test_nothing_around_a_request_changes_a_bit_of_its_answer(
     assert answers(chunked, asked) == alone
     assert chunked.engine.stats.prefix_tokens_hit > 100
     model = chunked.engine._engine._runner._model  # type: ignore[attr-defined]
-    token_bytes = 2 * 2 * 2 * model.config.dims.head_dim * model.dtype.itemsize
-    scarce = loaded(world, dtype=dtype, kv_memory_gb=288 * token_bytes / 1e9)
+    size, config = model.dtype.itemsize, model.config
+    token_bytes = size * sum(layer.mixer.kept_features for layer in config.layers)
+    cache = 288 * token_bytes + SEQS * config.state_bytes(size)
+    scarce = loaded(world, dtype=dtype, kv_memory_gb=cache / 1e9, max_batch_seqs=SEQS)
     assert answers(scarce, asked * 2) == alone * 2
     assert scarce.engine.stats.preemptions > 0
 

@@ -14,7 +14,42 @@ from loramux_shared.faults import CheckpointInvalid
 
 # As the hub has them: written by transformers 4, and by people.
 GEMMA_4 = {"architectures": ["Gemma4ForCausalLM"]}
+QWEN_35 = {"architectures": ["Qwen3_5ForCausalLM"]}
 HUB_CONFIGS: dict[str, dict[str, Any]] = {
+    "Qwen3.5-text": {
+        "architectures": ["Qwen3_5ForCausalLM"],
+        "model_type": "qwen3_5_text",
+        "full_attention_interval": 2,
+        "num_hidden_layers": 4,
+        "rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000000},
+    },
+    "Qwen3.5-9B": {
+        "architectures": ["Qwen3_5ForConditionalGeneration"],
+        "model_type": "qwen3_5",
+        "image_token_id": 248056,
+        "text_config": {
+            "attention_bias": False,
+            "attn_output_gate": True,
+            "dtype": "bfloat16",
+            "eos_token_id": 248044,
+            "full_attention_interval": 4,
+            "hidden_size": 4096,
+            "layer_types": ["linear_attention", "linear_attention", "linear_attention", "full_attention"] * 8,
+            "linear_num_value_heads": 32,
+            "max_position_embeddings": 262144,
+            "mtp_num_hidden_layers": 1,
+            "model_type": "qwen3_5_text",
+            "rope_parameters": {
+                "mrope_interleaved": True,
+                "mrope_section": [11, 11, 10],
+                "partial_rotary_factor": 0.25,
+                "rope_theta": 10000000,
+                "rope_type": "default",
+            },
+        },
+        "tie_word_embeddings": False,
+        "vision_config": {"depth": 27, "model_type": "qwen3_5"},
+    },
     "Llama-3.1": {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -542,6 +577,16 @@ def test_older_configs_mean_what_transformers_takes_them_for(tmp_path: Path, nam
             "num_experts_per_tok: expected at most num_local_experts 2, found 4",
         ),
         ({"architectures": ["Olmo3ForCausalLM"], "rope_scaling": {"rope_type": "longrope"}}, "'longrope'"),
+        ({**QWEN_35, "hidden_act": "gelu"}, 'hidden_act "gelu"'),
+        ({**QWEN_35, "attn_output_gate": False}, "attn_output_gate false"),
+        (
+            {**QWEN_35, "layer_types": ["linear_attention"] * 32},
+            "one at least that attends; found 32 of linear",
+        ),
+        ({**QWEN_35, "layer_types": ["full_attention"] * 31}, "layer_types: expected 32 .* found 31"),
+        ({**QWEN_35, "layer_types": ["full_attention"] * 31 + ["mamba"]}, "found 32 of full_attention, mamba"),
+        ({**QWEN_35, "linear_num_value_heads": 24}, "a multiple of linear_num_key_heads 16, found 24"),
+        ({**QWEN_35, "linear_conv_kernel_dim": 9}, "linear_conv_kernel_dim: expected 2 to 8, found 9"),
     ],
 )
 def test_what_is_not_served_is_refused_by_name(tmp_path: Path, change: dict[str, Any], told: str) -> None:
