@@ -198,7 +198,8 @@ def report_of(message: builder_pb2.AdapterReport) -> AdapterReport:
 
 def _row(message: builder_pb2.AdapterRow) -> RowReport:
     fields = {name: getattr(message, name) for name in RowReport.__dataclass_fields__}
-    return RowReport(**fields | {"truncated_from": message.truncated_from or None})
+    expert = message.expert if message.HasField("expert") else None
+    return RowReport(**fields | {"truncated_from": message.truncated_from or None, "expert": expert})
 
 
 def _fault(message: builder_pb2.Failure) -> Fault:

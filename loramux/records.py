@@ -325,6 +325,8 @@ class RowReport:
     """The adapter's own rank, where it was truncated."""
     truncation_error: float
     """Of the product, relative."""
+    expert: int | None
+    """Whose module it is, of a mixture's layer."""
 
 
 @dataclass(frozen=True)

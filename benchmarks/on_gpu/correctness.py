@@ -15,7 +15,9 @@ from torch import Tensor
 from benchmarks.on_gpu.device import Device
 from benchmarks.on_gpu.machine import ROOT
 from benchmarks.on_gpu.run import Run, Scale
+from inference_service.kernels import experts as kernels_of_experts
 from inference_service.kernels import rows
+from inference_service.kernels.experts import reference as experts_reference
 from inference_service.kernels.rows import reference as rows_reference
 from inference_service.kernels.sampling import RowParams, SamplingTables, pack_rows, sample
 from inference_service.kernels.sampling import reference as sampling_reference
@@ -171,6 +173,42 @@ def sampler(vocab: int) -> Check:
     return check
 
 
+def mixture(num: int, dim: int, width: int, experts: int, top_k: int) -> Check:
+    """Routes, grouped products of tokens and of places, and their weighted sum, recorded with other tokens."""
+
+    def check(device: Device) -> tuple[float, float]:
+        def draw(*shape: int) -> Tensor:
+            return torch.randn(shape, dtype=device.dtype, device=device.where)
+
+        x, logits = draw(num, dim), draw(num, experts)
+        up, down, bias = draw(experts, width, dim), draw(experts, dim, width) / width, draw(experts, width)
+
+        def work() -> tuple[kernels_of_experts.Routed, Tensor]:
+            routed = kernels_of_experts.route(logits, top_k, renormalised=True)
+            pairs = kernels_of_experts.by_expert(routed.ids, experts)
+            hidden = kernels_of_experts.grouped(x, up, pairs, bias, of_tokens=True)
+            return routed, kernels_of_experts.combine(
+                kernels_of_experts.grouped(hidden, down, pairs), routed, pairs
+            )
+
+        made: list[tuple[kernels_of_experts.Routed, Tensor]] = []
+        graph = device.recorder().capture(lambda: made.append(work()))
+        for tensor in (x, logits):
+            tensor.copy_(torch.randn_like(tensor))
+        graph.replay()
+        device.wait()
+        routed, found = made[-1]
+        each = x[:, None].expand(-1, top_k, -1)
+        hidden = experts_reference.grouped(each, routed.ids, up, bias, torch.float64).to(device.dtype)
+        y = experts_reference.grouped(hidden, routed.ids, down, None, torch.float64)
+        expected = experts_reference.combine(y, routed, torch.float64)
+        same = torch.equal(routed.ids.sort().values.long(), logits.float().topk(top_k).indices.sort().values)
+        error = float((found.double() - expected).norm() / expected.norm())
+        return error if same else torch.inf, ROW_TOLERANCE[device.dtype]
+
+    return check
+
+
 def _worst(found: Tensor, expected: Tensor) -> float:
     """The largest relative error of an element; those near 0 count as 0.01."""
     error = (found.double() - expected).abs() / expected.abs().clamp(min=1e-2)
@@ -226,6 +264,8 @@ CHECKS: Final[dict[str, Check]] = {
     "attention, sinks": attention([(1, 4000), (33, 4033), (1, 20)], _OF_64, sinks=True),
     "attention, sinks and window": attention([(1, 3000), (512, 2048)], _OF_64, window=128, sinks=True),
     "norm, gate, embedding, cap": row_kernels(64, 4096, 14336),
+    "experts, a decode step": mixture(8, 2048, 1536, 128, 8),
+    "experts, a prompt": mixture(512, 2048, 1536, 128, 8),
     "sampler, 128256 tokens": sampler(128256),
 }
 REHEARSED_CHECKS: Final[dict[str, Check]] = {
@@ -233,5 +273,6 @@ REHEARSED_CHECKS: Final[dict[str, Check]] = {
     "sgmv, one launch": sgmv(fused=True, slots=[0, 1, -1, 1], ranks=[(4, 0), (8, 4)], K=64, sizes=(32, 16)),
     "attention": attention([(1, 20), (5, 5)], attention_case.Heads(2, 1, 16)),
     "norm, gate, embedding, cap": row_kernels(2, 64, 96),
+    "experts": mixture(3, 32, 24, 5, 2),
     "sampler": sampler(300),
 }

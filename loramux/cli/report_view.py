@@ -41,7 +41,7 @@ def show_report(report: AdapterReport) -> None:
 
 
 def _show_rows(rows: Sequence[RowReport]) -> None:
-    """Print a line per module and (rank, scale): the layers that share them, and norms over these layers."""
+    """Print a line per module and (rank, scale): the layers that share them, and norms over all of these."""
     kinds: dict[tuple[int, str, int, float, int | None], list[RowReport]] = {}
     for row in rows:
         key = (row.module_id, row.module, row.rank, row.scale, row.truncated_from)
@@ -66,7 +66,7 @@ def _show_rows(rows: Sequence[RowReport]) -> None:
 def layers(numbers: Sequence[int]) -> str:
     """Return layers for a cell: ``0-3, 7``."""
     parts: list[list[int]] = []
-    for number in sorted(numbers):
+    for number in sorted(set(numbers)):
         if parts and parts[-1][-1] == number - 1:
             parts[-1].append(number)
         else:

@@ -17,14 +17,17 @@ from transformers import Qwen3_5MoeTextConfig, Qwen3MoeConfig
 from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import Qwen3_5MoeSparseMoeBlock
 
 from builder_service.pipeline.build import build
+from builder_service.pipeline.check import check_one
 from builder_service.pipeline.context import BuildContext
 from builder_service.pipeline.progress import Progress
+from builder_service.rpc.mapping import report_message
 from inference_service.backends.torch import TorchOperations
 from inference_service.kernels.attention import Context
 from inference_service.models.blocks.experts import ExpertsBlock
 from inference_service.models.checkpoint import Checkpoint
 from inference_service.models.reader import Reader
 from inference_service.models.step import Cache, Step
+from loramux.mapping import report_of
 from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bases.layers import ExpertsLayer, LayerSpec
 from loramux_shared.bases.read import read_fields
@@ -113,6 +116,21 @@ def test_modules_of_single_experts_are_what_peft_makes_of_them(base: Path) -> No
     folder = base.parent / "each"
     save_adapter(folder, of_each(lambda *_: 2), r=2, lora_alpha=5, target_modules=[*FEATURES])
     assert answered(base, {"each": folder}) == expected_of(base, {"each": folder})
+
+
+def test_a_check_tells_whose_modules_an_adapter_has(base: Path) -> None:
+    """Over the wire, as over no wire."""
+    folder = base.parent / "told"
+    save_adapter(
+        folder, of_each(lambda expert, _: int(expert == 4)), r=1, lora_alpha=1, target_modules=[*FEATURES]
+    )
+    wanted = World(base, {"told": folder}, base.parent).deployment()
+    context = BuildContext(MemoryStore(), open_sources(local_roots=[base.parent]))
+    report = report_of(report_message(check_one(wanted, context, Progress(wanted.build.lora_adapters))))
+    assert report.accepted
+    assert [(row.layer, row.module_id, row.expert) for row in report.rows] == [
+        (layer, module, 4) for layer in range(2) for module in (13, 14, 15)
+    ]
 
 
 def test_experts_of_one_adapter_may_differ_in_rank_and_modules(base: Path) -> None:

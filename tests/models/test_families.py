@@ -28,6 +28,7 @@ from transformers import (
     Phi3Config,
     PreTrainedConfig,
     Qwen2Config,
+    Qwen3_5MoeTextConfig,
     Qwen3_5TextConfig,
     Qwen3Config,
     Qwen3MoeConfig,
@@ -409,6 +410,19 @@ CASES = {
             pad_token_id=0,
         ),
         DELTA_ADAPTERS,
+    ),
+    "qwen3_5-moe": Case(
+        Qwen3_5MoeTextConfig(
+            **SIZES | {"num_hidden_layers": 2} | EXPERTS,
+            **QWEN_DELTA | {"layer_types": ["linear_attention", "full_attention"]},
+            shared_expert_intermediate_size=28,
+            pad_token_id=0,
+        ),
+        {
+            "wide": DELTA_ADAPTERS["wide"],
+            "all": MOE_ADAPTERS["all"]
+            | {"target_modules": r".*(q_proj|in_proj_z|shared_expert.*_proj|shared_expert_gate)"},
+        },
     ),
     "olmo2": Case(Olmo2Config(**SIZES, attention_bias=True, pad_token_id=0), ADAPTERS),
 }

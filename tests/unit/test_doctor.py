@@ -124,7 +124,7 @@ def test_what_does_not_fit_says_so_in_the_words_of_a_replica() -> None:
     assert "LORAMUX_MAX_BATCH_TOKENS" in sizes.refusal
 
 
-@pytest.mark.parametrize("kv_memory_gb", [None, 0.5])
+@pytest.mark.parametrize("kv_memory_gb", [None, 4.0])
 @pytest.mark.parametrize(("device", "dtype"), [("cpu", "float32"), ("cpu", "bfloat16"), ("cuda", "float16")])
 @pytest.mark.parametrize("name", HUB_CONFIGS)
 def test_the_doctors_figures_are_those_of_the_plan(

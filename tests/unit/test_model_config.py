@@ -419,6 +419,12 @@ HUB_CONFIGS: dict[str, dict[str, Any]] = {
         "vocab_size": 151936,
         "hidden_size": 2048,
     },
+    "qwen3.5-moe-of-its-class": {
+        "architectures": ["Qwen3_5MoeForConditionalGeneration"],
+        "model_type": "qwen3_5_moe",
+        "text_config": {"model_type": "qwen3_5_moe_text", "num_hidden_layers": 4, "eos_token_id": 248046},
+        "tie_word_embeddings": False,
+    },
     "gpt-oss-20b": {
         "architectures": ["GptOssForCausalLM"],
         "model_type": "gpt_oss",

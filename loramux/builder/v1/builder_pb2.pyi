@@ -515,7 +515,7 @@ class AdapterFile(_message.Message):
     def __init__(self, name: _Optional[str] = ..., size: _Optional[int] = ..., sha256: _Optional[str] = ...) -> None: ...
 
 class AdapterRow(_message.Message):
-    __slots__ = ("layer", "module_id", "module", "rank", "in_features", "out_features", "scale", "norm_a", "norm_b", "norm_ba", "truncated_from", "truncation_error")
+    __slots__ = ("layer", "module_id", "module", "rank", "in_features", "out_features", "scale", "norm_a", "norm_b", "norm_ba", "truncated_from", "truncation_error", "expert")
     LAYER_FIELD_NUMBER: _ClassVar[int]
     MODULE_ID_FIELD_NUMBER: _ClassVar[int]
     MODULE_FIELD_NUMBER: _ClassVar[int]
@@ -528,6 +528,7 @@ class AdapterRow(_message.Message):
     NORM_BA_FIELD_NUMBER: _ClassVar[int]
     TRUNCATED_FROM_FIELD_NUMBER: _ClassVar[int]
     TRUNCATION_ERROR_FIELD_NUMBER: _ClassVar[int]
+    EXPERT_FIELD_NUMBER: _ClassVar[int]
     layer: int
     module_id: int
     module: str
@@ -540,4 +541,5 @@ class AdapterRow(_message.Message):
     norm_ba: float
     truncated_from: int
     truncation_error: float
-    def __init__(self, layer: _Optional[int] = ..., module_id: _Optional[int] = ..., module: _Optional[str] = ..., rank: _Optional[int] = ..., in_features: _Optional[int] = ..., out_features: _Optional[int] = ..., scale: _Optional[float] = ..., norm_a: _Optional[float] = ..., norm_b: _Optional[float] = ..., norm_ba: _Optional[float] = ..., truncated_from: _Optional[int] = ..., truncation_error: _Optional[float] = ...) -> None: ...
+    expert: int
+    def __init__(self, layer: _Optional[int] = ..., module_id: _Optional[int] = ..., module: _Optional[str] = ..., rank: _Optional[int] = ..., in_features: _Optional[int] = ..., out_features: _Optional[int] = ..., scale: _Optional[float] = ..., norm_a: _Optional[float] = ..., norm_b: _Optional[float] = ..., norm_ba: _Optional[float] = ..., truncated_from: _Optional[int] = ..., truncation_error: _Optional[float] = ..., expert: _Optional[int] = ...) -> None: ...

@@ -32,7 +32,7 @@ def _read(config: HfConfig) -> ModelConfig:
     model = llama_like(with_rope(config, ROPE), max_positions=131072, sizes=SIZES, rope=rope)
     window = config.integer_or_none("sliding_window", 128)
     experts = replace(
-        read_experts(config, renormalised=True, default_top_k=4),
+        read_experts(config, renormalised=True, top_k=4),
         intermediate=model.dims.intermediate,
         gate=ClampedGate(config.number("swiglu_alpha", 1.702), config.number("swiglu_limit", 7.0)),
         bias=True,

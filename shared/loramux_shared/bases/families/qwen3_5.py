@@ -6,6 +6,7 @@ sections of its rope turn alike. What predicts several tokens (``mtp.``) is not 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 from loramux_shared.bases.config import ModelConfig, TensorNames
@@ -39,11 +40,11 @@ MAX_WIDTH = 8
 """Rows that a convolution sees."""
 
 
-def qwen35_like(config: HfConfig) -> ModelConfig:
-    """Return the decoder with dense MLPs, which mixtures have too but for those."""
+def qwen35_like(config: HfConfig, sizes: Mapping[str, int] = SIZES) -> ModelConfig:
+    """Return the decoder with dense MLPs, which mixtures have too but for those; with the sizes of a class."""
     config.require("hidden_act", "silu")
     config.require("attn_output_gate", True)
-    model = llama_like(config, max_positions=32768, sizes=SIZES, rope=_rope)
+    model = llama_like(config, max_positions=32768, sizes=sizes, rope=_rope)
     delta = _delta(config)
     bias = config.flag("attention_bias", default=False)
     layers = [

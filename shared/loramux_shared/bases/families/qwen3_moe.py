@@ -27,20 +27,20 @@ def _read(config: HfConfig) -> ModelConfig:
 
 
 def read_experts(
-    config: HfConfig, *, renormalised: bool, shared: int | None = None, default_top_k: int = 8
+    config: HfConfig, *, renormalised: bool, num: int = 128, top_k: int = 8, intermediate: int = 768
 ) -> ExpertsLayer:
-    """Read the sizes of a mixture; transformers writes the number of experts under either name.
+    """Read the sizes of a mixture, by default those of its class; their number stands under either name.
 
     Raises:
         CheckpointInvalid: a size is no positive integer, or a row has more experts than there are.
     """
     name = "num_local_experts" if config.fields.get("num_experts") is None else "num_experts"
-    num, top_k = config.size(name, 128), config.size("num_experts_per_tok", default_top_k)
-    if top_k > num:
+    count, chosen = config.size(name, num), config.size("num_experts_per_tok", top_k)
+    if chosen > count:
         raise CheckpointInvalid(
-            f"config.json: num_experts_per_tok: expected at most {name} {num}, found {top_k}."
+            f"config.json: num_experts_per_tok: expected at most {name} {count}, found {chosen}."
         )
-    return ExpertsLayer(num, top_k, config.size("moe_intermediate_size", 768), renormalised, shared)
+    return ExpertsLayer(count, chosen, config.size("moe_intermediate_size", intermediate), renormalised)
 
 
 def with_experts(config: HfConfig, layers: Sequence[LayerSpec], experts: ExpertsLayer) -> tuple[LayerSpec, ...]:
