@@ -34,9 +34,11 @@ _PARTS: Final = {
     "down_proj": ("mlp_4h_to_h",),
     "qkv_proj": ("attn_q", "attn_k", "attn_v"),
     "gate_up_proj": ("mlp_h_to_4h", "mlp_gate"),
+    "per_layer_input_gate": ("layer_input_gate",),
+    "per_layer_projection": ("layer_input_projection",),
 }
 _KEY: Final = re.compile(
-    r"(?:base_model\.model\.)?(?P<name>(?:.+\.)?layers\.(?P<layer>\d+)\.\w+\.(?P<leaf>\w+))"
+    r"(?:base_model\.model\.)?(?P<name>(?:.+\.)?layers\.(?P<layer>\d+)\.(?:\w+\.)?(?P<leaf>\w+))"
     r"\.lora_(?P<side>[AB])(?:\.[^.]+)?\.weight"
 )
 _NPY_FUSED: Final = {0: ("attn_q", "attn_k", "attn_v"), 18: ("mlp_gate", "mlp_h_to_4h")}
