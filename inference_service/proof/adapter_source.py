@@ -39,9 +39,11 @@ _PARTS: Final = {
     "in_proj_b": ("delta_b",),
     "in_proj_a": ("delta_a",),
     "out_proj": ("delta_out",),
+    "per_layer_input_gate": ("layer_input_gate",),
+    "per_layer_projection": ("layer_input_projection",),
 }
 _KEY: Final = re.compile(
-    r"(?:base_model\.model\.)?(?P<name>(?:.+\.)?layers\.(?P<layer>\d+)\.\w+\.(?P<leaf>\w+))"
+    r"(?:base_model\.model\.)?(?P<name>(?:.+\.)?layers\.(?P<layer>\d+)\.(?:\w+\.)?(?P<leaf>\w+))"
     r"\.lora_(?P<side>[AB])(?:\.[^.]+)?\.weight"
 )
 _NPY_FUSED: Final = {0: ("attn_q", "attn_k", "attn_v"), 18: ("mlp_gate", "mlp_h_to_4h")}

@@ -139,12 +139,14 @@ OF_EXPERTS: dict[str, dict[str, Any]] = {
         "target_parameters": ["mlp.experts.gate_up_proj"],
     },
 }
-BESIDE: dict[str, Any] = {
-    "r": 3,
-    "lora_alpha": 5,
-    "target_modules": [*ATTENTION, "gate_proj", "down_proj"],
-    "target_parameters": ["experts.gate_up_proj", "experts.down_proj"],
-    "rank_pattern": {"down_proj": 5},
+BESIDE: dict[str, dict[str, Any]] = {
+    "all": {
+        "r": 3,
+        "lora_alpha": 5,
+        "target_modules": r".*language_model.*\.(q_proj|k_proj|o_proj|gate_proj|down_proj)",
+        "target_parameters": ["experts.gate_up_proj", "experts.down_proj"],
+        "rank_pattern": {"down_proj": 5},
+    }
 }
 """Of an MLP and of the experts beside it."""
 FACTORS = [1.0 + 0.1 * index for index in range(4)]
@@ -273,34 +275,25 @@ CASES = {
         ),
         ADAPTERS | OF_INPUTS,
     ),
-    "gemma4-experts": Case(
-        Gemma4TextConfig(
-            **SIZES | GEMMA_4,
-            layer_types=["sliding_attention", "full_attention"],
-            hidden_size_per_layer_input=0,
-            enable_moe_block=True,
-            num_experts=8,
-            top_k_experts=3,
-            moe_intermediate_size=20,
-        ),
-        {"rs": ADAPTERS["rs"], "all": BESIDE},
-    ),
     "gemma4-images": Case(
         Gemma4Config(
             text_config=SIZES
             | GEMMA_4
             | {
-                "num_hidden_layers": 4,
-                "layer_types": ["sliding_attention", "full_attention"] * 2,
+                "layer_types": ["sliding_attention", "full_attention"],
                 "attention_k_eq_v": True,
                 "num_global_key_value_heads": 3,
                 "hidden_size_per_layer_input": 0,
                 "use_bidirectional_attention": "vision",
+                "enable_moe_block": True,
+                "num_experts": 8,
+                "top_k_experts": 3,
+                "moe_intermediate_size": 20,
             },
             vision_config=VISION | {"num_key_value_heads": 2, "head_dim": 8, "pooling_kernel_size": 1},
             eos_token_id=2,
         ),
-        OF_TEXT,
+        BESIDE,
     ),
     "phi3": Case(Phi3Config(**SIZES, sliding_window=WINDOW, pad_token_id=0), PHI_ADAPTERS),
     "phi4-mini": Case(
@@ -435,7 +428,6 @@ EACH_FAMILY = (
     "gemma2",
     "gemma3",
     "gemma4-small",
-    pytest.param("gemma4-experts", marks=pytest.mark.sweep),
     pytest.param("gemma4-images", marks=pytest.mark.sweep),
     "phi4-mini",
     "granite",

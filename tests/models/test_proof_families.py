@@ -10,10 +10,19 @@ import torch
 from inference_service.proof.adapter_source import read_adapter
 from inference_service.proof.reference import Reference
 from loramux_shared.bases.read import read_config
-from tests.models.test_families import CASES
+from tests.kernels import test_uneven_steps
+from tests.models.test_families import CASES, Case
 from tests.support.tiny import make_world_of, oracle
 
-DENSE = {name: case for name, case in CASES.items() if "target_parameters" not in case.adapters["all"]}
+UNEVEN = {"uneven": Case(test_uneven_steps.CONFIG, test_uneven_steps.ADAPTERS)}
+
+
+def _is_dense(case: Case) -> bool:
+    text = case.config.get_text_config()
+    return not (getattr(text, "num_experts", None) or getattr(text, "num_local_experts", None))
+
+
+DENSE = {name: case for name, case in (CASES | UNEVEN).items() if _is_dense(case)}
 """Of mixtures there are no proofs."""
 
 
