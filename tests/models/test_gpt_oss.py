@@ -65,12 +65,11 @@ def keep_in_four_bits(plain: Path, folder: Path) -> None:
 
 
 def test_experts_of_four_bits_answer_as_transformers_widens_them(plain: Path) -> None:
-    """The base and an adapter of attention and of experts, in float32, token for token."""
+    """The base and an adapter as OpenAI's cookbook trains it, of all linears and of some layers' experts."""
     base, adapter = plain.parent / "kept", plain.parent / "adapter"
     keep_in_four_bits(plain, base)
-    make_adapter(
-        plain, adapter, 0, r=3, lora_alpha=5, target_modules=["q_proj", "o_proj"], target_parameters=[*EXPERTS]
-    )
+    experts = [f"1.{name}" for name in EXPERTS]
+    make_adapter(plain, adapter, 0, r=3, lora_alpha=6, target_modules="all-linear", target_parameters=experts)
     world, store = World(base, {"one": adapter}, plain.parent), MemoryStore()
     world.build(store)
     expected = [oracle_tokens(oracle(base, folder), PROMPT, NEW) for folder in (None, adapter)]
