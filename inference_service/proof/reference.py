@@ -112,7 +112,6 @@ class Reference:
         q, slices = spec.q_features, spec.groups(hidden)[0].out_features
         before, behind = self._optional(at, names.input_norm), self._optional(at, names.attention_out_norm)
         q_norm, k_norm = self._qk_norms(at, spec)
-        sinks = self._sinks(at, spec)
         qkv = self._linear(at, names.qkv[: len(slices)], slices, hidden, config.qkv_bias)
         out = self._linear(at, (names.o,), (hidden,), q, config.o_bias)
         for run in runs:
@@ -124,7 +123,7 @@ class Reference:
                 keys, values = self._heads(parts[1], k_norm, spec), self._heads(parts[-1], None, spec)
                 run.kept[index] = _rotate(keys, spec.rope), self._values(values, spec)
             keys, values = run.kept[index if spec.attention.keys_of is None else spec.attention.keys_of]
-            seen = _attend(queries, keys, values, sinks, spec.attention).transpose(0, 1).reshape(len(x), q)
+            seen = _attend(queries, keys, values, spec.attention).transpose(0, 1).reshape(len(x), q)
             (y,) = _project(run, index, ("attn_dense",), seen * gate, out, (hidden,))
             run.hidden = run.hidden + self._maybe_normed(y * config.residual_scale, behind)
 
@@ -203,13 +202,6 @@ class Reference:
             None if names.q_norm is None else self._get(at + names.q_norm, (q,)),
             None if names.k_norm is None or not k else self._get(at + names.k_norm, (k,)),
         )
-
-    def _sinks(self, at: str, spec: AttentionLayer) -> Tensor:
-        """What every query of a head sees besides; without sinks, what weighs nothing."""
-        name = self._config.names.sinks
-        if name is None:
-            return torch.full((spec.num_heads,), float("-inf"))
-        return self._checkpoint.get(f"{self._prefix}{at}{name}", (spec.num_heads,))
 
     def _heads(self, x: Tensor, norm: Tensor | None, spec: AttentionLayer) -> Tensor:
         """Norm x [T, all heads together] in parts as long as the norm; return [heads, T, head_dim]."""
@@ -297,8 +289,8 @@ def _grown(queries: Tensor, spec: QueryGrowth | None) -> Tensor:
     return queries * (1 + spec.beta * torch.log(1 + torch.floor(positions / spec.length)))[:, None]
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, spec: AttentionSpec) -> Tensor:
-    """Causal attention of q [heads, T, d] over k and v [kv heads, T, d], and sinks [heads] of no value."""
+def _attend(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
+    """Causal attention of q [heads, T, d] over k and v [kv heads, T, d]."""
     groups = len(q) // len(k)
     k, v = k.repeat_interleave(groups, dim=0), v.repeat_interleave(groups, dim=0)
     scores = q @ k.transpose(1, 2) * spec.scale
@@ -308,6 +300,4 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, spec: AttentionSpec)
     hidden = columns > rows
     if spec.window is not None:
         hidden |= columns <= rows - spec.window
-    scores = scores.masked_fill(hidden, float("-inf"))
-    beside = sinks[:, None, None].expand(-1, len(rows), 1)
-    return torch.softmax(torch.cat([scores, beside], dim=-1), dim=-1)[..., :-1] @ v
+    return torch.softmax(scores.masked_fill(hidden, float("-inf")), dim=-1) @ v

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import Qwen3MoeConfig
+from transformers import GptOssConfig, PreTrainedConfig, Qwen3MoeConfig
 
 from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import Sequence
@@ -31,6 +31,9 @@ CONFIG = Qwen3MoeConfig(
     moe_intermediate_size=20,
     norm_topk_prob=True,
 )
+SINKS = GptOssConfig(
+    **SIZES, head_dim=16, num_local_experts=5, num_experts_per_tok=2, sliding_window=12, pad_token_id=0
+)
 ADAPTERS: dict[str, dict[str, Any]] = {
     "experts": {
         "r": 3,
@@ -43,18 +46,20 @@ REQUESTS = [("experts", list(range(5, 24))), ("base", [9, 8, 7]), ("attention", 
 NEW = 2
 
 
+@pytest.mark.parametrize("config", [CONFIG, pytest.param(SINKS, marks=pytest.mark.sweep)], ids=["qwen3-moe", "gpt-oss"])
 def test_recorded_steps_answer_as_transformers_and_compile_nothing(
-    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch, config: PreTrainedConfig
 ) -> None:
     """Whoever comes after the recording, in whatever order: prompts in chunks, beside decoding and alone."""
-    world, store = make_world_of(tmp_path_factory.mktemp("mixture"), CONFIG, ADAPTERS), MemoryStore()
+    world, store = make_world_of(tmp_path_factory.mktemp("mixture"), config, ADAPTERS), MemoryStore()
     world.build(store)
     ready = world.load(store, backend="triton")
     eager: Any = ready.engine._engine._runner
     runner = GraphRunner(eager._model, eager._lora, BLOCKS, BLOCK, LIMITS, TapeRecorder())
     with noted(monkeypatch) as known:
         runner.capture()
-    engine = Engine(runner, LIMITS, BlockManager(BLOCKS, BLOCK), AlwaysResident())
+    manager = BlockManager(BLOCKS, BLOCK, eager._model.config.windows)
+    engine = Engine(runner, LIMITS, manager, AlwaysResident())
     answers: dict[str, list[int]] = {}
     for number, (name, prompt) in enumerate(REQUESTS):
         params, adapter = SamplingParams(max_tokens=NEW), ready.service.catalog.get(name).adapter

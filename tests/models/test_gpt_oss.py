@@ -1,0 +1,97 @@
+"""gpt-oss as it is published: experts of four bits, read as transformers reads the same files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import GptOssConfig
+
+from loramux_shared.faults import AdapterInvalid
+from loramux_shared.storage.memory import MemoryStore
+from tests.support.tiny import (
+    SIZES,
+    World,
+    make_adapter,
+    make_checkpoint,
+    oracle,
+    oracle_tokens,
+    run_engine,
+)
+
+PROMPT = list(range(3, 40))
+NEW = 16
+CONFIG = GptOssConfig(
+    **SIZES | {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4},
+    head_dim=16,
+    num_local_experts=4,
+    num_experts_per_tok=2,
+    pad_token_id=0,
+)
+EXPERTS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint as it is saved after training."""
+    folder = tmp_path_factory.mktemp("gpt-oss") / "plain"
+    make_checkpoint(folder, CONFIG)
+    return folder
+
+
+def keep_in_four_bits(plain: Path, folder: Path) -> None:
+    """Write a checkpoint whose experts are blocks of 32 numbers, by rows of outputs, with a scale each."""
+    folder.mkdir()
+    for file in plain.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    tensors = load_file(plain / "model.safetensors")
+    generator = torch.Generator().manual_seed(0)
+    for name in [name for name in tensors if name.endswith(EXPERTS)]:
+        experts, inside, out = tensors.pop(name).shape
+        grid = experts, out, inside // 32
+        tensors[f"{name}_blocks"] = torch.randint(256, (*grid, 16), dtype=torch.uint8, generator=generator)
+        tensors[f"{name}_scales"] = torch.randint(122, 126, grid, dtype=torch.uint8, generator=generator)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {
+        "modules_to_not_convert": ["model.layers.*.self_attn", "model.layers.*.mlp.router", "lm_head"],
+        "quant_method": "mxfp4",
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def test_experts_of_four_bits_answer_as_transformers_widens_them(plain: Path) -> None:
+    """The base and an adapter as OpenAI's cookbook trains it, of all linears and of some layers' experts."""
+    base, adapter = plain.parent / "kept", plain.parent / "adapter"
+    keep_in_four_bits(plain, base)
+    experts = [f"1.{name}" for name in EXPERTS]
+    make_adapter(plain, adapter, 0, r=3, lora_alpha=6, target_modules="all-linear", target_parameters=experts)
+    world, store = World(base, {"one": adapter}, plain.parent), MemoryStore()
+    world.build(store)
+    expected = [oracle_tokens(oracle(base, folder), PROMPT, NEW) for folder in (None, adapter)]
+    found = run_engine(world.load(store), [("base", PROMPT), ("one", PROMPT)], NEW)
+    assert found == expected
+    assert found[0] != found[1]
+
+
+@pytest.mark.parametrize(
+    ("settings", "code"),
+    [
+        ({"target_modules": [], "target_parameters": ["mlp.router.weight"]}, "E_TARGET_PARAMS"),
+        ({"target_modules": ["q_proj"], "target_parameters": ["experts.gate_up_proj_bias"]}, "E_TARGET_PARAMS"),
+        ({"target_modules": ["lm_head"]}, "E_EMBED"),
+    ],
+    ids=["router", "biases", "head"],
+)
+def test_what_else_could_be_trained_is_refused_by_name(
+    plain: Path, tmp_path: Path, settings: dict[str, Any], code: str
+) -> None:
+    """As PEFT saves it."""
+    make_adapter(plain, tmp_path / "bad", 0, r=2, lora_alpha=2, **settings)
+    with pytest.raises(AdapterInvalid) as refused:
+        World(plain, {"bad": tmp_path / "bad"}, tmp_path.parent.parent).build(MemoryStore())
+    assert code in {finding.code for finding in refused.value.findings}
