@@ -10,6 +10,7 @@ from typing import Any, Final
 from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bases.families import load_families
 from loramux_shared.bases.family import Architecture, Family
+from loramux_shared.bases.formats.read import FORMATS
 from loramux_shared.bases.read import read_fields
 from loramux_shared.bundle.modules import BY_NAME, FUSED_PATHS
 from scripts.pages import table
@@ -65,6 +66,12 @@ def modules() -> str:
     return table(("modules", "of"), [(", ".join(usual), "all others" if others else "all"), *rows])
 
 
+def formats() -> str:
+    """Return a row for each format of weights of few bits."""
+    rows = [(", ".join(f"`{method}`" for method in each.methods), each.reads) for each in FORMATS]
+    return table(("`quant_method`", "what is read"), rows)
+
+
 def small(architecture: Architecture) -> ModelConfig:
     """Return a small decoder of an architecture, as its family reads it."""
     fields: dict[str, Any] = {"architectures": [architecture.name], "model_type": architecture.model_type}
@@ -78,4 +85,8 @@ def _modules(model: ModelConfig) -> tuple[str, ...]:
     return tuple(f"`{path}`" for path in (*(BY_NAME[name].path for name in named), *fused))
 
 
-TABLES: Final[dict[str, Callable[[], str]]] = {"families": families, "modules": modules}
+TABLES: Final[dict[str, Callable[[], str]]] = {
+    "families": families,
+    "formats": formats,
+    "modules": modules,
+}

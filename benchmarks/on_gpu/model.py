@@ -33,7 +33,7 @@ LLAMA_1B: Final[dict[str, Any]] = LLAMA_8B | {
 TINY: Final[dict[str, Any]] = LLAMA_8B | {
     "hidden_size": 32,
     "intermediate_size": 48,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 1,
     "num_attention_heads": 2,
     "num_key_value_heads": 1,
     "vocab_size": 260,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
+import os
+from collections.abc import AsyncIterator, Sequence
+from typing import TypeVar
 
 import pytest
 import pytest_asyncio
@@ -15,7 +17,9 @@ from loramux.inference.v1 import adapters_pb2, inference_pb2
 from tests.fuzz.doors import BODIES, Doors, open_doors
 from tests.fuzz.mutate import bounded
 from tests.fuzz.numbers import HOLE, LITERALS, NUMBERS, json_fields, on_the_wire, wire_fields
+from tests.support.examples import SWEEPING
 
+T = TypeVar("T")
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 METHODS = {
     f"/{service.full_name}/{method.name}": method.input_type
@@ -30,6 +34,11 @@ async def doors(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Doors
     """All doors."""
     async with open_doors(tmp_path_factory.mktemp("doors")) as opened:
         yield opened
+
+
+def in_turn(numbers: Sequence[T], turn: int, share: int) -> Sequence[T]:
+    """One in so many of the numbers, others for the next field; in a sweep all of them."""
+    return numbers if os.environ.get(SWEEPING) else numbers[turn % share :: share]
 
 
 async def test_nothing_is_left_out(doors: Doors) -> None:
@@ -48,10 +57,10 @@ async def test_numbers_in_json(doors: Doors, stream: bool) -> None:
                 continue
             fields = list(json_fields(kind))
             assert fields or kind is LoadBody  # which has none
-            for place, name, value in fields:
+            for turn, (place, name, value) in enumerate(fields):
                 text = json.dumps(valid | {name: value} | ({"stream": True} if stream else {}))
                 assert str(HOLE) in text
-                for literal in LITERALS[::6] if stream else LITERALS:
+                for literal in in_turn(LITERALS, turn, 6 if stream else 3):
                     with watch.case(f"{path} {place} {literal:.40}"):
                         watch.note(await doors.post(path, text.replace(str(HOLE), literal).encode()))
     assert len(watch.outcomes) > 1
@@ -61,10 +70,10 @@ async def test_numbers_in_json(doors: Doors, stream: bool) -> None:
 async def test_numbers_on_the_wire(doors: Doors, method: str) -> None:
     """The same over gRPC, with bytes that a client's own library would not write."""
     with bounded() as watch:
-        for path in wire_fields(METHODS[method]):
+        for turn, path in enumerate(wire_fields(METHODS[method])):
             name = ".".join(field.name for field in path)
             for request in doors.messages[method]:
-                for number in NUMBERS:
+                for number in in_turn(NUMBERS, turn, 3):
                     more = on_the_wire(path, number)
                     if more is not None:
                         with watch.case(f"{method} {name} {number!r:.40}"):

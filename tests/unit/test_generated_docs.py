@@ -13,6 +13,7 @@ import yaml
 from loramux.builder.v1 import builder_pb2
 from loramux.inference.v1 import inference_pb2
 from loramux_shared.bases.families import load_families
+from loramux_shared.bases.formats.read import FORMATS
 from loramux_shared.deployment import Deployment
 from loramux_shared.deployment_file import IGNORED_KEYS
 from loramux_shared.settings import BuilderSettings, InferenceSettings, variable
@@ -75,6 +76,7 @@ def test_every_architecture_has_its_row_and_its_modules() -> None:
         assert family.models in row
         assert models_doc.small(architecture).architecture == name
     assert "`self_attn.q_proj`" in modules
+    assert all(f"`{method}`" in models_doc.formats() for each in FORMATS for method in each.methods)
     assert "`self_attn.qkv_proj`, `mlp.gate_up_proj` | `Phi3ForCausalLM` |" in modules
 
 

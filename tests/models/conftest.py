@@ -1,0 +1,64 @@
+"""What tests of models count: answers that were tried, and those that were exact."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Final, TypeAlias
+
+import pytest
+
+PARITY: Final = "parity"
+ORACLES: Final = ("torch", "transformers", "peft")
+Counted: TypeAlias = Callable[[str, str, str, Sequence[list[int]], Sequence[list[int]]], None]
+counts: Counter[tuple[str, str, str, str]] = Counter()
+"""Of (architecture, backend, situation, "tried" or "exact")."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add --parity."""
+    parser.addoption("--parity", type=Path, help="write what was tried and exact to this file")
+
+
+@pytest.fixture
+def counted(record_property: Callable[[str, object], None]) -> Counted:
+    """Counts answers by (architecture, backend, situation), and asserts that they are what is expected."""
+
+    def count(
+        architecture: str, backend: str, situation: str, found: Sequence[Any], expected: Sequence[Any]
+    ) -> None:
+        exact = sum(one == other for one, other in zip(found, expected, strict=True))
+        record_property(PARITY, [architecture, backend, situation, len(expected), exact])
+        assert list(found) == list(expected)
+
+    return count
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Add up what a test has counted, in whichever worker it ran."""
+    for name, value in report.user_properties if report.when == "call" else ():
+        if name == PARITY:
+            architecture, backend, situation, tried, exact = value
+            counts[architecture, backend, situation, "tried"] += tried
+            counts[architecture, backend, situation, "exact"] += exact
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Tell it, and write it where that was asked for."""
+    rows = [
+        {"architecture": where[0], "backend": where[1], "situation": where[2]}
+        | {what: counts[*where, what] for what in ("tried", "exact")}
+        for where in sorted({key[:3] for key in counts})
+    ]
+    if rows:
+        terminalreporter.section("parity")
+    for row in rows:
+        terminalreporter.line(
+            "{architecture:<34} {backend:<7} {situation:<12} {exact:>4} of {tried}".format(**row)
+        )
+    if (path := config.getoption("--parity")) and rows:
+        oracles = {name: version(name).partition("+")[0] for name in ORACLES}
+        path.write_text(json.dumps({"oracles": oracles, "counts": rows}, indent=1) + "\n")

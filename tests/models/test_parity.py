@@ -1,0 +1,107 @@
+"""Long greedy answers of every family against transformers and PEFT in float32, in every situation; counted.
+
+``pytest --sweep tests/models/test_parity.py --parity docs/parity.json`` writes the counts down, and `make docs`
+puts them into docs/models.md.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+import pytest
+
+from inference_service.startup.load import Ready
+from loramux_shared.faults import SettingsInvalid
+from loramux_shared.storage.memory import MemoryStore
+from tests.models.conftest import Counted
+from tests.models.test_families import CASES, tight
+from tests.support.tiny import VOCAB, World, make_world_of, oracle, oracle_tokens, run_engine
+
+pytestmark = [pytest.mark.sweep, pytest.mark.timeout(1200)]
+NEW = 64
+CHECKED = 8
+CROWD = 32
+LENGTHS = (57, 40, 33, 1, 17, 16, 64, 26)
+"""Tokens of the prompts that are checked: around blocks of 8 and 16, chunks of 16, and windows of 24."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A world, requests, and what transformers and PEFT answer to the first of them."""
+
+    architecture: str
+    world: World
+    store: MemoryStore
+    requests: list[tuple[str, list[int]]]
+    expected: list[list[int]]
+
+    def load(self, backend: str, **settings: object) -> Ready:
+        """A replica, or a skipped test where there is no compiler."""
+        try:
+            return self.world.load(self.store, backend=backend, **settings)
+        except SettingsInvalid as fault:
+            pytest.skip(fault.message)
+
+
+@pytest.fixture(scope="module", params=CASES)
+def asked(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Asked:
+    case = CASES[request.param]
+    folder = tmp_path_factory.mktemp("parity")
+    world = make_world_of(folder, case.config, case.adapters, max_seq_len=case.max_seq_len)
+    store = MemoryStore()
+    world.build(store)
+    draw = random.Random(11)
+    models = ("base", *case.adapters)
+    lengths = [*LENGTHS, *(draw.randrange(1, 64) for _ in range(CROWD - CHECKED))]
+    requests = [
+        (models[index % len(models)], [draw.randrange(3, VOCAB) for _ in range(max(case.shortest, length))])
+        for index, length in enumerate(lengths)
+    ]
+    oracles = {name: oracle(world.base, world.adapters.get(name)) for name in models}
+    expected = [oracle_tokens(oracles[name], prompt, NEW) for name, prompt in requests[:CHECKED]]
+    [architecture] = oracles["base"].config.architectures
+    return Asked(architecture, world, store, requests, expected)
+
+
+@pytest.mark.parametrize("backend", ["torch", "native"])
+def test_alone(asked: Asked, backend: str, counted: Counted) -> None:
+    """Nobody else is there."""
+    ready = asked.load(backend, prefix_cache=False)
+    found = [run_engine(ready, [request], NEW)[0] for request in asked.requests[:CHECKED]]
+    counted(asked.architecture, backend, "alone", found, asked.expected)
+
+
+@pytest.mark.parametrize("backend", ["torch", "native"])
+@pytest.mark.parametrize(("situation", "max_batch_tokens"), [("among 31", 1024), ("in chunks", 16)])
+def test_among_others(
+    asked: Asked, backend: str, situation: str, max_batch_tokens: int, counted: Counted
+) -> None:
+    """Base and adapters of 32 requests in one batch, prompts whole or in chunks."""
+    ready = asked.load(backend, max_batch_tokens=max_batch_tokens, max_batch_seqs=CROWD)
+    found = run_engine(ready, asked.requests, NEW)[:CHECKED]
+    counted(asked.architecture, backend, situation, found, asked.expected)
+
+
+@pytest.mark.parametrize("backend", ["torch", "native"])
+def test_preempted_and_from_prefixes(asked: Asked, backend: str, counted: Counted) -> None:
+    """In a cache too small for all; and twice alone, the second time from what is kept of the first."""
+    blocks = {"block_size": 16 if backend == "native" else 8}
+    ready = asked.load(backend, **tight(asked.world, CHECKED) | blocks)
+    found = run_engine(ready, asked.requests[:CHECKED], NEW)
+    counted(asked.architecture, backend, "preempted", found, asked.expected)
+    assert ready.engine.stats.preemptions > 0
+    ready = asked.load(backend, **blocks)
+    for request, expected in zip(asked.requests[:CHECKED], asked.expected, strict=True):
+        run_engine(ready, [request], NEW)
+        counted(asked.architecture, backend, "prefix hit", run_engine(ready, [request], NEW), [expected])
+    assert ready.engine.stats.prefix_tokens_hit > 0
+
+
+def test_the_kernels_for_gpus(asked: Asked, counted: Counted) -> None:
+    """In the interpreter, so fewer of them, and shorter."""
+    new, some = 8, slice(2, 6)
+    ready = asked.load("triton", max_batch_tokens=32)
+    found = run_engine(ready, asked.requests[some], new)
+    expected = [answer[:new] for answer in asked.expected[some]]
+    counted(asked.architecture, "triton", "in chunks", found, expected)
