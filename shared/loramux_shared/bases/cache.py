@@ -20,6 +20,8 @@ from loramux_shared.bases.config import ModelConfig
 
 SNAPSHOTS: Final = 3
 """Bytes of keys and values for each of snapshots of states."""
+NEAREST: Final = 256
+"""Tokens between two of them at least: chunks of prompts end there, and shorter ones would be slower."""
 SLACK: Final = 64
 """A group with a window has one block more for so many: admission leaves some free for those under way."""
 
@@ -88,6 +90,11 @@ class Cache:
         if not self.state_bytes or not self.snapshots:
             return 0
         return self._block_bytes(count) // SNAPSHOTS // self.state_bytes
+
+    def spacing(self, count: int) -> int | None:
+        """Blocks between two snapshots: one prompt that had all blocks would use all. None: there are none."""
+        snapshots = self.kept_states(count)
+        return max(-(-count // snapshots), -(-NEAREST // self.block_size)) if snapshots else None
 
     def num_bytes(self, count: int) -> int:
         """All of it, where a group that sees everything has so many blocks."""

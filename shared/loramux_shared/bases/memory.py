@@ -66,7 +66,7 @@ class MemoryPlan:
     slots: int = 0
     """For states: one for each sequence that may run, and the snapshots' of prefixes."""
     spacing: int | None = None
-    """Blocks between two snapshots: all are used where one prompt has all blocks. None: there are none."""
+    """Blocks between two snapshots; None: there are none."""
 
 
 def plan_memory(
@@ -98,14 +98,13 @@ def plan_memory(
             f"{_shown(needs)}), and one sequence of max_seq_len={cache.longest} does not fit. "
             f"Raise LORAMUX_KV_MEMORY_GB or lower max_seq_len."
         )
-    snapshots = cache.kept_states(count)
     return MemoryPlan(
         cache.blocks(count),
         capacity,
         cache.num_bytes(count),
         tokens=max(cache.blocks(count)) * cache.block_size,
-        slots=cache.seqs + snapshots if cache.state_bytes else 0,
-        spacing=-(-count // snapshots) if snapshots else None,
+        slots=cache.seqs + cache.kept_states(count) if cache.state_bytes else 0,
+        spacing=cache.spacing(count),
     )
 
 

@@ -1,0 +1,55 @@
+"""States of a real decoder: whoever begins behind a prefix begins with the very state that it left."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+
+from inference_service.engine.block_manager import BlockManager
+from inference_service.engine.engine import Engine
+from inference_service.engine.plan import SchedulerLimits
+from inference_service.engine.residents import AlwaysResident
+from inference_service.engine.runner import Runner
+from inference_service.engine.state_slots import StateSlots
+from loramux_shared.storage.memory import MemoryStore
+from tests.models.test_families import CASES
+from tests.support.tiny import VOCAB, make_world_of, run_engine
+
+BLOCK = 16
+LIMITS = SchedulerLimits(max_tokens=32, max_seqs=3, max_adapters=2, max_seq_len=256)
+BLOCKS = 80
+TURNS = 4
+
+
+@pytest.mark.parametrize(("native", "slots", "part"), [(False, 6, 0.1), (True, 20, 0.4)])
+def test_conversations_go_on_from_their_states(
+    tmp_path_factory: pytest.TempPathFactory, native: bool, slots: int, part: float
+) -> None:
+    """Of a base and adapters, side by side, turn by turn: with snapshots of prefixes, many or few, each answers
+    as it would from the beginning, and a part of what was said is not computed again."""
+    case = CASES["qwen3_5"]
+    world, store = make_world_of(tmp_path_factory.mktemp("states"), case.config, case.adapters), MemoryStore()
+    world.build(store)
+    ready = world.load(store, native=native, block_size=BLOCK)
+    eager: Any = ready.engine._engine._runner
+    draw = random.Random(4)
+    beginning = draw.choices(range(3, VOCAB), k=40)
+    said = [(name, [*beginning, number + 3]) for number, name in enumerate(["base", *case.adapters, "base"])]
+    engines = []
+    for kept in (True, False):
+        states = StateSlots(slots, BLOCK, 2 if kept else None)
+        manager = BlockManager(BLOCKS, BLOCK, states=states, prefix_cache=kept)
+        runner = Runner(eager._model, eager._lora, BLOCKS, BLOCK, slots)
+        engines.append(Engine(runner, LIMITS, manager, AlwaysResident()))
+    for _ in range(TURNS):
+        answers = []
+        for engine in engines:
+            ready.engine._engine = engine
+            answers.append(run_engine(ready, said, 9))
+        assert answers[0] == answers[1]
+        more = draw.choices(range(3, VOCAB), k=7)
+        said = [(name, prompt + answer + more) for (name, prompt), answer in zip(said, answers[0], strict=True)]
+    assert engines[0].stats.prefix_tokens_hit > engines[0].stats.prefix_tokens_queried * part
+    assert engines[1].stats.prefix_tokens_hit == 0
