@@ -10,13 +10,11 @@ from array import array
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
-from itertools import cycle
-from typing import Protocol
 
 from inference_service.core.sequence import NEVER, Sequence
 from inference_service.engine.block_groups import BlockGroup
 from inference_service.engine.block_pool import BlockPool
-from inference_service.engine.prefixes import prefix_key
+from inference_service.engine.prefixes import agreed, prefix_key
 from inference_service.engine.state_slots import StateSlots
 from loramux_shared.bases.cache import window_blocks
 
@@ -38,14 +36,6 @@ class _Refusal:
     """How often blocks had been released by then."""
     missing: tuple[BlockPool, int] | None
     """A pool without the block behind those that were found, and its key; None where all have it."""
-
-
-class _Kind(Protocol):
-    """Of what a cache keeps."""
-
-    def longest(self, seq: Sequence, most: int) -> int:
-        """Leading blocks of a sequence, most at most, behind which this kind can serve its rows."""
-        ...
 
 
 class BlockManager:
@@ -107,8 +97,8 @@ class BlockManager:
         if not seq.tables:
             seq.tables = (seq.blocks, *(array("i") for _ in self.groups[1:]))
         usable = self._usable(seq)
-        known = _agreed(self.groups, seq, usable) if usable else 0
-        found = known if self.states is None else _agreed((*self.groups, self.states), seq, known)
+        known = agreed(self.groups, seq, usable) if usable else 0
+        found = known if self.states is None else agreed((*self.groups, self.states), seq, known)
         if found:
             for group, table in zip(self.groups, seq.tables, strict=True):
                 group.hold(seq, table, found)
@@ -225,15 +215,3 @@ class BlockManager:
         """Leading blocks that a sequence may take from the prefix cache."""
         cached = self._prefix_cache and not seq.scores_prompt
         return (len(seq.tokens) - 1) // self.block_size if cached else 0
-
-
-def _agreed(kinds: Seq[_Kind], seq: Sequence, most: int) -> int:
-    """Return the most leading blocks behind which every kind can serve."""
-    agreed = 0
-    for kind in cycle(kinds):
-        if agreed == len(kinds) or not most:
-            break
-        found = kind.longest(seq, most)
-        agreed = agreed + 1 if found == most else 1
-        most = found
-    return most

@@ -1,4 +1,4 @@
-"""By what a prefix is known: ``hash(parent hash, the tokens of a block)``.
+"""By what a prefix is known, ``hash(parent hash, the tokens of a block)``, and how much of one is found.
 
 The parent of a first block is the adapter's digest with the cache salt, so that keys and values, and states, of
 another version are never met, and those of an adapter that left and came back are found again.
@@ -6,9 +6,20 @@ another version are never met, and those of an adapter that left and came back a
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Seq
 from hashlib import blake2b
+from itertools import cycle
+from typing import Protocol
 
 from inference_service.core.sequence import Sequence
+
+
+class Kind(Protocol):
+    """Of what a cache keeps."""
+
+    def longest(self, seq: Sequence, most: int) -> int:
+        """Leading blocks of a sequence, most at most, behind which this kind can serve its rows."""
+        ...
 
 
 def prefix_key(seq: Sequence, index: int, block_size: int) -> int:
@@ -19,6 +30,18 @@ def prefix_key(seq: Sequence, index: int, block_size: int) -> int:
         tokens = seq.tokens[len(known) * block_size : (len(known) + 1) * block_size]
         known.append(_digest(",".join(map(str, (parent, *tokens)))))
     return known[index]
+
+
+def agreed(kinds: Seq[Kind], seq: Sequence, most: int) -> int:
+    """Return the most leading blocks behind which every kind can serve."""
+    content = 0
+    for kind in cycle(kinds):
+        if content == len(kinds) or not most:
+            break
+        found = kind.longest(seq, most)
+        content = content + 1 if found == most else 1
+        most = found
+    return most
 
 
 def _seed(seq: Sequence) -> int:
