@@ -122,7 +122,10 @@ class Bench:
             device=torch.device("cpu"),
             dtype=torch.float32,
             config=SimpleNamespace(
-                dims=SimpleNamespace(vocab=VOCAB), heads=(HeadCounts(32, 8, 128),), windows=(None,)
+                dims=SimpleNamespace(vocab=VOCAB),
+                heads=(HeadCounts(32, 8, 128),),
+                windows=(None,),
+                state_bytes=lambda _: 0,
             ),
             new_cache=lambda _: None,
         )

@@ -58,8 +58,8 @@ class BlockGroup:
         for _ in range(missing):
             table.append(self.pool.take())
 
-    def leave_behind(self, table: array[int], position: int) -> bool:
-        """Give back the blocks that no row from a position on sees; tell whether there were any."""
+    def leave_behind(self, table: array[int], position: int) -> None:
+        """Give back the blocks that no row from a position on sees."""
         behind = self.first_seen(position)
         first = behind
         while first and table[first - 1] != GONE:
@@ -67,7 +67,6 @@ class BlockGroup:
         for index in range(first, behind):
             self.pool.release(table[index])
             table[index] = GONE
-        return first < behind
 
     def release(self, table: array[int]) -> None:
         """Give all blocks of a table back; its tail is reused first, its beginning last."""

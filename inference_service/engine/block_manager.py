@@ -32,8 +32,10 @@ class _Refusal:
     """A sequence that did not fit."""
 
     seq: Sequence
+    lacking: BlockPool
+    """That had not enough blocks for it."""
     releases: int
-    """How often blocks had been released by then."""
+    """How often blocks of it had become free by then."""
     missing: tuple[BlockPool, int] | None
     """A pool without the block behind those that were found, and its key; None where all have it."""
 
@@ -59,7 +61,6 @@ class BlockManager:
         self.stats = CacheStats()
         self._sliding = [place for place, group in enumerate(self.groups) if group.window is not None]
         self._prefix_cache = prefix_cache
-        self._releases = 0
         self._refused: _Refusal | None = None
 
     @property
@@ -103,8 +104,9 @@ class BlockManager:
             for group, table in zip(self.groups, seq.tables, strict=True):
                 group.hold(seq, table, found)
         seq.num_full, seq.num_computed = found, found * self.block_size
-        if not self._fits(seq, spare):
-            self._refuse(seq, found, usable)
+        lacking = self._lacking(seq, spare)
+        if lacking is not None:
+            self._refuse(seq, lacking, found, usable)
             return False
         for group, table in zip(self.groups, seq.tables, strict=True):
             if group.window is None:
@@ -117,9 +119,9 @@ class BlockManager:
         return True
 
     def still_refused(self, seq: Sequence) -> bool:
-        """True when this sequence was refused last, and since then no block was released or found for it."""
+        """True when this sequence was refused last, and since then no block became free or known for it."""
         last = self._refused
-        if last is None or last.seq is not seq or last.releases != self._releases:
+        if last is None or last.seq is not seq or last.releases != last.lacking.releases:
             return False
         return last.missing is None or last.missing[1] not in last.missing[0]
 
@@ -158,7 +160,7 @@ class BlockManager:
                     group.pool.note(key, table[seq.num_full])
             seq.num_full += 1
         for place in self._sliding:
-            self._releases += self.groups[place].leave_behind(seq.tables[place], known)
+            self.groups[place].leave_behind(seq.tables[place], known)
         if self.states is not None:
             self.states.reached(seq)
 
@@ -170,7 +172,6 @@ class BlockManager:
             self.states.release(seq)
         seq.num_computed = seq.num_full = seq.room = 0
         seq.stop = NEVER
-        self._releases += 1
 
     def keep(self) -> None:
         """Keep the states that the last step left, where they are wanted; before anybody is given a slot."""
@@ -188,8 +189,8 @@ class BlockManager:
         if self.states is not None:
             self.states.forget_all()
 
-    def _fits(self, seq: Sequence, spare: float | None) -> bool:
-        """Whether every group has the blocks that a sequence must find before it begins."""
+    def _lacking(self, seq: Sequence, spare: float | None) -> BlockPool | None:
+        """Return the first pool that has not the blocks which a sequence must find before it begins."""
         whole = self.blocks_for(len(seq.tokens))
         for group, table in zip(self.groups, seq.tables, strict=True):
             missing = whole - len(table)
@@ -197,19 +198,18 @@ class BlockManager:
                 held = len(table) - group.first_seen(seq.num_computed)
                 missing = min(missing, window_blocks(group.window, self.block_size, self.block_size) - held)
             if missing > group.to_give(spare):
-                return False
-        return True
+                return group.pool
+        return None
 
-    def _refuse(self, seq: Sequence, found: int, usable: int) -> None:
+    def _refuse(self, seq: Sequence, lacking: BlockPool, found: int, usable: int) -> None:
         """Take back what a sequence was given that does not fit, and remember that it did not."""
-        lacking = (group.pool for group in self.groups if found < usable and not group.knows(seq, found))
-        pool = next(lacking, None)
+        unknown = (group.pool for group in self.groups if found < usable and not group.knows(seq, found))
+        pool = next(unknown, None)
         for group, table in zip(self.groups, seq.tables, strict=True):
             group.release(table)
         seq.num_computed = seq.num_full = 0
-        self._releases += 1
         missing = None if pool is None else (pool, prefix_key(seq, found, self.block_size))
-        self._refused = _Refusal(seq, self._releases, missing)
+        self._refused = _Refusal(seq, lacking, lacking.releases, missing)
 
     def _usable(self, seq: Sequence) -> int:
         """Leading blocks that a sequence may take from the prefix cache."""

@@ -14,6 +14,8 @@ class BlockPool:
 
     def __init__(self, num_blocks: int) -> None:
         self.num_blocks = num_blocks
+        self.releases = 0
+        """How often a block became free."""
         self._refs = [0] * num_blocks
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
         self._by_key: dict[int, int] = {}
@@ -54,6 +56,7 @@ class BlockPool:
         """Hold a block once less; one that nobody can find is the next to be handed out."""
         self._refs[block] -= 1
         if not self._refs[block]:
+            self.releases += 1
             self._free[block] = None
             if block not in self._key_of:
                 self._free.move_to_end(block, last=False)
