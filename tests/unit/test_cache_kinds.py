@@ -135,6 +135,7 @@ class Base:
     depth: int = 0
     prefix_cache: bool = True
     spacing: int = 2
+    seqs: int = SEQS
 
     def engine(self) -> tuple[Engine, Device, BlockManager]:
         """Make one."""
@@ -145,10 +146,10 @@ class Base:
         states = None
         if self.snapshots is not None:
             spacing = self.spacing if self.prefix_cache and self.snapshots else None
-            states = StateSlots(SEQS + self.snapshots, BLOCK, spacing)
+            states = StateSlots(self.seqs + self.snapshots, BLOCK, spacing)
         manager = BlockManager(sizes, BLOCK, self.windows, states=states, prefix_cache=self.prefix_cache)
         device = Device(self.depth, self.windows, self.snapshots is not None)
-        limits = SchedulerLimits(self.rows, SEQS, 2, LONGEST)
+        limits = SchedulerLimits(self.rows, self.seqs, 2, LONGEST)
         engine = Engine(device, limits, manager, AlwaysResident(), clock=lambda: 0.0)
         return engine, device, manager
 
@@ -286,6 +287,18 @@ def test_a_sequence_of_any_length_runs_where_all_layers_slide() -> None:
     engine, _, manager = Base((8,), rows=4).engine()
     assert manager.num_blocks == window_blocks(8, 4, BLOCK) == 5
     assert len(_run(engine, manager, list(range(50)), new=14).tokens) == 64
+
+
+def test_prompts_that_want_the_same_blocks_of_a_window_come_to_an_end() -> None:
+    """They wait for each other where there is one that goes on, and else one makes room for itself."""
+    engine, _, manager = Base((30,), sliding=10, rows=14, seqs=14, prefix_cache=False).engine()
+    for number in range(14):
+        seq = Sequence(str(number), [number] * 60, SamplingParams(max_tokens=3))
+        seq.flow = seq.id
+        engine.add(seq)
+    outputs = _drain(engine, manager)
+    assert sum(output.finish is not None for output in outputs) == 14
+    assert engine.stats.preemptions > 0
 
 
 def test_a_prompt_is_found_by_the_state_at_its_last_full_block() -> None:
