@@ -35,6 +35,7 @@ from loramux_shared.deployment import Deployment
 from loramux_shared.faults import AdapterInvalid
 from loramux_shared.sources.open import open_sources
 from loramux_shared.storage.memory import MemoryStore
+from tests.models.conftest import Counted
 from tests.support.tiny import (
     SIZES,
     VOCAB,
@@ -199,7 +200,9 @@ def test_an_adapter_alone_is_merged_into_its_experts(tmp_path: Path) -> None:
 
 @pytest.mark.sweep
 @pytest.mark.parametrize("settings", [{}, {"backend": "torch"}, {"kv_memory_gb": 0.0004}], ids=str)
-def test_one_among_31_answers_as_alone_and_as_transformers(base: Path, settings: dict[str, Any]) -> None:
+def test_one_among_31_answers_as_alone_and_as_transformers(
+    base: Path, settings: dict[str, Any], counted: Counted
+) -> None:
     """64 tokens of both forms of adapters and of the base, past chunks and blocks, preempted or not."""
     folders = {"each": base.parent / "each of 31", "all": base.parent / "all of 31"}
     if not folders["each"].exists():
@@ -215,8 +218,10 @@ def test_one_among_31_answers_as_alone_and_as_transformers(base: Path, settings:
     models = {name: oracle(base, folders.get(name)) for name in names}
     expected = [oracle_tokens(models[name], prompt, 64) for name, prompt in requests]
     ready = world.load(store, max_batch_tokens=64, max_batch_seqs=32, **settings)
-    assert run_engine(ready, requests, 64) == expected
-    assert run_engine(ready, requests[:3], 64) == expected[:3]
+    backend = settings.get("backend", "native")
+    situation = "preempted" if "kv_memory_gb" in settings else "among 31"
+    counted("Qwen3MoeForCausalLM", backend, situation, run_engine(ready, requests, 64), expected)
+    counted("Qwen3MoeForCausalLM", backend, "alone", run_engine(ready, requests[:3], 64), expected[:3])
     assert (ready.engine.stats.preemptions > 0) is ("kv_memory_gb" in settings)
 
 
