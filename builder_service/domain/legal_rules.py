@@ -5,8 +5,8 @@ from __future__ import annotations
 from builder_service.domain.adapter_config import AdapterConfig
 from builder_service.domain.config_fields import FILE
 from builder_service.domain.grouping import Grouping
+from builder_service.domain.pairs import Pair
 from builder_service.domain.peft_names import ends
-from builder_service.domain.tensor_rules import Pair
 from loramux_shared.bases.config import ModelConfig
 from loramux_shared.faults import Finding
 

@@ -3,28 +3,27 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final, Literal
 
 from builder_service.domain.adapter_config import AdapterConfig
 from builder_service.domain.full_tensors import EMBED_FIX, FullTensor
 from builder_service.domain.grouping import Grouping
+from builder_service.domain.pairs import Pair
 from builder_service.domain.safetensors_header import READABLE, Tensor, TensorFile
-from builder_service.domain.stacked import Unstacked, View, parameters_of, unstack
+from builder_service.domain.stack_rules import MERGE, unstacked
 from builder_service.domain.tensor_names import FullKey, LoraKey, RefusedKey, nearest_key, parse_key
 from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bases.groups import GroupShape
 from loramux_shared.bases.layers import ExpertsLayer
-from loramux_shared.bundle.modules import BY_NAME, Module
+from loramux_shared.bundle.modules import BY_NAME
 
-_MERGE: Final = "Merge it into the base (merge_and_unload) and serve a full model."
 _KEY_FIXES: Final = {
     "E_CONTAINER": "Convert it to PEFT's form: adapter_config.json and lora_A, lora_B by the base's own names.",
     "E_PREFIX": "Only layers of the text decoder are served: train with exclude_modules for the others.",
     "E_EMBED": EMBED_FIX,
     "E_MLX": "MLX stores A and B transposed, with an absolute scale: convert it to PEFT's form.",
-    "E_MOE": f"Train without the experts and routers (exclude_modules), or: {_MERGE}",
+    "E_MOE": f"Train without the experts and routers (exclude_modules), or: {MERGE}",
 }
 _FIXES_BY_CAUSE: Final = {
     "VeLoRA": "It is a state of the training, and no answer depends on it: save without these tensors.",
@@ -51,39 +50,6 @@ class AdapterLimits:
     max_rank: int
     target_modules: frozenset[str]
     """TensorRT-LLM's names; empty: all."""
-
-
-@dataclass(frozen=True)
-class Pair:
-    """A and B of one module of a layer, or of several that are fused."""
-
-    key: LoraKey
-    a: Tensor
-    b: Tensor
-
-    @property
-    def place(self) -> str:
-        """The pair in words."""
-        return self.key.place
-
-    @property
-    def order(self) -> tuple[int, int, int]:
-        """What pairs are sorted by."""
-        expert = -1 if self.key.expert is None else self.key.expert
-        return self.key.layer, self.key.modules[0].id, expert
-
-    def features(self, base: ModelConfig) -> list[tuple[int, int]] | None:
-        """Return (in, out) of each of its modules; None where the base has no such place."""
-        found = [base.features(module.name, self.key.layer) for module in self.key.modules]
-        there = [each for each in found if each is not None]
-        return there if len(there) == len(found) else None
-
-    def parts(self, base: ModelConfig) -> Iterator[tuple[Module, tuple[int, int]]]:
-        """Yield each module with the rows of B that are its own."""
-        start = 0
-        for module, (_, out) in zip(self.key.modules, self.features(base) or (), strict=True):
-            yield module, (start, start + out)
-            start += out
 
 
 @dataclass(frozen=True)
@@ -128,84 +94,10 @@ def sort_tensors(
             fix="Save one adapter: save_pretrained(selected_adapters=[...]).",
         )
     found = [pair for entries in sides.values() if (pair := _pair(entries, report)) is not None]
-    file, pairs = _unstacked(file, found, base, parameters, report)
+    file, pairs = unstacked(file, found, base, parameters, report)
     pairs.sort(key=lambda pair: pair.order)
     _once_each(pairs, report)
     return Sorted(pairs, fulls, file)
-
-
-def _unstacked(
-    file: TensorFile, pairs: list[Pair], base: ModelConfig, parameters: tuple[str, ...], report: Grouping
-) -> tuple[TensorFile, list[Pair]]:
-    """Return pairs of single experts for those of all, and the file to read them from."""
-    of_layers: dict[int, dict[str, Pair]] = defaultdict(dict)
-    for pair in pairs:
-        if pair.key.holds_all:
-            of_layers[pair.key.layer][pair.key.path] = pair
-    if parameters and not of_layers:
-        report.add(
-            "E_TARGET_PARAMS",
-            "adapter_config.json: target_parameters",
-            expected="tensors of experts that the base has; without experts, target_modules alone",
-            found=f"{', '.join(parameters)}, and no such tensors",
-            fix=_MERGE,
-        )
-    found = [pair for pair in pairs if not pair.key.holds_all]
-    tensors = dict(file.tensors)
-    views: dict[str, View] = {}
-    for layer, own in of_layers.items():
-        spec = base.layers[layer].mlp if layer < len(base.layers) else None
-        keys = parameters_of({path: pair.key for path, pair in own.items()}, parameters)
-        for path, pair in own.items():
-            if not isinstance(spec, ExpertsLayer):
-                _refuse_layer(pair, base, report)
-            elif keys is None:
-                _refuse_parameters(pair, parameters, report)
-            elif _is_stack(pair, spec.num, report):
-                for key, a, b, seen in unstack(keys[path], pair.a, pair.b, spec, base):
-                    found.append(Pair(key, a, b))
-                    tensors |= {a.name: a, b.name: b}
-                    views |= dict(zip((a.name, b.name), seen, strict=True))
-    return (Unstacked(file.path, tensors, file, views) if views else file), found
-
-
-def _refuse_layer(pair: Pair, base: ModelConfig, report: Grouping) -> None:
-    deepest = pair.key.layer < len(base.layers)
-    report.add(
-        "E_MODULE" if deepest else "E_LAYER",
-        pair.place,
-        expected="a layer with experts",
-        found="one without" if deepest else f"a base of {len(base.layers)} layers",
-        fix="The adapter was trained on another base.",
-    )
-
-
-def _refuse_parameters(pair: Pair, parameters: tuple[str, ...], report: Grouping) -> None:
-    report.add(
-        "E_TARGET_PARAMS",
-        pair.place,
-        expected="tensors of those parameters of experts that target_parameters names, and of all of them",
-        found=f"target_parameters {', '.join(parameters) or 'unset'}, and others in the tensors",
-        fix="Correct target_parameters in adapter_config.json: it tells whose tensors these are.",
-    )
-
-
-def _is_stack(pair: Pair, num: int, report: Grouping) -> bool:
-    """Whether A has rows and B columns of so many experts; empty ones are reported elsewhere."""
-    a, b = pair.a.shape, pair.b.shape
-    if 0 in a or 0 in b:
-        return False
-    if len(a) == 2 and len(b) == 2 and a[0] == b[1] and a[0] % num == 0:
-        return True
-    report.add(
-        "E_RANK_SHAPE",
-        pair.place,
-        cause=(pair.key.path, a, b),
-        expected=f"lora_A ({num} experts * rank, in) and lora_B (out, rank * {num} experts)",
-        found=f"lora_A {a} and lora_B {b}",
-        fix="The adapter was trained on a base with another number of experts.",
-    )
-    return False
 
 
 def check_pairs(pairs: list[Pair], config: AdapterConfig, limits: AdapterLimits, report: Grouping) -> None:
@@ -231,7 +123,7 @@ def check_pairs(pairs: list[Pair], config: AdapterConfig, limits: AdapterLimits,
 def _refuse(key: RefusedKey, name: str, base: ModelConfig, report: Grouping) -> None:
     if key.code != "E_UNKNOWN_KEY":
         fixes = _KEY_FIXES | {"E_MODULE": f"The base has {_listed(base.groups)}."}
-        fix = _FIXES_BY_CAUSE.get(key.cause) or fixes.get(key.code, _MERGE)
+        fix = _FIXES_BY_CAUSE.get(key.cause) or fixes.get(key.code, MERGE)
         found = key.cause or _FOUND[key.code]
         report.add(key.code, name, cause=key.cause, expected=_SERVED, found=found, fix=fix)
         return

@@ -12,8 +12,8 @@ import numpy as np
 
 from builder_service.domain.adapter_config import AdapterConfig
 from builder_service.domain.grouping import Grouping
+from builder_service.domain.pairs import Pair
 from builder_service.domain.safetensors_header import READABLE, Tensor, TensorFile
-from builder_service.domain.tensor_rules import Pair
 from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bundle.modules import Module
 from loramux_shared.bundle.norms import Norms, row_norms

@@ -46,7 +46,9 @@ REQUESTS = [("experts", list(range(5, 24))), ("base", [9, 8, 7]), ("attention", 
 NEW = 2
 
 
-@pytest.mark.parametrize("config", [CONFIG, pytest.param(SINKS, marks=pytest.mark.sweep)], ids=["qwen3-moe", "gpt-oss"])
+@pytest.mark.parametrize(
+    "config", [CONFIG, pytest.param(SINKS, marks=pytest.mark.sweep)], ids=["qwen3-moe", "gpt-oss"]
+)
 def test_recorded_steps_answer_as_transformers_and_compile_nothing(
     tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch, config: PreTrainedConfig
 ) -> None:

@@ -35,10 +35,12 @@ from loramux_shared.deployment import Deployment
 from loramux_shared.faults import AdapterInvalid
 from loramux_shared.sources.open import open_sources
 from loramux_shared.storage.memory import MemoryStore
+from tests.models.conftest import Counted
 from tests.support.tiny import (
     SIZES,
     VOCAB,
     World,
+    make_adapter,
     make_checkpoint,
     make_world_of,
     oracle,
@@ -194,6 +196,33 @@ def test_an_adapter_alone_is_merged_into_its_experts(tmp_path: Path) -> None:
     assert ready.bank is None
     found = run_engine(ready, [("one", prompt) for prompt in prompts()], NEW)
     assert found == expected_of(world.base, world.adapters)[len(prompts()) :]
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("settings", [{}, {"backend": "torch"}, {"kv_memory_gb": 0.0004}], ids=str)
+def test_one_among_31_answers_as_alone_and_as_transformers(
+    base: Path, settings: dict[str, Any], counted: Counted
+) -> None:
+    """64 tokens of both forms of adapters and of the base, past chunks and blocks, preempted or not."""
+    folders = {"each": base.parent / "each of 31", "all": base.parent / "all of 31"}
+    if not folders["each"].exists():
+        save_adapter(folders["each"], of_each(lambda *_: 2), r=2, lora_alpha=5, target_modules=[*FEATURES])
+        make_adapter(base, folders["all"], 9, **PARAMETERS | {"target_modules": ["q_proj", "o_proj"]})
+    world, store, draw = World(base, folders, base.parent), MemoryStore(), random.Random(1)
+    world.build(store)
+    names = ["base", *folders]
+    requests = [
+        (names[index % 3], [draw.randrange(3, VOCAB) for _ in range(draw.choice((1, 15, 16, 17, 60, 90)))])
+        for index in range(32)
+    ]
+    models = {name: oracle(base, folders.get(name)) for name in names}
+    expected = [oracle_tokens(models[name], prompt, 64) for name, prompt in requests]
+    ready = world.load(store, max_batch_tokens=64, max_batch_seqs=32, **settings)
+    backend = settings.get("backend", "native")
+    situation = "preempted" if "kv_memory_gb" in settings else "among 31"
+    counted("Qwen3MoeForCausalLM", backend, situation, run_engine(ready, requests, 64), expected)
+    counted("Qwen3MoeForCausalLM", backend, "alone", run_engine(ready, requests[:3], 64), expected[:3])
+    assert (ready.engine.stats.preemptions > 0) is ("kv_memory_gb" in settings)
 
 
 REFUSED: dict[str, tuple[str, dict[str, Any], Callable[[dict[str, Tensor]], None]]] = {

@@ -438,6 +438,8 @@ EACH_FAMILY = (
     "ministral3",
     "gpt-oss",
     "qwen3_5",
+    pytest.param("qwen3-moe", marks=pytest.mark.sweep),
+    pytest.param("qwen3_5-moe", marks=pytest.mark.sweep),
 )
 """One case of each family, with what is special in its layers."""
 

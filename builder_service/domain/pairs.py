@@ -1,0 +1,44 @@
+"""A and B of a module, as they stand in an adapter's file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from builder_service.domain.safetensors_header import Tensor
+from builder_service.domain.tensor_names import LoraKey
+from loramux_shared.bases.config import ModelConfig
+from loramux_shared.bundle.modules import Module
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A and B of one module of a layer, or of several that are fused."""
+
+    key: LoraKey
+    a: Tensor
+    b: Tensor
+
+    @property
+    def place(self) -> str:
+        """The pair in words."""
+        return self.key.place
+
+    @property
+    def order(self) -> tuple[int, int, int]:
+        """What pairs are sorted by."""
+        expert = -1 if self.key.expert is None else self.key.expert
+        return self.key.layer, self.key.modules[0].id, expert
+
+    def features(self, base: ModelConfig) -> list[tuple[int, int]] | None:
+        """Return (in, out) of each of its modules; None where the base has no such place."""
+        found = [base.features(module.name, self.key.layer) for module in self.key.modules]
+        there = [each for each in found if each is not None]
+        return there if len(there) == len(found) else None
+
+    def parts(self, base: ModelConfig) -> Iterator[tuple[Module, tuple[int, int]]]:
+        """Yield each module with the rows of B that are its own."""
+        start = 0
+        for module, (_, out) in zip(self.key.modules, self.features(base) or (), strict=True):
+            yield module, (start, start + out)
+            start += out
