@@ -38,7 +38,7 @@ def test_recorded_steps_take_states_on(
     """Graphs that were recorded without a row give the tokens of the torch backend, whatever slots sequences
     have, from snapshots too; and nothing is launched that the start has not launched."""
     monkeypatch.setattr(graph_runner, "RECORDED_ROWS", 16)
-    case = CASES["qwen3_5"]
+    case = CASES["qwen3_5-images"]
     world, store = make_world_of(tmp_path_factory.mktemp("delta"), case.config, case.adapters), MemoryStore()
     world.build(store)
     expected = run_engine(world.load(store, backend="torch", native=False), REQUESTS, NEW)

@@ -31,6 +31,7 @@ from tests.support.tiny import ADAPTERS, SIZES, VOCAB, World, make_world_of
 
 NEW, SEQS = 26, 64
 MODELS = ("base", *ADAPTERS)
+DELTA_FIRST = {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]}
 WINDOWED = {"head_dim": 16, "num_hidden_layers": 2, "sliding_window": 24}
 FAMILIES: dict[str, PreTrainedConfig] = {
     "llama": LlamaConfig(**SIZES),
@@ -42,7 +43,7 @@ FAMILIES: dict[str, PreTrainedConfig] = {
     ),
     "granite": GraniteConfig(**SIZES, residual_multiplier=0.3, embedding_multiplier=3.0, logits_scaling=7.0),
     "olmo2": Olmo2Config(**SIZES, pad_token_id=0),
-    "qwen3_5": Qwen3_5TextConfig(**SIZES | {"num_hidden_layers": 3}, **QWEN_DELTA, pad_token_id=0),
+    "qwen3_5": Qwen3_5TextConfig(**SIZES | QWEN_DELTA | DELTA_FIRST, pad_token_id=0),
 }
 Asked = list[tuple[str, list[int]]]
 

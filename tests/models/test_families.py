@@ -28,8 +28,8 @@ from transformers import (
     Phi3Config,
     PreTrainedConfig,
     Qwen2Config,
+    Qwen3_5Config,
     Qwen3_5MoeTextConfig,
-    Qwen3_5TextConfig,
     Qwen3Config,
     Qwen3MoeConfig,
     SmolLM3Config,
@@ -161,6 +161,7 @@ LONGROPE = {
 
 QWEN_DELTA = {
     "head_dim": 16,
+    "num_hidden_layers": 3,
     "layer_types": ["linear_attention", "full_attention", "linear_attention"],
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
@@ -174,17 +175,28 @@ QWEN_DELTA = {
         "mrope_section": [2, 1, 1],
     },
 }
-DELTA_ADAPTERS: dict[str, dict[str, Any]] = {
-    "wide": {"r": 8, "lora_alpha": 16, "target_modules": ["in_proj_qkv", "q_proj", "out_proj"]},
-    "all": {
-        "r": 4,
-        "lora_alpha": 10,
-        "target_modules": r".*\.(in_proj_(qkv|z|b|a)|out_proj|[qkvo]_proj|(gate|up|down)_proj)",
-        "rank_pattern": {"in_proj_z": 12, r"layers\.0\.linear_attn\.in_proj_b": 2},
-        "alpha_pattern": {"in_proj_a": 3},
-    },
-    "rs": {"r": 5, "lora_alpha": 7, "use_rslora": True, "target_modules": ["in_proj_a", "down_proj"]},
-}
+DELTA_VISION = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 48}
+
+
+def delta_adapters(where: str = "") -> dict[str, dict[str, Any]]:
+    """Adapters of all that Qwen 3.5 has, of modules whose names begin with a pattern."""
+    every = "in_proj_(qkv|z|b|a)|out_proj|[qkvo]_proj|(gate|up|down)_proj"
+    return {
+        "wide": {"r": 8, "lora_alpha": 16, "target_modules": rf"{where}.*\.(in_proj_qkv|q_proj|out_proj)"},
+        "all": {
+            "r": 4,
+            "lora_alpha": 10,
+            "target_modules": rf"{where}.*\.({every})",
+            "rank_pattern": {"in_proj_z": 12, r"layers\.0\.linear_attn\.in_proj_b": 2},
+            "alpha_pattern": {"in_proj_a": 3},
+        },
+        "rs": {
+            "r": 5,
+            "lora_alpha": 7,
+            "use_rslora": True,
+            "target_modules": rf"{where}.*\.(in_proj_a|down_proj)",
+        },
+    }
 
 
 @dataclass(frozen=True)
@@ -395,14 +407,13 @@ CASES = {
         ),
         OF_EXPERTS,
     ),
-    "qwen3_5": Case(
-        Qwen3_5TextConfig(
-            **SIZES | {"num_hidden_layers": 3},
-            **QWEN_DELTA,
-            attention_bias=True,
-            pad_token_id=0,
+    "qwen3_5-images": Case(
+        Qwen3_5Config(
+            text_config=SIZES | QWEN_DELTA | {"attention_bias": True, "pad_token_id": 0},
+            vision_config=DELTA_VISION,
+            tie_word_embeddings=False,
         ),
-        DELTA_ADAPTERS,
+        delta_adapters(r".*language_model"),
     ),
     "qwen3_5-moe": Case(
         Qwen3_5MoeTextConfig(
@@ -412,7 +423,7 @@ CASES = {
             pad_token_id=0,
         ),
         {
-            "wide": DELTA_ADAPTERS["wide"],
+            "wide": delta_adapters()["wide"],
             "all": MOE_ADAPTERS["all"]
             | {"target_modules": r".*(q_proj|in_proj_z|shared_expert.*_proj|shared_expert_gate)"},
         },
@@ -437,7 +448,7 @@ EACH_FAMILY = (
     "olmo3",
     "ministral3",
     "gpt-oss",
-    "qwen3_5",
+    "qwen3_5-images",
     pytest.param("qwen3-moe", marks=pytest.mark.sweep),
     pytest.param("qwen3_5-moe", marks=pytest.mark.sweep),
 )

@@ -97,8 +97,7 @@ def make_adapter(base: Path, folder: Path, seed: int, **config: Any) -> None:
 
 
 def _class_of(config: PreTrainedConfig) -> Any:
-    text = type(config) in AutoModelForCausalLM._model_mapping
-    return AutoModelForCausalLM if text else AutoModelForImageTextToText
+    return AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
 
 
 def _loaded(base: Path) -> Any:
