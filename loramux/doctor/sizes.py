@@ -44,7 +44,7 @@ class Sizes:
     weights_bytes: int
     """Without norms and biases."""
     widened: str
-    """What widening them at load takes; empty where they are kept as they are served."""
+    """What widening them at load takes; empty where they are served as they are kept, or rounded again."""
     steps_bytes: int
     """What the largest step needs."""
     kv_bytes: int

@@ -18,7 +18,7 @@ from inference_service.models.checkpoint import Checkpoint
 from inference_service.models.formats import packed
 from loramux_shared.bases.formats.read import read_quantization
 from loramux_shared.faults import CheckpointInvalid
-from tests.support.lowbit import KINDS
+from tests.support.lowbit import KINDS, gptq, int_quantized
 
 WRITTEN = Path(__file__).parents[1] / "golden" / "formats"
 CPU = torch.device("cpu")
@@ -107,16 +107,17 @@ def test_mxfp4_is_what_transformers_says(tmp_path: Path, dtype: torch.dtype) -> 
     assert torch.equal(read.get("experts.gate_up_proj_bias", (3, 24)), bias.to(dtype))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_weight_that_takes_several_chunks_is_the_same(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, dtype: torch.dtype
 ) -> None:
-    """What is beside a chunk, a block or a word is no matter of where chunks begin."""
+    """Rounded once from float32, wherever a chunk begins within blocks and words."""
     monkeypatch.setattr(packed, "CHUNK", 1)
     tensors, widened = KINDS[kind].keep(torch.randn(600, 80, generator=torch.Generator().manual_seed(0)))
     named = {f"layer.{name}": tensor for name, tensor in tensors.items()}
-    read = checkpoint(tmp_path, named, KINDS[kind].config, torch.float32)
-    assert torch.equal(read.get("layer.weight", (600, 80)), widened)
+    read = checkpoint(tmp_path, named, KINDS[kind].config, dtype)
+    assert torch.equal(read.get("layer.weight", (600, 80)), widened.to(dtype))
 
 
 def test_what_is_kept_as_it_is_is_served_as_it_is(tmp_path: Path) -> None:
@@ -160,6 +161,75 @@ def _state(**fields: Any) -> Any:
     return change
 
 
+def _plain_zeros(tensors: dict[str, Tensor]) -> None:
+    words = tensors["weight_zero_point"].T.contiguous().view(torch.uint8)
+    numbers = torch.stack((words & 15, words >> 4), dim=-1).flatten(-2)[:, :48].T
+    tensors["weight_zero_point"] = numbers.to(torch.int8) - 8
+
+
+@pytest.mark.parametrize(
+    ("kind", "change"),
+    [
+        ("pack-quantized", _to("weight_g_idx", torch.full((80,), -1))),
+        ("pack-quantized", _to("weight_g_idx", torch.arange(80) // 16)),
+        ("pack-quantized", _plain_zeros),
+        ("pack-symmetric", _to("weight_zero_point", torch.zeros(48, 5).char())),
+        ("int-quantized", _to("weight_zero_point", torch.zeros(48, 1).char())),
+        ("int-quantized", _to("weight_scale", lambda scale: scale.flatten())),
+        ("nf4", _to("weight", lambda data: data.flatten().view(torch.bfloat16).view(-1, 1))),
+        ("nf4", _to("weight", lambda data: data.flatten().view(torch.float32))),
+        ("int8", _to("SCB", lambda largest: largest[:, None])),
+        ("int8", _without("weight_format")),
+        ("fp8", _to("input_scale", torch.ones(1))),
+    ],
+)
+def test_other_forms_mean_the_same(tmp_path: Path, kind: str, change: Any) -> None:
+    """As other versions of the libraries write them."""
+    tensors, widened = KINDS[kind].keep(torch.randn(48, 80, generator=torch.Generator().manual_seed(0)))
+    change(tensors)
+    named = {f"layer.{name}": tensor for name, tensor in tensors.items()}
+    read = checkpoint(tmp_path, named, KINDS[kind].config, torch.float32)
+    assert torch.equal(read.get("layer.weight", (48, 80)), widened)
+
+
+def test_columns_in_turn_need_not_be_numbered(tmp_path: Path) -> None:
+    """Where GPTQ orders them they are numbered, if only one after the other; elsewhere they may be."""
+    tensors, widened = gptq(torch.randn(48, 80), shuffled=False)
+    for ordered in (True, False):
+        named = {f"layer.{name}": tensor for name, tensor in tensors.items() if ordered or name != "g_idx"}
+        config = KINDS["gptq"].config | {"desc_act": ordered}
+        read = checkpoint(tmp_path, named, config, torch.float32)
+        assert torch.equal(read.get("layer.weight", (48, 80)), widened)
+
+
+def test_a_group_may_be_larger_than_a_row(tmp_path: Path) -> None:
+    """However much larger: it is a row, then."""
+    tensors, widened = int_quantized(torch.randn(48, 80))
+    weights = {"num_bits": 8, "strategy": "group", "group_size": 1 << 50}
+    config = KINDS["int-quantized"].config | {"config_groups": {"group_0": {"weights": weights}}}
+    named = {f"layer.{name}": tensor for name, tensor in tensors.items()}
+    read = checkpoint(tmp_path, named, config, torch.float32)
+    assert torch.equal(read.get("layer.weight", (48, 80)), widened)
+
+
+def test_four_bits_of_bitsandbytes_are_of_the_type_that_they_were_quantised_from(tmp_path: Path) -> None:
+    """Also where a wider one is served, as bitsandbytes has it."""
+    config, tensors, widened = read_written("bitsandbytes-nf4-double")
+    found = checkpoint(tmp_path, tensors, config, torch.float32).get("layer.weight", tuple(widened.shape))
+    assert widened.dtype == torch.bfloat16
+    assert torch.equal(found, widened.float())
+
+
+def test_values_beyond_a_type_are_refused(tmp_path: Path) -> None:
+    """float16 would make them infinite; bfloat16 holds them."""
+    weight, config = torch.full((16, 32), 448.0), {"quant_method": "fp8", "weight_block_size": None}
+    tensors = {"one.weight": weight.to(torch.float8_e4m3fn), "one.weight_scale": torch.tensor(1e3)}
+    wide = checkpoint(tmp_path, tensors, config, torch.bfloat16).get("one.weight", (16, 32))
+    assert torch.equal(wide, (1e3 * weight).bfloat16())
+    with pytest.raises(CheckpointInvalid, match=r"finite numbers of float16, found 448000\.0 to 448000\.0"):
+        checkpoint(tmp_path, tensors, config, torch.float16).get("one.weight", (16, 32))
+
+
 @pytest.mark.parametrize(
     ("kind", "change", "told"),
     [
@@ -168,6 +238,7 @@ def _state(**fields: Any) -> Any:
         ("fp8", _to("weight_scale_inv", torch.ones(2, 2)), r"implies scales \[2, 3\] or \[1, 1\] or \[48, 1\]"),
         ("fp8", _to("weight_scale_inv", torch.ones(4, 2, 3)), "expected a grid of scales"),
         ("fp8", _to("weight_scale", torch.ones(2, 3)), "expected one of weight_scale_inv and weight_scale"),
+        ("fp8", _to("weight", lambda weight: (weight.float() * torch.nan).to(weight.dtype)), "found NaN"),
         ("fp8", _to("weight", lambda weight: weight.bfloat16()), "expected float8_e4m3fn, found bfloat16"),
         ("fp8", _to("weight", lambda weight: weight[1:]), r"expected shape \(48, 80\), found \(47, 80\)"),
         ("pack-quantized", _without("weight_scale"), "weight_scale: expected the tensor, found none"),

@@ -106,10 +106,10 @@ def int_quantized(weight: Tensor) -> Kept:
     return {"weight": numbers, "weight_scale": scale, "input_scale": torch.ones(1)}, numbers * scale
 
 
-def gptq(weight: Tensor) -> Kept:
-    """Columns that are of groups of their own, and zero points less one."""
+def gptq(weight: Tensor, *, shuffled: bool = True) -> Kept:
+    """Columns that are of groups of their own, or not, and zero points less one."""
     order = torch.randperm(weight.shape[1], generator=torch.Generator().manual_seed(1))
-    group_of = _in_turn(weight)[order]
+    group_of = _in_turn(weight)[order] if shuffled else _in_turn(weight)
     numbers, scale, zeros, whole = _grouped(weight, group_of, 4)
     zeros = zeros.clamp(min=1)
     whole = (numbers - zeros[:, group_of]) * scale[:, group_of]

@@ -67,7 +67,8 @@ class Found:
     """The weights of few bits among the tensors of a checkpoint."""
 
     def __init__(self, format_: FormatName, names: Iterable[str]) -> None:
-        self._sorted = sorted(names)
+        self._names = frozenset(names)
+        self._sorted = sorted(self._names)
         self._open: dict[str, tuple[Open, frozenset[str]]] = {}
         for marks, opened, others in LAYOUTS[format_]:
             for mark in marks:
@@ -101,15 +102,13 @@ class Found:
         return self._open[pieces.name][0](pieces)
 
     def _beside(self, name: str) -> list[str]:
-        """Return the tensors of a weight's linear, or, of a parameter that is named otherwise, its own."""
-        stem = name.removesuffix(WEIGHT)
-        at = bisect_left(self._sorted, stem)
-        found = []
-        while at < len(self._sorted) and self._sorted[at].startswith(stem):
-            rest = self._sorted[at][len(stem) :]
-            own = stem.endswith(".") or rest == "" or rest.startswith("_")
-            if own and (stem.endswith(".") or "." not in rest):
-                found.append(self._sorted[at])
+        """Return the tensors of a weight's linear; of a parameter that is not called weight, its own."""
+        of_linear = name.endswith(f".{WEIGHT}")
+        prefix = name.removesuffix(WEIGHT) if of_linear else f"{name}_"
+        found = [] if of_linear or name not in self._names else [name]
+        at = bisect_left(self._sorted, prefix)
+        while at < len(self._sorted) and self._sorted[at].startswith(prefix):
+            found.append(self._sorted[at])
             at += 1
         return found
 
