@@ -58,6 +58,10 @@ CASES: dict[str, dict[str, Any]] = {
         "layout": Layout([(1, 17), (4, 20)]),
         "heads": Heads(6, 2, 24, rotary=12, norm="own"),
     },
+    "heads of 512, whole and in pieces": {
+        "layout": Layout([(1, 140), (5, 20)], padding=1),
+        "heads": Heads(2, 1, 512, norm="own"),
+    },
     "a norm with an offset": {
         "layout": Layout([(1, 17), (4, 20)]),
         "heads": Heads(3, 1, 256, norm="own", offset=1.0),

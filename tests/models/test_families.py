@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoModelForCausalLM,
     Gemma2Config,
     Gemma3Config,
     Gemma3TextConfig,
@@ -43,7 +44,8 @@ from inference_service.engine.runner import Runner
 from inference_service.models.checkpoint import Checkpoint
 from inference_service.models.decoder import Decoder
 from inference_service.startup.load import Ready
-from loramux_shared.bases.read import read_config
+from loramux_shared.bases.memory import count_weights
+from loramux_shared.bases.read import read_config, read_fields
 from loramux_shared.faults import CheckpointInvalid
 from loramux_shared.storage.memory import MemoryStore
 from tests.support.tiny import (
@@ -569,6 +571,16 @@ def test_other_types_and_shards_give_the_same_tokens(tmp_path: Path, dtype: str,
     prompt = list(range(3, 40))
     expected = oracle_tokens(oracle(world.base, None), prompt, NEW)
     assert run_engine(world.load(store), [("base", prompt)], NEW) == [expected]
+
+
+def test_the_memory_plan_counts_what_tokens_give_to_layers() -> None:
+    """The table is most of a small Gemma 4: all that transformers holds but norms and biases."""
+    config = CASES["gemma4-small"].config
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    counted = sum(parameter.numel() for parameter in model.parameters() if parameter.dim() > 1)
+    fields = config.to_dict() | {"architectures": ["Gemma4ForCausalLM"]}
+    assert count_weights(read_fields(fields)) == counted
 
 
 def test_undescribed_and_missing_tensors_are_refused_by_name(tmp_path: Path) -> None:
