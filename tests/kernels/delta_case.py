@@ -25,7 +25,7 @@ STEPS: dict[str, list[list[StateChunk]]] = {
         [StateChunk(1, 16, 1, False), StateChunk(17, 1, 4, False)],
     ],
 }
-"""Of each case the chunks of its steps; row 0 of the last one is padding."""
+"""Of each case the chunks of its steps; behind them is a row of padding, and row 0 of the last one too."""
 
 
 def layer(sizes: Sizes, width: int, dtype: torch.dtype, device: str) -> tuple[DeltaWeights, DeltaStates]:
@@ -74,7 +74,7 @@ def case(name: str, sizes: Sizes, width: int, dtype: torch.dtype, device: str) -
     torch.manual_seed(0)
     weights, states = layer(sizes, width, dtype, device)
     ends = [max(chunk.row + chunk.length for chunk in chunks) for chunks in STEPS[name]]
-    return [inputs_of(end, sizes, weights, states) for end in ends]
+    return [inputs_of(end + 1, sizes, weights, states) for end in ends]
 
 
 def wrong(name: str, inputs: list[DeltaInputs], compute: Compute) -> float:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -31,7 +32,7 @@ from inference_service.kernels.delta import (
 )
 from inference_service.kernels.delta.reference import Heads
 from inference_service.kernels.launch import Launch, intercepted
-from tests.kernels.delta_case import STEPS, case, inputs_of, layer, wrong
+from tests.kernels.delta_case import STEPS, Sizes, case, inputs_of, layer, wrong
 
 SIZES = {"shared": (2, 4, 16, 8), "odd": (3, 3, 24, 40)}
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
@@ -92,15 +93,15 @@ def test_a_layer_is_that_of_transformers() -> None:
 
 
 def by_kernels(inputs: DeltaInputs, chunks: Sequence[StateChunk]) -> Tensor:
-    """With tables that have room for more, and memory that holds NaN before."""
+    """With tables that have room for more and held other steps, and memory that holds NaN before."""
     rows = len(inputs.qkv)
-    device = inputs.qkv.device
-    if all(chunk.length == 1 for chunk in chunks) and len(chunks) == rows:
-        tables = DeltaTables.allocate(DeltaCapacity(rows + 2, rows + 2), device)
+    if all(chunk.length == 1 and chunk.row == index for index, chunk in enumerate(chunks)):
+        capacity = DeltaCapacity(rows + 2, rows + 2)
     else:
         capacity = DeltaCapacity(rows + 3, len(chunks) + 2, delta_tile(inputs.qkv.dtype))
-        tables = DeltaTables.allocate(capacity, device)
-    tables.load(torch.from_numpy(pack_delta(tables.capacity, chunks)))
+    tables = DeltaTables.allocate(capacity, inputs.qkv.device)
+    stale = np.full(capacity.packed_size, 1, dtype=np.int32)
+    tables.load(torch.from_numpy(pack_delta(capacity, chunks, out=stale)))
     with intercepted(_poisoned):
         return gated_delta(inputs, tables)
 
@@ -108,7 +109,8 @@ def by_kernels(inputs: DeltaInputs, chunks: Sequence[StateChunk]) -> Tensor:
 def _poisoned(launch: Launch) -> None:
     """Enqueue a launch with NaN in what it has to write first."""
     written = {"conv_kernel": ["p_out"], "prepare_kernel": ["p_values", "p_reads", "p_weights", "p_total"]}
-    for name in written.get(launch.kernel.fn.__name__, []):
+    names = ["p_out"] if launch.arguments.get("ALONE") else written.get(launch.kernel.fn.__name__, [])
+    for name in names:
         launch.arguments[name].fill_(torch.nan)
     launch.enqueue()
 
@@ -126,6 +128,41 @@ def test_kernels_compute_the_reference(name: str, sizes: str, dtype: torch.dtype
     """Outputs and states, over tiles that are full and not; padding and other slots are left alone."""
     width = 4 if sizes == "shared" else 3
     assert wrong(name, case(name, SIZES[sizes], width, dtype, device), by_kernels) < TOLERANCE[dtype]
+
+
+DECODES, MIXED = DeltaCapacity(2, 2), DeltaCapacity(8, 2, 16)
+REFUSALS: dict[str, Callable[[], object]] = {
+    "3 chunks, but room for 2": lambda: pack_delta(MIXED, [StateChunk(0, 1, 0, fresh=True)] * 3),
+    "rows up to 9, but room for 8": lambda: pack_delta(MIXED, [StateChunk(0, 9, 0, fresh=True)]),
+    "a chunk has rows and a slot": lambda: pack_delta(MIXED, [StateChunk(0, 1, -1, fresh=True)]),
+    "chunk 0 has row 0": lambda: pack_delta(DECODES, [StateChunk(1, 1, 0, fresh=True)]),
+    "as many of both": lambda: DeltaCapacity(4, 2),
+    "must be positive": lambda: DeltaCapacity(0, 0),
+    "9 rows, but tables for 8": lambda: _refused(rows=9),
+    "tiles of torch.float32 have 16 rows, got tables for 32": lambda: _refused(tile=32),
+    r"z must be \(4, 32\)": lambda: _refused(z=31),
+    "at most 128 dimensions, got 144 and 8": lambda: _refused(sizes=(2, 4, 144, 8)),
+    "no queries, keys and values of 3 value heads": lambda: _refused(sizes=(2, 3, 16, 8)),
+    "at least 2 rows, got 1": lambda: _refused(width=1),
+}
+
+
+def _refused(
+    rows: int = 4, tile: int = 16, z: int | None = None, sizes: Sizes = SIZES["shared"], width: int = 4
+) -> None:
+    inputs = inputs_of(rows, sizes, *layer(sizes, width, torch.float32, "cpu"))
+    if z is not None:
+        inputs = replace(inputs, z=inputs.z[:, :z])
+    gated_delta(inputs, DeltaTables.allocate(DeltaCapacity(8, 2, tile), "cpu"))
+
+
+@pytest.mark.parametrize("message", REFUSALS)
+def test_what_does_not_fit_is_refused(message: str) -> None:
+    """A ValueError says what there must be and what there is."""
+    if torch.cuda.is_available():
+        pytest.skip("the tensors are on the CPU")
+    with pytest.raises(ValueError, match=message):
+        REFUSALS[message]()
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
