@@ -201,6 +201,11 @@ class LoraBackend(StepLora, Protocol):
         """Slots that were opened."""
         ...
 
+    @property
+    def slot_bytes(self) -> int:
+        """What each slot takes in tables, whether it is in use or not: much, where layers have experts."""
+        ...
+
     def open(self, num_bytes: int, max_rank: int, num_slots: int) -> None:
         """Make the arena and the slots, once; no adapter has a larger rank in any module.
 

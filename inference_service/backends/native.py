@@ -250,6 +250,11 @@ class NativeLora:
         """Slots that were opened."""
         return self._slots.num_slots
 
+    @property
+    def slot_bytes(self) -> int:
+        """The fields of all linears."""
+        return len(self._names) * ADAPTER_FIELDS * self._table.itemsize
+
     def open(self, num_bytes: int, max_rank: int, num_slots: int) -> None:
         """Reserve addresses; memory is taken when it is touched."""
         self._slots.open(num_bytes, max_rank, num_slots)

@@ -240,6 +240,11 @@ class TorchLora:
         """Slots that were opened."""
         return self._bank.num_slots
 
+    @property
+    def slot_bytes(self) -> int:
+        """Nothing: there are no tables."""
+        return 0
+
     def open(self, num_bytes: int, max_rank: int, num_slots: int) -> None:
         """Note the sizes."""
         self._bank.open(num_bytes, max_rank, num_slots)

@@ -210,6 +210,11 @@ class TritonLora:
         """Memory of the device that adapters take."""
         return self._bank.num_bytes
 
+    @property
+    def slot_bytes(self) -> int:
+        """Rank and places of all modules."""
+        return self._bank.slot_bytes
+
     def open(self, num_bytes: int, max_rank: int, num_slots: int) -> None:
         """Take the device's memory; steps may be recorded from then on."""
         self._bank.open(num_bytes, max_rank, num_slots)

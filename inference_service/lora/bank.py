@@ -64,6 +64,11 @@ class Bank:
                 self.groups[layer, shape.name] = _group(self._arena, of_group, shape, max_rank)
 
     @property
+    def slot_bytes(self) -> int:
+        """What a slot takes in the table."""
+        return self.slot_stride * 3 * self._table.itemsize
+
+    @property
     def slot_stride(self) -> int:
         """Modules from a slot to the next: how experts of a slot are numbered, `MODULES_APART` each."""
         return self._num_layers * len(self._layout.strides)

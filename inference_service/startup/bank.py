@@ -33,6 +33,10 @@ log = structlog.get_logger()
 
 MAX_SLOTS: Final = 4096
 """Adapters that are resident at once, at most."""
+MAX_TABLES: Final = 256 << 20
+"""Bytes of the tables of all slots: of dense bases 4,096 take less, of mixtures each may take a megabyte."""
+LEAST_SLOTS: Final = 64
+"""Whatever a slot takes."""
 PACKING: Final = 1.03
 """What alignment makes of an adapter's matrices, at most, but for the smallest ones."""
 COPY_WAIT_S: Final = 0.005
@@ -90,7 +94,8 @@ def open_bank(
     usual = adapter_bytes(config, item_bytes, min(USUAL_RANK, generation.max_lora_rank))
     num_bytes = plan_bank(sizes.values(), free_bytes(device), settings, device.type, usual=usual)
     lora = backend.new_lora()
-    lora.open(num_bytes, generation.max_lora_rank, MAX_SLOTS)
+    slots = min(MAX_SLOTS, max(LEAST_SLOTS, MAX_TABLES // max(1, lora.slot_bytes)))
+    lora.open(num_bytes, generation.max_lora_rank, slots)
     median = int(statistics.median(sizes.values())) if sizes else usual
     held = num_bytes // max(1, median)
     log.info("memory", item="bank of adapters", gb=round(num_bytes / GB, 3), holds_like_the_median=held)
@@ -103,7 +108,7 @@ def open_bank(
         threads=settings.adapter_threads,
     )
     wait_s = COPY_WAIT_S if device.type == "cpu" else 0.0
-    residency = Residency(Places(num_bytes), MAX_SLOTS, lora, loader, inbox.post, wait_s=wait_s)
+    residency = Residency(Places(num_bytes), slots, lora, loader, inbox.post, wait_s=wait_s)
     return Bank(lora, residency, loader, AdapterTexts(reader, base.text), sizes)
 
 

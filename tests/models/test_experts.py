@@ -27,6 +27,7 @@ from inference_service.models.blocks.experts import ExpertsBlock
 from inference_service.models.checkpoint import Checkpoint
 from inference_service.models.reader import Reader
 from inference_service.models.step import Cache, Step
+from inference_service.startup import bank
 from loramux.mapping import report_of
 from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bases.layers import ExpertsLayer, LayerSpec
@@ -223,6 +224,21 @@ def test_one_among_31_answers_as_alone_and_as_transformers(
     counted("Qwen3MoeForCausalLM", backend, situation, run_engine(ready, requests, 64), expected)
     counted("Qwen3MoeForCausalLM", backend, "alone", run_engine(ready, requests[:3], 64), expected[:3])
     assert (ready.engine.stats.preemptions > 0) is ("kv_memory_gb" in settings)
+
+
+@pytest.mark.parametrize("backend", ["native", "triton"])
+def test_slots_are_as_many_as_their_tables_have_memory_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: str
+) -> None:
+    """A slot has fields for every module of every expert, though few adapters have any."""
+    world, store = make_world_of(tmp_path, CONFIG, {"one": PARAMETERS}), MemoryStore()
+    world.build(store)
+    monkeypatch.setattr(bank, "MAX_TABLES", 1 << 20)
+    ready = world.load(store, backend=backend)
+    assert ready.bank is not None
+    lora = ready.bank.lora
+    assert lora.num_slots == (1 << 20) // lora.slot_bytes < bank.MAX_SLOTS
+    assert lora.num_bytes >= lora.num_slots * lora.slot_bytes
 
 
 REFUSED: dict[str, tuple[str, dict[str, Any], Callable[[dict[str, Tensor]], None]]] = {
