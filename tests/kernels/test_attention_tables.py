@@ -1,5 +1,6 @@
 """The packing of a step's tables: pure numpy."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -61,6 +62,31 @@ def test_tables_say_where_every_row_is_and_what_it_sees(step: tuple[AttentionCap
                 assert position == at + place
                 assert tables.blocks[first_block : first_block + len(blocks)].tolist() == blocks
     assert seen == {}
+
+
+@given(step=steps(), groups=st.integers(2, 3))
+def test_groups_of_layers_have_blocks_of_their_own(
+    step: tuple[AttentionCapacity, list[Context]], groups: int
+) -> None:
+    """Each has the tables that it would have alone, of which only the parts in use need be copied."""
+    alone, contexts = step
+    tables = [
+        tuple([block + 100 * group for block in context.blocks] for group in range(groups))
+        for context in contexts
+    ]
+    own = [context._replace(tables=each) for context, each in zip(contexts, tables, strict=True)]
+    capacity = replace(alone, groups=groups)
+    packed = pack_tables(capacity, own)
+    together = AttentionTables.allocate(capacity, "cpu")
+    for part in capacity.used(packed):
+        together.packed[part] = torch.from_numpy(packed[part])
+    for group in range(groups):
+        found = together.of(group)
+        expected = loaded(alone, [context._replace(blocks=context.table(group), tables=()) for context in own])
+        for name in ("cache_rows", "decodes", "prefills", "merges"):
+            assert torch.equal(getattr(found, name), getattr(expected, name))
+        num = sum(-(-context.end // BLOCK_SIZE) for context in contexts)
+        assert torch.equal(found.blocks[:num], expected.blocks[:num])
 
 
 @st.composite

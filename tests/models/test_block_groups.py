@@ -91,15 +91,14 @@ def test_answers_are_those_of_transformers(
 def test_recorded_steps_see_the_blocks_of_every_group(
     world: tuple[World, MemoryStore], requests: list[tuple[str, list[int]]], expected: list[list[int]]
 ) -> None:
-    """The kernels for GPUs, in the interpreter, from static tables that are filled for each step."""
+    """The kernels for GPUs, in the interpreter, from static tables that are filled for each step: an adapter's
+    prompt in chunks, and behind it tokens one by one."""
     ready = world[0].load(world[1], backend="triton", block_size=BLOCK)
     eager: Any = ready.engine._engine._runner
     blocks = SLIDING + 2, EVERYTHING
-    limits = replace(LIMITS, max_seqs=2)
+    limits = replace(LIMITS, max_seqs=1)
     runner = GraphRunner(eager._model, eager._lora, blocks, BLOCK, limits, TapeRecorder())
     runner.capture()
     manager = BlockManager(blocks, BLOCK, (WINDOW, None))
     ready.engine._engine = Engine(runner, limits, manager, AlwaysResident())
-    picked = [0, 3]
-    answers = run_engine(ready, [requests[index] for index in picked], 3)
-    assert answers == [expected[index][:3] for index in picked]
+    assert run_engine(ready, requests[1:2], 3) == [expected[1][:3]]

@@ -283,10 +283,12 @@ def test_a_prefix_is_found_where_a_window_can_still_see_what_it_needs() -> None:
 
 
 def test_a_sequence_of_any_length_runs_where_all_layers_slide() -> None:
-    """Its cache is that of a window."""
+    """Its cache is that of a window, and what is found of its prefix is part of that."""
     engine, _, manager = Base((8,), rows=4).engine()
     assert manager.num_blocks == window_blocks(8, 4, BLOCK) == 5
     assert len(_run(engine, manager, list(range(50)), new=14).tokens) == 64
+    assert _run(engine, manager, list(range(30))).num_cached == 0
+    assert _run(engine, manager, list(range(60))).num_cached == 28
 
 
 def test_prompts_that_want_the_same_blocks_of_a_window_come_to_an_end() -> None:
