@@ -419,8 +419,7 @@ CASES = {
     ),
     "qwen3_5-moe": Case(
         Qwen3_5MoeTextConfig(
-            **SIZES | {"num_hidden_layers": 2} | EXPERTS,
-            **QWEN_DELTA | {"layer_types": ["linear_attention", "full_attention"]},
+            **SIZES | QWEN_DELTA | EXPERTS,
             shared_expert_intermediate_size=28,
             pad_token_id=0,
         ),
@@ -428,6 +427,7 @@ CASES = {
             "wide": delta_adapters()["wide"],
             "all": MOE_ADAPTERS["all"]
             | {"target_modules": r".*(q_proj|in_proj_z|shared_expert.*_proj|shared_expert_gate)"},
+            "rs": MOE_ADAPTERS["rs"],
         },
     ),
     "olmo2": Case(Olmo2Config(**SIZES, attention_bias=True, pad_token_id=0), ADAPTERS),
