@@ -22,7 +22,7 @@ from inference_service.kernels.rows import reference as rows_reference
 from inference_service.kernels.sampling import RowParams, SamplingTables, pack_rows, sample
 from inference_service.kernels.sampling import reference as sampling_reference
 from inference_service.kernels.sgmv import PREFILL_TILE, pack_segments
-from tests.kernels import attention_case, sgmv_case
+from tests.kernels import attention_case, delta_case, sgmv_case
 
 NEEDS_NO_GPU: Final = ("test_aot.py", "test_sgmv_ordering.py", "test_cpu_ops.py")
 """Ahead-of-time compilation, and the CPU's operations."""
@@ -34,6 +34,10 @@ TESTS_S: Final = 300.0
 """Far more than they take: what hangs is red."""
 ROW_TOLERANCE: Final = {torch.bfloat16: 2e-2, torch.float32: 1e-5}
 """Largest relative error of an element of a norm or a gate: two to three roundings."""
+
+
+DELTA_TOLERANCE: Final = {torch.bfloat16: 4e-2, torch.float32: 1e-4}
+"""Of outputs and states, relative to the largest: rows later in a sequence have the errors of those before."""
 
 
 class Red(RuntimeError):
@@ -209,6 +213,17 @@ def mixture(num: int, dim: int, width: int, experts: int, top_k: int) -> Check:
     return check
 
 
+def delta_rule(lengths: Sequence[int], sizes: delta_case.Sizes) -> Check:
+    """A gated delta rule of chunks that begin and others that go on, recorded without a chunk."""
+
+    def check(device: Device) -> tuple[float, float]:
+        error = delta_case.replayed(lengths, sizes, device.dtype, str(device.where), device.recorder())
+        device.wait()
+        return error, DELTA_TOLERANCE[device.dtype]
+
+    return check
+
+
 def _worst(found: Tensor, expected: Tensor) -> float:
     """The largest relative error of an element; those near 0 count as 0.01."""
     error = (found.double() - expected).abs() / expected.abs().clamp(min=1e-2)
@@ -266,6 +281,8 @@ CHECKS: Final[dict[str, Check]] = {
     "norm, gate, embedding, cap": row_kernels(64, 4096, 14336),
     "experts, a decode step": mixture(8, 2048, 1536, 128, 8),
     "experts, a prompt": mixture(512, 2048, 1536, 128, 8),
+    "delta rule, a decode step": delta_rule([1] * 32, (16, 32, 128, 128)),
+    "delta rule, prompts and decode": delta_rule([700, 1, 64, 1, 33], (16, 48, 128, 128)),
     "sampler, 128256 tokens": sampler(128256),
 }
 REHEARSED_CHECKS: Final[dict[str, Check]] = {
@@ -274,5 +291,6 @@ REHEARSED_CHECKS: Final[dict[str, Check]] = {
     "attention": attention([(1, 20), (5, 5)], attention_case.Heads(2, 1, 16)),
     "norm, gate, embedding, cap": row_kernels(2, 64, 96),
     "experts": mixture(3, 32, 24, 5, 2),
+    "delta rule": delta_rule([20, 1], (1, 2, 16, 16)),
     "sampler": sampler(300),
 }

@@ -8,7 +8,19 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from inference_service.kernels.delta import DeltaInputs, DeltaStates, DeltaWeights, StateChunk, reference
+from inference_service.engine.graphs import Recorder
+from inference_service.kernels.delta import (
+    DeltaCapacity,
+    DeltaInputs,
+    DeltaStates,
+    DeltaTables,
+    DeltaWeights,
+    StateChunk,
+    delta_tile,
+    gated_delta,
+    pack_delta,
+    reference,
+)
 
 SLOTS = 5
 Compute = Callable[[DeltaInputs, Sequence[StateChunk]], Tensor]
@@ -28,7 +40,9 @@ STEPS: dict[str, list[list[StateChunk]]] = {
 """Of each case the chunks of its steps; behind them is a row of padding, and row 0 of the last one too."""
 
 
-def layer(sizes: Sizes, width: int, dtype: torch.dtype, device: str) -> tuple[DeltaWeights, DeltaStates]:
+def layer(
+    sizes: Sizes, width: int, dtype: torch.dtype, device: str, slots: int = SLOTS
+) -> tuple[DeltaWeights, DeltaStates]:
     """Weights, and states that are random: of two sequences that are in no step, and all others."""
     key_heads, heads, key_dim, value_dim = sizes
     channels = 2 * key_heads * key_dim + heads * value_dim
@@ -40,8 +54,8 @@ def layer(sizes: Sizes, width: int, dtype: torch.dtype, device: str) -> tuple[De
         eps=1e-6,
     )
     states = DeltaStates(
-        torch.randn(SLOTS, width - 1, channels).to(device, dtype),
-        torch.randn(SLOTS, heads, key_dim, value_dim, device=device) / key_dim**0.5,
+        torch.randn(slots, width - 1, channels).to(device, dtype),
+        torch.randn(slots, heads, key_dim, value_dim, device=device) / key_dim**0.5,
     )
     return weights, states
 
@@ -84,9 +98,33 @@ def wrong(name: str, inputs: list[DeltaInputs], compute: Compute) -> float:
     expected = run_steps(name, [replace(each, states=own) for each in inputs], reference.gated_delta)
     found = run_steps(name, inputs, compute)
     pairs = [*zip(found, expected, strict=True), (states.conv, own.conv), (states.recurrent, own.recurrent)]
-    return max(_difference(*pair) for pair in pairs)
+    return max(difference(*pair) for pair in pairs)
 
 
-def _difference(found: Tensor, expected: Tensor) -> float:
-    difference = (found.double() - expected.double()).abs().max()
-    return float(difference / expected.double().abs().max())
+def replayed(
+    lengths: Sequence[int], sizes: Sizes, dtype: torch.dtype, device: str, recorder: Recorder
+) -> float:
+    """The same of one step that was recorded without a chunk; every other sequence begins."""
+    torch.manual_seed(0)
+    rows, slots, decodes = sum(lengths) + 1, len(lengths) + 1, max(lengths) == 1
+    weights, states = layer(sizes, 4, dtype, device, slots)
+    inputs = inputs_of(rows, sizes, weights, states)
+    capacity = DeltaCapacity(rows, rows if decodes else slots, None if decodes else delta_tile(dtype))
+    tables, outs = DeltaTables.allocate(capacity, device), list[Tensor]()
+    graph = recorder.capture(lambda: outs.append(gated_delta(inputs, tables)))
+    chunks = [
+        StateChunk(sum(lengths[:index]), length, slots - 1 - index, fresh=index % 2 == 1)
+        for index, length in enumerate(lengths)
+    ]
+    tables.load(torch.from_numpy(pack_delta(capacity, chunks)))
+    own = DeltaStates(states.conv.clone(), states.recurrent.clone())
+    expected = reference.gated_delta(replace(inputs, states=own), chunks)
+    graph.replay()
+    pairs = (outs[-1], expected), (states.conv, own.conv), (states.recurrent, own.recurrent)
+    return max(difference(*pair) for pair in pairs)
+
+
+def difference(found: Tensor, expected: Tensor) -> float:
+    """The largest, relative to the largest value that is expected."""
+    error = (found.double() - expected.double()).abs().nan_to_num(nan=torch.inf).max()
+    return float(error / expected.double().abs().max())

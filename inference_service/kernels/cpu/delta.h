@@ -83,16 +83,16 @@ template <class T> inline void normalize(const T* from, int64_t K, float scale, 
   for (int64_t k = 0; k < K; k += LANES) store_part(to + k, load_part(from + k, K - k) * factor, K - k);
 }
 
-// One row: S = left * S + key (beta (v - left * S^T key))^T, and returns S^T query in out; S is [K][STRIP * LANES].
-inline void advance(float* S, int64_t K, const float* query, const float* key, float left, float beta, const vf* v, vf* out) {
-  constexpr int WIDE = STRIP * LANES;
+// One row: S = left * S + key (beta (v - left * S^T key))^T, and returns S^T query in out; S is [K][STRIP * LANES], its
+// rows ld apart.
+inline void advance(float* S, int64_t ld, int64_t K, const float* query, const float* key, float left, float beta, const vf* v, vf* out) {
   vf found[STRIP] = {}, added[STRIP];
   for (int64_t k = 0; k < K; ++k)
-    for (int c = 0; c < STRIP; ++c) found[c] = multiply_add(found[c], load<vf>(S + k * WIDE + c * LANES), splat(key[k]));
+    for (int c = 0; c < STRIP; ++c) found[c] = multiply_add(found[c], load<vf>(S + k * ld + c * LANES), splat(key[k]));
   for (int c = 0; c < STRIP; ++c) { added[c] = (v[c] - found[c] * left) * beta; out[c] = vf{}; }
   for (int64_t k = 0; k < K; ++k)
     for (int c = 0; c < STRIP; ++c) {
-      float* place = S + k * WIDE + c * LANES;
+      float* place = S + k * ld + c * LANES;
       const vf state = multiply_add(load<vf>(place) * left, added[c], splat(key[k]));
       store(place, state);
       out[c] = multiply_add(out[c], state, splat(query[k]));
@@ -136,7 +136,9 @@ template <class T> void advance_head(const DeltaLayer<T>& at, const DeltaChunk& 
     }
     const bool fresh = chunk.fresh && first == 0;
     for (int64_t column = 0; column < V; column += WIDE) {
-      for (int64_t k = 0; k < K; ++k)
+      const bool in_place = rows == 1 && !fresh && V - column >= WIDE;  // what is used once is not copied
+      float* strip = in_place ? state + column : S;
+      for (int64_t k = 0; k < K && !in_place; ++k)
         for (int c = 0; c < STRIP; ++c) {
           const int64_t left = V - column - c * LANES;
           store(S + k * WIDE + c * LANES, fresh || left <= 0 ? vf{} : load_part(state + k * V + column + c * LANES, left));
@@ -148,11 +150,11 @@ template <class T> void advance_head(const DeltaLayer<T>& at, const DeltaChunk& 
           const int64_t left = V - column - c * LANES;
           v[c] = left <= 0 ? vf{} : load_part(at.x + (at_row + t) * at.channels + 2 * keys + own + c * LANES, left);
         }
-        advance(S, K, queries + t * 2 * K, queries + t * 2 * K + K, leave[2 * t], leave[2 * t + 1], v, out);
+        advance(strip, in_place ? V : WIDE, K, queries + t * 2 * K, queries + t * 2 * K + K, leave[2 * t], leave[2 * t + 1], v, out);
         for (int c = 0; c < STRIP && V - column > c * LANES; ++c)
           store_part(at.out + (at_row + t) * at.heads * V + own + c * LANES, out[c], V - column - c * LANES);
       }
-      for (int64_t k = 0; k < K; ++k)
+      for (int64_t k = 0; k < K && !in_place; ++k)
         for (int c = 0; c < STRIP && V - column > c * LANES; ++c)
           store_part(state + k * V + column + c * LANES, load<vf>(S + k * WIDE + c * LANES), V - column - c * LANES);
     }
