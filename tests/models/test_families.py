@@ -419,8 +419,10 @@ CASES = {
     ),
     "qwen3_5-moe": Case(
         Qwen3_5MoeTextConfig(
-            **SIZES | {"num_hidden_layers": 2} | EXPERTS,
-            **QWEN_DELTA | {"layer_types": ["linear_attention", "full_attention"]},
+            **SIZES
+            | EXPERTS
+            | QWEN_DELTA
+            | {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]},
             shared_expert_intermediate_size=28,
             pad_token_id=0,
         ),
