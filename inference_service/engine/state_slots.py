@@ -17,7 +17,7 @@ from typing import Final
 from inference_service.core.sequence import NEVER, NOWHERE, Sequence
 from inference_service.engine.prefixes import prefix_key
 
-NEAR: Final = 4
+NEAR: Final = 16
 """A prompt's last block has no snapshot of its own where one lies within a spacing divided by this."""
 
 

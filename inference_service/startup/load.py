@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Final, cast
 
@@ -187,7 +187,7 @@ def _engine(
         graphs=backend.recordable,
         measure=measured if model.device.type == "cuda" else None,
     )
-    limits = limits_of(plan.max_seq_len)
+    limits = replace(limits_of(plan.max_seq_len), max_seqs=plan.seqs)
     blocks = blocks_of(plan, model.config, settings)
     runner = _runner(base, lora, plan.blocks, block_size, limits, plan.slots)
     if backend.recordable:

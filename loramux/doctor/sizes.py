@@ -115,7 +115,7 @@ def sizes_of(
         asked = min(cache.kv_bytes or plan.kv_bytes, cache.num_bytes(cache.most))
         room = free_bytes - needs.weights - steps - asked
     except ResourcesExhausted as fault:
-        plan, refusal = MemoryPlan((), 0, 0, 0), fault.message
+        plan, refusal = MemoryPlan((), 0, 0, 0, 0), fault.message
     each = {rank: adapter_bytes(config, item, rank) for rank in RANKS}
     return Sizes(
         dtype=dtype,

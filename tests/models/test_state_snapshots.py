@@ -6,6 +6,7 @@ import random
 from typing import Any
 
 import pytest
+from transformers import Qwen3_5TextConfig
 
 from inference_service.engine.block_manager import BlockManager
 from inference_service.engine.engine import Engine
@@ -14,13 +15,26 @@ from inference_service.engine.residents import AlwaysResident
 from inference_service.engine.runner import Runner
 from inference_service.engine.state_slots import StateSlots
 from loramux_shared.storage.memory import MemoryStore
-from tests.models.test_families import CASES
-from tests.support.tiny import VOCAB, make_world_of, run_engine
+from tests.support.tiny import SIZES, VOCAB, make_world_of, run_engine
 
 BLOCK = 16
 LIMITS = SchedulerLimits(max_tokens=32, max_seqs=3, max_adapters=2, max_seq_len=256)
 BLOCKS = 80
 TURNS = 4
+QWEN = Qwen3_5TextConfig(
+    **SIZES,
+    head_dim=16,
+    layer_types=["linear_attention", "full_attention"],
+    linear_num_key_heads=2,
+    linear_num_value_heads=4,
+    linear_key_head_dim=16,
+    linear_value_head_dim=8,
+    pad_token_id=0,
+)
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "mixers": {"r": 8, "lora_alpha": 16, "target_modules": ["in_proj_qkv", "in_proj_z", "q_proj", "out_proj"]},
+    "gates": {"r": 4, "lora_alpha": 8, "target_modules": ["in_proj_a", "in_proj_b", "down_proj"]},
+}
 
 
 @pytest.mark.parametrize(("native", "slots", "part"), [(False, 6, 0.1), (True, 20, 0.4)])
@@ -29,14 +43,13 @@ def test_conversations_go_on_from_their_states(
 ) -> None:
     """Of a base and adapters, side by side, turn by turn: with snapshots of prefixes, many or few, each answers
     as it would from the beginning, and a part of what was said is not computed again."""
-    case = CASES["qwen3_5"]
-    world, store = make_world_of(tmp_path_factory.mktemp("states"), case.config, case.adapters), MemoryStore()
+    world, store = make_world_of(tmp_path_factory.mktemp("states"), QWEN, ADAPTERS), MemoryStore()
     world.build(store)
     ready = world.load(store, native=native, block_size=BLOCK)
     eager: Any = ready.engine._engine._runner
     draw = random.Random(4)
     beginning = draw.choices(range(3, VOCAB), k=40)
-    said = [(name, [*beginning, number + 3]) for number, name in enumerate(["base", *case.adapters, "base"])]
+    said = [(name, [*beginning, number + 3]) for number, name in enumerate(["base", *ADAPTERS, "base"])]
     engines = []
     for kept in (True, False):
         states = StateSlots(slots, BLOCK, 2 if kept else None)

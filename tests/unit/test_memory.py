@@ -193,6 +193,11 @@ def test_states_have_slots_for_all_sequences_and_the_rest_for_snapshots() -> Non
     assert plan.spacing is not None
     assert snapshots - 1 <= plan.blocks[0] // plan.spacing <= snapshots
     assert plan_memory(63 * 10**9, NEEDS, replace(cache, kv_bytes=plan.kv_bytes), share=0.9) == plan
+    assert plan.seqs == 64
+    fewer = plan_memory(
+        63 * 10**9, NEEDS, replace(cache, kv_bytes=10**9, every_seat=False, whole=False), share=0.9
+    )
+    assert fewer.seqs == fewer.tokens * 131072 // (50 * 10**6) < 10
     alone = plan_memory(63 * 10**9, NEEDS, replace(cache, snapshots=False), share=0.9)
     assert (alone.slots, alone.spacing) == (64, None)
 
@@ -200,5 +205,5 @@ def test_states_have_slots_for_all_sequences_and_the_rest_for_snapshots() -> Non
 def test_states_that_do_not_fit_are_refused_with_the_numbers() -> None:
     """Of as many sequences as may run, before there is a token."""
     cache = replace(CACHE, kv_bytes=10**9, state_bytes=50 * 10**6)
-    with pytest.raises(ResourcesExhausted, match="64 states of 50000000 bytes"):
+    with pytest.raises(ResourcesExhausted, match="64 sequences' states of 50000000 bytes"):
         plan_memory(63 * 10**9, NEEDS, cache, share=0.9)

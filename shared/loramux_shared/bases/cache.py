@@ -54,6 +54,9 @@ class Cache:
     """Its size, where the settings say it."""
     state_bytes: int = 0
     """A sequence's state, of all layers that carry one."""
+    every_seat: bool = True
+    """Whether so many sequences must have a state, rather than as many as have one in as much memory as the
+    tokens take."""
     snapshots: bool = True
     """Whether prefixes are kept at all."""
 
@@ -85,6 +88,12 @@ class Cache:
         longest = sum(group.token_bytes * self._held(group.window) for group in self.groups)
         return max(longest / self.token_bytes, self._held(window))
 
+    def seats(self, count: int) -> int:
+        """Sequences that may run beside so many blocks."""
+        if not self.state_bytes or self.every_seat:
+            return self.seqs
+        return min(self.seqs, max(1, self._block_bytes(count) // self.state_bytes))
+
     def kept_states(self, count: int) -> int:
         """Snapshots of states beside so many blocks."""
         if not self.state_bytes or not self.snapshots:
@@ -98,7 +107,7 @@ class Cache:
 
     def num_bytes(self, count: int) -> int:
         """All of it, where a group that sees everything has so many blocks."""
-        return self._block_bytes(count) + (self.seqs + self.kept_states(count)) * self.state_bytes
+        return self._block_bytes(count) + (self.seats(count) + self.kept_states(count)) * self.state_bytes
 
     def fitting(self, num_bytes: int) -> int:
         """The most blocks with which it takes no more than that; below 0: not even the states fit."""

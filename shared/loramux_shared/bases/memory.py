@@ -63,8 +63,10 @@ class MemoryPlan:
     """Of the cache, states included."""
     tokens: int
     """Whose keys and values the cache holds."""
+    seqs: int
+    """That may run at once."""
     slots: int = 0
-    """For states: one for each sequence that may run, and the snapshots' of prefixes."""
+    """For states: one for each of them, and the snapshots' of prefixes."""
     spacing: int | None = None
     """Blocks between two snapshots; None: there are none."""
 
@@ -96,14 +98,16 @@ def plan_memory(
         raise ResourcesExhausted(
             f"the key-value cache holds {capacity} tokens ({budget / GB:.2f} GB at {_each(cache)}, beside "
             f"{_shown(needs)}), and one sequence of max_seq_len={cache.longest} does not fit. "
-            f"Raise LORAMUX_KV_MEMORY_GB or lower max_seq_len."
+            f"Raise LORAMUX_KV_MEMORY_GB or lower {'LORAMUX_MAX_BATCH_SEQS or ' if cache.state_bytes else ''}"
+            "max_seq_len."
         )
     return MemoryPlan(
         cache.blocks(count),
         capacity,
         cache.num_bytes(count),
         tokens=max(cache.blocks(count)) * cache.block_size,
-        slots=cache.seqs + cache.kept_states(count) if cache.state_bytes else 0,
+        seqs=cache.seats(count),
+        slots=cache.seats(count) + cache.kept_states(count) if cache.state_bytes else 0,
         spacing=cache.spacing(count),
     )
 
@@ -225,6 +229,7 @@ def cache_of(
         whole=max_seq_len is not None,
         kv_bytes=int(settings.kv_memory_gb * GB) if settings.kv_memory_gb else None,
         state_bytes=config.state_bytes(item_bytes),
+        every_seat=settings.max_batch_seqs is not None,
         snapshots=settings.prefix_cache,
     )
 
@@ -293,7 +298,7 @@ def _every_group(config: ModelConfig) -> Iterator[GroupShape]:
 
 
 def _each(cache: Cache) -> str:
-    states = f", and {cache.seqs} states of {cache.state_bytes} bytes" if cache.state_bytes else ""
+    states = f", with {cache.seqs} sequences' states of {cache.state_bytes} bytes" if cache.state_bytes else ""
     return f"{cache.token_bytes} bytes a token{states}"
 
 
