@@ -22,7 +22,7 @@ from inference_service.kernels.attention import (
 from inference_service.kernels.launch import Launch
 from loramux_shared.bases.attention import AttentionSpec
 
-TOLERANCE = {torch.float32: 3e-6, torch.float16: 6e-3, torch.bfloat16: 5e-2}
+TOLERANCE = {torch.float32: 3e-6, torch.float16: 6e-3, torch.bfloat16: 8e-2}
 """Largest relative error of one head of one row; the interpreter truncates to bf16."""
 WRITTEN = ("p_q", "p_out", "p_partial", "p_lse")
 

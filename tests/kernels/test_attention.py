@@ -150,7 +150,7 @@ def test_all_contexts_in_one_step(
         device=device,
         window=window,
         softcap=softcap,
-        sinks=block_size == 32,
+        sinks=block_size == 32 and dtype is not torch.bfloat16,
     )
     keys, values = case.inputs.keys.clone(), case.inputs.values.clone()
     check(case, case.run(), keys, values)

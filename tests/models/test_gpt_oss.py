@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
 from transformers import GptOssConfig
 
 from loramux_shared.faults import AdapterInvalid
 from loramux_shared.storage.memory import MemoryStore
+from tests.support.lowbit import EXPERTS, keep
 from tests.support.tiny import (
     SIZES,
     World,
@@ -32,7 +30,6 @@ CONFIG = GptOssConfig(
     num_experts_per_tok=2,
     pad_token_id=0,
 )
-EXPERTS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
 
 
 @pytest.fixture(scope="module")
@@ -43,32 +40,11 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def keep_in_four_bits(plain: Path, folder: Path) -> None:
-    """Write a checkpoint whose experts are blocks of 32 numbers, by rows of outputs, with a scale each."""
-    folder.mkdir()
-    for file in plain.iterdir():
-        (folder / file.name).write_bytes(file.read_bytes())
-    tensors = load_file(plain / "model.safetensors")
-    generator = torch.Generator().manual_seed(0)
-    for name in [name for name in tensors if name.endswith(EXPERTS)]:
-        experts, inside, out = tensors.pop(name).shape
-        grid = experts, out, inside // 32
-        tensors[f"{name}_blocks"] = torch.randint(256, (*grid, 16), dtype=torch.uint8, generator=generator)
-        tensors[f"{name}_scales"] = torch.randint(122, 126, grid, dtype=torch.uint8, generator=generator)
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"] = {
-        "modules_to_not_convert": ["model.layers.*.self_attn", "model.layers.*.mlp.router", "lm_head"],
-        "quant_method": "mxfp4",
-    }
-    (folder / "config.json").write_text(json.dumps(config))
-
-
 def test_experts_of_four_bits_answer_as_transformers_widens_them(plain: Path) -> None:
     """The base and an adapter as OpenAI's cookbook trains it, of all linears and of some layers' experts."""
     base, adapter = plain.parent / "kept", plain.parent / "adapter"
-    keep_in_four_bits(plain, base)
-    experts = [f"1.{name}" for name in EXPERTS]
+    keep(plain, EXPERTS, base, plain.parent / "widened")
+    experts = [f"1.mlp.experts.{name}" for name in ("gate_up_proj", "down_proj")]
     make_adapter(plain, adapter, 0, r=3, lora_alpha=6, target_modules="all-linear", target_parameters=experts)
     world, store = World(base, {"one": adapter}, plain.parent), MemoryStore()
     world.build(store)

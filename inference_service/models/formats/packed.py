@@ -38,14 +38,15 @@ class Packed(Protocol):
 def widened(packed: Packed, dtype: torch.dtype) -> Tensor:
     """Return the weight in a type, in the shape that is asked for: exact in float32, and rounded once.
 
+    In memory it is as the file keeps it, turned or not.
+
     Raises:
         CheckpointInvalid: it has values that are no numbers, or none of the type.
     """
     shape, limit = packed.pieces.shape, torch.finfo(dtype).max
-    out = torch.empty(shape, dtype=dtype)
-    views = out.view(packed.matrices, *shape[-2:])
+    out = torch.empty(packed.matrices, packed.rows, packed.columns, dtype=dtype)
     step = max(ROWS, CHUNK // max(1, packed.columns) // ROWS * ROWS)
-    for matrix, view in enumerate(views.transpose(1, 2) if packed.turned else views):
+    for matrix, view in enumerate(out):
         for begin in range(0, packed.rows, step):
             end = min(begin + step, packed.rows)
             part = packed.part(matrix, begin, end)
@@ -55,7 +56,7 @@ def widened(packed: Packed, dtype: torch.dtype) -> Tensor:
                     "weight", f"expected finite numbers of {named(dtype)}, found {low} to {high}."
                 )
             view[begin:end] = part
-    return out
+    return (out.transpose(1, 2) if packed.turned else out).view(shape)
 
 
 @dataclass(frozen=True)
