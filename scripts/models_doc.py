@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+import json
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
@@ -16,6 +17,9 @@ from loramux_shared.bundle.modules import BY_NAME, FUSED_PATHS
 from scripts.pages import table
 
 PAGE: Final = Path(__file__).resolve().parent.parent / "docs" / "models.md"
+COUNTED: Final = PAGE.with_name("parity.json")
+"""Written by `pytest --sweep tests/models/test_parity.py --parity docs/parity.json`."""
+BACKENDS: Final = {"torch": "torch", "native": "native", "triton": "Triton, in the interpreter"}
 SIZES: Final = {
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -72,6 +76,21 @@ def formats() -> str:
     return table(("`quant_method`", "what is read"), rows)
 
 
+def parity() -> str:
+    """Return a row for each architecture of which answers were counted, and with what they were compared."""
+    kept = json.loads(COUNTED.read_text())
+    tried, exact = Counter[tuple[str, str]](), Counter[tuple[str, str]]()
+    for name, backend, _, count, equal in kept["counts"]:
+        tried[name, backend] += count
+        exact[name, backend] += equal
+    rows = [
+        (f"`{name}`", *(f"{exact[name, each]} of {tried[name, each]}" for each in BACKENDS))
+        for name in sorted({name for name, _ in tried})
+    ]
+    oracles = ", ".join(f"{name} {number}" for name, number in kept["oracles"].items())
+    return table(("exact answers, of those tried", *BACKENDS.values()), rows) + f"\nCompared with {oracles}.\n"
+
+
 def small(architecture: Architecture) -> ModelConfig:
     """Return a small decoder of an architecture, as its family reads it."""
     fields: dict[str, Any] = {"architectures": [architecture.name], "model_type": architecture.model_type}
@@ -89,4 +108,5 @@ TABLES: Final[dict[str, Callable[[], str]]] = {
     "families": families,
     "formats": formats,
     "modules": modules,
+    "parity": parity,
 }

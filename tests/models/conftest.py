@@ -14,7 +14,7 @@ import pytest
 PARITY: Final = "parity"
 ORACLES: Final = ("torch", "transformers", "peft")
 Counted: TypeAlias = Callable[[str, str, str, Sequence[list[int]], Sequence[list[int]]], None]
-counts: Counter[tuple[str, str, str, str]] = Counter()
+counts: Counter[tuple[Any, ...]] = Counter()
 """Of (architecture, backend, situation, "tried" or "exact")."""
 
 
@@ -40,25 +40,25 @@ def counted(record_property: Callable[[str, object], None]) -> Counted:
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     """Add up what a test has counted, in whichever worker it ran."""
     for name, value in report.user_properties if report.when == "call" else ():
-        if name == PARITY:
-            architecture, backend, situation, tried, exact = value
-            counts[architecture, backend, situation, "tried"] += tried
-            counts[architecture, backend, situation, "exact"] += exact
+        if name == PARITY and isinstance(value, list):
+            *where, tried, exact = value
+            counts[*where, "tried"] += tried
+            counts[*where, "exact"] += exact
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """Tell it, and write it where that was asked for."""
+    """Tell it, and write it where that was asked for: not in a worker, which has seen its own tests alone."""
+    if hasattr(config, "workerinput"):
+        return
     rows = [
-        {"architecture": where[0], "backend": where[1], "situation": where[2]}
-        | {what: counts[*where, what] for what in ("tried", "exact")}
+        [*where, *(counts[*where, what] for what in ("tried", "exact"))]
         for where in sorted({key[:3] for key in counts})
     ]
     if rows:
-        terminalreporter.section("parity")
-    for row in rows:
-        terminalreporter.line(
-            "{architecture:<34} {backend:<7} {situation:<12} {exact:>4} of {tried}".format(**row)
-        )
+        terminalreporter.section(PARITY)
+    for architecture, backend, situation, tried, exact in rows:
+        terminalreporter.line(f"{architecture:<34} {backend:<7} {situation:<12} {exact:>4} of {tried}")
     if (path := config.getoption("--parity")) and rows:
         oracles = {name: version(name).partition("+")[0] for name in ORACLES}
-        path.write_text(json.dumps({"oracles": oracles, "counts": rows}, indent=1) + "\n")
+        lines = ",\n".join(json.dumps(row) for row in rows)
+        path.write_text(f'{{"oracles": {json.dumps(oracles)}, "counts": [\n{lines}\n]}}\n')

@@ -505,12 +505,12 @@ def test_the_kernels_for_gpus_answer_the_same(answers: Answers) -> None:
     assert found == [expected[:2] for _, expected in picked]
 
 
-def tight(world: World, sequences: int) -> dict[str, Any]:
-    """Settings with a cache that has no room for so many sequences."""
+def tight(world: World, sequences: int, least: int = 64) -> dict[str, Any]:
+    """Settings with a cache that has no room for so many sequences, but for one of at least so many tokens."""
     config = read_config(world.base)
     token_bytes = 4 * sum(layer.mixer.kept_features for layer in config.layers)
     # where all layers slide, one sequence holds little, and a step of few rows is enough for it
-    tokens, rows = (152, 1024) if None in config.windows else (64, 16)
+    tokens, rows = (152, 1024) if None in config.windows else (least, 16)
     states = (sequences + SNAPSHOTS) * config.state_bytes(4)
     return {
         "kv_memory_gb": (tokens * token_bytes + states) / 1e9,

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import pytest
 
 from inference_service.startup.load import Ready
+from loramux_shared.bases.read import read_config
 from loramux_shared.faults import SettingsInvalid
 from loramux_shared.storage.memory import MemoryStore
 from tests.models.conftest import Counted
@@ -54,9 +55,10 @@ def asked(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     draw = random.Random(11)
     models = ("base", *case.adapters)
     lengths = [*LENGTHS, *(draw.randrange(1, 64) for _ in range(CROWD - CHECKED))]
+    longest = read_config(world.base, case.max_seq_len).max_positions - NEW
     requests = [
-        (models[index % len(models)], [draw.randrange(3, VOCAB) for _ in range(max(case.shortest, length))])
-        for index, length in enumerate(lengths)
+        (models[index % len(models)], [draw.randrange(3, VOCAB) for _ in range(length)])
+        for index, length in enumerate(min(max(case.shortest, length), longest) for length in lengths)
     ]
     oracles = {name: oracle(world.base, world.adapters.get(name)) for name in models}
     expected = [oracle_tokens(oracles[name], prompt, NEW) for name, prompt in requests[:CHECKED]]
@@ -87,7 +89,7 @@ def test_among_others(
 def test_preempted_and_from_prefixes(asked: Asked, backend: str, counted: Counted) -> None:
     """In a cache too small for all; and twice alone, the second time from what is kept of the first."""
     blocks = {"block_size": 16 if backend == "native" else 8}
-    ready = asked.load(backend, **tight(asked.world, CHECKED) | blocks)
+    ready = asked.load(backend, **tight(asked.world, CHECKED, least=144) | blocks)
     found = run_engine(ready, asked.requests[:CHECKED], NEW)
     counted(asked.architecture, backend, "preempted", found, asked.expected)
     assert ready.engine.stats.preemptions > 0

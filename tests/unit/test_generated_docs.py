@@ -80,6 +80,18 @@ def test_every_architecture_has_its_row_and_its_modules() -> None:
     assert "`self_attn.qkv_proj`, `mlp.gate_up_proj` | `Phi3ForCausalLM` |" in modules
 
 
+def test_counted_answers_are_added_up_by_architecture_and_backend() -> None:
+    """Of architectures that are served; what a backend did not try is 0 of 0."""
+    served = {f"`{name}`" for name in load_families()}
+    head, _, *rows = [line.split(" | ") for line in models_doc.parity().splitlines() if line.startswith("|")]
+    assert [cell.strip("| ") for cell in head[1:]] == [*models_doc.BACKENDS.values()]
+    assert {row[0].strip("| ") for row in rows} <= served
+    for row in rows:
+        for cell in row[1:]:
+            exact, tried = map(int, cell.strip("| ").split(" of "))
+            assert exact <= tried
+
+
 def test_what_stands_around_a_table_stays() -> None:
     """A page without the marks is not written at all."""
     page = "before\n<!-- a: `make docs` -->\nold\n<!-- end of a -->\nafter\n"
