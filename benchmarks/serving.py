@@ -222,12 +222,14 @@ def done_by(peer: Peer, models: Sequence[str]) -> Run:
     return run
 
 
-async def measure(contenders: Sequence[Contender], rounds: int) -> list[list[Figures]]:
+async def measure(
+    contenders: Sequence[Contender], rounds: int, loads: Sequence[tuple[int, int]] = LOADS
+) -> list[list[Figures]]:
     """Every load on every contender in turn, round by round, so that all meet the same machine; medians."""
     for each in contenders:
         await each.run(8, 16, 999)  # warm up
     table: list[list[Figures]] = [[] for _ in contenders]
-    for concurrency, requests in LOADS:
+    for concurrency, requests in loads:
         runs: list[list[Figures]] = [[] for _ in contenders]
         for seed in range(rounds):
             for own, each in zip(runs, contenders, strict=True):

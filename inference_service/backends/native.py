@@ -30,10 +30,10 @@ from inference_service.kernels.cpu.ops import (
 )
 from inference_service.kernels.delta import StateChunk
 from inference_service.kernels.experts import ByExpert
+from inference_service.kernels.integers import quantize
 from inference_service.kernels.rows import Activation
 from inference_service.layers.linear import Linear
 from inference_service.layers.norm import RMSNorm
-from inference_service.layers.quantized import quantize
 from inference_service.lora.arena import Arena
 from inference_service.lora.native import ADDRESSES, native_layout, pack_native
 from inference_service.lora.packed import PackedAdapter

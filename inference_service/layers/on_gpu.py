@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from inference_service.kernels.integers import Quantized
 from inference_service.layers.linear import Linear
-from inference_service.layers.quantized import Quantized, QuantizedLinear
+from inference_service.layers.quantized import QuantizedLinear
 
 FEW_ROWS: Final = 16
 """For which the packed product of 8 bits reads the weights once; for more of them, they are widened first."""

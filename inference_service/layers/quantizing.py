@@ -7,9 +7,10 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from inference_service.kernels.integers import quantize
 from inference_service.layers.linear import Linear
 from inference_service.layers.on_gpu import Fp8Linear, Int4Linear, Int8Linear
-from inference_service.layers.quantized import QuantizedLinear, quantize
+from inference_service.layers.quantized import QuantizedLinear
 from loramux_shared.faults import SettingsInvalid
 from loramux_shared.rounding import Rounding
 

@@ -415,7 +415,7 @@ def test_without_both_it_says_so(tmp_path: Path) -> None:
         ("fpu sse2 avx", []),
         (V3, ["avx2"]),
         (f"{V3} {V4}", ["avx512", "avx2"]),
-        (f"{V3} {V4} avx512_bf16", ["avx512bf16", "avx512", "avx2"]),
+        (f"{V3} {V4} avx512_bf16 avx512_vnni", ["avx512bf16", "avx512", "avx2"]),
         (f"{V3} avx512f avx512_bf16", ["avx2"]),  # as a virtual machine may cut it
     ],
 )

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from structlog.testing import capture_logs
 
 from loramux_shared.bases.cache import Cache, Kept, window_blocks
-from loramux_shared.bases.memory import GB, Needs, cache_of, needs_of, plan_memory
+from loramux_shared.bases.memory import GB, Needs, cache_of, count_weights, needs_of, plan_memory
 from loramux_shared.bases.read import read_config, read_fields
 from loramux_shared.faults import ResourcesExhausted
 from loramux_shared.settings import InferenceSettings
@@ -92,6 +92,23 @@ def test_needs_follow_the_model_and_the_settings(tmp_path: Path) -> None:
     more = needs_of(config, 4, 77, wider, "cpu", graphs=True)
     assert more.activations - needs.activations >= 100 * 4 * (2 * SIZES["intermediate_size"])
     assert more.graphs > 0
+
+
+@pytest.mark.parametrize(
+    ("quantization", "device", "linears", "head"),
+    [("int8", "cpu", 1, 1), ("int4", "cpu", 0.5625, 1), ("fp8", "cuda", 1, 2), ("none", "cuda", 2, 0)],
+)
+def test_weights_of_fewer_bits_take_less(
+    tmp_path: Path, quantization: str, device: str, linears: float, head: int
+) -> None:
+    """Bytes of a weight of a layer, and of a tied head, which a rounded base has beside its embeddings."""
+    config = read_config(make_world(tmp_path, tie_word_embeddings=True).base, None)
+    settings = InferenceSettings(deployment="tiny", quantization=quantization)
+    table = SIZES["vocab_size"] * SIZES["hidden_size"]
+    in_layers = count_weights(config) - table
+    needs = needs_of(config, 2, 0, settings, device, graphs=False)
+    shared = quantization in ("fp8", "none")
+    assert needs.weights == int(in_layers * linears) + 2 * table + (0 if shared else head * table)
 
 
 def test_the_start_logs_a_line_per_item(tmp_path: Path) -> None:

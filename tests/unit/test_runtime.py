@@ -80,7 +80,8 @@ def test_a_message_says_the_same() -> None:
     }
     drafts = [parsed({"speculative_tokens": tokens}) for tokens in (0, 5, None)]
     assert [deployment.runtime.speculative_tokens for deployment in drafts] == [0, 5, None]
-    for deployment in (parsed(runtime), parsed({}), *drafts):
+    kinds = [parsed({"quantization": kind}) for kind in ("none", "fp8", "int8", "int4")]
+    for deployment in (parsed(runtime), parsed({}), *drafts, *kinds):
         assert deployment_from_message(deployment_to_message(deployment)) == deployment
 
 
@@ -112,8 +113,10 @@ def generation(**fields: Any) -> Generation:
 def test_a_record_without_them_has_the_bytes_that_it_had() -> None:
     """Older releases wrote no such fields, and digests of what they wrote must hold."""
     plain = generation()
-    assert {"aliases", "limits", "speculative_tokens"}.isdisjoint(json.loads(plain.to_bytes()))
-    assert generation(aliases={}, limits=ModelLimits()).to_bytes() == plain.to_bytes()
+    unsaid = {"aliases", "limits", "speculative_tokens", "quantization"}
+    assert unsaid.isdisjoint(json.loads(plain.to_bytes()))
+    assert generation(aliases={}, limits=ModelLimits(), quantization="none").to_bytes() == plain.to_bytes()
+    assert json.loads(generation(quantization="int8").to_bytes())["quantization"] == "int8"
     assert json.loads(generation(speculative_tokens=0).to_bytes())["speculative_tokens"] == 0
     said = generation(aliases={"a": {"d": 1}}, limits=ModelLimits(models={"d": Limits(weight=2)}))
     data = json.loads(said.to_bytes())

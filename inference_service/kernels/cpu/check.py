@@ -17,6 +17,8 @@ from torch.nn.functional import gelu, rms_norm, scaled_dot_product_attention, si
 
 from inference_service.kernels.cpu.ops import BLOCK, Chunks, CpuOps, Table, adapters_of
 from inference_service.kernels.delta import DeltaInputs, DeltaStates, DeltaWeights, StateChunk, reference
+from inference_service.kernels.integers import quantize
+from loramux_shared.rounding import Rounding
 
 TOLERANCE: Final = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
 """Of the norm of the difference, relative."""
@@ -28,8 +30,8 @@ Pair = tuple[Tensor, Tensor]
 def first_wrong(library: ctypes.CDLL) -> str | None:
     """Return the name of an operation that is missing or computes something else; None if all are right."""
     checks: dict[str, Callable[[CpuOps, torch.Generator], Pair]] = {
-        "rms_norm": _norm, "silu": _silu, "gelu_tanh": _gelu, "linear": _linear, "lora": _lora,
-        "attention": _attention, "delta_rule": _delta_rule,
+        "rms_norm": _norm, "silu": _silu, "gelu_tanh": _gelu, "linear": _linear, "product of 8 bits": _int8,
+        "product of 4 bits": _int4, "lora": _lora, "attention": _attention, "delta_rule": _delta_rule,
     }  # fmt: skip
     for dtype, tolerance in TOLERANCE.items():
         try:
@@ -85,6 +87,23 @@ def _linear(ops: CpuOps, generator: torch.Generator) -> Pair:
     tiled = ops.tiled(weight, bias)
     found = x if tiled is None else ops.linear(x, tiled)
     return found, x.double() @ weight.double().t() + bias.double()
+
+
+def _int8(ops: CpuOps, generator: torch.Generator) -> Pair:
+    return _integers(ops, generator, Rounding.INT8)
+
+
+def _int4(ops: CpuOps, generator: torch.Generator) -> Pair:
+    return _integers(ops, generator, Rounding.INT4)
+
+
+def _integers(ops: CpuOps, generator: torch.Generator, rounding: Rounding) -> Pair:
+    x, weight = (_random(ops, generator, *shape) for shape in ((ROWS, 96), (200, 96)))
+    rounded = quantize(weight, rounding)
+    tiled = None if rounded is None else ops.tiled_integers(rounded)
+    if rounded is None or tiled is None:
+        return x, x + 1
+    return ops.linear(x, tiled), x.double() @ rounded.widened().double().t()
 
 
 def _attention(ops: CpuOps, generator: torch.Generator) -> Pair:

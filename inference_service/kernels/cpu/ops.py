@@ -9,6 +9,7 @@ import ctypes
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 import numpy.typing as npt
@@ -17,8 +18,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from inference_service.kernels.delta import DeltaInputs
+from inference_service.kernels.integers import Quantized
 from inference_service.kernels.rows import Activation
-from inference_service.layers.quantized import Quantized
 
 BLOCK = 16
 """Positions of a cache block in the compiled attention; the engine's blocks are multiples of it."""
@@ -296,10 +297,13 @@ class CpuOps:
 
 def _nibbles(units: Tensor) -> Tensor:
     """Return int32 [tiles, K / 8, LANES] of values [tiles, K / P, LANES, P] from -8 to 7, as packed.h says."""
-    per_unit = units.shape[-1]
-    words = (units.to(torch.int32) & 15).view(len(units), -1, 8 // per_unit, LANES, per_unit)
-    shifts = 4 * torch.arange(8 // per_unit)[:, None, None] + 16 * torch.arange(per_unit)
-    return (words << shifts).sum((2, 4), dtype=torch.int32)
+    tiles, _, lanes, values = units.shape
+    eight = units.numpy().reshape(tiles, -1, 8 // values, lanes, values)
+    words = np.zeros((tiles, eight.shape[1], lanes), dtype=np.uint32)
+    for unit, value in product(range(8 // values), range(values)):
+        nibble = (eight[:, :, unit, :, value] & 15).astype(np.uint32)
+        words |= nibble << (4 * unit + 16 * value)
+    return torch.from_numpy(words.view(np.int32))
 
 
 ADAPTER_FIELDS = 19
