@@ -25,7 +25,7 @@ from typing import Final
 
 import torch
 
-from benchmarks.on_gpu import attention, correctness, machine, serving, sgmv, step, tune
+from benchmarks.on_gpu import attention, correctness, delta, machine, serving, sgmv, step, tune
 from benchmarks.on_gpu.device import Device, Gpu, Machine, Rehearsal
 from benchmarks.on_gpu.report import Report
 from benchmarks.on_gpu.run import Run, Scale
@@ -46,11 +46,12 @@ SECTIONS: Final = {
     "correctness": Section(correctness.run, 120),
     "sgmv": Section(sgmv.run, 75),
     "attention": Section(attention.run, 30),
-    "step": Section(step.run, 130),
+    "delta": Section(delta.run, 15),
+    "step": Section(step.run, 115),
     "serving": Section(serving.run, 120),
     "tune": Section(tune.run, 300),
 }
-DEFAULT: Final = ("correctness", "sgmv", "attention", "step", "serving")
+DEFAULT: Final = ("correctness", "sgmv", "attention", "delta", "step", "serving")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

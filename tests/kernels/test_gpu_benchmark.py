@@ -46,7 +46,7 @@ def test_every_section_runs_to_its_end(
     assert set(times) <= {None}
     assert f"\n{section}\n" in told.out
     assert "rehearsal" in told.out
-    assert [each["met"] for each in found["targets"]] == [None] * 6
+    assert [each["met"] for each in found["targets"]] == [None] * 7
     assert found["machine"].keys() >= {"card", "torch", "triton", "commit", "copy"}
 
 
@@ -111,8 +111,8 @@ def test_the_worst_row_decides_a_target() -> None:
         _row("sgmv", OF_FLOOR, 1.2, hidden=11),
     ]
     report = Report({"card": "some"}, rows, [])
-    assert [each.met for each in report.verdicts] == [True, False, True, None, None, False]
-    assert [each.worst for each in report.verdicts] == [0.91, 0.79, 0.995, None, None, 1.6]
+    assert [each.met for each in report.verdicts] == [True, False, True, None, None, False, None]
+    assert [each.worst for each in report.verdicts] == [0.91, 0.79, 0.995, None, None, 1.6, None]
     text = report.text()
     assert "MISSED        step, 16 adapters: at least 0.80: 0.790 at loaded 64, active 16" in text
     assert "met           step, 1-8 adapters" in text
