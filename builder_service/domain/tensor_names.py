@@ -8,7 +8,15 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Final, Literal, TypeAlias
 
-from loramux_shared.bundle.modules import BY_PATH, EXPERTS, FUSED_OF_EXPERTS, FUSED_PATHS, OF_EXPERTS, Module
+from loramux_shared.bundle.modules import (
+    BY_PATH,
+    EXPERTS,
+    FUSED_OF_EXPERTS,
+    FUSED_PATHS,
+    OF_EXPERTS,
+    Module,
+    shown,
+)
 
 # Names that wrappers of the trained model leave in the keys, wherever they stand.
 _WRAPPERS: Final = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
@@ -86,14 +94,15 @@ class LoraKey:
 
     @property
     def leaf(self) -> str:
-        """Its last part."""
-        return self.path.rpartition(".")[2]
+        """As people are told of it."""
+        return shown(self.path)
 
     @property
     def place(self) -> str:
         """The module in words."""
-        expert = "" if self.expert is None else f"expert {self.expert} "
-        return f"layer {self.layer} {expert}{self.leaf}"
+        if self.expert is None:
+            return f"layer {self.layer} {self.leaf}"
+        return f"layer {self.layer} expert {self.expert} {self.path.rpartition('.')[2]}"
 
     @property
     def holds_all(self) -> bool:

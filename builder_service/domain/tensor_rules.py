@@ -276,5 +276,5 @@ def _check_place(pair: Pair, limits: AdapterLimits, report: Grouping) -> None:
 
 def _listed(groups: tuple[GroupShape, ...]) -> str:
     """Name modules as Hugging Face does."""
-    names = dict.fromkeys(BY_NAME[module].hf for group in groups for module in group.modules)
+    names = dict.fromkeys(BY_NAME[module].shown for group in groups for module in group.modules)
     return ", ".join(names)

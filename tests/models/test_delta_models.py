@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig, Qwen3_5Config, Qwen3_5TextConfig
 from loramux_shared.bases.read import read_config
 from loramux_shared.storage.memory import MemoryStore
 from tests.models.test_families import DELTA_VISION, QWEN_DELTA, delta_adapters
+from tests.models.test_merge import ready_of
 from tests.support.tiny import SIZES, VOCAB, World, make_world_of, oracle, oracle_tokens, run_engine
 
 pytestmark = pytest.mark.sweep
@@ -86,3 +87,11 @@ def test_the_kernels_for_gpus_answer_the_same(answers: Answers) -> None:
     ready = answers.world.load(answers.store, backend="triton", max_batch_tokens=80)
     found = run_engine(ready, answers.requests[:FEW], FEW_NEW)
     assert found == [expected[:FEW_NEW] for expected in answers.expected[:FEW]]
+
+
+def test_a_merged_adapter_equals_transformers(answers: Answers) -> None:
+    """All of the four slices of what a delta rule reads, and queries with their gates, added to the weights."""
+    of_all = [index for index, (name, _) in enumerate(answers.requests) if name == "all"]
+    ready = ready_of(answers.world, "all", {"serve_base": False})
+    found = run_engine(ready, [answers.requests[index] for index in of_all], NEW)
+    assert found == [answers.expected[index] for index in of_all]

@@ -101,9 +101,10 @@ def test_nothing_around_a_request_changes_a_bit_of_its_answer(
     chunked = loaded(world, dtype=dtype, max_batch_tokens=24, prefix_cache=True)
     assert answers(chunked, asked) == alone
     assert answers(chunked, asked) == alone
-    assert chunked.engine.stats.prefix_tokens_hit > 100
     model = chunked.engine._engine._runner._model  # type: ignore[attr-defined]
     size, config = model.dtype.itemsize, model.config
+    # states are kept of fewer places than keys and values
+    assert chunked.engine.stats.prefix_tokens_hit > (0 if config.state_bytes(size) else 100)
     token_bytes = size * sum(layer.mixer.kept_features for layer in config.layers)
     cache = 288 * token_bytes + SEQS * config.state_bytes(size)
     scarce = loaded(world, dtype=dtype, kv_memory_gb=cache / 1e9, max_batch_seqs=SEQS)

@@ -35,7 +35,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     return make_world(tmp_path_factory.mktemp("tiny"))
 
 
-def _ready(world: World, name: str, runtime: dict[str, object], **settings: object) -> Ready:
+def ready_of(world: World, name: str, runtime: dict[str, object], **settings: object) -> Ready:
     data = world.deployment().model_dump(mode="json")
     data["build"]["lora_adapters"] = {name: data["build"]["lora_adapters"][name]}
     data["runtime"] |= runtime
@@ -56,8 +56,8 @@ def _ready(world: World, name: str, runtime: dict[str, object], **settings: obje
 def test_merged_and_unmerged_agree(world: World, name: str, native: bool) -> None:
     """In float32 the merged weights give the tokens that the adapter gives beside them."""
     requests = [(name, prompt) for prompt in PROMPTS]
-    merged = _ready(world, name, {"serve_base": False}, native=native)
-    beside = _ready(world, name, {"serve_base": False, "merge": "never"}, native=native)
+    merged = ready_of(world, name, {"serve_base": False}, native=native)
+    beside = ready_of(world, name, {"serve_base": False, "merge": "never"}, native=native)
     assert merged.service.catalog.get(name).adapter is None
     assert beside.service.catalog.get(name).adapter is not None
     assert run_engine(merged, requests, 20) == run_engine(beside, requests, 20)
@@ -65,14 +65,14 @@ def test_merged_and_unmerged_agree(world: World, name: str, native: bool) -> Non
 
 def test_a_merged_adapter_differs_from_the_base(world: World) -> None:
     """The test above would see weights that nothing was added to."""
-    merged = _ready(world, "all", {"serve_base": False})
-    base = _ready(world, "all", {})
+    merged = ready_of(world, "all", {"serve_base": False})
+    base = ready_of(world, "all", {})
     assert run_engine(merged, [("all", PROMPTS[2])], 20) != run_engine(base, [("base", PROMPTS[2])], 20)
 
 
 def test_a_hidden_base_is_unknown_to_clients(world: World) -> None:
     """Its name is neither listed nor served, and the adapter keeps digest and parent."""
-    catalog = _ready(world, "rs", {"serve_base": False}).service.catalog
+    catalog = ready_of(world, "rs", {"serve_base": False}).service.catalog
     assert [model.name for model in catalog] == ["rs"]
     assert catalog.get("rs").digest
     with pytest.raises(ModelNotFound, match="Served: rs"):

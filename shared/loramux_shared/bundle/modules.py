@@ -27,6 +27,16 @@ class Module:
         """Its name within the layer."""
         return f"{self.parent}.{self.hf}".lstrip(".")
 
+    @property
+    def shown(self) -> str:
+        """What people are told that it is called: as far as it must be said."""
+        return shown(self.path)
+
+
+def shown(path: str) -> str:
+    """Return a module's name within the layer without its first part: ``q_proj``, ``shared_expert.up_proj``."""
+    return path.partition(".")[2] or path
+
 
 MODULES = (
     Module(1, "attn_q", "q_proj", "self_attn"),
