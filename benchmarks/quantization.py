@@ -3,10 +3,11 @@
 Servers of the demo's base in each format take turns, as in `benchmarks.serving`: prompts of 64 random words, 64
 new tokens each, greedy, nothing drafted, at concurrency 1 and 8, asked of the base and of eight adapters of
 rank 16. Perplexity is that of pages of `docs/` by the prompt log probabilities of the same servers; beside it
-stands how far those are from the unrounded base's. The exit status is 1 where int8 answers less than 1.5 times
-as fast as none at concurrency 1.
+stands how far those are from the unrounded base's. Copies of that base in formats of few bits, which are
+widened, may be measured beside them. The exit status is 1 where int8 answers less than 1.5 times as fast as
+none at concurrency 1.
 
-    python -m benchmarks.quantization --rounds 3
+    python -m benchmarks.quantization --rounds 3 --checkpoint nf4=/models/SmolLM2-135M-Instruct-bnb-4bit
 """
 
 from __future__ import annotations
@@ -107,24 +108,37 @@ def told(servers: Mapping[str, Server], table: Table, texts: Mapping[str, Text])
     """Return the lines of the table."""
     loads = [f"{label} @{concurrency}" for label in ("base", "adapters") for concurrency, _ in LOADS]
     heads = f"{'perplexity':>12}{'logprob off':>13}  weights"
-    lines = [f"{'':<6}{''.join(f'{load:>14}' for load in loads)}{heads}"]
+    lines = [f"{'':<12}{''.join(f'{load:>14}' for load in loads)}{heads}"]
     for name, rows in table.items():
         speeds = [row[at].tokens_per_s for row in rows.values() for at in range(len(LOADS))]
         first = [row[at].tokens_per_s for row in table["none"].values() for at in range(len(LOADS))]
         cells = [f"{own:>7.0f} {own / whole:>5.2f}x" for own, whole in zip(speeds, first, strict=True)]
         text = texts[name]
         lines.append(
-            f"{name:<6}{''.join(cells)}{text.perplexity:>12.2f}{text.off(texts['none']):>13.3f}  "
+            f"{name:<12}{''.join(cells)}{text.perplexity:>12.2f}{text.off(texts['none']):>13.3f}  "
             f"{servers[name].loaded['weights']}, {servers[name].start_mb:.0f} MB in all, "
             f"loaded in {servers[name].loaded['seconds']} s"
         )
     return lines
 
 
+def _copy(text: str) -> tuple[str, Path]:
+    name, _, folder = text.partition("=")
+    return name, Path(folder).resolve(strict=True)
+
+
 def main() -> int:
     """Measure, print the table, and tell by the status whether the bar was met."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--checkpoint",
+        type=_copy,
+        action="append",
+        default=[],
+        metavar="NAME=FOLDER",
+        help="a copy of the base",
+    )
     options = parser.parse_args()
     os.environ.setdefault("LORAMUX_SPECULATIVE_TOKENS", "0")
     prepare = [sys.executable, str(ROOT / "examples/prepare_base.py"), str(BASE)]
@@ -133,11 +147,11 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="loramux-bench-") as folder:
         work = Path(folder)
         try:
-            for name in FORMATS:
+            for name, base in [*((name, BASE) for name in FORMATS), *options.checkpoint]:
                 own = work / name
                 names = make_adapters(own / "adapters", 8, 16)
-                os.environ["LORAMUX_QUANTIZATION"] = name
-                servers[name] = Server(own, names, [])
+                os.environ["LORAMUX_QUANTIZATION"] = name if base is BASE else "none"
+                servers[name] = Server(own, names, [], base)
             table, texts = asyncio.run(measure_all(servers, names, options.rounds))
             lines = told(servers, table, texts)
         finally:

@@ -125,13 +125,13 @@ async def load(ask: Ask, models: Sequence[str], concurrency: int, requests: int,
 class Server:
     """The inference service as a process."""
 
-    def __init__(self, work: Path, names: Sequence[str], flags: Sequence[str]) -> None:
+    def __init__(self, work: Path, names: Sequence[str], flags: Sequence[str], base: Path = BASE) -> None:
         self.address = free_address("127.0.0.1:50052")
         store = f"file://{work}/store"
-        build_deployment(work, names, store)
+        build_deployment(work, names, store, base)
         command = [sys.executable, "-m", "inference_service", "--store", store, "--deployment", "bench"]
         # All have one deployment, in turn: none follows it to the adapters of the next.
-        command += ["--grpc", self.address, "--local-root", str(BASE), "--follow-interval-s", "0", *flags]
+        command += ["--grpc", self.address, "--local-root", str(base), "--follow-interval-s", "0", *flags]
         self._log = work / f"server-{len(names)}.log"
         started = time.perf_counter()
         with self._log.open("w") as log:
@@ -168,7 +168,7 @@ def end_process(process: subprocess.Popen[bytes]) -> None:
         process.wait()
 
 
-def build_deployment(work: Path, names: Sequence[str], store: str) -> None:
+def build_deployment(work: Path, names: Sequence[str], store: str, base: Path = BASE) -> None:
     """Build `deployment_of` these adapters through the builder service's own pipeline."""
     from builder_service.pipeline.build import build
     from builder_service.pipeline.context import BuildContext
@@ -177,17 +177,16 @@ def build_deployment(work: Path, names: Sequence[str], store: str) -> None:
     from loramux_shared.sources.open import open_sources
     from loramux_shared.storage.open import open_store
 
-    context = BuildContext(open_store(store), open_sources(local_roots=[work, BASE]))
-    build(parse_deployment(deployment_of(work, names)).deployment, context, Progress(names))
+    context = BuildContext(open_store(store), open_sources(local_roots=[work, base]))
+    build(parse_deployment(deployment_of(work, names, base)).deployment, context, Progress(names))
 
 
-def deployment_of(work: Path, names: Sequence[str]) -> dict[str, object]:
-    """Return a deployment file's content: the demo's base, and adapters of a folder."""
+def deployment_of(work: Path, names: Sequence[str], base: Path = BASE) -> dict[str, object]:
+    """Return a deployment file's content: a base, and adapters of a folder."""
     adapters = {name: {"source": "LOCAL", "repo": str(work / "adapters" / name)} for name in names}
-    base = {"source": "LOCAL", "repo": str(BASE)}
     return {
         "model_name": "bench",
-        "build": {"checkpoint_repository": base, "lora_adapters": adapters},
+        "build": {"checkpoint_repository": {"source": "LOCAL", "repo": str(base)}, "lora_adapters": adapters},
         "runtime": {"served_model_name": "base"},
     }
 
