@@ -53,7 +53,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc
         self.draining = False
         self._open: set[asyncio.Task[Any]] = set()
         self._reading: set[asyncio.Timeout] = set()
-        self._writing: dict[asyncio.Timeout, float] = {}
+        self._writing: dict[asyncio.Task[Any], tuple[asyncio.Timeout, float]] = {}
+        self._ended = False
         """Since when a message waits for its client to make room."""
         self._looking = False
         self._idle = asyncio.Event()
@@ -78,8 +79,12 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc
         return self._idle.is_set()
 
     def cut(self) -> None:
-        """End what is open with SHUTTING_DOWN; new calls are refused already."""
-        for task in self._open:
+        """End what is open with SHUTTING_DOWN; new calls are refused already.
+
+        A call whose message is being sent ends behind it: gRPC takes no status before.
+        """
+        self._ended = True
+        for task in self._open - self._writing.keys():
             task.cancel()
 
     async def intercept_service(
@@ -140,14 +145,16 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc
     def _stream(self, call: Callable[..., AsyncGenerator[Any]], method: str) -> Callable[..., Awaitable[None]]:
         async def handler(_requests: Any, context: grpc.aio.ServicerContext) -> None:
             async with (
-                self._guard(context, method),
-                self._patient() as limit,
+                self._guard(context, method) as task,
+                self._patient(task) as limit,
                 aclosing(call(await self._read(context), context)) as responses,
             ):
                 async for response in responses:
-                    self._writing[limit] = time.monotonic()
+                    self._writing[task] = limit, time.monotonic()
                     await context.write(response)
-                    del self._writing[limit]
+                    self._writing.pop(task, None)
+                    if self._ended:
+                        raise ShuttingDown(CUT)
 
         return handler
 
@@ -172,7 +179,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc
             raise RequestInvalid("the request is no message of this method.") from None
 
     @asynccontextmanager
-    async def _patient(self) -> AsyncIterator[asyncio.Timeout]:
+    async def _patient(self, task: asyncio.Task[Any]) -> AsyncIterator[asyncio.Timeout]:
         """End a call one of whose messages waits too long; a timer for each would be a tenth of its cost."""
         self._look()
         try:
@@ -185,15 +192,15 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc
                 f"the client took nothing of the answer for {self._patience.read_s:g} s; it was ended."
             ) from None
         finally:
-            self._writing.pop(limit, None)
+            self._writing.pop(task, None)
 
     def _look(self) -> None:
         """Look at what is written, again and again while calls are open."""
         if self._looking:
             return
         loop, late_s = asyncio.get_running_loop(), time.monotonic() - self._patience.read_s
-        for limit in [limit for limit, since_s in self._writing.items() if since_s <= late_s]:
-            del self._writing[limit]
+        for task in [task for task, (_, since_s) in self._writing.items() if since_s <= late_s]:
+            limit, _ = self._writing.pop(task)
             limit.reschedule(loop.time())
         if self._open:
             self._looking = True
@@ -204,13 +211,13 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc
         self._look()
 
     @asynccontextmanager
-    async def _guard(self, context: grpc.aio.ServicerContext, method: str) -> AsyncIterator[None]:
+    async def _guard(self, context: grpc.aio.ServicerContext, method: str) -> AsyncIterator[asyncio.Task[Any]]:
         """Count a call as open, trace it, and end it with a status where it raises."""
         task = self._enter()
         try:
             with traced(self._tracing, context, method):
                 self._refuse_when_draining()
-                yield
+                yield task
         except Fault as fault:
             await abort(context, fault)
         except grpc.aio.AbortError:
