@@ -21,21 +21,25 @@ class Grouped(Protocol):
         ...
 
 
-class ExpertOperations:
-    """What a backend does about experts that has linears alone."""
+class _Linears(Protocol):
+    """A backend, as far as linears go."""
 
     def new_linear(
         self, weight: Tensor, bias: Tensor | None = None, quantization: Rounding = Rounding.NONE
     ) -> Linear:
         """Return a linear of a weight [out, in]."""
-        raise NotImplementedError
+        ...
 
     def linear(self, layer: Linear, x: Tensor) -> Tensor:
         """Return what a linear makes of x [T, in], [T, out]."""
-        raise NotImplementedError
+        ...
+
+
+class ExpertOperations:
+    """What a backend does about experts that has linears alone."""
 
     def new_grouped(
-        self,
+        self: _Linears,
         weights: Sequence[Tensor],
         biases: Sequence[Tensor] | None = None,
         quantization: Rounding = Rounding.NONE,

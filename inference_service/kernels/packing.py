@@ -14,6 +14,14 @@ def aligned(length: int) -> int:
     return -(-length // _ALIGN) * _ALIGN
 
 
+def most_tiles(rows: int, chunks: int, tile: int | None) -> int:
+    """Return how many tiles of so many rows the chunks of a step have at most; None: all chunks have one row.
+
+    Every chunk of n > 1 rows takes ceil(n / tile) tiles.
+    """
+    return 0 if tile is None else min(rows, min(chunks, rows // 2) + rows // tile)
+
+
 def sections(lengths: Mapping[str, int]) -> dict[str, slice]:
     """Return where arrays of these lengths lie, one after the other."""
     found, first = {}, 0

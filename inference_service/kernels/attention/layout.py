@@ -14,7 +14,7 @@ from torch import Tensor
 from inference_service.kernels.attention.balance import ITEM_FIELDS, MERGE_FIELDS, Ints, Units, runs
 from inference_service.kernels.attention.paged import Context
 from inference_service.kernels.attention.tuning import DECODE_BALANCE, PREFILL_BALANCE
-from inference_service.kernels.packing import sections
+from inference_service.kernels.packing import most_tiles, sections
 
 NOWHERE = -1
 """In device memory: the cache row of padding."""
@@ -61,10 +61,8 @@ class AttentionCapacity:
 
     @property
     def tiles(self) -> int:
-        """Enough for any step: every chunk of n > 1 rows takes ceil(n / tile) tiles."""
-        if self.tile is None:
-            return 0
-        return min(self.rows, min(self.chunks, self.rows // 2) + self.rows // self.tile)
+        """Enough for any step."""
+        return most_tiles(self.rows, self.chunks, self.tile)
 
     @property
     def decode_items(self) -> int:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from inference_service.kernels.delta.inputs import StateChunk
-from inference_service.kernels.packing import sections
+from inference_service.kernels.packing import most_tiles, sections
 
 CHUNK_FIELDS = 4
 TILE_FIELDS = 2
@@ -34,10 +34,8 @@ class DeltaCapacity:
 
     @property
     def tiles(self) -> int:
-        """Enough for any step: every chunk of n > 1 rows takes ceil(n / tile) tiles."""
-        if self.tile is None:
-            return 0
-        return min(self.rows, min(self.chunks, self.rows // 2) + self.rows // self.tile)
+        """Enough for any step."""
+        return most_tiles(self.rows, self.chunks, self.tile)
 
     @property
     def sections(self) -> dict[str, slice]:

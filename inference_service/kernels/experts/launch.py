@@ -22,6 +22,7 @@ from inference_service.kernels.experts.tuning import (
     load_of,
 )
 from inference_service.kernels.launch import Launch, require, require_device
+from inference_service.kernels.rows.launch import halved
 from inference_service.kernels.rows.tuning import TILE as ROW_TILE
 
 
@@ -163,20 +164,8 @@ def clamped(gate_up: Tensor, alpha: float, limit: float) -> Tensor:
         ValueError: an odd number of columns, or a tensor that kernels do not take.
     """
     kernels = _kernels(gate_up)
-    require(gate_up, "gate_up", dims=2)
-    if gate_up.shape[1] % 2:
-        raise ValueError(f"gate_up must have an even number of columns, got {gate_up.shape[1]}")
-    out = gate_up.new_empty(len(gate_up), gate_up.shape[1] // 2)
-    arguments = {
-        "p_gate_up": gate_up,
-        "p_out": out,
-        "I": out.shape[1],
-        "stride_gate_up": gate_up.stride(0),
-        "stride_out": out.stride(0),
-        "alpha": alpha,
-        "limit": limit,
-    }
-    _tiled(kernels.clamped_kernel, out, arguments)
+    out, arguments = halved(gate_up)
+    _tiled(kernels.clamped_kernel, out, arguments | {"alpha": alpha, "limit": limit})
     return out
 
 

@@ -80,20 +80,28 @@ def gated(gate_up: Tensor, activation: Activation) -> Tensor:
         ValueError: an odd number of columns, or a tensor that kernels do not take.
     """
     kernels = _kernels(gate_up)
+    out, arguments = halved(gate_up)
+    _tiled(kernels.gated_kernel, out, arguments | {"GELU": activation == "gelu_tanh"})
+    return out
+
+
+def halved(gate_up: Tensor) -> tuple[Tensor, dict[str, Any]]:
+    """Return an empty [T, I] for what a kernel makes of gate_up [T, 2 * I], and what it is told of the two.
+
+    Raises:
+        ValueError: an odd number of columns, or a tensor that kernels do not take.
+    """
     require(gate_up, "gate_up", dims=2)
     if gate_up.shape[1] % 2:
         raise ValueError(f"gate_up must have an even number of columns, got {gate_up.shape[1]}")
     out = gate_up.new_empty(len(gate_up), gate_up.shape[1] // 2)
-    arguments = {
+    return out, {
         "p_gate_up": gate_up,
         "p_out": out,
         "I": out.shape[1],
         "stride_gate_up": gate_up.stride(0),
         "stride_out": out.stride(0),
-        "GELU": activation == "gelu_tanh",
     }
-    _tiled(kernels.gated_kernel, out, arguments)
-    return out
 
 
 def embed(tokens: Tensor, table: Tensor, scale: float = 1.0) -> Tensor:
