@@ -66,7 +66,7 @@ void linear(Product<T> base, const Adapter* adapters, int64_t apart, const Segme
     }
   }
   static thread_local RoundedRows rounding;
-  if (base.bits && Unit<T>::P == 2) rounding.round(base.x, base.ldx, base.rows, base.K), base.rounded = &rounding;
+  if (base.bits) rounding.round(base.x, base.ldx, base.rows, base.K, base.bits), base.rounded = &rounding;
   const int64_t tiles = base.w ? (base.N + LANES - 1) / LANES : 0;
   const int64_t wide = tiles / WIDE_PRODUCT >= 2 * threads ? WIDE_PRODUCT : 1;
   const int64_t panels = tiles / wide, all = panels + tiles % wide;

@@ -25,6 +25,8 @@ BLOCK = 16
 """Positions of a cache block in the compiled attention; the engine's blocks are multiples of it."""
 LANES = 16
 """Columns of a tile of weights."""
+ROUNDED = 32
+"""Values of x in bfloat16 that share a step where weights are integers; no more have one scale with 4 bits."""
 MAX_HEAD_DIM = 512
 MAX_CONV_WIDTH = 8
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
@@ -164,10 +166,13 @@ class CpuOps:
     def tiled_integers(self, weight: Quantized, bias: Tensor | None = None) -> Tiled | None:
         """The same of integers, which are multiplied as they are, their sums then by the scales."""
         rows, width = weight.values.shape
-        if width % (8 if weight.bits == 4 else 4) or weight.group % self.units:
+        if width % 4:
             return None
         values, scales = (pad(part, (0, 0, 0, -rows % LANES)) for part in (weight.values, weight.scales))
-        units = values.view(-1, LANES, width // self.units, self.units).transpose(1, 2)
+        per_unit = 4 if self.dtype is torch.bfloat16 else 1
+        if per_unit > 1:
+            values = values.view(torch.uint8) + (1 << (weight.bits - 1))  # modulo 256
+        units = values.view(-1, LANES, width // per_unit, per_unit).transpose(1, 2)
         tiles = _nibbles(units) if weight.bits == 4 else units.contiguous()
         by_tile = scales.view(-1, LANES, scales.shape[1]).transpose(1, 2).contiguous()
         return Tiled(tiles, bias, rows, by_tile, weight.bits, weight.group)
@@ -296,13 +301,13 @@ class CpuOps:
 
 
 def _nibbles(units: Tensor) -> Tensor:
-    """Return int32 [tiles, K / 8, LANES] of values [tiles, K / P, LANES, P] from -8 to 7, as packed.h says."""
+    """Return int32 [tiles, K / 8, LANES] of values [tiles, K / P, LANES, P] of 4 bits, as packed.h says."""
     tiles, _, lanes, values = units.shape
     eight = units.numpy().reshape(tiles, -1, 8 // values, lanes, values)
     words = np.zeros((tiles, eight.shape[1], lanes), dtype=np.uint32)
     for unit, value in product(range(8 // values), range(values)):
         nibble = (eight[:, :, unit, :, value] & 15).astype(np.uint32)
-        words |= nibble << (4 * unit + 16 * value)
+        words |= nibble << (4 * unit + 32 // values * value)
     return torch.from_numpy(words.view(np.int32))
 
 

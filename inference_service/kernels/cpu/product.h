@@ -9,8 +9,9 @@ constexpr int64_t UNITS_OF_BLOCK = 2048;      // of K: three tiles of them stay 
 constexpr int AHEAD = 32;                     // vectors of weights that are fetched before they are used
 #ifdef __AVX512F__
 constexpr int TALL_PRODUCT = 8, WIDE_PRODUCT = 3;  // rows and tiles of columns at a time: their sums fill the registers
+constexpr int TALL_ROUNDED = 4;                    // rows of integers, which have sums of integers too
 #else
-constexpr int TALL_PRODUCT = 4, WIDE_PRODUCT = 1;
+constexpr int TALL_PRODUCT = 4, WIDE_PRODUCT = 1, TALL_ROUNDED = 4;
 #endif
 
 // y[T][N] = x[T][K] w^T + bias. Integers of 8 or 4 bits have scales [tiles][K / group][16 columns]; 0 bits are whole values.
@@ -65,34 +66,111 @@ template <class T, int WIDE> struct WholePanel {
   }
 };
 
-// And of integers as W, group by group, times their scales.
-template <class T, class W, int WIDE> struct IntegerPanel {
-  typedef typename Integers<T>::Units U;
-  const Product<T>& p; int64_t column;
+// Of integers in float32, group by group, times their scales.
+template <int BITS, int WIDE> struct IntegerPanel {
+  typedef Integers<BITS> W;
+  const Product<float>& p; int64_t column;
   void add(int64_t t, int rows, int64_t u, int some, float* sums) const {
-    const int64_t tile = p.K / U::P / W::UNITS * sizeof(vu), scales = p.K / p.group * LANES;
+    const int64_t tile = p.K / W::UNITS * sizeof(vu), scales = p.K / p.group * LANES;
     const uint8_t* w = p.w + column / LANES * tile + u / W::UNITS * sizeof(vu);
     alignas(64) float part[TALL_PRODUCT * WIDE * LANES];
     for (int g = 0, here; g < some; g += here) {
-      here = int(std::min<int64_t>({p.group / U::P, ROUNDED / U::P, some - g}));
-      const int64_t k = (u + g) * U::P;
-      sum_rows<U, W, TALL_PRODUCT, WIDE>(rows, x(t) + k, ldx(), w + g / W::UNITS * sizeof(vu), tile, here, int((p.K - k) / U::P), part, true);
+      const int64_t k = u + g;
+      here = int(std::min<int64_t>(p.group - k % p.group, some - g));
+      sum_rows<Unit<float>, W, TALL_PRODUCT, WIDE>(rows, p.x + t * p.ldx + k, p.ldx, w + g / W::UNITS * sizeof(vu), tile, here,
+                                                   int(p.K - k), part, true);
       for (int i = 0; i < rows; ++i)
         for (int c = 0; c < WIDE; ++c) {
           float* to = sums + (i * WIDE + c) * LANES;
           const vf scale = load16(p.scales + (column / LANES + c) * scales + k / p.group * LANES);
-          store(to, multiply_add(k ? load<vf>(to) : vf{}, value(part + (i * WIDE + c) * LANES, t + i, k), scale));
+          store(to, multiply_add(k ? load<vf>(to) : vf{}, load<vf>(part + (i * WIDE + c) * LANES), scale));
         }
     }
   }
+};
 
- private:
-  const float* x(int64_t t, float*) const { return p.x + t * p.ldx; }
-  const int16_t* x(int64_t t, int16_t*) const { return p.rounded->row(t); }
-  const typename U::Value* x(int64_t t) const { return x(t, static_cast<typename U::Value*>(nullptr)); }
-  int64_t ldx() const { return p.rounded ? p.K : p.ldx; }
-  vf value(const float* part, int64_t row, int64_t k) const {
-    return p.rounded ? __builtin_convertvector(load<vi>(part), vf) * p.rounded->steps_of(row)[k / ROUNDED] : load<vf>(part);
+// In a register, from which the compiler would read it from memory again for every row.
+inline vu held(vu units) {
+#ifdef __AVX512F__
+  asm("" : "+v"(units));
+#endif
+  return units;
+}
+
+// Sums of TALL rows and WIDE tiles, of values of K from k to end: exact for those that have one step of x, and then in order.
+template <class W, int TALL, int WIDE>
+__attribute__((noinline)) void sum_rounded(const Product<bf16>& p, int64_t column, int64_t t, int64_t k, int64_t end, float* sums) {
+  constexpr int64_t OF_VECTOR = Quads::P * W::UNITS;  // values of K
+  const int64_t K = p.K, group = p.group, tile = K / OF_VECTOR * sizeof(vu), groups = K / group * LANES;
+  const int64_t parts = p.rounded->parts_of_row();
+  const uint8_t* w = p.w + column / LANES * tile + k / OF_VECTOR * sizeof(vu);
+  const bf16* scales = p.scales + column / LANES * groups;
+  const int8_t* x = p.rounded->row(t) + k;
+  const int32_t* starts = p.rounded->starts_of(t) + k / ROUNDED;
+  const float* steps = p.rounded->steps_of(t) + k / ROUNDED;
+  vf acc[TALL][WIDE];
+#pragma GCC unroll 8
+  for (int i = 0; i < TALL; ++i)
+#pragma GCC unroll 8
+    for (int c = 0; c < WIDE; ++c) acc[i][c] = k ? load<vf>(sums + (i * WIDE + c) * LANES) : vf{};
+  const bool fetch = !t;  // later rows find them in a core's cache
+  auto part = [&](int vectors) __attribute__((always_inline)) {
+    vi sum[TALL][WIDE];
+    const int64_t ahead = AHEAD * sizeof(vu) + (k + AHEAD * OF_VECTOR < K ? 0 : (WIDE - 1) * tile);
+#pragma GCC unroll 8
+    for (int i = 0; i < TALL; ++i)
+#pragma GCC unroll 8
+      for (int c = 0; c < WIDE; ++c) sum[i][c] = vi{} + starts[i * parts];
+#pragma GCC unroll 1
+    for (int v = 0; v < vectors; ++v, w += sizeof(vu)) {
+      if (fetch)
+        for (int c = 0; c < WIDE; ++c) __builtin_prefetch(w + c * tile + ahead, 0, 2);
+#pragma GCC unroll 8
+      for (int u = 0; u < W::UNITS; ++u, x += Quads::P) {
+        vu each[WIDE];
+        for (int c = 0; c < WIDE; ++c) each[c] = held(W::unit(w + c * tile, u));
+#pragma GCC unroll 8
+        for (int i = 0; i < TALL; ++i) {
+          const vu value = broadcast(x + i * K);
+#pragma GCC unroll 8
+          for (int c = 0; c < WIDE; ++c) sum[i][c] = Quads::fma(sum[i][c], value, each[c]);
+        }
+      }
+    }
+    vf scale[WIDE];
+    if (W::GROUPED)
+      for (int c = 0; c < WIDE; ++c) scale[c] = load16(scales + c * groups + k / group * LANES);
+#pragma GCC unroll 8
+    for (int i = 0; i < TALL; ++i) {
+      const vf step = vf{} + steps[i * parts];
+#pragma GCC unroll 8
+      for (int c = 0; c < WIDE; ++c)
+        acc[i][c] = multiply_add(acc[i][c], __builtin_convertvector(sum[i][c], vf), W::GROUPED ? step * scale[c] : step);
+    }
+    ++starts, ++steps;
+  };
+  for (; k + ROUNDED <= end; k += ROUNDED) part(W::VECTORS);
+  if (k < end) part(int((end - k) / OF_VECTOR));
+#pragma GCC unroll 8
+  for (int c = 0; c < WIDE; ++c) {
+    const vf scale = W::GROUPED || end < K ? splat(1.0f) : load16(scales + c * groups);
+#pragma GCC unroll 8
+    for (int i = 0; i < TALL; ++i) store(sums + (i * WIDE + c) * LANES, acc[i][c] * scale);
+  }
+}
+
+template <class W, int TALL, int WIDE>
+inline void sum_rounded_rows(int rows, const Product<bf16>& p, int64_t column, int64_t t, int64_t k, int64_t end, float* sums) {
+  if (rows >= TALL) return sum_rounded<W, TALL, WIDE>(p, column, t, k, end, sums);
+  if constexpr (TALL > 1) sum_rounded_rows<W, TALL - 1, WIDE>(rows, p, column, t, k, end, sums);
+}
+
+template <class W, int WIDE> struct RoundedPanel {
+  const Product<bf16>& p; int64_t column;
+  void add(int64_t t, int rows, int64_t u, int some, float* sums) const {
+    const int64_t k = u * Unit<bf16>::P, end = k + some * Unit<bf16>::P;
+    for (int i = 0; i < rows; i += TALL_ROUNDED)
+      sum_rounded_rows<W, TALL_ROUNDED, WIDE>(rows - i, p, column, t + i, k, end, sums + i * WIDE * LANES);
   }
 };
 
@@ -132,10 +210,16 @@ template <class T, int WIDE, class Panel> void product_panel(const Product<T>& p
     }
 }
 
+template <int WIDE> void integer_panel(const Product<float>& p, int64_t column) {
+  if (p.bits == 8) product_panel<float, WIDE>(p, column, IntegerPanel<8, WIDE>{p, column});
+  else product_panel<float, WIDE>(p, column, IntegerPanel<4, WIDE>{p, column});
+}
+template <int WIDE> void integer_panel(const Product<bf16>& p, int64_t column) {
+  if (p.bits == 8) product_panel<bf16, WIDE>(p, column, RoundedPanel<Quartets<8>, WIDE>{p, column});
+  else product_panel<bf16, WIDE>(p, column, RoundedPanel<Quartets<4>, WIDE>{p, column});
+}
 template <class T, int WIDE> void product_panel(const Product<T>& p, int64_t column) {
-  typedef typename Integers<T>::Units U;
-  if (p.bits == 8) product_panel<T, WIDE>(p, column, IntegerPanel<T, Bits8<U>, WIDE>{p, column});
-  else if (p.bits == 4) product_panel<T, WIDE>(p, column, IntegerPanel<T, Bits4<U>, WIDE>{p, column});
+  if (p.bits) integer_panel<WIDE>(p, column);
   else product_panel<T, WIDE>(p, column, WholePanel<T, WIDE>{p, column});
 }
 
