@@ -6,10 +6,20 @@ import random
 from typing import Any
 
 import pytest
+import torch
 from transformers import LlamaConfig
 
+from builder_service.pipeline.build import build
+from builder_service.pipeline.context import BuildContext
+from builder_service.pipeline.progress import Progress
 from inference_service.core.sampling import SamplingParams
+from inference_service.serving.request import PromptLogprobs
+from loramux_shared.bundle.deployments import current_generation
+from loramux_shared.deployment import Deployment
+from loramux_shared.faults import DeploymentInvalid
+from loramux_shared.sources.open import open_sources
 from loramux_shared.storage.memory import MemoryStore
+from tests.support.service import open_service
 from tests.support.tiny import (
     ADAPTERS,
     SIZES,
@@ -125,3 +135,46 @@ def test_the_blocks_of_a_conversation_are_shared(
     blocks = (83 + (31 if first == "base" else 0)) // 4
     assert found[0] == found[2] == 0
     assert blocks >= found[1] >= 0.95 * blocks
+
+
+async def test_a_request_finds_its_place_once_for_all_answers_and_versions(
+    world: World, store: MemoryStore, requests: list[tuple[str, list[int]]], expected: list[list[int]]
+) -> None:
+    """Through the service: n answers are alike, the prompt's log probabilities are the base's up to there, and a
+    name that was switched to another version looks for that one's tokens."""
+    service = await open_service((world, store), preload=0)
+    said, call = requests[0][1][:19], requests[0][1][19:]
+    prompt = [*said, *ASKED, *call]
+    with torch.no_grad():
+        logits = oracle(world.base, world.adapters["called"])(torch.tensor([prompt])).logits[0]
+    wanted = torch.log_softmax(logits, -1)[range(len(prompt) - 1), prompt[1:]].tolist()
+    fields = {"max_tokens": NEW, "ignore_eos": True}
+    events = await service.events(prompt, "called", prompt_logprobs=0, **fields)
+    (scored,) = [event.tokens for event in events if isinstance(event, PromptLogprobs)]
+    assert [token.logprob for token in scored[1:]] == pytest.approx(wanted, abs=1e-4)
+    assert await service.answers(requests[0][1], model="called", n=2, **fields) == [expected[0]] * 2
+    generation = current_generation(store, "tiny")
+    assert generation is not None
+    switched = generation.adapters | {"called": generation.adapters["asked"]}
+    service.ready.service.apply(generation.model_copy(update={"adapters": switched, "number": 2}))
+    model = oracle(world.base, world.adapters["asked"])
+    assert await service.answers(prompt, model="called", **fields) == [oracle_tokens(model, prompt, NEW)]
+    await service.close()
+
+
+def test_one_that_acts_on_a_part_is_not_merged(world: World) -> None:
+    """Behind a hidden base it is served beside the weights; where it must be merged the build is refused by name
+    and writes nothing."""
+    data = world.deployment().model_dump(mode="json")
+    data["build"]["lora_adapters"] = {"called": data["build"]["lora_adapters"]["called"]}
+    for merge in ("auto", "always"):
+        data["runtime"] |= {"serve_base": False, "merge": merge}
+        store, deployment = MemoryStore(), Deployment.model_validate(data)
+        context = BuildContext(store, open_sources(local_roots=[world.root]))
+        if merge == "always":
+            with pytest.raises(DeploymentInvalid, match="activated") as refused:
+                build(deployment, context, Progress(["called"]))
+            assert "called acts from" in refused.value.findings[0].expected
+            assert not store.objects
+        else:
+            assert build(deployment, context, Progress(["called"])).generation.merged is None

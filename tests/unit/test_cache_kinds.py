@@ -448,11 +448,9 @@ def test_who_calls_an_activated_adapter_finds_the_state_before_and_leaves_one() 
 
 
 def test_who_was_called_elsewhere_in_a_block_has_another_block() -> None:
-    """The same tokens under one adapter are two blocks where it acts on one more of them; before, they are one."""
-    seqs = [
-        _sequence([0, 2, 4, 0, *INVOCATION, *INVOCATION[: length - 6]], SamplingParams(max_tokens=2), 3)
-        for length in (6, 8)
-    ]
+    """The same tokens are two blocks where one adapter acts on more of them; before, they are one."""
+    said, sampling = [0, 2, 4, 0, *INVOCATION], SamplingParams(max_tokens=2)
+    seqs = [_sequence(prompt, sampling, 3) for prompt in ([*said], [*said, *INVOCATION])]
     seqs[0].tokens += INVOCATION
     keys = [[prefix_key(seq, index, BLOCK) for index in range(2)] for seq in seqs]
     assert seqs[0].tokens == seqs[1].tokens
