@@ -140,8 +140,8 @@ def test_the_blocks_of_a_conversation_are_shared(
 async def test_a_request_finds_its_place_once_for_all_answers_and_versions(
     world: World, store: MemoryStore, requests: list[tuple[str, list[int]]], expected: list[list[int]]
 ) -> None:
-    """Through the service: n answers are alike, the prompt's log probabilities are the base's up to there, and a
-    name that was switched to another version looks for that one's tokens."""
+    """Through the service: n answers are alike, log probabilities of the prompt are the base's up to there, and
+    a name that was switched to another version looks for that one's tokens."""
     service = await open_service((world, store), preload=0)
     said, call = requests[0][1][:19], requests[0][1][19:]
     prompt = [*said, *ASKED, *call]
@@ -163,8 +163,8 @@ async def test_a_request_finds_its_place_once_for_all_answers_and_versions(
 
 
 def test_one_that_acts_on_a_part_is_not_merged(world: World) -> None:
-    """Behind a hidden base it is served beside the weights; where it must be merged the build is refused by name
-    and writes nothing."""
+    """Behind a hidden base it is served beside the weights; a build that must merge it is refused by name, and
+    writes nothing."""
     data = world.deployment().model_dump(mode="json")
     data["build"]["lora_adapters"] = {"called": data["build"]["lora_adapters"]["called"]}
     for merge in ("auto", "always"):
