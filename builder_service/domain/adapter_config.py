@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Any, Final
 
 from builder_service.domain.config_fields import PATTERNED, bad_config, bad_fields, unknown_fields
-from builder_service.domain.config_rules import parameters_of_experts, refusals
+from builder_service.domain.config_rules import INVOCATION, parameters_of_experts, refusals
 from builder_service.domain.patterns import BOUNDS, PatternsInvalid, Reading, read_names
 from builder_service.domain.peft_names import ALL_LINEAR
 from builder_service.domain.sandbox import TooCostly
@@ -38,6 +38,8 @@ class AdapterConfig:
     modules_to_save: tuple[str, ...] = ()
     target_parameters: tuple[str, ...] = ()
     """Parameters of experts, by ends of their names."""
+    invocation_tokens: tuple[int, ...] = ()
+    """From which on it acts; none: on everything."""
     base_model_name: str = ""
     base_model_revision: str = ""
     base_model_class: str = ""
@@ -155,10 +157,16 @@ def _config(fields: dict[str, Any]) -> AdapterConfig:
         layers_pattern=(pattern,) if isinstance(pattern, str) else tuple(pattern),
         modules_to_save=tuple(fields.get("modules_to_save") or ()),
         target_parameters=parameters_of_experts(fields.get("target_parameters")),
+        invocation_tokens=_tokens(fields.get(INVOCATION)),
         base_model_name=fields.get("base_model_name_or_path") or "",
         base_model_revision=fields.get("revision") or "",
         base_model_class=str(mapping.get("base_model_class") or "") if isinstance(mapping, dict) else "",
     )
+
+
+def _tokens(value: Any) -> tuple[int, ...]:
+    """What is no list of ids was refused."""
+    return tuple(token for token in value if type(token) is int) if isinstance(value, list) else ()
 
 
 def _or(value: Any, default: Any) -> Any:

@@ -6,6 +6,7 @@ import re
 from typing import Any, Final
 
 from builder_service.domain.strict_json import quoted, shown
+from loramux_shared.bundle.manifest import MAX_INVOCATION
 from loramux_shared.faults import Finding
 
 _MERGE: Final = "Merge it into the base (merge_and_unload) and serve a full model."
@@ -27,6 +28,7 @@ _VARIANTS: Final = (
 _EXPERTS: Final = re.compile(r"(?:.*\.)?(?:gate_up_proj|down_proj)")
 MAX_NAME: Final = 512
 """Characters."""
+INVOCATION: Final = "alora_invocation_tokens"
 _MLX_KEYS: Final = ("fine_tune_type", "lora_parameters")
 
 
@@ -38,7 +40,11 @@ def refusals(fields: dict[str, Any]) -> list[Finding]:
     if kind != "LORA":
         fix = "Only LoRA can be served beside a base. " + _MERGE
         return [_refused("E_NOT_LORA", "peft_type", "LORA", quoted(kind), fix)]
-    return [finding for rule in (_methods, _embeddings, _initialisation, _task) for finding in rule(fields)]
+    return [
+        finding
+        for rule in (_methods, _activated, _embeddings, _initialisation, _task)
+        for finding in rule(fields)
+    ]
 
 
 MLX_FIX: Final = (
@@ -58,15 +64,31 @@ def _methods(fields: dict[str, Any]) -> list[Finding]:
     found += [
         _refused("E_VARIANT", key, "unset", shown(fields[key]), _MERGE) for key in _VARIANTS if fields.get(key)
     ]
-    for code, key, fix in (
-        ("E_ALORA", "alora_invocation_tokens", "It is active after some tokens only; train plain LoRA."),
-        ("E_REPLICATION", "layer_replication", "Its layers do not exist in the base. " + _MERGE),
-    ):
-        if fields.get(key):
-            found.append(_refused(code, key, "unset", shown(fields[key]), fix))
+    if layers := fields.get("layer_replication"):
+        fix = "Its layers do not exist in the base. " + _MERGE
+        found.append(_refused("E_REPLICATION", "layer_replication", "unset", shown(layers), fix))
     if (parameters := fields.get("target_parameters")) and not parameters_of_experts(parameters):
         found.append(_target_parameters(parameters))
     return found
+
+
+def _activated(fields: dict[str, Any]) -> list[Finding]:
+    """Tokens from which on it acts, and what acts before them or is not known to PEFT beside them."""
+    tokens = fields.get(INVOCATION)
+    if not tokens:
+        return []
+    listed = isinstance(tokens, list) and all(type(token) is int and token >= 0 for token in tokens)
+    if not listed or len(tokens) > MAX_INVOCATION:
+        expected = f"a list of at most {MAX_INVOCATION} ids of tokens"
+        return [_refused("E_ALORA", INVOCATION, expected, quoted(tokens), "Correct the file.")]
+    fix = f"Train without it, or without {INVOCATION}."
+    beside = {key: fields.get(key) for key in ("use_dora", "target_parameters", "trainable_token_indices")}
+    beside["bias"] = fields.get("bias") not in (None, "none") and fields["bias"]
+    return [
+        _refused("E_ALORA", key, f"unset beside {INVOCATION}", shown(value), fix)
+        for key, value in beside.items()
+        if value
+    ]
 
 
 def parameters_of_experts(value: Any) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ from typing import Protocol
 
 from builder_service.domain.adapter_config import AdapterConfig, parse_config
 from builder_service.domain.config_fields import bad_config
+from builder_service.domain.config_rules import INVOCATION
 from builder_service.domain.file_rules import CONFIG, WEIGHTS
 from builder_service.domain.full_tensors import BaseTensors, check_full_tensors, redundant_warning
 from builder_service.domain.grouping import LONGEST, Grouping
@@ -23,6 +24,7 @@ from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bundle.manifest import Coverage, FileDigest, ModuleRow
 from loramux_shared.deployment import Dtype
 from loramux_shared.faults import Finding
+from loramux_shared.wording import listed
 
 MAX_CONFIG = 4 << 20
 """Bytes of a config."""
@@ -51,6 +53,8 @@ class CheckedAdapter:
     base_model_name: str = ""
     base_model_revision: str = ""
     coverage: Coverage = field(default_factory=Coverage)
+    invocation_tokens: tuple[int, ...] = ()
+    """From which on it acts; none: on everything."""
 
     @property
     def errors(self) -> tuple[Finding, ...]:
@@ -102,7 +106,7 @@ def check_adapter(
         return CheckedAdapter((*found, *config.read(())[1], _too_many(str(error), book.limits.base)))
     except HeaderInvalid as error:
         return CheckedAdapter((*found, *config.read(())[1], _no_header(str(error))))
-    found += _base_findings(config, book)
+    found += [*_base_findings(config, book), *_invocation_findings(config, book.limits.base)]
     if not file.tensors:
         return CheckedAdapter((*found, _nothing(config)))
     return check_tensors(file, config, book, found, progress)
@@ -139,6 +143,7 @@ def check_tensors(
             used=tuple(sorted({file.origin(tensor.name) for pair in pairs for tensor in (pair.a, pair.b)})),
             redundant=redundant,
         ),
+        config.invocation_tokens,
     )
 
 
@@ -178,6 +183,17 @@ def _base_findings(config: AdapterConfig, book: Rulebook) -> list[Finding]:
             fix="The adapter was trained on another base.",
         )
     ]
+
+
+def _invocation_findings(config: AdapterConfig, base: ModelConfig) -> list[Finding]:
+    """With tokens that the base does not have, no prompt would ever call the adapter."""
+    foreign = [str(token)[:20] for token in config.invocation_tokens if token >= base.dims.vocab]
+    if not foreign:
+        return []
+    fix = "The adapter was trained with another tokenizer."
+    expected = f"ids below {base.dims.vocab}, the base's vocabulary"
+    where = f"{CONFIG}: {INVOCATION}"
+    return [Finding(code="E_ALORA", where=where, expected=expected, found=listed(foreign, 5), fix=fix)]
 
 
 def _family(architecture: str) -> str:

@@ -47,7 +47,7 @@ def build(
     with workshop(context, store, progress) as shop:
         base = _describe_base(deployment, shop)
         before = served_generation(store, deployment.model_name)
-        made = making(shop, base, deployment.build, digests_of(before))
+        made = making(shop, base, deployment.build, digests_of(before), deployment.runtime.merge)
         draft = _draft(deployment, base.record, made.book.dtype)
         keeping = Keeping(before if before is not None and same_conditions(before, draft) else None)
         records = made.make(deployment.build.lora_adapters, keeping, verify=verify)

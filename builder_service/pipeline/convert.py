@@ -89,7 +89,7 @@ def convert_adapter(
         CONFIG_FILE: _written(config, config_pieces(table), fetched.name),
     }
     manifest = Manifest(
-        format_version=version_of(rows),
+        format_version=version_of(rows, checked.invocation_tokens),
         dtype=dtype,
         rows=tuple(rows),
         row_width=width,
@@ -97,6 +97,7 @@ def convert_adapter(
         files=files | {name: fetched.files[name] for name in texts},
         inputs={name: fetched.files[name] for name in weight_files(fetched.files)},
         coverage=checked.coverage,
+        invocation_tokens=checked.invocation_tokens,
         base_model_name=checked.base_model_name,
         base_model_revision=checked.base_model_revision,
         warnings=checked.findings,

@@ -21,7 +21,8 @@ from builder_service.pipeline.space import BASE_FILES, Space
 from builder_service.pipeline.validate import ValidAdapter, rulebook
 from loramux_shared.bundle.manifest import AdapterRecord, BaseRecord
 from loramux_shared.bundle.proof import Proof
-from loramux_shared.deployment import Build, Repository
+from loramux_shared.deployment import Build, Merge, Repository
+from loramux_shared.faults import DeploymentInvalid, Finding
 from loramux_shared.sources.base import Room
 from loramux_shared.sources.checkpoint import Base
 from loramux_shared.storage.base import Store
@@ -66,6 +67,8 @@ class Making:
     book: Rulebook
     served: frozenset[str]
     """Digests that the served generation refers to."""
+    merge: Merge
+    """Whether the one adapter is to be part of the weights."""
 
     def make(
         self, adapters: Mapping[str, Repository], keeping: Keeping, *, verify: bool = False
@@ -74,6 +77,7 @@ class Making:
 
         Raises:
             AdapterInvalid: with every violation of every adapter.
+            DeploymentInvalid: one that must be merged cannot be.
             Fault: what sources and the store raise.
         """
         unasked = [kept for name, each in adapters.items() if (kept := keeping.unasked(name, each))]
@@ -84,6 +88,7 @@ class Making:
             found = [kept for each in listed if (kept := keeping.listed(each))]
             records |= keep(shop.store, found, base, progress, verify=verify)
             valid = self._intake().take_in([each for each in listed if each.name not in records])
+        self._check_merge({name: record.invocation_tokens for name, record in records.items()} | _acting(valid))
         return records | self._put_out(valid)
 
     def make_fetched(self, fetched: FetchedAdapter) -> AdapterRecord:
@@ -91,9 +96,25 @@ class Making:
 
         Raises:
             AdapterInvalid: with every violation.
+            DeploymentInvalid: it must be merged and cannot be.
             Fault: what the base's source and the store raise.
         """
-        return self._put_out([self._intake().judge(fetched)])[fetched.name]
+        valid = [self._intake().judge(fetched)]
+        self._check_merge(_acting(valid))
+        return self._put_out(valid)[fetched.name]
+
+    def _check_merge(self, acting: Mapping[str, Sequence[int]]) -> None:
+        """Refuse to merge an adapter that acts on a part of what it reads: weights act on everything."""
+        names = [name for name, tokens in acting.items() if tokens] if self.merge is Merge.ALWAYS else []
+        if names:
+            finding = Finding(
+                code="E_BAD_FIELD",
+                where="runtime.merge",
+                expected=f"auto or never: {names[0]} acts from its invocation tokens on",
+                found=self.merge,
+                fix="Set runtime.merge to auto; it is served beside the weights.",
+            )
+            raise DeploymentInvalid("an activated adapter cannot be merged", [finding])
 
     def _intake(self) -> Intake:
         shop = self.shop
@@ -120,7 +141,12 @@ class Making:
         return output.put_out(groups, proofs)
 
 
-def making(shop: Workshop, base: Base, settings: Build, served: frozenset[str]) -> Making:
+def making(shop: Workshop, base: Base, settings: Build, served: frozenset[str], merge: Merge) -> Making:
     """Return what makes adapters for a base under a deployment's settings."""
     book = rulebook(base.model, settings.lora_configuration, shop.weights(base.record))
-    return Making(shop, base, settings, book, served)
+    return Making(shop, base, settings, book, served, merge)
+
+
+def _acting(valid: Sequence[ValidAdapter]) -> dict[str, Sequence[int]]:
+    """From which tokens on they act, by name."""
+    return {adapter.fetched.name: adapter.checked.invocation_tokens for adapter in valid}

@@ -104,5 +104,6 @@ def _record(fetched: FetchedAdapter, bundle: BuiltBundle, lineage: tuple[Descent
         summary=bundle.manifest.summary,
         listing=fetched.listing,
         converter=CONVERTER,
+        invocation_tokens=bundle.manifest.invocation_tokens,
         lineage=lineage,
     )

@@ -140,7 +140,7 @@ def _making(shop: Workshop, before: Generation) -> Making:
     if settings.prove:
         require_prover()
     base = shop.context.bases.recall(before.base, before.max_seq_len, shop.weights(before.base))
-    return making(shop, base, settings, digests_of(before))
+    return making(shop, base, settings, digests_of(before), before.merge)
 
 
 def _settings_of(generation: Generation) -> Build:

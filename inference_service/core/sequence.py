@@ -41,6 +41,8 @@ class Adapter:
     and those of one that left and came back are found again."""
     slot: int | None = None
     """Its place in the LoRA backend while it is resident; changed on the engine's thread alone."""
+    invocation: tuple[int, ...] = ()
+    """Tokens from which on it acts; none: it acts on everything. See `inference_service.core.activation`."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,8 @@ class Sequence:
     """On the clock of ``time.monotonic``."""
     grammar: Grammar | None = None
     """What the answer must look like; it has accepted the tokens of the answer that are known here."""
+    invocation: int = 0
+    """Position of the first token that the adapter acts on: those before are the base's."""
 
     cache_salt: str = ""
     """Part of every prefix-cache key, as the adapter is."""
@@ -150,13 +154,18 @@ class Sequence:
         return self.sampling.prompt_logprobs is not None and len(self.prompt_scores) < self.num_prompt
 
     @property
+    def bound(self) -> int:
+        """The position that its next chunk must not go beyond: a stop, or where its adapter begins to act."""
+        return min(self.stop, self.invocation) if self.num_computed < self.invocation else self.stop
+
+    @property
     def slot(self) -> int:
-        """The adapter's slot; -1 for the base.
+        """The slot of the adapter that acts on its next chunk; -1 for the base.
 
         Raises:
             RuntimeError: the adapter is not resident, so that no step may have this sequence.
         """
-        if self.adapter is None:
+        if self.adapter is None or self.num_computed < self.invocation:
             return -1
         if self.adapter.slot is None:
             raise RuntimeError(f"adapter {self.adapter.digest[:12]} is in a step, and not in the bank")

@@ -80,7 +80,7 @@ class Plan:
 
     def left(self, seq: Sequence) -> int:
         """Rows of a prompt that it has not been given, up to where its chunk must end."""
-        return min(seq.num_pending, seq.stop - seq.num_computed) - self.lengths.get(seq, 0)
+        return min(seq.num_pending, seq.bound - seq.num_computed) - self.lengths.get(seq, 0)
 
     def give(self, seq: Sequence, rows: int) -> None:
         """Let a step have rows of a prompt, behind those that it has."""

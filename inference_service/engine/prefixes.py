@@ -1,7 +1,8 @@
 """By what a prefix is known, ``hash(parent hash, the tokens of a block)``, and how much of one is found.
 
 The parent of a first block is the adapter's digest with the cache salt, so that keys and values, and states, of
-another version are never met, and those of an adapter that left and came back are found again.
+another version are never met, and those of an adapter that left and came back are found again. Blocks before an
+activated adapter acts are the base's own; of the first one behind them, digest and position are part.
 """
 
 from __future__ import annotations
@@ -25,8 +26,11 @@ class Kind(Protocol):
 def prefix_key(seq: Sequence, index: int, block_size: int) -> int:
     """The key of the first ``index + 1`` blocks of a sequence; it keeps it, for its tokens only become more."""
     known = seq.hashes
+    begins = seq.invocation // block_size if seq.invocation else None
     while len(known) <= index:
         parent = known[-1] if known else _seed(seq)
+        if len(known) == begins and seq.adapter is not None:
+            parent = _digest(f"{parent}:{seq.adapter.digest}:{seq.invocation}")
         tokens = seq.tokens[len(known) * block_size : (len(known) + 1) * block_size]
         known.append(_digest(",".join(map(str, (parent, *tokens)))))
     return known[index]
@@ -45,7 +49,7 @@ def agreed(kinds: Seq[Kind], seq: Sequence, most: int) -> int:
 
 
 def _seed(seq: Sequence) -> int:
-    digest = seq.adapter.digest if seq.adapter else ""
+    digest = seq.adapter.digest if seq.adapter and not seq.invocation else ""
     return _digest(f"{digest}:{seq.cache_salt}") if digest or seq.cache_salt else 0
 
 

@@ -2,10 +2,10 @@
 
 A state cannot be cut back, so a prefix is found only where a snapshot of it was taken: at the end of a chunk,
 and of a block. Three places are worth one. Every `spacing` tokens, so that a long prompt which others share is
-found in part. The last full block of a prompt, where the next turn of a conversation goes on, unless the one
-before is so near that little is saved. And the place up to which blocks were found but no state was: somebody
-else had the same prefix, so others will have it too ("Marconi: Prefix Caching for the Era of Hybrid LLMs", Pan
-et al., 2024).
+found in part. The last full block of a prompt, where the next turn of a conversation goes on, and the last one
+before an activated adapter acts, unless the one before is so near that little is saved. And the place up to
+which blocks were found but no state was: somebody else had the same prefix, so others will have it too
+("Marconi: Prefix Caching for the Era of Hybrid LLMs", Pan et al., 2024).
 """
 
 from __future__ import annotations
@@ -115,9 +115,12 @@ class StateSlots:
         """Where a sequence should leave its state, beside every spacing."""
         if self._spacing is None:
             return []
-        last = (len(seq.tokens) - 1) // self._block_size * self._block_size
-        before = max(known, last // self._spacing * self._spacing)
-        return [known] + [last] * (last - before >= self._spacing / NEAR)
+        stops = [known]
+        for position in (seq.invocation, len(seq.tokens) - 1):
+            last = position // self._block_size * self._block_size
+            if last - max(stops[-1], last // self._spacing * self._spacing) >= self._spacing / NEAR:
+                stops.append(last)
+        return stops
 
     def _next(self, seq: Sequence) -> int:
         """The first position behind what is computed where a state is wanted."""

@@ -206,7 +206,9 @@ class Catalog:
     def _registered(
         self, name: str, record: AdapterRecord, models: Mapping[str, ServedModel], now: datetime
     ) -> ServedModel:
-        adapter = self._handles.get(record.digest) or Adapter(record.digest)
+        adapter = self._handles.get(record.digest) or Adapter(
+            record.digest, invocation=record.invocation_tokens
+        )
         self._handles[record.digest] = adapter
         source = shown_source(record.source)
         known = self._known(name, record.digest, models)

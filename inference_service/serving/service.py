@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from inference_service.core.activation import activation
 from inference_service.core.constraint import Constraint, Grammar, packed
 from inference_service.core.sampling import LogprobsMode, SamplingParams
 from inference_service.core.sequence import Sequence
@@ -176,16 +177,18 @@ class GenerationService:
         grammars = await self._grammars(request, defaults)
         number, where = next(_numbers), request.constraint.where if request.constraint else ""
         stop_tokens = frozenset(request.stop_token_ids) - self._ends(request, defaults)
+        adapter, invocation = activation(model.adapter, tokens)
         answers: dict[str, Answer] = {}
         for index, grammar in enumerate(grammars):
             seq = Sequence(
                 f"{number}.{index}",
                 list(tokens),
                 of_answer(sampling, index),
-                model.adapter,
+                adapter,
                 priority=request.priority,
                 deadline_s=request.deadline_s,
                 grammar=grammar,
+                invocation=invocation,
                 cache_salt=request.cache_salt or "",
                 model=model.name,
                 flow=ticket.flow,

@@ -11,7 +11,7 @@ MAX_WEIGHT: Final = 1000.0
 
 def unset(value: object) -> bool:
     """True for what a record leaves out, so that its bytes are those from before the field was there."""
-    return value is None or value == {}
+    return value is None or value in ({}, ())
 
 
 class Limits(BaseModel):

@@ -31,7 +31,7 @@ SEEDS: tuple[dict[str, Any], ...] = (
         "use_rslora": True,
     },
     ADAPTER_CONFIG | {"target_modules": r".*\.self_attn\.[qv]_proj", "exclude_modules": r".*\.mlp\..*"},
-    dict.fromkeys(sorted(KNOWN)) | ADAPTER_CONFIG,
+    dict.fromkeys(sorted(KNOWN)) | ADAPTER_CONFIG | {"alora_invocation_tokens": [1, 2, 3]},
 )
 PATTERNS = (*TEXTS, GIANT, "(?:a?){99}", "q_proj|v_proj", ".*", "(?i)Q_PROJ", "[", "(" * 50, "\\")
 
@@ -60,6 +60,8 @@ def fuzz(folder: Path, seed: int, count: int) -> None:
             json.dumps([item.model_dump() for item in checked.findings], ensure_ascii=False).encode()
             watch.note("accepted" if checked.rows else "refused")
             assert bool(checked.rows) != bool(checked.errors), case
+            assert not checked.errors or not checked.invocation_tokens, case
+            assert all(0 <= token < rules.limits.base.dims.vocab for token in checked.invocation_tokens), case
             assert all(math.isfinite(planned.row.scale) for planned in checked.rows), case
 
 

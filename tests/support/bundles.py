@@ -57,6 +57,7 @@ class Handle:
     """What a load is asked for with."""
 
     digest: str
+    invocation: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -72,10 +73,12 @@ def load(loader: AdapterLoader[Any], digest: str, timeout_s: float = 20) -> Load
     return waiting(loader, digest)(timeout_s)
 
 
-def waiting(loader: AdapterLoader[Any], digest: str) -> Callable[[float], Loaded[Any] | Fault]:
+def waiting(
+    loader: AdapterLoader[Any], digest: str, invocation: tuple[int, ...] = ()
+) -> Callable[[float], Loaded[Any] | Fault]:
     """Begin to load an adapter; what is returned waits for the outcome."""
     outcomes: SimpleQueue[Loaded[Any] | Fault] = SimpleQueue()
-    loader.load(Handle(digest), outcomes.put)
+    loader.load(Handle(digest, invocation), outcomes.put)
     return lambda timeout_s: outcomes.get(timeout=timeout_s)
 
 

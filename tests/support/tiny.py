@@ -20,6 +20,7 @@ from transformers import (
 from builder_service.pipeline.build import build
 from builder_service.pipeline.context import BuildContext
 from builder_service.pipeline.progress import Progress
+from inference_service.core.activation import activation
 from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import FinishReason
 from inference_service.core.sequence import Sequence as EngineSequence
@@ -198,6 +199,14 @@ def make_world_of(
     return World(base, folders, root, max_seq_len)
 
 
+def sequence(
+    ready: Ready, number: str, model: str, prompt: Sequence[int], params: SamplingParams
+) -> EngineSequence:
+    """What the service makes of a request."""
+    adapter, invocation = activation(ready.service.catalog.get(model).adapter, prompt)
+    return EngineSequence(number, list(prompt), params, adapter, invocation=invocation)
+
+
 def run_engine(
     ready: Ready, requests: Sequence[tuple[str, Sequence[int]]], new: int, **sampling: Any
 ) -> list[list[int]]:
@@ -206,8 +215,7 @@ def run_engine(
     params = SamplingParams(max_tokens=new, **sampling)
     answers: dict[str, list[int]] = {}
     for number, (model, prompt) in enumerate(requests):
-        adapter = ready.service.catalog.get(model).adapter
-        engine.add(EngineSequence(str(number), list(prompt), params, adapter))
+        engine.add(sequence(ready, str(number), model, prompt, params))
         answers[str(number)] = []
     while not engine.idle:
         for output in engine.step():
@@ -222,8 +230,7 @@ def next_logprobs(ready: Ready, requests: Sequence[tuple[str, Sequence[int]]]) -
     engine = ready.engine._engine
     params = SamplingParams(max_tokens=1, logprobs=VOCAB)
     for number, (model, prompt) in enumerate(requests):
-        adapter = ready.service.catalog.get(model).adapter
-        engine.add(EngineSequence(str(number), list(prompt), params, adapter))
+        engine.add(sequence(ready, str(number), model, prompt, params))
     found: dict[str, dict[int, float]] = {}
     while not engine.idle:
         for output in engine.step():

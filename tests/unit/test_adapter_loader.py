@@ -76,6 +76,13 @@ def test_loads_of_one_digest_at_once_are_one(store, make):
     assert store.asked.count(key) == 2
 
 
+def test_a_bundle_that_acts_from_other_tokens_than_its_generation_says_is_refused(store, make):
+    """Requests looked for what the generation says before the bundle was read."""
+    outcome = waiting(make(), store.digests[0], (5, 6))(20)
+    assert isinstance(outcome, BundleCorrupt)
+    assert "invocation_tokens [5, 6] as the generation says, found []" in outcome.message
+
+
 def test_the_host_tier_keeps_what_was_packed(store, make):
     """Up to its bound what left the device comes back without a read; beyond it, the oldest is read again."""
     loader = make(host_bytes=2500)

@@ -12,12 +12,14 @@ from dataclasses import dataclass, field
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from inference_service.core.activation import activation
 from inference_service.core.batch import Batch
 from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import GONE, Adapter, Sequence, StepOutput, Token
 from inference_service.engine.block_manager import BlockManager
 from inference_service.engine.engine import Engine
 from inference_service.engine.plan import SchedulerLimits
+from inference_service.engine.prefixes import prefix_key
 from inference_service.engine.residents import AlwaysResident
 from inference_service.engine.rows import lay_out
 from inference_service.engine.state_slots import StateSlots
@@ -30,7 +32,9 @@ BLOCK = 4
 TOKENS = 5
 SEQS = 4
 LONGEST = 64
-HANDLES = [Adapter(f"{number:064x}", number) for number in range(3)]
+INVOCATION = (1, 3)
+HANDLES = [Adapter(f"{number:064x}", number, INVOCATION if number == 2 else ()) for number in range(3)]
+"""The third acts from its invocation on."""
 Windows = tuple[int | None, ...]
 _ids = itertools.count()
 
@@ -110,12 +114,14 @@ def _expected(
     prompt: list[int], sampling: SamplingParams, uid: int, windows: Windows, stateful: bool
 ) -> list[int]:
     tokens, state = list(prompt), 0
-    for token in prompt:
-        state = _next_state(state, token, uid)
+    calls = [at for at in range(len(prompt)) if tuple(prompt[at : at + 2]) == INVOCATION] if uid == 3 else [0]
+    owners = [uid if calls and at >= calls[-1] else 0 for at in range(LONGEST)]
+    for token, owner in zip(prompt, owners, strict=False):
+        state = _next_state(state, token, owner)
     while len(tokens) < LONGEST and len(tokens) - len(prompt) < sampling.max_tokens:
-        found = [tuple((tokens[at], uid) for at in _seen(len(tokens), window)) for window in windows]
+        found = [tuple((tokens[at], owners[at]) for at in _seen(len(tokens), window)) for window in windows]
         tokens.append(_checksum(found, state if stateful else 0))
-        state = _next_state(state, tokens[-1], uid)
+        state = _next_state(state, tokens[-1], owners[len(tokens) - 1])
         if tokens[-1] in sampling.stop_token_ids:
             break
     return tokens[len(prompt) :]
@@ -168,7 +174,7 @@ BASES = st.builds(
 REQUESTS = st.tuples(
     st.integers(1, 50),  # tokens of the prompt
     st.integers(1, 30),  # new tokens at most
-    st.integers(0, 2),  # adapter
+    st.integers(0, 3),  # adapter
     st.sampled_from([frozenset(), frozenset({3}), frozenset({0, 1})]),  # stop tokens
     st.integers(0, 50),  # leading tokens that it shares with others
 )
@@ -229,7 +235,7 @@ def test_every_answer_is_what_the_model_says(base: Base, actions: list[object]) 
             draw = random.Random(next(_ids))
             prompt = [*common[:shared], *(draw.randrange(TOKENS) for _ in range(length))][:length]
             sampling = SamplingParams(max_tokens=new, stop_token_ids=stops)
-            seq = Sequence(str(next(_ids)), prompt, sampling, HANDLES[uid - 1] if uid else None)
+            seq = _sequence(prompt, sampling, uid)
             added[seq.id] = list(prompt), sampling, uid
             engine.add(seq)
     outputs += _drain(engine, manager)
@@ -244,10 +250,15 @@ def test_every_answer_is_what_the_model_says(base: Base, actions: list[object]) 
         assert manager.states.num_free == manager.states.num_slots
 
 
+def _sequence(prompt: list[int], sampling: SamplingParams, uid: int) -> Sequence:
+    adapter, invocation = activation(HANDLES[uid - 1] if uid else None, prompt)
+    return Sequence(str(next(_ids)), prompt, sampling, adapter, invocation=invocation)
+
+
 def _run(engine: Engine, manager: BlockManager, prompt: list[int], new: int = 1, uid: int = 0) -> Sequence:
     """Answer a request that is alone, and return it as it was at its end."""
     sampling = SamplingParams(max_tokens=new)
-    seq = Sequence(str(next(_ids)), list(prompt), sampling, HANDLES[uid - 1] if uid else None)
+    seq = _sequence(list(prompt), sampling, uid)
     engine.add(seq)
     _drain(engine, manager)
     return seq
@@ -423,3 +434,25 @@ def test_windows_with_enough_blocks_never_lack_any(
         _drain(engine, manager)
         steps.append((device.lengths, engine.stats.preemptions))
     assert steps[0] == steps[1]
+
+
+def test_who_calls_an_activated_adapter_finds_the_state_before_and_leaves_one() -> None:
+    """Behind the base it begins at the base's last state; on what nobody said before it leaves a state of the
+    base where it is called, where others go on."""
+    engine, _, manager = Base(snapshots=9, spacing=8).engine()
+    said, new = [0, 2, 4] * 10, [2, 2, 0] * 7
+    _run(engine, manager, said)
+    assert _run(engine, manager, [*said, *INVOCATION], uid=3).num_cached == 28
+    assert _run(engine, manager, [*new, *INVOCATION, *said], uid=3).num_cached == 0
+    assert _run(engine, manager, [*new, 4]).num_cached == 20
+
+
+def test_who_was_called_elsewhere_in_a_block_has_another_block() -> None:
+    """The same tokens are two blocks where one adapter acts on more of them; before, they are one."""
+    said, sampling = [0, 2, 4, 0, *INVOCATION], SamplingParams(max_tokens=2)
+    seqs = [_sequence(prompt, sampling, 3) for prompt in ([*said], [*said, *INVOCATION])]
+    seqs[0].tokens += INVOCATION
+    keys = [[prefix_key(seq, index, BLOCK) for index in range(2)] for seq in seqs]
+    assert seqs[0].tokens == seqs[1].tokens
+    assert keys[0][0] == keys[1][0]
+    assert keys[0][1] != keys[1][1]

@@ -16,8 +16,9 @@ import torch
 from inference_service.serving.adapters.reading import BundleReader, Found, Tier
 from inference_service.serving.adapters.recent import Recent
 from inference_service.serving.adapters.workers import Workers
+from loramux_shared.bundle.manifest import REBUILD
 from loramux_shared.bundle.reader import Bundle
-from loramux_shared.faults import Fault, InternalFault, ResourcesExhausted, ShuttingDown
+from loramux_shared.faults import BundleCorrupt, Fault, InternalFault, ResourcesExhausted, ShuttingDown
 
 log = structlog.get_logger()
 
@@ -40,11 +41,16 @@ P = TypeVar("P", bound=Packed)
 
 
 class Addressed(Protocol):
-    """Something with an adapter's digest."""
+    """Something with what a generation says of an adapter."""
 
     @property
     def digest(self) -> str:
         """That of its bundle's manifest."""
+        ...
+
+    @property
+    def invocation(self) -> tuple[int, ...]:
+        """The manifest's tokens from which on it acts."""
         ...
 
 
@@ -101,7 +107,7 @@ class AdapterLoader(Generic[P]):
         began = time.monotonic()
         packed = self._host.get(digest)
         if packed is None:
-            self._ended(self._reads.submit(partial(self._bring, digest, began)), digest)
+            self._ended(self._reads.submit(partial(self._bring, adapter, began)), digest)
             return
         loaded = Loaded(packed, Tier.HOST, time.monotonic() - began)
         self._ended(self._work.submit(partial(self._finish, digest, loaded), urgent=True), digest)
@@ -121,10 +127,12 @@ class AdapterLoader(Generic[P]):
         self._work.close()
         self._reader.close()
 
-    def _bring(self, digest: str, began: float) -> None:
+    def _bring(self, adapter: Addressed, began: float) -> None:
         """Read a bundle, have it packed, and keep it on the disk meanwhile; on a thread for reading."""
+        digest = adapter.digest
         try:
             with self._reader.reading(digest) as found:
+                _expect_invocation(found.bundle, adapter.invocation)
                 packing = self._work.submit(partial(self._pack_and_finish, digest, found, began))
                 self._ended(packing, digest)
                 self._reader.keep(found)
@@ -150,6 +158,16 @@ class AdapterLoader(Generic[P]):
     def _ended(self, future: Future[None], digest: str) -> None:
         """Let nobody wait for work that was cancelled."""
         future.add_done_callback(lambda ended: self._finish(digest, _stopped()) if ended.cancelled() else None)
+
+
+def _expect_invocation(bundle: Bundle, tokens: tuple[int, ...]) -> None:
+    """Requests look for these tokens before anybody reads the bundle."""
+    found = bundle.manifest.invocation_tokens
+    if found != tokens:
+        raise BundleCorrupt(
+            f"bundle {bundle.digest[:12]}: expected invocation_tokens {list(tokens)} as the generation says, "
+            f"found {list(found)}. {REBUILD}"
+        )
 
 
 def _outcome(work: Callable[[], T]) -> T | Fault:

@@ -18,9 +18,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from datetime import datetime
-from typing import Final, Literal, Self
+from typing import Annotated, Final, Literal, Self
 
 from pydantic import Field, ValidationError
 
@@ -32,7 +32,7 @@ from loramux_shared.limits import unset
 from loramux_shared.rounding import Rounding
 
 FORMAT_VERSION: Final = 1
-"""Of records; a manifest with modules beyond TensorRT-LLM's seven is of version 2."""
+"""Of records; a manifest is of version 2 where older readers would serve something else: see `version_of`."""
 WEIGHTS_FILE = "model.lora_weights.npy"
 CONFIG_FILE = "model.lora_config.npy"
 MANIFEST_FILE = "manifest.json"
@@ -43,10 +43,13 @@ REBUILD: Final = "Build the deployment again with --verify."
 TEXT_FILES: Final = ("chat_template.jinja", "generation_config.json", "tokenizer_config.json")
 """What an adapter may bring beside its weights: template, sampling defaults, stop tokens."""
 
+MAX_INVOCATION: Final = 64
+"""Tokens from which on an activated adapter acts."""
 CONVERTER: Final = 1
 """Raised when the same adapter would be judged otherwise or give another bundle: then all are built again."""
 
 Sha256 = Field(pattern=r"^[0-9a-f]{64}$")
+Tokens = Annotated[tuple[Annotated[int, Field(ge=0, lt=1 << 31)], ...], Field(max_length=MAX_INVOCATION)]
 
 
 class Record(Model):
@@ -149,6 +152,8 @@ class Manifest(Record):
     """The adapter's files that the bundle was made from."""
     coverage: Coverage = Coverage()
     """Empty where the bundle was not made from a safetensors file."""
+    invocation_tokens: Tokens = Field(default=(), exclude_if=unset)
+    """From which on it acts; none where it acts on everything."""
     base_model_name: str = ""
     """What the adapter says that it was trained on."""
     base_model_revision: str = ""
@@ -236,6 +241,8 @@ class AdapterRecord(Model):
     nothing of the adapter has changed. None where a source says nothing that can be relied on."""
     converter: int | None = Field(default=None, ge=1, exclude_if=unset)
     """The builder's rules and arithmetic by which the bundle was made; see `CONVERTER`."""
+    invocation_tokens: Tokens = Field(default=(), exclude_if=unset)
+    """Those of its manifest."""
     lineage: tuple[Descent, ...] = Field(default=(), exclude_if=lambda lineage: not lineage)
     """Where the adapter names another base than the deployment's: what a hub said of the two, if asked."""
 
@@ -293,9 +300,10 @@ class Generation(Record):
 
     @property
     def merged(self) -> str | None:
-        """The adapter that is merged into the weights at load, if one is."""
-        one = len(self.adapters) == 1 and not self.serve_base and self.merge is not Merge.NEVER
-        return next(iter(self.adapters)) if one else None
+        """The adapter that is merged into the weights at load, if one is: one that acts on everything."""
+        if len(self.adapters) != 1 or self.serve_base or self.merge is Merge.NEVER:
+            return None
+        return next((name for name, record in self.adapters.items() if not record.invocation_tokens), None)
 
     def same_content(self, other: Generation) -> bool:
         """True when only number and time differ, and what sources say of files that are the same."""
@@ -320,9 +328,9 @@ def sha256_hex(data: bytes | bytearray | memoryview) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def version_of(rows: Iterable[ModuleRow]) -> Literal[1, 2]:
-    """Return the version of the format that a bundle of such rows is of."""
-    return 1 if all(row.module_id in TENSORRT_LLM for row in rows) else 2
+def version_of(rows: Iterable[ModuleRow], invocation: Sequence[int] = ()) -> Literal[1, 2]:
+    """Return the version of the format of a bundle with such rows that acts from these tokens on."""
+    return 1 if not invocation and all(row.module_id in TENSORRT_LLM for row in rows) else 2
 
 
 def verify(data: bytes | bytearray | memoryview, sha256: str, what: str) -> None:

@@ -151,7 +151,11 @@ def _check_manifest(manifest: Manifest, what: str) -> None:
         _expect(row.expert is not None, row.module_id in OF_EXPERTS, f"{what}: row {i}: says an expert")
     mixed = any(row.expert is not None for row in manifest.rows)
     _expect(manifest.config_columns == 5, mixed, f"{what}: config_columns is 5")
-    _expect(manifest.format_version, version_of(manifest.rows), f"{what}: format_version")
+    _expect(
+        manifest.format_version,
+        version_of(manifest.rows, manifest.invocation_tokens),
+        f"{what}: format_version",
+    )
     used, redundant = manifest.coverage.used, manifest.coverage.redundant
     if list(used + redundant) != [*sorted(set(used) - set(redundant)), *sorted(set(redundant))]:
         raise BundleCorrupt(f"{what}: expected tensors by their keys, each once, sorted")

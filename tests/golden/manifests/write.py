@@ -48,6 +48,7 @@ def _pairs(ranks: dict[str, int]) -> Shapes:
 
 ADAPTERS: dict[str, tuple[Shapes, dict[str, Any], dict[str, Any], str]] = {
     "plain": (_plain(), {}, {}, "bfloat16"),
+    "activated": (_plain(), {"alora_invocation_tokens": [5, 3]}, {}, "bfloat16"),
     "ragged": (
         _ragged(),
         {

@@ -1,0 +1,180 @@
+"""Activated adapters against PEFT's own, token for token in float32, and what they share with the base."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig
+
+from builder_service.pipeline.build import build
+from builder_service.pipeline.context import BuildContext
+from builder_service.pipeline.progress import Progress
+from inference_service.core.sampling import SamplingParams
+from inference_service.serving.request import PromptLogprobs
+from loramux_shared.bundle.deployments import current_generation
+from loramux_shared.deployment import Deployment
+from loramux_shared.faults import DeploymentInvalid
+from loramux_shared.sources.open import open_sources
+from loramux_shared.storage.memory import MemoryStore
+from tests.support.service import open_service
+from tests.support.tiny import (
+    ADAPTERS,
+    SIZES,
+    VOCAB,
+    World,
+    make_world_of,
+    oracle,
+    oracle_tokens,
+    run_engine,
+    sequence,
+)
+
+NEW = 12
+CALLED, ASKED = (5, 6, 7), (9,)
+KINDS: dict[str, dict[str, Any]] = {
+    "wide": ADAPTERS["wide"],
+    "called": ADAPTERS["all"] | {"alora_invocation_tokens": list(CALLED)},
+    "asked": ADAPTERS["wide"] | {"alora_invocation_tokens": list(ASKED)},
+}
+
+
+def _said(draw: random.Random, count: int) -> list[int]:
+    """Tokens that call no adapter."""
+    return draw.choices(range(10, VOCAB), k=count)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return make_world_of(tmp_path_factory.mktemp("activated"), LlamaConfig(**SIZES), KINDS)
+
+
+@pytest.fixture(scope="module")
+def store(world: World) -> MemoryStore:
+    store = MemoryStore()
+    world.build(store)
+    return store
+
+
+@pytest.fixture(scope="module")
+def requests() -> list[tuple[str, list[int]]]:
+    """Called at the beginning, within a block, at a block's end, by the last token, twice, never."""
+    draw = random.Random(6)
+    said = _said(draw, 40)
+    return [
+        ("called", [*said[:19], *CALLED, *said[19:30]]),
+        ("asked", [*said[:39], *ASKED]),
+        ("base", said),
+        ("called", [*CALLED, *said[:11]]),
+        ("asked", [*said[:16], *ASKED, *said[16:20]]),
+        ("called", [*said[:9], *CALLED, *said[9:20], *CALLED, *said[20:24]]),
+        ("wide", [*said[:19], *CALLED, *said[19:30]]),
+        ("base", [*said[:19], *CALLED, *said[19:30]]),
+        ("called", [*said[:20], *CALLED[:2]]),
+    ]
+
+
+@pytest.fixture(scope="module")
+def expected(world: World, requests: list[tuple[str, list[int]]]) -> list[list[int]]:
+    models = {name: oracle(world.base, world.adapters.get(name)) for name in ("base", *KINDS)}
+    return [oracle_tokens(models[name], prompt, NEW) for name, prompt in requests]
+
+
+@pytest.mark.parametrize(
+    ("settings", "preempts"),
+    [
+        ({"native": True}, False),
+        ({"native": False, "max_batch_tokens": 16, "block_size": 8}, False),
+        ({"block_size": 8, "kv_memory_gb": 120 * 2 * 2 * 2 * 8 * 4 / 1e9}, True),
+    ],
+    ids=["compiled", "torch in chunks", "preempted"],
+)
+def test_company_and_prefix_hits_change_no_token(
+    world: World,
+    store: MemoryStore,
+    requests: list[tuple[str, list[int]]],
+    expected: list[list[int]],
+    settings: dict[str, Any],
+    preempts: bool,
+) -> None:
+    """Base, plain and activated adapters in one batch, again with their prefixes found, answer as PEFT does."""
+    ready = world.load(store, **settings)
+    assert run_engine(ready, requests, NEW) == expected
+    assert run_engine(ready, requests, NEW) == expected
+    assert ready.engine.stats.prefix_tokens_hit > 0
+    assert (ready.engine.stats.preemptions > 0) == preempts
+
+
+def test_each_alone_equals_peft(
+    world: World, store: MemoryStore, requests: list[tuple[str, list[int]]], expected: list[list[int]]
+) -> None:
+    """A request alone gives the tokens that it gives in company."""
+    ready = world.load(store, prefix_cache=False)
+    assert [run_engine(ready, [request], NEW)[0] for request in requests] == expected
+
+
+@pytest.mark.parametrize(("first", "then"), [("base", "called"), ("called", "base"), ("called", "asked")])
+def test_the_blocks_of_a_conversation_are_shared(
+    world: World, store: MemoryStore, first: str, then: str
+) -> None:
+    """Whoever goes on finds at least 95 of 100 blocks of what was said before either was called, answers of the
+    base included; a plain adapter finds none of them."""
+    ready = world.load(store, block_size=4, max_batch_tokens=64)
+    calls = {"called": CALLED, "asked": ASKED}
+    said, found = _said(random.Random(8), 83), []
+    for name in (first, then, "wide"):
+        prompt = [*said, *calls.get(name, ()), 20]
+        seq = sequence(ready, name, name, prompt, SamplingParams(max_tokens=30))
+        ready.engine._engine.add(seq)
+        while not ready.engine._engine.idle:
+            ready.engine._engine.step()
+        found.append(seq.num_cached // 4)
+        said = list(seq.tokens) if name == "base" else said
+    blocks = (83 + (31 if first == "base" else 0)) // 4
+    assert found[0] == found[2] == 0
+    assert blocks >= found[1] >= 0.95 * blocks
+
+
+async def test_a_request_finds_its_place_once_for_all_answers_and_versions(
+    world: World, store: MemoryStore, requests: list[tuple[str, list[int]]], expected: list[list[int]]
+) -> None:
+    """Through the service: n answers are alike, log probabilities of the prompt are the base's up to there, and
+    a name that was switched to another version looks for that one's tokens."""
+    service = await open_service((world, store), preload=0)
+    said, call = requests[0][1][:19], requests[0][1][19:]
+    prompt = [*said, *ASKED, *call]
+    with torch.no_grad():
+        logits = oracle(world.base, world.adapters["called"])(torch.tensor([prompt])).logits[0]
+    wanted = torch.log_softmax(logits, -1)[range(len(prompt) - 1), prompt[1:]].tolist()
+    fields = {"max_tokens": NEW, "ignore_eos": True}
+    events = await service.events(prompt, "called", prompt_logprobs=0, **fields)
+    (scored,) = [event.tokens for event in events if isinstance(event, PromptLogprobs)]
+    assert [token.logprob for token in scored[1:]] == pytest.approx(wanted, abs=1e-4)
+    assert await service.answers(requests[0][1], model="called", n=2, **fields) == [expected[0]] * 2
+    generation = current_generation(store, "tiny")
+    assert generation is not None
+    switched = generation.adapters | {"called": generation.adapters["asked"]}
+    service.ready.service.apply(generation.model_copy(update={"adapters": switched, "number": 2}))
+    model = oracle(world.base, world.adapters["asked"])
+    assert await service.answers(prompt, model="called", **fields) == [oracle_tokens(model, prompt, NEW)]
+    await service.close()
+
+
+def test_one_that_acts_on_a_part_is_not_merged(world: World) -> None:
+    """Behind a hidden base it is served beside the weights; a build that must merge it is refused by name, and
+    writes nothing."""
+    data = world.deployment().model_dump(mode="json")
+    data["build"]["lora_adapters"] = {"called": data["build"]["lora_adapters"]["called"]}
+    for merge in ("auto", "always"):
+        data["runtime"] |= {"serve_base": False, "merge": merge}
+        store, deployment = MemoryStore(), Deployment.model_validate(data)
+        context = BuildContext(store, open_sources(local_roots=[world.root]))
+        if merge == "always":
+            with pytest.raises(DeploymentInvalid, match="activated") as refused:
+                build(deployment, context, Progress(["called"]))
+            assert "called acts from" in refused.value.findings[0].expected
+            assert not store.objects
+        else:
+            assert build(deployment, context, Progress(["called"])).generation.merged is None
