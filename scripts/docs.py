@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from scripts import api_doc, deployment_doc, errors_doc, models_doc, settings_doc
+from scripts import api_doc, deployment_doc, errors_doc, models_doc, settings_doc, wild_doc
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 PAGES: dict[str, Callable[[], str]] = {
@@ -16,6 +16,7 @@ PAGES: dict[str, Callable[[], str]] = {
     "errors.md": errors_doc.page,
     "models.md": models_doc.page,
     "settings.md": settings_doc.page,
+    "wild-adapters.md": wild_doc.page,
 }
 
 

@@ -13,8 +13,8 @@ from loramux_shared.wording import listed
 
 CONFIG: Final = "adapter_config.json"
 WEIGHTS: Final = "adapter_model.safetensors"
-INPUTS: Final = (CONFIG, WEIGHTS)
-"""The files that a bundle is made from."""
+INDEX: Final = "adapter_model.safetensors.index.json"
+"""Says which tensor is in which file, where the weights are in several."""
 KEYS_FILE: Final = "model.lora_keys.npy"
 """What TensorRT-LLM's converters called the config of their weights before."""
 TOKEN_FILES: Final = ("added_tokens.json", "tokenizer.json", "tokenizer_config.json")
@@ -22,7 +22,7 @@ TOKEN_FILES: Final = ("added_tokens.json", "tokenizer.json", "tokenizer_config.j
 
 _MLX: Final = "adapters.safetensors"
 _PICKLES: Final = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
-_SHARD: Final = re.compile(r"adapter_model-\d+-of-\d+\.safetensors|adapter_model\.safetensors\.index\.json")
+SHARD: Final = re.compile(r"adapter_model-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors")
 _FULL: Final = re.compile(r"model(-\d+-of-\d+)?\.safetensors|pytorch_model.*\.bin")
 # Files that only another program's container has, in the folder itself or one below.
 _CONTAINERS: Final = tuple(
@@ -44,11 +44,13 @@ _EXTRA: Final = re.compile(
 
 
 def weight_files(names: Collection[str]) -> tuple[str, ...]:
-    """Return the files that a bundle's rows are made from: PEFT's two, or two of a TensorRT-LLM converter."""
+    """Return the files that a bundle's rows are made from: PEFT's, or two of a TensorRT-LLM converter."""
     config = next((name for name in (CONFIG_FILE, KEYS_FILE) if name in names), None)
-    if CONFIG in names or config is None or WEIGHTS_FILE not in names:
-        return INPUTS
-    return (WEIGHTS_FILE, config)
+    if CONFIG not in names and config is not None and WEIGHTS_FILE in names:
+        return (WEIGHTS_FILE, config)
+    if WEIGHTS in names or INDEX not in names:
+        return (CONFIG, WEIGHTS)
+    return (CONFIG, *sorted(filter(SHARD.fullmatch, names)), INDEX)
 
 
 def wanted_files(names: Collection[str]) -> list[str]:
@@ -59,7 +61,7 @@ def wanted_files(names: Collection[str]) -> list[str]:
 
 def file_findings(names: Collection[str]) -> list[Finding]:
     """Return what is wrong with a folder's files; names are paths inside the adapter's folder."""
-    if weight_files(names) != INPUTS:
+    if CONFIG not in weight_files(names):
         return []
     top = sorted(name for name in names if "/" not in name)
     if _MLX in top and WEIGHTS not in top:
@@ -77,11 +79,8 @@ def file_findings(names: Collection[str]) -> list[Finding]:
         )
     if WEIGHTS in top:
         return found
-    if shards := [name for name in top if _SHARD.fullmatch(name)]:
-        fix = "Save the adapter as one file (PEFT does); only adapters with whole embeddings get so big."
-        found.append(
-            Finding(code="E_SHARDED", where=shards[0], expected=WEIGHTS, found=_listed(shards), fix=fix)
-        )
+    if shards := [name for name in top if name == INDEX or SHARD.fullmatch(name)]:
+        found += _incomplete(shards)
     elif pickles := [name for name in top if name in _PICKLES]:
         fix = "Pickle is refused, it can run code. Save again with safe_serialization=True."
         found.append(
@@ -101,12 +100,26 @@ def file_findings(names: Collection[str]) -> list[Finding]:
     return found
 
 
+def _incomplete(shards: list[str]) -> list[Finding]:
+    """Report files of weights of which some, or the index, are not there."""
+    parts = [match for name in shards if (match := SHARD.fullmatch(name))]
+    numbers = [int(part["number"]) for part in parts]
+    counts = {int(part["count"]) for part in parts}
+    if INDEX in shards and counts == {len(parts)} and numbers == [*range(1, len(parts) + 1)]:
+        return []
+    count = max(counts, default=1)
+    expected = f"{INDEX}, and files 00001 to {count:05d} of {count:05d}"
+    fix = "Upload all of them, or save the adapter as one file, as PEFT does."
+    return [Finding(code="E_SHARDED", where=shards[0], expected=expected, found=_listed(shards), fix=fix)]
+
+
 def extra_files(names: Collection[str]) -> list[Finding]:
     """Return a warning about files that are not used, where one could think that they are."""
-    extra = sorted(name for name in names if name not in INPUTS and _EXTRA.fullmatch(name))
+    used = weight_files(names)
+    extra = sorted(name for name in names if name not in used and _EXTRA.fullmatch(name))
     if not extra:
         return []
-    return [Finding(code="W_EXTRA_FILES", where=_listed(extra), found="ignored", expected=", ".join(INPUTS))]
+    return [Finding(code="W_EXTRA_FILES", where=_listed(extra), found="ignored", expected=_listed([*used]))]
 
 
 def _container(names: Collection[str]) -> tuple[str, str] | None:

@@ -16,9 +16,16 @@ from builder_service.domain.full_tensors import BaseTensors, check_full_tensors,
 from builder_service.domain.grouping import LONGEST, Grouping
 from builder_service.domain.legal_rules import legal_findings
 from builder_service.domain.peft_names import ALL_LINEAR
-from builder_service.domain.safetensors_header import HeaderInvalid, TensorFile, TooManyTensors, read_header
+from builder_service.domain.safetensors_header import HeaderInvalid, TensorFile, TooManyTensors
+from builder_service.domain.sharded import read_weights
 from builder_service.domain.strict_json import shown
-from builder_service.domain.tensor_rules import EMPTY_FIX, AdapterLimits, check_pairs, sort_tensors
+from builder_service.domain.tensor_rules import (
+    EMPTY_FIX,
+    AdapterLimits,
+    check_pairs,
+    sort_tensors,
+    tower_warning,
+)
 from builder_service.domain.value_rules import Part, check_values
 from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bundle.manifest import Coverage, FileDigest, ModuleRow
@@ -101,7 +108,7 @@ def check_adapter(
     # A config that says nothing lets every rule about the tensors alone speak too.
     config = parsed.config or AdapterConfig(rank=None, alpha=1.0, target_modules=ALL_LINEAR)
     try:
-        file = read_header(folder / WEIGHTS, most_tensors(book.limits.base))
+        file = read_weights(folder, most_tensors(book.limits.base))
     except TooManyTensors as error:
         return CheckedAdapter((*found, *config.read(())[1], _too_many(str(error), book.limits.base)))
     except HeaderInvalid as error:
@@ -132,7 +139,8 @@ def check_tensors(
         found.append(_nothing(config))
     if any(_is_error(finding) for finding in found):
         return CheckedAdapter(tuple(found), file)
-    found += [*values.warnings, *redundant_warning(redundant), *legal_findings(pairs, config, base)]
+    found += [*values.warnings, *redundant_warning(redundant), *tower_warning(tensors.towers)]
+    found += legal_findings(pairs, config, base)
     return CheckedAdapter(
         tuple(found),
         file,
@@ -141,7 +149,7 @@ def check_tensors(
         config.base_model_revision,
         Coverage(
             used=tuple(sorted({file.origin(tensor.name) for pair in pairs for tensor in (pair.a, pair.b)})),
-            redundant=redundant,
+            redundant=tuple(sorted({*redundant, *tensors.towers})),
         ),
         config.invocation_tokens,
     )

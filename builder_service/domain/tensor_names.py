@@ -38,11 +38,16 @@ _LORA: Final = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(?:\.(?P<infix>[^
 _PLACE: Final = re.compile(
     r"(?P<decoder>(?:[^.]+\.)*?)layers\.(?P<layer>[0-9]{1,6})\.(?P<path>[^.]+(?:\.[^.]+)*)"
 )
+_TOWER: Final = re.compile(
+    r"(?:^|\.)(visual|vision_\w+|audio_\w+|multi_modal_projector|mm_projector|embed_vision|embed_audio)\."
+)
 # A whole matrix of the base, as PEFT saves it or as a raw state dict names it.
 _FULL: Final = re.compile(
     r"(?P<name>.+?)(?:\.modules_to_save(?:\.[^.]+)?|\.original_module|\.base_layer)?\.weight"
 )
-_EMBEDDING: Final = re.compile(r"(^|\.)(embed_tokens|lm_head|wte|embed_out|word_embeddings)(\.|$)")
+_EMBEDDING: Final = re.compile(
+    r"(^|\.)(embed_tokens|lm_head|unembed_tokens|wte|embed_out|word_embeddings)(\.|$)"
+)
 
 # Kinds of keys that are refused with a reason of their own, in the order in which they are tried.
 _KNOWN_REFUSALS: Final = tuple(
@@ -121,6 +126,13 @@ class FullKey:
 
 
 @dataclass(frozen=True)
+class TowerKey:
+    """The A or the B of a module that sees images or hears sound, which no text passes."""
+
+    tower: str
+
+
+@dataclass(frozen=True)
 class RefusedKey:
     """A key that is no A or B of a module that is served."""
 
@@ -130,7 +142,7 @@ class RefusedKey:
     """What keys of the same cause have in common, for one finding about all of them."""
 
 
-ParsedKey: TypeAlias = LoraKey | FullKey | RefusedKey
+ParsedKey: TypeAlias = LoraKey | FullKey | TowerKey | RefusedKey
 
 
 def parse_key(key: str, fused: Set[str] = frozenset(), *, experts: bool = False) -> ParsedKey:
@@ -177,7 +189,9 @@ def nearest_key(key: str, fused: Set[str] = frozenset()) -> str:
     return ""
 
 
-def _lora_key(match: re.Match[str], fused: Set[str]) -> LoraKey | RefusedKey:
+def _lora_key(match: re.Match[str], fused: Set[str]) -> LoraKey | TowerKey | RefusedKey:
+    if tower := _TOWER.search(match["module"]):
+        return TowerKey(tower[1])
     place = _PLACE.fullmatch(match["module"])
     if place is None:
         return RefusedKey("E_UNKNOWN_KEY", "")

@@ -8,15 +8,25 @@ from typing import Final, Literal
 
 from builder_service.domain.adapter_config import AdapterConfig
 from builder_service.domain.full_tensors import EMBED_FIX, FullTensor
-from builder_service.domain.grouping import Grouping
+from builder_service.domain.grouping import SHOWN, Grouping
 from builder_service.domain.pairs import Pair
 from builder_service.domain.safetensors_header import READABLE, Tensor, TensorFile
 from builder_service.domain.stack_rules import MERGE, unstacked
-from builder_service.domain.tensor_names import FullKey, LoraKey, RefusedKey, nearest_key, parse_key
+from builder_service.domain.tensor_names import (
+    FullKey,
+    LoraKey,
+    RefusedKey,
+    TowerKey,
+    nearest_key,
+    parse_key,
+)
 from loramux_shared.bases.config import ModelConfig
+from loramux_shared.bases.families import load_families
 from loramux_shared.bases.groups import GroupShape
 from loramux_shared.bases.layers import ExpertsLayer
 from loramux_shared.bundle.modules import BY_NAME
+from loramux_shared.faults import Finding
+from loramux_shared.wording import listed
 
 _KEY_FIXES: Final = {
     "E_CONTAINER": "Convert it to PEFT's form: adapter_config.json and lora_A, lora_B by the base's own names.",
@@ -36,6 +46,7 @@ _FOUND: Final = {
     "E_BIAS": "biases",
     "E_MLX": "MLX's names of A and B",
 }
+_TOWERS_FIX: Final = "Nothing is lost for texts. Train with exclude_modules for the tower for a smaller file."
 EMPTY_FIX: Final = (
     "This is what DeepSpeed ZeRO-3 saves without gathering: save again with "
     "stage3_gather_16bit_weights_on_model_save, or from the consolidated state dict."
@@ -59,6 +70,8 @@ class Sorted:
     pairs: list[Pair]
     """By layer, module id and expert."""
     fulls: list[FullTensor]
+    towers: tuple[str, ...]
+    """Keys of what no text passes."""
     file: TensorFile
     """To read them from."""
 
@@ -72,13 +85,18 @@ def sort_tensors(
     """
     sides: dict[tuple[int, str, int | None], list[tuple[LoraKey, Tensor]]] = defaultdict(list)
     infixes: dict[str, str] = {}
-    fulls = []
+    fulls, towers = [], []
+    has_towers = load_families()[base.architecture][0].nested
     experts = any(isinstance(layer.mlp, ExpertsLayer) for layer in base.layers)
     for name, tensor in file.tensors.items():
         parsed = parse_key(name, base.dims.fused, experts=experts)
         match parsed:
             case RefusedKey():
                 _refuse(parsed, name, base, report)
+            case TowerKey() if not has_towers:
+                _refuse(RefusedKey("E_PREFIX", parsed.tower), name, base, report)
+            case TowerKey():
+                towers.append(name)
             case FullKey():
                 fulls.append(FullTensor(parsed, tensor))
             case LoraKey():
@@ -93,11 +111,12 @@ def sort_tensors(
             found=", ".join(sorted(name or "(no name)" for name in infixes)),
             fix="Save one adapter: save_pretrained(selected_adapters=[...]).",
         )
+        sides.clear()  # which A is of which B, nobody knows
     found = [pair for entries in sides.values() if (pair := _pair(entries, report)) is not None]
     file, pairs = unstacked(file, found, base, parameters, report)
     pairs.sort(key=lambda pair: pair.order)
     _once_each(pairs, report)
-    return Sorted(pairs, fulls, file)
+    return Sorted(pairs, fulls, tuple(sorted(towers)), file)
 
 
 def check_pairs(pairs: list[Pair], config: AdapterConfig, limits: AdapterLimits, report: Grouping) -> None:
@@ -118,6 +137,14 @@ def check_pairs(pairs: list[Pair], config: AdapterConfig, limits: AdapterLimits,
             continue
         _check_rank(pair, config, limits, report)
         _check_place(pair, limits, report)
+
+
+def tower_warning(towers: tuple[str, ...]) -> list[Finding]:
+    """Return the warning about tensors of towers, which were left out."""
+    if not towers:
+        return []
+    found = "of a tower that no text passes, left out"
+    return [Finding(code="W_TOWER", where=listed(towers, SHOWN), found=found, fix=_TOWERS_FIX)]
 
 
 def _refuse(key: RefusedKey, name: str, base: ModelConfig, report: Grouping) -> None:

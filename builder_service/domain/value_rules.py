@@ -127,7 +127,7 @@ def _stored(
         stored_bits = bits if piece is values else magnitudes(piece)
         overflow |= bool(stored_bits.max() >= INFINITY[piece.dtype])
         if not overflow:
-            nonzero = int(np.count_nonzero(bits))
+            nonzero = int(np.count_nonzero(bits)) if scale else 0
             sums.nonzero += nonzero
             sums.flushed += nonzero - int(np.count_nonzero(stored_bits))
             if _narrows(values.dtype, dtype, scale):

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
-from builder_service.domain.file_rules import INPUTS, weight_files
+from builder_service.domain.file_rules import CONFIG, weight_files
 from builder_service.domain.npy_rules import FOLDED, read_npy_adapter
 from builder_service.domain.rules import CheckedAdapter, Rulebook, check_adapter, check_tensors
 from builder_service.domain.tensor_rules import AdapterLimits
@@ -106,7 +106,7 @@ def check_fetched(adapter: FetchedAdapter, book: Rulebook, progress: Progress) -
         return CheckedAdapter(adapter.findings)
     progress.enter(adapter.name, Stage.VALIDATING, sum(file.size for file in adapter.files.values()))
     count, folder = progress.counter(adapter.name), adapter.folder
-    if weight_files(adapter.files) == INPUTS:
+    if CONFIG in weight_files(adapter.files):
         checked = check_adapter(folder, book, count)
     else:
         checked = _check_npy(folder, book, count)

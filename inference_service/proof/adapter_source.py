@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, Final
 
@@ -43,7 +44,7 @@ _PARTS: Final = {
     "per_layer_projection": ("layer_input_projection",),
 }
 _KEY: Final = re.compile(
-    r"(?:base_model\.model\.)?(?P<name>(?:.+\.)?layers\.(?P<layer>\d+)\.(?:\w+\.)?(?P<leaf>\w+))"
+    r"(?!.*\.(?:visual|vision_|audio_))(?:base_model\.model\.)?(?P<name>(?:.+\.)?layers\.(?P<layer>\d+)\.(?:\w+\.)?(?P<leaf>\w+))"
     r"\.lora_(?P<side>[AB])(?:\.[^.]+)?\.weight"
 )
 _NPY_FUSED: Final = {0: ("attn_q", "attn_k", "attn_v"), 18: ("mlp_gate", "mlp_h_to_4h")}
@@ -79,7 +80,8 @@ def read_adapter(folder: Path, base: ModelConfig, truncate_to: int | None = None
 def _read_peft(folder: Path, base: ModelConfig) -> dict[tuple[int, str], Factors]:
     config = json.loads((folder / "adapter_config.json").read_bytes())
     sides: dict[tuple[int, str, str], dict[str, Tensor]] = {}
-    for key, tensor in load_file(folder / "adapter_model.safetensors").items():
+    files = sorted(folder.glob("adapter_model*.safetensors"))
+    for key, tensor in chain.from_iterable(load_file(file).items() for file in files):
         plain = re.sub(r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\b\.?", r"\1", key)
         match = _KEY.fullmatch(plain.removeprefix("module."))
         if match:

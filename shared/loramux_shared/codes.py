@@ -43,7 +43,8 @@ _REFUSED: Final = (
      "Name the repository, or set the subfolder that is named."),
     ("E_NO_WEIGHTS", "there is a config and there are no weights", "Save or upload the adapter again."),
     ("E_BIN_ONLY", "the weights are pickled, which can run code", "Save with `safe_serialization=True`."),
-    ("E_SHARDED", "the weights are in several files", "Save the adapter as one file, as PEFT does."),
+    ("E_SHARDED", "the weights are in several files, and some of them or their index are missing",
+     "Upload all of them, or save the adapter as one file, as PEFT does."),
     ("E_CONTAINER", "files or keys of another program: mistral-finetune, torchtune, NeMo, Orbax, diffusers, "
      "llama.cpp", "Convert it to PEFT's form."),
     ("E_BAD_WEIGHTS", "`adapter_model.safetensors` is cut off, lies about itself, or is no safetensors file",
@@ -78,7 +79,8 @@ _REFUSED: Final = (
     ("E_UNKNOWN_KEY", "tensors whose keys are not known; nothing is dropped silently",
      "Rename them to the form that the finding names."),
     ("E_ADAPTER_INFIX", "keys of several adapters", "`save_pretrained(selected_adapters=[...])`."),
-    ("E_PREFIX", "layers of a vision, audio or encoder tower", "Train with `exclude_modules` for them."),
+    ("E_PREFIX", "layers of an encoder, or of a tower that the base does not have",
+     "Train with `exclude_modules` for them."),
     ("E_MODULE", "a module that is not served, that the base does not have, or that `lora_target_modules` does "
      "not allow", "Train without it, or extend `lora_target_modules`."),
     ("E_TARGETS", "tensors of modules that the config leaves out by `target_modules`, `layers_to_transform`, "
@@ -115,6 +117,8 @@ _WARNED: Final = (
      "by name or by what the hub says; its shapes fit", "See that it was trained on this base."),
     ("W_REDUNDANT_EMBED", "whole matrices that are equal to the base's own, value by value, are left out",
      "Nothing."),
+    ("W_TOWER", "tensors of a tower for images or sound are left out: no text passes it, and bases here answer "
+     "texts alone", "Nothing."),
     ("W_EXTRA_FILES", "checkpoints, optimizer states and other weights beside the adapter are not used",
      "See that the folder is the one that you mean."),
     ("W_GATE_UP", "imported rows of a fused gate and up projection, whose halves converters order differently",

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from tests.golden.hostile.exhibit import CONFIG, WEIGHTS, adapter, exhibit, of_files
-from tests.support.adapters import HIDDEN
+from tests.support.adapters import HIDDEN, tensors
+
+INDEX = f"{WEIGHTS}.index.json"
+ONE_SHARD = "adapter_model-00001-of-00001.safetensors"
 
 CANARY = "canary-ran"
 """A file that is there once the canary's pickle was loaded."""
@@ -66,6 +70,17 @@ def _beside(*names: str) -> Any:
     return make
 
 
+def _sharded(index: Callable[[dict[str, str]], Any]) -> Any:
+    """One file of weights under the name of a shard, and an index made of what is in it."""
+
+    def make(folder: Path) -> None:
+        adapter(folder)
+        shard = (folder / WEIGHTS).rename(folder / ONE_SHARD)
+        (folder / INDEX).write_text(json.dumps(index(dict.fromkeys(tensors(), shard.name))))
+
+    return make
+
+
 REFUSED = (
     of_files("nothing at all", "E_NO_CONFIG", "README.md"),
     of_files("a full model", "E_NO_CONFIG", "config.json", "model-00001-of-00002.safetensors"),
@@ -75,8 +90,16 @@ REFUSED = (
     of_files("a pickle alone", "E_NO_CONFIG E_BIN_ONLY", "adapter_model.bin"),
     exhibit("a pickle with a canary", "E_BIN_ONLY", _canary("adapter_model.bin")),
     exhibit("pickles of all names", "E_BIN_ONLY", _canary("adapter_model.pt", "adapter_model.pth", "opt.pt")),
-    of_files("shards", "E_SHARDED", CONFIG, "adapter_model-00001-of-00002.safetensors",
-             "adapter_model-00002-of-00002.safetensors", "adapter_model.safetensors.index.json"),
+    of_files("a shard of two", "E_SHARDED", CONFIG, "adapter_model-00002-of-00002.safetensors", INDEX),
+    of_files("shards without an index", "E_SHARDED", CONFIG, ONE_SHARD),
+    of_files("a shard that is none", "E_BAD_WEIGHTS", CONFIG, ONE_SHARD, INDEX),
+    exhibit("an index that is a list", "E_BAD_WEIGHTS", _sharded(lambda places: list(places))),
+    exhibit("an index that names another file", "E_BAD_WEIGHTS", _sharded(
+        lambda places: {"weight_map": dict.fromkeys(places, "../../base/model.safetensors")})),
+    exhibit("an index of more tensors", "E_BAD_WEIGHTS", _sharded(
+        lambda places: {"weight_map": places | {"x.lora_A.weight": ONE_SHARD}})),
+    exhibit("an index of a million tensors", "E_TENSORS", _sharded(
+        lambda places: {"weight_map": places | {f"x{i}": "y" for i in range(200_000)}})),
     of_files("MLX files", "E_MLX", CONFIG, "adapters.safetensors"),
     of_files("mistral-finetune", "E_CONTAINER", "lora.safetensors", "params.json", "tekken.json"),
     of_files("consolidated", "E_CONTAINER", "consolidated/lora.safetensors", "consolidated.00.pth"),
@@ -110,6 +133,7 @@ ACCEPTED = (
     exhibit("a trainer's leftovers", "W_EXTRA_FILES",
             _beside("optimizer.pt", "trainer_state.json", "rng_state_0.pth", "checkpoint-1/adapter_model.bin")),
     exhibit("weights of another kind beside", "W_EXTRA_FILES", _beside("adapter_model.bin")),
+    exhibit("a shard alone", "", _sharded(lambda places: {"metadata": {}, "weight_map": places})),
     exhibit("a tokenizer beside", "", _beside("README.md", "vocab.json", "tokenizer.model")),
     exhibit("added tokens of the base", "", _text("added_tokens.json", json.dumps({"<a>": 3, "<b>": 31}))),
     exhibit("beams", "W_GENERATION", _text("generation_config.json", '{"num_beams": 4}')),

@@ -19,6 +19,7 @@ from tests.golden.hostile.exhibit import (
     of_tensors,
     plus,
 )
+from tests.golden.wild.bases import BASES
 from tests.support.adapters import HIDDEN, INTERMEDIATE, VOCAB, Tensors, key, tensors
 
 HEAD, EMBED = "base_model.model.lm_head", f"{ROOT}embed_tokens"
@@ -90,6 +91,7 @@ REFUSED = (
     of_tensors("two adapters", "E_ADAPTER_INFIX",
                lambda: plus(key(1, "o_proj", "A").replace("_A", "_A.second"), pair=(16, 4))),
     _one("vision tower", "E_PREFIX", _TOWER),
+    _one("blocks of a tower", "E_PREFIX", f"{ROOT}visual.blocks.0.attn.qkv.lora_A.weight"),
     _one("audio tower", "E_PREFIX", "base_model.model.audio_tower.layers.0.self_attn.q_proj.lora_A.weight"),
     _one("encoder", "E_PREFIX", f"{ROOT}encoder.layers.0.self_attn.q_proj.lora_A.weight"),
     _one("fused where the base is not", "E_MODULE", f"{ROOT}layers.0.self_attn.qkv_proj.lora_A.weight"),
@@ -110,6 +112,7 @@ REFUSED = (
     _one("LoRA of the head", "E_EMBED", f"{HEAD}.lora_A.weight"),
     _one("a head", "E_EMBED", f"{HEAD}.weight", (VOCAB, HIDDEN)),
     _one("a resized vocabulary", "E_EMBED", f"{EMBED}.weight", (VOCAB + 2, HIDDEN)),
+    _one("a head by another name", "E_EMBED", f"{ROOT}unembed_tokens.lora_A.weight"),
     _one("base_layer of embeddings", "E_EMBED", f"{EMBED}.base_layer.weight", (VOCAB, HIDDEN)),
     _one("trainable tokens", "E_EMBED", f"{EMBED}.token_adapter.trainable_tokens_delta"),
     _one("modules_to_save", "E_EMBED", f"{HEAD}.modules_to_save.default.weight"),
@@ -164,6 +167,8 @@ ACCEPTED = (
     _renamed("a model with images", "", ROOT, f"{ROOT}language_model."),
     _renamed("an older model with images", "", ROOT, "base_model.model.language_model.model."),
     _renamed("a bare model", "", ROOT, "base_model.model."),
+    of_tensors("a tower of a model with images", "W_TOWER",
+               lambda: plus(_TOWER, pair=(16, 4)), base=BASES["gemma3"]),
     exhibit("fused", "", lambda folder: adapter(folder, {
         f"{MLP}.gate_up_proj.lora_A.weight": np.ones((4, HIDDEN), "f2"),
         f"{MLP}.gate_up_proj.lora_B.weight": np.ones((2 * INTERMEDIATE, 4), "f2"),

@@ -1,0 +1,124 @@
+from __future__ import annotations
+
+import json
+import warnings
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import peft
+import pytest
+import torch
+import transformers
+from safetensors.numpy import save_file
+
+from builder_service.pipeline.build import build
+from builder_service.pipeline.context import BuildContext
+from builder_service.pipeline.progress import Progress
+from loramux_shared.bundle.modules import BY_NAME
+from loramux_shared.bundle.reader import read_bundle
+from loramux_shared.deployment_file import parse_deployment
+from loramux_shared.faults import AdapterInvalid
+from loramux_shared.sources.open import open_sources
+from loramux_shared.storage.memory import MemoryStore
+from tests.golden.wild.bases import BASES
+from tests.golden.wild.shape import NAME, Shape
+from tests.golden.wild.shapes import SHAPES
+from tests.support.adapters import HIDDEN, VOCAB
+
+Deltas = dict[str, np.ndarray[Any, Any]]
+
+
+def judged(shape: Shape, folder: Path) -> tuple[list[str], Deltas]:
+    """Build a shape through the whole pipeline: its codes, and what its bundle adds to each module."""
+    base = folder / NAME
+    base.mkdir()
+    (base / "config.json").write_text(json.dumps(BASES[shape.base]))
+    save_file({"model.embed_tokens.weight": np.zeros((VOCAB, HIDDEN), "f4")}, base / "model.safetensors")
+    data = {
+        "model_name": "wild",
+        "build": {
+            "checkpoint_repository": {"source": "LOCAL", "repo": str(base)},
+            "lora_adapters": {"one": {"source": "LOCAL", "repo": str(shape.write(folder / "adapter"))}},
+            "lora_configuration": {"dtype": "float32", "max_lora_rank": shape.max_rank},
+        },
+    }
+    store, progress = MemoryStore(), Progress(["one"])
+    context = BuildContext(store, open_sources(local_roots=[folder]), folder / "work")
+    try:
+        generation = build(parse_deployment(data).deployment, context, progress).generation
+    except AdapterInvalid as refusal:
+        assert not store.objects
+        return [finding.code for finding in refusal.findings], {}
+    deltas: Deltas = {}
+    for row in read_bundle(store, generation.adapters["one"].digest).rows:
+        path = BY_NAME[row.row.module].path
+        place = f"layers.{row.row.layer}.{path}"
+        if row.row.expert is not None:
+            place = f"layers.{row.row.layer}.mlp.experts.{row.row.expert}.{path.rpartition('.')[2]}"
+        deltas[place] = np.asarray(row.b, np.float64) @ np.asarray(row.a, np.float64)
+    return [finding.code for finding in progress.adapters[0].warnings], deltas
+
+
+@cache
+def model_of(base: str) -> Any:
+    """The base as transformers has it."""
+    fields = BASES[base]
+    config = transformers.AutoConfig.for_model(**fields)
+    return getattr(transformers, fields["architectures"][0])(config)
+
+
+def of_peft(shape: Shape, folder: Path) -> Deltas:
+    """What PEFT adds to each module that it loads the adapter into."""
+    files = shape.write(folder / "own") if shape.under is None else shape.write_for_peft(folder / "renamed")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = peft.PeftModel.from_pretrained(model_of(shape.base), files)
+    found: Deltas = {}
+    for name, module in model.named_modules():
+        if isinstance(module, peft.tuners.tuners_utils.BaseTunerLayer):
+            with torch.no_grad():
+                delta = module.get_delta_weight("default").double().numpy()
+            found |= parts(name.rpartition("language_model.")[2].removeprefix("base_model.model.model."), delta)
+    model.unload()
+    return {place: delta for place, delta in found.items() if delta.any() and place.startswith("layers.")}
+
+
+def parts(place: str, delta: np.ndarray[Any, Any]) -> Deltas:
+    """Cut what is fused into modules, and what all experts have into experts."""
+    layer, _, leaf = place.rpartition(".")
+    names: tuple[str, ...]
+    cuts: list[int]
+    if leaf == "qkv_proj":
+        names, cuts = ("q_proj", "k_proj", "v_proj"), [HIDDEN, HIDDEN * 3 // 2]
+    elif leaf == "gate_up_proj":
+        names, cuts = ("gate_proj", "up_proj"), [len(delta) // 2]
+    elif leaf == "base_layer":  # the inner one of two wrappers of experts
+        fused = (parts(f"{layer}.{at}.gate_up_proj", each) for at, each in enumerate(delta))
+        return {name: each for pair in fused for name, each in pair.items()}
+    elif leaf == "experts":
+        return {f"{place}.{number}.down_proj": each for number, each in enumerate(delta)}
+    else:
+        return {place: delta}
+    return {f"{layer}.{name}": each for name, each in zip(names, np.split(delta, cuts), strict=True)}
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.name.replace(" ", "-"))
+def test_every_shape_is_exact_or_refused_by_name(tmp_path, shape):
+    """What a program writes is what PEFT makes of it, or has the codes of the table."""
+    codes, deltas = judged(shape, tmp_path)
+    assert sorted(codes) == sorted(shape.codes.split())
+    if shape.refused:
+        return
+    expected = of_peft(shape, tmp_path)
+    changing = {place: delta for place, delta in deltas.items() if delta.any()}
+    assert sorted(changing) == sorted(expected)
+    for place, delta in expected.items():
+        np.testing.assert_allclose(changing[place], delta, rtol=1e-5, atol=1e-5 * np.abs(delta).max())
+
+
+def test_shapes_have_names_of_their_own():
+    """Two shapes of one name would hide one another in the table."""
+    names = [shape.name for shape in SHAPES]
+    assert sorted(set(names)) == sorted(names)
