@@ -44,6 +44,7 @@ FILES: Final = (
     "added_tokens.json",
     "chat_template.jinja",
     "generation_config.json",
+    "model.sig",
     "tokenizer.json",
     "tokenizer_config.json",
     WEIGHTS,

@@ -80,7 +80,8 @@ class Making:
         base, progress, shop = self.base.record.source.shown, self.shop.progress, self.shop
         records = keep(shop.store, unasked, base, progress, verify=verify)
         asked = {name: each for name, each in adapters.items() if name not in records}
-        with list_adapters(asked, shop.context.sources, shop.space, progress) as listed:
+        signers = self.settings.signed_by
+        with list_adapters(asked, shop.context.sources, shop.space, progress, signers) as listed:
             found = [kept for each in listed if (kept := keeping.listed(each))]
             records |= keep(shop.store, found, base, progress, verify=verify)
             valid = self._intake().take_in([each for each in listed if each.name not in records])

@@ -6,6 +6,7 @@
     bundles/sha256/<digest>/model.lora_weights.npy
     bundles/sha256/<digest>/model.lora_config.npy
     deployments/<name>/generations/<n>.json            immutable
+    deployments/<name>/generations/<n>.json.sig        its signature, where a builder signs
     deployments/<name>/claims/<n>-<token>              empty; a builder is about to write generation n
     deployments/<name>/current.json                    which generation is served, with its digest
     builds/<name>/<builder>.json                       while a build runs, and until a killed one is taken up
@@ -264,6 +265,8 @@ class Recipe(Model):
 
     truncate_to_rank: int | None = Field(default=None, ge=1)
     prove: bool = False
+    signed_by: tuple[str, ...] = Field(default=(), exclude_if=lambda signers: not signers)
+    """Who is to have signed each adapter."""
 
 
 class Generation(Record):
@@ -340,6 +343,11 @@ def bundle_key(digest: str, file: str) -> str:
 def generation_key(deployment: str, number: int) -> str:
     """Return the key of a generation; numbers are padded, so that listings are in order."""
     return f"deployments/{deployment}/generations/{number:08d}.json"
+
+
+def signature_key(key: str) -> str:
+    """Return the key of the signature of a generation."""
+    return f"{key}.sig"
 
 
 def claim_key(deployment: str, number: int, token: str) -> str:

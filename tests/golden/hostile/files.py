@@ -12,6 +12,7 @@ import numpy as np
 from tests.golden.hostile.exhibit import CONFIG, WEIGHTS, adapter, exhibit, of_files
 from tests.support.adapters import HIDDEN
 
+SIGNERS = ("sigstore:https://issuer.example.com#release@example.com",)
 CANARY = "canary-ran"
 """A file that is there once the canary's pickle was loaded."""
 
@@ -103,6 +104,9 @@ REFUSED = (
     exhibit("a tokenizer that is no text", "E_BAD_TEXT", _text("tokenizer.json", "x")),
     exhibit("a tokenizer of brackets", "E_BAD_TEXT", _text("tokenizer.json", "[" * 100_000)),
     exhibit("a token with half a character", "E_EMBED", _text("added_tokens.json", '{"\\ud800": 32}')),
+    exhibit("a signature that is not there", "E_SIGNATURE", adapter, signed_by=SIGNERS),
+    exhibit("a signature that is none", "E_SIGNATURE", _text("model.sig", "[" * 100_000), signed_by=SIGNERS),
+    exhibit("an endless signature", "E_SIGNATURE", _text("model.sig", " " * 5_000_000), signed_by=SIGNERS),
     exhibit("temperature as text", "E_BAD_TEXT", _text("generation_config.json", '{"temperature": "warm"}')),
 )  # fmt: skip
 
