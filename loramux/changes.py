@@ -41,6 +41,7 @@ CONFIG: Final = "adapter_config.json"
 WEIGHTS: Final = "adapter_model.safetensors"
 FILES: Final = (
     CONFIG,
+    "README.md",
     "added_tokens.json",
     "chat_template.jinja",
     "generation_config.json",

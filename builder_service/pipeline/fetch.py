@@ -19,6 +19,7 @@ from loramux_shared.deployment import Repository
 from loramux_shared.faults import Fault, Finding, SourceRefused
 from loramux_shared.signing.openssf import SIGNATURE
 from loramux_shared.sources.base import Resolved, Source, about
+from loramux_shared.sources.licence import README, licence_in, reads_readme
 from loramux_shared.sources.open import Sources
 from loramux_shared.wording import listed
 
@@ -44,6 +45,8 @@ class FetchedAdapter:
     """About files that are there and not used."""
     listing: str | None = None
     """What the source said of them, see `Resolved.digest`."""
+    licence: str = ""
+    """What the repository says of it."""
 
 
 @dataclass(frozen=True)
@@ -176,7 +179,10 @@ def _list(
     unsigned = no_signature(sizes) if signed_by else []
     if findings := [*file_findings(sizes), *too_large(sizes), *unsigned]:
         return ListedAdapter(name, source, resolved, (), tuple(findings))
-    wanted = [*wanted_files(sizes), *([SIGNATURE] if signed_by else [])]
+    beside = [
+        name for name, is_read in ((README, reads_readme(sizes)), (SIGNATURE, bool(signed_by))) if is_read
+    ]
+    wanted = [*wanted_files(sizes), *beside]
     listed = ListedAdapter(name, source, resolved, tuple(wanted), signed_by=signed_by)
     _limited(repository, listed.size)
     return listed
@@ -202,9 +208,13 @@ def fetch_adapter(listed: ListedAdapter, folder: Path, progress: Progress) -> Fe
     findings = take_signature(folder, files, listed.signed_by)
     if findings:
         return FetchedAdapter(name, folder, recorded(resolved.repository), {}, tuple(findings))
+    files.pop(README, None)
+    licence = licence_in(folder, resolved.files)
     warnings = tuple(extra_files(resolved.files))
     pinned = recorded(source.pin(resolved, files))
-    return FetchedAdapter(name, folder, pinned, files, warnings=warnings, listing=listed.digest)
+    return FetchedAdapter(
+        name, folder, pinned, files, warnings=warnings, listing=listed.digest, licence=licence
+    )
 
 
 def recorded(repository: Repository) -> Repository:

@@ -77,7 +77,7 @@ class Making:
             Fault: what sources and the store raise.
         """
         unasked = [kept for name, each in adapters.items() if (kept := keeping.unasked(name, each))]
-        base, progress, shop = self.base.record.source.shown, self.shop.progress, self.shop
+        base, progress, shop = self.base.record, self.shop.progress, self.shop
         records = keep(shop.store, unasked, base, progress, verify=verify)
         asked = {name: each for name, each in adapters.items() if name not in records}
         signers = self.settings.signed_by
@@ -110,7 +110,7 @@ class Making:
             proofs = prove_adapters(firsts, self.settings, base, sources, shop.work, shop.progress, shop.room)
         output = Output(
             self.book.dtype,
-            base.source,
+            base,
             shop.store,
             self.served,
             shop.space,

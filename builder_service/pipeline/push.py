@@ -19,9 +19,10 @@ from loramux_shared.deployment import Repository, SourceKind
 from loramux_shared.faults import AdapterInvalid, Finding, RequestInvalid
 from loramux_shared.signing.openssf import SIGNATURE
 from loramux_shared.sources.files import content_digest, disk_errors
+from loramux_shared.sources.licence import README, licence_in, reads_readme
 from loramux_shared.wording import listed
 
-NAMES: Final = (CONFIG, WEIGHTS, *sorted({*TEXT_FILES, *TOKEN_FILES, SIGNATURE}))
+NAMES: Final = (CONFIG, WEIGHTS, *sorted({*TEXT_FILES, *TOKEN_FILES, README, SIGNATURE}))
 """The files that can be pushed."""
 MAX_SMALL: Final = 64 << 20
 """Bytes of a file that is not the weights."""
@@ -74,9 +75,11 @@ class PushedAdapter:
             for name, size in self._sizes.items()
         }
         self._refuse("it is not signed", unsigned or take_signature(self.folder, files, signed_by))
+        files.pop(README, None)
+        licence = licence_in(self.folder, ()) if reads_readme(self._sizes) else ""
         revision = content_digest(files)
         source = Repository(source=SourceKind.PUSHED, repo=self.name, revision=revision)
-        return FetchedAdapter(self.name, self.folder, source, files)
+        return FetchedAdapter(self.name, self.folder, source, files, licence=licence)
 
     def _refuse(self, why: str, *found: Iterable[Finding]) -> None:
         if findings := list(chain(*found)):

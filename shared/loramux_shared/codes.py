@@ -114,6 +114,8 @@ _WARNED: Final = (
      "Nothing; loramux serves them."),
     ("W_BASE", "the adapter names another base than the deployment, and they are not the same in two formats, "
      "by name or by what the hub says; its shapes fit", "See that it was trained on this base."),
+    ("W_LICENSE", "adapter and base name different licences in the front matter of their `README.md`, or only "
+     "one of them names one", "See that both licences allow what you do."),
     ("W_REDUNDANT_EMBED", "whole matrices that are equal to the base's own, value by value, are left out",
      "Nothing."),
     ("W_EXTRA_FILES", "checkpoints, optimizer states and other weights beside the adapter are not used",

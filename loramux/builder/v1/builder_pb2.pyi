@@ -487,7 +487,7 @@ class CheckAdapterResponse(_message.Message):
     def __init__(self, report: _Optional[_Union[AdapterReport, _Mapping]] = ...) -> None: ...
 
 class AdapterReport(_message.Message):
-    __slots__ = ("accepted", "adapter", "base", "files", "findings", "rows", "dtype", "bundle_bytes", "base_model_name")
+    __slots__ = ("accepted", "adapter", "base", "files", "findings", "rows", "dtype", "bundle_bytes", "base_model_name", "licence", "base_licence")
     ACCEPTED_FIELD_NUMBER: _ClassVar[int]
     ADAPTER_FIELD_NUMBER: _ClassVar[int]
     BASE_FIELD_NUMBER: _ClassVar[int]
@@ -497,6 +497,8 @@ class AdapterReport(_message.Message):
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     BUNDLE_BYTES_FIELD_NUMBER: _ClassVar[int]
     BASE_MODEL_NAME_FIELD_NUMBER: _ClassVar[int]
+    LICENCE_FIELD_NUMBER: _ClassVar[int]
+    BASE_LICENCE_FIELD_NUMBER: _ClassVar[int]
     accepted: bool
     adapter: Repository
     base: Repository
@@ -506,7 +508,9 @@ class AdapterReport(_message.Message):
     dtype: Dtype
     bundle_bytes: int
     base_model_name: str
-    def __init__(self, accepted: _Optional[bool] = ..., adapter: _Optional[_Union[Repository, _Mapping]] = ..., base: _Optional[_Union[Repository, _Mapping]] = ..., files: _Optional[_Iterable[_Union[AdapterFile, _Mapping]]] = ..., findings: _Optional[_Iterable[_Union[Finding, _Mapping]]] = ..., rows: _Optional[_Iterable[_Union[AdapterRow, _Mapping]]] = ..., dtype: _Optional[_Union[Dtype, str]] = ..., bundle_bytes: _Optional[int] = ..., base_model_name: _Optional[str] = ...) -> None: ...
+    licence: str
+    base_licence: str
+    def __init__(self, accepted: _Optional[bool] = ..., adapter: _Optional[_Union[Repository, _Mapping]] = ..., base: _Optional[_Union[Repository, _Mapping]] = ..., files: _Optional[_Iterable[_Union[AdapterFile, _Mapping]]] = ..., findings: _Optional[_Iterable[_Union[Finding, _Mapping]]] = ..., rows: _Optional[_Iterable[_Union[AdapterRow, _Mapping]]] = ..., dtype: _Optional[_Union[Dtype, str]] = ..., bundle_bytes: _Optional[int] = ..., base_model_name: _Optional[str] = ..., licence: _Optional[str] = ..., base_licence: _Optional[str] = ...) -> None: ...
 
 class AdapterFile(_message.Message):
     __slots__ = ("name", "size", "sha256")

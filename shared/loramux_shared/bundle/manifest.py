@@ -240,6 +240,9 @@ class AdapterRecord(Model):
     lineage: tuple[Descent, ...] = Field(default=(), exclude_if=lambda lineage: not lineage)
     """Where the adapter names another base than the deployment's: what a hub said of the two, if asked."""
 
+    licence: str = Field(default="", exclude_if=lambda licence: not licence)
+    """What its repository says of its licence."""
+
     def same_but_said(self, other: AdapterRecord) -> bool:
         """True when only what sources say of the same files and bases differs."""
         said = {"listing": self.listing, "lineage": self.lineage}
@@ -253,6 +256,8 @@ class BaseRecord(Model):
     """With the resolved revision."""
     files: dict[str, FileDigest]
     """Every file that serving needs, by its path in the repository's subfolder."""
+    licence: str = Field(default="", exclude_if=lambda licence: not licence)
+    """What its repository says of its licence."""
 
     @property
     def weights_bytes(self) -> int:

@@ -22,6 +22,7 @@ from loramux_shared.signing.openssf import MAX_BYTES, SIGNATURE
 from loramux_shared.sources.base import Progress, Resolved, Room, Source, about, unwatched
 from loramux_shared.sources.cache import alone, differs, discard, open_cache
 from loramux_shared.sources.files import hash_if_there, inside, scratch, whole
+from loramux_shared.sources.licence import README, licence_in, reads_readme
 from loramux_shared.sources.open import Sources
 from loramux_shared.wording import listed
 
@@ -88,9 +89,14 @@ def describe_base(
         names = [name for name in SMALL_FILES if name in resolved.files]
         names += _weights(source, resolved, sources.work_dir)
         files = source.digests(resolved, names, progress, room)
-        if signed_by:
-            _require_signed(source, resolved, files, signed_by, sources.work_dir)
-        return Base(BaseRecord(source=source.pin(resolved, files), files=files), model)
+        sizes = {name: file.size for name, file in resolved.files.items()}
+        beside = [README] if reads_readme(sizes) else []
+        with scratch(sources.work_dir) as folder:
+            read = files | source.fetch(resolved, beside, folder)
+            if signed_by:
+                _require_signed(source, resolved, read, signed_by, folder)
+            licence = licence_in(folder, sizes)
+        return Base(BaseRecord(source=source.pin(resolved, files), files=files, licence=licence), model)
 
 
 @dataclass(frozen=True)
@@ -222,14 +228,13 @@ def _require_signed(
     resolved: Resolved,
     files: Mapping[str, FileDigest],
     signers: Sequence[str],
-    work_dir: Path | None,
+    folder: Path,
 ) -> None:
     what = f"{_name(resolved.repository)}: {SIGNATURE}"
     if SIGNATURE not in resolved.files or resolved.files[SIGNATURE].size > MAX_BYTES:
         raise SignatureInvalid(f"{what}: expected a signature, found none. Sign it: `loramux sign`.")
-    with scratch(work_dir) as folder:
-        source.fetch(resolved, [SIGNATURE], folder)
-        require_signed((folder / SIGNATURE).read_bytes(), files, signers, what)
+    source.fetch(resolved, [SIGNATURE], folder)
+    require_signed((folder / SIGNATURE).read_bytes(), files, signers, what)
 
 
 def _name(repository: Repository) -> str:

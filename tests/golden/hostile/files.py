@@ -116,6 +116,8 @@ ACCEPTED = (
     exhibit("weights of another kind beside", "W_EXTRA_FILES", _beside("adapter_model.bin")),
     exhibit("a tokenizer beside", "", _beside("README.md", "vocab.json", "tokenizer.model")),
     exhibit("added tokens of the base", "", _text("added_tokens.json", json.dumps({"<a>": 3, "<b>": 31}))),
+    exhibit("a licence that the base has not", "W_LICENSE", _text("README.md", "---\nlicense: mit\n---\n")),
+    exhibit("front matter of brackets", "", _text("README.md", "---\nlicense: " + "[" * 30_000 + "\n---\n")),
     exhibit("beams", "W_GENERATION", _text("generation_config.json", '{"num_beams": 4}')),
     exhibit("npy with both halves", "W_GATE_UP W_BASE", _npy([[18, 0, 4, 0]], 4 * (HIDDEN + 2 * 24))),
 )  # fmt: skip
