@@ -11,8 +11,12 @@ from builder_service.builds.limits import BuildLimits
 from builder_service.pipeline.check import Checks
 from builder_service.pipeline.context import BuildContext
 from builder_service.pipeline.identity import Identity, claim_identity
+from loramux_shared.faults import SettingsInvalid
 from loramux_shared.settings import BuilderSettings
+from loramux_shared.signing.openssf import SigningKey
+from loramux_shared.signing.store import signed_store
 from loramux_shared.sources.open import open_sources
+from loramux_shared.storage.base import Store
 from loramux_shared.storage.open import open_store
 
 
@@ -34,7 +38,7 @@ class Builder:
             Fault: what the store raises.
         """
         context = BuildContext(
-            store=open_store(settings.store),
+            store=_store(settings),
             sources=open_sources(
                 local_roots=settings.local_roots,
                 allowed_hosts=settings.allowed_hosts,
@@ -50,3 +54,15 @@ class Builder:
         await asyncio.to_thread(context.sweep)
         limits = BuildLimits(running=settings.max_concurrent_builds, timeout_s=settings.build_timeout_s)
         return cls(context, identity, Builds(context, limits), Checks(context))
+
+
+def _store(settings: BuilderSettings) -> Store:
+    """Return the store, whose generations are signed where a key is given."""
+    if settings.signing_key is None:
+        if settings.require_signature or settings.signing_certificates:
+            raise SettingsInvalid(
+                "LORAMUX_SIGNING_KEY is not set: a builder that requires signatures signs what it publishes."
+            )
+        return open_store(settings.store)
+    key = SigningKey(settings.signing_key, settings.signing_certificates)
+    return signed_store(open_store(settings.store), settings.require_signature, key)

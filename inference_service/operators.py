@@ -129,7 +129,9 @@ def _manager(
         pins,
         facts,
         registry=Registry(names, ready.generation, pins),
-        bundles=StoredBundles(store) if ready.bank is not None else None,
+        bundles=StoredBundles(store, refused=bool(settings.require_signature))
+        if ready.bank is not None
+        else None,
         publisher=BuilderPublisher(client, settings.deployment) if client is not None else None,
         paused=lambda: ready.engine.paused,
     )

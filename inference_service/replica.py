@@ -17,6 +17,7 @@ from inference_service.serving.telemetry.watchers import open_watchers
 from inference_service.startup.load import Ready, load_apart
 from loramux_shared.rpc.stopping import first_of
 from loramux_shared.settings import InferenceSettings
+from loramux_shared.signing.store import signed_store
 from loramux_shared.storage.open import open_store
 from loramux_shared.storage.patient import PatientStore
 from loramux_shared.tracing.setup import open_tracing
@@ -55,7 +56,8 @@ class Replica:
         sys.setswitchinterval(SWITCH_S)
         tracing = open_tracing("loramux-inference")
         watchers = open_watchers(tracing.tracer if tracing else None, log_prompts=settings.log_prompts)
-        store = PatientStore(open_store(settings.store), pauses_s=START_PAUSES_S)
+        signed = signed_store(open_store(settings.store), settings.require_signature)
+        store = PatientStore(signed, pauses_s=START_PAUSES_S)
         ready = await load_apart(settings, store, watchers)
         return cls(ready, Operators(settings, store, ready), tracing)
 

@@ -41,9 +41,11 @@ CONFIG: Final = "adapter_config.json"
 WEIGHTS: Final = "adapter_model.safetensors"
 FILES: Final = (
     CONFIG,
+    "README.md",
     "added_tokens.json",
     "chat_template.jinja",
     "generation_config.json",
+    "model.sig",
     "tokenizer.json",
     "tokenizer_config.json",
     WEIGHTS,

@@ -193,6 +193,8 @@ def report_of(message: builder_pb2.AdapterReport) -> AdapterReport:
         dtype=DTYPE_NAMES.get(message.dtype) or Dtype.BFLOAT16,
         bundle_bytes=message.bundle_bytes,
         base_model_name=message.base_model_name,
+        licence=message.licence,
+        base_licence=message.base_licence,
     )
 
 

@@ -51,6 +51,8 @@ def deployment_to_message(deployment: Deployment) -> pb.DeploymentSpec:
         lora_dtype=DTYPES[build.lora_configuration.dtype],
         truncate_to_rank=build.lora_configuration.truncate_to_rank or 0,
         prove=build.prove,
+        signed_by=build.signed_by,
+        base_signed_by=build.base_signed_by,
         hide_base=not runtime.serve_base,
         merge=_MERGES[runtime.merge],
         quantization=_QUANTIZATIONS[runtime.quantization],
@@ -76,6 +78,8 @@ def deployment_from_message(message: pb.DeploymentSpec) -> Deployment:
         "lora_adapters": adapters,
         "lora_configuration": lora,
         "prove": message.prove,
+        "signed_by": tuple(message.signed_by),
+        "base_signed_by": tuple(message.base_signed_by),
     }
     merge = next((name for name, value in _MERGES.items() if value == message.merge), "unknown")
     quantization = next(

@@ -349,3 +349,6 @@ class AdapterReport:
     bundle_bytes: int
     base_model_name: str
     """What the adapter says that it was trained on."""
+    licence: str = ""
+    """What its repository says; empty where it says nothing."""
+    base_licence: str = ""

@@ -93,6 +93,7 @@ class Pushes:
             CheckpointInvalid: the base is not served by this release.
             RepoNotFound, RevisionNotFound, RepoGated, SourceRefused, SourceChanged, SourceUnavailable,
             BundleCorrupt: what the base's source raises, whose config is read once.
+            SignatureInvalid: the newest generation is not signed by whom this builder trusts.
         """
         if self._stopped:
             raise ShuttingDown("the builder is shutting down. Retry with its successor.")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
 
-from builder_service.domain.base_names import base_warning
+from builder_service.domain.origin import origin_warnings
 from builder_service.pipeline.progress import AdapterProgress, Stage
 from loramux_shared.bundle.deployments import current_generation, is_deployment_name, read_pointer
 from loramux_shared.bundle.manifest import Generation
@@ -89,8 +89,8 @@ def _view(store: Store, generation: Generation) -> DeploymentView:
         except BundleCorrupt as found:
             damage = found
         else:
-            warning = base_warning(manifest.base_model_name, generation.base.source.shown, record.lineage)
-            adapter = adapter.described(record.digest, manifest, [warning] if warning else [])
+            extra = origin_warnings(manifest.base_model_name, record.licence, generation.base, record.lineage)
+            adapter = adapter.described(record.digest, manifest, extra)
         adapters.append(adapter)
     return DeploymentView(
         generation.deployment,

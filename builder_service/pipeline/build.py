@@ -81,13 +81,19 @@ def _hold_on(store: Store, before: Generation | None, records: Iterable[AdapterR
 
 
 def _describe_base(deployment: Deployment, shop: Workshop) -> Base:
-    repository, wanted = deployment.build.checkpoint_repository, deployment.build.max_seq_len
-    check = shop.progress.check
+    asked, check = deployment.build, shop.progress.check
     try:
-        base = describe_base(shop.context.sources, repository, lambda _: check(), shop.room, max_seq_len=wanted)
+        base = describe_base(
+            shop.context.sources,
+            asked.checkpoint_repository,
+            lambda _: check(),
+            shop.room,
+            max_seq_len=asked.max_seq_len,
+            signed_by=asked.base_signed_by,
+        )
     except Fault as fault:
         raise fault.retold(f"base checkpoint: {fault.message}") from fault
-    shop.context.bases.remember(base, wanted)
+    shop.context.bases.remember(base, asked.max_seq_len)
     return base
 
 
@@ -112,5 +118,9 @@ def _draft(deployment: Deployment, base: BaseRecord, dtype: Dtype) -> Generation
         merge=runtime.merge,
         aliases=runtime.aliases,
         limits=runtime.limits,
-        recipe=Recipe(truncate_to_rank=lora.truncate_to_rank, prove=deployment.build.prove),
+        recipe=Recipe(
+            truncate_to_rank=lora.truncate_to_rank,
+            prove=deployment.build.prove,
+            signed_by=deployment.build.signed_by,
+        ),
     )

@@ -8,16 +8,16 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Final
 
-from builder_service.domain.base_names import base_warning
+from builder_service.domain.origin import origin_warnings
 from builder_service.pipeline.base_weights import BaseWeights
 from builder_service.pipeline.context import BuildContext
-from builder_service.pipeline.fetch import fetch_adapters
+from builder_service.pipeline.fetch import FetchedAdapter, fetch_adapters
 from builder_service.pipeline.lineage import Lineages
 from builder_service.pipeline.progress import Progress
 from builder_service.pipeline.space import BASE_FILES
 from builder_service.pipeline.validate import check_deployment, check_fetched, rulebook
 from loramux_shared.bases.memory import ITEM_BYTES, widening
-from loramux_shared.bundle.manifest import FileDigest, ModuleRow
+from loramux_shared.bundle.manifest import BaseRecord, FileDigest, ModuleRow
 from loramux_shared.bundle.npy import CONFIG_DESCR, DESCR, NUMPY_TYPES, header_bytes
 from loramux_shared.codes import CODES
 from loramux_shared.deployment import Deployment, Dtype, Repository
@@ -45,6 +45,8 @@ class AdapterReport:
     rows: tuple[ModuleRow, ...] = ()
     bundle_bytes: int = 0
     base_model_name: str = ""
+    licence: str = ""
+    base_licence: str = ""
 
     @property
     def accepted(self) -> bool:
@@ -73,12 +75,8 @@ def check_one(deployment: Deployment, context: BuildContext, progress: Progress)
         [fetched] = fetch_adapters(deployment.build.lora_adapters, context.sources, space, work, progress)
         checked = check_fetched(fetched, book, progress)
         rows = tuple(planned.row for planned in checked.rows)
-        named = (
-            _base_warning(checked.base_model_name, base.record.source, fetched.source, context)
-            if rows
-            else None
-        )
-        found = [*checked.findings, *([named] if named else []), *fetched.warnings]
+        named = _origin_warnings(checked.base_model_name, base.record, fetched, context) if rows else []
+        found = [*checked.findings, *named, *fetched.warnings]
         found += _widened(base)
         found.sort(key=lambda finding: finding.code.startswith("W_"))
         return AdapterReport(
@@ -90,11 +88,16 @@ def check_one(deployment: Deployment, context: BuildContext, progress: Progress)
             rows,
             _bundle_bytes(rows, book.dtype),
             checked.base_model_name,
+            fetched.licence,
+            base.record.licence,
         )
 
 
-def _base_warning(named: str, base: Repository, adapter: Repository, context: BuildContext) -> Finding | None:
-    return base_warning(named, base.shown, Lineages(context.sources).of(named, base, [adapter]))
+def _origin_warnings(
+    named: str, base: BaseRecord, adapter: FetchedAdapter, context: BuildContext
+) -> list[Finding]:
+    lineage = Lineages(context.sources).of(named, base.source, [adapter.source])
+    return origin_warnings(named, adapter.licence, base, lineage)
 
 
 def _widened(base: Base) -> list[Finding]:

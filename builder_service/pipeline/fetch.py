@@ -11,12 +11,15 @@ from typing import Final, TypeVar
 
 from builder_service.domain.file_rules import extra_files, file_findings, wanted_files
 from builder_service.domain.text_rules import too_large
+from builder_service.pipeline.authorship import no_signature, take_signature
 from builder_service.pipeline.progress import STOPS, Progress, Stage
 from builder_service.pipeline.space import Space
 from loramux_shared.bundle.manifest import FileDigest
 from loramux_shared.deployment import Repository
 from loramux_shared.faults import Fault, Finding, SourceRefused
+from loramux_shared.signing.openssf import SIGNATURE
 from loramux_shared.sources.base import Resolved, Source, about
+from loramux_shared.sources.licence import README, licence_in, reads_readme
 from loramux_shared.sources.open import Sources
 from loramux_shared.wording import listed
 
@@ -42,6 +45,8 @@ class FetchedAdapter:
     """About files that are there and not used."""
     listing: str | None = None
     """What the source said of them, see `Resolved.digest`."""
+    licence: str = ""
+    """What the repository says of it."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,8 @@ class ListedAdapter:
     """The files that will be fetched."""
     findings: tuple[Finding, ...] = ()
     """Why there are none."""
+    signed_by: tuple[str, ...] = ()
+    """Who is to have signed them; nobody where there is none."""
 
     @property
     def size(self) -> int:
@@ -69,7 +76,11 @@ class ListedAdapter:
 
 @contextmanager
 def list_adapters(
-    adapters: Mapping[str, Repository], sources: Sources, space: Space, progress: Progress
+    adapters: Mapping[str, Repository],
+    sources: Sources,
+    space: Space,
+    progress: Progress,
+    signed_by: tuple[str, ...] = (),
 ) -> Iterator[list[ListedAdapter]]:
     """Yield every adapter's listing in the order of their names, made several at once; closed at the end.
 
@@ -80,7 +91,7 @@ def list_adapters(
     with ExitStack() as listings:
         with ThreadPoolExecutor(PARALLEL, "list") as pool:
             futures = {
-                name: pool.submit(_list, name, repository, sources, space, progress, listings)
+                name: pool.submit(_list, name, repository, sources, space, progress, listings, signed_by)
                 for name, repository in sorted(adapters.items())
             }
         yield gathered(futures, progress)
@@ -145,6 +156,7 @@ def _list(
     space: Space,
     progress: Progress,
     listings: ExitStack,
+    signed_by: tuple[str, ...],
 ) -> ListedAdapter:
     progress.enter(name, Stage.FETCHING)
     source, what, taken = sources.of(repository), f"the archive of adapter {name!r}", 0
@@ -164,9 +176,14 @@ def _list(
         resolved = source.resolve(repository, watch, room)
     listings.callback(resolved.close)
     sizes = {path: file.size for path, file in resolved.files.items()}
-    if findings := [*file_findings(sizes), *too_large(sizes)]:
+    unsigned = no_signature(sizes) if signed_by else []
+    if findings := [*file_findings(sizes), *too_large(sizes), *unsigned]:
         return ListedAdapter(name, source, resolved, (), tuple(findings))
-    listed = ListedAdapter(name, source, resolved, tuple(wanted_files(sizes)))
+    beside = [
+        name for name, is_read in ((README, reads_readme(sizes)), (SIGNATURE, bool(signed_by))) if is_read
+    ]
+    wanted = [*wanted_files(sizes), *beside]
+    listed = ListedAdapter(name, source, resolved, tuple(wanted), signed_by=signed_by)
     _limited(repository, listed.size)
     return listed
 
@@ -188,9 +205,16 @@ def fetch_adapter(listed: ListedAdapter, folder: Path, progress: Progress) -> Fe
     progress.enter(name, Stage.FETCHING, listed.size)
     with about(resolved.repository):
         files = source.fetch(resolved, listed.wanted, folder, progress.counter(name))
+    findings = take_signature(folder, files, listed.signed_by)
+    if findings:
+        return FetchedAdapter(name, folder, recorded(resolved.repository), {}, tuple(findings))
+    files.pop(README, None)
+    licence = licence_in(folder, resolved.files)
     warnings = tuple(extra_files(resolved.files))
     pinned = recorded(source.pin(resolved, files))
-    return FetchedAdapter(name, folder, pinned, files, warnings=warnings, listing=listed.digest)
+    return FetchedAdapter(
+        name, folder, pinned, files, warnings=warnings, listing=listed.digest, licence=licence
+    )
 
 
 def recorded(repository: Repository) -> Repository:

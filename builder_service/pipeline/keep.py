@@ -10,8 +10,8 @@ from typing import Final, TypeAlias
 
 import structlog
 
-from builder_service.domain.base_names import base_warning
 from builder_service.domain.file_rules import extra_files
+from builder_service.domain.origin import origin_warnings
 from builder_service.pipeline.fetch import ListedAdapter, recorded
 from builder_service.pipeline.progress import Progress
 from loramux_shared.bundle.manifest import (
@@ -20,6 +20,7 @@ from loramux_shared.bundle.manifest import (
     MANIFEST_FILE,
     WEIGHTS_FILE,
     AdapterRecord,
+    BaseRecord,
     Generation,
     bundle_key,
 )
@@ -123,7 +124,7 @@ def _from(record: AdapterRecord, repository: Repository) -> AdapterRecord:
 
 
 def keep(
-    store: Store, found: Iterable[Kept], base: str, progress: Progress, *, verify: bool
+    store: Store, found: Iterable[Kept], base: BaseRecord, progress: Progress, *, verify: bool
 ) -> dict[str, AdapterRecord]:
     """Return the records of those whose bundles are in the store, and tell that they are done.
 
@@ -141,8 +142,8 @@ def keep(
     kept = [each for each in wanted if fit[each.record.digest]]
     for each in kept:
         named = each.record.summary.base_model_name if each.record.summary else ""
-        warning = base_warning(named, base, each.record.lineage)
-        extra = [*([warning] if warning else []), *each.warnings]
+        origin = origin_warnings(named, each.record.licence, base, each.record.lineage)
+        extra = [*origin, *each.warnings]
         progress.settle(each.name, each.record, extra, read_back=verify)
     return {each.name: each.record for each in kept}
 

@@ -81,10 +81,11 @@ class Making:
             Fault: what sources and the store raise.
         """
         unasked = [kept for name, each in adapters.items() if (kept := keeping.unasked(name, each))]
-        base, progress, shop = self.base.record.source.shown, self.shop.progress, self.shop
+        base, progress, shop = self.base.record, self.shop.progress, self.shop
         records = keep(shop.store, unasked, base, progress, verify=verify)
         asked = {name: each for name, each in adapters.items() if name not in records}
-        with list_adapters(asked, shop.context.sources, shop.space, progress) as listed:
+        signers = self.settings.signed_by
+        with list_adapters(asked, shop.context.sources, shop.space, progress, signers) as listed:
             found = [kept for each in listed if (kept := keeping.listed(each))]
             records |= keep(shop.store, found, base, progress, verify=verify)
             valid = self._intake().take_in([each for each in listed if each.name not in records])
@@ -130,7 +131,7 @@ class Making:
             proofs = prove_adapters(firsts, self.settings, base, sources, shop.work, shop.progress, shop.room)
         output = Output(
             self.book.dtype,
-            base.source,
+            base,
             shop.store,
             self.served,
             shop.space,

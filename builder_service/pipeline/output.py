@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from builder_service.domain.base_names import base_warning
+from builder_service.domain.origin import origin_warnings
 from builder_service.pipeline.context import BuildContext
 from builder_service.pipeline.convert import BuiltBundle, bundle_bytes, convert_adapter
 from builder_service.pipeline.fetch import FetchedAdapter, gathered
@@ -16,9 +16,9 @@ from builder_service.pipeline.progress import Progress, Stage
 from builder_service.pipeline.publish import publish_bundle
 from builder_service.pipeline.space import Space
 from builder_service.pipeline.validate import ValidAdapter
-from loramux_shared.bundle.manifest import CONVERTER, AdapterRecord, Descent
+from loramux_shared.bundle.manifest import CONVERTER, AdapterRecord, BaseRecord, Descent
 from loramux_shared.bundle.proof import Proof
-from loramux_shared.deployment import Dtype, Repository
+from loramux_shared.deployment import Dtype
 from loramux_shared.storage.base import Store
 
 
@@ -52,7 +52,7 @@ class Output:
     """The outgoing bundles of one build, all of whose adapters are valid."""
 
     dtype: Dtype
-    base: Repository
+    base: BaseRecord
     store: Store
     served: frozenset[str]
     """Digests that the served generation refers to."""
@@ -85,15 +85,16 @@ class Output:
         with self.space.writing(size, f"the bundle of adapter {group.names[0]!r}"), self.context.compute:
             bundle = convert_adapter(group.first, self.dtype, self.progress, proof)
         sources = [adapter.fetched.source for adapter in group.adapters]
-        lineage = self.lineages.of(bundle.manifest.base_model_name, self.base, sources)
+        lineage = self.lineages.of(bundle.manifest.base_model_name, self.base.source, sources)
         self._describe(group, bundle, lineage)
         publish_bundle(self.store, bundle, group.names, self.served, self.progress)
         return {adapter.fetched.name: _record(adapter.fetched, bundle, lineage) for adapter in group.adapters}
 
     def _describe(self, group: Duplicates, bundle: BuiltBundle, lineage: tuple[Descent, ...]) -> None:
-        warning = base_warning(bundle.manifest.base_model_name, self.base.shown, lineage)
+        named = bundle.manifest.base_model_name
         for adapter in group.adapters:
-            extra = [*([warning] if warning else []), *adapter.fetched.warnings]
+            origin = origin_warnings(named, adapter.fetched.licence, self.base, lineage)
+            extra = [*origin, *adapter.fetched.warnings]
             self.progress.describe(adapter.fetched.name, bundle.digest, bundle.manifest, extra)
 
 
@@ -106,4 +107,5 @@ def _record(fetched: FetchedAdapter, bundle: BuiltBundle, lineage: tuple[Descent
         converter=CONVERTER,
         invocation_tokens=bundle.manifest.invocation_tokens,
         lineage=lineage,
+        licence=fetched.licence,
     )

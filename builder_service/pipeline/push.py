@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Final
 
 from builder_service.domain.file_rules import CONFIG, TOKEN_FILES, WEIGHTS, file_findings
 from builder_service.domain.text_rules import too_large
+from builder_service.pipeline.authorship import no_signature, take_signature
 from builder_service.pipeline.fetch import MAX_BYTES, FetchedAdapter
 from builder_service.pipeline.space import Space
 from loramux_shared.bundle.manifest import TEXT_FILES, FileDigest
 from loramux_shared.deployment import Repository, SourceKind
-from loramux_shared.faults import AdapterInvalid, RequestInvalid
+from loramux_shared.faults import AdapterInvalid, Finding, RequestInvalid
+from loramux_shared.signing.openssf import SIGNATURE
 from loramux_shared.sources.files import content_digest, disk_errors
+from loramux_shared.sources.licence import README, licence_in, reads_readme
 from loramux_shared.wording import listed
 
-NAMES: Final = (CONFIG, WEIGHTS, *sorted({*TEXT_FILES, *TOKEN_FILES}))
+NAMES: Final = (CONFIG, WEIGHTS, *sorted({*TEXT_FILES, *TOKEN_FILES, README, SIGNATURE}))
 """The files that can be pushed."""
 MAX_SMALL: Final = 64 << 20
 """Bytes of a file that is not the weights."""
@@ -55,19 +60,28 @@ class PushedAdapter:
             with (self.folder / file).open("ab") as sink:
                 sink.write(data)
 
-    def fetched(self) -> FetchedAdapter:
+    def fetched(self, signed_by: tuple[str, ...] = ()) -> FetchedAdapter:
         """Return the adapter as if it had been fetched.
 
         Raises:
-            AdapterInvalid: files are missing or too large.
+            AdapterInvalid: files are missing or too large, or not signed by one of those who must have.
         """
-        if findings := [*file_findings(self._sizes), *too_large(self._sizes)]:
-            named = [finding.model_copy(update={"adapter": self.name}) for finding in findings]
-            raise AdapterInvalid(f"{self.name}: these are not the files of an adapter", named)
+        unsigned = no_signature(self._sizes) if signed_by else []
+        self._refuse(
+            "these are not the files of an adapter", file_findings(self._sizes), too_large(self._sizes)
+        )
         files = {
             name: FileDigest(size=size, sha256=self._hashes[name].hexdigest())
             for name, size in self._sizes.items()
         }
+        self._refuse("it is not signed", unsigned or take_signature(self.folder, files, signed_by))
+        files.pop(README, None)
+        licence = licence_in(self.folder, ()) if reads_readme(self._sizes) else ""
         revision = content_digest(files)
         source = Repository(source=SourceKind.PUSHED, repo=self.name, revision=revision)
-        return FetchedAdapter(self.name, self.folder, source, files)
+        return FetchedAdapter(self.name, self.folder, source, files, licence=licence)
+
+    def _refuse(self, why: str, *found: Iterable[Finding]) -> None:
+        if findings := list(chain(*found)):
+            named = [finding.model_copy(update={"adapter": self.name}) for finding in findings]
+            raise AdapterInvalid(f"{self.name}: {why}", named)

@@ -74,9 +74,9 @@ def push(pushed: PushedAdapter, shop: Workshop, expected: int | None) -> tuple[B
     before = newest_generation(store, pushed.deployment)
     require(before, expected)
     check_names(changed(before, {pushed.name: None}, ()))
-    fetched = pushed.fetched()
+    fetched = pushed.fetched(before.recipe.signed_by if before.recipe else ())
     there = Keeping(before).unasked(pushed.name, fetched.source)
-    found = keep(store, [there], before.base.source.shown, shop.progress, verify=False) if there else {}
+    found = keep(store, [there], before.base, shop.progress, verify=False) if there else {}
     record = found.get(pushed.name) or _making(shop, before).make_fetched(fetched)
     try:
         result = _publish(shop.context, store, before, {pushed.name: record}, (), expected, check, again=False)
@@ -155,6 +155,7 @@ def _settings_of(generation: Generation) -> Build:
             dtype=generation.lora_dtype,
         ),
         prove=recipe.prove,
+        signed_by=recipe.signed_by,
     )
 
 

@@ -133,6 +133,8 @@ def report_message(report: AdapterReport) -> pb.AdapterReport:
         dtype=DTYPES[report.dtype],
         bundle_bytes=report.bundle_bytes,
         base_model_name=report.base_model_name,
+        licence=report.licence,
+        base_licence=report.base_licence,
     )
 
 

@@ -152,6 +152,8 @@ def report_fields(report: AdapterReport) -> dict[str, Any]:
         "adapter": _repository_fields(report.adapter),
         "base": _repository_fields(report.base),
         "base_model_name": report.base_model_name,
+        "licence": report.licence,
+        "base_licence": report.base_licence,
         "dtype": report.dtype.value,
         "bundle_bytes": report.bundle_bytes,
         "files": {name: file.model_dump() for name, file in report.files.items()},

@@ -27,6 +27,7 @@ from loramux.cli.history import history, rollback
 from loramux.cli.import_bundle import import_bundle
 from loramux.cli.services import builder, serve
 from loramux.cli.serving import health, models
+from loramux.cli.sign import sign, verify
 from loramux.cli.state import tell_uncaught
 from loramux.cli.up import up
 from loramux.connection import API_KEY
@@ -40,7 +41,7 @@ app = typer.Typer(
 )
 for function in (
     *(demo, up, build, watch, cancel, deployments, check, prove, import_bundle),
-    *(add, remove, push, history, rollback, rollout, gc),
+    *(add, remove, push, history, rollback, rollout, gc, sign, verify),
     *(models, pin, unpin, chat, bench, serve, builder, envoy, health, doctor),
 ):
     app.command()(function)

@@ -20,6 +20,8 @@ def show_report(report: AdapterReport) -> None:
     shell.show(f"base     {_name(report.base)}")
     if report.base_model_name:
         shell.show(f"trained  on {report.base_model_name}, as the adapter says")
+    if report.licence or report.base_licence:
+        shell.show(f"licence  {report.licence or 'not said'}; the base's: {report.base_licence or 'not said'}")
     sizes = ", ".join(f"{name} {decimal(file.size)}" for name, file in sorted(report.files.items()))
     if sizes:
         shell.show(f"files    {sizes}")

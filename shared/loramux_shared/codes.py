@@ -41,6 +41,8 @@ _DEPLOYMENT: Final = (
 _REFUSED: Final = (
     ("E_NO_CONFIG", "there is no `adapter_config.json`",
      "Name the repository, or set the subfolder that is named."),
+    ("E_SIGNATURE", "the deployment says who signs its adapters, and the files are not signed by any of them, "
+     "or are not those that were signed", "Sign the folder (`loramux sign`), or correct `signed_by`."),
     ("E_NO_WEIGHTS", "there is a config and there are no weights", "Save or upload the adapter again."),
     ("E_BIN_ONLY", "the weights are pickled, which can run code", "Save with `safe_serialization=True`."),
     ("E_SHARDED", "the weights are in several files, and some of them or their index are missing",
@@ -115,6 +117,8 @@ _WARNED: Final = (
      "Nothing; loramux serves them."),
     ("W_BASE", "the adapter names another base than the deployment, and they are not the same in two formats, "
      "by name or by what the hub says; its shapes fit", "See that it was trained on this base."),
+    ("W_LICENSE", "adapter and base name different licences in the front matter of their `README.md`, or only "
+     "one of them names one", "See that both licences allow what you do."),
     ("W_REDUNDANT_EMBED", "whole matrices that are equal to the base's own, value by value, are left out",
      "Nothing."),
     ("W_TOWER", "tensors of a tower for images or sound are left out: no text passes it, and bases here answer "
@@ -184,6 +188,7 @@ CURES: Final = {
     "QUEUE_FULL": "retry",
     "RATE_LIMITED": "retry after the delay; the limits are those of the deployment file or of the key",
     "BUNDLE_CORRUPT": "restore the file, or build the deployment again",
+    "SIGNATURE_INVALID": "sign it, or build it again with a builder that signs; see who is to have signed it",
     "PROOF_FAILED": "build the deployment again; then look at the named rows",
     "CHECKPOINT_INVALID": "the message says why; choose another base",
     "RESOURCES_EXHAUSTED": "free or add memory or disk; the numbers are given",

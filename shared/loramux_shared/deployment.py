@@ -11,6 +11,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validat
 
 from loramux_shared.limits import Limits, unset
 from loramux_shared.rounding import Rounding
+from loramux_shared.signing.signers import is_file, parse_signer
 
 DEFAULT_MAX_LORA_RANK = 64
 
@@ -137,6 +138,11 @@ class Build(Model):
     """Ceilings for all adapters."""
     prove: bool = False
     """Record in every bundle what it should answer; replicas replay it before they serve. Needs torch."""
+    signed_by: tuple[str, ...] = ()
+    """Who is to have signed each adapter, one of them: files of public keys or certificates (PEM), beside this
+    file, or ``sigstore:ISSUER#IDENTITY``. Others are refused, also those that come in later."""
+    base_signed_by: tuple[str, ...] = ()
+    """The same of the base checkpoint."""
 
     @model_validator(mode="before")
     @classmethod
@@ -163,6 +169,12 @@ class Build(Model):
             if other != name:
                 raise ValueError(f"names that differ in more than case, unlike {other} and {name}")
         return adapters
+
+    @field_validator("signed_by", "base_signed_by")
+    @classmethod
+    def _signers(cls, words: tuple[str, ...]) -> tuple[str, ...]:
+        """Check those that are no files, which only whoever reads the deployment file can read."""
+        return tuple(word if is_file(word) else parse_signer(word) for word in words)
 
     @field_validator("base_model")
     @classmethod

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import reprlib
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from loramux_shared.deployment import (
 )
 from loramux_shared.faults import DeploymentInvalid, Finding
 from loramux_shared.near import MAX_FINDINGS, nearest
+from loramux_shared.signing.signers import read_signer
 
 
 def _words(text: str) -> frozenset[str]:
@@ -142,7 +143,8 @@ def _finding(item: Any, model: type[BaseModel]) -> Finding:
         code="E_BAD_FIELD",
         where=where,
         expected=said.removeprefix("be ").removeprefix("String should "),
-        found=re.sub(r"\?.*", "?***", _shown.repr(value)) if loc else "",  # an address with a signature
+        # An address with a signature; a private key where a public one should be.
+        found=re.sub(r"\?.*|-----BEGIN.*", "***", _shown.repr(value)) if loc else "",
         fix="Quote it." if unquoted else NAME_RULE if item["type"] == "string_pattern_mismatch" else "",
     )
 
@@ -216,6 +218,7 @@ def _unwrap(data: dict[Any, Any]) -> tuple[dict[Any, Any], list[str]]:
 def _without_empty(block: dict[Any, Any]) -> dict[Any, Any]:
     """Without the optional blocks that have a key and nothing else."""
     optional = {"runtime", "lora_adapters", "lora_configuration", "aliases", "limits"}
+    optional |= {"signed_by", "base_signed_by"}
     return {key: value for key, value in block.items() if key not in optional or value is not None}
 
 
@@ -257,6 +260,20 @@ def _name_of(path: Path) -> str:
     return re.sub(r"[^a-zA-Z0-9_\-.:]", "-", path.resolve().stem).lstrip("-.")[:128]
 
 
+def _signers(field: str, words: Sequence[str], folder: Path) -> tuple[str, ...]:
+    """Return signers with the contents of their files: what reads them next is another machine."""
+    signers, findings = list[str](), list[Finding]()
+    for word in words:
+        try:
+            signers.append(read_signer(word, folder))
+        except ValueError as error:
+            where = f"build.{field}"
+            findings.append(Finding(code="E_BAD_FIELD", where=where, expected=str(error), found=word[:80]))
+    if findings:
+        raise DeploymentInvalid(f"build.{field} names who cannot have signed", findings)
+    return tuple(signers)
+
+
 def _resolve_local(deployment: Deployment, folder: Path) -> Deployment:
     def resolved(repository: Repository) -> Repository:
         if repository.source is not SourceKind.LOCAL:
@@ -269,6 +286,10 @@ def _resolve_local(deployment: Deployment, folder: Path) -> Deployment:
         return repository.model_copy(update={"repo": str(path)})
 
     build = deployment.build
-    adapters = {name: resolved(repository) for name, repository in build.lora_adapters.items()}
-    update = {"checkpoint_repository": resolved(build.checkpoint_repository), "lora_adapters": adapters}
+    update = {
+        "checkpoint_repository": resolved(build.checkpoint_repository),
+        "lora_adapters": {name: resolved(repository) for name, repository in build.lora_adapters.items()},
+        "signed_by": _signers("signed_by", build.signed_by, folder),
+        "base_signed_by": _signers("base_signed_by", build.base_signed_by, folder),
+    }
     return deployment.model_copy(update={"build": build.model_copy(update=update)})

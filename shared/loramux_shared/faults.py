@@ -38,6 +38,7 @@
     ├── QueueFull            QUEUE_FULL              RESOURCE_EXHAUSTED
     ├── RateLimited          RATE_LIMITED            RESOURCE_EXHAUSTED   a model or a key used its share
     ├── BundleCorrupt        BUNDLE_CORRUPT          DATA_LOSS
+    │   └── SignatureInvalid SIGNATURE_INVALID       DATA_LOSS            not signed by whom it must be
     ├── ProofFailed          PROOF_FAILED            DATA_LOSS            a bundle that answers otherwise
     ├── CheckpointInvalid    CHECKPOINT_INVALID      FAILED_PRECONDITION  a base that cannot be served
     ├── ResourcesExhausted   RESOURCES_EXHAUSTED     FAILED_PRECONDITION  it does not fit this machine
@@ -385,6 +386,12 @@ class BundleCorrupt(Fault):
     status = Status.DATA_LOSS
 
 
+class SignatureInvalid(BundleCorrupt):
+    """What is not signed by whom it must be, or was changed since."""
+
+    reason = "SIGNATURE_INVALID"
+
+
 class ProofFailed(Fault):
     """A bundle whose adapter does not answer as its proof says; the message names adapter and error."""
 
@@ -427,5 +434,7 @@ class InternalFault(Fault):
     status = Status.INTERNAL
 
 
-FAULTS: dict[str, type[Fault]] = {kind.reason: kind for kind in Fault.__subclasses__()}
+FAULTS: dict[str, type[Fault]] = {
+    kind.reason: kind for kind in (*Fault.__subclasses__(), *BundleCorrupt.__subclasses__())
+}
 """Fault classes by reason."""

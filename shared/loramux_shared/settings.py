@@ -18,6 +18,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from loramux_shared.faults import SettingsInvalid
 from loramux_shared.near import nearest
 from loramux_shared.rounding import Rounding
+from loramux_shared.signing.signers import read_signer
 from loramux_shared.sources.secrets import ENVIRONMENT_PREFIX as SECRET_PREFIX
 from loramux_shared.telemetry import LogFormat
 
@@ -61,6 +62,10 @@ def _split_hosts(value: Any) -> Any:
     return tuple(filter(None, map(str.strip, value.split(",")))) if isinstance(value, str) else value
 
 
+def _signer(value: str) -> str:
+    return read_signer(value, Path())
+
+
 def _host(value: str) -> str:
     if not re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9_.\-]+)(:\d{1,5})?", value):
         raise ValueError("HOST or HOST:PORT, for example models.example.com, separated by commas")
@@ -93,6 +98,11 @@ Folders = Annotated[
 
 Hosts = Annotated[tuple[Annotated[str, AfterValidator(_host)], ...], NoDecode, BeforeValidator(_split_hosts)]
 """Hosts; in a variable separated by commas."""
+
+Signers = Annotated[
+    tuple[Annotated[str, AfterValidator(_signer)], ...], NoDecode, BeforeValidator(_split_hosts)
+]
+"""Files of public keys or certificates (PEM), or sigstore:ISSUER#IDENTITY, separated by commas."""
 
 Count = Annotated[int, Field(ge=1)]
 
@@ -151,6 +161,9 @@ class Settings(BaseSettings):
     """The private key (PEM) of tls_cert."""
     tls_client_ca: HomePath | None = None
     """Clients must show a certificate that one of these authorities (PEM) signed."""
+    require_signature: Signers = ()
+    """Whose signature a generation must have, one of them, before a byte of it is used: files of public keys or
+    certificates (PEM), or sigstore:ISSUER#IDENTITY, separated by commas; docs/signing.md."""
     drain_delay_s: float = Field(default=0, ge=0, allow_inf_nan=False)
     """Seconds after SIGTERM in which health says no and requests are still taken, so that proxies turn away
     before any is refused."""
@@ -177,6 +190,11 @@ class BuilderSettings(Settings):
     """Seconds that one build may run; then it fails. Keep it below the grace period of `loramux gc`."""
     max_build_gb: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     """GB (10^9 bytes) that one build may write into its work folder; what the disk has when not given."""
+    signing_key: HomePath | None = None
+    """The private key (PEM, an elliptic curve) that signs every generation that is published. The builder then
+    goes on only from generations that this key signed, or those that require_signature names."""
+    signing_certificates: HomePath | None = None
+    """The certificates (PEM) of signing_key, its own first; they need require_signature."""
     metrics: Address | None = None
     """Where `/metrics` listens; closed when not given. It asks for no key: loopback, unless insecure is set."""
 
@@ -347,5 +365,5 @@ def _said(item: Any, given: dict[str, object]) -> str:
     if item["type"] == "extra_forbidden":
         return f"{shown}: unknown setting"
     allowed = item["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
-    value = re.sub(r"//[^/]*@", "//***@", str(item["input"]))
+    value = re.sub(r"//[^/]*@", "//***@", str(item["input"]).partition("-----BEGIN")[0])
     return f"{shown}={value}: expected {allowed}"

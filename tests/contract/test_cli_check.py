@@ -68,7 +68,7 @@ def test_json_is_stable_and_alone_on_stdout(folder: Path) -> None:
     """Every documented field is there, whether the adapter is taken or refused."""
     fields = {
         "schema", "accepted", "adapter", "base", "base_model_name", "dtype", "bundle_bytes", "files",
-        "findings", "rows",
+        "findings", "rows", "licence", "base_licence",
     }  # fmt: skip
     reports: dict[str, Any] = {}
     for name, expected in (("fine", 0), ("deep", 1)):

@@ -33,6 +33,7 @@ def judge(exhibit: Exhibit, folder: Path) -> tuple[list[Finding], MemoryStore]:
             "checkpoint_repository": {"source": "LOCAL", "repo": str(folder / BASE)},
             "lora_adapters": {"exhibit": {"source": "LOCAL", "repo": str(folder / "exhibit")}},
             "lora_configuration": exhibit.lora,
+            "signed_by": exhibit.signed_by,
         },
     }
     store = MemoryStore()

@@ -46,6 +46,7 @@ class Changing:
             GenerationMismatch: others changed the deployment all the time.
             ReplicaBehind: it was published, and this replica does not serve it yet.
             BundleCorrupt: of bundle:DIGEST, the store has no such bundle.
+            SignatureInvalid: likewise, and this replica serves only what is signed.
             StoreUnavailable: it does not answer.
         """
         digest = digest_of(path)

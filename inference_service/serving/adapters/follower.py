@@ -38,7 +38,7 @@ class State(StrEnum):
     STALE = "stale"
     """There is a newer one that it cannot take over without a restart."""
     BLIND = "blind"
-    """The store does not answer, or what it has is damaged."""
+    """The store does not answer, or what it has is damaged or not signed."""
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ class Follower:
         try:
             pointer, generation = await asyncio.wrap_future(self._workers.submit(self._read))
         except (BundleCorrupt, StoreUnavailable) as fault:
-            self._lost_sight(fault.message)
+            self._lost_sight(fault)
             return
         finally:
             self._looked_s = time.monotonic()
@@ -189,10 +189,14 @@ class Follower:
             return pointer, None
         return pointer, read_generation(self._store, self._name, pointer.generation, sha256=pointer.sha256)
 
-    def _lost_sight(self, problem: str) -> None:
+    def _lost_sight(self, fault: Fault) -> None:
         if not self._standing.blind:
-            log.warning("no newer generation can be seen, the replica serves what it has", problem=problem)
-        self._standing = replace(self._standing, blind=problem)
+            log.warning(
+                "no newer generation can be seen, the replica serves what it has",
+                reason=fault.reason,
+                problem=fault.message,
+            )
+        self._standing = replace(self._standing, blind=fault.message)
 
     def _saw(self, pointer: Current) -> None:
         if self._standing.blind:

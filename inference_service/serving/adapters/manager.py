@@ -149,6 +149,7 @@ class AdapterManager:
             GenerationMismatch: others changed the deployment all the time. Try again.
             ReplicaBehind: it was published, and this replica does not serve it yet.
             BundleCorrupt: of bundle:DIGEST, the store has no such bundle.
+            SignatureInvalid: likewise, and this replica serves only what is signed.
             StoreUnavailable: it does not answer.
         """
         everywhere = await self._changing.add(name, path, replace=replace)

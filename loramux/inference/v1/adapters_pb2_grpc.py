@@ -184,6 +184,7 @@ class AdapterServiceServicer:
         UNAVAILABLE          REPLICA_BEHIND: it was published, and this replica does not serve it yet. Look again.
         STORE_UNAVAILABLE: retry.
         DATA_LOSS            BUNDLE_CORRUPT: of bundle:DIGEST, the store has no such bundle. Build it.
+        SIGNATURE_INVALID: this replica serves only what a signed generation names.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -17,7 +17,13 @@ from typing import Final
 
 from loramux_shared.bundle.claims import generation_numbers
 from loramux_shared.bundle.deployments import read_generation, read_pointer
-from loramux_shared.bundle.manifest import BUILDS_PREFIX, DEPLOYMENTS_PREFIX, MANIFEST_FILE, generation_key
+from loramux_shared.bundle.manifest import (
+    BUILDS_PREFIX,
+    DEPLOYMENTS_PREFIX,
+    MANIFEST_FILE,
+    generation_key,
+    signature_key,
+)
 from loramux_shared.faults import BuildInProgress
 from loramux_shared.storage.base import Entry, Store
 
@@ -124,7 +130,9 @@ def find_orphans(store: Store, *, grace: timedelta, now: datetime, retention: Re
         for number, why in _judged(store, name, entries, retention, now, building=name in building).items():
             entry = entries.get(generation_key(name, number))
             if why is None and entry is not None:
-                expired.append(Orphan(Kind.GENERATION, entry.key, "no rule keeps it for a rollback", (entry,)))
+                signature = entries.get(signature_key(entry.key))
+                both = (entry, signature) if signature is not None else (entry,)
+                expired.append(Orphan(Kind.GENERATION, entry.key, "no rule keeps it for a rollback", both))
                 if now - entry.modified >= grace:
                     continue
             generation = read_generation(store, name, number)

@@ -6,6 +6,7 @@
     bundles/sha256/<digest>/model.lora_weights.npy
     bundles/sha256/<digest>/model.lora_config.npy
     deployments/<name>/generations/<n>.json            immutable
+    deployments/<name>/generations/<n>.json.sig        its signature, where a builder signs
     deployments/<name>/claims/<n>-<token>              empty; a builder is about to write generation n
     deployments/<name>/current.json                    which generation is served, with its digest
     builds/<name>/<builder>.json                       while a build runs, and until a killed one is taken up
@@ -246,6 +247,9 @@ class AdapterRecord(Model):
     lineage: tuple[Descent, ...] = Field(default=(), exclude_if=lambda lineage: not lineage)
     """Where the adapter names another base than the deployment's: what a hub said of the two, if asked."""
 
+    licence: str = Field(default="", exclude_if=lambda licence: not licence)
+    """What its repository says of its licence."""
+
     def same_but_said(self, other: AdapterRecord) -> bool:
         """True when only what sources say of the same files and bases differs."""
         said = {"listing": self.listing, "lineage": self.lineage}
@@ -259,6 +263,8 @@ class BaseRecord(Model):
     """With the resolved revision."""
     files: dict[str, FileDigest]
     """Every file that serving needs, by its path in the repository's subfolder."""
+    licence: str = Field(default="", exclude_if=lambda licence: not licence)
+    """What its repository says of its licence."""
 
     @property
     def weights_bytes(self) -> int:
@@ -271,6 +277,8 @@ class Recipe(Model):
 
     truncate_to_rank: int | None = Field(default=None, ge=1)
     prove: bool = False
+    signed_by: tuple[str, ...] = Field(default=(), exclude_if=lambda signers: not signers)
+    """Who is to have signed each adapter."""
 
 
 class Generation(Record):
@@ -348,6 +356,11 @@ def bundle_key(digest: str, file: str) -> str:
 def generation_key(deployment: str, number: int) -> str:
     """Return the key of a generation; numbers are padded, so that listings are in order."""
     return f"deployments/{deployment}/generations/{number:08d}.json"
+
+
+def signature_key(key: str) -> str:
+    """Return the key of the signature of a generation."""
+    return f"{key}.sig"
 
 
 def claim_key(deployment: str, number: int, token: str) -> str:

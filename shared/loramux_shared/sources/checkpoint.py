@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,10 +16,13 @@ from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bases.read import read_fields
 from loramux_shared.bundle.manifest import BaseRecord, FileDigest
 from loramux_shared.deployment import Repository, SourceKind
-from loramux_shared.faults import BundleCorrupt, CheckpointInvalid
+from loramux_shared.faults import BundleCorrupt, CheckpointInvalid, SignatureInvalid
+from loramux_shared.signing.folder import require_signed
+from loramux_shared.signing.openssf import MAX_BYTES, SIGNATURE
 from loramux_shared.sources.base import Progress, Resolved, Room, Source, about, unwatched
 from loramux_shared.sources.cache import alone, differs, discard, open_cache
 from loramux_shared.sources.files import hash_if_there, inside, scratch, whole
+from loramux_shared.sources.licence import README, licence_in, reads_readme
 from loramux_shared.sources.open import Sources
 from loramux_shared.wording import listed
 
@@ -58,12 +61,14 @@ def describe_base(
     room: Room = unwatched,
     *,
     max_seq_len: int | None = None,
+    signed_by: Sequence[str] = (),
 ) -> Base:
     """Resolve a base checkpoint and record every file that serving needs; weights stay where they are.
 
-    max_seq_len is what the deployment asks for.
+    max_seq_len is what the deployment asks for, and signed_by who is to have signed all of these files.
 
     Raises:
+        SignatureInvalid: nobody of them has.
         CheckpointInvalid: ``config.json`` or the weights are missing or cannot be read, or the base is not
             served.
         Fault: what the source raises.
@@ -84,7 +89,14 @@ def describe_base(
         names = [name for name in SMALL_FILES if name in resolved.files]
         names += _weights(source, resolved, sources.work_dir)
         files = source.digests(resolved, names, progress, room)
-        return Base(BaseRecord(source=source.pin(resolved, files), files=files), model)
+        sizes = {name: file.size for name, file in resolved.files.items()}
+        beside = [README] if reads_readme(sizes) else []
+        with scratch(sources.work_dir) as folder:
+            read = files | source.fetch(resolved, beside, folder)
+            if signed_by:
+                _require_signed(source, resolved, read, signed_by, folder)
+            licence = licence_in(folder, sizes)
+        return Base(BaseRecord(source=source.pin(resolved, files), files=files, licence=licence), model)
 
 
 @dataclass(frozen=True)
@@ -209,6 +221,20 @@ def _read_json(source: Source, resolved: Resolved, name: str, work_dir: Path | N
     if not isinstance(data, dict):
         raise CheckpointInvalid(f"{what}: expected an object, found {type(data).__name__}")
     return data
+
+
+def _require_signed(
+    source: Source,
+    resolved: Resolved,
+    files: Mapping[str, FileDigest],
+    signers: Sequence[str],
+    folder: Path,
+) -> None:
+    what = f"{_name(resolved.repository)}: {SIGNATURE}"
+    if SIGNATURE not in resolved.files or resolved.files[SIGNATURE].size > MAX_BYTES:
+        raise SignatureInvalid(f"{what}: expected a signature, found none. Sign it: `loramux sign`.")
+    source.fetch(resolved, [SIGNATURE], folder)
+    require_signed((folder / SIGNATURE).read_bytes(), files, signers, what)
 
 
 def _name(repository: Repository) -> str:

@@ -33,6 +33,8 @@ class Exhibit:
     """Changes to the base's ``config.json``."""
     lora: dict[str, Any] = field(default_factory=dict)
     """``lora_configuration`` of the deployment."""
+    signed_by: tuple[str, ...] = ()
+    """Who is to have signed it."""
 
     @property
     def refused(self) -> bool:

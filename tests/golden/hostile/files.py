@@ -16,6 +16,7 @@ from tests.support.adapters import HIDDEN, tensors
 INDEX = f"{WEIGHTS}.index.json"
 ONE_SHARD = "adapter_model-00001-of-00001.safetensors"
 
+SIGNERS = ("sigstore:https://issuer.example.com#release@example.com",)
 CANARY = "canary-ran"
 """A file that is there once the canary's pickle was loaded."""
 
@@ -126,6 +127,9 @@ REFUSED = (
     exhibit("a tokenizer that is no text", "E_BAD_TEXT", _text("tokenizer.json", "x")),
     exhibit("a tokenizer of brackets", "E_BAD_TEXT", _text("tokenizer.json", "[" * 100_000)),
     exhibit("a token with half a character", "E_EMBED", _text("added_tokens.json", '{"\\ud800": 32}')),
+    exhibit("a signature that is not there", "E_SIGNATURE", adapter, signed_by=SIGNERS),
+    exhibit("a signature that is none", "E_SIGNATURE", _text("model.sig", "[" * 100_000), signed_by=SIGNERS),
+    exhibit("an endless signature", "E_SIGNATURE", _text("model.sig", " " * 5_000_000), signed_by=SIGNERS),
     exhibit("temperature as text", "E_BAD_TEXT", _text("generation_config.json", '{"temperature": "warm"}')),
 )  # fmt: skip
 
@@ -136,6 +140,8 @@ ACCEPTED = (
     exhibit("a shard alone", "", _sharded(lambda places: {"metadata": {}, "weight_map": places})),
     exhibit("a tokenizer beside", "", _beside("README.md", "vocab.json", "tokenizer.model")),
     exhibit("added tokens of the base", "", _text("added_tokens.json", json.dumps({"<a>": 3, "<b>": 31}))),
+    exhibit("a licence that the base has not", "W_LICENSE", _text("README.md", "---\nlicense: mit\n---\n")),
+    exhibit("front matter of brackets", "", _text("README.md", "---\nlicense: " + "[" * 30_000 + "\n---\n")),
     exhibit("beams", "W_GENERATION", _text("generation_config.json", '{"num_beams": 4}')),
     exhibit("npy with both halves", "W_GATE_UP W_BASE", _npy([[18, 0, 4, 0]], 4 * (HIDDEN + 2 * 24))),
 )  # fmt: skip

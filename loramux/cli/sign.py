@@ -1,0 +1,153 @@
+"""``loramux sign`` and ``loramux verify``: folders of adapters, and deployments in a store."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Final
+
+import typer
+
+from loramux.cli import shell
+from loramux.cli.documents import emit
+from loramux.cli.services import StoreFlag
+from loramux_shared.bundle.deployments import current_generation, stored_deployments
+from loramux_shared.bundle.manifest import Generation, generation_key, signature_key
+from loramux_shared.faults import DeploymentNotFound, SettingsInvalid
+from loramux_shared.settings import BuilderSettings, load_settings, variable
+from loramux_shared.signing.folder import verify_folder
+from loramux_shared.signing.openssf import SIGNATURE, SigningKey, sign_folder
+from loramux_shared.signing.signers import read_signer
+from loramux_shared.signing.store import check_signature, sign_object, signed_store
+from loramux_shared.storage.base import Store
+from loramux_shared.storage.open import open_store
+
+KEY: Final = variable("signing_key")
+CERTIFICATES: Final = variable("signing_certificates")
+SIGNERS: Final = variable("require_signature")
+
+Target = Annotated[
+    str, typer.Argument(metavar="FOLDER|DEPLOYMENT", help="A folder with an adapter's files, or a deployment.")
+]
+
+
+@shell.command
+def sign(
+    target: Target,
+    key: Annotated[
+        Path | None,
+        typer.Option(
+            "--key", envvar=KEY, show_envvar=False, metavar="FILE", help=f"Private (PEM); else {KEY}."
+        ),
+    ] = None,
+    certificates: Annotated[
+        Path | None,
+        typer.Option(
+            "--certificates",
+            envvar=CERTIFICATES,
+            show_envvar=False,
+            metavar="FILE",
+            help="Of the key, its own first.",
+        ),
+    ] = None,
+    sigstore: Annotated[
+        bool, typer.Option("--sigstore", help="Sign as who you are to an OpenID issuer.")
+    ] = False,
+    store: StoreFlag = None,
+    as_json: shell.Json = False,
+) -> None:
+    """Sign a folder, or what is served of a deployment.
+
+    A folder gets model.sig, as OpenSSF's model_signing writes it. A deployment is
+    signed in its store; builders with LORAMUX_SIGNING_KEY do that by themselves.
+
+    Example: loramux sign ./my-adapter --key release.pem
+    """
+    if sigstore == (key is not None):
+        raise SettingsInvalid("expected --key FILE or --sigstore, one of them")
+    by = SigningKey(key.expanduser(), certificates and certificates.expanduser()) if key else None
+    folder = Path(target).expanduser()
+    if folder.is_dir():
+        signature = sign_folder(folder, by)
+        written = str(folder / SIGNATURE)
+        (folder / SIGNATURE).write_bytes(signature)
+    else:
+        opened = open_store(load_settings(BuilderSettings, store=store, require_signature=()).store)
+        generation = _served(opened, target)
+        name = generation_key(target, generation.number)
+        signature = sign_object(name, generation.to_bytes(), by)
+        written = signature_key(name)
+        opened.put(written, signature)
+    if as_json:
+        emit({"signature": written})
+    else:
+        shell.show(f"{target} is signed: {written}")
+
+
+@shell.command
+def verify(
+    target: Target,
+    signed_by: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--signed-by",
+            metavar="SIGNER",
+            help=f"PEM file of a key or authorities, or sigstore:ISSUER#IDENTITY; repeatable; else {SIGNERS}.",
+        ),
+    ] = None,
+    signature: Annotated[
+        Path | None, typer.Option("--signature", metavar="FILE", help=f"Of a folder; else its {SIGNATURE}.")
+    ] = None,
+    store: StoreFlag = None,
+    as_json: shell.Json = False,
+) -> None:
+    """Verify that a folder or a deployment is as signed.
+
+    Of a deployment every byte of every bundle is read. Exit 1 if anything differs.
+
+    Example: loramux verify ./my-adapter --signed-by release.pub
+    """
+    signers = _signers(signed_by)
+    settings = load_settings(BuilderSettings, store=store, require_signature=signers or None)
+    if not settings.require_signature:
+        raise SettingsInvalid(f"expected --signed-by SIGNER, or {SIGNERS}, found neither")
+    folder = Path(target).expanduser()
+    if folder.is_dir():
+        signed = verify_folder(folder, signature or folder / SIGNATURE, settings.require_signature)
+        by, what = signed.by, f"{len(signed.files)} files"
+    else:
+        by, what = _verify_deployment(open_store(settings.store), target, settings.require_signature)
+    if as_json:
+        emit({"target": target, "signed_by": by, "verified": what})
+    else:
+        shell.show(f"{target} is signed by {by}: {what}")
+
+
+def _signers(words: list[str] | None) -> tuple[str, ...]:
+    try:
+        return tuple(read_signer(word, Path()) for word in words or ())
+    except ValueError as error:
+        raise SettingsInvalid(f"--signed-by: expected {error}") from error
+
+
+def _verify_deployment(store: Store, name: str, signers: tuple[str, ...]) -> tuple[str, str]:
+    """Return by whom the served generation is signed and what it holds, after all of that was read."""
+    from loramux_shared.bundle.reader import read_bundle  # numpy
+
+    generation = _served(signed_store(store, signers), name)
+    key = generation_key(name, generation.number)
+    by = check_signature(key, store.get(key), store.get(signature_key(key)), signers)
+    digests = {record.digest for record in generation.adapters.values()}
+    with shell.working(f"reading {len(digests)} bundles"):
+        for digest in sorted(digests):
+            read_bundle(store, digest)
+    return by, f"generation {generation.number}, {len(digests)} bundle{'s'[: len(digests) != 1]}"
+
+
+def _served(store: Store, name: str) -> Generation:
+    generation = current_generation(store, name)
+    if generation is None:
+        known = stored_deployments(store)
+        raise DeploymentNotFound(
+            f"{name[:128]!r} is no folder here and no deployment of {store.uri}. There: {known}."
+        )
+    return generation

@@ -1,0 +1,1 @@
+"""OpenSSF model signing: whose signatures are asked for, and what is signed."""

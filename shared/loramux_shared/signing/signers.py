@@ -1,0 +1,72 @@
+"""Signers: whose signature is asked for, as text that can be kept and sent.
+
+A signer is a public key (PEM), the authorities of certificates (PEM), or an identity that an OpenID issuer
+vouched for, as Sigstore notes it: ``sigstore:ISSUER#IDENTITY``. People name the first two by their files.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Final
+
+SIGSTORE: Final = "sigstore:"
+MAX_BYTES: Final = 64 << 10
+"""Of a signer; a bundle of authorities has a few KB."""
+EXPECTED: Final = "the file of a public key or of certificates (PEM), or sigstore:ISSUER#IDENTITY"
+
+_IDENTITY: Final = re.compile(r"sigstore:https://[^\s#]+#\S+")
+_PEM: Final = re.compile(r"-----BEGIN ([A-Z ]+)-----\s[A-Za-z0-9+/=\s]+-----END \1-----")
+
+
+def parse_signer(text: str) -> str:
+    """Return a signer as it is kept: PEM without what stands around it, or the spelling of an identity.
+
+    Raises:
+        ValueError: it is none; the text says what is expected.
+    """
+    if len(text) > MAX_BYTES:
+        raise ValueError(f"at most {MAX_BYTES} characters")
+    if text.startswith(SIGSTORE):
+        if not _IDENTITY.fullmatch(text):
+            raise ValueError(
+                "sigstore:ISSUER#IDENTITY, for example sigstore:https://accounts.google.com#me@my.org"
+            )
+        return text
+    blocks = list(_PEM.finditer(text))
+    kinds = [block[1] for block in blocks]
+    if kinds != ["PUBLIC KEY"] and set(kinds) != {"CERTIFICATE"}:
+        raise ValueError(f"{EXPECTED}{', found a private key' * any('PRIVATE' in kind for kind in kinds)}")
+    return "".join(f"{block[0]}\n" for block in blocks)
+
+
+def is_file(word: str) -> bool:
+    """True for a signer that is named by its file."""
+    return not word.startswith((SIGSTORE, "-----BEGIN"))
+
+
+def read_signer(word: str, folder: Path) -> str:
+    """Return the signer that a person names: a file, also relative to a folder, or what `parse_signer` reads.
+
+    Raises:
+        ValueError: it is none, or the file cannot be read.
+    """
+    if not is_file(word):
+        return parse_signer(word)
+    try:
+        path = folder / Path(word).expanduser()
+        with path.open("rb") as file:
+            return parse_signer(file.read(MAX_BYTES + 1).decode())
+    except UnicodeDecodeError as error:
+        raise ValueError(EXPECTED) from error
+    except (OSError, RuntimeError) as error:  # no such user, too
+        problem = error.strerror if isinstance(error, OSError) else "this user has no home"
+        raise ValueError(f"{EXPECTED}; the file cannot be read: {problem}") from error
+
+
+def shown(signer: str) -> str:
+    """Return a signer in a few words."""
+    if signer.startswith(SIGSTORE):
+        issuer, _, identity = signer.removeprefix(SIGSTORE).partition("#")
+        return f"{identity} (by {issuer})"
+    return "a certificate of the named authorities" if "CERTIFICATE" in signer else "the named key"

@@ -1,0 +1,251 @@
+"""Generations that are signed: by every writer, and none other is used."""
+
+from __future__ import annotations
+
+import asyncio
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from structlog.testing import capture_logs
+from typer.testing import CliRunner
+
+from builder_service.builder import Builder
+from builder_service.pipeline.build import build
+from builder_service.pipeline.context import BuildContext
+from builder_service.pipeline.making import workshop
+from builder_service.pipeline.progress import Progress
+from builder_service.pipeline.push import PushedAdapter
+from builder_service.pipeline.rollback import rollback
+from builder_service.pipeline.update import push, update
+from builder_service.pipeline.wishes import Update
+from inference_service.serving.adapters.follower import Follower, State
+from loramux.cli.main import app
+from loramux.messages import deployment_from_message, deployment_to_message
+from loramux_shared.bundle.deployments import current_generation
+from loramux_shared.bundle.gc import Retention, find_orphans, remove
+from loramux_shared.bundle.manifest import Generation, current_key, generation_key, sha256_hex, signature_key
+from loramux_shared.deployment import Repository, SourceKind
+from loramux_shared.deployment_file import load_deployment, parse_deployment
+from loramux_shared.faults import AdapterInvalid, DeploymentInvalid, SettingsInvalid, SignatureInvalid
+from loramux_shared.settings import BuilderSettings
+from loramux_shared.signing.openssf import SIGNATURE, sign_folder
+from loramux_shared.signing.store import signed_store
+from loramux_shared.sources.open import open_sources
+from loramux_shared.storage.local import LocalStore
+from tests.support.adapters import tensors, write_adapter, write_base
+from tests.support.signing import new_certificate, new_key
+
+FIRST = generation_key("tiny", 1)
+
+
+class World:
+    """A store, a builder that signs and one that does not."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.key, self.signer = new_key(folder)
+        self.plain = LocalStore(folder / "store")
+        self.signed = signed_store(self.plain, (), self.key)
+        self.trusting = signed_store(self.plain, [self.signer])
+        """As a replica sees it."""
+        write_base(folder / "base")
+        for seed, name in enumerate(("one", "two")):
+            write_adapter(folder / name, tensors(seed=seed))
+
+    def repository(self, name):
+        """An adapter's, or the base's."""
+        return {"source": "LOCAL", "repo": str(self.folder / name)}
+
+    def context(self, store):
+        """Where a builder works."""
+        return BuildContext(store, open_sources(local_roots=[self.folder]), self.folder / "work")
+
+    def build(self, store, *names, **settings) -> Generation:
+        """Build a deployment."""
+        adapters = {name: self.repository(name) for name in names}
+        data = {"checkpoint_repository": self.repository("base"), "lora_adapters": adapters} | settings
+        deployment = parse_deployment({"model_name": "tiny", "build": data}).deployment
+        return build(deployment, self.context(store), Progress(adapters)).generation
+
+
+@pytest.fixture
+def world(tmp_path):
+    return World(tmp_path)
+
+
+def test_every_writer_signs_and_gc_takes_both(world):
+    """Builds, updates and rollbacks publish what a replica takes, and a signature goes with its generation."""
+    context = world.context(world.signed)
+    world.build(world.signed, "one")
+    two = Repository(source=SourceKind.LOCAL, repo=str(world.folder / "two"))
+    update(Update(name="tiny", add={"two": two}), context, Progress(["two"]))
+    rollback("tiny", None, None, context)
+    assert current_generation(world.trusting, "tiny").number == 3
+    signatures = [signature_key(generation_key("tiny", number)) for number in (1, 2, 3)]
+    assert [key for key in world.plain.list("deployments/tiny/") if key.endswith(".sig")] == signatures
+    later = datetime.now(UTC) + timedelta(days=2)
+    found = find_orphans(world.plain, grace=timedelta(days=1), now=later, retention=Retention(count=0))
+    assert all(remove(world.plain, orphan) for orphan in found.old)
+    assert [key for key in world.plain.list("deployments/tiny/") if key.endswith(".sig")] == signatures[2:]
+
+
+@pytest.mark.parametrize("harm", ["a byte", "no signature", "another's signature", "another place", "no JSON"])
+def test_what_is_not_signed_is_not_read(world, harm):
+    """A generation that was changed, whose signature is gone, or somebody else's, is refused by name."""
+    world.build(world.signed, "one")
+    data, store = world.plain.get(FIRST), world.plain
+    if harm == "a byte":
+        changed = data.replace(b'"max_lora_rank":64', b'"max_lora_rank":65')
+        store.put(FIRST, changed)
+        store.put(
+            current_key("tiny"),
+            store.get(current_key("tiny")).replace(sha256_hex(data).encode(), sha256_hex(changed).encode()),
+        )
+    elif harm == "no signature":
+        store.delete(signature_key(FIRST))
+    elif harm == "another's signature":
+        key, _ = new_key(world.folder, "other")
+        signed_store(store, (), key).put(FIRST, data)
+    elif harm == "another place":
+        other = generation_key("other", 1)
+        world.signed.put(other, data)
+        store.put(signature_key(FIRST), store.get(signature_key(other)))
+    else:
+        store.put(signature_key(FIRST), b"{}")
+    with pytest.raises(SignatureInvalid, match=r"generations/00000001\.json"):
+        current_generation(world.trusting, "tiny")
+
+
+async def test_a_follower_serves_on_while_another_builder_does_not_sign(world):
+    """It says why, takes nothing over, and goes on when a builder that signs has published."""
+    first = world.build(world.signed, "one")
+    took = []
+    follower = Follower(world.trusting, first, took.append, interval_s=0.02, spacing_s=0)
+    task = asyncio.create_task(follower.run())
+    with capture_logs() as logs:
+        unsigned = await asyncio.to_thread(world.build, world.plain, "one", "two")
+        async with asyncio.timeout(20):
+            while follower.standing.state is not State.BLIND:
+                await asyncio.sleep(0.01)
+        assert (took, follower.standing.generation, unsigned.number) == ([], 1, 2)
+        mine = Repository(source=SourceKind.LOCAL, repo=str(world.folder / "two"))
+        with pytest.raises(SignatureInvalid):  # nobody goes on from what others wrote, and signs it
+            update(Update(name="tiny", add={"more": mine}), world.context(world.signed), Progress(["more"]))
+        signed = await asyncio.to_thread(world.build, world.signed, "one", "two")
+        async with asyncio.timeout(20):
+            while not took:
+                await asyncio.sleep(0.01)
+    task.cancel()
+    follower.close()
+    assert (took, signed.number, follower.standing.state) == ([signed], 3, State.CURRENT)
+    assert [log["reason"] for log in logs if "no newer generation" in log["event"]] == ["SIGNATURE_INVALID"]
+
+
+def test_a_deployment_is_signed_and_verified_by_hand(world):
+    """`loramux sign` makes one good that a builder without a key published; `verify` reads every byte of it."""
+    run, store = CliRunner(), ["--store", f"file://{world.folder}/store"]
+    world.build(world.plain, "one", "two")
+    verify = ["verify", "tiny", *store, "--signed-by", str(world.folder / "key.pub")]
+    assert "SIGNATURE_INVALID" in run.invoke(app, verify).stderr
+    assert run.invoke(app, ["sign", "tiny", *store, "--key", str(world.key.key)]).exit_code == 0
+    assert "generation 1, 2 bundles" in run.invoke(app, verify).stdout
+    key = next(key for key in world.plain.list("bundles/") if key.endswith("weights.npy"))
+    data = world.plain.get(key)
+    world.plain.put(key, data[:-1] + bytes([data[-1] ^ 1]))
+    assert "BUNDLE_CORRUPT" in run.invoke(app, verify).stderr
+
+
+async def test_a_builder_that_would_not_take_its_own_word_does_not_start(world):
+    """To require signatures and not to sign, or to sign what one refuses, is a setting to correct."""
+    fields = {"store": f"file://{world.folder}/store", "work_dir": world.folder / "work"}
+    key, _ = new_certificate(world.folder, "other")
+    for wrong in (
+        {"require_signature": str(world.folder / "key.pub")},
+        {"signing_key": key.key, "signing_certificates": key.certificates},
+        {
+            "signing_key": key.key,
+            "signing_certificates": key.certificates,
+            "require_signature": str(world.folder / "key.pub"),
+        },
+    ):
+        with pytest.raises(SettingsInvalid, match="LORAMUX_SIGNING_"):
+            await Builder.open(BuilderSettings(**fields, **wrong))
+
+
+@pytest.mark.parametrize("harm", ["", "a byte", "a file", "another key", "no signature"])
+def test_an_adapter_is_taken_only_as_it_was_signed(world, harm):
+    """A build verifies the bytes that it reads, and publishes nothing that differs; others do not matter."""
+    folder = world.folder / "one"
+    (folder / "unread.txt").write_text("not fetched")
+    (folder / SIGNATURE).write_bytes(sign_folder(folder, world.key))
+    (folder / "unread.txt").unlink()
+    signer = new_key(world.folder, "other")[1] if harm == "another key" else world.signer
+    if harm == "a byte":
+        path = folder / "adapter_model.safetensors"
+        path.write_bytes(path.read_bytes()[:-1] + b"\x7f")
+    elif harm == "a file":
+        (folder / "chat_template.jinja").write_text("{{ messages }}")
+    elif harm == "no signature":
+        (folder / SIGNATURE).unlink()
+    if not harm:
+        first = world.build(world.plain, "one")
+        again = world.build(world.plain, "one", signed_by=[signer])  # what was kept was not verified
+        assert (again.number, again.recipe.signed_by) == (2, (signer,))
+        assert again.adapters["one"].digest == first.adapters["one"].digest
+        return
+    with pytest.raises(AdapterInvalid) as refused:
+        world.build(world.plain, "one", signed_by=[signer])
+    assert [finding.code for finding in refused.value.findings] == ["E_SIGNATURE"]
+    assert not list(world.plain.list(""))
+
+
+def test_what_comes_in_later_is_signed_too(world):
+    """Updates and pushes obey the deployment's signers, and a pushed signature is verified and left out."""
+    world.build(world.plain, signed_by=[world.signer])
+    context, two = world.context(world.plain), world.folder / "two"
+    add = Update(name="tiny", add={"two": Repository(source=SourceKind.LOCAL, repo=str(two))})
+    with pytest.raises(AdapterInvalid, match="E_SIGNATURE"):
+        update(add, context, Progress(["two"]))
+    signature = sign_folder(two, world.key)
+    for sent in (None, b"{}", signature):
+        with workshop(context, world.plain, Progress(["sent"])) as shop:
+            adapter = PushedAdapter("tiny", "sent", shop.work / "adapter-0", shop.space)
+            for path in two.iterdir():
+                adapter.write(path.name, path.read_bytes())
+            if sent is not None:
+                adapter.write(SIGNATURE, sent)
+            if sent is signature:
+                _, record = push(adapter, shop, None)
+                continue
+            with pytest.raises(AdapterInvalid, match="E_SIGNATURE"):
+                push(adapter, shop, None)
+    (two / SIGNATURE).write_bytes(signature)
+    generation = update(add, context, Progress(["two"])).generation
+    assert generation.adapters["two"].digest == record.digest == generation.adapters["sent"].digest
+
+
+def test_a_base_is_taken_only_as_it_was_signed(world):
+    """Its files are compared with what was signed, whatever the hub or the folder says of them."""
+    base = world.folder / "base"
+    with pytest.raises(SignatureInvalid, match="found none"):
+        world.build(world.plain, "one", base_signed_by=[world.signer])
+    (base / SIGNATURE).write_bytes(sign_folder(base, world.key))
+    assert world.build(world.plain, "one", base_signed_by=[world.signer]).number == 1
+    (base / "config.json").write_text((base / "config.json").read_text() + " ")
+    with pytest.raises(SignatureInvalid, match=r"config\.json \(changed\)"):
+        world.build(world.plain, "one", base_signed_by=[world.signer])
+
+
+def test_a_file_names_signers_by_files_beside_it(world):
+    """What is sent to a builder is the key itself, and comes back the same; what is no key is refused."""
+    path = world.folder / "deployment.yaml"
+    text = "build:\n  checkpoint_repository: {source: HF, repo: org/base}\n  signed_by: [%s]\n"
+    path.write_text(text % "key.pub, 'sigstore:https://issuer.example.com#me'")
+    deployment = load_deployment(path).deployment
+    assert deployment.build.signed_by == (world.signer, "sigstore:https://issuer.example.com#me")
+    assert deployment_from_message(deployment_to_message(deployment)) == deployment
+    for word in ("key.pem", "nowhere.pub", "sigstore:me"):
+        path.write_text(text % word)
+        with pytest.raises(DeploymentInvalid, match=r"build\.signed_by") as refused:
+            load_deployment(path)
+        assert "PRIVATE" not in str(refused.value)
