@@ -50,7 +50,7 @@ def first_column(table: str) -> set[str]:
             set(re.findall(r"`(\w+)`", section("`generations/<n>.json`:", "A `source` is"))),
         ),
         (Current, set(re.findall(r"`(\w+)`", section("`current.json`:", "## The npy files")))),
-        (BaseRecord, set(re.findall(r"`base` \(`{(\w+), (\w+)}`\)", PAGE)[0])),
+        (BaseRecord, set(re.findall(r"`base` \(`{([^}]*)}`\)", PAGE)[0].split(", "))),
         (Repository, set(re.findall(r"A `source` is `{([^}]*)}`", PAGE)[0].split(", "))),
     ],
 )
