@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig
+from transformers import LlamaConfig, PreTrainedConfig
 
 from builder_service.pipeline.build import build
 from builder_service.pipeline.context import BuildContext
@@ -19,6 +20,8 @@ from loramux_shared.deployment import Deployment
 from loramux_shared.faults import DeploymentInvalid
 from loramux_shared.sources.open import open_sources
 from loramux_shared.storage.memory import MemoryStore
+from tests.models.test_block_groups import GEMMA3
+from tests.models.test_state_snapshots import QWEN
 from tests.support.service import open_service
 from tests.support.tiny import (
     ADAPTERS,
@@ -85,7 +88,7 @@ def expected(world: World, requests: list[tuple[str, list[int]]]) -> list[list[i
 @pytest.mark.parametrize(
     ("settings", "preempts"),
     [
-        ({"native": True}, False),
+        ({"native": True, "speculative_tokens": 6}, False),
         ({"native": False, "max_batch_tokens": 16, "block_size": 8}, False),
         ({"block_size": 8, "kv_memory_gb": 120 * 2 * 2 * 2 * 8 * 4 / 1e9}, True),
     ],
@@ -178,3 +181,35 @@ def test_one_that_acts_on_a_part_is_not_merged(world: World) -> None:
             assert not store.objects
         else:
             assert build(deployment, context, Progress(["called"])).generation.merged is None
+
+
+@pytest.mark.sweep
+def test_the_kernels_for_gpus_answer_as_peft(
+    world: World, store: MemoryStore, requests: list[tuple[str, list[int]]], expected: list[list[int]]
+) -> None:
+    """In the interpreter, where their steps know no more of it than that a chunk is of no adapter."""
+    ready = world.load(store, backend="triton")
+    assert run_engine(ready, requests, 3) == [answer[:3] for answer in expected]
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("config", [GEMMA3, QWEN], ids=["windows", "states"])
+@pytest.mark.parametrize("native", [True, False], ids=["compiled", "torch"])
+def test_windows_and_states_change_no_token(tmp_path: Path, config: PreTrainedConfig, native: bool) -> None:
+    """Of bases whose layers see so far, or carry a state: a conversation that base and adapters go on with in
+    turns, in small chunks, from its beginning and from what is found of it."""
+    calls = {"called": CALLED, "asked": ASKED, "base": ()}
+    settings = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "o_proj", "gate_proj", "down_proj"]}
+    kinds = {name: settings | {"alora_invocation_tokens": list(calls[name])} for name in ("called", "asked")}
+    world, store = make_world_of(tmp_path, config, kinds), MemoryStore()
+    world.build(store)
+    models = {name: oracle(world.base, world.adapters.get(name)) for name in calls}
+    ready = world.load(store, native=native, max_batch_tokens=32)
+    said = _said(random.Random(9), 90)
+    for behind in (1, 17):
+        asked = [(name, [*said, *call, *said[:behind]]) for name, call in calls.items()]
+        answers = [oracle_tokens(models[name], prompt, NEW) for name, prompt in asked]
+        for _ in range(2):
+            assert run_engine(ready, asked, NEW) == answers
+        said = [*asked[-1][1], *answers[-1]]
+    assert ready.engine.stats.prefix_tokens_hit > ready.engine.stats.prefix_tokens_queried * 0.4
