@@ -15,7 +15,7 @@ from builder_service.domain.file_rules import CONFIG, WEIGHTS
 from builder_service.domain.full_tensors import BaseTensors, check_full_tensors, redundant_warning
 from builder_service.domain.grouping import LONGEST, Grouping
 from builder_service.domain.legal_rules import legal_findings
-from builder_service.domain.peft_names import ALL_LINEAR
+from builder_service.domain.own_rows import PlannedRows, plan_rows
 from builder_service.domain.safetensors_header import HeaderInvalid, TensorFile, TooManyTensors
 from builder_service.domain.sharded import read_weights
 from builder_service.domain.strict_json import shown
@@ -57,6 +57,7 @@ class CheckedAdapter:
     findings: tuple[Finding, ...]
     file: TensorFile | None = None
     rows: tuple[PlannedRow, ...] = ()
+    replaced: tuple[PlannedRows, ...] = ()
     base_model_name: str = ""
     base_model_revision: str = ""
     coverage: Coverage = field(default_factory=Coverage)
@@ -106,7 +107,7 @@ def check_adapter(
         return CheckedAdapter(parsed.findings)
     found = list(parsed.findings)
     # A config that says nothing lets every rule about the tensors alone speak too.
-    config = parsed.config or AdapterConfig(rank=None, alpha=1.0, target_modules=ALL_LINEAR)
+    config = parsed.config or AdapterConfig(rank=None, alpha=1.0)
     try:
         file = read_weights(folder, most_tensors(book.limits.base))
     except TooManyTensors as error:
@@ -132,24 +133,28 @@ def check_tensors(
     pairs, file = tensors.pairs, tensors.file
     config, unread = config.read(pair.key.name for pair in pairs)
     check_pairs(pairs, config, book.limits, report)
-    redundant = check_full_tensors(file, tensors.fulls, config.modules_to_save, book.base, report)
-    values = check_values(file, pairs, config, base, book.dtype, report, progress)
+    full = check_full_tensors(file, tensors.fulls, config.modules_to_save, base, book.base, report)
+    replaced = plan_rows(file, full.tables, tensors.tokens, pairs, config, base, report)
+    own = list(dict.fromkeys(planned.tensor for planned in replaced))
+    values = check_values(file, pairs, own, config, base, book.dtype, report, progress)
     found += [*unread, *report.findings()]
-    if not pairs and not any(_is_error(finding) for finding in found):
+    if not pairs and not replaced and not any(_is_error(finding) for finding in found):
         found.append(_nothing(config))
     if any(_is_error(finding) for finding in found):
         return CheckedAdapter(tuple(found), file)
-    found += [*values.warnings, *redundant_warning(redundant), *tower_warning(tensors.towers)]
+    used = {file.origin(tensor.name) for pair in pairs for tensor in (pair.a, pair.b)} | set(own)
+    found += [*values.warnings, *redundant_warning(full.redundant), *tower_warning(tensors.towers)]
     found += legal_findings(pairs, config, base)
     return CheckedAdapter(
         tuple(found),
         file,
         tuple(map(_planned, values.parts)),
+        tuple(replaced),
         config.base_model_name,
         config.base_model_revision,
         Coverage(
-            used=tuple(sorted({file.origin(tensor.name) for pair in pairs for tensor in (pair.a, pair.b)})),
-            redundant=tuple(sorted({*redundant, *tensors.towers})),
+            used=tuple(sorted(used)),
+            redundant=tuple(sorted({*full.redundant, *tensors.towers})),
         ),
         config.invocation_tokens,
     )
