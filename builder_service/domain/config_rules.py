@@ -40,9 +40,7 @@ def refusals(fields: dict[str, Any]) -> list[Finding]:
     if kind != "LORA":
         fix = "Only LoRA can be served beside a base. " + _MERGE
         return [_refused("E_NOT_LORA", "peft_type", "LORA", quoted(kind), fix)]
-    return [
-        finding for rule in (_methods, _activated, _initialisation, _task) for finding in rule(fields)
-    ]
+    return [finding for rule in (_methods, _activated, _initialisation, _task) for finding in rule(fields)]
 
 
 MLX_FIX: Final = (

@@ -25,8 +25,8 @@ from loramux_shared.wording import listed
 PIECE: Final = 1 << 20
 """Elements that are compared at once."""
 EMBED_FIX: Final = (
-    "Adapters share the base's embeddings and head: merge it (merge_and_unload), or train without "
-    "modules_to_save and added tokens."
+    "An adapter's embeddings and head have the base's tokens, one row each: merge it (merge_and_unload), or train "
+    "without added tokens."
 )
 
 

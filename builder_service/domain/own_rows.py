@@ -29,6 +29,8 @@ MAX_RUNS: Final = 4096
 """Of rows that differ; with more of them, all rows are kept."""
 BOTH: Final = (BY_NAME["embedding"], BY_NAME["head"])
 _INDICES: Final = "adapter_config.json: trainable_token_indices"
+_AGAIN: Final = "Save the adapter again, or correct trainable_token_indices."
+_ONCE: Final = "It is not clear what PEFT makes of both: merge it (merge_and_unload), or train one of them."
 PIECE: Final = 1 << 20
 """Elements that are compared at once."""
 
@@ -71,7 +73,7 @@ def plan_rows(
             planned = _of_tokens(each, module, config, base, report)
             if module in found or any(module in pair.key.modules for pair in pairs):
                 what = f"{module.hf} both as rows of tokens and otherwise"
-                report.add("E_EMBED", each.tensor.name, cause=module, expected="one", found=what, fix=EMBED_FIX)
+                report.add("E_EMBED", each.tensor.name, cause=module, expected="one", found=what, fix=_ONCE)
             elif planned is not None:
                 found[module] = planned
     _check_indices(tokens, config, base, report)
@@ -88,7 +90,7 @@ def _applied(
     if len({table.module for table in tied}) > 1 and not _are_same(file, tied):
         found = "two matrices that differ, of embeddings and head that are tied"
         names = ", ".join(table.full.tensor.name for table in tied)
-        report.add("E_EMBED", names, expected="one matrix for both", found=found, fix=EMBED_FIX)
+        report.add("E_EMBED", names, expected="one matrix for both", found=found, fix=_ONCE)
     found_apart = {table.module: table for table in apart}
     of_both = {module: table for table in tied for module in BOTH if module not in found_apart}
     return [(module, table) for module, table in (of_both | found_apart).items() if table.differs.any()]
@@ -135,7 +137,7 @@ def _of_tokens(
             each.tensor.name,
             expected=f"shape {list(shape)}, by trainable_token_indices",
             found=f"shape {list(each.tensor.shape)}",
-            fix="Save the adapter again, or correct trainable_token_indices.",
+            fix=_AGAIN,
         )
         return None
     order = np.argsort(np.array(indices, np.int64))
@@ -154,7 +156,7 @@ def _check_indices(
         shared = base.tied_embeddings and any(config.indices_of(key) == indices for key in there)
         if not shared and not any(is_end(name, key) for key in there):
             found = f"{name[:80]}, which has no rows in the file"
-            report.add("E_EMBED", _INDICES, cause=name, expected="unset", found=found, fix=EMBED_FIX)
+            report.add("E_EMBED", _INDICES, cause=name, expected="unset", found=found, fix=_AGAIN)
         beyond = sorted({index for index in indices if not 0 <= index < vocab})
         if beyond or len(set(indices)) < len(indices):
             found = f"{beyond[0]}" if beyond else "one twice"
@@ -167,7 +169,7 @@ def _check_whole(found: dict[Module, PlannedRows], pairs: list[Pair], report: Gr
     for pair in pairs:
         if pair.key.layer == NO_LAYER and pair.key.modules[0] in found:
             what = "lora_A and lora_B beside rows of its own"
-            report.add("E_EMBED", pair.place, expected="one of the two", found=what, fix=EMBED_FIX)
+            report.add("E_EMBED", pair.place, expected="one of the two", found=what, fix=_ONCE)
 
 
 def _replaced(module: Module, runs: Runs, features: int) -> Replaced:

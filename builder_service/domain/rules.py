@@ -29,6 +29,7 @@ from builder_service.domain.tensor_rules import (
 from builder_service.domain.value_rules import Part, check_values
 from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bundle.manifest import Coverage, FileDigest, ModuleRow
+from loramux_shared.bundle.modules import NO_LAYER
 from loramux_shared.deployment import Dtype
 from loramux_shared.faults import Finding
 from loramux_shared.wording import listed
@@ -63,6 +64,12 @@ class CheckedAdapter:
     coverage: Coverage = field(default_factory=Coverage)
     invocation_tokens: tuple[int, ...] = ()
     """From which on it acts; none: on everything."""
+
+    @property
+    def modules(self) -> frozenset[str]:
+        """Names of the modules that it changes."""
+        of_rows = [planned.row.module for planned in self.rows]
+        return frozenset([*of_rows, *(planned.replaced.module for planned in self.replaced)])
 
     @property
     def errors(self) -> tuple[Finding, ...]:
@@ -138,6 +145,8 @@ def check_tensors(
     own = list(dict.fromkeys(planned.tensor for planned in replaced))
     values = check_values(file, pairs, own, config, base, book.dtype, report, progress)
     found += [*unread, *report.findings()]
+    if config.invocation_tokens and (replaced or any(pair.key.layer == NO_LAYER for pair in pairs)):
+        found.append(_activated_vocabulary())
     if not pairs and not replaced and not any(_is_error(finding) for finding in found):
         found.append(_nothing(config))
     if any(_is_error(finding) for finding in found):
@@ -207,6 +216,13 @@ def _invocation_findings(config: AdapterConfig, base: ModelConfig) -> list[Findi
     expected = f"ids below {base.dims.vocab}, the base's vocabulary"
     where = f"{CONFIG}: {INVOCATION}"
     return [Finding(code="E_ALORA", where=where, expected=expected, found=listed(foreign, 5), fix=fix)]
+
+
+def _activated_vocabulary() -> Finding:
+    """PEFT has no activated form of embeddings, and saved matrices act before the invocation too."""
+    where, fix = f"{CONFIG}: {INVOCATION}", f"Train without them, or without {INVOCATION}."
+    found = "embeddings or a head of its own"
+    return Finding(code="E_ALORA", where=where, expected="layers' modules alone", found=found, fix=fix)
 
 
 def _family(architecture: str) -> str:

@@ -111,9 +111,8 @@ def _widened(base: Base) -> list[Finding]:
 
 
 def _files_bytes(checked: CheckedAdapter, dtype: Dtype) -> int:
-    modules = [planned.row.module for planned in checked.rows]
-    files = npy_files([*modules, *(planned.replaced.module for planned in checked.replaced)])
-    return bundle_bytes(checked, dtype) + len(files) * len(header_bytes(DESCR[dtype], (1, 1, 1)))
+    heads = len(npy_files(checked.modules)) * len(header_bytes(DESCR[dtype], (1, 1, 1)))
+    return bundle_bytes(checked, dtype) + heads
 
 
 class Checks:

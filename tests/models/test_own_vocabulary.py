@@ -1,4 +1,4 @@
-"""Adapters with embeddings and a head of their own, token for token against transformers and PEFT in float32."""
+"""Adapters with embeddings and a head of their own, token for token against PEFT in float32."""
 
 from __future__ import annotations
 

@@ -301,9 +301,13 @@ class AdapterRecord(Model):
     """Those of its manifest."""
     lineage: tuple[Descent, ...] = Field(default=(), exclude_if=lambda lineage: not lineage)
     """Where the adapter names another base than the deployment's: what a hub said of the two, if asked."""
-
     licence: str = Field(default="", exclude_if=lambda licence: not licence)
     """What its repository says of its licence."""
+
+    @property
+    def apart(self) -> str:
+        """Why it is never merged into the weights; empty: it may be."""
+        return apart(self.invocation_tokens, self.summary.modules if self.summary else ())
 
     def same_but_said(self, other: AdapterRecord) -> bool:
         """True when only what sources say of the same files and bases differs."""
@@ -363,10 +367,10 @@ class Generation(Record):
 
     @property
     def merged(self) -> str | None:
-        """The adapter that is merged into the weights at load, if one is: one that acts on everything."""
+        """The adapter that is merged into the weights at load, if one is."""
         if len(self.adapters) != 1 or self.serve_base or self.merge is Merge.NEVER:
             return None
-        return next((name for name, record in self.adapters.items() if not record.invocation_tokens), None)
+        return next((name for name, record in self.adapters.items() if not record.apart), None)
 
     def same_content(self, other: Generation) -> bool:
         """True when only number and time differ, and what sources say of files that are the same."""
@@ -396,12 +400,22 @@ def version_of(parts: Iterable[ModuleRow | Replaced], invocation: Sequence[int] 
     return 1 if not invocation and all(part.module_id in TENSORRT_LLM for part in parts) else 2
 
 
+VOCABULARY: Final = frozenset(BY_ID[number].name for number in OF_NO_LAYER)
+"""Names of modules that are in no layer."""
+
+
 def npy_files(modules: Iterable[str]) -> tuple[str, ...]:
     """Return the names of the npy files that a bundle of some modules has."""
-    of_none = {BY_ID[number].name for number in OF_NO_LAYER}
     names = frozenset(modules)
-    files = (WEIGHTS_FILE, CONFIG_FILE) if names - of_none else ()
-    return (*files, VOCABULARY_FILE) if names & of_none else files
+    files = (WEIGHTS_FILE, CONFIG_FILE) if names - VOCABULARY else ()
+    return (*files, VOCABULARY_FILE) if names & VOCABULARY else files
+
+
+def apart(invocation: Sequence[int], modules: Iterable[str]) -> str:
+    """Return why an adapter is never merged into the weights; empty: it may be."""
+    if invocation:
+        return "acts from its invocation tokens on"
+    return "" if VOCABULARY.isdisjoint(modules) else "has embeddings or a head of its own"
 
 
 def verify(data: bytes | bytearray | memoryview, sha256: str, what: str) -> None:

@@ -137,6 +137,8 @@ REFUSED = (
                lambda: plus("base_model.model.tower.embed_tokens.lora_embedding_A")),
     _one("LoRA of embeddings of each layer", "E_EMBED", f"{EMBED}_per_layer.lora_embedding_A"),
     _one("embeddings as a linear", "E_EMBED", f"{EMBED}.lora_A.weight"),
+    _of_none("embeddings that act from tokens on", "E_ALORA", (4, VOCAB), (HIDDEN, 4),
+             alora_invocation_tokens=[3]),
     _tokens("more rows than tokens", "E_EMBED", [3, 4], (3, HIDDEN)),
     _tokens("a token beyond the vocabulary", "E_EMBED", [3, VOCAB], (2, HIDDEN)),
     _tokens("a token twice", "E_EMBED", [3, 3], (2, HIDDEN)),
