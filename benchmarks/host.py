@@ -42,6 +42,7 @@ from inference_service.engine.graphs import Graph
 from inference_service.engine.plan import SchedulerLimits
 from inference_service.engine.residents import AlwaysResident
 from inference_service.kernels.sgmv import Segments
+from inference_service.lora.vocabulary import StepVocabulary, Vocabularies
 from loramux_shared.bases.attention import HeadCounts
 
 Kind = Literal["decode", "mixed", "starved", "crowded"]
@@ -102,7 +103,9 @@ class _Nothing:
 class _Runner(GraphRunner):
     """Launches nothing."""
 
-    def _compute(self, buffers: StepBuffers, segments: Segments | None) -> None:
+    def _compute(
+        self, buffers: StepBuffers, segments: Segments | None, own: StepVocabulary | None = None
+    ) -> None:
         pass
 
 
@@ -129,7 +132,7 @@ class Bench:
             ),
             new_cache=lambda _: None,
         )
-        lora: Any = SimpleNamespace(num_slots=point.loaded)
+        lora: Any = SimpleNamespace(num_slots=point.loaded, vocabularies=Vocabularies())
         runner = _Runner(model, lora, blocks, BLOCK_SIZE, limits, _Nothing())
         runner.capture()
         self._engine = Engine(runner, limits, BlockManager(blocks, BLOCK_SIZE), AlwaysResident())

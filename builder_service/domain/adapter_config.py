@@ -11,7 +11,6 @@ from typing import Any, Final
 from builder_service.domain.config_fields import PATTERNED, bad_config, bad_fields, unknown_fields
 from builder_service.domain.config_rules import INVOCATION, parameters_of_experts, refusals
 from builder_service.domain.patterns import BOUNDS, PatternsInvalid, Reading, read_names
-from builder_service.domain.peft_names import ALL_LINEAR
 from builder_service.domain.sandbox import TooCostly
 from builder_service.domain.strict_json import JsonInvalid, parse, shown
 from loramux_shared.faults import Finding
@@ -40,6 +39,9 @@ class AdapterConfig:
     """Parameters of experts, by ends of their names."""
     invocation_tokens: tuple[int, ...] = ()
     """From which on it acts; none: on everything."""
+    trainable_tokens: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """``trainable_token_indices``, by ends of names of modules."""
+    ensure_weight_tying: bool = False
     base_model_name: str = ""
     base_model_revision: str = ""
     base_model_class: str = ""
@@ -63,6 +65,11 @@ class AdapterConfig:
         """Return alpha/r, or alpha/sqrt(r) with rsLoRA, with the module's own alpha and its own rank."""
         return self.alphas_of(module)[0] / (math.sqrt(rank) if self.use_rslora else rank)
 
+    def indices_of(self, module: str) -> tuple[int, ...]:
+        """Return the tokens that rows of a module of the base are trained of, in the order of the rows."""
+        found = (indices for name, indices in self.trainable_tokens.items() if is_end(name, module))
+        return next(found, ())
+
     def left_out_by(self, module: str) -> str:
         """Return the field for which PEFT does not adapt a module of the base; empty where it does."""
         return self._reading(module).left_out
@@ -84,7 +91,7 @@ class AdapterConfig:
             given = [name for name in PATTERNED if fields[name]]
             limit = f"patterns that match {len(names)} names within {BOUNDS}"
             found = [bad_config(", ".join(given), limit, f"patterns that take {error}")]
-        plain = replace(self, rank=None, rank_pattern={}, alpha_pattern={}, target_modules=ALL_LINEAR)
+        plain = replace(self, rank=None, rank_pattern={}, alpha_pattern={}, target_modules=None)
         return replace(plain, exclude_modules=(), layers_to_transform=(), modules_to_save=()), found
 
     def _choosing(self) -> dict[str, Any]:
@@ -158,6 +165,8 @@ def _config(fields: dict[str, Any]) -> AdapterConfig:
         modules_to_save=tuple(fields.get("modules_to_save") or ()),
         target_parameters=parameters_of_experts(fields.get("target_parameters")),
         invocation_tokens=_tokens(fields.get(INVOCATION)),
+        trainable_tokens=_trainable_tokens(fields.get("trainable_token_indices") or {}),
+        ensure_weight_tying=fields.get("ensure_weight_tying") is True,
         base_model_name=fields.get("base_model_name_or_path") or "",
         base_model_revision=fields.get("revision") or "",
         base_model_class=str(mapping.get("base_model_class") or "") if isinstance(mapping, dict) else "",
@@ -167,6 +176,16 @@ def _config(fields: dict[str, Any]) -> AdapterConfig:
 def _tokens(value: Any) -> tuple[int, ...]:
     """What is no list of ids was refused."""
     return tuple(token for token in value if type(token) is int) if isinstance(value, list) else ()
+
+
+def _trainable_tokens(value: dict[str, list[int]] | list[int]) -> dict[str, tuple[int, ...]]:
+    named = value if isinstance(value, dict) else {"embed_tokens": value}
+    return {name: tuple(indices) for name, indices in named.items()}
+
+
+def is_end(end: str, name: str) -> bool:
+    """True where a name of the config means a module of the base."""
+    return f".{name}".endswith(f".{end}")
 
 
 def _or(value: Any, default: Any) -> Any:

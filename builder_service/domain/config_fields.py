@@ -16,12 +16,14 @@ MAX_NAME: Final = 4096
 """Characters."""
 MAX_SAVED: Final = 64
 """Modules that are saved whole: embeddings, a head, norms."""
+MAX_TOKENS: Final = 1 << 16
+"""Whose rows are trained by themselves."""
 PATTERNED: Final = (
     "rank_pattern", "alpha_pattern", "target_modules", "exclude_modules", "modules_to_save", "layers_pattern",
 )  # fmt: skip
 """Fields in which PEFT reads regular expressions."""
 _IGNORED: Final = frozenset({
-    "auto_mapping", "corda_config", "ensure_weight_tying", "eva_config", "fan_in_fan_out",
+    "auto_mapping", "corda_config", "eva_config", "fan_in_fan_out",
     "inference_mode", "loftq_config", "lora_dropout",
     "lora_ga_config", "megatron_config", "megatron_core", "peft_version", "qalora_group_size",
     "runtime_config", "velora_config",
@@ -30,8 +32,8 @@ _IGNORED: Final = frozenset({
 """They say how it was trained."""
 _USED: Final = frozenset({
     "alora_invocation_tokens", "alpha_pattern", "arrow_config", "base_model_name_or_path", "bdlora_config",
-    "bias", "exclude_modules", "init_lora_weights", "kasa_config", "layer_replication", "layers_pattern",
-    "layers_to_transform", "lora_alpha", "lora_bias",
+    "bias", "ensure_weight_tying", "exclude_modules", "init_lora_weights", "kasa_config", "layer_replication",
+    "layers_pattern", "layers_to_transform", "lora_alpha", "lora_bias",
     "modules_to_save", "monteclora_config", "peft_type", "qalora_config", "r", "rank_pattern", "revision",
     "target_modules", "target_parameters", "task_type", "trainable_token_indices", "use_bdlora", "use_dora",
     "use_qalora", "use_rslora",
@@ -50,6 +52,7 @@ def bad_fields(fields: dict[str, Any]) -> list[Finding]:
         ("target_modules", _is_names_or_pattern, "a list of names or a pattern"),
         ("exclude_modules", _is_names_or_pattern, "a list of names or a pattern"),
         ("modules_to_save", _is_few_names, f"a list of at most {MAX_SAVED} names"),
+        ("trainable_token_indices", _is_tokens, "a list of token ids, or one for each of some modules"),
         ("layers_to_transform", _is_layers, "a layer or a list of layers"),
         ("layers_pattern", _is_names_or_pattern, "a pattern or a list of patterns"),
         ("base_model_name_or_path", _is_name, f"a name of at most {MAX_NAME} characters"),
@@ -145,6 +148,14 @@ def _is_names(value: Any) -> bool:
 
 def _is_names_or_pattern(value: Any) -> bool:
     return isinstance(value, str) or _is_names(value)
+
+
+def _is_tokens(value: Any) -> bool:
+    lists = list(value.values()) if isinstance(value, dict) else [value]
+    return len(lists) <= MAX_SAVED and all(
+        isinstance(each, list) and len(each) <= MAX_TOKENS and all(type(index) is int for index in each)
+        for each in lists
+    )
 
 
 def _is_layers(value: Any) -> bool:

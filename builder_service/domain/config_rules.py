@@ -40,11 +40,7 @@ def refusals(fields: dict[str, Any]) -> list[Finding]:
     if kind != "LORA":
         fix = "Only LoRA can be served beside a base. " + _MERGE
         return [_refused("E_NOT_LORA", "peft_type", "LORA", quoted(kind), fix)]
-    return [
-        finding
-        for rule in (_methods, _activated, _embeddings, _initialisation, _task)
-        for finding in rule(fields)
-    ]
+    return [finding for rule in (_methods, _activated, _initialisation, _task) for finding in rule(fields)]
 
 
 MLX_FIX: Final = (
@@ -107,13 +103,6 @@ def _target_parameters(parameters: Any) -> Finding:
         modules = sorted({name.removesuffix(".weight").rpartition(".")[2] for name in names})
         fix = f"Train with target_modules {shown(', '.join(modules))} instead. Or: {_MERGE}"
     return _refused("E_TARGET_PARAMS", "target_parameters", expected, shown(parameters), fix)
-
-
-def _embeddings(fields: dict[str, Any]) -> list[Finding]:
-    """``modules_to_save`` is judged by its tensors: copies of the base's own do no harm."""
-    value = fields.get("trainable_token_indices")
-    fix = "Adapters share the base's embeddings: merge it, or train without tokens of its own."
-    return [_refused("E_EMBED", "trainable_token_indices", "unset", shown(value), fix)] if value else []
 
 
 def _initialisation(fields: dict[str, Any]) -> list[Finding]:

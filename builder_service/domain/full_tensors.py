@@ -1,11 +1,13 @@
-"""Whole matrices that an adapter carries: copies of the base's own are left out, anything else is refused.
+"""Whole matrices that an adapter carries: copies of the base's own are left out.
 
 PEFT saves them for ``modules_to_save``, for embeddings that are targeted, and when the vocabulary was resized.
-Adapters of one base share its embeddings and its head, so only what changes nothing can be accepted.
+Of embeddings and head an adapter may have rows of its own; of anything else only what changes nothing can be
+accepted.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -14,17 +16,18 @@ import numpy as np
 from builder_service.domain.grouping import Grouping
 from builder_service.domain.safetensors_header import READABLE, Tensor, TensorFile
 from builder_service.domain.tensor_names import FullKey, is_embedding
+from loramux_shared.bases.config import ModelConfig
+from loramux_shared.bundle.modules import Module
+from loramux_shared.bundle.npy import Array
 from loramux_shared.faults import Finding
 from loramux_shared.wording import listed
 
 PIECE: Final = 1 << 20
 """Elements that are compared at once."""
 EMBED_FIX: Final = (
-    "Adapters share the base's embeddings and head: merge it (merge_and_unload), or train without "
-    "modules_to_save and added tokens."
+    "An adapter's embeddings and head have the base's tokens, one row each: merge it (merge_and_unload), or train "
+    "without added tokens."
 )
-_TIED: Final = {"lm_head": "model.embed_tokens"}
-"""Where the base has no head of its own, its embeddings are the head."""
 
 
 class BaseTensors(Protocol):
@@ -43,31 +46,58 @@ class FullTensor:
     tensor: Tensor
 
 
+@dataclass(frozen=True)
+class OwnTable:
+    """Embeddings or a head that an adapter has in the place of the base's."""
+
+    full: FullTensor
+    module: Module
+    saved: bool
+    """Whether the config names it; else the file has it because the base's were saved with the adapter."""
+    differs: Array
+    """[vocab]: which rows are other ones than the base's."""
+
+
+@dataclass(frozen=True)
+class FullTensors:
+    """What was found in the whole matrices of an adapter; every other one was reported."""
+
+    redundant: tuple[str, ...]
+    """Keys of those that equal the base's, sorted."""
+    tables: list[OwnTable]
+    """Also those that equal the base's."""
+
+
 def check_full_tensors(
     file: TensorFile,
     fulls: list[FullTensor],
     saved: tuple[str, ...],
+    model: ModelConfig,
     base: BaseTensors | None,
     report: Grouping,
-) -> tuple[str, ...]:
-    """Return the keys of those that equal the base's; report the others, and saved modules without tensors."""
-    redundant = []
+) -> FullTensors:
+    """Compare whole matrices with the base's; report those that differ and are not served, and missing ones."""
+    redundant, tables = [], []
     for full in fulls:
-        problem = _difference(file, full, base)
+        problem, differs = _compare(file, full, model, base)
+        named = any(_is_of(full.key.name, module) for module in saved)
+        module = None if full.key.of_base else full.key.module
+        if differs is not None and module is not None:
+            tables.append(OwnTable(full, module, named, differs))
         if not problem:
             redundant.append(full.tensor.name)
-            continue
-        code = "E_EMBED" if any(_is_of(full.key.name, module) for module in saved) else full.key.code
-        fix = EMBED_FIX if is_embedding(full.key.name) else _saved_fix(full.key.name)
-        expected = f"the base's own {full.key.name}.weight, or none"
-        report.add(code, full.tensor.name, cause=problem, expected=expected, found=problem, fix=fix)
-    for module in saved:
-        if not any(_is_of(full.key.name, module) for full in fulls):
+        elif differs is None or module is None:
+            code = "E_EMBED" if named else full.key.code
+            fix = EMBED_FIX if is_embedding(full.key.name) else _saved_fix(full.key.name)
+            expected = f"the base's own {full.key.name}.weight, or none"
+            report.add(code, full.tensor.name, cause=problem, expected=expected, found=problem, fix=fix)
+    for name in saved:
+        if not any(_is_of(full.key.name, name) for full in fulls):
             place = "adapter_config.json: modules_to_save"
-            fix = EMBED_FIX if is_embedding(module) else _saved_fix(module)
-            found = f"{module}, which has no tensors in the file"
-            report.add("E_EMBED", place, cause=module, expected="unset", found=found, fix=fix)
-    return tuple(sorted(redundant))
+            fix = EMBED_FIX if is_embedding(name) else _saved_fix(name)
+            found = f"{name}, which has no tensors in the file"
+            report.add("E_EMBED", place, cause=name, expected="unset", found=found, fix=fix)
+    return FullTensors(tuple(sorted(redundant)), tables)
 
 
 def _saved_fix(name: str) -> str:
@@ -85,29 +115,49 @@ def redundant_warning(redundant: tuple[str, ...]) -> list[Finding]:
     return [Finding(code="W_REDUNDANT_EMBED", where=where, found="equal to the base's own, left out", fix=fix)]
 
 
-def _difference(file: TensorFile, full: FullTensor, base: BaseTensors | None) -> str:
-    """Return how a matrix differs from the base's; empty where every value is the same."""
+def _compare(
+    file: TensorFile, full: FullTensor, model: ModelConfig, base: BaseTensors | None
+) -> tuple[str, Array | None]:
+    """Return how a matrix differs from the base's, and in which rows; empty where every value is the same.
+
+    Without rows it cannot be compared.
+    """
     if base is None:
-        return "a whole matrix, and no base to compare it with"
-    name = f"{full.key.name}.weight"
-    found = base.find(name)
-    if found is None and full.key.name in _TIED:
-        name = f"{_TIED[full.key.name]}.weight"
-        found = base.find(name)
+        return "a whole matrix, and no base to compare it with", None
+    name, found = next(
+        ((name, found) for name in _names(full.key, model) if (found := base.find(name)) is not None),
+        ("", None),
+    )
     if found is None:
-        return "a whole matrix that the base does not have"
+        return "a whole matrix that the base does not have", None
     theirs, ours = found.tensors[name], full.tensor
     if ours.shape != theirs.shape:
-        return f"shape {list(ours.shape)}, the base has {list(theirs.shape)}"
+        return f"shape {list(ours.shape)}, the base has {list(theirs.shape)}", None
     if ours.dtype not in READABLE or theirs.dtype not in READABLE:
-        return f"{ours.dtype}, the base has {theirs.dtype}"
-    pieces = zip(file.pieces(ours.name, PIECE), found.pieces(name, PIECE), strict=True)
-    # float32 holds every value of the readable types; comparing bits tells 0 from -0, and a NaN equals itself.
-    same = all(
-        np.array_equal(a.astype(np.float32).view(np.uint32), b.astype(np.float32).view(np.uint32))
-        for a, b in pieces
-    )
-    return "" if same else "a whole matrix that differs from the base's"
+        return f"{ours.dtype}, the base has {theirs.dtype}", None
+    width = max(1, math.prod(ours.shape[1:]))
+    step = max(1, PIECE // width) * width
+    pieces = zip(file.pieces(ours.name, step), found.pieces(name, step), strict=True)
+    differs = np.concatenate([_differs(a, b, width) for a, b in pieces]) if ours.size else np.zeros(0, bool)
+    return "a whole matrix that differs from the base's" if differs.any() else "", differs
+
+
+def _names(key: FullKey, model: ModelConfig) -> list[str]:
+    """Return what the base may call a tensor: adapters have names of the model, checkpoints older ones."""
+    names, embeddings = [key.name], [f"{prefix}{model.names.embedding}" for prefix in model.names.prefixes]
+    if key.module is not None:
+        names += [*model.names.heads, *embeddings] if key.module.name == "head" else embeddings
+    return [f"{name}.weight" for name in dict.fromkeys(names)]
+
+
+def _differs(ours: Array, theirs: Array, width: int) -> Array:
+    """Return which rows differ in a bit of a value: that tells 0 from -0, and a NaN equals itself.
+
+    float32 holds every value of the readable types.
+    """
+    a, b = (values.astype(np.float32).view(np.uint32).reshape(-1, width) for values in (ours, theirs))
+    found: Array = (a != b).any(axis=1)
+    return found
 
 
 def _is_of(name: str, module: str) -> bool:

@@ -59,6 +59,10 @@ class _Compiled:
             return _NOTHING
 
 
+_EMBEDDING: Final = re.compile(r"(?:.*\.)?(?:embed_tokens|lm_head)")
+"""What is no linear to PEFT, or the one for which it makes an exception."""
+
+
 def _left_out(question: Mapping[str, Any], compiled: _Compiled) -> Callable[[str], str]:
     """Return PEFT's ``check_target_module_exists``, step by step, for the field that says no."""
     excludes = _chooser("exclude_modules", question["exclude_modules"] or [], compiled)
@@ -70,6 +74,7 @@ def _left_out(question: Mapping[str, Any], compiled: _Compiled) -> Callable[[str
     everything = targets is None or (isinstance(targets, str) and targets.lower() == ALL_LINEAR)
     chooses = (lambda _: True) if everything else _chooser("target_modules", targets, compiled)
     in_layers = _layers(question, compiled)
+    linear = isinstance(targets, str) and targets.lower() == ALL_LINEAR
     whole = frozenset(targets) if isinstance(targets, list) else frozenset()
 
     def field(name: str) -> str:
@@ -77,7 +82,7 @@ def _left_out(question: Mapping[str, Any], compiled: _Compiled) -> Callable[[str
             return "exclude_modules"
         if any(test(name) for test in saved):
             return "modules_to_save"
-        if not chooses(name):
+        if not chooses(name) or (linear and _EMBEDDING.fullmatch(name)):
             return "target_modules"
         # PEFT asks for the layer where a name of the list is the end of the module's, and not all of it.
         asks = not isinstance(targets, str) and name not in whole

@@ -15,7 +15,7 @@ from builder_service.domain.file_rules import CONFIG, WEIGHTS
 from builder_service.domain.full_tensors import BaseTensors, check_full_tensors, redundant_warning
 from builder_service.domain.grouping import LONGEST, Grouping
 from builder_service.domain.legal_rules import legal_findings
-from builder_service.domain.peft_names import ALL_LINEAR
+from builder_service.domain.own_rows import PlannedRows, plan_rows
 from builder_service.domain.safetensors_header import HeaderInvalid, TensorFile, TooManyTensors
 from builder_service.domain.sharded import read_weights
 from builder_service.domain.strict_json import shown
@@ -29,6 +29,7 @@ from builder_service.domain.tensor_rules import (
 from builder_service.domain.value_rules import Part, check_values
 from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bundle.manifest import Coverage, FileDigest, ModuleRow
+from loramux_shared.bundle.modules import NO_LAYER
 from loramux_shared.deployment import Dtype
 from loramux_shared.faults import Finding
 from loramux_shared.wording import listed
@@ -57,11 +58,18 @@ class CheckedAdapter:
     findings: tuple[Finding, ...]
     file: TensorFile | None = None
     rows: tuple[PlannedRow, ...] = ()
+    replaced: tuple[PlannedRows, ...] = ()
     base_model_name: str = ""
     base_model_revision: str = ""
     coverage: Coverage = field(default_factory=Coverage)
     invocation_tokens: tuple[int, ...] = ()
     """From which on it acts; none: on everything."""
+
+    @property
+    def modules(self) -> frozenset[str]:
+        """Names of the modules that it changes."""
+        of_rows = [planned.row.module for planned in self.rows]
+        return frozenset([*of_rows, *(planned.replaced.module for planned in self.replaced)])
 
     @property
     def errors(self) -> tuple[Finding, ...]:
@@ -106,7 +114,7 @@ def check_adapter(
         return CheckedAdapter(parsed.findings)
     found = list(parsed.findings)
     # A config that says nothing lets every rule about the tensors alone speak too.
-    config = parsed.config or AdapterConfig(rank=None, alpha=1.0, target_modules=ALL_LINEAR)
+    config = parsed.config or AdapterConfig(rank=None, alpha=1.0)
     try:
         file = read_weights(folder, most_tensors(book.limits.base))
     except TooManyTensors as error:
@@ -132,24 +140,30 @@ def check_tensors(
     pairs, file = tensors.pairs, tensors.file
     config, unread = config.read(pair.key.name for pair in pairs)
     check_pairs(pairs, config, book.limits, report)
-    redundant = check_full_tensors(file, tensors.fulls, config.modules_to_save, book.base, report)
-    values = check_values(file, pairs, config, base, book.dtype, report, progress)
+    full = check_full_tensors(file, tensors.fulls, config.modules_to_save, base, book.base, report)
+    replaced = plan_rows(file, full.tables, tensors.tokens, pairs, config, base, report)
+    own = list(dict.fromkeys(planned.tensor for planned in replaced))
+    values = check_values(file, pairs, own, config, base, book.dtype, report, progress)
     found += [*unread, *report.findings()]
-    if not pairs and not any(_is_error(finding) for finding in found):
+    if config.invocation_tokens and (replaced or any(pair.key.layer == NO_LAYER for pair in pairs)):
+        found.append(_activated_vocabulary())
+    if not pairs and not replaced and not any(_is_error(finding) for finding in found):
         found.append(_nothing(config))
     if any(_is_error(finding) for finding in found):
         return CheckedAdapter(tuple(found), file)
-    found += [*values.warnings, *redundant_warning(redundant), *tower_warning(tensors.towers)]
+    used = {file.origin(tensor.name) for pair in pairs for tensor in (pair.a, pair.b)} | set(own)
+    found += [*values.warnings, *redundant_warning(full.redundant), *tower_warning(tensors.towers)]
     found += legal_findings(pairs, config, base)
     return CheckedAdapter(
         tuple(found),
         file,
         tuple(map(_planned, values.parts)),
+        tuple(replaced),
         config.base_model_name,
         config.base_model_revision,
         Coverage(
-            used=tuple(sorted({file.origin(tensor.name) for pair in pairs for tensor in (pair.a, pair.b)})),
-            redundant=tuple(sorted({*redundant, *tensors.towers})),
+            used=tuple(sorted(used)),
+            redundant=tuple(sorted({*full.redundant, *tensors.towers})),
         ),
         config.invocation_tokens,
     )
@@ -202,6 +216,13 @@ def _invocation_findings(config: AdapterConfig, base: ModelConfig) -> list[Findi
     expected = f"ids below {base.dims.vocab}, the base's vocabulary"
     where = f"{CONFIG}: {INVOCATION}"
     return [Finding(code="E_ALORA", where=where, expected=expected, found=listed(foreign, 5), fix=fix)]
+
+
+def _activated_vocabulary() -> Finding:
+    """PEFT has no activated form of embeddings, and saved matrices act before the invocation too."""
+    where, fix = f"{CONFIG}: {INVOCATION}", f"Train without them, or without {INVOCATION}."
+    found = "embeddings or a head of its own"
+    return Finding(code="E_ALORA", where=where, expected="layers' modules alone", found=found, fix=fix)
 
 
 def _family(architecture: str) -> str:

@@ -13,7 +13,9 @@ from loramux_shared.bundle.modules import (
     EXPERTS,
     FUSED_OF_EXPERTS,
     FUSED_PATHS,
+    NO_LAYER,
     OF_EXPERTS,
+    OF_NO_LAYER,
     Module,
     shown,
 )
@@ -30,11 +32,15 @@ _DECODERS: Final = (
     "model.language_model.model.",
     "",
 )
+_ROOTS: Final = (*_DECODERS, "language_model.")
+"""What has the embeddings or the head of the text decoder."""
 MAX_KEY: Final = 512
 """Characters; what is longer is no name of a module."""
 _KEPT: Final = 8192
 """Keys that are parsed once for all adapters, which mostly have the same; 80 layers have 1120."""
 _LORA: Final = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(?:\.(?P<infix>[^.]+))?\.weight")
+_LORA_EMBEDDING: Final = re.compile(r"(?P<module>.+)\.lora_embedding_(?P<side>[AB])(?:\.(?P<infix>[^.]+))?")
+_OF_NO_LAYER: Final = re.compile(r"(?P<decoder>(?:[^.]+\.)*?)(?P<path>embed_tokens|lm_head)")
 _PLACE: Final = re.compile(
     r"(?P<decoder>(?:[^.]+\.)*?)layers\.(?P<layer>[0-9]{1,6})\.(?P<path>[^.]+(?:\.[^.]+)*)"
 )
@@ -43,8 +49,9 @@ _TOWER: Final = re.compile(
 )
 # A whole matrix of the base, as PEFT saves it or as a raw state dict names it.
 _FULL: Final = re.compile(
-    r"(?P<name>.+?)(?:\.modules_to_save(?:\.[^.]+)?|\.original_module|\.base_layer)?\.weight"
+    r"(?P<name>.+?)(?:\.modules_to_save(?:\.[^.]+)?|(?P<base>\.original_module|\.base_layer))?\.weight"
 )
+_TOKENS: Final = re.compile(r"(?P<name>.+?)(?:\.token_adapter)?\.trainable_tokens_delta(?:\.(?P<infix>[^.]+))?")
 _EMBEDDING: Final = re.compile(
     r"(^|\.)(embed_tokens|lm_head|unembed_tokens|wte|embed_out|word_embeddings)(\.|$)"
 )
@@ -58,7 +65,7 @@ _KNOWN_REFUSALS: Final = tuple(
         ("E_CONTAINER", "mistral-finetune", r"\.(attention\.w[qkvo]|feed_forward\.w[123])\."),
         ("E_CONTAINER", "NeMo", r"\.(adapter_layer\.|lora_\w+_adapter\.|linear_(in|out)\.weight$)"),
         ("E_CONTAINER", "diffusers or kohya", r"\.lora(\.|_)(up|down)\.weight$|^lora_(unet|te\d?)_"),
-        ("E_EMBED", "", r"lora_embedding_|trainable_tokens"),
+        ("E_EMBED", "", r"trainable_tokens_original"),
         ("E_MODULE", "per_layer_model_projection", r"\.per_layer_model_projection\."),
         ("E_DORA", "", r"lora_magnitude_vector|weight_m_wdecomp"),
         ("E_BIAS", "", r"\.bias$"),
@@ -105,6 +112,8 @@ class LoraKey:
     @property
     def place(self) -> str:
         """The module in words."""
+        if self.layer == NO_LAYER:
+            return self.path
         if self.expert is None:
             return f"layer {self.layer} {self.leaf}"
         return f"layer {self.layer} expert {self.expert} {self.path.rpartition('.')[2]}"
@@ -123,6 +132,23 @@ class FullKey:
     """The base's tensor."""
     code: str
     """What it is refused with."""
+    of_base: bool = False
+    """Whether the key says that it is what the base has, from before the adapter."""
+
+    @property
+    def module(self) -> Module | None:
+        """Embeddings or head, where it is one of them."""
+        return _module_of(self.name)
+
+
+@dataclass(frozen=True)
+class TokensKey:
+    """Rows of embeddings or a head that are trained by themselves, in the order of the config's indices."""
+
+    name: str
+    """The module's name in the base."""
+    module: Module
+    infix: str
 
 
 @dataclass(frozen=True)
@@ -142,7 +168,7 @@ class RefusedKey:
     """What keys of the same cause have in common, for one finding about all of them."""
 
 
-ParsedKey: TypeAlias = LoraKey | FullKey | TowerKey | RefusedKey
+ParsedKey: TypeAlias = LoraKey | FullKey | TokensKey | TowerKey | RefusedKey
 
 
 def parse_key(key: str, fused: Set[str] = frozenset(), *, experts: bool = False) -> ParsedKey:
@@ -159,15 +185,19 @@ def _parse(key: str, fused: frozenset[str], experts: bool) -> ParsedKey:
         return RefusedKey("E_MOE", "")
     plain = ".".join(part for part in key.split(".") if part not in _WRAPPERS).removeprefix("module.")
     name = plain.removeprefix(_ROOT)
-    if match := _LORA.fullmatch(name):
-        if is_embedding(match["module"]):
+    if match := _LORA.fullmatch(name) or _LORA_EMBEDDING.fullmatch(name):
+        of_no_layer = is_embedding(match["module"])
+        if match.re is _LORA_EMBEDDING and not of_no_layer:
             return RefusedKey("E_EMBED", "")
         if plain != name:
-            return _lora_key(match, fused)
+            return _embedding_key(match) if of_no_layer else _lora_key(match, fused)
     elif full := _FULL.fullmatch(name):
         saved = "modules_to_save" in name or is_embedding(name)
         code = "E_EMBED" if saved else "E_UNKNOWN_KEY"
-        return FullKey(full["name"], code) if plain != name else RefusedKey(code, "")
+        return FullKey(full["name"], code, full["base"] is not None) if plain != name else RefusedKey(code, "")
+    elif tokens := _TOKENS.fullmatch(name):
+        module = _module_of(tokens["name"]) if plain != name else None
+        return TokensKey(tokens["name"], module, tokens["infix"] or "") if module else RefusedKey("E_EMBED", "")
     return RefusedKey("E_UNKNOWN_KEY", "")
 
 
@@ -207,10 +237,28 @@ def _lora_key(match: re.Match[str], fused: Set[str]) -> LoraKey | TowerKey | Ref
     return LoraKey(int(place["layer"]), path, side, match["module"], match["infix"] or "", expert)
 
 
+def _module_of(name: str) -> Module | None:
+    """Return embeddings or head by their name in the base; None for any other module."""
+    place = _OF_NO_LAYER.fullmatch(name)
+    return BY_PATH[place["path"]] if place and place["decoder"] in _ROOTS else None
+
+
+def _embedding_key(match: re.Match[str]) -> LoraKey | RefusedKey:
+    """Return the key of embeddings or head, each of which PEFT gives names of its own."""
+    place = _OF_NO_LAYER.fullmatch(match["module"])
+    expected = _LORA_EMBEDDING if place is not None and place["path"] == "embed_tokens" else _LORA
+    if place is None or match.re is not expected:
+        return RefusedKey("E_EMBED", "")
+    if place["decoder"] not in _ROOTS:
+        return RefusedKey("E_PREFIX", place["decoder"].rstrip("."))
+    side: Literal["A", "B"] = "A" if match["side"] == "A" else "B"
+    return LoraKey(NO_LAYER, place["path"], side, match["module"], match["infix"] or "")
+
+
 def _is_known(path: str, expert: int | None, fused: Set[str]) -> bool:
     """Whether there is such a module of a layer, or of an expert, or a wrapper of all experts' parameters."""
     if path in (EXPERTS, INNER) or (path in BY_PATH and BY_PATH[path].id in OF_EXPERTS):
         return (path in BY_PATH) is (expert is not None)
-    if expert is not None:
+    if expert is not None or (path in BY_PATH and BY_PATH[path].id in OF_NO_LAYER):
         return False
     return path in BY_PATH or (path in FUSED_PATHS and path.rpartition(".")[2] in fused)

@@ -9,6 +9,7 @@ from typing import Final, Literal
 from builder_service.domain.adapter_config import AdapterConfig
 from builder_service.domain.full_tensors import EMBED_FIX, FullTensor
 from builder_service.domain.grouping import SHOWN, Grouping
+from builder_service.domain.own_rows import TokenTensor
 from builder_service.domain.pairs import Pair
 from builder_service.domain.safetensors_header import READABLE, Tensor, TensorFile
 from builder_service.domain.stack_rules import MERGE, unstacked
@@ -16,6 +17,7 @@ from builder_service.domain.tensor_names import (
     FullKey,
     LoraKey,
     RefusedKey,
+    TokensKey,
     TowerKey,
     nearest_key,
     parse_key,
@@ -24,7 +26,7 @@ from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bases.families import load_families
 from loramux_shared.bases.groups import GroupShape
 from loramux_shared.bases.layers import ExpertsLayer
-from loramux_shared.bundle.modules import BY_NAME
+from loramux_shared.bundle.modules import BY_NAME, NO_LAYER
 from loramux_shared.faults import Finding
 from loramux_shared.wording import listed
 
@@ -72,6 +74,7 @@ class Sorted:
     fulls: list[FullTensor]
     towers: tuple[str, ...]
     """Keys of what no text passes."""
+    tokens: list[TokenTensor]
     file: TensorFile
     """To read them from."""
 
@@ -85,7 +88,7 @@ def sort_tensors(
     """
     sides: dict[tuple[int, str, int | None], list[tuple[LoraKey, Tensor]]] = defaultdict(list)
     infixes: dict[str, str] = {}
-    fulls, towers = [], []
+    fulls, tokens, towers = [], [], []
     has_towers = load_families()[base.architecture][0].nested
     experts = any(isinstance(layer.mlp, ExpertsLayer) for layer in base.layers)
     for name, tensor in file.tensors.items():
@@ -99,6 +102,10 @@ def sort_tensors(
                 towers.append(name)
             case FullKey():
                 fulls.append(FullTensor(parsed, tensor))
+            case TokensKey():
+                _check_storage(tensor, report)
+                infixes.setdefault(parsed.infix, name)
+                tokens.append(TokenTensor(parsed, tensor))
             case LoraKey():
                 _check_storage(tensor, report)
                 infixes.setdefault(parsed.infix, name)
@@ -116,13 +123,14 @@ def sort_tensors(
     file, pairs = unstacked(file, found, base, parameters, report)
     pairs.sort(key=lambda pair: pair.order)
     _once_each(pairs, report)
-    return Sorted(pairs, fulls, tuple(sorted(towers)), file)
+    return Sorted(pairs, fulls, tuple(sorted(towers)), tokens, file)
 
 
 def check_pairs(pairs: list[Pair], config: AdapterConfig, limits: AdapterLimits, report: Grouping) -> None:
     """Report every pair that does not fit itself, the config, the base or the deployment."""
     for pair in pairs:
-        _check_targets(pair, config, report)
+        if not _is_tied(pair, pairs, config, limits.base):
+            _check_targets(pair, config, report)
         if 0 in pair.a.shape or 0 in pair.b.shape:
             continue  # reported as E_EMPTY_WEIGHTS
         if len(pair.a.shape) != 2 or len(pair.b.shape) != 2 or pair.a.shape[0] != pair.b.shape[1]:
@@ -223,6 +231,14 @@ def _check_targets(pair: Pair, config: AdapterConfig, report: Grouping) -> None:
         )
 
 
+def _is_tied(pair: Pair, pairs: list[Pair], config: AdapterConfig, base: ModelConfig) -> bool:
+    """True for a head whose adapter PEFT tied to the embeddings': the config names those alone."""
+    if pair.key.layer != NO_LAYER or not (config.ensure_weight_tying and base.tied_embeddings):
+        return False
+    others = [other.key.name for other in pairs if other.key.layer == NO_LAYER and other is not pair]
+    return pair.key.modules[0].name == "head" and any(not config.left_out_by(name) for name in others)
+
+
 def _check_rank(pair: Pair, config: AdapterConfig, limits: AdapterLimits, report: Grouping) -> None:
     rank = pair.a.shape[0]
     said = config.ranks_of(pair.key.name)
@@ -249,7 +265,8 @@ def _check_rank(pair: Pair, config: AdapterConfig, limits: AdapterLimits, report
 def _check_place(pair: Pair, limits: AdapterLimits, report: Grouping) -> None:
     base, modules = limits.base, pair.key.modules
     features = pair.features(base)
-    if pair.key.layer >= base.dims.num_layers:
+    of_layer = pair.key.layer != NO_LAYER
+    if of_layer and pair.key.layer >= base.dims.num_layers:
         report.add(
             "E_LAYER",
             pair.place,
@@ -278,7 +295,7 @@ def _check_place(pair: Pair, limits: AdapterLimits, report: Grouping) -> None:
         )
     if features is None:
         return
-    spec = base.layers[pair.key.layer].mlp
+    spec = base.layers[pair.key.layer].mlp if of_layer else None
     if pair.key.expert is not None and isinstance(spec, ExpertsLayer) and pair.key.expert >= spec.num:
         report.add(
             "E_MODULE",

@@ -15,7 +15,7 @@ from builder_service.domain.grouping import Grouping
 from builder_service.domain.pairs import Pair
 from builder_service.domain.safetensors_header import READABLE, Tensor, TensorFile
 from loramux_shared.bases.config import ModelConfig
-from loramux_shared.bundle.modules import Module
+from loramux_shared.bundle.modules import NO_LAYER, Module
 from loramux_shared.bundle.norms import Norms, row_norms
 from loramux_shared.bundle.npy import NUMPY_TYPES, Array, cast
 from loramux_shared.deployment import Dtype
@@ -66,16 +66,18 @@ class Values:
 def check_values(
     file: TensorFile,
     pairs: list[Pair],
+    own: list[str],
     config: AdapterConfig,
     base: ModelConfig,
     dtype: Dtype,
     report: Grouping,
     progress: Callable[[int], None],
 ) -> Values:
-    """Read every A and B once; report what cannot be stored."""
+    """Read every A and B once, and own tensors of embeddings and head; report what cannot be stored."""
     sums, parts = _Sums(), []
     for pair in pairs:
-        if pair.key.layer >= base.dims.num_layers:  # refused already, and a hostile file has thousands of them
+        # Refused already, and a hostile file has thousands of them.
+        if base.dims.num_layers <= pair.key.layer != NO_LAYER:
             progress(pair.a.size + pair.b.size)
             continue
         scale = _scale(pair, config)
@@ -90,8 +92,11 @@ def check_values(
                 Part(pair, module, rows, scale, row_norms(a, b[slice(*rows)]))
                 for module, rows in pair.parts(base)
             ]
+    for name in own:
+        _stored(file, file.tensors[name], 1.0, dtype, sums, report)
+        progress(file.tensors[name].size)
     parts.sort(key=lambda part: (part.pair.key.layer, part.module.id, part.pair.order[-1]))
-    return Values(parts, _warnings(sums, parts, dtype) if pairs else [])
+    return Values(parts, _warnings(sums, parts, dtype, changes=bool(own)) if pairs or own else [])
 
 
 def _scale(pair: Pair, config: AdapterConfig) -> float:
@@ -180,7 +185,7 @@ def _largest(dtype: Dtype) -> float:
     return 3.3895e38 if dtype is Dtype.BFLOAT16 else float(np.finfo(NUMPY_TYPES[dtype]).max)
 
 
-def _warnings(sums: _Sums, parts: list[Part], dtype: Dtype) -> list[Finding]:
+def _warnings(sums: _Sums, parts: list[Part], dtype: Dtype, *, changes: bool) -> list[Finding]:
     found = []
     if sums.narrowed:
         listed = ", ".join(f"{count} {what}" for what, count in sorted(sums.narrowed.items()))
@@ -190,7 +195,7 @@ def _warnings(sums: _Sums, parts: list[Part], dtype: Dtype) -> list[Finding]:
         found.append(
             Finding(code="W_NARROWED", where=where, expected=EXACT, found=f"{listed}, {error}", fix=fix)
         )
-    if parts and not any(part.norms.ba for part in parts):
+    if parts and not changes and not any(part.norms.ba for part in parts):
         zero = (
             "every lora_B" if not any(part.norms.b for part in parts) else "every product of lora_B and lora_A"
         )

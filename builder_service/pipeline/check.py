@@ -9,16 +9,18 @@ from dataclasses import dataclass
 from typing import Final
 
 from builder_service.domain.origin import origin_warnings
+from builder_service.domain.rules import CheckedAdapter
 from builder_service.pipeline.base_weights import BaseWeights
 from builder_service.pipeline.context import BuildContext
+from builder_service.pipeline.convert import bundle_bytes
 from builder_service.pipeline.fetch import FetchedAdapter, fetch_adapters
 from builder_service.pipeline.lineage import Lineages
 from builder_service.pipeline.progress import Progress
 from builder_service.pipeline.space import BASE_FILES
 from builder_service.pipeline.validate import check_deployment, check_fetched, rulebook
 from loramux_shared.bases.memory import ITEM_BYTES, widening
-from loramux_shared.bundle.manifest import BaseRecord, FileDigest, ModuleRow
-from loramux_shared.bundle.npy import CONFIG_DESCR, DESCR, NUMPY_TYPES, header_bytes
+from loramux_shared.bundle.manifest import BaseRecord, FileDigest, ModuleRow, npy_files
+from loramux_shared.bundle.npy import DESCR, header_bytes
 from loramux_shared.codes import CODES
 from loramux_shared.deployment import Deployment, Dtype, Repository
 from loramux_shared.faults import BuildInterrupted, Fault, Finding, ResourcesExhausted, ShuttingDown
@@ -75,7 +77,8 @@ def check_one(deployment: Deployment, context: BuildContext, progress: Progress)
         [fetched] = fetch_adapters(deployment.build.lora_adapters, context.sources, space, work, progress)
         checked = check_fetched(fetched, book, progress)
         rows = tuple(planned.row for planned in checked.rows)
-        named = _origin_warnings(checked.base_model_name, base.record, fetched, context) if rows else []
+        changes = bool(rows or checked.replaced)
+        named = _origin_warnings(checked.base_model_name, base.record, fetched, context) if changes else []
         found = [*checked.findings, *named, *fetched.warnings]
         found += _widened(base)
         found.sort(key=lambda finding: finding.code.startswith("W_"))
@@ -86,7 +89,7 @@ def check_one(deployment: Deployment, context: BuildContext, progress: Progress)
             tuple(found),
             fetched.files,
             rows,
-            _bundle_bytes(rows, book.dtype),
+            _files_bytes(checked, book.dtype),
             checked.base_model_name,
             fetched.licence,
             base.record.licence,
@@ -107,12 +110,9 @@ def _widened(base: Base) -> list[Finding]:
     return [Finding(code="W_WIDENED", where="base", found=told, fix=CODES["W_WIDENED"].cure)] if told else []
 
 
-def _bundle_bytes(rows: tuple[ModuleRow, ...], dtype: Dtype) -> int:
-    if not rows:
-        return 0
-    width = max(row.rank * (row.in_features + row.out_features) for row in rows)
-    heads = header_bytes(DESCR[dtype], (1, len(rows), width)) + header_bytes(CONFIG_DESCR, (1, len(rows), 4))
-    return len(heads) + len(rows) * (width * NUMPY_TYPES[dtype].itemsize + 4 * 4)
+def _files_bytes(checked: CheckedAdapter, dtype: Dtype) -> int:
+    heads = len(npy_files(checked.modules)) * len(header_bytes(DESCR[dtype], (1, 1, 1)))
+    return bundle_bytes(checked, dtype) + heads
 
 
 class Checks:

@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Final, Literal
 
 import numpy as np
 
 from builder_service.domain.file_rules import weight_files
+from builder_service.domain.own_rows import PlannedRows
 from builder_service.domain.rules import CheckedAdapter, PlannedRow
 from builder_service.pipeline.progress import Progress, Stage
 from builder_service.pipeline.validate import ValidAdapter
 from loramux_shared.bundle.manifest import (
     CONFIG_FILE,
     TEXT_FILES,
+    VOCABULARY_FILE,
     WEIGHTS_FILE,
     FileDigest,
     Manifest,
+    ModuleRow,
     sha256_hex,
     version_of,
 )
+from loramux_shared.bundle.modules import NO_LAYER
 from loramux_shared.bundle.npy import (
     NUMPY_TYPES,
     Array,
@@ -47,15 +52,8 @@ class BuiltBundle:
 
     name: str
     manifest: Manifest
-    weights: Path
-    config: Path
-    texts: Mapping[str, Path] = field(default_factory=dict)
-    """By name; the adapter's own."""
-
-    @property
-    def paths(self) -> dict[str, Path]:
-        """The files by their names in the store, in the order in which they are put there."""
-        return {WEIGHTS_FILE: self.weights, CONFIG_FILE: self.config, **self.texts}
+    paths: Mapping[str, Path] = field(default_factory=dict)
+    """The files by their names in the store, in the order in which they are put there."""
 
     @cached_property
     def manifest_bytes(self) -> bytes:
@@ -73,27 +71,22 @@ def convert_adapter(
 ) -> BuiltBundle:
     """Write a bundle; those of the adapter's own files that are not part of it are removed after it."""
     fetched, checked = adapter.fetched, adapter.checked
-    rows = [planned.row for planned in checked.rows]
-    width = max(row.rank * (row.in_features + row.out_features) for row in rows)
+    rows = tuple(planned.row for planned in checked.rows)
+    replaced = tuple(planned.replaced for planned in checked.replaced)
     (fetched.folder / FOLDER).mkdir()
-    weights, config = fetched.folder / FOLDER / WEIGHTS_FILE, fetched.folder / FOLDER / CONFIG_FILE
     texts = [name for name in TEXT_FILES if name in fetched.files]
     progress.enter(fetched.name, Stage.CONVERTING, sum(file.size for file in fetched.files.values()))
-    columns = columns_of(checked)
-    table = np.array([row.columns(columns) for row in rows], np.int32)
-
-    counted = _rows(checked, dtype, progress.counter(fetched.name))
-    content = weights_pieces(dtype, count=len(rows), width=width, rows=counted)
-    files = {
-        WEIGHTS_FILE: _written(weights, content, fetched.name),
-        CONFIG_FILE: _written(config, config_pieces(table), fetched.name),
-    }
+    paths, files = {}, {}
+    for name, pieces in _contents(checked, dtype, progress.counter(fetched.name)).items():
+        paths[name] = fetched.folder / FOLDER / name
+        files[name] = _written(paths[name], pieces, fetched.name)
     manifest = Manifest(
-        format_version=version_of(rows, checked.invocation_tokens),
+        format_version=version_of((*rows, *replaced), checked.invocation_tokens),
         dtype=dtype,
-        rows=tuple(rows),
-        row_width=width,
-        config_columns=columns,
+        rows=rows,
+        replaced=replaced,
+        row_width=_width(rows),
+        config_columns=columns_of(checked),
         files=files | {name: fetched.files[name] for name in texts},
         inputs={name: fetched.files[name] for name in weight_files(fetched.files)},
         coverage=checked.coverage,
@@ -103,9 +96,7 @@ def convert_adapter(
         warnings=checked.findings,
         proof=proof,
     )
-    bundle = BuiltBundle(
-        fetched.name, manifest, weights, config, {name: fetched.folder / name for name in texts}
-    )
+    bundle = BuiltBundle(fetched.name, manifest, paths | {name: fetched.folder / name for name in texts})
     for path in fetched.folder.iterdir():
         if path.is_file() and path.name not in texts:
             path.unlink()
@@ -115,8 +106,11 @@ def convert_adapter(
 def bundle_bytes(checked: CheckedAdapter, dtype: Dtype) -> int:
     """Return the size of a bundle's npy files, headers aside."""
     rows = [planned.row for planned in checked.rows]
-    width = max((row.rank * (row.in_features + row.out_features) for row in rows), default=0)
-    return len(rows) * (width * NUMPY_TYPES[dtype].itemsize + 4 * columns_of(checked))
+    of_layers = [row for row in rows if row.layer != NO_LAYER]
+    others = [row.elements for row in rows if row.layer == NO_LAYER]
+    others += [planned.replaced.elements for planned in checked.replaced]
+    elements = len(of_layers) * _width(rows) + sum(others)
+    return elements * NUMPY_TYPES[dtype].itemsize + 4 * columns_of(checked) * len(of_layers)
 
 
 def columns_of(checked: CheckedAdapter) -> Literal[4, 5]:
@@ -124,9 +118,33 @@ def columns_of(checked: CheckedAdapter) -> Literal[4, 5]:
     return 4 if all(planned.row.expert is None for planned in checked.rows) else 5
 
 
-def _rows(checked: CheckedAdapter, dtype: Dtype, count: Callable[[int], None]) -> Iterator[Iterator[Array]]:
-    for planned in checked.rows:
-        yield _row(planned, checked, dtype, count)
+def _width(rows: Iterable[ModuleRow]) -> int:
+    """Return the elements of a row of the weights file."""
+    return max((row.elements for row in rows if row.layer != NO_LAYER), default=0)
+
+
+def _contents(
+    checked: CheckedAdapter, dtype: Dtype, count: Callable[[int], None]
+) -> dict[str, Iterator[bytes | int]]:
+    """Return the npy files by their names, each as the pieces that it is written from."""
+    of_layers = [planned for planned in checked.rows if planned.row.layer != NO_LAYER]
+    others = [planned for planned in checked.rows if planned.row.layer == NO_LAYER]
+    found: dict[str, Iterator[bytes | int]] = {}
+    if of_layers:
+        columns = columns_of(checked)
+        table = np.array([planned.row.columns(columns) for planned in of_layers], np.int32)
+        rows = (_row(planned, checked, dtype, count) for planned in of_layers)
+        width = _width(planned.row for planned in of_layers)
+        found[WEIGHTS_FILE] = weights_pieces(dtype, count=len(of_layers), width=width, rows=rows)
+        found[CONFIG_FILE] = config_pieces(table)
+    if others or checked.replaced:
+        elements = sum(planned.row.elements for planned in others)
+        elements += sum(planned.replaced.elements for planned in checked.replaced)
+        values = [_row(planned, checked, dtype, count) for planned in others]
+        values += [_replaced(planned, checked, dtype, count) for planned in checked.replaced]
+        whole = [chain.from_iterable(values)]
+        found[VOCABULARY_FILE] = weights_pieces(dtype, count=1, width=elements, rows=whole)
+    return found
 
 
 def _row(
@@ -141,6 +159,18 @@ def _row(
     for values in checked.file.pieces(planned.b, PIECE, planned.b_rows):
         yield cast(values, dtype, planned.row.scale)
         count(values.nbytes)
+
+
+def _replaced(
+    planned: PlannedRows, checked: CheckedAdapter, dtype: Dtype, count: Callable[[int], None]
+) -> Iterator[Array]:
+    """Yield the rows that replace the base's, in the storage type."""
+    if checked.file is None:
+        raise InternalFault(f"{planned.tensor}: no file to read it from")
+    for rows in planned.rows:
+        for values in checked.file.pieces(planned.tensor, PIECE, rows):
+            yield cast(values, dtype)
+            count(values.nbytes)
 
 
 def _written(path: Path, pieces: Iterator[bytes | int], name: str) -> FileDigest:

@@ -149,11 +149,11 @@ def keep(
 
 
 def _there(store: Store, record: AdapterRecord) -> bool:
-    texts = record.summary.texts if record.summary else ()
+    names: tuple[str, ...] = (WEIGHTS_FILE, CONFIG_FILE)
+    if record.summary is not None:
+        names = (*record.summary.npy_files, *record.summary.texts)
     there = set(store.list(bundle_key(record.digest, "")))
-    lost = {
-        bundle_key(record.digest, name) for name in (MANIFEST_FILE, WEIGHTS_FILE, CONFIG_FILE, *texts)
-    } - there
+    lost = {bundle_key(record.digest, name) for name in (MANIFEST_FILE, *names)} - there
     if lost:
         log.warning("bundle is not whole, making it again", digest=record.digest, lost=sorted(lost))
     return not lost

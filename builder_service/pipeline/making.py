@@ -19,7 +19,7 @@ from builder_service.pipeline.progress import Progress
 from builder_service.pipeline.prove import prove_adapters
 from builder_service.pipeline.space import BASE_FILES, Space
 from builder_service.pipeline.validate import ValidAdapter, rulebook
-from loramux_shared.bundle.manifest import AdapterRecord, BaseRecord
+from loramux_shared.bundle.manifest import AdapterRecord, BaseRecord, apart
 from loramux_shared.bundle.proof import Proof
 from loramux_shared.deployment import Build, Merge, Repository
 from loramux_shared.faults import DeploymentInvalid, Finding
@@ -89,7 +89,7 @@ class Making:
             found = [kept for each in listed if (kept := keeping.listed(each))]
             records |= keep(shop.store, found, base, progress, verify=verify)
             valid = self._intake().take_in([each for each in listed if each.name not in records])
-        self._check_merge({name: record.invocation_tokens for name, record in records.items()} | _acting(valid))
+        self._check_merge({name: record.apart for name, record in records.items()} | _apart(valid))
         return records | self._put_out(valid)
 
     def make_fetched(self, fetched: FetchedAdapter) -> AdapterRecord:
@@ -101,21 +101,21 @@ class Making:
             Fault: what the base's source and the store raise.
         """
         valid = [self._intake().judge(fetched)]
-        self._check_merge(_acting(valid))
+        self._check_merge(_apart(valid))
         return self._put_out(valid)[fetched.name]
 
-    def _check_merge(self, acting: Mapping[str, Sequence[int]]) -> None:
-        """Refuse to merge an adapter that acts on a part of what it reads: weights act on everything."""
-        names = [name for name, tokens in acting.items() if tokens] if self.merge is Merge.ALWAYS else []
-        if names:
+    def _check_merge(self, apart: Mapping[str, str]) -> None:
+        """Refuse to merge an adapter that is more, or at times less, than layers' weights; values say why."""
+        whys = [(name, why) for name, why in apart.items() if why] if self.merge is Merge.ALWAYS else []
+        for name, why in whys[:1]:
             finding = Finding(
                 code="E_BAD_FIELD",
                 where="runtime.merge",
-                expected=f"auto or never: {names[0]} acts from its invocation tokens on",
+                expected=f"auto or never: {name} {why}",
                 found=self.merge,
                 fix="Set runtime.merge to auto; it is served beside the weights.",
             )
-            raise DeploymentInvalid("an activated adapter cannot be merged", [finding])
+            raise DeploymentInvalid("the adapter cannot be merged", [finding])
 
     def _intake(self) -> Intake:
         shop = self.shop
@@ -148,6 +148,6 @@ def making(shop: Workshop, base: Base, settings: Build, served: frozenset[str], 
     return Making(shop, base, settings, book, served, merge)
 
 
-def _acting(valid: Sequence[ValidAdapter]) -> dict[str, Sequence[int]]:
-    """From which tokens on they act, by name."""
-    return {adapter.fetched.name: adapter.checked.invocation_tokens for adapter in valid}
+def _apart(valid: Sequence[ValidAdapter]) -> dict[str, str]:
+    """Why they are never merged, by name."""
+    return {each.fetched.name: apart(each.checked.invocation_tokens, each.checked.modules) for each in valid}

@@ -19,7 +19,7 @@ from pydantic import ValidationError
 
 from builder_service.pipeline.progress import Progress, Stage
 from builder_service.pipeline.validate import ValidAdapter
-from loramux_shared.bundle.manifest import BaseRecord
+from loramux_shared.bundle.manifest import VOCABULARY, BaseRecord
 from loramux_shared.bundle.proof import Proof
 from loramux_shared.deployment import Build
 from loramux_shared.faults import FAULTS, AdapterInvalid, InternalFault, ResourcesExhausted, SettingsInvalid
@@ -66,6 +66,12 @@ def prove_adapters(
     require_prover()
     if not adapters:
         return []
+    for adapter in adapters:
+        if not VOCABULARY.isdisjoint(adapter.checked.modules):
+            raise AdapterInvalid(
+                f"adapter {adapter.fetched.name!r} has embeddings or a head of its own, of which there are no "
+                "proofs. Build without prove, or without this adapter."
+            )
     for adapter in adapters:
         progress.enter(adapter.fetched.name, Stage.PROVING)
     folder = fetch_base(base, work / "base", sources, lambda _: progress.check(), room)

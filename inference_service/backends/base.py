@@ -19,6 +19,7 @@ from inference_service.layers.norm import RMSNorm
 from inference_service.layers.rope import Rope
 from inference_service.lora.packed import PackedAdapter
 from inference_service.lora.segments import Arrangement
+from inference_service.lora.vocabulary import Vocabularies
 from inference_service.lora.weights import AdapterWeights
 from loramux_shared.bases.attention import AttentionSpec, HeadCounts
 from loramux_shared.faults import InternalFault
@@ -70,6 +71,9 @@ def no_recurrence(_inputs: DeltaInputs) -> Tensor:
 
 class Operations(Protocol):
     """The operations of one kind of device; T rows of all sequences stand one after the other."""
+
+    by_row: bool
+    """Whether what a row gives may depend on nothing but the row, to the last bit."""
 
     def new_linear(
         self, weight: Tensor, bias: Tensor | None = None, quantization: Rounding = Rounding.NONE
@@ -161,6 +165,9 @@ class Operations(Protocol):
 
 class StepLora(Protocol):
     """What a step asks of the adapters: to add their part to the outputs of fused linears."""
+
+    vocabularies: Vocabularies
+    """Embeddings and heads that adapters in slots have of their own."""
 
     def begin(self, arrangement: Arrangement) -> None:
         """Prepare for the rows of a step, at least one of which has an adapter.

@@ -33,6 +33,8 @@ Product = Callable[[Tensor], Tensor]
 class DeterministicOperations(NativeOperations):
     """Compiled operations, products of few sizes, and the rest in pieces that are always the same."""
 
+    by_row = True
+
     def __init__(self, ops: CpuOps) -> None:
         super().__init__(ops)
         self._sizes: dict[tuple[int, int, bool], tuple[int, ...]] = {}

@@ -39,6 +39,7 @@ from inference_service.lora.native import ADDRESSES, native_layout, pack_native
 from inference_service.lora.packed import PackedAdapter
 from inference_service.lora.segments import Arrangement, runs_by_expert
 from inference_service.lora.slots import Slots, experts_of
+from inference_service.lora.vocabulary import Vocabularies
 from inference_service.lora.weights import AdapterWeights
 from loramux_shared.bases.attention import AttentionSpec, HeadCounts
 from loramux_shared.bases.groups import GROUPS_APART, GroupShape, group_of
@@ -230,6 +231,7 @@ class NativeLora:
         self._linears: dict[tuple[int, str], tuple[int, int]] = {}
         """The bit of each in ``_touched``, and where the first slot's fields are."""
         self._slots = Slots()
+        self.vocabularies = Vocabularies()
         self._arena = Arena(0)
         self._table = np.zeros((0, len(self._names), ADAPTER_FIELDS), dtype=np.int64)
         self._most_rows = 0
@@ -277,6 +279,8 @@ class NativeLora:
     def enter(self, slot: int, offset: int, packed: PackedAdapter) -> None:
         """Enter the addresses of an adapter's matrices in all linears."""
         self._slots.enter(slot, offset, packed)
+        flat = self._arena.read(offset, packed.num_bytes, packed.matrices.dtype)
+        self.vocabularies.enter(slot, packed.vocabulary_in(flat))
         row = self._table[slot]
         row[:] = packed.table
         row[:, ADDRESSES] += self._arena.address + offset
@@ -284,6 +288,7 @@ class NativeLora:
     def leave(self, slot: int) -> None:
         """Rank 0 in all linears."""
         self._slots.leave(slot)
+        self.vocabularies.leave(slot)
         self._table[slot] = 0
 
     def begin(self, arrangement: Arrangement) -> None:

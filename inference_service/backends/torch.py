@@ -23,6 +23,7 @@ from inference_service.layers.rope import Rope, rotate
 from inference_service.lora.packed import Layout, PackedAdapter, pack_flat
 from inference_service.lora.segments import Arrangement, Segment, runs_by_expert
 from inference_service.lora.slots import Slots
+from inference_service.lora.vocabulary import Vocabularies
 from inference_service.lora.weights import AdapterWeights
 from loramux_shared.bases.attention import AttentionSpec, HeadCounts
 from loramux_shared.bases.groups import GROUPS_APART, GroupShape, group_of
@@ -36,6 +37,8 @@ ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
 
 class TorchOperations(ExpertOperations):
     """In plain torch, on any device."""
+
+    by_row = False
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         """Take what is computed in, and where."""
@@ -221,6 +224,7 @@ class TorchLora:
         self._layout = Layout(groups)
         self._groups = {group.name: index for index, group in enumerate(groups)}
         self._bank = Slots()
+        self.vocabularies = Vocabularies()
         self._copied: dict[int, Tensor] = {}
         """Adapters that have no slot yet, by their offset."""
         self._adapters: dict[int, _Adapter] = {}
@@ -264,13 +268,16 @@ class TorchLora:
     def enter(self, slot: int, offset: int, packed: PackedAdapter) -> None:
         """Keep what was copied."""
         self._bank.enter(slot, offset, packed)
-        self._adapters[slot] = _Adapter(self._copied.pop(offset), packed.table.tolist(), self._layout)
+        flat = self._copied.pop(offset)
+        self._adapters[slot] = _Adapter(flat, packed.table.tolist(), self._layout)
+        self.vocabularies.enter(slot, packed.vocabulary_in(flat))
         self._forget(slot)
 
     def leave(self, slot: int) -> None:
         """Drop it."""
         self._bank.leave(slot)
         del self._adapters[slot]
+        self.vocabularies.leave(slot)
         self._forget(slot)
 
     def _forget(self, slot: int) -> None:

@@ -188,6 +188,7 @@ class TritonLora:
             for index, group in enumerate(groups)
         }
         self._bank = Bank(groups, num_layers, dtype, device)
+        self.vocabularies = self._bank.vocabularies
         self._of_experts = experts_of(groups, num_layers)
         self._slots_of_tokens: Tensor | None = None
         """int32 [T] of the step, once a layer has asked."""

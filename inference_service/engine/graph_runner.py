@@ -24,6 +24,7 @@ from inference_service.kernels.attention import cut_of
 from inference_service.kernels.delta import delta_tile, gated_delta
 from inference_service.kernels.sampling import sample
 from inference_service.kernels.sgmv import Segments
+from inference_service.lora.vocabulary import StepVocabulary
 from inference_service.models.decoder import Decoder
 from loramux_shared.bases.memory import RECORDED_ROWS, buckets, mixed_buckets
 
@@ -101,27 +102,39 @@ class GraphRunner(Runner):
         buffers.load(rows)
         segments = buffers.segments if rows.arrangement.segments else None
         graph = self._graphs.get((capacity, segments is not None))
+        own = self._lora.vocabularies.of(rows.arrangement.segments, rows.drawing)
         if rows.scored:
-            self._compute_scored(buffers, segments, rows)
-        elif graph is not None:
+            self._compute_scored(buffers, segments, rows, own)
+        elif graph is not None and own is None:
             graph.replay()
         else:
-            self._compute(buffers, segments)
+            self._compute(buffers, segments, own)
         reading = Reading(self._logits[: len(rows.sampled)], self._ids, rows.sampled, self._shaper)
         return Pending(tuple(rows.sampled), reading.wait, reading.finish, rows.drafts)
 
-    def _compute(self, buffers: StepBuffers, segments: Segments | None) -> None:
-        """Go from static tensors to the drawn tokens: what graphs hold."""
-        self._draw(buffers, self._hidden(buffers, segments, buffers.last_rows))
+    def _compute(
+        self, buffers: StepBuffers, segments: Segments | None, own: StepVocabulary | None = None
+    ) -> None:
+        """Go from static tensors to the drawn tokens: what graphs hold, without tables of adapters' own."""
+        self._draw(buffers, self._hidden(buffers, segments, buffers.last_rows, own), own)
 
-    def _compute_scored(self, buffers: StepBuffers, segments: Segments | None, rows: Rows) -> None:
+    def _compute_scored(
+        self,
+        buffers: StepBuffers,
+        segments: Segments | None,
+        rows: Rows,
+        own: StepVocabulary | None,
+    ) -> None:
         """The same, and score the prompts that are to be."""
-        hidden = self._hidden(buffers, segments, torch.arange(buffers.capacity.rows, device=self._ids.device))
+        every = torch.arange(buffers.capacity.rows, device=self._ids.device)
+        hidden = self._hidden(buffers, segments, every, own)
         for seq, scored in rows.scored.items():
-            score_prompt(seq, hidden[scored.start : scored.stop], self._model.logits)
-        self._draw(buffers, hidden[buffers.last_rows])
+            score_prompt(seq, hidden[scored.start : scored.stop], partial(self._logits_of, seq))
+        self._draw(buffers, hidden[buffers.last_rows], own)
 
-    def _hidden(self, buffers: StepBuffers, segments: Segments | None, rows: Tensor) -> Tensor:
+    def _hidden(
+        self, buffers: StepBuffers, segments: Segments | None, rows: Tensor, own: StepVocabulary | None
+    ) -> Tensor:
         if segments is not None:
             self._segmented.use(segments)
         tables = {heads: buffers.attention[cut] for heads, cut in self._cuts.items()}
@@ -134,11 +147,12 @@ class GraphRunner(Runner):
             self._cache,
             self._lora if segments is not None else None,
             no_recurrence if buffers.delta is None else partial(gated_delta, tables=buffers.delta),
+            own,
         )
 
-    def _draw(self, buffers: StepBuffers, hidden: Tensor) -> None:
+    def _draw(self, buffers: StepBuffers, hidden: Tensor, own: StepVocabulary | None) -> None:
         seqs = buffers.capacity.seqs
-        logits = self._logits[:seqs].copy_(self._model.logits(hidden))
+        logits = self._logits[:seqs].copy_(self._model.logits(hidden, own))
         sample(logits, buffers.sampling, self._ids[:seqs])
 
     def _buffers_of(self, capacity: StepCapacity) -> StepBuffers:

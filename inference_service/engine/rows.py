@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import accumulate, groupby
 
 from inference_service.core.batch import Batch, Chunk
 from inference_service.core.sequence import Sequence
 from inference_service.kernels.attention import Context
-from inference_service.lora.segments import Arrangement, arrange
+from inference_service.lora.segments import Arrangement, Segment, arrange
 
 KNOWN = -1
 """The source of a row whose token is known on the host."""
@@ -37,6 +38,16 @@ class Rows:
     """What is verified."""
     scored: dict[Sequence, range]
     """Those whose prompt is scored, with the rows behind which stands a token of it that has no score yet."""
+
+    def drawing(self) -> list[Segment]:
+        """The segments of those among ``sampled`` that have an adapter."""
+        runs = [(slot, len(list(same))) for slot, same in groupby(seq.slot for seq in self.sampled)]
+        ends = accumulate(length for _, length in runs)
+        return [
+            Segment(slot, end - length, end)
+            for (slot, length), end in zip(runs, ends, strict=True)
+            if slot >= 0
+        ]
 
     @property
     def in_flight(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import chain
 
 import torch
@@ -15,6 +16,7 @@ from inference_service.engine.rows import Rows, lay_out
 from inference_service.engine.sampler import sample
 from inference_service.engine.step import Pending
 from inference_service.engine.transfer import to_device
+from inference_service.lora.segments import Segment
 from inference_service.models.decoder import Decoder
 from inference_service.models.step import CacheSize
 
@@ -85,9 +87,15 @@ class Runner:
         tokens, sources, positions, last_rows = torch.split(packed, [len(each) for each in given])
         if rows.in_flight:
             tokens = torch.where(sources >= 0, self._ids[sources.clamp(min=0)], tokens)
-        hidden = model.hidden(tokens, positions, last_rows, attention, self._cache, lora, recurrence)
+        own = self._lora.vocabularies.of(rows.arrangement.segments, rows.drawing)
+        hidden = model.hidden(tokens, positions, last_rows, attention, self._cache, lora, recurrence, own)
         at = len(rows.last_rows)
         for seq, scored in rows.scored.items():
-            score_prompt(seq, hidden[at : at + len(scored)], model.logits)
+            score_prompt(seq, hidden[at : at + len(scored)], partial(self._logits_of, seq))
             at += len(scored)
-        return model.logits(hidden[: len(rows.last_rows)])
+        return model.logits(hidden[: len(rows.last_rows)], own)
+
+    def _logits_of(self, seq: Sequence, hidden: Tensor) -> Tensor:
+        """Return the logits of rows [N, hidden] of one sequence."""
+        every = [Segment(seq.slot, 0, len(hidden))]
+        return self._model.logits(hidden, self._lora.vocabularies.of(every, lambda: every))

@@ -27,6 +27,10 @@ class Arena:
         self._bytes = np.frombuffer(self._memory, dtype=np.uint8)
         self.address: Final[int] = self._bytes.ctypes.data
 
+    def read(self, offset: int, num_bytes: int, dtype: torch.dtype) -> Tensor:
+        """Return a view of what lies at an offset, as a flat tensor."""
+        return torch.from_numpy(self._bytes[offset : offset + num_bytes]).view(dtype)
+
     def write(self, offset: int, values: Tensor) -> None:
         """Copy a flat tensor to an offset; the interpreter does not wait for it."""
         source = values.view(torch.uint8).numpy()

@@ -11,6 +11,7 @@ from inference_service.kernels.sgmv import Group, Slices
 from inference_service.kernels.sgmv.layout import ROW
 from inference_service.lora.packed import Layout, PackedAdapter, pack_flat
 from inference_service.lora.slots import Slots
+from inference_service.lora.vocabulary import Vocabularies
 from inference_service.lora.weights import AdapterWeights
 from loramux_shared.bases.groups import GROUPS_APART, GroupShape, name_of_all
 
@@ -27,6 +28,7 @@ class Bank:
         self, shapes: tuple[GroupShape, ...], num_layers: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         self.slots: Final = Slots()
+        self.vocabularies: Final = Vocabularies()
         self.groups: dict[tuple[int, str], Group] = {}
         """By layer and name, once it is open."""
         self.experts: dict[tuple[int, str], Group] = {}
@@ -113,13 +115,17 @@ class Bank:
     def enter(self, slot: int, offset: int, packed: PackedAdapter) -> None:
         """Fill a slot, with one copy that nobody waits for."""
         self.slots.enter(slot, offset, packed)
+        first = offset // self._dtype.itemsize
+        flat = self._arena[first : first + len(packed.matrices)]
+        self.vocabularies.enter(slot, packed.vocabulary_in(flat))
         table = torch.from_numpy(packed.table).clone()
-        table[..., 1:] += offset // self._dtype.itemsize
+        table[..., 1:] += first
         _copy(self._table[slot], table)
 
     def leave(self, slot: int) -> None:
         """Empty a slot: rank 0 in all linears."""
         self.slots.leave(slot)
+        self.vocabularies.leave(slot)
         self._table[slot].zero_()
         if self._stream is not None:
             self._left = torch.cuda.current_stream(self._device).record_event()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from inference_service.lora.vocabulary import Factors, OwnTable, Vocabulary
 from inference_service.lora.weights import AdapterWeights, Placed, arrange
 from loramux_shared.bases.groups import GroupShape
 from loramux_shared.bundle.npy import Array
@@ -28,9 +30,34 @@ def load_adapter(
     table, width = _tensor(bundle.table, bundle.manifest.dtype), bundle.table.shape[1]
     rows = (
         Placed(row.layer, row.module_id, row.rank, row.in_features, row.out_features, index * width, row.expert)
-        for index, row in enumerate(bundle.manifest.rows)
+        for index, row in enumerate(bundle.manifest.layer_rows)
     )
-    return arrange(table.to(device, dtype).view(-1), rows, layers)
+    weights = arrange(table.to(device, dtype).view(-1), rows, layers)
+    return weights if bundle.vocabulary is None else replace(weights, vocabulary=_vocabulary(bundle, device))
+
+
+def _vocabulary(bundle: Bundle, device: torch.device) -> Vocabulary:
+    """Return what is of no layer; it is made into another type when it is packed."""
+    values = bundle.vocabulary
+    if values is None:
+        return Vocabulary()
+    flat, at = _tensor(values, bundle.manifest.dtype).to(device), 0
+    factors: dict[str, Factors] = {}
+    for row in bundle.manifest.vocabulary_rows:
+        split = at + row.rank * row.in_features
+        a, b = flat[at:split].view(row.rank, -1), flat[split : at + row.elements].view(-1, row.rank)
+        factors[row.module] = Factors(a.t() if row.module == "embedding" else a, b)
+        at += row.elements
+    replaced: dict[str, tuple[Tensor, Tensor]] = {}
+    for part in bundle.manifest.replaced:
+        tokens = [torch.arange(first, first + count) for first, count in part.tokens]
+        rows = flat[at : at + part.elements].view(part.count, part.features)
+        replaced[part.module] = rows, torch.cat(tokens).to(device, torch.int32)
+        at += part.elements
+    tables = [
+        OwnTable(factors.get(module), *replaced.get(module, (None, None))) for module in ("embedding", "head")
+    ]
+    return Vocabulary(*tables)
 
 
 def _tensor(array: Array, dtype: Dtype) -> Tensor:

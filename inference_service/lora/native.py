@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from inference_service.kernels.cpu.ops import ADAPTER_FIELDS, PIECE_FIELDS, CpuOps, Table
-from inference_service.lora.packed import Layout, PackedAdapter
+from inference_service.lora.packed import Layout, PackedAdapter, with_vocabulary
 from inference_service.lora.weights import AdapterWeights, Numbers
 from loramux_shared.bases.groups import GroupShape
 
@@ -45,7 +45,8 @@ def pack_native(weights: AdapterWeights, layout: Layout, ops: CpuOps) -> PackedA
     if len(rank):
         ops.pack(Table(pieces.reshape(-1, PIECE_FIELDS)))
     table = _table(weights.ranks, first_a * size, first_b * size, layout)
-    return PackedAdapter(matrices, table, weights.ranks, layout.linears(weights.ranks))
+    packed = PackedAdapter(matrices, table, weights.ranks, layout.linears(weights.ranks))
+    return with_vocabulary(packed, weights)
 
 
 def _table(ranks: Numbers, first_a: Numbers, first_b: Numbers, layout: Layout) -> Numbers:

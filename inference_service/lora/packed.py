@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import numpy as np
@@ -11,11 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from inference_service.lora.vocabulary import ROUND, Packing, Vocabulary
 from inference_service.lora.weights import AdapterWeights, Numbers
 from loramux_shared.bases.groups import GroupShape
-
-ROUND: Final = 16
-"""Elements: every matrix of a piece begins at a multiple, so that it can be read in vectors."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +28,12 @@ class PackedAdapter:
     """[layers, modules], in the order of the groups; 0 where a module is not adapted."""
     linears: npt.NDArray[np.bool_]
     """[layers, groups]: whether it adds to a fused linear."""
+    vocabulary: Packing | None = None
+    """How what it changes outside of the layers lies at the end of the matrices."""
+
+    def vocabulary_in(self, flat: Tensor) -> Vocabulary | None:
+        """Return views of that in the piece, wherever it was copied to; None where there is nothing."""
+        return None if self.vocabulary is None else self.vocabulary.read(flat[-self.vocabulary.numel :])
 
     @property
     def num_bytes(self) -> int:
@@ -112,4 +116,16 @@ def pack_flat(
     if parts:
         torch.cat([part.to(dtype) for part in parts], out=matrices)
     table = np.stack([ranks, first_a, first_b], axis=-1)
-    return PackedAdapter(matrices, table, ranks, layout.linears(ranks))
+    return with_vocabulary(PackedAdapter(matrices, table, ranks, layout.linears(ranks)), weights, pinned=pinned)
+
+
+def with_vocabulary(packed: PackedAdapter, weights: AdapterWeights, *, pinned: bool = False) -> PackedAdapter:
+    """Return an adapter whose layers are packed with what it changes outside of them."""
+    if weights.vocabulary is None:
+        return packed
+    packing = weights.vocabulary.packed(packed.matrices.dtype)
+    first = -(-len(packed.matrices) // ROUND) * ROUND
+    matrices = torch.zeros(first + packing.numel, dtype=packed.matrices.dtype, pin_memory=pinned)
+    matrices[: len(packed.matrices)] = packed.matrices
+    packing.write(matrices[first:])
+    return replace(packed, matrices=matrices, vocabulary=packing)

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from inference_service.lora.vocabulary import Vocabulary
 from loramux_shared.bases.groups import GroupShape, distinct
 from loramux_shared.bundle.modules import BY_ID, BY_NAME
 from loramux_shared.faults import BundleCorrupt
@@ -55,6 +56,8 @@ class AdapterWeights:
     first_b: Numbers
     """Where B [out, rank] begins."""
     groups: tuple[GroupShape, ...]
+    vocabulary: Vocabulary | None = None
+    """What it changes outside of the layers."""
 
     @cached_property
     def layers(self) -> tuple[dict[str, GroupWeights], ...]:

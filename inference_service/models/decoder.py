@@ -18,6 +18,7 @@ from inference_service.backends.torch import TorchOperations
 from inference_service.kernels.attention import Context
 from inference_service.layers.norm import RMSNorm
 from inference_service.layers.rope import Rope
+from inference_service.lora.vocabulary import StepVocabulary
 from inference_service.lora.weights import AdapterWeights
 from inference_service.models.blocks.inputs import Inputs
 from inference_service.models.checkpoint import Tensors
@@ -99,11 +100,17 @@ class Decoder:
         cache: Cache,
         lora: StepLora | None,
         recurrence: Recurrence = no_recurrence,
+        own: StepVocabulary | None = None,
     ) -> Tensor:
-        """Run tokens [T] at positions [T]; return what the head reads of some rows [N, hidden]."""
+        """Run tokens [T] at positions [T]; return what the head reads of some rows [N, hidden].
+
+        Rows whose adapter has embeddings of its own begin with those.
+        """
         ops = self._operations
         turns = tuple(attention.turn(*ops.angles(rope, positions)) for rope in self._ropes)
         hidden = ops.embed(tokens, self._embedding, self._scale)
+        if own is not None:
+            own.embed(tokens, hidden, self._scale, by_row=ops.by_row)
         inputs = None if self._inputs is None else self._inputs(ops, tokens, hidden)
         step = Step(ops, attention, cache, lora, turns, self._growth(positions), recurrence)
         delta: Tensor | None = None
@@ -124,9 +131,11 @@ class Decoder:
         return ops.norm(hidden[last_rows], self._norm, last, delta_norm)
 
     @torch.inference_mode()
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Return the logits [N, vocab] of rows [N, hidden]."""
+    def logits(self, hidden: Tensor, own: StepVocabulary | None = None) -> Tensor:
+        """Return the logits [N, vocab] of rows [N, hidden], some of which have a head of their own."""
         logits = self._operations.linear(self._head, hidden)
+        if own is not None:
+            own.head(hidden, logits, by_row=self._operations.by_row)
         if self.config.logit_divisor != 1.0:
             logits /= self.config.logit_divisor
         cap = self.config.logit_softcap

@@ -89,6 +89,7 @@ class _Recorder:
 
     def __init__(self, inner: StepLora, rows: Sequence[int], model: Decoder) -> None:
         self._inner = inner
+        self.vocabularies = inner.vocabularies
         self._rows = list(rows)
         self._groups = {group.name: group for group in model.config.groups}
         self.added: dict[tuple[int, str], Tensor] = {}

@@ -68,7 +68,8 @@ _REFUSED: Final = (
     ("E_VARIANT", "a variant whose factors are not plain A and B: Arrow, BD-LoRA, KaSA, MonteCLoRA, QALoRA",
      _MERGE),
     ("E_ALORA", "`alora_invocation_tokens` are no list of at most 64 tokens of the base, or stand beside what "
-     "PEFT has no activated form of, or what acts before them: DoRA, `bias`, parameters, tokens", _TRAIN),
+     "PEFT has no activated form of, or what acts before them: DoRA, `bias`, parameters, embeddings, a head",
+     _TRAIN),
     ("E_REPLICATION", "`layer_replication`: layers that the base does not have", _MERGE),
     ("E_TARGET_PARAMS", "`target_parameters` other than `gate_up_proj` and `down_proj` of experts, or without "
      "their tensors, or for a base without experts", _MERGE),
@@ -76,7 +77,8 @@ _REFUSED: Final = (
     ("E_INIT", "PiSSA, OLoRA, CorDA, LoRA-GA, LoftQ: the initialisation changed the base",
      "Save again with `path_initial_model_for_weight_conversion`; a LoftQ adapter needs its own base."),
     ("E_TASK", "trained for another task than generating text", "Use an adapter with `task_type` CAUSAL_LM."),
-    ("E_EMBED", "embeddings, head, added tokens or `modules_to_save` that differ from the base's", _TRAIN),
+    ("E_EMBED", "embeddings or a head of another vocabulary, tokens that the base does not have, rows that do not "
+     "fit `trainable_token_indices`, and `modules_to_save` of anything else that differs from the base's", _TRAIN),
     ("E_BASE", "the config names another family of base", "Use the base that it was trained on."),
     ("E_UNKNOWN_KEY", "tensors whose keys are not known; nothing is dropped silently",
      "Rename them to the form that the finding names."),

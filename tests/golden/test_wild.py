@@ -77,7 +77,7 @@ def of_peft(shape: Shape, folder: Path) -> Deltas:
         model = peft.PeftModel.from_pretrained(model_of(shape.base), files)
     found: Deltas = {}
     for name, module in model.named_modules():
-        if isinstance(module, peft.tuners.tuners_utils.BaseTunerLayer):
+        if isinstance(module, peft.tuners.lora.LoraLayer):
             with torch.no_grad():
                 delta = module.get_delta_weight("default").double().numpy()
             found |= parts(name.rpartition("language_model.")[2].removeprefix("base_model.model.model."), delta)

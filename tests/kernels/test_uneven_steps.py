@@ -1,4 +1,4 @@
-"""Recorded steps of layers that differ in their heads and windows."""
+"""Recorded steps of layers that differ in their heads and windows, and of adapters with tables of their own."""
 
 from __future__ import annotations
 
@@ -25,14 +25,18 @@ CONFIG = Gemma4TextConfig(
     vocab_size_per_layer_input=VOCAB,
 )
 ADAPTERS: dict[str, dict[str, Any]] = {
-    "all": {"r": 3, "target_modules": ["q_proj", "k_proj", "o_proj", "down_proj", "per_layer_projection"]}
+    "all": {"r": 3, "target_modules": ["q_proj", "k_proj", "o_proj", "down_proj", "per_layer_projection"]},
+    "own": {"r": 3, "lora_alpha": 9, "target_modules": ["embed_tokens", "lm_head"]},
 }
-REQUESTS = [("all", list(range(5, 24))), ("base", [9, 8, 7])]
+REQUESTS = [("all", list(range(5, 24))), ("base", [9, 8, 7]), ("own", [5, 6, 7])]
 
 
 def test_recorded_steps_answer_as_transformers_and_compile_nothing(
     tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Tables for each way to cut and each window, filled anew for prompts in chunks and for decoding."""
+    """Tables for each way to cut and each window, filled anew for prompts in chunks and for decoding.
+
+    Of an adapter with embeddings and a head tokens in flight are embedded on the device.
+    """
     folder = tmp_path_factory.mktemp("uneven")
     check_recorded_steps(folder, CONFIG, ADAPTERS, REQUESTS, monkeypatch)

@@ -73,16 +73,30 @@ def test_every_key_is_used_or_redundant(tmp_path):
 
 
 def test_one_other_value_is_no_copy(tmp_path):
-    """A head that differs from the base's in one value is refused, though the embeddings are a copy."""
+    """Of a head that differs from the base's in one value that row is kept; the embeddings are a copy."""
     sharded_base(tmp_path)
     head = matrix(2)
     head[-1, -1] += 1
     write_adapter(tmp_path / "one", {**tensors(), EMBED: matrix(1), HEAD: head}, modules_to_save=["lm_head"])
-    with pytest.raises(AdapterInvalid) as refusal:
+    manifest = built(tmp_path)
+    assert manifest.coverage == Coverage(used=tuple(sorted([*tensors(), HEAD])), redundant=(EMBED,))
+    (replaced,) = manifest.replaced
+    assert (replaced.module, replaced.tokens) == ("head", ((VOCAB - 1, 1),))
+
+
+def test_tied_matrices_of_two_values_are_refused(tmp_path):
+    """Embeddings and head of a tied base that the config does not name are one matrix to PEFT."""
+    write_base(tmp_path / "base", tie_word_embeddings=True)
+    head = np.zeros((VOCAB, HIDDEN), np.float32)
+    head[3] = 1
+    write_adapter(tmp_path / "one", {**tensors(), EMBED: 2 * head, HEAD: head})
+    with pytest.raises(AdapterInvalid, match=r"E_EMBED.*two matrices that differ"):
         built(tmp_path)
-    (finding,) = refusal.value.findings
-    assert (finding.code, finding.where) == ("E_EMBED", HEAD)
-    assert finding.found == "a whole matrix that differs from the base's"
+    write_adapter(tmp_path / "one", {**tensors(), EMBED: head, HEAD: head})
+    assert [(part.module, part.tokens) for part in built(tmp_path).replaced] == [
+        ("embedding", ((3, 1),)),
+        ("head", ((3, 1),)),
+    ]
 
 
 def test_the_vocabulary_is_named_with_both_sizes(tmp_path):

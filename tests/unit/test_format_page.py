@@ -19,6 +19,7 @@ from loramux_shared.bundle.manifest import (
     Manifest,
     ModuleRow,
     Recipe,
+    Replaced,
     Truncation,
 )
 from loramux_shared.bundle.proof import Effect, Probe, Proof, TokenLogprob
@@ -74,6 +75,7 @@ INSIDE = (
     Probe,
     Proof,
     Recipe,
+    Replaced,
     Repository,
     TokenLogprob,
     Truncation,

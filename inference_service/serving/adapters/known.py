@@ -10,7 +10,7 @@ from typing import Final
 from blake3 import blake3
 
 from inference_service.serving.adapters.recent import Recent
-from loramux_shared.bundle.manifest import WEIGHTS_FILE, FileDigest
+from loramux_shared.bundle.manifest import VOCABULARY_FILE, WEIGHTS_FILE, FileDigest
 from loramux_shared.bundle.npy import Bytes
 from loramux_shared.bundle.reader import verify_file
 
@@ -32,11 +32,12 @@ class KnownWeights:
 
     def verify(self, data: Bytes, files: Mapping[str, FileDigest], name: str, digest: str) -> None:
         """Raise `BundleCorrupt` unless a file of a bundle is the one that its manifest names."""
-        if name != WEIGHTS_FILE:
+        if name not in (WEIGHTS_FILE, VOCABULARY_FILE):
             verify_file(data, files, name, digest)
             return
+        key = f"{digest}/{name}"
         with self._at_once:
             found = blake3(data).digest()
-            if self._digests.get(digest) != found:
+            if self._digests.get(key) != found:
                 verify_file(data, files, name, digest)
-                self._digests.put(digest, found)
+                self._digests.put(key, found)

@@ -15,7 +15,7 @@ import structlog
 from inference_service.serving.adapters.disk import DiskTier
 from inference_service.serving.adapters.known import KnownWeights
 from inference_service.serving.adapters.workers import Workers
-from loramux_shared.bundle.manifest import MANIFEST_FILE, WEIGHTS_FILE, Manifest
+from loramux_shared.bundle.manifest import MANIFEST_FILE, Manifest
 from loramux_shared.bundle.npy import Bytes
 from loramux_shared.bundle.reader import (
     Bundle,
@@ -99,12 +99,13 @@ class BundleReader:
         manifest = parse_manifest(data, digest)
         names = files_of(manifest, digest)
         room.enter_context(self._room.taken(_size(manifest)))
+        largest = max(names, key=lambda name: manifest.files[name].size)
         others = {
             name: self._requests.submit(partial(self._fetch, digest, manifest, name))
             for name in names
-            if name != WEIGHTS_FILE
+            if name != largest
         }
-        files: dict[str, Bytes] = {WEIGHTS_FILE: self._fetch(digest, manifest, WEIGHTS_FILE)}
+        files: dict[str, Bytes] = {largest: self._fetch(digest, manifest, largest)}
         files.update((name, future.result()) for name, future in others.items())
         return Found(assemble(digest, manifest, files), Tier.STORE, data, files)
 

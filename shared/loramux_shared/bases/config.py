@@ -11,7 +11,7 @@ from loramux_shared.bases.formats.scheme import Quantization
 from loramux_shared.bases.groups import GroupShape, distinct, features_of, named_apart
 from loramux_shared.bases.layers import AttentionLayer, InputLayer, LayerSpec
 from loramux_shared.bases.rope import RopeSpec
-from loramux_shared.bundle.modules import BaseDims
+from loramux_shared.bundle.modules import NO_LAYER, BaseDims
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,13 @@ class ModelConfig:
         return self.layers[0].inputs
 
     def features(self, module: str, layer: int) -> tuple[int, int] | None:
-        """Return (in, out) of a module, by its bundle name, in a layer; None where there is no such module."""
+        """Return (in, out) of a module, by its bundle name, in a layer; None where there is no such module.
+
+        Embeddings and head are in `NO_LAYER`; an embedding's input is a token.
+        """
+        if layer == NO_LAYER:
+            vocab, hidden = self.dims.vocab, self.dims.hidden
+            return {"embedding": (vocab, hidden), "head": (hidden, vocab)}.get(module)
         return self._features[layer].get(module) if 0 <= layer < len(self.layers) else None
 
     @cached_property

@@ -5,6 +5,7 @@
     bundles/sha256/<digest>/manifest.json              digest = sha256 of this file's bytes; written last
     bundles/sha256/<digest>/model.lora_weights.npy
     bundles/sha256/<digest>/model.lora_config.npy
+    bundles/sha256/<digest>/model.vocabulary_weights.npy   where an adapter changes embeddings or head
     deployments/<name>/generations/<n>.json            immutable
     deployments/<name>/generations/<n>.json.sig        its signature, where a builder signs
     deployments/<name>/claims/<n>-<token>              empty; a builder is about to write generation n
@@ -25,7 +26,7 @@ from typing import Annotated, Final, Literal, Self
 
 from pydantic import Field, ValidationError
 
-from loramux_shared.bundle.modules import TENSORRT_LLM
+from loramux_shared.bundle.modules import BY_ID, NO_LAYER, OF_NO_LAYER, TENSORRT_LLM
 from loramux_shared.bundle.proof import Proof
 from loramux_shared.deployment import Aliases, Dtype, Merge, Model, ModelLimits, Repository, StoredName
 from loramux_shared.faults import BundleCorrupt, Finding
@@ -36,6 +37,8 @@ FORMAT_VERSION: Final = 1
 """Of records; a manifest is of version 2 where older readers would serve something else: see `version_of`."""
 WEIGHTS_FILE = "model.lora_weights.npy"
 CONFIG_FILE = "model.lora_config.npy"
+VOCABULARY_FILE = "model.vocabulary_weights.npy"
+"""What is of no layer: a row of it may be as long as a thousand rows of layers, which are padded alike."""
 MANIFEST_FILE = "manifest.json"
 BUILDS_PREFIX: Final = "builds/"
 DEPLOYMENTS_PREFIX: Final = "deployments/"
@@ -124,6 +127,11 @@ class ModuleRow(Model):
         """What a bundle has at most one row for, and what rows are sorted by."""
         return self.layer, self.module_id, -1 if self.expert is None else self.expert
 
+    @property
+    def elements(self) -> int:
+        """Of A and B."""
+        return self.rank * (self.in_features + self.out_features)
+
     def columns(self, count: int) -> list[int]:
         """Return the first so many of what the config file says of it."""
         return [self.module_id, self.layer, self.rank, 0, self.place[-1]][:count]
@@ -138,17 +146,40 @@ class Coverage(Model):
     """Copies of the base's own tensors, proved equal to them; sorted."""
 
 
+class Replaced(Model):
+    """Rows of the base's embeddings or head that an adapter has others for."""
+
+    module_id: int = Field(ge=0)
+    module: str
+    tokens: tuple[tuple[int, int], ...]
+    """Whose rows: runs of a first token and how many follow one another, ascending, none empty."""
+    features: int = Field(ge=1)
+    """Of a row."""
+
+    @property
+    def count(self) -> int:
+        """Rows."""
+        return sum(count for _, count in self.tokens)
+
+    @property
+    def elements(self) -> int:
+        """Of all rows."""
+        return self.count * self.features
+
+
 class Manifest(Record):
     """What a bundle holds; rows are in the order of the npy files, sorted by their places."""
 
     format_version: Literal[1, 2] = FORMAT_VERSION
     dtype: Dtype
     rows: tuple[ModuleRow, ...]
-    row_width: int = Field(ge=1)
-    """Elements per row of the weights, padding included."""
+    replaced: tuple[Replaced, ...] = Field(default=(), exclude_if=lambda parts: not parts)
+    """By module id; absent where there are none."""
+    row_width: int = Field(ge=0)
+    """Elements per row of the weights, padding included; 0 where no row is of a layer."""
     config_columns: Literal[3, 4, 5] = 4
     files: dict[str, FileDigest]
-    """The two npy files, and those of `TEXT_FILES` that the adapter brings."""
+    """The npy files, and those of `TEXT_FILES` that the adapter brings."""
     inputs: dict[str, FileDigest]
     """The adapter's files that the bundle was made from."""
     coverage: Coverage = Coverage()
@@ -170,10 +201,29 @@ class Manifest(Record):
         return len(self.coverage.used) or 2 * len(self.rows)
 
     @property
+    def layer_rows(self) -> tuple[ModuleRow, ...]:
+        """The rows of layers: those that the two files of LoRA's have, in their order."""
+        return tuple(row for row in self.rows if row.layer != NO_LAYER)
+
+    @property
+    def vocabulary_rows(self) -> tuple[ModuleRow, ...]:
+        """The others, which come first in the vocabulary's file; what is replaced comes behind them."""
+        return tuple(row for row in self.rows if row.layer == NO_LAYER)
+
+    @property
+    def npy_files(self) -> tuple[str, ...]:
+        """Names of the npy files."""
+        return npy_files(self.modules)
+
+    @property
     def weights_bytes(self) -> int:
-        """Bytes of A and B of all rows, without padding."""
-        elements = sum(row.rank * (row.in_features + row.out_features) for row in self.rows)
-        return elements * self.dtype.itemsize
+        """Bytes of A and B of all rows, without padding, and of what is replaced."""
+        return sum(part.elements for part in self.parts) * self.dtype.itemsize
+
+    @property
+    def parts(self) -> tuple[ModuleRow | Replaced, ...]:
+        """The rows, and what is replaced."""
+        return (*self.rows, *self.replaced)
 
     @property
     def summary(self) -> AdapterSummary:
@@ -197,7 +247,7 @@ class Manifest(Record):
     @property
     def modules(self) -> tuple[str, ...]:
         """The distinct modules, by module id."""
-        return tuple(name for _, name in sorted({(row.module_id, row.module) for row in self.rows}))
+        return tuple(name for _, name in sorted({(part.module_id, part.module) for part in self.parts}))
 
 
 class AdapterSummary(Model):
@@ -218,6 +268,11 @@ class AdapterSummary(Model):
     """Which of `TEXT_FILES` the adapter brings."""
     base_model_name: str = ""
     """What the adapter says that it was trained on."""
+
+    @property
+    def npy_files(self) -> tuple[str, ...]:
+        """Names of the npy files of the bundle."""
+        return npy_files(self.modules)
 
 
 class Descent(Model):
@@ -246,9 +301,13 @@ class AdapterRecord(Model):
     """Those of its manifest."""
     lineage: tuple[Descent, ...] = Field(default=(), exclude_if=lambda lineage: not lineage)
     """Where the adapter names another base than the deployment's: what a hub said of the two, if asked."""
-
     licence: str = Field(default="", exclude_if=lambda licence: not licence)
     """What its repository says of its licence."""
+
+    @property
+    def apart(self) -> str:
+        """Why it is never merged into the weights; empty: it may be."""
+        return apart(self.invocation_tokens, self.summary.modules if self.summary else ())
 
     def same_but_said(self, other: AdapterRecord) -> bool:
         """True when only what sources say of the same files and bases differs."""
@@ -308,10 +367,10 @@ class Generation(Record):
 
     @property
     def merged(self) -> str | None:
-        """The adapter that is merged into the weights at load, if one is: one that acts on everything."""
+        """The adapter that is merged into the weights at load, if one is."""
         if len(self.adapters) != 1 or self.serve_base or self.merge is Merge.NEVER:
             return None
-        return next((name for name, record in self.adapters.items() if not record.invocation_tokens), None)
+        return next((name for name, record in self.adapters.items() if not record.apart), None)
 
     def same_content(self, other: Generation) -> bool:
         """True when only number and time differ, and what sources say of files that are the same."""
@@ -336,9 +395,27 @@ def sha256_hex(data: bytes | bytearray | memoryview) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def version_of(rows: Iterable[ModuleRow], invocation: Sequence[int] = ()) -> Literal[1, 2]:
-    """Return the version of the format of a bundle with such rows that acts from these tokens on."""
-    return 1 if not invocation and all(row.module_id in TENSORRT_LLM for row in rows) else 2
+def version_of(parts: Iterable[ModuleRow | Replaced], invocation: Sequence[int] = ()) -> Literal[1, 2]:
+    """Return the version of the format of a bundle of such parts that acts from these tokens on."""
+    return 1 if not invocation and all(part.module_id in TENSORRT_LLM for part in parts) else 2
+
+
+VOCABULARY: Final = frozenset(BY_ID[number].name for number in OF_NO_LAYER)
+"""Names of modules that are in no layer."""
+
+
+def npy_files(modules: Iterable[str]) -> tuple[str, ...]:
+    """Return the names of the npy files that a bundle of some modules has."""
+    names = frozenset(modules)
+    files = (WEIGHTS_FILE, CONFIG_FILE) if names - VOCABULARY else ()
+    return (*files, VOCABULARY_FILE) if names & VOCABULARY else files
+
+
+def apart(invocation: Sequence[int], modules: Iterable[str]) -> str:
+    """Return why an adapter is never merged into the weights; empty: it may be."""
+    if invocation:
+        return "acts from its invocation tokens on"
+    return "" if VOCABULARY.isdisjoint(modules) else "has embeddings or a head of its own"
 
 
 def verify(data: bytes | bytearray | memoryview, sha256: str, what: str) -> None:

@@ -60,6 +60,8 @@ MODULES = (
     Module(121, "shared_4h_to_h", "down_proj", "mlp.shared_expert"),
     Module(122, "shared_gate", "up_proj", "mlp.shared_expert"),
     Module(123, "shared_expert_gate", "shared_expert_gate", "mlp"),
+    Module(124, "embedding", "embed_tokens", ""),
+    Module(125, "head", "lm_head", ""),
 )
 BY_ID = {module.id: module for module in MODULES}
 BY_NAME = {module.name: module for module in MODULES}
@@ -69,6 +71,11 @@ TENSORRT_LLM: Final = frozenset(range(1, 8))
 """Ids of the modules that bundles of version 1 have."""
 OF_EXPERTS: Final = frozenset({13, 14, 15})
 """Ids of the modules of each expert of a mixture, which TensorRT-LLM has too."""
+
+NO_LAYER: Final = 65535
+"""What stands for the layer of a module that is in none."""
+OF_NO_LAYER: Final = frozenset({124, 125})
+"""Ids of the modules that are in no layer."""
 
 FUSED: Final[Mapping[str, tuple[Module, ...]]] = {
     "qkv_proj": (BY_HF["q_proj"], BY_HF["k_proj"], BY_HF["v_proj"]),

@@ -12,6 +12,7 @@ from loramux_shared.bundle.manifest import (
     MANIFEST_FILE,
     REBUILD,
     TEXT_FILES,
+    VOCABULARY_FILE,
     WEIGHTS_FILE,
     FileDigest,
     Manifest,
@@ -20,8 +21,8 @@ from loramux_shared.bundle.manifest import (
     verify,
     version_of,
 )
-from loramux_shared.bundle.modules import BY_ID, OF_EXPERTS
-from loramux_shared.bundle.npy import Array, Bytes, read_config, read_weights
+from loramux_shared.bundle.modules import BY_ID, NO_LAYER, OF_EXPERTS, OF_NO_LAYER
+from loramux_shared.bundle.npy import NUMPY_TYPES, Array, Bytes, read_config, read_weights
 from loramux_shared.faults import BundleCorrupt
 from loramux_shared.storage.base import ObjectMissing, Store
 
@@ -44,14 +45,16 @@ class Bundle:
     digest: str
     manifest: Manifest
     table: Array
-    """(rows, elements): A and B of each row, one after the other, then zeros."""
+    """(rows of layers, elements): A and B of each row, one after the other, then zeros."""
+    vocabulary: Array | None = None
+    """(elements,): A and B of each row of no layer, then rows that replace the base's."""
     texts: Mapping[str, bytes] = field(default_factory=dict)
     """What the adapter brings beside its weights, by the names of `TEXT_FILES`."""
 
     @property
     def rows(self) -> tuple[BundleRow, ...]:
         """Views of the table."""
-        return tuple(map(_row, self.manifest.rows, self.table))
+        return tuple(map(_row, self.manifest.layer_rows, self.table))
 
 
 def read_manifest(store: Store, digest: str) -> Manifest:
@@ -95,11 +98,11 @@ def files_of(manifest: Manifest, digest: str) -> tuple[str, ...]:
     Raises:
         BundleCorrupt: it lacks one, or has one that no bundle has.
     """
-    if unknown := sorted(manifest.files.keys() - {WEIGHTS_FILE, CONFIG_FILE, *TEXT_FILES}):
+    if unknown := sorted(manifest.files.keys() - {*manifest.npy_files, *TEXT_FILES}):
         raise BundleCorrupt(f"{_what(digest, MANIFEST_FILE)}: expected no file {unknown[0]!r}")
-    for name in (WEIGHTS_FILE, CONFIG_FILE):
+    for name in manifest.npy_files:
         _expected(manifest.files, name, digest)
-    return WEIGHTS_FILE, CONFIG_FILE, *texts_of(manifest)
+    return *manifest.npy_files, *texts_of(manifest)
 
 
 def texts_of(manifest: Manifest) -> tuple[str, ...]:
@@ -108,19 +111,38 @@ def texts_of(manifest: Manifest) -> tuple[str, ...]:
 
 
 def assemble(digest: str, manifest: Manifest, files: Mapping[str, Bytes]) -> Bundle:
-    """Return a bundle of its files, each of which was verified; its table is a view of the weights.
+    """Return a bundle of its files, each of which was verified; its arrays are views of them.
 
     Raises:
         BundleCorrupt: shapes, config rows or padding differ from what the manifest says.
     """
     what = _what(digest)
-    table = read_weights(files[WEIGHTS_FILE], manifest.dtype, f"{what}: {WEIGHTS_FILE}")
-    columns = read_config(files[CONFIG_FILE], f"{what}: {CONFIG_FILE}")
-    _expect(table.shape, (len(manifest.rows), manifest.row_width), f"{what}: shape of {WEIGHTS_FILE}")
-    _expect(columns.shape, (len(manifest.rows), manifest.config_columns), f"{what}: shape of {CONFIG_FILE}")
     _check_manifest(manifest, what)
-    _check_rows(manifest.rows, table, columns, what)
-    return Bundle(digest, manifest, table, {name: bytes(files[name]) for name in texts_of(manifest)})
+    table = np.empty((0, 0), NUMPY_TYPES[manifest.dtype])
+    if WEIGHTS_FILE in manifest.npy_files:
+        table = _layers(manifest, files, what)
+    vocabulary = _vocabulary(manifest, files, what) if VOCABULARY_FILE in manifest.npy_files else None
+    texts = {name: bytes(files[name]) for name in texts_of(manifest)}
+    return Bundle(digest, manifest, table, vocabulary, texts)
+
+
+def _layers(manifest: Manifest, files: Mapping[str, Bytes], what: str) -> Array:
+    """Return the table of the rows of layers."""
+    table = read_weights(files[WEIGHTS_FILE], manifest.dtype, f"{what}: {WEIGHTS_FILE}")
+    columns, rows = read_config(files[CONFIG_FILE], f"{what}: {CONFIG_FILE}"), manifest.layer_rows
+    _expect(table.shape, (len(rows), manifest.row_width), f"{what}: shape of {WEIGHTS_FILE}")
+    _expect(columns.shape, (len(rows), manifest.config_columns), f"{what}: shape of {CONFIG_FILE}")
+    _check_rows(rows, table, columns, what)
+    return table
+
+
+def _vocabulary(manifest: Manifest, files: Mapping[str, Bytes], what: str) -> Array:
+    """Return what is of no layer."""
+    values = read_weights(files[VOCABULARY_FILE], manifest.dtype, f"{what}: {VOCABULARY_FILE}")
+    elements = sum(row.elements for row in manifest.vocabulary_rows)
+    elements += sum(part.elements for part in manifest.replaced)
+    _expect(values.shape, (1, elements), f"{what}: shape of {VOCABULARY_FILE}")
+    return values.reshape(-1)
 
 
 def verify_file(data: Bytes, files: Mapping[str, FileDigest], name: str, digest: str) -> None:
@@ -149,18 +171,34 @@ def _check_manifest(manifest: Manifest, what: str) -> None:
         module = BY_ID.get(row.module_id)
         _expect(row.module, module.name if module else "a module that is served", f"{what}: row {i}: module")
         _expect(row.expert is not None, row.module_id in OF_EXPERTS, f"{what}: row {i}: says an expert")
+        _expect(row.layer == NO_LAYER, row.module_id in OF_NO_LAYER, f"{what}: row {i}: is of no layer")
     mixed = any(row.expert is not None for row in manifest.rows)
     _expect(manifest.config_columns == 5, mixed, f"{what}: config_columns is 5")
-    _expect(
-        manifest.format_version,
-        version_of(manifest.rows, manifest.invocation_tokens),
-        f"{what}: format_version",
-    )
+    _check_replaced(manifest, what)
+    _expect(bool(manifest.row_width), bool(manifest.layer_rows), f"{what}: row_width is not 0")
+    version = version_of(manifest.parts, manifest.invocation_tokens)
+    _expect(manifest.format_version, version, f"{what}: format_version")
     used, redundant = manifest.coverage.used, manifest.coverage.redundant
     if list(used + redundant) != [*sorted(set(used) - set(redundant)), *sorted(set(redundant))]:
         raise BundleCorrupt(f"{what}: expected tensors by their keys, each once, sorted")
     says = any(warning.code == "W_ZERO_B" for warning in manifest.warnings)
-    _expect(says, not any(row.norm_ba for row in manifest.rows), f"{what}: warning W_ZERO_B")
+    changes = manifest.replaced or any(row.norm_ba for row in manifest.rows)
+    _expect(says, not changes, f"{what}: warning W_ZERO_B")
+
+
+def _check_replaced(manifest: Manifest, what: str) -> None:
+    """Check which rows are replaced: of each module once, and of each token once."""
+    ids = [part.module_id for part in manifest.replaced]
+    if ids != sorted(set(ids)) or not OF_NO_LAYER.issuperset(ids):
+        raise BundleCorrupt(f"{what}: expected replaced rows of embeddings and head, each once. {REBUILD}")
+    for part in manifest.replaced:
+        _expect(part.module, BY_ID[part.module_id].name, f"{what}: replaced: module")
+        end = 0
+        for index, (first, count) in enumerate(part.tokens):
+            if count < 1 or first < end + (index > 0):
+                raise BundleCorrupt(f"{what}: {part.module}: expected ascending runs of tokens. {REBUILD}")
+            end = first + count
+        _expect(end > 0, True, f"{what}: {part.module}: replaces rows")
 
 
 def _check_rows(rows: Sequence[ModuleRow], table: Array, columns: Array, what: str) -> None:
@@ -171,7 +209,7 @@ def _check_rows(rows: Sequence[ModuleRow], table: Array, columns: Array, what: s
             _expect(*pair, f"{what}: row {index}: config")
     values, size = table.view(np.uint8), table.itemsize
     for index, row in enumerate(rows):
-        length = row.rank * (row.in_features + row.out_features)
+        length = row.elements
         if length > table.shape[1]:
             raise BundleCorrupt(
                 f"{what}: row {index}: expected {length} elements for {row}, found {table.shape[1]}"
@@ -183,7 +221,7 @@ def _check_rows(rows: Sequence[ModuleRow], table: Array, columns: Array, what: s
 
 
 def _row(row: ModuleRow, values: Array) -> BundleRow:
-    split, length = row.rank * row.in_features, row.rank * (row.in_features + row.out_features)
+    split, length = row.rank * row.in_features, row.elements
     a = values[:split].reshape(row.rank, row.in_features)
     b = values[split:length].reshape(row.out_features, row.rank)
     return BundleRow(row, a, b)

@@ -76,6 +76,25 @@ def _wide_o_proj() -> Tensors:
 _TOWER = "base_model.model.vision_tower.vision_model.encoder.layers.0.self_attn.q_proj.lora_A.weight"
 _WRAPPED = f"_orig_mod.{ROOT}layers.0._fsdp_wrapped_module.self_attn.q_proj.lora_A.default.weight"
 
+_TARGETS = ["q_proj", "v_proj", "embed_tokens", "lm_head"]
+
+
+def _of_none(
+    name: str, codes: str, *shapes: tuple[int, int], targets: Any = _TARGETS, **config: Any
+) -> Exhibit:
+    """A and B of embeddings, or with four shapes of the head as well."""
+    names = [f"{EMBED}.lora_embedding_A", f"{EMBED}.lora_embedding_B", f"{HEAD}.lora_A.weight"]
+    found = zip([*names, f"{HEAD}.lora_B.weight"], shapes, strict=False)
+    made = tensors() | {key: np.ones(shape, "f2") for key, shape in found}
+    return exhibit(name, codes, lambda folder: adapter(folder, made, target_modules=targets, **config))
+
+
+def _tokens(name: str, codes: str, indices: Any, shape: tuple[int, int], **config: Any) -> Exhibit:
+    made = tensors() | {f"{EMBED}.token_adapter.trainable_tokens_delta": np.ones(shape, "f2")}
+    config = {"trainable_token_indices": indices} | config
+    return exhibit(name, codes, lambda folder: adapter(folder, made, **config))
+
+
 REFUSED = (
     of_tensors("no tensors", "E_EMPTY_WEIGHTS", dict),
     exhibit("no tensors and no targets", "E_EMPTY_TARGETS", lambda at: adapter(at, {}, target_modules=[])),
@@ -108,16 +127,30 @@ REFUSED = (
     of_tensors("a deeper base", "E_LAYER", lambda: tensors(layers=3)),
     of_tensors("layer 999,999", "E_LAYER", lambda: plus(key(999_999, "q_proj", "A"), pair=(16, 4))),
     of_tensors("above the ceiling", "E_RANK_MAX", tensors, lora={"max_lora_rank": 3}),
-    _one("LoRA of embeddings", "E_EMBED", f"{EMBED}.lora_embedding_A"),
-    _one("LoRA of the head", "E_EMBED", f"{HEAD}.lora_A.weight"),
-    _one("a head", "E_EMBED", f"{HEAD}.weight", (VOCAB, HIDDEN)),
+    _of_none("A of embeddings alone", "E_PAIR", (4, VOCAB)),
+    _of_none("embeddings of a larger vocabulary", "E_DIMS", (4, VOCAB + 2), (HIDDEN, 4)),
+    _of_none("embeddings that are no target", "E_TARGETS", (4, VOCAB), (HIDDEN, 4), targets=_TARGETS[:2]),
+    _of_none("linear is no embedding", "E_TARGETS", (4, VOCAB), (HIDDEN, 4), targets="all-linear"),
+    _of_none("a rank of embeddings above the ceiling", "E_RANK_MAX", (65, VOCAB), (HIDDEN, 65),
+             rank_pattern={"embed_tokens": 65}),
+    of_tensors("LoRA of a tower's embeddings", "E_PREFIX",
+               lambda: plus("base_model.model.tower.embed_tokens.lora_embedding_A")),
+    _one("LoRA of embeddings of each layer", "E_EMBED", f"{EMBED}_per_layer.lora_embedding_A"),
+    _one("embeddings as a linear", "E_EMBED", f"{EMBED}.lora_A.weight"),
+    _of_none("embeddings that act from tokens on", "E_ALORA", (4, VOCAB), (HIDDEN, 4),
+             alora_invocation_tokens=[3]),
+    _tokens("more rows than tokens", "E_EMBED", [3, 4], (3, HIDDEN)),
+    _tokens("a token beyond the vocabulary", "E_EMBED", [3, VOCAB], (2, HIDDEN)),
+    _tokens("a token twice", "E_EMBED", [3, 3], (2, HIDDEN)),
+    _tokens("tokens as text", "E_BAD_CONFIG E_EMBED", ["<s>"], (1, HIDDEN)),
+    _tokens("tokens of the head without rows", "E_EMBED", {"embed_tokens": [3], "lm_head": [4]}, (1, HIDDEN)),
+    exhibit("NaN in a saved head", "E_NAN", _saved(
+        lambda: np.full((VOCAB, HIDDEN), np.nan, "f2"), f"{EMBED}.weight")),
     _one("a resized vocabulary", "E_EMBED", f"{EMBED}.weight", (VOCAB + 2, HIDDEN)),
     _one("a head by another name", "E_EMBED", f"{ROOT}unembed_tokens.lora_A.weight"),
     _one("base_layer of embeddings", "E_EMBED", f"{EMBED}.base_layer.weight", (VOCAB, HIDDEN)),
     _one("trainable tokens", "E_EMBED", f"{EMBED}.token_adapter.trainable_tokens_delta"),
     _one("modules_to_save", "E_EMBED", f"{HEAD}.modules_to_save.default.weight"),
-    exhibit("trained embeddings", "E_EMBED", _saved(lambda: 2 * embeddings(), f"{EMBED}.weight")),
-    exhibit("embeddings of minus zero", "E_EMBED", _saved(lambda: -embeddings(), f"{EMBED}.weight")),
     exhibit("embeddings in int8", "E_EMBED", _saved(lambda: embeddings().astype("i1"), f"{EMBED}.weight")),
     _one("a norm", "E_UNKNOWN_KEY", f"{ROOT}norm.weight", (HIDDEN,)),
     _one("DoRA", "E_DORA", f"{Q}.lora_magnitude_vector", (16,)),
@@ -151,6 +184,13 @@ REFUSED = (
 )  # fmt: skip
 
 ACCEPTED = (
+    _of_none("LoRA of embeddings and head", "", (4, VOCAB), (HIDDEN, 4), (4, HIDDEN), (VOCAB, 4)),
+    _one("a head", "", f"{HEAD}.weight", (VOCAB, HIDDEN)),
+    exhibit("trained embeddings", "", _saved(lambda: 2 * embeddings(), f"{EMBED}.weight")),
+    exhibit("embeddings of minus zero", "", _saved(lambda: -embeddings(), f"{EMBED}.weight")),
+    _tokens("trained tokens", "", {"embed_tokens": [30, 4]}, (2, HIDDEN)),
+    exhibit("embeddings and nothing else", "W_TARGETS", lambda folder: adapter(
+        folder, {f"{EMBED}.weight": np.ones((VOCAB, HIDDEN), "f2")}, modules_to_save=["embed_tokens"])),
     of_tensors("B is zero", "W_ZERO_B", lambda: _zero("B")),
     of_tensors("A is zero", "W_ZERO_B", lambda: _zero("A")),
     of_tensors("cut to rank 2", "W_TRUNCATED", tensors, lora={"truncate_to_rank": 2}),

@@ -69,7 +69,7 @@ SHAPES: Final = (
           base="gemma3", codes="W_TOWER"),
     Shape("Unsloth", "2024", "embeddings and head in `modules_to_save`, raw",
           of_peft("0.12", base_model_name_or_path=_QUANTISED, modules_to_save=["lm_head"]),
-          beside((f"{_HEAD}.modules_to_save.default.weight", (VOCAB, HIDDEN))), codes="E_EMBED"),
+          beside((f"{_HEAD}.modules_to_save.default.weight", (VOCAB, HIDDEN)))),
     Shape("axolotl", "0.4 to 0.8", "a folder per checkpoint, none above", None, None,
           files=("checkpoint-500/adapter_config.json", "checkpoint-500/adapter_model.safetensors", "README.md"),
           codes="E_NO_CONFIG"),

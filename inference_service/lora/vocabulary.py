@@ -1,0 +1,199 @@
+"""Embeddings and heads that adapters have of their own. Few steps have any, and the others pay nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Final, NamedTuple
+
+import torch
+from torch import Tensor
+
+from inference_service.lora.segments import Segment
+
+ROUND: Final = 16
+"""Elements: every matrix of a packed adapter begins at a multiple, so that it can be read in vectors."""
+
+
+@dataclass(frozen=True)
+class Factors:
+    """What is added to the product with a matrix [out, in]."""
+
+    a: Tensor
+    """[rank, in]; of the embeddings, where a token chooses one of the inputs, [in, rank]."""
+    b: Tensor
+    """[out, rank], the scale included."""
+
+
+@dataclass(frozen=True)
+class OwnTable:
+    """What an adapter has for a matrix [vocab, hidden] of the base, be it embeddings or a head."""
+
+    factors: Factors | None = None
+    rows: Tensor | None = None
+    """[n, hidden]: they take the place of the base's."""
+    tokens: Tensor | None = None
+    """int32 [n], ascending: whose rows they are; None: those of all tokens."""
+
+    def tensors(self) -> list[Tensor]:
+        """Return those that there are."""
+        of_factors = [] if self.factors is None else [self.factors.a, self.factors.b]
+        return [*of_factors, *(each for each in (self.rows, self.tokens) if each is not None)]
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What an adapter changes outside of the layers."""
+
+    embedding: OwnTable = OwnTable()
+    head: OwnTable = OwnTable()
+
+    def packed(self, dtype: torch.dtype) -> Packing:
+        """Return how it lies in one flat piece of a type."""
+        return Packing(self, dtype)
+
+
+class Packing:
+    """The tensors of a vocabulary one behind the other, and where each begins."""
+
+    def __init__(self, vocabulary: Vocabulary, dtype: torch.dtype) -> None:
+        self._vocabulary, self._dtype = vocabulary, dtype
+
+    @property
+    def numel(self) -> int:
+        """Elements of the piece."""
+        return sum(_up(part.numel()) for part in self._parts())
+
+    def write(self, flat: Tensor) -> None:
+        """Write it to [numel]."""
+        at = 0
+        for part in self._parts():
+            flat[at : at + part.numel()].copy_(part.reshape(-1))
+            at += _up(part.numel())
+
+    def read(self, flat: Tensor) -> Vocabulary:
+        """Return views of [numel], wherever it was copied to."""
+        pieces = iter(self._views(flat))
+        return Vocabulary(*(self._own(table, pieces) for table in self._tables()))
+
+    def _tables(self) -> tuple[OwnTable, OwnTable]:
+        return self._vocabulary.embedding, self._vocabulary.head
+
+    def _parts(self) -> Iterator[Tensor]:
+        """Yield what is copied; integers as so many elements of the type as have their bytes."""
+        for table in self._tables():
+            for tensor in table.tensors():
+                whole = tensor.dtype is torch.int32
+                yield tensor.view(self._dtype) if whole else tensor.to(self._dtype)
+
+    def _views(self, flat: Tensor) -> Iterator[Tensor]:
+        at = 0
+        for table in self._tables():
+            for tensor in table.tensors():
+                whole = tensor.dtype is torch.int32
+                count = tensor.nbytes // flat.itemsize if whole else tensor.numel()
+                part = flat[at : at + count]
+                yield (part.view(torch.int32) if whole else part).view(tensor.shape)
+                at += _up(count)
+
+    @staticmethod
+    def _own(table: OwnTable, pieces: Iterator[Tensor]) -> OwnTable:
+        factors = None if table.factors is None else Factors(next(pieces), next(pieces))
+        rows = None if table.rows is None else next(pieces)
+        return OwnTable(factors, rows, None if table.tokens is None else next(pieces))
+
+
+class OwnSegment(NamedTuple):
+    """Consecutive rows of an adapter with a vocabulary of its own."""
+
+    vocabulary: Vocabulary
+    start: int
+    end: int
+
+
+class StepVocabulary:
+    """The adapters of a step that have embeddings or a head of their own."""
+
+    def __init__(self, segments: Sequence[OwnSegment], drawing: Sequence[OwnSegment]) -> None:
+        """Take their segments of the step's rows, and of those that go through the head."""
+        self._segments, self._drawing = segments, drawing
+
+    def embed(self, tokens: Tensor, hidden: Tensor, scale: float, *, by_row: bool) -> None:
+        """Change hidden [T, hidden size], the base's embeddings of tokens [T] times a scale, in place."""
+        own_rows = ((each.vocabulary.embedding, each) for each in self._segments)
+        for table, rows in _changing(own_rows, by_row=by_row):
+            own = hidden[rows]
+            if table.factors is not None:
+                x = table.factors.a.index_select(0, tokens[rows])
+                own.addmm_(x, table.factors.b.t(), alpha=scale)
+            if table.rows is not None:
+                own.copy_(_replaced(table.rows, table.tokens, tokens[rows], own, scale))
+
+    def head(self, hidden: Tensor, logits: Tensor, *, by_row: bool) -> None:
+        """Change logits [N, vocab], which the base's head makes of hidden [N, hidden size], in place."""
+        own_rows = ((each.vocabulary.head, each) for each in self._drawing)
+        for table, rows in _changing(own_rows, by_row=by_row):
+            own, x = logits[rows], hidden[rows]
+            if table.factors is not None:
+                own.addmm_(torch.mm(x, table.factors.a.t()), table.factors.b.t())
+            if table.rows is not None and table.tokens is None:
+                torch.mm(x, table.rows.t(), out=own)
+            elif table.rows is not None and table.tokens is not None:
+                own.index_copy_(1, table.tokens.long(), torch.mm(x, table.rows.t()))
+
+
+def _changing(
+    tables: Iterable[tuple[OwnTable, OwnSegment]], *, by_row: bool
+) -> Iterator[tuple[OwnTable, slice]]:
+    """Yield tables that change something, and whose rows; where it is said, of each row apart."""
+    for table, (_, start, end) in tables:
+        if table.tensors():
+            size = 1 if by_row else end - start
+            yield from ((table, slice(first, first + size)) for first in range(start, end, size))
+
+
+def _replaced(rows: Tensor, ids: Tensor | None, tokens: Tensor, hidden: Tensor, scale: float) -> Tensor:
+    """Return rows [T, hidden size] of tokens [T]; hidden's, where a token has no other."""
+    if ids is None:
+        return rows.index_select(0, tokens) * scale
+    places = torch.searchsorted(ids, tokens.to(torch.int32)).clamp_(max=len(ids) - 1)
+    found = ids.index_select(0, places) == tokens
+    return torch.where(found[:, None], rows.index_select(0, places) * scale, hidden)
+
+
+class Vocabularies:
+    """Those of the adapters in a bank, by slot; on the engine's thread."""
+
+    def __init__(self) -> None:
+        self._of: dict[int, Vocabulary] = {}
+
+    def enter(self, slot: int, vocabulary: Vocabulary | None) -> None:
+        """Note that of a slot, if there is one."""
+        if vocabulary is not None:
+            self._of[slot] = vocabulary
+
+    def leave(self, slot: int) -> None:
+        """Forget it, if there is one."""
+        self._of.pop(slot, None)
+
+    def of(
+        self, segments: Sequence[Segment], drawing: Callable[[], Sequence[Segment]]
+    ) -> StepVocabulary | None:
+        """Return what a step does; None where no adapter of its segments has anything to do.
+
+        What gives the segments of the rows that go through the head is asked only otherwise.
+        """
+        if not self._of or not (own := self._own(segments)):
+            return None
+        return StepVocabulary(own, self._own(drawing()))
+
+    def _own(self, segments: Sequence[Segment]) -> list[OwnSegment]:
+        return [
+            OwnSegment(self._of[segment.slot], segment.start, segment.end)
+            for segment in segments
+            if segment.slot in self._of
+        ]
+
+
+def _up(count: int) -> int:
+    return -(-count // ROUND) * ROUND

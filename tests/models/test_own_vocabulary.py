@@ -1,0 +1,179 @@
+"""Adapters with embeddings and a head of their own, token for token against PEFT in float32."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, Gemma3TextConfig, GraniteConfig, LlamaConfig
+
+from inference_service.core.sampling import SamplingParams
+from inference_service.core.sequence import Sequence
+from loramux_shared.bundle.deployments import current_generation
+from loramux_shared.bundle.reader import read_manifest
+from loramux_shared.storage.memory import MemoryStore
+from tests.support.tiny import SIZES, VOCAB, World, make_checkpoint, oracle, oracle_tokens, run_engine
+
+NEW = 12
+FEW = [5, 6, 7, 50, 198]
+Q = ["q_proj"]
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "plain": {"target_modules": ["q_proj", "v_proj"]},
+    "factors": {"target_modules": ["embed_tokens", "lm_head"], "rank_pattern": {"lm_head": 7}},
+    "saved": {"target_modules": ["lm_head"], "use_rslora": True, "modules_to_save": ["embed_tokens"]},
+    "some": {"target_modules": Q, "modules_to_save": ["lm_head", "embed_tokens"], "touched": FEW},
+    "tokens": {"target_modules": Q, "trainable_token_indices": [50, 3, 4, 100, 120]},
+    "apart": {"target_modules": Q, "trainable_token_indices": {"embed_tokens": [5, 3], "lm_head": [7, 60]}},
+}
+OF_TIED: dict[str, dict[str, Any]] = {
+    "both": {"target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": True},
+    "one": {"target_modules": Q, "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+}
+MODELS = ("base", *ADAPTERS)
+
+
+def make(base: Path, folder: Path, seed: int, touched: list[int] | None = None, **config: Any) -> None:
+    """Save an adapter with random factors and rows; of matrices that are saved whole only some are touched."""
+    loaded = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model = get_peft_model(loaded, LoraConfig(r=4, lora_alpha=9, task_type="CAUSAL_LM", **config))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if "lora_" in name or "trainable_tokens_delta" in name:
+                parameter.copy_(noise * 0.2)
+            elif "modules_to_save" in name:
+                rows = range(len(noise)) if touched is None else touched
+                parameter[list(rows)] += noise[list(rows)] * 0.5
+    model.save_pretrained(folder)
+
+
+def made(root: Path, config: Any, adapters: Mapping[str, Mapping[str, Any]]) -> World:
+    """A checkpoint and its adapters."""
+    make_checkpoint(root / "base", config)
+    for seed, (name, settings) in enumerate(adapters.items()):
+        make(root / "base", root / name, seed, **settings)
+    return World(root / "base", {name: root / name for name in adapters}, root)
+
+
+def requests_of(models: tuple[str, ...]) -> list[tuple[str, list[int]]]:
+    """Two prompts for each model; every second token is one whose rows some adapters have of their own."""
+    own = [3, 4, 5, 6, 7, 50, 60, 100, 120, 198]
+    return [
+        (name, [own[at % 10] if at % 2 else 3 + (at * 17 + place * 5) % 190 for at in range(3 + 9 * place)])
+        for place in (0, 2)
+        for name in models
+    ]
+
+
+def answers(world: World, requests: list[tuple[str, list[int]]]) -> list[list[int]]:
+    """What transformers and PEFT answer."""
+    models = {name: oracle(world.base, world.adapters.get(name)) for name in dict(requests)}
+    return [oracle_tokens(models[name], prompt, NEW) for name, prompt in requests]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return made(tmp_path_factory.mktemp("own"), LlamaConfig(**SIZES), ADAPTERS)
+
+
+@pytest.fixture(scope="module")
+def store(world: World) -> MemoryStore:
+    store = MemoryStore()
+    world.build(store)
+    return store
+
+
+REQUESTS = requests_of(MODELS)
+
+
+@pytest.fixture(scope="module")
+def expected(world: World) -> list[list[int]]:
+    return answers(world, REQUESTS)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"native": False, "max_batch_tokens": 16}, {"deterministic": True}],
+    ids=["compiled", "torch, in chunks", "deterministic"],
+)
+def test_a_mixed_batch_equals_peft(
+    world: World, store: MemoryStore, expected: list[list[int]], settings: dict[str, Any]
+) -> None:
+    """Each kind beside all others, the base and plain LoRA; and each model answers otherwise than the base."""
+    assert run_engine(world.load(store, **settings), REQUESTS, NEW) == expected
+    prompts = [("base", prompt) for _, prompt in REQUESTS[len(MODELS) :]]
+    as_base = run_engine(world.load(store), prompts, NEW)
+    others = zip(expected[len(MODELS) + 1 :], as_base[1:], strict=True)
+    assert all(answer != base for answer, base in others)
+
+
+def test_alone_preempted_and_from_the_prefix_cache_equals_peft(
+    world: World, store: MemoryStore, expected: list[list[int]]
+) -> None:
+    """A cache too small for all, then each request alone, from the blocks that its own adapter left."""
+    ready = world.load(store, kv_memory_gb=120 * 2 * 2 * 2 * 8 * 4 / 1e9, block_size=8)
+    assert run_engine(ready, REQUESTS, NEW) == expected
+    assert ready.engine.stats.preemptions > 0
+    assert [run_engine(ready, [request], NEW)[0] for request in REQUESTS] == expected
+    assert ready.engine.stats.prefix_tokens_hit > 0
+
+
+def test_rows_that_do_not_differ_are_not_kept(world: World, store: MemoryStore) -> None:
+    """Of a matrix that was saved whole the bundle has the touched rows; rows of tokens are in order of ids."""
+    generation = current_generation(store, "tiny")
+    assert generation is not None
+    kept = {
+        name: {part.module: part.tokens for part in read_manifest(store, record.digest).replaced}
+        for name, record in generation.adapters.items()
+    }
+    runs = ((5, 3), (50, 1), (198, 1))
+    assert kept == {
+        "plain": {},
+        "factors": {},
+        "saved": {"embedding": ((0, VOCAB),)},
+        "some": {"embedding": runs, "head": runs},
+        "tokens": {"embedding": ((3, 2), (50, 1), (100, 1), (120, 1))},
+        "apart": {"embedding": ((3, 1), (5, 1)), "head": ((7, 1), (60, 1))},
+    }
+
+
+def test_log_probabilities_of_a_prompt_are_those_of_its_own_head(world: World, store: MemoryStore) -> None:
+    """A scored prompt goes through the head of its adapter, not through the base's."""
+    prompt = REQUESTS[-1][1]
+    ready = world.load(store)
+    engine = ready.engine._engine
+    adapter = ready.service.catalog.get("factors").adapter
+    engine.add(Sequence("scored", list(prompt), SamplingParams(max_tokens=1, prompt_logprobs=0), adapter))
+    scores = [token.logprob for output in engine.step() for token in output.prompt[1:]]
+    logits = oracle(world.base, world.adapters["factors"])(torch.tensor([prompt])).logits[0]
+    wanted = torch.log_softmax(logits, -1)[range(len(prompt) - 1), prompt[1:]]
+    assert torch.allclose(torch.tensor(scores), wanted, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LlamaConfig(**(SIZES | {"tie_word_embeddings": True})),
+        pytest.param(
+            Gemma3TextConfig(**(SIZES | {"tie_word_embeddings": True, "head_dim": 16})),
+            marks=pytest.mark.sweep,
+        ),
+        pytest.param(
+            GraniteConfig(**(SIZES | {"logits_scaling": 3.0, "embedding_multiplier": 2.5})),
+            marks=pytest.mark.sweep,
+        ),
+    ],
+    ids=["tied", "scaled embeddings", "divided logits"],
+)
+def test_other_bases_equal_peft(tmp_path: Path, config: Any) -> None:
+    """Tied tables go the ways that PEFT goes with them; what scales embeddings and logits is honoured."""
+    adapters = ADAPTERS | (OF_TIED if config.tie_word_embeddings else {})
+    world, store = made(tmp_path, config, adapters), MemoryStore()
+    world.build(store)
+    requests = requests_of(("base", *adapters))
+    assert run_engine(world.load(store), requests, NEW) == answers(world, requests)
