@@ -146,9 +146,9 @@ class Engine:
     def add(self, seq: Sequence) -> None:
         """Take a sequence in; it ends with one output that has a finish reason, unless it is aborted.
 
-        One whose adapter could not be loaded a moment ago ends at once.
+        One with an adapter that could not be loaded a moment ago ends at once.
         """
-        fault = self._residency.refusal(seq.adapter) if seq.adapter is not None else None
+        fault = next(filter(None, map(self._residency.refusal, seq.adapters)), None)
         if fault is not None:
             self._outputs.append(StepOutput(seq.id, None, FinishReason.FAILED, fault=fault))
             return
@@ -214,11 +214,11 @@ class Engine:
             self._outputs.append(StepOutput(seq_id, None, reason))
 
     def _end_failed_loads(self) -> None:
-        """End whoever waits for an adapter that cannot be loaded."""
+        """End whoever waits for adapters that cannot be loaded, or not together."""
         failures = self._residency.failures
         while failures:
-            adapter, fault = failures.popleft()
-            for seq in self._scheduler.waiting_for(adapter):
+            adapters, fault = failures.popleft()
+            for seq in self._scheduler.waiting_for(adapters):
                 self.abort(seq.id)
                 self._outputs.append(StepOutput(seq.id, None, FinishReason.FAILED, fault=fault))
 
