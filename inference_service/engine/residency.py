@@ -233,7 +233,7 @@ class Residency(Generic[P]):
         for entry in sorted(self._held, key=lambda each: ranks.get(each.adapter, _NOBODY)):
             self._give_place(entry, ranks)
         for adapters in together:
-            if self._settle([self._entries[adapter] for adapter in adapters]):
+            if self._settle([self._entries[adapter] for adapter in adapters], ranks):
                 break
         if self._wait_s:
             self._end_copies(self._wait_s)
@@ -331,12 +331,11 @@ class Residency(Generic[P]):
                 "bytes beside those that are pinned. Unpin some, or raise LORAMUX_ADAPTER_MEMORY_GB."
             )
 
-    def _settle(self, group: list[Entry[P]]) -> bool:
+    def _settle(self, group: list[Entry[P]], ranks: Mapping[Adapter, Rank]) -> bool:
         """See to adapters that are wanted together and lack places; False where they lack none.
 
-        They are a failure where they would have none even if all but the pinned ones left. Where only they
-        themselves are in the way, each somewhere in the midst, they leave, and lie side by side when they come
-        back.
+        They are a failure where they would have none even if all but the pinned ones left. Where nobody is in
+        the way who must stay, they lie somewhere in the midst: everybody leaves, and they come back side by side.
         """
         if not any(entry.starved for entry in group):
             return False
@@ -350,8 +349,10 @@ class Residency(Generic[P]):
         if needed > room or len(inside) > slots + sum(entry in inside for entry in stay.values()):
             self.failures.append((tuple(entry.adapter for entry in group), _no_room(needed, room, len(group), slots)))
             return True
+        rank = max(ranks.get(entry.adapter, _NOBODY) for entry in group)
         movable = [entry for entry in self._by_slot.values() if not entry.pinned]
-        if all(entry in inside and not entry.held_fast for entry in movable):
+        ages = self._ages(rank, ranks)
+        if all(entry.slot in ages or (entry in inside and not entry.held_fast) for entry in movable):
             for entry in movable:
                 self._evict(entry)
         return True
