@@ -6,6 +6,8 @@ from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import cached_property
+from hashlib import sha256
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -75,7 +77,9 @@ class Mixture:
         for adapter, scale in parts:
             summed[adapter] = summed.get(adapter, 0.0) + scale
         rounded = ((adapter, float(np.float32(scale))) for adapter, scale in summed.items())
-        left = sorted(((adapter, scale) for adapter, scale in rounded if scale), key=lambda part: part[0].digest)
+        left = sorted(
+            ((adapter, scale) for adapter, scale in rounded if scale), key=lambda part: part[0].digest
+        )
         if len(left) == 1 and left[0][1] == 1.0:
             return left[0][0]
         return cls(tuple(left)) if left else None
@@ -85,10 +89,11 @@ class Mixture:
         """Its adapters."""
         return tuple([adapter for adapter, _ in self.parts])
 
-    @property
+    @cached_property
     def digest(self) -> str:
-        """What prefixes are known by: the digests, each with its scale to the last bit."""
-        return "+".join(f"{adapter.digest}*{scale.hex()}" for adapter, scale in self.parts)
+        """What prefixes are known by: the sha256 of all digests, each with its scale to the last bit."""
+        text = "+".join(f"{adapter.digest}*{scale.hex()}" for adapter, scale in self.parts)
+        return sha256(text.encode()).hexdigest()
 
     @property
     def slot(self) -> ScaledSlots | None:
@@ -132,7 +137,9 @@ class Sequence:
     cache_salt: str = ""
     """Part of every prefix-cache key, as the adapter is."""
     model: str = ""
-    """The name that it is answered under, the base's included; for those who count."""
+    """The name that it is answered under, the base's included."""
+    counted: tuple[str, ...] = ()
+    """The names that it is counted under, where those are others: of a mixture, those of its adapters."""
     flow: str = ""
     """Whose tokens are counted together: flows are served in turns, and within one by priority and arrival."""
     share: Share = FAIR

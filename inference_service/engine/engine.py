@@ -141,7 +141,9 @@ class Engine:
     def sequence_counts(self) -> SequenceCounts:
         """Who runs and who waits; may be asked on another thread."""
         running, waiting = tuple(self._scheduler.running), self._scheduler.waiting
-        return SequenceCounts(Counter(seq.model for seq in running), Counter(seq.model for seq in waiting))
+        return SequenceCounts(
+            *(Counter(name for seq in seqs for name in _names(seq)) for seqs in (running, waiting))
+        )
 
     def add(self, seq: Sequence) -> None:
         """Take a sequence in; it ends with one output that has a finish reason, unless it is aborted.
@@ -272,6 +274,10 @@ class Engine:
         if self._earliest_s <= now:
             self._end([seq.id for seq in self._seqs.values() if _deadline(seq) <= now], FinishReason.DEADLINE)
             self._earliest_s = min(map(_deadline, self._seqs.values()), default=math.inf)
+
+
+def _names(seq: Sequence) -> tuple[str, ...]:
+    return seq.counted or (seq.model,)
 
 
 def _deadline(seq: Sequence) -> float:

@@ -84,7 +84,9 @@ class Lanes:
         """Return the lanes in which somebody waits who needs no adapter but those under way."""
         found = (self._by_adapter.get(adapter, ()) for adapter in (None, *self.active))
         waiting = [lane for lane in chain.from_iterable(found) if lane.waiting]
-        joining = (lane for lane in waiting if len(lane.adapters) < 2 or self.active.keys() >= set(lane.adapters))
+        joining = (
+            lane for lane in waiting if len(lane.adapters) < 2 or self.active.keys() >= set(lane.adapters)
+        )
         return list(dict.fromkeys(joining))
 
     def look_through(self) -> list[Lane]:

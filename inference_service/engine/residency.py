@@ -347,7 +347,9 @@ class Residency(Generic[P]):
         room = self._places.largest(lambda slot: None if slot in stay else 0)
         slots = len(self._by_slot) + len(self._free_slots) - len(stay)
         if needed > room or len(inside) > slots + sum(entry in inside for entry in stay.values()):
-            self.failures.append((tuple(entry.adapter for entry in group), _no_room(needed, room, len(group), slots)))
+            self.failures.append(
+                (tuple(entry.adapter for entry in group), _no_room(needed, room, len(group), slots))
+            )
             return True
         rank = max(ranks.get(entry.adapter, _NOBODY) for entry in group)
         movable = [entry for entry in self._by_slot.values() if not entry.pinned]

@@ -206,8 +206,8 @@ def run_engine(
     params = SamplingParams(max_tokens=new, **sampling)
     answers: dict[str, list[int]] = {}
     for number, (model, prompt) in enumerate(requests):
-        adapter = ready.service.catalog.get(model).adapter
-        engine.add(EngineSequence(str(number), list(prompt), params, adapter))
+        served = ready.service.catalog.resolve(model)
+        engine.add(EngineSequence(str(number), list(prompt), params, served.mixture or served.adapter))
         answers[str(number)] = []
     while not engine.idle:
         for output in engine.step():
@@ -222,8 +222,8 @@ def next_logprobs(ready: Ready, requests: Sequence[tuple[str, Sequence[int]]]) -
     engine = ready.engine._engine
     params = SamplingParams(max_tokens=1, logprobs=VOCAB)
     for number, (model, prompt) in enumerate(requests):
-        adapter = ready.service.catalog.get(model).adapter
-        engine.add(EngineSequence(str(number), list(prompt), params, adapter))
+        served = ready.service.catalog.resolve(model)
+        engine.add(EngineSequence(str(number), list(prompt), params, served.mixture or served.adapter))
     found: dict[str, dict[int, float]] = {}
     while not engine.idle:
         for output in engine.step():

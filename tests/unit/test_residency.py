@@ -517,7 +517,9 @@ def test_what_is_resident_costs_nothing_more_than_its_entry() -> None:
 
 
 ASK = st.tuples(
-    st.lists(st.integers(0, 6), max_size=3, unique=True), st.sampled_from([1, 3, 40]), st.sampled_from(["", "f"])
+    st.lists(st.integers(0, 6), max_size=3, unique=True),
+    st.sampled_from([1, 3, 40]),
+    st.sampled_from(["", "f"]),
 )
 OTHER = st.tuples(
     st.sampled_from(["step", "end", "abort", "break", "mend", "pin", "unpin", "prefetch", "drop", "wait"]),
