@@ -93,6 +93,8 @@ class GenerateOptions(TypedDict, total=False):
     """Requests of a higher priority are scheduled first; 0 is the default."""
     min_generation: int | None
     """Answer with this generation of the deployment or a later one."""
+    adapters: Sequence[tuple[str, float] | str] | None
+    """Adapters with scales that act together, 1 where none is said; the model is "" or the base's name then."""
     sticky_key: str | None
     """Where the model is an alias, requests with the same key get the same one of its models."""
 

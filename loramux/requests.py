@@ -13,6 +13,7 @@ from loramux.records import GenerateOptions, Prompt
 from loramux.records import Message as Turn
 from loramux_shared.faults import Finding, RequestInvalid
 
+ADAPTERS: Final = "a list of names, or of (name, scale)"
 PROMPTS: Final = "text, a list of token ids, or a list of messages with role and content"
 _MESSAGES: Final = (pb.Constraint, pb.Messages, pb.GenerateRequest, pb.SamplingParams)
 """An option is a field of one of them, by its name."""
@@ -32,7 +33,12 @@ def generate_request(model: str, prompt: Prompt, options: GenerateOptions) -> pb
     given |= {name: [given[name]] for name in ("stop", "bad_words") if isinstance(given.get(name), str)}
     constraints, templated, fields, sampling = (_of(kind, given) for kind in _MESSAGES)
     fields["model"] = model
+    adapters = fields.pop("adapters", ())
     findings = [*_misfits(pb.GenerateRequest, fields), *_misfits(pb.SamplingParams, sampling)]
+    try:
+        fields["adapters"] = _adapters(adapters)
+    except (ValueError, TypeError) as error:
+        findings.append(Finding(code="E_BAD_FIELD", where="adapters", expected=ADAPTERS, found=str(error)))
     try:
         fields |= _prompt(prompt, templated)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -44,6 +50,13 @@ def generate_request(model: str, prompt: Prompt, options: GenerateOptions) -> pb
     if findings:
         raise RequestInvalid("the request cannot be sent", findings)
     return pb.GenerateRequest(**fields, sampling=pb.SamplingParams(**sampling))
+
+
+def _adapters(given: Any) -> list[pb.ScaledAdapter]:
+    if isinstance(given, str):
+        raise TypeError("text")
+    parts = [(part, 1.0) if isinstance(part, str) else part for part in given]
+    return [pb.ScaledAdapter(name=name, scale=scale) for name, scale in parts]
 
 
 def _of(kind: type[Message], given: Mapping[str, Any]) -> dict[str, Any]:

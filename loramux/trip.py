@@ -94,4 +94,5 @@ class Trip:
 
 def model_of(request: Any) -> str:
     """Return the model that a request is about; empty where it is about none."""
-    return str(getattr(request, "model", "") or getattr(request, "name", ""))
+    named = getattr(request, "model", "") or getattr(request, "name", "")
+    return str(named or "+".join(sorted(adapter.name for adapter in getattr(request, "adapters", ()))))

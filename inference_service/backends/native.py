@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -37,7 +38,7 @@ from inference_service.layers.norm import RMSNorm
 from inference_service.lora.arena import Arena
 from inference_service.lora.native import ADDRESSES, native_layout, pack_native
 from inference_service.lora.packed import PackedAdapter
-from inference_service.lora.segments import Arrangement, runs_by_expert
+from inference_service.lora.segments import Arrangement, Segment, runs_by_expert, sharing
 from inference_service.lora.slots import Slots, experts_of
 from inference_service.lora.vocabulary import Vocabularies
 from inference_service.lora.weights import AdapterWeights
@@ -234,11 +235,14 @@ class NativeLora:
         self.vocabularies = Vocabularies()
         self._arena = Arena(0)
         self._table = np.zeros((0, len(self._names), ADAPTER_FIELDS), dtype=np.int64)
-        self._most_rows = 0
+        self._most_rows = self._columns = 0
+        """Ranks of one adapter in a linear at most, and of those of one row."""
         self._touched = 0
         """Of the step's adapters together, a bit for each linear that one of them adds to."""
         self._arrangement = Arrangement((), ())
         self._segments = Table(np.zeros((0, 3), dtype=np.int64))
+        self._parts: Table | None = None
+        """Of the segments, where rows have several."""
         self._workspace = torch.empty(0, 1)
         self._step = NO_ADAPTERS[1:]
 
@@ -298,10 +302,14 @@ class NativeLora:
         self._touched = self._slots.touched([segment.slot for segment in segments])
         rows_of = [(segment.slot, segment.start, segment.length) for segment in segments]
         self._segments = Table(np.array(rows_of, dtype=np.int64))
-        rows = segments[-1].end
-        if self._workspace.shape[0] < rows or self._workspace.shape[1] < self._most_rows:
-            self._workspace = torch.empty(rows, self._most_rows)
-        self._step = adapters_of(0, self._segments, self._workspace, len(self._names))[1:]
+        self._parts, columns = None, self._most_rows
+        if arrangement.mixed:
+            parts, most = _parts_of(segments, self._most_rows)
+            self._parts, columns = Table(parts), most * self._most_rows
+        self._columns, rows = columns, segments[-1].end
+        if self._workspace.shape[0] < rows or self._workspace.shape[1] < columns:
+            self._workspace = torch.empty(rows, columns)
+        self._step = adapters_of(0, self._segments, self._workspace, len(self._names), self._parts)[1:]
 
     def apply(self, x: Tensor, out: Tensor, layer: int, group: str) -> None:
         """Add to out [T, all slices] what the adapters make of x [T, in]; base rows are not touched."""
@@ -313,12 +321,25 @@ class NativeLora:
         if not self._touched & self._of_experts[layer]:
             return
         runs = runs_by_expert(self._arrangement.segments, pairs)
-        runs[:, 1] = runs[:, 0] * len(self._names) + runs[:, 1] * GROUPS_APART
+        parts = None if self._parts is None else Table(self._parts.values[runs[:, 0]])
+        slots = self._segments.values[runs[:, 0], 0]
+        runs[:, 1] = slots * len(self._names) + runs[:, 1] * GROUPS_APART
         _, address = self._linears[layer, group_of(group, 0)]
-        workspace = torch.empty(len(x), self._most_rows)
-        self._ops.lora(x, out, adapters_of(address, Table(runs[:, 1:]), workspace))
+        segments, workspace = Table(runs[:, 1:]), torch.empty(len(x), self._columns)
+        self._ops.lora(x, out, adapters_of(address, segments, workspace, parts=parts))
 
     def adapters(self, layer: int, group: str) -> Adapters:
         """Return those of the step that add to a linear."""
         bit, address = self._linears[layer, group]
         return (address, *self._step) if bit & self._touched else NO_ADAPTERS
+
+
+def _parts_of(segments: Sequence[Segment], apart: int) -> tuple[npt.NDArray[np.int64], int]:
+    """Return parts [S, 3] as `adapters_of` takes them, the ranks of each so far apart; and the most of a row."""
+    parts: list[tuple[int, int]] = []
+    most = 1
+    for group in sharing(segments):
+        parts += [(place * apart, 0 if place else len(group)) for place in range(len(group))]
+        most = max(most, len(group))
+    scales = np.array([segment.scale for segment in segments], dtype=np.float64)
+    return np.column_stack([np.array(parts, dtype=np.int64), scales.view(np.int64)]), most

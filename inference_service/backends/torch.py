@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -231,7 +231,8 @@ class TorchLora:
         self._slots: tuple[int, ...] = ()
         self._packs: dict[tuple[int, str], _Pack | None] = {}
         self._short: tuple[Segment, ...] = ()
-        self._long: tuple[Segment, ...] = ()
+        self._apart: tuple[Segment, ...] = ()
+        """Those that take products of their own: long ones, and each part of a mixture."""
         self._masks: dict[tuple[tuple[int, ...], ...], Tensor] = {}
 
     @property
@@ -289,7 +290,7 @@ class TorchLora:
     def begin(self, arrangement: Arrangement) -> None:
         """Prepare for the rows of a step."""
         self._bank.touched([segment.slot for segment in arrangement.segments])
-        self._short, self._long = arrangement.short, arrangement.long
+        self._short, self._apart = arrangement.short, arrangement.long + arrangement.mixed
         self._masks.clear()
         slots = tuple(segment.slot for segment in self._short)
         if slots != self._slots:
@@ -301,21 +302,23 @@ class TorchLora:
         index = self._groups[group]
         if self._short:
             self._apply_short(x, out, layer, index)
-        for segment in self._long:
-            part = self._adapters[segment.slot].part(layer, index)
-            if part is not None:
-                rows = slice(segment.start, segment.end)
-                _add(x[rows], out[rows], part.a, part.b, part.ranks, None, self._layout.shapes[index])
+        for segment in self._apart:
+            self._apply_one(x, out, layer, index, segment)
 
     def apply_experts(self, x: Tensor, out: Tensor, layer: int, group: str, pairs: ByExpert) -> None:
         """One adapter of one expert after the other."""
         first_group = self._groups[group_of(group, 0)]
-        for slot, expert, first, length in runs_by_expert((*self._short, *self._long), pairs).tolist():
-            index = first_group + expert * GROUPS_APART
-            part = self._adapters[slot].part(layer, index)
-            if part is not None:
-                rows = slice(first, first + length)
-                _add(x[rows], out[rows], part.a, part.b, part.ranks, None, self._layout.shapes[index])
+        segments = (*self._short, *self._apart)
+        for at, expert, first, length in runs_by_expert(segments, pairs).tolist():
+            places = replace(segments[at], start=first, end=first + length)
+            self._apply_one(x, out, layer, first_group + expert * GROUPS_APART, places)
+
+    def _apply_one(self, x: Tensor, out: Tensor, layer: int, index: int, segment: Segment) -> None:
+        part = self._adapters[segment.slot].part(layer, index)
+        if part is not None:
+            rows, shape = slice(segment.start, segment.end), self._layout.shapes[index]
+            scale = None if segment.scale == 1.0 else segment.scale
+            _add(x[rows], out[rows], part.a, part.b, part.ranks, scale, shape)
 
     def _apply_short(self, x: Tensor, out: Tensor, layer: int, index: int) -> None:
         shape = self._layout.shapes[index]
@@ -360,12 +363,12 @@ def _add(
     a: Tensor,
     b: tuple[Tensor | None, ...],
     widths: tuple[int, ...],
-    mask: Tensor | None,
+    factor: Tensor | float | None,
     shape: GroupShape,
 ) -> None:
     y = torch.mm(x, a.t())
-    if mask is not None:
-        y.mul_(mask)
+    if factor is not None:
+        y.mul_(factor)
     first = 0
     for part, width, offset, size in zip(b, widths, shape.out_offsets, shape.out_features, strict=True):
         if part is not None:

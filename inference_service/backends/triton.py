@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Final
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,7 +32,7 @@ from inference_service.kernels.delta import (
     pack_delta,
 )
 from inference_service.kernels.experts import ByExpert
-from inference_service.kernels.experts.segments import allocate, capacity_of, fill, slots_of
+from inference_service.kernels.experts.segments import Owners, allocate, capacity_of, fill, owners_of
 from inference_service.kernels.rows import Activation
 from inference_service.kernels.sgmv import (
     DECODE_TILE,
@@ -48,7 +47,7 @@ from inference_service.kernels.sgmv import (
 from inference_service.layers.norm import RMSNorm
 from inference_service.lora.bank import Bank
 from inference_service.lora.packed import PackedAdapter
-from inference_service.lora.segments import LONG_SEGMENT, Arrangement
+from inference_service.lora.segments import LONG_SEGMENT, Arrangement, entries_of, sharing
 from inference_service.lora.slots import experts_of
 from inference_service.lora.weights import AdapterWeights
 from loramux_shared.bases.attention import AttentionSpec, HeadCounts
@@ -190,11 +189,13 @@ class TritonLora:
         self._bank = Bank(groups, num_layers, dtype, device)
         self.vocabularies = self._bank.vocabularies
         self._of_experts = experts_of(groups, num_layers)
-        self._slots_of_tokens: Tensor | None = None
-        """int32 [T] of the step, once a layer has asked."""
-        self._by_expert: tuple[ByExpert, Segments] | None = None
-        """Of the layer that asked last."""
+        self._owners: list[Owners] | None = None
+        """Of the step's tokens, in each pass, once a layer has asked."""
+        self._by_expert: tuple[ByExpert, list[Segments]] | None = None
+        """Of the layer that asked last, in each pass."""
         self._segments: dict[SegmentCapacity, Segments] = {}
+        self._of_passes: dict[SegmentCapacity, list[Segments]] = {}
+        """Those of experts' pairs."""
         self._workspaces: dict[SegmentCapacity, Tensor] = {}
         """Of each capacity its own, for a graph would not notice that larger memory took its place."""
         self._step: Segments | None = None
@@ -240,16 +241,22 @@ class TritonLora:
         """Prepare for the rows of a step: one copy to the device."""
         segments = arrangement.segments
         touched = self._bank.slots.touched([segment.slot for segment in segments])
-        rows = np.arange(segments[0].start, segments[-1].end)
-        slots = np.repeat([seg.slot for seg in segments], [seg.length for seg in segments])
+        entries = entries_of(segments)
         long = any(segment.length >= LONG_SEGMENT for segment in segments)
         tile = PREFILL_TILE if long else DECODE_TILE
-        entries, active = max(MIN_ENTRIES, _class_of(len(rows))), _class_of(len(segments))
-        capacity = SegmentCapacity(entries, self.num_slots, tile, active=active)
+        capacity = SegmentCapacity(
+            max(MIN_ENTRIES, _class_of(len(entries.rows))),
+            self.num_slots,
+            tile,
+            _class_of(max(len(group) for group in sharing(arrangement.mixed))) if arrangement.mixed else 1,
+            scaled=bool(arrangement.mixed),
+            active=_class_of(len(segments)),
+        )
         if capacity not in self._segments:
             self._segments[capacity] = Segments.allocate(capacity, self._device)
         host = torch.empty(capacity.packed_size, dtype=torch.int32, pin_memory=self._device.type == "cuda")
-        pack_segments(capacity, slots, token_ids=rows, out=host.numpy())
+        scales = entries.scales if arrangement.mixed else None
+        pack_segments(capacity, entries.slots, token_ids=entries.rows, scales=scales, out=host.numpy())
         self._segments[capacity].load(host)
         self.use(self._segments[capacity])
         self._touched = touched
@@ -263,7 +270,7 @@ class TritonLora:
         capacity = segments.capacity
         if capacity not in self._workspaces:
             self._workspaces[capacity] = self._new_workspace(segments, self._bank.groups.values())
-        self._step, self._slots_of_tokens, self._by_expert = segments, None, None
+        self._step, self._owners, self._by_expert = segments, None, None
 
     def _new_workspace(self, segments: Segments, groups: Iterable[Group]) -> Tensor:
         """Memory for any of these linears."""
@@ -279,30 +286,27 @@ class TritonLora:
     def apply_experts(self, x: Tensor, out: Tensor, layer: int, group: str, pairs: ByExpert) -> None:
         """The same of each place's expert, with segments that are made on the device once per layer."""
         if self._step is not None and self._touched & self._of_experts[layer]:
-            segments = self._segments_of(pairs, self._step)
-            workspace = self._workspaces[segments.capacity]
-            lora_apply(x, out, self._bank.experts[layer, group], segments, workspace)
+            for segments in self._segments_of(pairs, self._step):
+                workspace = self._workspaces[segments.capacity]
+                lora_apply(x, out, self._bank.experts[layer, group], segments, workspace)
 
-    def _segments_of(self, pairs: ByExpert, step: Segments) -> Segments:
-        """The segments of a layer's pairs."""
+    def _segments_of(self, pairs: ByExpert, step: Segments) -> list[Segments]:
+        """The segments of a layer's pairs, in each pass: of the first adapters of tokens, of the second ones, ..."""
         if self._by_expert is not None and self._by_expert[0] is pairs:
             return self._by_expert[1]
         places, bank = len(pairs.tokens), self._bank
-        if self._slots_of_tokens is None:
-            self._slots_of_tokens = slots_of(step, places // pairs.top_k, nobody=self.num_slots)
+        if self._owners is None:
+            self._owners = owners_of(step, places // pairs.top_k, nobody=self.num_slots)
         numbers = self.num_slots * bank.slot_stride + (bank.num_experts - 1) * MODULES_APART + 1
         capacity = capacity_of(step.capacity, places, bank.num_experts, numbers)
-        if capacity not in self._segments:
-            self._segments[capacity] = allocate(capacity, self._device)
-            self._workspaces[capacity] = self._new_workspace(self._segments[capacity], bank.experts.values())
-        segments = self._segments[capacity]
-        fill(
-            segments,
-            pairs,
-            self._slots_of_tokens,
-            slot_stride=bank.slot_stride,
-            expert_stride=MODULES_APART,
-        )
+        made = self._of_passes.setdefault(capacity, [])
+        while len(made) < len(self._owners):
+            made.append(allocate(capacity, self._device))
+        if capacity not in self._workspaces:
+            self._workspaces[capacity] = self._new_workspace(made[0], bank.experts.values())
+        segments = made[: len(self._owners)]
+        for each, owners in zip(segments, self._owners, strict=True):
+            fill(each, pairs, owners, slot_stride=bank.slot_stride, expert_stride=MODULES_APART)
         self._by_expert = pairs, segments
         return segments
 

@@ -6,18 +6,21 @@ from array import array
 from collections.abc import Sequence
 from typing import Final
 
-from inference_service.core.sequence import Adapter
+from inference_service.core.sequence import Adapter, Mixture
 
 _ITEM: Final = array("i").itemsize
 
 
-def activation(adapter: Adapter | None, prompt: Sequence[int]) -> tuple[Adapter | None, int]:
+def activation(
+    adapter: Adapter | Mixture | None, prompt: Sequence[int]
+) -> tuple[Adapter | Mixture | None, int]:
     """Return what answers a prompt, and the position of the first token that it acts on.
 
     An activated adapter acts from the first token of the last place in the prompt where its invocation stands,
-    and on all of the answer; a prompt without it is the base's. Others act on everything.
+    and on all of the answer; a prompt without it is the base's. Others act on everything, and so do mixtures, of
+    which none is activated.
     """
-    if adapter is None or not adapter.invocation:
+    if not isinstance(adapter, Adapter) or not adapter.invocation:
         return adapter, 0
     place = _last(array("i", prompt), array("i", adapter.invocation))
     return (None, 0) if place is None else (adapter, place)

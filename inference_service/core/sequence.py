@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import cached_property
+from hashlib import sha256
 from typing import Any, Final, NamedTuple
+
+import numpy as np
 
 from inference_service.core.constraint import Grammar
 from inference_service.core.sampling import SamplingParams
@@ -44,6 +49,60 @@ class Adapter:
     invocation: tuple[int, ...] = ()
     """Tokens from which on it acts; none: it acts on everything. See `inference_service.core.activation`."""
 
+    @property
+    def members(self) -> tuple[Adapter, ...]:
+        """Itself: as `Mixture.members`."""
+        return (self,)
+
+
+ScaledSlots = tuple[tuple[int, float], ...]
+"""The slots of a mixture, with their scales."""
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Several adapters that act together, or one with a scale: what they add, times the scales, is summed.
+
+    It is what PEFT's ``add_weighted_adapter(combination_type="cat")`` makes of them.
+    """
+
+    parts: tuple[tuple[Adapter, float], ...]
+    """Each adapter once, in the order of the digests; scales are float32 and not 0."""
+
+    @classmethod
+    def of(cls, parts: Iterable[tuple[Adapter, float]]) -> Adapter | Mixture | None:
+        """Return the one form of what parts come to: those of one adapter are summed, those of 0 left out.
+
+        An adapter with the scale 1 is that adapter, and no adapter is the base.
+        """
+        summed: dict[Adapter, float] = {}
+        for adapter, scale in parts:
+            summed[adapter] = summed.get(adapter, 0.0) + scale
+        rounded = ((adapter, float(np.float32(scale))) for adapter, scale in summed.items())
+        left = sorted(
+            ((adapter, scale) for adapter, scale in rounded if scale), key=lambda part: part[0].digest
+        )
+        if len(left) == 1 and left[0][1] == 1.0:
+            return left[0][0]
+        return cls(tuple(left)) if left else None
+
+    @property
+    def members(self) -> tuple[Adapter, ...]:
+        """Its adapters."""
+        return tuple([adapter for adapter, _ in self.parts])
+
+    @cached_property
+    def digest(self) -> str:
+        """What prefixes are known by: the sha256 of all digests, each with its scale to the last bit."""
+        text = "+".join(f"{adapter.digest}*{scale.hex()}" for adapter, scale in self.parts)
+        return sha256(text.encode()).hexdigest()
+
+    @property
+    def slot(self) -> ScaledSlots | None:
+        """Where its adapters are, while all of them are resident."""
+        slots = tuple([(adapter.slot, scale) for adapter, scale in self.parts if adapter.slot is not None])
+        return slots if len(slots) == len(self.parts) else None
+
 
 @dataclass(frozen=True)
 class Share:
@@ -66,7 +125,7 @@ class Sequence:
     tokens: list[int]
     """The prompt, then the answer as it grows."""
     sampling: SamplingParams
-    adapter: Adapter | None = None
+    adapter: Adapter | Mixture | None = None
     """None is the base."""
     priority: int = 0
     """Higher first."""
@@ -82,7 +141,9 @@ class Sequence:
     cache_salt: str = ""
     """Part of every prefix-cache key, as the adapter is."""
     model: str = ""
-    """The name that it is answered under, the base's included; for those who count."""
+    """The name that it is answered under, the base's included."""
+    counted: tuple[str, ...] = ()
+    """The names that it is counted under, where those are others: of a mixture, those of its adapters."""
     flow: str = ""
     """Whose tokens are counted together: flows are served in turns, and within one by priority and arrival."""
     share: Share = FAIR
@@ -111,7 +172,7 @@ class Sequence:
     num_charged: int = 0
     """Leading tokens that its flow was charged for; those that are computed again are not charged again."""
     lane: Any = None
-    """Where the scheduler keeps it, with others of its flow and adapter."""
+    """Where the scheduler keeps it, with others of its flow and adapters."""
     num_full: int = 0
     """Leading blocks that are full and whose tokens are known: those that the prefix cache has heard of."""
     hashes: list[int] = field(default_factory=list)
@@ -159,17 +220,23 @@ class Sequence:
         return min(self.stop, self.invocation) if self.num_computed < self.invocation else self.stop
 
     @property
-    def slot(self) -> int:
-        """The slot of the adapter that acts on its next chunk; -1 for the base.
+    def adapters(self) -> tuple[Adapter, ...]:
+        """All that must be resident for it; none for the base."""
+        return () if self.adapter is None else self.adapter.members
+
+    @property
+    def slot(self) -> int | ScaledSlots:
+        """The slot of the adapter that acts on its next chunk, or those of a mixture; -1 for the base.
 
         Raises:
             RuntimeError: the adapter is not resident, so that no step may have this sequence.
         """
         if self.adapter is None or self.num_computed < self.invocation:
             return -1
-        if self.adapter.slot is None:
+        slot = self.adapter.slot
+        if slot is None:
             raise RuntimeError(f"adapter {self.adapter.digest[:12]} is in a step, and not in the bank")
-        return self.adapter.slot
+        return slot
 
     @property
     def order(self) -> tuple[int, int]:

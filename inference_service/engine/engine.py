@@ -141,14 +141,16 @@ class Engine:
     def sequence_counts(self) -> SequenceCounts:
         """Who runs and who waits; may be asked on another thread."""
         running, waiting = tuple(self._scheduler.running), self._scheduler.waiting
-        return SequenceCounts(Counter(seq.model for seq in running), Counter(seq.model for seq in waiting))
+        return SequenceCounts(
+            *(Counter(name for seq in seqs for name in _names(seq)) for seqs in (running, waiting))
+        )
 
     def add(self, seq: Sequence) -> None:
         """Take a sequence in; it ends with one output that has a finish reason, unless it is aborted.
 
-        One whose adapter could not be loaded a moment ago ends at once.
+        One with an adapter that could not be loaded a moment ago ends at once.
         """
-        fault = self._residency.refusal(seq.adapter) if seq.adapter is not None else None
+        fault = next(filter(None, map(self._residency.refusal, seq.adapters)), None)
         if fault is not None:
             self._outputs.append(StepOutput(seq.id, None, FinishReason.FAILED, fault=fault))
             return
@@ -214,11 +216,11 @@ class Engine:
             self._outputs.append(StepOutput(seq_id, None, reason))
 
     def _end_failed_loads(self) -> None:
-        """End whoever waits for an adapter that cannot be loaded."""
+        """End whoever waits for adapters that cannot be loaded, or not together."""
         failures = self._residency.failures
         while failures:
-            adapter, fault = failures.popleft()
-            for seq in self._scheduler.waiting_for(adapter):
+            adapters, fault = failures.popleft()
+            for seq in self._scheduler.waiting_for(adapters):
                 self.abort(seq.id)
                 self._outputs.append(StepOutput(seq.id, None, FinishReason.FAILED, fault=fault))
 
@@ -272,6 +274,10 @@ class Engine:
         if self._earliest_s <= now:
             self._end([seq.id for seq in self._seqs.values() if _deadline(seq) <= now], FinishReason.DEADLINE)
             self._earliest_s = min(map(_deadline, self._seqs.values()), default=math.inf)
+
+
+def _names(seq: Sequence) -> tuple[str, ...]:
+    return seq.counted or (seq.model,)
 
 
 def _deadline(seq: Sequence) -> float:

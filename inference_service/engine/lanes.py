@@ -10,14 +10,14 @@ from __future__ import annotations
 import bisect
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, Final
 
 from inference_service.core.sequence import FAIR, Adapter, Sequence, Share
 
-Key = tuple[str, Adapter | None]
+Key = tuple[str, tuple[Adapter, ...]]
 Rank = tuple[float, tuple[int, int]]
 """Counter, then priority and arrival of who waits first: the smaller comes first."""
 MOST_REMEMBERED: Final = 4096
@@ -26,10 +26,11 @@ MOST_REMEMBERED: Final = 4096
 
 @dataclass(eq=False)
 class Lane:
-    """The sequences of one flow on one adapter."""
+    """The sequences of one flow on the same adapters."""
 
     flow: str
-    adapter: Adapter | None
+    adapters: tuple[Adapter, ...]
+    """None for the base, several for mixtures of them, whatever their scales."""
     served: float
     """Tokens that were computed for it, by weight."""
     share: Share = FAIR
@@ -44,13 +45,18 @@ class Lane:
         """Of a lane in which somebody waits."""
         return self.served, self.waiting[0].order
 
+    @property
+    def resident(self) -> bool:
+        """Whether all of its adapters are in the bank."""
+        return all([adapter.slot is not None for adapter in self.adapters])
+
 
 class Lanes:
     """All lanes that have sequences."""
 
     def __init__(self) -> None:
         self.uncounted: set[Lane] = set()
-        """Those that wait for their adapters to arrive: their counters begin anew then."""
+        """Those that wait for adapters to arrive: their counters begin anew then."""
         self.lowest = math.inf
         """No counter of those that wait and can be served is smaller; see `look_through`."""
         self.active: Counter[Adapter] = Counter()
@@ -74,10 +80,14 @@ class Lanes:
         """Those in which somebody waits."""
         return (lane for lane in self._lanes.values() if lane.waiting)
 
-    def waiting_for(self, adapters: Iterable[Adapter | None]) -> list[Lane]:
-        """Return the lanes of some adapters, None for the base, in which somebody waits."""
-        found = (self._by_adapter.get(adapter, ()) for adapter in adapters)
-        return [lane for lane in chain.from_iterable(found) if lane.waiting]
+    def joining(self) -> list[Lane]:
+        """Return the lanes in which somebody waits who needs no adapter but those under way."""
+        found = (self._by_adapter.get(adapter, ()) for adapter in (None, *self.active))
+        waiting = [lane for lane in chain.from_iterable(found) if lane.waiting]
+        joining = (
+            lane for lane in waiting if len(lane.adapters) < 2 or self.active.keys() >= set(lane.adapters)
+        )
+        return list(dict.fromkeys(joining))
 
     def look_through(self) -> list[Lane]:
         """Return all in which somebody waits who can be served, and note the smallest counter among them."""
@@ -92,13 +102,14 @@ class Lanes:
 
     def add(self, seq: Sequence) -> Lane:
         """Let a sequence wait in its lane."""
-        key = seq.flow, seq.adapter
+        key = seq.flow, seq.adapters
         lane = self._lanes.get(key)
         if lane is None:
             served = max(self._ahead.pop(key, 0.0), self._least())
-            lane = self._lanes[key] = Lane(seq.flow, seq.adapter, served)
-            self._by_adapter[seq.adapter][lane] = None
-            if seq.adapter is not None and seq.adapter.slot is None:
+            lane = self._lanes[key] = Lane(*key, served)
+            for adapter in lane.adapters or (None,):
+                self._by_adapter[adapter][lane] = None
+            if not lane.resident:
                 self.uncounted.add(lane)
         lane.share, seq.lane = seq.share, lane
         self._wait(lane, seq)
@@ -120,8 +131,7 @@ class Lanes:
         bisect.insort(lane.running, seq, key=order)
         self._running[lane.flow] += 1
         self.under_way[lane] = None
-        if lane.adapter is not None:
-            self.active[lane.adapter] += 1
+        self.active.update(lane.adapters)
 
     def stop(self, seq: Sequence) -> None:
         """Let a sequence wait again."""
@@ -152,8 +162,8 @@ class Lanes:
         if not take(lane.running, seq):
             return False
         _one_less(self._running, lane.flow)
-        if lane.adapter is not None:
-            _one_less(self.active, lane.adapter)
+        for adapter in lane.adapters:
+            _one_less(self.active, adapter)
         if not lane.running:
             del self.under_way[lane]
         return True
@@ -172,14 +182,15 @@ class Lanes:
         return self._smallest or 0.0
 
     def _forget(self, lane: Lane) -> None:
-        key = lane.flow, lane.adapter
+        key = lane.flow, lane.adapters
         del self._lanes[key]
         if lane.served == self._smallest:
             self.changed()
         self.uncounted.discard(lane)
-        del self._by_adapter[lane.adapter][lane]
-        if not self._by_adapter[lane.adapter]:
-            del self._by_adapter[lane.adapter]
+        for adapter in lane.adapters or (None,):
+            del self._by_adapter[adapter][lane]
+            if not self._by_adapter[adapter]:
+                del self._by_adapter[adapter]
         if not self._lanes:
             self._ahead.clear()  # nobody is there to be ahead of
             return

@@ -24,7 +24,7 @@ from inference_service.core.sequence import Adapter
 from inference_service.engine.lanes import Rank
 from inference_service.engine.residency_entry import Entry, ResidencyStats, standing_of
 from inference_service.engine.residents import Arrived, Bank, Loader, P, Presence, Standing, State
-from inference_service.lora.places import Places
+from inference_service.lora.places import Places, taken_by
 from loramux_shared.faults import Fault, ResourcesExhausted
 
 log = structlog.get_logger()
@@ -67,8 +67,9 @@ class Residency(Generic[P]):
         self.stats = ResidencyStats()
         self.changes = 0
         """Grows whenever an adapter is wanted, arrives, leaves or fails."""
-        self.failures: deque[tuple[Adapter, Fault]] = deque()
-        """Adapters whose load failed, until the engine has ended those who wait for them."""
+        self.failures: deque[tuple[tuple[Adapter, ...], Fault]] = deque()
+        """An adapter whose load failed, or several that find no place together, until the engine has ended those
+        who wait for them."""
         self._places = places
         self._bank = bank
         self._loader = loader
@@ -213,8 +214,12 @@ class Residency(Generic[P]):
         while self._released and self._released[0][0] <= self._resolved:
             self._released.popleft()[1].reading -= 1
 
-    def bring_in(self, ranks: Mapping[Adapter, Rank]) -> None:
-        """Begin loads and give places, in the order of those who wait."""
+    def bring_in(self, ranks: Mapping[Adapter, Rank], together: Iterable[tuple[Adapter, ...]] = ()) -> None:
+        """Begin loads and give places, in the order of those who wait.
+
+        Adapters that are wanted together have their ranks from the same sequence: whoever waits most urgently
+        gets all of its places before anybody gets one of them, so that no two keep half of what they need.
+        """
         if self._absent and self._on_the_way < LOADS:
             free = LOADS - self._on_the_way
             now = self._clock()
@@ -227,6 +232,9 @@ class Residency(Generic[P]):
                 self._load(entry)
         for entry in sorted(self._held, key=lambda each: ranks.get(each.adapter, _NOBODY)):
             self._give_place(entry, ranks)
+        for adapters in together:
+            if self._settle([self._entries[adapter] for adapter in adapters], ranks):
+                break
         if self._wait_s:
             self._end_copies(self._wait_s)
 
@@ -323,6 +331,34 @@ class Residency(Generic[P]):
                 "bytes beside those that are pinned. Unpin some, or raise LORAMUX_ADAPTER_MEMORY_GB."
             )
 
+    def _settle(self, group: list[Entry[P]], ranks: Mapping[Adapter, Rank]) -> bool:
+        """See to adapters that are wanted together and lack places; False where they lack none.
+
+        They are a failure where they would have none even if all but the pinned ones left. Where nobody is in
+        the way who must stay, they lie somewhere in the midst: everybody leaves, and they come back side by side.
+        """
+        if not any(entry.starved for entry in group):
+            return False
+        if not all(entry.num_bytes for entry in group):
+            return True
+        inside = set(group)
+        stay = {entry.slot: entry for entry in self._by_slot.values() if entry.pinned}
+        needed = sum(taken_by(entry.num_bytes) for entry in group if entry.slot not in stay)
+        room = self._places.largest(lambda slot: None if slot in stay else 0)
+        slots = len(self._by_slot) + len(self._free_slots) - len(stay)
+        if needed > room or len(inside) > slots + sum(entry in inside for entry in stay.values()):
+            self.failures.append(
+                (tuple(entry.adapter for entry in group), _no_room(needed, room, len(group), slots))
+            )
+            return True
+        rank = max(ranks.get(entry.adapter, _NOBODY) for entry in group)
+        movable = [entry for entry in self._by_slot.values() if not entry.pinned]
+        ages = self._ages(rank, ranks)
+        if all(entry.slot in ages or (entry in inside and not entry.held_fast) for entry in movable):
+            for entry in movable:
+                self._evict(entry)
+        return True
+
     def _copy(self, entry: Entry[P], offset: int) -> None:
         packed = entry.packed
         assert packed is not None  # noqa: S101 - it is held
@@ -402,7 +438,7 @@ class Residency(Generic[P]):
         entry.pause_s = min(max(FIRST_PAUSE_S, 2 * entry.pause_s), LAST_PAUSE_S)
         entry.retry_s = self._clock() + entry.pause_s
         self.stats.failures += 1
-        self.failures.append((entry.adapter, fault))
+        self.failures.append(((entry.adapter,), fault))
         if entry.pinned:
             self._consider(entry)
         log.warning(
@@ -411,3 +447,11 @@ class Residency(Generic[P]):
             reason=fault.reason,
             problem=str(fault),
         )
+
+
+def _no_room(needed: int, room: int, adapters: int, slots: int) -> ResourcesExhausted:
+    return ResourcesExhausted(
+        f"{adapters} adapters of {needed:,} bytes find no place together: the bank has {room:,} bytes in one piece "
+        f"and {slots:,} slots beside those that are pinned. Ask for fewer at once, unpin some, or raise "
+        "LORAMUX_ADAPTER_MEMORY_GB."
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol, TypeVar
@@ -94,8 +94,9 @@ class Residents(Protocol):
     """What engine and scheduler ask of it."""
 
     @property
-    def failures(self) -> deque[tuple[Adapter, Fault]]:
-        """Adapters whose load failed, until the engine has ended those who wait for them."""
+    def failures(self) -> deque[tuple[tuple[Adapter, ...], Fault]]:
+        """An adapter whose load failed, or several that find no place together, until the engine has ended those
+        who wait for them."""
         ...
 
     @property
@@ -150,8 +151,8 @@ class Residents(Protocol):
         """Note that the oldest step that was submitted is over, or all are."""
         ...
 
-    def bring_in(self, ranks: Mapping[Adapter, Rank]) -> None:
-        """Begin loads and give places, in the order of those who wait."""
+    def bring_in(self, ranks: Mapping[Adapter, Rank], together: Iterable[tuple[Adapter, ...]] = ()) -> None:
+        """Begin loads and give places, in the order of those who wait; who is together is wanted so."""
         ...
 
 
@@ -182,7 +183,7 @@ class AlwaysResident:
     retry_s = math.inf
 
     def __init__(self) -> None:
-        self.failures: deque[tuple[Adapter, Fault]] = deque()
+        self.failures: deque[tuple[tuple[Adapter, ...], Fault]] = deque()
 
     def presence(self, adapter: Adapter) -> Presence:
         """As its slot says."""
@@ -203,5 +204,5 @@ class AlwaysResident:
     def resolved(self, *, everything: bool = False) -> None:
         """Nothing to do."""
 
-    def bring_in(self, ranks: Mapping[Adapter, Rank]) -> None:
+    def bring_in(self, ranks: Mapping[Adapter, Rank], together: Iterable[tuple[Adapter, ...]] = ()) -> None:
         """Nothing to do."""

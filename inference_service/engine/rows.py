@@ -40,13 +40,13 @@ class Rows:
     """Those whose prompt is scored, with the rows behind which stands a token of it that has no score yet."""
 
     def drawing(self) -> list[Segment]:
-        """The segments of those among ``sampled`` that have an adapter."""
+        """The segments of those among ``sampled`` that have an adapter, and one alone."""
         runs = [(slot, len(list(same))) for slot, same in groupby(seq.slot for seq in self.sampled)]
         ends = accumulate(length for _, length in runs)
         return [
             Segment(slot, end - length, end)
             for (slot, length), end in zip(runs, ends, strict=True)
-            if slot >= 0
+            if isinstance(slot, int) and slot >= 0
         ]
 
     @property

@@ -97,5 +97,5 @@ class Runner:
 
     def _logits_of(self, seq: Sequence, hidden: Tensor) -> Tensor:
         """Return the logits of rows [N, hidden] of one sequence."""
-        every = [Segment(seq.slot, 0, len(hidden))]
+        every = [Segment(seq.slot, 0, len(hidden))] if isinstance(seq.slot, int) else []
         return self._model.logits(hidden, self._lora.vocabularies.of(every, lambda: every))

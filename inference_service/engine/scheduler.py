@@ -6,7 +6,7 @@ import bisect
 import heapq
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from enum import Enum
 from typing import Final
 
@@ -46,7 +46,7 @@ class Scheduler:
     Sequences that decode come first. Then prompts under way and those that wait take turns by `Lanes`, in the
     time that `Pace` leaves them: the lane that was served least comes first, and within a lane the most urgent,
     then the oldest, which leaves most of what it would take to shorter ones of its lane. A lane lets
-    others pass while its adapter is not resident, or finds no place among the `max_adapters` of a step.
+    others pass while an adapter of it is not resident, or finds no place among the `max_adapters` of a step.
 
     Whoever finds no seat, no blocks, no place among the adapters or none in the bank is served nothing, while
     those under way are. So the difference grows, and from a QUANTUM on they make room: the lane that is
@@ -81,11 +81,12 @@ class Scheduler:
     @property
     def may_begin(self) -> bool:
         """Whether somebody waits whose adapter is in the bank."""
-        return any(lane.adapter is None or lane.adapter.slot is not None for lane in self.lanes.waiting)
+        return any(lane.resident for lane in self.lanes.waiting)
 
-    def waiting_for(self, adapter: Adapter) -> list[Sequence]:
-        """Return those that wait for an adapter."""
-        return [seq for lane in self.lanes if lane.adapter is adapter for seq in lane.waiting]
+    def waiting_for(self, adapters: Iterable[Adapter]) -> list[Sequence]:
+        """Return those that wait for all of these adapters."""
+        wanted = set(adapters)
+        return [seq for lane in self.lanes if wanted <= set(lane.adapters) for seq in lane.waiting]
 
     def add(self, seq: Sequence) -> None:
         """Let a sequence wait; its adapter is wanted from now on."""
@@ -147,20 +148,22 @@ class Scheduler:
         if not starved:
             return math.inf
         first = min(starved, key=lambda lane: lane.rank)
-        furthest = self._furthest(first, plan, lambda lane: lane.adapter is not None)
+        furthest = self._furthest(first, plan, lambda lane: bool(lane.adapters))
         if furthest is not None and not self._residents.releasing:
-            self._displace(furthest.adapter, plan)
+            self._displace(furthest.adapters, plan)
         return first.served + QUANTUM
 
     def _look_for_adapters(self) -> None:
         """Say who waits for which adapter, and note who can be served now."""
-        waiting = [(lane, lane.adapter) for lane in self.lanes.waiting if lane.adapter is not None]
+        waiting = [lane for lane in self.lanes.waiting if lane.adapters]
         ranks: dict[Adapter, Rank] = {}
-        for lane, adapter in waiting:
-            ranks[adapter] = min(ranks.get(adapter, lane.rank), lane.rank)
-        self._residents.bring_in(ranks)
+        for lane in waiting:
+            for adapter in lane.adapters:
+                ranks[adapter] = min(ranks.get(adapter, lane.rank), lane.rank)
+        together = sorted((lane for lane in waiting if len(lane.adapters) > 1), key=lambda lane: lane.rank)
+        self._residents.bring_in(ranks, [lane.adapters for lane in together])
         self._starved = []
-        for lane, _ in waiting:
+        for lane in waiting:
             presence = self._presence(lane)
             self.lanes.count(lane, counted=presence is not Presence.ABSENT)
             if presence is Presence.STARVED:
@@ -168,7 +171,10 @@ class Scheduler:
         self._seen = self._residents.changes
 
     def _presence(self, lane: Lane) -> Presence:
-        return Presence.RESIDENT if lane.adapter is None else self._residents.presence(lane.adapter)
+        """Where the adapters of a lane are: where the one is that is furthest from the bank."""
+        found = [self._residents.presence(adapter) for adapter in lane.adapters]
+        absent = (each for each in (Presence.ABSENT, Presence.STARVED) if each in found)
+        return next(absent, Presence.RESIDENT)
 
     def _decode(self, decodes: list[Sequence], plan: Plan) -> None:
         """Give those that decode their row; who is furthest ahead gives up the blocks that they lack."""
@@ -283,7 +289,7 @@ class Scheduler:
             return []
         seats = max(0, self.limits.max_seqs - len(self.running))
         places = max(0, self.limits.max_adapters - len(self.lanes.active)) if seats else 0
-        joining = self.lanes.waiting_for([None, *self.lanes.active]) if seats else []
+        joining = self.lanes.joining() if seats else []
         joining = [lane for lane in joining if self._may_begin(lane, lane.waiting[0], plan)]
         if not places:
             if math.isinf(self.lanes.lowest):
@@ -300,7 +306,7 @@ class Scheduler:
         """Whether nothing that only the lane itself can change is in the way of one that waits in it."""
         if seq.in_flight or self.lanes.is_full(lane):
             return False
-        return lane.adapter is None or (lane.adapter.slot is not None and lane.served < plan.bound)
+        return not lane.adapters or (lane.resident and lane.served < plan.bound)
 
     def _admit(self, seq: Sequence, plan: Plan) -> _Outcome:
         """Begin with one that waits, if everything that it needs is there or is made room for."""
@@ -319,19 +325,30 @@ class Scheduler:
         self.lanes.start(seq)
         bisect.insort(self.running, seq, key=order)
         plan.prompts.append(seq)
-        if seq.adapter is not None:
-            self._residents.acquire(seq.adapter)
+        for adapter in seq.adapters:
+            self._residents.acquire(adapter)
         return _Outcome.ADMITTED
 
     def _finds_place(self, lane: Lane, plan: Plan) -> bool:
-        """Whether its adapter may take part, if need be in the place of one that is far ahead."""
-        active = self.lanes.active
-        if lane.adapter is None or lane.adapter in active or len(active) < self.limits.max_adapters:
+        """Whether its adapters may take part, if need be in the places of those that are far ahead.
+
+        A mixture that finds too few places keeps those that are free from whoever is behind it.
+        """
+        active, most = self.lanes.active, self.limits.max_adapters
+        new = [adapter for adapter in lane.adapters if adapter not in active]
+        if not new:
             return True
-        furthest = self._furthest(lane, plan, lambda other: other.adapter is not None)
-        if furthest is not None:
-            self._displace(furthest.adapter, plan)
-        return furthest is not None
+        lacking = len(active) + len(new) - most
+        if lacking <= 0:
+            return not plan.crowded
+        ahead = self._far_ahead(lane, plan, lambda other: bool(other.adapters))
+        may_leave = dict.fromkeys(adapter for other in ahead for adapter in other.adapters)
+        leaving = [adapter for adapter in may_leave if adapter not in lane.adapters][:lacking]
+        if len(leaving) < lacking:
+            plan.crowded |= len(active) < most
+            return False
+        self._displace(leaving, plan)
+        return True
 
     def _make_room(self, lane: Lane, plan: Plan) -> bool:
         """Preempt one sequence of the lane that is furthest ahead of this one, if any is far enough."""
@@ -342,15 +359,19 @@ class Scheduler:
 
     def _furthest(self, lane: Lane, plan: Plan, may: Callable[[Lane], bool]) -> Lane | None:
         """The lane under way that is furthest ahead of another, by a QUANTUM at least; None if none is."""
-        under_way = (other for other in self.lanes.under_way if other is not lane and may(other))
-        furthest = max(under_way, key=lambda other: other.served, default=None)
-        if furthest is None or furthest.served - plan.counter(lane) < QUANTUM:
-            return None
-        return furthest
+        return next(iter(self._far_ahead(lane, plan, may)), None)
 
-    def _displace(self, adapter: Adapter | None, plan: Plan) -> None:
-        """Preempt all that are under way on an adapter."""
-        for seq in [seq for seq in self.running if seq.adapter is adapter]:
+    def _far_ahead(self, lane: Lane, plan: Plan, may: Callable[[Lane], bool]) -> list[Lane]:
+        """The lanes under way that are ahead of another by a QUANTUM at least, the furthest first."""
+        least = plan.counter(lane) + QUANTUM
+        under_way = (other for other in self.lanes.under_way if other is not lane and may(other))
+        ahead = [other for other in under_way if other.served >= least]
+        return sorted(ahead, key=lambda other: other.served, reverse=True)
+
+    def _displace(self, adapters: Iterable[Adapter], plan: Plan) -> None:
+        """Preempt all that are under way on any of some adapters."""
+        leaving = set(adapters)
+        for seq in [seq for seq in self.running if not leaving.isdisjoint(seq.adapters)]:
             self._preempt(seq, plan)
 
     def _preempt(self, seq: Sequence, plan: Plan) -> None:
@@ -377,15 +398,15 @@ class Scheduler:
 
     def _waits(self, seq: Sequence) -> None:
         self.num_waiting += 1
-        if seq.adapter is not None:
-            self._residents.want(seq.adapter)
+        for adapter in seq.adapters:
+            self._residents.want(adapter)
 
     def _waits_no_more(self, seq: Sequence) -> None:
         self.num_waiting -= 1
-        if seq.adapter is not None:
-            self._residents.unwant(seq.adapter)
+        for adapter in seq.adapters:
+            self._residents.unwant(adapter)
 
     def _let_go(self, seq: Sequence) -> None:
         self.blocks.release(seq)
-        if seq.adapter is not None:
-            self._residents.release(seq.adapter)
+        for adapter in seq.adapters:
+            self._residents.release(adapter)

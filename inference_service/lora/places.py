@@ -117,6 +117,10 @@ class Places:
         self._taken.insert(at, _Taken(offset, end, owner))
         self._start_of[owner] = offset
 
+    def largest(self, last_used: Callable[[int], int | None]) -> int:
+        """Return the bytes that would lie in one piece if all occupants left that may, as `find` has it."""
+        return max(sum(extent.size for extent in run) for run in self._runs(last_used))
+
     def give_back(self, owner: int) -> None:
         """Take an occupant's bytes back.
 

@@ -13,12 +13,13 @@ from inference_service.rpc.prompt import constraint_of, prompt_of, tools_of
 from inference_service.serving.catalog import Catalog, ServedModel
 from inference_service.serving.hints import hinted
 from inference_service.serving.lengths import countable
+from inference_service.serving.mixing import Scaled
 from inference_service.serving.request import Delta, Event, Finished, PromptLogprobs, Request, Started
 from inference_service.serving.text import Text
 from loramux.inference.v1 import inference_pb2 as pb
 from loramux_shared.faults import Finding, RequestInvalid
 
-TRANSLATED: Final = frozenset({"text", "token_ids", "messages", "tools", "sampling", "constraint"})
+TRANSLATED: Final = frozenset({"text", "token_ids", "messages", "tools", "sampling", "constraint", "adapters"})
 """Fields that `Request` has otherwise; all others have their name there."""
 # With 20 alternatives each, a message stays below 1 MB: clients take 4 MB by default.
 PROMPT_TOKENS: Final = 1024
@@ -45,12 +46,13 @@ def request_from_message(
     cut = message.HasField("truncate_prompt_tokens")
     prompt = prompt_of(message, countable(max_seq_len) if cut else max_seq_len)
     metadata = {name: value for name, value in context.invocation_metadata() or () if isinstance(value, str)}
+    own = {"model": message.model, "adapters": tuple(map(_scaled, message.adapters))}
     return Request(
         prompt=prompt,
         tools=tools_of(message),
         constraint=constraint_of(message),
         deadline_s=None if remaining is None else time.monotonic() + remaining,
-        **_said(message) | hinted(metadata, message.min_generation, message.sticky_key),
+        **own | _said(message) | hinted(metadata, message.min_generation, message.sticky_key),
         **_said(message.messages),
         **_said(message.sampling),
     )
@@ -69,7 +71,16 @@ def _plain(value: Any) -> Any:
 
 
 def _required(message: pb.GenerateRequest) -> list[tuple[str, bool]]:
-    return [("model", not message.model), ("prompt", message.WhichOneof("prompt") is None)]
+    unnamed = any(not adapter.name for adapter in message.adapters)
+    return [
+        ("model", not message.model and not message.adapters),
+        ("adapters", unnamed),
+        ("prompt", message.WhichOneof("prompt") is None),
+    ]
+
+
+def _scaled(adapter: pb.ScaledAdapter) -> Scaled:
+    return Scaled(adapter.name, adapter.scale if adapter.HasField("scale") else 1.0)
 
 
 def event_to_messages(event: Event, text: Text) -> Iterator[pb.GenerateResponse]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from itertools import chain
@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, Final
 from weakref import WeakValueDictionary
 
-from inference_service.core.sequence import Adapter
+from inference_service.core.sequence import Adapter, Mixture
+from inference_service.serving import mixing
 from inference_service.serving.adapter_defaults import NO_DEFAULTS, AdapterDefaults
 from inference_service.serving.aliases import choose
 from inference_service.serving.unknown import (
@@ -39,7 +40,7 @@ class ServedModel:
     name: str
     adapter: Adapter | None = None
     """Its handle in the engine, which all names of a digest share; None for the base, and for an adapter that
-    is merged into the weights."""
+    is merged into the weights, or for a mixture."""
     source: str = ""
     """The repository that it was built from, with the revision."""
     digest: str = ""
@@ -55,6 +56,15 @@ class ServedModel:
     load_time: datetime = field(default_factory=lambda: datetime.now(UTC))
     load_s: float = 0.0
     """Seconds that reading, checking and packing it took."""
+    mixture: Mixture | None = None
+    """Several adapters with scales; only a request has such a model, see `mixing.mixed`."""
+    parts: tuple[ServedModel, ...] = ()
+    """Those that a mixture is of."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names that a request is counted under."""
+        return tuple([part.name for part in self.parts]) or (self.name,)
 
 
 @dataclass(frozen=True)
@@ -81,6 +91,8 @@ class Catalog:
         self.load_s = load_s
         self.base_name = base_name
         self.aliases: Mapping[str, Mapping[str, int]] = {}
+        self.most_mixed = mixing.MOST_PARTS
+        """Adapters of one request, as many as a step may have."""
         ordered = sorted(models, key=lambda model: (model.name != base_name, model.name))
         self._models = {model.name: model for model in ordered}
         self._base = self._models.get(base_name, ServedModel(base_name))
@@ -148,20 +160,43 @@ class Catalog:
     def resolve(self, asked: str, sticky_key: str = "") -> ServedModel:
         """Return what answers a request: of an exact name, an alias, ``NAME@DIGEST``, or another spelling.
 
-        ``BASE:NAME`` is Ray Serve's and SGLang's, ``publishers/NAMESPACE/models/NAME`` that of KServe's routes.
+        What is none of these may be several of them with scales, ``NAME*SCALE+NAME``. ``BASE:NAME`` is Ray Serve's and SGLang's, ``publishers/NAMESPACE/models/NAME`` that of KServe's routes.
 
         Who may not use an alias cannot ask for it, and of its models one answers that the caller may use: by
         weight, the same one for the same key.
 
         Raises:
             ModelNotFound: there is no such name or version, or the caller may not use it.
-            RequestInvalid: it names no version, or several.
+            RequestInvalid: it names no version, or several, or adapters that cannot be mixed.
         """
+        known = asked in self._models or asked in self.aliases
+        if not known and (parts := mixing.written(asked)):
+            return self.mix(parts, sticky_key)
+        found = self._found(asked, sticky_key)
+        if found is None:
+            raise self._not_found(asked)
+        return found
+
+    def mix(self, parts: Sequence[mixing.Scaled], sticky_key: str = "", where: str = "model") -> ServedModel:
+        """Return what answers a request for several adapters with scales, each named as `resolve` has it.
+
+        Raises:
+            ModelNotFound: there is no such name or version, or the caller may not use it.
+            RequestInvalid: they cannot be mixed; where says by which field.
+        """
+        mixing.check(parts, self.most_mixed, where)
+        found: list[tuple[ServedModel, float]] = []
+        for part in parts:
+            model = self._found(part.name, sticky_key)
+            if model is None:
+                raise self._not_found(part.name)
+            found.append((model, part.scale))
+        return mixing.mixed(found, lambda: self.get(self.base_name), where)
+
+    def _found(self, asked: str, sticky_key: str) -> ServedModel | None:
         access = ACCESS.get()
-        for name in self._spellings(asked):
-            if (found := self._named(name, sticky_key, access)) is not None:
-                return found
-        raise self._not_found(asked)
+        found = (self._named(name, sticky_key, access) for name in self._spellings(asked))
+        return next((model for model in found if model is not None), None)
 
     def _spellings(self, asked: str) -> Iterator[str]:
         yield asked

@@ -155,11 +155,13 @@ class Limiter:
         Raises:
             RateLimited: as many wait as may, or the tokens of a minute are used up.
         """
-        of_model, of_key = self.limits.of(model.name), access.limits or UNBOUNDED
+        names, of_key = model.names, access.limits or UNBOUNDED
+        of_models = [self.limits.of(name) for name in names]
+        of_model = of_models[0] if len(names) == 1 else _least(of_models)
         bounds = [
             _Bound(whose, self._meter(kind, name), limits)
             for kind, name, whose, limits in (
-                ("model", model.name, f"model {model.name!r}", of_model),
+                *(("model", name, f"model {name!r}", own) for name, own in zip(names, of_models, strict=True)),
                 ("key", access.key_id, f"the API key {access.key_id!r}", of_key),
             )
             if limits.max_waiting is not None or limits.tokens_per_minute is not None
@@ -168,7 +170,8 @@ class Limiter:
             bound.check_waiting()
             bound.check_tokens()
         own = of_key.weight is not None or of_key.max_running is not None
-        flow = f"{model.name}/{access.key_id}" if own else model.name
+        together = "+".join(sorted(names))
+        flow = f"{together}/{access.key_id}" if own else together
         ticket = Ticket(flow, _share(of_model, of_key), bounds)
         for bound in bounds:
             bound.meter.enter(ticket)
@@ -186,6 +189,15 @@ class Limiter:
                 self._most_meters = max(FEW_METERS, 2 * len(self._meters))
             found = self._meters[kind, name] = Meter(self._clock)
         return found
+
+
+def _least(limits: Sequence[Limits]) -> Limits:
+    """What all of several models may have: of a mixture, whose adapters are each asked for."""
+    weights = [each.weight for each in limits]
+    running = [each.max_running for each in limits if each.max_running is not None]
+    said = any(weight is not None for weight in weights)
+    weight = min(weight or 1.0 for weight in weights) if said else None
+    return Limits(weight=weight, max_running=min(running, default=None))
 
 
 def _share(of_model: Limits, of_key: Limits) -> Share:

@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable
 
 from inference_service.serving.adapter_defaults import NO_DEFAULTS, AdapterDefaults
 from inference_service.serving.catalog import Catalog, ServedModel
+from inference_service.serving.mixing import agreed
 from inference_service.serving.request import Request, Served
 from loramux_shared.faults import DeadlineExceeded, Finding, ReplicaBehind, RequestInvalid
 
@@ -38,10 +39,25 @@ class Naming:
             return request.served
         if request.min_generation > self._catalog.generation:
             await self._wait_for(request.min_generation, request.deadline_s)
-        model = self._catalog.resolve(request.model, request.sticky_key)
+        model = (
+            self._mix(request) if request.adapters else self._catalog.resolve(request.model, request.sticky_key)
+        )
         if request.lora_path is not None:
             model = self._beside(model, request.lora_path, request)
         return Served(model, self._catalog.generation)
+
+    def _mix(self, request: Request) -> ServedModel:
+        """Return what the adapters of a request are together; its model may name the base beside them."""
+        if request.model and self._catalog.resolve(request.model).name != self._catalog.base_name:
+            finding = Finding(
+                code="E_BAD_FIELD",
+                where="adapters",
+                expected="none beside a model, unless it is the base",
+                found=repr(request.model[:80]),
+                fix="Name all of them in adapters, or all in model, as in a*0.7+b*0.5.",
+            )
+            raise RequestInvalid("the request names adapters twice.", [finding])
+        return self._catalog.mix(request.adapters, request.sticky_key, "adapters")
 
     def _beside(self, model: ServedModel, path: str, request: Request) -> ServedModel:
         """Return what model and lora_path name together: one adapter twice, or the base and an adapter."""
@@ -65,7 +81,11 @@ class Naming:
         Raises:
             Fault: it has to be read, and cannot be.
         """
-        return await self.defaults_of(model) if model.defaults is None else model.defaults
+        if model.defaults is not None:
+            return model.defaults
+        if model.parts:
+            return agreed([await self.defaults(part) for part in model.parts])
+        return await self.defaults_of(model)
 
     async def _wait_for(self, number: int, deadline_s: float | None) -> None:
         left_s = None if deadline_s is None else max(0.0, deadline_s - time.monotonic())

@@ -10,6 +10,7 @@ from typing import Any
 from inference_service.core.constraint import Constraint
 from inference_service.core.sequence import FinishReason, Token
 from inference_service.serving.catalog import ServedModel
+from inference_service.serving.mixing import Scaled
 
 Message = Mapping[str, Any]
 """A turn as chat templates know it: role, content (text or None), and name, tool_calls, tool_call_id."""
@@ -31,12 +32,14 @@ class Request:
     """A request for one or more answers; None means that the client left it unset."""
 
     model: str
-    """A name, an alias, ``NAME@DIGEST`` or ``BASE:NAME``: see `catalog.Catalog.resolve`."""
+    """A name, an alias, ``NAME@DIGEST``, ``BASE:NAME`` or ``NAME*SCALE+NAME``: see `catalog.Catalog.resolve`."""
     prompt: Prompt
     min_generation: int = 0
     """The name is looked up in this generation of the deployment, or in a later one."""
     sticky_key: str = ""
     """Requests with the same one get the same model of an alias."""
+    adapters: tuple[Scaled, ...] = ()
+    """Adapters with scales; model is empty or the base's then."""
     lora_path: str | None = None
     """An adapter of the base that model names, or the same adapter once more; SGLang's clients name it so."""
     served: Served | None = None

@@ -177,7 +177,7 @@ class GenerationService:
         grammars = await self._grammars(request, defaults)
         number, where = next(_numbers), request.constraint.where if request.constraint else ""
         stop_tokens = frozenset(request.stop_token_ids) - self._ends(request, defaults)
-        adapter, invocation = activation(model.adapter, tokens)
+        adapter, invocation = activation(model.mixture or model.adapter, tokens)
         answers: dict[str, Answer] = {}
         for index, grammar in enumerate(grammars):
             seq = Sequence(
@@ -191,6 +191,7 @@ class GenerationService:
                 invocation=invocation,
                 cache_salt=request.cache_salt or "",
                 model=model.name,
+                counted=model.names if model.parts else (),
                 flow=ticket.flow,
                 share=ticket.share,
             )

@@ -28,6 +28,7 @@ from inference_service.serving.adapter_defaults import AdapterDefaults
 from inference_service.serving.catalog import Catalog, ServedModel
 from inference_service.serving.engine_thread import EngineThread
 from inference_service.serving.inbox import Inbox
+from inference_service.serving.mixing import MOST_PARTS
 from inference_service.serving.service import GenerationService, ServingLimits
 from inference_service.serving.telemetry.record import Watcher
 from inference_service.startup.bank import Bank, open_bank, preload, preload_later
@@ -113,6 +114,7 @@ def load(settings: InferenceSettings, store: Store, watchers: Sequence[Watcher] 
         bank = open_bank(generation, base, store, settings, inbox)
     catalog = Catalog(generation.number, generation.served_model_name, models)
     catalog.apply(generation)
+    catalog.most_mixed = min(MOST_PARTS, settings.max_batch_adapters)
     registered = [model.adapter for model in catalog.everything if model.adapter is not None]
     fitting = bank.fitting(registered) if bank is not None else []
     if bank is not None:

@@ -48,13 +48,21 @@ def adapter(ranks: Mapping[str, int], seed: int, layers: Sequence[int] = range(L
     return adapter_of(rows, (GROUPS,) * LAYERS)
 
 
-def arrangement(lengths: Mapping[int, int], base: int = 2) -> Arrangement:
-    """So many rows of each slot, behind rows of the base; long runs come last, as in the engine."""
-    segments, start = [], base
+Mixtures = Sequence[tuple[Mapping[int, float], int]]
+"""Scales by slot, and rows."""
+
+
+def arrangement(lengths: Mapping[int, int], base: int = 2, mixtures: Mixtures = ()) -> Arrangement:
+    """So many rows of each slot, behind rows of the base, then those of mixtures; long runs come last, as in the
+    engine."""
+    segments, mixed, start = [], [], base
     for slot, length in lengths.items():
         segments.append(Segment(slot, start, start + length))
         start += length
-    return Arrangement((), tuple(segments))
+    for scales, length in mixtures:
+        mixed += [Segment(slot, start, start + length, scale) for slot, scale in scales.items()]
+        start += length
+    return Arrangement((), tuple(segments), tuple(mixed))
 
 
 def added(x: Tensor, step: Arrangement, held: Mapping[int, AdapterWeights], layer: int, name: str) -> Tensor:
@@ -67,7 +75,7 @@ def added(x: Tensor, step: Arrangement, held: Mapping[int, AdapterWeights], laye
         for index, (first, size) in enumerate(zip(shape.out_offsets, shape.out_features, strict=True)):
             if group is not None and group.a[index] is not None:
                 product = x[rows].double() @ group.a[index].double().t() @ group.b[index].double()
-                out[rows, first : first + size] = product
+                out[rows, first : first + size] += segment.scale * product
     return out
 
 

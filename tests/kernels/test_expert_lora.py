@@ -43,17 +43,21 @@ def adapter(seed: int, ranks: tuple[int, ...]) -> AdapterWeights:
     return arrange(torch.cat(parts), rows, (GROUPS,) * LAYERS)
 
 
-def added(x: Tensor, experts: list[int], owners: list[AdapterWeights | None], name: str) -> Tensor:
+Owners = list[list[tuple[AdapterWeights, float]]]
+"""The adapters of each row, with their scales."""
+
+
+def added(x: Tensor, experts: list[int], owners: Owners, name: str) -> Tensor:
     """What adapters add to rows [P, in], each of one expert, in float64."""
     rows = []
-    for row, expert, owner in zip(x.double(), experts, owners, strict=True):
+    for row, expert, parts in zip(x.double(), experts, owners, strict=True):
         (shape,) = (group for group in EXPERTS if group.name == group_of(name, expert))
-        group = None if owner is None else owner.layers[1].get(shape.name)
         slices = [torch.zeros(out, dtype=torch.float64) for out in shape.out_features]
-        if group is not None:
-            for index, (a, b) in enumerate(zip(group.a, group.b, strict=True)):
+        for owner, scale in parts:
+            group = owner.layers[1].get(shape.name)
+            for index, (a, b) in enumerate(zip(group.a, group.b, strict=True) if group else ()):
                 if a is not None and b is not None:
-                    slices[index] = row @ a.double().t() @ b.double()
+                    slices[index] += scale * (row @ a.double().t() @ b.double())
         rows.append(torch.cat(slices))
     return torch.stack(rows)
 
@@ -69,11 +73,15 @@ def backend(request: pytest.FixtureRequest, device: str) -> tuple[LoraBackend, E
     return TritonLora(GROUPS, LAYERS, torch.float32, torch.device(device)), GroupedOperations(), device
 
 
-@pytest.mark.parametrize("lengths", [(3, 1, 2), (2, 20, 1)], ids=["short", "long"])
-def test_each_pair_gets_what_its_adapter_has_for_its_expert(
-    backend: tuple[LoraBackend, ExpertOperations, str], lengths: tuple[int, int, int]
+@pytest.mark.parametrize(
+    ("lengths", "mixes"),
+    [((3, 1, 2), False), ((2, 20, 1), False), ((2, 20, 1), True)],
+    ids=["short", "long", "mixed"],
+)
+def test_each_pair_gets_what_its_adapters_have_for_its_expert(
+    backend: tuple[LoraBackend, ExpertOperations, str], lengths: tuple[int, int, int], mixes: bool
 ) -> None:
-    """Rows of base, adapters and padding side by side in an expert's tile; other layers get nothing."""
+    """Rows of base, adapters, mixtures and padding side by side in an expert's tile; other layers get nothing."""
     lora, operations, device = backend
     held = [adapter(0, (0, 3, 8)), adapter(1, (0, 0, 1)), adapter(2, (5, 16))]
     hold(lora, *held)
@@ -81,10 +89,16 @@ def test_each_pair_gets_what_its_adapter_has_for_its_expert(
     for slot, length in zip((2, 0, 1), lengths, strict=True):
         segments.append(Segment(slot, start, start + length))
         start += length
-    lora.begin(Arrangement((), tuple(segments)))
-    owners: list[AdapterWeights | None] = [None] * (start + 3)
-    for segment in segments:
-        owners[segment.start : segment.end] = [held[segment.slot]] * segment.length
+    parts = [{2: 0.5, 0: -1.5}, {0: 0.5, 1: 1.5, 2: 2.5}] if mixes else []
+    mixed = []
+    for scales in parts:
+        mixed += [Segment(slot, start, start + 2, scale) for slot, scale in scales.items()]
+        start += 2
+    lora.begin(Arrangement((), tuple(segments), tuple(mixed)))
+    owners: Owners = [[] for _ in range(start + 3)]
+    for segment in (*segments, *mixed):
+        for row in range(segment.start, segment.end):
+            owners[row].append((held[segment.slot], segment.scale))
     generator = torch.Generator().manual_seed(0)
     ids = torch.rand(len(owners), NUM, generator=generator).topk(TOP_K).indices.to(device, torch.int32)
     pairs = operations.by_expert(Routed(ids, torch.ones_like(ids, dtype=torch.float32)), NUM)

@@ -51,6 +51,17 @@ def test_adapters_come_and_go_and_each_adds_what_it_is(lora: LoraBackend, device
     assert lora.num_bytes == arena
 
 
+def test_rows_of_mixtures_get_the_scaled_sum(lora: LoraBackend, device: str) -> None:
+    """Beside plain rows, long and short: of two, of eight, of those that adapt other modules, of one."""
+    device = device if lora.name != "native" else "cpu"
+    held = {slot: adapter(ADAPTERS[slot % 5], slot) for slot in range(8)}
+    hold(lora, *held.values())
+    eight = {slot: 0.25 * (slot - 3.5) for slot in held}
+    mixtures = [({0: 0.5, 3: -2.0}, 20), (eight, 2), ({2: 1.5}, 3), ({4: 1.0, 2: 1.0, 1: 0.125}, 1)]
+    expect_right(lora, arrangement({0: 1, 5: 2, 1: 17}, mixtures=mixtures), held, device)
+    expect_right(lora, arrangement({}, mixtures=[({3: 0.5}, 2), ({0: 1.0, 3: 1.0}, 1)]), held, device)
+
+
 def test_a_slot_that_changed_hands_is_the_new_ones(lora: LoraBackend, device: str) -> None:
     """The same slots in one step and the next, another adapter in one of them: nothing of the old is kept."""
     device = device if lora.name != "native" else "cpu"

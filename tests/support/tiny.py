@@ -203,7 +203,8 @@ def sequence(
     ready: Ready, number: str, model: str, prompt: Sequence[int], params: SamplingParams
 ) -> EngineSequence:
     """What the service makes of a request."""
-    adapter, invocation = activation(ready.service.catalog.get(model).adapter, prompt)
+    served = ready.service.catalog.resolve(model)
+    adapter, invocation = activation(served.mixture or served.adapter, prompt)
     return EngineSequence(number, list(prompt), params, adapter, invocation=invocation)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from inference_service.core.batch import Batch
 from inference_service.core.sampling import SamplingParams
-from inference_service.core.sequence import Adapter, FinishReason, Sequence, StepOutput, Token
+from inference_service.core.sequence import Adapter, FinishReason, Mixture, Sequence, StepOutput, Token
 from inference_service.engine.block_manager import BlockManager
 from inference_service.engine.engine import Engine
 from inference_service.engine.plan import SchedulerLimits
@@ -131,12 +131,13 @@ class FakeRunner:
     def submit(self, batch: Batch) -> Pending:
         """Note which slots are read, and whose they are."""
         seqs_of = [chunk.seq for chunk in batch.chunks]
-        reads = [(seq.slot, seq.adapter.digest) for seq in seqs_of if seq.adapter is not None]
+        reads = [(adapter.slot, adapter.digest) for seq in seqs_of for adapter in seq.adapters]
         seqs = tuple(chunk.seq for chunk in batch.chunks if chunk.samples)
         self.batches.append(batch)
 
         def wait() -> list[Token]:
             for slot, digest in reads:
+                assert slot is not None
                 self._bank.read(slot, digest)
             return [Token(7)] * len(seqs)
 
@@ -180,13 +181,13 @@ class World:
         self.ends: dict[str, StepOutput] = {}
         self.aborted: set[str] = set()
 
-    def ask(self, number: int | None, new: int = 3, flow: str | None = None) -> Sequence:
-        """Send a request for an adapter, or the base."""
+    def ask(self, *numbers: int, new: int = 3, flow: str | None = None) -> Sequence:
+        """Send a request for an adapter, or a mixture of several, or the base."""
         name = str(next(_ids))
         tokens = [int(name) * 1000 + index for index in range(3)]
-        adapter = None if number is None else self.adapters[number]
-        seq = Sequence(name, tokens, SamplingParams(max_tokens=new), adapter)
-        seq.flow = str(number) if flow is None else flow
+        parts = [(self.adapters[number], 1.0 if len(numbers) == 1 else 0.5) for number in numbers]
+        seq = Sequence(name, tokens, SamplingParams(max_tokens=new), Mixture.of(parts))
+        seq.flow = str(numbers) if flow is None else flow
         self.asked.append(seq)
         self.engine.add(seq)
         return seq
@@ -225,7 +226,7 @@ class World:
 def test_a_cold_adapter_waits_for_its_load_and_holds_up_nobody() -> None:
     """While an adapter loads, others begin and end; then its request is answered."""
     world = World(4, [1, 1])
-    cold, base = world.ask(0), world.ask(None)
+    cold, base = world.ask(0), world.ask()
     world.step(5)
     assert set(world.ends) == {base.id}
     world.settle()
@@ -259,7 +260,7 @@ def test_who_is_copied_at_once_misses_no_step() -> None:
 def test_a_copy_that_takes_long_is_not_waited_for() -> None:
     """A step goes on without it, for those who are there, and takes it in when it has come."""
     world = World(4, [1], wait_s=0.02)
-    cold, base = world.ask(0, new=1), world.ask(None, new=1)
+    cold, base = world.ask(0, new=1), world.ask(new=1)
     world.step()
     world.loader.end_one()
     world.step(3)
@@ -449,6 +450,43 @@ def test_an_adapter_that_nobody_waits_for_any_more_is_not_kept() -> None:
     assert world.residency.settled
 
 
+def test_mixtures_that_want_the_same_places_take_turns() -> None:
+    """Two places, and four endless mixtures of two adapters each: nobody keeps half of what another needs, no
+    place is waited for in vain, and each has its share of the tokens."""
+    world = World(2, [1] * 5, adapters=2)
+    asked = [world.ask(*pair, new=300) for pair in ((0, 1), (2, 3), (1, 2), (3, 0))] + [world.ask(4, new=300)]
+    world.settle(20000)
+    assert all(world.ends[seq.id].finish is FinishReason.LENGTH for seq in asked)
+    first = world.runner.batches[: len(world.runner.batches) // 2]
+    rows = Counter(chunk.seq.id for batch in first for chunk in batch.chunks)
+    assert min(rows[seq.id] for seq in asked) > 50
+
+
+def test_a_mixture_that_no_bank_of_this_size_holds_is_refused_and_nobody_else() -> None:
+    """Its request says by how much; one for an adapter of it is answered."""
+    world = World(3, [2, 2, 1])
+    big, one, other = world.ask(0, 1), world.ask(0), world.ask(2, 0)
+    world.settle()
+    fault = world.ends[big.id].fault
+    assert isinstance(fault, ResourcesExhausted)
+    assert "2 adapters of 256 bytes" in str(fault)
+    assert "192 bytes in one piece" in str(fault)
+    assert {world.ends[each.id].finish for each in (one, other)} == {FinishReason.LENGTH}
+
+
+def test_adapters_of_a_mixture_that_are_in_each_others_way_lie_down_again() -> None:
+    """One of them is in the midst of the bank, so that the other finds no place: it leaves and comes back."""
+    world = World(5, [2, 1, 3, 1])
+    for number in (0, 1):
+        world.ask(number)
+        world.settle()
+    world.residency.drop(world.adapters[0])
+    mixture = world.ask(1, 2)
+    world.settle()
+    assert world.ends[mixture.id].finish is FinishReason.LENGTH
+    assert world.resident() == {1, 2}
+
+
 def test_only_a_few_adapters_are_on_their_way_at_once() -> None:
     """However many are asked for, the host's memory holds a few that have no place yet."""
     world = World(20, [1] * 20, seqs=20, adapters=20)
@@ -478,18 +516,22 @@ def test_what_is_resident_costs_nothing_more_than_its_entry() -> None:
     assert {each.state for each in world.residency.standings()} == {State.RESIDENT}
 
 
-ASK = st.tuples(st.integers(-1, 6), st.sampled_from([1, 3, 40]), st.sampled_from(["", "f"]))
+ASK = st.tuples(
+    st.lists(st.integers(0, 6), max_size=3, unique=True),
+    st.sampled_from([1, 3, 40]),
+    st.sampled_from(["", "f"]),
+)
 OTHER = st.tuples(
     st.sampled_from(["step", "end", "abort", "break", "mend", "pin", "unpin", "prefetch", "drop", "wait"]),
     st.integers(0, 6),
 )
 
 
-def _act(world: World, action: tuple[int, int, str] | tuple[str, int]) -> Sequence | None:
-    """Do one thing; return the request, if that was it."""
+def _act(world: World, action: tuple[list[int], int, str] | tuple[str, int], most: int) -> Sequence | None:
+    """Do one thing; return the request, if that was it, for as many adapters at most."""
     if len(action) == 3:
-        number, new, flow = action
-        return world.ask(None if number < 0 else number, new, flow or None)
+        numbers, new, flow = action
+        return world.ask(*numbers[:most], new=new, flow=flow or None)
     what, which = action
     adapter, residency = world.adapters[which], world.residency
     match what:
@@ -521,17 +563,17 @@ def _act(world: World, action: tuple[int, int, str] | tuple[str, int]) -> Sequen
     st.integers(1, 3),
 )
 def test_every_request_ends_once_on_its_own_digest(
-    actions: list[tuple[int, int, str] | tuple[str, int]],
+    actions: list[tuple[list[int], int, str] | tuple[str, int]],
     sizes: list[int],
     units: int,
     depth: int,
     adapters: int,
 ) -> None:
-    """Whatever the order of arrivals, loads, failures, evictions, pins and aborts: until it is resolved, every
-    step reads the matrices of the digest that its sequences name; every request that is not aborted ends once,
-    and in the end nobody holds anything."""
+    """Whatever the order of arrivals, loads, failures, evictions, pins and aborts, of adapters and mixtures: until
+    it is resolved, every step reads the matrices of the digests that its sequences name; every request that is
+    not aborted ends once, and in the end nobody holds anything."""
     world = World(units, sizes, depth, adapters=adapters)
-    asked = [seq for action in actions if (seq := _act(world, action)) is not None]
+    asked = [seq for action in actions if (seq := _act(world, action, adapters)) is not None]
     world.settle()
     for adapter in world.adapters:
         world.residency.unpin(adapter)

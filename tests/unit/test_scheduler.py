@@ -306,7 +306,7 @@ def test_nobody_under_way_gets_far_ahead_of_who_waits(
         blocks=num_blocks, max_seqs=max_seqs, max_adapters=max_adapters, max_tokens=16, depth=depth
     )
     scheduler = engine._scheduler
-    began: dict[tuple[str, Adapter | None], list[int]] = {}
+    began: dict[tuple[str, tuple[Adapter, ...]], list[int]] = {}
     seqs = [_seq(3, new, uid, flow=flow) for uid, flow, new in requests]
     for seq in seqs:
         engine.add(seq)
@@ -316,15 +316,15 @@ def test_nobody_under_way_gets_far_ahead_of_who_waits(
             first = [
                 seq.arrival
                 for seq in lane.running
-                if seq.arrival not in began.get((lane.flow, lane.adapter), [])
+                if seq.arrival not in began.get((lane.flow, lane.adapters), [])
             ]
-            began.setdefault((lane.flow, lane.adapter), []).extend(sorted(first))
+            began.setdefault((lane.flow, lane.adapters), []).extend(sorted(first))
         active = {chunk.seq.adapter for chunk in runner.batches[-1].chunks} - {None}
         for waits in scheduler.lanes:
             if not waits.waiting or waits.waiting[0].in_flight:
                 continue
-            crowded = waits.adapter is not None and waits.adapter not in active and len(active) == max_adapters
-            in_the_way = [lane for lane in scheduler.lanes if lane.running and (lane.adapter or not crowded)]
+            crowded = not active.issuperset(waits.adapters) and len(active) == max_adapters
+            in_the_way = [lane for lane in scheduler.lanes if lane.running and (lane.adapters or not crowded)]
             assert max([lane.served for lane in in_the_way], default=0.0) - waits.served <= QUANTUM + 2 * 16
     assert all(order == sorted(order) for order in began.values())
     assert all(seq.num_generated == new for seq, (_, _, new) in zip(seqs, requests, strict=True))

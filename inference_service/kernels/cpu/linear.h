@@ -38,17 +38,27 @@ class Shares {
 
 // What a linear and its adapters make of x, or, without w, what the adapters add to out. A slot's adapters of all linears are
 // side by side: from one slot's to the next are apart of them. Threads take turns at rows of A, at columns of w, and, when all
-// of those are done, at columns of B.
+// of those are done, at columns of B. Where rows have several segments, parts say so, and whoever adds to a row adds all of them,
+// one after the other: no two threads meet there, and the order is that of the segments.
 template <class T>
 void linear(Product<T> base, const Adapter* adapters, int64_t apart, const Segment* segments, int64_t count, float* y,
-            int64_t ldy, int64_t threads) {
+            int64_t ldy, const Part* parts, int64_t threads) {
   static thread_local std::vector<LoraTask> tasks, shrinks, expands;
   tasks.clear(); shrinks.clear(); expands.clear();
   double work = base.w ? double(base.rows) * base.K * base.N : 0;
+  const auto part_of = [=](int64_t s) { return parts ? parts[s] : Part{0, 1, 1}; };
+  const auto ranks_of = [=](int64_t s, int64_t slice) {  // of all parts of a segment's rows
+    int64_t ranks = 0;
+    for (int64_t p = s; p < s + part_of(s).count; ++p) ranks += adapters[segments[p].adapter * apart].slice[slice].rank;
+    return ranks;
+  };
   for (int64_t s = 0; s < count; ++s) {
     const Segment& seg = segments[s];
-    if (!adapters[seg.adapter * apart].rows) continue;
-    work += double(seg.length) * adapters[seg.adapter * apart].rows * base.K;
+    const Adapter& adapter = adapters[seg.adapter * apart];
+    bool adds = adapter.rows;
+    for (int64_t i = 0; parts && i < adapter.slices; ++i) adds |= ranks_of(s, i) > 0;
+    if (!adds) continue;
+    work += double(seg.length) * adapter.rows * base.K;
     for (int64_t f = 0; f < seg.length; f += TOKENS_PER_TASK)
       tasks.push_back({s, f, std::min<int64_t>(TOKENS_PER_TASK, seg.length - f), 0, 0, 0});
   }
@@ -60,7 +70,7 @@ void linear(Product<T> base, const Adapter* adapters, int64_t apart, const Segme
     for (int64_t r = 0; r < adapter.rows; r += rows)
       shrinks.push_back({whole.segment, whole.first, whole.tokens, 0, r, std::min(rows, adapter.rows - r)});
     for (int64_t i = 0; i < adapter.slices; ++i) {
-      const int64_t columns = adapter.slice[i].rank ? adapter.slice[i].columns : 0, some = shared ? COLUMNS_PER_TASK : columns;
+      const int64_t columns = ranks_of(whole.segment, i) ? adapter.slice[i].columns : 0, some = shared ? COLUMNS_PER_TASK : columns;
       for (int64_t c = 0; c < columns; c += some)
         expands.push_back({whole.segment, whole.first, whole.tokens, i, c, std::min(some, columns - c)});
     }
@@ -79,7 +89,8 @@ void linear(Product<T> base, const Adapter* adapters, int64_t apart, const Segme
   {
     one->take([=](int64_t i) {
       const Segment& seg = segments[first[i].segment];
-      shrink_task<T>(first[i], seg, adapters[seg.adapter * apart], base.x, base.ldx, base.K, y, ldy);
+      const Part part = part_of(first[i].segment);
+      shrink_task<T>(first[i], seg, adapters[seg.adapter * apart], base.x, base.ldx, base.K, y + part.column, ldy, float(part.scale));
     });
     two->take([=](int64_t i) {
       if (i < panels && wide > 1) product_panel<T, WIDE_PRODUCT>(base, i * wide * LANES);
@@ -88,8 +99,11 @@ void linear(Product<T> base, const Adapter* adapters, int64_t apart, const Segme
     if (seconds) {
 #pragma omp barrier
       three->take([=](int64_t i) {
-        const Segment& seg = segments[second[i].segment];
-        expand_task<T>(second[i], seg, adapters[seg.adapter * apart], y, ldy, base.out, base.ldo);
+        const int64_t s = second[i].segment;
+        for (int64_t p = s; p < s + part_of(s).count; ++p) {
+          const Adapter& adapter = adapters[segments[p].adapter * apart];
+          if (adapter.slice[second[i].slice].rank) expand_task<T>(second[i], segments[p], adapter, y + part_of(p).column, ldy, base.out, base.ldo);
+        }
       });
     }
   }

@@ -12,6 +12,9 @@ namespace {
 struct Slice { int64_t rank; const void* b; int64_t column; int64_t columns; };
 struct Adapter { const void* a; int64_t rows; int64_t slices; Slice slice[4]; };
 struct Segment { int64_t adapter; int64_t first; int64_t length; };
+// What a segment is of a mixture: the column of y where its ranks begin, how many segments from here on have the same rows (0
+// behind the first of them), and what its ranks are multiplied by.
+struct Part { int64_t column; int64_t count; double scale; };
 
 constexpr int PAGE_AHEAD = 64;  // lane vectors in a page: the processor does not fetch beyond the end of one by itself
 
@@ -123,7 +126,7 @@ struct LoraTask {
 
 template <class T>
 void shrink_task(const LoraTask& task, const Segment& seg, const Adapter& adapter, const T* x, int64_t ldx, int64_t K,
-                 float* y, int64_t ldy) {
+                 float* y, int64_t ldy, float scale) {
   const int64_t row = seg.first + task.first;
   const T* a = static_cast<const T*>(adapter.a) + task.begin * round_up(int(K), LANES * Unit<T>::P);
   x += row * ldx;
@@ -131,6 +134,9 @@ void shrink_task(const LoraTask& task, const Segment& seg, const Adapter& adapte
   int64_t t = 0;
   for (; t + 4 <= task.tokens; t += 4) shrink_tokens<T, 4>(x + t * ldx, ldx, K, a, int(task.size), y + t * ldy, ldy, task.once());
   for (; t < task.tokens; ++t) shrink_tokens<T, 1>(x + t * ldx, ldx, K, a, int(task.size), y + t * ldy, ldy, task.once());
+  if (scale != 1)
+    for (t = 0; t < task.tokens; ++t)
+      for (int64_t r = 0; r < task.size; ++r) y[t * ldy + r] *= scale;
 }
 
 template <class T>

@@ -9,10 +9,10 @@
   extern "C" void linear_##SUFFIX(const void* x, int64_t ldx, int64_t rows, int64_t K, const void* w, const void* bias,\
                                   int64_t bits, const void* scales, int64_t group, void* out, int64_t ldo, int64_t N, \
                                   const void* adapters, int64_t apart, const void* segments, int64_t count, void* y,  \
-                                  int64_t ldy, int64_t threads) {                                                     \
+                                  int64_t ldy, const void* parts, int64_t threads) {                                  \
     linear<T>({(const T*)x, ldx, rows, K, (const uint8_t*)w, (const T*)bias, bits, (const bf16*)scales, group,        \
                (T*)out, ldo, N, nullptr}, (const Adapter*)adapters, apart, (const Segment*)segments, count, (float*)y, ldy,    \
-              threads);                                                                                               \
+              (const Part*)parts, threads);                                                                           \
   }                                                                                                                   \
   extern "C" int64_t multiplies_##SUFFIX() { return Unit<T>::multiplies; }                                            \
   extern "C" void pack_##SUFFIX(const void* pieces, int64_t count) { pack<T>((const Piece*)pieces, count); }          \

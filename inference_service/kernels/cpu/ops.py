@@ -32,7 +32,7 @@ MAX_CONV_WIDTH = 8
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 _TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float}
 _SIGNATURES = {
-    "linear": "piiippipipiipipipii",
+    "linear": "piiippipipiipipipipi",
     "pack": "pi",
     "attention": "pippippiiiiffiip",
     "rope_write": "pppiiiiiipppppii",
@@ -97,19 +97,24 @@ class Tiled:
         """As the compiled operation takes them."""
 
 
-Adapters = tuple[int, int, int, int, int, int]
+Adapters = tuple[int, int, int, int, int, int, int | None]
 """The adapters of a step in one linear, as the compiled operation takes them: `adapters_of`."""
-NO_ADAPTERS: Adapters = (0, 0, 0, 0, 0, 0)
+NO_ADAPTERS: Adapters = (0, 0, 0, 0, 0, 0, None)
 
 
-def adapters_of(address: int, segments: Table, workspace: Tensor, apart: int = 1) -> Adapters:
+def adapters_of(
+    address: int, segments: Table, workspace: Tensor, apart: int = 1, parts: Table | None = None
+) -> Adapters:
     """Describe the adapters of segments [S, 3] of slot, first row, rows; whoever calls keeps all of it.
 
     address is that of the first slot's ADAPTER_FIELDS, the next slot's lie ``apart`` times as many behind;
-    workspace is float32 [T, most ranks].
+    workspace is float32 [T, most ranks]. Where rows have several segments, which follow one another then,
+    parts [S, 3] say of each: the column of the workspace where its ranks begin, how many there are from the
+    first on, 0 of the others, and the bits of the scale in float64.
     """
     count = len(segments.values)
-    return (address, apart, segments.address, count, workspace.data_ptr(), workspace.stride(0))
+    at = None if parts is None else parts.address
+    return (address, apart, segments.address, count, workspace.data_ptr(), workspace.stride(0), at)
 
 
 class CpuOps:

@@ -6,7 +6,7 @@ all places: those of the base belong to a slot that nobody has.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,56 +18,75 @@ from inference_service.kernels.sgmv import SegmentCapacity, Segments
 from inference_service.kernels.sgmv.layout import COUNTER_STRIDE
 
 
-def slots_of(segments: Segments, tokens: int, nobody: int) -> Tensor:
-    """Return the slot of each of so many tokens, int32 [T], for a step's segments; the base's have nobody's."""
-    device = segments.packed.device
-    slots = torch.full((tokens,), nobody, dtype=torch.int32, device=device)
-    arguments = {
-        "p_token_ids": segments.token_ids,
-        "p_seg_start": segments.seg_start,
-        "p_seg_slot": segments.seg_slot,
-        "p_end": segments.pass_start[-2:],
-        "p_slots": slots,
-        "BLOCK": SLOT_BLOCK,
-        "num_warps": 1,
-    }
-    Launch(_kernels().slots_kernel, (segments.capacity.segments,), arguments)()
-    return slots
+class Owners(NamedTuple):
+    """Whose the tokens of a step are, in one pass."""
+
+    slots: Tensor
+    """int32 [T]"""
+    scales: Tensor | None
+    """fp32 [T]; None where all are 1."""
+
+
+def owners_of(segments: Segments, tokens: int, nobody: int) -> list[Owners]:
+    """Return the slots of so many tokens in each pass of a step's segments; those of none have nobody's."""
+    device, owners = segments.packed.device, []
+    for index in range(segments.capacity.passes):
+        slots = torch.full((tokens,), nobody, dtype=torch.int32, device=device)
+        scales = None if segments.scales is None else torch.ones(tokens, device=device)
+        arguments = {
+            "p_token_ids": segments.token_ids,
+            "p_seg_start": segments.seg_start,
+            "p_seg_slot": segments.seg_slot,
+            "p_pass": segments.of_pass(index),
+            "p_entry_scales": segments.scales,
+            "p_slots": slots,
+            "p_scales": scales,
+            "BLOCK": SLOT_BLOCK,
+            "num_warps": 1,
+        }
+        Launch(_kernels().slots_kernel, (segments.capacity.segments_per_pass,), arguments)()
+        owners.append(Owners(slots, scales))
+    return owners
 
 
 def capacity_of(step: SegmentCapacity, pairs: int, num_experts: int, slots: int) -> SegmentCapacity:
-    """Return what the pairs of a step need; ``slots`` is how many there are by the numbers that `fill` gives.
+    """Return what the pairs of one pass need; ``slots`` is how many there are by the numbers that `fill` gives.
 
     Of each expert, places of the base come before those of all adapters, and those of padding behind them.
     """
-    return SegmentCapacity(pairs, slots, step.tile, active=(step.distinct + 2) * num_experts)
+    active = (step.distinct + 2) * num_experts
+    return SegmentCapacity(pairs, slots, step.tile, scaled=step.scaled, active=active)
 
 
 def allocate(capacity: SegmentCapacity, device: torch.device) -> Segments:
     """Return buffers that `fill` fills."""
     packed = torch.empty(capacity.packed_size, dtype=torch.int32, device=device)
-    views = {name: packed[where] for name, where in capacity.sections.items() if name != "scales"}
+    views = {name: packed[where] for name, where in capacity.sections.items()}
+    last = views.pop("scales")
+    scales = last.view(torch.float32) if capacity.scaled else None
     counters = torch.zeros(capacity.segments_per_pass, COUNTER_STRIDE, dtype=torch.int32, device=device)
-    return Segments(capacity, packed, scales=None, counters=counters, **views)
+    return Segments(capacity, packed, scales=scales, counters=counters, **views)
 
 
-def fill(segments: Segments, pairs: ByExpert, slots: Tensor, *, slot_stride: int, expert_stride: int) -> None:
+def fill(segments: Segments, pairs: ByExpert, owners: Owners, *, slot_stride: int, expert_stride: int) -> None:
     """Make the segments of a layer's pairs; an expert of a slot has the number that the strides say.
 
     Args:
         segments: of `capacity_of` so many pairs.
         pairs: those of the layer.
-        slots: int32 [T], of `slots_of`.
+        owners: of a pass.
         slot_stride: from a slot's first expert to the next slot's.
         expert_stride: from an expert to the next.
     """
     arguments = {
         "p_tokens": pairs.tokens,
         "p_experts": pairs.experts,
-        "p_slots": slots,
+        "p_slots": owners.slots,
+        "p_scales": owners.scales,
         "p_token_ids": segments.token_ids,
         "p_seg_start": segments.seg_start,
         "p_seg_slot": segments.seg_slot,
+        "p_place_scales": segments.scales,
         "p_pass_start": segments.pass_start,
         "P": len(pairs.tokens),
         "slot_stride": slot_stride,

@@ -192,24 +192,31 @@ def combine_kernel(
     tl.store(p_out + i_t * stride_out + o_n, b_out.to(p_out.dtype.element_ty), mask=m_n)
 
 
-@triton.jit(do_not_specialize_on_alignment=["p_seg_start", "p_seg_slot", "p_end"])
+@triton.jit(do_not_specialize_on_alignment=["p_seg_start", "p_seg_slot", "p_pass"])
 def slots_kernel(
     p_token_ids,  # int32 [entries of the step]
     p_seg_start,  # int32 [segments + 1]
     p_seg_slot,  # int32 [segments]
-    p_end,  # int32 [1]: segments of the step
+    p_pass,  # int32 [2]: the first segment of this pass, and the first behind it
+    p_entry_scales,  # fp32 [entries of the step], or None
     p_slots,  # int32 [T]
+    p_scales,  # fp32 [T], or None
     BLOCK: tl.constexpr,
 ):
-    """slots[token] = its adapter's slot, of tokens that have one. One program per segment."""
-    i_s = tl.program_id(0)
-    if i_s >= tl.load(p_end):
+    """slots[token] = its adapter's slot in one pass, of tokens that have one, and scales its scale.
+
+    One program per segment of the pass.
+    """
+    i_s = tl.load(p_pass) + tl.program_id(0)
+    if i_s >= tl.load(p_pass + 1):
         return
     start, end, slot = tl.load(p_seg_start + i_s), tl.load(p_seg_start + i_s + 1), tl.load(p_seg_slot + i_s)
     for i in range(start, end, BLOCK):
         o_entry = i + tl.arange(0, BLOCK)
         o_t = tl.load(p_token_ids + o_entry, mask=o_entry < end, other=0)
         tl.store(p_slots + o_t, tl.zeros([BLOCK], tl.int32) + slot, mask=o_entry < end)
+        if p_entry_scales is not None:
+            tl.store(p_scales + o_t, tl.load(p_entry_scales + o_entry, mask=o_entry < end), mask=o_entry < end)
 
 
 @triton.jit(do_not_specialize=["P", "slot_stride", "expert_stride"])
@@ -217,9 +224,11 @@ def segments_kernel(
     p_tokens,  # int32 [P]
     p_experts,  # int32 [P]
     p_slots,  # int32 [T]
+    p_scales,  # fp32 [T], or None
     p_token_ids,  # int32 [P]
     p_seg_start,  # int32 [segments + 1]
     p_seg_slot,  # int32 [segments]
+    p_place_scales,  # fp32 [P], or None
     p_pass_start,  # int32 [3]: 0, segments of the step, P
     P,
     slot_stride,
@@ -234,7 +243,10 @@ def segments_kernel(
         o_p = i_p + o
         m_p = o_p < P
         tl.store(p_token_ids + o_p, o_p, mask=m_p)
-        b_slot = tl.load(p_slots + tl.load(p_tokens + o_p, mask=m_p, other=0))
+        b_token = tl.load(p_tokens + o_p, mask=m_p, other=0)
+        b_slot = tl.load(p_slots + b_token)
+        if p_scales is not None:
+            tl.store(p_place_scales + o_p, tl.load(p_scales + b_token), mask=m_p)
         b_expert = tl.load(p_experts + o_p, mask=m_p, other=0)
         m_before = m_p & (o_p > 0)
         b_before = tl.load(p_slots + tl.load(p_tokens + o_p - 1, mask=m_before, other=0))

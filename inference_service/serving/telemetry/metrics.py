@@ -78,19 +78,23 @@ class Metrics:
 
     def began(self, record: Record) -> None:
         """Count a prompt, and observe how long it waited."""
-        model = _model(record)
-        self._models.count(PROMPT.name, model, record.prompt_tokens)
-        self._models.count(CACHED.name, model, record.cached_tokens)
-        self._observe(QUEUE, model, record.queue_s)
-        self._observe(TTFT, model, record.ttft_s)
+        for model in _models(record):
+            self._models.count(PROMPT.name, model, record.prompt_tokens)
+            self._models.count(CACHED.name, model, record.cached_tokens)
+            self._observe(QUEUE, model, record.queue_s)
+            self._observe(TTFT, model, record.ttft_s)
 
     def said(self, record: Record, delta: Delta) -> None:
         """Count tokens."""
-        self._models.count(GENERATED.name, _model(record), len(delta.tokens))
+        for model in _models(record):
+            self._models.count(GENERATED.name, model, len(delta.tokens))
 
     def ended(self, record: Record) -> None:
         """Count a request and its answers, and observe how long they took."""
-        model = _model(record)
+        for model in _models(record):
+            self._ended(record, model)
+
+    def _ended(self, record: Record, model: str) -> None:
         self._models.count(REQUESTS.name, model, said=record.outcome)
         if record.first_s is None:
             return
@@ -114,5 +118,6 @@ class Metrics:
             self._models.observe(family.name, model, seconds)
 
 
-def _model(record: Record) -> str:
-    return record.model.name if record.model else ""
+def _models(record: Record) -> tuple[str, ...]:
+    """The adapters of a mixture each count what it was: what clients write has no series of its own."""
+    return record.model.names if record.model else ("",)

@@ -1,0 +1,154 @@
+"""Several adapters with scales as one model: how that is written, what is refused, and what it is called."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Final
+
+from inference_service.core.sequence import Mixture
+from inference_service.serving.adapter_defaults import AdapterDefaults
+from loramux_shared.bundle.manifest import apart
+from loramux_shared.faults import Finding, RequestInvalid
+from loramux_shared.wording import listed
+
+if TYPE_CHECKING:
+    from inference_service.serving.catalog import ServedModel
+
+MOST_PARTS: Final = 8
+"""Adapters of one request."""
+MOST_SCALE: Final = 8.0
+"""An adapter's scale, either way: beyond, an answer is noise before it is anything else."""
+SHOWN: Final = 80
+"""Characters of what a finding repeats."""
+_PART: Final = re.compile(r"([^*+]+)(?:\*\s*([-+]?[^\s*+eE]+(?:[eE][-+]?[0-9]+)?)\s*)?")
+"""A name, and behind a star its scale: a number as JSON has it, or with a sign."""
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """An adapter as a request names it."""
+
+    name: str
+    scale: float = 1.0
+
+
+def written(text: str) -> tuple[Scaled, ...]:
+    """Read ``a*0.7 + b*0.5``; nothing where no sign of a mixture is in it.
+
+    Raises:
+        RequestInvalid: there is one, and what stands around it is not a name or a number.
+    """
+    if "+" not in text and "*" not in text:
+        return ()
+    parts: list[Scaled] = []
+    at = 0
+    while True:
+        found = _PART.match(text, at)
+        name = found[1].strip() if found else ""
+        if found is None or not name or text[found.end() : found.end() + 1] not in ("", "+"):
+            raise _refused("model", "names, each with * and a scale behind it or without, and + between", text)
+        parts.append(Scaled(name, _number(found[2], text)))
+        if found.end() == len(text):
+            return tuple(parts)
+        at = found.end() + 1
+
+
+def _number(said: str | None, text: str) -> float:
+    try:
+        return 1.0 if said is None else float(said)
+    except ValueError:
+        raise _refused("model", "a number behind every *", text) from None
+
+
+def check(parts: Sequence[Scaled], most: int, where: str) -> None:
+    """Look at what can be judged without knowing the adapters.
+
+    Raises:
+        RequestInvalid: too many, or a scale out of bounds.
+    """
+    if len(parts) > MOST_PARTS:
+        raise _refused(where, f"at most {MOST_PARTS} adapters", f"{len(parts)}")
+    for part in parts:
+        if not -MOST_SCALE <= part.scale <= MOST_SCALE:
+            raise _refused(
+                where, f"scales from {-MOST_SCALE:g} to {MOST_SCALE:g}", f"{part.name}*{part.scale:g}"
+            )
+    if len({part.name for part in parts if part.scale}) > most:
+        fix = "Ask for fewer at once, or raise LORAMUX_MAX_BATCH_ADAPTERS."
+        raise _refused(where, f"at most {most} adapters, as many as a step may have", f"{len(parts)}", fix)
+
+
+def mixed(
+    parts: Sequence[tuple[ServedModel, float]], base: Callable[[], ServedModel], where: str
+) -> ServedModel:
+    """Return the model that adapters with scales are together.
+
+    That is an adapter itself where its scale is 1 and no other is left, and the base where none is.
+
+    Raises:
+        ModelNotFound: nothing is left, and the base is not served.
+        RequestInvalid: one of them cannot be scaled.
+    """
+    for model, _ in parts:
+        if reason := _unscalable(model):
+            raise _refused(where, f"adapters that can be scaled; {reason}", model.name)
+    mixture = Mixture.of((model.adapter, scale) for model, scale in parts if model.adapter is not None)
+    if mixture is None:
+        return base()
+    kept = [(model, scale) for model, scale in parts if model.adapter in mixture.members]
+    if not isinstance(mixture, Mixture):
+        return kept[0][0]
+    name = "+".join(model.name if scale == 1.0 else f"{model.name}*{scale:g}" for model, scale in kept)
+    models = tuple(dict.fromkeys(model for model, _ in kept))
+    unread = any(model.defaults is None for model in models)
+    shared = None if unread else agreed([model.defaults for model in models if model.defaults is not None])
+    return replace(
+        kept[0][0],
+        name=name,
+        adapter=None,
+        mixture=mixture,
+        source="",
+        digest=mixture.digest,
+        ranks=(),
+        modules=(),
+        warnings=(),
+        weights_bytes=None,
+        defaults=shared,
+        parts=models,
+    )
+
+
+def _unscalable(model: ServedModel) -> str:
+    """Say why a model cannot be part of a mixture; nothing where it can."""
+    if model.adapter is None:
+        return (
+            "this one is merged into the weights"
+            if model.digest
+            else "the base is part of every answer already"
+        )
+    reason = apart(model.adapter.invocation, model.modules)
+    return f"this one {reason}" if reason else ""
+
+
+def agreed(defaults: Sequence[AdapterDefaults]) -> AdapterDefaults:
+    """Return what adapters bring that act together: what all of them say alike, and every stop token."""
+
+    def alike(values: Sequence[object]) -> bool:
+        return all(value == values[0] for value in values)
+
+    first = defaults[0]
+    stops = frozenset[int]().union(*(each.stop_token_ids for each in defaults))
+    return AdapterDefaults(
+        first.template if alike([each.template for each in defaults]) else None,
+        first.temperature if alike([each.temperature for each in defaults]) else None,
+        first.top_p if alike([each.top_p for each in defaults]) else None,
+        first.top_k if alike([each.top_k for each in defaults]) else None,
+        stops,
+    )
+
+
+def _refused(where: str, expected: str, found: str, fix: str = "") -> RequestInvalid:
+    finding = Finding(code="E_BAD_FIELD", where=where, expected=expected, found=found[:SHOWN], fix=fix)
+    return RequestInvalid("the request names adapters that cannot be mixed.", [finding])

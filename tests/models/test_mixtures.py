@@ -1,0 +1,201 @@
+"""Several adapters with scales in one request, against PEFT's ``add_weighted_adapter(combination_type="cat")``."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+
+from inference_service.core.sequence import Mixture
+from inference_service.serving.service import Delta, Request, Started
+from inference_service.startup.load import Ready
+from loramux_shared.bundle.deployments import current_generation
+from loramux_shared.faults import Fault, ModelNotFound, RequestInvalid
+from loramux_shared.storage.memory import MemoryStore
+from tests.models.conftest import Counted
+from tests.support.service import open_service
+from tests.support.tiny import (
+    ADAPTERS,
+    VOCAB,
+    World,
+    make_adapter,
+    make_world,
+    oracle,
+    oracle_tokens,
+    run_engine,
+)
+
+NEW = 8
+Parts = tuple[tuple[str, float], ...]
+Oracle = Callable[[Parts, Sequence[int]], list[int]]
+SECOND = "all, second"
+"""The folder of a second version of an adapter."""
+EIGHT: Parts = (("wide", 0.5), ("all", -0.25), ("wide", -0.75), ("rs", 0.5), ("all", 1.0))
+"""Of three adapters, two of them named twice."""
+
+
+def text(parts: Parts) -> str:
+    """As a request writes it."""
+    return " + ".join(f"{name}*{scale}" for name, scale in parts)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    """Three adapters, of other ranks and modules each, and a second version of one."""
+    world = make_world(tmp_path_factory.mktemp("tiny"))
+    make_adapter(world.base, world.root / SECOND, 99, **ADAPTERS["all"])
+    return world
+
+
+@pytest.fixture(scope="module")
+def store(world: World) -> MemoryStore:
+    """Built."""
+    store = MemoryStore()
+    world.build(store)
+    return store
+
+
+@pytest.fixture(scope="module")
+def peft(world: World) -> Oracle:
+    """Greedy tokens of a mixture in PEFT; a base and an adapter alone are mixtures of none and one."""
+    model = oracle(world.base, world.adapters["wide"])
+    for name in ("wide", "all", "rs", SECOND):
+        model.load_adapter(str(world.root / name), name)
+
+    def answer(parts: Parts, prompt: Sequence[int]) -> list[int]:
+        summed: dict[str, float] = {}
+        for name, scale in sorted(
+            parts, key=lambda part: part[0] == "rs"
+        ):  # the first one's rsLoRA would be all's
+            summed[name] = summed.get(name, 0.0) + scale
+        if not any(summed.values()):
+            with model.disable_adapter():
+                return oracle_tokens(model, prompt, NEW)
+        if list(summed) == ["rs"]:
+            summed["wide"] = 0.0
+            summed = dict(sorted(summed.items(), reverse=True))
+        model.add_weighted_adapter(list(summed), list(summed.values()), "mixed", combination_type="cat")
+        model.set_adapter("mixed")
+        found = oracle_tokens(model, prompt, NEW)
+        model.delete_adapter("mixed")
+        return found
+
+    return answer
+
+
+def drawn(seed: int, count: int) -> list[tuple[Parts, list[int]]]:
+    """Requests of the base, adapters, adapters with a scale and mixtures, in a random order."""
+    draw = random.Random(seed)
+    requests: list[tuple[Parts, list[int]]] = []
+    for _ in range(count):
+        names = draw.choices(list(ADAPTERS), k=draw.choice([0, 1, 1, 2, 2, 3, 8]))
+        scales = [draw.choice([1.0, 1.0, 0.5, -0.5, 0.0, 1.5, round(draw.uniform(-2, 2), 3)]) for _ in names]
+        prompt = [draw.randrange(3, VOCAB) for _ in range(draw.choice([1, 14, 30, 40]))]
+        requests.append((tuple(zip(names, scales, strict=True)), prompt))
+    return requests
+
+
+def answers(ready: Ready, requests: Sequence[tuple[Parts, list[int]]]) -> list[list[int]]:
+    """Of the engine, all in one batch."""
+    return run_engine(ready, [(text(parts) or "base", prompt) for parts, prompt in requests], NEW)
+
+
+@pytest.mark.parametrize("backend", ["native", "torch"])
+def test_random_mixtures_in_one_batch_equal_peft(
+    world: World, store: MemoryStore, peft: Oracle, counted: Counted, backend: str
+) -> None:
+    """Beside the base and plain adapters, in chunks of prompts and alone, through hits of the prefix cache, and
+    when what a cache too small for all holds is computed again."""
+    requests = [(EIGHT, [7, 8, 9]), *drawn(0, 9)]
+    expected = [peft(*request) for request in requests]
+    settings: dict[str, Any] = {"native": backend == "native", "block_size": 16}
+    ready = world.load(store, max_batch_tokens=32, **settings)
+    for situation in ("mixed batch", "prefix hits"):
+        counted("mixtures", backend, situation, answers(ready, requests), expected)
+    assert ready.engine.stats.prefix_tokens_hit > 0
+    alone = [answers(ready, [request])[0] for request in requests]
+    counted("mixtures", backend, "alone", alone, expected)
+    small = world.load(store, kv_memory_gb=128 * 2 * 2 * 2 * 8 * 4 / 1e9, **settings)
+    counted("mixtures", backend, "preemption", answers(small, requests), expected)
+    assert small.engine.stats.preemptions > 0
+
+
+@pytest.mark.sweep
+def test_many_random_mixtures_equal_peft(
+    world: World, store: MemoryStore, peft: Oracle, counted: Counted
+) -> None:
+    """The same of three hundred requests."""
+    ready = world.load(store)
+    for seed in range(1, 32):
+        requests = drawn(seed, 20)
+        counted(
+            "mixtures", "native", "swept", answers(ready, requests), [peft(*request) for request in requests]
+        )
+
+
+def test_one_form_of_a_mixture_has_one_prefix(world: World, store: MemoryStore) -> None:
+    """However it is written its cached prompts are found, and those of other scales are not."""
+    ready = world.load(store, block_size=16)
+    prompt = list(range(3, 3 + 40))
+    for asked, hit in (
+        ("wide*0.7+all*0.5", 0),
+        ("all*0.5 + wide*0.7", 32),
+        ("wide*0.3+all*0.5+rs*0+wide*0.4", 32),
+        ("wide*0.7+all*0.25", 0),
+        ("wide", 0),
+        ("wide*1", 32),
+        ("wide*0.5+wide*0.5", 32),
+        ("base", 0),
+        ("wide*0", 32),
+    ):
+        before = ready.engine.stats.prefix_tokens_hit
+        run_engine(ready, [(asked, prompt)], 1)
+        assert ready.engine.stats.prefix_tokens_hit - before == hit, asked
+
+
+REFUSED: list[tuple[str, type[Fault], str]] = [
+    ("wide*0.5+nobody", ModelNotFound, "no model 'nobody'"),
+    ("wide+", RequestInvalid, "and \\+ between"),
+    ("wide**2", RequestInvalid, "and \\+ between"),
+    ("wide*+all", RequestInvalid, "a number behind every \\*"),
+    ("wide*nan", RequestInvalid, "scales from -8 to 8, found wide\\*nan"),
+    ("wide*-8.5", RequestInvalid, "scales from -8 to 8"),
+    ("+".join(["wide"] * 9), RequestInvalid, "at most 8 adapters, found 9"),
+    ("wide+all+rs", RequestInvalid, "at most 2 adapters, as many as a step may have"),
+    ("base*0.5+wide", RequestInvalid, "the base is part of every answer already, found base"),
+    ("wide@00000000*0.5", ModelNotFound, "no version"),
+]
+
+
+def test_what_cannot_be_mixed_is_refused_by_name(world: World, store: MemoryStore) -> None:
+    """Nothing of it reaches the engine."""
+    catalog = world.load(store, max_batch_adapters=2).service.catalog
+    assert isinstance(catalog.resolve("wide*1e-1+all*2E+0+rs*0").mixture, Mixture)
+    for asked, fault, said in REFUSED:
+        with pytest.raises(fault, match=said):
+            catalog.resolve(asked)
+
+
+@pytest.mark.asyncio
+async def test_an_adapter_that_is_replaced_while_its_mixture_answers(world: World, peft: Oracle) -> None:
+    """A request keeps the versions that it began with; the next one has the new one."""
+    store = MemoryStore()
+    world.build(store)
+    service = await open_service((world, store))
+    prompt, parts = [5, 6, 7], (("wide", 0.5), ("all", 1.5))
+    request = Request(text(parts), prompt, max_tokens=NEW, ignore_eos=True)
+    old: list[int] = []
+    async for event in service.ready.service.generate(request):
+        if isinstance(event, Started):
+            World(world.base, {**world.adapters, "all": world.root / SECOND}, world.root).build(store)
+            generation = current_generation(store, "tiny")
+            assert generation is not None
+            service.ready.service.apply(generation)
+        old += [token.id for token in event.tokens] if isinstance(event, Delta) else []
+    [new] = await service.answers(prompt, model=text(parts), max_tokens=NEW, ignore_eos=True)
+    await service.close()
+    assert old == peft(parts, prompt)
+    assert new == peft((("wide", 0.5), (SECOND, 1.5)), prompt)
+    assert old != new
