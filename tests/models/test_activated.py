@@ -175,7 +175,7 @@ def test_one_that_acts_on_a_part_is_not_merged(world: World) -> None:
         store, deployment = MemoryStore(), Deployment.model_validate(data)
         context = BuildContext(store, open_sources(local_roots=[world.root]))
         if merge == "always":
-            with pytest.raises(DeploymentInvalid, match="activated") as refused:
+            with pytest.raises(DeploymentInvalid, match="cannot be merged") as refused:
                 build(deployment, context, Progress(["called"]))
             assert "called acts from" in refused.value.findings[0].expected
             assert not store.objects
