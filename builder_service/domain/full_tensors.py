@@ -25,8 +25,8 @@ from loramux_shared.wording import listed
 PIECE: Final = 1 << 20
 """Elements that are compared at once."""
 EMBED_FIX: Final = (
-    "An adapter's embeddings and head have the base's tokens, one row each: merge it (merge_and_unload), or train "
-    "without added tokens."
+    "Embeddings and head have a row for each of the base's tokens: merge the adapter (merge_and_unload), or "
+    "train without added tokens."
 )
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import json
 import warnings
 from functools import cache
@@ -74,14 +75,13 @@ def of_peft(shape: Shape, folder: Path) -> Deltas:
     files = shape.write(folder / "own") if shape.under is None else shape.write_for_peft(folder / "renamed")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = peft.PeftModel.from_pretrained(model_of(shape.base), files)
+        model = peft.PeftModel.from_pretrained(copy.deepcopy(model_of(shape.base)), files)
     found: Deltas = {}
     for name, module in model.named_modules():
         if isinstance(module, peft.tuners.lora.LoraLayer):
             with torch.no_grad():
                 delta = module.get_delta_weight("default").double().numpy()
             found |= parts(name.rpartition("language_model.")[2].removeprefix("base_model.model.model."), delta)
-    model.unload()
     return {place: delta for place, delta in found.items() if delta.any() and place.startswith("layers.")}
 
 
