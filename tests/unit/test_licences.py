@@ -34,7 +34,7 @@ from tests.support.adapters import write_adapter, write_base
         ("license: *nobody", ""),
         ("a: &a x\nlicense: *a", ""),
         ("{license: mit", ""),
-        ("a: " + "[" * 10_000, ""),
+        ("a: " + "[" * 2_000, ""),
         ("x: &a [y]\n" + "".join(f"b{i}: &b{i} {{<<: [*a, *a]}}\n" for i in range(500)), ""),
     ],
 )

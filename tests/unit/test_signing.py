@@ -67,7 +67,7 @@ def test_a_folder_that_is_not_what_was_signed_is_refused(adapter, tmp_path, chan
     expected = {
         "another file": r"model\.bin \(not signed\)",
         "a file less": r"notes\.txt \(gone\)",
-        "another key": "not of the named key",
+        "another key": "not of key",
         "no signature": "found none",
         "a link": "a link",
     }[change]
