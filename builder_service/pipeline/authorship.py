@@ -29,6 +29,7 @@ def take_signature(folder: Path, files: dict[str, FileDigest], signed_by: tuple[
 
     Raises:
         SettingsInvalid: the packages that read signatures are not installed here.
+        SourceUnavailable: Sigstore does not answer.
     """
     signature = files.pop(SIGNATURE, None)
     if signature is None or not signed_by:
@@ -36,7 +37,7 @@ def take_signature(folder: Path, files: dict[str, FileDigest], signed_by: tuple[
     try:
         require_signed((folder / SIGNATURE).read_bytes(), files, signed_by, SIGNATURE)
     except SignatureInvalid as fault:
-        return [Finding(code="E_SIGNATURE", where=SIGNATURE, found=fault.message, fix=_FIX)]
+        return [Finding(code="E_SIGNATURE", found=fault.message.rstrip("."))]
     finally:
         (folder / SIGNATURE).unlink()
     return []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -18,6 +19,8 @@ from builder_service.pipeline.push import PushedAdapter
 from builder_service.pipeline.rollback import rollback
 from builder_service.pipeline.update import push, update
 from builder_service.pipeline.wishes import Update
+from inference_service.replica import Replica
+from inference_service.serving.adapters.bundles import StoredBundles
 from inference_service.serving.adapters.follower import Follower, State
 from loramux.cli.main import app
 from loramux.messages import deployment_from_message, deployment_to_message
@@ -27,9 +30,9 @@ from loramux_shared.bundle.manifest import Generation, current_key, generation_k
 from loramux_shared.deployment import Repository, SourceKind
 from loramux_shared.deployment_file import load_deployment, parse_deployment
 from loramux_shared.faults import AdapterInvalid, DeploymentInvalid, SettingsInvalid, SignatureInvalid
-from loramux_shared.settings import BuilderSettings
+from loramux_shared.settings import BuilderSettings, InferenceSettings
 from loramux_shared.signing.openssf import SIGNATURE, sign_folder
-from loramux_shared.signing.store import signed_store
+from loramux_shared.signing.store import sign_object, signed_store
 from loramux_shared.sources.open import open_sources
 from loramux_shared.storage.local import LocalStore
 from tests.support.adapters import tensors, write_adapter, write_base
@@ -89,31 +92,28 @@ def test_every_writer_signs_and_gc_takes_both(world):
     assert [key for key in world.plain.list("deployments/tiny/") if key.endswith(".sig")] == signatures[2:]
 
 
-@pytest.mark.parametrize("harm", ["a byte", "no signature", "another's signature", "another place", "no JSON"])
-def test_what_is_not_signed_is_not_read(world, harm):
+def test_what_is_not_signed_is_not_read(world):
     """A generation that was changed, whose signature is gone, or somebody else's, is refused by name."""
     world.build(world.signed, "one")
-    data, store = world.plain.get(FIRST), world.plain
-    if harm == "a byte":
-        changed = data.replace(b'"max_lora_rank":64', b'"max_lora_rank":65')
-        store.put(FIRST, changed)
-        store.put(
-            current_key("tiny"),
-            store.get(current_key("tiny")).replace(sha256_hex(data).encode(), sha256_hex(changed).encode()),
-        )
-    elif harm == "no signature":
-        store.delete(signature_key(FIRST))
-    elif harm == "another's signature":
-        key, _ = new_key(world.folder, "other")
-        signed_store(store, (), key).put(FIRST, data)
-    elif harm == "another place":
-        other = generation_key("other", 1)
-        world.signed.put(other, data)
-        store.put(signature_key(FIRST), store.get(signature_key(other)))
-    else:
-        store.put(signature_key(FIRST), b"{}")
-    with pytest.raises(SignatureInvalid, match=r"generations/00000001\.json"):
-        current_generation(world.trusting, "tiny")
+    store, key, _ = world.plain, *new_key(world.folder, "other")
+    other = generation_key("other", 1)
+    data, pointer, mine = (store.get(name) for name in (FIRST, current_key("tiny"), signature_key(FIRST)))
+    changed = data.replace(b'"max_lora_rank":64', b'"max_lora_rank":65')
+    moved = pointer.replace(sha256_hex(data).encode(), sha256_hex(changed).encode())
+    for harm in (
+        {FIRST: changed, current_key("tiny"): moved},
+        {signature_key(FIRST): sign_object(FIRST, data, key)},
+        {signature_key(FIRST): sign_object(other, data, world.key)},
+        {signature_key(FIRST): b"{}"},
+        {signature_key(FIRST): None},
+    ):
+        for name, value in (
+            {FIRST: data, current_key("tiny"): pointer, signature_key(FIRST): mine} | harm
+        ).items():
+            store.delete(name) if value is None else store.put(name, value)
+        assert current_generation(store, "tiny").number == 1
+        with pytest.raises(SignatureInvalid, match=r"generations/00000001\.json"):
+            current_generation(world.trusting, "tiny")
 
 
 async def test_a_follower_serves_on_while_another_builder_does_not_sign(world):
@@ -153,6 +153,20 @@ def test_a_deployment_is_signed_and_verified_by_hand(world):
     data = world.plain.get(key)
     world.plain.put(key, data[:-1] + bytes([data[-1] ^ 1]))
     assert "BUNDLE_CORRUPT" in run.invoke(app, verify).stderr
+
+
+async def test_a_replica_that_requires_signatures_starts_and_loads_nothing_without(world, monkeypatch):
+    """It ends before the base is looked at, and refuses a bundle that an operator names by its digest."""
+    monkeypatch.setattr(sys, "setswitchinterval", print)
+    digest = world.build(world.plain, "one").adapters["one"].digest
+    public = str(world.folder / "key.pub")
+    store = f"file://{world.folder}/store"
+    settings = InferenceSettings(deployment="tiny", store=store, require_signature=public)
+    with pytest.raises(SignatureInvalid, match="found none"):
+        await Replica.load(settings)
+    assert (await StoredBundles(world.trusting).record(digest)).digest == digest
+    with pytest.raises(SignatureInvalid, match="named by its digest"):
+        await StoredBundles(world.trusting, refused=True).record(digest)
 
 
 async def test_a_builder_that_would_not_take_its_own_word_does_not_start(world):

@@ -67,7 +67,7 @@ def test_a_folder_that_is_not_what_was_signed_is_refused(adapter, tmp_path, chan
     expected = {
         "another file": r"model\.bin \(not signed\)",
         "a file less": r"notes\.txt \(gone\)",
-        "another key": "not of the named key",
+        "another key": "not of key",
         "no signature": "found none",
         "a link": "a link",
     }[change]
@@ -86,7 +86,7 @@ def test_a_folder_that_is_not_what_was_signed_is_refused(adapter, tmp_path, chan
         verify_folder(adapter, adapter / SIGNATURE, [signer])
 
 
-def test_a_signature_that_was_changed_anywhere_is_refused_by_name(adapter, tmp_path):
+def test_a_signature_that_was_changed_anywhere_is_refused_by_name(adapter, tmp_path, capsys):
     """Bytes that were flipped, cut or doubled, and JSON that says otherwise, end in one fault."""
     (key, mine), (_, others) = new_key(tmp_path), new_certificate(tmp_path, "other")
     whole, drawn = sign_folder(adapter, key), random.Random(18)
@@ -98,7 +98,8 @@ def test_a_signature_that_was_changed_anywhere_is_refused_by_name(adapter, tmp_p
         envelope = [bundle["dsseEnvelope"] | {name: value} for value in (None, 7, [], [{}], "", "e30=", "!")]
         odd += [json.dumps(bundle | {"dsseEnvelope": each}).encode() for each in envelope]
     chain = {"x509CertificateChain": {"certificates": [{"rawBytes": "AAAA"}]}, "tlogEntries": []}
-    odd.append(json.dumps(bundle | {"verificationMaterial": chain}).encode())
+    old = {"publicKey": {"rawBytes": "AAAA"}, "tlogEntries": []}  # before the library's 1.0
+    odd += [json.dumps(bundle | {"verificationMaterial": each}).encode() for each in (chain, old)]
     for _ in range(100):
         at = drawn.randrange(len(whole))
         odd.append(whole[:at] + bytes([whole[at] ^ (1 << drawn.randrange(7))]) + whole[at + 1 :])
@@ -110,6 +111,9 @@ def test_a_signature_that_was_changed_anywhere_is_refused_by_name(adapter, tmp_p
         except SignatureInvalid:
             continue
     assert accepted <= 2
+    with pytest.raises(SignatureInvalid, match=r"1\.0 or newer"):
+        verified(json.dumps(bundle | {"verificationMaterial": old}).encode(), [mine], "x")
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize(
@@ -139,7 +143,7 @@ def test_a_private_key_is_never_taken_for_a_signer(tmp_path):
         load_settings(BuilderSettings, require_signature=str(key.key))
 
 
-def test_keys_that_cannot_sign_are_refused_by_name(adapter, tmp_path):
+def test_keys_that_cannot_sign_are_refused_by_name(adapter, tmp_path, capsys):
     """A key of another kind, with a password or without its certificate is a setting to correct."""
     path = Path(tmp_path / "key.pem")
     run = CliRunner()

@@ -22,7 +22,10 @@ def verify_folder(folder: Path, signature: Path, signers: Sequence[str]) -> Sign
     signed = verified(read_signature(signature), signers, str(signature))
     found = dict(_digests(folder, signed.ignored, signature))
     if problems := [*differences(signed.files, found), *_unread(signed.files, found)]:
-        raise SignatureInvalid(f"{folder}: expected the files that were signed, found {listed(problems, 5)}.")
+        raise SignatureInvalid(
+            f"{folder}: expected the files that were signed, found {listed(problems, 5)}. "
+            "Restore them, or sign them again: `loramux sign`."
+        )
     return signed
 
 
@@ -56,7 +59,10 @@ def require_signed(
     signed = verified(signature, signers, what)
     found = {name: file.sha256 for name, file in files.items() if name != SIGNATURE}
     if problems := differences(signed.files, found):
-        raise SignatureInvalid(f"{what}: expected the files that were signed, found {listed(problems, 5)}.")
+        raise SignatureInvalid(
+            f"{what}: expected the files that were signed, found {listed(problems, 5)}. "
+            "Restore them, or sign them again: `loramux sign`."
+        )
 
 
 def differences(signed: Mapping[str, str], found: Mapping[str, str]) -> list[str]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from loramux_shared.faults import SettingsInvalid, SignatureInvalid
+from loramux_shared.faults import SettingsInvalid, SignatureInvalid, SourceUnavailable
 from loramux_shared.signing.signers import SIGSTORE, shown
 from loramux_shared.sources.files import disk_errors
 from loramux_shared.wording import listed
@@ -54,6 +54,7 @@ def verified(signature: bytes, signers: Sequence[str], what: str) -> Signed:
     Raises:
         SignatureInvalid: it is nobody's of them, or no signature of files by their sha256.
         SettingsInvalid: the packages are missing, or a signer's key cannot be used.
+        SourceUnavailable: Sigstore does not answer.
     """
     _check_form(signature, what)
     reasons = []
@@ -85,7 +86,8 @@ def sign_folder(folder: Path, key: SigningKey | None) -> bytes:
     failures = _failures()
     with _usable(key, failures):
         if key is None:
-            config.use_sigstore_signer(use_ambient_credentials=True)
+            with _sigstore():
+                config.use_sigstore_signer(use_ambient_credentials=True)
         elif key.certificates is None:
             config.use_elliptic_key_signer(private_key=key.key)
         else:  # their file holds the whole chain, and the first of it is the key's
@@ -153,7 +155,8 @@ def _verifier(signer: str) -> tuple[Callable[[Path], Any], tuple[type[Exception]
         issuer, _, identity = signer.removeprefix(SIGSTORE).partition("#")
 
         def by_sigstore(path: Path) -> Any:
-            verifier = sign_sigstore.Verifier(identity=identity, oidc_issuer=issuer)
+            with _sigstore():
+                verifier = sign_sigstore.Verifier(identity=identity, oidc_issuer=issuer)
             return verifier.verify(sign_sigstore.Signature.read(path))
 
         return by_sigstore, failures
@@ -194,6 +197,17 @@ def _library() -> Iterator[None]:
         raise SettingsInvalid(
             f"signatures need packages that are not installed ({error.name}): pip install 'loramux[signing]'"
         ) from None
+
+
+@contextmanager
+def _sigstore() -> Iterator[None]:
+    """Turn a Sigstore that does not answer, whose keys are fetched, into `SourceUnavailable`."""
+    with _library():
+        from sigstore.errors import NetworkError, TUFError
+    try:
+        yield
+    except (TUFError, NetworkError, OSError) as error:
+        raise SourceUnavailable(f"Sigstore does not answer ({_reason(error)}). Retry.") from error
 
 
 @contextmanager

@@ -7,6 +7,7 @@ vouched for, as Sigstore notes it: ``sigstore:ISSUER#IDENTITY``. People name the
 from __future__ import annotations
 
 import re
+from hashlib import sha256
 from pathlib import Path
 from typing import Final
 
@@ -65,8 +66,9 @@ def read_signer(word: str, folder: Path) -> str:
 
 
 def shown(signer: str) -> str:
-    """Return a signer in a few words."""
+    """Return a signer in a few words: a key by the beginning of its sha256, as a signature names it."""
     if signer.startswith(SIGSTORE):
         issuer, _, identity = signer.removeprefix(SIGSTORE).partition("#")
         return f"{identity} (by {issuer})"
-    return "a certificate of the named authorities" if "CERTIFICATE" in signer else "the named key"
+    name = sha256(signer.encode()).hexdigest()[:12]
+    return f"a certificate of authority {name}" if "CERTIFICATE" in signer else f"key {name}"

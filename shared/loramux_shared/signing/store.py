@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Final, TypeAlias
 
 from loramux_shared.bundle.manifest import sha256_hex, signature_key
-from loramux_shared.faults import SettingsInvalid, SignatureInvalid
+from loramux_shared.faults import SettingsInvalid, SignatureInvalid, SourceUnavailable, StoreUnavailable
 from loramux_shared.signing.openssf import SigningKey, public_key, sign_folder, verified
 from loramux_shared.sources.files import disk_errors
 from loramux_shared.storage.base import Entry, ObjectMissing, Store
@@ -52,7 +52,10 @@ class SignedStore:
                     f"{key}: expected a signature, found none in {self.uri}. Build it with a builder that "
                     "signs, or sign it: `loramux sign`."
                 ) from missing
-            check_signature(key, data, signature, self._signers)
+            try:
+                check_signature(key, data, signature, self._signers)
+            except SourceUnavailable as fault:  # Sigstore; whoever reads a store is ready for its absence
+                raise StoreUnavailable(f"{key}: {fault.message}") from fault
         return data
 
     def put(self, key: str, data: bytes | Path) -> None:
