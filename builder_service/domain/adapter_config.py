@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Final
 
 from builder_service.domain.config_fields import PATTERNED, bad_config, bad_fields, unknown_fields
-from builder_service.domain.config_rules import INVOCATION, parameters_of_experts, refusals
+from builder_service.domain.config_rules import INVOCATION, RECKONED, parameters_of_experts, refusals
+from builder_service.domain.kinds import Kind, as_lora, kind_of, scale
 from builder_service.domain.patterns import BOUNDS, PatternsInvalid, Reading, read_names
 from builder_service.domain.sandbox import TooCostly
 from builder_service.domain.strict_json import JsonInvalid, parse, shown
@@ -23,12 +23,15 @@ DEFAULT_ALPHA: Final = 8.0
 class AdapterConfig:
     """The fields that serving needs."""
 
+    kind: Kind = field(default=Kind.LORA, kw_only=True)
     rank: int | None
     """None: not given. PEFT's default is 8, but the tensors are the truth."""
     alpha: float
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     use_rslora: bool = False
+    initial: str = ""
+    """The initialisation that took a part of the base's weights, which follows from them; else empty."""
     target_modules: tuple[str, ...] | str | None = None
     """Names, a pattern or ``all-linear``; None where it is not given."""
     exclude_modules: tuple[str, ...] | str = ()
@@ -62,8 +65,12 @@ class AdapterConfig:
         return tuple(self._alphas[at] for at in self._reading(module).alpha_patterns) or (self.alpha,)
 
     def scale_of(self, module: str, rank: int) -> float:
-        """Return alpha/r, or alpha/sqrt(r) with rsLoRA, with the module's own alpha and its own rank."""
-        return self.alphas_of(module)[0] / (math.sqrt(rank) if self.use_rslora else rank)
+        """Return alpha/r, or alpha/sqrt(r) with rsLoRA, with the module's own alpha and its own rank.
+
+        The rank is that of the training; 0 where the tensors do not show it.
+        """
+        said = self.ranks_of(module) or (rank,)
+        return scale(self.kind, self.alphas_of(module)[0], rank or said[0], self.rank, rs=self.use_rslora)
 
     def indices_of(self, module: str) -> tuple[int, ...]:
         """Return the tokens that rows of a module of the base are trained of, in the order of the rows."""
@@ -129,6 +136,7 @@ class ParsedConfig:
 
     config: AdapterConfig | None
     findings: tuple[Finding, ...]
+    kind: Kind = Kind.LORA
 
 
 def parse_config(data: bytes) -> ParsedConfig:
@@ -139,24 +147,28 @@ def parse_config(data: bytes) -> ParsedConfig:
         return ParsedConfig(None, (bad_config("", "a JSON object", f"no valid JSON ({error})"),))
     if not isinstance(fields, dict):
         return ParsedConfig(None, (bad_config("", "a JSON object", shown(fields)),))
+    kind = kind_of(fields) or Kind.LORA
     findings = refusals(fields)
+    fields = as_lora(kind, fields)
     if any(finding.code in {"E_MLX", "E_NOT_LORA"} for finding in findings):
         return ParsedConfig(None, tuple(findings))
     findings += bad_fields(fields)
     if any(finding.code == "E_BAD_CONFIG" for finding in findings):
-        return ParsedConfig(None, tuple(findings))
-    return ParsedConfig(_config(fields), (*findings, *unknown_fields(fields)))
+        return ParsedConfig(None, tuple(findings), kind)
+    return ParsedConfig(_config(kind, fields), (*findings, *unknown_fields(fields)))
 
 
-def _config(fields: dict[str, Any]) -> AdapterConfig:
+def _config(kind: Kind, fields: dict[str, Any]) -> AdapterConfig:
     targets, excluded = fields.get("target_modules"), fields.get("exclude_modules") or ()
     layers, pattern = fields.get("layers_to_transform"), fields.get("layers_pattern") or ()
     mapping = fields.get("auto_mapping") or {}
     return AdapterConfig(
+        kind=kind,
         rank=fields.get("r"),
         alpha=float(_or(fields.get("lora_alpha"), DEFAULT_ALPHA)),
         rank_pattern=fields.get("rank_pattern") or {},
         alpha_pattern=fields.get("alpha_pattern") or {},
+        initial=said if (said := str(fields.get("init_lora_weights")).lower()) in RECKONED else "",
         use_rslora=bool(fields.get("use_rslora")),
         target_modules=tuple(targets) if isinstance(targets, list) else targets,
         exclude_modules=excluded if isinstance(excluded, str) else tuple(excluded),

@@ -5,15 +5,30 @@ from __future__ import annotations
 import re
 from typing import Any, Final
 
+from builder_service.domain.kinds import Kind, kind_of
 from builder_service.domain.strict_json import quoted, shown
 from loramux_shared.bundle.manifest import MAX_INVOCATION
 from loramux_shared.faults import Finding
 
 _MERGE: Final = "Merge it into the base (merge_and_unload) and serve a full model."
-_CONVERTED: Final = (
+CONVERTED: Final = (
     "Its initialisation changed the base: save it again with path_initial_model_for_weight_conversion."
 )
+RECKONED: Final = ("pissa", "olora")
+"""Initialisations that changed the base by what follows from it."""
 _ON_BASE_OK: Final = frozenset({"gaussian", "orthogonal", "eva", "mica", "true", "false"})
+_PROJECTIONS: Final = "Load it with PEFT where it was trained, set save_projection to True, and save it again."
+# What can change how LoRA computes, and means nothing beside another kind.
+_OF_LORA: Final = (
+    "alora_invocation_tokens",
+    "bias",
+    "layer_replication",
+    "lora_bias",
+    "target_parameters",
+    "trainable_token_indices",
+    "use_dora",
+)
+_UNSET: Final[tuple[Any, ...]] = (None, False, "none", [], {})
 _TASKS: Final = frozenset({"CAUSAL_LM", ""})
 # Variants whose factors are not plain A and B. VeLoRA and runtime_config change training only.
 _VARIANTS: Final = (
@@ -34,12 +49,19 @@ _MLX_KEYS: Final = ("fine_tune_type", "lora_parameters")
 
 def refusals(fields: dict[str, Any]) -> list[Finding]:
     """Return one finding for each thing that a config asks for and that is refused."""
-    if found := [key for key in _MLX_KEYS if key in fields]:
-        return [_refused("E_MLX", found[0], "a PEFT adapter", "an MLX adapter", MLX_FIX)]
-    kind = fields.get("peft_type")
-    if kind != "LORA":
-        fix = "Only LoRA can be served beside a base. " + _MERGE
-        return [_refused("E_NOT_LORA", "peft_type", "LORA", quoted(kind), fix)]
+    if mlx := [key for key in _MLX_KEYS if key in fields]:
+        return [_refused("E_MLX", mlx[0], "a PEFT adapter", "an MLX adapter", MLX_FIX)]
+    kind = kind_of(fields)
+    if kind is None:
+        fix = "Only what amounts to LoRA can be served beside a base. " + _MERGE
+        said = quoted(fields.get("peft_type"))
+        return [_refused("E_NOT_LORA", "peft_type", f"one of {', '.join(Kind)}", said, fix)]
+    if kind is Kind.VERA and fields.get("save_projection") is False:
+        found = "false: the projections are drawn from a key, as a release of torch draws"
+        return [_refused("E_NOT_LORA", "save_projection", "true", found, _PROJECTIONS)]
+    if kind is not Kind.LORA and (set_too := [key for key in _OF_LORA if fields.get(key) not in _UNSET]):
+        fix = f"No release of PEFT has it for {kind}. {_MERGE}"
+        return [_refused("E_VARIANT", set_too[0], f"unset beside {kind}", shown(fields[set_too[0]]), fix)]
     return [finding for rule in (_methods, _activated, _initialisation, _task) for finding in rule(fields)]
 
 
@@ -108,10 +130,10 @@ def _target_parameters(parameters: Any) -> Finding:
 def _initialisation(fields: dict[str, Any]) -> list[Finding]:
     value = fields.get("init_lora_weights", True)
     name = ("true" if value else "false") if isinstance(value, bool) or value is None else str(value).lower()
-    if name in _ON_BASE_OK:
+    if name in _ON_BASE_OK or name in RECKONED:
         return []
-    expected = f"one of {', '.join(sorted(_ON_BASE_OK))}"
-    return [_refused("E_INIT", "init_lora_weights", expected, shown(value), _CONVERTED)]
+    expected = f"one of {', '.join((*sorted(_ON_BASE_OK), *RECKONED))}"
+    return [_refused("E_INIT", "init_lora_weights", expected, shown(value), CONVERTED)]
 
 
 def _task(fields: dict[str, Any]) -> list[Finding]:

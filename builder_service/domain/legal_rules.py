@@ -35,7 +35,7 @@ def _narrow_heads(leaves: set[str], base: ModelConfig) -> list[Finding]:
 def _no_rank(pairs: list[Pair], config: AdapterConfig) -> list[Finding]:
     if config.rank is not None:
         return []
-    ranks = ", ".join(map(str, sorted({pair.a.shape[0] for pair in pairs})))
+    ranks = ", ".join(map(str, sorted({pair.trained_rank for pair in pairs})))
     return [Finding(code="W_RANK", where=f"{FILE}: r", expected="a rank", found=f"none; tensors: {ranks}")]
 
 

@@ -25,6 +25,13 @@ class Pair:
         return self.key.place
 
     @property
+    def trained_rank(self) -> int:
+        """The rank that the config speaks of; 0 where the tensors do not show it."""
+        if self.a.trained is not None:
+            return self.a.trained
+        return self.a.shape[0] if self.a.shape else 0
+
+    @property
     def order(self) -> tuple[int, int, int]:
         """What pairs are sorted by."""
         expert = -1 if self.key.expert is None else self.key.expert

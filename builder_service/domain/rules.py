@@ -11,9 +11,11 @@ from typing import Protocol
 from builder_service.domain.adapter_config import AdapterConfig, parse_config
 from builder_service.domain.config_fields import bad_config
 from builder_service.domain.config_rules import INVOCATION
+from builder_service.domain.expansion import expanded
 from builder_service.domain.file_rules import CONFIG, WEIGHTS
 from builder_service.domain.full_tensors import BaseTensors, check_full_tensors, redundant_warning
 from builder_service.domain.grouping import LONGEST, Grouping
+from builder_service.domain.initial import with_initial
 from builder_service.domain.legal_rules import legal_findings
 from builder_service.domain.own_rows import PlannedRows, plan_rows
 from builder_service.domain.safetensors_header import HeaderInvalid, TensorFile, TooManyTensors
@@ -114,7 +116,7 @@ def check_adapter(
         return CheckedAdapter(parsed.findings)
     found = list(parsed.findings)
     # A config that says nothing lets every rule about the tensors alone speak too.
-    config = parsed.config or AdapterConfig(rank=None, alpha=1.0)
+    config = parsed.config or AdapterConfig(kind=parsed.kind, rank=None, alpha=1.0)
     try:
         file = read_weights(folder, most_tensors(book.limits.base))
     except TooManyTensors as error:
@@ -136,9 +138,11 @@ def check_tensors(
 ) -> CheckedAdapter:
     """Check tensors under a config, beside what was found already."""
     base, report = book.limits.base, Grouping()
-    tensors = sort_tensors(file, base, report, config.target_parameters)
+    plain = expanded(file, config.kind, base, report)
+    tensors = sort_tensors(plain.file, base, report, config.target_parameters)
     pairs, file = tensors.pairs, tensors.file
     config, unread = config.read(pair.key.name for pair in pairs)
+    file, pairs = with_initial(file, pairs, config, book.base, report)
     check_pairs(pairs, config, book.limits, report)
     full = check_full_tensors(file, tensors.fulls, config.modules_to_save, base, book.base, report)
     replaced = plan_rows(file, full.tables, tensors.tokens, pairs, config, base, report)
@@ -151,7 +155,8 @@ def check_tensors(
         found.append(_nothing(config))
     if any(_is_error(finding) for finding in found):
         return CheckedAdapter(tuple(found), file)
-    used = {file.origin(tensor.name) for pair in pairs for tensor in (pair.a, pair.b)} | set(own)
+    made = (tensor.name for pair in pairs for tensor in (pair.a, pair.b))
+    used = {origin for name in made for origin in file.origins(name)} | set(own)
     found += [*values.warnings, *redundant_warning(full.redundant), *tower_warning(tensors.towers)]
     found += legal_findings(pairs, config, base)
     return CheckedAdapter(
@@ -163,7 +168,7 @@ def check_tensors(
         config.base_model_revision,
         Coverage(
             used=tuple(sorted(used)),
-            redundant=tuple(sorted({*full.redundant, *tensors.towers})),
+            redundant=tuple(sorted({*full.redundant, *tensors.towers, *plain.idle})),
         ),
         config.invocation_tokens,
     )

@@ -69,6 +69,10 @@ class Tensor:
     """Bytes from the beginning of the file."""
     size: int
     """Bytes."""
+    trained: int | None = None
+    """Of an A that is made from others: the rank that the config speaks of, 0 where they do not show it.
+
+    None: its own."""
 
 
 @dataclass(frozen=True)
@@ -92,9 +96,9 @@ class TensorFile:
         for start in range(begin, stop, elements):
             yield self._elements(tensor, start, min(elements, stop - start))
 
-    def origin(self, name: str) -> str:
-        """Return the name in the file of the tensor that another one is a part of: its own."""
-        return name
+    def origins(self, name: str) -> tuple[str, ...]:
+        """Return the names in the file of the tensors that one is made from: its own."""
+        return (name,)
 
     def _elements(self, tensor: Tensor, start: int, count: int) -> Array:
         kind = READABLE[tensor.dtype]

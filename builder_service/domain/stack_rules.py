@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import Final
 
+from builder_service.domain.derived import Derived
 from builder_service.domain.grouping import Grouping
 from builder_service.domain.pairs import Pair
 from builder_service.domain.safetensors_header import TensorFile
-from builder_service.domain.stacked import Unstacked, View, parameters_of, unstack
+from builder_service.domain.stacked import View, parameters_of, unstack
 from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bases.layers import ExpertsLayer
 
@@ -47,7 +48,7 @@ def unstacked(
                     found.append(Pair(key, a, b))
                     tensors |= {a.name: a, b.name: b}
                     views |= dict(zip((a.name, b.name), seen, strict=True))
-    return (Unstacked(file.path, tensors, file, views) if views else file), found
+    return (Derived(file.path, tensors, file, views) if views else file), found
 
 
 def _refuse_layer(pair: Pair, base: ModelConfig, report: Grouping) -> None:

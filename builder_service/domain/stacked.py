@@ -9,11 +9,11 @@ module are adapted, the wrapper of the first is within that of the second.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from builder_service.domain.safetensors_header import READABLE, Tensor, TensorFile
+from builder_service.domain.safetensors_header import READABLE, Tensor
 from builder_service.domain.tensor_names import INNER, LoraKey
 from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bases.layers import ExpertsLayer
@@ -34,51 +34,19 @@ class View:
     in_turns: bool
     """Whether rows of gate and up lie in turns, and are to be one after the other."""
 
-    def of(self, whole: Array) -> Array:
-        """Return it."""
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The tensor."""
+        return (self.source,)
+
+    def of(self, *wholes: Array) -> Array:
+        """Return the matrix."""
+        (whole,) = wholes
         rank = len(whole) // self.num
         rows = slice(self.expert * rank, (self.expert + 1) * rank)
         part = whole[rows] if self.of_rows else whole[:, self.expert :: self.num]
         part = part.T if self.transposed else part
         return np.ascontiguousarray(np.concatenate([part[0::2], part[1::2]]) if self.in_turns else part)
-
-
-@dataclass(frozen=True)
-class Unstacked(TensorFile):
-    """A file whose stacked tensors are there matrix by matrix as well."""
-
-    inner: TensorFile
-    views: Mapping[str, View]
-    _kept: dict[str, Array] = field(default_factory=dict, compare=False)
-    """The two tensors that were read last: those of one expert after the other are asked for."""
-
-    def read(self, name: str, rows: tuple[int, int] | None = None) -> Array:
-        """Return a tensor, or some of its rows."""
-        view = self.views.get(name)
-        if view is None:
-            return self.inner.read(name, rows)
-        matrix = view.of(self._whole(view.source))
-        return matrix if rows is None else matrix[slice(*rows)]
-
-    def pieces(self, name: str, elements: int, rows: tuple[int, int] | None = None) -> Iterator[Array]:
-        """Yield what `read` returns as flat pieces of at most so many elements."""
-        if name not in self.views:
-            yield from self.inner.pieces(name, elements, rows)
-            return
-        flat = self.read(name, rows).reshape(-1)
-        for start in range(0, flat.size, elements):
-            yield flat[start : start + elements]
-
-    def origin(self, name: str) -> str:
-        """Return the name of the tensor in the file."""
-        return self.views[name].source if name in self.views else name
-
-    def _whole(self, name: str) -> Array:
-        if name not in self._kept:
-            if len(self._kept) > 1:
-                del self._kept[next(iter(self._kept))]
-            self._kept[name] = self.inner.read(name)
-        return self._kept[name]
 
 
 def parameters_of(keys: Mapping[str, LoraKey], targeted: tuple[str, ...]) -> dict[str, LoraKey] | None:

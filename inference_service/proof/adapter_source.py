@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from inference_service.proof.disguised import products, weight_of, without_initial
 from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bundle.modules import BY_ID
 from loramux_shared.faults import AdapterInvalid
@@ -68,31 +69,67 @@ AdapterFactors = Mapping[tuple[int, str], Factors]
 """By layer and the name of the module."""
 
 
-def read_adapter(folder: Path, base: ModelConfig, truncate_to: int | None = None) -> AdapterFactors:
-    """Read the files of an adapter that the builder accepted."""
+def read_adapter(
+    folder: Path, base: ModelConfig, truncate_to: int | None = None, base_folder: Path | None = None
+) -> AdapterFactors:
+    """Read the files of an adapter that the builder accepted; some took a part of the base's weights."""
     peft = (folder / "adapter_config.json").exists()
-    found = _read_peft(folder, base) if peft else _read_npy(folder, base)
+    found = _read_peft(folder, base, base_folder) if peft else _read_npy(folder, base)
     if truncate_to is None:
         return found
     return {place: _truncated(factors, truncate_to) for place, factors in found.items()}
 
 
-def _read_peft(folder: Path, base: ModelConfig) -> dict[tuple[int, str], Factors]:
+def _read_peft(folder: Path, base: ModelConfig, base_folder: Path | None) -> dict[tuple[int, str], Factors]:
     config = json.loads((folder / "adapter_config.json").read_bytes())
-    sides: dict[tuple[int, str, str], dict[str, Tensor]] = {}
     files = sorted(folder.glob("adapter_model*.safetensors"))
-    for key, tensor in chain.from_iterable(load_file(file).items() for file in files):
-        plain = re.sub(r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\b\.?", r"\1", key)
-        match = _KEY.fullmatch(plain.removeprefix("module."))
-        if match:
+    tensors = {
+        _plain(key): tensor for key, tensor in chain.from_iterable(load_file(file).items() for file in files)
+    }
+    if config["peft_type"] != "LORA":
+        return _made(products(config, tensors, lambda name: _width(name, base)), base)
+    sides: dict[tuple[int, str, str], dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        if match := _KEY.fullmatch(key):
             place = (int(match["layer"]), match["leaf"], match["name"])
             sides.setdefault(place, {})[match["side"]] = tensor.float()
+    if (kind := config.get("init_lora_weights")) in ("pissa", "olora") and base_folder is not None:
+        changed = {}
+        for (*_, name), pair in sides.items():
+            scale, weight = _scale(config, name, len(pair["A"])), weight_of(base_folder, f"{name}.weight")
+            changed[name] = without_initial(kind, weight, pair["A"], scale * pair["B"], scale)
+        return _made(changed, base)
     found = {}
     for (layer, leaf, name), pair in sides.items():
         scaled = pair["B"] * _scale(config, name, len(pair["A"]))
         for module, b in _split(_PARTS[leaf], layer, scaled, base):
             found[layer, module] = Factors(pair["A"], b)
     return found
+
+
+def _plain(key: str) -> str:
+    plain = re.sub(r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\b\.?", r"\1", key)
+    return plain.removeprefix("module.")
+
+
+def _made(pairs: Mapping[str, tuple[Tensor, Tensor]], base: ModelConfig) -> dict[tuple[int, str], Factors]:
+    """Return A and B of modules by their names as factors."""
+    found = {}
+    for name, (a, b) in pairs.items():
+        layer, leaf = _place(name)
+        for module, rows in _split(_PARTS[leaf], layer, b.float(), base):
+            found[layer, module] = Factors(a.float(), rows)
+    return found
+
+
+def _width(name: str, base: ModelConfig) -> int:
+    layer, leaf = _place(name)
+    return _features(base, _PARTS[leaf][0], layer)[0]
+
+
+def _place(name: str) -> tuple[int, str]:
+    layer, _, leaf = name.rpartition("layers.")[2].rsplit(".", 2)
+    return int(layer), leaf
 
 
 def _scale(config: dict[str, Any], name: str, rank: int) -> float:

@@ -58,7 +58,7 @@ def prove(
     config = read_config(base, max_seq_len)
     probes = probe_tokens(config)
     read = {
-        name: read_adapter(Path(each["folder"]), config, each.get("truncate_to"))
+        name: read_adapter(Path(each["folder"]), config, each.get("truncate_to"), base)
         for name, each in adapters.items()
     }
     runs = Reference(config, base).run(probes, read)

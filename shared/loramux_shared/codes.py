@@ -60,12 +60,14 @@ _REFUSED: Final = (
     ("E_EMPTY_TARGETS", "no target modules and no tensors", "Train again with `target_modules`."),
     ("E_BAD_CONFIG", "the config is no JSON object, says something twice, or a field has a value that cannot "
      "be meant or a pattern that cannot be matched in time", "Correct the file."),
-    ("E_NOT_LORA", "`peft_type` is not LORA", _MERGE),
+    ("E_NOT_LORA", "`peft_type` is neither LORA nor a kind that amounts to it (ADALORA, VERA, LOHA, LOKR), or "
+     "a VeRA adapter without its projections", f"{_MERGE} Of VeRA save again with `save_projection`."),
     ("E_MLX", "an MLX adapter: transposed, with an absolute scale",
      "Transpose both matrices, rename them, and set `lora_alpha = scale * rank`."),
     ("E_DORA", "DoRA: magnitudes beside A and B", _MERGE),
     ("E_BIAS", "biases were trained", _TRAIN),
-    ("E_VARIANT", "a variant whose factors are not plain A and B: Arrow, BD-LoRA, KaSA, MonteCLoRA, QALoRA",
+    ("E_VARIANT", "a variant whose factors are not plain A and B (Arrow, BD-LoRA, KaSA, MonteCLoRA, QALoRA), "
+     "or what PEFT has of LoRA alone beside another kind",
      _MERGE),
     ("E_ALORA", "`alora_invocation_tokens` are no list of at most 64 tokens of the base, or stand beside what "
      "PEFT has no activated form of, or what acts before them: DoRA, `bias`, parameters, embeddings, a head",
@@ -74,7 +76,8 @@ _REFUSED: Final = (
     ("E_TARGET_PARAMS", "`target_parameters` other than `gate_up_proj` and `down_proj` of experts, or without "
      "their tensors, or for a base without experts", _MERGE),
     ("E_MOE", "tensors of routers, or of experts that the base does not have", _MERGE),
-    ("E_INIT", "PiSSA, OLoRA, CorDA, LoRA-GA, LoftQ: the initialisation changed the base",
+    ("E_INIT", "the initialisation changed the base, by data or by chance (CorDA, LoRA-GA, LoftQ, "
+     "`pissa_niter_4`), or by what this base does not say (PiSSA, OLoRA)",
      "Save again with `path_initial_model_for_weight_conversion`; a LoftQ adapter needs its own base."),
     ("E_TASK", "trained for another task than generating text", "Use an adapter with `task_type` CAUSAL_LM."),
     ("E_EMBED", "embeddings or a head of another vocabulary, tokens that the base does not have, rows that do "

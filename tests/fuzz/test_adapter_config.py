@@ -8,6 +8,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import numpy as np
 import pytest
 
 from builder_service.domain.config_fields import KNOWN
@@ -32,6 +33,9 @@ SEEDS: tuple[dict[str, Any], ...] = (
     },
     ADAPTER_CONFIG | {"target_modules": r".*\.self_attn\.[qv]_proj", "exclude_modules": r".*\.mlp\..*"},
     dict.fromkeys(sorted(KNOWN)) | ADAPTER_CONFIG | {"alora_invocation_tokens": [1, 2, 3]},
+    ADAPTER_CONFIG | {"init_lora_weights": "pissa"},
+    ADAPTER_CONFIG | {"peft_type": "ADALORA", "init_r": 4, "rank_pattern": {"q_proj.lora_E": [True, False]}},
+    ADAPTER_CONFIG | {"peft_type": "LOKR", "alpha": 8, "rank_pattern": {"v_proj": 2}, "decompose_factor": 8},
 )
 PATTERNS = (*TEXTS, GIANT, "(?:a?){99}", "q_proj|v_proj", ".*", "(?i)Q_PROJ", "[", "(" * 50, "\\")
 
@@ -68,6 +72,50 @@ def fuzz(folder: Path, seed: int, count: int) -> None:
 def test_mutated_configs_are_taken_or_refused_by_name(tmp_path):
     """Whatever a config says, there is a named finding or rows with finite scales; never anything else."""
     fuzz(tmp_path, 0, 150)
+
+
+KINDS = {
+    "ADALORA": {"lora_A": (4, 16), "lora_B": (16, 4), "lora_E": (4, 1)},
+    "VERA": {"vera_lambda_b": (16,), "vera_lambda_d": (4,)},
+    "LOHA": {"hada_w1_a": (16, 2), "hada_w1_b": (2, 16), "hada_w2_a": (16, 2), "hada_w2_b": (2, 16)},
+    "LOKR": {"lokr_w1": (4, 4), "lokr_w2_a": (4, 1), "lokr_w2_b": (1, 4)},
+}
+SHARED = {"base_model.vera_A": (4, 24), "base_model.vera_B": (24, 4)}
+SIZES = (0, 1, 2, 3, 4, 16, 17, 2000)
+
+
+def odd_kind(rng: Random) -> tuple[str, dict[str, tuple[int, ...]]]:
+    """A kind that amounts to LoRA, and shapes of which some are not what they should be, or not there."""
+    kind = rng.choice(sorted(KINDS))
+    parts = KINDS[kind] | (SHARED if kind == "VERA" else {})
+    for name, shape in parts.items():
+        if rng.random() < 0.15:
+            parts = parts | {name: tuple(rng.choice(SIZES) for _ in range(rng.choice((1, 2, 2, 3))))}
+        elif rng.random() < 0.03:
+            parts = {other: each for other, each in parts.items() if other != name}
+        elif len(shape) == 2 and rng.random() < 0.05:
+            parts = parts | {name: shape[::-1]}
+    return kind, parts
+
+
+def test_odd_shapes_of_other_kinds_are_taken_or_refused_by_name(tmp_path):
+    """Whatever shapes stand beside each other, there is a named finding, or rows of the base's own sizes."""
+    accepted = 0
+    with bounded() as watch:
+        for case in range(120):
+            kind, parts = odd_kind(Random(case))
+            root = "base_model.model.model.layers.0.self_attn.q_proj."
+            named = {name if "." in name else root + name: shape for name, shape in parts.items()}
+            values = {name: np.ones(shape, "f2") for name, shape in named.items()}
+            ranks = {"r": 2 if kind == "LOHA" else 4, "init_r": 4, "target_modules": ["q_proj"]}
+            write_adapter(tmp_path, values, peft_type=kind, **ranks)
+            with watch.case(f"seed {case}"):
+                checked = check_adapter(tmp_path, book())
+            assert {finding.code for finding in checked.findings} <= CODES.keys(), case
+            assert bool(checked.rows) != bool(checked.errors), case
+            assert all((row.row.in_features, row.row.out_features) == (16, 16) for row in checked.rows), case
+            accepted += bool(checked.rows)
+    assert 20 < accepted < 100
 
 
 @pytest.mark.sweep

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from tests.golden.hostile import configs, files, headers, keys
+from tests.golden.hostile import configs, files, headers, keys, kinds
 
 EXHIBITS = tuple(
     exhibit
-    for hall in (configs, files, headers, keys)
+    for hall in (configs, files, headers, keys, kinds)
     for exhibits in (hall.REFUSED, hall.ACCEPTED)
     for exhibit in exhibits
 )

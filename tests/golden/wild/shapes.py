@@ -2,6 +2,6 @@
 
 from typing import Final
 
-from tests.golden.wild import releases, trainers
+from tests.golden.wild import kinds, releases, trainers
 
-SHAPES: Final = (*releases.SHAPES, *trainers.SHAPES)
+SHAPES: Final = (*releases.SHAPES, *trainers.SHAPES, *kinds.SHAPES)

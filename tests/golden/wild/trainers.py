@@ -123,7 +123,7 @@ SHAPES: Final = (
     Shape("transformers", "any", "several files and an index", shards=3, under={}),
     Shape("transformers", "any", "several files, one of them missing", tensors=None, codes="E_SHARDED",
           files=("adapter_model-00002-of-00002.safetensors", "adapter_model.safetensors.index.json")),
-    Shape("verl", "FSDP", "`lora_adapter/`: few fields, and keys of the wrapped model",
+    Shape("verl", "FSDP", "few fields, and keys of the wrapped model",
           _FEW | {"task_type": "CAUSAL_LM", "bias": "none"}, _in(f"_fsdp_wrapped_module.{_ROOT}"),
           codes="W_BASE", under={"_fsdp_wrapped_module.": ""}),
     Shape("verl", "merged by its own tool", "`lora_alpha` 0: it changes nothing",

@@ -1,0 +1,98 @@
+"""Kinds of PEFT's adapters that are a LoRA in disguise: what their configs say, in the words of one of LoRA.
+
+What they compute is read in PEFT's layers; papers: AdaLoRA 2303.10512, VeRA 2310.11454, LoHa 2108.06098,
+LoKr 2309.14859.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from enum import StrEnum
+from typing import Any, Final
+
+import numpy as np
+
+
+class Kind(StrEnum):
+    """A ``peft_type`` that rows can be made of."""
+
+    LORA = "LORA"
+    ADALORA = "ADALORA"
+    VERA = "VERA"
+    LOHA = "LOHA"
+    LOKR = "LOKR"
+
+
+# Fields of a kind that LoRA has not, and that say how it was trained or are used below.
+_OWN: Final = {
+    Kind.LORA: (),
+    Kind.ADALORA: (
+        "target_r", "init_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step",
+    ),
+    Kind.VERA: ("projection_prng_key", "save_projection", "vera_dropout", "d_initial", "init_weights"),
+    Kind.LOHA: ("alpha", "rank_dropout", "module_dropout", "use_effective_conv2d", "init_weights"),
+    Kind.LOKR: (
+        "alpha", "rank_dropout", "rank_dropout_scale", "module_dropout", "use_effective_conv2d",
+        "decompose_both", "decompose_factor", "init_weights",
+    ),
+}  # fmt: skip
+_SINGULAR: Final = re.compile(r"\.lora_E(\.[^.]+)?$")
+DEFAULT_RANKS: Final = {Kind.ADALORA: 12, Kind.VERA: 256, Kind.LOHA: 8, Kind.LOKR: 8}
+"""PEFT's own."""
+
+
+def kind_of(fields: dict[str, Any]) -> Kind | None:
+    """Return the kind that a config says; None where it is none of these."""
+    said = fields.get("peft_type")
+    return Kind(said) if isinstance(said, str) and said in set(Kind) else None
+
+
+def as_lora(kind: Kind, fields: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields that a config of LoRA would have; what cannot be meant is left for others to find."""
+    if kind is Kind.LORA:
+        return fields
+    plain = {key: value for key, value in fields.items() if key not in _OWN[kind]}
+    plain["r"] = DEFAULT_RANKS[kind] if (rank := plain.get("r")) is None else rank
+    if kind is Kind.ADALORA:
+        plain["r"] = fields.get("init_r", DEFAULT_RANKS[kind])
+        plain["rank_pattern"] = _allocated(fields.get("rank_pattern"))
+        # The singular values are tensors of their own, and begin as zeros whatever this says.
+        plain.pop("init_lora_weights", None)
+    elif kind is Kind.VERA:
+        plain.pop("lora_alpha", None)
+    else:
+        plain["lora_alpha"] = fields.get("alpha", 8)
+    return plain
+
+
+def _allocated(pattern: Any) -> Any:
+    """Return the ranks that AdaLoRA left to modules: of each it lists which singular values stay."""
+    if not isinstance(pattern, dict):
+        return pattern
+    ranks = {}
+    for name, kept in pattern.items():
+        flags = kept if isinstance(kept, list) and all(isinstance(flag, bool) for flag in kept) else None
+        rank = kept if flags is None else sum(flags)
+        if flags is None or rank:
+            ranks[_SINGULAR.sub("", name)] = rank
+    return ranks
+
+
+def scale(kind: Kind, alpha: float, rank: int, first: int | None, *, rs: bool) -> float:
+    """Return what B A is multiplied by.
+
+    Args:
+        kind: of the adapter.
+        alpha: of the module.
+        rank: of the module, as it was trained.
+        first: the rank that modules began with. AdaLoRA divides by it whatever it left, and adds 1e-5.
+        rs: whether it is rsLoRA.
+    """
+    match kind:
+        case Kind.VERA:
+            return 1.0
+        case Kind.ADALORA:
+            return alpha / float(np.float32(first or DEFAULT_RANKS[kind]) + np.float32(1e-5))
+        case _:
+            return alpha / (math.sqrt(rank) if rs else rank)

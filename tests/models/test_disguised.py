@@ -1,0 +1,121 @@
+"""Kinds of adapters that amount to LoRA, saved by PEFT, against transformers and PEFT token for token."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import peft
+import pytest
+import torch
+from safetensors.numpy import load_file, save_file
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from builder_service.domain.derived import NotMade
+from builder_service.domain.initial import first_columns, leading
+from builder_service.pipeline.build import build
+from builder_service.pipeline.context import BuildContext
+from builder_service.pipeline.progress import Progress
+from inference_service.proof.adapter_source import read_adapter
+from loramux_shared.bases.read import read_config
+from loramux_shared.bundle.deployments import current_generation
+from loramux_shared.bundle.reader import read_bundle
+from loramux_shared.faults import AdapterInvalid
+from loramux_shared.sources.open import open_sources
+from loramux_shared.storage.memory import MemoryStore
+from tests.support.tiny import SIZES, World, make_checkpoint, oracle, oracle_tokens, refusal, run_engine
+
+SOME: dict[str, Any] = {"task_type": "CAUSAL_LM", "target_modules": ["q_proj", "v_proj", "down_proj"]}
+KINDS: dict[str, Any] = {
+    "plain": peft.LoraConfig(r=4, lora_alpha=6, **SOME),
+    "pissa": peft.LoraConfig(r=4, lora_alpha=6, init_lora_weights="pissa", alpha_pattern={"v_proj": 3}, **SOME),
+    "olora": peft.LoraConfig(r=3, lora_alpha=6, init_lora_weights="olora", use_rslora=True, **SOME),
+    "adalora": peft.AdaLoraConfig(init_r=4, lora_alpha=6, total_step=9, **SOME),
+    "vera": peft.VeraConfig(r=5, **SOME),
+    "loha": peft.LoHaConfig(r=3, alpha=5, rank_pattern={"v_proj": 2}, **SOME),
+    "lokr": peft.LoKrConfig(r=2, alpha=5, decompose_factor=4, **SOME),
+    "lokr-of-products": peft.LoKrConfig(r=1, alpha=5, decompose_both=True, alpha_pattern={"v_proj": 2}, **SOME),
+}
+PROMPT = [5, 9, 2, 40, 17, 33]
+NEW = 12
+
+
+def save(base: Path, folder: Path, config: Any, seed: int) -> Path:
+    """Save an adapter that moved away from its initialisation."""
+    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), config)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> World:
+    root = tmp_path_factory.mktemp("disguised")
+    make_checkpoint(root / "base", LlamaConfig(**SIZES))
+    folders = {
+        name: save(root / "base", root / name, each, at) for at, (name, each) in enumerate(KINDS.items())
+    }
+    return World(root / "base", folders, root)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_amounts_to_lora_answers_as_peft_does(world: World) -> None:
+    """All kinds, a plain adapter and the base in one batch, as the files are that PEFT saved."""
+    store = MemoryStore()
+    world.build(store)
+    expected = [oracle_tokens(oracle(world.base, path), PROMPT, NEW) for path in world.adapters.values()]
+    expected.append(oracle_tokens(oracle(world.base, None), PROMPT, NEW))
+    assert len(set(map(tuple, expected))) == len(expected)
+    ready = world.load(store)
+    assert run_engine(ready, [(name, PROMPT) for name in (*KINDS, "base")], NEW) == expected
+
+
+@pytest.mark.parametrize("rank", [None, 3])
+def test_a_second_reading_finds_the_same(world: World, rank: int | None) -> None:
+    """Proofs read files apart from the builder: what they find are the products of the rows, cut ones too."""
+    store = MemoryStore()
+    world.build(store, truncate_to_rank=rank)
+    generation = current_generation(store, "tiny")
+    assert generation is not None
+    for name, folder in world.adapters.items():
+        factors = read_adapter(folder, read_config(world.base), rank, world.base)
+        rows = read_bundle(store, generation.adapters[name].digest).rows
+        assert sorted((row.row.layer, row.row.module) for row in rows) == sorted(factors)
+        for row in rows:
+            product = torch.from_numpy(np.asarray(row.b) @ np.asarray(row.a))
+            read = factors[row.row.layer, row.row.module](torch.eye(row.row.in_features)).T
+            torch.testing.assert_close(read, product, rtol=0, atol=2e-5 * float(product.abs().max()))
+
+
+@pytest.mark.sweep
+@pytest.mark.filterwarnings("ignore")
+def test_proofs_of_what_amounts_to_lora_hold(world: World) -> None:
+    """A replica replays them before it serves."""
+    store, deployment = MemoryStore(), world.deployment()
+    proved = deployment.model_copy(update={"build": deployment.build.model_copy(update={"prove": True})})
+    build(proved, BuildContext(store, open_sources(local_roots=[world.root])), Progress(KINDS))
+    ready = world.load(store)
+    assert [refusal(ready, name) for name in KINDS] == [None] * len(KINDS)
+
+
+def test_a_base_that_does_not_say_what_it_lost_is_refused(world: World) -> None:
+    """Of an identity no singular value is the largest, and of equal columns no second one stands out."""
+    with pytest.raises(NotMade, match="singular values 4 and 5"):
+        leading(np.eye(40), 4)
+    with pytest.raises(NotMade, match="first 3 columns"):
+        first_columns(np.ones((8, 6)), 3)
+    flat = world.root / "flat"
+    make_checkpoint(flat, LlamaConfig(**SIZES))
+    tensors = load_file(flat / "model.safetensors")
+    tensors["model.layers.1.self_attn.q_proj.weight"] = np.eye(48, dtype=np.float32)
+    save_file(tensors, flat / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(AdapterInvalid) as refusal:
+        World(flat, {"pissa": world.adapters["pissa"]}, world.root).build(MemoryStore())
+    assert [(finding.code, finding.where) for finding in refusal.value.findings] == [
+        ("E_INIT", "layer 1 q_proj")
+    ]
