@@ -9,7 +9,7 @@ COPY inference_service inference_service
 COPY loramux loramux
 COPY ray_service ray_service
 COPY shared shared
-RUN python -m venv /opt/loramux && /opt/loramux/bin/pip install --no-cache-dir '.[builder,gcs,azure,otel]'
+RUN python -m venv /opt/loramux && /opt/loramux/bin/pip install --no-cache-dir '.[builder,gcs,azure,otel,signing]'
 
 FROM python:3.11-slim-bookworm
 COPY --from=install /opt/loramux /opt/loramux

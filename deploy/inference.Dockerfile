@@ -15,7 +15,7 @@ COPY shared shared
 ARG PIP_EXTRA_INDEX_URL
 # For the nodes of a Ray cluster: --build-arg MORE='ray[serve]>=2.60,<2.61'
 ARG MORE
-RUN python -m venv /opt/loramux && /opt/loramux/bin/pip install --no-cache-dir '.[inference,gcs,azure,otel]' \
+RUN python -m venv /opt/loramux && /opt/loramux/bin/pip install --no-cache-dir '.[inference,gcs,azure,otel,signing]' \
     ${MORE:+"$MORE"}
 # The operations of CPUs, for every processor that may run the image: it has no C++ compiler itself. Not in /source,
 # where the sources would be imported.

@@ -61,10 +61,10 @@ def _build_request(
 
 
 def _check_request(
-    adapter: Repository | str, base: Repository | str, lora: LoraConfiguration
+    adapter: Repository | str, base: Repository | str, lora: LoraConfiguration, signed_by: Sequence[str]
 ) -> builder_pb2.CheckAdapterRequest:
     named = [parse_repository(each) if isinstance(each, str) else each for each in (adapter, base)]
-    return check_request(named[0], named[1], lora)
+    return check_request(named[0], named[1], lora, signed_by)
 
 
 def _watch_request(name: str, follow: bool) -> builder_pb2.WatchDeploymentRequest:
@@ -217,14 +217,17 @@ class Client(Operations, Changes, _Addresses):
         base: Repository | str,
         lora: LoraConfiguration = DEFAULT_LORA,
         *,
+        signed_by: Sequence[str] = (),
         timeout_s: float | None = CHECK_TIMEOUT_S,
     ) -> AdapterReport:
         """Check an adapter against a base as a build would; nothing is written.
 
+        signed_by are those who may have signed it: PEM, or ``sigstore:ISSUER#IDENTITY``; nobody: any may.
         Both may be words, see `loramux_shared.spelling`: ``"org/name@main"``, ``"./folder"``, ``"s3://bucket/prefix"``.
         """
         with named(self.builder):
-            answer = self._builder.CheckAdapter(_check_request(adapter, base, lora), timeout=timeout_s)
+            request = _check_request(adapter, base, lora, signed_by)
+            answer = self._builder.CheckAdapter(request, timeout=timeout_s)
         return report_of(answer.report)
 
     @staticmethod
@@ -352,11 +355,13 @@ class AsyncClient(AsyncOperations, AsyncChanges, _Addresses):
         base: Repository | str,
         lora: LoraConfiguration = DEFAULT_LORA,
         *,
+        signed_by: Sequence[str] = (),
         timeout_s: float | None = CHECK_TIMEOUT_S,
     ) -> AdapterReport:
         """Check an adapter against a base as a build would; nothing is written."""
+        request = _check_request(adapter, base, lora, signed_by)
         with named(self.builder):
-            answer = await self._builder.CheckAdapter(_check_request(adapter, base, lora), timeout=timeout_s)
+            answer = await self._builder.CheckAdapter(request, timeout=timeout_s)
         return report_of(answer.report)
 
     @staticmethod

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from loramux.builder.v1 import builder_pb2 as pb
@@ -142,7 +142,9 @@ def adapters_to_message(adapters: Mapping[str, Repository]) -> list[pb.Adapter]:
     ]
 
 
-def check_request(adapter: Repository, base: Repository, lora: LoraConfiguration) -> pb.CheckAdapterRequest:
+def check_request(
+    adapter: Repository, base: Repository, lora: LoraConfiguration, signed_by: Sequence[str] = ()
+) -> pb.CheckAdapterRequest:
     """Return the request for the check of an adapter."""
     return pb.CheckAdapterRequest(
         adapter=repository_to_message(adapter),
@@ -151,6 +153,7 @@ def check_request(adapter: Repository, base: Repository, lora: LoraConfiguration
         lora_target_modules=lora.lora_target_modules,
         lora_dtype=DTYPES[lora.dtype],
         truncate_to_rank=lora.truncate_to_rank or 0,
+        signed_by=signed_by,
     )
 
 

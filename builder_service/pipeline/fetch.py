@@ -98,14 +98,19 @@ def list_adapters(
 
 
 def fetch_adapters(
-    adapters: Mapping[str, Repository], sources: Sources, space: Space, work: Path, progress: Progress
+    adapters: Mapping[str, Repository],
+    sources: Sources,
+    space: Space,
+    work: Path,
+    progress: Progress,
+    signed_by: tuple[str, ...] = (),
 ) -> list[FetchedAdapter]:
     """List and fetch every adapter, several at once; in the order of their names.
 
     Raises:
         Fault: what sources raise, of all adapters: see `joined`.
     """
-    with list_adapters(adapters, sources, space, progress) as listed:
+    with list_adapters(adapters, sources, space, progress, signed_by) as listed:
         with ThreadPoolExecutor(PARALLEL, "fetch") as pool:
             futures = {
                 adapter.name: pool.submit(fetch_adapter, adapter, work / f"adapter-{i}", progress)

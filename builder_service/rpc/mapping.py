@@ -114,6 +114,7 @@ def checked_deployment(request: pb.CheckAdapterRequest) -> Deployment:
         lora_target_modules=request.lora_target_modules,
         lora_dtype=request.lora_dtype,
         truncate_to_rank=request.truncate_to_rank,
+        signed_by=request.signed_by,
     )
     return deployment_from_message(spec)
 

@@ -16,6 +16,7 @@ from loramux.cli.documents import emit
 from loramux.cli.exits import Exit
 from loramux.cli.report_view import show_report
 from loramux.cli.services import builder_command
+from loramux.cli.signers import signers
 from loramux.cli.tree import ProcessTree, free_address, run_tree
 from loramux.client import BUILDER, AsyncClient
 from loramux.records import AdapterReport
@@ -47,6 +48,7 @@ class Wanted:
     adapter: Repository
     base: Repository
     lora: LoraConfiguration
+    signed_by: tuple[str, ...] = ()
 
     @property
     def repositories(self) -> tuple[Repository, Repository]:
@@ -68,6 +70,7 @@ def check(
     truncate_to: shell.TruncateTo = None,
     dtype: StorageDtype = None,
     secret: Secret = "",
+    signed_by: shell.SignedBy = None,
     builder: SomeBuilder = "",
     as_json: shell.Json = False,
 ) -> None:
@@ -79,6 +82,7 @@ def check(
         named(adapter, secret),
         named(base, secret),
         parse_lora_configuration(max_lora_rank=max_rank, truncate_to_rank=truncate_to, dtype=dtype),
+        signers(signed_by),
     )
     tell_report(check_with(builder, wanted), as_json)
 
@@ -105,7 +109,9 @@ def check_with(builder: str, wanted: Wanted) -> AdapterReport:
 
     async def ask(client: AsyncClient) -> None:
         with shell.step(f"checking {wanted.adapter.shown}"):
-            found.append(await client.check(wanted.adapter, wanted.base, wanted.lora))
+            found.append(
+                await client.check(wanted.adapter, wanted.base, wanted.lora, signed_by=wanted.signed_by)
+            )
 
     try:
         with_builder(builder, wanted.local_roots, ask)

@@ -61,6 +61,12 @@ Threads = Annotated[int | None, typer.Option("--threads", min=1, metavar="N", he
 TruncateTo = Annotated[
     int | None, typer.Option("--truncate-to", metavar="R", min=1, help="Cut higher ranks to this one.")
 ]
+SignedBy = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--signed-by", metavar="SIGNER", help="Who is to have signed it: docs/signing.md; repeatable."
+    ),
+]
 File = Annotated[Path, typer.Argument(metavar="FILE", help="A deployment file (YAML).", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="For machines; see docs/cli.md.")]
 JsonLines = Annotated[

@@ -10,13 +10,13 @@ import typer
 from loramux.cli import shell
 from loramux.cli.documents import emit
 from loramux.cli.services import StoreFlag
+from loramux.cli.signers import signers
 from loramux_shared.bundle.deployments import current_generation, stored_deployments
 from loramux_shared.bundle.manifest import Generation, generation_key, signature_key
 from loramux_shared.faults import DeploymentNotFound, SettingsInvalid
 from loramux_shared.settings import BuilderSettings, load_settings, variable
 from loramux_shared.signing.folder import verify_folder
 from loramux_shared.signing.openssf import SIGNATURE, SigningKey, sign_folder
-from loramux_shared.signing.signers import read_signer
 from loramux_shared.signing.store import check_signature, sign_object, signed_store
 from loramux_shared.storage.base import Store
 from loramux_shared.storage.open import open_store
@@ -86,14 +86,7 @@ def sign(
 @shell.command
 def verify(
     target: Target,
-    signed_by: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--signed-by",
-            metavar="SIGNER",
-            help=f"PEM file of a key or authorities, or sigstore:ISSUER#IDENTITY; repeatable; else {SIGNERS}.",
-        ),
-    ] = None,
+    signed_by: shell.SignedBy = None,
     signature: Annotated[
         Path | None, typer.Option("--signature", metavar="FILE", help=f"Of a folder; else its {SIGNATURE}.")
     ] = None,
@@ -102,12 +95,13 @@ def verify(
 ) -> None:
     """Verify that a folder or a deployment is as signed.
 
-    Of a deployment every byte of every bundle is read. Exit 1 if anything differs.
+    SIGNER is the file of a key or of authorities, or sigstore:ISSUER#IDENTITY; else
+    LORAMUX_REQUIRE_SIGNATURE. Of a deployment every byte of every bundle is read.
+    Exit 1 if anything differs.
 
     Example: loramux verify ./my-adapter --signed-by release.pub
     """
-    signers = _signers(signed_by)
-    settings = load_settings(BuilderSettings, store=store, require_signature=signers or None)
+    settings = load_settings(BuilderSettings, store=store, require_signature=signers(signed_by) or None)
     if not settings.require_signature:
         raise SettingsInvalid(f"expected --signed-by SIGNER, or {SIGNERS}, found neither")
     folder = Path(target).expanduser()
@@ -120,13 +114,6 @@ def verify(
         emit({"target": target, "signed_by": by, "verified": what})
     else:
         shell.show(f"{target} is signed by {by}: {what}")
-
-
-def _signers(words: list[str] | None) -> tuple[str, ...]:
-    try:
-        return tuple(read_signer(word, Path()) for word in words or ())
-    except ValueError as error:
-        raise SettingsInvalid(f"--signed-by: expected {error}") from error
 
 
 def _verify_deployment(store: Store, name: str, signers: tuple[str, ...]) -> tuple[str, str]:

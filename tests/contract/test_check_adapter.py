@@ -63,6 +63,7 @@ async def test_the_report_of_an_adapter_that_would_be_built(running: Running) ->
     """Rows with ranks, scales and norms, files with digests, resolved revisions; the store is untouched."""
     values = tensors(("q_proj",), rank=4) | tensors(("down_proj",), rank=2)
     write_adapter(running.folder / "two", values, r=4, rank_pattern={"down_proj": 2}, use_rslora=True)
+    (running.folder / "base" / "README.md").write_text("---\nlicense: mit\n---\n")
     async with AsyncClient(builder=running.address) as client:
         report = await client.check(str(running.folder / "two"), str(running.folder / "base"))
     assert report.accepted
@@ -78,7 +79,8 @@ async def test_the_report_of_an_adapter_that_would_be_built(running: Running) ->
     }
     assert len(report.adapter.revision) == len(report.base.revision) == 64
     assert (report.dtype, report.base_model_name) == (Dtype.BFLOAT16, "org/tiny")
-    assert "W_BASE" in [finding.code for finding in report.findings]
+    assert (report.licence, report.base_licence) == ("", "mit")
+    assert {"W_BASE", "W_LICENSE"} <= {finding.code for finding in report.findings}
     assert list(running.store.list("")) == []
     assert list((running.folder / "work").iterdir()) == []
 
@@ -112,14 +114,17 @@ async def test_a_refused_adapter_is_an_answer_with_every_violation(running: Runn
 
 
 async def test_the_ceilings_of_a_deployment_can_be_asked_for(running: Running) -> None:
-    """Rank, modules, storage type and truncation are those of the request."""
+    """Rank, modules, storage type, truncation and signers are those of the request."""
+    signers = ["sigstore:https://issuer.example.com#release@example.com"]
     lora = LoraConfiguration(max_lora_rank=2, lora_target_modules=("attn_q",), dtype=Dtype.FLOAT16)
     adapter, base = str(running.folder / "one"), str(running.folder / "base")
     async with AsyncClient(builder=running.address) as client:
         strict = await client.check(adapter, base, lora)
         cut = await client.check(adapter, base, LoraConfiguration(truncate_to_rank=2))
+        unsigned = await client.check(adapter, base, signed_by=signers)
     assert {finding.code for finding in strict.findings} >= {"E_RANK_MAX", "E_MODULE"}
     assert strict.dtype is Dtype.FLOAT16
+    assert [finding.code for finding in unsigned.findings] == ["E_SIGNATURE"]
     assert cut.accepted
     assert {(row.rank, row.truncated_from) for row in cut.rows} == {(2, 4)}
     assert all(0 < row.truncation_error < 1 for row in cut.rows)

@@ -89,6 +89,13 @@ def test_every_writer_signs_and_gc_takes_both(world):
     later = datetime.now(UTC) + timedelta(days=2)
     found = find_orphans(world.plain, grace=timedelta(days=1), now=later, retention=Retention(count=0))
     assert all(remove(world.plain, orphan) for orphan in found.old)
+    lost = generation_key("tiny", 7)  # its builder was killed, or is about to write it
+    world.plain.put(signature_key(lost), b"")
+    [left] = find_orphans(world.plain, grace=timedelta(days=1), now=later).old
+    world.plain.put(lost, world.plain.get(generation_key("tiny", 3)))
+    assert not remove(world.plain, left)
+    world.plain.delete(lost)
+    assert remove(world.plain, left)
     assert [key for key in world.plain.list("deployments/tiny/") if key.endswith(".sig")] == signatures[2:]
 
 

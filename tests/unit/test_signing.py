@@ -60,7 +60,9 @@ def test_folders_are_signed_as_the_library_does_it(adapter, tmp_path, kind):
     assert (refused.exit_code, "notes.txt (changed)" in refused.stderr) == (1, True)
 
 
-@pytest.mark.parametrize("change", ["another file", "a file less", "another key", "no signature", "a link"])
+@pytest.mark.parametrize(
+    "change", ["another file", "a file less", "another key", "no signature", "a link", "a linked folder"]
+)
 def test_a_folder_that_is_not_what_was_signed_is_refused(adapter, tmp_path, change):
     """Files that came or went, a signature of somebody else and none at all are told apart."""
     key, signer = new_key(tmp_path)
@@ -70,6 +72,7 @@ def test_a_folder_that_is_not_what_was_signed_is_refused(adapter, tmp_path, chan
         "another key": "not of key",
         "no signature": "found none",
         "a link": "a link",
+        "a linked folder": "a link",
     }[change]
     (adapter / SIGNATURE).write_bytes(sign_folder(adapter, key))
     if change == "another file":
@@ -78,11 +81,11 @@ def test_a_folder_that_is_not_what_was_signed_is_refused(adapter, tmp_path, chan
         (adapter / "docs" / "notes.txt").unlink()
     elif change == "another key":
         _, signer = new_key(tmp_path, "other")
-    elif change == "a link":
-        (adapter / "link").symlink_to("docs/notes.txt")
+    elif change.startswith("a link"):
+        (adapter / "link").symlink_to("docs" if "folder" in change else "docs/notes.txt")
     else:
         (adapter / SIGNATURE).unlink()
-    with pytest.raises(Exception, match=expected):
+    with pytest.raises(SignatureInvalid, match=expected):
         verify_folder(adapter, adapter / SIGNATURE, [signer])
 
 

@@ -465,20 +465,22 @@ class Failure(_message.Message):
     def __init__(self, reason: _Optional[str] = ..., message: _Optional[str] = ..., findings: _Optional[_Iterable[_Union[Finding, _Mapping]]] = ...) -> None: ...
 
 class CheckAdapterRequest(_message.Message):
-    __slots__ = ("adapter", "base", "max_lora_rank", "lora_target_modules", "lora_dtype", "truncate_to_rank")
+    __slots__ = ("adapter", "base", "max_lora_rank", "lora_target_modules", "lora_dtype", "truncate_to_rank", "signed_by")
     ADAPTER_FIELD_NUMBER: _ClassVar[int]
     BASE_FIELD_NUMBER: _ClassVar[int]
     MAX_LORA_RANK_FIELD_NUMBER: _ClassVar[int]
     LORA_TARGET_MODULES_FIELD_NUMBER: _ClassVar[int]
     LORA_DTYPE_FIELD_NUMBER: _ClassVar[int]
     TRUNCATE_TO_RANK_FIELD_NUMBER: _ClassVar[int]
+    SIGNED_BY_FIELD_NUMBER: _ClassVar[int]
     adapter: Repository
     base: Repository
     max_lora_rank: int
     lora_target_modules: _containers.RepeatedScalarFieldContainer[str]
     lora_dtype: Dtype
     truncate_to_rank: int
-    def __init__(self, adapter: _Optional[_Union[Repository, _Mapping]] = ..., base: _Optional[_Union[Repository, _Mapping]] = ..., max_lora_rank: _Optional[int] = ..., lora_target_modules: _Optional[_Iterable[str]] = ..., lora_dtype: _Optional[_Union[Dtype, str]] = ..., truncate_to_rank: _Optional[int] = ...) -> None: ...
+    signed_by: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, adapter: _Optional[_Union[Repository, _Mapping]] = ..., base: _Optional[_Union[Repository, _Mapping]] = ..., max_lora_rank: _Optional[int] = ..., lora_target_modules: _Optional[_Iterable[str]] = ..., lora_dtype: _Optional[_Union[Dtype, str]] = ..., truncate_to_rank: _Optional[int] = ..., signed_by: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class CheckAdapterResponse(_message.Message):
     __slots__ = ("report",)

@@ -34,6 +34,8 @@ _BUNDLE: Final = re.compile(r"(bundles/sha256/([0-9a-f]{64})/)[^/]+")
 _DEPLOYMENT: Final = re.compile(r"deployments/([^/]+)/.+")
 _CLAIM: Final = re.compile(r"deployments/([^/]+)/claims/([0-9]{8,})-[0-9a-f]{16}")
 
+_SIGNATURE: Final = re.compile(r"(deployments/[^/]+/generations/[0-9]{8,}\.json)\.sig")
+
 
 class Kind(StrEnum):
     """What an orphan is."""
@@ -41,6 +43,7 @@ class Kind(StrEnum):
     BUNDLE = "bundle"
     GENERATION = "generation"
     CLAIM = "claim"
+    SIGNATURE = "signature"
 
 
 @dataclass(frozen=True)
@@ -139,7 +142,7 @@ def find_orphans(store: Store, *, grace: timedelta, now: datetime, retention: Re
             digests = {record.digest for record in generation.adapters.values()}
             kept.append(Kept(name, number, why or "younger than the grace period", len(digests)))
             referred |= digests
-    orphans = [*expired, *_claims(store, records), *_bundles(bundles, referred)]
+    orphans = [*expired, *_claims(store, records), *_signatures(entries), *_bundles(bundles, referred)]
     old = tuple(orphan for orphan in orphans if now - orphan.modified >= grace)
     return Orphans(old, tuple(orphan for orphan in orphans if orphan not in old), tuple(kept))
 
@@ -189,9 +192,11 @@ def remove(store: Store, orphan: Orphan) -> bool:
         StoreUnavailable: the store does not answer.
     """
     first = orphan.entries[0].key
-    prefix = first.rpartition("/")[0] + "/" if orphan.kind is Kind.BUNDLE else first
+    prefix = first.rpartition("/")[0] + "/" if orphan.kind is Kind.BUNDLE else first.removesuffix(".sig")
     now_there = {entry.key: entry.modified for entry in store.entries(prefix)}
     if any(modified > orphan.modified for modified in now_there.values()):
+        return False
+    if orphan.kind is Kind.SIGNATURE and first.removesuffix(".sig") in now_there:
         return False
     for entry in orphan.entries:
         store.delete(entry.key)
@@ -204,6 +209,14 @@ def _claims(store: Store, records: list[Entry]) -> Iterator[Orphan]:
         match = _CLAIM.fullmatch(entry.key)
         if match and any(number > int(match[2]) for number in generation_numbers(store, match[1])):
             yield Orphan(Kind.CLAIM, entry.key, "left by a builder that was killed", (entry,))
+
+
+def _signatures(entries: Mapping[str, Entry]) -> Iterator[Orphan]:
+    """Signatures whose generations are not there: a builder puts them first."""
+    for key, entry in entries.items():
+        match = _SIGNATURE.fullmatch(key)
+        if match and match[1] not in entries:
+            yield Orphan(Kind.SIGNATURE, key, "of a generation that is not there", (entry,))
 
 
 def _bundles(entries: list[Entry], referred: set[str]) -> Iterator[Orphan]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
 from loramux_shared.bundle.manifest import FileDigest
-from loramux_shared.faults import SignatureInvalid, SourceRefused
+from loramux_shared.faults import SignatureInvalid
 from loramux_shared.signing.openssf import GIT, MAX_BYTES, SIGNATURE, Signed, verified
 from loramux_shared.sources.files import hash_if_there, pieces_of
 from loramux_shared.wording import listed
@@ -83,12 +83,13 @@ def _digests(folder: Path, ignored: Sequence[str], signature: Path) -> Iterator[
     spared = {PurePosixPath(name) for name in (*ignored, *GIT, SIGNATURE)}
     for place, folders, names in os.walk(folder):
         folders.sort()
-        for path in (Path(place) / name for name in names):
+        links = [name for name in folders if Path(place, name).is_symlink()]
+        for path in (Path(place) / name for name in (*names, *links)):
             name = PurePosixPath(path.relative_to(folder).as_posix())
             if path == signature or not spared.isdisjoint((name, *name.parents)):
                 continue
             if path.is_symlink() or (digest := hash_if_there(path)) is None:
-                raise SourceRefused(
+                raise SignatureInvalid(
                     f"{path}: expected a file, found a link or a device. Copy what it leads to."
                 )
             yield str(name), digest.sha256
