@@ -102,6 +102,8 @@ def _activated(fields: dict[str, Any]) -> list[Finding]:
     fix = f"Train without it, or without {INVOCATION}."
     beside = {key: fields.get(key) for key in ("use_dora", "target_parameters", "trainable_token_indices")}
     beside["bias"] = fields.get("bias") not in (None, "none") and fields["bias"]
+    initial = fields.get("init_lora_weights")
+    beside["init_lora_weights"] = isinstance(initial, str) and initial.lower() not in _ON_BASE_OK and initial
     return [
         _refused("E_ALORA", key, f"unset beside {INVOCATION}", shown(value), fix)
         for key, value in beside.items()

@@ -70,8 +70,8 @@ _REFUSED: Final = (
      "or what PEFT has of LoRA alone beside another kind",
      _MERGE),
     ("E_ALORA", "`alora_invocation_tokens` are no list of at most 64 tokens of the base, or stand beside what "
-     "PEFT has no activated form of, or what acts before them: DoRA, `bias`, parameters, embeddings, a head",
-     _TRAIN),
+     "PEFT has no activated form of, or what acts before them: DoRA, `bias`, PiSSA, parameters, embeddings, a "
+     "head", "Correct the list, or train without what stands beside it."),
     ("E_REPLICATION", "`layer_replication`: layers that the base does not have", _MERGE),
     ("E_TARGET_PARAMS", "`target_parameters` other than `gate_up_proj` and `down_proj` of experts, or without "
      "their tensors, or for a base without experts", _MERGE),

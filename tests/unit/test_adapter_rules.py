@@ -46,6 +46,24 @@ def test_a_good_adapter_has_no_findings(tmp_path):
     ]
 
 
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"use_dora": True},
+        {"bias": "lora_only"},
+        {"init_lora_weights": "pissa_niter_4"},
+        {"target_parameters": ["mlp.experts.gate_up_proj"]},
+        {"trainable_token_indices": [5]},
+    ],
+    ids=lambda field: next(iter(field)),
+)
+def test_what_acts_before_the_invocation_is_refused_beside_it(tmp_path, field):
+    """What PEFT puts into the model acts on every token, and of the rest it has no activated form."""
+    (name,) = field
+    checked = check_adapter(write_adapter(tmp_path, alora_invocation_tokens=[1, 2], **field), book())
+    assert f"adapter_config.json: {name}" in [f.where for f in checked.errors if f.code == "E_ALORA"]
+
+
 def with_value(value: float, dtype: Any = np.float32) -> dict[str, Any]:
     """Good tensors with one value changed."""
     made: dict[str, Any] = {k: v.astype(dtype) for k, v in tensors().items()}
