@@ -45,7 +45,8 @@ def check_recorded_steps(
     engine = Engine(runner, limits, manager, AlwaysResident())
     answers: dict[str, list[int]] = {}
     for number, (name, prompt) in enumerate(requests):
-        params, adapter = SamplingParams(max_tokens=NEW), ready.service.catalog.get(name).adapter
+        params, model = SamplingParams(max_tokens=NEW), ready.service.catalog.resolve(name)
+        adapter = model.mixture or model.adapter
         engine.add(EngineSequence(str(number), list(prompt), params, adapter))
         answers[str(number)] = []
     with noted(monkeypatch) as traffic:

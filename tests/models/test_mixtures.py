@@ -1,4 +1,4 @@
-"""Several adapters with scales in one request, against PEFT's ``add_weighted_adapter(combination_type="cat")``."""
+"""Several adapters with scales in a request, against PEFT's ``add_weighted_adapter(combination_type="cat")``."""
 
 from __future__ import annotations
 
