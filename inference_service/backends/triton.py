@@ -291,8 +291,8 @@ class TritonLora:
         """Add to out [T, all slices] what the adapters make of x [T, in]; base rows are not touched."""
         linear = layer, group
         if self._step is not None and self._touched >> self._linears[linear] & 1:
-            group = self._bank.groups[linear]
-            lora_apply(x, out, group, self._step, self._workspace, passes=self._passes)
+            packed = self._bank.groups[linear]
+            lora_apply(x, out, packed, self._step, self._workspace, passes=self._passes)
 
     def apply_experts(self, x: Tensor, out: Tensor, layer: int, group: str, pairs: ByExpert) -> None:
         """The same of each place's expert, with segments that are made on the device once per layer."""
