@@ -15,6 +15,14 @@ COMPLETION_S = 1.0
 """Whoever pressed TAB waits; a server that is slower is not asked further."""
 
 
+def unserved(model: str, served: Sequence[str]) -> list[str]:
+    """Return what is not served of a model, or of the parts of ``NAME*SCALE+NAME``."""
+    if model in served:
+        return []
+    names = [part.partition("*")[0].strip() for part in model.split("+")]
+    return [name for name in names if name not in served]
+
+
 def no_such_model(name: str, served: Sequence[str]) -> ModelNotFound:
     """Return the failure for a name that is not served, with the nearest that is."""
     near = difflib.get_close_matches(name, served, n=1, cutoff=0.7)
