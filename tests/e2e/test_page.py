@@ -32,7 +32,8 @@ ARTIFACTS = Path(os.environ.get("TEST_ARTIFACTS", Path(__file__).resolve().paren
 """Where the pictures of the page are kept."""
 PROMPT = "Tell me about the sea."
 TOKENS = 24
-SLIDE = "((slider) => { slider.value = 0.5; slider.dispatchEvent(new Event('input')); })(document.querySelector('#scales input'))"
+SLIDE = "const slider = document.querySelector('#scales input'); slider.value = 0.5; "
+SLIDE += "slider.dispatchEvent(new Event('input'))"
 DONE = "document.querySelector('#stop').disabled && document.querySelector('article')"
 
 
@@ -98,8 +99,8 @@ async def _answers_of(door: OpenAIDoor, models: list[str]) -> list[dict[str, Any
 
 
 async def test_base_and_adapters_answer_side_by_side(page: Page, door: OpenAIDoor) -> None:
-    """Each chosen model has a card with its own answer, token for token, and its numbers, and so has the mixture
-    of the chosen adapters; all run at once."""
+    """Each chosen model has a card with its own answer, token for token, and its numbers, and so has the
+    mixture of the chosen adapters; all run at once."""
     listed = [model.name for model in door.ready.service.catalog]
     assert await page.texts(".model .name") == listed
     await page.click(".model input[value=json]")
