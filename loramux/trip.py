@@ -15,6 +15,7 @@ from loramux_shared.faults import (
     Status,
     StoreUnavailable,
 )
+from loramux_shared.mixtures import names_of
 
 TRIES: Final = 4
 """Replicas that may refuse a request, or keep it waiting for nothing; those that are known to be away are not
@@ -93,6 +94,6 @@ class Trip:
 
 
 def model_of(request: Any) -> str:
-    """Return the model that a request is about; empty where it is about none."""
-    named = getattr(request, "model", "") or getattr(request, "name", "")
-    return str(named or "+".join(sorted(adapter.name for adapter in getattr(request, "adapters", ()))))
+    """Return the model that a request is about, of several adapters all; empty where it is about none."""
+    together = "+".join(adapter.name for adapter in getattr(request, "adapters", ()))
+    return "+".join(names_of(str(together or getattr(request, "model", "") or getattr(request, "name", ""))))

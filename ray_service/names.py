@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Final
 
+from loramux_shared.mixtures import names_of
+
 APP: Final = "loramux"
 """The application that serves a deployment, where a caller names none."""
 BUILDER_APP: Final = "loramux-builder"
@@ -21,7 +23,7 @@ MIDDLEWARES: Final = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "ray_service.
 def key_of(model: str, base: str) -> str:
     """Return by what the requests of a model go to the same replica; empty: they go to any, as the base's do.
 
-    ``NAME@DIGEST`` and ``BASE:NAME`` go where NAME does.
+    ``NAME@DIGEST``, ``BASE:NAME`` and ``NAME*SCALE`` go where NAME does, mixtures of the same names together.
     """
-    name = model.removeprefix(f"{base}:").partition("@")[0]
-    return "" if name == base else name
+    names = {name.removeprefix(f"{base}:").partition("@")[0] for name in names_of(model)}
+    return "+".join(sorted(names - {base}))

@@ -304,8 +304,8 @@ class NativeLora:
         self._segments = Table(np.array(rows_of, dtype=np.int64))
         self._parts, columns = None, self._most_rows
         if arrangement.mixed:
-            parts, most = _parts_of(segments, self._most_rows)
-            self._parts, columns = Table(parts), most * self._most_rows
+            self._parts = Table(_parts_of(segments, self._most_rows))
+            columns *= arrangement.most_parts
         self._columns, rows = columns, segments[-1].end
         if self._workspace.shape[0] < rows or self._workspace.shape[1] < columns:
             self._workspace = torch.empty(rows, columns)
@@ -334,12 +334,10 @@ class NativeLora:
         return (address, *self._step) if bit & self._touched else NO_ADAPTERS
 
 
-def _parts_of(segments: Sequence[Segment], apart: int) -> tuple[npt.NDArray[np.int64], int]:
-    """Return parts [S, 3] as `adapters_of` takes them, the ranks of each so far apart; and the most of a row."""
+def _parts_of(segments: Sequence[Segment], apart: int) -> npt.NDArray[np.int64]:
+    """Return parts [S, 3] as `adapters_of` takes them, the ranks of a row so far apart."""
     parts: list[tuple[int, int]] = []
-    most = 1
     for group in sharing(segments):
         parts += [(place * apart, 0 if place else len(group)) for place in range(len(group))]
-        most = max(most, len(group))
     scales = np.array([segment.scale for segment in segments], dtype=np.float64)
-    return np.column_stack([np.array(parts, dtype=np.int64), scales.view(np.int64)]), most
+    return np.column_stack([np.array(parts, dtype=np.int64), scales.view(np.int64)])

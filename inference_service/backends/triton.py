@@ -47,7 +47,7 @@ from inference_service.kernels.sgmv import (
 from inference_service.layers.norm import RMSNorm
 from inference_service.lora.bank import Bank
 from inference_service.lora.packed import PackedAdapter
-from inference_service.lora.segments import LONG_SEGMENT, Arrangement, entries_of, sharing
+from inference_service.lora.segments import LONG_SEGMENT, Arrangement, entries_of
 from inference_service.lora.slots import experts_of
 from inference_service.lora.weights import AdapterWeights
 from loramux_shared.bases.attention import AttentionSpec, HeadCounts
@@ -198,6 +198,10 @@ class TritonLora:
         """Those of experts' pairs."""
         self._workspaces: dict[SegmentCapacity, Tensor] = {}
         """Of each capacity its own, for a graph would not notice that larger memory took its place."""
+        self._workspace = torch.empty(0)
+        """Of the step."""
+        self._passes: int | None = None
+        """Those that are launched; None: all."""
         self._step: Segments | None = None
         self._touched = 0
         """A bit for each linear that is launched."""
@@ -248,7 +252,7 @@ class TritonLora:
             max(MIN_ENTRIES, _class_of(len(entries.rows))),
             self.num_slots,
             tile,
-            _class_of(max(len(group) for group in sharing(arrangement.mixed))) if arrangement.mixed else 1,
+            _class_of(arrangement.most_parts),
             scaled=bool(arrangement.mixed),
             active=_class_of(len(segments)),
         )
@@ -261,15 +265,21 @@ class TritonLora:
         self.use(self._segments[capacity])
         self._touched = touched
 
-    def use(self, segments: Segments) -> None:
+    def use(self, segments: Segments, passes: int | None = None) -> None:
         """Compute what follows with segments that somebody else fills, for instance between replays.
 
-        Nothing is known of their adapters, so there is a launch for every linear.
+        Nothing is known of their adapters, so there is a launch for every linear. Where no more than so many
+        passes are in use the others are not launched, in memory that is given back: that is not to be recorded.
         """
         self._touched = EVERY
         capacity = segments.capacity
-        if capacity not in self._workspaces:
-            self._workspaces[capacity] = self._new_workspace(segments, self._bank.groups.values())
+        if passes is None and capacity in self._workspaces:
+            self._workspace = self._workspaces[capacity]
+        else:
+            self._workspace = self._new_workspace(segments, self._bank.groups.values())
+            if passes is None:
+                self._workspaces[capacity] = self._workspace
+        self._passes = passes
         self._step, self._owners, self._by_expert = segments, None, None
 
     def _new_workspace(self, segments: Segments, groups: Iterable[Group]) -> Tensor:
@@ -281,7 +291,8 @@ class TritonLora:
         """Add to out [T, all slices] what the adapters make of x [T, in]; base rows are not touched."""
         linear = layer, group
         if self._step is not None and self._touched >> self._linears[linear] & 1:
-            lora_apply(x, out, self._bank.groups[linear], self._step, self._workspaces[self._step.capacity])
+            packed = self._bank.groups[linear]
+            lora_apply(x, out, packed, self._step, self._workspace, passes=self._passes)
 
     def apply_experts(self, x: Tensor, out: Tensor, layer: int, group: str, pairs: ByExpert) -> None:
         """The same of each place's expert, with segments that are made on the device once per layer."""
@@ -291,12 +302,12 @@ class TritonLora:
                 lora_apply(x, out, self._bank.experts[layer, group], segments, workspace)
 
     def _segments_of(self, pairs: ByExpert, step: Segments) -> list[Segments]:
-        """The segments of a layer's pairs, in each pass: of the first adapters of tokens, of the second ones, ..."""
+        """The segments of a layer's pairs, pass by pass: of the first adapters of tokens, of the second, ..."""
         if self._by_expert is not None and self._by_expert[0] is pairs:
             return self._by_expert[1]
         places, bank = len(pairs.tokens), self._bank
         if self._owners is None:
-            self._owners = owners_of(step, places // pairs.top_k, nobody=self.num_slots)
+            self._owners = owners_of(step, places // pairs.top_k, self.num_slots, self._passes)
         numbers = self.num_slots * bank.slot_stride + (bank.num_experts - 1) * MODULES_APART + 1
         capacity = capacity_of(step.capacity, places, bank.num_experts, numbers)
         made = self._of_passes.setdefault(capacity, [])

@@ -22,6 +22,8 @@ NOWHERE: Final = -1
 """The slot of a state that nobody has."""
 NEVER: Final = 2**62
 """A position that no sequence comes to."""
+MOST_PARTS: Final = 8
+"""Adapters of a mixture."""
 
 
 class FinishReason(Enum):

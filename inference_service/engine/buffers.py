@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from inference_service.core.sequence import Sequence
+from inference_service.core.sequence import MOST_PARTS, Sequence
 from inference_service.engine.rows import KNOWN, Rows
 from inference_service.engine.sampler import row_params, shapes
 from inference_service.kernels.attention import AttentionCapacity, AttentionTables, Cut, pack_tables
@@ -19,9 +19,12 @@ from inference_service.kernels.packing import aligned, sections
 from inference_service.kernels.sampling import SamplingTables
 from inference_service.kernels.sampling.layout import FIELDS, GENERATED, Kind, packed_row
 from inference_service.kernels.sgmv import DECODE_TILE, PREFILL_TILE, SegmentCapacity, Segments, pack_segments
+from inference_service.lora.segments import Arrangement, entries_of
 
 Tables = TypeVar("Tables", AttentionTables, DeltaTables, Segments)
 
+PAIR: Final = 2
+"""Adapters of a row in most mixtures."""
 _PADDING: Final = np.full(FIELDS, Kind.PADDING, np.int32).tobytes()
 
 
@@ -69,16 +72,32 @@ class StepCapacity:
         return DeltaCapacity(self.rows, self.seqs, self.delta_tile)
 
     @property
+    def tile(self) -> int:
+        """Rows of a segment at most."""
+        return PREFILL_TILE if self.mixed else DECODE_TILE
+
+    @property
     def segments(self) -> SegmentCapacity | None:
         """Of the adapters' segments; None without adapters."""
         if not self.slots:
             return None
-        tile = PREFILL_TILE if self.mixed else DECODE_TILE
-        return SegmentCapacity(self.rows, self.slots, tile, active=self.active)
+        return SegmentCapacity(self.rows, self.slots, self.tile, active=self.active)
+
+    @property
+    def mixed_segments(self) -> tuple[SegmentCapacity, ...]:
+        """Of steps with mixtures: where no row has more than two adapters, and where one may have all."""
+        plain = self.segments
+        passes = () if plain is None else (PAIR,) if self.active <= PAIR else (PAIR, MOST_PARTS)
+        return tuple(
+            SegmentCapacity(
+                self.rows * each, self.slots, self.tile, passes=each, scaled=True, active=self.active
+            )
+            for each in passes
+        )
 
     @property
     def sections(self) -> dict[str, slice]:
-        """Where each array lies behind the drawn tokens; the attention's, seldom all used, comes last."""
+        """Where each array lies behind the drawn tokens; what is seldom all used comes last."""
         return sections(
             {
                 "tokens": self.rows,
@@ -89,6 +108,7 @@ class StepCapacity:
                 "segments": self.segments.packed_size if self.segments else 0,
                 "delta": self.delta.packed_size if self.delta else 0,
                 **{name: each.packed_size for name, each in zip(self.tables, self.attention, strict=True)},
+                "mixed": max((each.packed_size for each in self.mixed_segments), default=0),
             }
         )
 
@@ -100,7 +120,7 @@ class StepCapacity:
     @property
     def size(self) -> int:
         """int32 elements of all arrays."""
-        end: int = self.sections[self.tables[-1]].stop
+        end: int = self.sections["mixed"].stop
         return end
 
 
@@ -141,9 +161,14 @@ class StepBuffers:
             cut: _in(view[name], AttentionTables.allocate(each, device))
             for cut, name, each in zip(capacity.cuts, self._tables, self._attention_capacities, strict=True)
         }
-        self.segments: Segments | None = None
+        self.segments: list[Segments] = []
+        """Of steps without mixtures, then `StepCapacity.mixed_segments`; of these one is filled."""
+        self.parts = 1
+        """Adapters that a row of the step has at most."""
         if self._segment_capacity is not None:
-            self.segments = _in(view["segments"], Segments.allocate(self._segment_capacity, device))
+            self.segments.append(_in(view["segments"], Segments.allocate(self._segment_capacity, device)))
+        for each in capacity.mixed_segments:
+            self.segments.append(_in(view["mixed"][: each.packed_size], Segments.allocate(each, device)))
         self.delta: DeltaTables | None = None
         if self._delta_capacity is not None:
             self.delta = _in(view["delta"], DeltaTables.allocate(self._delta_capacity, device))
@@ -157,8 +182,17 @@ class StepBuffers:
         """Return the rows' tokens [rows]: from the host, or those that the step before drew."""
         return self._inputs.index_select(0, self._sources)
 
+    def segments_of(self, arrangement: Arrangement) -> Segments | None:
+        """Return those that a step fills; None for one of the base alone."""
+        if not arrangement.segments:
+            return None
+        parts = arrangement.most_parts
+        fitting = (each for each in self.segments if each.capacity.passes >= parts)
+        return next(each for each in fitting if each.capacity.scaled == bool(arrangement.mixed))
+
     def load(self, rows: Rows) -> None:
         """Fill all of them for a step of at most ``capacity.rows`` rows, with a copy for every part in use."""
+        self.parts = rows.arrangement.most_parts
         host = torch.empty(len(self._packed), dtype=torch.int32, pin_memory=self._packed.device.type == "cuda")
         for part in self._pack(rows, host.numpy()):
             self._packed[part].copy_(host[part], non_blocking=True)
@@ -176,7 +210,7 @@ class StepBuffers:
         _fill_sampling(view["sampling"].reshape(-1, FIELDS), rows)
         if self._segment_capacity is not None:
             slots = np.full(len(rows.tokens), -1)
-            for segment in rows.arrangement.segments:
+            for segment in rows.arrangement.plain:
                 slots[segment.start : segment.end] = segment.slot
             pack_segments(self._segment_capacity, slots, out=view["segments"])
         if self._delta_capacity is not None:
@@ -188,6 +222,13 @@ class StepBuffers:
             begin, *others = capacity.used(pack_tables(capacity, rows.contexts, out=view[name]))
             used += [slice(first, at + begin.stop), *(slice(at + p.start, at + p.stop) for p in others)]
             first = self._sections[name].stop
+        if rows.arrangement.mixed and (segments := self.segments_of(rows.arrangement)) is not None:
+            entries, begin = entries_of(rows.arrangement.segments), self._sections["mixed"].start
+            part = slice(begin, begin + segments.capacity.packed_size)
+            pack_segments(
+                segments.capacity, entries.slots, token_ids=entries.rows, scales=entries.scales, out=host[part]
+            )
+            used.append(part)
         return used
 
 
@@ -213,7 +254,7 @@ def _drawing(seq: Sequence) -> bytes:
 def _in(packed: Tensor, tables: Tables) -> Tables:
     """Return tables of the same capacity whose arrays lie in other memory."""
     views: dict[str, Any] = {
-        name: packed[where].view(old.shape)
+        name: packed[where].view(old.dtype).view(old.shape)
         for name, where in tables.capacity.sections.items()
         if (old := getattr(tables, name)) is not None
     }

@@ -11,7 +11,7 @@ from torch import Tensor
 from inference_service.backends.base import LoraBackend, no_recurrence
 from inference_service.backends.triton import TritonAttention
 from inference_service.core.batch import Batch
-from inference_service.engine.buffers import StepBuffers, StepCapacity, StepMemory
+from inference_service.engine.buffers import PAIR, StepBuffers, StepCapacity, StepMemory
 from inference_service.engine.graphs import Graph, Recorder
 from inference_service.engine.logprobs import score_prompt
 from inference_service.engine.plan import SchedulerLimits
@@ -32,8 +32,9 @@ from loramux_shared.bases.memory import RECORDED_ROWS, buckets, mixed_buckets
 class SegmentedLora(LoraBackend, Protocol):
     """A LoRA backend whose work depends on a step by its segments alone."""
 
-    def use(self, segments: Segments) -> None:
-        """Compute what follows with these segments, which their owner fills."""
+    def use(self, segments: Segments, passes: int | None = None) -> None:
+        """Compute what follows with these segments, which their owner fills; of work that is not recorded, with
+        so many of their passes."""
         ...
 
 
@@ -42,7 +43,8 @@ class GraphRunner(Runner):
 
     Capacities are those of `buckets` for steps that decode and do nothing else, and of `mixed_buckets` for the
     others; rows that a step does not need are padding. Each has a graph with adapters and one without, up to
-    `RECORDED_ROWS`; larger steps are launched one kernel after the other, from the same tensors. Tokens are
+    `RECORDED_ROWS`, and steps that decode one with mixtures of two; others are launched one kernel after the
+    other, from the same tensors. Tokens are
     drawn on the device: within the graph, and behind it where logits are shaped.
     """
 
@@ -69,7 +71,8 @@ class GraphRunner(Runner):
         self._ids = self._memory.drawn
         self._shaper = Shaper(limits.max_seqs, vocab, model.device)
         self._buffers: dict[StepCapacity, StepBuffers] = {}
-        self._graphs: dict[tuple[StepCapacity, bool], Graph] = {}
+        self._graphs: dict[tuple[StepCapacity, int], Graph] = {}
+        """By the adapters that a row has at most."""
         shape = limits.max_seqs, vocab
         self._logits = torch.empty(shape, dtype=model.dtype, device=model.device)
 
@@ -88,10 +91,10 @@ class GraphRunner(Runner):
         for capacity in sorted(self._capacities(), key=lambda each: each.rows, reverse=True):
             buffers = self._buffers_of(capacity)
             buffers.load(padding)
-            for segments in [None] if buffers.segments is None else [buffers.segments, None]:
+            for segments in (*reversed(buffers.segments), None):
                 work = partial(self._compute, buffers, segments)
-                if not capacity.mixed or capacity.rows <= RECORDED_ROWS:
-                    self._graphs[capacity, segments is not None] = self._recorder.capture(work)
+                if _is_recorded(capacity, segments):
+                    self._graphs[capacity, _passes(segments)] = self._recorder.capture(work)
                 else:
                     work()
         self._shaper.warm_up(self._logits, self._ids)
@@ -100,8 +103,8 @@ class GraphRunner(Runner):
         capacity = self._capacity_of(rows)
         buffers = self._buffers_of(capacity)
         buffers.load(rows)
-        segments = buffers.segments if rows.arrangement.segments else None
-        graph = self._graphs.get((capacity, segments is not None))
+        segments = buffers.segments_of(rows.arrangement)
+        graph = self._graphs.get((capacity, _passes(segments)))
         own = self._lora.vocabularies.of(rows.arrangement.segments, rows.drawing)
         if rows.scored:
             self._compute_scored(buffers, segments, rows, own)
@@ -136,7 +139,8 @@ class GraphRunner(Runner):
         self, buffers: StepBuffers, segments: Segments | None, rows: Tensor, own: StepVocabulary | None
     ) -> Tensor:
         if segments is not None:
-            self._segmented.use(segments)
+            recorded = _is_recorded(buffers.capacity, segments)
+            self._segmented.use(segments, None if recorded else buffers.parts)
         tables = {heads: buffers.attention[cut] for heads, cut in self._cuts.items()}
         attention = TritonAttention(tables, self._model.config.windows)
         return self._model.hidden(
@@ -186,3 +190,15 @@ class GraphRunner(Runner):
             slots=self._segmented.num_slots,
             active=self._limits.max_adapters,
         )
+
+
+def _passes(segments: Segments | None) -> int:
+    """Adapters that a row may have: none, one as it is, or several with scales."""
+    return 0 if segments is None else segments.capacity.passes
+
+
+def _is_recorded(capacity: StepCapacity, segments: Segments | None) -> bool:
+    """Mixtures are rare: of their steps only those have graphs that a graph saves most, and that most are."""
+    if _passes(segments) > 1:
+        return not capacity.mixed and _passes(segments) == PAIR
+    return not capacity.mixed or capacity.rows <= RECORDED_ROWS

@@ -48,7 +48,7 @@ class Lane:
     @property
     def resident(self) -> bool:
         """Whether all of its adapters are in the bank."""
-        return all([adapter.slot is not None for adapter in self.adapters])
+        return all(adapter.slot is not None for adapter in self.adapters)
 
 
 class Lanes:

@@ -53,7 +53,7 @@ class Plan:
     short: bool = False
     """Whether those under way lacked blocks, so that nobody new may take some."""
     crowded: bool = False
-    """Whether a mixture waits for places among the adapters, so that nobody behind it may have those that are free."""
+    """Whether a mixture waits for places of adapters, so that nobody behind it may have those that are free."""
     ahead: dict[Lane, float] = field(default_factory=dict)
     """What lanes are given in this step, which they are charged for when it was submitted."""
 

@@ -68,8 +68,8 @@ class Residency(Generic[P]):
         self.changes = 0
         """Grows whenever an adapter is wanted, arrives, leaves or fails."""
         self.failures: deque[tuple[tuple[Adapter, ...], Fault]] = deque()
-        """An adapter whose load failed, or several that find no place together, until the engine has ended those
-        who wait for them."""
+        """An adapter whose load failed, or several that find no place together, until the engine has ended
+        those who wait for them."""
         self._places = places
         self._bank = bank
         self._loader = loader
@@ -335,7 +335,7 @@ class Residency(Generic[P]):
         """See to adapters that are wanted together and lack places; False where they lack none.
 
         They are a failure where they would have none even if all but the pinned ones left. Where nobody is in
-        the way who must stay, they lie somewhere in the midst: everybody leaves, and they come back side by side.
+        the way who must stay, they lie somewhere in the midst: all leave, and come back side by side.
         """
         if not any(entry.starved for entry in group):
             return False
@@ -451,7 +451,7 @@ class Residency(Generic[P]):
 
 def _no_room(needed: int, room: int, adapters: int, slots: int) -> ResourcesExhausted:
     return ResourcesExhausted(
-        f"{adapters} adapters of {needed:,} bytes find no place together: the bank has {room:,} bytes in one piece "
-        f"and {slots:,} slots beside those that are pinned. Ask for fewer at once, unpin some, or raise "
+        f"{adapters} adapters of {needed:,} bytes find no place together: the bank has {room:,} bytes in one "
+        f"piece and {slots:,} slots beside those that are pinned. Ask for fewer at once, unpin some, or raise "
         "LORAMUX_ADAPTER_MEMORY_GB."
     )

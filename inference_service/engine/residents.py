@@ -95,8 +95,8 @@ class Residents(Protocol):
 
     @property
     def failures(self) -> deque[tuple[tuple[Adapter, ...], Fault]]:
-        """An adapter whose load failed, or several that find no place together, until the engine has ended those
-        who wait for them."""
+        """An adapter whose load failed, or several that find no place together, until the engine has ended
+        those who wait for them."""
         ...
 
     @property

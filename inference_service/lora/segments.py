@@ -1,4 +1,4 @@
-"""How the rows of a step are arranged: base first, then the adapters and mixtures, the rows of each side by side."""
+"""How the rows of a step are arranged: base first, then adapters and mixtures, each one's rows side by side."""
 
 from __future__ import annotations
 
@@ -52,6 +52,11 @@ class Arrangement:
     def segments(self) -> tuple[Segment, ...]:
         """All of them."""
         return self.plain + self.mixed if self.mixed else self.plain
+
+    @property
+    def most_parts(self) -> int:
+        """Adapters that a row has at most."""
+        return max((len(group) for group in sharing(self.mixed)), default=1)
 
     @property
     def short(self) -> tuple[Segment, ...]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Final
 from weakref import WeakValueDictionary
 
-from inference_service.core.sequence import Adapter, Mixture
+from inference_service.core.sequence import MOST_PARTS, Adapter, Mixture
 from inference_service.serving import mixing
 from inference_service.serving.adapter_defaults import NO_DEFAULTS, AdapterDefaults
 from inference_service.serving.aliases import choose
@@ -91,7 +91,7 @@ class Catalog:
         self.load_s = load_s
         self.base_name = base_name
         self.aliases: Mapping[str, Mapping[str, int]] = {}
-        self.most_mixed = mixing.MOST_PARTS
+        self.most_mixed = MOST_PARTS
         """Adapters of one request, as many as a step may have."""
         ordered = sorted(models, key=lambda model: (model.name != base_name, model.name))
         self._models = {model.name: model for model in ordered}
@@ -160,7 +160,8 @@ class Catalog:
     def resolve(self, asked: str, sticky_key: str = "") -> ServedModel:
         """Return what answers a request: of an exact name, an alias, ``NAME@DIGEST``, or another spelling.
 
-        What is none of these may be several of them with scales, ``NAME*SCALE+NAME``. ``BASE:NAME`` is Ray Serve's and SGLang's, ``publishers/NAMESPACE/models/NAME`` that of KServe's routes.
+        What is none of these may be several of them with scales, ``NAME*SCALE+NAME``. ``BASE:NAME`` is Ray
+        Serve's and SGLang's, ``publishers/NAMESPACE/models/NAME`` that of KServe's routes.
 
         Who may not use an alias cannot ask for it, and of its models one answers that the caller may use: by
         weight, the same one for the same key.

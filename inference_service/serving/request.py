@@ -32,7 +32,7 @@ class Request:
     """A request for one or more answers; None means that the client left it unset."""
 
     model: str
-    """A name, an alias, ``NAME@DIGEST``, ``BASE:NAME`` or ``NAME*SCALE+NAME``: see `catalog.Catalog.resolve`."""
+    """A name, an alias, ``NAME@DIGEST``, ``BASE:NAME``, ``NAME*SCALE+NAME``: see `catalog.Catalog.resolve`."""
     prompt: Prompt
     min_generation: int = 0
     """The name is looked up in this generation of the deployment, or in a later one."""

@@ -15,7 +15,7 @@ import torch
 
 from inference_service.backends.base import LoraBackend
 from inference_service.core.sampling import SamplingParams
-from inference_service.core.sequence import Adapter
+from inference_service.core.sequence import MOST_PARTS, Adapter
 from inference_service.core.sequence import Sequence as EngineSequence
 from inference_service.engine.engine import Engine
 from inference_service.engine.graph_runner import GraphRunner, SegmentedLora
@@ -28,7 +28,6 @@ from inference_service.serving.adapter_defaults import AdapterDefaults
 from inference_service.serving.catalog import Catalog, ServedModel
 from inference_service.serving.engine_thread import EngineThread
 from inference_service.serving.inbox import Inbox
-from inference_service.serving.mixing import MOST_PARTS
 from inference_service.serving.service import GenerationService, ServingLimits
 from inference_service.serving.telemetry.record import Watcher
 from inference_service.startup.bank import Bank, open_bank, preload, preload_later

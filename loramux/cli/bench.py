@@ -18,7 +18,7 @@ from loramux.cli import shell
 from loramux.cli.bench_view import BenchView, show_load, show_report
 from loramux.cli.documents import emit
 from loramux.cli.exits import Exit
-from loramux.cli.names import complete_model, no_such_model
+from loramux.cli.names import complete_model, no_such_model, unserved
 from loramux.client import INFERENCE, AsyncClient
 from loramux.records import GenerateOptions, Prompt
 from loramux_shared.faults import SettingsInvalid
@@ -126,8 +126,8 @@ async def _bench(
 async def _models(client: AsyncClient, wanted: Sequence[str]) -> list[str]:
     served = [each.name for each in await client.models()]
     for name in wanted:
-        if name not in served:
-            raise no_such_model(name, served)
+        if strange := unserved(name, served):
+            raise no_such_model(strange[0], served)
     return list(dict.fromkeys(wanted)) or served
 
 

@@ -25,7 +25,7 @@ def chat(
         str,
         typer.Argument(
             metavar="[MODEL]",
-            help="The base or an adapter; else the first that is served.",
+            help="The base, an adapter, or several as in a*0.7+b*0.5; else the first that is served.",
             show_default=False,
             autocompletion=complete_model,
         ),

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from loramux.cli import shell
-from loramux.cli.names import no_such_model
+from loramux.cli.names import no_such_model, unserved
 from loramux.client import Client
 from loramux.records import Delta, Finished, GenerateOptions, Message
 
@@ -42,8 +42,8 @@ class Conversation:
     def use(self, model: str) -> None:
         """Go on with a model, history included; "" is the first one. Raises `ModelNotFound`."""
         served = self.names()
-        if model and model not in served:
-            raise no_such_model(model, served)
+        if model and (strange := unserved(model, served)):
+            raise no_such_model(strange[0], served)
         self.model = model or served[0]
 
     def answer(self, said: str) -> str:

@@ -9,10 +9,18 @@ import typer
 
 from loramux.client import INFERENCE, Client
 from loramux_shared.faults import Fault, ModelNotFound
+from loramux_shared.mixtures import names_of
 from loramux_shared.wording import listed
 
 COMPLETION_S = 1.0
 """Whoever pressed TAB waits; a server that is slower is not asked further."""
+
+
+def unserved(model: str, served: Sequence[str]) -> list[str]:
+    """Return what is not served of a model, or of the parts of ``NAME*SCALE+NAME``."""
+    if model in served:
+        return []
+    return [name for name in names_of(model) if name not in served]
 
 
 def no_such_model(name: str, served: Sequence[str]) -> ModelNotFound:

@@ -66,6 +66,44 @@ async def test_turns_and_tools(
     assert (told, counted, said) == (("OK",) * 3 if taken else ("invalid_value",) * 2 + ("REQUEST_INVALID",))
 
 
+MIXED: list[tuple[str, list[tuple[str, float | None]], bool]] = [
+    ("all*0.5 + rs*-1.5", [("all", 0.5), ("rs", -1.5)], True),
+    ("all+all*-1", [("all", None), ("all", -1.0)], True),
+    ("rs*8", [("rs", 8.0)], True),
+    ("rs*8.5", [("rs", 8.5)], False),
+    ("rs*nan", [("rs", math.nan)], False),
+    ("rs*inf+all", [("rs", math.inf), ("all", None)], False),
+    ("base*0.5+all", [("base", 0.5), ("all", None)], False),
+    ("+".join(["all"] * 9), [("all", 1.0)] * 9, False),
+    ("all*0.5+", [("all", 0.5), ("", 1.0)], False),
+]
+
+
+@pytest.mark.parametrize(("model", "adapters", "taken"), MIXED)
+async def test_mixtures(
+    doors: Doors, model: str, adapters: list[tuple[str, float | None]], taken: bool
+) -> None:
+    """One model over HTTP, the same or a list over gRPC: the same adapters, scales and numbers of them."""
+    told = await doors.post("/v1/completions", json.dumps({"model": model, "prompt": [5]}).encode())
+    said = []
+    for request in (pb.GenerateRequest(model=model), pb.GenerateRequest()):
+        request.token_ids.ids.append(5)
+        request.sampling.max_tokens = 1
+        if not request.model:
+            request.adapters.extend(pb.ScaledAdapter(name=name, scale=scale) for name, scale in adapters)
+        said.append(await doors.call(f"/{SERVICE_NAME}/Generate", request.SerializeToString()))
+    assert (told, *said) == (("OK",) * 3 if taken else ("invalid_value",) + ("REQUEST_INVALID",) * 2)
+
+
+async def test_who_is_in_a_mixture_is_told_by_name(doors: Doors) -> None:
+    """A name that is not served is not found, and adapters beside another model are refused."""
+    assert await doors.post("/v1/completions", b'{"model": "all*0.5+x", "prompt": "a"}') == "model_not_found"
+    request = pb.GenerateRequest(model="rs", text="a", adapters=[pb.ScaledAdapter(name="all")])
+    assert await doors.call(f"/{SERVICE_NAME}/Generate", request.SerializeToString()) == "REQUEST_INVALID"
+    request.model = "base"
+    assert await doors.call(f"/{SERVICE_NAME}/Generate", request.SerializeToString()) == "OK"
+
+
 NAMES = [
     field.name
     for field in pb.SamplingParams.DESCRIPTOR.fields

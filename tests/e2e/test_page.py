@@ -32,6 +32,8 @@ ARTIFACTS = Path(os.environ.get("TEST_ARTIFACTS", Path(__file__).resolve().paren
 """Where the pictures of the page are kept."""
 PROMPT = "Tell me about the sea."
 TOKENS = 24
+SLIDE = "const slider = document.querySelector('#scales input'); slider.value = 0.5; "
+SLIDE += "slider.dispatchEvent(new Event('input'))"
 DONE = "document.querySelector('#stop').disabled && document.querySelector('article')"
 
 
@@ -73,10 +75,10 @@ async def page(tab: Page, door: OpenAIDoor) -> AsyncIterator[Page]:
 
 
 async def _ask(page: Page, tokens: int) -> None:
-    await page.click("summary")
+    await page.click("#ask summary")
     await page.type("#max-tokens", str(tokens))
     await page.type("#temperature", "0")
-    await page.click("summary")
+    await page.click("#ask summary")
     await page.type("#prompt", PROMPT)
     await page.press("Enter", CTRL)
 
@@ -97,15 +99,20 @@ async def _answers_of(door: OpenAIDoor, models: list[str]) -> list[dict[str, Any
 
 
 async def test_base_and_adapters_answer_side_by_side(page: Page, door: OpenAIDoor) -> None:
-    """Each chosen model has a card with its own answer, token for token, and its numbers; all run at once."""
+    """Each chosen model has a card with its own answer, token for token, and its numbers, and so has the
+    mixture of the chosen adapters; all run at once."""
     listed = [model.name for model in door.ready.service.catalog]
     assert await page.texts(".model .name") == listed
     await page.click(".model input[value=json]")
     assert await page.text("#chosen") == "3 of 4"
+    await page.click("#mix summary")
+    await page.eval(SLIDE)
     await _ask(page, TOKENS)
-    await page.until("document.querySelectorAll('article[data-state=streaming]').length === 3")
+    await page.until("document.querySelectorAll('article[data-state=streaming]').length === 4")
     await page.until(DONE)
-    asked = [name for name in listed if name != "json"]
+    chosen = [name for name in listed if name != "json"]
+    asked = [*chosen, f"{chosen[1]}*0.5+{chosen[2]}"]
+    assert await page.text("#mix-note") == asked[-1]
     assert await page.texts("article h3") == asked
     wanted = await _answers_of(door, asked)
     texts = [answer["choices"][0]["message"]["content"] for answer in wanted]
@@ -115,8 +122,8 @@ async def test_base_and_adapters_answer_side_by_side(page: Page, door: OpenAIDoo
         assert re.fullmatch(r"[\d.]+ tok/s", told["speed"])
         assert told["tokens"] == str(answer["usage"]["completion_tokens"])
         assert told["end"] == answer["choices"][0]["finish_reason"]
-    assert await page.texts("article .rank") == ["base model", "rank 2", "rank 16"]
-    digests = [door.ready.service.catalog.get(name).digest for name in asked[1:]]
+    assert await page.texts("article .rank") == ["base model", "rank 2", "rank 16", "rank 2, 16"]
+    digests = [door.ready.service.catalog.get(name).digest for name in chosen[1:]]
     assert await page.texts("article .digest:not([hidden])") == [digest[:12] for digest in digests]
     tips = "[...document.querySelectorAll('.digest:not([hidden])')].map((each) => each.dataset.tip)"
     assert await page.eval(tips) == digests
@@ -155,10 +162,13 @@ async def test_it_can_be_used_by_many(page: Page) -> None:
     ):
         await page.appear(width, height, scheme)
         await page.photograph(ARTIFACTS / f"page-{name}.png")
-        await page.click("summary")
+        await page.click("#ask summary")
+        await page.click("#mix summary")
+        await page.photograph(ARTIFACTS / f"page-{name}-mix.png")
         assert await overflow(page) == 0, name
         assert await faint(page) == [], name
         assert await nameless(page) == [], name
-        await page.click("summary")
+        await page.click("#mix summary")
+        await page.click("#ask summary")
     lefts = "new Set([...document.querySelectorAll('main section, main .panel, article')].map("
     assert await page.eval(f"{lefts}(each) => each.getBoundingClientRect().left)).size") == 1  # one column

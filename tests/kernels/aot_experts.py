@@ -22,13 +22,16 @@ TYPES = {
     "p_seg_start": "*i32",
     "p_seg_slot": "*i32",
     "p_pass_start": "*i32",
-    "p_end": "*i32",
+    "p_pass": "*i32",
+    "p_entry_scales": "*fp32",
+    "p_scales": "*fp32",
+    "p_place_scales": "*fp32",
     "alpha": "fp32",
     "limit": "fp32",
 }
 UNALIGNED = {
     *("E", "P", "k", "tiles", "slot_stride", "expert_stride"),
-    *("p_tiles", "p_rows", "p_seg_start", "p_seg_slot", "p_end"),
+    *("p_tiles", "p_rows", "p_seg_start", "p_seg_slot", "p_pass"),
 }
 COUNTS = {"usual": (128, 8), "most": (tuning.MAX_EXPERTS, 16)}
 """Experts, and those of a token."""
@@ -70,9 +73,13 @@ def _sorts() -> Iterator[Variant]:
         name = f"experts.sort {load.value} {name}"
         yield _variant(name, triton_kernels.sort_kernel, "bf16", sizes, options)
     sizes = {"TILE": PREFILL_TILE, "BLOCK_P": tuning.SORT_BLOCK}
-    yield _variant("experts.segments", triton_kernels.segments_kernel, "bf16", sizes, options)
+    plain = sizes | dict.fromkeys(("p_scales", "p_place_scales"))
+    for name, constants in {"": plain, " scaled": sizes}.items():
+        yield _variant(f"experts.segments{name}", triton_kernels.segments_kernel, "bf16", constants, options)
     sizes, options = {"BLOCK": tuning.SLOT_BLOCK}, {"num_warps": 1}
-    yield _variant("experts.slots", triton_kernels.slots_kernel, "bf16", sizes, options)
+    plain = sizes | dict.fromkeys(("p_entry_scales", "p_scales"))
+    for name, constants in {"": plain, " scaled": sizes}.items():
+        yield _variant(f"experts.slots{name}", triton_kernels.slots_kernel, "bf16", constants, options)
 
 
 def _variant(name: str, kernel: Any, dtype: str, constants: dict[str, Any], options: dict[str, int]) -> Variant:

@@ -53,8 +53,7 @@ Mixtures = Sequence[tuple[Mapping[int, float], int]]
 
 
 def arrangement(lengths: Mapping[int, int], base: int = 2, mixtures: Mixtures = ()) -> Arrangement:
-    """So many rows of each slot, behind rows of the base, then those of mixtures; long runs come last, as in the
-    engine."""
+    """So many rows of each slot, behind rows of the base; long runs come last, and behind them mixtures."""
     segments, mixed, start = [], [], base
     for slot, length in lengths.items():
         segments.append(Segment(slot, start, start + length))

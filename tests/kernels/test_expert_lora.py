@@ -81,7 +81,7 @@ def backend(request: pytest.FixtureRequest, device: str) -> tuple[LoraBackend, E
 def test_each_pair_gets_what_its_adapters_have_for_its_expert(
     backend: tuple[LoraBackend, ExpertOperations, str], lengths: tuple[int, int, int], mixes: bool
 ) -> None:
-    """Rows of base, adapters, mixtures and padding side by side in an expert's tile; other layers get nothing."""
+    """Rows of base, adapters, mixtures and padding in one expert's tile; other layers get nothing."""
     lora, operations, device = backend
     held = [adapter(0, (0, 3, 8)), adapter(1, (0, 0, 1)), adapter(2, (5, 16))]
     hold(lora, *held)

@@ -31,7 +31,12 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     },
     "attention": {"r": 2, "target_modules": ["q_proj", "v_proj"]},
 }
-REQUESTS = [("experts", list(range(5, 24))), ("base", [9, 8, 7]), ("attention", [30, 31])]
+REQUESTS = [
+    ("experts", list(range(5, 24))),
+    ("base", [9, 8, 7]),
+    ("attention", [30, 31]),
+    ("attention*2 + experts*-1.5", [9, 8, 7]),
+]
 
 
 @pytest.mark.parametrize(

@@ -50,6 +50,8 @@ REQUESTS = [
     ("rs", list(range(20, 40))),
     ("wide", [11]),
     ("all", [5, 6, 7, 8, 9, 10]),
+    ("rs*1.5 + all*-0.5", [3, 4, 5]),
+    ("wide*0.5", [3, 4, 5]),
     ("base", [3, 4]),
 ]
 
@@ -118,22 +120,28 @@ def _with(ready: Ready, runner: GraphRunner, blocks: int = BLOCKS) -> Ready:
     return ready
 
 
-@pytest.mark.parametrize("requests", [REQUESTS, REQUESTS[1:2]], ids=["mixed", "base"])
+@pytest.mark.parametrize(
+    ("kind", "requests"), [("mixed", REQUESTS), ("base", REQUESTS[1:2])], ids=["mixed", "base"]
+)
 def test_graphs_give_the_tokens_of_the_torch_backend(
     world: tuple[World, MemoryStore],
     ready: Ready,
     runner: GraphRunner,
     recorder: CountingRecorder,
+    kind: str,
     requests: Sequence[tuple[str, list[int]]],
 ) -> None:
-    """Graphs that were recorded without a row serve any: others at every replay, more adapters or none, fewer
-    rows than the bucket; steps with prompts too."""
+    """Graphs that were recorded without a row serve any: others at every replay, more adapters or none, two for
+    a row, fewer rows than the bucket; steps with prompts too."""
     expected = run_engine(world[0].load(world[1], backend="torch", native=False), requests, 5)
     recorder.replays.clear()
     assert run_engine(_with(ready, runner), requests, 5) == expected
     assert len(recorder.replays) >= 5  # every step
-    base_alone = all(number % 2 for number in recorder.replays)
-    assert base_alone == (requests != REQUESTS)
+    graphs = {
+        graph.number: passes for (_, passes), graph in runner._graphs.items() if isinstance(graph, Counted)
+    }
+    kinds = {"mixed": {1, 2}, "base": {0}}[kind]
+    assert {graphs[number] for number in recorder.replays} == kinds
 
 
 Asked = tuple[str, list[int], SamplingParams]
@@ -259,13 +267,14 @@ def test_a_decode_step_has_few_launches(runner: GraphRunner, recorder: CountingR
     if torch.cuda.is_available():
         pytest.skip("CUDA does not tell what a graph holds")
     names = [graph.names for graph in recorder.graphs if isinstance(graph, Tape)]
-    assert len(names) == 2 * (len(list(mixed_buckets(64))) + len(list(buckets(4))))
+    assert len(names) == 2 * len(list(mixed_buckets(64))) + 3 * len(list(buckets(4)))
     with_adapters, base = names[-2:]
     assert per_layer(base) == LINEARS + 5
     assert per_layer(with_adapters) == 3 * LINEARS + 5
     assert per_step(base, LAYERS) == per_step(with_adapters, LAYERS) == 15
-    decodes = names[-2 * len(list(buckets(4))) :]
-    assert {len(each) for each in decodes} == {len(base), len(with_adapters)}
+    decodes = names[-3 * len(list(buckets(4))) :]
+    assert per_layer(decodes[-3]) == 4 * LINEARS + 5
+    assert {len(each) for each in decodes} == {len(base), len(with_adapters), len(decodes[-3])}
 
 
 def test_adapters_that_come_after_the_recording_give_the_torch_backends_tokens(
@@ -350,8 +359,7 @@ def test_one_copy_fills_the_buffers_of_a_step(ready: Ready, runner: GraphRunner)
     assert buffers.last_rows.tolist() == [0, 1, 2, 0]
     (tables,) = buffers.attention.values()
     assert tables.cache_rows.tolist() == [2, BLOCK + 3, 2 * BLOCK + 2, -1]
-    assert buffers.segments is not None
-    assert buffers.segments.token_ids[:2].tolist() == [1, 2]
+    assert buffers.segments[0].token_ids[:2].tolist() == [1, 2]
     assert buffers.sampling.rows[:, 0].tolist() == [2, 2, 2, 0]
 
 

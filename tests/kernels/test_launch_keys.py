@@ -83,10 +83,12 @@ def ready(tmp_path_factory: pytest.TempPathFactory) -> Ready:
 def run(ready: Ready, runner: GraphRunner, requests: list[tuple[str, int, SamplingParams]]) -> None:
     """Run prompts of so many tokens to their end, a new one every step."""
     engine = Engine(runner, LIMITS, BlockManager(BLOCKS, BLOCK), AlwaysResident())
-    waiting = [
-        Sequence(str(number), list(range(3, 3 + length)), params, ready.service.catalog.get(name).adapter)
-        for number, (name, length, params) in enumerate(requests)
-    ]
+    waiting = []
+    for number, (name, length, params) in enumerate(requests):
+        model = ready.service.catalog.resolve(name)
+        waiting.append(
+            Sequence(str(number), list(range(3, 3 + length)), params, model.mixture or model.adapter)
+        )
     while waiting or not engine.idle:
         if waiting:
             engine.add(waiting.pop())
@@ -122,7 +124,7 @@ def test_traffic_launches_what_the_start_has_launched(ready: Ready, monkeypatch:
         SamplingParams(max_tokens=2, logprobs=2),
     ]
     requests = [
-        (draw.choice(["base", "all", "rs", "wide"]), length, draw.choice(kinds))
+        (draw.choice(["base", "all", "rs", "wide", "rs*0.5+all*2", "wide*0.5"]), length, draw.choice(kinds))
         for length in (1, 3, 17, 40, 64, 80)
     ]
     with noted(monkeypatch) as traffic:

@@ -62,6 +62,27 @@ def test_rows_of_mixtures_get_the_scaled_sum(lora: LoraBackend, device: str) -> 
     expect_right(lora, arrangement({}, mixtures=[({3: 0.5}, 2), ({0: 1.0, 3: 1.0}, 1)]), held, device)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_of_a_mixture_depends_on_no_other(compiled: ctypes.CDLL, dtype: torch.dtype) -> None:
+    """Alone or among others of its mixture, of another of the same adapters, and plain ones: the same bits."""
+    lora = NativeLora(CpuOps(compiled, dtype), GROUPS, LAYERS)
+    hold(lora, *(adapter(ADAPTERS[slot], slot) for slot in range(5)))
+    scales, (shape, *_) = {4: 0.7, 1: -0.5, 0: 1.25}, GROUPS
+    x, out = torch.randn(43, shape.in_features).to(dtype), torch.randn(43, sum(shape.out_features)).to(dtype)
+    found = []
+    for step in (
+        arrangement({}, mixtures=[(scales, 1)]),
+        arrangement({1: 1, 0: 19}, mixtures=[({1: 0.5, 0: 0.5}, 2), (scales, 19)]),
+    ):
+        rows = slice(43 - step.segments[-1].end, 43)
+        lora.begin(step)
+        added = out[rows].clone()
+        lora.apply(x[rows].contiguous(), added, 0, shape.name)
+        found.append(added[-1])
+    assert torch.equal(*found)
+    assert not torch.equal(found[0], out[-1])
+
+
 def test_a_slot_that_changed_hands_is_the_new_ones(lora: LoraBackend, device: str) -> None:
     """The same slots in one step and the next, another adapter in one of them: nothing of the old is kept."""
     device = device if lora.name != "native" else "cpu"

@@ -1,4 +1,4 @@
-"""Several adapters with scales in one request, against PEFT's ``add_weighted_adapter(combination_type="cat")``."""
+"""Several adapters with scales in a request, as PEFT's ``add_weighted_adapter`` has them with "cat"."""
 
 from __future__ import annotations
 

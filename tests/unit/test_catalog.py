@@ -6,11 +6,13 @@ import tracemalloc
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
 import pytest
 
+from inference_service.core.sequence import Adapter
 from inference_service.serving.adapter_defaults import NO_DEFAULTS, AdapterDefaults
 from inference_service.serving.catalog import EARLIER, Catalog, ServedModel
 from loramux_shared.access.rights import ACCESS, Access, Scope
@@ -257,3 +259,47 @@ def test_ten_thousand_adapters_are_cheap() -> None:
     assert same.count(False) == 1
     with pytest.raises(ModelNotFound, match="Did you mean adapter-005"):
         names.get("adapter-0050O")
+
+
+def test_a_mixture_is_of_what_its_parts_are_named_by() -> None:
+    """Versions, aliases and prefixed names are parts too; the spelling does not matter; a name comes first."""
+    known = catalog({"a": "one", "b": "two", "c": "one"}, aliases={"either": {"b": 1}})
+    mixed = known.resolve("a*0.7+b*0.5")
+    assert mixed.name == "a*0.7+b*0.5"
+    assert mixed.names == ("a", "b")
+    same = f"either*0.25 + base:a*0.7 + b@{digest('two')[:8]}*0.25"
+    assert known.resolve(same).digest == mixed.digest
+    assert known.resolve("a*0.4+b*0.5+c*0.3").digest == mixed.digest
+    assert known.resolve("a*0.7+b*0.25").digest != mixed.digest
+    assert known.resolve("a*0.5+c*0.5") == known.get("a")
+    assert known.resolve("a*0") == known.resolve("a+a*-1") == known.get("base")
+    named = Catalog(1, "base", [BASE, ServedModel("a+b", Adapter("d"))])
+    assert named.resolve("a+b").name == "a+b"
+
+
+def test_a_mixture_opens_nothing_that_its_parts_do_not() -> None:
+    """Each part must be a model that the caller may use, the base where nothing is left; and none is merged."""
+    known = catalog({"a": "one", "b": "two"})
+    with caller("a"):
+        assert known.resolve("a*0.5").names == ("a",)
+        for asked, missing in (("a+b", "b"), ("a*0", "base")):
+            with pytest.raises(ModelNotFound, match=f"no model '{missing}'"):
+                known.resolve(asked)
+    merged = Catalog(1, "base", [ServedModel("m", digest=digest("one"))])
+    with pytest.raises(RequestInvalid, match="merged into the weights"):
+        merged.resolve("m*0.5")
+
+
+def test_what_adapters_of_a_mixture_bring_alike_counts() -> None:
+    """Of defaults, what all say; of stop tokens, all; and somebody reads them where nobody has."""
+    ours = AdapterDefaults(temperature=0.5, top_p=0.9, stop_token_ids=frozenset({7}))
+    other = AdapterDefaults(temperature=0.5, top_p=0.8, stop_token_ids=frozenset({8}))
+    models = [ServedModel(name, Adapter(name), digest=name) for name in "ab"]
+    known = Catalog(
+        1, "base", [replace(each, defaults=said) for each, said in zip(models, (ours, other), strict=True)]
+    )
+    together = AdapterDefaults(temperature=0.5, stop_token_ids=frozenset({7, 8}))
+    assert known.resolve("a+b").defaults == together
+    assert known.resolve("a*0.5").defaults == ours
+    unread = Catalog(1, "base", [replace(each, defaults=None) for each in models])
+    assert unread.resolve("a+b").defaults is None

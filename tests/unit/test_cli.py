@@ -157,6 +157,10 @@ def test_chat_with_nobody(fakes: Fakes) -> None:
     assert code == 1
     assert errors == "error: MODEL_NOT_FOUND: no model 'nobody'; served are base, lora1, lora2.\n"
     assert "Did you mean lora1?" in run("chat", "lora01", "--grpc", fakes.inference_address)[2]
+    code, _, errors = run("chat", "lora2*0.7 + nobody*0.5", "--grpc", fakes.inference_address, said="hello\n")
+    assert (code, errors.partition(";")[0]) == (1, "error: MODEL_NOT_FOUND: no model 'nobody'")
+    run("chat", "lora2*0.7 + lora1", "--grpc", fakes.inference_address, said="hello\n")
+    assert fakes.inference.requests[-1].model == "lora2*0.7 + lora1"
 
 
 def test_chat_without_a_name_is_with_the_first_model(fakes: Fakes) -> None:

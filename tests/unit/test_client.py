@@ -117,8 +117,20 @@ def test_options_reach_the_request(client: Client, fakes: Fakes) -> None:
 def test_values_that_fit_no_field_are_all_named() -> None:
     """A request with values out of range is refused before it is sent, each value with its name."""
     with pytest.raises(faults.RequestInvalid) as caught:
-        generate_request("m", [1, -5], {"max_tokens": -1, "seed": "x", "priority": 2**40})  # type: ignore[typeddict-item]
-    assert {item.where for item in caught.value.findings} == {"priority", "max_tokens", "seed", "prompt"}
+        generate_request(
+            "m",
+            [1, -5],
+            {"max_tokens": -1, "seed": "x", "priority": 2**40, "adapters": "a*0.5"},  # type: ignore[typeddict-item]
+        )
+    wrong = {"priority", "max_tokens", "seed", "prompt", "adapters"}
+    assert {item.where for item in caught.value.findings} == wrong
+
+
+def test_adapters_are_sent_with_their_scales() -> None:
+    """A name alone has the scale 1, and no model need be named beside them."""
+    request = generate_request("", "hi", {"adapters": ["a", ("b", 0.5)]})
+    assert [(each.name, each.scale) for each in request.adapters] == [("a", 1.0), ("b", 0.5)]
+    assert request.model == ""
 
 
 def test_unknown_options_are_a_type_error(client: Client) -> None:

@@ -47,7 +47,7 @@ UNBOUNDED = {
     # with rules of their own in `bounds` and `turns`
     "prompt", "tools", "constraint", "logprobs_mode",
     # looked up, compared, hashed, or the server's own
-    "model", "lora_path", "min_generation", "sticky_key", "priority", "deadline_s", "id", "served",
+    "model", "adapters", "lora_path", "min_generation", "sticky_key", "priority", "deadline_s", "id", "served",
     "usual_temperature",
 }  # fmt: skip
 HTTP_ONLY = {
@@ -118,7 +118,8 @@ def test_grpc_fields_pass_by_name() -> None:
     names = [field.name for message in messages for field in message.DESCRIPTOR.fields]
     assert len(set(names) - TRANSLATED) == len([name for name in names if name not in TRANSLATED])
     assert set(names) - TRANSLATED <= ASKED
-    options = set(names) - TRANSLATED - {"model"} | set(pb.Constraint.DESCRIPTOR.fields_by_name) | {"tools"}
+    options = set(names) - TRANSLATED - {"model"} | set(pb.Constraint.DESCRIPTOR.fields_by_name)
+    options |= {"tools", "adapters"}
     assert set(GenerateOptions.__annotations__) == options
 
 

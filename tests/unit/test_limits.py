@@ -56,6 +56,19 @@ def sequence(prompt: int = 1, *, began: bool = False) -> Sequence:
     return seq
 
 
+def test_a_mixture_counts_for_each_of_its_adapters() -> None:
+    """Whoever mixes has no more tokens of either than one who does not, and the least of their shares."""
+    limits = {"a": {"tokens_per_minute": 10, "weight": 4}, "b": {"max_running": 2, "weight": 2}}
+    world, mixed = World(models=limits), ServedModel("b*0.5+a", parts=(B, A))
+    ticket = world.enter(mixed)
+    assert (ticket.flow, ticket.share) == ("a+b", Share(2, 2))
+    world.ask(6, 5, mixed)
+    assert "model 'a' has used" in str(world.refused(A))
+    assert "model 'a' has used" in str(world.refused(mixed))
+    world.ask(6, 5, B)
+    assert world.enter(ServedModel("a*0.5", parts=(B,))).flow == "b"
+
+
 def holder(key_id: str, **limits: Any) -> Access:
     """Who has a key with limits."""
     return Access(key_id, frozenset({Scope.INFER}), None, Limits(**limits))

@@ -24,14 +24,12 @@ DEPLOY = Path(__file__).parents[2] / "deploy" / "ray"
 
 
 def test_requests_of_an_adapter_have_its_name_as_key_however_it_is_written():
-    """A version, and the base's name before it, go where the adapter goes; the base goes anywhere."""
-    assert [key_of(name, "base") for name in ("a", "a@0123abcd", "base:a", "base", "")] == [
-        "a",
-        "a",
-        "a",
-        "",
-        "",
-    ]
+    """A version, a scale, and the base's name before it, go where the adapter goes, mixtures of the same
+    adapters together, and the base anywhere."""
+    for name in ("a", "a@0123abcd", "base:a", "a*0.5", "base:a*0.5 + a"):
+        assert key_of(name, "base") == "a"
+    assert key_of("b*0.7+a", "base") == key_of("base:a*0.1 + b@0123abcd*2", "base") == "a+b"
+    assert key_of("base", "base") == key_of("", "base") == ""
 
 
 def tried(model: str, loads: dict[str, int]) -> list[list[str]]:

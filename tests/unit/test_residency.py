@@ -569,9 +569,9 @@ def test_every_request_ends_once_on_its_own_digest(
     depth: int,
     adapters: int,
 ) -> None:
-    """Whatever the order of arrivals, loads, failures, evictions, pins and aborts, of adapters and mixtures: until
-    it is resolved, every step reads the matrices of the digests that its sequences name; every request that is
-    not aborted ends once, and in the end nobody holds anything."""
+    """Whatever the order of arrivals, loads, failures, evictions, pins and aborts, of adapters and mixtures:
+    until it is resolved, every step reads the matrices of the digests that its sequences name; every request
+    that is not aborted ends once, and in the end nobody holds anything."""
     world = World(units, sizes, depth, adapters=adapters)
     asked = [seq for action in actions if (seq := _act(world, action, adapters)) is not None]
     world.settle()

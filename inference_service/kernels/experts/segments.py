@@ -27,10 +27,13 @@ class Owners(NamedTuple):
     """fp32 [T]; None where all are 1."""
 
 
-def owners_of(segments: Segments, tokens: int, nobody: int) -> list[Owners]:
-    """Return the slots of so many tokens in each pass of a step's segments; those of none have nobody's."""
+def owners_of(segments: Segments, tokens: int, nobody: int, passes: int | None = None) -> list[Owners]:
+    """Return the slots of so many tokens in each pass of a step's segments, or in the first ones.
+
+    Those of none have nobody's.
+    """
     device, owners = segments.packed.device, []
-    for index in range(segments.capacity.passes):
+    for index in range(passes or segments.capacity.passes):
         slots = torch.full((tokens,), nobody, dtype=torch.int32, device=device)
         scales = None if segments.scales is None else torch.ones(tokens, device=device)
         arguments = {

@@ -31,6 +31,7 @@ def lora_apply(
     workspace: Tensor,
     *,
     fused: bool | None = None,
+    passes: int | None = None,
 ) -> None:
     """Add the adapters' updates of one fused linear to ``out`` in place.
 
@@ -43,12 +44,16 @@ def lora_apply(
             so all layers share one.
         fused: whether shrink and the first pass of expand are one launch; by default where ``ONE_LAUNCH`` says
             so, which is nowhere yet. Launches that share the segments must not overlap then.
+        passes: how many of the capacity's passes are launched, where the others are known to be empty.
 
     Raises:
         ValueError: when shapes, dtypes, strides or devices do not fit; when ``fused`` is asked for and no
             tiles are shipped for it.
     """
-    for launch in plan(x, out, group, segments, workspace, fused=fused):
+    launches = plan(x, out, group, segments, workspace, fused=fused)
+    if passes is not None:
+        del launches[len(launches) - segments.capacity.passes + passes :]
+    for launch in launches:
         launch()
 
 

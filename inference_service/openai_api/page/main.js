@@ -2,6 +2,7 @@
 
 import { Answer } from "./answer.js";
 import { getJson, hasKey, useKey } from "./api.js";
+import { Mixer } from "./mixer.js";
 import { Operate } from "./operate.js";
 import { Panel } from "./panel.js";
 import { Picker } from "./picker.js";
@@ -12,7 +13,8 @@ const STRIPES = ["#4c6ef5", "#e8590c", "#0ca678", "#ae3ec9", "#f08c00", "#1098ad
 const BASE_STRIPE = "#868e96";
 
 const $ = (selector) => document.querySelector(selector);
-const picker = new Picker();
+const mixer = new Mixer();
+const picker = new Picker((chosen) => mixer.show(chosen));
 const panel = new Panel(found, lost);
 const empty = $("#empty");
 new Operate(() => picker.chosen, found);
@@ -86,7 +88,7 @@ function stripe(model, nth) {
 }
 
 async function send() {
-  const models = picker.chosen;
+  const models = [...picker.chosen, ...mixer.chosen];
   $("#note").textContent = models.length ? "" : "Choose at least one model.";
   if (!models.length) return picker.focus();
   stop();

@@ -14,7 +14,11 @@ export class Picker {
   #filter = document.querySelector("#filter");
   #chips = document.querySelector("#chips");
 
-  constructor() {
+  #changed;
+
+  /** Take what is told of every change of the choice. */
+  constructor(changed) {
+    this.#changed = changed;
     this.#filter.addEventListener("input", () => this.#show());
     this.#filter.addEventListener("keydown", (event) => this.#keyInFilter(event));
     this.#list.addEventListener("keydown", (event) => this.#keyInList(event));
@@ -65,6 +69,7 @@ export class Picker {
     document.querySelector("#choose-none").disabled = !this.#chosen.size;
     this.#chips.hidden = this.#filter.hidden || !this.#chosen.size;
     this.#chips.replaceChildren(...[...this.#chosen].map((name) => this.#chip(name)));
+    this.#changed(this.chosen);
   }
 
   #chip(name) {

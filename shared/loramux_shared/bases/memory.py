@@ -168,7 +168,8 @@ def needs_of(
     # A sampled row's logits are there once more in float32 when log probabilities are asked for.
     logits = sizes.seqs * dims.vocab
     recorded_rows = [size for size in mixed_buckets(sizes.tokens) if size <= RECORDED_ROWS]
-    num_graphs = 2 * (len(list(buckets(sizes.seqs))) + len(recorded_rows))
+    decodes = len(list(buckets(sizes.seqs)))
+    num_graphs = 2 * (decodes + len(recorded_rows)) + decodes  # with adapters, without, and with two to a row
     held = max(sizes.seqs, *recorded_rows)
     recorded = num_graphs * GRAPH_BYTES + held * row + 2 * logits * item_bytes
     recorded += shaping_bytes(sizes.seqs, dims.vocab)
