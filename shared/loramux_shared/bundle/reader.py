@@ -229,7 +229,7 @@ def _check_rows(rows: Sequence[ModuleRow], table: Array, columns: Array, what: s
 
 
 def _row(row: ModuleRow, values: Array) -> BundleRow:
-    split, length = row.rank * row.in_features, row.elements
+    split, length = row.rank * row.in_features, row.rank * (row.in_features + row.out_features)
     a = values[:split].reshape(row.rank, row.in_features)
     b = values[split:length].reshape(row.out_features, row.rank)
     return BundleRow(row, a, b, values[length : row.elements].reshape(row.vectors, row.out_features))

@@ -103,7 +103,7 @@ REFUSED = (
     of_config("invocation of true and false", "E_ALORA", alora_invocation_tokens=[True, False]),
     of_config("invocation beyond the vocabulary", "E_ALORA", alora_invocation_tokens=[1, 32]),
     of_config("invocation of 65 tokens", "E_ALORA", alora_invocation_tokens=[1] * 65),
-    of_config("invocation, and biases", "E_BIAS E_ALORA", alora_invocation_tokens=[1], bias="all"),
+    of_config("invocation, and biases", "E_ALORA", alora_invocation_tokens=[1], bias="all"),
     of_config("layer_replication", "E_REPLICATION", layer_replication=[[0, 2], [1, 2]]),
     of_config("target_parameters", "E_TARGET_PARAMS", target_parameters=["mlp.experts.gate_up_proj"]),
     of_config(

@@ -165,7 +165,7 @@ REFUSED = (
     exhibit("embeddings in int8", "E_EMBED", _saved(lambda: embeddings().astype("i1"), f"{EMBED}.weight")),
     _one("a norm", "E_UNKNOWN_KEY", f"{ROOT}norm.weight", (HIDDEN,)),
     _one("DoRA", "E_DORA", f"{Q}.lora_magnitude_vector", (16,)),
-    _one("DoRA, raw", "E_DORA E_ADAPTER_INFIX", f"{Q}.lora_magnitude_vector.default.weight", (16,)),
+    _one("DoRA, raw", "E_ADAPTER_INFIX", f"{Q}.lora_magnitude_vector.default.weight", (16,)),
     _one("DoRA of a head", "E_EMBED", f"{HEAD}.lora_magnitude_vector", (VOCAB,)),
     exhibit("DoRA of other widths", "E_DIMS", _magnitudes(17)),
     exhibit("DoRA, and no weights of the base", "E_DORA", _magnitudes(16)),
