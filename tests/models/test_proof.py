@@ -294,7 +294,8 @@ def test_a_truncated_adapter_is_proved_as_truncated(world: World) -> None:
     store = MemoryStore()
     build_into(store, world, truncate_to_rank=3)
     assert manifest_of(store, "wide").ranks == (3,)
-    world.load(store)
+    ready = world.load(store)
+    assert [refusal(ready, name) for name in EVERY] == [None] * len(EVERY)
 
 
 def test_a_proof_is_part_of_the_digest_and_repeatable(world: World, float32: MemoryStore) -> None:

@@ -222,6 +222,22 @@ def test_rows_that_do_not_fit_are_refused(bench: Bench, change: Callable[[Any, A
     assert code in [found for found, _ in bench.errors()]
 
 
+def test_magnitudes_are_taken_as_they_are(bench: Bench) -> None:
+    """Another converter has divided them by the norms; those of a fused row are cut as B is."""
+    own = np.arange(1, 1 + Q + 2 * KV, dtype=np.float32) / 16
+
+    def change(weights: Any, config: Any) -> None:
+        weights[0, 2 * (HIDDEN + len(own)) :][: len(own)] = own
+        config[0, 3] = 1
+
+    write(bench.npy, [(0, 0, 2), (4, 0, 2)], extra=len(own), change=change)
+    rows = bench.build().rows
+    assert [row.row.vectors for row in rows] == [1, 1, 1, 0]
+    parts = own[:Q], own[Q : Q + KV], own[Q + KV :]
+    for row, part in zip(rows, parts, strict=False):
+        np.testing.assert_array_equal(row.vectors[0].astype(np.float32), part)
+
+
 def test_a_fused_row_beside_a_part_of_it_is_refused(bench: Bench) -> None:
     """attn_qkv and attn_k in one layer would adapt k twice."""
     write(bench.npy, [(0, 0, 4), (2, 0, 4)])
