@@ -84,7 +84,6 @@ def expand_tile(
         o_n = i_tile * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N] column in the slice
         o_r = tl.arange(0, BLOCK_R)  # [BLOCK_R] rank in the slice
         m_n, m_r = o_n < size, o_r < rank
-        b_c, b_d = vectors_of_tile(p_vectors, vectors, o_n, size, 32 // p_b.dtype.element_ty.primitive_bitwidth)
         p_block = p_b + element + o_r[:, None] * size + o_n[None, :]
         b_b = tl.load(p_block, mask=m_r[:, None] & m_n[None, :], other=0.0)  # [BLOCK_R, BLOCK_N]
         for i_t in tl.range(start, end, BLOCK_T, num_stages=1):
@@ -107,6 +106,9 @@ def expand_tile(
             else:
                 b_sum = tl.dot(b_y, b_b, input_precision="ieee")
             b_sum += b_out.to(tl.float32)
+            b_c, b_d = vectors_of_tile(
+                p_vectors, vectors, o_n, size, 32 // p_b.dtype.element_ty.primitive_bitwidth
+            )
             b_sum = b_sum * b_c[None, :] + b_d[None, :]
             tl.store(p_tile, b_sum.to(p_out.dtype.element_ty), mask=m_tile)
 

@@ -300,7 +300,6 @@ def expand_kernel(
 
     o_n = i_tile * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N] column in the slice
     m_n = o_n < size
-    b_c, b_d = vectors_of_tile(p_vectors, vectors, o_n, size, 32 // p_b.dtype.element_ty.primitive_bitwidth)
     for i_t in range(start, end, BLOCK_T):
         o_p = i_t + tl.arange(0, BLOCK_T)  # [BLOCK_T]
         m_p = o_p < end
@@ -323,5 +322,7 @@ def expand_kernel(
         p_tile = p_out + o_t[:, None] * stride_out + offset + o_n[None, :]
         m_tile = m_p[:, None] & m_n[None, :]
         b_sum += tl.load(p_tile, mask=m_tile, other=0.0).to(tl.float32)
+        # read here: registers are dear in the loop over the rank
+        b_c, b_d = vectors_of_tile(p_vectors, vectors, o_n, size, 32 // p_b.dtype.element_ty.primitive_bitwidth)
         b_sum = b_sum * b_c[None, :] + b_d[None, :]
         tl.store(p_tile, b_sum.to(p_out.dtype.element_ty), mask=m_tile)
