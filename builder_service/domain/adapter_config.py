@@ -45,6 +45,12 @@ class AdapterConfig:
     trainable_tokens: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     """``trainable_token_indices``, by ends of names of modules."""
     ensure_weight_tying: bool = False
+    use_dora: bool | None = False
+    """Whether every module has magnitudes; None where the config does not say."""
+    lora_bias: bool | None = False
+    """Whether every lora_B has a bias; None likewise."""
+    normalised: bool = False
+    """Whether magnitudes are divided by the norms of their rows already."""
     base_model_name: str = ""
     base_model_revision: str = ""
     base_model_class: str = ""
@@ -170,6 +176,8 @@ def _config(kind: Kind, fields: dict[str, Any]) -> AdapterConfig:
         alpha_pattern=fields.get("alpha_pattern") or {},
         initial=said if (said := str(fields.get("init_lora_weights")).lower()) in RECKONED else "",
         use_rslora=bool(fields.get("use_rslora")),
+        use_dora=bool(fields.get("use_dora")),
+        lora_bias=bool(fields.get("lora_bias")),
         target_modules=tuple(targets) if isinstance(targets, list) else targets,
         exclude_modules=excluded if isinstance(excluded, str) else tuple(excluded),
         layers_to_transform=layers if isinstance(layers, int) else tuple(layers or ()),

@@ -49,6 +49,7 @@ def bad_fields(fields: dict[str, Any]) -> list[Finding]:
         ("lora_alpha", is_alpha, "a number"),
         ("use_rslora", lambda value: isinstance(value, bool), "true or false"),
         ("use_dora", lambda value: isinstance(value, bool), "true or false"),
+        ("lora_bias", lambda value: isinstance(value, bool), "true or false"),
         ("target_modules", _is_names_or_pattern, "a list of names or a pattern"),
         ("exclude_modules", _is_names_or_pattern, "a list of names or a pattern"),
         ("modules_to_save", _is_few_names, f"a list of at most {MAX_SAVED} names"),

@@ -29,6 +29,7 @@ _OF_LORA: Final = (
     "use_dora",
 )
 _UNSET: Final[tuple[Any, ...]] = (None, False, "none", [], {})
+_BIASES: Final = ("none", "all", "lora_only")
 _TASKS: Final = frozenset({"CAUSAL_LM", ""})
 # Variants whose factors are not plain A and B. VeLoRA and runtime_config change training only.
 _VARIANTS: Final = (
@@ -73,12 +74,14 @@ MLX_FIX: Final = (
 
 def _methods(fields: dict[str, Any]) -> list[Finding]:
     found = []
-    if fields.get("use_dora"):
-        found.append(_refused("E_DORA", "use_dora", "false", "true", _MERGE))
-    if (bias := fields.get("bias") or "none") != "none":
-        found.append(_refused("E_BIAS", "bias", "none", shown(bias), _MERGE))
-    if fields.get("lora_bias"):
-        found.append(_refused("E_BIAS", "lora_bias", "false", "true", _MERGE))
+    if (bias := fields.get("bias") or "none") not in _BIASES:
+        found.append(_refused("E_BIAS", "bias", "none, all or lora_only", shown(bias), _MERGE))
+    if fields.get("lora_bias") is True and fields.get("use_dora") is True:
+        fix = "PEFT does not have both: correct the one that was not trained."
+        found.append(_refused("E_BIAS", "lora_bias", "false beside use_dora", "true", fix))
+    if fields.get("target_parameters") and fields.get("use_dora") is True:
+        fix = "PEFT has no magnitudes of parameters: train with target_modules alone. Or: " + _MERGE
+        found.append(_refused("E_DORA", "use_dora", "false beside target_parameters", "true", fix))
     found += [
         _refused("E_VARIANT", key, "unset", shown(fields[key]), _MERGE) for key in _VARIANTS if fields.get(key)
     ]

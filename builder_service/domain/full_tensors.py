@@ -28,6 +28,10 @@ EMBED_FIX: Final = (
     "Embeddings and head have a row for each of the base's tokens: merge the adapter (merge_and_unload), or "
     "train without added tokens."
 )
+BIAS_FIX: Final = (
+    "Biases of projections of attention and dense MLP are served, where the base has some: train with bias "
+    "lora_only, or merge it into the base (merge_and_unload) and serve a full model."
+)
 
 
 class BaseTensors(Protocol):
@@ -89,7 +93,8 @@ def check_full_tensors(
         elif differs is None or module is None:
             code = "E_EMBED" if named else full.key.code
             fix = EMBED_FIX if is_embedding(full.key.name) else _saved_fix(full.key.name)
-            expected = f"the base's own {full.key.name}.weight, or none"
+            fix = BIAS_FIX if full.key.kind == "bias" else fix
+            expected = f"the base's own {full.key.tensor}, or none"
             report.add(code, full.tensor.name, cause=problem, expected=expected, found=problem, fix=fix)
     for name in saved:
         if not any(_is_of(full.key.name, name) for full in fulls):
@@ -124,12 +129,13 @@ def _compare(
     """
     if base is None:
         return "a whole matrix, and no base to compare it with", None
+    what = "a bias" if full.key.kind == "bias" else "a whole matrix"
     name, found = next(
         ((name, found) for name in _names(full.key, model) if (found := base.find(name)) is not None),
         ("", None),
     )
     if found is None:
-        return "a whole matrix that the base does not have", None
+        return f"{what} that the base does not have", None
     theirs, ours = found.tensors[name], full.tensor
     if ours.shape != theirs.shape:
         return f"shape {list(ours.shape)}, the base has {list(theirs.shape)}", None
@@ -139,7 +145,7 @@ def _compare(
     step = max(1, PIECE // width) * width
     pieces = zip(file.pieces(ours.name, step), found.pieces(name, step), strict=True)
     differs = np.concatenate([_differs(a, b, width) for a, b in pieces]) if ours.size else np.zeros(0, bool)
-    return "a whole matrix that differs from the base's" if differs.any() else "", differs
+    return f"{what} that differs from the base's" if differs.any() else "", differs
 
 
 def _names(key: FullKey, model: ModelConfig) -> list[str]:
@@ -147,7 +153,7 @@ def _names(key: FullKey, model: ModelConfig) -> list[str]:
     names, embeddings = [key.name], [f"{prefix}{model.names.embedding}" for prefix in model.names.prefixes]
     if key.module is not None:
         names += [*model.names.heads, *embeddings] if key.module.name == "head" else embeddings
-    return [f"{name}.weight" for name in dict.fromkeys(names)]
+    return [f"{name}.{key.kind}" for name in dict.fromkeys(names)]
 
 
 def _differs(ours: Array, theirs: Array, width: int) -> Array:

@@ -1,11 +1,12 @@
 """Adapters that another TensorRT-LLM converter has turned into npy files: the same rules, other containers.
 
 Rows become tensors in PEFT's names that lie where they are in the weights file, so nothing is copied. Scales
-are in B already.
+are in B already, and magnitudes of DoRA are divided by the norms of their rows.
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -60,7 +61,9 @@ class FoldedConfig(AdapterConfig):
         return 1.0
 
 
-FOLDED: Final = FoldedConfig(rank=0, alpha=1.0, target_modules=ALL_LINEAR)
+FOLDED: Final = FoldedConfig(
+    rank=0, alpha=1.0, target_modules=ALL_LINEAR, use_dora=None, lora_bias=None, normalised=True
+)
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,8 @@ class _Row:
     module_id: int
     layer: int
     rank: int
+    dora: bool
+    """Whether magnitudes, divided by the norms already, stand behind B."""
     features: tuple[tuple[int, int], ...] = ()
     """(in, out) of each of its modules in the base."""
 
@@ -91,6 +96,11 @@ class _Row:
     @property
     def outs(self) -> tuple[int, ...]:
         return tuple(out for _, out in self.features)
+
+    @property
+    def length(self) -> int:
+        """Elements that it has."""
+        return self.rank * (self.features_in + sum(self.outs)) + self.dora * sum(self.outs)
 
     def placed(self, base: ModelConfig) -> _Row | None:
         """Return the row with the shapes of its modules; None where the base has no such place."""
@@ -178,8 +188,9 @@ def _rows(config: Array, base: ModelConfig, report: Grouping) -> Iterator[_Row]:
     for index, values in enumerate(config.tolist()):
         module_id, layer, rank, is_dora = values
         place = f"row {index}"
-        if is_dora:
-            report.add("E_DORA", place, cause=is_dora, expected="is_dora 0", found=str(is_dora), fix=_MERGE)
+        if is_dora not in (0, 1):
+            report.add("E_BAD_NPY", place, expected="is_dora 0 or 1", found=str(is_dora), fix=_AGAIN)
+            continue
         if module_id not in served:
             name = _UNSERVED.get(module_id, "no module of TensorRT-LLM")
             code = "E_MOE" if "moe" in name or "expert" in name or "router" in name else "E_MODULE"
@@ -190,7 +201,7 @@ def _rows(config: Array, base: ModelConfig, report: Grouping) -> Iterator[_Row]:
         if rank < 1 or layer < 0:
             report.add("E_BAD_NPY", place, expected="a layer and a rank", found=f"{layer}, {rank}", fix=_AGAIN)
             continue
-        row = _Row(index, module_id, layer, rank)
+        row = _Row(index, module_id, layer, rank, bool(is_dora))
         places = [(layer, module.id) for module in row.modules]
         if any(seen[item] for item in places):
             fix = "Files of two adapters were merged, or a fused row stands beside its parts."
@@ -210,7 +221,7 @@ def _rows(config: Array, base: ModelConfig, report: Grouping) -> Iterator[_Row]:
 
 def _is_sound(row: _Row, table: _Table, report: Grouping) -> bool:
     """Check that a row holds what its dims say and zeros behind it."""
-    length = row.rank * (row.features_in + sum(row.outs))
+    length = row.length
     name = "+".join(module.name for module in row.modules)
     if length > table.width:
         report.add(
@@ -229,7 +240,7 @@ def _is_sound(row: _Row, table: _Table, report: Grouping) -> bool:
             cause=row.module_id,
             expected=f"zeros behind element {length} of {name} of rank {row.rank}",
             found="other values",
-            fix="The adapter was converted for another base, or the row holds more than A and B.",
+            fix="The adapter was converted for another base, or the row holds more than it says.",
         )
         return False
     if lower := _lower_rank(row, table):
@@ -280,17 +291,20 @@ def _is_zero(table: _Table, row: int, start: int, stop: int) -> bool:
 
 
 def _tensors(row: _Row, table: _Table) -> Iterator[Tensor]:
-    """Yield A and B of each module of a row; those of a fused row share A, and have B's rows in turn."""
-    first = row.rank * row.features_in
+    """Yield the tensors of each module of a row; those of a fused row share A, and have B's rows in turn."""
+    first, behind = row.rank * row.features_in, row.rank * (row.features_in + sum(row.outs))
     for module, out in zip(row.modules, row.outs, strict=True):
         name = f"base_model.model.model.layers.{row.layer}.{module.path}.lora_"
         yield _tensor(f"{name}A.weight", table, row.index, 0, (row.rank, row.features_in))
         yield _tensor(f"{name}B.weight", table, row.index, first, (out, row.rank))
         first += out * row.rank
+        if row.dora:
+            yield _tensor(f"{name}magnitude_vector", table, row.index, behind, (out,))
+            behind += out
 
 
-def _tensor(name: str, table: _Table, row: int, element: int, shape: tuple[int, int]) -> Tensor:
-    size = shape[0] * shape[1] * table.itemsize
+def _tensor(name: str, table: _Table, row: int, element: int, shape: tuple[int, ...]) -> Tensor:
+    size = math.prod(shape) * table.itemsize
     return Tensor(name, table.dtype, shape, table.at(row, element), size)
 
 

@@ -1,4 +1,4 @@
-"""A and B of a module, as they stand in an adapter's file."""
+"""A and B of a module, and what stands beside them, as they stand in an adapter's file."""
 
 from __future__ import annotations
 
@@ -18,6 +18,18 @@ class Pair:
     key: LoraKey
     a: Tensor
     b: Tensor
+    magnitude: Tensor | None = None
+    """DoRA's."""
+    lora_bias: Tensor | None = None
+    """Of lora_B."""
+    bias: Tensor | None = None
+    """The base's own, trained."""
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All that it has."""
+        every = self.a, self.b, self.magnitude, self.lora_bias, self.bias
+        return tuple(tensor for tensor in every if tensor is not None)
 
     @property
     def place(self) -> str:
@@ -39,13 +51,31 @@ class Pair:
 
     def features(self, base: ModelConfig) -> list[tuple[int, int]] | None:
         """Return (in, out) of each of its modules; None where the base has no such place."""
-        found = [base.features(module.name, self.key.layer) for module in self.key.modules]
-        there = [each for each in found if each is not None]
-        return there if len(there) == len(found) else None
+        return features_of(self.key, base)
 
     def parts(self, base: ModelConfig) -> Iterator[tuple[Module, tuple[int, int]]]:
         """Yield each module with the rows of B that are its own."""
-        start = 0
-        for module, (_, out) in zip(self.key.modules, self.features(base) or (), strict=True):
-            yield module, (start, start + out)
-            start += out
+        return parts_of(self.key, base)
+
+
+@dataclass(frozen=True)
+class LoneBias:
+    """A trained bias of the base, of a module without A and B."""
+
+    key: LoraKey
+    bias: Tensor
+
+
+def features_of(key: LoraKey, base: ModelConfig) -> list[tuple[int, int]] | None:
+    """Return (in, out) of each module of a key; None where the base has no such place."""
+    found = [base.features(module.name, key.layer) for module in key.modules]
+    there = [each for each in found if each is not None]
+    return there if len(there) == len(found) else None
+
+
+def parts_of(key: LoraKey, base: ModelConfig) -> Iterator[tuple[Module, tuple[int, int]]]:
+    """Yield each module of a key with the rows of its output that are its own."""
+    start = 0
+    for module, (_, out) in zip(key.modules, features_of(key, base) or (), strict=True):
+        yield module, (start, start + out)
+        start += out

@@ -18,6 +18,7 @@ from builder_service.domain.grouping import LONGEST, Grouping
 from builder_service.domain.initial import with_initial
 from builder_service.domain.legal_rules import legal_findings
 from builder_service.domain.own_rows import PlannedRows, plan_rows
+from builder_service.domain.pairs import LoneBias, Pair
 from builder_service.domain.safetensors_header import HeaderInvalid, TensorFile, TooManyTensors
 from builder_service.domain.sharded import read_weights
 from builder_service.domain.strict_json import shown
@@ -29,9 +30,12 @@ from builder_service.domain.tensor_rules import (
     tower_warning,
 )
 from builder_service.domain.value_rules import Part, check_values
+from builder_service.domain.vector_rules import check_lone_biases
+from builder_service.domain.vectors import VectorReader, VectorRow, Vectors
 from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bundle.manifest import Coverage, FileDigest, ModuleRow
 from loramux_shared.bundle.modules import NO_LAYER
+from loramux_shared.bundle.npy import Array
 from loramux_shared.deployment import Dtype
 from loramux_shared.faults import Finding
 from loramux_shared.wording import listed
@@ -51,6 +55,8 @@ class PlannedRow:
     b: str
     b_rows: tuple[int, int]
     """The rows of b that are this module's, from the first up to the second: all, unless it is fused."""
+    vectors: tuple[Array, ...] = ()
+    """What stands behind B, in the storage type."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +122,9 @@ def check_adapter(
         return CheckedAdapter(parsed.findings)
     found = list(parsed.findings)
     # A config that says nothing lets every rule about the tensors alone speak too.
-    config = parsed.config or AdapterConfig(kind=parsed.kind, rank=None, alpha=1.0)
+    config = parsed.config or AdapterConfig(
+        kind=parsed.kind, rank=None, alpha=1.0, use_dora=None, lora_bias=None
+    )
     try:
         file = read_weights(folder, most_tensors(book.limits.base))
     except TooManyTensors as error:
@@ -141,41 +149,96 @@ def check_tensors(
     plain = expanded(file, config.kind, base, report)
     tensors = sort_tensors(plain.file, base, report, config.target_parameters)
     pairs, file = tensors.pairs, tensors.file
-    config, unread = config.read(pair.key.name for pair in pairs)
+    config, unread = config.read([key.name for key in tensors.keys])
     file, pairs = with_initial(file, pairs, config, book.base, report)
     check_pairs(pairs, config, book.limits, report)
+    check_lone_biases(tensors.biases, config, base, book.limits.target_modules, report)
     full = check_full_tensors(file, tensors.fulls, config.modules_to_save, base, book.base, report)
     replaced = plan_rows(file, full.tables, tensors.tokens, pairs, config, base, report)
     own = list(dict.fromkeys(planned.tensor for planned in replaced))
     values = check_values(file, pairs, own, config, base, book.dtype, report, progress)
+    broken = report or any(_is_error(finding) for finding in found)
+    vectors = Vectors() if broken else _vectors(pairs, tensors.biases, file, config, book, report, progress)
     found += [*unread, *report.findings()]
     if config.invocation_tokens and (replaced or any(pair.key.layer == NO_LAYER for pair in pairs)):
         found.append(_activated_vocabulary())
-    if not pairs and not replaced and not any(_is_error(finding) for finding in found):
+    if not pairs and not replaced and not vectors.rows and not any(_is_error(finding) for finding in found):
         found.append(_nothing(config))
     if any(_is_error(finding) for finding in found):
         return CheckedAdapter(tuple(found), file)
-    made = (tensor.name for pair in pairs for tensor in (pair.a, pair.b))
-    used = {origin for name in made for origin in file.origins(name)} | set(own)
-    found += [*values.warnings, *redundant_warning(full.redundant), *tower_warning(tensors.towers)]
-    found += legal_findings(pairs, config, base)
+    found += [each for each in values.warnings if each.code != "W_ZERO_B" or not vectors.rows]
+    found += [*vectors.warnings(book.dtype), *redundant_warning((*full.redundant, *vectors.redundant))]
+    found += [*tower_warning(tensors.towers), *legal_findings(pairs, config, base)]
+    redundant = {*full.redundant, *tensors.towers, *plain.idle, *vectors.redundant}
+    adapting = [*(tensor for pair in pairs for tensor in pair.tensors), *(lone.bias for lone in tensors.biases)]
     return CheckedAdapter(
         tuple(found),
         file,
-        tuple(map(_planned, values.parts)),
+        _rows(values.parts, vectors, base),
         tuple(replaced),
         config.base_model_name,
         config.base_model_revision,
         Coverage(
-            used=tuple(sorted(used)),
-            redundant=tuple(sorted({*full.redundant, *tensors.towers, *plain.idle})),
+            used=tuple(sorted(_used([*(tensor.name for tensor in adapting), *own], file) - redundant)),
+            redundant=tuple(sorted(redundant)),
         ),
         config.invocation_tokens,
     )
 
 
-def _planned(part: Part) -> PlannedRow:
+def _used(names: list[str], file: TensorFile) -> set[str]:
+    return {origin for name in names for origin in file.origins(name)}
+
+
+def _vectors(
+    pairs: list[Pair],
+    biases: list[LoneBias],
+    file: TensorFile,
+    config: AdapterConfig,
+    book: Rulebook,
+    report: Grouping,
+    progress: Callable[[int], None],
+) -> Vectors:
+    """Read what stands beside A and B, where all else is right: it may take the base's weights."""
+    found, base = Vectors(), book.limits.base
+    reader = VectorReader(file, base, book.base, book.dtype, report, progress, config.normalised)
+    for pair in pairs:
+        if len(pair.tensors) > 2:
+            reader.of_pair(pair, config.scale_of(pair.key.name, pair.trained_rank), found)
+    for lone in biases:
+        reader.of_bias(lone, found)
+    return found
+
+
+def _rows(parts: list[Part], vectors: Vectors, base: ModelConfig) -> tuple[PlannedRow, ...]:
+    """Return a row for each part, with its vectors, and for vectors alone."""
+    left = dict(vectors.rows)
+    rows = [_planned(part, left.pop((part.pair.key.layer, part.module.id), None)) for part in parts]
+    rows += [_planned_vectors(row, base) for row in left.values()]
+    return tuple(sorted(rows, key=lambda planned: planned.row.place))
+
+
+def _planned_vectors(own: VectorRow, base: ModelConfig) -> PlannedRow:
+    inside, out = base.features(own.module.name, own.key.layer) or (0, 0)
+    row = ModuleRow(
+        layer=own.key.layer,
+        module_id=own.module.id,
+        module=own.module.name,
+        rank=0,
+        in_features=inside,
+        out_features=out,
+        scale=1.0,
+        norm_a=0.0,
+        norm_b=0.0,
+        norm_ba=0.0,
+        vectors=len(own.vectors),
+    )
+    return PlannedRow(row, "", "", (0, 0), own.vectors)
+
+
+def _planned(part: Part, own: VectorRow | None) -> PlannedRow:
     a, b = part.pair.a, part.pair.b
+    vectors = () if own is None else own.vectors
     row = ModuleRow(
         layer=part.pair.key.layer,
         module_id=part.module.id,
@@ -188,8 +251,9 @@ def _planned(part: Part) -> PlannedRow:
         norm_b=part.norms.b,
         norm_ba=part.norms.ba,
         expert=part.pair.key.expert,
+        vectors=len(vectors),
     )
-    return PlannedRow(row, a.name, b.name, part.b_rows)
+    return PlannedRow(row, a.name, b.name, part.b_rows, vectors)
 
 
 def _is_error(finding: Finding) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Set
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Final, Literal, TypeAlias
@@ -38,18 +38,33 @@ MAX_KEY: Final = 512
 """Characters; what is longer is no name of a module."""
 _KEPT: Final = 8192
 """Keys that are parsed once for all adapters, which mostly have the same; 80 layers have 1120."""
-_LORA: Final = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(?:\.(?P<infix>[^.]+))?\.weight")
-_LORA_EMBEDDING: Final = re.compile(r"(?P<module>.+)\.lora_embedding_(?P<side>[AB])(?:\.(?P<infix>[^.]+))?")
+Side: TypeAlias = Literal["A", "B", "magnitude", "lora_bias", "bias", "bare_bias"]
+"""What a tensor is of its module: a factor, DoRA's magnitude, the bias of lora_B, or the base's own bias,
+trained; bare where the key does not say that PEFT has wrapped the module."""
+_INFIX: Final = r"(?:\.(?P<infix>[^.]+))?"
+_FORMS: Final[Mapping[Side, re.Pattern[str]]] = {
+    "A": re.compile(rf"(?P<module>.+)\.lora_A{_INFIX}\.weight"),
+    "B": re.compile(rf"(?P<module>.+)\.lora_B{_INFIX}\.weight"),
+    "lora_bias": re.compile(rf"(?P<module>.+)\.lora_B{_INFIX}\.bias"),
+    # as PEFT saves them, and as state dicts of several of its releases have them
+    "magnitude": re.compile(rf"(?P<module>.+)\.lora_magnitude_vector(?:\.weight|{_INFIX}(?:\.weight)?)"),
+}
+_OF_EMBEDDING: Final[Mapping[Side, re.Pattern[str]]] = {
+    "A": re.compile(rf"(?P<module>.+)\.lora_embedding_A{_INFIX}"),
+    "B": re.compile(rf"(?P<module>.+)\.lora_embedding_B{_INFIX}"),
+}
 _OF_NO_LAYER: Final = re.compile(r"(?P<decoder>(?:[^.]+\.)*?)(?P<path>embed_tokens|lm_head)")
+_BIAS: Final = re.compile(r"(?P<module>.+?)(?P<wrapped>\.base_layer)?\.bias")
 _PLACE: Final = re.compile(
     r"(?P<decoder>(?:[^.]+\.)*?)layers\.(?P<layer>[0-9]{1,6})\.(?P<path>[^.]+(?:\.[^.]+)*)"
 )
 _TOWER: Final = re.compile(
     r"(?:^|\.)(visual|vision_\w+|audio_\w+|multi_modal_projector|mm_projector|embed_vision|embed_audio)\."
 )
-# A whole matrix of the base, as PEFT saves it or as a raw state dict names it.
+# A whole matrix or a bias of the base, as PEFT saves it or as a raw state dict names it.
 _FULL: Final = re.compile(
-    r"(?P<name>.+?)(?:\.modules_to_save(?:\.[^.]+)?|(?P<base>\.original_module|\.base_layer))?\.weight"
+    r"(?P<name>.+?)(?:\.modules_to_save(?:\.[^.]+)?|(?P<base>\.original_module|\.base_layer))?"
+    r"\.(?P<kind>weight|bias)"
 )
 _TOKENS: Final = re.compile(r"(?P<name>.+?)(?:\.token_adapter)?\.trainable_tokens_delta(?:\.(?P<infix>[^.]+))?")
 _EMBEDDING: Final = re.compile(
@@ -67,8 +82,7 @@ _KNOWN_REFUSALS: Final = tuple(
         ("E_CONTAINER", "diffusers or kohya", r"\.lora(\.|_)(up|down)\.weight$|^lora_(unet|te\d?)_"),
         ("E_EMBED", "", r"trainable_tokens_original"),
         ("E_MODULE", "per_layer_model_projection", r"\.per_layer_model_projection\."),
-        ("E_DORA", "", r"lora_magnitude_vector|weight_m_wdecomp"),
-        ("E_BIAS", "", r"\.bias$"),
+        ("E_DORA", "", r"weight_m_wdecomp"),
         ("E_VARIANT", "KaSA", r"lora_diag"),
         ("E_VARIANT", "VeLoRA", r"lora_velora_"),
     )
@@ -84,12 +98,12 @@ INNER: Final = f"{EXPERTS}.base_layer"
 
 @dataclass(frozen=True)
 class LoraKey:
-    """The A or the B of a module of a layer."""
+    """A, B or a vector of a module of a layer."""
 
     layer: int
     path: str
     """The module within the layer: ``self_attn.q_proj``, or ``self_attn.qkv_proj`` in a base that has it."""
-    side: Literal["A", "B"]
+    side: Side
     name: str
     """The module's name in the base: what PEFT's patterns are matched against."""
     infix: str
@@ -126,19 +140,26 @@ class LoraKey:
 
 @dataclass(frozen=True)
 class FullKey:
-    """A whole matrix; it is redundant where it equals the base's, and refused where it does not."""
+    """A whole matrix or a bias; it is redundant where it equals the base's, and refused where it does not."""
 
     name: str
-    """The base's tensor."""
+    """The base's module."""
     code: str
     """What it is refused with."""
     of_base: bool = False
     """Whether the key says that it is what the base has, from before the adapter."""
+    kind: str = "weight"
+    """Of the module: ``weight`` or ``bias``."""
+
+    @property
+    def tensor(self) -> str:
+        """The base's tensor."""
+        return f"{self.name}.{self.kind}"
 
     @property
     def module(self) -> Module | None:
-        """Embeddings or head, where it is one of them."""
-        return _module_of(self.name)
+        """Embeddings or head, where it is the matrix of one of them."""
+        return _module_of(self.name) if self.kind == "weight" else None
 
 
 @dataclass(frozen=True)
@@ -153,7 +174,7 @@ class TokensKey:
 
 @dataclass(frozen=True)
 class TowerKey:
-    """The A or the B of a module that sees images or hears sound, which no text passes."""
+    """A tensor of a module that sees images or hears sound, which no text passes."""
 
     tower: str
 
@@ -185,20 +206,40 @@ def _parse(key: str, fused: frozenset[str], experts: bool) -> ParsedKey:
         return RefusedKey("E_MOE", "")
     plain = ".".join(part for part in key.split(".") if part not in _WRAPPERS).removeprefix("module.")
     name = plain.removeprefix(_ROOT)
-    if match := _LORA.fullmatch(name) or _LORA_EMBEDDING.fullmatch(name):
-        of_no_layer = is_embedding(match["module"])
-        if match.re is _LORA_EMBEDDING and not of_no_layer:
-            return RefusedKey("E_EMBED", "")
-        if plain != name:
-            return _embedding_key(match) if of_no_layer else _lora_key(match, fused)
-    elif full := _FULL.fullmatch(name):
-        saved = "modules_to_save" in name or is_embedding(name)
-        code = "E_EMBED" if saved else "E_UNKNOWN_KEY"
-        return FullKey(full["name"], code, full["base"] is not None) if plain != name else RefusedKey(code, "")
-    elif tokens := _TOKENS.fullmatch(name):
+    for side, pattern in _OF_EMBEDDING.items():
+        if match := pattern.fullmatch(name):
+            return _embedding_key(match, side) if plain != name else RefusedKey("E_EMBED", "")
+    for side, pattern in _FORMS.items():
+        if match := pattern.fullmatch(name):
+            if is_embedding(match["module"]) and side not in {"A", "B"}:
+                return RefusedKey("E_EMBED", "")
+            if plain == name:
+                return RefusedKey("E_UNKNOWN_KEY", "")
+            return (
+                _embedding_key(match, side) if is_embedding(match["module"]) else _lora_key(match, fused, side)
+            )
+    if full := _FULL.fullmatch(name):
+        return _full_key(full, name, fused) if plain != name else RefusedKey(_code_of(full, name), "")
+    if tokens := _TOKENS.fullmatch(name):
         module = _module_of(tokens["name"]) if plain != name else None
         return TokensKey(tokens["name"], module, tokens["infix"] or "") if module else RefusedKey("E_EMBED", "")
     return RefusedKey("E_UNKNOWN_KEY", "")
+
+
+def _full_key(full: re.Match[str], name: str, fused: Set[str]) -> ParsedKey:
+    """Tell a bias of a module that adapters may have, and take the rest for a copy of the base's."""
+    bias = _BIAS.fullmatch(name)
+    if bias is not None and not is_embedding(name):
+        key = _lora_key(bias, fused, "bias" if bias["wrapped"] else "bare_bias")
+        if isinstance(key, TowerKey) or (isinstance(key, LoraKey) and key.expert is None and not key.holds_all):
+            return key
+    return FullKey(full["name"], _code_of(full, name), full["base"] is not None, full["kind"])
+
+
+def _code_of(full: re.Match[str], name: str) -> str:
+    if "modules_to_save" in name or is_embedding(name):
+        return "E_EMBED"
+    return "E_BIAS" if full["kind"] == "bias" else "E_UNKNOWN_KEY"
 
 
 def is_embedding(name: str) -> bool:
@@ -219,7 +260,7 @@ def nearest_key(key: str, fused: Set[str] = frozenset()) -> str:
     return ""
 
 
-def _lora_key(match: re.Match[str], fused: Set[str]) -> LoraKey | TowerKey | RefusedKey:
+def _lora_key(match: re.Match[str], fused: Set[str], side: Side) -> LoraKey | TowerKey | RefusedKey:
     if tower := _TOWER.search(match["module"]):
         return TowerKey(tower[1])
     place = _PLACE.fullmatch(match["module"])
@@ -233,8 +274,8 @@ def _lora_key(match: re.Match[str], fused: Set[str]) -> LoraKey | TowerKey | Ref
         expert = None if own["expert"] is None else int(own["expert"])
     if not _is_known(path, expert, fused):
         return RefusedKey("E_MOE" if _MIXTURE.search(f".{match['module']}.") else "E_MODULE", path)
-    side: Literal["A", "B"] = "A" if match["side"] == "A" else "B"
-    return LoraKey(int(place["layer"]), path, side, match["module"], match["infix"] or "", expert)
+    infix = match.groupdict().get("infix") or ""
+    return LoraKey(int(place["layer"]), path, side, match["module"], infix, expert)
 
 
 def _module_of(name: str) -> Module | None:
@@ -243,15 +284,14 @@ def _module_of(name: str) -> Module | None:
     return BY_PATH[place["path"]] if place and place["decoder"] in _ROOTS else None
 
 
-def _embedding_key(match: re.Match[str]) -> LoraKey | RefusedKey:
+def _embedding_key(match: re.Match[str], side: Side) -> LoraKey | RefusedKey:
     """Return the key of embeddings or head, each of which PEFT gives names of its own."""
     place = _OF_NO_LAYER.fullmatch(match["module"])
-    expected = _LORA_EMBEDDING if place is not None and place["path"] == "embed_tokens" else _LORA
-    if place is None or match.re is not expected:
+    forms = _OF_EMBEDDING if place is not None and place["path"] == "embed_tokens" else _FORMS
+    if place is None or match.re is not forms[side]:
         return RefusedKey("E_EMBED", "")
     if place["decoder"] not in _ROOTS:
         return RefusedKey("E_PREFIX", place["decoder"].rstrip("."))
-    side: Literal["A", "B"] = "A" if match["side"] == "A" else "B"
     return LoraKey(NO_LAYER, place["path"], side, match["module"], match["infix"] or "")
 
 

@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Final
 
 from builder_service.domain.adapter_config import AdapterConfig
 from builder_service.domain.full_tensors import EMBED_FIX, FullTensor
 from builder_service.domain.grouping import SHOWN, Grouping
 from builder_service.domain.own_rows import TokenTensor
-from builder_service.domain.pairs import Pair
+from builder_service.domain.pairs import LoneBias, Pair
 from builder_service.domain.safetensors_header import READABLE, Tensor, TensorFile
 from builder_service.domain.stack_rules import MERGE, unstacked
 from builder_service.domain.tensor_names import (
     FullKey,
     LoraKey,
     RefusedKey,
+    Side,
     TokensKey,
     TowerKey,
     nearest_key,
     parse_key,
 )
+from builder_service.domain.vector_rules import check_vectors, refuse_vectors
 from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bases.families import load_families
 from loramux_shared.bases.groups import GroupShape
@@ -44,8 +47,8 @@ _SERVED: Final = "lora_A and lora_B of projections of attention and dense MLP"
 _FOUND: Final = {
     "E_MOE": "tensors of experts or a router",
     "E_EMBED": "tensors of embeddings or a head",
-    "E_DORA": "magnitudes of DoRA",
-    "E_BIAS": "biases",
+    "E_DORA": "magnitudes of DoRA in the names of its authors' code",
+    "E_BIAS": "biases under names of no form that is known",
     "E_MLX": "MLX's names of A and B",
 }
 _TOWERS_FIX: Final = "Nothing is lost for texts. Train with exclude_modules for the tower for a smaller file."
@@ -71,12 +74,25 @@ class Sorted:
 
     pairs: list[Pair]
     """By layer, module id and expert."""
+    biases: list[LoneBias]
+    """Of modules without A and B."""
     fulls: list[FullTensor]
     towers: tuple[str, ...]
     """Keys of what no text passes."""
     tokens: list[TokenTensor]
     file: TensorFile
     """To read them from."""
+
+    @property
+    def keys(self) -> list[LoraKey]:
+        """Those of modules that are adapted."""
+        return [*(pair.key for pair in self.pairs), *(lone.key for lone in self.biases)]
+
+    @property
+    def adapting(self) -> list[Tensor]:
+        """The tensors of these modules."""
+        pairs = [tensor for pair in self.pairs for tensor in pair.tensors]
+        return [*pairs, *(lone.bias for lone in self.biases)]
 
 
 def sort_tensors(
@@ -108,7 +124,8 @@ def sort_tensors(
                 tokens.append(TokenTensor(parsed, tensor))
             case LoraKey():
                 _check_storage(tensor, report)
-                infixes.setdefault(parsed.infix, name)
+                if parsed.side not in _OF_BASE:  # whose keys have no adapter's name
+                    infixes.setdefault(parsed.infix, name)
                 sides[parsed.layer, parsed.path, parsed.expert].append((parsed, tensor))
     if len(infixes) > 1:
         report.add(
@@ -119,11 +136,17 @@ def sort_tensors(
             fix="Save one adapter: save_pretrained(selected_adapters=[...]).",
         )
         sides.clear()  # which A is of which B, nobody knows
-    found = [pair for entries in sides.values() if (pair := _pair(entries, report)) is not None]
+    lone = [entry for entries in sides.values() if (entry := _lone_bias(entries)) is not None]
+    alone = {id(bias.key) for bias in lone}
+    found = [
+        pair
+        for entries in sides.values()
+        if id(entries[0][0]) not in alone and (pair := _pair(entries, report)) is not None
+    ]
     file, pairs = unstacked(file, found, base, parameters, report)
     pairs.sort(key=lambda pair: pair.order)
     _once_each(pairs, report)
-    return Sorted(pairs, fulls, tuple(sorted(towers)), tokens, file)
+    return Sorted(pairs, lone, fulls, tuple(sorted(towers)), tokens, file)
 
 
 def check_pairs(pairs: list[Pair], config: AdapterConfig, limits: AdapterLimits, report: Grouping) -> None:
@@ -145,6 +168,7 @@ def check_pairs(pairs: list[Pair], config: AdapterConfig, limits: AdapterLimits,
             continue
         _check_rank(pair, config, limits, report)
         _check_place(pair, limits, report)
+        check_vectors(pair, config, report)
 
 
 def tower_warning(towers: tuple[str, ...]) -> list[Finding]:
@@ -181,24 +205,42 @@ def _check_storage(tensor: Tensor, report: Grouping) -> None:
         report.add("E_DTYPE", tensor.name, cause=found, expected="F32, F16 or BF16", found=found, fix=fix)
 
 
+_OF_BASE: Final[tuple[Side, ...]] = ("bias", "bare_bias")
+_SIDES: Final[Mapping[Side, str]] = {
+    "A": "lora_A",
+    "B": "lora_B",
+    "magnitude": "lora_magnitude_vector",
+    "lora_bias": "lora_B.bias",
+    "bias": "base_layer.bias",
+    "bare_bias": "bias",
+}
+"""What tensors of a module are called."""
+
+
+def _lone_bias(entries: list[tuple[LoraKey, Tensor]]) -> LoneBias | None:
+    """A bias of a module that PEFT has not wrapped, where it is all there is."""
+    key, tensor = entries[0]
+    return LoneBias(key, tensor) if len(entries) == 1 and key.side == "bare_bias" else None
+
+
 def _pair(entries: list[tuple[LoraKey, Tensor]], report: Grouping) -> Pair | None:
-    by_side: dict[Literal["A", "B"], list[tuple[LoraKey, Tensor]]] = {"A": [], "B": []}
+    first, by_side = entries[0][0], {side: list[Tensor]() for side in _SIDES}
     for key, tensor in entries:
-        by_side[key.side].append((key, tensor))
-    first = entries[0][0]
-    for side, found in by_side.items():
-        if len(found) != 1:
-            report.add(
-                "E_PAIR",
-                first.place,
-                cause=(first.leaf, side, len(found)),
-                expected=f"one lora_{side}",
-                found=str(len(found)),
-                fix="The file was cut or merged: save the adapter again.",
-            )
-    if any(len(found) != 1 for found in by_side.values()):
+        by_side[key.side].append(tensor)
+    wrong = [side for side, found in by_side.items() if len(found) > 1 or (side in {"A", "B"} and not found)]
+    for side in wrong:
+        report.add(
+            "E_PAIR",
+            first.place,
+            cause=(first.leaf, side, len(by_side[side])),
+            expected=f"one {_SIDES[side]}",
+            found=str(len(by_side[side])),
+            fix="The file was cut or merged: save the adapter again.",
+        )
+    one = {side: found[0] for side, found in by_side.items() if found}
+    if wrong or refuse_vectors(first, one, report):
         return None
-    return Pair(first, by_side["A"][0][1], by_side["B"][0][1])
+    return Pair(first, one["A"], one["B"], one.get("magnitude"), one.get("lora_bias"), one.get("bias"))
 
 
 def _once_each(pairs: list[Pair], report: Grouping) -> None:

@@ -150,15 +150,17 @@ def _contents(
 def _row(
     planned: PlannedRow, checked: CheckedAdapter, dtype: Dtype, count: Callable[[int], None]
 ) -> Iterator[Array]:
-    """Yield A, then scaled B, in the storage type; never the whole of either is in memory."""
+    """Yield A, then scaled B, in the storage type, never the whole of either in memory; then vectors."""
     if checked.file is None:
         raise InternalFault(f"{planned.a}: no file to read it from")
-    for values in checked.file.pieces(planned.a, PIECE):
-        yield cast(values, dtype)
-        count(values.nbytes)
-    for values in checked.file.pieces(planned.b, PIECE, planned.b_rows):
-        yield cast(values, dtype, planned.row.scale)
-        count(values.nbytes)
+    if planned.row.rank:
+        for values in checked.file.pieces(planned.a, PIECE):
+            yield cast(values, dtype)
+            count(values.nbytes)
+        for values in checked.file.pieces(planned.b, PIECE, planned.b_rows):
+            yield cast(values, dtype, planned.row.scale)
+            count(values.nbytes)
+    yield from planned.vectors
 
 
 def _replaced(

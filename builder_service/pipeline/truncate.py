@@ -30,6 +30,9 @@ def truncate_adapter(
     scratch = _Scratch(folder / SCRATCH)
     rows = []
     for planned in checked.rows:
+        if not planned.row.rank:
+            rows.append(planned)
+            continue
         a, b = source.read(planned.a), source.read(planned.b, planned.b_rows)
         if planned.row.rank > rank:
             low = best_approximation(a, b, planned.row.scale, rank)

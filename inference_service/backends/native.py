@@ -36,7 +36,7 @@ from inference_service.kernels.rows import Activation
 from inference_service.layers.linear import Linear
 from inference_service.layers.norm import RMSNorm
 from inference_service.lora.arena import Arena
-from inference_service.lora.native import ADDRESSES, native_layout, pack_native
+from inference_service.lora.native import ADDRESSES, VECTORS, native_layout, pack_native
 from inference_service.lora.packed import PackedAdapter
 from inference_service.lora.segments import Arrangement, Segment, runs_by_expert, sharing
 from inference_service.lora.slots import Slots, experts_of
@@ -287,7 +287,9 @@ class NativeLora:
         self.vocabularies.enter(slot, packed.vocabulary_in(flat))
         row = self._table[slot]
         row[:] = packed.table
-        row[:, ADDRESSES] += self._arena.address + offset
+        first = self._arena.address + offset
+        row[:, ADDRESSES] += first
+        row[:, VECTORS] += first * (row[:, VECTORS] > 0)
 
     def leave(self, slot: int) -> None:
         """Rank 0 in all linears."""

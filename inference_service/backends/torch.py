@@ -20,11 +20,11 @@ from inference_service.layers.linear import Linear
 from inference_service.layers.norm import RMSNorm
 from inference_service.layers.quantizing import new_linear
 from inference_service.layers.rope import Rope, rotate
-from inference_service.lora.packed import Layout, PackedAdapter, pack_flat
+from inference_service.lora.packed import FLOAT, Layout, PackedAdapter, pack_flat, padded
 from inference_service.lora.segments import Arrangement, Segment, runs_by_expert
 from inference_service.lora.slots import Slots
 from inference_service.lora.vocabulary import Vocabularies
-from inference_service.lora.weights import AdapterWeights
+from inference_service.lora.weights import AdapterWeights, Numbers
 from loramux_shared.bases.attention import AttentionSpec, HeadCounts
 from loramux_shared.bases.groups import GROUPS_APART, GroupShape, group_of
 from loramux_shared.rounding import Rounding
@@ -169,25 +169,38 @@ class _Pack:
 class _Adapter:
     """An adapter in its slot, as views of its one piece of memory."""
 
-    def __init__(self, flat: Tensor, table: list[list[list[int]]], layout: Layout) -> None:
+    def __init__(self, flat: Tensor, table: Numbers, layout: Layout) -> None:
         self._flat = flat
-        self._table = table
+        self._table: list[list[list[int]]] = table.tolist()
+        self.has_vectors = bool(table[..., -1].any())
         self._layout = layout
 
     def part(self, layer: int, index: int) -> _Part | None:
         """Return what it adds to a group; None where that is nothing."""
         shape, first = self._layout.shapes[index], self._layout.firsts[index]
         fields = self._table[layer][first : first + len(shape.modules)]
-        ranks = tuple(rank for rank, _, _ in fields)
+        ranks = tuple(rank for rank, _, _, _ in fields)
         if not any(ranks):
             return None
         begin, stride = fields[0][1], int(self._layout.strides[first])  # A of all slices is in one piece
         a = self._flat[begin : begin + sum(ranks) * stride].view(-1, stride)[:, : shape.in_features]
         b = tuple(
             self._flat[at : at + rank * out].view(rank, out) if rank else None
-            for (rank, _, at), out in zip(fields, shape.out_features, strict=True)
+            for (rank, _, at, _), out in zip(fields, shape.out_features, strict=True)
         )
         return _Part(a, b, ranks)
+
+    def finish(self, out: Tensor, layer: int, index: int) -> None:
+        """Multiply its rows [T, all slices] by the vectors that it has of a group, and add them."""
+        shape, first = self._layout.shapes[index], self._layout.firsts[index]
+        for module, (offset, size) in enumerate(zip(shape.out_offsets, shape.out_features, strict=True), first):
+            at = self._table[layer][module][-1]
+            if at:
+                span = 2 * padded(size)
+                both = self._flat[at : at + span * FLOAT // self._flat.itemsize].view(torch.float32).view(2, -1)
+                c, d = both[:, :size]
+                own = out[:, offset : offset + size]
+                own.copy_(torch.addcmul(d, own.float(), c))
 
 
 @dataclass(frozen=True)
@@ -234,6 +247,8 @@ class TorchLora:
         self._apart: tuple[Segment, ...] = ()
         """Those that take products of their own: long ones, and each part of a mixture."""
         self._masks: dict[tuple[tuple[int, ...], ...], Tensor] = {}
+        self._finished: tuple[Segment, ...] = ()
+        """Those whose adapters have vectors."""
 
     @property
     def num_bytes(self) -> int:
@@ -270,7 +285,7 @@ class TorchLora:
         """Keep what was copied."""
         self._bank.enter(slot, offset, packed)
         flat = self._copied.pop(offset)
-        self._adapters[slot] = _Adapter(flat, packed.table.tolist(), self._layout)
+        self._adapters[slot] = _Adapter(flat, packed.table, self._layout)
         self.vocabularies.enter(slot, packed.vocabulary_in(flat))
         self._forget(slot)
 
@@ -292,6 +307,9 @@ class TorchLora:
         self._bank.touched([segment.slot for segment in arrangement.segments])
         self._short, self._apart = arrangement.short, arrangement.long + arrangement.mixed
         self._masks.clear()
+        self._finished = tuple(
+            segment for segment in arrangement.segments if self._adapters[segment.slot].has_vectors
+        )
         slots = tuple(segment.slot for segment in self._short)
         if slots != self._slots:
             self._slots = slots
@@ -304,6 +322,8 @@ class TorchLora:
             self._apply_short(x, out, layer, index)
         for segment in self._apart:
             self._apply_one(x, out, layer, index, segment)
+        for segment in self._finished:
+            self._adapters[segment.slot].finish(out[segment.start : segment.end], layer, index)
 
     def apply_experts(self, x: Tensor, out: Tensor, layer: int, group: str, pairs: ByExpert) -> None:
         """One adapter of one expert after the other."""

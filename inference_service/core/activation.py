@@ -17,8 +17,8 @@ def activation(
     """Return what answers a prompt, and the position of the first token that it acts on.
 
     An activated adapter acts from the first token of the last place in the prompt where its invocation stands,
-    and on all of the answer; a prompt without it is the base's. Others act on everything, and so do mixtures, of
-    which none is activated.
+    and on all of the answer; a prompt without it is the base's. Others act on everything, and so do mixtures,
+    of which no part is activated.
     """
     if not isinstance(adapter, Adapter) or not adapter.invocation:
         return adapter, 0

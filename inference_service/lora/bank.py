@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from inference_service.kernels.sgmv import Group, Slices
-from inference_service.kernels.sgmv.layout import ROW
+from inference_service.kernels.sgmv.layout import FIELDS, ROW
 from inference_service.lora.packed import Layout, PackedAdapter, pack_flat
 from inference_service.lora.slots import Slots
 from inference_service.lora.vocabulary import Vocabularies
@@ -53,9 +53,10 @@ class Bank:
         """Take the memory."""
         self.slots.open(num_bytes, max_rank, num_slots)
         shapes, modules = self._layout.shapes, len(self._layout.strides)
-        numel = max(ROW, num_bytes // self._dtype.itemsize)
+        numel = max(ROW, num_bytes // self._dtype.itemsize // ROW * ROW)
         self._arena = torch.empty(numel, dtype=self._dtype, device=self._device)
-        table = num_slots + (self.num_experts > 0), self._num_layers, modules, 3  # the last slot is nobody's
+        # the last slot is nobody's
+        table = num_slots + (self.num_experts > 0), self._num_layers, modules, FIELDS
         self._table = torch.zeros(table, dtype=torch.int64, device=self._device)
         for layer in range(self._num_layers):
             for shape, first in zip(shapes, self._layout.firsts, strict=True):
@@ -68,7 +69,7 @@ class Bank:
     @property
     def slot_bytes(self) -> int:
         """What a slot takes in the table."""
-        return self.slot_stride * 3 * self._table.itemsize
+        return self.slot_stride * FIELDS * int(self._table.itemsize)
 
     @property
     def slot_stride(self) -> int:
@@ -80,8 +81,8 @@ class Bank:
         if shape.expert != 0:
             return
         begin, slices = layer * len(self._layout.strides) + first, len(shape.modules)
-        size = self._table.numel() // 3 - begin - slices + 1
-        of_all = self._table.as_strided((size, slices, 3), (3, 3, 1), 3 * begin)
+        size = self._table.numel() // FIELDS - begin - slices + 1
+        of_all = self._table.as_strided((size, slices, FIELDS), (FIELDS, FIELDS, 1), FIELDS * begin)
         self.experts[layer, name_of_all(shape.name)] = _group(self._arena, of_all, shape, max_rank)
 
     def pack(self, weights: AdapterWeights) -> PackedAdapter:
@@ -119,7 +120,8 @@ class Bank:
         flat = self._arena[first : first + len(packed.matrices)]
         self.vocabularies.enter(slot, packed.vocabulary_in(flat))
         table = torch.from_numpy(packed.table).clone()
-        table[..., 1:] += first
+        table[..., 1:3] += first
+        table[..., 3] += first * (table[..., 3] > 0)
         _copy(self._table[slot], table)
 
     def leave(self, slot: int) -> None:

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from inference_service.lora.vocabulary import Factors, OwnTable, Vocabulary
-from inference_service.lora.weights import AdapterWeights, Placed, arrange
+from inference_service.lora.weights import AdapterWeights, Placed, Vectors, arrange
 from loramux_shared.bases.groups import GroupShape
+from loramux_shared.bundle.manifest import ModuleRow
 from loramux_shared.bundle.npy import Array
 from loramux_shared.bundle.reader import Bundle
 from loramux_shared.deployment import Dtype
@@ -29,9 +30,12 @@ def load_adapter(
     """
     table, width = _tensor(bundle.table, bundle.manifest.dtype), bundle.table.shape[1]
     rows = (
-        Placed(row.layer, row.module_id, row.rank, row.in_features, row.out_features, index * width, row.expert)
+        Placed(
+            row.layer, row.module_id, row.rank, row.in_features, row.out_features, index * width, row.expert,
+            _vectors(row, table[index], device) if row.vectors else None,
+        )
         for index, row in enumerate(bundle.manifest.layer_rows)
-    )
+    )  # fmt: skip
     weights = arrange(table.to(device, dtype).view(-1), rows, layers)
     return weights if bundle.vocabulary is None else replace(weights, vocabulary=_vocabulary(bundle, device))
 
@@ -58,6 +62,14 @@ def _vocabulary(bundle: Bundle, device: torch.device) -> Vocabulary:
         OwnTable(factors.get(module), *replaced.get(module, (None, None))) for module in ("embedding", "head")
     ]
     return Vocabulary(*tables)
+
+
+def _vectors(row: ModuleRow, values: Tensor, device: torch.device) -> Vectors:
+    """Return those of a row in float32, from the type in which they are stored."""
+    first, out = row.elements - row.vectors * row.out_features, row.out_features
+    own = values[first : row.elements].to(device, torch.float32).view(row.vectors, out)
+    c = own[0] + own[2] if row.vectors > 2 else own[0]
+    return Vectors(c, own[1] if row.vectors > 1 else torch.zeros_like(c))
 
 
 def _tensor(array: Array, dtype: Dtype) -> Tensor:

@@ -27,7 +27,7 @@ class PackedAdapter:
     ranks: Numbers
     """[layers, modules], in the order of the groups; 0 where a module is not adapted."""
     linears: npt.NDArray[np.bool_]
-    """[layers, groups]: whether it adds to a fused linear."""
+    """[layers, groups]: whether it adds to a fused linear, or has vectors there."""
     vocabulary: Packing | None = None
     """How what it changes outside of the layers lies at the end of the matrices."""
 
@@ -47,7 +47,8 @@ class PackedAdapter:
 
 
 class Layout:
-    """How the matrices of an adapter follow one another: per layer and group A of all slices, then each B."""
+    """How the parts of an adapter follow one another: per layer and group A of all slices, then each B; at the
+    end the vectors, c and then d of each module that has some, in float32 and padded to `ROUND` values."""
 
     def __init__(
         self, shapes: tuple[GroupShape, ...], *, width: int = ROUND, columns: int = 1, ranks: int = 1
@@ -81,9 +82,37 @@ class Layout:
         modules = len(self.strides)
         return firsts[:, :modules], firsts[:, modules:], int(sizes.sum())
 
-    def linears(self, ranks: Numbers) -> npt.NDArray[np.bool_]:
-        """Return to which fused linears [layers, groups] an adapter of such ranks adds."""
-        return np.add.reduceat(ranks, self.firsts, axis=1) > 0
+    def linears(self, ranks: Numbers, vectors: Numbers) -> npt.NDArray[np.bool_]:
+        """Return on which fused linears [layers, groups] an adapter of such ranks and vectors acts."""
+        return np.add.reduceat(ranks + vectors, self.firsts, axis=1) > 0
+
+    def vectors(self, weights: AdapterWeights, numel: int, itemsize: int) -> tuple[Numbers, int]:
+        """Return the first elements of vectors [layers, modules], and how many elements there are with them.
+
+        They lie behind numel elements of itemsize bytes; 0 where a module has none, for none begins there.
+        """
+        places, end = np.zeros_like(weights.ranks), max(numel, ROUND) if weights.vectors else numel
+        for layer, module in weights.vectors:
+            places[layer, module] = end
+            end += 2 * padded(int(self.out_features[module])) * FLOAT // itemsize
+        return places, end
+
+
+FLOAT: Final = 4
+"""Bytes."""
+
+
+def padded(out: int) -> int:
+    """Return the values from c to d of a module."""
+    return -(-out // ROUND) * ROUND
+
+
+def write_vectors(weights: AdapterWeights, places: Numbers, matrices: Tensor) -> None:
+    """Write the vectors of an adapter to their places."""
+    for place, (c, d) in weights.vectors.items():
+        first, gap = int(places[place]), padded(len(c)) - len(c)
+        values = torch.cat([pad(c.cpu(), (0, gap)), pad(d.cpu(), (0, gap))]).view(matrices.dtype)
+        matrices[first : first + len(values)] = values
 
 
 def _up(numbers: Numbers, to: int) -> Numbers:
@@ -93,14 +122,15 @@ def _up(numbers: Numbers, to: int) -> Numbers:
 def pack_flat(
     weights: AdapterWeights, layout: Layout, dtype: torch.dtype, *, pinned: bool = False
 ) -> PackedAdapter:
-    """Pack row by row, as the kernels for GPUs and torch read it; the table is [layers, modules, 3].
+    """Pack row by row, as the kernels for GPUs and torch read it; the table is [layers, modules, 4].
 
     Its fields are the rank, the first element of A [rank, in], whose rows are rounded up to `ROUND` elements,
-    and the first of B [rank, out].
+    the first of B [rank, out], and the first of the vectors, or 0.
     """
     ranks = weights.ranks
     first_a, first_b, numel = layout.places(ranks)
-    matrices = torch.empty(numel, dtype=dtype, pin_memory=pinned)
+    places, end = layout.vectors(weights, numel, dtype.itemsize)
+    matrices = torch.empty(end, dtype=dtype, pin_memory=pinned)
     zeros = torch.zeros(max(ROUND, *layout.strides.tolist()), dtype=dtype)
     parts: list[Tensor] = []
     for layer in weights.layers:
@@ -114,9 +144,11 @@ def pack_flat(
             for b in (b for b in group.b if b is not None):
                 parts += [b.reshape(-1), zeros[: -b.numel() % ROUND]]
     if parts:
-        torch.cat([part.to(dtype) for part in parts], out=matrices)
-    table = np.stack([ranks, first_a, first_b], axis=-1)
-    return with_vocabulary(PackedAdapter(matrices, table, ranks, layout.linears(ranks)), weights, pinned=pinned)
+        torch.cat([part.to(dtype) for part in parts], out=matrices[:numel])
+    write_vectors(weights, places, matrices)
+    table = np.stack([ranks, first_a, first_b, places], axis=-1)
+    packed = PackedAdapter(matrices, table, ranks, layout.linears(ranks, places))
+    return with_vocabulary(packed, weights, pinned=pinned)
 
 
 def with_vocabulary(packed: PackedAdapter, weights: AdapterWeights, *, pinned: bool = False) -> PackedAdapter:

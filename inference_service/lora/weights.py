@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
@@ -19,6 +19,13 @@ from loramux_shared.faults import BundleCorrupt
 Numbers = npt.NDArray[np.int64]
 
 
+class Vectors(NamedTuple):
+    """A module's output y becomes c * y + d, for an adapter's own rows; both are float32 [out]."""
+
+    c: Tensor
+    d: Tensor
+
+
 class Placed(NamedTuple):
     """A module of a layer, and where its matrices lie: A [rank, in], then B [out, rank], each row by row."""
 
@@ -31,6 +38,8 @@ class Placed(NamedTuple):
     """Element of A's beginning."""
     expert: int | None = None
     """Whose module it is, of a mixture."""
+    vectors: Vectors | None = None
+    """What becomes of its output."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +50,8 @@ class GroupWeights:
     """Per slice A, [rank, in]; None where the slice is not adapted."""
     b: tuple[Tensor | None, ...]
     """Per slice B transposed, [rank, out] in whatever order of memory, scale included; None as in ``a``."""
+    vectors: tuple[Vectors | None, ...]
+    """Per slice; None where its output stays what A and B make of it."""
 
 
 @dataclass(frozen=True)
@@ -58,27 +69,32 @@ class AdapterWeights:
     groups: tuple[GroupShape, ...]
     vocabulary: Vocabulary | None = None
     """What it changes outside of the layers."""
+    vectors: Mapping[tuple[int, int], Vectors] = field(default_factory=dict)
+    """By layer and module."""
 
     @cached_property
     def layers(self) -> tuple[dict[str, GroupWeights], ...]:
         """Per layer, views of the groups that are adapted."""
         places = zip(self.ranks.tolist(), self.first_a.tolist(), self.first_b.tolist(), strict=True)
-        return tuple(self._layer(*place) for place in places)
+        return tuple(self._layer(layer, *place) for layer, place in enumerate(places))
 
-    def _layer(self, ranks: list[int], first_a: list[int], first_b: list[int]) -> dict[str, GroupWeights]:
+    def _layer(
+        self, layer: int, ranks: list[int], first_a: list[int], first_b: list[int]
+    ) -> dict[str, GroupWeights]:
         found: dict[str, GroupWeights] = {}
         at = 0
         for shape in self.groups:
             own, inside = range(at, at + len(shape.modules)), shape.in_features
             at = own.stop
-            if not any(ranks[module] for module in own):
+            vectors = tuple([self.vectors.get((layer, module)) for module in own]) if self.vectors else ()
+            if not any(ranks[module] for module in own) and not any(vectors):
                 continue
             a, b = [], []
             for module, out in zip(own, shape.out_features, strict=True):
                 rank = ranks[module]
                 a.append(self.values.as_strided((rank, inside), (inside, 1), first_a[module]) if rank else None)
                 b.append(self.values.as_strided((rank, out), (1, rank), first_b[module]) if rank else None)
-            found[shape.name] = GroupWeights(tuple(a), tuple(b))
+            found[shape.name] = GroupWeights(tuple(a), tuple(b), vectors or (None,) * len(own))
         return found
 
 
@@ -94,13 +110,14 @@ def arrange(values: Tensor, rows: Iterable[Placed], layers: Sequence[tuple[Group
     columns = _columns(groups, layers)
     fields = [[(0, 0, 0)] * len(names) for _ in layers]
     strange: list[Placed] = []
+    vectors: dict[tuple[int, int], Vectors] = {}
     for row in rows:
-        layer, module_id, rank, inside, outside, first, expert = row
+        layer, module_id, rank, inside, outside, first, expert, own = row
         column = columns[layer].get((module_id, expert)) if layer < len(layers) else None
         if column is None:
             strange.append(row)
             continue
-        if fields[layer][column][0]:
+        if fields[layer][column][0] or (layer, column) in vectors:
             raise BundleCorrupt(
                 f"the bundle holds layer {layer} {names[column]} twice. Rebuild the deployment."
             )
@@ -110,6 +127,8 @@ def arrange(values: Tensor, rows: Iterable[Placed], layers: Sequence[tuple[Group
                 f"the bundle holds {inside, outside}. Rebuild the deployment for this base."
             )
         fields[layer][column] = rank, first, first + rank * inside
+        if own is not None:
+            vectors[layer, column] = own
     if strange:
         raise BundleCorrupt(
             f"the bundle holds {len(strange)} rows that the base has no place for, for example layer "
@@ -117,7 +136,7 @@ def arrange(values: Tensor, rows: Iterable[Placed], layers: Sequence[tuple[Group
             "Rebuild the deployment for this base."
         )
     ranks, first_a, first_b = np.moveaxis(np.array(fields, dtype=np.int64), -1, 0)
-    return AdapterWeights(values, ranks, first_a, first_b, groups)
+    return AdapterWeights(values, ranks, first_a, first_b, groups, vectors=vectors)
 
 
 def _columns(

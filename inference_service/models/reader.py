@@ -124,11 +124,23 @@ class LayerReader:
         sizes = outs if len(names) == len(outs) else (sum(outs),)
         parts = list(zip(names, sizes, strict=True))
         weight = self.cat([(f"{name}.weight", (out, shape.in_features)) for name, out in parts])
-        weight = self.with_merged(weight, shape)
         biases = self.cat([(f"{name}.bias", (out,)) for name, out in parts]) if bias else None
+        weight, biases = self.with_merged(weight, shape), self._with_vectors(biases, weight, shape)
         rounded = self.reader.rounded
         added = None if biases is None else rounded(biases)
         return self.operations.new_linear(rounded(weight), added, self.reader.quantization)
+
+    def _with_vectors(self, bias: Tensor | None, weight: Tensor, shape: GroupShape) -> Tensor | None:
+        """Return the bias [out] of a group as vectors that are merged make it: one, where there was none."""
+        merged = self.merged.get(shape.name)
+        if merged is None or not any(merged.vectors):
+            return bias
+        out = weight.new_zeros(sum(shape.out_features)) if bias is None else bias.clone()
+        for own, offset, size in zip(merged.vectors, shape.out_offsets, shape.out_features, strict=True):
+            if own is not None:
+                c, d = (each.to(out) for each in own)
+                out[offset : offset + size] = torch.addcmul(d, out[offset : offset + size], c)
+        return out if bias is not None or out.any() else None
 
     def has(self, name: str) -> bool:
         """Whether the layer has a tensor."""
@@ -166,9 +178,13 @@ class LayerReader:
 
 
 def _merge(weight: Tensor, adapter: GroupWeights, shape: GroupShape) -> Tensor:
-    """Return weight [out, in] with the products of the adapter's slices added."""
+    """Return weight [out, in] with the products of the adapter's slices added, and times their vectors."""
     merged = weight.clone()
-    for a, b, offset, size in zip(adapter.a, adapter.b, shape.out_offsets, shape.out_features, strict=True):
+    slices = zip(adapter.a, adapter.b, adapter.vectors, shape.out_offsets, shape.out_features, strict=True)
+    for a, b, vectors, offset, size in slices:
+        own = merged[offset : offset + size]
         if a is not None and b is not None:
-            merged[offset : offset + size].addmm_(b.t().to(weight), a.to(weight))
+            own.addmm_(b.t().to(weight), a.to(weight))
+        if vectors is not None:
+            own.mul_(vectors.c.to(weight)[:, None])
     return merged

@@ -10,7 +10,8 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import Any, Final
@@ -45,24 +46,66 @@ _PARTS: Final = {
     "per_layer_projection": ("layer_input_projection",),
 }
 _KEY: Final = re.compile(
-    r"(?!.*\.(?:visual|vision_|audio_))(?:base_model\.model\.)?(?P<name>(?:.+\.)?layers\.(?P<layer>\d+)\.(?:\w+\.)?(?P<leaf>\w+))"
-    r"\.lora_(?P<side>[AB])(?:\.[^.]+)?\.weight"
+    r"(?!.*\.(?:visual|vision_|audio_))(?:base_model\.model\.)?"
+    r"(?P<name>(?:.+\.)?layers\.(?P<layer>\d+)\.(?:\w+\.)?(?P<leaf>\w+))"
+    r"(?:\.lora_(?P<side>[AB])(?:\.[^.]+)?\.weight"
+    r"|\.lora_(?P<magnitude>magnitude_vector)(?:\.[^.]+){0,2}"
+    r"|\.lora_B(?:\.[^.]+)?\.(?P<lora_bias>bias)"
+    r"|(?:\.base_layer)?\.(?P<bias>bias))"
 )
 _NPY_FUSED: Final = {0: ("attn_q", "attn_k", "attn_v"), 18: ("mlp_gate", "mlp_h_to_4h")}
 
 
-@dataclass(frozen=True)
+@dataclass
 class Factors:
-    """What is added to the output of one module of one layer: ``x Aᵀ Bᵀ``."""
+    """What becomes of the output of one module of one layer; everything is float32.
+
+    ``W x + bias`` becomes ``c * (W x + x Aᵀ Bᵀ) + bias + lora_bias``, where c are magnitudes over the norms of
+    the rows of W + BA, or 1.
+    """
 
     a: Tensor
-    """[rank, in] float32"""
+    """[rank, in]"""
     b: Tensor
-    """[out, rank] float32, scale included."""
+    """[out, rank], scale included."""
+    magnitude: Tensor | None = None
+    """[out]"""
+    lora_bias: Tensor | None = None
+    """[out], scale included."""
+    bias: Tensor | None = None
+    """[out]: in the place of the base's."""
+    normalised: bool = False
+    """Whether magnitudes are divided by the norms already."""
+    cut: int | None = None
+    """The rank to which the product is cut; norms are those of all of it."""
+    _c: Tensor | None = None
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """Return [T, out] for x [T, in]."""
-        return x @ self.a.T @ self.b.T
+    @cached_property
+    def product(self) -> tuple[Tensor, Tensor]:
+        """A and B as they are multiplied with."""
+        return _truncated(self.a, self.b, self.cut)
+
+    def added(self, x: Tensor) -> Tensor:
+        """Return what A and B make of x [T, in], [T, out]."""
+        a, b = self.product
+        return x @ a.T @ b.T
+
+    @property
+    def plain(self) -> bool:
+        """Whether there is nothing but A and B."""
+        return self.magnitude is None and self.lora_bias is None and self.bias is None
+
+    def changed(self, x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Return what becomes of y = W x, for a module with a weight [out, in] and a bias [out]."""
+        y = y + self.added(x)
+        if self.magnitude is not None:
+            if self._c is None:
+                norms = 1.0 if self.normalised else (weight + self.b @ self.a).norm(dim=1)
+                self._c = self.magnitude / norms
+            y = self._c * y
+        for added in (bias if self.bias is None else self.bias, self.lora_bias):
+            y = y if added is None else y + added
+        return y
 
 
 AdapterFactors = Mapping[tuple[int, str], Factors]
@@ -77,7 +120,7 @@ def read_adapter(
     found = _read_peft(folder, base, base_folder) if peft else _read_npy(folder, base)
     if truncate_to is None:
         return found
-    return {place: _truncated(factors, truncate_to) for place, factors in found.items()}
+    return {place: replace(factors, cut=truncate_to) for place, factors in found.items()}
 
 
 def _read_peft(folder: Path, base: ModelConfig, base_folder: Path | None) -> dict[tuple[int, str], Factors]:
@@ -92,18 +135,42 @@ def _read_peft(folder: Path, base: ModelConfig, base_folder: Path | None) -> dic
     for key, tensor in tensors.items():
         if match := _KEY.fullmatch(key):
             place = (int(match["layer"]), match["leaf"], match["name"])
-            sides.setdefault(place, {})[match["side"]] = tensor.float()
+            kinds = ("magnitude", "lora_bias", "bias")
+            kind = match["side"] or next(kind for kind in kinds if match[kind])
+            sides.setdefault(place, {})[kind] = tensor.float()
+    found = _of_sides(sides, config, base)
     if (kind := config.get("init_lora_weights")) in ("pissa", "olora") and base_folder is not None:
         changed = {}
         for (*_, name), pair in sides.items():
-            scale, weight = _scale(config, name, len(pair["A"])), weight_of(base_folder, f"{name}.weight")
-            changed[name] = without_initial(kind, weight, pair["A"], scale * pair["B"], scale)
-        return _made(changed, base)
+            if "A" in pair:
+                scale, weight = _scale(config, name, len(pair["A"])), weight_of(base_folder, f"{name}.weight")
+                changed[name] = without_initial(kind, weight, pair["A"], scale * pair["B"], scale)
+        for at, made in _made(changed, base).items():
+            found[at] = replace(found[at], a=made.a, b=made.b)
+    return found
+
+
+def _of_sides(
+    sides: Mapping[tuple[int, str, str], dict[str, Tensor]], config: dict[str, Any], base: ModelConfig
+) -> dict[tuple[int, str], Factors]:
+    """Return factors as they are in the file."""
     found = {}
-    for (layer, leaf, name), pair in sides.items():
-        scaled = pair["B"] * _scale(config, name, len(pair["A"]))
-        for module, b in _split(_PARTS[leaf], layer, scaled, base):
-            found[layer, module] = Factors(pair["A"], b)
+    for (layer, leaf, name), own in sides.items():
+        if leaf not in _PARTS:  # biases of norms and routers, which are the base's own
+            continue
+        inside = _features(base, _PARTS[leaf][0], layer)[0]
+        a = own.get("A", torch.zeros(0, inside))
+        scale = _scale(config, name, len(a)) if len(a) else 1.0
+        own = own | {"B": own["B"] * scale if "B" in own else torch.zeros(len(own["bias"]), 0)}
+        if "lora_bias" in own:
+            own["lora_bias"] = own["lora_bias"] * scale
+        cut = {kind: dict(_split(_PARTS[leaf], layer, part, base)) for kind, part in own.items() if kind != "A"}
+        for module in _PARTS[leaf]:
+            b, magnitude, lora_bias, bias = (
+                cut[kind][module] if kind in cut else None for kind in ("B", "magnitude", "lora_bias", "bias")
+            )
+            if b is not None:
+                found[layer, module] = Factors(a, b, magnitude, lora_bias, bias)
     return found
 
 
@@ -156,7 +223,7 @@ def _read_npy(folder: Path, base: ModelConfig) -> dict[tuple[int, str], Factors]
     weights = np.load(folder / "model.lora_weights.npy", mmap_mode="r")
     rows = weights.reshape(-1, weights.shape[-1])
     found = {}
-    for row, (module_id, layer, rank, *_) in zip(
+    for row, (module_id, layer, rank, *rest) in zip(
         rows, config.reshape(-1, config.shape[-1]).tolist(), strict=True
     ):
         values = _floats(row)
@@ -164,9 +231,11 @@ def _read_npy(folder: Path, base: ModelConfig) -> dict[tuple[int, str], Factors]
         features = _features(base, modules[0], layer)[0]
         out = sum(_features(base, module, layer)[1] for module in modules)
         a = values[: rank * features].reshape(rank, features)
-        b = values[rank * features : rank * (features + out)].reshape(out, rank)
+        end = rank * (features + out)
+        b = values[rank * features : end].reshape(out, rank)
+        magnitudes = dict(_split(modules, layer, values[end : end + out], base)) if any(rest) else {}
         for module, part in _split(modules, layer, b, base):
-            found[layer, module] = Factors(a, part)
+            found[layer, module] = Factors(a, part, magnitudes.get(module), normalised=True)
     return found
 
 
@@ -184,12 +253,12 @@ def _floats(row: np.ndarray[Any, Any]) -> Tensor:
     return torch.from_numpy(row.astype(np.float32))
 
 
-def _truncated(factors: Factors, rank: int) -> Factors:
+def _truncated(a: Tensor, b: Tensor, rank: int | None) -> tuple[Tensor, Tensor]:
     """The best approximation of the product, by torch."""
-    if len(factors.a) <= rank:
-        return factors
-    q_b, r_b = torch.linalg.qr(factors.b.double())
-    q_a, r_a = torch.linalg.qr(factors.a.double().T)
+    if rank is None or len(a) <= rank:
+        return a, b
+    q_b, r_b = torch.linalg.qr(b.double())
+    q_a, r_a = torch.linalg.qr(a.double().T)
     u, values, vt = torch.linalg.svd(r_b @ r_a.T)
     a, b = vt[:rank] @ q_a.T, q_b @ (u[:, :rank] * values[:rank])
-    return Factors(a.float(), b.float())
+    return a.float(), b.float()

@@ -38,15 +38,17 @@ def effect_of(outputs: Tensor) -> Effect:
     return Effect(norm=_rounded(float(flat.norm())), dots=tuple(dots))
 
 
-def difference(found: Effect, expected: Effect) -> float:
+def difference(found: Effect, expected: Effect, rounding: float = 0.0) -> float:
     """Return how far an effect is from another, relative to that one's norm; infinite where that is zero.
+
+    What is off by no more than a rounding is not off.
 
     The larger of two estimates: the norms' difference, which shows a wrong scale exactly, and the root of the
     products' mean squared difference, which is about the norm of the error.
     """
     errors = [a - b for a, b in zip(found.dots, expected.dots, strict=True)]
     off = max(abs(found.norm - expected.norm), math.hypot(*errors) / math.sqrt(len(errors)))
-    if off == 0.0:
+    if off <= rounding:
         return 0.0
     return off / expected.norm if expected.norm else math.inf
 

@@ -17,7 +17,7 @@ from torch.nn.functional import gelu, silu
 from inference_service.layers.rope import frequencies
 from inference_service.models.checkpoint import Checkpoint
 from inference_service.proof import delta
-from inference_service.proof.adapter_source import AdapterFactors
+from inference_service.proof.adapter_source import AdapterFactors, Factors
 from loramux_shared.bases.attention import AttentionSpec, QueryGrowth
 from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bases.layers import AttentionLayer, DeltaLayer, ExpertsLayer, InputLayer, MlpLayer
@@ -260,17 +260,34 @@ def _project(
     linear: tuple[Tensor, Tensor | None],
     sizes: tuple[int, ...],
 ) -> list[Tensor]:
-    """Return the outputs of modules that share an input, each with what the adapter adds."""
+    """Return the outputs of modules that share an input, each with what the adapter makes of it."""
     weight, bias = linear
-    y = x @ weight.T if bias is None else x @ weight.T + bias
-    outputs = list(torch.split(y, list(sizes), dim=-1))
+    y = x @ weight.T
+    outputs = list(torch.split(y if bias is None else y + bias, list(sizes), dim=-1))
     for place, module in enumerate(modules):
         factors = run.adapter.get((layer, module))
-        if factors is not None:
-            added = factors(x)
+        if factors is None:
+            continue
+        if factors.plain:
+            added = factors.added(x)
             run.added[layer, module] = added[-1]
             outputs[place] = outputs[place] + added
+            continue
+        begin = sum(sizes[:place])
+        own = slice(begin, begin + sizes[place])
+        own_bias = None if bias is None else bias[own]
+        if not _is_idle(factors, own_bias):
+            changed = factors.changed(x, y[:, own], weight[own], own_bias)
+            run.added[layer, module] = (changed - outputs[place])[-1]
+            outputs[place] = changed
     return outputs
+
+
+def _is_idle(factors: Factors, bias: Tensor | None) -> bool:
+    """Whether all that it has is the base's own bias."""
+    if len(factors.a) or bias is None or factors.bias is None:
+        return False
+    return torch.equal(factors.bias, bias)
 
 
 def _rotate(x: Tensor, spec: RopeSpec) -> Tensor:

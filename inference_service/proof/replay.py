@@ -85,14 +85,20 @@ class Replayed:
 
 
 class _Recorder:
-    """A backend that also remembers what the adapter added at the probes' last rows."""
+    """A backend that also remembers what the adapter added at the probes' last rows.
 
-    def __init__(self, inner: StepLora, rows: Sequence[int], model: Decoder) -> None:
+    Of modules with vectors that is how outputs differ, and what these are rounded by must be allowed for.
+    """
+
+    def __init__(self, inner: StepLora, rows: Sequence[int], model: Decoder, manifest: Manifest) -> None:
         self._inner = inner
         self.vocabularies = inner.vocabularies
+        self._affine = {(row.layer, row.module) for row in manifest.rows if row.vectors}
         self._rows = list(rows)
         self._groups = {group.name: group for group in model.config.groups}
         self.added: dict[tuple[int, str], Tensor] = {}
+        self.rounded: dict[tuple[int, str], float] = {}
+        """By how much, as a norm: not there where there are no vectors."""
 
     def begin(self, arrangement: Arrangement) -> None:
         """Prepare for the rows of a step."""
@@ -102,11 +108,16 @@ class _Recorder:
         """Add what the adapter makes of x, and keep it."""
         alone = torch.zeros_like(out)
         self._inner.apply(x, alone, layer, group)
-        shape = self._groups[group]
-        parts = torch.split(alone[self._rows], list(shape.out_features), dim=-1)
-        for module, part in zip(shape.modules, parts, strict=True):
-            self.added[layer, module] = part
+        before = out[self._rows]
         self._inner.apply(x, out, layer, group)
+        shape = self._groups[group]
+        rows = (alone[self._rows], before, out[self._rows])
+        parts = [torch.split(each, list(shape.out_features), dim=-1) for each in rows]
+        for module, added, was, became in zip(shape.modules, *parts, strict=True):
+            self.added[layer, module] = added
+            if (layer, module) in self._affine:
+                self.added[layer, module] = became.float() - was.float()
+                self.rounded[layer, module] = torch.finfo(out.dtype).eps / 2 * float(became.float().norm())
 
     def apply_experts(self, x: Tensor, out: Tensor, layer: int, group: str, pairs: ByExpert) -> None:
         """Add what the adapter makes of x: which experts a row has is not known to a proof."""
@@ -124,12 +135,13 @@ def replay(
     allowed = COMPUTING[_TORCH[model.dtype]] + STORING[manifest.dtype] + ROUNDING[model.rounding]
     _expect_sound(name, proof, manifest, model.config.dims.vocab)
     ends = torch.tensor([len(probe.tokens) for probe in proof.probes]).cumsum(0) - 1
-    recorder = _Recorder(lora, ends.tolist(), model)
+    recorder = _Recorder(lora, ends.tolist(), model, manifest)
     answers = _run(proof.probes, adapter, recorder, model, block)
     effect = 0.0
     # In the order of computation: a wrong row makes those behind it wrong too, and the first is to blame.
     for row, expected in _in_order(manifest.rows, proof.effects, model):
-        off = difference(effect_of(recorder.added[row.layer, row.module]), expected)
+        place = row.layer, row.module
+        off = difference(effect_of(recorder.added[place]), expected, recorder.rounded.get(place, 0.0))
         if off > allowed.effect:
             raise ProofFailed(
                 f"adapter {name!r}: layer {row.layer} {row.module} adds something else than its proof says: "

@@ -60,6 +60,8 @@ class ServedModel:
     """Several adapters with scales; only a request has such a model, see `mixing.mixed`."""
     parts: tuple[ServedModel, ...] = ()
     """Those that a mixture is of."""
+    affine: bool = False
+    """Whether it multiplies outputs of the base, or adds biases to them."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -264,6 +266,7 @@ class Catalog:
             summary.weights_bytes,
             None if summary.texts else NO_DEFAULTS,
             now,
+            affine=summary.affine,
         )
 
     def _known(self, name: str, digest: str, models: Mapping[str, ServedModel]) -> ServedModel | None:

@@ -125,7 +125,10 @@ def _unscalable(model: ServedModel) -> str:
             if model.digest
             else "the base is part of every answer already"
         )
-    reason = apart(model.adapter.invocation, model.modules)
+    reason = (
+        "is DoRA, or has biases or scales of its own: their mixture is not their sum" if model.affine else ""
+    )
+    reason = reason or apart(model.adapter.invocation, model.modules)
     return f"this one {reason}" if reason else ""
 
 

@@ -64,8 +64,11 @@ _REFUSED: Final = (
      "a VeRA adapter without its projections", f"{_MERGE} Of VeRA save again with `save_projection`."),
     ("E_MLX", "an MLX adapter: transposed, with an absolute scale",
      "Transpose both matrices, rename them, and set `lora_alpha = scale * rank`."),
-    ("E_DORA", "DoRA: magnitudes beside A and B", _MERGE),
-    ("E_BIAS", "biases were trained", _TRAIN),
+    ("E_DORA", "magnitudes of DoRA that `use_dora` does not say, or the reverse; of experts, of parameters, or "
+     "in the names of its authors' code; or a base of few bits, whose norms are not known exactly",
+     "The finding says why. Correct `use_dora`, build with the base as it was trained, or merge it."),
+    ("E_BIAS", "biases that the base has none of, that are not of a projection of attention or dense MLP, or "
+     "that PEFT would not load", "The finding says why. Train with `bias` `none` or `lora_only`, or merge it."),
     ("E_VARIANT", "a variant whose factors are not plain A and B (Arrow, BD-LoRA, KaSA, MonteCLoRA, QALoRA), "
      "or what PEFT has of LoRA alone beside another kind",
      _MERGE),
@@ -125,8 +128,8 @@ _WARNED: Final = (
      "by name or by what the hub says; its shapes fit", "See that it was trained on this base."),
     ("W_LICENSE", "adapter and base name different licences in the front matter of their `README.md`, or only "
      "one of them names one", "See that both licences allow what you do."),
-    ("W_REDUNDANT_EMBED", "whole matrices that are equal to the base's own, value by value, are left out",
-     "Nothing."),
+    ("W_REDUNDANT_EMBED", "whole matrices or biases that are equal to the base's own, value by value, are left "
+     "out", "Nothing."),
     ("W_TOWER", "tensors of a tower for images or sound are left out: no text passes it, and bases here answer "
      "texts alone", "Nothing."),
     ("W_EXTRA_FILES", "checkpoints, optimizer states and other weights beside the adapter are not used",

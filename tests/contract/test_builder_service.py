@@ -171,7 +171,7 @@ async def test_a_refused_build_says_everything_and_leaves_nothing(running):
     last = (await running.watch())[-1]
     assert (last.state, last.failure.reason, last.generation) == (State.STATE_FAILED, "ADAPTER_INVALID", 0)
     found = [(finding.adapter, finding.code) for finding in last.failure.findings]
-    assert found == [("bad", "E_DORA"), ("bad", "E_TASK"), ("two", "E_RANK_MAX")]
+    assert found == [("bad", "E_TASK"), ("bad", "E_DORA"), ("two", "E_RANK_MAX")]
     assert [adapter.stage for adapter in last.adapters] == [Stage.STAGE_REFUSED] * 2
     assert running.store.objects == {}
     assert await running.get() == last

@@ -36,7 +36,11 @@ def judged(shape: Shape, folder: Path) -> tuple[list[str], Deltas]:
     base = folder / NAME
     base.mkdir()
     (base / "config.json").write_text(json.dumps(BASES[shape.base]))
-    save_file({"model.embed_tokens.weight": np.zeros((VOCAB, HIDDEN), "f4")}, base / "model.safetensors")
+    weights = {"model.embed_tokens.weight": np.zeros((VOCAB, HIDDEN), "f4")}
+    if shape.base == "llama":  # which magnitudes are beside
+        kept = model_of(shape.base).state_dict().items()
+        weights |= {name: values.numpy() for name, values in kept if "self_attn" in name}
+    save_file(weights, base / "model.safetensors")
     data = {
         "model_name": "wild",
         "build": {

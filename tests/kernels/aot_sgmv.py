@@ -17,6 +17,7 @@ TYPES = {
     "p_end": "*i32",
     "p_counters": "*i32",
     "p_table": "*i64",
+    "p_vectors": "*fp32",
 }
 # As the launcher specialises: what is not a multiple of 16 in general.
 UNALIGNED = {*triton_kernels.PLANE_SCALARS, *triton_kernels.SEGMENT_POINTERS}

@@ -10,7 +10,7 @@ from torch import Tensor
 from inference_service.backends.base import LoraBackend
 from inference_service.lora.places import Places
 from inference_service.lora.segments import Arrangement, Segment
-from inference_service.lora.weights import AdapterWeights
+from inference_service.lora.weights import AdapterWeights, Vectors
 from loramux_shared.bases.groups import layer_groups
 from tests.support.weights import adapter_of
 
@@ -32,8 +32,11 @@ ADAPTERS: list[Mapping[str, int]] = [
 MAX_RANK = 16
 
 
-def adapter(ranks: Mapping[str, int], seed: int, layers: Sequence[int] = range(LAYERS)) -> AdapterWeights:
-    """A random adapter."""
+def adapter(
+    ranks: Mapping[str, int], seed: int, layers: Sequence[int] = range(LAYERS), affine: Sequence[str] = ()
+) -> AdapterWeights:
+    """A random adapter, some of whose modules have vectors, with a rank or without."""
+    ranks = dict.fromkeys(affine, 0) | ranks
     generator = torch.Generator().manual_seed(seed)
     rows = [
         (
@@ -45,7 +48,12 @@ def adapter(ranks: Mapping[str, int], seed: int, layers: Sequence[int] = range(L
         for layer in layers
         for module, rank in ranks.items()
     ]
-    return adapter_of(rows, (GROUPS,) * LAYERS)
+    vectors = {
+        (layer, module): Vectors(*torch.randn(2, DIMS[module][1], generator=generator))
+        for layer in layers
+        for module in affine
+    }
+    return adapter_of(rows, (GROUPS,) * LAYERS, vectors)
 
 
 Mixtures = Sequence[tuple[Mapping[int, float], int]]
@@ -64,10 +72,12 @@ def arrangement(lengths: Mapping[int, int], base: int = 2, mixtures: Mixtures = 
     return Arrangement((), tuple(segments), tuple(mixed))
 
 
-def added(x: Tensor, step: Arrangement, held: Mapping[int, AdapterWeights], layer: int, name: str) -> Tensor:
-    """What the adapters in their slots add to a linear's output, in float64."""
+def adapted(
+    x: Tensor, out: Tensor, step: Arrangement, held: Mapping[int, AdapterWeights], layer: int, name: str
+) -> Tensor:
+    """What the adapters in their slots make of a linear's output, in float64."""
     (shape,) = (shape for shape in GROUPS if shape.name == name)
-    out = torch.zeros(len(x), sum(shape.out_features), dtype=torch.float64)
+    out = out.double()
     for segment in step.segments:
         group = held[segment.slot].layers[layer].get(name)
         rows = slice(segment.start, segment.end)
@@ -75,13 +85,16 @@ def added(x: Tensor, step: Arrangement, held: Mapping[int, AdapterWeights], laye
             if group is not None and group.a[index] is not None:
                 product = x[rows].double() @ group.a[index].double().t() @ group.b[index].double()
                 out[rows, first : first + size] += segment.scale * product
+            if group is not None and (vectors := group.vectors[index]) is not None:
+                out[rows, first : first + size] *= vectors.c.double()
+                out[rows, first : first + size] += vectors.d.double()
     return out
 
 
 def expect_right(
     lora: LoraBackend, step: Arrangement, held: Mapping[int, AdapterWeights], device: str = "cpu"
 ) -> None:
-    """A backend adds in every linear what the adapters in their slots do, and nothing to the base's rows."""
+    """A backend makes of every linear what the adapters in their slots do, and nothing of the base's rows."""
     lora.begin(step)
     for layer in range(LAYERS):
         for shape in GROUPS:
@@ -89,8 +102,8 @@ def expect_right(
             out = torch.randn(len(x), sum(shape.out_features))
             found = out.to(device, copy=True)
             lora.apply(x.to(device), found, layer, shape.name)
-            update = added(x, step, held, layer, shape.name)
-            torch.testing.assert_close(found.cpu(), (out + update).float(), rtol=1e-5, atol=1e-5)
+            expected = adapted(x, out, step, held, layer, shape.name)
+            torch.testing.assert_close(found.cpu(), expected.float(), rtol=1e-5, atol=1e-5)
             assert torch.equal(found[:2].cpu(), out[:2])
 
 

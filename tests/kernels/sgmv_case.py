@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -20,7 +21,7 @@ from inference_service.kernels.sgmv import (
     reference,
     workspace_numel,
 )
-from inference_service.kernels.sgmv.layout import ROW
+from inference_service.kernels.sgmv.layout import FIELDS, ROW
 
 GUARD = 16  # NaN elements around the weights, columns beside out
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
@@ -45,24 +46,30 @@ class Case:
 def make_group(
     ranks: Sequence[Sequence[int]], K: int, slices: Slices, dtype: torch.dtype, device: str
 ) -> Group:
-    """Random adapters between guards."""
+    """Random adapters between guards; of every second slot, each other slice has vectors."""
     table = pack_table(ranks, slices, K)
-    table[..., 1:] += GUARD
+    table[..., 1:3] += GUARD
     rank = table[..., 0]
     stride, sizes = -(-K // ROW) * ROW, np.array(slices.sizes)
     end = int((table[..., 2] + -(-rank * sizes // ROW) * ROW).max())
-    weights = torch.full((end + GUARD,), torch.nan)
+    span = 2 * -(-max(slices.sizes) // ROW) * ROW * 4 // dtype.itemsize
+    table[::2, ::2, 3] = (
+        end + GUARD + np.arange(table[::2, ::2, 3].size).reshape(table[::2, ::2, 3].shape) * span
+    )
+    weights = torch.full((end + GUARD + table[::2, ::2, 3].size * span + GUARD,), torch.nan)
     of_a = torch.randn(int(rank.sum()), K) / K**0.5
     of_b = torch.randn(int((rank * sizes).sum())) / max(1, rank.max()) ** 0.5
     for own, a, b, size in (
-        (*fields, size) for slot in table for fields, size in zip(slot, sizes, strict=True)
+        (*fields[:3], size) for slot in table for fields, size in zip(slot, sizes, strict=True)
     ):
         weights[a : a + own * stride].view(own, stride)[:, :K], of_a = of_a[:own], of_a[own:]
         weights[b : b + own * size], of_b = of_b[: own * size], of_b[own * size :]
-    spread = torch.zeros(len(table), len(sizes) + 2, 3, dtype=torch.int64)  # beside what other linears have
+    spread = torch.zeros(
+        len(table), len(sizes) + 2, FIELDS, dtype=torch.int64
+    )  # beside what other linears have
     spread[:, 1:-1] = torch.from_numpy(table)
     group = Group(
-        weights.to(device, dtype),
+        with_vectors(weights.to(dtype), table, slices).to(device),
         spread.to(device)[:, 1:-1],
         slices,
         in_features=K,
@@ -71,6 +78,17 @@ def make_group(
     )
     group.check_table(table)
     return group
+
+
+def with_vectors(weights: Tensor, table: npt.NDArray[np.int64], slices: Slices) -> Tensor:
+    """Write random vectors to their places."""
+    for slot, index in np.argwhere(table[..., 3]):
+        size, first = slices.sizes[index], table[slot, index, 3]
+        values = torch.full((2, -(-size // ROW) * ROW), torch.nan)
+        values[:, :size] = torch.randn(2, size)
+        bits = values.flatten().view(weights.dtype)
+        weights[first : first + len(bits)] = bits
+    return weights
 
 
 def make_case(

@@ -97,7 +97,8 @@ def test_lora_adds_each_adapter_to_its_own_rows(
     K: int,
     outs: tuple[int, ...],
 ) -> None:
-    """Mixed ranks, slices that are not adapted, segments of 1 to 70 rows; base rows keep every bit."""
+    """Mixed ranks, slices that are not adapted, vectors with and without a rank, segments of 1 to 70 rows; base
+    rows keep every bit."""
     torch.manual_seed(K)
     ops = CpuOps(library, dtype)  # type: ignore[arg-type]
     monkeypatch.setattr(CpuOps, "threads", threads)
@@ -108,6 +109,11 @@ def test_lora_adds_each_adapter_to_its_own_rows(
     before, expected = out.clone(), out.double()
     table = np.zeros((len(ranks), ADAPTER_FIELDS), dtype=np.int64)
     alive, matrices = [], []
+    vectors = {
+        (slot, index): torch.randn(2, -(-outs[index] // 16) * 16)
+        for slot, index in ((0, 0), (1, 1))
+        if index < len(outs)
+    }
     for slot, own in enumerate(ranks):
         a = [torch.randn(rank, K).to(dtype) / K**0.5 for rank in own]
         b = [torch.randn(rank, out_s).to(dtype) for rank, out_s in zip(own, outs, strict=True)]
@@ -116,7 +122,9 @@ def test_lora_adds_each_adapter_to_its_own_rows(
         matrices.append((a, b))
         fields = [packed[0].data_ptr(), sum(own), len(own)]
         for index, rank in enumerate(own):
-            fields += [rank, packed[1 + index].data_ptr(), sum(outs[:index]), outs[index]]
+            own_vectors = vectors.get((slot, index))
+            address = 0 if own_vectors is None else own_vectors.data_ptr()
+            fields += [rank, packed[1 + index].data_ptr(), sum(outs[:index]), outs[index], address]
         table[slot, : len(fields)] = fields
     segments, start = [], 5
     for slot, length in lengths:
@@ -125,7 +133,11 @@ def test_lora_adds_each_adapter_to_its_own_rows(
         for index, out_s in enumerate(outs):
             column = sum(outs[:index])
             update = x[start : start + length].double() @ a[index].double().t() @ b[index].double()
-            expected[start : start + length, column : column + out_s] += update
+            own_rows = expected[start : start + length, column : column + out_s]
+            own_rows += update
+            if (slot, index) in vectors:
+                c, d = vectors[slot, index][:, :out_s].double()
+                own_rows.copy_(own_rows * c + d)
         start += length
     workspace = torch.full((rows, max(map(sum, ranks))), torch.nan)
     beside = np.full((len(ranks), 3, ADAPTER_FIELDS), -1, dtype=np.int64)  # other linears' fields

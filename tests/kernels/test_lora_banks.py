@@ -32,7 +32,7 @@ from tests.support.weights import adapter_of
 
 
 def test_adapters_come_and_go_and_each_adds_what_it_is(lora: LoraBackend, device: str) -> None:
-    """Ranks, modules and layers change, places are used again, and those that stay are what they were."""
+    """Ranks, modules, vectors, layers change, places are used again, and those that stay are what they were."""
     device = device if lora.name != "native" else "cpu"
     draw = random.Random(0)
     sizes = [taken_by(lora.pack(adapter(ranks, seed=0)).num_bytes) for ranks in ADAPTERS]
@@ -41,7 +41,8 @@ def test_adapters_come_and_go_and_each_adds_what_it_is(lora: LoraBackend, device
     seen = set()
     for seed in range(16):
         layers = [draw.randrange(LAYERS)] if seed % 5 == 4 else range(LAYERS)
-        slot = bank.bring(adapter(draw.choice(ADAPTERS), seed, layers))
+        affine = ("attn_k", "mlp_gate", "mlp_4h_to_h")[: seed % 4]
+        slot = bank.bring(adapter(draw.choice(ADAPTERS), seed, layers, affine))
         others = sorted(bank.held.keys() - {slot})
         expect_right(lora, arrangement(dict.fromkeys(others, 1) | {slot: 3}), bank.held, device)
         seen |= {slot}

@@ -77,18 +77,20 @@ def test_scales_need_room() -> None:
 def test_a_table_is_packed_without_gaps() -> None:
     """Slot by slot A of all slices, then B; rows of 9 elements and blocks of any begin at multiples of 16."""
     table = pack_table([(4, 0), (8, 2)], Slices.consecutive(32, 9), 9)
-    assert table.tolist() == [[[4, 0, 64], [0, 64, 192]], [[8, 192, 352], [2, 320, 608]]]
+    assert table.tolist() == [[[4, 0, 64, 0], [0, 64, 192, 0]], [[8, 192, 352, 0], [2, 320, 608, 0]]]
 
 
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
-        ((1, 0, [17, 4, 128]), "slot 1 has a rank outside 0..16"),
-        ((0, 1, [16, 4, 0]), "slot 0 has more than 16 rows"),
-        ((1, 0, [8, 528, 384]), "slot 1 has rows of A outside of 640 elements"),
-        ((1, 1, [2, 320, 624]), "slot 1 has a block of B outside of 640 elements"),
-        ((1, 1, [2, 320, 600]), "slot 1 has matrices not at multiples of 16"),
-        ((1, 0, [8, 200, 352]), "slot 1 has matrices not at multiples of 16"),
+        ((1, 0, [17, 4, 128, 0]), "slot 1 has a rank outside 0..16"),
+        ((0, 1, [16, 4, 0, 0]), "slot 0 has more than 16 rows"),
+        ((1, 0, [8, 528, 384, 0]), "slot 1 has rows of A outside of 640 elements"),
+        ((1, 1, [2, 320, 624, 0]), "slot 1 has a block of B outside of 640 elements"),
+        ((1, 1, [2, 320, 600, 0]), "slot 1 has matrices not at multiples of 16"),
+        ((1, 0, [8, 200, 352, 0]), "slot 1 has matrices not at multiples of 16"),
+        ((1, 0, [8, 192, 352, 592]), "slot 1 has vectors outside of 640 elements"),
+        ((1, 1, [0, 0, 0, 40]), "slot 1 has vectors not at multiples of 16"),
     ],
 )
 def test_a_table_that_would_mislead_a_kernel_is_refused(

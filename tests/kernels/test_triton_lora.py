@@ -16,7 +16,7 @@ from inference_service.backends.hold import hold
 from inference_service.backends.triton import TritonLora
 from inference_service.kernels.launch import Launch, intercepted
 from inference_service.kernels.sgmv import DECODE_TILE, SegmentCapacity, Segments, pack_segments
-from tests.kernels.lora_case import ADAPTERS, GROUPS, LAYERS, Resident, adapter, added, arrangement
+from tests.kernels.lora_case import ADAPTERS, GROUPS, LAYERS, Resident, adapted, adapter, arrangement
 
 ROWS = 8
 
@@ -47,16 +47,16 @@ class Recorded:
         slots = [slot for slot, length in lengths.items() for _ in range(length)]
         self._segments.load(torch.from_numpy(pack_segments(self._segments.capacity, np.array(slots))))
         for out in self.outputs:
-            out.zero_()
+            out.fill_(1.0)
         for launch in self._tape:
             launch()
 
     def expect_right(self, lengths: Mapping[int, int], bank: Resident) -> None:
-        """Replay, and compare with what the adapters in their slots add."""
+        """Replay, and compare with what the adapters in their slots make of it."""
         self.replay(lengths)
         step = arrangement(lengths, base=0)
         for (layer, name), x, out in zip(self._linears, self.inputs, self.outputs, strict=True):
-            expected = added(x.cpu(), step, bank.held, layer, name).float()
+            expected = adapted(x.cpu(), torch.ones_like(out).cpu(), step, bank.held, layer, name).float()
             torch.testing.assert_close(out.cpu(), expected, rtol=1e-5, atol=1e-5)
 
 
@@ -74,7 +74,8 @@ def test_a_step_recorded_in_an_empty_bank_serves_whoever_comes(lora: TritonLora,
     recorded = Recorded(lora, device)
     draw = random.Random(1)
     for seed in range(8):
-        bank.bring(adapter(ADAPTERS[seed % len(ADAPTERS)], seed))
+        affine = ("attn_k", "mlp_4h_to_h")[: seed % 3]
+        bank.bring(adapter(ADAPTERS[seed % len(ADAPTERS)], seed, affine=affine))
         slots = draw.sample(sorted(bank.held), draw.randint(1, min(3, len(bank.held))))
         recorded.expect_right({slot: draw.randint(1, 2) for slot in slots}, bank)
     assert len(bank.held) == 4
@@ -86,13 +87,13 @@ def test_a_recorded_step_with_a_slot_that_was_left_adds_nothing(lora: TritonLora
     recorded = Recorded(lora, device)
     gone, stays = bank.bring(adapter(ADAPTERS[1], 0)), bank.bring(adapter(ADAPTERS[1], 1))
     recorded.replay({gone: 2, stays: 1})
-    assert all(out[:3].any() for out in recorded.outputs)
+    assert all((out[:3] != 1).any() for out in recorded.outputs)
     bank.send_away(gone)
     recorded.replay({gone: 2, stays: 1, 2: 1})
     for out in recorded.outputs:
-        assert not out[:2].any()
-        assert not out[3:].any()
-        assert out[2].any()
+        assert (out[:2] == 1).all()
+        assert (out[3:] == 1).all()
+        assert (out[2] != 1).any()
 
 
 def test_the_weights_are_not_kept(lora: TritonLora) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig
 
 from builder_service.pipeline import prove as builder_prove
 from builder_service.pipeline.build import build
@@ -41,15 +42,31 @@ from loramux_shared.deployment import Deployment
 from loramux_shared.faults import BuildInterrupted, CheckpointInvalid, ProofFailed, SettingsInvalid
 from loramux_shared.sources.open import open_sources
 from loramux_shared.storage.memory import MemoryStore
-from tests.support.tiny import ADAPTERS, World, make_world, oracle, refusal
+from tests.support.tiny import ADAPTERS, SIZES, World, make_world_of, oracle, refusal
 
 Change = Callable[[Any, Manifest], None]
 """Changes the rows [R, C] of a bundle in place."""
 
 
+AFFINE: dict[str, dict[str, Any]] = {
+    "dora": {"r": 9, "lora_alpha": 9, "use_dora": True, "target_modules": ["q_proj", "down_proj"]},
+    "biases": {
+        "r": 2,
+        "lora_alpha": 3,
+        "lora_bias": True,
+        "bias": "all",
+        "target_modules": ["up_proj", "k_proj"],
+    },
+}
+
+
+EVERY = (*ADAPTERS, *AFFINE)
+
+
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    return make_world(tmp_path_factory.mktemp("tiny"))
+    config = LlamaConfig(**SIZES, attention_bias=True)
+    return make_world_of(tmp_path_factory.mktemp("tiny"), config, ADAPTERS | AFFINE)
 
 
 def proved(deployment: Deployment) -> Deployment:
@@ -147,7 +164,18 @@ def swap(first: int, second: int) -> Change:
     return change
 
 
-@pytest.mark.parametrize("name", [None, *ADAPTERS])
+def multiplied(index: int, factor: float) -> Change:
+    """Multiply the vectors of a row."""
+
+    def change(rows: Any, manifest: Manifest) -> None:
+        row = manifest.rows[index]
+        first = row.elements - row.vectors * row.out_features
+        rows[index, first : row.elements] *= rows.dtype.type(factor)
+
+    return change
+
+
+@pytest.mark.parametrize("name", [None, *EVERY])
 def test_the_reference_is_transformers_and_peft(world: World, name: str | None) -> None:
     """Its logits are those of transformers with PEFT, in float32, so a proof is about what was trained."""
     config = read_config(world.base)
@@ -166,8 +194,9 @@ def test_an_honest_bundle_is_served_in_every_type(
     world: World, float32: MemoryStore, bfloat16: MemoryStore, dtype: str
 ) -> None:
     """Rounding of storage and of the replica stays within what is allowed."""
-    assert len(list(world.load(float32, dtype=dtype).service.catalog)) == 4
-    assert len(list(world.load(bfloat16, dtype=dtype).service.catalog)) == 4
+    for store in (float32, bfloat16):
+        ready = world.load(store, dtype=dtype)
+        assert [refusal(ready, name) for name in EVERY] == [None] * len(EVERY)
 
 
 def every_row() -> list[tuple[str, int]]:
@@ -178,7 +207,7 @@ def every_row() -> list[tuple[str, int]]:
 
 def refused(ready: Ready, name: str, said: str) -> None:
     """An adapter is not served, for its proof, and all others are."""
-    for other in ADAPTERS:
+    for other in EVERY:
         fault = refusal(ready, other)
         if other != name and said != "log probabilities differ":
             assert fault is None
@@ -208,6 +237,8 @@ def test_a_single_row_that_is_zeroed_or_doubled_is_caught_in_bfloat16(
         ("all", swap(8, 9)),
         ("rs", swap(0, 2)),
         ("all", scale(3, -1.0)),
+        ("dora", multiplied(0, 1.5)),
+        ("biases", multiplied(-1, -1.0)),
         ("wide", scale(0, 0.4)),
     ],
 )
@@ -239,8 +270,8 @@ def test_another_base_under_the_same_adapter_is_caught(
     context = BuildContext(store, open_sources(local_roots=[world.root, tmp_path]))
     deployment = proved(other.deployment())
     build(deployment, context, Progress(deployment.build.lora_adapters))
-    digests = {name: manifest_of(store, name).proof for name in ADAPTERS}
-    for name in ADAPTERS:
+    digests = {name: manifest_of(store, name).proof for name in EVERY}
+    for name in EVERY:
         generation = current_generation(store, "tiny")
         assert generation is not None
         manifest = manifest_of(float32, name)
@@ -254,7 +285,7 @@ def test_another_base_under_the_same_adapter_is_caught(
             store, generation.model_copy(update={"adapters": generation.adapters | {name: record}})
         )
     ready = other.load(store, local_roots=(world.root, tmp_path))
-    for name in ADAPTERS:
+    for name in EVERY:
         refused(ready, name, "log probabilities differ")
 
 
@@ -263,7 +294,8 @@ def test_a_truncated_adapter_is_proved_as_truncated(world: World) -> None:
     store = MemoryStore()
     build_into(store, world, truncate_to_rank=3)
     assert manifest_of(store, "wide").ranks == (3,)
-    world.load(store)
+    ready = world.load(store)
+    assert [refusal(ready, name) for name in EVERY] == [None] * len(EVERY)
 
 
 def test_a_proof_is_part_of_the_digest_and_repeatable(world: World, float32: MemoryStore) -> None:
@@ -271,7 +303,7 @@ def test_a_proof_is_part_of_the_digest_and_repeatable(world: World, float32: Mem
     again, without = MemoryStore(), MemoryStore()
     build_into(again, world)
     world.build(without)
-    for name in ADAPTERS:
+    for name in EVERY:
         assert manifest_of(again, name) == manifest_of(float32, name)
         assert manifest_of(without, name).proof is None
 

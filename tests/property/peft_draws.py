@@ -52,6 +52,10 @@ class Saved:
     b: torch.Tensor
     scaling: float
     delta: torch.Tensor
+    c: torch.Tensor
+    """What its output is multiplied with: magnitudes over norms, or ones."""
+    d: torch.Tensor
+    """What is added to its output: the bias of B, scaled, or zeros."""
 
 
 def _patterns(values: st.SearchStrategy[Any]) -> st.SearchStrategy[dict[str, Any]]:
@@ -78,6 +82,7 @@ def draws(draw: st.DrawFn) -> Draw:
         "r": draw(RANKS),
         "lora_alpha": draw(ALPHAS),
         "use_rslora": draw(st.booleans()),
+        **draw(st.sampled_from(({}, {"use_dora": True}, {"lora_bias": True}))),
         "rank_pattern": draw(_patterns(RANKS)),
         "alpha_pattern": draw(_patterns(ALPHAS)),
     }
@@ -114,6 +119,12 @@ def save(base: torch.nn.Module, draw: Draw, folder: Path) -> dict[str, Saved]:
     for matrix in matrices:
         values = torch.randn(matrix.shape, generator=generator)
         matrix.data = values.to(DTYPES[draw.file_dtype])
+    vectors = [
+        *(module.lora_B["default"].bias for module in adapted.values() if module.lora_bias["default"]),
+        *(module.lora_magnitude_vector["default"].weight for module in adapted.values() if module.lora_variant),
+    ]
+    for vector in vectors:
+        vector.data = torch.rand(vector.shape, generator=generator) + 0.5
     model.save_pretrained(folder)
     for matrix in matrices:  # PEFT rounds the delta to the type of its matrices: look at it unrounded
         matrix.data = matrix.data.float()
@@ -123,8 +134,22 @@ def save(base: torch.nn.Module, draw: Draw, folder: Path) -> dict[str, Saved]:
             module.lora_B["default"].weight.data,
             module.scaling["default"],
             module.get_delta_weight("default").data,
+            *_vectors(module),
         )
         for name, module in adapted.items()
     }
     model.unload()
     return saved
+
+
+def _vectors(module: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """What PEFT multiplies a module's output with, and adds to it."""
+    c, d = torch.ones(module.out_features), torch.zeros(module.out_features)
+    if module.lora_variant:
+        layer, a, b = (module.lora_magnitude_vector, module.lora_A, module.lora_B)
+        lora = b["default"].weight @ a["default"].weight
+        norms = layer["default"].get_weight_norm(module.base_layer.weight, lora, module.scaling["default"])
+        c = layer["default"].weight / norms
+    if module.lora_bias["default"]:
+        d = module.lora_B["default"].bias * module.scaling["default"]
+    return c.data, d.data

@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from hypothesis import HealthCheck, given, settings
+from safetensors.torch import save_file
 
 from builder_service.pipeline.build import build
 from builder_service.pipeline.context import BuildContext
@@ -42,7 +43,10 @@ def room(tmp_path_factory) -> tuple[Path, torch.nn.Module]:
     folder = tmp_path_factory.mktemp("property")
     write_base(folder / "base", num_hidden_layers=LAYERS)
     torch.set_num_threads(1)
-    return folder, transformers.LlamaForCausalLM(transformers.LlamaConfig(**CONFIG))
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**CONFIG))
+    weights = {name: each.contiguous() for name, each in model.state_dict().items() if "layers." in name}
+    save_file(weights, folder / "base" / "model.safetensors")
+    return folder, model
 
 
 def built(folder: Path, storage: str) -> Bundle:
@@ -79,6 +83,17 @@ def check_row(row: BundleRow, saved: Saved, storage: str) -> None:
     error = np.abs(product - saved.delta.double().numpy())
     assert (error <= rounding).all()
     assert row.row.norm_ba == pytest.approx(np.linalg.norm(product), rel=1e-4)
+    check_vectors(row, saved, storage)
+
+
+def check_vectors(row: BundleRow, saved: Saved, storage: str) -> None:
+    """c is PEFT's to twice the digits of a narrow type, and d to one rounding; none where they do nothing."""
+    c, d, rest = (*row.vectors.astype(np.float32), None, None, None)[:3]
+    c = np.ones(row.row.out_features, "f4") if c is None else c + (0 if rest is None else rest)
+    both = 2.0**-20 + (UNIT[storage] ** 2 if storage != "float32" else 0)
+    np.testing.assert_allclose(c, saved.c.numpy(), rtol=both, atol=2.0**-24 if storage == "float16" else 0)
+    np.testing.assert_allclose(0 if d is None else d, saved.d.numpy(), rtol=2 * UNIT[storage], atol=1e-7)
+    assert bool(row.row.vectors) == bool((saved.c != 1).any() or saved.d.any())
 
 
 def check(draw: Draw, room: tuple[Path, torch.nn.Module]) -> None:
@@ -91,7 +106,8 @@ def check(draw: Draw, room: tuple[Path, torch.nn.Module]) -> None:
     bundle = built(folder, draw.storage)
     names = {f"model.layers.{row.row.layer}.{GROUPS[row.row.module]}": row for row in bundle.rows}
     assert sorted(names) == sorted(saved)
-    assert len(bundle.manifest.coverage.used) == 2 * len(saved)
+    tensors = 2 + ("use_dora" in draw.config) + ("lora_bias" in draw.config)
+    assert len(bundle.manifest.coverage.used) == tensors * len(saved)
     for name, row in names.items():
         check_row(row, saved[name], draw.storage)
 

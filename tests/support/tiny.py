@@ -84,7 +84,7 @@ def make_checkpoint(
 
 
 def make_adapter(base: Path, folder: Path, seed: int, **config: Any) -> None:
-    """Save an adapter with random A and B."""
+    """Save an adapter with random A and B, and magnitudes and biases that are not what they begin as."""
     model = get_peft_model(
         _loaded(base),
         LoraConfig(task_type="CAUSAL_LM", **config),
@@ -92,8 +92,9 @@ def make_adapter(base: Path, folder: Path, seed: int, **config: Any) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+            if parameter.requires_grad:
+                began = parameter if "bias" in name or "magnitude" in name else 0.0
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2 + began)
     model.save_pretrained(folder)
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
-from inference_service.lora.weights import AdapterWeights, Placed, arrange
+from inference_service.lora.weights import AdapterWeights, Placed, Vectors, arrange
 from loramux_shared.bases.groups import GroupShape
 from loramux_shared.bundle.modules import BY_NAME
 
@@ -15,13 +16,22 @@ Row = tuple[int, str, Tensor, Tensor]
 """Layer, module, A [rank, in], B [out, rank]."""
 
 
-def adapter_of(rows: Iterable[Row], layers: Sequence[tuple[GroupShape, ...]]) -> AdapterWeights:
-    """Arrange matrices, each pair behind a gap of three elements, as no bundle has them."""
+def adapter_of(
+    rows: Iterable[Row],
+    layers: Sequence[tuple[GroupShape, ...]],
+    vectors: Mapping[tuple[int, str], Vectors] = MappingProxyType({}),
+) -> AdapterWeights:
+    """Arrange matrices, each pair behind a gap of three elements, as no bundle has them.
+
+    vectors are those of some rows, by layer and module.
+    """
     parts: list[Tensor] = []
     placed = []
     first = 0
     for layer, module, a, b in rows:
         parts += [a.new_full((3,), torch.nan), a.reshape(-1), b.reshape(-1)]
-        placed.append(Placed(layer, BY_NAME[module].id, a.shape[0], a.shape[1], b.shape[0], first + 3))
+        sizes = a.shape[0], a.shape[1], b.shape[0], first + 3
+        own = vectors.get((layer, module))
+        placed.append(Placed(layer, BY_NAME[module].id, *sizes, vectors=own))
         first += 3 + a.numel() + b.numel()
     return arrange(torch.cat(parts) if parts else torch.empty(0), placed, layers)

@@ -110,7 +110,7 @@ def test_nothing_is_published_before_everything_is_valid(tmp_path, context):
     """The last adapter of many is bad: not one byte was written to the store."""
     for i in range(12):
         write_adapter(tmp_path / f"a{i:02}", tensors(seed=i))
-    write_adapter(tmp_path / "z", bias="all")
+    write_adapter(tmp_path / "z", task_type="SEQ_CLS")
     names = [*(f"a{i:02}" for i in range(12)), "z"]
     with pytest.raises(AdapterInvalid):
         build(deployment(tmp_path, *names), context, Progress(names))

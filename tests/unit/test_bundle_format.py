@@ -17,7 +17,7 @@ from loramux_shared.bundle.norms import row_norms
 from loramux_shared.deployment_file import parse_deployment
 from loramux_shared.sources.open import open_sources
 from loramux_shared.storage.local import LocalStore
-from tests.support.adapters import key, tensors, write_adapter, write_base
+from tests.support.adapters import HIDDEN, Tensors, key, tensors, write_adapter, write_base
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "bundle-format.md"
 NAMES = {
@@ -51,12 +51,12 @@ def checked(path: Path, sha256: str) -> bytes:
 
 
 def read_bundle(folder: Path, digest: str) -> list[dict[str, Any]]:
-    """The rows of a bundle with A and sB in float32."""
+    """The rows of a bundle with A and sB, and c and d, in float32."""
     data = checked(folder / "manifest.json", digest)
     manifest = json.loads(data)
     canonical = json.dumps(manifest, sort_keys=True, separators=(",", ":"), ensure_ascii=False) + "\n"
     assert data == canonical.encode()
-    assert manifest["format_version"] == 1
+    assert manifest["format_version"] == 1 + any("vectors" in row for row in manifest["rows"])
     for file, record in manifest["files"].items():
         assert len(checked(folder / file, record["sha256"])) == record["size"]
     weights, config = (np.load(folder / f"model.lora_{kind}.npy") for kind in ("weights", "config"))
@@ -68,25 +68,29 @@ def read_bundle(folder: Path, digest: str) -> list[dict[str, Any]]:
         weights = (weights.view("<u2").astype("<u4") << 16).view("<f4")
     rows = []
     for row, values, columns in zip(manifest["rows"], weights[0], config[0], strict=True):
-        assert (
-            columns.tolist() == [row["module_id"], row["layer"], row["rank"], 0][: manifest["config_columns"]]
-        )
+        said = [row["module_id"], row["layer"], row["rank"], row.get("vectors", 0)]
+        assert columns.tolist() == said[: manifest["config_columns"]]
         assert NAMES[row["module_id"]] == row["module"]
         split = row["rank"] * row["in_features"]
         end = split + row["rank"] * row["out_features"]
-        assert not values[end:].any()
+        own = values[end : end + row.get("vectors", 0) * row["out_features"]].astype(np.float32)
+        assert not values[end + len(own) :].any()
+        c, d, rest = (*own.reshape(-1, row["out_features"]), None, None, None)[:3]
         a = values[:split].reshape(row["rank"], row["in_features"]).astype(np.float32)
         b = values[split:end].reshape(row["out_features"], row["rank"]).astype(np.float32)
         gram_a, gram_b = (wide.T @ wide for wide in (a.T.astype(np.float64), b.astype(np.float64)))
         norms = [np.trace(gram_a) ** 0.5, np.trace(gram_b) ** 0.5, (gram_a * gram_b).sum() ** 0.5]
         np.testing.assert_allclose([row["norm_a"], row["norm_b"], row["norm_ba"]], norms, rtol=1e-4)
-        rows.append({**row, "a": a, "b": b})
+        c = 1 if c is None else c + (0 if rest is None else rest)
+        rows.append({**row, "a": a, "b": b, "c": c, "d": 0 if d is None else d})
     return rows
 
 
-def published(folder: Path, dtype: str, **config: Any) -> Path:
-    """Build the adapter of a folder into a store of files; returns the store's folder."""
+def published(folder: Path, dtype: str, weights: Tensors | None = None, **config: Any) -> Path:
+    """Build the adapter of a folder into a store of files, on a base with weights; returns its folder."""
     write_base(folder / "base", **config)
+    if weights:
+        save_file(weights, folder / "base" / "model.safetensors")
     data = {
         "model_name": "page",
         "build": {
@@ -124,6 +128,38 @@ def test_a_stranger_reads_a_bundle_from_the_page_alone(tmp_path, dtype):
         }
         np.testing.assert_array_equal(row["a"], sides["A"])
         np.testing.assert_array_equal(row["b"], 2 * sides["B"])
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_a_stranger_reads_vectors_from_the_page_alone(tmp_path, dtype):
+    """Magnitudes over the norms of W + sBA, and biases; c is kept to more digits than the type has."""
+    draw = np.random.default_rng(2)
+    names = [f"model.layers.{layer}.self_attn.{leaf}" for layer in (0, 1) for leaf in ("q_proj", "v_proj")]
+    values, weights = {name: np.asarray(value, "f4") for name, value in tensors().items()}, {}
+    for name in names:
+        out = len(values[f"base_model.model.{name}.lora_B.weight"])
+        values[f"base_model.model.{name}.lora_magnitude_vector"] = draw.uniform(0.5, 2, out).astype("f4")
+        values[f"base_model.model.{name}.base_layer.bias"] = draw.normal(size=out).astype("f4")
+        weights |= {f"{name}.weight": draw.normal(size=(out, HIDDEN)).astype("f4")}
+        weights |= {f"{name}.bias": draw.normal(size=out).astype("f4")}
+    weights["model.layers.1.self_attn.k_proj.bias"] = draw.normal(size=HIDDEN // 2).astype("f4")
+    values["base_model.model.model.layers.1.self_attn.k_proj.bias"] = np.ones(HIDDEN // 2, "f4")
+    write_adapter(tmp_path / "one", values, target_modules=["q_proj", "v_proj"], use_dora=True, bias="all")
+    rows = read_deployment(published(tmp_path, dtype, weights, attention_bias=True), "page")["one"]
+    assert [(row["layer"], row["module_id"], row["rank"]) for row in rows] == [
+        (0, 1, 4), (0, 3, 4), (1, 1, 4), (1, 2, 0), (1, 3, 4),
+    ]  # fmt: skip
+    precision = {"bfloat16": 2**-16, "float16": 2**-20, "float32": 2**-23}[dtype]
+    for row, name in zip([row for row in rows if row["rank"]], names, strict=True):
+        own = {side: values[f"base_model.model.{name}.lora_{side}.weight"].astype("f8") for side in "AB"}
+        norms = np.linalg.norm(weights[f"{name}.weight"] + 2 * own["B"] @ own["A"], axis=1)
+        c = values[f"base_model.model.{name}.lora_magnitude_vector"] / norms
+        np.testing.assert_allclose(row["c"], c, rtol=precision)
+        d = values[f"base_model.model.{name}.base_layer.bias"] - c * weights[f"{name}.bias"]
+        np.testing.assert_allclose(row["d"], d, rtol=2**-8 if dtype == "bfloat16" else 1e-3)
+    [alone] = [row for row in rows if not row["rank"]]
+    np.testing.assert_allclose(alone["d"], 1 - weights["model.layers.1.self_attn.k_proj.bias"], rtol=2**-8)
+    assert np.all(alone["c"] == 1)
 
 
 def test_the_test_vector_of_the_page(tmp_path):

@@ -209,7 +209,8 @@ def set_value(row: int, column: int, value: float) -> Callable[[Any, Any], None]
         (poke(0, 2, 0), "E_BAD_NPY"),
         (poke(0, 2, 3), "E_DIMS"),
         (poke(0, 2, 5), "E_DIMS"),
-        (poke(0, 3, 1), "E_DORA"),
+        (poke(0, 3, 1), "E_DIMS"),
+        (poke(0, 3, 2), "E_BAD_NPY"),
         (poke(1, 0, 1), "E_PAIR"),
         (set_value(0, 4, float("nan")), "E_NAN"),
         (set_value(1, -1, 0.5), "E_DIMS"),
@@ -219,6 +220,22 @@ def test_rows_that_do_not_fit_are_refused(bench: Bench, change: Callable[[Any, A
     """Foreign modules, layers, ranks, dims, DoRA, duplicates, NaN, values in the padding: by their codes."""
     write(bench.npy, [(1, 0, 4), (4, 0, 4)], change=change)
     assert code in [found for found, _ in bench.errors()]
+
+
+def test_magnitudes_are_taken_as_they_are(bench: Bench) -> None:
+    """Another converter has divided them by the norms; those of a fused row are cut as B is."""
+    own = np.arange(1, 1 + Q + 2 * KV, dtype=np.float32) / 16
+
+    def change(weights: Any, config: Any) -> None:
+        weights[0, 2 * (HIDDEN + len(own)) :][: len(own)] = own
+        config[0, 3] = 1
+
+    write(bench.npy, [(0, 0, 2), (4, 0, 2)], extra=len(own), change=change)
+    rows = bench.build().rows
+    assert [row.row.vectors for row in rows] == [1, 1, 1, 0]
+    parts = own[:Q], own[Q : Q + KV], own[Q + KV :]
+    for row, part in zip(rows, parts, strict=False):
+        np.testing.assert_array_equal(row.vectors[0].astype(np.float32), part)
 
 
 def test_a_fused_row_beside_a_part_of_it_is_refused(bench: Bench) -> None:

@@ -55,7 +55,7 @@ void linear(Product<T> base, const Adapter* adapters, int64_t apart, const Segme
   for (int64_t s = 0; s < count; ++s) {
     const Segment& seg = segments[s];
     const Adapter& adapter = adapters[seg.adapter * apart];
-    bool adds = adapter.rows;
+    bool adds = acts(adapter);
     for (int64_t i = 0; parts && i < adapter.slices; ++i) adds |= ranks_of(s, i) > 0;
     if (!adds) continue;
     work += double(seg.length) * adapter.rows * base.K;
@@ -70,7 +70,9 @@ void linear(Product<T> base, const Adapter* adapters, int64_t apart, const Segme
     for (int64_t r = 0; r < adapter.rows; r += rows)
       shrinks.push_back({whole.segment, whole.first, whole.tokens, 0, r, std::min(rows, adapter.rows - r)});
     for (int64_t i = 0; i < adapter.slices; ++i) {
-      const int64_t columns = ranks_of(whole.segment, i) ? adapter.slice[i].columns : 0, some = shared ? COLUMNS_PER_TASK : columns;
+      const Slice& slice = adapter.slice[i];
+      const int64_t columns = slice.vectors || ranks_of(whole.segment, i) ? slice.columns : 0;
+      const int64_t some = shared ? COLUMNS_PER_TASK : columns;
       for (int64_t c = 0; c < columns; c += some)
         expands.push_back({whole.segment, whole.first, whole.tokens, i, c, std::min(some, columns - c)});
     }
@@ -102,7 +104,8 @@ void linear(Product<T> base, const Adapter* adapters, int64_t apart, const Segme
         const int64_t s = second[i].segment;
         for (int64_t p = s; p < s + part_of(s).count; ++p) {
           const Adapter& adapter = adapters[segments[p].adapter * apart];
-          if (adapter.slice[second[i].slice].rank) expand_task<T>(second[i], segments[p], adapter, y + part_of(p).column, ldy, base.out, base.ldo);
+          const Slice& slice = adapter.slice[second[i].slice];
+          if (slice.rank || slice.vectors) expand_task<T>(second[i], segments[p], adapter, y + part_of(p).column, ldy, base.out, base.ldo);
         }
       });
     }

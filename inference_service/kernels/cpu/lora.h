@@ -1,7 +1,9 @@
-// Adapters of exact ranks: a segment's rows times A, and that times B.
+// Adapters of exact ranks: a segment's rows times A, and that times B; where a slice has vectors, all of the output so far
+// times c, and d added.
 //
 //   LoRA A:             [rows][K padded to 16 P]
 //   LoRA B of a slice:  [columns / 16, rounded up][ceil(rank / P)][16 columns][P]
+//   vectors of a slice: float c [columns rounded up to 16], then d
 #pragma once
 #include <vector>
 
@@ -9,7 +11,7 @@
 
 namespace {
 
-struct Slice { int64_t rank; const void* b; int64_t column; int64_t columns; };
+struct Slice { int64_t rank; const void* b; int64_t column; int64_t columns; const float* vectors; };
 struct Adapter { const void* a; int64_t rows; int64_t slices; Slice slice[4]; };
 struct Segment { int64_t adapter; int64_t first; int64_t length; };
 // What a segment is of a mixture: the column of y where its ranks begin, how many segments from here on have the same rows (0
@@ -62,9 +64,15 @@ void shrink_tokens(const T* x, int64_t ldx, int64_t K, const T* a, int rows, flo
     shrink_tile<T, TOKENS, 1>(from, a + r * stride, stride, full, tail, rest > 0, y + r, ldy);
 }
 
-// out[t][c .. c + 16 * WIDE) += sum over units of y[t] * b.
+// Of the columns of a tile: c and d of each, or null.
+struct Vectors {
+  const float *c, *d;
+  inline vf of(vf x, int column) const { return c ? multiply_add(load16(d + column), x, load16(c + column)) : x; }
+};
+
+// out[t][c .. c + 16 * WIDE) += sum over units of y[t] * b, and then what vectors make of it.
 template <class T, int TOKENS, int WIDE>
-inline void expand_tile(const uint32_t* y, int64_t ldy, int units, const T* b, T* out, int64_t ldo, int valid) {
+inline void expand_tile(const uint32_t* y, int64_t ldy, int units, const T* b, Vectors vectors, T* out, int64_t ldo, int valid) {
   constexpr int P = Unit<T>::P;
   vf acc[TOKENS][WIDE] = {};
   for (int u = 0; u < units; ++u) {
@@ -84,23 +92,24 @@ inline void expand_tile(const uint32_t* y, int64_t ldy, int units, const T* b, T
       T* to = out + t * ldo + c * LANES;
       const int here = std::min(LANES, valid - c * LANES);
       if (here == LANES) {
-        store16(to, load16(to) + acc[t][c]);
+        store16(to, vectors.of(load16(to) + acc[t][c], c * LANES));
       } else if (here > 0) {
         T edge[LANES] = {};
         std::memcpy(edge, to, here * sizeof(T));
-        store16(edge, load16(edge) + acc[t][c]);
+        store16(edge, vectors.of(load16(edge) + acc[t][c], c * LANES));
         std::memcpy(to, edge, here * sizeof(T));
       }
     }
 }
 
 template <class T, int WIDE>
-void expand_columns(const uint32_t* y, int64_t ldy, int units, const T* b, T* out, int64_t ldo, int tokens, int valid) {
+void expand_columns(const uint32_t* y, int64_t ldy, int units, const T* b, Vectors vectors, T* out, int64_t ldo, int tokens,
+                    int valid) {
   int t = 0;
   for (; t + 4 <= tokens; t += 4)
-    expand_tile<T, 4, WIDE>(y + t * ldy, ldy, units, b, out + t * ldo, ldo, valid);
+    expand_tile<T, 4, WIDE>(y + t * ldy, ldy, units, b, vectors, out + t * ldo, ldo, valid);
   for (; t < tokens; ++t)
-    expand_tile<T, 1, WIDE>(y + t * ldy, ldy, units, b, out + t * ldo, ldo, valid);
+    expand_tile<T, 1, WIDE>(y + t * ldy, ldy, units, b, vectors, out + t * ldo, ldo, valid);
 }
 
 // Units of y for a slice: float as it is, bfloat16 rounded in pairs; an odd rank gets a zero.
@@ -116,6 +125,13 @@ inline void to_units(const float* y, int rank, uint32_t* to, bf16*) {
 
 constexpr int TOKENS_PER_TASK = 16;
 constexpr int COLUMNS_PER_TASK = 256;
+
+// Whether an adapter does anything to its segment's rows.
+inline bool acts(const Adapter& adapter) {
+  bool vectors = false;
+  for (int64_t i = 0; i < adapter.slices; ++i) vectors |= adapter.slice[i].vectors != nullptr;
+  return adapter.rows || vectors;
+}
 
 struct LoraTask {
   int64_t segment, first, tokens, slice, begin, size;
@@ -158,8 +174,11 @@ void expand_task(const LoraTask& task, const Segment& seg, const Adapter& adapte
   for (int64_t at = task.begin; at < task.begin + task.size; at += step) {
     const int valid = int(slice.columns - at);
     T* to = out + row * ldo + slice.column + at;
-    if (valid > LANES && !task.once()) expand_columns<T, 2>(scaled, units, units, b + at * units * P, to, ldo, tokens, valid);
-    else expand_columns<T, 1>(scaled, units, units, b + at * units * P, to, ldo, tokens, valid);
+    const float* c = slice.vectors ? slice.vectors + at : nullptr;
+    const Vectors vectors = {c, c + (c ? round_up(int(slice.columns), LANES) : 0)};
+    const T* tile = b + at * units * P;
+    if (valid > LANES && !task.once()) expand_columns<T, 2>(scaled, units, units, tile, vectors, to, ldo, tokens, valid);
+    else expand_columns<T, 1>(scaled, units, units, tile, vectors, to, ldo, tokens, valid);
   }
 }
 

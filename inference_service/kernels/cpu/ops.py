@@ -316,8 +316,10 @@ def _nibbles(units: Tensor) -> Tensor:
     return torch.from_numpy(words.view(np.int32))
 
 
-ADAPTER_FIELDS = 19
-"""int64 values of an adapter in a group's table: A, rows, slices, and four times rank, B, column, columns."""
+SLICE_FIELDS = 5
+"""int64 values of a slice: rank, B, column, columns, and the vectors or 0."""
+ADAPTER_FIELDS = 3 + 4 * SLICE_FIELDS
+"""int64 values of an adapter in a group's table: A, rows, slices, and four slices."""
 PIECE_FIELDS = 7
 """int64 values of a matrix that is packed: where it lies, its strides, rows and columns, 1 for B or 0 for A,
 and where it goes: A [rows, K] as rows that are padded to whole lane vectors of 16 units, B [rank, out] as

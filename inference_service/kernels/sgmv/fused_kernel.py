@@ -26,6 +26,7 @@ import triton
 import triton.language as tl
 
 from inference_service.kernels.sgmv.triton_kernels import (
+    FIELDS,
     PLANE_SCALARS,
     SEGMENT_POINTERS,
     planes_of,
@@ -33,15 +34,17 @@ from inference_service.kernels.sgmv.triton_kernels import (
     shrink_tile,
     slice_of_tile,
     sum_of_planes,
+    vectors_of_tile,
 )
 
 
 @triton.jit
 def readers_of(p_slot, SIZES: tl.constexpr, N_SLICES: tl.constexpr, BLOCK_N: tl.constexpr):
-    """How many tiles of expand a slot has: those of slices of rank 0 do nothing."""
+    """How many tiles of expand a slot has: those of slices of rank 0 without vectors do nothing."""
     readers = 0
     for i in tl.static_range(N_SLICES):
-        readers += tl.where(tl.load(p_slot + 3 * i) > 0, tl.cdiv(SIZES[i], BLOCK_N), 0)
+        acts = (tl.load(p_slot + FIELDS * i) > 0) | (tl.load(p_slot + FIELDS * i + 3) > 0)
+        readers += tl.where(acts, tl.cdiv(SIZES[i], BLOCK_N), 0)
     return readers
 
 
@@ -54,6 +57,7 @@ def expand_tile(
     p_counter,
     p_y,
     p_b,
+    p_vectors,
     p_out,
     p_token_ids,
     planes,
@@ -71,10 +75,10 @@ def expand_tile(
     UPCAST: tl.constexpr,
 ):
     """``expand_kernel`` for one tile: b and out are read first, then y is waited for."""
-    rank, element, size, offset, column, i_tile = slice_of_tile(
+    rank, element, vectors, size, offset, column, i_tile = slice_of_tile(
         i_n, p_slot, OFFSETS, SIZES, ALIGNMENT, N_SLICES, BLOCK_N
     )
-    if rank > 0:
+    if (rank > 0) | (vectors > 0):
         writers = tl.cdiv(rows_of(p_slot, N_SLICES), BLOCK_R) * planes
         readers = readers_of(p_slot, SIZES, N_SLICES, BLOCK_N)
         o_n = i_tile * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N] column in the slice
@@ -102,6 +106,10 @@ def expand_tile(
             else:
                 b_sum = tl.dot(b_y, b_b, input_precision="ieee")
             b_sum += b_out.to(tl.float32)
+            b_c, b_d = vectors_of_tile(
+                p_vectors, vectors, o_n, size, 32 // p_b.dtype.element_ty.primitive_bitwidth
+            )
+            b_sum = b_sum * b_c[None, :] + b_d[None, :]
             tl.store(p_tile, b_sum.to(p_out.dtype.element_ty), mask=m_tile)
 
         before = tl.atomic_add(p_counter, 1, sem="acq_rel", scope="gpu")
@@ -114,9 +122,10 @@ def fused_kernel(
     p_x,  # [T, K]
     p_a,  # flat
     p_b,  # flat
+    p_vectors,  # the same as fp32
     p_y,  # fp32 [planes, entries of the step, R]
     p_out,  # [T, N]
-    p_table,  # [slots, N_SLICES, 3], slots stride_table apart
+    p_table,  # [slots, N_SLICES, FIELDS], slots stride_table apart
     p_token_ids,  # int32 [P]
     p_seg_start,  # int32 [S + 1]
     p_seg_slot,  # int32 [S]
@@ -199,6 +208,7 @@ def fused_kernel(
             p_counters + i_s * COUNTER_STRIDE,
             p_y,
             p_b,
+            p_vectors,
             p_out,
             p_token_ids,
             planes,

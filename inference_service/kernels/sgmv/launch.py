@@ -10,7 +10,7 @@ from torch import Tensor
 
 from inference_service.kernels.launch import Launch, architecture_of, require, require_device
 from inference_service.kernels.sgmv.fused_launch import fuse, resident_programs
-from inference_service.kernels.sgmv.layout import Group, Segments
+from inference_service.kernels.sgmv.layout import FIELDS, Group, Segments
 from inference_service.kernels.sgmv.tuning import (
     COVERING,
     FusedConfig,
@@ -177,7 +177,8 @@ def _plan_expand(
 ) -> list[Launch]:
     kernels, slices = _kernels(out), group.slices
     if _check_table(group.table, segments, out.device) != len(slices.sizes):
-        raise ValueError(f"table must be [slots, {len(slices.sizes)}, 3], got {tuple(group.table.shape)}")
+        shape = tuple(group.table.shape)
+        raise ValueError(f"table must be [slots, {len(slices.sizes)}, {FIELDS}], got {shape}")
     require(out, "out", dims=2)
     require(group.weights, "weights", dims=1, dtype=out.dtype, device=out.device)
     if out.shape[1] < slices.out_features:
@@ -193,6 +194,7 @@ def _plan_expand(
     arguments = {
         **planes,
         "p_b": group.weights,
+        "p_vectors": group.floats,
         "p_out": out,
         "p_table": group.table,
         "p_token_ids": segments.token_ids,
@@ -232,10 +234,10 @@ def _check_table(table: Tensor, segments: Segments, device: torch.device) -> int
     require(table, "table", dims=3, device=device)
     if table.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"table must be int32 or int64, got {table.dtype}")
-    if table.shape[2] != 3 or table.stride()[1:] != (3, 1):
+    if table.shape[2] != FIELDS or table.stride()[1:] != (FIELDS, 1):
         raise ValueError(
-            f"table must be [slots, slices, 3] with contiguous slots, got {tuple(table.shape)} with strides "
-            f"{table.stride()}"
+            f"table must be [slots, slices, {FIELDS}] with contiguous slots, got {tuple(table.shape)} with "
+            f"strides {table.stride()}"
         )
     if table.shape[0] < segments.capacity.slots:
         raise ValueError(f"segments have {segments.capacity.slots} slots, table only {table.shape[0]}")

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +18,8 @@ from inference_service.kernels.packing import aligned, sections
 MAX_SLICES = 4
 ROW = 16
 """Elements: rows of A and blocks of B begin at multiples, so that both are read in vectors."""
+FIELDS = 4
+"""Of a slice of a slot in the table: rank, first element of A, of B, and of the vectors, or 0."""
 COUNTER_STRIDE = 8
 """int32 elements from counter to counter: each in a sector of 32 bytes of its own."""
 
@@ -69,9 +72,10 @@ class Group:
 
     weights: Tensor
     """Flat, and other linears may have theirs in it: per slot and slice rows of A, ``stride_a`` apart, and a
-    block of B [rank, size], row-major, that is B^T with the scale folded in."""
+    block of B [rank, size], row-major, that is B^T with the scale folded in; and of some the vectors c and d,
+    fp32 [2, size rounded up to ROW]."""
     table: Tensor
-    """int32 or int64 [slots, slices, 3]: rank, first element of A, first element of B; slots may lie apart."""
+    """int32 or int64 [slots, slices, FIELDS]; slots may lie apart."""
     slices: Slices
     in_features: int
     """Elements of a row of A."""
@@ -89,6 +93,11 @@ class Group:
         """Elements from row to row of A."""
         return -(-self.in_features // ROW) * ROW
 
+    @cached_property
+    def floats(self) -> Tensor:
+        """The weights as fp32, for the vectors."""
+        return self.weights[: len(self.weights) // ROW * ROW].view(torch.float32)
+
     def check_table(self, table: npt.NDArray[np.int64]) -> None:
         """Refuse a host copy of the table that would make a kernel read or drop what it must not.
 
@@ -98,7 +107,8 @@ class Group:
         sizes = np.array(self.slices.sizes)
         if table.shape != tuple(self.table.shape):
             raise ValueError(f"table must be {tuple(self.table.shape)}, got {table.shape}")
-        rank, first, element = table[..., 0], table[..., 1], table[..., 2]
+        rank, first, element, vectors = (table[..., field] for field in range(FIELDS))
+        span = 2 * _up(sizes) * torch.float32.itemsize // self.weights.itemsize
         used, numel = rank > 0, self.weights.shape[0]
         complaints = {
             f"a rank outside 0..{self.max_rank}": (rank < 0) | (rank > self.max_rank),
@@ -107,7 +117,9 @@ class Group:
             & ((first < 0) | (first + rank * self.stride_a > numel)),
             f"a block of B outside of {numel} elements": used
             & ((element < 0) | (element + rank * sizes > numel)),
+            f"vectors outside of {numel} elements": (vectors < 0) | (vectors > 0) & (vectors + span > numel),
             f"matrices not at multiples of {ROW}": used & ((first % ROW != 0) | (element % ROW != 0)),
+            f"vectors not at multiples of {ROW}": vectors % ROW != 0,
         }
         for complaint, where in complaints.items():
             if where.any():
@@ -115,7 +127,7 @@ class Group:
 
 
 def pack_table(ranks: Sequence[Sequence[int]], slices: Slices, in_features: int) -> npt.NDArray[np.int64]:
-    """The table of adapters one behind the other: per slot A of all slices, then B of each.
+    """The table of adapters without vectors, one behind the other: per slot A of all slices, then B of each.
 
     ``ranks`` is per slot, per slice.
     """
@@ -123,7 +135,7 @@ def pack_table(ranks: Sequence[Sequence[int]], slices: Slices, in_features: int)
     rows, blocks = rank * _up(np.array(in_features)), _up(rank * np.array(slices.sizes))
     sizes = np.concatenate([rows, blocks], axis=1)
     first = (np.cumsum(sizes) - sizes.ravel()).reshape(sizes.shape)
-    return np.stack([rank, first[:, : rank.shape[1]], first[:, rank.shape[1] :]], axis=-1)
+    return np.stack([rank, first[:, : rank.shape[1]], first[:, rank.shape[1] :], 0 * rank], axis=-1)
 
 
 def _up(elements: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:

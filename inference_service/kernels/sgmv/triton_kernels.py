@@ -7,6 +7,8 @@ import triton.language as tl
 
 ROW = tl.constexpr(16)
 """As `layout.ROW`: rows of A begin at multiples."""
+FIELDS = tl.constexpr(4)
+"""As `layout.FIELDS`."""
 INTERPRETED: bool = triton.knobs.runtime.interpret
 """Whether the kernels were made for the interpreter, which computes bf16 wrongly without UPCAST."""
 
@@ -20,7 +22,7 @@ def rows_of(p_slot, N_SLICES: tl.constexpr):
     """How many rows a slot has over all its slices."""
     rows = 0
     for i in tl.static_range(N_SLICES):
-        rows += tl.load(p_slot + 3 * i).to(tl.int32)
+        rows += tl.load(p_slot + FIELDS * i).to(tl.int32)
     return rows
 
 
@@ -63,9 +65,9 @@ def shrink_tile(
     o_row = tl.zeros([BLOCK_R], tl.int64)  # [BLOCK_R] first element of the row, in multiples of ROW
     first = 0
     for i in tl.static_range(N_SLICES):
-        begin = tl.load(p_slot + 3 * i + 1).to(tl.int64) // ROW
+        begin = tl.load(p_slot + FIELDS * i + 1).to(tl.int64) // ROW
         o_row = tl.where(o_r >= first, begin + (o_r - first).to(tl.int64) * (stride_a // ROW), o_row)
-        first += tl.load(p_slot + 3 * i).to(tl.int32)
+        first += tl.load(p_slot + FIELDS * i).to(tl.int32)
     o_row *= ROW  # said last: what the compiler knows of a multiple does not get through a choice
     m_r = o_r < rows  # [BLOCK_R]
 
@@ -100,7 +102,7 @@ def shrink_kernel(
     p_x,  # [T, K]
     p_a,  # flat
     p_y,  # fp32 [planes, entries of the step, R]
-    p_table,  # [slots, N_SLICES, 3], slots stride_table apart
+    p_table,  # [slots, N_SLICES, FIELDS], slots stride_table apart
     p_token_ids,  # int32 [P]
     p_seg_start,  # int32 [S + 1]
     p_seg_slot,  # int32 [S]
@@ -175,22 +177,35 @@ def slice_of_tile(
     N_SLICES: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """(rank, element in b, size, offset, first row, tile in the slice) of the slice of a tile of columns."""
+    """(rank, element in b, vectors, size, offset, first row, tile in it) of the slice of a tile of columns."""
     # It is the last slice whose tiles begin at or before the tile.
     rank = tl.load(p_slot).to(tl.int32)
     element = tl.load(p_slot + 2).to(tl.int64)
+    vectors = tl.load(p_slot + 3).to(tl.int64)
     size, offset = SIZES[0], OFFSETS[0]
     column, rows, i_tile, tiles = 0, rank, i_n, tl.cdiv(SIZES[0], BLOCK_N)
     for i in tl.static_range(1, N_SLICES):
         here = i_n >= tiles
-        slice_rank = tl.load(p_slot + 3 * i).to(tl.int32)
+        slice_rank = tl.load(p_slot + FIELDS * i).to(tl.int32)
         rank = tl.where(here, slice_rank, rank)
-        element = tl.where(here, tl.load(p_slot + 3 * i + 2).to(tl.int64), element)
+        element = tl.where(here, tl.load(p_slot + FIELDS * i + 2).to(tl.int64), element)
+        vectors = tl.where(here, tl.load(p_slot + FIELDS * i + 3).to(tl.int64), vectors)
         size, offset = tl.where(here, SIZES[i], size), tl.where(here, OFFSETS[i], offset)
         column, i_tile = tl.where(here, rows, column), tl.where(here, i_n - tiles, i_tile)
         rows += slice_rank
         tiles += tl.cdiv(SIZES[i], BLOCK_N)
-    return rank, tl.multiple_of(element, ALIGNMENT), size, offset, column, i_tile
+    return rank, tl.multiple_of(element, ALIGNMENT), tl.multiple_of(vectors, ROW), size, offset, column, i_tile
+
+
+@triton.jit
+def vectors_of_tile(p_vectors, vectors, o_n, size, PER_FLOAT: tl.constexpr):
+    """c and d of columns of a slice: 1 and 0 where a slot has none; PER_FLOAT elements take up a float."""
+    p_c = p_vectors + vectors // PER_FLOAT + o_n  # [BLOCK_N]
+    m_c = o_n < tl.where(vectors > 0, size, 0)
+    return (
+        tl.load(p_c, mask=m_c, other=1.0),
+        tl.load(p_c + tl.cdiv(size, ROW) * ROW, mask=m_c, other=0.0),
+    )
 
 
 @triton.constexpr_function
@@ -238,8 +253,9 @@ def sum_of_planes(
 def expand_kernel(
     p_y,  # fp32 [planes, entries of the step, R]
     p_b,  # flat
+    p_vectors,  # the same as fp32
     p_out,  # [T, N]
-    p_table,  # [slots, N_SLICES, 3], slots stride_table apart
+    p_table,  # [slots, N_SLICES, FIELDS], slots stride_table apart
     p_token_ids,  # int32 [P]
     p_seg_start,  # int32 [S + 1]
     p_seg_slot,  # int32 [S]
@@ -264,7 +280,8 @@ def expand_kernel(
 ):
     """out[token(p), offset + n] += sum over r of (sum over planes of y[plane, p, column + r]) * b[r, n].
 
-    One program per (tile of columns, segment). A tile lies in one slice, and all slices are in one launch.
+    Where a slot has vectors, that is multiplied by c[n], and d[n] is added, before it is rounded. One program
+    per (tile of columns, segment). A tile lies in one slice, and all slices are in one launch.
     """
     i_n, i_s = tl.program_id(0), tl.load(p_pass) + tl.program_id(1)
     if i_s >= tl.load(p_pass + 1):
@@ -274,10 +291,10 @@ def expand_kernel(
     stride_y_plane = tl.load(p_end + 1).to(tl.int64) * stride_y
     slot = tl.load(p_seg_slot + i_s).to(tl.int64)
     p_slot = p_table + slot * stride_table
-    rank, element, size, offset, column, i_tile = slice_of_tile(
+    rank, element, vectors, size, offset, column, i_tile = slice_of_tile(
         i_n, p_slot, OFFSETS, SIZES, ALIGNMENT, N_SLICES, BLOCK_N
     )
-    if rank == 0:
+    if (rank == 0) & (vectors == 0):
         return
     start, end = tl.load(p_seg_start + i_s), tl.load(p_seg_start + i_s + 1)
 
@@ -305,4 +322,7 @@ def expand_kernel(
         p_tile = p_out + o_t[:, None] * stride_out + offset + o_n[None, :]
         m_tile = m_p[:, None] & m_n[None, :]
         b_sum += tl.load(p_tile, mask=m_tile, other=0.0).to(tl.float32)
+        # read here: registers are dear in the loop over the rank
+        b_c, b_d = vectors_of_tile(p_vectors, vectors, o_n, size, 32 // p_b.dtype.element_ty.primitive_bitwidth)
+        b_sum = b_sum * b_c[None, :] + b_d[None, :]
         tl.store(p_tile, b_sum.to(p_out.dtype.element_ty), mask=m_tile)

@@ -106,7 +106,8 @@ class ModuleRow(Model):
     module_id: int = Field(ge=0)
     module: str
     """TensorRT-LLM's name, for example ``attn_q``."""
-    rank: int = Field(ge=1)
+    rank: int = Field(ge=0)
+    """0 where it has vectors alone."""
     in_features: int = Field(ge=1)
     out_features: int = Field(ge=1)
     scale: float
@@ -121,20 +122,23 @@ class ModuleRow(Model):
     """Set where the row approximates one of a higher rank, which the deployment asked for."""
     expert: int | None = Field(default=None, ge=0, exclude_if=unset)
     """Whose module it is, of a mixture; absent of other modules."""
+    vectors: int = Field(default=0, ge=0, le=3, exclude_if=lambda vectors: not vectors)
+    """Of out_features elements behind B: the first c, the second d, the third what rounding took from c. The
+    module's output y becomes c * y + d. Absent where there are none."""
+
+    @property
+    def elements(self) -> int:
+        """Of the row, without padding."""
+        return self.rank * (self.in_features + self.out_features) + self.vectors * self.out_features
 
     @property
     def place(self) -> tuple[int, int, int]:
         """What a bundle has at most one row for, and what rows are sorted by."""
         return self.layer, self.module_id, -1 if self.expert is None else self.expert
 
-    @property
-    def elements(self) -> int:
-        """Of A and B."""
-        return self.rank * (self.in_features + self.out_features)
-
     def columns(self, count: int) -> list[int]:
         """Return the first so many of what the config file says of it."""
-        return [self.module_id, self.layer, self.rank, 0, self.place[-1]][:count]
+        return [self.module_id, self.layer, self.rank, self.vectors, self.place[-1]][:count]
 
 
 class Coverage(Model):
@@ -197,8 +201,8 @@ class Manifest(Record):
 
     @property
     def tensors_used(self) -> int:
-        """Tensors of the adapter that rows were made from; of npy files, A and B of every row."""
-        return len(self.coverage.used) or 2 * len(self.rows)
+        """Tensors of the adapter that rows were made from; of npy files, A, B and vectors of every row."""
+        return len(self.coverage.used) or sum(2 + row.vectors for row in self.rows)
 
     @property
     def layer_rows(self) -> tuple[ModuleRow, ...]:
@@ -217,8 +221,11 @@ class Manifest(Record):
 
     @property
     def weights_bytes(self) -> int:
-        """Bytes of A and B of all rows, without padding, and of what is replaced."""
-        return sum(part.elements for part in self.parts) * self.dtype.itemsize
+        """Bytes of A and B of all rows, without padding, of c and d in float32, and of what is replaced."""
+        elements = sum(part.elements for part in self.parts)
+        elements -= sum(row.vectors * row.out_features for row in self.rows)
+        vectors = sum(2 * row.out_features for row in self.rows if row.vectors)
+        return elements * self.dtype.itemsize + vectors * Dtype.FLOAT32.itemsize
 
     @property
     def parts(self) -> tuple[ModuleRow | Replaced, ...]:
@@ -237,6 +244,7 @@ class Manifest(Record):
             warnings=tuple(dict.fromkeys(warning.code for warning in self.warnings)),
             texts=tuple(name for name in TEXT_FILES if name in self.files),
             base_model_name=self.base_model_name,
+            affine=any(row.vectors for row in self.rows),
         )
 
     @property
@@ -259,7 +267,7 @@ class AdapterSummary(Model):
     """The distinct modules, by module id."""
     tensors_used: int = Field(ge=0)
     weights_bytes: int = Field(ge=0)
-    """Of A and B of all rows in the storage type, without padding."""
+    """Of A and B of all rows in the storage type, without padding, and of c and d in float32."""
     bundle_bytes: int = Field(ge=0)
     """Of all files of the bundle but the manifest."""
     warnings: tuple[str, ...] = ()
@@ -268,6 +276,8 @@ class AdapterSummary(Model):
     """Which of `TEXT_FILES` the adapter brings."""
     base_model_name: str = ""
     """What the adapter says that it was trained on."""
+    affine: bool = Field(default=False, exclude_if=lambda affine: not affine)
+    """Whether rows have vectors: it multiplies outputs of the base, or adds biases to them."""
 
     @property
     def npy_files(self) -> tuple[str, ...]:
@@ -397,7 +407,10 @@ def sha256_hex(data: bytes | bytearray | memoryview) -> str:
 
 def version_of(parts: Iterable[ModuleRow | Replaced], invocation: Sequence[int] = ()) -> Literal[1, 2]:
     """Return the version of the format of a bundle of such parts that acts from these tokens on."""
-    return 1 if not invocation and all(part.module_id in TENSORRT_LLM for part in parts) else 2
+    own = tuple(parts)
+    old = all(part.module_id in TENSORRT_LLM for part in own)
+    vectors = any(isinstance(part, ModuleRow) and part.vectors for part in own)
+    return 1 if old and not vectors and not invocation else 2
 
 
 VOCABULARY: Final = frozenset(BY_ID[number].name for number in OF_NO_LAYER)

@@ -78,7 +78,7 @@ def cast(values: Array, dtype: Dtype, scale: float = 1.0) -> Array:
 def weights_pieces(
     dtype: Dtype, *, count: int, width: int, rows: Iterable[Iterable[Array]]
 ) -> Iterator[bytes | int]:
-    """Yield the weights file from rows: A and scaled B in the storage type, in pieces of any size.
+    """Yield the weights file from rows: A, scaled B and vectors in the storage type, in pieces of any size.
 
     Bytes are content, a number is so many zeros.
 
@@ -102,7 +102,7 @@ def weights_pieces(
 
 
 def config_pieces(rows: Array) -> Iterator[bytes | int]:
-    """Yield the config file: module id, layer, rank, is_dora, and the expert where some are of experts."""
+    """Yield the config file: module id, layer, rank, vectors, and the expert where some are of experts."""
     yield header_bytes(CONFIG_DESCR, (1, *rows.shape))
     yield rows.astype(CONFIG_DESCR).tobytes()
 

@@ -36,6 +36,8 @@ class BundleRow:
     """(rank, in_features)"""
     b: Array
     """(out_features, rank), scaled by alpha/r already."""
+    vectors: Array
+    """(vectors, out_features), as `ModuleRow.vectors` says."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class Bundle:
     digest: str
     manifest: Manifest
     table: Array
-    """(rows of layers, elements): A and B of each row, one after the other, then zeros."""
+    """(rows of layers, elements): A, B and vectors of each row, one after the other, then zeros."""
     vocabulary: Array | None = None
     """(elements,): A and B of each row of no layer, then rows that replace the base's."""
     texts: Mapping[str, bytes] = field(default_factory=dict)
@@ -172,8 +174,14 @@ def _check_manifest(manifest: Manifest, what: str) -> None:
         _expect(row.module, module.name if module else "a module that is served", f"{what}: row {i}: module")
         _expect(row.expert is not None, row.module_id in OF_EXPERTS, f"{what}: row {i}: says an expert")
         _expect(row.layer == NO_LAYER, row.module_id in OF_NO_LAYER, f"{what}: row {i}: is of no layer")
+        if row.vectors and (row.expert is not None or row.layer == NO_LAYER):
+            raise BundleCorrupt(f"{what}: row {i}: expected no vectors of {row.module}, found {row.vectors}")
+        if not row.rank and not row.vectors:
+            raise BundleCorrupt(f"{what}: row {i}: expected a rank or vectors, found neither")
     mixed = any(row.expert is not None for row in manifest.rows)
     _expect(manifest.config_columns == 5, mixed, f"{what}: config_columns is 5")
+    if manifest.config_columns == 3 and any(row.vectors for row in manifest.rows):
+        raise BundleCorrupt(f"{what}: expected 4 columns, which say which rows have vectors, found 3")
     _check_replaced(manifest, what)
     _expect(bool(manifest.row_width), bool(manifest.layer_rows), f"{what}: row_width is not 0")
     version = version_of(manifest.parts, manifest.invocation_tokens)
@@ -182,7 +190,7 @@ def _check_manifest(manifest: Manifest, what: str) -> None:
     if list(used + redundant) != [*sorted(set(used) - set(redundant)), *sorted(set(redundant))]:
         raise BundleCorrupt(f"{what}: expected tensors by their keys, each once, sorted")
     says = any(warning.code == "W_ZERO_B" for warning in manifest.warnings)
-    changes = manifest.replaced or any(row.norm_ba for row in manifest.rows)
+    changes = manifest.replaced or any(row.norm_ba or row.vectors for row in manifest.rows)
     _expect(says, not changes, f"{what}: warning W_ZERO_B")
 
 
@@ -221,10 +229,10 @@ def _check_rows(rows: Sequence[ModuleRow], table: Array, columns: Array, what: s
 
 
 def _row(row: ModuleRow, values: Array) -> BundleRow:
-    split, length = row.rank * row.in_features, row.elements
+    split, length = row.rank * row.in_features, row.rank * (row.in_features + row.out_features)
     a = values[:split].reshape(row.rank, row.in_features)
     b = values[split:length].reshape(row.out_features, row.rank)
-    return BundleRow(row, a, b)
+    return BundleRow(row, a, b, values[length : row.elements].reshape(row.vectors, row.out_features))
 
 
 def _expect(found: object, expected: object, what: str) -> None:

@@ -67,7 +67,7 @@ REFUSED = (
     of_config("excluded by a pattern", "E_TARGETS", exclude_modules=r".*layers\.1\..*"),
     of_config("saved whole, and adapted", "E_TARGETS E_EMBED", modules_to_save=["self_attn"]),
     of_config("target_modules as a number", "E_BAD_CONFIG", target_modules=7),
-    of_config("use_dora as text", "E_BAD_CONFIG E_DORA", use_dora="false"),
+    of_config("use_dora as text", "E_BAD_CONFIG", use_dora="false"),
     of_config("task_type as a list", "E_TASK", task_type=["CAUSAL_LM"]),
     of_config_text("NaN in JSON", "E_BAD_CONFIG", lambda: f'{{{_HEAD}, "r": 4, "lora_alpha": NaN}}'),
     of_config_text("number beyond float", "E_BAD_CONFIG", lambda: f'{{{_HEAD}, "r": 4, "lora_alpha": 1e999}}'),
@@ -85,7 +85,7 @@ REFUSED = (
     of_config("no peft_type", "E_NOT_LORA", peft_type=None),
     of_config("MLX config", "E_MLX", fine_tune_type="lora", lora_parameters={"rank": 8, "scale": 20.0}),
     of_config("DoRA config", "E_DORA", use_dora=True),
-    of_config("bias", "E_BIAS", bias="lora_only"),
+    of_config("a bias of another kind", "E_BIAS", bias="some"),
     of_config("lora_bias", "E_BIAS", lora_bias=True),
     of_config("QALoRA", "E_VARIANT", use_qalora=True, qalora_group_size=16),
     of_config("KaSA config", "E_VARIANT", kasa_config={"beta": 1}),
@@ -103,7 +103,7 @@ REFUSED = (
     of_config("invocation of true and false", "E_ALORA", alora_invocation_tokens=[True, False]),
     of_config("invocation beyond the vocabulary", "E_ALORA", alora_invocation_tokens=[1, 32]),
     of_config("invocation of 65 tokens", "E_ALORA", alora_invocation_tokens=[1] * 65),
-    of_config("invocation, and biases", "E_BIAS E_ALORA", alora_invocation_tokens=[1], bias="all"),
+    of_config("invocation, and biases", "E_ALORA", alora_invocation_tokens=[1], bias="all"),
     of_config("layer_replication", "E_REPLICATION", layer_replication=[[0, 2], [1, 2]]),
     of_config("target_parameters", "E_TARGET_PARAMS", target_parameters=["mlp.experts.gate_up_proj"]),
     of_config(
@@ -122,7 +122,7 @@ REFUSED = (
         "many fields at once",
         "E_DORA E_BIAS E_TASK E_RANK_SHAPE",
         use_dora=True,
-        bias="all",
+        bias="every",
         task_type="SEQ_CLS",
         r=9,
     ),
@@ -130,6 +130,7 @@ REFUSED = (
 
 ACCEPTED = (
     of_config("no rank", "W_RANK", r=None),
+    of_config("biases that the base does not have", "", bias="all"),
     of_config("large alpha", "W_ALPHA", lora_alpha=1024),
     of_config("target without tensors", "W_TARGETS", target_modules=["q_proj", "v_proj", "gate_proj"]),
     of_config("giant rank_pattern", "", rank_pattern={GIANT: 8}),

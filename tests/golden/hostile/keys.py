@@ -53,6 +53,17 @@ def _set(value: float) -> Any:
     return change
 
 
+def _magnitudes(width: int) -> Any:
+    """Of q_proj of layer 0 alone, so long."""
+
+    def make(folder: Path) -> None:
+        adapter(folder, target_modules=["q_proj"], use_dora=True)
+        made = {name: values for name, values in tensors().items() if name.startswith(f"{Q}.")}
+        save_file({**made, f"{Q}.lora_magnitude_vector": np.ones(width, "f4")}, folder / WEIGHTS)
+
+    return make
+
+
 def _saved(values: Any, *keys: str) -> Any:
     def make(folder: Path) -> None:
         adapter(folder, modules_to_save=["embed_tokens"])
@@ -154,10 +165,16 @@ REFUSED = (
     exhibit("embeddings in int8", "E_EMBED", _saved(lambda: embeddings().astype("i1"), f"{EMBED}.weight")),
     _one("a norm", "E_UNKNOWN_KEY", f"{ROOT}norm.weight", (HIDDEN,)),
     _one("DoRA", "E_DORA", f"{Q}.lora_magnitude_vector", (16,)),
-    _one("DoRA, raw", "E_DORA", f"{Q}.lora_magnitude_vector.default.weight", (16,)),
+    _one("DoRA, raw", "E_ADAPTER_INFIX", f"{Q}.lora_magnitude_vector.default.weight", (16,)),
+    _one("DoRA of a head", "E_EMBED", f"{HEAD}.lora_magnitude_vector", (VOCAB,)),
+    exhibit("DoRA of other widths", "E_DIMS", _magnitudes(17)),
+    exhibit("DoRA, and no weights of the base", "E_DORA", _magnitudes(16)),
     _one("DoRA of NVlabs", "E_DORA", f"{Q}.weight_m_wdecomp.weight", (16, 1)),
     _one("bias of B", "E_BIAS", f"{Q}.lora_B.bias", (16,)),
     _one("bias of the base", "E_BIAS", f"{Q}.base_layer.bias", (16,)),
+    _one("bias of an older release", "E_BIAS", f"{Q}.bias", (16,)),
+    _one("bias alone", "E_BIAS", f"{ROOT}layers.0.self_attn.k_proj.bias", (8,)),
+    _one("bias of a norm", "E_BIAS", f"{ROOT}norm.bias", (16,)),
     _one("VeLoRA", "E_VARIANT", f"{Q}.lora_velora_embed", (4,)),
     _one("KaSA", "E_VARIANT", f"{Q}.lora_diag"),
     _one("an expert", "E_MOE", f"{MLP}.experts.0.up_proj.lora_A.weight"),

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Final
 
 from tests.golden.wild.shape import ALL, ATTENTION, NAME, RELEASES, Shape, beside, of_peft, only, renamed
-from tests.support.adapters import HIDDEN, VOCAB, tensors
+from tests.support.adapters import HIDDEN, VOCAB, Tensors, tensors
 
 _SPANS: Final = {**{a: a if int(b[2:]) - int(a[2:]) == 1 else f"{a} to 0.{int(b[2:]) - 1}"
                     for a, b in pairwise(RELEASES)}, "0.21": "0.21"}  # fmt: skip
@@ -18,6 +19,13 @@ _EXPERTS: Final = f"{_ROOT}layers.0.mlp.experts"
 
 def _peft(release: str, what: str, **fields: object) -> Shape:
     return Shape("PEFT", release, what, **fields)  # type: ignore[arg-type]
+
+
+def _each(name: str) -> Callable[[], Tensors]:
+    """Return tensors with one of this name beside every A and B."""
+    sizes = {"q_proj": HIDDEN, "v_proj": HIDDEN // 2}
+    places = [(f"{_ROOT}{module.removeprefix('model.')}", module.rpartition(".")[2]) for module in _NAMES]
+    return beside(*((f"{place}.{name}", (sizes[leaf],)) for place, leaf in places))
 
 
 SHAPES: Final = (
@@ -59,12 +67,14 @@ SHAPES: Final = (
     _peft("0.7", "LoftQ", config=of_peft("0.7", init_lora_weights="loftq", loftq_config={"loftq_bits": 4}),
           codes="E_INIT"),
     _peft("0.14", "DoRA: `lora_magnitude_vector`", config=of_peft("0.14", use_dora=True),
-          tensors=beside((f"{_Q}.lora_magnitude_vector", (HIDDEN,))), codes="E_DORA E_DORA"),
+          tensors=_each("lora_magnitude_vector")),
     _peft("0.9", "DoRA, raw: `lora_magnitude_vector.default.weight`", config=of_peft("0.9", use_dora=True),
-          tensors=beside((f"{_Q}.lora_magnitude_vector.default.weight", (HIDDEN,))), codes="E_DORA E_DORA"),
-    _peft("0.14", "`lora_bias`", config=of_peft("0.14", lora_bias=True),
-          tensors=beside((f"{_Q}.lora_B.bias", (HIDDEN,))), codes="E_BIAS E_BIAS"),
-    _peft("any", "`bias: lora_only`", config=of_peft("0.12", bias="lora_only"), codes="E_BIAS"),
+          tensors=renamed((".weight", ".default.weight"), of=_each("lora_magnitude_vector.weight")),
+          under={".default.weight": ".weight", "vector.weight": "vector"}),
+    _peft("0.14", "DoRA, without some magnitudes", config=of_peft("0.14", use_dora=True),
+          tensors=beside((f"{_Q}.lora_magnitude_vector", (HIDDEN,))), codes="E_DORA"),
+    _peft("0.14", "`lora_bias`", config=of_peft("0.14", lora_bias=True), tensors=_each("lora_B.bias")),
+    _peft("any", "`bias: lora_only`, of a base without", config=of_peft("0.12", bias="lora_only")),
     _peft("0.10", "`layer_replication`", config=of_peft("0.10", layer_replication=[[0, 2], [1, 2]]),
           codes="E_REPLICATION"),
     _peft("0.17", "`target_parameters` of experts", base="qwen3_moe",

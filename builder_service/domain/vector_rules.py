@@ -1,0 +1,126 @@
+"""Magnitudes of DoRA and biases: whether they go together with the config, with A and B, and with the base."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final
+
+from builder_service.domain.adapter_config import AdapterConfig
+from builder_service.domain.config_fields import FILE
+from builder_service.domain.grouping import Grouping
+from builder_service.domain.pairs import LoneBias, Pair, features_of
+from builder_service.domain.safetensors_header import Tensor
+from builder_service.domain.stack_rules import MERGE
+from builder_service.domain.tensor_names import LoraKey, Side
+from loramux_shared.bases.config import ModelConfig
+
+_CODES: Final[Mapping[Side, str]] = {
+    "magnitude": "E_DORA",
+    "lora_bias": "E_BIAS",
+    "bias": "E_BIAS",
+    "bare_bias": "E_BIAS",
+}
+_BIASED: Final = {
+    **dict.fromkeys(("attn_q", "attn_k", "attn_v"), "qkv_bias"),
+    "attn_dense": "o_bias",
+    **dict.fromkeys(("mlp_h_to_4h", "mlp_gate", "mlp_4h_to_h"), "mlp_bias"),
+}
+"""What says in a `ModelConfig` that a module has a bias."""
+
+
+def refuse_vectors(key: LoraKey, tensors: Mapping[Side, Tensor], report: Grouping) -> bool:
+    """Report vectors beside A and B that PEFT does not have or would not load; say whether there are some."""
+    wrong = [side for side in _CODES if side in tensors and (_of_experts(key) or side == "bare_bias")]
+    for side in wrong:
+        if _of_experts(key):
+            told = "no magnitudes and no biases of experts", "some", MERGE
+        else:
+            told = (
+                "the bias of a module with lora_A under the name base_layer.bias",
+                "bias, which PEFT would not load",
+                "It is of an older release: rename it, if it was trained; else save the adapter without it.",
+            )
+        expected, found, fix = told
+        report.add(_CODES[side], key.place, cause=(side, expected), expected=expected, found=found, fix=fix)
+    return bool(wrong)
+
+
+def _of_experts(key: LoraKey) -> bool:
+    return key.expert is not None or key.holds_all
+
+
+def check_vectors(pair: Pair, config: AdapterConfig, report: Grouping) -> None:
+    """Report vectors that are not those that the config says, or are of another length than B."""
+    for code, field, tensor, said in (
+        ("E_DORA", "use_dora", pair.magnitude, config.use_dora),
+        ("E_BIAS", "lora_bias", pair.lora_bias, config.lora_bias),
+    ):
+        if said is not None and said is not (tensor is not None):
+            name = "lora_magnitude_vector" if code == "E_DORA" else "lora_B.bias"
+            report.add(
+                code,
+                pair.place,
+                cause=(field, said),
+                expected=f"{name} of every module, for {field} is true" if said else f"no {name}",
+                found="none" if said else f"some, and {field} is not true: PEFT would not load them",
+                fix=f"Correct {field} in {FILE}, or save the adapter again.",
+            )
+    for vector in pair.tensors[2:]:
+        _check_length(pair.key, vector, pair.b.shape[0], report)
+
+
+def check_lone_biases(
+    biases: list[LoneBias],
+    config: AdapterConfig,
+    base: ModelConfig,
+    target_modules: frozenset[str],
+    report: Grouping,
+) -> None:
+    """Report biases of modules without A and B that the base has no place for, or that PEFT would not load."""
+    for lone in biases:
+        features = features_of(lone.key, base)
+        beyond = [each.name for each in lone.key.modules if target_modules and each.name not in target_modules]
+        if features is None:
+            place = f"a module of a base of {len(base.layers)} layers"
+            fix = "The adapter was trained on another base."
+            report.add("E_MODULE", lone.key.place, expected=place, found="none", cause="bias", fix=fix)
+        elif beyond:
+            allowed = f"lora_target_modules {', '.join(sorted(target_modules))}"
+            fix = f"Add {', '.join(beyond)} to lora_target_modules."
+            report.add(
+                "E_MODULE",
+                lone.key.place,
+                cause=(*beyond, "bias"),
+                expected=allowed,
+                found=f"a bias of {beyond[0]}",
+                fix=fix,
+            )
+        elif config.use_dora is not None and not config.left_out_by(lone.key.name):
+            report.add(
+                "E_PAIR",
+                lone.key.place,
+                cause="bias",
+                expected="lora_A and lora_B, for target_modules has the module",
+                found="a bias alone, which PEFT would not load",
+                fix="The file was cut or merged: save the adapter again.",
+            )
+        else:
+            _check_length(lone.key, lone.bias, sum(out for _, out in features), report)
+
+
+def has_bias(key: LoraKey, base: ModelConfig) -> bool:
+    """Whether a module of the base has a bias."""
+    flag = _BIASED.get(key.modules[0].name)
+    return flag is not None and bool(getattr(base, flag))
+
+
+def _check_length(key: LoraKey, vector: Tensor, out: int, report: Grouping) -> None:
+    if vector.shape != (out,):
+        report.add(
+            "E_DIMS",
+            key.place,
+            cause=(key.leaf, vector.shape),
+            expected=f"vectors of {key.leaf} of {out} elements",
+            found=f"shape {list(vector.shape)}",
+            fix="The adapter was trained on another base, or was merged from two.",
+        )

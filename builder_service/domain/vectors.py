@@ -1,0 +1,195 @@
+"""What an adapter does to the outputs of modules beside A and B: y becomes ``c * y + d``.
+
+DoRA (https://arxiv.org/abs/2402.09353, 4.3) is ``m / |W + sBA| * (W + sBA) x``, with the norm of each row; PEFT
+leaves the base's bias as it is. A trained bias takes the place of the base's, and that of lora_B is added.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Final
+
+import numpy as np
+
+from builder_service.domain.full_tensors import BaseTensors
+from builder_service.domain.grouping import Grouping
+from builder_service.domain.pairs import LoneBias, Pair, parts_of
+from builder_service.domain.safetensors_header import READABLE, Tensor, TensorFile
+from builder_service.domain.stack_rules import MERGE
+from builder_service.domain.tensor_names import LoraKey
+from builder_service.domain.vector_rules import has_bias
+from loramux_shared.bases.config import ModelConfig
+from loramux_shared.bundle.modules import Module
+from loramux_shared.bundle.npy import NUMPY_TYPES, Array, cast
+from loramux_shared.deployment import Dtype
+from loramux_shared.faults import Finding
+
+BLOCK: Final = 1 << 20
+"""Elements of W whose norms are computed at once, in float64."""
+
+
+@dataclass(frozen=True)
+class VectorRow:
+    """The vectors of a module of a layer, as a bundle has them."""
+
+    key: LoraKey
+    module: Module
+    vectors: tuple[Array, ...]
+    """In the storage type, [out] each: c, then d where there is some, then what rounding took from c."""
+
+
+@dataclass
+class Vectors:
+    """Those of an adapter."""
+
+    rows: dict[tuple[int, int], VectorRow] = field(default_factory=dict)
+    """By layer and module id; those that change nothing are left out."""
+    redundant: list[str] = field(default_factory=list)
+    """Biases that are the base's own."""
+    worst: float = 0.0
+    """Relative error of a value of d."""
+    rounded: int = 0
+    """Vectors with such values."""
+
+    def add(self, key: LoraKey, module: Module, c: Array, d: Array, dtype: Dtype) -> None:
+        """Add c and d of a module, unless they change nothing."""
+        if np.any(c != 1) or np.any(d != 0):
+            self.rows[key.layer, module.id] = VectorRow(key, module, stored(c, d, dtype))
+            self._note(d, dtype)
+
+    def _note(self, d: Array, dtype: Dtype) -> None:
+        kept = cast(d, dtype).astype(np.float32)
+        if np.any(kept != d):
+            told = d != 0
+            self.rounded += 1
+            self.worst = max(self.worst, float((np.abs(kept - d)[told] / np.abs(d)[told]).max()))
+
+    def warnings(self, dtype: Dtype) -> list[Finding]:
+        """Return what was rounded."""
+        if not self.rounded:
+            return []
+        found = f"biases, stored as {dtype}, largest relative error {self.worst:.1e}"
+        fix = "Set lora_configuration.dtype to float32 to store every value as it is."
+        where = f"{self.rounded} vectors"
+        expected = "values that the storage type has"
+        return [Finding(code="W_NARROWED", where=where, expected=expected, found=found, fix=fix)]
+
+
+@dataclass(frozen=True)
+class VectorReader:
+    """Makes the vectors of an adapter from its tensors and the base's."""
+
+    file: TensorFile
+    base: ModelConfig
+    weights: BaseTensors | None
+    dtype: Dtype
+    report: Grouping
+    progress: Callable[[int], None]
+    normalised: bool
+    """Whether magnitudes are divided by the norms already."""
+
+    def of_pair(self, pair: Pair, scale: float, found: Vectors) -> None:
+        """Add what stands beside A and B, whose product has a scale."""
+        c, bias = np.ones(pair.b.shape[0], np.float32), self._base_bias(pair.key)
+        if pair.magnitude is not None:
+            c = self._vector(pair.magnitude)
+            norms = None if self.normalised else self._norms(pair, scale)
+            c = c if norms is None else divided(c, norms)
+        d = self._trained(pair.key, pair.bias, bias, found).astype(np.float64) - c.astype(np.float64) * bias
+        if pair.lora_bias is not None:
+            d += scale * self._vector(pair.lora_bias).astype(np.float64)
+        self._add(pair.key, c, d.astype(np.float32), found)
+
+    def of_bias(self, lone: LoneBias, found: Vectors) -> None:
+        """Add a bias alone."""
+        bias = self._base_bias(lone.key)
+        d = self._trained(lone.key, lone.bias, bias, found).astype(np.float64) - bias
+        self._add(lone.key, np.ones(d.shape, np.float32), d.astype(np.float32), found)
+
+    def _add(self, key: LoraKey, c: Array, d: Array, found: Vectors) -> None:
+        for kind, expected in ((np.dtype(np.float32), "finite values"), (NUMPY_TYPES[self.dtype], "")):
+            with np.errstate(over="ignore", invalid="ignore"):
+                lost = not all(np.isfinite(each.astype(kind).astype(np.float32)).all() for each in (c, d))
+            if lost and expected:
+                fix = "Training diverged, or a row of W + BA is zero: use an earlier checkpoint."
+                self.report.add("E_NAN", key.place, expected=expected, found="NaN or infinite", fix=fix)
+                return
+            if lost:
+                fix = "Build with lora dtype bfloat16 or float32."
+                most = f"values that {self.dtype} has"
+                self.report.add("E_OVERFLOW", key.place, expected=most, found="larger ones", fix=fix)
+                return
+        for module, (start, stop) in parts_of(key, self.base):
+            found.add(key, module, c[start:stop], d[start:stop], self.dtype)
+
+    def _vector(self, tensor: Tensor) -> Array:
+        self.progress(tensor.size)
+        values: Array = self.file.read(tensor.name).astype(np.float32)
+        return values
+
+    def _trained(self, key: LoraKey, tensor: Tensor | None, bias: Array, found: Vectors) -> Array:
+        """Return the bias that is served: the trained one, or else the base's."""
+        if tensor is None:
+            return bias
+        if not has_bias(key, self.base):
+            expected, fix = "none, for the base has none", "The adapter was trained on another base."
+            self.report.add("E_BIAS", key.place, expected=expected, found="a trained bias", fix=fix)
+            return bias
+        trained = self._vector(tensor)
+        if np.array_equal(trained, bias):
+            found.redundant.append(tensor.name)
+        return trained
+
+    def _base_bias(self, key: LoraKey) -> Array:
+        out = sum(stop - start for _, (start, stop) in parts_of(key, self.base))
+        if has_bias(key, self.base):
+            file, name = self._of_base(key, "bias")
+            if file is not None:
+                bias: Array = file.read(name).astype(np.float32)
+                return bias
+        return np.zeros(out, np.float32)
+
+    def _norms(self, pair: Pair, scale: float) -> Array | None:
+        """Return the norms of the rows of W + sBA, in float64; None where W cannot be read."""
+        file, name = self._of_base(pair.key, "weight")
+        if file is None:
+            return None
+        a, b = self.file.read(pair.a.name).astype(np.float64), self.file.read(pair.b.name).astype(np.float64)
+        norms, step = np.empty(len(b)), max(1, BLOCK // a.shape[1])
+        for start in range(0, len(b), step):
+            rows = file.read(name, (start, min(start + step, len(b)))).astype(np.float64)
+            rows += scale * np.dot(b[start : start + step], a)
+            norms[start : start + step] = np.sqrt(np.einsum("ij,ij->i", rows, rows))
+            self.progress(0)
+        return norms
+
+    def _of_base(self, key: LoraKey, kind: str) -> tuple[TensorFile | None, str]:
+        """Return the file that has a tensor of a module, and its name; report where it is kept otherwise."""
+        names = self.base.names
+        at = f"{names.layer.format(index=key.layer)}{key.path}.{kind}"
+        for name in [f"{prefix}{at}" for prefix in names.prefixes]:
+            file = None if self.weights is None else self.weights.find(name)
+            if file is not None and file.tensors[name].dtype in READABLE:
+                return file, name
+        kept = "weights of few bits" if self.base.quantization is not None else "none"
+        code = "E_DORA" if kind == "weight" else "E_BIAS"
+        expected = f"the base's {key.leaf}.{kind} in float32, float16 or bfloat16"
+        fix = f"Build with a base whose weights were not rounded. Or: {MERGE}"
+        self.report.add(code, key.place, cause=(kind, kept), expected=expected, found=kept, fix=fix)
+        return None, at
+
+
+def divided(magnitudes: Array, norms: Array) -> Array:
+    """Return magnitudes [out] by norms of rows; not finite where a row is zero."""
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        return (magnitudes.astype(np.float64) / norms).astype(np.float32)
+
+
+def stored(c: Array, d: Array, dtype: Dtype) -> tuple[Array, ...]:
+    """Return the fewest vectors that say c and d in a storage type."""
+    first, second = cast(c, dtype), cast(d, dtype)
+    rest = cast(c - first.astype(np.float32), dtype)
+    if np.any(rest != 0):
+        return first, second, rest
+    return (first, second) if np.any(second != 0) else (first,)
