@@ -85,14 +85,15 @@ class StepCapacity:
 
     @property
     def mixed_segments(self) -> tuple[SegmentCapacity, ...]:
-        """Of steps with mixtures: where no row has more than two adapters, and where one may have all."""
-        plain = self.segments
-        passes = () if plain is None else (PAIR,) if self.active <= PAIR else (PAIR, MOST_PARTS)
+        """Of steps with mixtures: of those that decode with two adapters to a row, and of all others."""
+        passes: tuple[int, ...] = (PAIR,) if self.active <= PAIR else (PAIR, MOST_PARTS)
+        if not self.slots:
+            return ()
         return tuple(
             SegmentCapacity(
                 self.rows * each, self.slots, self.tile, passes=each, scaled=True, active=self.active
             )
-            for each in passes
+            for each in (passes[-1:] if self.mixed else passes)
         )
 
     @property

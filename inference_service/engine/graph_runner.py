@@ -23,7 +23,7 @@ from inference_service.engine.transfer import Reading
 from inference_service.kernels.attention import cut_of
 from inference_service.kernels.delta import delta_tile, gated_delta
 from inference_service.kernels.sampling import sample
-from inference_service.kernels.sgmv import Segments
+from inference_service.kernels.sgmv import Segments, pack_segments
 from inference_service.lora.vocabulary import StepVocabulary
 from inference_service.models.decoder import Decoder
 from loramux_shared.bases.memory import RECORDED_ROWS, buckets, mixed_buckets
@@ -92,6 +92,8 @@ class GraphRunner(Runner):
             buffers = self._buffers_of(capacity)
             buffers.load(padding)
             for segments in (*reversed(buffers.segments), None):
+                if segments is not None:
+                    segments.load(torch.from_numpy(pack_segments(segments.capacity, [])))
                 work = partial(self._compute, buffers, segments)
                 if _is_recorded(capacity, segments):
                     self._graphs[capacity, _passes(segments)] = self._recorder.capture(work)

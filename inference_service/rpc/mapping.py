@@ -8,7 +8,7 @@ from typing import Any, Final
 
 import grpc
 
-from inference_service.core.sequence import FinishReason, Token
+from inference_service.core.sequence import MOST_PARTS, FinishReason, Token
 from inference_service.rpc.prompt import constraint_of, prompt_of, tools_of
 from inference_service.serving.catalog import Catalog, ServedModel
 from inference_service.serving.hints import hinted
@@ -46,7 +46,10 @@ def request_from_message(
     cut = message.HasField("truncate_prompt_tokens")
     prompt = prompt_of(message, countable(max_seq_len) if cut else max_seq_len)
     metadata = {name: value for name, value in context.invocation_metadata() or () if isinstance(value, str)}
-    own = {"model": message.model, "adapters": tuple(map(_scaled, message.adapters))}
+    adapters = tuple(
+        map(_scaled, message.adapters[: MOST_PARTS + 1])
+    )  # one too many is refused behind the doors
+    own = {"model": message.model, "adapters": adapters}
     return Request(
         prompt=prompt,
         tools=tools_of(message),
@@ -71,7 +74,7 @@ def _plain(value: Any) -> Any:
 
 
 def _required(message: pb.GenerateRequest) -> list[tuple[str, bool]]:
-    unnamed = any(not adapter.name for adapter in message.adapters)
+    unnamed = any(not adapter.name for adapter in message.adapters[: MOST_PARTS + 1])
     return [
         ("model", not message.model and not message.adapters),
         ("adapters", unnamed),

@@ -32,7 +32,7 @@ class Scaled:
 
 
 def written(text: str) -> tuple[Scaled, ...]:
-    """Read ``a*0.7 + b*0.5``; nothing where no sign of a mixture is in it.
+    """Read ``a*0.7 + b*0.5``, up to one part more than there may be; nothing where it is no mixture.
 
     Raises:
         RequestInvalid: there is one, and what stands around it is not a name or a number.
@@ -47,7 +47,7 @@ def written(text: str) -> tuple[Scaled, ...]:
         if found is None or not name or text[found.end() : found.end() + 1] not in ("", "+"):
             raise _refused("model", "names, each with * and a scale behind it or without, and + between", text)
         parts.append(Scaled(name, _number(found[2], text)))
-        if found.end() == len(text):
+        if found.end() == len(text) or len(parts) > MOST_PARTS:
             return tuple(parts)
         at = found.end() + 1
 
@@ -66,7 +66,7 @@ def check(parts: Sequence[Scaled], most: int, where: str) -> None:
         RequestInvalid: too many, or a scale out of bounds.
     """
     if len(parts) > MOST_PARTS:
-        raise _refused(where, f"at most {MOST_PARTS} adapters", f"{len(parts)}")
+        raise _refused(where, f"at most {MOST_PARTS} adapters", "more")
     for part in parts:
         if not -MOST_SCALE <= part.scale <= MOST_SCALE:
             raise _refused(

@@ -162,7 +162,7 @@ REFUSED: list[tuple[str, type[Fault], str]] = [
     ("wide*+all", RequestInvalid, "a number behind every \\*"),
     ("wide*nan", RequestInvalid, "scales from -8 to 8, found wide\\*nan"),
     ("wide*-8.5", RequestInvalid, "scales from -8 to 8"),
-    ("+".join(["wide"] * 9), RequestInvalid, "at most 8 adapters, found 9"),
+    ("+".join(["wide"] * 9), RequestInvalid, "at most 8 adapters, found more"),
     ("wide+all+rs", RequestInvalid, "at most 2 adapters, as many as a step may have"),
     ("base*0.5+wide", RequestInvalid, "the base is part of every answer already, found base"),
     ("wide@00000000*0.5", ModelNotFound, "no version"),

@@ -5,16 +5,19 @@ from __future__ import annotations
 import tracemalloc
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from inference_service.core.sequence import Adapter
 from inference_service.serving.adapter_defaults import NO_DEFAULTS, AdapterDefaults
 from inference_service.serving.catalog import EARLIER, Catalog, ServedModel
+from inference_service.serving.mixing import Scaled, written
 from loramux_shared.access.rights import ACCESS, Access, Scope
 from loramux_shared.bundle.manifest import AdapterRecord, AdapterSummary, BaseRecord, Generation
 from loramux_shared.deployment import Dtype, Repository, SourceKind
@@ -303,3 +306,19 @@ def test_what_adapters_of_a_mixture_bring_alike_counts() -> None:
     assert known.resolve("a*0.5").defaults == ours
     unread = Catalog(1, "base", [replace(each, defaults=None) for each in models])
     assert unread.resolve("a+b").defaults is None
+
+
+@given(st.text("ab*+ .@:-1e5n", max_size=24))
+def test_whatever_is_asked_for_is_named_or_refused(asked: str) -> None:
+    """Nothing that a client may write is worse than refused."""
+    known = catalog({"a": "one", "b": "two"})
+    with suppress(ModelNotFound, RequestInvalid):
+        assert known.resolve(asked).names
+
+
+@given(st.lists(st.tuples(st.sampled_from("ab"), st.floats(-8, 8)), min_size=1, max_size=8))
+def test_what_a_mixture_is_called_asks_for_it(parts: list[tuple[str, float]]) -> None:
+    """In full precision, with blanks or without: what is written is what was meant."""
+    texts = (sign.join(f"{name}*{scale!r}" for name, scale in parts) for sign in ("+", " + "))
+    read = [written(text) for text in texts]
+    assert read == [tuple(Scaled(name, scale) for name, scale in parts)] * 2

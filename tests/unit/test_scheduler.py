@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from inference_service.core.batch import Batch
 from inference_service.core.sampling import SamplingParams
-from inference_service.core.sequence import FAIR, Adapter, FinishReason, Sequence, Share, Token
+from inference_service.core.sequence import FAIR, Adapter, FinishReason, Mixture, Sequence, Share, Token
 from inference_service.engine.block_manager import BlockManager
 from inference_service.engine.engine import Engine
 from inference_service.engine.plan import SchedulerLimits
@@ -118,6 +118,23 @@ def test_an_adapter_without_a_place_lets_others_pass_but_does_not_starve() -> No
         if waiting.id in ends:
             return
     pytest.fail("the third adapter starved")
+
+
+def test_a_mixture_finds_both_of_its_places_although_others_take_turns_at_them() -> None:
+    """One of the two places becomes free at a time, and somebody else always waits for it: they let it pass."""
+    engine, _, _ = _engine(max_adapters=2, max_seqs=4)
+    mixture = _seq(2, 3)
+    mixture.adapter = Mixture.of([(ADAPTERS[0], 0.5), (ADAPTERS[1], 2.0)])
+    engine.add(_seq(2, 4, uid=3))
+    engine.add(_seq(2, 9, uid=4))
+    engine.step()
+    engine.add(mixture)
+    for uid in range(5, 40):
+        engine.add(_seq(2, 9, uid=uid))
+    for _ in range(60):
+        if mixture.id in {output.seq_id for output in engine.step() if output.finish}:
+            return
+    pytest.fail("the mixture starved")
 
 
 def test_base_requests_pass_an_adapter_that_waits() -> None:
