@@ -38,6 +38,7 @@ _PARTS: Final[Mapping[Kind, tuple[str, ...]]] = {
 }
 _SHARED: Final = re.compile(r"base_model\.(vera_[AB])(?:\.[^.]+)?")
 """VeRA's projections, which all modules have in common."""
+_MARKS: Final = {".lora_": Kind.LORA, ".ia3_l": Kind.IA3}
 SAVE: Final = "Save the adapter again with PEFT, under the kind that its config says."
 
 Parts = Mapping[str, Tensor]
@@ -74,18 +75,16 @@ class Expanded:
 
 def expanded(file: TensorFile, kind: Kind, base: ModelConfig, report: Grouping) -> Expanded:
     """Return a file that has A and B for each module of another kind; report what does not fit together."""
-    if kind is Kind.LORA:
-        return Expanded(file)
-    key = re.compile(rf"(.+)\.({'|'.join(sorted(_PARTS[kind], reverse=True))})((?:\.[^.]+)?)")
+    key = re.compile(rf"(.+)\.({'|'.join(sorted(_PARTS.get(kind, ()), reverse=True))})((?:\.[^.]+)?)")
     modules: dict[tuple[str, str], dict[str, Tensor]] = defaultdict(dict)
     shared: dict[str, Tensor] = {}
     tensors: dict[str, Tensor] = {}
     for name, tensor in file.tensors.items():
-        if match := key.fullmatch(name):
+        if kind in _PARTS and (match := key.fullmatch(name)):
             modules[match[1], match[3]][match[2]] = tensor
         elif kind is Kind.VERA and (match := _SHARED.fullmatch(name)):
             shared[match[1]] = tensor
-        elif ".lora_" in name:
+        elif any(mark in name and kind is not owner for mark, owner in _MARKS.items()):
             found = f"keys of another kind than {kind}"
             report.add("E_UNKNOWN_KEY", name, expected=f"keys of {kind}", found=found, fix=SAVE, shown=10)
         else:

@@ -1,7 +1,7 @@
 """Kinds of PEFT's adapters that are a LoRA in disguise: what their configs say, in the words of one of LoRA.
 
 What they compute is read in PEFT's layers; papers: AdaLoRA 2303.10512, VeRA 2310.11454, LoHa 2108.06098,
-LoKr 2309.14859.
+LoKr 2309.14859, and IA3 2205.05638, which has scales of outputs and no A and B.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ class Kind(StrEnum):
     VERA = "VERA"
     LOHA = "LOHA"
     LOKR = "LOKR"
+    IA3 = "IA3"
 
 
 # Fields of a kind that LoRA has not, and that say how it was trained or are used below.
@@ -31,6 +32,7 @@ _OWN: Final = {
         "target_r", "init_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step",
     ),
     Kind.VERA: ("projection_prng_key", "save_projection", "vera_dropout", "d_initial", "init_weights"),
+    Kind.IA3: ("feedforward_modules", "init_ia3_weights"),
     Kind.LOHA: ("alpha", "rank_dropout", "module_dropout", "use_effective_conv2d", "init_weights"),
     Kind.LOKR: (
         "alpha", "rank_dropout", "rank_dropout_scale", "module_dropout", "use_effective_conv2d",
@@ -52,14 +54,15 @@ def as_lora(kind: Kind, fields: dict[str, Any]) -> dict[str, Any]:
     """Return the fields that a config of LoRA would have; what cannot be meant is left for others to find."""
     if kind is Kind.LORA:
         return fields
-    plain = {key: value for key, value in fields.items() if key not in _OWN[kind]}
-    plain["r"] = DEFAULT_RANKS[kind] if (rank := plain.get("r")) is None else rank
+    left = (*_OWN[kind], "use_dora", "lora_bias")  # which are refused beside it
+    plain = {key: value for key, value in fields.items() if key not in left}
+    plain["r"] = DEFAULT_RANKS.get(kind, 1) if (rank := plain.get("r")) is None else rank
     if kind is Kind.ADALORA:
         plain["r"] = fields.get("init_r", DEFAULT_RANKS[kind])
         plain["rank_pattern"] = _allocated(fields.get("rank_pattern"))
         # The singular values are tensors of their own, and begin as zeros whatever this says.
         plain.pop("init_lora_weights", None)
-    elif kind is Kind.VERA:
+    elif kind in (Kind.VERA, Kind.IA3):
         plain.pop("lora_alpha", None)
     else:
         plain["lora_alpha"] = fields.get("alpha", 8)

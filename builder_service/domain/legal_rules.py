@@ -7,18 +7,21 @@ from builder_service.domain.config_fields import FILE
 from builder_service.domain.grouping import Grouping
 from builder_service.domain.pairs import Pair
 from builder_service.domain.peft_names import ends
+from builder_service.domain.tensor_names import LoraKey
 from loramux_shared.bases.config import ModelConfig
 from loramux_shared.faults import Finding
 
 
-def legal_findings(pairs: list[Pair], config: AdapterConfig, base: ModelConfig) -> list[Finding]:
+def legal_findings(
+    pairs: list[Pair], keys: list[LoraKey], config: AdapterConfig, base: ModelConfig
+) -> list[Finding]:
     """Return the warnings about an adapter that can be served."""
     leaves = {pair.key.leaf for pair in pairs}
     return [
         *_narrow_heads(leaves, base),
         *_no_rank(pairs, config),
         *_alpha_order(pairs, config),
-        *_targets(pairs, leaves, config),
+        *_targets(keys, leaves, config),
     ]
 
 
@@ -54,7 +57,7 @@ def _alpha_order(pairs: list[Pair], config: AdapterConfig) -> list[Finding]:
     return report.findings()
 
 
-def _targets(pairs: list[Pair], leaves: set[str], config: AdapterConfig) -> list[Finding]:
+def _targets(keys: list[LoraKey], leaves: set[str], config: AdapterConfig) -> list[Finding]:
     """PEFT does not mind a target that matches no module; people do."""
     where, targets = f"{FILE}: target_modules", config.target_modules
     if targets is None and not config.target_parameters:
@@ -62,7 +65,7 @@ def _targets(pairs: list[Pair], leaves: set[str], config: AdapterConfig) -> list
         expected = "names or a pattern; PEFT's choice where there are none depends on its version"
         fix = f"Set it to the modules that were trained; the tensors are of {listed}, and all are taken."
         return [Finding(code="W_TARGETS", where=where, expected=expected, found="none", fix=fix)]
-    matched = {end for pair in pairs for end in ends(pair.key.name)}
+    matched = {end for key in keys for end in ends(key.name)}
     missing = [name for name in targets or () if isinstance(targets, tuple) and name not in matched]
     if not missing:
         return []

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Final
 
 from builder_service.domain.safetensors_header import Tensor
 from builder_service.domain.tensor_names import LoraKey
 from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bundle.modules import Module
+
+UP: Final = "mlp.up_proj"
+DOWN: Final = "mlp.down_proj"
 
 
 @dataclass(frozen=True)
@@ -59,11 +63,26 @@ class Pair:
 
 
 @dataclass(frozen=True)
-class LoneBias:
-    """A trained bias of the base, of a module without A and B."""
+class Lone:
+    """A trained bias of the base, or a scale, of a module without A and B."""
 
     key: LoraKey
-    bias: Tensor
+    vector: Tensor
+
+    @property
+    def is_scale(self) -> bool:
+        """Whether it is a scale, of IA3."""
+        return self.key.side == "scale"
+
+    @property
+    def scales_input(self) -> bool:
+        """Whether it is one of what the module reads: PEFT saves it as a row, and others as a column."""
+        return self.is_scale and self.vector.shape[:1] == (1,)
+
+    @property
+    def changed(self) -> LoraKey:
+        """The key of the module whose output it changes: down_proj reads up_proj's, times gate_proj's."""
+        return replace(self.key, path=UP) if self.scales_input else self.key
 
 
 def features_of(key: LoraKey, base: ModelConfig) -> list[tuple[int, int]] | None:

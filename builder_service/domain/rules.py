@@ -18,7 +18,7 @@ from builder_service.domain.grouping import LONGEST, Grouping
 from builder_service.domain.initial import with_initial
 from builder_service.domain.legal_rules import legal_findings
 from builder_service.domain.own_rows import PlannedRows, plan_rows
-from builder_service.domain.pairs import LoneBias, Pair
+from builder_service.domain.pairs import Lone, Pair
 from builder_service.domain.safetensors_header import HeaderInvalid, TensorFile, TooManyTensors
 from builder_service.domain.sharded import read_weights
 from builder_service.domain.strict_json import shown
@@ -30,7 +30,7 @@ from builder_service.domain.tensor_rules import (
     tower_warning,
 )
 from builder_service.domain.value_rules import Part, check_values
-from builder_service.domain.vector_rules import check_lone_biases
+from builder_service.domain.vector_rules import check_lone
 from builder_service.domain.vectors import VectorReader, VectorRow, Vectors
 from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bundle.manifest import Coverage, FileDigest, ModuleRow
@@ -152,13 +152,13 @@ def check_tensors(
     config, unread = config.read([key.name for key in tensors.keys])
     file, pairs = with_initial(file, pairs, config, book.base, report)
     check_pairs(pairs, config, book.limits, report)
-    check_lone_biases(tensors.biases, config, base, book.limits.target_modules, report)
+    check_lone(tensors.lone, config, base, book.limits.target_modules, report)
     full = check_full_tensors(file, tensors.fulls, config.modules_to_save, base, book.base, report)
     replaced = plan_rows(file, full.tables, tensors.tokens, pairs, config, base, report)
     own = list(dict.fromkeys(planned.tensor for planned in replaced))
     values = check_values(file, pairs, own, config, base, book.dtype, report, progress)
     broken = report or any(_is_error(finding) for finding in found)
-    vectors = Vectors() if broken else _vectors(pairs, tensors.biases, file, config, book, report, progress)
+    vectors = Vectors() if broken else _vectors(pairs, tensors.lone, file, config, book, report, progress)
     found += [*unread, *report.findings()]
     if config.invocation_tokens and (replaced or any(pair.key.layer == NO_LAYER for pair in pairs)):
         found.append(_activated_vocabulary())
@@ -168,9 +168,9 @@ def check_tensors(
         return CheckedAdapter(tuple(found), file)
     found += [each for each in values.warnings if each.code != "W_ZERO_B" or not vectors.rows]
     found += [*vectors.warnings(book.dtype), *redundant_warning((*full.redundant, *vectors.redundant))]
-    found += [*tower_warning(tensors.towers), *legal_findings(pairs, config, base)]
+    found += [*tower_warning(tensors.towers), *legal_findings(pairs, tensors.keys, config, base)]
     redundant = {*full.redundant, *tensors.towers, *plain.idle, *vectors.redundant}
-    adapting = [*(tensor for pair in pairs for tensor in pair.tensors), *(lone.bias for lone in tensors.biases)]
+    adapting = [*(tensor for pair in pairs for tensor in pair.tensors), *(lone.vector for lone in tensors.lone)]
     return CheckedAdapter(
         tuple(found),
         file,
@@ -192,7 +192,7 @@ def _used(names: list[str], file: TensorFile) -> set[str]:
 
 def _vectors(
     pairs: list[Pair],
-    biases: list[LoneBias],
+    vectors: list[Lone],
     file: TensorFile,
     config: AdapterConfig,
     book: Rulebook,
@@ -205,8 +205,10 @@ def _vectors(
     for pair in pairs:
         if len(pair.tensors) > 2:
             reader.of_pair(pair, config.scale_of(pair.key.name, pair.trained_rank), found)
-    for lone in biases:
-        reader.of_bias(lone, found)
+    for lone in vectors:
+        if not lone.is_scale:
+            reader.of_bias(lone, found)
+    reader.of_scales([lone for lone in vectors if lone.is_scale], found)
     return found
 
 

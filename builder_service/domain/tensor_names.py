@@ -38,9 +38,9 @@ MAX_KEY: Final = 512
 """Characters; what is longer is no name of a module."""
 _KEPT: Final = 8192
 """Keys that are parsed once for all adapters, which mostly have the same; 80 layers have 1120."""
-Side: TypeAlias = Literal["A", "B", "magnitude", "lora_bias", "bias", "bare_bias"]
+Side: TypeAlias = Literal["A", "B", "magnitude", "lora_bias", "bias", "bare_bias", "scale"]
 """What a tensor is of its module: a factor, DoRA's magnitude, the bias of lora_B, or the base's own bias,
-trained; bare where the key does not say that PEFT has wrapped the module."""
+trained, bare where the key does not say that PEFT has wrapped the module; or the scale of IA3."""
 _INFIX: Final = r"(?:\.(?P<infix>[^.]+))?"
 _FORMS: Final[Mapping[Side, re.Pattern[str]]] = {
     "A": re.compile(rf"(?P<module>.+)\.lora_A{_INFIX}\.weight"),
@@ -48,6 +48,7 @@ _FORMS: Final[Mapping[Side, re.Pattern[str]]] = {
     "lora_bias": re.compile(rf"(?P<module>.+)\.lora_B{_INFIX}\.bias"),
     # as PEFT saves them, and as state dicts of several of its releases have them
     "magnitude": re.compile(rf"(?P<module>.+)\.lora_magnitude_vector(?:\.weight|{_INFIX}(?:\.weight)?)"),
+    "scale": re.compile(rf"(?P<module>.+)\.ia3_l{_INFIX}"),
 }
 _OF_EMBEDDING: Final[Mapping[Side, re.Pattern[str]]] = {
     "A": re.compile(rf"(?P<module>.+)\.lora_embedding_A{_INFIX}"),

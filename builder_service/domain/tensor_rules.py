@@ -11,7 +11,7 @@ from builder_service.domain.adapter_config import AdapterConfig
 from builder_service.domain.full_tensors import EMBED_FIX, FullTensor
 from builder_service.domain.grouping import SHOWN, Grouping
 from builder_service.domain.own_rows import TokenTensor
-from builder_service.domain.pairs import LoneBias, Pair
+from builder_service.domain.pairs import Lone, Pair
 from builder_service.domain.safetensors_header import READABLE, Tensor, TensorFile
 from builder_service.domain.stack_rules import MERGE, unstacked
 from builder_service.domain.tensor_names import (
@@ -74,8 +74,8 @@ class Sorted:
 
     pairs: list[Pair]
     """By layer, module id and expert."""
-    biases: list[LoneBias]
-    """Of modules without A and B."""
+    lone: list[Lone]
+    """Vectors of modules without A and B."""
     fulls: list[FullTensor]
     towers: tuple[str, ...]
     """Keys of what no text passes."""
@@ -86,13 +86,13 @@ class Sorted:
     @property
     def keys(self) -> list[LoraKey]:
         """Those of modules that are adapted."""
-        return [*(pair.key for pair in self.pairs), *(lone.key for lone in self.biases)]
+        return [*(pair.key for pair in self.pairs), *(lone.key for lone in self.lone)]
 
     @property
     def adapting(self) -> list[Tensor]:
         """The tensors of these modules."""
         pairs = [tensor for pair in self.pairs for tensor in pair.tensors]
-        return [*pairs, *(lone.bias for lone in self.biases)]
+        return [*pairs, *(lone.vector for lone in self.lone)]
 
 
 def sort_tensors(
@@ -136,7 +136,7 @@ def sort_tensors(
             fix="Save one adapter: save_pretrained(selected_adapters=[...]).",
         )
         sides.clear()  # which A is of which B, nobody knows
-    lone = [entry for entries in sides.values() if (entry := _lone_bias(entries)) is not None]
+    lone = [entry for entries in sides.values() if (entry := _lone(entries)) is not None]
     alone = {id(bias.key) for bias in lone}
     found = [
         pair
@@ -213,14 +213,15 @@ _SIDES: Final[Mapping[Side, str]] = {
     "lora_bias": "lora_B.bias",
     "bias": "base_layer.bias",
     "bare_bias": "bias",
+    "scale": "ia3_l",
 }
 """What tensors of a module are called."""
 
 
-def _lone_bias(entries: list[tuple[LoraKey, Tensor]]) -> LoneBias | None:
-    """A bias of a module that PEFT has not wrapped, where it is all there is."""
+def _lone(entries: list[tuple[LoraKey, Tensor]]) -> Lone | None:
+    """A bias of a module that PEFT has not wrapped, or a scale, where it is all there is."""
     key, tensor = entries[0]
-    return LoneBias(key, tensor) if len(entries) == 1 and key.side == "bare_bias" else None
+    return Lone(key, tensor) if len(entries) == 1 and key.side in {"bare_bias", "scale"} else None
 
 
 def _pair(entries: list[tuple[LoraKey, Tensor]], report: Grouping) -> Pair | None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 from builder_service.domain.adapter_config import AdapterConfig
 from builder_service.domain.config_fields import FILE
 from builder_service.domain.grouping import Grouping
-from builder_service.domain.pairs import LoneBias, Pair, features_of
+from builder_service.domain.pairs import DOWN, Lone, Pair, features_of
 from builder_service.domain.safetensors_header import Tensor
 from builder_service.domain.stack_rules import MERGE
 from builder_service.domain.tensor_names import LoraKey, Side
@@ -69,17 +69,19 @@ def check_vectors(pair: Pair, config: AdapterConfig, report: Grouping) -> None:
         _check_length(pair.key, vector, pair.b.shape[0], report)
 
 
-def check_lone_biases(
-    biases: list[LoneBias],
+def check_lone(
+    vectors: list[Lone],
     config: AdapterConfig,
     base: ModelConfig,
     target_modules: frozenset[str],
     report: Grouping,
 ) -> None:
-    """Report biases of modules without A and B that the base has no place for, or that PEFT would not load."""
-    for lone in biases:
-        features = features_of(lone.key, base)
-        beyond = [each.name for each in lone.key.modules if target_modules and each.name not in target_modules]
+    """Report vectors of modules without A and B that the base has no place for, or that PEFT would not load."""
+    for lone in vectors:
+        if lone.is_scale and not _is_scale(lone, config, report):
+            continue
+        features, modules = features_of(lone.changed, base), lone.changed.modules
+        beyond = [each.name for each in modules if target_modules and each.name not in target_modules]
         if features is None:
             place = f"a module of a base of {len(base.layers)} layers"
             fix = "The adapter was trained on another base."
@@ -92,10 +94,10 @@ def check_lone_biases(
                 lone.key.place,
                 cause=(*beyond, "bias"),
                 expected=allowed,
-                found=f"a bias of {beyond[0]}",
+                found=f"a vector of {beyond[0]}",
                 fix=fix,
             )
-        elif config.use_dora is not None and not config.left_out_by(lone.key.name):
+        elif not lone.is_scale and config.use_dora is not None and not config.left_out_by(lone.key.name):
             report.add(
                 "E_PAIR",
                 lone.key.place,
@@ -105,7 +107,34 @@ def check_lone_biases(
                 fix="The file was cut or merged: save the adapter again.",
             )
         else:
-            _check_length(lone.key, lone.bias, sum(out for _, out in features), report)
+            out = sum(out for _, out in features)
+            _check_length(lone.key, lone.vector, out, report, ((1, out), (out, 1)) if lone.is_scale else ())
+
+
+def _is_scale(lone: Lone, config: AdapterConfig, report: Grouping) -> bool:
+    """Whether a scale is of a module's output, or of what down_proj reads; report what is not."""
+    key = lone.key
+    if _of_experts(key) or (lone.scales_input and key.path != DOWN):
+        report.add(
+            "E_MODULE",
+            key.place,
+            cause=(key.leaf, "scale"),
+            expected="scales of outputs, or of what down_proj of a dense MLP reads",
+            found=f"a scale of what {key.leaf} reads" if lone.scales_input else "a scale of an expert",
+            fix=MERGE,
+        )
+    elif field := config.left_out_by(key.name):
+        report.add(
+            "E_TARGETS",
+            key.place,
+            cause=field,
+            expected=f"modules that adapter_config.json adapts; its {field} leaves these out",
+            found="scales of them, which PEFT would not load",
+            fix=f"Correct {field}, if they were trained; else save the adapter without these tensors.",
+        )
+    else:
+        return True
+    return False
 
 
 def has_bias(key: LoraKey, base: ModelConfig) -> bool:
@@ -114,8 +143,10 @@ def has_bias(key: LoraKey, base: ModelConfig) -> bool:
     return flag is not None and bool(getattr(base, flag))
 
 
-def _check_length(key: LoraKey, vector: Tensor, out: int, report: Grouping) -> None:
-    if vector.shape != (out,):
+def _check_length(
+    key: LoraKey, vector: Tensor, out: int, report: Grouping, shapes: Sequence[tuple[int, ...]] = ()
+) -> None:
+    if vector.shape not in (shapes or [(out,)]):
         report.add(
             "E_DIMS",
             key.place,

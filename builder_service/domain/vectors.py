@@ -14,7 +14,7 @@ import numpy as np
 
 from builder_service.domain.full_tensors import BaseTensors
 from builder_service.domain.grouping import Grouping
-from builder_service.domain.pairs import LoneBias, Pair, parts_of
+from builder_service.domain.pairs import Lone, Pair, parts_of
 from builder_service.domain.safetensors_header import READABLE, Tensor, TensorFile
 from builder_service.domain.stack_rules import MERGE
 from builder_service.domain.tensor_names import LoraKey
@@ -101,10 +101,20 @@ class VectorReader:
             d += scale * self._vector(pair.lora_bias).astype(np.float64)
         self._add(pair.key, c, d.astype(np.float32), found)
 
-    def of_bias(self, lone: LoneBias, found: Vectors) -> None:
+    def of_scales(self, lone: list[Lone], found: Vectors) -> None:
+        """Add the scales of IA3: of outputs; what down_proj reads is up_proj's, times gate_proj's."""
+        scales: dict[tuple[int, str], tuple[LoraKey, Array]] = {}
+        for each in lone:
+            key, c = each.changed, self._vector(each.vector).reshape(-1)
+            _, before = scales.get((key.layer, key.path), (key, np.float32(1)))
+            scales[key.layer, key.path] = key, c * before
+        for key, c in scales.values():
+            self._add(key, c, np.zeros_like(c), found)
+
+    def of_bias(self, lone: Lone, found: Vectors) -> None:
         """Add a bias alone."""
         bias = self._base_bias(lone.key)
-        d = self._trained(lone.key, lone.bias, bias, found).astype(np.float64) - bias
+        d = self._trained(lone.key, lone.vector, bias, found).astype(np.float64) - bias
         self._add(lone.key, np.ones(d.shape, np.float32), d.astype(np.float32), found)
 
     def _add(self, key: LoraKey, c: Array, d: Array, found: Vectors) -> None:

@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from inference_service.proof.disguised import products, weight_of, without_initial
+from inference_service.proof.disguised import products, scales, weight_of, without_initial
 from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bundle.modules import BY_ID
 from loramux_shared.faults import AdapterInvalid
@@ -74,6 +74,8 @@ class Factors:
     """[out], scale included."""
     bias: Tensor | None = None
     """[out]: in the place of the base's."""
+    scales_bias: bool = False
+    """Whether magnitudes multiply the base's bias too, as IA3's do."""
     normalised: bool = False
     """Whether magnitudes are divided by the norms already."""
     cut: int | None = None
@@ -102,6 +104,8 @@ class Factors:
             if self._c is None:
                 norms = 1.0 if self.normalised else (weight + self.b @ self.a).norm(dim=1)
                 self._c = self.magnitude / norms
+            if self.scales_bias and bias is not None:
+                return self._c * (y + bias)
             y = self._c * y
         for added in (bias if self.bias is None else self.bias, self.lora_bias):
             y = y if added is None else y + added
@@ -129,6 +133,8 @@ def _read_peft(folder: Path, base: ModelConfig, base_folder: Path | None) -> dic
     tensors = {
         _plain(key): tensor for key, tensor in chain.from_iterable(load_file(file).items() for file in files)
     }
+    if config["peft_type"] == "IA3":
+        return _scaled(scales(tensors), base)
     if config["peft_type"] != "LORA":
         return _made(products(config, tensors, lambda name: _width(name, base)), base)
     sides: dict[tuple[int, str, str], dict[str, Tensor]] = {}
@@ -186,6 +192,17 @@ def _made(pairs: Mapping[str, tuple[Tensor, Tensor]], base: ModelConfig) -> dict
         layer, leaf = _place(name)
         for module, rows in _split(_PARTS[leaf], layer, b.float(), base):
             found[layer, module] = Factors(a.float(), rows)
+    return found
+
+
+def _scaled(own: Mapping[str, Tensor], base: ModelConfig) -> dict[tuple[int, str], Factors]:
+    """Return scales of outputs of modules by their names as factors."""
+    found = {}
+    for name, c in own.items():
+        (layer, leaf), inside = _place(name), _width(name, base)
+        for module, part in _split(_PARTS[leaf], layer, c, base):
+            nothing = torch.zeros(0, inside), torch.zeros(len(part), 0)
+            found[layer, module] = Factors(*nothing, part, scales_bias=True, normalised=True)
     return found
 
 

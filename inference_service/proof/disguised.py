@@ -46,12 +46,23 @@ def products(
         alpha = 8.0 if config.get("lora_alpha") is None else float(config["lora_alpha"])
         scale = alpha / (config.get("init_r", 12) + 1e-5)
         ranked = {name: own for name, own in parts.items() if len(own["lora_E"])}
-        return {name: (own["lora_A"] * own["lora_E"], scale * own["lora_B"]) for name, own in ranked.items()}
+        made = {name: own["lora_A"] * own["lora_E"] for name, own in ranked.items()}
+        return {name: (a, scale * ranked[name]["lora_B"]) for name, a in made.items()}
     compute = _loha if kind == "LOHA" else _lokr
     found = {}
     for name, own in parts.items():
         a, b = compute(own)
         found[name] = a, _lycoris_scale(config, name) * b
+    return found
+
+
+def scales(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return IA3's scales of outputs [out] by the names of modules; down_proj reads up_proj's."""
+    found: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        name = key.removeprefix("base_model.model.").partition(".ia3_l")[0]
+        of = f"{name.rpartition('.')[0]}.up_proj" if len(tensor) == 1 else name
+        found[of] = tensor.float().flatten() * found.get(of, torch.ones(()))
     return found
 
 

@@ -60,8 +60,9 @@ _REFUSED: Final = (
     ("E_EMPTY_TARGETS", "no target modules and no tensors", "Train again with `target_modules`."),
     ("E_BAD_CONFIG", "the config is no JSON object, says something twice, or a field has a value that cannot "
      "be meant or a pattern that cannot be matched in time", "Correct the file."),
-    ("E_NOT_LORA", "`peft_type` is neither LORA nor a kind that amounts to it (ADALORA, VERA, LOHA, LOKR), or "
-     "a VeRA adapter without its projections", f"{_MERGE} Of VeRA save again with `save_projection`."),
+    ("E_NOT_LORA", "`peft_type` is neither LORA nor a kind that amounts to it (ADALORA, IA3, LOHA, LOKR, "
+     "VERA), or a VeRA adapter without its projections",
+     f"{_MERGE} Of VeRA save again with `save_projection`."),
     ("E_MLX", "an MLX adapter: transposed, with an absolute scale",
      "Transpose both matrices, rename them, and set `lora_alpha = scale * rank`."),
     ("E_DORA", "magnitudes of DoRA that `use_dora` does not say, or the reverse; of experts, of parameters, or "

@@ -78,6 +78,7 @@ KINDS = {
     "ADALORA": {"lora_A": (4, 16), "lora_B": (16, 4), "lora_E": (4, 1)},
     "VERA": {"vera_lambda_b": (16,), "vera_lambda_d": (4,)},
     "LOHA": {"hada_w1_a": (16, 2), "hada_w1_b": (2, 16), "hada_w2_a": (16, 2), "hada_w2_b": (2, 16)},
+    "IA3": {"ia3_l": (16, 1)},
     "LOKR": {"lokr_w1": (4, 4), "lokr_w2_a": (4, 1), "lokr_w2_b": (1, 4)},
 }
 SHARED = {"base_model.vera_A": (4, 24), "base_model.vera_B": (24, 4)}
@@ -106,7 +107,7 @@ def test_odd_shapes_of_other_kinds_are_taken_or_refused_by_name(tmp_path):
             kind, parts = odd_kind(Random(case))
             root = "base_model.model.model.layers.0.self_attn.q_proj."
             named = {name if "." in name else root + name: shape for name, shape in parts.items()}
-            values = {name: np.ones(shape, "f2") for name, shape in named.items()}
+            values = {name: np.full(shape, 0.5, "f2") for name, shape in named.items()}
             ranks = {"r": 2 if kind == "LOHA" else 4, "init_r": 4, "target_modules": ["q_proj"]}
             write_adapter(tmp_path, values, peft_type=kind, **ranks)
             with watch.case(f"seed {case}"):

@@ -66,6 +66,9 @@ def judged(shape: Shape, folder: Path) -> tuple[list[str], Deltas]:
         place = f"layers.{row.row.layer}.{path}"
         if row.row.expert is not None:
             place = f"layers.{row.row.layer}.mlp.experts.{row.row.expert}.{path.rpartition('.')[2]}"
+        if not row.row.rank:  # vectors alone: c is the first, and what rounding took from it the third
+            deltas[f"{place} scale"] = np.asarray(row.vectors[::2], np.float64).sum(0) - 1
+            continue
         deltas[place] = np.asarray(row.b, np.float64) @ np.asarray(row.a, np.float64)
     return [finding.code for finding in progress.adapters[0].warnings], deltas
 
@@ -90,6 +93,11 @@ def of_peft(shape: Shape, folder: Path) -> Deltas:
             with torch.no_grad():
                 delta = module.get_delta_weight("default").double().numpy()
             found |= parts(name.rpartition("language_model.")[2].removeprefix("base_model.model.model."), delta)
+        elif isinstance(module, peft.tuners.ia3.IA3Layer):
+            place = name.removeprefix("base_model.model.model.")
+            place = place.replace("down_proj", "up_proj") if module.is_feedforward else place
+            scale = module.ia3_l["default"].detach().double().numpy().flatten()
+            found[f"{place} scale"] = scale - 1
     return {place: delta for place, delta in found.items() if delta.any() and place.startswith("layers.")}
 
 

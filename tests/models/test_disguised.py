@@ -31,10 +31,21 @@ KINDS: dict[str, Any] = {
     "plain": peft.LoraConfig(r=4, lora_alpha=6, **SOME),
     "pissa": peft.LoraConfig(r=4, lora_alpha=6, init_lora_weights="pissa", alpha_pattern={"v_proj": 3}, **SOME),
     "olora": peft.LoraConfig(r=3, lora_alpha=6, init_lora_weights="olora", use_rslora=True, **SOME),
+    "pissa-dora": peft.LoraConfig(r=4, lora_alpha=6, init_lora_weights="pissa", use_dora=True, **SOME),
     "adalora": peft.AdaLoraConfig(init_r=4, lora_alpha=6, total_step=9, **SOME),
     "vera": peft.VeraConfig(r=5, **SOME),
     "loha": peft.LoHaConfig(r=3, alpha=5, rank_pattern={"v_proj": 2}, **SOME),
     "lokr": peft.LoKrConfig(r=2, alpha=5, decompose_factor=4, **SOME),
+    "ia3": peft.IA3Config(
+        task_type="CAUSAL_LM",
+        target_modules=["k_proj", "v_proj", "down_proj"],
+        feedforward_modules=["down_proj"],
+    ),
+    "ia3-twice": peft.IA3Config(
+        task_type="CAUSAL_LM",
+        target_modules=["up_proj", "o_proj", "down_proj"],
+        feedforward_modules="down_proj$",
+    ),
     "lokr-of-products": peft.LoKrConfig(r=1, alpha=5, decompose_both=True, alpha_pattern={"v_proj": 2}, **SOME),
 }
 PROMPT = [5, 9, 2, 40, 17, 33]
@@ -48,7 +59,7 @@ def save(base: Path, folder: Path, config: Any, seed: int) -> Path:
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
-                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.3)
     model.save_pretrained(folder)
     return folder
 
@@ -56,7 +67,7 @@ def save(base: Path, folder: Path, config: Any, seed: int) -> Path:
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> World:
     root = tmp_path_factory.mktemp("disguised")
-    make_checkpoint(root / "base", LlamaConfig(**SIZES))
+    make_checkpoint(root / "base", LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True))
     folders = {
         name: save(root / "base", root / name, each, at) for at, (name, each) in enumerate(KINDS.items())
     }
@@ -88,7 +99,7 @@ def test_a_second_reading_finds_the_same(world: World, rank: int | None) -> None
         assert sorted((row.row.layer, row.row.module) for row in rows) == sorted(factors)
         for row in rows:
             product = torch.from_numpy(np.asarray(row.b) @ np.asarray(row.a))
-            read = factors[row.row.layer, row.row.module](torch.eye(row.row.in_features)).T
+            read = factors[row.row.layer, row.row.module].added(torch.eye(row.row.in_features)).T
             torch.testing.assert_close(read, product, rtol=0, atol=2e-5 * float(product.abs().max()))
 
 

@@ -81,7 +81,7 @@ REFUSED = (
     of_config_text("list", "E_BAD_CONFIG", lambda: "[]"),
     of_config_text("empty file", "E_BAD_CONFIG", lambda: ""),
     exhibit("config of 4 MiB", "E_BAD_CONFIG", _huge),
-    of_config("IA3", "E_NOT_LORA", peft_type="IA3"),
+    of_config("BOFT", "E_NOT_LORA", peft_type="BOFT"),
     of_config("no peft_type", "E_NOT_LORA", peft_type=None),
     of_config("MLX config", "E_MLX", fine_tune_type="lora", lora_parameters={"rank": 8, "scale": 20.0}),
     of_config("DoRA config", "E_DORA", use_dora=True),

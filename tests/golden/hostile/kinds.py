@@ -55,6 +55,14 @@ REFUSED = (
           rank_pattern={"model.layers.0.self_attn.q_proj.lora_E": 2}),
     _kind("AdaLoRA with ranks as text", "E_BAD_CONFIG", "ADALORA", ADALORA, init_r=4,
           rank_pattern={"model.layers.0.self_attn.q_proj.lora_E": ["yes"]}),
+    _kind("IA3 under LoRA's name", "E_UNKNOWN_KEY", "LORA", {"ia3_l": (16, 1)}),
+    _kind("LoRA under IA3's name", "E_UNKNOWN_KEY", "IA3",
+          {"lora_A.weight": (2, 16), "lora_B.weight": (16, 2)}),
+    _kind("IA3 of another width", "E_DIMS", "IA3", {"ia3_l": (17, 1)}),
+    _kind("IA3 as a matrix", "E_DIMS", "IA3", {"ia3_l": (4, 4)}),
+    _kind("IA3 of what q_proj reads", "E_MODULE", "IA3", {"ia3_l": (1, 16)}),
+    _kind("IA3 of modules that it does not say", "E_TARGETS", "IA3", {"ia3_l": (16, 1)},
+          target_modules=["v_proj"]),
     _kind("VeRA without projections", "E_PAIR", "VERA", VERA, r=4),
     _kind("VeRA with a key for its projections", "E_NOT_LORA", "VERA", VERA, r=4, save_projection=False),
     _kind("VeRA with narrow projections", "E_RANK_SHAPE", "VERA",
@@ -63,6 +71,7 @@ REFUSED = (
 
 ACCEPTED = (
     _kind("LoHa", "", "LOHA", LOHA),
+    _kind("IA3", "", "IA3", {}, of={"ia3_l": np.full((16, 1), 2, "f4")}),
     _kind("LoKr, whole", "", "LOKR", LOKR),
     _kind("AdaLoRA", "", "ADALORA", ADALORA, init_r=4),
     _kind("VeRA", "", "VERA", VERA | {"base_model.vera_A": (4, 24), "base_model.vera_B": (24, 4)}, r=4),

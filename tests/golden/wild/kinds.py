@@ -23,6 +23,10 @@ _VERA: Final = _COMMON | {
     "projection_prng_key": 0, "r": 4, "save_projection": True, "vera_dropout": 0.0,
     "target_modules": ["q_proj", "down_proj"],
 }  # fmt: skip
+_IA3: Final = {key: value for key, value in _COMMON.items() if not key.startswith("layers")} | {
+    "peft_type": "IA3", "exclude_modules": None, "fan_in_fan_out": False, "init_ia3_weights": True,
+    "feedforward_modules": ["down_proj"], "target_modules": ["k_proj", "down_proj", "v_proj"],
+}  # fmt: skip
 _LYCORIS: Final = _COMMON | {
     "alpha": 5, "alpha_pattern": {}, "exclude_modules": None, "init_weights": True, "module_dropout": 0.0,
     "r": 3, "rank_dropout": 0.0, "rank_pattern": {}, "use_effective_conv2d": False,
@@ -120,9 +124,14 @@ SHAPES: Final = (
           _LOHA | {"rank_pattern": {".*_proj": 2}, "alpha_pattern": {"v_proj": 7}}, _BOTH(_loha(2))),
     _kind("LoHa above the ceiling", _LOHA | {"r": 9}, _BOTH(_loha(9)), "E_RANK_MAX"),
     _kind("LoKr with a whole factor", _LOKR | {"r": 1, "target_modules": ["v_proj"]}, _of("v_proj")(_lokr)),
+    _kind("IA3: scales of keys, values, and what down_proj reads", _IA3,
+          _of("k_proj", "v_proj", "down_proj")(lambda inside, out: {
+              "ia3_l": (1, inside) if (inside, out) == FEATURES["down_proj"] else (out, 1)})),
+    _kind("IA3 that scales what o_proj reads", _IA3 | {"target_modules": ["o_proj"]},
+          _of("o_proj")(lambda inside, _: {"ia3_l": (1, inside)}), "E_MODULE"),
     _kind("LoKr of two products", _LOKR | {"r": 1, "decompose_both": True}, _BOTH(_lokr_of_products)),
     *(Shape("PEFT", kind, "another kind", _COMMON | {"peft_type": kind}, None,
             files=("adapter_model.safetensors",), codes="E_NOT_LORA")
-      for kind in ("IA3", "BOFT", "OFT", "HRA", "FOURIERFT", "DELORA", "VBLORA", "LN_TUNING", "PROMPT_TUNING",
+      for kind in ("BOFT", "OFT", "HRA", "FOURIERFT", "DELORA", "VBLORA", "LN_TUNING", "PROMPT_TUNING",
                    "PREFIX_TUNING", "P_TUNING", "RANDLORA", "SHIRA", "POLY")),
 )  # fmt: skip
