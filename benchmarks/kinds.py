@@ -171,6 +171,7 @@ def main() -> int:
             kv_memory_gb=0.3,
             adapter_memory_gb=1.0,
             adapter_disk_gb=0,
+            preload=COUNT * len(kinds),
         )
         ready = load(settings, open_store(uri))
         return 0 if measure(ready, kinds, options.rounds) else 1
