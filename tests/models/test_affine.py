@@ -73,13 +73,12 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> Answers:
 
 @pytest.mark.parametrize("native", [True, False], ids=["compiled", "torch"])
 def test_a_mixed_batch_equals_peft(answers: Answers, native: bool) -> None:
-    """Every kind beside plain LoRA and the base, in chunks, through preemption and prefix hits."""
+    """Every kind beside plain LoRA and the base, through preemption and prefix hits."""
     ready = answers.world.load(
         answers.store,
         native=native,
         block_size=8,
         kv_memory_gb=128 * 2 * 2 * 2 * 8 * 4 / 1e9,  # tokens, layers, keys and values, heads, their dim, bytes
-        max_batch_tokens=16,
         max_batch_seqs=6,
     )
     assert run_engine(ready, answers.requests, NEW) == answers.expected

@@ -29,12 +29,12 @@ from inference_service.kernels.sgmv.triton_kernels import (
     FIELDS,
     PLANE_SCALARS,
     SEGMENT_POINTERS,
+    finished,
     planes_of,
     rows_of,
     shrink_tile,
     slice_of_tile,
     sum_of_planes,
-    vectors_of_tile,
 )
 
 
@@ -106,10 +106,9 @@ def expand_tile(
             else:
                 b_sum = tl.dot(b_y, b_b, input_precision="ieee")
             b_sum += b_out.to(tl.float32)
-            b_c, b_d = vectors_of_tile(
-                p_vectors, vectors, o_n, size, 32 // p_b.dtype.element_ty.primitive_bitwidth
-            )
-            b_sum = b_sum * b_c[None, :] + b_d[None, :]
+            # asked for once more: to keep it while y is waited for would cost a register too many
+            _, _, again, _, _, _, _ = slice_of_tile(i_n, p_slot, OFFSETS, SIZES, ALIGNMENT, N_SLICES, BLOCK_N)
+            b_sum = finished(b_sum, p_vectors, again, o_n, size, 32 // p_b.dtype.element_ty.primitive_bitwidth)
             tl.store(p_tile, b_sum.to(p_out.dtype.element_ty), mask=m_tile)
 
         before = tl.atomic_add(p_counter, 1, sem="acq_rel", scope="gpu")

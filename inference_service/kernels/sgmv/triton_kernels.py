@@ -177,11 +177,11 @@ def slice_of_tile(
     N_SLICES: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """(rank, element in b, vectors, size, offset, first row, tile in it) of the slice of a tile of columns."""
+    """(rank, element in b, vectors / ROW, size, offset, first row, tile) of the slice of a tile of columns."""
     # It is the last slice whose tiles begin at or before the tile.
     rank = tl.load(p_slot).to(tl.int32)
     element = tl.load(p_slot + 2).to(tl.int64)
-    vectors = tl.load(p_slot + 3).to(tl.int64)
+    vectors = (tl.load(p_slot + 3).to(tl.int64) // ROW).to(tl.int32)
     size, offset = SIZES[0], OFFSETS[0]
     column, rows, i_tile, tiles = 0, rank, i_n, tl.cdiv(SIZES[0], BLOCK_N)
     for i in tl.static_range(1, N_SLICES):
@@ -189,23 +189,21 @@ def slice_of_tile(
         slice_rank = tl.load(p_slot + FIELDS * i).to(tl.int32)
         rank = tl.where(here, slice_rank, rank)
         element = tl.where(here, tl.load(p_slot + FIELDS * i + 2).to(tl.int64), element)
-        vectors = tl.where(here, tl.load(p_slot + FIELDS * i + 3).to(tl.int64), vectors)
+        vectors = tl.where(here, (tl.load(p_slot + FIELDS * i + 3).to(tl.int64) // ROW).to(tl.int32), vectors)
         size, offset = tl.where(here, SIZES[i], size), tl.where(here, OFFSETS[i], offset)
         column, i_tile = tl.where(here, rows, column), tl.where(here, i_n - tiles, i_tile)
         rows += slice_rank
         tiles += tl.cdiv(SIZES[i], BLOCK_N)
-    return rank, tl.multiple_of(element, ALIGNMENT), tl.multiple_of(vectors, ROW), size, offset, column, i_tile
+    return rank, tl.multiple_of(element, ALIGNMENT), vectors, size, offset, column, i_tile
 
 
 @triton.jit
-def vectors_of_tile(p_vectors, vectors, o_n, size, PER_FLOAT: tl.constexpr):
-    """c and d of columns of a slice: 1 and 0 where a slot has none; PER_FLOAT elements take up a float."""
-    p_c = p_vectors + vectors // PER_FLOAT + o_n  # [BLOCK_N]
+def finished(b_sum, p_vectors, vectors, o_n, size, PER_FLOAT: tl.constexpr):
+    """b_sum [T, N] times c, plus d, where a slot has them for these columns; PER_FLOAT elements are a float."""
+    p_c = p_vectors + vectors.to(tl.int64) * (ROW // PER_FLOAT) + o_n  # [N]
     m_c = o_n < tl.where(vectors > 0, size, 0)
-    return (
-        tl.load(p_c, mask=m_c, other=1.0),
-        tl.load(p_c + tl.cdiv(size, ROW) * ROW, mask=m_c, other=0.0),
-    )
+    b_sum *= tl.load(p_c, mask=m_c, other=1.0)[None, :]
+    return b_sum + tl.load(p_c + tl.cdiv(size, ROW) * ROW, mask=m_c, other=0.0)[None, :]
 
 
 @triton.constexpr_function
@@ -322,7 +320,5 @@ def expand_kernel(
         p_tile = p_out + o_t[:, None] * stride_out + offset + o_n[None, :]
         m_tile = m_p[:, None] & m_n[None, :]
         b_sum += tl.load(p_tile, mask=m_tile, other=0.0).to(tl.float32)
-        # read here: registers are dear in the loop over the rank
-        b_c, b_d = vectors_of_tile(p_vectors, vectors, o_n, size, 32 // p_b.dtype.element_ty.primitive_bitwidth)
-        b_sum = b_sum * b_c[None, :] + b_d[None, :]
+        b_sum = finished(b_sum, p_vectors, vectors, o_n, size, 32 // p_b.dtype.element_ty.primitive_bitwidth)
         tl.store(p_tile, b_sum.to(p_out.dtype.element_ty), mask=m_tile)

@@ -167,7 +167,7 @@ _FUSED: Mapping[int, Mapping[int, FusedConfig]] = {
         ),
         32: FusedConfig(
             ShrinkConfig(DECODE_TILE, 32, 128, 16, num_warps=4, num_stages=3),
-            ExpandConfig(DECODE_TILE, 32, 128, num_warps=4, num_stages=3),
+            ExpandConfig(DECODE_TILE, 32, 64, num_warps=4, num_stages=3),
         ),
         64: FusedConfig(
             ShrinkConfig(DECODE_TILE, 64, 128, 16, num_warps=4, num_stages=3),
