@@ -298,7 +298,10 @@ def test_a_mixture_opens_nothing_that_its_parts_do_not() -> None:
     [
         (ServedModel("k", Adapter("k"), affine=True), "is DoRA, or has biases"),
         (ServedModel("k", Adapter("k", invocation=(5,))), "acts from its invocation tokens on"),
-        (ServedModel("k", Adapter("k"), modules=("attn_q", "embedding")), "has embeddings or a head of its own"),
+        (
+            ServedModel("k", Adapter("k"), modules=("attn_q", "embedding")),
+            "has embeddings or a head of its own",
+        ),
     ],
 )
 def test_adapters_of_other_kinds_are_not_mixed(kind: ServedModel, said: str) -> None:
