@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
-from inference_service.core.sequence import MOST_PARTS, Mixture
+from inference_service.core.sequence import MOST_PARTS, Adapter, Mixture
 from inference_service.serving.adapter_defaults import AdapterDefaults
 from loramux_shared.bundle.manifest import apart
 from loramux_shared.faults import Finding, RequestInvalid
@@ -89,7 +89,12 @@ def mixed(
         RequestInvalid: one of them cannot be scaled.
     """
     for model, _ in parts:
-        if reason := _unscalable(model):
+        if model.adapter is None:
+            reason = (
+                "this one is merged into the weights"
+                if model.digest
+                else "the base is part of every answer already"
+            )
             raise _refused(where, f"adapters that can be scaled; {reason}", model.name)
     mixture = Mixture.of((model.adapter, scale) for model, scale in parts if model.adapter is not None)
     if mixture is None:
@@ -97,6 +102,9 @@ def mixed(
     kept = [(model, scale) for model, scale in parts if model.adapter in mixture.members]
     if not isinstance(mixture, Mixture):
         return kept[0][0]
+    for model, _ in kept:
+        if reason := _unscalable(model, mixture.members):
+            raise _refused(where, f"adapters that can be scaled; this one {reason}", model.name)
     name = "+".join(model.name if scale == 1.0 else f"{model.name}*{scale:g}" for model, scale in kept)
     models = tuple(dict.fromkeys(model for model, _ in kept))
     unread = any(model.defaults is None for model in models)
@@ -117,19 +125,12 @@ def mixed(
     )
 
 
-def _unscalable(model: ServedModel) -> str:
-    """Say why a model cannot be part of a mixture; nothing where it can."""
-    if model.adapter is None:
-        return (
-            "this one is merged into the weights"
-            if model.digest
-            else "the base is part of every answer already"
-        )
-    reason = (
-        "is DoRA, or has biases or scales of its own: their mixture is not their sum" if model.affine else ""
-    )
-    reason = reason or apart(model.adapter.invocation, model.modules)
-    return f"this one {reason}" if reason else ""
+def _unscalable(model: ServedModel, members: Sequence[Adapter]) -> str:
+    """Say why an adapter cannot be part of a mixture; nothing where it can."""
+    if model.affine:
+        return "is DoRA, or has biases or scales of its own: their mixture is not their sum"
+    own = next(adapter for adapter in members if adapter is model.adapter)
+    return apart(own.invocation, model.modules)
 
 
 def agreed(defaults: Sequence[AdapterDefaults]) -> AdapterDefaults:

@@ -319,7 +319,7 @@ def _weights_of(store: MemoryStore, name: str, model: Decoder) -> AdapterWeights
 
 def test_recording_touches_no_cache(ready: Ready) -> None:
     """Graphs may be recorded again while the cache holds prefixes, and a token is in flight."""
-    runner = _runner(ready, CountingRecorder(), replace(LIMITS, max_seqs=1))
+    runner = _runner(ready, CountingRecorder(), replace(LIMITS, max_seqs=1, max_tokens=16))
     runner._ids.fill_(9)
     for part in itertools.chain.from_iterable(runner._cache.layers):
         part.fill_(0.5)

@@ -293,6 +293,27 @@ def test_a_mixture_opens_nothing_that_its_parts_do_not() -> None:
         merged.resolve("m*0.5")
 
 
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        (ServedModel("k", Adapter("k"), affine=True), "is DoRA, or has biases"),
+        (ServedModel("k", Adapter("k", invocation=(5,))), "acts from its invocation tokens on"),
+        (
+            ServedModel("k", Adapter("k"), modules=("attn_q", "embedding")),
+            "has embeddings or a head of its own",
+        ),
+    ],
+)
+def test_adapters_of_other_kinds_are_not_mixed(kind: ServedModel, said: str) -> None:
+    """Neither with others nor with a scale; the scale 1 is the adapter itself, and 0 leaves it out."""
+    known = Catalog(1, "base", [BASE, ServedModel("a", Adapter("a")), kind])
+    for asked in ("a*0.5+k", "k*0.5"):
+        with pytest.raises(RequestInvalid, match=f"adapters that can be scaled; this one {said}"):
+            known.resolve(asked)
+    assert known.resolve("k*1+a*0").name == "k"
+    assert known.resolve("a*0.5+k*0").names == ("a",)
+
+
 def test_what_adapters_of_a_mixture_bring_alike_counts() -> None:
     """Of defaults, what all say; of stop tokens, all; and somebody reads them where nobody has."""
     ours = AdapterDefaults(temperature=0.5, top_p=0.9, stop_token_ids=frozenset({7}))
