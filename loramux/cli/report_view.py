@@ -8,6 +8,7 @@ from rich.filesize import decimal
 
 from loramux.cli import shell
 from loramux.records import AdapterReport, RowReport
+from loramux_shared.bundle.modules import NO_LAYER
 from loramux_shared.deployment import Repository
 from loramux_shared.faults import Finding
 
@@ -52,7 +53,7 @@ def _show_rows(rows: Sequence[RowReport]) -> None:
     cells = [
         (
             module,
-            layers([row.layer for row in same]),
+            layers([row.layer for row in same if row.layer != NO_LAYER]) or "none",
             f"{cut} -> {rank}" if cut else str(rank),
             f"{scale:.6g}",
             f"{_mean([row.norm_a for row in same]):.4g}",

@@ -127,6 +127,8 @@ def test_alone_preempted_and_from_the_prefix_cache_equals_peft(
     ready = world.load(store, kv_memory_gb=120 * 2 * 2 * 2 * 8 * 4 / 1e9, block_size=8)
     assert run_engine(ready, REQUESTS, NEW) == expected
     assert ready.engine.stats.preemptions > 0
+    ready = world.load(store, block_size=8)
+    assert run_engine(ready, REQUESTS, NEW) == expected
     assert [run_engine(ready, [request], NEW)[0] for request in REQUESTS] == expected
     assert ready.engine.stats.prefix_tokens_hit > 0
 

@@ -15,6 +15,8 @@ LEAVES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 PATTERNS = (
     *LEAVES,
+    "embed_tokens",
+    r"lm_.*",
     "proj",  # matches nothing: it is no whole part of a name
     "self_attn.q_proj",
     "mlp.down_proj",
@@ -67,7 +69,9 @@ def _patterns(values: st.SearchStrategy[Any]) -> st.SearchStrategy[dict[str, Any
 
 RANKS = st.integers(1, 12)
 ALPHAS = st.one_of(st.integers(1, 64), st.sampled_from((0.5, 5.5, 8 * 2**0.5, 31.7)))
-SUBSETS = st.lists(st.sampled_from(LEAVES), min_size=1, unique=True)
+SUBSETS = st.lists(st.sampled_from((*LEAVES, "embed_tokens", "lm_head")), min_size=1, unique=True)
+OF_LAYERS = st.lists(st.sampled_from(LEAVES), min_size=1, unique=True)
+"""Where there are vectors besides: of embeddings and head they are refused."""
 LAYER_SUBSETS = st.one_of(
     st.none(),
     st.integers(0, LAYERS - 1),
@@ -89,19 +93,42 @@ def draws(draw: st.DrawFn) -> Draw:
     if draw(st.integers(0, 3)) == 0:
         config["target_modules"] = draw(st.sampled_from(TARGETS))
     else:
-        config["target_modules"] = draw(SUBSETS)
+        vectors = "use_dora" in config or "lora_bias" in config
+        config["target_modules"] = draw(OF_LAYERS if vectors else SUBSETS)
         config["layers_to_transform"] = draw(LAYER_SUBSETS)
         if config["layers_to_transform"] is not None and draw(st.booleans()):
             config["layers_pattern"] = "layers"
         config["exclude_modules"] = draw(st.sampled_from((None, r".*\.layers\.1\.mlp\.down_proj", ["lm_head"])))
-        if config["target_modules"] == ["down_proj"] and config["layers_to_transform"] in (1, [1]):
-            config["exclude_modules"] = None  # nothing would be left
+        if not _is_left(config):
+            config |= {"exclude_modules": None, "layers_to_transform": None, "layers_pattern": None}
     return Draw(
         config,
         draw(st.sampled_from(tuple(DTYPES))),
         draw(st.sampled_from(tuple(DTYPES))),
         draw(st.integers(0, 2**31)),
     )
+
+
+def _is_left(config: dict[str, Any]) -> bool:
+    """Whether something is left to be trained: PEFT refuses to train nothing."""
+    layers, excluded = config["layers_to_transform"], config["exclude_modules"] or ()
+    for leaf in config["target_modules"]:
+        if leaf == "lm_head":
+            left = "lm_head" not in excluded
+        elif leaf == "embed_tokens":
+            left = layers is None or layers == []
+        else:
+            left = leaf != "down_proj" or layers not in (1, [1]) or not isinstance(excluded, str)
+        if left:
+            return True
+    return False
+
+
+def _sides(module: torch.nn.Module) -> tuple[torch.nn.Parameter, torch.nn.Parameter]:
+    """A and B: of embeddings they are no linears."""
+    if isinstance(module, peft.tuners.lora.Embedding):
+        return module.lora_embedding_A["default"], module.lora_embedding_B["default"]
+    return module.lora_A["default"].weight, module.lora_B["default"].weight
 
 
 def save(base: torch.nn.Module, draw: Draw, folder: Path) -> dict[str, Saved]:
@@ -111,11 +138,9 @@ def save(base: torch.nn.Module, draw: Draw, folder: Path) -> dict[str, Saved]:
     adapted = {
         name.removeprefix("base_model.model."): module
         for name, module in model.named_modules()
-        if isinstance(module, peft.tuners.lora.Linear)
+        if isinstance(module, peft.tuners.lora.Linear | peft.tuners.lora.Embedding)
     }
-    matrices = [
-        side["default"].weight for module in adapted.values() for side in (module.lora_A, module.lora_B)
-    ]
+    matrices = [side for module in adapted.values() for side in _sides(module)]
     for matrix in matrices:
         values = torch.randn(matrix.shape, generator=generator)
         matrix.data = values.to(DTYPES[draw.file_dtype])
@@ -128,16 +153,11 @@ def save(base: torch.nn.Module, draw: Draw, folder: Path) -> dict[str, Saved]:
     model.save_pretrained(folder)
     for matrix in matrices:  # PEFT rounds the delta to the type of its matrices: look at it unrounded
         matrix.data = matrix.data.float()
-    saved = {
-        name: Saved(
-            module.lora_A["default"].weight.data,
-            module.lora_B["default"].weight.data,
-            module.scaling["default"],
-            module.get_delta_weight("default").data,
-            *_vectors(module),
-        )
-        for name, module in adapted.items()
-    }
+    saved = {}
+    for name, module in adapted.items():
+        (a, b), delta = _sides(module), module.get_delta_weight("default").data
+        delta = delta.T if isinstance(module, peft.tuners.lora.Embedding) else delta
+        saved[name] = Saved(a.data, b.data, module.scaling["default"], delta, *_vectors(module))
     model.unload()
     return saved
 

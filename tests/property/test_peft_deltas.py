@@ -32,6 +32,7 @@ GROUPS = {
     "mlp_4h_to_h": "mlp.down_proj",
     "mlp_gate": "mlp.up_proj",
 }
+OF_NO_LAYER = {"embedding": "model.embed_tokens", "head": "lm_head"}
 # Half the distance of two neighbours: relative for normal numbers, absolute below the smallest of them.
 UNIT = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 TINY = {"float32": 2.0**-150, "float16": 2.0**-25, "bfloat16": 2.0**-134}
@@ -44,7 +45,9 @@ def room(tmp_path_factory) -> tuple[Path, torch.nn.Module]:
     write_base(folder / "base", num_hidden_layers=LAYERS)
     torch.set_num_threads(1)
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**CONFIG))
-    weights = {name: each.contiguous() for name, each in model.state_dict().items() if "layers." in name}
+    for table in (model.get_input_embeddings(), model.get_output_embeddings()):
+        table.weight.data.zero_()  # the base's own on the disk: PEFT saves them beside adapters of them
+    weights = {name: each.contiguous() for name, each in model.state_dict().items()}
     save_file(weights, folder / "base" / "model.safetensors")
     return folder, model
 
@@ -104,7 +107,10 @@ def check(draw: Draw, room: tuple[Path, torch.nn.Module]) -> None:
         warnings.simplefilter("ignore")
         saved = save(base, draw, folder / "adapter")
     bundle = built(folder, draw.storage)
-    names = {f"model.layers.{row.row.layer}.{GROUPS[row.row.module]}": row for row in bundle.rows}
+    names = {
+        OF_NO_LAYER.get(row.row.module) or f"model.layers.{row.row.layer}.{GROUPS[row.row.module]}": row
+        for row in bundle.rows
+    }
     assert sorted(names) == sorted(saved)
     tensors = 2 + ("use_dora" in draw.config) + ("lora_bias" in draw.config)
     assert len(bundle.manifest.coverage.used) == tensors * len(saved)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -55,8 +55,15 @@ class Bundle:
 
     @property
     def rows(self) -> tuple[BundleRow, ...]:
-        """Views of the table."""
-        return tuple(map(_row, self.manifest.layer_rows, self.table))
+        """Views of the arrays, in the order of the manifest."""
+        return (*map(_row, self.manifest.layer_rows, self.table), *self._of_no_layer())
+
+    def _of_no_layer(self) -> Iterator[BundleRow]:
+        if (rest := self.vocabulary) is None:
+            return
+        for row in self.manifest.vocabulary_rows:
+            yield _row(row, rest)
+            rest = rest[row.elements :]
 
 
 def read_manifest(store: Store, digest: str) -> Manifest:
