@@ -12,7 +12,8 @@ from inference_service.backends.base import Backend
 from inference_service.backends.deterministic import DeterministicOperations
 from inference_service.backends.long_chunks import rows_from_which_torch_is_faster
 from inference_service.backends.native import NativeLora, NativeOperations
-from inference_service.backends.torch import TorchLora, TorchOperations
+from inference_service.backends.torch import TorchOperations
+from inference_service.backends.torch_lora import TorchLora
 from inference_service.backends.triton import TritonLora, TritonOperations
 from inference_service.kernels.attention import MIN_BLOCK_SIZE
 from inference_service.kernels.cpu import build

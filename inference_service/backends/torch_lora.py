@@ -1,0 +1,258 @@
+"""Adapters by torch's operations, on any device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from inference_service.kernels.experts import ByExpert
+from inference_service.lora.packed import FLOAT, Layout, PackedAdapter, pack_flat, padded
+from inference_service.lora.segments import Arrangement, Segment, runs_by_expert
+from inference_service.lora.slots import Slots
+from inference_service.lora.vocabulary import Vocabularies
+from inference_service.lora.weights import AdapterWeights, Numbers
+from loramux_shared.bases.groups import GROUPS_APART, GroupShape, group_of
+
+
+@dataclass(frozen=True)
+class _Pack:
+    """The adapters of one set of slots in one fused linear, slice by slice, then slot by slot."""
+
+    a: Tensor
+    """[R, in]"""
+    b: tuple[Tensor | None, ...]
+    """Per slice [R_s, out_s]."""
+    ranks: tuple[tuple[int, ...], ...]
+    """Per slice, per slot. Equal ranks share a mask."""
+
+
+class _Adapter:
+    """An adapter in its slot, as views of its one piece of memory."""
+
+    def __init__(self, flat: Tensor, table: Numbers, layout: Layout) -> None:
+        self._flat = flat
+        self._table: list[list[list[int]]] = table.tolist()
+        self.has_vectors = bool(table[..., -1].any())
+        self._layout = layout
+
+    def part(self, layer: int, index: int) -> _Part | None:
+        """Return what it adds to a group; None where that is nothing."""
+        shape, first = self._layout.shapes[index], self._layout.firsts[index]
+        fields = self._table[layer][first : first + len(shape.modules)]
+        ranks = tuple(rank for rank, _, _, _ in fields)
+        if not any(ranks):
+            return None
+        begin, stride = fields[0][1], int(self._layout.strides[first])  # A of all slices is in one piece
+        a = self._flat[begin : begin + sum(ranks) * stride].view(-1, stride)[:, : shape.in_features]
+        b = tuple(
+            self._flat[at : at + rank * out].view(rank, out) if rank else None
+            for (rank, _, at, _), out in zip(fields, shape.out_features, strict=True)
+        )
+        return _Part(a, b, ranks)
+
+    def finish(self, out: Tensor, layer: int, index: int) -> None:
+        """Multiply its rows [T, all slices] by the vectors that it has of a group, and add them."""
+        shape, first = self._layout.shapes[index], self._layout.firsts[index]
+        for module, (offset, size) in enumerate(zip(shape.out_offsets, shape.out_features, strict=True), first):
+            at = self._table[layer][module][-1]
+            if at:
+                span = 2 * padded(size)
+                both = self._flat[at : at + span * FLOAT // self._flat.itemsize].view(torch.float32).view(2, -1)
+                c, d = both[:, :size]
+                own = out[:, offset : offset + size]
+                own.copy_(torch.addcmul(d, own.float(), c))
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What an adapter adds to one fused linear."""
+
+    a: Tensor
+    """[sum of ranks, in]"""
+    b: tuple[Tensor | None, ...]
+    """Per slice [rank, out]."""
+    ranks: tuple[int, ...]
+
+    def slice(self, module: int) -> tuple[Tensor, Tensor] | None:
+        """Return A [rank, in] and B [rank, out] of one slice."""
+        b = self.b[module]
+        first = sum(self.ranks[:module])
+        return None if b is None else (self.a[first : first + len(b)], b)
+
+
+class TorchLora:
+    """Adds the adapters' part to the output of a fused linear.
+
+    One product with the packed A of the active adapters, a mask, and one product per slice. Rows of adapters
+    that come in long runs, as in prefill, take two products of their own: a shared one would multiply each row
+    with every adapter's A.
+    """
+
+    name = "torch"
+    home = torch.device("cpu")
+
+    def __init__(self, groups: tuple[GroupShape, ...], dtype: torch.dtype, device: torch.device) -> None:
+        self._dtype = dtype
+        self._device = device
+        self._layout = Layout(groups)
+        self._groups = {group.name: index for index, group in enumerate(groups)}
+        self._bank = Slots()
+        self.vocabularies = Vocabularies()
+        self._copied: dict[int, Tensor] = {}
+        """Adapters that have no slot yet, by their offset."""
+        self._adapters: dict[int, _Adapter] = {}
+        self._slots: tuple[int, ...] = ()
+        self._packs: dict[tuple[int, str], _Pack | None] = {}
+        self._short: tuple[Segment, ...] = ()
+        self._apart: tuple[Segment, ...] = ()
+        """Those that take products of their own: long ones, and each part of a mixture."""
+        self._masks: dict[tuple[tuple[int, ...], ...], Tensor] = {}
+        self._finished: tuple[Segment, ...] = ()
+        """Those whose adapters have vectors."""
+
+    @property
+    def num_bytes(self) -> int:
+        """As much as adapters may take, though here each has memory of its own."""
+        return self._bank.num_bytes
+
+    @property
+    def num_slots(self) -> int:
+        """Slots that were opened."""
+        return self._bank.num_slots
+
+    @property
+    def slot_bytes(self) -> int:
+        """Nothing: there are no tables."""
+        return 0
+
+    def open(self, num_bytes: int, max_rank: int, num_slots: int) -> None:
+        """Note the sizes."""
+        self._bank.open(num_bytes, max_rank, num_slots)
+
+    def pack(self, weights: AdapterWeights) -> PackedAdapter:
+        """Pack row by row."""
+        return pack_flat(weights, self._layout, self._dtype)
+
+    def copy(self, packed: PackedAdapter, offset: int) -> None:
+        """Bring an adapter to the device; on a CPU it stays where it is."""
+        self._bank.require_within(packed, offset)
+        for other, before in list(self._copied.items()):  # what was copied for nobody
+            if other < offset + packed.num_bytes and offset < other + before.nbytes:
+                self._copied.pop(other, None)
+        self._copied[offset] = packed.matrices.to(self._device)
+
+    def enter(self, slot: int, offset: int, packed: PackedAdapter) -> None:
+        """Keep what was copied."""
+        self._bank.enter(slot, offset, packed)
+        flat = self._copied.pop(offset)
+        self._adapters[slot] = _Adapter(flat, packed.table, self._layout)
+        self.vocabularies.enter(slot, packed.vocabulary_in(flat))
+        self._forget(slot)
+
+    def leave(self, slot: int) -> None:
+        """Drop it."""
+        self._bank.leave(slot)
+        del self._adapters[slot]
+        self.vocabularies.leave(slot)
+        self._forget(slot)
+
+    def _forget(self, slot: int) -> None:
+        """Forget what was packed of a slot that changed."""
+        if slot in self._slots:
+            self._slots = ()
+            self._packs.clear()
+
+    def begin(self, arrangement: Arrangement) -> None:
+        """Prepare for the rows of a step."""
+        self._bank.touched([segment.slot for segment in arrangement.segments])
+        self._short, self._apart = arrangement.short, arrangement.long + arrangement.mixed
+        self._masks.clear()
+        self._finished = tuple(
+            segment for segment in arrangement.segments if self._adapters[segment.slot].has_vectors
+        )
+        slots = tuple(segment.slot for segment in self._short)
+        if slots != self._slots:
+            self._slots = slots
+            self._packs.clear()
+
+    def apply(self, x: Tensor, out: Tensor, layer: int, group: str) -> None:
+        """Add to out [T, all slices] what the adapters make of x [T, in]; base rows are not touched."""
+        index = self._groups[group]
+        if self._short:
+            self._apply_short(x, out, layer, index)
+        for segment in self._apart:
+            self._apply_one(x, out, layer, index, segment)
+        for segment in self._finished:
+            self._adapters[segment.slot].finish(out[segment.start : segment.end], layer, index)
+
+    def apply_experts(self, x: Tensor, out: Tensor, layer: int, group: str, pairs: ByExpert) -> None:
+        """One adapter of one expert after the other."""
+        first_group = self._groups[group_of(group, 0)]
+        segments = (*self._short, *self._apart)
+        for at, expert, first, length in runs_by_expert(segments, pairs).tolist():
+            places = replace(segments[at], start=first, end=first + length)
+            self._apply_one(x, out, layer, first_group + expert * GROUPS_APART, places)
+
+    def _apply_one(self, x: Tensor, out: Tensor, layer: int, index: int, segment: Segment) -> None:
+        part = self._adapters[segment.slot].part(layer, index)
+        if part is not None:
+            rows, shape = slice(segment.start, segment.end), self._layout.shapes[index]
+            scale = None if segment.scale == 1.0 else segment.scale
+            _add(x[rows], out[rows], part.a, part.b, part.ranks, scale, shape)
+
+    def _apply_short(self, x: Tensor, out: Tensor, layer: int, index: int) -> None:
+        shape = self._layout.shapes[index]
+        key = layer, shape.name
+        if key not in self._packs:
+            self._packs[key] = self._pack(layer, index)
+        pack = self._packs[key]
+        if pack is None:
+            return
+        rows = slice(self._short[0].start, self._short[-1].end)
+        mask = self._mask(pack.ranks, x) if len(self._short) > 1 else None
+        widths = tuple(sum(ranks) for ranks in pack.ranks)
+        _add(x[rows], out[rows], pack.a, pack.b, widths, mask, shape)
+
+    def _pack(self, layer: int, index: int) -> _Pack | None:
+        found = [self._adapters[slot].part(layer, index) for slot in self._slots]
+        a: list[Tensor] = []
+        b: list[Tensor | None] = []
+        ranks = []
+        for module in range(len(self._layout.shapes[index].modules)):
+            parts = [None if part is None else part.slice(module) for part in found]
+            ranks.append(tuple(0 if part is None else len(part[0]) for part in parts))
+            present = [part for part in parts if part is not None]
+            a += [part[0] for part in present]
+            b.append(torch.cat([part[1] for part in present]) if present else None)
+        return _Pack(torch.cat(a), tuple(b), tuple(ranks)) if a else None
+
+    def _mask(self, ranks: tuple[tuple[int, ...], ...], x: Tensor) -> Tensor:
+        """[rows, R]: 1 where row and rank belong to the same adapter."""
+        if ranks not in self._masks:
+            owner = torch.tensor(
+                [slot for part in ranks for slot, rank in enumerate(part) for _ in range(rank)]
+            )
+            rows = torch.tensor([index for index, seg in enumerate(self._short) for _ in range(seg.length)])
+            self._masks[ranks] = (rows[:, None] == owner[None, :]).to(x)
+        return self._masks[ranks]
+
+
+def _add(
+    x: Tensor,
+    out: Tensor,
+    a: Tensor,
+    b: tuple[Tensor | None, ...],
+    widths: tuple[int, ...],
+    factor: Tensor | float | None,
+    shape: GroupShape,
+) -> None:
+    y = torch.mm(x, a.t())
+    if factor is not None:
+        y.mul_(factor)
+    first = 0
+    for part, width, offset, size in zip(b, widths, shape.out_offsets, shape.out_features, strict=True):
+        if part is not None:
+            out[:, offset : offset + size].addmm_(y[:, first : first + width], part)
+            first += width
