@@ -1,0 +1,156 @@
+"""Adapters of all kinds together, one of each beside all others, against PEFT token for token in float32."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import peft
+import pytest
+from transformers import Qwen2Config
+
+from loramux_shared.bundle.deployments import current_generation
+from loramux_shared.storage.memory import MemoryStore
+from tests.models import test_disguised, test_own_vocabulary
+from tests.models.conftest import Counted
+from tests.support.service import open_service
+from tests.support.tiny import (
+    SIZES,
+    VOCAB,
+    World,
+    make_adapter,
+    make_checkpoint,
+    oracle,
+    oracle_tokens,
+    run_engine,
+)
+
+NEW = 10
+CALLED = [5, 6]
+Q, OTHERS = ["q_proj"], ["k_proj", "down_proj"]
+DORA: dict[str, Any] = {
+    "use_dora": True,
+    "use_rslora": True,
+    "target_modules": ["q_proj", "v_proj", "up_proj"],
+    "rank_pattern": {"q_proj": 7},
+    "alpha_pattern": {"up_proj": 3},
+}
+LORA: dict[str, dict[str, Any]] = {
+    "plain": {"target_modules": ["q_proj", "v_proj", "gate_proj"]},
+    "other": {"target_modules": OTHERS, "alpha_pattern": {"k_proj": 3}},
+    "dora": DORA,
+    "lora-bias": {"target_modules": OTHERS, "lora_bias": True},
+    "biases": {"target_modules": ["q_proj", "k_proj"], "bias": "lora_only"},
+    "called": {"target_modules": ["q_proj", "o_proj"], "alora_invocation_tokens": CALLED},
+    "called-bias": {"target_modules": ["v_proj"], "lora_bias": True, "alora_invocation_tokens": CALLED},
+}
+OWN: dict[str, dict[str, Any]] = {
+    "ends": {"target_modules": ["embed_tokens", "lm_head"]},
+    "head": {"target_modules": Q, "modules_to_save": ["lm_head"]},
+    "tokens": {"target_modules": Q, "trainable_token_indices": [50, 3, 4]},
+    "everything": DORA | {"bias": "lora_only", "modules_to_save": ["lm_head"], "trainable_token_indices": [3, 60]},
+}
+"""With embeddings or a head; the last one with everything that goes together."""
+DISGUISED: dict[str, Any] = {
+    "vera": peft.VeraConfig(r=5, **test_disguised.SOME),
+    "loha": peft.LoHaConfig(r=2, alpha=5, **test_disguised.SOME),
+}
+MIXED: dict[str, dict[str, float]] = {
+    "plain*0.7+other*0.5": {"plain": 0.7, "other": 0.5},
+    "plain*-0.5": {"plain": -0.5},
+}
+KINDS = (*LORA, *OWN, *DISGUISED)
+MODELS = ("base", *KINDS, *MIXED)
+
+
+@dataclass(frozen=True)
+class Answers:
+    """A world, and what transformers and PEFT answer in it."""
+
+    world: World
+    store: MemoryStore
+    requests: list[tuple[str, list[int]]]
+    expected: list[list[int]]
+
+
+def peft_answers(world: World, requests: Sequence[tuple[str, list[int]]]) -> list[list[int]]:
+    """Greedy tokens of PEFT."""
+    models = {name: oracle(world.base, world.adapters.get(name)) for name in ("base", *KINDS)}
+    both = oracle(world.base, world.adapters["plain"])
+    for name in ("plain", "other"):
+        both.load_adapter(str(world.adapters[name]), name)
+    for text, parts in MIXED.items():
+        both.add_weighted_adapter(list(parts), list(parts.values()), text.replace(".", "_"), combination_type="cat")
+    found = []
+    for name, prompt in requests:
+        if name in MIXED:
+            both.set_adapter(name.replace(".", "_"))
+        found.append(oracle_tokens(models.get(name, both), prompt, NEW))
+    return found
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory: pytest.TempPathFactory) -> Answers:
+    root = tmp_path_factory.mktemp("kinds")
+    base = root / "base"
+    make_checkpoint(base, Qwen2Config(**SIZES))
+    for seed, (name, settings) in enumerate(LORA.items()):
+        make_adapter(base, root / name, seed, r=4, lora_alpha=9, **settings)
+    for seed, (name, settings) in enumerate(OWN.items()):
+        test_own_vocabulary.make(base, root / name, seed, **settings)
+    for seed, (name, config) in enumerate(DISGUISED.items()):
+        test_disguised.save(base, root / name, config, seed)
+    world, store = World(base, {name: root / name for name in KINDS}, root), MemoryStore()
+    world.build(store)
+    draw = random.Random(4)
+    requests = []
+    for name in MODELS:
+        prompt = draw.choices([*range(10, VOCAB), 3, 4, 50, 60], k=draw.choice([9, 17, 30]))
+        prompt[(at := draw.randrange(7)) : at + 2] = CALLED
+        requests.append((name, prompt))
+    return Answers(world, store, requests, peft_answers(world, requests))
+
+
+@pytest.mark.parametrize("backend", ["native", "torch"])
+def test_all_kinds_in_one_batch_equal_peft(answers: Answers, counted: Counted, backend: str) -> None:
+    """Beside the base and mixtures, in chunks of prompts, again with their prefixes found, and when what a cache
+    too small for all holds is computed again; and each alone."""
+    settings: dict[str, Any] = {"native": backend == "native", "block_size": 4, "max_batch_tokens": 48}
+    ready = answers.world.load(answers.store, **settings)
+    for situation in ("mixed batch", "prefix hits"):
+        counted("kinds", backend, situation, run_engine(ready, answers.requests, NEW), answers.expected)
+    assert ready.engine.stats.prefix_tokens_hit > 0
+    alone = [run_engine(ready, [request], NEW)[0] for request in answers.requests]
+    counted("kinds", backend, "alone", alone, answers.expected)
+    small = answers.world.load(answers.store, kv_memory_gb=96 * 2 * 2 * 2 * 8 * 4 / 1e9, **settings)
+    counted("kinds", backend, "preemption", run_engine(small, answers.requests, NEW), answers.expected)
+    assert small.engine.stats.preemptions > 0
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("settings", [{"backend": "triton"}, {"deterministic": True}, {"speculative_tokens": 4}])
+def test_other_ways_to_compute_answer_the_same(answers: Answers, settings: dict[str, Any]) -> None:
+    """The kernels for GPUs in the interpreter, one order of sums, and drafts."""
+    ready = answers.world.load(answers.store, **settings)
+    new = 2 if "backend" in settings else NEW
+    assert run_engine(ready, answers.requests, new) == [answer[:new] for answer in answers.expected]
+
+
+@pytest.mark.parametrize("turned", [1, pytest.param(5, marks=pytest.mark.sweep)])
+async def test_a_name_of_another_kind_answers_as_that_one(answers: Answers, turned: int) -> None:
+    """Names are given to adapters of other kinds in turn, none of which was loaded before, through a disk."""
+    service = await open_service((answers.world, answers.store), preload=0)
+    generation = current_generation(answers.store, "tiny")
+    assert generation is not None
+    prompts = dict(answers.requests)
+    expected = dict(zip(prompts, answers.expected, strict=True))
+    for name in KINDS[::2]:
+        assert await service.answers(prompts[name], model=name, max_tokens=NEW, ignore_eos=True) == [expected[name]]
+    now = dict(zip(KINDS, [*KINDS[turned:], *KINDS[:turned]], strict=True))
+    records = {name: generation.adapters[other] for name, other in now.items()}
+    service.ready.service.apply(generation.model_copy(update={"adapters": records, "number": 2}))
+    for name, other in now.items():
+        assert await service.answers(prompts[other], model=name, max_tokens=NEW, ignore_eos=True) == [expected[other]]
+    await service.close()
