@@ -42,6 +42,7 @@ class PlannedRows:
     """Rows that replace the base's, and the tensor that they are read from."""
 
     replaced: Replaced
+    file: TensorFile
     tensor: str
     rows: Runs
     """Of the tensor, in the order of the tokens: from the first up to the second, of each run of them."""
@@ -67,10 +68,10 @@ def plan_rows(
     """Return which rows are replaced, of embeddings first; report what PEFT and we would not agree about."""
     found: dict[Module, PlannedRows] = {}
     for table in _applied(file, tables, config, base, report):
-        found[table[0]] = _of_table(*table)
+        found[table[0]] = _of_table(file, *table)
     for each in tokens:
         for module in _modules_of(each, tokens, base):
-            planned = _of_tokens(each, module, config, base, report)
+            planned = _of_tokens(each, file, module, config, base, report)
             if module in found or any(module in pair.key.modules for pair in pairs):
                 what = f"{module.hf} both as rows of tokens and otherwise"
                 report.add("E_EMBED", each.tensor.name, cause=module, expected="one", found=what, fix=_ONCE)
@@ -109,13 +110,13 @@ def _are_same(file: TensorFile, tables: list[OwnTable]) -> bool:
     )
 
 
-def _of_table(module: Module, table: OwnTable) -> PlannedRows:
+def _of_table(file: TensorFile, module: Module, table: OwnTable) -> PlannedRows:
     count, features = table.full.tensor.shape
     runs = _runs(np.flatnonzero(table.differs))
     if len(runs) > MAX_RUNS:
         runs = ((0, count),)
     rows = tuple((first, first + length) for first, length in runs)
-    return PlannedRows(_replaced(module, runs, features), table.full.tensor.name, rows)
+    return PlannedRows(_replaced(module, runs, features), file, table.full.tensor.name, rows)
 
 
 def _modules_of(each: TokenTensor, tokens: list[TokenTensor], base: ModelConfig) -> tuple[Module, ...]:
@@ -126,7 +127,12 @@ def _modules_of(each: TokenTensor, tokens: list[TokenTensor], base: ModelConfig)
 
 
 def _of_tokens(
-    each: TokenTensor, module: Module, config: AdapterConfig, base: ModelConfig, report: Grouping
+    each: TokenTensor,
+    file: TensorFile,
+    module: Module,
+    config: AdapterConfig,
+    base: ModelConfig,
+    report: Grouping,
 ) -> PlannedRows | None:
     """Return the rows of a tensor by ascending tokens; None where they are not what the config says."""
     indices, hidden = config.indices_of(each.key.name), base.dims.hidden
@@ -143,7 +149,7 @@ def _of_tokens(
     order = np.argsort(np.array(indices, np.int64))
     runs = _runs(np.array(indices, np.int64)[order])
     rows = tuple((int(row), int(row) + 1) for row in order)
-    return PlannedRows(_replaced(module, runs, hidden), each.tensor.name, rows)
+    return PlannedRows(_replaced(module, runs, hidden), file, each.tensor.name, rows)
 
 
 def _check_indices(

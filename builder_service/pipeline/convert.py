@@ -141,7 +141,7 @@ def _contents(
         elements = sum(planned.row.elements for planned in others)
         elements += sum(planned.replaced.elements for planned in checked.replaced)
         values = [_row(planned, checked, dtype, count) for planned in others]
-        values += [_replaced(planned, checked, dtype, count) for planned in checked.replaced]
+        values += [_replaced(planned, dtype, count) for planned in checked.replaced]
         whole = [chain.from_iterable(values)]
         found[VOCABULARY_FILE] = weights_pieces(dtype, count=1, width=elements, rows=whole)
     return found
@@ -163,14 +163,10 @@ def _row(
     yield from planned.vectors
 
 
-def _replaced(
-    planned: PlannedRows, checked: CheckedAdapter, dtype: Dtype, count: Callable[[int], None]
-) -> Iterator[Array]:
+def _replaced(planned: PlannedRows, dtype: Dtype, count: Callable[[int], None]) -> Iterator[Array]:
     """Yield the rows that replace the base's, in the storage type."""
-    if checked.file is None:
-        raise InternalFault(f"{planned.tensor}: no file to read it from")
     for rows in planned.rows:
-        for values in checked.file.pieces(planned.tensor, PIECE, rows):
+        for values in planned.file.pieces(planned.tensor, PIECE, rows):
             yield cast(values, dtype)
             count(values.nbytes)
 

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import peft
 import pytest
 from transformers import Qwen2Config
 
+from inference_service.serving.adapters.bundles import StoredBundles
+from inference_service.serving.mixing import Scaled
 from loramux_shared.bundle.deployments import current_generation
+from loramux_shared.bundle.manifest import AdapterRecord
+from loramux_shared.bundle.reader import read_bundle
+from loramux_shared.faults import RequestInvalid
 from loramux_shared.storage.memory import MemoryStore
 from tests.models import test_disguised, test_own_vocabulary
 from tests.models.conftest import Counted
@@ -50,7 +56,8 @@ OWN: dict[str, dict[str, Any]] = {
     "ends": {"target_modules": ["embed_tokens", "lm_head"]},
     "head": {"target_modules": Q, "modules_to_save": ["lm_head"]},
     "tokens": {"target_modules": Q, "trainable_token_indices": [50, 3, 4]},
-    "everything": DORA | {"bias": "lora_only", "modules_to_save": ["lm_head"], "trainable_token_indices": [3, 60]},
+    "everything": DORA
+    | {"bias": "lora_only", "modules_to_save": ["lm_head"], "trainable_token_indices": [3, 60]},
 }
 """With embeddings or a head; the last one with everything that goes together."""
 DISGUISED: dict[str, Any] = {
@@ -75,6 +82,10 @@ class Answers:
     expected: list[list[int]]
 
 
+APART = ("dora", "lora-bias", "biases", "called", "called-bias", *OWN)
+"""Those that no mixture has."""
+
+
 def peft_answers(world: World, requests: Sequence[tuple[str, list[int]]]) -> list[list[int]]:
     """Greedy tokens of PEFT."""
     models = {name: oracle(world.base, world.adapters.get(name)) for name in ("base", *KINDS)}
@@ -82,13 +93,22 @@ def peft_answers(world: World, requests: Sequence[tuple[str, list[int]]]) -> lis
     for name in ("plain", "other"):
         both.load_adapter(str(world.adapters[name]), name)
     for text, parts in MIXED.items():
-        both.add_weighted_adapter(list(parts), list(parts.values()), text.replace(".", "_"), combination_type="cat")
+        both.add_weighted_adapter(
+            list(parts), list(parts.values()), text.replace(".", "_"), combination_type="cat"
+        )
     found = []
     for name, prompt in requests:
         if name in MIXED:
             both.set_adapter(name.replace(".", "_"))
         found.append(oracle_tokens(models.get(name, both), prompt, NEW))
     return found
+
+
+def records(store: MemoryStore) -> dict[str, AdapterRecord]:
+    """What the served generation says of its adapters."""
+    generation = current_generation(store, "tiny")
+    assert generation is not None
+    return generation.adapters
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +136,7 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> Answers:
 @pytest.mark.parametrize("backend", ["native", "torch"])
 def test_all_kinds_in_one_batch_equal_peft(answers: Answers, counted: Counted, backend: str) -> None:
     """Beside the base and mixtures, in chunks of prompts, again with their prefixes found, and when what a cache
-    too small for all holds is computed again; and each alone."""
+    too small for all holds is computed again; and each alone. None answers as the base does."""
     settings: dict[str, Any] = {"native": backend == "native", "block_size": 4, "max_batch_tokens": 48}
     ready = answers.world.load(answers.store, **settings)
     for situation in ("mixed batch", "prefix hits"):
@@ -124,13 +144,17 @@ def test_all_kinds_in_one_batch_equal_peft(answers: Answers, counted: Counted, b
     assert ready.engine.stats.prefix_tokens_hit > 0
     alone = [run_engine(ready, [request], NEW)[0] for request in answers.requests]
     counted("kinds", backend, "alone", alone, answers.expected)
+    as_base = run_engine(ready, [("base", prompt) for _, prompt in answers.requests[1:]], NEW)
+    assert all(found != base for found, base in zip(answers.expected[1:], as_base, strict=True))
     small = answers.world.load(answers.store, kv_memory_gb=96 * 2 * 2 * 2 * 8 * 4 / 1e9, **settings)
     counted("kinds", backend, "preemption", run_engine(small, answers.requests, NEW), answers.expected)
     assert small.engine.stats.preemptions > 0
 
 
 @pytest.mark.sweep
-@pytest.mark.parametrize("settings", [{"backend": "triton"}, {"deterministic": True}, {"speculative_tokens": 4}])
+@pytest.mark.parametrize(
+    "settings", [{"backend": "triton"}, {"deterministic": True}, {"speculative_tokens": 4}]
+)
 def test_other_ways_to_compute_answer_the_same(answers: Answers, settings: dict[str, Any]) -> None:
     """The kernels for GPUs in the interpreter, one order of sums, and drafts."""
     ready = answers.world.load(answers.store, **settings)
@@ -147,10 +171,54 @@ async def test_a_name_of_another_kind_answers_as_that_one(answers: Answers, turn
     prompts = dict(answers.requests)
     expected = dict(zip(prompts, answers.expected, strict=True))
     for name in KINDS[::2]:
-        assert await service.answers(prompts[name], model=name, max_tokens=NEW, ignore_eos=True) == [expected[name]]
+        assert await service.answers(prompts[name], model=name, max_tokens=NEW, ignore_eos=True) == [
+            expected[name]
+        ]
     now = dict(zip(KINDS, [*KINDS[turned:], *KINDS[:turned]], strict=True))
     records = {name: generation.adapters[other] for name, other in now.items()}
     service.ready.service.apply(generation.model_copy(update={"adapters": records, "number": 2}))
     for name, other in now.items():
-        assert await service.answers(prompts[other], model=name, max_tokens=NEW, ignore_eos=True) == [expected[other]]
+        assert await service.answers(prompts[other], model=name, max_tokens=NEW, ignore_eos=True) == [
+            expected[other]
+        ]
     await service.close()
+
+
+def test_mixtures_are_of_plain_adapters(answers: Answers) -> None:
+    """Those that are more are refused by name with a scale and beside others, in both forms of a request; with a
+    scale of 1, or as what a scale of 0 leaves out, they are what they are."""
+    catalog = answers.world.load(answers.store, preload=0).service.catalog
+    for name in APART:
+        said = rf"adapters that can be scaled; this one (is DoRA|acts from|has embeddings).*, found {name}"
+        for parts in ([Scaled(name, 0.5)], [Scaled("plain"), Scaled(name)]):
+            with pytest.raises(RequestInvalid, match=said):
+                catalog.mix(parts, where="adapters")
+            with pytest.raises(RequestInvalid, match=said):
+                catalog.resolve("+".join(f"{part.name}*{part.scale}" for part in parts))
+        for asked in (f"{name}*1.0", f"{name}*0.5+{name}*0.5", f"{name}+plain*0"):
+            assert catalog.resolve(asked) is catalog.get(name)
+        assert catalog.resolve(f"{name}*0+plain") is catalog.get("plain")
+
+
+def test_what_is_cut_keeps_the_rows_of_its_own(answers: Answers) -> None:
+    """Rows of embeddings and head are not of the matrices that a rank is cut in, and stay as they are."""
+    world = replace(
+        answers.world, adapters={name: answers.world.adapters[name] for name in ("head", "everything")}
+    )
+    store = MemoryStore()
+    world.build(store, truncate_to_rank=2)
+    for name, record in records(store).items():
+        cut = read_bundle(store, record.digest)
+        whole = read_bundle(answers.store, records(answers.store)[name].digest)
+        assert cut.manifest.ranks == (2,)
+        assert cut.manifest.replaced == whole.manifest.replaced
+        assert cut.vocabulary is not None
+        assert np.array_equal(cut.vocabulary, whole.vocabulary)
+
+
+async def test_a_bundle_by_its_digest_is_what_a_generation_says_of_it(answers: Answers) -> None:
+    """So that an adapter that is loaded into one replica alone acts from its invocation on, too."""
+    bundles = StoredBundles(answers.store)
+    for said in records(answers.store).values():
+        found = await bundles.record(said.digest)
+        assert (found.invocation_tokens, found.summary) == (said.invocation_tokens, said.summary)

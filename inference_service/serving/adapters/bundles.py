@@ -42,4 +42,9 @@ class StoredBundles:
             ) from fault
         # Where it came from is told by no bundle, and this record is stored nowhere.
         source = Repository(source=SourceKind.PUSHED, repo=f"bundle:{digest}")
-        return AdapterRecord(digest=digest, source=source, summary=manifest.summary)
+        return AdapterRecord(
+            digest=digest,
+            source=source,
+            summary=manifest.summary,
+            invocation_tokens=manifest.invocation_tokens,
+        )
