@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -63,6 +64,9 @@ OWN: dict[str, dict[str, Any]] = {
 DISGUISED: dict[str, Any] = {
     "vera": peft.VeraConfig(r=5, **test_disguised.SOME),
     "loha": peft.LoHaConfig(r=2, alpha=5, **test_disguised.SOME),
+    "ia3": peft.IA3Config(
+        task_type="CAUSAL_LM", target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]
+    ),
 }
 MIXED: dict[str, dict[str, float]] = {
     "plain*0.7+other*0.5": {"plain": 0.7, "other": 0.5},
@@ -82,7 +86,7 @@ class Answers:
     expected: list[list[int]]
 
 
-APART = ("dora", "lora-bias", "biases", "called", "called-bias", *OWN)
+APART = ("dora", "lora-bias", "biases", "called", "called-bias", "ia3", *OWN)
 """Those that no mixture has."""
 
 
@@ -135,8 +139,8 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> Answers:
 
 @pytest.mark.parametrize("backend", ["native", "torch"])
 def test_all_kinds_in_one_batch_equal_peft(answers: Answers, counted: Counted, backend: str) -> None:
-    """Beside the base and mixtures, in chunks of prompts, again with their prefixes found, and when what a cache
-    too small for all holds is computed again; and each alone. None answers as the base does."""
+    """Beside the base and mixtures, in chunks of prompts, again with their prefixes found, each alone, and
+    when what a cache too small for all holds is computed again. None answers as the base does."""
     settings: dict[str, Any] = {"native": backend == "native", "block_size": 4, "max_batch_tokens": 48}
     ready = answers.world.load(answers.store, **settings)
     for situation in ("mixed batch", "prefix hits"):
@@ -163,9 +167,12 @@ def test_other_ways_to_compute_answer_the_same(answers: Answers, settings: dict[
 
 
 @pytest.mark.parametrize("turned", [1, pytest.param(5, marks=pytest.mark.sweep)])
-async def test_a_name_of_another_kind_answers_as_that_one(answers: Answers, turned: int) -> None:
-    """Names are given to adapters of other kinds in turn, none of which was loaded before, through a disk."""
-    service = await open_service((answers.world, answers.store), preload=0)
+async def test_a_name_of_another_kind_answers_as_that_one(
+    answers: Answers, turned: int, tmp_path: Path
+) -> None:
+    """Names are given to adapters of other kinds in turn, each loaded through a disk when it is asked for."""
+    on_disk = {"preload": 0, "adapter_disk_gb": 0.1, "cache_dir": tmp_path, "native": False}
+    service = await open_service((answers.world, answers.store), **on_disk)
     generation = current_generation(answers.store, "tiny")
     assert generation is not None
     prompts = dict(answers.requests)
@@ -185,8 +192,8 @@ async def test_a_name_of_another_kind_answers_as_that_one(answers: Answers, turn
 
 
 def test_mixtures_are_of_plain_adapters(answers: Answers) -> None:
-    """Those that are more are refused by name with a scale and beside others, in both forms of a request; with a
-    scale of 1, or as what a scale of 0 leaves out, they are what they are."""
+    """Others are refused by name, scaled or beside a plain one, in both forms of a request; where scales come
+    to 1 each is itself, and where they come to 0 it is left out."""
     catalog = answers.world.load(answers.store, preload=0).service.catalog
     for name in APART:
         said = rf"adapters that can be scaled; this one (is DoRA|acts from|has embeddings).*, found {name}"
