@@ -434,20 +434,20 @@ CASES = {
 }
 
 EACH_FAMILY = (
-    # another rope and one window, which kernels see in other families too
+    # those in a sweep have ropes, windows and norms that kernels see in the others too
     pytest.param("llama-yarn", marks=pytest.mark.sweep),
     pytest.param("mistral", marks=pytest.mark.sweep),
-    "qwen2-windows",
+    pytest.param("qwen2-windows", marks=pytest.mark.sweep),
     "qwen3",
     "gemma2",
-    "gemma3",
+    pytest.param("gemma3", marks=pytest.mark.sweep),
     "gemma4-small",
     pytest.param("gemma4-images", marks=pytest.mark.sweep),
-    "phi4-mini",
-    "granite",
-    "smollm3-windows",
+    pytest.param("phi4-mini", marks=pytest.mark.sweep),
+    pytest.param("granite", marks=pytest.mark.sweep),
+    pytest.param("smollm3-windows", marks=pytest.mark.sweep),
     "olmo2",
-    "olmo3",
+    pytest.param("olmo3", marks=pytest.mark.sweep),
     "ministral3",
     "gpt-oss",
     "qwen3_5-images",
