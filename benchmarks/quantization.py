@@ -68,16 +68,19 @@ class Text:
         return math.sqrt(sum((own - others) ** 2 for own, others in pairs) / len(self.logprobs))
 
 
-async def read(client: AsyncClient) -> Text:
-    """Ask for the log probabilities of the pages, window by window."""
+def windows() -> list[str]:
+    """Return the pages, window by window."""
+    pages = [(ROOT / "docs" / page).read_text(encoding="utf-8") for page in PAGES]
+    return [page[begin : begin + WINDOW] for page in pages for begin in range(0, len(page), WINDOW)]
+
+
+async def read(client: AsyncClient, text: Sequence[str]) -> Text:
+    """Ask for the log probabilities of windows."""
     found: list[float] = []
-    for page in PAGES:
-        text = (ROOT / "docs" / page).read_text(encoding="utf-8")
-        for begin in range(0, len(text), WINDOW):
-            window = text[begin : begin + WINDOW]
-            async for event in client.generate("base", window, max_tokens=0, prompt_logprobs=0):
-                if isinstance(event, PromptLogprobs):
-                    found += [token.logprobs.logprob for token in event.tokens if token.logprobs]
+    for window in text:
+        async for event in client.generate("base", window, max_tokens=0, prompt_logprobs=0):
+            if isinstance(event, PromptLogprobs):
+                found += [token.logprobs.logprob for token in event.tokens if token.logprobs]
     return Text(found)
 
 
@@ -90,7 +93,8 @@ async def measure_all(
             name: await stack.enter_async_context(AsyncClient(inference=server.address))
             for name, server in servers.items()
         }
-        texts = {name: await read(client) for name, client in clients.items()}
+        text = windows()
+        texts = {name: await read(client, text) for name, client in clients.items()}
         contenders = [
             Contender(f"{name} {label}", asked(ask_loramux(client), models))
             for label, models in (("base", ["base"]), ("adapters", names))
