@@ -19,6 +19,7 @@ from builder_service.domain.initial import with_initial
 from builder_service.domain.legal_rules import legal_findings
 from builder_service.domain.own_rows import PlannedRows, plan_rows
 from builder_service.domain.pairs import Lone, Pair
+from builder_service.domain.planned import PlannedRow, planned_rows
 from builder_service.domain.safetensors_header import HeaderInvalid, TensorFile, TooManyTensors
 from builder_service.domain.sharded import read_weights
 from builder_service.domain.strict_json import shown
@@ -29,13 +30,12 @@ from builder_service.domain.tensor_rules import (
     sort_tensors,
     tower_warning,
 )
-from builder_service.domain.value_rules import Part, check_values
+from builder_service.domain.value_rules import check_values
 from builder_service.domain.vector_rules import check_lone
-from builder_service.domain.vectors import VectorReader, VectorRow, Vectors
+from builder_service.domain.vectors import VectorReader, Vectors
 from loramux_shared.bases.config import ModelConfig
-from loramux_shared.bundle.manifest import Coverage, FileDigest, ModuleRow
+from loramux_shared.bundle.manifest import Coverage, FileDigest
 from loramux_shared.bundle.modules import NO_LAYER
-from loramux_shared.bundle.npy import Array
 from loramux_shared.deployment import Dtype
 from loramux_shared.faults import Finding
 from loramux_shared.wording import listed
@@ -44,19 +44,6 @@ MAX_CONFIG = 4 << 20
 """Bytes of a config."""
 MAX_TENSORS = 1 << 14
 """Of an adapter: A and B of seven modules in 1,170 layers. The deepest model here has 126, which are 1,764."""
-
-
-@dataclass(frozen=True)
-class PlannedRow:
-    """A row of a bundle and the tensors that it is made from."""
-
-    row: ModuleRow
-    a: str
-    b: str
-    b_rows: tuple[int, int]
-    """The rows of b that are this module's, from the first up to the second: all, unless it is fused."""
-    vectors: tuple[Array, ...] = ()
-    """What stands behind B, in the storage type."""
 
 
 @dataclass(frozen=True)
@@ -174,7 +161,7 @@ def check_tensors(
     return CheckedAdapter(
         tuple(found),
         file,
-        _rows(values.parts, vectors, base),
+        planned_rows(values.parts, vectors, base),
         tuple(replaced),
         config.base_model_name,
         config.base_model_revision,
@@ -210,52 +197,6 @@ def _vectors(
             reader.of_bias(lone, found)
     reader.of_scales([lone for lone in vectors if lone.is_scale], found)
     return found
-
-
-def _rows(parts: list[Part], vectors: Vectors, base: ModelConfig) -> tuple[PlannedRow, ...]:
-    """Return a row for each part, with its vectors, and for vectors alone."""
-    left = dict(vectors.rows)
-    rows = [_planned(part, left.pop((part.pair.key.layer, part.module.id), None)) for part in parts]
-    rows += [_planned_vectors(row, base) for row in left.values()]
-    return tuple(sorted(rows, key=lambda planned: planned.row.place))
-
-
-def _planned_vectors(own: VectorRow, base: ModelConfig) -> PlannedRow:
-    inside, out = base.features(own.module.name, own.key.layer) or (0, 0)
-    row = ModuleRow(
-        layer=own.key.layer,
-        module_id=own.module.id,
-        module=own.module.name,
-        rank=0,
-        in_features=inside,
-        out_features=out,
-        scale=1.0,
-        norm_a=0.0,
-        norm_b=0.0,
-        norm_ba=0.0,
-        vectors=len(own.vectors),
-    )
-    return PlannedRow(row, "", "", (0, 0), own.vectors)
-
-
-def _planned(part: Part, own: VectorRow | None) -> PlannedRow:
-    a, b = part.pair.a, part.pair.b
-    vectors = () if own is None else own.vectors
-    row = ModuleRow(
-        layer=part.pair.key.layer,
-        module_id=part.module.id,
-        module=part.module.name,
-        rank=a.shape[0],
-        in_features=a.shape[1],
-        out_features=part.b_rows[1] - part.b_rows[0],
-        scale=part.scale,
-        norm_a=part.norms.a,
-        norm_b=part.norms.b,
-        norm_ba=part.norms.ba,
-        expert=part.pair.key.expert,
-        vectors=len(vectors),
-    )
-    return PlannedRow(row, a.name, b.name, part.b_rows, vectors)
 
 
 def _is_error(finding: Finding) -> bool:

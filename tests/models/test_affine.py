@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -11,7 +10,7 @@ from transformers import GraniteConfig
 
 from loramux_shared.storage.memory import MemoryStore
 from tests.models.test_merge import ready_of
-from tests.support.tiny import SIZES, VOCAB, World, make_world_of, oracle, oracle_tokens, run_engine
+from tests.support.tiny import SIZES, VOCAB, Answers, make_world_of, oracle, oracle_tokens, run_engine
 
 NEW = 12
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -42,16 +41,6 @@ KINDS: dict[str, dict[str, Any]] = {
     },
 }
 MODELS = ("base", *KINDS)
-
-
-@dataclass(frozen=True)
-class Answers:
-    """A world, and what transformers and PEFT answer in it."""
-
-    world: World
-    store: MemoryStore
-    requests: list[tuple[str, list[int]]]
-    expected: list[list[int]]
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -15,7 +14,7 @@ from loramux_shared.bases.read import read_config
 from loramux_shared.storage.memory import MemoryStore
 from tests.models.test_families import DELTA_VISION, QWEN_DELTA, delta_adapters
 from tests.models.test_merge import ready_of
-from tests.support.tiny import SIZES, VOCAB, World, make_world_of, oracle, oracle_tokens, run_engine
+from tests.support.tiny import SIZES, VOCAB, Answers, make_world_of, oracle, oracle_tokens, run_engine
 
 pytestmark = pytest.mark.sweep
 
@@ -32,16 +31,6 @@ BASES: dict[str, tuple[PreTrainedConfig, dict[str, dict[str, Any]]]] = {
         delta_adapters(r".*language_model"),
     ),
 }
-
-
-@dataclass(frozen=True)
-class Answers:
-    """A world, and what transformers and PEFT answer in it."""
-
-    world: World
-    store: MemoryStore
-    requests: list[tuple[str, list[int]]]
-    expected: list[list[int]]
 
 
 @pytest.fixture(scope="module", params=BASES)

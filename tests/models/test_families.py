@@ -48,6 +48,7 @@ from loramux_shared.bases.memory import count_weights
 from loramux_shared.bases.read import read_config, read_fields
 from loramux_shared.faults import CheckpointInvalid
 from loramux_shared.storage.memory import MemoryStore
+from tests.support import tiny
 from tests.support.tiny import (
     ADAPTERS,
     SIZES,
@@ -458,13 +459,9 @@ EACH_FAMILY = (
 
 
 @dataclass(frozen=True)
-class Answers:
-    """A world, and what transformers and PEFT answer in it."""
+class Answers(tiny.Answers):
+    """With what transformers thinks of its tokens."""
 
-    world: World
-    store: MemoryStore
-    requests: list[tuple[str, list[int]]]
-    expected: list[list[int]]
     logprobs: list[float]
     """Of the tokens of the base's first answer."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from tests.support.service import open_service
 from tests.support.tiny import (
     SIZES,
     VOCAB,
+    Answers,
     World,
     make_adapter,
     make_checkpoint,
@@ -74,16 +75,6 @@ MIXED: dict[str, dict[str, float]] = {
 }
 KINDS = (*LORA, *OWN, *DISGUISED)
 MODELS = ("base", *KINDS, *MIXED)
-
-
-@dataclass(frozen=True)
-class Answers:
-    """A world, and what transformers and PEFT answer in it."""
-
-    world: World
-    store: MemoryStore
-    requests: list[tuple[str, list[int]]]
-    expected: list[list[int]]
 
 
 APART = ("dora", "lora-bias", "biases", "called", "called-bias", "ia3", *OWN)

@@ -31,6 +31,7 @@ from loramux_shared.faults import Fault
 from loramux_shared.settings import InferenceSettings
 from loramux_shared.sources.open import open_sources
 from loramux_shared.storage.base import Store
+from loramux_shared.storage.memory import MemoryStore
 from tests.support.tokens import VOCAB as VOCAB
 from tests.support.tokens import write_tokenizer as write_tokenizer
 
@@ -207,6 +208,16 @@ def sequence(
     served = ready.service.catalog.resolve(model)
     adapter, invocation = activation(served.mixture or served.adapter, prompt)
     return EngineSequence(number, list(prompt), params, adapter, invocation=invocation)
+
+
+@dataclass(frozen=True)
+class Answers:
+    """A world, and what transformers and PEFT answer in it."""
+
+    world: World
+    store: MemoryStore
+    requests: list[tuple[str, list[int]]]
+    expected: list[list[int]]
 
 
 def run_engine(

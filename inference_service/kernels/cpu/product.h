@@ -9,10 +9,10 @@ constexpr int64_t UNITS_OF_BLOCK = 2048;      // of K: three tiles of them stay 
 constexpr int AHEAD = 32;                     // vectors of weights that are fetched before they are used
 #ifdef __AVX512F__
 constexpr int TALL_PRODUCT = 8, WIDE_PRODUCT = 3;  // rows and tiles of columns at a time: their sums fill the registers
-constexpr int TALL_ROUNDED = 4;                    // rows of integers, which have sums of integers too
 #else
-constexpr int TALL_PRODUCT = 4, WIDE_PRODUCT = 1, TALL_ROUNDED = 4;
+constexpr int TALL_PRODUCT = 4, WIDE_PRODUCT = 1;
 #endif
+constexpr int TALL_ROUNDED = 4;  // rows of integers, which have sums of integers too
 
 // y[T][N] = x[T][K] w^T + bias. Integers of 8 or 4 bits have scales [tiles][K / group][16 columns]; 0 bits are whole values.
 template <class T> struct Product {
