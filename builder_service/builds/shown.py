@@ -63,7 +63,7 @@ class Shown:
             async for view in self._following.follow(name, running.view() if running else await self.get(name)):
                 yield view
         elif running is None:
-            yield await self.get(name)
+            yield await self._view(name, late=True) or await self.get(name)
         else:
             async for view in running.views():
                 yield view
@@ -80,14 +80,17 @@ class Shown:
         running = self._builds.get(name)
         return running if running is not None and running.state is State.BUILDING else None
 
-    async def _view(self, name: str) -> DeploymentView | None:
-        """Return the newest build of this process while it says more than the store does."""
+    async def _view(self, name: str, *, late: bool = False) -> DeploymentView | None:
+        """Return the newest build of this process while it says more than the store does.
+
+        With late, for a watcher who may have called before it ended: an update that ended says so itself.
+        """
         if (running := self._running(name)) is not None:
             return running.view()
         running = self._builds.get(name)
         stored = await asyncio.to_thread(stored_view, self._store, name) if is_deployment_name(name) else None
         number = stored.generation if stored else 0
-        if running is None or (running.entry.update is not None and running.state is State.ACTIVE):
+        if running is None or (running.entry.update is not None and running.state is State.ACTIVE and not late):
             return stored  # of an update, the build knows the adapters that it names
         if running.state is State.FAILED or running.generation == number:
             return replace(running.view(), generation=number)

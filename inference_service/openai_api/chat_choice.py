@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Final
 
 from inference_service.core.sequence import FinishReason, Token
 from inference_service.openai_api.logprobs import chat_logprobs
-from inference_service.openai_api.pieces import CallArguments, CallBegun, Piece, Reading, Said
+from inference_service.openai_api.pieces import CallArguments, CallBegun, Piece, Said
 from inference_service.openai_api.reply import REASONS, Json, ended_by
 from inference_service.serving.request import Delta, Finished
 from inference_service.serving.text import Text
@@ -18,16 +18,13 @@ GOES_ON: Final[Json] = {"finish_reason": None, "stop_reason": None}
 class ChatChoice:
     """Collects what a message consists of, or tells it in chunks."""
 
-    def __init__(
-        self, index: int, reading: Reading, stops: Collection[str], text: Text | None, *, ids: bool
-    ) -> None:
+    def __init__(self, index: int, stops: Collection[str], text: Text | None, *, ids: bool) -> None:
         """Begin an answer that stops may end.
 
         Text is given where log probabilities are to be told, ids where its tokens are.
         """
         self._ids: list[int] | None = [] if ids else None
         self._index = index
-        self._reading = reading
         self._stops = stops
         self._text = text
         self._said: list[str] = []
@@ -36,23 +33,22 @@ class ChatChoice:
         self._ended = GOES_ON
         self._begun = False
 
-    def take(self, delta: Delta) -> list[Piece]:
-        """Read more of the answer."""
+    def take(self, delta: Delta, pieces: Sequence[Piece]) -> None:
+        """Keep more of the answer, which says these pieces."""
         if self._text is not None:
             self._tokens += delta.tokens
         if self._ids is not None:
             self._ids += [token.id for token in delta.tokens]
-        return self._keep(self._reading.push(delta.text))
+        self._keep(pieces)
 
-    def end(self, finished: Finished) -> list[Piece]:
-        """Read the end of the answer."""
-        pieces = self._keep(self._reading.finish())
+    def end(self, finished: Finished, pieces: Sequence[Piece]) -> None:
+        """Keep the end of the answer."""
+        self._keep(pieces)
         called = bool(self._calls) and finished.reason is FinishReason.STOP
         reason = "tool_calls" if called else REASONS[finished.reason]
         self._ended = {"finish_reason": reason, "stop_reason": ended_by(finished, self._stops)}
-        return pieces
 
-    def _keep(self, pieces: list[Piece]) -> list[Piece]:
+    def _keep(self, pieces: Sequence[Piece]) -> None:
         for piece in pieces:
             match piece:
                 case Said():
@@ -62,7 +58,6 @@ class ChatChoice:
                     self._calls.append({"id": piece.id, "type": "function", "function": function})
                 case CallArguments():
                     self._calls[piece.index]["function"]["arguments"] += piece.text
-        return pieces
 
     def whole(self) -> Json:
         """Return the choice of an answer that is complete."""
@@ -75,20 +70,21 @@ class ChatChoice:
         choice = {"index": self._index, "message": message, "logprobs": scores} | self._ended
         return choice if self._ids is None else choice | {"token_ids": self._ids}
 
-    def chunks(self, delta: Delta) -> list[Json]:
+    def chunks(self, delta: Delta, pieces: Sequence[Piece]) -> list[Json]:
         """Return the choices that tell more of the answer, the first of all with the role."""
-        pieces = self.take(delta)
+        self.take(delta, pieces)
         scores = None if self._text is None else chat_logprobs(delta.tokens, self._text)
         if (scores or self._ids is not None) and not pieces:
-            pieces = [Said("")]
+            pieces = (Said(""),)
         chunks = [self._chunk(piece, scores if not nth else None) for nth, piece in enumerate(pieces)]
         if self._ids is not None:
             chunks[0]["token_ids"] = [token.id for token in delta.tokens]
         return self._opened(chunks)
 
-    def last_chunks(self, finished: Finished) -> list[Json]:
+    def last_chunks(self, finished: Finished, pieces: Sequence[Piece]) -> list[Json]:
         """Return the choices that tell the end, the very last with the reason."""
-        told = [self._chunk(piece, None) for piece in self.end(finished)]
+        self.end(finished, pieces)
+        told = [self._chunk(piece, None) for piece in pieces]
         return self._opened([*told, self._choice({}, None, self._ended)])
 
     def _opened(self, chunks: list[Json]) -> list[Json]:

@@ -125,9 +125,9 @@ def test_schemas_of_several_tools_keep_their_references() -> None:
 @pytest.mark.parametrize("stop_text", [END, "X"])
 def test_only_stops_of_the_client_are_told(stop_text: str) -> None:
     """The end of a call, at which an answer with one call stops, is no text that anybody asked for."""
-    choice = ChatChoice(0, TaggedCalls({"find"}), ["X"], None, ids=False)
-    choice.take(Delta(CALL.removesuffix(END), ()))
-    choice.end(Finished(FinishReason.STOP, stop_text, 1, 0, 1))
+    choice, reading = ChatChoice(0, ["X"], None, ids=False), TaggedCalls({"find"})
+    choice.take(Delta(cut := CALL.removesuffix(END), ()), reading.push(cut))
+    choice.end(Finished(FinishReason.STOP, stop_text, 1, 0, 1), reading.finish())
     told = choice.whole()
     assert told["finish_reason"] == "tool_calls"
     assert told["stop_reason"] == (None if stop_text == END else "X")
