@@ -18,7 +18,7 @@ INDEX: Final = "adapter_model.safetensors.index.json"
 KEYS_FILE: Final = "model.lora_keys.npy"
 """What TensorRT-LLM's converters called the config of their weights before."""
 TOKEN_FILES: Final = ("added_tokens.json", "tokenizer.json", "tokenizer_config.json")
-"""Looked at where they are there: tokens that the base does not have cannot be served."""
+"""Looked at where they are there, for tokens that the base does not have."""
 
 _MLX: Final = "adapters.safetensors"
 _PICKLES: Final = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")

@@ -34,6 +34,7 @@ from builder_service.domain.value_rules import check_values
 from builder_service.domain.vector_rules import check_lone
 from builder_service.domain.vectors import VectorReader, Vectors
 from loramux_shared.bases.config import ModelConfig
+from loramux_shared.bundle.added_tokens import AddedToken, OwnTokens
 from loramux_shared.bundle.manifest import Coverage, FileDigest
 from loramux_shared.bundle.modules import NO_LAYER
 from loramux_shared.deployment import Dtype
@@ -59,6 +60,10 @@ class CheckedAdapter:
     coverage: Coverage = field(default_factory=Coverage)
     invocation_tokens: tuple[int, ...] = ()
     """From which on it acts; none: on everything."""
+    vocab: int | None = None
+    """Tokens of its model; None: as many as the base has."""
+    own_tokens: OwnTokens | None = None
+    """Where its tokenizer or its vocabulary is another than the base's."""
 
     @property
     def modules(self) -> frozenset[str]:
@@ -75,9 +80,18 @@ class CheckedAdapter:
 class BaseTokens(Protocol):
     """The base's own tokens."""
 
-    def findings(self, folder: Path, files: Mapping[str, FileDigest]) -> tuple[Finding, ...]:
-        """Return what is wrong with the tokenizer among an adapter's files."""
+    def compared(self, folder: Path, files: Mapping[str, FileDigest]) -> ComparedTokens:
+        """Compare the tokenizer among an adapter's files with the base's."""
         ...
+
+
+@dataclass(frozen=True)
+class ComparedTokens:
+    """How a tokenizer differs from the base's."""
+
+    findings: tuple[Finding, ...] = ()
+    added: tuple[AddedToken, ...] = ()
+    """Tokens that it has behind the base's last one."""
 
 
 @dataclass(frozen=True)
@@ -141,18 +155,19 @@ def check_tensors(
     check_pairs(pairs, config, book.limits, report)
     check_lone(tensors.lone, config, base, book.limits.target_modules, report)
     full = check_full_tensors(file, tensors.fulls, config.modules_to_save, base, book.base, report)
-    replaced = plan_rows(file, full.tables, tensors.tokens, pairs, config, base, report)
+    rows = plan_rows(file, full.tables, tensors.tokens, pairs, config, base, report)
+    replaced, vocab = rows.planned, rows.vocab
     own = list(dict.fromkeys(planned.tensor for planned in replaced))
     values = check_values(file, pairs, own, config, base, book.dtype, report, progress)
     broken = report or any(_is_error(finding) for finding in found)
     vectors = Vectors() if broken else _vectors(pairs, tensors.lone, file, config, book, report, progress)
     found += [*unread, *report.findings()]
-    if config.invocation_tokens and (replaced or any(pair.key.layer == NO_LAYER for pair in pairs)):
+    if config.invocation_tokens and (replaced or vocab or any(pair.key.layer == NO_LAYER for pair in pairs)):
         found.append(_activated_vocabulary())
     if not pairs and not replaced and not vectors.rows and not any(_is_error(finding) for finding in found):
         found.append(_nothing(config))
     if any(_is_error(finding) for finding in found):
-        return CheckedAdapter(tuple(found), file)
+        return CheckedAdapter(tuple(found), file, vocab=vocab)
     found += [each for each in values.warnings if each.code != "W_ZERO_B" or not vectors.rows]
     found += [*vectors.warnings(book.dtype), *redundant_warning((*full.redundant, *vectors.redundant))]
     found += [*tower_warning(tensors.towers), *legal_findings(pairs, tensors.keys, config, base)]
@@ -170,6 +185,7 @@ def check_tensors(
             redundant=tuple(sorted(redundant)),
         ),
         config.invocation_tokens,
+        vocab,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Protocol
+from typing import Final, Protocol
 
 import torch
 from torch import Tensor
@@ -27,6 +27,9 @@ from inference_service.kernels.sgmv import Segments, pack_segments
 from inference_service.lora.vocabulary import StepVocabulary
 from inference_service.models.decoder import Decoder
 from loramux_shared.bases.memory import RECORDED_ROWS, buckets, mixed_buckets
+
+ROOM: Final = 256
+"""Columns of logits for tokens that adapters have and the base does not."""
 
 
 class SegmentedLora(LoraBackend, Protocol):
@@ -63,7 +66,7 @@ class GraphRunner(Runner):
         self._segmented = lora
         self._limits = limits
         self._recorder = recorder
-        vocab = model.config.dims.vocab
+        vocab = model.config.dims.vocab + ROOM
         self._cuts = {each: cut_of(model.device, model.dtype, each) for each in model.config.heads}
         self._delta_tile = delta_tile(model.dtype) if model.config.state_bytes(1) else None
         largest = max(capacity.size for capacity in self._capacities())
@@ -74,7 +77,9 @@ class GraphRunner(Runner):
         self._graphs: dict[tuple[StepCapacity, int], Graph] = {}
         """By the adapters that a row has at most."""
         shape = limits.max_seqs, vocab
-        self._logits = torch.empty(shape, dtype=model.dtype, device=model.device)
+        self._logits = torch.full(shape, -torch.inf, dtype=model.dtype, device=model.device)
+        self._wide = False
+        """Whether the last step had tokens that the base does not have."""
 
     @torch.inference_mode()
     def capture(self) -> None:
@@ -105,6 +110,9 @@ class GraphRunner(Runner):
         capacity = self._capacity_of(rows)
         buffers = self._buffers_of(capacity)
         buffers.load(rows)
+        if self._wide:
+            self._logits[:, self._model.config.dims.vocab :] = -torch.inf
+            self._wide = False
         segments = buffers.segments_of(rows.arrangement)
         graph = self._graphs.get((capacity, _passes(segments)))
         own = self._lora.vocabularies.of(rows.arrangement.segments, rows.drawing)
@@ -158,8 +166,10 @@ class GraphRunner(Runner):
 
     def _draw(self, buffers: StepBuffers, hidden: Tensor, own: StepVocabulary | None) -> None:
         seqs = buffers.capacity.seqs
-        logits = self._logits[:seqs].copy_(self._model.logits(hidden, own))
-        sample(logits, buffers.sampling, self._ids[:seqs])
+        logits = self._model.logits(hidden, own)
+        self._wide |= logits.shape[1] > self._model.config.dims.vocab
+        self._logits[:seqs, : logits.shape[1]].copy_(logits)
+        sample(self._logits[:seqs], buffers.sampling, self._ids[:seqs])
 
     def _buffers_of(self, capacity: StepCapacity) -> StepBuffers:
         if capacity not in self._buffers:

@@ -62,6 +62,8 @@ class ServedModel:
     """Those that a mixture is of."""
     affine: bool = False
     """Whether it multiplies outputs of the base, or adds biases to them."""
+    vocab: int | None = None
+    """Its tokens; None: as many as the base has."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -267,6 +269,7 @@ class Catalog:
             None if summary.texts else NO_DEFAULTS,
             now,
             affine=summary.affine,
+            vocab=summary.vocab,
         )
 
     def _known(self, name: str, digest: str, models: Mapping[str, ServedModel]) -> ServedModel | None:

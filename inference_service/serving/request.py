@@ -11,6 +11,7 @@ from inference_service.core.constraint import Constraint
 from inference_service.core.sequence import FinishReason, Token
 from inference_service.serving.catalog import ServedModel
 from inference_service.serving.mixing import Scaled
+from inference_service.serving.text import Text
 
 Message = Mapping[str, Any]
 """A turn as chat templates know it: role, content (text or None), and name, tool_calls, tool_call_id."""
@@ -108,6 +109,8 @@ class Started:
     generation: int
     """By which its name was looked up."""
     prompt_tokens: int
+    text: Text
+    """What its tokens mean."""
     prompt_token_ids: tuple[int, ...] = ()
 
 

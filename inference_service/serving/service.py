@@ -105,7 +105,7 @@ class GenerationService:
         self._watchers = (self.metrics, *watchers)
         self._engine = engine
         self.engine_view: EngineView = engine
-        self._constraints = Constraints(text, limits.eos_token_ids)
+        self._constraints = Constraints(limits.eos_token_ids)
 
     async def generate(self, request: Request) -> AsyncGenerator[Event]:
         """Answer a request.
@@ -124,7 +124,7 @@ class GenerationService:
         with following(request, self._watchers) as follower, self._working():
             served = await self.naming.choose(request)
             model = follower.record.model = served.model
-            check(request, self.text.vocab, self._engine.max_queue, self.limits.max_seq_len)
+            check(request, model.vocab or self.text.vocab, self._engine.max_queue, self.limits.max_seq_len)
             with self.limiter.admit(model, ACCESS.get()) as ticket:
                 defaults = await self.naming.defaults(model)
                 tokens = await self._tokens(request, defaults)
@@ -135,7 +135,9 @@ class GenerationService:
                 outputs = self._engine.submit(seqs)
                 ticket.submitted(seqs[0])
                 try:
-                    yield Started(request.id, model, served.generation, len(tokens), tuple(tokens))
+                    yield Started(
+                        request.id, model, served.generation, len(tokens), self._text(defaults), tuple(tokens)
+                    )
                     async for event in _events(outputs, answers):
                         follower.see(event)
                         ticket.see(event)
@@ -161,6 +163,10 @@ class GenerationService:
         finally:
             self.in_work -= 1
 
+    def _text(self, defaults: AdapterDefaults) -> Text:
+        """Return what the tokens of a model mean."""
+        return defaults.text or self.text
+
     async def _answers(
         self,
         request: Request,
@@ -170,9 +176,9 @@ class GenerationService:
         ticket: Ticket,
     ) -> dict[str, Answer]:
         """Return the n answers of a request by the ids of their sequences."""
-        sampling = self._sampling(request, len(tokens), defaults)
+        sampling, text = self._sampling(request, len(tokens), defaults), self._text(defaults)
         if request.bad_words:
-            words = await asyncio.to_thread(self.text.bad_words, request.bad_words)
+            words = await asyncio.to_thread(text.bad_words, request.bad_words)
             sampling = replace(sampling, bad_words=words)
         grammars = await self._grammars(request, defaults)
         number, where = next(_numbers), request.constraint.where if request.constraint else ""
@@ -196,19 +202,20 @@ class GenerationService:
                 share=ticket.share,
             )
             stops = StopTexts(request.stop, keep=request.include_stop_str_in_output)
-            detokenizer = self.text.detokenizer(tokens, skip_special_tokens=request.skip_special_tokens)
+            detokenizer = text.detokenizer(tokens, skip_special_tokens=request.skip_special_tokens)
             answers[seq.id] = Answer(index, seq, detokenizer, stops, stop_tokens, where)
         return answers
 
     async def _tokens(self, request: Request, defaults: AdapterDefaults) -> list[int]:
         prompt, most, cut = request.prompt, self.limits.max_seq_len, request.truncate_prompt_tokens
+        text = self._text(defaults)
         if cut is not None:
             most = countable(most)
         if isinstance(prompt, str):
             special = request.add_special_tokens is not False
-            tokens = await asyncio.to_thread(self.text.encode_prompt, prompt, most, add_special_tokens=special)
+            tokens = await asyncio.to_thread(text.encode_prompt, prompt, most, add_special_tokens=special)
         elif prompt and isinstance(prompt[0], Mapping):
-            tokens = await self.text.encode_messages(
+            tokens = await text.encode_messages(
                 [item for item in prompt if isinstance(item, Mapping)],
                 most,
                 defaults.template,
@@ -232,7 +239,7 @@ class GenerationService:
         if request.constraint is None:
             return [None] * request.n
         ends = self._ends_of_text(request, defaults)
-        compiled = await self._constraints.compile(request.constraint)
+        compiled = await self._constraints.compile(request.constraint, self._text(defaults))
         return [compiled.begin(ends) for _ in range(request.n)]
 
     def _allowed(self, request: Request, defaults: AdapterDefaults) -> bytes | None:
@@ -240,12 +247,13 @@ class GenerationService:
         if request.allowed_token_ids is None:
             return None
         ends = self._ends_of_text(request, defaults) if request.constraint else frozenset()
-        allowed = np.zeros(self.text.vocab, np.bool_)
+        allowed = np.zeros(self._text(defaults).vocab, np.bool_)
         allowed[[*request.allowed_token_ids, *ends]] = True
         return packed(allowed)
 
     def _ends_of_text(self, request: Request, defaults: AdapterDefaults) -> frozenset[int]:
-        return self._ends(request, defaults) | (self.text.vocabulary.special & set(request.stop_token_ids))
+        special = self._text(defaults).vocabulary.special
+        return self._ends(request, defaults) | (special & set(request.stop_token_ids))
 
     def _ends(self, request: Request, defaults: AdapterDefaults) -> frozenset[int]:
         return frozenset() if request.ignore_eos else self.limits.eos_token_ids | defaults.stop_token_ids
@@ -259,7 +267,7 @@ class GenerationService:
                 first(request.temperature, defaults.temperature, request.usual_temperature)
             ),
             "top_p": drawable(first(request.top_p, defaults.top_p, 1.0)),
-            "top_k": min(max(0, first(request.top_k, defaults.top_k, 0)), self.text.vocab),
+            "top_k": min(max(0, first(request.top_k, defaults.top_k, 0)), self._text(defaults).vocab),
             "seed": secrets.randbits(63) if request.seed is None else request.seed,
             "stop_token_ids": self._ends(request, defaults) | frozenset(request.stop_token_ids),
             "allowed_token_ids": self._allowed(request, defaults),

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
+from weakref import WeakValueDictionary
 
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 from tokenizers.decoders import DecodeStream
 
 from inference_service.serving.chat_template import ChatTemplate
 from inference_service.serving.vocabulary import Vocabulary
+from loramux_shared.bundle.added_tokens import OwnTokens
 from loramux_shared.faults import CheckpointInvalid, Finding, PromptTooLong, RequestInvalid
 
 SLICE_CHARS: Final = 32 * 1024
@@ -21,7 +24,7 @@ CUT_TOKENS: Final = 256
 
 
 class Text:
-    """The text side of a base checkpoint."""
+    """The text side of a model."""
 
     def __init__(
         self,
@@ -37,6 +40,31 @@ class Text:
         self.vocabulary = Vocabulary(tokenizer, vocab)
         self.special_tokens = dict(special_tokens or {})
         """By what they are for: ``bos_token`` and the like."""
+        self._grown: WeakValueDictionary[bytes, Text] = WeakValueDictionary()
+        self._lock = threading.Lock()
+
+    def with_tokens(self, own: OwnTokens) -> Text:
+        """Return the text side of a model that has tokens of its own; those with the same ones share it.
+
+        Raises:
+            ValueError: the tokenizer gives them other ids.
+        """
+        key = own.to_bytes()
+        with self._lock:
+            found = self._grown.get(key)
+            if found is None:
+                found = self._grown[key] = self._with_tokens(own)
+        return found
+
+    def _with_tokens(self, own: OwnTokens) -> Text:
+        tokenizer = Tokenizer.from_str(self._tokenizer.to_str())
+        for each in own.tokens:
+            flags = each.model_dump(exclude={"id", "content"})
+            add = tokenizer.add_special_tokens if each.special else tokenizer.add_tokens
+            add([AddedToken(each.content, **flags)])
+            if (given := tokenizer.token_to_id(each.content)) != each.id:
+                raise ValueError(f"id {each.id} for token {each.content!r}, which becomes {given}")
+        return Text(tokenizer, self._template, own.vocab, self.special_tokens)
 
     @classmethod
     def load(cls, folder: Path, vocab: int) -> Text:

@@ -100,7 +100,7 @@ class Scripted(GenerationService):
     async def generate(self, request: Request) -> AsyncGenerator[Event]:
         """Say what the case says."""
         prompt = request.prompt if isinstance(request.prompt, str) else "??"
-        yield Started(request.id, self.catalog.get(request.model), 7, len(prompt))
+        yield Started(request.id, self.catalog.get(request.model), 7, len(prompt), self.text)
         if request.prompt_logprobs is not None:
             yield PromptLogprobs((Token(36), Token(37, -1.5, ((38, -0.25),))))
         steps = [answer.split("|") for answer in self._case.answers]
