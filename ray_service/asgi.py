@@ -8,7 +8,7 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message
 
-from inference_service.openai_api.errors import error_response
+from inference_service.openai_api.refusals import fault_response
 from loramux_shared.faults import PermissionDenied
 from ray_service.calls import HttpCall, Messages, require_local
 
@@ -52,5 +52,5 @@ def _guarded(app: ASGIApp, call: HttpCall, local_only: bool) -> Any:
     try:
         require_local(call.peer)
     except PermissionDenied as fault:
-        return error_response(fault)
+        return fault_response(call.scope, fault)
     return app

@@ -12,8 +12,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from inference_service.openai_api.errors import error_body, error_response
-from inference_service.openai_api.reply import event
+from inference_service.openai_api.refusals import fault_event, fault_response
 from inference_service.openai_api.stream import while_connected
 from loramux_shared.faults import Fault
 from loramux_shared.rpc.options import MAX_REQUEST_BYTES
@@ -94,9 +93,9 @@ class _Sent:
     async def fail(self, fault: Fault, scope: Scope, receive: Receive) -> None:
         """Tell a fault, where that can still be told: as the answer, or as the last event of a stream."""
         if not self._begun:
-            await error_response(fault)(scope, receive, self._send)
+            await fault_response(scope, fault)(scope, receive, self._send)
         elif self._events:
-            await self._send({"type": "http.response.body", "body": event(error_body(fault))})
+            await self._send({"type": "http.response.body", "body": fault_event(scope, fault)})
         else:
             raise fault
 

@@ -56,11 +56,16 @@ class NativeOperations(TorchOperations):
         self.ops = ops
         self._long_rows = long_rows
 
+    @property
+    def own_products(self) -> bool:
+        """Whether linears are multiplied by the compiled product, where it takes their weights."""
+        return self.ops.multiplies
+
     def new_linear(
         self, weight: Tensor, bias: Tensor | None = None, quantization: Rounding = Rounding.NONE
     ) -> Linear:
         """With a compiled product, where that is the fastest here."""
-        if not self.ops.multiplies:
+        if not self.own_products:
             return super().new_linear(weight, bias, quantization)
         quantized = quantize(weight, quantization)
         tiled = self.ops.tiled_integers(quantized, bias) if quantized else self.ops.tiled(weight, bias)

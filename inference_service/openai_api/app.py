@@ -14,11 +14,11 @@ from starlette.routing import Route, compile_path
 from inference_service.openai_api import chat, completions, models, operators, state, tokens, trainers
 from inference_service.openai_api.chat_schema import ChatBody, TokenizeBody
 from inference_service.openai_api.endpoint import Endpoint
-from inference_service.openai_api.errors import on_failure, on_fault, on_http_error
 from inference_service.openai_api.front import Front
 from inference_service.openai_api.openapi import document
 from inference_service.openai_api.operators import LoadBody, RollbackBody, UnloadBody
 from inference_service.openai_api.page import page_files
+from inference_service.openai_api.refusals import fault_response, on_failure, on_fault, on_http_error
 from inference_service.openai_api.reply import json_response
 from inference_service.openai_api.schema import CompletionBody, DetokenizeBody
 from inference_service.serving.adapters.fixed import fixed_manager
@@ -104,7 +104,7 @@ def create_app(
     app = Starlette(routes=routes, exception_handlers=handlers)
     app.router.redirect_slashes = False
     app.state.adapters = adapters or fixed_manager(service.catalog)
-    guarded = app if keyring is None else AccessMiddleware(app, keyring, scope_of)
+    guarded = app if keyring is None else AccessMiddleware(app, keyring, scope_of, fault_response)
     traced = guarded if tracing is None else TraceMiddleware(guarded, tracing, TRACED)
     return Front(traced, service.metrics.responded)
 

@@ -9,10 +9,9 @@ from typing import Any, Final
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import Response
 
-from inference_service.openai_api.reply import Json, json_response
-from loramux_shared.faults import Fault, Finding, InternalFault, RequestInvalid, Status
+from inference_service.openai_api.reply import Json
+from loramux_shared.faults import Fault, Finding, RequestInvalid, Status
 from loramux_shared.near import MAX_FINDINGS, nearest
 
 STATUSES: Final = {
@@ -52,7 +51,8 @@ HTTP_CODES: Final = {
 }
 PARAMS: Final = {"token_ids": "prompt", "text": "prompt", "constraint": "response_format"}
 """Fields whose name in `serving` is not their name here."""
-FAILED: Final = "loramux failed inside; the server's log has the details. Please report it."
+AGAIN: Final = (429, 503, 529)
+"""Statuses of what the same client may ask again."""
 MAX_SHOWN: Final = 8
 """Findings that a message spells out."""
 MAX_PLACE: Final = 256
@@ -71,26 +71,26 @@ def error_body(fault: Fault) -> Json:
     param = _param(first) if first else ""
     if not param and fault.reason == "MODEL_NOT_FOUND":
         param = "model"
-    return _body(_message(fault), status_of(fault), param or None, CODES.get(reason, reason.lower()))
+    return _body(message_of(fault), status_of(fault), param or None, CODES.get(reason, reason.lower()))
 
 
-def error_response(fault: Fault) -> Response:
-    """Return the answer to a request that failed."""
-    headers, status = {}, status_of(fault)
-    if status in (429, 503):
+def headers_of(fault: Fault, status: int) -> dict[str, str]:
+    """Return the headers of the answer that tells a fault: when to ask again, and with what kind of key."""
+    headers = {}
+    if status in AGAIN:
         headers["retry-after"] = f"{math.ceil(fault.retry_after_s or 1)}"
     if status == 401:
         headers["www-authenticate"] = "Bearer"
-    return json_response(error_body(fault), status, headers)
+    return headers
 
 
-def http_error_response(http: Request, error: HTTPException) -> Response:
-    """Return the answer to a request that met no handler, or that HTTP itself refuses."""
+def told_http(http: Request, error: HTTPException) -> tuple[str, str]:
+    """Return message and code of a request that met no handler, or that HTTP itself refuses."""
     code, message = HTTP_CODES.get(error.status_code, "invalid_request"), error.detail
     if error.status_code in (404, 405):
         allowed = f", but {error.headers['Allow']} is" if error.headers else ""
         message = f"{http.method} {http.url.path[:200]} is not served{allowed}; see docs/openai.md."
-    return json_response(_body(message, error.status_code, None, code), error.status_code, error.headers)
+    return message, code
 
 
 def refused_body(message: str, status: int, code: str) -> Json:
@@ -103,7 +103,8 @@ def _body(message: str, status: int, param: str | None, code: str) -> Json:
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
-def _message(fault: Fault) -> str:
+def message_of(fault: Fault) -> str:
+    """Return the message of a fault with its first findings."""
     shown = [
         str(item.model_copy(update={"code": "", "where": _param(item)})) for item in fault.findings[:MAX_SHOWN]
     ]
@@ -141,24 +142,12 @@ def _finding(item: Mapping[str, Any], known: Sequence[str]) -> Finding:
     return Finding(code="E_BAD_FIELD", where=where, expected=expected)
 
 
+def is_tag(part: str | int) -> bool:
+    """True of what pydantic, or a union of ours, says of a place in a body beside where it is."""
+    return isinstance(part, str) and part.startswith("[")
+
+
 def param_of(loc: Sequence[str | int]) -> str:
     """Return a place in a body as OpenAI writes it: ``messages[0].content``."""
-    parts = [f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc if part != "[key]"]
+    parts = [f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc if not is_tag(part)]
     return "".join(parts).removeprefix(".")[:MAX_PLACE]
-
-
-async def on_failure(_: Request, __: Exception) -> Response:
-    """Starlette's handler of everything else; `front` logs it."""
-    return error_response(InternalFault(FAILED))
-
-
-async def on_fault(_: Request, fault: Exception) -> Response:
-    """Starlette's handler of faults."""
-    assert isinstance(fault, Fault)  # noqa: S101 - registered for Fault alone
-    return error_response(fault)
-
-
-async def on_http_error(http: Request, error: Exception) -> Response:
-    """Starlette's handler of its own refusals."""
-    assert isinstance(error, HTTPException)  # noqa: S101 - registered for HTTPException alone
-    return http_error_response(http, error)

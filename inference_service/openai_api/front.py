@@ -14,7 +14,8 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from structlog.contextvars import bound_contextvars
 
-from inference_service.openai_api.errors import error_response
+from inference_service.openai_api.messages.errors import is_here
+from inference_service.openai_api.refusals import REQUEST_ID, fault_response
 from inference_service.serving.bounds import SANE_ID
 from loramux_shared.arrival import ARRIVED_S
 from loramux_shared.faults import ShuttingDown
@@ -57,7 +58,8 @@ class Front:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request."""
-        answer = _Answer(send, _request_id(scope), self._responded)
+        answer = _Answer(send, _request_id(scope), self._responded, anthropic=is_here(scope["path"]))
+        scope.setdefault("state", {})[REQUEST_ID] = answer.request_id
         task = asyncio.current_task()
         assert task is not None  # noqa: S101 - a coroutine runs in one
         self._open.add(task)
@@ -66,7 +68,7 @@ class Front:
         try:
             with bound_contextvars(request_id=answer.request_id):
                 if self.draining or (self.leaving and scope["path"] in HEALTH):
-                    await error_response(ShuttingDown(DRAINING))(scope, receive, answer.send)
+                    await fault_response(scope, ShuttingDown(DRAINING))(scope, receive, answer.send)
                 else:
                     await self._app(scope, receive, answer.send)
         except ClientDisconnect:
@@ -75,7 +77,7 @@ class Front:
             if not self.draining or answer.begun:
                 raise
             task.uncancel()
-            await error_response(ShuttingDown(CUT))(scope, receive, answer.send)
+            await fault_response(scope, ShuttingDown(CUT))(scope, receive, answer.send)
         except Exception:  # the last line: logged here, and no word of it to the client
             log.exception("request failed", path=scope["path"], request_id=answer.request_id)
             if not answer.ended:
@@ -89,8 +91,11 @@ class Front:
 class _Answer:
     """Sends an answer, with the request's id among its headers."""
 
-    def __init__(self, send: Send, request_id: str, responded: Callable[[int], None]) -> None:
+    def __init__(
+        self, send: Send, request_id: str, responded: Callable[[int], None], *, anthropic: bool
+    ) -> None:
         self.request_id = request_id
+        self._names = (b"x-request-id", b"request-id") if anthropic else (b"x-request-id",)
         self._responded = responded
         self.begun = self.ended = False
         self._send = send
@@ -99,7 +104,8 @@ class _Answer:
         if message["type"] == "http.response.start":
             self.begun = True
             self._responded(message["status"])
-            headers = [*message.get("headers", ()), (b"x-request-id", self.request_id.encode())]
+            named = [(name, self.request_id.encode()) for name in self._names]
+            headers = [*message.get("headers", ()), *named]
             message = {**message, "headers": headers}
         await self._send(message)
         self.ended = message["type"] == "http.response.body" and not message.get("more_body", False)

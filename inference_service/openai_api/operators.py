@@ -10,7 +10,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import PlainTextResponse, Response
 
 from inference_service.openai_api.body import read_body
-from inference_service.openai_api.errors import error_body, error_response, status_of
+from inference_service.openai_api.errors import error_body, headers_of, status_of
 from inference_service.openai_api.reply import Json, json_response
 from inference_service.openai_api.schema import Body
 from inference_service.serving.adapters.manager import MAX_PAGE, PAGE, AdapterManager
@@ -97,9 +97,7 @@ def _refused(fault: Fault) -> Response:
     kind = "InvalidUserInput" if isinstance(fault, AdapterExists) else VLLM_TYPES.get(status, fault.reason)
     told = error_body(fault)
     flat = {"object": "error", "message": told["error"]["message"], "type": kind, "param": None, "code": status}
-    headers = dict(error_response(fault).headers)
-    kept = {name: value for name, value in headers.items() if name in ("retry-after", "www-authenticate")}
-    return json_response(told | flat, status, kept)
+    return json_response(told | flat, status, headers_of(fault, status_of(fault)))
 
 
 async def list_adapters(service: GenerationService, http: HttpRequest) -> Response:  # noqa: ARG001

@@ -17,8 +17,9 @@ import httptools
 from pydantic_core import to_json
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
-from inference_service.openai_api.errors import error_body, refused_body, status_of
+from inference_service.openai_api.errors import status_of
 from inference_service.openai_api.front import ARRIVED, DRAINING
+from inference_service.openai_api.refusals import fault_body, refused_body
 from inference_service.openai_api.reply import Json
 from loramux_shared.arrival import arrived_at
 from loramux_shared.faults import ShuttingDown
@@ -61,6 +62,9 @@ USUAL: Final = Patience()
 
 class BoundedHttp(HttpToolsProtocol):
     """Bounds what a client sends, and how long it takes."""
+
+    url: bytes = b""
+    """Of the request that is being read."""
 
     def __init__(self, *args: Any, patience: Patience, refused: Callable[[int], None], **kwargs: Any) -> None:
         """Wait as long as patience says; refused hears the status of every refusal."""
@@ -245,7 +249,7 @@ class BoundedHttp(HttpToolsProtocol):
             self.transport.close()  # nothing was asked
         elif self._draining:
             fault = ShuttingDown(DRAINING)
-            self._say(status_of(fault), error_body(fault))
+            self._say(status_of(fault), fault_body({"path": self._path}, fault))
         else:
             self._refuse(408, "request_timeout", "the request did not arrive in time.")
 
@@ -281,8 +285,13 @@ class BoundedHttp(HttpToolsProtocol):
         self._problem = (status, code, message)
         raise ValueError(message)
 
+    @property
+    def _path(self) -> str:
+        """Of that request."""
+        return self.url.partition(b"?")[0].decode("latin-1")
+
     def _refuse(self, status: int, code: str, message: str) -> None:
-        self._say(status, refused_body(message, status, code))
+        self._say(status, refused_body(self._path, message, status, code))
 
     def _say(self, status: int, body: Json) -> None:
         """Answer in the place of the application, and end the connection."""

@@ -31,6 +31,11 @@ def event(body: Json) -> bytes:
     return b"data: " + to_json(body) + b"\n\n"
 
 
+def named_event(body: Json) -> bytes:
+    """Return a server-sent event with a name: the body's ``type``."""
+    return b"event: " + str(body["type"]).encode() + b"\n" + event(body)
+
+
 @dataclass
 class Head:
     """What every object of one answer begins with."""

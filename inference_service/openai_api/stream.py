@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Coroutine, Mapping
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
 from contextlib import aclosing
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import Any, Final, TypeVar
 
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
 from inference_service.openai_api.errors import error_body
-from inference_service.openai_api.reply import DONE, Head, Json, event
+from inference_service.openai_api.reply import DONE, Head, Json, event, named_event
 from loramux_shared.faults import Fault
 
 T = TypeVar("T")
@@ -49,14 +50,41 @@ async def _until_gone(receive: Receive) -> None:
         pass
 
 
+@dataclass(frozen=True)
+class Framing:
+    """How a stream is written."""
+
+    event: Callable[[Json], bytes]
+    failure: Callable[[Fault], Json]
+    """The body of the event that tells a fault, which is the last one."""
+    end: bytes
+    """Comes behind the events of a stream that did not fail."""
+
+
+UNNAMED: Final = Framing(event, error_body, DONE)
+"""As chats and completions have it."""
+
+
+def named(failure: Callable[[Fault], Json]) -> Framing:
+    """Return the framing of events that are named by the type in their bodies; the last of them is the end."""
+    return Framing(named_event, failure, b"")
+
+
 class EventStream(Response):
     """An answer in server-sent events; a fault on the way is the last one.
 
     A client that does not read holds up nothing but this stream; one that never does is cut off by `protocol`.
     """
 
-    def __init__(self, first: Json, rest: AsyncGenerator[Json], headers: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        first: Json,
+        rest: AsyncGenerator[Json],
+        headers: Mapping[str, str],
+        framing: Framing = UNNAMED,
+    ) -> None:
         super().__init__()
+        self._framing = framing
         self._head = [*HEADERS, *((name.encode(), value.encode()) for name, value in headers.items())]
         self._first = first
         self._rest = rest
@@ -68,14 +96,16 @@ class EventStream(Response):
             await while_connected(receive, self._send(send))
 
     async def _send(self, send: Send) -> None:
-        await send(_part(event(self._first)))
+        framing = self._framing
+        await send(_part(framing.event(self._first)))
         try:
             async for body in self._rest:
-                await send(_part(event(body)))
+                await send(_part(framing.event(body)))
         except Fault as fault:
-            await send(_part(event(error_body(fault))))
+            await send(_part(framing.event(framing.failure(fault))))
         else:
-            await send(_part(DONE))
+            if framing.end:
+                await send(_part(framing.end))
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
@@ -83,7 +113,9 @@ def _part(data: bytes) -> Message:
     return {"type": "http.response.body", "body": data, "more_body": True}
 
 
-async def open_stream(receive: Receive, bodies: AsyncGenerator[Json], head: Head) -> EventStream:
+async def open_stream(
+    receive: Receive, bodies: AsyncGenerator[Json], head: Head, framing: Framing = UNNAMED
+) -> EventStream:
     """Wait for the first event, so that a request that is refused gets a status of its own.
 
     Raises:
@@ -95,4 +127,4 @@ async def open_stream(receive: Receive, bodies: AsyncGenerator[Json], head: Head
     except BaseException:
         await bodies.aclose()
         raise
-    return EventStream(first, bodies, head.headers)
+    return EventStream(first, bodies, head.headers, framing)

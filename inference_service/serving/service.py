@@ -127,7 +127,7 @@ class GenerationService:
             check(request, model.vocab or self.text.vocab, self._engine.max_queue, self.limits.max_seq_len)
             with self.limiter.admit(model, ACCESS.get()) as ticket:
                 defaults = await self.naming.defaults(model)
-                tokens = await self._tokens(request, defaults)
+                tokens = await self._tokens(request, defaults, self.limits.max_seq_len)
                 answers = await self._answers(request, model, tokens, defaults, ticket)
                 seqs = [answer.seq for answer in answers.values()]
                 follower.submitted(seqs)
@@ -144,6 +144,21 @@ class GenerationService:
                         yield event
                 finally:
                     outputs.close()
+
+    async def tokenize(self, request: Request) -> list[int]:
+        """Return the tokens of a request's prompt, also of one that leaves no room for an answer.
+
+        Raises:
+            ModelNotFound: no such base or adapter.
+            ReplicaBehind: there is no such generation here.
+            RequestInvalid: a field is out of bounds, or its messages are refused.
+            PromptTooLong: it has more tokens than are counted.
+        """
+        served = await self.naming.choose(request)
+        vocab = served.model.vocab or self.text.vocab
+        check(request, vocab, self._engine.max_queue, self.limits.max_seq_len)
+        defaults = await self.naming.defaults(served.model)
+        return await self._tokens(request, defaults, countable(self.limits.max_seq_len))
 
     def apply(self, generation: Generation) -> Changes:
         """Take over a generation on the same base: its names, versions, aliases and limits, in one step.
@@ -206,8 +221,9 @@ class GenerationService:
             answers[seq.id] = Answer(index, seq, detokenizer, stops, stop_tokens, where)
         return answers
 
-    async def _tokens(self, request: Request, defaults: AdapterDefaults) -> list[int]:
-        prompt, most, cut = request.prompt, self.limits.max_seq_len, request.truncate_prompt_tokens
+    async def _tokens(self, request: Request, defaults: AdapterDefaults, most: int) -> list[int]:
+        """Return the tokens of a prompt, of which a text may have so many unless it is cut."""
+        prompt, cut = request.prompt, request.truncate_prompt_tokens
         text = self._text(defaults)
         if cut is not None:
             most = countable(most)

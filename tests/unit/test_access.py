@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import structlog
 
+from inference_service.openai_api.refusals import fault_response
 from inference_service.serving.catalog import Catalog, ServedModel
 from loramux_shared.access.asgi import AccessMiddleware
 from loramux_shared.access.guard import is_local, open_guard
-from loramux_shared.access.keyring import Keyring, bearer
+from loramux_shared.access.keyring import Keyring, bearer, key_of
 from loramux_shared.access.keys import digest, new_key, parse_keys
 from loramux_shared.access.rights import ACCESS, EVERYTHING, Access, Scope
 from loramux_shared.faults import ModelNotFound, PermissionDenied, SettingsInvalid, Unauthenticated
@@ -182,6 +183,23 @@ def test_bearer(headers: list[str], key: str | None) -> None:
 
 
 @pytest.mark.parametrize(
+    ("headers", "key"),
+    [
+        ({"authorization": "Bearer abc"}, "abc"),
+        ({"x-api-key": "abc"}, "abc"),
+        ({"x-api-key": "abc", "authorization": "Bearer abc"}, "abc"),
+        ({"x-api-key": "abc", "authorization": "Bearer def"}, None),
+        ({"x-api-key": "abc", "authorization": "Basic YTpi"}, None),
+        ({"x-api-key": " "}, None),
+        ({}, None),
+    ],
+)
+def test_a_key_has_two_headers(headers: dict[str, str], key: str | None) -> None:
+    """Over HTTP a key may also be Anthropic's header, and both where they say the same."""
+    assert key_of([(name.encode(), value.encode()) for name, value in headers.items()]) == key
+
+
+@pytest.mark.parametrize(
     ("address", "local"),
     [
         ("127.0.0.1:1", True),
@@ -264,7 +282,7 @@ class Http:
 
     def __init__(self, ring: Keyring) -> None:
         self.rights: list[Access] = []
-        self.app = AccessMiddleware(self._app, ring, self._scope_of)
+        self.app = AccessMiddleware(self._app, ring, self._scope_of, fault_response)
 
     @staticmethod
     def _scope_of(path: str) -> Scope | None:

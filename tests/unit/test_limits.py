@@ -9,7 +9,7 @@ import pytest
 
 from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import FAIR, Sequence, Share, Token
-from inference_service.openai_api.errors import error_response
+from inference_service.openai_api.errors import headers_of, status_of
 from inference_service.serving.catalog import ServedModel
 from inference_service.serving.limits import FEW_METERS, Limiter, Ticket
 from inference_service.serving.request import Delta
@@ -133,7 +133,7 @@ def test_tokens_of_a_minute_come_back_with_time() -> None:
 def test_nobody_is_told_to_come_back_too_early(seconds: float, said: str) -> None:
     """HTTP has whole seconds; a fault that is retold keeps its own."""
     fault = RateLimited("later", retry_after_s=seconds)
-    assert error_response(fault).headers["retry-after"] == said
+    assert headers_of(fault, status_of(fault))["retry-after"] == said
     assert fault.retold("much later").retry_after_s == seconds
     assert RateLimited("later").retry_after_s == 1.0
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, TypeAlias
 
-from loramux_shared.access.keyring import Keyring, bearer
+from loramux_shared.access.keyring import Keyring, key_of
 from loramux_shared.access.rights import ACCESS, Scope
 from loramux_shared.faults import Fault, PermissionDenied, Unauthenticated
 
@@ -17,13 +16,24 @@ App: TypeAlias = Callable[[Message, Receive, Send], Awaitable[None]]
 
 
 class AccessMiddleware:
-    """Lets a request in whose key has the scope of its path; what is refused is told as OpenAI's API does."""
+    """Lets a request in whose key has the scope of its path."""
 
-    def __init__(self, app: App, keyring: Keyring, scope_of: Callable[[str], Scope | None]) -> None:
-        """Wrap an ASGI application; scope_of says what a path needs, and None opens it to everybody."""
+    def __init__(
+        self,
+        app: App,
+        keyring: Keyring,
+        scope_of: Callable[[str], Scope | None],
+        refusal: Callable[[Message, Fault], App],
+    ) -> None:
+        """Wrap an ASGI application.
+
+        scope_of says what a path needs, and None opens it to everybody; refusal returns what tells a fault to
+        whoever sent a request.
+        """
         self._app = app
         self._keyring = keyring
         self._scope_of = scope_of
+        self._refusal = refusal
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """Answer a request, or refuse it before anything of its body is read."""
@@ -34,34 +44,16 @@ class AccessMiddleware:
         if wanted is None and scope["type"] == "http":
             await self._app(scope, receive, send)
             return
-        headers = [value.decode("latin-1") for name, value in scope["headers"] if name == b"authorization"]
         try:
-            access = self._keyring.authorize(bearer(headers), wanted)
+            access = self._keyring.authorize(key_of(scope["headers"]), wanted)
         except (Unauthenticated, PermissionDenied) as fault:
-            await _refuse(fault, scope["type"], send)
+            if scope["type"] == "websocket":
+                await send({"type": "websocket.close", "code": 1008, "reason": fault.reason})
+            else:
+                await self._refusal(scope, fault)(scope, receive, send)
             return
         token = ACCESS.set(access)
         try:
             await self._app(scope, receive, send)
         finally:
             ACCESS.reset(token)
-
-
-async def _refuse(fault: Fault, kind: str, send: Send) -> None:
-    if kind == "websocket":
-        await send({"type": "websocket.close", "code": 1008, "reason": fault.reason})
-        return
-    unknown = isinstance(fault, Unauthenticated)
-    error = {
-        "message": fault.message,
-        "type": "authentication_error" if unknown else "permission_error",
-        "param": None,
-        "code": "invalid_api_key" if unknown else "permission_denied",
-    }
-    body = json.dumps({"error": error}).encode()
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    if unknown:
-        headers.append((b"www-authenticate", b"Bearer"))
-    start = {"type": "http.response.start", "status": 401 if unknown else 403, "headers": headers}
-    await send(start)
-    await send({"type": "http.response.body", "body": body})

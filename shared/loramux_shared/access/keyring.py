@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hmac
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import structlog
@@ -45,8 +45,8 @@ class Keyring:
             self._reload()
         if presented is None:
             raise Unauthenticated(
-                "this server asks for an API key: send it once, as `authorization: Bearer KEY` "
-                "(loramux reads LORAMUX_API_KEY)."
+                "this server asks for an API key: send it once, as `authorization: Bearer KEY`, or over "
+                "HTTP as `x-api-key: KEY` (loramux reads LORAMUX_API_KEY)."
             )
         # Neither step tells anything by its time: the search compares hashes of a digest, which a caller cannot
         # steer towards another, and what it finds is compared in constant time.
@@ -92,6 +92,19 @@ def read_keys_file(path: Path) -> str:
         raise SettingsInvalid(
             f"keys file {path}: {why}. `loramux keys new --scope infer --file {path}` makes one."
         ) from error
+
+
+def key_of(headers: Iterable[tuple[bytes, bytes]]) -> str | None:
+    """Return the key that HTTP headers show: ``authorization`` as `bearer` reads it, or ``x-api-key``.
+
+    Both may say the same; None where they say two things, or nothing.
+    """
+    said: dict[bytes, list[str]] = {}
+    for name, value in headers:
+        said.setdefault(name, []).append(value.decode("latin-1"))
+    keys = {bearer(said[b"authorization"])} if b"authorization" in said else set()
+    keys |= {each.strip() or None for each in said.get(b"x-api-key", ())}
+    return keys.pop() if len(keys) == 1 else None
 
 
 def bearer(headers: Sequence[str]) -> str | None:
