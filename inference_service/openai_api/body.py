@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
-from inference_service.openai_api.errors import invalid_body
+from inference_service.openai_api.errors import invalid_body, is_tag
 from inference_service.openai_api.schema import Body
 from inference_service.serving.json_size import unfolds_to
 from loramux_shared.faults import RequestInvalid
@@ -60,7 +60,7 @@ def _without_unknown_nulls(data: bytes, refused: ValidationError) -> bytes:
     for *places, name in nulls:
         holder = body
         for place in places:
-            holder = holder[place]
+            holder = holder if is_tag(place) else holder[place]
         holder.pop(name, None)  # a name may come twice
     return json.dumps(body).encode()
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from inference_service.openai_api.chat_schema import ChatBody
 from inference_service.openai_api.forced_call import ForcedCall
-from inference_service.openai_api.mapping import chat_request, is_forced, offered_tools
+from inference_service.openai_api.mapping import callable_tools, chat_request, is_forced
 from inference_service.openai_api.pieces import Piece, Plain, Reading, Thought
 from inference_service.openai_api.tagged_calls import TaggedCalls
 from inference_service.serving.request import Delta, Finished, PromptLogprobs, Started
@@ -64,5 +64,5 @@ class Conversation:
     def _reading(self) -> Reading:
         if is_forced(self._body):
             return ForcedCall()
-        names = {tool.function.name for tool in offered_tools(self._body)}
+        names = {tool.function.name for tool in callable_tools(self._body)}
         return TaggedCalls(names) if names else Plain()

@@ -50,7 +50,7 @@ HTTP_CODES: Final = {
     413: "request_too_large",
     415: "unsupported_media_type",
 }
-PARAMS: Final = {"token_ids": "prompt", "text": "prompt", "constraint": "response_format"}
+PARAMS: Final = {"token_ids": "prompt", "constraint": "response_format"}
 """Fields whose name in `serving` is not their name here."""
 FAILED: Final = "loramux failed inside; the server's log has the details. Please report it."
 MAX_SHOWN: Final = 8
@@ -143,8 +143,13 @@ def _finding(item: Mapping[str, Any], known: Sequence[str]) -> Finding:
 
 def param_of(loc: Sequence[str | int]) -> str:
     """Return a place in a body as OpenAI writes it: ``messages[0].content``."""
-    parts = [f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc if part != "[key]"]
+    parts = [f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc if not is_tag(part)]
     return "".join(parts).removeprefix(".")[:MAX_PLACE]
+
+
+def is_tag(part: str | int) -> bool:
+    """True of a part of a place that is none in the body: the kind of an item, or that a name is meant."""
+    return isinstance(part, str) and part.startswith("[") and part.endswith("]")
 
 
 async def on_failure(_: Request, __: Exception) -> Response:
