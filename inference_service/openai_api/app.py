@@ -20,6 +20,8 @@ from inference_service.openai_api.operators import LoadBody, RollbackBody, Unloa
 from inference_service.openai_api.page import page_files
 from inference_service.openai_api.refusals import fault_response, on_failure, on_fault, on_http_error
 from inference_service.openai_api.reply import json_response
+from inference_service.openai_api.responses.create import create_response
+from inference_service.openai_api.responses.schema import ResponsesBody
 from inference_service.openai_api.schema import CompletionBody, DetokenizeBody
 from inference_service.serving.adapters.fixed import fixed_manager
 from inference_service.serving.adapters.manager import AdapterManager
@@ -42,6 +44,7 @@ ANSWERS: Final = ("application/json", "text/event-stream")
 ENDPOINTS: Final = (
     Endpoint("POST", "/v1/chat/completions", chat.chat_completions, body=ChatBody, media=ANSWERS),
     Endpoint("POST", "/v1/completions", completions.completions, body=CompletionBody, media=ANSWERS),
+    Endpoint("POST", "/v1/responses", create_response, body=ResponsesBody, media=ANSWERS),
     Endpoint("POST", "/v1/embeddings", models.embeddings, status=400),
     Endpoint("GET", "/v1/models", models.list_models),
     Endpoint("GET", "/v1/models/{model:path}", models.get_model),

@@ -2,49 +2,63 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator, model_validator
 from pydantic_core import PydanticCustomError
 
 from inference_service.openai_api.schema import Body, GenerationBody
 
-TEXT_PARTS = {"text": "text", "refusal": "refusal"}
+TEXT_PARTS: Final = {"text": "text", "refusal": "refusal"}
 """Content parts that hold text, and their key for it."""
-EXPECTED_CHOICE = 'none, auto, required or {"type": "function", "function": {"name": "..."}}'
+EXPECTED_CHOICE = (
+    'none, auto, required, {"type": "function", "function": {"name": "..."}} '
+    'or {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [...]}}'
+)
 
 
 def _flat(content: Any) -> Any:
     """Join the text parts of a content that comes in parts: templates expect a string."""
     if not isinstance(content, list):
         return content
-    return "\n".join(map(_text_of, content))
+    return "\n".join(map(text_of, content))
 
 
-def _text_of(part: Any) -> str:
+def text_of(part: Any, kinds: Mapping[str, str] = TEXT_PARTS) -> str:
+    """Return the text of a part, by the kinds of parts that have one and their keys for it.
+
+    Raises:
+        PydanticCustomError: it is of another kind, or no part.
+    """
     kind = part.get("type") if isinstance(part, dict) else None
-    if isinstance(kind, str) and kind not in TEXT_PARTS:
-        raise _unsupported(f"a part of type {kind}", "Only text parts are served.")
-    text = part.get(TEXT_PARTS[kind]) if isinstance(kind, str) else None
+    if isinstance(kind, str) and kind not in kinds:
+        raise unsupported(f"a part of type {kind}", "Only text parts are served.")
+    key = kinds.get(kind) if isinstance(kind, str) else None
+    text = part.get(key) if key else None
     if not isinstance(text, str):
-        raise PydanticCustomError("content", 'parts like {"type": "text", "text": "..."}')
+        [(kind, key), *_] = kinds.items()
+        example = {"type": kind, key: "..."}
+        raise PydanticCustomError("content", "parts like {example}", {"example": json.dumps(example)})
     return text
 
 
 def _only_text(value: Any) -> Any:
     if value not in (None, ["text"]):
-        raise _unsupported(str(value), 'Only ["text"] is served.')
+        raise unsupported(str(value), 'Only ["text"] is served.')
     return None
 
 
 def _only_functions(value: Any) -> Any:
     if value != "function":
-        raise _unsupported(str(value), "Only functions are served.")
+        raise unsupported(str(value), "Only functions are served.")
     return value
 
 
-def _unsupported(found: str, served: str) -> PydanticCustomError:
+def unsupported(found: str, served: str) -> PydanticCustomError:
+    """Return the error of what this server cannot honour, with what it can."""
     return PydanticCustomError("unsupported", "{served}", {"found": found[:200], "served": served})
 
 
@@ -79,15 +93,27 @@ class ChatMessage(Body):
     tool_calls: tuple[ToolCall, ...] | None = None
     tool_call_id: str | None = None
     refusal: str | None = None
+    reasoning_content: str | None = None
+    """What the assistant thought: for the template, which mostly leaves out that of earlier turns."""
+    reasoning: str | None = None
+    """The same, under vLLM's newer name."""
     annotations: list[Any] | None = None
     """Accepted: clients send back what they got."""
     audio: None = None
     function_call: None = None
 
+    @property
+    def thought(self) -> str | None:
+        """What the assistant thought, under whichever name."""
+        return self.reasoning_content if self.reasoning is None else self.reasoning
+
     @model_validator(mode="after")
     def _complete(self) -> Self:
-        if self.content is None and not self.tool_calls and self.refusal is None:
+        said = (self.content, self.refusal, self.thought)
+        if not self.tool_calls and all(each is None for each in said):
             raise PydanticCustomError("content", "a message with content")
+        if None not in (self.reasoning, self.reasoning_content) and self.reasoning != self.reasoning_content:
+            raise PydanticCustomError("reasoning", "reasoning the same as reasoning_content, or one of the two")
         return self
 
 
@@ -125,18 +151,39 @@ class NamedTool:
     name: str
 
 
+@dataclass(frozen=True)
+class AllowedTools:
+    """A `tool_choice` of some of the tools: the model is told of all, and may call these."""
+
+    mode: Literal["auto", "required"]
+    """Whether it must."""
+    names: tuple[str, ...]
+
+
 def _choice(value: Any) -> ToolChoice | None:
     match value:
         case None | "none" | "auto" | "required":
             return value
         case {"type": "function", "function": {"name": str(name)}}:
             return NamedTool(name)
-        case {"type": str(kind)} if kind != "function":
-            raise _unsupported(f"a choice of type {kind}", "It can be none, auto, required or a function.")
+        case {
+            "type": "allowed_tools",
+            "allowed_tools": {"mode": "auto" | "required" as mode, "tools": [*tools]},
+        }:
+            return AllowedTools(mode, tuple(map(_allowed, tools)))
+        case {"type": str(kind)} if kind not in ("function", "allowed_tools"):
+            raise unsupported(f"a choice of type {kind}", "It can be none, auto, required or of functions.")
     raise PydanticCustomError("tool_choice", EXPECTED_CHOICE)
 
 
-ToolChoice = Literal["none", "auto", "required"] | NamedTool
+def _allowed(tool: Any) -> str:
+    match tool:
+        case {"type": "function", "function": {"name": str(name)}}:
+            return name
+    raise PydanticCustomError("tool_choice", EXPECTED_CHOICE)
+
+
+ToolChoice = Literal["none", "auto", "required"] | NamedTool | AllowedTools
 ToolChoiceInput = Literal["none", "auto", "required"] | dict[str, Any] | None
 
 
@@ -163,6 +210,10 @@ class ResponseFormat(Body):
         return self
 
 
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
+"""How long the model is to think, as OpenAI spells it."""
+
+
 class ChatTurns(Body):
     """What becomes the prompt of a chat."""
 
@@ -170,6 +221,8 @@ class ChatTurns(Body):
     tools: tuple[Tool, ...] | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    """vLLM's: variables of the chat template beside the usual ones."""
 
 
 class ChatBody(ChatTurns, GenerationBody):
@@ -183,6 +236,9 @@ class ChatBody(ChatTurns, GenerationBody):
         ToolChoice | None, PlainValidator(_choice, json_schema_input_type=ToolChoiceInput)
     ] = None
     parallel_tool_calls: bool | None = None
+    reasoning_effort: Effort | None = None
+    include_reasoning: bool | None = None
+    """vLLM's: false leaves out of the answer what was thought."""
     modalities: Annotated[
         None, BeforeValidator(_only_text, json_schema_input_type=list[Literal["text"]] | None)
     ] = None
@@ -192,7 +248,6 @@ class ChatBody(ChatTurns, GenerationBody):
     audio: None = None
     prediction: None = None
     web_search_options: None = None
-    reasoning_effort: None = None
     verbosity: None = None
     moderation: None = None
 
@@ -206,6 +261,7 @@ class TokenizeBody(Body):
     tools: tuple[Tool, ...] | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
     add_special_tokens: bool | None = None
     """With those that the tokenizer adds itself; when not set, true of a prompt and false of messages."""
     return_token_strs: bool | None = None

@@ -1,7 +1,7 @@
 """What a request's body may hold, apart from chat's own fields.
 
 Types are checked here and bounds in `serving`, which both doors share. A field whose type is None is one that
-this server cannot honour: any value of it is refused by name. The last group of fields of `GenerationBody` is
+this server cannot honour: any value of it is refused by name. The last group of fields of `SamplingBody` is
 accepted because clients send them, and none of them changes an answer.
 """
 
@@ -90,14 +90,10 @@ class StructuredOutputs(Body):
         return self
 
 
-class GenerationBody(Body):
-    """What chat and plain completions have in common."""
+class SamplingBody(Body):
+    """What all bodies that ask for text have in common: what answers, and how its tokens are drawn."""
 
     model: str
-    n: int | None = None
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    max_tokens: int | None = None
     temperature: float | None = None
     top_p: float | None = None
     stop: Stops = ()
@@ -120,10 +116,6 @@ class GenerationBody(Body):
     cache_salt: str | None = None
     request_id: str | None = None
     skip_special_tokens: bool | None = None
-    prompt_logprobs: int | None = None
-    return_token_ids: bool | None = None
-    truncate_prompt_tokens: int | None = None
-    add_special_tokens: bool | None = None
     priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] | None = None
     """Lower is earlier."""
     lora_path: str | None = None
@@ -143,6 +135,21 @@ class GenerationBody(Body):
     prompt_cache_key: str | None = None
     prompt_cache_options: dict[str, Any] | None = None
     prompt_cache_retention: str | None = None
+
+
+class GenerationBody(SamplingBody):
+    """What chat and plain completions have in common."""
+
+    n: int | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    max_tokens: int | None = None
+
+    # vLLM's
+    prompt_logprobs: int | None = None
+    return_token_ids: bool | None = None
+    truncate_prompt_tokens: int | None = None
+    add_special_tokens: bool | None = None
 
     @property
     def include_usage(self) -> bool:

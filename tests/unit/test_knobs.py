@@ -23,6 +23,15 @@ from inference_service.openai_api.chat_schema import (
     Tool,
     ToolCall,
 )
+from inference_service.openai_api.responses.items import CallItem, MessageItem, OutputItem, ReasoningItem
+from inference_service.openai_api.responses.schema import (
+    FunctionTool,
+    Reasoning,
+    ResponsesBody,
+    StreamingOptions,
+    TextConfig,
+    TextFormat,
+)
 from inference_service.openai_api.schema import (
     Body,
     CompletionBody,
@@ -45,7 +54,7 @@ UNBOUNDED = {
     "ignore_eos", "include_stop_str_in_output", "skip_special_tokens",
     "add_generation_prompt", "continue_final_message", "add_special_tokens",
     # with rules of their own in `bounds` and `turns`
-    "prompt", "tools", "constraint", "logprobs_mode",
+    "prompt", "tools", "constraint", "logprobs_mode", "chat_template_kwargs",
     # looked up, compared, hashed, or the server's own
     "model", "adapters", "lora_path", "min_generation", "sticky_key", "priority", "deadline_s", "id", "served",
     "usual_temperature",
@@ -55,11 +64,14 @@ HTTP_ONLY = {
     "messages", "tool_choice", "parallel_tool_calls", "response_format", "structured_outputs",
     # the same under another name, or about how an answer is told
     "max_completion_tokens", "top_logprobs", "best_of", "echo", "stream", "stream_options", "modalities",
-    "return_token_ids",
+    "return_token_ids", "include_reasoning", "reasoning_effort",
     "request_id",
     # the key of an alias
     "user",
+    # of responses: become the chat that answers them
+    "input", "instructions", "max_output_tokens", "text", "reasoning", "include",
     # change nothing
+    "max_tool_calls",
     "metadata", "store", "service_tier", "safety_identifier",
     "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention",
 }  # fmt: skip
@@ -79,7 +91,7 @@ def test_the_table_is_finite_where_a_number_is_no_length() -> None:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("body", [ChatBody, CompletionBody])
+@pytest.mark.parametrize("body", [ChatBody, CompletionBody, ResponsesBody])
 def test_http_fields_pass_by_name(body: type[Body]) -> None:
     """A field of a body is a request's, one of the door's own, or refused whatever it holds."""
     refused = {name for name, field in body.model_fields.items() if field.annotation is type(None)}
@@ -90,6 +102,16 @@ USER = {"role": "user", "content": "x"}
 SMALLEST: Mapping[type[Body], dict[str, Any]] = {
     ChatBody: {"model": "m", "messages": [USER]},
     CompletionBody: {"model": "m", "prompt": "x"},
+    ResponsesBody: {"model": "m", "input": "x"},
+    MessageItem: {"role": "user", "content": "x"},
+    CallItem: {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"},
+    OutputItem: {"type": "function_call_output", "call_id": "c", "output": "x"},
+    ReasoningItem: {"type": "reasoning"},
+    FunctionTool: {"type": "function", "name": "f"},
+    TextConfig: {},
+    TextFormat: {"type": "text"},
+    Reasoning: {},
+    StreamingOptions: {},
     TokenizeBody: {"prompt": "x"},
     DetokenizeBody: {"tokens": [5]},
     StreamOptions: {},
@@ -119,7 +141,7 @@ def test_grpc_fields_pass_by_name() -> None:
     assert len(set(names) - TRANSLATED) == len([name for name in names if name not in TRANSLATED])
     assert set(names) - TRANSLATED <= ASKED
     options = set(names) - TRANSLATED - {"model"} | set(pb.Constraint.DESCRIPTOR.fields_by_name)
-    options |= {"tools", "adapters"}
+    options |= {"tools", "adapters", "chat_template_kwargs"}
     assert set(GenerateOptions.__annotations__) == options
 
 
