@@ -12,7 +12,6 @@ from inference_service.core.constraint import Constraint
 from inference_service.openai_api.chat_schema import ChatBody, ChatMessage, NamedTool, ResponseFormat, Tool
 from inference_service.openai_api.forced_call import call_constraint
 from inference_service.openai_api.schema import MAX_CHOICES, CompletionBody, GenerationBody, StructuredOutputs
-from inference_service.openai_api.tagged_calls import END
 from inference_service.serving.bounds import MAX_LOGPROBS
 from inference_service.serving.hints import hinted
 from inference_service.serving.json_size import check_texts
@@ -39,14 +38,12 @@ def chat_request(body: ChatBody, headers: Mapping[str, str] = NO_HEADERS) -> Req
     if body.top_logprobs is not None and not (body.logprobs and 0 <= body.top_logprobs <= MAX_LOGPROBS):
         raise refused("top_logprobs", f"0 to {MAX_LOGPROBS}, and logprobs: true", body.top_logprobs)
     tools = offered_tools(body)
-    one_call = body.parallel_tool_calls is False and bool(tools) and not is_forced(body)
     return _request(
         body,
         headers,
         prompt=messages_of(body.messages),
         max_tokens=_limit(body),
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
-        stop=(*body.stop, END) if one_call else body.stop,
         constraint=_constraint(body, tools),
         chat_template_kwargs=_variables(body),
         tools=tuple(tool.model_dump(exclude_none=True) for tool in tools),
