@@ -20,7 +20,6 @@ from inference_service.openai_api.chat_schema import (
 )
 from inference_service.openai_api.forced_call import call_constraint
 from inference_service.openai_api.schema import MAX_CHOICES, CompletionBody, GenerationBody, StructuredOutputs
-from inference_service.openai_api.tagged_calls import END
 from inference_service.serving.bounds import MAX_LOGPROBS
 from inference_service.serving.hints import hinted
 from inference_service.serving.json_size import check_texts
@@ -48,14 +47,12 @@ def chat_request(body: ChatBody, headers: Mapping[str, str] = NO_HEADERS) -> Req
         raise refused("top_logprobs", f"0 to {MAX_LOGPROBS}, and logprobs: true", body.top_logprobs)
     tools = offered_tools(body)
     _check_allowed(body.tool_choice, tools)
-    one_call = body.parallel_tool_calls is False and bool(tools) and not is_forced(body)
     return _request(
         body,
         headers,
         prompt=messages_of(body.messages),
         max_tokens=_limit(body),
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
-        stop=(*body.stop, END) if one_call else body.stop,
         constraint=_constraint(body, tools),
         chat_template_kwargs=_variables(body),
         tools=tuple(tool.model_dump(exclude_none=True) for tool in tools),

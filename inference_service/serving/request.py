@@ -81,6 +81,8 @@ class Request:
     constraint: Constraint | None = None
     skip_special_tokens: bool = True
     """Leave special tokens out of the text."""
+    shown_special_tokens: tuple[str, ...] = ()
+    """These are in the text all the same, where the tokenizer has them."""
     add_generation_prompt: bool = True
     """End rendered messages with the beginning of the assistant's turn."""
     continue_final_message: bool = False

@@ -46,6 +46,7 @@ from inference_service.serving.text import StopTexts, Text
 from loramux_shared.access.rights import ACCESS
 from loramux_shared.bundle.manifest import Generation
 from loramux_shared.faults import RequestInvalid
+from loramux_shared.parsers import Parsers
 
 __all__ = [
     "Constraint",
@@ -84,6 +85,8 @@ class GenerationService:
 
     in_work: int = 0
     """Requests of all doors that have not ended."""
+    parsers: Parsers = Parsers()
+    """How answers of chats are read."""
 
     def __init__(
         self,
@@ -217,7 +220,11 @@ class GenerationService:
                 share=ticket.share,
             )
             stops = StopTexts(request.stop, keep=request.include_stop_str_in_output)
-            detokenizer = text.detokenizer(tokens, skip_special_tokens=request.skip_special_tokens)
+            detokenizer = text.detokenizer(
+                tokens,
+                skip_special_tokens=request.skip_special_tokens,
+                shown=request.shown_special_tokens,
+            )
             answers[seq.id] = Answer(index, seq, detokenizer, stops, stop_tokens, where)
         return answers
 
