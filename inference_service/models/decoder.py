@@ -101,10 +101,12 @@ class Decoder:
         lora: StepLora | None,
         recurrence: Recurrence = no_recurrence,
         own: StepVocabulary | None = None,
+        out: Tensor | None = None,
     ) -> Tensor:
-        """Run tokens [T] at positions [T]; return what the head reads of some rows [N, hidden].
+        """Run tokens [T] at positions [T]; return what the head reads of some rows [N, hidden size].
 
-        Rows whose adapter has embeddings of its own begin with those.
+        That is what transformers calls the last hidden state; it is in out, where that is given. Rows whose
+        adapter has embeddings of its own begin with those.
         """
         ops = self._operations
         turns = tuple(attention.turn(*ops.angles(rope, positions)) for rope in self._ropes)
@@ -129,7 +131,7 @@ class Decoder:
                 hidden = self._add(hidden, None, delta, delta_norm).mul_(layer.scalar)
                 delta = delta_norm = None
         last = None if delta is None else delta[last_rows]
-        return ops.norm(hidden[last_rows], self._norm, last, delta_norm)
+        return ops.norm(hidden[last_rows], self._norm, last, delta_norm, out)
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor, own: StepVocabulary | None = None) -> Tensor:

@@ -18,7 +18,7 @@ from inference_service.openai_api.merge import merged
 from inference_service.openai_api.reply import Head, Json, Tally, json_response, usage
 from inference_service.openai_api.schema import CompletionBody
 from inference_service.openai_api.stream import open_stream, while_connected
-from inference_service.serving.request import Delta, Event, Finished, PromptLogprobs, Request, Started
+from inference_service.serving.request import Delta, Event, Finished, Pooled, PromptLogprobs, Request, Started
 from inference_service.serving.service import GenerationService
 
 
@@ -95,6 +95,8 @@ class Completion:
                 return self._echo(number, event.tokens)
             case Delta():
                 return self._choices[number][event.index].take(event)
+            case Pooled():
+                return []
             case Finished():
                 self._ends.append(event)
                 return self._choices[number][event.index].end(event)

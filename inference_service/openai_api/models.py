@@ -15,7 +15,6 @@ from inference_service.serving.adapters.manager import AdapterManager
 from inference_service.serving.catalog import ServedModel
 from inference_service.serving.service import GenerationService
 from inference_service.serving.telemetry.metrics import CONTENT_TYPE
-from loramux_shared.faults import Finding, RequestInvalid
 
 FEW: Final = 100
 """Models that are described at once."""
@@ -75,9 +74,3 @@ async def show_metrics(service: GenerationService, http: HttpRequest) -> Respons
 async def show_version(service: GenerationService, http: HttpRequest) -> Response:  # noqa: ARG001
     """Say which loramux this is."""
     return json_response({"version": version("loramux")})
-
-
-async def embeddings(service: GenerationService, http: HttpRequest) -> Response:  # noqa: ARG001
-    """Refuse: this server generates text."""
-    finding = Finding(code="E_UNSUPPORTED", fix="Ask a server of an embedding model.")
-    raise RequestInvalid("this server generates text, and makes no embeddings.", [finding])

@@ -7,6 +7,7 @@ accepted because clients send them, and none of them changes an answer.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, model_validator
@@ -14,6 +15,8 @@ from pydantic_core import PydanticCustomError
 
 MAX_PROMPTS = 256
 """Prompts of one request."""
+MAX_INPUTS = 2048
+"""Texts of one request for vectors or scores: as many as OpenAI's API takes."""
 MAX_CHOICES = 1024
 """Answers to one request: prompts times n; and texts of which an answer is one."""
 EXPECTED_STRUCTURE = "exactly one of json, regex, choice, grammar and json_object"
@@ -22,12 +25,17 @@ EXPECTED_PROMPT = "a string, a list of strings, a list of token ids or a list of
 Prompt = str | list[int]
 
 
-def _prompts(value: Any) -> tuple[Prompt, ...]:
+def prompts_of(value: Any, most: int) -> tuple[Prompt, ...]:
+    """Return one prompt or several as several.
+
+    Raises:
+        PydanticCustomError: it is none, or there are more.
+    """
     prompts = value if isinstance(value, list) and not _is_ids(value) else [value]
     if not prompts or not all(isinstance(prompt, str) or _is_ids(prompt) for prompt in prompts):
         raise PydanticCustomError("prompt", EXPECTED_PROMPT)
-    if len(prompts) > MAX_PROMPTS:
-        raise PydanticCustomError("prompt", "at most {most} prompts", {"most": MAX_PROMPTS})
+    if len(prompts) > most:
+        raise PydanticCustomError("prompt", "at most {most} prompts", {"most": most})
     return tuple(prompts)
 
 
@@ -42,7 +50,12 @@ def _stops(value: Any) -> tuple[str, ...]:
     return tuple(stops)
 
 
-Prompts = Annotated[tuple[Prompt, ...], PlainValidator(_prompts, json_schema_input_type=Prompt | list[Prompt])]
+def _several(most: int) -> PlainValidator:
+    return PlainValidator(partial(prompts_of, most=most), json_schema_input_type=Prompt | list[Prompt])
+
+
+Prompts = Annotated[tuple[Prompt, ...], _several(MAX_PROMPTS)]
+Inputs = Annotated[tuple[Prompt, ...], _several(MAX_INPUTS)]
 Stops = Annotated[tuple[str, ...], PlainValidator(_stops, json_schema_input_type=str | list[str] | None)]
 Choices = Annotated[
     tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1, max_length=MAX_CHOICES)

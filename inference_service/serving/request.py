@@ -8,10 +8,11 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from inference_service.core.constraint import Constraint
-from inference_service.core.sequence import FinishReason, Token
+from inference_service.core.sequence import FinishReason, Token, Vector
 from inference_service.serving.catalog import ServedModel
 from inference_service.serving.mixing import Scaled
 from inference_service.serving.text import Text
+from loramux_shared.pooling import Pooling
 
 Message = Mapping[str, Any]
 """A turn as chat templates know it: role, content (text or None), and name, tool_calls, tool_call_id,
@@ -48,8 +49,10 @@ class Request:
     """What answers, where the door has looked it up already: for the prompts of one call together."""
     n: int = 1
     """Answers; the first is the one that a request for one would have, the others have seeds of their own."""
+    pooling: Pooling | None = None
+    """The prompt's hidden states become a vector, as this says, and nothing is answered: max_tokens is 0."""
     max_tokens: int | None = None
-    """0 only together with prompt_logprobs: the prompt is computed and nothing else."""
+    """0 only together with prompt_logprobs or pooling: the prompt is computed and nothing else."""
     temperature: float | None = None
     usual_temperature: float = 0.0
     """Of the door; where neither the request nor the adapter says one."""
@@ -128,6 +131,13 @@ class PromptLogprobs:
 
 
 @dataclass(frozen=True)
+class Pooled:
+    """The hidden states of the prompt as one vector; comes once, and no Delta comes beside it."""
+
+    vector: Vector
+
+
+@dataclass(frozen=True)
 class Delta:
     """New text of an answer, and the tokens that were decoded for it."""
 
@@ -152,7 +162,7 @@ class Finished:
     """The stop token that ended it, where the request named it and it is no end-of-sequence token."""
 
 
-Event = Started | PromptLogprobs | Delta | Finished
+Event = Started | PromptLogprobs | Pooled | Delta | Finished
 
 
 def told(source: object, kind: type) -> dict[str, Any]:

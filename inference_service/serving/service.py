@@ -47,6 +47,7 @@ from loramux_shared.access.rights import ACCESS
 from loramux_shared.bundle.manifest import Generation
 from loramux_shared.faults import RequestInvalid
 from loramux_shared.parsers import Parsers
+from loramux_shared.pooling import Pooling
 
 __all__ = [
     "Constraint",
@@ -74,13 +75,16 @@ class ServingLimits:
     default_max_tokens: int | None
     """New tokens of a request that sets no limit; None: as many as fit."""
     eos_token_ids: frozenset[int]
+    hidden_size: int = 0
+    """Numbers of a vector."""
 
 
 class GenerationService:
     """Checks a request, runs it, and tells its story in events, or in one fault.
 
     The story is Started, PromptLogprobs where they are asked for, then Delta ..., Finished for each of the n
-    answers, which come in any mixture and carry their index.
+    answers, which come in any mixture and carry their index. Where a vector is asked for it is Started, Pooled,
+    Finished.
     """
 
     in_work: int = 0
@@ -105,6 +109,8 @@ class GenerationService:
         self.limiter = Limiter()
         self.logprobs_mode: LogprobsMode = "raw"
         """Of requests that say none."""
+        self.usual_pooling: Pooling | None = Pooling.LAST
+        """Likewise; None: the base was trained with one that is not served."""
         self._watchers = (self.metrics, *watchers)
         self._engine = engine
         self.engine_view: EngineView = engine
@@ -213,6 +219,7 @@ class GenerationService:
                 deadline_s=request.deadline_s,
                 grammar=grammar,
                 invocation=invocation,
+                pooling=request.pooling,
                 cache_salt=request.cache_salt or "",
                 model=model.name,
                 counted=model.names if model.parts else (),
