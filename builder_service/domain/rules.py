@@ -12,7 +12,6 @@ from builder_service.domain.adapter_config import AdapterConfig, parse_config
 from builder_service.domain.config_fields import bad_config
 from builder_service.domain.config_rules import INVOCATION
 from builder_service.domain.expansion import expanded
-from builder_service.domain.file_rules import CONFIG, WEIGHTS
 from builder_service.domain.full_tensors import BaseTensors, check_full_tensors, redundant_warning
 from builder_service.domain.grouping import LONGEST, Grouping
 from builder_service.domain.initial import with_initial
@@ -30,13 +29,16 @@ from builder_service.domain.tensor_rules import (
     sort_tensors,
     tower_warning,
 )
+from builder_service.domain.unchanged import unchanged, unchanged_warning
 from builder_service.domain.value_rules import check_values
 from builder_service.domain.vector_rules import check_lone
 from builder_service.domain.vectors import VectorReader, Vectors
+from loramux_shared.adapter_files import CONFIG, WEIGHTS
 from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bundle.added_tokens import AddedToken, OwnTokens
+from loramux_shared.bundle.kinds import kinds_of
 from loramux_shared.bundle.manifest import Coverage, FileDigest
-from loramux_shared.bundle.modules import NO_LAYER
+from loramux_shared.bundle.modules import BY_NAME, NO_LAYER
 from loramux_shared.deployment import Dtype
 from loramux_shared.faults import Finding
 from loramux_shared.wording import listed
@@ -70,6 +72,13 @@ class CheckedAdapter:
         """Names of the modules that it changes."""
         of_rows = [planned.row.module for planned in self.rows]
         return frozenset([*of_rows, *(planned.replaced.module for planned in self.replaced)])
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """What it is, as the manifest will have it."""
+        rows = [planned.row for planned in self.rows]
+        modules = {BY_NAME[module].id for module in self.modules}
+        return kinds_of(rows, modules, self.coverage.used, self.invocation_tokens, self.vocab)
 
     @property
     def errors(self) -> tuple[Finding, ...]:
@@ -164,10 +173,16 @@ def check_tensors(
     found += [*unread, *report.findings()]
     if config.invocation_tokens and (replaced or vocab or any(pair.key.layer == NO_LAYER for pair in pairs)):
         found.append(_activated_vocabulary())
-    if not pairs and not replaced and not vectors.rows and not any(_is_error(finding) for finding in found):
-        found.append(_nothing(config))
+    changes = bool(pairs or replaced or vectors.rows)
+    if not changes and not any(_is_error(finding) for finding in found):
+        whole = vocab is None and (tensors.lone or tensors.towers or full.redundant)
+        found.append(unchanged_warning() if whole else _nothing(config))
     if any(_is_error(finding) for finding in found):
         return CheckedAdapter(tuple(found), file, vocab=vocab)
+    planned = planned_rows(values.parts, vectors, base)
+    if not changes:
+        file, row = unchanged(file, base)
+        planned = (row,)
     found += [each for each in values.warnings if each.code != "W_ZERO_B" or not vectors.rows]
     found += [*vectors.warnings(book.dtype), *redundant_warning((*full.redundant, *vectors.redundant))]
     found += [*tower_warning(tensors.towers), *legal_findings(pairs, tensors.keys, config, base)]
@@ -176,7 +191,7 @@ def check_tensors(
     return CheckedAdapter(
         tuple(found),
         file,
-        planned_rows(values.parts, vectors, base),
+        planned,
         tuple(replaced),
         config.base_model_name,
         config.base_model_revision,

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Final
 
 from builder_service.domain import tokens
-from builder_service.domain.file_rules import TOKEN_FILES
 from builder_service.domain.rules import ComparedTokens
 from builder_service.domain.sandbox import Bounds, TooCostly, ask
+from loramux_shared.adapter_files import TOKEN_FILES
 from loramux_shared.bundle.added_tokens import AddedToken
 from loramux_shared.bundle.manifest import FileDigest
 from loramux_shared.faults import Finding

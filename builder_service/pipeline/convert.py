@@ -11,12 +11,12 @@ from typing import Final, Literal
 
 import numpy as np
 
-from builder_service.domain.file_rules import weight_files
 from builder_service.domain.own_rows import PlannedRows
 from builder_service.domain.planned import PlannedRow
 from builder_service.domain.rules import CheckedAdapter
 from builder_service.pipeline.progress import Progress, Stage
 from builder_service.pipeline.validate import ValidAdapter
+from loramux_shared.adapter_files import weight_files
 from loramux_shared.bundle.manifest import (
     CONFIG_FILE,
     OWN_TOKENS_FILE,

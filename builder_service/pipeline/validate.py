@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
-from builder_service.domain.file_rules import CONFIG, weight_files
 from builder_service.domain.full_tensors import EMBED_FIX
 from builder_service.domain.npy_rules import FOLDED, read_npy_adapter
 from builder_service.domain.rules import CheckedAdapter, ComparedTokens, Rulebook, check_adapter, check_tensors
@@ -18,6 +17,7 @@ from builder_service.pipeline.base_weights import BaseWeights
 from builder_service.pipeline.fetch import FetchedAdapter
 from builder_service.pipeline.progress import Progress, Stage
 from builder_service.pipeline.truncate import truncate_adapter
+from loramux_shared.adapter_files import CONFIG, weight_files
 from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bundle.added_tokens import AddedToken, OwnTokens
 from loramux_shared.bundle.manifest import TEXT_FILES, Coverage

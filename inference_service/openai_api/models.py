@@ -53,6 +53,11 @@ def _model(model: ServedModel, service: GenerationService, adapters: AdapterMana
         "tier": adapters.place_of(model).value,
         "ranks": list(model.ranks),
         "modules": list(model.modules),
+        "kinds": list(model.kinds),
+        "replaced_rows": dict(model.replaced),
+        "invocation_tokens": list(model.invocation),
+        "licence": (catalog.base_licence if base else model.licence) or None,
+        "base_licence": None if base else catalog.base_licence or None,
         "warnings": list(model.warnings),
     }
 

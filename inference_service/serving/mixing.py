@@ -122,6 +122,8 @@ def mixed(
         weights_bytes=None,
         defaults=shared,
         parts=models,
+        kinds=(),
+        licence="",
     )
 
 

@@ -27,6 +27,7 @@ from typing import Annotated, Final, Literal, Self
 
 from pydantic import Field, ValidationError
 
+from loramux_shared.bundle.kinds import kinds_of
 from loramux_shared.bundle.modules import BY_ID, NO_LAYER, OF_NO_LAYER, TENSORRT_LLM
 from loramux_shared.bundle.proof import Proof
 from loramux_shared.deployment import Aliases, Dtype, Merge, Model, ModelLimits, Repository, StoredName
@@ -254,7 +255,20 @@ class Manifest(Record):
             base_model_name=self.base_model_name,
             affine=any(row.vectors for row in self.rows),
             vocab=self.vocab,
+            kinds=self.kinds,
+            replaced=self.replaced_rows,
         )
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """What the adapter is: values of `AdapterKind`."""
+        modules = {part.module_id for part in self.parts}
+        return kinds_of(self.rows, modules, self.coverage.used, self.invocation_tokens, self.vocab)
+
+    @property
+    def replaced_rows(self) -> dict[str, int]:
+        """How many rows of the base's embeddings and head are replaced, by the module's name."""
+        return {part.module: part.count for part in self.replaced}
 
     @property
     def ranks(self) -> tuple[int, ...]:
@@ -289,6 +303,10 @@ class AdapterSummary(Model):
     """Whether rows have vectors: it multiplies outputs of the base, or adds biases to them."""
     vocab: int | None = Field(default=None, ge=1, exclude_if=unset)
     """That of its manifest."""
+    kinds: tuple[str, ...] = Field(default=(), exclude_if=unset)
+    """What it is, as `Manifest.kinds` has it; none in generations of older releases."""
+    replaced: dict[str, Annotated[int, Field(ge=1)]] = Field(default_factory=dict, exclude_if=unset)
+    """How many rows of the base's embeddings and head it has others for, by the module's name."""
 
     @property
     def npy_files(self) -> tuple[str, ...]:
