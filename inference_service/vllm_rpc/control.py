@@ -11,7 +11,7 @@ import grpc
 from inference_service.serving.adapters.manager import MAX_PAGE, AdapterManager
 from inference_service.serving.pausing import PauseMode
 from inference_service.serving.service import GenerationService
-from inference_service.vllm_rpc.refusals import refuse_fields, refused
+from inference_service.vllm_rpc.refusals import refuse_fields, refused, spelled_out
 from inference_service.vllm_rpc.running import Running
 from loramux.vllm import control_pb2 as pb
 from loramux.vllm import control_pb2_grpc
@@ -94,8 +94,9 @@ class VllmControlServicer(control_pb2_grpc.ControlServicer):
         self, request: pb.LoadLoraRequest, _context: grpc.aio.ServicerContext
     ) -> pb.LoadLoraResponse:
         """Add an adapter; its name must be free, as in vLLM."""
-        _require(request, "lora_name", "source_path")
-        await self._adapters.load(request.lora_name, request.source_path)
+        with spelled_out():
+            _require(request, "lora_name", "source_path")
+            await self._adapters.load(request.lora_name, request.source_path)
         return pb.LoadLoraResponse(adapter=self._adapter(request.lora_name))
 
     async def UnloadLora(  # noqa: N802 - grpc's name

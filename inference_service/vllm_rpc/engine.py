@@ -20,7 +20,7 @@ from inference_service.serving.service import GenerationService
 from inference_service.vllm_rpc.calling import MODEL, metadata_of, refuse_rank
 from inference_service.vllm_rpc.engine_answers import Telling
 from inference_service.vllm_rpc.engine_requests import request_of
-from inference_service.vllm_rpc.refusals import refused, refused_stream
+from inference_service.vllm_rpc.refusals import refused, refused_stream, spelled_out
 from inference_service.vllm_rpc.running import Running
 from inference_service.vllm_rpc.tokenizer import Archives
 from loramux.vllm import common_pb2, engine_pb2_grpc
@@ -58,15 +58,16 @@ class VllmEngineServicer(engine_pb2_grpc.VllmEngineServicer):
         self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[pb.GenerateResponse]:
         """Stream an answer, or several; nothing is sent before the first token."""
-        asked = request_of(request, context, self._name(context), self._service.limits.max_seq_len)
-        telling = Telling(asked, stream=request.stream)
-        with self._running.call(asked.id) as call:
-            async with aclosing(call.until_aborted(self._service.generate(asked))) as events:
-                async for event in events:
-                    for message in telling.messages(event):
-                        yield message
-            for message in telling.aborted() if call.aborted else ():
-                yield message
+        with spelled_out():
+            asked = request_of(request, context, self._name(context), self._service.limits.max_seq_len)
+            telling = Telling(asked, stream=request.stream)
+            with self._running.call(asked.id) as call:
+                async with aclosing(call.until_aborted(self._service.generate(asked))) as events:
+                    async for event in events:
+                        for message in telling.messages(event):
+                            yield message
+                for message in telling.aborted() if call.aborted else ():
+                    yield message
 
     async def HealthCheck(  # noqa: N802 - grpc's name
         self, _request: pb.HealthCheckRequest, _context: grpc.aio.ServicerContext

@@ -13,6 +13,7 @@ from inference_service.serving.request import Request
 from inference_service.serving.service import GenerationService, Started
 from inference_service.vllm_rpc.inference_answers import Telling, whole
 from inference_service.vllm_rpc.inference_requests import request_of
+from inference_service.vllm_rpc.refusals import spelled_out
 from inference_service.vllm_rpc.running import Running
 from loramux.vllm import inference_pb2 as pb
 from loramux.vllm import inference_pb2_grpc
@@ -32,22 +33,21 @@ class VllmInferenceServicer(inference_pb2_grpc.InferenceServicer):
         self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext
     ) -> pb.GenerateResponse:
         """Answer once; there is room for a single answer."""
-        asked = self._asked(request, context)
-        if asked.n > 1:
-            finding = Finding(
-                code="E_BAD_FIELD", where="sampling.num_sequences", expected="1", found=str(asked.n)
-            )
-            raise RequestInvalid("Generate has room for one answer. Use GenerateStream.", [finding])
-        async with aclosing(self._told(asked, request)) as messages:
-            return whole([message async for message in messages])
+        with spelled_out():
+            asked = self._asked(request, context)
+            if asked.n > 1:
+                raise _too_many(asked.n)
+            async with aclosing(self._told(asked, request)) as messages:
+                return whole([message async for message in messages])
 
     async def GenerateStream(  # noqa: N802 - grpc's name
         self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext
     ) -> AsyncGenerator[pb.GenerateResponse]:
         """Answer as it goes."""
-        async with aclosing(self._told(self._asked(request, context), request)) as messages:
-            async for message in messages:
-                yield message
+        with spelled_out():
+            async with aclosing(self._told(self._asked(request, context), request)) as messages:
+                async for message in messages:
+                    yield message
 
     def _asked(self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext) -> Request:
         asked = request_of(request, context, self._service.limits.max_seq_len)
@@ -67,6 +67,11 @@ class VllmInferenceServicer(inference_pb2_grpc.InferenceServicer):
                         held = []
             for message in (*held, *telling.aborted()) if call.aborted else ():
                 yield message
+
+
+def _too_many(count: int) -> RequestInvalid:
+    finding = Finding(code="E_BAD_FIELD", where="sampling.num_sequences", expected="1", found=str(count))
+    return RequestInvalid("Generate has room for one answer. Use GenerateStream.", [finding])
 
 
 def register(servicer: VllmInferenceServicer, server: grpc.aio.Server) -> None:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
-from typing import Any
+from contextlib import contextmanager
+from typing import Any, Final
 
 from google.protobuf.message import Message
 from google.protobuf.unknown_fields import UnknownFieldSet
 
-from loramux_shared.faults import Finding, MethodUnsupported, RequestInvalid
+from loramux_shared.faults import Fault, Finding, MethodUnsupported, RequestInvalid
 from loramux_shared.near import MAX_FINDINGS
 
+SHOWN: Final = 8
+"""Findings that a message spells out."""
 Method = Callable[..., Awaitable[Any]]
 """Of a servicer."""
 
@@ -32,6 +35,18 @@ def refused_stream(name: str, why: str) -> Callable[..., AsyncGenerator[Any]]:
         yield
 
     return refuse
+
+
+@contextmanager
+def spelled_out() -> Iterator[None]:
+    """Tell the findings of a fault in its message too: gateways pass on nothing else of a status."""
+    try:
+        yield
+    except Fault as fault:
+        if not fault.findings:
+            raise
+        shown = "; ".join(map(str, fault.findings[:SHOWN]))
+        raise fault.retold(f"{fault.message} {shown}") from fault
 
 
 def refuse_fields(message: Message, unsupported: Mapping[str, str]) -> None:

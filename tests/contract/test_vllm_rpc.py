@@ -7,6 +7,7 @@ import json
 from collections.abc import AsyncIterator
 from typing import Any
 
+import grpc
 import pytest
 import pytest_asyncio
 from google.protobuf import struct_pb2
@@ -152,6 +153,9 @@ async def test_what_is_not_served_is_named(doors: Doors, fields: dict[str, Any],
     """All at once, before anything runs."""
     said = await failure(doors.engine_says(**fields))
     assert said == ("INVALID_ARGUMENT", "REQUEST_INVALID", named)
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await doors.engine_says(**fields)
+    assert all(name in str(caught.value.details()) for name in named)  # of which gateways pass on no more
 
 
 async def test_fields_of_other_releases_are_not_dropped(doors: Doors) -> None:

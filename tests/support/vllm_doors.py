@@ -23,6 +23,7 @@ from loramux.vllm import engine_pb2 as engine_pb
 from loramux.vllm import inference_pb2 as inference_pb
 from loramux_shared.rpc.server import RpcServer
 from loramux_shared.storage.memory import MemoryStore
+from tests.support.service import until_free
 from tests.support.tiny import World
 
 PROMPT = [5, 6, 7, 8]
@@ -36,10 +37,15 @@ class Doors:
 
     ready: Ready
     server: RpcServer
+    addresses: tuple[str, str]
     engine: engine_pb2_grpc.VllmEngineStub
     of_model: engine_pb2_grpc.VllmEngineStub
     inference: inference_pb2_grpc.InferenceStub
     control: control_pb2_grpc.ControlStub
+
+    async def until_free(self) -> None:
+        """Wait until the engine holds no sequence."""
+        await until_free(self.ready)
 
     async def engine_says(
         self, stub: Any = None, metadata: Sequence[tuple[str, str]] = (), **fields: Any
@@ -81,6 +87,7 @@ async def open_doors(world: tuple[World, MemoryStore], **settings: Any) -> Async
     yield Doors(
         ready,
         server,
+        (server.address, of_model.address),
         engine_pb2_grpc.VllmEngineStub(own),
         engine_pb2_grpc.VllmEngineStub(single),
         inference_pb2_grpc.InferenceStub(own),
