@@ -120,7 +120,7 @@ async def measure(
     async with AsyncClient(inference=running.grpc) as client:
         for number in range(options.rounds + 1):
             each = options.questions if number else WARM_UP
-            # Prefixes of the template that one run leaves are there for the next: each has its turn to be first.
+            # Prefixes of the template that one run leaves are there for the next: each is first in turn.
             first = number % len(runs)
             for seed, (name, plan, times, order) in enumerate(runs[first:] + runs[:first]):
                 asked = questions(each * times, len(runs) * number + seed)

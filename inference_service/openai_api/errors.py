@@ -24,6 +24,7 @@ STATUSES: Final = {
     Status.RESOURCE_EXHAUSTED: 429,
     Status.FAILED_PRECONDITION: 400,
     Status.ABORTED: 409,
+    Status.UNIMPLEMENTED: 501,
     Status.INTERNAL: 500,
     Status.UNAVAILABLE: 503,
     Status.DATA_LOSS: 500,

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
-from importlib.metadata import version
-
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from inference_service.openai_api.reply import Json, json_response
+from inference_service.serving.load_view import loads
 from inference_service.serving.service import GenerationService
 
 
@@ -34,23 +32,7 @@ async def show_load(service: GenerationService, http: HttpRequest) -> Response: 
 
 async def show_loads(service: GenerationService, http: HttpRequest) -> Response:  # noqa: ARG001
     """Tell how full the replica is, in SGLang's words; it is one rank of one."""
-    stats = service.engine_view.stats
-    total = stats.blocks_total * stats.block_size
-    used = total - stats.blocks_free * stats.block_size
-    load = {
-        "dp_rank": 0,
-        "num_running_reqs": stats.running,
-        "num_waiting_reqs": stats.waiting,
-        "num_total_reqs": stats.running + stats.waiting,
-        "num_used_tokens": used,
-        "max_total_num_tokens": total,
-        "token_usage": used / total,
-        "cache_hit_rate": stats.prefix_hit_rate,
-        "utilization": stats.running / max(1, stats.seats),
-        "max_running_requests": stats.seats,
-    }
-    now = datetime.now(UTC).isoformat()
-    return json_response({"timestamp": now, "version": version("loramux"), "dp_rank_count": 1, "loads": [load]})
+    return json_response(loads(service.engine_view))
 
 
 def _at_work(service: GenerationService) -> Json:

@@ -19,6 +19,7 @@ from inference_service.core.sampling import LogprobsMode, SamplingParams
 from inference_service.core.sequence import Sequence
 from inference_service.serving.adapter_defaults import AdapterDefaults
 from inference_service.serving.answer import Answer
+from inference_service.serving.base_files import BaseFiles, NoBaseFiles
 from inference_service.serving.bounds import check
 from inference_service.serving.catalog import Catalog, Changes, ServedModel
 from inference_service.serving.constraints import Constraints
@@ -27,7 +28,7 @@ from inference_service.serving.engine_thread import EngineThread
 from inference_service.serving.lengths import countable
 from inference_service.serving.limits import Limiter, Ticket
 from inference_service.serving.naming import Naming
-from inference_service.serving.numbers import drawable, first, of_answer, room
+from inference_service.serving.numbers import completing, drawable, first, of_answer, room
 from inference_service.serving.request import (
     Delta,
     Event,
@@ -111,6 +112,7 @@ class GenerationService:
         """Of requests that say none."""
         self.usual_pooling: Pooling | None = Pooling.LAST
         """Likewise; None: the base was trained with one that is not served."""
+        self.base_files: BaseFiles = NoBaseFiles()
         self._watchers = (self.metrics, *watchers)
         self._engine = engine
         self.engine_view: EngineView = engine
@@ -201,9 +203,9 @@ class GenerationService:
     ) -> dict[str, Answer]:
         """Return the n answers of a request by the ids of their sequences."""
         sampling, text = self._sampling(request, len(tokens), defaults), self._text(defaults)
-        if request.bad_words:
+        if request.bad_words or request.bad_words_token_ids:
             words = await asyncio.to_thread(text.bad_words, request.bad_words)
-            sampling = replace(sampling, bad_words=words)
+            sampling = replace(sampling, bad_words=completing((*words, *request.bad_words_token_ids)))
         grammars = await self._grammars(request, defaults)
         number, where = next(_numbers), request.constraint.where if request.constraint else ""
         stop_tokens = frozenset(request.stop_token_ids) - self._ends(request, defaults)
