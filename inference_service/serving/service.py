@@ -46,7 +46,7 @@ from inference_service.serving.telemetry.replica import EngineView
 from inference_service.serving.text import StopTexts, Text
 from loramux_shared.access.rights import ACCESS
 from loramux_shared.bundle.manifest import Generation
-from loramux_shared.faults import RequestInvalid
+from loramux_shared.faults import Finding, RequestInvalid
 from loramux_shared.parsers import Parsers
 from loramux_shared.pooling import Pooling
 
@@ -260,7 +260,8 @@ class GenerationService:
         else:
             tokens = [item for item in prompt if isinstance(item, int)]
         if not tokens:
-            raise RequestInvalid("the prompt is empty; expected at least one token.")
+            finding = Finding(code="E_BAD_FIELD", where="prompt", expected="at least one token", found="none")
+            raise RequestInvalid("the prompt is empty.", [finding])
         if cut == -1:
             longest = self.limits.max_seq_len
             usual = min(self.limits.default_max_tokens or 1, longest - 1)
