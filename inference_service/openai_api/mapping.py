@@ -10,7 +10,6 @@ from typing import Any, Final
 
 from inference_service.core.constraint import Constraint
 from inference_service.openai_api.chat_schema import ChatBody, ChatMessage, NamedTool, ResponseFormat, Tool
-from inference_service.openai_api.forced_call import call_constraint
 from inference_service.openai_api.schema import MAX_CHOICES, CompletionBody, GenerationBody, StructuredOutputs
 from inference_service.serving.bounds import MAX_LOGPROBS
 from inference_service.serving.hints import hinted
@@ -166,7 +165,8 @@ def _constraint(body: ChatBody, tools: Sequence[Tool]) -> Constraint | None:
         raise refused("structured_outputs", "none beside a response_format", "both")
     wanted = wanted or structure
     if is_forced(body):
-        return call_constraint(_allowed(body.tool_choice, tools))
+        demanded_tools(body)
+        return None  # it is made when the model is known
     if wanted and tools:
         raise refused(
             wanted.where, 'text, or tool_choice "none": an answer is constrained or may call tools', ""
@@ -198,10 +198,15 @@ def _structure(outputs: StructuredOutputs | None) -> Constraint | None:
     return None
 
 
-def _allowed(choice: object, tools: Sequence[Tool]) -> Sequence[Tool]:
-    """Return the tools of which one must be called."""
+def demanded_tools(body: ChatBody) -> Sequence[Tool]:
+    """Return the tools of which one must be called.
+
+    Raises:
+        RequestInvalid: there is none, or not the one that is named.
+    """
+    choice, tools = body.tool_choice, offered_tools(body)
     if isinstance(choice, NamedTool):
-        tools = [tool for tool in tools if tool.function.name == choice.name]
+        tools = tuple(tool for tool in tools if tool.function.name == choice.name)
     if not tools:
         raise refused("tool_choice", "a tool that tools holds", getattr(choice, "name", choice))
     return tools
