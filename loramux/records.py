@@ -23,6 +23,8 @@ class Message(TypedDict):
     tool_calls: NotRequired[Sequence[Mapping[str, Any]]]
     """``{"id": ..., "function": {"name": ..., "arguments": ...}}``; the arguments as JSON text or as a dict."""
     tool_call_id: NotRequired[str]
+    reasoning: NotRequired[str]
+    """What an assistant's turn thought, for the template; ``reasoning_content`` in a plain dictionary too."""
 
 
 Prompt: TypeAlias = str | Sequence[int] | Sequence[Message] | Sequence[Mapping[str, Any]]
@@ -81,6 +83,8 @@ class GenerateOptions(TypedDict, total=False):
     """Functions for the chat template to tell the model, in the shape of the OpenAI API."""
     add_generation_prompt: bool | None
     """End the prompt of messages with the beginning of the assistant's turn; it does by default."""
+    chat_template_kwargs: Mapping[str, Any] | None
+    """Variables of the chat template beside the usual ones, such as ``{"enable_thinking": False}``."""
     continue_final_message: bool | None
     """Go on with the last message; add_generation_prompt must be False."""
     add_special_tokens: bool | None

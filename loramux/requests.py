@@ -82,6 +82,8 @@ def _prompt(prompt: Prompt, templated: Mapping[str, Any]) -> dict[str, Any]:
         turns = [_turn(item) for item in cast(list[Turn], items)]
         tools = [_tool(tool) for tool in templated.get("tools", ())]
         fields = {name: value for name, value in templated.items() if name != "tools"}
+        if variables := fields.pop("chat_template_kwargs", None):
+            fields["chat_template_kwargs"] = _json(variables)
         return {"messages": pb.Messages(messages=turns, tools=tools, **fields)}
     return {"token_ids": pb.TokenIds(ids=cast(list[int], items))}
 
@@ -93,6 +95,7 @@ def _turn(message: Mapping[str, Any]) -> pb.Message:
         content=message.get("content") or "",
         name=message.get("name"),
         tool_call_id=message.get("tool_call_id"),
+        reasoning=message.get("reasoning") or message.get("reasoning_content"),
         tool_calls=[
             pb.ToolCall(
                 id=call.get("id"),

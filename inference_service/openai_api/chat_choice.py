@@ -7,11 +7,13 @@ from typing import Final
 
 from inference_service.core.sequence import FinishReason, Token
 from inference_service.openai_api.logprobs import chat_logprobs
-from inference_service.openai_api.pieces import CallArguments, CallBegun, Piece, Said
+from inference_service.openai_api.pieces import CallArguments, CallBegun, Piece, Said, Thought
 from inference_service.openai_api.reply import REASONS, Json, ended_by
 from inference_service.serving.request import Delta, Finished
 from inference_service.serving.text import Text
 
+REASONING: Final = ("reasoning_content", "reasoning")
+"""Where reasoning stands, beside the content: both of vLLM's names, of which clients know one or the other."""
 GOES_ON: Final[Json] = {"finish_reason": None, "stop_reason": None}
 
 
@@ -28,6 +30,7 @@ class ChatChoice:
         self._stops = stops
         self._text = text
         self._said: list[str] = []
+        self._thoughts: list[str] = []
         self._calls: list[Json] = []
         self._tokens: list[Token] = []
         self._ended = GOES_ON
@@ -53,6 +56,8 @@ class ChatChoice:
             match piece:
                 case Said():
                     self._said.append(piece.text)
+                case Thought():
+                    self._thoughts.append(piece.text)
                 case CallBegun():
                     function = {"name": piece.name, "arguments": ""}
                     self._calls.append({"id": piece.id, "type": "function", "function": function})
@@ -64,6 +69,8 @@ class ChatChoice:
         said = "".join(self._said)
         content = None if self._calls and not said.strip() else said
         message: Json = {"role": "assistant", "content": content, "refusal": None}
+        if self._thoughts:
+            message |= dict.fromkeys(REASONING, "".join(self._thoughts))
         if self._calls:
             message["tool_calls"] = self._calls
         scores = None if self._text is None else chat_logprobs(self._tokens, self._text)
@@ -98,6 +105,8 @@ class ChatChoice:
         match piece:
             case Said():
                 return self._choice({"content": piece.text}, scores)
+            case Thought():
+                return self._choice(dict.fromkeys(REASONING, piece.text), scores)
             case CallBegun():
                 function = {"name": piece.name, "arguments": ""}
                 call = {"index": piece.index, "id": piece.id, "type": "function", "function": function}

@@ -79,15 +79,27 @@ class ChatMessage(Body):
     tool_calls: tuple[ToolCall, ...] | None = None
     tool_call_id: str | None = None
     refusal: str | None = None
+    reasoning_content: str | None = None
+    """What the assistant thought: for the template, which mostly leaves out that of earlier turns."""
+    reasoning: str | None = None
+    """The same, under vLLM's newer name."""
     annotations: list[Any] | None = None
     """Accepted: clients send back what they got."""
     audio: None = None
     function_call: None = None
 
+    @property
+    def thought(self) -> str | None:
+        """What the assistant thought, under whichever name."""
+        return self.reasoning_content if self.reasoning is None else self.reasoning
+
     @model_validator(mode="after")
     def _complete(self) -> Self:
-        if self.content is None and not self.tool_calls and self.refusal is None:
+        said = (self.content, self.refusal, self.thought)
+        if not self.tool_calls and all(each is None for each in said):
             raise PydanticCustomError("content", "a message with content")
+        if None not in (self.reasoning, self.reasoning_content) and self.reasoning != self.reasoning_content:
+            raise PydanticCustomError("reasoning", "reasoning the same as reasoning_content, or one of the two")
         return self
 
 
@@ -163,6 +175,10 @@ class ResponseFormat(Body):
         return self
 
 
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
+"""How long the model is to think, as OpenAI spells it."""
+
+
 class ChatTurns(Body):
     """What becomes the prompt of a chat."""
 
@@ -170,6 +186,8 @@ class ChatTurns(Body):
     tools: tuple[Tool, ...] | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    """vLLM's: variables of the chat template beside the usual ones."""
 
 
 class ChatBody(ChatTurns, GenerationBody):
@@ -183,6 +201,9 @@ class ChatBody(ChatTurns, GenerationBody):
         ToolChoice | None, PlainValidator(_choice, json_schema_input_type=ToolChoiceInput)
     ] = None
     parallel_tool_calls: bool | None = None
+    reasoning_effort: Effort | None = None
+    include_reasoning: bool | None = None
+    """vLLM's: false leaves out of the answer what was thought."""
     modalities: Annotated[
         None, BeforeValidator(_only_text, json_schema_input_type=list[Literal["text"]] | None)
     ] = None
@@ -192,7 +213,6 @@ class ChatBody(ChatTurns, GenerationBody):
     audio: None = None
     prediction: None = None
     web_search_options: None = None
-    reasoning_effort: None = None
     verbosity: None = None
     moderation: None = None
 
@@ -206,6 +226,7 @@ class TokenizeBody(Body):
     tools: tuple[Tool, ...] | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
     add_special_tokens: bool | None = None
     """With those that the tokenizer adds itself; when not set, true of a prompt and false of messages."""
     return_token_strs: bool | None = None

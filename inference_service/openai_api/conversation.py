@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from inference_service.openai_api.chat_schema import ChatBody
 from inference_service.openai_api.forced_call import ForcedCall
 from inference_service.openai_api.mapping import chat_request, is_forced, offered_tools
-from inference_service.openai_api.pieces import Piece, Plain, Reading
+from inference_service.openai_api.pieces import Piece, Plain, Reading, Thought
 from inference_service.openai_api.tagged_calls import TaggedCalls
 from inference_service.serving.request import Delta, Finished, PromptLogprobs, Started
 from inference_service.serving.service import GenerationService
@@ -52,9 +52,14 @@ class Conversation:
                     case PromptLogprobs():
                         yield event
                     case Delta():
-                        yield Told(event, readings[event.index].push(event.text))
+                        yield Told(event, self._told(readings[event.index].push(event.text)))
                     case Finished():
-                        yield Told(event, readings[event.index].finish())
+                        yield Told(event, self._told(readings[event.index].finish()))
+
+    def _told(self, pieces: list[Piece]) -> list[Piece]:
+        if self._body.include_reasoning is not False:
+            return pieces
+        return [piece for piece in pieces if not isinstance(piece, Thought)]
 
     def _reading(self) -> Reading:
         if is_forced(self._body):

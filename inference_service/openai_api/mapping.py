@@ -18,10 +18,12 @@ from inference_service.serving.hints import hinted
 from inference_service.serving.json_size import check_texts
 from inference_service.serving.request import Message, Prompt, Request, told
 from inference_service.serving.service import GenerationService
-from inference_service.serving.turns import role_of
+from inference_service.serving.turns import role_of, thought_of
 from loramux_shared.faults import Finding, RequestInvalid
 
 STRUCTURED = "structured_outputs"
+SWITCHES: Final = ("enable_thinking", "thinking")
+"""Variables with which templates turn thinking on and off: of Qwen, SmolLM and Gemma; of Granite."""
 NO_HEADERS: Final[Mapping[str, str]] = MappingProxyType({})
 DEFAULT_TEMPERATURE = 1.0
 DEFAULT_COMPLETION_TOKENS = 16
@@ -46,8 +48,23 @@ def chat_request(body: ChatBody, headers: Mapping[str, str] = NO_HEADERS) -> Req
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         stop=(*body.stop, END) if one_call else body.stop,
         constraint=_constraint(body, tools),
+        chat_template_kwargs=_variables(body),
         tools=tuple(tool.model_dump(exclude_none=True) for tool in tools),
     )
+
+
+def _variables(body: ChatBody) -> Mapping[str, Any]:
+    """Return what the template is told beside the messages.
+
+    Templates switch thinking off with other names than OpenAI's, and those that know none of them tell nobody.
+    """
+    said, effort = body.chat_template_kwargs or {}, body.reasoning_effort
+    if effort is None:
+        return said
+    if said.get("reasoning_effort", effort) != effort:
+        raise refused("reasoning_effort", "the same as chat_template_kwargs has, or one of the two", effort)
+    off = dict.fromkeys(SWITCHES, False) if effort == "none" else {}
+    return off | said | {"reasoning_effort": effort}
 
 
 def _limit(body: ChatBody) -> int | None:
@@ -113,6 +130,8 @@ def _message(message: ChatMessage) -> Message:
         made["name"] = message.name
     if message.tool_call_id is not None:
         made["tool_call_id"] = message.tool_call_id
+    if message.thought is not None:
+        made |= thought_of(message.thought)
     if message.tool_calls:
         made["tool_calls"] = [
             {

@@ -15,6 +15,13 @@ class Said:
 
 
 @dataclass(frozen=True)
+class Thought:
+    """Reasoning, which is told apart from what is said."""
+
+    text: str
+
+
+@dataclass(frozen=True)
 class CallBegun:
     """A call of a tool begins."""
 
@@ -32,7 +39,7 @@ class CallArguments:
     text: str
 
 
-Piece = Said | CallBegun | CallArguments
+Piece = Said | Thought | CallBegun | CallArguments
 
 
 class Reading(Protocol):

@@ -29,12 +29,14 @@ async def tokenize(service: GenerationService, http: HttpRequest) -> Response:
         messages = messages_of(body.messages)
         tools = [tool.model_dump(exclude_none=True) for tool in body.tools or ()]
         starts = body.add_generation_prompt is not False
-        check_turns(messages, tools, goes_on=bool(body.continue_final_message), starts=starts)
+        variables = body.chat_template_kwargs or {}
+        check_turns(messages, tools, variables, goes_on=bool(body.continue_final_message), starts=starts)
         tokens = await service.text.encode_messages(
             messages,
             most,
             defaults.template,
             tools,
+            variables,
             add_generation_prompt=starts,
             add_special_tokens=bool(body.add_special_tokens),
             continue_final_message=bool(body.continue_final_message),

@@ -9,7 +9,7 @@ from typing import Any, Final
 import grpc
 
 from inference_service.core.sequence import MOST_PARTS, FinishReason, Token
-from inference_service.rpc.prompt import constraint_of, prompt_of, tools_of
+from inference_service.rpc.prompt import constraint_of, prompt_of, tools_of, variables_of
 from inference_service.serving.catalog import Catalog, ServedModel
 from inference_service.serving.hints import hinted
 from inference_service.serving.lengths import countable
@@ -19,7 +19,12 @@ from inference_service.serving.text import Text
 from loramux.inference.v1 import inference_pb2 as pb
 from loramux_shared.faults import Finding, RequestInvalid
 
-TRANSLATED: Final = frozenset({"text", "token_ids", "messages", "tools", "sampling", "constraint", "adapters"})
+TRANSLATED: Final = frozenset(
+    {
+        *("text", "token_ids", "messages", "tools", "chat_template_kwargs"),
+        *("sampling", "constraint", "adapters"),
+    }
+)
 """Fields that `Request` has otherwise; all others have their name there."""
 # With 20 alternatives each, a message stays below 1 MB: clients take 4 MB by default.
 PROMPT_TOKENS: Final = 1024
@@ -53,6 +58,7 @@ def request_from_message(
     return Request(
         prompt=prompt,
         tools=tools_of(message),
+        chat_template_kwargs=variables_of(message),
         constraint=constraint_of(message),
         deadline_s=None if remaining is None else time.monotonic() + remaining,
         **own | _said(message) | hinted(metadata, message.min_generation, message.sticky_key),

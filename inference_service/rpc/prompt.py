@@ -11,7 +11,7 @@ from inference_service.core.constraint import Constraint, Kind
 from inference_service.serving.json_size import check_texts
 from inference_service.serving.lengths import check_ids
 from inference_service.serving.request import Message, Prompt
-from inference_service.serving.turns import role_of
+from inference_service.serving.turns import role_of, thought_of
 from loramux.inference.v1 import inference_pb2 as pb
 from loramux_shared.faults import Finding, RequestInvalid
 
@@ -38,7 +38,7 @@ def prompt_of(message: pb.GenerateRequest, max_seq_len: int) -> Prompt:
         return list(message.token_ids.ids)
     turns = message.messages
     calls = (call.arguments for turn in turns.messages for call in turn.tool_calls)
-    check_texts(chain(calls, (tool.parameters for tool in turns.tools)))
+    check_texts(chain(calls, (tool.parameters for tool in turns.tools), [turns.chat_template_kwargs]))
     return [_turn(index, item) for index, item in enumerate(message.messages.messages)]
 
 
@@ -49,6 +49,15 @@ def tools_of(message: pb.GenerateRequest) -> tuple[Mapping[str, Any], ...]:
         RequestInvalid: the parameters of a tool are not a JSON object.
     """
     return tuple(_tool(index, tool) for index, tool in enumerate(message.messages.tools))
+
+
+def variables_of(message: pb.GenerateRequest) -> Mapping[str, Any]:
+    """Return the variables of the chat template.
+
+    Raises:
+        RequestInvalid: they are not a JSON object.
+    """
+    return _object("messages.chat_template_kwargs", message.messages.chat_template_kwargs or "{}")
 
 
 def constraint_of(message: pb.GenerateRequest) -> Constraint | None:
@@ -64,6 +73,8 @@ def _turn(index: int, message: pb.Message) -> Message:
     turn: dict[str, Any] = {"role": role_of(message.role), "content": message.content}
     if calls:
         turn |= {"content": message.content or None, "tool_calls": calls}
+    if message.reasoning:
+        turn |= thought_of(message.reasoning)
     return turn | _given(message, ("name", "tool_call_id"))
 
 

@@ -12,7 +12,13 @@ from typing import Any, Final, get_args
 from inference_service.core.sampling import LogprobsMode
 from inference_service.serving.lengths import check_ids, countable
 from inference_service.serving.request import Message, Request
-from inference_service.serving.turns import Rule, rules_of_the_end, rules_of_tools, rules_of_turns
+from inference_service.serving.turns import (
+    Rule,
+    rules_of_the_end,
+    rules_of_tools,
+    rules_of_turns,
+    rules_of_variables,
+)
 from loramux_shared.faults import Finding, RequestInvalid
 from loramux_shared.near import MAX_FINDINGS
 from loramux_shared.sampling import MAX_TEMPERATURE
@@ -89,15 +95,20 @@ def check(request: Request, vocab: int, max_queue: int, max_seq_len: int) -> Non
 
 
 def check_turns(
-    messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], *, goes_on: bool, starts: bool
+    messages: Sequence[Message],
+    tools: Sequence[Mapping[str, Any]],
+    variables: Mapping[str, Any],
+    *,
+    goes_on: bool,
+    starts: bool,
 ) -> None:
-    """Look at the messages and tools that are to be rendered.
+    """Look at the messages, tools and variables that are to be rendered.
 
     Raises:
         RequestInvalid: with one finding per field that breaks a rule.
     """
     end = rules_of_the_end(messages, goes_on=goes_on, starts=starts)
-    _judge(chain(rules_of_turns(messages), rules_of_tools(tools), end))
+    _judge(chain(rules_of_turns(messages), rules_of_tools(tools), rules_of_variables(variables), end))
 
 
 def _judge(rules: Iterable[Rule]) -> None:
@@ -124,6 +135,7 @@ def _prompt(request: Request, vocab: int) -> Iterator[Rule]:
         end = {"goes_on": request.continue_final_message, "starts": request.add_generation_prompt}
         yield from rules_of_the_end(turns, **end)
     yield from rules_of_tools(request.tools)
+    yield from rules_of_variables(request.chat_template_kwargs)
 
 
 def _numbers(request: Request, most: Mapping[str, int]) -> Iterator[Rule]:

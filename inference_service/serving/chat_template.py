@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Final
 
 from inference_service.serving.sandbox.pool import SandboxPool
@@ -42,11 +43,14 @@ class ChatTemplate:
         self,
         messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Mapping[str, Any]] = (),
+        variables: Mapping[str, Any] = MappingProxyType({}),
         *,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
     ) -> str:
         """Return the prompt; it ends within the last message where an answer is to go on with that.
+
+        What a template is told besides is in variables, whose names are none of its own.
 
         Raises:
             RequestInvalid: the template refuses the messages, or takes more time or memory than it may.
@@ -54,13 +58,14 @@ class ChatTemplate:
         mark = secrets.token_hex(16) if continue_final_message else ""
         if mark:  # the space shows whether the template cuts spaces off, the text's own too
             messages = [*messages[:-1], {**messages[-1], "content": f"{messages[-1]['content']}{mark} "}]
-        variables = self._special | {
+        told = self._special | {
+            "documents": None,
+            **variables,
             "messages": list(messages),
             "tools": list(tools) or None,
-            "documents": None,
             "add_generation_prompt": add_generation_prompt,
         }
-        asked = _RENDERERS.ask(self._source, {"source": self._source, "variables": variables})
+        asked = _RENDERERS.ask(self._source, {"source": self._source, "variables": told})
         answer = await asyncio.wrap_future(asked)
         if "error" in answer:
             finding = Finding(code="E_MESSAGES", where="messages", found=answer["error"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from typing import Final
 
@@ -29,6 +30,14 @@ def _too_much(data: bytes) -> str:
     if data.count(b":") + data.count(b"{") + data.count(b"[") > MAX_NAMES:
         return f"more than {MAX_NAMES} names, objects and lists"
     return f"more than {MAX_VALUES} values" if data.count(b",") > MAX_VALUES else ""
+
+
+def json_bytes(value: object) -> int | None:
+    """Return how many bytes a value has as JSON; None where it is too deep to be told."""
+    try:
+        return len(json.dumps(value, ensure_ascii=False).encode(errors="replace"))
+    except RecursionError:
+        return None
 
 
 def check_texts(texts: Iterable[str]) -> None:

@@ -13,7 +13,8 @@ from inference_service.serving.catalog import ServedModel
 from inference_service.serving.mixing import Scaled
 
 Message = Mapping[str, Any]
-"""A turn as chat templates know it: role, content (text or None), and name, tool_calls, tool_call_id."""
+"""A turn as chat templates know it: role, content (text or None), and name, tool_calls, tool_call_id,
+reasoning_content and reasoning (both the same)."""
 Prompt = str | list[int] | list[Message]
 """Text, token ids or chat messages."""
 
@@ -89,6 +90,8 @@ class Request:
     """Leave out the beginning of a prompt with more tokens; -1: of one that leaves the answer no room."""
     tools: tuple[Mapping[str, Any], ...] = ()
     """Rendered by the chat template."""
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    """Variables of the chat template beside the usual ones, such as ``enable_thinking``."""
     cache_salt: str | None = None
     """Only requests with the same one find each other's prompts in the prefix cache."""
     priority: int = 0

@@ -228,6 +228,7 @@ class GenerationService:
                 most,
                 defaults.template,
                 request.tools,
+                request.chat_template_kwargs,
                 add_generation_prompt=request.add_generation_prompt,
                 add_special_tokens=bool(request.add_special_tokens),
                 continue_final_message=request.continue_final_message,

@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final
 
 from tokenizers import Tokenizer
@@ -128,6 +129,7 @@ class Text:
         max_seq_len: int,
         template: ChatTemplate | None = None,
         tools: Sequence[Mapping[str, Any]] = (),
+        variables: Mapping[str, Any] = MappingProxyType({}),
         *,
         add_generation_prompt: bool = True,
         add_special_tokens: bool = False,
@@ -146,6 +148,7 @@ class Text:
         rendered = await template.render(
             messages,
             tools,
+            variables,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
         )

@@ -4,13 +4,28 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any, Final
+
+from inference_service.serving.json_size import json_bytes
 
 ROLES: Final = ("system", "user", "assistant", "tool")
 """As templates know them; ``developer``, which clients also say, is system."""
 MAX_TOOLS: Final = 128
 _NAME: Final = re.compile(r"[A-Za-z0-9_.\-]{1,64}")
 EXPECTED_NAME: Final = "1 to 64 letters, digits, _, . or -"
+
+MAX_VARIABLES: Final = 32
+MAX_VARIABLE_BYTES: Final = 64 * 1024
+_VARIABLE: Final = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,63}")
+EXPECTED_VARIABLE: Final = "names of a letter, and up to 63 letters, digits and _"
+RESERVED: Final = frozenset(
+    {
+        *("messages", "tools", "add_generation_prompt", "continue_final_message"),
+        *("raise_exception", "strftime_now", "namespace", "self"),
+    }
+)
+"""What a template is told in other ways; so are special tokens, whose names end with ``_token``."""
 
 Rule = tuple[bool, str, str, object]
 """Whether it is broken, the field, what is expected, what was found."""
@@ -19,6 +34,11 @@ Rule = tuple[bool, str, str, object]
 def role_of(role: str) -> str:
     """Return a role as templates know it."""
     return "system" if role == "developer" else role
+
+
+def thought_of(text: str) -> dict[str, str]:
+    """Return what an assistant thought, by the names that templates have for it."""
+    return {"reasoning_content": text, "reasoning": text}
 
 
 def rules_of_turns(messages: Sequence[Mapping[str, Any]]) -> Iterator[Rule]:
@@ -45,9 +65,33 @@ def rules_of_the_end(messages: Sequence[Mapping[str, Any]], *, goes_on: bool, st
     yield not said, where, "text, which continue_final_message goes on with", "none"
 
 
+def rules_of_variables(variables: Mapping[str, Any]) -> Iterator[Rule]:
+    """Yield the rules of what a template is told beside messages, tools and the like."""
+    where = "chat_template_kwargs"
+    yield len(variables) > MAX_VARIABLES, where, f"at most {MAX_VARIABLES} names", len(variables)
+    for name in islice(variables, MAX_VARIABLES):
+        yield not _VARIABLE.fullmatch(name), where, EXPECTED_VARIABLE, repr(name)
+        taken = name in RESERVED or name.endswith("_token")
+        yield (
+            taken,
+            f"{where}.{name[:64]}",
+            "a name that is not the template's own; use the request's field",
+            name,
+        )
+    size, expected = json_bytes(variables), f"at most {MAX_VARIABLE_BYTES} bytes of JSON"
+    yield size is None or size > MAX_VARIABLE_BYTES, where, expected, size or "more"
+
+
 def _of_message(where: str, message: Mapping[str, Any]) -> Iterator[Rule]:
     role, calls = message["role"], message.get("tool_calls") or ()
     yield role not in ROLES, f"{where}.role", f"one of developer, {', '.join(ROLES)}", repr(role)
+    thinks = message.get("reasoning_content") is not None
+    yield (
+        thinks and role != "assistant",
+        f"{where}.reasoning_content",
+        "reasoning only with role assistant",
+        role,
+    )
     unanswered = role == "tool" and not message.get("tool_call_id")
     yield unanswered, f"{where}.tool_call_id", "the id of a call, in a message with role tool", "none"
     yield bool(calls) and role != "assistant", f"{where}.tool_calls", "calls only with role assistant", role

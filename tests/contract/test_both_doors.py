@@ -66,6 +66,30 @@ async def test_turns_and_tools(
     assert (told, counted, said) == (("OK",) * 3 if taken else ("invalid_value",) * 2 + ("REQUEST_INVALID",))
 
 
+@pytest.mark.parametrize(
+    ("variables", "taken"),
+    [
+        ({"enable_thinking": False, "thinking_budget": 3, "documents": [{"text": "x"}]}, True),
+        ({"messages": []}, False),
+        ({"bos_token": "x"}, False),
+        ({"add_generation_prompt": False}, False),
+        ({"a b": 1}, False),
+        ({"_x": 1}, False),
+        ({f"a{n}": 1 for n in range(33)}, False),
+        ({"a": "x" * 65536}, False),
+    ],
+)
+async def test_variables_of_the_template(doors: Doors, variables: dict[str, Any], taken: bool) -> None:
+    """Names that the template has otherwise, names that are none, and too much, are refused everywhere."""
+    asked = {"messages": [USER], "chat_template_kwargs": variables}
+    body = {"model": "base", "max_tokens": 1} | asked
+    told = await doors.post("/v1/chat/completions", json.dumps(body).encode())
+    counted = await doors.post("/tokenize", json.dumps(asked).encode())
+    request = generate_request("base", [USER], {"chat_template_kwargs": variables, "max_tokens": 1})
+    said = await doors.call(f"/{SERVICE_NAME}/Generate", request.SerializeToString())
+    assert (told, counted, said) == (("OK",) * 3 if taken else ("invalid_value",) * 2 + ("REQUEST_INVALID",))
+
+
 MIXED: list[tuple[str, list[tuple[str, float | None]], bool]] = [
     ("all*0.5 + rs*-1.5", [("all", 0.5), ("rs", -1.5)], True),
     ("all+all*-1", [("all", None), ("all", -1.0)], True),

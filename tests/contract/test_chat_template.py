@@ -191,6 +191,16 @@ async def test_a_prompt_can_end_within_the_last_message(template: str, prompt: s
     assert turns[1]["content"] == "So,  "
 
 
+async def test_a_template_is_told_more_and_keeps_its_own() -> None:
+    """Variables reach it by their names, beside messages and special tokens that nobody else can set."""
+    template = ChatTemplate(
+        "{{ bos_token }}{{ messages[0].content }}{{ enable_thinking }}{{ documents }}", {"bos_token": "<s>"}
+    )
+    turns = [{"role": "user", "content": "Hi."}]
+    assert await template.render(turns, variables={"enable_thinking": False}) == "<s>Hi.FalseNone"
+    assert await template.render(turns, variables={"messages": [], "documents": [1]}) == "<s>Hi.[1]"
+
+
 async def test_a_template_that_hides_the_last_message_cannot_go_on_with_it() -> None:
     """It is refused, and not continued somewhere else."""
     template = ChatTemplate("{% for m in messages[:-1] %}<{{ m.content }}>{% endfor %}", {})

@@ -79,6 +79,7 @@ BODIES: Mapping[str, tuple[type[Body], dict[str, Any]]] = {
     "/v1/chat/completions": (
         ChatBody,
         {"model": "wide", "messages": TURNS, "tools": [TOOL], "tool_choice": "auto"}
+        | {"chat_template_kwargs": {"enable_thinking": False}, "reasoning_effort": "low"}
         | SAMPLED
         | {"logprobs": True, "top_logprobs": 2, "stream": False},
     ),

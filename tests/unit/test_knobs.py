@@ -45,7 +45,7 @@ UNBOUNDED = {
     "ignore_eos", "include_stop_str_in_output", "skip_special_tokens",
     "add_generation_prompt", "continue_final_message", "add_special_tokens",
     # with rules of their own in `bounds` and `turns`
-    "prompt", "tools", "constraint", "logprobs_mode",
+    "prompt", "tools", "constraint", "logprobs_mode", "chat_template_kwargs",
     # looked up, compared, hashed, or the server's own
     "model", "adapters", "lora_path", "min_generation", "sticky_key", "priority", "deadline_s", "id", "served",
     "usual_temperature",
@@ -55,7 +55,7 @@ HTTP_ONLY = {
     "messages", "tool_choice", "parallel_tool_calls", "response_format", "structured_outputs",
     # the same under another name, or about how an answer is told
     "max_completion_tokens", "top_logprobs", "best_of", "echo", "stream", "stream_options", "modalities",
-    "return_token_ids",
+    "return_token_ids", "include_reasoning", "reasoning_effort",
     "request_id",
     # the key of an alias
     "user",
@@ -119,7 +119,7 @@ def test_grpc_fields_pass_by_name() -> None:
     assert len(set(names) - TRANSLATED) == len([name for name in names if name not in TRANSLATED])
     assert set(names) - TRANSLATED <= ASKED
     options = set(names) - TRANSLATED - {"model"} | set(pb.Constraint.DESCRIPTOR.fields_by_name)
-    options |= {"tools", "adapters"}
+    options |= {"tools", "adapters", "chat_template_kwargs"}
     assert set(GenerateOptions.__annotations__) == options
 
 

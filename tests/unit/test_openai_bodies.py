@@ -49,7 +49,10 @@ def _error(kind: type[Body], text: str) -> dict[str, Any]:
         ({"temprature": 1}, "temprature", "unknown_parameter"),
         ({"guided_json": {}}, "guided_json", "unknown_parameter"),
         ({"stream_options": {"usage": True}}, "stream_options.usage", "unknown_parameter"),
-        ({"reasoning_effort": "low"}, "reasoning_effort", UNSUPPORTED),
+        ({"reasoning_effort": "huge"}, "reasoning_effort", INVALID),
+        ({"chat_template_kwargs": ["x"]}, "chat_template_kwargs", INVALID),
+        ({"messages": [USER | {"reasoning": "a", "reasoning_content": "b"}]}, "messages[0]", INVALID),
+        ({"verbosity": "low"}, "verbosity", UNSUPPORTED),
         ({"modalities": ["audio"]}, "modalities", UNSUPPORTED),
         ({"functions": []}, "functions", UNSUPPORTED),
         ({"tools": [{"type": "custom", "custom": {}}]}, "tools[0].type", UNSUPPORTED),
@@ -185,6 +188,15 @@ def test_messages_become_what_templates_know() -> None:
     assert assistant["content"] == ""
     assert [call["function"]["arguments"] for call in assistant["tool_calls"]] == [{"a": 1}, "oops"]
     assert tool == {"role": "tool", "content": "42", "tool_call_id": "c1"}
+
+
+@pytest.mark.parametrize("name", ["reasoning", "reasoning_content"])
+def test_what_was_thought_comes_back_by_both_names(name: str) -> None:
+    """Templates know one name or the other, and a turn of thoughts alone is a turn."""
+    sent = [{"role": "assistant", name: "Hm."}]
+    body = ChatBody.model_validate_json(json.dumps(CHAT | {"messages": sent}))
+    [turn] = messages_of(body.messages)
+    assert turn == {"role": "assistant", "content": "", "reasoning": "Hm.", "reasoning_content": "Hm."}
 
 
 def test_a_prompt_or_messages_are_tokenized_and_not_both() -> None:

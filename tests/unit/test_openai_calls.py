@@ -14,7 +14,7 @@ from inference_service.core.sequence import FinishReason
 from inference_service.openai_api.chat_choice import ChatChoice
 from inference_service.openai_api.chat_schema import Tool
 from inference_service.openai_api.forced_call import ForcedCall, call_constraint
-from inference_service.openai_api.pieces import CallArguments, CallBegun, Piece, Reading, Said
+from inference_service.openai_api.pieces import CallArguments, CallBegun, Piece, Reading, Said, Thought
 from inference_service.openai_api.tagged_calls import END, TaggedCalls
 from inference_service.serving.request import Delta, Finished
 
@@ -131,3 +131,16 @@ def test_only_stops_of_the_client_are_told(stop_text: str) -> None:
     told = choice.whole()
     assert told["finish_reason"] == "tool_calls"
     assert told["stop_reason"] == (None if stop_text == END else "X")
+
+
+def test_thoughts_have_both_names() -> None:
+    """What was thought stands beside the content, in a message and in chunks, under vLLM's two names."""
+    choice = ChatChoice(0, [], None, ids=False)
+    told = choice.chunks(Delta("ab", ()), [Thought("Let me "), Thought("see."), Said("Yes.")])
+    deltas = [each["delta"] for each in told]
+    assert deltas[0] == {"role": "assistant", "content": "", "refusal": None}
+    assert deltas[1] == {"reasoning_content": "Let me ", "reasoning": "Let me "}
+    assert deltas[3] == {"content": "Yes."}
+    message = choice.whole()["message"]
+    assert (message["content"], message["reasoning"]) == ("Yes.", "Let me see.")
+    assert message["reasoning_content"] == message["reasoning"]

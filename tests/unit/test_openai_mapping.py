@@ -99,6 +99,10 @@ def test_what_the_model_is_told_of_tools() -> None:
         ({"tools": TOOLS, "response_format": {"type": "json_object"}}, "response_format"),
         ({"max_tokens": 1, "max_completion_tokens": 2}, "max_tokens"),
         ({"top_logprobs": 1}, "top_logprobs"),
+        (
+            {"reasoning_effort": "low", "chat_template_kwargs": {"reasoning_effort": "high"}},
+            "reasoning_effort",
+        ),
     ],
 )
 def test_contradictions_are_refused(fields: dict[str, Any], param: str) -> None:
@@ -106,6 +110,17 @@ def test_contradictions_are_refused(fields: dict[str, Any], param: str) -> None:
     with pytest.raises(RequestInvalid) as caught:
         _chat(**fields)
     assert [finding.where for finding in caught.value.findings] == [param]
+
+
+def test_how_long_to_think_is_told_to_the_template() -> None:
+    """As OpenAI spells it, and none as the switches that templates have; what is said of these comes first."""
+    assert _chat().chat_template_kwargs == {}
+    assert _chat(reasoning_effort="low").chat_template_kwargs == {"reasoning_effort": "low"}
+    off = {"enable_thinking": False, "thinking": False, "reasoning_effort": "none"}
+    assert _chat(reasoning_effort="none").chat_template_kwargs == off
+    own = {"thinking": True, "x": [1]}
+    asked = _chat(reasoning_effort="none", chat_template_kwargs=own)
+    assert asked.chat_template_kwargs == off | own
 
 
 def test_formats_become_constraints() -> None:

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$loramux/inference/v1/inference.proto\x12\x14loramux.inference.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\x92\x04\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12\x33\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x1e.loramux.inference.v1.TokenIdsH\x00\x12\x32\n\x08messages\x18\x04 \x01(\x0b\x32\x1e.loramux.inference.v1.MessagesH\x00\x12\x36\n\x08sampling\x18\x05 \x01(\x0b\x32$.loramux.inference.v1.SamplingParams\x12\x10\n\x08priority\x18\x06 \x01(\x05\x12\x34\n\nconstraint\x18\x07 \x01(\x0b\x32 .loramux.inference.v1.Constraint\x12\x12\n\ncache_salt\x18\x08 \x01(\t\x12#\n\x16truncate_prompt_tokens\x18\t \x01(\x05H\x01\x88\x01\x01\x12\x1f\n\x12\x61\x64\x64_special_tokens\x18\n \x01(\x08H\x02\x88\x01\x01\x12\x16\n\x0emin_generation\x18\x0b \x01(\x04\x12\x12\n\nsticky_key\x18\x0c \x01(\t\x12\x35\n\x08\x61\x64\x61pters\x18\r \x03(\x0b\x32#.loramux.inference.v1.ScaledAdapterB\x08\n\x06promptB\x19\n\x17_truncate_prompt_tokensB\x15\n\x13_add_special_tokens\";\n\rScaledAdapter\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\x05scale\x18\x02 \x01(\x02H\x00\x88\x01\x01\x42\x08\n\x06_scale\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xc4\x01\n\x08Messages\x12/\n\x08messages\x18\x01 \x03(\x0b\x32\x1d.loramux.inference.v1.Message\x12)\n\x05tools\x18\x02 \x03(\x0b\x32\x1a.loramux.inference.v1.Tool\x12\"\n\x15\x61\x64\x64_generation_prompt\x18\x03 \x01(\x08H\x00\x88\x01\x01\x12\x1e\n\x16\x63ontinue_final_message\x18\x04 \x01(\x08\x42\x18\n\x16_add_generation_prompt\"\x80\x01\n\x07Message\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\x12\x0c\n\x04name\x18\x03 \x01(\t\x12\x32\n\ntool_calls\x18\x04 \x03(\x0b\x32\x1e.loramux.inference.v1.ToolCall\x12\x14\n\x0ctool_call_id\x18\x05 \x01(\t\"=\n\x04Tool\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x02 \x01(\t\x12\x12\n\nparameters\x18\x03 \x01(\t\"7\n\x08ToolCall\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x11\n\targuments\x18\x03 \x01(\t\"\x85\x01\n\nConstraint\x12\x37\n\x0bjson_object\x18\x01 \x01(\x0b\x32 .loramux.inference.v1.JsonObjectH\x00\x12\x15\n\x0bjson_schema\x18\x02 \x01(\tH\x00\x12\x0f\n\x05regex\x18\x03 \x01(\tH\x00\x12\x0e\n\x04lark\x18\x04 \x01(\tH\x00\x42\x06\n\x04kind\"\x0c\n\nJsonObject\"\xe6\x06\n\x0eSamplingParams\x12\x17\n\nmax_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x18\n\x0btemperature\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x02\x88\x01\x01\x12\x12\n\x05top_k\x18\x04 \x01(\rH\x03\x88\x01\x01\x12\x11\n\x04seed\x18\x05 \x01(\x04H\x04\x88\x01\x01\x12\x0c\n\x04stop\x18\x06 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x07 \x03(\r\x12\x12\n\nignore_eos\x18\x08 \x01(\x08\x12\x15\n\x08logprobs\x18\t \x01(\rH\x05\x88\x01\x01\x12\x0e\n\x01n\x18\n \x01(\rH\x06\x88\x01\x01\x12\x12\n\x05min_p\x18\x0b \x01(\x02H\x07\x88\x01\x01\x12\x17\n\nmin_tokens\x18\x0c \x01(\rH\x08\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\r \x01(\x02H\t\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x0e \x01(\x02H\n\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x0f \x01(\x02H\x0b\x88\x01\x01\x12G\n\nlogit_bias\x18\x10 \x03(\x0b\x32\x33.loramux.inference.v1.SamplingParams.LogitBiasEntry\x12\x1c\n\x0fprompt_logprobs\x18\x11 \x01(\rH\x0c\x88\x01\x01\x12 \n\x13skip_special_tokens\x18\x12 \x01(\x08H\r\x88\x01\x01\x12\"\n\x1ainclude_stop_str_in_output\x18\x13 \x01(\x08\x12\x11\n\tbad_words\x18\x14 \x03(\t\x12\x19\n\x11\x61llowed_token_ids\x18\x15 \x03(\r\x12\x15\n\rlogprobs_mode\x18\x16 \x01(\t\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x07\n\x05_seedB\x0b\n\t_logprobsB\x04\n\x02_nB\x08\n\x06_min_pB\r\n\x0b_min_tokensB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x12\n\x10_prompt_logprobsB\x16\n\x14_skip_special_tokens\"\xf0\x01\n\x10GenerateResponse\x12\x30\n\x07started\x18\x01 \x01(\x0b\x32\x1d.loramux.inference.v1.StartedH\x00\x12,\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x1b.loramux.inference.v1.DeltaH\x00\x12\x32\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x1e.loramux.inference.v1.FinishedH\x00\x12?\n\x0fprompt_logprobs\x18\x04 \x01(\x0b\x32$.loramux.inference.v1.PromptLogprobsH\x00\x42\x07\n\x05\x65vent\"o\n\x07Started\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x16\n\x0e\x61\x64\x61pter_digest\x18\x03 \x01(\t\x12\x12\n\ngeneration\x18\x04 \x01(\x04\x12\x15\n\rprompt_tokens\x18\x05 \x01(\r\"C\n\x0ePromptLogprobs\x12\x31\n\x06tokens\x18\x01 \x03(\x0b\x32!.loramux.inference.v1.PromptToken\"\x9b\x01\n\x0bPromptToken\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x14\n\x07logprob\x18\x02 \x01(\x02H\x00\x88\x01\x01\x12-\n\x03top\x18\x03 \x03(\x0b\x32 .loramux.inference.v1.TopLogprob\x12\r\n\x05token\x18\x04 \x01(\x0c\x12\x11\n\x04rank\x18\x05 \x01(\rH\x01\x88\x01\x01\x42\n\n\x08_logprobB\x07\n\x05_rank\"n\n\x05\x44\x65lta\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x35\n\x08logprobs\x18\x03 \x03(\x0b\x32#.loramux.inference.v1.TokenLogprobs\x12\r\n\x05index\x18\x04 \x01(\r\"l\n\rTokenLogprobs\x12\x0f\n\x07logprob\x18\x01 \x01(\x02\x12-\n\x03top\x18\x02 \x03(\x0b\x32 .loramux.inference.v1.TopLogprob\x12\r\n\x05token\x18\x03 \x01(\x0c\x12\x0c\n\x04rank\x18\x04 \x01(\r\">\n\nTopLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12\r\n\x05token\x18\x03 \x01(\x0c\"\xba\x01\n\x08\x46inished\x12\x32\n\x06reason\x18\x01 \x01(\x0e\x32\".loramux.inference.v1.FinishReason\x12*\n\x05usage\x18\x02 \x01(\x0b\x32\x1b.loramux.inference.v1.Usage\x12\x11\n\tstop_text\x18\x03 \x01(\t\x12\r\n\x05index\x18\x04 \x01(\r\x12\x1a\n\rstop_token_id\x18\x05 \x01(\rH\x00\x88\x01\x01\x42\x10\n\x0e_stop_token_id\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x15\n\rcached_tokens\x18\x02 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x03 \x01(\r\"\x13\n\x11ListModelsRequest\"A\n\x12ListModelsResponse\x12+\n\x06models\x18\x01 \x03(\x0b\x32\x1b.loramux.inference.v1.Model\"\xbf\x01\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06parent\x18\x02 \x01(\t\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\x12\r\n\x05ranks\x18\x04 \x03(\r\x12\x0f\n\x07modules\x18\x05 \x03(\t\x12\x10\n\x08warnings\x18\x06 \x03(\t\x12-\n\tload_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x12\n\ngeneration\x18\x08 \x01(\x04\x12\x13\n\x0bmax_seq_len\x18\t \x01(\r*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x32\xd0\x01\n\x10InferenceService\x12[\n\x08Generate\x12%.loramux.inference.v1.GenerateRequest\x1a&.loramux.inference.v1.GenerateResponse0\x01\x12_\n\nListModels\x12\'.loramux.inference.v1.ListModelsRequest\x1a(.loramux.inference.v1.ListModelsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$loramux/inference/v1/inference.proto\x12\x14loramux.inference.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\x92\x04\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12\x33\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x1e.loramux.inference.v1.TokenIdsH\x00\x12\x32\n\x08messages\x18\x04 \x01(\x0b\x32\x1e.loramux.inference.v1.MessagesH\x00\x12\x36\n\x08sampling\x18\x05 \x01(\x0b\x32$.loramux.inference.v1.SamplingParams\x12\x10\n\x08priority\x18\x06 \x01(\x05\x12\x34\n\nconstraint\x18\x07 \x01(\x0b\x32 .loramux.inference.v1.Constraint\x12\x12\n\ncache_salt\x18\x08 \x01(\t\x12#\n\x16truncate_prompt_tokens\x18\t \x01(\x05H\x01\x88\x01\x01\x12\x1f\n\x12\x61\x64\x64_special_tokens\x18\n \x01(\x08H\x02\x88\x01\x01\x12\x16\n\x0emin_generation\x18\x0b \x01(\x04\x12\x12\n\nsticky_key\x18\x0c \x01(\t\x12\x35\n\x08\x61\x64\x61pters\x18\r \x03(\x0b\x32#.loramux.inference.v1.ScaledAdapterB\x08\n\x06promptB\x19\n\x17_truncate_prompt_tokensB\x15\n\x13_add_special_tokens\";\n\rScaledAdapter\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\x05scale\x18\x02 \x01(\x02H\x00\x88\x01\x01\x42\x08\n\x06_scale\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xe2\x01\n\x08Messages\x12/\n\x08messages\x18\x01 \x03(\x0b\x32\x1d.loramux.inference.v1.Message\x12)\n\x05tools\x18\x02 \x03(\x0b\x32\x1a.loramux.inference.v1.Tool\x12\"\n\x15\x61\x64\x64_generation_prompt\x18\x03 \x01(\x08H\x00\x88\x01\x01\x12\x1e\n\x16\x63ontinue_final_message\x18\x04 \x01(\x08\x12\x1c\n\x14\x63hat_template_kwargs\x18\x05 \x01(\tB\x18\n\x16_add_generation_prompt\"\x93\x01\n\x07Message\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\x12\x0c\n\x04name\x18\x03 \x01(\t\x12\x32\n\ntool_calls\x18\x04 \x03(\x0b\x32\x1e.loramux.inference.v1.ToolCall\x12\x14\n\x0ctool_call_id\x18\x05 \x01(\t\x12\x11\n\treasoning\x18\x06 \x01(\t\"=\n\x04Tool\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x02 \x01(\t\x12\x12\n\nparameters\x18\x03 \x01(\t\"7\n\x08ToolCall\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x11\n\targuments\x18\x03 \x01(\t\"\x85\x01\n\nConstraint\x12\x37\n\x0bjson_object\x18\x01 \x01(\x0b\x32 .loramux.inference.v1.JsonObjectH\x00\x12\x15\n\x0bjson_schema\x18\x02 \x01(\tH\x00\x12\x0f\n\x05regex\x18\x03 \x01(\tH\x00\x12\x0e\n\x04lark\x18\x04 \x01(\tH\x00\x42\x06\n\x04kind\"\x0c\n\nJsonObject\"\xe6\x06\n\x0eSamplingParams\x12\x17\n\nmax_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x18\n\x0btemperature\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x02\x88\x01\x01\x12\x12\n\x05top_k\x18\x04 \x01(\rH\x03\x88\x01\x01\x12\x11\n\x04seed\x18\x05 \x01(\x04H\x04\x88\x01\x01\x12\x0c\n\x04stop\x18\x06 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x07 \x03(\r\x12\x12\n\nignore_eos\x18\x08 \x01(\x08\x12\x15\n\x08logprobs\x18\t \x01(\rH\x05\x88\x01\x01\x12\x0e\n\x01n\x18\n \x01(\rH\x06\x88\x01\x01\x12\x12\n\x05min_p\x18\x0b \x01(\x02H\x07\x88\x01\x01\x12\x17\n\nmin_tokens\x18\x0c \x01(\rH\x08\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\r \x01(\x02H\t\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x0e \x01(\x02H\n\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x0f \x01(\x02H\x0b\x88\x01\x01\x12G\n\nlogit_bias\x18\x10 \x03(\x0b\x32\x33.loramux.inference.v1.SamplingParams.LogitBiasEntry\x12\x1c\n\x0fprompt_logprobs\x18\x11 \x01(\rH\x0c\x88\x01\x01\x12 \n\x13skip_special_tokens\x18\x12 \x01(\x08H\r\x88\x01\x01\x12\"\n\x1ainclude_stop_str_in_output\x18\x13 \x01(\x08\x12\x11\n\tbad_words\x18\x14 \x03(\t\x12\x19\n\x11\x61llowed_token_ids\x18\x15 \x03(\r\x12\x15\n\rlogprobs_mode\x18\x16 \x01(\t\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x07\n\x05_seedB\x0b\n\t_logprobsB\x04\n\x02_nB\x08\n\x06_min_pB\r\n\x0b_min_tokensB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x12\n\x10_prompt_logprobsB\x16\n\x14_skip_special_tokens\"\xf0\x01\n\x10GenerateResponse\x12\x30\n\x07started\x18\x01 \x01(\x0b\x32\x1d.loramux.inference.v1.StartedH\x00\x12,\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x1b.loramux.inference.v1.DeltaH\x00\x12\x32\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x1e.loramux.inference.v1.FinishedH\x00\x12?\n\x0fprompt_logprobs\x18\x04 \x01(\x0b\x32$.loramux.inference.v1.PromptLogprobsH\x00\x42\x07\n\x05\x65vent\"o\n\x07Started\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x16\n\x0e\x61\x64\x61pter_digest\x18\x03 \x01(\t\x12\x12\n\ngeneration\x18\x04 \x01(\x04\x12\x15\n\rprompt_tokens\x18\x05 \x01(\r\"C\n\x0ePromptLogprobs\x12\x31\n\x06tokens\x18\x01 \x03(\x0b\x32!.loramux.inference.v1.PromptToken\"\x9b\x01\n\x0bPromptToken\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x14\n\x07logprob\x18\x02 \x01(\x02H\x00\x88\x01\x01\x12-\n\x03top\x18\x03 \x03(\x0b\x32 .loramux.inference.v1.TopLogprob\x12\r\n\x05token\x18\x04 \x01(\x0c\x12\x11\n\x04rank\x18\x05 \x01(\rH\x01\x88\x01\x01\x42\n\n\x08_logprobB\x07\n\x05_rank\"n\n\x05\x44\x65lta\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x35\n\x08logprobs\x18\x03 \x03(\x0b\x32#.loramux.inference.v1.TokenLogprobs\x12\r\n\x05index\x18\x04 \x01(\r\"l\n\rTokenLogprobs\x12\x0f\n\x07logprob\x18\x01 \x01(\x02\x12-\n\x03top\x18\x02 \x03(\x0b\x32 .loramux.inference.v1.TopLogprob\x12\r\n\x05token\x18\x03 \x01(\x0c\x12\x0c\n\x04rank\x18\x04 \x01(\r\">\n\nTopLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12\r\n\x05token\x18\x03 \x01(\x0c\"\xba\x01\n\x08\x46inished\x12\x32\n\x06reason\x18\x01 \x01(\x0e\x32\".loramux.inference.v1.FinishReason\x12*\n\x05usage\x18\x02 \x01(\x0b\x32\x1b.loramux.inference.v1.Usage\x12\x11\n\tstop_text\x18\x03 \x01(\t\x12\r\n\x05index\x18\x04 \x01(\r\x12\x1a\n\rstop_token_id\x18\x05 \x01(\rH\x00\x88\x01\x01\x42\x10\n\x0e_stop_token_id\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x15\n\rcached_tokens\x18\x02 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x03 \x01(\r\"\x13\n\x11ListModelsRequest\"A\n\x12ListModelsResponse\x12+\n\x06models\x18\x01 \x03(\x0b\x32\x1b.loramux.inference.v1.Model\"\xbf\x01\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06parent\x18\x02 \x01(\t\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\x12\r\n\x05ranks\x18\x04 \x03(\r\x12\x0f\n\x07modules\x18\x05 \x03(\t\x12\x10\n\x08warnings\x18\x06 \x03(\t\x12-\n\tload_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x12\n\ngeneration\x18\x08 \x01(\x04\x12\x13\n\x0bmax_seq_len\x18\t \x01(\r*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x32\xd0\x01\n\x10InferenceService\x12[\n\x08Generate\x12%.loramux.inference.v1.GenerateRequest\x1a&.loramux.inference.v1.GenerateResponse0\x01\x12_\n\nListModels\x12\'.loramux.inference.v1.ListModelsRequest\x1a(.loramux.inference.v1.ListModelsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,8 +34,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._loaded_options = None
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_options = b'8\001'
-  _globals['_FINISHREASON']._serialized_start=3609
-  _globals['_FINISHREASON']._serialized_end=3704
+  _globals['_FINISHREASON']._serialized_start=3658
+  _globals['_FINISHREASON']._serialized_end=3753
   _globals['_GENERATEREQUEST']._serialized_start=96
   _globals['_GENERATEREQUEST']._serialized_end=626
   _globals['_SCALEDADAPTER']._serialized_start=628
@@ -43,45 +43,45 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TOKENIDS']._serialized_start=689
   _globals['_TOKENIDS']._serialized_end=712
   _globals['_MESSAGES']._serialized_start=715
-  _globals['_MESSAGES']._serialized_end=911
-  _globals['_MESSAGE']._serialized_start=914
-  _globals['_MESSAGE']._serialized_end=1042
-  _globals['_TOOL']._serialized_start=1044
-  _globals['_TOOL']._serialized_end=1105
-  _globals['_TOOLCALL']._serialized_start=1107
-  _globals['_TOOLCALL']._serialized_end=1162
-  _globals['_CONSTRAINT']._serialized_start=1165
-  _globals['_CONSTRAINT']._serialized_end=1298
-  _globals['_JSONOBJECT']._serialized_start=1300
-  _globals['_JSONOBJECT']._serialized_end=1312
-  _globals['_SAMPLINGPARAMS']._serialized_start=1315
-  _globals['_SAMPLINGPARAMS']._serialized_end=2185
-  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=1923
-  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=1971
-  _globals['_GENERATERESPONSE']._serialized_start=2188
-  _globals['_GENERATERESPONSE']._serialized_end=2428
-  _globals['_STARTED']._serialized_start=2430
-  _globals['_STARTED']._serialized_end=2541
-  _globals['_PROMPTLOGPROBS']._serialized_start=2543
-  _globals['_PROMPTLOGPROBS']._serialized_end=2610
-  _globals['_PROMPTTOKEN']._serialized_start=2613
-  _globals['_PROMPTTOKEN']._serialized_end=2768
-  _globals['_DELTA']._serialized_start=2770
-  _globals['_DELTA']._serialized_end=2880
-  _globals['_TOKENLOGPROBS']._serialized_start=2882
-  _globals['_TOKENLOGPROBS']._serialized_end=2990
-  _globals['_TOPLOGPROB']._serialized_start=2992
-  _globals['_TOPLOGPROB']._serialized_end=3054
-  _globals['_FINISHED']._serialized_start=3057
-  _globals['_FINISHED']._serialized_end=3243
-  _globals['_USAGE']._serialized_start=3245
-  _globals['_USAGE']._serialized_end=3325
-  _globals['_LISTMODELSREQUEST']._serialized_start=3327
-  _globals['_LISTMODELSREQUEST']._serialized_end=3346
-  _globals['_LISTMODELSRESPONSE']._serialized_start=3348
-  _globals['_LISTMODELSRESPONSE']._serialized_end=3413
-  _globals['_MODEL']._serialized_start=3416
-  _globals['_MODEL']._serialized_end=3607
-  _globals['_INFERENCESERVICE']._serialized_start=3707
-  _globals['_INFERENCESERVICE']._serialized_end=3915
+  _globals['_MESSAGES']._serialized_end=941
+  _globals['_MESSAGE']._serialized_start=944
+  _globals['_MESSAGE']._serialized_end=1091
+  _globals['_TOOL']._serialized_start=1093
+  _globals['_TOOL']._serialized_end=1154
+  _globals['_TOOLCALL']._serialized_start=1156
+  _globals['_TOOLCALL']._serialized_end=1211
+  _globals['_CONSTRAINT']._serialized_start=1214
+  _globals['_CONSTRAINT']._serialized_end=1347
+  _globals['_JSONOBJECT']._serialized_start=1349
+  _globals['_JSONOBJECT']._serialized_end=1361
+  _globals['_SAMPLINGPARAMS']._serialized_start=1364
+  _globals['_SAMPLINGPARAMS']._serialized_end=2234
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=1972
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=2020
+  _globals['_GENERATERESPONSE']._serialized_start=2237
+  _globals['_GENERATERESPONSE']._serialized_end=2477
+  _globals['_STARTED']._serialized_start=2479
+  _globals['_STARTED']._serialized_end=2590
+  _globals['_PROMPTLOGPROBS']._serialized_start=2592
+  _globals['_PROMPTLOGPROBS']._serialized_end=2659
+  _globals['_PROMPTTOKEN']._serialized_start=2662
+  _globals['_PROMPTTOKEN']._serialized_end=2817
+  _globals['_DELTA']._serialized_start=2819
+  _globals['_DELTA']._serialized_end=2929
+  _globals['_TOKENLOGPROBS']._serialized_start=2931
+  _globals['_TOKENLOGPROBS']._serialized_end=3039
+  _globals['_TOPLOGPROB']._serialized_start=3041
+  _globals['_TOPLOGPROB']._serialized_end=3103
+  _globals['_FINISHED']._serialized_start=3106
+  _globals['_FINISHED']._serialized_end=3292
+  _globals['_USAGE']._serialized_start=3294
+  _globals['_USAGE']._serialized_end=3374
+  _globals['_LISTMODELSREQUEST']._serialized_start=3376
+  _globals['_LISTMODELSREQUEST']._serialized_end=3395
+  _globals['_LISTMODELSRESPONSE']._serialized_start=3397
+  _globals['_LISTMODELSRESPONSE']._serialized_end=3462
+  _globals['_MODEL']._serialized_start=3465
+  _globals['_MODEL']._serialized_end=3656
+  _globals['_INFERENCESERVICE']._serialized_start=3756
+  _globals['_INFERENCESERVICE']._serialized_end=3964
 # @@protoc_insertion_point(module_scope)
