@@ -20,7 +20,12 @@ from ray_service.calls import HttpCall, Messages
 from ray_service.forwarding import ONCE, PAUSES_S, Forwarder
 from ray_service.names import ENGINE, MODEL
 
-RETRIED: Final = frozenset({"/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize"})
+RETRIED: Final = frozenset(
+    {
+        *("/v1/chat/completions", "/v1/completions", "/v1/messages", "/v1/messages/count_tokens"),
+        *("/tokenize", "/detokenize"),
+    }
+)
 """What may be asked twice, beside everything that only reads."""
 REQUEST_ID: Final = b"x-request-id"
 SCOPE: Final = ("type", "http_version", "method", "scheme", "headers", "query_string", "server", "asgi")

@@ -15,6 +15,8 @@ from inference_service.openai_api import chat, completions, models, operators, s
 from inference_service.openai_api.chat_schema import ChatBody, TokenizeBody
 from inference_service.openai_api.endpoint import Endpoint
 from inference_service.openai_api.front import Front
+from inference_service.openai_api.messages.routes import count_tokens, create_message
+from inference_service.openai_api.messages.schema import CountBody, MessagesBody
 from inference_service.openai_api.openapi import document
 from inference_service.openai_api.operators import LoadBody, RollbackBody, UnloadBody
 from inference_service.openai_api.page import page_files
@@ -42,6 +44,8 @@ ANSWERS: Final = ("application/json", "text/event-stream")
 ENDPOINTS: Final = (
     Endpoint("POST", "/v1/chat/completions", chat.chat_completions, body=ChatBody, media=ANSWERS),
     Endpoint("POST", "/v1/completions", completions.completions, body=CompletionBody, media=ANSWERS),
+    Endpoint("POST", "/v1/messages", create_message, body=MessagesBody, media=ANSWERS),
+    Endpoint("POST", "/v1/messages/count_tokens", count_tokens, body=CountBody),
     Endpoint("POST", "/v1/embeddings", models.embeddings, status=400),
     Endpoint("GET", "/v1/models", models.list_models),
     Endpoint("GET", "/v1/models/{model:path}", models.get_model),

@@ -14,6 +14,7 @@ from typing import Any, Final
 from pydantic.json_schema import models_json_schema
 
 from inference_service.openai_api.endpoint import Endpoint
+from inference_service.openai_api.messages.errors import is_here
 from inference_service.openai_api.reply import Json
 
 OPENAPI: Final = "3.1.1"
@@ -21,9 +22,9 @@ SCHEMAS: Final = "#/components/schemas/"
 KEY: Final = "key"
 """The name of the one kind of credentials."""
 ABOUT: Final = (
-    "OpenAI's API of a loramux replica; a model is the base or one of its adapters. The schemas say which "
-    "parameters there are and of which types; one that can only be null is refused. What they mean, and their "
-    "bounds: docs/openai.md."
+    "OpenAI's API, and Anthropic's messages, of a loramux replica; a model is the base or one of its adapters. "
+    "The schemas say which parameters there are and of which types; one that can only be null is refused. What "
+    "they mean, and their bounds: docs/openai.md and docs/anthropic.md."
 )
 ERROR: Final[Json] = {
     "type": "object",
@@ -39,6 +40,23 @@ ERROR: Final[Json] = {
                 "code": {"type": ["string", "null"]},
             },
         }
+    },
+}
+ANTHROPIC_ERROR: Final[Json] = {
+    "type": "object",
+    "required": ["type", "error"],
+    "properties": {
+        "type": {"const": "error"},
+        "error": {
+            "type": "object",
+            "required": ["type", "message"],
+            "properties": {
+                "type": {"type": "string"},
+                "message": {"type": "string"},
+                "details": {"type": "object", "properties": {"error_code": {"type": "string"}}},
+            },
+        },
+        "request_id": {"type": ["string", "null"]},
     },
 }
 _PARAMETER: Final = re.compile(r"{(\w+)(?::\w+)?}")
@@ -60,7 +78,7 @@ def document(endpoints: tuple[Endpoint, ...]) -> Json:
         "info": {"title": "loramux", "version": version("loramux"), "description": ABOUT},
         "paths": paths,
         "components": {
-            "schemas": {"Error": ERROR} | schemas.get("$defs", {}),
+            "schemas": {"Error": ERROR, "AnthropicError": ANTHROPIC_ERROR} | schemas.get("$defs", {}),
             "securitySchemes": {
                 KEY: {"type": "http", "scheme": "bearer", "description": "Where the server has keys."}
             },
@@ -69,11 +87,12 @@ def document(endpoints: tuple[Endpoint, ...]) -> Json:
 
 
 def _operation(endpoint: Endpoint, path: str) -> Json:
-    failed = {"description": "It failed.", "content": _content(("application/json",), f"{SCHEMAS}Error")}
+    error = f"{SCHEMAS}{'AnthropicError' if is_here(path) else 'Error'}"
+    failed = {"description": "It failed.", "content": _content(("application/json",), error)}
     refuses = endpoint.status >= 400
     answer: Json = {"description": "Always." if refuses else "All is well."}
     if endpoint.media:
-        answer["content"] = _content(endpoint.media, f"{SCHEMAS}Error" if refuses else "")
+        answer["content"] = _content(endpoint.media, error if refuses else "")
     operation: Json = {
         "operationId": "_".join([endpoint.method.lower(), *re.findall(r"\w+", path)]),
         "summary": (endpoint.handler.__doc__ or "").partition("\n")[0],

@@ -39,6 +39,7 @@ KEYWORDS = {
     "exclusiveMaximum": int,
     "items": dict,
     "maxItems": int,
+    "maximum": (int, float),
     "maxLength": int,
     "minItems": int,
     "minLength": int,

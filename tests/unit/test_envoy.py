@@ -88,7 +88,7 @@ def test_long_streams_are_not_cut() -> None:
         {"0s"},
     ]
     routes = list(values(listeners, "route"))
-    assert len(routes) == 5
+    assert len(routes) == 6
     assert all((route["timeout"], route["idle_timeout"]) == ("0s", "0s") for route in routes)
     for name in ("max_stream_duration", "max_connection_duration", "per_try_idle_timeout"):
         assert not list(values(config, name))
@@ -116,9 +116,8 @@ def test_what_is_retried_had_no_token() -> None:
     for listener in listeners:
         for route in next(values(listener, "routes")):
             on = route["route"]["retry_policy"]["retry_on"].split(",")
-            generates = (
-                "InferenceService" in route["match"]["prefix"] or "completions" in route["match"]["prefix"]
-            )
+            generating = ("InferenceService", "completions", "messages")
+            generates = any(word in route["match"]["prefix"] for word in generating)
             assert ("reset" in on) == generates
             assert not {"5xx", "gateway-error", "internal", "deadline-exceeded"} & set(on)
 

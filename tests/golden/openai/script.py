@@ -25,7 +25,7 @@ from tests.golden.metrics.script import replica
 from tests.support.tokens import VOCAB, write_tokenizer
 
 FOLDER = Path(__file__).parent
-PATHS = {"chat": "/v1/chat/completions", "completion": "/v1/completions"}
+PATHS = {"chat": "/v1/chat/completions", "completion": "/v1/completions", "message": "/v1/messages"}
 WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
 ASKED = {"model": "pirate", "messages": [{"role": "user", "content": "Hi"}]}
 
@@ -43,6 +43,8 @@ class Case:
     """Comes in place of the end."""
 
 
+TOLD = ASKED | {"max_tokens": 50}
+LOOK = {"name": "look", "input_schema": {"type": "object"}}
 CASES = {
     "chat": Case("chat", ASKED, ["Ahoy!"]),
     "chat_stream": Case("chat", ASKED | {"stream": True}, ["A|hoy|!"]),
@@ -78,6 +80,17 @@ CASES = {
         ["C"],
         FinishReason.LENGTH,
     ),
+    "message": Case("message", TOLD | {"stop_sequences": ["x"]}, ["Ahoy!"]),
+    "message_stream": Case("message", TOLD | {"stream": True}, ["A|hoy"], FinishReason.LENGTH),
+    "message_stream_failure": Case(
+        "message", TOLD | {"stream": True}, ["A|h"], failure=InternalFault("the engine failed.")
+    ),
+    "message_stream_tool": Case(
+        "message",
+        TOLD | {"stream": True, "tools": [LOOK], "tool_choice": {"type": "any"}},
+        ['{"name": "lo|ok", "arguments": {"ci|ty": "Oslo"}}'],
+    ),
+    "message_unknown_parameter": Case("message", TOLD | {"temprature": 1}, []),
     "completion_stream": Case("completion", {"model": "tiny", "prompt": "AB", "stream": True}, ["C|D"]),
 }
 
@@ -127,7 +140,8 @@ async def transcript(case: Case, folder: Path) -> bytes:
     async with httpx.AsyncClient(transport=transport, base_url="http://door") as client:
         answer = await client.post(PATHS[case.endpoint], json=case.body)
     fixed = re.sub(rb'"created":\d+', b'"created":0', answer.content)
-    fixed = re.sub(rb'"((?:chat)?cmpl-|call_)[0-9a-f]+"', rb'"\1ID"', fixed)
+    fixed = re.sub(rb'"((?:chat)?cmpl-|call_|msg_)[0-9a-f]+"', rb'"\1ID"', fixed)
+    fixed = re.sub(rb'"request_id":"[0-9a-f]+"', b'"request_id":"ID"', fixed)
     return fixed if answer.content.endswith(b"\n\n") else pretty(fixed)
 
 
