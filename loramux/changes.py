@@ -30,6 +30,7 @@ from loramux.generations import (
 from loramux.mapping import deployment_of
 from loramux.messages import adapters_to_message
 from loramux.records import DeploymentInfo
+from loramux_shared.adapter_files import CONFIG, WEIGHTS, holds_weights, wanted_files
 from loramux_shared.deployment import Repository
 from loramux_shared.faults import RequestInvalid
 from loramux_shared.sources.files import PIECE, pieces_of
@@ -37,25 +38,15 @@ from loramux_shared.spelling import parse_repository
 
 PUSH_TIMEOUT_S: Final = 600.0
 """A push sends the adapter, and waits until it is published."""
-CONFIG: Final = "adapter_config.json"
-WEIGHTS: Final = "adapter_model.safetensors"
-FILES: Final = (
-    CONFIG,
-    "README.md",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "generation_config.json",
-    "model.sig",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    WEIGHTS,
-)
-"""What is sent of a folder, the weights last."""
+BESIDE: Final = ("README.md", "model.sig")
+"""What is sent of a folder that no bundle is made from."""
+MAX_OTHERS: Final = 1000
+"""Names of other files that a builder looks at."""
 
 Adapters: TypeAlias = Mapping[str, Repository | str]
 """Repositories by the names of adapters, or words for them; see `loramux_shared.spelling`."""
 Files: TypeAlias = Path | str | Mapping[str, bytes]
-"""A folder as PEFT's save_pretrained writes it, or the contents of its files by their names."""
+"""A folder as a deployment file may name one, or the contents of its files by their names."""
 
 
 def _update_request(
@@ -87,8 +78,14 @@ def _messages(deployment: str, name: str, expected: int | None, files: Files) ->
     Raises:
         RequestInvalid: there is no such folder, or a file of it may not be read; before the first message.
     """
-    contents = _of_memory(files) if isinstance(files, Mapping) else _of_folder(Path(files))
-    upload = pb.AdapterUpload(deployment=deployment, name=name, expected_generation=expected or 0)
+    others: list[str] = []
+    if isinstance(files, Mapping):
+        contents = _of_memory(files)
+    else:
+        contents, others = _of_folder(Path(files).expanduser())
+    upload = pb.AdapterUpload(
+        deployment=deployment, name=name, expected_generation=expected or 0, other_files=others
+    )
     return chain([pb.PutAdapterRequest(upload=upload)], map(_chunk, contents))
 
 
@@ -98,19 +95,28 @@ def _chunk(piece: tuple[str, bytes]) -> pb.PutAdapterRequest:
 
 
 def _of_memory(files: Mapping[str, bytes]) -> Iterator[tuple[str, bytes]]:
-    for file, data in sorted(files.items(), key=lambda item: item[0] == WEIGHTS):
+    for file, data in sorted(files.items(), key=lambda item: holds_weights(item[0])):
         for at in range(0, len(data), PIECE):
             yield file, data[at : at + PIECE]
 
 
-def _of_folder(folder: Path) -> Iterator[tuple[str, bytes]]:
-    folder = folder.expanduser()
+def _of_folder(folder: Path) -> tuple[Iterator[tuple[str, bytes]], list[str]]:
+    """Return the pieces of what a builder would fetch of a folder, weights last, and the names of the rest."""
     if not folder.is_dir():
         raise RequestInvalid(f"{folder}: expected a folder with {CONFIG} and {WEIGHTS}, found none.")
-    paths = [folder / file for file in FILES if (folder / file).is_file()]
+    try:
+        names = [path.name for path in folder.iterdir() if path.is_file()]
+        below = [f"{path.parent.name}/{CONFIG}" for path in folder.glob(f"*/{CONFIG}")]
+    except OSError as error:
+        raise RequestInvalid(f"{folder}: {error.strerror}. Make it readable.") from error
+    wanted = sorted(
+        {*wanted_files(names), *BESIDE}.intersection(names), key=lambda name: (holds_weights(name), name)
+    )
+    paths = [folder / name for name in wanted]
     if locked := [path for path in paths if not os.access(path, os.R_OK)]:
         raise RequestInvalid(f"{locked[0]}: it may not be read. Make it readable.")
-    return ((path.name, piece) for path in paths for piece in pieces_of(path))
+    others = sorted(filter(str.isprintable, {*names, *below}.difference(wanted)))[:MAX_OTHERS]
+    return ((path.name, piece) for path in paths for piece in pieces_of(path)), others
 
 
 async def _in_threads(messages: Iterator[pb.PutAdapterRequest]) -> AsyncIterator[pb.PutAdapterRequest]:

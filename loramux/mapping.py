@@ -128,6 +128,11 @@ def model_of(message: pb.Model) -> ModelInfo:
         load_time=time_of(message.load_time),
         generation=message.generation,
         max_seq_len=message.max_seq_len,
+        kinds=tuple(message.kinds),
+        replaced_rows=dict(message.replaced_rows),
+        invocation_tokens=tuple(message.invocation_tokens),
+        licence=message.licence,
+        base_licence=message.base_licence,
     )
 
 
@@ -178,6 +183,7 @@ def adapter_of(message: builder_pb2.AdapterBuild) -> AdapterInfo:
         reused=message.reused,
         repaired=message.repaired,
         kept=message.kept,
+        kinds=tuple(message.kinds),
     )
 
 
@@ -195,6 +201,9 @@ def report_of(message: builder_pb2.AdapterReport) -> AdapterReport:
         base_model_name=message.base_model_name,
         licence=message.licence,
         base_licence=message.base_licence,
+        kinds=tuple(message.kinds),
+        replaced_rows=dict(message.replaced_rows),
+        invocation_tokens=tuple(message.invocation_tokens),
     )
 
 

@@ -43,6 +43,8 @@ class AdapterStatus:
     """Why its last load failed."""
     only_here: bool
     """Whether it was loaded into this replica alone."""
+    kinds: tuple[str, ...] = ()
+    """What it is, as in `ModelInfo`."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,7 @@ def adapter_of(message: pb.AdapterState) -> AdapterStatus:
         last_used=time_of(message.last_used),
         last_failure=_failure(message.last_failure) if message.HasField("last_failure") else None,
         only_here=message.only_here,
+        kinds=tuple(message.kinds),
     )
 
 

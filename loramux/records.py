@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
 from typing import Any, NotRequired, TypeAlias, TypedDict
@@ -260,6 +260,16 @@ class ModelInfo:
     generation: int
     max_seq_len: int
     """Tokens of prompt and answer together."""
+    kinds: tuple[str, ...] = ()
+    """What an adapter is: see docs/adapters.md; none of the base."""
+    replaced_rows: Mapping[str, int] = field(default_factory=dict)
+    """How many rows of the base's embeddings and head an adapter has others for, by the module's name."""
+    invocation_tokens: tuple[int, ...] = ()
+    """From which tokens on an adapter acts; none where it acts on everything."""
+    licence: str = ""
+    """What its repository says; empty where it says nothing."""
+    base_licence: str = ""
+    """Of an adapter, the same of its base."""
 
     @property
     def is_base(self) -> bool:
@@ -290,6 +300,8 @@ class AdapterInfo:
     """Whether the store held the bundle with other bytes or without some, and they were put again."""
     kept: bool = False
     """Whether it is what it was in the served generation, so that nothing was fetched or made."""
+    kinds: tuple[str, ...] = ()
+    """What it is, as in `ModelInfo`."""
 
 
 @dataclass(frozen=True)
@@ -358,3 +370,7 @@ class AdapterReport:
     licence: str = ""
     """What its repository says; empty where it says nothing."""
     base_licence: str = ""
+    kinds: tuple[str, ...] = ()
+    """What it is, as in `ModelInfo`; none where it was refused, and so of the next two."""
+    replaced_rows: Mapping[str, int] = field(default_factory=dict)
+    invocation_tokens: tuple[int, ...] = ()

@@ -10,13 +10,13 @@ from typing import Final
 
 from pydantic import TypeAdapter, ValidationError
 
-from builder_service.domain.file_rules import CONFIG, WEIGHTS
 from builder_service.pipeline.build import BuildResult
 from builder_service.pipeline.context import BuildContext
 from builder_service.pipeline.making import Workshop, workshop
 from builder_service.pipeline.progress import AdapterProgress, Progress
 from builder_service.pipeline.push import PushedAdapter
 from builder_service.pipeline.update import push
+from loramux_shared.adapter_files import CONFIG, WEIGHTS
 from loramux_shared.bundle.changes import newest_generation, require
 from loramux_shared.bundle.manifest import AdapterRecord
 from loramux_shared.deployment import NAME_RULE, Name
@@ -50,6 +50,8 @@ class Upload:
     name: str
     config: bytes = b""
     expected_generation: int | None = None
+    other_files: tuple[str, ...] = ()
+    """Names of files of its folder that are not sent."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,13 @@ class Pushes:
         await asyncio.to_thread(self._look, upload)
         store = PatientStore(self._context.store, progress.check)
         with workshop(self._context, store, progress) as shop:
-            adapter = PushedAdapter(upload.deployment, upload.name, shop.work / "adapter-0", shop.space)
+            adapter = PushedAdapter(
+                upload.deployment,
+                upload.name,
+                shop.work / "adapter-0",
+                shop.space,
+                others=upload.other_files,
+            )
             try:
                 async with asyncio.timeout(UPLOAD_S):
                     await _receive(adapter, upload, parts, progress)

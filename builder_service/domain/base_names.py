@@ -6,8 +6,8 @@ import re
 from collections.abc import Sequence
 from typing import Final
 
-from builder_service.domain.file_rules import CONFIG
 from builder_service.domain.strict_json import shown
+from loramux_shared.adapter_files import CONFIG
 from loramux_shared.bundle.manifest import Descent
 from loramux_shared.faults import Finding
 

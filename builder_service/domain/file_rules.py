@@ -7,22 +7,12 @@ from collections.abc import Collection
 from typing import Final
 
 from builder_service.domain.config_rules import MLX_FIX
-from loramux_shared.bundle.manifest import CONFIG_FILE, TEXT_FILES, WEIGHTS_FILE
+from loramux_shared.adapter_files import CONFIG, INDEX, SHARD, WEIGHTS, weight_files
 from loramux_shared.faults import Finding
 from loramux_shared.wording import listed
 
-CONFIG: Final = "adapter_config.json"
-WEIGHTS: Final = "adapter_model.safetensors"
-INDEX: Final = "adapter_model.safetensors.index.json"
-"""Says which tensor is in which file, where the weights are in several."""
-KEYS_FILE: Final = "model.lora_keys.npy"
-"""What TensorRT-LLM's converters called the config of their weights before."""
-TOKEN_FILES: Final = ("added_tokens.json", "tokenizer.json", "tokenizer_config.json")
-"""Looked at where they are there: tokens that the base does not have cannot be served."""
-
 _MLX: Final = "adapters.safetensors"
 _PICKLES: Final = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
-SHARD: Final = re.compile(r"adapter_model-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors")
 _FULL: Final = re.compile(r"model(-\d+-of-\d+)?\.safetensors|pytorch_model.*\.bin")
 # Files that only another program's container has, in the folder itself or one below.
 _CONTAINERS: Final = tuple(
@@ -41,22 +31,6 @@ _EXTRA: Final = re.compile(
     r"checkpoint-\d+/.*|global_step\d+/.*|(optimizer|scheduler|scaler|rng_state.*|trainer_state|training_args)"
     r"\.(pt|pth|bin|json)|.*\.(bin|pt|pth|ckpt|gguf|safetensors)"
 )
-
-
-def weight_files(names: Collection[str]) -> tuple[str, ...]:
-    """Return the files that a bundle's rows are made from: PEFT's, or two of a TensorRT-LLM converter."""
-    config = next((name for name in (CONFIG_FILE, KEYS_FILE) if name in names), None)
-    if CONFIG not in names and config is not None and WEIGHTS_FILE in names:
-        return (WEIGHTS_FILE, config)
-    if WEIGHTS in names or INDEX not in names:
-        return (CONFIG, WEIGHTS)
-    return (CONFIG, *sorted(filter(SHARD.fullmatch, names)), INDEX)
-
-
-def wanted_files(names: Collection[str]) -> list[str]:
-    """Return the files that are fetched of an adapter without findings; nothing else is looked at."""
-    beside = sorted({*TOKEN_FILES, *TEXT_FILES} & set(names))
-    return [*weight_files(names), *beside]
 
 
 def file_findings(names: Collection[str]) -> list[Finding]:
@@ -134,7 +108,7 @@ def _container(names: Collection[str]) -> tuple[str, str] | None:
 def _advice(names: Collection[str], top: list[str]) -> str:
     folders = sorted(name.removesuffix(f"/{CONFIG}") for name in names if name.endswith(f"/{CONFIG}"))
     if folders:
-        return f"The adapter is in {' or '.join(map(repr, folders[:5]))}: set subfolder."
+        return f"The adapter is in {' or '.join(map(repr, folders[:5]))}: set subfolder, or name that folder."
     if any(_FULL.fullmatch(name) for name in top):
         return "This is a full model, no adapter: name it as the base, or name the adapter's repository."
     return "Name the repository or the folder that PEFT's save_pretrained wrote."

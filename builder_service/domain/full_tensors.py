@@ -22,11 +22,13 @@ from loramux_shared.bundle.npy import Array
 from loramux_shared.faults import Finding
 from loramux_shared.wording import listed
 
+_UNUSED: Final = ".original_module."
+"""In the name of what PEFT keeps beside a module that is saved whole; of a resized one it has new rows too."""
 PIECE: Final = 1 << 20
 """Elements that are compared at once."""
 EMBED_FIX: Final = (
-    "Embeddings and head have a row for each of the base's tokens: merge the adapter (merge_and_unload), or "
-    "train without added tokens."
+    "Save embeddings and head whole (modules_to_save), with the tokenizer beside them; or merge the adapter "
+    "(merge_and_unload), or train without added tokens."
 )
 BIAS_FIX: Final = (
     "Biases of projections of attention and dense MLP are served, where the base has some: train with bias "
@@ -59,7 +61,12 @@ class OwnTable:
     saved: bool
     """Whether the config names it; else the file has it because the base's were saved with the adapter."""
     differs: Array
-    """[vocab]: which rows are other ones than the base's."""
+    """[rows]: which are other ones than the base's; all of those that the base does not have."""
+
+    @property
+    def rows(self) -> int:
+        """Of the matrix: the tokens of the model that it is of."""
+        return len(self.differs)
 
 
 @dataclass(frozen=True)
@@ -137,14 +144,18 @@ def _compare(
     if found is None:
         return f"{what} that the base does not have", None
     theirs, ours = found.tensors[name], full.tensor
-    if ours.shape != theirs.shape:
+    unused = _UNUSED in full.tensor.name
+    resized = full.key.module is not None and (unused or not full.key.of_base)
+    if ours.shape[1:] != theirs.shape[1:] or not ours.size or (ours.shape != theirs.shape and not resized):
         return f"shape {list(ours.shape)}, the base has {list(theirs.shape)}", None
     if ours.dtype not in READABLE or theirs.dtype not in READABLE:
         return f"{ours.dtype}, the base has {theirs.dtype}", None
     width = max(1, math.prod(ours.shape[1:]))
     step = max(1, PIECE // width) * width
-    pieces = zip(file.pieces(ours.name, step), found.pieces(name, step), strict=True)
-    differs = np.concatenate([_differs(a, b, width) for a, b in pieces]) if ours.size else np.zeros(0, bool)
+    rows = (0, min(ours.shape[0], theirs.shape[0])) if resized else None
+    pieces = zip(file.pieces(ours.name, step, rows), found.pieces(name, step, rows), strict=True)
+    differs = np.concatenate([_differs(a, b, width) for a, b in pieces])
+    differs = np.pad(differs, (0, ours.shape[0] - len(differs)), constant_values=not unused)
     return f"{what} that differs from the base's" if differs.any() else "", differs
 
 

@@ -17,10 +17,10 @@ from typing import Final
 import numpy as np
 
 from builder_service.domain.adapter_config import AdapterConfig
-from builder_service.domain.file_rules import KEYS_FILE
 from builder_service.domain.grouping import Grouping
 from builder_service.domain.peft_names import ALL_LINEAR
 from builder_service.domain.safetensors_header import READABLE, Tensor, TensorFile
+from loramux_shared.adapter_files import KEYS_FILE
 from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bundle.manifest import CONFIG_FILE, WEIGHTS_FILE
 from loramux_shared.bundle.modules import BY_ID, FUSED, OF_EXPERTS, Module

@@ -9,6 +9,7 @@ does not name it, both stay one.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -30,6 +31,7 @@ MAX_RUNS: Final = 4096
 BOTH: Final = (BY_NAME["embedding"], BY_NAME["head"])
 _INDICES: Final = "adapter_config.json: trainable_token_indices"
 _AGAIN: Final = "Save the adapter again, or correct trainable_token_indices."
+_WHOLE: Final = "Save both whole: modules_to_save with embed_tokens and lm_head."
 _ONCE: Final = "It is not clear what PEFT makes of both: merge it (merge_and_unload), or train one of them."
 PIECE: Final = 1 << 20
 """Elements that are compared at once."""
@@ -49,6 +51,16 @@ class PlannedRows:
 
 
 @dataclass(frozen=True)
+class OwnRows:
+    """What takes the place of rows of the base."""
+
+    planned: list[PlannedRows]
+    """Of embeddings first."""
+    vocab: int | None
+    """Tokens of the adapter's model; None: as many as the base has."""
+
+
+@dataclass(frozen=True)
 class TokenTensor:
     """Rows of some tokens in an adapter's file."""
 
@@ -64,11 +76,13 @@ def plan_rows(
     config: AdapterConfig,
     base: ModelConfig,
     report: Grouping,
-) -> list[PlannedRows]:
-    """Return which rows are replaced, of embeddings first; report what PEFT and we would not agree about."""
+) -> OwnRows:
+    """Return which rows are replaced; report what PEFT and we would not agree about."""
     found: dict[Module, PlannedRows] = {}
-    for table in _applied(file, tables, config, base, report):
-        found[table[0]] = _of_table(file, *table)
+    applied = _applied(file, tables, config, base, report)
+    for module, table in applied.items():
+        if table.differs.any():
+            found[module] = _of_table(file, module, table)
     for each in tokens:
         for module in _modules_of(each, tokens, base):
             planned = _of_tokens(each, file, module, config, base, report)
@@ -79,13 +93,35 @@ def plan_rows(
                 found[module] = planned
     _check_indices(tokens, config, base, report)
     _check_whole(found, pairs, report)
-    return sorted(found.values(), key=lambda planned: planned.replaced.module_id)
+    rows = sorted(found.values(), key=lambda planned: planned.replaced.module_id)
+    return OwnRows(rows, _vocab_of(applied, base, report))
+
+
+def _vocab_of(applied: Mapping[Module, OwnTable], base: ModelConfig, report: Grouping) -> int | None:
+    """Return the tokens of a model whose matrices were resized; a module without one has the base's rows.
+
+    Rows that were cut off are of no use to a model that has no such tokens.
+    """
+    vocab = base.dims.vocab
+    sizes = {table.rows for table in applied.values()}
+    if len(applied) < len(BOTH) and max(sizes, default=0) > vocab:
+        sizes.add(vocab)
+    if not sizes or sizes == {vocab}:
+        return None
+    names = ", ".join(sorted({table.full.tensor.name for table in applied.values()}))
+    if len(sizes) > 1:
+        found = f"{' and '.join(map(str, sorted(sizes)))} rows"
+        report.add("E_EMBED", names, expected="embeddings and a head of as many rows", found=found, fix=_WHOLE)
+    elif max(sizes) > vocab and base.inputs is not None:
+        found, expected = f"{max(sizes)} rows", f"at most {vocab}, for which the base has inputs of each layer"
+        report.add("E_EMBED", names, expected=expected, found=found, fix=EMBED_FIX)
+    return max(sizes)
 
 
 def _applied(
     file: TensorFile, tables: list[OwnTable], config: AdapterConfig, base: ModelConfig, report: Grouping
-) -> list[tuple[Module, OwnTable]]:
-    """Return what each module has that has something of its own."""
+) -> dict[Module, OwnTable]:
+    """Return the matrices of those modules that have one of their own, which may equal the base's."""
     apart = [table for table in tables if not base.tied_embeddings or _is_apart(table, config)]
     tied = [table for table in tables if table not in apart]
     if len({table.module for table in tied}) > 1 and not _are_same(file, tied):
@@ -94,7 +130,7 @@ def _applied(
         report.add("E_EMBED", names, expected="one matrix for both", found=found, fix=_ONCE)
     found_apart = {table.module: table for table in apart}
     of_both = {module: table for table in tied for module in BOTH if module not in found_apart}
-    return [(module, table) for module, table in (of_both | found_apart).items() if table.differs.any()]
+    return of_both | found_apart
 
 
 def _is_apart(table: OwnTable, config: AdapterConfig) -> bool:
@@ -103,7 +139,7 @@ def _is_apart(table: OwnTable, config: AdapterConfig) -> bool:
 
 def _are_same(file: TensorFile, tables: list[OwnTable]) -> bool:
     first, *others = [table.full.tensor for table in tables]
-    return all(
+    return all(first.shape == other.shape for other in others) and all(
         np.array_equal(a.astype(np.float32), b.astype(np.float32), equal_nan=True)
         for other in others
         for a, b in zip(file.pieces(first.name, PIECE), file.pieces(other.name, PIECE), strict=True)

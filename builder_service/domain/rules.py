@@ -12,7 +12,6 @@ from builder_service.domain.adapter_config import AdapterConfig, parse_config
 from builder_service.domain.config_fields import bad_config
 from builder_service.domain.config_rules import INVOCATION
 from builder_service.domain.expansion import expanded
-from builder_service.domain.file_rules import CONFIG, WEIGHTS
 from builder_service.domain.full_tensors import BaseTensors, check_full_tensors, redundant_warning
 from builder_service.domain.grouping import LONGEST, Grouping
 from builder_service.domain.initial import with_initial
@@ -30,12 +29,16 @@ from builder_service.domain.tensor_rules import (
     sort_tensors,
     tower_warning,
 )
+from builder_service.domain.unchanged import unchanged, unchanged_warning
 from builder_service.domain.value_rules import check_values
 from builder_service.domain.vector_rules import check_lone
 from builder_service.domain.vectors import VectorReader, Vectors
+from loramux_shared.adapter_files import CONFIG, WEIGHTS
 from loramux_shared.bases.config import ModelConfig
+from loramux_shared.bundle.added_tokens import AddedToken, OwnTokens
+from loramux_shared.bundle.kinds import kinds_of
 from loramux_shared.bundle.manifest import Coverage, FileDigest
-from loramux_shared.bundle.modules import NO_LAYER
+from loramux_shared.bundle.modules import BY_NAME, NO_LAYER
 from loramux_shared.deployment import Dtype
 from loramux_shared.faults import Finding
 from loramux_shared.wording import listed
@@ -59,12 +62,23 @@ class CheckedAdapter:
     coverage: Coverage = field(default_factory=Coverage)
     invocation_tokens: tuple[int, ...] = ()
     """From which on it acts; none: on everything."""
+    vocab: int | None = None
+    """Tokens of its model; None: as many as the base has."""
+    own_tokens: OwnTokens | None = None
+    """Where its tokenizer or its vocabulary is another than the base's."""
 
     @property
     def modules(self) -> frozenset[str]:
         """Names of the modules that it changes."""
         of_rows = [planned.row.module for planned in self.rows]
         return frozenset([*of_rows, *(planned.replaced.module for planned in self.replaced)])
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """What it is, as the manifest will have it."""
+        rows = [planned.row for planned in self.rows]
+        modules = {BY_NAME[module].id for module in self.modules}
+        return kinds_of(rows, modules, self.coverage.used, self.invocation_tokens, self.vocab)
 
     @property
     def errors(self) -> tuple[Finding, ...]:
@@ -75,9 +89,18 @@ class CheckedAdapter:
 class BaseTokens(Protocol):
     """The base's own tokens."""
 
-    def findings(self, folder: Path, files: Mapping[str, FileDigest]) -> tuple[Finding, ...]:
-        """Return what is wrong with the tokenizer among an adapter's files."""
+    def compared(self, folder: Path, files: Mapping[str, FileDigest]) -> ComparedTokens:
+        """Compare the tokenizer among an adapter's files with the base's."""
         ...
+
+
+@dataclass(frozen=True)
+class ComparedTokens:
+    """How a tokenizer differs from the base's."""
+
+    findings: tuple[Finding, ...] = ()
+    added: tuple[AddedToken, ...] = ()
+    """Tokens that it has behind the base's last one."""
 
 
 @dataclass(frozen=True)
@@ -141,18 +164,25 @@ def check_tensors(
     check_pairs(pairs, config, book.limits, report)
     check_lone(tensors.lone, config, base, book.limits.target_modules, report)
     full = check_full_tensors(file, tensors.fulls, config.modules_to_save, base, book.base, report)
-    replaced = plan_rows(file, full.tables, tensors.tokens, pairs, config, base, report)
+    rows = plan_rows(file, full.tables, tensors.tokens, pairs, config, base, report)
+    replaced, vocab = rows.planned, rows.vocab
     own = list(dict.fromkeys(planned.tensor for planned in replaced))
     values = check_values(file, pairs, own, config, base, book.dtype, report, progress)
     broken = report or any(_is_error(finding) for finding in found)
     vectors = Vectors() if broken else _vectors(pairs, tensors.lone, file, config, book, report, progress)
     found += [*unread, *report.findings()]
-    if config.invocation_tokens and (replaced or any(pair.key.layer == NO_LAYER for pair in pairs)):
+    if config.invocation_tokens and (replaced or vocab or any(pair.key.layer == NO_LAYER for pair in pairs)):
         found.append(_activated_vocabulary())
-    if not pairs and not replaced and not vectors.rows and not any(_is_error(finding) for finding in found):
-        found.append(_nothing(config))
+    changes = bool(pairs or replaced or vectors.rows)
+    if not changes and not any(_is_error(finding) for finding in found):
+        whole = vocab is None and (tensors.lone or tensors.towers or full.redundant)
+        found.append(unchanged_warning() if whole else _nothing(config))
     if any(_is_error(finding) for finding in found):
-        return CheckedAdapter(tuple(found), file)
+        return CheckedAdapter(tuple(found), file, vocab=vocab)
+    planned = planned_rows(values.parts, vectors, base)
+    if not changes:
+        file, row = unchanged(file, base)
+        planned = (row,)
     found += [each for each in values.warnings if each.code != "W_ZERO_B" or not vectors.rows]
     found += [*vectors.warnings(book.dtype), *redundant_warning((*full.redundant, *vectors.redundant))]
     found += [*tower_warning(tensors.towers), *legal_findings(pairs, tensors.keys, config, base)]
@@ -161,7 +191,7 @@ def check_tensors(
     return CheckedAdapter(
         tuple(found),
         file,
-        planned_rows(values.parts, vectors, base),
+        planned,
         tuple(replaced),
         config.base_model_name,
         config.base_model_revision,
@@ -170,6 +200,7 @@ def check_tensors(
             redundant=tuple(sorted(redundant)),
         ),
         config.invocation_tokens,
+        vocab,
     )
 
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from builder_service.domain.file_rules import INDEX, WEIGHTS
 from builder_service.domain.safetensors_header import (
     HeaderInvalid,
     TensorFile,
@@ -18,6 +17,7 @@ from builder_service.domain.safetensors_header import (
     read_header,
 )
 from builder_service.domain.strict_json import JsonInvalid, parse
+from loramux_shared.adapter_files import INDEX, WEIGHTS
 from loramux_shared.bundle.npy import Array
 
 MAX_INDEX: Final = 16 << 20

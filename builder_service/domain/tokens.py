@@ -1,4 +1,4 @@
-"""Which tokens an adapter's tokenizer has that the base's does not mean; asked by `sandbox`.
+"""Which tokens an adapter's tokenizer has that the base's does not; asked by `sandbox`.
 
 Nothing but the standard library here, see `sandboxed`.
 """
@@ -12,7 +12,16 @@ from pathlib import Path
 from typing import Any, Final
 
 SHOWN: Final = 5
+MAX_ADDED: Final = 4096
+"""Tokens that an adapter may add."""
+MAX_CHARS: Final = 256
+"""Of one of them."""
+FLAGS: Final = ("special", "lstrip", "rstrip", "single_word", "normalized")
+"""What the tokenizers library knows of an added token beside its text and id; all of them are booleans."""
 _ID: Final = re.compile(r"[0-9]{1,9}")
+
+Others = list[tuple[int, str]]
+"""Ids and tokens that the base does not mean by each other."""
 
 
 class NoTokens(Exception):
@@ -20,52 +29,93 @@ class NoTokens(Exception):
 
 
 def answer(question: Mapping[str, Any]) -> dict[str, Any]:
-    """Return ``{"unreadable": {file: why}, "others": {file: {"count", "shown"}}}``.
+    """Return ``{"unreadable": {file: why}, "others": {file: {"count", "shown"}}, "added": [...]}``.
 
     The question has ``adapter`` and ``base``, paths by names of files, and ``vocab``, the number of ids of the
-    base. Others are tokens that the base does not have, or has under another id; of a base whose tokens are
-    not known, those beyond its ids.
+    base. Added are tokens behind the base's last one, as ``tokenizer.json`` has them, or else
+    ``tokenizer_config.json``: an object with id, content and FLAGS each. Others are those that could not come
+    so: of a base whose tokens are not known, those beyond its ids.
     """
     known: dict[str, int] = {}
     for name, path in question["base"].items():
         try:
-            known |= _tokens(name, path)
+            known |= _tokens(name, _read(path))
         except NoTokens:
             known = {}
             break
-    found: dict[str, Any] = {"unreadable": {}, "others": {}}
+    found: dict[str, Any] = {"unreadable": {}, "others": {}, "added": []}
+    others: dict[str, Others] = {}
+    flags: dict[str, dict[str, dict[str, bool]]] = {}
     for name, path in question["adapter"].items():
         try:
-            tokens = _tokens(name, path)
+            value = _read(path)
+            tokens = _tokens(name, value)
         except NoTokens as error:
             found["unreadable"][name] = str(error)[:200]
             continue
-        others = [
+        flags[name] = _flags(name, value)
+        others[name] = sorted(
             (number, token)
             for token, number in tokens.items()
             if (known.get(token) != number if known else number >= question["vocab"])
-        ]
-        if others:
-            found["others"][name] = {"count": len(others), "shown": list(_shown(others, known))}
+        )
+    truth = "tokenizer.json" if "tokenizer.json" in others else "tokenizer_config.json"
+    added = _added(others.get(truth, []), known, flags.get(truth, {}))
+    found["added"] = added
+    fresh = {(each["id"], each["content"]) for each in added}
+    for name, those in others.items():
+        if foreign := [each for each in those if each not in fresh]:
+            found["others"][name] = {"count": len(foreign), "shown": list(_shown(foreign, known))}
     return found
 
 
-def _shown(others: list[tuple[int, str]], known: Mapping[str, int]) -> Iterable[str]:
+def _added(
+    others: Others, known: Mapping[str, int], flags: Mapping[str, Mapping[str, bool]]
+) -> list[dict[str, Any]]:
+    """Return the tokens that the tokenizers library would number so if they were added to the base's."""
+    first = 1 + max(known.values(), default=-1)
+    numbers = [number for number, _ in others]
+    fits = known and len(others) <= MAX_ADDED and numbers == [*range(first, first + len(others))]
+    if not fits or not all(token not in known and token in flags and _fits(token) for _, token in others):
+        return []
+    return [{"id": number, "content": token, **flags[token]} for number, token in others]
+
+
+def _fits(token: str) -> bool:
+    return 0 < len(token) <= MAX_CHARS and token == _text(token, MAX_CHARS)
+
+
+def _flags(name: str, value: Mapping[str, Any]) -> dict[str, dict[str, bool]]:
+    """Return what a file says of its added tokens, by their texts."""
+    match name:
+        case "tokenizer_config.json":
+            entries = [entry for _, entry in _items(value, "added_tokens_decoder")]
+        case "tokenizer.json":
+            entries = list(value.get("added_tokens") or [])
+        case _:
+            return {}
+    said = {_of(entry, "content"): {flag: _of(entry, flag) for flag in FLAGS} for entry in entries}
+    return {
+        token: flags for token, flags in said.items() if all(isinstance(flag, bool) for flag in flags.values())
+    }
+
+
+def _shown(others: Others, known: Mapping[str, int]) -> Iterable[str]:
     names = {number: token for token, number in known.items()}
-    for number, token in sorted(others)[:SHOWN]:
+    for number, token in others[:SHOWN]:
         used = f", which is {_text(names[number])} in the base" if number in names else ""
         yield f"{_text(token)} (id {number}{used})"
 
 
-def _text(token: str) -> str:
-    return token[:40].encode("utf-8", "replace").decode()
+def _text(token: str, most: int = 40) -> str:
+    return token[:most].encode("utf-8", "replace").decode()
 
 
-def _tokens(name: str, path: str) -> dict[str, int]:
-    """Return ids by token of one of the files that tokenizers are saved as.
+def _read(path: str) -> dict[str, Any]:
+    """Return the object in a file.
 
     Raises:
-        NoTokens: it says something else.
+        NoTokens: it has something else.
     """
     try:
         value = json.loads(Path(path).read_bytes())
@@ -75,6 +125,15 @@ def _tokens(name: str, path: str) -> dict[str, int]:
         raise NoTokens(f"no valid JSON ({error})") from error
     if not isinstance(value, dict):
         raise NoTokens("expected an object")
+    return value
+
+
+def _tokens(name: str, value: Mapping[str, Any]) -> dict[str, int]:
+    """Return ids by token of one of the files that tokenizers are saved as.
+
+    Raises:
+        NoTokens: it says something else.
+    """
     match name:
         case "added_tokens.json":
             tokens = list(value.items())

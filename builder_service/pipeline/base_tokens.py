@@ -1,4 +1,4 @@
-"""Adapters' tokenizers beside the base's: its embeddings are shared, so no token may mean something else."""
+"""Adapters' tokenizers beside the base's: they may have more tokens, but none that means something else."""
 
 from __future__ import annotations
 
@@ -8,15 +8,19 @@ from pathlib import Path
 from typing import Final
 
 from builder_service.domain import tokens
-from builder_service.domain.file_rules import TOKEN_FILES
-from builder_service.domain.full_tensors import EMBED_FIX
+from builder_service.domain.rules import ComparedTokens
 from builder_service.domain.sandbox import Bounds, TooCostly, ask
+from loramux_shared.adapter_files import TOKEN_FILES
+from loramux_shared.bundle.added_tokens import AddedToken
 from loramux_shared.bundle.manifest import FileDigest
 from loramux_shared.faults import Finding
 
 BOUNDS: Final = Bounds(cpu_s=15.0, memory_bytes=1 << 30)
 """For two tokenizers of 262,144 tokens, of 33 MB each, it takes 2 s and 0.4 GB."""
-_ADDED_FIX: Final = f"{EMBED_FIX} Where it never uses them (padding), remove the tokenizer's files."
+_FIX: Final = (
+    "Tokens that add_tokens adds to the base's own tokenizer are served: train with those, or merge the "
+    "adapter (merge_and_unload). Where it never uses them (padding), remove the tokenizer's files."
+)
 
 
 class BaseTokens:
@@ -27,10 +31,10 @@ class BaseTokens:
         self._fetch = fetch
         self._vocab = vocab
         self._lock = threading.Lock()
-        self._found: dict[frozenset[tuple[str, str]], tuple[Finding, ...]] = {}
+        self._found: dict[frozenset[tuple[str, str]], ComparedTokens] = {}
 
-    def findings(self, folder: Path, files: Mapping[str, FileDigest]) -> tuple[Finding, ...]:
-        """Return what is wrong with the tokenizer among an adapter's files; nothing where it is the base's.
+    def compared(self, folder: Path, files: Mapping[str, FileDigest]) -> ComparedTokens:
+        """Return how the tokenizer among an adapter's files differs from the base's.
 
         Raises:
             Fault: what the base's source raises.
@@ -41,10 +45,12 @@ class BaseTokens:
         key = frozenset((name, file.sha256) for name, file in own.items())
         with self._lock:  # of adapters with the same tokenizer, the others wait for the first
             if key not in self._found:
-                self._found[key] = self._compared({name: folder / name for name in own}) if own else ()
+                self._found[key] = (
+                    self._compared({name: folder / name for name in own}) if own else ComparedTokens()
+                )
             return self._found[key]
 
-    def _compared(self, own: Mapping[str, Path]) -> tuple[Finding, ...]:
+    def _compared(self, own: Mapping[str, Path]) -> ComparedTokens:
         question = {
             "adapter": {name: str(path) for name, path in own.items()},
             "base": {name: str(self._fetch(name)) for name in self._files},
@@ -53,9 +59,10 @@ class BaseTokens:
         try:
             said = ask(tokens, question, BOUNDS)
         except TooCostly as error:
-            return (_unreadable(", ".join(own), f"what is read in {BOUNDS}", f"{error}"),)
+            return ComparedTokens((_unreadable(", ".join(own), f"what is read in {BOUNDS}", f"{error}"),))
         found = [_unreadable(name, "a tokenizer", why) for name, why in said["unreadable"].items()]
-        return (*found, *(_others(name, **others) for name, others in said["others"].items()))
+        found += [_others(name, **others) for name, others in said["others"].items()]
+        return ComparedTokens(tuple(found), tuple(AddedToken(**each) for each in said["added"]))
 
 
 def _unreadable(name: str, expected: str, found: str) -> Finding:
@@ -68,7 +75,7 @@ def _others(name: str, count: int, shown: list[str]) -> Finding:
     return Finding(
         code="E_EMBED",
         where=name,
-        expected="tokens of the base, by its ids",
+        expected="tokens of the base, by its ids, and new ones behind its last",
         found=f"{', '.join(shown)}{more}",
-        fix=_ADDED_FIX,
+        fix=_FIX,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 from builder_service.domain.origin import origin_warnings
@@ -49,6 +49,9 @@ class AdapterReport:
     base_model_name: str = ""
     licence: str = ""
     base_licence: str = ""
+    kinds: tuple[str, ...] = ()
+    replaced_rows: Mapping[str, int] = field(default_factory=dict)
+    invocation_tokens: tuple[int, ...] = ()
 
     @property
     def accepted(self) -> bool:
@@ -94,6 +97,9 @@ def check_one(deployment: Deployment, context: BuildContext, progress: Progress)
             checked.base_model_name,
             fetched.licence,
             base.record.licence,
+            checked.kinds,
+            {planned.replaced.module: planned.replaced.count for planned in checked.replaced},
+            checked.invocation_tokens,
         )
 
 

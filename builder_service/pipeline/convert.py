@@ -11,14 +11,15 @@ from typing import Final, Literal
 
 import numpy as np
 
-from builder_service.domain.file_rules import weight_files
 from builder_service.domain.own_rows import PlannedRows
 from builder_service.domain.planned import PlannedRow
 from builder_service.domain.rules import CheckedAdapter
 from builder_service.pipeline.progress import Progress, Stage
 from builder_service.pipeline.validate import ValidAdapter
+from loramux_shared.adapter_files import weight_files
 from loramux_shared.bundle.manifest import (
     CONFIG_FILE,
+    OWN_TOKENS_FILE,
     TEXT_FILES,
     VOCABULARY_FILE,
     WEIGHTS_FILE,
@@ -82,10 +83,11 @@ def convert_adapter(
         paths[name] = fetched.folder / FOLDER / name
         files[name] = _written(paths[name], pieces, fetched.name)
     manifest = Manifest(
-        format_version=version_of((*rows, *replaced), checked.invocation_tokens),
+        format_version=version_of((*rows, *replaced), checked.invocation_tokens, files),
         dtype=dtype,
         rows=rows,
         replaced=replaced,
+        vocab=checked.vocab,
         row_width=_width(rows),
         config_columns=columns_of(checked),
         files=files | {name: fetched.files[name] for name in texts},
@@ -127,7 +129,7 @@ def _width(rows: Iterable[ModuleRow]) -> int:
 def _contents(
     checked: CheckedAdapter, dtype: Dtype, count: Callable[[int], None]
 ) -> dict[str, Iterator[bytes | int]]:
-    """Return the npy files by their names, each as the pieces that it is written from."""
+    """Return the files that are made, by their names, each as the pieces that it is written from."""
     of_layers = [planned for planned in checked.rows if planned.row.layer != NO_LAYER]
     others = [planned for planned in checked.rows if planned.row.layer == NO_LAYER]
     found: dict[str, Iterator[bytes | int]] = {}
@@ -145,6 +147,8 @@ def _contents(
         values += [_replaced(planned, dtype, count) for planned in checked.replaced]
         whole = [chain.from_iterable(values)]
         found[VOCABULARY_FILE] = weights_pieces(dtype, count=1, width=elements, rows=whole)
+    if checked.own_tokens is not None:
+        found[OWN_TOKENS_FILE] = iter([checked.own_tokens.to_bytes()])
     return found
 
 

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, TypeVar
 
-from builder_service.domain.file_rules import extra_files, file_findings, wanted_files
+from builder_service.domain.file_rules import extra_files, file_findings
 from builder_service.domain.text_rules import too_large
 from builder_service.pipeline.authorship import no_signature, take_signature
 from builder_service.pipeline.progress import STOPS, Progress, Stage
 from builder_service.pipeline.space import Space
+from loramux_shared.adapter_files import wanted_files
 from loramux_shared.bundle.manifest import FileDigest
 from loramux_shared.deployment import Repository
 from loramux_shared.faults import Fault, Finding, SourceRefused

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, TypeAlias
 
-from builder_service.domain.file_rules import WEIGHTS
 from builder_service.domain.rules import CheckedAdapter, Rulebook
 from builder_service.domain.safetensors_header import HeaderInvalid, read_header
 from builder_service.pipeline.context import BuildContext
@@ -18,6 +17,7 @@ from builder_service.pipeline.fetch import FetchedAdapter, ListedAdapter, fetch_
 from builder_service.pipeline.progress import Progress, Stage
 from builder_service.pipeline.space import Space
 from builder_service.pipeline.validate import ValidAdapter, check_fetched, refuse_any
+from loramux_shared.adapter_files import WEIGHTS
 
 HEAVY_FILE: Final = 32 << 20
 HEAVY_BYTES: Final = 8 << 20

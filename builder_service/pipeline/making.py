@@ -150,4 +150,5 @@ def making(shop: Workshop, base: Base, settings: Build, served: frozenset[str], 
 
 def _apart(valid: Sequence[ValidAdapter]) -> dict[str, str]:
     """Why they are never merged, by name."""
-    return {each.fetched.name: apart(each.checked.invocation_tokens, each.checked.modules) for each in valid}
+    checked = {each.fetched.name: each.checked for each in valid}
+    return {name: apart(each.invocation_tokens, each.modules, each.vocab) for name, each in checked.items()}

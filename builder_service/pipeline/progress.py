@@ -51,6 +51,8 @@ class AdapterProgress:
     repaired: bool = False
     kept: bool = False
     """Whether it is what it was in the served generation, so that nothing was fetched or made."""
+    kinds: tuple[str, ...] = ()
+    """What it is, as its manifest says."""
 
     def described(self, digest: str, manifest: Manifest, extra: Iterable[Finding] = ()) -> AdapterProgress:
         """Return it with what a manifest says."""
@@ -62,6 +64,7 @@ class AdapterProgress:
             tensors_used=manifest.tensors_used,
             bundle_bytes=sum(file.size for file in manifest.files.values()),
             warnings=(*manifest.warnings, *extra),
+            kinds=manifest.kinds,
         )
 
     def settled(
@@ -81,6 +84,7 @@ class AdapterProgress:
             tensors_used=summary.tensors_used,
             bundle_bytes=summary.bundle_bytes,
             warnings=(*(Finding(code=code) for code in summary.warnings), *extra),
+            kinds=summary.kinds,
         )
 
 

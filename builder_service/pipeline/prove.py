@@ -20,7 +20,7 @@ from pydantic import ValidationError
 from builder_service.pipeline.progress import Progress, Stage
 from builder_service.pipeline.validate import ValidAdapter
 from loramux_shared.bundle.manifest import VOCABULARY, BaseRecord
-from loramux_shared.bundle.proof import Proof
+from loramux_shared.bundle.proof import Effect, Proof
 from loramux_shared.deployment import Build
 from loramux_shared.faults import FAULTS, AdapterInvalid, InternalFault, ResourcesExhausted, SettingsInvalid
 from loramux_shared.sources.base import Room, unwatched
@@ -130,6 +130,8 @@ def _proof(adapter: ValidAdapter, answer: dict[str, Any]) -> Proof:
     name = adapter.fetched.name
     effects = {(layer, module): effect for layer, module, effect in answer["effects"]}
     rows = [(planned.row.layer, planned.row.module) for planned in adapter.checked.rows]
+    if not effects and any(finding.code == "W_ZERO_B" for finding in adapter.checked.findings):
+        effects = dict.fromkeys(rows, Effect(norm=0.0, dots=(0.0,) * 8))  # of the row that says so
     if effects.keys() != set(rows):
         raise InternalFault(
             f"adapter {name!r}: builder and reference disagree about its rows. Please report it."

@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Final
 
-from builder_service.domain.file_rules import CONFIG, TOKEN_FILES, WEIGHTS, file_findings
+from builder_service.domain.file_rules import extra_files, file_findings
 from builder_service.domain.text_rules import too_large
 from builder_service.pipeline.authorship import no_signature, take_signature
 from builder_service.pipeline.fetch import MAX_BYTES, FetchedAdapter
 from builder_service.pipeline.space import Space
-from loramux_shared.bundle.manifest import TEXT_FILES, FileDigest
+from loramux_shared.adapter_files import (
+    CONFIG,
+    INDEX,
+    KEYS_FILE,
+    SHARD,
+    TOKEN_FILES,
+    WEIGHTS,
+    holds_weights,
+    wanted_files,
+)
+from loramux_shared.bundle.manifest import CONFIG_FILE, TEXT_FILES, WEIGHTS_FILE, FileDigest
 from loramux_shared.deployment import Repository, SourceKind
 from loramux_shared.faults import AdapterInvalid, Finding, RequestInvalid
 from loramux_shared.signing.openssf import SIGNATURE
@@ -22,10 +32,15 @@ from loramux_shared.sources.files import content_digest, disk_errors
 from loramux_shared.sources.licence import README, licence_in, reads_readme
 from loramux_shared.wording import listed
 
-NAMES: Final = (CONFIG, WEIGHTS, *sorted({*TEXT_FILES, *TOKEN_FILES, README, SIGNATURE}))
-"""The files that can be pushed."""
+NAMES: Final = (
+    *(CONFIG, WEIGHTS, INDEX, WEIGHTS_FILE, CONFIG_FILE, KEYS_FILE),
+    *sorted({*TEXT_FILES, *TOKEN_FILES, README, SIGNATURE}),
+)
+"""The files that can be pushed, beside weights in several."""
 MAX_SMALL: Final = 64 << 20
 """Bytes of a file that is not the weights."""
+MAX_FILES: Final = 1024
+"""Of an adapter."""
 
 
 @dataclass
@@ -36,6 +51,8 @@ class PushedAdapter:
     name: str
     folder: Path
     space: Space
+    others: Sequence[str] = ()
+    """Names of files of its folder that are not sent."""
     _sizes: dict[str, int] = field(default_factory=dict)
     _hashes: dict[str, hashlib._Hash] = field(default_factory=dict)
 
@@ -43,15 +60,17 @@ class PushedAdapter:
         """Append to a file.
 
         Raises:
-            RequestInvalid: it is none of `NAMES`, or too large.
+            RequestInvalid: it is none that an adapter consists of, or too large, or there are too many.
             ResourcesExhausted: the disk is full, or a build may not write as much.
         """
-        if file not in NAMES:
+        if file not in NAMES and not SHARD.fullmatch(file):
             raise RequestInvalid(f"file {file[:128]!r}: expected one of {listed(NAMES, len(NAMES))}")
         size = self._sizes.get(file, 0) + len(data)
-        most = MAX_BYTES if file == WEIGHTS else MAX_SMALL
-        if size > most:
+        most = MAX_BYTES if holds_weights(file) else MAX_SMALL
+        if size > most or sum(self._sizes.values()) + len(data) > MAX_BYTES + MAX_SMALL:
             raise RequestInvalid(f"file {file}: more than {most} bytes. An adapter has at most {MAX_BYTES}.")
+        if file not in self._sizes and len(self._sizes) >= MAX_FILES:
+            raise RequestInvalid(f"file {file}: expected at most {MAX_FILES} files, found more.")
         self.space.room(f"adapter {self.name!r}")(len(data))
         self._sizes[file] = size
         self._hashes.setdefault(file, hashlib.sha256()).update(data)
@@ -67,19 +86,24 @@ class PushedAdapter:
             AdapterInvalid: files are missing or too large, or not signed by one of those who must have.
         """
         unsigned = no_signature(self._sizes) if signed_by else []
-        self._refuse(
-            "these are not the files of an adapter", file_findings(self._sizes), too_large(self._sizes)
-        )
+        known = {*self._sizes, *self.others}
+        self._refuse("these are not the files of an adapter", file_findings(known), too_large(self._sizes))
+        missing = [name for name in wanted_files(self._sizes) if name not in self._sizes]
+        if missing:
+            raise RequestInvalid(f"file {missing[0]}: expected it to be sent, found it named alone.")
+        used = {*wanted_files(self._sizes), README, SIGNATURE}
         files = {
             name: FileDigest(size=size, sha256=self._hashes[name].hexdigest())
             for name, size in self._sizes.items()
+            if name in used
         }
         self._refuse("it is not signed", unsigned or take_signature(self.folder, files, signed_by))
         files.pop(README, None)
         licence = licence_in(self.folder, ()) if reads_readme(self._sizes) else ""
         revision = content_digest(files)
         source = Repository(source=SourceKind.PUSHED, repo=self.name, revision=revision)
-        return FetchedAdapter(self.name, self.folder, source, files, licence=licence)
+        extra = tuple(extra_files(known))
+        return FetchedAdapter(self.name, self.folder, source, files, warnings=extra, licence=licence)
 
     def _refuse(self, why: str, *found: Iterable[Finding]) -> None:
         if findings := list(chain(*found)):

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
-from builder_service.domain.file_rules import CONFIG, weight_files
+from builder_service.domain.full_tensors import EMBED_FIX
 from builder_service.domain.npy_rules import FOLDED, read_npy_adapter
-from builder_service.domain.rules import CheckedAdapter, Rulebook, check_adapter, check_tensors
+from builder_service.domain.rules import CheckedAdapter, ComparedTokens, Rulebook, check_adapter, check_tensors
 from builder_service.domain.tensor_rules import AdapterLimits
 from builder_service.domain.text_rules import check_texts
 from builder_service.pipeline.base_tokens import BaseTokens
@@ -17,7 +17,9 @@ from builder_service.pipeline.base_weights import BaseWeights
 from builder_service.pipeline.fetch import FetchedAdapter
 from builder_service.pipeline.progress import Progress, Stage
 from builder_service.pipeline.truncate import truncate_adapter
+from loramux_shared.adapter_files import CONFIG, weight_files
 from loramux_shared.bases.config import ModelConfig
+from loramux_shared.bundle.added_tokens import AddedToken, OwnTokens
 from loramux_shared.bundle.manifest import TEXT_FILES, Coverage
 from loramux_shared.bundle.modules import BY_HF, BY_NAME
 from loramux_shared.deployment import Deployment, Dtype, LoraConfiguration
@@ -111,8 +113,11 @@ def check_fetched(adapter: FetchedAdapter, book: Rulebook, progress: Progress) -
     else:
         checked = _check_npy(folder, book, count)
     texts = {name: (folder / name).read_bytes() for name in TEXT_FILES if name in adapter.files}
-    found = [*check_texts(texts, book.limits.base.dims.vocab), *_token_findings(adapter, book)]
-    checked = replace(checked, findings=(*checked.findings, *found))
+    vocab = checked.vocab or book.limits.base.dims.vocab
+    tokens = book.tokens.compared(folder, adapter.files) if book.tokens else ComparedTokens()
+    found = [*check_texts(texts, vocab), *tokens.findings, *_without_rows(tokens.added, vocab)]
+    own = OwnTokens(vocab=vocab, tokens=tokens.added) if tokens.added or checked.vocab else None
+    checked = replace(checked, findings=(*checked.findings, *found), own_tokens=own)
     if checked.errors or book.truncate_to_rank is None:
         return checked
     return truncate_adapter(checked, book.truncate_to_rank, book.dtype, folder, count)
@@ -126,8 +131,15 @@ def _check_npy(folder: Path, book: Rulebook, progress: Callable[[int], None]) ->
     return replace(checked, coverage=Coverage())  # the tensors' names are ours, not the adapter's
 
 
-def _token_findings(adapter: FetchedAdapter, book: Rulebook) -> tuple[Finding, ...]:
-    return book.tokens.findings(adapter.folder, adapter.files) if book.tokens else ()
+def _without_rows(added: Sequence[AddedToken], vocab: int) -> list[Finding]:
+    """Return a finding where tokens have no rows, of the adapter's own or unused ones of the base."""
+    beyond = [f"{token.content[:40]} (id {token.id})" for token in added if token.id >= vocab]
+    if not beyond:
+        return []
+    expected, fix = f"rows for them; there are {vocab}", f"{EMBED_FIX} For padding alone, remove the tokenizer."
+    return [
+        Finding(code="E_EMBED", where="tokenizer.json", expected=expected, found=listed(beyond, 5), fix=fix)
+    ]
 
 
 def _named(finding: Finding, adapter: str) -> Finding:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from datetime import datetime
+from typing import Final
 
 from google.protobuf.timestamp_pb2 import Timestamp
 from pydantic import ValidationError
@@ -26,6 +27,9 @@ from loramux_shared.bundle.manifest import ModuleRow
 from loramux_shared.deployment import Deployment
 from loramux_shared.deployment_file import findings_of
 from loramux_shared.faults import DeploymentInvalid, Fault, RequestInvalid
+
+MAX_OTHERS: Final = 1000
+"""Names of files that are not sent of a pushed adapter."""
 
 
 def deployment_message(view: DeploymentView) -> pb.Deployment:
@@ -65,8 +69,8 @@ async def parts_of(requests: AsyncIterator[pb.PutAdapterRequest]) -> AsyncIterat
     async for request in requests:
         match request.WhichOneof("part"):
             case "upload":
-                sent = request.upload
-                yield Upload(sent.deployment, sent.name, sent.config, sent.expected_generation or None)
+                sent, others = request.upload, tuple(request.upload.other_files[:MAX_OTHERS])
+                yield Upload(sent.deployment, sent.name, sent.config, sent.expected_generation or None, others)
             case "chunk":
                 yield Chunk(request.chunk.file, request.chunk.data)
             case _:
@@ -136,6 +140,9 @@ def report_message(report: AdapterReport) -> pb.AdapterReport:
         base_model_name=report.base_model_name,
         licence=report.licence,
         base_licence=report.base_licence,
+        kinds=report.kinds,
+        replaced_rows=report.replaced_rows,
+        invocation_tokens=report.invocation_tokens,
     )
 
 
@@ -163,6 +170,7 @@ def _adapter_message(adapter: AdapterProgress) -> pb.AdapterBuild:
         reused=adapter.reused,
         repaired=adapter.repaired,
         kept=adapter.kept,
+        kinds=adapter.kinds,
     )
 
 

@@ -100,8 +100,18 @@ class Operations(Protocol):
         """Return the rows [T, hidden] of a table by tokens [T], times a scale of the table's dtype."""
         ...
 
-    def norm(self, hidden: Tensor, norm: RMSNorm, delta: Tensor | None, delta_norm: RMSNorm | None) -> Tensor:
-        """Add delta, normed itself where it has a norm, to hidden [T, dim] in place; return hidden normed."""
+    def norm(
+        self,
+        hidden: Tensor,
+        norm: RMSNorm,
+        delta: Tensor | None,
+        delta_norm: RMSNorm | None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """Add delta, normed itself where it has a norm, to hidden [T, dim] in place; return hidden normed.
+
+        Where out [T, dim] is given, the result is in it.
+        """
         ...
 
     def gated(self, gate_up: Tensor, activation: Activation) -> Tensor:

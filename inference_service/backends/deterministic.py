@@ -22,6 +22,8 @@ from loramux_shared.faults import SettingsInvalid
 MOST_PRODUCTS: Final = 2**30
 """Of one call that is measured, from 16 rows on: more would take seconds."""
 PROBES: Final = 8
+SAMPLES: Final = 1 << 17
+"""Values that are compared: two orders of one sum seldom differ once they are rounded to bfloat16."""
 SPAN: Final = 64
 """Positions whose angles are computed together."""
 
@@ -38,6 +40,11 @@ class DeterministicOperations(NativeOperations):
     def __init__(self, ops: CpuOps) -> None:
         super().__init__(ops)
         self._sizes: dict[tuple[int, int, bool], tuple[int, ...]] = {}
+
+    @property
+    def own_products(self) -> bool:
+        """Wherever they can be computed, for their bits are known, be others faster or not."""
+        return self.ops.can_multiply
 
     def linear(self, layer: Linear, x: Tensor) -> Tensor:
         """By the compiled product, or else by those of as many rows as were seen to agree."""
@@ -91,7 +98,7 @@ def agreeing_sizes(
         SettingsInvalid: no size gives a row the same bits at every place.
     """
     generator = torch.Generator().manual_seed(0)
-    shape = PROBES, in_features
+    shape = max(PROBES, SAMPLES // out_features), in_features
     scales = torch.exp2(torch.randint(-4, 5, shape, generator=generator))
     probes = (torch.randn(shape, generator=generator) * scales).to(dtype)
     groups: list[tuple[Tensor, list[int]]] = []
@@ -116,12 +123,13 @@ def agreeing_sizes(
 
 
 def _answer(product: Product, probes: Tensor, size: int) -> Tensor | None:
-    """Return [PROBES, out] by products of a size; None where it depends on the place of a row."""
-    index = torch.arange(-(-PROBES // size) * size) % PROBES
+    """Return [probes, out] by products of a size; None where it depends on the place of a row."""
+    count = len(probes)
+    index = torch.arange(-(-count // size) * size) % count
     found, shifted = (
         torch.cat([product(rows) for rows in torch.split(probes[order], size)])
-        for order in (index, (index + 1) % PROBES)
+        for order in (index, (index + 1) % count)
     )
-    answer = found[:PROBES]
-    same = torch.equal(found, answer[index]) and torch.equal(shifted, answer[(index + 1) % PROBES])
+    answer = found[:count]
+    same = torch.equal(found, answer[index]) and torch.equal(shifted, answer[(index + 1) % count])
     return answer if same else None

@@ -56,11 +56,16 @@ class NativeOperations(TorchOperations):
         self.ops = ops
         self._long_rows = long_rows
 
+    @property
+    def own_products(self) -> bool:
+        """Whether linears are multiplied by the compiled product, where it takes their weights."""
+        return self.ops.multiplies
+
     def new_linear(
         self, weight: Tensor, bias: Tensor | None = None, quantization: Rounding = Rounding.NONE
     ) -> Linear:
         """With a compiled product, where that is the fastest here."""
-        if not self.ops.multiplies:
+        if not self.own_products:
             return super().new_linear(weight, bias, quantization)
         quantized = quantize(weight, quantization)
         tiled = self.ops.tiled_integers(quantized, bias) if quantized else self.ops.tiled(weight, bias)
@@ -74,11 +79,19 @@ class NativeOperations(TorchOperations):
             return layer(x, lora.adapters(index, group))
         return super().adapted(layer, x, lora, index, group)
 
-    def norm(self, hidden: Tensor, norm: RMSNorm, delta: Tensor | None, delta_norm: RMSNorm | None) -> Tensor:
+    def norm(
+        self,
+        hidden: Tensor,
+        norm: RMSNorm,
+        delta: Tensor | None,
+        delta_norm: RMSNorm | None,
+        out: Tensor | None = None,
+    ) -> Tensor:
         """The sum and its norm in one pass."""
         if delta is not None and delta_norm is not None:
             delta = self.ops.rms_norm(delta, None, delta_norm.weight, delta_norm.eps, delta_norm.offset)
-        return self.ops.rms_norm(hidden, delta, norm.weight, norm.eps, norm.offset)
+        normed = self.ops.rms_norm(hidden, delta, norm.weight, norm.eps, norm.offset)
+        return normed if out is None else out.copy_(normed)
 
     def gated(self, gate_up: Tensor, activation: Activation) -> Tensor:
         """In one pass."""

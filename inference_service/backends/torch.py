@@ -62,11 +62,19 @@ class TorchOperations(ExpertOperations):
         hidden = embedding(tokens, table)
         return hidden if scale == 1.0 else hidden * scale
 
-    def norm(self, hidden: Tensor, norm: RMSNorm, delta: Tensor | None, delta_norm: RMSNorm | None) -> Tensor:
+    def norm(
+        self,
+        hidden: Tensor,
+        norm: RMSNorm,
+        delta: Tensor | None,
+        delta_norm: RMSNorm | None,
+        out: Tensor | None = None,
+    ) -> Tensor:
         """One after the other."""
         if delta is not None:
             hidden += delta if delta_norm is None else delta_norm(delta)
-        return norm(hidden)
+        normed = norm(hidden)
+        return normed if out is None else out.copy_(normed)
 
     def gated(self, gate_up: Tensor, activation: Activation) -> Tensor:
         """Two operations."""

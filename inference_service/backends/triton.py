@@ -76,11 +76,18 @@ class TritonOperations(GroupedOperations, TorchOperations):
         """The scale included."""
         return rows.embed(tokens, table, scale)
 
-    def norm(self, hidden: Tensor, norm: RMSNorm, delta: Tensor | None, delta_norm: RMSNorm | None) -> Tensor:
+    def norm(
+        self,
+        hidden: Tensor,
+        norm: RMSNorm,
+        delta: Tensor | None,
+        delta_norm: RMSNorm | None,
+        out: Tensor | None = None,
+    ) -> Tensor:
         """Both norms and the sum."""
         weight = None if delta_norm is None else delta_norm.weight
         return rows.rms_norm(
-            hidden, norm.weight, eps=norm.eps, offset=norm.offset, delta=delta, delta_weight=weight
+            hidden, norm.weight, eps=norm.eps, offset=norm.offset, delta=delta, delta_weight=weight, out=out
         )
 
     def gated(self, gate_up: Tensor, activation: Activation) -> Tensor:

@@ -8,13 +8,15 @@ from dataclasses import dataclass, field
 from enum import Enum
 from functools import cached_property
 from hashlib import sha256
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 
 from inference_service.core.constraint import Grammar
 from inference_service.core.sampling import SamplingParams
 from loramux_shared.faults import Fault
+from loramux_shared.pooling import Pooling
 
 GONE: Final = -1
 """In a table of cache blocks: no later row sees this one, and it is another's by now."""
@@ -24,6 +26,8 @@ NEVER: Final = 2**62
 """A position that no sequence comes to."""
 MOST_PARTS: Final = 8
 """Adapters of a mixture."""
+Vector: TypeAlias = npt.NDArray[np.float32]
+"""[hidden size]: what the hidden states of a sequence became."""
 
 
 class FinishReason(Enum):
@@ -139,6 +143,9 @@ class Sequence:
     """What the answer must look like; it has accepted the tokens of the answer that are known here."""
     invocation: int = 0
     """Position of the first token that the adapter acts on: those before are the base's."""
+    pooling: Pooling | None = None
+    """How its hidden states become a vector, which is its answer; no tokens are drawn, and `max_tokens` is 0.
+    None: tokens are."""
 
     cache_salt: str = ""
     """Part of every prefix-cache key, as the adapter is."""
@@ -183,8 +190,12 @@ class Sequence:
     """How its tokens are drawn, as the sampler on the device reads it; made at the first draw."""
     prompt_scores: list[Token] = field(default_factory=list)
     """Leading tokens of the prompt with log probabilities, where those are asked for; the first has none."""
+    pooled: Any = None
+    """The sum of hidden states so far, where their mean is asked for; on the device."""
+    num_pooled: int = 0
+    """Leading tokens whose hidden states are in it; those that are computed again are not added again."""
     in_flight: int = 0
-    """Tokens behind `tokens` that were drawn on the device and are not known here yet."""
+    """Tokens behind `tokens` that were drawn on the device and are not known here yet, or 1 for a vector."""
 
     def __post_init__(self) -> None:
         self.num_prompt = len(self.tokens)
@@ -215,6 +226,11 @@ class Sequence:
     def scores_prompt(self) -> bool:
         """True while log probabilities of its prompt are asked for and not all known."""
         return self.sampling.prompt_logprobs is not None and len(self.prompt_scores) < self.num_prompt
+
+    @property
+    def needs_every_row(self) -> bool:
+        """True while its prompt must be computed row by row, whatever the prefix cache holds."""
+        return self.scores_prompt or self.pooling is Pooling.MEAN
 
     @property
     def bound(self) -> int:
@@ -276,3 +292,5 @@ class StepOutput(NamedTuple):
     """With the first output, the tokens of the prompt, where their log probabilities are asked for."""
     fault: Fault | None = None
     """Why it failed, where that is known: its adapter cannot be loaded."""
+    pooled: Vector | None = None
+    """What its hidden states became, where that is asked for."""

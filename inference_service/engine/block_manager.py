@@ -88,9 +88,9 @@ class BlockManager:
         """Give a sequence that holds nothing its prefix, as far as it is found, and room for its tokens.
 
         `num_computed` is set to what was found. The last token is always left to compute, since its row gives
-        the next one; and the whole prompt while log probabilities of it are asked for, since those come from
-        its rows. Of layers with a window there must be as many blocks as it sees, which `grow` takes as rows
-        come.
+        the next one; and the whole prompt while log probabilities of it are asked for, or the mean of its
+        hidden states, since those come from its rows. Of layers with a window there must be as many blocks as
+        it sees, which `grow` takes as rows come.
 
         Returns:
             False, with nothing changed, when there are not as many blocks, or none of what must stay spare.
@@ -213,5 +213,5 @@ class BlockManager:
 
     def _usable(self, seq: Sequence) -> int:
         """Leading blocks that a sequence may take from the prefix cache."""
-        cached = self._prefix_cache and not seq.scores_prompt
+        cached = self._prefix_cache and not seq.needs_every_row
         return (len(seq.tokens) - 1) // self.block_size if cached else 0

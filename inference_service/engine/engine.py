@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from inference_service.core.batch import Batch
-from inference_service.core.sequence import FinishReason, Sequence, StepOutput, Token
+from inference_service.core.sequence import FinishReason, Sequence, StepOutput, Token, Vector
 from inference_service.engine.block_manager import BlockManager
 from inference_service.engine.lookup import accept
 from inference_service.engine.plan import SchedulerLimits
@@ -237,6 +237,9 @@ class Engine:
                 if accepted[seq]:
                     accept(seq)
             self._outputs.append(self._append(seq, token))
+        for seq, vector in pending.vectors():
+            if self._seqs.get(seq.id) is seq:
+                self._outputs.append(self._pooled(seq, vector))
         for seq, count in accepted.items():
             self._scheduler.lookup.learn(seq, len(pending.drafts[seq]), max(0, count))
         self._residency.resolved()
@@ -253,6 +256,10 @@ class Engine:
         self._generated += drawn is not None
         scores = tuple(seq.prompt_scores) if first else ()
         return StepOutput(seq.id, drawn, finish, seq.num_cached, first=first, prompt=scores)
+
+    def _pooled(self, seq: Sequence, vector: Vector) -> StepOutput:
+        self.abort(seq.id)
+        return StepOutput(seq.id, None, FinishReason.LENGTH, seq.num_cached, first=True, pooled=vector)
 
     def _finish_reason(self, seq: Sequence, token: Token) -> FinishReason | None:
         if not seq.sampling.max_tokens:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Protocol
+from typing import Final, Protocol
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from inference_service.engine.buffers import PAIR, StepBuffers, StepCapacity, St
 from inference_service.engine.graphs import Graph, Recorder
 from inference_service.engine.logprobs import score_prompt
 from inference_service.engine.plan import SchedulerLimits
+from inference_service.engine.pooling import pool
 from inference_service.engine.rows import Rows, lay_out
 from inference_service.engine.runner import Blocks, Runner
 from inference_service.engine.shaping import Shaper
@@ -27,6 +28,9 @@ from inference_service.kernels.sgmv import Segments, pack_segments
 from inference_service.lora.vocabulary import StepVocabulary
 from inference_service.models.decoder import Decoder
 from loramux_shared.bases.memory import RECORDED_ROWS, buckets, mixed_buckets
+
+ROOM: Final = 256
+"""Columns of logits for tokens that adapters have and the base does not."""
 
 
 class SegmentedLora(LoraBackend, Protocol):
@@ -63,7 +67,7 @@ class GraphRunner(Runner):
         self._segmented = lora
         self._limits = limits
         self._recorder = recorder
-        vocab = model.config.dims.vocab
+        vocab = model.config.dims.vocab + ROOM
         self._cuts = {each: cut_of(model.device, model.dtype, each) for each in model.config.heads}
         self._delta_tile = delta_tile(model.dtype) if model.config.state_bytes(1) else None
         largest = max(capacity.size for capacity in self._capacities())
@@ -73,8 +77,12 @@ class GraphRunner(Runner):
         self._buffers: dict[StepCapacity, StepBuffers] = {}
         self._graphs: dict[tuple[StepCapacity, int], Graph] = {}
         """By the adapters that a row has at most."""
-        shape = limits.max_seqs, vocab
-        self._logits = torch.empty(shape, dtype=model.dtype, device=model.device)
+        most, hidden = limits.max_seqs, model.config.dims.hidden
+        self._states = torch.empty((most, hidden), dtype=model.dtype, device=model.device)
+        """What the head reads."""
+        self._logits = torch.full((most, vocab), -torch.inf, dtype=model.dtype, device=model.device)
+        self._wide = False
+        """Whether the last step had tokens that the base does not have."""
 
     @torch.inference_mode()
     def capture(self) -> None:
@@ -105,40 +113,54 @@ class GraphRunner(Runner):
         capacity = self._capacity_of(rows)
         buffers = self._buffers_of(capacity)
         buffers.load(rows)
+        if self._wide:
+            self._logits[:, self._model.config.dims.vocab :] = -torch.inf
+            self._wide = False
         segments = buffers.segments_of(rows.arrangement)
         graph = self._graphs.get((capacity, _passes(segments)))
         own = self._lora.vocabularies.of(rows.arrangement.segments, rows.drawing)
-        if rows.scored:
-            self._compute_scored(buffers, segments, rows, own)
+        places = [range(at, at + 1) for at in range(len(rows.sampled), len(rows.ends))]
+        states = self._states
+        if rows.in_full:
+            states = self._compute_in_full(buffers, segments, rows, own)
+            places = [each.rows for each in rows.pooled]
         elif graph is not None and own is None:
             graph.replay()
         else:
             self._compute(buffers, segments, own)
+        vectors = pool(rows.pooled, [states[place.start : place.stop] for place in places])
         reading = Reading(self._logits[: len(rows.sampled)], self._ids, rows.sampled, self._shaper)
-        return Pending(tuple(rows.sampled), reading.wait, reading.finish, rows.drafts)
+        return Pending(tuple(rows.sampled), reading.wait, reading.finish, rows.drafts, vectors)
 
     def _compute(
         self, buffers: StepBuffers, segments: Segments | None, own: StepVocabulary | None = None
     ) -> None:
         """Go from static tensors to the drawn tokens: what graphs hold, without tables of adapters' own."""
-        self._draw(buffers, self._hidden(buffers, segments, buffers.last_rows, own), own)
+        states = self._states[: buffers.capacity.seqs]
+        self._draw(buffers, self._hidden(buffers, segments, buffers.last_rows, own, states), own)
 
-    def _compute_scored(
+    def _compute_in_full(
         self,
         buffers: StepBuffers,
         segments: Segments | None,
         rows: Rows,
         own: StepVocabulary | None,
-    ) -> None:
-        """The same, and score the prompts that are to be."""
+    ) -> Tensor:
+        """The same, and score the prompts that are to be; returns the hidden states of all rows."""
         every = torch.arange(buffers.capacity.rows, device=self._ids.device)
         hidden = self._hidden(buffers, segments, every, own)
         for seq, scored in rows.scored.items():
             score_prompt(seq, hidden[scored.start : scored.stop], partial(self._logits_of, seq))
         self._draw(buffers, hidden[buffers.last_rows], own)
+        return hidden
 
     def _hidden(
-        self, buffers: StepBuffers, segments: Segments | None, rows: Tensor, own: StepVocabulary | None
+        self,
+        buffers: StepBuffers,
+        segments: Segments | None,
+        rows: Tensor,
+        own: StepVocabulary | None,
+        out: Tensor | None = None,
     ) -> Tensor:
         if segments is not None:
             recorded = _is_recorded(buffers.capacity, segments)
@@ -154,12 +176,15 @@ class GraphRunner(Runner):
             self._lora if segments is not None else None,
             no_recurrence if buffers.delta is None else partial(gated_delta, tables=buffers.delta),
             own,
+            out,
         )
 
     def _draw(self, buffers: StepBuffers, hidden: Tensor, own: StepVocabulary | None) -> None:
         seqs = buffers.capacity.seqs
-        logits = self._logits[:seqs].copy_(self._model.logits(hidden, own))
-        sample(logits, buffers.sampling, self._ids[:seqs])
+        logits = self._model.logits(hidden, own)
+        self._wide |= logits.shape[1] > self._model.config.dims.vocab
+        self._logits[:seqs, : logits.shape[1]].copy_(logits)
+        sample(self._logits[:seqs], buffers.sampling, self._ids[:seqs])
 
     def _buffers_of(self, capacity: StepCapacity) -> StepBuffers:
         if capacity not in self._buffers:

@@ -5,14 +5,25 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import accumulate, groupby
+from typing import NamedTuple
 
 from inference_service.core.batch import Batch, Chunk
 from inference_service.core.sequence import Sequence
 from inference_service.kernels.attention import Context
 from inference_service.lora.segments import Arrangement, Segment, arrange
+from loramux_shared.pooling import Pooling
 
 KNOWN = -1
 """The source of a row whose token is known on the host."""
+
+
+class PooledRows(NamedTuple):
+    """Rows of a sequence whose hidden states go into its vector."""
+
+    seq: Sequence
+    rows: range
+    ends: bool
+    """Whether they are the last of them."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +49,18 @@ class Rows:
     """What is verified."""
     scored: dict[Sequence, range]
     """Those whose prompt is scored, with the rows behind which stands a token of it that has no score yet."""
+    pooled: list[PooledRows]
+    """Of those that become vectors: no token is drawn for them."""
+
+    @property
+    def in_full(self) -> bool:
+        """True when hidden states of more than last rows are wanted."""
+        return bool(self.scored) or any(each.seq.pooling is not Pooling.LAST for each in self.pooled)
+
+    @property
+    def ends(self) -> list[int]:
+        """The rows that tokens are drawn from, then the last one of each that becomes a vector."""
+        return self.last_rows + [each.rows[-1] for each in self.pooled] if self.pooled else self.last_rows
 
     def drawing(self) -> list[Segment]:
         """The segments of those among ``sampled`` that have an adapter, and one alone."""
@@ -57,7 +80,7 @@ class Rows:
 
 def lay_out(batch: Batch, drawn: Mapping[Sequence, int]) -> Rows:
     """Lay a batch out; drawn gives each sequence's place among those that the step before drew a token for."""
-    rows = Rows(arrange(batch), [], [], [], [], [], [], [], batch.drafts, {})
+    rows = Rows(arrange(batch), [], [], [], [], [], [], [], batch.drafts, {}, [])
     for chunk in rows.arrangement.chunks:
         seq, row, start, length = chunk.seq, len(rows.tokens), chunk.start, chunk.length
         end = start + length
@@ -71,7 +94,9 @@ def lay_out(batch: Batch, drawn: Mapping[Sequence, int]) -> Rows:
             if chunk.drafted:
                 rows.tokens.extend(batch.drafts[seq])
             rows.sources.extend([KNOWN] * length)
-        if chunk.samples:
+        if seq.pooling is not None:
+            rows.pooled.extend(_pooled(chunk, row, seq.pooling))
+        elif chunk.samples:
             for ahead in range(chunk.drafted + 1):
                 rows.sampled.append(seq)
                 rows.ahead.append(ahead)
@@ -79,6 +104,17 @@ def lay_out(batch: Batch, drawn: Mapping[Sequence, int]) -> Rows:
         if seq.scores_prompt:
             rows.scored[seq] = _scored(chunk, row)
     return rows
+
+
+def _pooled(chunk: Chunk, row: int, pooling: Pooling) -> list[PooledRows]:
+    """Return the rows of a chunk, which begins at row, that go into a vector and have not yet."""
+    seq, end = chunk.seq, row + chunk.length
+    first = end - 1
+    if pooling is Pooling.MEAN:
+        first = row + max(0, seq.num_pooled - chunk.start)
+    elif not chunk.samples:
+        return []
+    return [PooledRows(seq, range(first, end), chunk.samples)] if first < end else []
 
 
 def _scored(chunk: Chunk, row: int) -> range:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from itertools import chain
 
@@ -12,6 +13,7 @@ from inference_service.backends.base import StepLora
 from inference_service.core.batch import Batch
 from inference_service.core.sequence import Sequence, Token
 from inference_service.engine.logprobs import score_prompt
+from inference_service.engine.pooling import Vectors, pool
 from inference_service.engine.rows import Rows, lay_out
 from inference_service.engine.sampler import sample
 from inference_service.engine.step import Pending
@@ -61,7 +63,7 @@ class Runner:
 
     def _step(self, rows: Rows) -> Pending:
         """Begin a step; its tokens are drawn on the host, once those before are known there."""
-        logits = self._forward(rows)
+        logits, vectors = self._forward(rows)
         tokens: list[Token] = []
 
         def finish() -> None:
@@ -71,17 +73,18 @@ class Runner:
                     ids = [token.id for token in tokens]
                     self._ids = torch.tensor(ids, dtype=torch.int64, device=logits.device)
 
-        return Pending(tuple(rows.sampled), lambda: tokens, finish, rows.drafts)
+        return Pending(tuple(rows.sampled), lambda: tokens, finish, rows.drafts, vectors)
 
-    def _forward(self, rows: Rows) -> Tensor:
-        """Return the logits [N, vocab] of the last rows of those that are sampled."""
+    def _forward(self, rows: Rows) -> tuple[Tensor, Callable[[], Vectors]]:
+        """Return the logits [N, vocab] of the last rows of those that are sampled, and what gives vectors."""
         model = self._model
         attention = model.attention(rows.contexts, self._block_size)
         recurrence = model.recurrence(rows.contexts)
         lora = self._lora if rows.arrangement.segments else None
         if lora:
             lora.begin(rows.arrangement)
-        wanted = [*rows.last_rows, *chain.from_iterable(rows.scored.values())]
+        others = [*rows.scored.values(), *[each.rows for each in rows.pooled]]
+        wanted = [*rows.last_rows, *chain.from_iterable(others)]
         given = [rows.tokens, rows.sources, rows.positions, wanted]
         packed = to_device(list(chain.from_iterable(given)), model.device)
         tokens, sources, positions, last_rows = torch.split(packed, [len(each) for each in given])
@@ -89,11 +92,10 @@ class Runner:
             tokens = torch.where(sources >= 0, self._ids[sources.clamp(min=0)], tokens)
         own = self._lora.vocabularies.of(rows.arrangement.segments, rows.drawing)
         hidden = model.hidden(tokens, positions, last_rows, attention, self._cache, lora, recurrence, own)
-        at = len(rows.last_rows)
-        for seq, scored in rows.scored.items():
-            score_prompt(seq, hidden[at : at + len(scored)], partial(self._logits_of, seq))
-            at += len(scored)
-        return model.logits(hidden[: len(rows.last_rows)], own)
+        last, *states = torch.split(hidden, [len(rows.last_rows), *map(len, others)])
+        for seq, scored in zip(rows.scored, states, strict=False):
+            score_prompt(seq, scored, partial(self._logits_of, seq))
+        return model.logits(last, own), pool(rows.pooled, states[len(rows.scored) :])
 
     def _logits_of(self, seq: Sequence, hidden: Tensor) -> Tensor:
         """Return the logits of rows [N, hidden] of one sequence."""

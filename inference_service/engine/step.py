@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from inference_service.core.batch import Batch
-from inference_service.core.sequence import Sequence, Token
+from inference_service.core.sequence import Sequence, Token, Vector
 from inference_service.engine.lookup import verified
 
 
@@ -27,6 +27,8 @@ class Pending:
 
     drafts: Mapping[Sequence, list[int]] = field(default_factory=dict)
     """What it verifies."""
+    vectors: Callable[[], list[tuple[Sequence, Vector]]] = list
+    """Waits for those of the sequences whose hidden states are all there."""
 
     def tokens(self) -> list[tuple[Sequence, Token]]:
         """Wait for the step; return the new tokens of every sequence for which it draws some."""

@@ -79,11 +79,10 @@ class Reading:
                     own = self._processed(own, drawn_ids, some)
                 scored.append((some, [to_host(part) for part in scores(own, drawn_ids, count)]))
         self._made.clear()
-        done = _mark(ids.device)
+        done = mark(drawn, ids.device)
 
         def wait() -> list[Token]:
-            done()
-            tokens = [Token(token) for token in drawn.tolist()]
+            tokens = [Token(token) for token in done().tolist()]
             for rows, parts in scored:
                 for row, token in zip(rows, tokens_of(parts), strict=True):
                     tokens[row] = token
@@ -102,10 +101,15 @@ class Reading:
         return processed(shaped, ids, [self._seqs[row].sampling for row in rows])
 
 
-def _mark(device: torch.device) -> Callable[[], None]:
-    """Return what waits until the device has done what was given to it up to now."""
+def mark(copy: Tensor, device: torch.device) -> Callable[[], Tensor]:
+    """Return what waits until the device has done what it was given up to now, and returns the copy."""
     if device.type != "cuda":
-        return lambda: None
+        return lambda: copy
     event = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch leaves it untyped
     event.record()
-    return event.synchronize
+
+    def wait() -> Tensor:
+        event.synchronize()
+        return copy
+
+    return wait

@@ -37,14 +37,15 @@ def load_adapter(
         for index, row in enumerate(bundle.manifest.layer_rows)
     )  # fmt: skip
     weights = arrange(table.to(device, dtype).view(-1), rows, layers)
-    return weights if bundle.vocabulary is None else replace(weights, vocabulary=_vocabulary(bundle, device))
+    own = bundle.vocabulary is not None or bundle.manifest.vocab is not None
+    return replace(weights, vocabulary=_vocabulary(bundle, device)) if own else weights
 
 
 def _vocabulary(bundle: Bundle, device: torch.device) -> Vocabulary:
     """Return what is of no layer; it is made into another type when it is packed."""
-    values = bundle.vocabulary
+    values, size = bundle.vocabulary, bundle.manifest.vocab
     if values is None:
-        return Vocabulary()
+        return Vocabulary(size=size)
     flat, at = _tensor(values, bundle.manifest.dtype).to(device), 0
     factors: dict[str, Factors] = {}
     for row in bundle.manifest.vocabulary_rows:
@@ -58,10 +59,10 @@ def _vocabulary(bundle: Bundle, device: torch.device) -> Vocabulary:
         rows = flat[at : at + part.elements].view(part.count, part.features)
         replaced[part.module] = rows, torch.cat(tokens).to(device, torch.int32)
         at += part.elements
-    tables = [
+    embedding, head = (
         OwnTable(factors.get(module), *replaced.get(module, (None, None))) for module in ("embedding", "head")
-    ]
-    return Vocabulary(*tables)
+    )
+    return Vocabulary(embedding, head, size)
 
 
 def _vectors(row: ModuleRow, values: Tensor, device: torch.device) -> Vectors:

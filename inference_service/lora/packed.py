@@ -33,7 +33,9 @@ class PackedAdapter:
 
     def vocabulary_in(self, flat: Tensor) -> Vocabulary | None:
         """Return views of that in the piece, wherever it was copied to; None where there is nothing."""
-        return None if self.vocabulary is None else self.vocabulary.read(flat[-self.vocabulary.numel :])
+        return (
+            None if self.vocabulary is None else self.vocabulary.read(flat[len(flat) - self.vocabulary.numel :])
+        )
 
     @property
     def num_bytes(self) -> int:

@@ -8,6 +8,7 @@ from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from inference_service.lora.segments import Segment
 
@@ -47,6 +48,8 @@ class Vocabulary:
 
     embedding: OwnTable = OwnTable()
     head: OwnTable = OwnTable()
+    size: int | None = None
+    """Tokens of the adapter's model; None: as many as the base has."""
 
     def packed(self, dtype: torch.dtype) -> Packing:
         """Return how it lies in one flat piece of a type."""
@@ -74,7 +77,8 @@ class Packing:
     def read(self, flat: Tensor) -> Vocabulary:
         """Return views of [numel], wherever it was copied to."""
         pieces = iter(self._views(flat))
-        return Vocabulary(*(self._own(table, pieces) for table in self._tables()))
+        embedding, head = [self._own(table, pieces) for table in self._tables()]
+        return Vocabulary(embedding, head, self._vocabulary.size)
 
     def _tables(self) -> tuple[OwnTable, OwnTable]:
         return self._vocabulary.embedding, self._vocabulary.head
@@ -118,6 +122,10 @@ class StepVocabulary:
         """Take their segments of the step's rows, and of those that go through the head."""
         self._segments, self._drawing = segments, drawing
 
+    def known(self, tokens: Tensor, vocab: int) -> Tensor:
+        """Return tokens [T], with another in the place of those that a base of so many does not have."""
+        return tokens.clamp(max=vocab - 1) if _largest(self._segments) > vocab else tokens
+
     def embed(self, tokens: Tensor, hidden: Tensor, scale: float, *, by_row: bool) -> None:
         """Change hidden [T, hidden size], the base's embeddings of tokens [T] times a scale, in place."""
         own_rows = ((each.vocabulary.embedding, each) for each in self._segments)
@@ -129,17 +137,35 @@ class StepVocabulary:
             if table.rows is not None:
                 own.copy_(_replaced(table.rows, table.tokens, tokens[rows], own, scale))
 
-    def head(self, hidden: Tensor, logits: Tensor, *, by_row: bool) -> None:
-        """Change logits [N, vocab], which the base's head makes of hidden [N, hidden size], in place."""
+    def head(self, hidden: Tensor, logits: Tensor, *, by_row: bool) -> Tensor:
+        """Return what becomes of logits [N, vocab], which the base's head makes of hidden [N, hidden size].
+
+        There are as many columns as the largest of the vocabularies needs.
+        """
+        if (more := _largest(self._drawing) - logits.shape[1]) > 0:
+            logits = pad(logits, (0, more))
         own_rows = ((each.vocabulary.head, each) for each in self._drawing)
         for table, rows in _changing(own_rows, by_row=by_row):
             own, x = logits[rows], hidden[rows]
             if table.factors is not None:
-                own.addmm_(torch.mm(x, table.factors.a.t()), table.factors.b.t())
+                of_base = own[:, : len(table.factors.b)]
+                of_base.addmm_(torch.mm(x, table.factors.a.t()), table.factors.b.t())
             if table.rows is not None and table.tokens is None:
-                torch.mm(x, table.rows.t(), out=own)
+                own[:, : len(table.rows)] = torch.mm(x, table.rows.t())
             elif table.rows is not None and table.tokens is not None:
                 own.index_copy_(1, table.tokens.long(), torch.mm(x, table.rows.t()))
+        return logits
+
+    def bound(self, logits: Tensor, vocab: int) -> None:
+        """Let no row of logits [N, columns] have a token that its model does not have; the base has so many."""
+        columns = logits.shape[1]
+        if columns == vocab and all(each.vocabulary.size is None for each in self._drawing):
+            return
+        sizes = [vocab] * len(logits)
+        for own, start, end in self._drawing:
+            sizes[start:end] = [own.size or vocab] * (end - start)
+        bounds = torch.tensor(sizes, device=logits.device)[:, None]
+        logits.masked_fill_(torch.arange(columns, device=logits.device) >= bounds, -torch.inf)
 
 
 def _changing(
@@ -193,6 +219,10 @@ class Vocabularies:
             for segment in segments
             if segment.slot in self._of
         ]
+
+
+def _largest(segments: Iterable[OwnSegment]) -> int:
+    return max((each.vocabulary.size or 0 for each in segments), default=0)
 
 
 def _up(count: int) -> int:

@@ -101,14 +101,17 @@ class Decoder:
         lora: StepLora | None,
         recurrence: Recurrence = no_recurrence,
         own: StepVocabulary | None = None,
+        out: Tensor | None = None,
     ) -> Tensor:
-        """Run tokens [T] at positions [T]; return what the head reads of some rows [N, hidden].
+        """Run tokens [T] at positions [T]; return what the head reads of some rows [N, hidden size].
 
-        Rows whose adapter has embeddings of its own begin with those.
+        That is what transformers calls the last hidden state; it is in out, where that is given. Rows whose
+        adapter has embeddings of its own begin with those.
         """
         ops = self._operations
         turns = tuple(attention.turn(*ops.angles(rope, positions)) for rope in self._ropes)
-        hidden = ops.embed(tokens, self._embedding, self._scale)
+        known = tokens if own is None else own.known(tokens, self.config.dims.vocab)
+        hidden = ops.embed(known, self._embedding, self._scale)
         if own is not None:
             own.embed(tokens, hidden, self._scale, by_row=ops.by_row)
         inputs = None if self._inputs is None else self._inputs(ops, tokens, hidden)
@@ -128,18 +131,24 @@ class Decoder:
                 hidden = self._add(hidden, None, delta, delta_norm).mul_(layer.scalar)
                 delta = delta_norm = None
         last = None if delta is None else delta[last_rows]
-        return ops.norm(hidden[last_rows], self._norm, last, delta_norm)
+        return ops.norm(hidden[last_rows], self._norm, last, delta_norm, out)
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor, own: StepVocabulary | None = None) -> Tensor:
-        """Return the logits [N, vocab] of rows [N, hidden], some of which have a head of their own."""
+        """Return the logits [N, vocab] of rows [N, hidden], some of which have a head of their own.
+
+        Where one has more tokens than the base, there are columns for the most, and -inf where a row has none.
+        """
         logits = self._operations.linear(self._head, hidden)
         if own is not None:
-            own.head(hidden, logits, by_row=self._operations.by_row)
+            logits = own.head(hidden, logits, by_row=self._operations.by_row)
         if self.config.logit_divisor != 1.0:
             logits /= self.config.logit_divisor
         cap = self.config.logit_softcap
-        return logits if cap is None else self._operations.softcap(logits, cap)
+        logits = logits if cap is None else self._operations.softcap(logits, cap)
+        if own is not None:
+            own.bound(logits, self.config.dims.vocab)
+        return logits
 
     def _add(
         self, hidden: Tensor, norm: RMSNorm | None, delta: Tensor | None, delta_norm: RMSNorm | None

@@ -11,7 +11,16 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 from starlette.routing import Route, compile_path
 
-from inference_service.openai_api import chat, completions, models, operators, state, tokens, trainers
+from inference_service.openai_api import (
+    chat,
+    completions,
+    embeddings,
+    models,
+    operators,
+    state,
+    tokens,
+    trainers,
+)
 from inference_service.openai_api.chat_schema import ChatBody, TokenizeBody
 from inference_service.openai_api.endpoint import Endpoint
 from inference_service.openai_api.front import Front
@@ -20,8 +29,11 @@ from inference_service.openai_api.messages.schema import CountBody, MessagesBody
 from inference_service.openai_api.openapi import document
 from inference_service.openai_api.operators import LoadBody, RollbackBody, UnloadBody
 from inference_service.openai_api.page import page_files
+from inference_service.openai_api.pooling_schema import EmbeddingsBody
 from inference_service.openai_api.refusals import fault_response, on_failure, on_fault, on_http_error
 from inference_service.openai_api.reply import json_response
+from inference_service.openai_api.responses.create import create_response
+from inference_service.openai_api.responses.schema import ResponsesBody
 from inference_service.openai_api.schema import CompletionBody, DetokenizeBody
 from inference_service.serving.adapters.fixed import fixed_manager
 from inference_service.serving.adapters.manager import AdapterManager
@@ -46,7 +58,8 @@ ENDPOINTS: Final = (
     Endpoint("POST", "/v1/completions", completions.completions, body=CompletionBody, media=ANSWERS),
     Endpoint("POST", "/v1/messages", create_message, body=MessagesBody, media=ANSWERS),
     Endpoint("POST", "/v1/messages/count_tokens", count_tokens, body=CountBody),
-    Endpoint("POST", "/v1/embeddings", models.embeddings, status=400),
+    Endpoint("POST", "/v1/responses", create_response, body=ResponsesBody, media=ANSWERS),
+    Endpoint("POST", "/v1/embeddings", embeddings.embeddings, body=EmbeddingsBody),
     Endpoint("GET", "/v1/models", models.list_models),
     Endpoint("GET", "/v1/models/{model:path}", models.get_model),
     Endpoint("GET", "/v1/adapters", operators.list_adapters, Scope.ADMIN),

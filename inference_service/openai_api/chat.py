@@ -33,7 +33,8 @@ class Chat:
     """A conversation in the words of this route."""
 
     def __init__(self, service: GenerationService, body: ChatBody, conversation: Conversation) -> None:
-        self._service = service
+        self._text = service.text
+        """Of the model that answers, once that is known."""
         self._body = body
         self._conversation = conversation
         kind = "chat.completion.chunk" if body.stream else "chat.completion"
@@ -44,7 +45,8 @@ class Chat:
     def _begin(self, started: Started) -> Json:
         """Begin the answers; return what is told of the prompt."""
         self.head.begin(started)
-        text = self._service.text if self._body.logprobs else None
+        self._text = started.text
+        text = started.text if self._body.logprobs else None
         ids = bool(self._body.return_token_ids)
         indices = range(self._conversation.request.n)
         self._choices = [ChatChoice(index, self._body.stop, text, ids=ids) for index in indices]
@@ -60,7 +62,7 @@ class Chat:
                     case Started():
                         prompt |= self._begin(event)
                     case PromptLogprobs():
-                        prompt |= {"prompt_logprobs": prompt_logprobs(event.tokens, self._service.text)}
+                        prompt |= {"prompt_logprobs": prompt_logprobs(event.tokens, self._text)}
                     case Told(Delta() as delta, pieces):
                         self._choices[delta.index].take(delta, pieces)
                     case Told(Finished() as finished, pieces):
@@ -84,7 +86,7 @@ class Chat:
                     case Started():
                         prompt |= self._begin(event)
                     case PromptLogprobs():
-                        prompt |= {"prompt_logprobs": prompt_logprobs(event.tokens, self._service.text)}
+                        prompt |= {"prompt_logprobs": prompt_logprobs(event.tokens, self._text)}
                     case Told(Delta() as delta, pieces):
                         choices = self._choices[delta.index].chunks(delta, pieces)
                     case Told(Finished() as finished, pieces):

@@ -2,49 +2,63 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator, model_validator
 from pydantic_core import PydanticCustomError
 
 from inference_service.openai_api.schema import Body, GenerationBody
 
-TEXT_PARTS = {"text": "text", "refusal": "refusal"}
+TEXT_PARTS: Final = {"text": "text", "refusal": "refusal"}
 """Content parts that hold text, and their key for it."""
-EXPECTED_CHOICE = 'none, auto, required or {"type": "function", "function": {"name": "..."}}'
+EXPECTED_CHOICE = (
+    'none, auto, required, {"type": "function", "function": {"name": "..."}} '
+    'or {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [...]}}'
+)
 
 
 def _flat(content: Any) -> Any:
     """Join the text parts of a content that comes in parts: templates expect a string."""
     if not isinstance(content, list):
         return content
-    return "\n".join(map(_text_of, content))
+    return "\n".join(map(text_of, content))
 
 
-def _text_of(part: Any) -> str:
+def text_of(part: Any, kinds: Mapping[str, str] = TEXT_PARTS) -> str:
+    """Return the text of a part, by the kinds of parts that have one and their keys for it.
+
+    Raises:
+        PydanticCustomError: it is of another kind, or no part.
+    """
     kind = part.get("type") if isinstance(part, dict) else None
-    if isinstance(kind, str) and kind not in TEXT_PARTS:
-        raise _unsupported(f"a part of type {kind}", "Only text parts are served.")
-    text = part.get(TEXT_PARTS[kind]) if isinstance(kind, str) else None
+    if isinstance(kind, str) and kind not in kinds:
+        raise unsupported(f"a part of type {kind}", "Only text parts are served.")
+    key = kinds.get(kind) if isinstance(kind, str) else None
+    text = part.get(key) if key else None
     if not isinstance(text, str):
-        raise PydanticCustomError("content", 'parts like {"type": "text", "text": "..."}')
+        [(kind, key), *_] = kinds.items()
+        example = {"type": kind, key: "..."}
+        raise PydanticCustomError("content", "parts like {example}", {"example": json.dumps(example)})
     return text
 
 
 def _only_text(value: Any) -> Any:
     if value not in (None, ["text"]):
-        raise _unsupported(str(value), 'Only ["text"] is served.')
+        raise unsupported(str(value), 'Only ["text"] is served.')
     return None
 
 
 def _only_functions(value: Any) -> Any:
     if value != "function":
-        raise _unsupported(str(value), "Only functions are served.")
+        raise unsupported(str(value), "Only functions are served.")
     return value
 
 
-def _unsupported(found: str, served: str) -> PydanticCustomError:
+def unsupported(found: str, served: str) -> PydanticCustomError:
+    """Return the error of what this server cannot honour, with what it can."""
     return PydanticCustomError("unsupported", "{served}", {"found": found[:200], "served": served})
 
 
@@ -137,18 +151,39 @@ class NamedTool:
     name: str
 
 
+@dataclass(frozen=True)
+class AllowedTools:
+    """A `tool_choice` of some of the tools: the model is told of all, and may call these."""
+
+    mode: Literal["auto", "required"]
+    """Whether it must."""
+    names: tuple[str, ...]
+
+
 def _choice(value: Any) -> ToolChoice | None:
     match value:
         case None | "none" | "auto" | "required":
             return value
         case {"type": "function", "function": {"name": str(name)}}:
             return NamedTool(name)
-        case {"type": str(kind)} if kind != "function":
-            raise _unsupported(f"a choice of type {kind}", "It can be none, auto, required or a function.")
+        case {
+            "type": "allowed_tools",
+            "allowed_tools": {"mode": "auto" | "required" as mode, "tools": [*tools]},
+        }:
+            return AllowedTools(mode, tuple(map(_allowed, tools)))
+        case {"type": str(kind)} if kind not in ("function", "allowed_tools"):
+            raise unsupported(f"a choice of type {kind}", "It can be none, auto, required or of functions.")
     raise PydanticCustomError("tool_choice", EXPECTED_CHOICE)
 
 
-ToolChoice = Literal["none", "auto", "required"] | NamedTool
+def _allowed(tool: Any) -> str:
+    match tool:
+        case {"type": "function", "function": {"name": str(name)}}:
+            return name
+    raise PydanticCustomError("tool_choice", EXPECTED_CHOICE)
+
+
+ToolChoice = Literal["none", "auto", "required"] | NamedTool | AllowedTools
 ToolChoiceInput = Literal["none", "auto", "required"] | dict[str, Any] | None
 
 

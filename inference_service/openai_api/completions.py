@@ -18,7 +18,7 @@ from inference_service.openai_api.merge import merged
 from inference_service.openai_api.reply import Head, Json, Tally, json_response, usage
 from inference_service.openai_api.schema import CompletionBody
 from inference_service.openai_api.stream import open_stream, while_connected
-from inference_service.serving.request import Delta, Event, Finished, PromptLogprobs, Request, Started
+from inference_service.serving.request import Delta, Event, Finished, Pooled, PromptLogprobs, Request, Started
 from inference_service.serving.service import GenerationService
 
 
@@ -45,6 +45,8 @@ class Completion:
         """By prompt; made when its request was accepted: before that, n is only a number that somebody sent."""
         self._prompts: list[tuple[int, ...]] = [() for _ in requests]
         """Their tokens."""
+        self._text = service.text
+        """Of the model that answers, once that is known."""
         self._ends: list[Finished] = []
         self._tallies = [Tally() for _ in requests]
 
@@ -87,12 +89,14 @@ class Completion:
                 return [] if scored else self._echo(number, ())
             case PromptLogprobs():
                 if self._body.prompt_logprobs is not None:
-                    ranked = prompt_logprobs(event.tokens, self._service.text)
+                    ranked = prompt_logprobs(event.tokens, self._text)
                     for choice in self._choices[number]:
                         choice.know({"prompt_logprobs": ranked})
                 return self._echo(number, event.tokens)
             case Delta():
                 return self._choices[number][event.index].take(event)
+            case Pooled():
+                return []
             case Finished():
                 self._ends.append(event)
                 return self._choices[number][event.index].end(event)
@@ -100,7 +104,8 @@ class Completion:
     def _begin(self, number: int, started: Started) -> None:
         self.head.begin(started)
         self._prompts[number] = started.prompt_token_ids
-        text = self._service.text if self._body.logprobs is not None else None
+        self._text = started.text
+        text = started.text if self._body.logprobs is not None else None
         indices = range(number * self._n, (number + 1) * self._n)
         ids = bool(self._body.return_token_ids)
         self._choices[number] = [CompletionChoice(index, self._body.stop, text, ids=ids) for index in indices]
@@ -113,5 +118,5 @@ class Completion:
             return []
         cut = self._body.truncate_prompt_tokens is not None
         prompt = self._prompts[number] if cut else self._body.prompt[number]
-        said = prompt if isinstance(prompt, str) else self._service.text.decode(prompt)
+        said = prompt if isinstance(prompt, str) else self._text.decode(prompt)
         return [told for choice in self._choices[number] for told in choice.echo(said, tokens)]

@@ -49,7 +49,7 @@ HTTP_CODES: Final = {
     413: "request_too_large",
     415: "unsupported_media_type",
 }
-PARAMS: Final = {"token_ids": "prompt", "text": "prompt", "constraint": "response_format"}
+PARAMS: Final = {"token_ids": "prompt", "constraint": "response_format"}
 """Fields whose name in `serving` is not their name here."""
 AGAIN: Final = (429, 503, 529)
 """Statuses of what the same client may ask again."""

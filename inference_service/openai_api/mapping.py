@@ -9,10 +9,17 @@ from types import MappingProxyType
 from typing import Any, Final
 
 from inference_service.core.constraint import Constraint
-from inference_service.openai_api.chat_schema import ChatBody, ChatMessage, NamedTool, ResponseFormat, Tool
+from inference_service.openai_api.chat_schema import (
+    AllowedTools,
+    ChatBody,
+    ChatMessage,
+    NamedTool,
+    ResponseFormat,
+    Tool,
+    ToolChoice,
+)
 from inference_service.openai_api.forced_call import call_constraint
 from inference_service.openai_api.schema import MAX_CHOICES, CompletionBody, GenerationBody, StructuredOutputs
-from inference_service.openai_api.tagged_calls import END
 from inference_service.serving.bounds import MAX_LOGPROBS
 from inference_service.serving.hints import hinted
 from inference_service.serving.json_size import check_texts
@@ -39,14 +46,13 @@ def chat_request(body: ChatBody, headers: Mapping[str, str] = NO_HEADERS) -> Req
     if body.top_logprobs is not None and not (body.logprobs and 0 <= body.top_logprobs <= MAX_LOGPROBS):
         raise refused("top_logprobs", f"0 to {MAX_LOGPROBS}, and logprobs: true", body.top_logprobs)
     tools = offered_tools(body)
-    one_call = body.parallel_tool_calls is False and bool(tools) and not is_forced(body)
+    _check_allowed(body.tool_choice, tools)
     return _request(
         body,
         headers,
         prompt=messages_of(body.messages),
         max_tokens=_limit(body),
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
-        stop=(*body.stop, END) if one_call else body.stop,
         constraint=_constraint(body, tools),
         chat_template_kwargs=_variables(body),
         tools=tuple(tool.model_dump(exclude_none=True) for tool in tools),
@@ -158,9 +164,18 @@ def offered_tools(body: ChatBody) -> tuple[Tool, ...]:
     return () if body.tool_choice == "none" else body.tools or ()
 
 
+def callable_tools(body: ChatBody) -> tuple[Tool, ...]:
+    """Return the tools that the answer may call."""
+    tools, choice = offered_tools(body), body.tool_choice
+    if not isinstance(choice, AllowedTools):
+        return tools
+    return tuple(tool for tool in tools if tool.function.name in choice.names)
+
+
 def is_forced(body: ChatBody) -> bool:
     """True when the answer must be a call."""
-    return body.tool_choice == "required" or isinstance(body.tool_choice, NamedTool)
+    choice = body.tool_choice
+    return choice == "required" or isinstance(choice, NamedTool) or getattr(choice, "mode", "") == "required"
 
 
 def _constraint(body: ChatBody, tools: Sequence[Tool]) -> Constraint | None:
@@ -169,7 +184,7 @@ def _constraint(body: ChatBody, tools: Sequence[Tool]) -> Constraint | None:
         raise refused("structured_outputs", "none beside a response_format", "both")
     wanted = wanted or structure
     if is_forced(body):
-        return call_constraint(_allowed(body.tool_choice, tools))
+        return call_constraint(_allowed(body.tool_choice, callable_tools(body)))
     if wanted and tools:
         raise refused(
             wanted.where, 'text, or tool_choice "none": an answer is constrained or may call tools', ""
@@ -199,6 +214,13 @@ def _structure(outputs: StructuredOutputs | None) -> Constraint | None:
         case {"json_object": True}:
             return Constraint("json_object", "", STRUCTURED)
     return None
+
+
+def _check_allowed(choice: ToolChoice | None, tools: Sequence[Tool]) -> None:
+    names = {tool.function.name for tool in tools}
+    for name in choice.names if isinstance(choice, AllowedTools) else ():
+        if name not in names:
+            raise refused("tool_choice", "tools that tools holds", name)
 
 
 def _allowed(choice: object, tools: Sequence[Tool]) -> Sequence[Tool]:

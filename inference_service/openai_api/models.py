@@ -15,7 +15,6 @@ from inference_service.serving.adapters.manager import AdapterManager
 from inference_service.serving.catalog import ServedModel
 from inference_service.serving.service import GenerationService
 from inference_service.serving.telemetry.metrics import CONTENT_TYPE
-from loramux_shared.faults import Finding, RequestInvalid
 
 FEW: Final = 100
 """Models that are described at once."""
@@ -54,6 +53,11 @@ def _model(model: ServedModel, service: GenerationService, adapters: AdapterMana
         "tier": adapters.place_of(model).value,
         "ranks": list(model.ranks),
         "modules": list(model.modules),
+        "kinds": list(model.kinds),
+        "replaced_rows": dict(model.replaced),
+        "invocation_tokens": list(model.invocation),
+        "licence": (catalog.base_licence if base else model.licence) or None,
+        "base_licence": None if base else catalog.base_licence or None,
         "warnings": list(model.warnings),
     }
 
@@ -75,9 +79,3 @@ async def show_metrics(service: GenerationService, http: HttpRequest) -> Respons
 async def show_version(service: GenerationService, http: HttpRequest) -> Response:  # noqa: ARG001
     """Say which loramux this is."""
     return json_response({"version": version("loramux")})
-
-
-async def embeddings(service: GenerationService, http: HttpRequest) -> Response:  # noqa: ARG001
-    """Refuse: this server generates text."""
-    finding = Finding(code="E_UNSUPPORTED", fix="Ask a server of an embedding model.")
-    raise RequestInvalid("this server generates text, and makes no embeddings.", [finding])

@@ -1,12 +1,13 @@
 """What a request's body may hold, apart from chat's own fields.
 
 Types are checked here and bounds in `serving`, which both doors share. A field whose type is None is one that
-this server cannot honour: any value of it is refused by name. The last group of fields of `GenerationBody` is
+this server cannot honour: any value of it is refused by name. The last group of fields of `SamplingBody` is
 accepted because clients send them, and none of them changes an answer.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, model_validator
@@ -14,6 +15,8 @@ from pydantic_core import PydanticCustomError
 
 MAX_PROMPTS = 256
 """Prompts of one request."""
+MAX_INPUTS = 2048
+"""Texts of one request for vectors or scores: as many as OpenAI's API takes."""
 MAX_CHOICES = 1024
 """Answers to one request: prompts times n; and texts of which an answer is one."""
 EXPECTED_STRUCTURE = "exactly one of json, regex, choice, grammar and json_object"
@@ -22,12 +25,17 @@ EXPECTED_PROMPT = "a string, a list of strings, a list of token ids or a list of
 Prompt = str | list[int]
 
 
-def _prompts(value: Any) -> tuple[Prompt, ...]:
+def prompts_of(value: Any, most: int) -> tuple[Prompt, ...]:
+    """Return one prompt or several as several.
+
+    Raises:
+        PydanticCustomError: it is none, or there are more.
+    """
     prompts = value if isinstance(value, list) and not _is_ids(value) else [value]
     if not prompts or not all(isinstance(prompt, str) or _is_ids(prompt) for prompt in prompts):
         raise PydanticCustomError("prompt", EXPECTED_PROMPT)
-    if len(prompts) > MAX_PROMPTS:
-        raise PydanticCustomError("prompt", "at most {most} prompts", {"most": MAX_PROMPTS})
+    if len(prompts) > most:
+        raise PydanticCustomError("prompt", "at most {most} prompts", {"most": most})
     return tuple(prompts)
 
 
@@ -42,7 +50,12 @@ def _stops(value: Any) -> tuple[str, ...]:
     return tuple(stops)
 
 
-Prompts = Annotated[tuple[Prompt, ...], PlainValidator(_prompts, json_schema_input_type=Prompt | list[Prompt])]
+def _several(most: int) -> PlainValidator:
+    return PlainValidator(partial(prompts_of, most=most), json_schema_input_type=Prompt | list[Prompt])
+
+
+Prompts = Annotated[tuple[Prompt, ...], _several(MAX_PROMPTS)]
+Inputs = Annotated[tuple[Prompt, ...], _several(MAX_INPUTS)]
 Stops = Annotated[tuple[str, ...], PlainValidator(_stops, json_schema_input_type=str | list[str] | None)]
 Choices = Annotated[
     tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1, max_length=MAX_CHOICES)
@@ -90,14 +103,10 @@ class StructuredOutputs(Body):
         return self
 
 
-class GenerationBody(Body):
-    """What chat and plain completions have in common."""
+class SamplingBody(Body):
+    """What all bodies that ask for text have in common: what answers, and how its tokens are drawn."""
 
     model: str
-    n: int | None = None
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    max_tokens: int | None = None
     temperature: float | None = None
     top_p: float | None = None
     stop: Stops = ()
@@ -120,10 +129,6 @@ class GenerationBody(Body):
     cache_salt: str | None = None
     request_id: str | None = None
     skip_special_tokens: bool | None = None
-    prompt_logprobs: int | None = None
-    return_token_ids: bool | None = None
-    truncate_prompt_tokens: int | None = None
-    add_special_tokens: bool | None = None
     priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] | None = None
     """Lower is earlier."""
     lora_path: str | None = None
@@ -143,6 +148,21 @@ class GenerationBody(Body):
     prompt_cache_key: str | None = None
     prompt_cache_options: dict[str, Any] | None = None
     prompt_cache_retention: str | None = None
+
+
+class GenerationBody(SamplingBody):
+    """What chat and plain completions have in common."""
+
+    n: int | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    max_tokens: int | None = None
+
+    # vLLM's
+    prompt_logprobs: int | None = None
+    return_token_ids: bool | None = None
+    truncate_prompt_tokens: int | None = None
+    add_special_tokens: bool | None = None
 
     @property
     def include_usage(self) -> bool:

@@ -12,7 +12,7 @@ from inference_service.openai_api.chat_schema import TokenizeBody
 from inference_service.openai_api.mapping import messages_of, refused
 from inference_service.openai_api.reply import json_response
 from inference_service.openai_api.schema import DetokenizeBody
-from inference_service.serving.adapter_defaults import NO_DEFAULTS
+from inference_service.serving.adapter_defaults import NO_DEFAULTS, AdapterDefaults
 from inference_service.serving.bounds import check_turns
 from inference_service.serving.lengths import countable
 from inference_service.serving.service import GenerationService
@@ -21,9 +21,8 @@ from inference_service.serving.service import GenerationService
 async def tokenize(service: GenerationService, http: HttpRequest) -> Response:
     """Return the tokens of a text, or of messages as the model's template renders them."""
     body = await read_body(http, TokenizeBody)
-    defaults = NO_DEFAULTS
-    if body.model:
-        defaults = await service.naming.defaults(service.catalog.resolve(body.model))
+    defaults = await _defaults(service, body.model)
+    text = defaults.text or service.text
     most = countable(service.limits.max_seq_len)
     if body.messages is not None:
         messages = messages_of(body.messages)
@@ -31,7 +30,7 @@ async def tokenize(service: GenerationService, http: HttpRequest) -> Response:
         starts = body.add_generation_prompt is not False
         variables = body.chat_template_kwargs or {}
         check_turns(messages, tools, variables, goes_on=bool(body.continue_final_message), starts=starts)
-        tokens = await service.text.encode_messages(
+        tokens = await text.encode_messages(
             messages,
             most,
             defaults.template,
@@ -44,9 +43,9 @@ async def tokenize(service: GenerationService, http: HttpRequest) -> Response:
     else:
         special = body.add_special_tokens is not False
         tokens = await asyncio.to_thread(
-            service.text.encode_prompt, body.prompt or "", most, add_special_tokens=special
+            text.encode_prompt, body.prompt or "", most, add_special_tokens=special
         )
-    names = [service.text.token_text(token) for token in tokens] if body.return_token_strs else None
+    names = [text.token_text(token) for token in tokens] if body.return_token_strs else None
     return json_response(
         {
             "count": len(tokens),
@@ -60,13 +59,17 @@ async def tokenize(service: GenerationService, http: HttpRequest) -> Response:
 async def detokenize(service: GenerationService, http: HttpRequest) -> Response:
     """Return the text of tokens."""
     body = await read_body(http, DetokenizeBody)
-    if body.model:
-        service.catalog.resolve(body.model)
+    text = (await _defaults(service, body.model)).text or service.text
     most = countable(service.limits.max_seq_len)
     if len(body.tokens) > most:
         raise refused("tokens", f"at most {most} ids", len(body.tokens))
-    foreign = [token for token in body.tokens if not 0 <= token < service.text.vocab]
+    foreign = [token for token in body.tokens if not 0 <= token < text.vocab]
     if foreign:
-        raise refused("tokens", f"ids from 0 to {service.text.vocab - 1}", foreign[:5])
-    text = await asyncio.to_thread(service.text.decode, body.tokens, skip_special_tokens=False)
-    return json_response({"prompt": text})
+        raise refused("tokens", f"ids from 0 to {text.vocab - 1}", foreign[:5])
+    prompt = await asyncio.to_thread(text.decode, body.tokens, skip_special_tokens=False)
+    return json_response({"prompt": prompt})
+
+
+async def _defaults(service: GenerationService, model: str | None) -> AdapterDefaults:
+    """Return what a model brings; without a name, the base."""
+    return await service.naming.defaults(service.catalog.resolve(model)) if model else NO_DEFAULTS

@@ -284,10 +284,12 @@ def _project(
 
 
 def _is_idle(factors: Factors, bias: Tensor | None) -> bool:
-    """Whether all that it has is the base's own bias."""
-    if len(factors.a) or bias is None or factors.bias is None:
+    """Whether all that it has is scales of 1, or the base's own bias."""
+    if len(factors.a):
         return False
-    return torch.equal(factors.bias, bias)
+    scaled = factors.magnitude is not None and not bool((factors.magnitude == 1).all())
+    own = torch.zeros(()) if bias is None else bias
+    return not scaled and (factors.bias is None or bool((factors.bias == own).all()))
 
 
 def _rotate(x: Tensor, spec: RopeSpec) -> Tensor:

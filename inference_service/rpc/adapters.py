@@ -116,6 +116,7 @@ def adapter_message(view: AdapterView) -> pb.AdapterState:
         last_used=_time(view.last_used),
         last_failure=pb.LoadFailure(reason=failure.reason, message=failure.message) if failure else None,
         only_here=view.only_here,
+        kinds=view.kinds,
     )
 
 

@@ -157,15 +157,21 @@ def _top(token: Token, text: Text) -> list[pb.TopLogprob]:
 
 def model_to_message(model: ServedModel, catalog: Catalog, max_seq_len: int) -> pb.Model:
     """Return a served model as a message."""
+    base = model.name == catalog.base_name
     message = pb.Model(
         name=model.name,
-        parent="" if model.name == catalog.base_name else catalog.base_name,
+        parent="" if base else catalog.base_name,
         digest=model.digest,
         ranks=model.ranks,
         modules=model.modules,
         warnings=model.warnings,
         generation=catalog.generation,
         max_seq_len=max_seq_len,
+        kinds=model.kinds,
+        replaced_rows=dict(model.replaced),
+        invocation_tokens=model.invocation,
+        licence=catalog.base_licence if base else model.licence,
+        base_licence="" if base else catalog.base_licence,
     )
     message.load_time.FromDatetime(model.load_time)
     return message

@@ -31,9 +31,11 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         asked = request_from_message(request, context, self._service.limits.max_seq_len)
         events = self._service.generate(asked)
         held: list[pb.GenerateResponse] = []
+        text = self._service.text
         async with aclosing(events):
             async for event in events:
-                held += event_to_messages(event, self._service.text)
+                text = event.text if isinstance(event, Started) else text
+                held += event_to_messages(event, text)
                 if not isinstance(event, Started):
                     for message in held:
                         yield message

@@ -1,4 +1,4 @@
-"""What an adapter brings beside its weights: its chat template, sampling defaults and stop tokens."""
+"""What an adapter brings beside its weights: its chat template, sampling defaults, stop and own tokens."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any, Final
 
 from inference_service.serving.chat_template import ChatTemplate
 from inference_service.serving.text import Text, special_tokens, template_in
-from loramux_shared.bundle.manifest import TEXT_FILES
+from loramux_shared.bundle.added_tokens import OwnTokens
+from loramux_shared.bundle.manifest import OWN_TOKENS_FILE, TEXT_FILES
 from loramux_shared.faults import AdapterInvalid, CheckpointInvalid, Finding
 
 TEMPLATE, GENERATION, TOKENIZER = TEXT_FILES
@@ -26,6 +27,8 @@ class AdapterDefaults:
     top_k: int | None = None
     stop_token_ids: frozenset[int] = frozenset()
     """Beside the base's."""
+    text: Text | None = None
+    """Where it has other tokens than the base; None: the base's."""
 
 
 NO_DEFAULTS: Final = AdapterDefaults()
@@ -36,19 +39,31 @@ def read_adapter_defaults(name: str, texts: Mapping[str, bytes], base: Text) -> 
 
     Raises:
         AdapterInvalid: a file cannot be read, or the template cannot be parsed.
+        BundleCorrupt: its own tokens are of a format that is not known.
     """
     if not texts:
         return NO_DEFAULTS
     generation, tokenizer = (_fields(name, file, texts) for file in (GENERATION, TOKENIZER))
     special = base.special_tokens | special_tokens(tokenizer)
+    text = _text(name, texts, base)
     sampled = generation.get("do_sample") is True  # as transformers means it: else it is greedy
     return AdapterDefaults(
         template=_template(name, texts, tokenizer, special),
         temperature=_or(generation.get("temperature"), 1.0) if sampled else None,
         top_p=generation.get("top_p") if sampled else None,
         top_k=generation.get("top_k") if sampled else None,
-        stop_token_ids=_eos(generation, tokenizer, base),
+        stop_token_ids=_eos(generation, tokenizer, text or base),
+        text=text,
     )
+
+
+def _text(name: str, texts: Mapping[str, bytes], base: Text) -> Text | None:
+    if OWN_TOKENS_FILE not in texts:
+        return None
+    try:
+        return base.with_tokens(OwnTokens.from_bytes(texts[OWN_TOKENS_FILE], what=OWN_TOKENS_FILE))
+    except ValueError as error:
+        raise _refused(name, OWN_TOKENS_FILE, "tokens that can be added to the base's", str(error)) from error
 
 
 def _template(

@@ -6,7 +6,7 @@ from collections.abc import Collection
 from collections.abc import Sequence as Seq
 
 from inference_service.core.sequence import FinishReason, Sequence, StepOutput, Token
-from inference_service.serving.request import Delta, Event, Finished, PromptLogprobs
+from inference_service.serving.request import Delta, Event, Finished, Pooled, PromptLogprobs
 from inference_service.serving.text import Detokenizer, StopTexts
 from loramux_shared.faults import DeadlineExceeded, Finding, InternalFault, RequestInvalid
 
@@ -51,6 +51,8 @@ class Answer:
         events: list[Event] = []
         if outputs[0].prompt:
             events.append(PromptLogprobs(outputs[0].prompt))
+        if (vector := outputs[-1].pooled) is not None:
+            events.append(Pooled(vector))
         delta, reason = self._read(outputs)
         if delta.tokens:
             events.append(delta)

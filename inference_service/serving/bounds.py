@@ -161,7 +161,7 @@ def _lists(request: Request, vocab: int) -> Iterator[Rule]:
 
 
 def _others(request: Request) -> Iterator[Rule]:
-    alone = request.max_tokens == 0 and request.prompt_logprobs is None
+    alone = request.max_tokens == 0 and request.prompt_logprobs is None and request.pooling is None
     yield alone, "max_tokens", "at least 1, where no prompt_logprobs are asked for", 0
     most = math.inf if request.max_tokens is None else request.max_tokens
     yield (request.min_tokens or 0) > most, "min_tokens", "0 to max_tokens", request.min_tokens

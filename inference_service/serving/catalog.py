@@ -62,6 +62,19 @@ class ServedModel:
     """Those that a mixture is of."""
     affine: bool = False
     """Whether it multiplies outputs of the base, or adds biases to them."""
+    vocab: int | None = None
+    """Its tokens; None: as many as the base has."""
+    kinds: tuple[str, ...] = ()
+    """What it is, as its manifest says; none of the base."""
+    replaced: tuple[tuple[str, int], ...] = ()
+    """How many rows of embeddings and head it has others for, by the module's name."""
+    licence: str = ""
+    """What its repository says of its licence; empty where it says nothing."""
+
+    @property
+    def invocation(self) -> tuple[int, ...]:
+        """From which tokens on it acts; none where it acts on everything."""
+        return self.adapter.invocation if self.adapter is not None else ()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -92,6 +105,8 @@ class Catalog:
         self.generation = generation
         self.load_s = load_s
         self.base_name = base_name
+        self.base_licence = ""
+        """What the base's repository says of its licence, where a generation says so."""
         self.aliases: Mapping[str, Mapping[str, int]] = {}
         self.most_mixed = MOST_PARTS
         """Adapters of one request, as many as a step may have."""
@@ -133,6 +148,9 @@ class Catalog:
         for name in switched:
             self._retire(models[name])
         now = datetime.now(UTC)
+        for name, model in models.items():
+            if model.licence != wanted[name].licence:
+                models[name] = replace(model, licence=wanted[name].licence)
         for name in (*switched, *added):
             models[name] = self._registered(name, wanted[name], models, now)
             self._enter(models[name])
@@ -251,10 +269,13 @@ class Catalog:
         source = shown_source(record.source)
         known = self._known(name, record.digest, models)
         if known is not None:
-            return replace(known, name=name, adapter=adapter, source=source, load_time=now)
+            licence = record.licence
+            return replace(known, name=name, adapter=adapter, source=source, load_time=now, licence=licence)
         summary = record.summary
         if summary is None:
-            return ServedModel(name, adapter, source, record.digest, defaults=None, load_time=now)
+            return ServedModel(
+                name, adapter, source, record.digest, defaults=None, load_time=now, licence=record.licence
+            )
         return ServedModel(
             name,
             adapter,
@@ -267,6 +288,10 @@ class Catalog:
             None if summary.texts else NO_DEFAULTS,
             now,
             affine=summary.affine,
+            vocab=summary.vocab,
+            kinds=summary.kinds,
+            replaced=tuple(summary.replaced.items()),
+            licence=record.licence,
         )
 
     def _known(self, name: str, digest: str, models: Mapping[str, ServedModel]) -> ServedModel | None:
@@ -297,6 +322,7 @@ class Catalog:
             self._base = replace(self._base, name=self.base_name)
         first = {self.base_name: self._base} if generation.serve_base else {}
         self._models = first | dict(sorted(models.items()))
+        self.base_licence = generation.base.licence
         self.aliases = generation.aliases
         self.generation = generation.number
 

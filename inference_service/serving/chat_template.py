@@ -33,7 +33,7 @@ class ChatTemplate:
             raise CheckpointInvalid(
                 f"the chat template has {len(source)} characters, at most {MAX_TEMPLATE_CHARS} are rendered."
             )
-        self._source = source
+        self.source = source
         self._special = dict(special_tokens)
         answer = _RENDERERS.ask(source, {"source": source, "variables": None}).result()
         if "error" in answer:
@@ -65,7 +65,7 @@ class ChatTemplate:
             "tools": list(tools) or None,
             "add_generation_prompt": add_generation_prompt,
         }
-        asked = _RENDERERS.ask(self._source, {"source": self._source, "variables": told})
+        asked = _RENDERERS.ask(self.source, {"source": self.source, "variables": told})
         answer = await asyncio.wrap_future(asked)
         if "error" in answer:
             finding = Finding(code="E_MESSAGES", where="messages", found=answer["error"])

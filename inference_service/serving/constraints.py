@@ -11,7 +11,6 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -27,6 +26,8 @@ if TYPE_CHECKING:
     from llguidance._lib import JsonCompileOptions
 
 CACHED: Final = 128
+MAX_TOKENIZERS: Final = 8
+"""Texts whose tokens are kept in the library's form: 150,000 take tens of MB."""
 COMPILE_TIMEOUT_S: Final = 10.0
 # A model that is unsure of what comes next would else write spaces until its tokens are spent.
 JSON_OPTIONS: Final[JsonCompileOptions] = {"whitespace_pattern": r"\n?[ \t]{0,40}"}
@@ -48,25 +49,26 @@ class Compiled:
 class Constraints:
     """Compiles constraints on a thread of its own, after a trial in a process, and keeps the recent ones."""
 
-    def __init__(self, text: Text, eos_token_ids: frozenset[int]) -> None:
-        self._text = text
+    def __init__(self, eos_token_ids: frozenset[int]) -> None:
         self._eos = min(eos_token_ids, default=0)
-        self._matchers: OrderedDict[Constraint, asyncio.Future[LLMatcher | str]] = OrderedDict()
+        self._matchers: OrderedDict[tuple[Constraint, Text], asyncio.Future[LLMatcher | str]] = OrderedDict()
+        self._tokenizers: OrderedDict[Text, LLTokenizer] = OrderedDict()
+        """The recent ones; on the thread alone."""
         self._trial = SandboxProcess("grammars")
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="constraints")
 
-    async def compile(self, constraint: Constraint) -> Compiled:
-        """Return a compiled constraint.
+    async def compile(self, constraint: Constraint, text: Text) -> Compiled:
+        """Return a compiled constraint on tokens of a text.
 
         Raises:
             RequestInvalid: it cannot be parsed, is not supported, or takes too long; names its ``where``.
         """
-        future = self._matchers.get(constraint)
+        future = self._matchers.get((constraint, text))
         if future is None:
             question = _question(constraint)
-            future = asyncio.get_running_loop().run_in_executor(self._thread, self._begin, question)
-            self._matchers[constraint] = future
-        self._matchers.move_to_end(constraint)
+            future = asyncio.get_running_loop().run_in_executor(self._thread, self._begin, question, text)
+            self._matchers[constraint, text] = future
+        self._matchers.move_to_end((constraint, text))
         while len(self._matchers) > CACHED:
             self._matchers.popitem(last=False)
         try:
@@ -78,16 +80,20 @@ class Constraints:
             raise _refused(constraint, start)
         return Compiled(start, self._eos)
 
-    @cached_property
-    def _tokenizer(self) -> LLTokenizer:
-        return LLTokenizer(TokenizerWrapper(_Tokens(self._text, self._eos)))
+    def _tokenizer(self, text: Text) -> LLTokenizer:
+        if text not in self._tokenizers:
+            self._tokenizers[text] = LLTokenizer(TokenizerWrapper(_Tokens(text, self._eos)))
+        self._tokenizers.move_to_end(text)
+        while len(self._tokenizers) > MAX_TOKENIZERS:
+            self._tokenizers.popitem(last=False)
+        return self._tokenizers[text]
 
-    def _begin(self, question: Mapping[str, str]) -> LLMatcher | str:
+    def _begin(self, question: Mapping[str, str], text: Text) -> LLMatcher | str:
         """Return the beginning of a grammar, or why there is none."""
         said = {**question, **self._trial.ask(question)}
         if "error" in said:
             return said["error"]
-        start = LLMatcher(self._tokenizer, said["grammar"], limits=LIMITS, log_level=0)
+        start = LLMatcher(self._tokenizer(text), said["grammar"], limits=LIMITS, log_level=0)
         start.compute_bitmask()  # makes the lexer's first states, which every answer needs
         return str(start.get_error()) or start
 

@@ -122,6 +122,8 @@ def mixed(
         weights_bytes=None,
         defaults=shared,
         parts=models,
+        kinds=(),
+        licence="",
     )
 
 
@@ -130,16 +132,23 @@ def _unscalable(model: ServedModel, members: Sequence[Adapter]) -> str:
     if model.affine:
         return "is DoRA, or has biases or scales of its own: their mixture is not their sum"
     own = next(adapter for adapter in members if adapter is model.adapter)
-    return apart(own.invocation, model.modules)
+    return apart(own.invocation, model.modules, model.vocab)
 
 
 def agreed(defaults: Sequence[AdapterDefaults]) -> AdapterDefaults:
-    """Return what adapters bring that act together: what all of them say alike, and every stop token."""
+    """Return what adapters bring that act together: what all of them say alike, and every stop token.
+
+    Raises:
+        RequestInvalid: their tokens are not the same.
+    """
 
     def alike(values: Sequence[object]) -> bool:
         return all(value == values[0] for value in values)
 
     first = defaults[0]
+    if not alike([each.text for each in defaults]):
+        what = "their tokenizers have different tokens"
+        raise _refused("adapters", "adapters with the same tokens", what, "Train both with the same tokenizer.")
     stops = frozenset[int]().union(*(each.stop_token_ids for each in defaults))
     return AdapterDefaults(
         first.template if alike([each.template for each in defaults]) else None,
@@ -147,6 +156,7 @@ def agreed(defaults: Sequence[AdapterDefaults]) -> AdapterDefaults:
         first.top_p if alike([each.top_p for each in defaults]) else None,
         first.top_k if alike([each.top_k for each in defaults]) else None,
         stops,
+        first.text,
     )
 
 

@@ -8,9 +8,11 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from inference_service.core.constraint import Constraint
-from inference_service.core.sequence import FinishReason, Token
+from inference_service.core.sequence import FinishReason, Token, Vector
 from inference_service.serving.catalog import ServedModel
 from inference_service.serving.mixing import Scaled
+from inference_service.serving.text import Text
+from loramux_shared.pooling import Pooling
 
 Message = Mapping[str, Any]
 """A turn as chat templates know it: role, content (text or None), and name, tool_calls, tool_call_id,
@@ -47,8 +49,10 @@ class Request:
     """What answers, where the door has looked it up already: for the prompts of one call together."""
     n: int = 1
     """Answers; the first is the one that a request for one would have, the others have seeds of their own."""
+    pooling: Pooling | None = None
+    """The prompt's hidden states become a vector, as this says, and nothing is answered: max_tokens is 0."""
     max_tokens: int | None = None
-    """0 only together with prompt_logprobs: the prompt is computed and nothing else."""
+    """0 only together with prompt_logprobs or pooling: the prompt is computed and nothing else."""
     temperature: float | None = None
     usual_temperature: float = 0.0
     """Of the door; where neither the request nor the adapter says one."""
@@ -80,6 +84,8 @@ class Request:
     constraint: Constraint | None = None
     skip_special_tokens: bool = True
     """Leave special tokens out of the text."""
+    shown_special_tokens: tuple[str, ...] = ()
+    """These are in the text all the same, where the tokenizer has them."""
     add_generation_prompt: bool = True
     """End rendered messages with the beginning of the assistant's turn."""
     continue_final_message: bool = False
@@ -111,6 +117,8 @@ class Started:
     generation: int
     """By which its name was looked up."""
     prompt_tokens: int
+    text: Text
+    """What its tokens mean."""
     prompt_token_ids: tuple[int, ...] = ()
 
 
@@ -120,6 +128,13 @@ class PromptLogprobs:
 
     tokens: tuple[Token, ...]
     """The first has no log probability: nothing stands before it."""
+
+
+@dataclass(frozen=True)
+class Pooled:
+    """The hidden states of the prompt as one vector; comes once, and no Delta comes beside it."""
+
+    vector: Vector
 
 
 @dataclass(frozen=True)
@@ -147,7 +162,7 @@ class Finished:
     """The stop token that ended it, where the request named it and it is no end-of-sequence token."""
 
 
-Event = Started | PromptLogprobs | Delta | Finished
+Event = Started | PromptLogprobs | Pooled | Delta | Finished
 
 
 def told(source: object, kind: type) -> dict[str, Any]:

@@ -46,6 +46,8 @@ from inference_service.serving.text import StopTexts, Text
 from loramux_shared.access.rights import ACCESS
 from loramux_shared.bundle.manifest import Generation
 from loramux_shared.faults import RequestInvalid
+from loramux_shared.parsers import Parsers
+from loramux_shared.pooling import Pooling
 
 __all__ = [
     "Constraint",
@@ -73,17 +75,22 @@ class ServingLimits:
     default_max_tokens: int | None
     """New tokens of a request that sets no limit; None: as many as fit."""
     eos_token_ids: frozenset[int]
+    hidden_size: int = 0
+    """Numbers of a vector."""
 
 
 class GenerationService:
     """Checks a request, runs it, and tells its story in events, or in one fault.
 
     The story is Started, PromptLogprobs where they are asked for, then Delta ..., Finished for each of the n
-    answers, which come in any mixture and carry their index.
+    answers, which come in any mixture and carry their index. Where a vector is asked for it is Started, Pooled,
+    Finished.
     """
 
     in_work: int = 0
     """Requests of all doors that have not ended."""
+    parsers: Parsers = Parsers()
+    """How answers of chats are read."""
 
     def __init__(
         self,
@@ -102,10 +109,12 @@ class GenerationService:
         self.limiter = Limiter()
         self.logprobs_mode: LogprobsMode = "raw"
         """Of requests that say none."""
+        self.usual_pooling: Pooling | None = Pooling.LAST
+        """Likewise; None: the base was trained with one that is not served."""
         self._watchers = (self.metrics, *watchers)
         self._engine = engine
         self.engine_view: EngineView = engine
-        self._constraints = Constraints(text, limits.eos_token_ids)
+        self._constraints = Constraints(limits.eos_token_ids)
 
     async def generate(self, request: Request) -> AsyncGenerator[Event]:
         """Answer a request.
@@ -124,7 +133,7 @@ class GenerationService:
         with following(request, self._watchers) as follower, self._working():
             served = await self.naming.choose(request)
             model = follower.record.model = served.model
-            check(request, self.text.vocab, self._engine.max_queue, self.limits.max_seq_len)
+            check(request, model.vocab or self.text.vocab, self._engine.max_queue, self.limits.max_seq_len)
             with self.limiter.admit(model, ACCESS.get()) as ticket:
                 defaults = await self.naming.defaults(model)
                 tokens = await self._tokens(request, defaults, self.limits.max_seq_len)
@@ -135,7 +144,9 @@ class GenerationService:
                 outputs = self._engine.submit(seqs)
                 ticket.submitted(seqs[0])
                 try:
-                    yield Started(request.id, model, served.generation, len(tokens), tuple(tokens))
+                    yield Started(
+                        request.id, model, served.generation, len(tokens), self._text(defaults), tuple(tokens)
+                    )
                     async for event in _events(outputs, answers):
                         follower.see(event)
                         ticket.see(event)
@@ -153,7 +164,8 @@ class GenerationService:
             PromptTooLong: it has more tokens than are counted.
         """
         served = await self.naming.choose(request)
-        check(request, self.text.vocab, self._engine.max_queue, self.limits.max_seq_len)
+        vocab = served.model.vocab or self.text.vocab
+        check(request, vocab, self._engine.max_queue, self.limits.max_seq_len)
         defaults = await self.naming.defaults(served.model)
         return await self._tokens(request, defaults, countable(self.limits.max_seq_len))
 
@@ -175,6 +187,10 @@ class GenerationService:
         finally:
             self.in_work -= 1
 
+    def _text(self, defaults: AdapterDefaults) -> Text:
+        """Return what the tokens of a model mean."""
+        return defaults.text or self.text
+
     async def _answers(
         self,
         request: Request,
@@ -184,9 +200,9 @@ class GenerationService:
         ticket: Ticket,
     ) -> dict[str, Answer]:
         """Return the n answers of a request by the ids of their sequences."""
-        sampling = self._sampling(request, len(tokens), defaults)
+        sampling, text = self._sampling(request, len(tokens), defaults), self._text(defaults)
         if request.bad_words:
-            words = await asyncio.to_thread(self.text.bad_words, request.bad_words)
+            words = await asyncio.to_thread(text.bad_words, request.bad_words)
             sampling = replace(sampling, bad_words=words)
         grammars = await self._grammars(request, defaults)
         number, where = next(_numbers), request.constraint.where if request.constraint else ""
@@ -203,6 +219,7 @@ class GenerationService:
                 deadline_s=request.deadline_s,
                 grammar=grammar,
                 invocation=invocation,
+                pooling=request.pooling,
                 cache_salt=request.cache_salt or "",
                 model=model.name,
                 counted=model.names if model.parts else (),
@@ -210,20 +227,25 @@ class GenerationService:
                 share=ticket.share,
             )
             stops = StopTexts(request.stop, keep=request.include_stop_str_in_output)
-            detokenizer = self.text.detokenizer(tokens, skip_special_tokens=request.skip_special_tokens)
+            detokenizer = text.detokenizer(
+                tokens,
+                skip_special_tokens=request.skip_special_tokens,
+                shown=request.shown_special_tokens,
+            )
             answers[seq.id] = Answer(index, seq, detokenizer, stops, stop_tokens, where)
         return answers
 
     async def _tokens(self, request: Request, defaults: AdapterDefaults, most: int) -> list[int]:
         """Return the tokens of a prompt, of which a text may have so many unless it is cut."""
         prompt, cut = request.prompt, request.truncate_prompt_tokens
+        text = self._text(defaults)
         if cut is not None:
             most = countable(most)
         if isinstance(prompt, str):
             special = request.add_special_tokens is not False
-            tokens = await asyncio.to_thread(self.text.encode_prompt, prompt, most, add_special_tokens=special)
+            tokens = await asyncio.to_thread(text.encode_prompt, prompt, most, add_special_tokens=special)
         elif prompt and isinstance(prompt[0], Mapping):
-            tokens = await self.text.encode_messages(
+            tokens = await text.encode_messages(
                 [item for item in prompt if isinstance(item, Mapping)],
                 most,
                 defaults.template,
@@ -248,7 +270,7 @@ class GenerationService:
         if request.constraint is None:
             return [None] * request.n
         ends = self._ends_of_text(request, defaults)
-        compiled = await self._constraints.compile(request.constraint)
+        compiled = await self._constraints.compile(request.constraint, self._text(defaults))
         return [compiled.begin(ends) for _ in range(request.n)]
 
     def _allowed(self, request: Request, defaults: AdapterDefaults) -> bytes | None:
@@ -256,12 +278,13 @@ class GenerationService:
         if request.allowed_token_ids is None:
             return None
         ends = self._ends_of_text(request, defaults) if request.constraint else frozenset()
-        allowed = np.zeros(self.text.vocab, np.bool_)
+        allowed = np.zeros(self._text(defaults).vocab, np.bool_)
         allowed[[*request.allowed_token_ids, *ends]] = True
         return packed(allowed)
 
     def _ends_of_text(self, request: Request, defaults: AdapterDefaults) -> frozenset[int]:
-        return self._ends(request, defaults) | (self.text.vocabulary.special & set(request.stop_token_ids))
+        special = self._text(defaults).vocabulary.special
+        return self._ends(request, defaults) | (special & set(request.stop_token_ids))
 
     def _ends(self, request: Request, defaults: AdapterDefaults) -> frozenset[int]:
         return frozenset() if request.ignore_eos else self.limits.eos_token_ids | defaults.stop_token_ids
@@ -275,7 +298,7 @@ class GenerationService:
                 first(request.temperature, defaults.temperature, request.usual_temperature)
             ),
             "top_p": drawable(first(request.top_p, defaults.top_p, 1.0)),
-            "top_k": min(max(0, first(request.top_k, defaults.top_k, 0)), self.text.vocab),
+            "top_k": min(max(0, first(request.top_k, defaults.top_k, 0)), self._text(defaults).vocab),
             "seed": secrets.randbits(63) if request.seed is None else request.seed,
             "stop_token_ids": self._ends(request, defaults) | frozenset(request.stop_token_ids),
             "allowed_token_ids": self._allowed(request, defaults),

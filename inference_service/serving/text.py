@@ -4,25 +4,30 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
+from weakref import WeakValueDictionary
 
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 from tokenizers.decoders import DecodeStream
 
 from inference_service.serving.chat_template import ChatTemplate
 from inference_service.serving.vocabulary import Vocabulary
+from loramux_shared.bundle.added_tokens import OwnTokens
 from loramux_shared.faults import CheckpointInvalid, Finding, PromptTooLong, RequestInvalid
 
 SLICE_CHARS: Final = 32 * 1024
+END_TOKENS: Final = 32
+"""Of a prompt, in which a template begins the answer."""
 CUT_TOKENS: Final = 256
 """More than a cut was ever seen to add."""
 
 
 class Text:
-    """The text side of a base checkpoint."""
+    """The text side of a model."""
 
     def __init__(
         self,
@@ -32,12 +37,38 @@ class Text:
         special_tokens: Mapping[str, str] | None = None,
     ) -> None:
         self._tokenizer = tokenizer
-        self._template = template
         self.vocab = vocab
         self._cut = max(CUT_TOKENS, 2 * max(map(len, tokenizer.get_vocab()), default=0))
         self.vocabulary = Vocabulary(tokenizer, vocab)
         self.special_tokens = dict(special_tokens or {})
         """By what they are for: ``bos_token`` and the like."""
+        self.template = template
+        """None: the model has none."""
+        self._grown: WeakValueDictionary[bytes, Text] = WeakValueDictionary()
+        self._lock = threading.Lock()
+
+    def with_tokens(self, own: OwnTokens) -> Text:
+        """Return the text side of a model that has tokens of its own; those with the same ones share it.
+
+        Raises:
+            ValueError: the tokenizer gives them other ids.
+        """
+        key = own.to_bytes()
+        with self._lock:
+            found = self._grown.get(key)
+            if found is None:
+                found = self._grown[key] = self._with_tokens(own)
+        return found
+
+    def _with_tokens(self, own: OwnTokens) -> Text:
+        tokenizer = Tokenizer.from_str(self._tokenizer.to_str())
+        for each in own.tokens:
+            flags = each.model_dump(exclude={"id", "content"})
+            add = tokenizer.add_special_tokens if each.special else tokenizer.add_tokens
+            add([AddedToken(each.content, **flags)])
+            if (given := tokenizer.token_to_id(each.content)) != each.id:
+                raise ValueError(f"id {each.id} for token {each.content!r}, which becomes {given}")
+        return Text(tokenizer, self.template, own.vocab, self.special_tokens)
 
     @classmethod
     def load(cls, folder: Path, vocab: int) -> Text:
@@ -141,7 +172,7 @@ class Text:
             PromptTooLong: they have many more tokens than max_seq_len.
             RequestInvalid: there is no chat template, or it refuses the messages.
         """
-        template = template or self._template
+        template = template or self.template
         if template is None:
             finding = Finding(code="E_NO_TEMPLATE", where="messages", fix="Send text or token_ids.")
             raise RequestInvalid("the base has no chat template.", [finding])
@@ -161,9 +192,17 @@ class Text:
         [text] = self._tokenizer.decode_batch([list(tokens)], skip_special_tokens=skip_special_tokens)
         return str(text)
 
-    def detokenizer(self, prompt: Sequence[int], *, skip_special_tokens: bool = True) -> Detokenizer:
-        """Return a detokenizer for the answer to a prompt."""
-        return Detokenizer(self._tokenizer, prompt, skip_special_tokens=skip_special_tokens)
+    def end_of(self, tokens: Sequence[int]) -> str:
+        """Return the end of a prompt as it was rendered, with its special tokens."""
+        return self.decode(tokens[-END_TOKENS:], skip_special_tokens=False)
+
+    def detokenizer(
+        self, prompt: Sequence[int], *, skip_special_tokens: bool = True, shown: Sequence[str] = ()
+    ) -> Detokenizer:
+        """Return a detokenizer for the answer to a prompt; special tokens that are shown are never left out."""
+        ids = {token: name for name in shown if (token := self.token_id(name)) in self.vocabulary.special}
+        own = ids if skip_special_tokens else {}
+        return Detokenizer(self._tokenizer, prompt, skip_special_tokens=skip_special_tokens, shown=own)
 
 
 class Detokenizer:
@@ -173,14 +212,21 @@ class Detokenizer:
     CONTEXT = 6
 
     def __init__(
-        self, tokenizer: Tokenizer, prompt: Sequence[int], *, skip_special_tokens: bool = True
+        self,
+        tokenizer: Tokenizer,
+        prompt: Sequence[int],
+        *,
+        skip_special_tokens: bool = True,
+        shown: Mapping[int, str] = MappingProxyType({}),
     ) -> None:
+        """Begin behind a prompt; tokens that are shown have their texts, which the tokenizer leaves out."""
         self._tokenizer = tokenizer
+        self._shown = shown
         self._stream = DecodeStream(ids=list(prompt[-self.CONTEXT :]), skip_special_tokens=skip_special_tokens)
 
     def push(self, token: int) -> str:
         """Return the text that became certain with this token; often, but not always, the token's own."""
-        return self._stream.step(self._tokenizer, token) or ""
+        return (self._stream.step(self._tokenizer, token) or "") + self._shown.get(token, "")
 
 
 class StopTexts:

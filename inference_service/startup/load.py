@@ -133,7 +133,8 @@ def load(settings: InferenceSettings, store: Store, watchers: Sequence[Watcher] 
         after_step=Spinning(settings.spin).look if base.model.device.type == "cpu" else None,
     )
     ends = base.config.eos_token_ids
-    serving = ServingLimits(limits.max_seq_len, generation.request_default_max_tokens, ends)
+    hidden = base.config.dims.hidden
+    serving = ServingLimits(limits.max_seq_len, generation.request_default_max_tokens, ends, hidden)
     service = GenerationService(catalog, base.text, thread, serving, watchers)
     service.logprobs_mode = settings.logprobs_mode
     service.limiter.limits = generation.limits

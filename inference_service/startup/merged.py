@@ -50,6 +50,9 @@ def merge(generation: Generation, base: Base, store: Store, block_size: int) -> 
         summary.weights_bytes,
         read_adapter_defaults(name, bundle.texts, base.text),
         load_s=time.monotonic() - began,
+        kinds=summary.kinds,
+        replaced=tuple(summary.replaced.items()),
+        licence=record.licence,
     )
 
 

@@ -15,6 +15,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from loramux.cli import shell
+from loramux.cli.kinds import kind
 from loramux.records import AdapterInfo, DeploymentInfo, DeploymentState, Stage
 from loramux_shared.faults import Finding
 from loramux_shared.wording import listed
@@ -156,10 +157,11 @@ def _bytes(adapter: AdapterInfo) -> str:
 
 def show_built(info: DeploymentInfo) -> None:
     """Print the table of a deployment that was built, as far as it fits a screen, then its warnings by code."""
-    headers = ("adapter", "rank", "modules", "tensors", "bytes", "digest", "warnings")
+    headers = ("adapter", "kind", "rank", "modules", "tensors", "bytes", "digest", "warnings")
     rows = [
         (
             adapter.name,
+            kind(adapter.kinds) or "-",
             shell.numbers(adapter.ranks),
             shell.modules(adapter.modules),
             str(adapter.tensors_used),

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from rich.filesize import decimal
 
 from loramux.cli import shell
+from loramux.cli.kinds import kind
 from loramux.records import AdapterReport, RowReport
 from loramux_shared.bundle.modules import NO_LAYER
 from loramux_shared.deployment import Repository
@@ -26,8 +27,13 @@ def show_report(report: AdapterReport) -> None:
     sizes = ", ".join(f"{name} {decimal(file.size)}" for name, file in sorted(report.files.items()))
     if sizes:
         shell.show(f"files    {sizes}")
-    if report.rows:
+    if report.kinds:
+        shell.show(f"kind     {kind(report.kinds, report.replaced_rows)}")
+    if report.invocation_tokens:
+        shell.show(f"acts     from the tokens {shell.numbers(report.invocation_tokens)} on")
+    if report.kinds:
         shell.show(f"bundle   {decimal(report.bundle_bytes)} as {report.dtype}, {len(report.rows)} rows")
+    if report.rows:
         shell.show()
         _show_rows(report.rows)
     for finding in report.findings:

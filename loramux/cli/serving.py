@@ -13,6 +13,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from loramux.cli import shell
 from loramux.cli.documents import emit
 from loramux.cli.exits import Exit
+from loramux.cli.kinds import kind
 from loramux.client import INFERENCE, Client
 from loramux.connection import Credentials
 from loramux.operations import AdapterStatus
@@ -38,12 +39,13 @@ def models(address: shell.Grpc = INFERENCE, as_json: shell.Json = False) -> None
     if as_json:
         emit({"models": found} | ({"adapters": adapters} if adapters is not None else {}))
         return
-    headers = ("model", "base", "rank", "modules", "digest", "warnings")
+    headers = ("model", "base", "kind", "rank", "modules", "digest", "warnings")
     where = {each.name: each for each in adapters or ()}
     rows = [
         (
             model.name,
             model.parent or "-",
+            kind(model.kinds, model.replaced_rows) or "-",
             shell.numbers(model.ranks),
             shell.modules(model.modules),
             shell.digest(model.digest),

@@ -111,7 +111,8 @@ _WARNED: Final = (
     ("W_NARROWED", "values are rounded in the storage type: float32 or float16 in a narrower one, or a scale "
      "that is no power of two; the largest relative error of a value is given",
      "Nothing, or set `lora_configuration.dtype` to float32."),
-    ("W_ZERO_B", "B, or BA, is zero in every row: the adapter changes nothing, and answers are the base's",
+    ("W_ZERO_B", "the adapter changes nothing, and answers are the base's: B, or BA, is zero in every row, "
+     "scales are 1, and matrices beside are the base's own",
      "Look at the training; an untrained adapter is like this."),
     ("W_UNDERFLOW", "more than 1 % of the values become zero in the storage type", "Build with bfloat16."),
     ("W_ALPHA", "alpha/r below 0.001 or above 64", "Look at `lora_alpha`."),

@@ -41,6 +41,7 @@ def test_a_report_for_people(folder: Path) -> None:
     assert code == 0, errors
     lines = text.splitlines()
     assert lines[0].startswith(f"adapter  LOCAL {folder / 'fine'} @ ")
+    assert "kind     LoRA" in lines
     assert any(line.split()[:4] == ["attn_q", "0-1", "4", "2"] for line in lines)
     assert any(line.split()[:4] == ["attn_v", "0-1", "4", "2"] for line in lines)
     assert lines[-1] == "accepted: no errors, no warnings"
@@ -68,7 +69,7 @@ def test_json_is_stable_and_alone_on_stdout(folder: Path) -> None:
     """Every documented field is there, whether the adapter is taken or refused."""
     fields = {
         "schema", "accepted", "adapter", "base", "base_model_name", "dtype", "bundle_bytes", "files",
-        "findings", "rows", "licence", "base_licence",
+        "findings", "rows", "licence", "base_licence", "kinds", "replaced_rows", "invocation_tokens",
     }  # fmt: skip
     reports: dict[str, Any] = {}
     for name, expected in (("fine", 0), ("deep", 1)):
@@ -77,6 +78,7 @@ def test_json_is_stable_and_alone_on_stdout(folder: Path) -> None:
         reports[name] = json.loads(text)
         assert set(reports[name]) == fields
     assert (reports["fine"]["schema"], reports["fine"]["accepted"]) == (2, True)
+    assert (reports["fine"]["kinds"], reports["deep"]["kinds"]) == (["lora"], [])
     assert set(reports["fine"]["rows"][0]) == {
         "layer", "module_id", "module", "rank", "in_features", "out_features", "scale", "norm_a", "norm_b",
         "norm_ba", "truncated_from", "truncation_error", "expert",

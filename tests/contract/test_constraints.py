@@ -225,18 +225,18 @@ async def test_an_answer_that_cannot_go_on_ends_with_the_reason(ready: Ready) ->
 
 async def test_constraints_are_compiled_once_and_off_the_loop(ready: Ready) -> None:
     """A constraint is compiled once for all who ask at the same time and later; the loop goes on meanwhile."""
-    constraints = Constraints(ready.service.text, frozenset([2]))
+    constraints = Constraints(frozenset([2]))
     schema = {
         "type": "object",
         "properties": {f"p{i}": {"type": "string", "maxLength": 90} for i in range(900)},
     }
     constraint = Constraint("json_schema", json.dumps(schema))
     started, longest = time.monotonic(), 0.0
-    tasks = [asyncio.create_task(constraints.compile(constraint)) for _ in range(4)]
+    tasks = [asyncio.create_task(constraints.compile(constraint, ready.service.text)) for _ in range(4)]
     while not all(task.done() for task in tasks):
         before = time.monotonic()
         await asyncio.sleep(0.001)
         longest = max(longest, time.monotonic() - before)
     assert len({id(task.result().start) for task in tasks}) == 1
     assert longest < (time.monotonic() - started) / 2
-    assert (await constraints.compile(constraint)).start is tasks[0].result().start
+    assert (await constraints.compile(constraint, ready.service.text)).start is tasks[0].result().start

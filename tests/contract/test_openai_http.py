@@ -63,6 +63,9 @@ async def test_models_are_listed_with_what_is_known_of_them(door: OpenAIDoor) ->
     assert everything["digest"] == door.ready.service.catalog.get("all").digest
     assert everything["ranks"] == [2, 4, 12]
     assert adapters[2]["modules"] == ["attn_q", "attn_v"]
+    assert (everything["kinds"], base["kinds"]) == (["lora"], [])
+    assert (everything["replaced_rows"], everything["invocation_tokens"]) == ({}, [])
+    assert (everything["licence"], base["licence"], everything["base_licence"]) == (None, None, None)
     assert everything["root"].startswith("all@")
     assert "/" not in everything["root"]
     assert all(model["object"] == "model" and model["max_model_len"] == 256 for model in listed["data"])

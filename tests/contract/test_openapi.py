@@ -39,12 +39,15 @@ KEYWORDS = {
     "exclusiveMaximum": int,
     "items": dict,
     "maxItems": int,
-    "maximum": (int, float),
     "maxLength": int,
+    "maxProperties": int,
     "minItems": int,
     "minLength": int,
+    "maximum": int,
     "minimum": int,
+    "oneOf": list,
     "properties": dict,
+    "propertyNames": dict,
     "required": list,
     "title": str,
     "type": (str, list),
@@ -63,7 +66,7 @@ async def web(tmp_path: Path) -> AsyncIterator[httpx.AsyncClient]:
 def _schemas(value: Any) -> Iterator[dict[str, Any]]:
     """Yield a schema and all that are inside it."""
     yield value
-    inside = [*value.get("anyOf", ()), *value.get("properties", {}).values()]
+    inside = [*value.get("anyOf", ()), *value.get("oneOf", ()), *value.get("properties", {}).values()]
     inside += [value[key] for key in ("items", "additionalProperties") if isinstance(value.get(key), dict)]
     for schema in inside:
         yield from _schemas(schema)

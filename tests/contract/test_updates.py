@@ -22,7 +22,7 @@ from loramux.client import AsyncClient
 from loramux.records import DeploymentInfo, DeploymentState
 from loramux_shared.bundle.changes import publish_change
 from loramux_shared.bundle.deployments import current_generation
-from loramux_shared.bundle.manifest import WEIGHTS_FILE, Generation, bundle_key
+from loramux_shared.bundle.manifest import CONFIG_FILE, WEIGHTS_FILE, Generation, bundle_key
 from loramux_shared.bundle.reader import read_manifest
 from loramux_shared.deployment import Deployment, Repository, SourceKind
 from loramux_shared.deployment_file import parse_deployment
@@ -45,6 +45,7 @@ from loramux_shared.rpc.server import RpcServer
 from loramux_shared.rpc.status import fault_of
 from loramux_shared.sources.open import open_sources
 from loramux_shared.storage.memory import MemoryStore
+from tests.golden.wild.shape import Shape
 from tests.support.adapters import tensors, write_adapter, write_base
 
 NAMES = ("one", "two", "three")
@@ -216,6 +217,41 @@ async def test_a_pushed_adapter_is_what_its_folder_would_be(world: World) -> Non
     assert (done.generation, world.served.adapters["two"].digest) == (4, pushed.digest)
 
 
+async def test_what_a_build_takes_of_a_folder_can_be_pushed(world: World) -> None:
+    """Weights in several files, and npy files of a converter; what is not used is named alone."""
+    several = Shape("", "", "", shards=2, files=("optimizer.pt",)).write(world.folder / "several")
+    pushed = await world.client.push("tiny", "several", several)
+    assert [warning.code for warning in pushed.adapter.warnings] == ["W_EXTRA_FILES"]
+    await world.update("several")
+    assert world.served.adapters["several"].digest == pushed.digest
+    npy = world.folder / "npy"
+    npy.mkdir()
+    for name in (WEIGHTS_FILE, CONFIG_FILE):
+        (npy / name).write_bytes(world.store.get(bundle_key(pushed.digest, name)))
+    imported = await world.client.push("tiny", "npy", npy)
+    await world.update("npy")
+    assert world.served.adapters["npy"].digest == imported.digest
+    assert imported.adapter.kinds == ("lora",)
+
+
+async def test_a_push_says_what_the_folder_has_instead_of_weights(world: World) -> None:
+    """A pickle is never sent, and a file of several that is missing has its name; as in a build."""
+    shapes = (
+        ("E_BIN_ONLY", Shape("", "", "", tensors=None, files=("adapter_model.bin",))),
+        ("E_SHARDED", Shape("", "", "", shards=2)),
+        (
+            "E_NO_CONFIG.*'last': set subfolder, or name",
+            Shape("", "", "", None, None, files=("last/adapter_config.json",)),
+        ),
+    )
+    for at, (said, shape) in enumerate(shapes):
+        folder = shape.write(world.folder / f"shape-{at}")
+        for path in folder.glob("adapter_model-00002-*"):
+            path.unlink()
+        with pytest.raises(AdapterInvalid, match=said):
+            await world.client.push("tiny", "shape", folder)
+
+
 async def test_a_build_keeps_a_pushed_adapter_that_its_file_names(world: World) -> None:
     """source: PUSHED means what was pushed under that name; a file without it drops the adapter."""
     pushed = await world.client.push("tiny", "two", world.folder / "two")
@@ -258,6 +294,11 @@ async def parts(*messages: pb.PutAdapterRequest, pause_s: float = 0) -> AsyncIte
 
 
 UPLOAD = pb.PutAdapterRequest(upload=pb.AdapterUpload(deployment="tiny", name="two", config=b"{}"))
+NAMED = pb.PutAdapterRequest(
+    upload=pb.AdapterUpload(
+        deployment="tiny", name="two", config=b"{}", other_files=["adapter_model.safetensors"]
+    )
+)
 
 
 def chunk(file: str, data: bytes = b"x") -> pb.PutAdapterRequest:
@@ -274,6 +315,7 @@ def chunk(file: str, data: bytes = b"x") -> pb.PutAdapterRequest:
         pytest.param((UPLOAD, pb.PutAdapterRequest()), 0.0, RequestInvalid, id="an empty message"),
         pytest.param((UPLOAD, chunk("adapter_model.bin")), 0.0, RequestInvalid, id="a pickle"),
         pytest.param((UPLOAD, chunk("../../etc/passwd")), 0.0, RequestInvalid, id="a path"),
+        pytest.param((NAMED,), 0.0, RequestInvalid, id="weights by their name alone"),
         pytest.param((UPLOAD, chunk("")), 0.0, AdapterInvalid, id="no safetensors"),
         pytest.param((UPLOAD, chunk("")), 30.0, ClientStalled, id="a client that stalls"),
     ],

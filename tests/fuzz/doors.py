@@ -23,6 +23,7 @@ from builder_service.rpc.servicer import SERVICE_NAME as BUILDER
 from builder_service.rpc.servicer import BuilderServicer
 from inference_service.openai_api.chat_schema import ChatBody, TokenizeBody
 from inference_service.openai_api.operators import LoadBody, RollbackBody, UnloadBody
+from inference_service.openai_api.responses.schema import ResponsesBody
 from inference_service.openai_api.schema import Body, CompletionBody, DetokenizeBody
 from inference_service.openai_api.server import HttpServer
 from inference_service.rpc import adapters
@@ -54,6 +55,12 @@ TURNS = [
     {"role": "user", "content": [{"type": "text", "text": "What"}, {"type": "text", "text": "is it?"}]},
     {"role": "assistant", "content": None, "tool_calls": [CALL]},
     {"role": "tool", "content": "4", "tool_call_id": "c1"},
+]
+ITEMS = [
+    {"role": "user", "content": [{"type": "input_text", "text": "What is it?"}]},
+    {"type": "reasoning", "summary": [], "content": [{"type": "reasoning_text", "text": "Hm."}]},
+    {"type": "function_call", "call_id": "c1", "name": "f", "arguments": "{}"},
+    {"type": "function_call_output", "call_id": "c1", "output": "4"},
 ]
 SAMPLED: dict[str, Any] = {
     "n": 2,
@@ -89,6 +96,17 @@ BODIES: Mapping[str, tuple[type[Body], dict[str, Any]]] = {
         | {"structured_outputs": {"regex": "[a-z]+"}, "cache_salt": "s", "request_id": "r"}
         | {"truncate_prompt_tokens": 50, "add_special_tokens": False}
         | SAMPLED,
+    ),
+    "/v1/responses": (
+        ResponsesBody,
+        {
+            "model": "rs",
+            "instructions": "Be brief.",
+            "input": ITEMS,
+            "tools": [{"type": "function", "name": "f"}],
+        }
+        | {"tool_choice": "auto", "max_output_tokens": 2, "top_logprobs": 2, "metadata": {"a": "b"}, "seed": 3}
+        | {"include": ["reasoning.encrypted_content"], "reasoning": {"effort": "low"}},
     ),
     "/tokenize": (TokenizeBody, {"model": "rs", "messages": TURNS, "tools": [TOOL]}),
     "/detokenize": (DetokenizeBody, {"model": "rs", "tokens": [5, 6, 7]}),

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Final, Literal, Union, get_args, get_origin
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from pydantic import BaseModel
 
-from inference_service.openai_api.chat_schema import NamedTool
+from inference_service.openai_api.chat_schema import AllowedTools, NamedTool
 
 NUMBERS: Final[tuple[float, ...]] = (
     0, -1, 1, 128, 129, 1024, 1025, 2**31 - 1, 2**31, 2**32, 2**53 + 1, 2**63 - 1, 2**63, 2**64 - 1, 2**64,
@@ -66,7 +66,7 @@ def _fills(kind: Any, place: str) -> Iterator[tuple[str, Fill]]:
         raise TypeError(f"{place}: {kind!r}: say here whether it holds numbers")
 
 
-_NO_NUMBERS: Final = (str, bool, NoneType, None, NamedTool)
+_NO_NUMBERS: Final = (str, bool, NoneType, None, NamedTool, AllowedTools)
 
 
 def _around(below: Iterator[tuple[str, Fill]], wrap: Fill) -> Iterator[tuple[str, Fill]]:

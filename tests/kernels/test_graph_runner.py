@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -37,8 +38,10 @@ from inference_service.startup.load import Ready
 from loramux_shared.bases.memory import buckets, mixed_buckets
 from loramux_shared.bundle.deployments import current_generation
 from loramux_shared.bundle.reader import read_bundle
+from loramux_shared.pooling import Pooling
 from loramux_shared.storage.memory import MemoryStore
 from tests.support.launches import per_layer, per_step
+from tests.support.pooled import run_pooled
 from tests.support.tiny import VOCAB, World, make_world, run_engine
 
 BLOCK, BLOCKS = 16, 16
@@ -142,6 +145,25 @@ def test_graphs_give_the_tokens_of_the_torch_backend(
     }
     kinds = {"mixed": {1, 2}, "base": {0}}[kind]
     assert {graphs[number] for number in recorder.replays} == kinds
+
+
+def test_vectors_are_read_from_recorded_steps(
+    world: tuple[World, MemoryStore], ready: Ready, runner: GraphRunner, recorder: CountingRecorder
+) -> None:
+    """Last states come out of replayed steps, beside tokens that are drawn; means out of steps that are not."""
+    last, mean = [("all", [5, 6, 7, 8]), ("base", [9, 8, 7])], [("wide", [11, 3])]
+    reference = world[0].load(world[1], backend="torch", native=False)
+    for asked, replays in (
+        ([(*each, Pooling.LAST) for each in last], 2),
+        ([(*last[0], Pooling.LAST), (*mean[0], Pooling.MEAN)], 1),
+    ):
+        expected, answers = run_pooled(reference, asked, ["rs"], [3, 4, 5], 2)
+        recorder.replays.clear()
+        found, said = run_pooled(_with(ready, runner), asked, ["rs"], [3, 4, 5], 2)
+        assert said == answers
+        assert len(recorder.replays) == replays
+        for one, other in zip(found, expected, strict=True):
+            np.testing.assert_allclose(one, other, atol=1e-4, rtol=1e-4)
 
 
 Asked = tuple[str, list[int], SamplingParams]

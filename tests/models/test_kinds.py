@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import peft
 import pytest
-from transformers import Qwen2Config
+from transformers import AutoModelForCausalLM, Qwen2Config
 
 from inference_service.serving.adapters.bundles import StoredBundles
 from inference_service.serving.mixing import Scaled
@@ -69,6 +69,8 @@ DISGUISED: dict[str, Any] = {
         task_type="CAUSAL_LM", target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]
     ),
 }
+UNTRAINED = "untrained"
+"""IA3, whose scales are all 1."""
 MIXED: dict[str, dict[str, float]] = {
     "plain*0.7+other*0.5": {"plain": 0.7, "other": 0.5},
     "plain*-0.5": {"plain": -0.5},
@@ -117,7 +119,10 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> Answers:
         test_own_vocabulary.make(base, root / name, seed, **settings)
     for seed, (name, config) in enumerate(DISGUISED.items()):
         test_disguised.save(base, root / name, config, seed)
-    world, store = World(base, {name: root / name for name in KINDS}, root), MemoryStore()
+    peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), DISGUISED["ia3"]).save_pretrained(
+        root / UNTRAINED
+    )
+    world, store = World(base, {name: root / name for name in (*KINDS, UNTRAINED)}, root), MemoryStore()
     world.build(store)
     draw = random.Random(4)
     requests = []
@@ -144,6 +149,34 @@ def test_all_kinds_in_one_batch_equal_peft(answers: Answers, counted: Counted, b
     small = answers.world.load(answers.store, kv_memory_gb=96 * 2 * 2 * 2 * 8 * 4 / 1e9, **settings)
     counted("kinds", backend, "preemption", run_engine(small, answers.requests, NEW), answers.expected)
     assert small.engine.stats.preemptions > 0
+
+
+def test_an_adapter_is_called_what_it_is(answers: Answers) -> None:
+    """By its bundle, to whoever asks a replica; what it replaces is counted. One that was never trained is of
+    its kind, too, and answers as the base."""
+    ready = answers.world.load(answers.store)
+    found = {model.name: model for model in ready.service.catalog}
+    assert {name: model.kinds for name, model in found.items()} == {
+        "base": (),
+        "plain": ("lora",),
+        "other": ("lora",),
+        "dora": ("dora",),
+        "lora-bias": ("lora", "bias"),
+        "biases": ("lora", "bias"),
+        "called": ("lora", "activated"),
+        "called-bias": ("lora", "bias", "activated"),
+        "ends": ("lora", "embedding", "head"),
+        "head": ("lora", "head"),
+        "tokens": ("lora", "embedding"),
+        "everything": ("dora", "embedding", "head"),
+        "vera": ("vera",),
+        "loha": ("loha",),
+        "ia3": ("ia3",),
+        UNTRAINED: ("ia3",),
+    }
+    assert dict(found["everything"].replaced) == {"embedding": 2, "head": VOCAB}
+    assert found["called"].invocation == tuple(CALLED)
+    assert run_engine(ready, [(UNTRAINED, [9, 8, 7])], 4) == run_engine(ready, [("base", [9, 8, 7])], 4)
 
 
 @pytest.mark.sweep

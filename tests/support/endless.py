@@ -37,7 +37,7 @@ class Endless(Scripted):
         """Go on and on."""
         self.open += 1
         try:
-            yield Started(request.id, self.catalog.get(request.model), 7, 2)
+            yield Started(request.id, self.catalog.get(request.model), 7, 2, self.text)
             while True:
                 yield Delta("x" * 1000, (Token(5),), 0)
                 await asyncio.sleep(3600 if request.prompt == "WAIT" else 0)

@@ -130,6 +130,8 @@ class FakeInference(inference_grpc.InferenceServiceServicer):
         models = [pb.Model(name="base", generation=3, max_seq_len=2048)]
         for name, rank in (("lora1", 8), ("lora2", 16)):
             adapter = pb.Model(name=name, parent="base", digest=DIGEST, ranks=[rank], modules=["attn_q"])
+            adapter.kinds.extend(["lora", "head"])
+            adapter.replaced_rows["head"] = 5
             models.append(adapter)
         return pb.ListModelsResponse(models=models)
 

@@ -66,7 +66,7 @@ class ScriptedPage(GenerationService):
         """Say what is written."""
         self.asked.append(request.model)
         model = self.catalog.get(request.model)
-        yield Started(request.id, model, self.catalog.generation, 2)
+        yield Started(request.id, model, self.catalog.generation, 2, self.text)
         pieces = self._says.get(request.model, ("Ahoy", "!"))
         for piece in pieces:
             if isinstance(piece, Exception):

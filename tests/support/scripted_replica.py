@@ -49,7 +49,7 @@ class Named(Scripted):
         self.asked += 1
         self.open += 1
         try:
-            yield Started(request.id, model, 1, 2)
+            yield Started(request.id, model, 1, 2, self.text)
             await self.tokens.wait()
             yield Delta(self.name, (Token(5),), 0)
             if request.prompt == "WAIT":

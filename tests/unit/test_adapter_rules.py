@@ -105,7 +105,7 @@ def test_float16_overflow_names_the_cure(tmp_path):
 def test_subfolder_is_suggested():
     """An adapter one folder below is not taken silently, but named."""
     (finding,) = file_findings(["checkpoint-500/adapter_config.json", "README.md"])
-    assert finding.fix == "The adapter is in 'checkpoint-500': set subfolder."
+    assert finding.fix == "The adapter is in 'checkpoint-500': set subfolder, or name that folder."
 
 
 @pytest.mark.parametrize(

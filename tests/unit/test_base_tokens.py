@@ -11,9 +11,10 @@ from tokenizers import AddedToken, Tokenizer
 from tokenizers.models import BPE, Unigram
 from transformers import PreTrainedTokenizerFast
 
+from builder_service.domain.rules import ComparedTokens
+from builder_service.domain.tokens import FLAGS
 from builder_service.pipeline.base_tokens import BaseTokens
 from loramux_shared.bundle.manifest import FileDigest
-from loramux_shared.faults import Finding
 from loramux_shared.sources.files import hash_if_there
 
 WORDS = ("a", "b", "c", "ab")
@@ -36,17 +37,22 @@ def files(folder: Path) -> dict[str, FileDigest]:
     return {path.name: hash_if_there(path) for path in folder.iterdir()}
 
 
+def compared(base: Path, adapter: Path) -> ComparedTokens:
+    """Compare what is in two folders."""
+    return BaseTokens(files(base), lambda name: base / name, VOCAB).compared(adapter, files(adapter))
+
+
 @pytest.fixture
-def compare(tmp_path) -> Callable[[Callable[[PreTrainedTokenizerFast], object], str], tuple[Finding, ...]]:
+def compare(tmp_path) -> Callable[[Callable[[PreTrainedTokenizerFast], object], str], ComparedTokens]:
     """Saves the base's tokenizer, changes it, saves it as an adapter's, and returns what is found in that."""
 
-    def found(change: Callable[[PreTrainedTokenizerFast], object], kind: str = "BPE") -> tuple[Finding, ...]:
+    def found(change: Callable[[PreTrainedTokenizerFast], object], kind: str = "BPE") -> ComparedTokens:
         base, adapter = tmp_path / "base", tmp_path / "adapter"
         tokenizer(kind).save_pretrained(base)
         changed = tokenizer(kind)
         change(changed)
         changed.save_pretrained(adapter)
-        return BaseTokens(files(base), lambda name: base / name, VOCAB).findings(adapter, files(adapter))
+        return compared(base, adapter)
 
     return found
 
@@ -64,24 +70,69 @@ def compare(tmp_path) -> Callable[[Callable[[PreTrainedTokenizerFast], object], 
 )
 def test_copies_of_the_base_s_tokenizer_pass(compare, kind, change):
     """A tokenizer with the base's tokens is taken without a word, however it was saved again."""
-    assert compare(change, kind) == ()
+    assert compare(change, kind) == ComparedTokens()
 
 
 @pytest.mark.parametrize("kind", ["BPE", "Unigram"])
 @pytest.mark.parametrize(
-    ("change", "named"),
+    ("change", "added"),
     [
-        (lambda made: made.add_tokens(["<tool>"]), "'<tool>' (id 6)"),
-        (lambda made: made.add_special_tokens({"pad_token": "<pad>"}), "'<pad>' (id 6)"),
-        (lambda made: made.add_tokens([AddedToken(f"<{i}>") for i in range(9)]), "and 4 more"),
+        (lambda made: made.add_tokens(["<tool>"]), {"<tool>": 6}),
+        (lambda made: made.add_special_tokens({"pad_token": "<pad>"}), {"<pad>": 6}),
+        (lambda made: made.add_tokens([f"<{i}>" for i in range(9)]), {f"<{i}>": 6 + i for i in range(9)}),
     ],
 )
-def test_new_tokens_are_refused_by_name(compare, kind, change, named):
-    """A token that the base does not have is refused, even where the base has a row for its id."""
+def test_new_tokens_behind_the_base_s_are_taken(compare, kind, change, added):
+    """They are told as transformers numbers them, whether or not the base has unused rows for them."""
     found = compare(change, kind)
-    assert {finding.code for finding in found} == {"E_EMBED"}
-    assert found[0].where == "tokenizer.json"
-    assert named.replace("'", "") in found[0].found
+    assert found.findings == ()
+    assert {token.content: token.id for token in found.added} == added
+
+
+def test_flags_of_new_tokens_are_taken_over(compare):
+    """What a token is to the tokenizer is told beside its id."""
+    token = AddedToken("<t>", lstrip=True, normalized=False, special=True)
+    [added] = compare(lambda made: made.add_tokens([token], special_tokens=True)).added
+    assert added.model_dump() == {
+        "id": 6, "content": "<t>", "special": True, "lstrip": True, "rstrip": False, "single_word": False,
+        "normalized": False,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("added", "named"),
+    [
+        ([{"id": 7, "content": "<x>"}], "<x> (id 7)"),
+        ([{"id": 6, "content": "<x>"}, {"id": 8, "content": "<y>"}], "<x> (id 6), <y> (id 8)"),
+        ([{"id": 6, "content": "<x>"}, {"id": 6, "content": "<y>"}], "<x> (id 6), <y> (id 6)"),
+        ([{"id": 6, "content": "x" * 257}], f"{'x' * 40} (id 6)"),
+        ([{"id": 6, "content": ""}], " (id 6)"),
+        ([{"id": 6, "content": "<x>", "special": 1}], "<x> (id 6)"),
+        ([{"id": 6 + i, "content": f"<{i}>"} for i in range(4097)], "and 4092 more"),
+    ],
+)
+def test_tokens_that_cannot_be_added_so_are_refused(tmp_path, added, named):
+    """Ids with holes or twice, texts without bounds, flags that are none, and more tokens than are taken."""
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    tokenizer().save_pretrained(base)
+    adapter.mkdir()
+    flags = dict.fromkeys(FLAGS, False)
+    (adapter / "tokenizer.json").write_text(json.dumps({"added_tokens": [flags | each for each in added]}))
+    found = compared(base, adapter)
+    assert (found.added, [each.code for each in found.findings]) == ((), ["E_EMBED"])
+    assert named in found.findings[0].found
+
+
+def test_files_that_disagree_are_refused(tmp_path):
+    """tokenizer.json says what is added; another file with more or another id is refused by name."""
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    tokenizer().save_pretrained(base)
+    changed = tokenizer()
+    changed.add_tokens(["<tool>"])
+    changed.save_pretrained(adapter)
+    (adapter / "added_tokens.json").write_text(json.dumps({"<tool>": 6, "<more>": 7}))
+    [finding] = compared(base, adapter).findings
+    assert (finding.where, finding.found) == ("added_tokens.json", "<more> (id 7)")
 
 
 def test_another_meaning_of_an_id_is_refused(tmp_path):
@@ -91,7 +142,7 @@ def test_another_meaning_of_an_id_is_refused(tmp_path):
     adapter.mkdir()
     said = (base / "tokenizer.json").read_text().replace("</s>", "<|im_end|>")
     (adapter / "tokenizer.json").write_text(said)
-    (finding,) = BaseTokens(files(base), lambda name: base / name, VOCAB).findings(adapter, files(adapter))
+    (finding,) = compared(base, adapter).findings
     assert finding.code == "E_EMBED"
     assert finding.found == "<|im_end|> (id 5, which is </s> in the base)"
 
@@ -117,8 +168,7 @@ def test_every_place_of_added_tokens_is_looked_at(tmp_path, name, content, codes
     tokenizer().save_pretrained(base)
     adapter.mkdir()
     (adapter / name).write_text(json.dumps(content))
-    found = BaseTokens(files(base), lambda name: base / name, VOCAB).findings(adapter, files(adapter))
-    assert [finding.code for finding in found] == codes
+    assert [finding.code for finding in compared(base, adapter).findings] == codes
 
 
 def test_the_base_s_own_file_is_not_fetched_for_a_copy(tmp_path):
@@ -129,7 +179,7 @@ def test_the_base_s_own_file_is_not_fetched_for_a_copy(tmp_path):
     changed.add_tokens(["<tool>"])
     changed.save_pretrained(adapter)
     tokens = BaseTokens(files(base), lambda name: fetched.append(name) or base / name, VOCAB)
-    assert tokens.findings(base, files(base)) == ()
+    assert tokens.compared(base, files(base)) == ComparedTokens()
     assert fetched == []
-    assert tokens.findings(adapter, files(adapter)) == tokens.findings(adapter, files(adapter)) != ()
+    assert tokens.compared(adapter, files(adapter)) == tokens.compared(adapter, files(adapter))
     assert sorted(fetched) == sorted(files(base))

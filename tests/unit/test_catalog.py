@@ -83,6 +83,24 @@ def test_a_record_is_enough_to_register() -> None:
     assert (model.adapter.digest, model.adapter.slot) == (digest("one"), None)
 
 
+def test_what_an_adapter_is_and_who_may_use_it_is_known_from_its_record() -> None:
+    """Its kinds, the rows that it replaces, its invocation and its licence; a licence may change by itself."""
+    summary = SUMMARY.model_copy(update={"kinds": ("lora", "head"), "replaced": {"head": 3}})
+    first = generation(1, {"a": "one"}, summary=summary)
+    said = {"licence": "mit", "invocation_tokens": (5, 6)}
+    record = first.adapters["a"].model_copy(update=said)
+    known = Catalog(1, "base", [BASE])
+    known.apply(first.model_copy(update={"adapters": {"a": record}}))
+    model = known.get("a")
+    assert (model.kinds, model.replaced, model.licence) == (("lora", "head"), (("head", 3),), "mit")
+    assert (model.invocation, known.get("base").kinds, known.base_licence) == ((5, 6), (), "")
+    again = record.model_copy(update={"licence": "other"})
+    base = first.base.model_copy(update={"licence": "gemma"})
+    known.apply(first.model_copy(update={"adapters": {"a": again}, "base": base, "number": 2}))
+    assert (known.get("a").licence, known.base_licence) == ("other", "gemma")
+    assert known.get("a").adapter is model.adapter
+
+
 def test_what_is_not_known_is_told_once_it_was_read() -> None:
     """An older generation says nothing of an adapter, and texts have to be read; then every name shows it."""
     old = catalog({"a": "one", "b": "one", "c": "two"}, summary=None)

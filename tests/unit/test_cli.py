@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from loramux.cli import services
 from loramux.cli.build_view import WORK, fraction_done
+from loramux.cli.kinds import kind
 from loramux.cli.logs import important, tail
 from loramux.cli.main import app, usual
 from loramux.cli.shell import complain, modules, printable
@@ -117,9 +118,9 @@ def test_build_tells_stages_and_shows_a_table(fakes: Fakes, deployment: Callable
     assert "lora2: done\n" in errors
     assert "warning: W_NARROWED lora1: weights: found float32" in errors
     header, first, *_, last = text.splitlines()
-    assert header.split() == ["adapter", "rank", "modules", "tensors", "bytes", "digest", "warnings"]
+    assert header.split() == ["adapter", "kind", "rank", "modules", "tensors", "bytes", "digest", "warnings"]
     assert re.split(r"\s{2,}", first) == [
-        *("lora1", "8, 16", "attn q v, mlp gate", "120", "5.2 MB", "0123456789ab", "W_NARROWED")
+        *("lora1", "-", "8, 16", "attn q v, mlp gate", "120", "5.2 MB", "0123456789ab", "W_NARROWED")
     ]
     assert last == "deployment plain: generation 3 is published"
 
@@ -137,11 +138,17 @@ def test_models_are_a_table(fakes: Fakes) -> None:
     """``models`` lists the base, then the adapters."""
     code, text, _ = run("models", "--grpc", fakes.inference_address)
     assert code == 0
-    assert [line.split()[:3] for line in text.splitlines()[1:]] == [
-        ["base", "-", "-"],
-        ["lora1", "base", "8"],
-        ["lora2", "base", "16"],
+    assert [re.split(r"\s{2,}", line)[:4] for line in text.splitlines()[1:]] == [
+        ["base", "-", "-", "-"],
+        ["lora1", "base", "LoRA, head (5 rows)", "8"],
+        ["lora2", "base", "LoRA, head (5 rows)", "16"],
     ]
+
+
+def test_a_kind_that_is_not_known_here_is_told_as_it_is() -> None:
+    """A newer service may have words that this command does not."""
+    assert kind(("lora", "spline", "embedding"), {"embedding": 2}) == "LoRA, spline, embedding (2 rows)"
+    assert kind(()) == ""
 
 
 def test_chat_answers_each_line_of_a_pipe(fakes: Fakes) -> None:

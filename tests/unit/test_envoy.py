@@ -15,6 +15,7 @@ import yaml
 from typer.testing import CliRunner
 
 from loramux.cli.main import app
+from loramux.envoy.listeners import COMPLETIONS
 from loramux_shared.rpc.options import IDLE_S, LEAST_PING_S, MAX_REQUEST_BYTES, MAX_STREAMS
 from loramux_shared.settings import InferenceSettings
 from tests.support.access import Certificates
@@ -88,7 +89,7 @@ def test_long_streams_are_not_cut() -> None:
         {"0s"},
     ]
     routes = list(values(listeners, "route"))
-    assert len(routes) == 6
+    assert len(routes) == 3 + len(COMPLETIONS)
     assert all((route["timeout"], route["idle_timeout"]) == ("0s", "0s") for route in routes)
     for name in ("max_stream_duration", "max_connection_duration", "per_try_idle_timeout"):
         assert not list(values(config, name))
@@ -116,8 +117,8 @@ def test_what_is_retried_had_no_token() -> None:
     for listener in listeners:
         for route in next(values(listener, "routes")):
             on = route["route"]["retry_policy"]["retry_on"].split(",")
-            generating = ("InferenceService", "completions", "messages")
-            generates = any(word in route["match"]["prefix"] for word in generating)
+            prefix = route["match"]["prefix"]
+            generates = "InferenceService" in prefix or prefix in COMPLETIONS
             assert ("reset" in on) == generates
             assert not {"5xx", "gateway-error", "internal", "deadline-exceeded"} & set(on)
 

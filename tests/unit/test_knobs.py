@@ -23,6 +23,15 @@ from inference_service.openai_api.chat_schema import (
     Tool,
     ToolCall,
 )
+from inference_service.openai_api.responses.items import CallItem, MessageItem, OutputItem, ReasoningItem
+from inference_service.openai_api.responses.schema import (
+    FunctionTool,
+    Reasoning,
+    ResponsesBody,
+    StreamingOptions,
+    TextConfig,
+    TextFormat,
+)
 from inference_service.openai_api.schema import (
     Body,
     CompletionBody,
@@ -43,7 +52,7 @@ BOUNDED = NUMBERS.keys() | TEXTS.keys() | IDS.keys()
 UNBOUNDED = {
     # yes or no
     "ignore_eos", "include_stop_str_in_output", "skip_special_tokens",
-    "add_generation_prompt", "continue_final_message", "add_special_tokens",
+    "add_generation_prompt", "continue_final_message", "add_special_tokens", "shown_special_tokens",
     # with rules of their own in `bounds` and `turns`
     "prompt", "tools", "constraint", "logprobs_mode", "chat_template_kwargs",
     # looked up, compared, hashed, or the server's own
@@ -59,7 +68,10 @@ HTTP_ONLY = {
     "request_id",
     # the key of an alias
     "user",
+    # of responses: become the chat that answers them
+    "input", "instructions", "max_output_tokens", "text", "reasoning", "include",
     # change nothing
+    "max_tool_calls",
     "metadata", "store", "service_tier", "safety_identifier",
     "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention",
 }  # fmt: skip
@@ -79,7 +91,7 @@ def test_the_table_is_finite_where_a_number_is_no_length() -> None:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("body", [ChatBody, CompletionBody])
+@pytest.mark.parametrize("body", [ChatBody, CompletionBody, ResponsesBody])
 def test_http_fields_pass_by_name(body: type[Body]) -> None:
     """A field of a body is a request's, one of the door's own, or refused whatever it holds."""
     refused = {name for name, field in body.model_fields.items() if field.annotation is type(None)}
@@ -90,6 +102,16 @@ USER = {"role": "user", "content": "x"}
 SMALLEST: Mapping[type[Body], dict[str, Any]] = {
     ChatBody: {"model": "m", "messages": [USER]},
     CompletionBody: {"model": "m", "prompt": "x"},
+    ResponsesBody: {"model": "m", "input": "x"},
+    MessageItem: {"role": "user", "content": "x"},
+    CallItem: {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"},
+    OutputItem: {"type": "function_call_output", "call_id": "c", "output": "x"},
+    ReasoningItem: {"type": "reasoning"},
+    FunctionTool: {"type": "function", "name": "f"},
+    TextConfig: {},
+    TextFormat: {"type": "text"},
+    Reasoning: {},
+    StreamingOptions: {},
     TokenizeBody: {"prompt": "x"},
     DetokenizeBody: {"tokens": [5]},
     StreamOptions: {},

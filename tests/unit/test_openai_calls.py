@@ -1,84 +1,26 @@
-"""Tool calls in the text of an answer: found whatever the pieces in which the text comes."""
+"""A call that is demanded: its constraint, and how it is read; and pieces as chats tell them."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 
-import pytest
 from hypothesis import given
-from hypothesis import strategies as st
 from llguidance import LLMatcher
 
-from inference_service.core.sequence import FinishReason
 from inference_service.openai_api.chat_choice import ChatChoice
 from inference_service.openai_api.chat_schema import Tool
 from inference_service.openai_api.forced_call import ForcedCall, call_constraint
-from inference_service.openai_api.pieces import CallArguments, CallBegun, Piece, Reading, Said, Thought
-from inference_service.openai_api.tagged_calls import END, TaggedCalls
-from inference_service.serving.request import Delta, Finished
+from inference_service.openai_api.pieces import CallArguments, CallBegun, Said, Thought
+from inference_service.serving.request import Delta
+from tests.support.readings import cuts_of, read
 
-CALL = '<tool_call>\n{"name": "find", "arguments": {"q": "a } b"}}\n</tool_call>'
 FORCED = '{"name": "find", "arguments": {"q": "a } \\" b{", "more": [1, {"x": []}]}}'
 
 
-def _read(reading: Reading, text: str, cuts: Sequence[int]) -> tuple[str, list[list[str]]]:
-    """Return the text that is said, and name and arguments of each call."""
-    pieces: list[Piece] = []
-    for begin, end in zip([0, *cuts], [*cuts, len(text)], strict=True):
-        pieces += reading.push(text[begin:end])
-    said, calls = "", []
-    for piece in pieces + reading.finish():
-        match piece:
-            case Said():
-                said += piece.text
-            case CallBegun():
-                assert piece.index == len(calls)
-                calls.append([piece.name, ""])
-            case CallArguments():
-                assert piece.index == len(calls) - 1
-                calls[-1][1] += piece.text
-    return said, calls
-
-
-def _cuts(text: str) -> st.SearchStrategy[list[int]]:
-    return st.lists(st.integers(0, len(text)), max_size=8).map(sorted)
-
-
-@pytest.mark.parametrize(
-    ("text", "said", "calls"),
-    [
-        ("just words", "just words", []),
-        (CALL, "", [["find", '{"q": "a } b"}']]),
-        (f"First. {CALL}", "First. ", [["find", '{"q": "a } b"}']]),
-        (f"{CALL}\n{CALL}\n", "", [["find", '{"q": "a } b"}']] * 2),
-        (f"{CALL}\n Done.", "Done.", [["find", '{"q": "a } b"}']]),
-        (CALL.removesuffix("</tool_call>"), "", [["find", '{"q": "a } b"}']]),
-        ('<tool_call>{"name": "find"}</tool_call>', "", [["find", "{}"]]),
-        ('<tool_call>{"name": "find", "arguments": "{}"}</tool_call>', "", [["find", "{}"]]),
-        ('<tool_call>{"name": "other"}</tool_call>!', '<tool_call>{"name": "other"}</tool_call>!', []),
-        ("<tool_call>{</tool_call>", "<tool_call>{</tool_call>", []),
-        ("<tool_call>{", "<tool_call>{", []),
-        ("a <tool_ca", "a <tool_ca", []),
-    ],
-)
-def test_tagged_calls_are_told_from_text(text: str, said: str, calls: list[list[str]]) -> None:
-    """A block that calls an offered tool is a call, all else is text, also letter by letter."""
-    assert _read(TaggedCalls({"find"}), text, []) == (said, calls)
-    assert _read(TaggedCalls({"find"}), text, range(1, len(text))) == (said, calls)
-
-
-@given(_cuts(f"Hm <b> {CALL}\n{CALL} yes <too"))
-def test_cuts_do_not_change_what_is_read(cuts: list[int]) -> None:
-    """Wherever the text is cut, the same is said and the same is called."""
-    text = f"Hm <b> {CALL}\n{CALL} yes <too"
-    assert _read(TaggedCalls({"find"}), text, cuts) == ("Hm <b> yes <too", [["find", '{"q": "a } b"}']] * 2)
-
-
-@given(_cuts(FORCED))
+@given(cuts_of(FORCED))
 def test_a_forced_call_is_read_as_it_comes(cuts: list[int]) -> None:
     """Wherever the text is cut, name and arguments are whole, and no more than that."""
-    [[name, arguments]] = _read(ForcedCall(), FORCED, cuts)[1]
+    [[_, name, arguments]] = read(ForcedCall(), FORCED, cuts)
     assert name == "find"
     assert json.loads(arguments) == json.loads(FORCED)["arguments"]
 
@@ -120,17 +62,6 @@ def test_schemas_of_several_tools_keep_their_references() -> None:
         assert definitions[name]["properties"]["x"] == {"$ref": f"#/$defs/{name}/$defs/X"}
         assert definitions[name]["properties"]["again"] == {"$ref": f"#/$defs/{name}"}
         assert definitions[name]["$defs"]["X"] == shape
-
-
-@pytest.mark.parametrize("stop_text", [END, "X"])
-def test_only_stops_of_the_client_are_told(stop_text: str) -> None:
-    """The end of a call, at which an answer with one call stops, is no text that anybody asked for."""
-    choice, reading = ChatChoice(0, ["X"], None, ids=False), TaggedCalls({"find"})
-    choice.take(Delta(cut := CALL.removesuffix(END), ()), reading.push(cut))
-    choice.end(Finished(FinishReason.STOP, stop_text, 1, 0, 1), reading.finish())
-    told = choice.whole()
-    assert told["finish_reason"] == "tool_calls"
-    assert told["stop_reason"] == (None if stop_text == END else "X")
 
 
 def test_thoughts_have_both_names() -> None:

@@ -77,13 +77,6 @@ def test_a_lower_priority_is_earlier() -> None:
     assert _chat().priority == 0
 
 
-def test_one_call_ends_the_answer() -> None:
-    """Without parallel calls the closing tag is a stop; a call that is demanded ends by itself."""
-    assert _chat(tools=TOOLS, parallel_tool_calls=False, stop="x").stop == ("x", "</tool_call>")
-    assert _chat(tools=TOOLS, parallel_tool_calls=True).stop == ()
-    assert _chat(tools=TOOLS, parallel_tool_calls=False, tool_choice="required").stop == ()
-
-
 def test_what_the_model_is_told_of_tools() -> None:
     """Tools are rendered as the client wrote them, and not at all when none may be used."""
     assert _chat(tools=TOOLS).tools == tuple(TOOLS)

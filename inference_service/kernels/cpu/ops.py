@@ -127,10 +127,11 @@ class CpuOps:
         functions = {name: getattr(library, f"{name}_{DTYPES[dtype]}") for name in _SIGNATURES}
         for name, function in functions.items():
             function.argtypes, function.restype = [_TYPES[letter] for letter in _SIGNATURES[name]], None
-        self.multiplies = bool(getattr(library, f"multiplies_{DTYPES[dtype]}")()) and not (
-            dtype is torch.bfloat16 and torch.cpu._is_amx_tile_supported()
-        )
-        """Whether `linear` is the fastest product here: with AVX-512. Without, or with AMX, oneDNN's is."""
+        self.can_multiply = bool(getattr(library, f"multiplies_{DTYPES[dtype]}")())
+        """Whether `linear` takes weights: with AVX-512."""
+        amx = dtype is torch.bfloat16 and torch.cpu._is_amx_tile_supported()
+        self.multiplies = self.can_multiply and not amx
+        """Whether it is the fastest product here: with AMX, oneDNN's is."""
         self._linear, self._pack = functions["linear"], functions["pack"]
         self._attention = functions["attention"]
         self._rope_write, self._rms_norm = functions["rope_write"], functions["rms_norm"]

@@ -26,6 +26,7 @@ def rms_norm(
     delta: Tensor | None = None,
     delta_weight: Tensor | None = None,
     rows: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Add ``delta`` to ``hidden`` in place, and return its rows, normed and times (offset + weight).
 
@@ -39,6 +40,7 @@ def rms_norm(
         delta: [T, dim], added to hidden.
         delta_weight: [dim]: delta is normed with it (and the offset) before it is added.
         rows: int32 or int64 [N]: these rows of hidden are wanted, and hidden keeps what it holds.
+        out: where the result is written.
 
     Returns:
         [T, dim], or [N, dim] for N rows.
@@ -50,7 +52,11 @@ def rms_norm(
     _check_norm(hidden, weight, delta, delta_weight, rows)
     dim = hidden.shape[1]
     config = norm_config(dim)
-    out = hidden.new_empty(len(hidden) if rows is None else len(rows), dim)
+    shape = len(hidden) if rows is None else len(rows), dim
+    if out is None:
+        out = hidden.new_empty(shape)
+    else:
+        _require_like(out, "out", hidden, shape)
     arguments = {
         "p_hidden": hidden,
         "p_delta": delta,

@@ -239,6 +239,7 @@ class AdapterManager:
                 last_used=None,
                 failure=None,
                 only_here=own,
+                kinds=model.kinds,
             )
         standing = self._residency.standing(model.adapter)
         return AdapterView(
@@ -255,6 +256,7 @@ class AdapterManager:
             last_used=_wall_time(standing.last_used_s),
             failure=standing.failure,
             only_here=own,
+            kinds=model.kinds,
         )
 
     def _resident_digest(self, name: str, adapter: Adapter) -> str:

@@ -13,12 +13,14 @@ import torch
 
 from inference_service.backends.base import LoraBackend
 from inference_service.core.sequence import Adapter
+from inference_service.engine.graph_runner import ROOM
 from inference_service.lora.loader import load_adapter
 from inference_service.lora.packed import PackedAdapter
 from inference_service.lora.places import ALIGNMENT
 from inference_service.models.decoder import Decoder
 from inference_service.proof.replay import replay
 from loramux_shared.bundle.reader import Bundle
+from loramux_shared.faults import ResourcesExhausted
 
 log = structlog.get_logger()
 
@@ -48,9 +50,16 @@ class Packer:
 
         Raises:
             BundleCorrupt: it has rows that the base has no place for.
+            ResourcesExhausted: it has more tokens of its own than recorded steps have room for.
             ProofFailed: the adapter answers otherwise than its proof says.
         """
         config = self._model.config
+        room = (bundle.manifest.vocab or 0) - config.dims.vocab
+        if room > ROOM and self._model.device.type == "cuda":
+            raise ResourcesExhausted(
+                f"the adapter has {room} tokens more than the base, and a GPU's steps have room for {ROOM}. "
+                "Train it with fewer, or merge it into the base and serve a full model."
+            )
         weights = load_adapter(bundle, config.layer_groups, self._model.dtype, self._lora.home)
         packed = self._lora.pack(weights)
         if bundle.digest not in self._proved:

@@ -56,6 +56,8 @@ class AdapterView:
     """Of its last load, if that failed."""
     only_here: bool
     """True where it was loaded into this replica alone, and no generation has it."""
+    kinds: tuple[str, ...]
+    """What it is; none while that is not known."""
 
 
 @dataclass(frozen=True)

@@ -271,16 +271,18 @@ class PutAdapterRequest(_message.Message):
     def __init__(self, upload: _Optional[_Union[AdapterUpload, _Mapping]] = ..., chunk: _Optional[_Union[FileChunk, _Mapping]] = ...) -> None: ...
 
 class AdapterUpload(_message.Message):
-    __slots__ = ("deployment", "name", "config", "expected_generation")
+    __slots__ = ("deployment", "name", "config", "expected_generation", "other_files")
     DEPLOYMENT_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
     CONFIG_FIELD_NUMBER: _ClassVar[int]
     EXPECTED_GENERATION_FIELD_NUMBER: _ClassVar[int]
+    OTHER_FILES_FIELD_NUMBER: _ClassVar[int]
     deployment: str
     name: str
     config: bytes
     expected_generation: int
-    def __init__(self, deployment: _Optional[str] = ..., name: _Optional[str] = ..., config: _Optional[bytes] = ..., expected_generation: _Optional[int] = ...) -> None: ...
+    other_files: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, deployment: _Optional[str] = ..., name: _Optional[str] = ..., config: _Optional[bytes] = ..., expected_generation: _Optional[int] = ..., other_files: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class FileChunk(_message.Message):
     __slots__ = ("file", "data")
@@ -389,7 +391,7 @@ class Deployment(_message.Message):
     def __init__(self, name: _Optional[str] = ..., state: _Optional[_Union[Deployment.State, str]] = ..., generation: _Optional[int] = ..., create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., update_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., adapters: _Optional[_Iterable[_Union[AdapterBuild, _Mapping]]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ..., unchanged: _Optional[bool] = ...) -> None: ...
 
 class AdapterBuild(_message.Message):
-    __slots__ = ("name", "stage", "bytes_done", "bytes_total", "digest", "ranks", "modules", "tensors_used", "bundle_bytes", "warnings", "reused", "repaired", "kept")
+    __slots__ = ("name", "stage", "bytes_done", "bytes_total", "digest", "ranks", "modules", "tensors_used", "bundle_bytes", "warnings", "reused", "repaired", "kept", "kinds")
     class Stage(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         STAGE_UNSPECIFIED: _ClassVar[AdapterBuild.Stage]
@@ -423,6 +425,7 @@ class AdapterBuild(_message.Message):
     REUSED_FIELD_NUMBER: _ClassVar[int]
     REPAIRED_FIELD_NUMBER: _ClassVar[int]
     KEPT_FIELD_NUMBER: _ClassVar[int]
+    KINDS_FIELD_NUMBER: _ClassVar[int]
     name: str
     stage: AdapterBuild.Stage
     bytes_done: int
@@ -436,7 +439,8 @@ class AdapterBuild(_message.Message):
     reused: bool
     repaired: bool
     kept: bool
-    def __init__(self, name: _Optional[str] = ..., stage: _Optional[_Union[AdapterBuild.Stage, str]] = ..., bytes_done: _Optional[int] = ..., bytes_total: _Optional[int] = ..., digest: _Optional[str] = ..., ranks: _Optional[_Iterable[int]] = ..., modules: _Optional[_Iterable[str]] = ..., tensors_used: _Optional[int] = ..., bundle_bytes: _Optional[int] = ..., warnings: _Optional[_Iterable[_Union[Finding, _Mapping]]] = ..., reused: _Optional[bool] = ..., repaired: _Optional[bool] = ..., kept: _Optional[bool] = ...) -> None: ...
+    kinds: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, name: _Optional[str] = ..., stage: _Optional[_Union[AdapterBuild.Stage, str]] = ..., bytes_done: _Optional[int] = ..., bytes_total: _Optional[int] = ..., digest: _Optional[str] = ..., ranks: _Optional[_Iterable[int]] = ..., modules: _Optional[_Iterable[str]] = ..., tensors_used: _Optional[int] = ..., bundle_bytes: _Optional[int] = ..., warnings: _Optional[_Iterable[_Union[Finding, _Mapping]]] = ..., reused: _Optional[bool] = ..., repaired: _Optional[bool] = ..., kept: _Optional[bool] = ..., kinds: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Finding(_message.Message):
     __slots__ = ("code", "adapter", "where", "expected", "found", "fix")
@@ -489,7 +493,14 @@ class CheckAdapterResponse(_message.Message):
     def __init__(self, report: _Optional[_Union[AdapterReport, _Mapping]] = ...) -> None: ...
 
 class AdapterReport(_message.Message):
-    __slots__ = ("accepted", "adapter", "base", "files", "findings", "rows", "dtype", "bundle_bytes", "base_model_name", "licence", "base_licence")
+    __slots__ = ("accepted", "adapter", "base", "files", "findings", "rows", "dtype", "bundle_bytes", "base_model_name", "licence", "base_licence", "kinds", "replaced_rows", "invocation_tokens")
+    class ReplacedRowsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
     ACCEPTED_FIELD_NUMBER: _ClassVar[int]
     ADAPTER_FIELD_NUMBER: _ClassVar[int]
     BASE_FIELD_NUMBER: _ClassVar[int]
@@ -501,6 +512,9 @@ class AdapterReport(_message.Message):
     BASE_MODEL_NAME_FIELD_NUMBER: _ClassVar[int]
     LICENCE_FIELD_NUMBER: _ClassVar[int]
     BASE_LICENCE_FIELD_NUMBER: _ClassVar[int]
+    KINDS_FIELD_NUMBER: _ClassVar[int]
+    REPLACED_ROWS_FIELD_NUMBER: _ClassVar[int]
+    INVOCATION_TOKENS_FIELD_NUMBER: _ClassVar[int]
     accepted: bool
     adapter: Repository
     base: Repository
@@ -512,7 +526,10 @@ class AdapterReport(_message.Message):
     base_model_name: str
     licence: str
     base_licence: str
-    def __init__(self, accepted: _Optional[bool] = ..., adapter: _Optional[_Union[Repository, _Mapping]] = ..., base: _Optional[_Union[Repository, _Mapping]] = ..., files: _Optional[_Iterable[_Union[AdapterFile, _Mapping]]] = ..., findings: _Optional[_Iterable[_Union[Finding, _Mapping]]] = ..., rows: _Optional[_Iterable[_Union[AdapterRow, _Mapping]]] = ..., dtype: _Optional[_Union[Dtype, str]] = ..., bundle_bytes: _Optional[int] = ..., base_model_name: _Optional[str] = ..., licence: _Optional[str] = ..., base_licence: _Optional[str] = ...) -> None: ...
+    kinds: _containers.RepeatedScalarFieldContainer[str]
+    replaced_rows: _containers.ScalarMap[str, int]
+    invocation_tokens: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, accepted: _Optional[bool] = ..., adapter: _Optional[_Union[Repository, _Mapping]] = ..., base: _Optional[_Union[Repository, _Mapping]] = ..., files: _Optional[_Iterable[_Union[AdapterFile, _Mapping]]] = ..., findings: _Optional[_Iterable[_Union[Finding, _Mapping]]] = ..., rows: _Optional[_Iterable[_Union[AdapterRow, _Mapping]]] = ..., dtype: _Optional[_Union[Dtype, str]] = ..., bundle_bytes: _Optional[int] = ..., base_model_name: _Optional[str] = ..., licence: _Optional[str] = ..., base_licence: _Optional[str] = ..., kinds: _Optional[_Iterable[str]] = ..., replaced_rows: _Optional[_Mapping[str, int]] = ..., invocation_tokens: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class AdapterFile(_message.Message):
     __slots__ = ("name", "size", "sha256")

@@ -151,7 +151,7 @@ class WatchReplicaResponse(_message.Message):
     def __init__(self, replica: _Optional[_Union[ReplicaState, _Mapping]] = ...) -> None: ...
 
 class AdapterState(_message.Message):
-    __slots__ = ("name", "digest", "resident_digest", "generation", "tier", "residency", "pinned", "in_flight", "waiting", "bytes", "last_used", "last_failure", "only_here")
+    __slots__ = ("name", "digest", "resident_digest", "generation", "tier", "residency", "pinned", "in_flight", "waiting", "bytes", "last_used", "last_failure", "only_here", "kinds")
     NAME_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
     RESIDENT_DIGEST_FIELD_NUMBER: _ClassVar[int]
@@ -165,6 +165,7 @@ class AdapterState(_message.Message):
     LAST_USED_FIELD_NUMBER: _ClassVar[int]
     LAST_FAILURE_FIELD_NUMBER: _ClassVar[int]
     ONLY_HERE_FIELD_NUMBER: _ClassVar[int]
+    KINDS_FIELD_NUMBER: _ClassVar[int]
     name: str
     digest: str
     resident_digest: str
@@ -178,7 +179,8 @@ class AdapterState(_message.Message):
     last_used: _timestamp_pb2.Timestamp
     last_failure: LoadFailure
     only_here: bool
-    def __init__(self, name: _Optional[str] = ..., digest: _Optional[str] = ..., resident_digest: _Optional[str] = ..., generation: _Optional[int] = ..., tier: _Optional[_Union[Tier, str]] = ..., residency: _Optional[_Union[Residency, str]] = ..., pinned: _Optional[bool] = ..., in_flight: _Optional[int] = ..., waiting: _Optional[int] = ..., bytes: _Optional[int] = ..., last_used: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., last_failure: _Optional[_Union[LoadFailure, _Mapping]] = ..., only_here: _Optional[bool] = ...) -> None: ...
+    kinds: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, name: _Optional[str] = ..., digest: _Optional[str] = ..., resident_digest: _Optional[str] = ..., generation: _Optional[int] = ..., tier: _Optional[_Union[Tier, str]] = ..., residency: _Optional[_Union[Residency, str]] = ..., pinned: _Optional[bool] = ..., in_flight: _Optional[int] = ..., waiting: _Optional[int] = ..., bytes: _Optional[int] = ..., last_used: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., last_failure: _Optional[_Union[LoadFailure, _Mapping]] = ..., only_here: _Optional[bool] = ..., kinds: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class LoadFailure(_message.Message):
     __slots__ = ("reason", "message")

@@ -299,7 +299,14 @@ class ListModelsResponse(_message.Message):
     def __init__(self, models: _Optional[_Iterable[_Union[Model, _Mapping]]] = ...) -> None: ...
 
 class Model(_message.Message):
-    __slots__ = ("name", "parent", "digest", "ranks", "modules", "warnings", "load_time", "generation", "max_seq_len")
+    __slots__ = ("name", "parent", "digest", "ranks", "modules", "warnings", "load_time", "generation", "max_seq_len", "kinds", "replaced_rows", "invocation_tokens", "licence", "base_licence")
+    class ReplacedRowsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
     NAME_FIELD_NUMBER: _ClassVar[int]
     PARENT_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
@@ -309,6 +316,11 @@ class Model(_message.Message):
     LOAD_TIME_FIELD_NUMBER: _ClassVar[int]
     GENERATION_FIELD_NUMBER: _ClassVar[int]
     MAX_SEQ_LEN_FIELD_NUMBER: _ClassVar[int]
+    KINDS_FIELD_NUMBER: _ClassVar[int]
+    REPLACED_ROWS_FIELD_NUMBER: _ClassVar[int]
+    INVOCATION_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    LICENCE_FIELD_NUMBER: _ClassVar[int]
+    BASE_LICENCE_FIELD_NUMBER: _ClassVar[int]
     name: str
     parent: str
     digest: str
@@ -318,4 +330,9 @@ class Model(_message.Message):
     load_time: _timestamp_pb2.Timestamp
     generation: int
     max_seq_len: int
-    def __init__(self, name: _Optional[str] = ..., parent: _Optional[str] = ..., digest: _Optional[str] = ..., ranks: _Optional[_Iterable[int]] = ..., modules: _Optional[_Iterable[str]] = ..., warnings: _Optional[_Iterable[str]] = ..., load_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., generation: _Optional[int] = ..., max_seq_len: _Optional[int] = ...) -> None: ...
+    kinds: _containers.RepeatedScalarFieldContainer[str]
+    replaced_rows: _containers.ScalarMap[str, int]
+    invocation_tokens: _containers.RepeatedScalarFieldContainer[int]
+    licence: str
+    base_licence: str
+    def __init__(self, name: _Optional[str] = ..., parent: _Optional[str] = ..., digest: _Optional[str] = ..., ranks: _Optional[_Iterable[int]] = ..., modules: _Optional[_Iterable[str]] = ..., warnings: _Optional[_Iterable[str]] = ..., load_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., generation: _Optional[int] = ..., max_seq_len: _Optional[int] = ..., kinds: _Optional[_Iterable[str]] = ..., replaced_rows: _Optional[_Mapping[str, int]] = ..., invocation_tokens: _Optional[_Iterable[int]] = ..., licence: _Optional[str] = ..., base_licence: _Optional[str] = ...) -> None: ...

@@ -6,6 +6,7 @@
     bundles/sha256/<digest>/model.lora_weights.npy
     bundles/sha256/<digest>/model.lora_config.npy
     bundles/sha256/<digest>/model.vocabulary_weights.npy   where an adapter changes embeddings or head
+    bundles/sha256/<digest>/model.own_tokens.json      where it has other tokens than the base
     deployments/<name>/generations/<n>.json            immutable
     deployments/<name>/generations/<n>.json.sig        its signature, where a builder signs
     deployments/<name>/claims/<n>-<token>              empty; a builder is about to write generation n
@@ -20,12 +21,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from datetime import datetime
 from typing import Annotated, Final, Literal, Self
 
 from pydantic import Field, ValidationError
 
+from loramux_shared.bundle.kinds import kinds_of
 from loramux_shared.bundle.modules import BY_ID, NO_LAYER, OF_NO_LAYER, TENSORRT_LLM
 from loramux_shared.bundle.proof import Proof
 from loramux_shared.deployment import Aliases, Dtype, Merge, Model, ModelLimits, Repository, StoredName
@@ -46,6 +48,11 @@ REBUILD: Final = "Build the deployment again with --verify."
 """What mends a store: of other builds only what is missing."""
 TEXT_FILES: Final = ("chat_template.jinja", "generation_config.json", "tokenizer_config.json")
 """What an adapter may bring beside its weights: template, sampling defaults, stop tokens."""
+
+OWN_TOKENS_FILE: Final = "model.own_tokens.json"
+"""An `added_tokens.OwnTokens`, of an adapter that has other tokens than the base."""
+ALL_TEXTS: Final = (*TEXT_FILES, OWN_TOKENS_FILE)
+"""What of a bundle is for text, and not for the device."""
 
 MAX_INVOCATION: Final = 64
 """Tokens from which on an activated adapter acts."""
@@ -179,11 +186,13 @@ class Manifest(Record):
     rows: tuple[ModuleRow, ...]
     replaced: tuple[Replaced, ...] = Field(default=(), exclude_if=lambda parts: not parts)
     """By module id; absent where there are none."""
+    vocab: int | None = Field(default=None, ge=1, exclude_if=unset)
+    """Rows of its embeddings and columns of its logits; absent where they are as many as the base's."""
     row_width: int = Field(ge=0)
     """Elements per row of the weights, padding included; 0 where no row is of a layer."""
     config_columns: Literal[3, 4, 5] = 4
     files: dict[str, FileDigest]
-    """The npy files, and those of `TEXT_FILES` that the adapter brings."""
+    """The npy files, those of `TEXT_FILES` that the adapter brings, and its own tokens where it has any."""
     inputs: dict[str, FileDigest]
     """The adapter's files that the bundle was made from."""
     coverage: Coverage = Coverage()
@@ -245,7 +254,21 @@ class Manifest(Record):
             texts=tuple(name for name in TEXT_FILES if name in self.files),
             base_model_name=self.base_model_name,
             affine=any(row.vectors for row in self.rows),
+            vocab=self.vocab,
+            kinds=self.kinds,
+            replaced=self.replaced_rows,
         )
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """What the adapter is: values of `AdapterKind`."""
+        modules = {part.module_id for part in self.parts}
+        return kinds_of(self.rows, modules, self.coverage.used, self.invocation_tokens, self.vocab)
+
+    @property
+    def replaced_rows(self) -> dict[str, int]:
+        """How many rows of the base's embeddings and head are replaced, by the module's name."""
+        return {part.module: part.count for part in self.replaced}
 
     @property
     def ranks(self) -> tuple[int, ...]:
@@ -278,6 +301,12 @@ class AdapterSummary(Model):
     """What the adapter says that it was trained on."""
     affine: bool = Field(default=False, exclude_if=lambda affine: not affine)
     """Whether rows have vectors: it multiplies outputs of the base, or adds biases to them."""
+    vocab: int | None = Field(default=None, ge=1, exclude_if=unset)
+    """That of its manifest."""
+    kinds: tuple[str, ...] = Field(default=(), exclude_if=unset)
+    """What it is, as `Manifest.kinds` has it; none in generations of older releases."""
+    replaced: dict[str, Annotated[int, Field(ge=1)]] = Field(default_factory=dict, exclude_if=unset)
+    """How many rows of the base's embeddings and head it has others for, by the module's name."""
 
     @property
     def npy_files(self) -> tuple[str, ...]:
@@ -317,7 +346,9 @@ class AdapterRecord(Model):
     @property
     def apart(self) -> str:
         """Why it is never merged into the weights; empty: it may be."""
-        return apart(self.invocation_tokens, self.summary.modules if self.summary else ())
+        if self.summary is None:
+            return apart(self.invocation_tokens, ())
+        return apart(self.invocation_tokens, self.summary.modules, self.summary.vocab)
 
     def same_but_said(self, other: AdapterRecord) -> bool:
         """True when only what sources say of the same files and bases differs."""
@@ -405,12 +436,14 @@ def sha256_hex(data: bytes | bytearray | memoryview) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def version_of(parts: Iterable[ModuleRow | Replaced], invocation: Sequence[int] = ()) -> Literal[1, 2]:
-    """Return the version of the format of a bundle of such parts that acts from these tokens on."""
+def version_of(
+    parts: Iterable[ModuleRow | Replaced], invocation: Sequence[int] = (), files: Collection[str] = ()
+) -> Literal[1, 2]:
+    """Return the version of the format of a bundle of such parts and files that acts from these tokens on."""
     own = tuple(parts)
     old = all(part.module_id in TENSORRT_LLM for part in own)
     vectors = any(isinstance(part, ModuleRow) and part.vectors for part in own)
-    return 1 if old and not vectors and not invocation else 2
+    return 1 if old and not vectors and not invocation and OWN_TOKENS_FILE not in files else 2
 
 
 VOCABULARY: Final = frozenset(BY_ID[number].name for number in OF_NO_LAYER)
@@ -424,10 +457,12 @@ def npy_files(modules: Iterable[str]) -> tuple[str, ...]:
     return (*files, VOCABULARY_FILE) if names & VOCABULARY else files
 
 
-def apart(invocation: Sequence[int], modules: Iterable[str]) -> str:
+def apart(invocation: Sequence[int], modules: Iterable[str], vocab: int | None = None) -> str:
     """Return why an adapter is never merged into the weights; empty: it may be."""
     if invocation:
         return "acts from its invocation tokens on"
+    if vocab is not None:
+        return "has a vocabulary of its own"
     return "" if VOCABULARY.isdisjoint(modules) else "has embeddings or a head of its own"
 
 

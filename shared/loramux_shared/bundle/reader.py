@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from loramux_shared.bundle.manifest import (
+    ALL_TEXTS,
     CONFIG_FILE,
     MANIFEST_FILE,
+    OWN_TOKENS_FILE,
     REBUILD,
-    TEXT_FILES,
     VOCABULARY_FILE,
     WEIGHTS_FILE,
     FileDigest,
@@ -51,7 +52,7 @@ class Bundle:
     vocabulary: Array | None = None
     """(elements,): A and B of each row of no layer, then rows that replace the base's."""
     texts: Mapping[str, bytes] = field(default_factory=dict)
-    """What the adapter brings beside its weights, by the names of `TEXT_FILES`."""
+    """What the adapter brings beside its weights, by the names of `ALL_TEXTS`."""
 
     @property
     def rows(self) -> tuple[BundleRow, ...]:
@@ -107,7 +108,7 @@ def files_of(manifest: Manifest, digest: str) -> tuple[str, ...]:
     Raises:
         BundleCorrupt: it lacks one, or has one that no bundle has.
     """
-    if unknown := sorted(manifest.files.keys() - {*manifest.npy_files, *TEXT_FILES}):
+    if unknown := sorted(manifest.files.keys() - {*manifest.npy_files, *ALL_TEXTS}):
         raise BundleCorrupt(f"{_what(digest, MANIFEST_FILE)}: expected no file {unknown[0]!r}")
     for name in manifest.npy_files:
         _expected(manifest.files, name, digest)
@@ -115,8 +116,8 @@ def files_of(manifest: Manifest, digest: str) -> tuple[str, ...]:
 
 
 def texts_of(manifest: Manifest) -> tuple[str, ...]:
-    """Return those of `TEXT_FILES` that a bundle has."""
-    return tuple(name for name in TEXT_FILES if name in manifest.files)
+    """Return those of `ALL_TEXTS` that a bundle has."""
+    return tuple(name for name in ALL_TEXTS if name in manifest.files)
 
 
 def assemble(digest: str, manifest: Manifest, files: Mapping[str, Bytes]) -> Bundle:
@@ -190,8 +191,10 @@ def _check_manifest(manifest: Manifest, what: str) -> None:
     if manifest.config_columns == 3 and any(row.vectors for row in manifest.rows):
         raise BundleCorrupt(f"{what}: expected 4 columns, which say which rows have vectors, found 3")
     _check_replaced(manifest, what)
+    if manifest.vocab is not None and OWN_TOKENS_FILE not in manifest.files:
+        raise BundleCorrupt(f"{what}: expected {OWN_TOKENS_FILE} beside a vocabulary of its own, found none")
     _expect(bool(manifest.row_width), bool(manifest.layer_rows), f"{what}: row_width is not 0")
-    version = version_of(manifest.parts, manifest.invocation_tokens)
+    version = version_of(manifest.parts, manifest.invocation_tokens, manifest.files)
     _expect(manifest.format_version, version, f"{what}: format_version")
     used, redundant = manifest.coverage.used, manifest.coverage.redundant
     if list(used + redundant) != [*sorted(set(used) - set(redundant)), *sorted(set(redundant))]:

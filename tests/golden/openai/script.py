@@ -20,13 +20,19 @@ from inference_service.serving.naming import Naming
 from inference_service.serving.request import Delta, Event, Finished, PromptLogprobs, Request, Started
 from inference_service.serving.service import GenerationService, ServingLimits
 from inference_service.serving.text import Text
-from loramux_shared.faults import InternalFault
+from loramux_shared.faults import InternalFault, ReplicaFailed
 from tests.golden.metrics.script import replica
 from tests.support.tokens import VOCAB, write_tokenizer
 
 FOLDER = Path(__file__).parent
-PATHS = {"chat": "/v1/chat/completions", "completion": "/v1/completions", "message": "/v1/messages"}
+PATHS = {
+    "chat": "/v1/chat/completions",
+    "completion": "/v1/completions",
+    "message": "/v1/messages",
+    "responses": "/v1/responses",
+}
 WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
+WEATHER_HERE = {"type": "function", "name": "weather", "parameters": {"type": "object"}}
 ASKED = {"model": "pirate", "messages": [{"role": "user", "content": "Hi"}]}
 
 
@@ -91,6 +97,33 @@ CASES = {
         ['{"name": "lo|ok", "arguments": {"ci|ty": "Oslo"}}'],
     ),
     "message_unknown_parameter": Case("message", TOLD | {"temprature": 1}, []),
+    "responses": Case(
+        "responses",
+        {"model": "pirate", "instructions": "Be brief.", "input": "Hi", "metadata": {"a": "b"}},
+        ["Ahoy!"],
+    ),
+    "responses_stream_incomplete": Case(
+        "responses",
+        {"model": "pirate", "input": "Hi", "stream": True, "include": ["message.output_text.logprobs"]},
+        ["A|hoy"],
+        FinishReason.LENGTH,
+    ),
+    "responses_stream_tool": Case(
+        "responses",
+        {"model": "pirate", "input": "Hi", "stream": True, "tools": [WEATHER_HERE]},
+        ['Let me see.<tool|_call>{"name": "weather", "argu|ments": {"city": "Oslo"}}</tool_call>'],
+    ),
+    "responses_stream_failure": Case(
+        "responses",
+        {"model": "pirate", "input": "Hi", "stream": True},
+        ["A|h"],
+        failure=ReplicaFailed("the engine failed."),
+    ),
+    "responses_refused": Case(
+        "responses",
+        {"model": "pirate", "input": [{"type": "item_reference", "id": "msg_1"}], "previous_response_id": "r"},
+        [],
+    ),
     "completion_stream": Case("completion", {"model": "tiny", "prompt": "AB", "stream": True}, ["C|D"]),
 }
 
@@ -113,11 +146,11 @@ class Scripted(GenerationService):
     async def generate(self, request: Request) -> AsyncGenerator[Event]:
         """Say what the case says."""
         prompt = request.prompt if isinstance(request.prompt, str) else "??"
-        yield Started(request.id, self.catalog.get(request.model), 7, len(prompt))
+        yield Started(request.id, self.catalog.get(request.model), 7, len(prompt), self.text)
         if request.prompt_logprobs is not None:
             yield PromptLogprobs((Token(36), Token(37, -1.5, ((38, -0.25),))))
         steps = [answer.split("|") for answer in self._case.answers]
-        for nth in range(max(map(len, steps))):
+        for nth in range(max(map(len, steps), default=0)):
             for index, answer in enumerate(steps):
                 yield Delta(answer[nth], self._tokens(answer[nth], request.logprobs), index)
         if self._case.failure:
@@ -139,8 +172,8 @@ async def transcript(case: Case, folder: Path) -> bytes:
     transport = httpx.ASGITransport(create_app(Scripted(case, text)))
     async with httpx.AsyncClient(transport=transport, base_url="http://door") as client:
         answer = await client.post(PATHS[case.endpoint], json=case.body)
-    fixed = re.sub(rb'"created":\d+', b'"created":0', answer.content)
-    fixed = re.sub(rb'"((?:chat)?cmpl-|call_|msg_)[0-9a-f]+"', rb'"\1ID"', fixed)
+    fixed = re.sub(rb'"(created|created_at|completed_at)":\d+', rb'"\1":0', answer.content)
+    fixed = re.sub(rb'"((?:chat)?cmpl-|call_|resp_|msg_|fc_|rs_)[0-9a-f]+"', rb'"\1ID"', fixed)
     fixed = re.sub(rb'"request_id":"[0-9a-f]+"', b'"request_id":"ID"', fixed)
     return fixed if answer.content.endswith(b"\n\n") else pretty(fixed)
 

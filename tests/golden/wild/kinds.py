@@ -110,6 +110,11 @@ def _kind(
     return Shape("PEFT", config["peft_type"], what, config, tensors, codes, **more)
 
 
+_SCALES: Final = _of("k_proj", "v_proj", "down_proj")(
+    lambda inside, out: {"ia3_l": (1, inside) if (inside, out) == FEATURES["down_proj"] else (out, 1)}
+)
+
+
 SHAPES: Final = (
     _kind("AdaLoRA", _ADALORA, _BOTH(_adalora(4))),
     _kind("AdaLoRA, ranks allocated: some modules have none", _ADALORA | {"rank_pattern": _KEPT}, _pruned),
@@ -125,8 +130,9 @@ SHAPES: Final = (
     _kind("LoHa above the ceiling", _LOHA | {"r": 9}, _BOTH(_loha(9)), "E_RANK_MAX"),
     _kind("LoKr with a whole factor", _LOKR | {"r": 1, "target_modules": ["v_proj"]}, _of("v_proj")(_lokr)),
     _kind("IA3: scales of keys, values, and what down_proj reads", _IA3,
-          _of("k_proj", "v_proj", "down_proj")(lambda inside, out: {
-              "ia3_l": (1, inside) if (inside, out) == FEATURES["down_proj"] else (out, 1)})),
+          _SCALES),
+    _kind("IA3 as training begins: all scales are 1", _IA3,
+          lambda: {key: np.ones_like(scale) for key, scale in _SCALES().items()}, "W_ZERO_B"),
     _kind("IA3 that scales what o_proj reads", _IA3 | {"target_modules": ["o_proj"]},
           _of("o_proj")(lambda inside, _: {"ia3_l": (1, inside)}), "E_MODULE"),
     _kind("LoKr of two products", _LOKR | {"r": 1, "decompose_both": True}, _BOTH(_lokr_of_products)),

@@ -1,0 +1,104 @@
+"""gpt-oss's messages within an answer: a header that says for whom, a body, an end.
+
+::
+
+    <|channel|>analysis<|message|>The user asks for ...<|end|><|start|>assistant<|channel|>commentary
+     to=functions.weather <|constrain|>json<|message|>{"city": "Oslo"}<|call|>
+
+    <|channel|>analysis<|message|>I know.<|end|><|start|>assistant<|channel|>final<|message|>It rains.<|return|>
+
+The recipient may stand before the channel, too. `analysis` is reasoning; `final`, and `commentary` to nobody,
+is said; a call of a function that was not offered is said as its arguments are. The prompt ends with
+``<|start|>assistant``, so that an answer begins within a header.
+Source: https://cookbook.openai.com/articles/openai-harmony, and the chat template of gpt-oss-120b.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+
+from inference_service.openai_api.dialects.calls import Calls
+from inference_service.openai_api.dialects.source import Reader, Source, marks
+from inference_service.openai_api.pieces import Piece, Said, Thought
+
+START: Final = "<|start|>"
+CHANNEL: Final = "<|channel|>"
+CONSTRAIN: Final = "<|constrain|>"
+MESSAGE: Final = "<|message|>"
+END: Final = "<|end|>"
+RETURN: Final = "<|return|>"
+CALL: Final = "<|call|>"
+MARKS: Final = (START, CHANNEL, CONSTRAIN, MESSAGE, END, RETURN, CALL)
+FUNCTIONS: Final = "functions."
+_CHANNEL: Final = re.compile(r"<\|channel\|>\s*(\w+)")
+_TO: Final = re.compile(r"\bto=([^\s<]+)")
+
+
+def messages(source: Source, calls: Calls, *, shown: bool = True) -> Reader[None]:
+    """Read the messages of an answer; not shown: reasoning is said."""
+    spoken = {Said: False, Thought: False}
+    first = True
+    while True:
+        header = yield from _header(source, begins=first)
+        if header is None:
+            return
+        channel, recipient = _CHANNEL.search(header), _TO.search(header)
+        name = recipient[1].removeprefix(FUNCTIONS) if recipient else ""
+        if name in calls.offered:
+            yield calls.begin(name)
+            yield from _body(source, calls)
+        else:
+            kind = Thought if channel and channel[1] == "analysis" and not recipient and shown else Said
+            yield from _body(source, kind, behind=spoken[kind])
+            spoken[kind] = True
+        first = False
+
+
+def _header(source: Source, *, begins: bool) -> Reader[str | None]:
+    """Read to a body, and return what stands before; None at the end.
+
+    An answer that does not begin as a header does is a body itself: one that goes on with a message.
+    """
+    source.forget()
+    if begins:
+        yield from source.spaces()
+        opens = (
+            (yield from source.literal(CHANNEL))
+            or (yield from source.literal("to="))
+            or (yield from source.literal(START))
+        )
+        if not opens:
+            source.at = 0
+            return "" if source.left or not source.ended else None
+    known = marks(MESSAGE)
+    while (found := known.find(source)) is None:
+        if source.ended:
+            source.at = len(source.text)
+            return None
+        yield None
+    source.at = found.end()
+    return source.text[: found.start()]
+
+
+def _body(source: Source, of: Calls | type[Said] | type[Thought], *, behind: bool = False) -> Reader[None]:
+    """Tell a body; behind: one of its kind came before, from which it is parted."""
+    known = marks(END, RETURN, CALL, START)
+    told = False
+    while True:
+        found = known.find(source)
+        if text := source.take(found.start() if found else known.certain(source)):
+            told = True
+            yield _piece(of, f"\n{text}" if behind else text)
+            behind = False
+        if found or source.ended:
+            source.at = found.end() if found else source.at
+            break
+        source.forget()
+        yield None
+    if isinstance(of, Calls) and not told:
+        yield of.more("{}")
+
+
+def _piece(of: Calls | type[Said] | type[Thought], text: str) -> Piece:
+    return of.more(text) if isinstance(of, Calls) else of(text)

@@ -1,0 +1,165 @@
+"""Calls as JSON objects, read as they come: ``{"name": "f", "arguments": {...}}``, one or several.
+
+Once name and the beginning of the arguments were read, it is a call: its arguments are told as the model
+writes them, wrong ones too. What is no object of this kind, or calls another function, is none.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Final
+
+from inference_service.openai_api.dialects.calls import Calls
+from inference_service.openai_api.dialects.source import Reader, Source
+
+ARGUMENTS: Final = frozenset({"arguments", "parameters"})
+"""Llama says parameters, all others arguments."""
+_STRUCTURE: Final = re.compile(r'["{}\[\]]')
+_IN_STRING: Final = re.compile(r'["\\]')
+_SCALAR: Final = re.compile(r"[^\s,\]};]+")
+
+
+def json_calls(source: Source, calls: Calls) -> Reader[bool]:
+    """Read one call, several behind each other, or a list of them; say whether there was any.
+
+    What follows the last call, but for its closing bracket, is left.
+    """
+    listed = yield from source.literal("[")
+    called = False
+    while True:
+        yield from source.spaces()
+        before = source.at
+        another = not called or (yield from _separator(source))
+        if not another or not (yield from json_call(source, calls)):
+            source.at = before
+            break
+        called = True
+    if called and listed:
+        yield from source.literal("]")
+    return called
+
+
+def _separator(source: Source) -> Reader[bool]:
+    """Read what stands between two calls; say whether another one may follow."""
+    if (yield from source.literal(",")) or (yield from source.literal(";")):
+        yield from source.spaces()
+    return source.text.startswith("{", source.at)
+
+
+def json_call(source: Source, calls: Calls) -> Reader[bool]:
+    """Read an object that is a call; say whether it was one, as far as that was told."""
+    if not (yield from source.literal("{")):
+        return False
+    name: str | None = None
+    held: str | None = None
+    begun = False
+    while True:
+        yield from source.spaces()
+        if (yield from source.literal(",")):
+            continue
+        if (yield from source.literal("}")):
+            break
+        key = yield from json_string(source)
+        yield from source.spaces()
+        if key is None or not (yield from source.literal(":")):
+            return begun
+        yield from source.spaces()
+        if key == "name" and name is None:
+            name = yield from json_string(source)
+            if name is None or name not in calls.offered:
+                return False
+            if held is not None:
+                yield calls.begin(name)
+                yield calls.more(held)
+                begun = True
+        elif key in ARGUMENTS and name is not None and not begun:
+            yield calls.begin(name)
+            begun = True
+            yield from json_arguments(source, calls)
+        else:
+            value = yield from _held_value(source)
+            held = value if key in ARGUMENTS and held is None else held
+    if name is not None and not begun:
+        yield calls.begin(name)
+        yield calls.more("{}")
+        begun = True
+    return begun
+
+
+def json_arguments(source: Source, calls: Calls) -> Reader[None]:
+    """Tell the arguments of a call that has begun, piece by piece."""
+    while not source.left and not source.ended:
+        yield None
+    if source.text.startswith(("{", "["), source.at):
+        yield from _structure(source, calls)
+    elif source.left:
+        yield calls.more((yield from _held_value(source)))
+
+
+def _held_value(source: Source) -> Reader[str]:
+    """Return a value when it is whole, as arguments: a string is what it says, and null is no arguments."""
+    if source.text.startswith('"', source.at):
+        begin = source.at
+        said = yield from json_string(source)
+        return source.text[begin:] if said is None else said
+    if source.text.startswith(("{", "["), source.at):
+        begin = source.at
+        yield from _structure(source, None)
+        return source.text[begin : source.at]
+    found = yield from source.match(_SCALAR)
+    return "{}" if found is None or found[0] == "null" else found[0]
+
+
+def _structure(source: Source, calls: Calls | None) -> Reader[None]:
+    """Read an object or a list to its last bracket, and tell calls of it as it comes."""
+    depth, in_string = 0, False
+    while True:
+        begin, place = source.at, source.at
+        while found := (_IN_STRING if in_string else _STRUCTURE).search(source.text, place):
+            place = found.end()
+            match found[0]:
+                case '"':
+                    in_string = not in_string
+                case "\\":
+                    if place == len(source.text):
+                        break
+                    place += 1
+                case "{" | "[":
+                    depth += 1
+                case _:
+                    depth -= 1
+            if not depth:
+                break
+        if depth:
+            cut = found is not None and not source.ended  # between a backslash and what stands behind it
+            place = len(source.text) - cut
+        source.at = place
+        if calls is not None and source.at > begin:
+            yield calls.more(source.text[begin : source.at])
+        if not depth or source.ended:
+            return
+        yield None
+
+
+def json_string(source: Source) -> Reader[str | None]:
+    """Read a string; None where there is none."""
+    if not (yield from source.literal('"')):
+        return None
+    begin = place = source.at
+    while True:
+        found = _IN_STRING.search(source.text, place)
+        if found is None or (found[0] == "\\" and found.end() == len(source.text)):
+            if source.ended:
+                return None
+            place = len(source.text) if found is None else found.start()
+            yield None
+            continue
+        place = found.end() + (found[0] == "\\")
+        if found[0] == '"':
+            break
+    source.at = place
+    try:
+        return str(json.loads(source.text[begin - 1 : place], strict=False))
+    except ValueError:
+        return None

@@ -1,0 +1,178 @@
+"""Which dialect a model writes: what its deployment says, else what its chat template shows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Final
+
+from inference_service.openai_api.dialects import gemma, harmony, listed, llama, tagged
+from inference_service.openai_api.dialects.calls import Calls
+from inference_service.openai_api.dialects.frame import Block, Thinking, answer, nothing
+from inference_service.openai_api.dialects.source import Answer, Reader, Source
+from inference_service.openai_api.pieces import Plain, Reading
+from loramux_shared.parsers import ReasoningParser, ToolParser
+
+Blocks = Callable[[Calls], Mapping[str, Block]]
+
+
+@dataclass(frozen=True)
+class ToolForm:
+    """A form of calls."""
+
+    blocks: Blocks
+    leading: Callable[[Calls], Block] | None = None
+    """Reads calls without a mark, where an answer begins with them."""
+    tokens: tuple[str, ...] = ()
+    """Marks that may be special tokens, which a text has only where it is asked to."""
+    end: str = ""
+    """Stands behind a call; empty where nothing does."""
+    short_ids: bool = False
+    """True where templates take ids of nine letters and digits alone."""
+
+
+TAGGED: Final = ToolForm(tagged.tagged_blocks, tokens=(tagged.BEGIN, tagged.END), end=tagged.END)
+TOOLS: Final[Mapping[ToolParser, ToolForm]] = {
+    ToolParser.HERMES: TAGGED,
+    ToolParser.QWEN3_CODER: TAGGED,
+    ToolParser.LLAMA3_JSON: ToolForm(llama.llama_blocks, llama.llama_leading, (llama.PYTHON_TAG,)),
+    ToolParser.PYTHONIC: ToolForm(llama.pythonic_blocks, llama.pythonic_leading, (llama.PYTHON_TAG,)),
+    ToolParser.OLMO3: ToolForm(llama.olmo_blocks, tokens=(llama.OLMO, llama.OLMO_END)),
+    ToolParser.TOOL_CODE: ToolForm(llama.fenced_blocks),
+    ToolParser.MISTRAL: ToolForm(
+        listed.mistral_blocks, tokens=(listed.MISTRAL, listed.ID, listed.ARGS), short_ids=True
+    ),
+    ToolParser.GRANITE: ToolForm(listed.granite_blocks, tokens=(listed.GRANITE, tagged.BEGIN, tagged.END)),
+    ToolParser.PHI4: ToolForm(listed.phi_blocks, tokens=(listed.GRANITE, listed.PHI_END)),
+    ToolParser.GEMMA4: ToolForm(
+        gemma.gemma_blocks, tokens=(gemma.GEMMA.begin, gemma.GEMMA.end, gemma.GEMMA.quote), end=gemma.GEMMA.end
+    ),
+    ToolParser.FUNCTIONGEMMA: ToolForm(
+        gemma.function_blocks,
+        tokens=(gemma.FUNCTION.begin, gemma.FUNCTION.end, gemma.FUNCTION.quote),
+        end=gemma.FUNCTION.end,
+    ),
+    ToolParser.HARMONY: ToolForm(lambda _: {}, tokens=harmony.MARKS),
+}
+THINK: Final = Thinking("<think>", "</think>")
+REASONING: Final[Mapping[ReasoningParser, tuple[Thinking, ...]]] = {
+    ReasoningParser.THINK: (THINK,),
+    ReasoningParser.GRANITE: (
+        THINK,
+        *(Thinking(f"{here} my thought process:", f"{here} my response:") for here in ("Here is", "Here's")),
+    ),
+    ReasoningParser.MISTRAL: (Thinking("[THINK]", "[/THINK]", anywhere=True), THINK),
+    ReasoningParser.GEMMA4: (Thinking("<|channel>thought\n", "<channel|>", anywhere=True),),
+}
+GRANITE_FRAME: Final = ("<response>", "</response>")
+"""Around what Granite 3.3 says after it reasoned."""
+
+TOOL_MARKS: Final[Sequence[tuple[ToolParser, tuple[str, ...]]]] = (
+    (ToolParser.HARMONY, (harmony.CHANNEL, harmony.MESSAGE)),
+    (ToolParser.GEMMA4, (gemma.GEMMA.begin,)),
+    (ToolParser.FUNCTIONGEMMA, (gemma.FUNCTION.begin,)),
+    (ToolParser.MISTRAL, (listed.MISTRAL,)),
+    (ToolParser.OLMO3, (llama.OLMO,)),
+    (ToolParser.PHI4, ("<|tool|>",)),
+    (ToolParser.PHI4, ("functools[",)),
+    (ToolParser.QWEN3_CODER, (tagged.FUNCTION, tagged.BEGIN)),
+    (ToolParser.GRANITE, ("<|start_of_role|>", listed.GRANITE)),
+    (ToolParser.HERMES, (tagged.BEGIN,)),
+    (ToolParser.GRANITE, ("<|start_of_role|>", "available_tools")),
+    (ToolParser.TOOL_CODE, (llama.FENCE.rstrip(),)),
+    (ToolParser.PYTHONIC, ("func_name1(",)),
+    (ToolParser.LLAMA3_JSON, ("<|start_header_id|>", '"parameters"')),
+    (ToolParser.LLAMA3_JSON, (llama.PYTHON_TAG,)),
+)
+"""Texts that all stand in the templates of a form, the first row that fits counts."""
+REASONING_MARKS: Final[Sequence[tuple[ReasoningParser, tuple[str, ...]]]] = (
+    (ReasoningParser.HARMONY, (harmony.CHANNEL, harmony.MESSAGE)),
+    (ReasoningParser.GEMMA4, ("<|channel>",)),
+    (ReasoningParser.MISTRAL, ("[THINK]",)),
+    (ReasoningParser.GRANITE, ("<|start_of_role|>", "<response>")),
+    (ReasoningParser.GRANITE, ("my thought process:",)),
+    (ReasoningParser.THINK, ("<think>",)),
+    (ReasoningParser.THINK, ("</think>",)),
+)
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """How one model writes."""
+
+    tool: ToolParser
+    reasoning: ReasoningParser
+
+    @property
+    def form(self) -> ToolForm:
+        """The form of its calls; tags where its template shows none."""
+        return TOOLS.get(self.tool, TAGGED)
+
+    @property
+    def thinking(self) -> tuple[Thinking, ...]:
+        """The marks of its reasoning; any of them."""
+        return REASONING.get(self.reasoning, ())
+
+    @property
+    def is_harmony(self) -> bool:
+        """True where an answer consists of messages."""
+        return ToolParser.HARMONY is self.tool or ReasoningParser.HARMONY is self.reasoning
+
+    @property
+    def tokens(self) -> tuple[str, ...]:
+        """Marks that may be special tokens."""
+        own = harmony.MARKS if self.is_harmony else self.form.tokens
+        return (*own, *(mark.strip() for each in self.thinking for mark in _special(each)))
+
+    def opened(self, end_of_prompt: str) -> Thinking | None:
+        """Return the reasoning that a prompt has opened, which the answer goes on with."""
+        end = end_of_prompt.rstrip()
+        for each in self.thinking:
+            if end.endswith(each.begin.rstrip()):
+                return each
+        return None
+
+    def within(self, message: str) -> Thinking | None:
+        """Return the reasoning that a message has opened and not closed."""
+        for each in self.thinking:
+            if message.rfind(each.begin) > message.rfind(each.end):
+                return each
+        return None
+
+    def reading(self, calls: Calls, opened: Thinking | None) -> Reading:
+        """Return a reading of one answer."""
+        if self.is_harmony:
+            shown = self.reasoning is not ReasoningParser.NONE
+            return Answer(lambda source: harmony.messages(source, calls, shown=shown))
+        if not calls.offered and not self.thinking:
+            return Plain()
+        return Answer(lambda source: self._read(source, calls, opened))
+
+    def _read(self, source: Source, calls: Calls, opened: Thinking | None) -> Reader[None]:
+        reads = bool(calls.offered) and self.tool is not ToolParser.NONE
+        blocks = dict(self.form.blocks(calls)) if reads else {}
+        if self.reasoning is ReasoningParser.GRANITE:
+            blocks |= dict.fromkeys(GRANITE_FRAME, nothing)
+        leading = self.form.leading(calls) if reads and self.form.leading else None
+        return answer(source, blocks, leading=leading, thinking=self.thinking, opened=opened)
+
+
+@lru_cache(maxsize=1024)
+def dialect_of(
+    template: str, tool: ToolParser = ToolParser.AUTO, reasoning: ReasoningParser = ReasoningParser.AUTO
+) -> Dialect:
+    """Return the dialect of a chat template, as far as it is not said; auto where the template shows none."""
+    if tool is ToolParser.AUTO:
+        tool = next((each for each, words in TOOL_MARKS if _holds(template, words)), tool)
+    if reasoning is ReasoningParser.AUTO:
+        reasoning = next((each for each, words in REASONING_MARKS if _holds(template, words)), reasoning)
+    return Dialect(tool, reasoning)
+
+
+def _holds(template: str, words: Sequence[str]) -> bool:
+    return all(word in template for word in words)
+
+
+def _special(thinking: Thinking) -> tuple[str, ...]:
+    return (thinking.begin.removesuffix("thought\n"), thinking.end)

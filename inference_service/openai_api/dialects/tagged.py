@@ -1,0 +1,109 @@
+"""Calls between tags, in two forms: of Hermes, Qwen 2.5 and 3, SmolLM 3, and of Qwen 3 Coder and Qwen 3.5.
+
+::
+
+    <tool_call>
+    {"name": "weather", "arguments": {"city": "Oslo"}}
+    </tool_call>
+
+    <tool_call>
+    <function=weather>
+    <parameter=city>
+    Oslo
+    </parameter>
+    </function>
+    </tool_call>
+
+Whichever a model was taught, both are read. Values of the second are what the tool's schema says: text as it
+stands, which is told as it comes, others as JSON or as Python writes them.
+Source: https://github.com/NousResearch/Hermes-Function-Calling, and the chat templates of Qwen3-Coder-30B-A3B
+and Qwen3.5-4B.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+from inference_service.openai_api.dialects.calls import Calls
+from inference_service.openai_api.dialects.frame import Block
+from inference_service.openai_api.dialects.json_calls import json_calls
+from inference_service.openai_api.dialects.source import Reader, Source, marks
+from inference_service.openai_api.dialects.values import is_text, typed, written
+
+BEGIN: Final = "<tool_call>"
+END: Final = "</tool_call>"
+FUNCTION: Final = "<function="
+_END_OF_VALUE: Final = "</parameter>"
+
+
+def tagged_blocks(calls: Calls) -> Mapping[str, Block]:
+    """Return the readers of both forms; models leave out the outer tag of the second now and then."""
+
+    def tagged(source: Source) -> Reader[bool]:
+        yield from source.spaces()
+        if (yield from source.literal(FUNCTION)):
+            called = yield from _function(source, calls)
+        else:
+            called = yield from json_calls(source, calls)
+        return called and (yield from _closed(source))
+
+    def bare(source: Source) -> Reader[bool]:
+        return (yield from _function(source, calls)) and (yield from _closed(source))
+
+    return {BEGIN: tagged, FUNCTION: bare}
+
+
+def _closed(source: Source) -> Reader[bool]:
+    """Read the closing tag, which may be missing: a call was read without it."""
+    yield from source.spaces()
+    yield from source.literal(END)
+    return True
+
+
+def _function(source: Source, calls: Calls) -> Reader[bool]:
+    """Read a function behind ``<function=``."""
+    name = (yield from source.upto(">")) or ""
+    if (name := name.strip()) not in calls.offered:
+        return False
+    schema = calls.offered[name].get("properties")
+    properties = schema if isinstance(schema, Mapping) else {}
+    yield calls.begin(name)
+    opened = False
+    while True:
+        yield from source.spaces()
+        if not (yield from source.literal("<parameter=")):
+            break
+        if (parameter := (yield from source.upto(">"))) is None:
+            break
+        parameter = parameter.strip()
+        yield calls.more(f"{', ' if opened else '{'}{written(parameter)}: ")
+        opened = True
+        if not (yield from _value(source, calls, properties.get(parameter))):
+            return True
+    yield from source.literal("</function>")
+    yield calls.more("}" if opened else "{}")
+    return True
+
+
+def _value(source: Source, calls: Calls, schema: Any) -> Reader[bool]:
+    """Tell a value, without the line break at each end; say whether it came to its end."""
+    yield from source.literal("\n")
+    known, as_text = marks("\n" + _END_OF_VALUE, _END_OF_VALUE), is_text(schema)
+    if as_text:
+        yield calls.more('"')
+    parts: list[str] = []
+    while True:
+        found = known.find(source)
+        part = source.take(found.start() if found else known.certain(source))
+        if as_text and part:
+            yield calls.more(written(part)[1:-1])
+        parts.append(part)
+        if found:
+            source.at = found.end()
+            break
+        if source.ended:
+            return False
+        yield None
+    yield calls.more('"' if as_text else written(typed("".join(parts), schema)))
+    return True

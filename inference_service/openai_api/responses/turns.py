@@ -1,0 +1,87 @@
+"""From items to the messages that chat templates know.
+
+What the assistant did in one turn comes in several items, and is one message: reasoning, text and calls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from inference_service.openai_api.chat_schema import CalledFunction, ChatMessage, ToolCall
+from inference_service.openai_api.mapping import refused
+from inference_service.openai_api.responses.carried import uncarried
+from inference_service.openai_api.responses.items import CallItem, Item, MessageItem, OutputItem, ReasoningItem
+
+
+def messages_of(instructions: str | None, told: str | Sequence[Item]) -> tuple[ChatMessage, ...]:
+    """Return the messages of a text, or of items, behind the instructions.
+
+    Raises:
+        RequestInvalid: reasoning is not ours.
+    """
+    messages = [] if instructions is None else [ChatMessage(role="system", content=instructions)]
+    if isinstance(told, str):
+        return (*messages, ChatMessage(role="user", content=told))
+    return (*messages, *_messages(told))
+
+
+@dataclass
+class _Turn:
+    """What the assistant did, as far as it was read."""
+
+    thought: list[str] = field(default_factory=list)
+    said: list[str] = field(default_factory=list)
+    calls: list[ToolCall] = field(default_factory=list)
+
+    @property
+    def is_answer(self) -> bool:
+        """True when more text or reasoning belongs to another turn; behind a call it belongs to this one."""
+        return bool(self.said) and not self.calls
+
+    def message(self) -> Iterator[ChatMessage]:
+        """Yield the message of the turn; none where nothing was done."""
+        if self.thought or self.said or self.calls:
+            yield ChatMessage(
+                role="assistant",
+                content="\n".join(self.said) if self.said else None,
+                tool_calls=tuple(self.calls) or None,
+                reasoning_content="\n".join(self.thought) if self.thought else None,
+            )
+
+
+def _messages(items: Sequence[Item]) -> Iterator[ChatMessage]:
+    turn = _Turn()
+    for index, item in enumerate(items):
+        theirs = isinstance(item, OutputItem) or (isinstance(item, MessageItem) and item.role != "assistant")
+        if theirs or (turn.is_answer and not isinstance(item, CallItem)):
+            yield from turn.message()
+            turn = _Turn()
+        match item:
+            case OutputItem():
+                yield ChatMessage(role="tool", content=item.output, tool_call_id=item.call_id)
+            case MessageItem() if theirs:
+                yield ChatMessage(role=item.role, content=item.content)
+            case MessageItem():
+                turn.said.append(item.content)
+            case CallItem():
+                function = CalledFunction(name=item.name, arguments=item.arguments)
+                turn.calls.append(ToolCall(id=item.call_id, type="function", function=function))
+            case ReasoningItem():
+                turn.thought += _thought(item, index)
+    yield from turn.message()
+
+
+def _thought(item: ReasoningItem, index: int) -> list[str]:
+    """Return what was thought: the text itself, else what was carried, else its summary."""
+    carried = None
+    if item.encrypted_content is not None:
+        carried = uncarried(item.encrypted_content)
+        if carried is None:
+            raise refused(
+                f"input[{index}].encrypted_content",
+                "what this server gave; leave out the reasoning of other servers",
+                "another text",
+            )
+    thought = next((text for text in (item.content, carried, item.summary) if text), None)
+    return [] if thought is None else [thought]

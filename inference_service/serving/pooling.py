@@ -1,0 +1,112 @@
+"""Vectors of texts, as the doors see them: several prompts at once, answered by one version, in their order."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncGenerator, Coroutine, Iterable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, replace
+from typing import Any, Final, TypeVar
+
+import numpy as np
+
+from inference_service.core.sequence import Vector
+from inference_service.serving.request import Finished, Pooled, Request, Started
+from inference_service.serving.service import GenerationService
+from loramux_shared.faults import Finding, InternalFault, RequestInvalid
+from loramux_shared.pooling import Pooling
+
+T = TypeVar("T")
+AT_ONCE: Final = 64
+"""Prompts of one call that wait in the queue at once, so that one call does not fill it."""
+
+
+@dataclass(frozen=True)
+class PooledPrompt:
+    """What became of one prompt."""
+
+    started: Started
+    vector: Vector
+    finished: Finished
+
+
+async def pooled(service: GenerationService, requests: Sequence[Request]) -> AsyncGenerator[PooledPrompt]:
+    """Yield the vector of each request, in their order, as soon as it is there.
+
+    The first failure ends all; nothing runs on when this is closed.
+
+    Raises:
+        Fault: what `GenerationService.generate` raises.
+    """
+    if len(requests) > 1:
+        served = await service.naming.choose(requests[0])
+        requests = [replace(request, served=served) for request in requests]
+    async with aclosing(_in_order(_pooled(service, request) for request in requests)) as found:
+        async for each in found:
+            yield each
+
+
+async def _pooled(service: GenerationService, request: Request) -> PooledPrompt:
+    async with aclosing(service.generate(request)) as events:
+        found = {type(event): event async for event in events}
+    started, vector, finished = found.get(Started), found.get(Pooled), found.get(Finished)
+    if not (isinstance(started, Started) and isinstance(vector, Pooled) and isinstance(finished, Finished)):
+        raise InternalFault("a prompt became no vector. Please report it.")
+    if not np.isfinite(vector.vector).all():
+        raise InternalFault("the model computes no finite numbers of this prompt. Please report it.")
+    return PooledPrompt(started, vector.vector, finished)
+
+
+async def _in_order(work: Iterable[Coroutine[Any, Any, T]]) -> AsyncGenerator[T]:
+    """Yield what coroutines return, in their order, while up to `AT_ONCE` of them run."""
+    tasks: deque[asyncio.Task[T]] = deque()
+    try:
+        for each in work:
+            tasks.append(asyncio.create_task(each))
+            if len(tasks) == AT_ONCE:
+                yield await tasks.popleft()
+        while tasks:
+            yield await tasks.popleft()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def pooling_of(said: str | None, usual: Pooling | None) -> Pooling:
+    """Return what a request says, else what is usual for the base.
+
+    Raises:
+        RequestInvalid: there is no such pooling, or nothing that is usual.
+    """
+    if said in set(Pooling):
+        return Pooling(said)
+    expected = " or ".join(Pooling)
+    if said is not None:
+        finding = Finding(code="E_BAD_FIELD", where="pooling", expected=expected, found=repr(said[:80]))
+        raise RequestInvalid("there is no such pooling.", [finding])
+    if usual is None:
+        fix = "Say it in the request, or as runtime.pooling in the deployment file."
+        finding = Finding(code="E_MISSING_FIELD", where="pooling", expected=expected, fix=fix)
+        raise RequestInvalid("the base was trained with a pooling that is not served.", [finding])
+    return usual
+
+
+def shaped(vector: Vector, dimensions: int | None, *, normalize: bool) -> Vector:
+    """Return the first dimensions of a vector, of length 1 where that is asked for; zeros stay zeros."""
+    cut = vector if dimensions is None else vector[:dimensions]
+    length = float(np.linalg.norm(cut.astype(np.float64))) if normalize else 1.0
+    return (cut / length).astype(np.float32) if length else cut
+
+
+def check_dimensions(dimensions: int | None, hidden: int) -> None:
+    """Look at how many numbers of a vector are asked for.
+
+    Raises:
+        RequestInvalid: as many do not exist.
+    """
+    if dimensions is not None and not 1 <= dimensions <= hidden:
+        expected = f"1 to {hidden}, the numbers of a vector of this base"
+        finding = Finding(code="E_BAD_FIELD", where="dimensions", expected=expected, found=str(dimensions))
+        raise RequestInvalid("a vector cannot be cut to that.", [finding])

@@ -1,0 +1,41 @@
+"""Which files an adapter consists of: what a builder fetches, and what is sent to one."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from typing import Final
+
+from loramux_shared.bundle.manifest import CONFIG_FILE, TEXT_FILES, WEIGHTS_FILE
+
+CONFIG: Final = "adapter_config.json"
+WEIGHTS: Final = "adapter_model.safetensors"
+INDEX: Final = "adapter_model.safetensors.index.json"
+"""Says which tensor is in which file, where the weights are in several."""
+SHARD: Final = re.compile(r"adapter_model-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors")
+"""The names of those."""
+KEYS_FILE: Final = "model.lora_keys.npy"
+"""What TensorRT-LLM's converters called the config of their weights before."""
+TOKEN_FILES: Final = ("added_tokens.json", "tokenizer.json", "tokenizer_config.json")
+"""Looked at where they are there, for tokens that the base does not have."""
+
+
+def weight_files(names: Collection[str]) -> tuple[str, ...]:
+    """Return the files that a bundle's rows are made from: PEFT's, or two of a TensorRT-LLM converter."""
+    config = next((name for name in (CONFIG_FILE, KEYS_FILE) if name in names), None)
+    if CONFIG not in names and config is not None and WEIGHTS_FILE in names:
+        return (WEIGHTS_FILE, config)
+    if WEIGHTS in names or INDEX not in names:
+        return (CONFIG, WEIGHTS)
+    return (CONFIG, *sorted(filter(SHARD.fullmatch, names)), INDEX)
+
+
+def wanted_files(names: Collection[str]) -> list[str]:
+    """Return the files that are fetched of an adapter without findings; nothing else is looked at."""
+    beside = sorted({*TOKEN_FILES, *TEXT_FILES} & set(names))
+    return [*weight_files(names), *beside]
+
+
+def holds_weights(name: str) -> bool:
+    """True for a file whose size follows from the adapter's."""
+    return name in (WEIGHTS, WEIGHTS_FILE) or SHARD.fullmatch(name) is not None

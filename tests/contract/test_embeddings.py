@@ -1,0 +1,146 @@
+"""``/v1/embeddings`` with OpenAI's client, and the same over gRPC, in front of a tiny model."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+from collections.abc import AsyncIterator
+from typing import Any
+
+import numpy as np
+import pytest
+import pytest_asyncio
+from openai import BadRequestError
+
+from loramux_shared.pooling import Pooling
+from loramux_shared.storage.memory import MemoryStore
+from tests.support.openai_door import OpenAIDoor, open_door
+from tests.support.pooled import expected_of
+from tests.support.tiny import World
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+PATH = "/v1/embeddings"
+IDS = [5, 6, 7, 8, 9, 10]
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def door(world: tuple[World, MemoryStore]) -> AsyncIterator[OpenAIDoor]:
+    async with open_door(world, max_queue=80) as door:
+        yield door
+
+
+async def made(door: OpenAIDoor, **fields: Any) -> list[np.ndarray[Any, Any]]:
+    """The vectors of a request."""
+    answer = await door.post(PATH, **{"model": "base", "input": IDS} | fields)
+    assert answer.status_code == 200, answer.text
+    data = answer.json()["data"]
+    assert [each["index"] for each in data] == list(range(len(data)))
+    return [np.array(each["embedding"], np.float32) for each in data]
+
+
+def unit(vector: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Of length 1."""
+    return vector / np.linalg.norm(vector)
+
+
+@pytest.mark.parametrize("model", ["base", "all"])
+async def test_openais_client_gets_what_transformers_gives(
+    world: tuple[World, MemoryStore], door: OpenAIDoor, model: str
+) -> None:
+    """Text and token ids, one and several, as base64 and as numbers; of length 1; the usage counts prompts."""
+    text = door.ready.service.text.decode(IDS)
+    wanted = unit(expected_of(world[0], model, IDS, Pooling.LAST))
+    ids = door.ready.service.text.encode(text)
+    of_text = unit(expected_of(world[0], model, ids, Pooling.LAST))
+    for sent, expected, tokens in (
+        (IDS, [wanted], 6),
+        ([IDS, IDS[:3]], [wanted, unit(expected_of(world[0], model, IDS[:3], Pooling.LAST))], 9),
+        (text, [of_text], len(ids)),
+        ([text, text], [of_text, of_text], 2 * len(ids)),
+    ):
+        for encoding in ("base64", "float"):
+            answer = await door.openai.embeddings.create(model=model, input=sent, encoding_format=encoding)
+            assert answer.object == "list"
+            assert answer.model == model
+            assert (answer.usage.prompt_tokens, answer.usage.total_tokens) == (tokens, tokens)
+            for one, other in zip(answer.data, expected, strict=True):
+                found = one.embedding
+                if isinstance(found, str):
+                    found = np.frombuffer(base64.b64decode(found), "<f4")
+                np.testing.assert_allclose(found, other, atol=1e-5)
+
+
+async def test_pooling_length_and_dimensions(world: tuple[World, MemoryStore], door: OpenAIDoor) -> None:
+    """A mean; the length as it is; and of a vector that is cut, the length of what is left is 1."""
+    mean = expected_of(world[0], "rs", IDS, Pooling.MEAN)
+    [raw] = await made(door, model="rs", pooling="mean", normalize=False)
+    np.testing.assert_allclose(raw, mean, atol=1e-5)
+    [cut] = await made(door, model="rs", pooling="mean", dimensions=5)
+    np.testing.assert_allclose(cut, unit(mean[:5]), atol=1e-5)
+    [bare] = await made(door, model="rs", pooling="mean", dimensions=5, normalize=False)
+    np.testing.assert_allclose(bare, mean[:5], atol=1e-5)
+    [end] = await made(door, truncate_prompt_tokens=2)
+    np.testing.assert_allclose(end, (await made(door, input=IDS[-2:]))[0], atol=1e-6)
+
+
+async def test_more_texts_than_the_queue_holds(door: OpenAIDoor) -> None:
+    """One call of many texts goes through a short queue, beside answers; every text has its own vector."""
+    texts = [[3 + (7 * place) % 190, 3 + place % 90] for place in range(200)]
+    several, chat = await asyncio.gather(
+        made(door, input=texts),
+        door.post("/v1/completions", model="all", prompt=[5, 6], max_tokens=30, ignore_eos=True),
+    )
+    assert chat.json()["usage"]["completion_tokens"] == 30
+    assert len({vector.tobytes() for vector in several}) == len({tuple(text) for text in texts})
+    np.testing.assert_allclose(several[150], (await made(door, input=texts[150]))[0], atol=1e-5)
+    await door.until_free()
+
+
+@pytest.mark.parametrize(
+    ("fields", "code", "param"),
+    [
+        ({"dimensions": 0}, "invalid_value", "dimensions"),
+        ({"dimensions": 49}, "invalid_value", "dimensions"),
+        ({"pooling": "max"}, "invalid_value", "pooling"),
+        ({"encoding_format": "hex"}, "invalid_value", "encoding_format"),
+        ({"input": []}, "invalid_value", "input"),
+        ({"input": ""}, "request_invalid", None),
+        ({"input": [[5], [500]]}, "invalid_value", "input"),
+        ({"input": [7] * 257}, "context_length_exceeded", None),
+        ({"input": [[5]] * 2049}, "invalid_value", "input"),
+        ({"prompt": "x"}, "unknown_parameter", "prompt"),
+        ({"model": "nobody"}, "model_not_found", "model"),
+        ({"truncate_prompt_tokens": 0}, "invalid_value", "truncate_prompt_tokens"),
+        ({"max_tokens": 3}, "unknown_parameter", "max_tokens"),
+    ],
+)
+async def test_what_is_refused_is_named(
+    door: OpenAIDoor, fields: dict[str, Any], code: str, param: str | None
+) -> None:
+    """A wrong field is 400 with its name, an unknown model 404; nothing stays behind."""
+    answer = await door.post(PATH, **{"model": "base", "input": IDS} | fields)
+    error = answer.json()["error"]
+    assert (error["code"], error["param"]) == (code, param), error
+    assert answer.status_code == (404 if code == "model_not_found" else 400)
+    await door.until_free()
+
+
+async def test_the_longest_text_fits(door: OpenAIDoor) -> None:
+    """No room for an answer is needed."""
+    assert len(await made(door, input=[9] * 256)) == 1
+
+
+async def test_a_client_that_goes_away_frees_what_it_asked_for(door: OpenAIDoor) -> None:
+    """Also in the middle of many texts."""
+    asked = asyncio.create_task(door.post(PATH, model="base", input=[[9] * 250] * 100))
+    while not door.ready.engine.stats.running:
+        await asyncio.sleep(0.001)
+    asked.cancel()
+    await asyncio.gather(asked, return_exceptions=True)
+    await door.until_free()
+
+
+async def test_openais_client_hears_why(door: OpenAIDoor) -> None:
+    """Its exception holds the message."""
+    with pytest.raises(BadRequestError, match="1 to 48"):
+        await door.openai.embeddings.create(model="base", input="x", dimensions=4096)

@@ -1,0 +1,105 @@
+"""Vectors of texts against transformers and PEFT in float32, while others are answered in the same batches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from inference_service.core.sampling import SamplingParams
+from inference_service.core.sequence import Vector
+from loramux_shared.pooling import Pooling
+from loramux_shared.storage.memory import MemoryStore
+from tests.support.pooled import Asked, cached_oracle, expected_of, run_pooled
+from tests.support.tiny import World, make_world, oracle_tokens, run_engine, sequence
+
+MODELS = ("base", "all", "rs", "wide")
+PROMPTS = [[3 + (at * 17 + place * 5) % 190 for at in range(length)] for place, length in enumerate((1, 40, 9))]
+REQUESTS = [
+    (model, prompt, pooling)
+    for prompt in PROMPTS
+    for model in MODELS
+    for pooling in (Pooling.LAST, Pooling.MEAN)
+]
+NEW = 6
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[World, MemoryStore]:
+    world, store = make_world(tmp_path_factory.mktemp("tiny")), MemoryStore()
+    world.build(store)
+    return world, store
+
+
+def assert_close(found: Sequence[Vector], wanted: Sequence[Vector]) -> None:
+    for one, other in zip(found, wanted, strict=True):
+        assert one.dtype == np.float32
+        np.testing.assert_allclose(one, other, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"native": False, "max_batch_tokens": 16}, {"deterministic": True}],
+    ids=["compiled", "torch, in chunks", "deterministic"],
+)
+def test_vectors_equal_transformers_beside_answers(
+    world: tuple[World, MemoryStore], settings: dict[str, Any]
+) -> None:
+    """The base and adapters of several ranks, last and mean, while answers of theirs are under way."""
+    ready = world[0].load(world[1], **settings)
+    vectors, answers = run_pooled(ready, REQUESTS, MODELS, PROMPTS[1], NEW)
+    assert_close(vectors, [expected_of(world[0], *request) for request in REQUESTS])
+    for model, answer in zip(MODELS, answers, strict=True):
+        assert answer == oracle_tokens(
+            cached_oracle(world[0].base, world[0].adapters.get(model)), PROMPTS[1], NEW
+        )
+
+
+def test_a_mixture_pools_what_its_adapters_add(world: tuple[World, MemoryStore]) -> None:
+    """A mixture of one adapter twice, half each, is that adapter; of two it is neither."""
+    ready = world[0].load(world[1])
+    asked: list[Asked] = [(model, PROMPTS[1], Pooling.LAST) for model in ("all*0.5+all*0.5", "all*0.5+rs*0.5")]
+    (same, mixed), _ = run_pooled(ready, asked)
+    alone = {model: expected_of(world[0], model, PROMPTS[1], Pooling.LAST) for model in MODELS}
+    assert_close([same], [alone["all"]])
+    assert all(np.abs(mixed - other).max() > 0.01 for other in alone.values())
+
+
+def test_what_the_prefix_cache_holds_changes_nothing(world: tuple[World, MemoryStore]) -> None:
+    """The last state is computed behind a prefix that is found, a mean from every row."""
+    ready = world[0].load(world[1], block_size=8)
+    asked = REQUESTS[len(MODELS) * 2 : len(MODELS) * 4]
+    wanted = [expected_of(world[0], *request) for request in asked]
+    for _ in range(2):
+        assert_close(run_pooled(ready, asked)[0], wanted)
+    hit = ready.engine.stats.prefix_tokens_hit
+    assert hit == len(MODELS) * 32
+
+
+def test_a_preemption_changes_nothing(world: tuple[World, MemoryStore]) -> None:
+    """Whoever gave its blocks back in the middle of its prompt adds no row to its mean twice."""
+    block_bytes = 8 * 2 * 2 * 2 * 8 * 4
+    ready = world[0].load(world[1], block_size=8, kv_memory_gb=8.5 * block_bytes / 1e9, max_batch_tokens=3)
+    vectors, [answer] = run_pooled(ready, [("base", PROMPTS[1], Pooling.MEAN)], ["base"], PROMPTS[2], 20)
+    assert ready.engine.stats.preemptions > 0
+    assert_close(vectors, [expected_of(world[0], "base", PROMPTS[1], Pooling.MEAN)])
+    assert answer == oracle_tokens(cached_oracle(world[0].base, None), PROMPTS[2], 20)
+
+
+def test_whoever_goes_away_holds_nothing(world: tuple[World, MemoryStore]) -> None:
+    """An aborted sequence leaves no block behind, in the middle of its prompt; others are not touched."""
+    ready = world[0].load(world[1], max_batch_tokens=16)
+    engine = ready.engine._engine
+    for number, pooling in enumerate((Pooling.MEAN, Pooling.LAST)):
+        params = SamplingParams(max_tokens=0)
+        engine.add(replace(sequence(ready, f"gone {number}", "all", PROMPTS[1], params), pooling=pooling))
+    assert engine.step() == []
+    for number in range(2):
+        engine.abort(f"gone {number}")
+    assert_close(
+        run_pooled(ready, REQUESTS[:4])[0], [expected_of(world[0], *request) for request in REQUESTS[:4]]
+    )
+    assert run_engine(ready, [("base", PROMPTS[2])], 1)

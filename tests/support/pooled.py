@@ -1,0 +1,70 @@
+"""Vectors of texts, through the engine alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from inference_service.core.sampling import SamplingParams
+from inference_service.core.sequence import FinishReason, Vector
+from inference_service.startup.load import Ready
+from loramux_shared.pooling import Pooling
+from tests.support.tiny import World, oracle, sequence
+
+Asked = tuple[str, list[int], Pooling]
+
+
+@cache
+def cached_oracle(base: Path, adapter: Path | None) -> Any:
+    """The model as transformers and PEFT run it, made once."""
+    return oracle(base, adapter)
+
+
+def states(world: World, model: str, prompt: Sequence[int]) -> torch.Tensor:
+    """What transformers' ``AutoModel(...).last_hidden_state`` is of a prompt, under PEFT's adapter."""
+    whole = cached_oracle(world.base, world.adapters.get(model))
+    inner = whole.get_base_model() if model in world.adapters else whole
+    with torch.no_grad():
+        return inner.model(torch.tensor([list(prompt)])).last_hidden_state[0]
+
+
+def expected_of(world: World, model: str, prompt: Sequence[int], pooling: Pooling) -> Vector:
+    """The vector of a prompt."""
+    hidden = states(world, model, prompt)
+    return (hidden[-1] if pooling is Pooling.LAST else hidden.double().mean(0).float()).numpy()
+
+
+def run_pooled(
+    ready: Ready,
+    requests: Sequence[Asked],
+    answering: Sequence[str] = (),
+    prompt: Sequence[int] = (),
+    new: int = 6,
+) -> tuple[list[Vector], list[list[int]]]:
+    """Run requests for vectors through the engine, beside answers of some models to a prompt."""
+    engine = ready.engine._engine
+    vectors: dict[str, Vector] = {}
+    tokens: dict[str, list[int]] = {f"answer {model}": [] for model in answering}
+    for model in answering:
+        params = SamplingParams(max_tokens=new)
+        engine.add(sequence(ready, f"answer {model}", model, prompt, params))
+    for number, (model, text, pooling) in enumerate(requests):
+        seq = sequence(ready, str(number), model, text, SamplingParams(max_tokens=0))
+        engine.add(replace(seq, pooling=pooling))
+    while not engine.idle:
+        for output in engine.step():
+            if output.seq_id in tokens:
+                assert output.token is not None
+                tokens[output.seq_id].append(output.token.id)
+            else:
+                assert output.finish is FinishReason.LENGTH
+                assert output.pooled is not None
+                assert output.seq_id not in vectors
+                vectors[output.seq_id] = output.pooled
+    assert engine.stats.blocks_free == engine.stats.blocks_total
+    return [vectors[str(number)] for number in range(len(requests))], list(tokens.values())

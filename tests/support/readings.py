@@ -1,0 +1,47 @@
+"""Answers read in parts, and what that comes to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from hypothesis import strategies as st
+
+from inference_service.openai_api.pieces import CallArguments, CallBegun, Piece, Reading, Said, Thought
+
+Heard = list[list[str]]
+"""``["said", text]``, ``["thought", text]`` and ``["call", name, arguments]``, each as long as it goes on."""
+
+
+def read(reading: Reading, text: str, cuts: Sequence[int] = ()) -> Heard:
+    """Return what an answer says that comes in so many parts."""
+    pieces: list[Piece] = []
+    for begin, end in zip([0, *cuts], [*cuts, len(text)], strict=True):
+        pieces += reading.push(text[begin:end])
+    return heard(pieces + reading.finish())
+
+
+def heard(pieces: Sequence[Piece]) -> Heard:
+    """Return what pieces say together; those of a call follow each other, and calls are numbered."""
+    told: Heard = []
+    calls = 0
+    for piece in pieces:
+        match piece:
+            case Said() | Thought():
+                assert piece.text
+                kind = "said" if isinstance(piece, Said) else "thought"
+                if not told or told[-1][0] != kind:
+                    told.append([kind, ""])
+                told[-1][1] += piece.text
+            case CallBegun():
+                assert piece.index == calls
+                calls += 1
+                told.append(["call", piece.name, ""])
+            case CallArguments():
+                assert piece.index == calls - 1
+                told[-1][2] += piece.text
+    return told
+
+
+def cuts_of(text: str) -> st.SearchStrategy[list[int]]:
+    """Places where a text is cut."""
+    return st.lists(st.integers(0, len(text)), max_size=8).map(sorted)

@@ -1,0 +1,342 @@
+"""How models write calls and reasoning: read alike however an answer comes, chosen by their templates."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from inference_service.openai_api.dialects.calls import Calls
+from inference_service.openai_api.dialects.table import Dialect, dialect_of
+from inference_service.openai_api.pieces import CallArguments, CallBegun, Reading, Said
+from loramux_shared.parsers import ReasoningParser, ToolParser
+from tests.support.readings import Heard, cuts_of, read
+
+WEATHER: dict[str, Any] = {
+    "type": "object",
+    "properties": {
+        "city": {"type": "string"},
+        "days": {"type": "integer"},
+        "share": {"type": ["number", "null"]},
+        "more": {"type": "object"},
+        "on": {"anyOf": [{"type": "boolean"}, {"type": "string"}]},
+    },
+}
+OFFERED = {"find": WEATHER, "news.top": {}}
+T, R = ToolParser, ReasoningParser
+JSON = '{"name": "find", "arguments": {"city": "a } \\" b{", "more": [1, {"x": []}]}}'
+FOUND = ["call", "find", '{"city": "a } \\" b{", "more": [1, {"x": []}]}']
+OSLO, NEWS = ["call", "find", '{"city": "Oslo"}'], ["call", "news.top", "{}"]
+
+CASES: list[tuple[ToolParser, ReasoningParser, str, Heard]] = [
+    (T.HERMES, R.NONE, "just <b> words <tool", [["said", "just <b> words <tool"]]),
+    (
+        T.HERMES,
+        R.NONE,
+        f"Hm. <tool_call>\n{JSON}\n</tool_call>\n\n Done.",
+        [["said", "Hm. "], FOUND, ["said", "Done."]],
+    ),
+    (T.HERMES, R.NONE, f"<tool_call>{JSON}</tool_call>" * 2, [FOUND, FOUND]),
+    (T.HERMES, R.NONE, f"<tool_call>{JSON}", [FOUND]),
+    (T.HERMES, R.NONE, '<tool_call>{"id": 1, "name": "news.top"}</tool_call>', [NEWS]),
+    (T.HERMES, R.NONE, '<tool_call>{"arguments": {"city": "Oslo"}, "name": "find"}</tool_call>', [OSLO]),
+    (
+        T.HERMES,
+        R.NONE,
+        '<tool_call>{"name": "find", "arguments": "{\\"city\\": \\"Oslo\\"}"}</tool_call>',
+        [OSLO],
+    ),
+    (T.HERMES, R.NONE, '<tool_call>{"name": "news.top", "arguments": null}</tool_call>', [NEWS]),
+    (
+        T.HERMES,
+        R.NONE,
+        '<tool_call>{"name": "other", "arguments": {}}</tool_call>!',
+        [["said", '<tool_call>{"name": "other", "arguments": {}}</tool_call>!']],
+    ),
+    (T.HERMES, R.NONE, "<tool_call>{</tool_call>", [["said", "<tool_call>{</tool_call>"]]),
+    (
+        T.HERMES,
+        R.NONE,
+        '<tool_call>{"name": "find" <tool_call>{"name": "news.top"}',
+        [["said", '<tool_call>{"name": "find" '], NEWS],
+    ),
+    (
+        T.HERMES,
+        R.NONE,
+        '<tool_call>{"arguments": {"a": ["b',
+        [["said", '<tool_call>{"arguments": {"a": ["b']],
+    ),
+    (
+        T.HERMES,
+        R.NONE,
+        '<tool_call>{"name": "find", "arguments": {"city": "Os\\',
+        [["call", "find", '{"city": "Os\\']],
+    ),
+    (
+        T.HERMES,
+        R.THINK,
+        f"<think>\nhm <b\n\n</think>\n\n<tool_call>{JSON}</tool_call>",
+        [["thought", "hm <b"], FOUND],
+    ),
+    (T.HERMES, R.THINK, "<think>\n\n</think>\n\nHi <think>", [["said", "Hi <think>"]]),
+    (T.HERMES, R.THINK, "  Hi", [["said", "  Hi"]]),
+    (T.HERMES, R.THINK, "<think>never \n", [["thought", "never"]]),
+    (T.HERMES, R.NONE, "<think>x</think>", [["said", "<think>x</think>"]]),
+    (
+        T.QWEN3_CODER,
+        R.NONE,
+        '<tool_call>\n<function=find>\n<parameter=city>\nOs"lo\n\nx\n</parameter>\n<parameter=days>\n3\n'
+        "</parameter>\n<parameter=share>None</parameter><parameter=on>\nTrue\n</parameter>\n<parameter=more>\n"
+        "{'a': [1, 'b']}\n</parameter><parameter=own>\n7\n</parameter>\n</function>\n</tool_call>\n",
+        [
+            [
+                "call",
+                "find",
+                '{"city": "Os\\"lo\\n\\nx", "days": 3, "share": null, "on": true, '
+                '"more": {"a": [1, "b"]}, "own": "7"}',
+            ]
+        ],
+    ),
+    (T.QWEN3_CODER, R.NONE, "<function=news.top></function> bye", [NEWS, ["said", "bye"]]),
+    (T.QWEN3_CODER, R.NONE, f"<tool_call>{JSON}</tool_call>", [FOUND]),
+    (
+        T.QWEN3_CODER,
+        R.NONE,
+        "<tool_call>\n<function=find>\n<parameter=city>\nOs",
+        [["call", "find", '{"city": "Os']],
+    ),
+    (T.QWEN3_CODER, R.NONE, "<function=other>\n</function>", [["said", "<function=other>\n</function>"]]),
+    (
+        T.LLAMA3_JSON,
+        R.NONE,
+        '{"name": "find", "parameters": {"city": "Oslo"}}; {"name": "news.top"}',
+        [OSLO, NEWS],
+    ),
+    (T.LLAMA3_JSON, R.NONE, '<|python_tag|>{"name": "find", "parameters": {"city": "Oslo"}}', [OSLO]),
+    (T.LLAMA3_JSON, R.NONE, '{"city": "Oslo"} is JSON', [["said", '{"city": "Oslo"} is JSON']]),
+    (T.LLAMA3_JSON, R.NONE, f"So: {JSON}", [["said", f"So: {JSON}"]]),
+    (
+        T.PYTHONIC,
+        R.NONE,
+        "[find(city='Os\\'lo (', days=-3, more={'a': [True, null, 1.5]}), news.top()]",
+        [["call", "find", '{"city": "Os\'lo (", "days": -3, "more": {"a": [true, null, 1.5]}}'], NEWS],
+    ),
+    (T.PYTHONIC, R.NONE, "[1, 2, 3] is a list", [["said", "[1, 2, 3] is a list"]]),
+    (T.PYTHONIC, R.NONE, "[find(city=open('x'))]", [["said", "[find(city=open('x'))]"]]),
+    (T.PYTHONIC, R.NONE, "[find('Oslo')]", [["said", "[find('Oslo')]"]]),
+    (T.PYTHONIC, R.NONE, "[find(city='Os", [["said", "[find(city='Os"]]),
+    (
+        T.OLMO3,
+        R.THINK,
+        "<think>hm</think><function_calls>\nfind(city='Oslo')\nnews.top()\n</function_calls>",
+        [["thought", "hm"], OSLO, NEWS],
+    ),
+    (T.TOOL_CODE, R.NONE, "Sure.\n```tool_code\nfind(city='Oslo')\n```", [["said", "Sure.\n"], OSLO]),
+    (
+        T.MISTRAL,
+        R.NONE,
+        '[TOOL_CALLS] [{"name": "find", "arguments": {"city": "Oslo"}, "id": "a23456789"}]',
+        [OSLO],
+    ),
+    (
+        T.MISTRAL,
+        R.MISTRAL,
+        '[THINK]hm[/THINK]Sure.[TOOL_CALLS]find[ARGS]{"city": "Oslo"}'
+        "[TOOL_CALLS]news.top[CALL_ID]a23456789[ARGS]{}",
+        [["thought", "hm"], ["said", "Sure."], OSLO, NEWS],
+    ),
+    (T.MISTRAL, R.NONE, "[TOOL_CALLS]other[ARGS]{}", [["said", "[TOOL_CALLS]other[ARGS]{}"]]),
+    (
+        T.GRANITE,
+        R.NONE,
+        '<|tool_call|>[{"name": "find", "arguments": {"city": "Oslo"}}, {"name": "news.top"}]',
+        [OSLO, NEWS],
+    ),
+    (
+        T.GRANITE,
+        R.GRANITE,
+        "Here is my thought process:\n\nhm\n\nHere is my response:\n\nHi.",
+        [["thought", "hm"], ["said", "Hi."]],
+    ),
+    (
+        T.GRANITE,
+        R.GRANITE,
+        "<think>hm</think>\n<response>Hi.</response>",
+        [["thought", "hm"], ["said", "Hi."]],
+    ),
+    (T.PHI4, R.NONE, '<|tool_call|>[{"name": "find", "arguments": {"city": "Oslo"}}]<|/tool_call|>', [OSLO]),
+    (T.PHI4, R.NONE, 'functools[{"name": "find", "arguments": {"city": "Oslo"}}]', [OSLO]),
+    (
+        T.GEMMA4,
+        R.GEMMA4,
+        '<|channel>thought\nhm<channel|><|tool_call>call:find{city:<|"|>Os"{lo<|"|>,days:3,more:{a:[<|"|>x<|"|>,'
+        "true],b:null}}<tool_call|><|channel>thought\nand<channel|>Done",
+        [
+            ["thought", "hm"],
+            ["call", "find", '{"city": "Os\\"{lo", "days": 3, "more": {"a": ["x", true], "b": null}}'],
+            ["thought", "and"],
+            ["said", "Done"],
+        ],
+    ),
+    (T.GEMMA4, R.GEMMA4, "<|tool_call>call:news.top{}<tool_call|>" * 2, [NEWS, NEWS]),
+    (T.GEMMA4, R.NONE, "<|tool_call>call:other{}", [["said", "<|tool_call>call:other{}"]]),
+    (
+        T.FUNCTIONGEMMA,
+        R.NONE,
+        "<start_function_call>call:find{city:<escape>Oslo<escape>}<end_function_call>",
+        [OSLO],
+    ),
+    (
+        T.HARMONY,
+        R.HARMONY,
+        "<|channel|>analysis<|message|>They ask<|end|><|start|>assistant<|channel|>commentary<|message|>Let me."
+        "<|end|><|start|>assistant<|channel|>commentary to=functions.find <|constrain|>json<|message|>"
+        '{"city": "Oslo"}<|call|>',
+        [["thought", "They ask"], ["said", "Let me."], OSLO],
+    ),
+    (
+        T.HARMONY,
+        R.HARMONY,
+        ' to=functions.find<|channel|>commentary json<|message|>{"city": "Oslo"}',
+        [OSLO],
+    ),
+    (
+        T.HARMONY,
+        R.HARMONY,
+        "<|channel|>analysis<|message|>a<|end|><|start|>assistant<|channel|>analysis<|message|>b<|end|>"
+        "<|start|>assistant<|channel|>final<|message|>It rains.<|return|>",
+        [["thought", "a\nb"], ["said", "It rains."]],
+    ),
+    (T.HARMONY, R.NONE, "<|channel|>analysis<|message|>a<|end|>", [["said", "a"]]),
+    (T.HARMONY, R.HARMONY, "goes on", [["said", "goes on"]]),
+    (
+        T.HARMONY,
+        R.HARMONY,
+        "<|channel|>commentary to=browser.search<|message|>{}<|call|>",
+        [["said", "{}"]],
+    ),
+    (T.NONE, R.NONE, f"<tool_call>{JSON}</tool_call>", [["said", f"<tool_call>{JSON}</tool_call>"]]),
+]  # fmt: skip
+
+
+def _reading(tool: ToolParser, reasoning: ReasoningParser) -> Reading:
+    return Dialect(tool, reasoning).reading(Calls(OFFERED), None)
+
+
+@pytest.mark.parametrize(("tool", "reasoning", "text", "told"), CASES)
+def test_each_form_is_read(tool: ToolParser, reasoning: ReasoningParser, text: str, told: Heard) -> None:
+    """Calls of offered tools are calls, reasoning is told apart, all else is text; letter by letter, too."""
+    assert read(_reading(tool, reasoning), text) == told
+    assert read(_reading(tool, reasoning), text, range(1, len(text))) == told
+    for call in told:
+        if call[0] == "call" and text.rstrip().endswith((">", "}", "]", ")")):
+            json.loads(call[2])
+
+
+@given(st.sampled_from(CASES).flatmap(lambda case: st.tuples(st.just(case), cuts_of(case[2]))))
+def test_cuts_do_not_change_what_is_read(drawn: tuple[Any, list[int]]) -> None:
+    """Wherever an answer is cut, the same is said, thought and called."""
+    (tool, reasoning, text, told), cuts = drawn
+    assert read(_reading(tool, reasoning), text, cuts) == told
+
+
+MARKED = [
+    *(
+        "<tool_call>",
+        "</tool_call>",
+        "<function=find>",
+        "<parameter=city>",
+        "</parameter>",
+        "<think>",
+        "</think>",
+    ),
+    *('{"name": "find", "arguments": ', '{"city": "x"}', "}", "[", "]", ",", "(city=", "'", '"', "\\"),
+    *("[TOOL_CALLS]", "find", "[ARGS]", "<|tool_call>", "<tool_call|>", "call:find{", "city:", '<|"|>'),
+    *("<|channel|>", "to=functions.find", "<|message|>", "<|end|>", "\n", " ", "é"),
+]
+
+
+@given(
+    st.sampled_from(list(T)),
+    st.sampled_from(list(R)),
+    st.lists(st.sampled_from(MARKED), max_size=12)
+    .map("".join)
+    .flatmap(lambda text: st.tuples(st.just(text), cuts_of(text))),
+)
+def test_whatever_a_model_writes_is_read_alike(
+    tool: ToolParser, reasoning: ReasoningParser, drawn: tuple[str, list[int]]
+) -> None:
+    """Marks in any order are read to the end, and the same in any parts."""
+    text, cuts = drawn
+    assert read(_reading(tool, reasoning), text, cuts) == read(_reading(tool, reasoning), text)
+
+
+def test_arguments_come_as_they_are_written() -> None:
+    """Arguments as JSON, and text between tags, are not held back."""
+    reading = _reading(T.HERMES, R.NONE)
+    assert reading.push('<tool_call>{"name": "find", "arguments"') == []
+    begun, arguments = reading.push(': {"city": "O')
+    assert isinstance(begun, CallBegun)
+    assert arguments == CallArguments(0, '{"city": "O')
+    assert reading.push('slo}"') == [CallArguments(0, 'slo}"')]
+    reading = _reading(T.QWEN3_CODER, R.NONE)
+    reading.push("<tool_call><function=find><parameter=city>\n")
+    assert reading.push("Os") == [CallArguments(0, "Os")]
+    reading = _reading(T.NONE, R.THINK)
+    assert reading.push("Hi") == [Said("Hi")]
+
+
+def test_a_prompt_may_have_begun_to_think() -> None:
+    """An answer goes on with what the prompt, or the message that it continues, has opened."""
+    dialect = dialect_of("<think>")
+    opened = dialect.opened("<|im_start|>assistant\n<think>\n")
+    assert read(dialect.reading(Calls({}), opened), "hm\n</think>\n\nHi") == [["thought", "hm"], ["said", "Hi"]]
+    assert dialect.opened("<|im_start|>assistant\n<think>\n\n</think>\n\n") is None
+    assert dialect.opened("what is <think>?<|im_end|>\n<|im_start|>assistant\n") is None
+    assert dialect.within("<think>so ") == opened
+    assert dialect.within("<think>so</think> it") is None
+
+
+TEMPLATES = {
+    "<|start|>{{ x }}<|channel|>analysis<|message|>": (T.HARMONY, R.HARMONY),
+    "<|turn>model <|tool_call>call: <|channel>thought": (T.GEMMA4, R.GEMMA4),
+    "<start_of_turn>model <start_function_call>call:": (T.FUNCTIONGEMMA, R.AUTO),
+    "<start_of_turn>model ```tool_code\n": (T.TOOL_CODE, R.AUTO),
+    "<start_of_turn>model": (T.AUTO, R.AUTO),
+    "[INST][TOOL_CALLS][{{ x }}": (T.MISTRAL, R.AUTO),
+    "[INST][THINK]{{ x }}[/THINK][TOOL_CALLS]{{ x }}[ARGS]": (T.MISTRAL, R.MISTRAL),
+    "<|im_start|><function_calls></function_calls>": (T.OLMO3, R.AUTO),
+    "<|im_start|><tool_call><function=x><think>": (T.QWEN3_CODER, R.THINK),
+    "<|im_start|><tool_call></think>": (T.HERMES, R.THINK),
+    "<|start_of_role|>only with <|tool_call|> followed; <think> <response>": (T.GRANITE, R.GRANITE),
+    "<|start_of_role|>available_tools": (T.GRANITE, R.AUTO),
+    "<|start_of_role|>available_tools <tool_call>": (T.HERMES, R.AUTO),
+    "<|system|><|tool|>{{ tools }}<|/tool|>": (T.PHI4, R.AUTO),
+    '<|start_header_id|>ipython {"name": x, "parameters": y}': (T.LLAMA3_JSON, R.AUTO),
+    "<|start_header_id|>[func_name1(params=x)]": (T.PYTHONIC, R.AUTO),
+    "<|im_start|>{{ message.content }}": (T.AUTO, R.AUTO),
+}
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_templates_show_the_dialect(template: str) -> None:
+    """The marks in a template say how its model writes, and what a deployment says comes first."""
+    dialect = dialect_of(template)
+    assert (dialect.tool, dialect.reasoning) == TEMPLATES[template]
+    said = dialect_of(template, T.PHI4, R.NONE)
+    assert (said.tool, said.reasoning) == (T.PHI4, R.NONE)
+
+
+def test_ids_of_calls_are_what_templates_take() -> None:
+    """Mistral's templates refuse ids that have not nine letters and digits, when a call comes back."""
+    ids = []
+    for tool in (T.MISTRAL, T.HERMES):
+        dialect = Dialect(tool, R.NONE)
+        calls = Calls(OFFERED, short_ids=dialect.form.short_ids)
+        ids.append(calls.begin("find").id)
+    assert len(ids[0]) == 9
+    assert ids[0].isalnum()
+    assert ids[1].startswith("call_")
