@@ -106,6 +106,7 @@ def _refused(**fields: Any) -> Fault:
         ({"messages": [USER, {"role": "assistant", "content": ""}]}, "messages[1]"),
         ({"system": [{"type": "image"}]}, "system[0]"),
         ({"system": [{"type": "text", "text": "x", "mood": 1}]}, "system[0].mood"),
+        ({"cache_control": {"type": "eternal"}}, "cache_control.type"),
         ({"temperature": 1.5}, "temperature"),
         ({"temprature": 1}, "temprature"),
         ({"n": 2}, "n"),

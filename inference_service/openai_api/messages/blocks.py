@@ -11,8 +11,6 @@ from pydantic_core import PydanticCustomError
 from inference_service.openai_api.schema import Body
 
 BLOCKS = ("text", "tool_use", "tool_result", "thinking", "redacted_thinking")
-CacheControl = dict[str, Any] | None
-"""Accepted: prompts are cached here by themselves."""
 Name = Annotated[str, Field(min_length=1)]
 
 
@@ -40,10 +38,18 @@ def as_blocks(content: Any) -> Any:
     return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
 
+class CacheControl(Body):
+    """Where a prompt is to be kept; accepted, for prompts are kept here by themselves."""
+
+    type: Literal["ephemeral"]
+    ttl: str | None = None
+    scope: str | None = None
+
+
 class Block(Body):
     """A part of a content."""
 
-    cache_control: CacheControl = None
+    cache_control: CacheControl | None = None
 
 
 class TextBlock(Block):

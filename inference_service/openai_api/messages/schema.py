@@ -59,7 +59,7 @@ class CustomTool(Body):
     strict: bool | None = None
     input_examples: list[dict[str, Any]] | None = None
     """The model is told of them with the description."""
-    cache_control: CacheControl = None
+    cache_control: CacheControl | None = None
     eager_input_streaming: bool | None = None
     """Accepted: inputs stream as they come."""
     defer_loading: Annotated[bool | None, BeforeValidator(_at_once, json_schema_input_type=bool | None)] = None
@@ -151,7 +151,7 @@ class Turns(Body):
     output_format: OutputFormat | None = None
     """The older name of output_config.format."""
 
-    cache_control: CacheControl = None
+    cache_control: CacheControl | None = None
     context_management: ContextManagement | None = None
     speed: Annotated[
         Literal["standard"] | None, BeforeValidator(_usual_speed, json_schema_input_type=str | None)
