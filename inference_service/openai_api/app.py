@@ -27,6 +27,9 @@ from inference_service.openai_api import (
 from inference_service.openai_api.chat_schema import ChatBody, TokenizeBody
 from inference_service.openai_api.endpoint import Endpoint, Handler
 from inference_service.openai_api.front import Front
+from inference_service.openai_api.messages import answers as messages
+from inference_service.openai_api.messages.routes import count_tokens, create_message
+from inference_service.openai_api.messages.schema import CountBody, MessagesBody
 from inference_service.openai_api.openapi import document
 from inference_service.openai_api.operators import LoadBody, PageQuery, RollbackBody, UnloadBody
 from inference_service.openai_api.page import page_files
@@ -82,6 +85,27 @@ ENDPOINTS: Final = (
         event=generated.CompletionChunk,
         fails=(404, 429),
         hinted=True,
+    ),
+    Endpoint(
+        "POST",
+        "/v1/messages",
+        create_message,
+        body=MessagesBody,
+        media=ANSWERS,
+        answer=messages.Message,
+        event=messages.MessageEvent,
+        fails=(404, 429, 529),
+        error=messages.MessageError,
+        hinted=True,
+    ),
+    Endpoint(
+        "POST",
+        "/v1/messages/count_tokens",
+        count_tokens,
+        body=CountBody,
+        answer=messages.TokenCount,
+        fails=(404, 429),
+        error=messages.MessageError,
     ),
     Endpoint(
         "POST",
