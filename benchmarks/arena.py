@@ -30,8 +30,9 @@ from benchmarks.moving.figures import Figure, percentile, ratio
 from benchmarks.moving.forge import Forge
 from benchmarks.moving.server import Server, server
 from loramux import AsyncClient
-from loramux.arena.contest import Ask, Contest, Order, Plan, in_turns, met_by
+from loramux.arena.contest import Contest, met_by
 from loramux.arena.kept import Kept
+from loramux.arena.plan import Ask, Order, Plan, in_turns
 from loramux.arena.questions import Question
 from loramux.bench.workload import words
 

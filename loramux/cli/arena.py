@@ -15,11 +15,12 @@ from typing import Annotated, Final
 
 import typer
 
-from loramux.arena.contest import Contest, Found, Plan
+from loramux.arena.contest import Contest, Found
 from loramux.arena.judge import Judge, ServedJudge, Trial, conversation
 from loramux.arena.judge_url import UrlJudge
 from loramux.arena.kept import Kept
 from loramux.arena.page import page
+from loramux.arena.plan import Plan
 from loramux.arena.questions import Question, read_questions, with_reference
 from loramux.arena.records import Answer
 from loramux.arena.scores import LIKELIHOOD, scorer
@@ -264,7 +265,8 @@ def _tell(ran: Ran, wanted: Wanted, questions: Sequence[Question], kept: Path, a
 
 def _end(ran: Ran, report: Standings, kept: Path) -> None:
     """Say what is left to do, and end with the code that says so."""
-    shell.say(f"answers are kept in {kept}", "dim")
+    if kept.exists():
+        shell.say(f"answers are kept in {kept}", "dim")
     if ran.interrupted or ran.stopped is not None or report.failures:
         shell.say(f"go on with the same command and --resume {kept}: what is kept is not asked again")
     if ran.interrupted:
