@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Final, TypeAlias
 
-from loramux.arena.judge import Judge, Trial, decide, trials, verdict
+from loramux.arena.judge import Judge, Trial, decide, sample_trial, trials, verdict
 from loramux.arena.kept import Kept
 from loramux.arena.likelihood import of_reference, prompt_with_reference
 from loramux.arena.plan import Ask, Entrant, Order, Plan, in_turns, repeats
@@ -94,6 +94,20 @@ class Contest:
             lambda model: met_by(self._client, model, question.prompt), self._plan.concurrency, self._patience
         )
         await work.run(self._plan.models, met)
+        if failed:
+            raise failed[0]
+
+    async def meet_judge(self, judge: Judge) -> None:
+        """Have a judge say a letter: one that cannot is no use when all is answered.
+
+        Raises:
+            Fault: why it cannot.
+        """
+        failed: list[Fault] = []
+        work: Work[Trial, Verdict] = Work(lambda trial: decide(judge, trial), 1, self._patience)
+        await work.run(
+            [sample_trial()], lambda _, outcome: failed.append(outcome) if isinstance(outcome, Fault) else None
+        )
         if failed:
             raise failed[0]
 
