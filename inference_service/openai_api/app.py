@@ -92,7 +92,7 @@ ENDPOINTS: Final = (
         create_message,
         body=MessagesBody,
         media=ANSWERS,
-        answer=messages.Message,
+        answer=messages.AnthropicMessage,
         event=messages.MessageEvent,
         fails=(404, 429, 529),
         error=messages.MessageError,

@@ -11,14 +11,14 @@ from pydantic import ConfigDict, with_config
 from typing_extensions import TypedDict
 
 
-class Said(TypedDict):
+class SaidBlock(TypedDict):
     """Text."""
 
     type: Literal["text"]
     text: str
 
 
-class Thinking(TypedDict):
+class ThoughtBlock(TypedDict):
     """What was thought."""
 
     type: Literal["thinking"]
@@ -26,7 +26,7 @@ class Thinking(TypedDict):
     signature: str
 
 
-class ToolUse(TypedDict):
+class CallBlock(TypedDict):
     """A call."""
 
     type: Literal["tool_use"]
@@ -44,14 +44,14 @@ class MessageUsage(TypedDict):
     output_tokens: int
 
 
-class Message(TypedDict):
+class AnthropicMessage(TypedDict):
     """An answer."""
 
     id: str
     type: Literal["message"]
     role: Literal["assistant"]
     model: str
-    content: list[Said | Thinking | ToolUse]
+    content: list[SaidBlock | ThoughtBlock | CallBlock]
     stop_reason: Literal["end_turn", "max_tokens", "stop_sequence", "tool_use"] | None
     stop_sequence: str | None
     usage: MessageUsage
