@@ -24,7 +24,7 @@ from inference_service.openai_api import (
     tokens,
     trainers,
 )
-from inference_service.openai_api.chat_schema import ChatBody, TokenizeBody
+from inference_service.openai_api.chat_schema import ChatBody
 from inference_service.openai_api.endpoint import Endpoint, Handler
 from inference_service.openai_api.front import Front
 from inference_service.openai_api.messages import answers as messages
@@ -39,7 +39,8 @@ from inference_service.openai_api.reply import json_response
 from inference_service.openai_api.responses import answers as responses
 from inference_service.openai_api.responses.create import create_response
 from inference_service.openai_api.responses.schema import ResponsesBody
-from inference_service.openai_api.schema import CompletionBody, DetokenizeBody
+from inference_service.openai_api.schema import CompletionBody
+from inference_service.openai_api.tokens_schema import DetokenizeBody, TokenizeBody
 from inference_service.openai_api.trainers import InfoQuery, PauseQuery
 from inference_service.serving.adapters.fixed import fixed_manager
 from inference_service.serving.adapters.manager import AdapterManager

@@ -9,11 +9,10 @@ from starlette.responses import Response
 
 from inference_service.openai_api import answers
 from inference_service.openai_api.body import read_body
-from inference_service.openai_api.chat_schema import TokenizeBody
 from inference_service.openai_api.dialects.table import dialect_of_model
 from inference_service.openai_api.mapping import messages_of, refused
 from inference_service.openai_api.reply import json_response
-from inference_service.openai_api.schema import DetokenizeBody
+from inference_service.openai_api.tokens_schema import DetokenizeBody, TokenizeBody
 from inference_service.serving.adapter_defaults import NO_DEFAULTS, AdapterDefaults
 from inference_service.serving.bounds import check_turns
 from inference_service.serving.lengths import countable

@@ -19,7 +19,6 @@ from inference_service.openai_api.chat_schema import (
     Function,
     JsonSchema,
     ResponseFormat,
-    TokenizeBody,
     Tool,
     ToolCall,
 )
@@ -35,10 +34,10 @@ from inference_service.openai_api.responses.schema import (
 from inference_service.openai_api.schema import (
     Body,
     CompletionBody,
-    DetokenizeBody,
     StreamOptions,
     StructuredOutputs,
 )
+from inference_service.openai_api.tokens_schema import DetokenizeBody, TokenizeBody
 from inference_service.rpc.mapping import TRANSLATED
 from inference_service.serving.bounds import IDS, NUMBERS, TEXTS
 from inference_service.serving.request import Request
