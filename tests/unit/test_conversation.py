@@ -91,7 +91,7 @@ async def test_marks_that_are_special_tokens_are_asked_for(tmp_path: Path) -> No
     assert await ask(service, messages=turns, tools=[FIND]) == [["call", "find", "{}"]]
     [asked] = service.asked
     assert "[TOOL_CALLS]" in asked.shown_special_tokens
-    _, called, answered = asked.prompt
+    _, called, answered = list(asked.prompt)
     assert isinstance(called, dict)
     assert isinstance(answered, dict)
     assert called["tool_calls"][0]["id"] == answered["tool_call_id"]
