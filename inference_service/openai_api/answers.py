@@ -58,6 +58,8 @@ class Model(TypedDict):
     invocation_tokens: list[int]
     licence: str | None
     base_licence: str | None
+    tool_parser: str | None
+    reasoning_parser: str | None
     warnings: list[str]
 
 

@@ -44,6 +44,7 @@ async def get_model(service: GenerationService, http: HttpRequest) -> Response:
 def _model(model: ServedModel, service: GenerationService, adapters: AdapterManager) -> answers.Model:
     catalog = service.catalog
     base = model.name == catalog.base_name
+    parsers = service.parsers_of(model)
     return {
         "id": model.name,
         "object": "model",
@@ -62,6 +63,8 @@ def _model(model: ServedModel, service: GenerationService, adapters: AdapterMana
         "invocation_tokens": list(model.invocation),
         "licence": (catalog.base_licence if base else model.licence) or None,
         "base_licence": None if base else catalog.base_licence or None,
+        "tool_parser": parsers.tool if parsers else None,
+        "reasoning_parser": parsers.reasoning if parsers else None,
         "warnings": list(model.warnings),
     }
 

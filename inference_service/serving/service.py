@@ -17,7 +17,7 @@ from inference_service.core.activation import activation
 from inference_service.core.constraint import Constraint, Grammar, packed
 from inference_service.core.sampling import LogprobsMode, SamplingParams
 from inference_service.core.sequence import Sequence
-from inference_service.serving.adapter_defaults import AdapterDefaults
+from inference_service.serving.adapter_defaults import NO_DEFAULTS, AdapterDefaults
 from inference_service.serving.answer import Answer
 from inference_service.serving.base_files import BaseFiles, NoBaseFiles
 from inference_service.serving.bounds import check, check_constraint
@@ -29,6 +29,7 @@ from inference_service.serving.lengths import countable
 from inference_service.serving.limits import Limiter, Ticket
 from inference_service.serving.naming import Naming
 from inference_service.serving.numbers import completing, drawable, first, of_answer, room
+from inference_service.serving.parsers import parsers_of
 from inference_service.serving.request import (
     Delta,
     Event,
@@ -192,6 +193,13 @@ class GenerationService:
             yield
         finally:
             self.in_work -= 1
+
+    def parsers_of(self, model: ServedModel) -> Parsers | None:
+        """Return how answers of a model are read; None of an adapter whose files nobody has read yet."""
+        if model.defaults is None and model.name != self.catalog.base_name:
+            return None
+        defaults = model.defaults or NO_DEFAULTS
+        return parsers_of(defaults.template or self._text(defaults).template, self.parsers)
 
     def _text(self, defaults: AdapterDefaults) -> Text:
         """Return what the tokens of a model mean."""

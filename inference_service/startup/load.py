@@ -138,6 +138,7 @@ def load(settings: InferenceSettings, store: Store, watchers: Sequence[Watcher] 
     serving = ServingLimits(limits.max_seq_len, generation.request_default_max_tokens, ends, hidden)
     service = GenerationService(catalog, base.text, thread, serving, watchers)
     service.logprobs_mode = settings.logprobs_mode
+    service.parsers = settings.parsers(generation.tool_parser, generation.reasoning_parser)
     service.base_files = PlacedFiles(base.placed)
     service.limiter.limits = generation.limits
     if bank is not None:

@@ -33,6 +33,7 @@ from loramux_shared.bundle.proof import Proof
 from loramux_shared.deployment import Aliases, Dtype, Merge, Model, ModelLimits, Repository, StoredName
 from loramux_shared.faults import BundleCorrupt, Finding
 from loramux_shared.limits import unset
+from loramux_shared.parsers import ReasoningParser, ToolParser
 from loramux_shared.rounding import Rounding
 
 FORMAT_VERSION: Final = 1
@@ -398,6 +399,10 @@ class Generation(Record):
     request_default_max_tokens: int | None = None
     speculative_tokens: int | None = Field(default=None, ge=0, exclude_if=unset)
     quantization: Rounding = Field(default=Rounding.NONE, exclude_if=lambda kind: kind is Rounding.NONE)
+    tool_parser: ToolParser = Field(default=ToolParser.AUTO, exclude_if=lambda name: name is ToolParser.AUTO)
+    reasoning_parser: ReasoningParser = Field(
+        default=ReasoningParser.AUTO, exclude_if=lambda name: name is ReasoningParser.AUTO
+    )
     serve_base: bool = True
     merge: Merge = Merge.AUTO
     aliases: Aliases = Field(default_factory=dict, exclude_if=unset)
