@@ -30,7 +30,7 @@ from inference_service.openai_api.page import page_files
 from inference_service.openai_api.pooling_schema import EmbeddingsBody
 from inference_service.openai_api.refusals import fault_response, on_failure, on_fault, on_http_error
 from inference_service.openai_api.reply import json_response
-from inference_service.openai_api.responses.create import create_response
+from inference_service.openai_api.responses.create import count_input, create_response
 from inference_service.openai_api.responses.schema import ResponsesBody
 from inference_service.openai_api.schema import CompletionBody, DetokenizeBody
 from inference_service.serving.adapters.fixed import fixed_manager
@@ -55,6 +55,7 @@ ENDPOINTS: Final = (
     Endpoint("POST", "/v1/chat/completions", chat.chat_completions, body=ChatBody, media=ANSWERS),
     Endpoint("POST", "/v1/completions", completions.completions, body=CompletionBody, media=ANSWERS),
     Endpoint("POST", "/v1/responses", create_response, body=ResponsesBody, media=ANSWERS),
+    Endpoint("POST", "/v1/responses/input_tokens", count_input, body=ResponsesBody),
     Endpoint("POST", "/v1/embeddings", embeddings.embeddings, body=EmbeddingsBody),
     Endpoint("GET", "/v1/models", models.list_models),
     Endpoint("GET", "/v1/models/{model:path}", models.get_model),
