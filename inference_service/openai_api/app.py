@@ -37,7 +37,7 @@ from inference_service.openai_api.pooling_schema import EmbeddingsBody
 from inference_service.openai_api.refusals import fault_response, on_failure, on_fault, on_http_error
 from inference_service.openai_api.reply import json_response
 from inference_service.openai_api.responses import answers as responses
-from inference_service.openai_api.responses.create import create_response
+from inference_service.openai_api.responses.create import count_input, create_response
 from inference_service.openai_api.responses.schema import ResponsesBody
 from inference_service.openai_api.schema import CompletionBody
 from inference_service.openai_api.tokens_schema import DetokenizeBody, TokenizeBody
@@ -118,6 +118,14 @@ ENDPOINTS: Final = (
         event=responses.ResponseEvent,
         fails=(404, 429),
         hinted=True,
+    ),
+    Endpoint(
+        "POST",
+        "/v1/responses/input_tokens",
+        count_input,
+        body=ResponsesBody,
+        answer=responses.InputTokens,
+        fails=(404, 429),
     ),
     Endpoint(
         "POST",

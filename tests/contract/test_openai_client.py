@@ -406,3 +406,39 @@ async def test_errors_are_the_clients_classes(door: OpenAIDoor) -> None:
         await door.openai.chat.completions.create(model="base", messages=USER, verbosity="low")
     assert caught.value.code == "unsupported_parameter"
     assert caught.value.response.headers["x-request-id"]
+
+
+async def test_a_response_is_a_chat_in_other_words(door: OpenAIDoor) -> None:
+    """Both say the same of the same, stream and count it, and the prompt of the second is in the cache."""
+    chat = await door.openai.chat.completions.create(**GREEDY, max_completion_tokens=8)
+    asked: Any = {"model": "rs", "input": "Hi", "temperature": 0, "extra_body": {"ignore_eos": True}}
+    answer = await door.openai.responses.create(**asked, max_output_tokens=8)
+    assert answer.output_text == chat.choices[0].message.content
+    assert (answer.status, answer.incomplete_details.reason) == ("incomplete", "max_output_tokens")
+    assert (answer.usage.input_tokens, answer.usage.output_tokens) == (len("u:Hi;a:"), 8)
+    stream = await door.openai.responses.create(**asked, max_output_tokens=8, stream=True)
+    said = "".join([event.delta async for event in stream if event.type == "response.output_text.delta"])
+    assert said == answer.output_text
+    with pytest.raises(openai.BadRequestError) as caught:
+        await door.openai.responses.create(**asked, tools=[{"type": "function", "name": "a b"}])
+    assert caught.value.param == "tools[0].name"
+    counted = await door.openai.responses.input_tokens.count(model="rs", input="Hi")
+    assert counted.input_tokens == answer.usage.input_tokens
+
+
+async def test_a_response_to_too_much_begins_later(door: OpenAIDoor) -> None:
+    """Where it may, it leaves out the first turns: as few as it can, and never instructions nor half a turn."""
+    most = door.ready.service.limits.max_seq_len
+    turns: list[Any] = []
+    for nth in range(40):
+        turns += [{"role": "user", "content": f"{nth:02}"}, {"role": "assistant", "content": "y" * 8}]
+    asked: Any = {"model": "rs", "instructions": "I", "input": [*turns, USER[0]], "max_output_tokens": 9}
+    with pytest.raises(openai.BadRequestError) as caught:
+        await door.openai.responses.create(**asked)
+    assert caught.value.code == "context_length_exceeded"
+    answer = await door.openai.responses.create(**asked, truncation="auto")
+    assert answer.truncation == "auto"
+    turn, rest = len("u:00;a:yyyyyyyy;"), len("s:I;u:Hi;a:")
+    assert answer.usage.input_tokens == rest + turn * ((most - 9 - rest) // turn)
+    with pytest.raises(openai.BadRequestError):
+        await door.openai.responses.create(model="rs", input="x" * most, truncation="auto")

@@ -15,6 +15,7 @@ from pydantic import BaseModel
 
 from inference_service.core.sequence import FinishReason
 from loramux_shared.faults import QueueFull, RateLimited, ReplicaFailed, RequestInvalid
+from loramux_shared.parsers import Parsers, ReasoningParser
 from tests.support.responses import check_events, check_response, read_stream
 from tests.support.talker import TalkerDoor, open_talker
 
@@ -219,6 +220,101 @@ async def test_a_loop_of_tools(door: TalkerDoor) -> None:
         },
         {"role": "tool", "content": "Rain.", "tool_call_id": call.call_id},
     ]
+
+
+async def test_functions_of_a_namespace(door: TalkerDoor) -> None:
+    """The model knows them by both names, and a call tells the two apart, here and when it comes back."""
+    namespace = {"type": "namespace", "name": "sky", "description": "Of the sky.", "tools": [WEATHER, TIME]}
+    door.talker.say(CALL.replace("weather", "sky__weather"))
+    answer = check_response((await door.post(PATH, **ASKED, tools=[WEATHER, namespace])).json())
+    [call] = answer["output"]
+    assert (call["namespace"], call["name"]) == ("sky", "weather")
+    functions = [tool["function"] for tool in door.talker.asked[-1].tools]
+    assert [each["name"] for each in functions] == ["weather", "sky__weather", "sky__time"]
+    assert [each.get("description") for each in functions] == [
+        None,
+        "Of the sky.",
+        "Of the sky.\nTell the time.",
+    ]
+    door.talker.say("So.")
+    output = {"type": "function_call_output", "call_id": call["call_id"], "output": "Rain."}
+    asked = [{"role": "user", "content": "Hi"}, call, output]
+    await door.post(PATH, model="pirate", input=asked, tools=[namespace])
+    [_, turn, _] = door.talker.last
+    assert turn["tool_calls"][0]["function"]["name"] == "sky__weather"
+
+
+async def test_reasoning_is_an_item_and_comes_back(door: TalkerDoor) -> None:
+    """It is told apart from the text, counted, and given to the template again, also unread."""
+    door.talker.parsers = Parsers(reasoning=ReasoningParser.THINK)
+    said = f"<think>H|m.</think>\n\nSo.|{CALL}"
+    for more in ({}, {"include": ["reasoning.encrypted_content"]}):
+        door.talker.say(said)
+        streamed = await door.post(PATH, **ASKED, tools=[WEATHER], stream=True, **more)
+        events = read_stream(streamed.content)
+        answer = check_events(events)
+        thoughts = [event["delta"] for event in events if event["type"] == "response.reasoning_text.delta"]
+        assert "".join(thoughts) == "Hm."
+        assert [_said(item) for item in answer["output"]] == [
+            ("reasoning", "Hm."),
+            ("message", "So."),
+            ("function_call", '{"city": "Oslo"}'),
+        ]
+        assert 0 < answer["usage"]["output_tokens_details"]["reasoning_tokens"] < len(said)
+        thought, message, call = answer["output"]
+        unread = {key: value for key, value in thought.items() if key != "content" or not more}
+        output = {"type": "function_call_output", "call_id": call["call_id"], "output": "Rain."}
+        door.talker.say("So.")
+        asked = [{"role": "user", "content": "Hi"}, unread, message, call, output]
+        assert (await door.post(PATH, model="pirate", input=asked)).status_code == 200
+        [_, turn, _] = door.talker.last
+        assert (turn["reasoning"], turn["content"], len(turn["tool_calls"])) == ("Hm.", "So.", 1)
+
+
+COMPLIANCE: dict[str, tuple[dict[str, Any], str, list[str]]] = {
+    "basic": ({"input": [{"type": "message", "role": "user", "content": "Say hello."}]}, "Hello", ["message"]),
+    "system prompt": (
+        {
+            "input": [
+                {"type": "message", "role": "system", "content": "You are a pirate."},
+                {"type": "message", "role": "user", "content": "Say hello."},
+            ]
+        },
+        "Ahoy",
+        ["message"],
+    ),
+    "tool calling": (
+        {
+            "input": [{"type": "message", "role": "user", "content": "How is the weather?"}],
+            "tools": [WEATHER | {"description": "Tell the weather."}],
+        },
+        CALL,
+        ["function_call"],
+    ),
+    "multi-turn": (
+        {
+            "input": [
+                {"type": "message", "role": "user", "content": "My name is Ann."},
+                {"type": "message", "role": "assistant", "content": "Hello Ann!"},
+                {"type": "message", "role": "user", "content": "What is my name?"},
+            ]
+        },
+        "Ann",
+        ["message"],
+    ),
+}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("case", COMPLIANCE)
+async def test_cases_of_open_responses(door: TalkerDoor, case: str, stream: bool) -> None:
+    """What https://www.openresponses.org/compliance asks of a server, but for the image, which is refused."""
+    asked, said, kinds = COMPLIANCE[case]
+    door.talker.say(said)
+    answer = await door.post(PATH, model="pirate", stream=stream, **asked)
+    last = check_events(read_stream(answer.content)) if stream else check_response(answer.json())
+    assert last["status"] == "completed"
+    assert [item["type"] for item in last["output"]] == kinds
 
 
 REFUSED: list[tuple[dict[str, Any], str, str]] = [

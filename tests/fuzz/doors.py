@@ -114,6 +114,7 @@ BODIES: Mapping[str, tuple[type[Body], dict[str, Any]]] = {
         | {"truncate_prompt_tokens": 50, "add_special_tokens": False}
         | SAMPLED,
     ),
+    "/v1/responses/input_tokens": (ResponsesBody, {"model": "rs", "input": "Hi"}),
     "/v1/responses": (
         ResponsesBody,
         {

@@ -24,13 +24,13 @@ from inference_service.openai_api.chat_schema import (
 )
 from inference_service.openai_api.responses.items import CallItem, MessageItem, OutputItem, ReasoningItem
 from inference_service.openai_api.responses.schema import (
-    FunctionTool,
     Reasoning,
     ResponsesBody,
     StreamingOptions,
     TextConfig,
     TextFormat,
 )
+from inference_service.openai_api.responses.tools import FunctionTool, NamespaceTool
 from inference_service.openai_api.schema import (
     Body,
     CompletionBody,
@@ -69,9 +69,9 @@ HTTP_ONLY = {
     # the key of an alias
     "user",
     # of responses: become the chat that answers them
-    "input", "instructions", "max_output_tokens", "text", "reasoning", "include",
+    "input", "instructions", "max_output_tokens", "text", "reasoning", "include", "truncation",
     # change nothing
-    "max_tool_calls",
+    "max_tool_calls", "client_metadata",
     "metadata", "store", "service_tier", "safety_identifier",
     "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention",
 }  # fmt: skip
@@ -107,6 +107,7 @@ SMALLEST: Mapping[type[Body], dict[str, Any]] = {
     CallItem: {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"},
     OutputItem: {"type": "function_call_output", "call_id": "c", "output": "x"},
     ReasoningItem: {"type": "reasoning"},
+    NamespaceTool: {"type": "namespace", "name": "n", "description": "d", "tools": []},
     FunctionTool: {"type": "function", "name": "f"},
     TextConfig: {},
     TextFormat: {"type": "text"},

@@ -16,7 +16,7 @@ from inference_service.openai_api.chat_schema import ChatBody
 from inference_service.openai_api.mapping import callable_tools, chat_request, is_forced, messages_of
 from inference_service.openai_api.pieces import CallArguments, CallBegun, Piece, Said, Thought
 from inference_service.openai_api.responses.carried import carried, uncarried
-from inference_service.openai_api.responses.mapping import chat_of, in_our_words
+from inference_service.openai_api.responses.mapping import chat_of, in_words_of
 from inference_service.openai_api.responses.output import Output
 from inference_service.openai_api.responses.schema import ResponsesBody
 from loramux_shared.faults import Finding, RequestInvalid
@@ -65,6 +65,7 @@ THINK = {
     "content": [{"type": "reasoning_text", "text": "Hm"}],
 }
 USER = {"role": "user", "content": "Hi"}
+SYSTEM = {"role": "system", "content": "T"}
 EMPTY = {"role": "assistant", "content": ""}
 
 
@@ -72,6 +73,10 @@ EMPTY = {"role": "assistant", "content": ""}
     ("items", "turns"),
     [
         ([{"role": "developer", "content": "D"}, USER], [{"role": "system", "content": "D"}, USER]),
+        (
+            [{"role": "developer", "content": "D"}, SYSTEM | {"content": "S"}, USER, SYSTEM],
+            [{"role": "system", "content": "D\n\nS"}, USER, SYSTEM],
+        ),
         ([USER, PIRATE, USER], [USER, {"role": "assistant", "content": "Ahoy"}, USER]),
         ([USER, PIRATE, PIRATE], [USER, *[{"role": "assistant", "content": "Ahoy"}] * 2]),
         (
@@ -123,6 +128,10 @@ def test_items_of_a_turn_are_one_message(items: list[dict[str, Any]], turns: lis
         (
             {"instructions": "I"},
             {"messages": [{"role": "system", "content": "I"}, {"role": "user", "content": "Hi"}]},
+        ),
+        (
+            {"instructions": "I", "input": [{"role": "developer", "content": "D"}, USER]},
+            {"messages": [{"role": "system", "content": "I\n\nD"}, USER]},
         ),
         (
             {"tools": [{"type": "function"} | FUNCTION], "parallel_tool_calls": False},
@@ -185,7 +194,8 @@ def test_allowed_tools_are_told_with_the_others(mode: str) -> None:
     [
         ("messages[3].tool_calls[0].function.name", "input"),
         ("messages", "input"),
-        ("tools[2].function.name", "tools[2].name"),
+        ("tools[0].function.name", "tools[0].name"),
+        ("tools[2].function.name", "tools[1].tools[1].name"),
         ("tools", "tools"),
         ("max_tokens", "max_output_tokens"),
         ("response_format", "text.format"),
@@ -194,7 +204,10 @@ def test_allowed_tools_are_told_with_the_others(mode: str) -> None:
 )
 def test_faults_name_the_fields_of_the_body(where: str, here: str) -> None:
     """Whoever asked for a response has never heard of messages."""
-    with pytest.raises(RequestInvalid, match=r"^no\.") as caught, in_our_words():
+    tool = {"type": "function", "name": "f"}
+    tools = [tool, {"type": "namespace", "name": "n", "description": "d", "tools": [tool, tool]}]
+    body = ResponsesBody.model_validate_json(json.dumps({"model": "m", "input": "x", "tools": tools}))
+    with pytest.raises(RequestInvalid, match=r"^no\.") as caught, in_words_of(body):
         raise RequestInvalid("no.", [Finding(code="E_BAD_FIELD", where=where)])
     assert [finding.where for finding in caught.value.findings] == [here]
 
@@ -216,7 +229,7 @@ PIECES = st.one_of(
 @given(st.lists(st.lists(PIECES, max_size=3), max_size=6))
 def test_items_hold_what_the_pieces_say(batches: list[list[Piece]]) -> None:
     """Whatever comes in whatever order: all of it stands in items, and space alone is no message."""
-    output = Output(None, carries=True)
+    output = Output(None, (), carries=True)
     expected: list[tuple[str, str]] = []
     for batch in batches:
         pieces: list[Piece] = []
@@ -255,7 +268,7 @@ def _text(item: dict[str, Any]) -> str:
 
 def test_tokens_of_reasoning_are_counted() -> None:
     """They are those after which reasoning came; the others belong to what is said."""
-    output = Output(None, carries=False)
+    output = Output(None, (), carries=False)
     output.take([Thought("a")], [Token(5)] * 3)
     output.take([], [Token(5)])
     output.take([Thought("b")], [Token(5)])

@@ -146,6 +146,13 @@ class Response(TypedDict):
     previous_response_id: None
 
 
+class InputTokens(TypedDict):
+    """Tokens of a prompt."""
+
+    object: Literal["response.input_tokens"]
+    input_tokens: int
+
+
 @with_config(ConfigDict(extra="allow"))
 class ResponseEvent(TypedDict):
     """An event of a response; its type says which other fields it has."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Final
 
@@ -13,11 +13,14 @@ from inference_service.core.sequence import FinishReason
 from inference_service.openai_api.body import read_body
 from inference_service.openai_api.conversation import Conversation, Told
 from inference_service.openai_api.errors import error_body
+from inference_service.openai_api.mapping import chat_request
 from inference_service.openai_api.reply import DONE, Head, Json, json_response, named_event
-from inference_service.openai_api.responses.mapping import chat_of, in_our_words
+from inference_service.openai_api.responses.fitting import fitted
+from inference_service.openai_api.responses.mapping import chat_of, in_words_of
 from inference_service.openai_api.responses.output import Output, Status
 from inference_service.openai_api.responses.resource import Resource
 from inference_service.openai_api.responses.schema import ResponsesBody
+from inference_service.openai_api.responses.tools import functions_of
 from inference_service.openai_api.stream import Framing, open_stream, while_connected
 from inference_service.serving.request import Delta, Finished, Started
 from inference_service.serving.service import GenerationService
@@ -30,27 +33,33 @@ FRAMING: Final = Framing(named_event, error_body, DONE)
 async def create_response(service: GenerationService, http: HttpRequest) -> Response:
     """Answer items with items."""
     body = await read_body(http, ResponsesBody)
-    answer = Answer(service, body, http.headers)
+    with in_words_of(body):
+        chat = chat_of(body)
+        if body.truncation == "auto":
+            chat = await while_connected(http.receive, fitted(service, chat, http.headers))
+        answer = Answer(service, body, Conversation(service, chat, http.headers))
     if body.stream:
         return await open_stream(http.receive, answer.events(), answer.head, FRAMING)
     whole = await while_connected(http.receive, answer.whole())
     return json_response(whole, headers=answer.head.headers)
 
 
+async def count_input(service: GenerationService, http: HttpRequest) -> Response:
+    """Count the tokens of what would be answered."""
+    body = await read_body(http, ResponsesBody)
+    with in_words_of(body):
+        tokens = await service.tokenize(chat_request(chat_of(body), http.headers))
+    return json_response({"object": "response.input_tokens", "input_tokens": len(tokens)})
+
+
 class Answer:
     """A conversation in the words of this route."""
 
-    def __init__(self, service: GenerationService, body: ResponsesBody, headers: Mapping[str, str]) -> None:
-        """Make a conversation of a body.
-
-        Raises:
-            RequestInvalid: fields contradict each other, or a header is wrong.
-        """
+    def __init__(self, service: GenerationService, body: ResponsesBody, conversation: Conversation) -> None:
         self._service = service
         self._body = body
-        self._output = Output(None, carries=body.carries)
-        with in_our_words():
-            self._conversation = Conversation(service, chat_of(body), headers)
+        self._conversation = conversation
+        self._output = Output(None, (), carries=body.carries)
         self.head = Head(f"resp_{self._conversation.request.id}", "response", body.model)
         self._resource: Resource | None = None
         """Known when the request was accepted."""
@@ -88,7 +97,7 @@ class Answer:
 
     async def _told(self) -> AsyncGenerator[Json]:
         begun = False
-        with in_our_words():
+        with in_words_of(self._body):
             async with aclosing(self._conversation.events()) as events:
                 async for event in events:
                     match event:
@@ -105,7 +114,7 @@ class Answer:
     async def _begin(self, started: Started) -> Resource:
         self.head.begin(started)
         scored = None if self._body.logprobs is None else started.text
-        self._output = Output(scored, carries=self._body.carries)
+        self._output = Output(scored, functions_of(self._body.tools), carries=self._body.carries)
         return Resource(self._body, self.head, await self._service.naming.defaults(started.model))
 
     def _tell(self, resource: Resource, told: Told) -> list[Json]:

@@ -9,7 +9,7 @@ https://www.openresponses.org/specification
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, Never
 
 from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, PlainValidator, Tag
 from pydantic_core import PydanticCustomError
@@ -60,6 +60,7 @@ class CallItem(Body):
     name: Annotated[str, Field(min_length=1)]
     arguments: str
     """A JSON object, as the model wrote it."""
+    namespace: str | None = None
     id: str | None = None
     status: Status = None
 
@@ -70,6 +71,9 @@ class OutputItem(Body):
     type: Literal["function_call_output"]
     call_id: Annotated[str, Field(min_length=1)]
     output: Text
+    name: str | None = None
+    namespace: str | None = None
+    """Accepted: the call says both."""
     id: str | None = None
     status: Status = None
 
@@ -108,12 +112,12 @@ AnyItem = Annotated[
     | Annotated[CallItem, Tag("[function_call]")]
     | Annotated[OutputItem, Tag("[function_call_output]")]
     | Annotated[ReasoningItem, Tag("[reasoning]")]
-    | Annotated[None, PlainValidator(_refuse, json_schema_input_type=None), Tag("[other]")],
+    | Annotated[Never, PlainValidator(_refuse, json_schema_input_type=None), Tag("[other]")],
     Discriminator(_kind),
 ]
 
 
-def _some(items: tuple[Item | None, ...]) -> tuple[Item | None, ...]:
+def _some(items: tuple[Item, ...]) -> tuple[Item, ...]:
     if not items:
         raise PydanticCustomError("input", "at least one item")
     return items

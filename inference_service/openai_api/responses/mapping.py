@@ -7,16 +7,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Final
 
-from inference_service.openai_api.chat_schema import (
-    ChatBody,
-    Function,
-    JsonSchema,
-    ResponseFormat,
-    Tool,
-)
+from inference_service.openai_api.chat_schema import ChatBody, JsonSchema, ResponseFormat, Tool
 from inference_service.openai_api.mapping import refused
 from inference_service.openai_api.responses.items import Item, OutputItem
-from inference_service.openai_api.responses.schema import FunctionTool, ResponsesBody, TextFormat
+from inference_service.openai_api.responses.schema import ResponsesBody, TextFormat
+from inference_service.openai_api.responses.tools import functions_of
 from inference_service.openai_api.responses.turns import messages_of
 from inference_service.openai_api.schema import SamplingBody
 from loramux_shared.faults import Fault
@@ -31,7 +26,7 @@ FIELDS: Final = {
 }
 """Fields of a chat that have another name here."""
 _MESSAGE: Final = re.compile(r"messages\[\d+\].*")
-_TOOL: Final = re.compile(r"(tools\[\d+\])\.function\b")
+_TOOL: Final = re.compile(r"tools\[(\d+)\]\.function\b")
 
 
 def chat_of(body: ResponsesBody) -> ChatBody:
@@ -40,12 +35,11 @@ def chat_of(body: ResponsesBody) -> ChatBody:
     Raises:
         RequestInvalid: an output is that of no call, or reasoning is not ours.
     """
-    items = [] if isinstance(body.input, str) else [item for item in body.input if item is not None]
-    _check_calls(items)
-    told = body.input if isinstance(body.input, str) else items
+    if not isinstance(body.input, str):
+        _check_calls(body.input)
     shared = {name: getattr(body, name) for name in SamplingBody.model_fields}
     own: dict[str, Any] = {
-        "messages": messages_of(body.instructions, told),
+        "messages": messages_of(body.instructions, body.input),
         "max_completion_tokens": body.max_output_tokens,
         "logprobs": body.logprobs is not None,
         "top_logprobs": body.logprobs,
@@ -72,14 +66,7 @@ def _check_calls(items: Sequence[Item]) -> None:
 
 
 def _tools(body: ResponsesBody) -> tuple[Tool, ...] | None:
-    return None if body.tools is None else tuple(_tool(tool) for tool in body.tools if tool is not None)
-
-
-def _tool(tool: FunctionTool) -> Tool:
-    function = Function(
-        name=tool.name, description=tool.description, parameters=tool.parameters, strict=tool.strict
-    )
-    return Tool(type="function", function=function)
+    return None if body.tools is None else tuple(each.tool() for each in functions_of(body.tools))
 
 
 def _format(asked: TextFormat | None) -> ResponseFormat | None:
@@ -93,8 +80,8 @@ def _format(asked: TextFormat | None) -> ResponseFormat | None:
 
 
 @contextmanager
-def in_our_words() -> Iterator[None]:
-    """Name the fields of faults as the body of a response does.
+def in_words_of(body: ResponsesBody) -> Iterator[None]:
+    """Name the fields of faults as a body does.
 
     Raises:
         Fault: the same, about those.
@@ -102,11 +89,14 @@ def in_our_words() -> Iterator[None]:
     try:
         yield
     except Fault as fault:
-        findings = [each.model_copy(update={"where": _field(each.where)}) for each in fault.findings]
+        findings = [each.model_copy(update={"where": _field(each.where, body)}) for each in fault.findings]
         raise type(fault)(fault.message, findings, fault.repository, fault.retry_after_s) from fault
 
 
-def _field(where: str) -> str:
+def _field(where: str, body: ResponsesBody) -> str:
     if _MESSAGE.fullmatch(where):
         return "input"
-    return FIELDS.get(where) or _TOOL.sub(r"\1", where)
+    if tool := _TOOL.match(where):
+        places = [each.place for each in functions_of(body.tools)]
+        return places[int(tool[1])] + where[tool.end() :]
+    return FIELDS.get(where, where)

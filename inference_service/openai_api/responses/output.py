@@ -8,7 +8,7 @@ Sources of the events: https://www.openresponses.org/specification, and
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Final, Literal
 
 from inference_service.core.sequence import Token
@@ -16,6 +16,7 @@ from inference_service.openai_api.logprobs import chat_logprobs
 from inference_service.openai_api.pieces import CallArguments, CallBegun, Piece, Said, Thought
 from inference_service.openai_api.reply import Json
 from inference_service.openai_api.responses.carried import carried
+from inference_service.openai_api.responses.tools import Offered
 from inference_service.serving.text import Text
 
 Status = Literal["in_progress", "completed", "incomplete"]
@@ -131,9 +132,10 @@ class _Call(_Item):
 
     prefix = "fc"
 
-    def __init__(self, index: int, begun: CallBegun) -> None:
+    def __init__(self, index: int, begun: CallBegun, function: Offered | None) -> None:
         super().__init__(index)
         self._begun = begun
+        self._called: Json = function.called() if function else {"name": begun.name}
 
     def json(self, status: Status) -> Json:
         return {
@@ -141,7 +143,7 @@ class _Call(_Item):
             "type": "function_call",
             "status": status,
             "call_id": self._begun.id,
-            "name": self._begun.name,
+            **self._called,
             "arguments": self._text,
         }
 
@@ -152,19 +154,20 @@ class _Call(_Item):
 
     def done(self, status: Status) -> list[Json]:
         event = "response.function_call_arguments.done"
-        arguments = {"type": event, **self._place, "name": self._begun.name, "arguments": self._text}
+        arguments = {"type": event, **self._place, "name": self._called["name"], "arguments": self._text}
         return [arguments, *super().done(status)]
 
 
 class Output:
     """Collects the items of an answer, and tells them in events."""
 
-    def __init__(self, scored: Text | None, *, carries: bool) -> None:
+    def __init__(self, scored: Text | None, functions: Iterable[Offered], *, carries: bool) -> None:
         """Begin an answer without items.
 
         Text is given where log probabilities are to be told; carries: reasoning is to be given back unread.
         """
         self._scored = scored
+        self._functions = {each.name: each for each in functions}
         self._carries = carries
         self._done: list[Json] = []
         self._open: _Message | _Thoughts | _Call | None = None
@@ -205,7 +208,7 @@ class Output:
             case CallBegun():
                 self._tokens.clear()
                 events = self._close("completed")
-                self._open = _Call(len(self._done), piece)
+                self._open = _Call(len(self._done), piece, self._functions.get(piece.name))
                 return events + self._open.added()
             case CallArguments(_, text):
                 self._tokens.clear()

@@ -13,7 +13,7 @@ from inference_service.openai_api.chat_schema import AllowedTools, NamedTool, To
 from inference_service.openai_api.errors import error_body, status_of
 from inference_service.openai_api.mapping import DEFAULT_TEMPERATURE
 from inference_service.openai_api.reply import Head, Json
-from inference_service.openai_api.responses.schema import FunctionTool, ResponsesBody, TextConfig
+from inference_service.openai_api.responses.schema import ResponsesBody, TextConfig
 from inference_service.serving.adapter_defaults import AdapterDefaults
 from inference_service.serving.numbers import first
 from inference_service.serving.request import Finished
@@ -67,7 +67,7 @@ def _asked(body: ResponsesBody, defaults: AdapterDefaults) -> Json:
         "instructions": body.instructions,
         "max_output_tokens": body.max_output_tokens,
         "max_tool_calls": body.max_tool_calls,
-        "tools": [_tool(tool) for tool in body.tools or () if tool is not None],
+        "tools": [tool.told() for tool in body.tools or ()],
         "tool_choice": _choice(body.tool_choice),
         "parallel_tool_calls": body.parallel_tool_calls is not False,
         "text": _text(body.text),
@@ -77,7 +77,7 @@ def _asked(body: ResponsesBody, defaults: AdapterDefaults) -> Json:
         "presence_penalty": body.presence_penalty or 0.0,
         "frequency_penalty": body.frequency_penalty or 0.0,
         "top_logprobs": body.top_logprobs or 0,
-        "truncation": "disabled",
+        "truncation": body.truncation or "disabled",
         "metadata": body.metadata or {},
         "user": body.user,
         "safety_identifier": body.safety_identifier,
@@ -86,16 +86,6 @@ def _asked(body: ResponsesBody, defaults: AdapterDefaults) -> Json:
         "store": False,
         "background": False,
         "previous_response_id": None,
-    }
-
-
-def _tool(tool: FunctionTool) -> Json:
-    return {
-        "type": tool.type,
-        "name": tool.name,
-        "description": tool.description,
-        "parameters": tool.parameters,
-        "strict": tool.strict,
     }
 
 

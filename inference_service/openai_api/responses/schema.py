@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, ClassVar, Final, Literal, NotRequired, Self
 
-from pydantic import BeforeValidator, Discriminator, Field, PlainValidator, Tag, model_validator
+from pydantic import BeforeValidator, Field, PlainValidator, model_validator
 from pydantic_core import PydanticCustomError
 from typing_extensions import TypedDict
 
@@ -22,6 +22,7 @@ from inference_service.openai_api.chat_schema import (
     unsupported,
 )
 from inference_service.openai_api.responses.items import NOTHING_STORED, Input
+from inference_service.openai_api.responses.tools import ONLY_FUNCTIONS, Tools
 from inference_service.openai_api.schema import Body, Examples, SamplingBody
 from inference_service.serving.bounds import MAX_LOGPROBS
 
@@ -63,35 +64,6 @@ def _shown(value: Any) -> str:
     return "an object" if isinstance(value, dict) else "a list" if isinstance(value, list) else "a number"
 
 
-class FunctionTool(Body):
-    """A function that the model may call."""
-
-    type: Literal["function"]
-    name: str
-    description: str | None = None
-    parameters: dict[str, Any] | None = None
-    """A JSON schema."""
-    strict: bool | None = None
-
-
-def _refuse_tool(value: Any) -> Any:
-    kind = value.get("type") if isinstance(value, dict) else None
-    if isinstance(kind, str):
-        raise unsupported(f"a tool of type {kind}", "Only functions are served.")
-    raise PydanticCustomError("tool", 'tools like {"type": "function", "name": "..."}')
-
-
-def _tool_kind(value: Any) -> str:
-    return "[function]" if isinstance(value, dict) and value.get("type") == "function" else "[other]"
-
-
-AnyTool = Annotated[
-    Annotated[FunctionTool, Tag("[function]")]
-    | Annotated[None, PlainValidator(_refuse_tool, json_schema_input_type=None), Tag("[other]")],
-    Discriminator(_tool_kind),
-]
-
-
 class ChosenFunction(TypedDict):
     """A choice that is a function."""
 
@@ -119,7 +91,7 @@ def _choice(value: Any) -> ToolChoice | None:
         case {"type": "allowed_tools", "tools": [_, *_] as tools}:
             return AllowedTools(_mode(value.get("mode")), tuple(map(_allowed, tools)))
         case {"type": str(kind)} if kind not in ("function", "allowed_tools"):
-            raise unsupported(f"a choice of type {kind}", "Only functions are served.")
+            raise unsupported(f"a choice of type {kind}", ONLY_FUNCTIONS)
     raise PydanticCustomError("tool_choice", EXPECTED_CHOICE)
 
 
@@ -134,7 +106,7 @@ def _allowed(tool: Any) -> str:
         case {"type": "function", "name": str(name)}:
             return name
         case {"type": str(kind)} if kind != "function":
-            raise unsupported(f"a tool of type {kind}", "Only functions are served.")
+            raise unsupported(f"a tool of type {kind}", ONLY_FUNCTIONS)
     raise PydanticCustomError("tool_choice", EXPECTED_CHOICE)
 
 
@@ -203,7 +175,7 @@ class ResponsesBody(SamplingBody):
     max_output_tokens: int | None = None
     max_tool_calls: Annotated[int, Field(ge=1)] | None = None
     """Accepted: it bounds the calls of hosted tools, and there are none."""
-    tools: tuple[AnyTool, ...] | None = None
+    tools: Tools | None = None
     tool_choice: Annotated[
         ToolChoice | None, PlainValidator(_choice, json_schema_input_type=ToolChoiceInput)
     ] = None
@@ -212,10 +184,12 @@ class ResponsesBody(SamplingBody):
     reasoning: Reasoning | None = None
     include: tuple[Includable, ...] | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
-    truncation: Annotated[None, _refused("Leave out of input what does not fit.", (None, "disabled"))] = None
+    truncation: Literal["auto", "disabled"] | None = None
     stream: bool | None = None
     stream_options: StreamingOptions | None = None
     metadata: Metadata | None = None
+    client_metadata: dict[str, Any] | None = None
+    """Accepted: Codex says here which session it is."""
     chat_template_kwargs: dict[str, Any] | None = None
     """vLLM's: variables of the chat template beside the usual ones."""
 

@@ -1,17 +1,23 @@
 """From items to the messages that chat templates know.
 
-What the assistant did in one turn comes in several items, and is one message: reasoning, text and calls.
+What the assistant did in one turn comes in several items, and is one message: reasoning, text and calls. So are
+the instructions and what systems and developers say before anybody else: templates know one system message.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
+from typing import Final
 
 from inference_service.openai_api.chat_schema import CalledFunction, ChatMessage, ToolCall
 from inference_service.openai_api.mapping import refused
 from inference_service.openai_api.responses.carried import uncarried
 from inference_service.openai_api.responses.items import CallItem, Item, MessageItem, OutputItem, ReasoningItem
+from inference_service.openai_api.responses.tools import qualified
+
+SYSTEM: Final = ("system", "developer")
 
 
 def messages_of(instructions: str | None, told: str | Sequence[Item]) -> tuple[ChatMessage, ...]:
@@ -20,10 +26,11 @@ def messages_of(instructions: str | None, told: str | Sequence[Item]) -> tuple[C
     Raises:
         RequestInvalid: reasoning is not ours.
     """
-    messages = [] if instructions is None else [ChatMessage(role="system", content=instructions)]
-    if isinstance(told, str):
-        return (*messages, ChatMessage(role="user", content=told))
-    return (*messages, *_messages(told))
+    said = [ChatMessage(role="user", content=told)] if isinstance(told, str) else [*_messages(told)]
+    before = [*takewhile(lambda message: message.role in SYSTEM, said)]
+    texts = [text for text in (instructions, *(message.content for message in before)) if text is not None]
+    system = [ChatMessage(role="system", content="\n\n".join(texts))] if texts else []
+    return (*system, *said[len(before) :])
 
 
 @dataclass
@@ -65,7 +72,7 @@ def _messages(items: Sequence[Item]) -> Iterator[ChatMessage]:
             case MessageItem():
                 turn.said.append(item.content)
             case CallItem():
-                function = CalledFunction(name=item.name, arguments=item.arguments)
+                function = CalledFunction(name=qualified(item.namespace, item.name), arguments=item.arguments)
                 turn.calls.append(ToolCall(id=item.call_id, type="function", function=function))
             case ReasoningItem():
                 turn.thought += _thought(item, index)
