@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Final, Literal, Self
+from typing import Annotated, Any, ClassVar, Final, Literal, Self
 
-from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator, model_validator
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
 from pydantic_core import PydanticCustomError
+from typing_extensions import TypedDict
 
-from inference_service.openai_api.schema import Body, GenerationBody
+from inference_service.openai_api.schema import NOT_NULL, Body, Examples, GenerationBody
+from inference_service.serving.turns import NAME, ROLES
 
 TEXT_PARTS: Final = {"text": "text", "refusal": "refusal"}
 """Content parts that hold text, and their key for it."""
@@ -62,16 +64,33 @@ def unsupported(found: str, served: str) -> PydanticCustomError:
     return PydanticCustomError("unsupported", "{served}", {"found": found[:200], "served": served})
 
 
+class TextPart(TypedDict):
+    """A part of a content."""
+
+    type: Literal["text"]
+    text: str
+
+
+class RefusalPart(TypedDict):
+    """A part of what the assistant said before."""
+
+    type: Literal["refusal"]
+    refusal: str
+
+
 Content = Annotated[
-    str | None, BeforeValidator(_flat, json_schema_input_type=str | list[dict[str, Any]] | None)
+    str | None, BeforeValidator(_flat, json_schema_input_type=str | list[TextPart | RefusalPart] | None)
 ]
 FunctionType = Annotated[Literal["function"], BeforeValidator(_only_functions)]
+
+
+OnlyText = Annotated[list[Literal["text"]], Field(min_length=1, max_length=1)]
 
 
 class CalledFunction(Body):
     """The function of a call."""
 
-    name: str
+    name: Annotated[str, Field(json_schema_extra={"minLength": 1})]
     arguments: str
     """A JSON object, as the model wrote it."""
 
@@ -84,10 +103,34 @@ class ToolCall(Body):
     function: CalledFunction
 
 
+WITHOUT_CALLS: dict[str, Any] = {"tool_calls": {"maxItems": 0}}
+"""Or null."""
+BY_ROLE: dict[str, Any] = {
+    "oneOf": [
+        {"properties": {"role": {"const": "assistant"}}},
+        {
+            "required": ["tool_call_id"],
+            "properties": {"role": {"const": "tool"}, "tool_call_id": {"type": "string", "minLength": 1}}
+            | WITHOUT_CALLS,
+        },
+        {"properties": {"role": {"enum": ["developer", "system", "user"]}} | WITHOUT_CALLS},
+    ]
+}
+SAYS_SOMETHING: dict[str, Any] = {
+    "anyOf": [
+        {"required": ["content"], "properties": {"content": NOT_NULL}},
+        {"required": ["refusal"], "properties": {"refusal": NOT_NULL}},
+        {"required": ["tool_calls"], "properties": {"tool_calls": {"type": "array", "minItems": 1}}},
+    ]
+}
+
+
 class ChatMessage(Body):
     """A turn of the conversation."""
 
-    role: str
+    model_config = ConfigDict(json_schema_extra=BY_ROLE | SAYS_SOMETHING)
+
+    role: Annotated[str, Field(json_schema_extra={"enum": ["developer", *ROLES]})]
     content: Content = None
     name: str | None = None
     tool_calls: tuple[ToolCall, ...] | None = None
@@ -123,13 +166,13 @@ def _some(messages: tuple[ChatMessage, ...]) -> tuple[ChatMessage, ...]:
     return messages
 
 
-Messages = Annotated[tuple[ChatMessage, ...], AfterValidator(_some)]
+Messages = Annotated[tuple[ChatMessage, ...], AfterValidator(_some), Field(json_schema_extra={"minItems": 1})]
 
 
 class Function(Body):
     """A function that the model may call."""
 
-    name: str
+    name: Annotated[str, Field(json_schema_extra={"pattern": f"^{NAME.pattern}$"})]
     description: str | None = None
     parameters: dict[str, Any] | None = None
     """A JSON schema."""
@@ -183,8 +226,35 @@ def _allowed(tool: Any) -> str:
     raise PydanticCustomError("tool_choice", EXPECTED_CHOICE)
 
 
+class ChosenFunction(TypedDict):
+    """The function that must be called."""
+
+    name: str
+
+
+class ChosenTool(TypedDict):
+    """A choice that is a function."""
+
+    type: Literal["function"]
+    function: ChosenFunction
+
+
+class AllowedChoice(TypedDict):
+    """Which tools may be called, or must be."""
+
+    mode: Literal["auto", "required"]
+    tools: list[ChosenTool]
+
+
+class AllowedChoices(TypedDict):
+    """A choice that is several functions."""
+
+    type: Literal["allowed_tools"]
+    allowed_tools: AllowedChoice
+
+
 ToolChoice = Literal["none", "auto", "required"] | NamedTool | AllowedTools
-ToolChoiceInput = Literal["none", "auto", "required"] | dict[str, Any] | None
+ToolChoiceInput = Literal["none", "auto", "required"] | ChosenTool | AllowedChoices | None
 
 
 class JsonSchema(Body):
@@ -197,8 +267,21 @@ class JsonSchema(Body):
     """Accepted; the answer always keeps to the schema."""
 
 
+SCHEMA_WHERE_SAID: dict[str, Any] = {
+    "oneOf": [
+        {
+            "required": ["json_schema"],
+            "properties": {"type": {"const": "json_schema"}, "json_schema": NOT_NULL},
+        },
+        {"properties": {"type": {"enum": ["text", "json_object"]}, "json_schema": {"type": "null"}}},
+    ]
+}
+
+
 class ResponseFormat(Body):
     """What the answer must look like."""
+
+    model_config = ConfigDict(json_schema_extra=SCHEMA_WHERE_SAID)
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
@@ -212,10 +295,16 @@ class ResponseFormat(Body):
 
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
 """How long the model is to think, as OpenAI spells it."""
+GOES_ON: dict[str, Any] = {
+    "if": {"required": ["continue_final_message"], "properties": {"continue_final_message": {"const": True}}},
+    "then": {"required": ["add_generation_prompt"], "properties": {"add_generation_prompt": {"const": False}}},
+}
 
 
 class ChatTurns(Body):
     """What becomes the prompt of a chat."""
+
+    model_config = ConfigDict(json_schema_extra=GOES_ON)
 
     messages: Messages
     tools: tuple[Tool, ...] | None = None
@@ -228,6 +317,28 @@ class ChatTurns(Body):
 class ChatBody(ChatTurns, GenerationBody):
     """``POST /v1/chat/completions``."""
 
+    examples: ClassVar[Examples] = {
+        "question": {"messages": [{"role": "user", "content": "My order is late."}], "max_tokens": 8},
+        "stream": {
+            "messages": [{"role": "user", "content": "Hello"}],
+            "max_tokens": 4,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        },
+        "scored": {
+            "messages": [{"role": "user", "content": "Yes or no?"}],
+            "max_tokens": 2,
+            "logprobs": True,
+            "top_logprobs": 2,
+            "seed": 1,
+        },
+        "structured": {
+            "messages": [{"role": "user", "content": "Yes or no?"}],
+            "max_tokens": 8,
+            "structured_outputs": {"choice": ["yes", "no"]},
+        },
+    }
+
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
@@ -239,9 +350,7 @@ class ChatBody(ChatTurns, GenerationBody):
     reasoning_effort: Effort | None = None
     include_reasoning: bool | None = None
     """vLLM's: false leaves out of the answer what was thought."""
-    modalities: Annotated[
-        None, BeforeValidator(_only_text, json_schema_input_type=list[Literal["text"]] | None)
-    ] = None
+    modalities: Annotated[None, BeforeValidator(_only_text, json_schema_input_type=OnlyText | None)] = None
 
     functions: None = None
     function_call: None = None
@@ -252,8 +361,28 @@ class ChatBody(ChatTurns, GenerationBody):
     moderation: None = None
 
 
+OF_MESSAGES = ("tools", "add_generation_prompt", "continue_final_message", "chat_template_kwargs")
+"""What says how messages are rendered."""
+ONE_OF_TWO: dict[str, Any] = {
+    "oneOf": [
+        {
+            "required": ["prompt"],
+            "properties": {"prompt": NOT_NULL}
+            | {name: {"type": "null"} for name in ("messages", *OF_MESSAGES)},
+        },
+        {"required": ["messages"], "properties": {"messages": NOT_NULL, "prompt": {"type": "null"}}},
+    ]
+}
+
+
 class TokenizeBody(Body):
     """``POST /tokenize``: a prompt, or messages."""
+
+    model_config = ConfigDict(json_schema_extra=ONE_OF_TWO | GOES_ON)
+    examples: ClassVar[Examples] = {
+        "prompt": {"prompt": "The party of the first part"},
+        "messages": {"messages": [{"role": "user", "content": "Hello"}], "return_token_strs": True},
+    }
 
     model: str | None = None
     prompt: str | None = None
@@ -270,4 +399,6 @@ class TokenizeBody(Body):
     def _one_of_two(self) -> Self:
         if (self.prompt is None) == (self.messages is None):
             raise PydanticCustomError("prompt", "either prompt or messages")
+        if self.prompt is not None and any(getattr(self, name) is not None for name in OF_MESSAGES):
+            raise PydanticCustomError("prompt", f"{', '.join(OF_MESSAGES)} only beside messages")
         return self

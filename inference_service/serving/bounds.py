@@ -158,6 +158,12 @@ def _lists(request: Request, vocab: int) -> Iterator[Rule]:
         yield len(ids) > most, name, f"at most {most} tokens", len(ids)
         foreign = [token for token in ids if not 0 <= token < vocab]
         yield bool(foreign), name, f"ids from 0 to {vocab - 1}", foreign[:5]
+    words, (most, longest) = request.bad_words_token_ids, TEXTS["bad_words"]
+    yield len(words) > most, "bad_words_token_ids", f"at most {most} words", len(words)
+    wrong = sorted({len(word) for word in words if not 0 < len(word) <= longest})
+    yield bool(wrong), "bad_words_token_ids", f"words of 1 to {longest} tokens", wrong
+    foreign = [token for word in words for token in word if not 0 <= token < vocab]
+    yield bool(foreign), "bad_words_token_ids", f"ids from 0 to {vocab - 1}", foreign[:5]
 
 
 def _others(request: Request) -> Iterator[Rule]:

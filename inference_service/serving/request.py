@@ -73,6 +73,8 @@ class Request:
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     bad_words: tuple[str, ...] = ()
     """None of them is ever complete in the tokens of the answer, as the tokenizer spells it."""
+    bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
+    """The same, as tokens."""
     allowed_token_ids: tuple[int, ...] | None = None
     """No others, but for the end of a text that its constraint lets end."""
     logprobs: int | None = None

@@ -12,6 +12,7 @@ import typer
 
 from loramux.cli import keys, ray, shell
 from loramux.cli.adapters import pin, rollout, unpin
+from loramux.cli.arena import arena
 from loramux.cli.bench import bench
 from loramux.cli.build import build, prove
 from loramux.cli.cancel import cancel
@@ -42,7 +43,7 @@ app = typer.Typer(
 for function in (
     *(demo, up, build, watch, cancel, deployments, check, prove, import_bundle),
     *(add, remove, push, history, rollback, rollout, gc, sign, verify),
-    *(models, pin, unpin, chat, bench, serve, builder, envoy, health, doctor),
+    *(models, pin, unpin, chat, arena, bench, serve, builder, envoy, health, doctor),
 ):
     app.command()(function)
 app.add_typer(keys.app, name="keys")

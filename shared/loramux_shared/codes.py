@@ -205,6 +205,7 @@ CURES: Final = {
     "RESOURCES_EXHAUSTED": "free or add memory or disk; the numbers are given",
     "NO_BUILDER": "start the replica with `--builder HOST:PORT`, or load `bundle:DIGEST`",
     "SETTINGS_INVALID": "the message says what is allowed",
+    "METHOD_UNSUPPORTED": "leave the call out; the message says what there is instead",
     "INTERNAL": "report it; the server's log has the details",
 }
 """What to do, by the reason of a fault."""

@@ -54,7 +54,7 @@ UNBOUNDED = {
     "ignore_eos", "include_stop_str_in_output", "skip_special_tokens",
     "add_generation_prompt", "continue_final_message", "add_special_tokens", "shown_special_tokens",
     # with rules of their own in `bounds` and `turns`
-    "prompt", "tools", "constraint", "logprobs_mode", "chat_template_kwargs",
+    "prompt", "tools", "constraint", "logprobs_mode", "chat_template_kwargs", "bad_words_token_ids",
     # looked up, compared, hashed, or the server's own
     "model", "adapters", "lora_path", "min_generation", "sticky_key", "priority", "deadline_s", "id", "served",
     "usual_temperature",

@@ -104,7 +104,7 @@ class Answer:
 
     async def _begin(self, started: Started) -> Resource:
         self.head.begin(started)
-        scored = None if self._body.logprobs is None else self._service.text
+        scored = None if self._body.logprobs is None else started.text
         self._output = Output(scored, carries=self._body.carries)
         return Resource(self._body, self.head, await self._service.naming.defaults(started.model))
 

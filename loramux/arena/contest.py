@@ -1,0 +1,341 @@
+"""All versions answer all questions, then what scores them is asked; what is kept is not asked again."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Final, TypeAlias
+
+from loramux.arena.judge import Judge, Trial, decide, trials, verdict
+from loramux.arena.kept import Kept
+from loramux.arena.likelihood import of_reference, prompt_with_reference
+from loramux.arena.questions import Question, with_reference
+from loramux.arena.records import Answer, Failure, Likelihood, Row, Verdict, key_of
+from loramux.arena.work import Patience, Work
+from loramux.client import AsyncClient
+from loramux.mapping import completion_of
+from loramux.records import Delta, Event, FinishReason, GenerateOptions, Prompt, PromptLogprobs, Started
+from loramux_shared.faults import Fault, InternalFault
+
+PATIENCE: Final = Patience()
+STICKY: Final = "arena"
+"""An alias stands for one of its models all along."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is asked of whom."""
+
+    models: tuple[str, ...]
+    """The versions, as requests name them."""
+    baseline: str
+    """The one that the others are compared with."""
+    samples: int = 1
+    """Answers of a version to a question."""
+    max_tokens: int = 256
+    """Of an answer; 0: nothing is answered, and only likelihoods are looked at."""
+    temperature: float = 0.0
+    seed: int = 0
+    """Of the first sample; the others have the numbers behind it. Of the statistics, too."""
+    concurrency: int = 32
+    """Requests that are open at once, at most."""
+    scores: tuple[str, ...] = ()
+    """Names of scores by reference, see `loramux.arena.scores`."""
+    likelihood: bool = False
+
+
+@dataclass(frozen=True)
+class Entrant:
+    """A version, as the server knows it."""
+
+    model: str
+    """As it was asked for."""
+    name: str
+    """As it was answered; of an alias the model that it stands for."""
+    digest: str
+
+    @property
+    def identity(self) -> str:
+        """By which its answers are known: equal digests, equal adapters; of the base its name."""
+        return self.digest or self.name
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One answer that is wanted."""
+
+    model: str
+    question: Question
+    sample: int
+
+
+Job: TypeAlias = Ask | Trial
+Order: TypeAlias = Callable[[Plan, Sequence[Question], int], Iterator[Ask]]
+"""What is asked one after another, of a plan, questions and how many samples of each."""
+Tell: TypeAlias = Callable[[int, int], None]
+"""Hears how many tokens came anew, and how many requests failed, at each that ended."""
+
+
+@dataclass
+class Found:
+    """What came of it so far."""
+
+    entrants: dict[str, Entrant] = field(default_factory=dict)
+    answers: dict[tuple[str, str, int], Answer] = field(default_factory=dict)
+    """By model, question and sample."""
+    likelihoods: dict[tuple[str, str], Likelihood] = field(default_factory=dict)
+    verdicts: dict[tuple[str, str, int, bool], Verdict] = field(default_factory=dict)
+    """By model, question, sample and order."""
+    failures: list[Failure] = field(default_factory=list)
+    again: int = 0
+    """Rows that were kept from an earlier run."""
+    answering_s: float = 0.0
+    """Seconds in which answers came that were not kept."""
+    new_tokens: int = 0
+    """Of those answers."""
+    waits: int = 0
+    """Requests that the server had no room for at first."""
+
+
+class Contest:
+    """Runs a plan; what is found stands in `found`, also after it was broken off."""
+
+    def __init__(
+        self,
+        client: AsyncClient,
+        plan: Plan,
+        questions: Sequence[Question],
+        kept: Kept,
+        tell: Tell = lambda _tokens, _failed: None,
+        order: Order | None = None,
+        patience: Patience = PATIENCE,
+    ) -> None:
+        """Take what is wanted; order is `in_turns` unless one wants to know what others cost."""
+        self._client = client
+        self._plan = plan
+        self._questions = questions
+        self._kept = kept
+        self._tell = tell
+        self._order = order or in_turns
+        self._patience = patience
+        self._repeats = repeats(questions)
+        self.found = Found()
+
+    async def meet(self) -> None:
+        """Ask every version for one token: names, templates and loads that fail do so before anything is begun.
+
+        Raises:
+            Fault: what the server says about the first version that it does not serve.
+        """
+        question = min(self._questions, key=lambda question: len(question.shown))
+        failed: list[Fault] = []
+
+        def met(model: str, outcome: Entrant | Fault) -> None:
+            if isinstance(outcome, Fault):
+                failed.append(outcome.retold(f"{model}: {outcome.message}"))
+            else:
+                self.found.entrants[model] = outcome
+
+        work: Work[str, Entrant] = Work(
+            lambda model: met_by(self._client, model, question.prompt), self._plan.concurrency, self._patience
+        )
+        await work.run(self._plan.models, met)
+        if failed:
+            raise failed[0]
+
+    async def answer(self) -> None:
+        """Have everything answered that is not kept."""
+        asks = [ask for ask in self._asks() if not self._has(Answer, self._answer_key(ask), ask)]
+        work = Work(self._ask, self._plan.concurrency, self._patience)
+        began = time.monotonic()
+        try:
+            await work.run(asks, partial(self._told, "answer"))
+        finally:
+            self.found.answering_s += time.monotonic() - began
+            self.found.waits += work.waits
+
+    async def score_likelihoods(self) -> None:
+        """Ask how likely each version finds each reference."""
+        questions = with_reference(self._questions)
+        asks = [
+            ask
+            for ask in self._order(self._plan, questions, 1)
+            if not self._has(Likelihood, self._likelihood_key(ask), ask)
+        ]
+        await Work(self._likelihood, self._plan.concurrency, self._patience).run(
+            asks, partial(self._told, "likelihood")
+        )
+
+    async def judge(self, judge: Judge) -> None:
+        """Have every answer compared with the baseline's, in both orders."""
+        wanted = []
+        for trial in self._trials():
+            known = verdict(judge, trial, "C")
+            row = known if trial.is_tie else self._kept.get(Verdict, known.key)
+            if row is None:
+                wanted.append(trial)
+            else:
+                self.found.again += not trial.is_tie
+                self._enter(replace(row, model=known.model, question=known.question, sample=known.sample))
+        work: Work[Trial, Verdict] = Work(
+            lambda trial: decide(judge, trial), self._plan.concurrency, self._patience
+        )
+        await work.run(wanted, partial(self._told, "verdict"))
+
+    def _asks(self) -> Iterator[Ask]:
+        if not self._plan.max_tokens:
+            return iter(())
+        return self._order(self._plan, self._questions, self._plan.samples)
+
+    def _trials(self) -> Iterator[Trial]:
+        for ask in self._asks():
+            baseline = self.found.answers.get((self._plan.baseline, ask.question.id, ask.sample))
+            answer = self.found.answers.get((ask.model, ask.question.id, ask.sample))
+            if ask.model != self._plan.baseline and baseline and answer:
+                yield from trials(ask.question, baseline, answer)
+
+    def _has(self, kind: type[Answer] | type[Likelihood], key: str, ask: Ask) -> bool:
+        row: Answer | Likelihood | None = self._kept.get(kind, key)
+        if row is None:
+            return False
+        self.found.again += 1
+        if isinstance(row, Answer):
+            row = replace(row, sample=ask.sample)
+        self._enter(replace(row, model=ask.model, question=ask.question.id))
+        return True
+
+    def _options(self, sample: int) -> GenerateOptions:
+        plan = self._plan
+        return {"max_tokens": plan.max_tokens, "temperature": plan.temperature, "seed": plan.seed + sample}
+
+    def _answer_key(self, ask: Ask, identity: str = "") -> str:
+        who = identity or self.found.entrants[ask.model].identity
+        return key_of(
+            "answer", who, self._repeats[ask.question.id], ask.question.prompt, self._options(ask.sample)
+        )
+
+    def _likelihood_key(self, ask: Ask, identity: str = "") -> str:
+        who = identity or self.found.entrants[ask.model].identity
+        return key_of("likelihood", who, *prompt_with_reference(ask.question))
+
+    async def _ask(self, ask: Ask) -> Answer:
+        began = time.monotonic()
+        times: list[tuple[float, int]] = []
+        events: list[Event] = []
+        options: GenerateOptions = {**self._options(ask.sample), "sticky_key": STICKY}
+        async for event in self._client.generate(ask.model, ask.question.prompt, **options):
+            events.append(event)
+            if isinstance(event, Delta) and event.token_ids:
+                times.append((time.monotonic() - began, len(event.token_ids)))
+        done = completion_of(events)
+        digest = done.started.adapter_digest
+        return Answer(
+            key=self._answer_key(ask, digest or done.started.model),
+            model=ask.model,
+            digest=digest,
+            question=ask.question.id,
+            sample=ask.sample,
+            text=done.text,
+            cut=done.reason is FinishReason.LENGTH,
+            tokens=done.usage.completion_tokens,
+            prompt_tokens=done.usage.prompt_tokens,
+            cached_tokens=done.usage.cached_tokens,
+            first_s=times[0][0] if times else None,
+            per_token_s=per_token_s(times),
+            seconds=time.monotonic() - began,
+        )
+
+    async def _likelihood(self, ask: Ask) -> Likelihood:
+        prompt, scoring = prompt_with_reference(ask.question)
+        options: GenerateOptions = {**scoring, "sticky_key": STICKY}
+        done = [event async for event in self._client.generate(ask.model, prompt, **options)]
+        started = started_of(done)
+        tokens = [token for event in done if isinstance(event, PromptLogprobs) for token in event.tokens]
+        logprob, count = of_reference(tokens, ask.question.reference or "")
+        digest = started.adapter_digest
+        key = self._likelihood_key(ask, digest or started.model)
+        return Likelihood(key, ask.model, digest, ask.question.id, logprob, count)
+
+    def _told(self, what: str, job: Job, outcome: Row | Fault) -> None:
+        if isinstance(outcome, Fault):
+            self.found.failures.append(_failure(what, job, outcome))
+            self._tell(0, 1)
+            return
+        tokens = outcome.tokens if isinstance(outcome, Answer) else 0
+        self.found.new_tokens += tokens
+        self._kept.put(outcome)
+        self._enter(outcome)
+        self._tell(tokens, 0)
+
+    def _enter(self, row: Row) -> None:
+        match row:
+            case Answer():
+                self.found.answers[row.model, row.question, row.sample] = row
+            case Likelihood():
+                self.found.likelihoods[row.model, row.question] = row
+            case Verdict():
+                self.found.verdicts[row.model, row.question, row.sample, row.swapped] = row
+
+
+def repeats(questions: Sequence[Question]) -> dict[str, int]:
+    """Return of each question how many before it have the same prompt: their answers are not its own.
+
+    Ids do not tell them apart: a line's number is another one when a line is put before it.
+    """
+    seen: Counter[str] = Counter()
+    found = {}
+    for question in questions:
+        prompt = key_of(question.prompt)
+        found[question.id] = seen[prompt]
+        seen[prompt] += 1
+    return found
+
+
+async def met_by(client: AsyncClient, model: str, prompt: Prompt) -> Entrant:
+    """Ask a version for one token.
+
+    Raises:
+        Fault: it does not answer.
+    """
+    options: GenerateOptions = {"max_tokens": 1, "temperature": 0.0, "sticky_key": STICKY}
+    started = (await client.complete(model, prompt, **options)).started
+    return Entrant(model, started.model, started.adapter_digest)
+
+
+def in_turns(plan: Plan, questions: Sequence[Question], samples: int) -> Iterator[Ask]:
+    """Return what is asked, in turns: as many questions as are open at once, of one version after the other.
+
+    A step reads each adapter that it has rows of, and prefixes are shared within one version: so the requests
+    that are open together are of as few versions as fill the batch. Turns, and not all questions of one version
+    before the next, so that what is broken off can be compared as far as it came. Decision 66 has what was
+    measured.
+    """
+    most = max(1, plan.concurrency // samples)
+    for begin in range(0, len(questions), most):
+        for model in plan.models:
+            for question in questions[begin : begin + most]:
+                for sample in range(samples):
+                    yield Ask(model, question, sample)
+
+
+def per_token_s(times: Sequence[tuple[float, int]]) -> float | None:
+    """Return the seconds per token after those that came first, of times and how many came; None of too few."""
+    after = sum(count for _, count in times[1:])
+    return (times[-1][0] - times[0][0]) / after if after else None
+
+
+def started_of(events: Sequence[Event]) -> Started:
+    """Return what a stream began with."""
+    found = next((event for event in events if isinstance(event, Started)), None)
+    if found is None:
+        raise InternalFault("the server ended the stream without Started. Please report it.")
+    return found
+
+
+def _failure(what: str, job: Job, fault: Fault) -> Failure:
+    model, sample = (job.answer.model, job.answer.sample) if isinstance(job, Trial) else (job.model, job.sample)
+    about = "; ".join([fault.message, *map(str, fault.findings[:2])])
+    return Failure(what, model, job.question.id, sample, fault.reason, about)

@@ -1,0 +1,134 @@
+"""Rows in a file, a JSON object per line, as soon as each is whole: what was asked once is not asked again."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Final, Self, TypeVar
+
+from loramux.arena.records import Answer, Likelihood, Row, Verdict
+from loramux_shared.faults import Finding, RequestInvalid, SettingsInvalid
+
+KINDS: Final[Mapping[str, type[Row]]] = {"answer": Answer, "likelihood": Likelihood, "verdict": Verdict}
+SHOWN: Final = 80
+_R = TypeVar("_R", bound=Row)
+
+
+class Kept:
+    """A file of rows: those that it had, and those that come.
+
+    A line that its writer did not end, because it was killed, is passed over; what comes stands behind it in a
+    line of its own. Rows hold prompts' answers, so a new file is its owner's alone.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Open or begin a file.
+
+        Raises:
+            RequestInvalid: a line of it is no row.
+            SettingsInvalid: it cannot be read or written.
+        """
+        self.path = path
+        self._rows: dict[tuple[str, str], Row] = {}
+        try:
+            text = path.read_text(encoding="utf-8") if path.exists() else ""
+            self._file: IO[str] = os.fdopen(
+                os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600), "w", encoding="utf-8"
+            )
+        except (OSError, UnicodeDecodeError) as error:
+            why = error.strerror if isinstance(error, OSError) else "it is no UTF-8 text"
+            raise SettingsInvalid(f"cannot keep answers in {path}: {why}") from error
+        try:
+            self._read(text)
+        except RequestInvalid:
+            self._file.close()
+            raise
+        if text and not text.endswith("\n"):
+            self._write("\n")
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+    def get(self, kind: type[_R], key: str) -> _R | None:
+        """Return the row of a key; None where there is none."""
+        found = self._rows.get((kind.__name__, key))
+        return found if isinstance(found, kind) else None
+
+    def put(self, row: Row) -> None:
+        """Keep a row: it is in the file when this returns."""
+        self._rows[type(row).__name__, row.key] = row
+        kind = next(name for name, each in KINDS.items() if each is type(row))
+        self._write(json.dumps({"kind": kind, **asdict(row)}) + "\n")
+
+    def _write(self, text: str) -> None:
+        self._file.write(text)
+        self._file.flush()
+
+    def _read(self, text: str) -> None:
+        findings = []
+        for number, line in enumerate(text.split("\n"), 1):
+            if not line.strip():
+                continue
+            try:
+                row = _row(json.loads(line))
+            except (ValueError, TypeError, RecursionError) as error:
+                if not _is_torn(line):
+                    findings.append(
+                        Finding(
+                            code="E_BAD_FIELD",
+                            where=f"line {number}",
+                            expected="an answer, likelihood or verdict that an arena kept",
+                            found=str(error)[:SHOWN],
+                        )
+                    )
+            else:
+                self._rows[type(row).__name__, row.key] = row
+        if findings:
+            raise RequestInvalid(
+                f"{self.path} is no file of kept answers; name another, or a new one", findings
+            )
+
+
+def _is_torn(line: str) -> bool:
+    """Whether a line is the beginning of a row that was never ended."""
+    return line.startswith('{"kind": "') and not line.endswith("}")
+
+
+def _row(found: Any) -> Row:
+    """Return the row of a line.
+
+    Raises:
+        ValueError: it is none, or has an unknown field.
+        TypeError: a field is missing or of another type.
+    """
+    if not isinstance(found, dict) or found.get("kind") not in KINDS:
+        raise ValueError("no object with a kind")
+    kind = KINDS[found.pop("kind")]
+    for field in fields(kind):
+        types = _TYPES[str(field.type)]
+        if not isinstance(found.get(field.name), types):
+            raise TypeError(f"{field.name}: {json.dumps(found.get(field.name))}")
+    if strange := set(found) - {field.name for field in fields(kind)}:
+        raise ValueError(f"unknown field {sorted(strange)[0]}")
+    return kind(**found)
+
+
+_TYPES: Final[Mapping[str, tuple[type, ...]]] = {
+    "str": (str,),
+    "int": (int,),
+    "bool": (bool,),
+    "float": (float, int),
+    "float | None": (float, int, type(None)),
+}

@@ -1,0 +1,53 @@
+"""How likely a version finds a reference: its log probability as the answer, by a request that answers nothing.
+
+The reference is the end of the prompt, so its tokens are the last ones. A token that begins before it, as
+one may where two texts meet, counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+from loramux.arena.questions import Question
+from loramux.records import GenerateOptions, Prompt, PromptToken
+from loramux_shared.faults import Finding, RequestInvalid
+
+SCORING: Final[GenerateOptions] = {"max_tokens": 0, "prompt_logprobs": 0}
+
+
+def prompt_with_reference(question: Question) -> tuple[Prompt, GenerateOptions]:
+    """Return a prompt that ends with the reference, as text or as the assistant's turn, and how to send it."""
+    assert question.reference is not None  # noqa: S101 - others are not asked
+    if isinstance(question.prompt, str):
+        return question.prompt + question.reference, SCORING
+    turns: list[Mapping[str, Any]] = [turn for turn in question.prompt if isinstance(turn, Mapping)]
+    options: GenerateOptions = {**SCORING, "continue_final_message": True, "add_generation_prompt": False}
+    return [*turns, {"role": "assistant", "content": question.reference}], options
+
+
+def of_reference(tokens: Sequence[PromptToken], reference: str) -> tuple[float, int]:
+    """Return the log probability of the tokens that the reference has at the end of a prompt, and their number.
+
+    Raises:
+        RequestInvalid: the prompt does not end with the reference: the template changes it, or it is empty.
+    """
+    for wanted in dict.fromkeys((reference, reference.strip())):
+        ending = wanted.encode()
+        found: list[float] = []
+        tail = b""
+        for token in reversed(tokens):
+            if len(tail) >= len(ending) or token.logprobs is None:
+                break
+            tail = token.logprobs.token + tail
+            found.append(token.logprobs.logprob)
+        if ending and tail.endswith(ending):
+            return sum(found), len(found)
+    finding = Finding(
+        code="E_BAD_FIELD",
+        where="reference",
+        expected="a text that ends the prompt as it stands",
+        found="another ending: the chat template writes answers otherwise" if reference.strip() else "no text",
+        fix="Ask with text instead of messages, or leave the reference out.",
+    )
+    raise RequestInvalid("the reference cannot be scored", [finding])

@@ -1,0 +1,105 @@
+"""What came of an arena's requests: answers, likelihoods, verdicts, failures."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import TypeAlias
+
+
+def key_of(*parts: object) -> str:
+    """Return what a request is known by: equal parts, equal key."""
+    text = json.dumps(parts, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer of one version to one question."""
+
+    key: str
+    """Of who answered, the prompt and the options."""
+    model: str
+    """As it was asked for."""
+    digest: str
+    """Of the version that answered: sha256 of its manifest, in hex; empty for the base."""
+    question: str
+    """The question's id."""
+    sample: int
+    """0, 1, ... of the answers of this version to this question."""
+    text: str
+    cut: bool
+    """Whether it ended because it had as many tokens as it may."""
+    tokens: int
+    prompt_tokens: int
+    cached_tokens: int
+    """Of the prompt, those that were not computed again."""
+    first_s: float | None
+    """Seconds to the first token; None where there was none."""
+    per_token_s: float | None
+    """Seconds per token after those that came first; None where there were none."""
+    seconds: float
+    """To its end."""
+
+    @property
+    def computed(self) -> int:
+        """Tokens that were computed for it."""
+        return self.prompt_tokens - self.cached_tokens + self.tokens
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """How likely a version finds the reference of a question."""
+
+    key: str
+    model: str
+    digest: str
+    question: str
+    logprob: float
+    """Natural logarithm, of all tokens of the reference together."""
+    tokens: int
+
+    @property
+    def per_token(self) -> float:
+        """The mean over the reference's tokens, so that long ones count no more than short ones."""
+        return self.logprob / self.tokens
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a judge said about two answers in one order."""
+
+    key: str
+    judge: str
+    model: str
+    """The version that is compared with the baseline."""
+    question: str
+    sample: int
+    swapped: bool
+    """Whether the version's answer stood first; else the baseline's did."""
+    said: str
+    """A: the first one is better. B: the second one. C: neither."""
+
+    @property
+    def score(self) -> float:
+        """1 where the version won, 0 where the baseline did, 0.5 where neither."""
+        if self.said not in ("A", "B"):
+            return 0.5
+        return float((self.said == "A") == self.swapped)
+
+
+Row: TypeAlias = Answer | Likelihood | Verdict
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A request that has no answer."""
+
+    what: str
+    """answer, likelihood or verdict."""
+    model: str
+    question: str
+    sample: int
+    reason: str
+    message: str

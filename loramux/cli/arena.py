@@ -1,0 +1,275 @@
+"""``loramux arena``: versions that answer the same questions, and who is better."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import time
+from collections.abc import Awaitable, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Annotated, Final
+
+import typer
+
+from loramux.arena.contest import Contest, Found, Plan
+from loramux.arena.judge import Judge, ServedJudge, Trial, conversation
+from loramux.arena.judge_url import UrlJudge
+from loramux.arena.kept import Kept
+from loramux.arena.page import page
+from loramux.arena.questions import Question, read_questions, with_reference
+from loramux.arena.records import Answer
+from loramux.arena.scores import LIKELIHOOD, scorer
+from loramux.arena.standings import Standings, standings
+from loramux.cli import shell
+from loramux.cli.arena_view import ArenaView, show_standings
+from loramux.cli.documents import emit
+from loramux.cli.exits import Exit
+from loramux.cli.names import complete_model, no_such_model
+from loramux.cli.state import state_dir
+from loramux.client import INFERENCE, AsyncClient
+from loramux_shared.faults import Fault, SettingsInvalid
+
+MAX_TOKENS: Final = 256
+CONCURRENCY: Final = 32
+ALL: Final = "all"
+RUNS: Final = 20
+"""Files of answers that are kept unasked; the oldest ones go."""
+_SCALED: Final = re.compile(r"\*\s*[-+.\d]")
+"""A star before a number is a scale, any other one a pattern."""
+
+Models = Annotated[
+    str | None,
+    typer.Option(
+        "--models",
+        metavar="A,B",
+        help="base, adapters, a*0.7+b, NAME@DIGEST, ck-*.",
+        autocompletion=complete_model,
+    ),
+]
+Prompts = Annotated[Path, typer.Option("--prompts", metavar="FILE", help="Text or JSONL; docs/arena.md.")]
+Baseline = Annotated[str, typer.Option("--baseline", metavar="NAME", help="Default: the first model.")]
+Scores = Annotated[
+    list[str] | None,
+    typer.Option("--score", metavar="NAME", help="strip, casefold, numeric, json, ...; repeatable."),
+]
+JudgeModel = Annotated[str, typer.Option("--judge", metavar="MODEL", help="Compares answers in both orders.")]
+JudgeUrl = Annotated[str, typer.Option("--judge-url", metavar="URL", help="Where it is: http://HOST:PORT/v1.")]
+Samples = Annotated[int, typer.Option("--samples", metavar="N", min=1, max=128, help="Answers per prompt.")]
+MaxTokens = Annotated[int, typer.Option("--max-tokens", metavar="N", min=0, help="Of an answer.")]
+Temperature = Annotated[float, typer.Option("--temperature", metavar="T", min=0.0, max=100.0)]
+Seed = Annotated[int, typer.Option("--seed", metavar="N", min=0, max=2**32, help="Of samples and intervals.")]
+System = Annotated[str, typer.Option("--system", metavar="TEXT", help="Before every prompt.")]
+Concurrency = Annotated[int, typer.Option("--concurrency", metavar="N", min=1, help="Open at once.")]
+Output = Annotated[Path | None, typer.Option("--output", metavar="FILE", help="Write the report as HTML.")]
+Resume = Annotated[Path | None, typer.Option("--resume", metavar="FILE", help="Keep answers here; go on.")]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What the command line asks for, beside the plan."""
+
+    address: str
+    models: str
+    baseline: str
+    judge: str
+    judge_url: str
+    output: Path | None
+
+
+@dataclass
+class Ran:
+    """A contest that ended, or was broken off."""
+
+    plan: Plan
+    found: Found
+    judge: str = ""
+    """Its name, once it was asked."""
+    stopped: Fault | None = None
+    """Why it is not whole."""
+    interrupted: bool = False
+
+
+@shell.command
+def arena(
+    prompts: Prompts,
+    models: Models = None,
+    grpc: shell.Grpc = INFERENCE,
+    baseline: Baseline = "",
+    score: Scores = None,
+    judge: JudgeModel = "",
+    judge_url: JudgeUrl = "",
+    samples: Samples = 1,
+    max_tokens: MaxTokens = MAX_TOKENS,
+    temperature: Temperature = 0.0,
+    seed: Seed = 0,
+    system: System = "",
+    concurrency: Concurrency = CONCURRENCY,
+    output: Output = None,
+    resume: Resume = None,
+    as_json: shell.Json = False,
+) -> None:
+    """Have versions answer the same prompts, and compare them.
+
+    Example: loramux arena --models base,a,b --prompts FILE
+    """
+    questions = read_questions(prompts, system)
+    names, likelihood = _scores(score, questions)
+    plan = Plan((), "", samples, max_tokens, temperature, seed, concurrency, names, likelihood)
+    _check(plan, judge, judge_url, output)
+    wanted = Wanted(grpc, models or ALL, baseline, judge, judge_url, output)
+    with Kept(resume or _new_file()) as kept:
+        ran = asyncio.run(_arena(wanted, plan, questions, kept))
+    _tell(ran, wanted, questions, kept.path, as_json)
+
+
+def _scores(given: Sequence[str] | None, questions: Sequence[Question]) -> tuple[tuple[str, ...], bool]:
+    """Return the names of scores, and whether likelihoods are among them."""
+    words = [*dict.fromkeys(given or ())]
+    for word in words:
+        if word != LIKELIHOOD:
+            scorer(word)
+    known = with_reference(questions)
+    if words and not known:
+        raise SettingsInvalid(f"--score {words[0]}: no prompt of the file has a reference to compare with")
+    if given is None and known:
+        words = ["strip"]
+    return tuple(word for word in words if word != LIKELIHOOD), LIKELIHOOD in words
+
+
+def _check(plan: Plan, judge: str, judge_url: str, output: Path | None) -> None:
+    """Look beforehand at what would be found out after all was answered."""
+    if plan.samples > 1 and plan.temperature == 0:
+        raise SettingsInvalid("--samples at temperature 0 are the same answer again; set --temperature")
+    if judge_url and not judge:
+        raise SettingsInvalid("--judge-url needs --judge MODEL, the model that it is asked for")
+    if not plan.max_tokens and (plan.scores or judge or not plan.likelihood):
+        raise SettingsInvalid("--max-tokens 0 answers nothing: it goes with --score likelihood alone")
+    if output is not None and (output.is_dir() or not os.access(output.resolve().parent, os.W_OK)):
+        raise SettingsInvalid(f"--output {output}: expected a file in a folder that can be written to")
+
+
+def _new_file() -> Path:
+    """Return a file for answers that nobody named one for; older ones make room."""
+    folder = state_dir() / "arena"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    for old in sorted(folder.glob("*.jsonl"))[: -RUNS + 1]:
+        old.unlink(missing_ok=True)
+    return folder / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.jsonl"
+
+
+async def _arena(wanted: Wanted, plan: Plan, questions: Sequence[Question], kept: Kept) -> Ran:
+    async with AsyncClient(inference=wanted.address) as client:
+        with shell.working(f"asking {wanted.address}"):
+            plan = await _entered(client, wanted, plan)
+        view = ArenaView()
+        contest = Contest(client, plan, questions, kept, view.update)
+        ran = Ran(plan, contest.found)
+        with shell.working(f"asking {len(plan.models)} versions for a token"):
+            await contest.meet()
+            judge = await _judge(client, wanted)
+        try:
+            await _run(contest, plan, questions, judge, view, ran)
+        except asyncio.CancelledError:  # Ctrl-C; what was answered until then is shown
+            ran.interrupted = True
+        except Fault as fault:
+            ran.stopped = fault
+        return ran
+
+
+async def _entered(client: AsyncClient, wanted: Wanted, plan: Plan) -> Plan:
+    """Return the plan with its versions."""
+    served = [each.name for each in await client.models()]
+    models = named(wanted.models, served)
+    baseline = wanted.baseline or models[0]
+    models = [baseline, *(model for model in models if model != baseline)] if baseline not in models else models
+    return replace(plan, models=tuple(models), baseline=baseline)
+
+
+def named(words: str, served: Sequence[str]) -> list[str]:
+    """Return the versions of a list with commas, each once; ``all`` and patterns stand for what is served.
+
+    Raises:
+        ModelNotFound: a pattern that nothing matches.
+        SettingsInvalid: there are none.
+    """
+    found: list[str] = []
+    for word in filter(None, (part.strip() for part in words.split(","))):
+        if word == ALL and word not in served:
+            found += served
+        elif ("*" in word and not _SCALED.search(word)) or "?" in word:
+            matching = [name for name in served if fnmatchcase(name, word)]
+            if not matching:
+                raise no_such_model(word, served)
+            found += matching
+        else:
+            found.append(word)
+    if not found:
+        raise SettingsInvalid("--models: expected names with commas between them, or all")
+    return list(dict.fromkeys(found))
+
+
+async def _judge(client: AsyncClient, wanted: Wanted) -> Judge | None:
+    """Return the judge once it has judged something: one that cannot is no use when all is answered."""
+    if not wanted.judge:
+        return None
+    judge: Judge
+    if wanted.judge_url:
+        judge = UrlJudge(wanted.judge_url, wanted.judge)
+    else:
+        served = {each.name: each.digest for each in await client.models()}
+        judge = ServedJudge(client, wanted.judge, served.get(wanted.judge, ""))
+    yes, no = (Answer("", "", "", "", 0, text, False, 0, 0, 0, None, None, 0.0) for text in ("Yes.", "No."))
+    await judge.letter(conversation(Trial(Question("", "Is 1 + 1 equal to 2?"), yes, no, swapped=False)))
+    return judge
+
+
+async def _run(
+    contest: Contest, plan: Plan, questions: Sequence[Question], judge: Judge | None, view: ArenaView, ran: Ran
+) -> None:
+    rows = len(plan.models) * plan.samples
+
+    async def stage(name: str, total: int, work: Awaitable[None]) -> None:
+        with view.stage(name, total, contest.found):
+            await work
+
+    if plan.max_tokens:
+        await stage("answers", len(questions) * rows, contest.answer())
+    if plan.likelihood:
+        await stage(
+            "likelihoods", len(with_reference(questions)) * len(plan.models), contest.score_likelihoods()
+        )
+    if judge is not None:
+        ran.judge = judge.name
+        await stage("verdicts", 2 * len(questions) * (rows - plan.samples), contest.judge(judge))
+
+
+def _tell(ran: Ran, wanted: Wanted, questions: Sequence[Question], kept: Path, as_json: bool) -> None:
+    with shell.working("comparing"):
+        report = standings(ran.plan, questions, ran.found, ran.judge)
+    if wanted.output is not None:
+        text = page(ran.plan, questions, ran.found, report, datetime.now(UTC))
+        wanted.output.write_text(text, encoding="utf-8")
+    if as_json:
+        emit({"plan": ran.plan, "report": report, "answers": kept})
+    else:
+        show_standings(report)
+        if wanted.output is not None:
+            shell.say(f"report: {wanted.output}", "dim")
+    _end(ran, report, kept)
+
+
+def _end(ran: Ran, report: Standings, kept: Path) -> None:
+    """Say what is left to do, and end with the code that says so."""
+    shell.say(f"answers are kept in {kept}", "dim")
+    if ran.interrupted or ran.stopped is not None or report.failures:
+        shell.say(f"go on with the same command and --resume {kept}: what is kept is not asked again")
+    if ran.interrupted:
+        raise typer.Exit(Exit.INTERRUPTED)
+    if ran.stopped is not None:
+        raise ran.stopped
+    if report.failures:
+        raise typer.Exit(Exit.FAILED)

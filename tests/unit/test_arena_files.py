@@ -1,0 +1,111 @@
+"""The two files of an arena: questions, and what is kept of answers."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from loramux.arena.kept import Kept
+from loramux.arena.questions import read_questions
+from loramux.arena.records import Answer
+from loramux_shared.faults import RequestInvalid, SettingsInvalid
+
+
+def lines(path: Path, *given: object) -> Path:
+    """Write lines: text as it is, anything else as JSON."""
+    path.write_text("\n".join(each if isinstance(each, str) else json.dumps(each) for each in given))
+    return path
+
+
+def test_questions_of_a_file(tmp_path: Path) -> None:
+    """A line is a user's turn, or an object; numbers of lines are ids where there are no others."""
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"}]
+    file = lines(
+        tmp_path / "prompts",
+        *(
+            "\ufeffHello",
+            "",
+            {"prompt": "2+2?", "reference": 4, "id": "sum", "tags": ["maths", "maths"], "note": 1},
+        ),
+        *({"messages": turns, "rubric": "Be kind."}, {"text": "Once", "reference": " upon"}),
+    )
+    hello, total, talk, text = read_questions(file)
+    assert (hello.id, hello.prompt) == ("1", [{"role": "user", "content": "Hello"}])
+    assert (total.id, total.reference, total.tags, total.shown) == ("sum", "4", ("maths",), "2+2?")
+    assert (talk.prompt, talk.rubric, talk.shown) == (turns, "Be kind.", "user: Hi\n\nassistant: Yes?")
+    assert (text.id, text.prompt, text.reference) == ("5", "Once", " upon")
+    assert read_questions(lines(file, "Hello"), "Be brief.")[0].prompt == [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Hello"},
+    ]
+
+
+BAD: list[tuple[Any, str]] = [
+    ("{", "E_BAD_FIELD line 2: expected JSON, as the line begins with {"),
+    ({"prompt": "x", "answer": "y"}, "E_UNKNOWN_FIELD line 2: expected one of prompt, "),
+    ({"reference": "y"}, "E_MISSING_FIELD line 2: expected one of prompt, messages, text, found none"),
+    ({"prompt": "x", "text": "y"}, "found prompt and text"),
+    ({"prompt": " "}, "line 2, prompt: expected text"),
+    ({"messages": [{"content": "x"}]}, "line 2, messages: expected a list of turns"),
+    ({"messages": [{"role": "system", "content": "s"}]}, "no turn of the system's beside --system"),
+    ({"text": "x"}, "expected prompt or messages beside --system"),
+    ({"prompt": "x", "tags": "t"}, "line 2, tags: expected a list of texts"),
+    ({"prompt": "x", "id": [1]}, "line 2, id: expected text"),
+    ({"prompt": "x", "id": 1}, "line 2, id: expected another than line 1 has"),
+    ({"messages": [{"role": "u", "tool_calls": [{}]}]}, "line 2, messages: expected {"),
+]
+
+
+@pytest.mark.parametrize(("line", "told"), BAD)
+def test_lines_that_cannot_be_asked_are_named(line: Any, told: str, tmp_path: Path) -> None:
+    """Each has a finding with its number, and a good line beside it none."""
+    with pytest.raises(RequestInvalid) as caught:
+        read_questions(lines(tmp_path / "prompts", "Hello", line), "Be brief.")
+    [finding] = caught.value.findings
+    assert told in str(finding)
+
+
+def test_files_that_ask_nothing(tmp_path: Path) -> None:
+    """No file, no text and no lines have messages of their own."""
+    (tmp_path / "binary").write_bytes(b"\xff")
+    (tmp_path / "empty").write_text("\n")
+    for name, told in (("none", "No such file"), ("binary", "no UTF-8"), ("empty", "asks nothing")):
+        with pytest.raises(RequestInvalid, match=told):
+            read_questions(tmp_path / name)
+
+
+ROW = Answer("k", "m", "d", "q", 0, "text \u2028 \ud83d", False, 1, 2, 0, None, 0.5, 1)
+
+
+def test_a_torn_line_costs_only_itself(tmp_path: Path) -> None:
+    """A file whose writer was killed in a line goes on in the next; it is its owner's alone."""
+    path = tmp_path / "kept"
+    with Kept(path) as kept:
+        kept.put(ROW)
+        kept.put(replace(ROW, key="torn"))
+    assert path.stat().st_mode & 0o777 == 0o600
+    path.write_text(path.read_text()[:-9])
+    with Kept(path) as kept:
+        assert kept.get(Answer, "k") == ROW
+        assert kept.get(Answer, "torn") is None
+        kept.put(replace(ROW, key="next"))
+    with Kept(path) as kept:
+        assert len(kept) == 2
+
+
+@pytest.mark.parametrize(
+    "line", ["no JSON", "[]", '{"kind": "other"}', '{"kind": "answer"}', '{"kind": "verdict", "key": 1}']
+)
+def test_another_file_is_not_written_to(line: str, tmp_path: Path) -> None:
+    """A file that holds anything else is refused by line, and stays as it was."""
+    path = lines(tmp_path / "kept", line, "")
+    with pytest.raises(RequestInvalid) as caught:
+        Kept(path)
+    assert caught.value.findings[0].where == "line 1"
+    assert path.read_text() == f"{line}\n"
+    with pytest.raises(SettingsInvalid, match="cannot keep answers"):
+        Kept(tmp_path)

@@ -1,0 +1,203 @@
+"""Scores of answers, and what their differences say: by closed forms, by enumeration, by examples."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import statistics
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+
+from loramux.arena.judge import NoVerdict
+from loramux.arena.judge_url import UrlJudge
+from loramux.arena.likelihood import of_reference
+from loramux.arena.paired import bootstrap, compare, holm, sign_test
+from loramux.arena.scores import SCORERS, scorer
+from loramux.records import Message, PromptToken, TokenLogprobs
+from loramux_shared.faults import (
+    Fault,
+    RateLimited,
+    RequestInvalid,
+    ServerUnavailable,
+    SettingsInvalid,
+    Unauthenticated,
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "answer", "reference", "agrees"),
+    [
+        ("exact", "Paris", "Paris", True),
+        ("exact", "Paris ", "Paris", False),
+        ("strip", " Paris\n", "Paris", True),
+        ("strip", "paris", "Paris", False),
+        ("casefold", " STRASSE", "straße ", True),
+        ("casefold", "Paris!", "Paris", False),
+        ("numeric", "First 3, then 1,200.50.", "1200.5", True),
+        ("numeric", "It is -7", "7", False),
+        ("numeric", "It is .5", "0.50", True),
+        ("numeric", "none", "7", False),
+        ("numeric", "9" * 10_000, "9" * 10_000, False),
+        ("numeric", "7", "none", False),
+        ("json", ' {"b": [1, 2.0], "a": null}', '{"a": null, "b": [1.0, 2]}', True),
+        ("json", "Sure:\n```json\n[1]\n```\nThere.", "[1]", True),
+        ("json", "[true]", "[1]", False),
+        ("json", "[1, 2]", "[2, 1]", False),
+        ("json", '{"a": 1}', '{"a": 1, "b": 2}', False),
+        ("json", "NaN", "NaN", False),
+        ("json", "[" * 100_000, "[]", False),
+        ("regex=#### (-?[0-9]+)", "so it is\n#### 42", "42", True),
+        ("regex=#### (-?[0-9]+)", "#### 42", "steps\n#### 42", True),
+        (r"regex=\b[A-D]\b", "Answer: B, not C", "B", True),
+        ("regex=[A-D]", "none of them", "none of them", False),
+    ],
+)
+def test_agreement_has_a_name(name: str, answer: str, reference: str, agrees: bool) -> None:
+    """Each score forgives what its name says, and nothing else."""
+    assert scorer(name)(answer, reference) is agrees
+
+
+@pytest.mark.parametrize("word", ["fuzzy", "regex=", "regex=("])
+def test_scores_that_there_are_not(word: str) -> None:
+    """An unknown name and a pattern that is none are refused, with the names that there are."""
+    with pytest.raises(SettingsInvalid, match=r"--score"):
+        scorer(word)
+    assert all(scorer(name) is SCORERS[name] for name in SCORERS)
+
+
+def test_the_sign_test_is_exact() -> None:
+    """It is the part of all coin tosses that are as uneven as what was found."""
+    for count in range(1, 11):
+        heads = [sum(tosses) for tosses in itertools.product((0, 1), repeat=count)]
+        for wins in range(count + 1):
+            uneven = sum(abs(2 * each - count) >= abs(2 * wins - count) for each in heads)
+            assert sign_test(wins, count - wins) == pytest.approx(uneven / 2**count)
+    assert sign_test(0, 0) == 1.0
+    assert 0 < sign_test(900, 1100) < 1e-5
+    assert sign_test(0, 5000) == 0.0
+
+
+def test_holm_is_step_down() -> None:
+    """The least p-value counts for all, the next one for one fewer, and none is below one before it."""
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.9, 0.5]) == [1.0, 1.0]
+    assert holm([0.02]) == [0.02]
+    assert holm([]) == []
+
+
+def test_an_interval_is_as_wide_as_theory_says() -> None:
+    """For many questions, ends lie 1.96 standard errors from the mean; a seed repeats them."""
+    differences = [((7 * number) % 101) / 100 for number in range(404)]
+    found = bootstrap(differences, seed=3)
+    mean, error = statistics.fmean(differences), statistics.pstdev(differences) / 404**0.5
+    assert found.low == pytest.approx(mean - 1.96 * error, abs=0.2 * error)
+    assert found.high == pytest.approx(mean + 1.96 * error, abs=0.2 * error)
+    assert bootstrap(differences, seed=3) == found != bootstrap(differences, seed=4)
+    assert (bootstrap([0.5, 0.5], 0).low, bootstrap([0.5, 0.5], 0).high) == (0.5, 0.5)
+
+
+def test_differences_are_counted() -> None:
+    """Wins, ties and losses add up to the questions."""
+    found = compare([1.0, 0.0, -0.5, 0.5, 1.0])
+    assert (found.questions, found.wins, found.ties, found.losses) == (5, 3, 1, 1)
+    assert found.difference == pytest.approx(0.4)
+    assert found.p == pytest.approx(0.625)
+
+
+def token(text: str, logprob: float | None) -> PromptToken:
+    """A token of a prompt."""
+    return PromptToken(1, None if logprob is None else TokenLogprobs(logprob, (), text.encode()))
+
+
+def test_tokens_of_a_reference_are_the_last_ones() -> None:
+    """One that prompt and reference share counts, a template may strip, and no other ending is taken."""
+    prompt = [token("<s>", None), token("2+2", -9.0), token("=", -8.0), token(" fo", -0.5), token("ur", -0.25)]
+    assert of_reference(prompt, " four") == (-0.75, 2)
+    assert of_reference(prompt, "four ") == (-0.75, 2)
+    assert of_reference(prompt, "= four") == (-8.75, 3)
+    for reference in ("five", "", " ", "x" * 50):
+        with pytest.raises(RequestInvalid, match="cannot be scored"):
+            of_reference(prompt, reference)
+
+
+ASKED: list[Message] = [{"role": "user", "content": "A or B?"}]
+
+
+@contextmanager
+def http(status: int, said: object, headers: dict[str, str] | None = None) -> Iterator[tuple[str, list[Any]]]:
+    """Answer everything alike; yields the address, and what was heard."""
+    heard: list[Any] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+            heard.append((self.path, self.headers.get("authorization"), body))
+            self.send_response(status)
+            for name, value in (headers or {}).items():
+                self.send_header(name, value)
+            self.end_headers()
+            content = {"choices": [{"message": {"content": said}}]}
+            self.wfile.write(json.dumps(content).encode())
+
+        def log_message(self, *args: Any) -> None: ...
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_address[1]}/v1", heard
+        finally:
+            server.shutdown()
+
+
+async def test_a_judge_behind_an_address() -> None:
+    """It is asked with a schema that leaves a letter, and with its own key."""
+    with http(200, '{"verdict": "B"}') as (url, heard):
+        assert await UrlJudge(f"{url}/", "judge", "secret").letter(ASKED) == "B"
+    [(path, key, body)] = heard
+    assert (path, key, body["model"], body["messages"]) == (
+        "/v1/chat/completions",
+        "Bearer secret",
+        "judge",
+        ASKED,
+    )
+    schema = body["response_format"]["json_schema"]["schema"]
+    assert schema["properties"]["verdict"]["enum"] == ["A", "B", "C"]
+
+
+@pytest.mark.parametrize(
+    ("status", "said", "headers", "fault"),
+    [
+        (200, "I like both", {}, NoVerdict),
+        (200, None, {}, NoVerdict),
+        (200, "[[", {}, NoVerdict),
+        (401, "", {}, Unauthenticated),
+        (422, "", {}, RequestInvalid),
+        (429, "", {"retry-after": "7"}, RateLimited),
+        (503, "", {}, ServerUnavailable),
+        (307, "", {"location": "http://127.0.0.1:1/"}, RequestInvalid),
+    ],
+)
+async def test_judges_that_do_not_judge(
+    status: int, said: object, headers: dict[str, str], fault: type[Fault]
+) -> None:
+    """Each failure has a class, which says whether to ask again; a redirect is not followed."""
+    with http(status, said, headers) as (url, heard), pytest.raises(fault) as caught:
+        await UrlJudge(url, "judge", "").letter(ASKED)
+    assert len(heard) == 1
+    if status == 429:
+        assert caught.value.retry_after_s == 7.0
+
+
+async def test_addresses_that_are_none() -> None:
+    """Other schemes, and a key in the address, are refused; nobody there is told as such."""
+    for url in ("file:///etc/passwd", "127.0.0.1:80", "http://key@host/v1"):
+        with pytest.raises(SettingsInvalid, match="--judge-url"):
+            UrlJudge(url, "judge", "")
+    with pytest.raises(ServerUnavailable, match=r"no answer from the judge at 127\.0\.0\.1:1"):
+        await UrlJudge("http://127.0.0.1:1/v1", "judge", "").letter(ASKED)

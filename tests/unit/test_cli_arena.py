@@ -1,0 +1,178 @@
+"""``loramux arena`` as it is typed: what it prints, how it ends, what it refuses beforehand."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from loramux.cli.arena import named
+from loramux.cli.main import app
+from loramux_shared.faults import ModelNotFound, RequestInvalid, SettingsInvalid
+from tests.support.arena_server import Versions, serving
+
+HOSTILE = "</script><script>document.title='owned'</script>\x1b[2J"
+
+
+def says(model: str, asked: str, seed: int) -> str:
+    """``a`` is right, ``b`` hostile, and all of them judge by place."""
+    if "ANSWER A" in asked or asked == "A":
+        return "A"
+    return {"a": f"{asked}!", "b": HOSTILE}.get(model, f"{seed}")
+
+
+@pytest.fixture(scope="module")
+def served() -> Iterator[tuple[Versions, str]]:
+    """A server in a thread of its own, and its address."""
+    service, loop, up = Versions(says), asyncio.new_event_loop(), threading.Event()
+    stop, addresses = asyncio.Event(), list[str]()
+
+    async def serve() -> None:
+        async with serving(service) as address:
+            addresses.append(address)
+            up.set()
+            await stop.wait()
+
+    thread = threading.Thread(target=lambda: loop.run_until_complete(serve()), daemon=True)
+    thread.start()
+    assert up.wait(10)
+    yield service, addresses[0]
+    loop.call_soon_threadsafe(stop.set)
+    thread.join(10)
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    path = tmp_path / "prompts.jsonl"
+    rows = [{"id": f"q{number}", "prompt": f"p{number}", "reference": f"p{number}!"} for number in range(3)]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+def arena(served: tuple[Versions, str], prompts: Path, *args: object) -> tuple[int, str, str]:
+    """Run the command; returns its exit code, stdout and stderr."""
+    kept = prompts.with_name("kept.jsonl")
+    words = ["arena", "--grpc", served[1], "--prompts", prompts, "--resume", kept, *args]
+    result = CliRunner().invoke(app, list(map(str, words)))
+    return result.exit_code, result.stdout, result.stderr
+
+
+def test_tables_for_people(served: tuple[Versions, str], prompts: Path) -> None:
+    """A line per version, one per comparison of each score, and notes that say how to read them."""
+    code, text, errors = arena(served, prompts, "--models", "base,a,b", "--judge", "base")
+    lines = [line.split() for line in text.splitlines()]
+    assert code == 0
+    assert [line[:3] for line in lines[1:4]] == [
+        ["base", "(baseline)", "-"],
+        ["a", "a" * 12, "3"],
+        ["b", "b" * 12, "3"],
+    ]
+    assert ["a", "1.000", "+1.000", "+1.000", "to", "+1.000", "3/0/0", "0.250", "0.500"] in lines
+    assert ["b", "0.500", "+0.000", "+0.000", "to", "+0.000", "0/3/0", "1.000", "1.000"] in lines
+    assert "fewer than 20 questions" in errors
+    assert "judge base is one of those that are compared" in errors
+    assert "kept.jsonl" in errors
+
+
+def test_json_and_a_page(served: tuple[Versions, str], prompts: Path, tmp_path: Path) -> None:
+    """One document has the plan, the report and where answers are; the page holds no markup of an answer."""
+    page = tmp_path / "report.html"
+    code, text, _ = arena(served, prompts, "--models", "a,b", "--baseline", "base", "--json", "--output", page)
+    document = json.loads(text)
+    assert code == 0
+    assert document["plan"]["models"] == ["base", "a", "b"]
+    assert document["report"]["scores"][0]["comparisons"][0]["paired"]["wins"] == 3
+    rows = [json.loads(line) for line in Path(document["answers"]).read_text().splitlines()]
+    assert {row["text"] for row in rows if row["model"] == "b"} == {HOSTILE}
+    written = page.read_text()
+    assert written.count("<script") == written.count("</script>") == 2
+    data = json.loads(written.partition('type="application/json">')[2].partition("</script>")[0])
+    assert data["answers"]["b"]["q0"][0][0] == HOSTILE
+    assert "default-src 'none'" in written
+
+
+def test_rows_that_fail_are_named(served: tuple[Versions, str], prompts: Path) -> None:
+    """A refused request has a line with its version, question and reason; the next run asks for it alone."""
+    service, _ = served
+    service.refusals = iter([None, None, RequestInvalid("the prompt is odd.")])
+    code, text, errors = arena(served, prompts, "--models", "base,a", "--concurrency", "1")
+    assert code == 1
+    assert "failed: answer of base, q0: REQUEST_INVALID: the prompt is odd." in text
+    assert "--resume" in errors
+    service.heard.clear()
+    code, text, _ = arena(served, prompts, "--models", "base,a")
+    assert code == 0
+    assert "5 rows were kept from before" in text
+    assert len(service.heard) == 3
+
+
+REFUSED: list[tuple[list[str], int, str]] = [
+    (["--models", "base,nobody"], 1, "MODEL_NOT_FOUND: nobody: no model 'nobody'"),
+    (["--models", "x-*"], 1, "no model 'x-*'; served are base, a, b"),
+    (["--models", ","], 2, "--models: expected names"),
+    (["--score", "fuzzy"], 2, "--score fuzzy: expected one of exact, strip"),
+    (["--samples", "2"], 2, "set --temperature"),
+    (["--judge-url", "http://127.0.0.1:1/v1"], 2, "--judge-url needs --judge"),
+    (["--judge", "base", "--judge-url", "ftp://x"], 2, "--judge-url: expected http://"),
+    (["--judge", "nobody"], 1, "no model 'nobody'"),
+    (["--max-tokens", "0"], 2, "--score likelihood alone"),
+    (["--output", "/none/such.html"], 2, "expected a file in a folder"),
+]
+
+
+@pytest.mark.parametrize(("args", "code", "told"), REFUSED)
+def test_what_cannot_be_done_is_said_before_anything(
+    args: list[str], code: int, told: str, served: tuple[Versions, str], prompts: Path
+) -> None:
+    """Wrong flags and names that are not served end the command before a question is answered."""
+    served[0].heard.clear()
+    found, _, errors = arena(served, prompts, *args)
+    assert found == code
+    assert told in errors
+    assert all(each.sampling.max_tokens == 1 or each.HasField("constraint") for each in served[0].heard)
+
+
+def test_scores_need_references(served: tuple[Versions, str], prompts: Path) -> None:
+    """A score by reference of a file without any is a mistake; without a score there is none."""
+    prompts.write_text("Hello\n")
+    code, _, errors = arena(served, prompts, "--score", "strip")
+    assert (code, "no prompt of the file has a reference" in errors) == (2, True)
+    code, text, _ = arena(served, prompts)
+    assert (code, "difference" in text) == (0, False)
+
+
+def test_names_and_patterns() -> None:
+    """A star before a number is a scale; any other one, and a question mark, stand for served names."""
+    known = ["base", "ck-1", "ck-2", "ck-10"]
+    assert named("base, ck-*", known) == known
+    assert named("ck-?,ck-1", known) == ["ck-1", "ck-2"]
+    assert named("all", known) == known
+    assert named("ck-1*0.5+ck-2*-.5,ck-1@0123abcd", known) == ["ck-1*0.5+ck-2*-.5", "ck-1@0123abcd"]
+    with pytest.raises(ModelNotFound):
+        named("x?", known)
+    with pytest.raises(SettingsInvalid):
+        named(" , ", known)
+
+
+def test_answers_are_kept_without_being_asked_for(
+    served: tuple[Versions, str], prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without --resume they are in the state folder, of which the newest files stay."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    folder = tmp_path / "loramux/arena"
+    folder.mkdir(parents=True)
+    for number in range(25):
+        (folder / f"20200101-0000{number:02}-1.jsonl").touch()
+    words: list[Any] = ["arena", "--grpc", served[1], "--prompts", prompts, "--models", "a"]
+    result = CliRunner().invoke(app, list(map(str, words)))
+    assert result.exit_code == 0
+    files = sorted(folder.iterdir())
+    assert len(files) == 20
+    assert str(files[-1]) in result.stderr
+    assert len(files[-1].read_text().splitlines()) == 3
