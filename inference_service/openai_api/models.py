@@ -29,6 +29,9 @@ async def list_models(service: GenerationService, http: HttpRequest) -> Response
         body: answers.ModelList = {
             "object": "list",
             "data": [_model(model, service, adapters) for model in models],
+            "has_more": False,
+            "first_id": models[0].name if models else None,
+            "last_id": models[-1].name if models else None,
         }
         return json_response(body)
 
@@ -63,6 +66,9 @@ def _model(model: ServedModel, service: GenerationService, adapters: AdapterMana
         "licence": (catalog.base_licence if base else model.licence) or None,
         "base_licence": None if base else catalog.base_licence or None,
         "warnings": list(model.warnings),
+        "type": "model",
+        "display_name": model.name,
+        "created_at": model.load_time.isoformat(timespec="seconds"),
     }
 
 
