@@ -24,10 +24,10 @@ from inference_service.openai_api import (
     tokens,
     trainers,
 )
-from inference_service.openai_api.chat_schema import ChatBody, TokenizeBody
+from inference_service.openai_api.chat_schema import ChatBody
 from inference_service.openai_api.endpoint import Endpoint, Handler
 from inference_service.openai_api.front import Front
-from inference_service.openai_api.messages import shapes
+from inference_service.openai_api.messages import answers as messages
 from inference_service.openai_api.messages.routes import count_tokens, create_message
 from inference_service.openai_api.messages.schema import CountBody, MessagesBody
 from inference_service.openai_api.openapi import document
@@ -39,7 +39,8 @@ from inference_service.openai_api.reply import json_response
 from inference_service.openai_api.responses import answers as responses
 from inference_service.openai_api.responses.create import create_response
 from inference_service.openai_api.responses.schema import ResponsesBody
-from inference_service.openai_api.schema import CompletionBody, DetokenizeBody
+from inference_service.openai_api.schema import CompletionBody
+from inference_service.openai_api.tokens_schema import DetokenizeBody, TokenizeBody
 from inference_service.openai_api.trainers import InfoQuery, PauseQuery
 from inference_service.serving.adapters.fixed import fixed_manager
 from inference_service.serving.adapters.manager import AdapterManager
@@ -92,10 +93,10 @@ ENDPOINTS: Final = (
         create_message,
         body=MessagesBody,
         media=ANSWERS,
-        answer=shapes.MessageAnswer,
-        event=shapes.MessageEvent,
+        answer=messages.AnthropicMessage,
+        event=messages.MessageEvent,
         fails=(404, 429, 529),
-        error=shapes.MessageError,
+        error=messages.MessageError,
         hinted=True,
     ),
     Endpoint(
@@ -103,9 +104,9 @@ ENDPOINTS: Final = (
         "/v1/messages/count_tokens",
         count_tokens,
         body=CountBody,
-        answer=shapes.TokensCount,
-        fails=(404,),
-        error=shapes.MessageError,
+        answer=messages.TokenCount,
+        fails=(404, 429),
+        error=messages.MessageError,
     ),
     Endpoint(
         "POST",

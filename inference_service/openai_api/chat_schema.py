@@ -11,7 +11,13 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, PlainVa
 from pydantic_core import PydanticCustomError
 from typing_extensions import TypedDict
 
-from inference_service.openai_api.schema import NOT_NULL, Body, Examples, GenerationBody
+from inference_service.openai_api.schema import Body, Examples, GenerationBody
+from inference_service.openai_api.schema_rules import (
+    BY_ROLE,
+    GOES_ON,
+    SAYS_SOMETHING,
+    SCHEMA_WHERE_SAID,
+)
 from inference_service.serving.turns import NAME, ROLES
 
 TEXT_PARTS: Final = {"text": "text", "refusal": "refusal"}
@@ -101,28 +107,6 @@ class ToolCall(Body):
     id: str
     type: FunctionType
     function: CalledFunction
-
-
-WITHOUT_CALLS: dict[str, Any] = {"tool_calls": {"maxItems": 0}}
-"""Or null."""
-BY_ROLE: dict[str, Any] = {
-    "oneOf": [
-        {"properties": {"role": {"const": "assistant"}}},
-        {
-            "required": ["tool_call_id"],
-            "properties": {"role": {"const": "tool"}, "tool_call_id": {"type": "string", "minLength": 1}}
-            | WITHOUT_CALLS,
-        },
-        {"properties": {"role": {"enum": ["developer", "system", "user"]}} | WITHOUT_CALLS},
-    ]
-}
-SAYS_SOMETHING: dict[str, Any] = {
-    "anyOf": [
-        {"required": ["content"], "properties": {"content": NOT_NULL}},
-        {"required": ["refusal"], "properties": {"refusal": NOT_NULL}},
-        {"required": ["tool_calls"], "properties": {"tool_calls": {"type": "array", "minItems": 1}}},
-    ]
-}
 
 
 class ChatMessage(Body):
@@ -267,17 +251,6 @@ class JsonSchema(Body):
     """Accepted; the answer always keeps to the schema."""
 
 
-SCHEMA_WHERE_SAID: dict[str, Any] = {
-    "oneOf": [
-        {
-            "required": ["json_schema"],
-            "properties": {"type": {"const": "json_schema"}, "json_schema": NOT_NULL},
-        },
-        {"properties": {"type": {"enum": ["text", "json_object"]}, "json_schema": {"type": "null"}}},
-    ]
-}
-
-
 class ResponseFormat(Body):
     """What the answer must look like."""
 
@@ -295,10 +268,6 @@ class ResponseFormat(Body):
 
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
 """How long the model is to think, as OpenAI spells it."""
-GOES_ON: dict[str, Any] = {
-    "if": {"required": ["continue_final_message"], "properties": {"continue_final_message": {"const": True}}},
-    "then": {"required": ["add_generation_prompt"], "properties": {"add_generation_prompt": {"const": False}}},
-}
 
 
 class ChatTurns(Body):
@@ -359,46 +328,3 @@ class ChatBody(ChatTurns, GenerationBody):
     web_search_options: None = None
     verbosity: None = None
     moderation: None = None
-
-
-OF_MESSAGES = ("tools", "add_generation_prompt", "continue_final_message", "chat_template_kwargs")
-"""What says how messages are rendered."""
-ONE_OF_TWO: dict[str, Any] = {
-    "oneOf": [
-        {
-            "required": ["prompt"],
-            "properties": {"prompt": NOT_NULL}
-            | {name: {"type": "null"} for name in ("messages", *OF_MESSAGES)},
-        },
-        {"required": ["messages"], "properties": {"messages": NOT_NULL, "prompt": {"type": "null"}}},
-    ]
-}
-
-
-class TokenizeBody(Body):
-    """``POST /tokenize``: a prompt, or messages."""
-
-    model_config = ConfigDict(json_schema_extra=ONE_OF_TWO | GOES_ON)
-    examples: ClassVar[Examples] = {
-        "prompt": {"prompt": "The party of the first part"},
-        "messages": {"messages": [{"role": "user", "content": "Hello"}], "return_token_strs": True},
-    }
-
-    model: str | None = None
-    prompt: str | None = None
-    messages: Messages | None = None
-    tools: tuple[Tool, ...] | None = None
-    add_generation_prompt: bool | None = None
-    continue_final_message: bool | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
-    add_special_tokens: bool | None = None
-    """With those that the tokenizer adds itself; when not set, true of a prompt and false of messages."""
-    return_token_strs: bool | None = None
-
-    @model_validator(mode="after")
-    def _one_of_two(self) -> Self:
-        if (self.prompt is None) == (self.messages is None):
-            raise PydanticCustomError("prompt", "either prompt or messages")
-        if self.prompt is not None and any(getattr(self, name) is not None for name in OF_MESSAGES):
-            raise PydanticCustomError("prompt", f"{', '.join(OF_MESSAGES)} only beside messages")
-        return self

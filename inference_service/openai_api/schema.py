@@ -14,6 +14,8 @@ from typing import Annotated, Any, ClassVar, Self
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, model_validator
 from pydantic_core import PydanticCustomError
 
+from inference_service.openai_api.schema_rules import ONE_STRUCTURE
+
 MAX_PROMPTS = 256
 """Prompts of one request."""
 MAX_INPUTS = 2048
@@ -88,17 +90,6 @@ class StreamOptions(Body):
     """vLLM's: with include_usage, tell with every chunk what its choice has used so far."""
     include_obfuscation: bool | None = None
     """Accepted; there is no padding here."""
-
-
-def _only(name: str, value: dict[str, Any]) -> dict[str, Any]:
-    return {"required": [name], "properties": {name: value}}
-
-
-NOT_NULL: dict[str, Any] = {"not": {"type": "null"}}
-ONE_STRUCTURE: dict[str, Any] = {
-    "oneOf": [_only(name, NOT_NULL) for name in ("json", "regex", "choice", "grammar")]
-    + [_only("json_object", {"const": True})]
-}
 
 
 class StructuredOutputs(Body):
@@ -215,12 +206,3 @@ class CompletionBody(GenerationBody):
     best_of: int | None = None
     """Only the same as n."""
     suffix: None = None
-
-
-class DetokenizeBody(Body):
-    """``POST /detokenize``."""
-
-    examples: ClassVar[Examples] = {"tokens": {"tokens": [5, 6, 7]}}
-
-    model: str | None = None
-    tokens: tuple[int, ...]

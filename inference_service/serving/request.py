@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -84,6 +84,8 @@ class Request:
     prompt_logprobs: int | None = None
     """The same for the tokens of the prompt, always raw; 0 is their own alone."""
     constraint: Constraint | None = None
+    constraint_for: Callable[[str], Constraint | None] | None = None
+    """Returns the constraint where it depends on how the prompt ends, as it was rendered; comes before it."""
     skip_special_tokens: bool = True
     """Leave special tokens out of the text."""
     shown_special_tokens: tuple[str, ...] = ()

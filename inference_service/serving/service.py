@@ -20,7 +20,7 @@ from inference_service.core.sequence import Sequence
 from inference_service.serving.adapter_defaults import AdapterDefaults
 from inference_service.serving.answer import Answer
 from inference_service.serving.base_files import BaseFiles, NoBaseFiles
-from inference_service.serving.bounds import check
+from inference_service.serving.bounds import check, check_constraint
 from inference_service.serving.catalog import Catalog, Changes, ServedModel
 from inference_service.serving.constraints import Constraints
 from inference_service.serving.delivery import Outputs
@@ -139,6 +139,10 @@ class GenerationService:
             with self.limiter.admit(model, ACCESS.get()) as ticket:
                 defaults = await self.naming.defaults(model)
                 tokens = await self._tokens(request, defaults, self.limits.max_seq_len)
+                if request.constraint_for is not None:
+                    constraint = request.constraint_for(self._text(defaults).end_of(tokens))
+                    check_constraint(constraint)
+                    request = replace(request, constraint=constraint)
                 answers = await self._answers(request, model, tokens, defaults, ticket)
                 seqs = [answer.seq for answer in answers.values()]
                 follower.submitted(seqs)

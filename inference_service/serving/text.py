@@ -92,6 +92,10 @@ class Text:
         special = special_tokens(config)
         return cls(tokenizer, ChatTemplate(source, special) if source else None, vocab, special)
 
+    def tokenizer_json(self) -> str:
+        """Return the tokenizer as ``tokenizer.json`` has it."""
+        return str(self._tokenizer.to_str())
+
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Tokenize a text, with the special tokens that the tokenizer adds itself unless said otherwise.
 

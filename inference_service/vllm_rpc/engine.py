@@ -16,10 +16,11 @@ import grpc
 
 from inference_service.serving.adapter_defaults import AdapterDefaults
 from inference_service.serving.load_view import loads
+from inference_service.serving.pooling import pooled, pooling_of, shaped
 from inference_service.serving.service import GenerationService
 from inference_service.vllm_rpc.calling import MODEL, metadata_of, refuse_rank
 from inference_service.vllm_rpc.engine_answers import Telling
-from inference_service.vllm_rpc.engine_requests import request_of
+from inference_service.vllm_rpc.engine_requests import embedding_of, request_of
 from inference_service.vllm_rpc.refusals import refused, refused_stream, spelled_out
 from inference_service.vllm_rpc.running import Running
 from inference_service.vllm_rpc.tokenizer import Archives
@@ -69,6 +70,21 @@ class VllmEngineServicer(engine_pb2_grpc.VllmEngineServicer):
                 for message in telling.aborted() if call.aborted else ():
                     yield message
 
+    async def Embed(  # noqa: N802 - grpc's name
+        self, request: pb.EmbedRequest, context: grpc.aio.ServicerContext
+    ) -> pb.EmbedResponse:
+        """Make a vector of a prompt: its hidden states, pooled as the base was trained, of length 1."""
+        with spelled_out():
+            pooling = pooling_of(None, self._service.usual_pooling)
+            longest = self._service.limits.max_seq_len
+            asked = embedding_of(request, context, self._name(context), longest, pooling)
+            async with aclosing(pooled(self._service, [asked])) as found:
+                made = await anext(found)
+        vector = shaped(made.vector, None, normalize=True)
+        return pb.EmbedResponse(
+            embedding=vector.tolist(), prompt_tokens=made.finished.prompt_tokens, embedding_dim=len(vector)
+        )
+
     async def HealthCheck(  # noqa: N802 - grpc's name
         self, _request: pb.HealthCheckRequest, _context: grpc.aio.ServicerContext
     ) -> pb.HealthCheckResponse:
@@ -103,7 +119,7 @@ class VllmEngineServicer(engine_pb2_grpc.VllmEngineServicer):
             is_generation=True,
             max_context_length=longest,
             max_req_input_len=longest - 1,
-            vocab_size=self._service.text.vocab,
+            vocab_size=model.vocab or self._service.text.vocab,
             model_type=str(config.get("model_type", "")),
             architectures=[str(name) for name in config.get("architectures") or ()],
             eos_token_ids=sorted(self._service.limits.eos_token_ids | defaults.stop_token_ids),
@@ -140,14 +156,13 @@ class VllmEngineServicer(engine_pb2_grpc.VllmEngineServicer):
     async def GetTokenizer(  # noqa: N802 - grpc's name
         self, _request: common_pb2.GetTokenizerRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[common_pb2.GetTokenizerChunk]:
-        """Stream the base's tokenizer, with the chat template of what answers here."""
+        """Stream the base's tokenizer, with the chat template and the tokens of what answers here."""
         model = self._service.catalog.resolve(self._name(context))
-        template = (await self._service.naming.defaults(model)).template
-        archive = await self._archives.get(template.source if template else "")
+        defaults = await self._service.naming.defaults(model)
+        archive = await self._archives.get(defaults.template.source if defaults.template else "", defaults.text)
         for data, sha256 in archive.chunks():
             yield common_pb2.GetTokenizerChunk(data=data, sha256=sha256)
 
-    Embed = refused("Embed", "this server generates text, and makes no embeddings.")
     FlushCache = refused("FlushCache", "cached prompts belong to a version, and are never met by another.")
     StartProfile = refused("StartProfile", "profile the process itself; docs/operations.md has its metrics.")
     StopProfile = refused("StopProfile", "no profile runs.")

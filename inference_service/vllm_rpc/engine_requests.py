@@ -13,6 +13,7 @@ from inference_service.vllm_rpc.refusals import refuse_fields
 from inference_service.vllm_rpc.structure import constraint_of
 from loramux.vllm import engine_pb2 as pb
 from loramux_shared.faults import Finding, RequestInvalid
+from loramux_shared.pooling import Pooling
 
 NO_MEDIA: Final = "Only tokens and text are served."
 NO_TRANSFER: Final = "Keys and values stay where they are: send the whole request to one replica."
@@ -72,6 +73,25 @@ def request_of(
         constraint=constraint_of(kind, getattr(params, kind) if kind else None, "sampling_params"),
         **own | said_beside(context),
     )
+
+
+def embedding_of(
+    message: pb.EmbedRequest, context: grpc.aio.ServicerContext, model: str, max_seq_len: int, pooling: Pooling
+) -> Request:
+    """Return the request for the vector of a prompt.
+
+    Raises:
+        PromptTooLong: there are more token ids than max_seq_len.
+        RequestInvalid: there is no prompt, or metadata is wrong.
+    """
+    refuse_fields(message, {})
+    if not message.HasField("tokenized"):
+        finding = Finding(code="E_MISSING_FIELD", where="tokenized", expected="input_ids")
+        raise RequestInvalid("the request lacks a prompt.", [finding])
+    check_ids(message.tokenized.input_ids, max_seq_len)
+    own = {"id": message.request_id} if message.request_id else {}
+    prompt = list(message.tokenized.input_ids)
+    return Request(model, prompt, max_tokens=0, pooling=pooling, **own | said_beside(context))
 
 
 def _prompt(message: pb.GenerateRequest, max_seq_len: int) -> Prompt:

@@ -55,16 +55,19 @@ class VllmInferenceServicer(inference_pb2_grpc.InferenceServicer):
 
     async def _told(self, asked: Request, request: pb.GenerateRequest) -> AsyncGenerator[pb.GenerateResponse]:
         """Yield the messages of a request; what is told of the prompt alone waits for the first token."""
-        telling = Telling(asked, request.response, self._service.limits.eos_token_ids)
+        telling = Telling(asked, request.response)
         held: list[pb.GenerateResponse] = []
         with self._running.call(asked.id) as call:
             async with aclosing(call.until_aborted(self._service.generate(asked))) as events:
                 async for event in events:
                     held += telling.messages(event)
-                    if not isinstance(event, Started):
-                        for message in held:
-                            yield message
-                        held = []
+                    if isinstance(event, Started):
+                        own = (await self._service.naming.defaults(event.model)).stop_token_ids
+                        telling.ends = self._service.limits.eos_token_ids | own
+                        continue
+                    for message in held:
+                        yield message
+                    held = []
             for message in (*held, *telling.aborted()) if call.aborted else ():
                 yield message
 

@@ -16,12 +16,13 @@ REASONS: Final = {FinishReason.STOP: pb.FinishInfo.STOP, FinishReason.LENGTH: pb
 class Telling:
     """Tells one request as it goes: the prompt once, then outputs; the last of an answer says how it ended."""
 
-    def __init__(self, request: Request, options: pb.ResponseOptions, ends: Collection[int]) -> None:
-        """Tell what options ask for; ends are the tokens that end a text of the base."""
+    def __init__(self, request: Request, options: pb.ResponseOptions) -> None:
+        """Tell what options ask for."""
         self._options = options
         self._text = not options.HasField("output_text") or options.output_text
         self._scores_prompt = request.prompt_logprobs is not None
-        self._ends = ends
+        self.ends: Collection[int] = ()
+        """Tokens that end a text."""
         self._started: Started | None = None
         self._counts = dict.fromkeys(range(request.n), 0)
         """Tokens of the answers that are not complete."""
@@ -89,7 +90,7 @@ class Telling:
                 finish.stop_string = event.stop_text
             elif event.stop_token_id is not None:
                 finish.stop_token_id = event.stop_token_id
-            elif self._last in self._ends:
+            elif self._last in self.ends:
                 finish.eos_token_id = self._last
         return finish
 

@@ -12,13 +12,15 @@ from dataclasses import dataclass
 from typing import Final
 
 from inference_service.serving.base_files import BaseFiles
+from inference_service.serving.text import Text
 
 CHUNK: Final = 64 * 1024
 """Bytes of a message, as other servers have it."""
 KEPT: Final = 4
-"""Archives that are kept: of the base, and of adapters that bring chat templates."""
+"""Archives that are kept: of the base, and of adapters that bring chat templates or tokens."""
 TEMPLATE: Final = "chat_template.jinja"
 CONFIG: Final = "tokenizer_config.json"
+TOKENIZER: Final = "tokenizer.json"
 EPOCH: Final = (1980, 1, 1, 0, 0, 0)
 """Of every file: equal tokenizers have equal archives, on every replica."""
 
@@ -42,25 +44,28 @@ class Archives:
 
     def __init__(self, files: BaseFiles) -> None:
         self._files = files
-        self._kept: dict[str, Archive] = {}
+        self._kept: dict[tuple[str, Text | None], Archive] = {}
         self._making = asyncio.Lock()
 
-    async def get(self, template: str = "") -> Archive:
-        """Return the archive with a chat template in place of the base's own.
+    async def get(self, template: str = "", text: Text | None = None) -> Archive:
+        """Return the archive with a chat template, and with tokens, in place of the base's own.
 
         Raises:
             CheckpointInvalid: the base's files are not there any more, or are others.
         """
         async with self._making:
-            if template not in self._kept:
-                made = await asyncio.to_thread(self._make, template)
+            key = template, text
+            if key not in self._kept:
+                made = await asyncio.to_thread(self._make, template, text)
                 while len(self._kept) >= KEPT:
                     del self._kept[next(iter(self._kept))]
-                self._kept[template] = made
-            return self._kept[template]
+                self._kept[key] = made
+            return self._kept[key]
 
-    def _make(self, template: str) -> Archive:
+    def _make(self, template: str, text: Text | None) -> Archive:
         files = dict(self._files.read())
+        if text is not None:
+            files[TOKENIZER] = text.tokenizer_json().encode()
         if template:
             files[TEMPLATE] = template.encode()
             config = json.loads(files.get(CONFIG, b"{}"))

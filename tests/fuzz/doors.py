@@ -21,12 +21,13 @@ from builder_service.pipeline.check import Checks
 from builder_service.pipeline.context import BuildContext
 from builder_service.rpc.servicer import SERVICE_NAME as BUILDER
 from builder_service.rpc.servicer import BuilderServicer
-from inference_service.openai_api.chat_schema import ChatBody, TokenizeBody
+from inference_service.openai_api.chat_schema import ChatBody
 from inference_service.openai_api.messages.schema import CountBody, MessagesBody
 from inference_service.openai_api.operators import LoadBody, RollbackBody, UnloadBody
 from inference_service.openai_api.responses.schema import ResponsesBody
-from inference_service.openai_api.schema import Body, CompletionBody, DetokenizeBody
+from inference_service.openai_api.schema import Body, CompletionBody
 from inference_service.openai_api.server import HttpServer
+from inference_service.openai_api.tokens_schema import DetokenizeBody, TokenizeBody
 from inference_service.rpc import adapters
 from inference_service.rpc.adapters import SERVICE_NAME as ADAPTERS
 from inference_service.rpc.adapters import AdapterServicer

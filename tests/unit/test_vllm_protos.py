@@ -63,6 +63,7 @@ REQUESTS = (
     "SamplingParams",
     "TokenizedInput",
     "ChoiceConstraint",
+    "EmbedRequest",
     "AbortRequest",
     "GetLoadsRequest",
 )

@@ -1,6 +1,6 @@
-"""What answers look like; `openapi` makes schemas of it.
+"""What messages and their failures look like; `openapi` makes schemas of it.
 
-Source: `anthropic.types`: Message, MessageTokensCount, ErrorResponse and the events of a stream.
+Source: `anthropic.types.Message` and `anthropic.types.RawMessageStreamEvent`
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class SaidBlock(TypedDict):
 
 
 class ThoughtBlock(TypedDict):
-    """What was thought; the signature is a digest of it."""
+    """What was thought."""
 
     type: Literal["thinking"]
     thinking: str
@@ -27,7 +27,7 @@ class ThoughtBlock(TypedDict):
 
 
 class CallBlock(TypedDict):
-    """A call of a tool."""
+    """A call."""
 
     type: Literal["tool_use"]
     id: str
@@ -42,7 +42,7 @@ class OutputTokens(TypedDict):
 
 
 class MessageUsage(TypedDict):
-    """Tokens of the prompt that had to be computed, that were found in the cache, and of the answer."""
+    """Tokens; those of the input without what was found in the prefix cache."""
 
     input_tokens: int
     cache_creation_input_tokens: int
@@ -52,8 +52,8 @@ class MessageUsage(TypedDict):
     """Where something was thought."""
 
 
-class MessageAnswer(TypedDict):
-    """A message of the assistant, and how it ended."""
+class AnthropicMessage(TypedDict):
+    """An answer."""
 
     id: str
     type: Literal["message"]
@@ -67,42 +67,37 @@ class MessageAnswer(TypedDict):
 
 @with_config(ConfigDict(extra="allow"))
 class MessageEvent(TypedDict):
-    """An event of a message; its type says which other fields it has."""
+    """An event of a stream; its type says which other fields it has."""
 
     type: Literal[
-        "message_start",
-        "content_block_start",
-        "content_block_delta",
-        "content_block_stop",
-        "message_delta",
-        "message_stop",
-        "ping",
-    ]
+        "message_start", "content_block_start", "content_block_delta", "content_block_stop", "message_delta",
+        "message_stop", "ping", "error",
+    ]  # fmt: skip
 
 
-class TokensCount(TypedDict):
-    """How many tokens a prompt has."""
+class TokenCount(TypedDict):
+    """Tokens of a prompt."""
 
     input_tokens: int
 
 
-class MessageErrorDetails(TypedDict):
-    """What clients do without, where they read this."""
+class FailureDetails(TypedDict):
+    """By which clients know what to leave out."""
 
     error_code: str
 
 
-class MessageErrorObject(TypedDict):
-    """What went wrong: what was expected, what was found and what to do."""
+class MessageFailure(TypedDict):
+    """Why a request failed."""
 
     type: str
     message: str
-    details: NotRequired[MessageErrorDetails]
+    details: NotRequired[FailureDetails]
 
 
 class MessageError(TypedDict):
-    """A request that failed, as Anthropic's clients read it."""
+    """A failure."""
 
     type: Literal["error"]
-    error: MessageErrorObject
+    error: MessageFailure
     request_id: str | None
