@@ -61,6 +61,10 @@ class Model(TypedDict):
     tool_parser: str | None
     reasoning_parser: str | None
     warnings: list[str]
+    type: Literal["model"]
+    """This and what follows are Anthropic's."""
+    display_name: str
+    created_at: str
 
 
 class ModelList(TypedDict):
@@ -68,6 +72,10 @@ class ModelList(TypedDict):
 
     object: Literal["list"]
     data: list[Model]
+    has_more: Literal[False]
+    """Anthropic's, as the ids of the first and the last."""
+    first_id: str | None
+    last_id: str | None
 
 
 class Failure(TypedDict):

@@ -29,6 +29,9 @@ async def list_models(service: GenerationService, http: HttpRequest) -> Response
         body: answers.ModelList = {
             "object": "list",
             "data": [_model(model, service, adapters) for model in models],
+            "has_more": False,
+            "first_id": models[0].name if models else None,
+            "last_id": models[-1].name if models else None,
         }
         return json_response(body)
 
@@ -66,6 +69,9 @@ def _model(model: ServedModel, service: GenerationService, adapters: AdapterMana
         "tool_parser": parsers.tool if parsers else None,
         "reasoning_parser": parsers.reasoning if parsers else None,
         "warnings": list(model.warnings),
+        "type": "model",
+        "display_name": model.name,
+        "created_at": model.load_time.isoformat(timespec="seconds"),
     }
 
 
