@@ -20,6 +20,7 @@ from loramux_shared.bundle.manifest import (
     ModuleRow,
     Recipe,
     Replaced,
+    ScoreHead,
     Truncation,
 )
 from loramux_shared.bundle.proof import Effect, Probe, Proof, TokenLogprob
@@ -77,6 +78,7 @@ INSIDE = (
     Recipe,
     Replaced,
     Repository,
+    ScoreHead,
     TokenLogprob,
     Truncation,
 )
