@@ -87,7 +87,9 @@ class ScoreBody(ScoringBody):
 class RerankBody(ScoringBody):
     """``POST /v1/rerank``: Jina's and Cohere's, as vLLM has it."""
 
-    examples: ClassVar[Examples] = {"the best": {"query": "late", "documents": ["Refunds", "Delivery"], "top_n": 1}}
+    examples: ClassVar[Examples] = {
+        "the best": {"query": "late", "documents": ["Refunds", "Delivery"], "top_n": 1}
+    }
 
     query: str
     documents: Annotated[Texts, BeforeValidator(_documents)]
