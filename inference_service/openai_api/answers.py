@@ -161,6 +161,71 @@ class Embeddings(TypedDict):
     usage: PromptUsage
 
 
+class Score(TypedDict):
+    """How a pair of texts scores."""
+
+    object: Literal["score"]
+    index: int
+    score: float
+
+
+class Scores(TypedDict):
+    """vLLM's answer to pairs of texts."""
+
+    id: str
+    object: Literal["list"]
+    created: int
+    model: str
+    data: list[Score]
+    usage: PromptUsage
+
+
+class Document(TypedDict):
+    """The text of a document."""
+
+    text: str
+
+
+class Ranked(TypedDict):
+    """A document among others."""
+
+    index: int
+    """Among those of the request."""
+    relevance_score: float
+    document: NotRequired[Document]
+
+
+class Ranking(TypedDict):
+    """Documents, the best first."""
+
+    id: str
+    object: Literal["list"]
+    created: int
+    model: str
+    results: list[Ranked]
+    usage: PromptUsage
+
+
+class Class(TypedDict):
+    """What a text is."""
+
+    index: int
+    label: str
+    probs: list[float]
+    num_classes: int
+
+
+class Classes(TypedDict):
+    """vLLM's answer about texts."""
+
+    id: str
+    object: Literal["list"]
+    created: int
+    model: str
+    data: list[Class]
+    usage: PromptUsage
+
+
 class Tokens(TypedDict):
     """The tokens of a text, and their texts where these were asked for."""
 

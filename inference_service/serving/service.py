@@ -35,12 +35,14 @@ from inference_service.serving.request import (
     Event,
     Finished,
     Message,
+    Pair,
     Prompt,
     PromptLogprobs,
     Request,
     Started,
     told,
 )
+from inference_service.serving.scoring import ScorerOf, no_scorer, refuse_classifier
 from inference_service.serving.telemetry.metrics import Metrics
 from inference_service.serving.telemetry.record import Watcher, following
 from inference_service.serving.telemetry.replica import EngineView
@@ -114,6 +116,7 @@ class GenerationService:
         self.usual_pooling: Pooling | None = Pooling.LAST
         """Likewise; None: the base was trained with one that is not served."""
         self.base_files: BaseFiles = NoBaseFiles()
+        self.scorer_of: ScorerOf = no_scorer
         self._watchers = (self.metrics, *watchers)
         self._engine = engine
         self.engine_view: EngineView = engine
@@ -136,6 +139,8 @@ class GenerationService:
         with following(request, self._watchers) as follower, self._working():
             served = await self.naming.choose(request)
             model = follower.record.model = served.model
+            if request.pooling is None:
+                refuse_classifier(model)
             check(request, model.vocab or self.text.vocab, self._engine.max_queue, self.limits.max_seq_len)
             with self.limiter.admit(model, ACCESS.get()) as ticket:
                 defaults = await self.naming.defaults(model)
@@ -255,7 +260,10 @@ class GenerationService:
         text = self._text(defaults)
         if cut is not None:
             most = countable(most)
-        if isinstance(prompt, str):
+        if isinstance(prompt, Pair):
+            special = request.add_special_tokens is not False
+            tokens = await asyncio.to_thread(text.encode_pair, prompt, most, add_special_tokens=special)
+        elif isinstance(prompt, str):
             special = request.add_special_tokens is not False
             tokens = await asyncio.to_thread(text.encode_prompt, prompt, most, add_special_tokens=special)
         elif prompt and isinstance(prompt[0], Mapping):
