@@ -66,8 +66,8 @@ _REFUSED: Final = (
     ("E_MLX", "an MLX adapter: transposed, with an absolute scale",
      "Transpose both matrices, rename them, and set `lora_alpha = scale * rank`."),
     ("E_DORA", "magnitudes of DoRA that `use_dora` does not say, or the reverse; of experts, of parameters, or "
-     "in the names of its authors' code; or a base of few bits, whose norms are not known exactly",
-     "The finding says why. Correct `use_dora`, build with the base as it was trained, or merge it."),
+     "in the names of its authors' code; or of a base of few bits, where the builder has no torch to widen it",
+     "The finding says why. Correct `use_dora`, install `loramux[inference]` beside the builder, or merge it."),
     ("E_BIAS", "biases that the base has none of, that are not of a projection of attention or dense MLP, or "
      "that PEFT would not load", "The finding says why. Train with `bias` `none` or `lora_only`, or merge it."),
     ("E_VARIANT", "a variant whose factors are not plain A and B (Arrow, BD-LoRA, KaSA, MonteCLoRA, QALoRA), "
