@@ -30,8 +30,9 @@ from benchmarks.moving.figures import Figure, percentile, ratio
 from benchmarks.moving.forge import Forge
 from benchmarks.moving.server import Server, server
 from loramux import AsyncClient
-from loramux.arena.contest import Ask, Contest, Order, Plan, in_turns, met_by
+from loramux.arena.contest import Contest, met_by
 from loramux.arena.kept import Kept
+from loramux.arena.plan import Ask, Order, Plan, in_turns
 from loramux.arena.questions import Question
 from loramux.bench.workload import words
 
@@ -120,7 +121,7 @@ async def measure(
     async with AsyncClient(inference=running.grpc) as client:
         for number in range(options.rounds + 1):
             each = options.questions if number else WARM_UP
-            # Prefixes of the template that one run leaves are there for the next: each has its turn to be first.
+            # Prefixes of the template that a run leaves are there for the next: each has its turn to be first.
             first = number % len(runs)
             for seed, (name, plan, times, order) in enumerate(runs[first:] + runs[:first]):
                 asked = questions(each * times, len(runs) * number + seed)

@@ -16,6 +16,7 @@ from inference_service.replica import TELL_S, Replica, end_broken
 from inference_service.rpc import adapters as adapters_rpc
 from inference_service.rpc.adapters import AdapterServicer
 from inference_service.rpc.servicer import SERVICE_NAME, InferenceServicer, register
+from inference_service.vllm_rpc.services import Services, VllmServices
 from loramux_shared.access.guard import open_guard
 from loramux_shared.descriptors import raise_limit
 from loramux_shared.faults import Fault, SettingsInvalid
@@ -64,13 +65,16 @@ def main() -> int:
         help="a host that REMOTE_URL may reach though its address is not public",
     )
     parser.add_argument(
+        "--model-door", action="append", dest="model_doors", help="MODEL=HOST:PORT, a gRPC address of one model"
+    )
+    parser.add_argument(
         "--insecure",
         action="store_true",
         default=None,
         help="listen beyond this machine though nobody has to show a key",
     )
     flags = vars(parser.parse_args())
-    for name in ("local_roots", "allowed_hosts"):
+    for name in ("local_roots", "allowed_hosts", "model_doors"):
         if flags[name]:
             flags[name] = tuple(flags[name])
     log_to_stderr()
@@ -87,43 +91,50 @@ async def serve(settings: InferenceSettings) -> int:
     """Load, listen, and drain at SIGTERM or SIGINT, or end when the engine can go on no more."""
     stop = Stop()
     raise_limit()
-    addresses = [address for address in (settings.grpc, settings.http) if address]
+    given = (settings.grpc, settings.http, *settings.addresses_of_models.values())
+    addresses = [address for address in given if address]
     guard = open_guard(settings, *addresses)
     for address in addresses:
         require_free(address)  # before minutes of loading
     replica = await stop.starting(Replica.load(settings))
     ready, operators, tracing = replica.ready, replica.operators, replica.tracing
     stall_s = settings.stall_timeout_s
-    server = RpcServer(
-        settings.grpc,
-        {
-            SERVICE_NAME: partial(register, InferenceServicer(ready.service)),
-            adapters_rpc.SERVICE_NAME: partial(adapters_rpc.register, AdapterServicer(operators.manager)),
-        },
-        guard,
-        tracing,
-        calls.Patience(read_s=stall_s),
-    )
+    vllm = VllmServices(ready.service, operators.manager)
+    services: Services = {
+        SERVICE_NAME: partial(register, InferenceServicer(ready.service)),
+        adapters_rpc.SERVICE_NAME: partial(adapters_rpc.register, AdapterServicer(operators.manager)),
+        **vllm.of_all_models(lambda: server.serving),
+    }
+    patience = calls.Patience(read_s=stall_s)
+    server = RpcServer(settings.grpc, services, guard, tracing, patience)
     doors: dict[str, Door] = {}
     if settings.http:
-        patience = protocol.Patience(read_s=stall_s)
+        http_patience = protocol.Patience(read_s=stall_s)
         doors["http"] = HttpServer(
-            settings.http, ready.service, guard, tracing, patience, adapters=operators.manager
+            settings.http, ready.service, guard, tracing, http_patience, adapters=operators.manager
         )
     doors["grpc"] = server
+    of_models = {
+        model: RpcServer(address, vllm.of_model(model, lambda: server.serving), guard, tracing, patience)
+        for model, address in settings.addresses_of_models.items()
+    }
     bound = {name: await door.start() for name, door in doors.items()}
-    replica.begin(partial(_refuse, doors.values()))
-    await server.set_serving(True)
+    if of_models:
+        bound["model_doors"] = ", ".join([f"{name}={await door.start()}" for name, door in of_models.items()])
+    every = [*doors.values(), *of_models.values()]
+    replica.begin(partial(_refuse, every))
+    for each in (*of_models.values(), server):
+        await each.set_serving(True)
     log.info("inference service ready", **bound, guarded_by=guard.shown, deployment=settings.deployment)
     operators.begin()
     number = await stop.wait_beside(replica.until_over())
     if number or operators.outdated.is_set():
-        await leave(doors.values(), settings.drain_delay_s, ready.engine.ended())
+        await leave(every, settings.drain_delay_s, ready.engine.ended())
     await operators.end()
     drain_s = settings.drain_timeout_s if number or operators.outdated.is_set() else TELL_S
     ready.engine.resume()  # what stands still could not end
     log.info("draining", signal=number.name if number else "none", timeout_s=drain_s)
-    finished = await asyncio.gather(*(door.drain(drain_s, ready.engine.cut) for door in doors.values()))
+    finished = await asyncio.gather(*(door.drain(drain_s, ready.engine.cut) for door in every))
     why = await replica.stop()
     if why is not None:
         end_broken(why)

@@ -21,7 +21,10 @@ from ray_service.forwarding import ONCE, PAUSES_S, Forwarder
 from ray_service.names import ENGINE, MODEL
 
 RETRIED: Final = frozenset(
-    {"/v1/chat/completions", "/v1/completions", "/v1/responses", "/tokenize", "/detokenize"}
+    {
+        *("/v1/chat/completions", "/v1/completions", "/v1/responses"),
+        *("/v1/messages", "/v1/messages/count_tokens", "/tokenize", "/detokenize"),
+    }
 )
 """What may be asked twice, beside everything that only reads."""
 REQUEST_ID: Final = b"x-request-id"

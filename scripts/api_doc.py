@@ -46,7 +46,7 @@ def page() -> str:
 
 def _files() -> list[FileDescriptorProto]:
     """Return our files with their comments."""
-    names = sorted(str(path.relative_to(PROTOS)) for path in PROTOS.rglob("*.proto"))
+    names = sorted(str(path.relative_to(PROTOS)) for path in PROTOS.glob("loramux/*/v1/*.proto"))
     include = importlib.resources.files("grpc_tools") / "_proto"
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "set"

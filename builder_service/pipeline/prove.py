@@ -19,7 +19,8 @@ from pydantic import ValidationError
 
 from builder_service.pipeline.progress import Progress, Stage
 from builder_service.pipeline.validate import ValidAdapter
-from loramux_shared.bundle.manifest import VOCABULARY, BaseRecord
+from loramux_shared.bundle.manifest import BaseRecord
+from loramux_shared.bundle.modules import NO_LAYER
 from loramux_shared.bundle.proof import Effect, Proof
 from loramux_shared.deployment import Build
 from loramux_shared.faults import FAULTS, AdapterInvalid, InternalFault, ResourcesExhausted, SettingsInvalid
@@ -67,10 +68,10 @@ def prove_adapters(
     if not adapters:
         return []
     for adapter in adapters:
-        if not VOCABULARY.isdisjoint(adapter.checked.modules):
+        if adapter.checked.vocab is not None:
             raise AdapterInvalid(
-                f"adapter {adapter.fetched.name!r} has embeddings or a head of its own, of which there are no "
-                "proofs. Build without prove, or without this adapter."
+                f"adapter {adapter.fetched.name!r} has another vocabulary than the base, and of such adapters "
+                "there are no proofs. Build without prove, or without this adapter."
             )
     for adapter in adapters:
         progress.enter(adapter.fetched.name, Stage.PROVING)
@@ -130,6 +131,7 @@ def _proof(adapter: ValidAdapter, answer: dict[str, Any]) -> Proof:
     name = adapter.fetched.name
     effects = {(layer, module): effect for layer, module, effect in answer["effects"]}
     rows = [(planned.row.layer, planned.row.module) for planned in adapter.checked.rows]
+    rows += [(NO_LAYER, planned.replaced.module) for planned in adapter.checked.replaced]
     if not effects and any(finding.code == "W_ZERO_B" for finding in adapter.checked.findings):
         effects = dict.fromkeys(rows, Effect(norm=0.0, dots=(0.0,) * 8))  # of the row that says so
     if effects.keys() != set(rows):

@@ -20,6 +20,8 @@ class Constraint:
     """The schema, expression or grammar; empty for ``json_object``. A ``gbnf`` may as well be in Lark."""
     where: str = field(default="response_format", compare=False)
     """The field that asks for it, by which it is refused."""
+    before: str = ""
+    """What comes before such a text: Lark, whose rule is ``before``."""
 
 
 class Grammar(Protocol):

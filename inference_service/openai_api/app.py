@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Final
 
@@ -12,27 +13,35 @@ from starlette.responses import Response
 from starlette.routing import Route, compile_path
 
 from inference_service.openai_api import (
+    answers,
     chat,
     completions,
     embeddings,
+    generated,
     models,
     operators,
     state,
     tokens,
     trainers,
 )
-from inference_service.openai_api.chat_schema import ChatBody, TokenizeBody
-from inference_service.openai_api.endpoint import Endpoint
+from inference_service.openai_api.chat_schema import ChatBody
+from inference_service.openai_api.endpoint import Endpoint, Handler
 from inference_service.openai_api.front import Front
+from inference_service.openai_api.messages import answers as messages
+from inference_service.openai_api.messages.routes import count_tokens, create_message
+from inference_service.openai_api.messages.schema import CountBody, MessagesBody
 from inference_service.openai_api.openapi import document
-from inference_service.openai_api.operators import LoadBody, RollbackBody, UnloadBody
+from inference_service.openai_api.operators import LoadBody, PageQuery, RollbackBody, UnloadBody
 from inference_service.openai_api.page import page_files
 from inference_service.openai_api.pooling_schema import EmbeddingsBody
 from inference_service.openai_api.refusals import fault_response, on_failure, on_fault, on_http_error
 from inference_service.openai_api.reply import json_response
+from inference_service.openai_api.responses import answers as responses
 from inference_service.openai_api.responses.create import count_input, create_response
 from inference_service.openai_api.responses.schema import ResponsesBody
-from inference_service.openai_api.schema import CompletionBody, DetokenizeBody
+from inference_service.openai_api.schema import CompletionBody
+from inference_service.openai_api.tokens_schema import DetokenizeBody, TokenizeBody
+from inference_service.openai_api.trainers import InfoQuery, PauseQuery
 from inference_service.serving.adapters.fixed import fixed_manager
 from inference_service.serving.adapters.manager import AdapterManager
 from inference_service.serving.service import GenerationService
@@ -46,52 +55,140 @@ from loramux_shared.tracing.door import DoorSpans
 
 async def show_openapi(service: GenerationService, http: HttpRequest) -> Response:  # noqa: ARG001
     """Describe all of this."""
-    return json_response(document(ENDPOINTS))
+    served = next((model.name for model in service.catalog), service.catalog.base_name)
+    return json_response(document(ENDPOINTS, served))
 
 
 ANSWERS: Final = ("application/json", "text/event-stream")
 """Of what can be streamed."""
+TEXT: Final = ("text/plain",)
+CHANGES: Final = (403, 404, 409, 504)
+"""Statuses of failures of what changes the deployment."""
 ENDPOINTS: Final = (
-    Endpoint("POST", "/v1/chat/completions", chat.chat_completions, body=ChatBody, media=ANSWERS),
-    Endpoint("POST", "/v1/completions", completions.completions, body=CompletionBody, media=ANSWERS),
-    Endpoint("POST", "/v1/responses", create_response, body=ResponsesBody, media=ANSWERS),
-    Endpoint("POST", "/v1/responses/input_tokens", count_input, body=ResponsesBody),
-    Endpoint("POST", "/v1/embeddings", embeddings.embeddings, body=EmbeddingsBody),
-    Endpoint("GET", "/v1/models", models.list_models),
-    Endpoint("GET", "/v1/models/{model:path}", models.get_model),
-    Endpoint("GET", "/v1/adapters", operators.list_adapters, Scope.ADMIN),
-    Endpoint("POST", "/v1/adapters/{name:path}/pin", operators.pin_adapter, Scope.ADMIN),
-    Endpoint("POST", "/v1/adapters/{name:path}/unpin", operators.unpin_adapter, Scope.ADMIN),
-    Endpoint("POST", "/v1/rollback", operators.roll_back, Scope.ADMIN, RollbackBody),
     Endpoint(
-        "POST", "/v1/load_lora_adapter", operators.load_lora_adapter, Scope.ADMIN, LoadBody, ("text/plain",)
+        "POST",
+        "/v1/chat/completions",
+        chat.chat_completions,
+        body=ChatBody,
+        media=ANSWERS,
+        answer=generated.ChatCompletion,
+        event=generated.ChatCompletionChunk,
+        fails=(404, 429),
+        hinted=True,
     ),
     Endpoint(
         "POST",
-        "/v1/unload_lora_adapter",
-        operators.unload_lora_adapter,
-        Scope.ADMIN,
-        UnloadBody,
-        ("text/plain",),
+        "/v1/completions",
+        completions.completions,
+        body=CompletionBody,
+        media=ANSWERS,
+        answer=generated.Completion,
+        event=generated.CompletionChunk,
+        fails=(404, 429),
+        hinted=True,
     ),
-    Endpoint("POST", "/pause", trainers.pause, Scope.ADMIN),
-    Endpoint("POST", "/resume", trainers.resume, Scope.ADMIN),
-    Endpoint("GET", "/is_paused", trainers.is_paused, Scope.ADMIN),
-    Endpoint("GET", "/get_world_size", trainers.get_world_size),
-    Endpoint("GET", "/server_info", trainers.server_info),
-    Endpoint("POST", "/tokenize", tokens.tokenize, body=TokenizeBody),
-    Endpoint("POST", "/detokenize", tokens.detokenize, body=DetokenizeBody),
-    Endpoint("GET", "/version", models.show_version),
+    Endpoint(
+        "POST",
+        "/v1/messages",
+        create_message,
+        body=MessagesBody,
+        media=ANSWERS,
+        answer=messages.AnthropicMessage,
+        event=messages.MessageEvent,
+        fails=(404, 429, 529),
+        error=messages.MessageError,
+        hinted=True,
+    ),
+    Endpoint(
+        "POST",
+        "/v1/messages/count_tokens",
+        count_tokens,
+        body=CountBody,
+        answer=messages.TokenCount,
+        fails=(404, 429),
+        error=messages.MessageError,
+    ),
+    Endpoint(
+        "POST",
+        "/v1/responses",
+        create_response,
+        body=ResponsesBody,
+        media=ANSWERS,
+        answer=responses.Response,
+        event=responses.ResponseEvent,
+        fails=(404, 429),
+        hinted=True,
+    ),
+    Endpoint(
+        "POST",
+        "/v1/responses/input_tokens",
+        count_input,
+        body=ResponsesBody,
+        answer=responses.InputTokens,
+        fails=(404,),
+    ),
+    Endpoint(
+        "POST",
+        "/v1/embeddings",
+        embeddings.embeddings,
+        body=EmbeddingsBody,
+        answer=answers.Embeddings,
+        fails=(404, 429),
+        hinted=True,
+    ),
+    Endpoint("GET", "/v1/models", models.list_models, answer=answers.ModelList),
+    Endpoint("GET", "/v1/models/{model:path}", models.get_model, answer=answers.Model, fails=(404,)),
+    Endpoint(
+        "GET",
+        "/v1/adapters",
+        operators.list_adapters,
+        Scope.ADMIN,
+        answer=answers.AdapterList,
+        query=PageQuery,
+    ),
+    *(
+        Endpoint("POST", path, handler, Scope.ADMIN, answer=answers.Adapter, fails=(403, 404))
+        for path, handler in (
+            ("/v1/adapters/{name:path}/pin", operators.pin_adapter),
+            ("/v1/adapters/{name:path}/unpin", operators.unpin_adapter),
+        )
+    ),
+    Endpoint(
+        "POST",
+        "/v1/rollback",
+        operators.roll_back,
+        Scope.ADMIN,
+        RollbackBody,
+        answer=answers.RolledBack,
+        fails=CHANGES,
+    ),
+    *(
+        Endpoint("POST", path, handler, Scope.ADMIN, body, TEXT, fails=CHANGES, error=answers.VllmError)
+        for path, handler, body in (
+            ("/v1/load_lora_adapter", operators.load_lora_adapter, LoadBody),
+            ("/v1/unload_lora_adapter", operators.unload_lora_adapter, UnloadBody),
+        )
+    ),
+    Endpoint("POST", "/pause", trainers.pause, Scope.ADMIN, answer=answers.PauseStatus, query=PauseQuery),
+    Endpoint("POST", "/resume", trainers.resume, Scope.ADMIN, answer=answers.PauseStatus),
+    Endpoint("GET", "/is_paused", trainers.is_paused, Scope.ADMIN, answer=answers.IsPaused),
+    Endpoint("GET", "/get_world_size", trainers.get_world_size, answer=answers.WorldSize),
+    Endpoint("GET", "/server_info", trainers.server_info, answer=answers.ServerInfo, query=InfoQuery),
+    Endpoint("POST", "/tokenize", tokens.tokenize, body=TokenizeBody, answer=answers.Tokens, fails=(404,)),
+    Endpoint(
+        "POST", "/detokenize", tokens.detokenize, body=DetokenizeBody, answer=answers.Prompt, fails=(404,)
+    ),
+    Endpoint("GET", "/version", models.show_version, answer=answers.Version),
     Endpoint("GET", "/openapi.json", show_openapi),
     Endpoint("GET", "/health", models.health, None, media=()),
     Endpoint("GET", "/ping", models.health, None, media=()),
     Endpoint("POST", "/ping", models.health, None, media=()),
-    Endpoint("GET", "/state", state.show_state),
-    Endpoint("GET", "/load", state.show_load, Scope.METRICS),
-    Endpoint("GET", "/loads", state.show_loads, Scope.METRICS),
-    Endpoint("GET", "/v1/loads", state.show_loads, Scope.METRICS),
-    Endpoint("GET", "/metrics", models.show_metrics, Scope.METRICS, media=("text/plain",)),
-    *(Endpoint("GET", path, handler, None, media=()) for path, handler in page_files().items()),
+    Endpoint("GET", "/state", state.show_state, answer=answers.State),
+    Endpoint("GET", "/load", state.show_load, Scope.METRICS, answer=answers.Load),
+    Endpoint("GET", "/loads", state.show_loads, Scope.METRICS, answer=answers.Loads),
+    Endpoint("GET", "/v1/loads", state.show_loads, Scope.METRICS, answer=answers.Loads),
+    Endpoint("GET", "/metrics", models.show_metrics, Scope.METRICS, media=TEXT),
+    *(Endpoint("GET", path, file.show, None, media=(file.media_type,)) for path, file in page_files().items()),
 )
 """Everything that is answered."""
 TRACED: Final = frozenset(
@@ -111,8 +208,8 @@ def create_app(
     Without adapters, those of the service's catalog are there for good.
     """
     routes = [
-        Route(endpoint.path, partial(endpoint.handler, service), methods=[endpoint.method])
-        for endpoint in ENDPOINTS
+        Route(path, partial(_answer, service, handlers_of(path)), methods=list(handlers_of(path)))
+        for path in dict.fromkeys(endpoint.path for endpoint in ENDPOINTS)
     ]
     handlers = {Fault: on_fault, HTTPException: on_http_error, Exception: on_failure}
     app = Starlette(routes=routes, exception_handlers=handlers)
@@ -121,6 +218,16 @@ def create_app(
     guarded = app if keyring is None else AccessMiddleware(app, keyring, scope_of, fault_response)
     traced = guarded if tracing is None else TraceMiddleware(guarded, tracing, TRACED)
     return Front(traced, service.metrics.responded)
+
+
+async def _answer(service: GenerationService, handlers: Mapping[str, Handler], http: HttpRequest) -> Response:
+    """Answer one of the methods of a path; HEAD is GET."""
+    return await handlers[http.method if http.method in handlers else "GET"](service, http)
+
+
+def handlers_of(path: str) -> dict[str, Handler]:
+    """Return what answers a path, by method: one route has them all, so that a refusal can name them all."""
+    return {endpoint.method: endpoint.handler for endpoint in ENDPOINTS if endpoint.path == path}
 
 
 def scope_of(path: str) -> Scope | None:

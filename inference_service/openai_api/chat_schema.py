@@ -5,12 +5,20 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Final, Literal, Self
+from typing import Annotated, Any, ClassVar, Final, Literal, Self
 
-from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator, model_validator
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
 from pydantic_core import PydanticCustomError
+from typing_extensions import TypedDict
 
-from inference_service.openai_api.schema import Body, GenerationBody
+from inference_service.openai_api.schema import Body, Examples, GenerationBody
+from inference_service.openai_api.schema_rules import (
+    BY_ROLE,
+    GOES_ON,
+    SAYS_SOMETHING,
+    SCHEMA_WHERE_SAID,
+)
+from inference_service.serving.turns import NAME, ROLES
 
 TEXT_PARTS: Final = {"text": "text", "refusal": "refusal"}
 """Content parts that hold text, and their key for it."""
@@ -62,16 +70,33 @@ def unsupported(found: str, served: str) -> PydanticCustomError:
     return PydanticCustomError("unsupported", "{served}", {"found": found[:200], "served": served})
 
 
+class TextPart(TypedDict):
+    """A part of a content."""
+
+    type: Literal["text"]
+    text: str
+
+
+class RefusalPart(TypedDict):
+    """A part of what the assistant said before."""
+
+    type: Literal["refusal"]
+    refusal: str
+
+
 Content = Annotated[
-    str | None, BeforeValidator(_flat, json_schema_input_type=str | list[dict[str, Any]] | None)
+    str | None, BeforeValidator(_flat, json_schema_input_type=str | list[TextPart | RefusalPart] | None)
 ]
 FunctionType = Annotated[Literal["function"], BeforeValidator(_only_functions)]
+
+
+OnlyText = Annotated[list[Literal["text"]], Field(min_length=1, max_length=1)]
 
 
 class CalledFunction(Body):
     """The function of a call."""
 
-    name: str
+    name: Annotated[str, Field(json_schema_extra={"minLength": 1})]
     arguments: str
     """A JSON object, as the model wrote it."""
 
@@ -87,7 +112,9 @@ class ToolCall(Body):
 class ChatMessage(Body):
     """A turn of the conversation."""
 
-    role: str
+    model_config = ConfigDict(json_schema_extra=BY_ROLE | SAYS_SOMETHING)
+
+    role: Annotated[str, Field(json_schema_extra={"enum": ["developer", *ROLES]})]
     content: Content = None
     name: str | None = None
     tool_calls: tuple[ToolCall, ...] | None = None
@@ -123,13 +150,13 @@ def _some(messages: tuple[ChatMessage, ...]) -> tuple[ChatMessage, ...]:
     return messages
 
 
-Messages = Annotated[tuple[ChatMessage, ...], AfterValidator(_some)]
+Messages = Annotated[tuple[ChatMessage, ...], AfterValidator(_some), Field(json_schema_extra={"minItems": 1})]
 
 
 class Function(Body):
     """A function that the model may call."""
 
-    name: str
+    name: Annotated[str, Field(json_schema_extra={"pattern": f"^{NAME.pattern}$"})]
     description: str | None = None
     parameters: dict[str, Any] | None = None
     """A JSON schema."""
@@ -183,8 +210,35 @@ def _allowed(tool: Any) -> str:
     raise PydanticCustomError("tool_choice", EXPECTED_CHOICE)
 
 
+class ChosenFunction(TypedDict):
+    """The function that must be called."""
+
+    name: str
+
+
+class ChosenTool(TypedDict):
+    """A choice that is a function."""
+
+    type: Literal["function"]
+    function: ChosenFunction
+
+
+class AllowedChoice(TypedDict):
+    """Which tools may be called, or must be."""
+
+    mode: Literal["auto", "required"]
+    tools: list[ChosenTool]
+
+
+class AllowedChoices(TypedDict):
+    """A choice that is several functions."""
+
+    type: Literal["allowed_tools"]
+    allowed_tools: AllowedChoice
+
+
 ToolChoice = Literal["none", "auto", "required"] | NamedTool | AllowedTools
-ToolChoiceInput = Literal["none", "auto", "required"] | dict[str, Any] | None
+ToolChoiceInput = Literal["none", "auto", "required"] | ChosenTool | AllowedChoices | None
 
 
 class JsonSchema(Body):
@@ -199,6 +253,8 @@ class JsonSchema(Body):
 
 class ResponseFormat(Body):
     """What the answer must look like."""
+
+    model_config = ConfigDict(json_schema_extra=SCHEMA_WHERE_SAID)
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
@@ -217,6 +273,8 @@ Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
 class ChatTurns(Body):
     """What becomes the prompt of a chat."""
 
+    model_config = ConfigDict(json_schema_extra=GOES_ON)
+
     messages: Messages
     tools: tuple[Tool, ...] | None = None
     add_generation_prompt: bool | None = None
@@ -227,6 +285,28 @@ class ChatTurns(Body):
 
 class ChatBody(ChatTurns, GenerationBody):
     """``POST /v1/chat/completions``."""
+
+    examples: ClassVar[Examples] = {
+        "question": {"messages": [{"role": "user", "content": "My order is late."}], "max_tokens": 8},
+        "stream": {
+            "messages": [{"role": "user", "content": "Hello"}],
+            "max_tokens": 4,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        },
+        "scored": {
+            "messages": [{"role": "user", "content": "Yes or no?"}],
+            "max_tokens": 2,
+            "logprobs": True,
+            "top_logprobs": 2,
+            "seed": 1,
+        },
+        "structured": {
+            "messages": [{"role": "user", "content": "Yes or no?"}],
+            "max_tokens": 8,
+            "structured_outputs": {"choice": ["yes", "no"]},
+        },
+    }
 
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
@@ -239,9 +319,7 @@ class ChatBody(ChatTurns, GenerationBody):
     reasoning_effort: Effort | None = None
     include_reasoning: bool | None = None
     """vLLM's: false leaves out of the answer what was thought."""
-    modalities: Annotated[
-        None, BeforeValidator(_only_text, json_schema_input_type=list[Literal["text"]] | None)
-    ] = None
+    modalities: Annotated[None, BeforeValidator(_only_text, json_schema_input_type=OnlyText | None)] = None
 
     functions: None = None
     function_call: None = None
@@ -250,24 +328,3 @@ class ChatBody(ChatTurns, GenerationBody):
     web_search_options: None = None
     verbosity: None = None
     moderation: None = None
-
-
-class TokenizeBody(Body):
-    """``POST /tokenize``: a prompt, or messages."""
-
-    model: str | None = None
-    prompt: str | None = None
-    messages: Messages | None = None
-    tools: tuple[Tool, ...] | None = None
-    add_generation_prompt: bool | None = None
-    continue_final_message: bool | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
-    add_special_tokens: bool | None = None
-    """With those that the tokenizer adds itself; when not set, true of a prompt and false of messages."""
-    return_token_strs: bool | None = None
-
-    @model_validator(mode="after")
-    def _one_of_two(self) -> Self:
-        if (self.prompt is None) == (self.messages is None):
-            raise PydanticCustomError("prompt", "either prompt or messages")
-        return self

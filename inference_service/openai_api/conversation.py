@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Final
 
-from inference_service.openai_api.chat_schema import ChatBody
+from inference_service.core.constraint import Constraint
+from inference_service.openai_api.chat_schema import ChatBody, NamedTool, Tool
 from inference_service.openai_api.dialects.calls import Calls
+from inference_service.openai_api.dialects.demands import Demand
 from inference_service.openai_api.dialects.frame import Thinking
-from inference_service.openai_api.dialects.table import dialect_of
-from inference_service.openai_api.forced_call import ForcedCall
-from inference_service.openai_api.mapping import callable_tools, chat_request, is_forced
+from inference_service.openai_api.dialects.lark import Asked
+from inference_service.openai_api.dialects.table import Dialect, dialect_of_model
+from inference_service.openai_api.mapping import callable_tools, chat_request, demanded_tools, is_forced
 from inference_service.openai_api.pieces import CallArguments, CallBegun, Piece, Reading, Thought
-from inference_service.serving.request import Delta, Finished, PromptLogprobs, Request, Started
+from inference_service.serving.request import Delta, Finished, Message, PromptLogprobs, Request, Started
 from inference_service.serving.service import GenerationService
+from inference_service.serving.text import Text
 from loramux_shared.faults import Fault
+from loramux_shared.parsers import ReasoningParser, ToolParser
+
+UNKNOWN: Final = Dialect(ToolParser.AUTO, ReasoningParser.AUTO)
+ANY_ARGUMENTS: Final[Mapping[str, Any]] = {"type": "object"}
 
 
 @dataclass(frozen=True)
@@ -37,9 +46,13 @@ class Conversation:
         """
         self._service = service
         self._body = body
-        self._offered = {tool.function.name: tool.function.parameters or {} for tool in callable_tools(body)}
-        self._one_call = body.parallel_tool_calls is False and bool(self._offered)
-        self._dialect = dialect_of("")
+        self._forced = is_forced(body)
+        self._tools = demanded_tools(body) if self._forced else callable_tools(body)
+        self._one_call = bool(self._tools) and (
+            body.parallel_tool_calls is False or isinstance(body.tool_choice, NamedTool)
+        )
+        self._dialect = UNKNOWN
+        """Of the model that answers, once that is known."""
         self.request = chat_request(body, headers)
 
     async def events(self) -> AsyncGenerator[Started | PromptLogprobs | Told]:
@@ -60,9 +73,9 @@ class Conversation:
                     case PromptLogprobs():
                         yield event
                     case Delta():
-                        yield Told(event, self._told(readings[event.index].push(event.text)))
+                        yield Told(event, self._wanted(readings[event.index].push(event.text)))
                     case Finished():
-                        yield Told(event, self._told(readings[event.index].finish()))
+                        yield Told(event, self._wanted(readings[event.index].finish()))
 
     async def _looked_up(self) -> Request:
         """Return the request as the model that answers it wants it."""
@@ -71,16 +84,34 @@ class Conversation:
             defaults = await self._service.naming.defaults(served.model)
         except Fault:  # raised again where the request is followed
             return self.request
-        template = defaults.template or (defaults.text or self._service.text).template
-        parsers = self._service.parsers
-        self._dialect = dialect_of(template.source if template else "", parsers.tool, parsers.reasoning)
-        stops = self._one_call and not is_forced(self._body) and self._dialect.form.end
+        text = defaults.text or self._service.text
+        self._dialect = dialect_of_model(text, defaults.template, self._service.parsers)
+        constraint_for = self._constraint_for(text)
+        end = self._dialect.form.end if self._one_call and not self._forced else ""
+        messages: list[Message] = [turn for turn in self.request.prompt if isinstance(turn, Mapping)]
         return replace(
             self.request,
             served=served,
+            prompt=self._dialect.turns(messages),
+            constraint_for=constraint_for,
             shown_special_tokens=self._dialect.tokens,
-            stop=(*self.request.stop, stops) if stops else self.request.stop,
+            stop=(*self.request.stop, end) if end else self.request.stop,
         )
+
+    def _constraint_for(self, text: Text) -> Callable[[str], Constraint | None] | None:
+        """Return what makes the constraint of the answers once the prompt is known; None: there is none."""
+        demand = Demand(self._dialect, text)
+        if self._forced:
+            tools = [_asked(tool) for tool in self._tools]
+            grammar = demand.form(tools, several=not self._one_call)
+            if grammar is None:
+                self._dialect = replace(self._dialect, tool=ToolParser.LLAMA3_JSON)  # which has no marks
+            return partial(demand.calls, tools, grammar)
+        if self.request.constraint is not None:
+            return partial(demand.behind_reasoning, self.request.constraint)
+        if any(tool.function.strict for tool in self._tools):
+            return partial(demand.free, [_asked(tool, free=not tool.function.strict) for tool in self._tools])
+        return None
 
     def _opened(self, started: Started) -> Thinking | None:
         """Return the reasoning that the answers go on with, if they do."""
@@ -91,15 +122,19 @@ class Conversation:
         return self._dialect.opened(started.text.end_of(started.prompt_token_ids))
 
     def _reading(self, opened: Thinking | None) -> Reading:
-        if is_forced(self._body):
-            return ForcedCall()
-        return self._dialect.reading(Calls(self._offered, short_ids=self._dialect.form.short_ids), opened)
+        offered = {tool.function.name: tool.function.parameters or {} for tool in self._tools}
+        return self._dialect.reading(Calls(offered, short_ids=self._dialect.form.short_ids), opened)
 
-    def _told(self, pieces: list[Piece]) -> list[Piece]:
-        """Return the pieces that the client wants."""
+    def _wanted(self, pieces: Sequence[Piece]) -> list[Piece]:
+        """Return the pieces that the client asks for."""
         return [piece for piece in pieces if self._wants(piece)]
 
     def _wants(self, piece: Piece) -> bool:
         if isinstance(piece, Thought):
             return self._body.include_reasoning is not False
         return not (self._one_call and isinstance(piece, CallBegun | CallArguments) and piece.index)
+
+
+def _asked(tool: Tool, *, free: bool = False) -> Asked:
+    """Return a tool as a grammar knows it; free: any arguments will do."""
+    return Asked(tool.function.name, ANY_ARGUMENTS if free else tool.function.parameters or ANY_ARGUMENTS)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from typing import Any
 
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
+from inference_service.openai_api.answers import Error
+from inference_service.openai_api.query import Query
 from inference_service.openai_api.schema import Body
 from inference_service.serving.service import GenerationService
 from loramux_shared.access.rights import Scope
@@ -17,7 +20,7 @@ Handler = Callable[[GenerationService, HttpRequest], Awaitable[Response]]
 
 @dataclass(frozen=True)
 class Endpoint:
-    """One route."""
+    """One route; all but method, path and handler is told to readers of `openapi`, and checked there."""
 
     method: str
     path: str
@@ -31,3 +34,15 @@ class Endpoint:
     """Types of its answer; none where that has no content."""
     status: int = 200
     """When all is well; above 399 where nothing else is ever answered."""
+    answer: Any = None
+    """The type of a JSON answer."""
+    event: Any = None
+    """The type of what an event of a stream holds."""
+    query: type[Query] | None = None
+    """What its query may hold."""
+    fails: tuple[int, ...] = ()
+    """Statuses of failures, besides those of every route, of keys and of bodies."""
+    error: Any = Error
+    """The type of what a failure is told with."""
+    hinted: bool = False
+    """True where headers say which version is to answer, and which one answered: `serving.hints`."""

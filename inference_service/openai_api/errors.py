@@ -24,6 +24,7 @@ STATUSES: Final = {
     Status.RESOURCE_EXHAUSTED: 429,
     Status.FAILED_PRECONDITION: 400,
     Status.ABORTED: 409,
+    Status.UNIMPLEMENTED: 501,
     Status.INTERNAL: 500,
     Status.UNAVAILABLE: 503,
     Status.DATA_LOSS: 500,
@@ -121,9 +122,26 @@ def invalid_body(error: ValidationError, known: Sequence[str]) -> RequestInvalid
     found = error.errors(include_url=False, include_input=False)
     if found[0]["type"] == "json_invalid":
         return RequestInvalid(f"the body is no JSON: {found[0]['ctx']['error']}.")
+    return _invalid("body", found, known)
+
+
+def invalid_query(error: ValidationError, known: Sequence[str]) -> RequestInvalid:
+    """Return the fault of a query that pydantic refuses; known are the names that it may have."""
+    return _invalid("query", error.errors(include_url=False, include_input=False), known)
+
+
+def refused_twice(said: Sequence[tuple[str, str]]) -> RequestInvalid:
+    """Return the fault of a query in which a name comes twice."""
+    names = [name for name, _ in said]
+    where = next(name for name in names if names.count(name) > 1)[:MAX_PLACE]
+    finding = Finding(code="E_BAD_FIELD", where=where, expected="one value", found=f"{names.count(where)}")
+    return RequestInvalid("the query of the request is not valid.", [finding])
+
+
+def _invalid(part: str, found: Sequence[Mapping[str, Any]], known: Sequence[str]) -> RequestInvalid:
     more = f" It has {len(found)} faults; these are the first." if len(found) > MAX_FINDINGS else ""
     findings = [_finding(item, known) for item in found[:MAX_FINDINGS]]
-    return RequestInvalid(f"the body of the request is not valid.{more}", findings)
+    return RequestInvalid(f"the {part} of the request is not valid.{more}", findings)
 
 
 def _finding(item: Mapping[str, Any], known: Sequence[str]) -> Finding:

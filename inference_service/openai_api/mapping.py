@@ -18,7 +18,6 @@ from inference_service.openai_api.chat_schema import (
     Tool,
     ToolChoice,
 )
-from inference_service.openai_api.forced_call import call_constraint
 from inference_service.openai_api.schema import MAX_CHOICES, CompletionBody, GenerationBody, StructuredOutputs
 from inference_service.serving.bounds import MAX_LOGPROBS
 from inference_service.serving.hints import hinted
@@ -184,7 +183,8 @@ def _constraint(body: ChatBody, tools: Sequence[Tool]) -> Constraint | None:
         raise refused("structured_outputs", "none beside a response_format", "both")
     wanted = wanted or structure
     if is_forced(body):
-        return call_constraint(_allowed(body.tool_choice, callable_tools(body)))
+        demanded_tools(body)
+        return None  # it is made when the model is known
     if wanted and tools:
         raise refused(
             wanted.where, 'text, or tool_choice "none": an answer is constrained or may call tools', ""
@@ -223,10 +223,15 @@ def _check_allowed(choice: ToolChoice | None, tools: Sequence[Tool]) -> None:
             raise refused("tool_choice", "tools that tools holds", name)
 
 
-def _allowed(choice: object, tools: Sequence[Tool]) -> Sequence[Tool]:
-    """Return the tools of which one must be called."""
+def demanded_tools(body: ChatBody) -> Sequence[Tool]:
+    """Return the tools of which one must be called.
+
+    Raises:
+        RequestInvalid: there is none, or not the one that is named.
+    """
+    choice, tools = body.tool_choice, callable_tools(body)
     if isinstance(choice, NamedTool):
-        tools = [tool for tool in tools if tool.function.name == choice.name]
+        tools = tuple(tool for tool in tools if tool.function.name == choice.name)
     if not tools:
         raise refused("tool_choice", "a tool that tools holds", getattr(choice, "name", choice))
     return tools

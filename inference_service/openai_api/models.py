@@ -9,8 +9,9 @@ from typing import Final
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
+from inference_service.openai_api import answers
 from inference_service.openai_api.operators import manager_of
-from inference_service.openai_api.reply import Json, json_response
+from inference_service.openai_api.reply import json_response
 from inference_service.serving.adapters.manager import AdapterManager
 from inference_service.serving.catalog import ServedModel
 from inference_service.serving.service import GenerationService
@@ -25,8 +26,11 @@ async def list_models(service: GenerationService, http: HttpRequest) -> Response
     models, adapters = list(service.catalog), manager_of(http)
 
     def write() -> Response:
-        data = [_model(model, service, adapters) for model in models]
-        return json_response({"object": "list", "data": data})
+        body: answers.ModelList = {
+            "object": "list",
+            "data": [_model(model, service, adapters) for model in models],
+        }
+        return json_response(body)
 
     # Of thousands it takes a while, in which others are served.
     return await asyncio.to_thread(write) if len(models) > FEW else write()
@@ -37,7 +41,7 @@ async def get_model(service: GenerationService, http: HttpRequest) -> Response:
     return json_response(_model(service.catalog.get(http.path_params["model"]), service, manager_of(http)))
 
 
-def _model(model: ServedModel, service: GenerationService, adapters: AdapterManager) -> Json:
+def _model(model: ServedModel, service: GenerationService, adapters: AdapterManager) -> answers.Model:
     catalog = service.catalog
     base = model.name == catalog.base_name
     return {
@@ -78,4 +82,5 @@ async def show_metrics(service: GenerationService, http: HttpRequest) -> Respons
 
 async def show_version(service: GenerationService, http: HttpRequest) -> Response:  # noqa: ARG001
     """Say which loramux this is."""
-    return json_response({"version": version("loramux")})
+    body: answers.Version = {"version": version("loramux")}
+    return json_response(body)

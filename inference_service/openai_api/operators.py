@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Annotated, Final
+from typing import Annotated, ClassVar, Final
 
 from pydantic import Field
 from starlette.requests import Request as HttpRequest
 from starlette.responses import PlainTextResponse, Response
 
+from inference_service.openai_api import answers
 from inference_service.openai_api.body import read_body
 from inference_service.openai_api.errors import error_body, headers_of, status_of
-from inference_service.openai_api.reply import Json, json_response
-from inference_service.openai_api.schema import Body
-from inference_service.serving.adapters.manager import MAX_PAGE, PAGE, AdapterManager
+from inference_service.openai_api.query import Query, read_query
+from inference_service.openai_api.reply import json_response
+from inference_service.openai_api.schema import Body, Examples
+from inference_service.serving.adapters.manager import MAX_PAGE, MAX_TOKEN, PAGE, AdapterManager
 from inference_service.serving.adapters.views import AdapterView, ReplicaView
 from inference_service.serving.service import GenerationService
-from loramux_shared.faults import AdapterExists, Fault, Finding, PermissionDenied, RequestInvalid
+from loramux_shared.faults import AdapterExists, Fault, PermissionDenied
 
 VLLM_TYPES: Final = {400: "BadRequestError", 404: "NotFoundError"}
 """Other statuses have the reason of the fault."""
@@ -26,6 +28,8 @@ Path = Annotated[str, Field(min_length=1, max_length=4096)]
 
 class LoadBody(Body):
     """vLLM's request for an adapter."""
+
+    examples: ClassVar[Examples] = {"repository": {"lora_name": "support", "lora_path": "my-org/support-lora"}}
 
     lora_name: Name
     lora_path: Path
@@ -37,6 +41,8 @@ class LoadBody(Body):
 class UnloadBody(Body):
     """vLLM's request to let an adapter go."""
 
+    examples: ClassVar[Examples] = {"name": {"lora_name": "support"}}
+
     lora_name: Name
     lora_int_id: int | None = None
     """Accepted; adapters have no numbers here."""
@@ -45,8 +51,18 @@ class UnloadBody(Body):
 class RollbackBody(Body):
     """Which generation is to be served again."""
 
+    examples: ClassVar[Examples] = {"before": {}, "number": {"to": 7}}
+
     to: Annotated[int, Field(ge=1)] | None = None
     """Unset: the one before the served one."""
+
+
+class PageQuery(Query):
+    """Which page of the adapters."""
+
+    page_size: Annotated[int, Field(ge=1, le=MAX_PAGE)] = PAGE
+    page_token: Annotated[str, Field(json_schema_extra={"maxLength": MAX_TOKEN})] = ""
+    """The `next_page_token` of the page before."""
 
 
 def manager_of(http: HttpRequest) -> AdapterManager:
@@ -102,9 +118,9 @@ def _refused(fault: Fault) -> Response:
 
 async def list_adapters(service: GenerationService, http: HttpRequest) -> Response:  # noqa: ARG001
     """List adapters with where they are, a page at a time, and how the replica is."""
-    manager, asked = manager_of(http), http.query_params
-    page = manager.list(asked.get("page_token", ""), _page_size(asked.get("page_size")))
-    body = {
+    manager, asked = manager_of(http), read_query(http, PageQuery)
+    page = manager.list(asked.page_token, asked.page_size)
+    body: answers.AdapterList = {
         "object": "list",
         "data": [_adapter(view) for view in page.adapters],
         "next_page_token": page.next_page,
@@ -130,20 +146,11 @@ async def roll_back(service: GenerationService, http: HttpRequest) -> Response: 
     body = await read_body(http, RollbackBody)
     # Given up by its client, it goes on: what was published is served.
     generation = await asyncio.shield(manager_of(http).roll_back(body.to))
-    return json_response({"generation": generation})
+    told: answers.RolledBack = {"generation": generation}
+    return json_response(told)
 
 
-def _page_size(text: str | None) -> int:
-    if text is None:
-        return PAGE
-    if not text.isdecimal() or not text.isascii() or not 1 <= int(text[:6]) <= MAX_PAGE:
-        expected = f"1 to {MAX_PAGE}"
-        finding = Finding(code="E_BAD_FIELD", where="page_size", expected=expected, found=repr(text[:20]))
-        raise RequestInvalid("the page cannot be that large.", [finding])
-    return int(text)
-
-
-def _adapter(view: AdapterView) -> Json:
+def _adapter(view: AdapterView) -> answers.Adapter:
     failure = view.failure
     return {
         "id": view.name,
@@ -163,7 +170,7 @@ def _adapter(view: AdapterView) -> Json:
     }
 
 
-def _replica(view: ReplicaView) -> Json:
+def _replica(view: ReplicaView) -> answers.Replica:
     return {
         "deployment": view.deployment,
         "generation": view.generation,

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from inference_service.openai_api.schema import Body, Inputs
+from inference_service.openai_api.schema import Body, Examples, Inputs
 
 
 class PoolingBody(Body):
@@ -33,6 +33,11 @@ class PoolingBody(Body):
 
 class EmbeddingsBody(PoolingBody):
     """``POST /v1/embeddings``."""
+
+    examples: ClassVar[Examples] = {
+        "text": {"input": "My order is late."},
+        "several": {"input": ["One", "Two"], "encoding_format": "base64", "pooling": "mean"},
+    }
 
     input: Inputs
     encoding_format: Literal["float", "base64"] | None = None

@@ -21,7 +21,9 @@ DONE = b"data: [DONE]\n\n"
 REASONS = {FinishReason.STOP: "stop", FinishReason.LENGTH: "length"}
 
 
-def json_response(body: Json, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+def json_response(
+    body: Mapping[str, object], status: int = 200, headers: Mapping[str, str] | None = None
+) -> Response:
     """Return an answer that is one JSON object."""
     return Response(to_json(body), status, headers, "application/json")
 

@@ -7,11 +7,14 @@ accepted because clients send them, and none of them changes an answer.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, model_validator
 from pydantic_core import PydanticCustomError
+
+from inference_service.openai_api.schema_rules import ONE_STRUCTURE
 
 MAX_PROMPTS = 256
 """Prompts of one request."""
@@ -23,6 +26,7 @@ EXPECTED_STRUCTURE = "exactly one of json, regex, choice, grammar and json_objec
 EXPECTED_PROMPT = "a string, a list of strings, a list of token ids or a list of lists of token ids"
 
 Prompt = str | list[int]
+Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 
 
 def prompts_of(value: Any, most: int) -> tuple[Prompt, ...]:
@@ -51,7 +55,8 @@ def _stops(value: Any) -> tuple[str, ...]:
 
 
 def _several(most: int) -> PlainValidator:
-    return PlainValidator(partial(prompts_of, most=most), json_schema_input_type=Prompt | list[Prompt])
+    told = str | Ids | Annotated[list[str | Ids], Field(min_length=1, max_length=most)]
+    return PlainValidator(partial(prompts_of, most=most), json_schema_input_type=told)
 
 
 Prompts = Annotated[tuple[Prompt, ...], _several(MAX_PROMPTS)]
@@ -62,10 +67,18 @@ Choices = Annotated[
 ]
 
 
+Examples = Mapping[str, Mapping[str, Any]]
+"""Bodies, by what they show."""
+
+
 class Body(BaseModel):
     """A JSON object: unknown keys, wrong types and numbers that are none are refused; null is "not set"."""
 
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        strict=True, extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+    examples: ClassVar[Examples] = {}
+    """By what they show; their model is one that is served. They are valid, and tests send them."""
 
 
 class StreamOptions(Body):
@@ -81,6 +94,8 @@ class StreamOptions(Body):
 
 class StructuredOutputs(Body):
     """vLLM's way to say what an answer looks like."""
+
+    model_config = ConfigDict(json_schema_extra=ONE_STRUCTURE)
 
     json_: Annotated[dict[str, Any] | str | None, Field(alias="json")] = None
     """A JSON schema."""
@@ -178,15 +193,16 @@ class GenerationBody(SamplingBody):
 class CompletionBody(GenerationBody):
     """``POST /v1/completions``."""
 
+    examples: ClassVar[Examples] = {
+        "text": {"prompt": "The party of the first part", "max_tokens": 8},
+        "several": {"prompt": ["One", "Two"], "max_tokens": 4, "temperature": 0, "n": 2},
+        "tokens": {"prompt": [5, 6, 7], "max_tokens": 4, "logprobs": 1, "echo": True},
+        "stream": {"prompt": "Once", "max_tokens": 4, "stream": True},
+    }
+
     prompt: Prompts
     echo: bool | None = None
     logprobs: int | None = None
     best_of: int | None = None
+    """Only the same as n."""
     suffix: None = None
-
-
-class DetokenizeBody(Body):
-    """``POST /detokenize``."""
-
-    model: str | None = None
-    tokens: tuple[int, ...]

@@ -2,62 +2,49 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
-from importlib.metadata import version
-
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
-from inference_service.openai_api.reply import Json, json_response
+from inference_service.openai_api import answers
+from inference_service.openai_api.reply import json_response
+from inference_service.serving.load_view import loads
 from inference_service.serving.service import GenerationService
 
 
 async def show_state(service: GenerationService, http: HttpRequest) -> Response:  # noqa: ARG001
     """Tell the load of the whole server, and which of the caller's models have sequences."""
     stats = service.engine_view.stats
-    return json_response(
-        {
-            "running": stats.running,
-            "waiting": stats.waiting,
-            "kv_blocks": {"used": stats.blocks_total - stats.blocks_free, "total": stats.blocks_total},
-            "prefix_tokens": {"hit": stats.prefix_tokens_hit, "queried": stats.prefix_tokens_queried},
-            "generated_tokens": stats.tokens_generated,
-            "models": _at_work(service),
-        }
-    )
+    body: answers.State = {
+        "running": stats.running,
+        "waiting": stats.waiting,
+        "kv_blocks": {"used": stats.blocks_total - stats.blocks_free, "total": stats.blocks_total},
+        "prefix_tokens": {"hit": stats.prefix_tokens_hit, "queried": stats.prefix_tokens_queried},
+        "generated_tokens": stats.tokens_generated,
+        "models": _at_work(service),
+    }
+    return json_response(body)
 
 
 async def show_load(service: GenerationService, http: HttpRequest) -> Response:  # noqa: ARG001
     """Tell how many requests are in work, in vLLM's words."""
-    return json_response({"server_load": service.in_work})
+    body: answers.Load = {"server_load": service.in_work}
+    return json_response(body)
 
 
 async def show_loads(service: GenerationService, http: HttpRequest) -> Response:  # noqa: ARG001
     """Tell how full the replica is, in SGLang's words; it is one rank of one."""
-    stats = service.engine_view.stats
-    total = stats.blocks_total * stats.block_size
-    used = total - stats.blocks_free * stats.block_size
-    load = {
-        "dp_rank": 0,
-        "num_running_reqs": stats.running,
-        "num_waiting_reqs": stats.waiting,
-        "num_total_reqs": stats.running + stats.waiting,
-        "num_used_tokens": used,
-        "max_total_num_tokens": total,
-        "token_usage": used / total,
-        "cache_hit_rate": stats.prefix_hit_rate,
-        "utilization": stats.running / max(1, stats.seats),
-        "max_running_requests": stats.seats,
-    }
-    now = datetime.now(UTC).isoformat()
-    return json_response({"timestamp": now, "version": version("loramux"), "dp_rank_count": 1, "loads": [load]})
+    return json_response(loads(service.engine_view))
 
 
-def _at_work(service: GenerationService) -> Json:
-    sequences, found = service.engine_view.sequence_counts, {}
+def _at_work(service: GenerationService) -> dict[str, answers.AtWork]:
+    sequences = service.engine_view.sequence_counts
+    found: dict[str, answers.AtWork] = {}
     for model in service.catalog:
         name = model.name
-        counts = {"running": sequences.running.get(name, 0), "waiting": sequences.waiting.get(name, 0)}
+        counts: answers.AtWork = {
+            "running": sequences.running.get(name, 0),
+            "waiting": sequences.waiting.get(name, 0),
+        }
         if any(counts.values()):
             found[model.name] = counts
     return found

@@ -7,11 +7,12 @@ import asyncio
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
+from inference_service.openai_api import answers
 from inference_service.openai_api.body import read_body
-from inference_service.openai_api.chat_schema import TokenizeBody
+from inference_service.openai_api.dialects.table import dialect_of_model
 from inference_service.openai_api.mapping import messages_of, refused
 from inference_service.openai_api.reply import json_response
-from inference_service.openai_api.schema import DetokenizeBody
+from inference_service.openai_api.tokens_schema import DetokenizeBody, TokenizeBody
 from inference_service.serving.adapter_defaults import NO_DEFAULTS, AdapterDefaults
 from inference_service.serving.bounds import check_turns
 from inference_service.serving.lengths import countable
@@ -25,7 +26,8 @@ async def tokenize(service: GenerationService, http: HttpRequest) -> Response:
     text = defaults.text or service.text
     most = countable(service.limits.max_seq_len)
     if body.messages is not None:
-        messages = messages_of(body.messages)
+        dialect = dialect_of_model(text, defaults.template, service.parsers)
+        messages = dialect.turns(messages_of(body.messages))
         tools = [tool.model_dump(exclude_none=True) for tool in body.tools or ()]
         starts = body.add_generation_prompt is not False
         variables = body.chat_template_kwargs or {}
@@ -46,14 +48,13 @@ async def tokenize(service: GenerationService, http: HttpRequest) -> Response:
             text.encode_prompt, body.prompt or "", most, add_special_tokens=special
         )
     names = [text.token_text(token) for token in tokens] if body.return_token_strs else None
-    return json_response(
-        {
-            "count": len(tokens),
-            "max_model_len": service.limits.max_seq_len,
-            "tokens": tokens,
-            "token_strs": names,
-        }
-    )
+    told: answers.Tokens = {
+        "count": len(tokens),
+        "max_model_len": service.limits.max_seq_len,
+        "tokens": list(tokens),
+        "token_strs": names,
+    }
+    return json_response(told)
 
 
 async def detokenize(service: GenerationService, http: HttpRequest) -> Response:
@@ -67,7 +68,8 @@ async def detokenize(service: GenerationService, http: HttpRequest) -> Response:
     if foreign:
         raise refused("tokens", f"ids from 0 to {text.vocab - 1}", foreign[:5])
     prompt = await asyncio.to_thread(text.decode, body.tokens, skip_special_tokens=False)
-    return json_response({"prompt": prompt})
+    told: answers.Prompt = {"prompt": prompt}
+    return json_response(told)
 
 
 async def _defaults(service: GenerationService, model: str | None) -> AdapterDefaults:

@@ -7,11 +7,9 @@ the builder before, so this is short.
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, Final
@@ -22,6 +20,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from inference_service.proof.disguised import products, scales, weight_of, without_initial
+from inference_service.proof.factors import Factors, scale_of
+from inference_service.proof.vocabulary_source import OwnTable, read_own
 from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bundle.modules import BY_ID
 from loramux_shared.faults import AdapterInvalid
@@ -56,83 +56,47 @@ _KEY: Final = re.compile(
 _NPY_FUSED: Final = {0: ("attn_q", "attn_k", "attn_v"), 18: ("mlp_gate", "mlp_h_to_4h")}
 
 
-@dataclass
-class Factors:
-    """What becomes of the output of one module of one layer; everything is float32.
+@dataclass(frozen=True)
+class SourceAdapter:
+    """An adapter as its files have it; by itself one that changes nothing."""
 
-    ``W x + bias`` becomes ``c * (W x + x Aᵀ Bᵀ) + bias + lora_bias``, where c are magnitudes over the norms of
-    the rows of W + BA, or 1.
-    """
-
-    a: Tensor
-    """[rank, in]"""
-    b: Tensor
-    """[out, rank], scale included."""
-    magnitude: Tensor | None = None
-    """[out]"""
-    lora_bias: Tensor | None = None
-    """[out], scale included."""
-    bias: Tensor | None = None
-    """[out]: in the place of the base's."""
-    scales_bias: bool = False
-    """Whether magnitudes multiply the base's bias too, as IA3's do."""
-    normalised: bool = False
-    """Whether magnitudes are divided by the norms already."""
-    cut: int | None = None
-    """The rank to which the product is cut; norms are those of all of it."""
-    _c: Tensor | None = None
-
-    @cached_property
-    def product(self) -> tuple[Tensor, Tensor]:
-        """A and B as they are multiplied with."""
-        return _truncated(self.a, self.b, self.cut)
-
-    def added(self, x: Tensor) -> Tensor:
-        """Return what A and B make of x [T, in], [T, out]."""
-        a, b = self.product
-        return x @ a.T @ b.T
-
-    @property
-    def plain(self) -> bool:
-        """Whether there is nothing but A and B."""
-        return self.magnitude is None and self.lora_bias is None and self.bias is None
-
-    def changed(self, x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Return what becomes of y = W x, for a module with a weight [out, in] and a bias [out]."""
-        y = y + self.added(x)
-        if self.magnitude is not None:
-            if self._c is None:
-                norms = 1.0 if self.normalised else (weight + self.b @ self.a).norm(dim=1)
-                self._c = self.magnitude / norms
-            if self.scales_bias and bias is not None:
-                return self._c * (y + bias)
-            y = self._c * y
-        for added in (bias if self.bias is None else self.bias, self.lora_bias):
-            y = y if added is None else y + added
-        return y
-
-
-AdapterFactors = Mapping[tuple[int, str], Factors]
-"""By layer and the name of the module."""
+    layers: Mapping[tuple[int, str], Factors] = field(default_factory=dict)
+    """By layer and the name of the module."""
+    own: Mapping[str, OwnTable] = field(default_factory=dict)
+    """What it has for embeddings and head, by the module's name."""
 
 
 def read_adapter(
     folder: Path, base: ModelConfig, truncate_to: int | None = None, base_folder: Path | None = None
-) -> AdapterFactors:
+) -> SourceAdapter:
     """Read the files of an adapter that the builder accepted; some took a part of the base's weights."""
-    peft = (folder / "adapter_config.json").exists()
-    found = _read_peft(folder, base, base_folder) if peft else _read_npy(folder, base)
-    if truncate_to is None:
-        return found
-    return {place: replace(factors, cut=truncate_to) for place, factors in found.items()}
-
-
-def _read_peft(folder: Path, base: ModelConfig, base_folder: Path | None) -> dict[tuple[int, str], Factors]:
+    if not (folder / "adapter_config.json").exists():
+        return _cut(_read_npy(folder, base), {}, truncate_to)
     config = json.loads((folder / "adapter_config.json").read_bytes())
     files = sorted(folder.glob("adapter_model*.safetensors"))
     tensors = {
         _plain(key): tensor for key, tensor in chain.from_iterable(load_file(file).items() for file in files)
     }
+    own = read_own(config, tensors, base)
+    return _cut(_read_peft(config, tensors, base, base_folder), own, truncate_to)
+
+
+def _cut(
+    layers: Mapping[tuple[int, str], Factors], own: Mapping[str, OwnTable], rank: int | None
+) -> SourceAdapter:
+    """Have all products cut to a rank, if there is one; rows that replace others stay what they are."""
+    return SourceAdapter(
+        {place: replace(factors, cut=rank) for place, factors in layers.items()},
+        {
+            module: replace(table, cut=rank) if isinstance(table, Factors) else table
+            for module, table in own.items()
+        },
+    )
+
+
+def _read_peft(
+    config: dict[str, Any], tensors: Mapping[str, Tensor], base: ModelConfig, base_folder: Path | None
+) -> dict[tuple[int, str], Factors]:
     if config["peft_type"] == "IA3":
         return _scaled(scales(tensors), base)
     if config["peft_type"] != "LORA":
@@ -149,7 +113,7 @@ def _read_peft(folder: Path, base: ModelConfig, base_folder: Path | None) -> dic
         changed = {}
         for (*_, name), pair in sides.items():
             if "A" in pair:
-                scale, weight = _scale(config, name, len(pair["A"])), weight_of(base_folder, f"{name}.weight")
+                scale, weight = scale_of(config, name, len(pair["A"])), weight_of(base_folder, f"{name}.weight")
                 changed[name] = without_initial(kind, weight, pair["A"], scale * pair["B"], scale)
         for at, made in _made(changed, base).items():
             found[at] = replace(found[at], a=made.a, b=made.b)
@@ -166,7 +130,7 @@ def _of_sides(
             continue
         inside = _features(base, _PARTS[leaf][0], layer)[0]
         a = own.get("A", torch.zeros(0, inside))
-        scale = _scale(config, name, len(a)) if len(a) else 1.0
+        scale = scale_of(config, name, len(a)) if len(a) else 1.0
         own = own | {"B": own["B"] * scale if "B" in own else torch.zeros(len(own["bias"]), 0)}
         if "lora_bias" in own:
             own["lora_bias"] = own["lora_bias"] * scale
@@ -216,16 +180,6 @@ def _place(name: str) -> tuple[int, str]:
     return int(layer), leaf
 
 
-def _scale(config: dict[str, Any], name: str, rank: int) -> float:
-    alpha = config.get("lora_alpha")
-    alpha = 8.0 if alpha is None else float(alpha)
-    for pattern, value in (config.get("alpha_pattern") or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", name):
-            alpha = float(value)
-            break
-    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-
-
 def _split(modules: tuple[str, ...], layer: int, b: Tensor, base: ModelConfig) -> list[tuple[str, Tensor]]:
     if len(modules) == 1:
         return [(modules[0], b)]
@@ -268,14 +222,3 @@ def _floats(row: np.ndarray[Any, Any]) -> Tensor:
     if row.dtype.itemsize == 2 and row.dtype != np.float16:
         return torch.from_numpy(row.view(np.int16).copy()).view(torch.bfloat16).float()
     return torch.from_numpy(row.astype(np.float32))
-
-
-def _truncated(a: Tensor, b: Tensor, rank: int | None) -> tuple[Tensor, Tensor]:
-    """The best approximation of the product, by torch."""
-    if rank is None or len(a) <= rank:
-        return a, b
-    q_b, r_b = torch.linalg.qr(b.double())
-    q_a, r_a = torch.linalg.qr(a.double().T)
-    u, values, vt = torch.linalg.svd(r_b @ r_a.T)
-    a, b = vt[:rank] @ q_a.T, q_b @ (u[:, :rank] * values[:rank])
-    return a.float(), b.float()

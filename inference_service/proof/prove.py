@@ -56,17 +56,21 @@ def prove(
         CheckpointInvalid: the base cannot be served.
     """
     config = read_config(base, max_seq_len)
-    probes = probe_tokens(config)
     read = {
         name: read_adapter(Path(each["folder"]), config, each.get("truncate_to"), base)
         for name, each in adapters.items()
     }
-    runs = Reference(config, base).run(probes, read)
-    return {name: _proof(probes, runs[name]) for name in adapters}
+    reference = Reference(config, base)
+    probes = {name: probe_tokens(config, reference.replaced(adapter)) for name, adapter in read.items()}
+    runs = reference.run(probes, read)
+    return {name: _proof(probes[name], runs[name]) for name in adapters}
 
 
-def probe_tokens(config: ModelConfig) -> list[list[int]]:
-    """Return the sequences: tokens spread over the part of a vocabulary where words are."""
+def probe_tokens(config: ModelConfig, replaced: Sequence[int] = ()) -> list[list[int]]:
+    """Return the sequences: tokens spread over the part of a vocabulary where words are.
+
+    Of an adapter with other embeddings for some tokens, every second one, and the last, is one of those.
+    """
     vocab, drawn = config.dims.vocab, 0
     low, high = vocab // 50, max(vocab // 50 + 2, vocab // 3)
     sequences = []
@@ -75,6 +79,10 @@ def probe_tokens(config: ModelConfig) -> list[list[int]]:
         for _ in range(min(length, config.max_positions)):
             drawn += 1
             sequence.append(low + (drawn * 7919) % (high - low))
+        if replaced:
+            for at in range(len(sequence) - 1, -1, -2):
+                drawn += 1
+                sequence[at] = replaced[(drawn * 7919) % len(replaced)]
         sequences.append(sequence)
     return sequences
 

@@ -17,11 +17,14 @@ from torch.nn.functional import gelu, silu
 from inference_service.layers.rope import frequencies
 from inference_service.models.checkpoint import Checkpoint
 from inference_service.proof import delta
-from inference_service.proof.adapter_source import AdapterFactors, Factors
+from inference_service.proof.adapter_source import SourceAdapter
+from inference_service.proof.factors import Factors
+from inference_service.proof.vocabulary_source import EMBEDDING, HEAD, OwnRows, OwnTable, embedded, headed
 from loramux_shared.bases.attention import AttentionSpec, QueryGrowth
 from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bases.layers import AttentionLayer, DeltaLayer, ExpertsLayer, InputLayer, MlpLayer
 from loramux_shared.bases.rope import RopeSpec
+from loramux_shared.bundle.modules import NO_LAYER
 from loramux_shared.faults import CheckpointInvalid
 
 QKV, GATE_UP = ("attn_q", "attn_k", "attn_v"), ("mlp_h_to_4h", "mlp_gate")
@@ -32,11 +35,13 @@ DELTA = ("delta_qkv", "delta_z", "delta_b", "delta_a")
 class Run:
     """One sequence under one adapter."""
 
-    adapter: AdapterFactors
+    adapter: SourceAdapter
+    tokens: Sequence[int]
     hidden: Tensor
     """[T, hidden]"""
     added: dict[tuple[int, str], Tensor] = field(default_factory=dict)
-    """What the adapter added to each module's output at the last position, [out]."""
+    """What the adapter added to each module's output at the last position, [out]; embeddings and head are in
+    no layer."""
     logits: Tensor = field(default_factory=lambda: torch.empty(0))
     """[vocab], behind the last position."""
     kept: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
@@ -62,20 +67,25 @@ class Reference:
         names = config.names
         found = self._checkpoint.first([f"{prefix}{names.final_norm}.weight" for prefix in names.prefixes])
         self._prefix = found.removesuffix(f"{names.final_norm}.weight")
+        self._embedding, self._head = self._tables()
+
+    def replaced(self, adapter: SourceAdapter) -> list[int]:
+        """Return the tokens that an adapter has other embeddings for, one by one."""
+        own = adapter.own.get(EMBEDDING)
+        return own.differing(self._embedding).tolist() if isinstance(own, OwnRows) else []
 
     @torch.inference_mode()
     def run(
-        self, sequences: Sequence[Sequence[int]], adapters: Mapping[str, AdapterFactors]
+        self, sequences: Mapping[str, Sequence[Sequence[int]]], adapters: Mapping[str, SourceAdapter]
     ) -> dict[str, list[Run]]:
-        """Return the runs of every sequence under every adapter, by its name."""
+        """Return the runs of every adapter's sequences under it, by its name."""
         config, names, dims = self._config, self._config.names, self._config.dims
-        embedding, head = self._tables()
         runs = {
-            name: [Run(adapter, embedding[list(tokens)] * config.embedding_scale) for tokens in sequences]
+            name: [self._begun(adapter, tokens) for tokens in sequences[name]]
             for name, adapter in adapters.items()
         }
         everyone = [run for each in runs.values() for run in each]
-        self._give_inputs(sequences, everyone)
+        self._give_inputs(everyone)
         for index, spec in enumerate(config.layers):
             at = names.layer.format(index=index)
             if isinstance(spec.mixer, DeltaLayer):
@@ -90,10 +100,30 @@ class Reference:
                     run.hidden = run.hidden * scalar
         norm = self._get(names.final_norm, (dims.hidden,))
         for run in everyone:
-            logits = head @ self._normed(run.hidden[-1], norm) / config.logit_divisor
+            logits = self._logits(run, self._normed(run.hidden[-1], norm)) / config.logit_divisor
             cap = config.logit_softcap
             run.logits = logits if cap is None else torch.tanh(logits / cap) * cap
         return runs
+
+    def _begun(self, adapter: SourceAdapter, tokens: Sequence[int]) -> Run:
+        """Return a run that has embedded its tokens."""
+        ids, scale = torch.tensor(tokens), self._config.embedding_scale
+        run = Run(adapter, tokens, self._embedding[ids] * scale)
+        own = adapter.own.get(EMBEDDING)
+        if own is not None and not _is_copy(own, self._embedding):
+            hidden = embedded(own, self._embedding, ids) * scale
+            run.added[NO_LAYER, EMBEDDING] = (hidden - run.hidden)[-1]
+            run.hidden = hidden
+        return run
+
+    def _logits(self, run: Run, x: Tensor) -> Tensor:
+        """Return what the head makes of x [hidden]."""
+        logits, own = self._head @ x, run.adapter.own.get(HEAD)
+        if own is None or _is_copy(own, self._head):
+            return logits
+        changed = headed(own, self._head, x)
+        run.added[NO_LAYER, HEAD] = changed - logits
+        return changed
 
     def _tables(self) -> tuple[Tensor, Tensor]:
         """Embeddings and head [vocab, hidden]; of a tied model, each is the other where it is not there."""
@@ -158,17 +188,17 @@ class Reference:
             (y,) = _project(run, index, ("mlp_4h_to_h",), self._active(gate) * up, down, (hidden,))
             run.hidden = run.hidden + self._maybe_normed(y * config.residual_scale, behind)
 
-    def _give_inputs(self, sequences: Sequence[Sequence[int]], runs: Sequence[Run]) -> None:
-        """Make what tokens give to layers; runs are those of the sequences in their order, again and again."""
+    def _give_inputs(self, runs: Sequence[Run]) -> None:
+        """Make what tokens give to layers."""
         config, spec, names = self._config, self._config.inputs, self._config.names.inputs
         if spec is None:
             return
         hidden, width = config.dims.hidden, config.dims.num_layers * spec.width
         table = self._get(names.table, (spec.vocab, width))
         projection, norm = self._get(names.projection, (width, hidden)), self._get(names.norm, (spec.width,))
-        for place, run in enumerate(runs):
+        for run in runs:
             shape = len(run.hidden), config.dims.num_layers, spec.width
-            given = table[list(sequences[place % len(sequences)])].view(shape) * spec.width**0.5
+            given = table[list(run.tokens)].view(shape) * spec.width**0.5
             projected = (run.hidden @ projection.T).view(shape) * hidden**-0.5
             run.inputs = (self._normed(projected, norm) + given) / 2**0.5
 
@@ -265,7 +295,7 @@ def _project(
     y = x @ weight.T
     outputs = list(torch.split(y if bias is None else y + bias, list(sizes), dim=-1))
     for place, module in enumerate(modules):
-        factors = run.adapter.get((layer, module))
+        factors = run.adapter.layers.get((layer, module))
         if factors is None:
             continue
         if factors.plain:
@@ -290,6 +320,11 @@ def _is_idle(factors: Factors, bias: Tensor | None) -> bool:
     scaled = factors.magnitude is not None and not bool((factors.magnitude == 1).all())
     own = torch.zeros(()) if bias is None else bias
     return not scaled and (factors.bias is None or bool((factors.bias == own).all()))
+
+
+def _is_copy(own: OwnTable, table: Tensor) -> bool:
+    """Whether all that it has are rows of the base."""
+    return isinstance(own, OwnRows) and not len(own.differing(table))
 
 
 def _rotate(x: Tensor, spec: RopeSpec) -> Tensor:

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Final
 
 import torch
-from torch import Tensor
 
 from inference_service.backends.base import StepLora
 from inference_service.core.batch import Batch, Chunk
@@ -23,11 +22,12 @@ from inference_service.core.sampling import SamplingParams
 from inference_service.core.sequence import Adapter, Token
 from inference_service.core.sequence import Sequence as EngineSequence
 from inference_service.engine.runner import Runner
-from inference_service.kernels.experts import ByExpert
-from inference_service.lora.segments import Arrangement
 from inference_service.models.decoder import Decoder
 from inference_service.proof.fingerprint import difference, effect_of
-from loramux_shared.bundle.manifest import Manifest, ModuleRow
+from inference_service.proof.recorder import Recorder
+from inference_service.proof.vocabulary_source import EMBEDDING
+from loramux_shared.bundle.manifest import Manifest
+from loramux_shared.bundle.modules import NO_LAYER
 from loramux_shared.bundle.proof import Effect, Probe, Proof
 from loramux_shared.deployment import Dtype
 from loramux_shared.faults import ProofFailed
@@ -59,6 +59,12 @@ STORING: Final[Mapping[Dtype, Tolerance]] = {
     Dtype.BFLOAT16: Tolerance(logprob=0.02, effect=0.05),
 }
 """Beside it, by the bundle's type."""
+TABLES: Final[Mapping[Dtype, Tolerance]] = {
+    Dtype.FLOAT32: Tolerance(logprob=0.0, effect=0.0),
+    Dtype.FLOAT16: Tolerance(logprob=0.02, effect=0.0),
+    Dtype.BFLOAT16: Tolerance(logprob=0.15, effect=0.0),
+}
+"""And that once more where rows of embeddings or head are in it, which round as whole weights do."""
 ROUNDING: Final[Mapping[Rounding, Tolerance]] = {
     Rounding.NONE: Tolerance(logprob=0.0, effect=0.0),
     Rounding.INT8: Tolerance(logprob=0.4, effect=0.3),
@@ -84,46 +90,6 @@ class Replayed:
     allowed: Tolerance
 
 
-class _Recorder:
-    """A backend that also remembers what the adapter added at the probes' last rows.
-
-    Of modules with vectors that is how outputs differ, and what these are rounded by must be allowed for.
-    """
-
-    def __init__(self, inner: StepLora, rows: Sequence[int], model: Decoder, manifest: Manifest) -> None:
-        self._inner = inner
-        self.vocabularies = inner.vocabularies
-        self._affine = {(row.layer, row.module) for row in manifest.rows if row.vectors}
-        self._rows = list(rows)
-        self._groups = {group.name: group for group in model.config.groups}
-        self.added: dict[tuple[int, str], Tensor] = {}
-        self.rounded: dict[tuple[int, str], float] = {}
-        """By how much, as a norm: not there where there are no vectors."""
-
-    def begin(self, arrangement: Arrangement) -> None:
-        """Prepare for the rows of a step."""
-        self._inner.begin(arrangement)
-
-    def apply(self, x: Tensor, out: Tensor, layer: int, group: str) -> None:
-        """Add what the adapter makes of x, and keep it."""
-        alone = torch.zeros_like(out)
-        self._inner.apply(x, alone, layer, group)
-        before = out[self._rows]
-        self._inner.apply(x, out, layer, group)
-        shape = self._groups[group]
-        rows = (alone[self._rows], before, out[self._rows])
-        parts = [torch.split(each, list(shape.out_features), dim=-1) for each in rows]
-        for module, added, was, became in zip(shape.modules, *parts, strict=True):
-            self.added[layer, module] = added
-            if (layer, module) in self._affine:
-                self.added[layer, module] = became.float() - was.float()
-                self.rounded[layer, module] = torch.finfo(out.dtype).eps / 2 * float(became.float().norm())
-
-    def apply_experts(self, x: Tensor, out: Tensor, layer: int, group: str, pairs: ByExpert) -> None:
-        """Add what the adapter makes of x: which experts a row has is not known to a proof."""
-        self._inner.apply_experts(x, out, layer, group, pairs)
-
-
 def replay(
     name: str, proof: Proof, manifest: Manifest, adapter: Adapter, lora: StepLora, model: Decoder, block: int
 ) -> Replayed:
@@ -133,18 +99,21 @@ def replay(
         ProofFailed: the adapter answers otherwise; the message names it, the worst difference and the limit.
     """
     allowed = COMPUTING[_TORCH[model.dtype]] + STORING[manifest.dtype] + ROUNDING[model.rounding]
+    if manifest.replaced:
+        allowed += TABLES[manifest.dtype]
     _expect_sound(name, proof, manifest, model.config.dims.vocab)
     ends = torch.tensor([len(probe.tokens) for probe in proof.probes]).cumsum(0) - 1
-    recorder = _Recorder(lora, ends.tolist(), model, manifest)
+    recorder = Recorder(lora, ends.tolist(), model, manifest)
     answers = _run(proof.probes, adapter, recorder, model, block)
     effect = 0.0
     # In the order of computation: a wrong row makes those behind it wrong too, and the first is to blame.
-    for row, expected in _in_order(manifest.rows, proof.effects, model):
-        place = row.layer, row.module
+    for place, expected in _in_order(manifest, proof.effects, model):
         off = difference(effect_of(recorder.added[place]), expected, recorder.rounded.get(place, 0.0))
         if off > allowed.effect:
+            layer, module = place
+            where = module if layer == NO_LAYER else f"layer {layer} {module}"
             raise ProofFailed(
-                f"adapter {name!r}: layer {row.layer} {row.module} adds something else than its proof says: "
+                f"adapter {name!r}: {where} adds something else than its proof says: "
                 f"relative difference {off:.3g}, at most {allowed.effect:g} is rounding. {_CURE}"
             )
         effect = max(effect, off)
@@ -161,17 +130,26 @@ _CURE: Final = "Build the deployment again; if it stays, this replica computes w
 
 
 def _in_order(
-    rows: Sequence[ModuleRow], effects: Sequence[Effect], model: Decoder
-) -> list[tuple[ModuleRow, Effect]]:
+    manifest: Manifest, effects: Sequence[Effect], model: Decoder
+) -> list[tuple[tuple[int, str], Effect]]:
+    """Return the effects, each with its layer and module, as a step computes them: embeddings first."""
     layers = [[module for group in groups for module in group.modules] for groups in model.config.layer_groups]
-    pairs = zip(rows, effects, strict=True)
-    return sorted(pairs, key=lambda pair: (pair[0].layer, layers[pair[0].layer].index(pair[0].module)))
+    places = [(row.layer, row.module) for row in manifest.rows]
+    places += [(NO_LAYER, part.module) for part in manifest.replaced]
+
+    def turn(pair: tuple[tuple[int, str], Effect]) -> tuple[int, int]:
+        (layer, module), _ = pair
+        if layer == NO_LAYER:
+            return (-1 if module == EMBEDDING else len(layers)), 0
+        return layer, layers[layer].index(module)
+
+    return sorted(zip(places, effects, strict=True), key=turn)
 
 
 def _expect_sound(name: str, proof: Proof, manifest: Manifest, vocab: int) -> None:
     ids = [*(token for probe in proof.probes for token in probe.tokens)]
     ids += [item.id for probe in proof.probes for item in probe.top]
-    if len(proof.effects) != len(manifest.rows) or max(ids) >= vocab:
+    if len(proof.effects) != len(manifest.parts) or max(ids) >= vocab:
         raise ProofFailed(f"adapter {name!r}: its proof is about another bundle or another base. {_CURE}")
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from itertools import chain, islice
 from typing import Any, Final, get_args
 
+from inference_service.core.constraint import Constraint
 from inference_service.core.sampling import LogprobsMode
 from inference_service.serving.lengths import check_ids, countable
 from inference_service.serving.request import Message, Request
@@ -111,6 +112,15 @@ def check_turns(
     _judge(chain(rules_of_turns(messages), rules_of_tools(tools), rules_of_variables(variables), end))
 
 
+def check_constraint(constraint: Constraint | None) -> None:
+    """Look at a constraint that was made when the prompt was known.
+
+    Raises:
+        RequestInvalid: it is too long.
+    """
+    _judge(_constraint(constraint))
+
+
 def _judge(rules: Iterable[Rule]) -> None:
     broken = (
         Finding(code="E_BAD_FIELD", where=where, expected=expected, found=str(found)[:MAX_FOUND])
@@ -158,6 +168,12 @@ def _lists(request: Request, vocab: int) -> Iterator[Rule]:
         yield len(ids) > most, name, f"at most {most} tokens", len(ids)
         foreign = [token for token in ids if not 0 <= token < vocab]
         yield bool(foreign), name, f"ids from 0 to {vocab - 1}", foreign[:5]
+    words, (most, longest) = request.bad_words_token_ids, TEXTS["bad_words"]
+    yield len(words) > most, "bad_words_token_ids", f"at most {most} words", len(words)
+    wrong = sorted({len(word) for word in words if not 0 < len(word) <= longest})
+    yield bool(wrong), "bad_words_token_ids", f"words of 1 to {longest} tokens", wrong
+    foreign = [token for word in words for token in word if not 0 <= token < vocab]
+    yield bool(foreign), "bad_words_token_ids", f"ids from 0 to {vocab - 1}", foreign[:5]
 
 
 def _others(request: Request) -> Iterator[Rule]:
@@ -172,6 +188,10 @@ def _others(request: Request) -> Iterator[Rule]:
     wild = [value for value in request.logit_bias.values() if not -MAX_BIAS <= value <= MAX_BIAS]
     yield bool(wild), "logit_bias", f"{-MAX_BIAS:g} to {MAX_BIAS:g}", wild[:5]
     yield not SANE_ID.fullmatch(request.id), "request_id", "1 to 128 letters, digits, _, ., : or -", request.id
-    if request.constraint:
-        size, expected = len(request.constraint.text.encode()), f"at most {MAX_CONSTRAINT_BYTES} bytes"
-        yield size > MAX_CONSTRAINT_BYTES, request.constraint.where, expected, size
+    yield from _constraint(request.constraint)
+
+
+def _constraint(constraint: Constraint | None) -> Iterator[Rule]:
+    if constraint is not None:
+        size, expected = len(constraint.text.encode()), f"at most {MAX_CONSTRAINT_BYTES} bytes"
+        yield size > MAX_CONSTRAINT_BYTES, constraint.where, expected, size

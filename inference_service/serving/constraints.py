@@ -104,7 +104,12 @@ def _refused(constraint: Constraint, reason: str, fix: str = "Correct it.") -> R
 
 
 def _question(constraint: Constraint) -> Mapping[str, str]:
-    """Return what the trial is asked: a grammar, or one that it has to translate first."""
+    """Return what the trial is asked: a grammar, or one that it has to translate or to put together first."""
+    before = {"before": constraint.before} if constraint.before else {}
+    return {**_language(constraint), **before}
+
+
+def _language(constraint: Constraint) -> Mapping[str, str]:
     match constraint.kind:
         case "json_object":
             return {"grammar": LLMatcher.grammar_from_json_schema({"type": "object"}, defaults=JSON_OPTIONS)}

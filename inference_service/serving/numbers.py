@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from hashlib import blake2b
 from typing import Final, TypeVar
@@ -27,6 +28,17 @@ def first(said: N | None, adapters: N | None, default: N) -> N:
     """Return what the request says, else what the adapter brings."""
     given = adapters if said is None else said
     return default if given is None else given
+
+
+def completing(
+    words: Iterable[tuple[int, ...]],
+) -> dict[int, dict[tuple[int, ...], tuple[int, ...]]]:
+    """Return the tokens that complete one of these words, by how many and which stand before them."""
+    found: dict[int, dict[tuple[int, ...], tuple[int, ...]]] = {}
+    for *before, last in words:
+        lasts = found.setdefault(len(before), {})
+        lasts[tuple(before)] = (*lasts.get(tuple(before), ()), last)
+    return found
 
 
 def drawable(value: float) -> float:

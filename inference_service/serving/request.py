@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -73,6 +73,8 @@ class Request:
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     bad_words: tuple[str, ...] = ()
     """None of them is ever complete in the tokens of the answer, as the tokenizer spells it."""
+    bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
+    """The same, as tokens."""
     allowed_token_ids: tuple[int, ...] | None = None
     """No others, but for the end of a text that its constraint lets end."""
     logprobs: int | None = None
@@ -82,6 +84,8 @@ class Request:
     prompt_logprobs: int | None = None
     """The same for the tokens of the prompt, always raw; 0 is their own alone."""
     constraint: Constraint | None = None
+    constraint_for: Callable[[str], Constraint | None] | None = None
+    """Returns the constraint where it depends on how the prompt ends, as it was rendered; comes before it."""
     skip_special_tokens: bool = True
     """Leave special tokens out of the text."""
     shown_special_tokens: tuple[str, ...] = ()

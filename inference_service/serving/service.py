@@ -19,7 +19,8 @@ from inference_service.core.sampling import LogprobsMode, SamplingParams
 from inference_service.core.sequence import Sequence
 from inference_service.serving.adapter_defaults import AdapterDefaults
 from inference_service.serving.answer import Answer
-from inference_service.serving.bounds import check
+from inference_service.serving.base_files import BaseFiles, NoBaseFiles
+from inference_service.serving.bounds import check, check_constraint
 from inference_service.serving.catalog import Catalog, Changes, ServedModel
 from inference_service.serving.constraints import Constraints
 from inference_service.serving.delivery import Outputs
@@ -27,7 +28,7 @@ from inference_service.serving.engine_thread import EngineThread
 from inference_service.serving.lengths import countable
 from inference_service.serving.limits import Limiter, Ticket
 from inference_service.serving.naming import Naming
-from inference_service.serving.numbers import drawable, first, of_answer, room
+from inference_service.serving.numbers import completing, drawable, first, of_answer, room
 from inference_service.serving.request import (
     Delta,
     Event,
@@ -45,7 +46,7 @@ from inference_service.serving.telemetry.replica import EngineView
 from inference_service.serving.text import StopTexts, Text
 from loramux_shared.access.rights import ACCESS
 from loramux_shared.bundle.manifest import Generation
-from loramux_shared.faults import RequestInvalid
+from loramux_shared.faults import Finding, RequestInvalid
 from loramux_shared.parsers import Parsers
 from loramux_shared.pooling import Pooling
 
@@ -111,6 +112,7 @@ class GenerationService:
         """Of requests that say none."""
         self.usual_pooling: Pooling | None = Pooling.LAST
         """Likewise; None: the base was trained with one that is not served."""
+        self.base_files: BaseFiles = NoBaseFiles()
         self._watchers = (self.metrics, *watchers)
         self._engine = engine
         self.engine_view: EngineView = engine
@@ -137,6 +139,10 @@ class GenerationService:
             with self.limiter.admit(model, ACCESS.get()) as ticket:
                 defaults = await self.naming.defaults(model)
                 tokens = await self._tokens(request, defaults, self.limits.max_seq_len)
+                if request.constraint_for is not None:
+                    constraint = request.constraint_for(self._text(defaults).end_of(tokens))
+                    check_constraint(constraint)
+                    request = replace(request, constraint=constraint)
                 answers = await self._answers(request, model, tokens, defaults, ticket)
                 seqs = [answer.seq for answer in answers.values()]
                 follower.submitted(seqs)
@@ -201,9 +207,9 @@ class GenerationService:
     ) -> dict[str, Answer]:
         """Return the n answers of a request by the ids of their sequences."""
         sampling, text = self._sampling(request, len(tokens), defaults), self._text(defaults)
-        if request.bad_words:
+        if request.bad_words or request.bad_words_token_ids:
             words = await asyncio.to_thread(text.bad_words, request.bad_words)
-            sampling = replace(sampling, bad_words=words)
+            sampling = replace(sampling, bad_words=completing((*words, *request.bad_words_token_ids)))
         grammars = await self._grammars(request, defaults)
         number, where = next(_numbers), request.constraint.where if request.constraint else ""
         stop_tokens = frozenset(request.stop_token_ids) - self._ends(request, defaults)
@@ -258,7 +264,8 @@ class GenerationService:
         else:
             tokens = [item for item in prompt if isinstance(item, int)]
         if not tokens:
-            raise RequestInvalid("the prompt is empty; expected at least one token.")
+            finding = Finding(code="E_BAD_FIELD", where="prompt", expected="at least one token", found="none")
+            raise RequestInvalid("the prompt is empty.", [finding])
         if cut == -1:
             longest = self.limits.max_seq_len
             usual = min(self.limits.default_max_tokens or 1, longest - 1)

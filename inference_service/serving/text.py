@@ -92,6 +92,10 @@ class Text:
         special = special_tokens(config)
         return cls(tokenizer, ChatTemplate(source, special) if source else None, vocab, special)
 
+    def tokenizer_json(self) -> str:
+        """Return the tokenizer as ``tokenizer.json`` has it."""
+        return str(self._tokenizer.to_str())
+
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Tokenize a text, with the special tokens that the tokenizer adds itself unless said otherwise.
 
@@ -126,20 +130,17 @@ class Text:
                 )
         return self.encode(text, add_special_tokens=add_special_tokens)
 
-    def bad_words(self, words: Sequence[str]) -> dict[int, dict[tuple[int, ...], tuple[int, ...]]]:
-        """Return the tokens that complete one of these words, by how many and which stand before them.
+    def bad_words(self, words: Sequence[str]) -> list[tuple[int, ...]]:
+        """Return the tokens of these words.
 
         A word has two spellings, as in vLLM: with a space in front, as within a text, and without.
         """
         bare = [word.lstrip() or word for word in words]
         spelled = list(dict.fromkeys(spelling for word in bare for spelling in (word, f" {word}")))
-        found: dict[int, dict[tuple[int, ...], tuple[int, ...]]] = {}
-        for encoding in self._tokenizer.encode_batch_fast(spelled, add_special_tokens=False):
-            if encoding.ids and max(encoding.ids) < self.vocab:
-                *before, last = encoding.ids
-                lasts = found.setdefault(len(before), {})
-                lasts[tuple(before)] = (*lasts.get(tuple(before), ()), last)
-        return found
+        encodings = self._tokenizer.encode_batch_fast(spelled, add_special_tokens=False)
+        return [
+            tuple(encoding.ids) for encoding in encodings if encoding.ids and max(encoding.ids) < self.vocab
+        ]
 
     def token_id(self, token: str) -> int | None:
         """Return the id of a token by its own name, or None where there is none."""

@@ -12,7 +12,8 @@ from inference_service.serving.json_size import json_bytes
 ROLES: Final = ("system", "user", "assistant", "tool")
 """As templates know them; ``developer``, which clients also say, is system."""
 MAX_TOOLS: Final = 128
-_NAME: Final = re.compile(r"[A-Za-z0-9_.\-]{1,64}")
+NAME: Final = re.compile(r"[A-Za-z0-9_.\-]{1,64}")
+"""Of a function."""
 EXPECTED_NAME: Final = "1 to 64 letters, digits, _, . or -"
 
 MAX_VARIABLES: Final = 32
@@ -52,7 +53,7 @@ def rules_of_tools(tools: Sequence[Mapping[str, Any]]) -> Iterator[Rule]:
     yield len(tools) > MAX_TOOLS, "tools", f"at most {MAX_TOOLS}", len(tools)
     for index, tool in enumerate(tools if len(tools) <= MAX_TOOLS else ()):
         name = tool["function"]["name"]
-        yield not _NAME.fullmatch(name), f"tools[{index}].function.name", EXPECTED_NAME, repr(name)
+        yield not NAME.fullmatch(name), f"tools[{index}].function.name", EXPECTED_NAME, repr(name)
 
 
 def rules_of_the_end(messages: Sequence[Mapping[str, Any]], *, goes_on: bool, starts: bool) -> Iterator[Rule]:

@@ -25,6 +25,7 @@ from inference_service.engine.residents import AlwaysResident, Residents
 from inference_service.engine.runner import Blocks, Runner
 from inference_service.kernels.cpu.spin import Spinning
 from inference_service.serving.adapter_defaults import AdapterDefaults
+from inference_service.serving.base_files import PlacedFiles
 from inference_service.serving.catalog import Catalog, ServedModel
 from inference_service.serving.engine_thread import EngineThread
 from inference_service.serving.inbox import Inbox
@@ -137,6 +138,7 @@ def load(settings: InferenceSettings, store: Store, watchers: Sequence[Watcher] 
     serving = ServingLimits(limits.max_seq_len, generation.request_default_max_tokens, ends, hidden)
     service = GenerationService(catalog, base.text, thread, serving, watchers)
     service.logprobs_mode = settings.logprobs_mode
+    service.base_files = PlacedFiles(base.placed)
     service.limiter.limits = generation.limits
     if bank is not None:
         service.naming.defaults_of = partial(_defaults, bank, catalog)

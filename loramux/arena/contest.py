@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Final, TypeAlias
 
-from loramux.arena.judge import Judge, Trial, decide, trials, verdict
+from loramux.arena.judge import Judge, Trial, decide, sample_trial, trials, verdict
 from loramux.arena.kept import Kept
 from loramux.arena.likelihood import of_reference, prompt_with_reference
+from loramux.arena.plan import Ask, Entrant, Order, Plan, in_turns, repeats
 from loramux.arena.questions import Question, with_reference
 from loramux.arena.records import Answer, Failure, Likelihood, Row, Verdict, key_of
 from loramux.arena.work import Patience, Work
@@ -25,56 +25,7 @@ STICKY: Final = "arena"
 """An alias stands for one of its models all along."""
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What is asked of whom."""
-
-    models: tuple[str, ...]
-    """The versions, as requests name them."""
-    baseline: str
-    """The one that the others are compared with."""
-    samples: int = 1
-    """Answers of a version to a question."""
-    max_tokens: int = 256
-    """Of an answer; 0: nothing is answered, and only likelihoods are looked at."""
-    temperature: float = 0.0
-    seed: int = 0
-    """Of the first sample; the others have the numbers behind it. Of the statistics, too."""
-    concurrency: int = 32
-    """Requests that are open at once, at most."""
-    scores: tuple[str, ...] = ()
-    """Names of scores by reference, see `loramux.arena.scores`."""
-    likelihood: bool = False
-
-
-@dataclass(frozen=True)
-class Entrant:
-    """A version, as the server knows it."""
-
-    model: str
-    """As it was asked for."""
-    name: str
-    """As it was answered; of an alias the model that it stands for."""
-    digest: str
-
-    @property
-    def identity(self) -> str:
-        """By which its answers are known: equal digests, equal adapters; of the base its name."""
-        return self.digest or self.name
-
-
-@dataclass(frozen=True)
-class Ask:
-    """One answer that is wanted."""
-
-    model: str
-    question: Question
-    sample: int
-
-
 Job: TypeAlias = Ask | Trial
-Order: TypeAlias = Callable[[Plan, Sequence[Question], int], Iterator[Ask]]
-"""What is asked one after another, of a plan, questions and how many samples of each."""
 Tell: TypeAlias = Callable[[int, int], None]
 """Hears how many tokens came anew, and how many requests failed, at each that ended."""
 
@@ -143,6 +94,20 @@ class Contest:
             lambda model: met_by(self._client, model, question.prompt), self._plan.concurrency, self._patience
         )
         await work.run(self._plan.models, met)
+        if failed:
+            raise failed[0]
+
+    async def meet_judge(self, judge: Judge) -> None:
+        """Have a judge say a letter: one that cannot is no use when all is answered.
+
+        Raises:
+            Fault: why it cannot.
+        """
+        failed: list[Fault] = []
+        work: Work[Trial, Verdict] = Work(lambda trial: decide(judge, trial), 1, self._patience)
+        await work.run(
+            [sample_trial()], lambda _, outcome: failed.append(outcome) if isinstance(outcome, Fault) else None
+        )
         if failed:
             raise failed[0]
 
@@ -280,20 +245,6 @@ class Contest:
                 self.found.verdicts[row.model, row.question, row.sample, row.swapped] = row
 
 
-def repeats(questions: Sequence[Question]) -> dict[str, int]:
-    """Return of each question how many before it have the same prompt: their answers are not its own.
-
-    Ids do not tell them apart: a line's number is another one when a line is put before it.
-    """
-    seen: Counter[str] = Counter()
-    found = {}
-    for question in questions:
-        prompt = key_of(question.prompt)
-        found[question.id] = seen[prompt]
-        seen[prompt] += 1
-    return found
-
-
 async def met_by(client: AsyncClient, model: str, prompt: Prompt) -> Entrant:
     """Ask a version for one token.
 
@@ -303,22 +254,6 @@ async def met_by(client: AsyncClient, model: str, prompt: Prompt) -> Entrant:
     options: GenerateOptions = {"max_tokens": 1, "temperature": 0.0, "sticky_key": STICKY}
     started = (await client.complete(model, prompt, **options)).started
     return Entrant(model, started.model, started.adapter_digest)
-
-
-def in_turns(plan: Plan, questions: Sequence[Question], samples: int) -> Iterator[Ask]:
-    """Return what is asked, in turns: as many questions as are open at once, of one version after the other.
-
-    A step reads each adapter that it has rows of, and prefixes are shared within one version: so the requests
-    that are open together are of as few versions as fill the batch. Turns, and not all questions of one version
-    before the next, so that what is broken off can be compared as far as it came. Decision 66 has what was
-    measured.
-    """
-    most = max(1, plan.concurrency // samples)
-    for begin in range(0, len(questions), most):
-        for model in plan.models:
-            for question in questions[begin : begin + most]:
-                for sample in range(samples):
-                    yield Ask(model, question, sample)
 
 
 def per_token_s(times: Sequence[tuple[float, int]]) -> float | None:

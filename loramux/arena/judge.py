@@ -82,6 +82,12 @@ def trials(question: Question, baseline: Answer, answer: Answer) -> list[Trial]:
     return [Trial(question, baseline, answer, swapped) for swapped in (False, True)]
 
 
+def sample_trial() -> Trial:
+    """Return one that every judge can judge."""
+    yes, no = (Answer("", "", "", "", 0, text, False, 0, 0, 0, None, None, 0.0) for text in ("Yes.", "No."))
+    return Trial(Question("", "Is 1 + 1 equal to 2?"), yes, no, swapped=False)
+
+
 async def decide(judge: Judge, trial: Trial) -> Verdict:
     """Ask a judge.
 

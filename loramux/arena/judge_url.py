@@ -120,7 +120,10 @@ class UrlJudge:
         kind = _KINDS.get(error.code, ServerUnavailable if error.code >= 500 else RequestInvalid)
         after = error.headers.get("retry-after", "")
         wait_s = float(after) if after.isdecimal() else None
-        return kind(f"the judge at {self._host} answered {error.code}: {said}", retry_after_s=wait_s)
+        told = f"the judge at {self._host} answered {error.code}: {said}"
+        if kind in (Unauthenticated, PermissionDenied):
+            told += f". Its key is to stand in {API_KEY}, apart from the server's."
+        return kind(told, retry_after_s=wait_s)
 
 
 def _verdict(answer: bytes) -> str:

@@ -60,6 +60,8 @@ class Kept:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._file.close()
+        if not self._rows and not self.path.stat().st_size:
+            self.path.unlink()  # nothing came of it
 
     def get(self, kind: type[_R], key: str) -> _R | None:
         """Return the row of a key; None where there is none."""

@@ -11,7 +11,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Final
 
-from loramux.arena.contest import Found, Plan
+from loramux.arena.contest import Found
+from loramux.arena.plan import Plan
 from loramux.arena.questions import Question
 from loramux.arena.standings import Standings
 

@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
-from loramux.arena.contest import Found, Plan
+from loramux.arena.contest import Found
 from loramux.arena.paired import FEW, Paired, compare, holm
+from loramux.arena.plan import Plan
 from loramux.arena.questions import Question, with_reference
 from loramux.arena.records import Answer, Failure
 from loramux.arena.scores import LIKELIHOOD, scorer

@@ -37,8 +37,11 @@ class Patience:
         return since_s <= (self.full_s if is_full(fault) else self.away_s)
 
     def pause_s(self, fault: Fault, tries: int) -> float:
-        """Return how long to wait: what the server said, and longer each time."""
-        grown = min(self.least_pause_s * GROWTH**tries, self.most_pause_s)
+        """Return how long to wait: what the server said, and longer each time while it is away.
+
+        Where it has no room the gate is narrower already, and whoever waits longer leaves it idle at the end.
+        """
+        grown = min(self.least_pause_s * (1.0 if is_full(fault) else GROWTH**tries), self.most_pause_s)
         spread = 1 + SPREAD * random.random()  # noqa: S311 - times, not keys
         return max(fault.retry_after_s or 0.0, grown) * spread
 

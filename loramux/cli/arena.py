@@ -15,13 +15,13 @@ from typing import Annotated, Final
 
 import typer
 
-from loramux.arena.contest import Contest, Found, Plan
-from loramux.arena.judge import Judge, ServedJudge, Trial, conversation
+from loramux.arena.contest import Contest, Found
+from loramux.arena.judge import Judge, ServedJudge
 from loramux.arena.judge_url import UrlJudge
 from loramux.arena.kept import Kept
 from loramux.arena.page import page
+from loramux.arena.plan import Plan
 from loramux.arena.questions import Question, read_questions, with_reference
-from loramux.arena.records import Answer
 from loramux.arena.scores import LIKELIHOOD, scorer
 from loramux.arena.standings import Standings, standings
 from loramux.cli import shell
@@ -171,6 +171,8 @@ async def _arena(wanted: Wanted, plan: Plan, questions: Sequence[Question], kept
         with shell.working(f"asking {len(plan.models)} versions for a token"):
             await contest.meet()
             judge = await _judge(client, wanted)
+            if judge is not None:
+                await contest.meet_judge(judge)
         try:
             await _run(contest, plan, questions, judge, view, ran)
         except asyncio.CancelledError:  # Ctrl-C; what was answered until then is shown
@@ -213,18 +215,13 @@ def named(words: str, served: Sequence[str]) -> list[str]:
 
 
 async def _judge(client: AsyncClient, wanted: Wanted) -> Judge | None:
-    """Return the judge once it has judged something: one that cannot is no use when all is answered."""
+    """Return who judges, if anybody does."""
     if not wanted.judge:
         return None
-    judge: Judge
     if wanted.judge_url:
-        judge = UrlJudge(wanted.judge_url, wanted.judge)
-    else:
-        served = {each.name: each.digest for each in await client.models()}
-        judge = ServedJudge(client, wanted.judge, served.get(wanted.judge, ""))
-    yes, no = (Answer("", "", "", "", 0, text, False, 0, 0, 0, None, None, 0.0) for text in ("Yes.", "No."))
-    await judge.letter(conversation(Trial(Question("", "Is 1 + 1 equal to 2?"), yes, no, swapped=False)))
-    return judge
+        return UrlJudge(wanted.judge_url, wanted.judge)
+    served = {each.name: each.digest for each in await client.models()}
+    return ServedJudge(client, wanted.judge, served.get(wanted.judge, ""))
 
 
 async def _run(
@@ -264,7 +261,8 @@ def _tell(ran: Ran, wanted: Wanted, questions: Sequence[Question], kept: Path, a
 
 def _end(ran: Ran, report: Standings, kept: Path) -> None:
     """Say what is left to do, and end with the code that says so."""
-    shell.say(f"answers are kept in {kept}", "dim")
+    if kept.exists():
+        shell.say(f"answers are kept in {kept}", "dim")
     if ran.interrupted or ran.stopped is not None or report.failures:
         shell.say(f"go on with the same command and --resume {kept}: what is kept is not asked again")
     if ran.interrupted:

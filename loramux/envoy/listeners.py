@@ -26,7 +26,7 @@ chosen again until three connections have failed, which is known sooner."""
 SELECTIONS: Final = 32
 """Draws of a replica that has not had the request yet: of two, all fail once in 2^32."""
 GENERATE: Final = "/loramux.inference.v1.InferenceService/"
-COMPLETIONS: Final = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
+COMPLETIONS: Final = ("/v1/chat/completions", "/v1/completions", "/v1/messages", "/v1/responses")
 NOT_BEGUN: Final = "connect-failure,refused-stream"
 BEGUN: Final = f"{NOT_BEGUN},reset"
 """Also where a replica may have begun, for its work is lost with it, and nobody has seen any of it."""

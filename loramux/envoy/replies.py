@@ -1,57 +1,86 @@
-"""What Envoy answers by itself at OpenAI's door: errors in the shape that they all have there."""
+"""What Envoy answers by itself at the HTTP door: errors in the shapes that they all have there."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, Final
 
 from loramux_shared.rpc.options import MAX_REQUEST_BYTES
 
 Json = dict[str, Any]
-
-
-def _error(status: int, message: str, kind: str, code: str, **more: Any) -> Json:
-    return {
-        "filter": {
-            "status_code_filter": {
-                "comparison": {"op": "EQ", "value": {"default_value": status, "runtime_key": "unused"}}
-            }
-        },
-        "body_format_override": {
-            "json_format": {"error": {"message": message, "type": kind, "param": None, "code": code}}
-        },
-        **more,
-    }
-
-
+MESSAGES: Final = "/v1/messages"
+"""Paths that begin so speak Anthropic's API, all others OpenAI's."""
 AGAIN: Final = {"header": {"key": "retry-after", "value": "1"}, "append_action": "OVERWRITE_IF_EXISTS_OR_ADD"}
-LOCAL_REPLIES: Final = {
-    "mappers": [
-        _error(
-            503,
-            "no replica answered (%RESPONSE_CODE_DETAILS%). Retry; then see which are SERVING: loramux health.",
-            "server_error",
-            "server_unavailable",
-            headers_to_add=[AGAIN],
-        ),
-        _error(
-            504,
-            "no replica had a token in time (%RESPONSE_CODE_DETAILS%). Retry; then see why they are slow.",
-            "server_error",
-            "deadline_exceeded",
-            headers_to_add=[AGAIN],
-        ),
-        _error(
-            413,
-            f"the body is larger than {MAX_REQUEST_BYTES} bytes. Send less.",
-            "invalid_request_error",
-            "request_too_large",
-        ),
-        _error(
-            408,
-            "the request did not arrive in time. Send it without pauses.",
-            "invalid_request_error",
-            "client_stalled",
-        ),
-    ]
-}
+
+
+@dataclass(frozen=True)
+class _Reply:
+    """One error of Envoy's own."""
+
+    status: int
+    message: str
+    code: str
+    """OpenAI's word for it; the type follows from the status."""
+    anthropic: str
+    """Anthropic's type of it."""
+    again: bool = False
+
+    def openai(self) -> Json:
+        kind = "invalid_request_error" if self.status < 500 else "server_error"
+        error = {"message": self.message, "type": kind, "param": None, "code": self.code}
+        return self._mapper(self._has_status(), {"error": error})
+
+    def messages(self) -> Json:
+        here = {"header_filter": {"header": {"name": ":path", "string_match": {"prefix": MESSAGES}}}}
+        error = {"type": self.anthropic, "message": self.message}
+        body = {"type": "error", "error": error, "request_id": "%REQ(X-REQUEST-ID)%"}
+        return self._mapper({"and_filter": {"filters": [self._has_status(), here]}}, body)
+
+    def _has_status(self) -> Json:
+        value = {"default_value": self.status, "runtime_key": "unused"}
+        return {"status_code_filter": {"comparison": {"op": "EQ", "value": value}}}
+
+    def _mapper(self, when: Json, body: Json) -> Json:
+        more = {"headers_to_add": [AGAIN]} if self.again else {}
+        return {"filter": when, "body_format_override": {"json_format": body}, **more}
+
+
+REPLIES: Final = (
+    _Reply(
+        503,
+        "no replica answered (%RESPONSE_CODE_DETAILS%). Retry; then see which are SERVING: loramux health.",
+        "server_unavailable",
+        "overloaded_error",
+        again=True,
+    ),
+    _Reply(
+        504,
+        "no replica had a token in time (%RESPONSE_CODE_DETAILS%). Retry; then see why they are slow.",
+        "deadline_exceeded",
+        "timeout_error",
+        again=True,
+    ),
+    _Reply(
+        413,
+        f"the body is larger than {MAX_REQUEST_BYTES} bytes. Send less.",
+        "request_too_large",
+        "request_too_large",
+    ),
+    _Reply(
+        408,
+        "the request did not arrive in time. Send it without pauses.",
+        "client_stalled",
+        "invalid_request_error",
+    ),
+)
+
+
+def _mappers() -> Iterator[Json]:
+    """Yield them in the order in which Envoy asks them: the first whose filter fits tells the error."""
+    yield from (reply.messages() for reply in REPLIES)
+    yield from (reply.openai() for reply in REPLIES)
+
+
+LOCAL_REPLIES: Final = {"mappers": list(_mappers())}
 """What Envoy answers by itself, in the shape of all errors of that door."""

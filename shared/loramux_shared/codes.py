@@ -84,8 +84,9 @@ _REFUSED: Final = (
      "`pissa_niter_4`), or by what this base does not say (PiSSA, OLoRA)",
      "Save again with `path_initial_model_for_weight_conversion`; a LoftQ adapter needs its own base."),
     ("E_TASK", "trained for another task than generating text", "Use an adapter with `task_type` CAUSAL_LM."),
-    ("E_EMBED", "embeddings or a head of another vocabulary, tokens that the base does not have, rows that do "
-     "not fit `trainable_token_indices`, and `modules_to_save` of anything else that differs from the base's",
+    ("E_EMBED", "embeddings and a head of different lengths, tokens without rows or with another id, rows "
+     "that do not fit `trainable_token_indices`, and `modules_to_save` of anything else that differs from the "
+     "base's",
      _TRAIN),
     ("E_BASE", "the config names another family of base", "Use the base that it was trained on."),
     ("E_UNKNOWN_KEY", "tensors whose keys are not known; nothing is dropped silently",
@@ -205,6 +206,7 @@ CURES: Final = {
     "RESOURCES_EXHAUSTED": "free or add memory or disk; the numbers are given",
     "NO_BUILDER": "start the replica with `--builder HOST:PORT`, or load `bundle:DIGEST`",
     "SETTINGS_INVALID": "the message says what is allowed",
+    "METHOD_UNSUPPORTED": "leave the call out; the message says what there is instead",
     "INTERNAL": "report it; the server's log has the details",
 }
 """What to do, by the reason of a fault."""

@@ -44,6 +44,7 @@
     ├── ResourcesExhausted   RESOURCES_EXHAUSTED     FAILED_PRECONDITION  it does not fit this machine
     ├── NoBuilder            NO_BUILDER              FAILED_PRECONDITION  a replica that knows no builder
     ├── SettingsInvalid      SETTINGS_INVALID        FAILED_PRECONDITION
+    ├── MethodUnsupported    METHOD_UNSUPPORTED      UNIMPLEMENTED        of a service that others named
     └── InternalFault        INTERNAL                INTERNAL
 
 A message says what was expected, what was found and what to do, in one line. It never holds a
@@ -70,6 +71,7 @@ class Status(Enum):
     RESOURCE_EXHAUSTED = 8
     FAILED_PRECONDITION = 9
     ABORTED = 10
+    UNIMPLEMENTED = 12
     INTERNAL = 13
     UNAVAILABLE = 14
     DATA_LOSS = 15
@@ -425,6 +427,13 @@ class SettingsInvalid(Fault):
 
     reason = "SETTINGS_INVALID"
     status = Status.FAILED_PRECONDITION
+
+
+class MethodUnsupported(Fault):
+    """A method of another server's service, as of vLLM's, that is not served here."""
+
+    reason = "METHOD_UNSUPPORTED"
+    status = Status.UNIMPLEMENTED
 
 
 class InternalFault(Fault):

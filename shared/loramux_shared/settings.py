@@ -62,6 +62,19 @@ def _split_hosts(value: Any) -> Any:
     return tuple(filter(None, map(str.strip, value.split(",")))) if isinstance(value, str) else value
 
 
+def _model_door(value: str) -> str:
+    model, _, address = value.rpartition("=")
+    if not model:
+        raise ValueError("MODEL=HOST:PORT, for example support=127.0.0.1:50061, separated by commas")
+    return f"{model}={_address(address)}"
+
+
+def _each_once(values: tuple[str, ...]) -> tuple[str, ...]:
+    if len({value.rpartition("=")[0] for value in values}) < len(values):
+        raise ValueError("each model once")
+    return values
+
+
 def _signer(value: str) -> str:
     return read_signer(value, Path())
 
@@ -98,6 +111,14 @@ Folders = Annotated[
 
 Hosts = Annotated[tuple[Annotated[str, AfterValidator(_host)], ...], NoDecode, BeforeValidator(_split_hosts)]
 """Hosts; in a variable separated by commas."""
+
+ModelDoors = Annotated[
+    tuple[Annotated[str, AfterValidator(_model_door)], ...],
+    NoDecode,
+    BeforeValidator(_split_hosts),
+    AfterValidator(_each_once),
+]
+"""MODEL=HOST:PORT, separated by commas."""
 
 Signers = Annotated[
     tuple[Annotated[str, AfterValidator(_signer)], ...], NoDecode, BeforeValidator(_split_hosts)
@@ -208,6 +229,9 @@ class InferenceSettings(Settings):
     """Where the service listens."""
     http: Address | None = None
     """Where the OpenAI HTTP door listens; it is closed when not given."""
+    model_doors: ModelDoors = ()
+    """gRPC addresses that stand for one model each, MODEL=HOST:PORT by commas: for gateways whose workers have
+    one model, as SMG's over gRPC. Any name of a model will do, a mixture's too; docs/fleet.md."""
     backend: Literal["auto", "native", "torch", "triton"] = "auto"
     """The kernels; auto: triton on CUDA, else native (compiled) where that can be, else torch."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -277,6 +301,11 @@ class InferenceSettings(Settings):
     """Models that have series of their own in `/metrics`; what the rest count is that of the model (others)."""
     log_prompts: bool = False
     """Write prompts and answers to the log."""
+
+    @property
+    def addresses_of_models(self) -> dict[str, str]:
+        """Where the doors of single models listen, by model."""
+        return {door.rpartition("=")[0]: door.rpartition("=")[2] for door in self.model_doors}
 
     @property
     def rounding(self) -> Rounding:

@@ -25,7 +25,7 @@ from builder_service.pipeline.context import BuildContext
 from builder_service.rpc.servicer import SERVICE_NAME as BUILDER
 from builder_service.rpc.servicer import BuilderServicer
 from inference_service.openai_api.app import ENDPOINTS, create_app
-from inference_service.openai_api.errors import error_body
+from inference_service.openai_api.refusals import fault_body
 from inference_service.rpc.adapters import SERVICE_NAME as ADAPTERS
 from inference_service.rpc.adapters import AdapterServicer
 from inference_service.rpc.adapters import register as register_adapters
@@ -190,11 +190,11 @@ async def test_every_route_asks_for_a_key(endpoint: Any, service: GenerationServ
         return
     assert statuses[:4] == [401, 401, 403, 403]
     assert not {401, 403, 404, 405} & set(statuses[4:])
-    told = [answer.headers.get("www-authenticate") for answer in answers[:4]]
-    assert told == ["Bearer", "Bearer", None, None]
+    wanted = [answer.headers.get("www-authenticate") for answer in answers[:4]]
+    assert wanted == ["Bearer", "Bearer", None, None]
     for answer, kind in zip(answers[:4], (Unauthenticated,) * 2 + (PermissionDenied,) * 2, strict=True):
-        error = answer.json()["error"]
-        assert {"error": error} == error_body(kind(error["message"]))
+        told, asked = answer.json(), {"path": path, "state": {"request_id": answer.headers["x-request-id"]}}
+        assert told == fault_body(asked, kind(told["error"]["message"]))
 
 
 @pytest.fixture

@@ -155,6 +155,10 @@ async def test_without_replicas_errors_have_names(fleet: Fleet) -> None:
     assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
     error = answer.json()["error"]
     assert (error["type"], error["code"]) == ("server_error", "server_unavailable")
+    answer = await fleet.web.post("/v1/messages?beta=true", json={}, headers={"x-request-id": "mine-1"})
+    assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
+    told = answer.json()
+    assert (told["type"], told["error"]["type"], told["request_id"]) == ("error", "overloaded_error", "mine-1")
 
 
 async def test_what_all_refuse_keeps_its_reason(fleet: Fleet) -> None:
@@ -175,6 +179,7 @@ async def test_nothing_is_sent_before_the_first_token(fleet: Fleet) -> None:
     bodies = {
         "/v1/completions": {"prompt": "HELLO"},
         "/v1/chat/completions": {"messages": [{"role": "user", "content": "HELLO"}]},
+        "/v1/messages": {"messages": [{"role": "user", "content": "HELLO"}], "max_tokens": 8},
     }
     async with (
         grpc.aio.insecure_channel(one.grpc.address) as channel,

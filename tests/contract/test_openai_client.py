@@ -403,7 +403,7 @@ async def test_errors_are_the_clients_classes(door: OpenAIDoor) -> None:
         await door.openai.chat.completions.create(model="base", messages=USER, max_tokens=1000)
     assert caught.value.code == "context_length_exceeded"
     with pytest.raises(openai.BadRequestError) as caught:
-        await door.openai.chat.completions.create(model="base", messages=USER, reasoning_effort="low")
+        await door.openai.chat.completions.create(model="base", messages=USER, verbosity="low")
     assert caught.value.code == "unsupported_parameter"
     assert caught.value.response.headers["x-request-id"]
 

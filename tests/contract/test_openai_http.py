@@ -122,7 +122,7 @@ async def test_bounds_are_told_before_anything_is_sent(
     ("fields", "param"),
     [
         ({"prompt": [5, 199]}, "prompt"),
-        ({"prompt": ""}, None),
+        ({"prompt": ""}, "prompt"),
         ({"best_of": 2}, "best_of"),
         ({"prompt": ["A"] * 200, "n": 6}, "n"),
         ({"logprobs": 21}, "logprobs"),
@@ -143,10 +143,9 @@ async def test_bounds_of_plain_prompts(door: OpenAIDoor, fields: dict[str, Any],
         ("GET", "/page/../app.py", 404, "unknown_url"),
         ("POST", "/", 405, "method_not_allowed"),
         ("GET", "/v1/completions/", 404, "unknown_url"),
-        ("POST", "/v1/responses", 404, "unknown_url"),
+        ("POST", "/v1/files", 404, "unknown_url"),
         ("GET", CHAT, 405, "method_not_allowed"),
         ("DELETE", "/v1/models/rs", 405, "method_not_allowed"),
-        ("POST", "/v1/embeddings", 400, "unsupported_parameter"),
     ],
 )
 async def test_what_is_not_served_is_refused_in_openais_shape(

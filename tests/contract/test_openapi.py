@@ -18,7 +18,7 @@ from inference_service.openai_api.app import ENDPOINTS, create_app
 from inference_service.openai_api.openapi import document
 from tests.support.silent import silent_service
 
-DOCUMENT = document(ENDPOINTS)
+DOCUMENT = document(ENDPOINTS, "base")
 SCHEMAS = DOCUMENT["components"]["schemas"]
 OPERATIONS = [
     pytest.param(path, method, told, id=f"{method} {path}")
@@ -32,27 +32,36 @@ KEYWORDS = {
     "$ref": str,
     "additionalProperties": (bool, dict),
     "anyOf": list,
-    "const": str,
+    "const": object,
+    "contentMediaType": str,
+    "contentSchema": dict,
     "default": object,
     "description": str,
     "enum": list,
-    "exclusiveMaximum": int,
+    "exclusiveMaximum": (int, float),
+    "exclusiveMinimum": (int, float),
+    "if": dict,
     "items": dict,
     "maxItems": int,
     "maxLength": int,
     "maxProperties": int,
+    "maximum": (int, float),
     "minItems": int,
     "minLength": int,
-    "maximum": int,
-    "minimum": int,
+    "minimum": (int, float),
+    "not": dict,
     "oneOf": list,
+    "pattern": str,
     "properties": dict,
     "propertyNames": dict,
     "required": list,
+    "then": dict,
     "title": str,
     "type": (str, list),
 }
 """Of JSON Schema 2020-12, those that are used, and the types of their values."""
+
+INSIDE = ("items", "additionalProperties", "propertyNames", "not", "if", "then", "contentSchema")
 
 
 @pytest_asyncio.fixture
@@ -67,7 +76,7 @@ def _schemas(value: Any) -> Iterator[dict[str, Any]]:
     """Yield a schema and all that are inside it."""
     yield value
     inside = [*value.get("anyOf", ()), *value.get("oneOf", ()), *value.get("properties", {}).values()]
-    inside += [value[key] for key in ("items", "additionalProperties") if isinstance(value.get(key), dict)]
+    inside += [value[key] for key in INSIDE if isinstance(value.get(key), dict)]
     for schema in inside:
         yield from _schemas(schema)
 
@@ -76,7 +85,8 @@ async def test_the_document_is_what_the_route_says(web: httpx.AsyncClient) -> No
     """It is JSON, and names itself and its version."""
     answer = await web.get("/openapi.json")
     assert answer.headers["content-type"] == "application/json"
-    assert answer.json() == json.loads(json.dumps(DOCUMENT))
+    first = (await web.get("/v1/models")).json()["data"][0]["id"]
+    assert answer.json() == json.loads(json.dumps(document(ENDPOINTS, first)))
     assert re.fullmatch(r"3\.1\.\d+", DOCUMENT["openapi"])
     assert {"title", "version"} <= set(DOCUMENT["info"])
     assert set(DOCUMENT) == {"openapi", "info", "paths", "components"}
@@ -115,14 +125,17 @@ def test_an_operation_is_complete(path: str, method: str, told: dict[str, Any]) 
     assert path.startswith("/")
     assert method in ("get", "post")
     assert told["summary"].endswith(".")
-    assert "default" in told["responses"]
+    assert {"400", "500", "503"} <= set(told["responses"])
+    assert {"401", "403"} <= set(told["responses"]) or not told["security"]
     for status, answer in told["responses"].items():
-        assert re.fullmatch(r"[1-5]\d\d|default", status)
+        assert re.fullmatch(r"[1-5]\d\d", status)
         assert answer["description"]
         assert all("/" in media for media in answer.get("content", {}))
-    declared = [parameter["name"] for parameter in told.get("parameters", ())]
+    parameters = told.get("parameters", ())
+    declared = [each["name"] for each in parameters if each["in"] == "path"]
     assert declared == re.findall(r"{(\w+)}", path)
-    assert all(each["in"] == "path" and each["required"] for each in told.get("parameters", ()))
+    assert all(each["required"] for each in parameters if each["in"] == "path")
+    assert all(list(_schemas(each["schema"])) for each in parameters)
     assert ("requestBody" in told) <= (method == "post")
     for requirement in told["security"]:
         assert set(requirement) <= set(DOCUMENT["components"]["securitySchemes"])
@@ -181,4 +194,48 @@ def test_what_comes_in_several_forms_is_described_so() -> None:
         ("ChatBody", "modalities"): {"array", "null"},
     }
     for (body, name), expected in forms.items():
-        assert {form["type"] for form in SCHEMAS[body]["properties"][name]["anyOf"]} == expected, name
+        branches = SCHEMAS[body]["properties"][name]["anyOf"]
+        told = [SCHEMAS[each["$ref"].rpartition("/")[2]] if "$ref" in each else each for each in branches]
+        assert {form["type"] for form in told} == expected, name
+
+
+def test_bounds_are_those_that_requests_are_judged_by() -> None:
+    """What `serving.bounds` asks of a field stands in the schema of a body that has it."""
+    fields = SCHEMAS["CompletionBody"]["properties"]
+    number, texts = fields["repetition_penalty"]["anyOf"][0], fields["bad_words"]["anyOf"][0]
+    assert (number["minimum"], number["maximum"]) == (0.01, 10.0)
+    assert (texts["maxItems"], texts["items"]["minLength"], texts["items"]["maxLength"]) == (1024, 1, 256)
+    assert fields["top_p"]["anyOf"][0]["exclusiveMinimum"] == 0
+    assert fields["seed"]["anyOf"][0]["minimum"] == -(2**63)
+
+
+async def test_a_refused_method_is_told_all_that_there_are(web: httpx.AsyncClient) -> None:
+    """A path with several methods names each, whichever stands first."""
+    answer = await web.delete("/ping")
+    assert answer.status_code == 405
+    assert set(answer.headers["allow"].split(", ")) == {"GET", "HEAD", "POST"}
+    assert (await web.head("/ping")).status_code == (await web.post("/ping")).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("query", "param"),
+    [
+        ("page_size=0", "page_size"),
+        ("page_size=ten", "page_size"),
+        ("page_sise=5", "page_sise"),
+        ("page_size=1&page_size=2", "page_size"),
+    ],
+)
+async def test_a_query_is_read_as_strictly_as_a_body(web: httpx.AsyncClient, query: str, param: str) -> None:
+    """An unknown name, a wrong value and a name that comes twice are refused by name."""
+    answer = await web.get(f"/v1/adapters?{query}")
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"]) == (400, param)
+    assert error["message"].startswith("the query of the request is not valid.")
+
+
+async def test_a_prompt_is_not_rendered(web: httpx.AsyncClient) -> None:
+    """What says how messages become text is refused beside a text, rather than read over."""
+    answer = await web.post("/tokenize", json={"prompt": "Hi", "add_generation_prompt": True})
+    assert answer.status_code == 400
+    assert "only beside messages" in answer.json()["error"]["message"]

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from loramux.arena.contest import Entrant, Found, Plan
+from loramux.arena.contest import Found
 from loramux.arena.page import page as report_page
+from loramux.arena.plan import Entrant, Plan
 from loramux.arena.questions import Question
 from loramux.arena.records import Answer, Failure
 from loramux.arena.standings import standings

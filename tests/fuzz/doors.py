@@ -21,11 +21,13 @@ from builder_service.pipeline.check import Checks
 from builder_service.pipeline.context import BuildContext
 from builder_service.rpc.servicer import SERVICE_NAME as BUILDER
 from builder_service.rpc.servicer import BuilderServicer
-from inference_service.openai_api.chat_schema import ChatBody, TokenizeBody
+from inference_service.openai_api.chat_schema import ChatBody
+from inference_service.openai_api.messages.schema import CountBody, MessagesBody
 from inference_service.openai_api.operators import LoadBody, RollbackBody, UnloadBody
 from inference_service.openai_api.responses.schema import ResponsesBody
-from inference_service.openai_api.schema import Body, CompletionBody, DetokenizeBody
+from inference_service.openai_api.schema import Body, CompletionBody
 from inference_service.openai_api.server import HttpServer
+from inference_service.openai_api.tokens_schema import DetokenizeBody, TokenizeBody
 from inference_service.rpc import adapters
 from inference_service.rpc.adapters import SERVICE_NAME as ADAPTERS
 from inference_service.rpc.adapters import AdapterServicer
@@ -62,6 +64,21 @@ ITEMS = [
     {"type": "function_call", "call_id": "c1", "name": "f", "arguments": "{}"},
     {"type": "function_call_output", "call_id": "c1", "output": "4"},
 ]
+BLOCKS: dict[str, Any] = {
+    "model": "wide",
+    "system": [{"type": "text", "text": "Be brief.", "cache_control": {"type": "ephemeral"}}],
+    "messages": [
+        {"role": "user", "content": [{"type": "text", "text": "What"}, {"type": "text", "text": "is it?"}]},
+        {
+            "role": "assistant",
+            "content": [{"type": "tool_use", "id": "c1", "name": "look", "input": {"at": 1}}],
+        },
+        {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "c1", "content": "4"}]},
+    ],
+    "tools": [{"name": "look", "description": "Look.", "input_schema": {"type": "object", "properties": {}}}],
+    "tool_choice": {"type": "auto", "disable_parallel_tool_use": True},
+    "thinking": {"type": "enabled", "budget_tokens": 1},
+}
 SAMPLED: dict[str, Any] = {
     "n": 2,
     "max_tokens": 2,
@@ -109,6 +126,13 @@ BODIES: Mapping[str, tuple[type[Body], dict[str, Any]]] = {
         | {"tool_choice": "auto", "max_output_tokens": 2, "top_logprobs": 2, "metadata": {"a": "b"}, "seed": 3}
         | {"include": ["reasoning.encrypted_content"], "reasoning": {"effort": "low"}},
     ),
+    "/v1/messages": (
+        MessagesBody,
+        BLOCKS
+        | {"max_tokens": 2, "stop_sequences": ["END"], "temperature": 1.0, "top_p": 0.9, "top_k": 5}
+        | {"metadata": {"user_id": "u"}, "output_config": {"effort": "low"}},
+    ),
+    "/v1/messages/count_tokens": (CountBody, BLOCKS),
     "/tokenize": (TokenizeBody, {"model": "rs", "messages": TURNS, "tools": [TOOL]}),
     "/detokenize": (DetokenizeBody, {"model": "rs", "tokens": [5, 6, 7]}),
     "/v1/load_lora_adapter": (LoadBody, {"lora_name": "new", "lora_path": "org/new", "load_inplace": True}),
@@ -215,9 +239,10 @@ class Doors:
         if answer.status_code == 200:
             return "OK"
         error = answer.json()["error"]
-        assert error["code"], error
+        code = error["type"] if path.startswith("/v1/messages") else error["code"]
+        assert code, error
         assert error["message"], error
-        return str(error["code"])
+        return str(code)
 
     async def call(self, path: str, request: bytes) -> str:
         """Send the bytes of a request; returns OK or the reason of its fault."""

@@ -81,12 +81,21 @@ def model_of(base: str) -> Any:
     return getattr(transformers, fields["architectures"][0])(config)
 
 
+def _rows(shape: Shape) -> int:
+    """The tokens that the embeddings beside an adapter have rows for."""
+    tensors = {} if shape.tensors is None else shape.tensors()
+    return next((len(each) for name, each in tensors.items() if name.endswith("embed_tokens.weight")), VOCAB)
+
+
 def of_peft(shape: Shape, folder: Path) -> Deltas:
     """What PEFT adds to each module that it loads the adapter into."""
     files = shape.write(folder / "own") if shape.under is None else shape.write_for_peft(folder / "renamed")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = peft.PeftModel.from_pretrained(copy.deepcopy(model_of(shape.base)), files)
+        base = copy.deepcopy(model_of(shape.base))
+        if (rows := _rows(shape)) != VOCAB:
+            base.resize_token_embeddings(rows)
+        model = peft.PeftModel.from_pretrained(base, files)
     found: Deltas = {}
     for name, module in model.named_modules():
         if isinstance(module, peft.tuners.tuners_utils.BaseTunerLayer) and hasattr(module, "get_delta_weight"):

@@ -94,7 +94,7 @@ def test_a_second_reading_finds_the_same(world: World, rank: int | None) -> None
     generation = current_generation(store, "tiny")
     assert generation is not None
     for name, folder in world.adapters.items():
-        factors = read_adapter(folder, read_config(world.base), rank, world.base)
+        factors = read_adapter(folder, read_config(world.base), rank, world.base).layers
         rows = read_bundle(store, generation.adapters[name].digest).rows
         assert sorted((row.row.layer, row.row.module) for row in rows) == sorted(factors)
         for row in rows:

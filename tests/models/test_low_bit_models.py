@@ -68,7 +68,7 @@ def test_proofs_are_computed_with_the_widened_weights(kept: Kept) -> None:
     for base in (kept.world.base, kept.widened):
         config = read_config(base)
         adapter = read_adapter(kept.world.adapters["all"], config)
-        [runs[base]] = Reference(config, base).run([PROMPT], {"all": adapter})["all"]
+        [runs[base]] = Reference(config, base).run({"all": [PROMPT]}, {"all": adapter})["all"]
     found, expected = runs.values()
     assert torch.equal(found.logits, expected.logits)
 

@@ -21,7 +21,7 @@ from loramux_shared.bundle.deployments import current_generation
 from loramux_shared.bundle.manifest import Generation
 from loramux_shared.bundle.reader import read_manifest
 from loramux_shared.deployment import Deployment
-from loramux_shared.faults import AdapterInvalid, DeploymentInvalid
+from loramux_shared.faults import DeploymentInvalid
 from loramux_shared.sources.open import open_sources
 from loramux_shared.storage.memory import MemoryStore
 from tests.support.tiny import SIZES, VOCAB, World, make_checkpoint, oracle, oracle_tokens, run_engine
@@ -190,7 +190,7 @@ def test_other_bases_equal_peft(tmp_path: Path, config: Any) -> None:
 
 
 def test_what_a_table_of_its_own_cannot_be(world: World) -> None:
-    """Behind a hidden base such an adapter is served beside the weights; no build merges it or proves it."""
+    """Behind a hidden base such an adapter is served beside the weights, and no build merges it."""
     data = world.deployment().model_dump(mode="json")
     data["build"]["lora_adapters"] = {"tokens": data["build"]["lora_adapters"]["tokens"]}
     data["runtime"] |= {"serve_base": False}
@@ -200,10 +200,7 @@ def test_what_a_table_of_its_own_cannot_be(world: World) -> None:
         return build(Deployment.model_validate(data), context, Progress(["tokens"])).generation
 
     assert built(MemoryStore()).merged is None
-    data["build"]["prove"] = True
-    with pytest.raises(AdapterInvalid, match="of which there are no proofs"):
-        built(MemoryStore())
-    data["build"]["prove"], data["runtime"]["merge"] = False, "always"
+    data["runtime"]["merge"] = "always"
     with pytest.raises(DeploymentInvalid, match=r"tokens has embeddings or a head of its own"):
         built(MemoryStore())
 

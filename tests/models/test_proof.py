@@ -20,7 +20,7 @@ from builder_service.pipeline import prove as builder_prove
 from builder_service.pipeline.build import build
 from builder_service.pipeline.context import BuildContext
 from builder_service.pipeline.progress import Progress
-from inference_service.proof.adapter_source import read_adapter
+from inference_service.proof.adapter_source import SourceAdapter, read_adapter
 from inference_service.proof.fingerprint import difference, effect_of
 from inference_service.proof.prove import prove
 from inference_service.proof.reference import Reference
@@ -29,6 +29,7 @@ from loramux_shared.bases.read import read_config
 from loramux_shared.bundle.deployments import current_generation, publish_generation
 from loramux_shared.bundle.manifest import (
     MANIFEST_FILE,
+    VOCABULARY_FILE,
     WEIGHTS_FILE,
     FileDigest,
     Manifest,
@@ -104,8 +105,11 @@ def manifest_of(store: MemoryStore, name: str) -> Manifest:
     return read_manifest(store, generation.adapters[name].digest)
 
 
-def tampered(store: MemoryStore, name: str, change: Change) -> MemoryStore:
-    """A store in which a bundle was changed and every digest made right again; its proof is the old one."""
+def tampered(store: MemoryStore, name: str, change: Change, file: str = WEIGHTS_FILE) -> MemoryStore:
+    """A store in which a bundle was changed and every digest made right again; its proof is the old one.
+
+    Of the vocabulary, all of it is one row.
+    """
     other = MemoryStore()
     for key in store.list(""):
         other.put(key, store.get(key))
@@ -113,17 +117,20 @@ def tampered(store: MemoryStore, name: str, change: Change) -> MemoryStore:
     assert generation is not None
     old = generation.adapters[name].digest
     bundle = read_bundle(other, old)
-    data = bytearray(other.get(bundle_key(old, WEIGHTS_FILE)))
+    data = bytearray(other.get(bundle_key(old, file)))
     manifest, kind = bundle.manifest, NUMPY_TYPES[bundle.manifest.dtype]
-    size = len(manifest.rows) * manifest.row_width * kind.itemsize
-    rows = np.frombuffer(data, kind, offset=len(data) - size).reshape(len(manifest.rows), -1)
-    change(rows, manifest)
+    count, width = len(manifest.layer_rows), manifest.row_width
+    if file == VOCABULARY_FILE:
+        rows, tables = manifest.vocabulary_rows, manifest.replaced
+        count, width = 1, sum(row.elements for row in rows) + sum(each.elements for each in tables)
+    size = count * width * kind.itemsize
+    change(np.frombuffer(data, kind, offset=len(data) - size).reshape(count, -1), manifest)
     digest = FileDigest(size=len(data), sha256=hashlib.sha256(data).hexdigest())
-    manifest = manifest.model_copy(update={"files": manifest.files | {WEIGHTS_FILE: digest}})
+    manifest = manifest.model_copy(update={"files": manifest.files | {file: digest}})
     new = sha256_hex(manifest.to_bytes())
-    for file in manifest.files:
-        other.put(bundle_key(new, file), other.get(bundle_key(old, file)))
-    other.put(bundle_key(new, WEIGHTS_FILE), bytes(data))
+    for each in manifest.files:
+        other.put(bundle_key(new, each), other.get(bundle_key(old, each)))
+    other.put(bundle_key(new, file), bytes(data))
     other.put(bundle_key(new, MANIFEST_FILE), manifest.to_bytes())
     record = generation.adapters[name].model_copy(update={"digest": new})
     adapters = generation.adapters | {name: record}
@@ -180,8 +187,8 @@ def test_the_reference_is_transformers_and_peft(world: World, name: str | None) 
     """Its logits are those of transformers with PEFT, in float32, so a proof is about what was trained."""
     config = read_config(world.base)
     tokens = [[5, 9, 60, 7, 33, 120, 4], [8, 3]]
-    adapter = read_adapter(world.adapters[name], config) if name else {}
-    runs = Reference(config, world.base).run(tokens, {"it": adapter})["it"]
+    adapter = read_adapter(world.adapters[name], config) if name else SourceAdapter()
+    runs = Reference(config, world.base).run({"it": tokens}, {"it": adapter})["it"]
     model = oracle(world.base, world.adapters[name] if name else None)
     for sequence, run in zip(tokens, runs, strict=True):
         with torch.no_grad():

@@ -33,7 +33,7 @@ def test_the_reference_is_transformers_and_peft(case, tmp_path: Path) -> None:
     config = read_config(world.base, case.max_seq_len)
     tokens = [5 + (index * 37) % 180 for index in range(60)]
     adapter = read_adapter(world.adapters["all"], config)
-    [run] = Reference(config, world.base).run([tokens], {"all": adapter})["all"]
+    [run] = Reference(config, world.base).run({"all": [tokens]}, {"all": adapter})["all"]
     with torch.no_grad():
         expected = oracle(world.base, world.adapters["all"])(torch.tensor([tokens])).logits[0, -1]
     torch.testing.assert_close(run.logits, expected, rtol=1e-3, atol=1e-3)

@@ -20,6 +20,7 @@ from loramux_shared.faults import (
     BundleCorrupt,
     Fault,
     GenerationMismatch,
+    GenerationNotFound,
     ModelNotFound,
     ReplicaBehind,
 )
@@ -205,6 +206,8 @@ class FakeDeployment:
     async def roll_back(self, to: int | None) -> int:
         """Publish an older one."""
         self._race()
+        if len(self.history) < (2 if to is None else to):
+            raise GenerationNotFound(f"no generation {to} among {len(self.history)}")
         return self.publish(self.history[-2 if to is None else to - 1].adapters)
 
     async def catch_up(self, number: int) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from loramux.arena.judge import NoVerdict
-from loramux.arena.judge_url import UrlJudge
+from loramux.arena.judge_url import API_KEY, UrlJudge
 from loramux.arena.likelihood import of_reference
 from loramux.arena.paired import bootstrap, compare, holm, sign_test
 from loramux.arena.scores import SCORERS, scorer
@@ -192,6 +192,7 @@ async def test_judges_that_do_not_judge(
     assert len(heard) == 1
     if status == 429:
         assert caught.value.retry_after_s == 7.0
+    assert (status == 401) == (API_KEY in caught.value.message)
 
 
 async def test_addresses_that_are_none() -> None:

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from inference_service.openai_api.dialects.calls import Calls
@@ -236,6 +236,7 @@ def test_each_form_is_read(tool: ToolParser, reasoning: ReasoningParser, text: s
             json.loads(call[2])
 
 
+@settings(deadline=None)
 @given(st.sampled_from(CASES).flatmap(lambda case: st.tuples(st.just(case), cuts_of(case[2]))))
 def test_cuts_do_not_change_what_is_read(drawn: tuple[Any, list[int]]) -> None:
     """Wherever an answer is cut, the same is said, thought and called."""
@@ -259,6 +260,7 @@ MARKED = [
 ]
 
 
+@settings(deadline=None)
 @given(
     st.sampled_from(list(T)),
     st.sampled_from(list(R)),

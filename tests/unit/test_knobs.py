@@ -19,7 +19,6 @@ from inference_service.openai_api.chat_schema import (
     Function,
     JsonSchema,
     ResponseFormat,
-    TokenizeBody,
     Tool,
     ToolCall,
 )
@@ -35,10 +34,10 @@ from inference_service.openai_api.responses.tools import FunctionTool, Namespace
 from inference_service.openai_api.schema import (
     Body,
     CompletionBody,
-    DetokenizeBody,
     StreamOptions,
     StructuredOutputs,
 )
+from inference_service.openai_api.tokens_schema import DetokenizeBody, TokenizeBody
 from inference_service.rpc.mapping import TRANSLATED
 from inference_service.serving.bounds import IDS, NUMBERS, TEXTS
 from inference_service.serving.request import Request
@@ -54,7 +53,8 @@ UNBOUNDED = {
     "ignore_eos", "include_stop_str_in_output", "skip_special_tokens",
     "add_generation_prompt", "continue_final_message", "add_special_tokens", "shown_special_tokens",
     # with rules of their own in `bounds` and `turns`
-    "prompt", "tools", "constraint", "logprobs_mode", "chat_template_kwargs",
+    "prompt", "pooling", "tools", "constraint", "constraint_for", "logprobs_mode", "chat_template_kwargs",
+    "bad_words_token_ids",
     # looked up, compared, hashed, or the server's own
     "model", "adapters", "lora_path", "min_generation", "sticky_key", "priority", "deadline_s", "id", "served",
     "usual_temperature",

@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from inference_service.openai_api.chat_schema import ChatBody, NamedTool, TokenizeBody
+from inference_service.openai_api.chat_schema import ChatBody, NamedTool
 from inference_service.openai_api.errors import error_body, invalid_body, param_of
 from inference_service.openai_api.mapping import messages_of
 from inference_service.openai_api.schema import MAX_PROMPTS, Body, CompletionBody
+from inference_service.openai_api.tokens_schema import TokenizeBody
 
 USER = {"role": "user", "content": "Hi"}
 CHAT: dict[str, Any] = {"model": "m", "messages": [USER]}

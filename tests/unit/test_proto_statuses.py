@@ -22,7 +22,7 @@ from loramux_shared.faults import FAULTS
 from loramux_shared.rpc import calls
 from loramux_shared.sources.base import Source
 
-PROTOS = sorted((Path(__file__).resolve().parents[2] / "protos").rglob("*.proto"))
+PROTOS = sorted((Path(__file__).resolve().parents[2] / "protos").glob("loramux/*/v1/*.proto"))
 _LINE = re.compile(r"^ *// (?P<status>[A-Z_]{6,}) +(?P<reason>[A-Z_]{4,})[:,]", re.MULTILINE)
 _MORE = re.compile(r"(?<=[ ,])(?P<reason>[A-Z]+(?:_[A-Z]+)+)(?=[:,])")
 EVERYWHERE = {"UNAUTHENTICATED", "PERMISSION_DENIED", "SHUTTING_DOWN", "REQUEST_INVALID", "CLIENT_STALLED"}
@@ -31,6 +31,7 @@ ELSEWHERE = {
     "SETTINGS_INVALID",  # ends a process, as the next does
     "PROOF_FAILED",
     "BUILD_INTERRUPTED",  # the build goes on when the builder starts again
+    "METHOD_UNSUPPORTED",  # of services that others named
     "INTERNAL",  # nobody's intention
 }
 

@@ -11,8 +11,12 @@ from inference_service.openai_api.dialects import gemma, harmony, listed, llama,
 from inference_service.openai_api.dialects.calls import Calls
 from inference_service.openai_api.dialects.frame import Block, Thinking, answer, nothing
 from inference_service.openai_api.dialects.source import Answer, Reader, Source
+from inference_service.openai_api.dialects.turns import call_by_call, with_short_ids
 from inference_service.openai_api.pieces import Plain, Reading
-from loramux_shared.parsers import ReasoningParser, ToolParser
+from inference_service.serving.chat_template import ChatTemplate
+from inference_service.serving.request import Message
+from inference_service.serving.text import Text
+from loramux_shared.parsers import Parsers, ReasoningParser, ToolParser
 
 Blocks = Callable[[Calls], Mapping[str, Block]]
 
@@ -125,6 +129,12 @@ class Dialect:
         own = harmony.MARKS if self.is_harmony else self.form.tokens
         return (*own, *(mark.strip() for each in self.thinking for mark in _special(each)))
 
+    def turns(self, messages: Sequence[Message]) -> list[Message]:
+        """Return turns as the templates of its models want them."""
+        if self.is_harmony:
+            return call_by_call(messages)
+        return with_short_ids(messages) if self.form.short_ids else list(messages)
+
     def opened(self, end_of_prompt: str) -> Thinking | None:
         """Return the reasoning that a prompt has opened, which the answer goes on with."""
         end = end_of_prompt.rstrip()
@@ -132,6 +142,10 @@ class Dialect:
             if end.endswith(each.begin.rstrip()):
                 return each
         return None
+
+    def closed(self, end_of_prompt: str) -> bool:
+        """True where a prompt says that there is no reasoning, by having ended it."""
+        return any(end_of_prompt.rstrip().endswith(each.end) for each in self.thinking)
 
     def within(self, message: str) -> Thinking | None:
         """Return the reasoning that a message has opened and not closed."""
@@ -168,6 +182,12 @@ def dialect_of(
     if reasoning is ReasoningParser.AUTO:
         reasoning = next((each for each, words in REASONING_MARKS if _holds(template, words)), reasoning)
     return Dialect(tool, reasoning)
+
+
+def dialect_of_model(text: Text, template: ChatTemplate | None, parsers: Parsers) -> Dialect:
+    """Return the dialect of a model with a text side, and perhaps a template of its own."""
+    own = template or text.template
+    return dialect_of(own.source if own else "", parsers.tool, parsers.reasoning)
 
 
 def _holds(template: str, words: Sequence[str]) -> bool:

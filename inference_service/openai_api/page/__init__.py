@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from importlib.resources import files
 from typing import Final
 
@@ -31,14 +32,23 @@ HEADERS: Final = {
 Handler = Callable[[GenerationService, HttpRequest], Awaitable[Response]]
 
 
-def page_files() -> dict[str, Handler]:
+@dataclass(frozen=True)
+class PageFile:
+    """A file of the page."""
+
+    show: Handler
+    media_type: str
+
+
+def page_files() -> dict[str, PageFile]:
     """Return what answers each path of the page; the files are read here, once."""
-    found: dict[str, Handler] = {}
+    found: dict[str, PageFile] = {}
     for file in sorted(files(__name__).iterdir(), key=lambda each: each.name):
         kind = file.name.rpartition(".")[2]
         if kind in MEDIA_TYPES:
             path = "/" if file.name == "index.html" else f"/page/{file.name}"
-            found[path] = _handler(file.read_bytes(), f"{MEDIA_TYPES[kind]}; charset=utf-8")
+            show = _handler(file.read_bytes(), f"{MEDIA_TYPES[kind]}; charset=utf-8")
+            found[path] = PageFile(show, MEDIA_TYPES[kind])
     return found
 
 

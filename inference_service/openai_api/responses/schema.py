@@ -8,22 +8,22 @@ Source: the types of OpenAI's client, `openai.types.responses.ResponseCreatePara
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any, Final, Literal, Self
+from typing import Annotated, Any, ClassVar, Final, Literal, NotRequired, Self
 
 from pydantic import BeforeValidator, Field, PlainValidator, model_validator
 from pydantic_core import PydanticCustomError
+from typing_extensions import TypedDict
 
 from inference_service.openai_api.chat_schema import (
     AllowedTools,
     Effort,
     NamedTool,
     ToolChoice,
-    ToolChoiceInput,
     unsupported,
 )
 from inference_service.openai_api.responses.items import NOTHING_STORED, Input
 from inference_service.openai_api.responses.tools import ONLY_FUNCTIONS, Tools
-from inference_service.openai_api.schema import Body, SamplingBody
+from inference_service.openai_api.schema import Body, Examples, SamplingBody
 from inference_service.serving.bounds import MAX_LOGPROBS
 
 LOGPROBS: Final = "message.output_text.logprobs"
@@ -62,6 +62,24 @@ def _shown(value: Any) -> str:
     if isinstance(value, str | bool):
         return json.dumps(value)
     return "an object" if isinstance(value, dict) else "a list" if isinstance(value, list) else "a number"
+
+
+class ChosenFunction(TypedDict):
+    """A choice that is a function."""
+
+    type: Literal["function"]
+    name: str
+
+
+class ChosenFunctions(TypedDict):
+    """A choice that is some of the functions."""
+
+    type: Literal["allowed_tools"]
+    mode: NotRequired[Literal["auto", "required"] | None]
+    tools: Annotated[list[ChosenFunction], Field(min_length=1)]
+
+
+ToolChoiceInput = Literal["none", "auto", "required"] | ChosenFunction | ChosenFunctions | None
 
 
 def _choice(value: Any) -> ToolChoice | None:
@@ -140,6 +158,17 @@ class StreamingOptions(Body):
 
 class ResponsesBody(SamplingBody):
     """``POST /v1/responses``."""
+
+    examples: ClassVar[Examples] = {
+        "question": {"input": "My order is late.", "max_output_tokens": 8},
+        "stream": {"input": "Hello", "max_output_tokens": 4, "stream": True},
+        "turns": {
+            "instructions": "Be brief.",
+            "input": [{"role": "user", "content": [{"type": "input_text", "text": "Hello"}]}],
+            "max_output_tokens": 4,
+            "temperature": 0,
+        },
+    }
 
     input: Input
     instructions: str | None = None

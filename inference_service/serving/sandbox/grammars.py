@@ -3,11 +3,13 @@
 The library bounds the work of a token, but not that of the beginning: there are grammars of few bytes that take
 minutes, or that overflow the stack. Question: ``{"grammar": ...}``; answer: ``{}`` or ``{"error": why}``.
 A grammar in GBNF or Lark is asked as ``{"gbnf": ...}`` and answered as ``{"grammar": ...}``: its translator
-has no bounds at all.
+has no bounds at all. What comes before such a text is ``{"before": ...}`` beside either.
 """
 
 from __future__ import annotations
 
+import json
+import re
 import threading
 from collections.abc import Sequence
 from typing import Any, Final
@@ -21,6 +23,9 @@ from inference_service.serving.sandbox.loop import serve
 STACK_BYTES: Final = 2 * 1024 * 1024
 LIMITS: Final = LLParserLimits(max_lexer_states=50_000, verbose_errors=False)
 """The library's own, which are about 20 ms to begin and 15 ms for a token, but fewer states (2 kB each)."""
+
+
+_SPECIAL: Final = re.compile(r"<\[\d+\]>")
 
 
 class Bytes:
@@ -37,8 +42,8 @@ class Bytes:
 
 
 def answer(tokenizer: LLTokenizer, grammar: str) -> dict[str, str]:
-    """Begin a grammar, and look at what may come first."""
-    matcher = LLMatcher(tokenizer, grammar, limits=LIMITS, log_level=0)
+    """Begin a grammar, and look at what may come first; each special token is the one that there is here."""
+    matcher = LLMatcher(tokenizer, _SPECIAL.sub("<[256]>", grammar), limits=LIMITS, log_level=0)
     if not matcher.is_error():
         matcher.compute_bitmask()
     error = matcher.get_error()
@@ -47,12 +52,22 @@ def answer(tokenizer: LLTokenizer, grammar: str) -> dict[str, str]:
 
 def translated(question: dict[str, Any]) -> dict[str, str]:
     """Return a question with a grammar of the library's own, or an error."""
-    if "gbnf" not in question:
-        return question
+    grammar = question.get("grammar", "")
     try:
-        return {"grammar": LLMatcher.grammar_from_lark(any_to_lark(question["gbnf"]))}
+        if "gbnf" in question:
+            grammar = LLMatcher.grammar_from_lark(any_to_lark(question["gbnf"]))
+        before = question.get("before")
+        return {"grammar": behind(before, grammar) if before else grammar}
     except Exception as error:  # noqa: BLE001 - the translator raises it itself, and whatever its mistakes raise
         return {"error": str(error) or type(error).__name__}
+
+
+def behind(before: str, grammar: str) -> str:
+    """Return the grammar of what the rule ``before`` of some Lark says, and then of a grammar."""
+    given = json.loads(grammar)["grammars"] if grammar.startswith("{") else [{"lark_grammar": grammar}]
+    first, *others = given
+    start = {"lark_grammar": f"start: before @answer\n{before}"}
+    return json.dumps({"grammars": [start, {**first, "name": "answer"}, *others]})
 
 
 def main() -> None:

@@ -12,15 +12,26 @@ from loramux_shared.access.rights import ACCESS, Scope
 from loramux_shared.faults import Fault, PermissionDenied, Unauthenticated
 from loramux_shared.rpc.status import abort
 
-HEALTH: Final = "grpc.health.v1.Health"
-"""Open: orchestrators ask it, and it tells nothing else."""
+OPEN: Final = ("/grpc.health.v1.Health/", "/vllm.grpc.engine.VllmEngine/HealthCheck")
+"""What orchestrators and gateways ask, which tells nothing else."""
 SCOPES: Final[Mapping[str, Scope | None]] = {
     "loramux.inference.v1.InferenceService": Scope.INFER,
     "loramux.inference.v1.AdapterService": Scope.ADMIN,
     "loramux.builder.v1.BuilderService": Scope.BUILD,
+    "vllm.Inference": Scope.INFER,
+    "vllm.Control": Scope.ADMIN,
+    "vllm.Control/GetServerInfo": Scope.INFER,
+    "vllm.Control/GetModelInfo": Scope.INFER,
+    "vllm.Control/GetKvEventSources": Scope.INFER,
+    "vllm.Control/Abort": Scope.INFER,
+    "vllm.grpc.engine.VllmEngine": Scope.INFER,
+    "vllm.grpc.engine.VllmEngine/GetLoads": Scope.METRICS,
+    "vllm.grpc.engine.VllmEngine/FlushCache": Scope.ADMIN,
+    "vllm.grpc.engine.VllmEngine/StartProfile": Scope.ADMIN,
+    "vllm.grpc.engine.VllmEngine/StopProfile": Scope.ADMIN,
     "grpc.reflection.v1alpha.ServerReflection": None,
 }
-"""What the methods of a service need; None: any key. A service that is not named here needs admin."""
+"""What a method needs, or all others of a service; None: any key. A service that is not named needs admin."""
 
 
 class AdmissionInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc has no types here
@@ -35,12 +46,13 @@ class AdmissionInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  #
         details: grpc.HandlerCallDetails,
     ) -> grpc.RpcMethodHandler:
         """Let a call in, with the rights of its key, or end it."""
-        service = details.method.rpartition("/")[0].removeprefix("/")
-        if service == HEALTH:
+        if details.method.startswith(OPEN):
             return await continuation(details)
+        method = details.method.removeprefix("/")
+        scope = SCOPES.get(method, SCOPES.get(method.rpartition("/")[0], Scope.ADMIN))
         headers = [value for name, value in details.invocation_metadata if name == "authorization"]
         try:
-            access = self._keyring.authorize(bearer(headers), SCOPES.get(service, Scope.ADMIN))
+            access = self._keyring.authorize(bearer(headers), scope)
         except (Unauthenticated, PermissionDenied) as fault:
             return _refusal(fault)
         ACCESS.set(access)  # each call is a task of its own, so nobody has to take this back

@@ -47,6 +47,8 @@ class RpcServer:
         self._tls = guard.tls
         self._interceptor = CallInterceptor(tracing, patience)
         self._names = ("", *services)
+        self.serving = False
+        """What its health says."""
         admission = [AdmissionInterceptor(guard.keyring)] if guard.keyring is not None else []
         interceptors = [*admission, self._interceptor]
         options = server_options(max_connections or connections_of_a_door())
@@ -86,6 +88,7 @@ class RpcServer:
 
     async def set_serving(self, ready: bool) -> None:
         """Set the health of every service; whoever started the process hears that it is ready."""
+        self.serving = ready
         status = health_pb2.HealthCheckResponse
         for name in self._names:
             await self._health.set(name, status.SERVING if ready else status.NOT_SERVING)
@@ -100,6 +103,7 @@ class RpcServer:
     async def refuse(self) -> None:
         """Take no new calls, and be NOT_SERVING from now on."""
         self._interceptor.drain()
+        self.serving = False
         notify(STOPPING)
         await self._health.enter_graceful_shutdown()
 

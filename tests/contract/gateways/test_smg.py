@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import subprocess
-import sys
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,12 +13,16 @@ import pytest_asyncio
 from openai import AsyncOpenAI
 
 from tests.support.openai_door import OpenAIDoor
-from tests.support.s3_gateway import free_port
 from tests.support.served_replicas import Built, open_fleet
+from tests.support.smg import running_smg
 
 GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 6}
 ADAPTER: dict[str, Any] = {"extra_body": {"lora_path": "rs"}}
 """The gateway knows the first model of a worker, which is the base: an adapter of it is asked for like this."""
+FLAGS = (
+    *("--policy", "power_of_two", "--power-of-two-load-metric", "requests"),
+    "--disable-tokenizer-autoload",
+)
 HELLO: Any = [{"role": "user", "content": "hello"}]
 
 
@@ -53,51 +53,13 @@ async def gateway(chatty: Built, tmp_path: Path) -> AsyncIterator[Gateway]:
     """The gateway in front of two replicas, once it knows both."""
     async with (
         open_fleet(chatty, 2) as doors,
-        _running(tmp_path, doors) as url,
+        running_smg(tmp_path, [door.url for door in doors], *FLAGS) as url,
         httpx.AsyncClient(base_url=url, timeout=60) as web,
         AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60) as openai,
     ):
         gateway = Gateway(web, openai, doors)
         await gateway.until(2)
         yield gateway
-
-
-@asynccontextmanager
-async def _running(folder: Path, doors: list[OpenAIDoor]) -> AsyncIterator[str]:
-    port = free_port()
-    command = [
-        *(str(Path(sys.executable).with_name("smg")), "launch", "--host", "127.0.0.1", "--port", str(port)),
-        *("--prometheus-host", "127.0.0.1", "--prometheus-port", str(free_port())),
-        *("--worker-urls", *(door.url for door in doors)),
-        *("--policy", "power_of_two", "--power-of-two-load-metric", "requests", "--load-monitor-interval", "1"),
-        *("--health-check-interval-secs", "1", "--health-failure-threshold", "1"),
-        "--disable-tokenizer-autoload",
-    ]
-    with (folder / "smg.log").open("w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, cwd=folder, env=_quiet())
-    try:
-        await _listening(port, process)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        process.kill()
-        process.wait(10)
-
-
-def _quiet() -> dict[str, str]:
-    return {name: value for name, value in os.environ.items() if "proxy" not in name.lower()}
-
-
-async def _listening(port: int, process: subprocess.Popen[bytes]) -> None:
-    for _ in range(1200):
-        assert process.poll() is None, "the gateway ended"
-        try:
-            _, writer = await asyncio.open_connection("127.0.0.1", port)
-        except OSError:
-            await asyncio.sleep(0.05)
-        else:
-            writer.close()
-            return
-    raise AssertionError("the gateway never listened")
 
 
 async def test_answers_are_those_of_a_replica(gateway: Gateway) -> None:

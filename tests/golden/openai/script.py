@@ -28,6 +28,7 @@ FOLDER = Path(__file__).parent
 PATHS = {
     "chat": "/v1/chat/completions",
     "completion": "/v1/completions",
+    "message": "/v1/messages",
     "responses": "/v1/responses",
 }
 WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
@@ -48,6 +49,8 @@ class Case:
     """Comes in place of the end."""
 
 
+TOLD = ASKED | {"max_tokens": 50}
+LOOK = {"name": "look", "input_schema": {"type": "object"}}
 CASES = {
     "chat": Case("chat", ASKED, ["Ahoy!"]),
     "chat_stream": Case("chat", ASKED | {"stream": True}, ["A|hoy|!"]),
@@ -83,6 +86,17 @@ CASES = {
         ["C"],
         FinishReason.LENGTH,
     ),
+    "message": Case("message", TOLD | {"stop_sequences": ["x"]}, ["Ahoy!"]),
+    "message_stream": Case("message", TOLD | {"stream": True}, ["A|hoy"], FinishReason.LENGTH),
+    "message_stream_failure": Case(
+        "message", TOLD | {"stream": True}, ["A|h"], failure=InternalFault("the engine failed.")
+    ),
+    "message_stream_tool": Case(
+        "message",
+        TOLD | {"stream": True, "tools": [LOOK], "tool_choice": {"type": "any"}},
+        ['{"name": "lo|ok", "arguments": {"ci|ty": "Oslo"}}'],
+    ),
+    "message_unknown_parameter": Case("message", TOLD | {"temprature": 1}, []),
     "responses": Case(
         "responses",
         {"model": "pirate", "instructions": "Be brief.", "input": "Hi", "metadata": {"a": "b"}},
@@ -160,6 +174,7 @@ async def transcript(case: Case, folder: Path) -> bytes:
         answer = await client.post(PATHS[case.endpoint], json=case.body)
     fixed = re.sub(rb'"(created|created_at|completed_at)":\d+', rb'"\1":0', answer.content)
     fixed = re.sub(rb'"((?:chat)?cmpl-|call_|resp_|msg_|fc_|rs_)[0-9a-f]+"', rb'"\1ID"', fixed)
+    fixed = re.sub(rb'"request_id":"[0-9a-f]+"', b'"request_id":"ID"', fixed)
     return fixed if answer.content.endswith(b"\n\n") else pretty(fixed)
 
 

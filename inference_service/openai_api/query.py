@@ -1,0 +1,34 @@
+"""Reads what stands behind the question mark of a request's path."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from starlette.requests import Request
+
+from inference_service.openai_api.errors import invalid_query, refused_twice
+
+
+class Query(BaseModel):
+    """What a query may hold: unknown names and values of other types are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+Q = TypeVar("Q", bound=Query)
+
+
+def read_query(http: Request, kind: type[Q]) -> Q:
+    """Return the query as a model of its kind.
+
+    Raises:
+        RequestInvalid: a name is unknown or comes twice, or a value is not of its type.
+    """
+    said = http.query_params
+    if len(said.multi_items()) > len(said):
+        raise refused_twice(said.multi_items())
+    try:
+        return kind.model_validate_strings(dict(said))
+    except ValidationError as error:
+        raise invalid_query(error, list(kind.model_fields)) from error

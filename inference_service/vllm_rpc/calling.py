@@ -1,0 +1,47 @@
+"""What a call says beside its message: deadline, and metadata."""
+
+from __future__ import annotations
+
+import time
+from typing import Any, Final
+
+import grpc
+
+from inference_service.serving.hints import hinted
+from loramux_shared.faults import Finding, RequestInvalid
+
+MODEL: Final = "x-loramux-model"
+"""Names what answers, where the message has no field for it."""
+RANK: Final = "x-data-parallel-rank"
+"""vLLM's: which rank is to answer. A replica is one."""
+
+
+def metadata_of(context: grpc.aio.ServicerContext) -> dict[str, str]:
+    """Return the metadata that is text."""
+    return {name: value for name, value in context.invocation_metadata() or () if isinstance(value, str)}
+
+
+def said_beside(context: grpc.aio.ServicerContext, sticky_key: str = "") -> dict[str, Any]:
+    """Return the fields of a `Request` that a call says, and not its message.
+
+    Raises:
+        RequestInvalid: metadata is wrong, or names another rank than the only one.
+    """
+    metadata = metadata_of(context)
+    refuse_rank(metadata.get(RANK, "0"), RANK)
+    remaining = context.time_remaining()
+    deadline_s = None if remaining is None else time.monotonic() + remaining
+    return {"deadline_s": deadline_s} | hinted(metadata, 0, sticky_key)
+
+
+def refuse_rank(rank: object, where: str) -> None:
+    """Refuse every rank but the first.
+
+    Raises:
+        RequestInvalid: it is another.
+    """
+    if str(rank) != "0":
+        finding = Finding(
+            code="E_BAD_FIELD", where=where, expected="0: there is one rank", found=str(rank)[:20]
+        )
+        raise RequestInvalid("the request asks for a rank that is not there.", [finding])

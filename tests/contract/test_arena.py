@@ -1,0 +1,79 @@
+"""An arena with a tiny real model: what it finds is what transformers and PEFT have."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+
+from inference_service.rpc.servicer import SERVICE_NAME, InferenceServicer, register
+from loramux.arena.contest import Contest
+from loramux.arena.kept import Kept
+from loramux.arena.plan import Plan
+from loramux.arena.questions import Question
+from loramux.arena.standings import standings
+from loramux.client import AsyncClient
+from loramux_shared.rpc.server import RpcServer
+from loramux_shared.storage.memory import MemoryStore
+from tests.support.tiny import World, oracle
+
+QUESTIONS = [
+    Question(str(number), f"Once upon {number}", reference=said)
+    for number, said in enumerate((" a time, there was", "!", " THE END"))
+]
+
+
+def expected(world: World, model: str) -> list[float]:
+    """The log probability per token of each reference behind its question."""
+    tokenizer = Tokenizer.from_file(str(world.base / "tokenizer.json"))
+    found = []
+    for question in QUESTIONS:
+        begin, whole = (
+            tokenizer.encode(text).ids for text in (question.shown, question.shown + (question.reference or ""))
+        )
+        with torch.no_grad():
+            logits = oracle(world.base, world.adapters.get(model))(torch.tensor([whole])).logits[0]
+        logprobs = torch.log_softmax(logits, dim=-1)
+        own = [float(logprobs[place - 1, whole[place]]) for place in range(len(begin), len(whole))]
+        found.append(sum(own) / len(own))
+    return found
+
+
+async def hold(
+    world: tuple[World, MemoryStore], path: Path, models: Sequence[str]
+) -> dict[str, dict[str, float]]:
+    """Have versions find out how likely the references are; return that, and answer a little."""
+    ready = world[0].load(world[1], stream_interval_ms=0)
+    server = RpcServer("127.0.0.1:0", {SERVICE_NAME: partial(register, InferenceServicer(ready.service))})
+    address = await server.start()
+    ready.engine.start()
+    await server.set_serving(True)
+    plan = Plan(tuple(models), models[0], max_tokens=3, likelihood=True)
+    try:
+        async with AsyncClient(inference=address) as client:
+            with Kept(path) as kept:
+                contest = Contest(client, plan, QUESTIONS, kept)
+                await contest.meet()
+                await contest.answer()
+                await contest.score_likelihoods()
+    finally:
+        await server.drain(5)
+        await ready.engine.stop()
+    report = standings(plan, QUESTIONS, contest.found)
+    assert report.failures == ()
+    assert [row.answers for row in report.standings] == [len(QUESTIONS)] * len(models)
+    return {model: dict(values) for model, values in report.scores[0].values.items()}
+
+
+async def test_likelihoods_are_those_of_transformers(world: tuple[World, MemoryStore], tmp_path: Path) -> None:
+    """Of the base and of an adapter; a mixture of it alone is the adapter, and half of it lies elsewhere."""
+    models = ["base", "all", "all*0.5+all*0.5", "all*0.5"]
+    found = await hold(world, tmp_path / "kept", models)
+    for model in ("base", "all"):
+        assert list(found[model].values()) == pytest.approx(expected(world[0], model), abs=1e-4)
+    assert found["all*0.5+all*0.5"] == pytest.approx(found["all"], abs=1e-5)
+    assert all(abs(found["all*0.5"][name] - found["all"][name]) > 1e-3 for name in found["all"])

@@ -1,0 +1,121 @@
+"""Proofs of adapters with embeddings and a head of their own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import Gemma3TextConfig, GraniteConfig, LlamaConfig
+
+from inference_service.proof.adapter_source import read_adapter
+from inference_service.proof.prove import probe_tokens
+from inference_service.proof.reference import Reference
+from loramux_shared.bases.read import read_config
+from loramux_shared.bundle.manifest import VOCABULARY_FILE, Manifest, ModuleRow, Replaced
+from loramux_shared.faults import ProofFailed
+from loramux_shared.storage.memory import MemoryStore
+from tests.models.test_own_vocabulary import ADAPTERS, OF_TIED, made
+from tests.models.test_proof import build_into, manifest_of, tampered
+from tests.support.tiny import SIZES, World, oracle, refusal
+
+OWN = {name: settings for name, settings in ADAPTERS.items() if name != "plain"} | OF_TIED
+TIED = LlamaConfig(**(SIZES | {"tie_word_embeddings": True}))
+EVERY = tuple(OWN)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return made(tmp_path_factory.mktemp("tied"), TIED, OWN)
+
+
+@pytest.fixture(scope="module")
+def store(world: World) -> MemoryStore:
+    """Bundles in bfloat16, with proofs."""
+    store = MemoryStore()
+    build_into(store, world, dtype="bfloat16")
+    return store
+
+
+def check_reference(world: World) -> None:
+    """Compare logits behind probes that each adapter would have with those of transformers and PEFT."""
+    config = read_config(world.base)
+    reference = Reference(config, world.base)
+    adapters = {name: read_adapter(folder, config) for name, folder in world.adapters.items()}
+    probes = {name: probe_tokens(config, reference.replaced(adapter)) for name, adapter in adapters.items()}
+    runs = reference.run(probes, adapters)
+    for name, folder in world.adapters.items():
+        model = oracle(world.base, folder)
+        for tokens, run in zip(probes[name], runs[name], strict=True):
+            with torch.no_grad():
+                expected = model(torch.tensor([tokens])).logits[0, -1]
+            torch.testing.assert_close(run.logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_reference_is_transformers_and_peft(world: World) -> None:
+    """A second reading of the files goes the ways of PEFT where embeddings and head are one matrix."""
+    check_reference(world)
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize(
+    "config",
+    [
+        LlamaConfig(**SIZES),
+        Gemma3TextConfig(**(SIZES | {"tie_word_embeddings": True, "head_dim": 16})),
+        GraniteConfig(**(SIZES | {"logits_scaling": 3.0, "embedding_multiplier": 2.5})),
+    ],
+    ids=["apart", "scaled embeddings", "divided logits"],
+)
+def test_the_reference_of_other_bases_is_transformers_and_peft(tmp_path: Path, config: Any) -> None:
+    """Where both are apart, and where embeddings and logits are scaled."""
+    check_reference(made(tmp_path, config, OWN if config.tie_word_embeddings else ADAPTERS))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_honest_bundle_is_served(world: World, store: MemoryStore, dtype: str) -> None:
+    """Each part has an effect of its own, and rounding of the bundle and of the replica is allowed for."""
+    ready = world.load(store, dtype=dtype)
+    assert [refusal(ready, name) for name in EVERY] == [None] * len(EVERY)
+    for name in EVERY:
+        manifest = manifest_of(store, name)
+        assert manifest.proof is not None
+        assert len(manifest.proof.effects) == len(manifest.parts)
+        assert all(effect.norm > 0 for effect in manifest.proof.effects)
+
+
+def of_part(values: Any, manifest: Manifest, index: int) -> Any:
+    """The elements of a part of the vocabulary's file, as a view."""
+    parts: list[ModuleRow | Replaced] = [*manifest.vocabulary_rows, *manifest.replaced]
+    first = sum(part.elements for part in parts[:index])
+    return values[0, first : first + parts[index].elements]
+
+
+@pytest.mark.parametrize(
+    ("name", "index", "said"),
+    [
+        pytest.param("factors", 0, "embedding adds something else", marks=pytest.mark.sweep),
+        ("factors", 1, "head adds something else"),
+        ("saved", 1, "embedding adds something else"),
+        pytest.param("some", 0, "embedding adds something else", marks=pytest.mark.sweep),
+        ("some", 1, "head adds something else"),
+        ("tokens", 1, "head adds something else"),
+        pytest.param("both", 0, "embedding adds something else", marks=pytest.mark.sweep),
+    ],
+)
+def test_a_part_that_is_wrong_is_caught_and_named(
+    world: World, store: MemoryStore, name: str, index: int, said: str
+) -> None:
+    """Rows in each other's place, digests right: the adapter is not served in the coarsest type, others are."""
+
+    def turn(values: Any, manifest: Manifest) -> None:
+        own = of_part(values, manifest, index)
+        own[:] = np.roll(own, len(own) // 2)
+
+    ready = world.load(tampered(store, name, turn, VOCABULARY_FILE), dtype="bfloat16")
+    fault = refusal(ready, name)
+    assert isinstance(fault, ProofFailed)
+    assert said in fault.message
+    assert [refusal(ready, other) for other in EVERY if other != name] == [None] * (len(EVERY) - 1)

@@ -1,0 +1,71 @@
+"""What the command `schemathesis` is told of this door: `SCHEMATHESIS_HOOKS` names this file's module."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import requests
+import schemathesis
+from schemathesis.checks import CheckContext
+
+REFUSED_UNREAD = "the body of the request is not valid."
+"""How a refusal begins of a body that is not of the form that is described; other refusals are of rules."""
+
+
+MAX_N, MAX_TOKENS = 128, 2**31
+FEW = {
+    "n": (2, MAX_N),
+    "max_tokens": (8, MAX_TOKENS),
+    "max_completion_tokens": (8, MAX_TOKENS),
+    "max_output_tokens": (8, MAX_TOKENS),
+}
+"""Fields that cost time: how much is asked at most, of values that may be asked at all."""
+
+
+@schemathesis.hook
+def before_call(context: Any, case: Any, kwargs: Any) -> None:
+    """Ask for little, and write whole numbers without a fraction.
+
+    5.0 is an integer of JSON Schema and none of this door's, whose types are strict.
+    """
+    if isinstance(case.body, dict):
+        case.body = {name: _few(name, value) for name, value in _whole(case.body).items()}
+
+
+def _few(name: str, value: Any) -> Any:
+    little, most = FEW.get(name, (0, 0))
+    return little if type(value) is int and little < value <= most else value
+
+
+def _whole(value: Any) -> Any:
+    match value:
+        case float() if value.is_integer():
+            return int(value)
+        case list():
+            return [_whole(item) for item in value]
+        case dict():
+            return {name: _whole(item) for name, item in value.items()}
+    return value
+
+
+@schemathesis.hook
+def after_call(context: Any, case: Any, response: Any) -> None:
+    """Go on after a pause: whoever asks next would wait."""
+    if case.path == "/pause" and response.status_code == 200:
+        url = response.request.url.partition("/pause")[0] + "/resume"
+        requests.post(url, headers={"authorization": response.request.headers["Authorization"]}, timeout=10)
+
+
+@schemathesis.check
+def is_as_described(ctx: CheckContext, response: Any, case: Any) -> None:
+    """What the document allows may break a rule between fields, but is never unknown or of a wrong type."""
+    positive = case.meta is not None and case.meta.generation.mode.is_positive
+    if positive and response.status_code == 400:
+        assert not response.json()["error"]["message"].startswith(REFUSED_UNREAD), response.text
+
+
+@schemathesis.check
+def says_which_request(ctx: CheckContext, response: Any, case: Any) -> None:
+    """Every answer has its id, and nothing of the server's inside is in one."""
+    assert len(response.headers["x-request-id"][0]) > 0
+    assert "Traceback" not in response.text

@@ -1,0 +1,222 @@
+"""Round trips: what a template makes of a turn is read as that turn, and is what a demanded call may be."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
+
+from inference_service.core.constraint import Constraint
+from inference_service.openai_api.dialects.calls import Calls
+from inference_service.openai_api.dialects.demands import Demand
+from inference_service.openai_api.dialects.lark import Asked
+from inference_service.openai_api.dialects.table import Dialect, dialect_of
+from inference_service.serving.chat_template import ChatTemplate
+from inference_service.serving.sandbox.grammars import LIMITS, behind
+from inference_service.serving.text import Text
+from loramux_shared.faults import RequestInvalid
+from loramux_shared.parsers import ReasoningParser, ToolParser
+from tests.support.family_templates import FAMILIES, Family
+from tests.support.readings import read
+
+T, R = ToolParser, ReasoningParser
+FIND = {
+    "type": "object",
+    "properties": {
+        "city": {"type": "string"},
+        "days": {"type": "integer", "maximum": 9},
+        "more": {
+            "type": "object",
+            "properties": {"tags": {"type": "array", "items": {"type": "string"}}},
+            "required": ["tags"],
+        },
+    },
+    "required": ["city"],
+}
+OFFERED: dict[str, Any] = {"find": FIND, "news": {"type": "object", "properties": {}}}
+ASKED = [Asked(name, schema) for name, schema in OFFERED.items()]
+ARGUMENTS = {"city": 'Os"lo', "days": 3, "more": {"tags": ["a", "b"]}}
+CALLS: list[dict[str, Any]] = [
+    {"id": "call_1", "type": "function", "function": {"name": "find", "arguments": ARGUMENTS}},
+    {"id": "call_2", "type": "function", "function": {"name": "news", "arguments": {}}},
+]
+
+
+class Bytes:
+    """A vocabulary of bytes and special tokens, of which the last is the end."""
+
+    bos_token_id = None
+
+    def __init__(self, special: Sequence[str]) -> None:
+        self.special = (*special, "</end>")
+        self.tokens = [*(bytes([byte]) for byte in range(256)), *(name.encode() for name in self.special)]
+        self.special_token_ids = range(256, len(self.tokens))
+        self.eos_token_id = len(self.tokens) - 1
+
+    def __call__(self, text: str | bytes) -> list[int]:
+        """Tokenize; what spells a special token is that."""
+        words = text.encode() if isinstance(text, str) else text
+        marks = re.split(b"(" + b"|".join(re.escape(name.encode()) for name in self.special) + b")", words)
+        parts = ([self.tokens.index(part)] if part in self.tokens[256:] else list(part) for part in marks)
+        return [token for part in parts for token in part]
+
+    def text(self) -> Text:
+        """The text side of a model with it, as far as a grammar asks."""
+        ids = dict(zip(self.special, self.special_token_ids, strict=True))
+        vocabulary = SimpleNamespace(special=frozenset(self.special_token_ids))
+        return cast(Text, SimpleNamespace(token_id=ids.get, vocabulary=vocabulary))
+
+
+def accepts(constraint: Constraint | None, text: str, vocabulary: Bytes) -> bool:
+    """True where a text belongs to the language of a constraint."""
+    assert constraint is not None
+    grammar = constraint.text
+    if constraint.kind == "json_schema":
+        grammar = LLMatcher.grammar_from_json_schema(grammar)
+    if constraint.before:
+        grammar = behind(constraint.before, grammar)
+    matcher = LLMatcher(LLTokenizer(TokenizerWrapper(vocabulary)), grammar, limits=LIMITS, log_level=0)
+    assert matcher.get_error() == ""
+    return all(map(matcher.consume_token, vocabulary(text))) and bool(matcher.is_accepting())
+
+
+def demand(family: Family) -> tuple[Demand, Bytes]:
+    """What can be demanded of a family."""
+    vocabulary = Bytes(family.special)
+    return Demand(Dialect(family.tool, family.reasoning), vocabulary.text()), vocabulary
+
+
+async def answer_of(family: Family, turn: dict[str, Any]) -> tuple[str, str]:
+    """Return the prompt of a turn, and the turn as the template writes it behind that."""
+    template = ChatTemplate(family.template, {})
+    user = {"role": "user", "content": "Hi"}
+    turns = dialect_of(family.template).turns([user, turn])
+    prompt = await template.render([user])
+    whole = await template.render(turns, add_generation_prompt=False)
+    assert whole.startswith(prompt)
+    return prompt, whole[len(prompt) :].rpartition(family.end)[0]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+async def test_a_turn_of_a_family_is_read_as_what_it_was(name: str) -> None:
+    """Its template shows the dialect, and calls, text and reasoning come back as they were."""
+    family = FAMILIES[name]
+    dialect = dialect_of(family.template)
+    assert (dialect.tool, dialect.reasoning) == (family.tool, family.reasoning)
+    single = family.tool in (T.LLAMA3_JSON, T.HARMONY)
+    thinks = name in ("Qwen 3", "Qwen 3.5", "Ministral 3", "Gemma 4", "gpt-oss")
+    leading = family.tool in (T.LLAMA3_JSON, T.PYTHONIC)
+    turn: dict[str, Any] = {"role": "assistant", "content": "" if leading or single else "Let me see."}
+    turn["tool_calls"] = CALLS[:1] if single else CALLS
+    if thinks:
+        turn |= {"reasoning_content": "They ask\nfor it.", "reasoning": "They ask\nfor it."}
+    prompt, answer = await answer_of(family, turn)
+    reading = dialect.reading(Calls(OFFERED), dialect.opened(prompt))
+    heard = read(reading, answer, range(1, len(answer)))
+    calls = [(each[1], json.loads(each[2])) for each in heard if each[0] == "call"]
+    assert calls == [(each["function"]["name"], each["function"]["arguments"]) for each in turn["tool_calls"]]
+    assert [each[1].strip() for each in heard if each[0] == "said"] == [turn["content"]] * bool(turn["content"])
+    assert [each[1] for each in heard if each[0] == "thought"] == ["They ask\nfor it."] * thinks
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+async def test_a_demanded_call_is_one_in_the_form_of_the_family(name: str) -> None:
+    """What the template writes may be written, behind reasoning or not; other tools and types may not."""
+    family = FAMILIES[name]
+    wanted, vocabulary = demand(family)
+    turn: dict[str, Any] = {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": CALLS[:1],
+        "reasoning_content": "Hm.",
+    }
+    turn |= {"reasoning": "Hm."} if family.tool is not T.HARMONY else {}
+    prompt, answer = await answer_of(family, turn)
+    if name == "Mistral Nemo":
+        answer = re.sub(r', "id": "\w+"', "", answer)  # which models leave out
+    if family.tool is T.HARMONY:  # the template writes the recipient first, models the channel
+        answer = "<|channel|>commentary to=functions.find <|constrain|>json<|message|>" + json.dumps(ARGUMENTS)
+    constraint = wanted.calls(ASKED, wanted.form(ASKED, several=True), prompt)
+    assert accepts(constraint, answer.strip("\n") if name == "Qwen 2.5" else answer, vocabulary)
+    for right, wrong in (
+        ("find", "fine"),
+        ("city", "town"),
+        ('"days": 3', '"days": 10'),
+        ("days:3", "days:10"),
+    ):
+        assert right not in answer or not accepts(constraint, answer.replace(right, wrong), vocabulary)
+    assert not accepts(constraint, "Hello", vocabulary)
+
+
+def test_what_a_form_cannot_say_is_demanded_as_json() -> None:
+    """A pattern of a text between tags: one call as JSON, behind the reasoning that the prompt has opened."""
+    family = FAMILIES["Qwen 3.5"]
+    wanted, vocabulary = demand(family)
+    tools = [Asked("f", {"type": "object", "properties": {"x": {"type": "string", "pattern": "^a+$"}}})]
+    assert wanted.form(tools, several=True) is None
+    constraint = wanted.calls(tools, None, "<|im_start|>assistant\n<think>\n")
+    assert accepts(constraint, 'hm\n</think>\n\n{"name": "f", "arguments": {"x": "aa"}}', vocabulary)
+    assert not accepts(constraint, 'hm\n</think>\n\n{"name": "f", "arguments": {"x": "b"}}', vocabulary)
+    assert not accepts(constraint, '{"name": "f", "arguments": {"x": "aa"}}', vocabulary)
+    with pytest.raises(RequestInvalid, match="pattern"):
+        wanted.free(tools, "")
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+async def test_a_strict_tool_is_called_rightly_or_not_at_all(name: str) -> None:
+    """Any text will do, and what begins as a call must be one of an offered tool."""
+    family = FAMILIES[name]
+    wanted, vocabulary = demand(family)
+    turn = {"role": "assistant", "content": "", "tool_calls": CALLS[:1]}
+    _, answer = await answer_of(family, turn | {"reasoning_content": "", "reasoning": ""})
+    answer = re.sub(r', "id": "\w+"', "", answer).removeprefix("\n</think>\n\n").removeprefix("\n")
+    head = ""
+    if family.tool is T.HARMONY:
+        head = "<|channel|>final<|message|>"
+        answer = "<|channel|>commentary to=functions.find <|constrain|>json<|message|>" + json.dumps(ARGUMENTS)
+    free = wanted.free(ASKED, "</think>")
+    assert accepts(free, f"{head}It <b rains.", vocabulary)
+    assert accepts(free, answer, vocabulary)
+    assert not accepts(free, answer.replace("find", "fine"), vocabulary)
+    assert not accepts(free, answer[: len(answer) // 2], vocabulary)
+
+
+def test_reasoning_may_come_before_what_is_asked_for() -> None:
+    """A format binds what is said, not what is thought, where the model thinks and the prompt lets it."""
+    schema = Constraint(
+        "json_schema", '{"type": "object", "properties": {"a": {"const": 1}}, "required": ["a"]}'
+    )
+    wanted, vocabulary = demand(FAMILIES["Qwen 3"])
+    free = wanted.behind_reasoning(schema, "<|im_start|>assistant\n")
+    assert accepts(free, '{"a": 1}', vocabulary)
+    assert accepts(free, '<think>\nhm {"a"\n</think>\n\n{"a": 1}', vocabulary)
+    assert wanted.behind_reasoning(schema, "<think>\n\n</think>\n\n") == schema
+    wanted, vocabulary = demand(FAMILIES["gpt-oss"])
+    free = wanted.behind_reasoning(schema, "<|start|>assistant")
+    final = '<|channel|>final<|message|>{"a": 1}'
+    assert accepts(free, final, vocabulary)
+    assert accepts(free, f"<|channel|>analysis<|message|>hm<|end|><|start|>assistant{final}", vocabulary)
+    wanted, vocabulary = demand(FAMILIES["Qwen 2.5"])
+    assert wanted.behind_reasoning(schema, "") == schema
+
+
+def test_references_of_a_schema_are_found_in_every_form() -> None:
+    """A value that a definition describes is held to it, also where it stands alone in its form."""
+    schema = {
+        "type": "object",
+        "properties": {"days": {"$ref": "#/$defs/Days"}},
+        "required": ["days"],
+        "$defs": {"Days": {"type": "integer", "enum": [1, 2]}},
+    }
+    tools = [Asked("f", schema), Asked("g", {"type": "object", "$defs": {"Days": {"type": "string"}}})]
+    for name, text in (("Llama 3.2, pythonic", "[f(days=2)]"), ("Qwen 2.5", "")):
+        wanted, vocabulary = demand(FAMILIES[name])
+        text = text or '<tool_call>\n{"name": "f", "arguments": {"days": 2}}\n</tool_call>'
+        constraint = wanted.calls(tools, wanted.form(tools, several=False), "")
+        assert accepts(constraint, text, vocabulary)
+        assert not accepts(constraint, text.replace("2", "3"), vocabulary)
