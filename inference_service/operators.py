@@ -104,6 +104,8 @@ class Operators:
         self.manager.take(generation)
         sizes = self._settings.sizes(self._ready.device, generation.speculative_tokens)
         self._ready.engine.draft(sizes.speculative)
+        service = self._ready.service
+        service.parsers = self._settings.parsers(generation.tool_parser, generation.reasoning_parser)
 
     def _stale(self, reason: str) -> None:
         if self._settings.on_base_change == "exit":

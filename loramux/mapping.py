@@ -133,6 +133,8 @@ def model_of(message: pb.Model) -> ModelInfo:
         invocation_tokens=tuple(message.invocation_tokens),
         licence=message.licence,
         base_licence=message.base_licence,
+        tool_parser=message.tool_parser,
+        reasoning_parser=message.reasoning_parser,
     )
 
 

@@ -56,6 +56,8 @@ def deployment_to_message(deployment: Deployment) -> pb.DeploymentSpec:
         hide_base=not runtime.serve_base,
         merge=_MERGES[runtime.merge],
         quantization=_QUANTIZATIONS[runtime.quantization],
+        tool_parser="" if runtime.tool_parser == "auto" else runtime.tool_parser,
+        reasoning_parser="" if runtime.reasoning_parser == "auto" else runtime.reasoning_parser,
         aliases=[pb.Alias(name=name, weights=weights) for name, weights in runtime.aliases.items()],
         default_limits=_limits_to_message(runtime.limits.default),
         model_limits={name: _limits_to_message(limits) for name, limits in runtime.limits.models.items()},
@@ -101,6 +103,8 @@ def deployment_from_message(message: pb.DeploymentSpec) -> Deployment:
         (build, "max_seq_len"),
         (runtime, "served_model_name"),
         (runtime, "request_default_max_tokens"),
+        (runtime, "tool_parser"),
+        (runtime, "reasoning_parser"),
     ):
         if value := getattr(message, field):
             block[field] = value

@@ -270,6 +270,10 @@ class ModelInfo:
     """What its repository says; empty where it says nothing."""
     base_licence: str = ""
     """Of an adapter, the same of its base."""
+    tool_parser: str = ""
+    """The form in which it writes calls of tools, auto where its template shows none; empty while not known."""
+    reasoning_parser: str = ""
+    """The same of its reasoning."""
 
     @property
     def is_base(self) -> bool:

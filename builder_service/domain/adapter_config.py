@@ -8,7 +8,13 @@ from functools import cached_property
 from typing import Any, Final
 
 from builder_service.domain.config_fields import PATTERNED, bad_config, bad_fields, unknown_fields
-from builder_service.domain.config_rules import INVOCATION, RECKONED, parameters_of_experts, refusals
+from builder_service.domain.config_rules import (
+    CLASSIFIES,
+    INVOCATION,
+    RECKONED,
+    parameters_of_experts,
+    refusals,
+)
 from builder_service.domain.kinds import Kind, as_lora, kind_of, scale
 from builder_service.domain.patterns import BOUNDS, PatternsInvalid, Reading, read_names
 from builder_service.domain.sandbox import TooCostly
@@ -45,6 +51,8 @@ class AdapterConfig:
     trainable_tokens: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     """``trainable_token_indices``, by ends of names of modules."""
     ensure_weight_tying: bool = False
+    classifies: bool = False
+    """Whether it was trained to classify texts, with a score head."""
     use_dora: bool | None = False
     """Whether every module has magnitudes; None where the config does not say."""
     lora_bias: bool | None = False
@@ -176,6 +184,7 @@ def _config(kind: Kind, fields: dict[str, Any]) -> AdapterConfig:
         alpha_pattern=fields.get("alpha_pattern") or {},
         initial=said if (said := str(fields.get("init_lora_weights")).lower()) in RECKONED else "",
         use_rslora=bool(fields.get("use_rslora")),
+        classifies=fields.get("task_type") == CLASSIFIES,
         use_dora=bool(fields.get("use_dora")) if kind is Kind.LORA else None,
         lora_bias=bool(fields.get("lora_bias")) if kind is Kind.LORA else None,
         target_modules=tuple(targets) if isinstance(targets, list) else targets,

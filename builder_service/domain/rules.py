@@ -20,6 +20,7 @@ from builder_service.domain.own_rows import PlannedRows, plan_rows
 from builder_service.domain.pairs import Lone, Pair
 from builder_service.domain.planned import PlannedRow, planned_rows
 from builder_service.domain.safetensors_header import HeaderInvalid, TensorFile, TooManyTensors
+from builder_service.domain.score_heads import PlannedScore, plan_score
 from builder_service.domain.sharded import read_weights
 from builder_service.domain.strict_json import shown
 from builder_service.domain.tensor_rules import (
@@ -66,6 +67,13 @@ class CheckedAdapter:
     """Tokens of its model; None: as many as the base has."""
     own_tokens: OwnTokens | None = None
     """Where its tokenizer or its vocabulary is another than the base's."""
+    score: PlannedScore | None = None
+    """What it scores texts with, where it classifies them."""
+
+    @property
+    def num_labels(self) -> int | None:
+        """Of its score head; None where it generates text."""
+        return None if self.score is None else self.score.head.num_labels
 
     @property
     def modules(self) -> frozenset[str]:
@@ -78,7 +86,8 @@ class CheckedAdapter:
         """What it is, as the manifest will have it."""
         rows = [planned.row for planned in self.rows]
         modules = {BY_NAME[module].id for module in self.modules}
-        return kinds_of(rows, modules, self.coverage.used, self.invocation_tokens, self.vocab)
+        keys, classifies = self.coverage.used, self.score is not None
+        return kinds_of(rows, modules, keys, self.invocation_tokens, self.vocab, classifies=classifies)
 
     @property
     def errors(self) -> tuple[Finding, ...]:
@@ -161,12 +170,14 @@ def check_tensors(
     pairs, file = tensors.pairs, tensors.file
     config, unread = config.read([key.name for key in tensors.keys])
     file, pairs = with_initial(file, pairs, config, book.base, report)
+    score, fulls, saved = plan_score(file, tensors.fulls, config, base, report)
     check_pairs(pairs, config, book.limits, report)
     check_lone(tensors.lone, config, base, book.limits.target_modules, report)
-    full = check_full_tensors(file, tensors.fulls, config.modules_to_save, base, book.base, report)
+    full = check_full_tensors(file, fulls, saved, base, book.base, report)
     rows = plan_rows(file, full.tables, tensors.tokens, pairs, config, base, report)
     replaced, vocab = rows.planned, rows.vocab
     own = list(dict.fromkeys(planned.tensor for planned in replaced))
+    heads = [] if score is None else [score.tensor]
     values = check_values(file, pairs, own, config, base, book.dtype, report, progress)
     broken = report or any(_is_error(finding) for finding in found)
     vectors = Vectors() if broken else _vectors(pairs, tensors.lone, file, config, book, report, progress)
@@ -183,7 +194,7 @@ def check_tensors(
     if not changes:
         file, row = unchanged(file, base)
         planned = (row,)
-    found += [each for each in values.warnings if each.code != "W_ZERO_B" or not vectors.rows]
+    found += [each for each in values.warnings if each.code != "W_ZERO_B" or not (vectors.rows or score)]
     found += [*vectors.warnings(book.dtype), *redundant_warning((*full.redundant, *vectors.redundant))]
     found += [*tower_warning(tensors.towers), *legal_findings(pairs, tensors.keys, config, base)]
     redundant = {*full.redundant, *tensors.towers, *plain.idle, *vectors.redundant}
@@ -196,11 +207,12 @@ def check_tensors(
         config.base_model_name,
         config.base_model_revision,
         Coverage(
-            used=tuple(sorted(_used([*(tensor.name for tensor in adapting), *own], file) - redundant)),
+            used=tuple(sorted(_used([*(tensor.name for tensor in adapting), *own, *heads], file) - redundant)),
             redundant=tuple(sorted(redundant)),
         ),
         config.invocation_tokens,
         vocab,
+        score=score,
     )
 
 

@@ -100,6 +100,11 @@ class TensorFile:
         """Return the names in the file of the tensors that one is made from: its own."""
         return (name,)
 
+    def detach(self) -> None:
+        """Remove the file's name; it stays on the disk as long as this is there."""
+        _ = self._descriptor
+        self.path.unlink()
+
     def _elements(self, tensor: Tensor, start: int, count: int) -> Array:
         kind = READABLE[tensor.dtype]
         values: Array = np.empty(count, kind)

@@ -18,6 +18,7 @@ MAX_BYTES: Final = {
     TOKENIZER: 8 << 20,
     "tokenizer.json": 64 << 20,
     "added_tokens.json": 4 << 20,
+    "config.json": 4 << 20,
 }
 """The largest tokenizer_config.json that was seen, with thousands of added tokens, has 1.2e6; the largest
 tokenizer.json, of 262,144 tokens, 3.4e7."""
@@ -36,7 +37,7 @@ _SILENT: Final = frozenset({
 def too_large(sizes: Mapping[str, int]) -> list[Finding]:
     """Return a finding for each text file that is larger than it may be; other files are not looked at."""
     return [
-        _bad(name, "", f"at most {limit} bytes", f"{sizes[name]} bytes")
+        bad_text(name, "", f"at most {limit} bytes", f"{sizes[name]} bytes")
         for name, limit in MAX_BYTES.items()
         if sizes.get(name, 0) > limit
     ]
@@ -49,7 +50,7 @@ def check_texts(files: Mapping[str, bytes], vocab: int) -> list[Finding]:
         try:
             data.decode("utf-8")
         except UnicodeDecodeError as error:
-            found.append(_bad(name, "", "UTF-8 text", f"byte {error.start} is none"))
+            found.append(bad_text(name, "", "UTF-8 text", f"byte {error.start} is none"))
             continue
         if name != TEMPLATE:
             found += _check_json(name, data, vocab)
@@ -60,9 +61,9 @@ def _check_json(name: str, data: bytes, vocab: int) -> list[Finding]:
     try:
         fields = parse(data)
     except JsonInvalid as error:
-        return [_bad(name, "", "a JSON object", f"no valid JSON ({error})")]
+        return [bad_text(name, "", "a JSON object", f"no valid JSON ({error})")]
     if not isinstance(fields, dict):
-        return [_bad(name, "", "a JSON object", shown(fields))]
+        return [bad_text(name, "", "a JSON object", shown(fields))]
     return _check_generation(fields, vocab) if name == GENERATION else _check_tokenizer(fields)
 
 
@@ -78,7 +79,7 @@ def _check_generation(fields: dict[str, Any], vocab: int) -> list[Finding]:
         "eos_token_id": (lambda value: _ids(value, vocab), f"ids from 0 to {vocab - 1}"),
     }
     found = [
-        _bad(GENERATION, key, expected, shown(fields[key]))
+        bad_text(GENERATION, key, expected, shown(fields[key]))
         for key, (fits, expected) in rules.items()
         if fields.get(key) is not None and not fits(fields[key])
     ]
@@ -94,12 +95,14 @@ def _check_tokenizer(fields: dict[str, Any]) -> list[Finding]:
     found = []
     template = fields.get("chat_template")
     if not (template is None or isinstance(template, str) or _named_templates(template)):
-        found.append(_bad(TOKENIZER, "chat_template", "a template, or a list of named ones", shown(template)))
+        found.append(
+            bad_text(TOKENIZER, "chat_template", "a template, or a list of named ones", shown(template))
+        )
     for key, value in sorted(fields.items()):
         if not key.endswith("_token") or isinstance(value, str | bool) or value is None:
             continue
         if not isinstance(value, dict) or not isinstance(value.get("content"), str):
-            found.append(_bad(TOKENIZER, shown(key), "a token", shown(value)))
+            found.append(bad_text(TOKENIZER, shown(key), "a token", shown(value)))
     return found[:MAX_FINDINGS]
 
 
@@ -119,7 +122,8 @@ def _ids(value: Any, vocab: int) -> bool:
     return len(ids) <= 64 and all(type(item) is int and 0 <= item < vocab for item in ids)
 
 
-def _bad(name: str, field: str, expected: str, found: str) -> Finding:
+def bad_text(name: str, field: str, expected: str, found: str) -> Finding:
+    """Return the finding about a file beside an adapter."""
     where = f"{name}: {field}" if field else name
     fix = "Correct the file, or remove it: the base's is used then."
     return Finding(code="E_BAD_TEXT", where=where, expected=expected, found=found, fix=fix)

@@ -33,7 +33,8 @@ def refuse_vectors(key: LoraKey, tensors: Mapping[Side, Tensor], report: Groupin
     wrong = [side for side in _CODES if side in tensors and (_of_experts(key) or side == "bare_bias")]
     for side in wrong:
         if _of_experts(key):
-            told = "no magnitudes and no biases of experts", "some", MERGE
+            what = "magnitudes" if side == "magnitude" else "biases"
+            told = f"no {what} of experts: PEFT has none", f"{what} of experts", MERGE
         else:
             told = (
                 "the bias of a module with lora_A under the name base_layer.bias",

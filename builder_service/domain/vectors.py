@@ -14,7 +14,7 @@ import numpy as np
 
 from builder_service.domain.full_tensors import BaseTensors
 from builder_service.domain.grouping import Grouping
-from builder_service.domain.pairs import Lone, Pair, parts_of
+from builder_service.domain.pairs import Lone, Pair, features_of, parts_of
 from builder_service.domain.safetensors_header import READABLE, Tensor, TensorFile
 from builder_service.domain.stack_rules import MERGE
 from builder_service.domain.tensor_names import LoraKey
@@ -182,12 +182,24 @@ class VectorReader:
             file = None if self.weights is None else self.weights.find(name)
             if file is not None and file.tensors[name].dtype in READABLE:
                 return file, name
+            if kind == "weight" and (file := self._widened(key, name)) is not None:
+                return file, name
         kept = "weights of few bits" if self.base.quantization is not None else "none"
         code = "E_DORA" if kind == "weight" else "E_BIAS"
         expected = f"the base's {key.leaf}.{kind} in float32, float16 or bfloat16"
         fix = f"Build with a base whose weights were not rounded. Or: {MERGE}"
+        if kind == "weight" and self.base.quantization is not None:
+            expected = "torch beside the builder, to widen the base's weights"
+            fix = "Install it there: pip install 'loramux[inference]'."
         self.report.add(code, key.place, cause=(kind, kept), expected=expected, found=kept, fix=fix)
         return None, at
+
+    def _widened(self, key: LoraKey, name: str) -> TensorFile | None:
+        """Return a file with a weight that the base keeps in few bits, if it does."""
+        features = features_of(key, self.base)
+        if self.weights is None or self.base.quantization is None or features is None:
+            return None
+        return self.weights.widened(name, (sum(out for _, out in features), features[0][0]))
 
 
 def divided(magnitudes: Array, norms: Array) -> Array:

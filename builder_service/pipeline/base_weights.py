@@ -9,6 +9,7 @@ from typing import Final
 
 from builder_service.domain.safetensors_header import HeaderInvalid, TensorFile, read_header
 from builder_service.domain.strict_json import JsonInvalid, parse
+from builder_service.pipeline.widening import Widener, can_widen
 from loramux_shared.bundle.manifest import BaseRecord, FileDigest
 from loramux_shared.faults import BundleCorrupt, CheckpointInvalid
 from loramux_shared.sources.base import Progress, Room, unwatched
@@ -17,6 +18,7 @@ from loramux_shared.sources.files import hash_if_there
 from loramux_shared.sources.open import Sources
 
 MAX_INDEX: Final = 64 << 20
+CONFIG: Final = "config.json"
 
 
 class BaseWeights:
@@ -33,6 +35,7 @@ class BaseWeights:
         self._lock = threading.Lock()
         self._shards: dict[str, str] | None = None
         self._open: dict[str, TensorFile] = {}
+        self._widener = Widener(cache.parent / "widened", lambda: progress(0))
 
     @property
     def files(self) -> Mapping[str, FileDigest]:
@@ -53,6 +56,32 @@ class BaseWeights:
                 return None
             file = self._open.get(shard) or self._read(shard)
             return file if name in file.tensors else None
+
+    def widened(self, name: str, shape: tuple[int, int]) -> TensorFile | None:
+        """Return a file with a weight of few bits [out, in] in float32, which goes with the object.
+
+        None where the base has no such weight, or torch is not installed here.
+
+        Raises:
+            CheckpointInvalid: its tensors do not go together.
+            ResourcesExhausted, InternalFault: see `Widener.widen`.
+            Fault: what `find` raises.
+        """
+        parts = self._beside(name.removesuffix("weight"))
+        if not parts or not can_widen():
+            return None
+        for part in parts:
+            self.find(part)  # which brings and verifies its file
+        return self._widener.widen(self.fetch(CONFIG).parent, name, shape)
+
+    def _beside(self, prefix: str) -> list[str]:
+        """Return the tensors of a linear."""
+        with self._lock:
+            self._shard_of("")
+            if self._shards is None:
+                self._open[WEIGHTS] = self._open.get(WEIGHTS) or self._read(WEIGHTS)
+            names = self._open[WEIGHTS].tensors if self._shards is None else self._shards
+            return [name for name in names if name.startswith(prefix)]
 
     def _shard_of(self, name: str) -> str | None:
         if INDEX not in self._base.files:

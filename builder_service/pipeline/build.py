@@ -114,6 +114,8 @@ def _draft(deployment: Deployment, base: BaseRecord, dtype: Dtype) -> Generation
         request_default_max_tokens=runtime.request_default_max_tokens,
         speculative_tokens=runtime.speculative_tokens,
         quantization=runtime.quantization,
+        tool_parser=runtime.tool_parser,
+        reasoning_parser=runtime.reasoning_parser,
         serve_base=runtime.serve_base,
         merge=runtime.merge,
         aliases=runtime.aliases,

@@ -118,7 +118,9 @@ def _widened(base: Base) -> list[Finding]:
 
 
 def _files_bytes(checked: CheckedAdapter, dtype: Dtype) -> int:
-    heads = len(npy_files(checked.modules)) * len(header_bytes(DESCR[dtype], (1, 1, 1)))
+    heads = len(npy_files(checked.modules, score=checked.score is not None)) * len(
+        header_bytes(DESCR[dtype], (1, 1, 1))
+    )
     return bundle_bytes(checked, dtype) + heads
 
 

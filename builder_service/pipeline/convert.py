@@ -14,12 +14,14 @@ import numpy as np
 from builder_service.domain.own_rows import PlannedRows
 from builder_service.domain.planned import PlannedRow
 from builder_service.domain.rules import CheckedAdapter
+from builder_service.domain.score_heads import PlannedScore
 from builder_service.pipeline.progress import Progress, Stage
 from builder_service.pipeline.validate import ValidAdapter
 from loramux_shared.adapter_files import weight_files
 from loramux_shared.bundle.manifest import (
     CONFIG_FILE,
     OWN_TOKENS_FILE,
+    SCORE_FILE,
     TEXT_FILES,
     VOCABULARY_FILE,
     WEIGHTS_FILE,
@@ -88,6 +90,7 @@ def convert_adapter(
         rows=rows,
         replaced=replaced,
         vocab=checked.vocab,
+        score=None if checked.score is None else checked.score.head,
         row_width=_width(rows),
         config_columns=columns_of(checked),
         files=files | {name: fetched.files[name] for name in texts},
@@ -113,7 +116,9 @@ def bundle_bytes(checked: CheckedAdapter, dtype: Dtype) -> int:
     others = [row.elements for row in rows if row.layer == NO_LAYER]
     others += [planned.replaced.elements for planned in checked.replaced]
     elements = len(of_layers) * _width(rows) + sum(others)
-    return elements * NUMPY_TYPES[dtype].itemsize + 4 * columns_of(checked) * len(of_layers)
+    head = checked.score.head if checked.score else None
+    score = head.num_labels * head.hidden_size * Dtype.FLOAT32.itemsize if head else 0
+    return score + elements * NUMPY_TYPES[dtype].itemsize + 4 * columns_of(checked) * len(of_layers)
 
 
 def columns_of(checked: CheckedAdapter) -> Literal[4, 5]:
@@ -147,6 +152,10 @@ def _contents(
         values += [_replaced(planned, dtype, count) for planned in checked.replaced]
         whole = [chain.from_iterable(values)]
         found[VOCABULARY_FILE] = weights_pieces(dtype, count=1, width=elements, rows=whole)
+    if (score := checked.score) is not None:
+        labels, width = score.head.num_labels, score.head.hidden_size
+        scores = (_score(score, label, count) for label in range(labels))
+        found[SCORE_FILE] = weights_pieces(Dtype.FLOAT32, count=labels, width=width, rows=scores)
     if checked.own_tokens is not None:
         found[OWN_TOKENS_FILE] = iter([checked.own_tokens.to_bytes()])
     return found
@@ -174,6 +183,13 @@ def _replaced(planned: PlannedRows, dtype: Dtype, count: Callable[[int], None]) 
         for values in planned.file.pieces(planned.tensor, PIECE, rows):
             yield cast(values, dtype)
             count(values.nbytes)
+
+
+def _score(planned: PlannedScore, label: int, count: Callable[[int], None]) -> Iterator[Array]:
+    """Yield the weights of a label, which float32 holds as they are."""
+    for values in planned.file.pieces(planned.tensor, PIECE, (label, label + 1)):
+        yield cast(values, Dtype.FLOAT32)
+        count(values.nbytes)
 
 
 def _written(path: Path, pieces: Iterator[bytes | int], name: str) -> FileDigest:

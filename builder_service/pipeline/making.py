@@ -151,4 +151,7 @@ def making(shop: Workshop, base: Base, settings: Build, served: frozenset[str], 
 def _apart(valid: Sequence[ValidAdapter]) -> dict[str, str]:
     """Why they are never merged, by name."""
     checked = {each.fetched.name: each.checked for each in valid}
-    return {name: apart(each.invocation_tokens, each.modules, each.vocab) for name, each in checked.items()}
+    return {
+        name: apart(each.invocation_tokens, each.modules, each.vocab, each.num_labels)
+        for name, each in checked.items()
+    }

@@ -68,10 +68,12 @@ def prove_adapters(
     if not adapters:
         return []
     for adapter in adapters:
-        if adapter.checked.vocab is not None:
+        why = "has another vocabulary than the base" if adapter.checked.vocab is not None else ""
+        why = why or ("classifies texts" if adapter.checked.score is not None else "")
+        if why:
             raise AdapterInvalid(
-                f"adapter {adapter.fetched.name!r} has another vocabulary than the base, and of such adapters "
-                "there are no proofs. Build without prove, or without this adapter."
+                f"adapter {adapter.fetched.name!r} {why}, and of such adapters there are no proofs. Build "
+                "without prove, or without this adapter."
             )
     for adapter in adapters:
         progress.enter(adapter.fetched.name, Stage.PROVING)

@@ -18,6 +18,7 @@ from loramux_shared.adapter_files import (
     CONFIG,
     INDEX,
     KEYS_FILE,
+    MODEL_CONFIG,
     SHARD,
     TOKEN_FILES,
     WEIGHTS,
@@ -34,7 +35,7 @@ from loramux_shared.wording import listed
 
 NAMES: Final = (
     *(CONFIG, WEIGHTS, INDEX, WEIGHTS_FILE, CONFIG_FILE, KEYS_FILE),
-    *sorted({*TEXT_FILES, *TOKEN_FILES, README, SIGNATURE}),
+    *sorted({*TEXT_FILES, *TOKEN_FILES, MODEL_CONFIG, README, SIGNATURE}),
 )
 """The files that can be pushed, beside weights in several."""
 MAX_SMALL: Final = 64 << 20

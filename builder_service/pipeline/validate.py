@@ -10,6 +10,7 @@ from typing import Final
 from builder_service.domain.full_tensors import EMBED_FIX
 from builder_service.domain.npy_rules import FOLDED, read_npy_adapter
 from builder_service.domain.rules import CheckedAdapter, ComparedTokens, Rulebook, check_adapter, check_tensors
+from builder_service.domain.score_heads import with_labels
 from builder_service.domain.tensor_rules import AdapterLimits
 from builder_service.domain.text_rules import check_texts
 from builder_service.pipeline.base_tokens import BaseTokens
@@ -17,7 +18,7 @@ from builder_service.pipeline.base_weights import BaseWeights
 from builder_service.pipeline.fetch import FetchedAdapter
 from builder_service.pipeline.progress import Progress, Stage
 from builder_service.pipeline.truncate import truncate_adapter
-from loramux_shared.adapter_files import CONFIG, weight_files
+from loramux_shared.adapter_files import CONFIG, MODEL_CONFIG, weight_files
 from loramux_shared.bases.config import ModelConfig
 from loramux_shared.bundle.added_tokens import AddedToken, OwnTokens
 from loramux_shared.bundle.manifest import TEXT_FILES, Coverage
@@ -117,7 +118,11 @@ def check_fetched(adapter: FetchedAdapter, book: Rulebook, progress: Progress) -
     tokens = book.tokens.compared(folder, adapter.files) if book.tokens else ComparedTokens()
     found = [*check_texts(texts, vocab), *tokens.findings, *_without_rows(tokens.added, vocab)]
     own = OwnTokens(vocab=vocab, tokens=tokens.added) if tokens.added or checked.vocab else None
-    checked = replace(checked, findings=(*checked.findings, *found), own_tokens=own)
+    score = checked.score
+    if score is not None and MODEL_CONFIG in adapter.files:
+        score, wrong = with_labels(score, (folder / MODEL_CONFIG).read_bytes())
+        found += wrong
+    checked = replace(checked, findings=(*checked.findings, *found), own_tokens=own, score=score)
     if checked.errors or book.truncate_to_rank is None:
         return checked
     return truncate_adapter(checked, book.truncate_to_rank, book.dtype, folder, count)

@@ -58,7 +58,13 @@ class Model(TypedDict):
     invocation_tokens: list[int]
     licence: str | None
     base_licence: str | None
+    tool_parser: str | None
+    reasoning_parser: str | None
     warnings: list[str]
+    type: Literal["model"]
+    """This and what follows are Anthropic's."""
+    display_name: str
+    created_at: str
 
 
 class ModelList(TypedDict):
@@ -66,6 +72,10 @@ class ModelList(TypedDict):
 
     object: Literal["list"]
     data: list[Model]
+    has_more: Literal[False]
+    """Anthropic's, as the ids of the first and the last."""
+    first_id: str | None
+    last_id: str | None
 
 
 class Failure(TypedDict):
@@ -148,6 +158,71 @@ class Embeddings(TypedDict):
     object: Literal["list"]
     model: str
     data: list[Embedding]
+    usage: PromptUsage
+
+
+class Score(TypedDict):
+    """How a pair of texts scores."""
+
+    object: Literal["score"]
+    index: int
+    score: float
+
+
+class Scores(TypedDict):
+    """vLLM's answer to pairs of texts."""
+
+    id: str
+    object: Literal["list"]
+    created: int
+    model: str
+    data: list[Score]
+    usage: PromptUsage
+
+
+class Document(TypedDict):
+    """The text of a document."""
+
+    text: str
+
+
+class Ranked(TypedDict):
+    """A document among others."""
+
+    index: int
+    """Among those of the request."""
+    relevance_score: float
+    document: NotRequired[Document]
+
+
+class Ranking(TypedDict):
+    """Documents, the best first."""
+
+    id: str
+    object: Literal["list"]
+    created: int
+    model: str
+    results: list[Ranked]
+    usage: PromptUsage
+
+
+class Class(TypedDict):
+    """What a text is."""
+
+    index: int
+    label: str
+    probs: list[float]
+    num_classes: int
+
+
+class Classes(TypedDict):
+    """vLLM's answer about texts."""
+
+    id: str
+    object: Literal["list"]
+    created: int
+    model: str
+    data: list[Class]
     usage: PromptUsage
 
 

@@ -20,6 +20,7 @@ from inference_service.openai_api import (
     generated,
     models,
     operators,
+    scores,
     state,
     tokens,
     trainers,
@@ -33,7 +34,7 @@ from inference_service.openai_api.messages.schema import CountBody, MessagesBody
 from inference_service.openai_api.openapi import document
 from inference_service.openai_api.operators import LoadBody, PageQuery, RollbackBody, UnloadBody
 from inference_service.openai_api.page import page_files
-from inference_service.openai_api.pooling_schema import EmbeddingsBody
+from inference_service.openai_api.pooling_schema import ClassifyBody, EmbeddingsBody, RerankBody, ScoreBody
 from inference_service.openai_api.refusals import fault_response, on_failure, on_fault, on_http_error
 from inference_service.openai_api.reply import json_response
 from inference_service.openai_api.responses import answers as responses
@@ -125,7 +126,7 @@ ENDPOINTS: Final = (
         count_input,
         body=ResponsesBody,
         answer=responses.InputTokens,
-        fails=(404,),
+        fails=(404, 429),
     ),
     Endpoint(
         "POST",
@@ -135,6 +136,15 @@ ENDPOINTS: Final = (
         answer=answers.Embeddings,
         fails=(404, 429),
         hinted=True,
+    ),
+    *(
+        Endpoint("POST", path, handler, body=body, answer=answer, fails=(404, 429), hinted=True)
+        for handler, body, answer, paths in (
+            (scores.score, ScoreBody, answers.Scores, ("/score", "/v1/score")),
+            (scores.rerank, RerankBody, answers.Ranking, ("/rerank", "/v1/rerank", "/v2/rerank")),
+            (scores.classify, ClassifyBody, answers.Classes, ("/classify", "/v1/classify")),
+        )
+        for path in paths
     ),
     Endpoint("GET", "/v1/models", models.list_models, answer=answers.ModelList),
     Endpoint("GET", "/v1/models/{model:path}", models.get_model, answer=answers.Model, fails=(404,)),

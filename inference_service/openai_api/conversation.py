@@ -14,7 +14,7 @@ from inference_service.openai_api.dialects.calls import Calls
 from inference_service.openai_api.dialects.demands import Demand
 from inference_service.openai_api.dialects.frame import Thinking
 from inference_service.openai_api.dialects.lark import Asked
-from inference_service.openai_api.dialects.table import Dialect, dialect_of_model
+from inference_service.openai_api.dialects.table import Dialect, dialect_of
 from inference_service.openai_api.mapping import callable_tools, chat_request, demanded_tools, is_forced
 from inference_service.openai_api.pieces import CallArguments, CallBegun, Piece, Reading, Thought
 from inference_service.serving.request import Delta, Finished, Message, PromptLogprobs, Request, Started
@@ -85,7 +85,7 @@ class Conversation:
         except Fault:  # raised again where the request is followed
             return self.request
         text = defaults.text or self._service.text
-        self._dialect = dialect_of_model(text, defaults.template, self._service.parsers)
+        self._dialect = dialect_of(text, defaults.template, self._service.parsers)
         constraint_for = self._constraint_for(text)
         end = self._dialect.form.end if self._one_call and not self._forced else ""
         messages: list[Message] = [turn for turn in self.request.prompt if isinstance(turn, Mapping)]

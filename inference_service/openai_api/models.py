@@ -29,6 +29,9 @@ async def list_models(service: GenerationService, http: HttpRequest) -> Response
         body: answers.ModelList = {
             "object": "list",
             "data": [_model(model, service, adapters) for model in models],
+            "has_more": False,
+            "first_id": models[0].name if models else None,
+            "last_id": models[-1].name if models else None,
         }
         return json_response(body)
 
@@ -44,6 +47,7 @@ async def get_model(service: GenerationService, http: HttpRequest) -> Response:
 def _model(model: ServedModel, service: GenerationService, adapters: AdapterManager) -> answers.Model:
     catalog = service.catalog
     base = model.name == catalog.base_name
+    parsers = service.parsers_of(model)
     return {
         "id": model.name,
         "object": "model",
@@ -62,7 +66,12 @@ def _model(model: ServedModel, service: GenerationService, adapters: AdapterMana
         "invocation_tokens": list(model.invocation),
         "licence": (catalog.base_licence if base else model.licence) or None,
         "base_licence": None if base else catalog.base_licence or None,
+        "tool_parser": parsers.tool if parsers else None,
+        "reasoning_parser": parsers.reasoning if parsers else None,
         "warnings": list(model.warnings),
+        "type": "model",
+        "display_name": model.name,
+        "created_at": model.load_time.isoformat(timespec="seconds"),
     }
 
 

@@ -14,6 +14,7 @@ from typing import Any, Final
 from pydantic import TypeAdapter
 
 from inference_service.openai_api.endpoint import Endpoint
+from inference_service.openai_api.errors import AGAIN
 from inference_service.openai_api.openapi_bounds import tell_bounds
 from inference_service.openai_api.openapi_parts import (
     DIGEST_HEADERS,
@@ -138,7 +139,7 @@ def _responses(endpoint: Endpoint) -> Iterator[tuple[str, Json]]:
     told = {"application/json": {"schema": {"$ref": SCHEMAS + endpoint.error.__name__}}}
     for status in sorted(failures):
         failed: Json = {"description": WORDS[status], "content": told}
-        if status in (429, 503):
+        if status in AGAIN:
             failed["headers"] = RETRY_AFTER
         yield str(status), failed
 

@@ -9,7 +9,7 @@ from starlette.responses import Response
 
 from inference_service.openai_api import answers
 from inference_service.openai_api.body import read_body
-from inference_service.openai_api.dialects.table import dialect_of_model
+from inference_service.openai_api.dialects.table import dialect_of
 from inference_service.openai_api.mapping import messages_of, refused
 from inference_service.openai_api.reply import json_response
 from inference_service.openai_api.tokens_schema import DetokenizeBody, TokenizeBody
@@ -26,7 +26,7 @@ async def tokenize(service: GenerationService, http: HttpRequest) -> Response:
     text = defaults.text or service.text
     most = countable(service.limits.max_seq_len)
     if body.messages is not None:
-        dialect = dialect_of_model(text, defaults.template, service.parsers)
+        dialect = dialect_of(text, defaults.template, service.parsers)
         messages = dialect.turns(messages_of(body.messages))
         tools = [tool.model_dump(exclude_none=True) for tool in body.tools or ()]
         starts = body.add_generation_prompt is not False

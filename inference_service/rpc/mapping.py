@@ -10,11 +10,12 @@ import grpc
 
 from inference_service.core.sequence import MOST_PARTS, FinishReason, Token
 from inference_service.rpc.prompt import constraint_of, prompt_of, tools_of, variables_of
-from inference_service.serving.catalog import Catalog, ServedModel
+from inference_service.serving.catalog import ServedModel
 from inference_service.serving.hints import hinted
 from inference_service.serving.lengths import countable
 from inference_service.serving.mixing import Scaled
 from inference_service.serving.request import Delta, Event, Finished, PromptLogprobs, Request, Started
+from inference_service.serving.service import GenerationService
 from inference_service.serving.text import Text
 from loramux.inference.v1 import inference_pb2 as pb
 from loramux_shared.faults import Finding, RequestInvalid
@@ -155,8 +156,9 @@ def _top(token: Token, text: Text) -> list[pb.TopLogprob]:
     ]
 
 
-def model_to_message(model: ServedModel, catalog: Catalog, max_seq_len: int) -> pb.Model:
+def model_to_message(model: ServedModel, service: GenerationService) -> pb.Model:
     """Return a served model as a message."""
+    catalog, parsers = service.catalog, service.parsers_of(model)
     base = model.name == catalog.base_name
     message = pb.Model(
         name=model.name,
@@ -166,12 +168,14 @@ def model_to_message(model: ServedModel, catalog: Catalog, max_seq_len: int) -> 
         modules=model.modules,
         warnings=model.warnings,
         generation=catalog.generation,
-        max_seq_len=max_seq_len,
+        max_seq_len=service.limits.max_seq_len,
         kinds=model.kinds,
         replaced_rows=dict(model.replaced),
         invocation_tokens=model.invocation,
         licence=catalog.base_licence if base else model.licence,
         base_licence="" if base else catalog.base_licence,
+        tool_parser=parsers.tool if parsers else "",
+        reasoning_parser=parsers.reasoning if parsers else "",
     )
     message.load_time.FromDatetime(model.load_time)
     return message

@@ -47,8 +47,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         context: grpc.aio.ServicerContext,  # noqa: ARG002 - grpc passes it
     ) -> pb.ListModelsResponse:
         """List what is served."""
-        catalog, limits = self._service.catalog, self._service.limits
-        models = [model_to_message(model, catalog, limits.max_seq_len) for model in catalog]
+        models = [model_to_message(model, self._service) for model in self._service.catalog]
         return pb.ListModelsResponse(models=models)
 
 

@@ -64,6 +64,8 @@ class ServedModel:
     """Whether it multiplies outputs of the base, or adds biases to them."""
     vocab: int | None = None
     """Its tokens; None: as many as the base has."""
+    num_labels: int | None = None
+    """Of its score head; None where it generates text."""
     kinds: tuple[str, ...] = ()
     """What it is, as its manifest says; none of the base."""
     replaced: tuple[tuple[str, int], ...] = ()
@@ -292,6 +294,7 @@ class Catalog:
             kinds=summary.kinds,
             replaced=tuple(summary.replaced.items()),
             licence=record.licence,
+            num_labels=summary.num_labels,
         )
 
     def _known(self, name: str, digest: str, models: Mapping[str, ServedModel]) -> ServedModel | None:

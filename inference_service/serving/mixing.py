@@ -132,7 +132,7 @@ def _unscalable(model: ServedModel, members: Sequence[Adapter]) -> str:
     if model.affine:
         return "is DoRA, or has biases or scales of its own: their mixture is not their sum"
     own = next(adapter for adapter in members if adapter is model.adapter)
-    return apart(own.invocation, model.modules, model.vocab)
+    return apart(own.invocation, model.modules, model.vocab, model.num_labels)
 
 
 def agreed(defaults: Sequence[AdapterDefaults]) -> AdapterDefaults:

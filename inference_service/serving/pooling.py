@@ -13,6 +13,7 @@ import numpy as np
 
 from inference_service.core.sequence import Vector
 from inference_service.serving.request import Finished, Pooled, Request, Started
+from inference_service.serving.scoring import Scorer, refused_model
 from inference_service.serving.service import GenerationService
 from loramux_shared.faults import Finding, InternalFault, RequestInvalid
 from loramux_shared.pooling import Pooling
@@ -72,6 +73,45 @@ async def _in_order(work: Iterable[Coroutine[Any, Any, T]]) -> AsyncGenerator[T]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+@dataclass(frozen=True)
+class ScoredPrompt:
+    """A prompt and its scores."""
+
+    prompt: PooledPrompt
+    scorer: Scorer
+    scores: Vector
+    """[labels]"""
+
+
+async def scored(
+    service: GenerationService, requests: Sequence[Request], *, labels: int | None = None
+) -> AsyncGenerator[ScoredPrompt]:
+    """Yield the scores of each request, in their order; where labels are said, of a head with so many alone.
+
+    Raises:
+        RequestInvalid: the model has no score head, or one with other labels.
+        Fault: what `GenerationService.generate` raises.
+    """
+    served = await service.naming.choose(requests[0])
+    model = served.model
+    if model.num_labels is None:
+        raise refused_model(
+            model.name, "an adapter with a score head, of task_type SEQ_CLS", "one that generates text"
+        )
+    if labels is not None and model.num_labels != labels:
+        raise refused_model(
+            model.name,
+            f"a score head of {labels} label",
+            f"one of {model.num_labels}",
+            "Ask /classify for all of them.",
+        )
+    scorer = await service.scorer_of(model)
+    asked = [replace(request, served=served) for request in requests]
+    async with aclosing(pooled(service, asked)) as found:
+        async for prompt in found:
+            yield ScoredPrompt(prompt, scorer, scorer.scores(prompt.vector))
 
 
 def pooling_of(said: str | None, usual: Pooling | None) -> Pooling:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 from inference_service.core.constraint import Constraint
 from inference_service.core.sequence import FinishReason, Token, Vector
@@ -17,8 +17,17 @@ from loramux_shared.pooling import Pooling
 Message = Mapping[str, Any]
 """A turn as chat templates know it: role, content (text or None), and name, tool_calls, tool_call_id,
 reasoning_content and reasoning (both the same)."""
-Prompt = str | list[int] | list[Message]
-"""Text, token ids or chat messages."""
+
+
+class Pair(NamedTuple):
+    """Two texts that are looked at together, as the tokenizer joins them."""
+
+    first: str
+    second: str
+
+
+Prompt = str | list[int] | list[Message] | Pair
+"""Text, token ids, chat messages, or two texts."""
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from inference_service.core.activation import activation
 from inference_service.core.constraint import Constraint, Grammar, packed
 from inference_service.core.sampling import LogprobsMode, SamplingParams
 from inference_service.core.sequence import Sequence
-from inference_service.serving.adapter_defaults import AdapterDefaults
+from inference_service.serving.adapter_defaults import NO_DEFAULTS, AdapterDefaults
 from inference_service.serving.answer import Answer
 from inference_service.serving.base_files import BaseFiles, NoBaseFiles
 from inference_service.serving.bounds import check, check_constraint
@@ -29,17 +29,20 @@ from inference_service.serving.lengths import countable
 from inference_service.serving.limits import Limiter, Ticket
 from inference_service.serving.naming import Naming
 from inference_service.serving.numbers import completing, drawable, first, of_answer, room
+from inference_service.serving.parsers import parsers_of
 from inference_service.serving.request import (
     Delta,
     Event,
     Finished,
     Message,
+    Pair,
     Prompt,
     PromptLogprobs,
     Request,
     Started,
     told,
 )
+from inference_service.serving.scoring import ScorerOf, no_scorer, refuse_classifier
 from inference_service.serving.telemetry.metrics import Metrics
 from inference_service.serving.telemetry.record import Watcher, following
 from inference_service.serving.telemetry.replica import EngineView
@@ -113,6 +116,7 @@ class GenerationService:
         self.usual_pooling: Pooling | None = Pooling.LAST
         """Likewise; None: the base was trained with one that is not served."""
         self.base_files: BaseFiles = NoBaseFiles()
+        self.scorer_of: ScorerOf = no_scorer
         self._watchers = (self.metrics, *watchers)
         self._engine = engine
         self.engine_view: EngineView = engine
@@ -135,6 +139,8 @@ class GenerationService:
         with following(request, self._watchers) as follower, self._working():
             served = await self.naming.choose(request)
             model = follower.record.model = served.model
+            if request.pooling is None:
+                refuse_classifier(model)
             check(request, model.vocab or self.text.vocab, self._engine.max_queue, self.limits.max_seq_len)
             with self.limiter.admit(model, ACCESS.get()) as ticket:
                 defaults = await self.naming.defaults(model)
@@ -193,6 +199,13 @@ class GenerationService:
         finally:
             self.in_work -= 1
 
+    def parsers_of(self, model: ServedModel) -> Parsers | None:
+        """Return how answers of a model are read; None of an adapter whose files nobody has read yet."""
+        if model.defaults is None and model.name != self.catalog.base_name:
+            return None
+        defaults = model.defaults or NO_DEFAULTS
+        return parsers_of(defaults.template or self._text(defaults).template, self.parsers)
+
     def _text(self, defaults: AdapterDefaults) -> Text:
         """Return what the tokens of a model mean."""
         return defaults.text or self.text
@@ -247,7 +260,10 @@ class GenerationService:
         text = self._text(defaults)
         if cut is not None:
             most = countable(most)
-        if isinstance(prompt, str):
+        if isinstance(prompt, Pair):
+            special = request.add_special_tokens is not False
+            tokens = await asyncio.to_thread(text.encode_pair, prompt, most, add_special_tokens=special)
+        elif isinstance(prompt, str):
             special = request.add_special_tokens is not False
             tokens = await asyncio.to_thread(text.encode_prompt, prompt, most, add_special_tokens=special)
         elif prompt and isinstance(prompt[0], Mapping):

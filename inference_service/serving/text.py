@@ -108,27 +108,43 @@ class Text:
     def encode_prompt(self, text: str, max_seq_len: int, *, add_special_tokens: bool = True) -> list[int]:
         """Tokenize a text that may be longer than what is served, which takes 100 to 400 bytes per token.
 
-        A long one is looked at in slices first. Where it was cut, tokens that would have been one can be
-        several, so that `_cut` tokens of each slice are not counted; what is, the whole text has too.
-
         Raises:
-            PromptTooLong: it has more tokens than max_seq_len, by so many that the slices show it.
+            PromptTooLong: it has more tokens than max_seq_len, by so many that its slices show it.
             RequestInvalid: the text holds half a character.
         """
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            finding = Finding(code="E_BAD_FIELD", where="prompt", expected="text", found=error.reason)
-            raise RequestInvalid("the prompt holds half a character.", [finding]) from None
-        least = 0
-        for start in range(0, len(text), SLICE_CHARS) if len(text) > SLICE_CHARS else ():
-            tokens = len(self.encode(text[start : start + SLICE_CHARS], add_special_tokens=False))
-            least += max(0, tokens - self._cut)
-            if least > max_seq_len:
-                raise PromptTooLong(
-                    f"the text has at least {least} tokens, and at most {max_seq_len} are taken. Shorten it."
-                )
+        self._look_at([text], max_seq_len)
         return self.encode(text, add_special_tokens=add_special_tokens)
+
+    def encode_pair(
+        self, texts: tuple[str, str], max_seq_len: int, *, add_special_tokens: bool = True
+    ) -> list[int]:
+        """Tokenize two texts as one, as the tokenizer joins pairs; like `encode_prompt` otherwise."""
+        self._look_at(texts, max_seq_len)
+        [encoding] = self._tokenizer.encode_batch_fast([tuple(texts)], add_special_tokens=add_special_tokens)
+        ids: list[int] = encoding.ids
+        return ids
+
+    def _look_at(self, texts: Sequence[str], max_seq_len: int) -> None:
+        """Look at long texts in slices first.
+
+        Where one was cut, tokens that would have been one can be several, so that `_cut` tokens of each slice
+        are not counted; what is, the whole text has too.
+        """
+        least = 0
+        for text in texts:
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                finding = Finding(code="E_BAD_FIELD", where="prompt", expected="text", found=error.reason)
+                raise RequestInvalid("the prompt holds half a character.", [finding]) from None
+            for start in range(0, len(text), SLICE_CHARS) if len(text) > SLICE_CHARS else ():
+                tokens = len(self.encode(text[start : start + SLICE_CHARS], add_special_tokens=False))
+                least += max(0, tokens - self._cut)
+                if least > max_seq_len:
+                    raise PromptTooLong(
+                        f"the text has at least {least} tokens, and at most {max_seq_len} are taken. "
+                        "Shorten it."
+                    )
 
     def bad_words(self, words: Sequence[str]) -> list[tuple[int, ...]]:
         """Return the tokens of these words.

@@ -29,6 +29,7 @@ from inference_service.serving.base_files import PlacedFiles
 from inference_service.serving.catalog import Catalog, ServedModel
 from inference_service.serving.engine_thread import EngineThread
 from inference_service.serving.inbox import Inbox
+from inference_service.serving.scoring import Scorer
 from inference_service.serving.service import GenerationService, ServingLimits
 from inference_service.serving.telemetry.record import Watcher
 from inference_service.startup.bank import Bank, open_bank, preload, preload_later
@@ -138,10 +139,12 @@ def load(settings: InferenceSettings, store: Store, watchers: Sequence[Watcher] 
     serving = ServingLimits(limits.max_seq_len, generation.request_default_max_tokens, ends, hidden)
     service = GenerationService(catalog, base.text, thread, serving, watchers)
     service.logprobs_mode = settings.logprobs_mode
+    service.parsers = settings.parsers(generation.tool_parser, generation.reasoning_parser)
     service.base_files = PlacedFiles(base.placed)
     service.limiter.limits = generation.limits
     if bank is not None:
         service.naming.defaults_of = partial(_defaults, bank, catalog)
+        service.scorer_of = partial(_scorer, bank)
         preload_later(bank, fitting[settings.preload :], inbox)
     dtype = str(base.backend.dtype).removeprefix("torch.")
     return Ready(service, thread, generation, bank, dtype, base.model.device.type)
@@ -152,6 +155,11 @@ async def _defaults(bank: Bank, catalog: Catalog, model: ServedModel) -> Adapter
     defaults = await bank.texts.defaults(model.digest, model.name)
     catalog.know(model.digest, defaults=defaults)
     return defaults
+
+
+async def _scorer(bank: Bank, model: ServedModel) -> Scorer:
+    """Read the score head of an adapter."""
+    return await bank.texts.scorer(model.digest)
 
 
 def _engine(

@@ -14,6 +14,8 @@ INDEX: Final = "adapter_model.safetensors.index.json"
 """Says which tensor is in which file, where the weights are in several."""
 SHARD: Final = re.compile(r"adapter_model-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors")
 """The names of those."""
+MODEL_CONFIG: Final = "config.json"
+"""What transformers says of a model: of an adapter that classifies, the names of its labels."""
 KEYS_FILE: Final = "model.lora_keys.npy"
 """What TensorRT-LLM's converters called the config of their weights before."""
 TOKEN_FILES: Final = ("added_tokens.json", "tokenizer.json", "tokenizer_config.json")
@@ -32,7 +34,7 @@ def weight_files(names: Collection[str]) -> tuple[str, ...]:
 
 def wanted_files(names: Collection[str]) -> list[str]:
     """Return the files that are fetched of an adapter without findings; nothing else is looked at."""
-    beside = sorted({*TOKEN_FILES, *TEXT_FILES} & set(names))
+    beside = sorted({*TOKEN_FILES, *TEXT_FILES, MODEL_CONFIG} & set(names))
     return [*weight_files(names), *beside]
 
 

@@ -66,8 +66,8 @@ _REFUSED: Final = (
     ("E_MLX", "an MLX adapter: transposed, with an absolute scale",
      "Transpose both matrices, rename them, and set `lora_alpha = scale * rank`."),
     ("E_DORA", "magnitudes of DoRA that `use_dora` does not say, or the reverse; of experts, of parameters, or "
-     "in the names of its authors' code; or a base of few bits, whose norms are not known exactly",
-     "The finding says why. Correct `use_dora`, build with the base as it was trained, or merge it."),
+     "in the names of its authors' code; or of a base of few bits, where the builder has no torch to widen it",
+     "The finding says why. Correct `use_dora`, install `loramux[inference]` beside the builder, or merge it."),
     ("E_BIAS", "biases that the base has none of, that are not of a projection of attention or dense MLP, or "
      "that PEFT would not load", "The finding says why. Train with `bias` `none` or `lora_only`, or merge it."),
     ("E_VARIANT", "a variant whose factors are not plain A and B (Arrow, BD-LoRA, KaSA, MonteCLoRA, QALoRA), "
@@ -83,7 +83,9 @@ _REFUSED: Final = (
     ("E_INIT", "the initialisation changed the base, by data or by chance (CorDA, LoRA-GA, LoftQ, "
      "`pissa_niter_4`), or by what this base does not say (PiSSA, OLoRA)",
      "Save again with `path_initial_model_for_weight_conversion`; a LoftQ adapter needs its own base."),
-    ("E_TASK", "trained for another task than generating text", "Use an adapter with `task_type` CAUSAL_LM."),
+    ("E_TASK", "trained for another task than to generate texts or to classify them, or to classify without a "
+     "score head that fits the base",
+     "Use an adapter with `task_type` CAUSAL_LM, or SEQ_CLS with its `score.weight`."),
     ("E_EMBED", "embeddings and a head of different lengths, tokens without rows or with another id, rows "
      "that do not fit `trainable_token_indices`, and `modules_to_save` of anything else that differs from the "
      "base's",

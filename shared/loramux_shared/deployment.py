@@ -10,6 +10,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from loramux_shared.limits import Limits, unset
+from loramux_shared.parsers import ReasoningParser, ToolParser
 from loramux_shared.rounding import Rounding
 from loramux_shared.signing.signers import is_file, parse_signer
 
@@ -224,6 +225,11 @@ class Runtime(Model):
     """What the weights of the base's linears are rounded to when a replica loads them: ``none``, ``fp8`` (on
     GPUs), ``int8`` or ``int4``. Adapters stay as they are, and none is merged into such weights. A replica's
     ``LORAMUX_QUANTIZATION`` comes first."""
+    tool_parser: ToolParser = ToolParser.AUTO
+    """The form in which the models write calls of tools: docs/openai.md has them. ``auto``: what the chat
+    template of each shows; ``none``: calls stay text. A replica's ``LORAMUX_TOOL_PARSER`` comes first."""
+    reasoning_parser: ReasoningParser = ReasoningParser.AUTO
+    """The marks between which the models reason; the same of ``LORAMUX_REASONING_PARSER``."""
     aliases: Aliases = Field(default_factory=dict)
     """Names that pick one of several models by weight: ``{support: {support-v1: 90, support-v2: 10}}``.
     Requests with the same ``user``, or the same ``x-loramux-key``, get the same one; 0 gets none."""

@@ -17,6 +17,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from loramux_shared.faults import SettingsInvalid
 from loramux_shared.near import nearest
+from loramux_shared.parsers import Parsers, ReasoningParser, ToolParser
 from loramux_shared.rounding import Rounding
 from loramux_shared.signing.signers import read_signer
 from loramux_shared.sources.secrets import ENVIRONMENT_PREFIX as SECRET_PREFIX
@@ -241,6 +242,11 @@ class InferenceSettings(Settings):
     quantization: Rounding | None = None
     """What the weights of the base's linears are rounded to when they are loaded: none, fp8 (on GPUs), int8 or
     int4; adapters are not. When not given, what the deployment's runtime says, else none."""
+    tool_parser: ToolParser | None = None
+    """The form in which the models write calls of tools, none: calls stay text. When not given, what the
+    deployment's runtime says, else what the chat template of each shows."""
+    reasoning_parser: ReasoningParser | None = None
+    """The marks between which the models reason; the same."""
     native: bool = True
     """Use compiled operations on a CPU; they are compiled at the first start where a C++ compiler is found."""
     threads: Count | None = None
@@ -311,6 +317,10 @@ class InferenceSettings(Settings):
     def rounding(self) -> Rounding:
         """What weights are rounded to."""
         return self.quantization or Rounding.NONE
+
+    def parsers(self, tool: ToolParser, reasoning: ReasoningParser) -> Parsers:
+        """Return how answers of chats are read, where a deployment says this."""
+        return Parsers(self.tool_parser or tool, self.reasoning_parser or reasoning)
 
     def sizes(self, device: str, speculative: int | None = None) -> StepSizes:
         """Return the sizes of steps on a device, cpu or cuda; speculative is what the deployment says."""

@@ -24,6 +24,7 @@ from inference_service.serving.text import Text
 from loramux_shared.access.guard import NOBODY_GUARDS, Guard
 from loramux_shared.access.keyring import Keyring
 from loramux_shared.faults import Fault, InternalFault, QueueFull, RateLimited, ReplicaFailed
+from loramux_shared.parsers import Parsers, ReasoningParser
 from loramux_shared.storage.memory import MemoryStore
 from tests.golden.openai.script import Case, Scripted
 from tests.support.access import lines, new_entry
@@ -48,6 +49,8 @@ PAINT: Any = {
         "additionalProperties": False,
     },
 }
+KINDS = ("thinking", "signature", "text", "input_json")
+"""Events that the client makes of a stream's deltas."""
 SECRET, ENTRY = new_entry("ann", "infer")
 METRICS, METRICS_ENTRY = new_entry("bob", "metrics")
 
@@ -160,6 +163,15 @@ async def test_the_synchronous_client_asks_mixtures(claude: AsyncAnthropic, door
     raw = await asyncio.to_thread(ask)
     assert raw.parse().model == raw.headers["x-loramux-model"] == "rs*0.5+wide*0.5"
     assert raw.headers["request-id"] == raw.headers["x-request-id"]
+
+
+async def test_models(claude: AsyncAnthropic) -> None:
+    """The client lists models, and finds one by name."""
+    assert [model.id async for model in claude.models.list()] == ["base", "all", "rs", "wide"]
+    model = await claude.models.retrieve("rs")
+    assert (model.type, model.display_name, model.created_at.tzinfo is not None) == ("model", "rs", True)
+    with pytest.raises(anthropic.NotFoundError):
+        await claude.models.retrieve("nope")
 
 
 async def test_what_is_counted_is_what_is_used(claude: AsyncAnthropic) -> None:
@@ -323,6 +335,28 @@ async def test_blocks_come_one_after_the_other(tmp_path: Path) -> None:
         assert shown(final.content) == shown(whole.content) == expected
         assert final.stop_reason == whole.stop_reason == "tool_use"
         assert shown((await client.messages.create(**fields)).content) == ['tool_use:{"color": "red"}']
+
+
+async def test_what_is_thought_comes_apart(tmp_path: Path) -> None:
+    """A block before the text, with a signature and its price; without its text where that is not wanted."""
+    said = says("<think>I |look.</think>|The |sky.")
+    async with scripted(tmp_path) as (service, client):
+        service.parsers = Parsers(reasoning=ReasoningParser.THINK)
+        service.next = [said, said]
+        async with client.messages.stream(**SENT, thinking={"type": "enabled", "budget_tokens": 9}) as stream:
+            kinds = list(dict.fromkeys([event.type async for event in stream if event.type in KINDS]))
+            thinking, text = (await stream.get_final_message()).content
+        hidden = await client.messages.create(**SENT, thinking={"type": "adaptive", "display": "omitted"})
+        variables = service.asked[0].chat_template_kwargs
+    assert kinds == ["thinking", "signature", "text"]
+    assert (thinking.type, thinking.thinking, text.text) == ("thinking", "I look.", "The sky.")  # type: ignore[union-attr]
+    assert thinking.signature == hidden.content[0].signature != ""  # type: ignore[union-attr]
+    assert hidden.content[0].thinking == ""  # type: ignore[union-attr]
+    assert hidden.content[1].text == "The sky."  # type: ignore[union-attr]
+    details = hidden.usage.output_tokens_details
+    assert details is not None
+    assert len("I look.") <= details.thinking_tokens < hidden.usage.output_tokens
+    assert variables == {"enable_thinking": True, "thinking": True}
 
 
 def shown(blocks: Sequence[Any]) -> list[str]:

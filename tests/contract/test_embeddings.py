@@ -104,7 +104,7 @@ async def test_more_texts_than_the_queue_holds(door: OpenAIDoor) -> None:
         ({"pooling": "max"}, "invalid_value", "pooling"),
         ({"encoding_format": "hex"}, "invalid_value", "encoding_format"),
         ({"input": []}, "invalid_value", "input"),
-        ({"input": ""}, "request_invalid", None),
+        ({"input": ""}, "invalid_value", "input"),
         ({"input": [[5], [500]]}, "invalid_value", "input"),
         ({"input": [7] * 257}, "context_length_exceeded", None),
         ({"input": [[5]] * 2049}, "invalid_value", "input"),

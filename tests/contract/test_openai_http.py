@@ -65,6 +65,7 @@ async def test_models_are_listed_with_what_is_known_of_them(door: OpenAIDoor) ->
     assert adapters[2]["modules"] == ["attn_q", "attn_v"]
     assert (everything["kinds"], base["kinds"]) == (["lora"], [])
     assert (everything["replaced_rows"], everything["invocation_tokens"]) == ({}, [])
+    assert (base["tool_parser"], base["reasoning_parser"]) == ("auto", "auto")
     assert (everything["licence"], base["licence"], everything["base_licence"]) == (None, None, None)
     assert everything["root"].startswith("all@")
     assert "/" not in everything["root"]

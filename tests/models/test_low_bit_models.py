@@ -10,6 +10,7 @@ import torch
 from structlog.testing import capture_logs
 from transformers import GptOssConfig, LlamaConfig, Qwen3MoeConfig
 
+from builder_service.pipeline import widening
 from builder_service.pipeline.build import build
 from builder_service.pipeline.check import check_one
 from builder_service.pipeline.context import BuildContext
@@ -20,11 +21,21 @@ from loramux.doctor.sizes import read_base, sizes_of, weight_files_bytes
 from loramux_shared.bases.memory import count_weights
 from loramux_shared.bases.read import read_config
 from loramux_shared.deployment import Deployment
+from loramux_shared.faults import AdapterInvalid
 from loramux_shared.settings import InferenceSettings
 from loramux_shared.sources.open import open_sources
 from loramux_shared.storage.memory import MemoryStore
 from tests.support.lowbit import EXPERTS, KINDS, WHOLE_BLOCKS, keep
-from tests.support.tiny import SIZES, World, make_checkpoint, make_world, oracle, oracle_tokens, run_engine
+from tests.support.tiny import (
+    SIZES,
+    World,
+    make_adapter,
+    make_checkpoint,
+    make_world,
+    oracle,
+    oracle_tokens,
+    run_engine,
+)
 
 NEW = 10
 PROMPT = list(range(3, 40))
@@ -71,6 +82,38 @@ def test_proofs_are_computed_with_the_widened_weights(kept: Kept) -> None:
         [runs[base]] = Reference(config, base).run({"all": [PROMPT]}, {"all": adapter})["all"]
     found, expected = runs.values()
     assert torch.equal(found.logits, expected.logits)
+
+
+@pytest.mark.parametrize(
+    "kept",
+    ["nf4", *(pytest.param(kind, marks=pytest.mark.sweep) for kind in KINDS if kind != "nf4")],
+    indirect=True,
+)
+def test_dora_is_over_the_norms_of_the_widened_weights(kept: Kept, tmp_path: Path) -> None:
+    """Which a process beside the builder widens: answers are PEFT's with those."""
+    folder = tmp_path / "dora"
+    make_adapter(
+        kept.widened, folder, 3, r=4, lora_alpha=9, use_dora=True, target_modules=["q_proj", "down_proj"]
+    )
+    world, store = replace(kept.world, adapters={"dora": folder}), MemoryStore()
+    sources = open_sources(local_roots=[kept.world.root, tmp_path])
+    deployment = world.deployment()
+    build(deployment, BuildContext(store, sources), Progress(["dora"]))
+    expected = oracle_tokens(oracle(kept.widened, folder), PROMPT, NEW)
+    assert run_engine(world.load(store), [("dora", PROMPT)], NEW) == [expected]
+
+
+@pytest.mark.parametrize("kept", ["nf4"], indirect=True)
+def test_without_torch_dora_of_few_bits_is_refused(
+    kept: Kept, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The builder cannot widen weights by itself, and says what is missing."""
+    monkeypatch.setattr(widening, "NEEDS", ("no_such_torch",))
+    make_adapter(kept.widened, tmp_path / "dora", 3, r=4, use_dora=True, target_modules=["q_proj"])
+    deployment = replace(kept.world, adapters={"dora": tmp_path / "dora"}).deployment()
+    sources = open_sources(local_roots=[kept.world.root, tmp_path])
+    with pytest.raises(AdapterInvalid, match=r"E_DORA .*torch beside the builder.*loramux\[inference\]"):
+        build(deployment, BuildContext(MemoryStore(), sources), Progress(["dora"]))
 
 
 @pytest.mark.parametrize("kept", ["nf4"], indirect=True)

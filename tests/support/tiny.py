@@ -154,7 +154,16 @@ class World:
 
     def build(self, store: Store, **lora: Any) -> None:
         """Build it into a store."""
-        deployment = self.deployment(**lora)
+        self._build(store, self.deployment(**lora))
+
+    def build_with(self, store: Store, **blocks: Mapping[str, Any]) -> None:
+        """Build it with other fields in the blocks ``build`` and ``runtime``."""
+        data = self.deployment().model_dump(mode="json")
+        for name, fields in blocks.items():
+            data[name] |= fields
+        self._build(store, Deployment.model_validate(data))
+
+    def _build(self, store: Store, deployment: Deployment) -> None:
         sources = open_sources(local_roots=[self.root])
         build(deployment, BuildContext(store, sources), Progress(deployment.build.lora_adapters))
 

@@ -122,7 +122,7 @@ def _refused(**fields: Any) -> Fault:
         ({"output_format": SCHEMA, "tools": [TOOL]}, "output_format"),
         ({"output_format": SCHEMA, "output_config": {"format": SCHEMA | {"schema": {}}}}, "output_format"),
         ({"output_format": SCHEMA, "messages": [USER, {"role": "assistant", "content": "{"}]}, "messages[1]"),
-        ({"context_management": {"edits": [{"type": "clear_tool_uses_20250919"}]}}, "context_management"),
+        ({"context_management": {"edits": [{"type": "compact_20260112"}]}}, "context_management.edits[0]"),
         ({"speed": "fast"}, "speed"),
         *(({name: {}}, name) for name in ("container", "compaction", "thread", "diagnostics", "fallbacks")),
         ({"mcp_servers": [{"type": "url"}]}, "mcp_servers"),

@@ -15,12 +15,13 @@ from inference_service.core.constraint import Constraint
 from inference_service.openai_api.dialects.calls import Calls
 from inference_service.openai_api.dialects.demands import Demand
 from inference_service.openai_api.dialects.lark import Asked
-from inference_service.openai_api.dialects.table import Dialect, dialect_of
+from inference_service.openai_api.dialects.table import Dialect
 from inference_service.serving.chat_template import ChatTemplate
+from inference_service.serving.parsers import shown
 from inference_service.serving.sandbox.grammars import LIMITS, behind
 from inference_service.serving.text import Text
 from loramux_shared.faults import RequestInvalid
-from loramux_shared.parsers import ReasoningParser, ToolParser
+from loramux_shared.parsers import Parsers, ReasoningParser, ToolParser
 from tests.support.family_templates import FAMILIES, Family
 from tests.support.readings import read
 
@@ -95,7 +96,7 @@ async def answer_of(family: Family, turn: dict[str, Any]) -> tuple[str, str]:
     """Return the prompt of a turn, and the turn as the template writes it behind that."""
     template = ChatTemplate(family.template, {})
     user = {"role": "user", "content": "Hi"}
-    turns = dialect_of(family.template).turns([user, turn])
+    turns = Dialect(family.tool, family.reasoning).turns([user, turn])
     prompt = await template.render([user])
     whole = await template.render(turns, add_generation_prompt=False)
     assert whole.startswith(prompt)
@@ -106,8 +107,8 @@ async def answer_of(family: Family, turn: dict[str, Any]) -> tuple[str, str]:
 async def test_a_turn_of_a_family_is_read_as_what_it_was(name: str) -> None:
     """Its template shows the dialect, and calls, text and reasoning come back as they were."""
     family = FAMILIES[name]
-    dialect = dialect_of(family.template)
-    assert (dialect.tool, dialect.reasoning) == (family.tool, family.reasoning)
+    assert shown(family.template) == Parsers(family.tool, family.reasoning)
+    dialect = Dialect(family.tool, family.reasoning)
     single = family.tool in (T.LLAMA3_JSON, T.HARMONY)
     thinks = name in ("Qwen 3", "Qwen 3.5", "Ministral 3", "Gemma 4", "gpt-oss")
     leading = family.tool in (T.LLAMA3_JSON, T.PYTHONIC)

@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from inference_service.openai_api.dialects.calls import Calls
-from inference_service.openai_api.dialects.table import Dialect, dialect_of
+from inference_service.openai_api.dialects.table import Dialect
 from inference_service.openai_api.pieces import CallArguments, CallBegun, Reading, Said
-from loramux_shared.parsers import ReasoningParser, ToolParser
+from inference_service.serving.parsers import shown
+from loramux_shared.parsers import Parsers, ReasoningParser, ToolParser
 from tests.support.readings import Heard, cuts_of, read
 
 WEATHER: dict[str, Any] = {
@@ -293,7 +294,7 @@ def test_arguments_come_as_they_are_written() -> None:
 
 def test_a_prompt_may_have_begun_to_think() -> None:
     """An answer goes on with what the prompt, or the message that it continues, has opened."""
-    dialect = dialect_of("<think>")
+    dialect = Dialect(T.AUTO, R.THINK)
     opened = dialect.opened("<|im_start|>assistant\n<think>\n")
     assert read(dialect.reading(Calls({}), opened), "hm\n</think>\n\nHi") == [["thought", "hm"], ["said", "Hi"]]
     assert dialect.opened("<|im_start|>assistant\n<think>\n\n</think>\n\n") is None
@@ -326,10 +327,9 @@ TEMPLATES = {
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_templates_show_the_dialect(template: str) -> None:
     """The marks in a template say how its model writes, and what a deployment says comes first."""
-    dialect = dialect_of(template)
-    assert (dialect.tool, dialect.reasoning) == TEMPLATES[template]
-    said = dialect_of(template, T.PHI4, R.NONE)
-    assert (said.tool, said.reasoning) == (T.PHI4, R.NONE)
+    assert shown(template) == Parsers(*TEMPLATES[template])
+    said = Parsers(T.PHI4, R.NONE)
+    assert shown(template, said) == said
 
 
 def test_ids_of_calls_are_what_templates_take() -> None:

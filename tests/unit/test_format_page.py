@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from loramux_shared.bundle.added_tokens import AddedToken, OwnTokens
 from loramux_shared.bundle.manifest import (
     AdapterRecord,
     AdapterSummary,
@@ -20,6 +21,7 @@ from loramux_shared.bundle.manifest import (
     ModuleRow,
     Recipe,
     Replaced,
+    ScoreHead,
     Truncation,
 )
 from loramux_shared.bundle.proof import Effect, Probe, Proof, TokenLogprob
@@ -62,6 +64,7 @@ def test_a_record_has_the_keys_that_the_page_names(record: type[Model], told: se
 
 
 INSIDE = (
+    AddedToken,
     AdapterRecord,
     AdapterSummary,
     BaseRecord,
@@ -72,11 +75,13 @@ INSIDE = (
     Finding,
     Limits,
     ModelLimits,
+    OwnTokens,
     Probe,
     Proof,
     Recipe,
     Replaced,
     Repository,
+    ScoreHead,
     TokenLogprob,
     Truncation,
 )

@@ -57,6 +57,8 @@ def test_blocks_may_be_empty() -> None:
         ({"aliases": {"D": {"support-v2": 1}}}, "deployment", "as runtime.aliases.D does"),
         ({"aliases": {"a": {"d": 1}, "A": {"d": 1}}}, "deployment", "as runtime.aliases.A does"),
         ({"speculative_tokens": -1}, "runtime.speculative_tokens", "greater than or equal to 0"),
+        ({"tool_parser": "hermes2"}, "runtime.tool_parser", "'hermes'"),
+        ({"reasoning_parser": "thunk"}, "runtime.reasoning_parser", "'think'"),
         ({"limits": {"models": {"gone": {}}}}, "deployment", "runtime.limits.models, unlike gone"),
         ({"limits": {"default": {"weight": 0}}}, "runtime.limits.default.weight", "greater than 0"),
         ({"limits": {"default": {"max_waiting": 0}}}, "runtime.limits.default.max_waiting", "or equal to 1"),
@@ -81,7 +83,8 @@ def test_a_message_says_the_same() -> None:
     drafts = [parsed({"speculative_tokens": tokens}) for tokens in (0, 5, None)]
     assert [deployment.runtime.speculative_tokens for deployment in drafts] == [0, 5, None]
     kinds = [parsed({"quantization": kind}) for kind in ("none", "fp8", "int8", "int4")]
-    for deployment in (parsed(runtime), parsed({}), *drafts, *kinds):
+    reads = parsed({"tool_parser": "hermes", "reasoning_parser": "none"})
+    for deployment in (parsed(runtime), parsed({}), *drafts, *kinds, reads):
         assert deployment_from_message(deployment_to_message(deployment)) == deployment
 
 
@@ -113,10 +116,11 @@ def generation(**fields: Any) -> Generation:
 def test_a_record_without_them_has_the_bytes_that_it_had() -> None:
     """Older releases wrote no such fields, and digests of what they wrote must hold."""
     plain = generation()
-    unsaid = {"aliases", "limits", "speculative_tokens", "quantization"}
+    unsaid = {"aliases", "limits", "speculative_tokens", "quantization", "tool_parser", "reasoning_parser"}
     assert unsaid.isdisjoint(json.loads(plain.to_bytes()))
     assert generation(aliases={}, limits=ModelLimits(), quantization="none").to_bytes() == plain.to_bytes()
     assert json.loads(generation(quantization="int8").to_bytes())["quantization"] == "int8"
+    assert json.loads(generation(tool_parser="none").to_bytes())["tool_parser"] == "none"
     assert json.loads(generation(speculative_tokens=0).to_bytes())["speculative_tokens"] == 0
     said = generation(aliases={"a": {"d": 1}}, limits=ModelLimits(models={"d": Limits(weight=2)}))
     data = json.loads(said.to_bytes())

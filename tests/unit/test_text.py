@@ -77,6 +77,22 @@ def test_pieces_of_characters_are_held_back_and_nothing_is_lost(prompt: str, ans
     assert all("\N{REPLACEMENT CHARACTER}" not in piece for piece in pieces if "\ufffd" not in answer)
 
 
+def test_special_tokens_that_are_shown_are_in_the_text() -> None:
+    """Others stay out of it, and the text around is what it is without them."""
+    text = _byte_text()
+    text._tokenizer.add_special_tokens(["[CALL]", "[END]"])
+    text = Text(text._tokenizer, None, 258)
+    answer = [*text.encode("\u00e9"), 256, *text.encode("x"), 257]
+    shown = {
+        said: "".join(map(detokenizer.push, answer))
+        for said in ((), ("[CALL]", "[NONE]", "x"))
+        if (detokenizer := text.detokenizer([], shown=said))
+    }
+    assert shown == {(): "\u00e9x", ("[CALL]", "[NONE]", "x"): "\u00e9[CALL]x"}
+    everything = text.detokenizer([], skip_special_tokens=False, shown=("[CALL]",))
+    assert "".join(map(everything.push, answer)) == "\u00e9[CALL]x[END]"
+
+
 async def test_a_template_renders_as_hugging_face_does() -> None:
     """Blocks are trimmed, special tokens are known, and the assistant's turn is asked for."""
     template = ChatTemplate(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Final
 
 from inference_service.openai_api.dialects import gemma, harmony, listed, llama, tagged
@@ -14,6 +13,7 @@ from inference_service.openai_api.dialects.source import Answer, Reader, Source
 from inference_service.openai_api.dialects.turns import call_by_call, with_short_ids
 from inference_service.openai_api.pieces import Plain, Reading
 from inference_service.serving.chat_template import ChatTemplate
+from inference_service.serving.parsers import parsers_of
 from inference_service.serving.request import Message
 from inference_service.serving.text import Text
 from loramux_shared.parsers import Parsers, ReasoningParser, ToolParser
@@ -71,34 +71,6 @@ REASONING: Final[Mapping[ReasoningParser, tuple[Thinking, ...]]] = {
 }
 GRANITE_FRAME: Final = ("<response>", "</response>")
 """Around what Granite 3.3 says after it reasoned."""
-
-TOOL_MARKS: Final[Sequence[tuple[ToolParser, tuple[str, ...]]]] = (
-    (ToolParser.HARMONY, (harmony.CHANNEL, harmony.MESSAGE)),
-    (ToolParser.GEMMA4, (gemma.GEMMA.begin,)),
-    (ToolParser.FUNCTIONGEMMA, (gemma.FUNCTION.begin,)),
-    (ToolParser.MISTRAL, (listed.MISTRAL,)),
-    (ToolParser.OLMO3, (llama.OLMO,)),
-    (ToolParser.PHI4, ("<|tool|>",)),
-    (ToolParser.PHI4, ("functools[",)),
-    (ToolParser.QWEN3_CODER, (tagged.FUNCTION, tagged.BEGIN)),
-    (ToolParser.GRANITE, ("<|start_of_role|>", listed.GRANITE)),
-    (ToolParser.HERMES, (tagged.BEGIN,)),
-    (ToolParser.GRANITE, ("<|start_of_role|>", "available_tools")),
-    (ToolParser.TOOL_CODE, (llama.FENCE.rstrip(),)),
-    (ToolParser.PYTHONIC, ("func_name1(",)),
-    (ToolParser.LLAMA3_JSON, ("<|start_header_id|>", '"parameters"')),
-    (ToolParser.LLAMA3_JSON, (llama.PYTHON_TAG,)),
-)
-"""Texts that all stand in the templates of a form, the first row that fits counts."""
-REASONING_MARKS: Final[Sequence[tuple[ReasoningParser, tuple[str, ...]]]] = (
-    (ReasoningParser.HARMONY, (harmony.CHANNEL, harmony.MESSAGE)),
-    (ReasoningParser.GEMMA4, ("<|channel>",)),
-    (ReasoningParser.MISTRAL, ("[THINK]",)),
-    (ReasoningParser.GRANITE, ("<|start_of_role|>", "<response>")),
-    (ReasoningParser.GRANITE, ("my thought process:",)),
-    (ReasoningParser.THINK, ("<think>",)),
-    (ReasoningParser.THINK, ("</think>",)),
-)
 
 
 @dataclass(frozen=True)
@@ -172,26 +144,10 @@ class Dialect:
         return answer(source, blocks, leading=leading, thinking=self.thinking, opened=opened)
 
 
-@lru_cache(maxsize=1024)
-def dialect_of(
-    template: str, tool: ToolParser = ToolParser.AUTO, reasoning: ReasoningParser = ReasoningParser.AUTO
-) -> Dialect:
-    """Return the dialect of a chat template, as far as it is not said; auto where the template shows none."""
-    if tool is ToolParser.AUTO:
-        tool = next((each for each, words in TOOL_MARKS if _holds(template, words)), tool)
-    if reasoning is ReasoningParser.AUTO:
-        reasoning = next((each for each, words in REASONING_MARKS if _holds(template, words)), reasoning)
-    return Dialect(tool, reasoning)
-
-
-def dialect_of_model(text: Text, template: ChatTemplate | None, parsers: Parsers) -> Dialect:
+def dialect_of(text: Text, template: ChatTemplate | None, said: Parsers) -> Dialect:
     """Return the dialect of a model with a text side, and perhaps a template of its own."""
-    own = template or text.template
-    return dialect_of(own.source if own else "", parsers.tool, parsers.reasoning)
-
-
-def _holds(template: str, words: Sequence[str]) -> bool:
-    return all(word in template for word in words)
+    parsers = parsers_of(template or text.template, said)
+    return Dialect(parsers.tool, parsers.reasoning)
 
 
 def _special(thinking: Thinking) -> tuple[str, ...]:

@@ -12,8 +12,9 @@ from inference_service.openai_api.conversation import Conversation, Told
 from inference_service.openai_api.messages.content import Content
 from inference_service.openai_api.messages.mapping import Chat
 from inference_service.openai_api.messages.schema import MessagesBody
+from inference_service.openai_api.pieces import Thought
 from inference_service.openai_api.reply import Head, Json
-from inference_service.serving.request import Finished, Started
+from inference_service.serving.request import Delta, Finished, Started
 from inference_service.serving.service import GenerationService
 from loramux_shared.faults import Fault, PromptTooLong
 
@@ -44,6 +45,8 @@ class Answer:
         self.head = Head(f"msg_{self._conversation.request.id}", "message", body.model)
         shown = body.thinking is None or body.thinking.display != "omitted"
         self._content = Content(shows_thinking=shown)
+        self._unread = self._thinking = 0
+        """Tokens of which no piece has come yet, and tokens of what was thought."""
 
     async def whole(self) -> Json:
         """Return the answer at once.
@@ -57,10 +60,10 @@ class Answer:
                 if isinstance(event, Started):
                     self.head.begin(event)
                     continue
-                self._content.take(event.pieces)
+                self._take(event)
                 if isinstance(event.event, Finished):
                     self._content.end()
-                    ended = self._ended(event.event) | {"usage": usage(event.event)}
+                    ended = self._ended(event.event) | {"usage": self._usage(event.event)}
         return self._message(self._content.blocks) | ended
 
     async def events(self) -> AsyncGenerator[Json]:
@@ -76,7 +79,7 @@ class Answer:
                     self.head.begin(event)
                     prompt_tokens = event.prompt_tokens
                     continue
-                news = self._content.take(event.pieces)
+                news = self._take(event)
                 if not begun:
                     begun = True
                     news = [self._started(prompt_tokens), PING, *news]
@@ -100,6 +103,15 @@ class Answer:
         except Fault as fault:
             raise self._chat.retold(fault) from fault
 
+    def _take(self, told: Told) -> list[Json]:
+        """Return the events that tell more of the answer; count what was thought."""
+        if isinstance(told.event, Delta):
+            self._unread += len(told.event.tokens)
+        if told.pieces:
+            self._thinking += self._unread * isinstance(told.pieces[0], Thought)
+            self._unread = 0
+        return self._content.take(told.pieces)
+
     def _message(self, content: list[Json]) -> Json:
         return {
             "id": self.head.id,
@@ -117,7 +129,11 @@ class Answer:
         return {"type": "message_start", "message": self._message([]) | {"usage": counted}}
 
     def _stopped(self, finished: Finished) -> Json:
-        return {"type": "message_delta", "delta": self._ended(finished), "usage": usage(finished)}
+        return {"type": "message_delta", "delta": self._ended(finished), "usage": self._usage(finished)}
+
+    def _usage(self, finished: Finished) -> Json:
+        thought = {"output_tokens_details": {"thinking_tokens": self._thinking}} if self._thinking else {}
+        return usage(finished) | thought
 
     def _ended(self, finished: Finished) -> Json:
         stop = finished.stop_text if finished.stop_text in (self._body.stop_sequences or ()) else None

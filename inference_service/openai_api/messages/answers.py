@@ -35,6 +35,12 @@ class CallBlock(TypedDict):
     input: dict[str, Any]
 
 
+class OutputTokens(TypedDict):
+    """How many tokens of the answer were thinking."""
+
+    thinking_tokens: int
+
+
 class MessageUsage(TypedDict):
     """Tokens; those of the input without what was found in the prefix cache."""
 
@@ -42,6 +48,8 @@ class MessageUsage(TypedDict):
     cache_creation_input_tokens: int
     cache_read_input_tokens: int
     output_tokens: int
+    output_tokens_details: NotRequired[OutputTokens]
+    """Where something was thought."""
 
 
 class AnthropicMessage(TypedDict):

@@ -5,16 +5,22 @@ As everywhere at this door, a field whose type is None is refused by name, and n
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from inference_service.openai_api.messages.blocks import CacheControl, Content, Name, Texts, unsupported
-from inference_service.openai_api.schema import Body
+from inference_service.openai_api.schema import Body, Examples
+from inference_service.serving.turns import NAME
 
-KEPT_THINKING = {"type": "clear_thinking_20251015", "keep": "all"}
-"""The one edit of a context that changes nothing; Claude Code asks for it."""
+NAME_OF_TOOL: dict[str, Any] = {
+    "oneOf": [
+        {"required": ["name"], "properties": {"type": {"const": "tool"}, "name": {"type": "string"}}},
+        {"properties": {"type": {"enum": ["auto", "any", "none"]}, "name": {"type": "null"}}},
+    ]
+}
+"""The rule of `ToolChoice`, for readers of its schema."""
 
 
 class Message(Body):
@@ -37,6 +43,9 @@ def _custom(tool: Any) -> Any:
     return tool
 
 
+Directly = Annotated[list[Literal["direct"]], Field(min_length=1, max_length=1)]
+
+
 def _directly(callers: Any) -> Any:
     if callers not in (None, ["direct"]):
         raise unsupported(str(callers), 'Only ["direct"] is served.')
@@ -53,7 +62,7 @@ class CustomTool(Body):
     """A tool that the client runs."""
 
     type: Literal["custom"] | None = None
-    name: Name
+    name: Annotated[Name, Field(json_schema_extra={"pattern": f"^{NAME.pattern}$"})]
     description: str | None = None
     input_schema: dict[str, Any]
     strict: bool | None = None
@@ -62,9 +71,11 @@ class CustomTool(Body):
     cache_control: CacheControl | None = None
     eager_input_streaming: bool | None = None
     """Accepted: inputs stream as they come."""
-    defer_loading: Annotated[bool | None, BeforeValidator(_at_once, json_schema_input_type=bool | None)] = None
+    defer_loading: Annotated[
+        bool | None, BeforeValidator(_at_once, json_schema_input_type=Literal[False] | None)
+    ] = None
     allowed_callers: Annotated[
-        list[str] | None, BeforeValidator(_directly, json_schema_input_type=list[str] | None)
+        list[str] | None, BeforeValidator(_directly, json_schema_input_type=Directly | None)
     ] = None
 
 
@@ -73,6 +84,8 @@ Tool = Annotated[CustomTool, BeforeValidator(_custom, json_schema_input_type=Cus
 
 class ToolChoice(Body):
     """Whether, and what, the model must call."""
+
+    model_config = ConfigDict(json_schema_extra=NAME_OF_TOOL)
 
     type: Literal["auto", "any", "tool", "none"]
     name: str | None = None
@@ -116,20 +129,27 @@ class Metadata(Body):
     user_id: str | None = None
 
 
+class KeptThinking(Body):
+    """The one edit of a context that changes nothing; Claude Code asks for it."""
+
+    type: Literal["clear_thinking_20251015"]
+    keep: Literal["all"]
+
+
+def _changes_nothing(edit: Any) -> Any:
+    if edit != {"type": "clear_thinking_20251015", "keep": "all"}:
+        kind = edit.get("type") if isinstance(edit, dict) else edit
+        raise unsupported(f"an edit {kind}", "Conversations are not edited here: send what is to be read.")
+    return edit
+
+
+Edit = Annotated[KeptThinking, BeforeValidator(_changes_nothing, json_schema_input_type=KeptThinking)]
+
+
 class ContextManagement(Body):
     """What is to be left out of a long conversation."""
 
-    edits: list[Any] | None = None
-
-    @model_validator(mode="after")
-    def _changes_nothing(self) -> Self:
-        for edit in self.edits or ():
-            if edit != KEPT_THINKING:
-                kind = str(edit.get("type") if isinstance(edit, dict) else edit)
-                raise unsupported(
-                    f"an edit {kind}", "Conversations are not edited here: send what is to be read."
-                )
-        return self
+    edits: list[Edit] | None = None
 
 
 def _usual_speed(speed: Any) -> Any:
@@ -142,7 +162,7 @@ class Turns(Body):
     """What becomes the prompt, and what both routes read."""
 
     model: str
-    messages: Annotated[list[Message], AfterValidator(_some)]
+    messages: Annotated[list[Message], AfterValidator(_some), Field(json_schema_extra={"minItems": 1})]
     system: Texts | None = None
     tools: list[Tool] | None = None
     tool_choice: ToolChoice | None = None
@@ -154,7 +174,8 @@ class Turns(Body):
     cache_control: CacheControl | None = None
     context_management: ContextManagement | None = None
     speed: Annotated[
-        Literal["standard"] | None, BeforeValidator(_usual_speed, json_schema_input_type=str | None)
+        Literal["standard"] | None,
+        BeforeValidator(_usual_speed, json_schema_input_type=Literal["standard"] | None),
     ] = None
 
     billing_policy: None = None
@@ -167,9 +188,28 @@ class Turns(Body):
 class CountBody(Turns):
     """``POST /v1/messages/count_tokens``."""
 
+    examples: ClassVar[Examples] = {
+        "messages": {"messages": [{"role": "user", "content": "Hello"}], "system": "Be brief."},
+    }
+
 
 class MessagesBody(Turns):
     """``POST /v1/messages``."""
+
+    examples: ClassVar[Examples] = {
+        "message": {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 8},
+        "stream": {
+            "messages": [{"role": "user", "content": [{"type": "text", "text": "Once"}]}],
+            "max_tokens": 8,
+            "stream": True,
+        },
+        "tool": {
+            "messages": [{"role": "user", "content": "Look at the sky."}],
+            "max_tokens": 8,
+            "tools": [{"name": "look", "input_schema": {"type": "object", "properties": {}}}],
+            "tool_choice": {"type": "any"},
+        },
+    }
 
     max_tokens: Annotated[int, Field(ge=1)]
     stop_sequences: list[str] | None = None

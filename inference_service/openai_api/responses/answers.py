@@ -64,13 +64,6 @@ class CallItem(TypedDict):
     arguments: str
 
 
-class InputTokens(TypedDict):
-    """How many tokens a prompt has."""
-
-    object: Literal["response.input_tokens"]
-    input_tokens: int
-
-
 class InputDetails(TypedDict):
     """How many tokens of the input were found in the prefix cache."""
 
@@ -152,6 +145,13 @@ class Response(TypedDict):
     store: Literal[False]
     background: Literal[False]
     previous_response_id: None
+
+
+class InputTokens(TypedDict):
+    """Tokens of a prompt."""
+
+    object: Literal["response.input_tokens"]
+    input_tokens: int
 
 
 @with_config(ConfigDict(extra="allow"))

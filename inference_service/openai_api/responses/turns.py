@@ -1,7 +1,7 @@
 """From items to the messages that chat templates know.
 
 What the assistant did in one turn comes in several items, and is one message: reasoning, text and calls. So are
-the instructions and what system and developer say before anybody else: many templates know one such message.
+the instructions and what systems and developers say before anybody else: templates know one system message.
 """
 
 from __future__ import annotations

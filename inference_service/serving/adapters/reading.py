@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -15,14 +15,15 @@ import structlog
 from inference_service.serving.adapters.disk import DiskTier
 from inference_service.serving.adapters.known import KnownWeights
 from inference_service.serving.adapters.workers import Workers
-from loramux_shared.bundle.manifest import MANIFEST_FILE, Manifest
-from loramux_shared.bundle.npy import Bytes
+from loramux_shared.bundle.manifest import MANIFEST_FILE, REBUILD, SCORE_FILE, Manifest, ScoreHead
+from loramux_shared.bundle.npy import Array, Bytes
 from loramux_shared.bundle.reader import (
     Bundle,
     assemble,
     files_of,
     parse_manifest,
     read_file,
+    read_score,
     texts_of,
 )
 from loramux_shared.faults import BundleCorrupt, StoreUnavailable
@@ -121,13 +122,33 @@ class BundleReader:
             BundleCorrupt: the manifest or one of them is missing in the store, or damaged there.
             StoreUnavailable: the store does not answer.
         """
+        return self._some(digest, texts_of)[1]
+
+    def score(self, digest: str) -> tuple[ScoreHead, Array]:
+        """Return a bundle's score head, and its weights (labels, hidden size).
+
+        Raises:
+            BundleCorrupt: it has none, or manifest or weights are missing in the store, or damaged there.
+            StoreUnavailable: the store does not answer.
+        """
+        manifest, files = self._some(digest, lambda manifest: (SCORE_FILE,) if manifest.score else ())
+        if manifest.score is None:
+            raise BundleCorrupt(
+                f"bundle {digest[:12]}: expected a score head, as the generation says. {REBUILD}"
+            )
+        return manifest.score, read_score(manifest.score, files[SCORE_FILE], digest)
+
+    def _some(
+        self, digest: str, wanted: Callable[[Manifest], tuple[str, ...]]
+    ) -> tuple[Manifest, dict[str, bytes]]:
+        """Return a bundle's manifest and some of its files, from the disk where it has them."""
         manifest = self._disk.manifest(digest) if self._disk else None
         if manifest is not None and self._disk is not None:
-            files = self._disk.files(digest, manifest, texts_of(manifest), self._known.verify)
+            files = self._disk.files(digest, manifest, wanted(manifest), self._known.verify)
             if files is not None:
-                return {name: bytes(data) for name, data in files.items()}
+                return manifest, {name: bytes(data) for name, data in files.items()}
         manifest = parse_manifest(self._get(digest, MANIFEST_FILE), digest)
-        return {name: bytes(self._fetch(digest, manifest, name)) for name in texts_of(manifest)}
+        return manifest, {name: bytes(self._fetch(digest, manifest, name)) for name in wanted(manifest)}
 
     def _fetch(self, digest: str, manifest: Manifest, name: str) -> bytes:
         data = self._get(digest, name)

@@ -12,11 +12,14 @@ from inference_service.serving.adapter_defaults import AdapterDefaults, read_ada
 from inference_service.serving.adapters.reading import BundleReader
 from inference_service.serving.adapters.recent import Recent
 from inference_service.serving.adapters.workers import Workers
+from inference_service.serving.scoring import Scorer
 from inference_service.serving.text import Text
 
 KEPT: Final = 512
 """Adapters whose parsed texts are kept; a chat template with its macros takes some tens of KB."""
 AT_ONCE: Final = 4
+SCORERS_BYTES: Final = 64 << 20
+"""Of score heads that are kept; one of ten labels takes 160 KB at a hidden size of 4,096."""
 
 
 class AdapterTexts:
@@ -27,6 +30,7 @@ class AdapterTexts:
         self._base = base
         self._workers = Workers("adapter-texts", AT_ONCE)
         self._kept: Recent[AdapterDefaults] = Recent(KEPT)
+        self._scorers: Recent[Scorer] = Recent(SCORERS_BYTES)
         self._reading: dict[str, Future[AdapterDefaults]] = {}
 
     async def texts(self, digest: str) -> Mapping[str, bytes]:
@@ -55,9 +59,26 @@ class AdapterTexts:
             reading.add_done_callback(lambda _: self._reading.pop(digest, None))
         return await asyncio.shield(asyncio.wrap_future(reading))
 
+    async def scorer(self, digest: str) -> Scorer:
+        """Return the score head of an adapter that classifies.
+
+        Raises:
+            BundleCorrupt: the store's files are missing or damaged, or there is none.
+            StoreUnavailable: the store does not answer.
+        """
+        if (kept := self._scorers.get(digest)) is not None:
+            return kept
+        return await asyncio.wrap_future(self._workers.submit(partial(self._read_scorer, digest)))
+
     def close(self) -> None:
         """End the threads."""
         self._workers.close()
+
+    def _read_scorer(self, digest: str) -> Scorer:
+        head, weights = self._reader.score(digest)
+        scorer = Scorer(head, weights)
+        self._scorers.put(digest, scorer, weights.nbytes)
+        return scorer
 
     def _read(self, digest: str, name: str) -> AdapterDefaults:
         defaults = read_adapter_defaults(name, self._reader.texts(digest), self._base)

@@ -299,7 +299,7 @@ class ListModelsResponse(_message.Message):
     def __init__(self, models: _Optional[_Iterable[_Union[Model, _Mapping]]] = ...) -> None: ...
 
 class Model(_message.Message):
-    __slots__ = ("name", "parent", "digest", "ranks", "modules", "warnings", "load_time", "generation", "max_seq_len", "kinds", "replaced_rows", "invocation_tokens", "licence", "base_licence")
+    __slots__ = ("name", "parent", "digest", "ranks", "modules", "warnings", "load_time", "generation", "max_seq_len", "kinds", "replaced_rows", "invocation_tokens", "licence", "base_licence", "tool_parser", "reasoning_parser")
     class ReplacedRowsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -321,6 +321,8 @@ class Model(_message.Message):
     INVOCATION_TOKENS_FIELD_NUMBER: _ClassVar[int]
     LICENCE_FIELD_NUMBER: _ClassVar[int]
     BASE_LICENCE_FIELD_NUMBER: _ClassVar[int]
+    TOOL_PARSER_FIELD_NUMBER: _ClassVar[int]
+    REASONING_PARSER_FIELD_NUMBER: _ClassVar[int]
     name: str
     parent: str
     digest: str
@@ -335,4 +337,6 @@ class Model(_message.Message):
     invocation_tokens: _containers.RepeatedScalarFieldContainer[int]
     licence: str
     base_licence: str
-    def __init__(self, name: _Optional[str] = ..., parent: _Optional[str] = ..., digest: _Optional[str] = ..., ranks: _Optional[_Iterable[int]] = ..., modules: _Optional[_Iterable[str]] = ..., warnings: _Optional[_Iterable[str]] = ..., load_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., generation: _Optional[int] = ..., max_seq_len: _Optional[int] = ..., kinds: _Optional[_Iterable[str]] = ..., replaced_rows: _Optional[_Mapping[str, int]] = ..., invocation_tokens: _Optional[_Iterable[int]] = ..., licence: _Optional[str] = ..., base_licence: _Optional[str] = ...) -> None: ...
+    tool_parser: str
+    reasoning_parser: str
+    def __init__(self, name: _Optional[str] = ..., parent: _Optional[str] = ..., digest: _Optional[str] = ..., ranks: _Optional[_Iterable[int]] = ..., modules: _Optional[_Iterable[str]] = ..., warnings: _Optional[_Iterable[str]] = ..., load_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., generation: _Optional[int] = ..., max_seq_len: _Optional[int] = ..., kinds: _Optional[_Iterable[str]] = ..., replaced_rows: _Optional[_Mapping[str, int]] = ..., invocation_tokens: _Optional[_Iterable[int]] = ..., licence: _Optional[str] = ..., base_licence: _Optional[str] = ..., tool_parser: _Optional[str] = ..., reasoning_parser: _Optional[str] = ...) -> None: ...

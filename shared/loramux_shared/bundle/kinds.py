@@ -38,6 +38,8 @@ class AdapterKind(StrEnum):
     """It has tokens that the base does not have, or lacks some."""
     ACTIVATED = "activated"
     """It acts from its invocation tokens on."""
+    CLASSIFIER = "classifier"
+    """It scores texts, and generates none."""
 
 
 _MARKS: Final = tuple(
@@ -77,6 +79,8 @@ def kinds_of(
     keys: Iterable[str],
     invocation: Sequence[int],
     vocab: int | None = None,
+    *,
+    classifies: bool = False,
 ) -> tuple[str, ...]:
     """Return what an adapter is, in the order of `AdapterKind`.
 
@@ -86,6 +90,7 @@ def kinds_of(
         keys: of the tensors that rows were made from; none where these had no names.
         invocation: from which tokens on it acts.
         vocab: its tokens, where it has others than the base.
+        classifies: whether it has a score head.
     """
     names = "\n".join(keys)
     found = {kind for kind, mark in _MARKS if mark.search(names)}
@@ -100,4 +105,6 @@ def kinds_of(
         found.add(AdapterKind.TOKENS)
     if invocation:
         found.add(AdapterKind.ACTIVATED)
+    if classifies:
+        found.add(AdapterKind.CLASSIFIER)
     return tuple(kind.value for kind in AdapterKind if kind in found)

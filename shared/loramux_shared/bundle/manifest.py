@@ -6,6 +6,7 @@
     bundles/sha256/<digest>/model.lora_weights.npy
     bundles/sha256/<digest>/model.lora_config.npy
     bundles/sha256/<digest>/model.vocabulary_weights.npy   where an adapter changes embeddings or head
+    bundles/sha256/<digest>/model.score_weights.npy    where it classifies texts
     bundles/sha256/<digest>/model.own_tokens.json      where it has other tokens than the base
     deployments/<name>/generations/<n>.json            immutable
     deployments/<name>/generations/<n>.json.sig        its signature, where a builder signs
@@ -33,6 +34,7 @@ from loramux_shared.bundle.proof import Proof
 from loramux_shared.deployment import Aliases, Dtype, Merge, Model, ModelLimits, Repository, StoredName
 from loramux_shared.faults import BundleCorrupt, Finding
 from loramux_shared.limits import unset
+from loramux_shared.parsers import ReasoningParser, ToolParser
 from loramux_shared.rounding import Rounding
 
 FORMAT_VERSION: Final = 1
@@ -41,6 +43,8 @@ WEIGHTS_FILE = "model.lora_weights.npy"
 CONFIG_FILE = "model.lora_config.npy"
 VOCABULARY_FILE = "model.vocabulary_weights.npy"
 """What is of no layer: a row of it may be as long as a thousand rows of layers, which are padded alike."""
+SCORE_FILE: Final = "model.score_weights.npy"
+"""The score head of an adapter that classifies texts, float32."""
 MANIFEST_FILE = "manifest.json"
 BUILDS_PREFIX: Final = "builds/"
 DEPLOYMENTS_PREFIX: Final = "deployments/"
@@ -54,6 +58,10 @@ OWN_TOKENS_FILE: Final = "model.own_tokens.json"
 ALL_TEXTS: Final = (*TEXT_FILES, OWN_TOKENS_FILE)
 """What of a bundle is for text, and not for the device."""
 
+MAX_LABELS: Final = 1024
+"""Of a score head."""
+PROBLEM_TYPES: Final = ("regression", "single_label_classification", "multi_label_classification")
+"""What transformers knows."""
 MAX_INVOCATION: Final = 64
 """Tokens from which on an activated adapter acts."""
 CONVERTER: Final = 1
@@ -178,6 +186,22 @@ class Replaced(Model):
         return self.count * self.features
 
 
+class ScoreHead(Model):
+    """A linear without a bias on the hidden state of the last token: one score for each label."""
+
+    num_labels: int = Field(ge=1, le=MAX_LABELS)
+    hidden_size: int = Field(ge=1)
+    problem_type: str | None = Field(default=None, exclude_if=unset)
+    """One of `PROBLEM_TYPES`; absent where the adapter does not say."""
+    id2label: tuple[str, ...] = Field(default=(), exclude_if=unset)
+    """Names of the labels in their order; absent likewise."""
+
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        """Of all labels; as transformers calls those that have no name."""
+        return self.id2label or tuple(f"LABEL_{number}" for number in range(self.num_labels))
+
+
 class Manifest(Record):
     """What a bundle holds; rows are in the order of the npy files, sorted by their places."""
 
@@ -188,6 +212,8 @@ class Manifest(Record):
     """By module id; absent where there are none."""
     vocab: int | None = Field(default=None, ge=1, exclude_if=unset)
     """Rows of its embeddings and columns of its logits; absent where they are as many as the base's."""
+    score: ScoreHead | None = Field(default=None, exclude_if=unset)
+    """What it scores texts with; absent where it generates text."""
     row_width: int = Field(ge=0)
     """Elements per row of the weights, padding included; 0 where no row is of a layer."""
     config_columns: Literal[3, 4, 5] = 4
@@ -226,7 +252,7 @@ class Manifest(Record):
     @property
     def npy_files(self) -> tuple[str, ...]:
         """Names of the npy files."""
-        return npy_files(self.modules)
+        return npy_files(self.modules, score=self.score is not None)
 
     @property
     def weights_bytes(self) -> int:
@@ -257,13 +283,15 @@ class Manifest(Record):
             vocab=self.vocab,
             kinds=self.kinds,
             replaced=self.replaced_rows,
+            num_labels=None if self.score is None else self.score.num_labels,
         )
 
     @property
     def kinds(self) -> tuple[str, ...]:
         """What the adapter is: values of `AdapterKind`."""
         modules = {part.module_id for part in self.parts}
-        return kinds_of(self.rows, modules, self.coverage.used, self.invocation_tokens, self.vocab)
+        keys, classifies = self.coverage.used, self.score is not None
+        return kinds_of(self.rows, modules, keys, self.invocation_tokens, self.vocab, classifies=classifies)
 
     @property
     def replaced_rows(self) -> dict[str, int]:
@@ -307,11 +335,13 @@ class AdapterSummary(Model):
     """What it is, as `Manifest.kinds` has it; none in generations of older releases."""
     replaced: dict[str, Annotated[int, Field(ge=1)]] = Field(default_factory=dict, exclude_if=unset)
     """How many rows of the base's embeddings and head it has others for, by the module's name."""
+    num_labels: int | None = Field(default=None, ge=1, exclude_if=unset)
+    """Of its score head; absent where it generates text."""
 
     @property
     def npy_files(self) -> tuple[str, ...]:
         """Names of the npy files of the bundle."""
-        return npy_files(self.modules)
+        return npy_files(self.modules, score=self.num_labels is not None)
 
 
 class Descent(Model):
@@ -348,7 +378,8 @@ class AdapterRecord(Model):
         """Why it is never merged into the weights; empty: it may be."""
         if self.summary is None:
             return apart(self.invocation_tokens, ())
-        return apart(self.invocation_tokens, self.summary.modules, self.summary.vocab)
+        summary = self.summary
+        return apart(self.invocation_tokens, summary.modules, summary.vocab, summary.num_labels)
 
     def same_but_said(self, other: AdapterRecord) -> bool:
         """True when only what sources say of the same files and bases differs."""
@@ -398,6 +429,10 @@ class Generation(Record):
     request_default_max_tokens: int | None = None
     speculative_tokens: int | None = Field(default=None, ge=0, exclude_if=unset)
     quantization: Rounding = Field(default=Rounding.NONE, exclude_if=lambda kind: kind is Rounding.NONE)
+    tool_parser: ToolParser = Field(default=ToolParser.AUTO, exclude_if=lambda name: name is ToolParser.AUTO)
+    reasoning_parser: ReasoningParser = Field(
+        default=ReasoningParser.AUTO, exclude_if=lambda name: name is ReasoningParser.AUTO
+    )
     serve_base: bool = True
     merge: Merge = Merge.AUTO
     aliases: Aliases = Field(default_factory=dict, exclude_if=unset)
@@ -443,26 +478,32 @@ def version_of(
     own = tuple(parts)
     old = all(part.module_id in TENSORRT_LLM for part in own)
     vectors = any(isinstance(part, ModuleRow) and part.vectors for part in own)
-    return 1 if old and not vectors and not invocation and OWN_TOKENS_FILE not in files else 2
+    plain = old and not vectors and not invocation and not {OWN_TOKENS_FILE, SCORE_FILE} & set(files)
+    return 1 if plain else 2
 
 
 VOCABULARY: Final = frozenset(BY_ID[number].name for number in OF_NO_LAYER)
 """Names of modules that are in no layer."""
 
 
-def npy_files(modules: Iterable[str]) -> tuple[str, ...]:
-    """Return the names of the npy files that a bundle of some modules has."""
+def npy_files(modules: Iterable[str], *, score: bool = False) -> tuple[str, ...]:
+    """Return the names of the npy files that a bundle of some modules, and of a score head, has."""
     names = frozenset(modules)
     files = (WEIGHTS_FILE, CONFIG_FILE) if names - VOCABULARY else ()
-    return (*files, VOCABULARY_FILE) if names & VOCABULARY else files
+    files = (*files, VOCABULARY_FILE) if names & VOCABULARY else files
+    return (*files, SCORE_FILE) if score else files
 
 
-def apart(invocation: Sequence[int], modules: Iterable[str], vocab: int | None = None) -> str:
+def apart(
+    invocation: Sequence[int], modules: Iterable[str], vocab: int | None = None, labels: int | None = None
+) -> str:
     """Return why an adapter is never merged into the weights; empty: it may be."""
     if invocation:
         return "acts from its invocation tokens on"
     if vocab is not None:
         return "has a vocabulary of its own"
+    if labels is not None:
+        return "classifies texts, and generates none"
     return "" if VOCABULARY.isdisjoint(modules) else "has embeddings or a head of its own"
 
 

@@ -13,17 +13,20 @@ from loramux_shared.bundle.manifest import (
     MANIFEST_FILE,
     OWN_TOKENS_FILE,
     REBUILD,
+    SCORE_FILE,
     VOCABULARY_FILE,
     WEIGHTS_FILE,
     FileDigest,
     Manifest,
     ModuleRow,
+    ScoreHead,
     bundle_key,
     verify,
     version_of,
 )
 from loramux_shared.bundle.modules import BY_ID, NO_LAYER, OF_EXPERTS, OF_NO_LAYER
 from loramux_shared.bundle.npy import NUMPY_TYPES, Array, Bytes, read_config, read_weights
+from loramux_shared.deployment import Dtype
 from loramux_shared.faults import BundleCorrupt
 from loramux_shared.storage.base import ObjectMissing, Store
 
@@ -51,6 +54,8 @@ class Bundle:
     """(rows of layers, elements): A, B and vectors of each row, one after the other, then zeros."""
     vocabulary: Array | None = None
     """(elements,): A and B of each row of no layer, then rows that replace the base's."""
+    score: Array | None = None
+    """(labels, hidden size), float32: the score head of an adapter that classifies texts."""
     texts: Mapping[str, bytes] = field(default_factory=dict)
     """What the adapter brings beside its weights, by the names of `ALL_TEXTS`."""
 
@@ -132,8 +137,21 @@ def assemble(digest: str, manifest: Manifest, files: Mapping[str, Bytes]) -> Bun
     if WEIGHTS_FILE in manifest.npy_files:
         table = _layers(manifest, files, what)
     vocabulary = _vocabulary(manifest, files, what) if VOCABULARY_FILE in manifest.npy_files else None
+    score = None if manifest.score is None else read_score(manifest.score, files[SCORE_FILE], digest)
     texts = {name: bytes(files[name]) for name in texts_of(manifest)}
-    return Bundle(digest, manifest, table, vocabulary, texts)
+    return Bundle(digest, manifest, table, vocabulary, score, texts)
+
+
+def read_score(head: ScoreHead, data: Bytes, digest: str) -> Array:
+    """Return the weights of a score head (labels, hidden size), of a file that was verified.
+
+    Raises:
+        BundleCorrupt: it is no such file, or of another shape.
+    """
+    what = _what(digest, SCORE_FILE)
+    values = read_weights(data, Dtype.FLOAT32, what)
+    _expect(values.shape, (head.num_labels, head.hidden_size), f"{what}: shape")
+    return values
 
 
 def _layers(manifest: Manifest, files: Mapping[str, Bytes], what: str) -> Array:
@@ -191,6 +209,9 @@ def _check_manifest(manifest: Manifest, what: str) -> None:
     if manifest.config_columns == 3 and any(row.vectors for row in manifest.rows):
         raise BundleCorrupt(f"{what}: expected 4 columns, which say which rows have vectors, found 3")
     _check_replaced(manifest, what)
+    head = manifest.score
+    if head and head.id2label and len(head.id2label) != head.num_labels:
+        raise BundleCorrupt(f"{what}: expected a name of each label, found {len(head.id2label)}. {REBUILD}")
     if manifest.vocab is not None and OWN_TOKENS_FILE not in manifest.files:
         raise BundleCorrupt(f"{what}: expected {OWN_TOKENS_FILE} beside a vocabulary of its own, found none")
     _expect(bool(manifest.row_width), bool(manifest.layer_rows), f"{what}: row_width is not 0")
@@ -200,7 +221,7 @@ def _check_manifest(manifest: Manifest, what: str) -> None:
     if list(used + redundant) != [*sorted(set(used) - set(redundant)), *sorted(set(redundant))]:
         raise BundleCorrupt(f"{what}: expected tensors by their keys, each once, sorted")
     says = any(warning.code == "W_ZERO_B" for warning in manifest.warnings)
-    changes = manifest.replaced or any(row.norm_ba or row.vectors for row in manifest.rows)
+    changes = manifest.replaced or manifest.score or any(row.norm_ba or row.vectors for row in manifest.rows)
     _expect(says, not changes, f"{what}: warning W_ZERO_B")
 
 

@@ -1,0 +1,111 @@
+"""The score head of an adapter that classifies: PEFT's ``task_type: SEQ_CLS``, with transformers' ``score``.
+
+``AutoModelForSequenceClassification`` of a decoder has a linear without a bias on the last hidden state. PEFT
+saves it whole, and names ``classifier`` beside ``score`` in ``modules_to_save``, whichever there is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+import numpy as np
+
+from builder_service.domain.adapter_config import AdapterConfig
+from builder_service.domain.full_tensors import FullTensor
+from builder_service.domain.grouping import Grouping
+from builder_service.domain.safetensors_header import READABLE, TensorFile
+from builder_service.domain.strict_json import JsonInvalid, parse, shown
+from builder_service.domain.text_rules import bad_text
+from loramux_shared.adapter_files import MODEL_CONFIG
+from loramux_shared.bases.config import ModelConfig
+from loramux_shared.bundle.manifest import MAX_LABELS, PROBLEM_TYPES, ScoreHead
+from loramux_shared.faults import Finding
+
+SCORE: Final = "score"
+SAVED: Final = (SCORE, "classifier")
+MAX_LABEL: Final = 256
+"""Characters of the name of a label."""
+PIECE: Final = 1 << 18
+_AGAIN: Final = "Save the adapter with the head that it was trained with: PEFT does so for task_type SEQ_CLS."
+
+
+@dataclass(frozen=True)
+class PlannedScore:
+    """A head, and the tensor that it is read from."""
+
+    head: ScoreHead
+    file: TensorFile
+    tensor: str
+
+
+def plan_score(
+    file: TensorFile, fulls: list[FullTensor], config: AdapterConfig, base: ModelConfig, report: Grouping
+) -> tuple[PlannedScore | None, list[FullTensor], tuple[str, ...]]:
+    """Return the head of an adapter that classifies, and what is left of whole matrices and saved modules.
+
+    Without ``task_type`` SEQ_CLS it is not known what the head is to be read from, so nothing is taken.
+    """
+    if not config.classifies:
+        return None, fulls, config.modules_to_save
+    own = [full for full in fulls if full.key.name == SCORE and not full.key.of_base]
+    rest = [full for full in fulls if full not in own]
+    saved = tuple(name for name in config.modules_to_save if name not in SAVED)
+    hidden = base.dims.hidden
+    expected = f"one score.weight [1 to {MAX_LABELS} labels, {hidden}], and no bias"
+    if len(own) != 1 or own[0].key.kind != "weight":
+        found = ", ".join(full.tensor.name for full in own) or "no tensors of a score head"
+        report.add("E_TASK", "task_type SEQ_CLS", expected=expected, found=found, fix=_AGAIN)
+        return None, rest, saved
+    tensor = own[0].tensor
+    fits = len(tensor.shape) == 2 and tensor.shape[1] == hidden and 1 <= tensor.shape[0] <= MAX_LABELS
+    if not fits or tensor.dtype not in READABLE:
+        found = f"{tensor.dtype} {list(tensor.shape)}"
+        report.add("E_TASK", tensor.name, expected=f"{expected}, in F32, F16 or BF16", found=found, fix=_AGAIN)
+        return None, rest, saved
+    bad = sum(
+        int(np.count_nonzero(~np.isfinite(piece.astype(np.float32))))
+        for piece in file.pieces(tensor.name, PIECE)
+    )
+    if bad:
+        fix = "Training diverged: use an earlier checkpoint."
+        report.add("E_NAN", tensor.name, expected="finite values", found=f"{bad} NaN or infinite", fix=fix)
+    return (
+        PlannedScore(ScoreHead(num_labels=tensor.shape[0], hidden_size=hidden), file, tensor.name),
+        rest,
+        saved,
+    )
+
+
+def with_labels(planned: PlannedScore, data: bytes) -> tuple[PlannedScore, list[Finding]]:
+    """Return a head with what a ``config.json`` beside it says of its labels, and what is wrong there."""
+    try:
+        fields = parse(data)
+    except JsonInvalid as error:
+        return planned, [bad_text(MODEL_CONFIG, "", "a JSON object", f"no valid JSON ({error})")]
+    if not isinstance(fields, dict):
+        return planned, [bad_text(MODEL_CONFIG, "", "a JSON object", shown(fields))]
+    findings = []
+    kind, labels, count = fields.get("problem_type"), fields.get("id2label"), planned.head.num_labels
+    if kind is not None and kind not in PROBLEM_TYPES:
+        findings.append(
+            bad_text(MODEL_CONFIG, "problem_type", f"one of {', '.join(PROBLEM_TYPES)}", shown(kind))
+        )
+    names = None if labels is None else _names(labels, count)
+    if labels is not None and names is None:
+        expected = f"an object with a name of at most {MAX_LABEL} characters for each of 0 to {count - 1}"
+        findings.append(bad_text(MODEL_CONFIG, "id2label", expected, shown(labels)))
+    if findings:
+        return planned, findings
+    head = planned.head.model_copy(update={"problem_type": kind, "id2label": names or ()})
+    return replace(planned, head=head), []
+
+
+def _names(labels: Any, count: int) -> tuple[str, ...] | None:
+    """Return the names of all labels in their order; None where they are not those of so many."""
+    if not isinstance(labels, Mapping) or set(labels) != {str(number) for number in range(count)}:
+        return None
+    names = [labels[str(number)] for number in range(count)]
+    fits = all(isinstance(name, str) and len(name) <= MAX_LABEL for name in names)
+    return tuple(names) if fits else None

@@ -1,0 +1,246 @@
+"""Adapters that classify, from PEFT's files through the builder to ``/classify``, ``/score``, ``/rerank``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import pytest_asyncio
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForSequenceClassification, LlamaConfig
+
+from loramux_shared.bundle.deployments import current_generation
+from loramux_shared.bundle.manifest import ScoreHead
+from loramux_shared.bundle.reader import read_bundle
+from loramux_shared.faults import AdapterInvalid, DeploymentInvalid
+from loramux_shared.storage.memory import MemoryStore
+from tests.support.openai_door import OpenAIDoor, open_door
+from tests.support.tiny import SIZES, World, make_adapter, make_checkpoint
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+LABELS = {"ranker": 1, "topics": 5}
+NAMES = ["sport", "science", "law", "music", "other"]
+PROMPTS = [[5, 6, 7], [9] * 30, [3 + (7 * place) % 190 for place in range(70)]]
+DOCUMENTS = ["abc", "the cat", "zz top", "a dog and a cat", "abc"]
+
+
+def loaded(base: Path, labels: int) -> Any:
+    """The base with a head of zeros: PEFT's files bring the trained one."""
+    return AutoModelForSequenceClassification.from_pretrained(base, num_labels=labels, dtype=torch.float32)
+
+
+def make_classifier(base: Path, folder: Path, labels: int, seed: int, **config: Any) -> None:
+    """Save an adapter with a random head as PEFT does."""
+    model = get_peft_model(loaded(base, labels), LoraConfig(task_type="SEQ_CLS", **config))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    model.save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[World, MemoryStore]:
+    """Two that classify, one of them with names for its labels, and one that generates."""
+    root = tmp_path_factory.mktemp("scores")
+    make_checkpoint(root / "base", LlamaConfig(**SIZES))
+    make_classifier(root / "base", root / "ranker", 1, 1, r=6, target_modules=["q_proj", "down_proj"])
+    make_classifier(root / "base", root / "topics", 5, 2, r=3, lora_alpha=5, target_modules=["v_proj"])
+    about = {"id2label": {str(number): name for number, name in enumerate(NAMES)}}
+    (root / "topics" / "config.json").write_text(json.dumps(about))
+    make_adapter(root / "base", root / "plain", 3, r=4, target_modules=["o_proj"])
+    world, store = World(root / "base", {name: root / name for name in (*LABELS, "plain")}, root), MemoryStore()
+    world.build(store)
+    return world, store
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def door(made: tuple[World, MemoryStore]) -> AsyncIterator[OpenAIDoor]:
+    async with open_door(made, max_batch_tokens=32) as door:
+        yield door
+
+
+@cache
+def oracle(base: Path, adapter: Path, labels: int) -> Any:
+    """The model as transformers and PEFT run it."""
+    return PeftModel.from_pretrained(loaded(base, labels), adapter).eval()
+
+
+def logits(world: World, model: str, prompts: Sequence[Sequence[int]]) -> np.ndarray[Any, Any]:
+    """What transformers and PEFT give, of each prompt alone."""
+    whole = oracle(world.base, world.adapters[model], LABELS[model])
+    with torch.no_grad():
+        return np.stack([whole(torch.tensor([list(prompt)])).logits[0].numpy() for prompt in prompts])
+
+
+def close(found: Any, wanted: Any) -> None:
+    """Within what float32 can tell."""
+    np.testing.assert_allclose(np.array(found, np.float32), wanted, atol=1e-5, rtol=1e-5)
+
+
+async def asked(door: OpenAIDoor, path: str, **body: Any) -> dict[str, Any]:
+    """An answer."""
+    answer = await door.post(path, **body)
+    assert answer.status_code == 200, answer.text
+    return dict(answer.json())
+
+
+async def test_the_bundle_has_the_head_as_it_is(made: tuple[World, MemoryStore]) -> None:
+    """Weights in float32 in a file of their own, labels in the manifest, their number in the generation."""
+    world, store = made
+    generation = current_generation(store, "tiny")
+    assert generation is not None
+    assert {
+        name: record.summary and record.summary.num_labels for name, record in generation.adapters.items()
+    } == {
+        "ranker": 1,
+        "topics": 5,
+        "plain": None,
+    }
+    bundle = read_bundle(store, generation.adapters["topics"].digest)
+    assert bundle.manifest.score == ScoreHead(num_labels=5, hidden_size=48, id2label=tuple(NAMES))
+    assert bundle.manifest.format_version == 2
+    assert "base_model.model.score.weight" in bundle.manifest.coverage.used
+    trained = oracle(world.base, world.adapters["topics"], 5).base_model.model.score.modules_to_save["default"]
+    assert bundle.score is not None
+    assert (bundle.score == trained.weight.detach().numpy()).all()
+
+
+@pytest.mark.parametrize("model", LABELS)
+async def test_scores_equal_transformers(made: tuple[World, MemoryStore], door: OpenAIDoor, model: str) -> None:
+    """Of token ids, in chunks, beside each other and an answer: logits, and the probabilities of labels."""
+    wanted = logits(made[0], model, PROMPTS)
+    raw = await asked(door, "/classify", model=model, input=PROMPTS, use_activation=False)
+    close([each["probs"] for each in raw["data"]], wanted)
+    assert raw["usage"]["prompt_tokens"] == sum(map(len, PROMPTS))
+    told = await asked(door, "/v1/classify", model=model, input=PROMPTS)
+    states = torch.from_numpy(wanted)
+    shares = torch.softmax(states, -1) if model == "topics" else torch.sigmoid(states)
+    close([each["probs"] for each in told["data"]], shares.numpy())
+    names = NAMES if model == "topics" else ["LABEL_0"]
+    assert [each["label"] for each in told["data"]] == [names[best] for best in wanted.argmax(-1)]
+    assert {each["num_classes"] for each in told["data"]} == {LABELS[model]}
+
+
+async def test_documents_are_ranked_as_transformers_ranks_them(
+    made: tuple[World, MemoryStore], door: OpenAIDoor
+) -> None:
+    """Pairs are what the tokenizer makes of them; the best first, of equals the earlier one."""
+    text = door.ready.service.text
+    pairs = [text.encode_pair(("a cat", document), 256) for document in DOCUMENTS]
+    wanted = logits(made[0], "ranker", pairs)[:, 0]
+    order = sorted(range(len(DOCUMENTS)), key=lambda index: (-wanted[index], index))
+    whole = await asked(door, "/v1/rerank", model="ranker", query="a cat", documents=DOCUMENTS)
+    assert [each["index"] for each in whole["results"]] == order
+    close([each["relevance_score"] for each in whole["results"]], wanted[order])
+    assert [each["document"]["text"] for each in whole["results"]] == [DOCUMENTS[index] for index in order]
+    objects = [{"text": document} for document in DOCUMENTS]
+    few = await asked(
+        door, "/rerank", model="ranker", query="a cat", documents=objects, top_n=2, return_documents=False
+    )
+    assert [each["index"] for each in few["results"]] == order[:2]
+    assert all("document" not in each for each in few["results"])
+    one = await asked(door, "/score", model="ranker", text_1="a cat", text_2=DOCUMENTS)
+    close([each["score"] for each in one["data"]], wanted)
+    both = await asked(
+        door, "/v1/score", model="ranker", text_1=["a cat"] * 5, text_2=DOCUMENTS, use_activation=True
+    )
+    close([each["score"] for each in both["data"]], 1 / (1 + np.exp(-wanted)))
+
+
+async def test_who_classifies_generates_nothing(door: OpenAIDoor) -> None:
+    """Answers, mixtures and scores of the others are refused by name; vectors are made of both."""
+    for model, path, body in (
+        ("topics", "/v1/completions", {"prompt": "x"}),
+        ("topics", "/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}]}),
+        ("topics*0.5+plain*0.5", "/v1/embeddings", {"input": "x"}),
+        ("plain", "/classify", {"input": "x"}),
+        ("base", "/rerank", {"query": "x", "documents": ["y"]}),
+        ("topics", "/score", {"text_1": "x", "text_2": "y"}),
+    ):
+        answer = await door.post(path, model=model, **body)
+        error = answer.json()["error"]
+        assert (answer.status_code, error["code"], error["param"]) == (400, "invalid_value", "model"), error
+    made = await asked(door, "/v1/embeddings", model="topics", input=[[5, 6], [7]])
+    assert len(made["data"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("/score", {"text_1": ["a", "b"], "text_2": ["a", "b", "c"]}, "text_2"),
+        ("/score", {"text_1": "a", "text_2": []}, "text_2"),
+        ("/rerank", {"query": "a", "documents": []}, "documents"),
+        ("/rerank", {"query": "a", "documents": [{"text": "a", "image": "b"}]}, "documents"),
+        ("/rerank", {"query": "a", "documents": ["a"], "top_n": 0}, "top_n"),
+        ("/rerank", {"query": "a", "documents": ["a"], "max_tokens_per_doc": 3}, "max_tokens_per_doc"),
+        ("/rerank", {"query": ["a"], "documents": ["a"]}, "query"),
+        ("/classify", {"input": [[500]]}, "input"),
+    ],
+)
+async def test_what_is_refused_is_named(door: OpenAIDoor, path: str, body: dict[str, Any], param: str) -> None:
+    """A wrong field is 400 with its name."""
+    answer = await door.post(path, model="ranker", **body)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"].startswith(param), answer.text
+
+
+def _only(made: tuple[World, MemoryStore], name: str, folder: Path, **changed: Any) -> World:
+    """A deployment of one adapter, whose config is another one."""
+    config = json.loads((made[0].adapters[name] / "adapter_config.json").read_bytes()) | changed
+    folder.mkdir(parents=True)
+    for file in made[0].adapters[name].iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return World(made[0].base, {"one": folder}, made[0].root)
+
+
+@pytest.mark.parametrize(
+    ("changed", "about", "code"),
+    [
+        ({"task_type": "TOKEN_CLS"}, None, "E_TASK"),
+        ({"task_type": None}, None, "E_EMBED"),
+        ({"alora_invocation_tokens": [5]}, None, "E_ALORA"),
+        ({}, b'{"id2label": {"0": "a"}}', "E_BAD_TEXT"),
+        ({}, b'{"problem_type": "guessing"}', "E_BAD_TEXT"),
+        ({}, b"[", "E_BAD_TEXT"),
+    ],
+)
+async def test_a_head_that_is_not_understood_refuses_the_adapter(
+    made: tuple[World, MemoryStore],
+    changed: dict[str, Any],
+    about: bytes | None,
+    code: str,
+    tmp_path_factory: Any,
+) -> None:
+    """By name, and nothing is published."""
+    folder = made[0].root / tmp_path_factory.mktemp("x").name
+    world, store = _only(made, "topics", folder, **changed), MemoryStore()
+    if about is not None:
+        (folder / "config.json").write_bytes(about)
+    with pytest.raises(AdapterInvalid) as refused:
+        world.build(store)
+    assert code in {finding.code for finding in refused.value.findings}
+    assert not store.objects
+
+
+async def test_who_classifies_is_neither_merged_nor_proved(made: tuple[World, MemoryStore]) -> None:
+    """Behind a hidden base it is served beside the weights; a build that must merge or prove it is refused."""
+    world = World(made[0].base, {"topics": made[0].adapters["topics"]}, made[0].root)
+    hidden = {"serve_base": False}
+    store = MemoryStore()
+    world.build_with(store, runtime=hidden)
+    generation = current_generation(store, "tiny")
+    assert generation is not None
+    assert generation.merged is None
+    with pytest.raises(DeploymentInvalid, match="classifies texts"):
+        world.build_with(MemoryStore(), runtime=hidden | {"merge": "always"})
+    with pytest.raises(AdapterInvalid, match="there are no proofs"):
+        world.build_with(MemoryStore(), build={"prove": True})
