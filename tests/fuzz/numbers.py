@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from types import NoneType, UnionType
-from typing import Annotated, Any, Final, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Final, Literal, Never, Union, get_args, get_origin
 
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from pydantic import BaseModel
@@ -66,7 +66,7 @@ def _fills(kind: Any, place: str) -> Iterator[tuple[str, Fill]]:
         raise TypeError(f"{place}: {kind!r}: say here whether it holds numbers")
 
 
-_NO_NUMBERS: Final = (str, bool, NoneType, None, NamedTool, AllowedTools)
+_NO_NUMBERS: Final = (str, bool, NoneType, None, Never, NamedTool, AllowedTools)
 
 
 def _around(below: Iterator[tuple[str, Fill]], wrap: Fill) -> Iterator[tuple[str, Fill]]:

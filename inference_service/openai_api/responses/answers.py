@@ -60,6 +60,7 @@ class CallItem(TypedDict):
     status: ItemStatus
     call_id: str
     name: str
+    namespace: NotRequired[str]
     arguments: str
 
 
@@ -135,7 +136,7 @@ class Response(TypedDict):
     presence_penalty: float
     frequency_penalty: float
     top_logprobs: int
-    truncation: Literal["disabled"]
+    truncation: Literal["auto", "disabled"]
     metadata: dict[str, str]
     user: str | None
     safety_identifier: str | None
