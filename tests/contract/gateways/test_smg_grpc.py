@@ -125,6 +125,15 @@ async def test_streams_are_those_of_the_replica(gateway: Gateway, model: str) ->
     assert plain[0].choices[0].text == plain[1].choices[0].text
 
 
+@pytest.mark.parametrize("model", ["base", MODEL])
+async def test_vectors_are_those_of_the_replica(gateway: Gateway, model: str) -> None:
+    """The same numbers, and the same count of tokens."""
+    clients = (gateway.direct, gateway.through)
+    direct, through = [await each.embeddings.create(model=model, input="hello") for each in clients]
+    assert through.data[0].embedding == pytest.approx(direct.data[0].embedding, abs=1e-5)
+    assert through.usage.prompt_tokens == direct.usage.prompt_tokens
+
+
 async def test_a_client_that_goes_away_frees_its_sequence(gateway: Gateway) -> None:
     """The gateway aborts what it asked for."""
     stream = await gateway.through.chat.completions.create(
