@@ -94,7 +94,7 @@ class Conversation:
             served=served,
             prompt=self._dialect.turns(messages),
             constraint_for=constraint_for,
-            shown_special_tokens=self._dialect.tokens,
+            shown_special_tokens=self._dialect.tokens if self._tools else self._dialect.thinking_tokens,
             stop=(*self.request.stop, end) if end else self.request.stop,
         )
 

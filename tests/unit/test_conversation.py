@@ -96,6 +96,8 @@ async def test_marks_that_are_special_tokens_are_asked_for(tmp_path: Path) -> No
     assert isinstance(answered, dict)
     assert called["tool_calls"][0]["id"] == answered["tool_call_id"]
     assert len(answered["tool_call_id"]) == 9
+    await ask(service)
+    assert service.asked[-1].shown_special_tokens == ("[THINK]", "[/THINK]", "<think>", "</think>")
 
 
 async def test_one_call_is_one_call(tmp_path: Path) -> None:
