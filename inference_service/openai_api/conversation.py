@@ -16,7 +16,7 @@ from inference_service.openai_api.dialects.frame import Thinking
 from inference_service.openai_api.dialects.lark import Asked
 from inference_service.openai_api.dialects.table import Dialect, dialect_of
 from inference_service.openai_api.mapping import callable_tools, chat_request, demanded_tools, is_forced
-from inference_service.openai_api.pieces import CallArguments, CallBegun, Piece, Reading, Thought
+from inference_service.openai_api.pieces import CallArguments, CallBegun, Piece, Reading, Said, Thought
 from inference_service.serving.request import Delta, Finished, Message, PromptLogprobs, Request, Started
 from inference_service.serving.service import GenerationService
 from inference_service.serving.text import Text
@@ -132,6 +132,8 @@ class Conversation:
     def _wants(self, piece: Piece) -> bool:
         if isinstance(piece, Thought):
             return self._body.include_reasoning is not False
+        if isinstance(piece, Said):
+            return not self._forced  # it can only be a call that was cut off before its name
         return not (self._one_call and isinstance(piece, CallBegun | CallArguments) and piece.index)
 
 

@@ -153,6 +153,13 @@ async def test_without_marks_a_demanded_call_is_plain_json(tmp_path: Path) -> No
         await ask(service, tools=[tool])
 
 
+async def test_half_a_demanded_call_is_not_said(tmp_path: Path) -> None:
+    """One that is cut off before its name is nothing; one that may be text is."""
+    service = Speaks(tmp_path, "Qwen 2.5", CALL + '\n<tool_call>{"name": "fi')
+    assert await ask(service, tools=[FIND], tool_choice="required") == [["call", "find", "{}"]]
+    assert (await ask(service, tools=[FIND]))[-1] == ["said", '<tool_call>{"name": "fi']
+
+
 async def test_a_deployment_says_which_parsers(tmp_path: Path) -> None:
     """What it says comes before what the template shows."""
     service = Speaks(tmp_path, "Qwen 3", "<think>Hm.</think>" + CALL)
