@@ -77,6 +77,14 @@ class Conversation:
                     case Finished():
                         yield Told(event, self._wanted(readings[event.index].finish()))
 
+    async def prompt_tokens(self) -> int:
+        """Return how many tokens the prompt has, also one that leaves no room for an answer.
+
+        Raises:
+            Fault: as `GenerationService.tokenize` does.
+        """
+        return len(await self._service.tokenize(await self._looked_up()))
+
     async def _looked_up(self) -> Request:
         """Return the request as the model that answers it wants it."""
         try:
