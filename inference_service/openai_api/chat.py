@@ -52,6 +52,10 @@ class Chat:
         self._choices = [ChatChoice(index, self._body.stop, text, ids=ids) for index in indices]
         return {"prompt_token_ids": started.prompt_token_ids} if ids else {}
 
+    @property
+    def _reasoning_tokens(self) -> int:
+        return sum(choice.reasoning_tokens for choice in self._choices)
+
     async def whole(self) -> Json:
         """Return the answers at once."""
         prompt: Json = {}
@@ -69,7 +73,7 @@ class Chat:
                         self._choices[finished.index].end(finished, pieces)
                         ends.append(finished)
         choices = [choice.whole() for choice in self._choices]
-        return self.head.body(choices) | {"usage": usage(ends)} | prompt
+        return self.head.body(choices) | {"usage": usage(ends, self._reasoning_tokens)} | prompt
 
     async def chunks(self) -> AsyncGenerator[Json]:
         """Yield the answers as they come."""
@@ -98,4 +102,4 @@ class Chat:
                     yield self.head.body([choice]) | more | prompt
                     prompt = {}
         if self._body.include_usage:
-            yield self.head.body([]) | {"usage": usage(ends)}
+            yield self.head.body([]) | {"usage": usage(ends, self._reasoning_tokens)}

@@ -35,6 +35,9 @@ class ChatChoice:
         self._tokens: list[Token] = []
         self._ended = GOES_ON
         self._begun = False
+        self._unread = 0
+        """Tokens of which no piece has come yet."""
+        self.reasoning_tokens = 0
 
     def take(self, delta: Delta, pieces: Sequence[Piece]) -> None:
         """Keep more of the answer, which says these pieces."""
@@ -42,6 +45,7 @@ class ChatChoice:
             self._tokens += delta.tokens
         if self._ids is not None:
             self._ids += [token.id for token in delta.tokens]
+        self._unread += len(delta.tokens)
         self._keep(pieces)
 
     def end(self, finished: Finished, pieces: Sequence[Piece]) -> None:
@@ -53,6 +57,8 @@ class ChatChoice:
 
     def _keep(self, pieces: Sequence[Piece]) -> None:
         for piece in pieces:
+            self.reasoning_tokens += self._unread if isinstance(piece, Thought) else 0
+            self._unread = 0
             match piece:
                 case Said():
                     self._said.append(piece.text)

@@ -16,7 +16,7 @@ from inference_service.openai_api.dialects.frame import Thinking
 from inference_service.openai_api.dialects.lark import Asked
 from inference_service.openai_api.dialects.table import Dialect, dialect_of
 from inference_service.openai_api.mapping import callable_tools, chat_request, demanded_tools, is_forced
-from inference_service.openai_api.pieces import CallArguments, CallBegun, Piece, Reading, Thought
+from inference_service.openai_api.pieces import CallArguments, CallBegun, Piece, Reading, Said, Thought
 from inference_service.serving.request import Delta, Finished, Message, PromptLogprobs, Request, Started
 from inference_service.serving.service import GenerationService
 from inference_service.serving.text import Text
@@ -77,6 +77,14 @@ class Conversation:
                     case Finished():
                         yield Told(event, self._wanted(readings[event.index].finish()))
 
+    async def prompt_tokens(self) -> int:
+        """Return how many tokens the prompt has, also one that leaves no room for an answer.
+
+        Raises:
+            Fault: as `GenerationService.tokenize` does.
+        """
+        return len(await self._service.tokenize(await self._looked_up()))
+
     async def _looked_up(self) -> Request:
         """Return the request as the model that answers it wants it."""
         try:
@@ -94,7 +102,7 @@ class Conversation:
             served=served,
             prompt=self._dialect.turns(messages),
             constraint_for=constraint_for,
-            shown_special_tokens=self._dialect.tokens,
+            shown_special_tokens=self._dialect.tokens if self._tools else self._dialect.thinking_tokens,
             stop=(*self.request.stop, end) if end else self.request.stop,
         )
 
@@ -132,6 +140,8 @@ class Conversation:
     def _wants(self, piece: Piece) -> bool:
         if isinstance(piece, Thought):
             return self._body.include_reasoning is not False
+        if isinstance(piece, Said):
+            return not self._forced  # it can only be a call that was cut off before its name
         return not (self._one_call and isinstance(piece, CallBegun | CallArguments) and piece.index)
 
 

@@ -19,12 +19,20 @@ class PromptDetails(TypedDict):
     cached_tokens: int
 
 
+class CompletionDetails(TypedDict):
+    """How many tokens of the answers were decoded while they reasoned."""
+
+    reasoning_tokens: int
+
+
 class Usage(TypedDict):
     """Tokens; a prompt counts once, whatever its answers. The details are told at the end alone."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    completion_tokens_details: NotRequired[CompletionDetails]
+    """Of answers that reasoned."""
     prompt_tokens_details: NotRequired[PromptDetails]
 
 

@@ -75,15 +75,20 @@ def ended_by(finished: Finished, stops: Collection[str]) -> str | int | None:
     return finished.stop_text if finished.stop_text in stops else finished.stop_token_id
 
 
-def usage(finished: Iterable[Finished]) -> Json:
-    """Return the tokens of the answers to one or more prompts; a prompt counts once, whatever its answers."""
+def usage(finished: Iterable[Finished], reasoning: int = 0) -> Json:
+    """Return the tokens of the answers to one or more prompts; a prompt counts once, whatever its answers.
+
+    Those of reasoning are told where there are any.
+    """
     ends = list(finished)
     prompt = sum(end.prompt_tokens for end in ends if not end.index)
     completion = sum(end.completion_tokens for end in ends)
+    details = {"completion_tokens_details": {"reasoning_tokens": reasoning}} if reasoning else {}
     return {
         "prompt_tokens": prompt,
         "completion_tokens": completion,
         "total_tokens": prompt + completion,
+        **details,
         "prompt_tokens_details": {"cached_tokens": sum(end.cached_tokens for end in ends if not end.index)},
     }
 

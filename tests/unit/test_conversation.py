@@ -96,6 +96,8 @@ async def test_marks_that_are_special_tokens_are_asked_for(tmp_path: Path) -> No
     assert isinstance(answered, dict)
     assert called["tool_calls"][0]["id"] == answered["tool_call_id"]
     assert len(answered["tool_call_id"]) == 9
+    await ask(service)
+    assert service.asked[-1].shown_special_tokens == ("[THINK]", "[/THINK]", "<think>", "</think>")
 
 
 async def test_one_call_is_one_call(tmp_path: Path) -> None:
@@ -149,6 +151,13 @@ async def test_without_marks_a_demanded_call_is_plain_json(tmp_path: Path) -> No
     assert '"pattern": "a"' in service.constraint
     with pytest.raises(RequestInvalid, match="pattern"):
         await ask(service, tools=[tool])
+
+
+async def test_half_a_demanded_call_is_not_said(tmp_path: Path) -> None:
+    """One that is cut off before its name is nothing; one that may be text is."""
+    service = Speaks(tmp_path, "Qwen 2.5", CALL + '\n<tool_call>{"name": "fi')
+    assert await ask(service, tools=[FIND], tool_choice="required") == [["call", "find", "{}"]]
+    assert (await ask(service, tools=[FIND]))[-1] == ["said", '<tool_call>{"name": "fi']
 
 
 async def test_a_deployment_says_which_parsers(tmp_path: Path) -> None:

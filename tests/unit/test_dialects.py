@@ -277,6 +277,17 @@ def test_whatever_a_model_writes_is_read_alike(
     assert read(_reading(tool, reasoning), text, cuts) == read(_reading(tool, reasoning), text)
 
 
+def test_what_is_held_has_a_bound() -> None:
+    """Arguments that come before their name are held only so long, and a header of nothing ends."""
+    late = '<tool_call>{"arguments": {"x": "%s"}, "name": "find"}</tool_call>'
+    assert read(_reading(T.HERMES, R.NONE), late % "x")[0][0] == "call"
+    long = late % ("x" * 300_000)
+    assert read(_reading(T.HERMES, R.NONE), long) == [["said", long]]
+    assert read(_reading(T.HERMES, R.NONE), long, range(0, len(long), 9999)) == [["said", long]]
+    endless = "<|channel|>" + "x " * 999
+    assert read(_reading(T.HARMONY, R.HARMONY), endless, range(0, 1999, 99)) == [["said", endless]]
+
+
 def test_arguments_come_as_they_are_written() -> None:
     """Arguments as JSON, and text between tags, are not held back."""
     reading = _reading(T.HERMES, R.NONE)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from llguidance import LLMatcher
 
+from inference_service.core.sequence import Token
 from inference_service.openai_api.chat_choice import ChatChoice
 from inference_service.openai_api.dialects.lark import Asked, calls_schema
 from inference_service.openai_api.pieces import Said, Thought
+from inference_service.openai_api.reply import usage
 from inference_service.serving.request import Delta
 
 
@@ -38,3 +40,13 @@ def test_thoughts_have_both_names() -> None:
     message = choice.whole()["message"]
     assert (message["content"], message["reasoning"]) == ("Yes.", "Let me see.")
     assert message["reasoning_content"] == message["reasoning"]
+
+
+def test_tokens_of_reasoning_are_counted() -> None:
+    """Those that were decoded for it; those of marks count for what comes behind them."""
+    choice, tokens = ChatChoice(0, [], None, ids=False), (Token(5), Token(6))
+    for pieces in ([], [Thought("a")], [Said("b")], [], [Thought("c")]):
+        choice.take(Delta("", tokens), pieces)
+    assert choice.reasoning_tokens == 8
+    assert usage([], 8)["completion_tokens_details"] == {"reasoning_tokens": 8}
+    assert "completion_tokens_details" not in usage([])

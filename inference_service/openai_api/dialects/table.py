@@ -98,8 +98,13 @@ class Dialect:
     @property
     def tokens(self) -> tuple[str, ...]:
         """Marks that may be special tokens."""
-        own = harmony.MARKS if self.is_harmony else self.form.tokens
-        return (*own, *(mark.strip() for each in self.thinking for mark in _special(each)))
+        return (*self.form.tokens, *self.thinking_tokens)
+
+    @property
+    def thinking_tokens(self) -> tuple[str, ...]:
+        """Those of them that are not about calls."""
+        own = tuple(mark for each in self.thinking for mark in _special(each))
+        return harmony.MARKS if self.is_harmony else own
 
     def turns(self, messages: Sequence[Message]) -> list[Message]:
         """Return turns as the templates of its models want them."""

@@ -149,7 +149,7 @@ class Answer:
         """Return the fault of a prompt that does not fit, in the words from which clients learn by how much."""
         most, wanted = self._service.limits.max_seq_len, self._body.max_tokens
         try:
-            tokens = len(await self._service.tokenize(self._conversation.request))
+            tokens = await self._conversation.prompt_tokens()
         except PromptTooLong as fault:
             return PromptTooLong(f"prompt is too long: {fault.message}")
         if tokens >= most:

@@ -8,7 +8,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from inference_service.openai_api.body import read_body
-from inference_service.openai_api.mapping import chat_request
+from inference_service.openai_api.conversation import Conversation
 from inference_service.openai_api.messages.answer import Answer
 from inference_service.openai_api.messages.mapping import chat_of
 from inference_service.openai_api.messages.schema import CountBody, MessagesBody
@@ -34,7 +34,7 @@ async def count_tokens(service: GenerationService, http: HttpRequest) -> Respons
     """Count the tokens of a conversation's prompt."""
     chat = chat_of(await read_body(http, CountBody))
     try:
-        tokens = await service.tokenize(chat_request(chat.body, http.headers))
+        tokens = await Conversation(service, chat.body, http.headers).prompt_tokens()
     except Fault as fault:
         raise chat.retold(fault) from fault
-    return json_response({"input_tokens": len(tokens)})
+    return json_response({"input_tokens": tokens})

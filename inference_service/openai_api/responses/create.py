@@ -13,7 +13,6 @@ from inference_service.core.sequence import FinishReason
 from inference_service.openai_api.body import read_body
 from inference_service.openai_api.conversation import Conversation, Told
 from inference_service.openai_api.errors import error_body
-from inference_service.openai_api.mapping import chat_request
 from inference_service.openai_api.reply import DONE, Head, Json, json_response, named_event
 from inference_service.openai_api.responses.fitting import fitted
 from inference_service.openai_api.responses.mapping import chat_of, in_words_of
@@ -48,8 +47,8 @@ async def count_input(service: GenerationService, http: HttpRequest) -> Response
     """Count the tokens of what would be answered."""
     body = await read_body(http, ResponsesBody)
     with in_words_of(body):
-        tokens = await service.tokenize(chat_request(chat_of(body), http.headers))
-    return json_response({"object": "response.input_tokens", "input_tokens": len(tokens)})
+        tokens = await Conversation(service, chat_of(body), http.headers).prompt_tokens()
+    return json_response({"object": "response.input_tokens", "input_tokens": tokens})
 
 
 class Answer:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from inference_service.openai_api.chat_schema import ChatBody
-from inference_service.openai_api.mapping import chat_request
+from inference_service.openai_api.conversation import Conversation
 from inference_service.serving.service import GenerationService, ServingLimits
 from loramux_shared.faults import PromptTooLong
 
@@ -43,10 +43,10 @@ def _shorter(chat: ChatBody) -> list[ChatBody]:
 
 async def _fits(service: GenerationService, chat: ChatBody, headers: Mapping[str, str]) -> bool:
     try:
-        tokens = await service.tokenize(chat_request(chat, headers))
+        tokens = await Conversation(service, chat, headers).prompt_tokens()
     except PromptTooLong:
         return False
-    return len(tokens) + _answer(chat, service.limits) <= service.limits.max_seq_len
+    return tokens + _answer(chat, service.limits) <= service.limits.max_seq_len
 
 
 def _answer(chat: ChatBody, limits: ServingLimits) -> int:
