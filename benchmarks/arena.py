@@ -9,7 +9,7 @@ and of the time of processors per token, which other work on the machine changes
 where the first of them is above its bar in turns.
 
     python -m benchmarks.arena
-    python -m benchmarks.arena --adapters 8 --questions 32 --rounds 2
+    python -m benchmarks.arena --adapters 8 --questions 32 --rounds 2 --orders "in turns"
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ async def measure(
     many = Plan(tuple(names), names[0], max_tokens=TOKENS, concurrency=options.concurrency)
     one = replace(many, models=many.models[:1])
     runs: list[tuple[str, Plan, int, Order]] = [(ONE, one, len(names), in_turns)]
-    runs += [(name, many, 1, order) for name, order in ORDERS.items()]
+    runs += [(name, many, 1, ORDERS[name]) for name in options.orders]
     async with AsyncClient(inference=running.grpc) as client:
         for number in range(options.rounds + 1):
             each = options.questions if number else WARM_UP
@@ -160,6 +160,7 @@ def main() -> int:
     parser.add_argument("--questions", type=int, default=16)
     parser.add_argument("--concurrency", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--orders", nargs="+", choices=ORDERS, default=list(ORDERS))
     options = parser.parse_args()
     os.environ.setdefault("LORAMUX_SPECULATIVE_TOKENS", "0")
     with tempfile.TemporaryDirectory(prefix="loramux-arena-") as folder:

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
         TokenLogprobs,
         Usage,
     )
+    from loramux.vectors import Classification, Classifications, Embeddings
     from loramux_shared.deployment import Deployment
     from loramux_shared.deployment_file import load_deployment
 
@@ -43,6 +44,7 @@ _HOMES = {
     "loramux.client": ("AsyncClient", "Client"),
     "loramux.generations": ("AdapterChange", "ChangeKind", "GenerationInfo", "PushInfo", "RollbackInfo"),
     "loramux.operations": ("AdapterStatus", "ReplicaStatus"),
+    "loramux.vectors": ("Classification", "Classifications", "Embeddings"),
     "loramux_shared.deployment": ("Deployment",),
     "loramux_shared.deployment_file": ("load_deployment",),
 }
@@ -55,12 +57,15 @@ __all__ = [
     "AsyncClient",
     "ChangeKind",
     "Choice",
+    "Classification",
+    "Classifications",
     "Client",
     "Completion",
     "Delta",
     "Deployment",
     "DeploymentInfo",
     "DeploymentState",
+    "Embeddings",
     "Event",
     "FinishReason",
     "Finished",

@@ -37,6 +37,7 @@ from loramux.messages import check_request, deployment_to_message
 from loramux.operations import AsyncOperations, Operations, adapter_stub
 from loramux.records import AdapterReport, Completion, DeploymentInfo, Event, GenerateOptions, ModelInfo, Prompt
 from loramux.requests import generate_request
+from loramux.vectors import AsyncVectors, Vectors
 from loramux_shared.deployment import Deployment, LoraConfiguration, Repository
 from loramux_shared.rpc.status import CallFailed
 from loramux_shared.spelling import parse_repository
@@ -106,7 +107,7 @@ class _Addresses:
         return Calls(stub(channel), self._credentials)
 
 
-class Client(Operations, Changes, _Addresses):
+class Client(Vectors, Operations, Changes, _Addresses):
     """The client for threads; one may be shared by many."""
 
     _kind = grpc
@@ -244,7 +245,7 @@ class Client(Operations, Changes, _Addresses):
             call.cancel()
 
 
-class AsyncClient(AsyncOperations, AsyncChanges, _Addresses):
+class AsyncClient(AsyncVectors, AsyncOperations, AsyncChanges, _Addresses):
     """The client for asyncio, with the methods of `Client`."""
 
     _kind = grpc.aio

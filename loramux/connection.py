@@ -24,6 +24,8 @@ from loramux_shared.rpc.status import fault_of
 
 API_KEY: Final = "LORAMUX_API_KEY"
 GENERATE: Final = "Generate"
+ANSWERS: Final = (GENERATE, "Embed", "Classify")
+"""Methods that a model answers."""
 MODEL_HEADER: Final = "x-loramux-model"
 """What proxies choose a replica by: the model that a request names."""
 MAX_HEADER: Final = 256
@@ -109,7 +111,7 @@ class Calls:
                 raise RequestInvalid(
                     f"the request has {size} bytes; a server takes at most {MAX_REQUEST_BYTES}. Send less."
                 )
-            model = _model_header(request.model) if name == GENERATE else ()
+            model = _model_header(request.model) if name in ANSWERS else ()
             return method(request, timeout=timeout, metadata=(*self._metadata, *model))
 
         return call

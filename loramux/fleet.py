@@ -17,7 +17,7 @@ from typing import Any, Final
 import grpc
 
 from loramux.addresses import Address, Members
-from loramux.connection import GENERATE, Calls, Credentials
+from loramux.connection import ANSWERS, GENERATE, Calls, Credentials
 from loramux.placement import Placement
 from loramux.trip import Trip, model_of
 from loramux_shared.faults import ServerUnavailable
@@ -42,8 +42,8 @@ OPTIONS: Final = (
     ("grpc.keepalive_timeout_ms", PING_TIMEOUT_S * 1000),
     ("grpc.http2.ping_timeout_ms", PING_TIMEOUT_S * 1000),
 )
-STREAMS: Final = (GENERATE, "WatchReplica")
-REPEATED: Final = ("Generate", "Get", "List", "Pin", "Unpin", "Watch")
+STREAMS: Final = (*ANSWERS, "WatchReplica")
+REPEATED: Final = (*ANSWERS, "Get", "List", "Pin", "Unpin", "Watch")
 """How methods begin that do the same when they are called twice."""
 
 

@@ -36,7 +36,7 @@ def generate_request(model: str, prompt: Prompt, options: GenerateOptions) -> pb
     adapters = fields.pop("adapters", ())
     findings = [*_misfits(pb.GenerateRequest, fields), *_misfits(pb.SamplingParams, sampling)]
     try:
-        fields["adapters"] = _adapters(adapters)
+        fields["adapters"] = adapters_of(adapters)
     except (ValueError, TypeError) as error:
         findings.append(Finding(code="E_BAD_FIELD", where="adapters", expected=ADAPTERS, found=str(error)))
     try:
@@ -52,7 +52,12 @@ def generate_request(model: str, prompt: Prompt, options: GenerateOptions) -> pb
     return pb.GenerateRequest(**fields, sampling=pb.SamplingParams(**sampling))
 
 
-def _adapters(given: Any) -> list[pb.ScaledAdapter]:
+def adapters_of(given: Any) -> list[pb.ScaledAdapter]:
+    """Return adapters, by their names or with scales, as messages.
+
+    Raises:
+        TypeError, ValueError: they are none.
+    """
     if isinstance(given, str):
         raise TypeError("text")
     parts = [(part, 1.0) if isinstance(part, str) else part for part in given]

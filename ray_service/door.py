@@ -24,6 +24,8 @@ RETRIED: Final = frozenset(
     {
         *("/v1/chat/completions", "/v1/completions", "/v1/responses"),
         *("/v1/messages", "/v1/messages/count_tokens", "/tokenize", "/detokenize"),
+        *("/v1/embeddings", "/score", "/v1/score", "/rerank", "/v1/rerank", "/v2/rerank"),
+        *("/classify", "/v1/classify"),
     }
 )
 """What may be asked twice, beside everything that only reads."""

@@ -144,10 +144,7 @@ def _compare(
     if base is None:
         return "a whole matrix, and no base to compare it with", None
     what = "a bias" if full.key.kind == "bias" else "a whole matrix"
-    name, found = next(
-        ((name, found) for name in _names(full.key, model) if (found := base.find(name)) is not None),
-        ("", None),
-    )
+    found, name = base_tensor(full.key, model, base)
     if found is None:
         return f"{what} that the base does not have", None
     theirs, ours = found.tensors[name], full.tensor
@@ -164,6 +161,14 @@ def _compare(
     differs = np.concatenate([_differs(a, b, width) for a, b in pieces])
     differs = np.pad(differs, (0, ours.shape[0] - len(differs)), constant_values=not unused)
     return f"{what} that differs from the base's" if differs.any() else "", differs
+
+
+def base_tensor(key: FullKey, model: ModelConfig, base: BaseTensors | None) -> tuple[TensorFile | None, str]:
+    """Return the file that holds the base's tensor of a key, and its name there; None where there is none."""
+    if base is None:
+        return None, ""
+    there = ((base.find(name), name) for name in _names(key, model))
+    return next((pair for pair in there if pair[0] is not None), (None, ""))
 
 
 def _names(key: FullKey, model: ModelConfig) -> list[str]:

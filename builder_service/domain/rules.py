@@ -11,6 +11,7 @@ from typing import Protocol
 from builder_service.domain.adapter_config import AdapterConfig, parse_config
 from builder_service.domain.config_fields import bad_config
 from builder_service.domain.config_rules import INVOCATION
+from builder_service.domain.dora_tables import with_dora_tables
 from builder_service.domain.expansion import expanded
 from builder_service.domain.full_tensors import BaseTensors, check_full_tensors, redundant_warning
 from builder_service.domain.grouping import LONGEST, Grouping
@@ -175,7 +176,9 @@ def check_tensors(
     check_lone(tensors.lone, config, base, book.limits.target_modules, report)
     full = check_full_tensors(file, fulls, saved, base, book.base, report)
     rows = plan_rows(file, full.tables, tensors.tokens, pairs, config, base, report)
-    replaced, vocab = rows.planned, rows.vocab
+    file, pairs, of_dora = with_dora_tables(file, pairs, config, base, book.base, report)
+    replaced, vocab = [*rows.planned, *of_dora], rows.vocab
+    replaced.sort(key=lambda planned: planned.replaced.module_id)
     own = list(dict.fromkeys(planned.tensor for planned in replaced))
     heads = [] if score is None else [score.tensor]
     values = check_values(file, pairs, own, config, base, book.dtype, report, progress)

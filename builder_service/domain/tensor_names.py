@@ -212,7 +212,7 @@ def _parse(key: str, fused: frozenset[str], experts: bool) -> ParsedKey:
             return _embedding_key(match, side) if plain != name else RefusedKey("E_EMBED", "")
     for side, pattern in _FORMS.items():
         if match := pattern.fullmatch(name):
-            if is_embedding(match["module"]) and side not in {"A", "B"}:
+            if is_embedding(match["module"]) and side not in {"A", "B", "magnitude"}:
                 return RefusedKey("E_EMBED", "")
             if plain == name:
                 return RefusedKey("E_UNKNOWN_KEY", "")
@@ -288,8 +288,8 @@ def _module_of(name: str) -> Module | None:
 def _embedding_key(match: re.Match[str], side: Side) -> LoraKey | RefusedKey:
     """Return the key of embeddings or head, each of which PEFT gives names of its own."""
     place = _OF_NO_LAYER.fullmatch(match["module"])
-    forms = _OF_EMBEDDING if place is not None and place["path"] == "embed_tokens" else _FORMS
-    if place is None or match.re is not forms[side]:
+    own = place is not None and place["path"] == "embed_tokens" and side in _OF_EMBEDDING
+    if place is None or match.re is not (_OF_EMBEDDING if own else _FORMS)[side]:
         return RefusedKey("E_EMBED", "")
     if place["decoder"] not in _ROOTS:
         return RefusedKey("E_PREFIX", place["decoder"].rstrip("."))

@@ -7,7 +7,8 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
-from inference_service.openai_api.schema import MAX_INPUTS, Body, Examples, Inputs
+from inference_service.openai_api.schema import Body, Examples, Inputs
+from inference_service.serving.pooling import MAX_INPUTS
 
 
 class PoolingBody(Body):

@@ -15,11 +15,10 @@ from pydantic import BaseModel, ConfigDict, Field, PlainValidator, model_validat
 from pydantic_core import PydanticCustomError
 
 from inference_service.openai_api.schema_rules import ONE_STRUCTURE
+from inference_service.serving.pooling import MAX_INPUTS
 
 MAX_PROMPTS = 256
 """Prompts of one request."""
-MAX_INPUTS = 2048
-"""Texts of one request for vectors or scores: as many as OpenAI's API takes."""
 MAX_CHOICES = 1024
 """Answers to one request: prompts times n; and texts of which an answer is one."""
 EXPECTED_STRUCTURE = "exactly one of json, regex, choice, grammar and json_object"

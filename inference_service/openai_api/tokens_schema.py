@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Self
 
-from pydantic import ConfigDict, model_validator
+from pydantic import ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from inference_service.openai_api.chat_schema import Messages, Tool
@@ -47,4 +47,4 @@ class DetokenizeBody(Body):
     examples: ClassVar[Examples] = {"tokens": {"tokens": [5, 6, 7]}}
 
     model: str | None = None
-    tokens: tuple[int, ...]
+    tokens: tuple[Annotated[int, Field(json_schema_extra={"minimum": 0})], ...]

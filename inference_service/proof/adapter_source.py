@@ -84,11 +84,11 @@ def read_adapter(
 def _cut(
     layers: Mapping[tuple[int, str], Factors], own: Mapping[str, OwnTable], rank: int | None
 ) -> SourceAdapter:
-    """Have all products cut to a rank, if there is one; rows that replace others stay what they are."""
+    """Have all products cut to a rank, if there is one; what replaces rows of the base stays what it is."""
     return SourceAdapter(
         {place: replace(factors, cut=rank) for place, factors in layers.items()},
         {
-            module: replace(table, cut=rank) if isinstance(table, Factors) else table
+            module: replace(table, cut=rank) if isinstance(table, Factors) and table.plain else table
             for module, table in own.items()
         },
     )

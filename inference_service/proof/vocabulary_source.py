@@ -22,7 +22,7 @@ _MODULES: Final = {"embed_tokens": EMBEDDING, "lm_head": HEAD}
 _KEY: Final = re.compile(
     r"(?!.*\.(?:visual|vision_|audio_))(?:base_model\.model\.)?"
     r"(?P<name>(?:.+\.)?(?P<leaf>embed_tokens|lm_head))"
-    r"(?:\.lora_(?:embedding_)?(?P<side>[AB])(?:\.[^.]+)?(?:\.weight)?"
+    r"(?:\.lora_(?:embedding_)?(?P<side>A|B|magnitude_vector)(?:\.[^.]+)?(?:\.weight)?"
     r"|(?:\.token_adapter)?\.(?P<delta>trainable_tokens_delta)(?:\.[^.]+)?"
     r"|(?:\.modules_to_save(?:\.[^.]+)?)?\.(?P<whole>weight))"
 )
@@ -44,7 +44,10 @@ class OwnRows:
 
 
 OwnTable: TypeAlias = Factors | OwnRows
-"""What an adapter has for embeddings or a head; of embeddings, A is [rank, vocab] and B [hidden, rank]."""
+"""What an adapter has for embeddings or a head; of embeddings, A is [rank, vocab] and B [hidden, rank].
+
+Of DoRA, magnitudes are those of B's rows.
+"""
 
 
 def read_own(
@@ -72,7 +75,8 @@ def read_own(
     found |= deltas
     for module, pair in factors.items():
         a, b = pair["A"], pair["B"]
-        found[module] = Factors(a, b * scale_of(config, names[module], len(a)))
+        magnitude = pair.get("magnitude_vector")
+        found[module] = Factors(a, b * scale_of(config, names[module], len(a)), magnitude)
     return found | _of_whole(config, whole, base)
 
 
@@ -108,14 +112,16 @@ def embedded(own: OwnTable, table: Tensor, tokens: Tensor) -> Tensor:
     base = table[tokens]
     if isinstance(own, Factors):
         a, b = own.product
-        return base + a.T[tokens] @ b.T
+        c = 1.0 if own.magnitude is None else own.magnitude / (table.T + own.b @ own.a).norm(dim=1)
+        return c * (base + a.T[tokens] @ b.T)
     return _put(own, table)[tokens]
 
 
 def headed(own: OwnTable, table: Tensor, x: Tensor) -> Tensor:
     """Return the logits [vocab] of x [hidden], with a base's head [vocab, hidden]."""
     if isinstance(own, Factors):
-        return table @ x + own.added(x[None])[0]
+        c = 1.0 if own.magnitude is None else own.magnitude / (table + own.b @ own.a).norm(dim=1)
+        return c * (table @ x + own.added(x[None])[0])
     return _put(own, table) @ x
 
 

@@ -51,10 +51,8 @@ def request_from_message(
     remaining = context.time_remaining()
     cut = message.HasField("truncate_prompt_tokens")
     prompt = prompt_of(message, countable(max_seq_len) if cut else max_seq_len)
-    metadata = {name: value for name, value in context.invocation_metadata() or () if isinstance(value, str)}
-    adapters = tuple(
-        map(_scaled, message.adapters[: MOST_PARTS + 1])
-    )  # one too many is refused behind the doors
+    metadata = texts_of(context)
+    adapters = adapters_of(message)
     own = {"model": message.model, "adapters": adapters}
     return Request(
         prompt=prompt,
@@ -89,8 +87,17 @@ def _required(message: pb.GenerateRequest) -> list[tuple[str, bool]]:
     ]
 
 
-def _scaled(adapter: pb.ScaledAdapter) -> Scaled:
-    return Scaled(adapter.name, adapter.scale if adapter.HasField("scale") else 1.0)
+def adapters_of(message: pb.GenerateRequest | pb.EmbedRequest) -> tuple[Scaled, ...]:
+    """Return the adapters of a message with their scales; one too many is refused behind the doors."""
+    return tuple(
+        Scaled(adapter.name, adapter.scale if adapter.HasField("scale") else 1.0)
+        for adapter in message.adapters[: MOST_PARTS + 1]
+    )
+
+
+def texts_of(context: grpc.aio.ServicerContext) -> dict[str, str]:
+    """Return the metadata of a call that is text."""
+    return {name: value for name, value in context.invocation_metadata() or () if isinstance(value, str)}
 
 
 def event_to_messages(event: Event, text: Text) -> Iterator[pb.GenerateResponse]:

@@ -8,9 +8,17 @@ from contextlib import aclosing
 import grpc
 
 from inference_service.rpc.mapping import event_to_messages, model_to_message, request_from_message
+from inference_service.rpc.pooling import (
+    pooling_said,
+    requests_from_message,
+    scores_to_message,
+    vector_to_message,
+)
+from inference_service.serving.pooling import check_dimensions, pooled, pooling_of, scored, shaped
 from inference_service.serving.service import GenerationService, Started
 from loramux.inference.v1 import inference_pb2 as pb
 from loramux.inference.v1 import inference_pb2_grpc
+from loramux_shared.pooling import Pooling
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["InferenceService"].full_name
 
@@ -40,6 +48,35 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
                     for message in held:
                         yield message
                     held = []
+
+    async def Embed(  # noqa: N802 - grpc's name
+        self, request: pb.EmbedRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[pb.EmbedResponse]:
+        """Stream vectors."""
+        limits, dimensions = (
+            self._service.limits,
+            request.dimensions if request.HasField("dimensions") else None,
+        )
+        pooling = pooling_of(pooling_said(request), self._service.usual_pooling)
+        check_dimensions(dimensions, limits.hidden_size)
+        asked = requests_from_message(request, context, pooling, limits.max_seq_len)
+        normalize, index = request.normalize or not request.HasField("normalize"), 0
+        async with aclosing(pooled(self._service, asked)) as found:
+            async for each in found:
+                vector = shaped(each.vector, dimensions, normalize=normalize)
+                yield vector_to_message(index, each, vector)
+                index += 1
+
+    async def Classify(  # noqa: N802 - grpc's name
+        self, request: pb.ClassifyRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[pb.ClassifyResponse]:
+        """Stream scores."""
+        asked = requests_from_message(request, context, Pooling.LAST, self._service.limits.max_seq_len)
+        index = 0
+        async with aclosing(scored(self._service, asked)) as found:
+            async for each in found:
+                yield scores_to_message(index, each)
+                index += 1
 
     async def ListModels(  # noqa: N802 - grpc's name
         self,

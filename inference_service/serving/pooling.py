@@ -19,6 +19,8 @@ from loramux_shared.faults import Finding, InternalFault, RequestInvalid
 from loramux_shared.pooling import Pooling
 
 T = TypeVar("T")
+MAX_INPUTS: Final = 2048
+"""Texts of one call: as many as OpenAI's API takes."""
 AT_ONCE: Final = 64
 """Prompts of one call that wait in the queue at once, so that one call does not fill it."""
 

@@ -18,6 +18,7 @@ from pydantic import BaseModel
 from tokenizers import Tokenizer
 
 from inference_service.core.sequence import FinishReason
+from inference_service.openai_api.app import create_app
 from inference_service.openai_api.server import HttpServer
 from inference_service.serving.request import Event, Request
 from inference_service.serving.text import Text
@@ -302,6 +303,30 @@ async def test_what_http_refuses_has_the_same_shape(door: OpenAIDoor) -> None:
         told = answer.json()
         assert (answer.status_code, told["type"], told["error"]["type"]) == (status, "error", kind)
         assert told["request_id"] == answer.headers["request-id"] == "mine-1"
+
+
+async def test_so_has_what_is_refused_before_that(door: OpenAIDoor) -> None:
+    """What two servers could read differently, and everything while the server drains."""
+    host, port = door.url.removeprefix("http://").split(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    writer.write(b"POST /v1/messages?beta=true HTTP/1.1\r\nhost: a\r\nhost: b\r\n\r\n")
+    told = json.loads((await reader.read()).partition(b"\r\n\r\n")[2])
+    writer.close()
+    assert (told["type"], told["error"]["type"], told["request_id"]) == ("error", "invalid_request_error", None)
+    app = create_app(door.ready.service)
+    app.draining = True
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://door") as web:
+        answer = await web.post("/v1/messages", json=SENT)
+    assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
+    assert answer.json()["error"]["type"] == "overloaded_error"
+    assert answer.json()["request_id"] == answer.headers["request-id"]
+
+
+async def test_null_is_not_set(door: OpenAIDoor) -> None:
+    """Whatever the name, in a body as in a block."""
+    content = [{"type": "text", "text": "Hi", "mood": None, "cache_control": None}]
+    body = SENT | {"model": "rs", "messages": [{"role": "user", "content": content}], "no_such_field": None}
+    assert (await door.http.post("/v1/messages", json=body)).status_code == 200
 
 
 async def test_keys_come_in_either_header(tmp_path: Path) -> None:

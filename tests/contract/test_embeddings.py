@@ -12,8 +12,10 @@ import pytest
 import pytest_asyncio
 from openai import BadRequestError
 
+from loramux_shared.faults import ModelNotFound, RequestInvalid
 from loramux_shared.pooling import Pooling
 from loramux_shared.storage.memory import MemoryStore
+from tests.support.grpc_door import open_client
 from tests.support.openai_door import OpenAIDoor, open_door
 from tests.support.pooled import expected_of
 from tests.support.tiny import World
@@ -144,3 +146,28 @@ async def test_openais_client_hears_why(door: OpenAIDoor) -> None:
     """Its exception holds the message."""
     with pytest.raises(BadRequestError, match="1 to 48"):
         await door.openai.embeddings.create(model="base", input="x", dimensions=4096)
+
+
+async def test_grpc_gives_the_same_vectors(door: OpenAIDoor) -> None:
+    """With the Python client: texts, ids and pairs, options and mixtures; wrong ones are refused by name."""
+    text = door.ready.service.text.decode(IDS)
+    async with open_client(door.ready) as client:
+        found = await client.embed("all", [IDS, text, IDS[:2]], timeout_s=60)
+        over_http = await made(door, model="all", input=[IDS, door.ready.service.text.encode(text), IDS[:2]])
+        np.testing.assert_allclose(found.vectors, over_http, atol=1e-6)
+        assert (found.model, found.prompt_tokens) == ("all", 8 + len(door.ready.service.text.encode(text)))
+        options: dict[str, Any] = {"pooling": "mean", "dimensions": 7, "normalize": False}
+        cut = await client.embed("", [IDS], adapters=["rs", ("all", 0.5)], **options)
+        np.testing.assert_allclose(cut.vectors, await made(door, model="rs+all*0.5", **options), atol=1e-6)
+        for wrong, words in (
+            ({"inputs": []}, "inputs"),
+            ({"inputs": [[500]]}, "token_ids"),
+            ({"dimensions": 49}, "dimensions"),
+            ({"pooling": "max"}, "pooling"),
+        ):
+            fields: dict[str, Any] = {"model": "base", "inputs": ["x"]} | wrong
+            with pytest.raises(RequestInvalid) as refused:
+                await client.embed(**fields)
+            assert [finding.where for finding in refused.value.findings] == [words]
+        with pytest.raises(ModelNotFound):
+            await client.embed("nobody", ["x"])

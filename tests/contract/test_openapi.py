@@ -151,7 +151,7 @@ def test_ids_of_operations_differ() -> None:
 @pytest.mark.parametrize("name", SCHEMAS)
 def test_a_schema_is_one(name: str) -> None:
     """Keywords are JSON Schema's, with values of their types; required properties exist."""
-    assert re.fullmatch(r"[a-zA-Z0-9._-]+", name)
+    assert re.fullmatch(r"[A-Za-z][A-Za-z0-9]*", name), "two types have the same name"
     for schema in _schemas(SCHEMAS[name]):
         for keyword, value in schema.items():
             assert isinstance(value, KEYWORDS[keyword]), (keyword, value)

@@ -152,5 +152,5 @@ async def test_the_door_is_as_it_is_described(judged: Judged, tmp_path: Path) ->
 async def test_every_keyword_of_the_description_is_true(judged: Judged, tmp_path: Path) -> None:
     """Each bound from both sides, methods that are not described, wrong keys, and many draws."""
     await judge(
-        judged, tmp_path, "--phases", "examples,coverage,fuzzing,stateful", "-n", "60", "--continue-on-failure"
+        judged, tmp_path, "--phases", "examples,coverage,fuzzing,stateful", "-n", "25", "--continue-on-failure"
     )

@@ -18,8 +18,9 @@ from transformers import AutoModelForSequenceClassification, LlamaConfig
 from loramux_shared.bundle.deployments import current_generation
 from loramux_shared.bundle.manifest import ScoreHead
 from loramux_shared.bundle.reader import read_bundle
-from loramux_shared.faults import AdapterInvalid, DeploymentInvalid
+from loramux_shared.faults import AdapterInvalid, DeploymentInvalid, RequestInvalid
 from loramux_shared.storage.memory import MemoryStore
+from tests.support.grpc_door import open_client
 from tests.support.openai_door import OpenAIDoor, open_door
 from tests.support.tiny import SIZES, World, make_adapter, make_checkpoint
 
@@ -153,6 +154,22 @@ async def test_documents_are_ranked_as_transformers_ranks_them(
         door, "/v1/score", model="ranker", text_1=["a cat"] * 5, text_2=DOCUMENTS, use_activation=True
     )
     close([each["score"] for each in both["data"]], 1 / (1 + np.exp(-wanted)))
+
+
+async def test_grpc_gives_the_same_scores(made: tuple[World, MemoryStore], door: OpenAIDoor) -> None:
+    """With the Python client: scores and probabilities of all labels, of ids and of pairs."""
+    async with open_client(door.ready) as client:
+        found = await client.classify("topics", PROMPTS)
+        close([each.scores for each in found.texts], logits(made[0], "topics", PROMPTS))
+        assert found.labels == tuple(NAMES)
+        close([sum(each.probabilities) for each in found.texts], [1.0] * len(PROMPTS))
+        pair = door.ready.service.text.encode_pair(("a cat", "abc"), 256)
+        [scored] = (await client.classify("ranker", [("a cat", "abc")])).texts
+        close(scored.scores, logits(made[0], "ranker", [pair])[0])
+        with pytest.raises(RequestInvalid, match="one that generates text"):
+            await client.classify("plain", ["x"])
+        with pytest.raises(RequestInvalid, match="one that classifies it"):
+            await client.complete("topics", "x")
 
 
 async def test_who_classifies_generates_nothing(door: OpenAIDoor) -> None:

@@ -196,6 +196,21 @@ async def test_a_caller_ends_its_requests(doors: Doors) -> None:
     await Service(doors.ready).until_free()
 
 
+async def test_who_goes_away_or_waits_no_longer_frees_a_sequence(doors: Doors) -> None:
+    """A cancelled call, and one whose deadline passes, of each service."""
+    params = engine.SamplingParams(max_tokens=240, ignore_eos=True)
+    stream = doors.engine.Generate(engine.GenerateRequest(text="a", sampling_params=params, stream=True))
+    await stream.read()
+    stream.cancel()
+    long = inference_request(stopping=inference.StoppingCriteria(max_new_tokens=240, ignore_eos=True))
+    assert (await failure(doors.inference.Generate(long, timeout=0.05)))[0] == "DEADLINE_EXCEEDED"
+    whole = doors.inference.Generate(long)
+    while not doors.ready.service.in_work:
+        await asyncio.sleep(0.001)
+    whole.cancel()
+    await doors.until_free()
+
+
 async def test_a_prompt_becomes_a_vector(doors: Doors) -> None:
     """Of length 1, and another with an adapter; what is no prompt is refused."""
     tokens = engine.TokenizedInput(input_ids=PROMPT)

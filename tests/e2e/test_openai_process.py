@@ -23,6 +23,7 @@ from inference_service.replica import BROKEN
 from loramux import Client
 from loramux.cli.exits import Exit
 from loramux.faults import ReplicaFailed
+from loramux.vllm import engine_pb2, engine_pb2_grpc
 from loramux_shared.storage.local import LocalStore
 from tests.support.tiny import World, make_world
 
@@ -65,9 +66,18 @@ def _serving(
         process.wait(10)
 
 
-def test_both_doors_drain_together(world: World, tmp_path: Path) -> None:
-    """One SIGTERM: open streams of both doors come to their end, new requests are 503, the exit status is 0."""
-    with _serving(world, tmp_path) as (process, ready), Client(ready["grpc"]) as client:
+def test_all_doors_drain_together(world: World, tmp_path: Path) -> None:
+    """One SIGTERM: open streams of all doors come to their end, new requests are 503, the exit status is 0."""
+    with (
+        _serving(world, tmp_path, LORAMUX_MODEL_DOORS="wide=127.0.0.1:0") as (process, ready),
+        Client(ready["grpc"]) as client,
+        grpc.insecure_channel(ready["model_doors"].removeprefix("wide=")) as channel,
+    ):
+        params = engine_pb2.SamplingParams(max_tokens=200, ignore_eos=True)
+        door = engine_pb2_grpc.VllmEngineStub(channel)
+        assert door.GetModelInfo(engine_pb2.GetModelInfoRequest()).served_model_name == "wide"
+        of_model = door.Generate(engine_pb2.GenerateRequest(text="HELLO", sampling_params=params, stream=True))
+        next(of_model)
         url = f"http://{ready['http']}"
         assert [model["id"] for model in httpx.get(f"{url}/v1/models").json()["data"]] == [
             "base",
@@ -90,6 +100,7 @@ def test_both_doors_drain_together(world: World, tmp_path: Path) -> None:
             *_, last = [line for line in lines if line]
         assert last == "data: [DONE]"
         assert list(events)[-1].usage.completion_tokens == 200
+        assert list(of_model)[-1].complete.completion_tokens == 200
         assert process.wait(30) == 0
 
 

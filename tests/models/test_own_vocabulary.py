@@ -35,6 +35,7 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "saved": {"target_modules": ["lm_head"], "use_rslora": True, "modules_to_save": ["embed_tokens"]},
     "some": {"target_modules": Q, "modules_to_save": ["lm_head", "embed_tokens"], "touched": FEW},
     "tokens": {"target_modules": Q, "trainable_token_indices": [50, 3, 4, 100, 120]},
+    "dora": {"target_modules": ["embed_tokens", "lm_head", "q_proj"], "use_dora": True, "use_rslora": True},
     "apart": {"target_modules": Q, "trainable_token_indices": {"embed_tokens": [5, 3], "lm_head": [7, 60]}},
 }
 OF_TIED: dict[str, dict[str, Any]] = {
@@ -52,7 +53,9 @@ def make(base: Path, folder: Path, seed: int, touched: list[int] | None = None, 
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            if "lora_" in name or "trainable_tokens_delta" in name:
+            if "magnitude" in name:
+                parameter.copy_(parameter * (1 + noise * 0.3))
+            elif "lora_" in name or "trainable_tokens_delta" in name:
                 parameter.copy_(noise * 0.2)
             elif "modules_to_save" in name:
                 rows = range(len(noise)) if touched is None else touched
@@ -147,6 +150,7 @@ def test_rows_that_do_not_differ_are_not_kept(world: World, store: MemoryStore) 
         "factors": {},
         "saved": {"embedding": ((0, VOCAB),)},
         "some": {"embedding": runs, "head": runs},
+        "dora": {"embedding": ((0, VOCAB),), "head": ((0, VOCAB),)},
         "tokens": {"embedding": ((3, 2), (50, 1), (100, 1), (120, 1))},
         "apart": {"embedding": ((3, 1), (5, 1)), "head": ((7, 1), (60, 1))},
     }

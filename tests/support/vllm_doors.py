@@ -105,7 +105,8 @@ async def failure(call: Any) -> tuple[str, str, list[str]]:
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await call
     info, bad = error_details_pb2.ErrorInfo(), error_details_pb2.BadRequest()
-    for detail in rpc_status.from_call(caught.value).details:
+    status = rpc_status.from_call(caught.value)
+    for detail in status.details if status else ():
         detail.Unpack(info)
         detail.Unpack(bad)
     named = sorted({violation.field for violation in bad.field_violations})

@@ -16,7 +16,9 @@ from builder_service.builds.builds import Builds
 from builder_service.builds.pushes import Pushes
 from builder_service.pipeline.check import Checks
 from inference_service.rpc.mapping import request_from_message
+from inference_service.rpc.pooling import requests_from_message
 from inference_service.serving.adapters.manager import AdapterManager
+from inference_service.serving.adapters.texts import AdapterTexts
 from inference_service.serving.service import GenerationService
 from loramux_shared.faults import FAULTS
 from loramux_shared.rpc import calls
@@ -48,6 +50,8 @@ RPCS: dict[str, tuple[Callable[..., Any], ...]] = {
     "ListGenerations": (Builds.history,),
     "PutAdapter": (Pushes.put,),
     "Generate": (request_from_message, GenerationService.generate),
+    "Embed": (requests_from_message, GenerationService.generate),
+    "Classify": (requests_from_message, GenerationService.generate, AdapterTexts.scorer),
     "ListModels": (),
     "ListAdapters": (AdapterManager.list,),
     "GetAdapter": (AdapterManager.get,),

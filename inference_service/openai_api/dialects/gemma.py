@@ -33,9 +33,9 @@ class Form:
 
 GEMMA: Final = Form("<|tool_call>", "<tool_call|>", '<|"|>')
 FUNCTION: Final = Form("<start_function_call>", "<end_function_call>", "<escape>")
-_KEY: Final = re.compile(r"[^:,{}\[\]<>]+")
-_BARE: Final = re.compile(r"[^,{}\[\]<]+")
-_NEXT: Final = re.compile(r"\s*(,?)\s*")
+_KEY: Final = re.compile(r"[^:,{}\[\]<>]{1,256}")
+_BARE: Final = re.compile(r"[^,{}\[\]<]{1,256}")
+_NEXT: Final = re.compile(r"\s{0,100}(,?)\s{0,100}")
 _NOTHING: Final = object()
 """No value."""
 
@@ -123,6 +123,7 @@ def _string(source: Source, calls: Calls, form: Form) -> Reader[bool]:
             return True
         if source.ended:
             return False
+        source.forget()
         yield None
 
 

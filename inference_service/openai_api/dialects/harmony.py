@@ -30,6 +30,8 @@ END: Final = "<|end|>"
 RETURN: Final = "<|return|>"
 CALL: Final = "<|call|>"
 MARKS: Final = (START, CHANNEL, CONSTRAIN, MESSAGE, END, RETURN, CALL)
+MAX_HEADER: Final = 512
+"""Characters; what is longer is no header."""
 FUNCTIONS: Final = "functions."
 _CHANNEL: Final = re.compile(r"<\|channel\|>\s*(\w+)")
 _TO: Final = re.compile(r"\bto=([^\s<]+)")
@@ -71,14 +73,12 @@ def _header(source: Source, *, begins: bool) -> Reader[str | None]:
         if not opens:
             source.at = 0
             return "" if source.left or not source.ended else None
-    known = marks(MESSAGE)
-    while (found := known.find(source)) is None:
-        if source.ended:
-            source.at = len(source.text)
-            return None
-        yield None
-    source.at = found.end()
-    return source.text[: found.start()]
+        source.at = 0
+    header = yield from source.upto(MESSAGE, MAX_HEADER)
+    if header is None and source.left <= MAX_HEADER:
+        source.at = len(source.text)  # the answer was cut within a header
+        return None
+    return header or ""
 
 
 def _body(source: Source, of: Calls | type[Said] | type[Thought], *, behind: bool = False) -> Reader[None]:

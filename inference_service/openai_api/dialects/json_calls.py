@@ -15,9 +15,11 @@ from inference_service.openai_api.dialects.source import Reader, Source
 
 ARGUMENTS: Final = frozenset({"arguments", "parameters"})
 """Llama says parameters, all others arguments."""
+MAX_HELD: Final = 256 * 1024
+"""Characters of a value that is held until it is whole."""
 _STRUCTURE: Final = re.compile(r'["{}\[\]]')
 _IN_STRING: Final = re.compile(r'["\\]')
-_SCALAR: Final = re.compile(r"[^\s,\]};]+")
+_SCALAR: Final = re.compile(r"[^\s,\]};]{1,64}")
 
 
 def json_calls(source: Source, calls: Calls) -> Reader[bool]:
@@ -79,6 +81,8 @@ def json_call(source: Source, calls: Calls) -> Reader[bool]:
             yield from json_arguments(source, calls)
         else:
             value = yield from _held_value(source)
+            if value is None:
+                return begun
             held = value if key in ARGUMENTS and held is None else held
     if name is not None and not begun:
         yield calls.begin(name)
@@ -94,52 +98,72 @@ def json_arguments(source: Source, calls: Calls) -> Reader[None]:
     if source.text.startswith(("{", "["), source.at):
         yield from _structure(source, calls)
     elif source.left:
-        yield calls.more((yield from _held_value(source)))
+        value = yield from _held_value(source)
+        if value is not None:
+            yield calls.more(value)
 
 
-def _held_value(source: Source) -> Reader[str]:
-    """Return a value when it is whole, as arguments: a string is what it says, and null is no arguments."""
+def _held_value(source: Source) -> Reader[str | None]:
+    """Return a value when it is whole, as arguments: a string is what it says, and null is no arguments.
+
+    None: it is not whole, or too long to be held.
+    """
     if source.text.startswith('"', source.at):
-        begin = source.at
-        said = yield from json_string(source)
-        return source.text[begin:] if said is None else said
+        return (yield from json_string(source))
     if source.text.startswith(("{", "["), source.at):
         begin = source.at
-        yield from _structure(source, None)
-        return source.text[begin : source.at]
+        whole = yield from _structure(source, None)
+        return source.text[begin : source.at] if whole else None
     found = yield from source.match(_SCALAR)
     return "{}" if found is None or found[0] == "null" else found[0]
 
 
-def _structure(source: Source, calls: Calls | None) -> Reader[None]:
-    """Read an object or a list to its last bracket, and tell calls of it as it comes."""
-    depth, in_string = 0, False
+def _structure(source: Source, calls: Calls | None) -> Reader[bool]:
+    """Read an object or a list, tell calls of it as it comes, and say whether its last bracket came."""
+    brackets, held = _Brackets(), 0
     while True:
-        begin, place = source.at, source.at
-        while found := (_IN_STRING if in_string else _STRUCTURE).search(source.text, place):
+        begin = source.at
+        source.at = brackets.follow(source)
+        if calls is None:
+            held += source.at - begin
+            if held > MAX_HELD:
+                return False
+        elif source.at > begin:
+            yield calls.more(source.text[begin : source.at])
+            source.forget()
+        if brackets.closed or source.ended:
+            return brackets.closed
+        yield None
+
+
+class _Brackets:
+    """Brackets that are open, strings apart."""
+
+    def __init__(self) -> None:
+        self.closed = False
+        self._depth = 0
+        self._in_string = False
+
+    def follow(self, source: Source) -> int:
+        """Return where the last bracket closes, else how far the text is certain."""
+        place = source.at
+        while found := (_IN_STRING if self._in_string else _STRUCTURE).search(source.text, place):
             place = found.end()
             match found[0]:
                 case '"':
-                    in_string = not in_string
+                    self._in_string = not self._in_string
+                case "\\" if place == len(source.text):
+                    return place if source.ended else found.start()
                 case "\\":
-                    if place == len(source.text):
-                        break
                     place += 1
                 case "{" | "[":
-                    depth += 1
+                    self._depth += 1
                 case _:
-                    depth -= 1
-            if not depth:
-                break
-        if depth:
-            cut = found is not None and not source.ended  # between a backslash and what stands behind it
-            place = len(source.text) - cut
-        source.at = place
-        if calls is not None and source.at > begin:
-            yield calls.more(source.text[begin : source.at])
-        if not depth or source.ended:
-            return
-        yield None
+                    self._depth -= 1
+            if not self._depth:
+                self.closed = True
+                return place
+        return len(source.text)
 
 
 def json_string(source: Source) -> Reader[str | None]:
@@ -150,7 +174,7 @@ def json_string(source: Source) -> Reader[str | None]:
     while True:
         found = _IN_STRING.search(source.text, place)
         if found is None or (found[0] == "\\" and found.end() == len(source.text)):
-            if source.ended:
+            if source.ended or len(source.text) - begin > MAX_HELD:
                 return None
             place = len(source.text) if found is None else found.start()
             yield None
@@ -158,6 +182,8 @@ def json_string(source: Source) -> Reader[str | None]:
         place = found.end() + (found[0] == "\\")
         if found[0] == '"':
             break
+    if place - begin > MAX_HELD:
+        return None
     source.at = place
     try:
         return str(json.loads(source.text[begin - 1 : place], strict=False))

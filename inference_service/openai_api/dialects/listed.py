@@ -32,8 +32,8 @@ PHI_WORD: Final = "functools"
 MISTRAL: Final = "[TOOL_CALLS]"
 ID: Final = "[CALL_ID]"
 ARGS: Final = "[ARGS]"
-_NAME: Final = re.compile(r"[A-Za-z0-9_.\-]+")
-_ID: Final = re.compile(r"[A-Za-z0-9_\-]*")
+_NAME: Final = re.compile(r"[A-Za-z0-9_.\-]{1,64}")
+_ID: Final = re.compile(r"[A-Za-z0-9_\-]{0,64}")
 
 
 def list_of_calls(calls: Calls, *ends: str) -> Block:

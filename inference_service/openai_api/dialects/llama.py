@@ -39,7 +39,7 @@ OLMO: Final = "<function_calls>"
 OLMO_END: Final = "</function_calls>"
 FENCE: Final = "```tool_code\n"
 FENCE_END: Final = "```"
-_NAME: Final = re.compile(r"[A-Za-z_][\w.\-]*")
+_NAME: Final = re.compile(r"[A-Za-z_][\w.\-]{0,63}")
 _STEP: Final = re.compile(r"""["'()\[\]{}]""")
 _QUOTE: Final = {quote: re.compile(rf"[\\{quote}]") for quote in "\"'"}
 

@@ -75,7 +75,10 @@ class Source:
         return before
 
     def match(self, pattern: re.Pattern[str]) -> Reader[re.Match[str] | None]:
-        """Read what a pattern matches, if it is next; its first character must decide whether it does."""
+        """Read what a pattern matches, if it is next; its first character must decide whether it does.
+
+        The pattern must have bounds: it is tried again with all that it matched.
+        """
         while True:
             found = pattern.match(self.text, self.at)
             if self.ended or (found and found.end() < len(self.text)) or (not found and self.left):

@@ -104,6 +104,7 @@ def _value(source: Source, calls: Calls, schema: Any) -> Reader[bool]:
             break
         if source.ended:
             return False
+        source.forget()
         yield None
     yield calls.more('"' if as_text else written(typed("".join(parts), schema)))
     return True

@@ -24,7 +24,7 @@ class SaidPart(TypedDict):
     logprobs: list[TokenLogprob]
 
 
-class MessageItem(TypedDict):
+class SaidItem(TypedDict):
     """What is said."""
 
     id: str
@@ -41,7 +41,7 @@ class ThoughtPart(TypedDict):
     text: str
 
 
-class ReasoningItem(TypedDict):
+class ThoughtItem(TypedDict):
     """What is thought; the encrypted content is what clients give back unread, where they asked for it."""
 
     id: str
@@ -52,7 +52,7 @@ class ReasoningItem(TypedDict):
     encrypted_content: NotRequired[str]
 
 
-class CallItem(TypedDict):
+class CalledItem(TypedDict):
     """A call of a function, with its arguments as JSON text."""
 
     id: str
@@ -121,7 +121,7 @@ class Response(TypedDict):
     status: Literal["in_progress", "completed", "incomplete", "failed"]
     error: ResponseError | None
     incomplete_details: IncompleteDetails | None
-    output: list[MessageItem | ReasoningItem | CallItem]
+    output: list[SaidItem | ThoughtItem | CalledItem]
     usage: ResponseUsage | None
     instructions: str | None
     max_output_tokens: int | None

@@ -58,6 +58,16 @@ class InferenceServiceStub:
                 request_serializer=loramux_dot_inference_dot_v1_dot_inference__pb2.GenerateRequest.SerializeToString,
                 response_deserializer=loramux_dot_inference_dot_v1_dot_inference__pb2.GenerateResponse.FromString,
                 _registered_method=True)
+        self.Embed = channel.unary_stream(
+                '/loramux.inference.v1.InferenceService/Embed',
+                request_serializer=loramux_dot_inference_dot_v1_dot_inference__pb2.EmbedRequest.SerializeToString,
+                response_deserializer=loramux_dot_inference_dot_v1_dot_inference__pb2.EmbedResponse.FromString,
+                _registered_method=True)
+        self.Classify = channel.unary_stream(
+                '/loramux.inference.v1.InferenceService/Classify',
+                request_serializer=loramux_dot_inference_dot_v1_dot_inference__pb2.ClassifyRequest.SerializeToString,
+                response_deserializer=loramux_dot_inference_dot_v1_dot_inference__pb2.ClassifyResponse.FromString,
+                _registered_method=True)
         self.ListModels = channel.unary_unary(
                 '/loramux.inference.v1.InferenceService/ListModels',
                 request_serializer=loramux_dot_inference_dot_v1_dot_inference__pb2.ListModelsRequest.SerializeToString,
@@ -117,6 +127,53 @@ class InferenceServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Embed(self, request, context):
+        """Streams the vector of each input, in their order, as soon as it is there; one version makes all of them. The
+        first failure ends the stream. Closing it frees what is under way.
+
+        NOT_FOUND           MODEL_NOT_FOUND: the message lists the models that are served.
+        INVALID_ARGUMENT    REQUEST_INVALID: the violations name the fields, or the model does something else. Correct
+        them.
+        PROMPT_TOO_LONG: an input is longer than a sequence. Shorten it.
+        RESOURCE_EXHAUSTED  QUEUE_FULL: too many requests wait. Retry after the delay.
+        RATE_LIMITED: too many requests of this model or key wait, or its
+        tokens of a minute are used up. Retry after the delay.
+        UNAVAILABLE         REPLICA_BEHIND: the replica does not find the generation that min_generation asks for. Retry
+        after the delay.
+        REPLICA_FAILED: the replica's device or engine works no more, and its process ends. Retry
+        with another replica.
+        REPLICA_PAUSED: an operator ended what was under way. Retry.
+        DEADLINE_EXCEEDED   DEADLINE_EXCEEDED: the deadline of the call passed; the sequences were freed. Give it more
+        time, or send less at once.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Classify(self, request, context):
+        """Streams the scores of each input, in their order, as Embed does; the model is an adapter with a score head.
+
+        NOT_FOUND           MODEL_NOT_FOUND: the message lists the models that are served.
+        INVALID_ARGUMENT    REQUEST_INVALID: the violations name the fields, or the model does something else. Correct
+        them.
+        PROMPT_TOO_LONG: an input is longer than a sequence. Shorten it.
+        DATA_LOSS           BUNDLE_CORRUPT: the score head is damaged in the store. Build the deployment again.
+        RESOURCE_EXHAUSTED  QUEUE_FULL: too many requests wait. Retry after the delay.
+        RATE_LIMITED: too many requests of this model or key wait, or its
+        tokens of a minute are used up. Retry after the delay.
+        UNAVAILABLE         STORE_UNAVAILABLE: the store does not answer. Retry after the delay.
+        REPLICA_BEHIND: the replica does not find the generation that min_generation asks for. Retry
+        after the delay.
+        REPLICA_FAILED: the replica's device or engine works no more, and its process ends. Retry
+        with another replica.
+        REPLICA_PAUSED: an operator ended what was under way. Retry.
+        DEADLINE_EXCEEDED   DEADLINE_EXCEEDED: the deadline of the call passed; the sequences were freed. Give it more
+        time, or send less at once.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ListModels(self, request, context):
         """Lists the base, then the adapters by name.
         """
@@ -131,6 +188,16 @@ def add_InferenceServiceServicer_to_server(servicer, server):
                     servicer.Generate,
                     request_deserializer=loramux_dot_inference_dot_v1_dot_inference__pb2.GenerateRequest.FromString,
                     response_serializer=loramux_dot_inference_dot_v1_dot_inference__pb2.GenerateResponse.SerializeToString,
+            ),
+            'Embed': grpc.unary_stream_rpc_method_handler(
+                    servicer.Embed,
+                    request_deserializer=loramux_dot_inference_dot_v1_dot_inference__pb2.EmbedRequest.FromString,
+                    response_serializer=loramux_dot_inference_dot_v1_dot_inference__pb2.EmbedResponse.SerializeToString,
+            ),
+            'Classify': grpc.unary_stream_rpc_method_handler(
+                    servicer.Classify,
+                    request_deserializer=loramux_dot_inference_dot_v1_dot_inference__pb2.ClassifyRequest.FromString,
+                    response_serializer=loramux_dot_inference_dot_v1_dot_inference__pb2.ClassifyResponse.SerializeToString,
             ),
             'ListModels': grpc.unary_unary_rpc_method_handler(
                     servicer.ListModels,
@@ -184,6 +251,60 @@ class InferenceService:
             '/loramux.inference.v1.InferenceService/Generate',
             loramux_dot_inference_dot_v1_dot_inference__pb2.GenerateRequest.SerializeToString,
             loramux_dot_inference_dot_v1_dot_inference__pb2.GenerateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Embed(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/loramux.inference.v1.InferenceService/Embed',
+            loramux_dot_inference_dot_v1_dot_inference__pb2.EmbedRequest.SerializeToString,
+            loramux_dot_inference_dot_v1_dot_inference__pb2.EmbedResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Classify(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/loramux.inference.v1.InferenceService/Classify',
+            loramux_dot_inference_dot_v1_dot_inference__pb2.ClassifyRequest.SerializeToString,
+            loramux_dot_inference_dot_v1_dot_inference__pb2.ClassifyResponse.FromString,
             options,
             channel_credentials,
             insecure,

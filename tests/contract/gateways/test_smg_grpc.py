@@ -125,6 +125,15 @@ async def test_streams_are_those_of_the_replica(gateway: Gateway, model: str) ->
     assert plain[0].choices[0].text == plain[1].choices[0].text
 
 
+@pytest.mark.parametrize("model", ["base", MODEL])
+async def test_vectors_are_those_of_the_replica(gateway: Gateway, model: str) -> None:
+    """The same numbers, and the same count of tokens."""
+    clients = (gateway.direct, gateway.through)
+    direct, through = [await each.embeddings.create(model=model, input="hello") for each in clients]
+    assert through.data[0].embedding == pytest.approx(direct.data[0].embedding, abs=1e-5)
+    assert through.usage.prompt_tokens == direct.usage.prompt_tokens
+
+
 async def test_a_client_that_goes_away_frees_its_sequence(gateway: Gateway) -> None:
     """The gateway aborts what it asked for."""
     stream = await gateway.through.chat.completions.create(
@@ -161,3 +170,27 @@ async def test_a_replica_that_leaves_is_out(gateway: Gateway) -> None:
     await until(gateway, "base", MODEL)
     direct, through = await gateway.both(model=MODEL)
     assert direct.choices[0].message.content == through.choices[0].message.content
+
+
+async def test_of_two_replicas_one_drains(chatty: Built, tmp_path: Path) -> None:
+    """Of 120 requests around a drain without a delay none fails."""
+    async with (
+        open_doors(chatty) as one,
+        open_doors(chatty) as two,
+        running_smg(
+            tmp_path, [f"grpc://{each.addresses[0]}" for each in (one, two)], "--policy", "round_robin"
+        ) as url,
+        httpx.AsyncClient(base_url=url, timeout=60) as web,
+        AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60) as through,
+    ):
+        await until(Gateway(one, web, through, through), "base", "base")
+
+        async def ask(number: int) -> str:
+            await asyncio.sleep(number / 100)
+            chat = await through.chat.completions.create(model="base", messages=HELLO, **GREEDY)
+            return str(chat.choices[0].message.content)
+
+        asking = [asyncio.create_task(ask(number)) for number in range(120)]
+        await asyncio.sleep(0.4)
+        assert await one.server.drain(20)
+        assert len(set(await asyncio.gather(*asking))) == 1

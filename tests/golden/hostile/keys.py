@@ -166,7 +166,7 @@ REFUSED = (
     _one("a norm", "E_UNKNOWN_KEY", f"{ROOT}norm.weight", (HIDDEN,)),
     _one("DoRA", "E_DORA", f"{Q}.lora_magnitude_vector", (16,)),
     _one("DoRA, raw", "E_ADAPTER_INFIX", f"{Q}.lora_magnitude_vector.default.weight", (16,)),
-    _one("DoRA of a head", "E_EMBED", f"{HEAD}.lora_magnitude_vector", (VOCAB,)),
+    _one("lora_bias of a head", "E_EMBED", f"{HEAD}.lora_B.bias", (VOCAB,)),
     exhibit("DoRA of other widths", "E_DIMS", _magnitudes(17)),
     exhibit("DoRA, and no weights of the base", "E_DORA", _magnitudes(16)),
     _one("DoRA of NVlabs", "E_DORA", f"{Q}.weight_m_wdecomp.weight", (16, 1)),

@@ -1,0 +1,110 @@
+"""Requests for vectors and scores as messages, and what answers them."""
+
+from __future__ import annotations
+
+import time
+from typing import Any, Final
+
+import grpc
+import numpy as np
+
+from inference_service.core.sequence import Vector
+from inference_service.rpc.mapping import adapters_of, texts_of
+from inference_service.serving.hints import hinted
+from inference_service.serving.lengths import check_ids, countable
+from inference_service.serving.pooling import MAX_INPUTS, PooledPrompt, ScoredPrompt
+from inference_service.serving.request import Pair, Prompt, Request
+from loramux.inference.v1 import inference_pb2 as pb
+from loramux_shared.faults import Finding, RequestInvalid
+from loramux_shared.pooling import Pooling
+
+_POOLINGS: Final = {pb.POOLING_LAST: Pooling.LAST, pb.POOLING_MEAN: Pooling.MEAN}
+
+
+def pooling_said(message: pb.EmbedRequest) -> str | None:
+    """Return what a message says of pooling; a number that is none of it as it is."""
+    if message.pooling == pb.POOLING_UNSPECIFIED:
+        return None
+    return _POOLINGS.get(message.pooling, str(message.pooling))
+
+
+def requests_from_message(
+    message: pb.EmbedRequest | pb.ClassifyRequest,
+    context: grpc.aio.ServicerContext,
+    pooling: Pooling,
+    max_seq_len: int,
+) -> list[Request]:
+    """Return a request for each input of a message, with the deadline of its call.
+
+    Raises:
+        PromptTooLong: an input has more token ids than max_seq_len.
+        RequestInvalid: a required field is not set, there are too many inputs, or metadata is wrong.
+    """
+    adapters = adapters_of(message) if isinstance(message, pb.EmbedRequest) else ()
+    _require(message, named=bool(message.model or adapters))
+    remaining, cut = context.time_remaining(), message.HasField("truncate_prompt_tokens")
+    own: dict[str, Any] = {
+        "model": message.model,
+        "adapters": adapters,
+        "pooling": pooling,
+        "max_tokens": 0,
+        "priority": message.priority,
+        "cache_salt": message.cache_salt or None,
+        "deadline_s": None if remaining is None else time.monotonic() + remaining,
+    }
+    if cut:
+        own["truncate_prompt_tokens"] = message.truncate_prompt_tokens
+    if message.HasField("add_special_tokens"):
+        own["add_special_tokens"] = message.add_special_tokens
+    own |= hinted(texts_of(context), message.min_generation, message.sticky_key)
+    most = countable(max_seq_len) if cut else max_seq_len
+    return [Request(prompt=_prompt(each, most), **own) for each in message.inputs]
+
+
+def _require(message: pb.EmbedRequest | pb.ClassifyRequest, *, named: bool) -> None:
+    missing = [] if named else ["model"]
+    if not message.inputs or any(each.WhichOneof("input") is None for each in message.inputs):
+        missing.append("inputs")
+    findings = [Finding(code="E_MISSING_FIELD", where=name, expected="a value") for name in missing]
+    if len(message.inputs) > MAX_INPUTS:
+        expected, found = f"at most {MAX_INPUTS}", str(len(message.inputs))
+        findings.append(Finding(code="E_BAD_FIELD", where="inputs", expected=expected, found=found))
+    if findings:
+        raise RequestInvalid("the request lacks inputs or a model, or has too many.", findings)
+
+
+def _prompt(message: pb.TextInput, most: int) -> Prompt:
+    match message.WhichOneof("input"):
+        case "text":
+            return str(message.text)
+        case "pair":
+            return Pair(message.pair.first, message.pair.second)
+    check_ids(message.token_ids.ids, most)
+    return list(message.token_ids.ids)
+
+
+def vector_to_message(index: int, prompt: PooledPrompt, vector: Vector) -> pb.EmbedResponse:
+    """Return the vector of an input as a message."""
+    return pb.EmbedResponse(index=index, values=np.asarray(vector).tolist(), **_said(prompt))
+
+
+def scores_to_message(index: int, scored: ScoredPrompt) -> pb.ClassifyResponse:
+    """Return the scores of an input as a message."""
+    return pb.ClassifyResponse(
+        index=index,
+        scores=scored.scores.tolist(),
+        probabilities=scored.scorer.activated(scored.scores).tolist(),
+        labels=() if index else scored.scorer.head.label_names,
+        **_said(scored.prompt),
+    )
+
+
+def _said(prompt: PooledPrompt) -> dict[str, Any]:
+    started, finished = prompt.started, prompt.finished
+    usage = pb.Usage(prompt_tokens=finished.prompt_tokens, cached_tokens=finished.cached_tokens)
+    return {
+        "model": started.model.name,
+        "adapter_digest": started.model.digest,
+        "generation": started.generation,
+        "usage": usage,
+    }

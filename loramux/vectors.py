@@ -1,0 +1,253 @@
+"""Vectors and scores of texts: records, and both clients' calls for them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, TypeAlias, TypedDict, Unpack, cast
+
+from loramux.connection import named
+from loramux.inference.v1 import inference_pb2 as pb
+from loramux.requests import ADAPTERS, adapters_of
+from loramux_shared.faults import Finding, InternalFault, RequestInvalid
+
+TextInput: TypeAlias = str | Sequence[int] | tuple[str, str]
+"""A text, token ids that are taken as they are, or two texts that are looked at together."""
+INPUTS: Final = "a list of texts, of lists of token ids, or of pairs of texts"
+_POOLINGS: Final = {"last": pb.POOLING_LAST, "mean": pb.POOLING_MEAN}
+
+
+class ScoreOptions(TypedDict, total=False):
+    """Options of scores; one that is absent or None is left to the server."""
+
+    truncate_prompt_tokens: int | None
+    """Leave out the beginning of a longer input; -1: of one that is longer than a sequence."""
+    add_special_tokens: bool | None
+    """Tokenize with the special tokens that the tokenizer adds itself; by default it does."""
+    cache_salt: str | None
+    """Only requests with the same one share cached prompts."""
+    priority: int | None
+    """Requests of a higher priority are scheduled first; 0 is the default."""
+    min_generation: int | None
+    """Answer with this generation of the deployment or a later one."""
+    sticky_key: str | None
+    """Where the model is an alias, requests with the same key get the same one of its models."""
+
+
+class EmbedOptions(ScoreOptions, total=False):
+    """Options of vectors."""
+
+    pooling: str | None
+    """last or mean; by default what the deployment says."""
+    normalize: bool | None
+    """Vectors of length 1; they are by default."""
+    dimensions: int | None
+    """So many of the first numbers of each vector."""
+    adapters: Sequence[tuple[str, float] | str] | None
+    """Adapters with scales that act together; the model is "" or the base's name then."""
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """The vectors of inputs, in their order."""
+
+    vectors: tuple[tuple[float, ...], ...]
+    model: str
+    """What made them, as in `Started`."""
+    adapter_digest: str
+    generation: int
+    prompt_tokens: int
+    """Of all inputs."""
+    cached_tokens: int
+
+
+@dataclass(frozen=True)
+class Classification:
+    """How an input scores."""
+
+    label: str
+    """The one that scores best."""
+    scores: tuple[float, ...]
+    """Of each label, as the head gives them."""
+    probabilities: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Classifications:
+    """The scores of inputs, in their order."""
+
+    texts: tuple[Classification, ...]
+    labels: tuple[str, ...]
+    model: str
+    adapter_digest: str
+    generation: int
+    prompt_tokens: int
+    cached_tokens: int
+
+
+def embed_request(model: str, inputs: Sequence[TextInput], options: EmbedOptions) -> pb.EmbedRequest:
+    """Return a request for vectors.
+
+    Raises:
+        RequestInvalid: an option's value, or an input, does not fit its field; the findings name them.
+        TypeError: an option that does not exist.
+    """
+    given = _known(options, EmbedOptions)
+    pooling = given.pop("pooling", None)
+    findings = []
+    if pooling is not None and pooling not in _POOLINGS:
+        findings.append(_misfit("pooling", "last or mean", repr(pooling)[:80]))
+    elif pooling is not None:
+        given["pooling"] = _POOLINGS[pooling]
+    try:
+        given["adapters"] = adapters_of(given.pop("adapters", ()))
+    except (ValueError, TypeError) as error:
+        findings.append(_misfit("adapters", ADAPTERS, str(error)))
+    return cast(pb.EmbedRequest, _request(pb.EmbedRequest, model, inputs, given, findings))
+
+
+def classify_request(model: str, inputs: Sequence[TextInput], options: ScoreOptions) -> pb.ClassifyRequest:
+    """Return a request for scores; it raises what `embed_request` does."""
+    given = _known(options, ScoreOptions)
+    return cast(pb.ClassifyRequest, _request(pb.ClassifyRequest, model, inputs, given, []))
+
+
+def _known(options: Mapping[str, Any], kind: Any) -> dict[str, Any]:
+    known = {name for each in kind.__mro__ if hasattr(each, "__annotations__") for name in each.__annotations__}
+    known |= set(kind.__annotations__)
+    if unknown := sorted(set(options) - known):
+        raise TypeError(f"unknown option {unknown[0]!r}; known are {', '.join(sorted(known))}")
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _request(
+    kind: Any, model: str, inputs: Sequence[TextInput], given: Mapping[str, Any], findings: list[Finding]
+) -> Any:
+    for name, value in given.items():
+        try:
+            kind(**{name: value})
+        except (ValueError, TypeError) as error:
+            findings.append(_misfit(name, str(error), repr(value)[:80]))
+    try:
+        messages = [_input(each) for each in _several(inputs)]
+    except (ValueError, TypeError) as error:
+        findings.append(_misfit("inputs", INPUTS, str(error)))
+    if findings:
+        raise RequestInvalid("the request cannot be sent", findings)
+    return kind(model=model, inputs=messages, **given)
+
+
+def _several(inputs: Sequence[TextInput]) -> Sequence[TextInput]:
+    if isinstance(inputs, str):
+        raise TypeError("one text")
+    return inputs
+
+
+def _misfit(where: str, expected: str, found: str) -> Finding:
+    return Finding(code="E_BAD_FIELD", where=where, expected=expected, found=found)
+
+
+def _input(given: TextInput) -> pb.TextInput:
+    if isinstance(given, str):
+        return pb.TextInput(text=given)
+    items = list(given)
+    if items and all(isinstance(item, str) for item in items):
+        first, second = items
+        return pb.TextInput(pair=pb.TextPair(first=cast(str, first), second=cast(str, second)))
+    return pb.TextInput(token_ids=pb.TokenIds(ids=cast(list[int], items)))
+
+
+def embeddings_of(messages: Sequence[pb.EmbedResponse]) -> Embeddings:
+    """Return the vectors of a stream."""
+    return Embeddings(tuple(tuple(each.values) for each in messages), **_said(messages))
+
+
+def classifications_of(messages: Sequence[pb.ClassifyResponse]) -> Classifications:
+    """Return the scores of a stream."""
+    labels = tuple(messages[0].labels) if messages else ()
+    texts = []
+    for each in messages:
+        scores = tuple(each.scores)
+        best = labels[max(range(len(scores)), key=scores.__getitem__)]
+        texts.append(Classification(best, scores, tuple(each.probabilities)))
+    return Classifications(tuple(texts), labels, **_said(messages))
+
+
+def _said(messages: Sequence[Any]) -> dict[str, Any]:
+    if not messages:
+        raise InternalFault("the server ended the stream without an answer. Please report it.")
+    first = messages[0]
+    return {
+        "model": first.model,
+        "adapter_digest": first.adapter_digest,
+        "generation": first.generation,
+        "prompt_tokens": sum(each.usage.prompt_tokens for each in messages),
+        "cached_tokens": sum(each.usage.cached_tokens for each in messages),
+    }
+
+
+class Vectors:
+    """Calls of a client for threads."""
+
+    inference: str
+    _inference: Any
+
+    def embed(
+        self,
+        model: str,
+        inputs: Sequence[TextInput],
+        *,
+        timeout_s: float | None = None,
+        **options: Unpack[EmbedOptions],
+    ) -> Embeddings:
+        """Return the vector of each input, of the base, an adapter or a mixture."""
+        request = embed_request(model, inputs, options)
+        with named(self.inference):
+            return embeddings_of(list(self._inference.Embed(request, timeout=timeout_s)))
+
+    def classify(
+        self,
+        model: str,
+        inputs: Sequence[TextInput],
+        *,
+        timeout_s: float | None = None,
+        **options: Unpack[ScoreOptions],
+    ) -> Classifications:
+        """Return how each input scores under an adapter with a score head."""
+        request = classify_request(model, inputs, options)
+        with named(self.inference):
+            return classifications_of(list(self._inference.Classify(request, timeout=timeout_s)))
+
+
+class AsyncVectors:
+    """The same for asyncio."""
+
+    inference: str
+    _inference: Any
+
+    async def embed(
+        self,
+        model: str,
+        inputs: Sequence[TextInput],
+        *,
+        timeout_s: float | None = None,
+        **options: Unpack[EmbedOptions],
+    ) -> Embeddings:
+        """Return the vector of each input, of the base, an adapter or a mixture."""
+        request = embed_request(model, inputs, options)
+        with named(self.inference):
+            return embeddings_of([each async for each in self._inference.Embed(request, timeout=timeout_s)])
+
+    async def classify(
+        self,
+        model: str,
+        inputs: Sequence[TextInput],
+        *,
+        timeout_s: float | None = None,
+        **options: Unpack[ScoreOptions],
+    ) -> Classifications:
+        """Return how each input scores under an adapter with a score head."""
+        request = classify_request(model, inputs, options)
+        with named(self.inference):
+            found = [each async for each in self._inference.Classify(request, timeout=timeout_s)]
+        return classifications_of(found)

@@ -1,0 +1,25 @@
+"""A gRPC door over loopback, in front of a service that is there."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from functools import partial
+
+from inference_service.rpc.servicer import SERVICE_NAME, InferenceServicer, register
+from inference_service.startup.load import Ready
+from loramux import AsyncClient
+from loramux_shared.rpc.server import RpcServer
+
+
+@asynccontextmanager
+async def open_client(ready: Ready) -> AsyncIterator[AsyncClient]:
+    """A client of the service behind another door, whose engine runs."""
+    services = {SERVICE_NAME: partial(register, InferenceServicer(ready.service))}
+    server = RpcServer("127.0.0.1:0", services)
+    address = await server.start()
+    try:
+        async with AsyncClient(address) as client:
+            yield client
+    finally:
+        await server.drain(5)
