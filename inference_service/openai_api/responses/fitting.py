@@ -19,8 +19,10 @@ async def fitted(service: GenerationService, chat: ChatBody, headers: Mapping[st
     Raises:
         Fault: the chat cannot be counted, for another reason than its length.
     """
+    if await _fits(service, chat, headers):
+        return chat
     shorter = _shorter(chat)
-    fits, least = len(shorter) - 1, 0
+    fits, least = len(shorter) - 1, 1
     while least < fits:
         tried = (least + fits) // 2
         if await _fits(service, shorter[tried], headers):
