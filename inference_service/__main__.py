@@ -34,6 +34,7 @@ FLAGS = {
     "store": "URI of the object store",
     "grpc": "HOST:PORT to listen on",
     "http": "HOST:PORT of the OpenAI HTTP door; it is closed when not given",
+    "model_doors": "MODEL=HOST:PORT, by commas: gRPC addresses of one model each",
     "deployment": "the deployment to serve",
     "backend": "auto, native, torch or triton",
     "device": "auto, cpu or cuda",
@@ -65,16 +66,13 @@ def main() -> int:
         help="a host that REMOTE_URL may reach though its address is not public",
     )
     parser.add_argument(
-        "--model-door", action="append", dest="model_doors", help="MODEL=HOST:PORT, a gRPC address of one model"
-    )
-    parser.add_argument(
         "--insecure",
         action="store_true",
         default=None,
         help="listen beyond this machine though nobody has to show a key",
     )
     flags = vars(parser.parse_args())
-    for name in ("local_roots", "allowed_hosts", "model_doors"):
+    for name in ("local_roots", "allowed_hosts"):
         if flags[name]:
             flags[name] = tuple(flags[name])
     log_to_stderr()

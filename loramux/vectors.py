@@ -129,14 +129,18 @@ def _request(
         except (ValueError, TypeError) as error:
             findings.append(_misfit(name, str(error), repr(value)[:80]))
     try:
-        if isinstance(inputs, str):
-            raise TypeError("one text")
-        messages = [_input(each) for each in inputs]
+        messages = [_input(each) for each in _several(inputs)]
     except (ValueError, TypeError) as error:
         findings.append(_misfit("inputs", INPUTS, str(error)))
     if findings:
         raise RequestInvalid("the request cannot be sent", findings)
     return kind(model=model, inputs=messages, **given)
+
+
+def _several(inputs: Sequence[TextInput]) -> Sequence[TextInput]:
+    if isinstance(inputs, str):
+        raise TypeError("one text")
+    return inputs
 
 
 def _misfit(where: str, expected: str, found: str) -> Finding:

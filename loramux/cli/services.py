@@ -31,6 +31,14 @@ StoreFlag = Annotated[
 KeysFile = Annotated[
     Path | None, typer.Option("--keys-file", metavar="FILE", help="Who may enter; see loramux keys.")
 ]
+ModelDoors = Annotated[
+    str | None,
+    typer.Option(
+        "--model-doors",
+        metavar="LIST",
+        help="MODEL=HOST:PORT,...: gRPC of one model each.",
+    ),
+]
 Insecure = Annotated[bool, typer.Option("--insecure", help="Let others than this machine in without keys.")]
 
 
@@ -59,15 +67,14 @@ def serve(
     store: StoreFlag = None,
     grpc: Listen = None,
     http: ListenHttp = None,
+    model_doors: ModelDoors = None,
     local_root: shell.LocalRoots = None,
     backend: shell.Backend = None,
     dtype: shell.Dtype = None,
     threads: shell.Threads = None,
     builder: Annotated[
         str | None,
-        typer.Option(
-            "--builder", metavar="HOST:PORT", help="A builder that tells of new adapters, and makes them."
-        ),
+        typer.Option("--builder", metavar="HOST:PORT", help="A builder that makes adapters and tells of them."),
     ] = None,
     on_base_change: Annotated[
         str | None,
@@ -85,7 +92,7 @@ def serve(
     engine = {"backend": backend, "dtype": dtype, "threads": threads}
     engine |= {"builder": builder, "on-base-change": on_base_change}
     argv = inference_command(deployment, store, grpc, local_root or (), engine, http)
-    become([*argv, *door_flags(keys_file, insecure)])
+    become([*argv, *_flags(**{"model-doors": model_doors}), *door_flags(keys_file, insecure)])
 
 
 def builder_command(store: str | None, grpc: str | None, local_roots: Sequence[Path]) -> list[str]:

@@ -22,7 +22,7 @@ from tests.models.test_families import CASES
 from tests.support.tiny import make_world_of, run_engine
 
 BLOCK, BLOCKS, SLOTS = 16, 16, 4
-LIMITS = SchedulerLimits(max_tokens=24, max_seqs=2, max_adapters=2, max_seq_len=128)
+LIMITS = SchedulerLimits(max_tokens=16, max_seqs=2, max_adapters=2, max_seq_len=128)
 REQUESTS = [
     ("all", list(range(3, 40))),
     ("base", list(range(3, 36))),

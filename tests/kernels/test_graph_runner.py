@@ -45,7 +45,7 @@ from tests.support.pooled import run_pooled
 from tests.support.tiny import VOCAB, World, make_world, run_engine
 
 BLOCK, BLOCKS = 16, 16
-LIMITS = SchedulerLimits(max_tokens=64, max_seqs=4, max_adapters=3, max_seq_len=64)
+LIMITS = SchedulerLimits(max_tokens=32, max_seqs=4, max_adapters=3, max_seq_len=64)
 LAYERS, LINEARS = 2, 4
 REQUESTS = [
     ("all", [5, 6, 7, 8, 9]),
@@ -289,7 +289,7 @@ def test_a_decode_step_has_few_launches(runner: GraphRunner, recorder: CountingR
     if torch.cuda.is_available():
         pytest.skip("CUDA does not tell what a graph holds")
     names = [graph.names for graph in recorder.graphs if isinstance(graph, Tape)]
-    assert len(names) == 2 * len(list(mixed_buckets(64))) + 3 * len(list(buckets(4)))
+    assert len(names) == 2 * len(list(mixed_buckets(LIMITS.max_tokens))) + 3 * len(list(buckets(4)))
     with_adapters, base = names[-2:]
     assert per_layer(base) == LINEARS + 5
     assert per_layer(with_adapters) == 3 * LINEARS + 5
