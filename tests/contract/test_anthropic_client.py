@@ -19,6 +19,9 @@ from tokenizers import Tokenizer
 
 from inference_service.core.sequence import FinishReason
 from inference_service.openai_api.app import create_app
+from inference_service.openai_api.messages.answer import Answer
+from inference_service.openai_api.messages.mapping import chat_of
+from inference_service.openai_api.messages.schema import MessagesBody
 from inference_service.openai_api.server import HttpServer
 from inference_service.serving.request import Event, Request
 from inference_service.serving.text import Text
@@ -360,6 +363,20 @@ async def test_blocks_come_one_after_the_other(tmp_path: Path) -> None:
         assert shown(final.content) == shown(whole.content) == expected
         assert final.stop_reason == whole.stop_reason == "tool_use"
         assert shown((await client.messages.create(**fields)).content) == ['tool_use:{"color": "red"}']
+
+
+async def test_a_stream_that_tells_nothing_is_alive(tmp_path: Path) -> None:
+    """While a call is held back until it is whole, tokens come, and pings with them."""
+    body = MessagesBody.model_validate_json(json.dumps(SENT | {"tools": [PAINT], "stream": True}))
+    async with scripted(tmp_path) as (service, _):
+        kinds = []
+        for patience_s in (60.0, 0.0):
+            service.next = [says('<tool_call>|{"na|me": |"Paint", "arguments": {}}</tool_call>')]
+            answer = Answer(service, body, chat_of(body), {}, patience_s)
+            kinds.append([event["type"] async for event in answer.events()])
+    patient, hasty = kinds
+    assert patient.count("ping") == 1 < hasty.count("ping")
+    assert [kind for kind in hasty if kind != "ping"] == [kind for kind in patient if kind != "ping"]
 
 
 async def test_what_is_thought_comes_apart(tmp_path: Path) -> None:

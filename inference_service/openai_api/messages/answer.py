@@ -28,9 +28,14 @@ class Answer:
     """One request and its answer."""
 
     def __init__(
-        self, service: GenerationService, body: MessagesBody, chat: Chat, headers: Mapping[str, str]
+        self,
+        service: GenerationService,
+        body: MessagesBody,
+        chat: Chat,
+        headers: Mapping[str, str],
+        ping_s: float = PING_S,
     ) -> None:
-        """Make a request of a body.
+        """Make a request of a body; in a stream that tells nothing, a ping comes after so many seconds.
 
         Raises:
             RequestInvalid: fields contradict each other, or a header is wrong.
@@ -38,6 +43,7 @@ class Answer:
         self._service = service
         self._body = body
         self._chat = chat
+        self._ping_s = ping_s
         try:
             self._conversation = Conversation(service, chat.body, headers)
         except Fault as fault:
@@ -85,7 +91,7 @@ class Answer:
                     news = [self._started(prompt_tokens), PING, *news]
                 if isinstance(event.event, Finished):
                     news += [*self._content.end(), self._stopped(event.event), {"type": "message_stop"}]
-                if not news and time.monotonic() - told_s > PING_S:
+                if not news and time.monotonic() - told_s > self._ping_s:
                     news = [PING]
                 if news:
                     told_s = time.monotonic()

@@ -27,7 +27,7 @@ def only_types(kinds: Collection[str]) -> Callable[[Any], Any]:
         if not isinstance(kind, str):
             raise PydanticCustomError("block", 'a block like {"type": "text", "text": "..."}')
         if kind not in kinds:
-            raise unsupported(f"a block of type {kind}", f"Only {', '.join(kinds)} is served.")
+            raise unsupported(f"a block of type {kind}", f"Served: {', '.join(kinds)}.")
         return block
 
     return check
