@@ -57,6 +57,7 @@ def deployment_to_message(deployment: Deployment) -> pb.DeploymentSpec:
         merge=_MERGES[runtime.merge],
         quantization=_QUANTIZATIONS[runtime.quantization],
         tool_parser="" if runtime.tool_parser == "auto" else runtime.tool_parser,
+        pooling=runtime.pooling or "",
         reasoning_parser="" if runtime.reasoning_parser == "auto" else runtime.reasoning_parser,
         aliases=[pb.Alias(name=name, weights=weights) for name, weights in runtime.aliases.items()],
         default_limits=_limits_to_message(runtime.limits.default),
@@ -105,6 +106,7 @@ def deployment_from_message(message: pb.DeploymentSpec) -> Deployment:
         (runtime, "request_default_max_tokens"),
         (runtime, "tool_parser"),
         (runtime, "reasoning_parser"),
+        (runtime, "pooling"),
     ):
         if value := getattr(message, field):
             block[field] = value

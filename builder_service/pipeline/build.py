@@ -116,6 +116,7 @@ def _draft(deployment: Deployment, base: BaseRecord, dtype: Dtype) -> Generation
         quantization=runtime.quantization,
         tool_parser=runtime.tool_parser,
         reasoning_parser=runtime.reasoning_parser,
+        pooling=runtime.pooling,
         serve_base=runtime.serve_base,
         merge=runtime.merge,
         aliases=runtime.aliases,

@@ -113,8 +113,10 @@ class GenerationService:
         self.limiter = Limiter()
         self.logprobs_mode: LogprobsMode = "raw"
         """Of requests that say none."""
-        self.usual_pooling: Pooling | None = Pooling.LAST
-        """Likewise; None: the base was trained with one that is not served."""
+        self.pooling_of_base: Pooling | None = Pooling.LAST
+        """How the base was trained to make vectors; None: in a way that is not served."""
+        self.pooling: Pooling | None = None
+        """What the deployment says about it."""
         self.base_files: BaseFiles = NoBaseFiles()
         self.scorer_of: ScorerOf = no_scorer
         self._watchers = (self.metrics, *watchers)
@@ -188,8 +190,14 @@ class GenerationService:
         """
         changes = self.catalog.apply(generation)
         self.limiter.limits = generation.limits
+        self.pooling = generation.pooling
         self.limits = replace(self.limits, default_max_tokens=generation.request_default_max_tokens)
         return changes
+
+    @property
+    def usual_pooling(self) -> Pooling | None:
+        """Of requests that say none; None: they must."""
+        return self.pooling or self.pooling_of_base
 
     @contextmanager
     def _working(self) -> Iterator[None]:

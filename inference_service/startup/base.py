@@ -22,6 +22,7 @@ from loramux_shared.bases.read import read_config
 from loramux_shared.bundle.manifest import Generation
 from loramux_shared.codes import CODES
 from loramux_shared.faults import ResourcesExhausted
+from loramux_shared.pooling import Pooling, pooling_in
 from loramux_shared.rounding import Rounding
 from loramux_shared.settings import InferenceSettings
 from loramux_shared.sources.checkpoint import PlacedBase, with_base
@@ -40,6 +41,8 @@ class Base:
     backend: Backend
     model: Decoder
     load_s: float
+    pooling: Pooling | None = Pooling.LAST
+    """How it was trained to make vectors; None: in a way that is not served."""
 
     def served(self, generation: Generation) -> ServedModel:
         """Return it as the catalog has it; what is odd about it is logged."""
@@ -65,6 +68,7 @@ def load_base(generation: Generation, settings: InferenceSettings, sources: Sour
         with placed.small_files() as folder:
             config = read_config(folder, generation.max_seq_len)
             text = Text.load(folder, config.dims.vocab)
+            pooling = pooling_in(folder)
         backend = choose_backend(settings, config)
         told = widening(config, placed.record.weights_bytes, str(backend.dtype).removeprefix("torch."))
         if told and backend.quantization is Rounding.NONE:
@@ -76,7 +80,7 @@ def load_base(generation: Generation, settings: InferenceSettings, sources: Sour
             backend.operations,
             backend.quantization,
         )
-        return Base(placed, config, text, backend, model, time.monotonic() - reading)
+        return Base(placed, config, text, backend, model, time.monotonic() - reading, pooling)
 
     log.info("fetching the base", source=shown_source(generation.base.source), cache=str(settings.cache_dir))
     try:

@@ -142,6 +142,7 @@ def load(settings: InferenceSettings, store: Store, watchers: Sequence[Watcher] 
     service.parsers = settings.parsers(generation.tool_parser, generation.reasoning_parser)
     service.base_files = PlacedFiles(base.placed)
     service.limiter.limits = generation.limits
+    service.pooling_of_base, service.pooling = base.pooling, generation.pooling
     if bank is not None:
         service.naming.defaults_of = partial(_defaults, bank, catalog)
         service.scorer_of = partial(_scorer, bank)

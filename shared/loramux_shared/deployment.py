@@ -11,6 +11,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validat
 
 from loramux_shared.limits import Limits, unset
 from loramux_shared.parsers import ReasoningParser, ToolParser
+from loramux_shared.pooling import Pooling
 from loramux_shared.rounding import Rounding
 from loramux_shared.signing.signers import is_file, parse_signer
 
@@ -228,6 +229,9 @@ class Runtime(Model):
     tool_parser: ToolParser = ToolParser.AUTO
     """The form in which the models write calls of tools: docs/openai.md has them. ``auto``: what the chat
     template of each shows; ``none``: calls stay text. A replica's ``LORAMUX_TOOL_PARSER`` comes first."""
+    pooling: Pooling | None = None
+    """How hidden states become a vector where a request for one does not say it: ``last`` or ``mean``. When not
+    given, as the base's ``1_Pooling/config.json`` says, else ``last``."""
     reasoning_parser: ReasoningParser = ReasoningParser.AUTO
     """The marks between which the models reason; the same of ``LORAMUX_REASONING_PARSER``."""
     aliases: Aliases = Field(default_factory=dict)

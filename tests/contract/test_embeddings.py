@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import shutil
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +15,7 @@ import pytest_asyncio
 from openai import BadRequestError
 
 from loramux_shared.faults import ModelNotFound, RequestInvalid
-from loramux_shared.pooling import Pooling
+from loramux_shared.pooling import FILE, Pooling
 from loramux_shared.storage.memory import MemoryStore
 from tests.support.grpc_door import open_client
 from tests.support.openai_door import OpenAIDoor, open_door
@@ -171,3 +173,20 @@ async def test_grpc_gives_the_same_vectors(door: OpenAIDoor) -> None:
             assert [finding.where for finding in refused.value.findings] == [words]
         with pytest.raises(ModelNotFound):
             await client.embed("nobody", ["x"])
+
+
+async def test_what_the_base_and_the_deployment_say_of_pooling(
+    world: tuple[World, MemoryStore], tmp_path: Path
+) -> None:
+    """A file of the base is fetched and read with it; the deployment's word comes before it."""
+    shutil.copytree(world[0].base, tmp_path / "base")
+    (tmp_path / "base" / FILE).parent.mkdir()
+    (tmp_path / "base" / FILE).write_text('{"pooling_mode_mean_tokens": true, "include_prompt": true}')
+    trained, found = World(tmp_path / "base", {}, tmp_path), []
+    for runtime in ({}, {"pooling": "last"}):
+        store = MemoryStore()
+        trained.build_with(store, runtime=runtime)
+        async with open_door((trained, store)) as door:
+            found += await made(door, normalize=False)
+    wanted = [expected_of(world[0], "base", IDS, pooling) for pooling in (Pooling.MEAN, Pooling.LAST)]
+    np.testing.assert_allclose(found, wanted, atol=1e-5)

@@ -57,6 +57,7 @@ def test_blocks_may_be_empty() -> None:
         ({"aliases": {"D": {"support-v2": 1}}}, "deployment", "as runtime.aliases.D does"),
         ({"aliases": {"a": {"d": 1}, "A": {"d": 1}}}, "deployment", "as runtime.aliases.A does"),
         ({"speculative_tokens": -1}, "runtime.speculative_tokens", "greater than or equal to 0"),
+        ({"pooling": "cls"}, "runtime.pooling", "'last' or 'mean'"),
         ({"tool_parser": "hermes2"}, "runtime.tool_parser", "'hermes'"),
         ({"reasoning_parser": "thunk"}, "runtime.reasoning_parser", "'think'"),
         ({"limits": {"models": {"gone": {}}}}, "deployment", "runtime.limits.models, unlike gone"),
@@ -83,7 +84,7 @@ def test_a_message_says_the_same() -> None:
     drafts = [parsed({"speculative_tokens": tokens}) for tokens in (0, 5, None)]
     assert [deployment.runtime.speculative_tokens for deployment in drafts] == [0, 5, None]
     kinds = [parsed({"quantization": kind}) for kind in ("none", "fp8", "int8", "int4")]
-    reads = parsed({"tool_parser": "hermes", "reasoning_parser": "none"})
+    reads = parsed({"tool_parser": "hermes", "reasoning_parser": "none", "pooling": "mean"})
     for deployment in (parsed(runtime), parsed({}), *drafts, *kinds, reads):
         assert deployment_from_message(deployment_to_message(deployment)) == deployment
 
@@ -116,7 +117,15 @@ def generation(**fields: Any) -> Generation:
 def test_a_record_without_them_has_the_bytes_that_it_had() -> None:
     """Older releases wrote no such fields, and digests of what they wrote must hold."""
     plain = generation()
-    unsaid = {"aliases", "limits", "speculative_tokens", "quantization", "tool_parser", "reasoning_parser"}
+    unsaid = {
+        "aliases",
+        "limits",
+        "speculative_tokens",
+        "quantization",
+        "tool_parser",
+        "reasoning_parser",
+        "pooling",
+    }
     assert unsaid.isdisjoint(json.loads(plain.to_bytes()))
     assert generation(aliases={}, limits=ModelLimits(), quantization="none").to_bytes() == plain.to_bytes()
     assert json.loads(generation(quantization="int8").to_bytes())["quantization"] == "int8"

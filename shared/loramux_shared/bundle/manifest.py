@@ -35,6 +35,7 @@ from loramux_shared.deployment import Aliases, Dtype, Merge, Model, ModelLimits,
 from loramux_shared.faults import BundleCorrupt, Finding
 from loramux_shared.limits import unset
 from loramux_shared.parsers import ReasoningParser, ToolParser
+from loramux_shared.pooling import Pooling
 from loramux_shared.rounding import Rounding
 
 FORMAT_VERSION: Final = 1
@@ -430,6 +431,7 @@ class Generation(Record):
     speculative_tokens: int | None = Field(default=None, ge=0, exclude_if=unset)
     quantization: Rounding = Field(default=Rounding.NONE, exclude_if=lambda kind: kind is Rounding.NONE)
     tool_parser: ToolParser = Field(default=ToolParser.AUTO, exclude_if=lambda name: name is ToolParser.AUTO)
+    pooling: Pooling | None = Field(default=None, exclude_if=unset)
     reasoning_parser: ReasoningParser = Field(
         default=ReasoningParser.AUTO, exclude_if=lambda name: name is ReasoningParser.AUTO
     )

@@ -17,6 +17,7 @@ from loramux_shared.bases.read import read_fields
 from loramux_shared.bundle.manifest import BaseRecord, FileDigest
 from loramux_shared.deployment import Repository, SourceKind
 from loramux_shared.faults import BundleCorrupt, CheckpointInvalid, SignatureInvalid
+from loramux_shared.pooling import FILE as POOLING
 from loramux_shared.signing.folder import require_signed
 from loramux_shared.signing.openssf import MAX_BYTES, SIGNATURE
 from loramux_shared.sources.base import Progress, Resolved, Room, Source, about, unwatched
@@ -34,6 +35,7 @@ WEIGHTS: Final = "model.safetensors"
 INDEX: Final = "model.safetensors.index.json"
 SMALL_FILES: Final = (
     CONFIG,
+    POOLING,
     INDEX,
     "chat_template.jinja",
     GENERATION,

@@ -1,0 +1,90 @@
+"""How a base says that it makes vectors, and what becomes of numbers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from inference_service.serving.pooling import check_dimensions, pooling_of, shaped
+from inference_service.serving.scoring import Scorer
+from loramux_shared.bundle.manifest import ScoreHead
+from loramux_shared.faults import CheckpointInvalid, RequestInvalid
+from loramux_shared.pooling import FILE, Pooling, pooling_in
+
+ST = {"word_embedding_dimension": 48, "pooling_mode_cls_token": False, "include_prompt": True}
+
+
+@pytest.mark.parametrize(
+    ("fields", "pooling"),
+    [
+        (None, Pooling.LAST),
+        (ST | {"pooling_mode_lasttoken": True}, Pooling.LAST),
+        (ST | {"pooling_mode_mean_tokens": True, "pooling_mode_lasttoken": False}, Pooling.MEAN),
+        ({"pooling_mode": "mean"}, Pooling.MEAN),
+        ({"pooling_mode": "lasttoken"}, Pooling.LAST),
+        (ST | {"pooling_mode_cls_token": True}, None),
+        (ST | {"pooling_mode_mean_tokens": True, "pooling_mode_max_tokens": True}, None),
+        (ST | {"pooling_mode_weightedmean_tokens": True}, None),
+        ({}, None),
+    ],
+)
+def test_how_a_base_was_trained_to_make_vectors(
+    tmp_path: Path, fields: object, pooling: Pooling | None
+) -> None:
+    """As sentence-transformers writes it, in both of its forms; what is not served is none."""
+    if fields is not None:
+        (tmp_path / FILE).parent.mkdir()
+        (tmp_path / FILE).write_text(json.dumps(fields))
+    assert pooling_in(tmp_path) is pooling
+
+
+@pytest.mark.parametrize("text", ["[]", "{"])
+def test_a_file_that_says_nothing_that_can_be_meant(tmp_path: Path, text: str) -> None:
+    """A base with it is refused, with the name of the file."""
+    (tmp_path / FILE).parent.mkdir()
+    (tmp_path / FILE).write_text(text)
+    with pytest.raises(CheckpointInvalid, match="1_Pooling"):
+        pooling_in(tmp_path)
+
+
+def test_a_request_comes_before_what_is_usual() -> None:
+    """And must say it where nothing that is served is usual."""
+    assert pooling_of("mean", Pooling.LAST) is Pooling.MEAN
+    assert pooling_of(None, Pooling.MEAN) is Pooling.MEAN
+    assert pooling_of("last", None) is Pooling.LAST
+    with pytest.raises(RequestInvalid, match="not served") as refused:
+        pooling_of(None, None)
+    assert refused.value.findings[0].where == "pooling"
+    with pytest.raises(RequestInvalid):
+        check_dimensions(3, 2)
+
+
+def test_numbers_of_a_vector() -> None:
+    """Cut, then of length 1; zeros have no direction, and stay zeros."""
+    vector = np.array([3, 4, 12], np.float32)
+    assert shaped(vector, 2, normalize=True).tolist() == pytest.approx([0.6, 0.8])
+    assert shaped(vector, 2, normalize=False).tolist() == [3, 4]
+    assert np.linalg.norm(shaped(vector, None, normalize=True)) == pytest.approx(1)
+    assert shaped(0 * vector, None, normalize=True).tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("labels", "kind", "expected"),
+    [
+        (2, None, [0.26894143, 0.73105857]),
+        (2, "single_label_classification", [0.26894143, 0.73105857]),
+        (2, "multi_label_classification", [0.5, 0.73105857]),
+        (1, None, [0.5]),
+        (2, "regression", [0.0, 1.0]),
+    ],
+)
+def test_probabilities_of_labels(labels: int, kind: str | None, expected: list[float]) -> None:
+    """Softmax where one label excludes the others, else a sigmoid of each; scores beyond exp stay finite."""
+    head = ScoreHead(num_labels=labels, hidden_size=1, problem_type=kind)
+    scorer = Scorer(head, np.zeros((labels, 1), np.float32))
+    assert scorer.activated(np.arange(labels, dtype=np.float32)).tolist() == pytest.approx(expected)
+    far = scorer.activated(np.full(labels, 5000, np.float32) * np.arange(labels, dtype=np.float32))
+    assert np.isfinite(far).all()
