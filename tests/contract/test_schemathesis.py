@@ -35,7 +35,7 @@ MODELS = ["base", "all"]
 """Names that requests are drawn with: a name that nobody has is 404, whatever else a request says."""
 STATEFUL = ("/v1/load_lora_adapter", "/v1/adapters/{name}/pin", "/v1/adapters/{name}/unpin")
 """Whether these accept what is valid depends on what was loaded before."""
-RULED = {"messages", "prompt", "input", "documents"}
+RULED = {"messages", "prompt", "input", "documents", "text_1"}
 """Fields of the bodies that make requests."""
 
 

@@ -12,9 +12,11 @@ from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Final, Literal, Never
 
 from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, PlainValidator, Tag
+from pydantic.json_schema import SkipJsonSchema
 from pydantic_core import PydanticCustomError
+from typing_extensions import TypedDict
 
-from inference_service.openai_api.chat_schema import text_of, unsupported
+from inference_service.openai_api.chat_schema import RefusalPart, text_of, unsupported
 from inference_service.openai_api.schema import Body
 
 SAID: Final = {"input_text": "text", "output_text": "text", "text": "text", "refusal": "refusal"}
@@ -34,11 +36,34 @@ def _joined(kinds: Mapping[str, str]) -> Callable[[Any], Any]:
     return joined
 
 
-Text = Annotated[str, BeforeValidator(_joined(SAID), json_schema_input_type=str | list[dict[str, Any]])]
+class InputPart(TypedDict):
+    """Text of a message, or of what a call gave."""
+
+    type: Literal["input_text", "output_text", "text"]
+    text: str
 
 
-def _parts(kinds: Mapping[str, str]) -> BeforeValidator:
-    return BeforeValidator(_joined(kinds), json_schema_input_type=list[dict[str, Any]] | None)
+class ReasoningPart(TypedDict):
+    """Text of reasoning."""
+
+    type: Literal["reasoning_text"]
+    text: str
+
+
+class SummaryPart(TypedDict):
+    """Text of a summary of reasoning."""
+
+    type: Literal["summary_text"]
+    text: str
+
+
+Text = Annotated[
+    str, BeforeValidator(_joined(SAID), json_schema_input_type=str | list[InputPart | RefusalPart])
+]
+
+
+def _parts(kinds: Mapping[str, str], told: Any) -> BeforeValidator:
+    return BeforeValidator(_joined(kinds), json_schema_input_type=list[told] | None)
 
 
 class MessageItem(Body):
@@ -83,8 +108,8 @@ class ReasoningItem(Body):
 
     type: Literal["reasoning"]
     id: str | None = None
-    content: Annotated[str | None, _parts(THOUGHT)] = None
-    summary: Annotated[str | None, _parts(SUMMED_UP)] = None
+    content: Annotated[str | None, _parts(THOUGHT, ReasoningPart)] = None
+    summary: Annotated[str | None, _parts(SUMMED_UP, SummaryPart)] = None
     encrypted_content: str | None = None
     """Reasoning that this server carried to a client: see `carried`."""
     status: Status = None
@@ -112,7 +137,7 @@ AnyItem = Annotated[
     | Annotated[CallItem, Tag("[function_call]")]
     | Annotated[OutputItem, Tag("[function_call_output]")]
     | Annotated[ReasoningItem, Tag("[reasoning]")]
-    | Annotated[Never, PlainValidator(_refuse, json_schema_input_type=None), Tag("[other]")],
+    | Annotated[Never, PlainValidator(_refuse), SkipJsonSchema(), Tag("[other]")],
     Discriminator(_kind),
 ]
 
@@ -123,7 +148,7 @@ def _some(items: tuple[Item, ...]) -> tuple[Item, ...]:
     return items
 
 
-Items = Annotated[tuple[AnyItem, ...], AfterValidator(_some)]
+Items = Annotated[tuple[AnyItem, ...], AfterValidator(_some), Field(json_schema_extra={"minItems": 1})]
 Input = Annotated[
     Annotated[str, Tag("[text]")] | Annotated[Items, Tag("[items]")],
     Discriminator(lambda value: "[text]" if isinstance(value, str) else "[items]"),

@@ -64,22 +64,22 @@ def _shown(value: Any) -> str:
     return "an object" if isinstance(value, dict) else "a list" if isinstance(value, list) else "a number"
 
 
-class ChosenFunction(TypedDict):
+class NamedFunction(TypedDict):
     """A choice that is a function."""
 
     type: Literal["function"]
     name: str
 
 
-class ChosenFunctions(TypedDict):
+class NamedFunctions(TypedDict):
     """A choice that is some of the functions."""
 
     type: Literal["allowed_tools"]
     mode: NotRequired[Literal["auto", "required"] | None]
-    tools: Annotated[list[ChosenFunction], Field(min_length=1)]
+    tools: Annotated[list[NamedFunction], Field(min_length=1)]
 
 
-ToolChoiceInput = Literal["none", "auto", "required"] | ChosenFunction | ChosenFunctions | None
+ToolChoiceInput = Literal["none", "auto", "required"] | NamedFunction | NamedFunctions | None
 
 
 def _choice(value: Any) -> ToolChoice | None:

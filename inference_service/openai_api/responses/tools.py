@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Final, Literal, Never
 
 from pydantic import Discriminator, PlainValidator, Tag
+from pydantic.json_schema import SkipJsonSchema
 from pydantic_core import PydanticCustomError
 
 from inference_service.openai_api.chat_schema import Function, Tool, unsupported
@@ -48,7 +49,7 @@ def _kind(value: Any) -> str:
     return f"[{kind}]" if kind in ("function", "namespace") else "[other]"
 
 
-Other = Annotated[Never, PlainValidator(_refuse, json_schema_input_type=None), Tag("[other]")]
+Other = Annotated[Never, PlainValidator(_refuse), SkipJsonSchema(), Tag("[other]")]
 AnyFunction = Annotated[
     Annotated[FunctionTool, Tag("[function]")] | Other,
     Discriminator(lambda value: kind if (kind := _kind(value)) == "[function]" else "[other]"),
