@@ -84,8 +84,8 @@ def _mixed_batches(
 def test_mixed_batches_and_each_alone_equal_peft(
     tmp_path: Path, asked: list[list[int]], expected: dict[str, list[list[int]]], sweeps: bool
 ) -> None:
-    """In batches of eight that mix base and adapters every token is PEFT's, and one request at a time: each with
-    a prompt of its own, or with all."""
+    """In batches of eight that mix base and adapters every token is PEFT's, and one request at a time, each
+    with a prompt of its own, or with all."""
     ready = _ready(LocalStore(tmp_path))
     _mixed_batches(ready, asked, expected)
     for number, (model, answers) in enumerate(expected.items()):
