@@ -161,7 +161,7 @@ class Function(Body):
     parameters: dict[str, Any] | None = None
     """A JSON schema."""
     strict: bool | None = None
-    """Accepted; calls that are asked for always keep to the schema, free ones never have to."""
+    """Calls that the model makes of its own accord keep to the schema; those that are demanded always do."""
 
 
 class Tool(Body):

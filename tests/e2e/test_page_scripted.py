@@ -10,6 +10,7 @@ import pytest_asyncio
 
 from loramux_shared.access.keyring import Keyring
 from loramux_shared.faults import InternalFault, RequestInvalid
+from loramux_shared.parsers import Parsers, ReasoningParser
 from tests.e2e.test_page import DONE
 from tests.support.access import lines, new_entry
 from tests.support.browser import CHROMIUM, CTRL, Page, browser
@@ -89,13 +90,20 @@ async def test_more_models_than_connections_take_turns(page: Page, tmp_path: Pat
 
 
 async def test_what_a_model_writes_stays_text(page: Page, tmp_path: Path) -> None:
-    """Tags in an answer are shown as they are; none becomes an element, and nothing of them runs."""
-    async with scripted_door(ScriptedPage(tmp_path, ["evil"], {"evil": [HOSTILE[:9], HOSTILE[9:]]})) as url:
-        await _open(page, url, 2)
+    """Tags in an answer are shown as they are; none becomes an element, and nothing of them runs.
+
+    What was thought stands apart.
+    """
+    says = {"evil": [HOSTILE[:9], HOSTILE[9:]], "thinks": ["<think>Hm.", "</think>Ahoy."]}
+    service = ScriptedPage(tmp_path, list(says), says)
+    service.parsers = Parsers(reasoning=ReasoningParser.THINK)
+    async with scripted_door(service) as url:
+        await _open(page, url, 3)
         await page.type("#prompt", "Hi")
         await page.press("Enter", CTRL)
         await page.until(DONE)
-        assert await page.texts("article .text") == ["Ahoy!", HOSTILE]
+        assert await page.texts("article .text") == ["Ahoy!", HOSTILE, "Hm.Ahoy."]
+        assert await page.texts("article .thought") == ["", "", "Hm."]
         assert await page.eval("document.querySelectorAll('article script, article img').length") == 0
         assert await page.eval("document.title") == "loramux"
 

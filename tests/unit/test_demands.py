@@ -18,6 +18,7 @@ from inference_service.openai_api.dialects.lark import Asked
 from inference_service.openai_api.dialects.table import Dialect
 from inference_service.serving.chat_template import ChatTemplate
 from inference_service.serving.parsers import shown
+from inference_service.serving.sandbox import grammars as sandbox
 from inference_service.serving.sandbox.grammars import LIMITS, behind
 from inference_service.serving.text import Text
 from loramux_shared.faults import RequestInvalid
@@ -204,6 +205,16 @@ def test_reasoning_may_come_before_what_is_asked_for() -> None:
     assert accepts(free, f"<|channel|>analysis<|message|>hm<|end|><|start|>assistant{final}", vocabulary)
     wanted, vocabulary = demand(FAMILIES["Qwen 2.5"])
     assert wanted.behind_reasoning(schema, "") == schema
+
+
+def test_a_trial_of_a_grammar_knows_no_tokens_by_number() -> None:
+    """Those of a model's vocabulary are tried as the one special token that the sandbox has."""
+    trial = LLTokenizer(TokenizerWrapper(sandbox.Bytes()))
+    assert sandbox.answer(trial, 'start: <[151657]> "a"') == {}
+    assert "error" in sandbox.answer(trial, 'start: <[151657] "a"')
+    composed = sandbox.translated({"gbnf": 'start: "a"', "before": 'before: <[9999]> "x"\n'})
+    assert sandbox.answer(trial, composed["grammar"]) == {}
+    assert "<[9999]>" in composed["grammar"]
 
 
 def test_references_of_a_schema_are_found_in_every_form() -> None:

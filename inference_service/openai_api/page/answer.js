@@ -12,6 +12,7 @@ const TOLD_MS = 1500; // how long a button says what it did
 
 export class Answer {
   #model;
+  #thought = new Text("");
   #text = new Text("");
   #sent = 0;
   #first = null; // {at, tokens} of the first chunk; times are in milliseconds of performance.now()
@@ -23,7 +24,10 @@ export class Answer {
     this.card.setAttribute("aria-label", `Answer of ${model.id}`);
     this.#part("h3").textContent = model.id;
     this.#part(".rank").textContent = model.parent ? `rank ${model.ranks.join(", ")}` : "base model";
-    this.#part(".text").append(this.#text);
+    const thought = document.createElement("span");
+    thought.className = "thought";
+    thought.append(this.#thought);
+    this.#part(".text").append(thought, this.#text);
     this.#part(".text").setAttribute("aria-label", `Text of ${model.id}`);
     this.#part(".copy").setAttribute("aria-label", `Copy the answer of ${model.id}`);
     this.#part(".copy").addEventListener("click", () => this.#copy());
@@ -60,7 +64,8 @@ export class Answer {
       this.#part(".first").textContent = `${Math.round(now - this.#sent)} ms`;
       this.#become("streaming");
     }
-    this.#say(choice.delta.content ?? "");
+    this.#say(this.#thought, choice.delta.reasoning ?? "");
+    this.#say(this.#text, choice.delta.content ?? "");
     this.#part(".tokens").textContent = tokens;
     if (tokens > this.#first.tokens && now > this.#first.at) {
       const pace = ((tokens - this.#first.tokens) * 1000) / (now - this.#first.at);
@@ -69,10 +74,10 @@ export class Answer {
     if (choice.finish_reason) this.#end("done", choice.finish_reason);
   }
 
-  #say(text) {
+  #say(where, text) {
     const part = this.#part(".text");
     const follows = part.scrollHeight - part.scrollTop - part.clientHeight < 40; // CSS pixels: at the end
-    this.#text.appendData(text);
+    where.appendData(text);
     if (follows) part.scrollTop = part.scrollHeight;
   }
 
