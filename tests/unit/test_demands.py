@@ -207,6 +207,15 @@ def test_reasoning_may_come_before_what_is_asked_for() -> None:
     assert wanted.behind_reasoning(schema, "") == schema
 
 
+def test_a_call_of_mistral_may_have_an_id() -> None:
+    """Small 3.2 writes one between name and arguments, later models do not."""
+    wanted, vocabulary = demand(FAMILIES["Ministral 3"])
+    constraint = wanted.calls(ASKED, wanted.form(ASKED, several=True), "")
+    for text in ("[TOOL_CALLS]news[CALL_ID]a23456789[ARGS]{}", "[TOOL_CALLS]news[ARGS]{}" * 2):
+        assert accepts(constraint, text, vocabulary)
+    assert not accepts(constraint, "[TOOL_CALLS]news[CALL_ID]a2[ARGS]{}", vocabulary)
+
+
 def test_a_trial_of_a_grammar_knows_no_tokens_by_number() -> None:
     """Those of a model's vocabulary are tried as the one special token that the sandbox has."""
     trial = LLTokenizer(TokenizerWrapper(sandbox.Bytes()))

@@ -88,7 +88,8 @@ def _mistral(tools: Sequence[Asked], spelling: Spelling, several: bool) -> CallG
     if not spelling.is_special(listed.ARGS):
         rules = f'call: " "? body\nbody: {json_of(list_schema(tools, MOST_CALLS if several else 1))}\n'
         return CallGrammar(listed.MISTRAL, rules)
-    each = [f"{spelling(tool.name + listed.ARGS)} {json_of(tool.schema)}" for tool in tools]
+    own_id = f"({spelling(listed.ID)} /[a-zA-Z0-9]{{9}}/)? " if spelling.is_special(listed.ID) else ""
+    each = [f"{spelling(tool.name)} {own_id}{spelling(listed.ARGS)} {json_of(tool.schema)}" for tool in tools]
     return CallGrammar(listed.MISTRAL, _either(each), MOST_CALLS if several else 1)
 
 
