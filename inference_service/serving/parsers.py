@@ -43,7 +43,7 @@ def parsers_of(template: ChatTemplate | None, said: Parsers) -> Parsers:
     return shown(template.source if template else "", said)
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=128)
 def shown(source: str, said: Parsers = Parsers()) -> Parsers:  # noqa: B008 - frozen
     """Return the same for the text of a template."""
     tool, reasoning = said.tool, said.reasoning
