@@ -124,7 +124,7 @@ REFUSED = (
     _classifier("a score head without elements", "E_TASK", values=np.ones((0, HIDDEN), "f4")),
     _classifier("a bias of a score head alone", "E_TASK", values=np.ones(3, "f4"), key=f"{SCORE[:-6]}bias"),
     _classifier("a classifier that acts from tokens on", "E_ALORA", alora_invocation_tokens=[1]),
-    _classifier("a score head of no classifier", "E_EMBED", task_type="CAUSAL_LM"),
+    _classifier("a score head of no classifier", "E_EMBED", task_type="CAUSAL_LM", modules_to_save=["score"]),
     _one("LoRA of a score head", "E_UNKNOWN_KEY", "base_model.model.score.lora_A.weight"),
     exhibit("no tensors and no targets", "E_EMPTY_TARGETS", lambda at: adapter(at, {}, target_modules=[])),
     of_tensors("ZeRO-3", "E_EMPTY_WEIGHTS", lambda: {k: np.zeros((0,), "f2") for k in tensors()}),
