@@ -125,7 +125,7 @@ class Bench:
             device=torch.device("cpu"),
             dtype=torch.float32,
             config=SimpleNamespace(
-                dims=SimpleNamespace(vocab=VOCAB),
+                dims=SimpleNamespace(vocab=VOCAB, hidden=4096),
                 heads=(HeadCounts(32, 8, 128),),
                 windows=(None,),
                 state_bytes=lambda _: 0,

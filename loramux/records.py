@@ -8,6 +8,7 @@ from datetime import datetime
 from enum import StrEnum
 from typing import Any, NotRequired, TypeAlias, TypedDict
 
+from loramux_shared.bundle.kinds import SILENT
 from loramux_shared.bundle.manifest import FileDigest
 from loramux_shared.deployment import Dtype, Repository
 from loramux_shared.faults import Fault, Finding
@@ -279,6 +280,11 @@ class ModelInfo:
     def is_base(self) -> bool:
         """Whether this is the base."""
         return not self.parent
+
+    @property
+    def generates(self) -> bool:
+        """Whether it answers with text: what was trained for scores or vectors does not."""
+        return SILENT.isdisjoint(self.kinds)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from typing import Any, Final
 from builder_service.domain.config_fields import PATTERNED, bad_config, bad_fields, unknown_fields
 from builder_service.domain.config_rules import (
     CLASSIFIES,
+    ENCODES,
     INVOCATION,
     RECKONED,
     parameters_of_experts,
@@ -53,6 +54,8 @@ class AdapterConfig:
     ensure_weight_tying: bool = False
     classifies: bool = False
     """Whether it was trained to classify texts, with a score head."""
+    encodes: bool = False
+    """Whether it was trained to make vectors of texts."""
     use_dora: bool | None = False
     """Whether every module has magnitudes; None where the config does not say."""
     lora_bias: bool | None = False
@@ -185,6 +188,7 @@ def _config(kind: Kind, fields: dict[str, Any]) -> AdapterConfig:
         initial=said if (said := str(fields.get("init_lora_weights")).lower()) in RECKONED else "",
         use_rslora=bool(fields.get("use_rslora")),
         classifies=fields.get("task_type") == CLASSIFIES,
+        encodes=fields.get("task_type") == ENCODES,
         use_dora=bool(fields.get("use_dora")) if kind is Kind.LORA else None,
         lora_bias=bool(fields.get("lora_bias")) if kind is Kind.LORA else None,
         target_modules=tuple(targets) if isinstance(targets, list) else targets,

@@ -31,7 +31,8 @@ _OF_LORA: Final = (
 _UNSET: Final[tuple[Any, ...]] = (None, False, "none", [], {})
 _BIASES: Final = ("none", "all", "lora_only")
 CLASSIFIES: Final = "SEQ_CLS"
-_TASKS: Final = frozenset({"CAUSAL_LM", CLASSIFIES, ""})
+ENCODES: Final = "FEATURE_EXTRACTION"
+_TASKS: Final = frozenset({"CAUSAL_LM", CLASSIFIES, ENCODES, ""})
 # Variants whose factors are not plain A and B. VeLoRA and runtime_config change training only.
 _VARIANTS: Final = (
     "arrow_config",
@@ -106,7 +107,8 @@ def _activated(fields: dict[str, Any]) -> list[Finding]:
     fix = f"Train without it, or without {INVOCATION}."
     beside = {key: fields.get(key) for key in ("use_dora", "target_parameters", "trainable_token_indices")}
     beside["bias"] = fields.get("bias") not in (None, "none") and fields["bias"]
-    beside["task_type"] = fields.get("task_type") == CLASSIFIES and CLASSIFIES
+    task = fields.get("task_type")
+    beside["task_type"] = task in (CLASSIFIES, ENCODES) and task
     initial = fields.get("init_lora_weights")
     beside["init_lora_weights"] = isinstance(initial, str) and initial.lower() not in _ON_BASE_OK and initial
     return [
@@ -147,8 +149,8 @@ def _task(fields: dict[str, Any]) -> list[Finding]:
     value = fields.get("task_type")
     if value is None or (isinstance(value, str) and value in _TASKS):
         return []
-    fix = "It was trained for another task, and neither generates text nor scores it."
-    return [_refused("E_TASK", "task_type", f"CAUSAL_LM or {CLASSIFIES}", shown(value), fix)]
+    fix = "It was trained for another task: it makes no text, no scores and no vectors of texts."
+    return [_refused("E_TASK", "task_type", f"CAUSAL_LM, {CLASSIFIES} or {ENCODES}", shown(value), fix)]
 
 
 def _refused(code: str, key: str, expected: str, found: str, fix: str) -> Finding:

@@ -70,6 +70,8 @@ class CheckedAdapter:
     """Where its tokenizer or its vocabulary is another than the base's."""
     score: PlannedScore | None = None
     """What it scores texts with, where it classifies them."""
+    encodes: bool = False
+    """Whether it was trained to make vectors of texts."""
 
     @property
     def num_labels(self) -> int | None:
@@ -87,8 +89,8 @@ class CheckedAdapter:
         """What it is, as the manifest will have it."""
         rows = [planned.row for planned in self.rows]
         modules = {BY_NAME[module].id for module in self.modules}
-        keys, classifies = self.coverage.used, self.score is not None
-        return kinds_of(rows, modules, keys, self.invocation_tokens, self.vocab, classifies=classifies)
+        tasks = {"classifies": self.score is not None, "encodes": self.encodes}
+        return kinds_of(rows, modules, self.coverage.used, self.invocation_tokens, self.vocab, **tasks)
 
     @property
     def errors(self) -> tuple[Finding, ...]:
@@ -216,6 +218,7 @@ def check_tensors(
         config.invocation_tokens,
         vocab,
         score=score,
+        encodes=config.encodes,
     )
 
 

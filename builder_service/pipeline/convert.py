@@ -91,6 +91,7 @@ def convert_adapter(
         replaced=replaced,
         vocab=checked.vocab,
         score=None if checked.score is None else checked.score.head,
+        encodes=checked.encodes,
         row_width=_width(rows),
         config_columns=columns_of(checked),
         files=files | {name: fetched.files[name] for name in texts},

@@ -9,6 +9,7 @@ import numpy as np
 
 from inference_service.core.sequence import Vector
 from inference_service.serving.catalog import ServedModel
+from loramux_shared.bundle.kinds import SILENT
 from loramux_shared.bundle.manifest import ScoreHead
 from loramux_shared.bundle.npy import Array
 from loramux_shared.faults import Finding, InternalFault, RequestInvalid
@@ -46,15 +47,20 @@ class Scorer:
         return shares
 
 
-def refuse_classifier(model: ServedModel) -> None:
-    """Refuse to generate with an adapter that classifies: it was trained for its head, and not for the base's.
+def require_text(model: ServedModel) -> None:
+    """Refuse to generate with an adapter that was trained for scores or vectors, and never for the base's head.
 
     Raises:
-        RequestInvalid: it does.
+        RequestInvalid: it was.
     """
-    if model.num_labels is not None:
+    silent = next((each for each in model.parts or (model,) if not SILENT.isdisjoint(each.kinds)), None)
+    if silent is None:
+        return
+    found, fix = "one that makes vectors of texts", "Ask /v1/embeddings for them."
+    if silent.num_labels is not None:
+        found = "one that classifies texts"
         fix = "Ask /classify, /score or /rerank for its scores, or /v1/embeddings for vectors."
-        raise refused_model(model.name, "a model that generates text", "one that classifies it", fix)
+    raise refused_model(silent.name, "a model that generates text", found, fix)
 
 
 def refused_model(name: str, expected: str, found: str, fix: str = "") -> RequestInvalid:

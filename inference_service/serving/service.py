@@ -42,7 +42,7 @@ from inference_service.serving.request import (
     Started,
     told,
 )
-from inference_service.serving.scoring import ScorerOf, no_scorer, refuse_classifier
+from inference_service.serving.scoring import ScorerOf, no_scorer, require_text
 from inference_service.serving.telemetry.metrics import Metrics
 from inference_service.serving.telemetry.record import Watcher, following
 from inference_service.serving.telemetry.replica import EngineView
@@ -142,7 +142,7 @@ class GenerationService:
             served = await self.naming.choose(request)
             model = follower.record.model = served.model
             if request.pooling is None:
-                refuse_classifier(model)
+                require_text(model)
             check(request, model.vocab or self.text.vocab, self._engine.max_queue, self.limits.max_seq_len)
             with self.limiter.admit(model, ACCESS.get()) as ticket:
                 defaults = await self.naming.defaults(model)

@@ -124,11 +124,12 @@ async def _bench(
 
 
 async def _models(client: AsyncClient, wanted: Sequence[str]) -> list[str]:
-    served = [each.name for each in await client.models()]
+    models = await client.models()
+    served = [each.name for each in models]
     for name in wanted:
         if strange := unserved(name, served):
             raise no_such_model(strange[0], served)
-    return list(dict.fromkeys(wanted)) or served
+    return list(dict.fromkeys(wanted)) or [each.name for each in models if each.generates]
 
 
 async def _warm_up(client: AsyncClient, workload: Workload, options: GenerateOptions, requests: int) -> None:

@@ -13,7 +13,7 @@ import pytest
 import pytest_asyncio
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForSequenceClassification, LlamaConfig
+from transformers import AutoModel, AutoModelForSequenceClassification, LlamaConfig
 
 from loramux_shared.bundle.deployments import current_generation
 from loramux_shared.bundle.manifest import ScoreHead
@@ -38,7 +38,16 @@ def loaded(base: Path, labels: int) -> Any:
 
 def make_classifier(base: Path, folder: Path, labels: int, seed: int, **config: Any) -> None:
     """Save an adapter with a random head as PEFT does."""
-    model = get_peft_model(loaded(base, labels), LoraConfig(task_type="SEQ_CLS", **config))
+    save_random(get_peft_model(loaded(base, labels), LoraConfig(task_type="SEQ_CLS", **config)), folder, seed)
+
+
+def bare(base: Path) -> Any:
+    """The base without a head."""
+    return AutoModel.from_pretrained(base, dtype=torch.float32)
+
+
+def save_random(model: Any, folder: Path, seed: int) -> None:
+    """Save what PEFT trains of a model, made random."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -57,7 +66,10 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[World, MemoryStore]:
     about = {"id2label": {str(number): name for number, name in enumerate(NAMES)}}
     (root / "topics" / "config.json").write_text(json.dumps(about))
     make_adapter(root / "base", root / "plain", 3, r=4, target_modules=["o_proj"])
-    world, store = World(root / "base", {name: root / name for name in (*LABELS, "plain")}, root), MemoryStore()
+    encoder = LoraConfig(task_type="FEATURE_EXTRACTION", r=5, target_modules=["k_proj", "up_proj"])
+    save_random(get_peft_model(bare(root / "base"), encoder), root / "encoder", 4)
+    names = (*LABELS, "plain", "encoder")
+    world, store = World(root / "base", {name: root / name for name in names}, root), MemoryStore()
     world.build(store)
     return world, store
 
@@ -104,6 +116,7 @@ async def test_the_bundle_has_the_head_as_it_is(made: tuple[World, MemoryStore])
         "ranker": 1,
         "topics": 5,
         "plain": None,
+        "encoder": None,
     }
     bundle = read_bundle(store, generation.adapters["topics"].digest)
     assert bundle.manifest.score == ScoreHead(num_labels=5, hidden_size=48, id2label=tuple(NAMES))
@@ -168,7 +181,7 @@ async def test_grpc_gives_the_same_scores(made: tuple[World, MemoryStore], door:
         close(scored.scores, logits(made[0], "ranker", [pair])[0])
         with pytest.raises(RequestInvalid, match="one that generates text"):
             await client.classify("plain", ["x"])
-        with pytest.raises(RequestInvalid, match="one that classifies it"):
+        with pytest.raises(RequestInvalid, match="one that classifies texts"):
             await client.complete("topics", "x")
 
 
@@ -178,6 +191,8 @@ async def test_who_classifies_generates_nothing(door: OpenAIDoor) -> None:
         ("topics", "/v1/completions", {"prompt": "x"}),
         ("topics", "/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}]}),
         ("topics*0.5+plain*0.5", "/v1/embeddings", {"input": "x"}),
+        ("encoder", "/v1/completions", {"prompt": "x"}),
+        ("encoder*0.5+plain*0.5", "/v1/completions", {"prompt": "x"}),
         ("plain", "/classify", {"input": "x"}),
         ("base", "/rerank", {"query": "x", "documents": ["y"]}),
         ("topics", "/score", {"text_1": "x", "text_2": "y"}),
@@ -261,3 +276,20 @@ async def test_who_classifies_is_neither_merged_nor_proved(made: tuple[World, Me
         world.build_with(MemoryStore(), runtime=hidden | {"merge": "always"})
     with pytest.raises(AdapterInvalid, match="there are no proofs"):
         world.build_with(MemoryStore(), build={"prove": True})
+
+
+async def test_who_makes_vectors_makes_nothing_else(made: tuple[World, MemoryStore], door: OpenAIDoor) -> None:
+    """An adapter of PEFT's FEATURE_EXTRACTION, whose keys are those of a model without a head."""
+    whole = PeftModel.from_pretrained(bare(made[0].base), made[0].adapters["encoder"]).eval()
+    with torch.no_grad():
+        states = [whole(torch.tensor([prompt])).last_hidden_state[0] for prompt in PROMPTS]
+    for pooling, wanted in (
+        ("last", [each[-1] for each in states]),
+        ("mean", [each.mean(0) for each in states]),
+    ):
+        found = await asked(
+            door, "/v1/embeddings", model="encoder", input=PROMPTS, pooling=pooling, normalize=False
+        )
+        close([each["embedding"] for each in found["data"]], np.stack(wanted))
+    described = (await door.http.get("/v1/models/encoder")).json()
+    assert described["kinds"] == ["lora", "encoder"]

@@ -40,8 +40,12 @@ class AdapterKind(StrEnum):
     """It acts from its invocation tokens on."""
     CLASSIFIER = "classifier"
     """It scores texts, and generates none."""
+    ENCODER = "encoder"
+    """It makes vectors of texts, and generates none."""
 
 
+SILENT: Final = frozenset({AdapterKind.CLASSIFIER.value, AdapterKind.ENCODER.value})
+"""Kinds that generate no text."""
 _MARKS: Final = tuple(
     (kind, re.compile(rf"\.{key}$" if kind is AdapterKind.BIAS else rf"\.{key}(\.|$)", re.MULTILINE))
     for kind, key in (
@@ -81,6 +85,7 @@ def kinds_of(
     vocab: int | None = None,
     *,
     classifies: bool = False,
+    encodes: bool = False,
 ) -> tuple[str, ...]:
     """Return what an adapter is, in the order of `AdapterKind`.
 
@@ -91,6 +96,7 @@ def kinds_of(
         invocation: from which tokens on it acts.
         vocab: its tokens, where it has others than the base.
         classifies: whether it has a score head.
+        encodes: whether it was trained to make vectors.
     """
     names = "\n".join(keys)
     found = {kind for kind, mark in _MARKS if mark.search(names)}
@@ -107,4 +113,6 @@ def kinds_of(
         found.add(AdapterKind.ACTIVATED)
     if classifies:
         found.add(AdapterKind.CLASSIFIER)
+    if encodes:
+        found.add(AdapterKind.ENCODER)
     return tuple(kind.value for kind in AdapterKind if kind in found)

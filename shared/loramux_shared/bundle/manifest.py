@@ -215,6 +215,8 @@ class Manifest(Record):
     """Rows of its embeddings and columns of its logits; absent where they are as many as the base's."""
     score: ScoreHead | None = Field(default=None, exclude_if=unset)
     """What it scores texts with; absent where it generates text."""
+    encodes: bool = Field(default=False, exclude_if=lambda encodes: not encodes)
+    """Whether it was trained to make vectors of texts, and generates none; absent elsewhere."""
     row_width: int = Field(ge=0)
     """Elements per row of the weights, padding included; 0 where no row is of a layer."""
     config_columns: Literal[3, 4, 5] = 4
@@ -291,8 +293,8 @@ class Manifest(Record):
     def kinds(self) -> tuple[str, ...]:
         """What the adapter is: values of `AdapterKind`."""
         modules = {part.module_id for part in self.parts}
-        keys, classifies = self.coverage.used, self.score is not None
-        return kinds_of(self.rows, modules, keys, self.invocation_tokens, self.vocab, classifies=classifies)
+        tasks = {"classifies": self.score is not None, "encodes": self.encodes}
+        return kinds_of(self.rows, modules, self.coverage.used, self.invocation_tokens, self.vocab, **tasks)
 
     @property
     def replaced_rows(self) -> dict[str, int]:

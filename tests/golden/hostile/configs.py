@@ -112,7 +112,6 @@ REFUSED = (
     of_config("norms saved whole", "E_EMBED", modules_to_save=["norm"]),
     *(of_config(kind, "E_TASK", task_type=kind) for kind in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")),
     of_config("SEQ_2_SEQ_LM", "E_TASK", task_type="SEQ_2_SEQ_LM"),
-    of_config("FEATURE_EXTRACTION", "E_TASK", task_type="FEATURE_EXTRACTION"),
     of_config("modules_to_save without tensors", "E_EMBED", modules_to_save=["lm_head"]),
     of_config("trainable tokens without tensors", "E_EMBED", trainable_token_indices=[5]),
     of_config("another family", "E_BASE", auto_mapping={"base_model_class": "MistralForCausalLM"}),
@@ -148,6 +147,7 @@ ACCEPTED = (
     of_config("rsLoRA", "", use_rslora=True),
     of_config("no alpha", "", lora_alpha=None),
     of_config("no task", "", task_type=None),
+    of_config("FEATURE_EXTRACTION", "", task_type="FEATURE_EXTRACTION"),
     *(
         of_config(f"init {kind}", "", init_lora_weights=kind)
         for kind in ("gaussian", "eva", "mica", "orthogonal", False)

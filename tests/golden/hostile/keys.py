@@ -23,6 +23,7 @@ from tests.golden.wild.bases import BASES
 from tests.support.adapters import HIDDEN, INTERMEDIATE, VOCAB, Tensors, key, tensors
 
 HEAD, EMBED = "base_model.model.lm_head", f"{ROOT}embed_tokens"
+SCORE = "base_model.model.score.weight"
 Q, MLP = f"{ROOT}layers.0.self_attn.q_proj", f"{ROOT}layers.0.mlp"
 
 
@@ -106,8 +107,25 @@ def _tokens(name: str, codes: str, indices: Any, shape: tuple[int, int], **confi
     return exhibit(name, codes, lambda folder: adapter(folder, made, **config))
 
 
+def _classifier(name: str, codes: str, *, values: Any = None, key: str = SCORE, **config: Any) -> Exhibit:
+    """An adapter that was trained to classify, with a head."""
+    head = np.ones((3, HIDDEN), "f4") if values is None else values
+    config = {"task_type": "SEQ_CLS", "modules_to_save": ["classifier", "score"]} | config
+    return exhibit(name, codes, lambda folder: adapter(folder, tensors() | {key: head}, **config))
+
+
 REFUSED = (
     of_tensors("no tensors", "E_EMPTY_WEIGHTS", dict),
+    _classifier("a score head of another base", "E_TASK", values=np.ones((3, HIDDEN + 1), "f4")),
+    _classifier("a score head of 1,025 labels", "E_TASK", values=np.ones((1025, HIDDEN), "f4")),
+    _classifier("a score head of one dimension", "E_TASK", values=np.ones(HIDDEN, "f4")),
+    _classifier("a score head in int8", "E_TASK", values=np.ones((3, HIDDEN), "i1")),
+    _classifier("a score head that is NaN", "E_NAN", values=np.full((3, HIDDEN), np.nan, "f4")),
+    _classifier("a score head without elements", "E_TASK", values=np.ones((0, HIDDEN), "f4")),
+    _classifier("a bias of a score head alone", "E_TASK", values=np.ones(3, "f4"), key=f"{SCORE[:-6]}bias"),
+    _classifier("a classifier that acts from tokens on", "E_ALORA", alora_invocation_tokens=[1]),
+    _classifier("a score head of no classifier", "E_EMBED", task_type="CAUSAL_LM", modules_to_save=["score"]),
+    _one("LoRA of a score head", "E_UNKNOWN_KEY", "base_model.model.score.lora_A.weight"),
     exhibit("no tensors and no targets", "E_EMPTY_TARGETS", lambda at: adapter(at, {}, target_modules=[])),
     of_tensors("ZeRO-3", "E_EMPTY_WEIGHTS", lambda: {k: np.zeros((0,), "f2") for k in tensors()}),
     of_tensors("tensors with a dimension of zero", "E_EMPTY_WEIGHTS",
@@ -201,6 +219,9 @@ REFUSED = (
 )  # fmt: skip
 
 ACCEPTED = (
+    _classifier("a classifier of three labels", ""),
+    _classifier("a classifier, as a raw state dict names its head", "",
+                key="base_model.model.score.modules_to_save.default.weight"),
     _of_none("LoRA of embeddings and head", "", (4, VOCAB), (HIDDEN, 4), (4, HIDDEN), (VOCAB, 4)),
     _one("a head", "", f"{HEAD}.weight", (VOCAB, HIDDEN)),
     exhibit("trained embeddings", "", _saved(lambda: 2 * embeddings(), f"{EMBED}.weight")),
