@@ -35,10 +35,10 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "saved": {"target_modules": ["lm_head"], "use_rslora": True, "modules_to_save": ["embed_tokens"]},
     "some": {"target_modules": Q, "modules_to_save": ["lm_head", "embed_tokens"], "touched": FEW},
     "tokens": {"target_modules": Q, "trainable_token_indices": [50, 3, 4, 100, 120]},
-    "dora": {"target_modules": ["embed_tokens", "lm_head", "q_proj"], "use_dora": True, "use_rslora": True},
     "apart": {"target_modules": Q, "trainable_token_indices": {"embed_tokens": [5, 3], "lm_head": [7, 60]}},
 }
 OF_TIED: dict[str, dict[str, Any]] = {
+    "dora": {"target_modules": ["embed_tokens", "lm_head", "q_proj"], "use_dora": True, "use_rslora": True},
     "both": {"target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": True},
     "one": {"target_modules": Q, "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
 }
@@ -150,7 +150,6 @@ def test_rows_that_do_not_differ_are_not_kept(world: World, store: MemoryStore) 
         "factors": {},
         "saved": {"embedding": ((0, VOCAB),)},
         "some": {"embedding": runs, "head": runs},
-        "dora": {"embedding": ((0, VOCAB),), "head": ((0, VOCAB),)},
         "tokens": {"embedding": ((3, 2), (50, 1), (100, 1), (120, 1))},
         "apart": {"embedding": ((3, 1), (5, 1)), "head": ((7, 1), (60, 1))},
     }

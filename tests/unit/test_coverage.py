@@ -103,7 +103,7 @@ def test_the_vocabulary_is_named_with_both_sizes(tmp_path):
     """Embeddings of a resized vocabulary are refused with the size that they have and the base's."""
     sharded_base(tmp_path)
     write_adapter(tmp_path / "one", {**tensors(), EMBED: np.zeros((VOCAB + 2, HIDDEN), np.float16)})
-    with pytest.raises(AdapterInvalid, match=r"found shape \[34, 16\], the base has \[32, 16\]"):
+    with pytest.raises(AdapterInvalid, match="found 32 and 34 rows"):
         built(tmp_path)
 
 
