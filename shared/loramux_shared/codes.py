@@ -83,8 +83,8 @@ _REFUSED: Final = (
     ("E_INIT", "the initialisation changed the base, by data or by chance (CorDA, LoRA-GA, LoftQ, "
      "`pissa_niter_4`), or by what this base does not say (PiSSA, OLoRA)",
      "Save again with `path_initial_model_for_weight_conversion`; a LoftQ adapter needs its own base."),
-    ("E_TASK", "trained for another task than to generate texts, to classify them or to make vectors of them, or "
-     "to classify without a score head that fits the base",
+    ("E_TASK", "trained for another task than to generate texts, to classify them or to make vectors of them, "
+     "or to classify without a score head that fits the base",
      "Use an adapter with `task_type` CAUSAL_LM or FEATURE_EXTRACTION, or SEQ_CLS with its `score.weight`."),
     ("E_EMBED", "embeddings and a head of different lengths, tokens without rows or with another id, rows "
      "that do not fit `trainable_token_indices`, and `modules_to_save` of anything else that differs from the "
