@@ -355,6 +355,8 @@ class RowReport:
     """Of the product, relative."""
     expert: int | None
     """Whose module it is, of a mixture's layer."""
+    vectors: int = 0
+    """How many stand behind B: its output is also multiplied, or something is added to it."""
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from loramux_shared.rpc.server import RpcServer
 from loramux_shared.sources.open import open_sources
 from loramux_shared.storage.memory import MemoryStore
 from tests.contract.test_builder_service import Running as Building
-from tests.support.adapters import tensors, write_adapter, write_base
+from tests.support.adapters import HIDDEN, key, tensors, write_adapter, write_base
 
 
 class Running:
@@ -83,6 +83,22 @@ async def test_the_report_of_an_adapter_that_would_be_built(running: Running) ->
     assert {"W_BASE", "W_LICENSE"} <= {finding.code for finding in report.findings}
     assert list(running.store.list("")) == []
     assert list((running.folder / "work").iterdir()) == []
+
+
+async def test_a_report_says_which_kind_an_adapter_is(running: Running) -> None:
+    """Scales of outputs have rows with a vector and no rank; tokens of an invocation are told."""
+    scales = {f"{key(0, 'k_proj', 'A').partition('.lora')[0]}.ia3_l": np.full((HIDDEN // 2, 1), 1.5, "f4")}
+    ia3 = {"peft_type": "IA3", "feedforward_modules": [], "target_modules": ["k_proj"]}
+    of_lora = dict.fromkeys(("r", "lora_alpha", "bias", "init_lora_weights"))
+    write_adapter(running.folder / "ia3", scales, **ia3, **of_lora)
+    write_adapter(running.folder / "called", alora_invocation_tokens=[3, 4])
+    async with AsyncClient(builder=running.address) as client:
+        base = str(running.folder / "base")
+        found = await client.check(str(running.folder / "ia3"), base)
+        called = await client.check(str(running.folder / "called"), base)
+    assert (found.accepted, found.kinds) == (True, ("ia3",))
+    assert [(row.module, row.rank, row.vectors) for row in found.rows] == [("attn_k", 0, 1)]
+    assert (called.kinds, called.invocation_tokens) == (("lora", "activated"), (3, 4))
 
 
 async def test_the_size_of_the_bundle_is_told_beforehand(running: Running) -> None:

@@ -81,7 +81,7 @@ def test_json_is_stable_and_alone_on_stdout(folder: Path) -> None:
     assert (reports["fine"]["kinds"], reports["deep"]["kinds"]) == (["lora"], [])
     assert set(reports["fine"]["rows"][0]) == {
         "layer", "module_id", "module", "rank", "in_features", "out_features", "scale", "norm_a", "norm_b",
-        "norm_ba", "truncated_from", "truncation_error", "expert",
+        "norm_ba", "truncated_from", "truncation_error", "expert", "vectors",
     }  # fmt: skip
     [finding] = [item for item in reports["deep"]["findings"] if item["code"].startswith("E_")]
     assert set(finding) == {"code", "where", "expected", "found", "fix"}

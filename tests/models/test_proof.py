@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from builder_service.pipeline import prove as builder_prove
 from builder_service.pipeline.build import build
@@ -61,6 +62,7 @@ AFFINE: dict[str, dict[str, Any]] = {
 }
 
 
+SCALE = "base_model.model.model.layers.1.self_attn.v_proj.ia3_l.default"
 EVERY = (*ADAPTERS, *AFFINE)
 
 
@@ -194,6 +196,17 @@ def test_the_reference_is_transformers_and_peft(world: World, name: str | None) 
         with torch.no_grad():
             expected = model(torch.tensor([sequence])).logits[0, -1]
         torch.testing.assert_close(run.logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_what_changes_nothing_has_no_effect(world: World, tmp_path: Path) -> None:
+    """A module whose scales are all 1 has no row in a bundle, and so none in a proof; others have theirs."""
+    config = peft.IA3Config(target_modules=["k_proj", "v_proj"], feedforward_modules=[])
+    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(world.base), config)
+    with torch.no_grad():
+        model.get_parameter(SCALE).mul_(1.5)
+    model.save_pretrained(tmp_path)
+    found = prove(world.base, {"it": {"folder": str(tmp_path)}})["it"]
+    assert [(layer, module) for layer, module, _ in found["effects"]] == [(1, "attn_v")]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

@@ -548,7 +548,7 @@ class AdapterFile(_message.Message):
     def __init__(self, name: _Optional[str] = ..., size: _Optional[int] = ..., sha256: _Optional[str] = ...) -> None: ...
 
 class AdapterRow(_message.Message):
-    __slots__ = ("layer", "module_id", "module", "rank", "in_features", "out_features", "scale", "norm_a", "norm_b", "norm_ba", "truncated_from", "truncation_error", "expert")
+    __slots__ = ("layer", "module_id", "module", "rank", "in_features", "out_features", "scale", "norm_a", "norm_b", "norm_ba", "truncated_from", "truncation_error", "expert", "vectors")
     LAYER_FIELD_NUMBER: _ClassVar[int]
     MODULE_ID_FIELD_NUMBER: _ClassVar[int]
     MODULE_FIELD_NUMBER: _ClassVar[int]
@@ -562,6 +562,7 @@ class AdapterRow(_message.Message):
     TRUNCATED_FROM_FIELD_NUMBER: _ClassVar[int]
     TRUNCATION_ERROR_FIELD_NUMBER: _ClassVar[int]
     EXPERT_FIELD_NUMBER: _ClassVar[int]
+    VECTORS_FIELD_NUMBER: _ClassVar[int]
     layer: int
     module_id: int
     module: str
@@ -575,4 +576,5 @@ class AdapterRow(_message.Message):
     truncated_from: int
     truncation_error: float
     expert: int
-    def __init__(self, layer: _Optional[int] = ..., module_id: _Optional[int] = ..., module: _Optional[str] = ..., rank: _Optional[int] = ..., in_features: _Optional[int] = ..., out_features: _Optional[int] = ..., scale: _Optional[float] = ..., norm_a: _Optional[float] = ..., norm_b: _Optional[float] = ..., norm_ba: _Optional[float] = ..., truncated_from: _Optional[int] = ..., truncation_error: _Optional[float] = ..., expert: _Optional[int] = ...) -> None: ...
+    vectors: int
+    def __init__(self, layer: _Optional[int] = ..., module_id: _Optional[int] = ..., module: _Optional[str] = ..., rank: _Optional[int] = ..., in_features: _Optional[int] = ..., out_features: _Optional[int] = ..., scale: _Optional[float] = ..., norm_a: _Optional[float] = ..., norm_b: _Optional[float] = ..., norm_ba: _Optional[float] = ..., truncated_from: _Optional[int] = ..., truncation_error: _Optional[float] = ..., expert: _Optional[int] = ..., vectors: _Optional[int] = ...) -> None: ...
