@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from typing import Any
 
 import httpx
 import pytest
@@ -79,8 +80,25 @@ async def test_probes_are_answered_under_load(door: OpenAIDoor) -> None:
     assert all(answer.status_code == 200 for answer in await asyncio.gather(*busy))
 
 
-async def test_what_is_routed_and_not_served_is_said(door: OpenAIDoor) -> None:
-    """Its routes know two more paths; here they are refused by name."""
-    for path in ("/v1/responses", "/v1/messages"):
-        refused = await ask(door.http, published("rs"), path)
-        assert (refused.status_code, refused.json()["error"]["code"]) == (404, "unknown_url")
+@pytest.mark.parametrize(
+    ("path", "body", "said"),
+    [
+        ("/v1/responses", {"input": "hi", "max_output_tokens": 4}, "output"),
+        ("/v1/messages", {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 4}, "content"),
+    ],
+)
+async def test_the_other_routes_are_answered(
+    door: OpenAIDoor, path: str, body: dict[str, Any], said: str
+) -> None:
+    """Its routes know two more paths, for both names too."""
+    answers = [
+        await door.http.post(path, json=body | {"model": name, "temperature": 0}, headers={HEADER: name})
+        for name in ("rs", published("rs"))
+    ]
+    assert [answer.headers["x-loramux-model"] for answer in answers] == ["rs", "rs"]
+    assert _texts(answers[0].json()[said]) == _texts(answers[1].json()[said]) != []
+
+
+def _texts(items: list[dict[str, Any]]) -> list[str]:
+    """The texts in the content of an answer."""
+    return [item["text"] if "text" in item else _texts(item["content"])[0] for item in items]
