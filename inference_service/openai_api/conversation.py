@@ -20,7 +20,6 @@ from inference_service.openai_api.pieces import CallArguments, CallBegun, Piece,
 from inference_service.serving.request import Delta, Finished, Message, PromptLogprobs, Request, Started
 from inference_service.serving.service import GenerationService
 from inference_service.serving.text import Text
-from loramux_shared.faults import Fault
 from loramux_shared.parsers import ReasoningParser, ToolParser
 
 UNKNOWN: Final = Dialect(ToolParser.AUTO, ReasoningParser.AUTO)
@@ -87,11 +86,7 @@ class Conversation:
 
     async def _looked_up(self) -> Request:
         """Return the request as the model that answers it wants it."""
-        try:
-            served = await self._service.naming.choose(self.request)
-            defaults = await self._service.naming.defaults(served.model)
-        except Fault:  # raised again where the request is followed
-            return self.request
+        served, defaults = await self._service.look_up(self.request)
         text = defaults.text or self._service.text
         self._dialect = dialect_of(text, defaults.template, self._service.parsers)
         constraint_for = self._constraint_for(text)

@@ -39,6 +39,7 @@ from inference_service.serving.request import (
     Prompt,
     PromptLogprobs,
     Request,
+    Served,
     Started,
     told,
 )
@@ -95,6 +96,7 @@ class GenerationService:
     """Requests of all doors that have not ended."""
     parsers: Parsers = Parsers()
     """How answers of chats are read."""
+    _watchers: Seq[Watcher] = ()
 
     def __init__(
         self,
@@ -206,6 +208,21 @@ class GenerationService:
             yield
         finally:
             self.in_work -= 1
+
+    async def look_up(self, request: Request) -> tuple[Served, AdapterDefaults]:
+        """Return what answers a request, and what that brings, for a door that has to know before it asks.
+
+        A request that ends here is followed like one that ends in `generate`.
+
+        Raises:
+            Fault: as `generate` does.
+        """
+        try:
+            served = await self.naming.choose(request)
+            return served, await self.naming.defaults(served.model)
+        except BaseException:
+            with following(request, self._watchers):
+                raise
 
     def parsers_of(self, model: ServedModel) -> Parsers | None:
         """Return how answers of a model are read; None of an adapter whose files nobody has read yet."""

@@ -17,8 +17,9 @@ from inference_service.openai_api.mapping import NO_HEADERS
 from inference_service.openai_api.pieces import Piece
 from inference_service.serving.chat_template import ChatTemplate
 from inference_service.serving.request import Delta, Event, Finished, Request, Started
+from inference_service.serving.telemetry.record import Record, Watcher
 from inference_service.serving.text import Text
-from loramux_shared.faults import Fault, ModelNotFound, RequestInvalid
+from loramux_shared.faults import ModelNotFound, RequestInvalid
 from loramux_shared.parsers import Parsers, ReasoningParser, ToolParser
 from tests.golden.openai.script import Case, Scripted
 from tests.support.family_templates import FAMILIES
@@ -168,10 +169,27 @@ async def test_a_deployment_says_which_parsers(tmp_path: Path) -> None:
     assert await ask(service, tools=[FIND]) == [["said", "<think>Hm.</think>" + CALL]]
 
 
-async def test_a_model_that_is_not_there_is_not_found_where_requests_are_followed(tmp_path: Path) -> None:
-    """The refusal comes from the service, whose log and metrics know of it."""
-    service = Speaks(tmp_path, "Qwen 3", "")
-    with pytest.raises(Fault) as caught:
+class Ears(Watcher):
+    """Keeps how requests ended."""
+
+    def __init__(self) -> None:
+        self.outcomes: list[str] = []
+
+    def began(self, record: Record) -> None:
+        """Hear nothing."""
+
+    def said(self, record: Record, delta: Delta) -> None:
+        """Hear nothing."""
+
+    def ended(self, record: Record) -> None:
+        """Keep it."""
+        self.outcomes.append(record.outcome)
+
+
+async def test_a_model_that_is_not_there_is_told_to_those_who_watch(tmp_path: Path) -> None:
+    """A request that ends before it is asked has its line in the log, and counts, like any other."""
+    service, watcher = Speaks(tmp_path, "Qwen 3", ""), Ears()
+    service._watchers = (watcher,)
+    with pytest.raises(ModelNotFound):
         await ask(service, model="nobody")
-    assert isinstance(caught.value, ModelNotFound)
-    assert [each.model for each in service.asked] == ["nobody"]
+    assert (service.asked, watcher.outcomes) == ([], ["MODEL_NOT_FOUND"])
