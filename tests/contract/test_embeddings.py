@@ -129,6 +129,16 @@ async def test_what_is_refused_is_named(
     await door.until_free()
 
 
+async def test_metrics_count_vectors_and_no_first_token(door: OpenAIDoor) -> None:
+    """A request and its prompt, computed for nothing but a vector, have no time to a first token."""
+    await made(door, model="wide")
+    lines = (await door.http.get("/metrics")).text.splitlines()
+    told = [line for line in lines if 'model="wide"' in line]
+    assert 'loramux_requests_total{model="wide",outcome="OK"} 1' in {line.removesuffix(".0") for line in told}
+    assert 'loramux_prompt_tokens_total{model="wide"} 6' in {line.removesuffix(".0") for line in told}
+    assert not any("first_token" in line or "generated_tokens" in line for line in told)
+
+
 async def test_the_longest_text_fits(door: OpenAIDoor) -> None:
     """No room for an answer is needed."""
     assert len(await made(door, input=[9] * 256)) == 1

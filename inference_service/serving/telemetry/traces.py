@@ -14,7 +14,7 @@ from typing import Final
 from opentelemetry.trace import Span, SpanKind, Status, StatusCode, Tracer, set_span_in_context
 from opentelemetry.util.types import AttributeValue
 
-from inference_service.serving.request import Delta, Prompt
+from inference_service.serving.request import Delta, Request
 from inference_service.serving.telemetry.record import OK, Record
 
 PROVIDER: Final = "loramux"
@@ -37,7 +37,7 @@ class RequestSpans:
         record.context.run(self._make, record)
 
     def _make(self, record: Record) -> None:
-        operation = _operation(record.request.prompt)
+        operation = _operation(record.request)
         name = f"{operation} {record.model.name}" if record.model else operation
         start_ns = time.time_ns() - _ns(time.monotonic() - record.arrived_s)
         span = self._tracer.start_span(name, kind=SpanKind.INTERNAL, start_time=start_ns)
@@ -77,7 +77,10 @@ def _phases(record: Record) -> Iterator[Phase]:
             yield Phase("decode", answer.first_s, answer.last_s, told)
 
 
-def _operation(prompt: Prompt) -> str:
+def _operation(request: Request) -> str:
+    if request.pooling is not None:
+        return "embeddings"
+    prompt = request.prompt
     messages = isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], Mapping)
     return "chat" if messages else "text_completion"
 
