@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 if not torch.cuda.is_available():
     # Without a GPU, kernels run in Triton's interpreter, which must be chosen before anything imports Triton.
@@ -29,6 +30,10 @@ from tests.support.s3_gateway import S3Server, s3_gateway
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     interpreter.quicken()
+
+# How long an example takes says how busy the machine is, and nothing of the property.
+settings.register_profile("unhurried", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("unhurried")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
