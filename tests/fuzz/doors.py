@@ -21,9 +21,11 @@ from builder_service.pipeline.check import Checks
 from builder_service.pipeline.context import BuildContext
 from builder_service.rpc.servicer import SERVICE_NAME as BUILDER
 from builder_service.rpc.servicer import BuilderServicer
+from inference_service.openai_api.app import ENDPOINTS
 from inference_service.openai_api.chat_schema import ChatBody
 from inference_service.openai_api.messages.schema import CountBody, MessagesBody
 from inference_service.openai_api.operators import LoadBody, RollbackBody, UnloadBody
+from inference_service.openai_api.pooling_schema import PoolingBody
 from inference_service.openai_api.responses.schema import ResponsesBody
 from inference_service.openai_api.schema import Body, CompletionBody
 from inference_service.openai_api.server import HttpServer
@@ -144,6 +146,14 @@ BODIES: Mapping[str, tuple[type[Body], dict[str, Any]]] = {
     "/v1/load_lora_adapter": (LoadBody, {"lora_name": "new", "lora_path": "org/new", "load_inplace": True}),
     "/v1/unload_lora_adapter": (UnloadBody, {"lora_name": "rs", "lora_int_id": 1}),
     "/v1/rollback": (RollbackBody, {"to": 1}),
+    **{
+        each.path: (
+            each.body,
+            {"model": "base", "truncate_prompt_tokens": 8, **list(each.body.examples.values())[-1]},
+        )
+        for each in ENDPOINTS
+        if each.body is not None and issubclass(each.body, PoolingBody)
+    },
 }
 """Of each route that takes a body, its kind and a valid one."""
 
@@ -331,6 +341,8 @@ class Doors:
 
 
 VALID: Mapping[str, str] = {
+    **dict.fromkeys(("/score", "/v1/score", "/rerank", "/v1/rerank", "/v2/rerank"), "invalid_value"),
+    **dict.fromkeys(("/classify", "/v1/classify"), "invalid_value"),
     "/v1/load_lora_adapter": "no_builder",
     "/v1/unload_lora_adapter": "no_builder",
     "/v1/rollback": "no_builder",
