@@ -7,7 +7,9 @@ from typing import Any, Final
 Json = dict[str, Any]
 
 HEADER: Final = "x-loramux-model"
-GENERATE: Final = "/loramux.inference.v1.InferenceService/Generate"
+SERVICE: Final = "/loramux.inference.v1.InferenceService/"
+ANSWERS: Final = ("Generate", "Embed", "Classify")
+"""Methods that a model answers."""
 METADATA: Final = "loramux"
 _FILTERS: Final = "type.googleapis.com/envoy.extensions.filters.http"
 
@@ -27,11 +29,12 @@ function envoy_on_request(request)
 end
 """
 OF_PROTOBUF: Final = f"""\
--- The model is field 1 of a GenerateRequest, and serializers begin with it: 5 bytes of gRPC's frame, then the
+-- The model is field 1 of what these read, and serializers begin with it: 5 bytes of gRPC's frame, then the
 -- tag 0x0a, the length in one or two bytes, and the name. What looks otherwise goes to any replica.
+local ANSWERS = {{{", ".join(f'["{SERVICE}{method}"] = true' for method in ANSWERS)}}}
 function envoy_on_request(request)
   local headers = request:headers()
-  if headers:get("{HEADER}") ~= nil or headers:get(":path") ~= "{GENERATE}" then
+  if headers:get("{HEADER}") ~= nil or not ANSWERS[headers:get(":path")] then
     return
   end
   local body = request:body()
