@@ -102,7 +102,8 @@ def configuration() -> str:
     refused = [each.path for each in ENDPOINTS if each.status >= 400]
     # Some of their rules are between fields, which the document does not tell: `is_as_described` judges these.
     ruled = [each.path for each in ENDPOINTS if each.body and RULED & each.body.model_fields.keys()]
-    hinted = [each.path for each in ENDPOINTS if each.hinted]
+    asking = [each for each in ENDPOINTS if each.body and "min_generation" in each.body.model_fields]
+    hinted = [each.path for each in ENDPOINTS if each.hinted or each in asking]
     return f"""
         seed = 1
         warnings = false

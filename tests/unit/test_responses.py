@@ -35,6 +35,11 @@ def _turns(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [dict(message) for message in messages_of(_chat(input=items).messages)]
 
 
+def test_a_type_that_is_null_is_not_set() -> None:
+    """As everywhere: an item with a role and no type is a message."""
+    assert _turns([{"type": None, "role": "user", "content": "Hi"}]) == [{"role": "user", "content": "Hi"}]
+
+
 def _thought(text: str) -> dict[str, str]:
     return {"reasoning_content": text, "reasoning": text}
 

@@ -126,7 +126,9 @@ def _refuse(value: Any) -> Any:
 
 def _kind(value: Any) -> str:
     """Return the tag of an item's kind; tags in brackets are left out of the places that errors name."""
-    kind = value.get("type", "message" if "role" in value else None) if isinstance(value, dict) else None
+    kind = None
+    if isinstance(value, dict):
+        kind = value.get("type") or ("message" if "role" in value else None)
     return f"[{kind}]" if kind in KINDS else "[other]"
 
 
