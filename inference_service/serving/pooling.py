@@ -22,7 +22,7 @@ T = TypeVar("T")
 MAX_INPUTS: Final = 2048
 """Texts of one call: as many as OpenAI's API takes."""
 AT_ONCE: Final = 64
-"""Prompts of one call that wait in the queue at once, so that one call does not fill it."""
+"""Prompts of one call that wait in the queue at once, or half of it: one call does not fill it."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,8 @@ async def pooled(service: GenerationService, requests: Sequence[Request]) -> Asy
     if len(requests) > 1:
         served = await service.naming.choose(requests[0])
         requests = [replace(request, served=served) for request in requests]
-    async with aclosing(_in_order(_pooled(service, request) for request in requests)) as found:
+    most = max(1, min(AT_ONCE, service.max_queue // 2))  # the other half is for others
+    async with aclosing(_in_order((_pooled(service, request) for request in requests), most)) as found:
         async for each in found:
             yield each
 
@@ -61,13 +62,13 @@ async def _pooled(service: GenerationService, request: Request) -> PooledPrompt:
     return PooledPrompt(started, vector.vector, finished)
 
 
-async def _in_order(work: Iterable[Coroutine[Any, Any, T]]) -> AsyncGenerator[T]:
-    """Yield what coroutines return, in their order, while up to `AT_ONCE` of them run."""
+async def _in_order(work: Iterable[Coroutine[Any, Any, T]], most: int) -> AsyncGenerator[T]:
+    """Yield what coroutines return, in their order, while up to so many of them run."""
     tasks: deque[asyncio.Task[T]] = deque()
     try:
         for each in work:
             tasks.append(asyncio.create_task(each))
-            if len(tasks) == AT_ONCE:
+            if len(tasks) == most:
                 yield await tasks.popleft()
         while tasks:
             yield await tasks.popleft()

@@ -197,6 +197,11 @@ class GenerationService:
         return changes
 
     @property
+    def max_queue(self) -> int:
+        """Sequences that may wait."""
+        return self._engine.max_queue
+
+    @property
     def usual_pooling(self) -> Pooling | None:
         """Of requests that say none; None: they must."""
         return self.pooling or self.pooling_of_base

@@ -29,7 +29,7 @@ IDS = [5, 6, 7, 8, 9, 10]
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def door(world: tuple[World, MemoryStore]) -> AsyncIterator[OpenAIDoor]:
-    async with open_door(world, max_queue=80) as door:
+    async with open_door(world, max_queue=5, max_batch_seqs=4) as door:
         yield door
 
 
@@ -90,10 +90,8 @@ async def test_pooling_length_and_dimensions(world: tuple[World, MemoryStore], d
 async def test_more_texts_than_the_queue_holds(door: OpenAIDoor) -> None:
     """One call of many texts goes through a short queue, beside answers; every text has its own vector."""
     texts = [[3 + (7 * place) % 190, 3 + place % 90] for place in range(200)]
-    several, chat = await asyncio.gather(
-        made(door, input=texts),
-        door.post("/v1/completions", model="all", prompt=[5, 6], max_tokens=30, ignore_eos=True),
-    )
+    answer = door.post("/v1/completions", model="all", prompt=[5, 6], max_tokens=30, ignore_eos=True)
+    chat, several = await asyncio.gather(answer, made(door, input=texts))
     assert chat.json()["usage"]["completion_tokens"] == 30
     assert len({vector.tobytes() for vector in several}) == len({tuple(text) for text in texts})
     np.testing.assert_allclose(several[150], (await made(door, input=texts[150]))[0], atol=1e-5)
