@@ -183,6 +183,10 @@ def messages(folder: Path) -> dict[str, list[Message]]:
         truncate_prompt_tokens=50,
         add_special_tokens=True,
     )
+    inputs = [
+        inference_pb2.TextInput(text="Hello"),
+        inference_pb2.TextInput(token_ids=inference_pb2.TokenIds(ids=[5, 6])),
+    ]
     base, adapter = (
         builder_pb2.Repository(source="SOURCE_KIND_LOCAL", repo=str(folder / name)) for name in ("base", "one")
     )
@@ -202,6 +206,10 @@ def messages(folder: Path) -> dict[str, list[Message]]:
             ask(model="wide", messages=turns),
             ask(model="all", token_ids=inference_pb2.TokenIds(ids=[5, 6]), constraint=schema),
         ],
+        f"/{INFERENCE}/Embed": [
+            inference_pb2.EmbedRequest(model="wide", inputs=inputs, dimensions=4, truncate_prompt_tokens=8)
+        ],
+        f"/{INFERENCE}/Classify": [inference_pb2.ClassifyRequest(model="wide", inputs=inputs)],
         f"/{INFERENCE}/ListModels": [inference_pb2.ListModelsRequest()],
         f"/{ADAPTERS}/ListAdapters": [adapters_pb2.ListAdaptersRequest(page_size=2)],
         f"/{ADAPTERS}/GetAdapter": [adapters_pb2.GetAdapterRequest(name="wide")],
@@ -212,7 +220,7 @@ def messages(folder: Path) -> dict[str, list[Message]]:
         f"/{ADAPTERS}/RollbackReplica": [adapters_pb2.RollbackReplicaRequest(to=1)],
         f"/{ADAPTERS}/GetReplica": [adapters_pb2.GetReplicaRequest()],
         ENDLESS: [adapters_pb2.WatchReplicaRequest()],
-        **_vllm_messages(),
+        **vllm_messages(),
         f"/{BUILDER}/BuildDeployment": [builder_pb2.BuildDeploymentRequest(deployment=spec)],
         f"/{BUILDER}/GetDeployment": [builder_pb2.GetDeploymentRequest(name="tiny")],
         f"/{BUILDER}/ListDeployments": [builder_pb2.ListDeploymentsRequest(page_size=2)],
@@ -240,7 +248,7 @@ def messages(folder: Path) -> dict[str, list[Message]]:
     }
 
 
-def _vllm_messages() -> dict[str, list[Message]]:
+def vllm_messages() -> dict[str, list[Message]]:
     """Return valid requests of vLLM's services; one that pauses would have all others wait."""
     same = (
         "n",
@@ -346,6 +354,7 @@ VALID: Mapping[str, str] = {
     "/v1/load_lora_adapter": "no_builder",
     "/v1/unload_lora_adapter": "no_builder",
     "/v1/rollback": "no_builder",
+    f"/{INFERENCE}/Classify": "REQUEST_INVALID",
     f"/{ADAPTERS}/LoadAdapter": "NO_BUILDER",
     f"/{ADAPTERS}/UnloadAdapter": "NO_BUILDER",
     f"/{ADAPTERS}/RollbackReplica": "NO_BUILDER",
@@ -353,8 +362,8 @@ VALID: Mapping[str, str] = {
     f"/{VLLM_CONTROL}/UnloadLora": "NO_BUILDER",
     f"/{BUILDER}/PutAdapter": "ADAPTER_INVALID",
 }
-"""What valid requests are answered that cannot succeed here: the replica knows no builder, and an upload has
-more than one message."""
+"""What valid requests are answered that cannot succeed here: the replica knows no builder and no classifier,
+and an upload has more than one message."""
 
 
 @asynccontextmanager

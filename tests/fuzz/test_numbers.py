@@ -14,7 +14,9 @@ from inference_service.openai_api.app import ENDPOINTS
 from inference_service.openai_api.operators import LoadBody
 from loramux.builder.v1 import builder_pb2
 from loramux.inference.v1 import adapters_pb2, inference_pb2
-from tests.fuzz.doors import BODIES, Doors, open_doors
+from loramux.vllm import control_pb2, engine_pb2
+from loramux.vllm import inference_pb2 as vllm_pb2
+from tests.fuzz.doors import BODIES, Doors, open_doors, vllm_messages
 from tests.fuzz.mutate import bounded
 from tests.fuzz.numbers import HOLE, LITERALS, NUMBERS, json_fields, on_the_wire, wire_fields
 from tests.support.examples import SWEEPING
@@ -23,10 +25,13 @@ T = TypeVar("T")
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 METHODS = {
     f"/{service.full_name}/{method.name}": method.input_type
-    for module in (inference_pb2, adapters_pb2, builder_pb2)
+    for module in (inference_pb2, adapters_pb2, builder_pb2, engine_pb2, vllm_pb2, control_pb2)
     for service in module.DESCRIPTOR.services_by_name.values()
     for method in service.methods
+    if module in (inference_pb2, adapters_pb2, builder_pb2)
+    or f"/{service.full_name}/{method.name}" in vllm_messages()
 }
+"""Of vLLM's services those that read something and leave the replica as it is."""
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
