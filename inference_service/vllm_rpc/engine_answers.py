@@ -21,8 +21,9 @@ class Telling:
         self._stream = stream
         self._prompt_tokens = 0
         self._prompt: tuple[Token, ...] = ()
-        self._said: dict[int, list[Token]] = {index: [] for index in range(request.n)}
-        """Of the answers that are not complete."""
+        self._n = request.n
+        self._said: dict[int, list[Token]] = {0: []}
+        """Of the answers that are not complete; before the request is accepted, n is only a number."""
 
     def messages(self, event: Event) -> Iterator[pb.GenerateResponse]:
         """Return what an event says.
@@ -33,6 +34,7 @@ class Telling:
         match event:
             case Started():
                 self._prompt_tokens = event.prompt_tokens
+                self._said = {index: [] for index in range(self._n)}
             case PromptLogprobs():
                 check_fits(event.tokens, "prompt_logprobs")
                 self._prompt = event.tokens

@@ -24,8 +24,9 @@ class Telling:
         self.ends: Collection[int] = ()
         """Tokens that end a text."""
         self._started: Started | None = None
-        self._counts = dict.fromkeys(range(request.n), 0)
-        """Tokens of the answers that are not complete."""
+        self._n = request.n
+        self._counts = {0: 0}
+        """Tokens of the answers that are not complete; before the request is accepted, n is only a number."""
         self._last = -1
 
     def messages(self, event: Event) -> Iterator[pb.GenerateResponse]:
@@ -37,6 +38,7 @@ class Telling:
         match event:
             case Started():
                 self._started = event
+                self._counts = dict.fromkeys(range(self._n), 0)
                 if not self._scores_prompt:
                     yield pb.GenerateResponse(prompt_info=self._prompt(event))
             case PromptLogprobs():

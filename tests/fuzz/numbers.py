@@ -75,11 +75,12 @@ def _around(below: Iterator[tuple[str, Fill]], wrap: Fill) -> Iterator[tuple[str
 
 
 def wire_fields(kind: Descriptor, path: Path = ()) -> Iterator[Path]:
-    """Yield the path to each numeric field of a message, through messages, lists and maps."""
+    """Yield the path to each numeric field of a message, through messages, lists and maps, and once into what has
+    itself in it."""
     for field in kind.fields:
         if field.message_type is not None:
-            assert field.message_type not in [each.containing_type for each in path], "a message inside itself"
-            yield from wire_fields(field.message_type, (*path, field))
+            if field.message_type not in [each.containing_type for each in path]:
+                yield from wire_fields(field.message_type, (*path, field))
         elif field.type not in _NO_NUMBER_TYPES:
             yield (*path, field)
 
