@@ -75,8 +75,10 @@ def _around(below: Iterator[tuple[str, Fill]], wrap: Fill) -> Iterator[tuple[str
 
 
 def wire_fields(kind: Descriptor, path: Path = ()) -> Iterator[Path]:
-    """Yield the path to each numeric field of a message, through messages, lists and maps, and once through what
-    has itself in it."""
+    """Yield the path to each numeric field of a message, through messages, lists and maps.
+
+    A message that has itself in it is gone through once.
+    """
     for field in kind.fields:
         if field.message_type is not None:
             if field.message_type not in [each.containing_type for each in path]:
