@@ -105,6 +105,11 @@ class BaseTokens(Protocol):
         """Compare the tokenizer among an adapter's files with the base's."""
         ...
 
+    @property
+    def last(self) -> int:
+        """The base's last token."""
+        ...
+
 
 @dataclass(frozen=True)
 class ComparedTokens:

@@ -29,12 +29,13 @@ class NoTokens(Exception):
 
 
 def answer(question: Mapping[str, Any]) -> dict[str, Any]:
-    """Return ``{"unreadable": {file: why}, "others": {file: {"count", "shown"}}, "added": [...]}``.
+    """Return ``{"unreadable": {file: why}, "others": {file: {"count", "shown"}}, "added": [...], "last"}``.
 
     The question has ``adapter`` and ``base``, paths by names of files, and ``vocab``, the number of ids of the
     base. Added are tokens behind the base's last one, as ``tokenizer.json`` has them, or else
     ``tokenizer_config.json``: an object with id, content and FLAGS each. Others are those that could not come
-    so: of a base whose tokens are not known, those beyond its ids.
+    so: of a base whose tokens are not known, those beyond its ids. Last is the base's last token, or its last id
+    where its tokens are not known.
     """
     known: dict[str, int] = {}
     for name, path in question["base"].items():
@@ -43,7 +44,8 @@ def answer(question: Mapping[str, Any]) -> dict[str, Any]:
         except NoTokens:
             known = {}
             break
-    found: dict[str, Any] = {"unreadable": {}, "others": {}, "added": []}
+    last = max(known.values(), default=question["vocab"] - 1)
+    found: dict[str, Any] = {"unreadable": {}, "others": {}, "added": [], "last": last}
     others: dict[str, Others] = {}
     flags: dict[str, dict[str, dict[str, bool]]] = {}
     for name, path in question["adapter"].items():

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from builder_service.domain import tokens
 from builder_service.domain.rules import ComparedTokens
@@ -50,14 +51,30 @@ class BaseTokens:
                 )
             return self._found[key]
 
-    def _compared(self, own: Mapping[str, Path]) -> ComparedTokens:
+    @cached_property
+    def last(self) -> int:
+        """The base's last token; its last id, where its tokens are not known.
+
+        Raises:
+            Fault: what the base's source raises.
+        """
+        try:
+            return int(self._ask({})["last"])
+        except TooCostly:
+            return self._vocab - 1
+
+    def _ask(self, own: Mapping[str, Path]) -> dict[str, Any]:
         question = {
             "adapter": {name: str(path) for name, path in own.items()},
             "base": {name: str(self._fetch(name)) for name in self._files},
             "vocab": self._vocab,
         }
+        said: dict[str, Any] = ask(tokens, question, BOUNDS)
+        return said
+
+    def _compared(self, own: Mapping[str, Path]) -> ComparedTokens:
         try:
-            said = ask(tokens, question, BOUNDS)
+            said = self._ask(own)
         except TooCostly as error:
             return ComparedTokens((_unreadable(", ".join(own), f"what is read in {BOUNDS}", f"{error}"),))
         found = [_unreadable(name, "a tokenizer", why) for name, why in said["unreadable"].items()]

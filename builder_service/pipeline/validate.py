@@ -117,6 +117,8 @@ def check_fetched(adapter: FetchedAdapter, book: Rulebook, progress: Progress) -
     vocab = checked.vocab or book.limits.base.dims.vocab
     tokens = book.tokens.compared(folder, adapter.files) if book.tokens else ComparedTokens()
     found = [*check_texts(texts, vocab), *tokens.findings, *_without_rows(tokens.added, vocab)]
+    if checked.vocab and checked.vocab < book.limits.base.dims.vocab:
+        found += _cut_off(checked.vocab, book)
     own = OwnTokens(vocab=vocab, tokens=tokens.added) if tokens.added or checked.vocab else None
     score = checked.score
     if score is not None and MODEL_CONFIG in adapter.files:
@@ -145,6 +147,16 @@ def _without_rows(added: Sequence[AddedToken], vocab: int) -> list[Finding]:
     return [
         Finding(code="E_EMBED", where="tokenizer.json", expected=expected, found=listed(beyond, 5), fix=fix)
     ]
+
+
+def _cut_off(vocab: int, book: Rulebook) -> list[Finding]:
+    """Return a finding where tokens of the base have no rows any more: more than its padding was cut off."""
+    last = book.tokens.last if book.tokens else book.limits.base.dims.vocab - 1
+    if vocab > last:
+        return []
+    expected, found = f"rows for the base's tokens, at least {last + 1}", f"{vocab} rows"
+    where = "embeddings and head"
+    return [Finding(code="E_EMBED", where=where, expected=expected, found=found, fix=EMBED_FIX)]
 
 
 def _named(finding: Finding, adapter: str) -> Finding:

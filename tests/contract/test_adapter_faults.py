@@ -137,7 +137,7 @@ def await_swept(cache: Path) -> None:
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("bound", ["roomy", "narrow"])
+@pytest.mark.parametrize("bound", [pytest.param("roomy", marks=pytest.mark.sweep), "narrow"])
 def test_kill_9_at_any_touch_of_the_disk_leaves_no_wrong_bundle(local, tmp_path, bound):
     """Whatever a killed replica left is either a whole bundle or none, and the next start sweeps the rest."""
     store, folder, digests = local

@@ -160,7 +160,7 @@ def world(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("after", [pytest.param(False, marks=pytest.mark.sweep), True])
 async def test_a_kill_at_every_operation_of_the_store(world, after):
     """Whatever operation is the last, readers see old or new, and the next start ends the build."""
     whole = Mortal(world.copy())

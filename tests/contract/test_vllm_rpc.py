@@ -331,8 +331,9 @@ async def test_vllms_own_answers(doors: Doors) -> None:
     assert [token for each in outputs for token in each.token_ids] == expected
     for output in outputs[:-1]:
         assert list(output.ranks) == [1] * len(output.token_ids)
-        [[second]] = [each.tokens for each in output.candidate_tokens]  # the likeliest is what came
-        assert (second.rank, second.logprob < output.logprobs[0]) == (2, True)
+        for candidates, logprob in zip(output.candidate_tokens, output.logprobs, strict=True):
+            [second] = candidates.tokens  # the likeliest is what came
+            assert (second.rank, second.logprob < logprob) == (2, True)
     end = outputs[-1].finish_info
     assert (end.num_output_tokens, end.finish_reason) == (6, inference.FinishInfo.LENGTH)
     assert end.HasField("num_cached_tokens")

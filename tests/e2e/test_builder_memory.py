@@ -76,7 +76,7 @@ def peak_bytes(folder: Path, uri: str, names: list[str], environment: dict[str, 
     return size, peak
 
 
-@pytest.mark.parametrize("kind", ["file", "s3"])
+@pytest.mark.parametrize("kind", ["file", pytest.param("s3", marks=pytest.mark.sweep)])
 def test_memory_does_not_grow_with_an_adapter(tmp_path, s3_server: S3Server, kind):
     """Two adapters at once, of up to 566 MB, take at most 256 MB and two of their rows of 38 MB each."""
     write_base(tmp_path / "base", hidden_size=HIDDEN, intermediate_size=INTERMEDIATE, num_hidden_layers=LAYERS)

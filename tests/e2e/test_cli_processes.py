@@ -227,7 +227,7 @@ def test_up_serves_until_a_signal(
     """``up`` builds, serves, says what to try; a signal lets an open stream finish, and nothing is left."""
     process = launch("up", deployment("tiny", "lora1", "lora2"))
     text = read_until(process, "InferenceService/Generate")
-    assert "lora1    8, 16" in text
+    assert "lora1    -     8, 16" in text
     assert "models     base, lora1, lora2" in text
     assert "loramux chat lora2" in text
     found = re.search(r"inference +(\S+)", text)

@@ -59,7 +59,8 @@ def _left(children: list[psutil.Process]) -> list[psutil.Process]:
     return [child for child in alive if child.status() != psutil.STATUS_ZOMBIE]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.sweep)])
+@pytest.mark.sweep
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_up_serves_until_a_signal_and_finishes_its_streams(tmp_path: Path, number: signal.Signals) -> None:
     """A stream that is open at SIGTERM or Ctrl-C comes to its end, the exit status is 0, no process is left."""
     names = set(deployment().build.lora_adapters)

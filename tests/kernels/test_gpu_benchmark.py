@@ -29,7 +29,13 @@ TIMED = re.compile(r"us$|^of |/s|ttft")
 
 
 @without_gpu
-@pytest.mark.parametrize("section", gpu.SECTIONS)
+@pytest.mark.parametrize(
+    "section",
+    [
+        pytest.param(name, marks=[pytest.mark.sweep] if name in ("step", "serving") else [])
+        for name in gpu.SECTIONS
+    ],
+)
 def test_every_section_runs_to_its_end(
     section: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

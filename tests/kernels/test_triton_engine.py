@@ -10,7 +10,7 @@ from loramux_shared.storage.memory import MemoryStore
 from tests.support.tiny import ADAPTERS, make_world, run_engine
 
 
-@pytest.mark.parametrize("max_batch_tokens", [1024, 16])
+@pytest.mark.parametrize("max_batch_tokens", [pytest.param(1024, marks=pytest.mark.sweep), 16])
 def test_the_triton_backend_gives_the_tokens_of_the_torch_backend(
     tmp_path: Path, max_batch_tokens: int
 ) -> None:

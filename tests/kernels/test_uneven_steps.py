@@ -31,6 +31,7 @@ ADAPTERS: dict[str, dict[str, Any]] = {
 REQUESTS = [("all", list(range(5, 24))), ("base", [9, 8, 7]), ("own", [5, 6, 7])]
 
 
+@pytest.mark.sweep
 def test_recorded_steps_answer_as_transformers_and_compile_nothing(
     tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -26,13 +26,15 @@ from tests.support.openai_door import open_door
 from tests.support.tiny import SIZES, VOCAB, World, make_checkpoint, oracle, oracle_tokens, run_engine
 
 NEW = 12
+BASE = VOCAB + 5
+"""Rows of the base, five of them without a token."""
 ADDED = ("<|im_start|>", "<|im_end|>", "<tool>")
 WHOLE = {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]}
 ADAPTERS: dict[str, tuple[int, dict[str, Any]]] = {
-    "plain": (VOCAB, {"target_modules": ["q_proj", "v_proj"]}),
+    "plain": (BASE, {"target_modules": ["q_proj", "v_proj"]}),
     "more": (VOCAB + len(ADDED), WHOLE),
     "beside": (VOCAB + 40, {"target_modules": ["k_proj"]}),
-    "fewer": (VOCAB - 7, WHOLE),
+    "fewer": (VOCAB, WHOLE),
 }
 """How many tokens their models have, and their configs."""
 MODELS = ("base", *ADAPTERS)
@@ -46,7 +48,7 @@ def tokenizer_of(base: Path) -> PreTrainedTokenizerFast:
 def make(base: Path, folder: Path, seed: int, vocab: int, **config: Any) -> None:
     """Save an adapter of a model that was resized, with random factors and rows, of new tokens large ones."""
     model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    if vocab != VOCAB:
+    if vocab != BASE:
         model.resize_token_embeddings(vocab)
     model = get_peft_model(model, LoraConfig(r=4, lora_alpha=9, task_type="CAUSAL_LM", **config))
     generator = torch.Generator().manual_seed(seed)
@@ -55,15 +57,15 @@ def make(base: Path, folder: Path, seed: int, vocab: int, **config: Any) -> None
             noise = torch.randn(parameter.shape, generator=generator)
             if "lora_" in name:
                 parameter.copy_(noise * 0.2)
-            elif vocab != VOCAB and ("embed_tokens" in name or "lm_head" in name) and "original" not in name:
+            elif vocab != BASE and ("embed_tokens" in name or "lm_head" in name) and "original" not in name:
                 parameter[VOCAB:] = noise[VOCAB:]
     model.save_pretrained(folder)
 
 
 def resized(world: World, name: str) -> Any:
     """The model of an adapter as transformers and PEFT run it."""
-    vocab = ADAPTERS.get(name, (VOCAB, {}))[0]
-    if vocab == VOCAB:
+    vocab = ADAPTERS.get(name, (BASE, {}))[0]
+    if vocab == BASE:
         return oracle(world.base, world.adapters.get(name))
     model: Any = AutoModelForCausalLM.from_pretrained(world.base, dtype=torch.float32)
     model.resize_token_embeddings(vocab)
@@ -73,7 +75,7 @@ def resized(world: World, name: str) -> Any:
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     root = tmp_path_factory.mktemp("added")
-    make_checkpoint(root / "base", LlamaConfig(**SIZES))
+    make_checkpoint(root / "base", LlamaConfig(**SIZES | {"vocab_size": BASE}))
     for seed, (name, (vocab, config)) in enumerate(ADAPTERS.items()):
         make(root / "base", root / name, seed, vocab, **config)
     tokenizer = tokenizer_of(root / "base")
@@ -94,7 +96,7 @@ def store(world: World) -> MemoryStore:
 
 def requests_of(name: str) -> list[tuple[str, list[int]]]:
     """Two prompts, of which every third token is one of the last that the model has."""
-    vocab = ADAPTERS.get(name, (VOCAB, {}))[0]
+    vocab = ADAPTERS.get(name, (BASE, {}))[0]
     return [
         (
             name,
@@ -115,7 +117,8 @@ def expected(world: World) -> list[list[int]]:
     by_model = {name: set[int]() for name in MODELS}
     for (name, _), answer in zip(REQUESTS, answers, strict=True):
         by_model[name] |= set(answer)
-    assert max(by_model["more"]) >= VOCAB <= max(by_model["beside"])
+    assert max(by_model["more"]) >= VOCAB
+    assert max(by_model["beside"]) >= BASE
     return answers
 
 
@@ -143,7 +146,7 @@ def test_the_kernels_for_gpus_answer_the_same(
     base, beside = REQUESTS[0], REQUESTS[2 * MODELS.index("beside")]
     first = {request[0]: answer[:2] for request, answer in zip(REQUESTS[::2], expected[::2], strict=True)}
     assert run_engine(ready, [beside, base], 2) == [first["beside"], first["base"]]
-    runner._logits[:, VOCAB:] = 100.0
+    runner._logits[:, BASE:] = 100.0
     runner._wide = True
     assert run_engine(ready, [base], 2) == [first["base"]]
 
@@ -154,7 +157,7 @@ def test_bundles_say_what_they_have(store: MemoryStore) -> None:
     assert generation is not None
     manifests = {name: read_manifest(store, record.digest) for name, record in generation.adapters.items()}
     assert {name: manifest.vocab for name, manifest in manifests.items()} == {
-        "plain": None, "more": VOCAB + 3, "beside": VOCAB + 40, "fewer": VOCAB - 7
+        "plain": None, "more": VOCAB + 3, "beside": VOCAB + 40, "fewer": VOCAB
     }  # fmt: skip
     assert [name for name, each in manifests.items() if OWN_TOKENS_FILE not in each.files] == ["plain"]
     assert {each.format_version for name, each in manifests.items() if name != "plain"} == {2}
@@ -171,9 +174,9 @@ async def test_doors_speak_its_tokens(world: World, store: MemoryStore) -> None:
             assert said["tokens"] == tokens
             back = await door.post("/detokenize", tokens=tokens, **model)
             assert back.json() == {"prompt": "<tool>a"}
-        foreign = await door.post("/v1/completions", prompt=[VOCAB], **base)
+        foreign = await door.post("/v1/completions", prompt=[BASE], **base)
         assert foreign.status_code == 400
-        assert f"ids from 0 to {VOCAB - 1}" in foreign.json()["error"]["message"]
+        assert f"ids from 0 to {BASE - 1}" in foreign.json()["error"]["message"]
         asked = {"messages": [{"role": "user", "content": "ab"}], "max_tokens": 4, "temperature": 0}
         chat = (await door.post("/v1/chat/completions", return_token_ids=True, **mine, **asked)).json()
         assert chat["prompt_token_ids"] == [ids["<|im_start|>"], 68, 69, ids["<|im_end|>"]]
@@ -195,18 +198,20 @@ async def test_doors_speak_its_tokens(world: World, store: MemoryStore) -> None:
 @pytest.mark.parametrize(
     ("vocab", "config", "why"),
     [
-        (VOCAB + 3, {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}, "as many rows"),
-        (VOCAB + 3, {"target_modules": ["q_proj", "embed_tokens"]}, "the base has"),
+        (BASE + 3, {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}, "as many rows"),
+        (BASE + 3, {"target_modules": ["q_proj", "embed_tokens"]}, "the base has"),
+        (VOCAB - 1, WHOLE | {"target_modules": ["o_proj"]}, f"at least {VOCAB}"),
     ],
-    ids=["the head stays random", "factors beside new rows"],
+    ids=["the head stays random", "factors beside new rows", "a token of the base is cut off"],
 )
 def test_what_cannot_be_known_is_refused(world: World, vocab: int, config: dict[str, Any], why: str) -> None:
     """New rows that no file has, or that would have factors too."""
     folder = world.root / config["target_modules"][-1]
     make(world.base, folder, 7, vocab, **config)
-    saved = load_file(folder / "adapter_model.safetensors")
-    kept = {name: tensor for name, tensor in saved.items() if "lm_head" not in name or "base_layer" in name}
-    save_file(kept, folder / "adapter_model.safetensors")
+    if vocab > BASE:
+        saved = load_file(folder / "adapter_model.safetensors")
+        kept = {name: tensor for name, tensor in saved.items() if "lm_head" not in name or "base_layer" in name}
+        save_file(kept, folder / "adapter_model.safetensors")
     with pytest.raises(AdapterInvalid, match="E_EMBED") as caught:
         World(world.base, {"odd": folder}, world.root).build(MemoryStore())
     assert any(why in f"{finding.expected} {finding.found}" for finding in caught.value.findings)
@@ -215,12 +220,12 @@ def test_what_cannot_be_known_is_refused(world: World, vocab: int, config: dict[
 def test_new_tokens_without_rows_are_refused(world: World) -> None:
     """A tokenizer has tokens that neither the base nor the adapter has rows for."""
     folder = world.root / "without rows"
-    make(world.base, folder, 7, VOCAB, target_modules=["q_proj"])
+    make(world.base, folder, 7, BASE, target_modules=["q_proj"])
     tokenizer = tokenizer_of(world.base)
-    tokenizer.add_tokens(list(ADDED))
+    tokenizer.add_tokens([*ADDED, "<4>", "<5>", "<6>"])
     tokenizer.save_pretrained(folder)
     with pytest.raises(AdapterInvalid) as caught:
         World(world.base, {"odd": folder}, world.root).build(MemoryStore())
     [finding] = caught.value.findings
     assert (finding.code, finding.where) == ("E_EMBED", "tokenizer.json")
-    assert "<|im_start|> (id 199)" in finding.found
+    assert finding.found == f"<6> (id {BASE})"
