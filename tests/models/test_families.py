@@ -440,7 +440,7 @@ EACH_FAMILY = (
     pytest.param("mistral", marks=pytest.mark.sweep),
     pytest.param("qwen2-windows", marks=pytest.mark.sweep),
     "qwen3",
-    "gemma2",
+    pytest.param("gemma2", marks=pytest.mark.sweep),
     pytest.param("gemma3", marks=pytest.mark.sweep),
     "gemma4-small",
     pytest.param("gemma4-images", marks=pytest.mark.sweep),
